@@ -1,0 +1,1558 @@
+"""pqueue: a persistent job queue in one file of Python's standard library, on SQLite.
+
+    queue = open_queue()                              # var/queue.db, or what $PQUEUE_URL names
+    queue.enqueue("greet", {"name": "Ada"})           # on disk when this returns
+    job = queue.dequeue("worker-1")                   # a lease: 60 seconds, one attempt
+    print("hello", job.payload["name"])
+    queue.complete(job)                               # or fail(job, error), release(job)
+
+              enqueue                dequeue                complete
+    (due later) │ (now)            ┌─────────► processing ───────────► completed
+        ▼       ▼                  │             │  │  │
+    scheduled ─────► pending ──────┘   release   │  │  │ fail, no attempt left; mark_failed
+        ▲      due      ▲  ▲    lease over, dead │  │  └─────────────► failed
+        │               │  └─────────────────────┘  │ cancel
+        │               │                           └────────────────► cancelled
+        └─ fail, backoff┼────────────── processing
+                        └── resubmit ── failed, cancelled, completed
+
+The guarantees, each with a test of its number in test_pqueue.py:
+
+1. When `enqueue` or `complete` returns, it is on disk (`synchronous=FULL`). `durability="normal"` survives any crash
+   of a process, but may lose the last moments before a power cut.
+2. At least once: a job is delivered again only if its consumer said so, its lease ran out, its consumer died, or
+   the power failed before its completion was synced.
+3. Every delivery has its own lease token. `complete`, `fail`, `release`, `extend` and `update` with an old token
+   change nothing and raise `LeaseLost`. A late completion is accepted while nobody took the job back.
+4. Exactly once for what is written in one `transaction()`: rows of yours, follow-up jobs and the completion.
+5. A job that kills its consumers is `failed` after `max_attempts` deliveries, and its error names them.
+6. Order at dequeue: priority (higher first), then due time, then id.
+7. A database that cannot be trusted is refused: on a network drive, of a newer schema, of another program.
+8. `lease_token` and `lease_expires_at` are set exactly while a job is `processing`.
+
+All times are Unix seconds, UTC, as float; all durations are seconds. Every method that reads the clock takes `now`.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import math
+import mmap
+import os
+import random
+import select
+import socket
+import sqlite3
+import threading
+import time
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, cast
+
+try:
+    import fcntl
+except ImportError:  # Windows: no turnstile, no doorbell, and a dead consumer is known by its lease alone
+    fcntl = None  # type: ignore[assignment]
+
+__version__ = "0.1.0"
+
+DEFAULT_URL = "var/queue.db"
+DEFAULT_MAX_ATTEMPTS = 3
+LEASE_SECONDS = 60.0
+MAX_PAYLOAD_BYTES = 1_048_576
+MAX_ERROR_CHARS = 10_000
+BUSY_SECONDS = 5.0  # how long a write waits for another writer before it raises QueueBusy
+TURN_SECONDS = 1.0  # how long it waits of that at the turnstile, where a stopped process may stand
+DEAD_CHECK_SECONDS = 1.0  # how often a dequeue looks for dead consumers
+RECOVERY_BATCH = 1000  # jobs promoted or taken back in one dequeue, so that it stays short
+PRUNE_BATCH = 1000
+POLL_SECONDS = 0.1  # the same on a platform without a doorbell
+WAIT_SECONDS = 1.0  # the longest sleep of `wait`: it bounds what a missed ring or a dead consumer costs
+
+MINIMUM_SQLITE = (3, 35)  # RETURNING
+APPLICATION_ID = 0x70717565  # "pque" in the file's header
+NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "ncp", "afs", "9p", "ceph", "fuse.sshfs", "glusterfs", "fuse.gluster")
+
+UNFINISHED = ("scheduled", "pending", "processing")
+FINISHED = ("completed", "failed", "cancelled")
+STATES = UNFINISHED + FINISHED
+
+Params = dict[str, Any]
+
+
+# Errors ###############################################################################################################
+
+
+class QueueError(Exception):
+    """The base of all errors of the queue."""
+
+
+class LeaseLost(QueueError):
+    """The job belongs to somebody else by now: drop its work, or let `transaction` roll it back."""
+
+
+class JobNotFound(QueueError):
+    """There is no job of this id: it was pruned, deleted, or never enqueued."""
+
+
+class InvalidTransition(QueueError):
+    """The job's state does not allow this verb."""
+
+
+class QueueBusy(QueueError):
+    """Another writer held the database for longer than `BUSY_SECONDS`. Try again."""
+
+
+class QueueFull(QueueError):
+    """The queue is at its `max_pending`, or its disk is full. Try again when there is room."""
+
+
+class SchemaMismatch(QueueError):
+    """The file is not a queue that this version can work with."""
+
+
+class DoNotRetry(Exception):
+    """Raise it in a task when another attempt would fail as well: the job is `failed` at once."""
+
+
+# Types ################################################################################################################
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One row of `jobs`, as of when it was read; the schema below tells each field's meaning and unit."""
+
+    id: int
+    queue: str
+    task: str
+    payload: Any
+    state: str
+    priority: int
+    run_at: float
+    attempts: int
+    max_attempts: int
+    key: str | None
+    assigned_to: str | None
+    consumer: str | None
+    lease_token: str | None
+    lease_expires_at: float | None
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    progress: float | None
+    result: Any
+    error: str | None
+
+
+# Tasks ################################################################################################################
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A named function that takes the job and returns a JSON result, with what `task` was told about it."""
+
+    name: str
+    function: Callable[[Job], Any]
+    max_attempts: int
+    backoff_base_seconds: float
+    timeout_seconds: float | None
+
+    def __call__(self, job: Job) -> Any:
+        return self.function(job)
+
+
+TASKS: dict[str, Task] = {}
+
+
+def task(
+    name: str | None = None,
+    *,
+    max_attempts: int = DEFAULT_MAX_ATTEMPTS,
+    backoff_base_seconds: float = 5.0,
+    timeout_seconds: float | None = None,
+) -> Callable[[Callable[[Job], Any]], Task]:
+    """Register the decorated function as the task of this name (its own by default).
+
+    `max_attempts` applies where the job is enqueued with this Task instead of its name; the backoff and the timeout
+    apply in the consumer. Raises ValueError if the name is taken.
+    """
+
+    def register(function: Callable[[Job], Any]) -> Task:
+        entry = Task(
+            _name("task", name or function.__name__),
+            function,
+            _at_least("max_attempts", 1, max_attempts),
+            backoff_base_seconds,
+            timeout_seconds,
+        )
+        if entry.name in TASKS:
+            raise ValueError(f"cannot register task {entry.name!r}: the name is taken")
+        TASKS[entry.name] = entry
+        return entry
+
+    return register
+
+
+def backoff_seconds(attempts: int, base_seconds: float = 5.0, cap_seconds: float = 3600.0) -> float:
+    """Return how long to wait after this many attempts: base, 2 x base, 4 x base … up to the cap, half of it random.
+
+    "Equal jitter", after Marc Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+    """
+    whole = min(cap_seconds, base_seconds * 2.0 ** min(attempts - 1, 60))
+    return whole / 2 + random.uniform(0, whole / 2)  # noqa: S311 - jitter is no secret
+
+
+# Schema ###############################################################################################################
+
+# {id} and {float} are the dialect's. A migration is a list of statements; the file's user_version counts the
+# migrations it has had. Change the schema by adding one, never by editing one.
+MIGRATIONS: list[list[str]] = [
+    [
+        """
+CREATE TABLE jobs (
+    id               {id},           -- grows with every job
+    queue            TEXT NOT NULL,  -- queues.name
+    task             TEXT NOT NULL,  -- name of the handler
+    payload          TEXT NOT NULL,  -- JSON
+    state            TEXT NOT NULL CHECK (state IN
+                     ('scheduled', 'pending', 'processing', 'completed', 'failed', 'cancelled')),
+    priority         INTEGER NOT NULL,    -- higher first
+    run_at           {float} NOT NULL,    -- not before; Unix seconds; moves with every retry
+    attempts         INTEGER NOT NULL DEFAULT 0,  -- deliveries so far, counted at dequeue
+    max_attempts     INTEGER NOT NULL,    -- deliveries before it is set aside
+    key              TEXT,           -- unique per queue among unfinished jobs; NULL: none
+    assigned_to      TEXT,           -- the only consumer that may run it; NULL: any
+    consumer         TEXT,           -- who has it, or had it last; NULL: nobody yet
+    lease_token      TEXT,           -- TOKEN.NUMBER: consumers.token, number of its claim; NULL unless processing
+    lease_expires_at {float},        -- Unix seconds; NULL unless processing
+    created_at       {float} NOT NULL,    -- Unix seconds
+    started_at       {float},        -- of the last delivery, Unix seconds; NULL: never delivered
+    finished_at      {float},        -- Unix seconds; NULL until completed, failed or cancelled
+    progress         {float},        -- 0 to 1, as the task told; NULL: it told nothing
+    result           TEXT,           -- JSON; NULL: none
+    error            TEXT,           -- of the last attempt that failed; NULL: none did
+    CHECK ((state = 'processing') = (lease_token IS NOT NULL)),
+    CHECK ((state = 'processing') = (lease_expires_at IS NOT NULL)),
+    CHECK ((state IN ('completed', 'failed', 'cancelled')) = (finished_at IS NOT NULL)),
+    CHECK (attempts <= max_attempts - CASE WHEN state IN ('scheduled', 'pending') THEN 1 ELSE 0 END)
+)""",
+        """
+CREATE TABLE queues (
+    name        TEXT PRIMARY KEY,
+    paused      INTEGER NOT NULL DEFAULT 0,  -- 1: nothing is delivered
+    max_pending INTEGER                      -- enqueue is refused at this many pending jobs; NULL: never
+)""",
+        """
+CREATE TABLE consumers (
+    id           {id},
+    name         TEXT NOT NULL,  -- readable; a restarted consumer may bear it again
+    token        TEXT NOT NULL UNIQUE,  -- random, new at every start
+    host         TEXT NOT NULL,
+    pid          INTEGER NOT NULL,
+    slot         INTEGER,        -- number of its lock and bell beside the database; NULL: the platform has none
+    queues       TEXT,           -- JSON list of those it serves; NULL: all
+    started_at   {float} NOT NULL,    -- Unix seconds
+    last_seen_at {float} NOT NULL,    -- of its last heartbeat, Unix seconds
+    state        TEXT NOT NULL CHECK (state IN ('running', 'stopped', 'dead')),
+    completed    INTEGER NOT NULL DEFAULT 0,  -- jobs, as of its last heartbeat
+    failed       INTEGER NOT NULL DEFAULT 0   -- attempts, likewise
+)""",
+        """
+CREATE TABLE history (
+    id      {id},
+    job_id  INTEGER NOT NULL,    -- jobs.id
+    at      {float} NOT NULL,    -- Unix seconds
+    event   TEXT NOT NULL,       -- failed, expired, died, released; or an operator's: resubmitted, marked failed …
+    actor   TEXT NOT NULL,       -- the consumer or the operator
+    attempt INTEGER NOT NULL,    -- jobs.attempts when it happened
+    error   TEXT                 -- NULL: none
+)""",
+        """CREATE INDEX jobs_claim ON jobs (queue, priority DESC, run_at, id)
+           WHERE state = 'pending' AND assigned_to IS NULL""",
+        """CREATE INDEX jobs_assigned ON jobs (assigned_to, priority DESC, run_at, id)
+           WHERE state = 'pending' AND assigned_to IS NOT NULL""",
+        "CREATE INDEX jobs_scheduled ON jobs (run_at) WHERE state = 'scheduled'",
+        "CREATE INDEX jobs_processing ON jobs (lease_expires_at) WHERE state = 'processing'",
+        """CREATE INDEX jobs_finished ON jobs (state, finished_at)
+           WHERE state IN ('completed', 'failed', 'cancelled')""",
+        """CREATE UNIQUE INDEX jobs_key ON jobs (queue, key)
+           WHERE key IS NOT NULL AND state IN ('scheduled', 'pending', 'processing')""",
+        "CREATE INDEX history_job ON history (job_id)",
+        "CREATE INDEX consumers_running ON consumers (id) WHERE state = 'running'",
+    ],
+]
+
+# Statements: each transition names the state it starts from ###########################################################
+
+COLUMNS = ", ".join(Job.__slots__)
+NO_LEASE = "lease_token = NULL, lease_expires_at = NULL"
+HELD = "id = :id AND state = 'processing' AND lease_token = :token"
+WAITING = "queue = :queue AND state = 'pending' AND assigned_to IS NULL"
+ORDER = "priority DESC, run_at, id"
+
+INSERT = """
+INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
+VALUES (:queue, :task, :payload, :state, :priority, :run_at, :max_attempts, :key, :assigned_to, :now)"""
+
+ENQUEUE = f"""
+INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
+SELECT name, :task, :payload, :state, :priority, :run_at, :max_attempts, :key, :assigned_to, :now
+FROM queues
+WHERE name = :queue AND (max_pending IS NULL OR max_pending > (SELECT count(*) FROM jobs WHERE {WAITING}))
+ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN ('scheduled', 'pending', 'processing') DO NOTHING
+RETURNING id"""
+
+ROOM = f"SELECT max_pending - (SELECT count(*) FROM jobs WHERE {WAITING}), max_pending FROM queues WHERE name = :queue"
+WITH_KEY = f"SELECT id FROM jobs WHERE queue = :queue AND key = :key AND state IN {UNFINISHED}"
+ADD_QUEUE = "INSERT INTO queues (name) VALUES (:queue) ON CONFLICT DO NOTHING"
+
+# {served} limits q to the queues a consumer serves. The best :limit of each queue, then the best :limit of those:
+# paused queues, other queues and jobs assigned elsewhere are never stepped over one by one.
+CANDIDATES = f"""
+SELECT jobs.id, priority, run_at FROM queues q JOIN jobs ON jobs.id IN
+    (SELECT id FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL
+     ORDER BY {ORDER} LIMIT :limit)
+WHERE q.paused = 0 {{served}}
+UNION ALL
+SELECT * FROM (SELECT id, priority, run_at FROM jobs WHERE state = 'pending' AND assigned_to = :consumer
+               AND queue NOT IN (SELECT name FROM queues WHERE paused = 1) ORDER BY {ORDER} LIMIT :limit) mine"""
+
+CLAIM = f"""
+UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = :consumer, lease_token = :token,
+    lease_expires_at = :lease_expires_at, started_at = :now
+WHERE id IN (SELECT id FROM ({CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit)
+RETURNING {COLUMNS}"""
+
+OVERDUE = """
+SELECT (SELECT min(run_at) FROM jobs WHERE state = 'scheduled') <= :now,
+       (SELECT min(lease_expires_at) FROM jobs WHERE state = 'processing') <= :now"""
+
+NEXT_EVENT = f"""
+SELECT min(at) FROM (
+    SELECT 0.0 AS at WHERE EXISTS ({CANDIDATES})
+    UNION ALL SELECT min(run_at) FROM jobs WHERE state = 'scheduled'
+    UNION ALL SELECT min(lease_expires_at) FROM jobs WHERE state = 'processing') events"""
+
+PROMOTE = """
+UPDATE jobs SET state = 'pending' WHERE state = 'scheduled' AND id IN
+    (SELECT id FROM jobs WHERE state = 'scheduled' AND run_at <= :now ORDER BY run_at LIMIT :limit)"""
+
+EXPIRED = f"""
+SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND lease_expires_at <= :now
+ORDER BY lease_expires_at LIMIT :limit"""
+
+ORPHANED = f"""
+SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND EXISTS
+    (SELECT 1 FROM consumers WHERE token = substr(lease_token, 1, 16) AND consumers.state <> 'running') LIMIT :limit"""
+
+TAKE_BACK = f"UPDATE jobs SET state = 'pending', error = :error, {NO_LEASE} WHERE {HELD} AND attempts < max_attempts"
+COMPLETE = f"""
+UPDATE jobs SET state = 'completed', finished_at = :now, result = :result, error = NULL, {NO_LEASE} WHERE {HELD}"""
+
+FAIL = f"UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, {NO_LEASE} WHERE {HELD}"
+RETRY = f"UPDATE jobs SET state = 'scheduled', run_at = :run_at, error = :error, {NO_LEASE} WHERE {HELD}"
+RELEASE = f"UPDATE jobs SET state = 'pending', attempts = attempts - 1, {NO_LEASE} WHERE {HELD}"
+EXTEND = f"UPDATE jobs SET lease_expires_at = :lease_expires_at WHERE {HELD}"
+UPDATE = f"""
+UPDATE jobs SET progress = coalesce(:progress, progress), result = coalesce(:result, result) WHERE {HELD}"""
+
+RESUBMIT = f"""
+UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL,
+    result = NULL, error = NULL WHERE id = :id AND state IN {FINISHED}
+    AND NOT EXISTS (SELECT 1 FROM jobs o WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN {UNFINISHED})"""
+MARK_FAILED = f"""
+UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, {NO_LEASE}
+WHERE id = :id AND state IN {UNFINISHED}"""
+CANCEL = f"""
+UPDATE jobs SET state = 'cancelled', finished_at = :now, {NO_LEASE} WHERE id = :id AND state IN {UNFINISHED}"""
+ASSIGN = f"""
+UPDATE jobs SET assigned_to = :assigned_to, state = CASE state WHEN 'processing' THEN 'pending' ELSE state END,
+    attempts = attempts - CASE state WHEN 'processing' THEN 1 ELSE 0 END, {NO_LEASE}
+WHERE id = :id AND state IN {UNFINISHED}"""
+
+# Run before the transition, so that it tells the attempt that ends there.
+RECORD = """
+INSERT INTO history (job_id, at, event, actor, attempt, error)
+SELECT id, :now, :event, coalesce(:actor, consumer), attempts, :error FROM jobs WHERE id = :id"""
+
+LOST_BY = "SELECT actor FROM history WHERE job_id = :id AND event IN ('expired', 'died') ORDER BY id"
+
+REGISTER = """
+INSERT INTO consumers (name, token, host, pid, slot, queues, started_at, last_seen_at, state)
+VALUES (:name, :token, :host, :pid, :slot, :queues, :now, :now, 'running')"""
+SUCCEED = "UPDATE consumers SET state = 'dead' WHERE slot = :slot AND state = 'running'"
+LEAVE = "UPDATE consumers SET state = :state WHERE token = :token AND state = 'running'"
+RUNNING = "SELECT token, slot FROM consumers WHERE state = 'running'"
+HEARTBEAT = """
+UPDATE consumers SET last_seen_at = :now, completed = completed + :completed, failed = failed + :failed
+WHERE token = :token"""
+
+SET_QUEUE = """
+INSERT INTO queues (name, {column}) VALUES (:queue, :value) ON CONFLICT (name) DO UPDATE SET {column} = :value"""
+
+PRUNABLE = "SELECT id FROM jobs WHERE state = :state AND finished_at < :before ORDER BY finished_at LIMIT :limit"
+
+
+# The contract, and the verbs over it ##################################################################################
+
+
+class Session(ABC):
+    """One thread's connection to the database. As a context manager a transaction, and inside one a savepoint."""
+
+    ring = False  # a job became pending or scheduled: wake consumers after the commit
+    lost: LeaseLost | None = None  # a lease was lost inside: the whole transaction must roll back
+
+    @abstractmethod
+    def run(self, sql: str, params: Params) -> list[Any]:
+        """Execute a statement with :named parameters and return all its rows."""
+
+    @abstractmethod
+    def change(self, sql: str, params: Params) -> int:
+        """Execute a statement and return how many rows it changed."""
+
+    @abstractmethod
+    def __enter__(self) -> Session: ...
+
+    @abstractmethod
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None: ...
+
+
+class Registration:
+    """A consumer of this process: its random token, its slot beside the database, and the numbers of its claims."""
+
+    def __init__(self, name: str, slot: Any) -> None:
+        self.name = name
+        self.slot = slot
+        self.token = os.urandom(8).hex()
+        self.claims = count(1)
+
+
+class PersistentQInterface(ABC):
+    """The queue's contract: its verbs, written in SQL that SQLite and PostgreSQL share.
+
+    A backend brings sessions, wake-up, liveness, backup and check, the abstract methods below; it must keep the
+    guarantees above and pass `QueueContract` in test_pqueue.py.
+
+    Bad arguments raise ValueError. Every method may raise QueueBusy, or QueueFull for a full disk. After an error
+    nothing has changed. One object serves many threads, and goes on working in a forked child.
+    """
+
+    def __init__(self) -> None:
+        self._registry: dict[str, Registration] = {}
+        self._registering = threading.Lock()
+        self._looked_for_dead = -math.inf
+
+    # What a backend brings
+
+    @abstractmethod
+    def _write(self, *, durable: bool = True) -> Session:
+        """Return this thread's session to enter; durable: its commit survives a power cut."""
+
+    @abstractmethod
+    def _read(self, sql: str, params: Params) -> list[Any]:
+        """Return all rows without keeping a writer waiting."""
+
+    @abstractmethod
+    def _insert_many(self, tx: Session, rows: list[Params]) -> list[int]:
+        """Insert rows of `jobs`, and return their ids in order."""
+
+    @abstractmethod
+    def _take_slot(self) -> Any:
+        """Return an object with `number` and `close()`, by which others see whether this process lives."""
+
+    @abstractmethod
+    def _is_alive(self, slot: int | None) -> bool:
+        """Return False when the process that took this slot is known to have died."""
+
+    @abstractmethod
+    def _sleep(self, me: Registration, seconds: float, due_in: Callable[[], float]) -> bool:
+        """Sleep until a session rings (True), or for these seconds or what `due_in` returns (False).
+
+        A ring after `due_in` was asked must not be missed.
+        """
+
+    @abstractmethod
+    def transaction(self) -> AbstractContextManager[Any]:
+        """Open a transaction that every call on this queue in this thread joins; yield its connection.
+
+        It commits at the end of the block and rolls back on an exception. If a lease was lost inside, it rolls back
+        and raises LeaseLost, even if the block caught that. Nested, it is a savepoint of the outer one.
+        """
+
+    @abstractmethod
+    def backup(self, path: str | os.PathLike[str]) -> None:
+        """Write a consistent, verified copy to a new file, while others go on working."""
+
+    @abstractmethod
+    def check(self) -> dict[str, Any]:
+        """Return facts about the database and, as "problems", a list of sentences."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Take leave. Jobs that this object's consumers still hold go back at somebody's next dequeue."""
+
+    def _time(self, now: float | None) -> float:
+        return time.time() if now is None else now
+
+    # Producing
+
+    def enqueue(
+        self,
+        task: str | Task,
+        payload: Any = None,
+        *,
+        queue: str = "default",
+        priority: int = 0,
+        delay_seconds: float = 0,
+        run_at: float | None = None,
+        max_attempts: int | None = None,
+        key: str | None = None,
+        assigned_to: str | None = None,
+        now: float | None = None,
+    ) -> int:
+        """Store a job and return its id.
+
+        The payload is what JSON can hold, up to `MAX_PAYLOAD_BYTES`; `max_attempts` is by default the task's own.
+        With a `key` that an unfinished job of the queue has, nothing is stored and that job's id is returned.
+        Raises QueueFull when the queue holds `max_pending` pending jobs.
+        """
+        row = _new_job(task, queue, priority, delay_seconds, run_at, max_attempts, key, assigned_to, self._time(now))
+        row["payload"] = _encode("payload", payload)
+        with self._write() as tx:
+            rows = tx.run(ENQUEUE, row)
+            if not rows and tx.change(ADD_QUEUE, row):
+                rows = tx.run(ENQUEUE, row)
+            if not rows and key is not None:
+                rows = tx.run(WITH_KEY, row)
+            if not rows:
+                raise _full(queue, tx.run(ROOM, row)[0][1])
+            tx.ring = True
+        return cast(int, rows[0][0])
+
+    def enqueue_many(
+        self,
+        task: str | Task,
+        payloads: Iterable[Any],
+        *,
+        queue: str = "default",
+        priority: int = 0,
+        delay_seconds: float = 0,
+        run_at: float | None = None,
+        max_attempts: int | None = None,
+        assigned_to: str | None = None,
+        now: float | None = None,
+    ) -> list[int]:
+        """Store one job per payload, all or none, and return their ids in order. Raises QueueFull."""
+        row = _new_job(task, queue, priority, delay_seconds, run_at, max_attempts, None, assigned_to, self._time(now))
+        rows = [{**row, "payload": _encode("payload", payload)} for payload in payloads]
+        with self._write() as tx:
+            tx.change(ADD_QUEUE, row)
+            room, max_pending = tx.run(ROOM, row)[0]
+            if max_pending is not None and room < len(rows):
+                raise _full(queue, max_pending)
+            tx.ring = True
+            return self._insert_many(tx, rows)
+
+    # Working
+
+    def dequeue(self, consumer: str, **options: Any) -> Job | None:
+        """Take the next job for this consumer, or return None; the options are those of `dequeue_many`."""
+        jobs = self.dequeue_many(consumer, 1, **options)
+        return jobs[0] if jobs else None
+
+    def dequeue_many(self, consumer: str, limit: int, **options: Any) -> list[Job]:
+        """Take up to `limit` jobs, in order; the options are those of `complete_and_dequeue`."""
+        return self.complete_and_dequeue((), consumer, limit, **options)[0]
+
+    def complete_and_dequeue(
+        self,
+        finished: Iterable[tuple[Job, Any]],
+        consumer: str,
+        limit: int = 1,
+        *,
+        queues: Sequence[str] | None = None,
+        lease_seconds: float = LEASE_SECONDS,
+        now: float | None = None,
+    ) -> tuple[list[Job], list[Job]]:
+        """Complete these (job, result) pairs and take up to `limit` jobs of these queues (None: all) in one commit.
+
+        Returns the jobs taken, and those of `finished` that were not completed because their lease was lost.
+        """
+        settled = [(job, _encode("result", result)) for job, result in finished]
+        me = self._registry.get(consumer) or self._register(consumer, queues)
+        dead = self._look_for_dead()
+        with self._write(durable=bool(settled)) as tx:
+            now = self._time(now)
+            lost = [job for job, result in settled if not _complete(tx, job, result, now)]
+            _recover(tx, dead, now)
+            jobs = _claim(tx, me, limit, queues, lease_seconds, now)
+        return jobs, lost
+
+    def complete(self, job: Job, result: Any = None, *, now: float | None = None) -> None:
+        """Finish the job with a JSON result. Raises LeaseLost."""
+        encoded = _encode("result", result)
+        with self._write() as tx:
+            if not _complete(tx, job, encoded, self._time(now)):
+                raise _lost(tx, "complete", job)
+
+    def fail(
+        self,
+        job: Job,
+        error: str,
+        *,
+        retry: bool = True,
+        retry_in_seconds: float | None = None,
+        now: float | None = None,
+    ) -> str:
+        """End the attempt with an error; return the new state, `scheduled` or `failed`. Raises LeaseLost.
+
+        The next attempt is due in `retry_in_seconds`, by default `backoff_seconds(job.attempts)`.
+        """
+        now = self._time(now)
+        delay = backoff_seconds(job.attempts) if retry_in_seconds is None else retry_in_seconds
+        again = retry and job.attempts < job.max_attempts
+        params = {"now": now, "run_at": now + _finite("retry_in_seconds", delay), "error": _error_text(error)}
+        self._settle("fail", RETRY if again else FAIL, job, params, event="failed")
+        return "scheduled" if again else "failed"
+
+    def release(self, job: Job, *, now: float | None = None) -> None:
+        """Give the job back unharmed; the attempt does not count. Raises LeaseLost."""
+        self._settle("release", RELEASE, job, {"now": self._time(now), "error": None}, event="released")
+
+    def extend(self, job: Job, lease_seconds: float = LEASE_SECONDS, *, now: float | None = None) -> None:
+        """Let the lease run out this many seconds from now. Raises LeaseLost."""
+        self._settle("extend", EXTEND, job, {"lease_expires_at": self._time(now) + _lease(lease_seconds)})
+
+    def update(self, job: Job, *, progress: float | None = None, result: Any = None) -> None:
+        """Store progress (0 to 1) or a partial result while the job runs. Raises LeaseLost."""
+        if progress is not None and not 0 <= progress <= 1:
+            raise ValueError(f"expected progress between 0 and 1, got {progress!r}")
+        self._settle("update", UPDATE, job, {"progress": progress, "result": _encode("result", result)})
+
+    def _settle(self, verb: str, sql: str, job: Job, params: Params, event: str | None = None) -> None:
+        """Run a transition that needs the job's lease; record it where it ends an attempt without completing."""
+        params |= {"id": job.id, "token": job.lease_token}
+        with self._write(durable=event == "failed") as tx:
+            if event:
+                tx.change(RECORD, {**params, "event": event, "actor": job.consumer})
+                tx.ring = True
+            if not tx.change(sql, params):
+                raise _lost(tx, verb, job)
+
+    # Reading
+
+    def get(self, job_id: int) -> Job:
+        """Return the job. Raises JobNotFound."""
+        rows = self._read(f"SELECT {COLUMNS} FROM jobs WHERE id = :id", {"id": _id(job_id)})
+        if not rows:
+            raise JobNotFound(f"no job {job_id}")
+        return _job(rows[0])
+
+    def history(self, job_id: int) -> list[dict[str, Any]]:
+        """Return the job's failed, expired, died and released attempts and what operators did, oldest first.
+
+        Keys: at, event, actor, attempt, error, as in the table.
+        """
+        columns = ("at", "event", "actor", "attempt", "error")
+        rows = self._read(f"SELECT {', '.join(columns)} FROM history WHERE job_id = :id ORDER BY id", {"id": _id(job_id)})
+        return [dict(zip(columns, row, strict=True)) for row in rows]
+
+    def list_jobs(
+        self,
+        *,
+        state: str | None = None,
+        queue: str | None = None,
+        task: str | None = None,
+        consumer: str | None = None,
+        before_id: int | None = None,
+        limit: int = 100,
+    ) -> list[Job]:
+        """Return the jobs that match, newest first; page by the last id seen."""
+        wanted = {"state": state and _one_of(STATES, state), "queue": queue, "task": task, "consumer": consumer}
+        params: Params = {name: value for name, value in wanted.items() if value is not None}
+        where = " AND ".join(f"{name} = :{name}" for name in params) or "1 = 1"
+        params |= {"before_id": 2**31 if before_id is None else before_id, "limit": limit}
+        sql = f"SELECT {COLUMNS} FROM jobs WHERE {where} AND id < :before_id ORDER BY id DESC LIMIT :limit"
+        return [_job(row) for row in self._read(sql, params)]
+
+    def stats(self) -> dict[str, Any]:
+        """Return {"states": {state: jobs}, "queues": {name: {state: jobs, "paused": bool, "max_pending": int or
+        None}}, "oldest_pending_at": the earliest due time of a pending job, or None}."""
+        empty = dict.fromkeys(STATES, 0)
+        queues = {
+            name: {**empty, "paused": bool(paused), "max_pending": max_pending}
+            for name, paused, max_pending in self._read("SELECT name, paused, max_pending FROM queues ORDER BY name", {})
+        }
+        for queue, state, jobs in self._read("SELECT queue, state, count(*) FROM jobs GROUP BY queue, state", {}):
+            queues.setdefault(queue, {**empty, "paused": False, "max_pending": None})[state] = jobs
+        states = {state: sum(queue[state] for queue in queues.values()) for state in STATES}
+        oldest = self._read("SELECT min(run_at) FROM jobs WHERE state = 'pending'", {})[0][0]
+        return {"states": states, "queues": queues, "oldest_pending_at": oldest}
+
+    def consumers(self) -> list[dict[str, Any]]:
+        """Return who has dequeued here, the latest start first. Keys: the columns of the table, and job_ids, what it
+        holds now."""
+        columns = ("name", "token", "host", "pid", "queues", "started_at", "last_seen_at", "state", "completed", "failed")
+        held: dict[str, list[int]] = {}
+        for job_id, token in self._read("SELECT id, lease_token FROM jobs WHERE state = 'processing' ORDER BY id", {}):
+            held.setdefault(token[:16], []).append(job_id)
+        rows = self._read(f"SELECT {', '.join(columns)} FROM consumers ORDER BY id DESC", {})
+        found = [dict(zip(columns, row, strict=True)) for row in rows]
+        return [
+            {**each, "queues": each["queues"] and json.loads(each["queues"]), "job_ids": held.get(each["token"], [])}
+            for each in found
+        ]
+
+    # Operating; `by` is the operator to record, by default the user
+
+    def resubmit(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
+        """Make a finished job pending again, with all its attempts. Raises JobNotFound or InvalidTransition."""
+        self._operate("resubmit", "resubmitted", RESUBMIT, job_id, by, now)
+
+    def mark_failed(
+        self, job_id: int, error: str = "marked as failed", *, by: str | None = None, now: float | None = None
+    ) -> None:
+        """Set an unfinished job aside; a running delivery loses its lease. Raises as `resubmit` does."""
+        self._operate("mark as failed", "marked failed", MARK_FAILED, job_id, by, now, error=_error_text(error))
+
+    def cancel(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
+        """Withdraw an unfinished job; a running delivery loses its lease. Raises as `resubmit` does."""
+        self._operate("cancel", "cancelled", CANCEL, job_id, by, now)
+
+    def assign(self, job_id: int, consumer: str | None, *, by: str | None = None, now: float | None = None) -> None:
+        """Let only this consumer run an unfinished job, whatever queues it serves (None: any consumer).
+
+        A running delivery loses its lease, without counting as an attempt. Raises as `resubmit` does.
+        """
+        assigned_to = None if consumer is None else _name("consumer", consumer)
+        self._operate("assign", f"assigned to {consumer or 'any'}", ASSIGN, job_id, by, now, assigned_to=assigned_to)
+
+    def _operate(
+        self, verb: str, event: str, sql: str, job_id: int, by: str | None, now: float | None, **values: Any
+    ) -> None:
+        params = {"error": None, **values, "id": _id(job_id), "now": self._time(now)}
+        with self._write() as tx:
+            tx.change(RECORD, {**params, "event": event, "actor": by or getpass.getuser()})
+            if not tx.change(sql, params):
+                raise _refusal(tx, verb, job_id)
+            tx.ring = True
+
+    def pause(self, queue: str) -> None:
+        """Deliver nothing from this queue until `resume`. What runs goes on."""
+        self._set_queue(queue, "paused", 1)
+
+    def resume(self, queue: str) -> None:
+        """Deliver from this queue again."""
+        self._set_queue(queue, "paused", 0)
+
+    def limit(self, queue: str, max_pending: int | None) -> None:
+        """Refuse an enqueue while so many jobs of the queue are pending; scheduled and assigned ones do not count."""
+        self._set_queue(queue, "max_pending", None if max_pending is None else _at_least("max_pending", 1, max_pending))
+
+    def _set_queue(self, queue: str, column: str, value: int | None) -> None:
+        with self._write() as tx:
+            tx.change(SET_QUEUE.format(column=column), {"queue": _name("queue", queue), "value": value})
+            tx.ring = True
+
+    def delete_jobs(self, job_ids: Iterable[int] | None = None, *, force: bool = False) -> int:
+        """Delete these jobs (None: all), all or none, and return how many.
+
+        Raises InvalidTransition when one is processing, unless forced.
+        """
+        chosen = [{}] if job_ids is None else [{"id": _id(job_id)} for job_id in job_ids]
+        where = "1 = 1" if job_ids is None else "id = :id"
+        with self._write() as tx:
+            running = sum(len(tx.run(f"SELECT id FROM jobs WHERE state = 'processing' AND {where}", p)) for p in chosen)
+            if running and not force:
+                raise InvalidTransition(f"cannot delete jobs: {running} of them are processing")
+            for p in chosen:
+                tx.change(f"DELETE FROM history WHERE job_id IN (SELECT id FROM jobs WHERE {where})", p)
+            return sum(tx.change(f"DELETE FROM jobs WHERE {where}", p) for p in chosen)
+
+    def prune(self, older_than_seconds: float, *, states: Sequence[str] = FINISHED, now: float | None = None) -> int:
+        """Delete jobs that finished longer ago than this, in short transactions, and return how many."""
+        before = self._time(now) - _finite("older_than_seconds", older_than_seconds)
+        return sum(self._prune(_one_of(FINISHED, state), before) for state in states)
+
+    def _prune(self, state: str, before: float) -> int:
+        pruned = 0
+        while True:
+            with self._write(durable=False) as tx:
+                rows = tx.run(PRUNABLE, {"state": state, "before": before, "limit": PRUNE_BATCH})
+                for row in rows:
+                    tx.change("DELETE FROM history WHERE job_id = :id", {"id": row[0]})
+                    tx.change("DELETE FROM jobs WHERE id = :id", {"id": row[0]})
+            pruned += len(rows)
+            if len(rows) < PRUNE_BATCH:
+                return pruned
+
+    # Consumers
+
+    def wait(
+        self, timeout_seconds: float, *, consumer: str, queues: Sequence[str] | None = None, now: float | None = None
+    ) -> bool:
+        """Sleep until this consumer may find a job (True), or for the time given, at most a second (False)."""
+        me = self._registry.get(consumer) or self._register(consumer, queues)
+        params = _served(consumer, queues, 1)
+
+        def due_in() -> float:
+            at = self._read(_serving(NEXT_EVENT, queues), params)[0][0]
+            return math.inf if at is None else cast(float, at) - self._time(now)
+
+        return self._sleep(me, min(timeout_seconds, WAIT_SECONDS), due_in) or due_in() <= 0
+
+    def heartbeat(self, consumer: str, *, completed: int = 0, failed: int = 0, now: float | None = None) -> None:
+        """Note that this consumer is alive, and add to its counts."""
+        me = self._registry.get(consumer) or self._register(consumer, None)
+        params = {"token": me.token, "completed": completed, "failed": failed, "now": self._time(now)}
+        with self._write(durable=False) as tx:
+            tx.change(HEARTBEAT, params)
+
+    def _register(self, name: str, queues: Sequence[str] | None) -> Registration:
+        with self._registering:
+            if name in self._registry:
+                return self._registry[name]
+            served = None if queues is None else json.dumps([_name("queue", queue) for queue in queues])
+            me = Registration(_name("consumer", name), self._take_slot())
+            params = {"name": name, "token": me.token, "host": socket.gethostname(), "pid": os.getpid()}
+            params |= {"slot": me.slot and me.slot.number, "queues": served, "now": self._time(None)}
+            with self._write(durable=False) as tx:
+                tx.change(SUCCEED, params)
+                tx.change(REGISTER, params)
+            self._registry[name] = me
+            return me
+
+    def _look_for_dead(self) -> list[str] | None:
+        """Return the tokens of consumers that died, or None when it looked a moment ago."""
+        if time.monotonic() - self._looked_for_dead < DEAD_CHECK_SECONDS:
+            return None
+        self._looked_for_dead = time.monotonic()
+        mine = {me.token for me in self._registry.values()}
+        return [token for token, slot in self._read(RUNNING, {}) if token not in mine and not self._is_alive(slot)]
+
+    def _leave(self) -> None:
+        with self._write(durable=False) as tx:
+            for me in self._registry.values():
+                tx.change(LEAVE, {"token": me.token, "state": "stopped"})
+        for me in self._registry.values():
+            if me.slot:
+                me.slot.close()
+        self._registry.clear()
+
+
+def _complete(tx: Session, job: Job, result: str | None, now: float) -> int:
+    return tx.change(COMPLETE, {"id": job.id, "token": job.lease_token, "result": result, "now": now})
+
+
+def _claim(
+    tx: Session, me: Registration, limit: int, queues: Sequence[str] | None, lease_seconds: float, now: float
+) -> list[Job]:
+    params = _served(me.name, queues, limit)
+    params["now"] = now
+    params["lease_expires_at"] = now + _lease(lease_seconds)
+    params["token"] = f"{me.token}.{next(me.claims)}"
+    jobs = [_job(row) for row in tx.run(_serving(CLAIM, queues), params)]
+    if len(jobs) > 1:
+        jobs.sort(key=lambda job: (-job.priority, job.run_at, job.id))
+    return jobs
+
+
+def _recover(tx: Session, dead: list[str] | None, now: float) -> None:
+    """Promote what is due, and take back what expired or lost its consumer."""
+    params = {"now": now, "limit": RECOVERY_BATCH}
+    due, expired = tx.run(OVERDUE, params)[0]
+    if due:
+        tx.change(PROMOTE, params)
+        tx.ring = True
+    if expired:
+        for row in tx.run(EXPIRED, params):
+            _take_back(tx, _job(row), "expired", now)
+    if dead is not None:
+        for token in dead:
+            tx.change(LEAVE, {"token": token, "state": "dead"})
+        for row in tx.run(ORPHANED, params):
+            _take_back(tx, _job(row), "died", now)
+
+
+def _take_back(tx: Session, job: Job, event: str, now: float) -> None:
+    what = "died" if event == "died" else "let its lease run out"
+    params: Params = {"id": job.id, "token": job.lease_token, "now": now}
+    params["error"] = f"consumer {job.consumer} {what} in attempt {job.attempts} of {job.max_attempts}"
+    tx.change(RECORD, {**params, "event": event, "actor": job.consumer})
+    if not tx.change(TAKE_BACK, params):
+        consumers = [row[0] for row in tx.run(LOST_BY, params)][-job.attempts :]
+        params["error"] = f"set aside after {job.attempts} attempts; lost by {', '.join(consumers)}; {params['error']}"
+        tx.change(FAIL, params)
+    tx.ring = True
+
+
+def _lost(tx: Session, verb: str, job: Job) -> QueueError:
+    """Return the error for a verb whose lease token is not the current one, and doom the transaction around it."""
+    if job.lease_token is None:
+        return _refusal(tx, verb, job.id)
+    tx.lost = LeaseLost(f"cannot {verb} job {job.id}: the lease of {job.consumer} on it was lost")
+    return tx.lost
+
+
+def _refusal(tx: Session, verb: str, job_id: int) -> QueueError:
+    rows = tx.run("SELECT state, key FROM jobs WHERE id = :id", {"id": job_id})
+    if not rows:
+        return JobNotFound(f"cannot {verb} job {job_id}: no such job")
+    state, key = rows[0]
+    if verb == "resubmit" and state in FINISHED:
+        return InvalidTransition(f"cannot resubmit job {job_id}: another unfinished job has its key {key!r}")
+    return InvalidTransition(f"cannot {verb} job {job_id}: it is {state}")
+
+
+def _full(queue: str, max_pending: int) -> QueueFull:
+    return QueueFull(f"cannot enqueue: queue {queue!r} is at its limit of {max_pending} pending jobs")
+
+
+def _serving(sql: str, queues: Sequence[str] | None) -> str:
+    if queues is None:
+        return sql.format(served="")
+    return sql.format(served=f"AND q.name IN ({', '.join(f':queue{i}' for i in range(len(queues)))})")
+
+
+def _served(consumer: str, queues: Sequence[str] | None, limit: int) -> Params:
+    params: Params = {f"queue{i}": queue for i, queue in enumerate(queues or ())}
+    params["consumer"] = consumer
+    params["limit"] = limit
+    return params
+
+
+# Values in and out ####################################################################################################
+
+_encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
+def _encode(what: str, value: Any) -> str | None:
+    if value is None and what == "result":
+        return None
+    try:
+        text = _encode_json(value)
+        size = len(text.encode())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"expected a {what} that JSON can hold, got {_short(value)}: {error}") from None
+    if size > MAX_PAYLOAD_BYTES:
+        raise ValueError(f"expected a {what} of at most {MAX_PAYLOAD_BYTES} bytes of JSON, got {size}")
+    return text
+
+
+def _job(row: Sequence[Any]) -> Job:
+    fields = list(row)
+    fields[3] = json.loads(row[3])
+    if row[18] is not None:
+        fields[18] = json.loads(row[18])
+    return Job(*fields)
+
+
+def _new_job(
+    task: str | Task,
+    queue: str,
+    priority: int,
+    delay_seconds: float,
+    run_at: float | None,
+    max_attempts: int | None,
+    key: str | None,
+    assigned_to: str | None,
+    now: float,
+) -> Params:
+    entry = task if isinstance(task, Task) else TASKS.get(task)
+    if max_attempts is None:
+        max_attempts = entry.max_attempts if entry else DEFAULT_MAX_ATTEMPTS
+    due = now + _finite("delay_seconds", delay_seconds) if run_at is None else _finite("run_at", run_at)
+    return {
+        "task": _name("task", task.name if isinstance(task, Task) else task),
+        "queue": _name("queue", queue),
+        "state": "scheduled" if due > now else "pending",
+        "priority": _at_least("priority", -(2**31), priority),
+        "run_at": due,
+        "max_attempts": _at_least("max_attempts", 1, max_attempts),
+        "key": None if key is None else _name("key", key),
+        "assigned_to": None if assigned_to is None else _name("consumer", assigned_to),
+        "now": now,
+    }
+
+
+def _name(what: str, value: str) -> str:
+    if isinstance(value, str) and 0 < len(value) <= 255 and value.isprintable():
+        return value
+    raise ValueError(f"expected a {what} name of 1 to 255 printable characters, got {_short(value)}")
+
+
+def _at_least(what: str, least: int, value: int) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31:
+        return value
+    raise ValueError(f"expected {what} to be a whole number from {least} to {2**31 - 1}, got {_short(value)}")
+
+
+def _finite(what: str, value: float) -> float:
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return float(value)
+    raise ValueError(f"expected {what} to be a finite number of seconds, got {_short(value)}")
+
+
+def _lease(seconds: float) -> float:
+    if _finite("lease_seconds", seconds) > 0:
+        return seconds
+    raise ValueError(f"expected lease_seconds above 0, got {seconds!r}")
+
+
+def _id(job_id: int) -> int:
+    return _at_least("job id", 0, job_id)
+
+
+def _one_of(states: Sequence[str], state: str) -> str:
+    if state in states:
+        return state
+    raise ValueError(f"expected a state of {', '.join(states)}, got {_short(state)}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _error_text(error: str) -> str:
+    return str(error)[:MAX_ERROR_CHARS].encode("utf-8", "backslashreplace").decode()
+
+# SQLite: turnstile, doorbell, sessions ################################################################################
+
+
+class Turnstile:
+    """Lets writers through one at a time in the order they came, where SQLite's busy handler would starve some.
+
+    A writer takes the gate, takes the way, and gives the gate to the next. It is a courtesy: who waited for
+    `TURN_SECONDS`, behind a stopped process perhaps, goes on and leaves it to BEGIN IMMEDIATE.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._gate, self._way = (_open_private(folder / name) for name in ("gate", "way"))
+        self._thread = threading.Lock()
+        self._handover = threading.Lock()
+        self._asked, self._through = threading.Semaphore(0), threading.Semaphore(0)
+        self._porter: threading.Thread | None = None
+        self._in_line = self._wanted = False
+
+    def enter(self) -> bool:
+        """Return whether the way was taken; then `leave` must follow."""
+        if not self._thread.acquire(timeout=TURN_SECONDS):
+            return False
+        try:
+            if self._try() or self._stand_in_line():
+                return True
+        except BaseException:
+            self._thread.release()
+            raise
+        self._thread.release()
+        return False
+
+    def leave(self) -> None:
+        fcntl.flock(self._way, fcntl.LOCK_UN)
+        self._thread.release()
+
+    def close(self) -> None:
+        os.close(self._gate)
+        os.close(self._way)
+
+    def _try(self) -> bool:
+        if not _try_lock(self._gate):
+            return False
+        try:
+            return _try_lock(self._way)
+        finally:
+            fcntl.flock(self._gate, fcntl.LOCK_UN)
+
+    def _stand_in_line(self) -> bool:
+        """Wait with a bound, which flock has not: the porter, a thread, waits without one."""
+        with self._handover:
+            self._wanted = True
+            if not self._in_line:
+                self._in_line = True
+                self._asked.release()
+        if self._porter is None:
+            self._porter = threading.Thread(target=self._carry, name="pqueue-porter", daemon=True)
+            self._porter.start()
+        if self._through.acquire(timeout=TURN_SECONDS):
+            return True
+        with self._handover:
+            self._wanted = False
+            return self._through.acquire(blocking=False)
+
+    def _carry(self) -> None:
+        while True:
+            self._asked.acquire()
+            fcntl.flock(self._gate, fcntl.LOCK_EX)
+            fcntl.flock(self._way, fcntl.LOCK_EX)
+            fcntl.flock(self._gate, fcntl.LOCK_UN)
+            with self._handover:
+                self._in_line = False
+                if self._wanted:
+                    self._wanted = False
+                    self._through.release()
+                else:
+                    fcntl.flock(self._way, fcntl.LOCK_UN)
+
+
+class Slots:
+    """Numbered places for consumers: a lock held while its owner lives, a bell, and a byte set while it waits."""
+
+    COUNT = 4096
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        file = _open_private(folder / "waiting")
+        os.ftruncate(file, self.COUNT)
+        self.waiting = mmap.mmap(file, self.COUNT)
+        os.close(file)
+
+    def take(self) -> Slot:
+        for number in range(self.COUNT):
+            lock = _open_private(self._folder / f"{number}.lock")
+            if _try_lock(lock):
+                return Slot(number, lock, self._bell(number))
+            os.close(lock)
+        raise QueueError(f"cannot add a consumer: expected fewer than {self.COUNT} at a time")
+
+    def is_taken(self, number: int) -> bool:
+        lock = _open_private(self._folder / f"{number}.lock")
+        try:
+            return not _try_lock(lock)
+        finally:
+            os.close(lock)
+
+    def ring(self) -> None:
+        """Wake who waits. A bell whose owner is gone is left alone."""
+        number = self.waiting.find(b"\1")
+        while number >= 0:
+            self.waiting[number] = 0
+            with suppress(OSError):
+                bell = os.open(self._folder / f"{number}.bell", os.O_WRONLY | os.O_NONBLOCK)
+                try:
+                    os.write(bell, b"!")
+                finally:
+                    os.close(bell)
+            number = self.waiting.find(b"\1", number + 1)
+
+    def wait(self, slot: Slot, seconds: float, due_in: Callable[[], float]) -> bool:
+        self.waiting[slot.number] = 1
+        try:
+            rung = slot.poll(min(seconds, due_in()))
+        finally:
+            self.waiting[slot.number] = 0
+        return rung
+
+    def _bell(self, number: int) -> int:
+        path = self._folder / f"{number}.bell"
+        with suppress(FileExistsError):
+            os.mkfifo(path, 0o600)
+        return os.open(path, os.O_RDWR | os.O_NONBLOCK)
+
+
+class Slot:
+    """A consumer's place, as long as it lives."""
+
+    def __init__(self, number: int, lock: int, bell: int) -> None:
+        self.number = number
+        self._lock, self._bell = lock, bell
+        self._poll = select.poll()
+        self._poll.register(bell, select.POLLIN)
+
+    def poll(self, seconds: float) -> bool:
+        rung = bool(self._poll.poll(max(0, math.ceil(seconds * 1000))))
+        if rung:
+            os.read(self._bell, 65536)
+        return rung
+
+    def close(self) -> None:
+        os.close(self._lock)
+        os.close(self._bell)
+
+
+class SQLiteSession(Session):
+    """One thread's connection, entered through the turnstile."""
+
+    def __init__(self, queue: PersistentQSQLite) -> None:
+        self._queue = queue
+        self._depth = 0
+        self._has_turn = False
+        self._synchronous = ""
+        self.wanted = "FULL"
+        self.connection = queue._connect()
+
+    def run(self, sql: str, params: Params) -> list[Any]:
+        try:
+            return self.connection.execute(sql, params).fetchall()
+        except sqlite3.Error as error:
+            raise self._queue._error(error) from error
+
+    def change(self, sql: str, params: Params) -> int:
+        try:
+            return self.connection.execute(sql, params).rowcount
+        except sqlite3.Error as error:
+            raise self._queue._error(error) from error
+
+    def __enter__(self) -> SQLiteSession:
+        if self._depth == 0:
+            self._begin()
+        elif self.connection.in_transaction:
+            self.run("SAVEPOINT nested", {})
+        else:
+            raise QueueError("cannot go on in a transaction that has ended; leave its block")
+        self._depth += 1
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self._depth -= 1
+        if self._depth:
+            self._end_nested(error)
+        else:
+            self._end(error)
+
+    def _begin(self) -> None:
+        self.ring, self.lost = False, None
+        self._has_turn = self._queue._enter()
+        try:
+            if self._synchronous != self.wanted:
+                self.run(f"PRAGMA synchronous = {self.wanted}", {})
+                self._synchronous = self.wanted
+            self.run("BEGIN IMMEDIATE", {})
+        except BaseException:
+            self._leave()
+            raise
+
+    def _end(self, error: BaseException | None) -> None:
+        ended = not self.connection.in_transaction
+        try:
+            if error is None and self.lost is None and not ended:
+                self.run("COMMIT", {})
+        finally:
+            self._leave()
+        if error is None and self.lost is not None:
+            raise self.lost
+        if error is None and ended:
+            raise QueueError("cannot commit: the transaction was ended inside its block")
+        if error is None and self.ring:
+            self._queue._ring()
+
+    def _end_nested(self, error: BaseException | None) -> None:
+        if self.connection.in_transaction:
+            if error is not None:
+                self.run("ROLLBACK TO nested", {})
+            self.run("RELEASE nested", {})
+
+    def _leave(self) -> None:
+        with suppress(sqlite3.Error):
+            if self.connection.in_transaction:
+                self.connection.execute("ROLLBACK")
+        if self._has_turn:
+            self._has_turn = False
+            self._queue._exit()
+
+    def disown(self) -> None:
+        """In a forked child: leave the parent's connection alone, neither used nor closed."""
+        _inherited.append(self.connection)
+        self.connection = cast(sqlite3.Connection, Disowned())
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self.connection.close()
+
+
+class Disowned:
+    """Stands where a forked child would find its parent's connection."""
+
+    in_transaction = False
+
+    def execute(self, *_: Any) -> Any:
+        raise QueueError("cannot go on with a transaction that was begun before the fork")
+
+    def close(self) -> None:
+        """Close nothing: the parent's locks hang on it."""
+
+
+_inherited: list[Any] = []
+_queues: weakref.WeakSet[PersistentQSQLite] = weakref.WeakSet()
+_creating = threading.Lock()
+
+
+def _after_fork() -> None:
+    for queue in list(_queues):
+        queue._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class PersistentQSQLite(PersistentQInterface):
+    """The queue in an SQLite file, with its locks and bells in the folder FILE.d beside it.
+
+    durability: "full" syncs what must survive a power cut; "normal" survives any crash of a process.
+    create: make the file where there is none; else raise QueueError.
+    busy_seconds: how long to wait for another writer. Raises SchemaMismatch for a file that is not ours.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        durability: str = "full",
+        create: bool = True,
+        busy_seconds: float = BUSY_SECONDS,
+    ) -> None:
+        super().__init__()
+        if durability not in ("full", "normal"):
+            raise ValueError(f"expected a durability of full or normal, got {durability!r}")
+        self.path = Path(path).absolute()
+        self._durability, self._busy_seconds = durability, busy_seconds
+        self._sessions: weakref.WeakSet[SQLiteSession] = weakref.WeakSet()
+        self._local = threading.local()
+        self._turnstile: Turnstile | None = None
+        self._slots: Slots | None = None
+        self._open_file(create)
+        self._open_folder()
+        with closing(self._connect()) as connection:
+            self._prepare(connection)
+        _queues.add(self)
+
+    # Opening
+
+    def _open_file(self, create: bool) -> None:
+        if sqlite3.sqlite_version_info < MINIMUM_SQLITE:
+            raise QueueError(f"expected SQLite 3.35 or newer, got {sqlite3.sqlite_version}: use a newer Python")
+        if self.path.is_dir():
+            raise QueueError(f"cannot open {self.path}: expected a database file, got a folder")
+        if not create and not self.path.exists():
+            raise QueueError(f"no queue at {self.path}: a producer or a consumer creates it")
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            kind = file_system(self.path.parent)
+            if kind.startswith(NETWORK_FILE_SYSTEMS):
+                raise QueueError(f"cannot use {self.path}: SQLite's locks fail on {kind}; use a local disk")
+            with _creating, suppress(FileExistsError):
+                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        except OSError as error:
+            raise QueueError(f"cannot open {self.path}: {error.strerror}") from error
+
+    def _open_folder(self) -> None:
+        if fcntl is None:
+            return
+        folder = Path(f"{self.path}.d")
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            self._turnstile, self._slots = Turnstile(folder), Slots(folder)
+        except OSError as error:
+            raise QueueError(f"cannot open {folder}: {error.strerror}") from error
+
+    def _connect(self) -> sqlite3.Connection:
+        try:
+            connection = sqlite3.connect(
+                f"{self.path.as_uri()}?mode=rw",
+                uri=True,
+                timeout=self._busy_seconds,
+                isolation_level=None,
+                check_same_thread=False,
+            )
+            connection.execute("PRAGMA journal_size_limit = 67108864")
+            connection.execute("PRAGMA trusted_schema = OFF")
+        except sqlite3.Error as error:
+            raise self._error(error) from error
+        return connection
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        """Check whose file it is, and bring its schema up to date."""
+        has_turn = self._enter()
+        try:
+            version = self._version(connection)
+            if version < len(MIGRATIONS):
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("BEGIN IMMEDIATE")
+                for number in range(self._version(connection), len(MIGRATIONS)):
+                    for statement in MIGRATIONS[number]:
+                        connection.execute(statement.format(id="INTEGER PRIMARY KEY AUTOINCREMENT", float="REAL"))
+                    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                    connection.execute(f"PRAGMA user_version = {number + 1}")
+                connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise self._error(error) from error
+        finally:
+            if has_turn:
+                self._exit()
+
+    def _version(self, connection: sqlite3.Connection) -> int:
+        owner, version, tables = connection.execute(
+            "SELECT * FROM pragma_application_id, pragma_user_version, (SELECT count(*) FROM sqlite_master)"
+        ).fetchone()
+        if owner != APPLICATION_ID and (owner or version or tables):
+            raise SchemaMismatch(f"cannot use {self.path}: expected a queue, got another program's database")
+        if version > len(MIGRATIONS):
+            raise SchemaMismatch(
+                f"cannot use {self.path}: expected schema {len(MIGRATIONS)} or older, got {version}: "
+                "use the pqueue that wrote it, or a newer one"
+            )
+        return cast(int, version)
+
+    def _error(self, error: sqlite3.Error) -> QueueError:
+        text = str(error)
+        if "locked" in text or "busy" in text:
+            return QueueBusy(f"cannot write to {self.path}: another writer held it for {self._busy_seconds:g} s")
+        if "full" in text:
+            return QueueFull(f"cannot write to {self.path}: its disk is full")
+        if "not a database" in text:
+            return SchemaMismatch(f"cannot use {self.path}: expected an SQLite database, got another file")
+        if "readonly" in text or "unable to open" in text:
+            return QueueError(f"cannot write to {self.path}: no permission, or it is gone ({text})")
+        return QueueError(f"cannot use {self.path}: {text}")
+
+    # What the interface asks of a backend
+
+    def _session(self) -> SQLiteSession:
+        try:
+            return cast(SQLiteSession, self._local.session)
+        except AttributeError:
+            session = self._local.session = SQLiteSession(self)
+            self._sessions.add(session)
+            return session
+
+    def _write(self, *, durable: bool = True) -> SQLiteSession:
+        session = self._session()
+        session.wanted = "FULL" if durable and self._durability == "full" else "NORMAL"
+        return session
+
+    def _read(self, sql: str, params: Params) -> list[Any]:
+        return self._session().run(sql, params)
+
+    def _insert_many(self, tx: Session, rows: list[Params]) -> list[int]:
+        connection = cast(SQLiteSession, tx).connection
+        try:
+            connection.executemany(INSERT, rows)
+        except sqlite3.Error as error:
+            raise self._error(error) from error
+        last: int = tx.run("SELECT last_insert_rowid()", {})[0][0]
+        return list(range(last - len(rows) + 1, last + 1))
+
+    def _enter(self) -> bool:
+        return self._turnstile is not None and self._turnstile.enter()
+
+    def _exit(self) -> None:
+        if self._turnstile is not None:
+            self._turnstile.leave()
+
+    def _ring(self) -> None:
+        if self._slots is not None:
+            self._slots.ring()
+
+    def _take_slot(self) -> Slot | None:
+        return self._slots and self._slots.take()
+
+    def _is_alive(self, slot: int | None) -> bool:
+        return self._slots is None or slot is None or self._slots.is_taken(slot)
+
+    def _sleep(self, me: Registration, seconds: float, due_in: Callable[[], float]) -> bool:
+        if self._slots is not None:
+            return self._slots.wait(me.slot, seconds, due_in)
+        time.sleep(max(0.0, min(seconds, due_in(), POLL_SECONDS)))
+        return False
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._write() as tx:
+            yield cast(SQLiteSession, tx).connection
+
+    def backup(self, path: str | os.PathLike[str]) -> None:
+        target = Path(path).absolute()
+        try:
+            os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        except OSError as error:
+            raise QueueError(f"cannot back up to {target}: {error.strerror}") from error
+        try:
+            self._read("VACUUM INTO :target", {"target": str(target)})
+            with closing(sqlite3.connect(f"{target.as_uri()}?mode=ro", uri=True)) as copy:
+                if copy.execute("PRAGMA integrity_check").fetchone() != ("ok",):
+                    raise QueueError(f"cannot back up to {target}: the copy is damaged")
+        except BaseException:
+            target.unlink()
+            raise
+
+    def check(self) -> dict[str, Any]:
+        facts: dict[str, Any] = {"path": str(self.path), "sqlite": sqlite3.sqlite_version}
+        for pragma in ("journal_mode", "application_id", "user_version", "quick_check"):
+            facts[pragma] = self._read(f"PRAGMA {pragma}", {})[0][0]
+        facts["file_system"] = file_system(self.path.parent)
+        facts["durability"] = self._durability
+        wal = Path(f"{self.path}-wal")
+        facts["wal_bytes"] = wal.stat().st_size if wal.exists() else 0
+        expected = {"journal_mode": "wal", "user_version": len(MIGRATIONS), "quick_check": "ok"}
+        facts["problems"] = [
+            f"expected {name} {value}, got {facts[name]}" for name, value in expected.items() if facts[name] != value
+        ]
+        return facts
+
+    def close(self) -> None:
+        if self._registry:
+            self._leave()
+        for session in list(self._sessions):
+            session.connection.close()
+        self._sessions.clear()
+        self._local = threading.local()
+
+    def _after_fork(self) -> None:
+        """Reconnect in the child: SQLite's handles and the locks belong to the parent."""
+        for session in list(self._sessions):
+            session.disown()
+        for me in self._registry.values():
+            me.slot.close()
+        if self._turnstile is not None:
+            self._turnstile.close()
+        PersistentQInterface.__init__(self)
+        self._sessions, self._local = weakref.WeakSet(), threading.local()
+        self._open_folder()
+
+
+def _open_private(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _try_lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def file_system(folder: Path) -> str:
+    """Return the type of the file system that holds this folder, or "unknown" where /proc does not tell."""
+    try:
+        mounts = [line.split(" ") for line in Path("/proc/self/mounts").read_text().splitlines()]
+    except OSError:
+        return "unknown"
+    real = folder.resolve()
+    under = [(len(mount[1]), mount[2]) for mount in mounts if real.is_relative_to(_unescape(mount[1]))]
+    return max(under, default=(0, "unknown"))[1]
+
+
+def _unescape(mount_point: str) -> str:
+    return mount_point.encode().decode("unicode_escape")
+
+
+def open_queue(url: str | None = None, *, create: bool = True, durability: str | None = None) -> PersistentQInterface:
+    """Open the queue at a path, sqlite:///PATH or postgresql://…; None: $PQUEUE_URL, else var/queue.db.
+
+    The durability is by default $PQUEUE_DURABILITY, else "full". Without `create`, raise QueueError where none is.
+    """
+    url = url or os.environ.get("PQUEUE_URL") or DEFAULT_URL
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme == "sqlite":
+        path = rest.removeprefix("/") if separator else url
+        durability = durability or os.environ.get("PQUEUE_DURABILITY") or "full"
+        return PersistentQSQLite(path, create=create, durability=durability)
+    raise ValueError(f"expected a path or sqlite:///PATH, got {scheme}://…")
