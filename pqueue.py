@@ -313,12 +313,12 @@ WITH_KEY = f"SELECT id FROM jobs WHERE queue = :queue AND key = :key AND state I
 ADD_QUEUE = "INSERT INTO queues (name) VALUES (:queue) ON CONFLICT DO NOTHING"
 
 # {served} limits q to the queues a consumer serves. The best :limit of each queue, then the best :limit of those:
-# paused queues, other queues and jobs assigned elsewhere are never stepped over one by one.
+# paused queues, other queues and jobs assigned elsewhere are never stepped over one by one. SQLite's CROSS JOIN keeps
+# q the outer loop.
 CANDIDATES = f"""
-SELECT jobs.id, priority, run_at FROM queues q JOIN jobs ON jobs.id IN
+SELECT jobs.id, priority, run_at FROM queues q CROSS JOIN jobs WHERE q.paused = 0 {{served}} AND jobs.id IN
     (SELECT id FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL
      ORDER BY {ORDER} LIMIT :limit)
-WHERE q.paused = 0 {{served}}
 UNION ALL
 SELECT * FROM (SELECT id, priority, run_at FROM jobs WHERE state = 'pending' AND assigned_to = :consumer
                AND queue NOT IN (SELECT name FROM queues WHERE paused = 1) ORDER BY {ORDER} LIMIT :limit) mine"""
@@ -396,7 +396,10 @@ WHERE token = :token"""
 SET_QUEUE = """
 INSERT INTO queues (name, {column}) VALUES (:queue, :value) ON CONFLICT (name) DO UPDATE SET {column} = :value"""
 
-PRUNABLE = "SELECT id FROM jobs WHERE state = :state AND finished_at < :before ORDER BY finished_at LIMIT :limit"
+# Never the newest: SQLite would give its id to another job.
+PRUNABLE = """
+SELECT id FROM jobs WHERE state = :state AND finished_at < :before AND id < (SELECT max(id) FROM jobs)
+ORDER BY finished_at LIMIT :limit"""
 
 
 # The contract, and the verbs over it ##################################################################################
@@ -1377,7 +1380,7 @@ class PersistentQSQLite(PersistentQInterface):
                 connection.execute("BEGIN IMMEDIATE")
                 for number in range(self._version(connection), len(MIGRATIONS)):
                     for statement in MIGRATIONS[number]:
-                        connection.execute(statement.format(id="INTEGER PRIMARY KEY AUTOINCREMENT", float="REAL"))
+                        connection.execute(statement.format(id="INTEGER PRIMARY KEY", float="REAL"))
                     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                     connection.execute(f"PRAGMA user_version = {number + 1}")
                 connection.execute("COMMIT")
