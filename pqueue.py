@@ -199,6 +199,23 @@ def task(
     return register
 
 
+_current = threading.local()
+
+
+def current_queue() -> PersistentQInterface:
+    """Return, in a task, the queue that its job came from: for `update`, `transaction` and follow-up jobs."""
+    return cast(PersistentQInterface, _current.queue)
+
+
+def run_task(queue: PersistentQInterface, job: Job) -> Any:
+    """Run the job's task and return its result. Raises what it raises, or LookupError for an unknown task."""
+    if job.task not in TASKS:
+        known = ", ".join(sorted(TASKS)) or "none"
+        raise LookupError(f"unknown task {job.task!r}; this consumer knows {known}: give it --import MODULE")
+    _current.queue = queue
+    return TASKS[job.task](job)
+
+
 def backoff_seconds(attempts: int, base_seconds: float = 5.0, cap_seconds: float = 3600.0) -> float:
     """Return how long to wait after this many attempts: base, 2 x base, 4 x base … up to the cap, half of it random.
 
@@ -235,7 +252,7 @@ CREATE TABLE jobs (
     started_at       {float},        -- of the last delivery, Unix seconds; NULL: never delivered
     finished_at      {float},        -- Unix seconds; NULL until completed, failed or cancelled
     progress         {float},        -- 0 to 1, as the task told; NULL: it told nothing
-    result           TEXT,           -- JSON; NULL: none
+    result           TEXT,           -- JSON; until completed what `update` stored, a later attempt may go on from it; NULL: none
     error            TEXT,           -- of the last attempt that failed; NULL: none did
     CHECK ((state = 'processing') = (lease_token IS NOT NULL)),
     CHECK ((state = 'processing') = (lease_expires_at IS NOT NULL)),
@@ -364,7 +381,7 @@ UPDATE jobs SET progress = coalesce(:progress, progress), result = coalesce(:res
 
 RESUBMIT = f"""
 UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL,
-    result = NULL, error = NULL WHERE id = :id AND state IN {FINISHED}
+    error = NULL WHERE id = :id AND state IN {FINISHED}
     AND NOT EXISTS (SELECT 1 FROM jobs o WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN {UNFINISHED})"""
 MARK_FAILED = f"""
 UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, {NO_LEASE}
@@ -480,6 +497,11 @@ class PersistentQInterface(ABC):
         A ring after `due_in` was asked must not be missed.
         """
 
+    @property
+    @abstractmethod
+    def in_transaction(self) -> bool:
+        """Whether this thread is inside a transaction, where a signal handler had better not raise."""
+
     @abstractmethod
     def transaction(self) -> AbstractContextManager[Any]:
         """Open a transaction that every call on this queue in this thread joins; yield its connection.
@@ -526,7 +548,7 @@ class PersistentQInterface(ABC):
         Raises QueueFull when the queue holds `max_pending` pending jobs.
         """
         row = _new_job(task, queue, priority, delay_seconds, run_at, max_attempts, key, assigned_to, self._time(now))
-        row["payload"] = _encode("payload", payload)
+        row["payload"] = encode_json("payload", payload)
         with self._write() as tx:
             rows = tx.run(ENQUEUE, row)
             if not rows and tx.change(ADD_QUEUE, row):
@@ -553,7 +575,7 @@ class PersistentQInterface(ABC):
     ) -> list[int]:
         """Store one job per payload, all or none, and return their ids in order. Raises QueueFull."""
         row = _new_job(task, queue, priority, delay_seconds, run_at, max_attempts, None, assigned_to, self._time(now))
-        rows = [{**row, "payload": _encode("payload", payload)} for payload in payloads]
+        rows = [{**row, "payload": encode_json("payload", payload)} for payload in payloads]
         with self._write() as tx:
             tx.change(ADD_QUEUE, row)
             room, max_pending = tx.run(ROOM, row)[0]
@@ -587,19 +609,19 @@ class PersistentQInterface(ABC):
 
         Returns the jobs taken, and those of `finished` that were not completed because their lease was lost.
         """
-        settled = [(job, _encode("result", result)) for job, result in finished]
+        settled = [(job, encode_json("result", result)) for job, result in finished]
         me = self._registry.get(consumer) or self._register(consumer, queues)
         dead = self._look_for_dead()
         with self._write(durable=bool(settled)) as tx:
             now = self._time(now)
             lost = [job for job, result in settled if not _complete(tx, job, result, now)]
             _recover(tx, dead, now)
-            jobs = _claim(tx, me, limit, queues, lease_seconds, now)
+            jobs = _claim(tx, me, limit, queues, lease_seconds, now) if limit else []
         return jobs, lost
 
     def complete(self, job: Job, result: Any = None, *, now: float | None = None) -> None:
         """Finish the job with a JSON result. Raises LeaseLost."""
-        encoded = _encode("result", result)
+        encoded = encode_json("result", result)
         with self._write() as tx:
             if not _complete(tx, job, encoded, self._time(now)):
                 raise _lost(tx, "complete", job)
@@ -636,7 +658,7 @@ class PersistentQInterface(ABC):
         """Store progress (0 to 1) or a partial result while the job runs. Raises LeaseLost."""
         if progress is not None and not 0 <= progress <= 1:
             raise ValueError(f"expected progress between 0 and 1, got {progress!r}")
-        self._settle("update", UPDATE, job, {"progress": progress, "result": _encode("result", result)})
+        self._settle("update", UPDATE, job, {"progress": progress, "result": encode_json("result", result)})
 
     def _settle(self, verb: str, sql: str, job: Job, params: Params, event: str | None = None) -> None:
         """Run a transition that needs the job's lease; record it where it ends an attempt without completing."""
@@ -935,7 +957,8 @@ def _served(consumer: str, queues: Sequence[str] | None, limit: int) -> Params:
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
-def _encode(what: str, value: Any) -> str | None:
+def encode_json(what: str, value: Any) -> str | None:
+    """Return the JSON text that is stored; None for a result of None. Raises ValueError, naming what it is."""
     if value is None and what == "result":
         return None
     try:
@@ -1066,10 +1089,10 @@ class Turnstile:
         os.close(self._way)
 
     def _try(self) -> bool:
-        if not _try_lock(self._gate):
+        if not try_lock(self._gate):
             return False
         try:
-            return _try_lock(self._way)
+            return try_lock(self._way)
         finally:
             fcntl.flock(self._gate, fcntl.LOCK_UN)
 
@@ -1119,7 +1142,7 @@ class Slots:
     def take(self) -> Slot:
         for number in range(self.COUNT):
             lock = _open_private(self._folder / f"{number}.lock")
-            if _try_lock(lock):
+            if try_lock(lock):
                 return Slot(number, lock, self._bell(number))
             os.close(lock)
         raise QueueError(f"cannot add a consumer: expected fewer than {self.COUNT} at a time")
@@ -1127,7 +1150,7 @@ class Slots:
     def is_taken(self, number: int) -> bool:
         lock = _open_private(self._folder / f"{number}.lock")
         try:
-            return not _try_lock(lock)
+            return not try_lock(lock)
         finally:
             os.close(lock)
 
@@ -1186,6 +1209,7 @@ class SQLiteSession(Session):
         self._queue = queue
         self._depth = 0
         self._has_turn = False
+        self.busy = False
         self._synchronous = ""
         self.wanted = "FULL"
         self.connection = queue._connect()
@@ -1220,7 +1244,7 @@ class SQLiteSession(Session):
             self._end(error)
 
     def _begin(self) -> None:
-        self.ring, self.lost = False, None
+        self.busy, self.ring, self.lost = True, False, None
         self._has_turn = self._queue._enter()
         try:
             if self._synchronous != self.wanted:
@@ -1258,6 +1282,7 @@ class SQLiteSession(Session):
         if self._has_turn:
             self._has_turn = False
             self._queue._exit()
+        self.busy = False
 
     def disown(self) -> None:
         """In a forked child: leave the parent's connection alone, neither used nor closed."""
@@ -1465,6 +1490,10 @@ class PersistentQSQLite(PersistentQInterface):
         time.sleep(max(0.0, min(seconds, due_in(), POLL_SECONDS)))
         return False
 
+    @property
+    def in_transaction(self) -> bool:
+        return self._session().busy
+
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         with self._write() as tx:
@@ -1524,7 +1553,7 @@ def _open_private(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
-def _try_lock(file: int) -> bool:
+def try_lock(file: int) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

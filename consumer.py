@@ -1,0 +1,544 @@
+"""The worker program: take jobs, run their tasks, settle them, until told to stop.
+
+    python consumer.py                       # all queues, the built-in task prepend_timestamp
+    python consumer.py --import my_tasks --queue mail --queue default
+
+The first TERM or INT finishes the jobs in hand and exits; the second gives them back and exits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import os
+import signal
+import socket
+import stat
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import pqueue
+from pqueue import DoNotRetry, Job, LeaseLost, PersistentQInterface, QueueBusy, QueueError, QueueFull, task
+
+HOLD_SECONDS = 0.03  # the work a consumer takes at a time: one slow job, or as many quick ones as fit
+MAX_BATCH = 256
+TICK_SECONDS = 0.05  # how often the watch looks at a running job
+HEARTBEAT_SECONDS = 10.0
+GRACE_SECONDS = 5.0  # what an interrupted task gets before the process ends in its stead
+PATIENCE_SECONDS = (0.1, 5.0)  # first and longest pause while the database is locked or full
+
+Result = TypeVar("Result")
+
+
+def log(event: str, **fields: Any) -> None:
+    """Write one line: time in UTC, event, key=value; a value with a space or a quote is quoted."""
+    print(_line(_utc_now(), event, fields), flush=True)
+
+
+def _line(at: str, event: str, fields: dict[str, Any]) -> str:
+    return " ".join([at, event, *(f"{key}={_quoted(value)}" for key, value in fields.items())])
+
+
+def _quoted(value: Any) -> str:
+    text = str(value)
+    plain = text and text.isprintable() and not any(mark in text for mark in ' "=')
+    return text if plain else '"' + text.encode("unicode_escape").decode().replace('"', '\\"') + '"'
+
+
+def _utc_now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+# The built-in task ####################################################################################################
+
+files_directory = Path(os.environ.get("PQUEUE_FILES", "var/files"))
+
+
+@task()
+def prepend_timestamp(job: Job) -> dict[str, Any]:
+    """Put one ISO 8601 UTC timestamp in front of every line of the file that the payload names.
+
+    The timestamp and the digest of the file as it was are stored before it is replaced, so another delivery of the
+    job finds out whether that happened, and never stamps it twice.
+    """
+    name = _file_name(job.payload)
+    with _open_directory() as folder, _open_file(name, folder) as source:
+        digest = _sha256(source)
+        plan = job.result if isinstance(job.result, dict) else {}
+        if not plan:
+            plan = {"file": name, "timestamp": _utc_now(), "sha256": digest}
+            pqueue.current_queue().update(job, result=plan)
+        prefix = f"{plan['timestamp']} ".encode()
+        if digest == plan["sha256"]:
+            _replace(name, folder, source, prefix, str(job.lease_token))
+        elif not all(line.startswith(prefix) for line in source):
+            raise DoNotRetry(f"{name} changed since its timestamp was chosen; it was left as it is")
+    return plan
+
+
+def _file_name(payload: Any) -> str:
+    file = payload.get("file") if isinstance(payload, dict) else None
+    if not isinstance(file, str) or not file or "\0" in file:
+        raise DoNotRetry(f'expected a payload {{"file": NAME}}, got {payload!r:.100}')
+    path = Path(os.path.normpath(files_directory.absolute() / file))
+    if path.parent != Path(os.path.normpath(files_directory.absolute())):
+        raise DoNotRetry(f"expected a file directly in {files_directory}, got {file!r:.100}")
+    return path.name
+
+
+@contextmanager
+def _open_directory() -> Iterator[int]:
+    folder = os.open(files_directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def _open_file(name: str, folder: int) -> BinaryIO:
+    try:
+        file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no file {name} in {files_directory}") from None
+    except OSError as error:
+        raise DoNotRetry(f"cannot open {name}, perhaps a symbolic link: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise DoNotRetry(f"expected {name} to be a regular file")
+    return os.fdopen(file, "rb")
+
+
+def _sha256(source: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while chunk := source.read(1 << 20):
+        digest.update(chunk)
+    source.seek(0)
+    return digest.hexdigest()
+
+
+def _replace(name: str, folder: int, source: BinaryIO, prefix: bytes, token: str) -> None:
+    """Write the stamped copy beside the file and rename it over, so that a reader sees the old or the new one."""
+    for stale in os.listdir(folder):
+        if stale.startswith(f".{name}.") and stale.endswith(".stamped"):
+            os.unlink(stale, dir_fd=folder)
+    copy = f".{name}.{token}.stamped"
+    with os.fdopen(os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder), "wb") as target:
+        at_line_start = True
+        while part := source.readline(1 << 16):
+            target.write(prefix + part if at_line_start else part)
+            at_line_start = part.endswith(b"\n")
+        target.flush()
+        os.fsync(target.fileno())
+    os.rename(copy, name, src_dir_fd=folder, dst_dir_fd=folder)
+    os.fsync(folder)
+
+
+# The consumer #########################################################################################################
+
+
+class Interrupt(BaseException):
+    """Raised in a running task from outside: its time is over, its lease is lost, or the consumer must stop now."""
+
+
+class Consumer:
+    """Runs jobs in the main thread; a second thread, the watch, keeps leases and interrupts what must not go on."""
+
+    def __init__(
+        self,
+        queue: PersistentQInterface,
+        name: str,
+        *,
+        queues: list[str] | None = None,
+        lease_seconds: float = pqueue.LEASE_SECONDS,
+        drain: bool = False,
+        max_jobs: int | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self.queue, self.name = queue, name
+        self.options: dict[str, Any] = {"queues": queues, "lease_seconds": lease_seconds}
+        self.lease_seconds, self.drain, self.max_jobs, self.quiet = lease_seconds, drain, max_jobs, quiet
+        self.taken = self.completed = self.failed = 0
+        self.signals = 0  # TERM and INT received
+        self._lock = threading.Lock()  # over what the two threads share, which follows
+        self._waiting: deque[Job] = deque()
+        self._finished: list[tuple[Job, Any]] = []
+        self._current: Job | None = None
+        self._started = self._extended = 0.0  # monotonic seconds
+        self._interrupt: str | None = None  # why the current task must not go on
+        self._can_wake = False  # asleep for want of jobs: a signal may raise
+        self._run_seconds = HOLD_SECONDS  # of one job, as measured; begins with one job at a time
+        self._busy, self._over = threading.Event(), threading.Event()
+        self._beaten = [0, 0]
+
+    def run(self) -> None:
+        """Take, run and settle until told to stop, or drained, or `max_jobs` were taken."""
+        watch = threading.Thread(target=self._watch, name="watch", daemon=True)
+        watch.start()
+        try:
+            while self._settle_and_take():
+                while job := self._next():
+                    self._run_one(job)
+        finally:
+            self._give_back()
+            self._over.set()
+            self._busy.set()
+            watch.join()
+            self._beat()
+
+    def stop(self, *_: Any) -> None:
+        """Handle TERM and INT: the first finishes what is in hand, the second does not."""
+        self.signals += 1
+        if self.signals == 2:
+            self._interrupt = "the consumer was told to stop at once"
+        if self._can_wake:
+            self._can_wake = False
+            raise InterruptedError
+
+    # Taking
+
+    def _settle_and_take(self) -> bool:
+        """Complete what is finished and take the next batch in one commit; return False when there is to be none."""
+        while True:
+            finished, limit = self._take_finished(), self._limit()
+            jobs = self._patiently(finished, lambda f=finished, n=limit: self._exchange(f, n))  # type: ignore[misc]
+            if jobs:
+                with self._lock:
+                    self._waiting.extend(jobs)
+                self.taken += len(jobs)
+                self._busy.set()
+                return True
+            self._busy.clear()
+            if limit == 0 or jobs is None or (self.drain and not jobs):
+                return False
+            self._sleep()
+
+    def _limit(self) -> int:
+        if self.signals:
+            return 0
+        fit = int(HOLD_SECONDS / max(self._run_seconds, HOLD_SECONDS / MAX_BATCH))
+        return min(max(1, fit), MAX_BATCH if self.max_jobs is None else self.max_jobs - self.taken)
+
+    def _exchange(self, finished: list[tuple[Job, Any]], limit: int) -> list[Job]:
+        if not finished and not limit:
+            return []
+        jobs, lost = self.queue.complete_and_dequeue(finished, self.name, limit, **self.options)
+        self._tell_settled([job for job, _ in finished], lost)
+        return jobs
+
+    def _patiently(self, held: list[tuple[Job, Any]], call: Callable[[], Result]) -> Result | None:
+        """Repeat a call while the database is locked or full; give up when told to stop, or the lease is over."""
+        pause, longest = PATIENCE_SECONDS
+        until = time.monotonic() + self.lease_seconds if held or self.signals else None
+        while True:
+            try:
+                return call()
+            except (QueueBusy, QueueFull) as error:
+                log("waiting", consumer=self.name, reason=error)
+                if (until and time.monotonic() > until) or (self.signals and not held) or self.signals > 1:
+                    for job, _ in held:
+                        log("left to its lease", consumer=self.name, job=job.id)
+                    return None
+                time.sleep(pause)
+                pause = min(longest, pause * 2)
+
+    def _sleep(self) -> None:
+        with suppress(InterruptedError):
+            self._can_wake = True
+            if not self.signals:
+                self.queue.wait(pqueue.WAIT_SECONDS, consumer=self.name, queues=self.options["queues"])
+        self._can_wake = False
+
+    # Running
+
+    def _next(self) -> Job | None:
+        with self._lock:
+            if not self._waiting or self.signals > 1:
+                return None
+            self._started = self._extended = time.monotonic()
+            self._current = self._waiting.popleft()
+            return self._current
+
+    def _run_one(self, job: Job) -> None:
+        try:
+            try:
+                result = pqueue.run_task(self.queue, job)
+                pqueue.encode_json("result", result)
+            finally:
+                took = self._end_current()
+        except Interrupt as error:
+            self._interrupted(job, str(error))
+        except LeaseLost as error:
+            log("lost", consumer=self.name, job=job.id, reason=error)
+        except DoNotRetry as error:
+            self._fail(job, error, retry=False)
+        except BaseException as error:
+            self._fail(job, error, retry=True)
+        else:
+            self._run_seconds = max(took, 0.8 * self._run_seconds + 0.2 * took)
+            with self._lock:
+                self._finished.append((job, result))
+
+    def _end_current(self) -> float:
+        with self._lock:
+            self._current = None
+            if self.signals < 2:
+                self._interrupt = None
+            return time.monotonic() - self._started
+
+    def _interrupted(self, job: Job, reason: str) -> None:
+        if self.signals > 1:
+            self._release(job)
+        elif "lease" in reason:
+            log("lost", consumer=self.name, job=job.id, reason=reason)
+        else:
+            self._fail(job, TimeoutError(reason), retry=True)
+
+    def _fail(self, job: Job, error: BaseException, *, retry: bool) -> None:
+        entry = pqueue.TASKS.get(job.task)
+        delay = pqueue.backoff_seconds(job.attempts, entry.backoff_base_seconds) if entry else None
+        summary = f"{type(error).__name__}: {error}"
+        text = "\n".join([summary, *traceback.format_tb(error.__traceback__)])
+        try:
+            state = self._patiently(
+                [(job, None)], lambda: self.queue.fail(job, text, retry=retry, retry_in_seconds=delay)
+            )
+        except LeaseLost as lost:
+            log("lost", consumer=self.name, job=job.id, reason=lost)
+        else:
+            self.failed += state is not None
+            log("failed", consumer=self.name, job=job.id, task=job.task, attempt=job.attempts, now=state, error=summary)
+
+    # Settling
+
+    def _take_finished(self) -> list[tuple[Job, Any]]:
+        with self._lock:
+            finished, self._finished = self._finished, []
+            return finished
+
+    def _tell_settled(self, jobs: list[Job], lost: list[Job]) -> None:
+        self.completed += len(jobs) - len(lost)
+        at, gone = _utc_now(), {job.id for job in lost}
+        lines = [] if self.quiet else [self._settled_line(at, job) for job in jobs if job.id not in gone]
+        lines += [_line(at, "lost", {"consumer": self.name, "job": job.id, "reason": "its lease"}) for job in lost]
+        if lines:
+            print("\n".join(lines), flush=True)
+
+    def _settled_line(self, at: str, job: Job) -> str:
+        return f"{at} completed consumer={_quoted(self.name)} job={job.id} task={_quoted(job.task)} attempt={job.attempts}"
+
+    def _give_back(self) -> None:
+        """On the way out: complete what is finished, release what has not begun."""
+        finished = self._take_finished()
+        with suppress(QueueError):
+            self._patiently(finished, lambda: self._exchange(finished, 0))
+        while self._waiting:
+            self._release(self._waiting.popleft())
+
+    def _release(self, job: Job) -> None:
+        with suppress(QueueError):
+            self.queue.release(job)
+            log("released", consumer=self.name, job=job.id)
+
+    # The watch: a thread of its own, so that a busy task cannot starve it
+
+    def _watch(self) -> None:
+        beat_at = time.monotonic() + HEARTBEAT_SECONDS
+        while not self._over.is_set():
+            self._busy.wait(max(0.0, beat_at - time.monotonic()))
+            if time.monotonic() >= beat_at:
+                beat_at += HEARTBEAT_SECONDS
+                self._beat()
+            if self._busy.is_set():
+                self._look()
+                self._over.wait(TICK_SECONDS)
+
+    def _look(self) -> None:
+        """See to the running job: nothing waits behind a slow one, its lease goes on, its time is bounded."""
+        with self._lock:
+            job, ran = self._current, time.monotonic() - self._started
+            if job is None or ran < TICK_SECONDS:
+                return
+            finished, self._finished = self._finished, []
+            waiting, self._waiting = self._waiting, deque()
+            due = time.monotonic() - self._extended > self.lease_seconds / 3
+        for other in waiting:
+            self._release(other)
+        if finished:
+            self._patiently(finished, lambda: self._exchange(finished, 0))
+        if due:
+            self._extend(job)
+        self._bound(job, ran)
+
+    def _extend(self, job: Job) -> None:
+        self._extended = time.monotonic()
+        try:
+            self.queue.extend(job, self.lease_seconds)
+        except LeaseLost as error:
+            self._set_interrupt(job, str(error))
+        except QueueError as error:
+            self._extended -= self.lease_seconds / 6  # again soon
+            log("waiting", consumer=self.name, job=job.id, reason=error)
+
+    def _bound(self, job: Job, ran: float) -> None:
+        entry = pqueue.TASKS.get(job.task)
+        timeout = entry.timeout_seconds if entry else None
+        if timeout is not None and ran > timeout:
+            self._set_interrupt(job, f"timed out after {timeout:g} s")
+        if self._interrupt and self._current is job:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+        if timeout is not None and ran > timeout + GRACE_SECONDS and self._current is job:
+            self._fail(job, TimeoutError(f"timed out after {timeout:g} s and could not be interrupted"), retry=True)
+            os._exit(1)
+
+    def _set_interrupt(self, job: Job, reason: str) -> None:
+        with self._lock:
+            if self._current is job and self._interrupt is None:
+                self._interrupt = reason
+
+    def interrupt(self, *_: Any) -> None:
+        """Handle ALRM, which the watch repeats until the task has ended: never inside a transaction of the queue."""
+        if self._current is not None and self._interrupt and not self.queue.in_transaction:
+            raise Interrupt(self._interrupt)
+
+    def _beat(self) -> None:
+        counts = [self.completed, self.failed]
+        with suppress(QueueError):
+            self.queue.heartbeat(
+                self.name, completed=counts[0] - self._beaten[0], failed=counts[1] - self._beaten[1]
+            )
+            self._beaten = counts
+
+
+# The program ##########################################################################################################
+
+
+class Progress:
+    """A bar on the terminal while a queue is drained."""
+
+    def __init__(self, consumer: Consumer, total: int) -> None:
+        self._consumer, self._total, self._began = consumer, total, time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._draw, name="progress", daemon=True)
+
+    def __enter__(self) -> Progress:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _draw(self) -> None:
+        while not self._over.wait(0.2):
+            self._print()
+        self._print()
+        print(file=sys.stderr)
+
+    def _print(self) -> None:
+        done, failed = self._consumer.completed, self._consumer.failed
+        share = min(1.0, (done + failed) / self._total) if self._total else 1.0
+        rate = (done + failed) / max(time.monotonic() - self._began, 1e-9)
+        bar = "█" * round(share * 30)
+        text = f"\r{bar:░<30} {share:4.0%}  {done} completed, {failed} failed  {rate:,.0f}/s "
+        print(text, end="", file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        _import(options.modules)
+        queue = pqueue.open_queue()
+    except (QueueError, ValueError) as error:
+        print(f"consumer.py: {error}", file=sys.stderr)
+        return 1
+    global files_directory
+    files_directory = options.directory
+    with _closing(queue):
+        return _consume(queue, options)
+
+
+def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
+    bar = options.drain and sys.stderr.isatty()
+    consumer = Consumer(
+        queue,
+        options.name,
+        queues=options.queues,
+        lease_seconds=options.lease_seconds,
+        drain=options.drain,
+        max_jobs=options.max_jobs,
+        quiet=bar and sys.stdout.isatty(),
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, consumer.stop)
+    signal.signal(signal.SIGALRM, consumer.interrupt)
+    log("started", consumer=options.name, pid=os.getpid(), queues=",".join(options.queues or ["all"]))
+    try:
+        if bar:
+            with Progress(consumer, queue.stats()["states"]["pending"]):
+                consumer.run()
+        else:
+            consumer.run()
+    except (QueueError, ValueError) as error:
+        print(f"consumer.py: {error}", file=sys.stderr)
+        return 1
+    log("stopped", consumer=options.name, completed=consumer.completed, failed=consumer.failed)
+    return 0
+
+
+@contextmanager
+def _closing(queue: PersistentQInterface) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with suppress(QueueError):
+            queue.close()
+
+
+def _import(modules: list[str]) -> None:
+    sys.path.insert(0, os.getcwd())
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"cannot import {module!r}: {error}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    default = os.environ.get("SUPERVISOR_PROCESS_NAME") or f"{socket.gethostname()}-{os.getpid()}"
+    add("--name", default=default, help="readable name of this consumer (default: Supervisor's, or HOST-PID)")
+    add("--queue", dest="queues", action="append", metavar="QUEUE", help="serve this queue; repeatable (default: all)")
+    add("--import", dest="modules", action="append", default=[], metavar="MODULE", help="a module with tasks of yours")
+    add("--directory", type=Path, default=files_directory, help="where job files are (default: %(default)s)")
+    add("--drain", action="store_true", help="stop when nothing is pending")
+    add("--max-jobs", type=positive, metavar="N", help="stop after N jobs")
+    add("--lease-seconds", type=_seconds, default=pqueue.LEASE_SECONDS, metavar="S", help="(default: %(default)g)")
+    return parser
+
+
+def positive(text: str) -> int:
+    if text.isascii() and text.isdigit() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+
+
+def _seconds(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+
+
+if __name__ == "__main__":
+    sys.modules["consumer"] = sys.modules[__name__]  # for modules of tasks that import it
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Write a random file every 5 seconds and enqueue it as a job.
+
+    python producer.py                       # until TERM or INT
+    python producer.py --count 5 --interval 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import secrets
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import consumer
+import pqueue
+from consumer import log
+from pqueue import PersistentQInterface, QueueBusy, QueueError, QueueFull
+
+WORDS = "amber birch cedar delta ember fjord grove haven inlet jetty knoll lagoon mesa north oasis prairie".split()
+
+
+class Producer:
+    """Writes job files durably and enqueues each of them once, whenever it is killed.
+
+    A file is first written as .NAME.new, then linked to NAME, then enqueued with its name as the key, and only then
+    .NAME.new goes. Whatever of these steps is missing, the next producer to start makes up for.
+    """
+
+    def __init__(self, queue: PersistentQInterface, directory: Path) -> None:
+        self.queue, self.directory = queue, directory
+        self.stopped = threading.Event()
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def stop(self, *_: object) -> None:
+        self.stopped.set()
+
+    def run(self, interval_seconds: float, count: int | None) -> None:
+        """Produce until stopped, or `count` jobs."""
+        self.recover()
+        produced = 0
+        while not self.stopped.is_set() and (count is None or produced < count):
+            if self.produce() is None:
+                return
+            produced += 1
+            if produced != count:
+                self.stopped.wait(interval_seconds)
+
+    def produce(self) -> int | None:
+        """Write and enqueue one file; return the job's id, or None if stopped while the database was not there."""
+        name = time.strftime("job_%Y%m%dT%H%M%S_", time.gmtime()) + f"{secrets.token_hex(6)}.txt"
+        new = self.directory / f".{name}.new"
+        with open(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            pqueue.try_lock(file.fileno())
+            file.write(_random_lines())
+            file.flush()
+            os.fsync(file.fileno())
+            os.link(new, self.directory / name)
+            _sync(self.directory)
+            return self._enqueue(name, new)
+
+    def recover(self) -> None:
+        """Finish what a killed producer left; a file that a living one holds is locked and left to it."""
+        for new in self.directory.glob(".job_*.txt.new"):
+            with suppress(FileNotFoundError), new.open("rb") as held:
+                if not pqueue.try_lock(held.fileno()):
+                    continue
+                final = self.directory / new.name[1 : -len(".new")]
+                if final.exists() and final.samefile(new):
+                    self._enqueue(final.name, new)
+                else:
+                    new.unlink()
+
+    def _enqueue(self, name: str, new: Path) -> int | None:
+        """Enqueue until it is stored. When stopped before, take the file back: no job, no file."""
+        pause, longest = consumer.PATIENCE_SECONDS
+        while True:
+            try:
+                job_id = self.queue.enqueue(consumer.prepend_timestamp, {"file": name}, key=name)
+            except (QueueBusy, QueueFull) as error:
+                log("waiting", reason=error)
+            else:
+                new.unlink()
+                log("enqueued", job=job_id, file=name)
+                return job_id
+            if self.stopped.wait(pause):
+                (self.directory / name).unlink()
+                new.unlink()
+                return None
+            pause = min(longest, pause * 2)
+
+
+def _random_lines() -> str:
+    return "".join(" ".join(random.choices(WORDS, k=8)) + "\n" for _ in range(random.randint(3, 20)))  # noqa: S311
+
+
+def _sync(directory: Path) -> None:
+    folder = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        queue = pqueue.open_queue()
+        producer = Producer(queue, options.directory)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, producer.stop)
+        producer.run(options.interval, options.count)
+        queue.close()
+    except (QueueError, ValueError, OSError) as error:
+        print(f"producer.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--interval", type=_interval, default=5.0, metavar="S", help="seconds between jobs (default: %(default)g)")
+    add("--count", type=consumer.positive, metavar="N", help="stop after N jobs")
+    add("--directory", type=Path, default=consumer.files_directory, help="where to write (default: %(default)s)")
+    return parser
+
+
+def _interval(text: str) -> float:
+    with suppress(ValueError):
+        if 0 <= float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a number of seconds from 0, got {text!r}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
