@@ -333,7 +333,9 @@ class Consumer:
             print("\n".join(lines), flush=True)
 
     def _settled_line(self, at: str, job: Job) -> str:
-        return f"{at} completed consumer={_quoted(self.name)} job={job.id} task={_quoted(job.task)} attempt={job.attempts}"
+        return (
+            f"{at} completed consumer={_quoted(self.name)} job={job.id} task={_quoted(job.task)} attempt={job.attempts}"
+        )
 
     def _give_back(self) -> None:
         """On the way out: complete what is finished, release what has not begun."""
@@ -412,9 +414,7 @@ class Consumer:
     def _beat(self) -> None:
         counts = [self.completed, self.failed]
         with suppress(QueueError):
-            self.queue.heartbeat(
-                self.name, completed=counts[0] - self._beaten[0], failed=counts[1] - self._beaten[1]
-            )
+            self.queue.heartbeat(self.name, completed=counts[0] - self._beaten[0], failed=counts[1] - self._beaten[1])
             self._beaten = counts
 
 

@@ -222,7 +222,7 @@ def backoff_seconds(attempts: int, base_seconds: float = 5.0, cap_seconds: float
     "Equal jitter", after Marc Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
     """
     whole = min(cap_seconds, base_seconds * 2.0 ** min(attempts - 1, 60))
-    return whole / 2 + random.uniform(0, whole / 2)  # noqa: S311 - jitter is no secret
+    return whole / 2 + random.uniform(0, whole / 2)
 
 
 # Schema ###############################################################################################################
@@ -252,7 +252,7 @@ CREATE TABLE jobs (
     started_at       {float},        -- of the last delivery, Unix seconds; NULL: never delivered
     finished_at      {float},        -- Unix seconds; NULL until completed, failed or cancelled
     progress         {float},        -- 0 to 1, as the task told; NULL: it told nothing
-    result           TEXT,           -- JSON; until completed what `update` stored, a later attempt may go on from it; NULL: none
+    result           TEXT,           -- JSON; until completed what `update` stored, for the next attempt too; NULL: none
     error            TEXT,           -- of the last attempt that failed; NULL: none did
     CHECK ((state = 'processing') = (lease_token IS NOT NULL)),
     CHECK ((state = 'processing') = (lease_expires_at IS NOT NULL)),
@@ -302,7 +302,7 @@ CREATE TABLE history (
            WHERE key IS NOT NULL AND state IN ('scheduled', 'pending', 'processing')""",
         "CREATE INDEX history_job ON history (job_id)",
         "CREATE INDEX consumers_running ON consumers (id) WHERE state = 'running'",
-    ],
+    ]
 ]
 
 # Statements: each transition names the state it starts from ###########################################################
@@ -685,7 +685,9 @@ class PersistentQInterface(ABC):
         Keys: at, event, actor, attempt, error, as in the table.
         """
         columns = ("at", "event", "actor", "attempt", "error")
-        rows = self._read(f"SELECT {', '.join(columns)} FROM history WHERE job_id = :id ORDER BY id", {"id": _id(job_id)})
+        rows = self._read(
+            f"SELECT {', '.join(columns)} FROM history WHERE job_id = :id ORDER BY id", {"id": _id(job_id)}
+        )
         return [dict(zip(columns, row, strict=True)) for row in rows]
 
     def list_jobs(
@@ -712,7 +714,9 @@ class PersistentQInterface(ABC):
         empty = dict.fromkeys(STATES, 0)
         queues = {
             name: {**empty, "paused": bool(paused), "max_pending": max_pending}
-            for name, paused, max_pending in self._read("SELECT name, paused, max_pending FROM queues ORDER BY name", {})
+            for name, paused, max_pending in self._read(
+                "SELECT name, paused, max_pending FROM queues ORDER BY name", {}
+            )
         }
         for queue, state, jobs in self._read("SELECT queue, state, count(*) FROM jobs GROUP BY queue, state", {}):
             queues.setdefault(queue, {**empty, "paused": False, "max_pending": None})[state] = jobs
@@ -723,7 +727,18 @@ class PersistentQInterface(ABC):
     def consumers(self) -> list[dict[str, Any]]:
         """Return who has dequeued here, the latest start first. Keys: the columns of the table, and job_ids, what it
         holds now."""
-        columns = ("name", "token", "host", "pid", "queues", "started_at", "last_seen_at", "state", "completed", "failed")
+        columns = (
+            "name",
+            "token",
+            "host",
+            "pid",
+            "queues",
+            "started_at",
+            "last_seen_at",
+            "state",
+            "completed",
+            "failed",
+        )
         held: dict[str, list[int]] = {}
         for job_id, token in self._read("SELECT id, lease_token FROM jobs WHERE state = 'processing' ORDER BY id", {}):
             held.setdefault(token[:16], []).append(job_id)
@@ -1048,6 +1063,7 @@ def _short(value: Any) -> str:
 
 def _error_text(error: str) -> str:
     return str(error)[:MAX_ERROR_CHARS].encode("utf-8", "backslashreplace").decode()
+
 
 # SQLite: turnstile, doorbell, sessions ################################################################################
 
@@ -1479,7 +1495,7 @@ class PersistentQSQLite(PersistentQInterface):
             self._slots.ring()
 
     def _take_slot(self) -> Slot | None:
-        return self._slots and self._slots.take()
+        return self._slots.take() if self._slots else None
 
     def _is_alive(self, slot: int | None) -> bool:
         return self._slots is None or slot is None or self._slots.is_taken(slot)
@@ -1497,7 +1513,7 @@ class PersistentQSQLite(PersistentQInterface):
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         with self._write() as tx:
-            yield cast(SQLiteSession, tx).connection
+            yield tx.connection
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         target = Path(path).absolute()

@@ -1,7 +1,7 @@
 """Write a random file every 5 seconds and enqueue it as a job.
 
-    python producer.py                       # until TERM or INT
-    python producer.py --count 5 --interval 0
+python producer.py                       # until TERM or INT
+python producer.py --count 5 --interval 0
 """
 
 from __future__ import annotations
@@ -22,7 +22,24 @@ import pqueue
 from consumer import log
 from pqueue import PersistentQInterface, QueueBusy, QueueError, QueueFull
 
-WORDS = "amber birch cedar delta ember fjord grove haven inlet jetty knoll lagoon mesa north oasis prairie".split()
+WORDS = [
+    "amber",
+    "birch",
+    "cedar",
+    "delta",
+    "ember",
+    "fjord",
+    "grove",
+    "haven",
+    "inlet",
+    "jetty",
+    "knoll",
+    "lagoon",
+    "mesa",
+    "north",
+    "oasis",
+    "prairie",
+]
 
 
 class Producer:
@@ -96,7 +113,7 @@ class Producer:
 
 
 def _random_lines() -> str:
-    return "".join(" ".join(random.choices(WORDS, k=8)) + "\n" for _ in range(random.randint(3, 20)))  # noqa: S311
+    return "".join(" ".join(random.choices(WORDS, k=8)) + "\n" for _ in range(random.randint(3, 20)))
 
 
 def _sync(directory: Path) -> None:
