@@ -664,7 +664,7 @@ class PersistentQInterface(ABC):
         """Run a transition that needs the job's lease; record it where it ends an attempt without completing."""
         params |= {"id": job.id, "token": job.lease_token}
         with self._write(durable=event == "failed") as tx:
-            if event:
+            if event and job.lease_token:
                 tx.change(RECORD, {**params, "event": event, "actor": job.consumer})
                 tx.ring = True
             if not tx.change(sql, params):
@@ -1416,8 +1416,9 @@ class PersistentQSQLite(PersistentQInterface):
         has_turn = self._enter()
         try:
             version = self._version(connection)
-            if version < len(MIGRATIONS):
+            if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
                 connection.execute("PRAGMA journal_mode = WAL")
+            if version < len(MIGRATIONS):
                 connection.execute("BEGIN IMMEDIATE")
                 for number in range(self._version(connection), len(MIGRATIONS)):
                     for statement in MIGRATIONS[number]:

@@ -1,0 +1,943 @@
+"""The contract suite: what every backend must do, and what the SQLite file promises besides. Needs nothing installed.
+
+python3 test_pqueue.py
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from unittest import mock
+
+import pqueue
+from pqueue import (
+    InvalidTransition,
+    JobNotFound,
+    LeaseLost,
+    QueueBusy,
+    QueueError,
+    QueueFull,
+    SchemaMismatch,
+    open_queue,
+)
+
+HERE = Path(__file__).resolve().parent
+NOW = 1_800_000_000.0
+
+
+def wait_until(condition, seconds=20.0):
+    """Return the condition's first true value; fail the test when there is none in time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {seconds} s in vain")
+        time.sleep(0.005)
+
+
+@contextmanager
+def python(code, *arguments):
+    """Run a Python child with pqueue at hand; yield it, and see to it that it is gone."""
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(HERE)!r})\n{code}", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+class QueueContract:
+    """What any backend must do. The class beside it says how to `open` a queue; two calls see the same jobs."""
+
+    def setUp(self):
+        super().setUp()
+        self.queue = self.open()
+
+    def reopen(self):
+        queue = self.open()
+        self.addCleanup(queue.close)
+        return queue
+
+    def taken(self, **options):
+        """Enqueue and dequeue a job."""
+        self.queue.enqueue("t", now=NOW, **options)
+        return self.queue.dequeue("worker", now=NOW)
+
+    # The state machine
+
+    def in_state(self, state):
+        """Return a job in this state, as its consumer holds it; "stolen": its lease went to another consumer."""
+        queue = self.queue
+        if state == "scheduled":
+            return queue.get(queue.enqueue("t", run_at=NOW + 1000, now=NOW))
+        job = queue.get(queue.enqueue("t", now=NOW))
+        if state == "pending":
+            return job
+        job = queue.dequeue("worker", now=NOW)
+        if state == "stolen":
+            self.assertEqual(queue.dequeue("thief", now=NOW + 61).id, job.id)
+        elif state == "completed":
+            queue.complete(job, now=NOW)
+        elif state == "failed":
+            queue.fail(job, "no", retry=False, now=NOW)
+        elif state == "cancelled":
+            queue.cancel(job.id, now=NOW)
+        return job
+
+    def test_table_of_states_and_verbs_holds(self):
+        q = self.queue
+        verbs = {
+            "complete": lambda job: q.complete(job, now=NOW),
+            "fail": lambda job: q.fail(job, "no", now=NOW),
+            "fail for good": lambda job: q.fail(job, "no", retry=False, now=NOW),
+            "release": lambda job: q.release(job, now=NOW),
+            "extend": lambda job: q.extend(job, 5, now=NOW),
+            "update": lambda job: q.update(job, progress=0.5),
+            "resubmit": lambda job: q.resubmit(job.id, now=NOW),
+            "mark_failed": lambda job: q.mark_failed(job.id, now=NOW),
+            "cancel": lambda job: q.cancel(job.id, now=NOW),
+            "assign": lambda job: q.assign(job.id, "w2", now=NOW),
+            "dequeue": lambda _: q.dequeue("worker", now=NOW),
+            "dequeue when due": lambda _: q.dequeue("worker", now=NOW + 2000),
+        }
+        lost, bad = LeaseLost, InvalidTransition
+        table = {  # state: new state or error, in the order of the verbs above
+            "scheduled": [bad] * 6 + [bad, "failed", "cancelled", "scheduled", "scheduled", "processing"],
+            "pending": [bad] * 6 + [bad, "failed", "cancelled", "pending", "processing", "processing"],
+            "processing": ["completed", "scheduled", "failed", "pending", "processing", "processing"]
+            + [bad, "failed", "cancelled", "pending", "processing", "processing"],
+            "stolen": [lost] * 6 + [bad, "failed", "cancelled", "pending", "processing", "processing"],
+            "completed": [lost] * 6 + ["pending", bad, bad, bad, "completed", "completed"],
+            "failed": [lost] * 6 + ["pending", bad, bad, bad, "failed", "failed"],
+            "cancelled": [lost] * 6 + ["pending", bad, bad, bad, "cancelled", "cancelled"],
+        }
+        for state, row in table.items():
+            for (verb, call), expected in zip(verbs.items(), row, strict=True):
+                with self.subTest(state=state, verb=verb):
+                    q.delete_jobs(force=True)
+                    job = self.in_state(state)
+                    before = q.get(job.id)
+                    if isinstance(expected, str):
+                        call(job)
+                        self.assertEqual(q.get(job.id).state, expected)
+                    else:
+                        with self.assertRaises(expected):
+                            call(job)
+                        self.assertEqual(q.get(job.id), before)
+
+    def test_verbs_on_an_unknown_job_raise_job_not_found(self):
+        for verb in (self.queue.get, self.queue.resubmit, self.queue.mark_failed, self.queue.cancel):
+            with self.subTest(verb=verb.__name__), self.assertRaises(JobNotFound):
+                verb(12345)
+        with self.assertRaises(JobNotFound):
+            self.queue.assign(12345, "w")
+
+    # The guarantees, by number
+
+    def test_guarantee_2_job_comes_again_when_its_consumer_did_not_finish(self):
+        job = self.taken()
+        self.assertIsNone(self.queue.dequeue("other", now=NOW + 59))
+        again = self.queue.dequeue("other", now=NOW + 61)
+        self.assertEqual((again.id, again.attempts), (job.id, 2))
+        self.queue.complete(again, now=NOW + 62)
+        self.assertIsNone(self.queue.dequeue("other", now=NOW + 10_000))
+
+    def test_guarantee_3_stale_consumer_cannot_settle_a_reclaimed_job(self):
+        stale = self.taken()
+        holder = self.queue.dequeue("worker", now=NOW + 61)  # of the same name
+        verbs = [self.queue.complete, self.queue.release, self.queue.extend, self.queue.update]
+        for verb in [*verbs, lambda job: self.queue.fail(job, "x")]:
+            with self.assertRaises(LeaseLost):
+                verb(stale)
+        self.assertEqual(self.queue.get(stale.id), holder)
+        self.assertEqual(self.queue.complete_and_dequeue([(stale, None)], "w", now=NOW + 61), ([], [stale]))
+        self.queue.complete(holder)
+
+    def test_guarantee_3_late_completion_is_accepted_while_nobody_took_the_job(self):
+        job = self.taken()
+        self.queue.complete(job, "late", now=NOW + 1000)
+        self.assertEqual(self.queue.get(job.id).result, "late")
+
+    def test_guarantee_4_transaction_commits_or_undoes_all_it_wrote(self):
+        job = self.taken()
+        with self.queue.transaction() as db:
+            db.execute("CREATE TABLE business (n INTEGER)")
+            db.execute("INSERT INTO business VALUES (1)")
+            follow_up = self.queue.enqueue("next")
+            self.queue.complete(job)
+        self.assertEqual(self.queue.get(job.id).state, "completed")
+        self.assertEqual(self.queue.get(follow_up).state, "pending")
+        with self.assertRaises(ZeroDivisionError), self.queue.transaction() as db:
+            db.execute("INSERT INTO business VALUES (2)")
+            self.queue.enqueue("never")
+            raise ZeroDivisionError
+        self.assertEqual(self.queue._read("SELECT n FROM business", {}), [(1,)])
+        self.assertEqual(self.queue.list_jobs(task="never"), [])
+
+    def test_guarantee_5_job_that_kills_its_consumers_is_set_aside_and_names_them(self):
+        job_id = self.queue.enqueue("poison", max_attempts=3, now=NOW)
+        for attempt, consumer in enumerate(("ann", "bob", "cid"), 1):
+            self.assertEqual(self.queue.dequeue(consumer, now=NOW + 100 * attempt).attempts, attempt)
+        self.assertIsNone(self.queue.dequeue("dan", now=NOW + 400))
+        job = self.queue.get(job_id)
+        self.assertEqual(job.state, "failed")
+        self.assertIn("lost by ann, bob, cid", job.error)
+
+    def test_guarantee_6_dequeue_goes_by_priority_then_due_time_then_id(self):
+        def add(task, **options):
+            return self.queue.enqueue(task, now=NOW, **options)
+
+        add("late", run_at=NOW - 1)
+        add("early", run_at=NOW - 2)
+        add("same time, second queue", run_at=NOW - 2, queue="b")
+        add("urgent", priority=1, queue="b")
+        add("not urgent", priority=-1, run_at=NOW - 100)
+        add("due then", run_at=NOW + 5, priority=2)
+        expected = ["urgent", "early", "same time, second queue", "late", "not urgent"]
+        one_by_one = [self.queue.dequeue("w", now=NOW) for _ in expected]
+        self.assertEqual([job.task for job in one_by_one], expected)
+        for job in one_by_one:
+            self.queue.release(job, now=NOW)
+        together = self.queue.dequeue_many("w", 10, now=NOW + 6)
+        self.assertEqual([job.task for job in together], ["due then", *expected])
+
+    # Working
+
+    def test_batch_completes_all_but_the_job_whose_lease_was_lost(self):
+        self.queue.enqueue_many("t", range(3), now=NOW)
+        jobs = self.queue.dequeue_many("w", 3, now=NOW)
+        self.queue.cancel(jobs[1].id)
+        following = self.queue.enqueue("t", now=NOW)
+        taken, lost = self.queue.complete_and_dequeue([(job, job.payload) for job in jobs], "w", 5, now=NOW)
+        self.assertEqual([job.id for job in taken], [following])
+        self.assertEqual(lost, [jobs[1]])
+        self.assertEqual([self.queue.get(job.id).result for job in jobs], [0, None, 2])
+
+    def test_failed_attempt_waits_its_backoff_and_the_last_one_is_final(self):
+        job = self.taken(max_attempts=2)
+        self.assertEqual(self.queue.fail(job, "boom", retry_in_seconds=10, now=NOW), "scheduled")
+        self.assertIsNone(self.queue.dequeue("worker", now=NOW + 9))
+        job = self.queue.dequeue("worker", now=NOW + 10)
+        self.assertEqual((job.attempts, job.error), (2, "boom"))
+        self.assertEqual(self.queue.fail(job, "bang", now=NOW + 10), "failed")
+        self.assertEqual([event["error"] for event in self.queue.history(job.id)], ["boom", "bang"])
+
+    def test_released_attempt_does_not_count(self):
+        job = self.taken(max_attempts=1)
+        self.queue.release(job, now=NOW)
+        self.assertEqual(self.queue.dequeue("worker", now=NOW).attempts, 1)
+        self.assertEqual([event["event"] for event in self.queue.history(job.id)], ["released"])
+
+    def test_extended_lease_outlives_the_first_one(self):
+        job = self.taken()
+        self.queue.extend(job, 100, now=NOW + 50)
+        self.assertIsNone(self.queue.dequeue("other", now=NOW + 149))
+        self.assertEqual(self.queue.dequeue("other", now=NOW + 151).id, job.id)
+
+    def test_progress_and_partial_result_are_seen_and_kept_for_the_next_attempt(self):
+        job = self.taken()
+        self.queue.update(job, progress=0.25, result={"page": 3})
+        self.queue.update(job, progress=0.5)
+        again = self.queue.dequeue("other", now=NOW + 61)
+        self.assertEqual((again.progress, again.result), (0.5, {"page": 3}))
+
+    def test_consumer_gets_only_from_the_queues_it_names(self):
+        self.queue.enqueue("t", queue="a", now=NOW)
+        self.queue.enqueue("t", queue="b", now=NOW)
+        self.assertIsNone(self.queue.dequeue("w", queues=["c"], now=NOW))
+        self.assertEqual(self.queue.dequeue("w", queues=["c", "b"], now=NOW).queue, "b")
+        self.assertEqual(self.queue.dequeue("w", now=NOW).queue, "a")
+
+    def test_paused_queue_delivers_nothing_until_resumed(self):
+        self.queue.enqueue("t", now=NOW)
+        self.queue.enqueue("t", assigned_to="w", now=NOW)
+        self.queue.pause("default")
+        self.assertIsNone(self.queue.dequeue("w", now=NOW))
+        self.assertTrue(self.queue.stats()["queues"]["default"]["paused"])
+        self.queue.resume("default")
+        self.assertEqual(len(self.queue.dequeue_many("w", 5, now=NOW)), 2)
+
+    def test_assigned_job_runs_on_its_consumer_only_whatever_that_serves(self):
+        job_id = self.queue.enqueue("t", queue="a", assigned_to="w", now=NOW)
+        self.assertIsNone(self.queue.dequeue("other", now=NOW))
+        self.assertEqual(self.queue.dequeue("w", queues=["b"], now=NOW).id, job_id)
+
+    def test_assigning_a_running_job_kills_its_token_and_gives_the_attempt_back(self):
+        job = self.taken(max_attempts=1)
+        self.queue.assign(job.id, "w2", by="ann", now=NOW)
+        with self.assertRaises(LeaseLost):
+            self.queue.complete(job)
+        self.assertIsNone(self.queue.dequeue("worker", now=NOW))
+        self.assertEqual(self.queue.dequeue("w2", now=NOW).attempts, 1)
+        self.assertEqual(self.queue.history(job.id)[-1]["actor"], "ann")
+
+    def test_unassigned_job_runs_anywhere(self):
+        job_id = self.queue.enqueue("t", assigned_to="gone", now=NOW)
+        self.queue.assign(job_id, None)
+        self.assertEqual(self.queue.dequeue("w", now=NOW).id, job_id)
+
+    # Producing
+
+    def test_same_key_gives_the_same_job_until_it_is_finished(self):
+        first = self.queue.enqueue("t", key="k", now=NOW)
+        self.assertEqual(self.queue.enqueue("t", key="k", now=NOW), first)
+        self.assertNotEqual(self.queue.enqueue("t", key="k", queue="other", now=NOW), first)
+        self.queue.cancel(first)
+        second = self.queue.enqueue("t", key="k", now=NOW)
+        self.assertNotEqual(second, first)
+        with self.assertRaisesRegex(InvalidTransition, "has its key 'k'"):
+            self.queue.resubmit(first)
+
+    def test_queue_at_its_limit_refuses_all_or_nothing(self):
+        self.queue.limit("default", 3)
+        self.queue.enqueue_many("t", [1, 2])
+        with self.assertRaisesRegex(QueueFull, "limit of 3 pending"):
+            self.queue.enqueue_many("t", [3, 4])
+        self.queue.enqueue("t", 3, key="k")
+        with self.assertRaises(QueueFull):
+            self.queue.enqueue("t", 4)
+        self.assertEqual(self.queue.enqueue("t", 3, key="k"), 3)
+        self.assertEqual(self.queue.stats()["states"]["pending"], 3)
+        self.queue.limit("default", None)
+        self.queue.enqueue("t", 4)
+
+    def test_many_jobs_get_their_ids_in_order(self):
+        ids = self.queue.enqueue_many("t", ["a", "b", "c"], priority=2)
+        self.assertEqual([self.queue.get(job_id).payload for job_id in ids], ["a", "b", "c"])
+        self.assertEqual(self.queue.enqueue_many("t", []), [])
+
+    def test_payload_and_result_come_back_as_json_holds_them(self):
+        for value in (None, 0, -1.5, "", "ü\u0000\u2028 🙂", [1, [2]], {"a": {"b": None}}, True):
+            with self.subTest(value=value):
+                job_id = self.queue.enqueue("t", value, now=NOW)
+                job = self.queue.dequeue("w", now=NOW)
+                self.assertEqual(job.payload, value)
+                self.queue.complete(job, value)
+                self.assertEqual(self.queue.get(job_id).result, value)
+
+    def test_wrong_arguments_are_refused_in_one_line_and_nothing_is_stored(self):
+        q = self.queue
+        job = self.taken()
+        bad = [
+            (lambda: q.enqueue("t", {1, 2}), "expected a payload that JSON can hold"),
+            (lambda: q.enqueue("t", float("nan")), "expected a payload that JSON can hold"),
+            (lambda: q.enqueue("t", "\ud800"), "expected a payload that JSON can hold"),
+            (lambda: q.enqueue("t", "x" * pqueue.MAX_PAYLOAD_BYTES), "at most 1048576 bytes"),
+            (lambda: q.enqueue_many("t", [1, {2}]), "expected a payload"),
+            (lambda: q.enqueue(""), "expected a task name"),
+            (lambda: q.enqueue(None), "expected a task name"),
+            (lambda: q.enqueue("a\nb"), "expected a task name"),
+            (lambda: q.enqueue("t", queue="x" * 256), "expected a queue name"),
+            (lambda: q.enqueue("t", key=""), "expected a key name"),
+            (lambda: q.enqueue("t", assigned_to=7), "expected a consumer name"),
+            (lambda: q.enqueue("t", priority=1.5), "expected priority to be a whole number"),
+            (lambda: q.enqueue("t", max_attempts=0), "expected max_attempts to be a whole number from 1"),
+            (lambda: q.enqueue("t", max_attempts=True), "expected max_attempts"),
+            (lambda: q.enqueue("t", run_at=float("inf")), "expected run_at to be a finite number"),
+            (lambda: q.enqueue("t", delay_seconds="5"), "expected delay_seconds to be a finite number"),
+            (lambda: q.dequeue("w", lease_seconds=0), "expected lease_seconds above 0"),
+            (lambda: q.dequeue(""), "expected a consumer name"),
+            (lambda: q.complete(job, object()), "expected a result that JSON can hold"),
+            (lambda: q.update(job, progress=1.5), "expected progress between 0 and 1"),
+            (lambda: q.get("5"), "expected job id to be a whole number"),
+            (lambda: q.list_jobs(state="done"), "expected a state of scheduled, pending"),
+            (lambda: q.prune(1, states=["pending"]), "expected a state of completed, failed, cancelled"),
+            (lambda: q.limit("default", 0), "expected max_pending to be a whole number from 1"),
+        ]
+        before = q.list_jobs()
+        for call, message in bad:
+            with self.subTest(message=message), self.assertRaisesRegex(ValueError, message) as caught:
+                call()
+            self.assertNotIn("\n", str(caught.exception))
+        self.assertEqual(q.list_jobs(), before)
+
+    def test_long_error_is_cut_and_a_broken_one_is_made_storable(self):
+        job = self.taken()
+        self.queue.fail(job, "\ud800" + "x" * 20_000, retry=False)
+        self.assertEqual(len(self.queue.get(job.id).error.replace("\\ud800", "?")), pqueue.MAX_ERROR_CHARS)
+
+    # Transactions
+
+    def test_lost_lease_undoes_the_transaction_even_when_it_was_caught_inside(self):
+        stale = self.taken()
+        self.queue.dequeue("thief", now=NOW + 61)
+        with self.assertRaises(LeaseLost), self.queue.transaction():
+            self.queue.enqueue("never")
+            with suppress(LeaseLost):
+                self.queue.complete(stale)
+        self.assertEqual(self.queue.list_jobs(task="never"), [])
+
+    def test_nested_transaction_is_a_savepoint_of_the_outer_one(self):
+        with self.queue.transaction():
+            self.queue.enqueue("outer")
+            with suppress(ZeroDivisionError), self.queue.transaction():
+                self.queue.enqueue("inner")
+                raise ZeroDivisionError
+            with self.queue.transaction():
+                self.queue.enqueue("inner too")
+        self.assertEqual([job.task for job in self.queue.list_jobs()], ["inner too", "outer"])
+
+    def test_nobody_sees_a_transaction_before_its_end(self):
+        other = self.reopen()
+        with self.queue.transaction():
+            job_id = self.queue.enqueue("t", now=NOW)
+            self.assertEqual(other.list_jobs(), [])
+        self.assertEqual(other.dequeue("w", now=NOW).id, job_id)
+
+    # Operating
+
+    def test_operators_deeds_are_recorded_with_who_did_them(self):
+        job = self.taken()
+        self.queue.mark_failed(job.id, "by hand", by="ann", now=NOW)
+        self.queue.resubmit(job.id, by="bob", now=NOW)
+        self.queue.cancel(job.id, now=NOW)
+        story = [(event["event"], event["actor"], event["error"]) for event in self.queue.history(job.id)]
+        me = pqueue.getpass.getuser()
+        self.assertEqual(
+            story, [("marked failed", "ann", "by hand"), ("resubmitted", "bob", None), ("cancelled", me, None)]
+        )
+        with self.assertRaises(LeaseLost):
+            self.queue.complete(job)
+
+    def test_resubmitted_job_has_all_its_attempts_again(self):
+        job = self.taken(max_attempts=1)
+        self.queue.fail(job, "no", now=NOW)
+        self.queue.resubmit(job.id, now=NOW)
+        again = self.queue.dequeue("w", now=NOW)
+        self.assertEqual((again.id, again.attempts, again.error), (job.id, 1, None))
+
+    def test_running_jobs_are_not_deleted_unless_forced(self):
+        job = self.taken()
+        other = self.queue.enqueue("t")
+        with self.assertRaisesRegex(InvalidTransition, "1 of them are processing"):
+            self.queue.delete_jobs()
+        with self.assertRaises(InvalidTransition):
+            self.queue.delete_jobs([other, job.id])
+        self.assertEqual(len(self.queue.list_jobs()), 2)
+        self.assertEqual(self.queue.delete_jobs([other]), 1)
+        self.assertEqual(self.queue.delete_jobs(force=True), 1)
+
+    def test_prune_takes_what_finished_long_ago_with_its_history(self):
+        old, failed, young, last = (self.queue.enqueue("t", now=NOW) for _ in range(4))
+        self.queue.cancel(old, now=NOW)
+        self.queue.mark_failed(failed, now=NOW)
+        self.queue.cancel(young, now=NOW + 50)
+        self.assertEqual(self.queue.prune(60, states=["cancelled"], now=NOW + 100), 1)
+        self.assertEqual(self.queue.prune(60, now=NOW + 100), 1)
+        self.assertEqual([job.id for job in self.queue.list_jobs()], [last, young])
+        self.assertEqual(self.queue.history(old), [])
+
+    def test_jobs_are_listed_newest_first_by_filter_and_page(self):
+        ids = self.queue.enqueue_many("a", range(5), queue="q", now=NOW)
+        self.queue.enqueue("b", now=NOW)
+        self.queue.dequeue("w", queues=["q"], now=NOW)
+        self.assertEqual([job.id for job in self.queue.list_jobs(task="a", limit=2)], ids[:2:-1])
+        self.assertEqual([job.id for job in self.queue.list_jobs(task="a", before_id=ids[3])], ids[2::-1])
+        self.assertEqual([job.id for job in self.queue.list_jobs(state="processing", consumer="w")], [ids[0]])
+        self.assertEqual([job.task for job in self.queue.list_jobs(queue="default")], ["b"])
+
+    def test_stats_count_each_state_per_queue(self):
+        self.queue.enqueue_many("t", range(3), queue="a", run_at=NOW - 7, now=NOW)
+        self.queue.enqueue("t", run_at=NOW + 9, now=NOW)
+        self.queue.dequeue("w", queues=["a"], now=NOW)
+        stats = self.queue.stats()
+        self.assertEqual(stats["states"]["pending"], 2)
+        self.assertEqual(stats["queues"]["a"]["processing"], 1)
+        self.assertEqual(stats["queues"]["default"]["scheduled"], 1)
+        self.assertEqual(stats["oldest_pending_at"], NOW - 7)
+
+    def test_registry_tells_who_works_on_what(self):
+        job_id = self.queue.enqueue("t", queue="q")
+        self.queue.dequeue("w", queues=["q"])
+        self.queue.heartbeat("w", completed=4, failed=1, now=NOW)
+        (me,) = self.queue.consumers()
+        self.assertEqual((me["name"], me["pid"], me["queues"]), ("w", os.getpid(), ["q"]))
+        self.assertEqual((me["completed"], me["failed"], me["last_seen_at"]), (4, 1, NOW))
+        self.assertEqual((me["state"], me["job_ids"]), ("running", [job_id]))
+
+    def test_consumer_that_takes_leave_gives_its_jobs_back(self):
+        queue = self.reopen()
+        job_id = self.queue.enqueue("t")
+        queue.dequeue("leaver")
+        queue.close()
+        again = wait_until(lambda: self.queue.dequeue("stayer"))
+        self.assertEqual(again.id, job_id)
+        self.assertIn("stopped", [each["state"] for each in self.queue.consumers()])
+
+    # Waiting
+
+    def test_waiting_consumer_wakes_for_a_job(self):
+        producer = self.reopen()
+        thread = threading.Timer(0.1, producer.enqueue, ["t"])
+        thread.start()
+        self.addCleanup(thread.join)
+        self.assertTrue(any(self.queue.wait(1, consumer="w") for _ in range(20)))
+        self.assertIsNotNone(wait_until(lambda: self.queue.dequeue("w")))
+
+    def test_waiting_consumer_wakes_when_a_job_falls_due(self):
+        self.queue.enqueue("t", delay_seconds=0.05)
+        self.assertTrue(self.queue.wait(1, consumer="w"))
+        self.assertIsNotNone(self.queue.dequeue("w"))
+
+    def test_wait_ends_without_work_when_there_is_none_to_do(self):
+        self.queue.enqueue("t", queue="other")
+        self.queue.enqueue("t", assigned_to="somebody")
+        self.queue.pause("paused")
+        self.queue.enqueue("t", queue="paused")
+        self.assertFalse(self.queue.wait(0.02, consumer="w", queues=["mine", "paused"]))
+        self.assertTrue(self.queue.wait(1, consumer="somebody", queues=["mine"]))
+
+    # Threads
+
+    def test_threads_share_one_queue_and_no_job_is_done_twice(self):
+        self.queue.enqueue_many("t", range(200))
+        done, errors = [], []
+
+        def work(name):
+            try:
+                while job := self.queue.dequeue(name):
+                    self.queue.complete(job)
+                    done.append(job.id)
+            except QueueError as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=[f"thread-{number}"]) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(errors, [])
+        self.assertEqual(sorted(done), [job.id for job in reversed(self.queue.list_jobs(limit=200))])
+        self.assertEqual(self.queue.stats()["states"]["completed"], 200)
+
+
+class SQLiteCase(unittest.TestCase):
+    """A folder of its own for each test."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.path = self.folder / "queue.db"
+
+    def open(self, **options):
+        queue = pqueue.PersistentQSQLite(self.path, **options)
+        self.addCleanup(queue.close)
+        return queue
+
+    def sqlite(self):
+        return closing(sqlite3.connect(self.path, isolation_level=None))
+
+
+class SQLiteContract(QueueContract, SQLiteCase):
+    """At full durability, the default."""
+
+
+class SQLiteContractAtNormalDurability(SQLiteContract):
+    def open(self, **options):
+        return super().open(durability="normal", **options)
+
+
+class SQLiteGuarantees(SQLiteCase):
+    def test_guarantee_1_enqueue_and_complete_are_synced(self):
+        queue, seen = self.open(), []
+        session = queue._session()
+        run = session.run
+
+        def spy(sql, params):
+            if sql == "COMMIT":
+                seen.append(session.connection.execute("PRAGMA synchronous").fetchone()[0])
+            return run(sql, params)
+
+        queue.enqueue("t")
+        job = queue.dequeue("w")
+        with mock.patch.object(session, "run", spy):
+            queue.enqueue("t")
+            queue.complete(job)
+            queue.complete_and_dequeue([(queue.dequeue("w"), None)], "w")
+            queue.fail(self.another(queue), "no")
+        full, normal = 2, 1
+        self.assertEqual(seen, [full, full, normal, full, full, normal, full])
+
+    @staticmethod
+    def another(queue):
+        queue.enqueue("t")
+        return queue.dequeue("w")
+
+    def test_guarantee_1_job_outlives_its_producer_killed_after_enqueue(self):
+        code = (
+            "import pqueue; q = pqueue.open_queue(sys.argv[1]); print(q.enqueue('t', 5), flush=True); sys.stdin.read()"
+        )
+        with python(code, self.path) as child:
+            job_id = int(child.stdout.readline())
+            child.kill()
+            child.wait()
+        self.assertEqual(self.open().get(job_id).payload, 5)
+
+    def test_guarantee_7_database_on_a_network_drive_is_refused(self):
+        with (
+            mock.patch("pqueue.file_system", return_value="nfs4"),
+            self.assertRaisesRegex(QueueError, "locks fail on nfs4; use a local disk"),
+        ):
+            self.open()
+        self.assertFalse(self.path.exists())
+
+    def test_guarantee_7_newer_schema_is_refused(self):
+        self.open().close()
+        with self.sqlite() as db:
+            db.execute("PRAGMA user_version = 99")
+        with self.assertRaisesRegex(SchemaMismatch, "or older, got 99: use the pqueue that wrote it"):
+            self.open()
+
+    def test_guarantee_7_database_of_another_program_is_refused_and_left_alone(self):
+        with self.sqlite() as db:
+            db.execute("CREATE TABLE theirs (x)")
+        before = self.path.read_bytes()
+        with self.assertRaisesRegex(SchemaMismatch, "got another program's database"):
+            self.open()
+        self.assertEqual(self.path.read_bytes(), before)
+
+    def test_guarantee_8_lease_columns_are_set_exactly_while_processing(self):
+        queue = self.open()
+        queue.enqueue("t")
+        job = queue.dequeue("w")
+        queue.enqueue("t")
+        with self.sqlite() as db:
+            for change in (
+                "lease_token = NULL WHERE state = 'processing'",
+                "lease_expires_at = NULL WHERE state = 'processing'",
+                "lease_token = 'x' WHERE state = 'pending'",
+                "lease_expires_at = 1 WHERE state = 'pending'",
+                "state = 'pending' WHERE state = 'processing'",
+            ):
+                with self.subTest(change=change), self.assertRaises(sqlite3.IntegrityError):
+                    db.execute(f"UPDATE jobs SET {change}")
+        self.assertEqual(queue.get(job.id), job)
+
+
+DEQUEUE_AND_SLEEP = """
+import pqueue, time
+queue = pqueue.open_queue(sys.argv[1])
+job = queue.dequeue("victim")
+print(job.id, flush=True)
+time.sleep(600)
+"""
+
+
+class Processes(SQLiteCase):
+    def test_job_of_a_killed_consumer_is_back_at_once_and_its_row_says_so(self):
+        queue = self.open()
+        job_id = queue.enqueue("t")
+        with python(DEQUEUE_AND_SLEEP, self.path) as child:
+            self.assertEqual(int(child.stdout.readline()), job_id)
+            self.assertIsNone(queue.dequeue("heir"))
+            child.kill()
+            child.wait()
+        job = wait_until(lambda: queue.dequeue("heir"), seconds=10)
+        self.assertEqual((job.id, job.attempts), (job_id, 2))
+        self.assertIn("consumer victim died in attempt 1 of 3", job.error)
+        self.assertEqual({each["name"]: each["state"] for each in queue.consumers()}["victim"], "dead")
+
+    def test_stopped_consumer_is_not_taken_for_dead(self):
+        queue = self.open()
+        queue.enqueue("t")
+        with python(DEQUEUE_AND_SLEEP, self.path) as child:
+            child.stdout.readline()
+            child.send_signal(signal.SIGSTOP)
+            queue._looked_for_dead = 0.0
+            self.assertIsNone(queue.dequeue("heir"))
+
+    def test_forked_child_reconnects_and_leaves_the_parent_whole(self):
+        queue = self.open()
+        queue.enqueue_many("t", range(2))
+        mine = queue.dequeue("parent")
+        child = os.fork()
+        if child == 0:
+            job = queue.dequeue("child")
+            queue.complete(job)
+            os._exit(0 if job.id != mine.id and queue.enqueue("by child") else 1)
+        self.assertEqual(os.waitpid(child, 0)[1], 0)
+        queue.complete(mine)
+        self.assertEqual(queue.stats()["states"]["completed"], 2)
+        self.assertEqual(len(queue.list_jobs(task="by child")), 1)
+
+    def test_child_forked_inside_a_transaction_cannot_touch_it(self):
+        queue = self.open()
+        with queue.transaction():
+            queue.enqueue("kept")
+            child = os.fork()
+            if child == 0:
+                try:
+                    with queue.transaction() as db:
+                        os._exit(0 if db.execute("SELECT count(*) FROM jobs").fetchone() == (0,) else 2)
+                except QueueBusy:
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            self.assertEqual(os.waitpid(child, 0)[1], 0)
+        self.assertEqual(len(queue.list_jobs(task="kept")), 1)
+
+    def test_process_forked_while_the_turnstile_was_held_does_not_keep_it(self):
+        queue = self.open()
+        with queue.transaction():
+            child = os.fork()
+            if child == 0:
+                time.sleep(600)
+        try:
+            self.assertTrue(queue._turnstile.enter())
+            queue._turnstile.leave()
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+    def test_spawned_and_forked_consumers_share_all_jobs(self):
+        queue = self.open(durability="normal")
+        ids = queue.enqueue_many("t", range(300))
+        for method in ("spawn", "fork"):
+            context = multiprocessing.get_context(method)
+            with self.subTest(method=method):
+                workers = [context.Process(target=drain, args=[self.path, f"{method}-{n}"]) for n in range(3)]
+                for worker in workers:
+                    worker.start()
+                for worker in workers:
+                    worker.join()
+                    self.assertEqual(worker.exitcode, 0)
+                    worker.close()
+                self.assertEqual(queue.stats()["states"]["completed"], len(ids))
+                for job_id in ids:
+                    queue.resubmit(job_id)
+
+    def test_process_stopped_in_the_turnstile_does_not_stop_the_others(self):
+        queue = self.open()
+        code = """
+import pqueue
+queue = pqueue.PersistentQSQLite(sys.argv[1])
+queue._turnstile.enter()
+print("in", flush=True)
+sys.stdin.read()
+"""
+        with python(code, self.path) as child, mock.patch("pqueue.TURN_SECONDS", 0.05):
+            child.stdout.readline()
+            child.send_signal(signal.SIGSTOP)
+            for number in range(1, 4):
+                self.assertEqual(queue.enqueue("t"), number)
+            child.send_signal(signal.SIGCONT)
+            child.kill()
+            child.wait()
+            self.assertEqual(queue.enqueue("t"), 4)
+        self.assertTrue(wait_until(queue._turnstile.enter))
+        queue._turnstile.leave()
+
+    def test_ring_of_a_dead_waiter_is_left_alone(self):
+        queue = self.open()
+        with python(
+            "import pqueue; q = pqueue.open_queue(sys.argv[1]); q.dequeue('w'); print(1, flush=True)\n"
+            "while True: q.wait(1, consumer='w')",
+            self.path,
+        ) as child:
+            child.stdout.readline()
+            wait_until(lambda: queue._slots.waiting.find(b"\1") >= 0)
+            child.kill()
+            child.wait()
+        queue.enqueue("t")
+        self.assertEqual(queue._slots.waiting.find(b"\1"), -1)
+
+    def test_rings_of_a_busy_spell_do_not_become_a_spin(self):
+        queue, other = self.open(), self.open()
+        for _ in range(20):
+            self.assertIsNone(queue.dequeue("w"))
+            other.enqueue("t")
+            queue.complete(queue.dequeue("w"))
+        queue.wait(0.01, consumer="w")
+        self.assertFalse(queue.wait(0.01, consumer="w"))
+
+
+def drain(path, name):
+    queue = pqueue.PersistentQSQLite(path, durability="normal")
+    jobs = queue.dequeue_many(name, 10)
+    while jobs:
+        jobs, lost = queue.complete_and_dequeue([(job, None) for job in jobs], name, 10)
+        assert not lost
+    queue.close()
+
+
+class Files(SQLiteCase):
+    def test_everything_created_is_private_whatever_the_umask(self):
+        before = os.umask(0)
+        self.addCleanup(os.umask, before)
+        self.path = self.folder / "new" / "queue.db"
+        queue = self.open()
+        queue.enqueue("t")
+        queue.dequeue("w")
+        for path in self.path.parent.rglob("*"):
+            with self.subTest(path=path.name):
+                self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o700 if path.is_dir() else 0o600)
+        self.assertEqual(stat.S_IMODE(self.path.parent.stat().st_mode), 0o700)
+
+    def test_queue_is_named_by_path_url_or_environment(self):
+        urls = {str(self.path): None, f"sqlite:///{self.path}": None, None: str(self.path)}
+        for url, variable in urls.items():
+            with self.subTest(url=url), mock.patch.dict(os.environ, {"PQUEUE_URL": variable or ""}):
+                with closing(open_queue(url)) as queue:
+                    self.assertEqual(queue.path, self.path)
+        with self.assertRaisesRegex(ValueError, "expected a path or sqlite:///PATH"):
+            open_queue("redis://secret@host")
+
+    def test_look_at_a_queue_that_is_not_there_creates_nothing(self):
+        with self.assertRaisesRegex(QueueError, f"no queue at {self.path}"):
+            open_queue(str(self.path), create=False)
+        self.assertEqual(list(self.folder.iterdir()), [])
+
+    def test_unusable_paths_are_refused_in_one_line(self):
+        file = self.folder / "file"
+        file.write_bytes(b"not a database, but long enough to be read as the header of one" * 9)
+        torn = self.folder / "torn"
+        self.open().enqueue("t")
+        torn.write_bytes(b"garbage " + self.path.read_bytes()[8:])
+        for path, message in (
+            (self.folder, "got a folder"),
+            (file / "below", "Not a directory|File exists"),
+            (file, "expected an SQLite database, got another file"),
+            (torn, "expected an SQLite database, got another file"),
+        ):
+            with self.subTest(path=path.name), self.assertRaisesRegex(QueueError, message) as caught:
+                open_queue(str(path))
+            self.assertNotIn("\n", str(caught.exception))
+
+    def test_unknown_durability_is_refused(self):
+        with self.assertRaisesRegex(ValueError, "full or normal, got 'fast'"):
+            self.open(durability="fast")
+
+    def test_older_sqlite_is_refused(self):
+        with (
+            mock.patch("sqlite3.sqlite_version_info", (3, 34, 1)),
+            self.assertRaisesRegex(QueueError, "expected SQLite 3.35 or newer"),
+        ):
+            self.open()
+
+    def test_full_disk_is_told_and_waited_out(self):
+        queue = self.open()
+        queue.enqueue("small")
+        connection = queue._session().connection
+        pages = connection.execute("PRAGMA page_count").fetchone()[0]
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+        with self.assertRaisesRegex(QueueFull, "disk is full"):
+            for _ in range(100):
+                queue.enqueue("t", "x" * 5000)
+        with self.assertRaises(QueueFull):
+            queue.enqueue_many("many", ["x" * 5000] * 50)
+        self.assertEqual(queue.list_jobs(task="many"), [])
+        connection.execute("PRAGMA max_page_count = 100000")
+        queue.enqueue("after", "x" * 5000)
+        self.assertEqual(queue.check()["quick_check"], "ok")
+
+    def test_writer_that_holds_on_too_long_is_told_and_waited_out(self):
+        queue = self.open(busy_seconds=0.05)
+        with self.sqlite() as db:
+            db.execute("BEGIN IMMEDIATE")
+            with self.assertRaisesRegex(QueueBusy, "another writer held it"):
+                queue.enqueue("t")
+            db.execute("ROLLBACK")
+        self.assertEqual(queue.enqueue("t"), 1)
+
+    def test_transaction_that_its_block_ended_is_an_error(self):
+        queue = self.open()
+        with self.assertRaisesRegex(QueueError, "ended inside its block"), queue.transaction() as db:
+            db.execute("COMMIT")
+        with self.assertRaisesRegex(QueueError, "transaction that has ended"), queue.transaction() as db:
+            db.execute("ROLLBACK")
+            queue.enqueue("never")
+        self.assertEqual(queue.list_jobs(), [])
+
+    def test_backup_is_a_whole_queue_and_replaces_nothing(self):
+        queue = self.open()
+        job_id = queue.enqueue("t", [1])
+        copy = self.folder / "copy.db"
+        queue.backup(copy)
+        self.assertEqual(stat.S_IMODE(copy.stat().st_mode), 0o600)
+        with closing(open_queue(str(copy), create=False)) as restored:
+            self.assertEqual(restored.get(job_id).payload, [1])
+            self.assertEqual(restored.check()["problems"], [])
+        with self.assertRaisesRegex(QueueError, "File exists"):
+            queue.backup(copy)
+
+    def test_check_names_what_is_wrong(self):
+        queue = self.open()
+        facts = queue.check()
+        self.assertEqual((facts["journal_mode"], facts["problems"]), ("wal", []))
+        with self.sqlite() as db:
+            db.execute("PRAGMA user_version = 0")
+        self.assertEqual(queue.check()["problems"], ["expected user_version 1, got 0"])
+
+    def test_claim_never_scans_the_jobs(self):
+        queue = self.open()
+        params = {"consumer": "w", "limit": 1, "token": "t", "now": 1.0, "lease_expires_at": 2.0, "queue0": "default"}
+        for queues in (None, ["default"]):
+            for statement in (pqueue.CLAIM, pqueue.NEXT_EVENT):
+                sql = f"EXPLAIN QUERY PLAN {pqueue._serving(statement, queues)}"
+                plan = "\n".join(row[3] for row in queue._read(sql, params))
+                self.assertNotRegex(plan, r"SCAN jobs(?! USING)")
+                self.assertIn("USING INDEX jobs_claim", plan.replace("COVERING ", ""))
+
+    def test_rows_are_readable_in_the_sqlite_shell(self):
+        queue = self.open()
+        queue.enqueue("t", {"a": "ü"})
+        with self.sqlite() as db:
+            row = db.execute("SELECT task, state, payload FROM jobs").fetchone()
+            comments = db.execute("SELECT sql FROM sqlite_master WHERE name = 'jobs'").fetchone()[0]
+        self.assertEqual(row, ("t", "pending", '{"a":"ü"}'))
+        self.assertEqual(json.loads(row[2]), {"a": "ü"})
+        self.assertIn("-- deliveries so far", comments)
+
+
+class Tasks(unittest.TestCase):
+    def setUp(self):
+        patch = mock.patch.dict(pqueue.TASKS, clear=True)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_task_is_registered_under_its_name_once(self):
+        @pqueue.task(max_attempts=7, timeout_seconds=5)
+        def mail(job):
+            return job
+
+        self.assertEqual(mail("letter"), "letter")
+        self.assertEqual((pqueue.TASKS["mail"], mail.max_attempts), (mail, 7))
+        with self.assertRaisesRegex(ValueError, "the name is taken"):
+            pqueue.task("mail")(print)
+        with self.assertRaisesRegex(ValueError, "expected max_attempts"):
+            pqueue.task("other", max_attempts=0)(print)
+
+    def test_job_gets_its_tasks_attempts(self):
+        pqueue.task("t", max_attempts=9)(print)
+        with tempfile.TemporaryDirectory() as folder, closing(open_queue(f"{folder}/q.db")) as queue:
+            self.assertEqual(queue.get(queue.enqueue("t")).max_attempts, 9)
+            self.assertEqual(queue.get(queue.enqueue(pqueue.TASKS["t"])).max_attempts, 9)
+            self.assertEqual(queue.get(queue.enqueue("unknown")).max_attempts, 3)
+
+    def test_backoff_doubles_up_to_its_cap_with_half_of_it_random(self):
+        for attempts, whole in ((1, 5), (2, 10), (4, 40), (99, 3600), (10**6, 3600)):
+            delays = [pqueue.backoff_seconds(attempts) for _ in range(200)]
+            self.assertTrue(all(whole / 2 <= delay <= whole for delay in delays))
+            self.assertGreater(len(set(delays)), 1)
+
+    def test_do_not_retry_is_no_error_of_the_queue(self):
+        self.assertFalse(issubclass(pqueue.DoNotRetry, QueueError))
+
+
+if __name__ == "__main__":
+    unittest.main()
