@@ -51,6 +51,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import Any, cast
@@ -333,11 +334,11 @@ ADD_QUEUE = "INSERT INTO queues (name) VALUES (:queue) ON CONFLICT DO NOTHING"
 # paused queues, other queues and jobs assigned elsewhere are never stepped over one by one. SQLite's CROSS JOIN keeps
 # q the outer loop.
 CANDIDATES = f"""
-SELECT jobs.id, priority, run_at FROM queues q CROSS JOIN jobs WHERE q.paused = 0 {{served}} AND jobs.id IN
+SELECT jobs.id, priority, run_at, attempts FROM queues q CROSS JOIN jobs WHERE q.paused = 0 {{served}} AND jobs.id IN
     (SELECT id FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL
      ORDER BY {ORDER} LIMIT :limit)
 UNION ALL
-SELECT * FROM (SELECT id, priority, run_at FROM jobs WHERE state = 'pending' AND assigned_to = :consumer
+SELECT * FROM (SELECT id, priority, run_at, attempts FROM jobs WHERE state = 'pending' AND assigned_to = :consumer
                AND queue NOT IN (SELECT name FROM queues WHERE paused = 1) ORDER BY {ORDER} LIMIT :limit) mine"""
 
 CLAIM = f"""
@@ -345,6 +346,8 @@ UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = :consu
     lease_expires_at = :lease_expires_at, started_at = :now
 WHERE id IN (SELECT id FROM ({CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit)
 RETURNING {COLUMNS}"""
+
+NEXT_ATTEMPTS = f"SELECT attempts FROM ({CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit"
 
 OVERDUE = """
 SELECT (SELECT min(run_at) FROM jobs WHERE state = 'scheduled') <= :now,
@@ -592,7 +595,10 @@ class PersistentQInterface(ABC):
         return jobs[0] if jobs else None
 
     def dequeue_many(self, consumer: str, limit: int, **options: Any) -> list[Job]:
-        """Take up to `limit` jobs, in order; the options are those of `complete_and_dequeue`."""
+        """Take up to `limit` jobs, in order; a job that was delivered before comes alone.
+
+        The options are those of `complete_and_dequeue`.
+        """
         return self.complete_and_dequeue((), consumer, limit, **options)[0]
 
     def complete_and_dequeue(
@@ -894,6 +900,9 @@ def _claim(
     tx: Session, me: Registration, limit: int, queues: Sequence[str] | None, lease_seconds: float, now: float
 ) -> list[Job]:
     params = _served(me.name, queues, limit)
+    if limit > 1:
+        attempts = [row[0] for row in tx.run(_serving(NEXT_ATTEMPTS, queues), params)]
+        params["limit"] = _batch(attempts)
     params["now"] = now
     params["lease_expires_at"] = now + _lease(lease_seconds)
     params["token"] = f"{me.token}.{next(me.claims)}"
@@ -901,6 +910,15 @@ def _claim(
     if len(jobs) > 1:
         jobs.sort(key=lambda job: (-job.priority, job.run_at, job.id))
     return jobs
+
+
+def _batch(attempts: list[int]) -> int:
+    """Return how many of the next jobs, by their attempts so far, to deliver together.
+
+    A job that was delivered before goes alone: when it kills its consumer again, no other job pays for it.
+    """
+    fresh = next((number for number, before in enumerate(attempts) if before), len(attempts))
+    return max(1, fresh)
 
 
 def _recover(tx: Session, dead: list[str] | None, now: float) -> None:
@@ -955,9 +973,13 @@ def _full(queue: str, max_pending: int) -> QueueFull:
 
 
 def _serving(sql: str, queues: Sequence[str] | None) -> str:
-    if queues is None:
-        return sql.format(served="")
-    return sql.format(served=f"AND q.name IN ({', '.join(f':queue{i}' for i in range(len(queues)))})")
+    return _filled(sql, None if queues is None else len(queues))
+
+
+@lru_cache
+def _filled(sql: str, queues: int | None) -> str:
+    names = ", ".join(f":queue{number}" for number in range(queues or 0))
+    return sql.format(served="" if queues is None else f"AND q.name IN ({names})")
 
 
 def _served(consumer: str, queues: Sequence[str] | None, limit: int) -> Params:

@@ -215,6 +215,13 @@ class QueueContract:
         together = self.queue.dequeue_many("w", 10, now=NOW + 6)
         self.assertEqual([job.task for job in together], ["due then", *expected])
 
+    def test_guarantee_5_jobs_beside_one_that_kills_do_not_pay_for_it(self):
+        ids = self.queue.enqueue_many("t", range(5), max_attempts=2, now=NOW)
+        self.assertEqual(len(self.queue.dequeue_many("victim", 9, now=NOW)), 5)
+        fresh = self.queue.enqueue("t", now=NOW)
+        after = [self.queue.dequeue_many("heir", 9, now=NOW + 61) for _ in range(6)]
+        self.assertEqual([[job.id for job in jobs] for jobs in after], [*([job_id] for job_id in ids), [fresh]])
+
     # Working
 
     def test_batch_completes_all_but_the_job_whose_lease_was_lost(self):
