@@ -1,0 +1,96 @@
+"""Real processes in a folder of their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pqueue  # noqa: E402
+
+
+def wait_until(condition, seconds=30.0):
+    """Return the condition's first true value; fail when there is none in time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        time.sleep(0.01)
+
+
+class Place:
+    """A working folder with the programs running in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.children: list[subprocess.Popen] = []
+        self._queues: list[pqueue.PersistentQInterface] = []
+
+    def queue(self, **options):
+        queue = pqueue.PersistentQSQLite(self.folder / "var/queue.db", **options)
+        self._queues.append(queue)
+        return queue
+
+    def write(self, name: str, text: str) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    def command(self, program: str, *arguments: object) -> list[str]:
+        return [sys.executable, str(ROOT / program), *map(str, arguments)]
+
+    def environment(self, **variables: str) -> dict[str, str]:
+        names = ("PQUEUE_URL", "PQUEUE_DURABILITY", "PQUEUE_FILES", "SUPERVISOR_PROCESS_NAME")
+        return {**{k: v for k, v in os.environ.items() if k not in names}, **variables}
+
+    def start(self, program: str, *arguments: object, **variables: str) -> subprocess.Popen:
+        """Start a program; its output goes to a file of its own, read by `output`."""
+        out = self.folder / f"out-{len(self.children)}"
+        with out.open("w") as file:
+            child = subprocess.Popen(
+                self.command(program, *arguments),
+                cwd=self.folder,
+                env=self.environment(**variables),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        child.out = out
+        self.children.append(child)
+        return child
+
+    def run(self, program: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            self.command(program, *arguments),
+            cwd=self.folder,
+            env=self.environment(**variables),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def close(self) -> None:
+        for child in self.children:
+            if child.poll() is None:
+                child.send_signal(signal.SIGCONT)
+                child.kill()
+            child.wait()
+        for queue in self._queues:
+            queue.close()
+
+
+@pytest.fixture
+def place(tmp_path):
+    place = Place(tmp_path)
+    yield place
+    place.close()

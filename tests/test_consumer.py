@@ -1,0 +1,368 @@
+"""The consumer and the producer, as processes and by their words."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sqlite3
+import time
+from contextlib import closing
+
+import pytest
+from conftest import wait_until
+
+import consumer
+import pqueue
+
+TASKS = """
+import os, sys, time
+from pathlib import Path
+from pqueue import DoNotRetry, current_queue, task
+
+@task()
+def quick(job): return job.payload
+
+@task()
+def slow(job):
+    Path("slow-started").write_text(str(os.getpid()))
+    deadline = time.monotonic() + job.payload
+    while time.monotonic() < deadline: time.sleep(0.01)
+    return os.getpid()
+
+@task()
+def die(job): os.kill(os.getpid(), 9)
+
+@task(max_attempts=1)
+def leave(job): sys.exit("leaving")
+
+@task(max_attempts=1)
+def boom(job): raise ValueError(f"no {job.payload}")
+
+@task()
+def hopeless(job): raise DoNotRetry("never")
+
+@task(max_attempts=1)
+def unstorable(job): return {1, 2}
+
+@task(max_attempts=1, timeout_seconds=0.2)
+def hang(job):
+    while True: time.sleep(0.01)
+
+@task()
+def chain(job):
+    with current_queue().transaction():
+        current_queue().enqueue("quick", "next")
+        current_queue().update(job, progress=0.5)
+    return "chained"
+"""
+
+STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ")
+
+
+@pytest.fixture
+def tasks(place):
+    place.write("my_tasks.py", TASKS)
+    return place
+
+
+def drain(place, *arguments):
+    return place.run("consumer.py", "--import", "my_tasks", "--drain", *arguments)
+
+
+def jobs_by_task(queue):
+    return {job.task: job for job in queue.list_jobs()}
+
+
+def test_consumer_does_right_by_all_jobs_whatever_their_handlers_do(tasks):
+    queue = tasks.queue()
+    for name in ("leave", "boom", "hopeless", "unstorable", "hang", "chain", "unknown"):
+        queue.enqueue(name, "x", max_attempts=1)
+    queue.enqueue_many("quick", range(50))
+    done = drain(tasks)
+    assert done.returncode == 0, done.stderr
+    jobs = jobs_by_task(queue)
+    errors = {name: jobs[name].error.splitlines()[0] for name in jobs if jobs[name].state == "failed"}
+    assert errors == {
+        "leave": "SystemExit: leaving",
+        "boom": "ValueError: no x",
+        "hopeless": "DoNotRetry: never",
+        "unstorable": "ValueError: expected a result that JSON can hold, got {1, 2}: "
+        "Object of type set is not JSON serializable",
+        "hang": "TimeoutError: timed out after 0.2 s",
+        "unknown": "LookupError: unknown task 'unknown'; this consumer knows boom, chain, die, hang, hopeless, leave, "
+        "prepend_timestamp, quick, slow, unstorable: give it --import MODULE",
+    }
+    assert jobs["chain"].result == "chained"
+    assert len(queue.list_jobs(task="quick", state="completed")) == 51
+    assert "raise ValueError" in jobs["boom"].error
+
+
+def test_job_that_kills_its_process_is_set_aside_and_the_others_complete(tasks):
+    queue = tasks.queue()
+    queue.enqueue("die", priority=1)
+    queue.enqueue_many("quick", range(100))
+    names = []
+
+    def run_until_done():
+        if not queue.stats()["states"]["pending"] + queue.stats()["states"]["processing"]:
+            return True
+        names.append(f"c{len(names)}")
+        drain(tasks, "--name", names[-1])
+        return False
+
+    wait_until(run_until_done)
+    poison = queue.list_jobs(task="die")[0]
+    assert poison.state == "failed"
+    assert poison.attempts == 3
+    died = [event["actor"] for event in queue.history(poison.id)]
+    assert len(died) == 3
+    assert f"lost by {', '.join(died)}" in poison.error
+    assert queue.stats()["states"] == {
+        "scheduled": 0, "pending": 0, "processing": 0, "completed": 100, "failed": 1, "cancelled": 0
+    }  # fmt: skip
+
+
+def test_first_term_finishes_the_job_and_the_second_gives_it_back(tasks):
+    queue = tasks.queue()
+    job_id = queue.enqueue("slow", 0.5)
+    child = tasks.start("consumer.py", "--import", "my_tasks")
+    wait_until(lambda: (tasks.folder / "slow-started").exists())
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(20) == 0
+    assert queue.get(job_id).state == "completed"
+
+    (tasks.folder / "slow-started").unlink()
+    job_id = queue.enqueue("slow", 600)
+    child = tasks.start("consumer.py", "--import", "my_tasks")
+    wait_until(lambda: (tasks.folder / "slow-started").exists())
+    child.send_signal(signal.SIGINT)
+    wait_until(lambda: queue.get(job_id).state == "processing")
+    time.sleep(0.1)  # two signals at once would be one
+    child.send_signal(signal.SIGINT)
+    assert child.wait(20) == 0
+    job = queue.get(job_id)
+    assert (job.state, job.attempts) == ("pending", 0)
+
+
+def test_idle_consumer_ends_at_once_when_told(tasks):
+    child = tasks.start("consumer.py", "--name", "idle")
+    wait_until(lambda: "started" in child.out.read_text())
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(20) == 0
+    assert "stopped consumer=idle completed=0 failed=0" in child.out.read_text()
+
+
+def test_job_of_a_killed_consumer_runs_elsewhere_within_two_seconds(tasks):
+    queue = tasks.queue()
+    queue.enqueue("slow", 600)
+    children = {c.pid: c for c in (tasks.start("consumer.py", "--import", "my_tasks") for _ in range(2))}
+    first = int(wait_until(lambda: (tasks.folder / "slow-started").exists() and read(tasks, "slow-started")))
+    children[first].kill()
+    killed = time.monotonic()
+    wait_until(lambda: read(tasks, "slow-started") not in ("", str(first)))
+    assert time.monotonic() - killed < 2
+
+
+def read(place, name):
+    return (place.folder / name).read_text()
+
+
+def test_consumer_stopped_past_its_lease_loses_the_job_and_changes_nothing(tasks):
+    queue = tasks.queue()
+    job_id = queue.enqueue("slow", 3)
+    stopped = tasks.start("consumer.py", "--import", "my_tasks", "--lease-seconds", 1, "--name", "stopped")
+    wait_until(lambda: (tasks.folder / "slow-started").exists())
+    stopped.send_signal(signal.SIGSTOP)
+    heir = tasks.start("consumer.py", "--import", "my_tasks", "--name", "heir")
+    wait_until(lambda: queue.get(job_id).consumer == "heir")
+    stopped.send_signal(signal.SIGCONT)
+    wait_until(lambda: "lost consumer=stopped job=1" in stopped.out.read_text())
+    job = wait_until(lambda: queue.get(job_id).state == "completed" and queue.get(job_id))
+    assert (job.consumer, job.attempts, job.result) == ("heir", 2, heir.pid)
+
+
+def test_long_job_keeps_its_lease_and_a_cancelled_one_is_interrupted(tasks):
+    queue = tasks.queue()
+    job_id = queue.enqueue("slow", 600)
+    child = tasks.start("consumer.py", "--import", "my_tasks", "--lease-seconds", 0.6)
+    wait_until(lambda: (tasks.folder / "slow-started").exists())
+    first = queue.get(job_id).lease_expires_at
+    wait_until(lambda: queue.get(job_id).lease_expires_at > first + 1)
+    queue.cancel(job_id)
+    wait_until(
+        lambda: f"lost consumer={consumer.socket.gethostname()}-{child.pid} job={job_id}" in child.out.read_text()
+    )
+    queue.enqueue("quick")
+    wait_until(lambda: queue.stats()["states"]["completed"] == 1)
+
+
+def test_quick_jobs_do_not_wait_behind_a_slow_one(tasks):
+    queue = tasks.queue()
+    queue.enqueue_many("quick", range(500))
+    queue.enqueue("slow", 600)
+    queue.enqueue_many("quick", range(500))
+    for _ in range(2):
+        tasks.start("consumer.py", "--import", "my_tasks")
+    wait_until(lambda: queue.stats()["states"]["completed"] == 1000)
+
+
+def test_consumer_takes_no_more_than_max_jobs_of_its_queues(tasks):
+    queue = tasks.queue()
+    queue.enqueue_many("quick", range(9), queue="a")
+    queue.enqueue_many("quick", range(9), queue="b")
+    drain(tasks, "--queue", "a", "--max-jobs", 4)
+    assert queue.stats()["queues"]["a"]["completed"] == 4
+    drain(tasks, "--queue", "a", "--queue", "c")
+    assert queue.stats()["queues"]["a"]["completed"] == 9
+    assert queue.stats()["queues"]["b"]["pending"] == 9
+
+
+def test_consumer_waits_for_a_locked_database_and_says_so(tasks):
+    queue = tasks.queue()
+    job_id = queue.enqueue("quick")
+    with closing(sqlite3.connect(queue.path, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        child = tasks.start("consumer.py", "--import", "my_tasks", "--drain")
+        wait_until(lambda: "waiting" in child.out.read_text())
+        db.execute("ROLLBACK")
+    assert child.wait(30) == 0
+    assert queue.get(job_id).state == "completed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--import", "no_such_module"], 1, "consumer.py: cannot import 'no_such_module': No module named"),
+        (["--max-jobs", "0"], 2, "expected a whole number above 0, got '0'"),
+        (["--lease-seconds", "soon"], 2, "expected a number of seconds above 0, got 'soon'"),
+        (["--name", ""], 1, "expected a consumer name of 1 to 255 printable characters, got ''"),
+        (["--queue", "a\nb"], 1, "expected a queue name of 1 to 255 printable characters"),
+    ],
+)
+def test_wrong_arguments_get_one_line(place, arguments, code, message):
+    done = place.run("consumer.py", "--drain", *arguments)
+    assert done.returncode == code
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_programs_refuse_a_file_that_is_no_queue_in_one_line(place):
+    place.write("var/queue.db", "this is a diary, and no database at all\n" * 100)
+    for program in ("producer.py", "consumer.py"):
+        done = place.run(program)
+        assert done.returncode == 1
+        assert re.fullmatch(rf"{program}: cannot use .*: expected an SQLite database, got another file\n", done.stderr)
+
+
+# The built-in task
+
+
+def stamped(place, payload, **options):
+    """Enqueue and run one prepend_timestamp; return the job."""
+    queue = place.queue()
+    job_id = queue.enqueue("prepend_timestamp", payload, **options)
+    drained = place.run("consumer.py", "--drain")
+    assert drained.returncode == 0, drained.stderr
+    return queue.get(job_id)
+
+
+def test_each_line_of_the_file_gets_the_same_timestamp(place):
+    file = place.write("var/files/job_1.txt", "one\n\nthree\r\nlast without end")
+    job = stamped(place, {"file": "job_1.txt"})
+    text = file.read_bytes().decode()
+    stamp = job.result["timestamp"]
+    assert STAMP.fullmatch(f"{stamp} ")
+    assert text == f"{stamp} one\n{stamp} \n{stamp} three\r\n{stamp} last without end"
+    assert os.listdir(file.parent) == ["job_1.txt"]
+
+
+def test_second_delivery_never_stamps_twice(place, monkeypatch):
+    file = place.write("var/files/job_1.txt", "one\ntwo\n")
+    monkeypatch.setattr(consumer, "files_directory", file.parent)
+    queue = place.queue()
+    queue.enqueue("prepend_timestamp", {"file": "job_1.txt"}, now=1000)
+    first = queue.dequeue("w", now=1000)
+    pqueue.run_task(queue, first)  # and dies before it completes
+    once = file.read_text()
+    second = queue.dequeue("w", now=2000)
+    queue.complete(second, pqueue.run_task(queue, second))
+    assert file.read_text() == once
+    assert once.count("Z ") == 2
+    with pytest.raises(pqueue.LeaseLost):
+        pqueue.run_task(queue, first)
+    assert file.read_text() == once
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.txt", "/etc/hostname", "a/b.txt", "", "..", "link.txt", "fifo.txt", 5, "\0"]
+)
+def test_path_outside_or_through_a_link_is_refused_for_good(place, name):
+    secret = place.write("var/secret.txt", "secret\n")
+    (place.folder / "var/files").mkdir()
+    (place.folder / "var/files/link.txt").symlink_to(secret)
+    os.mkfifo(place.folder / "var/files/fifo.txt")
+    job = stamped(place, {"file": name})
+    assert (job.state, job.attempts) == ("failed", 1)
+    assert job.error.startswith("DoNotRetry: ")
+    assert secret.read_text() == "secret\n"
+
+
+def test_missing_file_fails_with_its_name(place):
+    (place.folder / "var/files").mkdir(parents=True)
+    job = stamped(place, {"file": "gone.txt"}, max_attempts=1)
+    assert job.error.startswith("FileNotFoundError: no file gone.txt in var/files")
+
+
+# The producer
+
+
+def names(place, pattern):
+    return sorted(path.name for path in (place.folder / "var/files").glob(pattern))
+
+
+def test_producer_makes_as_many_files_and_jobs_as_told(place):
+    done = place.run("producer.py", "--count", 5, "--interval", 0)
+    assert done.returncode == 0
+    assert len(re.findall(r"enqueued job=\d+ file=job_\w+\.txt", done.stdout)) == 5
+    jobs = place.queue().list_jobs(state="pending")
+    assert sorted(job.payload["file"] for job in jobs) == names(place, "*")
+
+
+def test_producer_ends_between_jobs_when_told(place):
+    child = place.start("producer.py", "--interval", 600)
+    wait_until(lambda: "enqueued" in child.out.read_text())
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(20) == 0
+
+
+@pytest.mark.parametrize("hold", ["lock", "limit"])
+def test_producer_waits_for_room_and_leaves_nothing_half_done(place, hold):
+    queue = place.queue()
+    queue.enqueue("other")
+    queue.limit("default", 1 if hold == "limit" else None)
+    with closing(sqlite3.connect(queue.path, isolation_level=None)) as db:
+        if hold == "lock":
+            db.execute("BEGIN IMMEDIATE")
+        child = place.start("producer.py", "--count", 1)
+        wait_until(lambda: "waiting" in child.out.read_text())
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(30) == 0
+    assert names(place, "*") == []
+    queue.limit("default", None)
+    assert place.run("producer.py", "--count", 1).returncode == 0
+    assert len(names(place, "*")) == 1
+
+
+def test_producer_makes_up_for_what_a_killed_one_left(place):
+    queue = place.queue()
+    files = place.folder / "var/files"
+    place.write("var/files/.job_unlinked.txt.new", "x\n")
+    place.write("var/files/.job_linked.txt.new", "x\n")
+    os.link(files / ".job_linked.txt.new", files / "job_linked.txt")
+    place.write("var/files/.job_done.txt.new", "x\n")
+    place.write("var/files/job_done.txt", "stamped x\n")
+    place.run("producer.py", "--count", 1)
+    assert sorted(job.payload["file"] for job in queue.list_jobs()) == sorted({*names(place, "*")} - {"job_done.txt"})
+    assert "job_unlinked.txt" not in names(place, "*")
+    assert names(place, ".*") == []
