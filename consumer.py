@@ -63,7 +63,7 @@ def _utc_now() -> str:
 files_directory = Path(os.environ.get("PQUEUE_FILES", "var/files"))
 
 
-@task()
+@task(max_attempts=10)  # it can do no harm twice
 def prepend_timestamp(job: Job) -> dict[str, Any]:
     """Put one ISO 8601 UTC timestamp in front of every line of the file that the payload names.
 

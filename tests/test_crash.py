@@ -1,0 +1,118 @@
+"""Kill everything at random, and count."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sqlite3
+import threading
+import time
+from contextlib import closing
+
+import pytest
+from conftest import wait_until
+
+PRODUCERS, CONSUMERS = 5, 8
+KILL_EVERY_SECONDS = 0.1
+JOBS = int(os.environ.get("PQUEUE_TEST_JOBS", "3000"))
+
+AUDIT = """
+CREATE TABLE audit (job_id INTEGER, token TEXT, was TEXT);
+CREATE TRIGGER completions AFTER UPDATE OF state ON jobs WHEN NEW.state = 'completed' BEGIN
+    INSERT INTO audit VALUES (OLD.id, OLD.lease_token, OLD.state);
+END;
+CREATE TABLE claims (job_id INTEGER, token TEXT, was TEXT);
+CREATE TRIGGER deliveries AFTER UPDATE OF state ON jobs WHEN NEW.state = 'processing' BEGIN
+    INSERT INTO claims VALUES (NEW.id, NEW.lease_token, OLD.state);
+END;
+"""
+
+
+class Fleet:
+    """Programs that are started again when they die."""
+
+    def __init__(self, place, **variables):
+        self.place, self.variables = place, variables
+        self.running = {}
+        self.kills = 0
+
+    def add(self, name, *command):
+        self.running[name] = (command, self.place.start(*command, **self.variables))
+
+    def kill_one(self):
+        name = random.choice(list(self.running))
+        command, child = self.running[name]
+        child.kill()
+        child.wait()
+        self.kills += 1
+        self.add(name, *command)
+
+    def remove(self, prefix):
+        for name in [name for name in self.running if name.startswith(prefix)]:
+            _, child = self.running.pop(name)
+            child.send_signal(signal.SIGTERM)
+            assert child.wait(60) == 0, child.out.read_text()
+
+
+@pytest.mark.parametrize("durability", ["full", "normal"])
+def test_every_job_completes_exactly_once_whoever_is_killed(place, durability):
+    queue = place.queue(durability=durability)
+    with closing(sqlite3.connect(queue.path)) as db:
+        db.executescript(AUDIT)
+    fleet = Fleet(place, PQUEUE_DURABILITY=durability)
+    for number in range(PRODUCERS):
+        fleet.add(f"producer-{number}", "producer.py", "--interval", 0)
+    for number in range(CONSUMERS):
+        fleet.add(f"consumer-{number}", "consumer.py", "--name", f"consumer-{number}")
+    over = threading.Event()
+
+    def kill():
+        while not over.wait(KILL_EVERY_SECONDS):
+            fleet.kill_one()
+
+    began = time.monotonic()
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        wait_until(lambda: queue.list_jobs(limit=1) and queue.list_jobs(limit=1)[0].id >= JOBS, seconds=900)
+    finally:
+        over.set()
+        killer.join()
+    fleet.remove("producer")
+    assert place.run("producer.py", "--count", 1, PQUEUE_DURABILITY=durability).returncode == 0
+
+    def settled():
+        states = queue.stats()["states"]
+        return not states["pending"] + states["processing"] + states["scheduled"]
+
+    wait_until(settled, seconds=600)
+    fleet.remove("consumer")
+
+    states = queue.stats()["states"]
+    total = sum(states.values())
+    with closing(sqlite3.connect(queue.path)) as db:
+        completions, jobs = db.execute(
+            "SELECT count(*), count(DISTINCT job_id) FROM audit WHERE was = 'processing'"
+        ).fetchone()
+        deliveries = db.execute("SELECT count(*) FROM claims WHERE was = 'pending'").fetchone()[0]
+        stale = db.execute(
+            """SELECT count(*) FROM audit a WHERE token <>
+               (SELECT token FROM claims c WHERE c.job_id = a.job_id ORDER BY c.rowid DESC LIMIT 1)"""
+        ).fetchone()[0]
+        integrity = db.execute("PRAGMA integrity_check").fetchall()
+    files = sorted((place.folder / "var/files").iterdir())
+    print(
+        f"\n{durability}: {total} jobs, {fleet.kills} kills, {deliveries} deliveries, {states['failed']} set aside, "
+        f"{time.monotonic() - began:.0f} s"
+    )
+    assert integrity == [("ok",)]
+    assert states["completed"] + states["failed"] == total
+    assert completions == jobs == states["completed"]
+    assert stale == 0
+    assert states["failed"] == 0, [job.error for job in queue.list_jobs(state="failed")]
+    assert len(files) == total
+    stamps = [[line.split(" ", 1)[0] for line in file.read_text().splitlines()] for file in files]
+    assert all(len(set(lines)) == 1 and lines[0].endswith("Z") for lines in stamps)
+    words = [line.split(" ", 2)[1] for file in files for line in file.read_text().splitlines()]
+    assert not any(word.endswith("Z") for word in words)

@@ -1,0 +1,208 @@
+"""Random operations against a plain model in memory."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import pqueue
+
+LEASE = 60
+UNFINISHED = ("scheduled", "pending", "processing")
+
+
+@dataclass
+class Entry:
+    queue: str
+    priority: int
+    run_at: float
+    max_attempts: int
+    key: str | None
+    assigned_to: str | None
+    state: str
+    attempts: int = 0
+    holder: int | None = None  # number of the delivery that holds it
+    expires: float = 0.0
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """Consumers are alive throughout; time goes by and leases run out."""
+
+    @initialize()
+    def begin(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.queue = pqueue.PersistentQSQLite(f"{self.folder.name}/q.db", durability="normal")
+        self.now = 1_000.0
+        self.entries: dict[int, Entry] = {}
+        self.paused: set[str] = set()
+        self.deliveries: list[pqueue.Job] = []
+
+    def teardown(self):
+        self.queue.close()
+        self.folder.cleanup()
+
+    @rule(
+        queue=st.sampled_from("ab"),
+        priority=st.integers(-1, 1),
+        delay=st.sampled_from([0, 0, 0, 30, 90]),
+        max_attempts=st.integers(1, 3),
+        key=st.sampled_from([None, None, "k", "l"]),
+        assigned_to=st.sampled_from([None, None, "x", "y"]),
+    )
+    def enqueue(self, queue, priority, delay, max_attempts, key, assigned_to):
+        options = {"queue": queue, "priority": priority, "max_attempts": max_attempts, "key": key}
+        job_id = self.queue.enqueue("t", delay_seconds=delay, assigned_to=assigned_to, now=self.now, **options)
+        same = self.with_key(queue, key)
+        if same is not None:
+            assert job_id == same
+            return
+        assert job_id not in self.entries
+        state = "scheduled" if delay else "pending"
+        self.entries[job_id] = Entry(**options, run_at=self.now + delay, assigned_to=assigned_to, state=state)
+
+    def with_key(self, queue, key):
+        for job_id, entry in self.entries.items():
+            if key is not None and (entry.queue, entry.key) == (queue, key) and entry.state in UNFINISHED:
+                return job_id
+        return None
+
+    @rule(seconds=st.sampled_from([0.5, 10, 40, 70]))
+    def time_goes_by(self, seconds):
+        self.now += seconds
+
+    @rule(
+        consumer=st.sampled_from("xyz"),
+        queues=st.sampled_from([None, ["a"], ["b"], ["b", "a"]]),
+        limit=st.integers(1, 4),
+    )
+    def dequeue(self, consumer, queues, limit):
+        jobs = self.queue.dequeue_many(consumer, limit, queues=queues, lease_seconds=LEASE, now=self.now)
+        self.recover()
+        expected = self.next(consumer, queues, limit)
+        assert [job.id for job in jobs] == expected
+        for job in jobs:
+            entry = self.entries[job.id]
+            entry.state, entry.attempts, entry.expires = "processing", entry.attempts + 1, self.now + LEASE
+            entry.holder = len(self.deliveries)
+            assert job.attempts == entry.attempts
+            self.deliveries.append(job)
+
+    def recover(self):
+        for entry in self.entries.values():
+            if entry.state == "scheduled" and entry.run_at <= self.now:
+                entry.state = "pending"
+            if entry.state == "processing" and entry.expires <= self.now:
+                entry.state = "pending" if entry.attempts < entry.max_attempts else "failed"
+                entry.holder = None
+
+    def next(self, consumer, queues, limit):
+        able = [
+            (-entry.priority, entry.run_at, job_id)
+            for job_id, entry in self.entries.items()
+            if entry.state == "pending"
+            and entry.queue not in self.paused
+            and (entry.assigned_to == consumer if entry.assigned_to else queues is None or entry.queue in queues)
+        ]
+        ids = [job_id for _, _, job_id in sorted(able)[:limit]]
+        seen = [number for number, job_id in enumerate(ids) if self.entries[job_id].attempts]
+        return ids[: max(1, seen[0])] if seen else ids
+
+    @precondition(lambda self: self.deliveries)
+    @rule(data=st.data(), verb=st.sampled_from(["complete", "fail", "fail for good", "release", "extend", "fused"]))
+    def settle(self, data, verb):
+        number = data.draw(st.integers(0, len(self.deliveries) - 1))
+        job = self.deliveries[number]
+        entry = self.entries[job.id]
+        try:
+            self.call(verb, job)
+        except pqueue.LeaseLost:
+            assert entry.holder != number
+            return
+        assert entry.holder == number
+        self.settled(verb, entry)
+
+    def call(self, verb, job):
+        if verb == "complete":
+            self.queue.complete(job, now=self.now)
+        elif verb == "release":
+            self.queue.release(job, now=self.now)
+        elif verb == "extend":
+            self.queue.extend(job, LEASE, now=self.now)
+        elif verb == "fused":
+            _, lost = self.queue.complete_and_dequeue([(job, None)], "x", 0, now=self.now)
+            self.recover_after(lost, job)
+        else:
+            self.queue.fail(job, "e", retry=verb == "fail", retry_in_seconds=20, now=self.now)
+
+    def recover_after(self, lost, job):
+        """The fused call recovers, too, but after it completed."""
+        if lost:
+            self.recover()
+            raise pqueue.LeaseLost
+        self.entries[job.id].expires = float("inf")
+        self.recover()
+
+    def settled(self, verb, entry):
+        if verb == "extend":
+            entry.expires = self.now + LEASE
+            return
+        entry.holder = None
+        if verb in ("complete", "fused"):
+            entry.state = "completed"
+        elif verb == "release":
+            entry.state, entry.attempts = "pending", entry.attempts - 1
+        elif verb == "fail" and entry.attempts < entry.max_attempts:
+            entry.state, entry.run_at = "scheduled", self.now + 20
+        else:
+            entry.state = "failed"
+
+    @precondition(lambda self: self.entries)
+    @rule(data=st.data(), verb=st.sampled_from(["resubmit", "cancel", "mark_failed", "assign"]))
+    def operate(self, data, verb):
+        job_id = data.draw(st.sampled_from(sorted(self.entries)))
+        consumer = data.draw(st.sampled_from([None, "x", "y"]))
+        entry = self.entries[job_id]
+        arguments = [job_id, consumer] if verb == "assign" else [job_id]
+        allowed = entry.state in UNFINISHED
+        if verb == "resubmit":
+            allowed = not allowed and self.with_key(entry.queue, entry.key) is None
+        try:
+            getattr(self.queue, verb)(*arguments, now=self.now)
+        except pqueue.InvalidTransition:
+            assert not allowed
+            return
+        assert allowed
+        if verb == "resubmit":
+            entry.state, entry.attempts, entry.run_at = "pending", 0, self.now
+        elif verb == "assign":
+            if entry.state == "processing":
+                entry.state, entry.attempts = "pending", entry.attempts - 1
+            entry.assigned_to = consumer
+        else:
+            entry.state = {"cancel": "cancelled", "mark_failed": "failed"}[verb]
+        entry.holder = None
+
+    @rule(queue=st.sampled_from("ab"), paused=st.booleans())
+    def pause_or_resume(self, queue, paused):
+        (self.queue.pause if paused else self.queue.resume)(queue)
+        (self.paused.add if paused else self.paused.discard)(queue)
+
+    @invariant()
+    def rows_equal_the_model(self):
+        rows = {job.id: job for job in self.queue.list_jobs(limit=1000)}
+        assert {i: (j.state, j.attempts, j.assigned_to) for i, j in rows.items()} == {
+            i: (e.state, e.attempts, e.assigned_to) for i, e in self.entries.items()
+        }
+        for job_id, job in rows.items():
+            holder = self.entries[job_id].holder
+            assert job.lease_token == (None if holder is None else self.deliveries[holder].lease_token)
+
+
+QueueMachine.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestQueueMachine = QueueMachine.TestCase
