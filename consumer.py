@@ -325,12 +325,20 @@ class Consumer:
             return finished
 
     def _tell_settled(self, jobs: list[Job], lost: list[Job]) -> None:
-        self.completed += len(jobs) - len(lost)
-        at, gone = _utc_now(), {job.id for job in lost}
+        gone = {job.id for job in lost if not self._settled_itself(job)}
+        self.completed += len(jobs) - len(gone)
+        at = _utc_now()
         lines = [] if self.quiet else [self._settled_line(at, job) for job in jobs if job.id not in gone]
-        lines += [_line(at, "lost", {"consumer": self.name, "job": job.id, "reason": "its lease"}) for job in lost]
+        lines += [_line(at, "lost", {"consumer": self.name, "job": number, "reason": "its lease"}) for number in gone]
         if lines:
             print("\n".join(lines), flush=True)
+
+    def _settled_itself(self, job: Job) -> bool:
+        """Tell a lease that was lost from one that the task gave up by completing the job in its own transaction."""
+        with suppress(QueueError):
+            now = self.queue.get(job.id)
+            return (now.state, now.consumer, now.attempts) == ("completed", self.name, job.attempts)
+        return False
 
     def _settled_line(self, at: str, job: Job) -> str:
         return (
