@@ -1378,7 +1378,7 @@ class PersistentQSQLite(PersistentQInterface):
         if durability not in ("full", "normal"):
             raise ValueError(f"expected a durability of full or normal, got {durability!r}")
         self.path = Path(path).absolute()
-        self._durability, self._busy_seconds = durability, busy_seconds
+        self.durability, self._busy_seconds = durability, busy_seconds
         self._sessions: weakref.WeakSet[SQLiteSession] = weakref.WeakSet()
         self._local = threading.local()
         self._turnstile: Turnstile | None = None
@@ -1491,7 +1491,7 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _write(self, *, durable: bool = True) -> SQLiteSession:
         session = self._session()
-        session.wanted = "FULL" if durable and self._durability == "full" else "NORMAL"
+        session.wanted = "FULL" if durable and self.durability == "full" else "NORMAL"
         return session
 
     def _read(self, sql: str, params: Params) -> list[Any]:
@@ -1558,7 +1558,7 @@ class PersistentQSQLite(PersistentQInterface):
         for pragma in ("journal_mode", "application_id", "user_version", "quick_check"):
             facts[pragma] = self._read(f"PRAGMA {pragma}", {})[0][0]
         facts["file_system"] = file_system(self.path.parent)
-        facts["durability"] = self._durability
+        facts["durability"] = self.durability
         wal = Path(f"{self.path}-wal")
         facts["wal_bytes"] = wal.stat().st_size if wal.exists() else 0
         expected = {"journal_mode": "wal", "user_version": len(MIGRATIONS), "quick_check": "ok"}

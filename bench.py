@@ -1,0 +1,524 @@
+"""Measure this queue on this disk, beside the bare limit of SQLite and what people would use instead.
+
+    python bench.py [--quick] [--only COLUMN …] [--rounds N] [--json FILE] [--plot FILE.png]
+
+Each figure is taken in a fresh process on a fresh folder, the contestants in turn; the median of the rounds counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pqueue
+
+HERE = Path(__file__).resolve().parent
+SECONDS = 2.0  # of each rate that is measured by the clock
+PUT_MANY = 100
+CONSUMERS = 4
+COLUMNS = ["put", "put many", "process", "program", "share", "put under load", "pickup", "idle", "depth"]
+SIMPLE = COLUMNS[:3]  # what the peers are measured in
+
+
+@pqueue.task()
+def noop(_: pqueue.Job) -> None:
+    """Do nothing, as fast as can be."""
+
+
+@pqueue.task()
+def note_delay(job: pqueue.Job) -> float:
+    """Tell how long the job took from its producer's hand to here."""
+    return time.time() - float(job.payload)
+
+
+# The contestants: put one, put many, and a generator that processes one job per step ##################################
+
+
+class Limit:
+    """Bare sqlite3 doing the least a durable queue must: one commit per put, one per job taken and finished."""
+
+    module, survives = "sqlite3", "-"
+
+    def __init__(self, folder: Path, durability: str) -> None:
+        self.db = sqlite3.connect(folder / "limit.db", isolation_level=None)
+        self.db.execute("PRAGMA journal_mode = WAL")
+        self.db.execute(f"PRAGMA synchronous = {durability}")
+        self.db.execute("CREATE TABLE jobs (id INTEGER PRIMARY KEY, state TEXT NOT NULL, payload TEXT NOT NULL)")
+        self.db.execute("CREATE INDEX pending ON jobs (id) WHERE state = 'pending'")
+
+    def put(self) -> None:
+        self.db.execute("INSERT INTO jobs (state, payload) VALUES ('pending', 'null')")
+
+    def put_many(self, number: int) -> None:
+        self.db.execute("BEGIN")
+        self.db.executemany("INSERT INTO jobs (state, payload) VALUES ('pending', ?)", [("null",)] * number)
+        self.db.execute("COMMIT")
+
+    def process(self) -> Iterator[None]:
+        take = """UPDATE jobs SET state = 'completed' WHERE state = 'pending'
+                  AND id = (SELECT id FROM jobs WHERE state = 'pending' ORDER BY id LIMIT 1) RETURNING id"""
+        while self.db.execute(take).fetchall():
+            yield
+
+
+class Ours:
+    module, survives = "pqueue", "yes"
+
+    def __init__(self, folder: Path, durability: str) -> None:
+        self.queue = pqueue.PersistentQSQLite(folder / "queue.db", durability=durability)
+
+    def put(self) -> None:
+        self.queue.enqueue("noop")
+
+    def put_many(self, number: int) -> None:
+        self.queue.enqueue_many("noop", [None] * number)
+
+    def process(self) -> Iterator[None]:
+        jobs = self.queue.dequeue_many("bench", 1)
+        while jobs:
+            yield
+            jobs, _ = self.queue.complete_and_dequeue([(job, None) for job in jobs], "bench")
+
+
+class Huey:
+    """Its "normal" is fsync=False, which is synchronous=OFF: weaker than NORMAL. It deletes a job before it runs."""
+
+    module, survives = "huey", "no"
+
+    def __init__(self, folder: Path, durability: str) -> None:
+        import huey  # noqa: PLC0415
+
+        self.huey = huey.SqliteHuey(filename=str(folder / "huey.db"), fsync=durability == "full", results=False)
+        self.task = self.huey.task()(bool)
+
+    def put(self) -> None:
+        self.task()
+
+    def put_many(self, number: int) -> None:
+        for _ in range(number):
+            self.task()
+
+    def process(self) -> Iterator[None]:
+        while (task := self.huey.dequeue()) is not None:
+            self.huey.execute(task)
+            yield
+
+
+class Litequeue:
+    """Its connection is set to FULL by hand, which it has no option for."""
+
+    module, survives = "litequeue", "by hand"
+
+    def __init__(self, folder: Path, durability: str) -> None:
+        import litequeue  # noqa: PLC0415
+
+        self.queue = litequeue.LiteQueue(str(folder / "litequeue.db"))
+        self.queue.conn.execute(f"PRAGMA synchronous = {durability}")
+
+    def put(self) -> None:
+        self.queue.put("null")
+
+    def put_many(self, number: int) -> None:
+        for _ in range(number):
+            self.queue.put("null")
+
+    def process(self) -> Iterator[None]:
+        while (message := self.queue.pop()) is not None:
+            self.queue.done(message.message_id)
+            yield
+
+
+class PersistQueue:
+    """Has no switch for durability; it is measured as it comes, under full."""
+
+    module, survives = "persistqueue", "at restart"
+
+    def __init__(self, folder: Path, durability: str) -> None:
+        import persistqueue  # noqa: PLC0415
+
+        self.queue = persistqueue.SQLiteAckQueue(str(folder / "pq"), auto_commit=True)
+
+    def put(self) -> None:
+        self.queue.put(None)
+
+    def put_many(self, number: int) -> None:
+        for _ in range(number):
+            self.queue.put(None)
+
+    def process(self) -> Iterator[None]:
+        while self.queue.size:
+            self.queue.get()
+            self.queue.ack(None)
+            yield
+
+
+class LocalQueue:
+    module, survives = "localqueue", "yes"
+
+    def __init__(self, folder: Path, durability: str) -> None:
+        import localqueue  # noqa: PLC0415
+
+        mode = localqueue.DurabilityMode.RELAXED if durability == "normal" else localqueue.DurabilityMode.DURABLE
+        self.empty = localqueue.Empty
+        self.queue = localqueue.SimpleQueue(str(folder / "localqueue.db"), durability=mode)
+
+    def put(self) -> None:
+        self.queue.put(None)
+
+    def put_many(self, number: int) -> None:
+        self.queue.put_many([None] * number)
+
+    def process(self) -> Iterator[None]:
+        with contextlib.suppress(self.empty):
+            while True:
+                self.queue.ack(self.queue.get_nowait())
+                yield
+
+
+CONTESTANTS: dict[str, Any] = {
+    "limit": Limit,
+    "pqueue": Ours,
+    "huey": Huey,
+    "litequeue": Litequeue,
+    "persist-queue": PersistQueue,
+    "localqueue": LocalQueue,
+}
+
+# The columns: each returns named figures ##############################################################################
+
+
+def rate(step: Callable[[], Any], jobs: int = 1) -> float:
+    """Return jobs per second of calling step for `SECONDS`."""
+    began, steps = time.perf_counter(), 0
+    while time.perf_counter() - began < SECONDS:
+        step()
+        steps += 1
+    return jobs * steps / (time.perf_counter() - began)
+
+
+def measure_put(contestant: Any) -> dict[str, float]:
+    return {"jobs/s": rate(contestant.put)}
+
+
+def measure_put_many(contestant: Any) -> dict[str, float]:
+    return {"jobs/s": rate(lambda: contestant.put_many(PUT_MANY), PUT_MANY)}
+
+
+def measure_process(contestant: Any, jobs: int = 4000) -> dict[str, float]:
+    contestant.put_many(jobs)
+    began = time.perf_counter()
+    done = sum(1 for _ in contestant.process())
+    assert done == jobs, f"expected {jobs} jobs, got {done}"
+    return {"jobs/s": done / (time.perf_counter() - began)}
+
+
+def measure_program(ours: Ours, jobs: int = 40_000) -> dict[str, float]:
+    fill(ours.queue, jobs)
+    with consumers(ours.queue, 1, "--drain") as (child,):
+        child.wait()
+    began, ended = ours.queue._read("SELECT min(started_at), max(finished_at) FROM jobs", {})[0]
+    return {"jobs/s": jobs / (ended - began)}
+
+
+def measure_share(ours: Ours, jobs: int = 100_000) -> dict[str, float]:
+    fill(ours.queue, jobs)
+    ours.queue.pause("default")
+    with consumers(ours.queue, CONSUMERS):
+        ours.queue.resume("default")
+        wait_until(lambda: ours.queue._read("SELECT 1 FROM jobs WHERE state = 'pending' LIMIT 1", {}) == [])
+    began, ended = ours.queue._read("SELECT min(started_at), max(finished_at) FROM jobs", {})[0]
+    shares = [row[0] for row in ours.queue._read("SELECT count(*) FROM jobs GROUP BY consumer", {})]
+    return {"jobs/s": jobs / (ended - began), "fewest/most": min(shares) / max(shares)}
+
+
+def measure_put_under_load(ours: Ours) -> dict[str, float]:
+    fill(ours.queue, 300_000)
+    delays = []
+    with consumers(ours.queue, CONSUMERS):
+        until = time.monotonic() + 2 * SECONDS
+        while time.monotonic() < until:
+            began = time.perf_counter()
+            ours.put()
+            delays.append(time.perf_counter() - began)
+            time.sleep(0.003)
+    return milliseconds(delays)
+
+
+def measure_pickup(ours: Ours) -> dict[str, float]:
+    with consumers(ours.queue, 1):
+        for _ in range(100):
+            time.sleep(0.05)
+            ours.queue.enqueue("note_delay", time.time())
+        wait_until(lambda: ours.queue.stats()["states"]["completed"] == 100)
+    return milliseconds([job.result for job in ours.queue.list_jobs(limit=100)])
+
+
+def measure_idle(ours: Ours, seconds: float = 10.0) -> dict[str, float]:
+    with consumers(ours.queue, 1) as (child,):
+        time.sleep(1)
+        before = cpu_seconds(child.pid)
+        time.sleep(seconds)
+        status = Path(f"/proc/{child.pid}/status").read_text()
+        memory = int(status.split("VmRSS:")[1].split()[0]) / 1024
+        return {"% of a core": 100 * (cpu_seconds(child.pid) - before) / seconds, "RSS MB": memory}
+
+
+def measure_depth(ours: Ours, rows: int = 1_000_000) -> dict[str, float]:
+    empty = measure_process(ours)["jobs/s"]
+    fill(ours.queue, rows, state="completed", finished_at=1.0)
+    fill(ours.queue, rows)
+    fill(ours.queue, rows * 4 // 5, state="scheduled", run_at=4e9)
+    fill(ours.queue, rows // 5, state="scheduled", run_at=4e9, priority=9)
+    fill(ours.queue, rows // 10, assigned_to="'absent'")
+    steps = ours.process()
+    deep = rate(lambda: next(steps))
+    return {"jobs/s": deep, "deep/empty": deep / empty}
+
+
+MEASURES: dict[str, Callable[..., dict[str, float]]] = {
+    "put": measure_put,
+    "put many": measure_put_many,
+    "process": measure_process,
+    "program": measure_program,
+    "share": measure_share,
+    "put under load": measure_put_under_load,
+    "pickup": measure_pickup,
+    "idle": measure_idle,
+    "depth": measure_depth,
+}
+
+
+def fill(queue: pqueue.PersistentQSQLite, rows: int, **columns: object) -> None:
+    """Insert rows at once, past the API: what is there before the clock starts."""
+    values = {"queue": "'default'", "task": "'noop'", "payload": "'null'", "state": "'pending'", "priority": 0}
+    values |= {"run_at": 1.0, "max_attempts": 3, "created_at": 1.0}
+    values |= {name: f"'{value}'" if name == "state" else value for name, value in columns.items()}
+    with queue.transaction() as db:
+        db.execute("INSERT INTO queues (name) VALUES ('default') ON CONFLICT DO NOTHING")
+        db.execute(
+            f"""WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {rows})
+                INSERT INTO jobs ({", ".join(values)}) SELECT {", ".join(map(str, values.values()))} FROM n"""
+        )
+
+
+@contextlib.contextmanager
+def consumers(queue: pqueue.PersistentQSQLite, number: int, *options: str) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Run consumer.py with its default settings, and wait until each has shown up."""
+    environment = {**os.environ, "PQUEUE_URL": str(queue.path), "PQUEUE_DURABILITY": queue.durability}
+    environment["PYTHONPATH"] = str(HERE)
+    command = [sys.executable, str(HERE / "consumer.py"), "--import", "bench", *options]
+    children = [
+        subprocess.Popen(
+            [*command, "--name", f"c{i}"], env=environment, stdout=subprocess.DEVNULL, cwd=queue.path.parent
+        )
+        for i in range(number)
+    ]
+    try:
+        wait_until(lambda: len(queue.consumers()) >= number)
+        yield children
+    finally:
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                child.send_signal(signal.SIGTERM)
+            child.wait()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("the consumers did not get there")
+        time.sleep(0.02)
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def milliseconds(delays: list[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(delays, n=100)
+    return {"p50 ms": 1000 * cuts[49], "p99 ms": 1000 * cuts[98], "max ms": 1000 * max(delays)}
+
+
+# The run ##############################################################################################################
+
+Key = tuple[str, str, str]  # column, contestant, durability
+Figures = dict[str, list[float]]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    if options.measure:
+        column, contestant, durability, folder = options.measure
+        print(json.dumps(MEASURES[column](CONTESTANTS[contestant](Path(folder), durability))))
+        return 0
+    machine = describe_machine()
+    print("\n".join(f"{name}: {value}" for name, value in machine.items()))
+    columns = options.only or ([c for c in COLUMNS if c not in ("depth", "idle")] if options.quick else COLUMNS)
+    results = run(columns, 1 if options.quick else options.rounds)
+    print(table(results))
+    if options.json:
+        rows = [{"column": c, "contestant": n, "durability": d, "figures": f} for (c, n, d), f in results.items()]
+        Path(options.json).write_text(json.dumps({"machine": machine, "results": rows}, indent=1))
+    if options.plot:
+        plot(results, machine, options.plot)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    made.add_argument("--quick", action="store_true", help="one round, without idle and depth: under a minute")
+    made.add_argument("--only", action="append", choices=COLUMNS, metavar="COLUMN", help=f"of {', '.join(COLUMNS)}")
+    made.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    made.add_argument("--json", metavar="FILE", help="write all figures")
+    made.add_argument("--plot", metavar="FILE.png", help="draw the bars; needs matplotlib")
+    made.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    return made
+
+
+def run(columns: list[str], rounds: int) -> dict[Key, Figures]:
+    """Take every figure `rounds` times, the contestants of a column in random turn."""
+    present = [name for name in CONTESTANTS if is_installed(name)]
+    turns = [
+        (column, name, durability)
+        for column in columns
+        for name in present
+        for durability in ("full", "normal")
+        if (column in SIMPLE or name == "pqueue") and (name, durability) != ("persist-queue", "normal")
+    ]
+    results: dict[Key, Figures] = {turn: {} for turn in turns}
+    for number in range(rounds):
+        for done, turn in enumerate(sorted(turns, key=lambda turn: (COLUMNS.index(turn[0]), random.random()))):
+            progress(f"round {number + 1} of {rounds}, {done} of {len(turns)}: {' '.join(turn)}")
+            for name, value in measure(turn).items():
+                results[turn].setdefault(name, []).append(value)
+    progress("")
+    return results
+
+
+def is_installed(name: str) -> bool:
+    if importlib.util.find_spec(CONTESTANTS[name].module):
+        return True
+    print(f"{name} is left out: pip install {name}")
+    return False
+
+
+def measure(turn: Key) -> dict[str, float]:
+    folder = tempfile.mkdtemp(prefix="bench-", dir=pqueue_folder())
+    try:
+        command = [sys.executable, __file__, "--measure", *turn, folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"bench.py: {' '.join(turn)} failed:\n{done.stderr}")
+        return dict(json.loads(done.stdout))
+    finally:
+        shutil.rmtree(folder)
+
+
+def pqueue_folder() -> Path:
+    """Measure on the disk where the queue would be, not on a /tmp in memory."""
+    folder = Path("var").absolute()
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def describe_machine() -> dict[str, str]:
+    return {
+        "CPUs": f"{os.cpu_count()}, {platform.machine()}",
+        "Python": platform.python_version(),
+        "SQLite": sqlite3.sqlite_version,
+        "file system": pqueue.file_system(pqueue_folder()),
+        "fdatasync": f"{1000 * median_sync():.2f} ms (median)",
+    }
+
+
+def median_sync() -> float:
+    with tempfile.TemporaryFile(dir=pqueue_folder()) as file:
+        delays = []
+        for _ in range(200):
+            file.write(b"x" * 4096)
+            file.flush()
+            began = time.perf_counter()
+            os.fdatasync(file.fileno())
+            delays.append(time.perf_counter() - began)
+    return statistics.median(delays)
+
+
+def table(results: dict[Key, Figures]) -> str:
+    """Return the medians with least and most; jobs per second also as a multiple of the limit of the same run."""
+    lines = [
+        f"{'column':15} {'contestant':14} {'durability':10} {'figure':12} {'median':>10} {'min':>10} {'max':>10}  x limit"
+    ]
+    for (column, name, durability), figures in results.items():
+        for figure, values in figures.items():
+            lines.append(
+                f"{column:15} {name:14} {durability:10} {figure:12} {number(statistics.median(values)):>10} "
+                f"{number(min(values)):>10} {number(max(values)):>10}  {ratio(results, column, durability, figure, values)}"
+            )
+    return "\n".join(lines)
+
+
+def ratio(results: dict[Key, Figures], column: str, durability: str, figure: str, values: list[float]) -> str:
+    """Compare with the limit in the same work; the programs with the limit of one commit per job."""
+    beside = "process" if column in ("program", "share", "depth") else column
+    limit = results.get((beside, "limit", durability), {}).get(figure)
+    return f"{statistics.median(values) / statistics.median(limit):.2f}" if limit else ""
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def plot(results: dict[Key, Figures], machine: dict[str, str], path: str) -> None:
+    try:
+        import matplotlib  # noqa: PLC0415
+    except ImportError:
+        sys.exit("bench.py: --plot needs matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot  # noqa: PLC0415
+
+    columns = [column for column in SIMPLE if any(key[0] == column for key in results)]
+    figure, axes = pyplot.subplots(2, len(columns), figsize=(4 * len(columns), 5), squeeze=False)
+    for row, durability in enumerate(("full", "normal")):
+        for axis, column in zip(axes[row], columns, strict=True):
+            bars = {
+                k[1]: statistics.median(f["jobs/s"]) for k, f in results.items() if (k[0], k[2]) == (column, durability)
+            }
+            names = list(reversed(bars))
+            colours = ["#1f77b4" if name == "pqueue" else "#999999" if name == "limit" else "#cccccc" for name in names]
+            drawn = axis.barh(names, [bars[name] for name in names], color=colours)
+            axis.bar_label(drawn, labels=[f" {bars[name]:,.0f}" for name in names], fontsize=8)
+            axis.set_title(f"{column}, {durability}: jobs/s", fontsize=10)
+            axis.margins(x=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.tick_params(labelsize=8)
+            axis.set_xticks([])
+    figure.suptitle(", ".join(f"{name} {value}" for name, value in machine.items()), fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
