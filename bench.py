@@ -152,20 +152,21 @@ class PersistQueue:
     def __init__(self, folder: Path, durability: str) -> None:
         import persistqueue  # noqa: PLC0415
 
-        self.queue = persistqueue.SQLiteAckQueue(str(folder / "pq"), auto_commit=True)
+        self.empty = persistqueue.Empty
+        self.queue: Any = persistqueue.SQLiteAckQueue(str(folder / "pq"), auto_commit=True)
 
     def put(self) -> None:
-        self.queue.put(None)
+        self.queue.put("null")
 
     def put_many(self, number: int) -> None:
         for _ in range(number):
-            self.queue.put(None)
+            self.put()
 
     def process(self) -> Iterator[None]:
-        while self.queue.size:
-            self.queue.get()
-            self.queue.ack(None)
-            yield
+        with contextlib.suppress(self.empty):
+            while True:
+                self.queue.ack(id=self.queue.get(block=False, raw=True)["pqid"])
+                yield
 
 
 class LocalQueue:
@@ -468,20 +469,19 @@ def median_sync() -> float:
 
 def table(results: dict[Key, Figures]) -> str:
     """Return the medians with least and most; jobs per second also as a multiple of the limit of the same run."""
-    lines = [
-        f"{'column':15} {'contestant':14} {'durability':10} {'figure':12} {'median':>10} {'min':>10} {'max':>10}  x limit"
-    ]
+    form = "{:15} {:14} {:10} {:12} {:>10} {:>10} {:>10}  {}".format
+    lines = [form("column", "contestant", "durability", "figure", "median", "min", "max", "x limit")]
     for (column, name, durability), figures in results.items():
         for figure, values in figures.items():
-            lines.append(
-                f"{column:15} {name:14} {durability:10} {figure:12} {number(statistics.median(values)):>10} "
-                f"{number(min(values)):>10} {number(max(values)):>10}  {ratio(results, column, durability, figure, values)}"
-            )
+            middle, least, most = number(statistics.median(values)), number(min(values)), number(max(values))
+            times = ratio(results, (column, durability), figure, values)
+            lines.append(form(column, name, durability, figure, middle, least, most, times))
     return "\n".join(lines)
 
 
-def ratio(results: dict[Key, Figures], column: str, durability: str, figure: str, values: list[float]) -> str:
+def ratio(results: dict[Key, Figures], work: tuple[str, str], figure: str, values: list[float]) -> str:
     """Compare with the limit in the same work; the programs with the limit of one commit per job."""
+    column, durability = work
     beside = "process" if column in ("program", "share", "depth") else column
     limit = results.get((beside, "limit", durability), {}).get(figure)
     return f"{statistics.median(values) / statistics.median(limit):.2f}" if limit else ""

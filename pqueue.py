@@ -52,7 +52,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -238,8 +238,7 @@ CREATE TABLE jobs (
     queue            TEXT NOT NULL,  -- queues.name
     task             TEXT NOT NULL,  -- name of the handler
     payload          TEXT NOT NULL,  -- JSON
-    state            TEXT NOT NULL CHECK (state IN
-                     ('scheduled', 'pending', 'processing', 'completed', 'failed', 'cancelled')),
+    state            TEXT NOT NULL,  -- and what goes with each: see the CHECK
     priority         INTEGER NOT NULL,    -- higher first
     run_at           {float} NOT NULL,    -- not before; Unix seconds; moves with every retry
     attempts         INTEGER NOT NULL DEFAULT 0,  -- deliveries so far, counted at dequeue
@@ -255,10 +254,15 @@ CREATE TABLE jobs (
     progress         {float},        -- 0 to 1, as the task told; NULL: it told nothing
     result           TEXT,           -- JSON; until completed what `update` stored, for the next attempt too; NULL: none
     error            TEXT,           -- of the last attempt that failed; NULL: none did
-    CHECK ((state = 'processing') = (lease_token IS NOT NULL)),
-    CHECK ((state = 'processing') = (lease_expires_at IS NOT NULL)),
-    CHECK ((state IN ('completed', 'failed', 'cancelled')) = (finished_at IS NOT NULL)),
-    CHECK (attempts <= max_attempts - CASE WHEN state IN ('scheduled', 'pending') THEN 1 ELSE 0 END)
+    CHECK (CASE state
+        WHEN 'pending'    THEN attempts < max_attempts AND lease_token IS NULL AND finished_at IS NULL
+        WHEN 'scheduled'  THEN attempts < max_attempts AND lease_token IS NULL AND finished_at IS NULL
+        WHEN 'processing' THEN attempts <= max_attempts AND lease_token IS NOT NULL AND finished_at IS NULL
+        WHEN 'completed'  THEN attempts <= max_attempts AND lease_token IS NULL AND finished_at IS NOT NULL
+        WHEN 'failed'     THEN attempts <= max_attempts AND lease_token IS NULL AND finished_at IS NOT NULL
+        WHEN 'cancelled'  THEN attempts <= max_attempts AND lease_token IS NULL AND finished_at IS NOT NULL
+        ELSE 0 END),
+    CHECK ((lease_token IS NULL) = (lease_expires_at IS NULL))
 )""",
         """
 CREATE TABLE queues (
@@ -326,7 +330,9 @@ WHERE name = :queue AND (max_pending IS NULL OR max_pending > (SELECT count(*) F
 ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN ('scheduled', 'pending', 'processing') DO NOTHING
 RETURNING id"""
 
-ROOM = f"SELECT max_pending - (SELECT count(*) FROM jobs WHERE {WAITING}), max_pending FROM queues WHERE name = :queue"
+ROOM = f"""
+SELECT CASE WHEN max_pending IS NOT NULL THEN max_pending - (SELECT count(*) FROM jobs WHERE {WAITING}) END, max_pending
+FROM queues WHERE name = :queue"""
 WITH_KEY = f"SELECT id FROM jobs WHERE queue = :queue AND key = :key AND state IN {UNFINISHED}"
 ADD_QUEUE = "INSERT INTO queues (name) VALUES (:queue) ON CONFLICT DO NOTHING"
 
@@ -474,8 +480,9 @@ class PersistentQInterface(ABC):
     # What a backend brings
 
     @abstractmethod
-    def _write(self, *, durable: bool = True) -> Session:
-        """Return this thread's session to enter; durable: its commit survives a power cut."""
+    def _write(self, *, durable: bool = True, in_batch: bool = False) -> Session:
+        """Return this thread's session to enter; durable: its commit survives a power cut; in_batch: it is a
+        consumer's, longer than others, and lets them go first."""
 
     @abstractmethod
     def _read(self, sql: str, params: Params) -> list[Any]:
@@ -582,7 +589,7 @@ class PersistentQInterface(ABC):
         with self._write() as tx:
             tx.change(ADD_QUEUE, row)
             room, max_pending = tx.run(ROOM, row)[0]
-            if max_pending is not None and room < len(rows):
+            if room is not None and room < len(rows):
                 raise _full(queue, max_pending)
             tx.ring = True
             return self._insert_many(tx, rows)
@@ -618,7 +625,7 @@ class PersistentQInterface(ABC):
         settled = [(job, encode_json("result", result)) for job, result in finished]
         me = self._registry.get(consumer) or self._register(consumer, queues)
         dead = self._look_for_dead()
-        with self._write(durable=bool(settled)) as tx:
+        with self._write(durable=bool(settled), in_batch=True) as tx:
             now = self._time(now)
             lost = [job for job, result in settled if not _complete(tx, job, result, now)]
             _recover(tx, dead, now)
@@ -1093,24 +1100,28 @@ def _error_text(error: str) -> str:
 class Turnstile:
     """Lets writers through one at a time in the order they came, where SQLite's busy handler would starve some.
 
-    A writer takes the gate, takes the way, and gives the gate to the next. It is a courtesy: who waited for
+    A writer takes the gate, takes the way, and gives the gate to the next. Consumers with their batches stand in the
+    hall first, so that a producer finds at most one of them before it at the gate. It is a courtesy: who waited for
     `TURN_SECONDS`, behind a stopped process perhaps, goes on and leaves it to BEGIN IMMEDIATE.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._gate, self._way = (_open_private(folder / name) for name in ("gate", "way"))
+        self._locks = [_open_private(folder / name) for name in ("hall", "gate", "way")]
+        self._way = self._locks[-1]
         self._thread = threading.Lock()
         self._handover = threading.Lock()
         self._asked, self._through = threading.Semaphore(0), threading.Semaphore(0)
         self._porter: threading.Thread | None = None
         self._in_line = self._wanted = False
+        self._needed: list[int] = []
 
-    def enter(self) -> bool:
+    def enter(self, *, through_hall: bool = False) -> bool:
         """Return whether the way was taken; then `leave` must follow."""
         if not self._thread.acquire(timeout=TURN_SECONDS):
             return False
         try:
-            if self._try() or self._stand_in_line():
+            locks = self._locks if through_hall else self._locks[1:]
+            if self._try(locks) or self._stand_in_line(locks):
                 return True
         except BaseException:
             self._thread.release()
@@ -1123,23 +1134,24 @@ class Turnstile:
         self._thread.release()
 
     def close(self) -> None:
-        os.close(self._gate)
-        os.close(self._way)
+        for lock in self._locks:
+            os.close(lock)
 
-    def _try(self) -> bool:
-        if not try_lock(self._gate):
+    def _try(self, locks: list[int]) -> bool:
+        if self._in_line:
             return False
-        try:
-            return try_lock(self._way)
-        finally:
-            fcntl.flock(self._gate, fcntl.LOCK_UN)
+        taken = list(takewhile(try_lock, locks))
+        through = len(taken) == len(locks)
+        for lock in taken[:-1] if through else taken:
+            fcntl.flock(lock, fcntl.LOCK_UN)
+        return through
 
-    def _stand_in_line(self) -> bool:
+    def _stand_in_line(self, locks: list[int]) -> bool:
         """Wait with a bound, which flock has not: the porter, a thread, waits without one."""
         with self._handover:
             self._wanted = True
             if not self._in_line:
-                self._in_line = True
+                self._in_line, self._needed = True, locks
                 self._asked.release()
         if self._porter is None:
             self._porter = threading.Thread(target=self._carry, name="pqueue-porter", daemon=True)
@@ -1153,9 +1165,10 @@ class Turnstile:
     def _carry(self) -> None:
         while True:
             self._asked.acquire()
-            fcntl.flock(self._gate, fcntl.LOCK_EX)
-            fcntl.flock(self._way, fcntl.LOCK_EX)
-            fcntl.flock(self._gate, fcntl.LOCK_UN)
+            for lock in self._needed:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            for lock in self._needed[:-1]:
+                fcntl.flock(lock, fcntl.LOCK_UN)
             with self._handover:
                 self._in_line = False
                 if self._wanted:
@@ -1250,6 +1263,7 @@ class SQLiteSession(Session):
         self.busy = False
         self._synchronous = ""
         self.wanted = "FULL"
+        self.in_batch = False
         self.connection = queue._connect()
 
     def run(self, sql: str, params: Params) -> list[Any]:
@@ -1283,7 +1297,7 @@ class SQLiteSession(Session):
 
     def _begin(self) -> None:
         self.busy, self.ring, self.lost = True, False, None
-        self._has_turn = self._queue._enter()
+        self._has_turn = self._queue._enter(self.in_batch)
         try:
             if self._synchronous != self.wanted:
                 self.run(f"PRAGMA synchronous = {self.wanted}", {})
@@ -1489,8 +1503,9 @@ class PersistentQSQLite(PersistentQInterface):
             self._sessions.add(session)
             return session
 
-    def _write(self, *, durable: bool = True) -> SQLiteSession:
+    def _write(self, *, durable: bool = True, in_batch: bool = False) -> SQLiteSession:
         session = self._session()
+        session.in_batch = in_batch
         session.wanted = "FULL" if durable and self.durability == "full" else "NORMAL"
         return session
 
@@ -1506,8 +1521,8 @@ class PersistentQSQLite(PersistentQInterface):
         last: int = tx.run("SELECT last_insert_rowid()", {})[0][0]
         return list(range(last - len(rows) + 1, last + 1))
 
-    def _enter(self) -> bool:
-        return self._turnstile is not None and self._turnstile.enter()
+    def _enter(self, in_batch: bool = False) -> bool:
+        return self._turnstile is not None and self._turnstile.enter(through_hall=in_batch)
 
     def _exit(self) -> None:
         if self._turnstile is not None:
