@@ -476,6 +476,14 @@ class QueueContract:
         self.assertEqual((me["completed"], me["failed"], me["last_seen_at"]), (4, 1, NOW))
         self.assertEqual((me["state"], me["job_ids"]), ("running", [job_id]))
 
+    def test_prune_forgets_consumers_that_are_long_gone(self):
+        leaver = self.reopen()
+        leaver.dequeue("leaver")
+        leaver.close()
+        self.queue.dequeue("stayer")
+        self.queue.prune(0, now=time.time() + 1)
+        self.assertEqual([each["name"] for each in self.queue.consumers()], ["stayer"])
+
     def test_consumer_that_takes_leave_gives_its_jobs_back(self):
         queue = self.reopen()
         job_id = self.queue.enqueue("t")
