@@ -49,7 +49,7 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count, takewhile
@@ -1440,19 +1440,22 @@ class PersistentQSQLite(PersistentQInterface):
             raise QueueError(f"cannot open {folder}: {error.strerror}") from error
 
     def _connect(self) -> sqlite3.Connection:
-        try:
-            connection = sqlite3.connect(
-                f"{self.path.as_uri()}?mode=rw",
-                uri=True,
-                timeout=self._busy_seconds,
-                isolation_level=None,
-                check_same_thread=False,
-            )
-            connection.execute("PRAGMA journal_size_limit = 67108864")
-            connection.execute("PRAGMA cache_size = -16000")  # KB; with a million rows, three times the default's rate
-            connection.execute("PRAGMA trusted_schema = OFF")
-        except sqlite3.Error as error:
-            raise self._error(error) from error
+        with ExitStack() as undo:
+            try:
+                connection = sqlite3.connect(
+                    f"{self.path.as_uri()}?mode=rw",
+                    uri=True,
+                    timeout=self._busy_seconds,
+                    isolation_level=None,
+                    check_same_thread=False,
+                )
+                undo.callback(connection.close)
+                connection.execute("PRAGMA journal_size_limit = 67108864")
+                connection.execute("PRAGMA cache_size = -16000")  # KB; a million rows go three times as fast
+                connection.execute("PRAGMA trusted_schema = OFF")
+            except sqlite3.Error as error:
+                raise self._error(error) from error
+            undo.pop_all()
         return connection
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
