@@ -41,7 +41,15 @@ Result = TypeVar("Result")
 
 def log(event: str, **fields: Any) -> None:
     """Write one line: time in UTC, event, key=value; a value with a space or a quote is quoted."""
-    print(_line(_utc_now(), event, fields), flush=True)
+    _print(_line(_utc_now(), event, fields))
+
+
+def _print(text: str) -> None:
+    """Print, and go on working when nobody reads it any more."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _line(at: str, event: str, fields: dict[str, Any]) -> str:
@@ -217,9 +225,10 @@ class Consumer:
                 self._busy.set()
                 return True
             self._busy.clear()
-            if limit == 0 or jobs is None or (self.drain and not jobs):
+            if limit == 0 or (self.drain and jobs == []):
                 return False
-            self._sleep()
+            if jobs is not None:
+                self._sleep()
 
     def _limit(self) -> int:
         if self.signals:
@@ -275,6 +284,7 @@ class Consumer:
             finally:
                 took = self._end_current()
         except Interrupt as error:
+            self._end_current()  # once more: it may have come in the midst of the first
             self._interrupted(job, str(error))
         except LeaseLost as error:
             log("lost", consumer=self.name, job=job.id, reason=error)
@@ -331,7 +341,7 @@ class Consumer:
         lines = [] if self.quiet else [self._settled_line(at, job) for job in jobs if job.id not in gone]
         lines += [_line(at, "lost", {"consumer": self.name, "job": number, "reason": "its lease"}) for number in gone]
         if lines:
-            print("\n".join(lines), flush=True)
+            _print("\n".join(lines))
 
     def _settled_itself(self, job: Job) -> bool:
         """Tell a lease that was lost from one that the task gave up by completing the job in its own transaction."""
@@ -368,7 +378,10 @@ class Consumer:
                 beat_at += HEARTBEAT_SECONDS
                 self._beat()
             if self._busy.is_set():
-                self._look()
+                try:
+                    self._look()
+                except QueueError as error:
+                    log("left to its lease", consumer=self.name, reason=error)
                 self._over.wait(TICK_SECONDS)
 
     def _look(self) -> None:

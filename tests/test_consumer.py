@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sqlite3
+import subprocess
 import time
 from contextlib import closing
 
@@ -228,6 +229,33 @@ def test_consumer_waits_for_a_locked_database_and_says_so(tasks):
         db.execute("ROLLBACK")
     assert child.wait(30) == 0
     assert queue.get(job_id).state == "completed"
+
+
+def test_consumer_outlives_a_lock_that_is_longer_than_its_lease(tasks):
+    queue = tasks.queue()
+    job_id = queue.enqueue("slow", 0.5)
+    child = tasks.start("consumer.py", "--import", "my_tasks", "--lease-seconds", 1)
+    wait_until(lambda: (tasks.folder / "slow-started").exists())
+    with closing(sqlite3.connect(queue.path, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        wait_until(lambda: f"job={job_id}" in child.out.read_text() and "left to its lease" in child.out.read_text())
+        db.execute("ROLLBACK")
+    wait_until(lambda: queue.get(job_id).state == "completed")
+    assert child.poll() is None
+
+
+def test_consumer_goes_on_when_nobody_reads_its_log(tasks):
+    queue = tasks.queue()
+    queue.enqueue_many("quick", range(500))
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = tasks.command("consumer.py", "--import", "my_tasks", "--drain")
+    done = subprocess.run(
+        command, cwd=tasks.folder, env=tasks.environment(), stdout=writer, stderr=subprocess.PIPE, timeout=60
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert queue.stats()["states"]["completed"] == 500
 
 
 @pytest.mark.parametrize(
