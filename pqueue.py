@@ -67,6 +67,7 @@ DEFAULT_URL = "var/queue.db"
 DEFAULT_MAX_ATTEMPTS = 3
 LEASE_SECONDS = 60.0
 MAX_PAYLOAD_BYTES = 1_048_576
+MAX_JSON_DEPTH = 100  # Python's parser gives up near 1000, less what its caller has used
 MAX_ERROR_CHARS = 10_000
 BUSY_SECONDS = 5.0  # how long a write waits for another writer before it raises QueueBusy
 TURN_SECONDS = 1.0  # how long it waits of that at the turnstile, where a stopped process may stand
@@ -407,7 +408,9 @@ RECORD = """
 INSERT INTO history (job_id, at, event, actor, attempt, error)
 SELECT id, :now, :event, coalesce(:actor, consumer), attempts, :error FROM jobs WHERE id = :id"""
 
-LOST_BY = "SELECT actor FROM history WHERE job_id = :id AND event IN ('expired', 'died') ORDER BY id"
+LOST_BY = """
+SELECT actor FROM history WHERE job_id = :id AND event IN ('expired', 'died')
+AND id > (SELECT coalesce(max(id), 0) FROM history WHERE job_id = :id AND event = 'resubmitted') ORDER BY id"""
 
 REGISTER = """
 INSERT INTO consumers (name, token, host, pid, slot, queues, started_at, last_seen_at, state)
@@ -535,7 +538,7 @@ class PersistentQInterface(ABC):
         """Take leave. Jobs that this object's consumers still hold go back at somebody's next dequeue."""
 
     def _time(self, now: float | None) -> float:
-        return time.time() if now is None else now
+        return time.time() if now is None else _finite("now", now)
 
     # Producing
 
@@ -625,7 +628,8 @@ class PersistentQInterface(ABC):
         Returns the jobs taken, and those of `finished` that were not completed because their lease was lost.
         """
         settled = [(job, encode_json("result", result)) for job, result in finished]
-        me = self._registry.get(consumer) or self._register(consumer, queues)
+        me = self._registered(consumer, queues)
+        _at_least("limit", 0, limit)
         dead = self._look_for_dead()
         with self._write(durable=bool(settled), in_batch=True) as tx:
             now = self._time(now)
@@ -671,7 +675,7 @@ class PersistentQInterface(ABC):
 
     def update(self, job: Job, *, progress: float | None = None, result: Any = None) -> None:
         """Store progress (0 to 1) or a partial result while the job runs. Raises LeaseLost."""
-        if progress is not None and not 0 <= progress <= 1:
+        if progress is not None and not (isinstance(progress, (int, float)) and 0 <= progress <= 1):
             raise ValueError(f"expected progress between 0 and 1, got {progress!r}")
         self._settle("update", UPDATE, job, {"progress": progress, "result": encode_json("result", result)})
 
@@ -719,7 +723,10 @@ class PersistentQInterface(ABC):
         wanted = {"state": state and _one_of(STATES, state), "queue": queue, "task": task, "consumer": consumer}
         params: Params = {name: value for name, value in wanted.items() if value is not None}
         where = " AND ".join(f"{name} = :{name}" for name in params) or "1 = 1"
-        params |= {"before_id": 2**31 if before_id is None else before_id, "limit": limit}
+        params |= {
+            "before_id": 2**63 - 1 if before_id is None else _at_least("before_id", 0, before_id),
+            "limit": limit,
+        }
         sql = f"SELECT {COLUMNS} FROM jobs WHERE {where} AND id < :before_id ORDER BY id DESC LIMIT :limit"
         return [_job(row) for row in self._read(sql, params)]
 
@@ -793,7 +800,7 @@ class PersistentQInterface(ABC):
     ) -> None:
         params = {"error": None, **values, "id": _id(job_id), "now": self._time(now)}
         with self._write() as tx:
-            tx.change(RECORD, {**params, "event": event, "actor": by or getpass.getuser()})
+            tx.change(RECORD, {**params, "event": event, "actor": _operator(by)})
             if not tx.change(sql, params):
                 raise _refusal(tx, verb, job_id)
             tx.ring = True
@@ -816,7 +823,7 @@ class PersistentQInterface(ABC):
             tx.ring = True
 
     def delete_jobs(self, job_ids: Iterable[int] | None = None, *, force: bool = False) -> int:
-        """Delete these jobs (None: all), all or none, and return how many.
+        """Delete these jobs (None: all), all or none, and return how many. SQLite may give the newest id again.
 
         Raises InvalidTransition when one is processing, unless forced.
         """
@@ -858,7 +865,7 @@ class PersistentQInterface(ABC):
         self, timeout_seconds: float, *, consumer: str, queues: Sequence[str] | None = None, now: float | None = None
     ) -> bool:
         """Sleep until this consumer may find a job (True), or for the time given, at most a second (False)."""
-        me = self._registry.get(consumer) or self._register(consumer, queues)
+        me = self._registered(consumer, queues)
         params = _served(consumer, queues, 1)
 
         def due_in() -> float:
@@ -869,24 +876,37 @@ class PersistentQInterface(ABC):
 
     def heartbeat(self, consumer: str, *, completed: int = 0, failed: int = 0, now: float | None = None) -> None:
         """Note that this consumer is alive, and add to its counts."""
-        me = self._registry.get(consumer) or self._register(consumer, None)
+        me = self._registered(consumer, None)
         params = {"token": me.token, "completed": completed, "failed": failed, "now": self._time(now)}
         with self._write(durable=False) as tx:
             tx.change(HEARTBEAT, params)
 
     def _register(self, name: str, queues: Sequence[str] | None) -> Registration:
-        with self._registering:
+        _name("consumer", name)
+        if self.in_transaction:
+            raise QueueError(
+                f"cannot begin consumer {name!r} inside a transaction, which may undo it: dequeue before it"
+            )
+        with self._registering, ExitStack() as undo:
             if name in self._registry:
                 return self._registry[name]
             served = None if queues is None else json.dumps([_name("queue", queue) for queue in queues])
-            me = Registration(_name("consumer", name), self._take_slot())
+            me = Registration(name, self._take_slot())
+            if me.slot:
+                undo.callback(me.slot.close)
             params = {"name": name, "token": me.token, "host": socket.gethostname(), "pid": os.getpid()}
             params |= {"slot": me.slot and me.slot.number, "queues": served, "now": self._time(None)}
             with self._write(durable=False) as tx:
                 tx.change(SUCCEED, params)
                 tx.change(REGISTER, params)
+            undo.pop_all()
             self._registry[name] = me
             return me
+
+    def _registered(self, name: str, queues: Sequence[str] | None) -> Registration:
+        if isinstance(queues, str):
+            raise ValueError(f"expected a list of queues, got {queues!r}")
+        return (isinstance(name, str) and self._registry.get(name)) or self._register(name, queues)
 
     def _look_for_dead(self) -> list[str] | None:
         """Return the tokens of consumers that died, or None when it looked a moment ago."""
@@ -982,6 +1002,15 @@ def _refusal(tx: Session, verb: str, job_id: int) -> QueueError:
     return InvalidTransition(f"cannot {verb} job {job_id}: it is {state}")
 
 
+def _operator(by: str | None) -> str:
+    if by is not None:
+        return _name("operator", by)
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have an account
+        return f"uid {os.getuid()}"
+
+
 def _full(queue: str, max_pending: int) -> QueueFull:
     return QueueFull(f"cannot enqueue: queue {queue!r} is at its limit of {max_pending} pending jobs")
 
@@ -1019,7 +1048,17 @@ def encode_json(what: str, value: Any) -> str | None:
         raise ValueError(f"expected a {what} that JSON can hold, got {_short(value)}: {error}") from None
     if size > MAX_PAYLOAD_BYTES:
         raise ValueError(f"expected a {what} of at most {MAX_PAYLOAD_BYTES} bytes of JSON, got {size}")
+    if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _depth(value) > MAX_JSON_DEPTH:
+        raise ValueError(f"expected a {what} nested at most {MAX_JSON_DEPTH} deep")
     return text
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level := [each for each in level if isinstance(each, (list, tuple, dict))]:
+        depth += 1
+        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
+    return depth
 
 
 def _job(row: Sequence[Any]) -> Job:
@@ -1041,12 +1080,13 @@ def _new_job(
     assigned_to: str | None,
     now: float,
 ) -> Params:
-    entry = task if isinstance(task, Task) else TASKS.get(task)
+    name = _name("task", task.name if isinstance(task, Task) else task)
+    entry = task if isinstance(task, Task) else TASKS.get(name)
     if max_attempts is None:
         max_attempts = entry.max_attempts if entry else DEFAULT_MAX_ATTEMPTS
     due = now + _finite("delay_seconds", delay_seconds) if run_at is None else _finite("run_at", run_at)
     return {
-        "task": _name("task", task.name if isinstance(task, Task) else task),
+        "task": name,
         "queue": _name("queue", queue),
         "state": "scheduled" if due > now else "pending",
         "priority": _at_least("priority", -(2**31), priority),
@@ -1061,7 +1101,8 @@ def _new_job(
 def _name(what: str, value: str) -> str:
     if isinstance(value, str) and 0 < len(value) <= 255 and value.isprintable():
         return value
-    raise ValueError(f"expected a {what} name of 1 to 255 printable characters, got {_short(value)}")
+    article = "an" if what == "operator" else "a"
+    raise ValueError(f"expected {article} {what} name of 1 to 255 printable characters, got {_short(value)}")
 
 
 def _at_least(what: str, least: int, value: int) -> int:
@@ -1071,8 +1112,9 @@ def _at_least(what: str, least: int, value: int) -> int:
 
 
 def _finite(what: str, value: float) -> float:
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return float(value)
+    with suppress(OverflowError):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
     raise ValueError(f"expected {what} to be a finite number of seconds, got {_short(value)}")
 
 
@@ -1093,7 +1135,10 @@ def _one_of(states: Sequence[str], state: str) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of more digits than Python prints, a nest of lists
+        text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -1141,6 +1186,16 @@ class Turnstile:
         self._thread.release()
 
     def close(self) -> None:
+        """Send the porter home. While he is in line, or another thread has the way, all stays as it is."""
+        with self._handover:
+            if self._in_line or not self._thread.acquire(blocking=False):
+                return
+            self._needed = []
+            self._asked.release()
+            self.abandon()
+
+    def abandon(self) -> None:
+        """In a forked child, that has no porter: let go of the locks, which the parent still holds."""
         for lock in self._locks:
             os.close(lock)
 
@@ -1172,6 +1227,8 @@ class Turnstile:
     def _carry(self) -> None:
         while True:
             self._asked.acquire()
+            if not self._needed:
+                return
             for lock in self._needed:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             for lock in self._needed[:-1]:
@@ -1246,13 +1303,14 @@ class Slot:
     def __init__(self, number: int, lock: int, bell: int) -> None:
         self.number = number
         self._lock, self._bell = lock, bell
-        self._poll = select.poll()
-        self._poll.register(bell, select.POLLIN)
 
     def poll(self, seconds: float) -> bool:
-        rung = bool(self._poll.poll(max(0, math.ceil(seconds * 1000))))
+        bell = select.poll()
+        bell.register(self._bell, select.POLLIN)
+        rung = bool(bell.poll(max(0, math.ceil(seconds * 1000))))
         if rung:
-            os.read(self._bell, 65536)
+            with suppress(BlockingIOError):  # another thread under this name was rung as well, and was first
+                os.read(self._bell, 65536)
         return rung
 
     def close(self) -> None:
@@ -1346,6 +1404,7 @@ class SQLiteSession(Session):
     def disown(self) -> None:
         """In a forked child: leave the parent's connection alone, neither used nor closed."""
         _inherited.append(self.connection)
+        self._has_turn = self.busy = False
         self.connection = cast(sqlite3.Connection, Disowned())
 
     def __del__(self) -> None:
@@ -1398,12 +1457,13 @@ class PersistentQSQLite(PersistentQInterface):
         super().__init__()
         if durability not in ("full", "normal"):
             raise ValueError(f"expected a durability of full or normal, got {durability!r}")
-        self.path = Path(path).absolute()
+        self.path = Path(path).resolve()  # a link to it must find the same locks
         self.durability, self._busy_seconds = durability, busy_seconds
         self._sessions: weakref.WeakSet[SQLiteSession] = weakref.WeakSet()
         self._local = threading.local()
         self._turnstile: Turnstile | None = None
         self._slots: Slots | None = None
+        self._closed = False
         self._open_file(create)
         self._open_folder()
         with closing(self._connect()) as connection:
@@ -1417,7 +1477,7 @@ class PersistentQSQLite(PersistentQInterface):
             raise QueueError(f"expected SQLite 3.35 or newer, got {sqlite3.sqlite_version}: use a newer Python")
         if self.path.is_dir():
             raise QueueError(f"cannot open {self.path}: expected a database file, got a folder")
-        if not create and not self.path.exists():
+        if not create and not (self.path.exists() and self.path.stat().st_size):
             raise QueueError(f"no queue at {self.path}: a producer or a consumer creates it")
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -1510,6 +1570,8 @@ class PersistentQSQLite(PersistentQInterface):
         try:
             return cast(SQLiteSession, self._local.session)
         except AttributeError:
+            if self._closed:
+                raise QueueError(f"cannot use {self.path}: this queue object is closed") from None
             session = self._local.session = SQLiteSession(self)
             self._sessions.add(session)
             return session
@@ -1600,15 +1662,22 @@ class PersistentQSQLite(PersistentQInterface):
             session.connection.close()
         self._sessions.clear()
         self._local = threading.local()
+        if self._turnstile is not None and self._slots is not None:
+            self._turnstile.close()
+            self._slots.waiting.close()
+        self._turnstile = self._slots = None
+        self._closed = True
 
     def _after_fork(self) -> None:
         """Reconnect in the child: SQLite's handles and the locks belong to the parent."""
+        if self._closed:
+            return
         for session in list(self._sessions):
             session.disown()
         for me in self._registry.values():
             me.slot.close()
         if self._turnstile is not None:
-            self._turnstile.close()
+            self._turnstile.abandon()
         PersistentQInterface.__init__(self)
         self._sessions, self._local = weakref.WeakSet(), threading.local()
         self._open_folder()

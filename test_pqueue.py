@@ -215,6 +215,16 @@ class QueueContract:
         together = self.queue.dequeue_many("w", 10, now=NOW + 6)
         self.assertEqual([job.task for job in together], ["due then", *expected])
 
+    def test_guarantee_5_names_are_those_since_the_last_resubmission(self):
+        job_id = self.queue.enqueue("t", max_attempts=2, now=NOW)
+        self.queue.dequeue("bert", now=NOW)
+        self.queue.fail(self.queue.dequeue("cora", now=NOW + 100), "no", now=NOW + 100)
+        self.queue.resubmit(job_id, now=NOW + 100)
+        self.queue.fail(self.queue.dequeue("anna", now=NOW + 100), "no", retry_in_seconds=0, now=NOW + 100)
+        self.queue.dequeue("dora", now=NOW + 101)
+        self.queue.dequeue("eve", now=NOW + 300)
+        self.assertIn("lost by dora;", self.queue.get(job_id).error)
+
     def test_guarantee_5_jobs_beside_one_that_kills_do_not_pay_for_it(self):
         ids = self.queue.enqueue_many("t", range(5), max_attempts=2, now=NOW)
         self.assertEqual(len(self.queue.dequeue_many("victim", 9, now=NOW)), 5)
@@ -309,6 +319,21 @@ class QueueContract:
         with self.assertRaisesRegex(InvalidTransition, "has its key 'k'"):
             self.queue.resubmit(first)
 
+    def test_key_holds_within_its_queue_only(self):
+        first, other, again, other_again = (self.queue.enqueue("t", key="k", queue=name) for name in "abab")
+        self.assertNotEqual(first, other)
+        self.assertEqual((again, other_again), (first, other))
+
+    def test_payload_that_could_not_be_read_back_is_refused(self):
+        deep = []
+        for _ in range(500):
+            deep = [deep]
+        with self.assertRaisesRegex(ValueError, "nested at most 100 deep"):
+            self.queue.enqueue("t", deep)
+        shallow = "[" * 5000
+        self.queue.enqueue("t", shallow, now=NOW)
+        self.assertEqual(self.queue.dequeue("w", now=NOW).payload, shallow)
+
     def test_queue_at_its_limit_refuses_all_or_nothing(self):
         self.queue.limit("default", 3)
         self.queue.enqueue_many("t", [1, 2])
@@ -363,6 +388,18 @@ class QueueContract:
             (lambda: q.get("5"), "expected job id to be a whole number"),
             (lambda: q.list_jobs(state="done"), "expected a state of scheduled, pending"),
             (lambda: q.prune(1, states=["pending"]), "expected a state of completed, failed, cancelled"),
+            (lambda: q.enqueue(["x"]), "expected a task name"),
+            (lambda: q.dequeue(["x"]), "expected a consumer name"),
+            (lambda: q.dequeue_many("w", -1), "expected limit to be a whole number from 0"),
+            (lambda: q.dequeue_many("w", "x"), "expected limit to be a whole number from 0"),
+            (lambda: q.dequeue("w", queues="default"), "expected a list of queues, got 'default'"),
+            (lambda: q.update(job, progress="x"), "expected progress between 0 and 1"),
+            (lambda: q.enqueue("t", run_at=10**400), "expected run_at to be a finite number"),
+            (lambda: q.enqueue("t", delay_seconds=True), "expected delay_seconds to be a finite number"),
+            (lambda: q.enqueue("t", now=float("nan")), "expected now to be a finite number"),
+            (lambda: q.enqueue("t", priority=10**5000), "expected priority to be a whole number"),
+            (lambda: q.list_jobs(before_id=2**70), "expected before_id to be a whole number"),
+            (lambda: q.cancel(job.id, by="\ud800"), "expected an operator name"),
             (lambda: q.limit("default", 0), "expected max_pending to be a whole number from 1"),
         ]
         before = q.list_jobs()
@@ -387,6 +424,14 @@ class QueueContract:
             with suppress(LeaseLost):
                 self.queue.complete(stale)
         self.assertEqual(self.queue.list_jobs(task="never"), [])
+
+    def test_new_consumer_cannot_begin_inside_a_transaction_that_may_undo_it(self):
+        self.queue.enqueue("t", now=NOW)
+        with self.assertRaisesRegex(QueueError, "cannot begin consumer 'anna' inside a transaction"):
+            with self.queue.transaction():
+                self.queue.dequeue("anna", now=NOW)
+        self.assertIsNotNone(self.queue.dequeue("anna", now=NOW))
+        self.assertEqual([each["name"] for each in self.queue.consumers()], ["anna"])
 
     def test_nested_transaction_is_a_savepoint_of_the_outer_one(self):
         with self.queue.transaction():
@@ -476,6 +521,19 @@ class QueueContract:
         self.assertEqual((me["completed"], me["failed"], me["last_seen_at"]), (4, 1, NOW))
         self.assertEqual((me["state"], me["job_ids"]), ("running", [job_id]))
 
+    def test_prune_keeps_the_newest_job_so_that_no_id_is_given_twice(self):
+        ids = self.queue.enqueue_many("t", range(2), now=NOW)
+        for job_id in ids:
+            self.queue.cancel(job_id, now=NOW)
+        self.assertEqual(self.queue.prune(0, now=NOW + 100), 1)
+        self.assertEqual([job.id for job in self.queue.list_jobs()], ids[1:])
+
+    def test_operator_without_an_account_is_recorded_by_number(self):
+        job_id = self.queue.enqueue("t")
+        with mock.patch("getpass.getuser", side_effect=KeyError):
+            self.queue.cancel(job_id)
+        self.assertEqual(self.queue.history(job_id)[0]["actor"], f"uid {os.getuid()}")
+
     def test_prune_forgets_consumers_that_are_long_gone(self):
         leaver = self.reopen()
         leaver.dequeue("leaver")
@@ -507,6 +565,25 @@ class QueueContract:
         self.queue.enqueue("t", delay_seconds=0.05)
         self.assertTrue(self.queue.wait(1, consumer="w"))
         self.assertIsNotNone(self.queue.dequeue("w"))
+
+    def test_two_threads_may_wait_under_one_name(self):
+        errors = []
+
+        def wait():
+            try:
+                for _ in range(20):
+                    self.queue.wait(0.005, consumer="w")
+            except Exception as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=wait) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for number in range(20):
+            self.queue.enqueue("t", number, queue="other", delay_seconds=1000)
+        for thread in threads:
+            thread.join()
+        self.assertEqual(errors, [])
 
     def test_wait_ends_without_work_when_there_is_none_to_do(self):
         self.queue.enqueue("t", queue="other")
@@ -667,6 +744,34 @@ class Processes(SQLiteCase):
         self.assertIn("consumer victim died in attempt 1 of 3", job.error)
         self.assertEqual({each["name"]: each["state"] for each in queue.consumers()}["victim"], "dead")
 
+    def test_guarantee_2_queue_opened_through_a_link_is_the_same_queue(self):
+        queue = self.open()
+        queue.enqueue("t")
+        queue.dequeue("anna")
+        link = self.folder / "link.db"
+        link.symlink_to(self.path)
+        with closing(open_queue(str(link))) as other:
+            self.assertIsNone(other.dequeue("bert"))
+            self.assertEqual({each["state"] for each in other.consumers()}, {"running"})
+
+    def test_closed_and_refused_queues_leave_no_descriptor_and_no_thread(self):
+        def use():
+            with closing(pqueue.PersistentQSQLite(self.path, busy_seconds=0.01)) as queue:
+                queue.enqueue("t")
+                with self.sqlite() as db:
+                    db.execute("BEGIN IMMEDIATE")
+                    with self.assertRaises(QueueBusy):
+                        queue.dequeue("w")
+                with mock.patch.object(queue._turnstile, "_try", return_value=False):
+                    queue.dequeue("w")
+
+        use()
+        files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+        for _ in range(3):
+            use()
+        wait_until(lambda: threading.active_count() <= threads)
+        self.assertEqual(len(os.listdir("/proc/self/fd")), files)
+
     def test_stopped_consumer_is_not_taken_for_dead(self):
         queue = self.open()
         queue.enqueue("t")
@@ -704,6 +809,21 @@ class Processes(SQLiteCase):
                 finally:
                     os._exit(1)
             self.assertEqual(os.waitpid(child, 0)[1], 0)
+        self.assertEqual(len(queue.list_jobs(task="kept")), 1)
+
+    def test_child_that_leaves_the_transaction_it_was_forked_in_gets_an_error_of_the_queue(self):
+        queue = self.open()
+        code, child = 1, None
+        try:
+            with queue.transaction():
+                queue.enqueue("kept")
+                child = os.fork()
+        except QueueError:
+            code = 0
+        finally:
+            if child == 0:
+                os._exit(code)
+        self.assertEqual(os.waitpid(child, 0)[1], 0)
         self.assertEqual(len(queue.list_jobs(task="kept")), 1)
 
     def test_process_forked_while_the_turnstile_was_held_does_not_keep_it(self):
@@ -816,6 +936,12 @@ class Files(SQLiteCase):
         with self.assertRaisesRegex(QueueError, f"no queue at {self.path}"):
             open_queue(str(self.path), create=False)
         self.assertEqual(list(self.folder.iterdir()), [])
+
+    def test_look_at_an_empty_file_builds_nothing_in_it(self):
+        self.path.touch()
+        with self.assertRaisesRegex(QueueError, "no queue at"):
+            open_queue(str(self.path), create=False)
+        self.assertEqual([path.stat().st_size for path in self.folder.iterdir()], [0])
 
     def test_unusable_paths_are_refused_in_one_line(self):
         file = self.folder / "file"
