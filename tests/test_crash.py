@@ -51,6 +51,7 @@ class Fleet:
     def remove(self, prefix):
         for name in [name for name in self.running if name.startswith(prefix)]:
             _, child = self.running.pop(name)
+            wait_until(child.out.read_text)  # it has its signal handlers: TERM to a starting Python is just its end
             child.send_signal(signal.SIGTERM)
             assert child.wait(60) == 0, child.out.read_text()
 
