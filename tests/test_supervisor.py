@@ -89,7 +89,7 @@ def test_supervisor_runs_it_all_and_leaves_nothing_behind(system):
 
 def test_honcho_runs_the_same_programs(system):
     honcho = started(system, "honcho", "start", "-c", "consumer=2")
-    wait_until(lambda: completed_files(system))
+    wait_until(lambda: honcho.out.read_text().count("started consumer=") == 2 and completed_files(system))
     honcho.send_signal(signal.SIGINT)
     honcho.wait(60)
     out = honcho.out.read_text()
