@@ -154,7 +154,11 @@ def _replace(name: str, folder: int, source: BinaryIO, prefix: bytes, token: str
 
 
 class Interrupt(BaseException):
-    """Raised in a running task from outside: its time is over, its lease is lost, or the consumer must stop now."""
+    """Raised in a running task from outside. Its argument is the reason: TimeoutError, LeaseLost, or Stopped."""
+
+
+class Stopped(Exception):
+    """The consumer was told to stop at once."""
 
 
 class Consumer:
@@ -181,7 +185,7 @@ class Consumer:
         self._finished: list[tuple[Job, Any]] = []
         self._current: Job | None = None
         self._started = self._extended = 0.0  # monotonic seconds
-        self._interrupt: str | None = None  # why the current task must not go on
+        self._interrupt: Exception | None = None  # why the current task must not go on
         self._can_wake = False  # asleep for want of jobs: a signal may raise
         self._run_seconds = HOLD_SECONDS  # of one job, as measured; begins with one job at a time
         self._busy, self._over = threading.Event(), threading.Event()
@@ -206,7 +210,7 @@ class Consumer:
         """Handle TERM and INT: the first finishes what is in hand, the second does not."""
         self.signals += 1
         if self.signals == 2:
-            self._interrupt = "the consumer was told to stop at once"
+            self._interrupt = Stopped()
         if self._can_wake:
             self._can_wake = False
             raise InterruptedError
@@ -285,7 +289,7 @@ class Consumer:
                 took = self._end_current()
         except Interrupt as error:
             self._end_current()  # once more: it may have come in the midst of the first
-            self._interrupted(job, str(error))
+            self._interrupted(job, error.args[0])
         except LeaseLost as error:
             log("lost", consumer=self.name, job=job.id, reason=error)
         except DoNotRetry as error:
@@ -304,13 +308,13 @@ class Consumer:
                 self._interrupt = None
             return time.monotonic() - self._started
 
-    def _interrupted(self, job: Job, reason: str) -> None:
+    def _interrupted(self, job: Job, reason: Exception) -> None:
         if self.signals > 1:
             self._release(job)
-        elif "lease" in reason:
+        elif isinstance(reason, LeaseLost):
             log("lost", consumer=self.name, job=job.id, reason=reason)
         else:
-            self._fail(job, TimeoutError(reason), retry=True)
+            self._fail(job, reason, retry=True)
 
     def _fail(self, job: Job, error: BaseException, *, retry: bool) -> None:
         entry = pqueue.TASKS.get(job.task)
@@ -324,7 +328,9 @@ class Consumer:
         except LeaseLost as lost:
             log("lost", consumer=self.name, job=job.id, reason=lost)
         else:
-            self.failed += state is not None
+            if state is None:
+                return  # left to its lease, as was told
+            self.failed += 1
             log("failed", consumer=self.name, job=job.id, task=job.task, attempt=job.attempts, now=state, error=summary)
 
     # Settling
@@ -406,7 +412,7 @@ class Consumer:
         try:
             self.queue.extend(job, self.lease_seconds)
         except LeaseLost as error:
-            self._set_interrupt(job, str(error))
+            self._set_interrupt(job, error)
         except QueueError as error:
             self._extended -= self.lease_seconds / 6  # again soon
             log("waiting", consumer=self.name, job=job.id, reason=error)
@@ -415,14 +421,14 @@ class Consumer:
         entry = pqueue.TASKS.get(job.task)
         timeout = entry.timeout_seconds if entry else None
         if timeout is not None and ran > timeout:
-            self._set_interrupt(job, f"timed out after {timeout:g} s")
+            self._set_interrupt(job, TimeoutError(f"timed out after {timeout:g} s"))
         if self._interrupt and self._current is job:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
         if timeout is not None and ran > timeout + GRACE_SECONDS and self._current is job:
             self._fail(job, TimeoutError(f"timed out after {timeout:g} s and could not be interrupted"), retry=True)
             os._exit(1)
 
-    def _set_interrupt(self, job: Job, reason: str) -> None:
+    def _set_interrupt(self, job: Job, reason: Exception) -> None:
         with self._lock:
             if self._current is job and self._interrupt is None:
                 self._interrupt = reason
@@ -504,7 +510,7 @@ def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
     log("started", consumer=options.name, pid=os.getpid(), queues=",".join(options.queues or ["all"]))
     try:
         if bar:
-            with Progress(consumer, queue.stats()["states"]["pending"]):
+            with Progress(consumer, _pending(queue, options.queues)):
                 consumer.run()
         else:
             consumer.run()
@@ -513,6 +519,11 @@ def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
         return 1
     log("stopped", consumer=options.name, completed=consumer.completed, failed=consumer.failed)
     return 0
+
+
+def _pending(queue: PersistentQInterface, served: list[str] | None) -> int:
+    counts = queue.stats()["queues"]
+    return sum(counts[name]["pending"] for name in counts if served is None or name in served)
 
 
 @contextmanager

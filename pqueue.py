@@ -66,6 +66,7 @@ __version__ = "0.1.0"
 DEFAULT_URL = "var/queue.db"
 DEFAULT_MAX_ATTEMPTS = 3
 LEASE_SECONDS = 60.0
+MAX_ID = 2**63 - 1
 MAX_PAYLOAD_BYTES = 1_048_576
 MAX_JSON_DEPTH = 100  # Python's parser gives up near 1000, less what its caller has used
 MAX_ERROR_CHARS = 10_000
@@ -74,8 +75,8 @@ TURN_SECONDS = 1.0  # how long it waits of that at the turnstile, where a stoppe
 DEAD_CHECK_SECONDS = 1.0  # how often a dequeue looks for dead consumers
 RECOVERY_BATCH = 1000  # jobs promoted or taken back in one dequeue, so that it stays short
 PRUNE_BATCH = 1000
-POLL_SECONDS = 0.1  # the same on a platform without a doorbell
 WAIT_SECONDS = 1.0  # the longest sleep of `wait`: it bounds what a missed ring or a dead consumer costs
+POLL_SECONDS = 0.1  # the same on a platform without a doorbell
 
 MINIMUM_SQLITE = (3, 35)  # RETURNING
 APPLICATION_ID = 0x70717565  # "pque" in the file's header
@@ -181,7 +182,7 @@ def task(
 ) -> Callable[[Callable[[Job], Any]], Task]:
     """Register the decorated function as the task of this name (its own by default).
 
-    `max_attempts` applies where the job is enqueued with this Task instead of its name; the backoff and the timeout
+    `max_attempts` applies to jobs enqueued by a program that has registered the task; the backoff and the timeout
     apply in the consumer. Raises ValueError if the name is taken.
     """
 
@@ -206,7 +207,10 @@ _current = threading.local()
 
 def current_queue() -> PersistentQInterface:
     """Return, in a task, the queue that its job came from: for `update`, `transaction` and follow-up jobs."""
-    return cast(PersistentQInterface, _current.queue)
+    queue: PersistentQInterface | None = getattr(_current, "queue", None)
+    if queue is None:
+        raise QueueError("no task runs in this thread: open a queue of your own")
+    return queue
 
 
 def run_task(queue: PersistentQInterface, job: Job) -> Any:
@@ -215,7 +219,10 @@ def run_task(queue: PersistentQInterface, job: Job) -> Any:
         known = ", ".join(sorted(TASKS)) or "none"
         raise LookupError(f"unknown task {job.task!r}; this consumer knows {known}: give it --import MODULE")
     _current.queue = queue
-    return TASKS[job.task](job)
+    try:
+        return TASKS[job.task](job)
+    finally:
+        _current.queue = None
 
 
 def backoff_seconds(attempts: int, base_seconds: float = 5.0, cap_seconds: float = 3600.0) -> float:
@@ -328,7 +335,7 @@ INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, k
 SELECT name, :task, :payload, :state, :priority, :run_at, :max_attempts, :key, :assigned_to, :now
 FROM queues
 WHERE name = :queue AND (max_pending IS NULL OR max_pending > (SELECT count(*) FROM jobs WHERE {WAITING}))
-ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN ('scheduled', 'pending', 'processing') DO NOTHING
+ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING
 RETURNING id"""
 
 ROOM = f"""
@@ -406,7 +413,7 @@ WHERE id = :id AND state IN {UNFINISHED}"""
 # Run before the transition, so that it tells the attempt that ends there.
 RECORD = """
 INSERT INTO history (job_id, at, event, actor, attempt, error)
-SELECT id, :now, :event, coalesce(:actor, consumer), attempts, :error FROM jobs WHERE id = :id"""
+SELECT id, :now, :event, :actor, attempts, :error FROM jobs WHERE id = :id"""
 
 LOST_BY = """
 SELECT actor FROM history WHERE job_id = :id AND event IN ('expired', 'died')
@@ -625,15 +632,18 @@ class PersistentQInterface(ABC):
     ) -> tuple[list[Job], list[Job]]:
         """Complete these (job, result) pairs and take up to `limit` jobs of these queues (None: all) in one commit.
 
-        Returns the jobs taken, and those of `finished` that were not completed because their lease was lost.
+        Returns the jobs taken, and those of `finished` that were not completed because their lease was lost. Inside
+        `transaction` these raise LeaseLost instead.
         """
         settled = [(job, encode_json("result", result)) for job, result in finished]
         me = self._registered(consumer, queues)
         _at_least("limit", 0, limit)
-        dead = self._look_for_dead()
+        dead, nested = self._look_for_dead(), self.in_transaction
         with self._write(durable=bool(settled), in_batch=True) as tx:
             now = self._time(now)
             lost = [job for job, result in settled if not _complete(tx, job, result, now)]
+            if lost and nested:
+                raise _lost(tx, "complete", lost[0])
             _recover(tx, dead, now)
             jobs = _claim(tx, me, limit, queues, lease_seconds, now) if limit else []
         return jobs, lost
@@ -703,11 +713,13 @@ class PersistentQInterface(ABC):
 
         Keys: at, event, actor, attempt, error, as in the table.
         """
-        columns = ("at", "event", "actor", "attempt", "error")
-        rows = self._read(
-            f"SELECT {', '.join(columns)} FROM history WHERE job_id = :id ORDER BY id", {"id": _id(job_id)}
+        columns = "at, event, actor, attempt, error"
+        return self._dicts(
+            columns, f"SELECT {columns} FROM history WHERE job_id = :id ORDER BY id", {"id": _id(job_id)}
         )
-        return [dict(zip(columns, row, strict=True)) for row in rows]
+
+    def _dicts(self, columns: str, sql: str, params: Params) -> list[dict[str, Any]]:
+        return [dict(zip(columns.split(", "), row, strict=True)) for row in self._read(sql, params)]
 
     def list_jobs(
         self,
@@ -723,10 +735,8 @@ class PersistentQInterface(ABC):
         wanted = {"state": state and _one_of(STATES, state), "queue": queue, "task": task, "consumer": consumer}
         params: Params = {name: value for name, value in wanted.items() if value is not None}
         where = " AND ".join(f"{name} = :{name}" for name in params) or "1 = 1"
-        params |= {
-            "before_id": 2**63 - 1 if before_id is None else _at_least("before_id", 0, before_id),
-            "limit": limit,
-        }
+        before = MAX_ID if before_id is None else _at_least("before_id", 0, before_id, MAX_ID)
+        params |= {"before_id": before, "limit": _at_least("limit", 1, limit)}
         sql = f"SELECT {COLUMNS} FROM jobs WHERE {where} AND id < :before_id ORDER BY id DESC LIMIT :limit"
         return [_job(row) for row in self._read(sql, params)]
 
@@ -749,26 +759,13 @@ class PersistentQInterface(ABC):
     def consumers(self) -> list[dict[str, Any]]:
         """Return who has dequeued here, the latest start first. Keys: the columns of the table, and job_ids, what it
         holds now."""
-        columns = (
-            "name",
-            "token",
-            "host",
-            "pid",
-            "queues",
-            "started_at",
-            "last_seen_at",
-            "state",
-            "completed",
-            "failed",
-        )
+        columns = "name, token, host, pid, queues, started_at, last_seen_at, state, completed, failed"
         held: dict[str, list[int]] = {}
         for job_id, token in self._read("SELECT id, lease_token FROM jobs WHERE state = 'processing' ORDER BY id", {}):
             held.setdefault(token[:16], []).append(job_id)
-        rows = self._read(f"SELECT {', '.join(columns)} FROM consumers ORDER BY id DESC", {})
-        found = [dict(zip(columns, row, strict=True)) for row in rows]
         return [
             {**each, "queues": each["queues"] and json.loads(each["queues"]), "job_ids": held.get(each["token"], [])}
-            for each in found
+            for each in self._dicts(columns, f"SELECT {columns} FROM consumers ORDER BY id DESC", {})
         ]
 
     # Operating; `by` is the operator to record, by default the user
@@ -1105,10 +1102,10 @@ def _name(what: str, value: str) -> str:
     raise ValueError(f"expected {article} {what} name of 1 to 255 printable characters, got {_short(value)}")
 
 
-def _at_least(what: str, least: int, value: int) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31:
+def _at_least(what: str, least: int, value: int, most: int = 2**31 - 1) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
         return value
-    raise ValueError(f"expected {what} to be a whole number from {least} to {2**31 - 1}, got {_short(value)}")
+    raise ValueError(f"expected {what} to be a whole number from {least} to {most}, got {_short(value)}")
 
 
 def _finite(what: str, value: float) -> float:
@@ -1125,7 +1122,7 @@ def _lease(seconds: float) -> float:
 
 
 def _id(job_id: int) -> int:
-    return _at_least("job id", 0, job_id)
+    return _at_least("job id", 0, job_id, MAX_ID)
 
 
 def _one_of(states: Sequence[str], state: str) -> str:
@@ -1218,8 +1215,17 @@ class Turnstile:
         if self._porter is None:
             self._porter = threading.Thread(target=self._carry, name="pqueue-porter", daemon=True)
             self._porter.start()
-        if self._through.acquire(timeout=TURN_SECONDS):
-            return True
+        try:
+            if self._through.acquire(timeout=TURN_SECONDS):
+                return True
+        except BaseException:
+            if self._give_up():
+                fcntl.flock(self._way, fcntl.LOCK_UN)
+            raise
+        return self._give_up()
+
+    def _give_up(self) -> bool:
+        """Want the way no longer; return whether it was handed over just before."""
         with self._handover:
             self._wanted = False
             return self._through.acquire(blocking=False)
@@ -1556,7 +1562,7 @@ class PersistentQSQLite(PersistentQInterface):
         text = str(error)
         if "locked" in text or "busy" in text:
             return QueueBusy(f"cannot write to {self.path}: another writer held it for {self._busy_seconds:g} s")
-        if "full" in text:
+        if "disk is full" in text:
             return QueueFull(f"cannot write to {self.path}: its disk is full")
         if "not a database" in text:
             return SchemaMismatch(f"cannot use {self.path}: expected an SQLite database, got another file")

@@ -1,7 +1,9 @@
 """Write a random file every 5 seconds and enqueue it as a job.
 
-python producer.py                       # until TERM or INT
-python producer.py --count 5 --interval 0
+    python producer.py                       # until told to stop
+    python producer.py --count 5 --interval 0
+
+TERM or INT ends it between two jobs.
 """
 
 from __future__ import annotations
@@ -22,24 +24,7 @@ import pqueue
 from consumer import log
 from pqueue import PersistentQInterface, QueueBusy, QueueError, QueueFull
 
-WORDS = [
-    "amber",
-    "birch",
-    "cedar",
-    "delta",
-    "ember",
-    "fjord",
-    "grove",
-    "haven",
-    "inlet",
-    "jetty",
-    "knoll",
-    "lagoon",
-    "mesa",
-    "north",
-    "oasis",
-    "prairie",
-]
+WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "haven", "inlet", "jetty"]
 
 
 class Producer:

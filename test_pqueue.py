@@ -398,6 +398,7 @@ class QueueContract:
             (lambda: q.enqueue("t", delay_seconds=True), "expected delay_seconds to be a finite number"),
             (lambda: q.enqueue("t", now=float("nan")), "expected now to be a finite number"),
             (lambda: q.enqueue("t", priority=10**5000), "expected priority to be a whole number"),
+            (lambda: q.list_jobs(limit=0), "expected limit to be a whole number from 1"),
             (lambda: q.list_jobs(before_id=2**70), "expected before_id to be a whole number"),
             (lambda: q.cancel(job.id, by="\ud800"), "expected an operator name"),
             (lambda: q.limit("default", 0), "expected max_pending to be a whole number from 1"),
@@ -432,6 +433,14 @@ class QueueContract:
                 self.queue.dequeue("anna", now=NOW)
         self.assertIsNotNone(self.queue.dequeue("anna", now=NOW))
         self.assertEqual([each["name"] for each in self.queue.consumers()], ["anna"])
+
+    def test_guarantee_4_lost_lease_undoes_the_transaction_around_the_fused_call_too(self):
+        stale = self.taken()
+        self.queue.dequeue("thief", now=NOW + 61)
+        with self.assertRaises(LeaseLost), self.queue.transaction():
+            self.queue.enqueue("never")
+            self.queue.complete_and_dequeue([(stale, None)], "worker", 0, now=NOW + 61)
+        self.assertEqual(self.queue.list_jobs(task="never"), [])
 
     def test_nested_transaction_is_a_savepoint_of_the_outer_one(self):
         with self.queue.transaction():
@@ -501,6 +510,16 @@ class QueueContract:
         self.assertEqual([job.id for job in self.queue.list_jobs(task="a", before_id=ids[3])], ids[2::-1])
         self.assertEqual([job.id for job in self.queue.list_jobs(state="processing", consumer="w")], [ids[0]])
         self.assertEqual([job.task for job in self.queue.list_jobs(queue="default")], ["b"])
+
+    def test_ids_may_grow_beyond_what_a_small_integer_holds(self):
+        old, big = self.queue.enqueue("t"), 2**40
+        with self.queue.transaction() as db:
+            db.execute("UPDATE jobs SET id = ? WHERE id = ?", (big, old))
+        self.queue.cancel(big)
+        self.assertEqual(self.queue.get(big).state, "cancelled")
+        self.assertEqual(self.queue.enqueue("t"), big + 1)
+        self.assertEqual([job.id for job in self.queue.list_jobs(before_id=big + 1)], [big])
+        self.assertEqual(self.queue.delete_jobs([big, big + 1]), 2)
 
     def test_stats_count_each_state_per_queue(self):
         self.queue.enqueue_many("t", range(3), queue="a", run_at=NOW - 7, now=NOW)
@@ -877,6 +896,23 @@ sys.stdin.read()
         self.assertTrue(wait_until(queue._turnstile.enter))
         queue._turnstile.leave()
 
+    def test_writer_interrupted_in_line_does_not_keep_the_way(self):
+        queue, other = self.open(), self.open()
+        acquire = queue._turnstile._through.acquire
+
+        def interrupted(blocking=True, timeout=None):
+            if blocking:
+                raise InterruptedError
+            return acquire(blocking=False)
+
+        with other.transaction(), mock.patch.object(queue._turnstile._through, "acquire", interrupted):
+            with self.assertRaises(InterruptedError):
+                queue.enqueue("never")
+        self.assertTrue(wait_until(lambda: not queue._turnstile._in_line))
+        self.assertTrue(other._turnstile.enter())
+        other._turnstile.leave()
+        self.assertEqual(queue.enqueue("t"), 1)
+
     def test_ring_of_a_dead_waiter_is_left_alone(self):
         queue = self.open()
         with python(
@@ -1075,6 +1111,10 @@ class Tasks(unittest.TestCase):
             delays = [pqueue.backoff_seconds(attempts) for _ in range(200)]
             self.assertTrue(all(whole / 2 <= delay <= whole for delay in delays))
             self.assertGreater(len(set(delays)), 1)
+
+    def test_current_queue_is_for_tasks_only(self):
+        with self.assertRaisesRegex(QueueError, "no task runs in this thread"):
+            pqueue.current_queue()
 
     def test_do_not_retry_is_no_error_of_the_queue(self):
         self.assertFalse(issubclass(pqueue.DoNotRetry, QueueError))

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,17 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import pqueue  # noqa: E402
-
-
-def wait_until(condition, seconds=30.0):
-    """Return the condition's first true value; fail when there is none in time."""
-    deadline = time.monotonic() + seconds
-    while True:
-        value = condition()
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
-        time.sleep(0.01)
+from test_pqueue import wait_until  # noqa: E402, F401 - the contract suite stands alone, so it lives there
 
 
 class Place:
