@@ -521,6 +521,51 @@ class QueueContract:
         self.assertEqual([job.id for job in self.queue.list_jobs(before_id=big + 1)], [big])
         self.assertEqual(self.queue.delete_jobs([big, big + 1]), 2)
 
+    def test_operator_finds_jobs_by_text_and_time(self):
+        first = self.queue.enqueue("mail", {"to": "Ada"}, now=100)
+        second = self.queue.enqueue("mail", {"to": "50%_off\\"}, key="spring", now=200)
+        (job,) = (self.queue.dequeue("w") for _ in range(1))
+        self.queue.fail(job, "ValueError: no such Address", retry=False)
+
+        def found(**filters):
+            ids = [job.id for job in self.queue.list_jobs(**filters)]
+            self.assertEqual(self.queue.count_jobs(**filters), len(ids))
+            return ids
+
+        self.assertEqual(found(text="ADA"), [first])
+        self.assertEqual(found(text="address"), [first])
+        self.assertEqual(found(text="SPRING"), [second])
+        self.assertEqual(found(text="50%_off\\\\"), [second])
+        self.assertEqual(found(text="5__"), [])
+        self.assertEqual(found(created_from=200), [second])
+        self.assertEqual(found(created_before=200), [first])
+        self.assertEqual(found(state="failed"), [first])
+        self.assertEqual(found(), [second, first])
+        with self.assertRaises(TypeError):
+            self.queue.list_jobs(colour="red")
+
+    def test_operator_sees_failures_grouped_by_task_and_error(self):
+        for task, error in [("a", "ValueError: x\n  line 1"), ("a", "ValueError: x\n  line 2"), ("b", "ValueError: x")]:
+            self.queue.enqueue(task)
+            self.queue.fail(self.queue.dequeue("w"), error, retry=False)
+        last = self.queue.enqueue("a")
+        self.queue.mark_failed(last, "by hand")
+        groups = [(each["task"], each["error"], each["jobs"]) for each in self.queue.failures()]
+        self.assertEqual(groups, [("a", "ValueError: x", 2), ("a", "by hand", 1), ("b", "ValueError: x", 1)])
+        self.assertEqual(self.queue.failures()[1]["last_id"], last)
+
+    def test_operator_sees_what_happened_between_two_moments(self):
+        for at in (100, 110, 120, 130, 140):
+            self.queue.enqueue("a", now=at)
+        self.queue.delete_jobs([2])
+        for at in (150, 160):
+            self.queue.complete(self.queue.dequeue("w", now=at - 2), now=at)
+        self.queue.fail(self.queue.dequeue("w"), "no", retry=False, now=170)
+        self.assertEqual(self.queue.activity(0, 1000), {"enqueued": 5, "completed": 2, "failed": 1})
+        self.assertEqual(self.queue.activity(120, 160), {"enqueued": 3, "completed": 1, "failed": 0})
+        self.assertEqual(self.queue.timings(), {"wait": [48.0, 38.0], "run": [2.0, 2.0]})
+        self.assertEqual(self.queue.timings(1), {"wait": [38.0], "run": [2.0]})
+
     def test_stats_count_each_state_per_queue(self):
         self.queue.enqueue_many("t", range(3), queue="a", run_at=NOW - 7, now=NOW)
         self.queue.enqueue("t", run_at=NOW + 9, now=NOW)
