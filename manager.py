@@ -1,0 +1,217 @@
+"""Add, list and remove groups of consumers at run time, through the running supervisord.
+
+    python manager.py --count 1              # three more consumers
+    python manager.py --list
+    python manager.py --remove consumer2     # when they have finished what they hold
+
+An added group stands in a file of its own in var/supervisor.d, so it is there again when supervisord restarts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import os
+import shlex
+import socket
+import sys
+import xmlrpc.client
+from pathlib import Path
+from typing import Any
+
+SOCKET = Path("var/supervisor.sock")
+INCLUDED = Path("var/supervisor.d")
+GROUP_SIZE = 3  # as in supervisord.conf
+ANSWER_SECONDS = 120.0  # longer than stopwaitsecs: stopping a group waits for the jobs in hand
+
+PROGRAM = """\
+; Added by manager.py; remove it with: python manager.py --remove {group}
+[program:{group}]
+command = {command}
+process_name = %(program_name)s_%(process_num)02d
+numprocs = {size}
+autorestart = true
+startretries = 1000
+stopwaitsecs = 60
+killasgroup = true
+redirect_stderr = true
+stdout_logfile = var/log/%(program_name)s_%(process_num)02d.log
+stdout_logfile_maxbytes = 10MB
+stdout_logfile_backups = 3
+"""
+
+
+class ManagerError(Exception):
+    """What was asked cannot be done; the message says why and what to do."""
+
+
+class _Connection(http.client.HTTPConnection):
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(SOCKET))
+
+
+class _Transport(xmlrpc.client.Transport):
+    def make_connection(self, _host: Any) -> http.client.HTTPConnection:
+        return _Connection("localhost", timeout=ANSWER_SECONDS)
+
+
+def call(method: str, *arguments: Any) -> Any:
+    """Call a method of supervisord's XML-RPC interface. Raises ManagerError."""
+    try:
+        with xmlrpc.client.ServerProxy("http://localhost", transport=_Transport()) as server:
+            return getattr(server.supervisor, method)(*arguments)
+    except xmlrpc.client.Fault as fault:
+        raise ManagerError(f"supervisord refused {method}: {fault.faultString}") from None
+    except (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise ManagerError(
+            f"no supervisord answers at {SOCKET.absolute()} ({reason}): start it with supervisord -c supervisord.conf"
+        ) from None
+
+
+def processes() -> list[dict[str, Any]]:
+    """Return supervisord's processes: group, name, state, pid (0: none), uptime_seconds. Raises ManagerError."""
+    return [
+        {
+            "group": each["group"],
+            "name": each["name"],
+            "state": each["statename"],
+            "pid": each["pid"],
+            "uptime_seconds": max(0, each["now"] - each["start"]) if each["pid"] else 0,
+        }
+        for each in call("getAllProcessInfo")
+    ]
+
+
+def added_groups() -> list[str]:
+    """Return the names of the groups that were added here."""
+    return sorted(path.stem for path in INCLUDED.glob("*.conf"))
+
+
+def add_group(size: int = GROUP_SIZE, queues: list[str] | None = None, modules: list[str] | None = None) -> str:
+    """Add a group of this many consumers and return its name, when they run. Raises ManagerError."""
+    taken = {each["group"] for each in processes()} | set(added_groups())
+    group = next(name for number in range(2, 10_000) if (name := f"consumer{number}") not in taken)
+    INCLUDED.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = INCLUDED / f"{group}.conf"
+    _write(path, PROGRAM.format(group=group, command=_command(queues or [], modules or []), size=size))
+    try:
+        call("reloadConfig")
+        call("addProcessGroup", group)
+    except BaseException:
+        path.unlink()
+        raise
+    return group
+
+
+def remove_group(group: str) -> None:
+    """Stop a group that was added, when its consumers have finished what they hold, and forget it."""
+    if group not in added_groups():
+        known = ", ".join(added_groups()) or "none"
+        raise ManagerError(f"expected a group that was added here ({known}), got {group!r}")
+    if group in {each["group"] for each in processes()}:
+        call("stopProcessGroup", group)
+        call("removeProcessGroup", group)
+    (INCLUDED / f"{group}.conf").unlink()
+    call("reloadConfig")
+
+
+def start(name: str) -> None:
+    """Start a process by its name alone. Raises ManagerError."""
+    call("startProcess", _full_name(name))
+
+
+def stop(name: str) -> None:
+    """Stop a process by its name alone, when it has finished what it holds. Raises ManagerError."""
+    call("stopProcess", _full_name(name))
+
+
+def _full_name(name: str) -> str:
+    found = [f"{each['group']}:{each['name']}" for each in processes()]
+    matches = [full for full in found if name in (full, full.split(":")[1])]
+    if len(matches) != 1:
+        raise ManagerError(f"expected one of {', '.join(found)}, got {name!r}")
+    return matches[0]
+
+
+def _command(queues: list[str], modules: list[str]) -> str:
+    words = ["python3", "consumer.py"]
+    words += [word for queue in queues for word in ("--queue", queue)]
+    words += [word for module in modules for word in ("--import", module)]
+    for word in words:
+        if not word.isprintable() or any(mark in word for mark in ";#"):
+            raise ManagerError(f"expected a name that supervisord's configuration can hold, without ; or #: {word!r}")
+    return shlex.join(words).replace("%", "%%")
+
+
+def _write(path: Path, text: str) -> None:
+    new = path.with_suffix(".new")
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)
+    new.replace(path)
+
+
+# The program ##########################################################################################################
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        _act(options)
+    except (ManagerError, OSError) as error:
+        print(f"manager.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _act(options: argparse.Namespace) -> None:
+    if options.count:
+        for _ in range(options.count):
+            group = add_group(options.size, options.queues, options.modules)
+            print(f"added {group}: {options.size} consumers")
+    elif options.remove:
+        print(f"stopping {options.remove}: its consumers finish what they hold", file=sys.stderr)
+        remove_group(options.remove)
+        print(f"removed {options.remove}")
+    elif options.start:
+        start(options.start)
+        print(f"started {options.start}")
+    elif options.stop:
+        stop(options.stop)
+        print(f"stopped {options.stop}")
+    else:
+        for each in processes():
+            added = "added" if each["group"] in added_groups() else ""
+            uptime = f"{each['uptime_seconds']} s" if each["pid"] else ""
+            print(
+                f"{each['group']:12} {each['name']:16} {each['state']:10} {each['pid'] or '':>8} {uptime:>10} {added}"
+            )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    actions = parser.add_mutually_exclusive_group(required=True)
+    actions.add_argument("--count", type=_positive, metavar="N", help="add N groups of consumers")
+    actions.add_argument("--list", action="store_true", help="show supervisord's processes")
+    actions.add_argument("--remove", metavar="GROUP", help="stop and forget an added group")
+    actions.add_argument("--start", metavar="CONSUMER", help="start one process, such as consumer_00")
+    actions.add_argument("--stop", metavar="CONSUMER", help="stop one process")
+    add = parser.add_argument
+    add("--size", type=_positive, default=GROUP_SIZE, metavar="N", help="consumers in a group (default: %(default)s)")
+    add("--queue", dest="queues", action="append", metavar="QUEUE", help="queue they serve; repeatable (default: all)")
+    add("--import", dest="modules", action="append", metavar="MODULE", help="a module with tasks of yours; repeatable")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if text.isascii() and text.isdigit() and 0 < int(text) <= 1000:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 1000, got {text!r}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
