@@ -1,0 +1,757 @@
+"""The operator's command line: list, explain, repair, assign, watch and clean up.
+
+    python admin.py list-jobs --status failed
+    python admin.py why 17
+    python admin.py COMMAND --help
+
+Tables for people on a terminal, tab-separated lines in a pipe, one JSON object per line with --json. Exit code 0; 1
+for a problem found; 2 for a mistake in the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import re
+import shutil
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import manager
+import pqueue
+from pqueue import InvalidTransition, Job, JobNotFound, PersistentQInterface, QueueError
+from report import (
+    UNITS,
+    ago,
+    clock,
+    count,
+    first_line,
+    for_machines,
+    for_people,
+    is_time,
+    masked,
+    metrics,
+    printable,
+    problems,
+    table,
+    why,
+)
+
+BATCH = 500  # jobs changed in one transaction
+DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|w)")
+
+
+class UsageError(Exception):
+    """A mistake in the command: exit code 2."""
+
+
+class Problem(Exception):
+    """What was asked cannot be done: exit code 1."""
+
+
+# Commands: each is defined once, for argparse and for Typer ###########################################################
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """An option (--name) or an argument (name) of a command; `parse` raises ValueError with what was expected."""
+
+    name: str
+    help: str
+    parse: Callable[[str], Any] = str
+    default: str | None = None
+    metavar: str = ""
+    flag: bool = False
+    many: bool = False
+    optional: bool = False
+
+    @property
+    def is_option(self) -> bool:
+        return self.name.startswith("--")
+
+    @property
+    def key(self) -> str:
+        return self.name.lstrip("-").replace("-", "_")
+
+    def value(self, raw: Any) -> Any:
+        """Return what the front end delivered, parsed. Raises UsageError."""
+        if self.flag:
+            return bool(raw)
+        if self.many:
+            return [self._parsed(each) for each in raw or ()]
+        return None if raw is None else self._parsed(raw)
+
+    def _parsed(self, text: str) -> Any:
+        try:
+            return self.parse(text)
+        except ValueError as error:
+            raise UsageError(f"{self.name}: {error}") from None
+
+
+@dataclass
+class Result:
+    """What a command found: rows for a table; or a text, where a table would not do for people."""
+
+    rows: Iterable[dict[str, Any]] = field(default_factory=list)
+    text: str | None = None
+    code: int = 0
+
+
+@dataclass(frozen=True)
+class Command:
+    name: str
+    function: Callable[..., Result]
+    parameters: tuple[Parameter, ...]
+    creates: bool  # a database where there is none
+
+    @property
+    def help(self) -> str:
+        return " ".join((self.function.__doc__ or "").split())
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def command(name: str, *parameters: Parameter, creates: bool = False) -> Callable[[Callable[..., Result]], Any]:
+    def register(function: Callable[..., Result]) -> Callable[..., Result]:
+        COMMANDS[name] = Command(name, function, (*parameters, JSON), creates)
+        return function
+
+    return register
+
+
+def whole(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if re.fullmatch(r"-?[0-9]{1,19}", text) and int(text) >= least:
+            return int(text)
+        raise ValueError(f"expected a whole number of at least {least}, got {text!r}")
+
+    return parse
+
+
+def duration(text: str) -> float:
+    """Parse 90s, 15m, 12h, 7d or 2w into seconds."""
+    match = DURATION.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"expected a duration such as 90s, 15m, 12h, 7d or 2w, got {text!r}")
+    return float(match[1]) * UNITS[match[2]]
+
+
+def moment(text: str) -> float:
+    """Parse a duration ago, or an ISO 8601 time, local unless it names its zone, into Unix seconds."""
+    with suppress(ValueError):
+        return time.time() - duration(text)
+    try:
+        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    except (ValueError, OverflowError):
+        raise ValueError(f"expected a duration such as 15m, or a time such as 2026-11-24T12:00, got {text!r}") from None
+
+
+def json_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected JSON, got {text[:60]!r}: {error}") from None
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text in names:
+            return text
+        raise ValueError(f"expected one of {', '.join(names)}, got {text!r}")
+
+    return parse
+
+
+JSON = Parameter("--json", "one JSON object per line", flag=True)
+YES = Parameter("--yes", "do not ask", flag=True)
+JOB_ID = Parameter("job_id", "number of the job", whole(0), metavar="JOB_ID")
+JOB_IDS = Parameter("job_ids", "numbers of jobs; or filter", whole(0), metavar="JOB_ID", many=True)
+QUEUE = Parameter("queue", "name of the queue", metavar="QUEUE")
+MATCHING = (
+    Parameter("--queue", "jobs of this queue", metavar="QUEUE"),
+    Parameter("--task", "jobs of this task", metavar="TASK"),
+    Parameter("--consumer", "jobs that this consumer had last", metavar="CONSUMER"),
+    Parameter("--text", "jobs whose payload, result, error or key contains it", metavar="TEXT"),
+    Parameter("--since", "enqueued since then: 15m, 7d, or an ISO 8601 time", moment, metavar="TIME"),
+    Parameter("--until", "enqueued before then", moment, metavar="TIME"),
+)
+STATUS = Parameter(
+    "--status", f"jobs in this state: {', '.join(pqueue.STATES)}", one_of(*pqueue.STATES), metavar="STATE"
+)
+FILTERS = (STATUS, *MATCHING)
+PAGE = (
+    Parameter("--limit", "at most so many", whole(1), "50", "N"),
+    Parameter("--before-id", "older than this job: the next page", whole(0), metavar="JOB_ID"),
+)
+FILTER_NAMES = {"status": "state", "since": "created_from", "until": "created_before"}
+
+
+def _filters(options: argparse.Namespace) -> dict[str, Any]:
+    chosen = {each.key: getattr(options, each.key, None) for each in FILTERS}
+    return {FILTER_NAMES.get(key, key): value for key, value in chosen.items() if value is not None}
+
+
+def _job_row(job: Job) -> dict[str, Any]:
+    keys = ("id", "state", "queue", "task", "priority", "attempts", "consumer", "created_at", "finished_at")
+    row = {key: getattr(job, key) for key in keys}
+    return {**row, "payload": first_line(job.error) if job.state == "failed" else masked(job.payload)}
+
+
+def _job_object(job: Job) -> dict[str, Any]:
+    return {**asdict(job), "payload": masked(job.payload), "lease_token": None}
+
+
+@command("list-jobs", *FILTERS, *PAGE)
+def list_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+    """List jobs, the newest first."""
+    return Result(_listed(queue, options))
+
+
+def _listed(queue: PersistentQInterface, options: argparse.Namespace) -> list[dict[str, Any]]:
+    jobs = queue.list_jobs(**_filters(options), limit=options.limit, before_id=options.before_id)
+    return [_job_object(job) if options.json else _job_row(job) for job in jobs]
+
+
+@command("failedjobs", *MATCHING, *PAGE, Parameter("--all", "list the jobs instead", flag=True))
+def failedjobs(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+    """Count the failed jobs by task and error, or list them."""
+    filters = _filters(options)
+    if options.all or filters or options.before_id is not None:
+        options.status = "failed"
+        return Result(_listed(queue, options))
+    return Result([{key: each[key] for key in ("jobs", "task", "last_id", "error")} for each in queue.failures()])
+
+
+@command("show", JOB_ID)
+def show(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+    """Show everything about a job, with the story of its attempts."""
+    job, story = queue.get(options.job_id), queue.history(options.job_id)
+    facts = {**_job_object(job), "why": why(queue, job.id)}
+    if options.json:
+        return Result(
+            [{**facts, "history": [{key: for_machines(key, v) for key, v in each.items()} for each in story]}]
+        )
+    del facts["lease_token"]
+    now = time.time()
+    lines = [f"{key:17} {_shown(key, value, now)}" for key, value in facts.items() if value is not None]
+    if story:
+        lines += ["", table([{**each, "error": first_line(each["error"])} for each in story], _width())]
+    return Result(text="\n".join(lines))
+
+
+def _shown(key: str, value: Any, now: float) -> str:
+    if is_time(key):
+        return f"{clock(value)}  ({ago(value, now)})"
+    if key == "error":
+        return "\n    ".join(printable(line) for line in value.split("\n"))
+    return printable(for_people(key, value, now))
+
+
+@command("why", JOB_ID)
+def why_command(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+    """Say in one sentence why a job is not running, or what it does."""
+    sentence = why(queue, options.job_id)
+    return Result([{"job": options.job_id, "why": sentence}], f"job {options.job_id}: {printable(sentence)}")
+
+
+@command("stats")
+def stats(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+    """Count jobs by queue and state."""
+    found = queue.stats()
+    rows = [{"queue": name, **each} for name, each in found["queues"].items()]
+    if options.json or not sys.stdout.isatty():
+        return Result(rows)
+    now = time.time()
+    recent = queue.activity(now - 60, now)
+    per_minute = ", ".join(f"{count:,} {name}" for name, count in recent.items())
+    total = {"queue": "all", **found["states"], "oldest_pending_at": found["oldest_pending_at"]}
+    rows += [{**dict.fromkeys(rows[0]), **total}] if len(rows) > 1 else []
+    return Result(text=f"{table(rows, _width(), colours=_colours())}\n\nin the last minute: {per_minute}")
+
+
+@command(
+    "enqueue",
+    Parameter("task", "name of the task", metavar="TASK"),
+    Parameter("payload", "JSON for the task", json_value, metavar="JSON", optional=True),
+    Parameter("--queue", "queue to put it in", default="default", metavar="QUEUE"),
+    Parameter("--priority", "higher runs first", whole(-(2**31)), "0", "N"),
+    Parameter("--delay", "not before so long from now: 90s, 15m, 12h, 7d", duration, "0s", "DURATION"),
+    Parameter("--max-attempts", "deliveries before it is failed", whole(1), metavar="N"),
+    Parameter("--key", "at most one unfinished job of the queue has it", metavar="KEY"),
+    Parameter("--assign-to", "only this consumer may run it", metavar="CONSUMER"),
+    creates=True,
+)
+def enqueue(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+    """Enqueue a job and print its number."""
+    job_id = queue.enqueue(
+        options.task,
+        options.payload,
+        queue=options.queue,
+        priority=options.priority,
+        delay_seconds=options.delay,
+        max_attempts=options.max_attempts,
+        key=options.key,
+        assigned_to=options.assign_to,
+    )
+    return Result([{"job": job_id}], str(job_id))
+
+
+def _act(
+    queue: PersistentQInterface, options: argparse.Namespace, verb: str, done: str, act: Callable[[int], None]
+) -> Result:
+    """Do it to the jobs named, or to all that match the filter, in batches, after asking."""
+    filters = _filters(options)
+    if bool(filters) == bool(options.job_ids):
+        raise UsageError(f"{verb}: expected job numbers or a filter such as --status failed; see --help")
+    if not filters:
+        for job_id in options.job_ids:
+            act(job_id)
+        return Result([{"job": job_id, "done": done} for job_id in options.job_ids], f"{done} {_ids(options.job_ids)}")
+    if not _agreed(options, f"{verb} {count(queue.count_jobs(**filters), 'job')}"):
+        return Result(text="nothing done", code=1)
+    changed, refused = _act_on_matching(queue, filters, act)
+    text = f"{done} {count(changed, 'job')}" + (f", {refused:,} not: their state does not allow it" if refused else "")
+    return Result([{"done": done, "jobs": changed, "refused": refused}], text, int(changed == 0 and refused > 0))
+
+
+def _act_on_matching(
+    queue: PersistentQInterface, filters: dict[str, Any], act: Callable[[int], None]
+) -> tuple[int, int]:
+    changed = refused = 0
+    before = None
+    while jobs := queue.list_jobs(**filters, before_id=before, limit=BATCH):
+        with queue.transaction():
+            for job in jobs:
+                try:
+                    act(job.id)
+                    changed += 1
+                except (InvalidTransition, JobNotFound):
+                    refused += 1
+        before = jobs[-1].id
+    return changed, refused
+
+
+def _ids(job_ids: list[int]) -> str:
+    return f"job{'' if len(job_ids) == 1 else 's'} {', '.join(map(str, job_ids))}"
+
+
+@command("resubmit", JOB_IDS, *FILTERS, YES)
+def resubmit(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+    """Make finished jobs pending again, with all their attempts."""
+    return _act(queue, options, "resubmit", "resubmitted", queue.resubmit)
+
+
+@command(
+    "mark-failed",
+    JOB_IDS,
+    *FILTERS,
+    Parameter("--error", "what to record", default="marked as failed", metavar="TEXT"),
+    YES,
+)
+def mark_failed(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+    """Set unfinished jobs aside as failed; a running delivery loses its lease."""
+    return _act(
+        queue, options, "mark-failed", "marked as failed", lambda job_id: queue.mark_failed(job_id, options.error)
+    )
+
+
+@command("cancel", JOB_IDS, *FILTERS, YES)
+def cancel(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+    """Withdraw unfinished jobs; a running delivery loses its lease."""
+    return _act(queue, options, "cancel", "cancelled", queue.cancel)
+
+
+@command(
+    "assign-job",
+    JOB_ID,
+    Parameter("consumer", "name of the consumer", metavar="CONSUMER_ID", optional=True),
+    Parameter("--any", "let any consumer run it again", flag=True),
+    YES,
+)
+def assign_job(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+    """Let one consumer alone run a job. If another runs it now, it is taken over."""
+    if bool(options.consumer) == options.any:
+        raise UsageError("assign-job: expected a CONSUMER_ID, or --any")
+    job = queue.get(options.job_id)
+    running = f"take job {job.id} from {job.consumer}, which runs it, and assign it"
+    if job.state == "processing" and not _agreed(options, running):
+        return Result(text="nothing done", code=1)
+    if options.consumer and options.consumer not in {each["name"] for each in queue.consumers()}:
+        print(f"admin.py: note: no consumer {options.consumer!r} was ever seen here", file=sys.stderr)
+    queue.assign(job.id, options.consumer)
+    done = f"assigned to {options.consumer or 'any consumer'}"
+    return Result([{"job": job.id, "done": done}], f"job {job.id} {done}")
+
+
+@command("pause", QUEUE)
+def pause(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+    """Deliver nothing from a queue until it is resumed. What runs goes on."""
+    return _set_queue(queue, options, queue.pause, "paused")
+
+
+@command("resume", QUEUE)
+def resume(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+    """Deliver from a queue again."""
+    return _set_queue(queue, options, queue.resume, "resumed")
+
+
+@command("limit", QUEUE, Parameter("max_pending", "how many jobs; none for no limit", str, metavar="N|none"))
+def limit(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+    """Refuse to enqueue in a queue while so many of its jobs are pending."""
+    most = None if options.max_pending == "none" else Parameter("max_pending", "", whole(1)).value(options.max_pending)
+    return _set_queue(queue, options, lambda name: queue.limit(name, most), f"limited to {options.max_pending}")
+
+
+def _set_queue(
+    queue: PersistentQInterface, options: argparse.Namespace, act: Callable[[str], None], done: str
+) -> Result:
+    known = queue.stats()["queues"]
+    if options.queue not in known:
+        raise Problem(f"no queue {options.queue!r}; there are: {', '.join(known) or 'none'}")
+    act(options.queue)
+    return Result([{"queue": options.queue, "done": done}], f"queue {options.queue} {done}")
+
+
+@command("consumers", Parameter("--all", "those that stopped or died, too", flag=True))
+def consumers(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+    """List who takes jobs here, and what each is doing."""
+    found = [each for each in queue.consumers() if options.all or each["state"] == "running" or each["job_ids"]]
+    for each in found:
+        del each["token"]
+    return Result(found if options.json else [_consumer_row(each) for each in found])
+
+
+def _consumer_row(each: dict[str, Any]) -> dict[str, Any]:
+    keys = ("name", "state", "host", "pid", "started_at", "last_seen_at", "completed", "failed")
+    held = ", ".join(map(str, each["job_ids"][:5])) + (" …" if len(each["job_ids"]) > 5 else "")
+    return {**{key: each[key] for key in keys}, "queues": ", ".join(each["queues"] or ["all"]), "jobs": held}
+
+
+@command(
+    "prune",
+    Parameter("--older-than", "finished longer ago than this: 12h, 7d", duration, metavar="DURATION"),
+    Parameter("--status", "only this state", one_of(*pqueue.FINISHED), metavar="STATE"),
+)
+def prune(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+    """Delete finished jobs by age, in short transactions, beside running consumers."""
+    if options.older_than is None:
+        raise UsageError("prune: expected --older-than DURATION, such as --older-than 7d")
+    states = [options.status] if options.status else pqueue.FINISHED
+    pruned = queue.prune(options.older_than, states=states)
+    return Result([{"pruned": pruned}], f"pruned {count(pruned, 'job')}")
+
+
+@command("backup", Parameter("file", "new file for the copy", Path, metavar="FILE"))
+def backup(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+    """Write a consistent, verified copy of the database while others go on working."""
+    queue.backup(options.file)
+    return Result([{"file": str(options.file)}], f"backed up to {options.file}, and verified")
+
+
+@command("delete-db-jobs", Parameter("--force", "also while jobs are processing", flag=True), YES)
+def delete_db_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+    """Delete all jobs from the database, all or none."""
+    if not _agreed(options, f"delete all {count(queue.count_jobs(), 'job')}"):
+        return Result(text="nothing done", code=1)
+    deleted = queue.delete_jobs(force=options.force)
+    return Result([{"deleted": deleted}], f"deleted {count(deleted, 'job')}")
+
+
+@command(
+    "delete-job-files",
+    Parameter("--directory", "folder of the job files", Path, metavar="DIR"),
+    Parameter("--force", "also files whose job is not finished", flag=True),
+    Parameter("--dry-run", "only say what would be deleted", flag=True),
+    YES,
+)
+def delete_job_files(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+    """Delete the job_*.txt files in a folder, but none that an unfinished job still needs."""
+    if options.directory is None:
+        raise UsageError("delete-job-files: expected --directory DIR")
+    names = _job_files(options.directory)
+    kept = set() if options.force else names & _needed_files(queue)
+    doomed = sorted(names - kept)
+    note = f", {count(len(kept), 'file')} kept for unfinished jobs" if kept else ""
+    if options.dry_run:
+        return Result([{"file": name} for name in doomed], None if doomed else f"nothing to delete{note}")
+    if doomed and not _agreed(options, f"delete {count(len(doomed), 'file')} in {options.directory}"):
+        return Result(text="nothing done", code=1)
+    _delete_files(options.directory, doomed)
+    return Result([{"deleted": len(doomed), "kept": len(kept)}], f"deleted {count(len(doomed), 'file')}{note}")
+
+
+def _job_files(directory: Path) -> set[str]:
+    try:
+        with os.scandir(directory) as entries:
+            return {
+                each.name
+                for each in entries
+                if re.fullmatch(r"job_.*\.txt", each.name) and each.is_file(follow_symlinks=False)
+            }
+    except OSError as error:
+        raise Problem(f"cannot read {directory.absolute()}: {error.strerror}") from None
+
+
+def _needed_files(queue: PersistentQInterface) -> set[str]:
+    needed = set()
+    for state in pqueue.UNFINISHED:
+        before = None
+        while jobs := queue.list_jobs(state=state, before_id=before, limit=BATCH):
+            needed |= {os.path.basename(str(job.payload.get("file"))) for job in jobs if isinstance(job.payload, dict)}
+            before = jobs[-1].id
+    return needed
+
+
+def _delete_files(directory: Path, names: list[str]) -> None:
+    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for name in names:
+            with suppress(FileNotFoundError):
+                if stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                    os.unlink(name, dir_fd=folder)
+    except OSError as error:
+        raise Problem(f"cannot delete in {directory}: {error.strerror}") from None
+    finally:
+        os.close(folder)
+
+
+def _agreed(options: argparse.Namespace, what: str) -> bool:
+    """Ask on the terminal. Without one, and without --yes, refuse."""
+    if options.yes:
+        return True
+    if not sys.stdin.isatty():
+        raise UsageError(f"to {what}, without a terminal to ask on, give --yes")
+    print(f"{what}? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+@command("doctor")
+def doctor(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+    """Check the database and the system; exit 1 if something is wrong."""
+    facts, found = queue.check(), problems(queue, thorough=True)
+    facts |= {"consumers_alive": sum(1 for each in queue.consumers() if each["state"] == "running")}
+    facts |= {"oldest_pending_at": queue.stats()["oldest_pending_at"], "problems": found}
+    now = time.time()
+    lines = [
+        f"{key.replace('_', ' '):18} {for_people(key, value, now)}"
+        for key, value in facts.items()
+        if key != "problems" and value is not None
+    ]
+    lines += [f"problem: {each}" for each in found] or ["healthy"]
+    return Result([facts], "\n".join(lines), int(bool(found)))
+
+
+@command("metrics")
+def metrics_command(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+    """Print the figures for Prometheus."""
+    return Result([{"metrics": metrics(queue)}], metrics(queue).rstrip("\n"))
+
+
+# The live screen ######################################################################################################
+
+
+@command(
+    "monitor",
+    Parameter("--interval", "how often to look: 2s", duration, "2s", "DURATION"),
+    Parameter("--once", "print one screen and exit", flag=True),
+)
+def monitor(queue: None, options: argparse.Namespace) -> Result:
+    """Watch processes, consumers, jobs and failures on a live screen."""
+    if options.once or options.json or not sys.stdout.isatty():
+        return Result([_look()], _screen(_look(), _width()))
+    sys.stdout.write("\x1b[?1049h\x1b[?25l")
+    try:
+        while True:
+            size = shutil.get_terminal_size()
+            lines = _screen(_look(), size.columns, colours=_colours()).split("\n")[: size.lines - 1]
+            sys.stdout.write("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
+            sys.stdout.flush()
+            time.sleep(options.interval)
+    finally:
+        sys.stdout.write("\x1b[?25h\x1b[?1049l")
+        sys.stdout.flush()
+
+
+def _look() -> dict[str, Any]:
+    """Return what the screen shows. What cannot be seen is told, as "supervisord" or "database", in a sentence."""
+    seen: dict[str, Any] = {"at": time.time()}
+    try:
+        seen["processes"] = manager.processes()
+    except manager.ManagerError as error:
+        seen["supervisord"] = str(error)
+    try:
+        queue = pqueue.open_queue(create=False)
+        try:
+            now = seen["at"]
+            seen |= {"stats": queue.stats(), "consumers": queue.consumers(), "problems": problems(queue, now)}
+            seen |= {"per_second": {name: n / 10 for name, n in queue.activity(now - 10, now).items()}}
+            seen |= {"failed": [_job_row(job) for job in queue.list_jobs(state="failed", limit=5)]}
+        finally:
+            queue.close()
+    except (QueueError, ValueError) as error:
+        seen["database"] = str(error)
+    return seen
+
+
+def _screen(seen: dict[str, Any], width: int, *, colours: bool = False) -> str:
+    def section(title: str, rows: list[dict[str, Any]]) -> list[str]:
+        return [f"{title:─<{min(width, 100)}}", table(rows, width, colours=colours, now=seen["at"]) or "none", ""]
+
+    lines = [f"pqueue monitor   {datetime.now():%Y-%m-%d %H:%M:%S}", ""]
+    if "supervisord" in seen:
+        lines += [*section("processes ", [])[:1], seen["supervisord"], ""]
+    else:
+        lines += section("processes ", [{k: v for k, v in p.items() if k != "group"} for p in seen["processes"]])
+    if "database" in seen:
+        return "\n".join([*lines, seen["database"]])
+    alive = [_consumer_row(each) for each in seen["consumers"] if each["state"] == "running" or each["job_ids"]]
+    lines += section("consumers ", alive)
+    lines += section("queues ", [{"queue": name, **each} for name, each in seen["stats"]["queues"].items()])
+    lines += ["per second: " + ", ".join(f"{n:,.1f} {name}" for name, n in seen["per_second"].items()), ""]
+    lines += section("last failures ", seen["failed"])
+    return "\n".join([*lines, *(f"problem: {each}" for each in seen["problems"])] or ["healthy"])
+
+
+# The front ends: argparse always, Typer where it is installed #########################################################
+
+
+def _width() -> int:
+    return shutil.get_terminal_size().columns
+
+
+def _colours() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def run(entry: Command, raw: dict[str, Any]) -> int:
+    """Parse what a front end delivered, run the command, and show its result."""
+    options = argparse.Namespace(**{each.key: each.value(raw.get(each.key)) for each in entry.parameters})
+    if entry.name in ("monitor", "torture"):
+        return _show(entry.function(None, options), options)
+    queue = pqueue.open_queue(create=entry.creates)
+    try:
+        return _show(entry.function(queue, options), options)
+    finally:
+        queue.close()
+
+
+def _show(result: Result, options: argparse.Namespace) -> int:
+    if options.json:
+        for row in result.rows:
+            print(json.dumps({key: for_machines(key, value) for key, value in row.items()}, ensure_ascii=False))
+    elif result.text is not None:
+        print(result.text)
+    elif sys.stdout.isatty():
+        print(table(list(result.rows), _width(), colours=_colours()) or "none")
+    else:
+        for row in result.rows:
+            print("\t".join(_field(key, value) for key, value in row.items()))
+    return result.code
+
+
+def _field(key: str, value: Any) -> str:
+    shown = for_machines(key, value)
+    if isinstance(shown, (dict, list, bool)):
+        return json.dumps(shown, ensure_ascii=False)
+    return "" if shown is None else printable(str(shown))
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def _with_argparse(arguments: list[str]) -> int:
+    parser = _OneLineParser(prog="admin.py", description=(__doc__ or "").splitlines()[0])
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_OneLineParser)
+    for entry in COMMANDS.values():
+        made = subparsers.add_parser(entry.name, help=entry.help, description=entry.help)
+        for each in entry.parameters:
+            _add_argument(made, each)
+    options = vars(parser.parse_args(arguments))
+    return run(COMMANDS[options["command"]], options)
+
+
+def _add_argument(parser: argparse.ArgumentParser, each: Parameter) -> None:
+    text = each.help.replace("%", "%%") + (f" (default: {each.default})" if each.default else "")
+    if each.flag:
+        parser.add_argument(each.name, action="store_true", help=text)
+    elif each.is_option:
+        parser.add_argument(each.name, default=each.default, metavar=each.metavar, help=text)
+    else:
+        parser.add_argument(
+            each.key, nargs="*" if each.many else "?" if each.optional else None, metavar=each.metavar, help=text
+        )
+
+
+def _with_typer(typer: Any, arguments: list[str]) -> int:
+    app = typer.Typer(
+        help=(__doc__ or "").splitlines()[0],
+        rich_markup_mode=None,
+        no_args_is_help=False,
+        pretty_exceptions_enable=False,
+    )
+    for entry in COMMANDS.values():
+        app.command(entry.name, help=entry.help)(_typed(typer, entry))
+    try:
+        return int(typer.main.get_command(app).main(arguments, prog_name="admin.py", standalone_mode=False) or 0)
+    except typer.TyperException as error:
+        raise UsageError(f"{error.format_message().rstrip('.')}; see admin.py --help") from None
+
+
+def _typed(typer: Any, entry: Command) -> Callable[..., int]:
+    """Return a function with the signature that makes Typer ask for the command's parameters, as plain text."""
+    signature = []
+    for each in entry.parameters:
+        make = typer.Option if each.is_option else typer.Argument
+        names = (each.name,) if each.is_option else ()
+        kind: Any = bool if each.flag else list[str] if each.many else str
+        absent: Any = False if each.flag else each.default
+        required = not each.is_option and not each.many and not each.optional
+        extra = {} if each.flag else {"metavar": each.metavar}
+        default = make(... if required else absent, *names, help=each.help, show_default=bool(each.default), **extra)
+        if not required and not each.flag:
+            kind = kind | None
+        signature.append(inspect.Parameter(each.key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
+
+    def ask(**raw: Any) -> int:
+        return run(entry, raw)
+
+    ask.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
+    ask.__annotations__ = {each.name: each.annotation for each in signature}
+    return ask
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        import typer
+    except ImportError:
+        typer = None  # type: ignore[assignment]
+    try:
+        return _with_typer(typer, arguments) if typer else _with_argparse(arguments)
+    except (UsageError, ValueError) as error:
+        print(f"admin.py: {error}", file=sys.stderr)
+        return 2
+    except (Problem, QueueError) as error:
+        print(f"admin.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""What operators see, in one place: what is wrong, why a job does not run, the figures for Prometheus, and how times
+and values are shown. The command line and the dashboard show the same."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from typing import Any
+
+import pqueue
+from pqueue import Job, PersistentQInterface
+
+OLD_SECONDS = 600.0  # a pending job that waits for longer is worth a warning
+LATE_SECONDS = 5.0  # an expired lease that nobody took back for longer, too
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+SECRET = re.compile("password|passwd|secret|token|api_?key|authorization", re.IGNORECASE)
+COLOURS = {"completed": 32, "processing": 36, "pending": 33, "scheduled": 34, "failed": 31, "cancelled": 35}
+COLOURS |= {"running": 32, "RUNNING": 32, "dead": 31, "FATAL": 31, "stopped": 90, "STOPPED": 90}
+
+
+def problems(queue: PersistentQInterface, now: float | None = None, *, thorough: bool = False) -> list[str]:
+    """Return a sentence for each thing that an operator should see to. Thorough reads the whole database."""
+    now = time.time() if now is None else now
+    stats = queue.stats()
+    alive = [each for each in queue.consumers() if each["state"] == "running"]
+    found: list[str] = list(queue.check(thorough=thorough)["problems"])
+    found += _consumer_problems(queue.consumers())
+    if expired := _expired(queue, now):
+        found.append(f"{count(expired, 'lease')} ran out and no consumer took the jobs back: start one")
+    if stats["states"]["pending"] and not alive:
+        found.append(f"{count(stats['states']['pending'], 'job')} pending and no consumer is alive: start one")
+    for name, each in stats["queues"].items():
+        oldest = each["oldest_pending_at"]
+        if oldest is not None and now - oldest > OLD_SECONDS:
+            paused = f" and it is paused: python admin.py resume {name}" if each["paused"] else ""
+            found.append(f"queue {name!r}: the oldest pending job has waited for {span(now - oldest)}{paused}")
+    newest = queue.list_jobs(limit=1)
+    if newest and newest[0].created_at > now + 60:
+        found.append(f"the newest job was enqueued {ago(newest[0].created_at, now)}: some clock is wrong")
+    return found
+
+
+def _consumer_problems(consumers: list[dict[str, Any]]) -> Iterator[str]:
+    for each in consumers:
+        if each["state"] != "running" and each["job_ids"]:
+            held = count(len(each["job_ids"]), "job")
+            yield f"consumer {each['name']} is {each['state']} and holds {held}; a live consumer takes them back"
+
+
+def _expired(queue: PersistentQInterface, now: float) -> int:
+    jobs = queue.list_jobs(state="processing", limit=10_000)
+    return sum(1 for job in jobs if (job.lease_expires_at or now) < now - LATE_SECONDS)
+
+
+def why(queue: PersistentQInterface, job_id: int, now: float | None = None) -> str:
+    """Return one sentence that tells why the job does not run, or what it does. Raises JobNotFound."""
+    now = time.time() if now is None else now
+    job = queue.get(job_id)
+    explain: dict[str, Callable[[PersistentQInterface, Job, float], str]]
+    explain = {"pending": _why_pending, "scheduled": _why_scheduled, "processing": _why_processing}
+    return explain.get(job.state, _why_finished)(queue, job, now)
+
+
+def _why_finished(_queue: PersistentQInterface, job: Job, now: float) -> str:
+    when = ago(job.finished_at or now, now)
+    if job.state == "completed":
+        return f"it was completed by {job.consumer} {when}"
+    if job.state == "cancelled":
+        return f"it was cancelled {when}; resubmit it to run it"
+    used = "with its attempts used up" if job.attempts >= job.max_attempts else "for good"
+    attempts = f"{job.attempts} of {job.max_attempts}"
+    return f"it failed {when} {used}, {attempts}: {first_line(job.error)}; resubmit it to try again"
+
+
+def _why_processing(queue: PersistentQInterface, job: Job, now: float) -> str:
+    expires = job.lease_expires_at or now
+    token = (job.lease_token or "").split(".")[0]
+    if not any(each["token"] == token and each["state"] == "running" for each in queue.consumers()):
+        return f"its consumer {job.consumer} is not alive; any live consumer takes it back at once"
+    if expires < now:
+        return f"its lease, held by {job.consumer}, ran out {ago(expires, now)}; any live consumer takes it back"
+    return (
+        f"it runs on {job.consumer} since {span(now - (job.started_at or now))}; "
+        f"its lease is good until {clock(expires)}, and is extended while it runs"
+    )
+
+
+def _why_scheduled(queue: PersistentQInterface, job: Job, now: float) -> str:
+    if job.run_at <= now:
+        return f"it is due since {span(now - job.run_at)}: {_why_pending(queue, job)}"
+    after = (
+        f", for attempt {job.attempts + 1} of {job.max_attempts}, after {first_line(job.error)}" if job.attempts else ""
+    )
+    return f"it is due {ago(job.run_at, now)}, at {clock(job.run_at)}{after}"
+
+
+def _why_pending(queue: PersistentQInterface, job: Job, _now: float = 0) -> str:
+    stats = queue.stats()["queues"][job.queue]
+    alive = [each for each in queue.consumers() if each["state"] == "running"]
+    if stats["paused"]:
+        return f"its queue {job.queue} is paused: python admin.py resume {job.queue}"
+    if job.assigned_to is not None:
+        alive = [each for each in alive if each["name"] == job.assigned_to]
+        if not alive:
+            return f"it is assigned to {job.assigned_to}, which is not alive: assign it elsewhere, or to any"
+    elif not alive:
+        return "no consumer is alive: python consumer.py"
+    else:
+        alive = [each for each in alive if each["queues"] is None or job.queue in each["queues"]]
+        if not alive:
+            return f"no live consumer serves its queue {job.queue}"
+    if all(each["tasks"] and job.task not in each["tasks"] for each in alive):
+        return f"no live consumer that may run it knows its task {job.task}: start one with --import MODULE"
+    return f"it waits for its turn: {count(stats['pending'], 'job')} pending in queue {job.queue}, {_busy(alive)}"
+
+
+def _busy(alive: list[dict[str, Any]]) -> str:
+    busy = sum(1 for each in alive if each["job_ids"])
+    return f"{busy} of {count(len(alive), 'consumer')} busy"
+
+
+def metrics(queue: PersistentQInterface, now: float | None = None) -> str:
+    """Return the figures in the text format of Prometheus."""
+    now = time.time() if now is None else now
+    stats, facts = queue.stats(), queue.check(thorough=False)
+    samples = _Samples()
+    for name, each in stats["queues"].items():
+        for state in pqueue.STATES:
+            samples.add("pqueue_jobs", "Jobs by queue and state", each[state], queue=name, state=state)
+        age = 0.0 if each["oldest_pending_at"] is None else max(0.0, now - each["oldest_pending_at"])
+        samples.add("pqueue_oldest_pending_age_seconds", "How long the oldest pending job is due", age, queue=name)
+        samples.add("pqueue_paused", "1 while nothing is delivered", int(each["paused"]), queue=name)
+    consumers = queue.consumers()
+    for state in ("running", "stopped", "dead"):
+        known = sum(1 for each in consumers if each["state"] == state)
+        samples.add("pqueue_consumers", "Consumers by state, until pruned", known, state=state)
+    for name, count in queue.activity(now - 60, now).items():
+        samples.add(f"pqueue_{name}_last_minute", f"Jobs {name} in the last 60 seconds", count)
+    for name in ("file_bytes", "wal_bytes", "disk_free_bytes"):
+        if name in facts:
+            samples.add(f"pqueue_{name}", name.replace("_", " "), facts[name])
+    samples.add("pqueue_problems", "What python admin.py doctor finds", len(problems(queue, now)))
+    return str(samples)
+
+
+class _Samples:
+    def __init__(self) -> None:
+        self.lines: dict[str, list[str]] = {}
+
+    def add(self, name: str, text: str, value: float, **labels: str) -> None:
+        lines = self.lines.setdefault(name, [f"# HELP {name} {text}.", f"# TYPE {name} gauge"])
+        quoted = ",".join(f'{key}="{self._escaped(label)}"' for key, label in labels.items())
+        lines.append(f"{name}{{{quoted}}} {value}" if quoted else f"{name} {value}")
+
+    @staticmethod
+    def _escaped(label: str) -> str:
+        return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+    def __str__(self) -> str:
+        return "\n".join(line for lines in self.lines.values() for line in lines) + "\n"
+
+
+# Values for people and for machines ###################################################################################
+
+
+def span(seconds: float) -> str:
+    """Return a duration in its largest fitting unit: 12 s, 3 m, 5 h, 2 d."""
+    for unit in ("d", "h", "m"):
+        if seconds >= UNITS[unit]:
+            return f"{seconds / UNITS[unit]:.0f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+def ago(at: float, now: float) -> str:
+    """Return a time as people say it: 3 m ago, in 5 m."""
+    return f"in {span(at - now)}" if at > now else f"{span(now - at)} ago"
+
+
+def clock(at: float) -> str:
+    """Return a time of today, or a date with its time; local."""
+    then = datetime.fromtimestamp(at)
+    return f"{then:%H:%M:%S}" if then.date() == datetime.now().date() else f"{then:%Y-%m-%d %H:%M:%S}"
+
+
+def iso(at: float) -> str:
+    """Return a time for machines: ISO 8601, UTC."""
+    return datetime.fromtimestamp(at, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def first_line(error: str | None) -> str:
+    return (error or "").split("\n", 1)[0]
+
+
+def masked(value: Any) -> Any:
+    """Return a payload with the values of secrets, by the names of their keys, hidden."""
+    if isinstance(value, dict):
+        return {key: "…" if SECRET.search(key) else masked(each) for key, each in value.items()}
+    return [masked(each) for each in value] if isinstance(value, list) else value
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def is_time(column: str) -> bool:
+    return column == "at" or column.endswith("_at")
+
+
+def for_machines(column: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: for_machines(key, each) for key, each in value.items()}
+    return iso(value) if is_time(column) and value is not None else value
+
+
+def for_people(column: str, value: Any, now: float) -> str:
+    if value is None:
+        return ""
+    if is_time(column):
+        return ago(value, now)
+    if column.endswith("_seconds"):
+        return span(value)
+    if isinstance(value, (dict, list)):
+        return json.dumps(value, ensure_ascii=False)
+    return f"{value:,}" if isinstance(value, int) and not column.endswith("id") else str(value)
+
+
+def printable(text: str) -> str:
+    """Return the text on one line, with control characters escaped."""
+    return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text)
+
+
+def table(rows: list[dict[str, Any]], width: int, *, colours: bool = False, now: float | None = None) -> str:
+    """Return an aligned table; its last column is cut to the width."""
+    if not rows:
+        return ""
+    now = time.time() if now is None else now
+    names = list(rows[0])
+    cells = [[printable(for_people(name, row[name], now)) for name in names] for row in rows]
+    heads = [re.sub("_(at|seconds)$", "", name) for name in names]
+    widths = [max(len(line[i]) for line in [heads, *cells]) for i in range(len(names))]
+    widths[-1] = min(widths[-1], max(10, width - sum(widths[:-1]) - 2 * (len(names) - 1)))
+    numbers = [all(isinstance(row[name], (int, type(None))) and not is_time(name) for row in rows) for name in names]
+    lines = [_line(heads, widths, numbers)]
+    for line in cells:
+        text = _line(line, widths, numbers)
+        lines.append(_coloured(text, line, widths) if colours else text)
+    return "\n".join(lines)
+
+
+def _line(cells: list[str], widths: list[int], numbers: list[bool]) -> str:
+    parts = []
+    for cell, width, number in zip(cells, widths, numbers, strict=True):
+        cut = cell if len(cell) <= width else cell[: width - 1] + "…"
+        parts.append(f"{cut:>{width}}" if number else f"{cut:<{width}}")
+    return "  ".join(parts).rstrip()
+
+
+def _coloured(text: str, cells: list[str], widths: list[int]) -> str:
+    begin = 0
+    for cell, width in zip(cells, widths, strict=True):
+        if cell in COLOURS:
+            return f"{text[:begin]}\x1b[{COLOURS[cell]}m{cell}\x1b[0m{text[begin + len(cell) :]}"
+        begin += width + 2
+    return text
