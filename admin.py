@@ -45,6 +45,7 @@ from report import (
     table,
     why,
 )
+from torture import Torture
 
 BATCH = 500  # jobs changed in one transaction
 DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|w)")
@@ -204,7 +205,7 @@ def _filters(options: argparse.Namespace) -> dict[str, Any]:
 def _job_row(job: Job) -> dict[str, Any]:
     keys = ("id", "state", "queue", "task", "priority", "attempts", "consumer", "created_at", "finished_at")
     row = {key: getattr(job, key) for key in keys}
-    return {**row, "payload": first_line(job.error) if job.state == "failed" else masked(job.payload)}
+    return {**row, "detail": first_line(job.error) if job.state == "failed" else masked(job.payload)}
 
 
 def _job_object(job: Job) -> dict[str, Any]:
@@ -557,6 +558,23 @@ def metrics_command(queue: PersistentQInterface, options: argparse.Namespace) ->
     return Result([{"metrics": metrics(queue)}], metrics(queue).rstrip("\n"))
 
 
+@command(
+    "torture",
+    Parameter("--seconds", "how long to kill", whole(1), "30", "N"),
+    Parameter("--durability", "full or normal", one_of("full", "normal"), "full", "MODE"),
+)
+def torture(_: None, options: argparse.Namespace) -> Result:
+    """Kill producers and consumers at random, on a database of its own beside the real one, and prove that nothing
+    was lost or done twice."""
+    beside = pqueue.sqlite_path().parent
+    if not beside.is_dir():
+        raise Problem(f"no folder {beside} to work in: make it, or set PQUEUE_URL")
+    found = Torture(beside, options.durability).run(options.seconds)
+    lines = [f"{key:24}  {for_people(key, value, 0)}" for key, value in found.items() if key != "problems"]
+    lines += [f"problem: {each}" for each in found["problems"]] or ["nothing was lost, nothing was done twice"]
+    return Result([found], "\n".join(lines), int(bool(found["problems"])))
+
+
 # The live screen ######################################################################################################
 
 
@@ -565,7 +583,7 @@ def metrics_command(queue: PersistentQInterface, options: argparse.Namespace) ->
     Parameter("--interval", "how often to look: 2s", duration, "2s", "DURATION"),
     Parameter("--once", "print one screen and exit", flag=True),
 )
-def monitor(queue: None, options: argparse.Namespace) -> Result:
+def monitor(_: None, options: argparse.Namespace) -> Result:
     """Watch processes, consumers, jobs and failures on a live screen."""
     if options.once or options.json or not sys.stdout.isatty():
         return Result([_look()], _screen(_look(), _width()))
@@ -619,7 +637,7 @@ def _screen(seen: dict[str, Any], width: int, *, colours: bool = False) -> str:
     lines += section("queues ", [{"queue": name, **each} for name, each in seen["stats"]["queues"].items()])
     lines += ["per second: " + ", ".join(f"{n:,.1f} {name}" for name, n in seen["per_second"].items()), ""]
     lines += section("last failures ", seen["failed"])
-    return "\n".join([*lines, *(f"problem: {each}" for each in seen["problems"])] or ["healthy"])
+    return "\n".join(lines + ([f"problem: {each}" for each in seen["problems"]] or ["healthy"]))
 
 
 # The front ends: argparse always, Typer where it is installed #########################################################

@@ -174,7 +174,8 @@ def _act(options: argparse.Namespace) -> None:
             group = add_group(options.size, options.queues, options.modules)
             print(f"added {group}: {options.size} consumers")
     elif options.remove:
-        print(f"stopping {options.remove}: its consumers finish what they hold", file=sys.stderr)
+        if options.remove in added_groups():
+            print(f"stopping {options.remove}: its consumers finish what they hold", file=sys.stderr)
         remove_group(options.remove)
         print(f"removed {options.remove}")
     elif options.start:

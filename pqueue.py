@@ -1857,9 +1857,14 @@ def open_queue(url: str | None = None, *, create: bool = True, durability: str |
     The durability is by default $PQUEUE_DURABILITY, else "full". Without `create`, raise QueueError where none is.
     """
     url = url or os.environ.get("PQUEUE_URL") or DEFAULT_URL
+    durability = durability or os.environ.get("PQUEUE_DURABILITY") or "full"
+    return PersistentQSQLite(sqlite_path(url), create=create, durability=durability)
+
+
+def sqlite_path(url: str | None = None) -> Path:
+    """Return the absolute path that this URL, by default that of `open_queue`, names. Raises ValueError."""
+    url = url or os.environ.get("PQUEUE_URL") or DEFAULT_URL
     scheme, separator, rest = url.partition("://")
-    if not separator or scheme == "sqlite":
-        path = rest.removeprefix("/") if separator else url
-        durability = durability or os.environ.get("PQUEUE_DURABILITY") or "full"
-        return PersistentQSQLite(path, create=create, durability=durability)
-    raise ValueError(f"expected a path or sqlite:///PATH, got {scheme}://…")
+    if separator and scheme != "sqlite":
+        raise ValueError(f"expected a path or sqlite:///PATH, got {scheme}://…")
+    return Path(rest.removeprefix("/") if separator else url).absolute()

@@ -218,6 +218,8 @@ def for_machines(column: str, value: Any) -> Any:
 def for_people(column: str, value: Any, now: float) -> str:
     if value is None:
         return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if is_time(column):
         return ago(value, now)
     if column.endswith("_seconds"):

@@ -1,0 +1,178 @@
+"""Kill producers and consumers at random, then prove that nothing was lost or done twice.
+
+Each job writes a row, its effect, in the transaction that completes it. Some consumers let their lease run out and
+complete all the same: they must be refused. Afterwards every acknowledged job must be completed, with one effect.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import sys
+import tempfile
+import time
+from contextlib import closing, suppress
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from pqueue import LeaseLost, PersistentQSQLite, QueueBusy
+
+PRODUCERS = 2
+CONSUMERS = 4
+LEASE_SECONDS = 0.5
+KILL_SECONDS = 0.1  # between two kills
+LATE_EVERY = 200  # one delivery in so many lets its lease run out
+MAX_ATTEMPTS = 10_000  # so that no job is set aside for being killed
+
+
+def produce(folder: Path, durability: str, name: str) -> None:
+    """Enqueue without end; note each job when `enqueue` has returned."""
+    queue = PersistentQSQLite(folder / "queue.db", durability=durability)
+    with (folder / f"{name}.acknowledged").open("a") as acknowledged:
+        while True:
+            with suppress(QueueBusy):
+                job_id = queue.enqueue("effect", max_attempts=MAX_ATTEMPTS)
+                acknowledged.write(f"{job_id}\n")
+                acknowledged.flush()
+                time.sleep(0.002)
+
+
+def consume(folder: Path, durability: str, name: str, drain: bool = False) -> None:
+    """Complete jobs, each with its effect in the same transaction; drain: until there are none."""
+    queue = PersistentQSQLite(folder / "queue.db", durability=durability)
+    while True:
+        with suppress(QueueBusy):
+            job = queue.dequeue(name, lease_seconds=LEASE_SECONDS)
+            if job is None:
+                if drain and not any(queue.stats()["states"][state] for state in ("pending", "processing")):
+                    return queue.close()
+                queue.wait(0.1, consumer=name)
+                continue
+            if job.attempts > 1:
+                time.sleep(LEASE_SECONDS * 0.8)  # still at it when the late one comes
+            elif not drain and random.randrange(LATE_EVERY) == 0:
+                time.sleep(LEASE_SECONDS * 1.5)
+            try:
+                with queue.transaction() as db:
+                    db.execute("INSERT INTO effects VALUES (?)", [job.id])
+                    queue.complete(job)
+            except LeaseLost:
+                with (folder / f"{name}.refused").open("a") as refused:
+                    refused.write(f"{job.id}\n")
+
+
+class Torture:
+    """One run, in a folder of its own under `beside`, on the same disk as the real database."""
+
+    def __init__(self, beside: Path, durability: str) -> None:
+        self.durability = durability
+        self.folder = Path(tempfile.mkdtemp(prefix="torture-", dir=beside))
+        self.kills = self.stops = 0
+        self._context = multiprocessing.get_context("spawn")
+        self._children: dict[str, BaseProcess] = {}
+        self._stopped: dict[str, float] = {}
+        queue = PersistentQSQLite(self.folder / "queue.db", durability=durability)
+        with queue.transaction() as db:
+            db.execute("CREATE TABLE effects (job_id INTEGER NOT NULL)")
+        queue.close()
+
+    def run(self, seconds: float) -> dict[str, Any]:
+        """Return the figures, and as "problems" a sentence for each promise that was broken."""
+        try:
+            began = time.monotonic()
+            for name in self._names():
+                self._start(name)
+            while time.monotonic() - began < seconds:
+                self._hurt(random.choice(self._names()))
+                self._tell(time.monotonic() - began, seconds)
+                time.sleep(KILL_SECONDS)
+            self._end()
+            self._drain()
+            return {"seconds": round(time.monotonic() - began, 1), "durability": self.durability, **self._judge()}
+        finally:
+            self._end()
+            shutil.rmtree(self.folder)
+
+    def _names(self) -> list[str]:
+        return [f"producer{n}" for n in range(PRODUCERS)] + [f"consumer{n}" for n in range(CONSUMERS)]
+
+    def _start(self, name: str) -> None:
+        work = produce if name.startswith("producer") else consume
+        self._children[name] = self._context.Process(target=work, args=(self.folder, self.durability, name))
+        self._children[name].start()
+
+    def _hurt(self, name: str) -> None:
+        """Kill a process and start it anew, or one time in four stop it until its lease is over."""
+        for other, at in list(self._stopped.items()):
+            if time.monotonic() > at + 2 * LEASE_SECONDS:
+                del self._stopped[other]
+                os.kill(self._children[other].pid or 0, signal.SIGCONT)
+        if name in self._stopped:
+            return
+        if random.randrange(4) == 0:
+            os.kill(self._children[name].pid or 0, signal.SIGSTOP)
+            self._stopped[name] = time.monotonic()
+            self.stops += 1
+        else:
+            self._kill(name)
+            self._start(name)
+            self.kills += 1
+
+    def _kill(self, name: str) -> None:
+        self._children[name].kill()
+        self._children[name].join()
+
+    def _end(self) -> None:
+        for name in self._children:
+            self._kill(name)
+        self._children.clear()
+
+    def _drain(self) -> None:
+        drainer = self._context.Process(target=consume, args=(self.folder, self.durability, "drainer", True))
+        drainer.start()
+        drainer.join()
+
+    def _tell(self, passed: float, seconds: float) -> None:
+        if sys.stderr.isatty():
+            bar = "█" * round(min(1.0, passed / seconds) * 30)
+            print(f"\r{bar:░<30} {passed:3.0f} s  {self.kills} killed, {self.stops} stopped ", end="", file=sys.stderr)
+
+    def _noted(self, kind: str) -> list[int]:
+        lines = [line for path in self.folder.glob(f"*.{kind}") for line in path.read_text().split("\n")[:-1]]
+        return [int(line) for line in lines if line]
+
+    def _judge(self) -> dict[str, Any]:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+        acknowledged, refused = set(self._noted("acknowledged")), self._noted("refused")
+        with closing(sqlite3.connect(self.folder / "queue.db")) as db:
+            states = dict(db.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
+            stored = {row[0] for row in db.execute("SELECT id FROM jobs")}
+            effects = dict(db.execute("SELECT job_id, count(*) FROM effects GROUP BY job_id").fetchall())
+            deliveries = db.execute("SELECT coalesce(sum(attempts), 0) FROM jobs").fetchone()[0]
+            integrity = db.execute("PRAGMA integrity_check").fetchone()[0]
+        completed = states.get("completed", 0)
+        checks = {
+            "acknowledged jobs are lost": len(acknowledged - stored),
+            "jobs are not completed": len(stored) - completed,
+            "jobs have more than one effect": sum(1 for number in effects.values() if number > 1),
+            "jobs have none": len(stored - effects.keys()),
+            "effects have no job": len(effects.keys() - stored),
+        }
+        found = [f"{number} {what}" for what, number in checks.items() if number]
+        found += [] if integrity == "ok" else [f"the database is damaged: {integrity}"]
+        found += [] if acknowledged and self.kills else ["nothing was tried: give it more seconds"]
+        return {
+            "acknowledged": len(acknowledged),
+            "completed": completed,
+            "deliveries": deliveries,
+            "killed": self.kills,
+            "stopped": self.stops,
+            "late completions refused": len(refused),
+            "problems": found,
+        }
