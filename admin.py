@@ -203,7 +203,7 @@ def _filters(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _job_row(job: Job) -> dict[str, Any]:
-    keys = ("id", "state", "queue", "task", "priority", "attempts", "consumer", "created_at", "finished_at")
+    keys = ("id", "state", "queue", "task", "attempts", "consumer", "created_at")
     row = {key: getattr(job, key) for key in keys}
     return {**row, "detail": first_line(job.error) if job.state == "failed" else masked(job.payload)}
 

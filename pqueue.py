@@ -1775,7 +1775,7 @@ class PersistentQSQLite(PersistentQInterface):
             expected |= {"quick_check": "ok", "synchronous": self.durability}
             with self._write() as tx:
                 facts["synchronous"] = SYNCHRONOUS[tx.run("PRAGMA synchronous", {})[0][0]]
-        for pragma in expected.keys() - facts.keys():
+        for pragma in [name for name in expected if name not in facts]:
             facts[pragma] = self._read(f"PRAGMA {pragma}", {})[0][0]
         facts["file_system"] = file_system(self.path.parent)
         facts["durability"] = self.durability

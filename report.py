@@ -247,7 +247,7 @@ def table(rows: list[dict[str, Any]], width: int, *, colours: bool = False, now:
     numbers = [all(isinstance(row[name], (int, type(None))) and not is_time(name) for row in rows) for name in names]
     lines = [_line(heads, widths, numbers)]
     for line in cells:
-        text = _line(line, widths, numbers)
+        text = _line(line, widths, numbers)[:width]
         lines.append(_coloured(text, line, widths) if colours else text)
     return "\n".join(lines)
 

@@ -26,8 +26,10 @@ PRODUCERS = 2
 CONSUMERS = 4
 LEASE_SECONDS = 0.5
 KILL_SECONDS = 0.1  # between two kills
-LATE_EVERY = 200  # one delivery in so many lets its lease run out
+LATE_EVERY = 50  # one delivery in so many lets its lease run out
 MAX_ATTEMPTS = 10_000  # so that no job is set aside for being killed
+
+EFFECT = "INSERT INTO effects SELECT id, lease_token IS NOT ? FROM jobs WHERE id = ?"
 
 
 def produce(folder: Path, durability: str, name: str) -> None:
@@ -59,7 +61,7 @@ def consume(folder: Path, durability: str, name: str, drain: bool = False) -> No
                 time.sleep(LEASE_SECONDS * 1.5)
             try:
                 with queue.transaction() as db:
-                    db.execute("INSERT INTO effects VALUES (?)", [job.id])
+                    db.execute(EFFECT, [job.lease_token, job.id])
                     queue.complete(job)
             except LeaseLost:
                 with (folder / f"{name}.refused").open("a") as refused:
@@ -78,7 +80,7 @@ class Torture:
         self._stopped: dict[str, float] = {}
         queue = PersistentQSQLite(self.folder / "queue.db", durability=durability)
         with queue.transaction() as db:
-            db.execute("CREATE TABLE effects (job_id INTEGER NOT NULL)")
+            db.execute("CREATE TABLE effects (job_id INTEGER NOT NULL, stale INTEGER NOT NULL)")
         queue.close()
 
     def run(self, seconds: float) -> dict[str, Any]:
@@ -154,6 +156,7 @@ class Torture:
             states = dict(db.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
             stored = {row[0] for row in db.execute("SELECT id FROM jobs")}
             effects = dict(db.execute("SELECT job_id, count(*) FROM effects GROUP BY job_id").fetchall())
+            stale = db.execute("SELECT count(*) FROM effects WHERE stale").fetchone()[0]
             deliveries = db.execute("SELECT coalesce(sum(attempts), 0) FROM jobs").fetchone()[0]
             integrity = db.execute("PRAGMA integrity_check").fetchone()[0]
         completed = states.get("completed", 0)
@@ -162,6 +165,7 @@ class Torture:
             "jobs are not completed": len(stored) - completed,
             "jobs have more than one effect": sum(1 for number in effects.values() if number > 1),
             "jobs have none": len(stored - effects.keys()),
+            "effects were committed under a stale token": stale,
             "effects have no job": len(effects.keys() - stored),
         }
         found = [f"{number} {what}" for what, number in checks.items() if number]

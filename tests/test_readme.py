@@ -8,7 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Place
+
+import admin
 
 README = (ROOT / "README.md").read_text()
 PROGRAM, TASKS, ENQUEUE, OPERATE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -48,6 +50,27 @@ def test_example_tasks_run_in_the_consumer(place):
 
 def test_operating_example_runs(place):
     assert run_code(place, OPERATE).splitlines()[-1] == "[]"
+
+
+def test_admin_commands_run_alike_with_and_without_typer(tmp_path):
+    commands = re.findall(r"^python3 (admin\.py .*?)(?:  +#.*)?$", README, re.MULTILINE)
+    outputs = []
+    for front in ("with", "without"):
+        place = Place(tmp_path / front)
+        place.write("blocked/typer.py", "raise ImportError" if front == "without" else "")
+        path = {"PYTHONPATH": str(place.folder / "blocked")} if front == "without" else {}
+        assert place.run("producer.py", "--count", 2, "--interval", 0).returncode == 0
+        told = {}
+        for command in commands:
+            done = place.run(*shlex.split(command), **path)
+            assert done.returncode == (command == "admin.py doctor"), (command, done.stdout, done.stderr)
+            assert "Traceback" not in done.stderr
+            told[command] = re.sub(r"[0-9][0-9a-f:.,T_-]*Z?|with(out)?/", "#", done.stdout)
+        outputs.append(told)
+        place.close()
+    assert {command.split()[1] for command in commands} == set(admin.COMMANDS)
+    for command in commands:
+        assert outputs[0][command].splitlines() == outputs[1][command].splitlines()
 
 
 def test_system_runs_without_anything_installed(place):

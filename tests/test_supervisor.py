@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, Place, wait_until
 
 BIN = Path(sys.executable).parent
-FILES = ("pqueue.py", "producer.py", "consumer.py", "supervisord.conf", "Procfile")
+FILES = (*(path.name for path in ROOT.glob("*.py")), "supervisord.conf", "Procfile")
 
 
 @pytest.fixture
@@ -85,6 +85,83 @@ def test_supervisor_runs_it_all_and_leaves_nothing_behind(system):
     assert (system.folder / "var/log/consumer_01.log").read_text().count("started consumer=consumer_01") == 2
     modes = {path.name: path.stat().st_mode & 0o777 for path in (system.folder / "var").glob("queue.db*")}
     assert set(modes.values()) <= {0o600, 0o700}
+
+
+def manage(place, *arguments):
+    return subprocess.run(
+        [sys.executable, "manager.py", *arguments], cwd=place.folder, env=environment(), capture_output=True, text=True
+    )
+
+
+def test_manager_adds_and_removes_consumers_beside_running_ones(system):
+    started(system, "supervisord", "-n", "-c", "supervisord.conf")
+    first = wait_until(lambda: len(running(system)) == 4 and running(system))
+    done = manage(system, "--count", "1", "--queue", "default", "--queue", "50% off")
+    assert (done.returncode, done.stdout) == (0, "added consumer2: 3 consumers\n"), done.stderr
+    added = {f"consumer2:consumer2_0{number}" for number in range(3)}
+    everything = wait_until(lambda: len(running(system)) == 7 and running(system))
+    assert set(everything) == set(first) | added
+    assert {name: everything[name] for name in first} == first
+    queue = system.queue()
+    queue.enqueue_many("unknown", range(300), max_attempts=1)
+    names = {name.split(":")[1] for name in everything if "consumer" in name}
+    wait_until(lambda: {job.consumer for job in queue.list_jobs(task="unknown", limit=300)} == names)
+    assert {tuple(each["queues"] or ()) for each in queue.consumers()} == {(), ("default", "50% off")}
+
+    done = manage(system, "--remove", "consumer2")
+    assert (done.returncode, done.stdout) == (0, "removed consumer2\n")
+    assert running(system) == first
+    assert {job.attempts for job in queue.list_jobs(task="unknown", limit=300)} == {1}
+    assert [path.name for path in (system.folder / "var/supervisor.d").iterdir()] == []
+
+
+def test_added_group_is_there_again_after_a_restart_of_supervisor(system):
+    supervisor = started(system, "supervisord", "-n", "-c", "supervisord.conf")
+    wait_until(lambda: len(running(system)) == 4)
+    assert manage(system, "--count", "2", "--size", "1").returncode == 0
+    wait_until(lambda: len(running(system)) == 6)
+    supervisor.send_signal(signal.SIGINT)
+    assert supervisor.wait(60) == 0
+    started(system, "supervisord", "-n", "-c", "supervisord.conf")
+    wait_until(lambda: {"consumer2:consumer2_00", "consumer3:consumer3_00"} <= set(running(system)))
+    assert "consumer2_00" in manage(system, "--list").stdout
+    assert manage(system, "--stop", "consumer2_00").stdout == "stopped consumer2_00\n"
+    assert "consumer2:consumer2_00" not in running(system)
+    assert manage(system, "--start", "consumer2_00").stdout == "started consumer2_00\n"
+
+
+def test_manager_tells_what_is_wrong_in_one_line(system):
+    done = manage(system, "--list")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "start it with supervisord -c supervisord.conf" in done.stderr
+    started(system, "supervisord", "-n", "-c", "supervisord.conf")
+    before = wait_until(lambda: len(running(system)) == 4 and running(system))
+    for arguments, code, message in [
+        (["--remove", "consumer"], 1, "expected a group that was added here (none), got 'consumer'"),
+        (["--remove", "../../etc"], 1, "expected a group"),
+        (["--stop", "nobody"], 1, "expected one of consumer:consumer_00"),
+        (["--count", "1", "--queue", "a ;b"], 1, "without ; or #"),
+        (["--count", "0"], 2, "expected a whole number from 1 to 1000, got '0'"),
+        ([], 2, "one of the arguments"),
+    ]:
+        done = manage(system, *arguments)
+        assert (done.returncode, message in done.stderr) == (code, True), done
+        assert "Traceback" not in done.stderr
+    assert running(system) == before
+
+
+def test_monitor_shows_what_supervisor_runs(system):
+    started(system, "supervisord", "-n", "-c", "supervisord.conf")
+    wait_until(lambda: len(running(system)) == 4 and completed_files(system))
+    done = subprocess.run(
+        [sys.executable, "admin.py", "monitor", "--once"],
+        cwd=system.folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("producer ")] == ["RUNNING"]
+    assert "consumer_02  running" in done.stdout
 
 
 def test_honcho_runs_the_same_programs(system):

@@ -1,0 +1,536 @@
+"""The operator's command line, through both of its front ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import ROOT, wait_until
+
+import admin
+import pqueue
+import report
+
+
+@pytest.fixture(params=["argparse", "typer"])
+def front(request, monkeypatch):
+    if request.param == "argparse":
+        monkeypatch.setitem(sys.modules, "typer", None)
+    return request.param
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PQUEUE_URL", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def queue(folder):
+    queue = pqueue.open_queue()
+    yield queue
+    queue.close()
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the program in this process and return its exit code, output and error text."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        code = admin.main(list(map(str, arguments)))
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        assert err.count("\n") <= 1, err
+        return code, out, err
+
+    return run
+
+
+def populate(queue):
+    """Make one job of each state; return their numbers by state."""
+    ids = {}
+    for state in ("completed", "failed", "processing"):
+        ids[state] = queue.enqueue("work", {"n": state}, max_attempts=1)
+        job = queue.dequeue("anna")
+        if state == "completed":
+            queue.complete(job, {"ok": True})
+        if state == "failed":
+            queue.fail(job, "ValueError: <b>no</b>\n  in line 1")
+    ids["cancelled"] = queue.enqueue("work", {"n": "cancelled"})
+    queue.cancel(ids["cancelled"])
+    ids["pending"] = queue.enqueue("work", {"password": "hunter2", "n": "pending"}, queue="slow")
+    ids["scheduled"] = queue.enqueue("work", {"n": "scheduled"}, delay_seconds=3600)
+    return ids
+
+
+READING = [
+    ["list-jobs"],
+    ["list-jobs", "--json"],
+    ["list-jobs", "--status", "failed", "--queue", "default", "--task", "work", "--consumer", "anna", "--json"],
+    ["list-jobs", "--text", "value", "--since", "1h", "--until", "2100-01-01", "--limit", "3", "--before-id", "90"],
+    ["failedjobs"],
+    ["failedjobs", "--all"],
+    ["failedjobs", "--json"],
+    ["show", "2", "--json"],
+    ["why", "1", "--json"],
+    ["stats", "--json"],
+    ["stats"],
+    ["consumers", "--json"],
+    ["consumers", "--all"],
+    ["pause", "slow"],
+    ["resume", "slow", "--json"],
+    ["limit", "slow", "5"],
+    [
+        "enqueue",
+        "other",
+        "[1]",
+        "--queue",
+        "q",
+        "--priority",
+        "-2",
+        "--delay",
+        "1h",
+        "--max-attempts",
+        "2",
+        "--key",
+        "k",
+    ],
+    ["resubmit", "2"],
+    ["resubmit", "--status", "failed", "--yes"],
+    ["mark-failed", "5", "--error", "by hand"],
+    ["cancel", "6", "--json"],
+    ["assign-job", "5", "anna"],
+    ["assign-job", "5", "--any"],
+    ["prune", "--older-than", "7d"],
+    ["backup", "copy.db"],
+    ["delete-job-files", "--directory", ".", "--dry-run"],
+    ["delete-db-jobs", "--yes", "--force"],
+    ["metrics"],
+    ["list-jobs", "--status", "bad"],
+    ["show", "x"],
+    ["show", "99"],
+    ["prune"],
+]
+
+
+def test_both_front_ends_do_the_same_with_every_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("PQUEUE_URL", raising=False)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    told = []
+    for front in ("argparse", "typer"):
+        (tmp_path / front).mkdir()
+        monkeypatch.chdir(tmp_path / front)
+        monkeypatch.setattr(os, "urandom", lambda n: b"\1" * n)
+        with monkeypatch.context() as patch:
+            if front == "argparse":
+                patch.setitem(sys.modules, "typer", None)
+            queue = pqueue.open_queue()
+            populate(queue)
+            answers = []
+            for arguments in READING:
+                code = admin.main(arguments)
+                out, err = capsys.readouterr()
+                answers.append((arguments, code, re.sub(r"\S+_bytes \S+", "", out), err))
+            queue.close()
+            told.append(answers)
+    assert told[0] == told[1]
+    assert {arguments[0] for arguments in READING} >= set(admin.COMMANDS) - {"monitor", "doctor", "torture"}
+
+
+def test_each_command_explains_itself(front, capsys):
+    for arguments in [["--help"], *([name, "--help"] for name in admin.COMMANDS)]:
+        try:
+            code = admin.main(arguments)
+        except SystemExit as end:
+            code = end.code
+        assert code == 0
+        out = capsys.readouterr().out
+        for entry in admin.COMMANDS.values() if arguments == ["--help"] else [admin.COMMANDS[arguments[0]]]:
+            assert " ".join(entry.help.split()[:3]) in " ".join(out.split())
+        if arguments != ["--help"]:
+            for parameter in entry.parameters:
+                assert (parameter.name if parameter.is_option else parameter.metavar) in out
+
+
+def test_command_that_only_looks_creates_no_database(front, folder, run):
+    for name in ("list-jobs", "stats", "doctor", "metrics"):
+        code, _, err = run(name)
+        assert code == 1
+        assert f"no queue at {folder}/var/queue.db" in err
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["show", "99"], 1, "no job 99"),
+        (["why", "99"], 1, "no job 99"),
+        (["cancel", "99"], 1, "no such job"),
+        (["resubmit", "5"], 1, "cannot resubmit job 5: it is pending"),
+        (["show", "nine"], 2, "job_id: expected a whole number of at least 0, got 'nine'"),
+        (["show", "-3"], 2, ""),
+        (["show"], 2, ""),
+        (["bogus"], 2, "bogus"),
+        ([], 2, ""),
+        (["list-jobs", "--colour", "red"], 2, "--colour"),
+        (["list-jobs", "--status", "done"], 2, "expected one of scheduled, pending"),
+        (["list-jobs", "--since", "soon"], 2, "expected a duration such as 15m, or a time"),
+        (["list-jobs", "--limit", "0"], 2, "expected a whole number of at least 1"),
+        (["enqueue", "t", "{bad"], 2, "expected JSON, got '{bad'"),
+        (["enqueue", "t", "NaN"], 2, "expected a payload that JSON can hold"),
+        (["enqueue", "t", "--delay", "5"], 2, "expected a duration such as 90s"),
+        (["enqueue", ""], 2, "expected a task name"),
+        (["prune"], 2, "--older-than"),
+        (["prune", "--older-than", "7y"], 2, "expected a duration"),
+        (["resubmit"], 2, "expected job numbers or a filter"),
+        (["resubmit", "2", "--status", "failed"], 2, "expected job numbers or a filter"),
+        (["resubmit", "--status", "failed"], 2, "without a terminal to ask on, give --yes"),
+        (["delete-db-jobs"], 2, "without a terminal to ask on, give --yes"),
+        (["delete-db-jobs", "--yes"], 1, "1 of them are processing"),
+        (["assign-job", "5"], 2, "expected a CONSUMER_ID, or --any"),
+        (["pause", "nosuch"], 1, "no queue 'nosuch'; there are: default, slow"),
+        (["limit", "slow", "few"], 2, "expected a whole number of at least 1, got 'few'"),
+        (["backup", "/nosuch/copy.db"], 1, "cannot back up to /nosuch/copy.db"),
+        (["delete-job-files"], 2, "expected --directory DIR"),
+        (["delete-job-files", "--directory", "/nosuch"], 1, "cannot read /nosuch"),
+    ],
+)
+def test_operator_who_is_wrong_is_told_in_one_line(front, queue, run, arguments, code, message):
+    populate(queue)
+    before = queue.list_jobs()
+    assert run(*arguments)[0] == code
+    assert message in run(*arguments)[2]
+    assert queue.list_jobs() == before
+
+
+def test_operator_cannot_open_what_is_no_queue(front, folder, run, monkeypatch):
+    other = folder / "other.db"
+    with sqlite3.connect(other) as db:
+        db.execute("CREATE TABLE mine (x)")
+    db.close()
+    newer = folder / "newer.db"
+    pqueue.open_queue(str(newer)).close()
+    with sqlite3.connect(newer) as db:
+        db.execute("PRAGMA user_version = 999")
+    db.close()
+    for url, message in [
+        (str(other), "another program's database"),
+        (str(newer), "expected schema"),
+        (str(folder), "got a folder"),
+        ("mysql://u:secret@h/d", "expected a path or sqlite"),
+    ]:
+        monkeypatch.setenv("PQUEUE_URL", url)
+        code, _, err = run("stats")
+        assert code in (1, 2)
+        assert message in err
+        assert "secret" not in err
+
+
+def test_operator_resubmits_all_that_match_in_batches(front, queue, run, monkeypatch):
+    monkeypatch.setattr(admin, "BATCH", 7)
+    for number in range(20):
+        queue.enqueue("even" if number % 2 == 0 else "odd", max_attempts=1)
+        queue.fail(queue.dequeue("w"), "no")
+    code, out, _ = run("resubmit", "--status", "failed", "--task", "even", "--yes")
+    assert (code, out) == (0, "resubmitted 10 jobs\n")
+    assert {job.task for job in queue.list_jobs(state="pending")} == {"even"}
+    assert queue.stats()["states"]["failed"] == 10
+    assert queue.history(1)[-1]["event"] == "resubmitted"
+
+
+def test_operator_sees_no_secret_of_a_payload(queue, run):
+    ids = populate(queue)
+    for arguments in (["list-jobs"], ["list-jobs", "--json"], ["show", ids["pending"]]):
+        out = run(*arguments)[1]
+        assert "hunter2" not in out
+        assert "password" in out
+
+
+def test_operator_takes_a_running_job_over(queue, run):
+    ids = populate(queue)
+    (running,) = queue.list_jobs(state="processing")
+    code, _, err = run("assign-job", ids["processing"], "berta")
+    assert (code, "take job 3 from anna" in err) == (2, True)
+    code, out, err = run("assign-job", ids["processing"], "berta", "--yes")
+    assert (code, out) == (0, "job 3 assigned to berta\n")
+    assert "no consumer 'berta' was ever seen here" in err
+    with pytest.raises(pqueue.LeaseLost):
+        queue.complete(running)
+    assert queue.dequeue("anna", queues=["default"]) is None
+    assert queue.dequeue("berta").id == ids["processing"]
+
+
+def test_operator_deletes_only_the_files_that_no_job_needs(queue, run, folder):
+    files = folder / "files"
+    files.mkdir()
+    for name in ("job_done.txt", "job_waiting.txt", "job_stray.txt", "notes.txt"):
+        (files / name).write_text(name)
+    (files / "job_folder.txt").mkdir()
+    (folder / "precious").write_text("mine")
+    (files / "job_link.txt").symlink_to(folder / "precious")
+    queue.enqueue("prepend_timestamp", {"file": "job_done.txt"})
+    queue.complete(queue.dequeue("w"))
+    queue.enqueue("prepend_timestamp", {"file": "job_waiting.txt"})
+    code, out, _ = run("delete-job-files", "--directory", files, "--dry-run")
+    assert (code, out) == (0, "job_done.txt\njob_stray.txt\n")
+    assert run("delete-job-files", "--directory", files)[0] == 2
+    assert (files / "job_done.txt").exists()
+    code, out, _ = run("delete-job-files", "--directory", files, "--yes")
+    assert (code, out) == (0, "deleted 2 files, 1 file kept for unfinished jobs\n")
+    left = {"job_waiting.txt", "notes.txt", "job_folder.txt", "job_link.txt"}
+    assert {path.name for path in files.iterdir()} == left
+    run("delete-job-files", "--directory", files, "--yes", "--force")
+    assert {path.name for path in files.iterdir()} == left - {"job_waiting.txt"}
+    assert (folder / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("state", "sentence"),
+    [
+        ("completed", "it was completed by anna"),
+        ("failed", "with its attempts used up, 1 of 1: ValueError: <b>no</b>; resubmit it"),
+        ("cancelled", "it was cancelled"),
+        ("processing", "it runs on anna since"),
+        ("scheduled", "it is due in 60 m, at "),
+        ("pending", "it waits for its turn: 1 job pending in queue slow, 1 of 1 consumer busy"),
+    ],
+)
+def test_operator_is_told_why_a_job_does_not_run(queue, state, sentence):
+    ids = populate(queue)
+    assert sentence in report.why(queue, ids[state])
+
+
+def test_operator_is_told_what_keeps_a_pending_job(queue, monkeypatch):
+    job_id = queue.enqueue("mail", queue="post")
+    assert report.why(queue, job_id) == "no consumer is alive: python consumer.py"
+    monkeypatch.setitem(pqueue.TASKS, "known", None)
+    queue.dequeue("anna", queues=["default"])
+    assert report.why(queue, job_id) == "no live consumer serves its queue post"
+    queue.assign(job_id, "berta")
+    assert report.why(queue, job_id).startswith("it is assigned to berta, which is not alive")
+    queue.assign(job_id, "anna")
+    assert report.why(queue, job_id).startswith("no live consumer that may run it knows its task mail")
+    queue.pause("post")
+    assert report.why(queue, job_id) == "its queue post is paused: python admin.py resume post"
+
+
+def test_doctor_is_content_with_a_healthy_queue(front, queue, run):
+    queue.complete(queue.dequeue("w")) if queue.enqueue("t") else None
+    code, out, _ = run("doctor")
+    assert (code, out.splitlines()[-1]) == (0, "healthy")
+
+
+def test_doctor_finds_what_is_wrong(queue, run, monkeypatch, folder):
+    def found():
+        code, out, _ = run("doctor", "--json")
+        problems = json.loads(out)["problems"]
+        assert code == int(bool(problems))
+        return " | ".join(problems)
+
+    now = time.time()
+    queue.enqueue("t", now=now - 3600)
+    assert "1 job pending and no consumer is alive" in found()
+    assert "queue 'default': the oldest pending job has waited for 1 h" in found()
+    queue.pause("default")
+    assert "and it is paused: python admin.py resume default" in found()
+    queue.resume("default")
+    job = queue.dequeue("anna", lease_seconds=1, now=now - 60)
+    assert "1 lease ran out and no consumer took the jobs back" in found()
+    queue.complete(job)
+    queue.enqueue("t", run_at=now, now=now + 7200)
+    assert "the newest job was enqueued in 2 h: some clock is wrong" in found()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 5, 5))
+    assert "the disk has only 5 bytes left" in found()
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(pqueue.PersistentQSQLite, "_write", _written_carelessly)
+    assert "expected synchronous full, got off" in found()
+
+
+def _written_carelessly(self, *, durable=True, in_batch=False):
+    session = self._session()
+    session.in_batch, session.wanted = in_batch, "OFF"
+    return session
+
+
+def test_doctor_finds_a_log_that_a_reader_keeps_from_shrinking(queue, monkeypatch):
+    monkeypatch.setattr(pqueue, "WAL_BYTES", 500_000)
+    reader = sqlite3.connect(queue.path)
+    reader.execute("BEGIN")
+    queue.enqueue("t")
+    reader.execute("SELECT * FROM jobs").fetchone()
+    for _ in range(20):
+        queue.enqueue("t", "x" * 100_000)
+    assert any("write-ahead log has grown" in each for each in report.problems(queue))
+    reader.close()
+
+
+def test_doctor_finds_a_dead_consumer_that_holds_jobs(queue):
+    queue.enqueue("t")
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import pqueue, time; print(pqueue.open_queue().dequeue('anna').id, flush=True); time.sleep(60)",
+        ],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert child.stdout.readline() == b"1\n"
+    assert report.problems(queue) == []
+    child.kill()
+    child.communicate()
+    assert "consumer anna is dead and holds 1 job" in report.problems(queue)[0]
+    assert "its consumer anna is not alive" in report.why(queue, 1)
+
+
+def test_metrics_are_what_prometheus_reads(front, queue, run):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    populate(queue)
+    queue.enqueue("t", queue='a"b\\c')
+    code, out, _ = run("metrics")
+    families = {family.name: family for family in text_string_to_metric_families(out)}
+    jobs = {(s.labels["queue"], s.labels["state"]): s.value for s in families["pqueue_jobs"].samples}
+    assert jobs[("default", "failed")] == 1
+    assert jobs[('a"b\\c', "pending")] == 1
+    assert families["pqueue_consumers"].samples[0].value == 1
+    assert all(family.documentation for family in families.values())
+
+
+def test_list_fits_the_terminal_and_has_colours_only_there(queue, folder, monkeypatch):
+    ids = populate(queue)
+    queue.enqueue("work", {"text": "long " * 100 + "\x1b[31m"})
+    text = on_terminal(["list-jobs"], columns=90)
+    assert "\x1b[31mfailed\x1b[0m" in text
+    plain = re.sub(r"\x1b\[\d+m", "", text).split("\r\n")
+    assert max(map(len, plain)) <= 90
+    assert len(plain) == len(ids) + 3
+    assert "\x1b" not in on_terminal(["list-jobs"], columns=90, NO_COLOR="1")
+
+
+def on_terminal(arguments, columns, **variables):
+    """Run the program on a terminal of this width and return what it showed."""
+    leader, follower = pty.openpty()
+    done = subprocess.Popen(
+        [sys.executable, str(ROOT / "admin.py"), *arguments],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        env={**os.environ, "COLUMNS": str(columns), **variables},
+    )
+    os.close(follower)
+    chunks = []
+    reader = threading.Thread(target=lambda: chunks.extend(_read_all(leader)))
+    reader.start()
+    done.wait()
+    reader.join()
+    os.close(leader)
+    return b"".join(chunks).decode()
+
+
+def _read_all(leader):
+    try:
+        while chunk := os.read(leader, 65536):
+            yield chunk
+    except OSError:
+        return
+
+
+def test_operator_at_a_terminal_is_asked_first(queue):
+    ids = populate(queue)
+    leader, follower = pty.openpty()
+    command = [sys.executable, str(ROOT / "admin.py"), "cancel", "--status", "pending"]
+    for answer, state in ((b"n\n", "pending"), (b"y\n", "cancelled")):
+        asked = subprocess.Popen(command, stdin=follower, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        os.write(leader, answer)
+        _, err = asked.communicate()
+        assert b"cancel 1 job? [y/N]" in err
+        assert queue.get(ids["pending"]).state == state
+    os.close(leader)
+    os.close(follower)
+
+
+def test_reader_who_goes_away_is_no_error(queue):
+    queue.enqueue_many("t", range(5000))
+    done = subprocess.run(
+        f"{sys.executable} {ROOT / 'admin.py'} list-jobs --limit 5000 | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stderr, done.stdout.count("\n")) == ("", 1)
+
+
+def test_monitor_says_what_is_not_there_and_recovers(folder, run):
+    code, out, _ = run("monitor", "--once")
+    assert code == 0
+    assert "no supervisord answers at" in out
+    assert "no queue at" in out
+    queue = pqueue.open_queue()
+    populate(queue)
+    out = run("monitor", "--once")[1]
+    assert "ValueError: <b>no</b>" in out
+    assert "anna" in out
+    queue.close()
+
+
+def test_monitor_draws_on_a_terminal_until_told_to_stop(queue):
+    populate(queue)
+    leader, follower = pty.openpty()
+    shown = []
+    child = subprocess.Popen(
+        [sys.executable, str(ROOT / "admin.py"), "monitor", "--interval", "0.1s"],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "60"},
+    )
+    os.close(follower)
+    reader = threading.Thread(target=lambda: shown.extend(_read_all(leader)))
+    reader.start()
+    wait_until(lambda: b"".join(shown).count(b"pqueue monitor") >= 3)
+    child.send_signal(2)
+    assert child.wait() == 130
+    reader.join()
+    os.close(leader)
+    assert b"Traceback" not in b"".join(shown)
+    assert b"".join(shown).endswith(b"\x1b[?25h\x1b[?1049l")
+
+
+@pytest.mark.parametrize("durability", ["full", "normal"])
+def test_torture_proves_that_nothing_is_lost(folder, run, durability):
+    pqueue.open_queue().close()
+    code, out, _ = run("torture", "--seconds", "5", "--durability", durability, "--json")
+    found = json.loads(out)
+    assert (code, found["problems"]) == (0, [])
+    assert found["acknowledged"] > 0
+    assert found["killed"] > 0
+    assert [path.name for path in (folder / "var").glob("torture-*")] == []
+
+
+def test_torture_finds_a_queue_without_its_token_guard(tmp_path):
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "var").mkdir()
+    source = (tmp_path / "pqueue.py").read_text()
+    broken = source.replace("state = 'processing' AND lease_token = :token\"", "state = 'processing'\"")
+    assert broken != source
+    (tmp_path / "pqueue.py").write_text(broken)
+    done = subprocess.run(
+        [sys.executable, "admin.py", "torture", "--seconds", "10"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "committed under a stale token" in done.stdout
