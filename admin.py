@@ -320,14 +320,16 @@ def _act(
         return Result([{"job": job_id, "done": done} for job_id in options.job_ids], f"{done} {_ids(options.job_ids)}")
     if not _agreed(options, f"{verb} {count(queue.count_jobs(**filters), 'job')}"):
         return Result(text="nothing done", code=1)
-    changed, refused = _act_on_matching(queue, filters, act)
+    changed, refused = act_on_matching(queue, filters, act)
     text = f"{done} {count(changed, 'job')}" + (f", {refused:,} not: their state does not allow it" if refused else "")
     return Result([{"done": done, "jobs": changed, "refused": refused}], text, int(changed == 0 and refused > 0))
 
 
-def _act_on_matching(
+def act_on_matching(
     queue: PersistentQInterface, filters: dict[str, Any], act: Callable[[int], None]
 ) -> tuple[int, int]:
+    """Do it to all jobs that match, in batches of one transaction each; return how many it was done to, and how many
+    refused it by their state."""
     changed = refused = 0
     before = None
     while jobs := queue.list_jobs(**filters, before_id=before, limit=BATCH):

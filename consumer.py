@@ -78,8 +78,7 @@ def prepend_timestamp(job: Job) -> dict[str, Any]:
     The timestamp and the digest of the file as it was are stored before it is replaced, so another delivery of the
     job finds out whether that happened, and never stamps it twice.
     """
-    name = _file_name(job.payload)
-    with _open_directory() as folder, _open_file(name, folder) as source:
+    with _job_file(job.payload) as (name, folder, source):
         digest = _sha256(source)
         plan = job.result if isinstance(job.result, dict) else {}
         if not plan:
@@ -91,6 +90,19 @@ def prepend_timestamp(job: Job) -> dict[str, Any]:
         elif not all(line.startswith(prefix) for line in source):
             raise DoNotRetry(f"{name} changed since its timestamp was chosen; it was left as it is")
     return plan
+
+
+def read_job_file(payload: Any, most_bytes: int) -> bytes:
+    """Return the beginning of the file that the payload names. Raises OSError or DoNotRetry, as the task does."""
+    with _job_file(payload) as (_, _, source):
+        return source.read(most_bytes)
+
+
+@contextmanager
+def _job_file(payload: Any) -> Iterator[tuple[str, int, BinaryIO]]:
+    name = _file_name(payload)
+    with _open_directory() as folder, _open_file(name, folder) as source:
+        yield name, folder, source
 
 
 def _file_name(payload: Any) -> str:

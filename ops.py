@@ -1,0 +1,365 @@
+"""The ops dashboard: what happens in the queue, live, and the means to mend it.
+
+    streamlit run ops.py                     # http://localhost:8501
+    python ops.py                            # the same with the standard library alone
+
+Both draw the figures of `Board`, and act through `ACTIONS`. PQUEUE_OPS_READONLY=1 hides and refuses every action.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from statistics import quantiles
+from typing import Any, TypeVar, cast
+
+import admin
+import consumer
+import manager
+import pqueue
+import report
+from pqueue import DoNotRetry, Job, PersistentQInterface, QueueError
+
+PAGE = 50  # jobs on a page
+FRESH_SECONDS = 1.0  # figures are computed at most so often, whatever the number of viewers
+REFRESH_SECONDS = 2
+MINUTES = 60
+FILE_BYTES = 65_536  # of a job's file that are shown
+FILTERS = ("state", "queue", "task", "consumer", "text")
+
+Value = TypeVar("Value")
+Form = dict[str, list[str]]
+
+
+def read_only() -> bool:
+    return os.environ.get("PQUEUE_OPS_READONLY", "") not in ("", "0")
+
+
+# Figures: each is computed here, for both front ends ##################################################################
+
+
+class Board:
+    """The figures of one queue, which may come and go: each method raises QueueError with what is wrong with it."""
+
+    def __init__(self) -> None:
+        self._queue: PersistentQInterface | None = None
+        self._identity: Any = None
+        self._lock = threading.Lock()
+        self._cache: dict[str, tuple[float, Any]] = {}
+        self._minutes: dict[int, dict[str, int]] = {}
+
+    def queue(self) -> PersistentQInterface:
+        """Return the open queue. It is opened anew when its file was replaced."""
+        with self._lock:
+            identity = self._file_identity()
+            if self._queue is not None and identity != self._identity:
+                self.forget()
+            if self._queue is None:
+                self._queue = pqueue.open_queue(create=False)
+                self._identity = self._file_identity()
+            return self._queue
+
+    def forget(self) -> None:
+        """Drop the connection and what was computed over it."""
+        if self._queue is not None:
+            with suppress(QueueError):
+                self._queue.close()
+        self._queue = None
+        self._cache.clear()
+        self._minutes.clear()
+
+    def expire(self) -> None:
+        """Compute all figures anew: something was changed."""
+        with self._lock:
+            self._cache.clear()
+
+    def _file_identity(self) -> Any:
+        with suppress(OSError, ValueError):
+            facts = os.stat(pqueue.sqlite_path())
+            return facts.st_dev, facts.st_ino
+        return None
+
+    def _fresh(self, compute: Callable[[PersistentQInterface], Value]) -> Value:
+        queue = self.queue()
+        with self._lock:
+            at, value = self._cache.get(compute.__name__, (-FRESH_SECONDS, None))
+            if time.monotonic() - at >= FRESH_SECONDS:
+                value = compute(queue)
+                self._cache[compute.__name__] = (time.monotonic(), value)
+            return cast(Value, value)
+
+    def overview(self) -> dict[str, Any]:
+        """Return states, per_minute, oldest_seconds, alive, wal_bytes, problems; queues, as in `stats`; and wait and
+        run, each (p50, p95) seconds or None."""
+        return self._fresh(_overview)
+
+    def minutes(self) -> list[dict[str, Any]]:
+        """Return at (its start), enqueued, completed and failed of each minute of the last hour."""
+        return self._fresh(self._hour)
+
+    def _hour(self, queue: PersistentQInterface) -> list[dict[str, Any]]:
+        current = int(time.time() // 60)
+        counts = {
+            number: self._minutes.get(number) or queue.activity(number * 60, number * 60 + 60)
+            for number in range(current - MINUTES + 1, current + 1)
+        }
+        self._minutes = {number: each for number, each in counts.items() if number < current - 1}
+        return [{"at": number * 60, **each} for number, each in counts.items()]
+
+    def processing(self) -> list[Job]:
+        return self._fresh(_processing)
+
+    def failures(self) -> list[dict[str, Any]]:
+        return self._fresh(_failures)
+
+    def consumers(self) -> list[dict[str, Any]]:
+        """Return the consumers that are alive or hold jobs, and those that ended within the hour."""
+        return self._fresh(_consumers)
+
+    def jobs(self, filters: dict[str, str], before_id: int | None = None) -> list[Job]:
+        return self.queue().list_jobs(**_given(filters), before_id=before_id, limit=PAGE)
+
+    def job(self, job_id: int) -> dict[str, Any]:
+        """Return job, history, why, and file: its text, or a sentence, or None for a job without one."""
+        queue = self.queue()
+        job = queue.get(job_id)
+        return {
+            "job": job,
+            "history": queue.history(job_id),
+            "why": report.why(queue, job_id),
+            "file": _file_text(job.payload),
+        }
+
+
+def _overview(queue: PersistentQInterface) -> dict[str, Any]:
+    now = time.time()
+    stats = queue.stats()
+    oldest = stats["oldest_pending_at"]
+    return {
+        "states": stats["states"],
+        "queues": stats["queues"],
+        "per_minute": queue.activity(now - 60, now),
+        "oldest_seconds": None if oldest is None else max(0.0, now - oldest),
+        "alive": sum(1 for each in queue.consumers() if each["state"] == "running"),
+        "wal_bytes": queue.check(thorough=False).get("wal_bytes"),
+        "problems": report.problems(queue, now),
+        **{name: _percentiles(seconds) for name, seconds in queue.timings().items()},
+    }
+
+
+def _processing(queue: PersistentQInterface) -> list[Job]:
+    return queue.list_jobs(state="processing", limit=PAGE)
+
+
+def _failures(queue: PersistentQInterface) -> list[dict[str, Any]]:
+    return queue.failures()
+
+
+def _consumers(queue: PersistentQInterface) -> list[dict[str, Any]]:
+    recent = time.time() - 3600
+    found = [c for c in queue.consumers() if c["state"] == "running" or c["job_ids"] or c["last_seen_at"] > recent]
+    return sorted(found, key=lambda each: (each["state"] != "running", each["name"]))
+
+
+def _percentiles(seconds: list[float]) -> tuple[float, float] | None:
+    if not seconds:
+        return None
+    cuts = quantiles(seconds, n=20, method="inclusive") if len(seconds) > 1 else seconds * 19
+    return cuts[9], cuts[18]
+
+
+def _given(filters: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in filters.items() if name in FILTERS and value}
+
+
+def _file_text(payload: Any) -> str | None:
+    if not (isinstance(payload, dict) and "file" in payload):
+        return None
+    try:
+        content = consumer.read_job_file(payload, FILE_BYTES + 1)
+    except (DoNotRetry, OSError) as error:
+        return f"({error})"
+    text = content[:FILE_BYTES].decode(errors="replace")
+    return text + "\n(cut)" if len(content) > FILE_BYTES else text
+
+
+def detail(job: Job) -> str:
+    """Return what a list shows of a job: its payload, or why it failed."""
+    if job.state == "failed":
+        return report.first_line(job.error)
+    return json.dumps(report.masked(job.payload), ensure_ascii=False)
+
+
+def processes() -> list[dict[str, Any]] | str:
+    """Return supervisord's processes, or a sentence that tells why there are none to see."""
+    try:
+        return manager.processes()
+    except manager.ManagerError as error:
+        return str(error)
+
+
+def tiles(seen: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the overview as (label, value, state), where the state gives the colour."""
+    oldest = "none" if seen["oldest_seconds"] is None else report.span(seen["oldest_seconds"])
+    found = [(state, f"{seen['states'][state]:,}", state) for state in ("pending", "scheduled", "processing")]
+    found += [(state, f"{seen['states'][state]:,}", state) for state in ("completed", "failed")]
+    found += [(f"{name} / min", f"{seen['per_minute'][name]:,}", "") for name in ("enqueued", "completed")]
+    found += [("oldest pending", oldest, "")]
+    found += [("consumers alive", str(seen["alive"]), "")]
+    found += [(f"{name} p50 / p95", _times(seen[name]), "") for name in ("wait", "run")]
+    if seen["wal_bytes"] is not None:
+        found.append(("write-ahead log", f"{seen['wal_bytes'] / 1e6:,.1f} MB", ""))
+    return found
+
+
+def _times(pair: tuple[float, float] | None) -> str:
+    return "none" if pair is None else " / ".join(_time(seconds) for seconds in pair)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1000:,.0f} ms" if seconds < 1 else report.span(seconds)
+
+
+# Actions ##############################################################################################################
+
+
+def _jobs_action(verb: str, done: str) -> Callable[[PersistentQInterface, Form], str]:
+    """Act on the jobs of the form's `id` fields or, with `scope` = matching, on all that match its filters."""
+
+    def act(queue: PersistentQInterface, form: Form) -> str:
+        method = getattr(queue, verb)
+        if _one(form, "scope") == "matching":
+            filters = _given({name: _one(form, name) for name in FILTERS})
+            if not filters:
+                raise ValueError("expected a filter: acting on every job there is needs the command line")
+            changed, refused = admin.act_on_matching(queue, filters, method)
+        else:
+            changed, refused = _act_on_each(form.get("id", []), method)
+        return f"{done} {report.count(changed, 'job')}" + (f"; {refused:,} could not be" if refused else "")
+
+    return act
+
+
+def _act_on_each(ids: list[str], method: Callable[[int], None]) -> tuple[int, int]:
+    if not ids:
+        raise ValueError("expected at least one job: tick some")
+    if len(ids) == 1:
+        method(_whole(ids[0]))
+        return 1, 0
+    refused = 0
+    for each in ids:
+        try:
+            method(_whole(each))
+        except (pqueue.InvalidTransition, pqueue.JobNotFound):
+            refused += 1
+    return len(ids) - refused, refused
+
+
+def _assign(queue: PersistentQInterface, form: Form) -> str:
+    name = _one(form, "consumer")
+    queue.assign(_whole(_one(form, "id")), name or None)
+    return f"assigned to {name or 'any consumer'}"
+
+
+def _queue_action(verb: str, done: str) -> Callable[[PersistentQInterface, Form], str]:
+    def act(queue: PersistentQInterface, form: Form) -> str:
+        getattr(queue, verb)(_one(form, "queue"))
+        return f"queue {_one(form, 'queue')} {done}"
+
+    return act
+
+
+def _limit(queue: PersistentQInterface, form: Form) -> str:
+    most = _one(form, "max_pending")
+    queue.limit(_one(form, "queue"), _whole(most) if most else None)
+    return f"queue {_one(form, 'queue')} limited to {most} pending jobs" if most else "limit removed"
+
+
+def _resubmit_group(queue: PersistentQInterface, form: Form) -> str:
+    """Resubmit the failed jobs of a task whose error begins with this line."""
+    task, error = _one(form, "task"), _one(form, "error")
+
+    def resubmit(job_id: int) -> None:
+        if report.first_line(queue.get(job_id).error) != error:
+            raise pqueue.InvalidTransition("of another group")
+        queue.resubmit(job_id)
+
+    changed, _ = admin.act_on_matching(queue, {"state": "failed", "task": task}, resubmit)
+    return f"resubmitted {report.count(changed, 'job')}"
+
+
+def _add_group(_: PersistentQInterface, __: Form) -> str:
+    return f"added {manager.add_group()}: {manager.GROUP_SIZE} consumers"
+
+
+def _remove_group(_: PersistentQInterface, form: Form) -> str:
+    manager.remove_group(_one(form, "group"))
+    return f"removed {_one(form, 'group')}"
+
+
+ACTIONS: dict[str, Callable[[PersistentQInterface, Form], str]] = {
+    "resubmit": _jobs_action("resubmit", "resubmitted"),
+    "mark_failed": _jobs_action("mark_failed", "marked as failed"),
+    "cancel": _jobs_action("cancel", "cancelled"),
+    "assign": _assign,
+    "resubmit_group": _resubmit_group,
+    "pause": _queue_action("pause", "paused"),
+    "resume": _queue_action("resume", "resumed"),
+    "limit": _limit,
+    "add_group": _add_group,
+    "remove_group": _remove_group,
+}
+
+
+def act(board: Board, name: str, form: Form) -> tuple[bool, str]:
+    """Do it; return whether it was done, and a sentence."""
+    if read_only():
+        return False, "refused: this dashboard is read-only"
+    try:
+        done = ACTIONS[name](board.queue(), form)
+    except (QueueError, manager.ManagerError, ValueError) as error:
+        return False, str(error)
+    board.expire()
+    return True, done
+
+
+def _one(form: Form, name: str) -> str:
+    return (form.get(name) or [""])[0]
+
+
+def _whole(text: str) -> int:
+    if text.isascii() and text.isdigit() and len(text) < 20:
+        return int(text)
+    raise ValueError(f"expected a whole number, got {text[:40]!r}")
+
+
+# The program ##########################################################################################################
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8501, help="(default: %(default)s)")
+    options = parser.parse_args(arguments)
+    import web
+
+    return web.serve(options.host, options.port)
+
+
+def _under_streamlit() -> bool:
+    return "streamlit.runtime" in sys.modules and sys.modules["streamlit.runtime"].exists()
+
+
+if __name__ == "__main__":
+    if _under_streamlit():
+        import ops_streamlit
+
+        ops_streamlit.page()
+    else:
+        sys.exit(main())
