@@ -114,7 +114,7 @@ def _table(rows: list[dict[str, Any]], empty: str, **columns: Any) -> None:
 
 def _jobs() -> None:
     places = st.columns(5)
-    filters = {"state": places[0].selectbox("state", ["", *pqueue.STATES], key="filter-state")}
+    filters: dict[str, Any] = {"state": places[0].selectbox("state", ["", *pqueue.STATES], key="filter-state")}
     for place, name in zip(places[1:], ops.FILTERS[1:], strict=True):
         filters[name] = place.text_input(name, key=f"filter-{name}")
     before = st.session_state.get("before") if st.session_state.get("before-of") == filters else None
@@ -229,7 +229,7 @@ def _failed() -> None:
     )
     if groups and not ops.read_only():
         with st.popover("resubmit a group"):
-            group = st.selectbox("group", groups, format_func=lambda g: f"{g['jobs']} × {g['task']}: {g['error']}")
+            group = st.selectbox("group", groups, format_func=lambda g: f"{g['jobs']} of {g['task']}: {g['error']}")
             if st.button("yes, resubmit all of it"):
                 _act("resubmit_group", task=group["task"], error=group["error"])
 

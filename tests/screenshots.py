@@ -39,7 +39,7 @@ def main(target: Path, fronts: list[str]) -> None:
                     for scheme in ("light", "dark"):
                         page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
                         page.goto(f"http://127.0.0.1:{PORT}")
-                        page.wait_for_selector("text=build_report")
+                        page.wait_for_selector("text=write-ahead log")
                         page.wait_for_timeout(2500 if front == "streamlit" else 300)
                         page.screenshot(path=target / f"{front}-{shape}-{scheme}.png")
                         page.close()
