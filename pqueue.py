@@ -273,7 +273,7 @@ CREATE TABLE jobs (
         WHEN 'completed'  THEN attempts <= max_attempts AND lease_token IS NULL AND finished_at IS NOT NULL
         WHEN 'failed'     THEN attempts <= max_attempts AND lease_token IS NULL AND finished_at IS NOT NULL
         WHEN 'cancelled'  THEN attempts <= max_attempts AND lease_token IS NULL AND finished_at IS NOT NULL
-        ELSE 0 END),
+        ELSE FALSE END),
     CHECK ((lease_token IS NULL) = (lease_expires_at IS NULL))
 )""",
         """
@@ -301,7 +301,7 @@ CREATE TABLE consumers (
         """
 CREATE TABLE history (
     id      {id},
-    job_id  INTEGER NOT NULL,    -- jobs.id
+    job_id  BIGINT NOT NULL,     -- jobs.id
     at      {float} NOT NULL,    -- Unix seconds
     event   TEXT NOT NULL,       -- failed, expired, died, released; or an operator's: resubmitted, marked failed …
     actor   TEXT NOT NULL,       -- the consumer or the operator
@@ -363,7 +363,7 @@ SELECT * FROM (SELECT id, priority, run_at, attempts FROM jobs WHERE state = 'pe
 CLAIM = f"""
 UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = :consumer, lease_token = :token,
     lease_expires_at = :lease_expires_at, started_at = :now
-WHERE id IN (SELECT id FROM ({CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit)
+WHERE state = 'pending' AND id IN (SELECT id FROM ({CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit)
 RETURNING {COLUMNS}"""
 
 NEXT_ATTEMPTS = f"SELECT attempts FROM ({CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit"
@@ -1858,7 +1858,17 @@ def open_queue(url: str | None = None, *, create: bool = True, durability: str |
     """
     url = url or os.environ.get("PQUEUE_URL") or DEFAULT_URL
     durability = durability or os.environ.get("PQUEUE_DURABILITY") or "full"
+    if url.startswith(("postgresql:", "postgresql+", "postgres:")):
+        return _on_postgres(url, create, durability)
     return PersistentQSQLite(sqlite_path(url), create=create, durability=durability)
+
+
+def _on_postgres(url: str, create: bool, durability: str) -> PersistentQInterface:
+    try:
+        from pqueue_sqlalchemy import PersistentQSQLAlchemy
+    except ImportError as error:
+        raise QueueError(f"cannot use PostgreSQL: {error}; pip install SQLAlchemy 'psycopg[binary]'") from None
+    return PersistentQSQLAlchemy(url, create=create, durability=durability)
 
 
 def sqlite_path(url: str | None = None) -> Path:
@@ -1866,5 +1876,5 @@ def sqlite_path(url: str | None = None) -> Path:
     url = url or os.environ.get("PQUEUE_URL") or DEFAULT_URL
     scheme, separator, rest = url.partition("://")
     if separator and scheme != "sqlite":
-        raise ValueError(f"expected a path or sqlite:///PATH, got {scheme}://…")
+        raise ValueError(f"expected a path, sqlite:///PATH or postgresql://…, got {scheme}://…")
     return Path(rest.removeprefix("/") if separator else url).absolute()

