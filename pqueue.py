@@ -1520,13 +1520,19 @@ class SQLiteSession(Session):
             self.run("RELEASE nested", {})
 
     def _leave(self) -> None:
+        try:
+            self._roll_back()
+        finally:
+            self._roll_back()  # again where a signal handler came between: the open transaction would stop all others
+            self.busy = False
+            if self._has_turn:
+                self._has_turn = False
+                self._queue._exit()
+
+    def _roll_back(self) -> None:
         with suppress(sqlite3.Error):
             if self.connection.in_transaction:
                 self.connection.execute("ROLLBACK")
-        if self._has_turn:
-            self._has_turn = False
-            self._queue._exit()
-        self.busy = False
 
     def disown(self) -> None:
         """In a forked child: leave the parent's connection alone, neither used nor closed."""
