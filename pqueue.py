@@ -1598,9 +1598,13 @@ class PersistentQSQLite(PersistentQInterface):
         self._slots: Slots | None = None
         self._closed = False
         self._open_file(create)
-        self._open_folder()
-        with closing(self._connect()) as connection:
-            self._prepare(connection)
+        try:
+            self._open_folder()
+            with closing(self._connect()) as connection:
+                self._prepare(connection)
+        except BaseException:
+            self.close()
+            raise
         _queues.add(self)
 
     # Opening
@@ -1628,7 +1632,8 @@ class PersistentQSQLite(PersistentQInterface):
         folder = Path(f"{self.path}.d")
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
-            self._turnstile, self._slots = Turnstile(folder), Slots(folder)
+            self._turnstile = Turnstile(folder)
+            self._slots = Slots(folder)
         except OSError as error:
             raise QueueError(f"cannot open {folder}: {error.strerror}") from error
 
@@ -1805,8 +1810,9 @@ class PersistentQSQLite(PersistentQInterface):
             session.connection.close()
         self._sessions.clear()
         self._local = threading.local()
-        if self._turnstile is not None and self._slots is not None:
+        if self._turnstile is not None:
             self._turnstile.close()
+        if self._slots is not None:
             self._slots.waiting.close()
         self._turnstile = self._slots = None
         self._closed = True
