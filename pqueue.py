@@ -1775,8 +1775,10 @@ class PersistentQSQLite(PersistentQInterface):
             with closing(sqlite3.connect(f"{target.as_uri()}?mode=ro", uri=True)) as copy:
                 if copy.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                     raise QueueError(f"cannot back up to {target}: the copy is damaged")
-        except BaseException:
+        except BaseException as error:
             target.unlink()
+            if isinstance(error, sqlite3.Error):
+                raise self._error(error) from error
             raise
 
     def check(self, *, thorough: bool = True) -> dict[str, Any]:
