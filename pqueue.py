@@ -1617,7 +1617,10 @@ class PersistentQSQLite(PersistentQInterface):
         if not create and not (self.path.exists() and self.path.stat().st_size):
             raise QueueError(f"no queue at {self.path}: a producer or a consumer creates it")
         try:
+            missing = [folder for folder in self.path.parents if not folder.exists()]
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for folder in missing:
+                _sync(folder.parent)
             kind = file_system(self.path.parent)
             if kind.startswith(NETWORK_FILE_SYSTEMS):
                 raise QueueError(f"cannot use {self.path}: SQLite's locks fail on {kind}; use a local disk")
@@ -1836,6 +1839,17 @@ class PersistentQSQLite(PersistentQInterface):
 
 def _open_private(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _sync(path: Path) -> None:
+    """Put a file on disk, or the names in a folder, which a power cut may take with all that is in them."""
+    if fcntl is None:
+        return
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def _size(path: Path) -> int:
