@@ -35,6 +35,7 @@ All times are Unix seconds, UTC, as float; all durations are seconds. Every meth
 
 from __future__ import annotations
 
+import errno
 import getpass
 import json
 import math
@@ -1625,7 +1626,7 @@ class PersistentQSQLite(PersistentQInterface):
             if kind.startswith(NETWORK_FILE_SYSTEMS):
                 raise QueueError(f"cannot use {self.path}: SQLite's locks fail on {kind}; use a local disk")
             with _creating, suppress(FileExistsError):
-                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+                _create(self.path)
         except OSError as error:
             raise QueueError(f"cannot open {self.path}: {error.strerror}") from error
 
@@ -1769,20 +1770,25 @@ class PersistentQSQLite(PersistentQInterface):
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         target = Path(path).absolute()
+        part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
         try:
-            os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        except OSError as error:
-            raise QueueError(f"cannot back up to {target}: {error.strerror}") from error
-        try:
-            self._read("VACUUM INTO :target", {"target": str(target)})
-            with closing(sqlite3.connect(f"{target.as_uri()}?mode=ro", uri=True)) as copy:
+            _create(part)
+            if target.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            self._read("VACUUM INTO :part", {"part": str(part)})
+            with closing(sqlite3.connect(f"{part.as_uri()}?mode=ro", uri=True)) as copy:
                 if copy.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                     raise QueueError(f"cannot back up to {target}: the copy is damaged")
-        except BaseException as error:
-            target.unlink()
-            if isinstance(error, sqlite3.Error):
-                raise self._error(error) from error
-            raise
+            _sync(part)  # SQLite does not
+            _create(target)  # takes the name, or fails where there is one
+            part.replace(target)
+            _sync(target.parent)
+        except OSError as error:
+            raise QueueError(f"cannot back up to {target}: {error.strerror}") from error
+        except sqlite3.Error as error:
+            raise self._error(error) from error
+        finally:
+            part.unlink(missing_ok=True)
 
     def check(self, *, thorough: bool = True) -> dict[str, Any]:
         facts: dict[str, Any] = {"path": str(self.path), "sqlite": sqlite3.sqlite_version}
@@ -1835,6 +1841,10 @@ class PersistentQSQLite(PersistentQInterface):
         PersistentQInterface.__init__(self)
         self._sessions, self._local = weakref.WeakSet(), threading.local()
         self._open_folder()
+
+
+def _create(path: Path) -> None:
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
 
 def _open_private(path: Path) -> int:
