@@ -35,6 +35,7 @@ All times are Unix seconds, UTC, as float; all durations are seconds. Every meth
 
 from __future__ import annotations
 
+import errno
 import getpass
 import json
 import math
@@ -1520,13 +1521,19 @@ class SQLiteSession(Session):
             self.run("RELEASE nested", {})
 
     def _leave(self) -> None:
+        try:
+            self._roll_back()
+        finally:
+            self._roll_back()  # again where a signal handler came between: the open transaction would stop all others
+            self.busy = False
+            if self._has_turn:
+                self._has_turn = False
+                self._queue._exit()
+
+    def _roll_back(self) -> None:
         with suppress(sqlite3.Error):
             if self.connection.in_transaction:
                 self.connection.execute("ROLLBACK")
-        if self._has_turn:
-            self._has_turn = False
-            self._queue._exit()
-        self.busy = False
 
     def disown(self) -> None:
         """In a forked child: leave the parent's connection alone, neither used nor closed."""
@@ -1592,9 +1599,13 @@ class PersistentQSQLite(PersistentQInterface):
         self._slots: Slots | None = None
         self._closed = False
         self._open_file(create)
-        self._open_folder()
-        with closing(self._connect()) as connection:
-            self._prepare(connection)
+        try:
+            self._open_folder()
+            with closing(self._connect()) as connection:
+                self._prepare(connection)
+        except BaseException:
+            self.close()
+            raise
         _queues.add(self)
 
     # Opening
@@ -1607,12 +1618,15 @@ class PersistentQSQLite(PersistentQInterface):
         if not create and not (self.path.exists() and self.path.stat().st_size):
             raise QueueError(f"no queue at {self.path}: a producer or a consumer creates it")
         try:
+            missing = [folder for folder in self.path.parents if not folder.exists()]
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for folder in missing:
+                _sync(folder.parent)
             kind = file_system(self.path.parent)
             if kind.startswith(NETWORK_FILE_SYSTEMS):
                 raise QueueError(f"cannot use {self.path}: SQLite's locks fail on {kind}; use a local disk")
             with _creating, suppress(FileExistsError):
-                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+                _create(self.path)
         except OSError as error:
             raise QueueError(f"cannot open {self.path}: {error.strerror}") from error
 
@@ -1622,7 +1636,8 @@ class PersistentQSQLite(PersistentQInterface):
         folder = Path(f"{self.path}.d")
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
-            self._turnstile, self._slots = Turnstile(folder), Slots(folder)
+            self._turnstile = Turnstile(folder)
+            self._slots = Slots(folder)
         except OSError as error:
             raise QueueError(f"cannot open {folder}: {error.strerror}") from error
 
@@ -1755,18 +1770,25 @@ class PersistentQSQLite(PersistentQInterface):
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         target = Path(path).absolute()
+        part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
         try:
-            os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        except OSError as error:
-            raise QueueError(f"cannot back up to {target}: {error.strerror}") from error
-        try:
-            self._read("VACUUM INTO :target", {"target": str(target)})
-            with closing(sqlite3.connect(f"{target.as_uri()}?mode=ro", uri=True)) as copy:
+            _create(part)
+            if target.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            self._read("VACUUM INTO :part", {"part": str(part)})
+            with closing(sqlite3.connect(f"{part.as_uri()}?mode=ro", uri=True)) as copy:
                 if copy.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                     raise QueueError(f"cannot back up to {target}: the copy is damaged")
-        except BaseException:
-            target.unlink()
-            raise
+            _sync(part)  # SQLite does not
+            _create(target)  # takes the name, or fails where there is one
+            part.replace(target)
+            _sync(target.parent)
+        except OSError as error:
+            raise QueueError(f"cannot back up to {target}: {error.strerror}") from error
+        except sqlite3.Error as error:
+            raise self._error(error) from error
+        finally:
+            part.unlink(missing_ok=True)
 
     def check(self, *, thorough: bool = True) -> dict[str, Any]:
         facts: dict[str, Any] = {"path": str(self.path), "sqlite": sqlite3.sqlite_version}
@@ -1799,8 +1821,9 @@ class PersistentQSQLite(PersistentQInterface):
             session.connection.close()
         self._sessions.clear()
         self._local = threading.local()
-        if self._turnstile is not None and self._slots is not None:
+        if self._turnstile is not None:
             self._turnstile.close()
+        if self._slots is not None:
             self._slots.waiting.close()
         self._turnstile = self._slots = None
         self._closed = True
@@ -1820,8 +1843,23 @@ class PersistentQSQLite(PersistentQInterface):
         self._open_folder()
 
 
+def _create(path: Path) -> None:
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+
+
 def _open_private(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _sync(path: Path) -> None:
+    """Put a file on disk, or the names in a folder, which a power cut may take with all that is in them."""
+    if fcntl is None:
+        return
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def _size(path: Path) -> int:

@@ -1,0 +1,476 @@
+"""Kill each operation before and after every SQL statement, or make that statement fail, and look at what is left."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+import pqueue
+from pqueue import LeaseLost, PersistentQSQLite, QueueBusy, QueueError, QueueFull
+
+NOW = 1_800_000_000.0
+LATER = NOW + 1_000_000
+NEVER = float("inf")
+connect = sqlite3.connect
+
+
+# Points: before and after every statement, and between the rows of executemany ########################################
+
+
+def nothing(*_: Any) -> None:
+    """At a point that is let be."""
+
+
+class Wired(sqlite3.Connection):
+    """A connection that calls `at_point` before and after each statement."""
+
+    at_point: Callable[[sqlite3.Connection, str, str], None] = staticmethod(nothing)
+
+    def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+        Wired.at_point(self, "before", sql)
+        cursor = super().execute(sql, *parameters)
+        with self.dropped(cursor):
+            Wired.at_point(self, "after", sql)
+        return cursor
+
+    @staticmethod
+    @contextmanager
+    def dropped(cursor: sqlite3.Cursor) -> Iterator[None]:
+        """Close the cursor after an error, as it is without this class, whose frames would hold it."""
+        try:
+            yield
+        except BaseException:
+            cursor.close()
+            raise
+
+    def executemany(self, sql: str, rows: Any) -> sqlite3.Cursor:
+        def each():
+            for row in rows:
+                Wired.at_point(self, "row", sql)
+                yield row
+
+        Wired.at_point(self, "before", sql)
+        cursor = super().executemany(sql, each())
+        Wired.at_point(self, "after", sql)
+        return cursor
+
+
+@pytest.fixture(autouse=True)
+def wires():
+    with mock.patch("sqlite3.connect", lambda *a, **options: connect(*a, **{"factory": Wired, **options})):
+        yield
+    Wired.at_point = staticmethod(nothing)
+
+
+class Countdown:
+    """Does `then` at the point of this number."""
+
+    def __init__(self, number: int, then: Callable[[sqlite3.Connection, str, str], None]) -> None:
+        self.left, self.then = number, then
+
+    def __call__(self, *point: Any) -> None:
+        self.left -= 1
+        if self.left == -1:
+            self.then(*point)
+
+
+done: collections.Counter[str] = collections.Counter()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tally():
+    yield
+    print("", *(f"{count} {what}" for what, count in done.items()), sep="\n")
+
+
+# Operations ###########################################################################################################
+
+
+@dataclass
+class Operation:
+    """`act` is attacked; `prepare` is not, and returns what `act` needs.
+
+    states: in how many others may see the queue. opens: the attack begins with the opening of the queue.
+    """
+
+    act: Callable[[PersistentQSQLite, Any], Any]
+    prepare: Callable[[PersistentQSQLite], Any] = lambda _: None
+    states: int = 2
+    opens: bool = False
+
+
+def take(queue: PersistentQSQLite, consumer: str = "w", limit: int = 2) -> list[pqueue.Job]:
+    queue._looked_for_dead = NEVER
+    return queue.dequeue_many(consumer, limit, now=NOW)
+
+
+def take_and_lose(queue: PersistentQSQLite) -> list[pqueue.Job]:
+    jobs = take(queue)
+    queue.cancel(jobs[0].id, now=NOW)
+    return jobs
+
+
+def dequeue(at: float, look_for_dead: bool = False, limit: int = 2) -> Callable[[PersistentQSQLite, Any], Any]:
+    def act(queue: PersistentQSQLite, _: Any) -> None:
+        queue._looked_for_dead = -NEVER if look_for_dead else NEVER
+        queue.dequeue_many("w", limit, now=at)
+
+    return act
+
+
+def lost(call: Callable[[], Any]) -> None:
+    with suppress(LeaseLost):
+        call()
+        raise AssertionError("a lost lease was accepted")
+
+
+def transact(queue: PersistentQSQLite, jobs: list[pqueue.Job]) -> None:
+    with queue.transaction() as db:
+        db.execute("INSERT INTO business VALUES (1)")
+        queue.enqueue("next", now=NOW)
+        with suppress(ZeroDivisionError), queue.transaction():
+            queue.enqueue("never", now=NOW)
+            raise ZeroDivisionError
+        queue.complete(jobs[0], "done", now=NOW)
+
+
+def back_up(queue: PersistentQSQLite, _: Any) -> None:
+    target = queue.path.with_suffix(".backup")
+    queue.backup(target)
+    assert facts(target) == facts(queue.path)
+
+
+OPERATIONS = {
+    "enqueue": Operation(lambda q, _: q.enqueue("t", {"n": 1}, now=NOW)),
+    "enqueue to a new queue": Operation(lambda q, _: q.enqueue("t", queue="new", now=NOW)),
+    "enqueue later": Operation(lambda q, _: q.enqueue("t", delay_seconds=5, now=NOW)),
+    "enqueue with a taken key": Operation(lambda q, _: q.enqueue("t", key="k", now=NOW), states=1),
+    "enqueue_many": Operation(lambda q, _: q.enqueue_many("t", range(5), queue="new", now=NOW)),
+    "dequeue": Operation(dequeue(NOW), lambda q: take(q, limit=0)),
+    "first dequeue, which registers the consumer": Operation(dequeue(NOW), states=3),
+    "dequeue that promotes what is due": Operation(dequeue(NOW + 30, limit=9), lambda q: take(q, limit=0)),
+    "dequeue that takes expired leases back": Operation(dequeue(NOW + 100), lambda q: take(q, limit=0)),
+    "dequeue that recovers from dead consumers": Operation(dequeue(NOW, True), lambda q: take(q, limit=0)),
+    "complete": Operation(lambda q, jobs: q.complete(jobs[0], [1], now=NOW), take),
+    "complete under a lost lease": Operation(lambda q, jobs: lost(lambda: q.complete(jobs[0])), take_and_lose, 1),
+    "complete_and_dequeue": Operation(
+        lambda q, jobs: q.complete_and_dequeue([(job, 1) for job in jobs], "w", 2, now=NOW + 100), take
+    ),
+    "complete_and_dequeue, one lease lost": Operation(
+        lambda q, jobs: q.complete_and_dequeue([(job, 1) for job in jobs], "w", 2, now=NOW), take_and_lose
+    ),
+    "fail": Operation(lambda q, jobs: q.fail(jobs[0], "no", retry_in_seconds=9, now=NOW), take),
+    "fail for good": Operation(lambda q, jobs: q.fail(jobs[0], "no", retry=False, now=NOW), take),
+    "fail under a lost lease": Operation(lambda q, jobs: lost(lambda: q.fail(jobs[0], "no")), take_and_lose, 1),
+    "release": Operation(lambda q, jobs: q.release(jobs[0], now=NOW), take),
+    "extend": Operation(lambda q, jobs: q.extend(jobs[0], 500, now=NOW), take),
+    "update": Operation(lambda q, jobs: q.update(jobs[0], progress=0.5, result={"page": 1}), take),
+    "assign": Operation(lambda q, jobs: q.assign(jobs[0].id, "w2", by="ann", now=NOW), take),
+    "resubmit": Operation(lambda q, _: q.resubmit(FAILED, by="ann", now=NOW)),
+    "mark_failed": Operation(lambda q, jobs: q.mark_failed(jobs[0].id, by="ann", now=NOW), take),
+    "cancel": Operation(lambda q, jobs: q.cancel(jobs[0].id, by="ann", now=NOW), take),
+    "pause": Operation(lambda q, _: q.pause("default")),
+    "prune": Operation(lambda q, _: q.prune(0, now=NOW + 1), states=4),
+    "delete_jobs": Operation(lambda q, _: q.delete_jobs([1, FAILED]), states=2),
+    "delete all jobs": Operation(lambda q, _: q.delete_jobs(force=True), states=2),
+    "heartbeat": Operation(lambda q, _: q.heartbeat("w", completed=3, now=NOW), take),
+    "transaction": Operation(transact, take),
+    "close, which takes leave": Operation(lambda q, _: q.close(), take),
+    "backup": Operation(back_up, states=1),
+    "check": Operation(lambda q, _: q.check(), states=1),
+    "opening": Operation(lambda *_: None, states=1, opens=True),
+    "first opening, which builds the schema": Operation(lambda *_: None, opens=True),
+    "opening that migrates to a newer schema": Operation(lambda *_: None, opens=True),
+}
+FAILED = 3
+NEXT_MIGRATION = ["ALTER TABLE jobs ADD COLUMN color TEXT", "CREATE INDEX jobs_color ON jobs (color)"]
+
+
+def build(path: Path) -> None:
+    """Fill a queue with a job in every state, two leases of a consumer that died, and one that will run out."""
+    queue = PersistentQSQLite(path)
+    add = queue.enqueue
+    for number in range(3):
+        add("finish", number, queue="others", now=NOW - 100)
+    jobs = queue.dequeue_many("past", 3, now=NOW - 100)
+    queue.complete(jobs[0], "done", now=NOW - 90)
+    queue.cancel(jobs[1].id, by="ann", now=NOW - 90)
+    queue.fail(jobs[2], "broken", retry=False, now=NOW - 90)
+    assert jobs[2].id == FAILED
+    add("poison", max_attempts=1, priority=9, now=NOW - 100)
+    add("survivor", priority=9, now=NOW - 100)
+    for _ in range(2):
+        assert queue.dequeue("victim", lease_seconds=150, now=NOW - 90)
+    for number, priority in enumerate((0, 5, 0, -5, 5)):
+        add("work", number, priority=priority, run_at=NOW - number, now=NOW)
+    add("keyed", key="k", priority=-9, now=NOW)
+    add("due soon", delay_seconds=20, priority=7, now=NOW)
+    add("due late", delay_seconds=2000, now=NOW)
+    add("elsewhere", assigned_to="w2", now=NOW)
+    with queue.transaction() as db:
+        db.execute("CREATE TABLE business (n INTEGER)")
+
+
+def in_child(do: Callable[[], None]) -> int:
+    """Run this in a forked child, which ends without a goodbye; return its wait status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            do()
+            os._exit(0)
+        except BaseException as error:
+            os.write(2, f"{error!r}\n".encode())
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.fixture(scope="module")
+def place():
+    """Return a folder in memory where there is one: a process may be killed there as well as on a disk."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def template(place):
+    folder = place / "template"
+    folder.mkdir()
+    assert in_child(lambda: build(folder / "queue.db")) == 0
+    return folder
+
+
+# What is left #########################################################################################################
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """Return every row of the database, with consumers' tokens by name and without their real times and pids."""
+    if not (path.exists() and path.stat().st_size):
+        return {}
+    with closing(connect(path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        tables = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+        found = {name: db.execute(f"SELECT * FROM {name} ORDER BY 1").fetchall() for name in tables}
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+    if not tables:
+        assert version == 0
+        return {}
+    names = {row[2]: row[1] for row in found["consumers"]}
+    found["consumers"] = [(row[1], row[6], row[7], *row[10:]) for row in found["consumers"]]
+    token = pqueue.Job.__slots__.index("lease_token")
+    found["jobs"] = [(*row[:token], known(names, row[token]), *row[token + 1 :]) for row in found["jobs"]]
+    return json.loads(json.dumps({**found, "version": version}))
+
+
+def known(names: dict[str, str], token: str | None) -> str | None:
+    if token is None:
+        return None
+    owner, _, number = token.partition(".")
+    return f"{names.get(owner, 'gone')}.{number}"
+
+
+def sweep(path: Path) -> None:
+    """Open the queue again and finish all jobs: none is lost, given twice, out of order or over its attempts."""
+    with closing(PersistentQSQLite(path, durability="normal", busy_seconds=0.5)) as queue:
+        assert queue.check()["problems"] == []
+        assert queue._turnstile.enter()
+        queue._turnstile.leave()
+        jobs = {job.id: job for job in queue.list_jobs(limit=1000)}
+        for job in jobs.values():
+            assert (job.state == "processing") == (job.lease_token is not None) == (job.lease_expires_at is not None)
+            assert job.attempts <= job.max_attempts
+            if job.assigned_to and job.state in pqueue.UNFINISHED:
+                queue.assign(job.id, None, now=NOW)
+        queue.resume("default")
+        done = []
+        while job := queue.dequeue("sweeper", now=LATER):
+            assert jobs[job.id].state in pqueue.UNFINISHED
+            assert job.attempts <= job.max_attempts
+            done.append((-job.priority, job.run_at, job.id))
+            queue.complete(job, now=LATER)
+        assert done == sorted(set(done))
+        for job in jobs.values():
+            after = queue.get(job.id)
+            assert after.state in pqueue.FINISHED
+            if job.state in pqueue.FINISHED:
+                assert after == job
+            if job.state == "processing":
+                with pytest.raises((LeaseLost, pqueue.InvalidTransition)):
+                    queue.complete(job, now=LATER)
+                assert queue.get(job.id) == after
+            if after.state == "failed" and job.state == "processing":
+                assert f"lost by {job.consumer}" in after.error
+        assert len(queue.list_jobs(limit=1000)) == len(jobs)
+
+
+# Attacks ##############################################################################################################
+
+
+@dataclass
+class Point:
+    when: str
+    sql: str
+    facts: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"{self.when} {' '.join(self.sql.split())[:60]}"
+
+
+def rehearse(operation: Operation, path: Path) -> list[Point]:
+    """Run the operation undisturbed; return its points, with what others saw there, and after it."""
+    points: list[Point] = []
+
+    def note(_, when, sql):
+        points.append(Point(when, sql, facts(path)))
+
+    attack = Attack(operation, path)
+    attack.run(note)
+    points.append(Point("the end", "", facts(path)))
+    attack.close()
+    seen = [point.facts for number, point in enumerate(points) if not number or point.facts != points[number - 1].facts]
+    assert len(seen) <= operation.states
+    return points
+
+
+class Attack:
+    """One run of an operation in a folder of its own."""
+
+    def __init__(self, operation: Operation, path: Path) -> None:
+        self.operation, self.path = operation, path
+        self.queue: PersistentQSQLite | None = None
+
+    def run(self, at_point: Callable[[sqlite3.Connection, str, str], None]) -> None:
+        prepared = None
+        if not self.operation.opens:
+            self.queue = PersistentQSQLite(self.path)
+            prepared = self.operation.prepare(self.queue)
+        Wired.at_point = staticmethod(at_point)
+        try:
+            self.queue = self.queue or PersistentQSQLite(self.path)
+            self.operation.act(self.queue, prepared)
+        finally:
+            Wired.at_point = staticmethod(nothing)
+
+    def close(self) -> None:
+        if self.queue:
+            self.queue.close()
+
+
+def kill(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(params=OPERATIONS)
+def operation(request, template, place, monkeypatch):
+    """Return an operation and what makes a fresh folder for it, by number."""
+    if "newer schema" in request.param:
+        monkeypatch.setattr(pqueue, "MIGRATIONS", [*pqueue.MIGRATIONS, NEXT_MIGRATION])
+
+    def folder(number: object) -> Path:
+        path = place / request.node.name / str(number) / "queue.db"
+        if "first opening" in request.param:
+            path.parent.mkdir(parents=True)
+        else:
+            shutil.copytree(template, path.parent, ignore=shutil.ignore_patterns("*.bell"))
+        return path
+
+    return OPERATIONS[request.param], folder
+
+
+def test_operation_killed_at_any_statement_is_done_or_not(operation):
+    operation, folder = operation
+    points = rehearse(operation, folder("rehearsal"))
+    for number, point in enumerate(points[:-1]):
+        path = folder(number)
+        status = in_child(lambda: Attack(operation, path).run(Countdown(number, kill)))  # noqa: B023
+        assert os.WIFSIGNALED(status), point
+        assert os.WTERMSIG(status) == signal.SIGKILL, point
+        assert facts(path) == point.facts, point
+        sweep(path)
+        shutil.rmtree(path.parent)
+    done["points killed"] += len(points) - 1
+
+
+def fault(message: str, ends_transaction: bool = False) -> Callable[[sqlite3.Connection, str, str], None]:
+    """Fail the statement as SQLite does; after a full disk or an I/O error it may have rolled back already."""
+
+    def fail(connection: sqlite3.Connection, *_: Any) -> None:
+        if ends_transaction and connection.in_transaction:
+            connection.rollback()
+        raise sqlite3.OperationalError(message)
+
+    return fail
+
+
+def interrupt(*_: Any) -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+FAULTS = {
+    "locked": (fault("database is locked"), QueueBusy),
+    "full": (fault("database or disk is full"), QueueFull),
+    "full and rolled back": (fault("database or disk is full", ends_transaction=True), QueueFull),
+    "I/O error": (fault("disk I/O error"), QueueError),
+    "I/O error and rolled back": (fault("disk I/O error", ends_transaction=True), QueueError),
+    "interrupt": (interrupt, KeyboardInterrupt),
+}
+
+
+def test_operation_that_fails_at_any_statement_is_done_or_not_and_the_queue_goes_on(operation):
+    operation, folder = operation
+    points = rehearse(operation, folder("rehearsal"))
+    for name, (strike, expected) in FAULTS.items():
+        for number, point in enumerate(points[:-1]):
+            if name != "interrupt" and point.when != "before":
+                continue
+            files = sorted(os.listdir("/proc/self/fd"))
+            path, where = folder(number), f"{name} {point}"
+            attack = Attack(operation, path)
+            try:
+                attack.run(Countdown(number, strike))
+                left = points[-1].facts
+            except (expected, sqlite3.OperationalError) as error:
+                assert isinstance(error, expected) or "business" in point.sql, where  # the user's own statement
+                assert "\n" not in str(error)
+                left = point.facts
+            assert facts(path) == left, where
+            goes_on(attack.queue, path, where)
+            attack.close()
+            assert sorted(os.listdir("/proc/self/fd")) == files, where
+            if name == "interrupt":
+                sweep(path)
+            shutil.rmtree(path.parent)
+            done[f"faults injected: {name}"] += 1
+
+
+def goes_on(queue: PersistentQSQLite | None, path: Path, point: str) -> None:
+    """See that the object works as before, and that it stands in nobody's way."""
+    if queue is None or queue._closed:
+        return
+    assert not queue.in_transaction, point
+    with closing(PersistentQSQLite(path, busy_seconds=0.05)) as other:
+        assert other._turnstile.enter(), point
+        other._turnstile.leave()
+        job_id = other.enqueue("other", queue="another", priority=100, now=NOW)
+    assert queue._turnstile.enter(), point
+    queue._turnstile.leave()
+    job = queue.dequeue("w", now=NOW)
+    assert job.id == job_id, point
+    queue.complete(job, now=NOW)
+    with queue.transaction():
+        job_id = queue.enqueue("kept", now=NOW)
+    assert queue.get(job_id).task == "kept"

@@ -1,0 +1,337 @@
+"""Let the power fail at any moment: keep what was synced, lose or tear the rest at random, and open the queue again.
+
+A library that is preloaded into a child records every write and sync it does; the disk is then played back from that.
+What was written but not synced may be there or not, in any order, sector by sector; a name, until its folder is synced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+import pqueue
+from pqueue import PersistentQSQLite, QueueError
+
+SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
+ROUNDS = 1 + SOAK
+OUTCOMES = 2 + SOAK  # tried for each moment
+SECTOR = 512
+HEADER = struct.Struct("=QIIQ")
+
+WORKLOAD = """
+import json, os, struct, sys
+sys.path.insert(0, sys.argv[1])
+import pqueue
+path, durability, log = sys.argv[2], sys.argv[3], os.open(os.environ["RECORD_TO"], os.O_WRONLY | os.O_APPEND)
+NOW = 1_800_000_000.0
+NORMAL = ("dequeue", "release", "extend", "update", "prune")
+
+def mark(**fact):
+    data = json.dumps(fact).encode()
+    os.write(log, struct.pack("=QIIQ", 0, 0, len(data), ord("M")) + data)
+
+def open_queue():
+    queue = pqueue.PersistentQSQLite(path, durability="normal" if durability == "off" else durability)
+    queue._session().connection.execute("PRAGMA wal_autocheckpoint = 12")
+    if durability == "off":
+        session = queue._session
+        def unsynced(**_):
+            session().wanted = "OFF"
+            return session()
+        queue._write = unsynced
+    return queue
+
+def do(verb, *arguments, **options):
+    mark(begin=verb)
+    result = getattr(queue, verb)(*arguments, now=NOW, **options)
+    jobs = queue._read("SELECT * FROM jobs ORDER BY id", {})
+    mark(end=verb, synced=verb not in NORMAL, jobs=jobs)
+    return result
+
+queue = open_queue()
+for n in range(int(sys.argv[4])):
+    for size in (1, 200, 9000):
+        do("enqueue", "t", "x" * size)
+    do("enqueue_many", "t", ["y" * 300] * 9, queue=f"queue {n}")
+    first, second, third, fourth = (do("dequeue", "w") for _ in range(4))
+    do("complete", first, "z" * 5000)
+    do("fail", second, "no", retry=False)
+    do("release", third)
+    do("complete_and_dequeue", [(fourth, 1)], "w")
+    do("enqueue", "t", delay_seconds=100)
+    last = do("enqueue", "t", key=f"key {n}")
+    do("cancel", last)
+    do("resubmit", last)
+    if n % 2:
+        do("prune", -1, states=["completed"])
+    queue.close()
+    queue = open_queue()
+"""
+
+
+# A disk that forgets ##################################################################################################
+
+
+@dataclass
+class Record:
+    kind: str
+    path: str
+    offset: int
+    data: bytes
+
+
+def records(log: bytes) -> Iterator[Record]:
+    at = 0
+    while at < len(log):
+        offset, path_bytes, data_bytes, kind = HEADER.unpack_from(log, at)
+        at += HEADER.size
+        path = log[at : at + path_bytes].decode()
+        at += path_bytes
+        yield Record(chr(kind), path, offset, log[at : at + data_bytes])
+        at += data_bytes
+
+
+@dataclass
+class File:
+    synced: bytes = b""
+    later: list[Record] = field(default_factory=list)
+
+    def after(self, changes: list[Record]) -> bytes:
+        data = bytearray(self.synced)
+        for change in changes:
+            end = change.offset + len(change.data)
+            data.extend(bytes(max(0, end - len(data))))
+            if change.kind == "T":
+                del data[change.offset :]
+                data.extend(bytes(change.offset - len(data)))
+            else:
+                data[change.offset : end] = change.data
+        return bytes(data)
+
+
+class Disk:
+    """Files and folders: as of their last sync, and what was done to them since."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, File | None] = {}  # as the process sees them; None: a folder
+        self.files: list[File] = []
+        self.synced: dict[str, File | None] = {}  # names whose folder was synced since they changed
+        self.loose: dict[str, list[File | None | str]] = {}  # what else each name may stand for after a power cut
+
+    def play(self, record: Record) -> None:
+        path, kind = record.path, record.kind
+        if kind in "CD":
+            self._name(path, File() if kind == "C" else None)
+        elif kind == "U":
+            self._unname(path)
+        elif kind == "R":
+            moved = self.names[path]
+            self._unname(path)
+            self._name(record.data.decode(), moved)
+        elif kind == "S":
+            self._sync(path)
+        elif kind in "WT" and isinstance(file := self.names.get(path), File):
+            file.later.append(record)
+
+    def _name(self, path: str, what: File | None) -> None:
+        self.names[path] = what
+        self.loose.setdefault(path, []).append(what)
+
+    def _unname(self, path: str) -> None:
+        del self.names[path]
+        self.loose.setdefault(path, []).append("gone")
+
+    def _sync(self, path: str) -> None:
+        file = self.names.get(path)
+        if isinstance(file, File):
+            file.synced, file.later = file.after(file.later), []
+            return
+        for name in [name for name in self.loose if os.path.dirname(name) == path]:
+            self.loose.pop(name)
+            self.synced.pop(name, None)
+            if name in self.names:
+                self.synced[name] = self.names[name]
+
+    def after_power_loss(self, chance: random.Random) -> dict[str, bytes | None]:
+        """Return what may be left: by path the bytes of a file, or None for a folder."""
+        keep = chance.choice((0.0, 0.1, 0.5, 0.9, 1.0))
+        names: dict[str, Any] = dict(self.synced)
+        for name, states in self.loose.items():
+            kept = [names.get(name, "gone"), *states]
+            names[name] = kept[-1] if chance.random() < keep else chance.choice(kept)
+        found = {name: what for name, what in names.items() if what != "gone"}
+        left = {}
+        for name, what in sorted(found.items()):
+            parent = os.path.dirname(name)
+            if parent in self.names and parent not in left and self.names[parent] is None:
+                continue  # its folder is gone, and all in it
+            left[name] = None if what is None else what.after(list(survivors(what.later, keep, chance)))
+        return left
+
+
+def survivors(changes: list[Record], keep: float, chance: random.Random) -> Iterator[Record]:
+    for change in changes:
+        tear = change.kind == "W" and chance.random() < 0.2
+        if not tear:
+            if chance.random() < keep:
+                yield change
+            continue
+        for at in range(0, len(change.data), SECTOR):
+            if chance.random() < 0.5:
+                yield Record("W", change.path, change.offset + at, change.data[at : at + SECTOR])
+
+
+# The child and its oracle #############################################################################################
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory):
+    library = tmp_path_factory.mktemp("shim") / "record_writes.so"
+    source = Path(__file__).with_name("record_writes.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
+@pytest.fixture
+def place():
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder).resolve()
+
+
+def run(shim: Path, place: Path, code: str, *arguments: object) -> list[Record]:
+    """Run the code in a folder `disk`, and return what it did there."""
+    disk, log = place / "disk", place / "log"
+    disk.mkdir()
+    log.touch()
+    variables = {"LD_PRELOAD": str(shim), "RECORD_UNDER": str(disk), "RECORD_TO": str(log)}
+    command = [sys.executable, "-c", code, str(ROOT), str(disk / "var" / "queue.db"), *map(str, arguments)]
+    subprocess.run(command, env={**os.environ, **variables}, check=True)
+    found = list(records(log.read_bytes()))
+    shutil.rmtree(disk)
+    return [each for each in found if not each.path.endswith(("-shm", ".bell")) and ".db.d" not in each.path]
+
+
+def restore(place: Path, left: dict[str, bytes | None]) -> Path:
+    shutil.rmtree(place / "disk", ignore_errors=True)
+    (place / "disk").mkdir()
+    for name, data in left.items():
+        if data is None:
+            Path(name).mkdir(parents=True, exist_ok=True)
+        else:
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).write_bytes(data)
+    return place / "disk" / "var" / "queue.db"
+
+
+def reopened(path: Path) -> list[Any]:
+    """Open what is left, as a program would that starts again, and return its jobs."""
+    with closing(PersistentQSQLite(path, durability="normal")) as queue:
+        problems = queue.check()["problems"]
+        if problems:
+            raise QueueError(", ".join(problems))
+        jobs = queue._read("SELECT * FROM jobs ORDER BY id", {})
+        if queue._read("PRAGMA integrity_check", {}) != [("ok",)]:
+            raise QueueError("the file is damaged")
+        queue.complete(queue.dequeue("w", now=2e9) if jobs and queue.stats()["states"]["pending"] else one(queue))
+    return json.loads(json.dumps(jobs))
+
+
+def one(queue: PersistentQSQLite) -> pqueue.Job:
+    queue.enqueue("t", priority=1000)
+    job = queue.dequeue("w", now=2e9)
+    assert job
+    return job
+
+
+def losses(found: list[Record], place: Path, synced: bool) -> Iterator[str | None]:
+    """Let the power fail at every moment; yield what was broken each time, or None.
+
+    synced: every operation that returned and says it is synced must be there; else any earlier state is right.
+    """
+    disk, chance, seen = Disk(), random.Random(1), set()
+    states: list[Any] = [[]]  # of the jobs, after each operation
+    sure = begun = 0  # number of the last operation that must be there; of the last that may be
+    for number, record in enumerate(found):
+        if record.kind != "M":
+            disk.play(record)
+        elif "begin" in (fact := json.loads(record.data)):
+            begun += 1
+            following = (json.loads(each.data) for each in found[number + 1 :] if each.kind == "M")
+            states.append(next(following)["jobs"])
+        elif fact["synced"] and synced:
+            sure = begun
+        for _ in range(OUTCOMES):
+            left = disk.after_power_loss(chance)
+            image = hashlib.sha1(repr((sorted(left.items()), sure)).encode()).digest()
+            if image in seen:
+                continue
+            seen.add(image)
+            try:
+                jobs = reopened(restore(place, left))
+            except (QueueError, ValueError) as error:  # ValueError: a payload or a result is no JSON any more
+                yield f"record {number}: {error}"
+                continue
+            yield None if jobs in states[sure : begun + 1] else f"record {number}: lost what had returned"
+
+
+def hold(name: str, found: list[Record], place: Path, synced: bool) -> None:
+    broken = list(losses(found, place, synced))
+    print(f"\n{name}: {len(broken)} power cuts")
+    assert len(broken) > 100
+    assert [each for each in broken if each] == []
+
+
+def test_guarantee_1_nothing_that_returned_is_lost_to_a_power_cut(shim, place):
+    hold("full", run(shim, place, WORKLOAD, "full", ROUNDS), place, synced=True)
+
+
+def test_guarantee_1_normal_durability_loses_only_a_suffix_to_a_power_cut(shim, place):
+    hold("normal", run(shim, place, WORKLOAD, "normal", ROUNDS), place, synced=False)
+
+
+@pytest.mark.parametrize(("durability", "synced"), [("normal", True), ("off", True), ("off", False)])
+def test_power_cut_shows_what_was_not_synced(shim, place, durability, synced):
+    assert any(losses(run(shim, place, WORKLOAD, durability, ROUNDS), place, synced))
+
+
+BACK_UP = """
+import os, struct, sys
+sys.path.insert(0, sys.argv[1])
+import pqueue
+queue = pqueue.PersistentQSQLite(sys.argv[2])
+queue.enqueue_many("t", ["x" * 500] * 100)
+queue.backup(sys.argv[2] + ".copy")
+log = os.open(os.environ["RECORD_TO"], os.O_WRONLY | os.O_APPEND)
+os.write(log, struct.pack("=QIIQ", 0, 0, 4, ord("M")) + b"done")
+"""
+
+
+def test_backup_is_whole_or_absent_after_a_power_cut_and_there_once_it_returned(shim, place):
+    disk, chance, returned, cuts = Disk(), random.Random(2), False, 0
+    for record in run(shim, place, BACK_UP):
+        disk.play(record)
+        returned = returned or record.kind == "M"
+        for _ in range(OUTCOMES):
+            path = restore(place, disk.after_power_loss(chance))
+            copy = path.with_name(f"{path.name}.copy")
+            cuts += 1
+            assert copy.exists() or not returned
+            if copy.exists() and (returned or copy.stat().st_size):
+                assert len(reopened(copy)) == 100
+    print(f"\nbackup: {cuts} power cuts")
