@@ -1,0 +1,439 @@
+"""The dashboard's server on the standard library, and the page in Streamlit: what they show, refuse and survive."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import re
+import socket
+import sqlite3
+import threading
+from urllib.parse import urlencode
+
+import pytest
+from conftest import ROOT, wait_until
+from populate import populate
+
+import ops
+import pqueue
+import web
+
+HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)>" & \x00\x1b[31m\u202e😀' + "x" * 5000
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("PQUEUE_URL", "PQUEUE_OPS_READONLY", "PQUEUE_OPS_PASSWORD"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(ops, "FRESH_SECONDS", 0.0)
+    return tmp_path
+
+
+@pytest.fixture
+def queue(folder):
+    queue = pqueue.open_queue()
+    yield queue
+    queue.close()
+
+
+class Site:
+    """A server on a free port, and a client of it."""
+
+    def __init__(self, host="127.0.0.1", password=None):
+        self.server = web.Server(host, 0, password)
+        self.port = self.server.server_port
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread.start()
+
+    def ask(self, path, form=None, method=None, body=None, **headers):
+        """Return the status, the text and the headers of the answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        if form is not None:
+            body = urlencode(form, doseq=True)
+        headers = {"Host": f"127.0.0.1:{self.port}", **{name.replace("_", "-"): v for name, v in headers.items()}}
+        try:
+            connection.request(method or ("GET" if body is None else "POST"), path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode(), dict(answer.getheaders())
+        finally:
+            connection.close()
+
+    def act(self, where, /, **form):
+        return self.ask(f"/act/{where}", {"token": self.server.token, **form})
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+        self.server.board.forget()
+        self.thread.join()
+
+
+@pytest.fixture
+def site(folder):
+    site = Site()
+    yield site
+    site.close()
+
+
+def failed(on, /, error="ValueError: no", task="work", **options):
+    job_id = on.enqueue(task, options.pop("payload", None), max_attempts=1, **options)
+    on.mark_failed(job_id, error)
+    return job_id
+
+
+# What it shows
+
+
+def test_figures_on_the_page_are_the_databases(queue, site):
+    populate(queue, jobs=400)
+    text = site.ask("/")[1]
+    states = queue.stats()["states"]
+    for state in ("pending", "scheduled", "processing", "completed", "failed"):
+        assert f'<span>{state}</span><b class="{state}">{states[state]:,}</b>' in text
+    shown = json.loads(site.ask("/api/stats")[1])
+    assert shown["states"] == states
+    assert sum(each["completed"] for each in shown["minutes"]) == states["completed"]
+    assert sum(each["failed"] for each in shown["minutes"]) == states["failed"]
+    with sqlite3.connect(queue.path) as db:
+        assert states == {
+            **dict.fromkeys(states, 0),
+            **dict(db.execute("SELECT state, count(*) FROM jobs GROUP BY state")),
+        }
+    db.close()
+
+
+def test_reader_filters_and_pages(queue, site):
+    ids = queue.enqueue_many("many", range(120))
+    failed(queue, queue="rare", task="odd", priority=1)
+    assert [job["task"] for job in json.loads(site.ask("/api/jobs?state=failed")[1])] == ["odd"]
+    assert [job["task"] for job in json.loads(site.ask("/api/jobs?queue=rare&text=VALUE")[1])] == ["odd"]
+    first = json.loads(site.ask("/api/jobs?task=many")[1])
+    assert [job["id"] for job in first] == ids[::-1][: ops.PAGE]
+    page = site.ask("/?task=many")[1]
+    older = re.search(r'href="(/\?[^"]*before_id=\d+)"', page)[1].replace("&amp;", "&")
+    assert f'href="/job/{ids[::-1][ops.PAGE]}"' in site.ask(older)[1]
+    assert "no job matches" in site.ask("/?task=nosuch")[1]
+
+
+def test_empty_dashboard_says_what_to_do(queue, site):
+    text = site.ask("/")[1]
+    assert "run <code>python producer.py</code>" in text
+    assert "run <code>python consumer.py</code>" in text
+
+
+def test_job_page_tells_its_story(queue, site, folder, monkeypatch):
+    monkeypatch.setattr("consumer.files_directory", folder / "files")
+    (folder / "files").mkdir()
+    (folder / "files/job_1.txt").write_text("first line\nsecond line\n")
+    job_id = failed(queue, "ValueError: <b>\n  in a traceback", payload={"file": "job_1.txt", "secret": "hunter2"})
+    text = site.ask(f"/job/{job_id}")[1]
+    for part in (
+        "ValueError: &lt;b&gt;",
+        "in a traceback",
+        "second line",
+        "resubmit it to try again",
+        "<dd>0 of 1</dd>",
+    ):
+        assert part in text
+    assert "hunter2" not in text
+    assert "hunter2" not in site.ask(f"/api/jobs/{job_id}")[1]
+    assert site.ask("/job/99")[0] == 404
+
+
+@pytest.mark.parametrize("file", ["../precious", "/etc/passwd", "link.txt", "nosuch.txt", "a\0b", ".."])
+def test_job_page_shows_no_file_from_elsewhere(queue, site, folder, monkeypatch, file):
+    monkeypatch.setattr("consumer.files_directory", folder / "files")
+    (folder / "files").mkdir()
+    (folder / "precious").write_text("CONTENT")
+    (folder / "files/link.txt").symlink_to(folder / "precious")
+    job_id = queue.enqueue("prepend_timestamp", {"file": file})
+    status, text, _ = site.ask(f"/job/{job_id}")
+    assert status == 200
+    assert "CONTENT" not in text
+    assert "root:" not in text
+
+
+def test_hostile_text_is_shown_as_text(queue, site):
+    printable = "".join(mark for mark in HOSTILE[:60] if mark.isprintable())
+    failed(queue, HOSTILE, task=printable, queue="q" + printable, payload={HOSTILE: HOSTILE})
+    queue.enqueue("t", {"file": HOSTILE}, key="k" + printable)
+    queue.dequeue("c" + printable)
+    pages = [
+        site.ask(path)[1] for path in ("/", "/job/1", "/job/2", "/?" + urlencode({"text": '"><script>', "task": "<b>"}))
+    ]
+    live = json.loads(site.ask("/live")[1])
+    for text in [*pages, *live.values()]:
+        bare = re.sub(r'<script src="/script.js"></script>', "", text)
+        assert not re.search(
+            r"<script|<img|<b>(?!\w)|onerror=alert\(2\)>\"", bare.replace('<b class="', ""), re.IGNORECASE
+        )
+        assert "\x1b" not in text
+        assert "\0" not in text
+        assert "\u202e" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in pages[0]
+
+
+# What it does
+
+
+def test_operator_mends_jobs_and_queues(queue, site):
+    one, two = failed(queue), failed(queue)
+    pending = queue.enqueue("work", queue="slow")
+    status, _, headers = site.act("resubmit", id=one, back=f"/job/{one}")
+    assert (status, headers["Location"]) == (303, f"/job/{one}?said=resubmitted+1+job")
+    assert queue.get(one).state == "pending"
+    assert site.act("resubmit_group", task="work", error="ValueError: no")[0] == 303
+    assert queue.get(two).state == "pending"
+    site.act("mark_failed", id=two)
+    assert queue.get(two).state == "failed"
+    site.act("assign", id=pending, consumer="berta")
+    assert queue.get(pending).assigned_to == "berta"
+    site.act("cancel", id=pending)
+    assert queue.get(pending).state == "cancelled"
+    site.act("pause", queue="slow")
+    assert queue.stats()["queues"]["slow"]["paused"]
+    site.act("resume", queue="slow")
+    site.act("limit", queue="slow", max_pending="7")
+    assert queue.stats()["queues"]["slow"] | {"paused": False, "max_pending": 7} == queue.stats()["queues"]["slow"]
+    assert queue.history(one)[-1]["event"] == "resubmitted"
+
+
+def test_operator_acts_on_the_ticked_or_on_all_that_match(queue, site):
+    for task in ("a", "a", "b"):
+        failed(queue, task=task)
+    site.act("jobs", action="resubmit", scope="matching", task="a", state="failed")
+    assert [job.state for job in queue.list_jobs()] == ["failed", "pending", "pending"]
+    site.act("jobs", action="cancel", scope="ticked", id=[1, 2, 3])
+    assert [job.state for job in queue.list_jobs()] == ["failed", "cancelled", "cancelled"]
+
+
+@pytest.mark.parametrize(
+    ("action", "form", "message"),
+    [
+        ("cancel", {}, "tick some"),
+        ("cancel", {"id": "x"}, "expected a whole number"),
+        ("cancel", {"id": "99"}, "no such job"),
+        ("resubmit", {"id": "1"}, "it is pending"),
+        ("cancel", {"scope": "matching"}, "expected a filter"),
+        ("limit", {"queue": "default", "max_pending": "-1"}, "expected a whole number"),
+        ("remove_group", {"group": "../x"}, "expected a group that was added here"),
+        ("nosuch", {}, "no such action"),
+    ],
+)
+def test_operator_who_is_wrong_is_told(queue, site, action, form, message):
+    queue.enqueue("t")
+    before = queue.list_jobs()
+    status, text, _ = site.act(action, **form)
+    assert status in (404, 409)
+    assert message in text
+    assert queue.list_jobs() == before
+
+
+def test_read_only_dashboard_offers_and_does_nothing(queue, site, monkeypatch):
+    job_id = failed(queue)
+    monkeypatch.setenv("PQUEUE_OPS_READONLY", "1")
+    for path in ("/", f"/job/{job_id}"):
+        assert 'method="post"' not in site.ask(path)[1]
+        assert site.server.token not in site.ask(path)[1]
+    status, text, _ = site.act("resubmit", id=job_id)
+    assert (status, "read-only" in text) == (409, True)
+    assert queue.get(job_id).state == "failed"
+
+
+# What it refuses
+
+
+def test_request_of_another_site_changes_nothing(queue, site):
+    job_id = failed(queue)
+    path, good = "/act/resubmit", {"token": site.server.token, "id": job_id}
+    here = f"http://127.0.0.1:{site.port}"
+    assert site.ask(path, {"id": job_id})[0] == 403
+    assert site.ask(path, {**good, "token": "guess"})[0] == 403
+    assert site.ask(path, {**good, "token": "ü"})[0] == 403
+    assert site.ask(path, good, Origin="http://evil.example")[0] == 403
+    assert site.ask(path, good, Origin="null")[0] == 403
+    assert site.ask(path, good, Host="evil.example")[0] == 421
+    assert site.ask(path, good, Host=f"127.0.0.1.evil.example:{site.port}")[0] == 421
+    assert site.ask(path + "?" + urlencode(good))[0] == 404
+    assert site.ask(path, method="PUT", body="x")[0] == 501
+    assert queue.get(job_id).state == "failed"
+    assert site.ask(path, good, Origin=here)[0] == 303
+
+
+@pytest.mark.parametrize("host", ["", "evil.example", "127.0.0.1@evil", "[::1", "localhost.evil", "0x7f.1"])
+def test_page_is_not_served_under_another_name(queue, site, host):
+    assert site.ask("/", Host=host)[0] == 421
+
+
+@pytest.mark.parametrize(
+    "path", ["/../../etc/passwd", "//etc/passwd", "/job/../x", "/job/-1", "/job/9" * 20, "/%00", "/job/1%2f", "/static"]
+)
+def test_paths_lead_nowhere(queue, site, path):
+    status, text, _ = site.ask(path)
+    assert status == 404
+    assert "root:" not in text
+
+
+def test_back_leads_to_no_other_site(queue, site):
+    for back in ("http://evil.example/", "//evil.example/job/1", "/\\evil", "javascript:alert(1)", "/job/1\r\nX: y"):
+        failed(queue)
+        location = site.act("resubmit", id=len(queue.list_jobs()), back=back)[2]["Location"]
+        assert re.fullmatch(r"/(job/1[^?]*)?\?said=[^\r\n]*", location), location
+
+
+def test_answers_forbid_scripts_frames_and_sniffing(queue, site):
+    headers = site.ask("/")[2]
+    policy = headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "frame-ancestors 'none'" in policy
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert "style=" not in site.ask("/")[1]
+
+
+def test_oversized_and_half_sent_requests_are_refused(queue, site, monkeypatch):
+    monkeypatch.setattr(web.Handler, "timeout", 0.3)
+    assert site.ask("/act/cancel", body="x" * (web.MOST_BODY_BYTES + 1))[0] == 413
+    assert site.ask("/act/cancel", body="x", Content_Length="999999999999")[0] == 413
+    assert site.ask("/act/cancel", body="x", Content_Length="-1")[0] == 411
+    assert site.ask("/" + "x" * 70_000)[0] == 414
+    with socket.create_connection(("127.0.0.1", site.port)) as half:
+        half.sendall(f"POST /act/cancel HTTP/1.1\r\nHost: 127.0.0.1:{site.port}\r\n".encode())
+        half.sendall(b"Content-Length: 50\r\n\r\nid=")
+        assert b" 408 " in half.recv(100)
+    with socket.create_connection(("127.0.0.1", site.port)) as garbage:
+        garbage.sendall(b"\x16\x03\x01\x00garbage\r\n\r\n")
+        assert b"400" in garbage.recv(1000)
+    assert site.ask("/healthz")[0] == 200
+
+
+def test_idle_connections_do_not_stall_it(queue, site):
+    idle = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(200)]
+    assert site.ask("/healthz")[1] == "healthy\n"
+    more = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(100)]
+    for connection in idle + more:
+        connection.close()
+    wait_until(lambda: _answers(site))
+
+
+def _answers(site):
+    try:
+        return site.ask("/healthz")[0] == 200
+    except OSError:
+        return False
+
+
+def test_other_addresses_need_a_password(queue, folder, monkeypatch, capsys):
+    assert ops.main(["--host", "0.0.0.0", "--port", "0"]) == 2
+    assert "expected a password in PQUEUE_OPS_PASSWORD" in capsys.readouterr().err
+    site = Site("0.0.0.0", "open sesame")
+    try:
+        assert site.ask("/")[0] == 401
+        assert site.ask("/metrics", Authorization="Basic !")[0] == 401
+        for password, status in (("wrong", 401), ("open sesame", 200)):
+            given = base64.b64encode(f"ops:{password}".encode()).decode()
+            assert site.ask("/", Authorization=f"Basic {given}")[0] == status
+    finally:
+        site.close()
+
+
+def test_port_that_is_taken_is_told(site, capsys):
+    assert ops.main(["--port", str(site.port)]) == 1
+    assert capsys.readouterr().err.startswith(f"ops.py: cannot serve on 127.0.0.1:{site.port}: ")
+
+
+# What it survives
+
+
+def test_database_that_comes_and_goes_is_told_and_found_again(folder, site):
+    status, text, _ = site.ask("/")
+    assert (status, "no queue at" in text) == (503, True)
+    assert site.ask("/healthz")[0] == 503
+    assert "no queue at" in json.loads(site.ask("/live")[1])["health"]
+    queue = pqueue.open_queue()
+    queue.enqueue("first")
+    assert "first" in site.ask("/")[1]
+    queue.close()
+    for path in (folder / "var").glob("queue.db*"):
+        if path.is_file():
+            path.unlink()
+    other = pqueue.open_queue()
+    other.enqueue("second")
+    text = site.ask("/")[1]
+    assert "second" in text
+    assert "first" not in text
+    with other.transaction() as db:
+        db.execute("CREATE TABLE x (y)")
+    other.close()
+    with sqlite3.connect(other.path) as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    assert "got 99" in site.ask("/")[1]
+
+
+def test_page_is_drawn_while_a_writer_holds_the_database(queue, site):
+    job_id = queue.enqueue("t")
+    with sqlite3.connect(queue.path, isolation_level=None) as db:
+        db.execute("BEGIN IMMEDIATE")
+        assert site.ask("/")[0] == 200
+        db.execute("ROLLBACK")
+    db.close()
+    assert site.act("cancel", id=job_id)[0] == 303
+
+
+def test_health_and_metrics_are_for_machines(queue, site):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    queue.enqueue("t")
+    status, text, _ = site.ask("/healthz")
+    assert (status, text) == (503, "1 job pending and no consumer is alive: start one\n")
+    names = {family.name for family in text_string_to_metric_families(site.ask("/metrics")[1])}
+    assert {"pqueue_jobs", "pqueue_consumers", "pqueue_problems"} <= names
+
+
+# Streamlit
+
+
+def streamlit():
+    from streamlit.testing.v1 import AppTest
+
+    page = AppTest.from_string(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport ops_streamlit as o; o.page()")
+    return page.run(timeout=30)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_streamlit_page_shows_the_same_figures(queue):
+    populate(queue, jobs=400)
+    page = streamlit()
+    assert not page.exception
+    shown = {metric.label: metric.value for metric in page.metric}
+    assert shown["completed"] == f"{queue.stats()['states']['completed']:,}"
+    assert set(shown) == {label for label, _, _ in ops.tiles(ops.Board().overview())}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_streamlit_page_says_what_is_missing(folder):
+    page = streamlit()
+    assert not page.exception
+    assert "no queue at" in page.error[0].value
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_streamlit_page_pauses_a_queue(queue):
+    queue.enqueue("t")
+    page = streamlit()
+    (button,) = [each for each in page.button if each.label == "pause"]
+    button.click().run(timeout=30)
+    assert queue.stats()["queues"]["default"]["paused"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_streamlit_page_filters(queue):
+    queue.enqueue_many("many", range(3))
+    failed(queue, task="odd", priority=1)
+    page = streamlit()
+    page.selectbox(key="filter-state").select("failed").run(timeout=30)
+    assert not page.exception
+    assert [list(each.value["task"]) for each in page.dataframe if "detail" in each.value] == [["odd"]]
