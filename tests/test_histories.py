@@ -1,0 +1,538 @@
+"""Record every call and its result, and prove from that alone that the queue did nothing it may not.
+
+Actors (producers, consumers and operators at once) have clocks of their own, which step forwards and backwards, and
+die at random. The checker looks for an order of the calls on each job, between their starts and ends, in which a plain
+model of a job gives every result that was seen: linearizability, job by job (Wing and Gong, 1993; Horn and Kroening,
+2015). Run as a program on the folder of another pqueue.py, it says what that one did wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[1])
+
+import pqueue
+
+SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
+BASE = 1_800_000_000.0
+LATER = BASE + 1_000_000
+LEASE, RETRY = 30.0, 20.0
+UNFINISHED = ("scheduled", "pending", "processing")
+Call = dict[str, Any]  # actor, verb, now, began, ended, and what the verb was told and answered
+
+
+# Actors ###############################################################################################################
+
+
+class Actor:
+    """Calls the queue at random; `note` gets each call before it begins and after it ended."""
+
+    def __init__(self, name: str, path: Path, chance: random.Random, note: Callable[[Call], None]) -> None:
+        self.name, self.chance, self.note = name, chance, note
+        self.queue = pqueue.PersistentQSQLite(path, durability="normal")
+        self.clock = BASE + chance.uniform(-20, 20)
+        self.calls = 0
+        self.held: list[pqueue.Job] = []  # every delivery so far, whether its lease is still its own or not
+        self.ids: list[int] = []
+
+    def step(self) -> None:
+        step = self.chance.uniform(-200, 200) if self.chance.random() < 0.04 else self.chance.uniform(0, 4)
+        self.clock += step
+        kinds = [self.enqueue] * 4 + [self.dequeue] * 6 + [self.settle] * 8 + [self.operate] * 3 + [self.look] * 2
+        self.chance.choice([*kinds, self.pause, self.prune])()
+
+    def call(self, verb: str, do: Callable[[], Any], **told: Any) -> Any:
+        self.calls += 1
+        call = {"actor": self.name, "number": self.calls, "verb": verb, "now": self.clock, **told}
+        self.note({**call, "began": time.monotonic_ns(), "ended": None})
+        began = time.monotonic_ns()
+        result = error = None
+        try:
+            result = do()
+        except (pqueue.LeaseLost, pqueue.InvalidTransition) as refused:
+            error = type(refused).__name__
+        except pqueue.QueueError as failure:
+            error = f"{type(failure).__name__}: {failure}"
+        self.note({**call, "began": began, "ended": time.monotonic_ns(), "error": error, **answer(verb, result)})
+        return None if error else result
+
+    def enqueue(self) -> None:
+        options = {
+            "queue": self.chance.choice("ab"),
+            "priority": self.chance.randint(-1, 1),
+            "max_attempts": self.chance.randint(1, 3),
+            "key": self.chance.choice([None, None, None, "k"]),
+            "assigned_to": self.chance.choice([None, None, None, None, self.name]),
+            "run_at": self.clock + self.chance.choice([-1, 0, 0, 15]),
+        }
+        payload = f"{self.name} {self.calls + 1}"
+        job_id = self.call(
+            "enqueue", lambda: self.queue.enqueue("t", payload, now=self.clock, **options), payload=payload, **options
+        )
+        if job_id:
+            self.ids.append(job_id)
+
+    def dequeue(self) -> None:
+        self.queue._looked_for_dead = -math.inf if self.chance.random() < 0.3 else self.queue._looked_for_dead
+        queues = self.chance.choice([None, None, ["a"], ["b", "a"]])
+        options = {"queues": queues, "lease_seconds": LEASE, "now": self.clock}
+        if self.held and self.chance.random() < 0.5:
+            job = self.chance.choice(self.held[-4:])
+            answered = self.call(
+                "fused",
+                lambda: self.queue.complete_and_dequeue([(job, None)], self.name, 1, **options),
+                job=job.id,
+                token=job.lease_token,
+                queues=queues,
+            )
+            jobs = answered[0] if answered else []
+        else:
+            limit = self.chance.randint(1, 3)
+            jobs = self.call("dequeue", lambda: self.queue.dequeue_many(self.name, limit, **options), queues=queues)
+        self.held += jobs or []
+        self.ids += [job.id for job in jobs or []]
+
+    def settle(self) -> None:
+        if not self.held:
+            return
+        job, now, queue = self.chance.choice(self.held[-4:]), self.clock, self.queue
+        verbs: dict[str, Callable[[], Any]] = {
+            "complete": lambda: queue.complete(job, now=now),
+            "fail": lambda: queue.fail(job, "no", retry_in_seconds=RETRY, now=now),
+            "release": lambda: queue.release(job, now=now),
+            "extend": lambda: queue.extend(job, LEASE, now=now),
+            "update": lambda: queue.update(job, progress=0.5),
+        }
+        verb = self.chance.choice(["complete", "complete", *verbs])
+        self.call(verb, verbs[verb], job=job.id, token=job.lease_token)
+
+    def operate(self) -> None:
+        if not self.ids:
+            return
+        job_id, to = self.chance.choice(self.ids[-8:]), self.chance.choice([None, self.name, "nobody"])
+        verb = self.chance.choice(["assign", "assign", "cancel", "mark_failed", "resubmit", "resubmit"])
+        arguments = [job_id, to] if verb == "assign" else [job_id]
+        self.call(verb, lambda: getattr(self.queue, verb)(*arguments, now=self.clock), job=job_id, to=to)
+
+    def look(self) -> None:
+        if self.ids:
+            job_id = self.chance.choice(self.ids)
+            self.call("get", lambda: self.queue.get(job_id), job=job_id)
+
+    def pause(self) -> None:
+        verb = self.chance.choice(["pause", "resume"])
+        self.call(verb, lambda: getattr(self.queue, verb)("b"))
+
+    def prune(self) -> None:
+        self.call("prune", lambda: self.queue.prune(100_000, now=self.clock))
+
+    def die(self) -> None:
+        """End as a killed process does: without a word, its locks let go by the kernel."""
+        self.call("die", lambda: [me.slot.close() for me in self.queue._registry.values()] and None)
+        self.queue._registry.clear()
+        self.queue.close()
+
+    def finish_all(self) -> None:
+        """With everything resumed, unassigned and due, complete what is left, and look at all of it."""
+        self.clock = LATER
+        self.call("resume", lambda: self.queue.resume("b"))
+        for job in self.queue.list_jobs(limit=1_000_000):
+            if job.assigned_to and job.state in UNFINISHED:
+                self.call("assign", lambda: self.queue.assign(job.id, None, now=LATER), job=job.id, to=None)  # noqa: B023
+        while jobs := self.call(
+            "dequeue", lambda: self.queue.dequeue_many(self.name, 1, lease_seconds=LEASE, now=LATER), queues=None
+        ):
+            job = jobs[0]
+            self.call("complete", lambda: self.queue.complete(job, now=LATER), job=job.id, token=job.lease_token)  # noqa: B023
+        self.call("list", lambda: self.queue.list_jobs(limit=1_000_000))
+
+
+def answer(verb: str, result: Any) -> Call:
+    if verb in ("dequeue", "list"):
+        return {"jobs": [row(job) for job in result or []]}
+    if verb == "fused":
+        return {"jobs": [row(job) for job in result[0]] if result else [], "lost": bool(result and result[1])}
+    if verb == "get":
+        return {"jobs": [row(result)]} if result else {}
+    return {"result": result}
+
+
+def row(job: pqueue.Job) -> dict[str, Any]:
+    fields = ("id", "queue", "payload", "state", "priority", "run_at", "attempts", "max_attempts", "assigned_to")
+    return {name: getattr(job, name) for name in (*fields, "lease_token", "lease_expires_at")}
+
+
+# The model of a job, and the search ###################################################################################
+
+
+@dataclass(frozen=True)
+class Model:
+    state: str
+    attempts: int
+    max_attempts: int
+    run_at: float
+    assigned_to: str | None
+    token: str | None = None
+    expires: float = 0.0
+    holder: str | None = None
+    since: int = 0  # when it came into this state at the earliest
+
+
+class Checker:
+    """Looks for what cannot have been. A call whose `ended` is None was cut off by a kill, and may have done its work."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        self.calls = sorted(calls, key=lambda call: call["began"])
+        self.events: dict[int, list[Call]] = {}
+        self.died = {call["actor"]: call["began"] for call in calls if call["verb"] == "die"}
+        self.claims = [call for call in self.calls if call["verb"] in ("dequeue", "fused")]
+        self.operations = 0
+
+    def problems(self) -> Iterator[str]:
+        yield from self._errors()
+        yield from self._tokens()
+        if lost := list(self._gather()):
+            yield from lost
+            return
+        for job_id, events in self.events.items():
+            if not self._explained(events):
+                yield f"job {job_id}: no order of its {len(events)} calls explains their results"
+        yield from self._order()
+
+    def _errors(self) -> Iterator[str]:
+        for call in self.calls:
+            if call.get("error") not in (None, "LeaseLost", "InvalidTransition"):
+                yield f"{call['verb']}: {call['error']}"
+
+    def _tokens(self) -> Iterator[str]:
+        seen: set[str] = set()
+        for call in self.claims:
+            for job in call.get("jobs", ()):
+                token = f"{job['lease_token']} {job['id']}"
+                if token in seen:
+                    yield f"token {token} was given twice"
+                seen.add(token)
+
+    def _gather(self) -> Iterator[str]:
+        """Sort the calls by job; yield what was lost or invented."""
+        final = next(call for call in reversed(self.calls) if call["verb"] == "list")
+        payloads = {job["payload"]: job["id"] for job in final["jobs"]}
+        made = {call["payload"]: call for call in self.calls if call["verb"] == "enqueue"}
+        for payload in payloads.keys() - made.keys():
+            yield f"job {payloads[payload]} was invented"
+        for call in self.calls:
+            verb, ended = call["verb"], call["ended"]
+            if verb == "enqueue":
+                job_id = payloads.get(call["payload"]) if ended is None else call["result"]
+                if job_id is None:
+                    continue  # refused, or cut off before its commit
+                if job_id not in payloads.values():
+                    yield f"job {job_id} was lost"
+                new = payloads.get(call["payload"]) == job_id
+                if not new and call["key"] is None:
+                    yield f"job {job_id} is not what was enqueued"
+                self._add(job_id, {**call, "verb": "enqueue" if new else "same key"})
+            elif verb in ("dequeue", "fused", "list", "get"):
+                if verb == "fused":
+                    error = "LeaseLost" if call.get("lost") else None
+                    self._add(call["job"], {**call, "verb": "complete", "error": error})
+                for job in call.get("jobs", ()):
+                    self._add(
+                        job["id"], {**call, "verb": "claim" if verb in ("dequeue", "fused") else "get", "row": job}
+                    )
+                if ended is None and verb != "get":
+                    for job_id in payloads.values():
+                        self._add(job_id, {**call, "verb": "claim", "row": None})
+            elif "job" in call:
+                self._add(call["job"], call)
+        for job in final["jobs"]:
+            if job["state"] in UNFINISHED:
+                yield f"job {job['id']} is {job['state']} for ever"
+
+    def _add(self, job_id: int, event: Call) -> None:
+        self.events.setdefault(job_id, []).append(event)
+        self.operations += 1
+
+    def _explained(self, events: list[Call]) -> bool:
+        """Search depth first for an order; a set of events done and the model after it are tried once."""
+        everything = (1 << len(events)) - 1
+        cut_off = sum(1 << n for n, event in enumerate(events) if event["ended"] is None)
+        tried: set[tuple[int, Model | None]] = set()
+        stack: list[tuple[int, Model | None]] = [(0, None)]
+        while stack:
+            done, model = stack.pop()
+            if done | cut_off == everything:
+                return True
+            if (done, model) in tried:
+                continue
+            tried.add((done, model))
+            left = [n for n in range(len(events)) if not done >> n & 1]
+            first_end = min(events[n]["ended"] or math.inf for n in left)
+            able = [n for n in left if events[n]["began"] <= first_end]
+            able.sort(key=lambda n: (events[n]["ended"] is not None, -events[n]["began"]))  # the last is tried first
+            for n in able:
+                stack += [(done | 1 << n, after) for after in self._after(model, events[n])]
+        return False
+
+    def _after(self, model: Model | None, event: Call) -> Iterator[Model]:
+        """Yield the models in which the event leaves a job, if it can answer there what it answered."""
+        verb, error, now = event["verb"], event.get("error"), event["now"]
+        if model is None or verb == "enqueue":
+            if model is None and verb == "enqueue":
+                state = "scheduled" if event["run_at"] > now else "pending"
+                yield Model(
+                    state, 0, event["max_attempts"], event["run_at"], event["assigned_to"], since=event["began"]
+                )
+            return
+        for each in self._recovered(model, event):
+            yield from self._answered(each, event, verb, error, now)
+
+    def _answered(self, each: Model, event: Call, verb: str, error: str | None, now: float) -> Iterator[Model]:
+        since = event["began"]
+        if verb == "get":
+            if "row" not in event or agrees(each, event["row"]):
+                yield each
+        elif verb == "same key":
+            if each.state in UNFINISHED:
+                yield each
+        elif verb == "claim":
+            taken = replace(
+                each, state="processing", attempts=each.attempts + 1, token="?", holder=event["actor"], since=since,
+                expires=now + LEASE,
+            )  # fmt: skip
+            mine = each.assigned_to in (None, event["actor"])
+            if each.state != "pending" or taken.attempts > each.max_attempts or not mine:
+                return
+            if event["row"] is not None:
+                if each.assigned_to is None and event["queues"] and event["row"]["queue"] not in event["queues"]:
+                    return
+                taken = replace(taken, token=event["row"]["lease_token"])
+                if not agrees(taken, event["row"]):
+                    return
+            yield taken
+        elif "token" in event:
+            held = each.state == "processing" and each.token == event["token"]
+            if held != (error is None) and event["ended"] is not None:
+                return
+            yield settled(each, event, verb, now) if held else each
+        else:
+            finished = each.state not in UNFINISHED
+            allowed = finished if verb == "resubmit" else not finished
+            if error and (not allowed or verb == "resubmit"):  # another job may have its key
+                yield each
+            elif not error and allowed:
+                yield operated(each, event, verb, now)
+
+    def _recovered(self, model: Model, event: Call) -> Iterator[Model]:
+        """Yield the model, and what a dequeue that was under way may have made of it."""
+        yield model
+        due = model.run_at if model.state == "scheduled" else model.expires
+        dead = self.died.get(model.holder or "", math.inf) <= (event["ended"] or math.inf)
+        if model.state not in ("scheduled", "processing") or event["verb"] == "enqueue":
+            return
+        for claim in self.claims:
+            if claim["began"] > (event["ended"] or math.inf):
+                return
+            if (claim["ended"] or math.inf) >= model.since and (
+                claim["now"] >= due or (dead and model.state == "processing")
+            ):
+                out_of_attempts = model.state == "processing" and model.attempts >= model.max_attempts
+                state = "failed" if out_of_attempts else "pending"
+                yield replace(model, state=state, token=None, holder=None, expires=0.0)
+                return
+
+    def _order(self) -> Iterator[str]:
+        """Look for jobs passed over: pending since before the dequeue, touched by nobody until after it."""
+        untouched = []
+        for events in self.events.values():
+            made = next((event for event in events if event["verb"] == "enqueue"), None)
+            if made and made["ended"] and made["run_at"] <= made["now"] and made["assigned_to"] is None:
+                touched = min(e["began"] for e in events if e["verb"] not in ("enqueue", "get", "same key"))
+                untouched.append((made["queue"], (-made["priority"], made["run_at"], made["result"]), made, touched))
+        pauses = [call for call in self.calls if call["verb"] in ("pause", "resume")]
+        for claim in self.claims:
+            if claim["ended"] is None or not claim["jobs"]:
+                continue
+            last = max((-job["priority"], job["run_at"], job["id"]) for job in claim["jobs"])
+            for queue, rank, made, touched in untouched:
+                served = queue == "a" and (claim["queues"] is None or queue in claim["queues"])
+                if served and made["ended"] < claim["began"] and touched > claim["ended"] and rank < last:
+                    yield f"job {made['result']} was passed over for job {last[2]}"
+            if self._paused(pauses, claim) and any(job["queue"] == "b" for job in claim["jobs"]):
+                yield "a job of a paused queue was delivered"
+
+    @staticmethod
+    def _paused(pauses: list[Call], claim: Call) -> bool:
+        """Say whether the queue was surely paused: by the last word, spoken before the claim and after all others."""
+        before = [call for call in pauses if call["began"] <= claim["ended"]]
+        if not before or any(call["ended"] is None for call in before):
+            return False
+        last = max(before, key=lambda call: call["began"])
+        alone = all(call["ended"] < last["began"] for call in before if call is not last)
+        return last["verb"] == "pause" and alone and last["ended"] < claim["began"]
+
+
+def agrees(model: Model, seen: dict[str, Any]) -> bool:
+    return (
+        (model.state, model.attempts, model.max_attempts) == (seen["state"], seen["attempts"], seen["max_attempts"])
+        and model.assigned_to == seen["assigned_to"]
+        and (model.token == "?" or model.token == seen["lease_token"])
+        and (model.state != "processing" or model.token == "?" or model.expires == seen["lease_expires_at"])
+        and model.run_at == seen["run_at"]
+    )
+
+
+def settled(model: Model, event: Call, verb: str, now: float) -> Model:
+    ended = replace(model, token=None, holder=None, expires=0.0, since=event["began"])
+    if verb == "complete":
+        return replace(ended, state="completed")
+    if verb == "release":
+        return replace(ended, state="pending", attempts=model.attempts - 1)
+    if verb == "fail":
+        again = model.attempts < model.max_attempts
+        return replace(ended, state="scheduled", run_at=now + RETRY) if again else replace(ended, state="failed")
+    return replace(model, expires=now + LEASE) if verb == "extend" else model
+
+
+def operated(model: Model, event: Call, verb: str, now: float) -> Model:
+    ended = replace(model, token=None, holder=None, expires=0.0, since=event["began"])
+    if verb == "resubmit":
+        return replace(ended, state="pending", attempts=0, run_at=now)
+    if verb == "assign":
+        running = model.state == "processing"
+        state = "pending" if running else model.state
+        return replace(ended, state=state, attempts=model.attempts - running, assigned_to=event["to"])
+    return replace(ended, state={"cancel": "cancelled", "mark_failed": "failed"}[verb])
+
+
+# Histories ############################################################################################################
+
+
+def in_turn(seed: int, folder: Path, steps: int = 250) -> list[Call]:
+    """Let four actors of one process take turns: the same for the same seed."""
+    calls: list[Call] = []
+    chance, path = random.Random(seed), folder / f"{seed}.db"
+
+    def note(call: Call) -> None:
+        if call["ended"] is not None:
+            calls.append(call)
+
+    actors = [Actor(f"actor {n}", path, chance, note) for n in range(4)]
+    for _ in range(steps):
+        actor = chance.choice(actors)
+        if chance.random() < 0.01:
+            actor.die()
+            actors.remove(actor)
+            actors.append(Actor(f"{actor.name}'", path, chance, note))
+            actors[-1].ids, actors[-1].held = actor.ids, actor.held
+        else:
+            actor.step()
+    last = Actor("last", path, chance, note)
+    last.finish_all()
+    for actor in [*actors, last]:
+        actor.queue.close()
+    return calls
+
+
+def at_once(seed: int, folder: Path, steps: int, deaths: int) -> list[Call]:
+    """Let four processes go at once, and kill some."""
+    path, chance = folder / "queue.db", random.Random(seed)
+    pqueue.PersistentQSQLite(path).close()
+    running = [begin(f"process {n}", path, seed * 100 + n, steps, folder) for n in range(4)]
+    killed = []
+    for n in range(deaths):
+        time.sleep(chance.uniform(0.05, 0.3))
+        name, child = running.pop(chance.randrange(len(running)))
+        os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        if status:
+            killed.append((name, time.monotonic_ns()))
+        running.append(begin(f"process {n + 4}", path, seed * 100 + n + 4, steps, folder))
+    for _, child in running:
+        assert os.waitpid(child, 0)[1] == 0
+    calls: dict[tuple[str, int], Call] = {}
+    for file in folder.glob("*.calls"):
+        for line in file.read_text().splitlines():
+            call = json.loads(line)
+            calls[call["actor"], call["number"]] = call
+    ends = [{"actor": name, "number": 0, "verb": "die", "now": 0, "began": at, "ended": at} for name, at in killed]
+    history: list[Call] = []
+    with closing(Actor("last", path, chance, history.append).queue) as queue:
+        last = Actor("last", path, chance, history.append)
+        last.finish_all()
+        queue.check()
+        last.queue.close()
+    return [*calls.values(), *ends, *(call for call in history if call["ended"] is not None)]
+
+
+def begin(name: str, path: Path, seed: int, steps: int, folder: Path) -> tuple[str, int]:
+    child = os.fork()
+    if child:
+        return name, child
+    try:
+        file = os.open(folder / f"{seed}.calls", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        actor = Actor(name, path, random.Random(seed), lambda call: os.write(file, f"{json.dumps(call)}\n".encode()))
+        for _ in range(steps):
+            actor.step()
+        actor.call("die", actor.queue.close)
+        os._exit(0)
+    except BaseException as error:
+        os.write(2, f"{error!r}\n".encode())
+    finally:
+        os._exit(1)
+
+
+def check_in_turn(seeds: range) -> tuple[list[str], int]:
+    """Return what is wrong, and how many operations were checked."""
+    found: list[str] = []
+    operations = 0
+    for seed in seeds:
+        with tempfile.TemporaryDirectory(dir=memory()) as folder:
+            checker = Checker(in_turn(seed, Path(folder)))
+            found += [f"seed {seed}: {problem}" for problem in checker.problems()]
+            operations += checker.operations
+        if found:
+            break
+    return found, operations
+
+
+def memory() -> str | None:
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+if __name__ == "__main__":
+    wrong, _ = check_in_turn(range(int(sys.argv[2])))
+    print("\n".join(wrong[:3]))
+    sys.exit(bool(wrong))
+
+
+def test_actors_taking_turns_see_only_what_the_model_allows():
+    seeds = range(20 * SOAK)
+    problems, operations = check_in_turn(seeds)
+    print(f"\n{len(seeds)} histories in turn, {operations} operations")
+    assert problems == []
+
+
+def test_processes_at_once_see_only_what_the_model_allows(tmp_path):
+    operations = 0
+    for seed in range(3 * SOAK):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        checker = Checker(at_once(seed, folder, steps=150, deaths=3))
+        assert list(checker.problems()) == []
+        operations += checker.operations
+    print(f"\n{3 * SOAK} histories at once, {operations} operations")
