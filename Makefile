@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help run test check format bench clean
+.PHONY: help run test check format screenshots bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -22,6 +22,9 @@ check: $(READY)  ## Check format, lint and types
 format: $(READY)  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+screenshots: $(READY)  ## Take pictures of the dashboard into docs; needs Chromium
+	PYTHONPATH=. $(BIN)/python tests/screenshots.py docs
 
 bench: $(READY)  ## Measure against the bare limit of the disk and against other queues
 	$(BIN)/python bench.py

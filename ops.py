@@ -219,11 +219,11 @@ def tiles(seen: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _times(pair: tuple[float, float] | None) -> str:
-    return "none" if pair is None else " / ".join(_time(seconds) for seconds in pair)
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1000:,.0f} ms" if seconds < 1 else report.span(seconds)
+    if pair is None:
+        return "none"
+    if max(pair) < 1:
+        return f"{pair[0] * 1000:,.0f} / {pair[1] * 1000:,.0f} ms"
+    return f"{pair[0]:,.1f} / {pair[1]:,.1f} s"
 
 
 # Actions ##############################################################################################################

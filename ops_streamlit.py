@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import streamlit as st
@@ -14,6 +15,7 @@ import ops
 import pqueue
 import report
 
+COLOURS: list[Any] = ["#8a94a6", "#1a8f5a", "#d33a3a"]  # enqueued, completed, failed
 DOT = {"completed": "green", "failed": "red", "processing": "blue", "pending": "orange", "scheduled": "violet"}
 
 
@@ -24,7 +26,8 @@ def board() -> ops.Board:
 
 def page() -> None:
     st.set_page_config("pqueue", layout="wide")
-    st.title("pqueue")
+    st.html("<style>.block-container { padding-top: 2.5rem } [data-testid=stMetricValue] { font-size: 1.5rem }</style>")
+    st.subheader("pqueue")
     if said := st.session_state.pop("said", None):
         st.toast(said)
     for title, part in (
@@ -81,11 +84,9 @@ def _overview() -> None:
         for column, (label, value, _) in zip(st.columns(6), found[begin : begin + 6], strict=False):
             column.metric(label, value)
     minutes = board().minutes()
-    rows = [{"minute": report.clock(each["at"])[:5], **{name: each[name] for name in NAMES}} for each in minutes]
-    st.line_chart(rows, x="minute", y=list(NAMES), color=["#1a8f5a", "#8a94a6", "#d33a3a"], height=200)
-
-
-NAMES = ("completed", "enqueued", "failed")
+    names = ["enqueued", "completed", "failed"]
+    rows = [{"minute": datetime.fromtimestamp(each["at"]), **{name: each[name] for name in names}} for each in minutes]
+    st.line_chart(rows, x="minute", y=names, x_label="", y_label="per minute", color=COLOURS, height=200)
 
 
 def _processing() -> None:

@@ -193,7 +193,7 @@ class Model:
 
 
 class Checker:
-    """Looks for what cannot have been. A call whose `ended` is None was cut off by a kill, and may have done its work."""
+    """Looks for what cannot have been. A call whose `ended` is None was killed, and may have done its work."""
 
     def __init__(self, calls: list[Call]) -> None:
         self.calls = sorted(calls, key=lambda call: call["began"])

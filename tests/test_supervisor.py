@@ -13,18 +13,21 @@ import pytest
 from conftest import ROOT, Place, wait_until
 
 BIN = Path(sys.executable).parent
-FILES = (*(path.name for path in ROOT.glob("*.py")), "supervisord.conf", "Procfile")
+FILES = (*(path.name for path in ROOT.glob("*.py")), "supervisord.conf", "Procfile", ".streamlit")
 
 
 @pytest.fixture
 def system(tmp_path):
     """A checkout's copy in which to run it."""
     for name in FILES:
-        shutil.copy(ROOT / name, tmp_path)
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
     for folder in ("var/log", "var/supervisor.d"):
         (tmp_path / folder).mkdir(parents=True)
     place = Place(tmp_path)
     yield place
+    for child in place.children:  # let it stop what it has started
+        child.terminate()
+        child.wait(60)
     place.close()
 
 
@@ -66,7 +69,7 @@ def is_gone(pid):
 
 def test_supervisor_runs_it_all_and_leaves_nothing_behind(system):
     supervisor = started(system, "supervisord", "-n", "-c", "supervisord.conf")
-    names = {"producer", "consumer:consumer_00", "consumer:consumer_01", "consumer:consumer_02"}
+    names = {"producer", "ops", "consumer:consumer_00", "consumer:consumer_01", "consumer:consumer_02"}
     pids = wait_until(lambda: set(running(system)) == names and running(system))
     job = wait_until(lambda: completed_files(system))[0]
     text = (system.folder / "var/files" / job.payload["file"]).read_text()
@@ -95,11 +98,11 @@ def manage(place, *arguments):
 
 def test_manager_adds_and_removes_consumers_beside_running_ones(system):
     started(system, "supervisord", "-n", "-c", "supervisord.conf")
-    first = wait_until(lambda: len(running(system)) == 4 and running(system))
+    first = wait_until(lambda: len(running(system)) == 5 and running(system))
     done = manage(system, "--count", "1", "--queue", "default", "--queue", "50% off")
     assert (done.returncode, done.stdout) == (0, "added consumer2: 3 consumers\n"), done.stderr
     added = {f"consumer2:consumer2_0{number}" for number in range(3)}
-    everything = wait_until(lambda: len(running(system)) == 7 and running(system))
+    everything = wait_until(lambda: len(running(system)) == 8 and running(system))
     assert set(everything) == set(first) | added
     assert {name: everything[name] for name in first} == first
     queue = system.queue()
@@ -117,9 +120,9 @@ def test_manager_adds_and_removes_consumers_beside_running_ones(system):
 
 def test_added_group_is_there_again_after_a_restart_of_supervisor(system):
     supervisor = started(system, "supervisord", "-n", "-c", "supervisord.conf")
-    wait_until(lambda: len(running(system)) == 4)
+    wait_until(lambda: len(running(system)) == 5)
     assert manage(system, "--count", "2", "--size", "1").returncode == 0
-    wait_until(lambda: len(running(system)) == 6)
+    wait_until(lambda: len(running(system)) == 7)
     supervisor.send_signal(signal.SIGINT)
     assert supervisor.wait(60) == 0
     started(system, "supervisord", "-n", "-c", "supervisord.conf")
@@ -135,7 +138,7 @@ def test_manager_tells_what_is_wrong_in_one_line(system):
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "start it with supervisord -c supervisord.conf" in done.stderr
     started(system, "supervisord", "-n", "-c", "supervisord.conf")
-    before = wait_until(lambda: len(running(system)) == 4 and running(system))
+    before = wait_until(lambda: len(running(system)) == 5 and running(system))
     for arguments, code, message in [
         (["--remove", "consumer"], 1, "expected a group that was added here (none), got 'consumer'"),
         (["--remove", "../../etc"], 1, "expected a group"),
@@ -152,7 +155,7 @@ def test_manager_tells_what_is_wrong_in_one_line(system):
 
 def test_monitor_shows_what_supervisor_runs(system):
     started(system, "supervisord", "-n", "-c", "supervisord.conf")
-    wait_until(lambda: len(running(system)) == 4 and completed_files(system))
+    wait_until(lambda: len(running(system)) == 5 and completed_files(system))
     done = subprocess.run(
         [sys.executable, "admin.py", "monitor", "--once"],
         cwd=system.folder,
