@@ -1779,7 +1779,7 @@ class PersistentQSQLite(PersistentQInterface):
             with closing(sqlite3.connect(f"{part.as_uri()}?mode=ro", uri=True)) as copy:
                 if copy.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                     raise QueueError(f"cannot back up to {target}: the copy is damaged")
-            _sync(part)  # SQLite does not
+            _sync(part)  # whatever this SQLite syncs
             _create(target)  # takes the name, or fails where there is one
             part.replace(target)
             _sync(target.parent)

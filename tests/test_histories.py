@@ -231,6 +231,7 @@ class Checker:
         """Sort the calls by job; yield what was lost or invented."""
         final = next(call for call in reversed(self.calls) if call["verb"] == "list")
         payloads = {job["payload"]: job["id"] for job in final["jobs"]}
+        queues = {job["id"]: job["queue"] for job in final["jobs"]}
         made = {call["payload"]: call for call in self.calls if call["verb"] == "enqueue"}
         for payload in payloads.keys() - made.keys():
             yield f"job {payloads[payload]} was invented"
@@ -243,7 +244,7 @@ class Checker:
                 if job_id not in payloads.values():
                     yield f"job {job_id} was lost"
                 new = payloads.get(call["payload"]) == job_id
-                if not new and call["key"] is None:
+                if (not new and call["key"] is None) or queues.get(job_id) != call["queue"]:
                     yield f"job {job_id} is not what was enqueued"
                 self._add(job_id, {**call, "verb": "enqueue" if new else "same key"})
             elif verb in ("dequeue", "fused", "list", "get"):

@@ -47,7 +47,7 @@ def mark(**fact):
 
 def open_queue():
     queue = pqueue.PersistentQSQLite(path, durability="normal" if durability == "off" else durability)
-    queue._session().connection.execute("PRAGMA wal_autocheckpoint = 12")
+    queue._session().connection.execute("PRAGMA wal_autocheckpoint = 40")
     if durability == "off":
         session = queue._session
         def unsynced(**_):

@@ -1,0 +1,164 @@
+"""Remove each guard of pqueue.py in turn, in a copy, and see that some check notices.
+
+`python tests/test_mutants.py` lists the mutants and what kills each.
+"""
+
+# ruff: noqa: E501 - a mutant is one line
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HISTORIES = 12
+TESTS = ("conftest.py", "test_commit_points.py", "test_histories.py", "test_power_loss.py", "record_writes.c")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    guard: str
+    old: str
+    new: str
+    killer: str = "history"  # or "contract: part of a test's name", or a file of tests and part of a test's name
+
+
+POWER = "test_power_loss.py: nothing_that_returned"
+# fmt: off
+MUTANTS = [
+    # who may settle
+    Mutant("a settling verb needs the current token", " AND lease_token = :token", ""),
+    Mutant("complete needs a held lease", "if not _complete(tx, job, encoded", "if None is _complete(tx, job, encoded"),
+    Mutant("the fused call tells a lost lease", "if not _complete(tx, job, result", "if None is _complete(tx, job, result"),
+    Mutant("fail, release, extend, update need a held lease", "            if not tx.change(sql, params):\n                raise _lost", "            if tx.change(sql, params) < 0:\n                raise _lost"),
+    Mutant("each claim has a number of its own", "{next(me.claims)}", "0"),
+    Mutant("a lost lease dooms its transaction", "error is None and self.lost is None and not ended", "error is None and not ended", "contract: lost_lease_undoes_the_transaction"),
+    # attempts
+    Mutant("an attempt counts when it is claimed", "attempts = attempts + 1, consumer", "attempts = attempts, consumer"),
+    Mutant("no attempt after the last", "again = retry and job.attempts < job.max_attempts", "again = retry"),
+    Mutant("no delivery after the last attempt was lost", "WHERE {HELD} AND attempts < max_attempts", "WHERE {HELD}"),
+    Mutant("a released attempt does not count", "state = 'pending', attempts = attempts - 1,", "state = 'pending',"),
+    Mutant("an attempt that an operator ended does not count", "CASE state WHEN 'processing' THEN 1 ELSE 0 END", "0"),
+    Mutant("a resubmitted job has all its attempts", "run_at = :now, attempts = 0,", "run_at = :now,"),
+    Mutant("a job delivered before comes alone", "return max(1, fresh)", "return max(1, len(attempts))", "contract: beside_one_that_kills"),
+    # who may claim, and what
+    Mutant("a paused queue delivers nothing", "WHERE q.paused = 0", "WHERE 1 = 1"),
+    Mutant("a paused queue delivers no assigned job", "AND queue NOT IN (SELECT name FROM queues WHERE paused = 1) ", "", "contract: paused_queue"),
+    Mutant("an assigned job is for its consumer", "state = 'pending' AND assigned_to IS NULL\n     ORDER BY", "state = 'pending'\n     ORDER BY"),
+    Mutant("a consumer gets what is assigned to it only", "AND assigned_to = :consumer", "AND assigned_to IS NOT NULL"),
+    Mutant("a consumer gets from its queues only", '"" if queues is None else f"AND', '"" if True else f"AND'),
+    Mutant("order: priority first", 'ORDER = "priority DESC, run_at, id"', 'ORDER = "run_at, id"'),
+    Mutant("order: then the time it was due", 'ORDER = "priority DESC, run_at, id"', 'ORDER = "priority DESC, id"'),
+    Mutant("order: then the id", 'ORDER = "priority DESC, run_at, id"', 'ORDER = "priority DESC, run_at, -id"', "contract: by_priority_then_due"),
+    # time and death
+    Mutant("a lease is not taken back before it ran out", "WHERE state = 'processing' AND lease_expires_at <= :now\n", "WHERE state = 'processing'\n"),
+    Mutant("a job is not promoted before it is due", "state = 'scheduled' AND run_at <= :now ORDER", "state = 'scheduled' ORDER"),
+    Mutant("what is due is promoted", "    if due:", "    if False:"),
+    Mutant("what expired is taken back", "    if expired:", "    if False:", "contract: did_not_finish"),
+    Mutant("the dead lose their jobs at once", "    if dead is not None:", "    if False:", "contract: killed_consumer"),
+    Mutant("the living keep their jobs", " AND consumers.state <> 'running')", ")"),
+    Mutant("who holds its lock is alive", "self._slots is None or slot is None or self._slots.is_taken(slot)", "False"),
+    # operators
+    Mutant("resubmit takes finished jobs", "error = NULL WHERE id = :id AND state IN {FINISHED}", "error = NULL WHERE id = :id"),
+    Mutant("resubmit respects the key", "    AND NOT EXISTS (SELECT 1 FROM jobs o WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN {UNFINISHED})", ""),
+    Mutant("mark_failed takes unfinished jobs", "finished_at = :now, error = :error, {NO_LEASE}\nWHERE id = :id AND state IN {UNFINISHED}", "finished_at = :now, error = :error, {NO_LEASE}\nWHERE id = :id"),
+    Mutant("cancel takes unfinished jobs", "{NO_LEASE} WHERE id = :id AND state IN {UNFINISHED}", "{NO_LEASE} WHERE id = :id"),
+    Mutant("assign takes unfinished jobs", "ELSE 0 END, {NO_LEASE}\nWHERE id = :id AND state IN {UNFINISHED}", "ELSE 0 END, {NO_LEASE}\nWHERE id = :id"),
+    Mutant("an operator is told of a refusal", "            if not tx.change(sql, params):\n                raise _refusal", "            if tx.change(sql, params) < 0:\n                raise _refusal"),
+    Mutant("assign ends the running delivery", "attempts = attempts - CASE state WHEN 'processing' THEN 1 ELSE 0 END, {NO_LEASE}", "attempts = attempts"),
+    Mutant("running jobs are not deleted", "if running and not force:", "if False:", "contract: not_deleted_unless_forced"),
+    Mutant("prune takes old jobs only", "finished_at < :before\n     AND id <", "1\n     AND id <"),
+    Mutant("prune keeps the newest", "AND id < (SELECT max(id) FROM jobs) ORDER", "ORDER", "contract: no_id_is_given_twice"),
+    # producing
+    Mutant("one unfinished job per key", "ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING\n", ""),
+    Mutant("a key holds within its queue", "WHERE queue = :queue AND key = :key AND", "WHERE key = :key AND"),
+    Mutant("a full queue refuses a job", "(max_pending IS NULL OR max_pending >", "(1 OR max_pending >", "contract: queue_at_its_limit"),
+    Mutant("a full queue refuses a batch", "if room is not None and room < len(rows):", "if False:", "contract: queue_at_its_limit"),
+    # the disk
+    Mutant("enqueue and complete are synced", '"FULL" if durable and', '"NORMAL" if durable and', POWER),
+    Mutant("the fused call is synced", "durable=bool(settled)", "durable=False", POWER),
+    Mutant("fail is synced", 'durable=event == "failed"', "durable=False", POWER),
+    Mutant("the folder of a new queue is synced", "                _sync(folder.parent)", "                pass", POWER),
+    Mutant("a backup's name is synced", "            _sync(target.parent)\n", "", "test_power_loss.py: backup"),
+    Mutant("a backup takes its name last", "        part = target.with_name(", "        part = target or target.with_name(", "contract: backup_is_a_whole"),
+    Mutant("a migration is one transaction", '                connection.execute("BEGIN IMMEDIATE")\n                for', "                for", "test_commit_points.py: killed and schema"),
+    # errors
+    Mutant("an interrupted call is rolled back", "            self._roll_back()  # again", "            pass  # again", "test_commit_points.py: fails and lost"),
+    Mutant("a failed call gives its turn back", "                self._queue._exit()\n\n    def _roll_back", "                pass\n\n    def _roll_back", "test_commit_points.py: fails and enqueue"),
+    Mutant("a failed opening closes what it opened", "        except BaseException:\n            self.close()\n            raise\n        _queues", "        except BaseException:\n            raise\n        _queues", "test_commit_points.py: fails and opening"),
+    Mutant("a failed savepoint is undone", 'self.run("ROLLBACK TO nested", {})', "pass", "contract: nested_transaction"),
+    # whose file it is
+    Mutant("another program's file is refused", "if owner != APPLICATION_ID and", "if False and", "contract: another_program"),
+    Mutant("a newer schema is refused", "if version > len(MIGRATIONS):", "if False:", "contract: newer_schema"),
+    Mutant("a network drive is refused", "if kind.startswith(NETWORK_FILE_SYSTEMS):", "if False:", "contract: network_drive"),
+    Mutant("a lease stands exactly while processing", "    CHECK ((lease_token IS NULL) = (lease_expires_at IS NULL))", "    CHECK (1)", "contract: guarantee_8"),
+    Mutant("files are private", "os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600", "os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644", "contract: private_whatever"),
+]
+# fmt: on
+
+
+def mutate(mutant: Mutant, folder: Path) -> None:
+    text = (ROOT / "pqueue.py").read_text()
+    assert mutant.old in text, f"pqueue.py has no guard {mutant.old!r} any more: write this mutant anew"
+    (folder / "pqueue.py").write_text(text.replace(mutant.old, mutant.new, 1))
+    (folder / "tests").mkdir()
+    shutil.copy(ROOT / "test_pqueue.py", folder)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    for name in TESTS:
+        shutil.copy(ROOT / "tests" / name, folder / "tests")
+
+
+def judge(killer: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run what should notice, on the folder's pqueue.py."""
+    file, _, names = killer.partition(": ")
+    if file == "history":
+        arguments = [str(folder / "tests" / "test_histories.py"), str(folder), str(HISTORIES)]
+    elif file == "contract":
+        arguments = ["-m", "pytest", "-qx", "test_pqueue.py", "-k", f"{names} and not NormalDurability"]
+    else:
+        arguments = ["-m", "pytest", "-qx", f"tests/{file}", "-k", names]
+    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def kill(mutant: Mutant) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        mutate(mutant, Path(folder))
+        return judge(mutant.killer, Path(folder))
+
+
+WHOLE = [Mutant("none", "", "", killer) for killer in sorted({mutant.killer for mutant in MUTANTS})]
+
+
+@pytest.fixture(scope="module")
+def verdicts(request):
+    """Run those that were chosen, as many at a time as there are processors."""
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {each["mutant"]: pool.submit(kill, each["mutant"]) for each in parameters if "mutant" in each}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.guard)
+def test_queue_without_a_guard_is_caught(mutant, verdicts):
+    verdict = verdicts[mutant].result()
+    assert verdict.returncode == 1, verdict.stdout + verdict.stderr
+
+
+@pytest.mark.parametrize("mutant", WHOLE, ids=lambda mutant: mutant.killer)
+def test_whole_queue_passes_what_kills_the_mutants(mutant, verdicts):
+    verdict = verdicts[mutant].result()
+    assert verdict.returncode == 0, verdict.stdout + verdict.stderr
+
+
+if __name__ == "__main__":
+    for mutant in MUTANTS:
+        verdict = kill(mutant)
+        why = verdict.stdout.strip().splitlines()[:1] if mutant.killer == "history" else []
+        print("killed" if verdict.returncode == 1 else "ALIVE ", mutant.guard, "|", mutant.killer, *why, flush=True)
