@@ -45,14 +45,13 @@ class Place:
 
     def start(self, program: str, *arguments: object, **variables: str) -> subprocess.Popen:
         """Start a program; its output goes to a file of its own, read by `output`."""
+        return self.start_command(self.command(program, *arguments), **variables)
+
+    def start_command(self, command: list[str], **variables: str) -> subprocess.Popen:
         out = self.folder / f"out-{len(self.children)}"
         with out.open("w") as file:
             child = subprocess.Popen(
-                self.command(program, *arguments),
-                cwd=self.folder,
-                env=self.environment(**variables),
-                stdout=file,
-                stderr=subprocess.STDOUT,
+                command, cwd=self.folder, env=self.environment(**variables), stdout=file, stderr=subprocess.STDOUT
             )
         child.out = out
         self.children.append(child)
