@@ -461,6 +461,62 @@ def backup(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     return Result([{"file": str(options.file)}], f"backed up to {options.file}, and verified")
 
 
+@command(
+    "move",
+    Parameter("--to", "where to: a path, sqlite:///PATH or postgresql://…", metavar="URL"),
+    Parameter("--finish", "the new queue is in use: delete the jobs of the old one", flag=True),
+    YES,
+)
+def move(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+    """Copy a live queue into an empty one of any backend. The old one stays as it is, paused, until --finish."""
+    if options.to is None:
+        raise UsageError("move: expected --to URL")
+    target = pqueue.open_queue(options.to, create=not options.finish)
+    try:
+        return _finish_move(queue, target, options) if options.finish else _move(queue, target)
+    finally:
+        target.close()
+
+
+def _move(queue: PersistentQInterface, target: PersistentQInterface) -> Result:
+    if target.count_jobs():
+        raise Problem("cannot move: the target holds jobs; expected an empty one")
+    running = [name for name, each in queue.stats()["queues"].items() if not each["paused"]]
+    for name in running:
+        queue.pause(name)
+    try:
+        while held := queue.count_jobs(state="processing"):
+            _progress(f"waiting for {count(held, 'job')} that run")
+            time.sleep(0.5)
+        copied = queue.copy_to(target, lambda rows: _progress(f"{rows:,} rows copied"))
+    except BaseException:
+        for name in running:
+            queue.resume(name)
+        raise
+    for name in running:
+        target.resume(name)
+    _progress("")
+    text = f"moved {count(copied['jobs'], 'job')}, verified; the old queue is paused. Start everything with the new URL"
+    return Result([copied], f"{text}, then give --finish")
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _finish_move(queue: PersistentQInterface, target: PersistentQInterface, options: argparse.Namespace) -> Result:
+    newest = queue.list_jobs(limit=1)
+    if newest and not target.list_jobs(before_id=newest[0].id + 1, limit=1):
+        raise Problem("cannot finish: the target has not got these jobs; move them first")
+    if newest and target.list_jobs(before_id=newest[0].id + 1, limit=1)[0].created_at != newest[0].created_at:
+        raise Problem(f"cannot finish: job {newest[0].id} was enqueued in the old queue after the move")
+    if not _agreed(options, f"delete all {count(queue.count_jobs(), 'job')} of the old queue"):
+        return Result(text="nothing done", code=1)
+    deleted = queue.delete_jobs()
+    return Result([{"deleted": deleted}], f"deleted {count(deleted, 'job')} of the old queue")
+
+
 @command("delete-db-jobs", Parameter("--force", "also while jobs are processing", flag=True), YES)
 def delete_db_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     """Delete all jobs from the database, all or none."""

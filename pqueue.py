@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import errno
 import getpass
+import hashlib
 import json
 import math
 import mmap
@@ -475,6 +476,14 @@ SELECT task, substr(error, 1, 80), count(*), max(id) FROM jobs WHERE state = 'fa
 GROUP BY task, substr(error, 1, 80)"""
 
 
+# What a copy carries: its first column is the key. Consumers are not among it: they belong to where they run.
+COPIED = {
+    "queues": "name, paused, max_pending",
+    "jobs": COLUMNS,
+    "history": "id, job_id, at, event, actor, attempt, error",
+}
+
+
 # The contract, and the verbs over it ##################################################################################
 
 
@@ -491,6 +500,10 @@ class Session(ABC):
     @abstractmethod
     def change(self, sql: str, params: Params) -> int:
         """Execute a statement and return how many rows it changed."""
+
+    @abstractmethod
+    def change_many(self, sql: str, rows: list[Params]) -> None:
+        """Execute a statement once per row."""
 
     @abstractmethod
     def __enter__(self) -> Session: ...
@@ -977,6 +990,39 @@ class PersistentQInterface(ABC):
             if len(rows) < PRUNE_BATCH:
                 return pruned
 
+    def copy_to(self, target: PersistentQInterface, tell: Callable[[int], None] | None = None) -> dict[str, int]:
+        """Copy queues, jobs and history, as they are, into an empty queue of any backend; return the rows by table.
+
+        Others wait to write until it is done; tell is called with the rows so far. The copy is read back and compared
+        before it is committed. Raises QueueError when the target holds jobs, or the copy is not the same.
+        """
+        with self._write() as source, target._write() as copy:
+            self._lock_out_writers(source)
+            if copy.run("SELECT 1 FROM jobs LIMIT 1", {}):
+                raise QueueError("cannot copy: expected a target without jobs")
+            copy.change("DELETE FROM queues", {})
+            copied: dict[str, int] = {}
+            for table, columns in COPIED.items():
+                insert = f"INSERT INTO {table} ({columns}) VALUES (:{columns.replace(', ', ', :')})"
+                copied[table] = 0
+                for rows in _pages(source, table, columns):
+                    copy.change_many(insert, [dict(zip(columns.split(", "), row, strict=True)) for row in rows])
+                    copied[table] += len(rows)
+                    if tell:
+                        tell(sum(copied.values()))
+                if _digest(source, table, columns) != _digest(copy, table, columns):
+                    raise QueueError(f"cannot copy {table}: what was read back is not what was written")
+            target._number_on(copy)
+        return copied
+
+    @abstractmethod
+    def _lock_out_writers(self, tx: Session) -> None:
+        """Let nobody else write until this transaction ends."""
+
+    @abstractmethod
+    def _number_on(self, tx: Session) -> None:
+        """Give the next rows ids above those that were copied."""
+
     # Consumers
 
     def wait(
@@ -1043,6 +1089,21 @@ class PersistentQInterface(ABC):
             if me.slot:
                 me.slot.close()
         self._registry.clear()
+
+
+def _pages(tx: Session, table: str, columns: str) -> Iterator[list[Any]]:
+    key = columns.split(", ", 1)[0]
+    after: Any = "" if key == "name" else -1
+    sql = f"SELECT {columns} FROM {table} WHERE {key} > :after ORDER BY {key} LIMIT 1000"
+    while rows := tx.run(sql, {"after": after}):
+        yield rows
+        after = rows[-1][0]
+
+
+def _digest(tx: Session, table: str, columns: str) -> str:
+    rows = (row for page in _pages(tx, table, columns) for row in page)
+    digests = sorted(hashlib.sha256(repr(tuple(row)).encode()).digest() for row in rows)
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def _complete(tx: Session, job: Job, result: str | None, now: float) -> int:
@@ -1471,6 +1532,12 @@ class SQLiteSession(Session):
         except sqlite3.Error as error:
             raise self._queue._error(error) from error
 
+    def change_many(self, sql: str, rows: list[Params]) -> None:
+        try:
+            self.connection.executemany(sql, rows)
+        except sqlite3.Error as error:
+            raise self._queue._error(error) from error
+
     def __enter__(self) -> SQLiteSession:
         if self._depth == 0:
             self._begin()
@@ -1728,13 +1795,15 @@ class PersistentQSQLite(PersistentQInterface):
         return self._session().run(sql, params)
 
     def _insert_many(self, tx: Session, rows: list[Params]) -> list[int]:
-        connection = cast(SQLiteSession, tx).connection
-        try:
-            connection.executemany(INSERT, rows)
-        except sqlite3.Error as error:
-            raise self._error(error) from error
+        tx.change_many(INSERT, rows)
         last: int = tx.run("SELECT last_insert_rowid()", {})[0][0]
         return list(range(last - len(rows) + 1, last + 1))
+
+    def _lock_out_writers(self, tx: Session) -> None:
+        """Do nothing more: whoever writes to SQLite is alone."""
+
+    def _number_on(self, tx: Session) -> None:
+        """Do nothing: SQLite counts on from the highest id."""
 
     def _enter(self, in_batch: bool = False) -> bool:
         return self._turnstile is not None and self._turnstile.enter(through_hall=in_batch)

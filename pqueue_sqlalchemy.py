@@ -49,7 +49,6 @@ LOCK_CLASS = 0x7071  # of the advisory locks by which consumers are seen to live
 CLOCK_SECONDS = 30.0  # how often the server's clock is read
 RETRY_SECONDS = 0.5  # between two attempts of the listener to connect
 RESTART_SECONDS = 10.0  # after a restart of the server nobody is taken for dead: locks are being taken anew
-TABLES = ("queues", "jobs", "consumers", "history")
 
 # A subquery for each queue is LATERAL here: "q CROSS JOIN jobs WHERE … jobs.id IN (SELECT id …)".
 PER_QUEUE = re.compile(r"queues q CROSS JOIN jobs WHERE (.*?)jobs\.id IN\s*(\(SELECT id.*?LIMIT :limit\))", re.DOTALL)
@@ -93,6 +92,12 @@ class PostgresSession(Session):
         if self.connection is None:
             raise QueueError("cannot go on in a transaction that has ended; leave its block")
         return self.connection
+
+    def change_many(self, sql: str, rows: list[Params]) -> None:
+        try:
+            self.current().execute(translated(sql), rows)
+        except exc.SQLAlchemyError as error:
+            raise self._queue._error(error) from error
 
     def _execute(self, sql: str, params: Params) -> Any:
         try:
@@ -458,17 +463,14 @@ class PersistentQSQLAlchemy(PersistentQInterface):
             yield tx.current()
 
     def backup(self, path: str | os.PathLike[str]) -> None:
-        """Write all tables, as of one moment, into a new SQLite queue, which `open_queue(path)` opens."""
+        """Write a copy, as of one moment, that is a queue on SQLite: `open_queue(path)` opens it."""
         target = Path(path).absolute()
         if target.exists() or not target.parent.is_dir():
             reason = "File exists" if target.exists() else "No such file or directory"
             raise QueueError(f"cannot back up to {target}: {reason}")
         copy = PersistentQSQLite(target)
         try:
-            with self._write() as tx, copy.transaction() as db:
-                tx.change("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY", {})
-                for table in TABLES:
-                    self._copy(tx, db, table)
+            self.copy_to(copy)
             with closing(sqlite3.connect(target)) as db:
                 if db.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                     raise QueueError(f"cannot back up to {target}: the copy is damaged")
@@ -478,12 +480,13 @@ class PersistentQSQLAlchemy(PersistentQInterface):
             raise
         copy.close()
 
-    def _copy(self, tx: PostgresSession, db: sqlite3.Connection, table: str) -> None:
-        columns = [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
-        names = ", ".join(columns)
-        rows = tx.current().execution_options(yield_per=1000).exec_driver_sql(f"SELECT {names} FROM {table}")
-        marks = ", ".join("?" * len(columns))
-        db.executemany(f"INSERT INTO {table} ({names}) VALUES ({marks})", (tuple(row) for row in rows))
+    def _lock_out_writers(self, tx: Session) -> None:
+        tx.change("LOCK TABLE queues, jobs, history IN SHARE MODE", {})
+
+    def _number_on(self, tx: Session) -> None:
+        for table in ("jobs", "history"):
+            highest = f"(SELECT coalesce(max(id), 0) + 1 FROM {table})"
+            tx.run(f"SELECT setval(pg_get_serial_sequence('{SCHEMA}.{table}', 'id'), {highest}, false)", {})
 
     def check(self, *, thorough: bool = True) -> dict[str, Any]:
         facts: dict[str, Any] = {"path": self.name, "durability": self.durability, "user_version": self._version()}

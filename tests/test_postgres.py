@@ -252,3 +252,49 @@ class TestPrograms:
         states = queue.stats()["states"]
         assert states["completed"] == sum(states.values()), [job.error for job in queue.list_jobs(state="failed")]
         queue.close()
+
+
+@pytest.mark.parametrize("direction", ["to PostgreSQL", "to SQLite"])
+def test_operator_moves_a_live_queue(place, database, direction):
+    here, there = str(place.folder / "var/queue.db"), database
+    if direction == "to SQLite":
+        here, there = there, here
+    variables = {"PQUEUE_URL": here}
+    queue = pqueue.open_queue(here)
+    ids = queue.enqueue_many("t", [{"n": number, "text": "\x00ü"} for number in range(2500)])
+    queue.enqueue("later", delay_seconds=3600, key="k", queue="held", priority=3, assigned_to="anna")
+    queue.pause("held")
+    queue.fail(queue.dequeue("w"), "ValueError: no\n  trace", retry=False)
+    queue.complete(queue.dequeue("w"), [1.5, None])
+    before = [queue.list_jobs(limit=9999), queue.history(ids[0])]
+    running = queue.dequeue("w")
+    moving = place.start("admin.py", "move", "--to", there, **variables)
+    wait_until(lambda: queue.stats()["queues"]["default"]["paused"])
+    queue.release(running)
+    assert moving.wait() == 0, moving.out.read_text()
+    assert "moved 2,501 jobs, verified" in moving.out.read_text()
+    target = pqueue.open_queue(there)
+    assert [target.list_jobs(limit=9999), target.history(ids[0])] == [queue.list_jobs(limit=9999), before[1]]
+    assert [each["paused"] for each in target.stats()["queues"].values()] == [False, True]
+    assert [each["paused"] for each in queue.stats()["queues"].values()] == [True, True]
+    done = place.run("admin.py", "move", "--to", there, **variables)
+    assert (done.returncode, "the target holds jobs" in done.stderr) == (1, True)
+    assert target.enqueue("new") > max(ids)
+    assert target.dequeue("w").id == ids[2]
+    done = place.run("admin.py", "move", "--to", there, "--finish", "--yes", **variables)
+    assert (done.returncode, done.stdout) == (0, "deleted 2,501 jobs of the old queue\n"), done.stderr
+    queue.close()
+    target.close()
+
+
+def test_copy_that_fails_leaves_both_as_they_were(place, database):
+    queue, target = place.queue(), pqueue.open_queue(database)
+    queue.enqueue_many("t", range(10))
+    with mock.patch("pqueue._digest", side_effect=lambda *_: object()), pytest.raises(QueueError, match="read back"):
+        queue.copy_to(target)
+    assert (queue.count_jobs(), target.count_jobs()) == (10, 0)
+    target.enqueue("own")
+    with pytest.raises(QueueError, match="expected a target without jobs"):
+        queue.copy_to(target)
+    assert target.count_jobs() == 1
+    target.close()
