@@ -92,7 +92,7 @@ MUTANTS = [
     Mutant("a migration is one transaction", '                connection.execute("BEGIN IMMEDIATE")\n                for', "                for", "test_commit_points.py: killed and schema"),
     # errors
     Mutant("an interrupted call is rolled back", "            self._roll_back()  # again", "            pass  # again", "test_commit_points.py: fails and lost"),
-    Mutant("a failed call gives its turn back", "                self._queue._exit()\n\n    def _roll_back", "                pass\n\n    def _roll_back", "test_commit_points.py: fails and enqueue"),
+    Mutant("a failed call gives its turn back", "                self._queue._exit()\n\n    def _roll_back", "                pass\n\n    def _roll_back", "contract: while_the_turnstile_was_held"),
     Mutant("a failed opening closes what it opened", "        except BaseException:\n            self.close()\n            raise\n        _queues", "        except BaseException:\n            raise\n        _queues", "test_commit_points.py: fails and opening"),
     Mutant("a failed savepoint is undone", 'self.run("ROLLBACK TO nested", {})', "pass", "contract: nested_transaction"),
     # whose file it is
