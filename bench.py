@@ -22,9 +22,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import pqueue
 from consumer import positive
@@ -34,6 +36,7 @@ SCALE = float(os.environ.get("BENCH_SCALE", "1"))  # of the work; --quick sets i
 SECONDS = 2.0 * SCALE  # of each rate that is measured by the clock
 QUICK_SCALE = 0.1
 PUT_MANY = 100
+SERVER = "BENCH_SERVER"  # names the PostgreSQL server to the measuring processes
 CONSUMERS = 4
 COLUMNS = ["put", "put many", "process", "program", "share", "put under load", "pickup", "idle", "depth"]
 SIMPLE = COLUMNS[:3]  # what the peers are measured in
@@ -84,7 +87,9 @@ class Ours:
     module, survives = "pqueue", "yes"
 
     def __init__(self, folder: Path, durability: str) -> None:
-        self.queue = pqueue.PersistentQSQLite(folder / "queue.db", durability=durability)
+        self.folder, self.durability = folder, durability
+        self.url = os.environ.get(SERVER) or str(folder / "queue.db")
+        self.queue = pqueue.open_queue(self.url, durability=durability)
 
     def put(self) -> None:
         self.queue.enqueue("noop")
@@ -97,6 +102,33 @@ class Ours:
         while jobs:
             yield
             jobs, _ = self.queue.complete_and_dequeue([(job, None) for job in jobs], "bench")
+
+
+class PostgresLimit:
+    """Bare psycopg doing the least: one commit per put, one per job taken and finished."""
+
+    module, survives = "psycopg", "-"
+
+    def __init__(self, folder: Path, durability: str) -> None:
+        import psycopg  # noqa: PLC0415
+
+        self.db = psycopg.connect(os.environ[SERVER], autocommit=True, prepare_threshold=0)
+        self.db.execute(f"SET synchronous_commit = {'on' if durability == 'full' else 'off'}")
+        self.db.execute("CREATE TABLE jobs (id BIGSERIAL PRIMARY KEY, state TEXT NOT NULL, payload TEXT NOT NULL)")
+        self.db.execute("CREATE INDEX pending ON jobs (id) WHERE state = 'pending'")
+
+    def put(self) -> None:
+        self.db.execute("INSERT INTO jobs (state, payload) VALUES ('pending', 'null')")
+
+    def put_many(self, number: int) -> None:
+        with self.db.transaction(), self.db.cursor() as cursor:
+            cursor.executemany("INSERT INTO jobs (state, payload) VALUES ('pending', %s)", [("null",)] * number)
+
+    def process(self) -> Iterator[None]:
+        take = """UPDATE jobs SET state = 'completed' WHERE id =
+                  (SELECT id FROM jobs WHERE state = 'pending' ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED)"""
+        while self.db.execute(take).rowcount:
+            yield
 
 
 class Huey:
@@ -203,6 +235,7 @@ CONTESTANTS: dict[str, Any] = {
     "persist-queue": PersistQueue,
     "localqueue": LocalQueue,
 }
+ON_POSTGRES: dict[str, Any] = {"limit": PostgresLimit, "pqueue": Ours}
 
 # The columns: each returns named figures ##############################################################################
 
@@ -234,27 +267,27 @@ def measure_process(contestant: Any, jobs: int = int(4000 * SCALE)) -> dict[str,
 
 def measure_program(ours: Ours, jobs: int = int(40_000 * SCALE)) -> dict[str, float]:
     fill(ours.queue, jobs)
-    with consumers(ours.queue, 1, "--drain") as (child,):
+    with consumers(ours, 1, "--drain") as (child,):
         child.wait()
-    began, ended = select(ours.queue, "SELECT min(started_at), max(finished_at) FROM jobs")[0]
-    return {"jobs/s": jobs / (ended - began)}
+    return {"jobs/s": jobs / took(ours.queue.list_jobs(limit=jobs))}
 
 
 def measure_share(ours: Ours, jobs: int = int(100_000 * SCALE)) -> dict[str, float]:
     fill(ours.queue, jobs)
     ours.queue.pause("default")
-    with consumers(ours.queue, CONSUMERS):
+    with consumers(ours, CONSUMERS):
         ours.queue.resume("default")
-        wait_until(lambda: select(ours.queue, "SELECT 1 FROM jobs WHERE state = 'pending' LIMIT 1") == [])
-    began, ended = select(ours.queue, "SELECT min(started_at), max(finished_at) FROM jobs")[0]
-    shares = [row[0] for row in select(ours.queue, "SELECT count(*) FROM jobs GROUP BY consumer")]
-    return {"jobs/s": jobs / (ended - began), "fewest/most": min(shares) / max(shares)}
+        wait_until(lambda: ours.queue.timings(1)["run"] != [] and ours.queue.get(jobs).state == "completed")
+        wait_until(lambda: ours.queue.stats()["states"]["completed"] == jobs)
+    done = ours.queue.list_jobs(limit=jobs)
+    shares = Counter(job.consumer for job in done).values()
+    return {"jobs/s": jobs / took(done), "fewest/most": min(shares) / max(shares)}
 
 
 def measure_put_under_load(ours: Ours) -> dict[str, float]:
     fill(ours.queue, int(300_000 * SCALE))
     delays = []
-    with consumers(ours.queue, CONSUMERS):
+    with consumers(ours, CONSUMERS):
         until = time.monotonic() + 2 * SECONDS
         while time.monotonic() < until:
             began = time.perf_counter()
@@ -265,7 +298,7 @@ def measure_put_under_load(ours: Ours) -> dict[str, float]:
 
 
 def measure_pickup(ours: Ours) -> dict[str, float]:
-    with consumers(ours.queue, 1):
+    with consumers(ours, 1):
         jobs = max(20, int(100 * SCALE))
         for _ in range(jobs):
             time.sleep(0.05)
@@ -275,7 +308,7 @@ def measure_pickup(ours: Ours) -> dict[str, float]:
 
 
 def measure_idle(ours: Ours, seconds: float = 10.0) -> dict[str, float]:
-    with consumers(ours.queue, 1) as (child,):
+    with consumers(ours, 1) as (child,):
         time.sleep(1)
         before = cpu_seconds(child.pid)
         time.sleep(seconds)
@@ -309,17 +342,19 @@ MEASURES: dict[str, Callable[..., dict[str, float]]] = {
 }
 
 
-def select(queue: pqueue.PersistentQSQLite, sql: str) -> list[Any]:
-    """Read from beside the queue, so that nothing of it is held up."""
-    with contextlib.closing(sqlite3.connect(queue.path)) as db:
-        return db.execute(sql).fetchall()
+def took(jobs: list[pqueue.Job]) -> float:
+    """Return the seconds from the first start to the last end."""
+    return max(job.finished_at or 0 for job in jobs) - min(job.started_at or 0 for job in jobs)
 
 
-def fill(queue: pqueue.PersistentQSQLite, rows: int, **columns: object) -> None:
+def fill(queue: Any, rows: int, **columns: object) -> None:
     """Insert rows at once, past the API: what is there before the clock starts."""
     values = {"queue": "'default'", "task": "'noop'", "payload": "'null'", "state": "'pending'", "priority": 0}
     values |= {"run_at": 1.0, "max_attempts": 3, "created_at": 1.0}
     values |= {name: f"'{value}'" if name == "state" else value for name, value in columns.items()}
+    if SERVER in os.environ:
+        queue.enqueue_many("noop", [None] * rows)
+        return
     with queue.transaction() as db:
         db.execute("INSERT INTO queues (name) VALUES ('default') ON CONFLICT DO NOTHING")
         db.execute(
@@ -329,19 +364,17 @@ def fill(queue: pqueue.PersistentQSQLite, rows: int, **columns: object) -> None:
 
 
 @contextlib.contextmanager
-def consumers(queue: pqueue.PersistentQSQLite, number: int, *options: str) -> Iterator[list[subprocess.Popen[bytes]]]:
+def consumers(ours: Ours, number: int, *options: str) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Run consumer.py with its default settings, and wait until each has shown up."""
-    environment = {**os.environ, "PQUEUE_URL": str(queue.path), "PQUEUE_DURABILITY": queue.durability}
+    environment = {**os.environ, "PQUEUE_URL": ours.url, "PQUEUE_DURABILITY": ours.durability}
     environment["PYTHONPATH"] = str(HERE)
     command = [sys.executable, str(HERE / "consumer.py"), "--import", "bench", *options]
     children = [
-        subprocess.Popen(
-            [*command, "--name", f"c{i}"], env=environment, stdout=subprocess.DEVNULL, cwd=queue.path.parent
-        )
+        subprocess.Popen([*command, "--name", f"c{i}"], env=environment, stdout=subprocess.DEVNULL, cwd=ours.folder)
         for i in range(number)
     ]
     try:
-        wait_until(lambda: len(queue.consumers()) >= number)
+        wait_until(lambda: len(ours.queue.consumers()) >= number)
         yield children
     finally:
         for child in children:
@@ -364,7 +397,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def milliseconds(delays: list[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(delays, n=100)
+    cuts = statistics.quantiles(delays, n=100, method="inclusive")
     return {"p50 ms": 1000 * cuts[49], "p99 ms": 1000 * cuts[98], "max ms": 1000 * max(delays)}
 
 
@@ -378,8 +411,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.measure:
         column, contestant, durability, folder = options.measure
-        print(json.dumps(MEASURES[column](CONTESTANTS[contestant](Path(folder), durability))))
+        print(json.dumps(MEASURES[column](contestants()[contestant](Path(folder), durability))))
         return 0
+    if options.url:
+        os.environ[SERVER] = options.url
     machine = describe_machine()
     print("\n".join(f"{name}: {value}" for name, value in machine.items()))
     columns = options.only or ([c for c in COLUMNS if c not in ("depth", "idle")] if options.quick else COLUMNS)
@@ -400,15 +435,20 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="one round of a tenth of the work, without idle and depth")
     made.add_argument("--only", action="append", choices=COLUMNS, metavar="COLUMN", help=f"of {', '.join(COLUMNS)}")
     made.add_argument("--rounds", type=positive, default=3, help="(default: %(default)s)")
+    made.add_argument("--url", help="a PostgreSQL server to measure on instead, with a database of its own per figure")
     made.add_argument("--json", metavar="FILE", help="write all figures")
     made.add_argument("--plot", metavar="FILE.png", help="draw the bars; needs matplotlib")
     made.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     return made
 
 
+def contestants() -> dict[str, Any]:
+    return ON_POSTGRES if SERVER in os.environ else CONTESTANTS
+
+
 def run(columns: list[str], rounds: int) -> dict[Key, Figures]:
     """Take every figure `rounds` times, the contestants of a column in random turn."""
-    present = [name for name in CONTESTANTS if is_installed(name)]
+    present = [name for name in contestants() if is_installed(name)]
     turns = [
         (column, name, durability)
         for column in columns
@@ -427,7 +467,7 @@ def run(columns: list[str], rounds: int) -> dict[Key, Figures]:
 
 
 def is_installed(name: str) -> bool:
-    if importlib.util.find_spec(CONTESTANTS[name].module):
+    if importlib.util.find_spec(contestants()[name].module):
         return True
     print(f"{name} is left out: pip install {name}")
     return False
@@ -437,12 +477,29 @@ def measure(turn: Key) -> dict[str, float]:
     folder = tempfile.mkdtemp(prefix="bench-", dir=pqueue_folder())
     try:
         command = [sys.executable, __file__, "--measure", *turn, folder]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        with database() as environment:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             sys.exit(f"bench.py: {' '.join(turn)} failed:\n{done.stderr}")
         return dict(json.loads(done.stdout))
     finally:
         shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def database() -> Iterator[dict[str, str]]:
+    """Yield the environment of a measuring process; with a server, make a database of its own for it."""
+    if SERVER not in os.environ:
+        yield dict(os.environ)
+        return
+    import psycopg  # noqa: PLC0415
+
+    url = urlsplit(os.environ[SERVER])
+    name = f"bench_{os.urandom(4).hex()}"
+    with psycopg.connect(os.environ[SERVER], autocommit=True) as server:
+        server.execute(f"CREATE DATABASE {name}")
+        yield {**os.environ, SERVER: urlunsplit(url._replace(path=f"/{name}"))}
+        server.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def pqueue_folder() -> Path:
