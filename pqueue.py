@@ -1120,10 +1120,21 @@ def _claim(
     params["now"] = now
     params["lease_expires_at"] = now + _lease(lease_seconds)
     params["token"] = f"{me.token}.{next(me.claims)}"
-    jobs = [_job(row) for row in tx.run(_serving(CLAIM, queues), params)]
+    jobs = []
+    for row in tx.run(_serving(CLAIM, queues), params):
+        try:
+            jobs.append(_job(row, json.loads))
+        except ValueError as error:  # somebody wrote past the API: it must not stop the jobs behind it
+            _set_aside(tx, row[0], f"cannot read the payload or result, which is not JSON: {error}", params)
     if len(jobs) > 1:
         jobs.sort(key=lambda job: (-job.priority, job.run_at, job.id))
     return jobs
+
+
+def _set_aside(tx: Session, job_id: int, error: str, claim: Params) -> None:
+    params = {"id": job_id, "token": claim["token"], "now": claim["now"], "error": _error_text(error)}
+    tx.change(RECORD, {**params, "event": "failed", "actor": claim["consumer"]})
+    tx.change(FAIL, params)
 
 
 def _batch(attempts: list[int]) -> int:
@@ -1241,11 +1252,19 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def _job(row: Sequence[Any]) -> Job:
+def _read_json(text: str) -> Any:
+    """Return the value, or the text itself where somebody wrote past the API what is not JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _job(row: Sequence[Any], read: Callable[[str], Any] = _read_json) -> Job:
     fields = list(row)
-    fields[3] = json.loads(row[3])
+    fields[3] = read(row[3])
     if row[18] is not None:
-        fields[18] = json.loads(row[18])
+        fields[18] = read(row[18])
     return Job(*fields)
 
 

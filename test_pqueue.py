@@ -525,6 +525,17 @@ class QueueContract:
         self.assertEqual(self.queue.list_jobs(before_id=big + 1)[0].id, big)
         self.assertEqual(self.queue.delete_jobs([big, following]), 2)
 
+    def test_damaged_row_is_set_aside_and_stops_nobody(self):
+        damaged, sound = self.queue.enqueue_many("t", range(2))
+        with self.queue.transaction() as db:
+            self.execute(db, "UPDATE jobs SET payload = :text WHERE id = :id", text="{not JSON", id=damaged)
+        self.assertEqual(self.queue.get(damaged).payload, "{not JSON")
+        self.assertEqual([job.id for job in self.queue.dequeue_many("w", 5)], [sound])
+        job = self.queue.get(damaged)
+        self.assertEqual(job.state, "failed")
+        self.assertIn("which is not JSON", job.error)
+        self.assertEqual(self.queue.history(damaged)[0]["event"], "failed")
+
     def test_operator_finds_jobs_by_text_and_time(self):
         first = self.queue.enqueue("mail", {"to": "Ada"}, now=100)
         second = self.queue.enqueue("mail", {"to": "50%_off\\"}, key="spring", now=200)
