@@ -828,14 +828,15 @@ class PersistentQInterface(ABC):
     def stats(self) -> dict[str, Any]:
         """Return {"states": {state: jobs}, "queues": {name: {state: jobs, "paused": bool, "max_pending": int or
         None, "oldest_pending_at": the earliest due time of a pending job, or None}}, "oldest_pending_at": of all}."""
-        queues = {
+        finished, unfinished = self._read(COUNTS, {}), self._read(COUNTS_UNFINISHED, {})
+        queues = {  # read last, so that none is missing
             name: {**dict.fromkeys(STATES, 0), "paused": bool(paused), "max_pending": most, "oldest_pending_at": None}
             for name, paused, most in self._read("SELECT name, paused, max_pending FROM queues ORDER BY name", {})
         }
-        for name, *finished in self._read(COUNTS, {}):
-            queues[name].update(zip(FINISHED, finished, strict=True))
+        for name, *counts in finished:
+            queues[name].update(zip(FINISHED, counts, strict=True))
         waiting = []
-        for name, state, jobs, oldest in self._read(COUNTS_UNFINISHED, {}):
+        for name, state, jobs, oldest in unfinished:
             queues[name][state] += jobs
             if state == "pending":
                 waiting.append(oldest)

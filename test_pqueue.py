@@ -581,6 +581,17 @@ class QueueContract:
         self.assertEqual(self.queue.timings(), {"wait": [48.0, 38.0], "run": [2.0, 2.0]})
         self.assertEqual(self.queue.timings(1), {"wait": [38.0], "run": [2.0]})
 
+    def test_stats_bear_a_queue_that_appears_meanwhile(self):
+        read, names = self.queue._read, iter("abcdefgh")
+
+        def read_late(sql, params):
+            rows = read(sql, params)
+            self.queue.enqueue("t", queue=next(names))
+            return rows
+
+        with mock.patch.object(self.queue, "_read", read_late):
+            self.assertLessEqual(self.queue.stats()["states"]["pending"], 3)
+
     def test_stats_count_each_state_per_queue(self):
         self.queue.enqueue_many("t", range(3), queue="a", run_at=NOW - 7, now=NOW)
         self.queue.enqueue("t", run_at=NOW + 9, now=NOW)

@@ -26,7 +26,7 @@ PRODUCERS = 2
 CONSUMERS = 4
 LEASE_SECONDS = 0.5
 KILL_SECONDS = 0.1  # between two kills
-LATE_EVERY = 50  # one delivery in so many lets its lease run out
+LATE_EVERY = 20  # one delivery in so many lets its lease run out
 MAX_ATTEMPTS = 10_000  # so that no job is set aside for being killed
 
 EFFECT = "INSERT INTO effects SELECT id, lease_token IS NOT ? FROM jobs WHERE id = ?"
@@ -56,9 +56,9 @@ def consume(folder: Path, durability: str, name: str, drain: bool = False) -> No
                 queue.wait(0.1, consumer=name)
                 continue
             if job.attempts > 1:
-                time.sleep(LEASE_SECONDS * 0.8)  # still at it when the late one comes
+                time.sleep(LEASE_SECONDS * 0.9)  # still at it when the late one comes
             elif not drain and random.randrange(LATE_EVERY) == 0:
-                time.sleep(LEASE_SECONDS * 1.5)
+                time.sleep(LEASE_SECONDS * 1.7)
             try:
                 with queue.transaction() as db:
                     db.execute(EFFECT, [job.lease_token, job.id])

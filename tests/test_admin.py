@@ -36,7 +36,8 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def queue(folder):
+def queue(folder, monkeypatch):
+    monkeypatch.setattr(pqueue, "TASKS", {})  # those of other tests' modules are not known here
     queue = pqueue.open_queue()
     yield queue
     queue.close()
@@ -530,7 +531,7 @@ def test_torture_finds_a_queue_without_its_token_guard(tmp_path):
     assert broken != source
     (tmp_path / "pqueue.py").write_text(broken)
     done = subprocess.run(
-        [sys.executable, "admin.py", "torture", "--seconds", "10"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "admin.py", "torture", "--seconds", "20"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 1
     assert "committed under a stale token" in done.stdout
