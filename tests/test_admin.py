@@ -147,7 +147,7 @@ def test_both_front_ends_do_the_same_with_every_command(tmp_path, monkeypatch, c
             queue.close()
             told.append(answers)
     assert told[0] == told[1]
-    assert {arguments[0] for arguments in READING} >= set(admin.COMMANDS) - {"monitor", "doctor", "torture"}
+    assert {arguments[0] for arguments in READING} >= set(admin.COMMANDS) - {"monitor", "doctor", "torture", "move"}
 
 
 def test_each_command_explains_itself(front, capsys):
