@@ -27,7 +27,8 @@ import report
 from pqueue import DoNotRetry, Job, PersistentQInterface, QueueError
 
 PAGE = 50  # jobs on a page
-FRESH_SECONDS = 1.0  # figures are computed at most so often, whatever the number of viewers
+FRESH_SECONDS = 1.0  # figures are computed at most so often, whatever the number of viewers,
+SHARE = 0.1  # and for at most this share of the time
 REFRESH_SECONDS = 2
 MINUTES = 60
 FILE_BYTES = 65_536  # of a job's file that are shown
@@ -88,10 +89,13 @@ class Board:
     def _fresh(self, compute: Callable[[PersistentQInterface], Value]) -> Value:
         queue = self.queue()
         with self._lock:
-            at, value = self._cache.get(compute.__name__, (-FRESH_SECONDS, None))
-            if time.monotonic() - at >= FRESH_SECONDS:
+            stale_at, value = self._cache.get(compute.__name__, (0.0, None))
+            if time.monotonic() >= stale_at:
+                began = time.monotonic()
                 value = compute(queue)
-                self._cache[compute.__name__] = (time.monotonic(), value)
+                ended = time.monotonic()
+                fresh = max(FRESH_SECONDS, (ended - began) / SHARE)
+                self._cache[compute.__name__] = (ended + fresh, value)
             return cast(Value, value)
 
     def overview(self) -> dict[str, Any]:
@@ -148,7 +152,7 @@ def _overview(queue: PersistentQInterface) -> dict[str, Any]:
         "oldest_seconds": None if oldest is None else max(0.0, now - oldest),
         "alive": sum(1 for each in queue.consumers() if each["state"] == "running"),
         "wal_bytes": queue.check(thorough=False).get("wal_bytes"),
-        "problems": report.problems(queue, now),
+        "problems": report.problems(queue, now, stats=stats),
         **{name: _percentiles(seconds) for name, seconds in queue.timings().items()},
     }
 

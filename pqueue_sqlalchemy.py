@@ -315,8 +315,19 @@ class PersistentQSQLAlchemy(PersistentQInterface):
         settings = f"-c search_path={SCHEMA},public -c lock_timeout={milliseconds}"
         if self.durability == "normal":
             settings += " -c synchronous_commit=off"
-        wait = max(1, int(self._busy_seconds))
-        return {"connect_timeout": wait, "options": settings, "application_name": "pqueue", "prepare_threshold": 3}
+        settings += (
+            " -c tcp_keepalives_idle=5 -c tcp_keepalives_interval=2 -c tcp_keepalives_count=3"  # the server's side
+        )
+        return {
+            "options": settings,
+            "application_name": "pqueue",
+            "prepare_threshold": 3,
+            "connect_timeout": max(1, int(self._busy_seconds)),
+            "tcp_user_timeout": milliseconds,  # a link that is cut without a word is noticed, too
+            "keepalives_idle": 5,
+            "keepalives_interval": 2,
+            "keepalives_count": 3,
+        }
 
     def _connect_raw(self) -> psycopg.Connection[Any]:
         url = self._url.set(drivername="postgresql").render_as_string(hide_password=False)
@@ -531,7 +542,9 @@ def _url(text: str) -> sqlalchemy.URL:
     try:
         url = sqlalchemy.make_url(text)
     except (exc.ArgumentError, ValueError):
-        raise ValueError(f"expected postgresql://USER@HOST/DATABASE, got {text.partition('://')[0]}://…") from None
+        raise ValueError(
+            "expected postgresql://USER@HOST/DATABASE, got another text (not shown: a password?)"
+        ) from None
     if url.get_backend_name() != "postgresql":
         raise ValueError(f"expected a path, sqlite:///PATH or postgresql://…, got {url.drivername}://…")
     return url.set(drivername="postgresql+psycopg")

@@ -21,10 +21,17 @@ COLOURS = {"completed": 32, "processing": 36, "pending": 33, "scheduled": 34, "f
 COLOURS |= {"running": 32, "RUNNING": 32, "dead": 31, "FATAL": 31, "stopped": 90, "STOPPED": 90}
 
 
-def problems(queue: PersistentQInterface, now: float | None = None, *, thorough: bool = False) -> list[str]:
-    """Return a sentence for each thing that an operator should see to. Thorough reads the whole database."""
+def problems(
+    queue: PersistentQInterface,
+    now: float | None = None,
+    *,
+    thorough: bool = False,
+    stats: dict[str, Any] | None = None,
+) -> list[str]:
+    """Return a sentence for each thing that an operator should see to. Thorough reads the whole database; `stats` are
+    those of a moment ago, where they are at hand."""
     now = time.time() if now is None else now
-    stats = queue.stats()
+    stats = queue.stats() if stats is None else stats
     alive = [each for each in queue.consumers() if each["state"] == "running"]
     found: list[str] = list(queue.check(thorough=thorough)["problems"])
     found += _consumer_problems(queue.consumers())
@@ -142,7 +149,7 @@ def metrics(queue: PersistentQInterface, now: float | None = None) -> str:
     for name in ("file_bytes", "wal_bytes", "disk_free_bytes"):
         if name in facts:
             samples.add(f"pqueue_{name}", name.replace("_", " "), facts[name])
-    samples.add("pqueue_problems", "What python admin.py doctor finds", len(problems(queue, now)))
+    samples.add("pqueue_problems", "What python admin.py doctor finds", len(problems(queue, now, stats=stats)))
     return str(samples)
 
 

@@ -28,6 +28,7 @@ def folder(tmp_path, monkeypatch):
     for name in ("PQUEUE_URL", "PQUEUE_OPS_READONLY", "PQUEUE_OPS_PASSWORD"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(ops, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(ops, "SHARE", 1e9)  # whatever is asked is computed
     return tmp_path
 
 

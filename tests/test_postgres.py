@@ -103,8 +103,10 @@ class PostgresFiles(PostgresCase):
                 pqueue.open_queue(url)
             self.assertNotIn("hunter2", str(caught.exception))
             self.assertNotIn("\n", str(caught.exception))
-        with self.assertRaisesRegex(ValueError, "expected a path, sqlite:///PATH or postgresql"):
-            PersistentQSQLAlchemy("mysql://u:hunter2@h/d")
+        for url in ("mysql://u:hunter2@h/d", "u:hunter2@h/d", "postgresql://u:hunter2@h:port/d"):
+            with self.assertRaisesRegex(ValueError, "expected .*postgresql://") as caught:
+                PersistentQSQLAlchemy(url)
+            self.assertNotIn("hunter2", str(caught.exception))
 
     def test_newer_schema_is_refused(self):
         with self.open().transaction() as db:
