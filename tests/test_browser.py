@@ -133,6 +133,7 @@ def test_operator_opens_a_job_and_mends_it(system, page):
     system.write("repaired", "")
     page.get_by_text("resubmit …").click()
     page.get_by_role("button", name="yes, resubmit").click()
+    expect(page.locator(".said")).to_have_text("resubmitted 1 job")
     wait_until(lambda: queue.get(job_id).state == "completed")
     page.reload()
     expect(page.locator("dl")).to_contain_text("it was completed by anna")
@@ -140,7 +141,7 @@ def test_operator_opens_a_job_and_mends_it(system, page):
     page.goto(re.sub("/job.*", f"/job/{other}", page.url))
     page.get_by_text("mark failed …").click()
     page.get_by_role("button", name="yes, mark failed").click()
-    expect(page.locator("dl")).to_contain_text("failed")
+    expect(page.locator(".said")).to_have_text("marked as failed 1 job")
     assert queue.get(other).state == "failed"
 
 
