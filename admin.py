@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -209,7 +209,7 @@ def _job_row(job: Job) -> dict[str, Any]:
 
 
 def _job_object(job: Job) -> dict[str, Any]:
-    return {**asdict(job), "payload": masked(job.payload), "lease_token": None}
+    return {**job._asdict(), "payload": masked(job.payload), "lease_token": None}
 
 
 @command("list-jobs", *FILTERS, *PAGE)

@@ -32,6 +32,7 @@ import pqueue
 from pqueue import (
     BUSY_SECONDS,
     MIGRATIONS,
+    NOTHING,
     Params,
     PersistentQInterface,
     PersistentQSQLite,
@@ -52,10 +53,9 @@ RESTART_SECONDS = 10.0  # after a restart of the server nobody is taken for dead
 
 # A subquery for each queue is LATERAL here: "q CROSS JOIN jobs WHERE … jobs.id IN (SELECT id …)".
 PER_QUEUE = re.compile(r"queues q CROSS JOIN jobs WHERE (.*?)jobs\.id IN\s*(\(SELECT id.*?LIMIT :limit\))", re.DOTALL)
-INSERT_MANY = """
-INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
-SELECT :queue, :task, payload, :state, :priority, :run_at, :max_attempts, :key, :assigned_to, :now
-FROM unnest(CAST(:payloads AS text[])) WITH ORDINALITY AS p (payload, n) ORDER BY n RETURNING id"""
+INSERT_MANY = pqueue.INSERT_MANY.format(
+    payloads="unnest(CAST(:payloads AS text[])) WITH ORDINALITY AS p (payload, n) ORDER BY n RETURNING id"
+)
 ALIVE = "SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = :lock_class AND objsubid = 2 AND granted"
 UPTIME = "SELECT EXTRACT(EPOCH FROM clock_timestamp() - pg_postmaster_start_time())"
 
@@ -81,10 +81,10 @@ class PostgresSession(Session):
         self.durable = True
         self.connection: sqlalchemy.Connection | None = None
 
-    def run(self, sql: str, params: Params) -> list[Any]:
+    def run(self, sql: str, params: Params = NOTHING) -> list[Any]:
         return [tuple(row) for row in self._execute(sql, params).fetchall()]
 
-    def change(self, sql: str, params: Params) -> int:
+    def change(self, sql: str, params: Params = NOTHING) -> int:
         return cast(int, self._execute(sql, params).rowcount)
 
     def current(self) -> sqlalchemy.Connection:
@@ -403,7 +403,7 @@ class PersistentQSQLAlchemy(PersistentQInterface):
         session.durable = durable
         return session
 
-    def _read(self, sql: str, params: Params) -> list[Any]:
+    def _read(self, sql: str, params: Params = NOTHING) -> list[Any]:
         session = self._session()
         if session.connection is not None:
             return session.run(sql, params)
@@ -423,11 +423,8 @@ class PersistentQSQLAlchemy(PersistentQInterface):
             self._offset = server - (began + self._asked) / 2
         return time.monotonic() + self._offset
 
-    def _insert_many(self, tx: Session, rows: list[Params]) -> list[int]:
-        if not rows:
-            return []
-        payloads = [row["payload"] for row in rows]
-        return sorted(row[0] for row in tx.run(INSERT_MANY, {**rows[0], "payloads": payloads}))
+    def _insert_many(self, tx: Session, row: Params, payloads: list[str]) -> list[int]:
+        return sorted(inserted[0] for inserted in tx.run(INSERT_MANY, {**row, "payloads": payloads}))
 
     def _open_line(self) -> Line:
         with self._starting:

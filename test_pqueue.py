@@ -527,15 +527,16 @@ class QueueContract:
         self.assertEqual(self.queue.delete_jobs([big, following]), 2)
 
     def test_damaged_row_is_set_aside_and_stops_nobody(self):
-        damaged, sound = self.queue.enqueue_many("t", range(2))
-        with self.queue.transaction() as db:
-            self.execute(db, "UPDATE jobs SET payload = :text WHERE id = :id", text="{not JSON", id=damaged)
-        self.assertEqual(self.queue.get(damaged).payload, "{not JSON")
-        self.assertEqual([job.id for job in self.queue.dequeue_many("w", 5)], [sound])
-        job = self.queue.get(damaged)
-        self.assertEqual(job.state, "failed")
-        self.assertIn("which is not JSON", job.error)
-        self.assertEqual(self.queue.history(damaged)[0]["event"], "failed")
+        for text in ("{not JSON", "[" * 100_000):
+            damaged, sound = self.queue.enqueue_many("t", range(2))
+            with self.queue.transaction() as db:
+                self.execute(db, "UPDATE jobs SET payload = :text WHERE id = :id", text=text, id=damaged)
+            self.assertEqual(self.queue.get(damaged).payload, text)
+            self.assertEqual([job.id for job in self.queue.dequeue_many("w", 5)], [sound])
+            job = self.queue.get(damaged)
+            self.assertEqual(job.state, "failed")
+            self.assertIn("which is not JSON", job.error)
+            self.assertEqual(self.queue.history(damaged)[0]["event"], "failed")
 
     def test_operator_finds_jobs_by_text_and_time(self):
         first = self.queue.enqueue("mail", {"to": "Ada"}, now=100)
@@ -585,8 +586,8 @@ class QueueContract:
     def test_stats_bear_a_queue_that_appears_meanwhile(self):
         read, other, names = self.queue._read, self.reopen(), itertools.count()
 
-        def read_late(sql, params):
-            rows = read(sql, params)
+        def read_late(sql, *params):
+            rows = read(sql, *params)
             other.enqueue("t", queue=f"queue {next(names)}")
             return rows
 
@@ -729,6 +730,14 @@ class SQLiteCase(unittest.TestCase):
 class SQLiteContract(QueueContract, SQLiteCase):
     """At full durability, the default."""
 
+    def test_payload_that_became_a_blob_is_set_aside(self):
+        queue = self.open()
+        damaged, sound = queue.enqueue_many("t", range(2))
+        with queue.transaction() as db:
+            db.execute("UPDATE jobs SET payload = x'00' WHERE id = ?", [damaged])
+        self.assertEqual([job.id for job in queue.dequeue_many("w", 5)], [sound])
+        self.assertEqual(queue.get(damaged).state, "failed")
+
 
 class SQLiteContractAtNormalDurability(SQLiteContract):
     def open(self, **options):
@@ -741,10 +750,10 @@ class SQLiteGuarantees(SQLiteCase):
         session = queue._session()
         run = session.run
 
-        def spy(sql, params):
+        def spy(sql, *params):
             if sql == "COMMIT":
                 seen.append(session.connection.execute("PRAGMA synchronous").fetchone()[0])
-            return run(sql, params)
+            return run(sql, *params)
 
         queue.enqueue("t")
         job = queue.dequeue("w")

@@ -15,7 +15,6 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import asdict
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -242,7 +241,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _plain(job: Any) -> dict[str, Any]:
-    return {**asdict(job), "payload": report.masked(job.payload), "lease_token": None}
+    return {**job._asdict(), "payload": report.masked(job.payload), "lease_token": None}
 
 
 def _before(query: dict[str, str]) -> int | None:

@@ -271,7 +271,7 @@ def facts(path: Path) -> dict[str, Any]:
         return {}
     names = {row[2]: row[1] for row in found["consumers"]}
     found["consumers"] = [(row[1], row[6], row[7], *row[10:]) for row in found["consumers"]]
-    token = pqueue.Job.__slots__.index("lease_token")
+    token = pqueue.Job._fields.index("lease_token")
     found["jobs"] = [(*row[:token], known(names, row[token]), *row[token + 1 :]) for row in found["jobs"]]
     return json.loads(json.dumps({**found, "version": version}))
 

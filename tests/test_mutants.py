@@ -81,7 +81,7 @@ MUTANTS = [
     Mutant("one unfinished job per key", "ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING\n", ""),
     Mutant("a key holds within its queue", "WHERE queue = :queue AND key = :key AND", "WHERE key = :key AND"),
     Mutant("a full queue refuses a job", "(max_pending IS NULL OR max_pending >", "(1 OR max_pending >", "contract: queue_at_its_limit"),
-    Mutant("a full queue refuses a batch", "if room is not None and room < len(rows):", "if False:", "contract: queue_at_its_limit"),
+    Mutant("a full queue refuses a batch", "if room is not None and room < len(encoded):", "if False:", "contract: queue_at_its_limit"),
     # the disk
     Mutant("enqueue and complete are synced", '"FULL" if durable and', '"NORMAL" if durable and', POWER),
     Mutant("the fused call is synced", "durable=bool(settled)", "durable=False", POWER),
@@ -91,10 +91,10 @@ MUTANTS = [
     Mutant("a backup takes its name last", "        part = target.with_name(", "        part = target or target.with_name(", "contract: backup_is_a_whole"),
     Mutant("a migration is one transaction", '                connection.execute("BEGIN IMMEDIATE")\n                for', "                for", "test_commit_points.py: killed and schema"),
     # errors
-    Mutant("an interrupted call is rolled back", "            self._roll_back()  # again", "            pass  # again", "test_commit_points.py: fails and lost"),
+    Mutant("an interrupted call is rolled back", "                self._roll_back()\n            self.busy", "                pass\n            self.busy", "test_commit_points.py: fails and lost"),
     Mutant("a failed call gives its turn back", "                self._queue._exit()\n\n    def _roll_back", "                pass\n\n    def _roll_back", "contract: while_the_turnstile_was_held"),
     Mutant("a failed opening closes what it opened", "        except BaseException:\n            self.close()\n            raise\n        _queues", "        except BaseException:\n            raise\n        _queues", "test_commit_points.py: fails and opening"),
-    Mutant("a failed savepoint is undone", 'self.run("ROLLBACK TO nested", {})', "pass", "contract: nested_transaction"),
+    Mutant("a failed savepoint is undone", 'self.run("ROLLBACK TO nested")', "pass", "contract: nested_transaction"),
     # whose file it is
     Mutant("another program's file is refused", "if owner != APPLICATION_ID and", "if False and", "contract: another_program"),
     Mutant("a newer schema is refused", "if version > len(MIGRATIONS):", "if False:", "contract: newer_schema"),
