@@ -3,7 +3,7 @@
     python producer.py                       # until told to stop
     python producer.py --count 5 --interval 0
 
-TERM or INT ends it between two jobs.
+TERM, INT or HUP ends it between two jobs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import os
 import random
 import secrets
-import signal
 import sys
 import threading
 import time
@@ -46,7 +45,7 @@ class Producer:
         """Produce until stopped, or `count` jobs."""
         self.recover()
         produced = 0
-        while not self.stopped.is_set() and (count is None or produced < count):
+        while not (self.stopped.is_set() or consumer.is_orphaned()) and (count is None or produced < count):
             if self.produce() is None:
                 return
             produced += 1
@@ -114,8 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         queue = pqueue.open_queue()
         producer = Producer(queue, options.directory)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, producer.stop)
+        consumer.on_end(producer.stop)
         producer.run(options.interval, options.count)
         queue.close()
     except (QueueError, ValueError, OSError) as error:
