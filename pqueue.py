@@ -1623,8 +1623,14 @@ class SQLiteSession(Session):
                 self.connection.execute("ROLLBACK")
 
     def disown(self) -> None:
-        """In a forked child: leave the parent's connection alone, neither used nor closed."""
-        _inherited.append(self.connection)
+        """In a forked child: close the parent's connection, or SQLite would take the parent's locks for the child's.
+
+        Closing rolls back, in the shared memory, too: so not inside a transaction, and the child gets no queue.
+        """
+        if self.busy or self.connection.in_transaction:
+            _inherited.setdefault(self._queue.path, []).append(self.connection)
+        else:
+            self.connection.close()
         self._has_turn = self.busy = False
         self.connection = cast(sqlite3.Connection, Disowned())
 
@@ -1642,10 +1648,10 @@ class Disowned:
         raise QueueError("cannot go on with a transaction that was begun before the fork")
 
     def close(self) -> None:
-        """Close nothing: the parent's locks hang on it."""
+        """Close nothing: that was done, or must not be."""
 
 
-_inherited: list[Any] = []
+_inherited: dict[Path, list[Any]] = {}  # connections of the parent's that were in a transaction
 _queues: weakref.WeakSet[PersistentQSQLite] = weakref.WeakSet()
 _creating = threading.Lock()
 
@@ -1729,6 +1735,8 @@ class PersistentQSQLite(PersistentQInterface):
             raise QueueError(f"cannot open {folder}: {error.strerror}") from error
 
     def _connect(self) -> sqlite3.Connection:
+        if self.path in _inherited:
+            raise QueueError(f"cannot use {self.path}: this process was forked inside a transaction; fork before it")
         with ExitStack() as undo:
             try:
                 connection = sqlite3.connect(

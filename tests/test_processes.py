@@ -88,6 +88,16 @@ def started(tasks):
     return (tasks.folder / "started").exists()
 
 
+OPEN_AND_CLOSE = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import pqueue
+queue = pqueue.open_queue()
+queue.enqueue("other")
+queue.close()
+"""
+
+
 def script(place, code, python=sys.executable):
     """Run a program of its own on the queue of the place."""
     path = place.write("script.py", f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}")
@@ -218,6 +228,34 @@ def test_thread_that_a_task_left_keeps_the_process_but_not_against_a_second_sign
     wait_until(lambda: {each["state"] for each in queue.consumers()} == {"stopped"})
     child.send_signal(signal.SIGTERM)
     assert child.wait(20) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize("parent", ["ends", "closes"])
+def test_child_goes_on_safely_without_the_parent_that_opened_the_queue(place, parent):
+    """Another program then finds no lock of the parent's, and would take the log of a child that has none for old."""
+    code = f"""
+import os, pqueue, subprocess, time
+queue = pqueue.open_queue()
+queue.enqueue("parent")
+come, go = os.pipe()
+if child := os.fork():
+    os.close(come)
+    queue.close()
+    os.write(go, b"!")
+    os._exit(0 if {parent!r} == "ends" else os.waitpid(child, 0)[1])
+os.close(go)
+queue.enqueue("child")
+os.read(come, 1)
+os.read(come, 1) if {parent!r} == "ends" else None
+subprocess.run([sys.executable, "-c", {OPEN_AND_CLOSE!r}], check=True)
+queue.enqueue("child, later")
+subprocess.run([sys.executable, "-c", {OPEN_AND_CLOSE!r}], check=True)
+open("done", "w").close()
+"""
+    done = script(place, code)
+    assert (done.returncode, done.stderr) == (0, "")
+    wait_until(lambda: (place.folder / "done").exists())
+    assert [job.task for job in place.queue().list_jobs()] == ["other", "child, later", "other", "child", "parent"]
 
 
 # The end of the interpreter
