@@ -1538,6 +1538,7 @@ class SQLiteSession(Session):
         self._synchronous = ""
         self.wanted = "FULL"
         self.in_batch = False
+        self.in_use = threading.RLock()  # held while SQLite works for it: nobody forks meanwhile
         self.connection = queue._connect()
 
     def run(self, sql: str, params: Params) -> list[Any]:
@@ -1576,9 +1577,10 @@ class SQLiteSession(Session):
             self._end(error)
 
     def _begin(self) -> None:
+        self.in_use.acquire()
         self.busy, self.ring, self.lost = True, False, None
-        self._has_turn = self._queue._enter(self.in_batch)
         try:
+            self._has_turn = self._queue._enter(self.in_batch)
             if self._synchronous != self.wanted:
                 self.run(f"PRAGMA synchronous = {self.wanted}", {})
                 self._synchronous = self.wanted
@@ -1613,6 +1615,7 @@ class SQLiteSession(Session):
         finally:
             self._roll_back()  # again where a signal handler came between: the open transaction would stop all others
             self.busy = False
+            self.in_use.release()
             if self._has_turn:
                 self._has_turn = False
                 self._queue._exit()
@@ -1627,7 +1630,7 @@ class SQLiteSession(Session):
 
         Closing rolls back, in the shared memory, too: so not inside a transaction, and the child gets no queue.
         """
-        if self.busy or self.connection.in_transaction:
+        if self.busy or self not in _still or self.connection.in_transaction:
             _inherited.setdefault(self._queue.path, []).append(self.connection)
         else:
             self.connection.close()
@@ -1653,16 +1656,32 @@ class Disowned:
 
 _inherited: dict[Path, list[Any]] = {}  # connections of the parent's that were in a transaction
 _queues: weakref.WeakSet[PersistentQSQLite] = weakref.WeakSet()
-_creating = threading.Lock()
+_opening = threading.RLock()  # nobody forks while a file or a connection is opened, either
+_still: list[SQLiteSession] = []  # sessions that are held while the process forks
+
+
+def _before_fork() -> None:
+    """Let no thread be inside SQLite: the child would find its mutexes taken by nobody. After a while, go on."""
+    _opening.acquire()
+    until = time.monotonic() + BUSY_SECONDS
+    sessions = [session for queue in list(_queues) for session in list(queue._sessions)]
+    _still.extend(each for each in sessions if each.in_use.acquire(timeout=max(0, until - time.monotonic())))
 
 
 def _after_fork() -> None:
     for queue in list(_queues):
         queue._after_fork()
+    _go_on()
+
+
+def _go_on() -> None:
+    while _still:
+        _still.pop().in_use.release()
+    _opening.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_parent=_go_on, after_in_child=_after_fork)
 
 
 class PersistentQSQLite(PersistentQInterface):
@@ -1694,7 +1713,7 @@ class PersistentQSQLite(PersistentQInterface):
         self._open_file(create)
         try:
             self._open_folder()
-            with closing(self._connect()) as connection:
+            with _opening, closing(self._connect()) as connection:
                 self._prepare(connection)
         except BaseException:
             self.close()
@@ -1718,7 +1737,7 @@ class PersistentQSQLite(PersistentQInterface):
             kind = file_system(self.path.parent)
             if kind.startswith(NETWORK_FILE_SYSTEMS):
                 raise QueueError(f"cannot use {self.path}: SQLite's locks fail on {kind}; use a local disk")
-            with _creating, suppress(FileExistsError):
+            with _opening, suppress(FileExistsError):
                 _create(self.path)
         except OSError as error:
             raise QueueError(f"cannot open {self.path}: {error.strerror}") from error
@@ -1809,8 +1828,9 @@ class PersistentQSQLite(PersistentQInterface):
         except AttributeError:
             if self._closed:
                 raise QueueError(f"cannot use {self.path}: this queue object is closed") from None
-            session = self._local.session = SQLiteSession(self)
-            self._sessions.add(session)
+            with _opening:
+                session = self._local.session = SQLiteSession(self)
+                self._sessions.add(session)
             return session
 
     def _write(self, *, durable: bool = True, in_batch: bool = False) -> SQLiteSession:
@@ -1820,7 +1840,9 @@ class PersistentQSQLite(PersistentQInterface):
         return session
 
     def _read(self, sql: str, params: Params) -> list[Any]:
-        return self._session().run(sql, params)
+        session = self._session()
+        with session.in_use:
+            return session.run(sql, params)
 
     def _insert_many(self, tx: Session, rows: list[Params]) -> list[int]:
         tx.change_many(INSERT, rows)

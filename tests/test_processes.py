@@ -258,6 +258,53 @@ open("done", "w").close()
     assert [job.task for job in place.queue().list_jobs()] == ["other", "child, later", "other", "child", "parent"]
 
 
+FORK_AMONG_THREADS = """
+import os, threading, time, warnings, pqueue
+warnings.simplefilter("ignore")  # Python 3.12 warns of every fork beside threads
+queue = pqueue.open_queue()
+over = threading.Event()
+
+def work(name):
+    while not over.is_set():
+        queue.enqueue("t")
+        if job := queue.dequeue(name):
+            queue.complete(job)
+
+def child_works(name):
+    done = queue.enqueue("by child") and queue.dequeue(name)
+    queue.complete(done)
+    queue.close()
+
+threads = [threading.Thread(target=work, args=[f"thread {n}"]) for n in range(3)]
+for thread in threads: thread.start()
+codes = []
+for n in range(40):
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            child_works(f"child {n}")
+            code = 0
+        finally:
+            os._exit(code)
+    codes.append(os.waitpid(child, 0)[1])
+over.set()
+for thread in threads: thread.join()
+queue.close()
+print(sorted(set(codes)))
+"""
+
+
+def test_process_that_forks_in_the_middle_of_its_threads_calls_harms_nobody(place):
+    done = script(place, FORK_AMONG_THREADS)
+    assert (done.stdout, done.stderr) == ("[0]\n", "")
+    queue = place.queue()
+    states = queue.stats()["states"]
+    assert states["completed"] + states["pending"] == sum(states.values())
+    assert len(queue.list_jobs(task="by child")) == 40
+    assert queue.check()["quick_check"] == "ok"
+
+
 # The end of the interpreter
 
 
