@@ -1410,14 +1410,13 @@ class Turnstile:
 
     def _stand_in_line(self, locks: list[int]) -> bool:
         """Wait with a bound, which flock has not: the porter, a thread, waits without one."""
+        if self._porter is None and not self._employ():
+            return False
         with self._handover:
             self._wanted = True
             if not self._in_line:
                 self._in_line, self._needed = True, locks
                 self._asked.release()
-        if self._porter is None:
-            self._porter = threading.Thread(target=self._carry, name="pqueue-porter", daemon=True)
-            self._porter.start()
         try:
             if self._through.acquire(timeout=TURN_SECONDS):
                 return True
@@ -1426,6 +1425,14 @@ class Turnstile:
                 fcntl.flock(self._way, fcntl.LOCK_UN)
             raise
         return self._give_up()
+
+    def _employ(self) -> bool:
+        """Start the porter, unless no thread can be: for want of memory, or since the interpreter shuts down."""
+        porter = threading.Thread(target=self._carry, name="pqueue-porter", daemon=True)
+        with suppress(RuntimeError):
+            porter.start()
+            self._porter = porter
+        return self._porter is not None
 
     def _give_up(self) -> bool:
         """Want the way no longer; return whether it was handed over just before."""

@@ -986,6 +986,17 @@ sys.stdin.read()
         other._turnstile.leave()
         self.assertEqual(queue.enqueue("t"), 1)
 
+    def test_writer_that_can_start_no_thread_goes_round_the_turnstile(self):
+        queue, other = self.open(busy_seconds=0.05), self.open()
+        with other.transaction(), mock.patch("threading.Thread.start", side_effect=RuntimeError("can't start")):
+            with self.assertRaises(QueueBusy):
+                queue.enqueue("t")
+        self.assertTrue(queue._turnstile.enter())
+        queue._turnstile.leave()
+        with other.transaction(), mock.patch("pqueue.TURN_SECONDS", 0.05):
+            self.assertFalse(queue._turnstile.enter())
+            self.assertIsNotNone(queue._turnstile._porter)
+
     def test_ring_of_a_dead_waiter_is_left_alone(self):
         queue = self.open()
         with python(
