@@ -1466,9 +1466,12 @@ class Slots:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         file = _open_private(folder / "waiting")
-        os.ftruncate(file, self.COUNT)
-        self.waiting = mmap.mmap(file, self.COUNT)
-        os.close(file)
+        try:
+            if os.fstat(file).st_size < self.COUNT:
+                os.write(file, bytes(self.COUNT))  # no hole: where the disk is full, filling it would be SIGBUS
+            self.waiting = mmap.mmap(file, self.COUNT)
+        finally:
+            os.close(file)
 
     def take(self) -> Slot:
         for number in range(self.COUNT):
