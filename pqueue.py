@@ -1358,7 +1358,12 @@ class Turnstile:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._locks = [_open_private(folder / name) for name in ("hall", "gate", "way")]
+        self._locks: list[int] = []
+        with ExitStack() as undo:
+            for name in ("hall", "gate", "way"):
+                self._locks.append(_open_private(folder / name))
+                undo.callback(os.close, self._locks[-1])
+            undo.pop_all()
         self._way = self._locks[-1]
         self._thread = threading.Lock()
         self._handover = threading.Lock()
@@ -1475,10 +1480,13 @@ class Slots:
 
     def take(self) -> Slot:
         for number in range(self.COUNT):
-            lock = _open_private(self._folder / f"{number}.lock")
-            if try_lock(lock):
-                return Slot(number, lock, self._bell(number))
-            os.close(lock)
+            with ExitStack() as undo:
+                lock = _open_private(self._folder / f"{number}.lock")
+                undo.callback(os.close, lock)
+                if try_lock(lock):
+                    slot = Slot(number, lock, self._bell(number))
+                    undo.pop_all()
+                    return slot
         raise QueueError(f"cannot add a consumer: expected fewer than {self.COUNT} at a time")
 
     def is_taken(self, number: int) -> bool:
@@ -1756,12 +1764,17 @@ class PersistentQSQLite(PersistentQInterface):
         if fcntl is None:
             return
         folder = Path(f"{self.path}.d")
-        try:
+        with self._told_of_folder():
             folder.mkdir(mode=0o700, exist_ok=True)
             self._turnstile = Turnstile(folder)
             self._slots = Slots(folder)
+
+    @contextmanager
+    def _told_of_folder(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            raise QueueError(f"cannot open {folder}: {error.strerror}") from error
+            raise QueueError(f"cannot open {self.path}.d: {error.strerror}") from error
 
     def _connect(self) -> sqlite3.Connection:
         if self.path in _inherited:
@@ -1827,7 +1840,7 @@ class PersistentQSQLite(PersistentQInterface):
         if "not a database" in text:
             return SchemaMismatch(f"cannot use {self.path}: expected an SQLite database, got another file")
         if "readonly" in text or "unable to open" in text:
-            return QueueError(f"cannot write to {self.path}: no permission, or it is gone ({text})")
+            return QueueError(f"cannot write to {self.path}: no permission, no free descriptor, or it is gone ({text})")
         return QueueError(f"cannot use {self.path}: {text}")
 
     # What the interface asks of a backend
@@ -1877,10 +1890,12 @@ class PersistentQSQLite(PersistentQInterface):
             self._slots.ring()
 
     def _take_slot(self) -> Slot | None:
-        return self._slots.take() if self._slots else None
+        with self._told_of_folder():
+            return self._slots.take() if self._slots else None
 
     def _is_alive(self, slot: int | None) -> bool:
-        return self._slots is None or slot is None or self._slots.is_taken(slot)
+        with self._told_of_folder():
+            return self._slots is None or slot is None or self._slots.is_taken(slot)
 
     def _sleep(self, me: Registration, seconds: float, due_in: Callable[[], float]) -> bool:
         if self._slots is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -114,3 +115,94 @@ def script(place, code):
     )
     place.children.append(child)
     return child
+
+
+# Descriptors
+
+
+WITHOUT_DESCRIPTORS = """
+import json, os, pqueue, resource, threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+queue, other = pqueue.open_queue(), pqueue.open_queue()
+queue.enqueue_many("t", range(50))
+held = [queue.dequeue("me") for _ in range(3)]
+other.dequeue("other")
+FREE = 20
+resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + FREE,) * 2)
+
+def in_a_thread():
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(queue.enqueue, "t").result()
+
+def look_for_dead():
+    queue._looked_for_dead = 0.0
+    queue.dequeue("me")
+
+def begin():
+    queue.dequeue("new")
+    queue._registry.pop("new").slot.close()
+
+def backup():
+    try: queue.backup("copy.db")
+    finally: Path("copy.db").unlink(missing_ok=True)
+
+def found():
+    Path("new.db").unlink(missing_ok=True)
+    pqueue.open_queue("new.db").close()
+
+CALLS = {
+    "enqueue": lambda: queue.enqueue("t"),
+    "enqueue in a new thread": in_a_thread,
+    "dequeue as somebody new": begin,
+    "dequeue and look for the dead": look_for_dead,
+    "complete": lambda: queue.complete(queue.dequeue("me")),
+    "wait": lambda: queue.wait(0.001, consumer="me"),
+    "stats": queue.stats,
+    "consumers": queue.consumers,
+    "check": queue.check,
+    "backup": backup,
+    "open": lambda: pqueue.open_queue().close(),
+    "found": found,
+}
+
+def refused(call, free):
+    full = []
+    try:
+        while True: full.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        for _ in range(free): os.close(full.pop())
+    try:
+        call()
+        return False
+    except pqueue.QueueError as error:
+        assert "open files" in str(error) or "no free descriptor" in str(error), error
+        assert "\\n" not in str(error)
+        return True
+    finally:
+        for each in full: os.close(each)
+
+verdicts = {}
+for name, call in CALLS.items():
+    call()
+    before = os.listdir("/proc/self/fd")
+    refusals = [refused(call, free) for free in range(FREE)]
+    call()
+    verdicts[name] = {"refused": sum(refusals), "leaked": len(os.listdir("/proc/self/fd")) - len(before)}
+for job in held: queue.complete(job)
+print(json.dumps(verdicts))
+"""
+
+
+def test_queue_without_descriptors_says_so_and_goes_on_when_there_are_some(place):
+    child = script(place, WITHOUT_DESCRIPTORS)
+    out, _ = child.communicate(timeout=60)
+    assert child.returncode == 0
+    verdicts = json.loads(out)
+    assert {name for name, each in verdicts.items() if each["leaked"]} == set()
+    assert {name for name, each in verdicts.items() if each["refused"]} == {
+        "enqueue in a new thread", "dequeue as somebody new", "dequeue and look for the dead", "consumers", "backup",
+        "open", "found",
+    }  # fmt: skip
+    assert place.queue().check()["problems"] == []
