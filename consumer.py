@@ -354,6 +354,7 @@ class Consumer:
             self._fail(job, reason, retry=True)
 
     def _fail(self, job: Job, error: BaseException, *, retry: bool) -> None:
+        traceback.clear_frames(error.__traceback__)  # let go of what the task held: perhaps all memory
         entry = pqueue.TASKS.get(job.task)
         delay = pqueue.backoff_seconds(job.attempts, entry.backoff_base_seconds) if entry else None
         summary = f"{type(error).__name__}: {error}"
@@ -417,14 +418,15 @@ class Consumer:
         beat_at = time.monotonic() + HEARTBEAT_SECONDS
         while not self._over.is_set():
             self._busy.wait(max(0.0, beat_at - time.monotonic()))
-            if time.monotonic() >= beat_at:
-                beat_at += HEARTBEAT_SECONDS
-                self._beat()
-            if self._busy.is_set():
-                try:
+            try:
+                if time.monotonic() >= beat_at:
+                    beat_at += HEARTBEAT_SECONDS
+                    self._beat()
+                if self._busy.is_set():
                     self._look()
-                except QueueError as error:
-                    log("left to its lease", consumer=self.name, reason=error)
+            except (QueueError, MemoryError) as error:
+                log("left to its lease", consumer=self.name, reason=str(error) or "no memory")
+            if self._busy.is_set():
                 self._over.wait(TICK_SECONDS)
 
     def _look(self) -> None:

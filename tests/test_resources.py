@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import pytest
 from conftest import ROOT, wait_until
 
+import consumer
 import pqueue
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk; CI is root")
@@ -206,3 +207,79 @@ def test_queue_without_descriptors_says_so_and_goes_on_when_there_are_some(place
         "open", "found",
     }  # fmt: skip
     assert place.queue().check()["problems"] == []
+
+
+# Memory
+
+
+HUNGRY_TASKS = """
+import resource, sys, time
+from pqueue import task
+resource.setrlimit(resource.RLIMIT_AS, (400_000_000, 400_000_000))
+
+def eat(held):
+    size = 1 << 24
+    while size > 16:
+        try: held.append(bytearray(size))
+        except MemoryError: size //= 2
+
+@task()
+def huge(job): return len(bytearray(10**10))
+
+@task()
+def hungry(job):
+    held = []
+    eat(held)
+    held.append(bytearray(10**6))
+
+@task()
+def starve(job):
+    held = []
+    eat(held)
+    time.sleep(job.payload)
+    held.clear()
+    return "survived"
+
+@task()
+def quick(job): return job.payload
+"""
+
+
+def test_consumer_without_memory_fails_the_job_and_goes_on(place):
+    place.write("my_tasks.py", HUNGRY_TASKS)
+    queue = place.queue()
+    for name in ("huge", "hungry", "hungry", "huge"):
+        queue.enqueue(name, max_attempts=1)
+    queue.enqueue_many("quick", range(50))
+    done = place.run("consumer.py", "--import", "my_tasks", "--drain")
+    assert done.returncode == 0, done.stderr
+    assert {job.error.split("\n")[0] for job in queue.list_jobs(state="failed")} == {"MemoryError: "}
+    assert (queue.stats()["states"]["failed"], queue.stats()["states"]["completed"]) == (4, 50)
+
+
+def test_lease_outlives_a_job_that_takes_all_memory_for_longer(place):
+    place.write("my_tasks.py", HUNGRY_TASKS)
+    queue = place.queue()
+    job_id = queue.enqueue("starve", 3)
+    child = place.start("consumer.py", "--import", "my_tasks", "--lease-seconds", 0.6)
+    wait_until(lambda: queue.get(job_id).state == "processing")
+    wait_until(lambda: queue.dequeue("heir") or queue.get(job_id).state != "processing")
+    assert queue.get(job_id).result == "survived", child.out.read_text()
+    assert queue.history(job_id) == []
+
+
+def test_watch_outlives_a_moment_without_memory(place, monkeypatch):
+    queue = place.queue()
+    calls = []
+
+    def extend(*_):
+        calls.append(1)
+        if len(calls) == 1:
+            raise MemoryError
+
+    monkeypatch.setattr(pqueue, "TASKS", {})
+    monkeypatch.setattr(queue, "extend", extend)
+    pqueue.task("slow")(lambda job: wait_until(lambda: len(calls) > 2))
+    queue.enqueue("slow")
+    consumer.Consumer(queue, "w", lease_seconds=0.2, max_jobs=1).run()
+    assert queue.stats()["states"]["completed"] == 1
