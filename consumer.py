@@ -3,12 +3,14 @@
     python consumer.py                       # all queues, the built-in task prepend_timestamp
     python consumer.py --import my_tasks --queue mail --queue default
 
-The first TERM or INT finishes the jobs in hand and exits; the second gives them back and exits.
+The first TERM, INT or HUP finishes the jobs in hand and exits; the second gives them back and exits. Without the
+Supervisor that started it, it ends as after a first TERM.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import importlib
 import os
@@ -36,7 +38,15 @@ HEARTBEAT_SECONDS = 10.0
 GRACE_SECONDS = 5.0  # what an interrupted task gets before the process ends in its stead
 PATIENCE_SECONDS = (0.1, 5.0)  # first and longest pause while the database is locked or full
 
+ENDINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PARENT = os.getppid()
+
 Result = TypeVar("Result")
+
+
+def is_orphaned() -> bool:
+    """Tell whether the Supervisor that started this program is gone: the next one will start another in its place."""
+    return "SUPERVISOR_ENABLED" in os.environ and os.getppid() != PARENT
 
 
 def log(event: str, **fields: Any) -> None:
@@ -45,11 +55,12 @@ def log(event: str, **fields: Any) -> None:
 
 
 def _print(text: str) -> None:
-    """Print, and go on working when nobody reads it any more."""
+    """Print, and go on working when nobody reads it any more, or the disk that the log is on is full."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _line(at: str, event: str, fields: dict[str, Any]) -> str:
@@ -191,7 +202,7 @@ class Consumer:
         self.options: dict[str, Any] = {"queues": queues, "lease_seconds": lease_seconds}
         self.lease_seconds, self.drain, self.max_jobs, self.quiet = lease_seconds, drain, max_jobs, quiet
         self.taken = self.completed = self.failed = 0
-        self.signals = 0  # TERM and INT received
+        self.signals = 0  # to end, that were received
         self._lock = threading.Lock()  # over what the two threads share, which follows
         self._waiting: deque[Job] = deque()
         self._finished: list[tuple[Job, Any]] = []
@@ -202,6 +213,7 @@ class Consumer:
         self._run_seconds = HOLD_SECONDS  # of one job, as measured; begins with one job at a time
         self._busy, self._over = threading.Event(), threading.Event()
         self._beaten = [0, 0]
+        self._pid = os.getpid()
 
     def run(self) -> None:
         """Take, run and settle until told to stop, or drained, or `max_jobs` were taken."""
@@ -219,7 +231,7 @@ class Consumer:
             self._beat()
 
     def stop(self, *_: Any) -> None:
-        """Handle TERM and INT: the first finishes what is in hand, the second does not."""
+        """Handle a signal to end: the first finishes what is in hand, the second does not."""
         self.signals += 1
         if self.signals == 2:
             self._interrupt = Stopped()
@@ -247,7 +259,7 @@ class Consumer:
                 self._sleep()
 
     def _limit(self) -> int:
-        if self.signals:
+        if self.signals or is_orphaned():
             return 0
         fit = int(HOLD_SECONDS / max(self._run_seconds, HOLD_SECONDS / MAX_BATCH))
         return min(max(1, fit), MAX_BATCH if self.max_jobs is None else self.max_jobs - self.taken)
@@ -298,6 +310,7 @@ class Consumer:
                 result = pqueue.run_task(self.queue, job)
                 pqueue.encode_json("result", result)
             finally:
+                self._end_child()
                 took = self._end_current()
         except Interrupt as error:
             self._end_current()  # once more: it may have come in the midst of the first
@@ -312,6 +325,18 @@ class Consumer:
             self._run_seconds = max(took, 0.8 * self._run_seconds + 0.2 * took)
             with self._lock:
                 self._finished.append((job, result))
+
+    def _end_child(self) -> None:
+        """End a child that the task forked, as it would end elsewhere: it settles nothing, and becomes no consumer."""
+        if os.getpid() == self._pid:
+            return
+        error = sys.exc_info()[1]
+        code = error.code if isinstance(error, SystemExit) else error
+        if code is not None and not isinstance(code, int):
+            traceback.print_exc()
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
 
     def _end_current(self) -> float:
         with self._lock:
@@ -329,6 +354,7 @@ class Consumer:
             self._fail(job, reason, retry=True)
 
     def _fail(self, job: Job, error: BaseException, *, retry: bool) -> None:
+        traceback.clear_frames(error.__traceback__)  # let go of what the task held: perhaps all memory
         entry = pqueue.TASKS.get(job.task)
         delay = pqueue.backoff_seconds(job.attempts, entry.backoff_base_seconds) if entry else None
         summary = f"{type(error).__name__}: {error}"
@@ -392,14 +418,15 @@ class Consumer:
         beat_at = time.monotonic() + HEARTBEAT_SECONDS
         while not self._over.is_set():
             self._busy.wait(max(0.0, beat_at - time.monotonic()))
-            if time.monotonic() >= beat_at:
-                beat_at += HEARTBEAT_SECONDS
-                self._beat()
-            if self._busy.is_set():
-                try:
+            try:
+                if time.monotonic() >= beat_at:
+                    beat_at += HEARTBEAT_SECONDS
+                    self._beat()
+                if self._busy.is_set():
                     self._look()
-                except QueueError as error:
-                    log("left to its lease", consumer=self.name, reason=error)
+            except (QueueError, MemoryError) as error:
+                log("left to its lease", consumer=self.name, reason=str(error) or "no memory")
+            if self._busy.is_set():
                 self._over.wait(TICK_SECONDS)
 
     def _look(self) -> None:
@@ -502,7 +529,33 @@ def main(arguments: list[str] | None = None) -> int:
     global files_directory
     files_directory = options.directory
     with _closing(queue):
-        return _consume(queue, options)
+        code = _consume(queue, options)
+    on_end(signal.SIG_DFL)  # a thread that a task left may keep the process, and a signal should end it
+    return code
+
+
+def on_end(handler: Any) -> None:
+    """Call it upon TERM, INT and HUP, except for a HUP that nohup has the program ignore."""
+    for number in ENDINGS:
+        if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:
+            signal.signal(number, handler)
+
+
+def _spare_children() -> None:
+    """Let signals end a child that a task forks, from its first moment, as they end other programs."""
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+
+    def begin_child() -> None:
+        on_end(signal.SIG_DFL)
+        unblock()
+
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS),
+        after_in_parent=unblock,
+        after_in_child=begin_child,
+    )
 
 
 def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
@@ -516,9 +569,9 @@ def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
         max_jobs=options.max_jobs,
         quiet=bar and sys.stdout.isatty(),
     )
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, consumer.stop)
+    on_end(consumer.stop)
     signal.signal(signal.SIGALRM, consumer.interrupt)
+    _spare_children()
     log("started", consumer=options.name, pid=os.getpid(), queues=",".join(options.queues or ["all"]))
     try:
         if bar:

@@ -1366,7 +1366,12 @@ class Turnstile:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._locks = [_open_private(folder / name) for name in ("hall", "gate", "way")]
+        self._locks: list[int] = []
+        with ExitStack() as undo:
+            for name in ("hall", "gate", "way"):
+                self._locks.append(_open_private(folder / name))
+                undo.callback(os.close, self._locks[-1])
+            undo.pop_all()
         self._way = self._locks[-1]
         self._thread = threading.Lock()
         self._handover = threading.Lock()
@@ -1418,14 +1423,13 @@ class Turnstile:
 
     def _stand_in_line(self, locks: list[int]) -> bool:
         """Wait with a bound, which flock has not: the porter, a thread, waits without one."""
+        if self._porter is None and not self._employ():
+            return False
         with self._handover:
             self._wanted = True
             if not self._in_line:
                 self._in_line, self._needed = True, locks
                 self._asked.release()
-        if self._porter is None:
-            self._porter = threading.Thread(target=self._carry, name="pqueue-porter", daemon=True)
-            self._porter.start()
         try:
             if self._through.acquire(timeout=TURN_SECONDS):
                 return True
@@ -1434,6 +1438,14 @@ class Turnstile:
                 fcntl.flock(self._way, fcntl.LOCK_UN)
             raise
         return self._give_up()
+
+    def _employ(self) -> bool:
+        """Start the porter, unless no thread can be: for want of memory, or since the interpreter shuts down."""
+        porter = threading.Thread(target=self._carry, name="pqueue-porter", daemon=True)
+        with suppress(RuntimeError):
+            porter.start()
+            self._porter = porter
+        return self._porter is not None
 
     def _give_up(self) -> bool:
         """Want the way no longer; return whether it was handed over just before."""
@@ -1467,16 +1479,22 @@ class Slots:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         file = _open_private(folder / "waiting")
-        os.ftruncate(file, self.COUNT)
-        self.waiting = mmap.mmap(file, self.COUNT)
-        os.close(file)
+        try:
+            if os.fstat(file).st_size < self.COUNT:
+                os.write(file, bytes(self.COUNT))  # no hole: where the disk is full, filling it would be SIGBUS
+            self.waiting = mmap.mmap(file, self.COUNT)
+        finally:
+            os.close(file)
 
     def take(self) -> Slot:
         for number in range(self.COUNT):
-            lock = _open_private(self._folder / f"{number}.lock")
-            if try_lock(lock):
-                return Slot(number, lock, self._bell(number))
-            os.close(lock)
+            with ExitStack() as undo:
+                lock = _open_private(self._folder / f"{number}.lock")
+                undo.callback(os.close, lock)
+                if try_lock(lock):
+                    slot = Slot(number, lock, self._bell(number))
+                    undo.pop_all()
+                    return slot
         raise QueueError(f"cannot add a consumer: expected fewer than {self.COUNT} at a time")
 
     def is_taken(self, number: int) -> bool:
@@ -1546,6 +1564,7 @@ class SQLiteSession(Session):
         self._synchronous = ""
         self.wanted = "FULL"
         self.in_batch = False
+        self.in_use = threading.RLock()  # held while SQLite works for it: nobody forks meanwhile
         self.connection = queue._connect()
 
     def run(self, sql: str, params: Params = NOTHING) -> list[Any]:
@@ -1584,9 +1603,10 @@ class SQLiteSession(Session):
             self._end(error)
 
     def _begin(self) -> None:
+        self.in_use.acquire()
         self.busy, self.ring, self.lost = True, False, None
-        self._has_turn = self._queue._enter(self.in_batch)
         try:
+            self._has_turn = self._queue._enter(self.in_batch)
             if self._synchronous != self.wanted:
                 self.run(f"PRAGMA synchronous = {self.wanted}")
                 self._synchronous = self.wanted
@@ -1623,6 +1643,7 @@ class SQLiteSession(Session):
             if self.connection.in_transaction:  # a signal handler came between, and it would stop all others
                 self._roll_back()
             self.busy = False
+            self.in_use.release()
             if self._has_turn:
                 self._has_turn = False
                 self._queue._exit()
@@ -1632,8 +1653,14 @@ class SQLiteSession(Session):
             self.connection.execute("ROLLBACK")
 
     def disown(self) -> None:
-        """In a forked child: leave the parent's connection alone, neither used nor closed."""
-        _inherited.append(self.connection)
+        """In a forked child: close the parent's connection, or SQLite would take the parent's locks for the child's.
+
+        Closing rolls back, in the shared memory, too: so not inside a transaction, and the child gets no queue.
+        """
+        if self.busy or self not in _still or self.connection.in_transaction:
+            _inherited.setdefault(self._queue.path, []).append(self.connection)
+        else:
+            self.connection.close()
         self._has_turn = self.busy = False
         self.connection = cast(sqlite3.Connection, Disowned())
 
@@ -1651,21 +1678,37 @@ class Disowned:
         raise QueueError("cannot go on with a transaction that was begun before the fork")
 
     def close(self) -> None:
-        """Close nothing: the parent's locks hang on it."""
+        """Close nothing: that was done, or must not be."""
 
 
-_inherited: list[Any] = []
+_inherited: dict[Path, list[Any]] = {}  # connections of the parent's that were in a transaction
 _queues: weakref.WeakSet[PersistentQSQLite] = weakref.WeakSet()
-_creating = threading.Lock()
+_opening = threading.RLock()  # nobody forks while a file or a connection is opened, either
+_still: list[SQLiteSession] = []  # sessions that are held while the process forks
+
+
+def _before_fork() -> None:
+    """Let no thread be inside SQLite: the child would find its mutexes taken by nobody. After a while, go on."""
+    _opening.acquire()
+    until = time.monotonic() + BUSY_SECONDS
+    sessions = [session for queue in list(_queues) for session in list(queue._sessions)]
+    _still.extend(each for each in sessions if each.in_use.acquire(timeout=max(0, until - time.monotonic())))
 
 
 def _after_fork() -> None:
     for queue in list(_queues):
         queue._after_fork()
+    _go_on()
+
+
+def _go_on() -> None:
+    while _still:
+        _still.pop().in_use.release()
+    _opening.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_parent=_go_on, after_in_child=_after_fork)
 
 
 class PersistentQSQLite(PersistentQInterface):
@@ -1697,7 +1740,7 @@ class PersistentQSQLite(PersistentQInterface):
         self._open_file(create)
         try:
             self._open_folder()
-            with closing(self._connect()) as connection:
+            with _opening, closing(self._connect()) as connection:
                 self._prepare(connection)
         except BaseException:
             self.close()
@@ -1721,7 +1764,7 @@ class PersistentQSQLite(PersistentQInterface):
             kind = file_system(self.path.parent)
             if kind.startswith(NETWORK_FILE_SYSTEMS):
                 raise QueueError(f"cannot use {self.path}: SQLite's locks fail on {kind}; use a local disk")
-            with _creating, suppress(FileExistsError):
+            with _opening, suppress(FileExistsError):
                 _create(self.path)
         except OSError as error:
             raise QueueError(f"cannot open {self.path}: {error.strerror}") from error
@@ -1730,14 +1773,21 @@ class PersistentQSQLite(PersistentQInterface):
         if fcntl is None:
             return
         folder = Path(f"{self.path}.d")
-        try:
+        with self._told_of_folder():
             folder.mkdir(mode=0o700, exist_ok=True)
             self._turnstile = Turnstile(folder)
             self._slots = Slots(folder)
+
+    @contextmanager
+    def _told_of_folder(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            raise QueueError(f"cannot open {folder}: {error.strerror}") from error
+            raise QueueError(f"cannot open {self.path}.d: {error.strerror}") from error
 
     def _connect(self) -> sqlite3.Connection:
+        if self.path in _inherited:
+            raise QueueError(f"cannot use {self.path}: this process was forked inside a transaction; fork before it")
         with ExitStack() as undo:
             try:
                 connection = sqlite3.connect(
@@ -1800,7 +1850,7 @@ class PersistentQSQLite(PersistentQInterface):
         if "not a database" in text:
             return SchemaMismatch(f"cannot use {self.path}: expected an SQLite database, got another file")
         if "readonly" in text or "unable to open" in text:
-            return QueueError(f"cannot write to {self.path}: no permission, or it is gone ({text})")
+            return QueueError(f"cannot write to {self.path}: no permission, no free descriptor, or it is gone ({text})")
         return QueueError(f"cannot use {self.path}: {text}")
 
     # What the interface asks of a backend
@@ -1811,8 +1861,9 @@ class PersistentQSQLite(PersistentQInterface):
         except AttributeError:
             if self._closed:
                 raise QueueError(f"cannot use {self.path}: this queue object is closed") from None
-            session = self._local.session = SQLiteSession(self)
-            self._sessions.add(session)
+            with _opening:
+                session = self._local.session = SQLiteSession(self)
+                self._sessions.add(session)
             return session
 
     def _write(self, *, durable: bool = True, in_batch: bool = False) -> SQLiteSession:
@@ -1822,7 +1873,9 @@ class PersistentQSQLite(PersistentQInterface):
         return session
 
     def _read(self, sql: str, params: Params = NOTHING) -> list[Any]:
-        return self._session().run(sql, params)
+        session = self._session()
+        with session.in_use:
+            return session.run(sql, params)
 
     def _insert_many(self, tx: Session, row: Params, payloads: list[str]) -> list[int]:
         each = "(SELECT value AS payload FROM json_each(:payloads))"
@@ -1848,10 +1901,12 @@ class PersistentQSQLite(PersistentQInterface):
             self._slots.ring()
 
     def _take_slot(self) -> Slot | None:
-        return self._slots.take() if self._slots else None
+        with self._told_of_folder():
+            return self._slots.take() if self._slots else None
 
     def _is_alive(self, slot: int | None) -> bool:
-        return self._slots is None or slot is None or self._slots.is_taken(slot)
+        with self._told_of_folder():
+            return self._slots is None or slot is None or self._slots.is_taken(slot)
 
     def _sleep(self, me: Registration, seconds: float, due_in: Callable[[], float]) -> bool:
         if self._slots is not None:

@@ -3,25 +3,27 @@
     python producer.py                       # until told to stop
     python producer.py --count 5 --interval 0
 
-TERM or INT ends it between two jobs.
+TERM, INT or HUP ends it between two jobs.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import random
 import secrets
-import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import consumer
 import pqueue
-from consumer import log
+from consumer import Result, log
 from pqueue import PersistentQInterface, QueueBusy, QueueError, QueueFull
 
 WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "haven", "inlet", "jetty"]
@@ -46,7 +48,7 @@ class Producer:
         """Produce until stopped, or `count` jobs."""
         self.recover()
         produced = 0
-        while not self.stopped.is_set() and (count is None or produced < count):
+        while not (self.stopped.is_set() or consumer.is_orphaned()) and (count is None or produced < count):
             if self.produce() is None:
                 return
             produced += 1
@@ -54,17 +56,32 @@ class Producer:
                 self.stopped.wait(interval_seconds)
 
     def produce(self) -> int | None:
-        """Write and enqueue one file; return the job's id, or None if stopped while the database was not there."""
+        """Write and enqueue one file; return the job's id, or None if stopped while that had to wait."""
         name = time.strftime("job_%Y%m%dT%H%M%S_", time.gmtime()) + f"{secrets.token_hex(6)}.txt"
         new = self.directory / f".{name}.new"
-        with open(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file = self._patiently(lambda: self._write(name, new))
+        if file is None:
+            return None
+        with file:
+            return self._enqueue(name, new)
+
+    def _write(self, name: str, new: Path) -> IO[str]:
+        """Write the file durably under both names and return it, locked; leave nothing of it where that fails."""
+        file = os.fdopen(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8")
+        try:
             pqueue.try_lock(file.fileno())
             file.write(_random_lines())
             file.flush()
             os.fsync(file.fileno())
             os.link(new, self.directory / name)
             _sync(self.directory)
-            return self._enqueue(name, new)
+        except BaseException:
+            with suppress(OSError):
+                file.close()  # which flushes once more
+            (self.directory / name).unlink(missing_ok=True)
+            new.unlink()
+            raise
+        return file
 
     def recover(self) -> None:
         """Finish what a killed producer left; a file that a living one holds is locked and left to it."""
@@ -80,19 +97,25 @@ class Producer:
 
     def _enqueue(self, name: str, new: Path) -> int | None:
         """Enqueue until it is stored. When stopped before, take the file back: no job, no file."""
+        job_id = self._patiently(lambda: self.queue.enqueue(consumer.prepend_timestamp, {"file": name}, key=name))
+        if job_id is None:
+            (self.directory / name).unlink()
+        new.unlink()
+        if job_id is not None:
+            log("enqueued", job=job_id, file=name)
+        return job_id
+
+    def _patiently(self, call: Callable[[], Result]) -> Result | None:
+        """Repeat a call while the database is locked, or there is no room in it or on the disk; None when stopped."""
         pause, longest = consumer.PATIENCE_SECONDS
         while True:
             try:
-                job_id = self.queue.enqueue(consumer.prepend_timestamp, {"file": name}, key=name)
-            except (QueueBusy, QueueFull) as error:
+                return call()
+            except (QueueBusy, QueueFull, OSError) as error:
+                if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+                    raise
                 log("waiting", reason=error)
-            else:
-                new.unlink()
-                log("enqueued", job=job_id, file=name)
-                return job_id
             if self.stopped.wait(pause):
-                (self.directory / name).unlink()
-                new.unlink()
                 return None
             pause = min(longest, pause * 2)
 
@@ -114,8 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         queue = pqueue.open_queue()
         producer = Producer(queue, options.directory)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, producer.stop)
+        consumer.on_end(producer.stop)
         producer.run(options.interval, options.count)
         queue.close()
     except (QueueError, ValueError, OSError) as error:

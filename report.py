@@ -35,6 +35,7 @@ def problems(
     alive = [each for each in queue.consumers() if each["state"] == "running"]
     found: list[str] = list(queue.check(thorough=thorough)["problems"])
     found += _consumer_problems(queue.consumers())
+    found += _twins(alive)
     if expired := _expired(queue, now):
         found.append(f"{count(expired, 'lease')} ran out and no consumer took the jobs back: start one")
     if stats["states"]["pending"] and not alive:
@@ -55,6 +56,17 @@ def _consumer_problems(consumers: list[dict[str, Any]]) -> Iterator[str]:
         if each["state"] != "running" and each["job_ids"]:
             held = count(len(each["job_ids"]), "job")
             yield f"consumer {each['name']} is {each['state']} and holds {held}; a live consumer takes them back"
+
+
+def _twins(alive: list[dict[str, Any]]) -> Iterator[str]:
+    """One name on two hosts is a matter of taste; on one host it is a consumer that outlived its Supervisor."""
+    pids: dict[tuple[str, str], set[int]] = {}
+    for each in alive:
+        pids.setdefault((each["name"], each["host"]), set()).add(each["pid"])
+    for (name, _), found in pids.items():
+        if len(found) > 1:
+            numbers = ", ".join(map(str, sorted(found)))
+            yield f"{len(found)} processes run under the name {name} (pids {numbers}): stop all but one"
 
 
 def _expired(queue: PersistentQInterface, now: float) -> int:

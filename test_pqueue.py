@@ -895,19 +895,20 @@ class Processes(SQLiteCase):
         self.assertEqual(queue.stats()["states"]["completed"], 2)
         self.assertEqual(len(queue.list_jobs(task="by child")), 1)
 
-    def test_child_forked_inside_a_transaction_cannot_touch_it(self):
+    def test_child_forked_inside_a_transaction_gets_no_queue(self):
         queue = self.open()
         with queue.transaction():
             queue.enqueue("kept")
             child = os.fork()
             if child == 0:
-                try:
-                    with queue.transaction() as db:
-                        os._exit(0 if db.execute("SELECT count(*) FROM jobs").fetchone() == (0,) else 2)
-                except QueueBusy:
-                    os._exit(0)
-                finally:
-                    os._exit(1)
+                code = 1
+                with suppress(QueueError):
+                    queue.stats()
+                    code = 2
+                with suppress(QueueError):
+                    self.open()
+                    code = 3
+                os._exit(0 if code == 1 else code)
             self.assertEqual(os.waitpid(child, 0)[1], 0)
         self.assertEqual(len(queue.list_jobs(task="kept")), 1)
 
@@ -993,6 +994,17 @@ sys.stdin.read()
         self.assertTrue(other._turnstile.enter())
         other._turnstile.leave()
         self.assertEqual(queue.enqueue("t"), 1)
+
+    def test_writer_that_can_start_no_thread_goes_round_the_turnstile(self):
+        queue, other = self.open(busy_seconds=0.05), self.open()
+        with other.transaction(), mock.patch("threading.Thread.start", side_effect=RuntimeError("can't start")):
+            with self.assertRaises(QueueBusy):
+                queue.enqueue("t")
+        self.assertTrue(queue._turnstile.enter())
+        queue._turnstile.leave()
+        with other.transaction(), mock.patch("pqueue.TURN_SECONDS", 0.05):
+            self.assertFalse(queue._turnstile.enter())
+            self.assertIsNotNone(queue._turnstile._porter)
 
     def test_ring_of_a_dead_waiter_is_left_alone(self):
         queue = self.open()

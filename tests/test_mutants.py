@@ -20,7 +20,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HISTORIES = 12
-TESTS = ("conftest.py", "test_commit_points.py", "test_histories.py", "test_power_loss.py", "record_writes.c")
+TESTS = (
+    "conftest.py",
+    "test_commit_points.py",
+    "test_histories.py",
+    "test_power_loss.py",
+    "test_processes.py",
+    "record_writes.c",
+)
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,9 @@ MUTANTS = [
     Mutant("a failed opening closes what it opened", "        except BaseException:\n            self.close()\n            raise\n        _queues", "        except BaseException:\n            raise\n        _queues", "test_commit_points.py: fails and opening"),
     Mutant("a failed savepoint is undone", 'self.run("ROLLBACK TO nested")', "pass", "contract: nested_transaction"),
     # whose file it is
+    Mutant("a child closes what it inherited", "            self.connection.close()\n        self._has_turn", "            _inherited.setdefault(Path(), []).append(self.connection)\n        self._has_turn", "test_processes.py: safely"),
+    Mutant("a child forked inside a transaction is refused", "if self.path in _inherited:", "if False:", "contract: forked_inside_a_transaction"),
+    Mutant("nobody forks while a thread is inside SQLite", "each.in_use.acquire(timeout=max(0, until - time.monotonic()))", "each.in_use.acquire(blocking=False)", "test_processes.py: middle"),
     Mutant("another program's file is refused", "if owner != APPLICATION_ID and", "if False and", "contract: another_program"),
     Mutant("a newer schema is refused", "if version > len(MIGRATIONS):", "if False:", "contract: newer_schema"),
     Mutant("a network drive is refused", "if kind.startswith(NETWORK_FILE_SYSTEMS):", "if False:", "contract: network_drive"),

@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, Place, wait_until
 
 BIN = Path(sys.executable).parent
+NAMES = ("consumer_00", "consumer_01", "consumer_02")
 FILES = (*(path.name for path in ROOT.glob("*.py")), "supervisord.conf", "Procfile", ".streamlit")
 
 
@@ -74,7 +76,7 @@ def test_supervisor_runs_it_all_and_leaves_nothing_behind(system):
     job = wait_until(lambda: completed_files(system))[0]
     text = (system.folder / "var/files" / job.payload["file"]).read_text()
     assert all(line.startswith(job.result["timestamp"]) for line in text.splitlines())
-    assert job.consumer in {"consumer_00", "consumer_01", "consumer_02"}
+    assert job.consumer in NAMES
 
     os.kill(pids["consumer:consumer_01"], signal.SIGKILL)
     wait_until(lambda: running(system).get("consumer:consumer_01") not in (None, pids["consumer:consumer_01"]))
@@ -88,6 +90,23 @@ def test_supervisor_runs_it_all_and_leaves_nothing_behind(system):
     assert (system.folder / "var/log/consumer_01.log").read_text().count("started consumer=consumer_01") == 2
     modes = {path.name: path.stat().st_mode & 0o777 for path in (system.folder / "var").glob("queue.db*")}
     assert set(modes.values()) <= {0o600, 0o700}
+
+
+def test_nobody_outlives_a_supervisor_that_was_killed(system):
+    killed = started(system, "supervisord", "-n", "-c", "supervisord.conf")
+    first = wait_until(lambda: len(running(system)) == 5 and running(system))
+    wait_until(lambda: completed_files(system))
+    killed.kill()
+    killed.wait()
+    started(system, "supervisord", "-n", "-c", "supervisord.conf")
+    wait_until(lambda: set(first) - {"ops"} <= set(running(system)))
+    wait_until(lambda: all(is_gone(pid) for name, pid in first.items() if name != "ops"))
+    consumers = system.queue().consumers()
+    states = {name: sorted(each["state"] for each in consumers if each["name"] == name) for name in NAMES}
+    assert states == dict.fromkeys(NAMES, ["running", "stopped"])
+    assert "run under the name" not in system.run("admin.py", "doctor").stdout
+    with suppress(ProcessLookupError):
+        os.kill(first["ops"], signal.SIGTERM)
 
 
 def manage(place, *arguments):
