@@ -55,7 +55,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count, takewhile
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -1358,7 +1358,7 @@ def _error_text(error: str) -> str:
 
 
 class Turnstile:
-    """Lets writers through one at a time in the order they came, where SQLite's busy handler would starve some.
+    """Lets writers through one at a time, where SQLite's busy handler would starve some.
 
     A writer takes the gate, takes the way, and gives the gate to the next. Consumers with their batches stand in the
     hall first, so that a producer finds at most one of them before it at the gate. It is a courtesy: who waited for
@@ -1366,109 +1366,94 @@ class Turnstile:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._locks: list[int] = []
+        self._thread = threading.Lock()
+        self._doors: list[Door] = []
         with ExitStack() as undo:
             for name in ("hall", "gate", "way"):
-                self._locks.append(_open_private(folder / name))
-                undo.callback(os.close, self._locks[-1])
+                self._doors.append(Door(folder / name))
+                undo.callback(self._doors[-1].close)
             undo.pop_all()
-        self._way = self._locks[-1]
-        self._thread = threading.Lock()
-        self._handover = threading.Lock()
-        self._asked, self._through = threading.Semaphore(0), threading.Semaphore(0)
-        self._porter: threading.Thread | None = None
-        self._in_line = self._wanted = False
-        self._needed: list[int] = []
 
     def enter(self, *, through_hall: bool = False) -> bool:
         """Return whether the way was taken; then `leave` must follow."""
         if not self._thread.acquire(timeout=TURN_SECONDS):
             return False
         try:
-            locks = self._locks if through_hall else self._locks[1:]
-            if self._try(locks) or self._stand_in_line(locks):
+            if self._pass(self._doors if through_hall else self._doors[1:]):
                 return True
         except BaseException:
-            self._thread.release()
+            self._turn_back()
             raise
-        self._thread.release()
+        self._turn_back()
         return False
 
     def leave(self) -> None:
-        fcntl.flock(self._way, fcntl.LOCK_UN)
+        self._doors[-1].give()
         self._thread.release()
 
     def close(self) -> None:
-        """Send the porter home. While he is in line, or another thread has the way, all stays as it is."""
-        with self._handover:
-            if self._in_line or not self._thread.acquire(blocking=False):
-                return
-            self._needed = []
-            self._asked.release()
+        """Close the doors, unless another thread stands in one."""
+        if self._thread.acquire(blocking=False):
             self.abandon()
 
     def abandon(self) -> None:
-        """In a forked child, that has no porter: let go of the locks, which the parent still holds."""
-        for lock in self._locks:
-            os.close(lock)
+        """In a forked child: let go of the locks, which the parent may hold."""
+        for door in self._doors:
+            door.close()
 
-    def _try(self, locks: list[int]) -> bool:
-        if self._in_line:
-            return False
-        taken = list(takewhile(try_lock, locks))
-        through = len(taken) == len(locks)
-        for lock in taken[:-1] if through else taken:
-            fcntl.flock(lock, fcntl.LOCK_UN)
-        return through
+    def _pass(self, doors: list[Door]) -> bool:
+        until = time.monotonic() + TURN_SECONDS
+        for number, door in enumerate(doors):
+            if not door.take(until):
+                return False
+            if number:
+                doors[number - 1].give()
+        return True
 
-    def _stand_in_line(self, locks: list[int]) -> bool:
-        """Wait with a bound, which flock has not: the porter, a thread, waits without one."""
-        if self._porter is None and not self._employ():
-            return False
-        with self._handover:
-            self._wanted = True
-            if not self._in_line:
-                self._in_line, self._needed = True, locks
-                self._asked.release()
-        try:
-            if self._through.acquire(timeout=TURN_SECONDS):
-                return True
-        except BaseException:
-            if self._give_up():
-                fcntl.flock(self._way, fcntl.LOCK_UN)
-            raise
-        return self._give_up()
+    def _turn_back(self) -> None:
+        for door in self._doors:
+            door.give()
+        self._thread.release()
 
-    def _employ(self) -> bool:
-        """Start the porter, unless no thread can be: for want of memory, or since the interpreter shuts down."""
-        porter = threading.Thread(target=self._carry, name="pqueue-porter", daemon=True)
-        with suppress(RuntimeError):
-            porter.start()
-            self._porter = porter
-        return self._porter is not None
 
-    def _give_up(self) -> bool:
-        """Want the way no longer; return whether it was handed over just before."""
-        with self._handover:
-            self._wanted = False
-            return self._through.acquire(blocking=False)
+class Door:
+    """A lock between processes that is waited for with a bound, which flock has not, and freed when its holder dies.
 
-    def _carry(self) -> None:
+    Its first byte is set while somebody waits: whoever gives the lock then rings.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with ExitStack() as undo:
+            self._lock = _open_private(path)
+            undo.callback(os.close, self._lock)
+            self._wanted = _share(self._lock, 1)
+            self._bell = _open_bell(path.with_name(f"{path.name}.bell"))
+            undo.pop_all()
+
+    def take(self, until: float) -> bool:
+        """Return whether it was taken before this time, in monotonic seconds."""
+        if try_lock(self._lock):
+            return True
         while True:
-            self._asked.acquire()
-            if not self._needed:
-                return
-            for lock in self._needed:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            for lock in self._needed[:-1]:
-                fcntl.flock(lock, fcntl.LOCK_UN)
-            with self._handover:
-                self._in_line = False
-                if self._wanted:
-                    self._wanted = False
-                    self._through.release()
-                else:
-                    fcntl.flock(self._way, fcntl.LOCK_UN)
+            self._wanted[0] = 1  # and so it stays when this one has it: others may wait
+            if try_lock(self._lock):
+                return True
+            left = until - time.monotonic()
+            if left <= 0:
+                return False
+            _hear(self._bell, min(left, POLL_SECONDS))
+
+    def give(self) -> None:
+        fcntl.flock(self._lock, fcntl.LOCK_UN)
+        if self._wanted[0]:
+            self._wanted[0] = 0
+            with suppress(BlockingIOError):  # rung more often than heard
+                os.write(self._bell, b"!")
+
+    def close(self) -> None:
+        self._wanted.close()
+        os.close(self._lock)
+        os.close(self._bell)
 
 
 class Slots:
@@ -1480,9 +1465,7 @@ class Slots:
         self._folder = folder
         file = _open_private(folder / "waiting")
         try:
-            if os.fstat(file).st_size < self.COUNT:
-                os.write(file, bytes(self.COUNT))  # no hole: where the disk is full, filling it would be SIGBUS
-            self.waiting = mmap.mmap(file, self.COUNT)
+            self.waiting = _share(file, self.COUNT)
         finally:
             os.close(file)
 
@@ -1492,7 +1475,7 @@ class Slots:
                 lock = _open_private(self._folder / f"{number}.lock")
                 undo.callback(os.close, lock)
                 if try_lock(lock):
-                    slot = Slot(number, lock, self._bell(number))
+                    slot = Slot(number, lock, _open_bell(self._folder / f"{number}.bell"))
                     undo.pop_all()
                     return slot
         raise QueueError(f"cannot add a consumer: expected fewer than {self.COUNT} at a time")
@@ -1525,12 +1508,6 @@ class Slots:
             self.waiting[slot.number] = 0
         return rung
 
-    def _bell(self, number: int) -> int:
-        path = self._folder / f"{number}.bell"
-        with suppress(FileExistsError):
-            os.mkfifo(path, 0o600)
-        return os.open(path, os.O_RDWR | os.O_NONBLOCK)
-
 
 class Slot:
     """A consumer's place, as long as it lives."""
@@ -1540,13 +1517,7 @@ class Slot:
         self._lock, self._bell = lock, bell
 
     def poll(self, seconds: float) -> bool:
-        bell = select.poll()
-        bell.register(self._bell, select.POLLIN)
-        rung = bool(bell.poll(max(0, math.ceil(seconds * 1000))))
-        if rung:
-            with suppress(BlockingIOError):  # another thread under this name was rung as well, and was first
-                os.read(self._bell, 65536)
-        return rung
+        return _hear(self._bell, seconds)
 
     def close(self) -> None:
         os.close(self._lock)
@@ -2004,6 +1975,30 @@ def _create(path: Path) -> None:
 
 def _open_private(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _share(file: int, size: int) -> mmap.mmap:
+    """Map the first bytes of a file, and no hole: where the disk is full, filling one would be SIGBUS."""
+    if os.fstat(file).st_size < size:
+        os.write(file, bytes(size))
+    return mmap.mmap(file, size)
+
+
+def _open_bell(path: Path) -> int:
+    with suppress(FileExistsError):
+        os.mkfifo(path, 0o600)
+    return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def _hear(bell: int, seconds: float) -> bool:
+    """Wait for a ring; return whether there was one."""
+    ear = select.poll()
+    ear.register(bell, select.POLLIN)
+    rung = bool(ear.poll(max(0, math.ceil(seconds * 1000))))
+    if rung:
+        with suppress(BlockingIOError):  # another heard it first
+            os.read(bell, 65536)
+    return rung
 
 
 def _sync(path: Path) -> None:

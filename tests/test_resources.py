@@ -321,6 +321,7 @@ def drained(queue, **options):
 def test_log_that_a_reader_holds_for_the_whole_run_is_told_of_and_cut_afterwards(fast_queue, monkeypatch):
     queue = fast_queue
     monkeypatch.setattr(pqueue, "WAL_BYTES", 1_000_000)
+    monkeypatch.setattr(pqueue, "CHECKPOINT_PAGES", 200)
     queue.enqueue("first")
     with closing(sqlite3.connect(queue.path)) as reader:
         reader.execute("BEGIN")
