@@ -1,6 +1,8 @@
 """Measure this queue on this disk, beside the bare limit of SQLite and what people would use instead.
 
     python bench.py [--quick] [--only COLUMN …] [--rounds N] [--json FILE] [--plot FILE.png]
+    python bench.py --why      # what each idea behind the speed buys: the same figures with it left out
+    python bench.py --redis    # Celery, RQ and Dramatiq
 
 Each figure is taken in a fresh process on a fresh folder, the contestants in turn; the median of the rounds counts.
 """
@@ -28,16 +30,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+import bench_redis
+import consumer
 import pqueue
-from consumer import positive
 
 HERE = Path(__file__).resolve().parent
 SCALE = float(os.environ.get("BENCH_SCALE", "1"))  # of the work; --quick sets it for the measuring processes
 SECONDS = 2.0 * SCALE  # of each rate that is measured by the clock
 QUICK_SCALE = 0.1
 PUT_MANY = 100
+LEFT_OUT = "BENCH_WITHOUT"  # names to the measuring processes, and to their consumers, the idea to do without
 SERVER = "BENCH_SERVER"  # names the PostgreSQL server to the measuring processes
 CONSUMERS = 4
+LEAST_PUTS = 20  # beside them, however long each has to wait
 COLUMNS = ["put", "put many", "process", "program", "share", "put under load", "pickup", "idle", "depth"]
 SIMPLE = COLUMNS[:3]  # what the peers are measured in
 
@@ -52,6 +57,46 @@ def note_delay(job: pqueue.Job) -> float:
     """Tell how long the job took from its producer's hand to here."""
     return time.time() - float(job.payload)
 
+
+# What it would be without each of the ideas, and the figures where that shows #########################################
+
+IDEAS = {
+    "one commit per job": [("process", "jobs/s")],
+    "unsynced claims": [("pickup", "p50 ms")],
+    "adaptive batches": [("program", "jobs/s")],
+    "turnstile": [("share", "jobs/s"), ("share", "fewest/most"), ("put under load", "p99 ms")],
+    "doorbell": [("pickup", "p50 ms")],
+}
+
+
+def do_without(idea: str) -> None:
+    """Change this process, as `--why` asks it to."""
+    core: Any = pqueue
+    if idea == "one commit per job":
+        core.PersistentQInterface.complete_and_dequeue = complete_then_dequeue
+    elif idea == "unsynced claims":
+        write = core.PersistentQSQLite._write
+        core.PersistentQSQLite._write = lambda self, *, in_batch=False, **_: write(self, in_batch=in_batch)
+    elif idea == "adaptive batches":
+        consumer.MAX_BATCH = 1
+    elif idea == "turnstile":
+        core.Turnstile.enter = lambda *_, **__: False
+    elif idea == "doorbell":
+        core.Slots.ring = lambda _: None
+        core.WAIT_SECONDS = 0.1  # as one would poll
+
+
+complete_and_dequeue = pqueue.PersistentQInterface.complete_and_dequeue
+
+
+def complete_then_dequeue(queue: Any, finished: Any, name: str, limit: int = 1, **options: Any) -> Any:
+    for job, result in finished:
+        queue.complete(job, result)
+    return complete_and_dequeue(queue, (), name, limit, **options)
+
+
+if LEFT_OUT in os.environ:
+    do_without(os.environ[LEFT_OUT])
 
 # The contestants: put one, put many, and a generator that processes one job per step ##################################
 
@@ -289,7 +334,7 @@ def measure_put_under_load(ours: Ours) -> dict[str, float]:
     delays = []
     with consumers(ours, CONSUMERS):
         until = time.monotonic() + 2 * SECONDS
-        while time.monotonic() < until:
+        while time.monotonic() < until or len(delays) < LEAST_PUTS:
             began = time.perf_counter()
             ours.put()
             delays.append(time.perf_counter() - began)
@@ -417,6 +462,12 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ[SERVER] = options.url
     machine = describe_machine()
     print("\n".join(f"{name}: {value}" for name, value in machine.items()))
+    if options.redis:
+        print(table_on_redis(bench_redis.run(options.rounds, progress)))
+        return 0
+    if options.why:
+        print(why(options.rounds))
+        return 0
     columns = options.only or ([c for c in COLUMNS if c not in ("depth", "idle")] if options.quick else COLUMNS)
     if options.quick:
         os.environ["BENCH_SCALE"] = str(QUICK_SCALE)
@@ -434,10 +485,12 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     made.add_argument("--quick", action="store_true", help="one round of a tenth of the work, without idle and depth")
     made.add_argument("--only", action="append", choices=COLUMNS, metavar="COLUMN", help=f"of {', '.join(COLUMNS)}")
-    made.add_argument("--rounds", type=positive, default=3, help="(default: %(default)s)")
+    made.add_argument("--rounds", type=consumer.positive, default=3, help="(default: %(default)s)")
     made.add_argument("--url", help="a PostgreSQL server to measure on instead, with a database of its own per figure")
     made.add_argument("--json", metavar="FILE", help="write all figures")
     made.add_argument("--plot", metavar="FILE.png", help="draw the bars; needs matplotlib")
+    made.add_argument("--why", action="store_true", help="leave out one idea after the other")
+    made.add_argument("--redis", action="store_true", help="measure Celery, RQ and Dramatiq instead")
     made.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     return made
 
@@ -466,6 +519,36 @@ def run(columns: list[str], rounds: int) -> dict[Key, Figures]:
     return results
 
 
+def why(rounds: int) -> str:
+    """Return a table of medians, with each idea and without it, the sides in turn."""
+    form = "{:20} {:16} {:12} {:8} {:>10} {:>10}".format
+    lines = [form("idea", "column", "figure", "", "without", "with")]
+    for durability in ("full", "normal"):
+        for idea, shown in IDEAS.items():
+            values: dict[tuple[str, str, bool], list[float]] = {}
+            for _ in range(rounds):
+                for column in dict.fromkeys(column for column, _ in shown):
+                    for left_out in (True, False):
+                        progress(f"{durability}: {column} {'without' if left_out else 'with'} {idea}")
+                        found = measure((column, "pqueue", durability), **({LEFT_OUT: idea} if left_out else {}))
+                        for figure, value in found.items():
+                            values.setdefault((column, figure, left_out), []).append(value)
+            for column, figure in shown:
+                sides = [number(statistics.median(values[column, figure, left_out])) for left_out in (True, False)]
+                lines.append(form(idea, column, figure, durability, *sides))
+    progress("")
+    return "\n".join(lines)
+
+
+def table_on_redis(results: dict[str, dict[str, list[float]]]) -> str:
+    form = "{:14} {:16} {:>10} {:>10} {:>10}".format
+    lines = [form("contestant", "figure", "median", "min", "max")]
+    for name, figures in results.items():
+        for figure, values in figures.items():
+            lines.append(form(name, figure, *map(number, (statistics.median(values), min(values), max(values)))))
+    return "\n".join(lines)
+
+
 def is_installed(name: str) -> bool:
     if importlib.util.find_spec(contestants()[name].module):
         return True
@@ -473,12 +556,12 @@ def is_installed(name: str) -> bool:
     return False
 
 
-def measure(turn: Key) -> dict[str, float]:
+def measure(turn: Key, **settings: str) -> dict[str, float]:
     folder = tempfile.mkdtemp(prefix="bench-", dir=pqueue_folder())
     try:
         command = [sys.executable, __file__, "--measure", *turn, folder]
         with database() as environment:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment | settings)
         if done.returncode:
             sys.exit(f"bench.py: {' '.join(turn)} failed:\n{done.stderr}")
         return dict(json.loads(done.stdout))
