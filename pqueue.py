@@ -626,14 +626,17 @@ class PersistentQInterface(ABC):
         """
         row = _new_job(task, queue, priority, delay_seconds, run_at, max_attempts, key, assigned_to, self._time(now))
         row["payload"] = encode_json("payload", payload)
+        return self._add(row)
+
+    def _add(self, row: Params) -> int:
         with self._write() as tx:
             rows = tx.run(ENQUEUE, row)
             if not rows and tx.change(ADD_QUEUE, row):
                 rows = tx.run(ENQUEUE, row)
-            if not rows and key is not None:
+            if not rows and row["key"] is not None:
                 rows = tx.run(WITH_KEY, row)
             if not rows:
-                raise _full(queue, tx.run(ROOM, row)[0][1])
+                raise _full(row["queue"], tx.run(ROOM, row)[0][1])
             tx.ring = True
         return cast(int, rows[0][0])
 
@@ -652,14 +655,16 @@ class PersistentQInterface(ABC):
     ) -> list[int]:
         """Store one job per payload, all or none, and return their ids in order. Raises QueueFull."""
         row = _new_job(task, queue, priority, delay_seconds, run_at, max_attempts, None, assigned_to, self._time(now))
-        encoded = [encode_json("payload", payload) for payload in payloads]
+        return self._add_many(row, [encode_json("payload", payload) for payload in payloads])
+
+    def _add_many(self, row: Params, payloads: list[str]) -> list[int]:
         with self._write() as tx:
             tx.change(ADD_QUEUE, row)
             room, max_pending = tx.run(ROOM, row)[0]
-            if room is not None and room < len(encoded):
-                raise _full(queue, max_pending)
+            if room is not None and room < len(payloads):
+                raise _full(row["queue"], max_pending)
             tx.ring = True
-            return self._insert_many(tx, row, encoded)
+            return self._insert_many(tx, row, payloads)
 
     # Working
 
@@ -693,6 +698,17 @@ class PersistentQInterface(ABC):
         settled = [(job, _encode_result(result)) for job, result in finished]
         me = self._registered(consumer, queues)
         _at_least("limit", 0, limit)
+        return self._exchange(settled, me, limit, queues, lease_seconds, now)
+
+    def _exchange(
+        self,
+        settled: list[tuple[Job, str | None]],
+        me: Registration,
+        limit: int,
+        queues: Sequence[str] | None,
+        lease_seconds: float,
+        now: float | None,
+    ) -> tuple[list[Job], list[Job]]:
         dead, nested = self._look_for_dead(), self.in_transaction
         with self._write(durable=bool(settled), in_batch=True) as tx:
             now = self._time(now)
@@ -1036,7 +1052,7 @@ class PersistentQInterface(ABC):
         params = _served(consumer, queues, 1)
 
         def due_in() -> float:
-            at = self._read(_serving(NEXT_EVENT, queues), params)[0][0]
+            at = self._read(serving(NEXT_EVENT, queues), params)[0][0]
             return math.inf if at is None else cast(float, at) - self._time(now)
 
         return self._sleep(me, min(timeout_seconds, WAIT_SECONDS), due_in) or due_in() <= 0
@@ -1116,15 +1132,27 @@ def _complete(tx: Session, job: Job, result: str | None, now: float) -> int:
 def _claim(
     tx: Session, me: Registration, limit: int, queues: Sequence[str] | None, lease_seconds: float, now: float
 ) -> list[Job]:
-    params = _served(me.name, queues, limit)
+    params = claim_params(me, limit, queues, lease_seconds, now)
     if limit > 1:
-        attempts = [row[0] for row in tx.run(_serving(NEXT_ATTEMPTS, queues), params)]
+        attempts = [row[0] for row in tx.run(serving(NEXT_ATTEMPTS, queues), params)]
         params["limit"] = _batch(attempts)
+    return claimed_jobs(tx, tx.run(serving(CLAIM, queues), params), params)
+
+
+def claim_params(
+    me: Registration, limit: int, queues: Sequence[str] | None, lease_seconds: float, now: float
+) -> Params:
+    params = _served(me.name, queues, limit)
     params["now"] = now
     params["lease_expires_at"] = now + _lease(lease_seconds)
     params["token"] = f"{me.token}.{next(me.claims)}"
+    return params
+
+
+def claimed_jobs(tx: Session, rows: list[Any], params: Params) -> list[Job]:
+    """Return the jobs of the rows that a claim returned, in order."""
     jobs = []
-    for row in tx.run(_serving(CLAIM, queues), params):
+    for row in rows:
         try:
             jobs.append(_job(row, _decode_json))
         except NOT_JSON as error:  # somebody wrote past the API: it must not stop the jobs behind it
@@ -1209,7 +1237,7 @@ def _full(queue: str, max_pending: int) -> QueueFull:
     return QueueFull(f"cannot enqueue: queue {queue!r} is at its limit of {max_pending} pending jobs")
 
 
-def _serving(sql: str, queues: Sequence[str] | None) -> str:
+def serving(sql: str, queues: Sequence[str] | None) -> str:
     return _filled(sql, None if queues is None else len(queues))
 
 
@@ -2053,10 +2081,10 @@ def open_queue(url: str | None = None, *, create: bool = True, durability: str |
 
 def _on_postgres(url: str, create: bool, durability: str) -> PersistentQInterface:
     try:
-        from pqueue_sqlalchemy import PersistentQSQLAlchemy
+        from pqueue_sqlalchemy import OnPostgres
     except ImportError as error:
         raise QueueError(f"cannot use PostgreSQL: {error}; pip install SQLAlchemy 'psycopg[binary]'") from None
-    return PersistentQSQLAlchemy(url, create=create, durability=durability)
+    return OnPostgres(url, create=create, durability=durability)
 
 
 def sqlite_path(url: str | None = None) -> Path:

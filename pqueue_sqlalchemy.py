@@ -9,6 +9,8 @@ by NOTIFY to the same session, one per process. Needs SQLAlchemy 2 and psycopg 3
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import re
 import secrets
@@ -17,22 +19,36 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import psycopg
 import sqlalchemy
+from psycopg.pq import TransactionStatus
+from psycopg.types.numeric import Int8Dumper
 from sqlalchemy import exc
+from sqlalchemy.pool import StaticPool
 
 import pqueue
 from pqueue import (
     BUSY_SECONDS,
+    CANDIDATES,
+    CLAIM,
+    COMPLETE,
+    ENQUEUE,
+    EXPIRED,
     MIGRATIONS,
     NOTHING,
+    ORDER,
+    ORPHANED,
+    OVERDUE,
+    PROMOTE,
+    WAIT_SECONDS,
+    Job,
     Params,
     PersistentQInterface,
     PersistentQSQLite,
@@ -42,7 +58,14 @@ from pqueue import (
     Registration,
     SchemaMismatch,
     Session,
+    SQLiteSession,
+    claim_params,
+    claimed_jobs,
+    serving,
+    sqlite_path,
 )
+
+log = logging.getLogger("pqueue")
 
 SCHEMA = "pqueue"
 CHANNEL = "pqueue"
@@ -50,69 +73,142 @@ LOCK_CLASS = 0x7071  # of the advisory locks by which consumers are seen to live
 CLOCK_SECONDS = 30.0  # how often the server's clock is read
 RETRY_SECONDS = 0.5  # between two attempts of the listener to connect
 RESTART_SECONDS = 10.0  # after a restart of the server nobody is taken for dead: locks are being taken anew
+HEARD_SECONDS = 1.0  # what a NOTIFY may take to come back
+LISTEN = f"LISTEN {CHANNEL}"
 
+NAMED = re.compile(r"(?<!:):([a-z_]\w*)")
 # A subquery for each queue is LATERAL here: "q CROSS JOIN jobs WHERE … jobs.id IN (SELECT id …)".
-PER_QUEUE = re.compile(r"queues q CROSS JOIN jobs WHERE (.*?)jobs\.id IN\s*(\(SELECT id.*?LIMIT :limit\))", re.DOTALL)
-INSERT_MANY = pqueue.INSERT_MANY.format(
-    payloads="unnest(CAST(:payloads AS text[])) WITH ORDINALITY AS p (payload, n) ORDER BY n RETURNING id"
-)
+PER_QUEUE = re.compile(r"queues q CROSS JOIN jobs WHERE (.*?)jobs\.id IN\s*\(SELECT id(.*?LIMIT :limit)\)", re.DOTALL)
+# Our statements go through indexes, whatever the statistics say, and by one plan: to plan a claim takes longer than to
+# run it, and the planner expects a tenth of the table from LIMIT :limit.
+PLANNER = ("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin", "enable_sort")
+AS_USUAL = f"""
+SELECT set_config('plan_cache_mode', 'auto', true), set_config(name, 'on', true)
+FROM unnest(ARRAY{list(PLANNER)}) AS s (name)"""
 ALIVE = "SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = :lock_class AND objsubid = 2 AND granted"
-UPTIME = "SELECT EXTRACT(EPOCH FROM clock_timestamp() - pg_postmaster_start_time())"
+# The second is when a standby last followed the primary whose place it took; NULL: it never was a standby.
+UPTIME = """
+SELECT EXTRACT(EPOCH FROM clock_timestamp() - greatest(pg_postmaster_start_time(), pg_last_xact_replay_timestamp()))"""
+
+
+def _replaced(sql: str, *pairs: tuple[str, str]) -> str:
+    for old, new in pairs:
+        if old not in sql:
+            raise ValueError(f"expected {old!r} in {sql!r}")
+        sql = sql.replace(old, new)
+    return sql
+
+
+# Verbs in one statement, and so in one round trip: an enqueue that rings the bell; completions together with a claim,
+# which reads the attempts of what it takes, and takes nothing while there is something to recover.
+
+RINGING = f"WITH new AS ({{}}) SELECT id, (SELECT pg_notify('{CHANNEL}', '')) FROM new"
+ENQUEUE_MANY = _replaced(
+    ENQUEUE,
+    (":payload", "payload"),
+    ("FROM queues\n", "FROM queues CROSS JOIN unnest(CAST(:payloads AS text[])) WITH ORDINALITY AS p (payload, n)\n"),
+    ("max_pending > (", "max_pending - :number >= ("),
+    ("\nON CONFLICT", " ORDER BY n\nON CONFLICT"),
+)
+COMPLETE_MANY = _replaced(
+    f"{COMPLETE} RETURNING jobs.id",
+    *((f":{name}", f"done.{name}") for name in ("id", "token", "result")),
+    (
+        "WHERE id",
+        """FROM unnest(CAST(:ids AS bigint[]), CAST(:tokens AS text[]), CAST(:results AS text[]))
+           AS done (id, token, result) WHERE jobs.id""",
+    ),
+)
+CLAIM_TOGETHER = _replaced(
+    CLAIM,
+    (
+        f"FROM ({CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit",
+        f"""FROM (SELECT id, row_number() OVER best AS place, count(*) FILTER (WHERE attempts > 0) OVER best AS again
+                  FROM ({CANDIDATES}) candidates WINDOW best AS (ORDER BY {ORDER} ROWS UNBOUNDED PRECEDING)) ranked
+            WHERE place <= :limit AND (place = 1 OR again = 0)""",
+    ),
+    (
+        "WHERE state = 'pending' AND id IN",
+        f"""WHERE NOT EXISTS (SELECT FROM ({OVERDUE}) o (due, expired) WHERE due OR expired)
+    AND state = 'pending' AND id IN""",
+    ),
+)
+TAKE = f"""
+WITH taken AS ({CLAIM_TOGETHER})
+SELECT set_config('synchronous_commit', 'off', true), taken.* FROM (SELECT) one LEFT JOIN taken ON true"""
+EXCHANGE = f"""
+WITH done AS ({COMPLETE_MANY}), taken AS ({CLAIM_TOGETHER})
+SELECT CASE WHEN (SELECT count(*) FROM done) < :number THEN ARRAY(SELECT id FROM done) END, taken.*
+FROM (SELECT) one LEFT JOIN taken ON true"""
 
 
 @lru_cache(maxsize=256)
-def translated(sql: str) -> sqlalchemy.TextClause:
-    """Return a statement of pqueue.py as PostgreSQL has it."""
-    claims = sql.lstrip().startswith("UPDATE jobs SET state = 'processing'") or sql.startswith("SELECT attempts")
-    sql = PER_QUEUE.sub(r"queues q CROSS JOIN LATERAL \2 best JOIN jobs USING (id) WHERE \1 true", sql)
+def translated(sql: str) -> bytes:
+    """Return a statement of pqueue.py as psycopg and PostgreSQL have it."""
+    claims = "UPDATE jobs SET state = 'processing'" in sql or sql.startswith("SELECT attempts")
+    sql = PER_QUEUE.sub(r"queues q CROSS JOIN LATERAL (SELECT *\2) jobs WHERE \1 true", sql)
     if claims:
-        sql = sql.replace("LIMIT :limit) best", "LIMIT :limit FOR UPDATE SKIP LOCKED) best")
+        sql = sql.replace("LIMIT :limit) jobs", "LIMIT :limit FOR UPDATE SKIP LOCKED) jobs")
         sql = sql.replace("LIMIT :limit) mine", "LIMIT :limit FOR UPDATE SKIP LOCKED) mine")
-    return sqlalchemy.text(sql)
+    elif sql == PROMOTE:
+        sql = sql.replace("LIMIT :limit)", "LIMIT :limit FOR UPDATE SKIP LOCKED)")
+    elif sql in (EXPIRED, ORPHANED):
+        sql += " FOR UPDATE SKIP LOCKED"
+    return NAMED.sub(r"%(\1)s", sql.replace("%", "%%")).encode()
 
 
 class PostgresSession(Session):
-    """One thread's connection, taken from the pool for each transaction."""
+    """One thread's connection, from the pool. BEGIN travels with the first statement, NOTIFY with the COMMIT."""
 
-    def __init__(self, queue: PersistentQSQLAlchemy) -> None:
+    def __init__(self, queue: OnPostgres) -> None:
         self._queue = queue
-        self._nested: list[sqlalchemy.NestedTransaction] = []
         self._depth = 0
+        self._begun = False
         self.durable = True
-        self.connection: sqlalchemy.Connection | None = None
+        self.connection = queue._engine().connect()
+        self._driver = _driver_of(self.connection)
+
+    @property
+    def busy(self) -> bool:
+        return self._depth > 0
 
     def run(self, sql: str, params: Params = NOTHING) -> list[Any]:
-        return [tuple(row) for row in self._execute(sql, params).fetchall()]
+        return self._execute(sql, params).fetchall()
+
+    def alone(self, sql: str, params: Params) -> list[Any]:
+        """Run a statement that is a transaction by itself."""
+        with self._queue._telling():
+            return self._driver.execute(translated(sql), params).fetchall()
 
     def change(self, sql: str, params: Params = NOTHING) -> int:
-        return cast(int, self._execute(sql, params).rowcount)
-
-    def current(self) -> sqlalchemy.Connection:
-        """Return the connection of the transaction that is open."""
-        if self.connection is None:
-            raise QueueError("cannot go on in a transaction that has ended; leave its block")
-        return self.connection
+        return self._execute(sql, params).rowcount
 
     def change_many(self, sql: str, rows: list[Params]) -> None:
-        try:
-            self.current().execute(translated(sql), rows)
-        except exc.SQLAlchemyError as error:
-            raise self._queue._error(error) from error
+        self.begin()
+        with self._queue._telling():
+            self._driver.cursor().executemany(translated(sql), rows)
 
-    def _execute(self, sql: str, params: Params) -> Any:
-        try:
-            return self.current().execute(translated(sql), params)
-        except exc.SQLAlchemyError as error:
-            raise self._queue._error(error) from error
+    def begin(self) -> None:
+        if not self._begun:
+            self._begun = True
+            with self._queue._telling():
+                self._driver.execute("BEGIN")
+                if not self.durable:
+                    self._driver.execute("SET LOCAL synchronous_commit = off")
+
+    def _execute(self, sql: str, params: Params) -> psycopg.Cursor[Any]:
+        with self._queue._telling():
+            if self._begun or not self.busy:
+                return self._driver.execute(translated(sql), params)
+            with self._driver.pipeline():
+                self.begin()
+                return self._driver.execute(translated(sql), params)
 
     def __enter__(self) -> PostgresSession:
-        if self._depth == 0:
-            self._begin()
+        if self._depth:
+            self.change("SAVEPOINT nested")
         else:
-            try:
-                self._nested.append(self.current().begin_nested())
-            except exc.SQLAlchemyError as error:
-                raise self._queue._error(error) from error
+            self.ring, self.lost, self._begun = False, None, False
         self._depth += 1
         return self
 
@@ -123,73 +219,110 @@ class PostgresSession(Session):
         else:
             self._end(error)
 
-    def _begin(self) -> None:
-        self.ring, self.lost = False, None
-        try:
-            self.connection = self._queue._engine().connect()
-            self.connection.begin()
-            if not self.durable:
-                self.connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
-        except exc.SQLAlchemyError as error:
-            self._close()
-            raise self._queue._error(error) from error
-
     def _end_nested(self, error: BaseException | None) -> None:
-        nested = self._nested.pop()
-        try:
-            if nested.is_active:
-                nested.rollback() if error is not None else nested.commit()
-        except exc.SQLAlchemyError as failed:
-            raise self._queue._error(failed) from failed
+        if self._is_in_transaction():
+            if error is not None:
+                self.change("ROLLBACK TO nested")
+            self.change("RELEASE nested")
 
     def _end(self, error: BaseException | None) -> None:
-        connection = self.current()
         try:
-            if error is None and self.lost is None:
-                if not connection.in_transaction():
-                    raise QueueError("cannot commit: the transaction was ended inside its block")
-                if self.ring:
-                    connection.exec_driver_sql(f"NOTIFY {CHANNEL}")
-                connection.commit()
-        except exc.SQLAlchemyError as failed:
-            raise self._queue._error(failed) from failed
+            if error is None and self.lost is None and self._begun:
+                self._commit()
         finally:
-            self._close()
+            self._begun = False
+            self._roll_back()
         if error is None and self.lost is not None:
             raise self.lost
 
-    def _close(self) -> None:
-        connection, self.connection = self.connection, None
-        self._nested.clear()
-        if connection is not None:
-            with suppress(exc.SQLAlchemyError):
-                connection.close()
+    def _commit(self) -> None:
+        if not self._is_in_transaction():
+            raise QueueError("cannot commit: the transaction was ended inside its block")
+        if self._driver.info.transaction_status == TransactionStatus.INERROR:
+            raise QueueError("cannot commit: a statement of the transaction failed")
+        with self._queue._telling(), self._driver.pipeline():
+            if self.ring:
+                self._driver.execute(f"NOTIFY {CHANNEL}")
+            self._driver.execute("COMMIT")
+
+    def _is_in_transaction(self) -> bool:
+        return self._driver.info.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR)
+
+    def _roll_back(self) -> None:
+        if self._driver.info.transaction_status != TransactionStatus.IDLE:
+            with suppress(psycopg.Error):
+                self._driver.rollback()
+
+    def is_sound(self) -> bool:
+        """Return whether the connection is idle and the server has said nothing on it: that would be its good-bye."""
+        if self.connection.closed or self._driver.info.transaction_status != TransactionStatus.IDLE:
+            return False
+        socket = select.poll()
+        socket.register(self._driver.fileno(), select.POLLIN)
+        return not socket.poll(0)
+
+    def end_of_block(self) -> None:
+        """Let SQLAlchemy forget the transaction, which has ended without it."""
+        with suppress(exc.SQLAlchemyError):
+            self.connection.rollback()
+
+    def close(self) -> None:
+        with suppress(exc.SQLAlchemyError):
+            self.connection.invalidate()
+            self.connection.close()
+
+    def disown(self) -> None:
+        """In a forked child: leave the parent's connection alone, neither used nor closed."""
+        _inherited.append((self.connection, self._driver))
+        self._driver = cast("psycopg.Connection[Any]", Disowned())
+
+
+class Disowned:
+    """Stands where a forked child would find its parent's connection."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise QueueError("cannot go on with a transaction that was begun before the fork")
+
+
+def _driver_of(connection: sqlalchemy.Connection) -> psycopg.Connection[Any]:
+    return cast("psycopg.Connection[Any]", connection.connection.driver_connection)
 
 
 class Line:
     """A process's own session to the server: it hears the bell, and holds the locks of the consumers that live here."""
 
-    def __init__(self, queue: PersistentQSQLAlchemy) -> None:
+    def __init__(self, queue: OnPostgres) -> None:
         self._queue = queue
         self._changed = threading.Condition()
         self._rings = 0
         self._numbers: set[int] = set()  # of the locks to hold
         self._connection: psycopg.Connection[Any] | None = None
         self._over = False
+        self._cut_at = -math.inf  # monotonic seconds
+        self.carries = True  # False: a pooler in between passes on no NOTIFY, and keeps no lock
         self._thread = threading.Thread(target=self._listen, name="pqueue-line", daemon=True)
 
     def start(self) -> None:
         self._connection = self._connect()
+        with self._queue._write(durable=False) as tx:
+            tx.change(f"NOTIFY {CHANNEL}")
+        self.carries = bool(select.select([self._connection.fileno()], [], [], HEARD_SECONDS)[0])
+        if not self.carries:
+            log.warning(
+                "%s passes on no NOTIFY: consumers look every %g s, leases alone tell who died",
+                self._queue.name,
+                WAIT_SECONDS,
+            )
         self._thread.start()
 
     def hold(self, number: int) -> None:
         """Take a lock, now and after each new connection."""
         self._numbers.add(number)
-        self._do("SELECT pg_advisory_lock(%s, %s)", number)
+        self._do("SELECT pg_advisory_lock(%s::int, %s::int)", number)
 
     def let_go(self, number: int) -> None:
         self._numbers.discard(number)
-        self._do("SELECT pg_advisory_unlock(%s, %s)", number)
+        self._do("SELECT pg_advisory_unlock(%s::int, %s::int)", number)
 
     def _do(self, sql: str, number: int) -> None:
         """Execute it, unless the connection is lost: the listener makes a new one. What rang meanwhile is passed on."""
@@ -215,9 +348,13 @@ class Line:
     def _connect(self) -> psycopg.Connection[Any]:
         connection = self._queue._connect_raw()
         for number in list(self._numbers):
-            connection.execute("SELECT pg_advisory_lock(%s, %s)", (LOCK_CLASS, number))
-        connection.execute(f"LISTEN {CHANNEL}")
+            connection.execute("SELECT pg_advisory_lock(%s::int, %s::int)", (LOCK_CLASS, number))
+        connection.execute(LISTEN)
         return connection
+
+    def was_cut(self) -> bool:
+        """Return whether the connection was lost a moment ago; those of others, then, may not be back yet."""
+        return time.monotonic() - self._cut_at < RESTART_SECONDS
 
     def _listen(self) -> None:
         while not self._over:
@@ -227,6 +364,7 @@ class Line:
                     self._queue._revive()
                 self._hear(self._connection)
             except (psycopg.Error, QueueError, OSError):
+                self._cut_at = time.monotonic()
                 connection, self._connection = self._connection, None
                 if connection is not None:
                     with suppress(psycopg.Error):
@@ -254,7 +392,7 @@ class Place:
         self._line.let_go(self.number)
 
 
-_queues: weakref.WeakSet[PersistentQSQLAlchemy] = weakref.WeakSet()
+_queues: weakref.WeakSet[OnPostgres] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
@@ -267,6 +405,51 @@ if hasattr(os, "register_at_fork"):
 
 
 class PersistentQSQLAlchemy(PersistentQInterface):
+    """The queue at postgresql://…, or at sqlite:///PATH: in the same file as `PersistentQSQLite`, at the same time.
+
+    Either way `transaction` yields a `sqlalchemy.Connection`.
+    """
+
+    def __new__(cls, url: str, **_: Any) -> PersistentQSQLAlchemy:
+        if cls is not PersistentQSQLAlchemy:
+            return super().__new__(cls)
+        return super().__new__(OnSQLite if url.startswith("sqlite") else OnPostgres)
+
+    if TYPE_CHECKING:  # what the two below take
+
+        def __init__(
+            self, url: str, *, durability: str = "full", create: bool = True, busy_seconds: float = BUSY_SECONDS
+        ) -> None: ...
+
+
+class OnSQLite(PersistentQSQLAlchemy, PersistentQSQLite):
+    """`PersistentQSQLite` whose transactions SQLAlchemy can join."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        PersistentQSQLite.__init__(self, sqlite_path(url), **options)
+        self._over: weakref.WeakKeyDictionary[SQLiteSession, sqlalchemy.Connection] = weakref.WeakKeyDictionary()
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlalchemy.Connection]:  # type: ignore[override]
+        session = self._write()
+        if session not in self._over:
+            self._over[session] = _over(session.connection)
+        try:
+            with session:
+                yield self._over[session]
+        finally:
+            if not session.busy:
+                self._over[session].rollback()  # lets SQLAlchemy forget the transaction, which has ended without it
+
+
+def _over(connection: sqlite3.Connection) -> sqlalchemy.Connection:
+    """Return an SQLAlchemy connection that leaves BEGIN, COMMIT and closing to the owner of this one."""
+    return sqlalchemy.create_engine(
+        "sqlite://", creator=lambda: connection, poolclass=StaticPool, isolation_level="AUTOCOMMIT"
+    ).connect()
+
+
+class OnPostgres(PersistentQSQLAlchemy):
     """The queue in a PostgreSQL database, in a schema of its own.
 
     durability: "full" waits until the server has synced; "normal" may lose the last moments if the server crashes.
@@ -279,12 +462,13 @@ class PersistentQSQLAlchemy(PersistentQInterface):
     def __init__(
         self, url: str, *, durability: str = "full", create: bool = True, busy_seconds: float = BUSY_SECONDS
     ) -> None:
-        super().__init__()
+        PersistentQInterface.__init__(self)
         if durability not in ("full", "normal"):
             raise ValueError(f"expected a durability of full or normal, got {durability!r}")
         self.durability, self._busy_seconds = durability, busy_seconds
-        self._url = _url(url)
-        self.name = f"{self._url.host or 'localhost'}/{self._url.database}"
+        self._conninfo = _conninfo(url)
+        self.name = f"{self._conninfo.get('host', 'localhost')}/{self._conninfo.get('dbname', '')}"
+        self._sessions: weakref.WeakSet[PostgresSession] = weakref.WeakSet()
         self._local = threading.local()
         self._made: sqlalchemy.Engine | None = None
         self._line: Line | None = None
@@ -306,20 +490,24 @@ class PersistentQSQLAlchemy(PersistentQInterface):
             raise QueueError(f"cannot use {self.name}: this queue object is closed")
         if self._made is None:
             self._made = sqlalchemy.create_engine(
-                self._url, connect_args=self._arguments(), pool_size=5, max_overflow=50, pool_reset_on_return="rollback"
+                "postgresql+psycopg://",
+                creator=self._connect_raw,
+                isolation_level="AUTOCOMMIT",  # BEGIN and COMMIT are the session's
+                pool_size=5,
+                max_overflow=50,
             )
         return self._made
 
     def _arguments(self) -> dict[str, Any]:
         milliseconds = int(self._busy_seconds * 1000)
-        settings = f"-c search_path={SCHEMA},public -c lock_timeout={milliseconds}"
+        settings = {"search_path": f"{SCHEMA},public", "lock_timeout": milliseconds}
+        settings |= {"tcp_keepalives_idle": 5, "tcp_keepalives_interval": 2, "tcp_keepalives_count": 3}  # the server's
+        settings |= {"tcp_user_timeout": milliseconds}
+        settings |= {"plan_cache_mode": "force_generic_plan", **dict.fromkeys(PLANNER, "off")}
         if self.durability == "normal":
-            settings += " -c synchronous_commit=off"
-        settings += (
-            " -c tcp_keepalives_idle=5 -c tcp_keepalives_interval=2 -c tcp_keepalives_count=3"  # the server's side
-        )
+            settings["synchronous_commit"] = "off"
+        options = " ".join(f"-c {name}={value}" for name, value in settings.items())
         return {
-            "options": settings,
             "application_name": "pqueue",
             "prepare_threshold": 3,
             "connect_timeout": max(1, int(self._busy_seconds)),
@@ -327,11 +515,14 @@ class PersistentQSQLAlchemy(PersistentQInterface):
             "keepalives_idle": 5,
             "keepalives_interval": 2,
             "keepalives_count": 3,
+            **self._conninfo,
+            "options": f"{options} {self._conninfo.get('options', '')}",
         }
 
     def _connect_raw(self) -> psycopg.Connection[Any]:
-        url = self._url.set(drivername="postgresql").render_as_string(hide_password=False)
-        return psycopg.connect(url, autocommit=True, **self._arguments())
+        connection = psycopg.connect(autocommit=True, **self._arguments())
+        connection.adapters.register_dumper(int, Int8Dumper)  # one type whatever the value: one prepared statement
+        return connection
 
     def _prepare(self, create: bool) -> None:
         """Check whose schema it is, and bring it up to date."""
@@ -350,27 +541,33 @@ class PersistentQSQLAlchemy(PersistentQInterface):
         found = self._read("SELECT to_regclass(:name)::text", {"name": f"{SCHEMA}.version"})
         if found[0][0] is None:
             return None
-        return cast(int, self._read(f"SELECT number FROM {SCHEMA}.version", {})[0][0])
+        return cast(int, self._read(f"SELECT number FROM {SCHEMA}.version")[0][0])
 
     def _migrate(self) -> None:
         with self._write() as tx:
-            tx.run(f"SELECT pg_advisory_xact_lock({LOCK_CLASS})", {})
-            tx.change(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}", {})
-            tx.change(f"CREATE TABLE IF NOT EXISTS {SCHEMA}.version (number INTEGER NOT NULL)", {})
-            done = tx.run(f"SELECT number FROM {SCHEMA}.version", {})
+            tx.run(f"SELECT pg_advisory_xact_lock({LOCK_CLASS})")
+            tx.change(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
+            tx.change(f"CREATE TABLE IF NOT EXISTS {SCHEMA}.version (number INTEGER NOT NULL)")
+            done = tx.run(f"SELECT number FROM {SCHEMA}.version")
             for migration in islice(MIGRATIONS, done[0][0] if done else 0, None):
                 for statement in migration:
                     self._define(tx, statement)
-            tx.change(f"DELETE FROM {SCHEMA}.version", {})
+            tx.change(f"DELETE FROM {SCHEMA}.version")
             tx.change(f"INSERT INTO {SCHEMA}.version VALUES (:number)", {"number": len(MIGRATIONS)})
 
     def _define(self, tx: PostgresSession, statement: str) -> None:
         identity = "BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY"
-        connection = tx.current()
-        connection.exec_driver_sql(statement.format(id=identity, float="DOUBLE PRECISION"))
+        tx.change(statement.format(id=identity, float="DOUBLE PRECISION"))
         if "CREATE TABLE jobs" in statement:  # every job is updated at least twice: clean up early, leave room
             hot = "fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0"
-            connection.exec_driver_sql(f"ALTER TABLE jobs SET ({hot})")
+            tx.change(f"ALTER TABLE jobs SET ({hot})")
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except (exc.SQLAlchemyError, psycopg.Error) as error:
+            raise self._error(error) from error
 
     def _error(self, error: Exception) -> QueueError:  # noqa: PLR0911
         original = getattr(error, "orig", None) or error
@@ -394,37 +591,76 @@ class PersistentQSQLAlchemy(PersistentQInterface):
     # What the interface asks of a backend
 
     def _session(self) -> PostgresSession:
-        if not hasattr(self._local, "session"):
-            self._local.session = PostgresSession(self)
-        return cast(PostgresSession, self._local.session)
+        """Return this thread's session, on a sound connection unless it is in a transaction already."""
+        session: PostgresSession | None = getattr(self._local, "session", None)
+        while session is None or not (session.busy or session.is_sound()):
+            if session is not None:
+                session.close()
+            with self._telling():
+                session = self._local.session = PostgresSession(self)
+            self._sessions.add(session)
+        return session
 
     def _write(self, *, durable: bool = True, in_batch: bool = False) -> PostgresSession:  # noqa: ARG002
         session = self._session()
-        session.durable = durable
+        if not session.busy:
+            session.durable = durable
         return session
 
     def _read(self, sql: str, params: Params = NOTHING) -> list[Any]:
-        session = self._session()
-        if session.connection is not None:
-            return session.run(sql, params)
-        try:
-            with self._engine().connect() as connection:
-                return [tuple(row) for row in connection.execute(translated(sql), params).fetchall()]
-        except exc.SQLAlchemyError as error:
-            raise self._error(error) from error
+        return self._session().run(sql, params)
 
     def _time(self, now: float | None) -> float:
         if now is not None:
             return super()._time(now)
         if time.monotonic() - self._asked > CLOCK_SECONDS:
             began = time.monotonic()
-            server = float(self._read("SELECT EXTRACT(EPOCH FROM clock_timestamp())", {})[0][0])
+            server = float(self._read("SELECT EXTRACT(EPOCH FROM clock_timestamp())")[0][0])
             self._asked = time.monotonic()
             self._offset = server - (began + self._asked) / 2
         return time.monotonic() + self._offset
 
+    def _at_once(self, sql: str, params: Params) -> list[Any]:
+        with self._write() as tx:
+            return tx.alone(sql, params)
+
+    def _add(self, row: Params) -> int:
+        rows = [] if self.in_transaction else self._at_once(RINGING.format(ENQUEUE), row)
+        return cast(int, rows[0][0]) if rows else super()._add(row)
+
+    def _add_many(self, row: Params, payloads: list[str]) -> list[int]:
+        many = _many(row, payloads)
+        rows = [] if self.in_transaction else self._at_once(RINGING.format(ENQUEUE_MANY), many)
+        return sorted(row[0] for row in rows) if rows else super()._add_many(row, payloads)
+
     def _insert_many(self, tx: Session, row: Params, payloads: list[str]) -> list[int]:
-        return sorted(inserted[0] for inserted in tx.run(INSERT_MANY, {**row, "payloads": payloads}))
+        rows = tx.run(ENQUEUE_MANY, _many(row, payloads))
+        if len(rows) < len(payloads):
+            raise QueueFull(f"cannot enqueue: others filled queue {row['queue']!r} at the same moment")
+        return sorted(row[0] for row in rows)
+
+    def _exchange(
+        self,
+        settled: list[tuple[Job, str | None]],
+        me: Registration,
+        limit: int,
+        queues: Sequence[str] | None,
+        lease_seconds: float,
+        now: float | None,
+    ) -> tuple[list[Job], list[Job]]:
+        """Do it in one round trip, unless it is time to look for the dead, or there is something to recover."""
+        if limit == 0 or self.in_transaction or time.monotonic() - self._looked_for_dead >= pqueue.DEAD_CHECK_SECONDS:
+            return super()._exchange(settled, me, limit, queues, lease_seconds, now)
+        now = self._time(now)
+        claim = claim_params(me, limit, queues, lease_seconds, now)
+        sql = serving(EXCHANGE if settled else TAKE, queues)
+        rows = self._at_once(sql, {**claim, **_completing(settled)})
+        with self._write() as tx:
+            jobs = claimed_jobs(tx, [row[1:] for row in rows if row[1] is not None], claim)
+        lost = _lost_of(settled, rows[0][0]) if settled else []
+        if not jobs:
+            jobs, _ = super()._exchange([], me, limit, queues, lease_seconds, now)
+        return jobs, lost
 
     def _open_line(self) -> Line:
         with self._starting:
@@ -437,18 +673,23 @@ class PersistentQSQLAlchemy(PersistentQInterface):
                 self._line = line
             return self._line
 
-    def _take_slot(self) -> Place:
+    def _take_slot(self) -> Place | None:
         line = self._open_line()
+        if not line.carries:
+            return None
         number = secrets.randbelow(2**31 - 1)
         line.hold(number)
         return Place(line, number)
 
     def _is_alive(self, slot: int | None) -> bool:
+        if slot is None:
+            return True
         at, living = self._living
         if time.monotonic() - at > pqueue.DEAD_CHECK_SECONDS / 2:
-            started = float(self._read(UPTIME, {})[0][0])
+            started = float(self._read(UPTIME)[0][0])
             rows = self._read(ALIVE, {"lock_class": LOCK_CLASS})
-            living = None if started < RESTART_SECONDS else {int(row[0]) for row in rows}
+            recently = started < RESTART_SECONDS or (self._line and self._line.was_cut())
+            living = None if recently else {int(row[0]) for row in rows}
             self._living = (time.monotonic(), living)
         return living is None or slot in living
 
@@ -463,12 +704,19 @@ class PersistentQSQLAlchemy(PersistentQInterface):
 
     @property
     def in_transaction(self) -> bool:
-        return self._session().connection is not None
+        session: PostgresSession | None = getattr(self._local, "session", None)
+        return session is not None and session.busy
 
     @contextmanager
     def transaction(self) -> Iterator[sqlalchemy.Connection]:
-        with self._write() as tx:
-            yield tx.current()
+        session = self._write()
+        try:
+            with session as tx:
+                tx.run(AS_USUAL)  # the statements in it are not ours
+                yield tx.connection
+        finally:
+            if not session.busy:
+                session.end_of_block()
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Write a copy, as of one moment, that is a queue on SQLite: `open_queue(path)` opens it."""
@@ -489,20 +737,20 @@ class PersistentQSQLAlchemy(PersistentQInterface):
         copy.close()
 
     def _lock_out_writers(self, tx: Session) -> None:
-        tx.change("LOCK TABLE queues, jobs, history IN SHARE MODE", {})
+        tx.change("LOCK TABLE queues, jobs, history IN SHARE MODE")
 
     def _number_on(self, tx: Session) -> None:
         for table in ("jobs", "history"):
             highest = f"(SELECT coalesce(max(id), 0) + 1 FROM {table})"
-            tx.run(f"SELECT setval(pg_get_serial_sequence('{SCHEMA}.{table}', 'id'), {highest}, false)", {})
+            tx.run(f"SELECT setval(pg_get_serial_sequence('{SCHEMA}.{table}', 'id'), {highest}, false)")
 
     def check(self, *, thorough: bool = True) -> dict[str, Any]:
         facts: dict[str, Any] = {"path": self.name, "durability": self.durability, "user_version": self._version()}
         for setting in ("server_version", "synchronous_commit", "fsync", "full_page_writes", "transaction_read_only"):
-            facts[setting] = self._read(f"SHOW {setting}", {})[0][0]
+            facts[setting] = self._read(f"SHOW {setting}")[0][0]
         expected = {"fsync": "on", "full_page_writes": "on", "transaction_read_only": "off"}
         if thorough:
-            facts["file_bytes"] = self._read("SELECT pg_database_size(current_database())", {})[0][0]
+            facts["file_bytes"] = self._read("SELECT pg_database_size(current_database())")[0][0]
         if self.durability == "full":
             expected["synchronous_commit"] = "on"
         facts["problems"] = [
@@ -518,30 +766,54 @@ class PersistentQSQLAlchemy(PersistentQInterface):
                 self._leave()
         if self._line is not None:
             self._line.close()
+        for session in list(self._sessions):
+            session.close()
         if self._made is not None:
             self._made.dispose()
+        self._local = threading.local()
         self._line = self._made = None
         self._closed = True
 
     def _after_fork(self) -> None:
         """Reconnect in the child: the sockets belong to the parent."""
+        for session in list(self._sessions):
+            session.disown()
         if self._made is not None:
             self._made.dispose(close=False)
         PersistentQInterface.__init__(self)
         _inherited.append(self._line)
-        self._line, self._local, self._starting = None, threading.local(), threading.Lock()
+        self._sessions, self._local = weakref.WeakSet(), threading.local()
+        self._line, self._starting = None, threading.Lock()
 
 
 _inherited: list[Any] = []
 
 
-def _url(text: str) -> sqlalchemy.URL:
-    try:
-        url = sqlalchemy.make_url(text)
-    except (exc.ArgumentError, ValueError):
-        raise ValueError(
-            "expected postgresql://USER@HOST/DATABASE, got another text (not shown: a password?)"
-        ) from None
-    if url.get_backend_name() != "postgresql":
-        raise ValueError(f"expected a path, sqlite:///PATH or postgresql://…, got {url.drivername}://…")
-    return url.set(drivername="postgresql+psycopg")
+def _many(row: Params, payloads: list[str]) -> Params:
+    return {**row, "payloads": payloads, "number": len(payloads)}
+
+
+def _completing(settled: list[tuple[Job, str | None]]) -> Params:
+    return {
+        "number": len(settled),
+        "ids": [job.id for job, _ in settled],
+        "tokens": [job.lease_token for job, _ in settled],
+        "results": [result for _, result in settled],
+    }
+
+
+def _lost_of(settled: list[tuple[Job, str | None]], done: list[int] | None) -> list[Job]:
+    """Return the jobs that are not among the ids of those done (None: all are), each of which counts once."""
+    left = set(done or ())
+    return [] if done is None else [job for job, _ in settled if job.id not in left or left.remove(job.id)]  # type: ignore[func-returns-value]
+
+
+def _conninfo(url: str) -> dict[str, Any]:
+    """Return what libpq reads in a URL: one host or several, target_session_attrs and the like."""
+    scheme, _, rest = url.partition("://")
+    with suppress(psycopg.Error):
+        parts = psycopg.conninfo.conninfo_to_dict(f"postgresql://{rest}")
+        ports = str(parts.get("port") or "5432").split(",")
+        if scheme in ("postgresql", "postgresql+psycopg", "postgres") and all(port.isdigit() for port in ports):
+            return dict(parts)
+    raise ValueError("expected postgresql://USER@HOST:PORT/DATABASE, got another text (not shown: a password?)")

@@ -1147,7 +1147,7 @@ class Files(SQLiteCase):
         params = {"consumer": "w", "limit": 1, "token": "t", "now": 1.0, "lease_expires_at": 2.0, "queue0": "default"}
         for queues in (None, ["default"]):
             for statement in (pqueue.CLAIM, pqueue.NEXT_EVENT):
-                sql = f"EXPLAIN QUERY PLAN {pqueue._serving(statement, queues)}"
+                sql = f"EXPLAIN QUERY PLAN {pqueue.serving(statement, queues)}"
                 plan = "\n".join(row[3] for row in queue._read(sql, params))
                 self.assertNotRegex(plan, r"SCAN jobs(?! USING)")
                 self.assertIn("USING INDEX jobs_claim", plan.replace("COVERING ", ""))

@@ -11,6 +11,7 @@ import time
 import unittest
 import uuid
 from contextlib import suppress
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -18,7 +19,7 @@ import sqlalchemy
 from conftest import ROOT
 
 import pqueue
-from pqueue import QueueBusy, QueueError, SchemaMismatch
+from pqueue import PersistentQSQLite, QueueBusy, QueueError, SchemaMismatch
 from pqueue_sqlalchemy import PersistentQSQLAlchemy
 from test_pqueue import QueueContract, wait_until
 
@@ -65,6 +66,70 @@ class PostgresCase(unittest.TestCase):
 class PostgresContract(QueueContract, PostgresCase):
     def execute(self, db, sql, **params):
         return db.execute(sqlalchemy.text(sql), params)
+
+
+class SQLAlchemyOnSQLiteContract(QueueContract, unittest.TestCase):
+    """The same class at sqlite:///PATH; every other queue that opens the file is of the class without SQLAlchemy."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.path = Path(folder.name) / "q.db"
+        self.opened = 0
+        super().setUp()
+
+    def open(self, **options):
+        self.opened += 1
+        native = self.opened % 2 == 0
+        queue = PersistentQSQLite(self.path, **options) if native else self.open_here(**options)
+        self.addCleanup(queue.close)
+        return queue
+
+    def open_here(self, **options):
+        return PersistentQSQLAlchemy(f"sqlite:///{self.path}", **options)
+
+    def execute(self, db, sql, **params):
+        return db.execute(sqlalchemy.text(sql), params)
+
+    def test_transaction_ended_by_its_block_is_told_and_the_next_one_works(self):
+        with self.assertRaisesRegex(QueueError, "ended inside its block"), self.queue.transaction() as db:
+            self.execute(db, "CREATE TABLE business (n INTEGER)")
+            db.rollback()
+        with self.queue.transaction() as db:
+            self.execute(db, "CREATE TABLE business (n INTEGER)")
+            self.queue.enqueue("t")
+        self.assertEqual(self.queue.count_jobs(), 1)
+
+
+def test_both_classes_share_a_file_and_lose_nothing(tmp_path):
+    path = tmp_path / "q.db"
+    native, through = f"pqueue.PersistentQSQLite({str(path)!r})", f"PersistentQSQLAlchemy('sqlite:///{path}')"
+    produce = "for number in range(100): queue.enqueue('t', number)"
+    consume = """
+while (job := queue.dequeue(sys.argv[1])) or queue.stats()["states"]["completed"] < 400:
+    if job:
+        queue.complete(job, job.payload)
+        print(job.id, flush=True)
+    else:
+        queue.wait(1, consumer=sys.argv[1])
+queue.close()"""
+    start = "import sys, pqueue\nfrom pqueue_sqlalchemy import PersistentQSQLAlchemy\nqueue = "
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"{start}{queue}\n{code}", f"consumer-{number}"],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        for number, (queue, code) in enumerate([(q, c) for c in (produce, consume) for q in (native, through)] * 2)
+    ]
+    told = [child.communicate(timeout=60)[0] for child in children]
+    assert [child.returncode for child in children] == [0] * len(children)
+    taken = [[int(line) for line in out.splitlines()] for out in told]
+    assert sorted(sum(taken, [])) == list(range(1, 401))
+    queue = pqueue.open_queue(str(path))
+    assert sorted(job.result for job in queue.list_jobs(limit=400)) == sorted(list(range(100)) * 4)
+    queue.close()
 
 
 class PostgresFiles(PostgresCase):
