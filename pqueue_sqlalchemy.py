@@ -445,7 +445,8 @@ class PersistentQSQLAlchemy(PersistentQInterface):
 
     def _is_alive(self, slot: int | None) -> bool:
         at, living = self._living
-        if time.monotonic() - at > pqueue.DEAD_CHECK_SECONDS / 2:
+        unknown = living is not None and slot not in living  # perhaps taken since
+        if unknown or time.monotonic() - at > pqueue.DEAD_CHECK_SECONDS / 2:
             started = float(self._read(UPTIME, {})[0][0])
             rows = self._read(ALIVE, {"lock_class": LOCK_CLASS})
             living = None if started < RESTART_SECONDS else {int(row[0]) for row in rows}
