@@ -18,6 +18,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+import soak
 from conftest import ROOT, wait_until
 from test_histories import memory
 
@@ -510,3 +511,36 @@ def test_programs_whose_clocks_are_a_year_off_lose_nothing(place):
         queue.enqueue_many("nap", range(100), max_attempts=100, now=now)
         queue.enqueue("nap", delay_seconds=1, max_attempts=100, now=now)
     wait_until(lambda: queue.stats()["states"]["completed"] == 303)
+
+
+# The soak, which is for longer than a test
+
+
+def test_soak_tells_what_was_lost_and_what_ran_again(tmp_path):
+    one, other = (soak.Map(tmp_path / f"{number}.map", 100) for number in range(2))
+    for number in range(99):
+        (one if number % 2 else other).mark(number)
+    assert list(soak.lost(tmp_path, 100)) == ["1 jobs never ran"]
+    one.mark(99)
+    assert list(soak.lost(tmp_path, 100)) == []
+    one.mark(98)
+    other.mark(98)
+    assert list(soak.lost(tmp_path, 100)) == ["2 jobs ran again, though nobody died"]
+
+
+def test_soak_tells_what_grew_and_what_slowed_down():
+    def sample(number, **changed):
+        steady = {"seconds": number, "ran": 1000 * number, "file_mb": 30, "wal_mb": 4, "consumer_0_rss_mb": 26}
+        return {**steady, **changed}
+
+    assert list(soak.bounds_broken([sample(number) for number in range(20)])) == []
+    growing = [
+        sample(n, file_mb=10 * n, wal_mb=10 * n, consumer_0_rss_mb=10 * n, ran=1000 * min(n, 10)) for n in range(20)
+    ]
+    assert list(soak.bounds_broken(growing)) == [
+        "file_mb grew from 90 to 190",
+        "consumer_0_rss_mb grew from 90 to 190",
+        "the write-ahead log grew to 190 MB",
+        "it slowed down from 1,000 to 0 jobs per second",
+    ]
+    assert "too short" in next(soak.bounds_broken([sample(1)]))
