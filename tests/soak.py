@@ -216,7 +216,7 @@ def lost(folder: Path, jobs: int) -> Iterator[str]:
 
 def bounds_broken(samples: list[Sample]) -> Iterator[str]:
     """Compare the last quarter of the run with the second: by then everything has found its size."""
-    if len(samples) < 8:
+    if len(samples) < 20:
         yield "the run was too short to tell whether anything grows: give it more jobs"
         return
     quarter = len(samples) // 4

@@ -327,10 +327,10 @@ def test_log_that_a_reader_holds_for_the_whole_run_is_told_of_and_cut_afterwards
     with closing(sqlite3.connect(queue.path)) as reader:
         reader.execute("BEGIN")
         seen = reader.execute("SELECT count(*) FROM jobs").fetchone()
-        for _ in range(20):
+        for _ in range(60):
             queue.enqueue_many("t", ["x" * 1000] * 100)
             drained(queue)
-        assert queue.stats()["states"]["completed"] == 2001
+        assert queue.stats()["states"]["completed"] == 6001
         held = queue.check()["wal_bytes"]
         assert held > 2_000_000
         assert any("some program holds a read open" in problem for problem in report.problems(queue))
