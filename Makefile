@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+JOBS := 10000000
 
-.PHONY: help run test check format screenshots bench clean
+.PHONY: help run test check format screenshots bench soak clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -28,6 +29,9 @@ screenshots: $(READY)  ## Take pictures of the dashboard into docs; needs Chromi
 
 bench: $(READY)  ## Measure against the bare limit of the disk and against other queues
 	$(BIN)/python bench.py
+
+soak: $(READY)  ## Put 10 million jobs through the queue, and see that nothing is lost and nothing grows; JOBS=N
+	PYTHONPATH=. $(BIN)/python tests/soak.py --jobs $(JOBS)
 
 clean:  ## Remove the virtual environment and caches; var/ stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -141,6 +141,8 @@ def _open_file(name: str, folder: int) -> BinaryIO:
     except FileNotFoundError:
         raise FileNotFoundError(f"no file {name} in {files_directory}") from None
     except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG):
+            raise
         raise DoNotRetry(f"cannot open {name}, perhaps a symbolic link: {error.strerror}") from None
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)

@@ -1994,7 +1994,11 @@ class PersistentQSQLite(PersistentQInterface):
             self._turnstile.abandon()
         PersistentQInterface.__init__(self)
         self._sessions, self._local = weakref.WeakSet(), threading.local()
-        self._open_folder()
+        self._turnstile = self._slots = None
+        try:
+            self._open_folder()
+        except QueueError:
+            self.close()  # so that its next use is an error, too
 
 
 def _create(path: Path) -> None:

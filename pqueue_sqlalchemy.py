@@ -685,8 +685,9 @@ class OnPostgres(PersistentQSQLAlchemy):
         if slot is None:
             return True
         at, living = self._living
-        if time.monotonic() - at > pqueue.DEAD_CHECK_SECONDS / 2:
-            started = float(self._read(UPTIME)[0][0])
+        unknown = living is not None and slot not in living  # perhaps taken since
+        if unknown or time.monotonic() - at > pqueue.DEAD_CHECK_SECONDS / 2:
+            started = float(self._read(UPTIME, {})[0][0])
             rows = self._read(ALIVE, {"lock_class": LOCK_CLASS})
             recently = started < RESTART_SECONDS or (self._line and self._line.was_cut())
             living = None if recently else {int(row[0]) for row in rows}

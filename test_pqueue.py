@@ -926,6 +926,19 @@ class Processes(SQLiteCase):
         self.assertEqual(os.waitpid(child, 0)[1], 0)
         self.assertEqual(len(queue.list_jobs(task="kept")), 1)
 
+    def test_child_that_cannot_reconnect_is_told_so(self):
+        queue = self.open()
+        queue.enqueue("t")
+        with mock.patch.object(queue, "_open_folder", side_effect=QueueError("no descriptor")):
+            child = os.fork()
+        if child == 0:
+            with suppress(QueueError):
+                queue.enqueue("never")
+                os._exit(1)
+            os._exit(0 if self.open().enqueue("by child") == 2 else 2)
+        self.assertEqual(os.waitpid(child, 0)[1], 0)
+        self.assertEqual(queue.enqueue("by parent"), 3)
+
     def test_process_forked_while_the_turnstile_was_held_does_not_keep_it(self):
         queue = self.open()
         with queue.transaction():

@@ -41,9 +41,9 @@ Call = dict[str, Any]  # actor, verb, now, began, ended, and what the verb was t
 class Actor:
     """Calls the queue at random; `note` gets each call before it begins and after it ended."""
 
-    def __init__(self, name: str, path: Path, chance: random.Random, note: Callable[[Call], None]) -> None:
+    def __init__(self, name: str, url: str, chance: random.Random, note: Callable[[Call], None]) -> None:
         self.name, self.chance, self.note = name, chance, note
-        self.queue = pqueue.PersistentQSQLite(path, durability="normal")
+        self.queue = pqueue.open_queue(url, durability="normal")
         self.clock = BASE + chance.uniform(-20, 20)
         self.calls = 0
         self.held: list[pqueue.Job] = []  # every delivery so far, whether its lease is still its own or not
@@ -423,26 +423,26 @@ def operated(model: Model, event: Call, verb: str, now: float) -> Model:
 # Histories ############################################################################################################
 
 
-def in_turn(seed: int, folder: Path, steps: int = 250) -> list[Call]:
+def in_turn(seed: int, url: str, steps: int = 250) -> list[Call]:
     """Let four actors of one process take turns: the same for the same seed."""
     calls: list[Call] = []
-    chance, path = random.Random(seed), folder / f"{seed}.db"
+    chance = random.Random(seed)
 
     def note(call: Call) -> None:
         if call["ended"] is not None:
             calls.append(call)
 
-    actors = [Actor(f"actor {n}", path, chance, note) for n in range(4)]
+    actors = [Actor(f"actor {n}", url, chance, note) for n in range(4)]
     for _ in range(steps):
         actor = chance.choice(actors)
         if chance.random() < 0.01:
             actor.die()
             actors.remove(actor)
-            actors.append(Actor(f"{actor.name}'", path, chance, note))
+            actors.append(Actor(f"{actor.name}'", url, chance, note))
             actors[-1].ids, actors[-1].held = actor.ids, actor.held
         else:
             actor.step()
-    last = Actor("last", path, chance, note)
+    last = Actor("last", url, chance, note)
     last.finish_all()
     for actor in [*actors, last]:
         actor.queue.close()
@@ -453,7 +453,7 @@ def at_once(seed: int, folder: Path, steps: int, deaths: int) -> list[Call]:
     """Let four processes go at once, and kill some."""
     path, chance = folder / "queue.db", random.Random(seed)
     pqueue.PersistentQSQLite(path).close()
-    running = [begin(f"process {n}", path, seed * 100 + n, steps, folder) for n in range(4)]
+    running = [begin(f"process {n}", str(path), seed * 100 + n, steps, folder) for n in range(4)]
     killed = []
     for n in range(deaths):
         time.sleep(chance.uniform(0.05, 0.3))
@@ -462,7 +462,7 @@ def at_once(seed: int, folder: Path, steps: int, deaths: int) -> list[Call]:
         status = os.waitpid(child, 0)[1]
         if status:
             killed.append((name, time.monotonic_ns()))
-        running.append(begin(f"process {n + 4}", path, seed * 100 + n + 4, steps, folder))
+        running.append(begin(f"process {n + 4}", str(path), seed * 100 + n + 4, steps, folder))
     for _, child in running:
         assert os.waitpid(child, 0)[1] == 0
     calls: dict[tuple[str, int], Call] = {}
@@ -472,21 +472,19 @@ def at_once(seed: int, folder: Path, steps: int, deaths: int) -> list[Call]:
             calls[call["actor"], call["number"]] = call
     ends = [{"actor": name, "number": 0, "verb": "die", "now": 0, "began": at, "ended": at} for name, at in killed]
     history: list[Call] = []
-    with closing(Actor("last", path, chance, history.append).queue) as queue:
-        last = Actor("last", path, chance, history.append)
+    last = Actor("last", str(path), chance, history.append)
+    with closing(last.queue):
         last.finish_all()
-        queue.check()
-        last.queue.close()
     return [*calls.values(), *ends, *(call for call in history if call["ended"] is not None)]
 
 
-def begin(name: str, path: Path, seed: int, steps: int, folder: Path) -> tuple[str, int]:
+def begin(name: str, url: str, seed: int, steps: int, folder: Path) -> tuple[str, int]:
     child = os.fork()
     if child:
         return name, child
     try:
         file = os.open(folder / f"{seed}.calls", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        actor = Actor(name, path, random.Random(seed), lambda call: os.write(file, f"{json.dumps(call)}\n".encode()))
+        actor = Actor(name, url, random.Random(seed), lambda call: os.write(file, f"{json.dumps(call)}\n".encode()))
         for _ in range(steps):
             actor.step()
         actor.call("die", actor.queue.close)
@@ -503,7 +501,7 @@ def check_in_turn(seeds: range) -> tuple[list[str], int]:
     operations = 0
     for seed in seeds:
         with tempfile.TemporaryDirectory(dir=memory()) as folder:
-            checker = Checker(in_turn(seed, Path(folder)))
+            checker = Checker(in_turn(seed, f"{folder}/queue.db"))
             found += [f"seed {seed}: {problem}" for problem in checker.problems()]
             operations += checker.operations
         if found:

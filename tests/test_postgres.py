@@ -10,15 +10,17 @@ import tempfile
 import time
 import unittest
 import uuid
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import sqlalchemy
 from conftest import ROOT
+from test_histories import SOAK, Checker, in_turn
 
 import pqueue
+import pqueue_sqlalchemy
 from pqueue import PersistentQSQLite, QueueBusy, QueueError, SchemaMismatch
 from pqueue_sqlalchemy import PersistentQSQLAlchemy
 from test_pqueue import QueueContract, wait_until
@@ -365,3 +367,24 @@ def test_copy_that_fails_leaves_both_as_they_were(place, database):
         queue.copy_to(target)
     assert target.count_jobs() == 1
     target.close()
+
+
+def test_consumer_that_has_just_begun_is_not_taken_for_dead(database, monkeypatch):
+    monkeypatch.setattr(pqueue_sqlalchemy, "RESTART_SECONDS", 0.0)
+    with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
+        queue.dequeue("old")
+        assert {each["state"] for each in other.consumers()} == {"running"}
+        queue.enqueue("t")
+        with closing(PersistentQSQLAlchemy(database)) as new:
+            job = new.dequeue("new")
+            assert {each["state"] for each in other.consumers()} == {"running"}
+            assert other.dequeue("heir") is None
+            new.complete(job)
+
+
+@pytest.mark.parametrize("seed", range(5 * SOAK))
+def test_actors_taking_turns_see_only_what_the_model_allows(database, monkeypatch, seed):
+    monkeypatch.setattr(pqueue_sqlalchemy, "RESTART_SECONDS", 0.0)
+    checker = Checker(in_turn(seed, database))
+    assert list(checker.problems()) == []
+    print(f"\n{checker.operations} operations")

@@ -18,6 +18,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+import soak
 from conftest import ROOT, wait_until
 from test_histories import memory
 
@@ -218,6 +219,18 @@ def test_queue_without_descriptors_says_so_and_goes_on_when_there_are_some(place
     assert place.queue().check()["problems"] == []
 
 
+def test_consumer_without_descriptors_says_so_and_costs_no_job_more_than_an_attempt(place):
+    assert place.run("producer.py", "--count", 20, "--interval", 0).returncode == 0
+    command = place.command("consumer.py", "--max-jobs", 1)
+    for limit in range(6, 20):
+        child = place.start_command(["prlimit", f"--nofile={limit}", *command])
+        assert child.wait(20) in (0, 1)
+        assert "Traceback" not in child.out.read_text()
+    states = place.queue().stats()["states"]
+    assert states["completed"]
+    assert (states["failed"], sum(states.values())) == (0, 20)
+
+
 # Memory
 
 
@@ -326,10 +339,10 @@ def test_log_that_a_reader_holds_for_the_whole_run_is_told_of_and_cut_afterwards
     with closing(sqlite3.connect(queue.path)) as reader:
         reader.execute("BEGIN")
         seen = reader.execute("SELECT count(*) FROM jobs").fetchone()
-        for _ in range(20):
+        for _ in range(60):
             queue.enqueue_many("t", ["x" * 1000] * 100)
             drained(queue)
-        assert queue.stats()["states"]["completed"] == 2001
+        assert queue.stats()["states"]["completed"] == 6001
         held = queue.check()["wal_bytes"]
         assert held > 2_000_000
         assert any("some program holds a read open" in problem for problem in report.problems(queue))
@@ -510,3 +523,36 @@ def test_programs_whose_clocks_are_a_year_off_lose_nothing(place):
         queue.enqueue_many("nap", range(100), max_attempts=100, now=now)
         queue.enqueue("nap", delay_seconds=1, max_attempts=100, now=now)
     wait_until(lambda: queue.stats()["states"]["completed"] == 303)
+
+
+# The soak, which is for longer than a test
+
+
+def test_soak_tells_what_was_lost_and_what_ran_again(tmp_path):
+    one, other = (soak.Map(tmp_path / f"{number}.map", 100) for number in range(2))
+    for number in range(99):
+        (one if number % 2 else other).mark(number)
+    assert list(soak.lost(tmp_path, 100)) == ["1 jobs never ran"]
+    one.mark(99)
+    assert list(soak.lost(tmp_path, 100)) == []
+    one.mark(98)
+    other.mark(98)
+    assert list(soak.lost(tmp_path, 100)) == ["2 jobs ran again, though nobody died"]
+
+
+def test_soak_tells_what_grew_and_what_slowed_down():
+    def sample(number, **changed):
+        steady = {"seconds": number, "ran": 1000 * number, "file_mb": 30, "wal_mb": 4, "consumer_0_rss_mb": 26}
+        return {**steady, **changed}
+
+    assert list(soak.bounds_broken([sample(number) for number in range(20)])) == []
+    growing = [
+        sample(n, file_mb=10 * n, wal_mb=10 * n, consumer_0_rss_mb=10 * n, ran=1000 * min(n, 10)) for n in range(20)
+    ]
+    assert list(soak.bounds_broken(growing)) == [
+        "file_mb grew from 90 to 190",
+        "consumer_0_rss_mb grew from 90 to 190",
+        "the write-ahead log grew to 190 MB",
+        "it slowed down from 1,000 to 0 jobs per second",
+    ]
+    assert "too short" in next(soak.bounds_broken([sample(1)]))
