@@ -30,7 +30,8 @@ from pqueue import DoNotRetry, Job, PersistentQInterface, QueueError
 PAGE = 50  # jobs on a page
 FRESH_SECONDS = 1.0  # what is shown is computed at most so often, whatever the number of viewers,
 SHARE = 0.1  # and for at most this share of the time
-PATIENCE_SECONDS = 0.15  # how long a page waits for figures; then it shows the last ones
+PATIENCE_SECONDS = 0.18  # how long a page waits for figures; then it shows the last ones,
+OLD_SECONDS = 30.0  # but not for longer than this after they could have been computed anew
 SEARCH_SECONDS = 0.1  # how long it looks for jobs before it offers to go on
 SEARCHES = 100  # whose results are kept while they are fresh
 REFRESH_SECONDS = 2
@@ -79,7 +80,7 @@ class Board:
             "failures": PersistentQInterface.failures,
             "consumers": _consumers,
         }
-        self._computed: dict[str, Any] = {}  # by part, or the QueueError that came of it
+        self._computed: dict[str, tuple[float, Any]] = {}  # until when to show it, and it or the QueueError instead
         self._stale_at: dict[str, float] = {}
         self._running: dict[str, Future[None]] = {}
         self._searches: dict[str, tuple[float, Found | None]] = {}
@@ -134,7 +135,8 @@ class Board:
             running = list(self._running.values())
         wait(running, PATIENCE_SECONDS if patience_seconds is None else patience_seconds)
         with self._lock:
-            computed = dict(self._computed)
+            now = time.monotonic()
+            computed = {part: found for part, (until, found) in self._computed.items() if until > now}
         for found in computed.values():
             if isinstance(found, Exception):
                 raise found
@@ -151,8 +153,8 @@ class Board:
             found = error
         with self._lock:
             if self._running is running:  # else it is out of date already
-                self._computed[part] = found
                 self._stale_at[part] = _stale_at(began)
+                self._computed[part] = self._stale_at[part] + OLD_SECONDS, found
                 del running[part]
 
     def _hour(self, queue: PersistentQInterface) -> list[dict[str, Any]]:
@@ -185,12 +187,14 @@ class Board:
 
     def job(self, job_id: int) -> dict[str, Any]:
         """Return job, history, why, and file: its text, or a sentence, or None for a job without one."""
-        queue = self.queue()
+        queue, stats = self.queue(), None
+        with suppress(QueueError):
+            stats = self.figures()["overview"]
         job = queue.get(job_id)
         return {
             "job": job,
             "history": queue.history(job_id),
-            "why": report.why(queue, job_id),
+            "why": report.why(queue, job_id, stats=stats),
             "file": _file_text(job.payload),
         }
 

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -37,6 +38,7 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 HTML, JSON, TEXT = "text/html; charset=utf-8", "application/json", "text/plain; charset=utf-8"
+METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Refused(Exception):
@@ -152,7 +154,10 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/live":
             return HTTPStatus.OK, json.dumps(pages.sections(board, query, self._token()))
         if path == "/metrics":
-            return HTTPStatus.OK, ("text/plain; version=0.0.4; charset=utf-8", report.metrics(board.queue()))
+            return HTTPStatus.OK, (
+                METRICS,
+                report.metrics(board.queue(), stats=board.figures(MOST_SECONDS)["overview"]),
+            )
         if path == "/healthz":
             problems = board.figures(MOST_SECONDS)["overview"]["problems"]
             status = HTTPStatus.SERVICE_UNAVAILABLE if problems else HTTPStatus.OK
@@ -271,6 +276,8 @@ def serve(host: str, port: int) -> int:
         print(f"ops.py: cannot serve on {host}:{port}: {error}", file=sys.stderr)
         return 1
     print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} dashboard at http://{host}:{server.server_port}", flush=True)
+    with suppress(QueueError, ValueError):
+        server.board.figures(0)  # so that they are there when the first reader comes
     try:
         server.serve_forever()
     except KeyboardInterrupt:
