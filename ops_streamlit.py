@@ -42,13 +42,13 @@ def page() -> None:
         st.toast(_plain(said))
     _section(None, _overview)
     _section("Processing now", _processing)
-    _section("Jobs", _jobs, live=False)
+    _section("Jobs", _jobs)
     _section("Failed", _failed)
     _section("Consumers", _consumers)
     _section("Queues", _queues)
 
 
-def _section(title: str | None, part: Callable[[], None], *, live: bool = True) -> None:
+def _section(title: str | None, part: Callable[[], None]) -> None:
     """Draw a part; when the queue is not to be had, let the first one say so, until it is."""
 
     def draw() -> None:
@@ -61,7 +61,7 @@ def _section(title: str | None, part: Callable[[], None], *, live: bool = True) 
     with st.container(border=True):
         if title:
             st.markdown(f"##### {title}")
-        st.fragment(draw, run_every=ops.REFRESH_SECONDS if live else None)()
+        st.fragment(draw, run_every=ops.REFRESH_SECONDS)()
 
 
 def _html(body: str) -> str:
@@ -117,17 +117,18 @@ def _jobs_chart(minutes: pages.Minutes) -> dict[str, Any]:
         },
         "transform": [{"filter": "datum.what != 'enqueued'"}],
     }
+    scale = {"axis": {"tickCount": 3, "tickMinStep": 1}}
     ended = "datum.what == 'enqueued' && !datum['going on']"
-    return _chart(rows, names, {"axis": {"tickCount": 3}}, [bars, {"mark": LINE, "transform": [{"filter": ended}]}])
+    return _chart(rows, names, scale, [bars, {"mark": LINE, "transform": [{"filter": ended}]}])
 
 
 def _times_chart(minutes: pages.Minutes) -> dict[str, Any]:
     """Draw what the other front end does: wait and run time, by powers of ten."""
     rows = [
-        {"at": _at(each), "value": max(seconds, 0.001), "what": name, "share": share}
+        {"at": _at(each), "value": seconds and max(seconds, 0.001), "what": name, "share": share}
         for each in minutes[:-1]
         for name in ("wait", "run")
-        for share, seconds in zip(("p50", "p95"), each[name] or (), strict=False)
+        for share, seconds in zip(("p50", "p95"), each[name] or (None, None), strict=True)
     ]
     labels = "datum.value < 1 ? datum.value * 1000 + ' ms' : datum.value + ' s'"
     dashes = {"field": "share", "scale": {"domain": ["p50", "p95"], "range": [[1, 0], [4, 3]]}, "legend": None}
@@ -183,7 +184,7 @@ def _jobs() -> None:
         filters[name] = place.text_input(name, key=f"filter-{name}")
     before = st.session_state.get("before", "") if st.session_state.get("before-of") == filters else ""
     query = {**{name: value or "" for name, value in filters.items()}, "before_id": str(before)}
-    jobs, older = shown = board().jobs(query)
+    table, (jobs, older) = _shown(query)
     if not jobs:
         found = "no job found so far" if older is not None else "no job matches"
         st.caption(found if older or any(query.values()) else "no jobs yet: run python producer.py")
@@ -203,29 +204,42 @@ def _jobs() -> None:
         }
         for job in jobs
     ]
-    chosen = st.dataframe(rows, hide_index=True, on_select="rerun", selection_mode="multi-row", key="jobs")
+    chosen = st.dataframe(rows, hide_index=True, on_select="rerun", selection_mode="multi-row", key=table)
     ids = [jobs[row].id for row in chosen["selection"]["rows"] if row < len(jobs)]
     _pages(query, filters, jobs, older)
-    _bulk(ids, filters, ops.matching(query, shown))
+    _bulk(ids, filters, ops.matching(query, (jobs, older)))
     if len(ids) == 1:
         _job(ids[0])
 
 
+def _shown(query: dict[str, str]) -> tuple[str, ops.Found]:
+    """Return the table's key and its jobs. They stay the same while some are selected, which is by row."""
+    state = st.session_state
+    table = f"jobs-{state.get('tables', 0)}"
+    if state.get("query") != query:
+        state["query"], state["tables"] = query, state.get("tables", 0) + 1
+        table = f"jobs-{state['tables']}"
+    if table not in state or not state[table]["selection"]["rows"]:
+        state["shown"] = board().jobs(query)
+    return table, state["shown"]
+
+
 def _pages(query: dict[str, str], filters: dict[str, Any], jobs: list[pqueue.Job], before: int | None) -> None:
-    newest, older = st.columns([1, 7])
-    if query["before_id"] and newest.button("newest jobs"):
-        st.session_state["before"] = ""
-        st.rerun()
     label = "older jobs" if len(jobs) == ops.PAGE else f"searched back to job {before}: go on"
-    if before is not None and older.button(label):
-        st.session_state["before"], st.session_state["before-of"] = before, dict(filters)
-        st.rerun()
+    with st.container(key="pages"):
+        if query["before_id"] and st.button("newest jobs"):
+            st.session_state["before"] = ""
+            st.rerun(scope="fragment")
+        if before is not None and st.button(label):
+            st.session_state["before"], st.session_state["before-of"] = before, dict(filters)
+            st.rerun(scope="fragment")
 
 
 def _bulk(ids: list[int], filters: dict[str, str], matching: str) -> None:
     if ops.read_only():
         return
-    scopes = [f"the {len(ids)} selected"] * bool(ids) + [matching] * any(filters.values())
+    these = ", ".join(map(str, ids[:5])) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
+    scopes = [f"the selected: {these}"] * bool(ids) + [matching] * any(filters.values())
     if not scopes:
         st.caption("select jobs, or filter, to change them")
         return
@@ -236,6 +250,7 @@ def _bulk(ids: list[int], filters: dict[str, str], matching: str) -> None:
             fields = {"scope": "matching", **{name: value or "" for name, value in filters.items()}}
         for verb in ("resubmit", "mark_failed", "cancel"):
             if st.button(verb.replace("_", " "), key=f"bulk-{verb}"):
+                del st.session_state["query"]  # show the jobs anew, none of them selected
                 _act(verb, **fields)
 
 
@@ -248,21 +263,24 @@ def _job(job_id: int) -> None:
         _job_actions(one)
     left, right = st.columns(2)
     with left:
-        st.caption("payload")
-        st.code(_pretty(report.masked(one.payload)), language=None, wrap_lines=True)
-        if found["file"] is not None:
-            st.caption("file")
-            st.code(_visible(found["file"]), language=None, wrap_lines=True)
+        _text("payload", _pretty(report.masked(one.payload)))
+        _text("file", found["file"])
     with right:
-        for title, value in (("result", one.result and _pretty(report.masked(one.result))), ("error", one.error)):
-            if value:
-                st.caption(title)
-                st.code(_visible(value), language=None, wrap_lines=True)
+        _text("result", None if one.result is None else _pretty(report.masked(one.result)))
+        _text("error", one.error)
         now = time.time()
-        _table(
-            [{**e, "at": report.ago(e["at"], now), "error": report.first_line(e["error"])} for e in found["history"]],
-            "no history",
-        )
+        story = [
+            {**e, "at": report.ago(e["at"], now), "error": report.printable(report.first_line(e["error"]))}
+            for e in found["history"]
+        ]
+        _table(story, "no history")
+
+
+def _text(title: str, value: str | None) -> None:
+    if value is not None:
+        shown = "\n".join(report.printable(line) for line in value.split("\n"))
+        st.caption(title)
+        st.code(shown, language=None, wrap_lines=True, height=400 if len(shown) > 2000 else "content")
 
 
 def _job_actions(one: pqueue.Job) -> None:
@@ -280,10 +298,6 @@ def _job_actions(one: pqueue.Job) -> None:
 
 def _pretty(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, indent=2)
-
-
-def _visible(value: str) -> str:
-    return "\n".join(report.printable(line) for line in value.split("\n"))
 
 
 def _failed() -> None:

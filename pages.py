@@ -113,6 +113,7 @@ async function refresh() {
   if (document.hidden) return;
   try {
     const answer = await fetch('/live' + location.search, {credentials: 'same-origin'});
+    if (answer.ok && !document.getElementById('jobs')) return location.reload();
     for (const [name, text] of Object.entries(await answer.json())) {
       const part = document.getElementById(name);
       if (part && part.dataset.text !== text && !busy(part)) { part.innerHTML = text; part.dataset.text = text; }
