@@ -797,9 +797,9 @@ class PersistentQInterface(ABC):
         where, params = self._matching(**filters)
         params["before_id"] = MAX_ID if before_id is None else _at_least("before_id", 0, before_id, MAX_ID)
         params["limit"] = _at_least("limit", 1, limit)
-        if "state" not in params:
+        places = _places(params)
+        if not places:
             return self._walk(where, params, seconds)
-        places = INDEXED[params["state"]]
         if not self._are_few(places, FEW // 10 if "text" in params else FEW):
             return self._walk(f"{where} AND state = :state", params, seconds)
         jobs = self._newest("+id", places, where, params)  # +: not by walking through all jobs
@@ -862,7 +862,7 @@ class PersistentQInterface(ABC):
     def count_jobs(self, **filters: Any) -> int:
         """Return how many jobs match; the filters are those of `list_jobs`."""
         where, params = self._matching(**filters)
-        places = INDEXED[params["state"]] if "state" in params else ["1 = 1"]
+        places = _places(params) or ["1 = 1"]
         counts = [self._read(f"SELECT count(*) FROM jobs WHERE {place} AND {where}", params) for place in places]
         return cast(int, sum(rows[0][0] for rows in counts))
 
@@ -1133,6 +1133,13 @@ class PersistentQInterface(ABC):
             if me.slot:
                 me.slot.close()
         self._registry.clear()
+
+
+def _places(filters: Params) -> list[str]:
+    """Return the conditions by which an index finds the jobs of a state; none for jobs of any."""
+    if filters.get("state") == "failed" and "task" in filters:
+        return ["state = 'failed'"]  # of the index that has the task
+    return INDEXED.get(filters.get("state", ""), [])
 
 
 def _pages(tx: Session, table: str, columns: str) -> Iterator[list[Any]]:
