@@ -15,9 +15,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from statistics import quantiles
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import admin
 import consumer
@@ -27,15 +28,31 @@ import report
 from pqueue import DoNotRetry, Job, PersistentQInterface, QueueError
 
 PAGE = 50  # jobs on a page
-FRESH_SECONDS = 1.0  # figures are computed at most so often, whatever the number of viewers,
+FRESH_SECONDS = 1.0  # what is shown is computed at most so often, whatever the number of viewers,
 SHARE = 0.1  # and for at most this share of the time
+PATIENCE_SECONDS = 0.18  # how long a page waits for figures; then it shows the last ones,
+OLD_SECONDS = 30.0  # but not for longer than this after they could have been computed anew
+SEARCH_SECONDS = 0.1  # how long it looks for jobs before it offers to go on
+SEARCHES = 100  # whose results are kept while they are fresh
 REFRESH_SECONDS = 2
 MINUTES = 60
+SAMPLE = 100  # jobs of a minute from which its wait and run times are taken
+GROUPS = 20  # of failed jobs that are shown
+CONSUMERS = 100
 FILE_BYTES = 65_536  # of a job's file that are shown
+SHOWN = ("pending", "scheduled", "processing", "completed", "failed")  # states, in this order
 FILTERS = ("state", "queue", "task", "consumer", "text")
+PAINT: dict[str, str] = {  # of the charts, on light and on dark
+    "enqueued": "#8a94a6",
+    "completed": "#2aa36b",
+    "failed": "#e5484d",
+    "wait": "#b97d10",
+    "run": "#2f80d8",
+}
 
-Value = TypeVar("Value")
 Form = dict[str, list[str]]
+Found = tuple[list[Job], "int | None"]  # a page of jobs, and the id before which to go on
+Percentiles = tuple[float, float]  # p50 and p95, seconds
 
 
 def read_only() -> bool:
@@ -46,14 +63,28 @@ def read_only() -> bool:
 
 
 class Board:
-    """The figures of one queue, which may come and go: each method raises QueueError with what is wrong with it."""
+    """The figures of one queue, which may come and go: each method raises QueueError with what is wrong with it.
+
+    A thread of its own computes them, so that no page waits for long and no viewer costs more than the first.
+    """
 
     def __init__(self) -> None:
         self._queue: PersistentQInterface | None = None
         self._identity: Any = None
-        self._lock = threading.Lock()
-        self._cache: dict[str, tuple[float, Any]] = {}
-        self._minutes: dict[int, dict[str, int]] = {}
+        self._lock = threading.RLock()
+        self._worker = ThreadPoolExecutor(1, "pqueue-figures")
+        self._parts = {
+            "overview": _overview,
+            "minutes": self._hour,
+            "processing": _processing,
+            "failures": PersistentQInterface.failures,
+            "consumers": _consumers,
+        }
+        self._computed: dict[str, tuple[float, Any]] = {}  # until when to show it, and it or the QueueError instead
+        self._stale_at: dict[str, float] = {}
+        self._running: dict[str, Future[None]] = {}
+        self._searches: dict[str, tuple[float, Found | None]] = {}
+        self._minutes: dict[int, dict[str, Any]] = {}
 
     def queue(self) -> PersistentQInterface:
         """Return the open queue. It is opened anew when its file was replaced."""
@@ -68,17 +99,18 @@ class Board:
 
     def forget(self) -> None:
         """Drop the connection and what was computed over it."""
-        if self._queue is not None:
-            with suppress(QueueError):
-                self._queue.close()
-        self._queue = None
-        self._cache.clear()
-        self._minutes.clear()
+        with self._lock:
+            if self._queue is not None:
+                with suppress(QueueError):
+                    self._queue.close()
+            self._queue = None
+            self._computed, self._minutes = {}, {}
+            self.expire()
 
     def expire(self) -> None:
-        """Compute all figures anew: something was changed."""
+        """Compute all anew: something was changed."""
         with self._lock:
-            self._cache.clear()
+            self._stale_at, self._running, self._searches = {}, {}, {}
 
     def _file_identity(self) -> Any:
         with suppress(OSError, ValueError):
@@ -86,83 +118,116 @@ class Board:
             return facts.st_dev, facts.st_ino
         return None
 
-    def _fresh(self, compute: Callable[[PersistentQInterface], Value]) -> Value:
+    def figures(self, patience_seconds: float | None = None) -> dict[str, Any]:
+        """Return, as of now or, where computing takes longer than the patience (None: PATIENCE_SECONDS), of before:
+
+        overview: states, queues and path as the queue tells, per_minute, oldest_seconds, alive, wal_bytes, problems,
+        and wait and run, each (p50, p95) seconds or None; minutes: at (its start), enqueued, completed, failed, wait
+        and run of each minute of the last hour, the last one still going on; processing: its jobs; failures: as the
+        queue groups them; consumers: those alive or with jobs, and those that ended within the hour.
+        """
         queue = self.queue()
         with self._lock:
-            stale_at, value = self._cache.get(compute.__name__, (0.0, None))
-            if time.monotonic() >= stale_at:
-                began = time.monotonic()
-                value = compute(queue)
-                ended = time.monotonic()
-                fresh = max(FRESH_SECONDS, (ended - began) / SHARE)
-                self._cache[compute.__name__] = (ended + fresh, value)
-            return cast(Value, value)
+            now = time.monotonic()
+            for part in self._parts:
+                if part not in self._running and now >= self._stale_at.get(part, 0.0):
+                    self._running[part] = self._worker.submit(self._compute, part, queue, self._running)
+            running = list(self._running.values())
+        wait(running, PATIENCE_SECONDS if patience_seconds is None else patience_seconds)
+        with self._lock:
+            now = time.monotonic()
+            computed = {part: found for part, (until, found) in self._computed.items() if until > now}
+        for found in computed.values():
+            if isinstance(found, Exception):
+                raise found
+        if len(computed) < len(self._parts):
+            raise QueueError("counting the jobs …")
+        return computed
 
-    def overview(self) -> dict[str, Any]:
-        """Return states, per_minute, oldest_seconds, alive, wal_bytes, problems; queues, as in `stats`; and wait and
-        run, each (p50, p95) seconds or None."""
-        return self._fresh(_overview)
-
-    def minutes(self) -> list[dict[str, Any]]:
-        """Return at (its start), enqueued, completed and failed of each minute of the last hour."""
-        return self._fresh(self._hour)
+    def _compute(self, part: str, queue: PersistentQInterface, running: dict[str, Future[None]]) -> None:
+        began = time.monotonic()
+        found: Any
+        try:
+            found = self._parts[part](queue)
+        except QueueError as error:
+            found = error
+        with self._lock:
+            if self._running is running:  # else it is out of date already
+                self._stale_at[part] = _stale_at(began)
+                self._computed[part] = self._stale_at[part] + OLD_SECONDS, found
+                del running[part]
 
     def _hour(self, queue: PersistentQInterface) -> list[dict[str, Any]]:
         current = int(time.time() // 60)
-        counts = {
-            number: self._minutes.get(number) or queue.activity(number * 60, number * 60 + 60)
+        minutes = {
+            number: self._minutes.get(number) or _minute(queue, number * 60.0)
             for number in range(current - MINUTES + 1, current + 1)
         }
-        self._minutes = {number: each for number, each in counts.items() if number < current - 1}
-        return [{"at": number * 60, **each} for number, each in counts.items()]
+        self._minutes = {number: each for number, each in minutes.items() if number < current - 1}
+        return list(minutes.values())
 
-    def processing(self) -> list[Job]:
-        return self._fresh(_processing)
-
-    def failures(self) -> list[dict[str, Any]]:
-        return self._fresh(_failures)
-
-    def consumers(self) -> list[dict[str, Any]]:
-        """Return the consumers that are alive or hold jobs, and those that ended within the hour."""
-        return self._fresh(_consumers)
-
-    def jobs(self, filters: dict[str, str], before_id: int | None = None) -> list[Job]:
-        return self.queue().list_jobs(**_given(filters), before_id=before_id, limit=PAGE)
+    def jobs(self, query: dict[str, str]) -> Found:
+        """Return a page of the jobs that match the query's filters and stand before its before_id, newest first, or
+        what was found of it in SEARCH_SECONDS; and the id before which to go on, or None at the end."""
+        queue, given, before = self.queue(), _given(query), query.get("before_id", "")
+        before_id = int(before) if before.isascii() and before.isdigit() and len(before) < 19 else None
+        search = json.dumps([given, before_id])
+        with self._lock:
+            searches = self._searches
+            stale_at, found = searches.pop(search, (0.0, None))
+        began = time.monotonic()
+        if found is None or began >= stale_at:
+            found = queue.search_jobs(**given, before_id=before_id, limit=PAGE, seconds=SEARCH_SECONDS)
+            stale_at = _stale_at(began)
+        with self._lock:
+            searches[search] = stale_at, found
+            if len(searches) > SEARCHES:
+                del searches[next(iter(searches))]
+        return found
 
     def job(self, job_id: int) -> dict[str, Any]:
         """Return job, history, why, and file: its text, or a sentence, or None for a job without one."""
-        queue = self.queue()
+        queue, stats = self.queue(), None
+        with suppress(QueueError):
+            stats = self.figures()["overview"]
         job = queue.get(job_id)
         return {
             "job": job,
             "history": queue.history(job_id),
-            "why": report.why(queue, job_id),
+            "why": report.why(queue, job_id, stats=stats),
             "file": _file_text(job.payload),
         }
 
 
+def _stale_at(began: float) -> float:
+    ended = time.monotonic()
+    return ended + max(FRESH_SECONDS, (ended - began) / SHARE)
+
+
 def _overview(queue: PersistentQInterface) -> dict[str, Any]:
     now = time.time()
-    stats = queue.stats()
+    stats, facts = queue.stats(), queue.check(thorough=False)
     oldest = stats["oldest_pending_at"]
     return {
         "states": stats["states"],
         "queues": stats["queues"],
+        "path": facts["path"],
         "per_minute": queue.activity(now - 60, now),
         "oldest_seconds": None if oldest is None else max(0.0, now - oldest),
         "alive": sum(1 for each in queue.consumers() if each["state"] == "running"),
-        "wal_bytes": queue.check(thorough=False).get("wal_bytes"),
+        "wal_bytes": facts.get("wal_bytes"),
         "problems": report.problems(queue, now, stats=stats),
-        **{name: _percentiles(seconds) for name, seconds in queue.timings().items()},
+        **_percentiles(queue.timings()),
     }
+
+
+def _minute(queue: PersistentQInterface, at: float) -> dict[str, Any]:
+    times = queue.timings(SAMPLE, start=at, end=at + 60)
+    return {"at": at, **queue.activity(at, at + 60), **_percentiles(times)}
 
 
 def _processing(queue: PersistentQInterface) -> list[Job]:
     return queue.list_jobs(state="processing", limit=PAGE)
-
-
-def _failures(queue: PersistentQInterface) -> list[dict[str, Any]]:
-    return queue.failures()
 
 
 def _consumers(queue: PersistentQInterface) -> list[dict[str, Any]]:
@@ -171,7 +236,11 @@ def _consumers(queue: PersistentQInterface) -> list[dict[str, Any]]:
     return sorted(found, key=lambda each: (each["state"] != "running", each["name"]))
 
 
-def _percentiles(seconds: list[float]) -> tuple[float, float] | None:
+def _percentiles(times: dict[str, list[float]]) -> dict[str, Percentiles | None]:
+    return {name: _percentiles_of(seconds) for name, seconds in times.items()}
+
+
+def _percentiles_of(seconds: list[float]) -> Percentiles | None:
     if not seconds:
         return None
     cuts = quantiles(seconds, n=20, method="inclusive") if len(seconds) > 1 else seconds * 19
@@ -193,6 +262,12 @@ def _file_text(payload: Any) -> str | None:
     return text + "\n(cut)" if len(content) > FILE_BYTES else text
 
 
+def matching(query: dict[str, str], shown: Found) -> str:
+    """Return how "all that match the filter" is called, with their number where the page shows all of them."""
+    known = len(shown[0]) if shown[1] is None and not query.get("before_id") else None
+    return "all that match the filter" if known is None else f"all {known} that match the filter"
+
+
 def detail(job: Job) -> str:
     """Return what a list shows of a job: its payload, or why it failed."""
     if job.state == "failed":
@@ -211,23 +286,26 @@ def processes() -> list[dict[str, Any]] | str:
 def tiles(seen: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return the overview as (label, value, state), where the state gives the colour."""
     oldest = "none" if seen["oldest_seconds"] is None else report.span(seen["oldest_seconds"])
-    found = [(state, f"{seen['states'][state]:,}", state) for state in ("pending", "scheduled", "processing")]
-    found += [(state, f"{seen['states'][state]:,}", state) for state in ("completed", "failed")]
+    found = [(state, f"{seen['states'][state]:,}", state) for state in SHOWN]
     found += [(f"{name} / min", f"{seen['per_minute'][name]:,}", "") for name in ("enqueued", "completed")]
     found += [("oldest pending", oldest, "")]
     found += [("consumers alive", str(seen["alive"]), "")]
-    found += [(f"{name} p50 / p95", _times(seen[name]), "") for name in ("wait", "run")]
+    found += [(f"{name} p50 / p95", times(seen[name]), "") for name in ("wait", "run")]
     if seen["wal_bytes"] is not None:
         found.append(("write-ahead log", f"{seen['wal_bytes'] / 1e6:,.1f} MB", ""))
     return found
 
 
-def _times(pair: tuple[float, float] | None) -> str:
+def times(pair: Percentiles | None) -> str:
+    """Return a p50 and a p95 as people read them."""
     if pair is None:
         return "none"
-    if max(pair) < 1:
-        return f"{pair[0] * 1000:,.0f} / {pair[1] * 1000:,.0f} ms"
-    return f"{pair[0]:,.1f} / {pair[1]:,.1f} s"
+    (low, unit), (high, same) = (_seconds(each) for each in pair)
+    return f"{low} / {high} {unit}" if unit == same else f"{low} {unit} / {high} {same}"
+
+
+def _seconds(value: float) -> tuple[str, str]:
+    return (f"{value * 1000:,.0f}", "ms") if value < 1 else (f"{value:,.1f}", "s")
 
 
 # Actions ##############################################################################################################

@@ -12,10 +12,21 @@ import streamlit as st
 
 import manager
 import ops
+import pages
 import pqueue
 import report
 
-COLOURS: list[Any] = ["#8a94a6", "#1a8f5a", "#d33a3a"]  # enqueued, completed, failed
+STYLE = f"""<style>{pages.COLOURS}{pages.SUMMARY}
+.stApp {{ --card: transparent }} .block-container {{ padding: 1.2rem 1rem 3rem; max-width: 1312px }}
+.stAppHeader {{ background: none; pointer-events: none }} .stAppHeader button {{ pointer-events: auto }}
+.pqueue {{ font-size: 14px; line-height: 1.45; --card: transparent }} .pqueue p {{ margin: 0 }}
+.pqueue .title {{ display: flex; gap: 4px 16px; align-items: baseline; flex-wrap: wrap; margin-bottom: 10px }}
+.pqueue .title b {{ font-size: 18px }} .pqueue .path {{ color: var(--soft); font-size: 12.5px }}
+h5 {{ padding: 0 0 0.3rem !important }}
+@media (max-width: 640px) {{ .st-key-filters [data-testid=stColumn] {{ min-width: 42% !important; flex: 1 1 42% }} }}
+</style>"""
+LINE = {"type": "line", "strokeWidth": 1.5}
+MINUTE = "yearmonthdatehoursminutes"
 DOT = {"completed": "green", "failed": "red", "processing": "blue", "pending": "orange", "scheduled": "violet"}
 
 
@@ -26,35 +37,35 @@ def board() -> ops.Board:
 
 def page() -> None:
     st.set_page_config("pqueue", layout="wide")
-    st.html("<style>.block-container { padding-top: 2.5rem } [data-testid=stMetricValue] { font-size: 1.5rem }</style>")
-    st.subheader("pqueue")
+    st.html(STYLE)
     if said := st.session_state.pop("said", None):
-        st.toast(said)
-    for title, part in (
-        (None, _overview),
-        ("Processing now", _processing),
-        ("Jobs", _jobs),
-        ("Failed", _failed),
-        ("Consumers", _consumers),
-        ("Queues", _queues),
-    ):
-        if title:
-            st.subheader(title)
-        _guarded(part)
+        st.toast(_plain(said))
+    _section(None, _overview)
+    _section("Processing now", _processing)
+    _section("Jobs", _jobs)
+    _section("Failed", _failed)
+    _section("Consumers", _consumers)
+    _section("Queues", _queues)
 
 
-def _guarded(part: Callable[[], None]) -> None:
-    """Draw a part; when the queue is not to be had, draw the sentence that says so."""
-    live = part in (_overview, _processing, _failed, _consumers, _queues)
+def _section(title: str | None, part: Callable[[], None]) -> None:
+    """Draw a part; when the queue is not to be had, let the first one say so, until it is."""
 
     def draw() -> None:
         try:
             part()
         except (pqueue.QueueError, ValueError) as error:
-            st.error(str(error)) if part is _overview else st.caption("this part comes back by itself")
+            st.html(_html(pages.trouble(str(error)))) if title is None else st.caption("this part comes back by itself")
 
     draw.__qualname__ = part.__name__
-    st.fragment(draw, run_every=ops.REFRESH_SECONDS if live else None)()
+    with st.container(border=True):
+        if title:
+            st.markdown(f"##### {title}")
+        st.fragment(draw, run_every=ops.REFRESH_SECONDS)()
+
+
+def _html(body: str) -> str:
+    return f'<div class="pqueue">{body}</div>'
 
 
 def _act(name: str, **fields: Any) -> None:
@@ -74,19 +85,72 @@ def _plain(value: str) -> str:
 
 
 def _overview() -> None:
-    seen = board().overview()
-    for problem in seen["problems"]:
-        st.error(_plain(problem))
-    if not seen["problems"]:
-        st.success("healthy")
-    found = ops.tiles(seen)
-    for begin in range(0, len(found), 6):
-        for column, (label, value, _) in zip(st.columns(6), found[begin : begin + 6], strict=False):
-            column.metric(label, value)
-    minutes = board().minutes()
-    names = ["enqueued", "completed", "failed"]
-    rows = [{"minute": datetime.fromtimestamp(each["at"]), **{name: each[name] for name in names}} for each in minutes]
-    st.line_chart(rows, x="minute", y=names, x_label="", y_label="per minute", color=COLOURS, height=200)
+    figures = board().figures()
+    seen = figures["overview"]
+    path = f'<span class="path">{pages.text(seen["path"])}</span>'
+    title = f'<div class="title"><b>pqueue</b><div>{pages.health(seen["problems"])}</div>{path}</div>'
+    st.html(_html(title + pages.tiles(seen)))
+    minutes = figures["minutes"]
+    for place, keys, chart in zip(
+        st.columns(2),
+        (pages.jobs_keys(minutes), pages.TIMES_KEYS),
+        (_jobs_chart(minutes), _times_chart(minutes)),
+        strict=True,
+    ):
+        place.html(_html(keys))
+        place.vega_lite_chart(chart)
+
+
+def _jobs_chart(minutes: pages.Minutes) -> dict[str, Any]:
+    """Draw what the other front end does: bars of what completed and failed, a line of what was enqueued."""
+    names = ["completed", "failed", "enqueued"]
+    rows = [
+        {"at": _at(each), "value": each[name], "what": name, "place": place, "going on": each is minutes[-1]}
+        for each in minutes
+        for place, name in enumerate(names)
+    ]
+    bars = {
+        "mark": {"type": "bar", "binSpacing": 1},
+        "encoding": {
+            "order": {"field": "place"},
+            "opacity": {"condition": {"test": "datum['going on']", "value": 0.5}, "value": 1},
+        },
+        "transform": [{"filter": "datum.what != 'enqueued'"}],
+    }
+    scale = {"axis": {"tickCount": 3, "tickMinStep": 1}}
+    ended = "datum.what == 'enqueued' && !datum['going on']"
+    return _chart(rows, names, scale, [bars, {"mark": LINE, "transform": [{"filter": ended}]}])
+
+
+def _times_chart(minutes: pages.Minutes) -> dict[str, Any]:
+    """Draw what the other front end does: wait and run time, by powers of ten."""
+    rows = [
+        {"at": _at(each), "value": seconds and max(seconds, 0.001), "what": name, "share": share}
+        for each in minutes[:-1]
+        for name in ("wait", "run")
+        for share, seconds in zip(("p50", "p95"), each[name] or (None, None), strict=True)
+    ]
+    labels = "datum.value < 1 ? datum.value * 1000 + ' ms' : datum.value + ' s'"
+    dashes = {"field": "share", "scale": {"domain": ["p50", "p95"], "range": [[1, 0], [4, 3]]}, "legend": None}
+    scale = {"scale": {"type": "log"}, "axis": {"tickCount": 3, "labelExpr": labels}}
+    return _chart(rows, ["wait", "run"], scale, [{"mark": LINE, "encoding": {"strokeDash": dashes}}])
+
+
+def _at(minute: dict[str, Any]) -> datetime:
+    return datetime.fromtimestamp(minute["at"])
+
+
+def _chart(
+    rows: list[dict[str, Any]], names: list[str], scale: dict[str, Any], layers: list[dict[str, Any]]
+) -> dict[str, Any]:
+    paint = {"domain": names, "range": [ops.PAINT[name] for name in names]}
+    over_time = {"format": "%H:%M", "tickCount": 5, "grid": False}
+    encoding = {
+        "x": {"field": "at", "timeUnit": MINUTE, "bandPosition": 0.5, "title": None, "axis": over_time},
+        "y": {"field": "value", "type": "quantitative", "title": None, **scale},
+        "color": {"field": "what", "type": "nominal", "scale": paint, "legend": None},
+    }
+    return {"height": 150, "data": {"values": rows}, "encoding": encoding, "layer": layers}
 
 
 def _processing() -> None:
@@ -101,7 +165,7 @@ def _processing() -> None:
             "attempt": f"{job.attempts} of {job.max_attempts}",
             "progress": job.progress,
         }
-        for job in board().processing()
+        for job in board().figures()["processing"]
     ]
     _table(rows, "nothing is running", progress=st.column_config.ProgressColumn(min_value=0, max_value=1))
 
@@ -114,14 +178,17 @@ def _table(rows: list[dict[str, Any]], empty: str, **columns: Any) -> None:
 
 
 def _jobs() -> None:
-    places = st.columns(5)
+    places = st.container(key="filters").columns(5)
     filters: dict[str, Any] = {"state": places[0].selectbox("state", ["", *pqueue.STATES], key="filter-state")}
     for place, name in zip(places[1:], ops.FILTERS[1:], strict=True):
         filters[name] = place.text_input(name, key=f"filter-{name}")
-    before = st.session_state.get("before") if st.session_state.get("before-of") == filters else None
-    jobs = board().jobs(filters, before)
+    before = st.session_state.get("before", "") if st.session_state.get("before-of") == filters else ""
+    query = {**{name: value or "" for name, value in filters.items()}, "before_id": str(before)}
+    table, (jobs, older) = _shown(query)
     if not jobs:
-        st.caption("no job matches" if any(filters.values()) else "no jobs yet: run python producer.py")
+        found = "no job found so far" if older is not None else "no job matches"
+        st.caption(found if older or any(query.values()) else "no jobs yet: run python producer.py")
+        _pages(query, filters, jobs, older)
         return
     now = time.time()
     rows = [
@@ -130,45 +197,60 @@ def _jobs() -> None:
             "state": job.state,
             "queue": job.queue,
             "task": job.task,
-            "attempts": job.attempts,
-            "consumer": job.consumer,
+            "attempt": f"{job.attempts} of {job.max_attempts}",
+            "consumer": job.consumer or "",
             "enqueued": report.ago(job.created_at, now),
             "detail": report.printable(ops.detail(job)[:200]),
         }
         for job in jobs
     ]
-    chosen = st.dataframe(rows, hide_index=True, on_select="rerun", selection_mode="multi-row", key="jobs")
+    chosen = st.dataframe(rows, hide_index=True, on_select="rerun", selection_mode="multi-row", key=table)
     ids = [jobs[row].id for row in chosen["selection"]["rows"] if row < len(jobs)]
-    _pages(jobs, filters)
-    _bulk(ids, filters)
+    _pages(query, filters, jobs, older)
+    _bulk(ids, filters, ops.matching(query, (jobs, older)))
     if len(ids) == 1:
         _job(ids[0])
 
 
-def _pages(jobs: list[pqueue.Job], filters: dict[str, Any]) -> None:
-    newest, older = st.columns([1, 11])
-    if newest.button("newest"):
-        st.session_state["before"] = None
-        st.rerun()
-    if len(jobs) == ops.PAGE and older.button("older jobs"):
-        st.session_state["before"], st.session_state["before-of"] = jobs[-1].id, dict(filters)
-        st.rerun()
+def _shown(query: dict[str, str]) -> tuple[str, ops.Found]:
+    """Return the table's key and its jobs. They stay the same while some are selected, which is by row."""
+    state = st.session_state
+    table = f"jobs-{state.get('tables', 0)}"
+    if state.get("query") != query:
+        state["query"], state["tables"] = query, state.get("tables", 0) + 1
+        table = f"jobs-{state['tables']}"
+    if table not in state or not state[table]["selection"]["rows"]:
+        state["shown"] = board().jobs(query)
+    return table, state["shown"]
 
 
-def _bulk(ids: list[int], filters: dict[str, str]) -> None:
+def _pages(query: dict[str, str], filters: dict[str, Any], jobs: list[pqueue.Job], before: int | None) -> None:
+    label = "older jobs" if len(jobs) == ops.PAGE else f"searched back to job {before}: go on"
+    with st.container(key="pages"):
+        if query["before_id"] and st.button("newest jobs"):
+            st.session_state["before"] = ""
+            st.rerun(scope="fragment")
+        if before is not None and st.button(label):
+            st.session_state["before"], st.session_state["before-of"] = before, dict(filters)
+            st.rerun(scope="fragment")
+
+
+def _bulk(ids: list[int], filters: dict[str, str], matching: str) -> None:
     if ops.read_only():
         return
-    scopes = [f"the {len(ids)} selected"] * bool(ids) + ["all that match the filter"] * any(filters.values())
+    these = ", ".join(map(str, ids[:5])) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
+    scopes = [f"the selected: {these}"] * bool(ids) + [matching] * any(filters.values())
     if not scopes:
         st.caption("select jobs, or filter, to change them")
         return
     with st.popover("change jobs"):
         scope = st.radio("which", scopes)
         fields: dict[str, Any] = {"id": [str(job_id) for job_id in ids]}
-        if scope == "all that match the filter":
+        if scope == matching:
             fields = {"scope": "matching", **{name: value or "" for name, value in filters.items()}}
         for verb in ("resubmit", "mark_failed", "cancel"):
             if st.button(verb.replace("_", " "), key=f"bulk-{verb}"):
+                del st.session_state["query"]  # show the jobs anew, none of them selected
                 _act(verb, **fields)
 
 
@@ -181,21 +263,24 @@ def _job(job_id: int) -> None:
         _job_actions(one)
     left, right = st.columns(2)
     with left:
-        st.caption("payload")
-        st.code(_pretty(report.masked(one.payload)), language=None, wrap_lines=True)
-        if found["file"] is not None:
-            st.caption("file")
-            st.code(_visible(found["file"]), language=None, wrap_lines=True)
+        _text("payload", _pretty(report.masked(one.payload)))
+        _text("file", found["file"])
     with right:
-        for title, value in (("result", one.result and _pretty(report.masked(one.result))), ("error", one.error)):
-            if value:
-                st.caption(title)
-                st.code(_visible(value), language=None, wrap_lines=True)
+        _text("result", None if one.result is None else _pretty(report.masked(one.result)))
+        _text("error", one.error)
         now = time.time()
-        _table(
-            [{**e, "at": report.ago(e["at"], now), "error": report.first_line(e["error"])} for e in found["history"]],
-            "no history",
-        )
+        story = [
+            {**e, "at": report.ago(e["at"], now), "error": report.printable(report.first_line(e["error"]))}
+            for e in found["history"]
+        ]
+        _table(story, "no history")
+
+
+def _text(title: str, value: str | None) -> None:
+    if value is not None:
+        shown = "\n".join(report.printable(line) for line in value.split("\n"))
+        st.caption(title)
+        st.code(shown, language=None, wrap_lines=True, height=400 if len(shown) > 2000 else "content")
 
 
 def _job_actions(one: pqueue.Job) -> None:
@@ -215,18 +300,15 @@ def _pretty(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, indent=2)
 
 
-def _visible(value: str) -> str:
-    return "\n".join(report.printable(line) for line in value.split("\n"))
-
-
 def _failed() -> None:
-    groups = board().failures()
+    groups = board().figures()["failures"][: ops.GROUPS]
     _table(
         [
             {"jobs": g["jobs"], "task": g["task"], "last": g["last_id"], "error": report.printable(g["error"])}
             for g in groups
         ],
         "no job has failed",
+        error=st.column_config.TextColumn(width="large"),
     )
     if groups and not ops.read_only():
         with st.popover("resubmit a group"):
@@ -248,7 +330,7 @@ def _consumers() -> None:
             "failed": each["failed"],
             "seen": report.ago(each["last_seen_at"], now),
         }
-        for each in board().consumers()[:100]
+        for each in board().figures()["consumers"][: ops.CONSUMERS]
     ]
     _table(rows, "no consumer was here: run python consumer.py")
     found = ops.processes()
@@ -266,7 +348,7 @@ def _consumers() -> None:
 
 
 def _queues() -> None:
-    queues = board().overview()["queues"]
+    queues = board().figures()["overview"]["queues"]
     now = time.time()
     rows = []
     for name, each in queues.items():
@@ -274,10 +356,10 @@ def _queues() -> None:
         rows.append(
             {
                 "queue": name,
-                **{state: each[state] for state in pqueue.STATES},
-                "oldest": None if oldest is None else report.span(max(0.0, now - oldest)),
-                "paused": each["paused"],
-                "limit": each["max_pending"],
+                **{state: each[state] for state in ops.SHOWN},
+                "oldest": "" if oldest is None else report.span(max(0.0, now - oldest)),
+                "limit": "" if each["max_pending"] is None else f"{each['max_pending']:,}",
+                "": "paused" if each["paused"] else "",
             }
         )
     _table(rows, "no queue yet")

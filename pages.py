@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import os
 import time
 from typing import Any
@@ -16,58 +17,93 @@ import report
 
 Board = ops.Board
 
-STYLE = """
-:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1c2430; --soft: #667085; --line: #e3e7ee;
-  --completed: #1a8f5a; --failed: #d33a3a; --processing: #1677c7; --pending: #b7791f; --scheduled: #6b5bd2;
-  --cancelled: #8a94a6; --enqueued: #8a94a6; }
-@media (prefers-color-scheme: dark) { :root { --page: #10141b; --card: #181e27; --ink: #e6eaf1; --soft: #93a0b4;
-  --line: #2a3341; --completed: #3ecf8e; --failed: #ff6b6b; --processing: #4fb3ff; --pending: #e8b04b;
-  --scheduled: #a394ff; --cancelled: #7d899c; --enqueued: #7d899c; } }
+COLOURS = """
+:root { color-scheme: light dark }
+.pqueue { --page: light-dark(#f5f6f8, #0f1318); --card: light-dark(#fff, #171c23);
+  --ink: light-dark(#1b2330, #e6eaf1); --soft: light-dark(#5b6678, #98a4b5); --line: light-dark(#e2e6ec, #2a323d);
+  --completed: light-dark(#157a4c, #43cf93); --failed: light-dark(#c62f2f, #ff7575);
+  --processing: light-dark(#1669b2, #62b5ff); --pending: light-dark(#8a5a00, #e9b650);
+  --scheduled: light-dark(#5e4fc4, #ab9eff); --cancelled: var(--soft) }
+"""
+SUMMARY: str = (
+    "".join(f".pqueue i.{name} {{ background: {paint} }}\n" for name, paint in ops.PAINT.items())
+    + """
+.pqueue .keys { display: flex; gap: 2px 14px; flex-wrap: wrap; font-size: 12.5px; color: var(--soft);
+  margin-bottom: 8px }
+.pqueue .keys b { color: var(--ink); font-weight: 600 }
+.pqueue .keys i { display: inline-block; width: 14px; height: 10px; margin-right: 5px }
+.pqueue .keys i.line { height: 2px; vertical-align: 4px }
+.pqueue .health { display: inline-block; margin: 0 6px 6px 0; padding: 2px 10px; border: 1px solid currentColor;
+  border-radius: 12px; font-size: 13px; line-height: 1.45 }
+.pqueue .tiles { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: 8px }
+.pqueue .tile { border: 1px solid var(--line); border-radius: 8px; padding: 7px 12px; background: var(--card) }
+.pqueue .tile b { display: block; font-size: 20px; font-weight: 600; line-height: 1.35; white-space: nowrap;
+  font-variant-numeric: tabular-nums }
+.pqueue .tile span { color: var(--soft); font-size: 12.5px; white-space: nowrap }
+.pqueue .completed, .pqueue .running { color: var(--completed) }
+.pqueue .failed, .pqueue .dead { color: var(--failed) }
+.pqueue .processing { color: var(--processing) } .pqueue .pending { color: var(--pending) }
+.pqueue .scheduled { color: var(--scheduled) } .pqueue .cancelled, .pqueue .stopped { color: var(--soft) }
+@media (max-width: 900px) { .pqueue .tiles { grid-template-columns: repeat(4, minmax(0, 1fr)) } }
+@media (max-width: 600px) { .pqueue .tiles { grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 6px }
+  .pqueue .tile { padding: 5px 7px } .pqueue .tile b { font-size: 13.5px } .pqueue .tile span { font-size: 11.5px } }
+"""
+)
+STYLE = (
+    COLOURS
+    + SUMMARY
+    + """
 * { box-sizing: border-box }
 body { margin: 0; background: var(--page); color: var(--ink); font: 14px/1.45 system-ui, sans-serif }
 header, main { max-width: 1280px; margin: 0 auto; padding: 0 16px }
-header { display: flex; gap: 16px; align-items: baseline; flex-wrap: wrap; padding-top: 14px }
+header { display: flex; gap: 4px 16px; align-items: baseline; flex-wrap: wrap; padding-top: 12px }
+header .path { color: var(--soft); font-size: 12.5px; overflow-wrap: anywhere }
+nav { display: flex; gap: 14px; margin-left: auto; font-size: 13px; flex-wrap: wrap }
 h1 { font-size: 18px; margin: 0 } h1 a { color: inherit; text-decoration: none }
-h2 { font-size: 13px; margin: 0 0 10px; color: var(--soft); text-transform: uppercase; letter-spacing: .05em }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px;
-  margin: 12px 0; overflow-x: auto }
-.two { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 0 12px }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); gap: 10px; margin-bottom: 14px }
-.tile { border: 1px solid var(--line); border-radius: 8px; padding: 8px 12px }
-.tile b { display: block; font-size: 20px; font-weight: 600; font-variant-numeric: tabular-nums; white-space: nowrap }
-.tile span { color: var(--soft); font-size: 12px }
+h2 { font-size: 14px; font-weight: 600; margin: 0 0 8px }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px;
+  margin: 10px 0; overflow-x: auto }
+.two { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 12px 28px; margin-top: 16px }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th { text-align: left; font-weight: 500; color: var(--soft); font-size: 12px }
-th, td { padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap }
+th { text-align: left; font-weight: 500; color: var(--soft); font-size: 12.5px }
+th, td { padding: 5px 16px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap }
+th:last-child, td:last-child { padding-right: 0 }
 tr:last-child td { border-bottom: 0 }
-td.wide { max-width: 420px; overflow: hidden; text-overflow: ellipsis }
+td.wide, th.wide { width: 99%; min-width: 140px; max-width: 0; overflow: hidden; text-overflow: ellipsis }
 td.number, th.number { text-align: right }
-.completed { color: var(--completed) } .failed { color: var(--failed) } .processing { color: var(--processing) }
-.pending { color: var(--pending) } .scheduled { color: var(--scheduled) } .cancelled, .soft { color: var(--soft) }
-.running { color: var(--completed) } .dead { color: var(--failed) } .stopped { color: var(--soft) }
-.health { margin: 0; padding: 2px 10px; border-radius: 20px; border: 1px solid currentColor; font-size: 13px }
-.health.bad { border-radius: 8px; padding: 6px 12px }
-.said { border-left: 3px solid var(--completed); padding-left: 12px }
+.soft { color: var(--soft) }
+.said { border-left: 3px solid var(--completed) }
+.pqueue header .health { margin: 0 }
 a { color: var(--processing) }
 form { display: inline-flex; gap: 6px; flex-wrap: wrap; align-items: center; margin: 0 }
-form.filter { margin-bottom: 10px }
+form.filter { margin-bottom: 8px } form.block { display: block }
 input, select, button { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line);
   border-radius: 6px; padding: 3px 8px; max-width: 100% }
+::placeholder { color: var(--soft); opacity: 1 }
+input[type=checkbox] { margin: 3px 0 0 }
 button { cursor: pointer } button:hover { border-color: var(--processing) }
-details { display: inline-block } summary { cursor: pointer; color: var(--processing) }
+details { display: inline-block; vertical-align: top } summary { cursor: pointer; color: var(--processing) }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--page); border: 1px solid var(--line);
   border-radius: 6px; padding: 10px; margin: 4px 0 14px; max-height: 420px; overflow-y: auto; font-size: 12.5px }
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 4px 16px; margin: 0 }
 dt { color: var(--soft) } dd { margin: 0; overflow-wrap: anywhere }
-svg { width: 100%; height: 130px; display: block }
 progress { width: 90px; height: 10px; accent-color: var(--processing) }
-.legend { display: flex; gap: 16px; color: var(--soft); font-size: 12px; margin-top: 6px; flex-wrap: wrap }
-.bulk { margin-top: 10px } form.block { display: block }
-svg.key { width: 10px; height: 10px; display: inline-block; margin-right: 5px }
-@media (max-width: 800px) { .two { grid-template-columns: minmax(0, 1fr) } section { padding: 10px 12px }
-  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)) }
-  .tile b { font-size: 15px } }
+figure { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 2px 8px; margin: 0 }
+figure > * { grid-column: 2 }
+figcaption { grid-column: 1 / 3 }
+figure svg.plot { width: 100%; height: 120px; display: block }
+.plot .grid { stroke: var(--line) } .plot * { vector-effect: non-scaling-stroke }
+.axis { display: flex; justify-content: space-between; color: var(--soft); font-size: 11.5px; line-height: 1;
+  font-variant-numeric: tabular-nums }
+.axis.up { flex-direction: column; text-align: right; grid-column: 1; margin: -5px 0 }
+.bulk { margin-top: 10px }
+@media (max-width: 900px) { .two { grid-template-columns: minmax(0, 1fr) } }
+@media (max-width: 600px) { header, main { padding: 0 10px } header { padding-top: 10px } nav { margin: 0 }
+  section { padding: 10px } .less { display: none } th, td { padding-right: 10px }
+  input:not([type=checkbox]), select, button { min-height: 34px }
+  form.filter input, form.filter select { flex: 1 1 40% } }
 """
+)
 
 # Each live part is replaced when it has changed, but not while the reader types, ticks or is about to confirm in it.
 SCRIPT = """
@@ -77,16 +113,27 @@ async function refresh() {
   if (document.hidden) return;
   try {
     const answer = await fetch('/live' + location.search, {credentials: 'same-origin'});
+    if (answer.ok && !document.getElementById('jobs')) return location.reload();
     for (const [name, text] of Object.entries(await answer.json())) {
       const part = document.getElementById(name);
       if (part && part.dataset.text !== text && !busy(part)) { part.innerHTML = text; part.dataset.text = text; }
     }
-  } catch (error) { document.getElementById('health').textContent = 'the dashboard does not answer'; }
+  } catch (error) {
+    document.getElementById('health').innerHTML = '<p class="health failed">the dashboard does not answer</p>';
+  }
 }
 if (document.getElementById('overview')) setInterval(refresh, REFRESH);
 """.replace("REFRESH", str(ops.REFRESH_SECONDS * 1000))
 
-FILES = {"/style.css": ("text/css; charset=utf-8", STYLE), "/script.js": ("text/javascript; charset=utf-8", SCRIPT)}
+ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">
+<rect width="16" height="16" rx="4" fill="#1669b2"/>
+<path d="M4 5h8M4 8h8M4 11h5" stroke="#fff" stroke-width="1.6" stroke-linecap="round"/></svg>"""
+
+FILES = {
+    "/style.css": ("text/css; charset=utf-8", STYLE),
+    "/script.js": ("text/javascript; charset=utf-8", SCRIPT),
+    "/icon.svg": ("image/svg+xml", ICON),
+}
 
 
 def text(value: Any) -> str:
@@ -116,92 +163,175 @@ def index(board: Board, query: dict[str, str], token: str) -> str:
 <section id="processing">{parts["processing"]}</section>
 <section><h2>Jobs</h2>{_filter_form(query)}<div id="jobs">{parts["jobs"]}</div></section>
 <section id="failed">{parts["failed"]}</section>
-<div class="two"><section id="consumers">{parts["consumers"]}</section>
-<section id="queues">{parts["queues"]}</section></div>"""
-    return _page("pqueue", parts["health"], body)
+<section id="consumers">{parts["consumers"]}</section>
+<section id="queues">{parts["queues"]}</section>"""
+    return _page("pqueue", parts["health"], body, parts["path"])
 
 
 def sections(board: Board, query: dict[str, str], token: str) -> dict[str, str]:
     """Return the HTML of each live part by its id."""
-    seen = board.overview()
+    figures = board.figures()
+    seen = figures["overview"]
     return {
+        "path": text(seen["path"]),
         "health": health(seen["problems"]),
-        "overview": _overview(board, seen),
-        "processing": _processing(board),
+        "overview": f'{tiles(seen)}<div class="two">{_jobs_chart(figures["minutes"])}'
+        f"{_times_chart(figures['minutes'])}</div>",
+        "processing": _processing(figures["processing"]),
         "jobs": _jobs(board, query, token),
-        "failed": _failed(board, token),
-        "consumers": _consumers(board, token),
+        "failed": _failed(figures["failures"], token),
+        "consumers": _consumers(figures["consumers"], token),
         "queues": _queues(seen, token),
     }
 
 
 def without_queue(sentence: str) -> str:
-    return _page("pqueue", trouble(sentence), '<section id="overview">This page comes back by itself.</section>')
+    comes_back = '<section id="overview">This page comes back by itself.</section>'
+    return _page("pqueue", trouble(sentence), comes_back, again=True)
 
 
 def trouble(sentence: str) -> str:
-    return f'<p class="health bad failed">{text(sentence)}</p>'
+    return health([sentence])
 
 
 def health(problems: list[str]) -> str:
     if not problems:
         return '<p class="health completed">healthy</p>'
-    return "".join(f'<p class="health bad failed">{text(each)}</p>' for each in problems)
+    return "".join(f'<p class="health failed">{text(each)}</p>' for each in problems)
 
 
-def _page(title: str, status: str, body: str) -> str:
+def tiles(seen: dict[str, Any]) -> str:
+    return f"""<div class="tiles">{
+        "".join(
+            f'<div class="tile"><span>{text(label)}</span><b class="{state}">{text(value)}</b></div>'
+            for label, value, state in ops.tiles(seen)
+        )
+    }</div>"""
+
+
+def _page(title: str, status: str, body: str, path: str = "", *, again: bool = False) -> str:
+    parts = ("processing", "jobs", "failed", "consumers", "queues")
+    links = "".join(f'<a href="/#{part}">{part}</a>' for part in parts)
+    refresh = f'<noscript><meta http-equiv="refresh" content="{ops.REFRESH_SECONDS}"></noscript>' if again else ""
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="stylesheet" href="/style.css">
-<link rel="icon" href="data:,"></head><body>
-<header><h1><a href="/">pqueue</a></h1><div id="health">{status}</div></header>
+<link rel="icon" href="/icon.svg">{refresh}</head><body class="pqueue">
+<header><h1><a href="/">pqueue</a></h1><div id="health">{status}</div><span class="path" id="path">{path}</span>
+<nav>{links}</nav></header>
 <main>{body}</main><script src="/script.js"></script></body></html>"""
 
 
-def _overview(board: Board, seen: dict[str, Any]) -> str:
-    tiles = "".join(
-        f'<div class="tile"><span>{text(label)}</span><b class="{state}">{text(value)}</b></div>'
-        for label, value, state in ops.tiles(seen)
-    )
-    return f'<h2>Overview</h2><div class="tiles">{tiles}</div>{_chart(board.minutes())}'
+# Charts: a frame of HTML with the axes' text around a drawing that stretches ##########################################
+
+WIDTH, HEIGHT = 600.0, 100.0
+Minutes = list[dict[str, Any]]
 
 
-def _chart(minutes: list[dict[str, Any]]) -> str:
-    """Draw the last hour: bars of what completed and failed, a line of what was enqueued."""
-    top = max([1, *(each["enqueued"] for each in minutes), *(each["completed"] + each["failed"] for each in minutes)])
-    width, height = 1200, 120
-    step = width / len(minutes)
-    bars, line = [], []
+TIMES_KEYS = """<div class="keys"><b>Wait and run time</b><span><i class="wait line"></i>wait</span>
+<span><i class="run line"></i>run</span><span>p50 whole, p95 dashed</span></div>"""
+
+
+def jobs_keys(minutes: Minutes) -> str:
+    """Return the caption of the chart of jobs, with the sums over the hour."""
+    total = {name: f"{name} {sum(each[name] for each in minutes):,}" for name in ("completed", "failed", "enqueued")}
+    return f"""<div class="keys"><b>Jobs per minute</b><span><i class="completed"></i>{total["completed"]}</span>
+<span><i class="failed"></i>{total["failed"]}</span>
+<span><i class="enqueued line"></i>{total["enqueued"]}</span></div>"""
+
+
+def _jobs_chart(minutes: Minutes) -> str:
+    """Draw the last hour: bars of what completed and failed, a line of what was enqueued; the last is going on."""
+    top = _ceiling(max(2, *(max(each["enqueued"], each["completed"] + each["failed"]) for each in minutes)))
+    step = WIDTH / len(minutes)
+    marks = []
     for number, each in enumerate(minutes):
-        x, y = number * step, float(height)
+        y, going_on = HEIGHT, ' opacity="0.5"' if number == len(minutes) - 1 else ""
         for name in ("completed", "failed"):
-            tall = each[name] / top * (height - 4)
+            tall = each[name] / top * HEIGHT
             y -= tall
             if tall:
-                title = f"{report.clock(each['at'])[:5]}: {each['completed']:,} completed, {each['failed']:,} failed"
-                bars.append(
-                    f'<rect x="{x + 1.5:.1f}" y="{y:.1f}" width="{step - 3:.1f}" height="{tall:.1f}" '
-                    f'fill="var(--{name})"><title>{title}</title></rect>'
+                marks.append(
+                    f'<rect x="{number * step + 1:.1f}" y="{y:.1f}" width="{step - 2:.1f}" height="{tall:.1f}" '
+                    f'fill="{ops.PAINT[name]}"{going_on}/>'
                 )
-        line.append(f"{x + step / 2:.1f},{height - each['enqueued'] / top * (height - 4):.1f}")
-    names = ("enqueued", "completed", "failed")
-    total = {name: sum(each[name] for each in minutes) for name in names}
-    legend = "".join(
-        f'<span><svg class="key" viewBox="0 0 10 10"><rect width="10" height="10" rx="2" fill="var(--{name})"/></svg>'
-        f"{name} {total[name]:,}</span>"
-        for name in names
+    marks += _line([each["enqueued"] for each in minutes[:-1]], top, step, "enqueued")
+    told = [", ".join(f"{each[name]:,} {name}" for name in ("enqueued", "completed", "failed")) for each in minutes]
+    return _frame(jobs_keys(minutes), [f"{top:,.0f}", f"{top / 2:,.0f}", "0"], marks, told, minutes)
+
+
+def _times_chart(minutes: Minutes) -> str:
+    """Draw, for the last hour, how long jobs waited and ran, by powers of ten: p50 whole, p95 dashed."""
+    values = [max(each, 0.001) for minute in minutes[:-1] for name in ("wait", "run") for each in minute[name] or ()]
+    low = math.floor(math.log10(min(values, default=0.01)))
+    high = max(low + 2, math.ceil(math.log10(max(values, default=1))))
+    step, marks = WIDTH / len(minutes), []
+    for name in ("wait", "run"):
+        for place, dashes in ((1, "4 3"), (0, "")):
+            seconds = [each[name] and max(each[name][place], 0.001) for each in minutes[:-1]]
+            marks += _line([s and math.log10(s) - low for s in seconds], high - low, step, name, dashes)
+    told = [", ".join(f"{name} p50 / p95 {ops.times(each[name])}" for name in ("wait", "run")) for each in minutes]
+    scale = [_seconds(10.0**power) for power in range(high, low - 1, -1)]
+    return _frame(TIMES_KEYS, scale, marks, told, minutes)
+
+
+def _frame(keys: str, scale: list[str], marks: list[str], told: list[str], minutes: Minutes) -> str:
+    """Return the marks with axes, and a sentence for each minute that is pointed at."""
+    step = WIDTH / len(minutes)
+    lines = [HEIGHT * number / (len(scale) - 1) for number in range(len(scale))]
+    grid = "".join(f'<path class="grid" d="M0 {y:.1f}H{WIDTH:.0f}"/>' for y in lines)
+    tips = "".join(
+        f'<rect x="{number * step:.1f}" width="{step:.1f}" height="{HEIGHT:.0f}" fill="transparent">'
+        f"<title>{_clock(each['at'])}: {said}</title></rect>"
+        for number, (each, said) in enumerate(zip(minutes, told, strict=True))
     )
-    return f"""<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img" aria-label="jobs per minute">
-{"".join(bars)}<polyline points="{" ".join(line)}" fill="none" stroke="var(--enqueued)" stroke-width="1.5"
-vector-effect="non-scaling-stroke"/></svg>
-<div class="legend"><span>last hour, per minute; highest {top:,}</span>{legend}</div>"""
+    quarters = [_clock(minutes[len(minutes) * quarter // 4]["at"]) for quarter in range(4)]
+    return f"""<figure><figcaption>{keys}</figcaption>
+<div class="axis up">{"".join(f"<span>{each}</span>" for each in scale)}</div>
+<svg class="plot" viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" preserveAspectRatio="none" aria-hidden="true">
+{grid}{"".join(marks)}{tips}</svg>
+<div class="axis">{"".join(f"<span>{each}</span>" for each in [*quarters, "now"])}</div></figure>"""
+
+
+def _line(values: list[float | None], top: float, step: float, name: str, dashes: str = "") -> list[str]:
+    """Return a line through the middles of the minutes, broken where there is no value."""
+    path, pen = "", "M"
+    for number, value in enumerate(values):
+        if value is None:
+            pen = "M"
+        else:
+            path += f"{pen}{(number + 0.5) * step:.1f} {HEIGHT - value / top * HEIGHT:.1f}"
+            pen = "L"
+    dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
+    return [f'<path d="{path}" fill="none" stroke="{ops.PAINT[name]}" stroke-width="1.5"{dashed}/>']
+
+
+def _ceiling(value: float) -> float:
+    """Return the next of 2, 4, 6, 8, 10, 20, 40 … at or above a value of at least 2."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(each * power for each in (1, 2, 4, 6, 8, 10) if each * power >= value)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:g} s" if value >= 1 else f"{value * 1000:g} ms"
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%H:%M", time.localtime(at))
+
+
+# Tables ###############################################################################################################
 
 
 def _table(heads: list[str], rows: list[list[str]], empty: str) -> str:
-    """Return a table of cells that are HTML already. A head that begins with # is a column of numbers."""
+    """Return a table of cells that are HTML already. A head begins with # for numbers, with ~ for what takes the
+    width that is left, with - for what a phone leaves out."""
     if not rows:
         return f'<p class="soft">{empty}</p>'
-    kinds = ["number" if head.startswith("#") else "wide" if head.startswith("~") else "" for head in heads]
-    top = "".join(f'<th class="{kind}">{head.lstrip("#~")}</th>' for head, kind in zip(heads, kinds, strict=True))
+    classes = {"#": "number", "~": "wide", "-": "less"}
+    kinds = [" ".join(name for mark, name in classes.items() if mark in head[:2]) for head in heads]
+    top = "".join(
+        f'<th class="{kind}" scope="col">{head.lstrip("#~-")}</th>' for head, kind in zip(heads, kinds, strict=True)
+    )
     body = "".join(
         "<tr>" + "".join(f'<td class="{kind}">{cell}</td>' for cell, kind in zip(row, kinds, strict=True)) + "</tr>"
         for row in rows
@@ -209,7 +339,11 @@ def _table(heads: list[str], rows: list[list[str]], empty: str) -> str:
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _processing(board: Board) -> str:
+def _more(shown: int, found: int, noun: str) -> str:
+    return f'<p class="soft">and {report.count(found - shown, noun)} more</p>' if found > shown else ""
+
+
+def _processing(jobs: list[pqueue.Job]) -> str:
     now = time.time()
     rows = [
         [
@@ -221,9 +355,9 @@ def _processing(board: Board) -> str:
             f"{job.attempts} of {job.max_attempts}",
             "" if job.progress is None else f'<progress max="1" value="{job.progress:.3f}"></progress>',
         ]
-        for job in board.processing()
+        for job in jobs
     ]
-    heads = ["job", "task", "consumer", "elapsed", "lease left", "attempt", "progress"]
+    heads = ["job", "task", "consumer", "#elapsed", "-#lease left", "-attempt", "~progress"]
     return "<h2>Processing now</h2>" + _table(heads, rows, "nothing is running")
 
 
@@ -250,8 +384,7 @@ def _filter_form(query: dict[str, str]) -> str:
 
 
 def _jobs(board: Board, query: dict[str, str], token: str) -> str:
-    before = query.get("before_id", "")
-    jobs = board.jobs(query, int(before) if before.isascii() and before.isdigit() and len(before) < 19 else None)
+    jobs, before = shown = board.jobs(query)
     rows = [
         [
             *([f'<input type="checkbox" name="id" value="{job.id}" aria-label="job {job.id}">'] if token else []),
@@ -259,26 +392,38 @@ def _jobs(board: Board, query: dict[str, str], token: str) -> str:
             f'<span class="{job.state}">{job.state}</span>',
             text(job.queue),
             text(job.task),
-            str(job.attempts),
+            f"{job.attempts} of {job.max_attempts}",
             text(job.consumer or ""),
             when(job.created_at),
             text(ops.detail(job)[:200]),
         ]
         for job in jobs
     ]
-    heads = [*([""] if token else []), "job", "state", "queue", "task", "#attempts", "consumer", "enqueued", "~detail"]
-    found = {name: query[name] for name in ops.FILTERS if query.get(name)}
-    nothing = "no job matches" if found or before else "no jobs yet: run <code>python producer.py</code>"
-    older = ""
-    if len(jobs) == ops.PAGE:
-        older = f'<p><a href="/?{html.escape(urlencode({**found, "before_id": str(jobs[-1].id)}))}">older jobs</a></p>'
+    kept = {name: query[name] for name in ops.FILTERS if query.get(name)}
+    heads = [*([""] if token else []), "job", "state", "-queue", "task", "-attempt", "-consumer", "enqueued", "~detail"]
+    if before is not None and not jobs:
+        nothing = "no job found so far"
+    elif kept or query.get("before_id"):
+        nothing = "no job matches"
+    else:
+        nothing = "no jobs yet: run <code>python producer.py</code>"
     made = _table(heads, rows, nothing)
-    return f"{_bulk_form(made, found, token) if token and jobs else made}{older}"
+    if token and jobs:
+        made = _bulk_form(made, kept, ops.matching(query, shown) if kept else "", token)
+    return made + _pager(kept, query.get("before_id", ""), jobs, before)
 
 
-def _bulk_form(made: str, found: dict[str, str], token: str) -> str:
+def _pager(kept: dict[str, str], after: str, jobs: list[pqueue.Job], before: int | None) -> str:
+    links = [f'<a href="/?{html.escape(urlencode(kept))}#jobs">newest jobs</a>'] if after else []
+    if before is not None:
+        label = "older jobs" if len(jobs) == ops.PAGE else f"searched back to job {before:,}: go on"
+        links.append(f'<a href="/?{html.escape(urlencode({**kept, "before_id": str(before)}))}#jobs">{label}</a>')
+    return f"<p>{' · '.join(links)}</p>" if links else ""
+
+
+def _bulk_form(made: str, found: dict[str, str], matching: str, token: str) -> str:
     kept = "".join(f'<input type="hidden" name="{name}" value="{text(value)}">' for name, value in found.items())
-    matching = '<option value="matching">all that match the filter</option>' if found else ""
+    choice = f'<option value="matching">{matching}</option>' if matching else ""
     buttons = "".join(
         f'<button name="action" value="{verb}">{verb.replace("_", " ")}</button>'
         for verb in ("resubmit", "mark_failed", "cancel")
@@ -286,7 +431,7 @@ def _bulk_form(made: str, found: dict[str, str], token: str) -> str:
     return f"""<form method="post" action="/act/jobs" class="block">
 {_hidden(token, "/?" + urlencode(found))}{kept}{made}
 <div class="bulk"><details><summary>change jobs …</summary> <select name="scope" aria-label="which jobs">
-<option value="ticked">the ticked ones</option>{matching}</select> {buttons}</details></div></form>"""
+<option value="ticked">the ticked ones</option>{choice}</select> {buttons}</details></div></form>"""
 
 
 def _hidden(token: str, back: str) -> str:
@@ -304,7 +449,7 @@ def _button(action: str, label: str, token: str, back: str = "/", *, ask: bool =
     return f"<details><summary>{label} …</summary>{form}<button>yes, {label}</button></form></details>"
 
 
-def _failed(board: Board, token: str) -> str:
+def _failed(groups: list[dict[str, Any]], token: str) -> str:
     rows = [
         [
             f"{each['jobs']:,}",
@@ -313,13 +458,13 @@ def _failed(board: Board, token: str) -> str:
             _search(each["error"], state="failed", task=each["task"]),
             _button("resubmit_group", "resubmit all", token, task=each["task"], error=each["error"]),
         ]
-        for each in board.failures()[:20]
+        for each in groups[: ops.GROUPS]
     ]
-    heads = ["#jobs", "task", "last", "~error", ""]
-    return "<h2>Failed</h2>" + _table(heads, rows, "no job has failed")
+    made = _table(["#jobs", "task", "-last", "~error", ""], rows, "no job has failed")
+    return f"<h2>Failed</h2>{made}{_more(len(rows), len(groups), 'group')}"
 
 
-def _consumers(board: Board, token: str) -> str:
+def _consumers(consumers: list[dict[str, Any]], token: str) -> str:
     rows = [
         [
             text(each["name"]),
@@ -330,11 +475,11 @@ def _consumers(board: Board, token: str) -> str:
             f"{each['failed']:,}",
             when(each["last_seen_at"]),
         ]
-        for each in board.consumers()[:100]
+        for each in consumers[: ops.CONSUMERS]
     ]
-    heads = ["consumer", "state", "host / pid", "jobs", "#done", "#failed", "seen"]
+    heads = ["consumer", "state", "-host / pid", "jobs", "#done", "#failed", "~seen"]
     made = _table(heads, rows, "no consumer was here: run <code>python consumer.py</code>")
-    return f"<h2>Consumers</h2>{made}{_groups(token)}"
+    return f"<h2>Consumers</h2>{made}{_more(len(rows), len(consumers), 'consumer')}{_groups(token)}"
 
 
 def _groups(token: str) -> str:
@@ -363,14 +508,25 @@ def _queues(seen: dict[str, Any], token: str) -> str:
         rows.append(
             [
                 _search(name, queue=name),
-                *(f"{each[state]:,}" for state in ("pending", "scheduled", "processing", "completed", "failed")),
+                *(f"{each[state]:,}" for state in ops.SHOWN),
                 "" if oldest is None else report.span(max(0.0, now - oldest)),
                 limit,
                 '<span class="failed">paused</span>' if each["paused"] else "",
                 _button(verb, verb, token, ask=False, queue=name) + _limit_form(name, token),
             ]
         )
-    heads = ["queue", "#pending", "#scheduled", "#processing", "#completed", "#failed", "oldest", "#limit", "", ""]
+    heads = [
+        "queue",
+        "#pending",
+        "-#scheduled",
+        "-#processing",
+        "-#completed",
+        "#failed",
+        "-#oldest",
+        "-#limit",
+        "",
+        "~",
+    ]
     return "<h2>Queues</h2>" + _table(heads, rows, "no queue yet")
 
 

@@ -79,6 +79,8 @@ DEAD_CHECK_SECONDS = 1.0  # how often a dequeue looks for dead consumers
 RECOVERY_BATCH = 1000  # jobs promoted or taken back in one dequeue, so that it stays short
 PRUNE_BATCH = 1000
 CHECKPOINT_PAGES = 4000  # of the write-ahead log, 16 MB, before it is carried into the database: fewer syncs
+FEW = 100_000  # jobs of a state that are looked through by its index; more are met soon enough on the way by id
+WINDOW = 1000  # ids that a search looks at between two looks at the clock
 WAL_BYTES = 67_108_864  # the write-ahead log is cut to this when its readers allow
 LEAST_FREE_BYTES = 268_435_456  # below this `check` warns of the disk
 WAIT_SECONDS = 1.0  # the longest sleep of `wait`: it bounds what a missed ring or a dead consumer costs
@@ -449,18 +451,19 @@ SELECT jobs.id FROM queues q CROSS JOIN jobs WHERE jobs.id IN
     (SELECT id FROM jobs WHERE state = :state AND queue = q.name AND finished_at < :before
      AND id < (SELECT max(id) FROM jobs) ORDER BY finished_at LIMIT :limit) LIMIT :limit"""
 
+# Where the jobs of a state stand in an index.
+INDEXED = {state: [f"state = '{state}'"] for state in ("scheduled", "processing")}
+INDEXED["pending"] = [f"state = 'pending' AND assigned_to IS {null}" for null in ("NULL", "NOT NULL")]
+INDEXED |= {state: [f"state = '{state}' AND finished_at IS NOT NULL"] for state in FINISHED}
+
 # Counting by state and queue is a walk through an index each, a million jobs in 50 ms.
 COUNT_FINISHED = "SELECT count(*) FROM jobs WHERE state = {state} AND queue = q.name AND finished_at IS NOT NULL"
 COUNTS = f"""
 SELECT name, {", ".join(f"({COUNT_FINISHED.format(state=repr(state))})" for state in FINISHED)} FROM queues q"""
 COUNTS_UNFINISHED = " UNION ALL ".join(
-    f"SELECT queue, state, count(*), min(run_at) FROM jobs WHERE {one} GROUP BY queue, state"
-    for one in (
-        "state = 'scheduled'",
-        "state = 'processing'",
-        "state = 'pending' AND assigned_to IS NULL",
-        "state = 'pending' AND assigned_to IS NOT NULL",
-    )
+    f"SELECT queue, '{state}', count(*), min(run_at) FROM jobs WHERE {one} GROUP BY queue"
+    for state in UNFINISHED
+    for one in INDEXED[state]
 )
 FINISHED_BETWEEN = """
 SELECT count(*) FROM queues q CROSS JOIN jobs
@@ -468,14 +471,16 @@ WHERE state = :state AND queue = q.name AND finished_at >= :start AND finished_a
 
 LATEST_COMPLETED = """
 SELECT finished_at, run_at, started_at FROM queues q CROSS JOIN jobs WHERE jobs.id IN
-    (SELECT id FROM jobs WHERE state = 'completed' AND queue = q.name AND finished_at IS NOT NULL
+    (SELECT id FROM jobs WHERE state = 'completed' AND queue = q.name AND finished_at >= :start AND finished_at < :end
      ORDER BY finished_at DESC LIMIT :limit)"""
 
 ID_RANGE = "SELECT coalesce((SELECT min(id) FROM jobs), 0), coalesce((SELECT max(id) FROM jobs), -1) + 1"
 
-FAILURES = """
-SELECT task, substr(error, 1, 80), count(*), max(id) FROM jobs WHERE state = 'failed'
-GROUP BY task, substr(error, 1, 80)"""
+# Its LIMIT, of all there are, keeps SQLite before 3.41 from grouping the rows instead of what the index has of them.
+FAILURES = f"""
+SELECT task, error, count(*), max(id) FROM
+    (SELECT task, substr(error, 1, 80) AS error, id FROM jobs WHERE state = 'failed' LIMIT {MAX_ID}) failed
+GROUP BY task, error"""
 
 
 # What a copy carries: its first column is the key. Consumers are not among it: they belong to where they run.
@@ -798,13 +803,49 @@ class PersistentQInterface(ABC):
         Filters: state, queue, task, consumer; text, that the payload, result, error or key contains, in any case;
         created_from and created_before, Unix seconds.
         """
+        return self.search_jobs(before_id=before_id, limit=limit, seconds=math.inf, **filters)[0]
+
+    def search_jobs(
+        self, *, before_id: int | None = None, limit: int = 100, seconds: float = 0.1, **filters: Any
+    ) -> tuple[list[Job], int | None]:
+        """Return what `list_jobs` does, as far as it is found in about so many seconds, and the id before which to
+        go on, or None when there is no more."""
         where, params = self._matching(**filters)
         params["before_id"] = MAX_ID if before_id is None else _at_least("before_id", 0, before_id, MAX_ID)
         params["limit"] = _at_least("limit", 1, limit)
-        rare = filters.get("state") in ("scheduled", "processing", "failed", "cancelled")
-        by = "+id" if rare else "id"  # +: by the state's own index, and not by walking through all jobs
-        ids = f"SELECT id FROM jobs WHERE {where} AND {by} < :before_id ORDER BY {by} DESC LIMIT :limit"
-        sql = f"SELECT {COLUMNS} FROM jobs WHERE id IN ({ids}) ORDER BY id DESC"
+        places = _places(params)
+        if not places:
+            return self._walk(where, params, seconds)
+        if not self._are_few(places, FEW // 10 if "text" in params else FEW):
+            return self._walk(f"{where} AND state = :state", params, seconds)
+        jobs = self._newest("+id", places, where, params)  # +: not by walking through all jobs
+        return jobs, jobs[-1].id if len(jobs) == limit else None
+
+    def _are_few(self, places: list[str], limit: int) -> bool:
+        sql = "SELECT count(*) FROM (SELECT 1 FROM jobs WHERE {} LIMIT :limit) found"
+        found: int = sum(self._read(sql.format(place), {"limit": limit})[0][0] for place in places)
+        return found < limit
+
+    def _walk(self, where: str, params: Params, seconds: float) -> tuple[list[Job], int | None]:
+        """Go through all jobs, the newest first, as `search_jobs` does; with a look at the clock at times."""
+        jobs: list[Job] = []
+        high, ends_at, span = params["before_id"], time.monotonic() + seconds, WINDOW if seconds < math.inf else MAX_ID
+        while (newest := self._read("SELECT max(id) FROM jobs WHERE id < :high", {"high": high})[0][0]) is not None:
+            high = max(0, newest - span + 1)
+            window = {**params, "before_id": newest + 1, "low": high, "limit": params["limit"] - len(jobs)}
+            jobs += self._newest("id", ["id >= :low"], where, window)
+            if len(jobs) == params["limit"]:
+                return jobs, jobs[-1].id
+            if time.monotonic() >= ends_at:
+                return jobs, high
+        return jobs, None
+
+    def _newest(self, by: str, places: list[str], where: str, params: Params) -> list[Job]:
+        ids = " UNION ALL ".join(
+            f"SELECT id FROM jobs WHERE {place} AND {where} AND {by} < :before_id" for place in places
+        )
+        newest = f"SELECT id FROM ({ids}) found ORDER BY {by} DESC LIMIT :limit"
+        sql = f"SELECT {COLUMNS} FROM jobs WHERE id IN ({newest}) ORDER BY id DESC"
         return [_job(row) for row in self._read(sql, params)]
 
     def _matching(
@@ -818,16 +859,12 @@ class PersistentQInterface(ABC):
         created_from: float | None = None,
         created_before: float | None = None,
     ) -> tuple[str, Params]:
-        """Return the condition of these filters, and its parameters. The state stands in it as a literal, which is how
-        a partial index is found."""
-        where = ["1 = 1"]
-        if state is not None:
-            where.append(f"state = '{_one_of(STATES, state)}'")
-        if state in ("failed", "cancelled"):
-            where.append("finished_at IS NOT NULL")
+        """Return the condition of these filters but the state, and the parameters of all."""
         equal = {"queue": queue, "task": task, "consumer": consumer}
         params: Params = {name: value for name, value in equal.items() if value is not None}
-        where += [f"{name} = :{name}" for name in params]
+        where = ["1 = 1", *(f"{name} = :{name}" for name in params)]
+        if state is not None:
+            params["state"] = _one_of(STATES, state)
         if text is not None:
             params["text"] = "%" + text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
             columns = ("payload", "result", "error", "key")
@@ -841,7 +878,9 @@ class PersistentQInterface(ABC):
     def count_jobs(self, **filters: Any) -> int:
         """Return how many jobs match; the filters are those of `list_jobs`."""
         where, params = self._matching(**filters)
-        return cast(int, self._read(f"SELECT count(*) FROM jobs WHERE {where}", params)[0][0])
+        places = _places(params) or ["1 = 1"]
+        counts = [self._read(f"SELECT count(*) FROM jobs WHERE {place} AND {where}", params) for place in places]
+        return cast(int, sum(rows[0][0] for rows in counts))
 
     def stats(self) -> dict[str, Any]:
         """Return {"states": {state: jobs}, "queues": {name: {state: jobs, "paused": bool, "max_pending": int or
@@ -885,9 +924,11 @@ class PersistentQInterface(ABC):
                 high = middle
         return low
 
-    def timings(self, jobs: int = 500) -> dict[str, list[float]]:
-        """Return the seconds that so many jobs, completed last, waited from due to start ("wait"), and ran ("run")."""
-        latest = sorted(self._read(LATEST_COMPLETED, {"limit": _at_least("jobs", 1, jobs)}))[-jobs:]
+    def timings(self, jobs: int = 500, *, start: float = 0.0, end: float = 1e12) -> dict[str, list[float]]:
+        """Return the seconds that so many jobs, the last completed from start to before end, Unix seconds, waited
+        from due to start ("wait"), and ran ("run")."""
+        between = {"start": _finite("start", start), "end": _finite("end", end)}
+        latest = sorted(self._read(LATEST_COMPLETED, {**between, "limit": _at_least("jobs", 1, jobs)}))[-jobs:]
         return {
             "wait": [max(0.0, started - due) for _, due, started in latest],
             "run": [finished - started for finished, _, started in latest],
@@ -1108,6 +1149,13 @@ class PersistentQInterface(ABC):
             if me.slot:
                 me.slot.close()
         self._registry.clear()
+
+
+def _places(filters: Params) -> list[str]:
+    """Return the conditions by which an index finds the jobs of a state; none for jobs of any."""
+    if filters.get("state") == "failed" and "task" in filters:
+        return ["state = 'failed'"]  # of the index that has the task
+    return INDEXED.get(filters.get("state", ""), [])
 
 
 def _pages(tx: Session, table: str, columns: str) -> Iterator[list[Any]]:

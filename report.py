@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from typing import Any
 
@@ -74,16 +74,26 @@ def _expired(queue: PersistentQInterface, now: float) -> int:
     return sum(1 for job in jobs if (job.lease_expires_at or now) < now - LATE_SECONDS)
 
 
-def why(queue: PersistentQInterface, job_id: int, now: float | None = None) -> str:
-    """Return one sentence that tells why the job does not run, or what it does. Raises JobNotFound."""
+def why(
+    queue: PersistentQInterface, job_id: int, now: float | None = None, *, stats: dict[str, Any] | None = None
+) -> str:
+    """Return one sentence that tells why the job does not run, or what it does. Raises JobNotFound. `stats` are those
+    of a moment ago, where they are at hand."""
     now = time.time() if now is None else now
     job = queue.get(job_id)
-    explain: dict[str, Callable[[PersistentQInterface, Job, float], str]]
-    explain = {"pending": _why_pending, "scheduled": _why_scheduled, "processing": _why_processing}
-    return explain.get(job.state, _why_finished)(queue, job, now)
+    if job.state in pqueue.FINISHED:
+        return _why_finished(job, now)
+    if job.state == "processing":
+        return _why_processing(queue, job, now)
+    if job.run_at > now and job.state == "scheduled":
+        return _why_scheduled(job, now)
+    if stats is None or job.queue not in stats["queues"]:
+        stats = queue.stats()
+    pending = _why_pending(queue, job, stats["queues"][job.queue])
+    return pending if job.state == "pending" else f"it is due since {span(now - job.run_at)}: {pending}"
 
 
-def _why_finished(_queue: PersistentQInterface, job: Job, now: float) -> str:
+def _why_finished(job: Job, now: float) -> str:
     when = ago(job.finished_at or now, now)
     if job.state == "completed":
         return f"it was completed by {job.consumer} {when}"
@@ -107,17 +117,12 @@ def _why_processing(queue: PersistentQInterface, job: Job, now: float) -> str:
     )
 
 
-def _why_scheduled(queue: PersistentQInterface, job: Job, now: float) -> str:
-    if job.run_at <= now:
-        return f"it is due since {span(now - job.run_at)}: {_why_pending(queue, job)}"
-    after = (
-        f", for attempt {job.attempts + 1} of {job.max_attempts}, after {first_line(job.error)}" if job.attempts else ""
-    )
-    return f"it is due {ago(job.run_at, now)}, at {clock(job.run_at)}{after}"
+def _why_scheduled(job: Job, now: float) -> str:
+    attempt = f", for attempt {job.attempts + 1} of {job.max_attempts}, after {first_line(job.error)}"
+    return f"it is due {ago(job.run_at, now)}, at {clock(job.run_at)}{attempt if job.attempts else ''}"
 
 
-def _why_pending(queue: PersistentQInterface, job: Job, _now: float = 0) -> str:
-    stats = queue.stats()["queues"][job.queue]
+def _why_pending(queue: PersistentQInterface, job: Job, stats: dict[str, Any]) -> str:
     alive = [each for each in queue.consumers() if each["state"] == "running"]
     if stats["paused"]:
         return f"its queue {job.queue} is paused: python admin.py resume {job.queue}"
@@ -141,10 +146,10 @@ def _busy(alive: list[dict[str, Any]]) -> str:
     return f"{busy} of {count(len(alive), 'consumer')} busy"
 
 
-def metrics(queue: PersistentQInterface, now: float | None = None) -> str:
-    """Return the figures in the text format of Prometheus."""
+def metrics(queue: PersistentQInterface, now: float | None = None, *, stats: dict[str, Any] | None = None) -> str:
+    """Return the figures in the text format of Prometheus; `stats` as in `why`."""
     now = time.time() if now is None else now
-    stats, facts = queue.stats(), queue.check(thorough=False)
+    stats, facts = queue.stats() if stats is None else stats, queue.check(thorough=False)
     samples = _Samples()
     for name, each in stats["queues"].items():
         for state in pqueue.STATES:

@@ -516,6 +516,32 @@ class QueueContract:
         self.assertEqual([job.id for job in self.queue.list_jobs(state="processing", consumer="w")], [ids[0]])
         self.assertEqual([job.task for job in self.queue.list_jobs(queue="default")], ["b"])
 
+    def test_jobs_are_found_whether_many_or_few_are_in_their_state(self):
+        ids = self.queue.enqueue_many("a", range(4), now=NOW)
+        self.queue.assign(ids[0], "w")
+        self.queue.cancel(ids[1])
+        for few in (100, 0):
+            with self.subTest(few=few), mock.patch("pqueue.FEW", few):
+                self.assertEqual([job.id for job in self.queue.list_jobs(state="pending")], [ids[3], ids[2], ids[0]])
+                self.assertEqual(
+                    [job.id for job in self.queue.list_jobs(state="pending", before_id=ids[3])], [ids[2], ids[0]]
+                )
+                self.assertEqual([job.id for job in self.queue.list_jobs(state="cancelled", queue="default")], [ids[1]])
+
+    def test_search_stops_in_time_and_goes_on_where_it_stopped(self):
+        ids = self.queue.enqueue_many("a", range(10), now=NOW)
+        self.queue.delete_jobs(ids[2:6])
+        with mock.patch("pqueue.WINDOW", 2):
+            jobs, before = self.queue.search_jobs(task="a", seconds=0)
+            self.assertEqual(([job.id for job in jobs], before), (ids[:7:-1], ids[8]))
+            seen = []
+            while before is not None:
+                jobs, before = self.queue.search_jobs(task="a", seconds=0, before_id=before)
+                seen += [job.id for job in jobs]
+            self.assertEqual(seen, [ids[7], ids[6], ids[1], ids[0]])
+            jobs, before = self.queue.search_jobs(task="a", limit=3)
+            self.assertEqual(([job.id for job in jobs], before), (ids[:6:-1], ids[7]))
+
     def test_ids_may_grow_beyond_what_a_small_integer_holds(self):
         old, big = self.queue.enqueue("t"), 2**40
         with self.queue.transaction() as db:
@@ -582,6 +608,7 @@ class QueueContract:
         self.assertEqual(self.queue.activity(110, 160), {"enqueued": 4, "completed": 1, "failed": 0})
         self.assertEqual(self.queue.timings(), {"wait": [48.0, 38.0], "run": [2.0, 2.0]})
         self.assertEqual(self.queue.timings(1), {"wait": [38.0], "run": [2.0]})
+        self.assertEqual(self.queue.timings(start=150, end=160), {"wait": [48.0], "run": [2.0]})
 
     def test_stats_bear_a_queue_that_appears_meanwhile(self):
         read, other, names = self.queue._read, self.reopen(), itertools.count()

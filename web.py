@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -28,14 +29,16 @@ from pqueue import JobNotFound, QueueError
 MOST_BODY_BYTES = 100_000
 MOST_CONNECTIONS = 256  # further ones are closed at once
 IDLE_SECONDS = 10.0
+MOST_SECONDS = 10.0  # that a program waits for the figures; a page does not
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
-    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
 HTML, JSON, TEXT = "text/html; charset=utf-8", "application/json", "text/plain; charset=utf-8"
+METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Refused(Exception):
@@ -151,9 +154,12 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/live":
             return HTTPStatus.OK, json.dumps(pages.sections(board, query, self._token()))
         if path == "/metrics":
-            return HTTPStatus.OK, ("text/plain; version=0.0.4; charset=utf-8", report.metrics(board.queue()))
+            return HTTPStatus.OK, (
+                METRICS,
+                report.metrics(board.queue(), stats=board.figures(MOST_SECONDS)["overview"]),
+            )
         if path == "/healthz":
-            problems = board.overview()["problems"]
+            problems = board.figures(MOST_SECONDS)["overview"]["problems"]
             status = HTTPStatus.SERVICE_UNAVAILABLE if problems else HTTPStatus.OK
             return status, (TEXT, "\n".join(problems or ["healthy"]) + "\n")
         return HTTPStatus.OK, self._jobs(path, query)
@@ -162,9 +168,11 @@ class Handler(BaseHTTPRequestHandler):
         board = self.server.board
         parent, _, number = path.rpartition("/")
         if path == "/api/stats":
-            return json.dumps({**board.overview(), "minutes": board.minutes()})
+            figures = board.figures(MOST_SECONDS)
+            return json.dumps({**figures["overview"], "minutes": figures["minutes"]})
         if path == "/api/jobs":
-            return json.dumps([_plain(job) for job in board.jobs(query, _before(query))])
+            jobs, before = board.jobs(query)
+            return json.dumps({"jobs": [_plain(job) for job in jobs], "before_id": before})
         if number.isascii() and number.isdigit() and len(number) < 20:
             if parent == "/job":
                 return pages.job(board.job(int(number)), query.get("said", ""), self._token())
@@ -244,11 +252,6 @@ def _plain(job: Any) -> dict[str, Any]:
     return {**job._asdict(), "payload": report.masked(job.payload), "lease_token": None}
 
 
-def _before(query: dict[str, str]) -> int | None:
-    text = query.get("before_id", "")
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
-
-
 def _is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name)
@@ -273,6 +276,8 @@ def serve(host: str, port: int) -> int:
         print(f"ops.py: cannot serve on {host}:{port}: {error}", file=sys.stderr)
         return 1
     print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} dashboard at http://{host}:{server.server_port}", flush=True)
+    with suppress(QueueError, ValueError):
+        server.board.figures(0)  # so that they are there when the first reader comes
     try:
         server.serve_forever()
     except KeyboardInterrupt:

@@ -18,22 +18,32 @@ TRACE = '\n  File "tasks.py", line 41, in send_mail\n    server.connect(job.payl
 
 
 def populate(queue: pqueue.PersistentQInterface, jobs: int = 3000, seed: int = 1) -> None:
-    """Enqueue and settle jobs over the last hour, busier now than then, with some failures, and some left to do."""
+    """Enqueue and settle jobs over the last hour, with a spell in which no mail goes out, and some left to do."""
     chance = random.Random(seed)
     now = time.time()
     consumers = [f"consumer_{number:02d}" for number in range(3)] + ["images_00", "images_01"]
-    moments = sorted(now - 3600 * chance.random() ** 1.3 for _ in range(jobs))
+    queue.enqueue_many(
+        "build_report",
+        [{"month": f"2026-{month:02d}"} for month in range(1, 13)],
+        queue="reports",
+        delay_seconds=5400,
+        now=now - 3600,
+    )
+    moments = sorted(now - 3500 * chance.random() ** chance.choice((1, 1, 1.6)) for _ in range(jobs))
     with queue.transaction():
         for number, at in enumerate(moments):
             task = chance.choices(list(TASKS), weights=[6, 3, 2, 1])[0]
             queue.enqueue(task, payload(task, number), queue=QUEUES[task], max_attempts=1, now=at)
-    for number, at in enumerate(moments[: jobs - 60]):
+    for number, at in enumerate(moments[: jobs - 23]):
         consumer = chance.choice(consumers)
         begun = at + chance.random() * 0.3
         job = queue.dequeue(consumer, now=begun, lease_seconds=7200)
-        ended = begun + chance.expovariate(1.0) * TASKS[job.task]
-        if job.task == "send_mail" and chance.random() < 0.05:
-            queue.fail(job, chance.choice(ERRORS) + TRACE, now=ended)
+        ended = min(now, begun + chance.expovariate(1.0) * TASKS[job.task])
+        outage = now - 1500 < at < now - 1200
+        if job.task == "send_mail" and chance.random() < (0.5 if outage else 0.01):
+            queue.fail(job, ERRORS[chance.random() < 0.2] + TRACE, now=ended)
+        elif job.task == "resize_image" and chance.random() < 0.01:
+            queue.fail(job, "ValueError: not an image: photos/cover.heic", now=ended)
         elif number % 500 == 499:
             queue.cancel(job.id, by="ada", now=ended)
         else:
@@ -43,7 +53,6 @@ def populate(queue: pqueue.PersistentQInterface, jobs: int = 3000, seed: int = 1
         if progress is not None:
             queue.update(job, progress=progress)
         queue.heartbeat(consumer, completed=jobs // 5, failed=jobs // 200)
-    queue.enqueue_many("build_report", [{"month": f"2026-{month:02d}"} for month in range(1, 13)], delay_seconds=5400)
 
 
 def payload(task: str, number: int) -> dict[str, object]:

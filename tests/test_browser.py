@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import sys
+import urllib.error
 import urllib.request
 
 import pytest
@@ -16,6 +17,7 @@ import pqueue
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 TASKS = """
+import time
 from pqueue import DoNotRetry, task
 from pathlib import Path
 
@@ -23,7 +25,14 @@ from pathlib import Path
 def mail(job):
     if not Path("repaired").exists():
         raise DoNotRetry("the server is down")
-"""
+
+@task
+def patient(job):
+    while not Path("go").exists():
+        time.sleep(0.01)
+""".replace("@task\n", "@task()\n")
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)><b>bold</b> [a](javascript:alert(3)) :red[x] $x^2$ 😀"
+CONTROL = "\x1b[31m\u202e\x00"
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +45,12 @@ def browser():
 
 @pytest.fixture
 def page(browser):
-    page = browser.new_page(viewport={"width": 1280, "height": 2400})
+    page = browser.new_page(viewport={"width": 1280, "height": 2600})
     page.set_default_timeout(20_000)
+    expect.set_options(timeout=20_000)
     errors = []
     page.on("pageerror", lambda error: errors.append(error))  # noqa: PLW0108 - Playwright marks its handler
+    page.on("dialog", lambda dialog: (errors.append(dialog.message), dialog.dismiss()))
     yield page
     page.close()
     assert errors == []
@@ -55,119 +66,240 @@ def system(place):
     return place
 
 
-def served(place, front):
+class StandardLibrary:
+    """What an operator does at the page of `python ops.py`."""
+
+    def __init__(self, place, page, **variables):
+        self.page = page
+        port = free_port()
+        place.start("ops.py", "--port", port, **variables)
+        self.show(f"http://127.0.0.1:{port}")
+
+    def show(self, url):
+        wait_until(lambda: answers(url))
+        self.page.goto(url)
+        self.url = url
+
+    def count(self, state):
+        return self.page.locator(f".tile:has(span:text-is('{state}')) b")
+
+    def said(self, sentence):
+        expect(self.page.locator(".said")).to_have_text(sentence)
+
+    def filter(self, state):
+        self.page.locator("select[name=state]").select_option(state)
+        self.page.get_by_role("button", name="filter").click()
+
+    def shows_jobs(self, ids):
+        links = self.page.locator("#jobs tbody a")
+        expect(links).to_have_text([str(job_id) for job_id in ids])
+
+    def open(self, job_id):
+        self.page.locator("#jobs").get_by_role("link", name=str(job_id), exact=True).click()
+        expect(self.page.locator("h2").first).to_have_text(f"Job {job_id}")
+
+    def texts(self):
+        return self.page.locator("pre")
+
+    def close(self):
+        self.page.goto(self.url)
+
+    def act_on_job(self, verb):
+        self.page.get_by_text(f"{verb} …").click()
+        self.page.get_by_role("button", name=f"yes, {verb}").click()
+
+    def act_on_all_that_match(self, verb):
+        self.page.get_by_text("change jobs …").click()
+        self.page.get_by_label("which jobs").select_option("matching")
+        self.page.get_by_role("button", name=verb, exact=True).click()
+
+    def resubmit_group(self):
+        self.page.locator("#failed summary").first.click()
+        self.page.get_by_role("button", name="yes, resubmit all").click()
+
+    def offers_actions(self):
+        return self.page.locator("form[method=post]").count() > 0
+
+
+class Streamlit(StandardLibrary):
+    """The same at the page of `streamlit run ops.py`."""
+
+    def __init__(self, place, page, **variables):
+        self.page = page
+        port = free_port()
+        command = [sys.executable, "-m", "streamlit", "run", str(ROOT / "ops.py"), f"--server.port={port}"]
+        place.start_command(command, **variables)
+        self.show(f"http://127.0.0.1:{port}")
+
+    def said(self, sentence):
+        expect(self.page.locator("[data-testid=stToast]").last).to_contain_text(sentence)
+
+    def filter(self, state):
+        before = re.search(r"st-key-jobs-\d+", self.page.locator("[class*=st-key-jobs]").get_attribute("class"))[0]
+        chosen = self.page.locator(".st-key-filter-state input")
+        chosen.click()
+        chosen.fill(state)
+        chosen.press("Enter")
+        expect(self.page.locator(f".{before}")).to_have_count(0)
+
+    def shows_jobs(self, ids):
+        for row, job_id in enumerate(ids):
+            expect(self._cell(row)).to_have_text(str(job_id))
+        expect(self._cell(len(ids))).to_have_count(0)
+
+    def _cell(self, row, column=1):
+        return self.page.locator(f"[class*=st-key-jobs] [data-testid=glide-cell-{column}-{row}]")
+
+    def open(self, job_id):
+        expect(self._cell(0)).to_have_text(str(job_id))
+        box = self.page.locator("[class*=st-key-jobs] [data-testid=stDataFrame]").bounding_box()
+        self.page.mouse.click(box["x"] + 15, box["y"] + 52)
+        expect(self.page.get_by_text(f"Job {job_id}", exact=True)).to_be_visible()
+
+    def texts(self):
+        return self.page.locator("[data-testid=stCode]")
+
+    def act_on_job(self, verb):
+        self.page.get_by_role("button", name=verb, exact=True).click()
+        self.page.get_by_role("button", name=f"yes, {verb}", exact=True).click()
+
+    def act_on_all_that_match(self, verb):
+        self.page.get_by_role("button", name="change jobs").click()
+        self.page.locator(f".st-key-bulk-{verb} button").click()
+
+    def resubmit_group(self):
+        self.page.get_by_role("button", name="resubmit a group").click()
+        self.page.get_by_role("button", name="yes, resubmit all of it").click()
+
+    def offers_actions(self):
+        names = re.compile("resubmit|cancel|pause|limit|change")
+        return self.page.get_by_role("button", name=names).count() > 0
+
+
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    if front == "standard library":
-        place.start("ops.py", "--port", port)
-    else:
-        place.start_command([sys.executable, "-m", "streamlit", "run", str(ROOT / "ops.py"), f"--server.port={port}"])
-    url = f"http://127.0.0.1:{port}"
-    wait_until(lambda: answers(url))
-    return url
+        return free.getsockname()[1]
 
 
 def answers(url):
     try:
         return urllib.request.urlopen(url).status == 200
+    except urllib.error.HTTPError:
+        return True
     except OSError:
         return False
 
 
-def count_on(page, front, state):
-    if front == "standard library":
-        return page.locator(f"#overview .tile:has(span:text-is('{state}')) b")
-    return page.locator(f"[data-testid=stMetric]:has(:text-is('{state}')) [data-testid=stMetricValue]").first
+both = pytest.mark.parametrize("front", [StandardLibrary, Streamlit])
 
 
-@pytest.mark.parametrize("front", ["standard library", "streamlit"])
-def test_operator_sees_counts_move_by_themselves(system, page, front):
+@both
+def test_operator_sees_jobs_move_and_mends_what_failed(system, page, front):
     queue = system.queue()
-    page.goto(served(system, front))
-    for state in ("completed", "failed", "pending"):
-        expect(count_on(page, front, state)).to_have_text("0")
+    site = front(system, page)
+    for state in ("pending", "processing", "completed", "failed"):
+        expect(site.count(state)).to_have_text("0")
+
+    patient = queue.enqueue("patient")
+    expect(site.count("processing")).to_have_text("1")
+    failed = queue.enqueue_many("mail", [{"to": f"<b>{name}</b>"} for name in ("Ada", "Grace", "Edsger")])
+    expect(site.count("pending")).to_have_text("3")
+    system.write("go", "")
+    expect(site.count("failed")).to_have_text("3")
+    expect(site.count("completed")).to_have_text("1")
+    assert queue.get(patient).state == "completed"
+
+    site.filter("failed")
+    site.shows_jobs(failed[::-1])
+    site.open(failed[-1])
+    for shown in ("the server is down", "<b>Edsger</b>"):
+        expect(site.texts().filter(has_text=shown).first).to_be_visible()
     system.write("repaired", "")
-    queue.enqueue_many("mail", range(7))
-    expect(count_on(page, front, "completed")).to_have_text("7")
-    queue.pause("default")
-    queue.enqueue_many("mail", range(3))
-    expect(count_on(page, front, "pending")).to_have_text("3")
+    site.act_on_job("resubmit")
+    site.said("resubmitted 1 job")
+    wait_until(lambda: queue.get(failed[-1]).state == "completed")
+
+    site.close()
+    site.resubmit_group()
+    site.said("resubmitted 2 jobs")
+    expect(site.count("completed")).to_have_text("4")
+    assert queue.stats()["states"] == {**dict.fromkeys(pqueue.STATES, 0), "completed": 4}
 
 
-@pytest.mark.parametrize("front", ["standard library", "streamlit"])
-def test_operator_resubmits_a_group_and_pauses_a_queue(system, page, front):
+@both
+def test_operator_sets_jobs_aside_and_pauses_a_queue(system, page, front):
     queue = system.queue()
-    queue.enqueue_many("mail", range(5))
-    wait_until(lambda: queue.stats()["states"]["failed"] == 5)
-    page.goto(served(system, front))
-    expect(count_on(page, front, "failed")).to_have_text("5")
-    system.write("repaired", "")
-    if front == "standard library":
-        page.locator("#failed summary").click()
-        page.get_by_role("button", name="yes, resubmit all").click()
-        expect(page.locator(".said")).to_have_text("resubmitted 5 jobs")
-    else:
-        page.get_by_role("button", name="resubmit a group").click()
-        page.get_by_role("button", name="yes, resubmit all of it").click()
-    expect(count_on(page, front, "completed")).to_have_text("5")
-    assert queue.stats()["states"] == {**dict.fromkeys(pqueue.STATES, 0), "completed": 5}
+    late = queue.enqueue("mail", delay_seconds=3600)
+    many = queue.enqueue_many("mail", range(6), delay_seconds=3600)
+    site = front(system, page)
+    expect(site.count("scheduled")).to_have_text("7")
     page.get_by_role("button", name="pause", exact=True).click()
     wait_until(lambda: queue.stats()["queues"]["default"]["paused"])
+    last = queue.enqueue("mail")
+    expect(site.count("pending")).to_have_text("1")
+
+    site.filter("pending")
+    site.open(last)
+    site.act_on_job("mark failed")
+    site.said("marked as failed 1 job")
+    assert queue.get(last).state == "failed"
+
+    site.close()
+    site.filter("scheduled")
+    site.shows_jobs([*many[::-1], late])
+    site.act_on_all_that_match("cancel")
+    site.said("cancelled 7 jobs")
+    expect(site.count("scheduled")).to_have_text("0")
+    assert queue.stats()["states"] == {**dict.fromkeys(pqueue.STATES, 0), "failed": 1, "cancelled": 7}
     page.get_by_role("button", name="resume", exact=True).click()
     wait_until(lambda: not queue.stats()["queues"]["default"]["paused"])
 
 
-def test_operator_opens_a_job_and_mends_it(system, page):
+@both
+def test_reader_of_a_read_only_page_finds_nothing_to_press(system, page, front):
     queue = system.queue()
-    job_id = queue.enqueue("mail", {"to": "<b>Ada</b>"})
-    other = queue.enqueue("report", delay_seconds=3600)
-    wait_until(lambda: queue.get(job_id).state == "failed")
-    page.goto(served(system, "standard library"))
-    page.locator("select[name=state]").select_option("failed")
-    page.get_by_role("button", name="filter").click()
-    expect(page.locator("#jobs tbody tr")).to_have_count(1)
-    page.locator("#jobs").get_by_role("link", name=str(job_id), exact=True).click()
-    expect(page.locator("dl")).to_contain_text("the server is down")
-    expect(page.locator("pre").first).to_contain_text("<b>Ada</b>")
-    system.write("repaired", "")
-    page.get_by_text("resubmit …").click()
-    page.get_by_role("button", name="yes, resubmit").click()
-    expect(page.locator(".said")).to_have_text("resubmitted 1 job")
-    wait_until(lambda: queue.get(job_id).state == "completed")
-    page.reload()
-    expect(page.locator("dl")).to_contain_text("it was completed by anna")
+    queue.enqueue("mail", delay_seconds=3600)
+    site = front(system, page, PQUEUE_OPS_READONLY="1")
+    expect(site.count("scheduled")).to_have_text("1")
+    expect(site.count("consumers alive")).to_have_text("1")
+    expect(page.get_by_role("heading", name="Queues")).to_be_visible()
+    assert not site.offers_actions()
 
-    page.goto(re.sub("/job.*", f"/job/{other}", page.url))
-    page.get_by_text("mark failed …").click()
-    page.get_by_role("button", name="yes, mark failed").click()
-    expect(page.locator(".said")).to_have_text("marked as failed 1 job")
-    assert queue.get(other).state == "failed"
+
+@both
+def test_hostile_payload_error_and_file_are_shown_as_text(system, page, front):
+    queue = system.queue()
+    system.write("var/files/evil.txt", HOSTILE + CONTROL + "x" * 5000 + "\nsecond line\n")
+    job_id = queue.enqueue("prepend_timestamp", {"file": "evil.txt", "note": HOSTILE + CONTROL}, run_at=9e9)
+    queue.mark_failed(job_id, HOSTILE + CONTROL + "\n  " + "y" * 5000)
+    site = front(system, page)
+    expect(site.count("failed")).to_have_text("1")
+    site.filter("failed")
+    site.open(job_id)
+    for shown in (HOSTILE, "second line", "yyyy", "xxxx"):
+        expect(site.texts().filter(has_text=shown).first).to_be_visible()
+    assert not re.search("[\x00\x1b\u202e]", page.content())
+    assert page.locator("img[src=x]").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_page_keeps_what_the_reader_types_while_it_refreshes(system, page):
     queue = system.queue()
     system.write("repaired", "")
-    page.goto(served(system, "standard library"))
+    site = StandardLibrary(system, page)
     page.locator("input[name=text]").fill("half a wor")
     queue.enqueue_many("mail", range(4))
-    expect(count_on(page, "standard library", "completed")).to_have_text("4")
+    expect(site.count("completed")).to_have_text("4")
     expect(page.locator("#jobs tbody tr")).to_have_count(4)
     assert page.locator("input[name=text]").input_value() == "half a wor"
 
 
-def test_operator_of_the_streamlit_page_opens_a_job_and_resubmits_it(system, page):
-    queue = system.queue()
-    job_id = queue.enqueue("mail", {"to": "Ada"})
-    wait_until(lambda: queue.get(job_id).state == "failed")
-    page.goto(served(system, "streamlit"))
-    table = page.locator("[data-testid=stDataFrame]").first
-    expect(table).to_be_visible()
-    box = table.bounding_box()
-    page.mouse.click(box["x"] + 15, box["y"] + 52)
-    expect(page.get_by_text(f"Job {job_id}", exact=True)).to_be_visible()
-    expect(page.locator("[data-testid=stCode]").first).to_contain_text("Ada")
-    system.write("repaired", "")
-    page.get_by_role("button", name="resubmit", exact=True).click()
-    page.get_by_role("button", name="yes, resubmit", exact=True).click()
-    wait_until(lambda: queue.get(job_id).state == "completed")
+@both
+def test_page_comes_back_when_the_queue_does(place, page, front):
+    site = front(place, page)
+    expect(page.get_by_text("no queue at")).to_be_visible()
+    queue = place.queue()
+    queue.enqueue("mail", queue="post")
+    expect(site.count("pending")).to_have_text("1")
+    expect(page.get_by_text("no queue at")).to_have_count(0)

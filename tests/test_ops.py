@@ -28,7 +28,8 @@ def folder(tmp_path, monkeypatch):
     for name in ("PQUEUE_URL", "PQUEUE_OPS_READONLY", "PQUEUE_OPS_PASSWORD"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(ops, "FRESH_SECONDS", 0.0)
-    monkeypatch.setattr(ops, "SHARE", 1e9)  # whatever is asked is computed
+    monkeypatch.setattr(ops, "SHARE", 1e9)  # whatever is asked is computed,
+    monkeypatch.setattr(ops, "PATIENCE_SECONDS", 10.0)  # and waited for
     return tmp_path
 
 
@@ -108,14 +109,54 @@ def test_figures_on_the_page_are_the_databases(queue, site):
 def test_reader_filters_and_pages(queue, site):
     ids = queue.enqueue_many("many", range(120))
     failed(queue, queue="rare", task="odd", priority=1)
-    assert [job["task"] for job in json.loads(site.ask("/api/jobs?state=failed")[1])] == ["odd"]
-    assert [job["task"] for job in json.loads(site.ask("/api/jobs?queue=rare&text=VALUE")[1])] == ["odd"]
-    first = json.loads(site.ask("/api/jobs?task=many")[1])
-    assert [job["id"] for job in first] == ids[::-1][: ops.PAGE]
+
+    def found(query):
+        return json.loads(site.ask(f"/api/jobs?{query}")[1])
+
+    assert [job["task"] for job in found("state=failed")["jobs"]] == ["odd"]
+    assert [job["task"] for job in found("queue=rare&text=VALUE")["jobs"]] == ["odd"]
+    first = found("task=many")
+    assert [job["id"] for job in first["jobs"]] == ids[::-1][: ops.PAGE]
+    assert found(f"task=many&before_id={ids[3]}") == {"jobs": found("task=many&before_id=4")["jobs"], "before_id": None}
     page = site.ask("/?task=many")[1]
-    older = re.search(r'href="(/\?[^"]*before_id=\d+)"', page)[1].replace("&amp;", "&")
+    older = re.search(r'href="(/\?[^"]*before_id=\d+)#jobs"', page)[1].replace("&amp;", "&")
+    assert older.endswith(f"before_id={first['before_id']}")
     assert f'href="/job/{ids[::-1][ops.PAGE]}"' in site.ask(older)[1]
     assert "no job matches" in site.ask("/?task=nosuch")[1]
+
+
+def test_search_that_takes_too_long_says_how_far_it_came(queue, site, monkeypatch):
+    monkeypatch.setattr(ops, "SEARCH_SECONDS", 0.0)
+    monkeypatch.setattr(pqueue, "WINDOW", 10)
+    old = queue.enqueue("rare")
+    ids = queue.enqueue_many("many", range(15))
+    text = site.ask("/?task=rare")[1]
+    assert "no job found so far" in text
+    assert f"searched back to job {ids[5]}: go on" in text
+    text = site.ask(f"/?task=rare&before_id={ids[5]}")[1]
+    assert f'href="/job/{old}"' in text
+    assert "newest jobs" in text
+
+
+def test_page_does_not_wait_for_figures_that_take_long(queue, site, monkeypatch):
+    go_on = threading.Event()
+    slow = queue.enqueue("slow")
+    site.ask("/")
+    stats = pqueue.PersistentQInterface.stats
+
+    def slowly(self):
+        go_on.wait(30)
+        return stats(self)
+
+    monkeypatch.setattr(pqueue.PersistentQInterface, "stats", slowly)
+    monkeypatch.setattr(ops, "PATIENCE_SECONDS", 0.01)
+    queue.cancel(slow)
+    assert '<span>pending</span><b class="pending">1</b>' in site.ask("/")[1]
+    site.server.board.forget()
+    status, text, _ = site.ask("/")
+    assert (status, "counting the jobs" in text) == (503, True)
+    go_on.set()
+    wait_until(lambda: '<span>pending</span><b class="pending">0</b>' in site.ask("/")[1])
 
 
 def test_empty_dashboard_says_what_to_do(queue, site):
@@ -409,16 +450,19 @@ def test_streamlit_page_shows_the_same_figures(queue):
     populate(queue, jobs=400)
     page = streamlit()
     assert not page.exception
-    shown = {metric.label: metric.value for metric in page.metric}
-    assert shown["completed"] == f"{queue.stats()['states']['completed']:,}"
-    assert set(shown) == {label for label, _, _ in ops.tiles(ops.Board().overview())}
+    text = "".join(each.proto.body for each in page.get("html"))
+    states = queue.stats()["states"]
+    for state in ops.SHOWN:
+        assert f'<span>{state}</span><b class="{state}">{states[state]:,}</b>' in text
+    for label, _, _ in ops.tiles(ops.Board().figures(10)["overview"]):
+        assert f"<span>{label}</span>" in text
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_streamlit_page_says_what_is_missing(folder):
     page = streamlit()
     assert not page.exception
-    assert "no queue at" in page.error[0].value
+    assert "no queue at" in "".join(each.proto.body for each in page.get("html"))
 
 
 @pytest.mark.filterwarnings("ignore")
