@@ -47,6 +47,7 @@ import select
 import shutil
 import socket
 import sqlite3
+import stat
 import threading
 import time
 import weakref
@@ -55,7 +56,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count, takewhile
+from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -477,6 +478,11 @@ FAILURES = """
 SELECT task, substr(error, 1, 80), count(*), max(id) FROM jobs WHERE state = 'failed'
 GROUP BY task, substr(error, 1, 80)"""
 
+
+TABLES = ("jobs", "queues", "consumers", "history")
+OUR_TABLES = f"SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name IN {TABLES}"
+OUR_SCHEMA = f"SELECT type, name, sql FROM sqlite_master WHERE tbl_name IN {TABLES} AND sql IS NOT NULL"
+TRIGGERS = f"SELECT name, tbl_name FROM sqlite_master WHERE type = 'trigger' AND tbl_name IN {TABLES} ORDER BY name"
 
 # What a copy carries: its first column is the key. Consumers are not among it: they belong to where they run.
 COPIED = {
@@ -1241,7 +1247,7 @@ def encode_json(what: str, value: Any) -> str:
         text = _encode_json(value)
         size = len(text.encode())
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"expected a {what} that JSON can hold, got {_short(value)}: {error}") from None
+        raise ValueError(f"expected a {what} that JSON can hold, got a {type(value).__name__}: {error}") from None
     if size > MAX_PAYLOAD_BYTES:
         raise ValueError(f"expected a {what} of at most {MAX_PAYLOAD_BYTES} bytes of JSON, got {size}")
     if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _depth(value) > MAX_JSON_DEPTH:
@@ -1510,7 +1516,7 @@ class Slots:
         while number >= 0:
             self.waiting[number] = 0
             with suppress(OSError):
-                bell = os.open(self._folder / f"{number}.bell", os.O_WRONLY | os.O_NONBLOCK)
+                bell = os.open(self._folder / f"{number}.bell", os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
                 try:
                     os.write(bell, b"!")
                 finally:
@@ -1526,9 +1532,10 @@ class Slots:
         return rung
 
     def _bell(self, number: int) -> int:
+        """Make the bell anew: what is left from another owner may be rung, or no bell at all."""
         path = self._folder / f"{number}.bell"
-        with suppress(FileExistsError):
-            os.mkfifo(path, 0o600)
+        path.unlink(missing_ok=True)
+        os.mkfifo(path, 0o600)
         return os.open(path, os.O_RDWR | os.O_NONBLOCK)
 
 
@@ -1548,6 +1555,10 @@ class Slot:
                 os.read(self._bell, 65536)
         return rung
 
+    def is_there(self) -> bool:
+        """Return False when its lock was deleted, and no longer tells anybody that the consumer lives."""
+        return os.fstat(self._lock).st_nlink > 0
+
     def close(self) -> None:
         os.close(self._lock)
         os.close(self._bell)
@@ -1558,9 +1569,9 @@ class SQLiteSession(Session):
 
     def __init__(self, queue: PersistentQSQLite) -> None:
         self._queue = queue
-        self._depth = 0
+        self.depth = 0
         self._has_turn = False
-        self.busy = False
+        self.busy = self.tangled = False
         self._synchronous = ""
         self.wanted = "FULL"
         self.in_batch = False
@@ -1586,25 +1597,33 @@ class SQLiteSession(Session):
             raise self._queue._error(error) from error
 
     def __enter__(self) -> SQLiteSession:
-        if self._depth == 0:
+        if self.depth == 0:
             self._begin()
-        elif self.connection.in_transaction:
+        elif self._in_transaction:
             self.run("SAVEPOINT nested")
         else:
             raise QueueError("cannot go on in a transaction that has ended; leave its block")
-        self._depth += 1
+        self.depth += 1
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self._depth -= 1
-        if self._depth:
+        self.depth -= 1
+        if self.depth:
             self._end_nested(error)
         else:
             self._end(error)
 
+    @property
+    def _in_transaction(self) -> bool:
+        with suppress(sqlite3.ProgrammingError):  # another thread has closed the queue
+            return self.connection.in_transaction
+        return False
+
     def _begin(self) -> None:
+        if self.busy:
+            raise QueueError("cannot use the queue in a signal handler that interrupted it: set a flag there")
         self.in_use.acquire()
-        self.busy, self.ring, self.lost = True, False, None
+        self.busy, self.tangled, self.ring, self.lost = True, False, False, None
         try:
             self._has_turn = self._queue._enter(self.in_batch)
             if self._synchronous != self.wanted:
@@ -1616,7 +1635,7 @@ class SQLiteSession(Session):
             raise
 
     def _end(self, error: BaseException | None) -> None:
-        ended = not self.connection.in_transaction
+        ended = not self._in_transaction
         try:
             if error is None and self.lost is None and not ended:
                 self.run("COMMIT")
@@ -1629,18 +1648,24 @@ class SQLiteSession(Session):
         if error is None and self.ring:
             self._queue._ring()
 
+    def expect_depth(self, depth: int) -> None:
+        """Doom the transaction when a block ends before one that was begun inside it."""
+        self.tangled = self.tangled or self.depth != depth
+        if self.tangled:
+            raise QueueError("cannot end a transaction before those begun inside it: neither await nor yield in one")
+
     def _end_nested(self, error: BaseException | None) -> None:
-        if self.connection.in_transaction:
+        if self._in_transaction:
             if error is not None:
                 self.run("ROLLBACK TO nested")
             self.run("RELEASE nested")
 
     def _leave(self) -> None:
         try:
-            if self.connection.in_transaction:
+            if self._in_transaction:
                 self._roll_back()
         finally:
-            if self.connection.in_transaction:  # a signal handler came between, and it would stop all others
+            if self._in_transaction:  # a signal handler came between, and it would stop all others
                 self._roll_back()
             self.busy = False
             self.in_use.release()
@@ -1730,7 +1755,7 @@ class PersistentQSQLite(PersistentQInterface):
         super().__init__()
         if durability not in ("full", "normal"):
             raise ValueError(f"expected a durability of full or normal, got {durability!r}")
-        self.path = Path(path).resolve()  # a link to it must find the same locks
+        self.path = _real(path)  # a link to it must find the same locks
         self.durability, self._busy_seconds = durability, busy_seconds
         self._sessions: weakref.WeakSet[SQLiteSession] = weakref.WeakSet()
         self._local = threading.local()
@@ -1752,11 +1777,12 @@ class PersistentQSQLite(PersistentQInterface):
     def _open_file(self, create: bool) -> None:
         if sqlite3.sqlite_version_info < MINIMUM_SQLITE:
             raise QueueError(f"expected SQLite 3.35 or newer, got {sqlite3.sqlite_version}: use a newer Python")
-        if self.path.is_dir():
-            raise QueueError(f"cannot open {self.path}: expected a database file, got a folder")
-        if not create and not (self.path.exists() and self.path.stat().st_size):
-            raise QueueError(f"no queue at {self.path}: a producer or a consumer creates it")
         try:
+            found = self.path.stat() if self.path.exists() else None
+            if found:
+                self._expect_database_file(found)
+            if not create and not (found and found.st_size):
+                raise QueueError(f"no queue at {self.path}: a producer or a consumer creates it")
             missing = [folder for folder in self.path.parents if not folder.exists()]
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             for folder in missing:
@@ -1768,6 +1794,13 @@ class PersistentQSQLite(PersistentQInterface):
                 _create(self.path)
         except OSError as error:
             raise QueueError(f"cannot open {self.path}: {error.strerror}") from error
+
+    def _expect_database_file(self, found: os.stat_result) -> None:
+        if not stat.S_ISREG(found.st_mode):
+            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+            raise QueueError(f"cannot open {self.path}: expected a database file, got {kind}")
+        if found.st_nlink > 1:  # SQLite's log and our locks go by the name
+            raise QueueError(f"cannot use {self.path}: expected a file of one name, got {found.st_nlink} hard links")
 
     def _open_folder(self) -> None:
         if fcntl is None:
@@ -1829,8 +1862,9 @@ class PersistentQSQLite(PersistentQInterface):
                 self._exit()
 
     def _version(self, connection: sqlite3.Connection) -> int:
-        owner, version, tables = connection.execute(
-            "SELECT * FROM pragma_application_id, pragma_user_version, (SELECT count(*) FROM sqlite_master)"
+        owner, version, tables, ours = connection.execute(
+            "SELECT *, (SELECT count(*) FROM sqlite_master), "
+            f"({OUR_TABLES}) FROM pragma_application_id, pragma_user_version"
         ).fetchone()
         if owner != APPLICATION_ID and (owner or version or tables):
             raise SchemaMismatch(f"cannot use {self.path}: expected a queue, got another program's database")
@@ -1839,6 +1873,8 @@ class PersistentQSQLite(PersistentQInterface):
                 f"cannot use {self.path}: expected schema {len(MIGRATIONS)} or older, got {version}: "
                 "use the pqueue that wrote it, or a newer one"
             )
+        if version and ours < len(TABLES):
+            raise SchemaMismatch(f"cannot use {self.path}: expected the tables of a queue, got {ours} of them")
         return cast(int, version)
 
     def _error(self, error: sqlite3.Error) -> QueueError:
@@ -1905,6 +1941,8 @@ class PersistentQSQLite(PersistentQInterface):
             return self._slots.take() if self._slots else None
 
     def _is_alive(self, slot: int | None) -> bool:
+        if not all(me.slot.is_there() for me in self._registry.values() if me.slot):
+            raise QueueError(f"cannot go on: the locks in {self.path}.d were deleted while in use; start again")
         with self._told_of_folder():
             return self._slots is None or slot is None or self._slots.is_taken(slot)
 
@@ -1921,7 +1959,12 @@ class PersistentQSQLite(PersistentQInterface):
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         with self._write() as tx:
-            yield tx.connection
+            depth = tx.depth
+            try:
+                yield tx.connection
+            finally:
+                tx.connection.row_factory, tx.connection.text_factory = None, str  # as the queue reads
+                tx.expect_depth(depth)
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         target = Path(path).absolute()
@@ -1943,7 +1986,8 @@ class PersistentQSQLite(PersistentQInterface):
         except sqlite3.Error as error:
             raise self._error(error) from error
         finally:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
 
     def check(self, *, thorough: bool = True) -> dict[str, Any]:
         facts: dict[str, Any] = {"path": str(self.path), "sqlite": sqlite3.sqlite_version}
@@ -1961,6 +2005,7 @@ class PersistentQSQLite(PersistentQInterface):
         facts["problems"] = [
             f"expected {name} {value}, got {facts[name]}" for name, value in expected.items() if facts[name] != value
         ]
+        facts["problems"] += self._schema_problems() if thorough else []
         if facts["wal_bytes"] > 2 * WAL_BYTES:
             facts["problems"].append(
                 f"the write-ahead log has grown to {facts['wal_bytes']} bytes: some program holds a read open"
@@ -1969,7 +2014,23 @@ class PersistentQSQLite(PersistentQInterface):
             facts["problems"].append(f"the disk has only {facts['disk_free_bytes']} bytes left")
         return facts
 
+    def _schema_problems(self) -> list[str]:
+        try:
+            with closing(sqlite3.connect(":memory:")) as model:
+                for statement in chain.from_iterable(MIGRATIONS):
+                    model.execute(statement.format(id="INTEGER PRIMARY KEY", float="REAL"))
+                expected = set(model.execute(OUR_SCHEMA))
+        except sqlite3.Error as error:
+            raise self._error(error) from error
+        missing = expected - set(self._read(OUR_SCHEMA, {}))
+        changed = [f"{kind} {name!r} is not as this version makes it" for kind, name, _ in sorted(missing)]
+        return changed + [f"trigger {name!r} on {table} is not ours" for name, table in self._read(TRIGGERS, {})]
+
     def close(self) -> None:
+        if self._closed:
+            return
+        if getattr(self._local, "session", None) and self.in_transaction:
+            raise QueueError(f"cannot close {self.path} inside a transaction")
         if self._registry:
             self._leave()
         for session in list(self._sessions):
@@ -1980,7 +2041,7 @@ class PersistentQSQLite(PersistentQInterface):
             self._turnstile.close()
         if self._slots is not None:
             self._slots.waiting.close()
-        self._turnstile = self._slots = None
+        self._slots = None  # but the turnstile is left to a thread that has the way
         self._closed = True
 
     def _after_fork(self) -> None:
@@ -1998,12 +2059,19 @@ class PersistentQSQLite(PersistentQInterface):
         self._open_folder()
 
 
+def _real(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise QueueError(f"cannot open {path}: {error}") from error
+
+
 def _create(path: Path) -> None:
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
 
 def _open_private(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
 def _sync(path: Path) -> None:
@@ -2032,16 +2100,16 @@ def try_lock(file: int) -> bool:
 def file_system(folder: Path) -> str:
     """Return the type of the file system that holds this folder, or "unknown" where /proc does not tell."""
     try:
-        mounts = [line.split(" ") for line in Path("/proc/self/mounts").read_text().splitlines()]
+        mounts = [line.split(b" ") for line in Path("/proc/self/mounts").read_bytes().splitlines()]
     except OSError:
         return "unknown"
     real = folder.resolve()
-    under = [(len(mount[1]), mount[2]) for mount in mounts if real.is_relative_to(_unescape(mount[1]))]
-    return max(under, default=(0, "unknown"))[1]
+    under = {len(mount[1]): mount[2] for mount in mounts if real.is_relative_to(_unescape(mount[1]))}
+    return os.fsdecode(under[max(under)]) if under else "unknown"
 
 
-def _unescape(mount_point: str) -> str:
-    return mount_point.encode().decode("unicode_escape")
+def _unescape(mount_point: bytes) -> str:
+    return os.fsdecode(mount_point.decode("unicode_escape").encode("latin-1"))
 
 
 def open_queue(url: str | None = None, *, create: bool = True, durability: str | None = None) -> PersistentQInterface:
