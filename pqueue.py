@@ -482,6 +482,10 @@ GROUP BY task, substr(error, 1, 80)"""
 TABLES = ("jobs", "queues", "consumers", "history")
 OUR_TABLES = f"SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name IN {TABLES}"
 OUR_SCHEMA = f"SELECT type, name, sql FROM sqlite_master WHERE tbl_name IN {TABLES} AND sql IS NOT NULL"
+DAMAGED = "SELECT count(*) FROM jobs WHERE " + " OR ".join(
+    f"typeof({name}) IN ('text', 'blob')"
+    for name in ("priority", "run_at", "attempts", "max_attempts", "created_at", "started_at", "finished_at")
+)
 TRIGGERS = f"SELECT name, tbl_name FROM sqlite_master WHERE type = 'trigger' AND tbl_name IN {TABLES} ORDER BY name"
 
 # What a copy carries: its first column is the key. Consumers are not among it: they belong to where they run.
@@ -837,15 +841,16 @@ class PersistentQInterface(ABC):
         """Return {"states": {state: jobs}, "queues": {name: {state: jobs, "paused": bool, "max_pending": int or
         None, "oldest_pending_at": the earliest due time of a pending job, or None}}, "oldest_pending_at": of all}."""
         finished, unfinished = self._read(COUNTS), self._read(COUNTS_UNFINISHED)
+        empty = {**dict.fromkeys(STATES, 0), "paused": False, "max_pending": None, "oldest_pending_at": None}
         queues = {  # read last, so that none is missing
-            name: {**dict.fromkeys(STATES, 0), "paused": bool(paused), "max_pending": most, "oldest_pending_at": None}
+            name: {**empty, "paused": bool(paused), "max_pending": most}
             for name, paused, most in self._read("SELECT name, paused, max_pending FROM queues ORDER BY name")
         }
         for name, *counts in finished:
             queues[name].update(zip(FINISHED, counts, strict=True))
         waiting = []
         for name, state, jobs, oldest in unfinished:
-            queues[name][state] += jobs
+            queues.setdefault(name, dict(empty))[state] += jobs  # listed, unless somebody wrote past the API
             if state == "pending":
                 waiting.append(oldest)
                 queues[name]["oldest_pending_at"] = min(oldest, queues[name]["oldest_pending_at"] or oldest)
@@ -1136,7 +1141,8 @@ def _claim(
         except NOT_JSON as error:  # somebody wrote past the API: it must not stop the jobs behind it
             _set_aside(tx, row[0], f"cannot read the payload or result, which is not JSON: {error}", params)
     if len(jobs) > 1:
-        jobs.sort(key=lambda job: (-job.priority, job.run_at, job.id))
+        with suppress(TypeError):  # a damaged row
+            jobs.sort(key=lambda job: (-job.priority, job.run_at, job.id))
     return jobs
 
 
@@ -1781,6 +1787,7 @@ class PersistentQSQLite(PersistentQInterface):
             found = self.path.stat() if self.path.exists() else None
             if found:
                 self._expect_database_file(found)
+            self._expect_files_beside()
             if not create and not (found and found.st_size):
                 raise QueueError(f"no queue at {self.path}: a producer or a consumer creates it")
             missing = [folder for folder in self.path.parents if not folder.exists()]
@@ -1801,6 +1808,11 @@ class PersistentQSQLite(PersistentQInterface):
             raise QueueError(f"cannot open {self.path}: expected a database file, got {kind}")
         if found.st_nlink > 1:  # SQLite's log and our locks go by the name
             raise QueueError(f"cannot use {self.path}: expected a file of one name, got {found.st_nlink} hard links")
+
+    def _expect_files_beside(self) -> None:
+        for beside in (Path(f"{self.path}{suffix}") for suffix in ("-wal", "-shm", "-journal")):
+            if os.path.lexists(beside) and not stat.S_ISREG(beside.lstat().st_mode):
+                raise QueueError(f"cannot use {beside}: expected a file of SQLite, got a folder, a pipe or a link")
 
     def _open_folder(self) -> None:
         if fcntl is None:
@@ -1878,7 +1890,7 @@ class PersistentQSQLite(PersistentQInterface):
         return cast(int, version)
 
     def _error(self, error: sqlite3.Error) -> QueueError:
-        text = str(error)
+        text = "".join(mark if mark.isprintable() else "?" for mark in str(error))  # it may quote the file's own names
         if "locked" in text or "busy" in text:
             return QueueBusy(f"cannot write to {self.path}: another writer held it for {self._busy_seconds:g} s")
         if "disk is full" in text:
@@ -2022,9 +2034,11 @@ class PersistentQSQLite(PersistentQInterface):
                 expected = set(model.execute(OUR_SCHEMA))
         except sqlite3.Error as error:
             raise self._error(error) from error
-        missing = expected - set(self._read(OUR_SCHEMA, {}))
+        missing = expected - set(self._read(OUR_SCHEMA))
         changed = [f"{kind} {name!r} is not as this version makes it" for kind, name, _ in sorted(missing)]
-        return changed + [f"trigger {name!r} on {table} is not ours" for name, table in self._read(TRIGGERS, {})]
+        damaged = self._read(DAMAGED)[0][0]
+        changed += [f"{damaged} jobs hold text where a number belongs"] if damaged else []
+        return changed + [f"trigger {name!r} on {table} is not ours" for name, table in self._read(TRIGGERS)]
 
     def close(self) -> None:
         if self._closed:

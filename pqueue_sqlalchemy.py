@@ -538,6 +538,8 @@ _inherited: list[Any] = []
 def _url(text: str) -> sqlalchemy.URL:
     try:
         url = sqlalchemy.make_url(text)
+        if "@" in f"{url.host} {url.database} {url.query}":  # a password, cut at a / or ? that is not percent-encoded
+            raise ValueError
     except (exc.ArgumentError, ValueError):
         raise ValueError(
             "expected postgresql://USER@HOST/DATABASE, got another text (not shown: a password?)"
