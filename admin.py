@@ -19,8 +19,8 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any
 
 import manager
 import pqueue
+from consumer import bear_any_text
 from pqueue import InvalidTransition, Job, JobNotFound, PersistentQInterface, QueueError
 from report import (
     UNITS,
@@ -38,6 +39,7 @@ from report import (
     for_machines,
     for_people,
     is_time,
+    json_text,
     masked,
     metrics,
     printable,
@@ -209,7 +211,7 @@ def _job_row(job: Job) -> dict[str, Any]:
 
 
 def _job_object(job: Job) -> dict[str, Any]:
-    return {**job._asdict(), "payload": masked(job.payload), "lease_token": None}
+    return {**job._asdict(), "payload": masked(job.payload), "result": masked(job.result), "lease_token": None}
 
 
 @command("list-jobs", *FILTERS, *PAGE)
@@ -277,7 +279,7 @@ def stats(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     per_minute = ", ".join(f"{count:,} {name}" for name, count in recent.items())
     total = {"queue": "all", **found["states"], "oldest_pending_at": found["oldest_pending_at"]}
     rows += [{**dict.fromkeys(rows[0]), **total}] if len(rows) > 1 else []
-    return Result(text=f"{table(rows, _width(), colours=_colours())}\n\nin the last minute: {per_minute}")
+    return Result(text=f"{table(rows, _width())}\n\nin the last minute: {per_minute}")
 
 
 @command(
@@ -669,9 +671,10 @@ def _look() -> dict[str, Any]:
         queue = pqueue.open_queue(create=False)
         try:
             now = seen["at"]
-            seen |= {"stats": queue.stats(), "consumers": queue.consumers(), "problems": problems(queue, now)}
-            seen |= {"per_second": {name: n / 10 for name, n in queue.activity(now - 10, now).items()}}
-            seen |= {"failed": [_job_row(job) for job in queue.list_jobs(state="failed", limit=5)]}
+            with _damage_told(queue):
+                seen |= {"stats": queue.stats(), "consumers": queue.consumers(), "problems": problems(queue, now)}
+                seen |= {"per_second": {name: n / 10 for name, n in queue.activity(now - 10, now).items()}}
+                seen |= {"failed": [_job_row(job) for job in queue.list_jobs(state="failed", limit=5)]}
         finally:
             queue.close()
     except (QueueError, ValueError) as error:
@@ -685,17 +688,17 @@ def _screen(seen: dict[str, Any], width: int, *, colours: bool = False) -> str:
 
     lines = [f"pqueue monitor   {datetime.now():%Y-%m-%d %H:%M:%S}", ""]
     if "supervisord" in seen:
-        lines += [*section("processes ", [])[:1], seen["supervisord"], ""]
+        lines += [*section("processes ", [])[:1], printable(seen["supervisord"]), ""]
     else:
         lines += section("processes ", [{k: v for k, v in p.items() if k != "group"} for p in seen["processes"]])
     if "database" in seen:
-        return "\n".join([*lines, seen["database"]])
+        return "\n".join([*lines, printable(seen["database"])])
     alive = [_consumer_row(each) for each in seen["consumers"] if each["state"] == "running" or each["job_ids"]]
     lines += section("consumers ", alive)
     lines += section("queues ", [{"queue": name, **each} for name, each in seen["stats"]["queues"].items()])
     lines += ["per second: " + ", ".join(f"{n:,.1f} {name}" for name, n in seen["per_second"].items()), ""]
     lines += section("last failures ", seen["failed"])
-    return "\n".join(lines + ([f"problem: {each}" for each in seen["problems"]] or ["healthy"]))
+    return "\n".join(lines + ([f"problem: {printable(each)}" for each in seen["problems"]] or ["healthy"]))
 
 
 # The front ends: argparse always, Typer where it is installed #########################################################
@@ -716,17 +719,29 @@ def run(entry: Command, raw: dict[str, Any]) -> int:
         return _show(entry.function(None, options), options)
     queue = pqueue.open_queue(create=entry.creates)
     try:
-        return _show(entry.function(queue, options), options)
+        with _damage_told(queue):
+            return _show(entry.function(queue, options), options)
     finally:
         queue.close()
+
+
+@contextmanager
+def _damage_told(queue: PersistentQInterface) -> Iterator[None]:
+    """Say what is wrong with a database in which a value is not of its column's kind."""
+    try:
+        yield
+    except (TypeError, LookupError, ArithmeticError) as error:
+        if damage := queue.check()["problems"]:
+            raise QueueError(f"cannot read the database: {'; '.join(damage)}") from error
+        raise
 
 
 def _show(result: Result, options: argparse.Namespace) -> int:
     if options.json:
         for row in result.rows:
-            print(json.dumps({key: for_machines(key, value) for key, value in row.items()}, ensure_ascii=False))
+            print(json_text({key: for_machines(key, value) for key, value in row.items()}))
     elif result.text is not None:
-        print(result.text)
+        print("\n".join(printable(line) for line in result.text.split("\n")))
     elif sys.stdout.isatty():
         print(table(list(result.rows), _width(), colours=_colours()) or "none")
     else:
@@ -738,7 +753,7 @@ def _show(result: Result, options: argparse.Namespace) -> int:
 def _field(key: str, value: Any) -> str:
     shown = for_machines(key, value)
     if isinstance(shown, (dict, list, bool)):
-        return json.dumps(shown, ensure_ascii=False)
+        return json_text(shown)
     return "" if shown is None else printable(str(shown))
 
 
@@ -810,6 +825,7 @@ def _typed(typer: Any, entry: Command) -> Callable[..., int]:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
+    bear_any_text()
     try:
         import typer
     except ImportError:
@@ -817,10 +833,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _with_typer(typer, arguments) if typer else _with_argparse(arguments)
     except (UsageError, ValueError) as error:
-        print(f"admin.py: {error}", file=sys.stderr)
+        print(f"admin.py: {printable(str(error))}", file=sys.stderr)
         return 2
     except (Problem, QueueError) as error:
-        print(f"admin.py: {error}", file=sys.stderr)
+        print(f"admin.py: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

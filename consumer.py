@@ -25,8 +25,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 import pqueue
 from pqueue import DoNotRetry, Job, LeaseLost, PersistentQInterface, QueueBusy, QueueError, QueueFull, task
@@ -61,6 +62,12 @@ def _print(text: str) -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def bear_any_text() -> None:
+    """Let a terminal or a log file show escapes for the characters that its encoding lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        cast(TextIOWrapper, stream).reconfigure(errors="backslashreplace")
 
 
 def _line(at: str, event: str, fields: dict[str, Any]) -> str:
@@ -119,7 +126,7 @@ def _job_file(payload: Any) -> Iterator[tuple[str, int, BinaryIO]]:
 def _file_name(payload: Any) -> str:
     file = payload.get("file") if isinstance(payload, dict) else None
     if not isinstance(file, str) or not file or "\0" in file:
-        raise DoNotRetry(f'expected a payload {{"file": NAME}}, got {payload!r:.100}')
+        raise DoNotRetry('expected a payload {"file": NAME}, got another')  # not shown: it may hold secrets
     path = Path(os.path.normpath(files_directory.absolute() / file))
     if path.parent != Path(os.path.normpath(files_directory.absolute())):
         raise DoNotRetry(f"expected a file directly in {files_directory}, got {file!r:.100}")
@@ -521,6 +528,7 @@ class Progress:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    bear_any_text()
     options = _parser().parse_args(arguments)
     try:
         _import(options.modules)
@@ -605,9 +613,11 @@ def _closing(queue: PersistentQInterface) -> Iterator[None]:
 def _import(modules: list[str]) -> None:
     sys.path.insert(0, os.getcwd())
     for module in modules:
+        if not all(part.isidentifier() for part in module.split(".")):
+            raise ValueError(f"expected a module such as my_tasks, got {module!r}")
         try:
             importlib.import_module(module)
-        except ImportError as error:
+        except (ImportError, SyntaxError) as error:
             raise ValueError(f"cannot import {module!r}: {error}") from error
 
 

@@ -91,7 +91,7 @@ def processes() -> list[dict[str, Any]]:
 
 def added_groups() -> list[str]:
     """Return the names of the groups that were added here."""
-    return sorted(path.stem for path in INCLUDED.glob("*.conf"))
+    return sorted(path.stem for path in INCLUDED.glob("consumer*.conf") if path.stem.removeprefix("consumer").isdigit())
 
 
 def add_group(size: int = GROUP_SIZE, queues: list[str] | None = None, modules: list[str] | None = None) -> str:
@@ -145,14 +145,16 @@ def _command(queues: list[str], modules: list[str]) -> str:
     words += [word for queue in queues for word in ("--queue", queue)]
     words += [word for module in modules for word in ("--import", module)]
     for word in words:
-        if not word.isprintable() or any(mark in word for mark in ";#"):
-            raise ManagerError(f"expected a name that supervisord's configuration can hold, without ; or #: {word!r}")
+        if not word.isprintable() or any(mark in word for mark in (";", "#", "%(")):
+            raise ManagerError(
+                f"expected a name that supervisord's configuration can hold, without ; # or %(: {word!r}"
+            )
     return shlex.join(words).replace("%", "%%")
 
 
 def _write(path: Path, text: str) -> None:
     new = path.with_suffix(".new")
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
     new.replace(path)
 

@@ -47,6 +47,7 @@ import select
 import shutil
 import socket
 import sqlite3
+import stat
 import threading
 import time
 import weakref
@@ -55,7 +56,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -483,6 +484,15 @@ SELECT task, error, count(*), max(id) FROM
 GROUP BY task, error"""
 
 
+TABLES = ("jobs", "queues", "consumers", "history")
+OUR_TABLES = f"SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name IN {TABLES}"
+OUR_SCHEMA = f"SELECT type, name, sql FROM sqlite_master WHERE tbl_name IN {TABLES} AND sql IS NOT NULL"
+DAMAGED = "SELECT count(*) FROM jobs WHERE " + " OR ".join(
+    f"typeof({name}) IN ('text', 'blob')"
+    for name in ("priority", "run_at", "attempts", "max_attempts", "created_at", "started_at", "finished_at")
+)
+TRIGGERS = f"SELECT name, tbl_name FROM sqlite_master WHERE type = 'trigger' AND tbl_name IN {TABLES} ORDER BY name"
+
 # What a copy carries: its first column is the key. Consumers are not among it: they belong to where they run.
 COPIED = {
     "queues": "name, paused, max_pending",
@@ -886,15 +896,16 @@ class PersistentQInterface(ABC):
         """Return {"states": {state: jobs}, "queues": {name: {state: jobs, "paused": bool, "max_pending": int or
         None, "oldest_pending_at": the earliest due time of a pending job, or None}}, "oldest_pending_at": of all}."""
         finished, unfinished = self._read(COUNTS), self._read(COUNTS_UNFINISHED)
+        empty = {**dict.fromkeys(STATES, 0), "paused": False, "max_pending": None, "oldest_pending_at": None}
         queues = {  # read last, so that none is missing
-            name: {**dict.fromkeys(STATES, 0), "paused": bool(paused), "max_pending": most, "oldest_pending_at": None}
+            name: {**empty, "paused": bool(paused), "max_pending": most}
             for name, paused, most in self._read("SELECT name, paused, max_pending FROM queues ORDER BY name")
         }
         for name, *counts in finished:
             queues[name].update(zip(FINISHED, counts, strict=True))
         waiting = []
         for name, state, jobs, oldest in unfinished:
-            queues[name][state] += jobs
+            queues.setdefault(name, dict(empty))[state] += jobs  # listed, unless somebody wrote past the API
             if state == "pending":
                 waiting.append(oldest)
                 queues[name]["oldest_pending_at"] = min(oldest, queues[name]["oldest_pending_at"] or oldest)
@@ -1206,7 +1217,8 @@ def claimed_jobs(tx: Session, rows: list[Any], params: Params) -> list[Job]:
         except NOT_JSON as error:  # somebody wrote past the API: it must not stop the jobs behind it
             _set_aside(tx, row[0], f"cannot read the payload or result, which is not JSON: {error}", params)
     if len(jobs) > 1:
-        jobs.sort(key=lambda job: (-job.priority, job.run_at, job.id))
+        with suppress(TypeError):  # a damaged row
+            jobs.sort(key=lambda job: (-job.priority, job.run_at, job.id))
     return jobs
 
 
@@ -1317,7 +1329,7 @@ def encode_json(what: str, value: Any) -> str:
         text = _encode_json(value)
         size = len(text.encode())
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"expected a {what} that JSON can hold, got {_short(value)}: {error}") from None
+        raise ValueError(f"expected a {what} that JSON can hold, got a {type(value).__name__}: {error}") from None
     if size > MAX_PAYLOAD_BYTES:
         raise ValueError(f"expected a {what} of at most {MAX_PAYLOAD_BYTES} bytes of JSON, got {size}")
     if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _depth(value) > MAX_JSON_DEPTH:
@@ -1551,7 +1563,9 @@ class Slots:
                 lock = _open_private(self._folder / f"{number}.lock")
                 undo.callback(os.close, lock)
                 if try_lock(lock):
-                    slot = Slot(number, lock, _open_bell(self._folder / f"{number}.bell"))
+                    bell = self._folder / f"{number}.bell"
+                    bell.unlink(missing_ok=True)  # what another owner left may be rung
+                    slot = Slot(number, lock, _open_bell(bell))
                     undo.pop_all()
                     return slot
         raise QueueError(f"cannot add a consumer: expected fewer than {self.COUNT} at a time")
@@ -1569,7 +1583,7 @@ class Slots:
         while number >= 0:
             self.waiting[number] = 0
             with suppress(OSError):
-                bell = os.open(self._folder / f"{number}.bell", os.O_WRONLY | os.O_NONBLOCK)
+                bell = os.open(self._folder / f"{number}.bell", os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
                 try:
                     os.write(bell, b"!")
                 finally:
@@ -1595,6 +1609,10 @@ class Slot:
     def poll(self, seconds: float) -> bool:
         return _hear(self._bell, seconds)
 
+    def is_there(self) -> bool:
+        """Return False when its lock was deleted, and no longer tells anybody that the consumer lives."""
+        return os.fstat(self._lock).st_nlink > 0
+
     def close(self) -> None:
         os.close(self._lock)
         os.close(self._bell)
@@ -1605,9 +1623,9 @@ class SQLiteSession(Session):
 
     def __init__(self, queue: PersistentQSQLite) -> None:
         self._queue = queue
-        self._depth = 0
+        self.depth = 0
         self._has_turn = False
-        self.busy = False
+        self.busy = self.tangled = False
         self._synchronous = ""
         self.wanted = "FULL"
         self.in_batch = False
@@ -1633,25 +1651,33 @@ class SQLiteSession(Session):
             raise self._queue._error(error) from error
 
     def __enter__(self) -> SQLiteSession:
-        if self._depth == 0:
+        if self.depth == 0:
             self._begin()
-        elif self.connection.in_transaction:
+        elif self._in_transaction:
             self.run("SAVEPOINT nested")
         else:
             raise QueueError("cannot go on in a transaction that has ended; leave its block")
-        self._depth += 1
+        self.depth += 1
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self._depth -= 1
-        if self._depth:
+        self.depth -= 1
+        if self.depth:
             self._end_nested(error)
         else:
             self._end(error)
 
+    @property
+    def _in_transaction(self) -> bool:
+        with suppress(sqlite3.ProgrammingError):  # another thread has closed the queue
+            return self.connection.in_transaction
+        return False
+
     def _begin(self) -> None:
+        if self.busy:
+            raise QueueError("cannot use the queue in a signal handler that interrupted it: set a flag there")
         self.in_use.acquire()
-        self.busy, self.ring, self.lost = True, False, None
+        self.busy, self.tangled, self.ring, self.lost = True, False, False, None
         try:
             self._has_turn = self._queue._enter(self.in_batch)
             if self._synchronous != self.wanted:
@@ -1663,7 +1689,7 @@ class SQLiteSession(Session):
             raise
 
     def _end(self, error: BaseException | None) -> None:
-        ended = not self.connection.in_transaction
+        ended = not self._in_transaction
         try:
             if error is None and self.lost is None and not ended:
                 self.run("COMMIT")
@@ -1676,18 +1702,24 @@ class SQLiteSession(Session):
         if error is None and self.ring:
             self._queue._ring()
 
+    def expect_depth(self, depth: int) -> None:
+        """Doom the transaction when a block ends before one that was begun inside it."""
+        self.tangled = self.tangled or self.depth != depth
+        if self.tangled:
+            raise QueueError("cannot end a transaction before those begun inside it: neither await nor yield in one")
+
     def _end_nested(self, error: BaseException | None) -> None:
-        if self.connection.in_transaction:
+        if self._in_transaction:
             if error is not None:
                 self.run("ROLLBACK TO nested")
             self.run("RELEASE nested")
 
     def _leave(self) -> None:
         try:
-            if self.connection.in_transaction:
+            if self._in_transaction:
                 self._roll_back()
         finally:
-            if self.connection.in_transaction:  # a signal handler came between, and it would stop all others
+            if self._in_transaction:  # a signal handler came between, and it would stop all others
                 self._roll_back()
             self.busy = False
             self.in_use.release()
@@ -1777,7 +1809,7 @@ class PersistentQSQLite(PersistentQInterface):
         super().__init__()
         if durability not in ("full", "normal"):
             raise ValueError(f"expected a durability of full or normal, got {durability!r}")
-        self.path = Path(path).resolve()  # a link to it must find the same locks
+        self.path = _real(path)  # a link to it must find the same locks
         self.durability, self._busy_seconds = durability, busy_seconds
         self._sessions: weakref.WeakSet[SQLiteSession] = weakref.WeakSet()
         self._local = threading.local()
@@ -1799,11 +1831,13 @@ class PersistentQSQLite(PersistentQInterface):
     def _open_file(self, create: bool) -> None:
         if sqlite3.sqlite_version_info < MINIMUM_SQLITE:
             raise QueueError(f"expected SQLite 3.35 or newer, got {sqlite3.sqlite_version}: use a newer Python")
-        if self.path.is_dir():
-            raise QueueError(f"cannot open {self.path}: expected a database file, got a folder")
-        if not create and not (self.path.exists() and self.path.stat().st_size):
-            raise QueueError(f"no queue at {self.path}: a producer or a consumer creates it")
         try:
+            found = self.path.stat() if self.path.exists() else None
+            if found:
+                self._expect_database_file(found)
+            self._expect_files_beside()
+            if not create and not (found and found.st_size):
+                raise QueueError(f"no queue at {self.path}: a producer or a consumer creates it")
             missing = [folder for folder in self.path.parents if not folder.exists()]
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             for folder in missing:
@@ -1815,6 +1849,18 @@ class PersistentQSQLite(PersistentQInterface):
                 _create(self.path)
         except OSError as error:
             raise QueueError(f"cannot open {self.path}: {error.strerror}") from error
+
+    def _expect_database_file(self, found: os.stat_result) -> None:
+        if not stat.S_ISREG(found.st_mode):
+            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+            raise QueueError(f"cannot open {self.path}: expected a database file, got {kind}")
+        if found.st_nlink > 1:  # SQLite's log and our locks go by the name
+            raise QueueError(f"cannot use {self.path}: expected a file of one name, got {found.st_nlink} hard links")
+
+    def _expect_files_beside(self) -> None:
+        for beside in (Path(f"{self.path}{suffix}") for suffix in ("-wal", "-shm", "-journal")):
+            if os.path.lexists(beside) and not stat.S_ISREG(beside.lstat().st_mode):
+                raise QueueError(f"cannot use {beside}: expected a file of SQLite, got a folder, a pipe or a link")
 
     def _open_folder(self) -> None:
         if fcntl is None:
@@ -1876,8 +1922,9 @@ class PersistentQSQLite(PersistentQInterface):
                 self._exit()
 
     def _version(self, connection: sqlite3.Connection) -> int:
-        owner, version, tables = connection.execute(
-            "SELECT * FROM pragma_application_id, pragma_user_version, (SELECT count(*) FROM sqlite_master)"
+        owner, version, tables, ours = connection.execute(
+            "SELECT *, (SELECT count(*) FROM sqlite_master), "
+            f"({OUR_TABLES}) FROM pragma_application_id, pragma_user_version"
         ).fetchone()
         if owner != APPLICATION_ID and (owner or version or tables):
             raise SchemaMismatch(f"cannot use {self.path}: expected a queue, got another program's database")
@@ -1886,10 +1933,12 @@ class PersistentQSQLite(PersistentQInterface):
                 f"cannot use {self.path}: expected schema {len(MIGRATIONS)} or older, got {version}: "
                 "use the pqueue that wrote it, or a newer one"
             )
+        if version and ours < len(TABLES):
+            raise SchemaMismatch(f"cannot use {self.path}: expected the tables of a queue, got {ours} of them")
         return cast(int, version)
 
     def _error(self, error: sqlite3.Error) -> QueueError:
-        text = str(error)
+        text = "".join(mark if mark.isprintable() else "?" for mark in str(error))  # it may quote the file's own names
         if "locked" in text or "busy" in text:
             return QueueBusy(f"cannot write to {self.path}: another writer held it for {self._busy_seconds:g} s")
         if "disk is full" in text:
@@ -1952,6 +2001,8 @@ class PersistentQSQLite(PersistentQInterface):
             return self._slots.take() if self._slots else None
 
     def _is_alive(self, slot: int | None) -> bool:
+        if not all(me.slot.is_there() for me in self._registry.values() if me.slot):
+            raise QueueError(f"cannot go on: the locks in {self.path}.d were deleted while in use; start again")
         with self._told_of_folder():
             return self._slots is None or slot is None or self._slots.is_taken(slot)
 
@@ -1968,7 +2019,12 @@ class PersistentQSQLite(PersistentQInterface):
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         with self._write() as tx:
-            yield tx.connection
+            depth = tx.depth
+            try:
+                yield tx.connection
+            finally:
+                tx.connection.row_factory, tx.connection.text_factory = None, str  # as the queue reads
+                tx.expect_depth(depth)
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         target = Path(path).absolute()
@@ -1990,7 +2046,8 @@ class PersistentQSQLite(PersistentQInterface):
         except sqlite3.Error as error:
             raise self._error(error) from error
         finally:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
 
     def check(self, *, thorough: bool = True) -> dict[str, Any]:
         facts: dict[str, Any] = {"path": str(self.path), "sqlite": sqlite3.sqlite_version}
@@ -2008,6 +2065,7 @@ class PersistentQSQLite(PersistentQInterface):
         facts["problems"] = [
             f"expected {name} {value}, got {facts[name]}" for name, value in expected.items() if facts[name] != value
         ]
+        facts["problems"] += self._schema_problems() if thorough else []
         if facts["wal_bytes"] > 2 * WAL_BYTES:
             facts["problems"].append(
                 f"the write-ahead log has grown to {facts['wal_bytes']} bytes: some program holds a read open"
@@ -2016,7 +2074,25 @@ class PersistentQSQLite(PersistentQInterface):
             facts["problems"].append(f"the disk has only {facts['disk_free_bytes']} bytes left")
         return facts
 
+    def _schema_problems(self) -> list[str]:
+        try:
+            with closing(sqlite3.connect(":memory:")) as model:
+                for statement in chain.from_iterable(MIGRATIONS):
+                    model.execute(statement.format(id="INTEGER PRIMARY KEY", float="REAL"))
+                expected = set(model.execute(OUR_SCHEMA))
+        except sqlite3.Error as error:
+            raise self._error(error) from error
+        missing = expected - set(self._read(OUR_SCHEMA))
+        changed = [f"{kind} {name!r} is not as this version makes it" for kind, name, _ in sorted(missing)]
+        damaged = self._read(DAMAGED)[0][0]
+        changed += [f"{damaged} jobs hold text where a number belongs"] if damaged else []
+        return changed + [f"trigger {name!r} on {table} is not ours" for name, table in self._read(TRIGGERS)]
+
     def close(self) -> None:
+        if self._closed:
+            return
+        if getattr(self._local, "session", None) and self.in_transaction:
+            raise QueueError(f"cannot close {self.path} inside a transaction")
         if self._registry:
             self._leave()
         for session in list(self._sessions):
@@ -2027,7 +2103,7 @@ class PersistentQSQLite(PersistentQInterface):
             self._turnstile.close()
         if self._slots is not None:
             self._slots.waiting.close()
-        self._turnstile = self._slots = None
+        self._slots = None  # but the turnstile is left to a thread that has the way
         self._closed = True
 
     def _after_fork(self) -> None:
@@ -2049,12 +2125,19 @@ class PersistentQSQLite(PersistentQInterface):
             self.close()  # so that its next use is an error, too
 
 
+def _real(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise QueueError(f"cannot open {path}: {error}") from error
+
+
 def _create(path: Path) -> None:
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
 
 def _open_private(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
 def _share(file: int, size: int) -> mmap.mmap:
@@ -2067,7 +2150,11 @@ def _share(file: int, size: int) -> mmap.mmap:
 def _open_bell(path: Path) -> int:
     with suppress(FileExistsError):
         os.mkfifo(path, 0o600)
-    return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    bell = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    if not stat.S_ISFIFO(os.fstat(bell).st_mode):
+        os.close(bell)
+        raise OSError(errno.EINVAL, f"expected {path.name} to be a FIFO")
+    return bell
 
 
 def _hear(bell: int, seconds: float) -> bool:
@@ -2107,16 +2194,16 @@ def try_lock(file: int) -> bool:
 def file_system(folder: Path) -> str:
     """Return the type of the file system that holds this folder, or "unknown" where /proc does not tell."""
     try:
-        mounts = [line.split(" ") for line in Path("/proc/self/mounts").read_text().splitlines()]
+        mounts = [line.split(b" ") for line in Path("/proc/self/mounts").read_bytes().splitlines()]
     except OSError:
         return "unknown"
     real = folder.resolve()
-    under = [(len(mount[1]), mount[2]) for mount in mounts if real.is_relative_to(_unescape(mount[1]))]
-    return max(under, default=(0, "unknown"))[1]
+    under = {len(mount[1]): mount[2] for mount in mounts if real.is_relative_to(_unescape(mount[1]))}
+    return os.fsdecode(under[max(under)]) if under else "unknown"
 
 
-def _unescape(mount_point: str) -> str:
-    return mount_point.encode().decode("unicode_escape")
+def _unescape(mount_point: bytes) -> str:
+    return os.fsdecode(mount_point.decode("unicode_escape").encode("latin-1"))
 
 
 def open_queue(url: str | None = None, *, create: bool = True, durability: str | None = None) -> PersistentQInterface:

@@ -815,6 +815,10 @@ def _conninfo(url: str) -> dict[str, Any]:
     with suppress(psycopg.Error):
         parts = psycopg.conninfo.conninfo_to_dict(f"postgresql://{rest}")
         ports = str(parts.get("port") or "5432").split(",")
-        if scheme in ("postgresql", "postgresql+psycopg", "postgres") and all(port.isdigit() for port in ports):
+        cut = (
+            "@" in f"{parts.get('host')} {parts.get('dbname')}"
+        )  # a password with a / or ? that is not percent-encoded
+        known = scheme in ("postgresql", "postgresql+psycopg", "postgres")
+        if known and not cut and all(port.isdigit() for port in ports):
             return dict(parts)
     raise ValueError("expected postgresql://USER@HOST:PORT/DATABASE, got another text (not shown: a password?)")

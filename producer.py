@@ -133,6 +133,7 @@ def _sync(directory: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    consumer.bear_any_text()
     options = _parser().parse_args(arguments)
     try:
         queue = pqueue.open_queue()

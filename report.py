@@ -16,7 +16,10 @@ from pqueue import Job, PersistentQInterface
 OLD_SECONDS = 600.0  # a pending job that waits for longer is worth a warning
 LATE_SECONDS = 5.0  # an expired lease that nobody took back for longer, too
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
-SECRET = re.compile("password|passwd|secret|token|api_?key|authorization", re.IGNORECASE)
+SECRET = re.compile(
+    "pass(word|wd|phrase|code)|pwd|secret|token|(api|access|private)[-_ ]?key|authorization|credential|cookie|bearer",
+    re.I,
+)
 COLOURS = {"completed": 32, "processing": 36, "pending": 33, "scheduled": 34, "failed": 31, "cancelled": 35}
 COLOURS |= {"running": 32, "RUNNING": 32, "dead": 31, "FATAL": 31, "stopped": 90, "STOPPED": 90}
 
@@ -181,7 +184,7 @@ class _Samples:
 
     @staticmethod
     def _escaped(label: str) -> str:
-        return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        return printable(label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n"))
 
     def __str__(self) -> str:
         return "\n".join(line for lines in self.lines.values() for line in lines) + "\n"
@@ -205,13 +208,19 @@ def ago(at: float, now: float) -> str:
 
 def clock(at: float) -> str:
     """Return a time of today, or a date with its time; local."""
-    then = datetime.fromtimestamp(at)
+    try:
+        then = datetime.fromtimestamp(at)
+    except (OverflowError, ValueError, OSError):  # no date is so far away
+        return f"{at:g}"
     return f"{then:%H:%M:%S}" if then.date() == datetime.now().date() else f"{then:%Y-%m-%d %H:%M:%S}"
 
 
 def iso(at: float) -> str:
     """Return a time for machines: ISO 8601, UTC."""
-    return datetime.fromtimestamp(at, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    try:
+        return datetime.fromtimestamp(at, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    except (OverflowError, ValueError, OSError):
+        return f"{at:g}"
 
 
 def first_line(error: str | None) -> str:
@@ -239,6 +248,12 @@ def for_machines(column: str, value: Any) -> Any:
     return iso(value) if is_time(column) and value is not None else value
 
 
+def json_text(value: Any) -> str:
+    """Return JSON on one line that a terminal can show: what is not printable is escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(mark if mark.isprintable() else json.dumps(mark)[1:-1] for mark in text)
+
+
 def for_people(column: str, value: Any, now: float) -> str:
     if value is None:
         return ""
@@ -249,7 +264,7 @@ def for_people(column: str, value: Any, now: float) -> str:
     if column.endswith("_seconds"):
         return span(value)
     if isinstance(value, (dict, list)):
-        return json.dumps(value, ensure_ascii=False)
+        return json_text(value)
     return f"{value:,}" if isinstance(value, int) and not column.endswith("id") else str(value)
 
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sqlite3
 import stat
@@ -18,7 +19,7 @@ import tempfile
 import threading
 import time
 import unittest
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -815,6 +816,33 @@ class SQLiteGuarantees(SQLiteCase):
             self.open()
         self.assertFalse(self.path.exists())
 
+    def test_guarantee_7_network_drive_is_known_by_its_last_mount_and_any_name(self):
+        for mounts in (
+            b"/dev/sda1 / ext4 rw 0 0\nserver:/x %s\\040\xc3\xbc nfs4 rw 0 0\n",
+            b"/dev/sda1 / ext4 rw 0 0\n/dev/sdb1 %s\\040\xc3\xbc nfs4 rw 0 0\n/dev/\xff /media/\xff vfat rw 0 0\n",
+            b"/dev/sda1 / ext4 rw 0 0\n/dev/sdb1 %s\\040\xc3\xbc ext4 rw 0 0\nserver:/x %s\\040\xc3\xbc cifs rw 0 0\n",
+        ):
+            text = mounts.replace(b"%s", os.fsencode(self.folder.resolve()))
+            with mock.patch.object(Path, "read_bytes", return_value=text), self.subTest(mounts=mounts):
+                self.assertRegex(pqueue.file_system(Path(f"{self.folder} \xfc/var")), "nfs4|cifs")
+                self.assertEqual(pqueue.file_system(self.folder), "ext4")
+
+    def test_guarantee_7_database_of_two_names_is_refused(self):
+        self.open().enqueue("t")
+        os.link(self.path, self.folder / "other.db")
+        with self.assertRaisesRegex(QueueError, "expected a file of one name, got 2 hard links"):
+            pqueue.PersistentQSQLite(self.folder / "other.db")
+
+    def test_guarantee_7_file_that_only_claims_to_be_a_queue_is_refused(self):
+        with self.sqlite() as db:
+            db.execute(f"PRAGMA application_id = {pqueue.APPLICATION_ID}")
+            db.execute("PRAGMA user_version = 1")
+            endless = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x FROM n) SELECT x AS id FROM n"
+            for name in ("jobs", "queues", "consumers", "history"):
+                db.execute(f"CREATE VIEW {name} AS {endless}")
+        with self.assertRaisesRegex(SchemaMismatch, "expected the tables of a queue"):
+            self.open()
+
     def test_guarantee_7_newer_schema_is_refused(self):
         self.open().close()
         with self.sqlite() as db:
@@ -1107,15 +1135,22 @@ class Files(SQLiteCase):
         torn = self.folder / "torn"
         self.open().enqueue("t")
         torn.write_bytes(b"garbage " + self.path.read_bytes()[8:])
+        os.mkfifo(self.folder / "fifo")
+        (self.folder / "loop").symlink_to("loop")
+        before = set(self.folder.iterdir())
         for path, message in (
             (self.folder, "got a folder"),
+            (self.folder / "fifo", "expected a database file, got a pipe or a device"),
+            (self.folder / "loop" / "queue.db", "cannot open .*loop"),
+            (self.folder / ("x" * 300), "cannot open .*File name too long"),
             (file / "below", "Not a directory|File exists"),
             (file, "expected an SQLite database, got another file"),
             (torn, "expected an SQLite database, got another file"),
         ):
-            with self.subTest(path=path.name), self.assertRaisesRegex(QueueError, message) as caught:
+            with self.subTest(path=path.name[:9]), self.assertRaisesRegex(QueueError, message) as caught:
                 open_queue(str(path))
             self.assertNotIn("\n", str(caught.exception))
+        self.assertLessEqual(set(self.folder.iterdir()) - before, {self.folder / "file.d", self.folder / "torn.d"})
 
     def test_unknown_durability_is_refused(self):
         with self.assertRaisesRegex(ValueError, "full or normal, got 'fast'"):
@@ -1201,6 +1236,138 @@ class Files(SQLiteCase):
         self.assertEqual(row, ("t", "pending", '{"a":"ü"}'))
         self.assertEqual(json.loads(row[2]), {"a": "ü"})
         self.assertIn("-- deliveries so far", comments)
+
+
+class Misuse(SQLiteCase):
+    """What a careless program does to the queue object: it is told, and keeps no others waiting."""
+
+    def others_wait_for_nothing(self):
+        with self.sqlite() as db:
+            db.execute("PRAGMA busy_timeout = 0")
+            db.execute("BEGIN IMMEDIATE")
+            db.execute("ROLLBACK")
+        other = self.open()
+        self.assertTrue(other._turnstile.enter())
+        other._turnstile.leave()
+
+    def test_queue_closed_inside_its_transaction_is_told_and_lets_go(self):
+        queue = self.open()
+        with self.assertRaisesRegex(QueueError, "cannot close .* inside a transaction"), queue.transaction():
+            queue.enqueue("t")
+            queue.close()
+        self.assertEqual(queue.count_jobs(), 0)
+        self.others_wait_for_nothing()
+
+    def test_queue_closed_while_another_thread_writes_lets_go(self):
+        queue, begun, closed, told = self.open(), threading.Event(), threading.Event(), []
+
+        def write():
+            try:
+                with queue.transaction():
+                    queue.enqueue("t")
+                    begun.set()
+                    closed.wait(20)
+            except QueueError as error:
+                told.append(error)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        begun.wait(20)
+        queue.close()
+        closed.set()
+        writer.join()
+        self.assertEqual(len(told), 1)
+        self.others_wait_for_nothing()
+        self.assertEqual(self.open().count_jobs(), 0)
+
+    def test_transactions_that_end_in_the_wrong_order_change_nothing(self):
+        for fails in (True, False):
+            queue, first, second, third = self.open(), *(ExitStack() for _ in range(3))
+            for number, block in enumerate((first, second, third)):
+                block.enter_context(queue.transaction())
+                queue.enqueue("t", number)
+            for block in (first, second, third):
+                error = ZeroDivisionError() if fails and block is first else None
+                with self.subTest(fails=fails), self.assertRaisesRegex(QueueError, "cannot end a transaction"):
+                    block.__exit__(type(error) if error else None, error, None)
+            self.assertEqual(queue.count_jobs(), 0)
+            self.assertEqual(queue.enqueue("t"), 1)
+            queue.delete_jobs()
+            self.others_wait_for_nothing()
+
+    def test_rows_of_a_users_own_kind_do_not_outlive_the_transaction(self):
+        queue = self.open()
+        with queue.transaction() as db:
+            db.row_factory = lambda cursor, row: {"first": row[0]}
+            db.text_factory = bytes
+            self.assertEqual(db.execute("SELECT 'x'").fetchall(), [{"first": b"x"}])
+        self.assertEqual(queue.get(queue.enqueue("t")).task, "t")
+
+    def test_signal_handler_cannot_use_the_queue_it_interrupted(self):
+        queue, told = self.open(), []
+
+        def handle(*_):
+            with self.assertRaisesRegex(QueueError, "signal handler"):
+                queue.enqueue("from the handler")
+            told.append(True)
+
+        run = pqueue.SQLiteSession.run
+
+        def interrupted(session, sql, *params):
+            if sql == "COMMIT":
+                handle()
+            return run(session, sql, *params)
+
+        with mock.patch.object(pqueue.SQLiteSession, "run", interrupted):
+            queue.enqueue("t")
+        self.assertEqual([job.task for job in queue.list_jobs()], ["t"])
+        self.assertEqual(told, [True])
+        self.others_wait_for_nothing()
+
+    def test_consumer_whose_locks_were_deleted_is_told_before_others_take_its_jobs_again(self):
+        queue = self.open()
+        queue.enqueue("t")
+        queue.dequeue("anna")
+        shutil.rmtree(f"{self.path}.d")
+        queue._looked_for_dead = -1e9
+        self.open().dequeue("bert")
+        with self.assertRaisesRegex(QueueError, "were deleted while in use"):
+            queue.dequeue("anna")
+
+    def test_consumer_without_a_folder_for_its_lock_is_told_in_one_line(self):
+        queue = self.open()
+        shutil.rmtree(f"{self.path}.d")
+        with self.assertRaisesRegex(QueueError, r"cannot open .*queue\.db\.d: No such file"):
+            queue.dequeue("anna")
+
+    def test_bell_that_is_a_file_does_not_become_a_spin(self):
+        queue = self.open()
+        (self.folder / "queue.db.d/0.bell").write_text("ding")
+        queue.dequeue("w")
+        self.assertFalse(queue.wait(0.01, consumer="w"))
+
+    def test_links_among_the_locks_lead_nowhere(self):
+        self.open().close()
+        precious = self.folder / "precious"
+        for name in ("waiting", "gate", "0.lock"):
+            precious.write_text("x" * 5000)
+            place = self.folder / "queue.db.d" / name
+            place.unlink(missing_ok=True)
+            place.symlink_to(precious)
+            with self.subTest(name=name), self.assertRaisesRegex(QueueError, "cannot (use|open) .*symbolic links"):
+                self.open().dequeue("w")
+            self.assertEqual(precious.read_text(), "x" * 5000)
+            place.unlink()
+
+    def test_check_names_a_trigger_and_a_table_that_are_not_ours(self):
+        queue = self.open()
+        with queue.transaction() as db:
+            db.execute("CREATE TRIGGER spy AFTER INSERT ON jobs BEGIN UPDATE jobs SET queue = 'x'; END")
+            db.execute("ALTER TABLE history ADD COLUMN x")
+        self.assertEqual(
+            queue.check()["problems"],
+            ["table 'history' is not as this version makes it", "trigger 'spy' on jobs is not ours"],
+        )
 
 
 class Tasks(unittest.TestCase):

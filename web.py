@@ -110,6 +110,8 @@ class Handler(BaseHTTPRequestHandler):
             self._send(refused.status, TEXT, f"{refused}\n")
         except JobNotFound as error:
             self._send(HTTPStatus.NOT_FOUND, TEXT, f"{error}\n")
+        except ValueError as error:  # of urlsplit and parse_qs
+            self._send(HTTPStatus.BAD_REQUEST, TEXT, f"expected another request: {error}\n")
 
     def _check(self) -> None:
         try:
@@ -127,7 +129,7 @@ class Handler(BaseHTTPRequestHandler):
             text = base64.b64decode(given, validate=True).partition(b":")[2] if scheme.lower() == "basic" else b""
         except ValueError:
             return False
-        return hmac.compare_digest(text, password.encode())
+        return hmac.compare_digest(text, os.fsencode(password))
 
     # Reading
 
@@ -249,7 +251,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _plain(job: Any) -> dict[str, Any]:
-    return {**job._asdict(), "payload": report.masked(job.payload), "lease_token": None}
+    shown = {"payload": report.masked(job.payload), "result": report.masked(job.result), "lease_token": None}
+    return {**job._asdict(), **shown}
 
 
 def _is_address(name: str) -> bool:
@@ -272,7 +275,7 @@ def serve(host: str, port: int) -> int:
         return 2
     try:
         server = Server(host, port, password)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:
         print(f"ops.py: cannot serve on {host}:{port}: {error}", file=sys.stderr)
         return 1
     print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} dashboard at http://{host}:{server.server_port}", flush=True)

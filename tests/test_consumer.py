@@ -88,7 +88,7 @@ def test_consumer_does_right_by_all_jobs_whatever_their_handlers_do(tasks):
         "leave": "SystemExit: leaving",
         "boom": "ValueError: no x",
         "hopeless": "DoNotRetry: never",
-        "unstorable": "ValueError: expected a result that JSON can hold, got {1, 2}: "
+        "unstorable": "ValueError: expected a result that JSON can hold, got a set: "
         "Object of type set is not JSON serializable",
         "hang": "TimeoutError: timed out after 0.2 s",
         "unknown": "LookupError: unknown task 'unknown'; this consumer knows boom, chain, die, hang, hopeless, leave, "

@@ -102,6 +102,9 @@ MUTANTS = [
     Mutant("a failed call gives its turn back", "                self._queue._exit()\n\n    def _roll_back", "                pass\n\n    def _roll_back", "contract: while_the_turnstile_was_held"),
     Mutant("a failed opening closes what it opened", "        except BaseException:\n            self.close()\n            raise\n        _queues", "        except BaseException:\n            raise\n        _queues", "test_commit_points.py: fails and opening"),
     Mutant("a failed savepoint is undone", 'self.run("ROLLBACK TO nested")', "pass", "contract: nested_transaction"),
+    Mutant("transactions end in the order in which they nest", "if self.tangled:", "if False:", "contract: wrong_order"),
+    Mutant("a signal handler cannot use the queue it interrupted", "        if self.busy:\n            raise", "        if False:\n            raise", "contract: signal_handler"),
+    Mutant("a consumer whose locks were deleted is told", "if not all(me.slot.is_there()", "if not any(True or me.slot.is_there()", "contract: locks_were_deleted"),
     # whose file it is
     Mutant("a child closes what it inherited", "            self.connection.close()\n        self._has_turn", "            _inherited.setdefault(Path(), []).append(self.connection)\n        self._has_turn", "test_processes.py: safely"),
     Mutant("a child forked inside a transaction is refused", "if self.path in _inherited:", "if False:", "contract: forked_inside_a_transaction"),
@@ -109,6 +112,9 @@ MUTANTS = [
     Mutant("another program's file is refused", "if owner != APPLICATION_ID and", "if False and", "contract: another_program"),
     Mutant("a newer schema is refused", "if version > len(MIGRATIONS):", "if False:", "contract: newer_schema"),
     Mutant("a network drive is refused", "if kind.startswith(NETWORK_FILE_SYSTEMS):", "if False:", "contract: network_drive"),
+    Mutant("a network drive is known by its last mount", "under = {len(mount[1]): mount[2] for mount in mounts", "under = {len(mount[1]): mount[2] for mount in mounts[::-1]", "contract: last_mount"),
+    Mutant("a file of two names is refused", "if found.st_nlink > 1:", "if False:", "contract: two_names"),
+    Mutant("a file without our tables is refused", "if version and ours < len(TABLES):", "if False:", "contract: only_claims"),
     Mutant("a lease stands exactly while processing", "    CHECK ((lease_token IS NULL) = (lease_expires_at IS NULL))", "    CHECK (1)", "contract: guarantee_8"),
     Mutant("files are private", "os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600", "os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644", "contract: private_whatever"),
 ]
