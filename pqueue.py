@@ -1669,9 +1669,10 @@ class SQLiteSession(Session):
 
     @property
     def _in_transaction(self) -> bool:
-        with suppress(sqlite3.ProgrammingError):  # another thread has closed the queue
+        try:
             return self.connection.in_transaction
-        return False
+        except sqlite3.ProgrammingError:  # another thread has closed the queue
+            return False
 
     def _begin(self) -> None:
         if self.busy:
