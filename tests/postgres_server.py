@@ -43,6 +43,11 @@ class Server:
     def url(self) -> str:
         return f"postgresql://postgres@{self.address}:{self.port}/postgres"
 
+    @property
+    def near_url(self) -> str:
+        """Through the file system, from whatever namespace."""
+        return f"postgresql://postgres@/postgres?host={self.folder}&port={self.port}"
+
     def create(self) -> Server:
         self._run("initdb", "--auth=trust", "--no-sync", "-U", "postgres", "-D", self.data)
         with (self.data / "pg_hba.conf").open("a") as rules:
@@ -56,7 +61,7 @@ class Server:
 
     def start(self, **settings: object) -> Server:
         options = [f"-c{name}={value}" for name, value in settings.items()]
-        command = ["postgres", "-D", self.data, "-h", self.address, "-p", self.port, "-k", "", *options]
+        command = ["postgres", "-D", self.data, "-h", self.address, "-p", self.port, "-k", self.folder, *options]
         with (self.folder / "log").open("a") as log:
             self.process = subprocess.Popen(self._command(*command), stdout=log, stderr=log, start_new_session=True)
         wait_until(self._answers, 30)
@@ -78,7 +83,7 @@ class Server:
             self.process = None
 
     def ask(self, sql: str):
-        with psycopg.connect(self.url, autocommit=True) as connection:
+        with psycopg.connect(self.near_url, autocommit=True) as connection:
             return connection.execute(sql).fetchone()[0]
 
     def _answers(self) -> bool:
