@@ -297,7 +297,7 @@ class Consumer:
                 pause = min(longest, pause * 2)
 
     def _sleep(self) -> None:
-        with suppress(InterruptedError):
+        with suppress(InterruptedError, QueueBusy):  # which the next dequeue will tell
             self._can_wake = True
             if not self.signals:
                 self.queue.wait(pqueue.WAIT_SECONDS, consumer=self.name, queues=self.options["queues"])

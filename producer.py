@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import IO
 
@@ -63,7 +64,7 @@ class Producer:
         if file is None:
             return None
         with file:
-            return self._enqueue(name, new)
+            return self._enqueue(name, new, is_new=True)
 
     def _write(self, name: str, new: Path) -> IO[str]:
         """Write the file durably under both names and return it, locked; leave nothing of it where that fails."""
@@ -91,19 +92,32 @@ class Producer:
                     continue
                 final = self.directory / new.name[1 : -len(".new")]
                 if final.exists() and final.samefile(new):
-                    self._enqueue(final.name, new)
+                    self._enqueue(final.name, new, is_new=False)
                 else:
                     new.unlink()
 
-    def _enqueue(self, name: str, new: Path) -> int | None:
-        """Enqueue until it is stored. When stopped before, take the file back: no job, no file."""
-        job_id = self._patiently(lambda: self.queue.enqueue(consumer.prepend_timestamp, {"file": name}, key=name))
+    def _enqueue(self, name: str, new: Path, *, is_new: bool) -> int | None:
+        """Enqueue until it is stored. When stopped before, take the file back: no job, no file.
+
+        A killed producer, or a try whose answer was lost, may have stored the job; by now it may be finished, and its
+        key free again. So it is looked for, except before the first try for a new file.
+        """
+        tries = count(0 if is_new else 1)
+
+        def store() -> int:
+            stored = self._stored(name) if next(tries) else None
+            return stored or self.queue.enqueue(consumer.prepend_timestamp, {"file": name}, key=name)
+
+        job_id = self._patiently(store)
         if job_id is None:
             (self.directory / name).unlink()
         new.unlink()
         if job_id is not None:
             log("enqueued", job=job_id, file=name)
         return job_id
+
+    def _stored(self, name: str) -> int | None:
+        return next((job.id for job in self.queue.list_jobs(text=name) if job.key == name), None)
 
     def _patiently(self, call: Callable[[], Result]) -> Result | None:
         """Repeat a call while the database is locked, or there is no room in it or on the disk; None when stopped."""

@@ -9,12 +9,14 @@ import sqlite3
 import subprocess
 import time
 from contextlib import closing
+from unittest import mock
 
 import pytest
 from conftest import wait_until
 
 import consumer
 import pqueue
+import producer
 
 TASKS = """
 import os, sys, time
@@ -394,3 +396,20 @@ def test_producer_makes_up_for_what_a_killed_one_left(place):
     assert sorted(job.payload["file"] for job in queue.list_jobs()) == sorted({*names(place, "*")} - {"job_done.txt"})
     assert "job_unlinked.txt" not in names(place, "*")
     assert names(place, ".*") == []
+
+
+def test_producer_that_lost_the_answer_enqueues_a_file_once(place):
+    queue = place.queue()
+    enqueue = queue.enqueue
+
+    def answer_lost(*arguments, **options):
+        job_id = enqueue(*arguments, **options)
+        queue.complete(queue.dequeue("quick"))
+        if job_id == 1:
+            raise pqueue.QueueBusy("cannot reach the server")
+        return job_id
+
+    maker = producer.Producer(queue, place.folder / "var/files")
+    with mock.patch.object(queue, "enqueue", answer_lost):
+        made = maker.produce()
+    assert [job.id for job in queue.list_jobs()] == [made]

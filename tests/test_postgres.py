@@ -14,6 +14,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from unittest import mock
 
+import psycopg
 import pytest
 import sqlalchemy
 from conftest import ROOT
@@ -175,6 +176,103 @@ class PostgresFiles(PostgresCase):
                 PersistentQSQLAlchemy(url)
             self.assertNotIn("hunter2", str(caught.exception))
 
+    def test_database_without_rights_is_told(self):
+        url = sqlalchemy.make_url(self.url)
+        role = f"weak_{uuid.uuid4().hex[:8]}"
+        admin = PersistentQSQLAlchemy(self.url)
+        with admin.transaction() as db:
+            db.execute(sqlalchemy.text(f"CREATE ROLE {role} LOGIN"))
+            db.execute(sqlalchemy.text("DROP SCHEMA pqueue CASCADE"))
+        admin.close()
+        with self.assertRaisesRegex(QueueError, "cannot open .*: permission denied for database") as caught:
+            pqueue.open_queue(url.set(username=role, password="hunter2").render_as_string(hide_password=False))
+        self.assertNotIn("hunter2", str(caught.exception))
+
+    def test_url_of_several_hosts_finds_the_one_that_answers(self):
+        host = sqlalchemy.make_url(self.url).query["host"]
+        name = sqlalchemy.make_url(self.url).database
+        queue = pqueue.open_queue(f"postgresql://postgres@/{name}?host=127.0.0.1,{host}&port=1,5432")
+        self.addCleanup(queue.close)
+        queue.enqueue("t")
+        self.assertEqual(queue.name, f"127.0.0.1,{host}/{name}")
+
+    def test_statement_that_failed_in_a_transaction_is_not_committed_silently(self):
+        queue = self.open()
+        with self.assertRaisesRegex(QueueError, "a statement of the transaction failed"), queue.transaction() as db:
+            queue.enqueue("t")
+            with suppress(sqlalchemy.exc.SQLAlchemyError):
+                db.execute(sqlalchemy.text("SELECT 1 / 0"))
+        self.assertEqual(queue.count_jobs(), 0)
+        queue.enqueue("t")
+
+    def test_statements_of_the_user_are_planned_as_usual(self):
+        queue = self.open()
+        with queue.transaction() as db:
+            plan = db.execute(sqlalchemy.text("SHOW enable_seqscan")).scalar()
+        self.assertEqual((plan, queue._read("SHOW enable_seqscan")[0][0]), ("on", "off"))
+
+    def test_pooler_that_passes_on_no_notify_is_told_of_once_and_the_timer_serves(self):
+        queue, other = self.open(), self.open()
+        with (
+            mock.patch("pqueue_sqlalchemy.LISTEN", "SELECT 1"),
+            mock.patch("pqueue_sqlalchemy.HEARD_SECONDS", 0.1),
+            self.assertLogs("pqueue", "WARNING") as told,
+        ):
+            self.assertIsNone(queue.dequeue("anna"))
+            self.assertIsNone(queue.dequeue("berta"))
+        self.assertEqual(len(told.output), 1, told.output)
+        self.assertIn("passes on no NOTIFY", told.output[0])
+        other.enqueue("t")
+        with mock.patch("pqueue.DEAD_CHECK_SECONDS", 0):
+            other.dequeue("other")
+        self.assertEqual({each["state"] for each in other.consumers()}, {"running"})
+        other.enqueue("t")
+        self.assertTrue(wait_until(lambda: queue.wait(1, consumer="anna")))
+        self.assertIsNotNone(queue.dequeue("anna"))
+
+    def test_statements_of_the_hot_path_go_through_indexes_whatever_the_statistics_say(self):
+        queue = self.open()
+        queue.enqueue("t")
+        queue.dequeue("w")
+        columns = "queue, task, payload, state, priority, run_at, max_attempts, created_at, finished_at"
+        with queue.transaction() as db:
+            for state, finished, jobs in (("completed", "1.0", 60_000), ("pending", "NULL", 30_000)):
+                row = f"'default', 't', 'null', '{state}', 0, n, 3, 1.0, {finished}"
+                db.execute(
+                    sqlalchemy.text(f"INSERT INTO jobs ({columns}) SELECT {row} FROM generate_series(1, {jobs}) n")
+                )
+            db.execute(sqlalchemy.text("ANALYZE jobs"))
+        claim = pqueue.claim_params(queue._registry["w"], 32, None, 60, 2.0)
+        params = {
+            **claim,
+            "number": 1,
+            "ids": [1],
+            "tokens": ["x"],
+            "results": [None],
+            "before": 0.0,
+            "state": "failed",
+        }
+        for name in ("TAKE", "EXCHANGE"):
+            with self.subTest(statement=name):
+                self.assert_no_walk(queue, pqueue.serving(getattr(pqueue_sqlalchemy, name), None), params)
+        for name in ("NEXT_EVENT", "OVERDUE", "PROMOTE", "EXPIRED", "ORPHANED", "PRUNABLE", "LATEST_COMPLETED"):
+            with self.subTest(statement=name):
+                self.assert_no_walk(queue, pqueue.serving(getattr(pqueue, name), None), params)
+
+    def assert_no_walk(self, queue, sql, params):
+        """By the plan that is made once for all values, as the queue has it."""
+        driver, text = queue._session()._driver, pqueue_sqlalchemy.translated(sql).decode()
+        used = [name for name in params if f"%({name})s" in text]
+        for number, name in enumerate(used, 1):
+            text = text.replace(f"%({name})s", f"${number}")
+        values = ", ".join(psycopg.sql.Literal(params[name]).as_string(driver) for name in used)
+        walk = f"walk_{uuid.uuid4().hex[:8]}"
+        driver.execute(f"PREPARE {walk} AS {text}")
+        with suppress(ZeroDivisionError), driver.transaction():
+            plan = "\n".join(row[0] for row in driver.execute(f"EXPLAIN ANALYZE EXECUTE {walk} ({values})"))
+            raise ZeroDivisionError  # nothing is to change
+        self.assertNotRegex(plan, "Seq Scan on jobs|Hash Join|Merge Join", plan)
+
     def test_newer_schema_is_refused(self):
         with self.open().transaction() as db:
             db.execute(sqlalchemy.text("UPDATE pqueue.version SET number = 99"))
@@ -303,7 +401,7 @@ class TestPrograms:
     def test_killed_programs_lose_nothing(self, place, database):
         variables = {"PQUEUE_URL": database}
         chance = random.Random(5)
-        programs = [("producer.py", "--interval", "0.01")] * 3 + [("consumer.py", "--lease-seconds", "5")] * 5
+        programs = [("producer.py", "--interval", "0.01")] * 5 + [("consumer.py", "--lease-seconds", "5")] * 8
         children = [place.start(*program, **variables) for program in programs]
         queue = pqueue.open_queue(database)
         jobs = int(os.environ.get("PQUEUE_TEST_JOBS", "3000")) // 6

@@ -1,0 +1,94 @@
+"""The server goes away under load and comes back, or another takes its place: nothing that was acknowledged is lost."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+
+import pytest
+from postgres_server import Server
+
+import pqueue
+from test_pqueue import wait_until
+
+
+class Load:
+    """Producers and consumers at work, and what they said."""
+
+    def __init__(self, place, url: str, producers: int = 2, consumers: int = 3) -> None:
+        variables = {"PQUEUE_URL": url}
+        self.queue = pqueue.open_queue(url)
+        start = place.start
+        self.producers = [start("producer.py", "--interval", "0.02", **variables) for _ in range(producers)]
+        self.consumers = [start("consumer.py", "--lease-seconds", "5", **variables) for _ in range(consumers)]
+
+    def completed(self) -> int:
+        return self.queue.stats()["states"]["completed"]
+
+    def acknowledged(self) -> list[tuple[float, int]]:
+        """Return (Unix seconds, job id) as the producers told."""
+        lines = [line for child in self.producers for line in child.out.read_text().splitlines()]
+        told = [re.match(r"(\S+) enqueued job=(\d+)", line) for line in lines]
+        return sorted((datetime.fromisoformat(m[1].replace("Z", "+00:00")).timestamp(), int(m[2])) for m in told if m)
+
+    def has_waited(self) -> bool:
+        return all(" waiting " in child.out.read_text() for child in [*self.producers, *self.consumers])
+
+    def finish(self) -> None:
+        """Stop producing, see all done, and check that what was acknowledged was done, once per file."""
+        for child in self.producers:
+            child.terminate()
+            assert child.wait(30) == 0, child.out.read_text()
+        wait_until(lambda: not any(self.queue.stats()["states"][state] for state in pqueue.UNFINISHED), 90)
+        assert [child.poll() for child in self.consumers] == [None] * len(self.consumers)
+        jobs = {job.id: job for job in self.queue.list_jobs(limit=100_000)}
+        assert {job.state for job in jobs.values()} == {"completed"}
+        acknowledged = self.acknowledged()
+        assert {job_id for _, job_id in acknowledged} <= set(jobs)
+        assert len({job.key for job in jobs.values()}) == len(jobs)
+        assert len(jobs) <= len(acknowledged) + len(self.producers)  # one that was stopped while it waited
+        self.queue.close()
+
+
+@pytest.fixture
+def primary(tmp_path):
+    server = Server(tmp_path / "primary").create()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def standby(tmp_path):
+    server = Server(tmp_path / "standby")
+    yield server
+    server.kill()
+
+
+def test_programs_wait_out_a_restart_of_the_server_and_lose_nothing(place, primary):
+    load = Load(place, primary.start().url)
+    wait_until(lambda: load.completed() > 50, 60)
+    primary.stop_at_once()
+    wait_until(load.has_waited, 30)
+    primary.start()
+    before = wait_until(load.completed)
+    wait_until(lambda: load.completed() > before + 50, 60)
+    load.finish()
+
+
+def test_standby_takes_over_and_every_acknowledged_job_is_there(place, primary, standby, capsys):
+    primary.start(synchronous_standby_names="standby")
+    standby.copy(primary).start(synchronous_standby_names="")
+    wait_until(lambda: primary.ask("SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'"))
+    hosts = f"{primary.address}:{primary.port},{standby.address}:{standby.port}"
+    load = Load(place, f"postgresql://postgres@{hosts}/postgres?target_session_attrs=read-write")
+    wait_until(lambda: load.completed() > 50, 60)
+    primary.kill()
+    wait_until(load.has_waited, 30)
+    assert standby.ask("SELECT pg_promote()")
+    before = wait_until(load.completed)
+    wait_until(lambda: load.completed() > before + 50, 60)
+    load.finish()
+    times = [at for at, _ in load.acknowledged()]
+    gap = max(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+    with capsys.disabled():
+        print(f"\nno job could be enqueued for {gap:.1f} s while the standby took over; {len(times)} jobs, none lost")
