@@ -93,7 +93,7 @@ class Board:
             if self._queue is not None and identity != self._identity:
                 self.forget()
             if self._queue is None:
-                self._queue = pqueue.open_queue(create=False)
+                self._queue = _open()
                 self._identity = self._file_identity()
             return self._queue
 
@@ -197,6 +197,13 @@ class Board:
             "why": report.why(queue, job_id, stats=stats),
             "file": _file_text(job.payload),
         }
+
+
+def _open() -> PersistentQInterface:
+    try:
+        return pqueue.open_queue(create=False)
+    except ValueError as error:  # a URL that is none
+        raise QueueError(str(error)) from None
 
 
 def _stale_at(began: float) -> float:
