@@ -16,6 +16,7 @@ from conftest import ROOT, wait_until
 from populate import populate
 
 import ops
+import ops_streamlit
 import pqueue
 import web
 
@@ -471,6 +472,25 @@ def test_database_that_comes_and_goes_is_told_and_found_again(folder, site):
     assert "got 99" in site.ask("/")[1]
 
 
+def test_database_that_is_locked_is_told_and_found_again(queue, site, monkeypatch):
+    monkeypatch.setattr(
+        pqueue.PersistentQSQLite.__init__,
+        "__kwdefaults__",
+        {**pqueue.PersistentQSQLite.__init__.__kwdefaults__, "busy_seconds": 0.1},
+    )
+    queue.enqueue("t")
+    queue.close()
+    with sqlite3.connect(queue.path, isolation_level=None) as db:
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        db.execute("BEGIN EXCLUSIVE")
+        status, text, _ = site.ask("/")
+        assert (status, "another writer held it" in text) == (503, True)
+        assert "another writer held it" in json.loads(site.ask("/live")[1])["health"]
+        db.execute("ROLLBACK")
+    db.close()
+    assert site.ask("/")[0] == 200
+
+
 def test_page_is_drawn_while_a_writer_holds_the_database(queue, site):
     job_id = queue.enqueue("t")
     with sqlite3.connect(queue.path, isolation_level=None) as db:
@@ -519,6 +539,32 @@ def test_streamlit_page_says_what_is_missing(folder):
     page = streamlit()
     assert not page.exception
     assert "no queue at" in "".join(each.proto.body for each in page.get("html"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_streamlit_page_follows_a_queue_that_is_replaced(queue):
+    queue.enqueue("t", queue="first")
+    assert "first" in _frames(streamlit())
+    queue.close()
+    for path in queue.path.parent.glob("queue.db*"):
+        if path.is_file():
+            path.unlink()
+    other = pqueue.open_queue()
+    other.enqueue("t", queue="second")
+    assert "second" in _frames(streamlit())
+    assert "first" not in _frames(streamlit())
+    with other.transaction() as db:
+        db.execute("PRAGMA user_version = 99")
+    other.close()
+    ops_streamlit.board().forget()
+    page = streamlit()
+    assert not page.exception
+    assert "got 99" in "".join(each.proto.body for each in page.get("html"))
+
+
+def _frames(page):
+    assert not page.exception
+    return " ".join(str(each.value.to_dict()) for each in page.dataframe)
 
 
 @pytest.mark.filterwarnings("ignore")
