@@ -71,6 +71,8 @@ class Board:
     def __init__(self) -> None:
         self._queue: PersistentQInterface | None = None
         self._identity: Any = None
+        self._reason: str | None = None  # why it could not be opened, and
+        self._shut_until = 0.0  # when to try again
         self._lock = threading.RLock()
         self._worker = ThreadPoolExecutor(1, "pqueue-figures")
         self._parts = {
@@ -93,9 +95,17 @@ class Board:
             if self._queue is not None and identity != self._identity:
                 self.forget()
             if self._queue is None:
-                self._queue = pqueue.open_queue(create=False)
+                self._queue = self._opened()
                 self._identity = self._file_identity()
             return self._queue
+
+    def _opened(self) -> PersistentQInterface:
+        if self._reason is None or time.monotonic() > self._shut_until:  # a locked one takes seconds to say so
+            try:
+                return pqueue.open_queue(create=False)
+            except (QueueError, ValueError) as error:
+                self._reason, self._shut_until = str(error), time.monotonic() + FRESH_SECONDS
+        raise QueueError(self._reason)
 
     def forget(self) -> None:
         """Drop the connection and what was computed over it."""

@@ -27,14 +27,16 @@ import report
 from pqueue import JobNotFound, QueueError
 
 MOST_BODY_BYTES = 100_000
-MOST_CONNECTIONS = 256  # further ones are closed at once
+MOST_CONNECTIONS = 256  # beyond, the one that has been sending its request for longest is closed
 IDLE_SECONDS = 10.0
+REQUEST_SECONDS = 30.0  # in which a request must have come, however it trickles
 MOST_SECONDS = 10.0  # that a program waits for the figures; a page does not
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
     "img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
 HTML, JSON, TEXT = "text/html; charset=utf-8", "application/json", "text/plain; charset=utf-8"
@@ -58,21 +60,39 @@ class Server(ThreadingHTTPServer):
         self.password = password
         self.token = secrets.token_urlsafe()
         self._places = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        self._sending: dict[socket.socket, float] = {}  # connections whose request has not come whole, and since when
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.local = _is_loopback(host)
         super().__init__((host, port), Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._places.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+        if not self._places.acquire(blocking=False):
+            self._hang_up(1)
+            if not self._places.acquire(timeout=1):
+                self.shutdown_request(request)
+                return
+        self._sending[request] = time.monotonic()
+        super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
+            self.has_come(request)
             self._places.release()
+
+    def has_come(self, request: Any) -> None:
+        self._sending.pop(request, None)
+
+    def service_actions(self) -> None:
+        late = time.monotonic() - REQUEST_SECONDS
+        self._hang_up(sum(1 for since in list(self._sending.values()) if since < late))
+
+    def _hang_up(self, number: int) -> None:
+        for request in list(self._sending)[:number]:
+            self.has_come(request)
+            with suppress(OSError):
+                request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of clients that went away."""
@@ -108,6 +128,8 @@ class Handler(BaseHTTPRequestHandler):
             respond()
         except Refused as refused:
             self._send(refused.status, TEXT, f"{refused}\n")
+        except ValueError as error:
+            self._send(HTTPStatus.BAD_REQUEST, TEXT, f"{error}\n")
         except JobNotFound as error:
             self._send(HTTPStatus.NOT_FOUND, TEXT, f"{error}\n")
         except ValueError as error:  # of urlsplit and parse_qs
@@ -134,6 +156,7 @@ class Handler(BaseHTTPRequestHandler):
     # Reading
 
     def _get(self) -> None:
+        self.server.has_come(self.connection)
         url = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         if url.path in pages.FILES:
@@ -143,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
             status, content = self._content(url.path, query)
         except JobNotFound:
             raise
-        except (QueueError, ValueError) as error:
+        except QueueError as error:
             status, content = HTTPStatus.SERVICE_UNAVAILABLE, self._trouble(url.path, str(error))
         if isinstance(content, tuple):
             kind, content = content
@@ -175,7 +198,7 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/jobs":
             jobs, before = board.jobs(query)
             return json.dumps({"jobs": [_plain(job) for job in jobs], "before_id": before})
-        if number.isascii() and number.isdigit() and len(number) < 20:
+        if number.isascii() and number.isdigit() and len(number) < 19:
             if parent == "/job":
                 return pages.job(board.job(int(number)), query.get("said", ""), self._token())
             if parent == "/api/jobs":
@@ -220,12 +243,13 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(HTTPStatus.REQUEST_TIMEOUT, "expected the rest of the request") from None
         if len(body) < int(length):
             raise Refused(HTTPStatus.BAD_REQUEST, "expected the rest of the request")
+        self.server.has_come(self.connection)
         return body.decode("utf-8", "replace")
 
     def _redirect(self, back: str, sentence: str) -> None:
         """Go back to a page of ours, which shows the sentence."""
-        url = urlsplit(back)
-        page = url.path if not url.netloc and url.path.startswith("/job/") else "/"
+        url = urlsplit(back if back.startswith(("/?", "/job/")) else "/")
+        page = url.path if url.path.startswith("/job/") else "/"
         query = {name: values[0] for name, values in parse_qs(url.query).items() if name in ops.FILTERS}
         self.send_response(HTTPStatus.SEE_OTHER)
         self.send_header("Location", f"{quote(page)}?{urlencode({**query, 'said': sentence[:200]})}")

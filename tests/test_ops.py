@@ -16,6 +16,7 @@ from conftest import ROOT, wait_until
 from populate import populate
 
 import ops
+import ops_streamlit
 import pqueue
 import web
 
@@ -309,8 +310,42 @@ def test_page_is_not_served_under_another_name(queue, site, host):
     assert site.ask("/", Host=host)[0] == 421
 
 
+def test_malformed_request_is_told_and_changes_nothing(queue, site):
+    job_id = failed(queue)
+    good = {"token": site.server.token, "id": job_id}
+    assert site.ask("/?state=nosuch")[:2] == (400, f"expected a state of {', '.join(pqueue.STATES)}, got 'nosuch'\n")
+    assert site.ask("http://[/")[0] == 400
+    assert site.ask("/act/resubmit", good, Origin="http://[")[0] == 400
+    assert site.ask("/act/resubmit", {**good, "x": list(range(3000))})[0] == 400
+    assert site.ask("/act/resubmit", good, Transfer_Encoding="chunked", Content_Length="")[0] == 411
+    assert queue.get(job_id).state == "failed"
+    status, _, headers = site.ask("/act/resubmit", {**good, "back": "http://["})
+    assert (status, headers["Location"]) == (303, "/?said=resubmitted+1+job")
+
+
+@pytest.mark.parametrize("header", ["Host", "Origin", "Cookie", "X"])
+def test_header_cannot_be_injected(queue, site, header):
+    with socket.create_connection(("127.0.0.1", site.port)) as client:
+        said = "x%0d%0aSet-Cookie:%20a=b"
+        client.sendall(f"GET /?said={said} HTTP/1.1\r\nHost: 127.0.0.1\r\n{header}: a\rX: b\r\n\r\n".encode())
+        answer = client.makefile("rb").read().decode()
+    assert "\r\nSet-Cookie" not in answer
+    assert not re.search("\r(?!\n)", answer)
+
+
 @pytest.mark.parametrize(
-    "path", ["/../../etc/passwd", "//etc/passwd", "/job/../x", "/job/-1", "/job/9" * 20, "/%00", "/job/1%2f", "/static"]
+    "path",
+    [
+        "/../../etc/passwd",
+        "//etc/passwd",
+        "/job/../x",
+        "/job/-1",
+        "/job/" + "9" * 19,
+        "/job/9" * 20,
+        "/%00",
+        "/job/1%2f",
+        "/static",
+    ],
 )
 def test_paths_lead_nowhere(queue, site, path):
     status, text, _ = site.ask(path)
@@ -352,19 +387,41 @@ def test_oversized_and_half_sent_requests_are_refused(queue, site, monkeypatch):
 
 
 def test_idle_connections_do_not_stall_it(queue, site):
-    idle = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(200)]
+    idle = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(web.MOST_CONNECTIONS + 100)]
     assert site.ask("/healthz")[1] == "healthy\n"
-    more = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(100)]
-    for connection in idle + more:
+    for connection in idle:
         connection.close()
-    wait_until(lambda: _answers(site))
 
 
-def _answers(site):
-    try:
-        return site.ask("/healthz")[0] == 200
-    except OSError:
-        return False
+def test_request_that_trickles_is_cut_off(queue, site, monkeypatch):
+    monkeypatch.setattr(web, "REQUEST_SECONDS", 0.2)
+    with socket.create_connection(("127.0.0.1", site.port), timeout=10) as slow:
+        slow.sendall(b"GET / HTTP/1.1\r\n")
+
+        def is_cut_off():
+            try:
+                slow.sendall(b"X: y\r\n")
+                return False
+            except OSError:
+                return True
+
+        wait_until(is_cut_off)
+    assert site.ask("/healthz")[0] == 200
+
+
+def test_reader_who_never_reads_costs_nobody(queue, site, monkeypatch):
+    monkeypatch.setattr(web.Handler, "timeout", 0.3)
+    queue.enqueue_many("t", ["x" * 1000] * 60)
+    deaf = []
+    for _ in range(20):
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        connection.connect(("127.0.0.1", site.port))
+        connection.sendall(f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{site.port}\r\n\r\n".encode())
+        deaf.append(connection)
+    assert site.ask("/api/jobs")[0] == 200
+    for connection in deaf:
+        connection.close()
 
 
 def test_other_addresses_need_a_password(queue, folder, monkeypatch, capsys):
@@ -415,6 +472,25 @@ def test_database_that_comes_and_goes_is_told_and_found_again(folder, site):
     assert "got 99" in site.ask("/")[1]
 
 
+def test_database_that_is_locked_is_told_and_found_again(queue, site, monkeypatch):
+    monkeypatch.setattr(
+        pqueue.PersistentQSQLite.__init__,
+        "__kwdefaults__",
+        {**pqueue.PersistentQSQLite.__init__.__kwdefaults__, "busy_seconds": 0.1},
+    )
+    queue.enqueue("t")
+    queue.close()
+    with sqlite3.connect(queue.path, isolation_level=None) as db:
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        db.execute("BEGIN EXCLUSIVE")
+        status, text, _ = site.ask("/")
+        assert (status, "another writer held it" in text) == (503, True)
+        assert "another writer held it" in json.loads(site.ask("/live")[1])["health"]
+        db.execute("ROLLBACK")
+    db.close()
+    assert site.ask("/")[0] == 200
+
+
 def test_page_is_drawn_while_a_writer_holds_the_database(queue, site):
     job_id = queue.enqueue("t")
     with sqlite3.connect(queue.path, isolation_level=None) as db:
@@ -463,6 +539,32 @@ def test_streamlit_page_says_what_is_missing(folder):
     page = streamlit()
     assert not page.exception
     assert "no queue at" in "".join(each.proto.body for each in page.get("html"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_streamlit_page_follows_a_queue_that_is_replaced(queue):
+    queue.enqueue("t", queue="first")
+    assert "first" in _frames(streamlit())
+    queue.close()
+    for path in queue.path.parent.glob("queue.db*"):
+        if path.is_file():
+            path.unlink()
+    other = pqueue.open_queue()
+    other.enqueue("t", queue="second")
+    assert "second" in _frames(streamlit())
+    assert "first" not in _frames(streamlit())
+    with other.transaction() as db:
+        db.execute("PRAGMA user_version = 99")
+    other.close()
+    ops_streamlit.board().forget()
+    page = streamlit()
+    assert not page.exception
+    assert "got 99" in "".join(each.proto.body for each in page.get("html"))
+
+
+def _frames(page):
+    assert not page.exception
+    return " ".join(str(each.value.to_dict()) for each in page.dataframe)
 
 
 @pytest.mark.filterwarnings("ignore")
