@@ -364,7 +364,7 @@ def test_log_stays_small_while_others_only_look(fast_queue):
 
     with ThreadPoolExecutor(2) as pool:
         looks = [pool.submit(look) for _ in range(2)]
-        for _ in range(60):
+        for _ in range(200):  # would make 100 MB of log
             queue.enqueue_many("t", ["x" * 1000] * 100)
             drained(queue)
         largest = queue.check(thorough=False)["wal_bytes"]
