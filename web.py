@@ -166,13 +166,13 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/stats":
             return json.dumps({**board.overview(), "minutes": board.minutes()})
         if path == "/api/jobs":
-            return json.dumps([_plain(job) for job in board.jobs(query, _before(query))])
+            return json.dumps([report.job_object(job) for job in board.jobs(query, _before(query))])
         if number.isascii() and number.isdigit() and len(number) < 20:
             if parent == "/job":
                 return pages.job(board.job(int(number)), query.get("said", ""), self._token())
             if parent == "/api/jobs":
                 found = board.job(int(number))
-                return json.dumps({**found, "job": _plain(found["job"])})
+                return json.dumps({**found, "job": report.job_object(found["job"])})
         raise Refused(HTTPStatus.NOT_FOUND, "no such page")
 
     def _trouble(self, path: str, sentence: str) -> Any:
@@ -240,11 +240,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         """Log nothing: a page that is open asks every two seconds."""
-
-
-def _plain(job: Any) -> dict[str, Any]:
-    shown = {"payload": report.masked(job.payload), "result": report.masked(job.result), "lease_token": None}
-    return {**job._asdict(), **shown}
 
 
 def _before(query: dict[str, str]) -> int | None:
