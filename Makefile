@@ -10,7 +10,7 @@ help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
 run: $(READY)  ## Run the whole system in the foreground; Ctrl-C ends it
-	@PATH="$(CURDIR)/$(BIN):$$PATH" exec $(BIN)/supervisord -n -c supervisord.conf
+	@umask 077; PATH="$(CURDIR)/$(BIN):$$PATH" exec $(BIN)/supervisord -n -c supervisord.conf
 
 test: $(READY)  ## Run every test
 	$(BIN)/python -m pytest

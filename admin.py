@@ -39,6 +39,7 @@ from report import (
     for_machines,
     for_people,
     is_time,
+    job_object,
     json_text,
     masked,
     metrics,
@@ -210,10 +211,6 @@ def _job_row(job: Job) -> dict[str, Any]:
     return {**row, "detail": first_line(job.error) if job.state == "failed" else masked(job.payload)}
 
 
-def _job_object(job: Job) -> dict[str, Any]:
-    return {**job._asdict(), "payload": masked(job.payload), "result": masked(job.result), "lease_token": None}
-
-
 @command("list-jobs", *FILTERS, *PAGE)
 def list_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     """List jobs, the newest first."""
@@ -222,7 +219,7 @@ def list_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> Resul
 
 def _listed(queue: PersistentQInterface, options: argparse.Namespace) -> list[dict[str, Any]]:
     jobs = queue.list_jobs(**_filters(options), limit=options.limit, before_id=options.before_id)
-    return [_job_object(job) if options.json else _job_row(job) for job in jobs]
+    return [job_object(job) if options.json else _job_row(job) for job in jobs]
 
 
 @command("failedjobs", *MATCHING, *PAGE, Parameter("--all", "list the jobs instead", flag=True))
@@ -239,7 +236,7 @@ def failedjobs(queue: PersistentQInterface, options: argparse.Namespace) -> Resu
 def show(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     """Show everything about a job, with the story of its attempts."""
     job, story = queue.get(options.job_id), queue.history(options.job_id)
-    facts = {**_job_object(job), "why": why(queue, job.id)}
+    facts = {**job_object(job), "why": why(queue, job.id)}
     if options.json:
         return Result(
             [{**facts, "history": [{key: for_machines(key, v) for key, v in each.items()} for each in story]}]

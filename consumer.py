@@ -32,6 +32,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 import pqueue
 from pqueue import DoNotRetry, Job, LeaseLost, PersistentQInterface, QueueBusy, QueueError, QueueFull, task
 
+MOST_FILE_BYTES = 1 << 30  # of a job file; a larger one is refused
 HOLD_SECONDS = 0.03  # the work a consumer takes at a time: one slow job, or as many quick ones as fit
 MAX_BATCH = 32  # more would keep an enqueue waiting for longer than a few ms
 TICK_SECONDS = 0.05  # how often the watch looks at a running job
@@ -104,8 +105,8 @@ def prepend_timestamp(job: Job) -> dict[str, Any]:
             pqueue.current_queue().update(job, result=plan)
         prefix = f"{plan['timestamp']} ".encode()
         if digest == plan["sha256"]:
-            _replace(name, folder, source, prefix, str(job.lease_token))
-        elif not all(line.startswith(prefix) for line in source):
+            _replace(name, folder, source, prefix, digest, str(job.lease_token))
+        elif not all(part.startswith(prefix) for part, begins in _parts(source) if begins):
             raise DoNotRetry(f"{name} changed since its timestamp was chosen; it was left as it is")
     return plan
 
@@ -151,10 +152,11 @@ def _open_file(name: str, folder: int) -> BinaryIO:
         if error.errno not in (errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG):
             raise
         raise DoNotRetry(f"cannot open {name}, perhaps a symbolic link: {error.strerror}") from None
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
-        raise DoNotRetry(f"expected {name} to be a regular file")
-    return os.fdopen(file, "rb")
+    found = os.fstat(file)
+    if stat.S_ISREG(found.st_mode) and found.st_size <= MOST_FILE_BYTES:
+        return os.fdopen(file, "rb")
+    os.close(file)
+    raise DoNotRetry(f"expected {name} to be a regular file of at most {MOST_FILE_BYTES} bytes")
 
 
 def _sha256(source: BinaryIO) -> str:
@@ -165,17 +167,27 @@ def _sha256(source: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _replace(name: str, folder: int, source: BinaryIO, prefix: bytes, token: str) -> None:
+def _parts(source: BinaryIO) -> Iterator[tuple[bytes, bool]]:
+    """Yield lines, long ones in parts, with whether a line begins there."""
+    begins = True
+    while part := source.readline(1 << 16):
+        yield part, begins
+        begins = part.endswith(b"\n")
+
+
+def _replace(name: str, folder: int, source: BinaryIO, prefix: bytes, digest: str, token: str) -> None:
     """Write the stamped copy beside the file and rename it over, so that a reader sees the old or the new one."""
     for stale in os.listdir(folder):
         if stale.startswith(f".{name}.") and stale.endswith(".stamped"):
             os.unlink(stale, dir_fd=folder)
     copy = f".{name}.{token}.stamped"
     with os.fdopen(os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder), "wb") as target:
-        at_line_start = True
-        while part := source.readline(1 << 16):
-            target.write(prefix + part if at_line_start else part)
-            at_line_start = part.endswith(b"\n")
+        copied = hashlib.sha256()
+        for part, begins in _parts(source):
+            target.write(prefix + part if begins else part)
+            copied.update(part)
+        if copied.hexdigest() != digest:
+            raise OSError(f"{name} changed while it was read")
         target.flush()
         os.fsync(target.fileno())
     os.rename(copy, name, src_dir_fd=folder, dst_dir_fd=folder)

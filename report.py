@@ -234,6 +234,11 @@ def masked(value: Any) -> Any:
     return [masked(each) for each in value] if isinstance(value, list) else value
 
 
+def job_object(job: Job) -> dict[str, Any]:
+    """Return a job as programs are shown it: without secrets, and without the token that could settle it."""
+    return {**job._asdict(), "payload": masked(job.payload), "result": masked(job.result), "lease_token": None}
+
+
 def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 

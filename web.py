@@ -128,8 +128,6 @@ class Handler(BaseHTTPRequestHandler):
             respond()
         except Refused as refused:
             self._send(refused.status, TEXT, f"{refused}\n")
-        except ValueError as error:
-            self._send(HTTPStatus.BAD_REQUEST, TEXT, f"{error}\n")
         except JobNotFound as error:
             self._send(HTTPStatus.NOT_FOUND, TEXT, f"{error}\n")
         except ValueError as error:  # of urlsplit and parse_qs
@@ -197,13 +195,13 @@ class Handler(BaseHTTPRequestHandler):
             return json.dumps({**figures["overview"], "minutes": figures["minutes"]})
         if path == "/api/jobs":
             jobs, before = board.jobs(query)
-            return json.dumps({"jobs": [_plain(job) for job in jobs], "before_id": before})
+            return json.dumps({"jobs": [report.job_object(job) for job in jobs], "before_id": before})
         if number.isascii() and number.isdigit() and len(number) < 19:
             if parent == "/job":
                 return pages.job(board.job(int(number)), query.get("said", ""), self._token())
             if parent == "/api/jobs":
                 found = board.job(int(number))
-                return json.dumps({**found, "job": _plain(found["job"])})
+                return json.dumps({**found, "job": report.job_object(found["job"])})
         raise Refused(HTTPStatus.NOT_FOUND, "no such page")
 
     def _trouble(self, path: str, sentence: str) -> Any:
@@ -272,11 +270,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         """Log nothing: a page that is open asks every two seconds."""
-
-
-def _plain(job: Any) -> dict[str, Any]:
-    shown = {"payload": report.masked(job.payload), "result": report.masked(job.result), "lease_token": None}
-    return {**job._asdict(), **shown}
 
 
 def _is_address(name: str) -> bool:

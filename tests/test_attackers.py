@@ -1,0 +1,440 @@
+"""Attackers: other accounts, files that are not what they seem, payloads that reach out, secrets, terminal escapes."""
+
+# ruff: noqa: E501 - paths of attackers are long
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import tempfile
+from contextlib import closing, suppress
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, wait_until
+from test_admin import on_terminal
+from test_ops import Site
+from test_supervisor import BIN, manage, running, system  # noqa: F401 - a fixture
+
+import admin
+import consumer
+import pqueue
+import report
+
+SECRET = "hunter2"  # never shown
+ESCAPES = "\x1b[31m\x1b]0;owned\x07\x9b2J\r\x08\u202e"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("PQUEUE_URL", "PQUEUE_FILES", "PQUEUE_DURABILITY", "PQUEUE_OPS_READONLY", "PQUEUE_OPS_PASSWORD"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(consumer, "files_directory", tmp_path / "var/files")
+    return tmp_path
+
+
+@pytest.fixture
+def queue(folder):
+    with closing(pqueue.open_queue()) as queue:
+        yield queue
+
+
+# Other accounts
+
+
+def open_to_others(folder, *but):
+    """Return what under this folder another account could read, write or enter."""
+    made = [path for path in folder.rglob("*") if path not in but and not path.is_symlink()]
+    return [path for path in made if stat.S_IMODE(path.lstat().st_mode) & 0o077]
+
+
+def test_every_program_makes_files_for_its_account_alone(place):
+    def carelessly(program, *arguments, **options):
+        command = ["sh", "-c", 'umask 0; exec "$@"', "sh", *place.command(program, *arguments)]
+        return subprocess.Popen(
+            command,
+            cwd=place.folder,
+            env=place.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            **options,
+        )
+
+    def run(program, *arguments):
+        child = carelessly(program, *arguments)
+        said, _ = child.communicate(timeout=60)
+        assert child.returncode == 0, said
+
+    run("producer.py", "--count", "2", "--interval", "0")
+    working = carelessly("consumer.py")
+    try:
+        wait_until(lambda: place.queue().stats()["states"]["completed"] == 2)
+        assert {"queue.db", "queue.db-wal", "queue.db-shm"} <= {path.name for path in (place.folder / "var").iterdir()}
+        assert open_to_others(place.folder) == []
+    finally:
+        working.send_signal(signal.SIGTERM)
+        working.communicate()
+    run("admin.py", "enqueue", "t", "1", "--delay", "1h")
+    run("admin.py", "backup", "copies.db")
+    run("admin.py", "move", "--to", "elsewhere/moved.db")
+    torture = carelessly("admin.py", "torture", "--seconds", "3")
+    seen = []
+    while torture.poll() is None:
+        with suppress(FileNotFoundError):  # it clears its own away meanwhile
+            seen += [path for path in open_to_others(place.folder) if path.parent == place.folder / "var"]
+    torture.communicate()
+    assert seen == []
+    assert {"copies.db", "moved.db"} <= {path.name for path in place.folder.rglob("*.db")}
+    assert open_to_others(place.folder) == []
+
+
+def test_supervisor_and_manager_make_files_for_their_account_alone(system):  # noqa: F811
+    here = {system.folder / name for name in ("var", "var/log", "var/supervisor.d")}  # of the checkout
+    given = {*system.folder.rglob("*")} - here
+    (recipe,) = re.findall(r"^run:.*\n\t@(.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    recipe = recipe.replace("$(CURDIR)/$(BIN)", str(BIN)).replace("$(BIN)", str(BIN)).replace("$$", "$")
+    system.start_command(["sh", "-c", f"umask 0; {recipe}"])
+    wait_until(lambda: len(running(system)) == 5)
+    assert manage(system, "--count", "1", "--size", "1").returncode == 0
+    wait_until(lambda: (system.folder / "var/files").exists() and len(running(system)) == 6)
+    made = {path.name for path in system.folder.rglob("*")} - {path.name for path in given}
+    assert {"supervisor.sock", "supervisord.pid", "supervisord.log", "consumer_00.log", "consumer2.conf"} <= made
+    assert open_to_others(system.folder, *given, *here, system.folder / "out-0") == []
+
+
+def in_another_account(attempt):
+    """Run it in a child that has given up all rights; return the sentence it raised, or None."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with suppress(BaseException), os.fdopen(writer, "w") as told:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            try:
+                attempt()
+            except (OSError, pqueue.QueueError) as error:
+                told.write(str(error))
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as told:
+        said = told.read()
+    os.waitpid(child, 0)
+    return said or None
+
+
+def test_another_account_can_neither_look_nor_work_nor_hold_a_lock():
+    assert os.geteuid() == 0, "only root can become another account"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        with closing(pqueue.PersistentQSQLite(folder / "queue.db")) as queue:
+            queue.enqueue("t", SECRET)
+            queue.dequeue("w")
+            for attempt in (
+                lambda: pqueue.PersistentQSQLite(folder / "queue.db"),
+                lambda: (folder / "queue.db").read_bytes(),
+                lambda: (folder / "queue.db-wal").read_bytes(),
+                lambda: os.open(folder / "queue.db.d" / "gate", os.O_RDONLY),
+                lambda: os.open(folder / "queue.db.d" / "0.bell", os.O_WRONLY | os.O_NONBLOCK),
+                lambda: os.listdir(folder / "queue.db.d"),
+                lambda: (folder / "queue.db-journal").write_bytes(b""),
+            ):
+                assert re.search("[Pp]ermission|unable to open", in_another_account(attempt) or "nothing")
+
+
+# Job files
+
+
+def stamp(queue, payload, **options):
+    """Run one prepend_timestamp in a consumer's way and return the job."""
+    job_id = queue.enqueue(consumer.prepend_timestamp, payload, **options)
+    runner = consumer.Consumer(queue, "w", drain=True, quiet=True)
+    before = signal.signal(signal.SIGALRM, runner.interrupt)
+    try:
+        runner.run()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    return queue.get(job_id)
+
+
+def make_device(path):
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    except PermissionError:  # in a container, perhaps
+        make_socket(path)
+
+
+def make_socket(path):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(path))
+
+
+def make_sparse(path):
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (make_device, "expected it.txt to be a regular file|cannot open it.txt"),
+        (make_socket, "cannot open it.txt"),
+        (Path.mkdir, "expected it.txt to be a regular file"),
+        (make_sparse, "expected it.txt to be a regular file of at most 1073741824 bytes"),
+    ],
+    ids=["device", "socket", "folder", "huge"],
+)
+def test_file_that_is_none_or_huge_is_refused_for_good(queue, folder, make, message):
+    (folder / "var/files").mkdir(parents=True)
+    make(folder / "var/files/it.txt")
+    job = stamp(queue, {"file": "it.txt"})
+    assert (job.state, job.attempts) == ("failed", 1)
+    assert re.match(f"DoNotRetry: ({message})", job.error)
+    assert [path.name for path in (folder / "var/files").iterdir()] == ["it.txt"]
+
+
+def test_other_name_of_a_file_keeps_what_it_had(queue, folder):
+    (folder / "var/files").mkdir(parents=True)
+    (folder / "precious").write_text("mine\n")
+    os.link(folder / "precious", folder / "var/files/job.txt")
+    assert stamp(queue, {"file": "job.txt"}).state == "completed"
+    assert (folder / "precious").read_text() == "mine\n"
+    assert (folder / "var/files/job.txt").read_text().endswith("Z mine\n")
+
+
+def test_file_that_changes_while_it_is_read_is_left_as_it_is(queue, folder, monkeypatch):
+    (folder / "var/files").mkdir(parents=True)
+    file = folder / "var/files/job.txt"
+    file.write_text("one\n")
+    digest = consumer._sha256
+
+    def then_it_changes(source):
+        found = digest(source)
+        file.write_text("another\nand more\n")
+        return found
+
+    monkeypatch.setattr(consumer, "_sha256", then_it_changes)
+    job = stamp(queue, {"file": "job.txt"})
+    assert job.state == "scheduled"
+    assert "job.txt changed while it was read" in job.error
+    assert file.read_text() == "another\nand more\n"
+    monkeypatch.setattr(consumer, "_sha256", digest)
+    with closing(pqueue.open_queue()) as other:
+        retry = other.dequeue("v", now=job.run_at + 3600) or other.dequeue("v", now=job.run_at + 7200)
+        with pytest.raises(pqueue.DoNotRetry, match="changed since its timestamp was chosen"):
+            pqueue.run_task(other, retry)
+    assert file.read_text() == "another\nand more\n"
+
+
+def test_long_line_is_stamped_and_checked_in_parts(queue, folder, monkeypatch):
+    (folder / "var/files").mkdir(parents=True)
+    (folder / "var/files/job.txt").write_bytes(b"x" * 300_000 + b"\ny")
+    job = stamp(queue, {"file": "job.txt"})
+    text = (folder / "var/files/job.txt").read_bytes()
+    assert [len(line) for line in text.split(b"\n")] == [300_025, 26]
+    again = queue.enqueue(consumer.prepend_timestamp, {"file": "job.txt"})
+    taken = queue.dequeue("w")
+    queue.update(taken, result=job.result)
+    assert pqueue.run_task(queue, taken._replace(result=job.result)) == job.result
+    assert (again, (folder / "var/files/job.txt").read_bytes()) == (taken.id, text)
+
+
+OUTSIDE = [
+    "../secret.txt", "..//secret.txt", "./../secret.txt", "../files/../secret.txt", "//etc/hostname", "/etc/hostname/",
+    "a/../../secret.txt", "job.txt/../../secret.txt", ".", "./", "../", "../files", "..\\secret.txt", "\uff0e\uff0e/secret.txt",
+    "..\u2215secret.txt", "%2e%2e/secret.txt", "..%2fsecret.txt", "..;/secret.txt", "~/x", "$HOME/x", "file:///etc/hostname",
+    "x" * 300, "/" * 300, "../" * 50 + "etc/hostname", "job.txt\0.png", "\0../secret.txt", " ../secret.txt", "link/../../secret.txt",
+    ["job.txt"], {"file": "job.txt"}, 0, True, None,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OUTSIDE, ids=range(len(OUTSIDE)))
+def test_payload_reaches_no_file_elsewhere(queue, folder, name):
+    files = folder / "var/files"
+    files.mkdir(parents=True)
+    (files / "job.txt").write_text("in its place\n")
+    (folder / "var/secret.txt").write_text(SECRET)
+    (files / "link").symlink_to("/etc")
+    before = {path: path.read_text() for path in folder.rglob("*.txt")}
+    job = stamp(queue, {"file": name}, max_attempts=1)
+    assert job.state == "failed"
+    assert re.match("(DoNotRetry|FileNotFoundError): ", job.error)
+    assert {path: path.read_text() for path in folder.rglob("*.txt")} == before
+    site = Site()
+    try:
+        for path in (f"/job/{job.id}", f"/api/jobs/{job.id}"):
+            assert SECRET not in site.ask(path)[1]
+    finally:
+        site.close()
+
+
+# Secrets
+
+KEYS = [
+    "password",
+    "Passwd",
+    "PWD",
+    "secret",
+    "client_secret",
+    "api_key",
+    "api-key",
+    "apiKey",
+    "X-Api-Key",
+    "access_token",
+]
+KEYS += [
+    "Authorization",
+    "private_key",
+    "passphrase",
+    "db_password",
+    "credentials",
+    "Set-Cookie",
+    "bearer",
+    "access_key",
+]
+PLAIN = ["key", "name", "n", "passage", "compass", "author", "monkey", "pass"]
+
+
+def test_secrets_are_known_by_the_names_of_their_keys():
+    value = dict.fromkeys(KEYS, SECRET) | {key: f"shown {key}" for key in PLAIN}
+    text = json.dumps(report.masked([{"deep": [value, {"deeper": value}]}]))
+    assert SECRET not in text
+    assert all(text.count(f'"shown {key}"') == 2 for key in PLAIN)
+    assert report.masked({"token": {"a": [SECRET]}, "x": "token"}) == {"token": "…", "x": "token"}
+
+
+def test_secrets_of_payloads_and_results_are_shown_nowhere(queue, folder, capsys):
+    secret = {"user": "ada", "nested": [{"api_key": SECRET}], "password": SECRET}
+    for end in ("complete", "fail", "pending", "running"):
+        job_id = queue.enqueue("work", secret, max_attempts=1)
+        if end != "pending":
+            job = queue.dequeue("anna")
+            assert job.id == job_id or end == "running"
+            queue.update(job, result=secret)
+        if end == "complete":
+            queue.complete(job, secret)
+        elif end == "fail":
+            queue.fail(job, "ValueError: no")
+    commands = [
+        ["list-jobs"],
+        ["list-jobs", "--json"],
+        ["failedjobs", "--all"],
+        ["monitor", "--once"],
+        ["monitor", "--json"],
+    ]
+    commands += [[name, str(n), *more] for name in ("show", "why") for n in (1, 2, 3) for more in ([], ["--json"])]
+    for arguments in commands:
+        assert admin.main(arguments) == 0
+        out = capsys.readouterr().out
+        assert SECRET not in out, arguments
+    assert admin.main(["show", "1"]) == 0
+    assert '"user": "ada"' in capsys.readouterr().out
+    site = Site()
+    try:
+        for path in ("/", "/live", "/job/1", "/job/2", "/api/jobs", "/api/jobs/1", "/api/stats", "/metrics"):
+            assert SECRET not in site.ask(path)[1], path
+    finally:
+        site.close()
+
+
+def test_secrets_of_payloads_stay_out_of_errors_and_logs(place):
+    place.write(
+        "my_tasks.py",
+        "from pqueue import task\n@task()\ndef odd(job): return {'password': {job.payload['password']}}\n",
+    )
+    with closing(place.queue()) as queue:
+        queue.enqueue("prepend_timestamp", {"password": SECRET}, max_attempts=1)
+        queue.enqueue("odd", {"password": SECRET}, max_attempts=1)
+        queue.enqueue("unknown", {"password": SECRET}, max_attempts=1)
+        done = place.run("consumer.py", "--import", "my_tasks", "--drain")
+        assert queue.stats()["states"]["failed"] == 3
+        assert not any(SECRET in job.error for job in queue.list_jobs())
+    assert SECRET not in done.stdout + done.stderr
+    with closing(place.queue()) as queue, pytest.raises(ValueError) as told:
+        queue.enqueue("t", {"password": SECRET, "x": {1}})
+    assert SECRET not in str(told.value)
+
+
+# Terminals
+
+
+def is_harmless(text):
+    return all(mark.isprintable() or mark in "\t\r\n" for mark in text)
+
+
+@pytest.fixture
+def hostile(queue):
+    """A queue with escapes wherever text may stand, past the interface where that refuses them."""
+    job_id = queue.enqueue("work", {"text": ESCAPES, ESCAPES: 1}, max_attempts=1)
+    queue.fail(queue.dequeue("anna"), f"ValueError: {ESCAPES}\n  in {ESCAPES}")
+    queue.enqueue("work", ESCAPES)
+    for refused in ({"task": ESCAPES}, {"queue": ESCAPES}, {"key": ESCAPES}, {"assigned_to": ESCAPES}):
+        with pytest.raises(ValueError, match="printable characters"):
+            queue.enqueue(**{"task": "t", **refused})
+    with queue.transaction() as db:
+        db.execute("UPDATE queues SET name = ?", [f"q{ESCAPES}"])
+        db.execute("UPDATE jobs SET queue = ?, task = ?, key = 'k' || id || ?", [f"q{ESCAPES}", f"t{ESCAPES}", ESCAPES])
+        db.execute("UPDATE jobs SET assigned_to = ? WHERE state = 'pending'", [ESCAPES])
+        db.execute("UPDATE consumers SET name = ?, host = ?, queues = ?", [ESCAPES, ESCAPES, json.dumps([ESCAPES])])
+        db.execute("UPDATE history SET event = ?, actor = ?", [ESCAPES, ESCAPES])
+    return job_id
+
+
+SHOWING = [["list-jobs"], ["failedjobs"], ["failedjobs", "--all"], ["show", "1"], ["why", "1"], ["why", "2"], ["stats"]]
+SHOWING += [
+    ["consumers", "--all"],
+    ["doctor"],
+    ["metrics"],
+    ["monitor", "--once"],
+    ["pause", "nosuch"],
+    ["cancel", "99"],
+]
+
+
+@pytest.mark.parametrize("arguments", SHOWING, ids=" ".join)
+def test_no_escape_of_a_job_reaches_the_terminal(hostile, arguments, capsys):
+    shown = on_terminal(arguments, columns=200, NO_COLOR="1")
+    assert is_harmless(shown), shown
+    admin.main([*arguments, "--json"])
+    admin.main(arguments)
+    out, err = capsys.readouterr()
+    assert is_harmless(out + err)
+    assert "\r" not in out
+
+
+def test_no_escape_of_a_job_reaches_a_log(place):
+    place.write(
+        "my_tasks.py", f"from pqueue import task\n@task(max_attempts=1)\ndef odd(job): raise ValueError({ESCAPES!r})\n"
+    )
+    with closing(place.queue()) as queue:
+        queue.enqueue("odd", {"file": ESCAPES}, max_attempts=1)
+        queue.enqueue("prepend_timestamp", {"file": f"x{ESCAPES}"}, max_attempts=1)
+        with queue.transaction() as db:
+            db.execute("INSERT INTO jobs SELECT 9, queue, ?, payload, state, 0, run_at, 0, 1, NULL, NULL, NULL, NULL, NULL, "
+                       "created_at, NULL, NULL, NULL, NULL, NULL FROM jobs WHERE id = 1", [ESCAPES])  # fmt: skip
+        done = place.run("consumer.py", "--import", "my_tasks", "--drain")
+        assert queue.stats()["states"]["failed"] == 3
+    assert (done.returncode, is_harmless(done.stdout + done.stderr)) == (0, True)
+    assert done.stdout.count("\n") == done.stdout.count("Z ")
+
+
+def test_no_escape_of_a_broken_schema_reaches_the_terminal(place):
+    with closing(place.queue()) as queue:
+        path = queue.path
+        with queue.transaction() as db:
+            db.execute('CREATE TABLE "\x1b[31mred" (x)')
+            db.execute("PRAGMA writable_schema = 1")
+            db.execute("UPDATE sqlite_master SET sql = 'CREATE TABLE nonsense' WHERE name = char(27) || '[31mred'")
+    assert path.exists()
+    for program, *arguments in (("admin.py", "stats"), ("consumer.py", "--drain"), ("producer.py", "--count", "1")):
+        done = place.run(program, *arguments)
+        assert done.returncode == 1
+        assert is_harmless(done.stdout + done.stderr)
+        assert done.stderr.count("\n") == 1
