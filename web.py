@@ -130,8 +130,8 @@ class Handler(BaseHTTPRequestHandler):
             self._send(refused.status, TEXT, f"{refused}\n")
         except JobNotFound as error:
             self._send(HTTPStatus.NOT_FOUND, TEXT, f"{error}\n")
-        except ValueError as error:  # of urlsplit and parse_qs
-            self._send(HTTPStatus.BAD_REQUEST, TEXT, f"expected another request: {error}\n")
+        except ValueError as error:  # of the queue, of urlsplit and parse_qs
+            self._send(HTTPStatus.BAD_REQUEST, TEXT, f"{error}\n")
 
     def _check(self) -> None:
         try:
