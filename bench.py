@@ -30,9 +30,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+import bench_postgres
 import bench_redis
 import consumer
 import pqueue
+from bench_postgres import SERVER, PostgresLimit, milliseconds
 
 HERE = Path(__file__).resolve().parent
 SCALE = float(os.environ.get("BENCH_SCALE", "1"))  # of the work; --quick sets it for the measuring processes
@@ -40,7 +42,6 @@ SECONDS = 2.0 * SCALE  # of each rate that is measured by the clock
 QUICK_SCALE = 0.1
 PUT_MANY = 100
 LEFT_OUT = "BENCH_WITHOUT"  # names to the measuring processes, and to their consumers, the idea to do without
-SERVER = "BENCH_SERVER"  # names the PostgreSQL server to the measuring processes
 CONSUMERS = 4
 LEAST_PUTS = 20  # beside them, however long each has to wait
 COLUMNS = ["put", "put many", "process", "program", "share", "put under load", "pickup", "idle", "depth"]
@@ -149,33 +150,6 @@ class Ours:
             jobs, _ = self.queue.complete_and_dequeue([(job, None) for job in jobs], "bench")
 
 
-class PostgresLimit:
-    """Bare psycopg doing the least: one commit per put, one per job taken and finished."""
-
-    module, survives = "psycopg", "-"
-
-    def __init__(self, folder: Path, durability: str) -> None:
-        import psycopg  # noqa: PLC0415
-
-        self.db = psycopg.connect(os.environ[SERVER], autocommit=True, prepare_threshold=0)
-        self.db.execute(f"SET synchronous_commit = {'on' if durability == 'full' else 'off'}")
-        self.db.execute("CREATE TABLE jobs (id BIGSERIAL PRIMARY KEY, state TEXT NOT NULL, payload TEXT NOT NULL)")
-        self.db.execute("CREATE INDEX pending ON jobs (id) WHERE state = 'pending'")
-
-    def put(self) -> None:
-        self.db.execute("INSERT INTO jobs (state, payload) VALUES ('pending', 'null')")
-
-    def put_many(self, number: int) -> None:
-        with self.db.transaction(), self.db.cursor() as cursor:
-            cursor.executemany("INSERT INTO jobs (state, payload) VALUES ('pending', %s)", [("null",)] * number)
-
-    def process(self) -> Iterator[None]:
-        take = """UPDATE jobs SET state = 'completed' WHERE id =
-                  (SELECT id FROM jobs WHERE state = 'pending' ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED)"""
-        while self.db.execute(take).rowcount:
-            yield
-
-
 class Huey:
     """Its "normal" is fsync=False, which is synchronous=OFF: weaker than NORMAL. It deletes a job before it runs."""
 
@@ -280,7 +254,7 @@ CONTESTANTS: dict[str, Any] = {
     "persist-queue": PersistQueue,
     "localqueue": LocalQueue,
 }
-ON_POSTGRES: dict[str, Any] = {"limit": PostgresLimit, "pqueue": Ours}
+ON_POSTGRES: dict[str, Any] = {"limit": PostgresLimit, "pqueue": Ours, **bench_postgres.PEERS}
 
 # The columns: each returns named figures ##############################################################################
 
@@ -441,11 +415,6 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def milliseconds(delays: list[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(delays, n=100, method="inclusive")
-    return {"p50 ms": 1000 * cuts[49], "p99 ms": 1000 * cuts[98], "max ms": 1000 * max(delays)}
-
-
 # The run ##############################################################################################################
 
 Key = tuple[str, str, str]  # column, contestant, durability
@@ -456,7 +425,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.measure:
         column, contestant, durability, folder = options.measure
-        print(json.dumps(MEASURES[column](contestants()[contestant](Path(folder), durability))))
+        measured = contestants()[contestant](Path(folder), durability)
+        measure = getattr(measured, "measures", MEASURES).get(column, MEASURES[column])
+        print(json.dumps(measure(measured)))
         return 0
     if options.url:
         os.environ[SERVER] = options.url
@@ -507,7 +478,8 @@ def run(columns: list[str], rounds: int) -> dict[Key, Figures]:
         for column in columns
         for name in present
         for durability in ("full", "normal")
-        if (column in SIMPLE or name == "pqueue") and (name, durability) != ("persist-queue", "normal")
+        if (name == "pqueue" or column in getattr(contestants()[name], "columns", SIMPLE))
+        and (name, durability) != ("persist-queue", "normal")
     ]
     results: dict[Key, Figures] = {turn: {} for turn in turns}
     for number in range(rounds):
@@ -552,7 +524,7 @@ def table_on_redis(results: dict[str, dict[str, list[float]]]) -> str:
 def is_installed(name: str) -> bool:
     if importlib.util.find_spec(contestants()[name].module):
         return True
-    print(f"{name} is left out: pip install {name}")
+    print(f"{name} is left out: pip install {getattr(contestants()[name], 'package', name)}")
     return False
 
 

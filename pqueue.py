@@ -1439,7 +1439,8 @@ def _short(value: Any) -> str:
 
 
 def _error_text(error: str) -> str:
-    return str(error)[:MAX_ERROR_CHARS].encode("utf-8", "backslashreplace").decode()
+    text = str(error)[:MAX_ERROR_CHARS].replace("\0", "\\x00")  # which PostgreSQL cannot store
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 # SQLite: turnstile, doorbell, sessions ################################################################################

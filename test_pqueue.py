@@ -418,8 +418,9 @@ class QueueContract:
 
     def test_long_error_is_cut_and_a_broken_one_is_made_storable(self):
         job = self.taken()
-        self.queue.fail(job, "\ud800" + "x" * 20_000, retry=False)
-        self.assertEqual(len(self.queue.get(job.id).error.replace("\\ud800", "?")), pqueue.MAX_ERROR_CHARS)
+        self.queue.fail(job, "\ud800\0" + "x" * 20_000, retry=False)
+        stored = self.queue.get(job.id).error
+        self.assertEqual(len(stored.replace("\\ud800", "?").replace("\\x00", "?")), pqueue.MAX_ERROR_CHARS)
 
     # Transactions
 
