@@ -161,6 +161,8 @@ class Board:
             found = self._parts[part](queue)
         except QueueError as error:
             found = error
+        except Exception as error:  # whatever it is, the next page tries again
+            found = QueueError(f"cannot count the jobs: {error}")
         with self._lock:
             if self._running is running:  # else it is out of date already
                 self._stale_at[part] = _stale_at(began)

@@ -33,7 +33,7 @@ def populate(queue: pqueue.PersistentQInterface, jobs: int = 3000, seed: int = 1
     with queue.transaction():
         for number, at in enumerate(moments):
             task = chance.choices(list(TASKS), weights=[6, 3, 2, 1])[0]
-            queue.enqueue(task, payload(task, number), queue=QUEUES[task], max_attempts=1, now=at)
+            queue.enqueue(task, payload(task, number), queue=QUEUES[task], now=at)
     for number, at in enumerate(moments[: jobs - 23]):
         consumer = chance.choice(consumers)
         begun = at + chance.random() * 0.3
@@ -41,9 +41,9 @@ def populate(queue: pqueue.PersistentQInterface, jobs: int = 3000, seed: int = 1
         ended = min(now, begun + chance.expovariate(1.0) * TASKS[job.task])
         outage = now - 1500 < at < now - 1200
         if job.task == "send_mail" and chance.random() < (0.5 if outage else 0.01):
-            queue.fail(job, ERRORS[chance.random() < 0.2] + TRACE, now=ended)
+            queue.fail(job, ERRORS[chance.random() < 0.2] + TRACE, retry=False, now=ended)
         elif job.task == "resize_image" and chance.random() < 0.01:
-            queue.fail(job, "ValueError: not an image: photos/cover.heic", now=ended)
+            queue.fail(job, "ValueError: not an image: photos/cover.heic", retry=False, now=ended)
         elif number % 500 == 499:
             queue.cancel(job.id, by="ada", now=ended)
         else:

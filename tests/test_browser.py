@@ -113,6 +113,13 @@ class StandardLibrary:
         self.page.get_by_label("which jobs").select_option("matching")
         self.page.get_by_role("button", name=verb, exact=True).click()
 
+    def tick(self, job_id):
+        self.page.locator(f"input[name=id][value='{job_id}']").check()
+
+    def act_on_ticked(self, verb):
+        self.page.get_by_text("change jobs …").click()
+        self.page.get_by_role("button", name=verb, exact=True).click()
+
     def resubmit_group(self):
         self.page.locator("#failed summary").first.click()
         self.page.get_by_role("button", name="yes, resubmit all").click()
@@ -163,9 +170,13 @@ class Streamlit(StandardLibrary):
         self.page.get_by_role("button", name=verb, exact=True).click()
         self.page.get_by_role("button", name=f"yes, {verb}", exact=True).click()
 
-    def act_on_all_that_match(self, verb):
+    tick = open
+
+    def act_on_ticked(self, verb):
         self.page.get_by_role("button", name="change jobs").click()
         self.page.locator(f".st-key-bulk-{verb} button").click()
+
+    act_on_all_that_match = act_on_ticked
 
     def resubmit_group(self):
         self.page.get_by_role("button", name="resubmit a group").click()
@@ -254,6 +265,20 @@ def test_operator_sets_jobs_aside_and_pauses_a_queue(system, page, front):
     assert queue.stats()["states"] == {**dict.fromkeys(pqueue.STATES, 0), "failed": 1, "cancelled": 7}
     page.get_by_role("button", name="resume", exact=True).click()
     wait_until(lambda: not queue.stats()["queues"]["default"]["paused"])
+
+
+@both
+def test_job_that_was_ticked_is_the_one_that_is_changed(system, page, front):
+    queue = system.queue()
+    queue.pause("default")
+    ticked = queue.enqueue("mail")
+    site = front(system, page)
+    site.tick(ticked)
+    newer = queue.enqueue("mail")
+    expect(site.count("pending")).to_have_text("2")
+    site.act_on_ticked("cancel")
+    site.said("cancelled 1 job")
+    assert [queue.get(job_id).state for job_id in (ticked, newer)] == ["cancelled", "pending"]
 
 
 @both

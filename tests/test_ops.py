@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import os
 import re
 import socket
 import sqlite3
@@ -158,6 +159,13 @@ def test_page_does_not_wait_for_figures_that_take_long(queue, site, monkeypatch)
     assert (status, "counting the jobs" in text) == (503, True)
     go_on.set()
     wait_until(lambda: '<span>pending</span><b class="pending">0</b>' in site.ask("/")[1])
+
+
+def test_page_comes_back_after_figures_could_not_be_computed(queue, site, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(pqueue.PersistentQSQLite, "check", lambda *_, **__: os.stat("nosuch"))
+        assert "cannot count the jobs: [Errno 2] No such file" in site.ask("/")[1]
+    assert site.ask("/")[0] == 200
 
 
 def test_empty_dashboard_says_what_to_do(queue, site):
