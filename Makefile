@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 JOBS := 10000000
 
-.PHONY: help run test check format screenshots bench soak clean
+.PHONY: help run test check format screenshots bench soak lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -33,10 +33,13 @@ bench: $(READY)  ## Measure against the bare limit of the disk and against other
 soak: $(READY)  ## Put 10 million jobs through the queue, and see that nothing is lost and nothing grows; JOBS=N
 	PYTHONPATH=. $(BIN)/python tests/soak.py --jobs $(JOBS)
 
+lock:  ## Lock the newest of what requirements.in allows, with hashes; needs uv
+	UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --upgrade --universal --python-version 3.10 --generate-hashes requirements.in -o requirements.txt
+
 clean:  ## Remove the virtual environment and caches; var/ stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
 
 $(READY): requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
 	@touch $@

@@ -305,7 +305,7 @@ def measure_share(ours: Ours, jobs: int = int(100_000 * SCALE)) -> dict[str, flo
 
 def measure_put_under_load(ours: Ours) -> dict[str, float]:
     fill(ours.queue, int(300_000 * SCALE))
-    delays = []
+    delays: list[float] = []
     with consumers(ours, CONSUMERS):
         until = time.monotonic() + 2 * SECONDS
         while time.monotonic() < until or len(delays) < LEAST_PUTS:

@@ -117,6 +117,11 @@ class Board:
             self._computed, self._minutes = {}, {}
             self.expire()
 
+    def close(self) -> None:
+        """Forget it all, and end the thread that computes."""
+        self.forget()
+        self._worker.shutdown()
+
     def expire(self) -> None:
         """Compute all anew: something was changed."""
         with self._lock:

@@ -1456,6 +1456,7 @@ class Turnstile:
 
     def __init__(self, folder: Path) -> None:
         self._thread = threading.Lock()
+        self._closing = False
         self._doors: list[Door] = []
         with ExitStack() as undo:
             for name in ("hall", "gate", "way"):
@@ -1479,9 +1480,12 @@ class Turnstile:
     def leave(self) -> None:
         self._doors[-1].give()
         self._thread.release()
+        if self._closing:
+            self.close()
 
     def close(self) -> None:
-        """Close the doors, unless another thread stands in one."""
+        """Close the doors, when another thread that is between them has left."""
+        self._closing = True
         if self._thread.acquire(blocking=False):
             self.abandon()
 
@@ -1500,9 +1504,9 @@ class Turnstile:
         return True
 
     def _turn_back(self) -> None:
-        for door in self._doors:
+        for door in self._doors[:-1]:
             door.give()
-        self._thread.release()
+        self.leave()
 
 
 class Door:

@@ -5,6 +5,7 @@ python3 test_pqueue.py
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import multiprocessing
@@ -20,6 +21,7 @@ import threading
 import time
 import unittest
 from contextlib import ExitStack, closing, contextmanager, suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 from unittest import mock
 
@@ -49,6 +51,37 @@ def wait_until(condition, seconds=20.0):
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {seconds} s in vain")
         time.sleep(0.005)
+
+
+def held():
+    """Return what this process holds and a test might leave behind: descriptors, threads and children."""
+    found = {f"thread {thread.name} {thread.ident}" for thread in threading.enumerate()}
+    with suppress(FileNotFoundError):  # no /proc
+        for number in set(os.listdir("/proc/self/fd")) - {"0", "1", "2"}:
+            with suppress(FileNotFoundError):
+                found.add(f"descriptor {number} of {os.readlink(f'/proc/self/fd/{number}')}")
+        for thread in os.listdir("/proc/self/task"):
+            with suppress(FileNotFoundError):
+                found |= {f"child {pid}" for pid in Path(f"/proc/self/task/{thread}/children").read_text().split()}
+    return found
+
+
+@contextmanager
+def nothing_left():
+    """Fail when what runs in it leaves a descriptor, and so a connection, a thread or a child, or its end an error."""
+    resource_tracker.ensure_running()  # which multiprocessing leaves running
+    before, errors = held(), []
+    with mock.patch.object(sys, "unraisablehook", errors.append):
+        yield
+
+    def is_clean():
+        return held() <= before or (gc.collect() and held() <= before)
+
+    with suppress(AssertionError):
+        wait_until(is_clean, 5)
+    left = [*sorted(held() - before), *(repr(error.exc_value) for error in errors)]
+    if left:
+        raise AssertionError(f"left behind: {', '.join(left)}")
 
 
 @contextmanager
@@ -742,6 +775,9 @@ class SQLiteCase(unittest.TestCase):
     """A folder of its own for each test."""
 
     def setUp(self):
+        tidy = nothing_left()
+        tidy.__enter__()
+        self.addCleanup(tidy.__exit__, None, None, None)
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name)

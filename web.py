@@ -304,5 +304,5 @@ def serve(host: str, port: int) -> int:
         return 0
     finally:
         server.server_close()
-        server.board.forget()
+        server.board.close()
     return 0

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import pqueue  # noqa: E402
-from test_pqueue import wait_until  # noqa: E402, F401 - the contract suite stands alone, so it lives there
+from test_pqueue import nothing_left, wait_until  # noqa: E402, F401 - the contract suite stands alone, so it lives there
 
 
 class Place:
@@ -75,6 +75,13 @@ class Place:
             child.wait()
         for queue in self._queues:
             queue.close()
+
+
+@pytest.fixture(autouse=True)
+def tidy():
+    """Before all other fixtures of a test, so after them at its end."""
+    with nothing_left():
+        yield
 
 
 @pytest.fixture

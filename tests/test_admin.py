@@ -466,12 +466,8 @@ def test_operator_at_a_terminal_is_asked_first(queue):
 
 def test_reader_who_goes_away_is_no_error(queue):
     queue.enqueue_many("t", range(5000))
-    done = subprocess.run(
-        f"{sys.executable} {ROOT / 'admin.py'} list-jobs --limit 5000 | head -1",
-        shell=True,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, str(ROOT / "admin.py"), "list-jobs", "--limit", "5000"]
+    done = subprocess.run(["sh", "-c", '"$@" | head -1', "sh", *command], capture_output=True, text=True)
     assert (done.stderr, done.stdout.count("\n")) == ("", 1)
 
 

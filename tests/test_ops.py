@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import sqlite3
+import sys
 import threading
 from urllib.parse import urlencode
 
@@ -33,6 +34,18 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(ops, "SHARE", 1e9)  # whatever is asked is computed,
     monkeypatch.setattr(ops, "PATIENCE_SECONDS", 10.0)  # and waited for
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def boards(monkeypatch):
+    """Close every board that a test has made, Streamlit's too."""
+    make, made = ops.Board, []
+    monkeypatch.setattr(ops, "Board", lambda: made.append(make()) or made[-1])
+    yield
+    for board in made:
+        board.close()
+    if "ops_streamlit" in sys.modules:
+        sys.modules["ops_streamlit"].board.clear()
 
 
 @pytest.fixture
@@ -70,7 +83,7 @@ class Site:
     def close(self):
         self.server.shutdown()
         self.server.server_close()
-        self.server.board.forget()
+        self.server.board.close()
         self.thread.join()
 
 

@@ -278,7 +278,7 @@ def losses(found: list[Record], place: Path, synced: bool) -> Iterator[str | Non
             sure = begun
         for _ in range(OUTCOMES):
             left = disk.after_power_loss(chance)
-            image = hashlib.sha1(repr((sorted(left.items()), sure)).encode()).digest()
+            image = hashlib.sha256(repr((sorted(left.items()), sure)).encode()).digest()
             if image in seen:
                 continue
             seen.add(image)
