@@ -85,7 +85,7 @@ WINDOW = 1000  # ids that a search looks at between two looks at the clock
 WAL_BYTES = 67_108_864  # the write-ahead log is cut to this when its readers allow
 LEAST_FREE_BYTES = 268_435_456  # below this `check` warns of the disk
 WAIT_SECONDS = 1.0  # the longest sleep of `wait`: it bounds what a missed ring or a dead consumer costs
-POLL_SECONDS = 0.1  # the same on a platform without a doorbell
+POLL_SECONDS = 0.1  # how often to look where no ring comes: it was lost, or the platform has no bells
 
 SYNCHRONOUS = ("off", "normal", "full", "extra")
 MINIMUM_SQLITE = (3, 35)  # RETURNING
