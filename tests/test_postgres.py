@@ -161,11 +161,10 @@ class PostgresFiles(PostgresCase):
 
     def test_wrong_urls_are_told_in_one_line_without_the_password(self):
         good = sqlalchemy.make_url(self.url)
-        host = good.query.get("host")
         for url, message in [
             ("postgresql://u:hunter2@127.0.0.1:1/none", "cannot reach 127.0.0.1/none"),
             (good.set(database="nosuch").render_as_string(hide_password=False), "does not exist"),
-            (f"postgresql://nobody:hunter2@/{good.database}?host={host}", "cannot open"),
+            (good.set(username="nobody", password="hunter2").render_as_string(hide_password=False), "cannot open"),
         ]:
             with self.assertRaisesRegex(QueueError, message) as caught:
                 pqueue.open_queue(url)
@@ -189,12 +188,13 @@ class PostgresFiles(PostgresCase):
         self.assertNotIn("hunter2", str(caught.exception))
 
     def test_url_of_several_hosts_finds_the_one_that_answers(self):
-        host = sqlalchemy.make_url(self.url).query["host"]
-        name = sqlalchemy.make_url(self.url).database
-        queue = pqueue.open_queue(f"postgresql://postgres@/{name}?host=127.0.0.1,{host}&port=1,5432")
+        url = sqlalchemy.make_url(self.url)
+        host, port = url.query.get("host", url.host), url.query.get("port", url.port or 5432)
+        login = f"{url.username}:{url.password or ''}@/{url.database}"
+        queue = pqueue.open_queue(f"postgresql://{login}?host=127.0.0.1,{host}&port=1,{port}")
         self.addCleanup(queue.close)
         queue.enqueue("t")
-        self.assertEqual(queue.name, f"127.0.0.1,{host}/{name}")
+        self.assertEqual(queue.name, f"127.0.0.1,{host}/{url.database}")
 
     def test_statement_that_failed_in_a_transaction_is_not_committed_silently(self):
         queue = self.open()
