@@ -29,8 +29,8 @@ from pqueue import DoNotRetry, Job, PersistentQInterface, QueueError
 
 PAGE = 50  # jobs on a page
 FRESH_SECONDS = 1.0  # what is shown is computed at most so often, whatever the number of viewers,
-SHARE = 0.1  # and for at most this share of the time
-PATIENCE_SECONDS = 0.18  # how long a page waits for figures; then it shows the last ones,
+SHARE = 0.05  # and for at most this share of the time
+PATIENCE_SECONDS = 0.12  # how long a page waits for figures; then it shows the last ones,
 OLD_SECONDS = 30.0  # but not for longer than this after they could have been computed anew
 SEARCH_SECONDS = 0.1  # how long it looks for jobs before it offers to go on
 SEARCHES = 100  # whose results are kept while they are fresh
@@ -41,6 +41,7 @@ GROUPS = 20  # of failed jobs that are shown
 CONSUMERS = 100
 FILE_BYTES = 65_536  # of a job's file that are shown
 SHOWN = ("pending", "scheduled", "processing", "completed", "failed")  # states, in this order
+NO_JOBS = "no jobs yet: run python producer.py"
 FILTERS = ("state", "queue", "task", "consumer", "text")
 PAINT: dict[str, str] = {  # of the charts, on light and on dark
     "enqueued": "#8a94a6",
@@ -283,6 +284,13 @@ def matching(query: dict[str, str], shown: Found) -> str:
     """Return how "all that match the filter" is called, with their number where the page shows all of them."""
     known = len(shown[0]) if shown[1] is None and not query.get("before_id") else None
     return "all that match the filter" if known is None else f"all {known} that match the filter"
+
+
+def none_found(query: dict[str, str], before: int | None) -> str:
+    """Return what to say instead of a page of jobs that is empty; `before` as from `Board.jobs`."""
+    if before is not None:
+        return "no job found so far"
+    return "no job matches" if any(query.get(name) for name in (*FILTERS, "before_id")) else NO_JOBS
 
 
 def detail(job: Job) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -186,8 +185,7 @@ def _jobs() -> None:
     query = {**{name: value or "" for name, value in filters.items()}, "before_id": str(before)}
     table, (jobs, older) = _shown(query)
     if not jobs:
-        found = "no job found so far" if older is not None else "no job matches"
-        st.caption(found if older or any(query.values()) else "no jobs yet: run python producer.py")
+        st.caption(ops.none_found(query, older))
         _pages(query, filters, jobs, older)
         return
     now = time.time()
@@ -263,10 +261,10 @@ def _job(job_id: int) -> None:
         _job_actions(one)
     left, right = st.columns(2)
     with left:
-        _text("payload", _pretty(report.masked(one.payload)))
+        _text("payload", pages.pretty(one.payload))
         _text("file", found["file"])
     with right:
-        _text("result", None if one.result is None else _pretty(report.masked(one.result)))
+        _text("result", None if one.result is None else pages.pretty(one.result))
         _text("error", one.error)
         now = time.time()
         story = [
@@ -296,10 +294,6 @@ def _job_actions(one: pqueue.Job) -> None:
                 _act("assign", id=one.id, consumer=name)
 
 
-def _pretty(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=2)
-
-
 def _failed() -> None:
     groups = board().figures()["failures"][: ops.GROUPS]
     _table(
@@ -312,9 +306,10 @@ def _failed() -> None:
     )
     if groups and not ops.read_only():
         with st.popover("resubmit a group"):
-            group = st.selectbox("group", groups, format_func=lambda g: f"{g['jobs']} of {g['task']}: {g['error']}")
-            if st.button("yes, resubmit all of it"):
-                _act("resubmit_group", task=group["task"], error=group["error"])
+            named = {f"{g['task']}: {report.printable(g['error'])}": g for g in groups}
+            name = st.selectbox("group", sorted(named), key="failed-group") or ""
+            if st.button("yes, resubmit all of it", key=f"resubmit all of {name}"):  # of this one, whatever comes first
+                _act("resubmit_group", task=named[name]["task"], error=named[name]["error"])
 
 
 def _consumers() -> None:
@@ -367,8 +362,8 @@ def _queues() -> None:
         left, middle, right, last = st.columns([2, 1, 2, 1])
         name = left.selectbox("queue", list(queues), label_visibility="collapsed", key="queue-chosen")
         verb = "resume" if queues[name]["paused"] else "pause"
-        if middle.button(verb):
+        if middle.button(verb, key=f"{verb} {name}"):
             _act(verb, queue=name)
         most = right.text_input("limit", placeholder="most pending jobs; empty: no limit", label_visibility="collapsed")
-        if last.button("limit"):
+        if last.button("limit", key=f"limit {name}"):
             _act("limit", queue=name, max_pending=most)

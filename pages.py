@@ -402,13 +402,7 @@ def _jobs(board: Board, query: dict[str, str], token: str) -> str:
     ]
     kept = {name: query[name] for name in ops.FILTERS if query.get(name)}
     heads = [*([""] if token else []), "job", "state", "-queue", "task", "-attempt", "-consumer", "enqueued", "~detail"]
-    if before is not None and not jobs:
-        nothing = "no job found so far"
-    elif kept or query.get("before_id"):
-        nothing = "no job matches"
-    else:
-        nothing = "no jobs yet: run <code>python producer.py</code>"
-    made = _table(heads, rows, nothing)
+    made = _table(heads, rows, ops.none_found(query, before))
     if token and jobs:
         made = _bulk_form(made, kept, ops.matching(query, shown) if kept else "", token)
     return made + _pager(kept, query.get("before_id", ""), jobs, before)
@@ -561,7 +555,7 @@ def job(found: dict[str, Any], said: str, token: str) -> str:
     }
     body = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items() if value)
     parts = [f"<section><h2>Job {one.id}</h2><dl>{body}</dl></section>", _job_actions(one, token)]
-    parts.append(f"<section><h2>Payload</h2>{block(_pretty(report.masked(one.payload)))}{_shown(found, one)}</section>")
+    parts.append(f"<section><h2>Payload</h2>{block(pretty(one.payload))}{_shown(found, one)}</section>")
     if found["history"]:
         rows = [
             [when(e["at"]), text(e["event"]), text(e["actor"]), str(e["attempt"]), text(report.first_line(e["error"]))]
@@ -577,7 +571,7 @@ def job(found: dict[str, Any], said: str, token: str) -> str:
 def _shown(found: dict[str, Any], one: pqueue.Job) -> str:
     shown = ""
     if one.result is not None:
-        shown += f"<h2>Result</h2>{block(_pretty(report.masked(one.result)))}"
+        shown += f"<h2>Result</h2>{block(pretty(one.result))}"
     if one.error is not None:
         shown += f"<h2>Error</h2>{block(one.error)}"
     if found["file"] is not None:
@@ -585,8 +579,9 @@ def _shown(found: dict[str, Any], one: pqueue.Job) -> str:
     return shown
 
 
-def _pretty(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=2)
+def pretty(value: Any) -> str:
+    """Return a payload or result on many lines, its secrets hidden."""
+    return json.dumps(report.masked(value), ensure_ascii=False, indent=2)
 
 
 def _job_actions(one: pqueue.Job, token: str) -> str:

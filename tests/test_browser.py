@@ -50,6 +50,7 @@ def page(browser):
     expect.set_options(timeout=20_000)
     errors = []
     page.on("pageerror", lambda error: errors.append(error))  # noqa: PLW0108 - Playwright marks its handler
+    page.on("console", lambda said: errors.append(said.text) if "Content Security Policy" in said.text else None)
     page.on("dialog", lambda dialog: (errors.append(dialog.message), dialog.dismiss()))
     yield page
     page.close()
@@ -328,3 +329,20 @@ def test_page_comes_back_when_the_queue_does(place, page, front):
     queue.enqueue("mail", queue="post")
     expect(site.count("pending")).to_have_text("1")
     expect(page.get_by_text("no queue at")).to_have_count(0)
+
+
+def test_page_works_without_its_script(system, browser):
+    queue = system.queue()
+    failed = queue.enqueue("mail")
+    wait_until(lambda: queue.get(failed).state == "failed")
+    system.write("repaired", "")
+    page = browser.new_page(java_script_enabled=False)
+    site = StandardLibrary(system, page)
+    site.filter("failed")
+    site.open(failed)
+    site.act_on_job("resubmit")
+    site.said("resubmitted 1 job")
+    wait_until(lambda: queue.get(failed).state == "completed")
+    site.close()
+    expect(site.count("completed")).to_have_text("1")
+    page.close()

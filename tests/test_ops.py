@@ -183,7 +183,7 @@ def test_page_comes_back_after_figures_could_not_be_computed(queue, site, monkey
 
 def test_empty_dashboard_says_what_to_do(queue, site):
     text = site.ask("/")[1]
-    assert "run <code>python producer.py</code>" in text
+    assert ops.NO_JOBS in text
     assert "run <code>python consumer.py</code>" in text
 
 
@@ -605,3 +605,17 @@ def test_streamlit_page_filters(queue):
     page.selectbox(key="filter-state").select("failed").run(timeout=30)
     assert not page.exception
     assert [list(each.value["task"]) for each in page.dataframe if "detail" in each.value] == [["odd"]]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_streamlit_page_resubmits_the_group_that_was_chosen_whatever_fails_meanwhile(queue):
+    for task in ("b", "c"):
+        failed(queue, task=task)
+    page = streamlit()
+    page.selectbox(key="failed-group").select("c: ValueError: no").run(timeout=30)
+    for _ in range(3):
+        failed(queue, task="a")
+    page.run(timeout=30)
+    assert page.selectbox(key="failed-group").value == "c: ValueError: no"
+    page.button(key="resubmit all of c: ValueError: no").click().run(timeout=30)
+    assert [job.task for job in queue.list_jobs(state="pending")] == ["c"]
