@@ -552,7 +552,7 @@ class PersistentQInterface(ABC):
     _LIKE = "LIKE"  # the comparison that ignores the case of letters
 
     def __init__(self) -> None:
-        self._registry: dict[str, Registration] = {}
+        self._registry: dict[str, Registration] = {}  # replaced, never changed: other threads walk through it
         self._registering = threading.Lock()
         self._looked_for_dead = -math.inf
 
@@ -1136,7 +1136,7 @@ class PersistentQInterface(ABC):
                 tx.change(SUCCEED, params)
                 tx.change(REGISTER, params)
             undo.pop_all()
-            self._registry[name] = me
+            self._registry = {**self._registry, name: me}
             return me
 
     def _registered(self, name: str, queues: Sequence[str] | None) -> Registration:
@@ -1153,13 +1153,14 @@ class PersistentQInterface(ABC):
         return [token for token, slot in self._read(RUNNING) if token not in mine and not self._is_alive(slot)]
 
     def _leave(self) -> None:
+        leaving = self._registry
         with self._write(durable=False) as tx:
-            for me in self._registry.values():
+            for me in leaving.values():
                 tx.change(LEAVE, {"token": me.token, "state": "stopped"})
-        for me in self._registry.values():
+        self._registry = {}
+        for me in leaving.values():
             if me.slot:
                 me.slot.close()
-        self._registry.clear()
 
 
 def _places(filters: Params) -> list[str]:
@@ -1469,7 +1470,7 @@ class Turnstile:
         if not self._thread.acquire(timeout=TURN_SECONDS):
             return False
         try:
-            if self._pass(self._doors if through_hall else self._doors[1:]):
+            if self._doors and self._pass(self._doors if through_hall else self._doors[1:]):
                 return True
         except BaseException:
             self._turn_back()
@@ -1478,21 +1479,24 @@ class Turnstile:
         return False
 
     def leave(self) -> None:
-        self._doors[-1].give()
+        for way in self._doors[-1:]:
+            way.give()
         self._thread.release()
         if self._closing:
             self.close()
 
     def close(self) -> None:
-        """Close the doors, when another thread that is between them has left."""
+        """Close the doors, when another thread that is between them has left; from then on everybody goes round."""
         self._closing = True
         if self._thread.acquire(blocking=False):
             self.abandon()
+            self._thread.release()
 
     def abandon(self) -> None:
         """In a forked child: let go of the locks, which the parent may hold."""
         for door in self._doors:
             door.close()
+        self._doors = []
 
     def _pass(self, doors: list[Door]) -> bool:
         until = time.monotonic() + TURN_SECONDS
@@ -1630,7 +1634,7 @@ class SQLiteSession(Session):
         self._queue = queue
         self.depth = 0
         self._has_turn = False
-        self.busy = self.tangled = False
+        self.busy = self.tangled = self._closed = False
         self._synchronous = ""
         self.wanted = "FULL"
         self.in_batch = False
@@ -1654,6 +1658,14 @@ class SQLiteSession(Session):
             self.connection.executemany(sql, rows)
         except sqlite3.Error as error:
             raise self._queue._error(error) from error
+
+    def read(self, sql: str, params: Params) -> list[Any]:
+        self.in_use.acquire()
+        try:
+            self._expect_open()
+            return self.run(sql, params)
+        finally:
+            self._let_go()
 
     def __enter__(self) -> SQLiteSession:
         if self.depth == 0:
@@ -1685,6 +1697,7 @@ class SQLiteSession(Session):
         self.in_use.acquire()
         self.busy, self.tangled, self.ring, self.lost = True, False, False, None
         try:
+            self._expect_open()
             self._has_turn = self._queue._enter(self.in_batch)
             if self._synchronous != self.wanted:
                 self.run(f"PRAGMA synchronous = {self.wanted}")
@@ -1697,6 +1710,8 @@ class SQLiteSession(Session):
     def _end(self, error: BaseException | None) -> None:
         ended = not self._in_transaction
         try:
+            if error is None:
+                self._expect_open()
             if error is None and self.lost is None and not ended:
                 self.run("COMMIT")
         finally:
@@ -1728,7 +1743,7 @@ class SQLiteSession(Session):
             if self._in_transaction:  # a signal handler came between, and it would stop all others
                 self._roll_back()
             self.busy = False
-            self.in_use.release()
+            self._let_go()
             if self._has_turn:
                 self._has_turn = False
                 self._queue._exit()
@@ -1736,6 +1751,21 @@ class SQLiteSession(Session):
     def _roll_back(self) -> None:
         with suppress(sqlite3.Error):
             self.connection.execute("ROLLBACK")
+
+    def close(self) -> None:
+        """Close the connection, or leave that to its thread at the end of its call: in the midst of it is a crash."""
+        self._closed = True
+        if self.in_use.acquire(blocking=False):
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._closed:
+            self.connection.close()
+        self.in_use.release()
+
+    def _expect_open(self) -> None:
+        if self._closed:
+            raise QueueError(f"cannot use {self._queue.path}: this queue object is closed")
 
     def disown(self) -> None:
         """In a forked child: close the parent's connection, or SQLite would take the parent's locks for the child's.
@@ -1975,9 +2005,7 @@ class PersistentQSQLite(PersistentQInterface):
         return session
 
     def _read(self, sql: str, params: Params = NOTHING) -> list[Any]:
-        session = self._session()
-        with session.in_use:
-            return session.run(sql, params)
+        return self._session().read(sql, params)
 
     def _insert_many(self, tx: Session, row: Params, payloads: list[str]) -> list[int]:
         each = "(SELECT value AS payload FROM json_each(:payloads))"
@@ -1999,22 +2027,22 @@ class PersistentQSQLite(PersistentQInterface):
             self._turnstile.leave()
 
     def _ring(self) -> None:
-        if self._slots is not None:
-            self._slots.ring()
+        if slots := self._slots:  # another thread may close the queue
+            slots.ring()
 
     def _take_slot(self) -> Slot | None:
         with self._told_of_folder():
-            return self._slots.take() if self._slots else None
+            return slots.take() if (slots := self._slots) else None
 
     def _is_alive(self, slot: int | None) -> bool:
-        if not all(me.slot.is_there() for me in self._registry.values() if me.slot):
-            raise QueueError(f"cannot go on: the locks in {self.path}.d were deleted while in use; start again")
         with self._told_of_folder():
-            return self._slots is None or slot is None or self._slots.is_taken(slot)
+            if not all(me.slot.is_there() for me in self._registry.values() if me.slot):
+                raise QueueError(f"cannot go on: the locks in {self.path}.d were deleted while in use; start again")
+            return not (slots := self._slots) or slot is None or slots.is_taken(slot)
 
     def _sleep(self, me: Registration, seconds: float, due_in: Callable[[], float]) -> bool:
-        if self._slots is not None:
-            return self._slots.wait(me.slot, seconds, due_in)
+        if slots := self._slots:
+            return slots.wait(me.slot, seconds, due_in)
         time.sleep(max(0.0, min(seconds, due_in(), POLL_SECONDS)))
         return False
 
@@ -2101,16 +2129,16 @@ class PersistentQSQLite(PersistentQInterface):
             raise QueueError(f"cannot close {self.path} inside a transaction")
         if self._registry:
             self._leave()
-        for session in list(self._sessions):
-            session.connection.close()
+        self._closed = True
+        with _opening:
+            sessions = list(self._sessions)
+        for session in sessions:
+            session.close()
         self._sessions.clear()
         self._local = threading.local()
         if self._turnstile is not None:
             self._turnstile.close()
-        if self._slots is not None:
-            self._slots.waiting.close()
         self._slots = None  # but the turnstile is left to a thread that has the way
-        self._closed = True
 
     def _after_fork(self) -> None:
         """Reconnect in the child: SQLite's handles and the locks belong to the parent."""

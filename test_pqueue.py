@@ -1018,6 +1018,37 @@ class Processes(SQLiteCase):
         self.assertEqual(os.waitpid(child, 0)[1], 0)
         self.assertEqual(len(queue.list_jobs(task="kept")), 1)
 
+    def test_queue_closed_under_the_calls_of_threads_ends_them_with_an_error(self):
+        code = """
+import pqueue, threading, time
+def work(queue, name):
+    try:
+        while True:
+            queue.enqueue("t")
+            job = queue.dequeue(name)
+            job and queue.complete(job)
+            queue.list_jobs(limit=3)
+    except pqueue.QueueError as error:
+        sys.stdout.write(f"{error}\\n")
+for _ in range(20):
+    queue = pqueue.PersistentQSQLite(sys.argv[1], durability="normal")
+    threads = [threading.Thread(target=work, args=[queue, f"w{n}"]) for n in range(3)]
+    for thread in threads: thread.start()
+    time.sleep(0.01)
+    queue.close()
+    for thread in threads: thread.join()
+    other = pqueue.PersistentQSQLite(sys.argv[1])
+    assert other._enter()
+    other._exit()
+    other.close()
+"""
+        with python(code, self.path) as child:
+            told = child.stdout.read().splitlines()
+            self.assertEqual(child.wait(), 0)
+        self.assertEqual(len(told), 60)
+        other = [line for line in told if not line.endswith(("is closed", "on it was lost", "Bad file descriptor"))]
+        self.assertEqual(other, [])
+
     def test_child_that_cannot_reconnect_is_told_so(self):
         queue = self.open()
         queue.enqueue("t")

@@ -72,7 +72,7 @@ MUTANTS = [
     Mutant("what expired is taken back", "    if expired:", "    if False:", "contract: did_not_finish"),
     Mutant("the dead lose their jobs at once", "    if dead is not None:", "    if False:", "contract: killed_consumer"),
     Mutant("the living keep their jobs", " AND consumers.state <> 'running')", ")"),
-    Mutant("who holds its lock is alive", "self._slots is None or slot is None or self._slots.is_taken(slot)", "False"),
+    Mutant("who holds its lock is alive", "not (slots := self._slots) or slot is None or slots.is_taken(slot)", "False"),
     # operators
     Mutant("resubmit takes finished jobs", "error = NULL WHERE id = :id AND state IN {FINISHED}", "error = NULL WHERE id = :id"),
     Mutant("resubmit respects the key", "    AND NOT EXISTS (SELECT 1 FROM jobs o WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN {UNFINISHED})", ""),
