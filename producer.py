@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import count
 from pathlib import Path
 from typing import IO
@@ -150,11 +150,10 @@ def main(arguments: list[str] | None = None) -> int:
     consumer.bear_any_text()
     options = _parser().parse_args(arguments)
     try:
-        queue = pqueue.open_queue()
-        producer = Producer(queue, options.directory)
-        consumer.on_end(producer.stop)
-        producer.run(options.interval, options.count)
-        queue.close()
+        with closing(pqueue.open_queue()) as queue:
+            producer = Producer(queue, options.directory)
+            consumer.on_end(producer.stop)
+            producer.run(options.interval, options.count)
     except (QueueError, ValueError, OSError) as error:
         print(f"producer.py: {error}", file=sys.stderr)
         return 1

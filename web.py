@@ -164,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
             status, content = self._content(url.path, query)
         except JobNotFound:
             raise
-        except QueueError as error:
+        except (QueueError, TypeError) as error:  # TypeError: in a damaged row
             status, content = HTTPStatus.SERVICE_UNAVAILABLE, self._trouble(url.path, str(error))
         if isinstance(content, tuple):
             kind, content = content

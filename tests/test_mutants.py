@@ -153,6 +153,11 @@ def kill(mutant: Mutant) -> subprocess.CompletedProcess[str]:
 WHOLE = [Mutant("none", "", "", killer) for killer in sorted({mutant.killer for mutant in MUTANTS})]
 
 
+@pytest.fixture(autouse=True)
+def tidy():
+    """Leave nothing to look for: the mutants run in children beside the tests."""
+
+
 @pytest.fixture(scope="module")
 def verdicts(request):
     """Run those that were chosen, as many at a time as there are processors."""
