@@ -73,6 +73,13 @@ LOCK_CLASS = 0x7071  # of the advisory locks by which consumers are seen to live
 CLOCK_SECONDS = 30.0  # how often the server's clock is read
 RETRY_SECONDS = 0.5  # between two attempts of the listener to connect
 RESTART_SECONDS = 10.0  # after a restart of the server nobody is taken for dead: locks are being taken anew
+# How long the server bears with a host that is cut off: its consumers are not dead, and have their leases.
+CUT_OFF = {
+    "tcp_keepalives_idle": 60,
+    "tcp_keepalives_interval": 15,
+    "tcp_keepalives_count": 4,
+    "tcp_user_timeout": 120_000,
+}
 HEARD_SECONDS = 1.0  # what a NOTIFY may take to come back
 LISTEN = f"LISTEN {CHANNEL}"
 
@@ -318,11 +325,11 @@ class Line:
     def hold(self, number: int) -> None:
         """Take a lock, now and after each new connection."""
         self._numbers.add(number)
-        self._do("SELECT pg_advisory_lock(%s::int, %s::int)", number)
+        self._do("SELECT pg_advisory_lock_shared(%s::int, %s::int)", number)
 
     def let_go(self, number: int) -> None:
         self._numbers.discard(number)
-        self._do("SELECT pg_advisory_unlock(%s::int, %s::int)", number)
+        self._do("SELECT pg_advisory_unlock_shared(%s::int, %s::int)", number)
 
     def _do(self, sql: str, number: int) -> None:
         """Execute it, unless the connection is lost: the listener makes a new one. What rang meanwhile is passed on."""
@@ -346,9 +353,9 @@ class Line:
             self._connection.close()
 
     def _connect(self) -> psycopg.Connection[Any]:
-        connection = self._queue._connect_raw()
+        connection = self._queue._connect_raw(**CUT_OFF)
         for number in list(self._numbers):
-            connection.execute("SELECT pg_advisory_lock(%s::int, %s::int)", (LOCK_CLASS, number))
+            connection.execute("SELECT pg_advisory_lock_shared(%s::int, %s::int)", (LOCK_CLASS, number))
         connection.execute(LISTEN)
         return connection
 
@@ -498,11 +505,11 @@ class OnPostgres(PersistentQSQLAlchemy):
             )
         return self._made
 
-    def _arguments(self) -> dict[str, Any]:
+    def _arguments(self, **patience: int) -> dict[str, Any]:
         milliseconds = int(self._busy_seconds * 1000)
         settings = {"search_path": f"{SCHEMA},public", "lock_timeout": milliseconds}
         settings |= {"tcp_keepalives_idle": 5, "tcp_keepalives_interval": 2, "tcp_keepalives_count": 3}  # the server's
-        settings |= {"tcp_user_timeout": milliseconds}
+        settings |= {"tcp_user_timeout": milliseconds, **patience}
         settings |= {"plan_cache_mode": "force_generic_plan", **dict.fromkeys(PLANNER, "off")}
         if self.durability == "normal":
             settings["synchronous_commit"] = "off"
@@ -519,8 +526,8 @@ class OnPostgres(PersistentQSQLAlchemy):
             "options": f"{options} {self._conninfo.get('options', '')}",
         }
 
-    def _connect_raw(self) -> psycopg.Connection[Any]:
-        connection = psycopg.connect(autocommit=True, **self._arguments())
+    def _connect_raw(self, **patience: int) -> psycopg.Connection[Any]:
+        connection = psycopg.connect(autocommit=True, **self._arguments(**patience))
         connection.adapters.register_dumper(int, Int8Dumper)  # one type whatever the value: one prepared statement
         return connection
 
