@@ -26,6 +26,7 @@ PRODUCERS = 2
 CONSUMERS = 4
 LEASE_SECONDS = 0.5
 KILL_SECONDS = 0.1  # between two kills
+START_SECONDS = 60.0  # how long to wait for the first job
 LATE_EVERY = 20  # one delivery in so many lets its lease run out
 MAX_ATTEMPTS = 10_000  # so that no job is set aside for being killed
 
@@ -86,9 +87,10 @@ class Torture:
     def run(self, seconds: float) -> dict[str, Any]:
         """Return the figures, and as "problems" a sentence for each promise that was broken."""
         try:
-            began = time.monotonic()
             for name in self._names():
                 self._start(name)
+            self._await_a_job()
+            began = time.monotonic()
             while time.monotonic() - began < seconds:
                 self._hurt(random.choice(self._names()))
                 self._tell(time.monotonic() - began, seconds)
@@ -99,6 +101,12 @@ class Torture:
         finally:
             self._end()
             shutil.rmtree(self.folder)
+
+    def _await_a_job(self) -> None:
+        """Let the processes come up: on a busy machine that takes longer than a short torture."""
+        until = time.monotonic() + START_SECONDS
+        while not self._noted("acknowledged") and time.monotonic() < until:
+            time.sleep(KILL_SECONDS)
 
     def _names(self) -> list[str]:
         return [f"producer{n}" for n in range(PRODUCERS)] + [f"consumer{n}" for n in range(CONSUMERS)]
