@@ -88,7 +88,7 @@ NAMED = re.compile(r"(?<!:):([a-z_]\w*)")
 PER_QUEUE = re.compile(r"queues q CROSS JOIN jobs WHERE (.*?)jobs\.id IN\s*\(SELECT id(.*?LIMIT :limit)\)", re.DOTALL)
 # Our statements go through indexes, whatever the statistics say, and by one plan: to plan a claim takes longer than to
 # run it, and the planner expects a tenth of the table from LIMIT :limit.
-PLANNER = ("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin", "enable_sort")
+PLANNER = ("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin", "enable_sort", "jit")
 AS_USUAL = f"""
 SELECT set_config('plan_cache_mode', 'auto', true), set_config(name, 'on', true)
 FROM unnest(ARRAY{list(PLANNER)}) AS s (name)"""
