@@ -250,6 +250,8 @@ class PostgresFiles(PostgresCase):
             "tokens": ["x"],
             "results": [None],
             "before": 0.0,
+            "start": 0.0,
+            "end": 9e9,
             "state": "failed",
         }
         for name in ("TAKE", "EXCHANGE"):
