@@ -2265,5 +2265,6 @@ def sqlite_path(url: str | None = None) -> Path:
     url = url or os.environ.get("PQUEUE_URL") or DEFAULT_URL
     scheme, separator, rest = url.partition("://")
     if separator and scheme != "sqlite":
-        raise ValueError(f"expected a path, sqlite:///PATH or postgresql://…, got {scheme}://…")
+        server = "" if scheme.startswith("postgres") else ", or postgresql://… for a server"
+        raise ValueError(f"expected a path or sqlite:///PATH{server}, got {scheme}://…")
     return Path(rest.removeprefix("/") if separator else url).absolute()

@@ -1183,8 +1183,10 @@ class Files(SQLiteCase):
             with self.subTest(url=url), mock.patch.dict(os.environ, {"PQUEUE_URL": variable or ""}):
                 with closing(open_queue(url)) as queue:
                     self.assertEqual(queue.path, self.path)
-        with self.assertRaisesRegex(ValueError, "expected a path, sqlite:///PATH or postgres"):
+        with self.assertRaisesRegex(ValueError, "expected a path or sqlite:///PATH, or postgresql:.*got redis"):
             open_queue("redis://secret@host")
+        with self.assertRaisesRegex(ValueError, "expected a path or sqlite:///PATH, got postgresql:"):
+            pqueue.sqlite_path("postgresql://secret@host")
 
     def test_look_at_a_queue_that_is_not_there_creates_nothing(self):
         with self.assertRaisesRegex(QueueError, f"no queue at {self.path}"):

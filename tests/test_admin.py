@@ -230,7 +230,7 @@ def test_operator_cannot_open_what_is_no_queue(front, folder, run, monkeypatch):
         (str(other), "another program's database"),
         (str(newer), "expected schema"),
         (str(folder), "got a folder"),
-        ("mysql://u:secret@h/d", "expected a path, sqlite"),
+        ("mysql://u:secret@h/d", "expected a path or sqlite"),
     ]:
         monkeypatch.setenv("PQUEUE_URL", url)
         code, _, err = run("stats")
