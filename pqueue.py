@@ -79,7 +79,6 @@ TURN_SECONDS = 1.0  # how long it waits of that at the turnstile, where a stoppe
 DEAD_CHECK_SECONDS = 1.0  # how often a dequeue looks for dead consumers
 RECOVERY_BATCH = 1000  # jobs promoted or taken back in one dequeue, so that it stays short
 PRUNE_BATCH = 1000
-CHECKPOINT_PAGES = 4000  # of the write-ahead log, 16 MB, before it is carried into the database: fewer syncs
 FEW = 100_000  # jobs of a state that are looked through by its index; more are met soon enough on the way by id
 WINDOW = 1000  # ids that a search looks at between two looks at the clock
 WAL_BYTES = 67_108_864  # the write-ahead log is cut to this when its readers allow
@@ -1928,7 +1927,6 @@ class PersistentQSQLite(PersistentQInterface):
                 )
                 undo.callback(connection.close)
                 connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
-                connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
                 connection.execute("PRAGMA cache_size = -16000")  # KB; a million rows go three times as fast
                 connection.execute("PRAGMA trusted_schema = OFF")
             except sqlite3.Error as error:

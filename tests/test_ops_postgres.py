@@ -5,9 +5,8 @@
 from __future__ import annotations
 
 import pytest
-import streamlit
-from test_ops import folder as plain_folder
 from test_ops import (
+    boards,
     queue,
     site,
     test_empty_dashboard_says_what_to_do,
@@ -22,11 +21,11 @@ from test_ops import (
     test_streamlit_page_pauses_a_queue,
     test_streamlit_page_shows_the_same_figures,
 )
+from test_ops import folder as plain_folder
 from test_postgres import database, server
 
 
 @pytest.fixture
 def folder(plain_folder, database, monkeypatch):
     monkeypatch.setenv("PQUEUE_URL", database)
-    streamlit.cache_resource.clear()  # which holds the queue of the test before
     return plain_folder

@@ -334,7 +334,6 @@ def drained(queue, **options):
 def test_log_that_a_reader_holds_for_the_whole_run_is_told_of_and_cut_afterwards(fast_queue, monkeypatch):
     queue = fast_queue
     monkeypatch.setattr(pqueue, "WAL_BYTES", 1_000_000)
-    monkeypatch.setattr(pqueue, "CHECKPOINT_PAGES", 200)
     queue.enqueue("first")
     with closing(sqlite3.connect(queue.path)) as reader:
         reader.execute("BEGIN")
@@ -361,6 +360,7 @@ def test_log_stays_small_while_others_only_look(fast_queue):
         while not over.is_set():
             queue.list_jobs(limit=1000)
             queue.stats()
+            over.wait(0.01)
 
     with ThreadPoolExecutor(2) as pool:
         looks = [pool.submit(look) for _ in range(2)]
