@@ -336,10 +336,10 @@ HELD = "id = :id AND state = 'processing' AND lease_token = :token"
 WAITING = "queue = :queue AND state = 'pending' AND assigned_to IS NULL"
 ORDER = "priority DESC, run_at, id"
 
-# {payloads} makes a row of each of :payloads, in their order: one statement for all is twice as fast as one each.
+# :payloads is a JSON array of texts: one statement for all is twice as fast as one each.
 INSERT_MANY = """
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, created_at)
-SELECT :queue, :task, payload, :state, :priority, :run_at, :max_attempts, :assigned_to, :now FROM {payloads}"""
+SELECT :queue, :task, value, :state, :priority, :run_at, :max_attempts, :assigned_to, :now FROM json_each(:payloads)"""
 
 ENQUEUE = f"""
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
@@ -2006,8 +2006,7 @@ class PersistentQSQLite(PersistentQInterface):
         return self._session().read(sql, params)
 
     def _insert_many(self, tx: Session, row: Params, payloads: list[str]) -> list[int]:
-        each = "(SELECT value AS payload FROM json_each(:payloads))"
-        tx.change(INSERT_MANY.format(payloads=each), {**row, "payloads": _encode_json(payloads)})
+        tx.change(INSERT_MANY, {**row, "payloads": _encode_json(payloads)})
         last: int = tx.run("SELECT last_insert_rowid()")[0][0]
         return list(range(last - len(payloads) + 1, last + 1))
 

@@ -1122,6 +1122,18 @@ sys.stdin.read()
         other._turnstile.leave()
         self.assertEqual(queue.enqueue("t"), 1)
 
+    def test_writers_in_line_are_woken_one_after_the_other(self):
+        queues = [self.open() for _ in range(4)]
+        with mock.patch("pqueue.POLL_SECONDS", 60), mock.patch("pqueue.TURN_SECONDS", 60):
+            threads = [threading.Thread(target=queue.enqueue, args=["t"], daemon=True) for queue in queues[1:]]
+            with queues[0].transaction():
+                for thread in threads:
+                    thread.start()
+                self.assertTrue(wait_until(lambda: all(door._wanted[0] for door in queues[0]._turnstile._doors[1:])))
+            for thread in threads:
+                thread.join(20)
+        self.assertEqual(queues[0].stats()["states"]["pending"], 3)
+
     def test_writer_in_line_gets_through_although_a_ring_is_lost(self):
         queue, other = self.open(), self.open()
         waiting = threading.Thread(target=queue.enqueue, args=["t"])
