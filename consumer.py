@@ -329,7 +329,8 @@ class Consumer:
         try:
             try:
                 result = pqueue.run_task(self.queue, job)
-                pqueue.encode_json("result", result)
+                if result is not None:
+                    pqueue.encode_json("result", result)
             finally:
                 self._end_child()
                 took = self._end_current()
@@ -402,8 +403,12 @@ class Consumer:
     def _tell_settled(self, jobs: list[Job], lost: list[Job]) -> None:
         gone = {job.id for job in lost if not self._settled_itself(job)}
         self.completed += len(jobs) - len(gone)
-        at = _utc_now()
-        lines = [] if self.quiet else [self._settled_line(at, job) for job in jobs if job.id not in gone]
+        at, by = _utc_now(), _quoted(self.name)
+        lines = [
+            f"{at} completed consumer={by} job={job.id} task={_quoted(job.task)} attempt={job.attempts}"
+            for job in jobs
+            if job.id not in gone and not self.quiet
+        ]
         lines += [_line(at, "lost", {"consumer": self.name, "job": number, "reason": "its lease"}) for number in gone]
         if lines:
             _print("\n".join(lines))
@@ -414,11 +419,6 @@ class Consumer:
             now = self.queue.get(job.id)
             return (now.state, now.consumer, now.attempts) == ("completed", self.name, job.attempts)
         return False
-
-    def _settled_line(self, at: str, job: Job) -> str:
-        return (
-            f"{at} completed consumer={_quoted(self.name)} job={job.id} task={_quoted(job.task)} attempt={job.attempts}"
-        )
 
     def _give_back(self) -> None:
         """On the way out: complete what is finished, release what has not begun."""

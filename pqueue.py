@@ -86,6 +86,8 @@ LEAST_FREE_BYTES = 268_435_456  # below this `check` warns of the disk
 WAIT_SECONDS = 1.0  # the longest sleep of `wait`: it bounds what a missed ring or a dead consumer costs
 POLL_SECONDS = 0.1  # how often to look where no ring comes: it was lost, or the platform has no bells
 
+LANES = ("others", "consumers")  # before the way to write
+
 SYNCHRONOUS = ("off", "normal", "full", "extra")
 MINIMUM_SQLITE = (3, 35)  # RETURNING
 APPLICATION_ID = 0x70717565  # "pque" in the file's header
@@ -399,6 +401,12 @@ SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND EXISTS
 TAKE_BACK = f"UPDATE jobs SET state = 'pending', error = :error, {NO_LEASE} WHERE {HELD} AND attempts < max_attempts"
 COMPLETE = f"""
 UPDATE jobs SET state = 'completed', finished_at = :now, result = :result, error = NULL, {NO_LEASE} WHERE {HELD}"""
+
+# :settled is a JSON array of [id, lease token, result].
+COMPLETE_MANY = f"""
+UPDATE jobs SET state = 'completed', finished_at = :now, result = json_extract(value, '$[2]'), error = NULL, {NO_LEASE}
+FROM json_each(:settled) WHERE jobs.id = json_extract(value, '$[0]') AND state = 'processing'
+    AND lease_token = json_extract(value, '$[1]') RETURNING jobs.id"""
 
 FAIL = f"UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, {NO_LEASE} WHERE {HELD}"
 RETRY = f"UPDATE jobs SET state = 'scheduled', run_at = :run_at, error = :error, {NO_LEASE} WHERE {HELD}"
@@ -726,12 +734,16 @@ class PersistentQInterface(ABC):
         dead, nested = self._look_for_dead(), self.in_transaction
         with self._write(durable=bool(settled), in_batch=True) as tx:
             now = self._time(now)
-            lost = [job for job, result in settled if not _complete(tx, job, result, now)]
+            lost = self._complete_all(tx, settled, now)
             if lost and nested:
                 raise _lost(tx, "complete", lost[0])
             _recover(tx, dead, now)
             jobs = _claim(tx, me, limit, queues, lease_seconds, now) if limit else []
         return jobs, lost
+
+    def _complete_all(self, tx: Session, settled: list[tuple[Job, str | None]], now: float) -> list[Job]:
+        """Complete these, and return those whose lease was lost."""
+        return [job for job, result in settled if not _complete(tx, job, result, now)]
 
     def complete(self, job: Job, result: Any = None, *, now: float | None = None) -> None:
         """Finish the job with a JSON result. Raises LeaseLost."""
@@ -1449,27 +1461,30 @@ def _error_text(error: str) -> str:
 class Turnstile:
     """Lets writers through one at a time, where SQLite's busy handler would starve some.
 
-    A writer takes the gate, takes the way, and gives the gate to the next. Consumers with their batches stand in the
-    hall first, so that a producer finds at most one of them before it at the gate. It is a courtesy: who waited for
-    `TURN_SECONDS`, behind a stopped process perhaps, goes on and leaves it to BEGIN IMMEDIATE.
+    Consumers with their batches queue in one lane, everybody else in another, and the first of each waits at the way.
+    Who leaves it calls the first of the other lane: an enqueue finds at most one batch before it, however many
+    consumers there are. It is a courtesy: who waited for `TURN_SECONDS`, behind a stopped process perhaps, goes on and
+    leaves it to BEGIN IMMEDIATE.
     """
 
     def __init__(self, folder: Path) -> None:
         self._thread = threading.Lock()
-        self._closing = False
-        self._doors: list[Door] = []
+        self._closing = self._closed = False
+        self._lane = 0  # of who has the way
+        self._lanes: list[Lane] = []
         with ExitStack() as undo:
-            for name in ("hall", "gate", "way"):
-                self._doors.append(Door(folder / name))
-                undo.callback(self._doors[-1].close)
+            for name in LANES:
+                self._lanes.append(Lane(folder / name))
+                undo.callback(self._lanes[-1].close)
+            self._way = Way(folder / "way")
             undo.pop_all()
 
-    def enter(self, *, through_hall: bool = False) -> bool:
+    def enter(self, *, in_batch: bool = False) -> bool:
         """Return whether the way was taken; then `leave` must follow."""
         if not self._thread.acquire(timeout=TURN_SECONDS):
             return False
         try:
-            if self._doors and self._pass(self._doors if through_hall else self._doors[1:]):
+            if not self._closed and self._pass(int(in_batch)):
                 return True
         except BaseException:
             self._turn_back()
@@ -1477,9 +1492,20 @@ class Turnstile:
         self._turn_back()
         return False
 
+    def _pass(self, number: int) -> bool:
+        self._lane, lane = number, self._lanes[number]
+        if self._way.take_at_once():
+            return True
+        until = time.monotonic() + TURN_SECONDS
+        if not lane.take(until):
+            return False
+        has_way = self._way.take(number, until)
+        lane.give()
+        return has_way
+
     def leave(self) -> None:
-        for way in self._doors[-1:]:
-            way.give()
+        if not self._closed:
+            self._way.give(self._lane)
         self._thread.release()
         if self._closing:
             self.close()
@@ -1493,63 +1519,88 @@ class Turnstile:
 
     def abandon(self) -> None:
         """In a forked child: let go of the locks, which the parent may hold."""
-        for door in self._doors:
-            door.close()
-        self._doors = []
-
-    def _pass(self, doors: list[Door]) -> bool:
-        until = time.monotonic() + TURN_SECONDS
-        for number, door in enumerate(doors):
-            if not door.take(until):
-                return False
-            if number:
-                doors[number - 1].give()
-        return True
+        if not self._closed:
+            self._closed = True
+            for lane in self._lanes:
+                lane.close()
+            self._way.close()
 
     def _turn_back(self) -> None:
-        for door in self._doors[:-1]:
-            door.give()
+        if not self._closed:
+            self._lanes[self._lane].give()
         self.leave()
 
 
-class Door:
-    """A lock between processes that is waited for with a bound, which flock has not, and freed when its holder dies.
-
-    Its first byte is set while somebody waits: whoever gives the lock then rings.
-    """
+class Lane:
+    """A lock between processes that is waited for with a bound, which flock has not, and freed when its holder dies."""
 
     def __init__(self, path: Path) -> None:
         with ExitStack() as undo:
             self._lock = _open_private(path)
             undo.callback(os.close, self._lock)
-            self._wanted = _share(self._lock, 1)
             self._bell = _open_bell(path.with_name(f"{path.name}.bell"))
             undo.pop_all()
 
     def take(self, until: float) -> bool:
         """Return whether it was taken before this time, in monotonic seconds."""
-        if try_lock(self._lock):
-            return True
-        while True:
-            self._wanted[0] = 1  # and so it stays when this one has it: others may wait
-            if try_lock(self._lock):
-                return True
+        while not try_lock(self._lock):
             left = until - time.monotonic()
             if left <= 0:
                 return False
             _hear(self._bell, min(left, POLL_SECONDS))
+        return True
 
     def give(self) -> None:
         fcntl.flock(self._lock, fcntl.LOCK_UN)
-        if self._wanted[0]:
-            self._wanted[0] = 0
-            with suppress(BlockingIOError):  # rung more often than heard
-                os.write(self._bell, b"!")
+        _ring(self._bell)
 
     def close(self) -> None:
-        self._wanted.close()
         os.close(self._lock)
         os.close(self._bell)
+
+
+class Way:
+    """Such a lock for the first of each lane, who has a bell of its own there, and a byte set while it waits."""
+
+    def __init__(self, path: Path) -> None:
+        with ExitStack() as undo:
+            self._lock = _open_private(path)
+            undo.callback(os.close, self._lock)
+            self._waiting = _share(self._lock, len(LANES))
+            self._bells = []
+            for lane in LANES:
+                self._bells.append(_open_bell(path.with_name(f"{path.name}-{lane}.bell")))
+                undo.callback(os.close, self._bells[-1])
+            undo.pop_all()
+
+    def take_at_once(self) -> bool:
+        """Take it, if nobody has it or waits for it."""
+        return not self._waiting[0] and not self._waiting[1] and try_lock(self._lock)
+
+    def take(self, lane: int, until: float) -> bool:
+        """Return whether it was taken before this time, in monotonic seconds."""
+        while True:
+            self._waiting[lane] = 1
+            left = until - time.monotonic()
+            if left <= 0 or try_lock(self._lock):
+                self._waiting[lane] = 0
+                return left > 0
+            _hear(self._bells[lane], min(left, POLL_SECONDS))
+
+    def give(self, lane: int) -> None:
+        """Free it, and call whoever waits, rather from the other lane."""
+        fcntl.flock(self._lock, fcntl.LOCK_UN)
+        for other in (1 - lane, lane):
+            if self._waiting[other]:
+                self._waiting[other] = 0
+                _ring(self._bells[other])
+                return
+
+    def close(self) -> None:
+        self._waiting.close()
+        os.close(self._lock)
+        for bell in self._bells:
+            os.close(bell)
 
 
 class Slots:
@@ -2010,6 +2061,13 @@ class PersistentQSQLite(PersistentQInterface):
         last: int = tx.run("SELECT last_insert_rowid()")[0][0]
         return list(range(last - len(payloads) + 1, last + 1))
 
+    def _complete_all(self, tx: Session, settled: list[tuple[Job, str | None]], now: float) -> list[Job]:
+        if len(settled) < 2:
+            return super()._complete_all(tx, settled, now)
+        rows = [(job.id, job.lease_token, result) for job, result in settled]
+        done = {row[0] for row in tx.run(COMPLETE_MANY, {"settled": _encode_json(rows), "now": now})}
+        return [job for job, _ in settled if job.id not in done]
+
     def _lock_out_writers(self, tx: Session) -> None:
         """Do nothing more: whoever writes to SQLite is alone."""
 
@@ -2017,7 +2075,7 @@ class PersistentQSQLite(PersistentQInterface):
         """Do nothing: SQLite counts on from the highest id."""
 
     def _enter(self, in_batch: bool = False) -> bool:
-        return self._turnstile is not None and self._turnstile.enter(through_hall=in_batch)
+        return self._turnstile is not None and self._turnstile.enter(in_batch=in_batch)
 
     def _exit(self) -> None:
         if self._turnstile is not None:
@@ -2186,6 +2244,11 @@ def _open_bell(path: Path) -> int:
         os.close(bell)
         raise OSError(errno.EINVAL, f"expected {path.name} to be a FIFO")
     return bell
+
+
+def _ring(bell: int) -> None:
+    with suppress(BlockingIOError):  # rung more often than heard
+        os.write(bell, b"!")
 
 
 def _hear(bell: int, seconds: float) -> bool:

@@ -206,6 +206,15 @@ class QueueContract:
         self.assertEqual(self.queue.complete_and_dequeue([(stale, None)], "w", now=NOW + 61), ([], [stale]))
         self.queue.complete(holder)
 
+    def test_guarantee_3_stale_consumer_cannot_settle_a_reclaimed_job_among_others(self):
+        stale = self.taken()
+        holder = self.queue.dequeue("other", now=NOW + 61)
+        own = self.taken()
+        settled = self.queue.complete_and_dequeue([(stale, "late"), (own, "done")], "worker", now=NOW + 61)
+        self.assertEqual(settled, ([], [stale]))
+        self.assertEqual(self.queue.get(stale.id), holder)
+        self.assertEqual(self.queue.get(own.id).result, "done")
+
     def test_guarantee_3_late_completion_is_accepted_while_nobody_took_the_job(self):
         job = self.taken()
         self.queue.complete(job, "late", now=NOW + 1000)
@@ -282,6 +291,13 @@ class QueueContract:
         self.assertEqual([job.id for job in taken], [following])
         self.assertEqual(lost, [jobs[1]])
         self.assertEqual([self.queue.get(job.id).result for job in jobs], [0, None, 2])
+
+    def test_batch_stores_each_result_as_it_is(self):
+        results = [None, False, 0, "", '"', "null", "\0", "é\u2028🎈", 2**64, [[]], {"a": {"b": [1.5, None]}}]
+        ids = self.queue.enqueue_many("t", results, now=NOW)
+        jobs = self.queue.dequeue_many("w", len(results), now=NOW)
+        self.assertEqual(self.queue.complete_and_dequeue(zip(jobs, results, strict=True), "w", now=NOW), ([], []))
+        self.assertEqual([self.queue.get(job_id).result for job_id in ids], results)
 
     def test_failed_attempt_waits_its_backoff_and_the_last_one_is_final(self):
         job = self.taken(max_attempts=2)
@@ -1122,24 +1138,49 @@ sys.stdin.read()
         other._turnstile.leave()
         self.assertEqual(queue.enqueue("t"), 1)
 
-    def test_writers_in_line_are_woken_one_after_the_other(self):
-        queues = [self.open() for _ in range(4)]
-        with mock.patch("pqueue.POLL_SECONDS", 60), mock.patch("pqueue.TURN_SECONDS", 60):
-            threads = [threading.Thread(target=queue.enqueue, args=["t"], daemon=True) for queue in queues[1:]]
-            with queues[0].transaction():
-                for thread in threads:
-                    thread.start()
-                self.assertTrue(wait_until(lambda: all(door._wanted[0] for door in queues[0]._turnstile._doors[1:])))
+    def let_through(self, calls, *, in_batch=False):
+        """Hold the way until each call waits in a thread of its own, in this order; then see all through."""
+        holder, heard = self.open(), []
+
+        def hear(bell, seconds):
+            heard.append(bell)
+            return original(bell, seconds)
+
+        original, threads = pqueue._hear, [threading.Thread(target=call, daemon=True) for call in calls]
+        with mock.patch("pqueue._hear", hear), mock.patch.multiple(pqueue, POLL_SECONDS=60, TURN_SECONDS=60):
+            self.assertTrue(holder._turnstile.enter(in_batch=in_batch))
+            for number, thread in enumerate(threads, 1):
+                thread.start()
+                wait_until(lambda n=number: len(heard) == n)
+            holder._turnstile.leave()
             for thread in threads:
                 thread.join(20)
+                self.assertFalse(thread.is_alive())
+
+    def test_writers_in_line_are_woken_one_after_the_other(self):
+        queues = [self.open() for _ in range(3)]
+        self.let_through([lambda queue=queue: queue.enqueue("t") for queue in queues])
         self.assertEqual(queues[0].stats()["states"]["pending"], 3)
+
+    def test_enqueue_goes_before_a_consumer_that_came_first_when_another_consumer_leaves(self):
+        producer, consumer, taken = self.open(), self.open(), []
+        consumer.dequeue("w")
+        calls = [lambda: taken.append(consumer.dequeue("w")), lambda: producer.enqueue("t")]
+        self.let_through(calls, in_batch=True)
+        self.assertEqual(taken[0].task, "t")
+
+    def test_consumer_goes_before_an_enqueue_that_came_first_when_another_producer_leaves(self):
+        producer, consumer, taken = self.open(), self.open(), []
+        consumer.dequeue("w")
+        self.let_through([lambda: producer.enqueue("t"), lambda: taken.append(consumer.dequeue("w"))])
+        self.assertEqual(taken, [None])
 
     def test_writer_in_line_gets_through_although_a_ring_is_lost(self):
         queue, other = self.open(), self.open()
         waiting = threading.Thread(target=queue.enqueue, args=["t"])
         with mock.patch("os.write", side_effect=BlockingIOError), other.transaction():
             waiting.start()
-            self.assertTrue(wait_until(lambda: queue._turnstile._doors[-1]._wanted[0]))
+            self.assertTrue(wait_until(lambda: queue._turnstile._way._waiting[0]))
         waiting.join()
         self.assertEqual(queue.stats()["states"]["pending"], 1)
 
@@ -1431,7 +1472,7 @@ class Misuse(SQLiteCase):
     def test_links_among_the_locks_lead_nowhere(self):
         self.open().close()
         precious = self.folder / "precious"
-        for name in ("waiting", "gate", "0.lock"):
+        for name in ("waiting", "way", "others", "0.lock"):
             precious.write_text("x" * 5000)
             place = self.folder / "queue.db.d" / name
             place.unlink(missing_ok=True)

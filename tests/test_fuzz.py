@@ -691,7 +691,7 @@ def test_foreign_files_beside_the_database_are_borne(folder, plainly, sound, oth
 
 
 def test_folder_of_locks_holds_anything_and_nobody_hangs(folder, plainly, sound):
-    for name in ("hall", "gate", "way", "waiting", "0.lock", "0.bell", ""):
+    for name in ("others", "consumers", "way", "waiting", "0.lock", "0.bell", ""):
         for how in ("folder", "fifo", "link", "dangling link", "junk", "socket"):
             tried("hostile databases")
             (folder / "precious").write_bytes(b"precious" * 1000)

@@ -45,6 +45,7 @@ MUTANTS = [
     Mutant("a settling verb needs the current token", " AND lease_token = :token", ""),
     Mutant("complete needs a held lease", "if not _complete(tx, job, encoded", "if None is _complete(tx, job, encoded"),
     Mutant("the fused call tells a lost lease", "if not _complete(tx, job, result", "if None is _complete(tx, job, result"),
+    Mutant("a batch completes under its tokens only", "\n    AND lease_token = json_extract(value, '$[1]')", "", "contract: reclaimed_job_among_others"),
     Mutant("fail, release, extend, update need a held lease", "            if not tx.change(sql, params):\n                raise _lost", "            if tx.change(sql, params) < 0:\n                raise _lost"),
     Mutant("each claim has a number of its own", "{next(me.claims)}", "0"),
     Mutant("a lost lease dooms its transaction", "error is None and self.lost is None and not ended", "error is None and not ended", "contract: lost_lease_undoes_the_transaction"),
