@@ -34,7 +34,7 @@ from pqueue import DoNotRetry, Job, LeaseLost, PersistentQInterface, QueueBusy, 
 
 MOST_FILE_BYTES = 1 << 30  # of a job file; a larger one is refused
 HOLD_SECONDS = 0.03  # the work a consumer takes at a time: one slow job, or as many quick ones as fit
-MAX_BATCH = 32  # more would keep an enqueue waiting for longer than a few ms
+MAX_BATCH = 48  # more would keep an enqueue waiting for longer than a few ms
 TICK_SECONDS = 0.05  # how often the watch looks at a running job
 HEARTBEAT_SECONDS = 10.0
 GRACE_SECONDS = 5.0  # what an interrupted task gets before the process ends in its stead

@@ -350,6 +350,7 @@ FROM queues
 WHERE name = :queue AND (max_pending IS NULL OR max_pending > (SELECT count(*) FROM jobs WHERE {WAITING}))
 ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING
 RETURNING id"""
+ENQUEUE_AT_ONCE = ENQUEUE.removesuffix("RETURNING id")  # SQLite's last_insert_rowid is cheaper
 
 ROOM = f"""
 SELECT CASE WHEN max_pending IS NOT NULL THEN max_pending - (SELECT count(*) FROM jobs WHERE {WAITING}) END, max_pending
@@ -1741,7 +1742,18 @@ class SQLiteSession(Session):
         except sqlite3.ProgrammingError:  # another thread has closed the queue
             return False
 
-    def _begin(self) -> None:
+    def insert_at_once(self, sql: str, params: Params) -> int | None:
+        """Execute an INSERT of one row, its own transaction, and return the id; None when it inserted nothing."""
+        self._begin(at_once=True)
+        try:
+            cursor = self.connection.execute(sql, params)
+            return cursor.lastrowid if cursor.rowcount else None
+        except sqlite3.Error as error:
+            raise self._queue._error(error) from error
+        finally:
+            self._leave()
+
+    def _begin(self, *, at_once: bool = False) -> None:
         if self.busy:
             raise QueueError("cannot use the queue in a signal handler that interrupted it: set a flag there")
         self.in_use.acquire()
@@ -1752,7 +1764,8 @@ class SQLiteSession(Session):
             if self._synchronous != self.wanted:
                 self.run(f"PRAGMA synchronous = {self.wanted}")
                 self._synchronous = self.wanted
-            self.run("BEGIN IMMEDIATE")
+            if not at_once:
+                self.run("BEGIN IMMEDIATE")
         except BaseException:
             self._leave()
             raise
@@ -2055,6 +2068,15 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _read(self, sql: str, params: Params = NOTHING) -> list[Any]:
         return self._session().read(sql, params)
+
+    def _add(self, row: Params) -> int:
+        """Do it in one statement, unless there is more to see to."""
+        session = self._write()
+        job_id = None if session.busy else session.insert_at_once(ENQUEUE_AT_ONCE, row)
+        if job_id is None:
+            return super()._add(row)
+        self._ring()
+        return job_id
 
     def _insert_many(self, tx: Session, row: Params, payloads: list[str]) -> list[int]:
         tx.change(INSERT_MANY, {**row, "payloads": _encode_json(payloads)})

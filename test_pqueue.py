@@ -829,16 +829,19 @@ class SQLiteGuarantees(SQLiteCase):
     def test_guarantee_1_enqueue_and_complete_are_synced(self):
         queue, seen = self.open(), []
         session = queue._session()
-        run = session.run
 
-        def spy(sql, *params):
-            if sql == "COMMIT":
-                seen.append(session.connection.execute("PRAGMA synchronous").fetchone()[0])
-            return run(sql, *params)
+        def spied(method, commits):
+            def spy(sql, *params):
+                done = method(sql, *params)
+                if commits(sql):
+                    seen.append(session.connection.execute("PRAGMA synchronous").fetchone()[0])
+                return done
+
+            return mock.patch.object(session, method.__name__, spy)
 
         queue.enqueue("t")
         job = queue.dequeue("w")
-        with mock.patch.object(session, "run", spy):
+        with spied(session.run, lambda sql: sql == "COMMIT"), spied(session.insert_at_once, lambda _: True):
             queue.enqueue("t")
             queue.complete(job)
             queue.complete_and_dequeue([(queue.dequeue("w"), None)], "w")
