@@ -112,8 +112,11 @@ def _replaced(sql: str, *pairs: tuple[str, str]) -> str:
 RINGING = f"WITH new AS ({{}}) SELECT id, (SELECT pg_notify('{CHANNEL}', '')) FROM new"
 ENQUEUE_MANY = _replaced(
     ENQUEUE,
-    (":payload", "payload"),
-    ("FROM queues\n", "FROM queues CROSS JOIN unnest(CAST(:payloads AS text[])) WITH ORDINALITY AS p (payload, n)\n"),
+    (":payload", "substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2)"),
+    (
+        "FROM queues\n",
+        "FROM queues CROSS JOIN json_array_elements(CAST(:payloads AS json)) WITH ORDINALITY AS p (one, n)\n",
+    ),
     ("max_pending > (", "max_pending - :number >= ("),
     ("\nON CONFLICT", " ORDER BY n\nON CONFLICT"),
 )
@@ -635,14 +638,13 @@ class OnPostgres(PersistentQSQLAlchemy):
         rows = [] if self.in_transaction else self._at_once(RINGING.format(ENQUEUE), row)
         return cast(int, rows[0][0]) if rows else super()._add(row)
 
-    def _add_many(self, row: Params, payloads: list[str]) -> list[int]:
-        many = _many(row, payloads)
-        rows = [] if self.in_transaction else self._at_once(RINGING.format(ENQUEUE_MANY), many)
-        return sorted(row[0] for row in rows) if rows else super()._add_many(row, payloads)
+    def _add_many(self, row: Params) -> list[int]:
+        rows = [] if self.in_transaction else self._at_once(RINGING.format(ENQUEUE_MANY), row)
+        return sorted(row[0] for row in rows) if rows else super()._add_many(row)
 
-    def _insert_many(self, tx: Session, row: Params, payloads: list[str]) -> list[int]:
-        rows = tx.run(ENQUEUE_MANY, _many(row, payloads))
-        if len(rows) < len(payloads):
+    def _insert_many(self, tx: Session, row: Params) -> list[int]:
+        rows = tx.run(ENQUEUE_MANY, row)
+        if len(rows) < row["number"]:
             raise QueueFull(f"cannot enqueue: others filled queue {row['queue']!r} at the same moment")
         return sorted(row[0] for row in rows)
 
@@ -795,10 +797,6 @@ class OnPostgres(PersistentQSQLAlchemy):
 
 
 _inherited: list[Any] = []
-
-
-def _many(row: Params, payloads: list[str]) -> Params:
-    return {**row, "payloads": payloads, "number": len(payloads)}
 
 
 def _completing(settled: list[tuple[Job, str | None]]) -> Params:

@@ -292,8 +292,41 @@ class QueueContract:
         self.assertEqual(lost, [jobs[1]])
         self.assertEqual([self.queue.get(job.id).result for job in jobs], [0, None, 2])
 
+    ODD = (
+        None,
+        False,
+        0,
+        -0.0,
+        1e300,
+        2**70,
+        "",
+        '"',
+        "null",
+        "\0\t\\",
+        "é\u2028🎈",
+        [],
+        [[]],
+        {},
+        {"": {"b": [1.5, None]}},
+    )
+
+    def test_batch_stores_each_payload_as_it_is(self):
+        ids = self.queue.enqueue_many("t", self.ODD, now=NOW)
+        self.assertEqual([repr(self.queue.get(job_id).payload) for job_id in ids], [repr(value) for value in self.ODD])
+
+    def test_batch_refuses_what_a_single_job_would_refuse(self):
+        nest = 0
+        for _ in range(pqueue.MAX_JSON_DEPTH + 1):
+            nest = [nest]
+        for bad in (nest, {1, 2}, float("nan"), "\ud800", "x" * pqueue.MAX_PAYLOAD_BYTES):
+            with self.subTest(bad=repr(bad)[:20]), self.assertRaisesRegex(ValueError, "expected a payload"):
+                self.queue.enqueue_many("t", [{}] * 200 + [bad])
+        self.assertEqual(self.queue.count_jobs(), 0)
+        self.queue.enqueue_many("t", [nest[0], *([nest[0]] * 200), "x" * (pqueue.MAX_PAYLOAD_BYTES - 2)])
+        self.assertEqual(self.queue.get(1).payload, nest[0])
+
     def test_batch_stores_each_result_as_it_is(self):
-        results = [None, False, 0, "", '"', "null", "\0", "é\u2028🎈", 2**64, [[]], {"a": {"b": [1.5, None]}}]
+        results = list(self.ODD)
         ids = self.queue.enqueue_many("t", results, now=NOW)
         jobs = self.queue.dequeue_many("w", len(results), now=NOW)
         self.assertEqual(self.queue.complete_and_dequeue(zip(jobs, results, strict=True), "w", now=NOW), ([], []))
@@ -1167,6 +1200,7 @@ sys.stdin.read()
 
     def test_enqueue_goes_before_a_consumer_that_came_first_when_another_consumer_leaves(self):
         producer, consumer, taken = self.open(), self.open(), []
+        producer.enqueue("first")
         consumer.dequeue("w")
         calls = [lambda: taken.append(consumer.dequeue("w")), lambda: producer.enqueue("t")]
         self.let_through(calls, in_batch=True)
@@ -1174,6 +1208,7 @@ sys.stdin.read()
 
     def test_consumer_goes_before_an_enqueue_that_came_first_when_another_producer_leaves(self):
         producer, consumer, taken = self.open(), self.open(), []
+        producer.enqueue("first")
         consumer.dequeue("w")
         self.let_through([lambda: producer.enqueue("t"), lambda: taken.append(consumer.dequeue("w"))])
         self.assertEqual(taken, [None])
