@@ -9,6 +9,7 @@ by NOTIFY to the same session, one per process. Needs SQLAlchemy 2 and psycopg 3
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -16,6 +17,7 @@ import re
 import secrets
 import select
 import sqlite3
+import tempfile
 import threading
 import time
 import weakref
@@ -731,20 +733,15 @@ class OnPostgres(PersistentQSQLAlchemy):
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Write a copy, as of one moment, that is a queue on SQLite: `open_queue(path)` opens it."""
         target = Path(path).absolute()
-        if target.exists() or not target.parent.is_dir():
-            reason = "File exists" if target.exists() else "No such file or directory"
-            raise QueueError(f"cannot back up to {target}: {reason}")
-        copy = PersistentQSQLite(target)
         try:
-            self.copy_to(copy)
-            with closing(sqlite3.connect(target)) as db:
-                if db.execute("PRAGMA integrity_check").fetchone() != ("ok",):
-                    raise QueueError(f"cannot back up to {target}: the copy is damaged")
-        except BaseException:
-            copy.close()
-            target.unlink()
-            raise
-        copy.close()
+            if target.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            folder = tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.")
+            with folder as name, closing(PersistentQSQLite(Path(name) / "copy.db")) as copy:
+                self.copy_to(copy)
+                copy.backup(target)
+        except OSError as error:
+            raise QueueError(f"cannot back up to {target}: {error.strerror}") from error
 
     def _lock_out_writers(self, tx: Session) -> None:
         tx.change("LOCK TABLE queues, jobs, history IN SHARE MODE")
