@@ -1864,11 +1864,11 @@ class Disowned:
 
     in_transaction = False
 
-    def execute(self, *_: Any) -> Any:
-        raise QueueError("cannot go on with a transaction that was begun before the fork")
-
     def close(self) -> None:
         """Close nothing: that was done, or must not be."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise QueueError("cannot go on with a transaction that was begun before the fork")
 
 
 _inherited: dict[Path, list[Any]] = {}  # connections of the parent's that were in a transaction

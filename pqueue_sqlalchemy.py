@@ -36,36 +36,7 @@ from sqlalchemy import exc
 from sqlalchemy.pool import StaticPool
 
 import pqueue
-from pqueue import (
-    BUSY_SECONDS,
-    CANDIDATES,
-    CLAIM,
-    COMPLETE,
-    ENQUEUE,
-    EXPIRED,
-    MIGRATIONS,
-    NOTHING,
-    ORDER,
-    ORPHANED,
-    OVERDUE,
-    PROMOTE,
-    WAIT_SECONDS,
-    Job,
-    Params,
-    PersistentQInterface,
-    PersistentQSQLite,
-    QueueBusy,
-    QueueError,
-    QueueFull,
-    Registration,
-    SchemaMismatch,
-    Session,
-    SQLiteSession,
-    claim_params,
-    claimed_jobs,
-    serving,
-    sqlite_path,
-)
+from pqueue import Job, Params, PersistentQInterface, PersistentQSQLite, QueueBusy, QueueError, QueueFull, Session
 
 log = logging.getLogger("pqueue")
 
@@ -75,15 +46,14 @@ LOCK_CLASS = 0x7071  # of the advisory locks by which consumers are seen to live
 CLOCK_SECONDS = 30.0  # how often the server's clock is read
 RETRY_SECONDS = 0.5  # between two attempts of the listener to connect
 RESTART_SECONDS = 10.0  # after a restart of the server nobody is taken for dead: locks are being taken anew
+KEEPALIVES = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
 # How long the server bears with a host that is cut off: its consumers are not dead, and have their leases.
-CUT_OFF = {
-    "tcp_keepalives_idle": 60,
-    "tcp_keepalives_interval": 15,
-    "tcp_keepalives_count": 4,
-    "tcp_user_timeout": 120_000,
-}
+CUT_OFF = {"keepalives_idle": 60, "keepalives_interval": 15, "keepalives_count": 4}
+CUT_OFF_MILLISECONDS = 120_000
 HEARD_SECONDS = 1.0  # what a NOTIFY may take to come back
 LISTEN = f"LISTEN {CHANNEL}"
+
+RING = f"pg_notify('{CHANNEL}', '')"
 
 NAMED = re.compile(r"(?<!:):([a-z_]\w*)")
 # A subquery for each queue is LATERAL here: "q CROSS JOIN jobs WHERE … jobs.id IN (SELECT id …)".
@@ -91,13 +61,18 @@ PER_QUEUE = re.compile(r"queues q CROSS JOIN jobs WHERE (.*?)jobs\.id IN\s*\(SEL
 # Our statements go through indexes, whatever the statistics say, and by one plan: to plan a claim takes longer than to
 # run it, and the planner expects a tenth of the table from LIMIT :limit.
 PLANNER = ("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin", "enable_sort", "jit")
-AS_USUAL = f"""
-SELECT set_config('plan_cache_mode', 'auto', true), set_config(name, 'on', true)
-FROM unnest(ARRAY{list(PLANNER)}) AS s (name)"""
 ALIVE = "SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = :lock_class AND objsubid = 2 AND granted"
 # The second is when a standby last followed the primary whose place it took; NULL: it never was a standby.
 UPTIME = """
 SELECT EXTRACT(EPOCH FROM clock_timestamp() - greatest(pg_postmaster_start_time(), pg_last_xact_replay_timestamp()))"""
+
+
+def _setting(values: dict[str, Any], *, for_good: bool) -> str:
+    """Return a statement that makes these settings, for the session or for its transaction."""
+    return "SELECT " + ", ".join(f"set_config('{name}', '{value}', {not for_good})" for name, value in values.items())
+
+
+AS_USUAL = _setting({"plan_cache_mode": "auto", **dict.fromkeys(PLANNER, "on")}, for_good=False)
 
 
 def _replaced(sql: str, *pairs: tuple[str, str]) -> str:
@@ -111,9 +86,9 @@ def _replaced(sql: str, *pairs: tuple[str, str]) -> str:
 # Verbs in one statement, and so in one round trip: an enqueue that rings the bell; completions together with a claim,
 # which reads the attempts of what it takes, and takes nothing while there is something to recover.
 
-RINGING = f"WITH new AS ({{}}) SELECT id, (SELECT pg_notify('{CHANNEL}', '')) FROM new"
+ENQUEUE_AND_RING = f"{pqueue.ENQUEUE}, {RING}"
 ENQUEUE_MANY = _replaced(
-    ENQUEUE,
+    pqueue.ENQUEUE,
     (":payload", "substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2)"),
     (
         "FROM queues\n",
@@ -123,7 +98,7 @@ ENQUEUE_MANY = _replaced(
     ("\nON CONFLICT", " ORDER BY n\nON CONFLICT"),
 )
 COMPLETE_MANY = _replaced(
-    f"{COMPLETE} RETURNING jobs.id",
+    f"{pqueue.COMPLETE} RETURNING jobs.id",
     *((f":{name}", f"done.{name}") for name in ("id", "token", "result")),
     (
         "WHERE id",
@@ -132,16 +107,17 @@ COMPLETE_MANY = _replaced(
     ),
 )
 CLAIM_TOGETHER = _replaced(
-    CLAIM,
+    pqueue.CLAIM,
     (
-        f"FROM ({CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit",
+        f"FROM ({pqueue.CANDIDATES}) candidates ORDER BY {pqueue.ORDER} LIMIT :limit",
         f"""FROM (SELECT id, row_number() OVER best AS place, count(*) FILTER (WHERE attempts > 0) OVER best AS again
-                  FROM ({CANDIDATES}) candidates WINDOW best AS (ORDER BY {ORDER} ROWS UNBOUNDED PRECEDING)) ranked
+                  FROM ({pqueue.CANDIDATES}) candidates
+                  WINDOW best AS (ORDER BY {pqueue.ORDER} ROWS UNBOUNDED PRECEDING)) ranked
             WHERE place <= :limit AND (place = 1 OR again = 0)""",
     ),
     (
         "WHERE state = 'pending' AND id IN",
-        f"""WHERE NOT EXISTS (SELECT FROM ({OVERDUE}) o (due, expired) WHERE due OR expired)
+        f"""WHERE NOT EXISTS (SELECT FROM ({pqueue.OVERDUE}) o (due, expired) WHERE due OR expired)
     AND state = 'pending' AND id IN""",
     ),
 )
@@ -155,18 +131,24 @@ FROM (SELECT) one LEFT JOIN taken ON true"""
 
 
 @lru_cache(maxsize=256)
-def translated(sql: str) -> bytes:
-    """Return a statement of pqueue.py as psycopg and PostgreSQL have it."""
+def translated(sql: str) -> tuple[bytes, list[str]]:
+    """Return a statement of pqueue.py as PostgreSQL has it, and the names of its parameters, $1 first."""
+    sql = _in_dialect(sql)
+    names = list(dict.fromkeys(NAMED.findall(sql)))
+    return NAMED.sub(lambda found: f"${names.index(found[1]) + 1}", sql).encode(), names
+
+
+def _in_dialect(sql: str) -> str:
     claims = "UPDATE jobs SET state = 'processing'" in sql or sql.startswith("SELECT attempts")
     sql = PER_QUEUE.sub(r"queues q CROSS JOIN LATERAL (SELECT *\2) jobs WHERE \1 true", sql)
     if claims:
         sql = sql.replace("LIMIT :limit) jobs", "LIMIT :limit FOR UPDATE SKIP LOCKED) jobs")
         sql = sql.replace("LIMIT :limit) mine", "LIMIT :limit FOR UPDATE SKIP LOCKED) mine")
-    elif sql == PROMOTE:
+    elif sql == pqueue.PROMOTE:
         sql = sql.replace("LIMIT :limit)", "LIMIT :limit FOR UPDATE SKIP LOCKED)")
-    elif sql in (EXPIRED, ORPHANED):
+    elif sql in (pqueue.EXPIRED, pqueue.ORPHANED):
         sql += " FOR UPDATE SKIP LOCKED"
-    return NAMED.sub(r"%(\1)s", sql.replace("%", "%%")).encode()
+    return sql
 
 
 class PostgresSession(Session):
@@ -177,44 +159,56 @@ class PostgresSession(Session):
         self._depth = 0
         self._begun = False
         self.durable = True
-        self.connection = queue._engine().connect()
-        self._driver = _driver_of(self.connection)
+        self.connection = queue._engine.connect()
+        self._driver = cast("psycopg.Connection[Any]", self.connection.connection.driver_connection)
+        self._said = select.poll()
+        self._said.register(self._driver.fileno(), select.POLLIN)
+        self._cursor = psycopg.RawCursor(self._driver)
 
     @property
     def busy(self) -> bool:
         return self._depth > 0
 
-    def run(self, sql: str, params: Params = NOTHING) -> list[Any]:
+    def run(self, sql: str, params: Params = pqueue.NOTHING) -> list[Any]:
         return self._execute(sql, params).fetchall()
 
     def alone(self, sql: str, params: Params) -> list[Any]:
         """Run a statement that is a transaction by itself."""
-        with self._queue._telling():
-            return self._driver.execute(translated(sql), params).fetchall()
+        with self:
+            if self._queue.pooled:
+                return self.run(sql, params)
+            text, names = translated(sql)
+            with self._queue._telling():
+                return self._cursor.execute(text, [params[name] for name in names]).fetchall()
 
-    def change(self, sql: str, params: Params = NOTHING) -> int:
+    def change(self, sql: str, params: Params = pqueue.NOTHING) -> int:
         return self._execute(sql, params).rowcount
 
     def change_many(self, sql: str, rows: list[Params]) -> None:
         self.begin()
         with self._queue._telling():
-            self._driver.cursor().executemany(translated(sql), rows)
+            text, names = translated(sql)
+            self._cursor.executemany(text, [[row[name] for name in names] for row in rows])
 
     def begin(self) -> None:
         if not self._begun:
             self._begun = True
             with self._queue._telling():
                 self._driver.execute("BEGIN")
+                if self._queue.pooled:
+                    self._driver.execute(_setting(self._queue.settings, for_good=False))
                 if not self.durable:
                     self._driver.execute("SET LOCAL synchronous_commit = off")
 
     def _execute(self, sql: str, params: Params) -> psycopg.Cursor[Any]:
+        text, names = translated(sql)
+        values = [params[name] for name in names]
         with self._queue._telling():
             if self._begun or not self.busy:
-                return self._driver.execute(translated(sql), params)
+                return self._cursor.execute(text, values)
             with self._driver.pipeline():
                 self.begin()
-                return self._driver.execute(translated(sql), params)
+                return self._cursor.execute(text, values)
 
     def __enter__(self) -> PostgresSession:
         if self._depth:
@@ -250,7 +244,7 @@ class PostgresSession(Session):
     def _commit(self) -> None:
         if not self._is_in_transaction():
             raise QueueError("cannot commit: the transaction was ended inside its block")
-        if self._driver.info.transaction_status == TransactionStatus.INERROR:
+        if self._driver.pgconn.transaction_status == TransactionStatus.INERROR:
             raise QueueError("cannot commit: a statement of the transaction failed")
         with self._queue._telling(), self._driver.pipeline():
             if self.ring:
@@ -258,20 +252,16 @@ class PostgresSession(Session):
             self._driver.execute("COMMIT")
 
     def _is_in_transaction(self) -> bool:
-        return self._driver.info.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR)
+        return self._driver.pgconn.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR)
 
     def _roll_back(self) -> None:
-        if self._driver.info.transaction_status != TransactionStatus.IDLE:
+        if self._driver.pgconn.transaction_status != TransactionStatus.IDLE:
             with suppress(psycopg.Error):
                 self._driver.rollback()
 
     def is_sound(self) -> bool:
         """Return whether the connection is idle and the server has said nothing on it: that would be its good-bye."""
-        if self.connection.closed or self._driver.info.transaction_status != TransactionStatus.IDLE:
-            return False
-        socket = select.poll()
-        socket.register(self._driver.fileno(), select.POLLIN)
-        return not socket.poll(0)
+        return self._driver.pgconn.transaction_status == TransactionStatus.IDLE and not self._said.poll(0)
 
     def end_of_block(self) -> None:
         """Let SQLAlchemy forget the transaction, which has ended without it."""
@@ -286,18 +276,7 @@ class PostgresSession(Session):
     def disown(self) -> None:
         """In a forked child: leave the parent's connection alone, neither used nor closed."""
         _inherited.append((self.connection, self._driver))
-        self._driver = cast("psycopg.Connection[Any]", Disowned())
-
-
-class Disowned:
-    """Stands where a forked child would find its parent's connection."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise QueueError("cannot go on with a transaction that was begun before the fork")
-
-
-def _driver_of(connection: sqlalchemy.Connection) -> psycopg.Connection[Any]:
-    return cast("psycopg.Connection[Any]", connection.connection.driver_connection)
+        self._driver = cast("psycopg.Connection[Any]", pqueue.Disowned())
 
 
 class Line:
@@ -315,17 +294,21 @@ class Line:
         self._thread = threading.Thread(target=self._listen, name="pqueue-line", daemon=True)
 
     def start(self) -> None:
-        self._connection = self._connect()
-        with self._queue._write(durable=False) as tx:
-            tx.change(f"NOTIFY {CHANNEL}")
-        self.carries = bool(select.select([self._connection.fileno()], [], [], HEARD_SECONDS)[0])
-        if not self.carries:
+        self.carries = not self._queue.pooled and self._hears_itself()
+        if self.carries:
+            self._thread.start()
+        else:
             log.warning(
                 "%s passes on no NOTIFY: consumers look every %g s, leases alone tell who died",
                 self._queue.name,
-                WAIT_SECONDS,
+                pqueue.WAIT_SECONDS,
             )
-        self._thread.start()
+
+    def _hears_itself(self) -> bool:
+        self._connection = self._connect()
+        with self._queue._write(durable=False) as tx:
+            tx.change(f"NOTIFY {CHANNEL}")
+        return any(self._connection.notifies(timeout=HEARD_SECONDS, stop_after=1))
 
     def hold(self, number: int) -> None:
         """Take a lock, now and after each new connection."""
@@ -353,12 +336,14 @@ class Line:
 
     def close(self) -> None:
         self._over = True
-        self._thread.join(2)
+        if self._thread.is_alive():
+            self._thread.join(2)
         if self._connection is not None:
             self._connection.close()
 
     def _connect(self) -> psycopg.Connection[Any]:
-        connection = self._queue._connect_raw(**CUT_OFF)
+        connection = self._queue._connect_raw()
+        connection.execute(_setting(_bearing(CUT_OFF_MILLISECONDS, CUT_OFF), for_good=True))
         for number in list(self._numbers):
             connection.execute("SELECT pg_advisory_lock_shared(%s::int, %s::int)", (LOCK_CLASS, number))
         connection.execute(LISTEN)
@@ -405,6 +390,7 @@ class Place:
 
 
 _queues: weakref.WeakSet[OnPostgres] = weakref.WeakSet()
+_inherited: list[Any] = []  # connections that belong to the parent
 
 
 def _after_fork() -> None:
@@ -430,7 +416,7 @@ class PersistentQSQLAlchemy(PersistentQInterface):
     if TYPE_CHECKING:  # what the two below take
 
         def __init__(
-            self, url: str, *, durability: str = "full", create: bool = True, busy_seconds: float = BUSY_SECONDS
+            self, url: str, *, durability: str = "full", create: bool = True, busy_seconds: float = pqueue.BUSY_SECONDS
         ) -> None: ...
 
 
@@ -438,8 +424,8 @@ class OnSQLite(PersistentQSQLAlchemy, PersistentQSQLite):
     """`PersistentQSQLite` whose transactions SQLAlchemy can join."""
 
     def __init__(self, url: str, **options: Any) -> None:
-        PersistentQSQLite.__init__(self, sqlite_path(url), **options)
-        self._over: weakref.WeakKeyDictionary[SQLiteSession, sqlalchemy.Connection] = weakref.WeakKeyDictionary()
+        PersistentQSQLite.__init__(self, pqueue.sqlite_path(url), **options)
+        self._over: weakref.WeakKeyDictionary[pqueue.SQLiteSession, sqlalchemy.Connection] = weakref.WeakKeyDictionary()
 
     @contextmanager
     def transaction(self) -> Iterator[sqlalchemy.Connection]:  # type: ignore[override]
@@ -472,22 +458,34 @@ class OnPostgres(PersistentQSQLAlchemy):
     _LIKE = "ILIKE"
 
     def __init__(
-        self, url: str, *, durability: str = "full", create: bool = True, busy_seconds: float = BUSY_SECONDS
+        self, url: str, *, durability: str = "full", create: bool = True, busy_seconds: float = pqueue.BUSY_SECONDS
     ) -> None:
         PersistentQInterface.__init__(self)
         if durability not in ("full", "normal"):
             raise ValueError(f"expected a durability of full or normal, got {durability!r}")
         self.durability, self._busy_seconds = durability, busy_seconds
+        self._milliseconds = int(busy_seconds * 1000)
+        self.settings: dict[str, object] = {"search_path": f"{SCHEMA},public", "lock_timeout": self._milliseconds}
+        self.settings |= {"plan_cache_mode": "force_generic_plan", **dict.fromkeys(PLANNER, "off")}
+        if durability == "normal":
+            self.settings["synchronous_commit"] = "off"
         self._conninfo = _conninfo(url)
         self.name = f"{self._conninfo.get('host', 'localhost')}/{self._conninfo.get('dbname', '')}"
         self._sessions: weakref.WeakSet[PostgresSession] = weakref.WeakSet()
         self._local = threading.local()
-        self._made: sqlalchemy.Engine | None = None
+        self._engine = sqlalchemy.create_engine(
+            "postgresql+psycopg://",
+            creator=self._connect_raw,
+            isolation_level="AUTOCOMMIT",  # BEGIN and COMMIT are the session's
+            pool_size=5,
+            max_overflow=50,
+        )
         self._line: Line | None = None
         self._starting = threading.Lock()
         self._offset, self._asked = 0.0, -CLOCK_SECONDS
         self._living: tuple[float, set[int] | None] = (0.0, None)
         self._closed = False
+        self.pooled = False  # a pooler in between lends a process of the server for a transaction, without our settings
         try:
             self._prepare(create)
         except BaseException:
@@ -497,43 +495,15 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     # Opening
 
-    def _engine(self) -> sqlalchemy.Engine:
-        if self._closed:
-            raise QueueError(f"cannot use {self.name}: this queue object is closed")
-        if self._made is None:
-            self._made = sqlalchemy.create_engine(
-                "postgresql+psycopg://",
-                creator=self._connect_raw,
-                isolation_level="AUTOCOMMIT",  # BEGIN and COMMIT are the session's
-                pool_size=5,
-                max_overflow=50,
-            )
-        return self._made
-
-    def _arguments(self, **patience: int) -> dict[str, Any]:
-        milliseconds = int(self._busy_seconds * 1000)
-        settings = {"search_path": f"{SCHEMA},public", "lock_timeout": milliseconds}
-        settings |= {"tcp_keepalives_idle": 5, "tcp_keepalives_interval": 2, "tcp_keepalives_count": 3}  # the server's
-        settings |= {"tcp_user_timeout": milliseconds, **patience}
-        settings |= {"plan_cache_mode": "force_generic_plan", **dict.fromkeys(PLANNER, "off")}
-        if self.durability == "normal":
-            settings["synchronous_commit"] = "off"
-        options = " ".join(f"-c {name}={value}" for name, value in settings.items())
-        return {
-            "application_name": "pqueue",
-            "prepare_threshold": 3,
-            "connect_timeout": max(1, int(self._busy_seconds)),
-            "tcp_user_timeout": milliseconds,  # a link that is cut without a word is noticed, too
-            "keepalives_idle": 5,
-            "keepalives_interval": 2,
-            "keepalives_count": 3,
-            **self._conninfo,
-            "options": f"{options} {self._conninfo.get('options', '')}",
-        }
-
-    def _connect_raw(self, **patience: int) -> psycopg.Connection[Any]:
-        connection = psycopg.connect(autocommit=True, **self._arguments(**patience))
+    def _connect_raw(self) -> psycopg.Connection[Any]:
+        arguments = {"application_name": "pqueue", "connect_timeout": max(1, int(self._busy_seconds)), **KEEPALIVES}
+        arguments["tcp_user_timeout"] = self._milliseconds  # a link that is cut without a word is noticed, too
+        connection = psycopg.connect(autocommit=True, **{**arguments, **self._conninfo})
         connection.adapters.register_dumper(int, Int8Dumper)  # one type whatever the value: one prepared statement
+        self.pooled = connection.execute("SELECT pg_backend_pid()").fetchone() != (connection.info.backend_pid,)
+        connection.prepare_threshold = None if self.pooled else 3
+        if not self.pooled:
+            connection.execute(_setting(self.settings | _bearing(self._milliseconds, KEEPALIVES), for_good=True))
         return connection
 
     def _prepare(self, create: bool) -> None:
@@ -541,12 +511,12 @@ class OnPostgres(PersistentQSQLAlchemy):
         version = self._version()
         if version is None and not create:
             raise QueueError(f"no queue at {self.name}: a producer or a consumer creates it")
-        if version is not None and version > len(MIGRATIONS):
-            raise SchemaMismatch(
-                f"cannot use {self.name}: expected schema {len(MIGRATIONS)} or older, got {version}: "
+        if version is not None and version > len(pqueue.MIGRATIONS):
+            raise pqueue.SchemaMismatch(
+                f"cannot use {self.name}: expected schema {len(pqueue.MIGRATIONS)} or older, got {version}: "
                 "use the pqueue that wrote it, or a newer one"
             )
-        if version != len(MIGRATIONS):
+        if version != len(pqueue.MIGRATIONS):
             self._migrate()
 
     def _version(self) -> int | None:
@@ -561,11 +531,11 @@ class OnPostgres(PersistentQSQLAlchemy):
             tx.change(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
             tx.change(f"CREATE TABLE IF NOT EXISTS {SCHEMA}.version (number INTEGER NOT NULL)")
             done = tx.run(f"SELECT number FROM {SCHEMA}.version")
-            for migration in islice(MIGRATIONS, done[0][0] if done else 0, None):
+            for migration in islice(pqueue.MIGRATIONS, done[0][0] if done else 0, None):
                 for statement in migration:
                     self._define(tx, statement)
             tx.change(f"DELETE FROM {SCHEMA}.version")
-            tx.change(f"INSERT INTO {SCHEMA}.version VALUES (:number)", {"number": len(MIGRATIONS)})
+            tx.change(f"INSERT INTO {SCHEMA}.version VALUES (:number)", {"number": len(pqueue.MIGRATIONS)})
 
     def _define(self, tx: PostgresSession, statement: str) -> None:
         identity = "BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY"
@@ -604,6 +574,8 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     def _session(self) -> PostgresSession:
         """Return this thread's session, on a sound connection unless it is in a transaction already."""
+        if self._closed:
+            raise QueueError(f"cannot use {self.name}: this queue object is closed")
         session: PostgresSession | None = getattr(self._local, "session", None)
         while session is None or not (session.busy or session.is_sound()):
             if session is not None:
@@ -619,8 +591,12 @@ class OnPostgres(PersistentQSQLAlchemy):
             session.durable = durable
         return session
 
-    def _read(self, sql: str, params: Params = NOTHING) -> list[Any]:
-        return self._session().run(sql, params)
+    def _read(self, sql: str, params: Params = pqueue.NOTHING) -> list[Any]:
+        session = self._session()
+        if session.busy or not self.pooled:
+            return session.run(sql, params)
+        with session:  # which brings its settings
+            return session.run(sql, params)
 
     def _time(self, now: float | None) -> float:
         if now is not None:
@@ -632,16 +608,12 @@ class OnPostgres(PersistentQSQLAlchemy):
             self._offset = server - (began + self._asked) / 2
         return time.monotonic() + self._offset
 
-    def _at_once(self, sql: str, params: Params) -> list[Any]:
-        with self._write() as tx:
-            return tx.alone(sql, params)
-
     def _add(self, row: Params) -> int:
-        rows = [] if self.in_transaction else self._at_once(RINGING.format(ENQUEUE), row)
+        rows = [] if self.in_transaction else self._write().alone(ENQUEUE_AND_RING, row)
         return cast(int, rows[0][0]) if rows else super()._add(row)
 
     def _add_many(self, row: Params) -> list[int]:
-        rows = [] if self.in_transaction else self._at_once(RINGING.format(ENQUEUE_MANY), row)
+        rows = [] if self.in_transaction else self._write().alone(f"{ENQUEUE_MANY}, {RING}", row)
         return sorted(row[0] for row in rows) if rows else super()._add_many(row)
 
     def _insert_many(self, tx: Session, row: Params) -> list[int]:
@@ -653,22 +625,25 @@ class OnPostgres(PersistentQSQLAlchemy):
     def _exchange(
         self,
         settled: list[tuple[Job, str | None]],
-        me: Registration,
+        me: pqueue.Registration,
         limit: int,
         queues: Sequence[str] | None,
         lease_seconds: float,
         now: float | None,
     ) -> tuple[list[Job], list[Job]]:
         """Do it in one round trip, unless it is time to look for the dead, or there is something to recover."""
-        if limit == 0 or self.in_transaction or time.monotonic() - self._looked_for_dead >= pqueue.DEAD_CHECK_SECONDS:
+        tokens = {job.id: job.lease_token for job, _ in settled}
+        looks = time.monotonic() - self._looked_for_dead >= pqueue.DEAD_CHECK_SECONDS
+        if limit == 0 or looks or self.in_transaction or len(tokens) < len(settled):
             return super()._exchange(settled, me, limit, queues, lease_seconds, now)
         now = self._time(now)
-        claim = claim_params(me, limit, queues, lease_seconds, now)
-        sql = serving(EXCHANGE if settled else TAKE, queues)
-        rows = self._at_once(sql, {**claim, **_completing(settled)})
+        claim = pqueue.claim_params(me, limit, queues, lease_seconds, now)
+        sql = pqueue.serving(EXCHANGE if settled else TAKE, queues)
+        done = {"number": len(tokens), "ids": list(tokens), "tokens": list(tokens.values())}
+        rows = self._write().alone(sql, {**claim, **done, "results": [result for _, result in settled]})
         with self._write() as tx:
-            jobs = claimed_jobs(tx, [row[1:] for row in rows if row[1] is not None], claim)
-        lost = _lost_of(settled, rows[0][0]) if settled else []
+            jobs = pqueue.claimed_jobs(tx, [row[1:] for row in rows if row[1] is not None], claim)
+        lost = [job for job, _ in settled if rows[0][0] is not None and job.id not in rows[0][0]]
         if not jobs:
             jobs, _ = super()._exchange([], me, limit, queues, lease_seconds, now)
         return jobs, lost
@@ -711,7 +686,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             with self._write(durable=False) as tx:
                 tx.change("UPDATE consumers SET state = 'running' WHERE token = :token", {"token": me.token})
 
-    def _sleep(self, me: Registration, seconds: float, due_in: Callable[[], float]) -> bool:  # noqa: ARG002
+    def _sleep(self, me: pqueue.Registration, seconds: float, due_in: Callable[[], float]) -> bool:  # noqa: ARG002
         return self._open_line().wait(seconds, due_in)
 
     @property
@@ -752,19 +727,18 @@ class OnPostgres(PersistentQSQLAlchemy):
             tx.run(f"SELECT setval(pg_get_serial_sequence('{SCHEMA}.{table}', 'id'), {highest}, false)")
 
     def check(self, *, thorough: bool = True) -> dict[str, Any]:
-        facts: dict[str, Any] = {"path": self.name, "durability": self.durability, "user_version": self._version()}
-        for setting in ("server_version", "synchronous_commit", "fsync", "full_page_writes", "transaction_read_only"):
-            facts[setting] = self._read(f"SHOW {setting}")[0][0]
-        expected = {"fsync": "on", "full_page_writes": "on", "transaction_read_only": "off"}
-        if thorough:
-            facts["file_bytes"] = self._read("SELECT pg_database_size(current_database())")[0][0]
+        expected: dict[str, Any] = {"fsync": "on", "full_page_writes": "on", "transaction_read_only": "off"}
         if self.durability == "full":
             expected["synchronous_commit"] = "on"
+        facts: dict[str, Any] = {"path": self.name, "durability": self.durability, "user_version": self._version()}
+        for setting in ("server_version", "synchronous_commit", *expected):
+            facts[setting] = self._read(f"SHOW {setting}")[0][0]
+        if thorough:
+            facts["file_bytes"] = self._read("SELECT pg_database_size(current_database())")[0][0]
+        expected["user_version"] = len(pqueue.MIGRATIONS)
         facts["problems"] = [
             f"expected {name} {value}, got {facts[name]}" for name, value in expected.items() if facts[name] != value
         ]
-        if facts["user_version"] != len(MIGRATIONS):
-            facts["problems"].append(f"expected schema {len(MIGRATIONS)}, got {facts['user_version']}")
         return facts
 
     def close(self) -> None:
@@ -775,40 +749,25 @@ class OnPostgres(PersistentQSQLAlchemy):
             self._line.close()
         for session in list(self._sessions):
             session.close()
-        if self._made is not None:
-            self._made.dispose()
+        self._engine.dispose()
         self._local = threading.local()
-        self._line = self._made = None
+        self._line = None
         self._closed = True
 
     def _after_fork(self) -> None:
         """Reconnect in the child: the sockets belong to the parent."""
         for session in list(self._sessions):
             session.disown()
-        if self._made is not None:
-            self._made.dispose(close=False)
+        self._engine.dispose(close=False)
         PersistentQInterface.__init__(self)
         _inherited.append(self._line)
         self._sessions, self._local = weakref.WeakSet(), threading.local()
         self._line, self._starting = None, threading.Lock()
 
 
-_inherited: list[Any] = []
-
-
-def _completing(settled: list[tuple[Job, str | None]]) -> Params:
-    return {
-        "number": len(settled),
-        "ids": [job.id for job, _ in settled],
-        "tokens": [job.lease_token for job, _ in settled],
-        "results": [result for _, result in settled],
-    }
-
-
-def _lost_of(settled: list[tuple[Job, str | None]], done: list[int] | None) -> list[Job]:
-    """Return the jobs that are not among the ids of those done (None: all are), each of which counts once."""
-    left = set(done or ())
-    return [] if done is None else [job for job, _ in settled if job.id not in left or left.remove(job.id)]  # type: ignore[func-returns-value]
+def _bearing(milliseconds: int, keepalives: dict[str, int]) -> dict[str, object]:
+    """Return the server's settings for how long it bears with a silent client."""
+    return {"tcp_user_timeout": milliseconds, **{f"tcp_{name}": value for name, value in keepalives.items()}}
 
 
 def _conninfo(url: str) -> dict[str, Any]:
@@ -817,9 +776,8 @@ def _conninfo(url: str) -> dict[str, Any]:
     with suppress(psycopg.Error):
         parts = psycopg.conninfo.conninfo_to_dict(f"postgresql://{rest}")
         ports = str(parts.get("port") or "5432").split(",")
-        cut = (
-            "@" in f"{parts.get('host')} {parts.get('dbname')}"
-        )  # a password with a / or ? that is not percent-encoded
+        # A password with a / or ? that is not percent-encoded is cut there.
+        cut = "@" in f"{parts.get('host')} {parts.get('dbname')}"
         known = scheme in ("postgresql", "postgresql+psycopg", "postgres")
         if known and not cut and all(port.isdigit() for port in ports):
             return dict(parts)

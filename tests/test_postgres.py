@@ -263,13 +263,10 @@ class PostgresFiles(PostgresCase):
 
     def assert_no_walk(self, queue, sql, params):
         """By the plan that is made once for all values, as the queue has it."""
-        driver, text = queue._session()._driver, pqueue_sqlalchemy.translated(sql).decode()
-        used = [name for name in params if f"%({name})s" in text]
-        for number, name in enumerate(used, 1):
-            text = text.replace(f"%({name})s", f"${number}")
-        values = ", ".join(psycopg.sql.Literal(params[name]).as_string(driver) for name in used)
+        driver, (text, names) = queue._session()._driver, pqueue_sqlalchemy.translated(sql)
+        values = ", ".join(psycopg.sql.Literal(params[name]).as_string(driver) for name in names)
         walk = f"walk_{uuid.uuid4().hex[:8]}"
-        driver.execute(f"PREPARE {walk} AS {text}")
+        driver.execute(f"PREPARE {walk} AS {text.decode()}")
         with suppress(ZeroDivisionError), driver.transaction():
             plan = "\n".join(row[0] for row in driver.execute(f"EXPLAIN ANALYZE EXECUTE {walk} ({values})"))
             raise ZeroDivisionError  # nothing is to change

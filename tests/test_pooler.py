@@ -1,0 +1,185 @@
+"""PgBouncer between the programs and PostgreSQL, which lends a process of the server for one transaction at a time."""
+
+# ruff: noqa: F401, F811 - pytest finds tests and fixtures by their names
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import unittest
+from unittest import mock
+
+import psycopg
+import pytest
+import sqlalchemy
+from postgres_server import ACCOUNT, _free_port
+from test_outage import Load
+from test_postgres import database, server
+
+import pqueue
+import pqueue_sqlalchemy
+from pqueue_sqlalchemy import PersistentQSQLAlchemy
+from test_pqueue import QueueContract, wait_until
+
+PGBOUNCER = shutil.which("pgbouncer") or "/usr/sbin/pgbouncer"
+SERVERS = {"transaction": 3, "session": 50}  # fewer than there are connections, so that these must take turns
+
+
+class Pooler:
+    """PgBouncer before the server of this database; it trusts everybody, and is restarted by `restart`."""
+
+    def __init__(self, folder, database: str, mode: str = "transaction") -> None:
+        self.folder, self.port = folder, _free_port()
+        place = psycopg.conninfo.conninfo_to_dict(database)
+        self.database = place["dbname"]
+        target = " ".join(f"{name}={place[name]}" for name in ("host", "port", "user", "password") if place.get(name))
+        (folder / "pgbouncer.ini").write_text(
+            f"""[databases]
+{self.database} = {target}
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {self.port}
+unix_socket_dir =
+auth_type = any
+pool_mode = {mode}
+default_pool_size = {SERVERS[mode]}
+server_idle_timeout = 1
+"""
+        )
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://nobody:hunter2@127.0.0.1:{self.port}/{self.database}"
+
+    def start(self) -> None:
+        command = [PGBOUNCER, "-q", str(self.folder / "pgbouncer.ini")]
+        if os.geteuid() == 0:
+            command[1:1] = ["-u", ACCOUNT]
+        with (self.folder / "log").open("a") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        wait_until(self._answers, 30)
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def _answers(self) -> bool:
+        assert self.process.poll() is None, (self.folder / "log").read_text()
+        try:
+            psycopg.connect(self.url).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+
+@pytest.fixture
+def pooler(request, tmp_path, database):
+    tmp_path.chmod(0o755)
+    folder = tmp_path / "pooler"
+    folder.mkdir(mode=0o755)
+    pooler = Pooler(folder, database, getattr(request, "param", "transaction"))
+    yield pooler
+    pooler.stop()
+
+
+@pytest.fixture
+def queue(pooler):
+    queue = pqueue.open_queue(pooler.url)
+    yield queue
+    queue.close()
+
+
+@pytest.fixture
+def direct(database, queue):
+    """The same queue without the pooler; to it whoever is without a lock is dead at once."""
+    with mock.patch("pqueue_sqlalchemy.RESTART_SECONDS", 0), mock.patch("pqueue.DEAD_CHECK_SECONDS", 0):
+        queue = pqueue.open_queue(database)
+        yield queue
+        queue.close()
+
+
+class PgBouncerContract(QueueContract, unittest.TestCase):
+    @pytest.fixture(autouse=True)
+    def _pooler(self, pooler):
+        self.url = pooler.url
+
+    def open(self, **options):
+        queue = PersistentQSQLAlchemy(self.url, **options)
+        self.addCleanup(queue.close)
+        return queue
+
+    def execute(self, db, sql, **params):
+        return db.execute(sqlalchemy.text(sql), params)
+
+
+@pytest.mark.parametrize("pooler", ["transaction", "session"], indirect=True)
+def test_settings_come_with_each_transaction_and_stay_with_nobody_else(pooler, queue):
+    ids = queue.enqueue_many("t", range(50))
+    others = [pqueue.open_queue(pooler.url) for _ in range(4)]
+    done = []
+    while taken := [(each, job) for each in (queue, *others) for job in each.dequeue_many("w", 3)]:
+        for each, job in taken:
+            each.complete(job)
+        done += [job.id for _, job in taken]
+    assert sorted(done) == ids
+    with queue.transaction() as db:
+        assert db.exec_driver_sql("SHOW search_path").scalar() == "pqueue,public"
+    for _ in range(10):
+        with psycopg.connect(pooler.url) as stranger:
+            assert stranger.execute("SHOW search_path").fetchone() == ('"$user", public',)
+            assert stranger.execute("SELECT count(*) FROM pg_prepared_statements").fetchone() == (0,)
+            assert stranger.execute("SELECT count(*) FROM pg_listening_channels()").fetchone() == (0,)
+    for each in others:
+        each.close()
+
+
+def test_consumers_are_told_once_that_the_timer_serves_them(queue, direct, caplog):
+    assert queue.dequeue("anna") is None
+    assert queue.dequeue("berta") is None
+    assert [record.message for record in caplog.records] == [
+        f"{queue.name} passes on no NOTIFY: consumers look every 1 s, leases alone tell who died"
+    ]
+    direct.enqueue("t")
+    assert wait_until(lambda: queue.wait(1, consumer="anna"))
+    assert queue.dequeue("anna")
+
+
+def test_consumer_behind_it_is_never_taken_for_dead_before_its_lease_is_over(pooler, queue, direct):
+    direct.enqueue("t")
+    job = queue.dequeue("anna", lease_seconds=60)
+    assert direct.dequeue("berta") is None
+    pooler.stop()  # all its connections to the server end
+    assert direct.dequeue("berta") is None
+    assert {each["name"]: each["state"] for each in direct.consumers()} == {"anna": "running", "berta": "running"}
+    later = direct.dequeue("berta", now=direct._time(None) + 61)
+    assert later.id == job.id
+    pooler.start()
+    with pytest.raises(pqueue.LeaseLost):
+        queue.complete(job)
+
+
+def test_consumer_that_dies_before_the_server_is_seen_from_behind_it(queue, direct, monkeypatch):
+    monkeypatch.setattr(pqueue_sqlalchemy, "RESTART_SECONDS", 0)
+    direct.enqueue("t")
+    job = direct.dequeue("anna")
+    direct._line._over = True  # as the kernel does for a process that was killed
+    direct._line._thread.join()
+    direct._line._connection.close()
+    assert wait_until(lambda: queue.dequeue("berta")).id == job.id
+
+
+def test_programs_wait_out_its_restart_and_lose_nothing(place, pooler):
+    load = Load(place, pooler.url)
+    wait_until(lambda: load.completed() > 50, 60)
+    pooler.stop()
+    wait_until(load.has_waited, 30)
+    pooler.start()
+    before = wait_until(load.completed)
+    wait_until(lambda: load.completed() > before + 50, 60)
+    load.finish()
+    told = [child.out.read_text() for child in load.consumers]
+    assert [text.count("passes on no NOTIFY") for text in told] == [1] * len(told)
+    assert not any("hunter2" in text for text in told)
