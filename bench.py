@@ -371,12 +371,10 @@ def fill(queue: Any, rows: int, **columns: object) -> None:
     values = {"queue": "'default'", "task": "'noop'", "payload": "'null'", "state": "'pending'", "priority": 0}
     values |= {"run_at": 1.0, "max_attempts": 3, "created_at": 1.0}
     values |= {name: f"'{value}'" if name == "state" else value for name, value in columns.items()}
-    if SERVER in os.environ:
-        queue.enqueue_many("noop", [None] * rows)
-        return
     with queue.transaction() as db:
-        db.execute("INSERT INTO queues (name) VALUES ('default') ON CONFLICT DO NOTHING")
-        db.execute(
+        execute = db.exec_driver_sql if SERVER in os.environ else db.execute
+        execute("INSERT INTO queues (name) VALUES ('default') ON CONFLICT DO NOTHING")
+        execute(
             f"""WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {rows})
                 INSERT INTO jobs ({", ".join(values)}) SELECT {", ".join(map(str, values.values()))} FROM n"""
         )

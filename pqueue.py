@@ -869,8 +869,8 @@ class PersistentQInterface(ABC):
             f"SELECT id FROM jobs WHERE {place} AND {where} AND {by} < :before_id" for place in places
         )
         newest = f"SELECT id FROM ({ids}) found ORDER BY {by} DESC LIMIT :limit"
-        sql = f"SELECT {COLUMNS} FROM jobs WHERE id IN ({newest}) ORDER BY id DESC"
-        return [_job(row) for row in self._read(sql, params)]
+        rows = self._read(f"SELECT {COLUMNS} FROM ({newest}) newest JOIN jobs USING (id)", params)
+        return sorted(map(_job, rows), reverse=True)  # by id, the first of a job's fields
 
     def _matching(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -230,47 +231,44 @@ class PostgresFiles(PostgresCase):
         self.assertTrue(wait_until(lambda: queue.wait(1, consumer="anna")))
         self.assertIsNotNone(queue.dequeue("anna"))
 
-    def test_statements_of_the_hot_path_go_through_indexes_whatever_the_statistics_say(self):
+    def test_no_statement_of_a_producer_or_consumer_looks_at_more_than_it_takes(self):
+        """However many jobs there are in each state, and whatever the statistics say; by the plan for all values."""
         queue = self.open()
-        queue.enqueue("t")
-        queue.dequeue("w")
-        columns = "queue, task, payload, state, priority, run_at, max_attempts, created_at, finished_at"
-        with queue.transaction() as db:
-            for state, finished, jobs in (("completed", "1.0", 60_000), ("pending", "NULL", 30_000)):
-                row = f"'default', 't', 'null', '{state}', 0, n, 3, 1.0, {finished}"
-                db.execute(
-                    sqlalchemy.text(f"INSERT INTO jobs ({columns}) SELECT {row} FROM generate_series(1, {jobs}) n")
-                )
-            db.execute(sqlalchemy.text("ANALYZE jobs"))
-        claim = pqueue.claim_params(queue._registry["w"], 32, None, 60, 2.0)
-        params = {
-            **claim,
-            "number": 1,
-            "ids": [1],
-            "tokens": ["x"],
-            "results": [None],
-            "before": 0.0,
-            "start": 0.0,
-            "end": 9e9,
-            "state": "failed",
-        }
-        for name in ("TAKE", "EXCHANGE"):
-            with self.subTest(statement=name):
-                self.assert_no_walk(queue, pqueue.serving(getattr(pqueue_sqlalchemy, name), None), params)
-        for name in ("NEXT_EVENT", "OVERDUE", "PROMOTE", "EXPIRED", "ORPHANED", "PRUNABLE", "LATEST_COMPLETED"):
-            with self.subTest(statement=name):
-                self.assert_no_walk(queue, pqueue.serving(getattr(pqueue, name), None), params)
+        recorded = recording(queue)
+        use(queue, 1)
+        bury(queue)
+        recorded.clear()
+        with mock.patch("pqueue.DEAD_CHECK_SECONDS", 0):
+            queue.dequeue("w")  # looks for the dead, too
+        use(queue, 2)
+        queue.prune(3600)
+        self.assertGreater(len(recorded), 20)
+        for sql, params in dict(recorded).items():
+            with self.subTest(sql=sql):
+                looked_at, milliseconds, plan = looks(queue, sql, params)
+                print(f"{looked_at:7,} rows {milliseconds:8.2f} ms  {' '.join(sql.split())[:90]}")
+                self.assertLess(looked_at, 2000, plan)
 
-    def assert_no_walk(self, queue, sql, params):
-        """By the plan that is made once for all values, as the queue has it."""
-        driver, (text, names) = queue._session()._driver, pqueue_sqlalchemy.translated(sql)
-        values = ", ".join(psycopg.sql.Literal(params[name]).as_string(driver) for name in names)
-        walk = f"walk_{uuid.uuid4().hex[:8]}"
-        driver.execute(f"PREPARE {walk} AS {text.decode()}")
-        with suppress(ZeroDivisionError), driver.transaction():
-            plan = "\n".join(row[0] for row in driver.execute(f"EXPLAIN ANALYZE EXECUTE {walk} ({values})"))
-            raise ZeroDivisionError  # nothing is to change
-        self.assertNotRegex(plan, "Seq Scan on jobs|Hash Join|Merge Join", plan)
+    def test_no_statement_that_shows_looks_at_more_than_the_jobs_of_its_state(self):
+        queue = self.open()
+        use(queue, 1)
+        bury(queue)
+        recorded = recording(queue)
+        for state in (None, *pqueue.STATES):
+            queue.list_jobs(state=state, limit=50)
+            queue.list_jobs(state=state, limit=50, before_id=ROWS)
+            queue.list_jobs(state=state, limit=50, queue="default", task="t")
+        queue.stats()
+        queue.failures()
+        queue.activity(0, 1e9)
+        queue.timings()
+        queue.consumers()
+        for sql, params in dict(recorded).items():
+            with self.subTest(sql=sql):
+                looked_at, milliseconds, plan = looks(queue, sql, params)
+                print(f"{looked_at:7,} rows {milliseconds:8.2f} ms  {' '.join(sql.split())[:90]}")
+                self.assertLess(looked_at, 1.1 * ROWS, plan)
+                self.assertNotRegex(str(plan), "Seq Scan.*'Relation Name': 'jobs'")
 
     def test_newer_schema_is_refused(self):
         with self.open().transaction() as db:
@@ -308,6 +306,94 @@ class PostgresFiles(PostgresCase):
         wait_until(lambda: {each["state"] for each in other.consumers()} == {"running"})
         other.enqueue("t")
         self.assertIsNotNone(wait_until(lambda: queue.dequeue("anna")))
+
+
+ROWS = int(os.environ.get("PQUEUE_TEST_ROWS", "60000"))  # of completed jobs; half as many of other states
+
+
+def recording(queue):
+    """Return a dictionary that will hold each statement on jobs with its last parameters."""
+    recorded = {}
+    session = queue._session()
+
+    def record(method):
+        def run(sql, params=pqueue.NOTHING):
+            if re.search(r"\b(jobs|history)\b", sql):
+                recorded[sql] = params
+            return method(sql, params)
+
+        return run
+
+    session._execute, session.alone = record(session._execute), record(session.alone)
+    return recorded
+
+
+def use(queue, priority):
+    """Do what producers and consumers do, through every statement of theirs."""
+    queue.enqueue("t", key="k")
+    queue.enqueue("t", key="k")
+    ids = queue.enqueue_many("t", range(40), priority=priority)
+    with queue.transaction():
+        queue.enqueue("t", key="in a transaction")
+    jobs = queue.dequeue_many("w", 8)
+    queue.extend(jobs[0], 60)
+    queue.update(jobs[0], progress=0.5)
+    queue.complete(jobs[0])
+    queue.fail(jobs[1], "ValueError: no")
+    queue.fail(jobs[2], "ValueError: no", retry=False)
+    queue.release(jobs[3])
+    queue.complete_and_dequeue([(job, None) for job in jobs[4:6]], "w", 8)
+    queue.dequeue("w", now=queue._time(None) + 3600)  # promotes and takes back
+    queue.cancel(ids[-1])
+    queue.resubmit(ids[-1])
+    queue.assign(ids[-1], "w")
+    queue.wait(0, consumer="w")
+    queue.heartbeat("w")
+    queue.get(ids[0])
+    queue.history(ids[0])
+
+
+def bury(queue):
+    """Put many jobs of each state beside what is there, of which none may stand in the way."""
+    columns = "queue, task, payload, priority, run_at, max_attempts, created_at, state"
+    others = dict.fromkeys(("lease_token", "lease_expires_at", "started_at", "finished_at"), "NULL")
+    others |= dict.fromkeys(("error", "assigned_to", "key"), "NULL")
+    for jobs, state, values in (
+        (ROWS, "completed", {"started_at": "n", "finished_at": "n"}),
+        (ROWS // 2, "pending", {"key": "'k' || n"}),
+        (ROWS // 2, "pending", {"assigned_to": "'absent'"}),
+        (ROWS // 2, "scheduled", {}),
+        (ROWS // 20, "failed", {"finished_at": "n", "error": "'ValueError: no'"}),
+        (ROWS // 2000, "processing", {"lease_token": "'other.' || n", "lease_expires_at": "4e9"}),
+    ):
+        row = {**others, **values}
+        run_at = "4e9" if state == "scheduled" else "1.0"
+        fixed = f"'default', 't', 'null', 0, {run_at}, 3, 1.0, '{state}'"
+        with queue.transaction() as db:
+            db.exec_driver_sql(
+                f"INSERT INTO jobs ({columns}, {', '.join(row)}) "
+                f"SELECT {fixed}, {', '.join(row.values())} FROM generate_series(1, {jobs}) n"
+            )
+    with queue.transaction() as db:
+        db.exec_driver_sql("ANALYZE jobs")
+
+
+def looks(queue, sql, params):
+    """Run the statement and undo it; return how many rows it looked at, the milliseconds it took, and its plan."""
+    driver, (text, names) = queue._session()._driver, pqueue_sqlalchemy.translated(sql)
+    values = ", ".join(psycopg.sql.Literal(params[name]).as_string(driver) for name in names)
+    name = f"looked_{uuid.uuid4().hex[:8]}"
+    driver.execute(f"PREPARE {name} AS {text.decode()}")
+    with driver.transaction(force_rollback=True):
+        explain = f"EXPLAIN (ANALYZE, FORMAT JSON) EXECUTE {name}" + (f" ({values})" if values else "")
+        found = driver.execute(explain).fetchone()[0][0]
+    return rows_of(found["Plan"]), found["Execution Time"], found["Plan"]
+
+
+def rows_of(node):
+    taken = (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]
+    scanned = round(taken) if "Relation Name" in node or "Index Name" in node else 0
+    return max([scanned, *(rows_of(each) for each in node.get("Plans", ()))])
 
 
 CUT = """
