@@ -141,10 +141,13 @@ def translated(sql: str) -> tuple[bytes, list[str]]:
 def _in_dialect(sql: str) -> str:
     claims = "UPDATE jobs SET state = 'processing'" in sql or sql.startswith("SELECT attempts")
     sql = PER_QUEUE.sub(r"queues q CROSS JOIN LATERAL (SELECT *\2) jobs WHERE \1 true", sql)
+    # Who has the token is processing, by the CHECK; to say it sends the planner through all jobs that are.
+    sql = sql.replace("state = 'processing' AND lease_token =", "lease_token =")
     if claims:
         sql = sql.replace("LIMIT :limit) jobs", "LIMIT :limit FOR UPDATE SKIP LOCKED) jobs")
         sql = sql.replace("LIMIT :limit) mine", "LIMIT :limit FOR UPDATE SKIP LOCKED) mine")
-    elif sql == pqueue.PROMOTE:
+    elif sql == pqueue.PROMOTE:  # to say the state twice would send it through all that are scheduled
+        sql = sql.replace("WHERE state = 'scheduled' AND id IN", "WHERE id IN")
         sql = sql.replace("LIMIT :limit)", "LIMIT :limit FOR UPDATE SKIP LOCKED)")
     elif sql in (pqueue.EXPIRED, pqueue.ORPHANED):
         sql += " FOR UPDATE SKIP LOCKED"
