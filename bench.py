@@ -30,22 +30,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+import bench_peers
 import bench_postgres
 import bench_redis
 import consumer
 import pqueue
-from bench_postgres import SERVER, PostgresLimit, milliseconds
+from bench_peers import DURABILITIES, SECONDS, SIMPLE, put_under_load
+from bench_postgres import SCALE, SERVER, PostgresLimit, milliseconds
 
 HERE = Path(__file__).resolve().parent
-SCALE = float(os.environ.get("BENCH_SCALE", "1"))  # of the work; --quick sets it for the measuring processes
-SECONDS = 2.0 * SCALE  # of each rate that is measured by the clock
-QUICK_SCALE = 0.1
+QUICK_SCALE = 0.1  # of the work, given to the measuring processes
 PUT_MANY = 100
 LEFT_OUT = "BENCH_WITHOUT"  # names to the measuring processes, and to their consumers, the idea to do without
 CONSUMERS = 4
-LEAST_PUTS = 20  # beside them, however long each has to wait
-COLUMNS = ["put", "put many", "process", "program", "share", "put under load", "pickup", "idle", "depth"]
-SIMPLE = COLUMNS[:3]  # what the peers are measured in
+COLUMNS = [*SIMPLE, "program", "share", "put under load", "pickup", "idle", "depth"]
 
 
 @pqueue.task()
@@ -99,38 +97,11 @@ def complete_then_dequeue(queue: Any, finished: Any, name: str, limit: int = 1, 
 if LEFT_OUT in os.environ:
     do_without(os.environ[LEFT_OUT])
 
-# The contestants: put one, put many, and a generator that processes one job per step ##################################
-
-
-class Limit:
-    """Bare sqlite3 doing the least a durable queue must: one commit per put, one per job taken and finished."""
-
-    module, survives = "sqlite3", "-"
-
-    def __init__(self, folder: Path, durability: str) -> None:
-        self.db = sqlite3.connect(folder / "limit.db", isolation_level=None)
-        self.db.execute("PRAGMA journal_mode = WAL")
-        self.db.execute(f"PRAGMA synchronous = {durability}")
-        self.db.execute("CREATE TABLE jobs (id INTEGER PRIMARY KEY, state TEXT NOT NULL, payload TEXT NOT NULL)")
-        self.db.execute("CREATE INDEX pending ON jobs (id) WHERE state = 'pending'")
-
-    def put(self) -> None:
-        self.db.execute("INSERT INTO jobs (state, payload) VALUES ('pending', 'null')")
-
-    def put_many(self, number: int) -> None:
-        self.db.execute("BEGIN")
-        self.db.executemany("INSERT INTO jobs (state, payload) VALUES ('pending', ?)", [("null",)] * number)
-        self.db.execute("COMMIT")
-
-    def process(self) -> Iterator[None]:
-        take = """UPDATE jobs SET state = 'completed' WHERE state = 'pending'
-                  AND id = (SELECT id FROM jobs WHERE state = 'pending' ORDER BY id LIMIT 1) RETURNING id"""
-        while self.db.execute(take).fetchall():
-            yield
+# This queue; the other contestants are in bench_peers.py and bench_postgres.py #######################################
 
 
 class Ours:
-    module, survives = "pqueue", "yes"
+    module, survives = "pqueue", "back in about a second"
 
     def __init__(self, folder: Path, durability: str) -> None:
         self.folder, self.durability = folder, durability
@@ -150,110 +121,7 @@ class Ours:
             jobs, _ = self.queue.complete_and_dequeue([(job, None) for job in jobs], "bench")
 
 
-class Huey:
-    """Its "normal" is fsync=False, which is synchronous=OFF: weaker than NORMAL. It deletes a job before it runs."""
-
-    module, survives = "huey", "no"
-
-    def __init__(self, folder: Path, durability: str) -> None:
-        import huey  # noqa: PLC0415
-
-        self.huey = huey.SqliteHuey(filename=str(folder / "huey.db"), fsync=durability == "full", results=False)
-        self.task = self.huey.task()(bool)
-
-    def put(self) -> None:
-        self.task()
-
-    def put_many(self, number: int) -> None:
-        for _ in range(number):
-            self.task()
-
-    def process(self) -> Iterator[None]:
-        while (task := self.huey.dequeue()) is not None:
-            self.huey.execute(task)
-            yield
-
-
-class Litequeue:
-    """Its connection is set to FULL by hand, which it has no option for."""
-
-    module, survives = "litequeue", "by hand"
-
-    def __init__(self, folder: Path, durability: str) -> None:
-        import litequeue  # noqa: PLC0415
-
-        self.queue = litequeue.LiteQueue(str(folder / "litequeue.db"))
-        self.queue.conn.execute(f"PRAGMA synchronous = {durability}")
-
-    def put(self) -> None:
-        self.queue.put("null")
-
-    def put_many(self, number: int) -> None:
-        for _ in range(number):
-            self.queue.put("null")
-
-    def process(self) -> Iterator[None]:
-        while (message := self.queue.pop()) is not None:
-            self.queue.done(message.message_id)
-            yield
-
-
-class PersistQueue:
-    """Has no switch for durability; it is measured as it comes, under full."""
-
-    module, survives = "persistqueue", "at restart"
-
-    def __init__(self, folder: Path, durability: str) -> None:
-        import persistqueue  # noqa: PLC0415
-
-        self.empty = persistqueue.Empty
-        self.queue: Any = persistqueue.SQLiteAckQueue(str(folder / "pq"), auto_commit=True)
-
-    def put(self) -> None:
-        self.queue.put("null")
-
-    def put_many(self, number: int) -> None:
-        for _ in range(number):
-            self.put()
-
-    def process(self) -> Iterator[None]:
-        with contextlib.suppress(self.empty):
-            while True:
-                self.queue.ack(id=self.queue.get(block=False, raw=True)["pqid"])
-                yield
-
-
-class LocalQueue:
-    module, survives = "localqueue", "yes"
-
-    def __init__(self, folder: Path, durability: str) -> None:
-        import localqueue  # noqa: PLC0415
-
-        mode = localqueue.DurabilityMode.RELAXED if durability == "normal" else localqueue.DurabilityMode.DURABLE
-        self.empty = localqueue.Empty
-        self.queue = localqueue.SimpleQueue(str(folder / "localqueue.db"), durability=mode)
-
-    def put(self) -> None:
-        self.queue.put(None)
-
-    def put_many(self, number: int) -> None:
-        self.queue.put_many([None] * number)
-
-    def process(self) -> Iterator[None]:
-        with contextlib.suppress(self.empty):
-            while True:
-                self.queue.ack(self.queue.get_nowait())
-                yield
-
-
-CONTESTANTS: dict[str, Any] = {
-    "limit": Limit,
-    "pqueue": Ours,
-    "huey": Huey,
-    "litequeue": Litequeue,
-    "persist-queue": PersistQueue,
-    "localqueue": LocalQueue,
-}
+CONTESTANTS: dict[str, Any] = {"limit": bench_peers.Limit, "pqueue": Ours, **bench_peers.PEERS}
 ON_POSTGRES: dict[str, Any] = {"limit": PostgresLimit, "pqueue": Ours, **bench_postgres.PEERS}
 
 # The columns: each returns named figures ##############################################################################
@@ -305,15 +173,8 @@ def measure_share(ours: Ours, jobs: int = int(100_000 * SCALE)) -> dict[str, flo
 
 def measure_put_under_load(ours: Ours) -> dict[str, float]:
     fill(ours.queue, int(300_000 * SCALE))
-    delays: list[float] = []
     with consumers(ours, CONSUMERS):
-        until = time.monotonic() + 2 * SECONDS
-        while time.monotonic() < until or len(delays) < LEAST_PUTS:
-            began = time.perf_counter()
-            ours.put()
-            delays.append(time.perf_counter() - began)
-            time.sleep(0.003)
-    return milliseconds(delays)
+        return put_under_load(ours.put)
 
 
 def measure_pickup(ours: Ours) -> dict[str, float]:
@@ -427,6 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
         measure = getattr(measured, "measures", MEASURES).get(column, MEASURES[column])
         print(json.dumps(measure(measured)))
         return 0
+    check_needs(options)
     if options.url:
         os.environ[SERVER] = options.url
     machine = describe_machine()
@@ -439,15 +301,30 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     columns = options.only or ([c for c in COLUMNS if c not in ("depth", "idle")] if options.quick else COLUMNS)
     if options.quick:
-        os.environ["BENCH_SCALE"] = str(QUICK_SCALE)
+        os.environ.setdefault("BENCH_SCALE", str(QUICK_SCALE))
     results = run(columns, 1 if options.quick else options.rounds)
     print(table(results))
     if options.json:
         rows = [{"column": c, "contestant": n, "durability": d, "figures": f} for (c, n, d), f in results.items()]
-        Path(options.json).write_text(json.dumps({"machine": machine, "results": rows}, indent=1))
+        found = {"machine": machine, "results": rows, "killed": fates()}
+        Path(options.json).write_text(json.dumps(found, indent=1))
     if options.plot:
         plot(results, machine, options.plot)
     return 0
+
+
+def check_needs(options: argparse.Namespace) -> None:
+    """Refuse before anything is measured what would fail afterwards."""
+    if (options.why or options.redis) and (options.only or options.url or options.json or options.plot):
+        parser().error("expected --rounds at most beside --why and --redis, got another option")
+    if options.plot and not importlib.util.find_spec("matplotlib"):
+        sys.exit("bench.py: --plot needs matplotlib: pip install matplotlib")
+    if options.url and not (importlib.util.find_spec("psycopg") and importlib.util.find_spec("sqlalchemy")):
+        sys.exit("bench.py: --url needs SQLAlchemy and psycopg: pip install SQLAlchemy 'psycopg[binary]'")
+    for file in filter(None, (options.json, options.plot)):
+        folder = Path(file).absolute().parent
+        if Path(file).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            sys.exit(f"bench.py: cannot write {file!r}: expected a file in a folder that can be written to")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -475,9 +352,8 @@ def run(columns: list[str], rounds: int) -> dict[Key, Figures]:
         (column, name, durability)
         for column in columns
         for name in present
-        for durability in ("full", "normal")
-        if (name == "pqueue" or column in getattr(contestants()[name], "columns", SIMPLE))
-        and (name, durability) != ("persist-queue", "normal")
+        for durability in getattr(contestants()[name], "durabilities", DURABILITIES)
+        if name == "pqueue" or column in getattr(contestants()[name], "columns", SIMPLE)
     ]
     results: dict[Key, Figures] = {turn: {} for turn in turns}
     for number in range(rounds):
@@ -493,7 +369,7 @@ def why(rounds: int) -> str:
     """Return a table of medians, with each idea and without it, the sides in turn."""
     form = "{:20} {:16} {:12} {:8} {:>10} {:>10}".format
     lines = [form("idea", "column", "figure", "", "without", "with")]
-    for durability in ("full", "normal"):
+    for durability in DURABILITIES:
         for idea, shown in IDEAS.items():
             values: dict[tuple[str, str, bool], list[float]] = {}
             for _ in range(rounds):
@@ -590,7 +466,7 @@ def median_sync() -> float:
 
 
 def table(results: dict[Key, Figures]) -> str:
-    """Return the medians with least and most; jobs per second also as a multiple of the limit of the same run."""
+    """Return the medians with least and most, also as a multiple of the limit of the same run."""
     form = "{:15} {:14} {:10} {:12} {:>10} {:>10} {:>10}  {}".format
     lines = [form("column", "contestant", "durability", "figure", "median", "min", "max", "x limit")]
     for (column, name, durability), figures in results.items():
@@ -598,14 +474,20 @@ def table(results: dict[Key, Figures]) -> str:
             middle, least, most = number(statistics.median(values)), number(min(values)), number(max(values))
             times = ratio(results, (column, durability), figure, values)
             lines.append(form(column, name, durability, figure, middle, least, most, times))
-    return "\n".join(lines)
+    lines += ["", "x limit: more is better for jobs/s, less for ms.", "A job whose consumer is killed:"]
+    return "\n".join([*lines, *(f"  {name:14} {fate}" for name, fate in fates().items())])
+
+
+def fates() -> dict[str, str]:
+    """Say for each queue what becomes of a job whose consumer is killed."""
+    return {name: kind.survives for name, kind in contestants().items() if getattr(kind, "survives", "-") != "-"}
 
 
 def ratio(results: dict[Key, Figures], work: tuple[str, str], figure: str, values: list[float]) -> str:
     """Compare with the limit in the same work; the programs with the limit of one commit per job."""
     column, durability = work
     beside = "process" if column in ("program", "share", "depth") else column
-    limit = results.get((beside, "limit", durability), {}).get(figure)
+    limit = results.get((beside, "limit", durability), {}).get(figure) if figure.endswith(("/s", "ms")) else None
     return f"{statistics.median(values) / statistics.median(limit):.2f}" if limit else ""
 
 
@@ -614,33 +496,71 @@ def number(value: float) -> str:
 
 
 def plot(results: dict[Key, Figures], machine: dict[str, str], path: str) -> None:
-    try:
-        import matplotlib  # noqa: PLC0415
-    except ImportError:
-        sys.exit("bench.py: --plot needs matplotlib: pip install matplotlib")
+    import matplotlib  # noqa: PLC0415
+
     matplotlib.use("Agg")
     from matplotlib import pyplot  # noqa: PLC0415
 
-    columns = [column for column in SIMPLE if any(key[0] == column for key in results)]
-    figure, axes = pyplot.subplots(2, len(columns), figsize=(4 * len(columns), 5), squeeze=False)
-    for row, durability in enumerate(("full", "normal")):
-        for axis, column in zip(axes[row], columns, strict=True):
-            bars = {
-                k[1]: statistics.median(f["jobs/s"]) for k, f in results.items() if (k[0], k[2]) == (column, durability)
-            }
-            names = list(reversed(bars))
-            colours = ["#1f77b4" if name == "pqueue" else "#999999" if name == "limit" else "#cccccc" for name in names]
-            drawn = axis.barh(names, [bars[name] for name in names], color=colours)
-            axis.bar_label(drawn, labels=[f" {bars[name]:,.0f}" for name in names], fontsize=8)
-            axis.set_title(f"{column}, {durability}: jobs/s", fontsize=10)
-            axis.margins(x=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.tick_params(labelsize=8)
-            axis.set_xticks([])
-    figure.suptitle(", ".join(f"{name} {value}" for name, value in machine.items()), fontsize=8)
+    panels = [panel for panel in PANELS if any(key[0] == panel[0] for key in results)]
+    rows = len(panels) // 3 + 1
+    figure, axes = pyplot.subplots(rows, 3, figsize=(9, 0.4 + 2.7 * rows), squeeze=False, facecolor="white")
+    for axis, (column, shown, title) in zip(axes.flat, panels, strict=False):
+        draw_bars(axis, {k[1:]: statistics.median(f[shown]) for k, f in results.items() if k[0] == column})
+        better = "longer is better" if shown.endswith("/s") else "shorter is better, log scale"
+        axis.set_title(f"{column}: {title}\n{better}", fontsize=8.5, loc="left")
+        axis.set_xscale("log" if "log" in better else "linear")
+        axis.margins(x=0.35)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    draw_legend(axes.flat[len(panels)], machine)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=150)
+
+
+PANELS = [
+    ("put", "jobs/s", "jobs/s"),
+    ("put many", "jobs/s", "jobs/s, 100 at a time"),
+    ("process", "jobs/s", "jobs/s, one at a time"),
+    ("program", "jobs/s", "jobs/s, one worker"),
+    ("share", "jobs/s", "jobs/s, four workers"),
+    ("put under load", "p99 ms", "p99, ms"),
+    ("pickup", "p50 ms", "p50, ms"),
+]
+BLUES, GREYS = {"full": "#1f5fa8", "normal": "#86b6e8"}, {"full": "#8a8a8a", "normal": "#cccccc"}
+
+
+def draw_bars(axis: Any, medians: dict[tuple[str, str], float]) -> None:
+    """Draw a bar for each durability of each contestant: this queue in blue, the limit as an outline."""
+    names = list(dict.fromkeys(name for name, _ in medians))
+    for (name, durability), value in medians.items():
+        colours = BLUES if name == "pqueue" else GREYS
+        face, edge = ("none", GREYS["full"]) if name == "limit" else (colours[durability], colours[durability])
+        y = -names.index(name) + (0.2 if durability == "full" else -0.2)
+        drawn = axis.barh([y], [value], height=0.36, color=face, edgecolor=edge, linewidth=0.8)
+        axis.bar_label(drawn, labels=[f" {number(value)}"], fontsize=7)
+    axis.set_yticks([-place for place in range(len(names))], names, fontsize=8)
+    for tick in axis.get_yticklabels():
+        tick.set_fontweight("bold" if tick.get_text() == "pqueue" else "normal")
+    axis.set_ylim(0.6 - len(contestants()), 0.6)
+    axis.tick_params(length=0)
+    axis.xaxis.set_visible(False)
+    axis.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def draw_legend(axis: Any, machine: dict[str, str]) -> None:
+    from matplotlib.patches import Patch  # noqa: PLC0415
+
+    said = [(BLUES["full"], "pqueue, full"), (BLUES["normal"], "pqueue, normal")]
+    said += [(GREYS["full"], "other queues, full"), (GREYS["normal"], "other queues, normal")]
+    handles = [Patch(color=colour, label=text) for colour, text in said]
+    handles.append(Patch(facecolor="none", edgecolor=GREYS["full"], label="limit: bare SQLite, full above normal"))
+    axis.legend(handles=handles, loc="upper left", fontsize=8, frameon=False, borderaxespad=0)
+    text = "\n".join(f"{name}: {value}" for name, value in machine.items())
+    axis.text(0.02, 0.02, text, fontsize=7, color="#555555", transform=axis.transAxes)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

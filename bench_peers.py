@@ -1,0 +1,404 @@
+"""What `bench.py` measures beside this queue on SQLite: the bare limit, and others, each as its documentation has it.
+
+A peer with a worker of its own is measured with it; elsewhere a process runs the loop that the peer's examples show.
+Workers wait at a gate until all are ready, then note every job in memory that the measuring process reads afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import logging
+import math
+import mmap
+import os
+import signal
+import sqlite3
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bench_postgres import SCALE, milliseconds
+
+SECONDS = 2.0 * SCALE  # of each rate that is measured by the clock
+SIMPLE = ("put", "put many", "process")  # what needs no worker
+TOGETHER = ("share", "put under load", "pickup")  # what needs several processes
+DURABILITIES = ("full", "normal")
+WORKERS = 4
+BATCH = 32  # of the limit's workers; consumer.py takes no more either
+LEAST_PUTS, LONGEST_SECONDS = 20, 60.0  # under load, however long each has to wait
+NOTHING = "0"  # the payload of a job that is not timed; else the time of its put
+NOTE = struct.Struct("dd")  # when a job ran, and seconds since its put; not a number: the worker met an error
+MOST_NOTES = 1 << 21
+
+
+class Peer:
+    """A contestant. Its constructor takes a folder and a durability, and opens what an earlier one made there.
+
+    `survives` says what becomes of a job whose consumer is killed, `jobs_per_second` what four workers do not reach.
+    """
+
+    module: str
+    survives: str
+    columns: tuple[str, ...] = (*SIMPLE, *TOGETHER)
+    durabilities: tuple[str, ...] = DURABILITIES
+    jobs_per_second = 20_000
+
+    def __init__(self, folder: Path, durability: str) -> None:
+        self.folder, self.durability = folder, durability
+        self.open()
+
+    def open(self) -> None:
+        raise NotImplementedError
+
+    def put(self, payload: str = NOTHING) -> None:
+        raise NotImplementedError
+
+    def put_many(self, number: int) -> None:
+        for _ in range(number):
+            self.put()
+
+    def process(self) -> Iterator[None]:
+        """Take and finish one job per step, until there is none."""
+        raise NotImplementedError
+
+    def work(self) -> None:
+        """Be a worker: take jobs, `note` each, finish it, and wait for more, for ever."""
+        raise NotImplementedError
+
+    @property
+    def measures(self) -> dict[str, Callable[[Any], dict[str, float]]]:
+        return {
+            "program": lambda peer: drain(peer, 1),
+            "share": lambda peer: drain(peer, WORKERS),
+            "put under load": measure_put_under_load,
+            "pickup": measure_pickup,
+        }
+
+
+class Limit(Peer):
+    """Bare sqlite3 doing the least a durable queue must: one commit per put, one per job taken and finished.
+
+    Its workers finish what they hold and take up to 32 more in one commit, which is synced only if it finishes some.
+    A put under load leaves the waiting to SQLite: a busy timeout of 5 s, the default. At pickup the producer writes a
+    byte into a pipe, where the worker waits.
+    """
+
+    module, survives = "sqlite3", "-"
+    columns = (*SIMPLE, "put under load", "pickup")
+    jobs_per_second = 300_000
+
+    def open(self) -> None:
+        self.db = sqlite3.connect(self.folder / "limit.db", isolation_level=None)
+        self.db.execute("PRAGMA journal_mode = WAL")
+        self.db.execute(f"PRAGMA synchronous = {self.durability}")
+        self.db.execute(
+            "CREATE TABLE IF NOT EXISTS jobs (id INTEGER PRIMARY KEY, state TEXT NOT NULL, payload TEXT NOT NULL)"
+        )
+        self.db.execute("CREATE INDEX IF NOT EXISTS pending ON jobs (id) WHERE state = 'pending'")
+        with contextlib.suppress(FileExistsError):
+            os.mkfifo(self.folder / "bell")
+        self.bell = os.open(self.folder / "bell", os.O_RDWR)
+
+    def put(self, payload: str = NOTHING) -> None:
+        self.db.execute("INSERT INTO jobs (state, payload) VALUES ('pending', ?)", (payload,))
+
+    def put_and_ring(self, payload: str = NOTHING) -> None:
+        self.put(payload)
+        os.write(self.bell, b"!")
+
+    def put_many(self, number: int) -> None:
+        self.db.execute("BEGIN")
+        self.db.executemany("INSERT INTO jobs (state, payload) VALUES ('pending', ?)", [(NOTHING,)] * number)
+        self.db.execute("COMMIT")
+
+    def process(self) -> Iterator[None]:
+        take = """UPDATE jobs SET state = 'completed' WHERE state = 'pending'
+                  AND id = (SELECT id FROM jobs WHERE state = 'pending' ORDER BY id LIMIT 1) RETURNING id"""
+        while self.db.execute(take).fetchall():
+            yield
+
+    def work(self) -> None:
+        take = f"""UPDATE jobs SET state = 'processing'
+                   WHERE id IN (SELECT id FROM jobs WHERE state = 'pending' ORDER BY id LIMIT {BATCH})
+                   RETURNING id, payload"""
+        held: list[tuple[int, str]] = []
+        while True:
+            self.db.execute(f"PRAGMA synchronous = {self.durability if held else 'normal'}")
+            self.db.execute("BEGIN IMMEDIATE")
+            self.db.executemany("UPDATE jobs SET state = 'completed' WHERE id = ?", [(number,) for number, _ in held])
+            held = self.db.execute(take).fetchall()
+            self.db.execute("COMMIT")
+            for _, payload in held:
+                note(payload)
+            if not held:
+                os.read(self.bell, mmap.PAGESIZE)
+
+
+class Huey(Peer):
+    """SqliteHuey, and its Consumer with one worker thread and the defaults of `huey_consumer`; results are not stored.
+
+    Full is `fsync=True`. Normal, which its documentation expects of SQLite by default, is set by hand: some builds of
+    SQLite default to full, and `fsync=False` would be OFF. There is no put of many at once.
+    """
+
+    module, survives = "huey", "lost: it is deleted before it runs"
+    columns = (*SIMPLE, "program", *TOGETHER)
+
+    def open(self) -> None:
+        import huey  # noqa: PLC0415
+
+        full = True if self.durability == "full" else None
+        self.huey = huey.SqliteHuey(filename=str(self.folder / "huey.db"), fsync=full, results=False)
+        if not full:
+            self.huey.storage.conn.execute("PRAGMA synchronous = NORMAL")
+        self.task = self.huey.task()(note)
+
+    def put(self, payload: str = NOTHING) -> None:
+        self.task(payload)
+
+    def process(self) -> Iterator[None]:
+        while (task := self.huey.dequeue()) is not None:
+            self.huey.execute(task)
+            yield
+
+    def work(self) -> None:
+        self.huey.create_consumer().run()
+
+
+class Litequeue(Peer):
+    """It has no worker; its example of a consumer sleeps for 0.1 s when there is nothing, and so does this one.
+
+    Normal is what it sets; full is set by hand, as it has no option. Many are put in a `transaction()`.
+    """
+
+    module, survives = "litequeue", "locked, until somebody retries it"
+
+    def open(self) -> None:
+        import litequeue  # noqa: PLC0415
+
+        self.queue = litequeue.LiteQueue(str(self.folder / "litequeue.db"))
+        self.queue.conn.execute(f"PRAGMA synchronous = {self.durability}")
+
+    def put(self, payload: str = NOTHING) -> None:
+        self.queue.put(payload)
+
+    def put_many(self, number: int) -> None:
+        with self.queue.transaction():
+            super().put_many(number)
+
+    def process(self) -> Iterator[None]:
+        while (message := self.queue.pop()) is not None:
+            self.queue.done(message.message_id)
+            yield
+
+    def work(self) -> None:
+        while True:
+            message = self.queue.pop()
+            if message is None:
+                time.sleep(0.1)
+                continue
+            note(message.data)
+            self.queue.done(message.message_id)
+
+
+class PersistQueue(Peer):
+    """SQLiteAckQueue, for the threads of one process: its maintainer says that several processes are not supported.
+
+    So it has no figures where there are any. It leaves `synchronous` to SQLite, whose default is full, and has no
+    option for it. There is no put of many at once: its ack queue always commits.
+    """
+
+    module, survives = "persistqueue", "back when the queue is opened again"
+    columns, durabilities = SIMPLE, ("full",)
+
+    def open(self) -> None:
+        import persistqueue  # noqa: PLC0415
+
+        self.empty = persistqueue.Empty
+        self.queue: Any = persistqueue.SQLiteAckQueue(str(self.folder / "pq"))
+
+    def put(self, payload: str = NOTHING) -> None:
+        self.queue.put(payload)
+
+    def process(self) -> Iterator[None]:
+        with contextlib.suppress(self.empty):
+            while True:
+                self.queue.ack(self.queue.get(block=False))
+                yield
+
+
+class LocalQueue(Peer):
+    """Its Worker, with its defaults. Normal is RELAXED, its default, and full is DURABLE. Its core is Rust."""
+
+    module, survives = "localqueue", "back when its lease (60 s) is over"
+    columns = (*SIMPLE, "program", *TOGETHER)
+
+    def open(self) -> None:
+        import localqueue  # noqa: PLC0415
+
+        mode = localqueue.DurabilityMode.RELAXED if self.durability == "normal" else localqueue.DurabilityMode.DURABLE
+        self.empty = localqueue.Empty
+        self.queue = localqueue.SimpleQueue(str(self.folder), durability=mode)
+
+    def put(self, payload: str = NOTHING) -> None:
+        self.queue.put(payload)
+
+    def put_many(self, number: int) -> None:
+        self.queue.put_many([NOTHING] * number)
+
+    def process(self) -> Iterator[None]:
+        with contextlib.suppress(self.empty):
+            while True:
+                self.queue.ack(self.queue.get_nowait())
+                yield
+
+    def work(self) -> None:
+        import localqueue  # noqa: PLC0415
+
+        localqueue.Worker(self.queue, lambda job: note(job.data)).run()
+
+
+PEERS: dict[str, type[Peer]] = {
+    "huey": Huey,
+    "litequeue": Litequeue,
+    "persist-queue": PersistQueue,
+    "localqueue": LocalQueue,
+}
+
+# What is measured with workers ########################################################################################
+
+
+def drain(peer: Peer, number: int) -> dict[str, float]:
+    """Let workers drain a full queue for a while; return jobs per second from the first job to the last."""
+    fill(peer, 2 * SECONDS)
+    with workers(peer, number) as notes:
+        time.sleep(2 * SECONDS)
+    ran = [[when for when, delay in told if not math.isnan(delay)] for told in notes()]
+    moments = sorted(itertools.chain(*ran))
+    figures = {"jobs/s": (len(moments) - 1) / (moments[-1] - moments[0])}
+    if number > 1:
+        figures["fewest/most"] = min(map(len, ran)) / max(map(len, ran))
+        figures["errors"] = float(sum(map(len, notes())) - len(moments))
+    return figures
+
+
+def measure_put_under_load(peer: Any) -> dict[str, float]:
+    fill(peer, 3 * SECONDS)
+    with workers(peer, WORKERS):
+        return put_under_load(getattr(peer, "put_and_ring", peer.put))
+
+
+def put_under_load(put: Callable[[], Any]) -> dict[str, float]:
+    """Put a job every 3 ms; return how long a put took, and how many failed, which count with the time they took."""
+    delays: list[float] = []
+    errors = 0
+    start = time.monotonic()
+    while (now := time.monotonic() - start) < 2 * SECONDS or (len(delays) < LEAST_PUTS and now < LONGEST_SECONDS):
+        began = time.perf_counter()
+        try:
+            put()
+        except Exception:  # each has its own
+            errors += 1
+        delays.append(time.perf_counter() - began)
+        time.sleep(0.003)
+    return {**milliseconds(delays), "errors": float(errors)}
+
+
+def measure_pickup(peer: Any) -> dict[str, float]:
+    """Put a job every 50 ms for one idle worker; return how long after the put began it ran."""
+    put, jobs = getattr(peer, "put_and_ring", peer.put), max(20, int(100 * SCALE))
+    with workers(peer, 1) as notes:
+        for _ in range(jobs):
+            time.sleep(0.05)
+            put(repr(time.time()))
+        until = time.monotonic() + LONGEST_SECONDS
+        while len(delays := [delay for _, delay in itertools.chain(*notes())]) < jobs:
+            if time.monotonic() > until:
+                raise TimeoutError(f"expected {jobs} jobs to run, got {len(delays)}")
+            time.sleep(0.05)
+    return milliseconds(delays)
+
+
+def fill(peer: Peer, seconds: float) -> None:
+    """Put more jobs than the workers do in that time: unsynced, as they are there before the clock starts."""
+    type(peer)(peer.folder, "normal").put_many(int(seconds * peer.jobs_per_second))
+
+
+# Their workers ########################################################################################################
+
+
+@contextlib.contextmanager
+def workers(peer: Peer, number: int) -> Iterator[Callable[[], list[list[tuple[float, float]]]]]:
+    """Run workers, let them begin together, and yield how to read what each has noted; kill them in the end."""
+    name = next(name for name, kind in CONTESTANTS.items() if kind is type(peer))
+    code = f"import bench_peers; bench_peers.work({name!r}, {str(peer.folder)!r}, {peer.durability!r})"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent)}
+    with (peer.folder / "gate").open("w") as gate:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        children = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(number)]
+        try:
+            while len(list(peer.folder.glob("*.notes"))) < number:
+                if any(child.poll() is not None for child in children):
+                    raise ChildProcessError(f"a worker of {name} did not start")
+                time.sleep(0.01)
+            fcntl.flock(gate, fcntl.LOCK_UN)
+            yield lambda: [read_notes(path) for path in peer.folder.glob("*.notes")]
+        finally:
+            for child in children:
+                child.send_signal(signal.SIGKILL)
+                child.wait()
+
+
+class Notes(logging.Handler):
+    """What a worker tells: that a job ran, or that an error was logged; in shared memory, so without a system call."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(logging.ERROR)
+        with path.with_suffix(".new").open("w+b") as file:
+            file.truncate(MOST_NOTES * NOTE.size)
+            self.memory, self.end = mmap.mmap(file.fileno(), 0), 0
+        path.with_suffix(".new").rename(path)
+
+    def add(self, delay: float) -> None:
+        NOTE.pack_into(self.memory, self.end, time.time(), delay)
+        self.end += NOTE.size
+
+    def emit(self, _: logging.LogRecord) -> None:
+        self.add(math.nan)
+
+
+def read_notes(path: Path) -> list[tuple[float, float]]:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
+        return list(itertools.takewhile(lambda noted: noted[0], NOTE.iter_unpack(memory)))
+
+
+noting: list[Notes] = []  # in a worker, its notes; elsewhere nothing
+
+
+def note(sent: str) -> None:
+    """Be the job."""
+    for notes in noting:
+        notes.add(time.time() - float(sent))
+
+
+def work(name: str, folder: str, durability: str) -> None:
+    """Run a worker, and again whenever it dies of an error, as a supervisor would."""
+    peer = CONTESTANTS[name](Path(folder), durability)
+    noting.append(Notes(Path(folder) / f"{os.getpid()}.notes"))
+    logging.getLogger().addHandler(noting[0])
+    with (peer.folder / "gate").open() as gate:
+        fcntl.flock(gate, fcntl.LOCK_SH)
+    while True:
+        try:
+            peer.work()
+        except Exception:  # each has its own
+            noting[0].add(math.nan)
+
+
+CONTESTANTS: dict[str, type[Peer]] = {"limit": Limit, **PEERS}

@@ -1,0 +1,87 @@
+"""`bench.py` as a user runs it, at a hundredth of its work; what it finds is not judged."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+PACKAGES = ("huey", "litequeue", "persistqueue", "localqueue", "matplotlib", "redis", "psycopg")
+
+
+@pytest.fixture
+def bench(place):
+    """Run it where none of the packages that it can use are installed."""
+    place.write("hidden/sitecustomize.py", f"import sys; sys.modules.update(dict.fromkeys({PACKAGES!r}))")
+
+    def run(*arguments):
+        return place.run("bench.py", *arguments, PYTHONPATH=str(place.folder / "hidden"), BENCH_SCALE="0.01")
+
+    return run
+
+
+def test_bench_measures_a_column_and_says_what_is_left_out(bench, place):
+    done = bench("--quick", "--only", "put", "--json", "found.json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "litequeue is left out: pip install litequeue" in done.stdout.splitlines()
+    assert "persist-queue is left out: pip install persist-queue" in done.stdout.splitlines()
+
+    found = json.loads((place.folder / "found.json").read_text())
+    assert found["machine"]["fdatasync"].endswith(" ms (median)")
+    turns = [(row["column"], row["contestant"], row["durability"]) for row in found["results"]]
+    assert turns == [("put", name, mode) for name in ("limit", "pqueue") for mode in ("full", "normal")]
+    assert all(row["figures"]["jobs/s"][0] > 0 for row in found["results"])
+
+    table = [line.split() for line in done.stdout.splitlines() if line.startswith("put ")]
+    assert [line[1:4] for line in table] == [[name, mode, "jobs/s"] for _, name, mode in turns]
+    ours, limit = (found["results"][at]["figures"]["jobs/s"][0] for at in (2, 0))
+    assert table[2][-1] == f"{ours / limit:.2f}"  # the last column is the ratio to the limit
+    assert "  huey           lost: it is deleted before it runs" in done.stdout.splitlines()
+
+
+def test_bench_times_puts_beside_workers_and_counts_those_that_fail(bench, place):
+    done = bench("--quick", "--only", "put under load", "--json", "found.json")
+    assert (done.returncode, done.stderr) == (0, "")
+    for row in json.loads((place.folder / "found.json").read_text())["results"]:
+        figures = {name: values[0] for name, values in row["figures"].items()}
+        assert 0 < figures["p50 ms"] <= figures["p99 ms"] <= figures["max ms"]
+        assert row["contestant"] == "limit" or figures["errors"] == 0
+
+
+def test_bench_wakes_a_worker_of_each_for_a_job(bench, place):
+    done = bench("--quick", "--only", "pickup", "--json", "found.json")
+    assert (done.returncode, done.stderr) == (0, "")
+    results = json.loads((place.folder / "found.json").read_text())["results"]
+    assert [row["contestant"] for row in results] == ["limit", "limit", "pqueue", "pqueue"]
+    assert all(row["figures"]["p50 ms"][0] > 0 for row in results)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--redis"], "bench.py: --redis needs redis-server (apt install redis-server) and pip install redis"),
+        (["--plot", "x.png"], "bench.py: --plot needs matplotlib: pip install matplotlib"),
+        (["--url", "postgresql://h/d"], "bench.py: --url needs SQLAlchemy and psycopg: pip install SQLAlchemy"),
+        (["--json", "no/x.json"], "bench.py: cannot write 'no/x.json': expected a file in a folder that"),
+    ],
+)
+def test_bench_without_what_it_needs_says_so_before_it_measures(bench, arguments, said):
+    done = bench("--quick", *arguments)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(said)
+    assert "put" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--only", "nonsense"], "invalid choice: 'nonsense'"),
+        (["--rounds", "0"], "argument --rounds: expected"),
+        (["--why", "--only", "put"], "expected --rounds at most beside --why and --redis, got another option"),
+    ],
+)
+def test_bench_refuses_options_that_it_cannot_follow(bench, arguments, said):
+    done = bench(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr.splitlines()[-1]
