@@ -27,7 +27,7 @@ def test_bench_measures_a_column_and_says_what_is_left_out(bench, place):
     assert "persist-queue is left out: pip install persist-queue" in done.stdout.splitlines()
 
     found = json.loads((place.folder / "found.json").read_text())
-    assert found["machine"]["fdatasync"].endswith(" ms (median)")
+    assert found["machine"]["fdatasync"].endswith("(medians)")
     turns = [(row["column"], row["contestant"], row["durability"]) for row in found["results"]]
     assert turns == [("put", name, mode) for name in ("limit", "pqueue") for mode in ("full", "normal")]
     assert all(row["figures"]["jobs/s"][0] > 0 for row in found["results"])
