@@ -13,13 +13,14 @@ import logging
 import math
 import mmap
 import os
-import signal
 import sqlite3
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,10 @@ class Peer:
 
     def put(self, payload: str = NOTHING) -> None:
         raise NotImplementedError
+
+    def put_and_wake(self, payload: str = NOTHING) -> None:
+        """Put for workers that may be waiting; most look by themselves."""
+        self.put(payload)
 
     def put_many(self, number: int) -> None:
         for _ in range(number):
@@ -108,7 +113,7 @@ class Limit(Peer):
     def put(self, payload: str = NOTHING) -> None:
         self.db.execute("INSERT INTO jobs (state, payload) VALUES ('pending', ?)", (payload,))
 
-    def put_and_ring(self, payload: str = NOTHING) -> None:
+    def put_and_wake(self, payload: str = NOTHING) -> None:
         self.put(payload)
         os.write(self.bell, b"!")
 
@@ -288,10 +293,10 @@ def drain(peer: Peer, number: int) -> dict[str, float]:
     return figures
 
 
-def measure_put_under_load(peer: Any) -> dict[str, float]:
+def measure_put_under_load(peer: Peer) -> dict[str, float]:
     fill(peer, 3 * SECONDS)
     with workers(peer, WORKERS):
-        return put_under_load(getattr(peer, "put_and_ring", peer.put))
+        return put_under_load(peer.put_and_wake)
 
 
 def put_under_load(put: Callable[[], Any]) -> dict[str, float]:
@@ -310,15 +315,15 @@ def put_under_load(put: Callable[[], Any]) -> dict[str, float]:
     return {**milliseconds(delays), "errors": float(errors)}
 
 
-def measure_pickup(peer: Any) -> dict[str, float]:
+def measure_pickup(peer: Peer) -> dict[str, float]:
     """Put a job every 50 ms for one idle worker; return how long after the put began it ran."""
-    put, jobs = getattr(peer, "put_and_ring", peer.put), max(20, int(100 * SCALE))
+    jobs = max(20, int(100 * SCALE))
     with workers(peer, 1) as notes:
         for _ in range(jobs):
             time.sleep(0.05)
-            put(repr(time.time()))
+            peer.put_and_wake(repr(time.time()))
         until = time.monotonic() + LONGEST_SECONDS
-        while len(delays := [delay for _, delay in itertools.chain(*notes())]) < jobs:
+        while len(delays := [delay for _, delay in itertools.chain(*notes()) if not math.isnan(delay)]) < jobs:
             if time.monotonic() > until:
                 raise TimeoutError(f"expected {jobs} jobs to run, got {len(delays)}")
             time.sleep(0.05)
@@ -341,7 +346,8 @@ def workers(peer: Peer, number: int) -> Iterator[Callable[[], list[list[tuple[fl
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent)}
     with (peer.folder / "gate").open("w") as gate:
         fcntl.flock(gate, fcntl.LOCK_EX)
-        children = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(number)]
+        start = partial(subprocess.Popen, [sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE)
+        children = [start() for _ in range(number)]
         try:
             while len(list(peer.folder.glob("*.notes"))) < number:
                 if any(child.poll() is not None for child in children):
@@ -351,8 +357,8 @@ def workers(peer: Peer, number: int) -> Iterator[Callable[[], list[list[tuple[fl
             yield lambda: [read_notes(path) for path in peer.folder.glob("*.notes")]
         finally:
             for child in children:
-                child.send_signal(signal.SIGKILL)
-                child.wait()
+                child.kill()
+                child.communicate()
 
 
 class Notes(logging.Handler):
@@ -388,7 +394,8 @@ def note(sent: str) -> None:
 
 
 def work(name: str, folder: str, durability: str) -> None:
-    """Run a worker, and again whenever it dies of an error, as a supervisor would."""
+    """Run a worker, and again whenever it dies of an error, as a supervisor would; end with who started it."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     peer = CONTESTANTS[name](Path(folder), durability)
     noting.append(Notes(Path(folder) / f"{os.getpid()}.notes"))
     logging.getLogger().addHandler(noting[0])
@@ -399,6 +406,11 @@ def work(name: str, folder: str, durability: str) -> None:
             peer.work()
         except Exception:  # each has its own
             noting[0].add(math.nan)
+
+
+def end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(0)
 
 
 CONTESTANTS: dict[str, type[Peer]] = {"limit": Limit, **PEERS}
