@@ -35,14 +35,13 @@ import bench_postgres
 import bench_redis
 import consumer
 import pqueue
-from bench_peers import DURABILITIES, SECONDS, SIMPLE, put_under_load
+from bench_peers import DURABILITIES, SECONDS, SIMPLE, WORKERS, put_under_load
 from bench_postgres import SCALE, SERVER, PostgresLimit, milliseconds
 
 HERE = Path(__file__).resolve().parent
 QUICK_SCALE = 0.1  # of the work, given to the measuring processes
 PUT_MANY = 100
 LEFT_OUT = "BENCH_WITHOUT"  # names to the measuring processes, and to their consumers, the idea to do without
-CONSUMERS = 4
 COLUMNS = [*SIMPLE, "program", "share", "put under load", "pickup", "idle", "depth"]
 
 
@@ -101,6 +100,8 @@ if LEFT_OUT in os.environ:
 
 
 class Ours:
+    """This queue, and `consumer.py` with its defaults."""
+
     module, survives = "pqueue", "back in about a second"
 
     def __init__(self, folder: Path, durability: str) -> None:
@@ -162,18 +163,19 @@ def measure_program(ours: Ours, jobs: int = int(40_000 * SCALE)) -> dict[str, fl
 def measure_share(ours: Ours, jobs: int = int(100_000 * SCALE)) -> dict[str, float]:
     fill(ours.queue, jobs)
     ours.queue.pause("default")
-    with consumers(ours, CONSUMERS):
+    with consumers(ours, WORKERS):
         ours.queue.resume("default")
         wait_until(lambda: ours.queue.timings(1)["run"] != [] and ours.queue.get(jobs).state == "completed")
         wait_until(lambda: ours.queue.stats()["states"]["completed"] == jobs)
     done = ours.queue.list_jobs(limit=jobs)
     shares = Counter(job.consumer for job in done).values()
-    return {"jobs/s": jobs / took(done), "fewest/most": min(shares) / max(shares)}
+    fewest = min(shares) if len(shares) == WORKERS else 0
+    return {"jobs/s": jobs / took(done), "fewest/most": fewest / max(shares)}
 
 
 def measure_put_under_load(ours: Ours) -> dict[str, float]:
     fill(ours.queue, int(300_000 * SCALE))
-    with consumers(ours, CONSUMERS):
+    with consumers(ours, WORKERS):
         return put_under_load(ours.put)
 
 
