@@ -35,10 +35,11 @@ import bench_postgres
 import bench_redis
 import consumer
 import pqueue
-from bench_peers import DURABILITIES, SECONDS, SIMPLE, WORKERS, put_under_load
+from bench_peers import DURABILITIES, PICKUPS, SECONDS, SIMPLE, WORKERS, now_and_then, put_under_load
 from bench_postgres import SCALE, SERVER, PostgresLimit, milliseconds
 
 HERE = Path(__file__).resolve().parent
+QUICK = "one round of a tenth of the work, without idle and depth, and the others' workers at full only"
 QUICK_SCALE = 0.1  # of the work, given to the measuring processes
 PUT_MANY = 100
 LEFT_OUT = "BENCH_WITHOUT"  # names to the measuring processes, and to their consumers, the idea to do without
@@ -181,12 +182,10 @@ def measure_put_under_load(ours: Ours) -> dict[str, float]:
 
 def measure_pickup(ours: Ours) -> dict[str, float]:
     with consumers(ours, 1):
-        jobs = max(20, int(100 * SCALE))
-        for _ in range(jobs):
-            time.sleep(0.05)
-            ours.queue.enqueue("note_delay", time.time())
-        wait_until(lambda: ours.queue.stats()["states"]["completed"] == jobs)
-    return milliseconds([job.result for job in ours.queue.list_jobs(limit=jobs)])
+        for now in now_and_then():
+            ours.queue.enqueue("note_delay", now)
+        wait_until(lambda: ours.queue.stats()["states"]["completed"] == PICKUPS)
+    return milliseconds([job.result for job in ours.queue.list_jobs(limit=PICKUPS)])
 
 
 def measure_idle(ours: Ours, seconds: float = 10.0) -> dict[str, float]:
@@ -304,7 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
     columns = options.only or ([c for c in COLUMNS if c not in ("depth", "idle")] if options.quick else COLUMNS)
     if options.quick:
         os.environ.setdefault("BENCH_SCALE", str(QUICK_SCALE))
-    results = run(columns, 1 if options.quick else options.rounds)
+    results = run(columns, 1 if options.quick else options.rounds, options.quick)
     print(table(results))
     if options.json:
         rows = [{"column": c, "contestant": n, "durability": d, "figures": f} for (c, n, d), f in results.items()]
@@ -331,7 +330,7 @@ def check_needs(options: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    made.add_argument("--quick", action="store_true", help="one round of a tenth of the work, without idle and depth")
+    made.add_argument("--quick", action="store_true", help=QUICK)
     made.add_argument("--only", action="append", choices=COLUMNS, metavar="COLUMN", help=f"of {', '.join(COLUMNS)}")
     made.add_argument("--rounds", type=consumer.positive, default=3, help="(default: %(default)s)")
     made.add_argument("--url", help="a PostgreSQL server to measure on instead, with a database of its own per figure")
@@ -347,7 +346,7 @@ def contestants() -> dict[str, Any]:
     return ON_POSTGRES if SERVER in os.environ else CONTESTANTS
 
 
-def run(columns: list[str], rounds: int) -> dict[Key, Figures]:
+def run(columns: list[str], rounds: int, quick: bool) -> dict[Key, Figures]:
     """Take every figure `rounds` times, the contestants of a column in random turn."""
     present = [name for name in contestants() if is_installed(name)]
     turns = [
@@ -355,7 +354,7 @@ def run(columns: list[str], rounds: int) -> dict[Key, Figures]:
         for column in columns
         for name in present
         for durability in getattr(contestants()[name], "durabilities", DURABILITIES)
-        if name == "pqueue" or column in getattr(contestants()[name], "columns", SIMPLE)
+        if takes_part(column, name, durability, quick)
     ]
     results: dict[Key, Figures] = {turn: {} for turn in turns}
     for number in range(rounds):
@@ -365,6 +364,14 @@ def run(columns: list[str], rounds: int) -> dict[Key, Figures]:
                 results[turn].setdefault(name, []).append(value)
     progress("")
     return results
+
+
+def takes_part(column: str, name: str, durability: str, quick: bool) -> bool:
+    if name == "pqueue":
+        return True
+    if column not in getattr(contestants()[name], "columns", SIMPLE):
+        return False
+    return not quick or column in SIMPLE or name == "limit" or durability == "full"
 
 
 def why(rounds: int) -> str:
@@ -477,6 +484,8 @@ def table(results: dict[Key, Figures]) -> str:
     lines = [form("column", "contestant", "durability", "figure", "median", "min", "max", "x limit")]
     for (column, name, durability), figures in results.items():
         for figure, values in figures.items():
+            if figure == "errors" and not any(values):
+                continue
             middle, least, most = number(statistics.median(values)), number(min(values)), number(max(values))
             times = ratio(results, (column, durability), figure, values)
             lines.append(form(column, name, durability, figure, middle, least, most, times))
