@@ -824,7 +824,7 @@ class PersistentQInterface(ABC):
     def list_jobs(self, *, before_id: int | None = None, limit: int = 100, **filters: Any) -> list[Job]:
         """Return the jobs that match, newest first; page by the last id seen.
 
-        Filters: state, queue, task, consumer; text, that the payload, result, error or key contains, in any case;
+        Filters: state, queue, task, key, consumer; text, that the payload, result, error or key contains, in any case;
         created_from and created_before, Unix seconds.
         """
         return self.search_jobs(before_id=before_id, limit=limit, seconds=math.inf, **filters)[0]
@@ -878,13 +878,14 @@ class PersistentQInterface(ABC):
         state: str | None = None,
         queue: str | None = None,
         task: str | None = None,
+        key: str | None = None,
         consumer: str | None = None,
         text: str | None = None,
         created_from: float | None = None,
         created_before: float | None = None,
     ) -> tuple[str, Params]:
         """Return the condition of these filters but the state, and the parameters of all."""
-        equal = {"queue": queue, "task": task, "consumer": consumer}
+        equal = {"queue": queue, "task": task, "key": key, "consumer": consumer}
         params: Params = {name: value for name, value in equal.items() if value is not None}
         where = ["1 = 1", *(f"{name} = :{name}" for name in params)]
         if state is not None:

@@ -105,8 +105,8 @@ class Producer:
         tries = count(0 if is_new else 1)
 
         def store() -> int:
-            stored = self._stored(name) if next(tries) else None
-            return stored or self.queue.enqueue(consumer.prepend_timestamp, {"file": name}, key=name)
+            stored = self.queue.list_jobs(key=name, limit=1) if next(tries) else None
+            return stored[0].id if stored else self.queue.enqueue(consumer.prepend_timestamp, {"file": name}, key=name)
 
         job_id = self._patiently(store)
         if job_id is None:
@@ -115,9 +115,6 @@ class Producer:
         if job_id is not None:
             log("enqueued", job=job_id, file=name)
         return job_id
-
-    def _stored(self, name: str) -> int | None:
-        return next((job.id for job in self.queue.list_jobs(text=name) if job.key == name), None)
 
     def _patiently(self, call: Callable[[], Result]) -> Result | None:
         """Repeat a call while the database is locked, or there is no room in it or on the disk; None when stopped."""
