@@ -11,8 +11,6 @@ for a problem found; 2 for a mistake in the command.
 from __future__ import annotations
 
 import argparse
-import inspect
-import json
 import os
 import re
 import shutil
@@ -28,20 +26,31 @@ from typing import Any
 
 import manager
 import pqueue
+from commands import (
+    Command,
+    Parameter,
+    UsageError,
+    dispatch,
+    duration,
+    duration_between,
+    json_value,
+    moment,
+    one_of,
+    whole,
+)
 from consumer import bear_any_text
 from pqueue import InvalidTransition, Job, JobNotFound, PersistentQInterface, QueueError
 from report import (
-    UNITS,
     ago,
     clock,
     count,
+    detail,
     first_line,
     for_machines,
     for_people,
     is_time,
     job_object,
     json_text,
-    masked,
     metrics,
     printable,
     problems,
@@ -51,54 +60,10 @@ from report import (
 from torture import Torture
 
 BATCH = 500  # jobs changed in one transaction
-DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|w)")
-
-
-class UsageError(Exception):
-    """A mistake in the command: exit code 2."""
 
 
 class Problem(Exception):
     """What was asked cannot be done: exit code 1."""
-
-
-# Commands: each is defined once, for argparse and for Typer ###########################################################
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """An option (--name) or an argument (name) of a command; `parse` raises ValueError with what was expected."""
-
-    name: str
-    help: str
-    parse: Callable[[str], Any] = str
-    default: str | None = None
-    metavar: str = ""
-    flag: bool = False
-    many: bool = False
-    optional: bool = False
-
-    @property
-    def is_option(self) -> bool:
-        return self.name.startswith("--")
-
-    @property
-    def key(self) -> str:
-        return self.name.lstrip("-").replace("-", "_")
-
-    def value(self, raw: Any) -> Any:
-        """Return what the front end delivered, parsed. Raises UsageError."""
-        if self.flag:
-            return bool(raw)
-        if self.many:
-            return [self._parsed(each) for each in raw or ()]
-        return None if raw is None else self._parsed(raw)
-
-    def _parsed(self, text: str) -> Any:
-        try:
-            return self.parse(text)
-        except ValueError as error:
-            raise UsageError(f"{self.name}: {error}") from None
 
 
 @dataclass
@@ -110,70 +75,17 @@ class Result:
     code: int = 0
 
 
-@dataclass(frozen=True)
-class Command:
-    name: str
-    function: Callable[..., Result]
-    parameters: tuple[Parameter, ...]
-    creates: bool  # a database where there is none
-
-    @property
-    def help(self) -> str:
-        return " ".join((self.function.__doc__ or "").split())
-
-
 COMMANDS: dict[str, Command] = {}
 
 
-def command(name: str, *parameters: Parameter, creates: bool = False) -> Callable[[Callable[..., Result]], Any]:
+def command(
+    name: str, *parameters: Parameter, opens: bool = True, creates: bool = False
+) -> Callable[[Callable[..., Result]], Any]:
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
-        COMMANDS[name] = Command(name, function, (*parameters, JSON), creates)
+        COMMANDS[name] = Command(name, function, (*parameters, JSON), opens, creates)
         return function
 
     return register
-
-
-def whole(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if re.fullmatch(r"-?[0-9]{1,19}", text) and int(text) >= least:
-            return int(text)
-        raise ValueError(f"expected a whole number of at least {least}, got {text!r}")
-
-    return parse
-
-
-def duration(text: str) -> float:
-    """Parse 90s, 15m, 12h, 7d or 2w into seconds."""
-    match = DURATION.fullmatch(text.strip())
-    if not match:
-        raise ValueError(f"expected a duration such as 90s, 15m, 12h, 7d or 2w, got {text!r}")
-    return float(match[1]) * UNITS[match[2]]
-
-
-def moment(text: str) -> float:
-    """Parse a duration ago, or an ISO 8601 time, local unless it names its zone, into Unix seconds."""
-    with suppress(ValueError):
-        return time.time() - duration(text)
-    try:
-        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
-    except (ValueError, OverflowError):
-        raise ValueError(f"expected a duration such as 15m, or a time such as 2026-11-24T12:00, got {text!r}") from None
-
-
-def json_value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected JSON, got {text[:60]!r}: {error}") from None
-
-
-def one_of(*names: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text in names:
-            return text
-        raise ValueError(f"expected one of {', '.join(names)}, got {text!r}")
-
-    return parse
 
 
 JSON = Parameter("--json", "one JSON object per line", flag=True)
@@ -184,6 +96,7 @@ QUEUE = Parameter("queue", "name of the queue", metavar="QUEUE")
 MATCHING = (
     Parameter("--queue", "jobs of this queue", metavar="QUEUE"),
     Parameter("--task", "jobs of this task", metavar="TASK"),
+    Parameter("--key", "jobs enqueued with this key", metavar="KEY"),
     Parameter("--consumer", "jobs that this consumer had last", metavar="CONSUMER"),
     Parameter("--text", "jobs whose payload, result, error or key contains it", metavar="TEXT"),
     Parameter("--since", "enqueued since then: 15m, 7d, or an ISO 8601 time", moment, metavar="TIME"),
@@ -207,8 +120,7 @@ def _filters(options: argparse.Namespace) -> dict[str, Any]:
 
 def _job_row(job: Job) -> dict[str, Any]:
     keys = ("id", "state", "queue", "task", "attempts", "consumer", "created_at")
-    row = {key: getattr(job, key) for key in keys}
-    return {**row, "detail": first_line(job.error) if job.state == "failed" else masked(job.payload)}
+    return {**{key: getattr(job, key) for key in keys}, "detail": detail(job)}
 
 
 @command("list-jobs", *FILTERS, *PAGE)
@@ -229,7 +141,8 @@ def failedjobs(queue: PersistentQInterface, options: argparse.Namespace) -> Resu
     if options.all or filters or options.before_id is not None:
         options.status = "failed"
         return Result(_listed(queue, options))
-    return Result([{key: each[key] for key in ("jobs", "task", "last_id", "error")} for each in queue.failures()])
+    groups = queue.failures()[: options.limit]
+    return Result([{key: each[key] for key in ("jobs", "task", "last_id", "error")} for each in groups])
 
 
 @command("show", JOB_ID)
@@ -309,13 +222,14 @@ def enqueue(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
 def _act(
     queue: PersistentQInterface, options: argparse.Namespace, verb: str, done: str, act: Callable[[int], None]
 ) -> Result:
-    """Do it to the jobs named, or to all that match the filter, in batches, after asking."""
+    """Do it to the jobs named, all or none; or to all that match the filter, in batches, after asking."""
     filters = _filters(options)
     if bool(filters) == bool(options.job_ids):
         raise UsageError(f"{verb}: expected job numbers or a filter such as --status failed; see --help")
     if not filters:
-        for job_id in options.job_ids:
-            act(job_id)
+        with queue.transaction():
+            for job_id in options.job_ids:
+                act(job_id)
         return Result([{"job": job_id, "done": done} for job_id in options.job_ids], f"{done} {_ids(options.job_ids)}")
     if not _agreed(options, f"{verb} {count(queue.count_jobs(**filters), 'job')}"):
         return Result(text="nothing done", code=1)
@@ -533,7 +447,7 @@ def delete_db_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> 
     YES,
 )
 def delete_job_files(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
-    """Delete the job_*.txt files in a folder, but none that an unfinished job still needs."""
+    """Delete the job_*.txt files in a folder, but none that an unfinished job still needs, or is about to."""
     if options.directory is None:
         raise UsageError("delete-job-files: expected --directory DIR")
     names = _job_files(options.directory)
@@ -551,13 +465,11 @@ def delete_job_files(queue: PersistentQInterface, options: argparse.Namespace) -
 def _job_files(directory: Path) -> set[str]:
     try:
         with os.scandir(directory) as entries:
-            return {
-                each.name
-                for each in entries
-                if re.fullmatch(r"job_.*\.txt", each.name) and each.is_file(follow_symlinks=False)
-            }
+            names = {each.name for each in entries if each.is_file(follow_symlinks=False)}
     except OSError as error:
         raise Problem(f"cannot read {directory.absolute()}: {error.strerror}") from None
+    found = {name for name in names if re.fullmatch(r"job_.*\.txt", name)}
+    return {name for name in found if not (directory / f".{name}.new").exists()}  # else a producer is about to enqueue
 
 
 def _needed_files(queue: PersistentQInterface) -> set[str]:
@@ -619,6 +531,7 @@ def metrics_command(queue: PersistentQInterface, options: argparse.Namespace) ->
     "torture",
     Parameter("--seconds", "how long to kill", whole(1), "30", "N"),
     Parameter("--durability", "full or normal", one_of("full", "normal"), "full", "MODE"),
+    opens=False,
 )
 def torture(_: None, options: argparse.Namespace) -> Result:
     """Kill producers and consumers at random, on a database of its own beside the real one, and prove that nothing
@@ -637,8 +550,9 @@ def torture(_: None, options: argparse.Namespace) -> Result:
 
 @command(
     "monitor",
-    Parameter("--interval", "how often to look: 2s", duration, "2s", "DURATION"),
+    Parameter("--interval", "how often to look", duration_between("0.1s", "1d"), "2s", "DURATION"),
     Parameter("--once", "print one screen and exit", flag=True),
+    opens=False,
 )
 def monitor(_: None, options: argparse.Namespace) -> Result:
     """Watch processes, consumers, jobs and failures on a live screen."""
@@ -698,7 +612,7 @@ def _screen(seen: dict[str, Any], width: int, *, colours: bool = False) -> str:
     return "\n".join(lines + ([f"problem: {printable(each)}" for each in seen["problems"]] or ["healthy"]))
 
 
-# The front ends: argparse always, Typer where it is installed #########################################################
+# The program ##########################################################################################################
 
 
 def _width() -> int:
@@ -709,10 +623,9 @@ def _colours() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
-def run(entry: Command, raw: dict[str, Any]) -> int:
-    """Parse what a front end delivered, run the command, and show its result."""
-    options = argparse.Namespace(**{each.key: each.value(raw.get(each.key)) for each in entry.parameters})
-    if entry.name in ("monitor", "torture"):
+def run(entry: Command, options: argparse.Namespace) -> int:
+    """Run the command and show its result; return the exit code."""
+    if not entry.opens:
         return _show(entry.function(None, options), options)
     queue = pqueue.open_queue(create=entry.creates)
     try:
@@ -754,81 +667,11 @@ def _field(key: str, value: Any) -> str:
     return "" if shown is None else printable(str(shown))
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-
-def _with_argparse(arguments: list[str]) -> int:
-    parser = _OneLineParser(prog="admin.py", description=(__doc__ or "").splitlines()[0])
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_OneLineParser)
-    for entry in COMMANDS.values():
-        made = subparsers.add_parser(entry.name, help=entry.help, description=entry.help)
-        for each in entry.parameters:
-            _add_argument(made, each)
-    options = vars(parser.parse_args(arguments))
-    return run(COMMANDS[options["command"]], options)
-
-
-def _add_argument(parser: argparse.ArgumentParser, each: Parameter) -> None:
-    text = each.help.replace("%", "%%") + (f" (default: {each.default})" if each.default else "")
-    if each.flag:
-        parser.add_argument(each.name, action="store_true", help=text)
-    elif each.is_option:
-        parser.add_argument(each.name, default=each.default, metavar=each.metavar, help=text)
-    else:
-        parser.add_argument(
-            each.key, nargs="*" if each.many else "?" if each.optional else None, metavar=each.metavar, help=text
-        )
-
-
-def _with_typer(typer: Any, arguments: list[str]) -> int:
-    app = typer.Typer(
-        help=(__doc__ or "").splitlines()[0],
-        rich_markup_mode=None,
-        no_args_is_help=False,
-        pretty_exceptions_enable=False,
-    )
-    for entry in COMMANDS.values():
-        app.command(entry.name, help=entry.help)(_typed(typer, entry))
-    try:
-        return int(typer.main.get_command(app).main(arguments, prog_name="admin.py", standalone_mode=False) or 0)
-    except typer.TyperException as error:
-        raise UsageError(f"{error.format_message().rstrip('.')}; see admin.py --help") from None
-
-
-def _typed(typer: Any, entry: Command) -> Callable[..., int]:
-    """Return a function with the signature that makes Typer ask for the command's parameters, as plain text."""
-    signature = []
-    for each in entry.parameters:
-        make = typer.Option if each.is_option else typer.Argument
-        names = (each.name,) if each.is_option else ()
-        kind: Any = bool if each.flag else list[str] if each.many else str
-        absent: Any = False if each.flag else each.default
-        required = not each.is_option and not each.many and not each.optional
-        extra = {} if each.flag else {"metavar": each.metavar}
-        default = make(... if required else absent, *names, help=each.help, show_default=bool(each.default), **extra)
-        if not required and not each.flag:
-            kind = kind | None
-        signature.append(inspect.Parameter(each.key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
-
-    def ask(**raw: Any) -> int:
-        return run(entry, raw)
-
-    ask.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
-    ask.__annotations__ = {each.name: each.annotation for each in signature}
-    return ask
-
-
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     bear_any_text()
     try:
-        import typer
-    except ImportError:
-        typer = None  # type: ignore[assignment]
-    try:
-        return _with_typer(typer, arguments) if typer else _with_argparse(arguments)
+        return dispatch("admin.py", (__doc__ or "").splitlines()[0], COMMANDS, run, arguments)
     except (UsageError, ValueError) as error:
         print(f"admin.py: {printable(str(error))}", file=sys.stderr)
         return 2

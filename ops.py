@@ -293,13 +293,6 @@ def none_found(query: dict[str, str], before: int | None) -> str:
     return "no job matches" if any(query.get(name) for name in (*FILTERS, "before_id")) else NO_JOBS
 
 
-def detail(job: Job) -> str:
-    """Return what a list shows of a job: its payload, or why it failed."""
-    if job.state == "failed":
-        return report.first_line(job.error)
-    return json.dumps(report.masked(job.payload), ensure_ascii=False)
-
-
 def processes() -> list[dict[str, Any]] | str:
     """Return supervisord's processes, or a sentence that tells why there are none to see."""
     try:

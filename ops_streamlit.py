@@ -198,7 +198,7 @@ def _jobs() -> None:
             "attempt": f"{job.attempts} of {job.max_attempts}",
             "consumer": job.consumer or "",
             "enqueued": report.ago(job.created_at, now),
-            "detail": report.printable(ops.detail(job)[:200]),
+            "detail": report.printable(report.detail(job)[:200]),
         }
         for job in jobs
     ]

@@ -396,7 +396,7 @@ def _jobs(board: Board, query: dict[str, str], token: str) -> str:
             f"{job.attempts} of {job.max_attempts}",
             text(job.consumer or ""),
             when(job.created_at),
-            text(ops.detail(job)[:200]),
+            text(report.detail(job)[:200]),
         ]
         for job in jobs
     ]

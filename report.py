@@ -35,9 +35,10 @@ def problems(
     those of a moment ago, where they are at hand."""
     now = time.time() if now is None else now
     stats = queue.stats() if stats is None else stats
-    alive = [each for each in queue.consumers() if each["state"] == "running"]
+    consumers = queue.consumers()
+    alive = [each for each in consumers if each["state"] == "running"]
     found: list[str] = list(queue.check(thorough=thorough)["problems"])
-    found += _consumer_problems(queue.consumers())
+    found += _consumer_problems(consumers)
     found += _twins(alive)
     if expired := _expired(queue, now):
         found.append(f"{count(expired, 'lease')} ran out and no consumer took the jobs back: start one")
@@ -102,9 +103,8 @@ def _why_finished(job: Job, now: float) -> str:
         return f"it was completed by {job.consumer} {when}"
     if job.state == "cancelled":
         return f"it was cancelled {when}; resubmit it to run it"
-    used = "with its attempts used up" if job.attempts >= job.max_attempts else "for good"
-    attempts = f"{job.attempts} of {job.max_attempts}"
-    return f"it failed {when} {used}, {attempts}: {first_line(job.error)}; resubmit it to try again"
+    last = f"after {job.attempts} of {count(job.max_attempts, 'attempt')}"
+    return f"it failed for good {when}, {last}: {first_line(job.error)}; resubmit it to try again"
 
 
 def _why_processing(queue: PersistentQInterface, job: Job, now: float) -> str:
@@ -164,8 +164,8 @@ def metrics(queue: PersistentQInterface, now: float | None = None, *, stats: dic
     for state in ("running", "stopped", "dead"):
         known = sum(1 for each in consumers if each["state"] == state)
         samples.add("pqueue_consumers", "Consumers by state, until pruned", known, state=state)
-    for name, count in queue.activity(now - 60, now).items():
-        samples.add(f"pqueue_{name}_last_minute", f"Jobs {name} in the last 60 seconds", count)
+    for name, jobs in queue.activity(now - 60, now).items():
+        samples.add(f"pqueue_{name}_last_minute", f"Jobs {name} in the last 60 seconds", jobs)
     for name in ("file_bytes", "wal_bytes", "disk_free_bytes"):
         if name in facts:
             samples.add(f"pqueue_{name}", name.replace("_", " "), facts[name])
@@ -232,6 +232,13 @@ def masked(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: "…" if SECRET.search(key) else masked(each) for key, each in value.items()}
     return [masked(each) for each in value] if isinstance(value, list) else value
+
+
+def detail(job: Job) -> str:
+    """Return what a list shows of a job, on one line: its payload, or why it failed."""
+    if job.state == "failed":
+        return first_line(job.error)
+    return "" if job.payload is None else json_text(masked(job.payload))
 
 
 def job_object(job: Job) -> dict[str, Any]:

@@ -83,6 +83,7 @@ READING = [
     ["failedjobs"],
     ["failedjobs", "--all"],
     ["failedjobs", "--json"],
+    ["list-jobs", "--key", "k"],
     ["show", "2", "--json"],
     ["why", "1", "--json"],
     ["stats", "--json"],
@@ -180,6 +181,7 @@ def test_command_that_only_looks_creates_no_database(front, folder, run):
         (["why", "99"], 1, "no job 99"),
         (["cancel", "99"], 1, "no such job"),
         (["resubmit", "5"], 1, "cannot resubmit job 5: it is pending"),
+        (["resubmit", "2", "5"], 1, "cannot resubmit job 5: it is pending"),
         (["show", "nine"], 2, "job_id: expected a whole number of at least 0, got 'nine'"),
         (["show", "-3"], 2, ""),
         (["show"], 2, ""),
@@ -206,6 +208,8 @@ def test_command_that_only_looks_creates_no_database(front, folder, run):
         (["backup", "/nosuch/copy.db"], 1, "cannot back up to /nosuch/copy.db"),
         (["delete-job-files"], 2, "expected --directory DIR"),
         (["delete-job-files", "--directory", "/nosuch"], 1, "cannot read /nosuch"),
+        (["monitor", "--interval", "0s"], 2, "expected a duration from 0.1s to 1d, got '0s'"),
+        (["monitor", "--interval", f"{10**30}w"], 2, "expected a duration from 0.1s to 1d"),
     ],
 )
 def test_operator_who_is_wrong_is_told_in_one_line(front, queue, run, arguments, code, message):
@@ -251,6 +255,13 @@ def test_operator_resubmits_all_that_match_in_batches(front, queue, run, monkeyp
     assert queue.history(1)[-1]["event"] == "resubmitted"
 
 
+def test_operator_limits_the_groups_of_failed_jobs(queue, run):
+    for task in ("a", "b", "c"):
+        queue.mark_failed(queue.enqueue(task), "no")
+    assert len(run("failedjobs")[1].splitlines()) == 3
+    assert len(run("failedjobs", "--limit", "2")[1].splitlines()) == 2
+
+
 def test_operator_sees_no_secret_of_a_payload(queue, run):
     ids = populate(queue)
     for arguments in (["list-jobs"], ["list-jobs", "--json"], ["show", ids["pending"]]):
@@ -276,7 +287,8 @@ def test_operator_takes_a_running_job_over(queue, run):
 def test_operator_deletes_only_the_files_that_no_job_needs(queue, run, folder):
     files = folder / "files"
     files.mkdir()
-    for name in ("job_done.txt", "job_waiting.txt", "job_stray.txt", "notes.txt"):
+    # a producer has written the last of these, and is about to enqueue it
+    for name in ("job_done.txt", "job_waiting.txt", "job_stray.txt", "notes.txt", "job_next.txt", ".job_next.txt.new"):
         (files / name).write_text(name)
     (files / "job_folder.txt").mkdir()
     (folder / "precious").write_text("mine")
@@ -290,7 +302,7 @@ def test_operator_deletes_only_the_files_that_no_job_needs(queue, run, folder):
     assert (files / "job_done.txt").exists()
     code, out, _ = run("delete-job-files", "--directory", files, "--yes")
     assert (code, out) == (0, "deleted 2 files, 1 file kept for unfinished jobs\n")
-    left = {"job_waiting.txt", "notes.txt", "job_folder.txt", "job_link.txt"}
+    left = {"job_waiting.txt", "notes.txt", "job_folder.txt", "job_link.txt", "job_next.txt", ".job_next.txt.new"}
     assert {path.name for path in files.iterdir()} == left
     run("delete-job-files", "--directory", files, "--yes", "--force")
     assert {path.name for path in files.iterdir()} == left - {"job_waiting.txt"}
@@ -301,7 +313,7 @@ def test_operator_deletes_only_the_files_that_no_job_needs(queue, run, folder):
     ("state", "sentence"),
     [
         ("completed", "it was completed by anna"),
-        ("failed", "with its attempts used up, 1 of 1: ValueError: <b>no</b>; resubmit it"),
+        ("failed", "after 1 of 1 attempt: ValueError: <b>no</b>; resubmit it"),
         ("cancelled", "it was cancelled"),
         ("processing", "it runs on anna since"),
         ("scheduled", "it is due in 60 m, at "),

@@ -1,0 +1,211 @@
+"""Commands of a command line, each defined once: for argparse always, for Typer where it is installed."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from report import UNITS
+
+DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|w)")
+
+
+class UsageError(Exception):
+    """A mistake in the command."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """An option (--name) or an argument (name) of a command; `parse` raises ValueError with what was expected."""
+
+    name: str
+    help: str
+    parse: Callable[[str], Any] = str
+    default: str | None = None
+    metavar: str = ""
+    flag: bool = False
+    many: bool = False
+    optional: bool = False
+
+    @property
+    def is_option(self) -> bool:
+        return self.name.startswith("--")
+
+    @property
+    def key(self) -> str:
+        return self.name.lstrip("-").replace("-", "_")
+
+    def value(self, raw: Any) -> Any:
+        """Return what the front end delivered, parsed. Raises UsageError."""
+        if self.flag:
+            return bool(raw)
+        if self.many:
+            return [self._parsed(each) for each in raw or ()]
+        return None if raw is None else self._parsed(raw)
+
+    def _parsed(self, text: str) -> Any:
+        try:
+            return self.parse(text)
+        except ValueError as error:
+            raise UsageError(f"{self.name}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Command:
+    """What to call with the options; `opens` the database first, and `creates` one where there is none."""
+
+    name: str
+    function: Callable[..., Any]
+    parameters: tuple[Parameter, ...]
+    opens: bool
+    creates: bool
+
+    @property
+    def help(self) -> str:
+        return " ".join((self.function.__doc__ or "").split())
+
+    def options(self, raw: dict[str, Any]) -> argparse.Namespace:
+        """Return what the front end delivered, parsed. Raises UsageError."""
+        return argparse.Namespace(**{each.key: each.value(raw.get(each.key)) for each in self.parameters})
+
+
+Run = Callable[[Command, argparse.Namespace], int]  # returns the exit code
+
+
+# Values ###############################################################################################################
+
+
+def whole(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if re.fullmatch(r"-?[0-9]{1,19}", text) and int(text) >= least:
+            return int(text)
+        raise ValueError(f"expected a whole number of at least {least}, got {text!r}")
+
+    return parse
+
+
+def duration(text: str) -> float:
+    """Parse 90s, 15m, 12h, 7d or 2w into seconds."""
+    match = DURATION.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"expected a duration such as 90s, 15m, 12h, 7d or 2w, got {text!r}")
+    return float(match[1]) * UNITS[match[2]]
+
+
+def duration_between(least: str, most: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        if duration(least) <= duration(text) <= duration(most):
+            return duration(text)
+        raise ValueError(f"expected a duration from {least} to {most}, got {text!r}")
+
+    return parse
+
+
+def moment(text: str) -> float:
+    """Parse a duration ago, or an ISO 8601 time, local unless it names its zone, into Unix seconds."""
+    with suppress(ValueError):
+        return time.time() - duration(text)
+    try:
+        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    except (ValueError, OverflowError):
+        raise ValueError(f"expected a duration such as 15m, or a time such as 2026-11-24T12:00, got {text!r}") from None
+
+
+def json_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected JSON, got {text[:60]!r}: {error}") from None
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text in names:
+            return text
+        raise ValueError(f"expected one of {', '.join(names)}, got {text!r}")
+
+    return parse
+
+
+# The front ends #######################################################################################################
+
+
+def dispatch(program: str, about: str, commands: Mapping[str, Command], run: Run, arguments: list[str]) -> int:
+    """Run the command that the arguments name; return the exit code. Raises UsageError."""
+    try:
+        import typer
+    except ImportError:
+        return _with_argparse(program, about, commands, run, arguments)
+    return _with_typer(typer, program, about, commands, run, arguments)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def _with_argparse(program: str, about: str, commands: Mapping[str, Command], run: Run, arguments: list[str]) -> int:
+    parser = _OneLineParser(prog=program, description=about)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_OneLineParser)
+    for entry in commands.values():
+        made = subparsers.add_parser(entry.name, help=entry.help, description=entry.help)
+        for each in entry.parameters:
+            _add_argument(made, each)
+    raw = vars(parser.parse_args(arguments))
+    entry = commands[raw["command"]]
+    return run(entry, entry.options(raw))
+
+
+def _add_argument(parser: argparse.ArgumentParser, each: Parameter) -> None:
+    text = each.help.replace("%", "%%") + (f" (default: {each.default})" if each.default else "")
+    if each.flag:
+        parser.add_argument(each.name, action="store_true", help=text)
+    elif each.is_option:
+        parser.add_argument(each.name, default=each.default, metavar=each.metavar, help=text)
+    else:
+        parser.add_argument(
+            each.key, nargs="*" if each.many else "?" if each.optional else None, metavar=each.metavar, help=text
+        )
+
+
+def _with_typer(
+    typer: Any, program: str, about: str, commands: Mapping[str, Command], run: Run, arguments: list[str]
+) -> int:
+    app = typer.Typer(help=about, rich_markup_mode=None, no_args_is_help=False, pretty_exceptions_enable=False)
+    for entry in commands.values():
+        app.command(entry.name, help=entry.help)(_typed(typer, entry, run))
+    try:
+        return int(typer.main.get_command(app).main(arguments, prog_name=program, standalone_mode=False) or 0)
+    except typer.TyperException as error:
+        raise UsageError(f"{error.format_message().rstrip('.')}; see {program} --help") from None
+
+
+def _typed(typer: Any, entry: Command, run: Run) -> Callable[..., int]:
+    """Return a function with the signature that makes Typer ask for the command's parameters, as plain text."""
+    signature = []
+    for each in entry.parameters:
+        make = typer.Option if each.is_option else typer.Argument
+        names = (each.name,) if each.is_option else ()
+        kind: Any = bool if each.flag else list[str] if each.many else str
+        absent: Any = False if each.flag else each.default
+        required = not each.is_option and not each.many and not each.optional
+        extra = {} if each.flag else {"metavar": each.metavar}
+        default = make(... if required else absent, *names, help=each.help, show_default=bool(each.default), **extra)
+        if not required and not each.flag:
+            kind = kind | None
+        signature.append(inspect.Parameter(each.key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
+
+    def ask(**raw: Any) -> int:
+        return run(entry, entry.options(raw))
+
+    ask.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
+    ask.__annotations__ = {each.name: each.annotation for each in signature}
+    return ask
