@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import os
+import secrets
 import shlex
 import socket
 import sys
@@ -23,6 +24,7 @@ SOCKET = Path("var/supervisor.sock")
 INCLUDED = Path("var/supervisor.d")
 GROUP_SIZE = 3  # as in supervisord.conf
 ANSWER_SECONDS = 120.0  # longer than stopwaitsecs: stopping a group waits for the jobs in hand
+LOOK_SECONDS = 5.0
 
 PROGRAM = """\
 ; Added by manager.py; remove it with: python manager.py --remove {group}
@@ -57,14 +59,20 @@ class _Connection(http.client.HTTPConnection):
 
 
 class _Transport(xmlrpc.client.Transport):
-    def make_connection(self, _host: Any) -> http.client.HTTPConnection:
-        return _Connection("localhost", timeout=ANSWER_SECONDS)
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds = seconds
+
+    def make_connection(self, host: Any) -> http.client.HTTPConnection:
+        connection = _Connection("localhost", timeout=self._seconds)
+        self._connection = host, connection  # which `close` closes
+        return connection
 
 
-def call(method: str, *arguments: Any) -> Any:
-    """Call a method of supervisord's XML-RPC interface. Raises ManagerError."""
+def call(method: str, *arguments: Any, seconds: float = ANSWER_SECONDS) -> Any:
+    """Call a method of supervisord's XML-RPC interface. Raises ManagerError, also if it takes longer."""
     try:
-        with xmlrpc.client.ServerProxy("http://localhost", transport=_Transport()) as server:
+        with xmlrpc.client.ServerProxy("http://localhost", transport=_Transport(seconds)) as server:
             return getattr(server.supervisor, method)(*arguments)
     except xmlrpc.client.Fault as fault:
         raise ManagerError(f"supervisord refused {method}: {fault.faultString}") from None
@@ -85,7 +93,7 @@ def processes() -> list[dict[str, Any]]:
             "pid": each["pid"],
             "uptime_seconds": max(0, each["now"] - each["start"]) if each["pid"] else 0,
         }
-        for each in call("getAllProcessInfo")
+        for each in call("getAllProcessInfo", seconds=LOOK_SECONDS)
     ]
 
 
@@ -96,16 +104,19 @@ def added_groups() -> list[str]:
 
 def add_group(size: int = GROUP_SIZE, queues: list[str] | None = None, modules: list[str] | None = None) -> str:
     """Add a group of this many consumers and return its name, when they run. Raises ManagerError."""
-    taken = {each["group"] for each in processes()} | set(added_groups())
-    group = next(name for number in range(2, 10_000) if (name := f"consumer{number}") not in taken)
+    command, taken = _command(queues or [], modules or []), {each["group"] for each in processes()}
     INCLUDED.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = INCLUDED / f"{group}.conf"
-    _write(path, PROGRAM.format(group=group, command=_command(queues or [], modules or []), size=size))
+    group = next(
+        name
+        for number in range(2, 10_000)
+        if (name := f"consumer{number}") not in taken
+        and _create(_path(name), PROGRAM.format(group=name, command=command, size=size))
+    )
     try:
         call("reloadConfig")
         call("addProcessGroup", group)
     except BaseException:
-        path.unlink()
+        _path(group).unlink()
         raise
     return group
 
@@ -118,7 +129,7 @@ def remove_group(group: str) -> None:
     if group in {each["group"] for each in processes()}:
         call("stopProcessGroup", group)
         call("removeProcessGroup", group)
-    (INCLUDED / f"{group}.conf").unlink()
+    _path(group).unlink()
     call("reloadConfig")
 
 
@@ -152,11 +163,22 @@ def _command(queues: list[str], modules: list[str]) -> str:
     return shlex.join(words).replace("%", "%%")
 
 
-def _write(path: Path, text: str) -> None:
-    new = path.with_suffix(".new")
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
-    new.replace(path)
+def _path(group: str) -> Path:
+    return INCLUDED / f"{group}.conf"
+
+
+def _create(path: Path, text: str) -> bool:
+    """Make a file, whole or not at all; return whether its name was free."""
+    new = path.with_name(f"{secrets.token_hex(8)}.new")
+    try:
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(text)
+        os.link(new, path)
+    except FileExistsError:
+        return False
+    finally:
+        new.unlink(missing_ok=True)
+    return True
 
 
 # The program ##########################################################################################################

@@ -76,12 +76,13 @@ class Board:
         self._shut_until = 0.0  # when to try again
         self._lock = threading.RLock()
         self._worker = ThreadPoolExecutor(1, "pqueue-figures")
-        self._parts = {
+        self._parts: dict[str, Callable[[PersistentQInterface], Any]] = {
             "overview": _overview,
             "minutes": self._hour,
             "processing": _processing,
             "failures": PersistentQInterface.failures,
             "consumers": _consumers,
+            "processes": lambda _: _processes(),
         }
         self._computed: dict[str, tuple[float, Any]] = {}  # until when to show it, and it or the QueueError instead
         self._stale_at: dict[str, float] = {}
@@ -140,7 +141,8 @@ class Board:
         overview: states, queues and path as the queue tells, per_minute, oldest_seconds, alive, wal_bytes, problems,
         and wait and run, each (p50, p95) seconds or None; minutes: at (its start), enqueued, completed, failed, wait
         and run of each minute of the last hour, the last one still going on; processing: its jobs; failures: as the
-        queue groups them; consumers: those alive or with jobs, and those that ended within the hour.
+        queue groups them; consumers: those alive or with jobs, and those that ended within the hour; processes:
+        supervisord's, or a sentence that tells why there are none to see.
         """
         queue = self.queue()
         with self._lock:
@@ -176,12 +178,13 @@ class Board:
                 del running[part]
 
     def _hour(self, queue: PersistentQInterface) -> list[dict[str, Any]]:
-        current = int(time.time() // 60)
+        kept, current = self._minutes, int(time.time() // 60)  # kept by this queue: `forget` begins anew
         minutes = {
-            number: self._minutes.get(number) or _minute(queue, number * 60.0)
+            number: kept.get(number) or _minute(queue, number * 60.0)
             for number in range(current - MINUTES + 1, current + 1)
         }
-        self._minutes = {number: each for number, each in minutes.items() if number < current - 1}
+        kept.clear()
+        kept.update((number, each) for number, each in minutes.items() if number < current - 1)
         return list(minutes.values())
 
     def jobs(self, query: dict[str, str]) -> Found:
@@ -275,7 +278,7 @@ def _file_text(payload: Any) -> str | None:
     try:
         content = consumer.read_job_file(payload, FILE_BYTES + 1)
     except (DoNotRetry, OSError) as error:
-        return f"({error})"
+        return f"(cannot read it: {getattr(error, 'strerror', None) or error})"
     text = content[:FILE_BYTES].decode(errors="replace")
     return text + "\n(cut)" if len(content) > FILE_BYTES else text
 
@@ -293,8 +296,9 @@ def none_found(query: dict[str, str], before: int | None) -> str:
     return "no job matches" if any(query.get(name) for name in (*FILTERS, "before_id")) else NO_JOBS
 
 
-def processes() -> list[dict[str, Any]] | str:
-    """Return supervisord's processes, or a sentence that tells why there are none to see."""
+def _processes() -> list[dict[str, Any]] | str:
+    if not os.path.exists(manager.SOCKET):
+        return "supervisord is not running here"
     try:
         return manager.processes()
     except manager.ManagerError as error:
@@ -349,13 +353,14 @@ def _jobs_action(verb: str, done: str) -> Callable[[PersistentQInterface, Form],
 def _act_on_each(ids: list[str], method: Callable[[int], None]) -> tuple[int, int]:
     if not ids:
         raise ValueError("expected at least one job: tick some")
-    if len(ids) == 1:
-        method(_whole(ids[0]))
+    numbers = [_whole(each) for each in ids]
+    if len(numbers) == 1:
+        method(numbers[0])
         return 1, 0
     refused = 0
-    for each in ids:
+    for number in numbers:
         try:
-            method(_whole(each))
+            method(number)
         except (pqueue.InvalidTransition, pqueue.JobNotFound):
             refused += 1
     return len(ids) - refused, refused

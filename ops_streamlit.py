@@ -178,7 +178,8 @@ def _table(rows: list[dict[str, Any]], empty: str, **columns: Any) -> None:
 
 def _jobs() -> None:
     places = st.container(key="filters").columns(5)
-    filters: dict[str, Any] = {"state": places[0].selectbox("state", ["", *pqueue.STATES], key="filter-state")}
+    state = places[0].selectbox("state", pqueue.STATES, index=None, placeholder="any state", key="filter-state")
+    filters: dict[str, Any] = {"state": state}
     for place, name in zip(places[1:], ops.FILTERS[1:], strict=True):
         filters[name] = place.text_input(name, key=f"filter-{name}")
     before = st.session_state.get("before", "") if st.session_state.get("before-of") == filters else ""
@@ -313,7 +314,7 @@ def _failed() -> None:
 
 
 def _consumers() -> None:
-    now = time.time()
+    figures, now = board().figures(), time.time()
     rows = [
         {
             "consumer": each["name"],
@@ -325,12 +326,12 @@ def _consumers() -> None:
             "failed": each["failed"],
             "seen": report.ago(each["last_seen_at"], now),
         }
-        for each in board().figures()["consumers"][: ops.CONSUMERS]
+        for each in figures["consumers"][: ops.CONSUMERS]
     ]
     _table(rows, "no consumer was here: run python consumer.py")
-    found = ops.processes()
+    found = figures["processes"]
     if isinstance(found, str):
-        st.caption("supervisord is not running here")
+        st.caption(_plain(found))
         return
     _table([{key: each[key] for key in ("group", "name", "state", "pid")} for each in found], "no processes")
     if not ops.read_only():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import math
-import os
 import time
 from typing import Any
 from urllib.parse import urlencode
@@ -70,6 +69,7 @@ th, td { padding: 5px 16px 5px 0; border-bottom: 1px solid var(--line); vertical
 th:last-child, td:last-child { padding-right: 0 }
 tr:last-child td { border-bottom: 0 }
 td.wide, th.wide { width: 99%; min-width: 140px; max-width: 0; overflow: hidden; text-overflow: ellipsis }
+td.rest { width: 99%; white-space: normal }
 td.number, th.number { text-align: right }
 .soft { color: var(--soft) }
 .said { border-left: 3px solid var(--completed) }
@@ -101,6 +101,7 @@ figure svg.plot { width: 100%; height: 120px; display: block }
 @media (max-width: 600px) { header, main { padding: 0 10px } header { padding-top: 10px } nav { margin: 0 }
   section { padding: 10px } .less { display: none } table { font-size: 13px }
   th, td { padding-right: 8px } td.wide, th.wide { min-width: 76px } td form { margin-right: 6px }
+  progress { width: 70px }
   input:not([type=checkbox]), select, button { min-height: 32px }
   form.filter input, form.filter select { flex: 1 1 40% } }
 """
@@ -156,10 +157,9 @@ def when(at: float | None) -> str:
 # The page of everything ###############################################################################################
 
 
-def index(board: Board, query: dict[str, str], token: str) -> str:
+def index(board: Board, query: dict[str, str], said: str, token: str) -> str:
     parts = sections(board, query, token)
-    said = f'<section class="said">{text(query["said"])}</section>' if query.get("said") else ""
-    body = f"""{said}
+    body = f"""{_said(said)}
 <section id="overview">{parts["overview"]}</section>
 <section id="processing">{parts["processing"]}</section>
 <section><h2>Jobs</h2>{_filter_form(query)}<div id="jobs">{parts["jobs"]}</div></section>
@@ -167,6 +167,10 @@ def index(board: Board, query: dict[str, str], token: str) -> str:
 <section id="consumers">{parts["consumers"]}</section>
 <section id="queues">{parts["queues"]}</section>"""
     return _page("pqueue", parts["health"], body, parts["path"])
+
+
+def _said(sentence: str) -> str:
+    return f'<section class="said">{text(sentence)}</section>' if sentence else ""
 
 
 def sections(board: Board, query: dict[str, str], token: str) -> dict[str, str]:
@@ -181,7 +185,7 @@ def sections(board: Board, query: dict[str, str], token: str) -> dict[str, str]:
         "processing": _processing(figures["processing"]),
         "jobs": _jobs(board, query, token),
         "failed": _failed(figures["failures"], token),
-        "consumers": _consumers(figures["consumers"], token),
+        "consumers": _consumers(figures["consumers"]) + _groups(figures["processes"], token),
         "queues": _queues(seen, token),
     }
 
@@ -307,9 +311,9 @@ def _line(values: list[float | None], top: float, step: float, name: str, dashes
 
 
 def _ceiling(value: float) -> float:
-    """Return the next of 2, 4, 6, 8, 10, 20, 40 … at or above a value of at least 2."""
+    """Return the next of 2, 4, 6, 8, 10, 12, 16, 20, 40 … at or above a value of at least 2; half of it is whole."""
     power = 10.0 ** math.floor(math.log10(value))
-    return next(each * power for each in (1, 2, 4, 6, 8, 10) if each * power >= value)
+    return next(each * power for each in (1, 1.2, 1.6, 2, 4, 6, 8, 10) if each * power >= value)
 
 
 def _seconds(value: float) -> str:
@@ -325,13 +329,13 @@ def _clock(at: float) -> str:
 
 def _table(heads: list[str], rows: list[list[str]], empty: str) -> str:
     """Return a table of cells that are HTML already. A head begins with # for numbers, with ~ for what takes the
-    width that is left, with - for what a phone leaves out."""
+    width that is left and may be cut, with = for what takes it whole, with - for what a phone leaves out."""
     if not rows:
         return f'<p class="soft">{empty}</p>'
-    classes = {"#": "number", "~": "wide", "-": "less"}
+    classes = {"#": "number", "~": "wide", "=": "rest", "-": "less"}
     kinds = [" ".join(name for mark, name in classes.items() if mark in head[:2]) for head in heads]
     top = "".join(
-        f'<th class="{kind}" scope="col">{head.lstrip("#~-")}</th>' for head, kind in zip(heads, kinds, strict=True)
+        f'<th class="{kind}" scope="col">{head.lstrip("#~=-")}</th>' for head, kind in zip(heads, kinds, strict=True)
     )
     body = "".join(
         "<tr>" + "".join(f'<td class="{kind}">{cell}</td>' for cell, kind in zip(row, kinds, strict=True)) + "</tr>"
@@ -358,7 +362,7 @@ def _processing(jobs: list[pqueue.Job]) -> str:
         ]
         for job in jobs
     ]
-    heads = ["job", "task", "consumer", "#elapsed", "-#lease left", "-attempt", "~progress"]
+    heads = ["job", "task", "-consumer", "#elapsed", "-#lease left", "-attempt", "~progress"]
     return "<h2>Processing now</h2>" + _table(heads, rows, "nothing is running")
 
 
@@ -459,7 +463,7 @@ def _failed(groups: list[dict[str, Any]], token: str) -> str:
     return f"<h2>Failed</h2>{made}{_more(len(rows), len(groups), 'group')}"
 
 
-def _consumers(consumers: list[dict[str, Any]], token: str) -> str:
+def _consumers(consumers: list[dict[str, Any]]) -> str:
     rows = [
         [
             text(each["name"]),
@@ -474,13 +478,10 @@ def _consumers(consumers: list[dict[str, Any]], token: str) -> str:
     ]
     heads = ["consumer", "state", "-host / pid", "jobs", "#done", "#failed", "~seen"]
     made = _table(heads, rows, "no consumer was here: run <code>python consumer.py</code>")
-    return f"<h2>Consumers</h2>{made}{_more(len(rows), len(consumers), 'consumer')}{_groups(token)}"
+    return f"<h2>Consumers</h2>{made}{_more(len(rows), len(consumers), 'consumer')}"
 
 
-def _groups(token: str) -> str:
-    if not os.path.exists(manager.SOCKET):
-        return '<p class="soft">supervisord is not running here</p>'
-    found = ops.processes()
+def _groups(found: list[dict[str, Any]] | str, token: str) -> str:
     if isinstance(found, str):
         return f'<p class="soft">{text(found)}</p>'
     added = manager.added_groups()
@@ -520,7 +521,7 @@ def _queues(seen: dict[str, Any], token: str) -> str:
         "-#oldest",
         "-#limit",
         "",
-        "~",
+        "=",
     ]
     return "<h2>Queues</h2>" + _table(heads, rows, "no queue yet")
 
@@ -563,9 +564,7 @@ def job(found: dict[str, Any], said: str, token: str) -> str:
         ]
         story = _table(["when", "event", "who", "#attempt", "~error"], rows, "")
         parts.append(f"<section><h2>History</h2>{story}</section>")
-    if said:
-        parts.insert(0, f'<section class="said">{text(said)}</section>')
-    return _page(f"job {one.id}", "", "".join(parts))
+    return _page(f"job {one.id}", "", _said(said) + "".join(parts))
 
 
 def _shown(found: dict[str, Any], one: pqueue.Job) -> str:

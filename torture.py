@@ -18,7 +18,7 @@ import time
 from contextlib import closing, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pqueue import LeaseLost, PersistentQSQLite, QueueBusy
 
@@ -121,17 +121,20 @@ class Torture:
         for other, at in list(self._stopped.items()):
             if time.monotonic() > at + 2 * LEASE_SECONDS:
                 del self._stopped[other]
-                os.kill(self._children[other].pid or 0, signal.SIGCONT)
+                self._signal(other, signal.SIGCONT)
         if name in self._stopped:
             return
         if random.randrange(4) == 0:
-            os.kill(self._children[name].pid or 0, signal.SIGSTOP)
+            self._signal(name, signal.SIGSTOP)
             self._stopped[name] = time.monotonic()
             self.stops += 1
         else:
             self._kill(name)
             self._start(name)
             self.kills += 1
+
+    def _signal(self, name: str, number: int) -> None:
+        os.kill(cast(int, self._children[name].pid), number)
 
     def _kill(self, name: str) -> None:
         self._children[name].kill()

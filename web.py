@@ -31,6 +31,8 @@ MOST_CONNECTIONS = 256  # beyond, the one that has been sending its request for 
 IDLE_SECONDS = 10.0
 REQUEST_SECONDS = 30.0  # in which a request must have come, however it trickles
 MOST_SECONDS = 10.0  # that a program waits for the figures; a page does not
+WRONG_SECONDS = 1.0  # that a wrong password costs
+MOST_NOTES = 100
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
     "img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -59,6 +61,7 @@ class Server(ThreadingHTTPServer):
         self.board = ops.Board()
         self.password = password
         self.token = secrets.token_urlsafe()
+        self._notes: dict[str, str] = {}
         self._places = threading.BoundedSemaphore(MOST_CONNECTIONS)
         self._sending: dict[socket.socket, float] = {}  # connections whose request has not come whole, and since when
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -93,6 +96,18 @@ class Server(ThreadingHTTPServer):
             self.has_come(request)
             with suppress(OSError):
                 request.shutdown(socket.SHUT_RDWR)
+
+    def note(self, sentence: str) -> str:
+        """Keep a sentence for the next page, and return the number to ask for it by: a link can say nothing itself."""
+        number = secrets.token_urlsafe(8)
+        self._notes[number] = sentence
+        for old in list(self._notes)[:-MOST_NOTES]:
+            self._notes.pop(old, None)
+        return number
+
+    def noted(self, number: str) -> str:
+        """Return that sentence, once."""
+        return self._notes.pop(number, "")
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of clients that went away."""
@@ -141,6 +156,8 @@ class Handler(BaseHTTPRequestHandler):
         if not known:
             raise Refused(HTTPStatus.MISDIRECTED_REQUEST, "refused: this is not a host name of the dashboard")
         if self.server.password is not None and not self._has_password(self.server.password):
+            if "Authorization" in self.headers:
+                time.sleep(WRONG_SECONDS)
             raise Refused(HTTPStatus.UNAUTHORIZED, "expected the password, with any user name")
 
     def _has_password(self, password: str) -> bool:
@@ -173,7 +190,7 @@ class Handler(BaseHTTPRequestHandler):
     def _content(self, path: str, query: dict[str, str]) -> tuple[HTTPStatus, Any]:
         board = self.server.board
         if path == "/":
-            return HTTPStatus.OK, pages.index(board, query, self._token())
+            return HTTPStatus.OK, pages.index(board, query, self._said(query), self._token())
         if path == "/live":
             return HTTPStatus.OK, json.dumps(pages.sections(board, query, self._token()))
         if path == "/metrics":
@@ -198,11 +215,14 @@ class Handler(BaseHTTPRequestHandler):
             return json.dumps({"jobs": [report.job_object(job) for job in jobs], "before_id": before})
         if number.isascii() and number.isdigit() and len(number) < 19:
             if parent == "/job":
-                return pages.job(board.job(int(number)), query.get("said", ""), self._token())
+                return pages.job(board.job(int(number)), self._said(query), self._token())
             if parent == "/api/jobs":
                 found = board.job(int(number))
                 return json.dumps({**found, "job": report.job_object(found["job"])})
         raise Refused(HTTPStatus.NOT_FOUND, "no such page")
+
+    def _said(self, query: dict[str, str]) -> str:
+        return self.server.noted(query.get("said", ""))
 
     def _trouble(self, path: str, sentence: str) -> Any:
         if path in ("/metrics", "/healthz"):
@@ -250,7 +270,7 @@ class Handler(BaseHTTPRequestHandler):
         page = url.path if url.path.startswith("/job/") else "/"
         query = {name: values[0] for name, values in parse_qs(url.query).items() if name in ops.FILTERS}
         self.send_response(HTTPStatus.SEE_OTHER)
-        self.send_header("Location", f"{quote(page)}?{urlencode({**query, 'said': sentence[:200]})}")
+        self.send_header("Location", f"{quote(page)}?{urlencode({**query, 'said': self.server.note(sentence)})}")
         self.send_header("Content-Length", "0")
         self.end_headers()
 

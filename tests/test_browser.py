@@ -310,6 +310,22 @@ def test_hostile_payload_error_and_file_are_shown_as_text(system, page, front):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+def test_operator_with_a_phone_sees_every_control_whole(system, page):
+    queue = system.queue()
+    job_id = queue.enqueue("mail")
+    wait_until(lambda: queue.get(job_id).state == "failed")
+    page.set_viewport_size({"width": 390, "height": 2600})
+    site = StandardLibrary(system, page)
+    for summary in page.locator("summary").all():
+        summary.click()
+    for cut in ("html", "section", "td:has(form)", "td:has(progress)"):
+        found = f"[...document.querySelectorAll('{cut}')].filter(each => each.scrollWidth > each.clientWidth).length"
+        assert page.evaluate(found) == 0, cut
+    page.get_by_placeholder("none").fill("7")
+    page.get_by_role("button", name="set").click()
+    site.said("queue default limited to 7 pending jobs")
+
+
 def test_page_keeps_what_the_reader_types_while_it_refreshes(system, page):
     queue = system.queue()
     system.write("repaired", "")

@@ -18,6 +18,7 @@ import socket
 import sqlite3
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from urllib.parse import quote, urlencode
@@ -439,7 +440,7 @@ WORD = st.sampled_from(
 def test_supervisor_reads_of_a_group_what_was_asked_for_and_no_more(folder, monkeypatch):
     from supervisor.options import ServerOptions
 
-    monkeypatch.setattr(manager, "call", lambda *_: [])
+    monkeypatch.setattr(manager, "call", lambda *_, **__: [])
 
     @fuzz(150)
     @given(st.lists(ARGUMENT | WORD, max_size=3), st.lists(ARGUMENT | WORD, max_size=2), st.integers(1, 3))
@@ -466,7 +467,7 @@ def test_supervisor_reads_of_a_group_what_was_asked_for_and_no_more(folder, monk
 
 
 def test_include_files_of_others_are_neither_read_nor_removed(folder, monkeypatch):
-    monkeypatch.setattr(manager, "call", lambda *_: [])
+    monkeypatch.setattr(manager, "call", lambda *_, **__: [])
     manager.INCLUDED.mkdir(parents=True)
     (folder / "precious.conf").write_text("mine")
     for name in ("a\nb.conf", "%(here)s.conf", "..conf", "x\x1b[31m.conf", "notes.txt"):
@@ -484,6 +485,21 @@ def test_include_files_of_others_are_neither_read_nor_removed(folder, monkeypatc
     assert manager.add_group() == "consumer2"
     assert sorted({*manager.INCLUDED.iterdir()} - {manager.INCLUDED / "consumer2.conf"}) == before
     assert (folder / "precious.conf").read_text() == "mine"
+
+
+def test_operators_who_add_a_group_at_once_get_one_each(folder, monkeypatch):
+    both = threading.Barrier(2)
+
+    def call(method, *_, **__):
+        if method == "getAllProcessInfo":
+            both.wait(10)  # so that neither sees the other's
+        return []
+
+    monkeypatch.setattr(manager, "call", call)
+    with ThreadPoolExecutor(2) as threads:
+        added = [each.result() for each in [threads.submit(manager.add_group) for _ in range(2)]]
+    assert sorted(added) == manager.added_groups() == ["consumer2", "consumer3"]
+    assert len(list(manager.INCLUDED.iterdir())) == 2
 
 
 # Database files

@@ -11,12 +11,14 @@ import socket
 import sqlite3
 import sys
 import threading
+import time
 from urllib.parse import urlencode
 
 import pytest
 from conftest import ROOT, wait_until
 from populate import populate
 
+import manager
 import ops
 import ops_streamlit
 import pqueue
@@ -181,6 +183,31 @@ def test_page_comes_back_after_figures_could_not_be_computed(queue, site, monkey
     assert site.ask("/")[0] == 200
 
 
+def test_minutes_of_a_queue_that_was_replaced_are_not_kept(queue, monkeypatch):
+    board, marks = ops.Board(), ["old"]
+
+    def minute(_, at):
+        mark = marks[-1]
+        if mark == "old" and at + 60 > time.time():  # the last of the hour
+            marks.append("new")
+            board.forget()
+        return {"at": at, "mark": mark}
+
+    monkeypatch.setattr(ops, "_minute", minute)
+    with pytest.raises(pqueue.QueueError):
+        board.figures()
+    assert {each["mark"] for each in board.figures()["minutes"]} == {"new"}
+
+
+def test_page_does_not_wait_for_a_supervisord_that_hangs(queue, site, monkeypatch):
+    monkeypatch.setattr(manager, "LOOK_SECONDS", 0.2)
+    assert "supervisord is not running here" in site.ask("/")[1]
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(manager.SOCKET))
+        silent.listen()
+        assert "no supervisord answers at" in site.ask("/")[1]
+
+
 def test_empty_dashboard_says_what_to_do(queue, site):
     text = site.ask("/")[1]
     assert ops.NO_JOBS in text
@@ -246,7 +273,8 @@ def test_operator_mends_jobs_and_queues(queue, site):
     one, two = failed(queue), failed(queue)
     pending = queue.enqueue("work", queue="slow")
     status, _, headers = site.act("resubmit", id=one, back=f"/job/{one}")
-    assert (status, headers["Location"]) == (303, f"/job/{one}?said=resubmitted+1+job")
+    assert (status, headers["Location"].partition("?said=")[0]) == (303, f"/job/{one}")
+    assert "resubmitted 1 job" in site.ask(headers["Location"])[1]
     assert queue.get(one).state == "pending"
     assert site.act("resubmit_group", task="work", error="ValueError: no")[0] == 303
     assert queue.get(two).state == "pending"
@@ -278,6 +306,7 @@ def test_operator_acts_on_the_ticked_or_on_all_that_match(queue, site):
     [
         ("cancel", {}, "tick some"),
         ("cancel", {"id": "x"}, "expected a whole number"),
+        ("cancel", {"id": ["1", "x"]}, "expected a whole number"),
         ("cancel", {"id": "99"}, "no such job"),
         ("resubmit", {"id": "1"}, "it is pending"),
         ("cancel", {"scope": "matching"}, "expected a filter"),
@@ -341,14 +370,24 @@ def test_malformed_request_is_told_and_changes_nothing(queue, site):
     assert site.ask("/act/resubmit", good, Transfer_Encoding="chunked", Content_Length="")[0] == 411
     assert queue.get(job_id).state == "failed"
     status, _, headers = site.ask("/act/resubmit", {**good, "back": "http://["})
-    assert (status, headers["Location"]) == (303, "/?said=resubmitted+1+job")
+    assert (status, headers["Location"].partition("said=")[0]) == (303, "/?")
+
+
+def test_only_the_dashboard_itself_tells_of_an_action_and_once(queue, site):
+    location = site.act("resubmit", id=failed(queue), task="work", back="/?task=work")[2]["Location"]
+    assert 'class="said">resubmitted 1 job<' in site.ask(location)[1]
+    for link in (location, "/?said=all+is+lost", "/job/1?said=all+is+lost"):
+        status, page, _ = site.ask(link)
+        assert status == 200
+        assert 'class="said"' not in page
+        assert "all is lost" not in page
 
 
 @pytest.mark.parametrize("header", ["Host", "Origin", "Cookie", "X"])
 def test_header_cannot_be_injected(queue, site, header):
     with socket.create_connection(("127.0.0.1", site.port)) as client:
-        said = "x%0d%0aSet-Cookie:%20a=b"
-        client.sendall(f"GET /?said={said} HTTP/1.1\r\nHost: 127.0.0.1\r\n{header}: a\rX: b\r\n\r\n".encode())
+        text = "x%0d%0aSet-Cookie:%20a=b"
+        client.sendall(f"GET /?text={text} HTTP/1.1\r\nHost: 127.0.0.1\r\n{header}: a\rX: b\r\n\r\n".encode())
         answer = client.makefile("rb").read().decode()
     assert "\r\nSet-Cookie" not in answer
     assert not re.search("\r(?!\n)", answer)
@@ -445,7 +484,8 @@ def test_reader_who_never_reads_costs_nobody(queue, site, monkeypatch):
         connection.close()
 
 
-def test_other_addresses_need_a_password(queue, folder, monkeypatch, capsys):
+def test_other_addresses_need_a_password_and_a_wrong_one_costs_time(queue, folder, monkeypatch, capsys):
+    monkeypatch.setattr(web, "WRONG_SECONDS", 0.2)
     assert ops.main(["--host", "0.0.0.0", "--port", "0"]) == 2
     assert "expected a password in PQUEUE_OPS_PASSWORD" in capsys.readouterr().err
     site = Site("0.0.0.0", "open sesame")
@@ -454,7 +494,9 @@ def test_other_addresses_need_a_password(queue, folder, monkeypatch, capsys):
         assert site.ask("/metrics", Authorization="Basic !")[0] == 401
         for password, status in (("wrong", 401), ("open sesame", 200)):
             given = base64.b64encode(f"ops:{password}".encode()).decode()
+            began = time.monotonic()
             assert site.ask("/", Authorization=f"Basic {given}")[0] == status
+            assert status == 200 or time.monotonic() - began >= 0.2
     finally:
         site.close()
 
