@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 JOBS := 10000000
+TIMES := 10
+ATTACKS := (fuzz or histories or power_loss or model_allows) and not mutants
 
 .PHONY: help run test check format screenshots bench soak lock clean
 
@@ -30,8 +32,9 @@ screenshots: $(READY)  ## Take pictures of the dashboard into docs; needs Chromi
 bench: $(READY)  ## Measure against the bare limit of the disk and against other queues
 	$(BIN)/python bench.py
 
-soak: $(READY)  ## Put 10 million jobs through the queue, and see that nothing is lost and nothing grows; JOBS=N
+soak: $(READY)  ## Put 10 million jobs through the queue, then attack it at random TIMES as long; JOBS=N TIMES=N
 	PYTHONPATH=. $(BIN)/python tests/soak.py --jobs $(JOBS)
+	PQUEUE_SOAK=$(TIMES) $(BIN)/python -m pytest -s -k "$(ATTACKS)" tests
 
 lock:  ## Lock the newest of what requirements.in allows, with hashes; needs uv
 	UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --upgrade --universal --python-version 3.10 --generate-hashes requirements.in -o requirements.txt

@@ -97,10 +97,11 @@ figure svg.plot { width: 100%; height: 120px; display: block }
   font-variant-numeric: tabular-nums }
 .axis.up { flex-direction: column; text-align: right; grid-column: 1; margin: -5px 0 }
 .bulk { margin-top: 10px }
+.bulk button, td form { margin-right: 6px }
 @media (max-width: 900px) { .two { grid-template-columns: minmax(0, 1fr) } }
 @media (max-width: 600px) { header, main { padding: 0 10px } header { padding-top: 10px } nav { margin: 0 }
   section { padding: 10px } .less { display: none } table { font-size: 13px }
-  th, td { padding-right: 8px } td.wide, th.wide { min-width: 76px } td form { margin-right: 6px }
+  th, td { padding-right: 8px } td.wide, th.wide { min-width: 76px }
   progress { width: 70px }
   input:not([type=checkbox]), select, button { min-height: 32px }
   form.filter input, form.filter select { flex: 1 1 40% } }

@@ -151,8 +151,11 @@ def main(arguments: list[str] | None = None) -> int:
             producer = Producer(queue, options.directory)
             consumer.on_end(producer.stop)
             producer.run(options.interval, options.count)
-    except (QueueError, ValueError, OSError) as error:
+    except (QueueError, ValueError) as error:
         print(f"producer.py: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"producer.py: cannot write to {options.directory}: {error.strerror or error}", file=sys.stderr)
         return 1
     return 0
 

@@ -359,6 +359,12 @@ def test_producer_makes_as_many_files_and_jobs_as_told(place):
     assert sorted(job.payload["file"] for job in jobs) == names(place, "*")
 
 
+def test_producer_says_where_it_cannot_write(place):
+    place.write("notes", "a file")
+    done = place.run("producer.py", "--directory", "notes", "--count", 1)
+    assert (done.returncode, done.stderr) == (1, "producer.py: cannot write to notes: File exists\n")
+
+
 def test_producer_ends_between_jobs_when_told(place):
     child = place.start("producer.py", "--interval", 600)
     wait_until(lambda: "enqueued" in child.out.read_text())

@@ -449,11 +449,11 @@ def in_turn(seed: int, url: str, steps: int = 250) -> list[Call]:
     return calls
 
 
-def at_once(seed: int, folder: Path, steps: int, deaths: int) -> list[Call]:
-    """Let four processes go at once, and kill some."""
-    path, chance = folder / "queue.db", random.Random(seed)
-    pqueue.PersistentQSQLite(path).close()
-    running = [begin(f"process {n}", str(path), seed * 100 + n, steps, folder) for n in range(4)]
+def at_once(seed: int, url: str, folder: Path, steps: int, deaths: int) -> list[Call]:
+    """Let four processes go at once, and kill some; they note their calls in the folder."""
+    chance = random.Random(seed)
+    pqueue.open_queue(url).close()
+    running = [begin(f"process {n}", url, seed * 100 + n, steps, folder) for n in range(4)]
     killed = []
     for n in range(deaths):
         time.sleep(chance.uniform(0.05, 0.3))
@@ -462,7 +462,7 @@ def at_once(seed: int, folder: Path, steps: int, deaths: int) -> list[Call]:
         status = os.waitpid(child, 0)[1]
         if status:
             killed.append((name, time.monotonic_ns()))
-        running.append(begin(f"process {n + 4}", str(path), seed * 100 + n + 4, steps, folder))
+        running.append(begin(f"process {n + 4}", url, seed * 100 + n + 4, steps, folder))
     for _, child in running:
         assert os.waitpid(child, 0)[1] == 0
     calls: dict[tuple[str, int], Call] = {}
@@ -472,7 +472,7 @@ def at_once(seed: int, folder: Path, steps: int, deaths: int) -> list[Call]:
             calls[call["actor"], call["number"]] = call
     ends = [{"actor": name, "number": 0, "verb": "die", "now": 0, "began": at, "ended": at} for name, at in killed]
     history: list[Call] = []
-    last = Actor("last", str(path), chance, history.append)
+    last = Actor("last", url, chance, history.append)
     with closing(last.queue):
         last.finish_all()
     return [*calls.values(), *ends, *(call for call in history if call["ended"] is not None)]
@@ -531,7 +531,7 @@ def test_processes_at_once_see_only_what_the_model_allows(tmp_path):
     for seed in range(3 * SOAK):
         folder = tmp_path / str(seed)
         folder.mkdir()
-        checker = Checker(at_once(seed, folder, steps=150, deaths=3))
+        checker = Checker(at_once(seed, f"{folder}/queue.db", folder, steps=150, deaths=3))
         assert list(checker.problems()) == []
         operations += checker.operations
     print(f"\n{3 * SOAK} histories at once, {operations} operations")

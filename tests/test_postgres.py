@@ -20,7 +20,7 @@ import psycopg
 import pytest
 import sqlalchemy
 from conftest import ROOT
-from test_histories import SOAK, Checker, in_turn
+from test_histories import SOAK, Checker, at_once, in_turn
 
 import pqueue
 import pqueue_sqlalchemy
@@ -580,5 +580,13 @@ def test_consumer_that_has_just_begun_is_not_taken_for_dead(database, monkeypatc
 def test_actors_taking_turns_see_only_what_the_model_allows(database, monkeypatch, seed):
     monkeypatch.setattr(pqueue_sqlalchemy, "RESTART_SECONDS", 0.0)
     checker = Checker(in_turn(seed, database))
+    assert list(checker.problems()) == []
+    print(f"\n{checker.operations} operations")
+
+
+@pytest.mark.parametrize("seed", range(3 * SOAK))
+def test_processes_at_once_see_only_what_the_model_allows(database, monkeypatch, tmp_path, seed):
+    monkeypatch.setattr(pqueue_sqlalchemy, "RESTART_SECONDS", 0.0)
+    checker = Checker(at_once(seed, database, tmp_path, steps=150, deaths=0))
     assert list(checker.problems()) == []
     print(f"\n{checker.operations} operations")

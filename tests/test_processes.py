@@ -387,6 +387,25 @@ def test_two_processes_under_one_name_are_told_of(place):
     assert place.run("admin.py", "doctor").returncode == 0
 
 
+def test_consumer_whose_supervisor_dies_in_a_job_is_told_of_and_ends_with_the_job(tasks):
+    queue = tasks.queue()
+    job_id = queue.enqueue("slow")
+    command = tasks.command("consumer.py", "--import", "my_tasks")
+    keep = ["sh", "-c", '"$@" & wait', "supervisord", *command]
+    supervisor = tasks.start_command(keep, SUPERVISOR_ENABLED="1", SUPERVISOR_PROCESS_NAME="w")
+    orphan = int(wait_until(lambda: started(tasks) and (tasks.folder / "started").read_text()))
+    supervisor.kill()
+    tasks.start_command(command, SUPERVISOR_PROCESS_NAME="w")
+    wait_until(lambda: [each["name"] for each in queue.consumers() if each["state"] == "running"] == ["w", "w"])
+    assert "2 processes run under the name w" in tasks.run("admin.py", "doctor").stdout
+    queue.enqueue_many("quick", range(50))
+    (tasks.folder / "go-on").touch()
+    wait_until(lambda: not os.path.exists(f"/proc/{orphan}"))
+    wait_until(lambda: queue.stats()["states"]["completed"] == 51)
+    assert (queue.get(job_id).result, queue.get(job_id).attempts) == (orphan, 1)
+    assert tasks.run("admin.py", "doctor").returncode == 0
+
+
 def test_life_does_not_hang_on_the_name_of_the_host(place):
     """Two consumers see other host names than this process, and one sees its own change while it works."""
     place.write("my_tasks.py", TASKS)
