@@ -321,11 +321,16 @@ def resume(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     return _set_queue(queue, options, queue.resume, "resumed")
 
 
-@command("limit", QUEUE, Parameter("max_pending", "how many jobs; none for no limit", str, metavar="N|none"))
+def _whole_or_none(text: str) -> int | None:
+    return None if text == "none" else whole(1)(text)
+
+
+@command("limit", QUEUE, Parameter("max_pending", "how many jobs; none for no limit", _whole_or_none, metavar="N|none"))
 def limit(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     """Refuse to enqueue in a queue while so many of its jobs are pending."""
-    most = None if options.max_pending == "none" else Parameter("max_pending", "", whole(1)).value(options.max_pending)
-    return _set_queue(queue, options, lambda name: queue.limit(name, most), f"limited to {options.max_pending}")
+    most = options.max_pending
+    done = "has no limit" if most is None else f"limited to {count(most, 'pending job')}"
+    return _set_queue(queue, options, lambda name: queue.limit(name, most), done)
 
 
 def _set_queue(
@@ -508,9 +513,10 @@ def _agreed(options: argparse.Namespace, what: str) -> bool:
 @command("doctor")
 def doctor(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     """Check the database and the system; exit 1 if something is wrong."""
-    facts, found = queue.check(), problems(queue, thorough=True)
+    facts, stats = queue.check(), queue.stats()
+    found = problems(queue, stats=stats, facts=facts)
     facts |= {"consumers_alive": sum(1 for each in queue.consumers() if each["state"] == "running")}
-    facts |= {"oldest_pending_at": queue.stats()["oldest_pending_at"], "problems": found}
+    facts |= {"oldest_pending_at": stats["oldest_pending_at"], "problems": found}
     now = time.time()
     lines = [
         f"{key.replace('_', ' '):18} {for_people(key, value, now)}"
@@ -524,7 +530,8 @@ def doctor(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
 @command("metrics")
 def metrics_command(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     """Print the figures for Prometheus."""
-    return Result([{"metrics": metrics(queue)}], metrics(queue).rstrip("\n"))
+    figures = metrics(queue)
+    return Result([{"metrics": figures}], figures.rstrip("\n"))
 
 
 @command(
@@ -557,7 +564,8 @@ def torture(_: None, options: argparse.Namespace) -> Result:
 def monitor(_: None, options: argparse.Namespace) -> Result:
     """Watch processes, consumers, jobs and failures on a live screen."""
     if options.once or options.json or not sys.stdout.isatty():
-        return Result([_look()], _screen(_look(), _width()))
+        seen = _look()
+        return Result([seen], _screen(seen, _width()))
     sys.stdout.write("\x1b[?1049h\x1b[?25l")
     try:
         while True:

@@ -237,7 +237,7 @@ def _overview(queue: PersistentQInterface) -> dict[str, Any]:
         "oldest_seconds": None if oldest is None else max(0.0, now - oldest),
         "alive": sum(1 for each in queue.consumers() if each["state"] == "running"),
         "wal_bytes": facts.get("wal_bytes"),
-        "problems": report.problems(queue, now, stats=stats),
+        "problems": report.problems(queue, now, stats=stats, facts=facts),
         **_percentiles(queue.timings()),
     }
 
@@ -381,9 +381,10 @@ def _queue_action(verb: str, done: str) -> Callable[[PersistentQInterface, Form]
 
 
 def _limit(queue: PersistentQInterface, form: Form) -> str:
-    most = _one(form, "max_pending")
-    queue.limit(_one(form, "queue"), _whole(most) if most else None)
-    return f"queue {_one(form, 'queue')} limited to {most} pending jobs" if most else "limit removed"
+    name, given = _one(form, "queue"), _one(form, "max_pending")
+    most = _whole(given) if given else None
+    queue.limit(name, most)
+    return f"queue {name} " + ("has no limit" if most is None else f"limited to {report.count(most, 'pending job')}")
 
 
 def _resubmit_group(queue: PersistentQInterface, form: Form) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -28,16 +29,17 @@ def problems(
     queue: PersistentQInterface,
     now: float | None = None,
     *,
-    thorough: bool = False,
     stats: dict[str, Any] | None = None,
+    facts: dict[str, Any] | None = None,
 ) -> list[str]:
-    """Return a sentence for each thing that an operator should see to. Thorough reads the whole database; `stats` are
-    those of a moment ago, where they are at hand."""
+    """Return a sentence for each thing that an operator should see to; `stats` and `facts` are what the queue's `stats`
+    and `check` found a moment ago, where they are at hand."""
     now = time.time() if now is None else now
     stats = queue.stats() if stats is None else stats
+    facts = queue.check(thorough=False) if facts is None else facts
     consumers = queue.consumers()
     alive = [each for each in consumers if each["state"] == "running"]
-    found: list[str] = list(queue.check(thorough=thorough)["problems"])
+    found: list[str] = list(facts["problems"])
     found += _consumer_problems(consumers)
     found += _twins(alive)
     if expired := _expired(queue, now):
@@ -47,7 +49,7 @@ def problems(
     for name, each in stats["queues"].items():
         oldest = each["oldest_pending_at"]
         if oldest is not None and now - oldest > OLD_SECONDS:
-            paused = f" and it is paused: python admin.py resume {name}" if each["paused"] else ""
+            paused = f" and it is paused: {_resume(name)}" if each["paused"] else ""
             found.append(f"queue {name!r}: the oldest pending job has waited for {span(now - oldest)}{paused}")
     newest = queue.list_jobs(limit=1)
     if newest and newest[0].created_at > now + 60:
@@ -71,6 +73,10 @@ def _twins(alive: list[dict[str, Any]]) -> Iterator[str]:
         if len(found) > 1:
             numbers = ", ".join(map(str, sorted(found)))
             yield f"{len(found)} processes run under the name {name} (pids {numbers}): stop all but one"
+
+
+def _resume(queue: str) -> str:
+    return f"python admin.py resume {shlex.quote(queue)}"
 
 
 def _expired(queue: PersistentQInterface, now: float) -> int:
@@ -128,7 +134,7 @@ def _why_scheduled(job: Job, now: float) -> str:
 def _why_pending(queue: PersistentQInterface, job: Job, stats: dict[str, Any]) -> str:
     alive = [each for each in queue.consumers() if each["state"] == "running"]
     if stats["paused"]:
-        return f"its queue {job.queue} is paused: python admin.py resume {job.queue}"
+        return f"its queue {job.queue} is paused: {_resume(job.queue)}"
     if job.assigned_to is not None:
         alive = [each for each in alive if each["name"] == job.assigned_to]
         if not alive:
@@ -169,7 +175,9 @@ def metrics(queue: PersistentQInterface, now: float | None = None, *, stats: dic
     for name in ("file_bytes", "wal_bytes", "disk_free_bytes"):
         if name in facts:
             samples.add(f"pqueue_{name}", name.replace("_", " "), facts[name])
-    samples.add("pqueue_problems", "What python admin.py doctor finds", len(problems(queue, now, stats=stats)))
+    samples.add(
+        "pqueue_problems", "What python admin.py doctor finds", len(problems(queue, now, stats=stats, facts=facts))
+    )
     return str(samples)
 
 
@@ -195,10 +203,12 @@ class _Samples:
 
 def span(seconds: float) -> str:
     """Return a duration in its largest fitting unit: 12 s, 3 m, 5 h, 2 d."""
-    for unit in ("d", "h", "m"):
-        if seconds >= UNITS[unit]:
-            return f"{seconds / UNITS[unit]:.0f} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    if seconds < 59.5:
+        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
+    for unit, most in (("m", 60), ("h", 24)):
+        if (number := round(seconds / UNITS[unit])) < most:
+            return f"{number} {unit}"
+    return f"{seconds / UNITS['d']:.0f} d"
 
 
 def ago(at: float, now: float) -> str:

@@ -316,7 +316,7 @@ def test_operator_deletes_only_the_files_that_no_job_needs(queue, run, folder):
         ("failed", "after 1 of 1 attempt: ValueError: <b>no</b>; resubmit it"),
         ("cancelled", "it was cancelled"),
         ("processing", "it runs on anna since"),
-        ("scheduled", "it is due in 60 m, at "),
+        ("scheduled", "it is due in 1 h, at "),
         ("pending", "it waits for its turn: 1 job pending in queue slow, 1 of 1 consumer busy"),
     ],
 )
@@ -337,6 +337,14 @@ def test_operator_is_told_what_keeps_a_pending_job(queue, monkeypatch):
     assert report.why(queue, job_id).startswith("no live consumer that may run it knows its task mail")
     queue.pause("post")
     assert report.why(queue, job_id) == "its queue post is paused: python admin.py resume post"
+
+
+def test_command_that_the_operator_is_told_to_give_executes_no_name(queue):
+    name = "a; touch evil"
+    job_id = queue.enqueue("mail", queue=name, now=1)
+    queue.pause(name)
+    for sentence in (report.why(queue, job_id), *report.problems(queue)):
+        assert sentence.endswith("python admin.py resume 'a; touch evil'") or "resume" not in sentence
 
 
 def test_doctor_is_content_with_a_healthy_queue(front, queue, run):
