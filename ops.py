@@ -190,8 +190,8 @@ class Board:
     def jobs(self, query: dict[str, str]) -> Found:
         """Return a page of the jobs that match the query's filters and stand before its before_id, newest first, or
         what was found of it in SEARCH_SECONDS; and the id before which to go on, or None at the end."""
-        queue, given, before = self.queue(), _given(query), query.get("before_id", "")
-        before_id = int(before) if before.isascii() and before.isdigit() and len(before) < 19 else None
+        queue, given, before = self.queue(), _given(query), query.get("before_id")
+        before_id = _whole(before) if before else None
         search = json.dumps([given, before_id])
         with self._lock:
             searches = self._searches

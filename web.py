@@ -1,6 +1,7 @@
 """The dashboard's server on the standard library: pages, fragments for the live parts, JSON, metrics, actions.
 
-It listens on loopback. On another address it wants a password, PQUEUE_OPS_PASSWORD; put a proxy with TLS before it.
+It listens on loopback. On another address it wants a password, PQUEUE_OPS_PASSWORD; put a proxy with TLS before it, one
+that asks for it by its address, as nginx does unless told to pass the Host on.
 """
 
 from __future__ import annotations
@@ -234,8 +235,7 @@ class Handler(BaseHTTPRequestHandler):
     # Acting
 
     def _post(self) -> None:
-        origin = self.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
+        if not self._is_ours():
             raise Refused(HTTPStatus.FORBIDDEN, "refused: the request comes from another site")
         form = parse_qs(self._body(), keep_blank_values=True, max_num_fields=2000)
         if not hmac.compare_digest((form.pop("token", None) or [""])[0].encode(), self.server.token.encode()):
@@ -248,6 +248,13 @@ class Handler(BaseHTTPRequestHandler):
         if not done:
             raise Refused(HTTPStatus.CONFLICT, sentence)
         self._redirect((form.get("back") or ["/"])[0], sentence)
+
+    def _is_ours(self) -> bool:
+        """Whether a page of ours asks: as the browser says, which sees it through a proxy, or by its origin."""
+        if site := self.headers.get("Sec-Fetch-Site"):
+            return site in ("same-origin", "none")
+        origin = self.headers.get("Origin")
+        return origin is None or urlsplit(origin).netloc == self.headers.get("Host")
 
     def _body(self) -> str:
         length = self.headers.get("Content-Length", "")
@@ -315,7 +322,8 @@ def serve(host: str, port: int) -> int:
     except (OSError, OverflowError, ValueError) as error:
         print(f"ops.py: cannot serve on {host}:{port}: {error}", file=sys.stderr)
         return 1
-    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} dashboard at http://{host}:{server.server_port}", flush=True)
+    address = f"[{host}]" if ":" in host else host
+    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} dashboard at http://{address}:{server.server_port}", flush=True)
     with suppress(QueueError, ValueError):
         server.board.figures(0)  # so that they are there when the first reader comes
     try:

@@ -347,12 +347,20 @@ def test_request_of_another_site_changes_nothing(queue, site):
     assert site.ask(path, {**good, "token": "ü"})[0] == 403
     assert site.ask(path, good, Origin="http://evil.example")[0] == 403
     assert site.ask(path, good, Origin="null")[0] == 403
+    for other in ("cross-site", "same-site"):
+        assert site.ask(path, good, Origin=here, Sec_Fetch_Site=other)[0] == 403
     assert site.ask(path, good, Host="evil.example")[0] == 421
     assert site.ask(path, good, Host=f"127.0.0.1.evil.example:{site.port}")[0] == 421
     assert site.ask(path + "?" + urlencode(good))[0] == 404
     assert site.ask(path, method="PUT", body="x")[0] == 501
     assert queue.get(job_id).state == "failed"
     assert site.ask(path, good, Origin=here)[0] == 303
+
+
+def test_operator_behind_a_proxy_acts(queue, site):
+    form = {"token": site.server.token, "id": failed(queue)}
+    asked = site.ask("/act/resubmit", form, Origin="https://queue.example", Sec_Fetch_Site="same-origin")
+    assert asked[0] == 303
 
 
 @pytest.mark.parametrize("host", ["", "evil.example", "127.0.0.1@evil", "[::1", "localhost.evil", "0x7f.1"])
@@ -364,6 +372,7 @@ def test_malformed_request_is_told_and_changes_nothing(queue, site):
     job_id = failed(queue)
     good = {"token": site.server.token, "id": job_id}
     assert site.ask("/?state=nosuch")[:2] == (400, f"expected a state of {', '.join(pqueue.STATES)}, got 'nosuch'\n")
+    assert site.ask("/api/jobs?before_id=x")[:2] == (400, "expected a whole number, got 'x'\n")
     assert site.ask("http://[/")[0] == 400
     assert site.ask("/act/resubmit", good, Origin="http://[")[0] == 400
     assert site.ask("/act/resubmit", {**good, "x": list(range(3000))})[0] == 400
