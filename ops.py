@@ -29,7 +29,7 @@ from pqueue import DoNotRetry, Job, PersistentQInterface, QueueError
 
 PAGE = 50  # jobs on a page
 FRESH_SECONDS = 1.0  # what is shown is computed at most so often, whatever the number of viewers,
-SHARE = 0.05  # and for at most this share of the time
+SHARE = 0.05  # and each part of it for at most this share of the time
 PATIENCE_SECONDS = 0.12  # how long a page waits for figures; then it shows the last ones,
 OLD_SECONDS = 30.0  # but not for longer than this after they could have been computed anew
 SEARCH_SECONDS = 0.1  # how long it looks for jobs before it offers to go on
