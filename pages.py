@@ -69,7 +69,7 @@ th, td { padding: 5px 16px 5px 0; border-bottom: 1px solid var(--line); vertical
 th:last-child, td:last-child { padding-right: 0 }
 tr:last-child td { border-bottom: 0 }
 td.wide, th.wide { width: 99%; min-width: 140px; max-width: 0; overflow: hidden; text-overflow: ellipsis }
-td.rest { width: 99%; white-space: normal }
+td.rest { width: 99%; white-space: normal; overflow-wrap: anywhere }
 td.number, th.number { text-align: right }
 .soft { color: var(--soft) }
 .said { border-left: 3px solid var(--completed) }
@@ -560,12 +560,17 @@ def job(found: dict[str, Any], said: str, token: str) -> str:
     parts.append(f"<section><h2>Payload</h2>{block(pretty(one.payload))}{_shown(found, one)}</section>")
     if found["history"]:
         rows = [
-            [when(e["at"]), text(e["event"]), text(e["actor"]), str(e["attempt"]), text(report.first_line(e["error"]))]
+            [when(e["at"]), text(e["event"]), text(e["actor"]), str(e["attempt"]), text(_beginning(e["error"]))]
             for e in found["history"]
         ]
-        story = _table(["when", "event", "who", "#attempt", "~error"], rows, "")
+        story = _table(["when", "event", "who", "-#attempt", "=error"], rows, "")
         parts.append(f"<section><h2>History</h2>{story}</section>")
     return _page(f"job {one.id}", "", _said(said) + "".join(parts))
+
+
+def _beginning(error: str | None) -> str:
+    line = report.first_line(error)
+    return line if len(line) < 300 else line[:300] + "…"
 
 
 def _shown(found: dict[str, Any], one: pqueue.Job) -> str:

@@ -41,7 +41,8 @@ class Place:
 
     def environment(self, **variables: str) -> dict[str, str]:
         names = ("PQUEUE_URL", "PQUEUE_DURABILITY", "PQUEUE_FILES", "SUPERVISOR_PROCESS_NAME")
-        return {**{k: v for k, v in os.environ.items() if k not in names}, **variables}
+        here = {k: v for k, v in os.environ.items() if k not in names}
+        return {**here, "PYTHONWARNINGS": "error", **variables}
 
     def start(self, program: str, *arguments: object, **variables: str) -> subprocess.Popen:
         """Start a program; its output goes to a file of its own, read by `output`."""
