@@ -24,7 +24,7 @@ STYLE = f"""<style>{pages.COLOURS}{pages.SUMMARY}
 h5 {{ padding: 0 0 0.3rem !important }}
 @media (max-width: 640px) {{ .st-key-filters [data-testid=stColumn] {{ min-width: 42% !important; flex: 1 1 42% }} }}
 </style>"""
-LINE = {"type": "line", "strokeWidth": 1.5}
+LINE = {"type": "line", "strokeWidth": 1.5, "strokeCap": "round"}
 MINUTE = "yearmonthdatehoursminutes"
 DOT = {"completed": "green", "failed": "red", "processing": "blue", "pending": "orange", "scheduled": "violet"}
 

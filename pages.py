@@ -59,7 +59,7 @@ header { display: flex; gap: 4px 16px; align-items: baseline; flex-wrap: wrap; p
 header .path { color: var(--soft); font-size: 12.5px; overflow-wrap: anywhere }
 nav { display: flex; gap: 14px; margin-left: auto; font-size: 13px; flex-wrap: wrap }
 h1 { font-size: 18px; margin: 0 } h1 a { color: inherit; text-decoration: none }
-h2 { font-size: 14px; font-weight: 600; margin: 0 0 8px }
+h2 { font-size: 14px; font-weight: 600; margin: 0 0 8px } table + h2 { margin-top: 18px }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px;
   margin: 10px 0; overflow-x: auto }
 .two { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 12px 28px; margin-top: 16px }
@@ -299,16 +299,17 @@ def _frame(keys: str, scale: list[str], marks: list[str], told: list[str], minut
 
 
 def _line(values: list[float | None], top: float, step: float, name: str, dashes: str = "") -> list[str]:
-    """Return a line through the middles of the minutes, broken where there is no value."""
+    """Return a line through the middles of the minutes, broken where there is no value; a lone one is a dot."""
     path, pen = "", "M"
     for number, value in enumerate(values):
         if value is None:
             pen = "M"
         else:
-            path += f"{pen}{(number + 0.5) * step:.1f} {HEIGHT - value / top * HEIGHT:.1f}"
+            path += f"{pen}{(number + 0.5) * step:.1f} {HEIGHT - value / top * HEIGHT:.1f}" + "h0" * (pen == "M")
             pen = "L"
     dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
-    return [f'<path d="{path}" fill="none" stroke="{ops.PAINT[name]}" stroke-width="1.5"{dashed}/>']
+    how = 'fill="none" stroke-width="1.5" stroke-linecap="round"'
+    return [f'<path d="{path}" {how} stroke="{ops.PAINT[name]}"{dashed}/>']
 
 
 def _ceiling(value: float) -> float:
@@ -406,7 +407,17 @@ def _jobs(board: Board, query: dict[str, str], token: str) -> str:
         for job in jobs
     ]
     kept = {name: query[name] for name in ops.FILTERS if query.get(name)}
-    heads = [*([""] if token else []), "job", "state", "-queue", "task", "-attempt", "-consumer", "enqueued", "~detail"]
+    heads = [
+        *([""] if token else []),
+        "job",
+        "state",
+        "-queue",
+        "task",
+        "-attempt",
+        "-consumer",
+        "-enqueued",
+        "~detail",
+    ]
     made = _table(heads, rows, ops.none_found(query, before))
     if token and jobs:
         made = _bulk_form(made, kept, ops.matching(query, shown) if kept else "", token)
@@ -488,7 +499,11 @@ def _groups(found: list[dict[str, Any]] | str, token: str) -> str:
     added = manager.added_groups()
     lines = []
     for group in dict.fromkeys(each["group"] for each in found):
-        states = [f"{text(each['name'])} {text(each['state'].lower())}" for each in found if each["group"] == group]
+        states = [
+            f"{text(each['name']) if each['name'] != group else ''} {text(each['state'].lower())}"
+            for each in found
+            if each["group"] == group
+        ]
         remove = _button("remove_group", f"remove {group}", token, group=group) if group in added else ""
         lines.append(f"<p><b>{text(group)}</b> <span class='soft'>{', '.join(states)}</span> {remove}</p>")
     add = _button("add_group", f"add {manager.GROUP_SIZE} consumers", token)

@@ -314,6 +314,7 @@ def test_operator_with_a_phone_sees_every_control_whole(system, page):
     queue = system.queue()
     job_id = queue.enqueue("mail")
     wait_until(lambda: queue.get(job_id).state == "failed")
+    queue.enqueue("prepend_timestamp", {"file": "a" * 50}, delay_seconds=60)
     page.set_viewport_size({"width": 390, "height": 2600})
     site = StandardLibrary(system, page)
     for summary in page.locator("summary").all():
