@@ -48,6 +48,7 @@ import shutil
 import socket
 import sqlite3
 import stat
+import sys
 import threading
 import time
 import weakref
@@ -1434,9 +1435,8 @@ def _at_least(what: str, least: int, value: int, most: int = 2**31 - 1) -> int:
 
 
 def _finite(what: str, value: float) -> float:
-    with suppress(OverflowError):
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+        return float(value)
     raise ValueError(f"expected {what} to be a finite number of seconds, got {_short(value)}")
 
 
