@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from bench_postgres import SCALE, milliseconds
+from consumer import MAX_BATCH
 
 SECONDS = 2.0 * SCALE  # of each rate that is measured by the clock
 SIMPLE = ("put", "put many", "process")  # what needs no worker
 TOGETHER = ("share", "put under load", "pickup")  # what needs several processes
 DURABILITIES = ("full", "normal")
 WORKERS = 4
-BATCH = 32  # of the limit's workers; consumer.py takes no more either
 LEAST_PUTS, LONGEST_SECONDS = 20, 10.0 * SCALE  # under load: so many, unless they would take longer
 PICKUPS = max(10, int(100 * SCALE))
 PATIENCE_SECONDS = 60.0  # for a worker that should run what was put
@@ -92,9 +92,9 @@ class Peer:
 class Limit(Peer):
     """Bare sqlite3 doing the least a durable queue must: one commit per put, one per job taken and finished.
 
-    Its workers finish what they hold and take up to 32 more in one commit, which is synced only if it finishes some.
-    A put under load leaves the waiting to SQLite: a busy timeout of 5 s, the default. At pickup the producer writes a
-    byte into a pipe, where the worker waits.
+    Its workers finish what they hold and take up to as many more as consumer.py in one commit, which is synced only if
+    it finishes some. A put under load leaves the waiting to SQLite: a busy timeout of 5 s, the default. At pickup the
+    producer writes a byte into a pipe, where the worker waits.
     """
 
     module, survives = "sqlite3", "-"
@@ -133,7 +133,7 @@ class Limit(Peer):
 
     def work(self) -> None:
         take = f"""UPDATE jobs SET state = 'processing'
-                   WHERE id IN (SELECT id FROM jobs WHERE state = 'pending' ORDER BY id LIMIT {BATCH})
+                   WHERE id IN (SELECT id FROM jobs WHERE state = 'pending' ORDER BY id LIMIT {MAX_BATCH})
                    RETURNING id, payload"""
         held: list[tuple[int, str]] = []
         while True:
