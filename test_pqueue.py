@@ -1216,6 +1216,14 @@ sys.stdin.read()
         self.let_through([lambda: producer.enqueue("t"), lambda: taken.append(consumer.dequeue("w"))])
         self.assertEqual(taken, [None])
 
+    def test_newcomer_does_not_take_the_way_before_one_who_waits_there(self):
+        queue, newcomer = self.open(), self.open()
+        for lane, _ in enumerate(pqueue.LANES):
+            queue._turnstile._way._waiting[lane] = 1
+            self.assertFalse(newcomer._turnstile._way.take_at_once())
+            queue._turnstile._way._waiting[lane] = 0
+        self.assertTrue(newcomer._turnstile._way.take_at_once())
+
     def test_writer_in_line_gets_through_although_a_ring_is_lost(self):
         queue, other = self.open(), self.open()
         waiting = threading.Thread(target=queue.enqueue, args=["t"])

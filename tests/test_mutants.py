@@ -74,6 +74,11 @@ MUTANTS = [
     Mutant("the dead lose their jobs at once", "    if dead is not None:", "    if False:", "contract: killed_consumer"),
     Mutant("the living keep their jobs", " AND consumers.state <> 'running')", ")"),
     Mutant("who holds its lock is alive", "not (slots := self._slots) or slot is None or slots.is_taken(slot)", "False"),
+    # whose turn it is
+    Mutant("who leaves the way calls the other lane", "for other in (1 - lane, lane):", "for other in (lane, 1 - lane):", "contract: that_came_first"),
+    Mutant("who leaves the way calls somebody", "                _ring(self._bells[other])\n                return", "                return", "contract: woken_one_after"),
+    Mutant("who leaves the lane calls the next", "        fcntl.flock(self._lock, fcntl.LOCK_UN)\n        _ring(self._bell)", "        fcntl.flock(self._lock, fcntl.LOCK_UN)", "contract: woken_one_after"),
+    Mutant("nobody overtakes who waits at the way", "not self._waiting[0] and not self._waiting[1] and ", "", "contract: newcomer"),
     # operators
     Mutant("resubmit takes finished jobs", "error = NULL WHERE id = :id AND state IN {FINISHED}", "error = NULL WHERE id = :id"),
     Mutant("resubmit respects the key", "    AND NOT EXISTS (SELECT 1 FROM jobs o WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN {UNFINISHED})", ""),
