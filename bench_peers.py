@@ -44,14 +44,15 @@ MOST_NOTES = 1 << 21
 class Peer:
     """A contestant. Its constructor takes a folder and a durability, and opens what an earlier one made there.
 
-    `survives` says what becomes of a job whose consumer is killed, `jobs_per_second` what four workers do not reach.
+    `survives` says what becomes of a job whose consumer is killed. `backlog` is what its workers are given to drain: as
+    much as four of them do in the time, or 4,000, as litequeue and localqueue are the slower the more jobs are waiting.
     """
 
     module: str
     survives: str
     columns: tuple[str, ...] = (*SIMPLE, *TOGETHER)
     durabilities: tuple[str, ...] = DURABILITIES
-    jobs_per_second = 20_000
+    backlog = 4_000
 
     def __init__(self, folder: Path, durability: str) -> None:
         self.folder, self.durability = folder, durability
@@ -99,7 +100,7 @@ class Limit(Peer):
 
     module, survives = "sqlite3", "-"
     columns = (*SIMPLE, "put under load", "pickup")
-    jobs_per_second = 300_000
+    backlog = 1_200_000
 
     def open(self) -> None:
         self.db = sqlite3.connect(self.folder / "limit.db", isolation_level=None)
@@ -157,6 +158,7 @@ class Huey(Peer):
 
     module, survives = "huey", "lost: it is deleted before it runs"
     columns = (*SIMPLE, "program", *TOGETHER)
+    backlog = 60_000
 
     def open(self) -> None:
         import huey  # noqa: PLC0415
@@ -284,7 +286,7 @@ PEERS: dict[str, type[Peer]] = {
 
 def drain(peer: Peer, number: int) -> dict[str, float]:
     """Let workers drain a full queue for a while; return jobs per second from the first job to the last."""
-    fill(peer, 2 * SECONDS)
+    fill(peer)
     with workers(peer, number) as notes:
         time.sleep(2 * SECONDS)
     ran = [[when for when, delay in told if not math.isnan(delay)] for told in notes()]
@@ -297,7 +299,7 @@ def drain(peer: Peer, number: int) -> dict[str, float]:
 
 
 def measure_put_under_load(peer: Peer) -> dict[str, float]:
-    fill(peer, 3 * SECONDS)
+    fill(peer)
     with workers(peer, WORKERS):
         return put_under_load(peer.put_and_wake)
 
@@ -338,9 +340,9 @@ def now_and_then() -> Iterator[float]:
         yield time.time()
 
 
-def fill(peer: Peer, seconds: float) -> None:
-    """Put more jobs than the workers do in that time: unsynced, as they are there before the clock starts."""
-    type(peer)(peer.folder, "normal").put_many(int(seconds * peer.jobs_per_second))
+def fill(peer: Peer) -> None:
+    """Put its backlog. It is not synced, as that is before the clock starts."""
+    type(peer)(peer.folder, "normal").put_many(int(peer.backlog * SCALE))
 
 
 # Their workers ########################################################################################################
