@@ -35,7 +35,7 @@ import bench_postgres
 import bench_redis
 import consumer
 import pqueue
-from bench_peers import DURABILITIES, PICKUPS, SECONDS, SIMPLE, WORKERS, now_and_then, put_under_load
+from bench_peers import DURABILITIES, PICKUPS, SECONDS, SIMPLE, WORKERS, now_and_then, put_for_a_while, sum_up
 from bench_postgres import SCALE, SERVER, PostgresLimit, milliseconds
 
 HERE = Path(__file__).resolve().parent
@@ -177,7 +177,7 @@ def measure_share(ours: Ours, jobs: int = int(100_000 * SCALE)) -> dict[str, flo
 def measure_put_under_load(ours: Ours) -> dict[str, float]:
     fill(ours.queue, int(300_000 * SCALE))
     with consumers(ours, WORKERS):
-        return put_under_load(ours.put)
+        return sum_up(put_for_a_while(ours.put))
 
 
 def measure_pickup(ours: Ours) -> dict[str, float]:

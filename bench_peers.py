@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench_postgres import SCALE, milliseconds
 from consumer import MAX_BATCH
@@ -298,26 +298,42 @@ def drain(peer: Peer, number: int) -> dict[str, float]:
     return figures
 
 
+class Put(NamedTuple):
+    began: float  # Unix seconds
+    seconds: float
+    failed: bool
+
+
 def measure_put_under_load(peer: Peer) -> dict[str, float]:
-    fill(peer)
-    with workers(peer, WORKERS):
-        return put_under_load(peer.put_and_wake)
+    """Measure puts as long as the workers have a backlog."""
+    backlog = fill(peer)
+    with workers(peer, WORKERS) as notes:
+        puts = put_for_a_while(peer.put_and_wake)
+    ran = sorted(when for when, delay in itertools.chain(*notes()) if not math.isnan(delay))
+    drained = ran[backlog - 1] if len(ran) >= backlog else math.inf
+    return sum_up([put for put in puts if put.began < drained] or puts[:1])
 
 
-def put_under_load(put: Callable[[], Any]) -> dict[str, float]:
-    """Put a job every 3 ms; return how long a put took, and how many failed, which count with the time they took."""
-    delays: list[float] = []
-    errors = 0
+def put_for_a_while(put: Callable[[], Any]) -> list[Put]:
+    """Put a job every 3 ms."""
+    puts: list[Put] = []
     start = time.monotonic()
-    while (now := time.monotonic() - start) < 2 * SECONDS or (len(delays) < LEAST_PUTS and now < LONGEST_SECONDS):
-        began = time.perf_counter()
+    while (now := time.monotonic() - start) < 2 * SECONDS or (len(puts) < LEAST_PUTS and now < LONGEST_SECONDS):
+        began, failed = time.time(), False
+        before = time.perf_counter()
         try:
             put()
         except Exception:  # each has its own
-            errors += 1
-        delays.append(time.perf_counter() - began)
+            failed = True
+        puts.append(Put(began, time.perf_counter() - before, failed))
         time.sleep(0.003)
-    return {**milliseconds(delays * 2), "errors": float(errors)}  # twice: one alone would have no quantiles
+    return puts
+
+
+def sum_up(puts: list[Put]) -> dict[str, float]:
+    """Return how long a put took, and how many failed, which count with the time they took."""
+    delays = [put.seconds for put in puts] * 2  # twice, as one alone would have no quantiles
+    return {**milliseconds(delays), "errors": float(sum(put.failed for put in puts))}
 
 
 def measure_pickup(peer: Peer) -> dict[str, float]:
@@ -340,9 +356,11 @@ def now_and_then() -> Iterator[float]:
         yield time.time()
 
 
-def fill(peer: Peer) -> None:
-    """Put its backlog. It is not synced, as that is before the clock starts."""
-    type(peer)(peer.folder, "normal").put_many(int(peer.backlog * SCALE))
+def fill(peer: Peer) -> int:
+    """Put its backlog; return how many jobs. It is not synced, as that is before the clock starts."""
+    jobs = int(peer.backlog * SCALE)
+    type(peer)(peer.folder, "normal").put_many(jobs)
+    return jobs
 
 
 # Their workers ########################################################################################################
