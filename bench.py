@@ -434,10 +434,16 @@ def database() -> Iterator[dict[str, str]]:
 
     url = urlsplit(os.environ[SERVER])
     name = f"bench_{os.urandom(4).hex()}"
-    with psycopg.connect(os.environ[SERVER], autocommit=True) as server:
+    try:
+        server = psycopg.connect(os.environ[SERVER], autocommit=True)
+    except psycopg.Error as error:
+        sys.exit(f"bench.py: cannot use the server of --url: {str(error).splitlines()[0]}")
+    with server:
         server.execute(f"CREATE DATABASE {name}")
-        yield {**os.environ, SERVER: urlunsplit(url._replace(path=f"/{name}"))}
-        server.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        try:
+            yield {**os.environ, SERVER: urlunsplit(url._replace(path=f"/{name}"))}
+        finally:
+            server.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def pqueue_folder() -> Path:

@@ -85,3 +85,10 @@ def test_bench_refuses_options_that_it_cannot_follow(bench, arguments, said):
     done = bench(*arguments)
     assert done.returncode == 2
     assert said in done.stderr.splitlines()[-1]
+
+
+def test_bench_says_that_it_cannot_reach_the_server(place):
+    done = place.run("bench.py", "--quick", "--only", "put", "--url", "postgresql://127.0.0.1:1/none")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("bench.py: cannot use the server of --url: ")
