@@ -77,7 +77,7 @@ def do_without(idea: str) -> None:
         write = core.PersistentQSQLite._write
         core.PersistentQSQLite._write = lambda self, *, in_batch=False, **_: write(self, in_batch=in_batch)
     elif idea == "adaptive batches":
-        consumer.MAX_BATCH = 1
+        core.PersistentQInterface.max_batch = 1
     elif idea == "turnstile":
         core.Turnstile.enter = lambda *_, **__: False
     elif idea == "doorbell":

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench_postgres import SCALE, milliseconds
-from consumer import MAX_BATCH
+from pqueue import PersistentQInterface
 
 SECONDS = 2.0 * SCALE  # of each rate that is measured by the clock
 SIMPLE = ("put", "put many", "process")  # what needs no worker
@@ -133,8 +133,9 @@ class Limit(Peer):
             yield
 
     def work(self) -> None:
+        most = PersistentQInterface.max_batch
         take = f"""UPDATE jobs SET state = 'processing'
-                   WHERE id IN (SELECT id FROM jobs WHERE state = 'pending' ORDER BY id LIMIT {MAX_BATCH})
+                   WHERE id IN (SELECT id FROM jobs WHERE state = 'pending' ORDER BY id LIMIT {most})
                    RETURNING id, payload"""
         held: list[tuple[int, str]] = []
         while True:

@@ -34,7 +34,6 @@ from pqueue import DoNotRetry, Job, LeaseLost, PersistentQInterface, QueueBusy, 
 
 MOST_FILE_BYTES = 1 << 30  # of a job file; a larger one is refused
 HOLD_SECONDS = 0.03  # the work a consumer takes at a time: one slow job, or as many quick ones as fit
-MAX_BATCH = 48  # more would keep an enqueue waiting for longer than a few ms
 TICK_SECONDS = 0.05  # how often the watch looks at a running job
 HEARTBEAT_SECONDS = 10.0
 GRACE_SECONDS = 5.0  # what an interrupted task gets before the process ends in its stead
@@ -282,8 +281,9 @@ class Consumer:
     def _limit(self) -> int:
         if self.signals or is_orphaned():
             return 0
-        fit = int(HOLD_SECONDS / max(self._run_seconds, HOLD_SECONDS / MAX_BATCH))
-        return min(max(1, fit), MAX_BATCH if self.max_jobs is None else self.max_jobs - self.taken)
+        most = self.queue.max_batch
+        fit = int(HOLD_SECONDS / max(self._run_seconds, HOLD_SECONDS / most))
+        return min(max(1, fit), most if self.max_jobs is None else self.max_jobs - self.taken)
 
     def _exchange(self, finished: list[tuple[Job, Any]], limit: int) -> list[Job]:
         if not finished and not limit:

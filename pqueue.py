@@ -559,6 +559,7 @@ class PersistentQInterface(ABC):
     nothing has changed. One object serves many threads, and goes on working in a forked child.
     """
 
+    max_batch = 48  # jobs for a consumer to take at once: more would keep an enqueue waiting for more than a few ms
     _LIKE = "LIKE"  # the comparison that ignores the case of letters
 
     def __init__(self) -> None:

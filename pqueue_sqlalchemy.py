@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import psycopg
 import sqlalchemy
-from psycopg.pq import TransactionStatus
+from psycopg.pq import Format, TransactionStatus
 from psycopg.types.numeric import Int8Dumper
 from sqlalchemy import exc
 from sqlalchemy.pool import StaticPool
@@ -167,6 +167,7 @@ class PostgresSession(Session):
         self._said = select.poll()
         self._said.register(self._driver.fileno(), select.POLLIN)
         self._cursor = psycopg.RawCursor(self._driver)
+        self._cursor.format = Format.BINARY
 
     @property
     def busy(self) -> bool:
@@ -458,6 +459,7 @@ class OnPostgres(PersistentQSQLAlchemy):
     busy_seconds: how long to wait for a lock, or for an answer when connecting.
     """
 
+    max_batch = 128  # an enqueue does not wait for the rows that a claim locks
     _LIKE = "ILIKE"
 
     def __init__(
