@@ -58,6 +58,7 @@ RING = f"pg_notify('{CHANNEL}', '')"
 NAMED = re.compile(r"(?<!:):([a-z_]\w*)")
 # A subquery for each queue is LATERAL here: "q CROSS JOIN jobs WHERE … jobs.id IN (SELECT id …)".
 PER_QUEUE = re.compile(r"queues q CROSS JOIN jobs WHERE (.*?)jobs\.id IN\s*\(SELECT id(.*?LIMIT :limit)\)", re.DOTALL)
+EARLIEST = re.compile(r"SELECT min\((\w+)\) FROM jobs WHERE state = ('\w+')")
 # Our statements go through indexes, whatever the statistics say, and by one plan: to plan a claim takes longer than to
 # run it, and the planner expects a tenth of the table from LIMIT :limit.
 PLANNER = ("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin", "enable_sort", "jit")
@@ -141,14 +142,16 @@ def translated(sql: str) -> tuple[bytes, list[str]]:
 def _in_dialect(sql: str) -> str:
     claims = "UPDATE jobs SET state = 'processing'" in sql or sql.startswith("SELECT attempts")
     sql = PER_QUEUE.sub(r"queues q CROSS JOIN LATERAL (SELECT *\2) jobs WHERE \1 true", sql)
-    # Who has the token is processing, by the CHECK; to say it sends the planner through all jobs that are.
-    sql = sql.replace("state = 'processing' AND lease_token =", "lease_token =")
+    # A plan is made once, perhaps while jobs are few: it must not be able to go through all that come to a state.
+    sql = EARLIEST.sub(r"SELECT (SELECT \1 FROM jobs WHERE state = \2 ORDER BY \1 LIMIT 1)", sql)
+    sql = sql.replace("state = 'processing' AND lease_token =", "lease_token =")  # who has one is, by the CHECK
     if claims:
         sql = sql.replace("LIMIT :limit) jobs", "LIMIT :limit FOR UPDATE SKIP LOCKED) jobs")
         sql = sql.replace("LIMIT :limit) mine", "LIMIT :limit FOR UPDATE SKIP LOCKED) mine")
-    elif sql == pqueue.PROMOTE:  # to say the state twice would send it through all that are scheduled
-        sql = sql.replace("WHERE state = 'scheduled' AND id IN", "WHERE id IN")
-        sql = sql.replace("LIMIT :limit)", "LIMIT :limit FOR UPDATE SKIP LOCKED)")
+        sql = sql.replace("id IN (SELECT", "id = ANY (ARRAY(SELECT").replace(")\nRETURNING", "))\nRETURNING")
+    elif sql == pqueue.PROMOTE:
+        sql = sql.replace("state = 'scheduled' AND id IN\n    (SELECT", "id = ANY (ARRAY(SELECT")
+        sql = sql.replace("LIMIT :limit)", "LIMIT :limit FOR UPDATE SKIP LOCKED))")
     elif sql in (pqueue.EXPIRED, pqueue.ORPHANED):
         sql += " FOR UPDATE SKIP LOCKED"
     return sql
