@@ -84,7 +84,8 @@ class Server:
 
     def ask(self, sql: str):
         with psycopg.connect(self.near_url, autocommit=True) as connection:
-            return connection.execute(sql).fetchone()[0]
+            found = connection.execute(sql)
+            return found.fetchone()[0] if found.description else None
 
     def _answers(self) -> bool:
         command = self._command("pg_isready", "-q", "-h", self.address, "-p", self.port)
