@@ -271,7 +271,8 @@ class PostgresFiles(PostgresCase):
         for sql, params in dict(recorded).items():
             with self.subTest(sql=sql):
                 looked_at, plan = explain(queue, sql, params, "ANALYZE,")
-                self.assertLess(looked_at, 1.1 * ROWS, plan)
+                if ROWS < pqueue.FEW:  # more are met on the way by id
+                    self.assertLess(looked_at, 1.1 * ROWS, plan)
                 self.assertNotRegex(str(plan), "Seq Scan.*'Relation Name': 'jobs'")
 
     def test_newer_schema_is_refused(self):
