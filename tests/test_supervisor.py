@@ -33,7 +33,7 @@ def system(tmp_path):
 
 
 def environment(**variables):
-    return {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONWARNINGS": "error", **variables}
+    return {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **variables}
 
 
 def control(place, *arguments):
