@@ -587,7 +587,8 @@ def test_actors_taking_turns_see_only_what_the_model_allows(database, monkeypatc
 
 @pytest.mark.parametrize("seed", range(3 * SOAK))
 def test_processes_at_once_see_only_what_the_model_allows(database, monkeypatch, tmp_path, seed):
+    """But for the order, as a claim passes over what another one that is under way has locked."""
     monkeypatch.setattr(pqueue_sqlalchemy, "RESTART_SECONDS", 0.0)
     checker = Checker(at_once(seed, database, tmp_path, steps=150, deaths=0))
-    assert list(checker.problems()) == []
+    assert [problem for problem in checker.problems() if "was passed over" not in problem] == []
     print(f"\n{checker.operations} operations")
