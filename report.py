@@ -206,8 +206,8 @@ def span(seconds: float) -> str:
     if seconds < 59.5:
         return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
     for unit, most in (("m", 60), ("h", 24)):
-        if (number := round(seconds / UNITS[unit])) < most:
-            return f"{number} {unit}"
+        if (number := seconds / UNITS[unit]) < most - 0.5:  # not rounded first: in a damaged row it may be endless
+            return f"{number:.0f} {unit}"
     return f"{seconds / UNITS['d']:.0f} d"
 
 
