@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -182,6 +183,12 @@ def test_queue_without_a_guard_is_caught(mutant, verdicts):
 def test_whole_queue_passes_what_kills_the_mutants(mutant, verdicts):
     verdict = verdicts[mutant].result()
     assert verdict.returncode == 0, verdict.stdout + verdict.stderr
+
+
+def test_list_of_the_mutants_stands_in_the_docs():
+    docs = (ROOT / "docs/guarantees.md").read_text()
+    told = re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", docs[docs.index("| guard removed") :], re.MULTILINE)
+    assert told[1:] == [(each.guard, "a history" if each.killer == "history" else each.killer) for each in MUTANTS]
 
 
 if __name__ == "__main__":
