@@ -656,13 +656,11 @@ class PersistentQInterface(ABC):
 
     def _add(self, row: Params) -> int:
         with self._write() as tx:
-            rows = tx.run(ENQUEUE, row)
-            if not rows and tx.change(ADD_QUEUE, row):
-                rows = tx.run(ENQUEUE, row)
-            if not rows and row["key"] is not None:
-                rows = tx.run(WITH_KEY, row)
-            if not rows:
-                raise _full(row["queue"], tx.run(ROOM, row)[0][1])
+            while not (rows := tx.run(ENQUEUE, row) or tx.run(WITH_KEY, row)):
+                if not tx.change(ADD_QUEUE, row):
+                    room, max_pending = tx.run(ROOM, row)[0]
+                    if room is not None and room <= 0:  # else what was in the way has gone: on PostgreSQL others go on
+                        raise _full(row["queue"], max_pending)
             tx.ring = True
         return cast(int, rows[0][0])
 

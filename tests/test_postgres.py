@@ -198,6 +198,20 @@ class PostgresFiles(PostgresCase):
         queue.enqueue("t")
         self.assertEqual(queue.name, f"127.0.0.1,{host}/{url.database}")
 
+    def test_key_whose_job_is_cancelled_while_another_is_enqueued_with_it_is_free(self):
+        queue, other = self.open(), self.open()
+        first = queue.enqueue("t", key="k")
+        run = pqueue_sqlalchemy.PostgresSession.run
+
+        def after_the_job_is_gone(session, sql, *params):
+            if sql == pqueue.WITH_KEY:
+                other.cancel(first)
+            return run(session, sql, *params)
+
+        with mock.patch.object(pqueue_sqlalchemy.PostgresSession, "run", after_the_job_is_gone):
+            second = queue.enqueue("t", key="k")
+        self.assertEqual((queue.get(first).state, queue.get(second).state), ("cancelled", "pending"))
+
     def test_statement_that_failed_in_a_transaction_is_not_committed_silently(self):
         queue = self.open()
         with self.assertRaisesRegex(QueueError, "a statement of the transaction failed"), queue.transaction() as db:
