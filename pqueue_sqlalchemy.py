@@ -22,7 +22,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -349,11 +349,14 @@ class Line:
             self._connection.close()
 
     def _connect(self) -> psycopg.Connection[Any]:
-        connection = self._queue._connect_raw()
-        connection.execute(_setting(_bearing(CUT_OFF_MILLISECONDS, CUT_OFF), for_good=True))
-        for number in list(self._numbers):
-            connection.execute("SELECT pg_advisory_lock_shared(%s::int, %s::int)", (LOCK_CLASS, number))
-        connection.execute(LISTEN)
+        with ExitStack() as undo:
+            connection = self._queue._connect_raw()
+            undo.callback(connection.close)
+            connection.execute(_setting(_bearing(CUT_OFF_MILLISECONDS, CUT_OFF), for_good=True))
+            for number in list(self._numbers):
+                connection.execute("SELECT pg_advisory_lock_shared(%s::int, %s::int)", (LOCK_CLASS, number))
+            connection.execute(LISTEN)
+            undo.pop_all()
         return connection
 
     def was_cut(self) -> bool:
@@ -661,9 +664,11 @@ class OnPostgres(PersistentQSQLAlchemy):
             if self._line is None:
                 line = Line(self)
                 try:
-                    line.start()
-                except psycopg.Error as error:
-                    raise self._error(error) from error
+                    with self._telling():
+                        line.start()
+                except BaseException:
+                    line.close()
+                    raise
                 self._line = line
             return self._line
 

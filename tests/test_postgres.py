@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 import uuid
@@ -288,6 +289,20 @@ class PostgresFiles(PostgresCase):
                 if ROWS < pqueue.FEW:  # more are met on the way by id
                     self.assertLess(looked_at, 1.1 * ROWS, plan)
                 self.assertNotRegex(str(plan), "Seq Scan.*'Relation Name': 'jobs'")
+
+    def test_producers_that_begin_a_queue_at_the_same_moment_both_enqueue(self):
+        queue, other, watcher = self.open(), self.open(), self.open()
+        waiting = (
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        )
+        ids = []
+        late = threading.Thread(target=lambda: ids.append(other.enqueue("t", queue="new")))
+        with queue.transaction():
+            ids.append(queue.enqueue("t", queue="new"))
+            late.start()
+            wait_until(lambda: watcher._read(waiting)[0][0] == 1)
+        late.join()
+        self.assertEqual(len(ids), 2)
 
     def test_newer_schema_is_refused(self):
         with self.open().transaction() as db:
