@@ -269,7 +269,7 @@ def check_url(scheme, user, host, query):
         try:
             open_it(url)
         except (pqueue.QueueError, ValueError) as error:
-            assert PASSWORD not in str(error)  # noqa: PT017
+            assert PASSWORD not in str(error) or scheme.startswith("sqlite")  # noqa: PT017 - there it is part of a path
             assert "\n" not in str(error)  # noqa: PT017
 
 
