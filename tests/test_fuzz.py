@@ -541,15 +541,20 @@ def plainly(monkeypatch):
 
 def use(path):
     """Look at it with every command, then work with it: answers in one line, within the time, and no traceback."""
-    before = path.read_bytes()
+    before = without_mode(path.read_bytes())
     for arguments in LOOKING:
         code, out, err = run(admin.main, arguments)
         assert err.count("\n") <= 1, err
         assert "\x1b" not in out + err
     doctored = run(admin.main, ["doctor"])
-    assert path.read_bytes() == before  # looking destroys nothing
+    assert without_mode(path.read_bytes()) == before  # looking destroys nothing
     change()
     return doctored
+
+
+def without_mode(data):
+    """Leave out what SQLite writes where a flipped bit has taken WAL from the header, and opening gives it back."""
+    return data[:18] + data[20:24] + data[32:92] + data[100:]
 
 
 def change():
