@@ -99,7 +99,7 @@ def test_supervisor_and_manager_make_files_for_their_account_alone(system):  # n
     given = {*system.folder.rglob("*")} - here
     (recipe,) = re.findall(r"^run:.*\n\t@(.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     recipe = recipe.replace("$(CURDIR)/$(BIN)", str(BIN)).replace("$(BIN)", str(BIN)).replace("$$", "$")
-    system.start_command(["sh", "-c", f"umask 0; {recipe}"])
+    system.start_command(["sh", "-c", f"umask 0; {recipe}"], PYTHONWARNINGS="")  # Supervisor and Streamlit warn
     wait_until(lambda: len(running(system)) == 5)
     assert manage(system, "--count", "1", "--size", "1").returncode == 0
     wait_until(lambda: (system.folder / "var/files").exists() and len(running(system)) == 6)
