@@ -87,6 +87,8 @@ LEAST_FREE_BYTES = 268_435_456  # below this `check` warns of the disk
 WAIT_SECONDS = 1.0  # the longest sleep of `wait`: it bounds what a missed ring or a dead consumer costs
 POLL_SECONDS = 0.1  # how often to look where no ring comes: it was lost, or the platform has no bells
 
+ENQUEUE_TRIES = 100  # while others take and free its key
+
 LANES = ("others", "consumers")  # before the way to write
 
 SYNCHRONOUS = ("off", "normal", "full", "extra")
@@ -656,13 +658,15 @@ class PersistentQInterface(ABC):
 
     def _add(self, row: Params) -> int:
         with self._write() as tx:
-            while not (rows := tx.run(ENQUEUE, row) or tx.run(WITH_KEY, row)):
+            for _ in range(ENQUEUE_TRIES):
+                if rows := tx.run(ENQUEUE, row) or tx.run(WITH_KEY, row):
+                    tx.ring = True
+                    return cast(int, rows[0][0])
                 if not tx.change(ADD_QUEUE, row):
                     room, max_pending = tx.run(ROOM, row)[0]
                     if room is not None and room <= 0:  # else what was in the way has gone: on PostgreSQL others go on
                         raise _full(row["queue"], max_pending)
-            tx.ring = True
-        return cast(int, rows[0][0])
+            raise QueueError("cannot enqueue: the database takes no job, though nothing is in its way; run doctor")
 
     def enqueue_many(
         self,
@@ -2096,7 +2100,8 @@ class PersistentQSQLite(PersistentQInterface):
         return list(range(last - row["number"] + 1, last + 1))
 
     def _complete_all(self, tx: Session, settled: list[tuple[Job, str | None]], now: float) -> list[Job]:
-        if len(settled) < 2:
+        ids = {job.id for job, _ in settled}
+        if len(settled) < 2 or len(ids) < len(settled):
             return super()._complete_all(tx, settled, now)
         rows = [(job.id, job.lease_token, result) for job, result in settled]
         done = {row[0] for row in tx.run(COMPLETE_MANY, {"settled": _encode_json(rows), "now": now})}

@@ -310,6 +310,13 @@ class QueueContract:
         {"": {"b": [1.5, None]}},
     )
 
+    def test_batch_with_a_job_under_two_tokens_tells_the_stale_one(self):
+        stale = self.taken()
+        holder = self.queue.dequeue("worker", now=NOW + 61)
+        settled = self.queue.complete_and_dequeue([(stale, "late"), (holder, "done")], "worker", now=NOW + 61)
+        self.assertEqual(settled, ([], [stale]))
+        self.assertEqual(self.queue.get(holder.id).result, "done")
+
     def test_batch_stores_each_payload_as_it_is(self):
         ids = self.queue.enqueue_many("t", self.ODD, now=NOW)
         self.assertEqual([repr(self.queue.get(job_id).payload) for job_id in ids], [repr(value) for value in self.ODD])
@@ -1530,6 +1537,15 @@ class Misuse(SQLiteCase):
                 self.open().dequeue("w")
             self.assertEqual(precious.read_text(), "x" * 5000)
             place.unlink()
+
+    def test_trigger_that_swallows_jobs_stops_an_enqueue_and_not_the_queue(self):
+        queue = self.open()
+        queue.enqueue("t")
+        with queue.transaction() as db:
+            db.execute("CREATE TRIGGER swallow BEFORE INSERT ON jobs BEGIN SELECT RAISE(IGNORE); END")
+        with self.assertRaisesRegex(QueueError, "takes no job"):
+            queue.enqueue("t")
+        self.assertIsNotNone(queue.dequeue("w"))
 
     def test_check_names_a_trigger_and_a_table_that_are_not_ours(self):
         queue = self.open()
