@@ -157,6 +157,10 @@ def _in_dialect(sql: str) -> str:
     return sql
 
 
+class KeyTaken(QueueBusy):
+    """Another transaction, which could not be seen yet, gave the key to an unfinished job."""
+
+
 class PostgresSession(Session):
     """One thread's connection, from the pool. BEGIN travels with the first statement, NOTIFY with the COMMIT."""
 
@@ -563,10 +567,12 @@ class OnPostgres(PersistentQSQLAlchemy):
             raise self._error(error) from error
 
     def _error(self, error: Exception) -> QueueError:  # noqa: PLR0911
-        original = getattr(error, "orig", None) or error
+        original: Any = getattr(error, "orig", None) or error
         state = getattr(original, "sqlstate", None) or ""
         lines = str(original).strip().split("\n")
         text = lines[0] if lines else type(original).__name__
+        if state == "23505" and original.diag.constraint_name == "jobs_key":
+            return KeyTaken(f"cannot write to {self.name}: another writer took the key at the same moment")
         if state in ("40P01", "40001", "55P03"):
             return QueueBusy(f"cannot write to {self.name}: another writer held it ({text})")
         if state == "53100":
@@ -632,6 +638,13 @@ class OnPostgres(PersistentQSQLAlchemy):
         if len(rows) < row["number"]:
             raise QueueFull(f"cannot enqueue: others filled queue {row['queue']!r} at the same moment")
         return sorted(row[0] for row in rows)
+
+    def resubmit(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
+        """As everywhere. An enqueue of the same moment, which took the key, is seen when it looks again."""
+        try:
+            super().resubmit(job_id, by=by, now=now)
+        except KeyTaken:
+            super().resubmit(job_id, by=by, now=now)
 
     def _exchange(
         self,

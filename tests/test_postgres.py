@@ -13,7 +13,7 @@ import time
 import unittest
 import uuid
 import zlib
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -25,7 +25,7 @@ from test_histories import SOAK, Checker, at_once, in_turn
 
 import pqueue
 import pqueue_sqlalchemy
-from pqueue import PersistentQSQLite, QueueBusy, QueueError, SchemaMismatch
+from pqueue import InvalidTransition, PersistentQSQLite, QueueBusy, QueueError, SchemaMismatch
 from pqueue_sqlalchemy import PersistentQSQLAlchemy
 from test_pqueue import QueueContract, wait_until
 
@@ -291,18 +291,43 @@ class PostgresFiles(PostgresCase):
                 self.assertNotRegex(str(plan), "Seq Scan.*'Relation Name': 'jobs'")
 
     def test_producers_that_begin_a_queue_at_the_same_moment_both_enqueue(self):
-        queue, other, watcher = self.open(), self.open(), self.open()
+        queue, other = self.open(), self.open()
+        ids = []
+        with self.waiting_for(queue, lambda: ids.append(other.enqueue("t", queue="new"))):
+            ids.append(queue.enqueue("t", queue="new"))
+        self.assertEqual(len(ids), 2)
+
+    @contextmanager
+    def waiting_for(self, queue, do):
+        """Let another thread `do` something that waits for the block, a transaction, to be committed."""
+        watcher = self.open()
         waiting = (
             "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
         )
-        ids = []
-        late = threading.Thread(target=lambda: ids.append(other.enqueue("t", queue="new")))
+        other = threading.Thread(target=do)
         with queue.transaction():
-            ids.append(queue.enqueue("t", queue="new"))
-            late.start()
+            yield
+            other.start()
             wait_until(lambda: watcher._read(waiting)[0][0] == 1)
-        late.join()
-        self.assertEqual(len(ids), 2)
+        other.join()
+
+    def test_resubmit_whose_key_an_enqueue_takes_at_the_same_moment_is_refused(self):
+        queue, other, refusals = self.open(), self.open(), []
+        old = queue.enqueue("t", key="k")
+        queue.cancel(old)
+
+        def resubmit():
+            try:
+                other.resubmit(old)
+            except QueueError as refusal:
+                refusals.append((type(refusal), str(refusal)))
+
+        with self.waiting_for(queue, resubmit):
+            new = queue.enqueue("t", key="k")
+        reason = f"cannot resubmit job {old}: another unfinished job has its key 'k'"
+        self.assertEqual(refusals, [(InvalidTransition, reason)])
+        self.assertEqual((queue.get(old).state, queue.get(new).state), ("cancelled", "pending"))
+        self.assertEqual([event["event"] for event in queue.history(old)], ["cancelled"])
 
     def test_newer_schema_is_refused(self):
         with self.open().transaction() as db:
