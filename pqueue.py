@@ -341,12 +341,6 @@ HELD = "id = :id AND state = 'processing' AND lease_token = :token"
 WAITING = "queue = :queue AND state = 'pending' AND assigned_to IS NULL"
 ORDER = "priority DESC, run_at, id"
 
-# :payloads is a JSON array of [payload], so that each keeps its text: one statement for all is faster than one each.
-INSERT_MANY = """
-INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, created_at)
-SELECT :queue, :task, substr(value, 2, length(value) - 2), :state, :priority, :run_at, :max_attempts, :assigned_to, :now
-FROM json_each(:payloads)"""
-
 ENQUEUE = f"""
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
 SELECT name, :task, :payload, :state, :priority, :run_at, :max_attempts, :key, :assigned_to, :now
@@ -355,6 +349,14 @@ WHERE name = :queue AND (max_pending IS NULL OR max_pending > (SELECT count(*) F
 ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING
 RETURNING id"""
 ENQUEUE_AT_ONCE = ENQUEUE.removesuffix("RETURNING id")  # SQLite's last_insert_rowid is cheaper
+
+# :payloads is a JSON array of [payload], so that each keeps its text: one statement for all is faster than one each.
+INSERT_MANY = """
+INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, created_at)
+SELECT :queue, :task, substr(value, 2, length(value) - 2), :state, :priority, :run_at, :max_attempts, :assigned_to, :now
+FROM json_each(:payloads)"""
+INSERT_MANY_AT_ONCE = f"""
+{INSERT_MANY} WHERE EXISTS (SELECT 1 FROM queues WHERE name = :queue AND max_pending IS NULL)"""
 
 ROOM = f"""
 SELECT CASE WHEN max_pending IS NOT NULL THEN max_pending - (SELECT count(*) FROM jobs WHERE {WAITING}) END, max_pending
@@ -1459,6 +1461,10 @@ def _one_of(states: Sequence[str], state: str) -> str:
     raise ValueError(f"expected a state of {', '.join(states)}, got {_short(state)}")
 
 
+def _up_to(last: int, number: int) -> list[int]:
+    return list(range(last - number + 1, last + 1))
+
+
 def _short(value: Any) -> str:
     try:
         text = repr(value)
@@ -1759,15 +1765,23 @@ class SQLiteSession(Session):
             return False
 
     def insert_at_once(self, sql: str, params: Params) -> int | None:
-        """Execute an INSERT of one row, its own transaction, and return the id; None when it inserted nothing."""
+        """Execute an INSERT, its own transaction, and return the last row's id.
+
+        None, when it inserted nothing, or the session is in a transaction already.
+        """
+        if self.busy:
+            return None
         self._begin(at_once=True)
         try:
             cursor = self.connection.execute(sql, params)
-            return cursor.lastrowid if cursor.rowcount else None
+            last = cursor.lastrowid if cursor.rowcount else None
         except sqlite3.Error as error:
             raise self._queue._error(error) from error
         finally:
             self._leave()
+        if last is not None:
+            self._queue._ring()
+        return last
 
     def _begin(self, *, at_once: bool = False) -> None:
         if self.busy:
@@ -2087,17 +2101,16 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _add(self, row: Params) -> int:
         """Do it in one statement, unless there is more to see to."""
-        session = self._write()
-        job_id = None if session.busy else session.insert_at_once(ENQUEUE_AT_ONCE, row)
-        if job_id is None:
-            return super()._add(row)
-        self._ring()
-        return job_id
+        job_id = self._write().insert_at_once(ENQUEUE_AT_ONCE, row)
+        return super()._add(row) if job_id is None else job_id
+
+    def _add_many(self, row: Params) -> list[int]:
+        last = self._write().insert_at_once(INSERT_MANY_AT_ONCE, row)
+        return super()._add_many(row) if last is None else _up_to(last, row["number"])
 
     def _insert_many(self, tx: Session, row: Params) -> list[int]:
         tx.change(INSERT_MANY, row)
-        last: int = tx.run("SELECT last_insert_rowid()")[0][0]
-        return list(range(last - row["number"] + 1, last + 1))
+        return _up_to(tx.run("SELECT last_insert_rowid()")[0][0], row["number"])
 
     def _complete_all(self, tx: Session, settled: list[tuple[Job, str | None]], now: float) -> list[Job]:
         ids = {job.id for job, _ in settled}

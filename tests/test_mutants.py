@@ -96,6 +96,7 @@ MUTANTS = [
     Mutant("a key holds within its queue", "WHERE queue = :queue AND key = :key AND", "WHERE key = :key AND"),
     Mutant("a full queue refuses a job", "(max_pending IS NULL OR max_pending >", "(1 OR max_pending >", "contract: queue_at_its_limit"),
     Mutant("a full queue refuses a batch", 'if room is not None and room < row["number"]:', "if False:", "contract: queue_at_its_limit"),
+    Mutant("a batch at once is for a queue without a limit", "name = :queue AND max_pending IS NULL)", "name = :queue)", "contract: queue_at_its_limit"),
     # the disk
     Mutant("enqueue and complete are synced", '"FULL" if durable and', '"NORMAL" if durable and', POWER),
     Mutant("the fused call is synced", "durable=bool(settled)", "durable=False", POWER),
