@@ -329,7 +329,7 @@ def check_needs(options: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    made = consumer.OneLineParser(description=(__doc__ or "").splitlines()[0])
     made.add_argument("--quick", action="store_true", help=QUICK)
     made.add_argument("--only", action="append", choices=COLUMNS, metavar="COLUMN", help=f"of {', '.join(COLUMNS)}")
     made.add_argument("--rounds", type=consumer.positive, default=3, help="(default: %(default)s)")

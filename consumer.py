@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, NoReturn, TypeVar, cast
 
 import pqueue
 from pqueue import DoNotRetry, Job, LeaseLost, PersistentQInterface, QueueBusy, QueueError, QueueFull, task
@@ -633,14 +633,21 @@ def _import(modules: list[str]) -> None:
             raise ValueError(f"cannot import {module!r}: {error}") from error
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Tells a mistake in one line, and exits with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog.split()[0]}: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     default = os.environ.get("SUPERVISOR_PROCESS_NAME") or f"{socket.gethostname()}-{os.getpid()}"
     add("--name", default=default, help="readable name of this consumer (default: Supervisor's, or HOST-PID)")
     add("--queue", dest="queues", action="append", metavar="QUEUE", help="serve this queue; repeatable (default: all)")
     add("--import", dest="modules", action="append", default=[], metavar="MODULE", help="a module with tasks of yours")
-    add("--directory", type=Path, default=files_directory, help="where job files are (default: %(default)s)")
+    add("--directory", type=folder, default=files_directory, help="where job files are (default: %(default)s)")
     add("--drain", action="store_true", help="stop when nothing is pending")
     add("--max-jobs", type=positive, metavar="N", help="stop after N jobs")
     add("--lease-seconds", type=_seconds, default=pqueue.LEASE_SECONDS, metavar="S", help="(default: %(default)g)")
@@ -651,6 +658,12 @@ def positive(text: str) -> int:
     if text.isascii() and text.isdigit() and int(text) > 0:
         return int(text)
     raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+
+
+def folder(text: str) -> Path:
+    if os.path.isdir(text) or not os.path.exists(text):  # unlike Path's, they bear any text
+        return Path(text)
+    raise argparse.ArgumentTypeError(f"expected a folder, got {text!r}")
 
 
 def _seconds(text: str) -> float:

@@ -20,6 +20,8 @@ import xmlrpc.client
 from pathlib import Path
 from typing import Any
 
+from consumer import OneLineParser
+
 SOCKET = Path("var/supervisor.sock")
 INCLUDED = Path("var/supervisor.d")
 GROUP_SIZE = 3  # as in supervisord.conf
@@ -222,7 +224,7 @@ def _act(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     actions = parser.add_mutually_exclusive_group(required=True)
     actions.add_argument("--count", type=_positive, metavar="N", help="add N groups of consumers")
     actions.add_argument("--list", action="store_true", help="show supervisord's processes")

@@ -8,7 +8,6 @@ Both draw the figures of `Board`, and act through `ACTIONS`. PQUEUE_OPS_READONLY
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -449,7 +448,7 @@ def _whole(text: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = consumer.OneLineParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--host", default="127.0.0.1", help="address to serve (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8501, help="(default: %(default)s)")
     options = parser.parse_args(arguments)

@@ -24,7 +24,7 @@ from typing import IO
 
 import consumer
 import pqueue
-from consumer import Result, log
+from consumer import Result, folder, log
 from pqueue import PersistentQInterface, QueueBusy, QueueError, QueueFull
 
 WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "haven", "inlet", "jetty"]
@@ -161,11 +161,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = consumer.OneLineParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--interval", type=_interval, default=5.0, metavar="S", help="seconds between jobs (default: %(default)g)")
     add("--count", type=consumer.positive, metavar="N", help="stop after N jobs")
-    add("--directory", type=Path, default=consumer.files_directory, help="where to write (default: %(default)s)")
+    add("--directory", type=folder, default=consumer.files_directory, help="where to write (default: %(default)s)")
     return parser
 
 
