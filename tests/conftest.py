@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,13 @@ sys.path.insert(0, str(ROOT))
 
 import pqueue  # noqa: E402
 from test_pqueue import nothing_left, wait_until  # noqa: E402, F401 - the contract suite stands alone, so it lives there
+
+
+def free_port() -> int:
+    """Return a free port, for a server that must be told one."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
 
 
 class Place:
@@ -67,6 +76,11 @@ class Place:
             text=True,
             timeout=60,
         )
+
+    def dashboard(self, **variables: str) -> str:
+        """Start ops.py on a port that the kernel chooses, and return its address."""
+        child = self.start("ops.py", "--port", 0, **variables)
+        return wait_until(lambda: re.search(r"dashboard at (\S+)\n", child.out.read_text()))[1]
 
     def close(self) -> None:
         for child in self.children:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import warnings
 from contextlib import suppress
 from pathlib import Path
 
 import psycopg
-
-from test_pqueue import wait_until
+from conftest import free_port, wait_until
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # that no XDG_RUNTIME_DIR is set
@@ -27,7 +25,7 @@ class Server:
 
     def __init__(self, folder: Path, *, address: str = "127.0.0.1", namespace: str | None = None) -> None:
         self.folder, self.address, self.namespace = folder, address, namespace
-        self.port = 5432 if namespace else _free_port()
+        self.port = 5432 if namespace else free_port()
         self.process: subprocess.Popen | None = None
         folder.mkdir()
         if os.geteuid() == 0:
@@ -99,9 +97,3 @@ class Server:
         inside = ["ip", "netns", "exec", self.namespace] if self.namespace else []
         account = ["setpriv", f"--reuid={ACCOUNT}", f"--regid={ACCOUNT}", "--clear-groups"] if os.geteuid() == 0 else []
         return [*inside, *account, str(BINARIES / program), *map(str, arguments)]
-
-
-def _free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]

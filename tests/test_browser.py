@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
-import socket
 import sys
-import urllib.error
 import urllib.request
 
 import pytest
-from conftest import ROOT, wait_until
+from conftest import ROOT, free_port, wait_until
 from playwright.sync_api import expect, sync_playwright
 
 import pqueue
@@ -31,14 +29,16 @@ def patient(job):
     while not Path("go").exists():
         time.sleep(0.01)
 """.replace("@task\n", "@task()\n")
+PATIENCE = 60_000  # milliseconds, after which something is wrong
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)><b>bold</b> [a](javascript:alert(3)) :red[x] $x^2$ 😀"
 CONTROL = "\x1b[31m\u202e\x00"
 
 
 @pytest.fixture(scope="module")
 def browser():
+    expect.set_options(timeout=PATIENCE)
     with sync_playwright() as player:
-        browser = player.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = player.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE)
         yield browser
         browser.close()
 
@@ -46,8 +46,7 @@ def browser():
 @pytest.fixture
 def page(browser):
     page = browser.new_page(viewport={"width": 1280, "height": 2600})
-    page.set_default_timeout(20_000)
-    expect.set_options(timeout=20_000)
+    page.set_default_timeout(PATIENCE)
     errors = []
     page.on("pageerror", lambda error: errors.append(error))  # noqa: PLW0108 - Playwright marks its handler
     page.on("console", lambda said: errors.append(said.text) if "Content Security Policy" in said.text else None)
@@ -71,15 +70,8 @@ class StandardLibrary:
     """What an operator does at the page of `python ops.py`."""
 
     def __init__(self, place, page, **variables):
-        self.page = page
-        port = free_port()
-        place.start("ops.py", "--port", port, **variables)
-        self.show(f"http://127.0.0.1:{port}")
-
-    def show(self, url):
-        wait_until(lambda: answers(url))
-        self.page.goto(url)
-        self.url = url
+        self.page, self.url = page, place.dashboard(**variables)
+        page.goto(self.url)
 
     def count(self, state):
         return self.page.locator(f".tile:has(span:text-is('{state}')) b")
@@ -133,21 +125,22 @@ class Streamlit(StandardLibrary):
     """The same at the page of `streamlit run ops.py`."""
 
     def __init__(self, place, page, **variables):
-        self.page = page
         port = free_port()
+        self.page, self.url = page, f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "streamlit", "run", str(ROOT / "ops.py"), f"--server.port={port}"]
         place.start_command(command, **variables)
-        self.show(f"http://127.0.0.1:{port}")
+        wait_until(lambda: answers(self.url))
+        page.add_init_script(HEAR_TOASTS)  # which are gone after four seconds
+        page.goto(self.url)
 
     def said(self, sentence):
-        expect(self.page.locator("[data-testid=stToast]").last).to_contain_text(sentence)
+        self.page.wait_for_function("sentence => toasts.some(each => each.includes(sentence))", arg=sentence)
 
     def filter(self, state):
         before = re.search(r"st-key-jobs-\d+", self.page.locator("[class*=st-key-jobs]").get_attribute("class"))[0]
         chosen = self.page.locator(".st-key-filter-state input")
         chosen.click()
-        chosen.fill(state)
-        chosen.press("Enter")
+        self.page.get_by_role("option", name=state, exact=True).click()
         expect(self.page.locator(f".{before}")).to_have_count(0)
 
     def shows_jobs(self, ids):
@@ -160,8 +153,8 @@ class Streamlit(StandardLibrary):
 
     def open(self, job_id):
         expect(self._cell(0)).to_have_text(str(job_id))
-        box = self.page.locator("[class*=st-key-jobs] [data-testid=stDataFrame]").bounding_box()
-        self.page.mouse.click(box["x"] + 15, box["y"] + 52)
+        table = self.page.locator("[class*=st-key-jobs] [data-testid=stDataFrame]")
+        table.click(position={"x": 15, "y": 52})  # when it has come to rest
         expect(self.page.get_by_text(f"Job {job_id}", exact=True)).to_be_visible()
 
     def texts(self):
@@ -188,21 +181,20 @@ class Streamlit(StandardLibrary):
         return self.page.get_by_role("button", name=names).count() > 0
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def answers(url):
     try:
-        return urllib.request.urlopen(url).status == 200  # noqa: S310
-    except urllib.error.HTTPError:
-        return True
+        with urllib.request.urlopen(url, timeout=60) as answer:  # noqa: S310
+            return answer.status == 200
     except OSError:
         return False
 
 
+HEAR_TOASTS = """
+window.toasts = [];
+new MutationObserver(() => {
+  for (const each of document.querySelectorAll('[data-testid=stToast]')) toasts.push(each.innerText);
+}).observe(document, {childList: true, subtree: true});
+"""
 both = pytest.mark.parametrize("front", [StandardLibrary, Streamlit])
 
 
@@ -307,7 +299,7 @@ def test_hostile_payload_error_and_file_are_shown_as_text(system, page, front):
         expect(site.texts().filter(has_text=shown).first).to_be_visible()
     assert not re.search("[\x00\x1b\u202e]", page.content())
     assert page.locator("img[src=x]").count() == 0
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.wait_for_function("document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_operator_with_a_phone_sees_every_control_whole(system, page):
@@ -317,6 +309,7 @@ def test_operator_with_a_phone_sees_every_control_whole(system, page):
     queue.enqueue("prepend_timestamp", {"file": "a" * 50}, delay_seconds=60)
     page.set_viewport_size({"width": 390, "height": 2600})
     site = StandardLibrary(system, page)
+    expect(page.locator("#jobs tbody tr")).to_have_count(2)
     for summary in page.locator("summary").all():
         summary.click()
     for cut in ("html", "section", "td:has(form)", "td:has(progress)"):
@@ -354,6 +347,7 @@ def test_page_works_without_its_script(system, browser):
     wait_until(lambda: queue.get(failed).state == "failed")
     system.write("repaired", "")
     page = browser.new_page(java_script_enabled=False)
+    page.set_default_timeout(PATIENCE)
     site = StandardLibrary(system, page)
     site.filter("failed")
     site.open(failed)

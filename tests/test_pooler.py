@@ -14,7 +14,8 @@ from unittest import mock
 import psycopg
 import pytest
 import sqlalchemy
-from postgres_server import ACCOUNT, _free_port
+from conftest import free_port
+from postgres_server import ACCOUNT
 from test_outage import Load
 from test_postgres import database, server
 
@@ -31,7 +32,7 @@ class Pooler:
     """PgBouncer before the server of this database; it trusts everybody, and is restarted by `restart`."""
 
     def __init__(self, folder, database: str, mode: str = "transaction") -> None:
-        self.folder, self.port = folder, _free_port()
+        self.folder, self.port = folder, free_port()
         place = psycopg.conninfo.conninfo_to_dict(database)
         self.database = place["dbname"]
         target = " ".join(f"{name}={place[name]}" for name in ("host", "port", "user", "password") if place.get(name))

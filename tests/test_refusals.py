@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
-from postgres_server import Server, _free_port
+from postgres_server import Server
 
 import pqueue
 from test_pqueue import wait_until
@@ -67,21 +67,16 @@ def test_wrong_password_is_told(place, primary):
 
 
 def test_dashboard_that_is_refused_says_so_without_the_password(place, primary):
-    port = _free_port()
-    place.start("ops.py", "--port", port, PQUEUE_URL=url(primary, password=f"not{PASSWORD}"))
-    page = wait_until(lambda: health(port), 30)
+    page = health(place.dashboard(PQUEUE_URL=url(primary, password=f"not{PASSWORD}")))
     assert "user or password refused" in page
     assert PASSWORD not in page + place.children[0].out.read_text()
 
 
-def health(port: int) -> str:
-    try:
-        return urlopen(f"http://127.0.0.1:{port}/healthz").read().decode()
-    except HTTPError as error:
-        with error:
-            return error.read().decode()
-    except URLError:
-        return ""
+def health(address: str) -> str:
+    with pytest.raises(HTTPError) as told, urlopen(f"{address}/healthz"):  # noqa: S310
+        pass
+    with told.value as answer:
+        return answer.read().decode()
 
 
 def test_role_without_rights_is_told(place, primary):
