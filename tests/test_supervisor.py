@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Place, wait_until
+from conftest import ROOT, Place, free_port, wait_until
 
 BIN = Path(sys.executable).parent
 NAMES = ("consumer_00", "consumer_01", "consumer_02")
@@ -22,6 +22,8 @@ def system(tmp_path):
     """A checkout's copy in which to run it."""
     for name in FILES:
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    settings = tmp_path / ".streamlit/config.toml"
+    settings.write_text(settings.read_text().replace("port = 8501", f"port = {free_port()}"))
     for folder in ("var/log", "var/supervisor.d"):
         (tmp_path / folder).mkdir(parents=True)
     place = Place(tmp_path)
@@ -58,10 +60,28 @@ def started(place, *command):
     return child
 
 
-def completed_files(place):
-    if not (place.folder / "var/queue.db").exists():
-        return []
-    return place.queue().list_jobs(state="completed")
+def queue_of(place):
+    """Return the queue that the programs of the place have made."""
+    wait_until((place.folder / "var/queue.db").exists)
+    return place.queue()
+
+
+def completed_files(queue):
+    return queue.list_jobs(state="completed", task="prepend_timestamp")
+
+
+def states_of(queue):
+    """Return the states of the consumers by name: RUNNING is what Supervisor says of a Python that begins."""
+    states = {}
+    for each in queue.consumers():
+        states.setdefault(each["name"], []).append(each["state"])
+    return states
+
+
+def everything_runs(place, queue):
+    """Wait until Supervisor's programs run and each consumer has begun to work; return their pids."""
+    wait_until(lambda: states_of(queue) == dict.fromkeys(NAMES, ["running"]))
+    return wait_until(lambda: len(found := running(place)) == 5 and found)
 
 
 def is_gone(pid):
@@ -71,14 +91,17 @@ def is_gone(pid):
 def test_supervisor_runs_it_all_and_leaves_nothing_behind(system):
     supervisor = started(system, "supervisord", "-n", "-c", "supervisord.conf")
     names = {"producer", "ops", "consumer:consumer_00", "consumer:consumer_01", "consumer:consumer_02"}
-    pids = wait_until(lambda: set(running(system)) == names and running(system))
-    job = wait_until(lambda: completed_files(system))[0]
+    queue = queue_of(system)
+    pids = everything_runs(system, queue)
+    assert set(pids) == names
+    job = wait_until(lambda: completed_files(queue))[0]
     text = (system.folder / "var/files" / job.payload["file"]).read_text()
     assert all(line.startswith(job.result["timestamp"]) for line in text.splitlines())
     assert job.consumer in NAMES
 
     os.kill(pids["consumer:consumer_01"], signal.SIGKILL)
     wait_until(lambda: running(system).get("consumer:consumer_01") not in (None, pids["consumer:consumer_01"]))
+    wait_until(lambda: states_of(queue)["consumer_01"] == ["running", "dead"])
     assert "stopped" in control(system, "-c", "supervisord.conf", "stop", "consumer:consumer_00")
     assert set(running(system)) == names - {"consumer:consumer_00"}
 
@@ -93,16 +116,14 @@ def test_supervisor_runs_it_all_and_leaves_nothing_behind(system):
 
 def test_nobody_outlives_a_supervisor_that_was_killed(system):
     killed = started(system, "supervisord", "-n", "-c", "supervisord.conf")
-    first = wait_until(lambda: len(running(system)) == 5 and running(system))
-    wait_until(lambda: completed_files(system))
+    queue = queue_of(system)
+    first = everything_runs(system, queue)
     killed.kill()
     killed.wait()
     started(system, "supervisord", "-n", "-c", "supervisord.conf")
     wait_until(lambda: set(first) <= set(running(system)))
     wait_until(lambda: all(map(is_gone, first.values())))
-    consumers = system.queue().consumers()
-    states = {name: sorted(each["state"] for each in consumers if each["name"] == name) for name in NAMES}
-    assert states == dict.fromkeys(NAMES, ["running", "stopped"])
+    wait_until(lambda: states_of(queue) == dict.fromkeys(NAMES, ["running", "stopped"]))
     assert "run under the name" not in system.run("admin.py", "doctor").stdout
 
 
@@ -114,24 +135,33 @@ def manage(place, *arguments):
 
 def test_manager_adds_and_removes_consumers_beside_running_ones(system):
     started(system, "supervisord", "-n", "-c", "supervisord.conf")
-    first = wait_until(lambda: len(running(system)) == 5 and running(system))
+    queue = queue_of(system)
+    first = everything_runs(system, queue)
     done = manage(system, "--count", "1", "--queue", "default", "--queue", "50% off")
     assert (done.returncode, done.stdout) == (0, "added consumer2: 3 consumers\n"), done.stderr
     added = {f"consumer2:consumer2_0{number}" for number in range(3)}
-    everything = wait_until(lambda: len(running(system)) == 8 and running(system))
+    everything = wait_until(lambda: len(found := running(system)) == 8 and found)
     assert set(everything) == set(first) | added
     assert {name: everything[name] for name in first} == first
-    queue = system.queue()
-    queue.enqueue_many("unknown", range(300), max_attempts=1)
     names = {name.split(":")[1] for name in everything if "consumer" in name}
-    wait_until(lambda: {job.consumer for job in queue.list_jobs(task="unknown", limit=300)} == names)
+    wait_until(lambda: set(states_of(queue)) == names)
+
+    def all_have_worked():
+        queue.enqueue_many("unknown", range(30), max_attempts=1)
+        return {job.consumer for job in unknown_jobs(queue)} >= names
+
+    wait_until(all_have_worked)
     assert {tuple(each["queues"] or ()) for each in queue.consumers()} == {(), ("default", "50% off")}
 
     done = manage(system, "--remove", "consumer2")
     assert (done.returncode, done.stdout) == (0, "removed consumer2\n")
     assert running(system) == first
-    assert {job.attempts for job in queue.list_jobs(task="unknown", limit=300)} == {1}
+    wait_until(lambda: {(job.state, job.attempts) for job in unknown_jobs(queue)} == {("failed", 1)})
     assert [path.name for path in (system.folder / "var/supervisor.d").iterdir()] == []
+
+
+def unknown_jobs(queue):
+    return queue.list_jobs(task="unknown", limit=1_000_000)
 
 
 def test_added_group_is_there_again_after_a_restart_of_supervisor(system):
@@ -154,7 +184,7 @@ def test_manager_tells_what_is_wrong_in_one_line(system):
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "start it with supervisord -c supervisord.conf" in done.stderr
     started(system, "supervisord", "-n", "-c", "supervisord.conf")
-    before = wait_until(lambda: len(running(system)) == 5 and running(system))
+    before = everything_runs(system, queue_of(system))
     for arguments, code, message in [
         (["--remove", "consumer"], 1, "expected a group that was added here (none), got 'consumer'"),
         (["--remove", "../../etc"], 1, "expected a group"),
@@ -171,7 +201,7 @@ def test_manager_tells_what_is_wrong_in_one_line(system):
 
 def test_monitor_shows_what_supervisor_runs(system):
     started(system, "supervisord", "-n", "-c", "supervisord.conf")
-    wait_until(lambda: len(running(system)) == 5 and completed_files(system))
+    everything_runs(system, queue_of(system))
     done = subprocess.run(
         [sys.executable, "admin.py", "monitor", "--once"],
         cwd=system.folder,
@@ -185,7 +215,8 @@ def test_monitor_shows_what_supervisor_runs(system):
 
 def test_honcho_runs_the_same_programs(system):
     honcho = started(system, "honcho", "start", "-c", "consumer=2")
-    wait_until(lambda: honcho.out.read_text().count("started consumer=") == 2 and completed_files(system))
+    queue = queue_of(system)
+    wait_until(lambda: honcho.out.read_text().count("started consumer=") == 2 and completed_files(queue))
     honcho.send_signal(signal.SIGINT)
     honcho.wait(60)
     out = honcho.out.read_text()
