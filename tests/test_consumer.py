@@ -7,8 +7,8 @@ import re
 import signal
 import sqlite3
 import subprocess
-import time
-from contextlib import closing
+from contextlib import closing, suppress
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -31,6 +31,12 @@ def slow(job):
     Path("slow-started").write_text(str(os.getpid()))
     deadline = time.monotonic() + job.payload
     while time.monotonic() < deadline: time.sleep(0.01)
+    return os.getpid()
+
+@task()
+def patient(job):
+    Path("slow-started").write_text(str(os.getpid()))
+    while not Path("go-on").exists(): time.sleep(0.01)
     return os.getpid()
 
 @task()
@@ -94,7 +100,7 @@ def test_consumer_does_right_by_all_jobs_whatever_their_handlers_do(tasks):
         "Object of type set is not JSON serializable",
         "hang": "TimeoutError: timed out after 0.2 s",
         "unknown": "LookupError: unknown task 'unknown'; this consumer knows boom, chain, die, hang, hopeless, leave, "
-        "prepend_timestamp, quick, slow, unstorable: give it --import MODULE",
+        "patient, prepend_timestamp, quick, slow, unstorable: give it --import MODULE",
     }
     assert jobs["chain"].result == "chained"
     assert len(queue.list_jobs(task="quick", state="completed")) == 51
@@ -105,16 +111,9 @@ def test_job_that_kills_its_process_is_set_aside_and_the_others_complete(tasks):
     queue = tasks.queue()
     queue.enqueue("die", priority=1)
     queue.enqueue_many("quick", range(100))
-    names = []
-
-    def run_until_done():
-        if not queue.stats()["states"]["pending"] + queue.stats()["states"]["processing"]:
-            return True
-        names.append(f"c{len(names)}")
-        drain(tasks, "--name", names[-1])
-        return False
-
-    wait_until(run_until_done)
+    for number in range(3):
+        assert drain(tasks, "--name", f"c{number}").returncode == -signal.SIGKILL
+    assert drain(tasks, "--name", "last").returncode == 0
     poison = queue.list_jobs(task="die")[0]
     assert poison.state == "failed"
     assert poison.attempts == 3
@@ -132,7 +131,7 @@ def test_first_term_finishes_the_job_and_the_second_gives_it_back(tasks):
     child = tasks.start("consumer.py", "--import", "my_tasks")
     wait_until(lambda: (tasks.folder / "slow-started").exists())
     child.send_signal(signal.SIGTERM)
-    assert child.wait(20) == 0
+    assert child.wait(60) == 0
     assert queue.get(job_id).state == "completed"
 
     (tasks.folder / "slow-started").unlink()
@@ -140,10 +139,8 @@ def test_first_term_finishes_the_job_and_the_second_gives_it_back(tasks):
     child = tasks.start("consumer.py", "--import", "my_tasks")
     wait_until(lambda: (tasks.folder / "slow-started").exists())
     child.send_signal(signal.SIGINT)
-    wait_until(lambda: queue.get(job_id).state == "processing")
-    time.sleep(0.1)  # two signals at once would be one
-    child.send_signal(signal.SIGINT)
-    assert child.wait(20) == 0
+    child.send_signal(signal.SIGTERM)  # two of one kind at once would be one
+    assert child.wait(60) == 0
     job = queue.get(job_id)
     assert (job.state, job.attempts) == ("pending", 0)
 
@@ -152,35 +149,49 @@ def test_idle_consumer_ends_at_once_when_told(tasks):
     child = tasks.start("consumer.py", "--name", "idle")
     wait_until(lambda: "started" in child.out.read_text())
     child.send_signal(signal.SIGTERM)
-    assert child.wait(20) == 0
+    assert child.wait(60) == 0
     assert "stopped consumer=idle completed=0 failed=0" in child.out.read_text()
 
 
-def test_job_of_a_killed_consumer_runs_elsewhere_within_two_seconds(tasks):
+def test_job_of_a_killed_consumer_runs_elsewhere_before_its_lease_is_over(tasks):
     queue = tasks.queue()
-    queue.enqueue("slow", 600)
+    job_id = queue.enqueue("slow", 600)
     children = {c.pid: c for c in (tasks.start("consumer.py", "--import", "my_tasks") for _ in range(2))}
     first = int(wait_until(lambda: (tasks.folder / "slow-started").exists() and read(tasks, "slow-started")))
     children[first].kill()
-    killed = time.monotonic()
     wait_until(lambda: read(tasks, "slow-started") not in ("", str(first)))
-    assert time.monotonic() - killed < 2
+    (event,) = queue.history(job_id)
+    assert event["event"] == "died"
+    assert event["at"] < queue.get(job_id).created_at + pqueue.LEASE_SECONDS
 
 
 def read(place, name):
     return (place.folder / name).read_text()
 
 
+def stop(child, queue):
+    """Stop a process where it holds nothing that others wait for."""
+    while True:
+        child.send_signal(signal.SIGSTOP)
+        wait_until(lambda: " T " in Path(f"/proc/{child.pid}/stat").read_text())
+        with closing(sqlite3.connect(queue.path, isolation_level=None, timeout=0)) as db:
+            with suppress(sqlite3.OperationalError):
+                db.execute("BEGIN IMMEDIATE")
+                return
+        child.send_signal(signal.SIGCONT)
+
+
 def test_consumer_stopped_past_its_lease_loses_the_job_and_changes_nothing(tasks):
     queue = tasks.queue()
-    job_id = queue.enqueue("slow", 3)
+    job_id = queue.enqueue("patient")
     stopped = tasks.start("consumer.py", "--import", "my_tasks", "--lease-seconds", 1, "--name", "stopped")
     wait_until(lambda: (tasks.folder / "slow-started").exists())
-    stopped.send_signal(signal.SIGSTOP)
+    stop(stopped, queue)
     heir = tasks.start("consumer.py", "--import", "my_tasks", "--name", "heir")
     wait_until(lambda: queue.get(job_id).consumer == "heir")
     stopped.send_signal(signal.SIGCONT)
     wait_until(lambda: "lost consumer=stopped job=1" in stopped.out.read_text())
+    (tasks.folder / "go-on").touch()
     job = wait_until(lambda: queue.get(job_id).state == "completed" and queue.get(job_id))
     assert (job.consumer, job.attempts, job.result) == ("heir", 2, heir.pid)
 
@@ -229,17 +240,18 @@ def test_consumer_waits_for_a_locked_database_and_says_so(tasks):
         child = tasks.start("consumer.py", "--import", "my_tasks", "--drain")
         wait_until(lambda: "waiting" in child.out.read_text())
         db.execute("ROLLBACK")
-    assert child.wait(30) == 0
+    assert child.wait(60) == 0
     assert queue.get(job_id).state == "completed"
 
 
 def test_consumer_outlives_a_lock_that_is_longer_than_its_lease(tasks):
     queue = tasks.queue()
-    job_id = queue.enqueue("slow", 0.5)
+    job_id = queue.enqueue("patient")
     child = tasks.start("consumer.py", "--import", "my_tasks", "--lease-seconds", 1)
     wait_until(lambda: (tasks.folder / "slow-started").exists())
     with closing(sqlite3.connect(queue.path, isolation_level=None)) as db:
         db.execute("BEGIN IMMEDIATE")
+        (tasks.folder / "go-on").touch()
         wait_until(lambda: f"job={job_id}" in child.out.read_text() and "left to its lease" in child.out.read_text())
         db.execute("ROLLBACK")
     wait_until(lambda: queue.get(job_id).state == "completed")
@@ -376,7 +388,7 @@ def test_producer_ends_between_jobs_when_told(place):
     child = place.start("producer.py", "--interval", 600)
     wait_until(lambda: "enqueued" in child.out.read_text())
     child.send_signal(signal.SIGTERM)
-    assert child.wait(20) == 0
+    assert child.wait(60) == 0
 
 
 @pytest.mark.parametrize("hold", ["lock", "limit"])
@@ -390,7 +402,7 @@ def test_producer_waits_for_room_and_leaves_nothing_half_done(place, hold):
         child = place.start("producer.py", "--count", 1)
         wait_until(lambda: "waiting" in child.out.read_text())
         child.send_signal(signal.SIGTERM)
-        assert child.wait(30) == 0
+        assert child.wait(60) == 0
     assert names(place, "*") == []
     queue.limit("default", None)
     assert place.run("producer.py", "--count", 1).returncode == 0
