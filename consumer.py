@@ -552,7 +552,7 @@ def main(arguments: list[str] | None = None) -> int:
     files_directory = options.directory
     with _closing(queue):
         code = _consume(queue, options)
-    on_end(signal.SIG_DFL)  # a thread that a task left may keep the process, and a signal should end it
+        on_end(signal.SIG_DFL)  # a thread that a task left may keep the process, and a signal should end it
     return code
 
 

@@ -84,8 +84,13 @@ def drain(tasks):
     return tasks.run("consumer.py", "--import", "my_tasks", "--drain")
 
 
+def read(tasks, name):
+    path = tasks.folder / name
+    return path.exists() and path.read_text()
+
+
 def started(tasks):
-    return (tasks.folder / "started").exists()
+    return read(tasks, "started")
 
 
 OPEN_AND_CLOSE = f"""
@@ -114,7 +119,7 @@ def test_hung_up_consumer_finishes_its_job_and_ends(tasks):
     wait_until(lambda: started(tasks))
     child.send_signal(signal.SIGHUP)
     (tasks.folder / "go-on").touch()
-    assert child.wait(20) == 0
+    assert child.wait(60) == 0
     assert queue.get(job_id).state == "completed"
     assert "stopped consumer=" in child.out.read_text()
 
@@ -141,7 +146,7 @@ def test_hung_up_producer_ends_between_jobs(place):
     child = place.start("producer.py", "--interval", 600)
     wait_until(lambda: "enqueued" in child.out.read_text())
     child.send_signal(signal.SIGHUP)
-    assert child.wait(20) == 0
+    assert child.wait(60) == 0
 
 
 def test_programs_under_nohup_outlive_the_terminal(place):
@@ -191,10 +196,10 @@ def test_child_of_a_task_does_not_hide_that_its_consumer_died(tasks):
     wait_until(lambda: started(tasks))
     child.kill()
     try:
-        job = wait_until(lambda: queue.dequeue("heir"), seconds=10)
+        job = wait_until(lambda: queue.dequeue("heir"), seconds=30)
         assert (job.id, job.attempts) == (job_id, 2)
     finally:
-        os.kill(int((tasks.folder / "child").read_text()), signal.SIGKILL)
+        os.kill(int(wait_until(lambda: read(tasks, "child"))), signal.SIGKILL)
 
 
 def test_task_that_becomes_another_program_is_known_to_be_gone(tasks):
@@ -202,7 +207,7 @@ def test_task_that_becomes_another_program_is_known_to_be_gone(tasks):
     job_id = queue.enqueue("become")
     child = consumer(tasks, "--name", "changeling")
     wait_until(lambda: started(tasks))
-    job = wait_until(lambda: queue.dequeue("heir"), seconds=10)
+    job = wait_until(lambda: queue.dequeue("heir"), seconds=30)
     assert (job.id, job.attempts, job.error) == (job_id, 2, "consumer changeling died in attempt 1 of 3")
     assert child.poll() is None
 
@@ -218,6 +223,33 @@ def test_threads_that_die_in_a_task_harm_neither_job_nor_consumer(tasks):
     assert queue.stats()["states"]["completed"] == 2
 
 
+CLOSE_SLOWLY = """
+import pqueue, time
+from pathlib import Path
+close = pqueue.PersistentQSQLite.close
+
+def slowly(queue):
+    close(queue)
+    Path("closed").touch()
+    while not Path("go-on").exists(): time.sleep(0.01)
+
+pqueue.PersistentQSQLite.close = slowly
+"""
+
+
+def test_second_signal_ends_a_consumer_that_is_closing_its_queue(tasks):
+    tasks.write("close_slowly.py", CLOSE_SLOWLY)
+    queue = tasks.queue()
+    job_id = queue.enqueue("leave_thread")
+    child = consumer(tasks, "--import", "close_slowly")
+    wait_until(lambda: queue.get(job_id).state == "completed")
+    child.send_signal(signal.SIGTERM)
+    wait_until(lambda: (tasks.folder / "closed").exists())
+    child.send_signal(signal.SIGTERM)
+    (tasks.folder / "go-on").touch()
+    assert child.wait(60) in (0, -signal.SIGTERM)
+
+
 def test_thread_that_a_task_left_keeps_the_process_but_not_against_a_second_signal(tasks):
     queue = tasks.queue()
     job_id = queue.enqueue("leave_thread")
@@ -227,7 +259,7 @@ def test_thread_that_a_task_left_keeps_the_process_but_not_against_a_second_sign
     wait_until(lambda: "stopped consumer=" in child.out.read_text())
     wait_until(lambda: {each["state"] for each in queue.consumers()} == {"stopped"})
     child.send_signal(signal.SIGTERM)
-    assert child.wait(20) in (0, -signal.SIGTERM)
+    assert child.wait(60) in (0, -signal.SIGTERM)
 
 
 @pytest.mark.parametrize("parent", ["ends", "closes"])
@@ -335,17 +367,19 @@ sys.exit("told to end")
 
 def test_daemon_threads_cut_off_at_exit_lose_nothing_that_returned(place):
     code = """
-import os, pqueue, threading, time
+import os, pqueue, threading
 queue = pqueue.open_queue()
+busy = [threading.Event() for _ in range(3)]
 
-def work(name):
+def work(name, busy):
     while True:
         os.write(1, f"{queue.enqueue('t')}\\n".encode())
         queue.dequeue(name)
+        busy.set()
 
 for n in range(3):
-    threading.Thread(target=work, args=[f"worker {n}"], daemon=True).start()
-time.sleep(0.3)
+    threading.Thread(target=work, args=[f"worker {n}", busy[n]], daemon=True).start()
+for each in busy: each.wait()
 """
     done = script(place, code)
     assert (done.returncode, done.stderr) == (0, "")
@@ -353,8 +387,8 @@ time.sleep(0.3)
     acknowledged = {int(line) for line in done.stdout.splitlines()}
     assert acknowledged <= {job.id for job in queue.list_jobs(limit=1_000_000)}
     held = len(queue.list_jobs(state="processing", limit=1_000_000))
-    while job := queue.dequeue("heir"):
-        queue.complete(job)
+    while any(queue.count_jobs(state=state) for state in ("pending", "processing")):  # a thousand come back at a time
+        queue.complete(wait_until(lambda: queue.dequeue("heir")))
     assert held
     assert set(queue.stats()["states"].values()) == {0, len(queue.list_jobs(limit=1_000_000))}
     assert queue.check()["quick_check"] == "ok"
@@ -393,7 +427,7 @@ def test_consumer_whose_supervisor_dies_in_a_job_is_told_of_and_ends_with_the_jo
     command = tasks.command("consumer.py", "--import", "my_tasks")
     keep = ["sh", "-c", '"$@" & wait', "supervisord", *command]
     supervisor = tasks.start_command(keep, SUPERVISOR_ENABLED="1", SUPERVISOR_PROCESS_NAME="w")
-    orphan = int(wait_until(lambda: started(tasks) and (tasks.folder / "started").read_text()))
+    orphan = int(wait_until(lambda: started(tasks)))
     supervisor.kill()
     tasks.start_command(command, SUPERVISOR_PROCESS_NAME="w")
     wait_until(lambda: [each["name"] for each in queue.consumers() if each["state"] == "running"] == ["w", "w"])
@@ -425,5 +459,5 @@ def test_life_does_not_hang_on_the_name_of_the_host(place):
     job_id = queue.enqueue("slow")
     wait_until(lambda: started(place))
     child.kill()
-    job = wait_until(lambda: queue.dequeue("heir"), seconds=10)
+    job = wait_until(lambda: queue.dequeue("heir"), seconds=30)
     assert (job.id, job.error) == (job_id, "consumer w died in attempt 1 of 3")
