@@ -36,6 +36,7 @@ EFFECT = "INSERT INTO effects SELECT id, lease_token IS NOT ? FROM jobs WHERE id
 def produce(folder: Path, durability: str, name: str) -> None:
     """Enqueue without end; note each job when `enqueue` has returned."""
     queue = PersistentQSQLite(folder / "queue.db", durability=durability)
+    _begun(folder, name).touch()
     with (folder / f"{name}.acknowledged").open("a") as acknowledged:
         while True:
             with suppress(QueueBusy):
@@ -48,6 +49,7 @@ def produce(folder: Path, durability: str, name: str) -> None:
 def consume(folder: Path, durability: str, name: str, drain: bool = False) -> None:
     """Complete jobs, each with its effect in the same transaction; drain: until there are none."""
     queue = PersistentQSQLite(folder / "queue.db", durability=durability)
+    _begun(folder, name).touch()
     while True:
         with suppress(QueueBusy):
             job = queue.dequeue(name, lease_seconds=LEASE_SECONDS)
@@ -67,6 +69,11 @@ def consume(folder: Path, durability: str, name: str, drain: bool = False) -> No
             except LeaseLost:
                 with (folder / f"{name}.refused").open("a") as refused:
                     refused.write(f"{job.id}\n")
+
+
+def _begun(folder: Path, name: str) -> Path:
+    """Return the file that says that this process has come up: a slow machine would do nothing else than start some."""
+    return folder / f"{name}.begun"
 
 
 class Torture:
@@ -113,6 +120,7 @@ class Torture:
 
     def _start(self, name: str) -> None:
         work = produce if name.startswith("producer") else consume
+        _begun(self.folder, name).unlink(missing_ok=True)
         self._children[name] = self._context.Process(target=work, args=(self.folder, self.durability, name))
         self._children[name].start()
 
@@ -122,7 +130,7 @@ class Torture:
             if time.monotonic() > at + 2 * LEASE_SECONDS:
                 del self._stopped[other]
                 self._signal(other, signal.SIGCONT)
-        if name in self._stopped:
+        if name in self._stopped or not _begun(self.folder, name).exists():
             return
         if random.randrange(4) == 0:
             self._signal(name, signal.SIGSTOP)

@@ -558,11 +558,13 @@ class TestPrograms:
         jobs = int(os.environ.get("PQUEUE_TEST_JOBS", "3000")) // 6
         wait_until(lambda: queue.stats()["states"]["completed"] > 10, 60)
         while sum(queue.stats()["states"].values()) < jobs:
+            done = queue.stats()["states"]["completed"]
             victim = chance.randrange(len(children))
             children[victim].kill()
             children[victim].wait()
             children[victim] = place.start(*programs[victim], **variables)
-            time.sleep(0.2)
+            time.sleep(0.2)  # then let them get on: starting them may take a slow machine all its time
+            wait_until(lambda n=done: queue.stats()["states"]["completed"] > n + len(children), 300)
         for child, (program, *_) in zip(children, programs, strict=True):
             if program == "producer.py":
                 child.kill()
