@@ -87,7 +87,7 @@ class Actor:
             self.ids.append(job_id)
 
     def dequeue(self) -> None:
-        self.queue._looked_for_dead = -math.inf if self.chance.random() < 0.3 else self.queue._looked_for_dead
+        self.queue._looked_for_dead = -math.inf if self.chance.random() < 0.3 else math.inf  # by no clock
         queues = self.chance.choice([None, None, ["a"], ["b", "a"]])
         options = {"queues": queues, "lease_seconds": LEASE, "now": self.clock}
         if self.held and self.chance.random() < 0.5:
@@ -458,16 +458,16 @@ def at_once(seed: int, url: str, folder: Path, steps: int, deaths: int) -> list[
     for n in range(deaths):
         time.sleep(chance.uniform(0.05, 0.3))
         name, child = running.pop(chance.randrange(len(running)))
+        at = time.monotonic_ns()  # at the earliest: others may see the death before we do
         os.kill(child, signal.SIGKILL)
-        status = os.waitpid(child, 0)[1]
-        if status:
-            killed.append((name, time.monotonic_ns()))
+        if os.waitpid(child, 0)[1]:
+            killed.append((name, at))
         running.append(begin(f"process {n + 4}", url, seed * 100 + n + 4, steps, folder))
     for _, child in running:
         assert os.waitpid(child, 0)[1] == 0
     calls: dict[tuple[str, int], Call] = {}
     for file in folder.glob("*.calls"):
-        for line in file.read_text().splitlines():
+        for line in file.read_text().split("\n")[:-1]:  # a kill may cut the last
             call = json.loads(line)
             calls[call["actor"], call["number"]] = call
     ends = [{"actor": name, "number": 0, "verb": "die", "now": 0, "began": at, "ended": at} for name, at in killed]
