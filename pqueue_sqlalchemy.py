@@ -73,6 +73,12 @@ def _setting(values: dict[str, Any], *, for_good: bool) -> str:
     return "SELECT " + ", ".join(f"set_config('{name}', '{value}', {not for_good})" for name, value in values.items())
 
 
+# What is read for the statements after it must stay as it is until they are done.
+LOCKS = {
+    pqueue.EXPIRED: " FOR UPDATE SKIP LOCKED",
+    pqueue.ORPHANED: " FOR UPDATE SKIP LOCKED",
+    pqueue.RECORD: " FOR UPDATE",
+}
 AS_USUAL = _setting({"plan_cache_mode": "auto", **dict.fromkeys(PLANNER, "on")}, for_good=False)
 
 
@@ -140,20 +146,19 @@ def translated(sql: str) -> tuple[bytes, list[str]]:
 
 
 def _in_dialect(sql: str) -> str:
-    claims = "UPDATE jobs SET state = 'processing'" in sql or sql.startswith("SELECT attempts")
+    takes = "UPDATE jobs SET state = 'processing'" in sql or sql.startswith("SELECT attempts")
+    if sql == pqueue.PROMOTE:
+        sql = sql.replace("state = 'scheduled' AND id IN\n    (SELECT", "id = ANY (ARRAY(SELECT")
+        sql = sql.replace("LIMIT :limit)", "LIMIT :limit FOR UPDATE SKIP LOCKED))")
+    sql += LOCKS.get(sql, "")
     sql = PER_QUEUE.sub(r"queues q CROSS JOIN LATERAL (SELECT *\2) jobs WHERE \1 true", sql)
     # A plan is made once, perhaps while jobs are few: it must not be able to go through all that come to a state.
     sql = EARLIEST.sub(r"SELECT (SELECT \1 FROM jobs WHERE state = \2 ORDER BY \1 LIMIT 1)", sql)
     sql = sql.replace("state = 'processing' AND lease_token =", "lease_token =")  # who has one is, by the CHECK
-    if claims:
+    if takes:
         sql = sql.replace("LIMIT :limit) jobs", "LIMIT :limit FOR UPDATE SKIP LOCKED) jobs")
         sql = sql.replace("LIMIT :limit) mine", "LIMIT :limit FOR UPDATE SKIP LOCKED) mine")
         sql = sql.replace("id IN (SELECT", "id = ANY (ARRAY(SELECT").replace(")\nRETURNING", "))\nRETURNING")
-    elif sql == pqueue.PROMOTE:
-        sql = sql.replace("state = 'scheduled' AND id IN\n    (SELECT", "id = ANY (ARRAY(SELECT")
-        sql = sql.replace("LIMIT :limit)", "LIMIT :limit FOR UPDATE SKIP LOCKED))")
-    elif sql in (pqueue.EXPIRED, pqueue.ORPHANED):
-        sql += " FOR UPDATE SKIP LOCKED"
     return sql
 
 

@@ -1,0 +1,204 @@
+"""Two verbs at once on PostgreSQL: before each statement of one, the other is done whole, or as far as it can be.
+
+What both answer and what they leave must be as if one had been called after the other. But a claim may find nothing,
+as it passes over what another has locked.
+"""
+
+# ruff: noqa: F401, F811 - pytest finds fixtures by their names
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from itertools import count, product
+from typing import Any
+from unittest import mock
+
+import psycopg
+from test_postgres import database, server
+
+from pqueue import Job, QueueError
+from pqueue_sqlalchemy import PersistentQSQLAlchemy, PostgresSession
+
+NOW = 1_800_000_000.0
+Verb = Callable[[Any, str, Job], Any]
+
+
+def claim(queue, me, *, limit=1, now=NOW, settled=(), dead=None):
+    """Take jobs, in one statement; or in several, looking for the dead before; or none, and recover none."""
+    if me in STARVED:
+        limit, now, dead = 0, NOW, None
+    queue._looked_for_dead = math.inf if dead is None else -math.inf
+    with mock.patch.object(queue, "_look_for_dead", lambda: dead):
+        return queue.complete_and_dequeue(settled, me, limit, now=now)
+
+
+def together(*verbs: Verb) -> Verb:
+    def in_transaction(queue, me, job):
+        with queue.transaction():
+            return [verb(queue, me, job) for verb in verbs]
+
+    return in_transaction
+
+
+STARVED: set[str] = set()  # whose claims find nothing
+ANNA = "a" * 16  # the token of a consumer that holds the job
+
+VERBS: dict[str, Verb] = {
+    "enqueue": lambda queue, me, job: queue.enqueue("t", key="k", now=NOW),
+    "claim": lambda queue, me, job: claim(queue, me),
+    "claim step by step": lambda queue, me, job: claim(queue, me, limit=2, dead=[]),
+    "recover": lambda queue, me, job: claim(queue, me, now=NOW + 1000, dead=[]),
+    "bury": lambda queue, me, job: claim(queue, me, dead=[ANNA]),
+    "exchange": lambda queue, me, job: claim(queue, me, settled=[(job, 1)]),
+    "complete": lambda queue, me, job: queue.complete(job, 1, now=NOW),
+    "fail": lambda queue, me, job: queue.fail(job, "no", retry_in_seconds=10, now=NOW),
+    "release": lambda queue, me, job: queue.release(job, now=NOW),
+    "extend": lambda queue, me, job: queue.extend(job, 5000, now=NOW),
+    "update": lambda queue, me, job: queue.update(job, progress=0.5),
+    "resubmit": lambda queue, me, job: queue.resubmit(job.id, by=me, now=NOW),
+    "mark failed": lambda queue, me, job: queue.mark_failed(job.id, by=me, now=NOW),
+    "cancel": lambda queue, me, job: queue.cancel(job.id, by=me, now=NOW),
+    "assign": lambda queue, me, job: queue.assign(job.id, me, by=me, now=NOW),
+    "cancel and enqueue": together(
+        lambda queue, me, job: queue.cancel(job.id, by=me, now=NOW),
+        lambda queue, me, job: queue.enqueue("t", key="k", now=NOW),
+    ),
+}
+
+HOLDERS = {"bury", "exchange", "complete", "fail", "release", "extend", "update"}  # of use while the job runs
+
+STATES = {  # attempts, lease, finished
+    "scheduled": (0, None, None),
+    "pending": (0, None, None),
+    "processing": (1, f"{ANNA}.1", None),
+    "failed": (2, None, NOW - 1000),
+}
+
+
+class Stop:
+    """Where a thread waits: before its n-th statement, the COMMIT among them."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.seen = at, 0
+        self.is_there, self.go_on = threading.Event(), threading.Event()
+
+    def pass_by(self) -> None:
+        self.seen += 1
+        if self.seen == self.at:
+            self.is_there.set()
+            self.go_on.wait(30)
+
+
+class Stage:
+    """A queue for each of two callers, who have a thread each, and what they find before each play."""
+
+    def __init__(self, url: str, undo: ExitStack) -> None:
+        self.db = undo.enter_context(psycopg.connect(url, autocommit=True, options="-c search_path=pqueue,public"))
+        self.queues = {me: undo.enter_context(closing(PersistentQSQLAlchemy(url))) for me in ("first", "second")}
+        self.threads = {me: undo.enter_context(ThreadPoolExecutor(1)) for me in self.queues}
+        for me in self.queues:
+            self.threads[me].submit(self.queues[me].heartbeat, me).result()
+
+    def set(self, state: str) -> Job:
+        attempts, token, finished = STATES[state]
+        self.db.execute(
+            "DELETE FROM jobs; DELETE FROM history; DELETE FROM queues; ALTER SEQUENCE jobs_id_seq RESTART;"
+            f"INSERT INTO queues (name) VALUES ('default'); DELETE FROM consumers WHERE token = '{ANNA}';"
+            "INSERT INTO consumers (name, token, host, pid, tasks, started_at, last_seen_at, state) "
+            f"VALUES ('anna', '{ANNA}', '', 1, '[]', 0, 0, 'running')"
+        )
+        columns = "task, payload, priority, max_attempts, created_at, queue, key, state, run_at, attempts, finished_at"
+        self.db.execute(
+            f"INSERT INTO jobs ({columns}, lease_token, lease_expires_at) VALUES "
+            "('t', '1', 0, 2, 1, 'default', 'k', %s, %s, %s, %s, %s, %s)",
+            (state, NOW + 100 * (state == "scheduled"), attempts, finished, token, token and NOW + 60),
+        )
+        return self.queues["first"].get(1)
+
+    def call(self, me: str, verb: Verb, job: Job, stop: Stop | None = None) -> Future[Any]:
+        def answer():
+            self.queues[me]._session().stop = stop
+            try:
+                return str(shown(verb(self.queues[me], me, job)))
+            except QueueError as error:
+                return repr(error)
+
+        return self.threads[me].submit(answer)
+
+    def found(self) -> str:
+        jobs = "CASE id WHEN 1 THEN 'old' ELSE 'new' END, state, attempts, consumer, substr(lease_token, 1, 16),"
+        jobs += "lease_expires_at, assigned_to, run_at, error, progress, result, finished_at FROM jobs ORDER BY id"
+        history = "event, actor, attempt, error FROM history ORDER BY id"
+        return str([self.db.execute(f"SELECT {what}").fetchall() for what in (jobs, history)])
+
+    def someone_waits(self) -> bool:
+        return bool(self.db.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchall())
+
+    def in_turn(self, state: str, verbs: dict[str, Verb], order: tuple[str, ...]) -> tuple[Any, ...]:
+        job = self.set(state)
+        answers = {me: self.call(me, verbs[me], job).result() for me in order}
+        return answers.get("first"), answers.get("second"), self.found()
+
+    def at_once(self, state: str, verbs: dict[str, Verb]) -> Iterator[tuple[Any, ...]]:
+        for at in count(2):  # before the first, the other simply comes before
+            job, stop = self.set(state), Stop(at)
+            first = self.call("first", verbs["first"], job, stop)
+            first.add_done_callback(lambda _, stop=stop: stop.is_there.set())
+            stop.is_there.wait(30)
+            if first.done():
+                return
+            second = self.call("second", verbs["second"], job)
+            while not second.done() and not self.someone_waits():
+                pass
+            stop.go_on.set()
+            yield first.result(), second.result(), self.found()
+
+
+def shown(answer: Any) -> Any:
+    """Tell jobs by their ids, and all new ones alike."""
+    if isinstance(answer, (list, tuple)) and not isinstance(answer, Job):
+        return [shown(each) for each in answer]
+    job_id = answer.id if isinstance(answer, Job) else answer
+    return "new" if isinstance(job_id, int) and job_id > 1 else job_id
+
+
+def stopping(method):
+    def stop_before(session, *arguments):
+        if stop := getattr(session, "stop", None):
+            stop.pass_by()
+        return method(session, *arguments)
+
+    return stop_before
+
+
+def in_turn(stage: Stage, state: str, verbs: dict[str, Verb]) -> Iterator[tuple[Any, ...]]:
+    """Yield what may come of it, what is likely first."""
+    for starved in (set(), {"first"}, {"second"}):
+        with mock.patch(f"{__name__}.STARVED", starved):
+            yield stage.in_turn(state, verbs, ("first", "second"))
+            yield stage.in_turn(state, verbs, ("second", "first"))
+
+
+def test_two_verbs_at_once_do_what_one_after_the_other_could(database, monkeypatch):
+    for name in ("_execute", "_commit"):
+        monkeypatch.setattr(PostgresSession, name, stopping(getattr(PostgresSession, name)))
+    wrong, played = [], 0
+    with ExitStack() as undo:
+        stage = Stage(database, undo)
+        for state, first, second in product(STATES, VERBS, VERBS):
+            if first == "exchange" or (state != "processing" and {first, second} & HOLDERS):
+                continue  # an exchange that finds nothing looks again after its commit
+            verbs = {"first": VERBS[first], "second": VERBS[second]}
+            played += len(found := list(stage.at_once(state, verbs)))
+            outcomes = set(found)
+            for possible in in_turn(stage, state, verbs):
+                if not outcomes:
+                    break
+                outcomes.discard(possible)
+            wrong += [(state, first, second, *outcome) for outcome in outcomes]
+    print(f"\n{played} interleavings")
+    assert not wrong, "\n".join(map(str, wrong))
