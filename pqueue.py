@@ -1053,6 +1053,7 @@ class PersistentQInterface(ABC):
         chosen = [{}] if job_ids is None else [{"id": _id(job_id)} for job_id in job_ids]
         where = "1 = 1" if job_ids is None else "id = :id"
         with self._write() as tx:
+            self._lock_out_writers(tx)
             running = sum(len(tx.run(f"SELECT id FROM jobs WHERE state = 'processing' AND {where}", p)) for p in chosen)
             if running and not force:
                 raise InvalidTransition(f"cannot delete jobs: {running} of them are processing")
@@ -1090,6 +1091,7 @@ class PersistentQInterface(ABC):
         """
         with self._write() as source, target._write() as copy:
             self._lock_out_writers(source)
+            target._lock_out_writers(copy)
             if copy.run("SELECT 1 FROM jobs LIMIT 1"):
                 raise QueueError("cannot copy: expected a target without jobs")
             copy.change("DELETE FROM queues")

@@ -146,7 +146,7 @@ def translated(sql: str) -> tuple[bytes, list[str]]:
 
 
 def _in_dialect(sql: str) -> str:
-    takes = "UPDATE jobs SET state = 'processing'" in sql or sql.startswith("SELECT attempts")
+    takes = "UPDATE jobs SET state = 'processing'" in sql or sql.startswith("SELECT attempts") or sql == pqueue.PRUNABLE
     if sql == pqueue.PROMOTE:
         sql = sql.replace("state = 'scheduled' AND id IN\n    (SELECT", "id = ANY (ARRAY(SELECT")
         sql = sql.replace("LIMIT :limit)", "LIMIT :limit FOR UPDATE SKIP LOCKED))")
@@ -750,7 +750,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             raise QueueError(f"cannot back up to {target}: {error.strerror}") from error
 
     def _lock_out_writers(self, tx: Session) -> None:
-        tx.change("LOCK TABLE queues, jobs, history IN SHARE MODE")
+        tx.change("LOCK TABLE jobs IN EXCLUSIVE MODE")  # that every writer needs; one lock makes no deadlock
 
     def _number_on(self, tx: Session) -> None:
         for table in ("jobs", "history"):

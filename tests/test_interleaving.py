@@ -1,7 +1,7 @@
 """Two verbs at once on PostgreSQL: before each statement of one, the other is done whole, or as far as it can be.
 
-What both answer and what they leave must be as if one had been called after the other. But a claim may find nothing,
-as it passes over what another has locked.
+What both answer and what they leave must be as if one had been called after the other. But a claim or a
+prune may find nothing, as it passes over what another has locked.
 """
 
 # ruff: noqa: F401, F811 - pytest finds fixtures by their names
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from itertools import count, product
@@ -18,8 +18,10 @@ from typing import Any
 from unittest import mock
 
 import psycopg
+import pytest
 from test_postgres import database, server
 
+import pqueue
 from pqueue import Job, QueueError
 from pqueue_sqlalchemy import PersistentQSQLAlchemy, PostgresSession
 
@@ -44,7 +46,7 @@ def together(*verbs: Verb) -> Verb:
     return in_transaction
 
 
-STARVED: set[str] = set()  # whose claims find nothing
+STARVED: set[str] = set()  # whose claims and prunes find nothing
 ANNA = "a" * 16  # the token of a consumer that holds the job
 
 VERBS: dict[str, Verb] = {
@@ -63,6 +65,9 @@ VERBS: dict[str, Verb] = {
     "mark failed": lambda queue, me, job: queue.mark_failed(job.id, by=me, now=NOW),
     "cancel": lambda queue, me, job: queue.cancel(job.id, by=me, now=NOW),
     "assign": lambda queue, me, job: queue.assign(job.id, me, by=me, now=NOW),
+    "prune": lambda queue, me, job: 0 if me in STARVED else queue.prune(100, now=NOW),
+    "delete": lambda queue, me, job: queue.delete_jobs([job.id]),
+    "delete all": lambda queue, me, job: queue.delete_jobs(force=True),
     "cancel and enqueue": together(
         lambda queue, me, job: queue.cancel(job.id, by=me, now=NOW),
         lambda queue, me, job: queue.enqueue("t", key="k", now=NOW),
@@ -117,6 +122,9 @@ class Stage:
             "('t', '1', 0, 2, 1, 'default', 'k', %s, %s, %s, %s, %s, %s)",
             (state, NOW + 100 * (state == "scheduled"), attempts, finished, token, token and NOW + 60),
         )
+        self.db.execute(  # which is never pruned
+            f"INSERT INTO jobs ({columns}) VALUES ('t', '2', 0, 2, 1, 'default', NULL, 'completed', 1, 1, 1)"
+        )
         return self.queues["first"].get(1)
 
     def call(self, me: str, verb: Verb, job: Job, stop: Stop | None = None) -> Future[Any]:
@@ -130,7 +138,7 @@ class Stage:
         return self.threads[me].submit(answer)
 
     def found(self) -> str:
-        jobs = "CASE id WHEN 1 THEN 'old' ELSE 'new' END, state, attempts, consumer, substr(lease_token, 1, 16),"
+        jobs = "least(id, 3), state, attempts, consumer, substr(lease_token, 1, 16),"
         jobs += "lease_expires_at, assigned_to, run_at, error, progress, result, finished_at FROM jobs ORDER BY id"
         history = "event, actor, attempt, error FROM history ORDER BY id"
         return str([self.db.execute(f"SELECT {what}").fetchall() for what in (jobs, history)])
@@ -163,7 +171,7 @@ def shown(answer: Any) -> Any:
     if isinstance(answer, (list, tuple)) and not isinstance(answer, Job):
         return [shown(each) for each in answer]
     job_id = answer.id if isinstance(answer, Job) else answer
-    return "new" if isinstance(job_id, int) and job_id > 1 else job_id
+    return "new" if isinstance(job_id, int) and job_id > 2 else job_id
 
 
 def stopping(method):
@@ -183,22 +191,54 @@ def in_turn(stage: Stage, state: str, verbs: dict[str, Verb]) -> Iterator[tuple[
             yield stage.in_turn(state, verbs, ("second", "first"))
 
 
-def test_two_verbs_at_once_do_what_one_after_the_other_could(database, monkeypatch):
+def differing(stage: Stage, plays: Iterable[tuple[str, str, str]]) -> list[tuple[Any, ...]]:
+    """Return what came of these, states and the names of two verbs, that could not have come of one after the other."""
+    wrong, played = [], 0
+    for state, first, second in plays:
+        verbs = {"first": VERBS[first], "second": VERBS[second]}
+        played += len(found := list(stage.at_once(state, verbs)))
+        outcomes = set(found)
+        for possible in in_turn(stage, state, verbs):
+            if not outcomes:
+                break
+            outcomes.discard(possible)
+        wrong += [(state, first, second, *outcome) for outcome in outcomes]
+    print(f"\n{played} interleavings")
+    return wrong
+
+
+@pytest.fixture
+def stage(database, monkeypatch):
     for name in ("_execute", "_commit"):
         monkeypatch.setattr(PostgresSession, name, stopping(getattr(PostgresSession, name)))
-    wrong, played = [], 0
     with ExitStack() as undo:
-        stage = Stage(database, undo)
-        for state, first, second in product(STATES, VERBS, VERBS):
-            if first == "exchange" or (state != "processing" and {first, second} & HOLDERS):
-                continue  # an exchange that finds nothing looks again after its commit
-            verbs = {"first": VERBS[first], "second": VERBS[second]}
-            played += len(found := list(stage.at_once(state, verbs)))
-            outcomes = set(found)
-            for possible in in_turn(stage, state, verbs):
-                if not outcomes:
-                    break
-                outcomes.discard(possible)
-            wrong += [(state, first, second, *outcome) for outcome in outcomes]
-    print(f"\n{played} interleavings")
-    assert not wrong, "\n".join(map(str, wrong))
+        yield Stage(database, undo)
+
+
+def test_two_verbs_at_once_do_what_one_after_the_other_could(stage):
+    of_use = (
+        (state, first, second)
+        for state, first, second in product(STATES, VERBS, VERBS)
+        if first != "exchange"  # which looks again after its commit, when it found nothing
+        and (state == "processing" or not {first, second} & HOLDERS)
+    )
+    assert differing(stage, of_use) == []
+
+
+def test_backup_at_once_with_a_verb_is_of_one_moment(stage, tmp_path, monkeypatch):
+    numbers = count()
+
+    def backup(queue, me, job):
+        path = tmp_path / f"{next(numbers)}.db"
+        queue.backup(path)
+        with closing(pqueue.PersistentQSQLite(path)) as copy:
+            jobs = copy.list_jobs()
+            return [str((jobs, [copy.history(job.id) for job in jobs], copy.stats()["queues"]))]
+
+    def elsewhere(queue, me, job):
+        return queue.enqueue("t", queue="new", now=NOW)
+
+    monkeypatch.setitem(VERBS, "backup", backup)
+    monkeypatch.setitem(VERBS, "enqueue elsewhere", elsewhere)
+    writers = ("enqueue elsewhere", "fail", "cancel", "cancel and enqueue", "prune", "delete")
+    assert differing(stage, product(("processing", "failed"), writers, ("backup",))) == []
