@@ -502,7 +502,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         )
         self._line: Line | None = None
         self._starting = threading.Lock()
-        self._offset, self._asked = 0.0, -CLOCK_SECONDS
+        self._clock = (-CLOCK_SECONDS, 0.0)  # when it was asked, and how far it is ahead, in monotonic seconds
         self._living: tuple[float, set[int] | None] = (0.0, None)
         self._closed = False
         self.pooled = False  # a pooler in between lends a process of the server for a transaction, without our settings
@@ -623,12 +623,14 @@ class OnPostgres(PersistentQSQLAlchemy):
     def _time(self, now: float | None) -> float:
         if now is not None:
             return super()._time(now)
-        if time.monotonic() - self._asked > CLOCK_SECONDS:
-            began = time.monotonic()
+        asked, ahead = self._clock
+        began = time.monotonic()
+        if began - asked > CLOCK_SECONDS:
             server = float(self._read("SELECT EXTRACT(EPOCH FROM clock_timestamp())")[0][0])
-            self._asked = time.monotonic()
-            self._offset = server - (began + self._asked) / 2
-        return time.monotonic() + self._offset
+            ended = time.monotonic()
+            ahead = server - (began + ended) / 2
+            self._clock = (ended, ahead)  # at once: other threads look, too
+        return time.monotonic() + ahead
 
     def _add(self, row: Params) -> int:
         rows = [] if self.in_transaction else self._write().alone(ENQUEUE_AND_RING, row)

@@ -620,6 +620,24 @@ def test_copy_that_fails_leaves_both_as_they_were(place, database):
     target.close()
 
 
+def test_thread_that_looks_while_another_asks_for_the_clock_gets_the_time(database):
+    times = []
+
+    class Watched(pqueue_sqlalchemy.OnPostgres):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if asking:
+                times.append(self._time(None))
+
+    asking = False
+    with closing(Watched(database)) as queue:
+        asking = True
+        queue.enqueue("t")
+        asking = False
+    assert times
+    assert max(abs(at - time.time()) for at in times) < 60
+
+
 def test_consumer_that_has_just_begun_is_not_taken_for_dead(database, monkeypatch):
     monkeypatch.setattr(pqueue_sqlalchemy, "RESTART_SECONDS", 0.0)
     with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
