@@ -62,7 +62,9 @@ EARLIEST = re.compile(r"SELECT min\((\w+)\) FROM jobs WHERE state = ('\w+')")
 # Our statements go through indexes, whatever the statistics say, and by one plan: to plan a claim takes longer than to
 # run it, and the planner expects a tenth of the table from LIMIT :limit.
 PLANNER = ("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin", "enable_sort", "jit")
-ALIVE = "SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = :lock_class AND objsubid = 2 AND granted"
+ALIVE = (
+    f"SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = {LOCK_CLASS} AND objsubid = 2 AND granted"
+)
 # The second is when a standby last followed the primary whose place it took; NULL: it never was a standby.
 UPTIME = """
 SELECT EXTRACT(EPOCH FROM clock_timestamp() - greatest(pg_postmaster_start_time(), pg_last_xact_replay_timestamp()))"""
@@ -73,11 +75,12 @@ def _setting(values: dict[str, Any], *, for_good: bool) -> str:
     return "SELECT " + ", ".join(f"set_config('{name}', '{value}', {not for_good})" for name, value in values.items())
 
 
-# What is read for the statements after it must stay as it is until they are done.
-LOCKS = {
+# What is read for the statements after it must stay as it is until they are done; and who was cut off may be back.
+ADDED = {
     pqueue.EXPIRED: " FOR UPDATE SKIP LOCKED",
     pqueue.ORPHANED: " FOR UPDATE SKIP LOCKED",
     pqueue.RECORD: " FOR UPDATE",
+    pqueue.LEAVE: f" AND (:state = 'stopped' OR slot NOT IN ({ALIVE}))",
 }
 AS_USUAL = _setting({"plan_cache_mode": "auto", **dict.fromkeys(PLANNER, "on")}, for_good=False)
 
@@ -150,7 +153,7 @@ def _in_dialect(sql: str) -> str:
     if sql == pqueue.PROMOTE:
         sql = sql.replace("state = 'scheduled' AND id IN\n    (SELECT", "id = ANY (ARRAY(SELECT")
         sql = sql.replace("LIMIT :limit)", "LIMIT :limit FOR UPDATE SKIP LOCKED))")
-    sql += LOCKS.get(sql, "")
+    sql += ADDED.get(sql, "")
     sql = PER_QUEUE.sub(r"queues q CROSS JOIN LATERAL (SELECT *\2) jobs WHERE \1 true", sql)
     # A plan is made once, perhaps while jobs are few: it must not be able to go through all that come to a state.
     sql = EARLIEST.sub(r"SELECT (SELECT \1 FROM jobs WHERE state = \2 ORDER BY \1 LIMIT 1)", sql)
@@ -707,7 +710,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         unknown = living is not None and slot not in living  # perhaps taken since
         if unknown or time.monotonic() - at > pqueue.DEAD_CHECK_SECONDS / 2:
             started = float(self._read(UPTIME, {})[0][0])
-            rows = self._read(ALIVE, {"lock_class": LOCK_CLASS})
+            rows = self._read(ALIVE)
             recently = started < RESTART_SECONDS or (self._line and self._line.was_cut())
             living = None if recently else {int(row[0]) for row in rows}
             self._living = (time.monotonic(), living)

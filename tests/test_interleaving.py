@@ -113,8 +113,8 @@ class Stage:
         self.db.execute(
             "DELETE FROM jobs; DELETE FROM history; DELETE FROM queues; ALTER SEQUENCE jobs_id_seq RESTART;"
             f"INSERT INTO queues (name) VALUES ('default'); DELETE FROM consumers WHERE token = '{ANNA}';"
-            "INSERT INTO consumers (name, token, host, pid, tasks, started_at, last_seen_at, state) "
-            f"VALUES ('anna', '{ANNA}', '', 1, '[]', 0, 0, 'running')"
+            "INSERT INTO consumers (name, token, host, pid, slot, tasks, started_at, last_seen_at, state) "
+            f"VALUES ('anna', '{ANNA}', '', 1, 1, '[]', 0, 0, 'running')"
         )
         columns = "task, payload, priority, max_attempts, created_at, queue, key, state, run_at, attempts, finished_at"
         self.db.execute(

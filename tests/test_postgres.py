@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import re
@@ -649,6 +650,18 @@ def test_consumer_that_has_just_begun_is_not_taken_for_dead(database, monkeypatc
             assert {each["state"] for each in other.consumers()} == {"running"}
             assert other.dequeue("heir") is None
             new.complete(job)
+
+
+def test_consumer_that_is_back_before_it_is_buried_keeps_its_job(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
+        queue.enqueue("t")
+        job = queue.dequeue("back")
+        other.dequeue("heir")
+        other._looked_for_dead = -math.inf
+        with mock.patch.object(other, "_look_for_dead", return_value=[job.lease_token[:16]]):
+            assert other.dequeue("heir") is None
+        assert {each["state"] for each in other.consumers()} == {"running"}
+        queue.complete(job)
 
 
 @pytest.mark.parametrize("seed", range(5 * SOAK))
