@@ -131,6 +131,8 @@ CLAIM_TOGETHER = _replaced(
     AND state = 'pending' AND id IN""",
     ),
 )
+# A job that has the key already must be neither delivered nor finished before the transaction, which may write for it.
+KEEP = f"SELECT 1 FROM jobs WHERE id = :id AND state IN {pqueue.UNFINISHED} FOR SHARE"
 TAKE = f"""
 WITH taken AS ({CLAIM_TOGETHER})
 SELECT set_config('synchronous_commit', 'off', true), taken.* FROM (SELECT) one LEFT JOIN taken ON true"""
@@ -636,8 +638,13 @@ class OnPostgres(PersistentQSQLAlchemy):
         return time.monotonic() + ahead
 
     def _add(self, row: Params) -> int:
-        rows = [] if self.in_transaction else self._write().alone(ENQUEUE_AND_RING, row)
-        return cast(int, rows[0][0]) if rows else super()._add(row)
+        if not self.in_transaction:
+            rows = self._write().alone(ENQUEUE_AND_RING, row)
+            return cast(int, rows[0][0]) if rows else super()._add(row)
+        job_id = super()._add(row)
+        while row["key"] and not self._read(KEEP, {"id": job_id}):
+            job_id = super()._add(row)
+        return job_id
 
     def _add_many(self, row: Params) -> list[int]:
         rows = [] if self.in_transaction else self._write().alone(f"{ENQUEUE_MANY}, {RING}", row)

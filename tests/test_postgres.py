@@ -330,6 +330,15 @@ class PostgresFiles(PostgresCase):
         self.assertEqual((queue.get(old).state, queue.get(new).state), ("cancelled", "pending"))
         self.assertEqual([event["event"] for event in queue.history(old)], ["cancelled"])
 
+    def test_job_whose_key_a_transaction_was_given_is_not_delivered_before_its_commit(self):
+        queue, other = self.open(), self.open()
+        job_id = queue.enqueue("t", key="k")
+        other.enqueue("another")
+        with queue.transaction():
+            self.assertEqual(queue.enqueue("t", key="k"), job_id)
+            self.assertEqual(other.dequeue("w").task, "another")
+        self.assertEqual(other.dequeue("w").id, job_id)
+
     def test_newer_schema_is_refused(self):
         with self.open().transaction() as db:
             db.execute(sqlalchemy.text("UPDATE pqueue.version SET number = 99"))
