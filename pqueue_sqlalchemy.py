@@ -82,6 +82,11 @@ ADDED = {
     pqueue.RECORD: " FOR UPDATE",
     pqueue.LEAVE: f" AND (:state = 'stopped' OR slot NOT IN ({ALIVE}))",
 }
+# A claim reads the attempts of what it takes, as that need not be what was there when others were read before.
+BEST = f"candidates ORDER BY {pqueue.ORDER} LIMIT :limit)"
+RANKED = "SELECT id, row_number() OVER best AS place, count(*) FILTER (WHERE attempts > 0) OVER best AS again FROM ("
+TOGETHER = f"""candidates WINDOW best AS (ORDER BY {pqueue.ORDER} ROWS UNBOUNDED PRECEDING)) ranked
+    WHERE place <= :limit AND (place = 1 OR again = 0)))"""
 AS_USUAL = _setting({"plan_cache_mode": "auto", **dict.fromkeys(PLANNER, "on")}, for_good=False)
 
 
@@ -94,7 +99,7 @@ def _replaced(sql: str, *pairs: tuple[str, str]) -> str:
 
 
 # Verbs in one statement, and so in one round trip: an enqueue that rings the bell; completions together with a claim,
-# which reads the attempts of what it takes, and takes nothing while there is something to recover.
+# which takes nothing while there is something to recover.
 
 ENQUEUE_AND_RING = f"{pqueue.ENQUEUE}, {RING}"
 ENQUEUE_MANY = _replaced(
@@ -116,15 +121,8 @@ COMPLETE_MANY = _replaced(
            AS done (id, token, result) WHERE jobs.id""",
     ),
 )
-CLAIM_TOGETHER = _replaced(
+CLAIM_IN_TIME = _replaced(
     pqueue.CLAIM,
-    (
-        f"FROM ({pqueue.CANDIDATES}) candidates ORDER BY {pqueue.ORDER} LIMIT :limit",
-        f"""FROM (SELECT id, row_number() OVER best AS place, count(*) FILTER (WHERE attempts > 0) OVER best AS again
-                  FROM ({pqueue.CANDIDATES}) candidates
-                  WINDOW best AS (ORDER BY {pqueue.ORDER} ROWS UNBOUNDED PRECEDING)) ranked
-            WHERE place <= :limit AND (place = 1 OR again = 0)""",
-    ),
     (
         "WHERE state = 'pending' AND id IN",
         f"""WHERE NOT EXISTS (SELECT FROM ({pqueue.OVERDUE}) o (due, expired) WHERE due OR expired)
@@ -134,10 +132,10 @@ CLAIM_TOGETHER = _replaced(
 # A job that has the key already must be neither delivered nor finished before the transaction, which may write for it.
 KEEP = f"SELECT 1 FROM jobs WHERE id = :id AND state IN {pqueue.UNFINISHED} FOR SHARE"
 TAKE = f"""
-WITH taken AS ({CLAIM_TOGETHER})
+WITH taken AS ({CLAIM_IN_TIME})
 SELECT set_config('synchronous_commit', 'off', true), taken.* FROM (SELECT) one LEFT JOIN taken ON true"""
 EXCHANGE = f"""
-WITH done AS ({COMPLETE_MANY}), taken AS ({CLAIM_TOGETHER})
+WITH done AS ({COMPLETE_MANY}), taken AS ({CLAIM_IN_TIME})
 SELECT CASE WHEN (SELECT count(*) FROM done) < :number THEN ARRAY(SELECT id FROM done) END, taken.*
 FROM (SELECT) one LEFT JOIN taken ON true"""
 
@@ -163,7 +161,9 @@ def _in_dialect(sql: str) -> str:
     if takes:
         sql = sql.replace("LIMIT :limit) jobs", "LIMIT :limit FOR UPDATE SKIP LOCKED) jobs")
         sql = sql.replace("LIMIT :limit) mine", "LIMIT :limit FOR UPDATE SKIP LOCKED) mine")
-        sql = sql.replace("id IN (SELECT", "id = ANY (ARRAY(SELECT").replace(")\nRETURNING", "))\nRETURNING")
+        sql = sql.replace("id IN (SELECT id FROM (", f"id = ANY (ARRAY(SELECT id FROM ({RANKED}").replace(
+            BEST, TOGETHER
+        )
     return sql
 
 

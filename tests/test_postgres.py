@@ -330,6 +330,24 @@ class PostgresFiles(PostgresCase):
         self.assertEqual((queue.get(old).state, queue.get(new).state), ("cancelled", "pending"))
         self.assertEqual([event["event"] for event in queue.history(old)], ["cancelled"])
 
+    def test_job_that_was_delivered_before_comes_alone_though_it_comes_at_the_last_moment(self):
+        queue, other = self.open(), self.open()
+        urgent = queue.enqueue("t", priority=1)
+        self.assertIsNotNone(other.dequeue("lost", lease_seconds=10))
+        queue.dequeue("w")
+        queue.enqueue_many("t", range(3))
+        session, now = queue._session(), queue._time(None)
+        execute = session._execute
+
+        def expire_before_the_claim(sql, params):
+            if "UPDATE jobs SET state = 'processing'" in sql:
+                other.complete_and_dequeue((), "w", 0, now=now + 11)
+            return execute(sql, params)
+
+        queue._looked_for_dead = -math.inf  # so that it goes step by step
+        with mock.patch.object(session, "_execute", expire_before_the_claim):
+            self.assertEqual([job.id for job in queue.dequeue_many("w", 3, now=now)], [urgent])
+
     def test_job_whose_key_a_transaction_was_given_is_not_delivered_before_its_commit(self):
         queue, other = self.open(), self.open()
         job_id = queue.enqueue("t", key="k")
