@@ -65,6 +65,9 @@ PLANNER = ("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mer
 ALIVE = (
     f"SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = {LOCK_CLASS} AND objsubid = 2 AND granted"
 )
+WRITING = f"""
+SELECT virtualtransaction FROM pg_locks WHERE relation = '{SCHEMA}.jobs'::regclass AND mode = 'RowExclusiveLock'
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
 # The second is when a standby last followed the primary whose place it took; NULL: it never was a standby.
 UPTIME = """
 SELECT EXTRACT(EPOCH FROM clock_timestamp() - greatest(pg_postmaster_start_time(), pg_last_xact_replay_timestamp()))"""
@@ -662,6 +665,14 @@ class OnPostgres(PersistentQSQLAlchemy):
             super().resubmit(job_id, by=by, now=now)
         except KeyTaken:
             super().resubmit(job_id, by=by, now=now)
+
+    def pause(self, queue: str) -> None:
+        """As everywhere. Claims that began before, and did not see it, have ended when it returns."""
+        super().pause(queue)
+        until = time.monotonic() + self._busy_seconds * (not self.in_transaction)
+        under_way = set(self._read(WRITING))
+        while (under_way := under_way.intersection(self._read(WRITING))) and time.monotonic() < until:
+            time.sleep(0.01)
 
     def _exchange(
         self,

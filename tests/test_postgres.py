@@ -14,7 +14,7 @@ import time
 import unittest
 import uuid
 import zlib
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -329,6 +329,17 @@ class PostgresFiles(PostgresCase):
         self.assertEqual(refusals, [(InvalidTransition, reason)])
         self.assertEqual((queue.get(old).state, queue.get(new).state), ("cancelled", "pending"))
         self.assertEqual([event["event"] for event in queue.history(old)], ["cancelled"])
+
+    def test_claim_that_did_not_see_the_pause_ends_before_it_returns(self):
+        queue, other = self.open(), self.open()
+        self.assertIsNone(other.dequeue("w"))
+        job_id = queue.enqueue("t")
+        with ExitStack() as claim:
+            claim.enter_context(other.transaction())
+            self.assertIsNotNone(other.dequeue("w"))
+            with mock.patch("pqueue_sqlalchemy.time.sleep", side_effect=lambda _: claim.close()):
+                queue.pause("default")
+            self.assertEqual(queue.get(job_id).state, "processing")
 
     def test_job_that_was_delivered_before_comes_alone_though_it_comes_at_the_last_moment(self):
         queue, other = self.open(), self.open()
