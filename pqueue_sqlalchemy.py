@@ -741,7 +741,12 @@ class OnPostgres(PersistentQSQLAlchemy):
                 tx.change("UPDATE consumers SET state = 'running' WHERE token = :token", {"token": me.token})
 
     def _sleep(self, me: pqueue.Registration, seconds: float, due_in: Callable[[], float]) -> bool:  # noqa: ARG002
-        return self._open_line().wait(seconds, due_in)
+        def due_at_first() -> float:  # when it is due again, it is not to be had: somebody's transaction has locked it
+            left = due_in()
+            self._local.was_due = left <= 0 and not getattr(self._local, "was_due", False)
+            return left if left > 0 or self._local.was_due else pqueue.POLL_SECONDS
+
+        return self._open_line().wait(seconds, due_at_first)
 
     @property
     def in_transaction(self) -> bool:

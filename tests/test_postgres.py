@@ -330,6 +330,20 @@ class PostgresFiles(PostgresCase):
         self.assertEqual((queue.get(old).state, queue.get(new).state), ("cancelled", "pending"))
         self.assertEqual([event["event"] for event in queue.history(old)], ["cancelled"])
 
+    def test_consumer_does_not_spin_while_a_transaction_has_locked_the_job(self):
+        queue, other, asked = self.open(), self.open(), []
+        job_id = queue.enqueue("t")
+
+        def wait(_line, _seconds, due_in):
+            asked.append(due_in())
+
+        with queue.transaction(), mock.patch("pqueue_sqlalchemy.Line.wait", wait):
+            queue.cancel(job_id)
+            for _ in range(4):
+                self.assertIsNone(other.dequeue("w"))
+                self.assertTrue(other.wait(1, consumer="w"))
+        self.assertEqual([seconds > 0 for seconds in asked], [False, True, False, True])
+
     def test_claim_that_did_not_see_the_pause_ends_before_it_returns(self):
         queue, other = self.open(), self.open()
         self.assertIsNone(other.dequeue("w"))
