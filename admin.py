@@ -228,7 +228,7 @@ def _act(
         raise UsageError(f"{verb}: expected job numbers or a filter such as --status failed; see --help")
     if not filters:
         with queue.transaction():
-            for job_id in options.job_ids:
+            for job_id in sorted(options.job_ids):  # as all do, so that nobody meets in a deadlock
                 act(job_id)
         return Result([{"job": job_id, "done": done} for job_id in options.job_ids], f"{done} {_ids(options.job_ids)}")
     if not _agreed(options, f"{verb} {count(queue.count_jobs(**filters), 'job')}"):
@@ -247,7 +247,7 @@ def act_on_matching(
     before = None
     while jobs := queue.list_jobs(**filters, before_id=before, limit=BATCH):
         with queue.transaction():
-            for job in jobs:
+            for job in reversed(jobs):
                 try:
                     act(job.id)
                     changed += 1

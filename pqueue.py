@@ -450,7 +450,7 @@ INSERT INTO consumers (name, token, host, pid, slot, queues, tasks, started_at, 
 VALUES (:name, :token, :host, :pid, :slot, :queues, :tasks, :now, :now, 'running')"""
 SUCCEED = "UPDATE consumers SET state = 'dead' WHERE slot = :slot AND state = 'running'"
 LEAVE = "UPDATE consumers SET state = :state WHERE token = :token AND state = 'running'"
-RUNNING = "SELECT token, slot FROM consumers WHERE state = 'running'"
+RUNNING = "SELECT token, slot FROM consumers WHERE state = 'running' ORDER BY id"
 HEARTBEAT = """
 UPDATE consumers SET last_seen_at = :now, completed = completed + :completed, failed = failed + :failed
 WHERE token = :token"""

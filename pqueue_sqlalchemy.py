@@ -684,6 +684,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         now: float | None,
     ) -> tuple[list[Job], list[Job]]:
         """Do it in one round trip, unless it is time to look for the dead, or there is something to recover."""
+        settled = sorted(settled, key=lambda done: done[0].id)  # whoever locks several jobs does it in this order
         tokens = {job.id: job.lease_token for job, _ in settled}
         looks = time.monotonic() - self._looked_for_dead >= pqueue.DEAD_CHECK_SECONDS
         if limit == 0 or looks or self.in_transaction or len(tokens) < len(settled):

@@ -299,8 +299,8 @@ class PostgresFiles(PostgresCase):
         self.assertEqual(len(ids), 2)
 
     @contextmanager
-    def waiting_for(self, queue, do):
-        """Let another thread `do` something that waits for the block, a transaction, to be committed."""
+    def waiting_for(self, queue, do, then=lambda: None):
+        """Let another thread `do` something that waits for the block, a transaction, which commits after `then`."""
         watcher = self.open()
         waiting = (
             "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
@@ -310,6 +310,7 @@ class PostgresFiles(PostgresCase):
             yield
             other.start()
             wait_until(lambda: watcher._read(waiting)[0][0] == 1)
+            then()
         other.join()
 
     def test_resubmit_whose_key_an_enqueue_takes_at_the_same_moment_is_refused(self):
@@ -329,6 +330,17 @@ class PostgresFiles(PostgresCase):
         self.assertEqual(refusals, [(InvalidTransition, reason)])
         self.assertEqual((queue.get(old).state, queue.get(new).state), ("cancelled", "pending"))
         self.assertEqual([event["event"] for event in queue.history(old)], ["cancelled"])
+
+    def test_operator_who_cancels_what_a_batch_completes_does_not_meet_it_in_a_deadlock(self):
+        queue, other, lost = self.open(), self.open(), []
+        queue.enqueue_many("t", range(2))
+        jobs = other.dequeue_many("w", 2)
+        other._looked_for_dead = math.inf
+        batch = [(job, None) for job in reversed(jobs)]
+        complete = lambda: lost.extend(other.complete_and_dequeue(batch, "w", 1)[1])  # noqa: E731
+        with self.waiting_for(queue, complete, then=lambda: queue.cancel(jobs[1].id)):
+            queue.cancel(jobs[0].id)
+        self.assertEqual(sorted(lost), jobs)
 
     def test_consumer_does_not_spin_while_a_transaction_has_locked_the_job(self):
         queue, other, asked = self.open(), self.open(), []
