@@ -523,6 +523,8 @@ class Session(ABC):
 
     ring = False  # a job became pending or scheduled: wake consumers after the commit
     lost: LeaseLost | None = None  # a lease was lost inside: the whole transaction must roll back
+    depth = 0  # of transactions in each other
+    tangled = False  # one ended before another that was begun inside it: likewise
 
     @abstractmethod
     def run(self, sql: str, params: Params = NOTHING) -> list[Any]:
@@ -541,6 +543,12 @@ class Session(ABC):
 
     @abstractmethod
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None: ...
+
+    def expect_depth(self, depth: int) -> None:
+        """Doom the transaction when a block ends before one that was begun inside it."""
+        self.tangled = self.tangled or self.depth != depth
+        if self.tangled:
+            raise QueueError("cannot end a transaction before those begun inside it: neither await nor yield in one")
 
 
 class Registration:
@@ -1707,9 +1715,8 @@ class SQLiteSession(Session):
 
     def __init__(self, queue: PersistentQSQLite) -> None:
         self._queue = queue
-        self.depth = 0
         self._has_turn = False
-        self.busy = self.tangled = self._closed = False
+        self.busy = self._closed = False
         self._synchronous = ""
         self.wanted = "FULL"
         self.in_batch = False
@@ -1817,12 +1824,6 @@ class SQLiteSession(Session):
             raise QueueError("cannot commit: the transaction was ended inside its block")
         if error is None and self.ring:
             self._queue._ring()
-
-    def expect_depth(self, depth: int) -> None:
-        """Doom the transaction when a block ends before one that was begun inside it."""
-        self.tangled = self.tangled or self.depth != depth
-        if self.tangled:
-            raise QueueError("cannot end a transaction before those begun inside it: neither await nor yield in one")
 
     def _end_nested(self, error: BaseException | None) -> None:
         if self._in_transaction:

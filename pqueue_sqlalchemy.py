@@ -179,7 +179,6 @@ class PostgresSession(Session):
 
     def __init__(self, queue: OnPostgres) -> None:
         self._queue = queue
-        self._depth = 0
         self._begun = False
         self.durable = True
         self.connection = queue._engine.connect()
@@ -191,7 +190,7 @@ class PostgresSession(Session):
 
     @property
     def busy(self) -> bool:
-        return self._depth > 0
+        return self.depth > 0
 
     def run(self, sql: str, params: Params = pqueue.NOTHING) -> list[Any]:
         return self._execute(sql, params).fetchall()
@@ -235,16 +234,16 @@ class PostgresSession(Session):
                 return self._cursor.execute(text, values)
 
     def __enter__(self) -> PostgresSession:
-        if self._depth:
+        if self.depth:
             self.change("SAVEPOINT nested")
         else:
-            self.ring, self.lost, self._begun = False, None, False
-        self._depth += 1
+            self.ring, self.lost, self.tangled, self._begun = False, None, False, False
+        self.depth += 1
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self._depth -= 1
-        if self._depth:
+        self.depth -= 1
+        if self.depth:
             self._end_nested(error)
         else:
             self._end(error)
@@ -460,11 +459,20 @@ class OnSQLite(PersistentQSQLAlchemy, PersistentQSQLite):
         if session not in self._over:
             self._over[session] = _over(session.connection)
         try:
-            with session:
+            with session, _in_order(session):
                 yield self._over[session]
         finally:
             if not session.busy:
                 self._over[session].rollback()  # lets SQLAlchemy forget the transaction, which has ended without it
+
+
+@contextmanager
+def _in_order(tx: Session) -> Iterator[None]:
+    depth = tx.depth
+    try:
+        yield
+    finally:
+        tx.expect_depth(depth)
 
 
 def _over(connection: sqlite3.Connection) -> sqlalchemy.Connection:
@@ -758,7 +766,7 @@ class OnPostgres(PersistentQSQLAlchemy):
     def transaction(self) -> Iterator[sqlalchemy.Connection]:
         session = self._write()
         try:
-            with session as tx:
+            with session as tx, _in_order(tx):
                 tx.run(AS_USUAL)  # the statements in it are not ours
                 yield tx.connection
         finally:

@@ -555,6 +555,20 @@ class QueueContract:
             self.assertEqual(other.list_jobs(), [])
         self.assertEqual(other.dequeue("w", now=NOW).id, job_id)
 
+    def test_transactions_that_end_in_the_wrong_order_change_nothing(self):
+        for fails in (True, False):
+            queue, first, second, third = self.open(), *(ExitStack() for _ in range(3))
+            for number, block in enumerate((first, second, third)):
+                block.enter_context(queue.transaction())
+                queue.enqueue("t", number)
+            for block in (first, second, third):
+                error = ZeroDivisionError() if fails and block is first else None
+                with self.subTest(fails=fails), self.assertRaisesRegex(QueueError, "cannot end a transaction"):
+                    block.__exit__(type(error) if error else None, error, None)
+            self.assertEqual(queue.count_jobs(), 0)
+            self.queue.enqueue("t")  # another writer does not wait
+            self.assertEqual(queue.delete_jobs(), 1)
+
     # Operating
 
     def test_operators_deeds_are_recorded_with_who_did_them(self):
@@ -1458,21 +1472,6 @@ class Misuse(SQLiteCase):
         self.assertEqual(len(told), 1)
         self.others_wait_for_nothing()
         self.assertEqual(self.open().count_jobs(), 0)
-
-    def test_transactions_that_end_in_the_wrong_order_change_nothing(self):
-        for fails in (True, False):
-            queue, first, second, third = self.open(), *(ExitStack() for _ in range(3))
-            for number, block in enumerate((first, second, third)):
-                block.enter_context(queue.transaction())
-                queue.enqueue("t", number)
-            for block in (first, second, third):
-                error = ZeroDivisionError() if fails and block is first else None
-                with self.subTest(fails=fails), self.assertRaisesRegex(QueueError, "cannot end a transaction"):
-                    block.__exit__(type(error) if error else None, error, None)
-            self.assertEqual(queue.count_jobs(), 0)
-            self.assertEqual(queue.enqueue("t"), 1)
-            queue.delete_jobs()
-            self.others_wait_for_nothing()
 
     def test_rows_of_a_users_own_kind_do_not_outlive_the_transaction(self):
         queue = self.open()
