@@ -22,7 +22,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -705,8 +705,8 @@ class OnPostgres(PersistentQSQLAlchemy):
         with self._write() as tx:
             jobs = pqueue.claimed_jobs(tx, [row[1:] for row in rows if row[1] is not None], claim)
         lost = [job for job, _ in settled if rows[0][0] is not None and job.id not in rows[0][0]]
-        if not jobs:
-            jobs, _ = super()._exchange([], me, limit, queues, lease_seconds, now)
+        with suppress(QueueBusy) if settled else nullcontext():  # which may not hide what was completed
+            jobs = jobs or super()._exchange([], me, limit, queues, lease_seconds, now)[0]
         return jobs, lost
 
     def _open_line(self) -> Line:

@@ -342,6 +342,14 @@ class PostgresFiles(PostgresCase):
             queue.cancel(jobs[0].id)
         self.assertEqual(sorted(lost), jobs)
 
+    def test_batch_that_was_completed_is_told_though_the_next_look_fails(self):
+        queue = self.open()
+        queue.enqueue("t")
+        job = queue.dequeue("w")
+        with mock.patch.object(pqueue.PersistentQInterface, "_exchange", side_effect=[QueueBusy("locked")]):
+            self.assertEqual(queue.complete_and_dequeue([(job, None)], "w"), ([], []))
+        self.assertEqual(queue.get(job.id).state, "completed")
+
     def test_consumer_does_not_spin_while_a_transaction_has_locked_the_job(self):
         queue, other, asked = self.open(), self.open(), []
         job_id = queue.enqueue("t")
