@@ -152,7 +152,7 @@ def translated(sql: str) -> tuple[bytes, list[str]]:
 
 
 def _in_dialect(sql: str) -> str:
-    takes = "UPDATE jobs SET state = 'processing'" in sql or sql.startswith("SELECT attempts") or sql == pqueue.PRUNABLE
+    takes = "UPDATE jobs SET state = 'processing'" in sql or sql == pqueue.PRUNABLE
     if sql == pqueue.PROMOTE:
         sql = sql.replace("state = 'scheduled' AND id IN\n    (SELECT", "id = ANY (ARRAY(SELECT")
         sql = sql.replace("LIMIT :limit)", "LIMIT :limit FOR UPDATE SKIP LOCKED))")
