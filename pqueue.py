@@ -1106,13 +1106,14 @@ class PersistentQInterface(ABC):
             copied: dict[str, int] = {}
             for table, columns in COPIED.items():
                 insert = f"INSERT INTO {table} ({columns}) VALUES (:{columns.replace(', ', ', :')})"
-                copied[table] = 0
+                copied[table], read = 0, list[bytes]()
                 for rows in _pages(source, table, columns):
                     copy.change_many(insert, [dict(zip(columns.split(", "), row, strict=True)) for row in rows])
-                    copied[table] += len(rows)
+                    read += map(_digest, rows)
+                    copied[table] = len(read)
                     if tell:
                         tell(sum(copied.values()))
-                if _digest(source, table, columns) != _digest(copy, table, columns):
+                if sorted(read) != sorted(_digest(row) for rows in _pages(copy, table, columns) for row in rows):
                     raise QueueError(f"cannot copy {table}: what was read back is not what was written")
             target._number_on(copy)
         return copied
@@ -1210,10 +1211,8 @@ def _pages(tx: Session, table: str, columns: str) -> Iterator[list[Any]]:
         after = rows[-1][0]
 
 
-def _digest(tx: Session, table: str, columns: str) -> str:
-    rows = (row for page in _pages(tx, table, columns) for row in page)
-    digests = sorted(hashlib.sha256(repr(tuple(row)).encode()).digest() for row in rows)
-    return hashlib.sha256(b"".join(digests)).hexdigest()
+def _digest(row: Sequence[Any]) -> bytes:
+    return hashlib.sha256(repr(tuple(row)).encode()).digest()
 
 
 def _complete(tx: Session, job: Job, result: str | None, now: float) -> int:

@@ -240,5 +240,7 @@ def test_backup_at_once_with_a_verb_is_of_one_moment(stage, tmp_path, monkeypatc
 
     monkeypatch.setitem(VERBS, "backup", backup)
     monkeypatch.setitem(VERBS, "enqueue elsewhere", elsewhere)
+    monkeypatch.setitem(VERBS, "pause", lambda queue, me, job: queue.pause("default"))
     writers = ("enqueue elsewhere", "fail", "cancel", "cancel and enqueue", "prune", "delete")
     assert differing(stage, product(("processing", "failed"), writers, ("backup",))) == []
+    assert differing(stage, [("pending", "backup", "pause")]) == []

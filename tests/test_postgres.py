@@ -683,7 +683,10 @@ def test_operator_moves_a_live_queue(place, database, direction):
 def test_copy_that_fails_leaves_both_as_they_were(place, database):
     queue, target = place.queue(), pqueue.open_queue(database)
     queue.enqueue_many("t", range(10))
-    with mock.patch("pqueue._digest", side_effect=lambda *_: object()), pytest.raises(QueueError, match="read back"):
+    with (
+        mock.patch("pqueue._digest", side_effect=lambda _: os.urandom(8)),
+        pytest.raises(QueueError, match="read back"),
+    ):
         queue.copy_to(target)
     assert (queue.count_jobs(), target.count_jobs()) == (10, 0)
     target.enqueue("own")
