@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from test_histories import memory
 
 import pqueue
 from pqueue import LeaseLost, PersistentQSQLite, QueueBusy, QueueError, QueueFull
@@ -242,8 +243,7 @@ def in_child(do: Callable[[], None]) -> int:
 @pytest.fixture(scope="module")
 def place():
     """Return a folder in memory where there is one: a process may be killed there as well as on a disk."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+    with tempfile.TemporaryDirectory(dir=memory()) as folder:
         yield Path(folder)
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -28,6 +29,7 @@ if __name__ == "__main__":
 import pqueue
 
 SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
+MEMORY_BYTES = 1 << 30
 BASE = 1_800_000_000.0
 LATER = BASE + 1_000_000
 LEASE, RETRY = 30.0, 20.0
@@ -510,7 +512,9 @@ def check_in_turn(seeds: range) -> tuple[list[str], int]:
 
 
 def memory() -> str | None:
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    """Return a folder in memory, or None, for the usual place, where there is none or it is small."""
+    shared = "/dev/shm"
+    return shared if os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > MEMORY_BYTES else None
 
 
 if __name__ == "__main__":

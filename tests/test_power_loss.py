@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from test_histories import memory
 
 import pqueue
 from pqueue import PersistentQSQLite, QueueError
@@ -209,8 +210,7 @@ def shim(tmp_path_factory):
 
 @pytest.fixture
 def place():
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+    with tempfile.TemporaryDirectory(dir=memory()) as folder:
         yield Path(folder).resolve()
 
 

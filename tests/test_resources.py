@@ -75,7 +75,7 @@ def test_programs_say_that_the_disk_is_full_wait_and_go_on(place, small_disk):
     wait_until(lambda: not any(queue.stats()["states"][state] for state in pqueue.UNFINISHED), seconds=60)
     for child in consumers:
         child.send_signal(signal.SIGTERM)
-        assert child.wait(20) == 0, child.out.read_text()
+        assert child.wait(60) == 0, child.out.read_text()
     enqueued = re.findall(r"enqueued job=(\d+) file=(\S+)", producer.out.read_text())
     assert {int(job_id): "completed" for job_id, _ in enqueued} == {
         job.id: job.state for job in queue.list_jobs(limit=10_000)
@@ -115,7 +115,7 @@ print(queue.enqueue("after"), queue.check()["quick_check"])
         assert [child.stdout.readline() for _ in range(2)] == [full_queue] * 2
         assert "other.db" in child.stdout.readline()
         assert child.stdout.readline() == "processing False\n"
-    assert child.communicate("\n", timeout=20)[0] == "2 ok\n"
+    assert child.communicate("\n", timeout=60)[0] == "2 ok\n"
 
 
 def script(place, code):
@@ -132,10 +132,11 @@ def script(place, code):
 
 
 WITHOUT_DESCRIPTORS = """
-import json, os, pqueue, resource, threading
+import json, math, os, pqueue, resource, threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+pqueue.DEAD_CHECK_SECONDS = math.inf  # only `look_for_dead` looks
 queue, other = pqueue.open_queue(), pqueue.open_queue()
 queue.enqueue_many("t", range(50))
 held = [queue.dequeue("me") for _ in range(3)]
@@ -148,7 +149,7 @@ def in_a_thread():
         pool.submit(queue.enqueue, "t").result()
 
 def look_for_dead():
-    queue._looked_for_dead = 0.0
+    queue._looked_for_dead = -math.inf
     queue.dequeue("me")
 
 def begin():
@@ -208,7 +209,7 @@ print(json.dumps(verdicts))
 
 def test_queue_without_descriptors_says_so_and_goes_on_when_there_are_some(place):
     child = script(place, WITHOUT_DESCRIPTORS)
-    out, _ = child.communicate(timeout=60)
+    out, _ = child.communicate()
     assert child.returncode == 0
     verdicts = json.loads(out)
     assert {name for name, each in verdicts.items() if each["leaked"]} == set()
@@ -224,7 +225,7 @@ def test_consumer_without_descriptors_says_so_and_costs_no_job_more_than_an_atte
     command = place.command("consumer.py", "--max-jobs", 1)
     for limit in range(6, 36, 2):
         child = place.start_command(["prlimit", f"--nofile={limit}", *command])
-        assert child.wait(20) in (0, 1)
+        assert child.wait(60) in (0, 1)
         assert "Traceback" not in child.out.read_text()
     states = place.queue().stats()["states"]
     assert states["completed"]
@@ -235,7 +236,7 @@ def test_consumer_without_descriptors_says_so_and_costs_no_job_more_than_an_atte
 
 
 HUNGRY_TASKS = """
-import resource, sys, time
+import os, resource, sys, time
 from pqueue import task
 resource.setrlimit(resource.RLIMIT_AS, (400_000_000, 400_000_000))
 
@@ -258,7 +259,11 @@ def hungry(job):
 def starve(job):
     held = []
     eat(held)
-    time.sleep(job.payload)
+    while True:
+        try:
+            if os.path.exists("go-on"): break
+        except MemoryError: pass
+        time.sleep(0.01)
     held.clear()
     return "survived"
 
@@ -279,15 +284,21 @@ def test_consumer_without_memory_fails_the_job_and_goes_on(place):
     assert (queue.stats()["states"]["failed"], queue.stats()["states"]["completed"]) == (4, 50)
 
 
+def extended(queue, job_id, seconds):
+    """Wait until the lease of a job that runs is good for so much longer than at first."""
+    first = wait_until(lambda: queue.get(job_id).lease_expires_at)
+    wait_until(lambda: queue.get(job_id).lease_expires_at > first + seconds)
+
+
 def test_lease_outlives_a_job_that_takes_all_memory_for_longer(place):
     place.write("my_tasks.py", HUNGRY_TASKS)
     queue = place.queue()
-    job_id = queue.enqueue("starve", 3)
-    child = place.start("consumer.py", "--import", "my_tasks", "--lease-seconds", 0.6)
-    wait_until(lambda: queue.get(job_id).state == "processing")
-    wait_until(lambda: queue.dequeue("heir") or queue.get(job_id).state != "processing")
-    assert queue.get(job_id).result == "survived", child.out.read_text()
-    assert queue.history(job_id) == []
+    job_id = queue.enqueue("starve")
+    place.start("consumer.py", "--import", "my_tasks", "--lease-seconds", 0.6)
+    extended(queue, job_id, 5 * 0.6)
+    (place.folder / "go-on").touch()
+    wait_until(lambda: queue.get(job_id).state != "processing")
+    assert (queue.get(job_id).result, queue.history(job_id)) == ("survived", [])
 
 
 def test_watch_outlives_a_moment_without_memory(place, monkeypatch):
@@ -422,13 +433,19 @@ def test_sixty_four_consumers_on_few_processors_all_work_and_end(place):
     place.write("my_tasks.py", "import time\nfrom pqueue import task\n@task()\ndef nap(job): time.sleep(0.02)\n")
     queue = place.queue()
     children = [place.start("consumer.py", "--import", "my_tasks", "--name", f"w{number}") for number in range(64)]
-    wait_until(lambda: sum(each["state"] == "running" for each in queue.consumers()) == 64, seconds=60)
+    wait_until(lambda: sum(each["state"] == "running" for each in queue.consumers()) == 64, seconds=180)
     queue.enqueue_many("nap", range(64 * 30))
-    wait_until(lambda: queue.stats()["states"]["completed"] == 64 * 30, seconds=60)
-    shares = Counter(job.consumer for job in queue.list_jobs(limit=10_000))
+
+    def all_have_worked():
+        queue.enqueue_many("nap", range(64))
+        return len({job.consumer for job in queue.list_jobs(state="completed", limit=100_000)}) == 64
+
+    wait_until(all_have_worked)
+    wait_until(lambda: not any(queue.count_jobs(state=state) for state in pqueue.UNFINISHED))
+    shares = Counter(job.consumer for job in queue.list_jobs(limit=100_000))
     print(f"\n64 consumers: from {min(shares.values())} to {max(shares.values())} jobs each")
     assert len(shares) == 64
-    assert {job.attempts for job in queue.list_jobs(limit=10_000)} == {1}
+    assert {(job.state, job.attempts) for job in queue.list_jobs(limit=100_000)} == {("completed", 1)}
     for child in children:
         child.send_signal(signal.SIGTERM)
     assert [child.wait(60) for child in children] == [0] * 64
@@ -437,16 +454,28 @@ def test_sixty_four_consumers_on_few_processors_all_work_and_end(place):
 # Time
 
 
-def test_job_longer_than_many_leases_is_kept_and_delivered_once(place):
-    place.write("my_tasks.py", "import time\nfrom pqueue import task\n@task()\ndef nap(job): time.sleep(job.payload)\n")
+PATIENT_TASK = """
+import os, time
+from pqueue import task
+
+@task()
+def patient(job):
+    while not os.path.exists("go-on"): time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize(("consumers", "lease_seconds", "leases"), [(1, 0.3, 10), (3, 6, 1)])
+def test_job_longer_than_its_leases_is_kept_and_delivered_once(place, consumers, lease_seconds, leases):
+    """Many short leases while nobody waits for their end, as a busy machine may let one run out; one among others."""
+    place.write("my_tasks.py", PATIENT_TASK)
     queue = place.queue()
-    job_id = queue.enqueue("nap", 3)
-    for number in range(3):
-        place.start("consumer.py", "--import", "my_tasks", "--lease-seconds", 0.3, "--name", f"w{number}")
+    job_id = queue.enqueue("patient")
+    for number in range(consumers):
+        place.start("consumer.py", "--import", "my_tasks", "--lease-seconds", lease_seconds, "--name", f"w{number}")
+    extended(queue, job_id, leases * lease_seconds)
+    (place.folder / "go-on").touch()
     wait_until(lambda: queue.get(job_id).state == "completed")
-    job = queue.get(job_id)
-    assert (job.attempts, queue.history(job_id)) == (1, [])
-    assert job.finished_at - job.started_at > 10 * 0.3
+    assert (queue.get(job_id).attempts, queue.history(job_id)) == (1, [])
 
 
 YEAR = 365 * 86400.0
