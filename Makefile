@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 JOBS := 10000000
 TIMES := 10
-ATTACKS := (fuzz or histories or power_loss or model_allows) and not mutants
+ATTACKS := (fuzz or histories or power_loss or model_allows or QueueMachine) and not mutants
 
 .PHONY: help run test check format screenshots bench soak lock clean
 

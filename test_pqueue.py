@@ -644,7 +644,7 @@ class QueueContract:
                 jobs, before = self.queue.search_jobs(task="a", seconds=0, before_id=before)
                 seen += [job.id for job in jobs]
             self.assertEqual(seen, [ids[7], ids[6], ids[1], ids[0]])
-            jobs, before = self.queue.search_jobs(task="a", limit=3)
+            jobs, before = self.queue.search_jobs(task="a", limit=3, seconds=3600)
             self.assertEqual(([job.id for job in jobs], before), (ids[:6:-1], ids[7]))
 
     def test_ids_may_grow_beyond_what_a_small_integer_holds(self):
@@ -1248,7 +1248,11 @@ sys.stdin.read()
     def test_writer_in_line_gets_through_although_a_ring_is_lost(self):
         queue, other = self.open(), self.open()
         waiting = threading.Thread(target=queue.enqueue, args=["t"])
-        with mock.patch("os.write", side_effect=BlockingIOError), other.transaction():
+        with (
+            mock.patch("pqueue.TURN_SECONDS", 60),
+            mock.patch("os.write", side_effect=BlockingIOError),
+            other.transaction(),
+        ):
             waiting.start()
             self.assertTrue(wait_until(lambda: queue._turnstile._way._waiting[0]))
         waiting.join()

@@ -1,7 +1,8 @@
-"""Random operations against a plain model in memory."""
+"""Random operations against a plain model in memory: the same in each run; PQUEUE_SOAK=N tries N times as many."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import pqueue
 
+SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
 LEASE = 60
 UNFINISHED = ("scheduled", "pending", "processing")
 
@@ -203,6 +205,11 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 QueueMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=60 * SOAK,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=SOAK == 1,
+    database=None,
+    suppress_health_check=list(HealthCheck),
 )
 TestQueueMachine = QueueMachine.TestCase
