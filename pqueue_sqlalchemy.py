@@ -50,7 +50,6 @@ KEEPALIVES = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count"
 # How long the server bears with a host that is cut off: its consumers are not dead, and have their leases.
 CUT_OFF = {"keepalives_idle": 60, "keepalives_interval": 15, "keepalives_count": 4}
 CUT_OFF_MILLISECONDS = 120_000
-HEARD_SECONDS = 1.0  # what a NOTIFY may take to come back
 LISTEN = f"LISTEN {CHANNEL}"
 
 RING = f"pg_notify('{CHANNEL}', '')"
@@ -328,10 +327,14 @@ class Line:
             )
 
     def _hears_itself(self) -> bool:
+        heard: list[psycopg.Notify] = []
         self._connection = self._connect()
+        self._connection.add_notify_handler(heard.append)
         with self._queue._write(durable=False) as tx:
             tx.change(f"NOTIFY {CHANNEL}")
-        return any(self._connection.notifies(timeout=HEARD_SECONDS, stop_after=1))
+        self._connection.execute("SELECT 1")  # before it answers, the server passes on what was said till then
+        self._connection.remove_notify_handler(heard.append)
+        return bool(heard)
 
     def hold(self, number: int) -> None:
         """Take a lock, now and after each new connection."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from datetime import datetime
+from unittest import mock
 
 import pytest
 from postgres_server import Server
 
 import pqueue
+import pqueue_sqlalchemy
 from test_pqueue import wait_until
 
 
@@ -92,3 +96,30 @@ def test_standby_takes_over_and_every_acknowledged_job_is_there(place, primary, 
     gap = max(later - earlier for earlier, later in zip(times, times[1:], strict=False))
     with capsys.disabled():
         print(f"\nno job could be enqueued for {gap:.1f} s while the standby took over; {len(times)} jobs, none lost")
+
+
+def test_server_that_is_slow_to_pass_on_a_notify_is_not_taken_for_a_pooler(primary):
+    queue, pids = pqueue.open_queue(primary.start().url), []
+    connect = queue._connect_raw
+
+    def stopped():
+        """Connect, and stop the server's process from when it listens until it is asked for something."""
+        connection = connect()
+        pid, execute = connection.info.backend_pid, connection.execute
+
+        def run(sql, *params):
+            os.kill(pid, signal.SIGCONT)
+            done = execute(sql, *params)
+            if sql == pqueue_sqlalchemy.LISTEN:
+                os.kill(pid, signal.SIGSTOP)
+            return done
+
+        pids.append(pid)
+        connection.execute = run
+        return connection
+
+    with mock.patch.object(queue, "_connect_raw", stopped):
+        queue.dequeue("anna")
+    os.kill(pids[0], signal.SIGCONT)
+    assert queue._line.carries
+    queue.close()

@@ -231,11 +231,7 @@ class PostgresFiles(PostgresCase):
 
     def test_pooler_that_passes_on_no_notify_is_told_of_once_and_the_timer_serves(self):
         queue, other = self.open(), self.open()
-        with (
-            mock.patch("pqueue_sqlalchemy.LISTEN", "SELECT 1"),
-            mock.patch("pqueue_sqlalchemy.HEARD_SECONDS", 0.1),
-            self.assertLogs("pqueue", "WARNING") as told,
-        ):
+        with mock.patch("pqueue_sqlalchemy.LISTEN", "SELECT 1"), self.assertLogs("pqueue", "WARNING") as told:
             self.assertIsNone(queue.dequeue("anna"))
             self.assertIsNone(queue.dequeue("berta"))
         self.assertEqual(len(told.output), 1, told.output)
