@@ -310,10 +310,12 @@ class Consumer:
 
     def _sleep(self) -> None:
         with suppress(InterruptedError, QueueBusy):  # which the next dequeue will tell
-            self._can_wake = True
-            if not self.signals:
-                self.queue.wait(pqueue.WAIT_SECONDS, consumer=self.name, queues=self.options["queues"])
-        self._can_wake = False
+            try:
+                self._can_wake = True
+                if not self.signals:
+                    self.queue.wait(pqueue.WAIT_SECONDS, consumer=self.name, queues=self.options["queues"])
+            finally:
+                self._can_wake = False
 
     # Running
 

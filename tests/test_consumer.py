@@ -153,6 +153,21 @@ def test_idle_consumer_ends_at_once_when_told(tasks):
     assert "stopped consumer=idle completed=0 failed=0" in child.out.read_text()
 
 
+def test_signal_that_comes_as_an_idle_consumer_wakes_ends_it_as_at_any_other_moment(place, monkeypatch):
+    worker = consumer.Consumer(place.queue(), "w")
+
+    class Late(suppress):
+        """A block at whose end the signal comes."""
+
+        def __exit__(self, *error):
+            worker.stop()
+            return super().__exit__(*error)
+
+    monkeypatch.setattr(consumer, "suppress", Late)
+    worker._sleep()
+    assert worker.signals == 1
+
+
 def test_job_of_a_killed_consumer_runs_elsewhere_before_its_lease_is_over(tasks):
     queue = tasks.queue()
     job_id = queue.enqueue("slow", 600)

@@ -149,7 +149,7 @@ def judge(killer: str, folder: Path) -> subprocess.CompletedProcess[str]:
         arguments = ["-m", "pytest", "-qx", "test_pqueue.py", "-k", f"{names} and not NormalDurability"]
     else:
         arguments = ["-m", "pytest", "-qx", f"tests/{file}", "-k", names]
-    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=900)
 
 
 def kill(mutant: Mutant) -> subprocess.CompletedProcess[str]:
