@@ -158,8 +158,8 @@ def when(at: float | None) -> str:
 # The page of everything ###############################################################################################
 
 
-def index(board: Board, query: dict[str, str], said: str, token: str) -> str:
-    parts = sections(board, query, token)
+def index(parts: dict[str, str], query: dict[str, str], said: str) -> str:
+    """Return the page around its live parts."""
     body = f"""{_said(said)}
 <section id="overview">{parts["overview"]}</section>
 <section id="processing">{parts["processing"]}</section>

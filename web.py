@@ -191,7 +191,8 @@ class Handler(BaseHTTPRequestHandler):
     def _content(self, path: str, query: dict[str, str]) -> tuple[HTTPStatus, Any]:
         board = self.server.board
         if path == "/":
-            return HTTPStatus.OK, pages.index(board, query, self._said(query), self._token())
+            parts = pages.sections(board, query, self._token())
+            return HTTPStatus.OK, pages.index(parts, query, self._said(query))
         if path == "/live":
             return HTTPStatus.OK, json.dumps(pages.sections(board, query, self._token()))
         if path == "/metrics":

@@ -398,6 +398,14 @@ def test_only_the_dashboard_itself_tells_of_an_action_and_once(queue, site):
         assert "all is lost" not in page
 
 
+def test_sentence_of_an_action_waits_for_a_page_that_can_show_it(queue, site, monkeypatch):
+    location = site.act("resubmit", id=failed(queue), back="/?task=work")[2]["Location"]
+    with monkeypatch.context() as broken:
+        broken.setattr(pqueue.PersistentQSQLite, "check", lambda *_, **__: os.stat("nosuch"))
+        assert site.ask(location)[0] == 503
+    assert 'class="said">resubmitted 1 job<' in site.ask(location)[1]
+
+
 @pytest.mark.parametrize("header", ["Host", "Origin", "Cookie", "X"])
 def test_header_cannot_be_injected(queue, site, header):
     with socket.create_connection(("127.0.0.1", site.port)) as client:
