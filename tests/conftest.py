@@ -26,6 +26,11 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
+for each in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(each) is signal.SIG_IGN:  # by nohup or &: the programs that are started would ignore it, too
+        signal.signal(each, lambda *_: None)
+
+
 class Place:
     """A working folder with the programs running in it."""
 
