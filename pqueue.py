@@ -48,18 +48,20 @@ import shutil
 import socket
 import sqlite3
 import stat
+import struct
 import sys
 import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 try:
     import fcntl
@@ -133,6 +135,10 @@ class QueueFull(QueueError):
 
 class SchemaMismatch(QueueError):
     """The file is not a queue that this version can work with."""
+
+
+class DatabaseReplaced(QueueError):
+    """The database was moved, replaced, or its log deleted while it was open. Nothing more can be written: restart."""
 
 
 class DoNotRetry(Exception):
@@ -368,11 +374,13 @@ ADD_QUEUE = "INSERT INTO queues (name) VALUES (:queue) ON CONFLICT DO NOTHING"
 # paused queues, other queues and jobs assigned elsewhere are never stepped over one by one. SQLite's CROSS JOIN keeps
 # q the outer loop.
 CANDIDATES = f"""
-SELECT jobs.id, priority, run_at, attempts FROM queues q CROSS JOIN jobs WHERE q.paused = 0 {{served}} AND jobs.id IN
+SELECT jobs.id, priority, run_at, attempts, max_attempts FROM queues q CROSS JOIN jobs
+WHERE q.paused = 0 {{served}} AND jobs.id IN
     (SELECT id FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL
      ORDER BY {ORDER} LIMIT :limit)
 UNION ALL
-SELECT * FROM (SELECT id, priority, run_at, attempts FROM jobs WHERE state = 'pending' AND assigned_to = :consumer
+SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
+               WHERE state = 'pending' AND assigned_to = :consumer
                AND queue NOT IN (SELECT name FROM queues WHERE paused = 1) ORDER BY {ORDER} LIMIT :limit) mine"""
 
 CLAIM = f"""
@@ -381,7 +389,7 @@ UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = :consu
 WHERE state = 'pending' AND id IN (SELECT id FROM ({CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit)
 RETURNING {COLUMNS}"""
 
-NEXT_ATTEMPTS = f"SELECT attempts FROM ({CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit"
+NEXT_ATTEMPTS = f"SELECT attempts, max_attempts FROM ({CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit"
 
 OVERDUE = """
 SELECT (SELECT min(run_at) FROM jobs WHERE state = 'scheduled') <= :now,
@@ -444,6 +452,9 @@ SELECT id, :now, :event, :actor, attempts, :error FROM jobs WHERE id = :id"""
 LOST_BY = """
 SELECT actor FROM history WHERE job_id = :id AND event IN ('expired', 'died')
 AND id > (SELECT coalesce(max(id), 0) FROM history WHERE job_id = :id AND event = 'resubmitted') ORDER BY id"""
+
+HELD_BY = f"SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND substr(lease_token, 1, 16) = :token"
+SLOT_OF = "SELECT slot FROM consumers WHERE token = :token"
 
 REGISTER = """
 INSERT INTO consumers (name, token, host, pid, slot, queues, tasks, started_at, last_seen_at, state)
@@ -551,6 +562,10 @@ class Session(ABC):
             raise QueueError("cannot end a transaction before those begun inside it: neither await nor yield in one")
 
 
+class LastAttempt(Exception):
+    """Undo a claim that was not to be synced."""
+
+
 class Registration:
     """A consumer of this process: its random token, its slot beside the database, and the numbers of its claims."""
 
@@ -559,6 +574,7 @@ class Registration:
         self.slot = slot
         self.token = os.urandom(8).hex()
         self.claims = count(1)
+        self.prefetches = False  # the attempts of its jobs count when they begin
 
 
 class PersistentQInterface(ABC):
@@ -635,7 +651,7 @@ class PersistentQInterface(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Take leave. Jobs that this object's consumers still hold go back at somebody's next dequeue."""
+        """Release the jobs that this object's consumers hold, as `release` does, and close the database."""
 
     def _time(self, now: float | None) -> float:
         return time.time() if now is None else _finite("now", now)
@@ -708,12 +724,17 @@ class PersistentQInterface(ABC):
     # Working
 
     def dequeue(self, consumer: str, **options: Any) -> Job | None:
-        """Take the next job for this consumer, or return None; the options are those of `dequeue_many`."""
+        """Take the next job for this consumer, or return None; the options are those of `dequeue_many`.
+
+        The attempt counts from now on: if this process dies, the job is delivered again while attempts are left. A job
+        with `max_attempts=1` is therefore run at most once, even if the power fails.
+        """
         jobs = self.dequeue_many(consumer, 1, **options)
         return jobs[0] if jobs else None
 
     def dequeue_many(self, consumer: str, limit: int, **options: Any) -> list[Job]:
-        """Take up to `limit` jobs, in order; a job that was delivered before comes alone.
+        """Take up to `limit` jobs, in order. A job that was delivered before comes alone, and so does one whose last
+        attempt this is, unless `prefetch` is set.
 
         The options are those of `complete_and_dequeue`.
         """
@@ -727,17 +748,39 @@ class PersistentQInterface(ABC):
         *,
         queues: Sequence[str] | None = None,
         lease_seconds: float = LEASE_SECONDS,
+        prefetch: bool = False,
         now: float | None = None,
     ) -> tuple[list[Job], list[Job]]:
         """Complete these (job, result) pairs and take up to `limit` jobs of these queues (None: all) in one commit.
+
+        prefetch: the caller calls `begin` before it runs each job, and only then does the attempt count: if this process
+        dies, jobs that it had not begun are delivered again as if it had never taken them (on SQLite).
 
         Returns the jobs taken, and those of `finished` that were not completed because their lease was lost. Inside
         `transaction` these raise LeaseLost instead.
         """
         settled = [(job, _encode_result(result)) for job, result in finished]
         me = self._registered(consumer, queues)
+        me.prefetches = prefetch and self._publish_begun(me)
         _at_least("limit", 0, limit)
         return self._exchange(settled, me, limit, queues, lease_seconds, now)
+
+    def begin(self, job: Job, *, now: float | None = None) -> None:
+        """Note that the job, taken with `prefetch`, is about to run. Raises LeaseLost if its lease is over."""
+        self._note_begun(job)
+        if job.lease_expires_at is None or self._time(now) >= job.lease_expires_at:  # noted first: see _has_begun
+            raise LeaseLost(f"cannot begin job {job.id}: the lease of {job.consumer} on it is over")
+
+    def _publish_begun(self, me: Registration) -> bool:  # noqa: ARG002
+        """Let other processes see what this consumer begins; return False where the backend cannot."""
+        return False
+
+    def _note_begun(self, job: Job) -> None:
+        """Show others that this job has begun, where the backend can."""
+
+    def _has_begun(self, tx: Session, job: Job) -> bool:  # noqa: ARG002
+        """Return whether the job may have run in its current delivery; False is certain."""
+        return True
 
     def _exchange(
         self,
@@ -749,14 +792,23 @@ class PersistentQInterface(ABC):
         now: float | None,
     ) -> tuple[list[Job], list[Job]]:
         dead, nested = self._look_for_dead(), self.in_transaction
-        with self._write(durable=bool(settled), in_batch=True) as tx:
-            now = self._time(now)
-            lost = self._complete_all(tx, settled, now)
-            if lost and nested:
-                raise _lost(tx, "complete", lost[0])
-            _recover(tx, dead, now)
-            jobs = _claim(tx, me, limit, queues, lease_seconds, now) if limit else []
-        return jobs, lost
+
+        def exchange(durable: bool) -> tuple[list[Job], list[Job]]:
+            with self._write(durable=durable, in_batch=True) as tx:
+                at = self._time(now)
+                lost = self._complete_all(tx, settled, at)
+                if lost and nested:
+                    raise _lost(tx, "complete", lost[0])
+                self._recover(tx, dead, at)
+                jobs = _claim(tx, me, limit, queues, lease_seconds, at) if limit else []
+                if not durable and any(job.attempts == job.max_attempts for job in jobs):
+                    raise LastAttempt
+            return jobs, lost
+
+        try:
+            return exchange(durable=bool(settled) or nested)
+        except LastAttempt:  # the power must not give it another: take it anew, and sync
+            return exchange(durable=True)
 
     def _complete_all(self, tx: Session, settled: list[tuple[Job, str | None]], now: float) -> list[Job]:
         """Complete these, and return those whose lease was lost."""
@@ -790,8 +842,18 @@ class PersistentQInterface(ABC):
         return "scheduled" if again else "failed"
 
     def release(self, job: Job, *, now: float | None = None) -> None:
-        """Give the job back unharmed; the attempt does not count. Raises LeaseLost."""
-        self._settle("release", RELEASE, job, {"now": self._time(now), "error": None}, event="released")
+        """Give the job back; the attempt does not count. Raises LeaseLost."""
+        with self._write(durable=False) as tx:
+            if not self._release(tx, job, self._time(now)):
+                raise _lost(tx, "release", job)
+
+    def _release(self, tx: Session, job: Job, now: float) -> bool:
+        """Make a job pending again as if this delivery had not been; record it if it had begun."""
+        params = {"id": job.id, "token": job.lease_token, "now": now, "error": None}
+        if job.lease_token and self._has_begun(tx, job):
+            tx.change(RECORD, {**params, "event": "released", "actor": job.consumer})
+        tx.ring = True
+        return bool(tx.change(RELEASE, params))
 
     def extend(self, job: Job, lease_seconds: float = LEASE_SECONDS, *, now: float | None = None) -> None:
         """Let the lease run out this many seconds from now. Raises LeaseLost."""
@@ -806,7 +868,7 @@ class PersistentQInterface(ABC):
     def _settle(self, verb: str, sql: str, job: Job, params: Params, event: str | None = None) -> None:
         """Run a transition that needs the job's lease; record it where it ends an attempt without completing."""
         params |= {"id": job.id, "token": job.lease_token}
-        with self._write(durable=event == "failed") as tx:
+        with self._write(durable=event is not None) as tx:
             if event and job.lease_token:
                 tx.change(RECORD, {**params, "event": event, "actor": job.consumer})
                 tx.ring = True
@@ -1165,7 +1227,8 @@ class PersistentQInterface(ABC):
             params |= {"slot": me.slot and me.slot.number, "queues": served, "now": self._time(None)}
             params["tasks"] = json.dumps(sorted(TASKS))
             with self._write(durable=False) as tx:
-                tx.change(SUCCEED, params)
+                if tx.change(SUCCEED, params):
+                    self._recover(tx, [], self._time(None))  # before this consumer publishes in the same slot
                 tx.change(REGISTER, params)
             undo.pop_all()
             self._registry = {**self._registry, name: me}
@@ -1175,6 +1238,36 @@ class PersistentQInterface(ABC):
         if isinstance(queues, str):
             raise ValueError(f"expected a list of queues, got {queues!r}")
         return (isinstance(name, str) and self._registry.get(name)) or self._register(name, queues)
+
+    def _recover(self, tx: Session, dead: list[str] | None, now: float) -> None:
+        """Promote what is due, and take back what expired or lost its consumer."""
+        params = {"now": now, "limit": RECOVERY_BATCH}
+        due, expired = tx.run(OVERDUE, params)[0]
+        if due:
+            tx.change(PROMOTE, params)
+            tx.ring = True
+        if expired:
+            for row in tx.run(EXPIRED, params):
+                self._take_back(tx, _job(row), "expired", now)
+        if dead is not None:
+            for token in dead:
+                tx.change(LEAVE, {"token": token, "state": "dead"})
+            for row in tx.run(ORPHANED, params):
+                self._take_back(tx, _job(row), "died", now)
+
+    def _take_back(self, tx: Session, job: Job, event: str, now: float) -> None:
+        if not self._has_begun(tx, job):
+            self._release(tx, job, now)
+            return
+        what = "died" if event == "died" else "let its lease run out"
+        params: Params = {"id": job.id, "token": job.lease_token, "now": now}
+        params["error"] = f"consumer {job.consumer} {what} in attempt {job.attempts} of {job.max_attempts}"
+        tx.change(RECORD, {**params, "event": event, "actor": job.consumer})
+        if not tx.change(TAKE_BACK, params):
+            consumers = [row[0] for row in tx.run(LOST_BY, params)][-job.attempts :]
+            params["error"] = _set_aside_error(job, consumers, params["error"])
+            tx.change(FAIL, params)
+        tx.ring = True
 
     def _look_for_dead(self) -> list[str] | None:
         """Return the tokens of consumers that died, or None when it looked a moment ago."""
@@ -1188,6 +1281,8 @@ class PersistentQInterface(ABC):
         leaving = self._registry
         with self._write(durable=False) as tx:
             for me in leaving.values():
+                for row in tx.run(HELD_BY, {"token": me.token}):
+                    self._release(tx, _job(row), self._time(None))
                 tx.change(LEAVE, {"token": me.token, "state": "stopped"})
         self._registry = {}
         for me in leaving.values():
@@ -1224,8 +1319,7 @@ def _claim(
 ) -> list[Job]:
     params = claim_params(me, limit, queues, lease_seconds, now)
     if limit > 1:
-        attempts = [row[0] for row in tx.run(serving(NEXT_ATTEMPTS, queues), params)]
-        params["limit"] = _batch(attempts)
+        params["limit"] = _batch(tx.run(serving(NEXT_ATTEMPTS, queues), params), me.prefetches)
     return claimed_jobs(tx, tx.run(serving(CLAIM, queues), params), params)
 
 
@@ -1259,42 +1353,20 @@ def _set_aside(tx: Session, job_id: int, error: str, claim: Params) -> None:
     tx.change(FAIL, params)
 
 
-def _batch(attempts: list[int]) -> int:
-    """Return how many of the next jobs, by their attempts so far, to deliver together.
+def _batch(attempts: list[tuple[int, int]], prefetches: bool) -> int:
+    """Return how many of the next jobs, by their attempts so far and at most, to deliver together.
 
-    A job that was delivered before goes alone: when it kills its consumer again, no other job pays for it.
+    A job that was delivered before comes alone: when it kills its consumer again, no other job pays for it. So does one
+    whose last attempt this is, unless it counts only when it begins.
     """
-    fresh = next((number for number, before in enumerate(attempts) if before), len(attempts))
-    return max(1, fresh)
+    alone = (n for n, (made, most) in enumerate(attempts) if made or (most == 1 and not prefetches))
+    return max(1, next(alone, len(attempts)))
 
 
-def _recover(tx: Session, dead: list[str] | None, now: float) -> None:
-    """Promote what is due, and take back what expired or lost its consumer."""
-    params = {"now": now, "limit": RECOVERY_BATCH}
-    due, expired = tx.run(OVERDUE, params)[0]
-    if due:
-        tx.change(PROMOTE, params)
-        tx.ring = True
-    if expired:
-        for row in tx.run(EXPIRED, params):
-            _take_back(tx, _job(row), "expired", now)
-    if dead is not None:
-        for token in dead:
-            tx.change(LEAVE, {"token": token, "state": "dead"})
-        for row in tx.run(ORPHANED, params):
-            _take_back(tx, _job(row), "died", now)
-
-
-def _take_back(tx: Session, job: Job, event: str, now: float) -> None:
-    what = "died" if event == "died" else "let its lease run out"
-    params: Params = {"id": job.id, "token": job.lease_token, "now": now}
-    params["error"] = f"consumer {job.consumer} {what} in attempt {job.attempts} of {job.max_attempts}"
-    tx.change(RECORD, {**params, "event": event, "actor": job.consumer})
-    if not tx.change(TAKE_BACK, params):
-        consumers = [row[0] for row in tx.run(LOST_BY, params)][-job.attempts :]
-        params["error"] = f"set aside after {job.attempts} attempts; lost by {', '.join(consumers)}; {params['error']}"
-        tx.change(FAIL, params)
-    tx.ring = True
+def _set_aside_error(job: Job, consumers: list[str], error: str) -> str:
+    if job.max_attempts == 1:
+        return f"{error}; it may have done all its work, and is not run again, as its max_attempts is 1"
+    return f"set aside after {job.attempts} attempts; lost by {', '.join(consumers)}; {error}"
 
 
 def _lost(tx: Session, verb: str, job: Job) -> QueueError:
@@ -1661,6 +1733,18 @@ class Slots:
                     return slot
         raise QueueError(f"cannot add a consumer: expected fewer than {self.COUNT} at a time")
 
+    def has_begun(self, number: int, token: str, job_id: int) -> bool:
+        """Return False if the slot's owner of this token publishes what it begins, and this job is not among it."""
+        try:
+            file = os.open(self._folder / f"{number}.lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return True
+        try:
+            words = array("Q", os.pread(file, Begun.BYTES, 0).ljust(Begun.BYTES, b"\0"))
+        finally:
+            os.close(file)
+        return Begun.is_in(words, token, job_id)
+
     def is_taken(self, number: int) -> bool:
         lock = _open_private(self._folder / f"{number}.lock")
         try:
@@ -1690,12 +1774,62 @@ class Slots:
         return rung
 
 
+class Begun:
+    """What a consumer has begun of the jobs that it took at once, in its lock file, where others read it after its death.
+
+    Words: the boot of the machine, the consumer's token, how many jobs, their ids. It is never synced: after a power cut
+    another boot shows that it is worth nothing.
+    """
+
+    MOST = 253  # jobs
+    BYTES = 8 * (3 + MOST)
+
+    def __init__(self, file: int, token: str) -> None:
+        self._map = _share(file, self.BYTES)
+        self._words = memoryview(self._map).cast("Q")
+        self._claim: str | None = None
+        self._words[0], self._words[2], self._words[1] = 0, 0, int(token, 16)
+        self._words[0] = boot()
+
+    def add(self, job: Job) -> None:
+        if job.lease_token != self._claim:  # with that claim, all before it was completed
+            self._claim, self._words[2] = job.lease_token, 0
+        number = self._words[2]
+        if number == self.MOST:
+            self._words[0] = 0  # it is not known any more
+        else:
+            self._words[3 + number] = job.id
+            self._words[2] = number + 1
+
+    @staticmethod
+    def is_in(words: Sequence[int], token: str, job_id: int) -> bool:
+        is_known = words[0] == boot() != 0 and words[1] == int(token, 16)
+        return not is_known or job_id in words[3 : 3 + words[2]]
+
+    def close(self) -> None:
+        self._words.release()
+        self._map.close()
+
+
+@lru_cache
+def boot() -> int:
+    """Return a number that the machine gets anew whenever it starts, or 0 where the system has none."""
+    try:
+        return int(Path("/proc/sys/kernel/random/boot_id").read_text()[:8], 16)
+    except (OSError, ValueError):
+        return 0
+
+
 class Slot:
     """A consumer's place, as long as it lives."""
 
     def __init__(self, number: int, lock: int, bell: int) -> None:
         self.number = number
+        self.begun: Begun | None = None
         self._lock, self._bell = lock, bell
+
+    def publish(self, token: str) -> None:
+        self.begun = self.begun or Begun(self._lock, token)
 
     def poll(self, seconds: float) -> bool:
         return _hear(self._bell, seconds)
@@ -1705,8 +1839,149 @@ class Slot:
         return os.fstat(self._lock).st_nlink > 0
 
     def close(self) -> None:
+        if self.begun:
+            self.begun.close()
         os.close(self._lock)
         os.close(self._bell)
+
+
+class FileLocks:
+    """Locks on the files of a database that this process has open; they outlast whatever its own code closes.
+
+    SQLite's locks are POSIX locks: the process loses them as soon as any code in it closes any descriptor of the file.
+    Another process may then take the database for unused, and delete its log or clear its index. Open file description
+    locks, where the system has them, stand in for the two locks that prevent this. Bytes as in SQLite's os_unix.c.
+    """
+
+    IN_USE = (0x40000002, 510)  # on the database, shared by all who have it open: SHARED_FIRST, SHARED_SIZE
+    INDEX_IN_USE = (128, 1)  # on -shm, likewise: UNIX_SHM_DMS
+    WRITING = (120, 1)  # on -shm, exclusive: WAL_WRITE_LOCK
+    AVAILABLE = hasattr(fcntl, "F_OFD_SETLK")
+
+    _open: ClassVar[dict[tuple[int, int], FileLocks]] = {}  # by what stat returns of the database
+
+    def __init__(self, path: Path) -> None:
+        self._users = 0  # connections
+        self._files: list[int] = []
+        with ExitStack() as undo:
+            for suffix in ("", "-shm"):
+                self._files.append(os.open(f"{path}{suffix}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
+                undo.callback(os.close, self._files[-1])
+            undo.pop_all()
+
+    @classmethod
+    def acquire(cls, path: Path) -> FileLocks | None:
+        """Return the locks of a database to which a connection was opened, or None where the system has no such locks."""
+        if not cls.AVAILABLE:
+            return None
+        cls.close_unused()
+        key = _identity(path)
+        locks = cls._open[key] = cls._open.get(key) or cls(path)
+        locks._users += 1
+        locks._set(fcntl.F_RDLCK)
+        return locks
+
+    def release(self) -> None:
+        """Let SQLite remove the log when it closes the last connection, which is about to be closed."""
+        self._users -= 1
+        if not self._users:
+            self._set(fcntl.F_UNLCK)
+
+    def are_writing(self) -> bool:
+        """Return whether this process still has SQLite's lock for writing."""
+        asked = _flock(fcntl.F_RDLCK, self.WRITING)
+        kind, _, _, _, pid = struct.unpack(FLOCK, fcntl.fcntl(self._files[1], fcntl.F_OFD_GETLK, asked))
+        return bool(kind == fcntl.F_WRLCK and pid == os.getpid())
+
+    def _set(self, kind: int) -> None:
+        for file, where in zip(self._files, (self.IN_USE, self.INDEX_IN_USE), strict=True):
+            with suppress(OSError):  # a file system without them
+                fcntl.fcntl(file, fcntl.F_OFD_SETLK, _flock(kind, where))
+
+    @classmethod
+    def close_unused(cls) -> None:
+        """Close descriptors that no connection needs, unless another one of this process would lose its locks."""
+        for key, locks in list(cls._open.items()):
+            if not locks._users and not _has_open(key, locks._files):
+                locks.close()
+                del cls._open[key]
+
+    @classmethod
+    def abandon(cls) -> None:
+        """In a forked child: leave the locks to the parent."""
+        for locks in cls._open.values():
+            locks.close()
+        cls._open.clear()
+
+    def close(self) -> None:
+        for file in self._files:
+            os.close(file)
+
+
+FLOCK = "hhqqi0q"  # struct flock
+
+
+def _flock(kind: int, where: tuple[int, int]) -> bytes:
+    return struct.pack(FLOCK, kind, os.SEEK_SET, *where, 0)
+
+
+def _identity(path: str | bytes | os.PathLike[str]) -> tuple[int, int]:
+    return os.stat(path)[1:3]
+
+
+def _has_open(identity: tuple[int, int], but: Sequence[int]) -> bool:
+    """Return whether this process has another descriptor of a file."""
+    with suppress(FileNotFoundError):
+        for number in map(int, os.listdir("/proc/self/fd")):
+            with suppress(OSError):
+                if number not in but and os.fstat(number)[1:3] == identity:
+                    return True
+    return False
+
+
+class DatabaseFiles:
+    """The files that a connection has open, by their names: to notice when a name leads to another file, or to none."""
+
+    SETTLED_SECONDS = (3.0, 0.1)  # where times of change are as coarse as 2 s, and where they are not
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._folder = os.fsencode(path.parent)
+        self._names = [os.fsencode(f"{path}{suffix}") for suffix in ("", "-wal", "-shm")]
+        self._opened = self._identities()
+        self._unchanged: tuple[int, int, int] | None = None
+
+    @property
+    def database(self) -> tuple[int, int] | None:
+        return self._opened[0]
+
+    def expect_in_place(self) -> None:
+        """Raise DatabaseReplaced unless all are still there. As long as the folder does not change, one stat shows it."""
+        try:
+            folder = os.stat(self._folder)
+            now = (folder.st_ino, folder.st_dev, folder.st_mtime_ns)
+        except OSError:
+            now = None
+        if now is None or now != self._unchanged:
+            if self._identities() != self._opened:
+                raise replaced(self._path)
+            if now and time.time() - folder.st_mtime > self.SETTLED_SECONDS[now[2] % 1_000_000_000 > 0]:
+                self._unchanged = now  # a later change of the folder will have another time
+
+    def _identities(self) -> list[tuple[int, int] | None]:
+        found: list[tuple[int, int] | None] = []
+        for name in self._names:
+            try:
+                found.append(_identity(name))
+            except OSError:
+                found.append(None)
+        return found
+
+
+def replaced(path: Path) -> DatabaseReplaced:
+    return DatabaseReplaced(
+        f"cannot use {path}: the database was replaced or moved, or its log deleted, while it was open: restart"
+    )
 
 
 class SQLiteSession(Session):
@@ -1719,8 +1994,12 @@ class SQLiteSession(Session):
         self._synchronous = ""
         self.wanted = "FULL"
         self.in_batch = False
+        self.is_users = False  # code of the user's runs in it
         self.in_use = threading.RLock()  # held while SQLite works for it: nobody forks meanwhile
         self.connection = queue._connect()
+        self.run("PRAGMA user_version")  # a first read opens the log; from then on SQLite holds its locks
+        self._locks = FileLocks.acquire(queue.path)
+        self.files = DatabaseFiles(queue.path)
 
     def run(self, sql: str, params: Params = NOTHING) -> list[Any]:
         try:
@@ -1795,10 +2074,11 @@ class SQLiteSession(Session):
         if self.busy:
             raise QueueError("cannot use the queue in a signal handler that interrupted it: set a flag there")
         self.in_use.acquire()
-        self.busy, self.tangled, self.ring, self.lost = True, False, False, None
+        self.busy, self.tangled, self.ring, self.lost, self.is_users = True, False, False, None, False
         try:
             self._expect_open()
             self._has_turn = self._queue._enter(self.in_batch)
+            self.files.expect_in_place()
             if self._synchronous != self.wanted:
                 self.run(f"PRAGMA synchronous = {self.wanted}")
                 self._synchronous = self.wanted
@@ -1814,6 +2094,7 @@ class SQLiteSession(Session):
             if error is None:
                 self._expect_open()
             if error is None and self.lost is None and not ended:
+                self._expect_lock()
                 self.run("COMMIT")
         finally:
             self._leave()
@@ -1823,6 +2104,14 @@ class SQLiteSession(Session):
             raise QueueError("cannot commit: the transaction was ended inside its block")
         if error is None and self.ring:
             self._queue._ring()
+
+    def _expect_lock(self) -> None:
+        """Refuse to commit what another process may have written over meanwhile."""
+        if self._locks and (self.is_users or not self._has_turn) and not self._locks.are_writing():
+            raise QueueError(
+                f"cannot commit to {self._queue.path}: its lock was lost, as code in this process closed one of its files "
+                "during the transaction: copy it with backup()"
+            )
 
     def _end_nested(self, error: BaseException | None) -> None:
         if self._in_transaction:
@@ -1855,8 +2144,25 @@ class SQLiteSession(Session):
 
     def _let_go(self) -> None:
         if self._closed:
-            self.connection.close()
+            self._disconnect()
         self.in_use.release()
+
+    def _disconnect(self) -> None:
+        """Close the connection. If its files are not in place, the log that it has open must not reach the database."""
+        with _opening:
+            locks, self._locks = self._locks, None
+            try:
+                self.files.expect_in_place()
+            except DatabaseReplaced:
+                _keep_log(self.connection)
+                self.connection.close()
+                if locks:
+                    locks.release()
+            else:
+                if locks:
+                    locks.release()
+                self.connection.close()
+            FileLocks.close_unused()
 
     def _expect_open(self) -> None:
         if self._closed:
@@ -1872,11 +2178,18 @@ class SQLiteSession(Session):
         else:
             self.connection.close()
         self._has_turn = self.busy = False
+        self._locks = None
         self.connection = cast(sqlite3.Connection, Disowned())
 
     def __del__(self) -> None:
         with suppress(Exception):
-            self.connection.close()
+            self._disconnect()
+
+
+def _keep_log(connection: sqlite3.Connection) -> None:
+    """Let SQLite neither write back nor delete the log when this connection is closed; before Python 3.12 it cannot."""
+    if option := getattr(sqlite3, "SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE", None):
+        connection.setconfig(option, True)  # type: ignore[attr-defined]
 
 
 class Disowned:
@@ -1906,6 +2219,7 @@ def _before_fork() -> None:
 
 
 def _after_fork() -> None:
+    FileLocks.abandon()
     for queue in list(_queues):
         queue._after_fork()
     _go_on()
@@ -1946,6 +2260,7 @@ class PersistentQSQLite(PersistentQInterface):
         self._local = threading.local()
         self._turnstile: Turnstile | None = None
         self._slots: Slots | None = None
+        self._database: tuple[int, int] | None = None  # device and number of the file that is open
         self._closed = False
         self._open_file(create)
         try:
@@ -2025,6 +2340,8 @@ class PersistentQSQLite(PersistentQInterface):
                 connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
                 connection.execute("PRAGMA cache_size = -16000")  # KB; a million rows go three times as fast
                 connection.execute("PRAGMA trusted_schema = OFF")
+                if not FileLocks.AVAILABLE:
+                    _keep_log(connection)
             except sqlite3.Error as error:
                 raise self._error(error) from error
             undo.pop_all()
@@ -2088,9 +2405,17 @@ class PersistentQSQLite(PersistentQInterface):
             if self._closed:
                 raise QueueError(f"cannot use {self.path}: this queue object is closed") from None
             with _opening:
-                session = self._local.session = SQLiteSession(self)
+                session = SQLiteSession(self)
+                self._expect_same(session)
+                self._local.session = session
                 self._sessions.add(session)
             return session
+
+    def _expect_same(self, session: SQLiteSession) -> None:
+        """Raise DatabaseReplaced when another thread's session has another file open under this name."""
+        self._database = self._database or session.files.database
+        if self._database != session.files.database:
+            raise replaced(self.path)
 
     def _write(self, *, durable: bool = True, in_batch: bool = False) -> SQLiteSession:
         session = self._session()
@@ -2149,6 +2474,23 @@ class PersistentQSQLite(PersistentQInterface):
                 raise QueueError(f"cannot go on: the locks in {self.path}.d were deleted while in use; start again")
             return not (slots := self._slots) or slot is None or slots.is_taken(slot)
 
+    def _publish_begun(self, me: Registration) -> bool:
+        if me.slot and boot():
+            me.slot.publish(me.token)
+        return bool(me.slot and boot())
+
+    def _note_begun(self, job: Job) -> None:
+        me = self._registry.get(job.consumer or "")
+        if me and me.slot and me.slot.begun:
+            me.slot.begun.add(job)
+
+    def _has_begun(self, tx: Session, job: Job) -> bool:
+        token = (job.lease_token or "")[:16]
+        rows = tx.run(SLOT_OF, {"token": token})
+        if not rows or rows[0][0] is None or not (slots := self._slots):
+            return True
+        return slots.has_begun(rows[0][0], token, job.id)
+
     def _sleep(self, me: Registration, seconds: float, due_in: Callable[[], float]) -> bool:
         if slots := self._slots:
             return slots.wait(me.slot, seconds, due_in)
@@ -2162,7 +2504,7 @@ class PersistentQSQLite(PersistentQInterface):
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         with self._write() as tx:
-            depth = tx.depth
+            depth, tx.is_users = tx.depth, True
             try:
                 yield tx.connection
             finally:

@@ -463,6 +463,7 @@ class OnSQLite(PersistentQSQLAlchemy, PersistentQSQLite):
             self._over[session] = _over(session.connection)
         try:
             with session, _in_order(session):
+                session.is_users = True
                 yield self._over[session]
         finally:
             if not session.busy:
