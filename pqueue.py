@@ -296,7 +296,8 @@ CREATE TABLE jobs (
 CREATE TABLE queues (
     name        TEXT PRIMARY KEY,
     paused      INTEGER NOT NULL DEFAULT 0,  -- 1: nothing is delivered
-    max_pending INTEGER                      -- enqueue is refused at this many pending jobs; NULL: never
+    max_pending INTEGER,                     -- enqueue is refused at this many pending jobs; NULL: never
+    pending     INTEGER NOT NULL DEFAULT 0   -- unassigned pending jobs, counted while max_pending is set
 )""",
         """
 CREATE TABLE consumers (
@@ -345,13 +346,14 @@ COLUMNS = ", ".join(Job._fields)
 NO_LEASE = "lease_token = NULL, lease_expires_at = NULL"
 HELD = "id = :id AND state = 'processing' AND lease_token = :token"
 WAITING = "queue = :queue AND state = 'pending' AND assigned_to IS NULL"
+HAS_ROOM = "(max_pending IS NULL OR max_pending > pending)"
 ORDER = "priority DESC, run_at, id"
 
 ENQUEUE = f"""
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
 SELECT name, :task, :payload, :state, :priority, :run_at, :max_attempts, :key, :assigned_to, :now
 FROM queues
-WHERE name = :queue AND (max_pending IS NULL OR max_pending > (SELECT count(*) FROM jobs WHERE {WAITING}))
+WHERE name = :queue AND {HAS_ROOM}
 ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING
 RETURNING id"""
 ENQUEUE_AT_ONCE = ENQUEUE.removesuffix("RETURNING id")  # SQLite's last_insert_rowid is cheaper
@@ -364,9 +366,9 @@ FROM json_each(:payloads)"""
 INSERT_MANY_AT_ONCE = f"""
 {INSERT_MANY} WHERE EXISTS (SELECT 1 FROM queues WHERE name = :queue AND max_pending IS NULL)"""
 
-ROOM = f"""
-SELECT CASE WHEN max_pending IS NOT NULL THEN max_pending - (SELECT count(*) FROM jobs WHERE {WAITING}) END, max_pending
-FROM queues WHERE name = :queue"""
+ROOM = "SELECT max_pending - pending, max_pending FROM queues WHERE name = :queue"
+COUNT_PENDING = f"UPDATE queues SET pending = (SELECT count(*) FROM jobs WHERE {WAITING}) WHERE name = :queue"
+LIMITED = "SELECT name FROM queues WHERE max_pending IS NOT NULL"
 WITH_KEY = f"SELECT id FROM jobs WHERE queue = :queue AND key = :key AND state IN {UNFINISHED}"
 ADD_QUEUE = "INSERT INTO queues (name) VALUES (:queue) ON CONFLICT DO NOTHING"
 
@@ -433,6 +435,7 @@ UPDATE jobs SET progress = coalesce(:progress, progress), result = coalesce(:res
 RESUBMIT = f"""
 UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL,
     error = NULL WHERE id = :id AND state IN {FINISHED}
+    AND EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND {HAS_ROOM})
     AND NOT EXISTS (SELECT 1 FROM jobs o WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN {UNFINISHED})"""
 MARK_FAILED = f"""
 UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, {NO_LEASE}
@@ -509,6 +512,22 @@ SELECT task, error, count(*), max(id) FROM
 GROUP BY task, error"""
 
 
+# SQLite: they keep queues.pending, and exist only while some queue has a limit, so that no other queue pays for them.
+IS_PENDING = "{row}.state = 'pending' AND {row}.assigned_to IS NULL"
+ADD_PENDING = "UPDATE queues SET pending = pending {change} 1 WHERE name = {row}.queue AND max_pending IS NOT NULL"
+COUNTERS = {
+    f"jobs_{event.lower()}_{row}": (
+        f"CREATE TRIGGER jobs_{event.lower()}_{row} AFTER {event} {columns} ON jobs WHEN {IS_PENDING.format(row=row)} "
+        f"BEGIN {ADD_PENDING.format(row=row, change=change)}; END"
+    )
+    for event, columns, row, change in (
+        ("INSERT", "", "NEW", "+"),
+        ("UPDATE", "OF state, assigned_to, queue", "OLD", "-"),
+        ("UPDATE", "OF state, assigned_to, queue", "NEW", "+"),
+        ("DELETE", "", "OLD", "-"),
+    )
+}
+
 TABLES = ("jobs", "queues", "consumers", "history")
 OUR_TABLES = f"SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name IN {TABLES}"
 OUR_SCHEMA = f"SELECT type, name, sql FROM sqlite_master WHERE tbl_name IN {TABLES} AND sql IS NOT NULL"
@@ -516,6 +535,9 @@ DAMAGED = "SELECT count(*) FROM jobs WHERE " + " OR ".join(
     f"typeof({name}) IN ('text', 'blob')"
     for name in ("priority", "run_at", "attempts", "max_attempts", "created_at", "started_at", "finished_at")
 )
+MISCOUNTED = f"""
+SELECT name FROM queues q WHERE max_pending IS NOT NULL
+    AND pending <> (SELECT count(*) FROM jobs WHERE {WAITING.replace(":queue", "q.name")})"""
 TRIGGERS = f"SELECT name, tbl_name FROM sqlite_master WHERE type = 'trigger' AND tbl_name IN {TABLES} ORDER BY name"
 
 # What a copy carries: its first column is the key. Consumers are not among it: they belong to where they run.
@@ -691,7 +713,7 @@ class PersistentQInterface(ABC):
                 if not tx.change(ADD_QUEUE, row):
                     room, max_pending = tx.run(ROOM, row)[0]
                     if room is not None and room <= 0:  # else what was in the way has gone: on PostgreSQL others go on
-                        raise _full(row["queue"], max_pending)
+                        raise _full("enqueue", row["queue"], max_pending)
             raise QueueError("cannot enqueue: the database takes no job, though nothing is in its way; run doctor")
 
     def enqueue_many(
@@ -707,7 +729,10 @@ class PersistentQInterface(ABC):
         assigned_to: str | None = None,
         now: float | None = None,
     ) -> list[int]:
-        """Store one job per payload, all or none, and return their ids in order. Raises QueueFull."""
+        """Store one job per payload, all or none, and return their ids in order.
+
+        Raises QueueFull, or ValueError when they are more than the queue's limit, and so can never fit.
+        """
         row = _new_job(task, queue, priority, delay_seconds, run_at, max_attempts, None, assigned_to, self._time(now))
         found = list(payloads)
         return self._add_many({**row, "payloads": _encode_payloads(found), "number": len(found)})
@@ -717,7 +742,7 @@ class PersistentQInterface(ABC):
             tx.change(ADD_QUEUE, row)
             room, max_pending = tx.run(ROOM, row)[0]
             if room is not None and room < row["number"]:
-                raise _full(row["queue"], max_pending)
+                raise _full("enqueue", row["queue"], max_pending, row["number"])
             tx.ring = True
             return self._insert_many(tx, row)
 
@@ -1067,7 +1092,7 @@ class PersistentQInterface(ABC):
     # Operating; `by` is the operator to record, by default the user
 
     def resubmit(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
-        """Make a finished job pending again, with all its attempts. Raises JobNotFound or InvalidTransition."""
+        """Make a finished job pending again, with all its attempts. Raises JobNotFound, InvalidTransition or QueueFull."""
         self._operate("resubmit", "resubmitted", RESUBMIT, job_id, by, now)
 
     def mark_failed(
@@ -1107,8 +1132,18 @@ class PersistentQInterface(ABC):
         self._set_queue(queue, "paused", 0)
 
     def limit(self, queue: str, max_pending: int | None) -> None:
-        """Refuse an enqueue while so many jobs of the queue are pending; scheduled and assigned ones do not count."""
-        self._set_queue(queue, "max_pending", None if max_pending is None else _at_least("max_pending", 1, max_pending))
+        """Refuse to enqueue or resubmit while so many jobs of the queue are pending; None: never refuse.
+
+        Jobs that are scheduled, or assigned to a consumer, do not count.
+        """
+        most = None if max_pending is None else _at_least("max_pending", 1, max_pending)
+        with self._write() as tx:
+            self._set_queue(queue, "max_pending", most)
+            self._count_pending(tx, [queue])
+
+    @abstractmethod
+    def _count_pending(self, tx: Session, queues: Iterable[str]) -> None:
+        """Count the pending jobs of these queues, and keep counting while some queue has a limit."""
 
     def _set_queue(self, queue: str, column: str, value: int | None) -> None:
         with self._write() as tx:
@@ -1178,6 +1213,7 @@ class PersistentQInterface(ABC):
                 if sorted(read) != sorted(_digest(row) for rows in _pages(copy, table, columns) for row in rows):
                     raise QueueError(f"cannot copy {table}: what was read back is not what was written")
             target._number_on(copy)
+            target._count_pending(copy, [row[0] for row in copy.run(LIMITED)])
         return copied
 
     @abstractmethod
@@ -1369,7 +1405,7 @@ def _set_aside_error(job: Job, consumers: list[str], error: str) -> str:
     return f"set aside after {job.attempts} attempts; lost by {', '.join(consumers)}; {error}"
 
 
-def _lost(tx: Session, verb: str, job: Job) -> QueueError:
+def _lost(tx: Session, verb: str, job: Job) -> QueueError | ValueError:
     """Return the error for a verb whose lease token is not the current one, and doom the transaction around it."""
     if job.lease_token is None:
         return _refusal(tx, verb, job.id)
@@ -1377,12 +1413,15 @@ def _lost(tx: Session, verb: str, job: Job) -> QueueError:
     return tx.lost
 
 
-def _refusal(tx: Session, verb: str, job_id: int) -> QueueError:
-    rows = tx.run("SELECT state, key FROM jobs WHERE id = :id", {"id": job_id})
+def _refusal(tx: Session, verb: str, job_id: int) -> QueueError | ValueError:
+    rows = tx.run("SELECT state, key, queue FROM jobs WHERE id = :id", {"id": job_id})
     if not rows:
         return JobNotFound(f"cannot {verb} job {job_id}: no such job")
-    state, key = rows[0]
+    state, key, queue = rows[0]
     if verb == "resubmit" and state in FINISHED:
+        room, max_pending = tx.run(ROOM, {"queue": queue})[0]
+        if room is not None and room <= 0:
+            return _full(f"resubmit job {job_id}", queue, max_pending)
         return InvalidTransition(f"cannot resubmit job {job_id}: another unfinished job has its key {key!r}")
     return InvalidTransition(f"cannot {verb} job {job_id}: it is {state}")
 
@@ -1396,8 +1435,11 @@ def _operator(by: str | None) -> str:
         return f"uid {os.getuid()}"
 
 
-def _full(queue: str, max_pending: int) -> QueueFull:
-    return QueueFull(f"cannot enqueue: queue {queue!r} is at its limit of {max_pending} pending jobs")
+def _full(verb: str, queue: str, max_pending: int, jobs: int = 1) -> QueueFull | ValueError:
+    if jobs > max_pending:
+        return ValueError(f"expected at most {max_pending} jobs, the limit of queue {queue!r}, got {jobs} at once")
+    room = "is at" if jobs == 1 else f"has no room for {jobs} jobs within"
+    return QueueFull(f"cannot {verb}: queue {queue!r} {room} its limit of {max_pending} pending jobs")
 
 
 def serving(sql: str, queues: Sequence[str] | None) -> str:
@@ -2453,6 +2495,17 @@ class PersistentQSQLite(PersistentQInterface):
     def _number_on(self, tx: Session) -> None:
         """Do nothing: SQLite counts on from the highest id."""
 
+    def _count_pending(self, tx: Session, queues: Iterable[str]) -> None:
+        is_limited = bool(tx.run(LIMITED))
+        for name, statement in COUNTERS.items():
+            has_trigger = bool(tx.run("SELECT 1 FROM sqlite_master WHERE name = :name", {"name": name}))
+            if is_limited and not has_trigger:
+                tx.change(statement)
+            if has_trigger and not is_limited:
+                tx.change(f"DROP TRIGGER {name}")
+        for queue in queues:
+            tx.change(COUNT_PENDING, {"queue": queue})
+
     def _enter(self, in_batch: bool = False) -> bool:
         return self._turnstile is not None and self._turnstile.enter(in_batch=in_batch)
 
@@ -2562,7 +2615,7 @@ class PersistentQSQLite(PersistentQInterface):
     def _schema_problems(self) -> list[str]:
         try:
             with closing(sqlite3.connect(":memory:")) as model:
-                for statement in chain.from_iterable(MIGRATIONS):
+                for statement in chain(*MIGRATIONS, COUNTERS.values() if self._read(LIMITED) else ()):
                     model.execute(statement.format(id="INTEGER PRIMARY KEY", float="REAL"))
                 expected = set(model.execute(OUR_SCHEMA))
         except sqlite3.Error as error:
@@ -2571,7 +2624,10 @@ class PersistentQSQLite(PersistentQInterface):
         changed = [f"{kind} {name!r} is not as this version makes it" for kind, name, _ in sorted(missing)]
         damaged = self._read(DAMAGED)[0][0]
         changed += [f"{damaged} jobs hold text where a number belongs"] if damaged else []
-        return changed + [f"trigger {name!r} on {table} is not ours" for name, table in self._read(TRIGGERS)]
+        changed += [f"queue {name!r} counts its pending jobs wrong: set its limit again" for name, in self._read(MISCOUNTED)]
+        return changed + [
+            f"trigger {name!r} on {table} is not ours" for name, table in self._read(TRIGGERS) if name not in COUNTERS
+        ]
 
     def close(self) -> None:
         if self._closed:

@@ -111,7 +111,7 @@ ENQUEUE_MANY = _replaced(
         "FROM queues\n",
         "FROM queues CROSS JOIN json_array_elements(CAST(:payloads AS json)) WITH ORDINALITY AS p (one, n)\n",
     ),
-    ("max_pending > (", "max_pending - :number >= ("),
+    ("max_pending > pending", "max_pending - :number >= pending"),
     ("\nON CONFLICT", " ORDER BY n\nON CONFLICT"),
 )
 COMPLETE_MANY = _replaced(
