@@ -44,6 +44,7 @@ import mmap
 import os
 import random
 import select
+import shlex
 import shutil
 import socket
 import sqlite3
@@ -73,6 +74,7 @@ __version__ = "0.1.0"
 DEFAULT_URL = "var/queue.db"
 DEFAULT_MAX_ATTEMPTS = 3
 LEASE_SECONDS = 60.0
+MAX_CONSUMERS = 256  # of one queue object; each has two descriptors
 MAX_ID = 2**63 - 1
 MAX_PAYLOAD_BYTES = 1_048_576
 MAX_JSON_DEPTH = 100  # Python's parser gives up near 1000, less what its caller has used
@@ -96,7 +98,54 @@ LANES = ("others", "consumers")  # before the way to write
 SYNCHRONOUS = ("off", "normal", "full", "extra")
 MINIMUM_SQLITE = (3, 35)  # RETURNING
 APPLICATION_ID = 0x70717565  # "pque" in the file's header
-NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "ncp", "afs", "9p", "ceph", "fuse.sshfs", "glusterfs", "fuse.gluster")
+# File systems by their type in /proc/self/mounts. SQLite needs locks and shared memory that all users of a file see.
+LOCAL_FILE_SYSTEMS = (
+    *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "nilfs2", "reiserfs", "ufs", "hfsplus"),
+    *("apfs", "tmpfs", "ramfs", "rootfs", "overlay", "aufs", "squashfs", "erofs", "iso9660", "unknown"),
+)
+SHARED_FILE_SYSTEMS = (  # or the beginning of their type
+    *(
+        "nfs",
+        "cifs",
+        "smb",
+        "ncp",
+        "afs",
+        "9p",
+        "ceph",
+        "coda",
+        "glusterfs",
+        "lustre",
+        "beegfs",
+        "gpfs",
+        "ocfs2",
+        "gfs",
+    ),
+    *(
+        "pvfs2",
+        "orangefs",
+        "moosefs",
+        "vboxsf",
+        "vmhgfs",
+        "prl_fs",
+        "virtiofs",
+        "davfs",
+        "fakeowner",
+        "drvfs",
+        "wekafs",
+    ),
+    *(
+        "fuse.sshfs",
+        "fuse.gluster",
+        "fuse.ceph",
+        "fuse.s3",
+        "fuse.rclone",
+        "fuse.juicefs",
+        "fuse.gcsfuse",
+        "fuse.goofys",
+    ),
+    *("fuse.vmhgfs", "fuse.grpcfuse", "fuse.osxfs", "fuse.moosefs", "fuse.mfs", "fuse.lizardfs", "fuse.seaweedfs"),
+    *("fuse.blobfuse", "fuse.cephfs", "fuse.smb", "fuse.nfs", "fuse.davfs", "fuse.mount.davfs", "fuse.wslfs"),
+)
 
 UNFINISHED = ("scheduled", "pending", "processing")
 FINISHED = ("completed", "failed", "cancelled")
@@ -778,8 +827,8 @@ class PersistentQInterface(ABC):
     ) -> tuple[list[Job], list[Job]]:
         """Complete these (job, result) pairs and take up to `limit` jobs of these queues (None: all) in one commit.
 
-        prefetch: the caller calls `begin` before it runs each job, and only then does the attempt count: if this process
-        dies, jobs that it had not begun are delivered again as if it had never taken them (on SQLite).
+        prefetch: the caller calls `begin` before it runs each job, and only then does the attempt count (on SQLite): if
+        this process dies, jobs that it had not begun are delivered again as if it had never taken them.
 
         Returns the jobs taken, and those of `finished` that were not completed because their lease was lost. Inside
         `transaction` these raise LeaseLost instead.
@@ -800,7 +849,7 @@ class PersistentQInterface(ABC):
         """Let other processes see what this consumer begins; return False where the backend cannot."""
         return False
 
-    def _note_begun(self, job: Job) -> None:
+    def _note_begun(self, job: Job) -> None:  # noqa: B027
         """Show others that this job has begun, where the backend can."""
 
     def _has_begun(self, tx: Session, job: Job) -> bool:  # noqa: ARG002
@@ -1092,7 +1141,10 @@ class PersistentQInterface(ABC):
     # Operating; `by` is the operator to record, by default the user
 
     def resubmit(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
-        """Make a finished job pending again, with all its attempts. Raises JobNotFound, InvalidTransition or QueueFull."""
+        """Make a finished job pending again, with all its attempts.
+
+        Raises JobNotFound, InvalidTransition or QueueFull.
+        """
         self._operate("resubmit", "resubmitted", RESUBMIT, job_id, by, now)
 
     def mark_failed(
@@ -1255,6 +1307,11 @@ class PersistentQInterface(ABC):
         with self._registering, ExitStack() as undo:
             if name in self._registry:
                 return self._registry[name]
+            if len(self._registry) == MAX_CONSUMERS:
+                raise QueueError(
+                    f"cannot begin consumer {name!r}: this object has {MAX_CONSUMERS}, each with a lock; "
+                    "use a name for longer than one job, or end those that are done with leave(name)"
+                )
             served = None if queues is None else json.dumps([_name("queue", queue) for queue in queues])
             me = Registration(name, self._take_slot())
             if me.slot:
@@ -1313,15 +1370,23 @@ class PersistentQInterface(ABC):
         mine = {me.token for me in self._registry.values()}
         return [token for token, slot in self._read(RUNNING) if token not in mine and not self._is_alive(slot)]
 
-    def _leave(self) -> None:
-        leaving = self._registry
+    def leave(self, consumer: str) -> None:
+        """End a consumer of this object: release the jobs that it holds, and free its descriptors.
+
+        It may dequeue again, as a new consumer. Nothing happens if there is no consumer of this name.
+        """
+        if me := self._registry.get(consumer):
+            self._leave([me])
+
+    def _leave(self, leaving: Sequence[Registration]) -> None:
         with self._write(durable=False) as tx:
-            for me in leaving.values():
+            for me in leaving:
                 for row in tx.run(HELD_BY, {"token": me.token}):
                     self._release(tx, _job(row), self._time(None))
                 tx.change(LEAVE, {"token": me.token, "state": "stopped"})
-        self._registry = {}
-        for me in leaving.values():
+        with self._registering:
+            self._registry = {name: me for name, me in self._registry.items() if me not in leaving}
+        for me in leaving:
             if me.slot:
                 me.slot.close()
 
@@ -1479,7 +1544,19 @@ def encode_json(what: str, value: Any) -> str:
         raise ValueError(f"expected a {what} of at most {MAX_PAYLOAD_BYTES} bytes of JSON, got {size}")
     if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _depth(value) > MAX_JSON_DEPTH:
         raise ValueError(f"expected a {what} nested at most {MAX_JSON_DEPTH} deep")
+    if "{" in text:
+        _expect_text_keys(what, value)
     return text
+
+
+def _expect_text_keys(what: str, value: Any) -> None:
+    """Raise ValueError for a key that is no string: JSON would make it one, and perhaps the same as another key."""
+    for key in value if isinstance(value, dict) else ():
+        if not isinstance(key, str):
+            raise ValueError(f"expected a {what} whose keys are all strings, got the key {_short(key)}")
+    for each in value.values() if isinstance(value, dict) else value:
+        if isinstance(each, (dict, list, tuple)):
+            _expect_text_keys(what, each)
 
 
 def _encode_payloads(payloads: list[Any]) -> str:
@@ -1488,6 +1565,8 @@ def _encode_payloads(payloads: list[Any]) -> str:
         text = _encode_json([[payload] for payload in payloads])
         nests = text.count("[") + text.count("{") > MAX_JSON_DEPTH + len(payloads)
         if len(text.encode()) <= MAX_PAYLOAD_BYTES and not (nests and _depth(payloads) > MAX_JSON_DEPTH):
+            if "{" in text:
+                _expect_text_keys("payload", payloads)
             return text
     return "[" + ",".join(f"[{encode_json('payload', payload)}]" for payload in payloads) + "]"
 
@@ -1817,10 +1896,10 @@ class Slots:
 
 
 class Begun:
-    """What a consumer has begun of the jobs that it took at once, in its lock file, where others read it after its death.
+    """What a consumer has begun of the jobs that it took together, for others to read when it has died.
 
-    Words: the boot of the machine, the consumer's token, how many jobs, their ids. It is never synced: after a power cut
-    another boot shows that it is worth nothing.
+    It is in the consumer's lock file, as 64-bit words: the boot of the machine, the consumer's token, the number of
+    jobs, their ids. It is never synced: after a power cut the boot is another one, and the rest is ignored.
     """
 
     MOST = 253  # jobs
@@ -1913,7 +1992,7 @@ class FileLocks:
 
     @classmethod
     def acquire(cls, path: Path) -> FileLocks | None:
-        """Return the locks of a database to which a connection was opened, or None where the system has no such locks."""
+        """Return the locks of a database that a connection has opened, or None where the system has no such locks."""
         if not cls.AVAILABLE:
             return None
         cls.close_unused()
@@ -1972,7 +2051,7 @@ def _identity(path: str | bytes | os.PathLike[str]) -> tuple[int, int]:
 
 
 def _has_open(identity: tuple[int, int], but: Sequence[int]) -> bool:
-    """Return whether this process has another descriptor of a file."""
+    """Return whether this process has another descriptor of a file; False where the system does not show it."""
     with suppress(FileNotFoundError):
         for number in map(int, os.listdir("/proc/self/fd")):
             with suppress(OSError):
@@ -1998,7 +2077,7 @@ class DatabaseFiles:
         return self._opened[0]
 
     def expect_in_place(self) -> None:
-        """Raise DatabaseReplaced unless all are still there. As long as the folder does not change, one stat shows it."""
+        """Raise DatabaseReplaced unless all are in place. While the folder does not change, one stat shows it."""
         try:
             folder = os.stat(self._folder)
             now = (folder.st_ino, folder.st_dev, folder.st_mtime_ns)
@@ -2040,8 +2119,11 @@ class SQLiteSession(Session):
         self.in_use = threading.RLock()  # held while SQLite works for it: nobody forks meanwhile
         self.connection = queue._connect()
         self.run("PRAGMA user_version")  # a first read opens the log; from then on SQLite holds its locks
-        self._locks = FileLocks.acquire(queue.path)
         self.files = DatabaseFiles(queue.path)
+        try:
+            self._locks = None if queue.is_read_only else FileLocks.acquire(queue.path)
+        except FileNotFoundError:
+            raise replaced(queue.path) from None
 
     def run(self, sql: str, params: Params = NOTHING) -> list[Any]:
         try:
@@ -2151,8 +2233,8 @@ class SQLiteSession(Session):
         """Refuse to commit what another process may have written over meanwhile."""
         if self._locks and (self.is_users or not self._has_turn) and not self._locks.are_writing():
             raise QueueError(
-                f"cannot commit to {self._queue.path}: its lock was lost, as code in this process closed one of its files "
-                "during the transaction: copy it with backup()"
+                f"cannot commit to {self._queue.path}: its lock was lost, as code in this process closed one of its "
+                "files during the transaction; use backup() to copy it"
             )
 
     def _end_nested(self, error: BaseException | None) -> None:
@@ -2282,6 +2364,7 @@ class PersistentQSQLite(PersistentQInterface):
 
     durability: "full" syncs what must survive a power cut; "normal" survives any crash of a process.
     create: make the file where there is none; else raise QueueError.
+    group: make it for all accounts of this group (modes 0660 and 0770), instead of for this account alone.
     busy_seconds: how long to wait for another writer. Raises SchemaMismatch for a file that is not ours.
     """
 
@@ -2291,6 +2374,7 @@ class PersistentQSQLite(PersistentQInterface):
         *,
         durability: str = "full",
         create: bool = True,
+        group: str | None = None,
         busy_seconds: float = BUSY_SECONDS,
     ) -> None:
         super().__init__()
@@ -2302,13 +2386,19 @@ class PersistentQSQLite(PersistentQInterface):
         self._local = threading.local()
         self._turnstile: Turnstile | None = None
         self._slots: Slots | None = None
+        self.is_read_only = False  # its file system is
         self._database: tuple[int, int] | None = None  # device and number of the file that is open
         self._closed = False
-        self._open_file(create)
+        self._open_file(create, None if group is None else _group_number(group))
         try:
             self._open_folder()
+            keeps_note = fcntl is not None and not self.is_read_only
+            if keeps_note:
+                self._expect_own_log()
             with _opening, closing(self._connect()) as connection:
                 self._prepare(connection)
+                if keeps_note:
+                    self._note_own_log()
         except BaseException:
             self.close()
             raise
@@ -2316,7 +2406,7 @@ class PersistentQSQLite(PersistentQInterface):
 
     # Opening
 
-    def _open_file(self, create: bool) -> None:
+    def _open_file(self, create: bool, group: int | None) -> None:
         if sqlite3.sqlite_version_info < MINIMUM_SQLITE:
             raise QueueError(f"expected SQLite 3.35 or newer, got {sqlite3.sqlite_version}: use a newer Python")
         try:
@@ -2326,17 +2416,42 @@ class PersistentQSQLite(PersistentQInterface):
             self._expect_files_beside()
             if not create and not (found and found.st_size):
                 raise QueueError(f"no queue at {self.path}: a producer or a consumer creates it")
-            missing = [folder for folder in self.path.parents if not folder.exists()]
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for folder in missing:
-                _sync(folder.parent)
+            self.is_read_only = bool(found and _is_read_only(self.path))
+            if self.is_read_only:
+                self._expect_readable_log()
+                return
+            if found and not os.access(self.path, os.R_OK | os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            self._make_folders(group)
             kind = file_system(self.path.parent)
-            if kind.startswith(NETWORK_FILE_SYSTEMS):
+            if kind.startswith(SHARED_FILE_SYSTEMS):
                 raise QueueError(f"cannot use {self.path}: SQLite's locks fail on {kind}; use a local disk")
             with _opening, suppress(FileExistsError):
-                _create(self.path)
+                _create(self.path, group)
+            if group is not None:
+                self._expect_shared(self.path, group, 0o660)
         except OSError as error:
-            raise QueueError(f"cannot open {self.path}: {error.strerror}") from error
+            raise QueueError(f"cannot open {self.path}: {_refusal_of(error, self.path)}") from error
+
+    def _make_folders(self, group: int | None) -> None:
+        """Make the folders that are missing. What is made later in one for a group belongs to the group, too."""
+        missing = [folder for folder in self.path.parents if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if group is not None:
+                os.chown(folder, -1, group)
+                folder.chmod(0o2770)
+            _sync(folder.parent)
+        if group is not None:
+            self._expect_shared(self.path.parent, group, 0o2770)
+
+    def _expect_shared(self, path: Path, group: int, mode: int) -> None:
+        found = path.stat()
+        if found.st_gid != group or found.st_mode & mode != mode:
+            raise QueueError(
+                f"cannot share {self.path} with a group: expected {path} to belong to the group, with mode {mode:04o}; "
+                f"run chgrp GROUP {shlex.quote(str(path))} and chmod {mode:04o} {shlex.quote(str(path))}"
+            )
 
     def _expect_database_file(self, found: os.stat_result) -> None:
         if not stat.S_ISREG(found.st_mode):
@@ -2350,21 +2465,57 @@ class PersistentQSQLite(PersistentQInterface):
             if os.path.lexists(beside) and not stat.S_ISREG(beside.lstat().st_mode):
                 raise QueueError(f"cannot use {beside}: expected a file of SQLite, got a folder, a pipe or a link")
 
+    def _expect_readable_log(self) -> None:
+        if _size(Path(f"{self.path}-wal")) and not os.path.exists(f"{self.path}-shm"):
+            raise QueueError(
+                f"cannot read {self.path}: its file system is read-only, and its log has no {self.path.name}-shm; "
+                f"copy {self.path.name} and {self.path.name}-wal to a folder that can be written, and open the copy"
+            )
+
     def _open_folder(self) -> None:
-        if fcntl is None:
+        if fcntl is None or self.is_read_only:
             return
         folder = Path(f"{self.path}.d")
         with self._told_of_folder():
-            folder.mkdir(mode=0o700, exist_ok=True)
+            if not folder.exists():
+                folder.mkdir(mode=0o700, exist_ok=True)
+                if self.path.stat().st_mode & stat.S_IWGRP:
+                    folder.chmod(0o2770)
             self._turnstile = Turnstile(folder)
             self._slots = Slots(folder)
+
+    def _expect_own_log(self) -> None:
+        """Refuse a database that took the place of another one whose log is still there: SQLite would apply it."""
+        with self._note() as note:
+            database, log = (_file_number(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal"))
+            known = os.pread(note, len(database + log), 0)
+            if known.endswith(log) and known != database + log and _size(Path(f"{self.path}-wal")):
+                raise SchemaMismatch(
+                    f"cannot use {self.path}: it took the place of another database, to which the log "
+                    f"{self.path}-wal belongs: stop all programs and move the log away; see admin.py restore"
+                )
+
+    def _note_own_log(self) -> None:
+        """Remember which file the log belongs to; both are open."""
+        with self._note() as note:
+            os.pwrite(note, b"".join(_file_number(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal")), 0)
+
+    @contextmanager
+    def _note(self) -> Iterator[int]:
+        with self._told_of_folder():
+            note = _open_private(Path(f"{self.path}.d/files"))
+            try:
+                yield note
+            finally:
+                os.close(note)
 
     @contextmanager
     def _told_of_folder(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise QueueError(f"cannot open {self.path}.d: {error.strerror}") from error
+            folder = Path(f"{self.path}.d")
+            raise QueueError(f"cannot open {folder}: {_refusal_of(error, folder)}") from error
 
     def _connect(self) -> sqlite3.Connection:
         if self.path in _inherited:
@@ -2372,7 +2523,7 @@ class PersistentQSQLite(PersistentQInterface):
         with ExitStack() as undo:
             try:
                 connection = sqlite3.connect(
-                    f"{self.path.as_uri()}?mode=rw",
+                    f"{self.path.as_uri()}?{self._open_mode()}",
                     uri=True,
                     timeout=self._busy_seconds,
                     isolation_level=None,
@@ -2389,10 +2540,19 @@ class PersistentQSQLite(PersistentQInterface):
             undo.pop_all()
         return connection
 
+    def _open_mode(self) -> str:
+        if not self.is_read_only:
+            return "mode=rw"
+        return "mode=ro" if _size(Path(f"{self.path}-wal")) else "mode=ro&immutable=1"
+
     def _prepare(self, connection: sqlite3.Connection) -> None:
         """Check whose file it is, and bring its schema up to date."""
+        if self.is_read_only:
+            self._expect_current(connection)
+            return
         has_turn = self._enter()
         try:
+            _adopt_dump(connection)
             version = self._version(connection)
             if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
                 connection.execute("PRAGMA journal_mode = WAL")
@@ -2409,6 +2569,17 @@ class PersistentQSQLite(PersistentQInterface):
         finally:
             if has_turn:
                 self._exit()
+
+    def _expect_current(self, connection: sqlite3.Connection) -> None:
+        try:
+            version = self._version(connection)
+        except sqlite3.Error as error:
+            raise self._error(error) from error
+        if version != len(MIGRATIONS):
+            raise SchemaMismatch(
+                f"cannot read {self.path}: expected schema {len(MIGRATIONS)}, got {version}: "
+                "open it once where it can be written"
+            )
 
     def _version(self, connection: sqlite3.Connection) -> int:
         owner, version, tables, ours = connection.execute(
@@ -2447,19 +2618,19 @@ class PersistentQSQLite(PersistentQInterface):
             if self._closed:
                 raise QueueError(f"cannot use {self.path}: this queue object is closed") from None
             with _opening:
+                for other in self._sessions:  # in case it has the files of before open
+                    other.files.expect_in_place()
                 session = SQLiteSession(self)
-                self._expect_same(session)
+                self._database = self._database or session.files.database
+                if self._database != session.files.database:
+                    raise replaced(self.path) from None
                 self._local.session = session
                 self._sessions.add(session)
             return session
 
-    def _expect_same(self, session: SQLiteSession) -> None:
-        """Raise DatabaseReplaced when another thread's session has another file open under this name."""
-        self._database = self._database or session.files.database
-        if self._database != session.files.database:
-            raise replaced(self.path)
-
     def _write(self, *, durable: bool = True, in_batch: bool = False) -> SQLiteSession:
+        if self.is_read_only:
+            raise QueueError(f"cannot write to {self.path}: its file system is read-only")
         session = self._session()
         session.in_batch = in_batch
         session.wanted = "FULL" if durable and self.durability == "full" else "NORMAL"
@@ -2589,9 +2760,17 @@ class PersistentQSQLite(PersistentQInterface):
 
     def check(self, *, thorough: bool = True) -> dict[str, Any]:
         facts: dict[str, Any] = {"path": str(self.path), "sqlite": sqlite3.sqlite_version}
-        expected = {"journal_mode": "wal", "user_version": len(MIGRATIONS)}
+        try:
+            self._session().files.expect_in_place()
+        except DatabaseReplaced as error:
+            return {**facts, "problems": [str(error)]}
+        expected: dict[str, Any] = {"user_version": len(MIGRATIONS)}
         if thorough:
-            expected |= {"quick_check": "ok", "synchronous": self.durability}
+            expected["quick_check"] = "ok"
+        if not self.is_read_only:
+            expected["journal_mode"] = "wal"
+        if thorough and not self.is_read_only:
+            expected["synchronous"] = self.durability
             with self._write() as tx:
                 facts["synchronous"] = SYNCHRONOUS[tx.run("PRAGMA synchronous")[0][0]]
         for pragma in [name for name in expected if name not in facts]:
@@ -2603,7 +2782,18 @@ class PersistentQSQLite(PersistentQInterface):
         facts["problems"] = [
             f"expected {name} {value}, got {facts[name]}" for name, value in expected.items() if facts[name] != value
         ]
-        facts["problems"] += self._schema_problems() if thorough else []
+        facts["problems"] += [*self._schema_problems(), *_deleted_but_open(self.path)] if thorough else []
+        if facts["file_system"] not in LOCAL_FILE_SYSTEMS:
+            facts["problems"].append(
+                f"the file system {facts['file_system']} is not known to be local: several processes may damage the "
+                "database on one that is shared; use a local disk"
+            )
+        if hasattr(os, "getuid") and self.path.stat().st_mode & 0o007:
+            facts["problems"].append(
+                f"every account of this machine may use it: run chmod o= {shlex.quote(str(self.path))}"
+            )
+        if self.is_read_only:
+            facts["problems"].append("its file system is read-only: no job can be enqueued, run or changed")
         if facts["wal_bytes"] > 2 * WAL_BYTES:
             facts["problems"].append(
                 f"the write-ahead log has grown to {facts['wal_bytes']} bytes: some program holds a read open"
@@ -2614,17 +2804,15 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _schema_problems(self) -> list[str]:
         try:
-            with closing(sqlite3.connect(":memory:")) as model:
-                for statement in chain(*MIGRATIONS, COUNTERS.values() if self._read(LIMITED) else ()):
-                    model.execute(statement.format(id="INTEGER PRIMARY KEY", float="REAL"))
-                expected = set(model.execute(OUR_SCHEMA))
+            missing = _schema(has_limit=bool(self._read(LIMITED))) - set(self._read(OUR_SCHEMA))
         except sqlite3.Error as error:
             raise self._error(error) from error
-        missing = expected - set(self._read(OUR_SCHEMA))
         changed = [f"{kind} {name!r} is not as this version makes it" for kind, name, _ in sorted(missing)]
         damaged = self._read(DAMAGED)[0][0]
         changed += [f"{damaged} jobs hold text where a number belongs"] if damaged else []
-        changed += [f"queue {name!r} counts its pending jobs wrong: set its limit again" for name, in self._read(MISCOUNTED)]
+        changed += [
+            f"queue {name!r} counts its pending jobs wrong: set its limit again" for (name,) in self._read(MISCOUNTED)
+        ]
         return changed + [
             f"trigger {name!r} on {table} is not ours" for name, table in self._read(TRIGGERS) if name not in COUNTERS
         ]
@@ -2634,15 +2822,28 @@ class PersistentQSQLite(PersistentQInterface):
             return
         if getattr(self._local, "session", None) and self.in_transaction:
             raise QueueError(f"cannot close {self.path} inside a transaction")
-        if self._registry:
-            self._leave()
+        try:
+            if self._registry:
+                self._leave(list(self._registry.values()))
+        except DatabaseReplaced:
+            self._close()
+            raise
+        self._close()
+
+    def _close(self) -> None:
         self._closed = True
+        for me in self._registry.values():
+            if me.slot:
+                me.slot.close()
+        self._registry = {}
         with _opening:
             sessions = list(self._sessions)
         for session in sessions:
             session.close()
         self._sessions.clear()
         self._local = threading.local()
+        with _opening:
+            FileLocks.close_unused()
         if self._turnstile is not None:
             self._turnstile.close()
         self._slots = None  # but the turnstile is left to a thread that has the way
@@ -2666,6 +2867,36 @@ class PersistentQSQLite(PersistentQInterface):
             self.close()  # so that its next use is an error, too
 
 
+def _deleted_but_open(path: Path) -> Iterator[str]:
+    """Yield a sentence for each process that has a deleted file of this database open, where /proc shows it."""
+    deleted = {f"{path}{suffix} (deleted)" for suffix in ("", "-wal", "-shm")}
+    for process in (
+        sorted(int(name) for name in os.listdir("/proc") if name.isdigit()) if os.path.isdir("/proc") else ()
+    ):
+        with suppress(OSError):  # it has ended, or is another account's
+            folder = f"/proc/{process}/fd"
+            if any(os.readlink(f"{folder}/{file}") in deleted for file in os.listdir(folder)):
+                yield f"process {process} has a deleted file of this database open and cannot write to it: restart it"
+
+
+def _schema(*, has_limit: bool) -> set[tuple[str, str, str]]:
+    """Return what SQLite says of a new queue's schema: types, names and statements."""
+    with closing(sqlite3.connect(":memory:")) as model:
+        for statement in chain(*MIGRATIONS, COUNTERS.values() if has_limit else ()):
+            model.execute(statement.format(id="INTEGER PRIMARY KEY", float="REAL"))
+        return set(model.execute(OUR_SCHEMA))
+
+
+def _adopt_dump(connection: sqlite3.Connection) -> None:
+    """Mark a queue that was restored from the output of .dump, which leaves out the marks."""
+    marks = connection.execute("SELECT * FROM pragma_application_id, pragma_user_version").fetchone()
+    if marks == (0, 0) and _schema(has_limit=False) <= set(connection.execute(OUR_SCHEMA)):
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        connection.execute("COMMIT")
+
+
 def _real(path: str | os.PathLike[str]) -> Path:
     try:
         return Path(path).resolve()
@@ -2673,12 +2904,51 @@ def _real(path: str | os.PathLike[str]) -> Path:
         raise QueueError(f"cannot open {path}: {error}") from error
 
 
-def _create(path: Path) -> None:
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+def _create(path: Path, group: int | None = None) -> None:
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        if group is not None:
+            os.fchown(file, -1, group)
+            os.fchmod(file, 0o660)
+    finally:
+        os.close(file)
 
 
 def _open_private(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    _share_as_folder(file, path.parent)
+    return file
+
+
+def _share_as_folder(file: int, folder: Path) -> None:
+    """Let the group use a file of ours in a folder that the group may write."""
+    if folder.stat().st_mode & stat.S_IWGRP and os.fstat(file).st_uid == os.geteuid():
+        os.fchmod(file, 0o660)
+
+
+def _group_number(group: str) -> int:
+    try:
+        import grp
+
+        return grp.getgrnam(group).gr_gid
+    except (ImportError, KeyError):
+        raise ValueError(f"expected a group of this system, got {_short(group)}") from None
+
+
+def _refusal_of(error: OSError, path: Path) -> str:
+    """Return the system's reason; for a lack of permission also whose file it is, and what helps."""
+    reason = error.strerror or str(error)
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        return reason
+    for place in (path, *path.parents):
+        with suppress(OSError, ImportError, KeyError):
+            import pwd
+
+            owner = pwd.getpwuid(place.stat().st_uid).pw_name
+            return (
+                f"{reason}: {place} belongs to {owner}; run this as {owner}, or make the queue with PQUEUE_GROUP=GROUP"
+            )
+    return reason
 
 
 def _share(file: int, size: int) -> mmap.mmap:
@@ -2692,6 +2962,7 @@ def _open_bell(path: Path) -> int:
     with suppress(FileExistsError):
         os.mkfifo(path, 0o600)
     bell = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    _share_as_folder(bell, path.parent)
     if not stat.S_ISFIFO(os.fstat(bell).st_mode):
         os.close(bell)
         raise OSError(errno.EINVAL, f"expected {path.name} to be a FIFO")
@@ -2714,6 +2985,10 @@ def _hear(bell: int, seconds: float) -> bool:
     return rung
 
 
+def _is_read_only(path: Path) -> bool:
+    return hasattr(os, "statvfs") and bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
 def _sync(path: Path) -> None:
     """Put a file on disk, or the names in a folder, which a power cut may take with all that is in them."""
     if fcntl is None:
@@ -2723,6 +2998,10 @@ def _sync(path: Path) -> None:
         os.fsync(file)
     finally:
         os.close(file)
+
+
+def _file_number(path: Path) -> bytes:
+    return b"%20d" % (path.stat().st_ino if path.exists() else 0)
 
 
 def _size(path: Path) -> int:
@@ -2752,16 +3031,21 @@ def _unescape(mount_point: bytes) -> str:
     return os.fsdecode(mount_point.decode("unicode_escape").encode("latin-1"))
 
 
-def open_queue(url: str | None = None, *, create: bool = True, durability: str | None = None) -> PersistentQInterface:
+def open_queue(
+    url: str | None = None, *, create: bool = True, durability: str | None = None, group: str | None = None
+) -> PersistentQInterface:
     """Open the queue at a path, sqlite:///PATH or postgresql://…; None: $PQUEUE_URL, else var/queue.db.
 
-    The durability is by default $PQUEUE_DURABILITY, else "full". Without `create`, raise QueueError where none is.
+    durability: "full" or "normal"; None: $PQUEUE_DURABILITY, else "full". create: make the queue where there is none,
+    else raise QueueError. group: on SQLite, the group of accounts that may use a new queue; None: $PQUEUE_GROUP, else
+    only the account that makes it.
     """
     url = url or os.environ.get("PQUEUE_URL") or DEFAULT_URL
     durability = durability or os.environ.get("PQUEUE_DURABILITY") or "full"
     if url.startswith(("postgresql:", "postgresql+", "postgres:")):
         return _on_postgres(url, create, durability)
-    return PersistentQSQLite(sqlite_path(url), create=create, durability=durability)
+    group = group or os.environ.get("PQUEUE_GROUP") or None
+    return PersistentQSQLite(sqlite_path(url), create=create, durability=durability, group=group)
 
 
 def _on_postgres(url: str, create: bool, durability: str) -> PersistentQInterface:

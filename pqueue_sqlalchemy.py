@@ -816,7 +816,7 @@ class OnPostgres(PersistentQSQLAlchemy):
     def close(self) -> None:
         if self._registry and not self._closed:
             with suppress(QueueBusy):
-                self._leave()
+                self._leave(list(self._registry.values()))
         if self._line is not None:
             self._line.close()
         for session in list(self._sessions):
