@@ -20,14 +20,17 @@ The guarantees, each with a test of its number in test_pqueue.py:
 
 1. When `enqueue` or `complete` returns, it is on disk (`synchronous=FULL`). `durability="normal"` survives any crash
    of a process, but may lose the last moments before a power cut.
-2. At least once: a job is delivered again only if its consumer said so, its lease ran out, its consumer died, or
-   the power failed before its completion was synced.
+2. At least once: a job is delivered again only if its consumer released it, its lease ran out, its consumer died, or
+   the power failed before its completion was synced. With `max_attempts=1`, at most once: a job that began, and of
+   which it is not known that it finished, is `failed`.
 3. Every delivery has its own lease token. `complete`, `fail`, `release`, `extend` and `update` with an old token
    change nothing and raise `LeaseLost`. A late completion is accepted while nobody took the job back.
 4. Exactly once for what is written in one `transaction()`: rows of yours, follow-up jobs and the completion.
-5. A job that kills its consumers is `failed` after `max_attempts` deliveries, and its error names them.
+5. A job that kills its consumers is `failed` after `max_attempts` deliveries, and its error names them. What a
+   consumer released, or had not begun when it died, does not count.
 6. Order at dequeue: priority (higher first), then due time, then id.
-7. A database that cannot be trusted is refused: on a network drive, of a newer schema, of another program.
+7. A database that cannot be trusted is refused: on a network drive, of a newer schema, of another program. If it is
+   replaced or moved, or its log deleted, while a process has it open, the next write raises DatabaseReplaced.
 8. `lease_token` and `lease_expires_at` are set exactly while a job is `processing`.
 
 All times are Unix seconds, UTC, as float; all durations are seconds. Every method that reads the clock takes `now`.
