@@ -1468,9 +1468,9 @@ def _batch(attempts: list[tuple[int, int]], prefetches: bool) -> int:
 
 
 def _set_aside_error(job: Job, consumers: list[str], error: str) -> str:
-    if job.max_attempts == 1:
-        return f"{error}; it may have done all its work, and is not run again, as its max_attempts is 1"
-    return f"set aside after {job.attempts} attempts; lost by {', '.join(consumers)}; {error}"
+    once = "; it may have done all its work, and is not run again, as its max_attempts is 1"
+    number = f"{job.attempts} attempt{'' if job.attempts == 1 else 's'}"
+    return f"failed after {number}; lost by {', '.join(consumers)}; {error}{once if job.max_attempts == 1 else ''}"
 
 
 def _lost(tx: Session, verb: str, job: Job) -> QueueError | ValueError:
@@ -2120,13 +2120,22 @@ class SQLiteSession(Session):
         self.in_batch = False
         self.is_users = False  # code of the user's runs in it
         self.in_use = threading.RLock()  # held while SQLite works for it: nobody forks meanwhile
+        self._locks: FileLocks | None = None
         self.connection = queue._connect()
-        self.run("PRAGMA user_version")  # a first read opens the log; from then on SQLite holds its locks
-        self.files = DatabaseFiles(queue.path)
         try:
-            self._locks = None if queue.is_read_only else FileLocks.acquire(queue.path)
+            self._open_files()
+        except BaseException:
+            self.connection.close()
+            raise
+
+    def _open_files(self) -> None:
+        """Have SQLite open the log, which it does at the first read, and keep its locks from then on."""
+        self.run("PRAGMA user_version")
+        self.files = DatabaseFiles(self._queue.path)
+        try:
+            self._locks = None if self._queue.is_read_only else FileLocks.acquire(self._queue.path)
         except FileNotFoundError:
-            raise replaced(queue.path) from None
+            raise replaced(self._queue.path) from None
 
     def run(self, sql: str, params: Params = NOTHING) -> list[Any]:
         try:

@@ -1819,7 +1819,7 @@ class Replaced(SQLiteCase):
                         write()
                 self.assertIn("restart", queue.check()["problems"][0])
                 errors = []
-                thread = threading.Thread(target=lambda q=queue: errors.append(refusal(q)))
+                thread = threading.Thread(target=lambda q=queue, e=errors: e.append(refusal(q)))
                 thread.start()
                 thread.join()
                 self.assertIsInstance(errors[0], QueueError)
