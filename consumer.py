@@ -219,7 +219,7 @@ class Consumer:
         quiet: bool = False,
     ) -> None:
         self.queue, self.name = queue, name
-        self.options: dict[str, Any] = {"queues": queues, "lease_seconds": lease_seconds}
+        self.options: dict[str, Any] = {"queues": queues, "lease_seconds": lease_seconds, "prefetch": True}
         self.lease_seconds, self.drain, self.max_jobs, self.quiet = lease_seconds, drain, max_jobs, quiet
         self.taken = self.completed = self.failed = 0
         self.signals = 0  # to end, that were received
@@ -330,6 +330,7 @@ class Consumer:
     def _run_one(self, job: Job) -> None:
         try:
             try:
+                self.queue.begin(job)
                 result = pqueue.run_task(self.queue, job)
                 if result is not None:
                     pqueue.encode_json("result", result)
@@ -370,7 +371,9 @@ class Consumer:
             return time.monotonic() - self._started
 
     def _interrupted(self, job: Job, reason: Exception) -> None:
-        if self.signals > 1:
+        if self.signals > 1 and job.max_attempts == 1:
+            self._fail(job, Stopped("stopped while it ran; it is not run again, as its max_attempts is 1"), retry=False)
+        elif self.signals > 1:
             self._release(job)
         elif isinstance(reason, LeaseLost):
             log("lost", consumer=self.name, job=job.id, reason=reason)

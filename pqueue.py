@@ -20,14 +20,17 @@ The guarantees, each with a test of its number in test_pqueue.py:
 
 1. When `enqueue` or `complete` returns, it is on disk (`synchronous=FULL`). `durability="normal"` survives any crash
    of a process, but may lose the last moments before a power cut.
-2. At least once: a job is delivered again only if its consumer said so, its lease ran out, its consumer died, or
-   the power failed before its completion was synced.
+2. At least once: a job is delivered again only if its consumer released it, its lease ran out, its consumer died, or
+   the power failed before its completion was synced. With `max_attempts=1`, at most once: a job that began, and of
+   which it is not known that it finished, is `failed`.
 3. Every delivery has its own lease token. `complete`, `fail`, `release`, `extend` and `update` with an old token
    change nothing and raise `LeaseLost`. A late completion is accepted while nobody took the job back.
 4. Exactly once for what is written in one `transaction()`: rows of yours, follow-up jobs and the completion.
-5. A job that kills its consumers is `failed` after `max_attempts` deliveries, and its error names them.
+5. A job that kills its consumers is `failed` after `max_attempts` deliveries, and its error names them. What a
+   consumer released, or had not begun when it died, does not count.
 6. Order at dequeue: priority (higher first), then due time, then id.
-7. A database that cannot be trusted is refused: on a network drive, of a newer schema, of another program.
+7. A database that cannot be trusted is refused: on a network drive, of a newer schema, of another program. If it is
+   replaced or moved, or its log deleted, while a process has it open, the next write raises DatabaseReplaced.
 8. `lease_token` and `lease_expires_at` are set exactly while a job is `processing`.
 
 All times are Unix seconds, UTC, as float; all durations are seconds. Every method that reads the clock takes `now`.
@@ -44,22 +47,25 @@ import mmap
 import os
 import random
 import select
+import shlex
 import shutil
 import socket
 import sqlite3
 import stat
+import struct
 import sys
 import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 try:
     import fcntl
@@ -71,6 +77,7 @@ __version__ = "0.1.0"
 DEFAULT_URL = "var/queue.db"
 DEFAULT_MAX_ATTEMPTS = 3
 LEASE_SECONDS = 60.0
+MAX_CONSUMERS = 256  # of one queue object; each has two descriptors
 MAX_ID = 2**63 - 1
 MAX_PAYLOAD_BYTES = 1_048_576
 MAX_JSON_DEPTH = 100  # Python's parser gives up near 1000, less what its caller has used
@@ -94,7 +101,54 @@ LANES = ("others", "consumers")  # before the way to write
 SYNCHRONOUS = ("off", "normal", "full", "extra")
 MINIMUM_SQLITE = (3, 35)  # RETURNING
 APPLICATION_ID = 0x70717565  # "pque" in the file's header
-NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "ncp", "afs", "9p", "ceph", "fuse.sshfs", "glusterfs", "fuse.gluster")
+# File systems by their type in /proc/self/mounts. SQLite needs locks and shared memory that all users of a file see.
+LOCAL_FILE_SYSTEMS = (
+    *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "nilfs2", "reiserfs", "ufs", "hfsplus"),
+    *("apfs", "tmpfs", "ramfs", "rootfs", "overlay", "aufs", "squashfs", "erofs", "iso9660", "unknown"),
+)
+SHARED_FILE_SYSTEMS = (  # or the beginning of their type
+    *(
+        "nfs",
+        "cifs",
+        "smb",
+        "ncp",
+        "afs",
+        "9p",
+        "ceph",
+        "coda",
+        "glusterfs",
+        "lustre",
+        "beegfs",
+        "gpfs",
+        "ocfs2",
+        "gfs",
+    ),
+    *(
+        "pvfs2",
+        "orangefs",
+        "moosefs",
+        "vboxsf",
+        "vmhgfs",
+        "prl_fs",
+        "virtiofs",
+        "davfs",
+        "fakeowner",
+        "drvfs",
+        "wekafs",
+    ),
+    *(
+        "fuse.sshfs",
+        "fuse.gluster",
+        "fuse.ceph",
+        "fuse.s3",
+        "fuse.rclone",
+        "fuse.juicefs",
+        "fuse.gcsfuse",
+        "fuse.goofys",
+    ),
+    *("fuse.vmhgfs", "fuse.grpcfuse", "fuse.osxfs", "fuse.moosefs", "fuse.mfs", "fuse.lizardfs", "fuse.seaweedfs"),
+    *("fuse.blobfuse", "fuse.cephfs", "fuse.smb", "fuse.nfs", "fuse.davfs", "fuse.mount.davfs", "fuse.wslfs"),
+)
 
 UNFINISHED = ("scheduled", "pending", "processing")
 FINISHED = ("completed", "failed", "cancelled")
@@ -133,6 +187,10 @@ class QueueFull(QueueError):
 
 class SchemaMismatch(QueueError):
     """The file is not a queue that this version can work with."""
+
+
+class DatabaseReplaced(QueueError):
+    """The database was moved, replaced, or its log deleted while it was open. Nothing more can be written: restart."""
 
 
 class DoNotRetry(Exception):
@@ -290,7 +348,8 @@ CREATE TABLE jobs (
 CREATE TABLE queues (
     name        TEXT PRIMARY KEY,
     paused      INTEGER NOT NULL DEFAULT 0,  -- 1: nothing is delivered
-    max_pending INTEGER                      -- enqueue is refused at this many pending jobs; NULL: never
+    max_pending INTEGER,                     -- enqueue is refused at this many pending jobs; NULL: never
+    pending     INTEGER NOT NULL DEFAULT 0   -- unassigned pending jobs, counted while max_pending is set
 )""",
         """
 CREATE TABLE consumers (
@@ -339,13 +398,14 @@ COLUMNS = ", ".join(Job._fields)
 NO_LEASE = "lease_token = NULL, lease_expires_at = NULL"
 HELD = "id = :id AND state = 'processing' AND lease_token = :token"
 WAITING = "queue = :queue AND state = 'pending' AND assigned_to IS NULL"
+HAS_ROOM = "(max_pending IS NULL OR max_pending > pending)"
 ORDER = "priority DESC, run_at, id"
 
 ENQUEUE = f"""
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
 SELECT name, :task, :payload, :state, :priority, :run_at, :max_attempts, :key, :assigned_to, :now
 FROM queues
-WHERE name = :queue AND (max_pending IS NULL OR max_pending > (SELECT count(*) FROM jobs WHERE {WAITING}))
+WHERE name = :queue AND {HAS_ROOM}
 ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING
 RETURNING id"""
 ENQUEUE_AT_ONCE = ENQUEUE.removesuffix("RETURNING id")  # SQLite's last_insert_rowid is cheaper
@@ -358,9 +418,9 @@ FROM json_each(:payloads)"""
 INSERT_MANY_AT_ONCE = f"""
 {INSERT_MANY} WHERE EXISTS (SELECT 1 FROM queues WHERE name = :queue AND max_pending IS NULL)"""
 
-ROOM = f"""
-SELECT CASE WHEN max_pending IS NOT NULL THEN max_pending - (SELECT count(*) FROM jobs WHERE {WAITING}) END, max_pending
-FROM queues WHERE name = :queue"""
+ROOM = "SELECT max_pending - pending, max_pending FROM queues WHERE name = :queue"
+COUNT_PENDING = f"UPDATE queues SET pending = (SELECT count(*) FROM jobs WHERE {WAITING}) WHERE name = :queue"
+LIMITED = "SELECT name FROM queues WHERE max_pending IS NOT NULL"
 WITH_KEY = f"SELECT id FROM jobs WHERE queue = :queue AND key = :key AND state IN {UNFINISHED}"
 ADD_QUEUE = "INSERT INTO queues (name) VALUES (:queue) ON CONFLICT DO NOTHING"
 
@@ -368,11 +428,13 @@ ADD_QUEUE = "INSERT INTO queues (name) VALUES (:queue) ON CONFLICT DO NOTHING"
 # paused queues, other queues and jobs assigned elsewhere are never stepped over one by one. SQLite's CROSS JOIN keeps
 # q the outer loop.
 CANDIDATES = f"""
-SELECT jobs.id, priority, run_at, attempts FROM queues q CROSS JOIN jobs WHERE q.paused = 0 {{served}} AND jobs.id IN
+SELECT jobs.id, priority, run_at, attempts, max_attempts FROM queues q CROSS JOIN jobs
+WHERE q.paused = 0 {{served}} AND jobs.id IN
     (SELECT id FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL
      ORDER BY {ORDER} LIMIT :limit)
 UNION ALL
-SELECT * FROM (SELECT id, priority, run_at, attempts FROM jobs WHERE state = 'pending' AND assigned_to = :consumer
+SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
+               WHERE state = 'pending' AND assigned_to = :consumer
                AND queue NOT IN (SELECT name FROM queues WHERE paused = 1) ORDER BY {ORDER} LIMIT :limit) mine"""
 
 CLAIM = f"""
@@ -381,7 +443,7 @@ UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = :consu
 WHERE state = 'pending' AND id IN (SELECT id FROM ({CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit)
 RETURNING {COLUMNS}"""
 
-NEXT_ATTEMPTS = f"SELECT attempts FROM ({CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit"
+NEXT_ATTEMPTS = f"SELECT attempts, max_attempts FROM ({CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit"
 
 OVERDUE = """
 SELECT (SELECT min(run_at) FROM jobs WHERE state = 'scheduled') <= :now,
@@ -425,6 +487,7 @@ UPDATE jobs SET progress = coalesce(:progress, progress), result = coalesce(:res
 RESUBMIT = f"""
 UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL,
     error = NULL WHERE id = :id AND state IN {FINISHED}
+    AND EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND {HAS_ROOM})
     AND NOT EXISTS (SELECT 1 FROM jobs o WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN {UNFINISHED})"""
 MARK_FAILED = f"""
 UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, {NO_LEASE}
@@ -444,6 +507,9 @@ SELECT id, :now, :event, :actor, attempts, :error FROM jobs WHERE id = :id"""
 LOST_BY = """
 SELECT actor FROM history WHERE job_id = :id AND event IN ('expired', 'died')
 AND id > (SELECT coalesce(max(id), 0) FROM history WHERE job_id = :id AND event = 'resubmitted') ORDER BY id"""
+
+HELD_BY = f"SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND substr(lease_token, 1, 16) = :token"
+SLOT_OF = "SELECT slot FROM consumers WHERE token = :token"
 
 REGISTER = """
 INSERT INTO consumers (name, token, host, pid, slot, queues, tasks, started_at, last_seen_at, state)
@@ -498,6 +564,22 @@ SELECT task, error, count(*), max(id) FROM
 GROUP BY task, error"""
 
 
+# SQLite: they keep queues.pending, and exist only while some queue has a limit, so that no other queue pays for them.
+IS_PENDING = "{row}.state = 'pending' AND {row}.assigned_to IS NULL"
+ADD_PENDING = "UPDATE queues SET pending = pending {change} 1 WHERE name = {row}.queue AND max_pending IS NOT NULL"
+COUNTERS = {
+    f"jobs_{event.lower()}_{row}": (
+        f"CREATE TRIGGER jobs_{event.lower()}_{row} AFTER {event} {columns} ON jobs WHEN {IS_PENDING.format(row=row)} "
+        f"BEGIN {ADD_PENDING.format(row=row, change=change)}; END"
+    )
+    for event, columns, row, change in (
+        ("INSERT", "", "NEW", "+"),
+        ("UPDATE", "OF state, assigned_to, queue", "OLD", "-"),
+        ("UPDATE", "OF state, assigned_to, queue", "NEW", "+"),
+        ("DELETE", "", "OLD", "-"),
+    )
+}
+
 TABLES = ("jobs", "queues", "consumers", "history")
 OUR_TABLES = f"SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name IN {TABLES}"
 OUR_SCHEMA = f"SELECT type, name, sql FROM sqlite_master WHERE tbl_name IN {TABLES} AND sql IS NOT NULL"
@@ -505,6 +587,9 @@ DAMAGED = "SELECT count(*) FROM jobs WHERE " + " OR ".join(
     f"typeof({name}) IN ('text', 'blob')"
     for name in ("priority", "run_at", "attempts", "max_attempts", "created_at", "started_at", "finished_at")
 )
+MISCOUNTED = f"""
+SELECT name FROM queues q WHERE max_pending IS NOT NULL
+    AND pending <> (SELECT count(*) FROM jobs WHERE {WAITING.replace(":queue", "q.name")})"""
 TRIGGERS = f"SELECT name, tbl_name FROM sqlite_master WHERE type = 'trigger' AND tbl_name IN {TABLES} ORDER BY name"
 
 # What a copy carries: its first column is the key. Consumers are not among it: they belong to where they run.
@@ -551,6 +636,10 @@ class Session(ABC):
             raise QueueError("cannot end a transaction before those begun inside it: neither await nor yield in one")
 
 
+class LastAttempt(Exception):
+    """Undo a claim that was not to be synced."""
+
+
 class Registration:
     """A consumer of this process: its random token, its slot beside the database, and the numbers of its claims."""
 
@@ -559,6 +648,7 @@ class Registration:
         self.slot = slot
         self.token = os.urandom(8).hex()
         self.claims = count(1)
+        self.prefetches = False  # the attempts of its jobs count when they begin
 
 
 class PersistentQInterface(ABC):
@@ -635,7 +725,7 @@ class PersistentQInterface(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Take leave. Jobs that this object's consumers still hold go back at somebody's next dequeue."""
+        """Release the jobs that this object's consumers hold, as `release` does, and close the database."""
 
     def _time(self, now: float | None) -> float:
         return time.time() if now is None else _finite("now", now)
@@ -675,7 +765,7 @@ class PersistentQInterface(ABC):
                 if not tx.change(ADD_QUEUE, row):
                     room, max_pending = tx.run(ROOM, row)[0]
                     if room is not None and room <= 0:  # else what was in the way has gone: on PostgreSQL others go on
-                        raise _full(row["queue"], max_pending)
+                        raise _full("enqueue", row["queue"], max_pending)
             raise QueueError("cannot enqueue: the database takes no job, though nothing is in its way; run doctor")
 
     def enqueue_many(
@@ -691,7 +781,10 @@ class PersistentQInterface(ABC):
         assigned_to: str | None = None,
         now: float | None = None,
     ) -> list[int]:
-        """Store one job per payload, all or none, and return their ids in order. Raises QueueFull."""
+        """Store one job per payload, all or none, and return their ids in order.
+
+        Raises QueueFull, or ValueError when they are more than the queue's limit, and so can never fit.
+        """
         row = _new_job(task, queue, priority, delay_seconds, run_at, max_attempts, None, assigned_to, self._time(now))
         found = list(payloads)
         return self._add_many({**row, "payloads": _encode_payloads(found), "number": len(found)})
@@ -701,19 +794,24 @@ class PersistentQInterface(ABC):
             tx.change(ADD_QUEUE, row)
             room, max_pending = tx.run(ROOM, row)[0]
             if room is not None and room < row["number"]:
-                raise _full(row["queue"], max_pending)
+                raise _full("enqueue", row["queue"], max_pending, row["number"])
             tx.ring = True
             return self._insert_many(tx, row)
 
     # Working
 
     def dequeue(self, consumer: str, **options: Any) -> Job | None:
-        """Take the next job for this consumer, or return None; the options are those of `dequeue_many`."""
+        """Take the next job for this consumer, or return None; the options are those of `dequeue_many`.
+
+        The attempt counts from now on: if this process dies, the job is delivered again while attempts are left. A job
+        with `max_attempts=1` is therefore run at most once, even if the power fails.
+        """
         jobs = self.dequeue_many(consumer, 1, **options)
         return jobs[0] if jobs else None
 
     def dequeue_many(self, consumer: str, limit: int, **options: Any) -> list[Job]:
-        """Take up to `limit` jobs, in order; a job that was delivered before comes alone.
+        """Take up to `limit` jobs, in order. A job that was delivered before comes alone, and so does one whose last
+        attempt this is, unless `prefetch` is set.
 
         The options are those of `complete_and_dequeue`.
         """
@@ -727,17 +825,39 @@ class PersistentQInterface(ABC):
         *,
         queues: Sequence[str] | None = None,
         lease_seconds: float = LEASE_SECONDS,
+        prefetch: bool = False,
         now: float | None = None,
     ) -> tuple[list[Job], list[Job]]:
         """Complete these (job, result) pairs and take up to `limit` jobs of these queues (None: all) in one commit.
+
+        prefetch: the caller calls `begin` before it runs each job, and only then does the attempt count (on SQLite): if
+        this process dies, jobs that it had not begun are delivered again as if it had never taken them.
 
         Returns the jobs taken, and those of `finished` that were not completed because their lease was lost. Inside
         `transaction` these raise LeaseLost instead.
         """
         settled = [(job, _encode_result(result)) for job, result in finished]
         me = self._registered(consumer, queues)
+        me.prefetches = prefetch and self._publish_begun(me)
         _at_least("limit", 0, limit)
         return self._exchange(settled, me, limit, queues, lease_seconds, now)
+
+    def begin(self, job: Job, *, now: float | None = None) -> None:
+        """Note that the job, taken with `prefetch`, is about to run. Raises LeaseLost if its lease is over."""
+        self._note_begun(job)
+        if job.lease_expires_at is None or self._time(now) >= job.lease_expires_at:  # noted first: see _has_begun
+            raise LeaseLost(f"cannot begin job {job.id}: the lease of {job.consumer} on it is over")
+
+    def _publish_begun(self, me: Registration) -> bool:  # noqa: ARG002
+        """Let other processes see what this consumer begins; return False where the backend cannot."""
+        return False
+
+    def _note_begun(self, job: Job) -> None:  # noqa: B027
+        """Show others that this job has begun, where the backend can."""
+
+    def _has_begun(self, tx: Session, job: Job) -> bool:  # noqa: ARG002
+        """Return whether the job may have run in its current delivery; False is certain."""
+        return True
 
     def _exchange(
         self,
@@ -749,14 +869,23 @@ class PersistentQInterface(ABC):
         now: float | None,
     ) -> tuple[list[Job], list[Job]]:
         dead, nested = self._look_for_dead(), self.in_transaction
-        with self._write(durable=bool(settled), in_batch=True) as tx:
-            now = self._time(now)
-            lost = self._complete_all(tx, settled, now)
-            if lost and nested:
-                raise _lost(tx, "complete", lost[0])
-            _recover(tx, dead, now)
-            jobs = _claim(tx, me, limit, queues, lease_seconds, now) if limit else []
-        return jobs, lost
+
+        def exchange(durable: bool) -> tuple[list[Job], list[Job]]:
+            with self._write(durable=durable, in_batch=True) as tx:
+                at = self._time(now)
+                lost = self._complete_all(tx, settled, at)
+                if lost and nested:
+                    raise _lost(tx, "complete", lost[0])
+                self._recover(tx, dead, at)
+                jobs = _claim(tx, me, limit, queues, lease_seconds, at) if limit else []
+                if not durable and any(job.attempts == job.max_attempts for job in jobs):
+                    raise LastAttempt
+            return jobs, lost
+
+        try:
+            return exchange(durable=bool(settled) or nested)
+        except LastAttempt:  # the power must not give it another: take it anew, and sync
+            return exchange(durable=True)
 
     def _complete_all(self, tx: Session, settled: list[tuple[Job, str | None]], now: float) -> list[Job]:
         """Complete these, and return those whose lease was lost."""
@@ -790,8 +919,18 @@ class PersistentQInterface(ABC):
         return "scheduled" if again else "failed"
 
     def release(self, job: Job, *, now: float | None = None) -> None:
-        """Give the job back unharmed; the attempt does not count. Raises LeaseLost."""
-        self._settle("release", RELEASE, job, {"now": self._time(now), "error": None}, event="released")
+        """Give the job back; the attempt does not count. Raises LeaseLost."""
+        with self._write(durable=False) as tx:
+            if not self._release(tx, job, self._time(now)):
+                raise _lost(tx, "release", job)
+
+    def _release(self, tx: Session, job: Job, now: float) -> bool:
+        """Make a job pending again as if this delivery had not been; record it if it had begun."""
+        params = {"id": job.id, "token": job.lease_token, "now": now, "error": None}
+        if job.lease_token and self._has_begun(tx, job):
+            tx.change(RECORD, {**params, "event": "released", "actor": job.consumer})
+        tx.ring = True
+        return bool(tx.change(RELEASE, params))
 
     def extend(self, job: Job, lease_seconds: float = LEASE_SECONDS, *, now: float | None = None) -> None:
         """Let the lease run out this many seconds from now. Raises LeaseLost."""
@@ -806,7 +945,7 @@ class PersistentQInterface(ABC):
     def _settle(self, verb: str, sql: str, job: Job, params: Params, event: str | None = None) -> None:
         """Run a transition that needs the job's lease; record it where it ends an attempt without completing."""
         params |= {"id": job.id, "token": job.lease_token}
-        with self._write(durable=event == "failed") as tx:
+        with self._write(durable=event is not None) as tx:
             if event and job.lease_token:
                 tx.change(RECORD, {**params, "event": event, "actor": job.consumer})
                 tx.ring = True
@@ -1005,7 +1144,10 @@ class PersistentQInterface(ABC):
     # Operating; `by` is the operator to record, by default the user
 
     def resubmit(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
-        """Make a finished job pending again, with all its attempts. Raises JobNotFound or InvalidTransition."""
+        """Make a finished job pending again, with all its attempts.
+
+        Raises JobNotFound, InvalidTransition or QueueFull.
+        """
         self._operate("resubmit", "resubmitted", RESUBMIT, job_id, by, now)
 
     def mark_failed(
@@ -1045,8 +1187,18 @@ class PersistentQInterface(ABC):
         self._set_queue(queue, "paused", 0)
 
     def limit(self, queue: str, max_pending: int | None) -> None:
-        """Refuse an enqueue while so many jobs of the queue are pending; scheduled and assigned ones do not count."""
-        self._set_queue(queue, "max_pending", None if max_pending is None else _at_least("max_pending", 1, max_pending))
+        """Refuse to enqueue or resubmit while so many jobs of the queue are pending; None: never refuse.
+
+        Jobs that are scheduled, or assigned to a consumer, do not count.
+        """
+        most = None if max_pending is None else _at_least("max_pending", 1, max_pending)
+        with self._write() as tx:
+            self._set_queue(queue, "max_pending", most)
+            self._count_pending(tx, [queue])
+
+    @abstractmethod
+    def _count_pending(self, tx: Session, queues: Iterable[str]) -> None:
+        """Count the pending jobs of these queues, and keep counting while some queue has a limit."""
 
     def _set_queue(self, queue: str, column: str, value: int | None) -> None:
         with self._write() as tx:
@@ -1116,6 +1268,7 @@ class PersistentQInterface(ABC):
                 if sorted(read) != sorted(_digest(row) for rows in _pages(copy, table, columns) for row in rows):
                     raise QueueError(f"cannot copy {table}: what was read back is not what was written")
             target._number_on(copy)
+            target._count_pending(copy, [row[0] for row in copy.run(LIMITED)])
         return copied
 
     @abstractmethod
@@ -1157,6 +1310,11 @@ class PersistentQInterface(ABC):
         with self._registering, ExitStack() as undo:
             if name in self._registry:
                 return self._registry[name]
+            if len(self._registry) == MAX_CONSUMERS:
+                raise QueueError(
+                    f"cannot begin consumer {name!r}: this object has {MAX_CONSUMERS}, each with a lock; "
+                    "use a name for longer than one job, or end those that are done with leave(name)"
+                )
             served = None if queues is None else json.dumps([_name("queue", queue) for queue in queues])
             me = Registration(name, self._take_slot())
             if me.slot:
@@ -1165,7 +1323,8 @@ class PersistentQInterface(ABC):
             params |= {"slot": me.slot and me.slot.number, "queues": served, "now": self._time(None)}
             params["tasks"] = json.dumps(sorted(TASKS))
             with self._write(durable=False) as tx:
-                tx.change(SUCCEED, params)
+                if tx.change(SUCCEED, params):
+                    self._recover(tx, [], self._time(None))  # before this consumer publishes in the same slot
                 tx.change(REGISTER, params)
             undo.pop_all()
             self._registry = {**self._registry, name: me}
@@ -1176,6 +1335,36 @@ class PersistentQInterface(ABC):
             raise ValueError(f"expected a list of queues, got {queues!r}")
         return (isinstance(name, str) and self._registry.get(name)) or self._register(name, queues)
 
+    def _recover(self, tx: Session, dead: list[str] | None, now: float) -> None:
+        """Promote what is due, and take back what expired or lost its consumer."""
+        params = {"now": now, "limit": RECOVERY_BATCH}
+        due, expired = tx.run(OVERDUE, params)[0]
+        if due:
+            tx.change(PROMOTE, params)
+            tx.ring = True
+        if expired:
+            for row in tx.run(EXPIRED, params):
+                self._take_back(tx, _job(row), "expired", now)
+        if dead is not None:
+            for token in dead:
+                tx.change(LEAVE, {"token": token, "state": "dead"})
+            for row in tx.run(ORPHANED, params):
+                self._take_back(tx, _job(row), "died", now)
+
+    def _take_back(self, tx: Session, job: Job, event: str, now: float) -> None:
+        if not self._has_begun(tx, job):
+            self._release(tx, job, now)
+            return
+        what = "died" if event == "died" else "let its lease run out"
+        params: Params = {"id": job.id, "token": job.lease_token, "now": now}
+        params["error"] = f"consumer {job.consumer} {what} in attempt {job.attempts} of {job.max_attempts}"
+        tx.change(RECORD, {**params, "event": event, "actor": job.consumer})
+        if not tx.change(TAKE_BACK, params):
+            consumers = [row[0] for row in tx.run(LOST_BY, params)][-job.attempts :]
+            params["error"] = _set_aside_error(job, consumers, params["error"])
+            tx.change(FAIL, params)
+        tx.ring = True
+
     def _look_for_dead(self) -> list[str] | None:
         """Return the tokens of consumers that died, or None when it looked a moment ago."""
         if time.monotonic() - self._looked_for_dead < DEAD_CHECK_SECONDS:
@@ -1184,13 +1373,23 @@ class PersistentQInterface(ABC):
         mine = {me.token for me in self._registry.values()}
         return [token for token, slot in self._read(RUNNING) if token not in mine and not self._is_alive(slot)]
 
-    def _leave(self) -> None:
-        leaving = self._registry
+    def leave(self, consumer: str) -> None:
+        """End a consumer of this object: release the jobs that it holds, and free its descriptors.
+
+        It may dequeue again, as a new consumer. Nothing happens if there is no consumer of this name.
+        """
+        if me := self._registry.get(consumer):
+            self._leave([me])
+
+    def _leave(self, leaving: Sequence[Registration]) -> None:
         with self._write(durable=False) as tx:
-            for me in leaving.values():
+            for me in leaving:
+                for row in tx.run(HELD_BY, {"token": me.token}):
+                    self._release(tx, _job(row), self._time(None))
                 tx.change(LEAVE, {"token": me.token, "state": "stopped"})
-        self._registry = {}
-        for me in leaving.values():
+        with self._registering:
+            self._registry = {name: me for name, me in self._registry.items() if me not in leaving}
+        for me in leaving:
             if me.slot:
                 me.slot.close()
 
@@ -1224,8 +1423,7 @@ def _claim(
 ) -> list[Job]:
     params = claim_params(me, limit, queues, lease_seconds, now)
     if limit > 1:
-        attempts = [row[0] for row in tx.run(serving(NEXT_ATTEMPTS, queues), params)]
-        params["limit"] = _batch(attempts)
+        params["limit"] = _batch(tx.run(serving(NEXT_ATTEMPTS, queues), params), me.prefetches)
     return claimed_jobs(tx, tx.run(serving(CLAIM, queues), params), params)
 
 
@@ -1259,45 +1457,23 @@ def _set_aside(tx: Session, job_id: int, error: str, claim: Params) -> None:
     tx.change(FAIL, params)
 
 
-def _batch(attempts: list[int]) -> int:
-    """Return how many of the next jobs, by their attempts so far, to deliver together.
+def _batch(attempts: list[tuple[int, int]], prefetches: bool) -> int:
+    """Return how many of the next jobs, by their attempts so far and at most, to deliver together.
 
-    A job that was delivered before goes alone: when it kills its consumer again, no other job pays for it.
+    A job that was delivered before comes alone: when it kills its consumer again, no other job pays for it. So does one
+    whose last attempt this is, unless it counts only when it begins.
     """
-    fresh = next((number for number, before in enumerate(attempts) if before), len(attempts))
-    return max(1, fresh)
+    alone = (n for n, (made, most) in enumerate(attempts) if made or (most == 1 and not prefetches))
+    return max(1, next(alone, len(attempts)))
 
 
-def _recover(tx: Session, dead: list[str] | None, now: float) -> None:
-    """Promote what is due, and take back what expired or lost its consumer."""
-    params = {"now": now, "limit": RECOVERY_BATCH}
-    due, expired = tx.run(OVERDUE, params)[0]
-    if due:
-        tx.change(PROMOTE, params)
-        tx.ring = True
-    if expired:
-        for row in tx.run(EXPIRED, params):
-            _take_back(tx, _job(row), "expired", now)
-    if dead is not None:
-        for token in dead:
-            tx.change(LEAVE, {"token": token, "state": "dead"})
-        for row in tx.run(ORPHANED, params):
-            _take_back(tx, _job(row), "died", now)
+def _set_aside_error(job: Job, consumers: list[str], error: str) -> str:
+    once = "; it may have done all its work, and is not run again, as its max_attempts is 1"
+    number = f"{job.attempts} attempt{'' if job.attempts == 1 else 's'}"
+    return f"failed after {number}; lost by {', '.join(consumers)}; {error}{once if job.max_attempts == 1 else ''}"
 
 
-def _take_back(tx: Session, job: Job, event: str, now: float) -> None:
-    what = "died" if event == "died" else "let its lease run out"
-    params: Params = {"id": job.id, "token": job.lease_token, "now": now}
-    params["error"] = f"consumer {job.consumer} {what} in attempt {job.attempts} of {job.max_attempts}"
-    tx.change(RECORD, {**params, "event": event, "actor": job.consumer})
-    if not tx.change(TAKE_BACK, params):
-        consumers = [row[0] for row in tx.run(LOST_BY, params)][-job.attempts :]
-        params["error"] = f"set aside after {job.attempts} attempts; lost by {', '.join(consumers)}; {params['error']}"
-        tx.change(FAIL, params)
-    tx.ring = True
-
-
-def _lost(tx: Session, verb: str, job: Job) -> QueueError:
+def _lost(tx: Session, verb: str, job: Job) -> QueueError | ValueError:
     """Return the error for a verb whose lease token is not the current one, and doom the transaction around it."""
     if job.lease_token is None:
         return _refusal(tx, verb, job.id)
@@ -1305,12 +1481,15 @@ def _lost(tx: Session, verb: str, job: Job) -> QueueError:
     return tx.lost
 
 
-def _refusal(tx: Session, verb: str, job_id: int) -> QueueError:
-    rows = tx.run("SELECT state, key FROM jobs WHERE id = :id", {"id": job_id})
+def _refusal(tx: Session, verb: str, job_id: int) -> QueueError | ValueError:
+    rows = tx.run("SELECT state, key, queue FROM jobs WHERE id = :id", {"id": job_id})
     if not rows:
         return JobNotFound(f"cannot {verb} job {job_id}: no such job")
-    state, key = rows[0]
+    state, key, queue = rows[0]
     if verb == "resubmit" and state in FINISHED:
+        room, max_pending = tx.run(ROOM, {"queue": queue})[0]
+        if room is not None and room <= 0:
+            return _full(f"resubmit job {job_id}", queue, max_pending)
         return InvalidTransition(f"cannot resubmit job {job_id}: another unfinished job has its key {key!r}")
     return InvalidTransition(f"cannot {verb} job {job_id}: it is {state}")
 
@@ -1324,8 +1503,11 @@ def _operator(by: str | None) -> str:
         return f"uid {os.getuid()}"
 
 
-def _full(queue: str, max_pending: int) -> QueueFull:
-    return QueueFull(f"cannot enqueue: queue {queue!r} is at its limit of {max_pending} pending jobs")
+def _full(verb: str, queue: str, max_pending: int, jobs: int = 1) -> QueueFull | ValueError:
+    if jobs > max_pending:
+        return ValueError(f"expected at most {max_pending} jobs, the limit of queue {queue!r}, got {jobs} at once")
+    room = "is at" if jobs == 1 else f"has no room for {jobs} jobs within"
+    return QueueFull(f"cannot {verb}: queue {queue!r} {room} its limit of {max_pending} pending jobs")
 
 
 def serving(sql: str, queues: Sequence[str] | None) -> str:
@@ -1365,7 +1547,19 @@ def encode_json(what: str, value: Any) -> str:
         raise ValueError(f"expected a {what} of at most {MAX_PAYLOAD_BYTES} bytes of JSON, got {size}")
     if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _depth(value) > MAX_JSON_DEPTH:
         raise ValueError(f"expected a {what} nested at most {MAX_JSON_DEPTH} deep")
+    if "{" in text:
+        _expect_text_keys(what, value)
     return text
+
+
+def _expect_text_keys(what: str, value: Any) -> None:
+    """Raise ValueError for a key that is no string: JSON would make it one, and perhaps the same as another key."""
+    for key in value if isinstance(value, dict) else ():
+        if not isinstance(key, str):
+            raise ValueError(f"expected a {what} whose keys are all strings, got the key {_short(key)}")
+    for each in value.values() if isinstance(value, dict) else value:
+        if isinstance(each, (dict, list, tuple)):
+            _expect_text_keys(what, each)
 
 
 def _encode_payloads(payloads: list[Any]) -> str:
@@ -1374,6 +1568,8 @@ def _encode_payloads(payloads: list[Any]) -> str:
         text = _encode_json([[payload] for payload in payloads])
         nests = text.count("[") + text.count("{") > MAX_JSON_DEPTH + len(payloads)
         if len(text.encode()) <= MAX_PAYLOAD_BYTES and not (nests and _depth(payloads) > MAX_JSON_DEPTH):
+            if "{" in text:
+                _expect_text_keys("payload", payloads)
             return text
     return "[" + ",".join(f"[{encode_json('payload', payload)}]" for payload in payloads) + "]"
 
@@ -1661,6 +1857,18 @@ class Slots:
                     return slot
         raise QueueError(f"cannot add a consumer: expected fewer than {self.COUNT} at a time")
 
+    def has_begun(self, number: int, token: str, job_id: int) -> bool:
+        """Return False if the slot's owner of this token publishes what it begins, and this job is not among it."""
+        try:
+            file = os.open(self._folder / f"{number}.lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return True
+        try:
+            words = array("Q", os.pread(file, Begun.BYTES, 0).ljust(Begun.BYTES, b"\0"))
+        finally:
+            os.close(file)
+        return Begun.is_in(words, token, job_id)
+
     def is_taken(self, number: int) -> bool:
         lock = _open_private(self._folder / f"{number}.lock")
         try:
@@ -1690,12 +1898,62 @@ class Slots:
         return rung
 
 
+class Begun:
+    """What a consumer has begun of the jobs that it took together, for others to read when it has died.
+
+    It is in the consumer's lock file, as 64-bit words: the boot of the machine, the consumer's token, the number of
+    jobs, their ids. It is never synced: after a power cut the boot is another one, and the rest is ignored.
+    """
+
+    MOST = 253  # jobs
+    BYTES = 8 * (3 + MOST)
+
+    def __init__(self, file: int, token: str) -> None:
+        self._map = _share(file, self.BYTES)
+        self._words = memoryview(self._map).cast("Q")
+        self._claim: str | None = None
+        self._words[0], self._words[2], self._words[1] = 0, 0, int(token, 16)
+        self._words[0] = boot()
+
+    def add(self, job: Job) -> None:
+        if job.lease_token != self._claim:  # with that claim, all before it was completed
+            self._claim, self._words[2] = job.lease_token, 0
+        number = self._words[2]
+        if number == self.MOST:
+            self._words[0] = 0  # it is not known any more
+        else:
+            self._words[3 + number] = job.id
+            self._words[2] = number + 1
+
+    @staticmethod
+    def is_in(words: Sequence[int], token: str, job_id: int) -> bool:
+        is_known = words[0] == boot() != 0 and words[1] == int(token, 16)
+        return not is_known or job_id in words[3 : 3 + words[2]]
+
+    def close(self) -> None:
+        self._words.release()
+        self._map.close()
+
+
+@lru_cache
+def boot() -> int:
+    """Return a number that the machine gets anew whenever it starts, or 0 where the system has none."""
+    try:
+        return int(Path("/proc/sys/kernel/random/boot_id").read_text()[:8], 16)
+    except (OSError, ValueError):
+        return 0
+
+
 class Slot:
     """A consumer's place, as long as it lives."""
 
     def __init__(self, number: int, lock: int, bell: int) -> None:
         self.number = number
+        self.begun: Begun | None = None
         self._lock, self._bell = lock, bell
+
+    def publish(self, token: str) -> None:
+        self.begun = self.begun or Begun(self._lock, token)
 
     def poll(self, seconds: float) -> bool:
         return _hear(self._bell, seconds)
@@ -1705,8 +1963,149 @@ class Slot:
         return os.fstat(self._lock).st_nlink > 0
 
     def close(self) -> None:
+        if self.begun:
+            self.begun.close()
         os.close(self._lock)
         os.close(self._bell)
+
+
+class FileLocks:
+    """Locks on the files of a database that this process has open; they outlast whatever its own code closes.
+
+    SQLite's locks are POSIX locks: the process loses them as soon as any code in it closes any descriptor of the file.
+    Another process may then take the database for unused, and delete its log or clear its index. Open file description
+    locks, where the system has them, stand in for the two locks that prevent this. Bytes as in SQLite's os_unix.c.
+    """
+
+    IN_USE = (0x40000002, 510)  # on the database, shared by all who have it open: SHARED_FIRST, SHARED_SIZE
+    INDEX_IN_USE = (128, 1)  # on -shm, likewise: UNIX_SHM_DMS
+    WRITING = (120, 1)  # on -shm, exclusive: WAL_WRITE_LOCK
+    AVAILABLE = hasattr(fcntl, "F_OFD_SETLK")
+
+    _open: ClassVar[dict[tuple[int, int], FileLocks]] = {}  # by what stat returns of the database
+
+    def __init__(self, path: Path) -> None:
+        self._users = 0  # connections
+        self._files: list[int] = []
+        with ExitStack() as undo:
+            for suffix in ("", "-shm"):
+                self._files.append(os.open(f"{path}{suffix}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
+                undo.callback(os.close, self._files[-1])
+            undo.pop_all()
+
+    @classmethod
+    def acquire(cls, path: Path) -> FileLocks | None:
+        """Return the locks of a database that a connection has opened, or None where the system has no such locks."""
+        if not cls.AVAILABLE:
+            return None
+        cls.close_unused()
+        key = _identity(path)
+        locks = cls._open[key] = cls._open.get(key) or cls(path)
+        locks._users += 1
+        locks._set(fcntl.F_RDLCK)
+        return locks
+
+    def release(self) -> None:
+        """Let SQLite remove the log when it closes the last connection, which is about to be closed."""
+        self._users -= 1
+        if not self._users:
+            self._set(fcntl.F_UNLCK)
+
+    def are_writing(self) -> bool:
+        """Return whether this process still has SQLite's lock for writing."""
+        asked = _flock(fcntl.F_RDLCK, self.WRITING)
+        kind, _, _, _, pid = struct.unpack(FLOCK, fcntl.fcntl(self._files[1], fcntl.F_OFD_GETLK, asked))
+        return bool(kind == fcntl.F_WRLCK and pid == os.getpid())
+
+    def _set(self, kind: int) -> None:
+        for file, where in zip(self._files, (self.IN_USE, self.INDEX_IN_USE), strict=True):
+            with suppress(OSError):  # a file system without them
+                fcntl.fcntl(file, fcntl.F_OFD_SETLK, _flock(kind, where))
+
+    @classmethod
+    def close_unused(cls) -> None:
+        """Close descriptors that no connection needs, unless another one of this process would lose its locks."""
+        for key, locks in list(cls._open.items()):
+            if not locks._users and not _has_open(key, locks._files):
+                locks.close()
+                del cls._open[key]
+
+    @classmethod
+    def abandon(cls) -> None:
+        """In a forked child: leave the locks to the parent."""
+        for locks in cls._open.values():
+            locks.close()
+        cls._open.clear()
+
+    def close(self) -> None:
+        for file in self._files:
+            os.close(file)
+
+
+FLOCK = "hhqqi0q"  # struct flock
+
+
+def _flock(kind: int, where: tuple[int, int]) -> bytes:
+    return struct.pack(FLOCK, kind, os.SEEK_SET, *where, 0)
+
+
+def _identity(path: str | bytes | os.PathLike[str]) -> tuple[int, int]:
+    return os.stat(path)[1:3]
+
+
+def _has_open(identity: tuple[int, int], but: Sequence[int]) -> bool:
+    """Return whether this process has another descriptor of a file; False where the system does not show it."""
+    with suppress(FileNotFoundError):
+        for number in map(int, os.listdir("/proc/self/fd")):
+            with suppress(OSError):
+                if number not in but and os.fstat(number)[1:3] == identity:
+                    return True
+    return False
+
+
+class DatabaseFiles:
+    """The files that a connection has open, by their names: to notice when a name leads to another file, or to none."""
+
+    SETTLED_SECONDS = (3.0, 0.1)  # where times of change are as coarse as 2 s, and where they are not
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._folder = os.fsencode(path.parent)
+        self._names = [os.fsencode(f"{path}{suffix}") for suffix in ("", "-wal", "-shm")]
+        self._opened = self._identities()
+        self._unchanged: tuple[int, int, int] | None = None
+
+    @property
+    def database(self) -> tuple[int, int] | None:
+        return self._opened[0]
+
+    def expect_in_place(self) -> None:
+        """Raise DatabaseReplaced unless all are in place. While the folder does not change, one stat shows it."""
+        try:
+            folder = os.stat(self._folder)
+            now = (folder.st_ino, folder.st_dev, folder.st_mtime_ns)
+        except OSError:
+            now = None
+        if now is None or now != self._unchanged:
+            if self._identities() != self._opened:
+                raise replaced(self._path)
+            if now and time.time() - folder.st_mtime > self.SETTLED_SECONDS[now[2] % 1_000_000_000 > 0]:
+                self._unchanged = now  # a later change of the folder will have another time
+
+    def _identities(self) -> list[tuple[int, int] | None]:
+        found: list[tuple[int, int] | None] = []
+        for name in self._names:
+            try:
+                found.append(_identity(name))
+            except OSError:
+                found.append(None)
+        return found
+
+
+def replaced(path: Path) -> DatabaseReplaced:
+    return DatabaseReplaced(
+        f"cannot use {path}: the database was replaced or moved, or its log deleted, while it was open: restart"
+    )
 
 
 class SQLiteSession(Session):
@@ -1719,8 +2118,24 @@ class SQLiteSession(Session):
         self._synchronous = ""
         self.wanted = "FULL"
         self.in_batch = False
+        self.is_users = False  # code of the user's runs in it
         self.in_use = threading.RLock()  # held while SQLite works for it: nobody forks meanwhile
+        self._locks: FileLocks | None = None
         self.connection = queue._connect()
+        try:
+            self._open_files()
+        except BaseException:
+            self.connection.close()
+            raise
+
+    def _open_files(self) -> None:
+        """Have SQLite open the log, which it does at the first read, and keep its locks from then on."""
+        self.run("PRAGMA user_version")
+        self.files = DatabaseFiles(self._queue.path)
+        try:
+            self._locks = None if self._queue.is_read_only else FileLocks.acquire(self._queue.path)
+        except FileNotFoundError:
+            raise replaced(self._queue.path) from None
 
     def run(self, sql: str, params: Params = NOTHING) -> list[Any]:
         try:
@@ -1795,10 +2210,11 @@ class SQLiteSession(Session):
         if self.busy:
             raise QueueError("cannot use the queue in a signal handler that interrupted it: set a flag there")
         self.in_use.acquire()
-        self.busy, self.tangled, self.ring, self.lost = True, False, False, None
+        self.busy, self.tangled, self.ring, self.lost, self.is_users = True, False, False, None, False
         try:
             self._expect_open()
             self._has_turn = self._queue._enter(self.in_batch)
+            self.files.expect_in_place()
             if self._synchronous != self.wanted:
                 self.run(f"PRAGMA synchronous = {self.wanted}")
                 self._synchronous = self.wanted
@@ -1814,6 +2230,7 @@ class SQLiteSession(Session):
             if error is None:
                 self._expect_open()
             if error is None and self.lost is None and not ended:
+                self._expect_lock()
                 self.run("COMMIT")
         finally:
             self._leave()
@@ -1823,6 +2240,14 @@ class SQLiteSession(Session):
             raise QueueError("cannot commit: the transaction was ended inside its block")
         if error is None and self.ring:
             self._queue._ring()
+
+    def _expect_lock(self) -> None:
+        """Refuse to commit what another process may have written over meanwhile."""
+        if self._locks and (self.is_users or not self._has_turn) and not self._locks.are_writing():
+            raise QueueError(
+                f"cannot commit to {self._queue.path}: its lock was lost, as code in this process closed one of its "
+                "files during the transaction; use backup() to copy it"
+            )
 
     def _end_nested(self, error: BaseException | None) -> None:
         if self._in_transaction:
@@ -1855,8 +2280,25 @@ class SQLiteSession(Session):
 
     def _let_go(self) -> None:
         if self._closed:
-            self.connection.close()
+            self._disconnect()
         self.in_use.release()
+
+    def _disconnect(self) -> None:
+        """Close the connection. If its files are not in place, the log that it has open must not reach the database."""
+        with _opening:
+            locks, self._locks = self._locks, None
+            try:
+                self.files.expect_in_place()
+            except DatabaseReplaced:
+                _keep_log(self.connection)
+                self.connection.close()
+                if locks:
+                    locks.release()
+            else:
+                if locks:
+                    locks.release()
+                self.connection.close()
+            FileLocks.close_unused()
 
     def _expect_open(self) -> None:
         if self._closed:
@@ -1872,11 +2314,18 @@ class SQLiteSession(Session):
         else:
             self.connection.close()
         self._has_turn = self.busy = False
+        self._locks = None
         self.connection = cast(sqlite3.Connection, Disowned())
 
     def __del__(self) -> None:
         with suppress(Exception):
-            self.connection.close()
+            self._disconnect()
+
+
+def _keep_log(connection: sqlite3.Connection) -> None:
+    """Let SQLite neither write back nor delete the log when this connection is closed; before Python 3.12 it cannot."""
+    if option := getattr(sqlite3, "SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE", None):
+        connection.setconfig(option, True)  # type: ignore[attr-defined]
 
 
 class Disowned:
@@ -1906,6 +2355,7 @@ def _before_fork() -> None:
 
 
 def _after_fork() -> None:
+    FileLocks.abandon()
     for queue in list(_queues):
         queue._after_fork()
     _go_on()
@@ -1926,6 +2376,7 @@ class PersistentQSQLite(PersistentQInterface):
 
     durability: "full" syncs what must survive a power cut; "normal" survives any crash of a process.
     create: make the file where there is none; else raise QueueError.
+    group: make it for all accounts of this group (modes 0660 and 0770), instead of for this account alone.
     busy_seconds: how long to wait for another writer. Raises SchemaMismatch for a file that is not ours.
     """
 
@@ -1935,6 +2386,7 @@ class PersistentQSQLite(PersistentQInterface):
         *,
         durability: str = "full",
         create: bool = True,
+        group: str | None = None,
         busy_seconds: float = BUSY_SECONDS,
     ) -> None:
         super().__init__()
@@ -1946,12 +2398,19 @@ class PersistentQSQLite(PersistentQInterface):
         self._local = threading.local()
         self._turnstile: Turnstile | None = None
         self._slots: Slots | None = None
+        self.is_read_only = False  # its file system is
+        self._database: tuple[int, int] | None = None  # device and number of the file that is open
         self._closed = False
-        self._open_file(create)
+        self._open_file(create, None if group is None else _group_number(group))
         try:
             self._open_folder()
+            keeps_note = fcntl is not None and not self.is_read_only
+            if keeps_note:
+                self._expect_own_log()
             with _opening, closing(self._connect()) as connection:
                 self._prepare(connection)
+                if keeps_note:
+                    self._note_own_log()
         except BaseException:
             self.close()
             raise
@@ -1959,7 +2418,7 @@ class PersistentQSQLite(PersistentQInterface):
 
     # Opening
 
-    def _open_file(self, create: bool) -> None:
+    def _open_file(self, create: bool, group: int | None) -> None:
         if sqlite3.sqlite_version_info < MINIMUM_SQLITE:
             raise QueueError(f"expected SQLite 3.35 or newer, got {sqlite3.sqlite_version}: use a newer Python")
         try:
@@ -1969,17 +2428,42 @@ class PersistentQSQLite(PersistentQInterface):
             self._expect_files_beside()
             if not create and not (found and found.st_size):
                 raise QueueError(f"no queue at {self.path}: a producer or a consumer creates it")
-            missing = [folder for folder in self.path.parents if not folder.exists()]
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for folder in missing:
-                _sync(folder.parent)
+            self.is_read_only = bool(found and _is_read_only(self.path))
+            if self.is_read_only:
+                self._expect_readable_log()
+                return
+            if found and not os.access(self.path, os.R_OK | os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            self._make_folders(group)
             kind = file_system(self.path.parent)
-            if kind.startswith(NETWORK_FILE_SYSTEMS):
+            if kind.startswith(SHARED_FILE_SYSTEMS):
                 raise QueueError(f"cannot use {self.path}: SQLite's locks fail on {kind}; use a local disk")
             with _opening, suppress(FileExistsError):
-                _create(self.path)
+                _create(self.path, group)
+            if group is not None:
+                self._expect_shared(self.path, group, 0o660)
         except OSError as error:
-            raise QueueError(f"cannot open {self.path}: {error.strerror}") from error
+            raise QueueError(f"cannot open {self.path}: {_refusal_of(error, self.path)}") from error
+
+    def _make_folders(self, group: int | None) -> None:
+        """Make the folders that are missing. What is made later in one for a group belongs to the group, too."""
+        missing = [folder for folder in self.path.parents if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if group is not None:
+                os.chown(folder, -1, group)
+                folder.chmod(0o2770)
+            _sync(folder.parent)
+        if group is not None:
+            self._expect_shared(self.path.parent, group, 0o2770)
+
+    def _expect_shared(self, path: Path, group: int, mode: int) -> None:
+        found = path.stat()
+        if found.st_gid != group or found.st_mode & mode != mode:
+            raise QueueError(
+                f"cannot share {self.path} with a group: expected {path} to belong to the group, with mode {mode:04o}; "
+                f"run chgrp GROUP {shlex.quote(str(path))} and chmod {mode:04o} {shlex.quote(str(path))}"
+            )
 
     def _expect_database_file(self, found: os.stat_result) -> None:
         if not stat.S_ISREG(found.st_mode):
@@ -1993,21 +2477,57 @@ class PersistentQSQLite(PersistentQInterface):
             if os.path.lexists(beside) and not stat.S_ISREG(beside.lstat().st_mode):
                 raise QueueError(f"cannot use {beside}: expected a file of SQLite, got a folder, a pipe or a link")
 
+    def _expect_readable_log(self) -> None:
+        if _size(Path(f"{self.path}-wal")) and not os.path.exists(f"{self.path}-shm"):
+            raise QueueError(
+                f"cannot read {self.path}: its file system is read-only, and its log has no {self.path.name}-shm; "
+                f"copy {self.path.name} and {self.path.name}-wal to a folder that can be written, and open the copy"
+            )
+
     def _open_folder(self) -> None:
-        if fcntl is None:
+        if fcntl is None or self.is_read_only:
             return
         folder = Path(f"{self.path}.d")
         with self._told_of_folder():
-            folder.mkdir(mode=0o700, exist_ok=True)
+            if not folder.exists():
+                folder.mkdir(mode=0o700, exist_ok=True)
+                if self.path.stat().st_mode & stat.S_IWGRP:
+                    folder.chmod(0o2770)
             self._turnstile = Turnstile(folder)
             self._slots = Slots(folder)
+
+    def _expect_own_log(self) -> None:
+        """Refuse a database that took the place of another one whose log is still there: SQLite would apply it."""
+        with self._note() as note:
+            database, log = (_file_number(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal"))
+            known = os.pread(note, len(database + log), 0)
+            if known.endswith(log) and known != database + log and _size(Path(f"{self.path}-wal")):
+                raise SchemaMismatch(
+                    f"cannot use {self.path}: it took the place of another database, to which the log "
+                    f"{self.path}-wal belongs: stop all programs and move the log away; see admin.py restore"
+                )
+
+    def _note_own_log(self) -> None:
+        """Remember which file the log belongs to; both are open."""
+        with self._note() as note:
+            os.pwrite(note, b"".join(_file_number(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal")), 0)
+
+    @contextmanager
+    def _note(self) -> Iterator[int]:
+        with self._told_of_folder():
+            note = _open_private(Path(f"{self.path}.d/files"))
+            try:
+                yield note
+            finally:
+                os.close(note)
 
     @contextmanager
     def _told_of_folder(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise QueueError(f"cannot open {self.path}.d: {error.strerror}") from error
+            folder = Path(f"{self.path}.d")
+            raise QueueError(f"cannot open {folder}: {_refusal_of(error, folder)}") from error
 
     def _connect(self) -> sqlite3.Connection:
         if self.path in _inherited:
@@ -2015,7 +2535,7 @@ class PersistentQSQLite(PersistentQInterface):
         with ExitStack() as undo:
             try:
                 connection = sqlite3.connect(
-                    f"{self.path.as_uri()}?mode=rw",
+                    f"{self.path.as_uri()}?{self._open_mode()}",
                     uri=True,
                     timeout=self._busy_seconds,
                     isolation_level=None,
@@ -2025,15 +2545,26 @@ class PersistentQSQLite(PersistentQInterface):
                 connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
                 connection.execute("PRAGMA cache_size = -16000")  # KB; a million rows go three times as fast
                 connection.execute("PRAGMA trusted_schema = OFF")
+                if not FileLocks.AVAILABLE:
+                    _keep_log(connection)
             except sqlite3.Error as error:
                 raise self._error(error) from error
             undo.pop_all()
         return connection
 
+    def _open_mode(self) -> str:
+        if not self.is_read_only:
+            return "mode=rw"
+        return "mode=ro" if _size(Path(f"{self.path}-wal")) else "mode=ro&immutable=1"
+
     def _prepare(self, connection: sqlite3.Connection) -> None:
         """Check whose file it is, and bring its schema up to date."""
+        if self.is_read_only:
+            self._expect_current(connection)
+            return
         has_turn = self._enter()
         try:
+            _adopt_dump(connection)
             version = self._version(connection)
             if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
                 connection.execute("PRAGMA journal_mode = WAL")
@@ -2050,6 +2581,17 @@ class PersistentQSQLite(PersistentQInterface):
         finally:
             if has_turn:
                 self._exit()
+
+    def _expect_current(self, connection: sqlite3.Connection) -> None:
+        try:
+            version = self._version(connection)
+        except sqlite3.Error as error:
+            raise self._error(error) from error
+        if version != len(MIGRATIONS):
+            raise SchemaMismatch(
+                f"cannot read {self.path}: expected schema {len(MIGRATIONS)}, got {version}: "
+                "open it once where it can be written"
+            )
 
     def _version(self, connection: sqlite3.Connection) -> int:
         owner, version, tables, ours = connection.execute(
@@ -2088,11 +2630,19 @@ class PersistentQSQLite(PersistentQInterface):
             if self._closed:
                 raise QueueError(f"cannot use {self.path}: this queue object is closed") from None
             with _opening:
-                session = self._local.session = SQLiteSession(self)
+                for other in self._sessions:  # in case it has the files of before open
+                    other.files.expect_in_place()
+                session = SQLiteSession(self)
+                self._database = self._database or session.files.database
+                if self._database != session.files.database:
+                    raise replaced(self.path) from None
+                self._local.session = session
                 self._sessions.add(session)
             return session
 
     def _write(self, *, durable: bool = True, in_batch: bool = False) -> SQLiteSession:
+        if self.is_read_only:
+            raise QueueError(f"cannot write to {self.path}: its file system is read-only")
         session = self._session()
         session.in_batch = in_batch
         session.wanted = "FULL" if durable and self.durability == "full" else "NORMAL"
@@ -2128,6 +2678,17 @@ class PersistentQSQLite(PersistentQInterface):
     def _number_on(self, tx: Session) -> None:
         """Do nothing: SQLite counts on from the highest id."""
 
+    def _count_pending(self, tx: Session, queues: Iterable[str]) -> None:
+        is_limited = bool(tx.run(LIMITED))
+        for name, statement in COUNTERS.items():
+            has_trigger = bool(tx.run("SELECT 1 FROM sqlite_master WHERE name = :name", {"name": name}))
+            if is_limited and not has_trigger:
+                tx.change(statement)
+            if has_trigger and not is_limited:
+                tx.change(f"DROP TRIGGER {name}")
+        for queue in queues:
+            tx.change(COUNT_PENDING, {"queue": queue})
+
     def _enter(self, in_batch: bool = False) -> bool:
         return self._turnstile is not None and self._turnstile.enter(in_batch=in_batch)
 
@@ -2149,6 +2710,23 @@ class PersistentQSQLite(PersistentQInterface):
                 raise QueueError(f"cannot go on: the locks in {self.path}.d were deleted while in use; start again")
             return not (slots := self._slots) or slot is None or slots.is_taken(slot)
 
+    def _publish_begun(self, me: Registration) -> bool:
+        if me.slot and boot():
+            me.slot.publish(me.token)
+        return bool(me.slot and boot())
+
+    def _note_begun(self, job: Job) -> None:
+        me = self._registry.get(job.consumer or "")
+        if me and me.slot and me.slot.begun:
+            me.slot.begun.add(job)
+
+    def _has_begun(self, tx: Session, job: Job) -> bool:
+        token = (job.lease_token or "")[:16]
+        rows = tx.run(SLOT_OF, {"token": token})
+        if not rows or rows[0][0] is None or not (slots := self._slots):
+            return True
+        return slots.has_begun(rows[0][0], token, job.id)
+
     def _sleep(self, me: Registration, seconds: float, due_in: Callable[[], float]) -> bool:
         if slots := self._slots:
             return slots.wait(me.slot, seconds, due_in)
@@ -2162,7 +2740,7 @@ class PersistentQSQLite(PersistentQInterface):
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         with self._write() as tx:
-            depth = tx.depth
+            depth, tx.is_users = tx.depth, True
             try:
                 yield tx.connection
             finally:
@@ -2194,9 +2772,17 @@ class PersistentQSQLite(PersistentQInterface):
 
     def check(self, *, thorough: bool = True) -> dict[str, Any]:
         facts: dict[str, Any] = {"path": str(self.path), "sqlite": sqlite3.sqlite_version}
-        expected = {"journal_mode": "wal", "user_version": len(MIGRATIONS)}
+        try:
+            self._session().files.expect_in_place()
+        except DatabaseReplaced as error:
+            return {**facts, "problems": [str(error)]}
+        expected: dict[str, Any] = {"user_version": len(MIGRATIONS)}
         if thorough:
-            expected |= {"quick_check": "ok", "synchronous": self.durability}
+            expected["quick_check"] = "ok"
+        if not self.is_read_only:
+            expected["journal_mode"] = "wal"
+        if thorough and not self.is_read_only:
+            expected["synchronous"] = self.durability
             with self._write() as tx:
                 facts["synchronous"] = SYNCHRONOUS[tx.run("PRAGMA synchronous")[0][0]]
         for pragma in [name for name in expected if name not in facts]:
@@ -2208,7 +2794,18 @@ class PersistentQSQLite(PersistentQInterface):
         facts["problems"] = [
             f"expected {name} {value}, got {facts[name]}" for name, value in expected.items() if facts[name] != value
         ]
-        facts["problems"] += self._schema_problems() if thorough else []
+        facts["problems"] += [*self._schema_problems(), *_deleted_but_open(self.path)] if thorough else []
+        if facts["file_system"] not in LOCAL_FILE_SYSTEMS:
+            facts["problems"].append(
+                f"the file system {facts['file_system']} is not known to be local: several processes may damage the "
+                "database on one that is shared; use a local disk"
+            )
+        if hasattr(os, "getuid") and self.path.stat().st_mode & 0o007:
+            facts["problems"].append(
+                f"every account of this machine may use it: run chmod o= {shlex.quote(str(self.path))}"
+            )
+        if self.is_read_only:
+            facts["problems"].append("its file system is read-only: no job can be enqueued, run or changed")
         if facts["wal_bytes"] > 2 * WAL_BYTES:
             facts["problems"].append(
                 f"the write-ahead log has grown to {facts['wal_bytes']} bytes: some program holds a read open"
@@ -2219,32 +2816,46 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _schema_problems(self) -> list[str]:
         try:
-            with closing(sqlite3.connect(":memory:")) as model:
-                for statement in chain.from_iterable(MIGRATIONS):
-                    model.execute(statement.format(id="INTEGER PRIMARY KEY", float="REAL"))
-                expected = set(model.execute(OUR_SCHEMA))
+            missing = _schema(has_limit=bool(self._read(LIMITED))) - set(self._read(OUR_SCHEMA))
         except sqlite3.Error as error:
             raise self._error(error) from error
-        missing = expected - set(self._read(OUR_SCHEMA))
         changed = [f"{kind} {name!r} is not as this version makes it" for kind, name, _ in sorted(missing)]
         damaged = self._read(DAMAGED)[0][0]
         changed += [f"{damaged} jobs hold text where a number belongs"] if damaged else []
-        return changed + [f"trigger {name!r} on {table} is not ours" for name, table in self._read(TRIGGERS)]
+        changed += [
+            f"queue {name!r} counts its pending jobs wrong: set its limit again" for (name,) in self._read(MISCOUNTED)
+        ]
+        return changed + [
+            f"trigger {name!r} on {table} is not ours" for name, table in self._read(TRIGGERS) if name not in COUNTERS
+        ]
 
     def close(self) -> None:
         if self._closed:
             return
         if getattr(self._local, "session", None) and self.in_transaction:
             raise QueueError(f"cannot close {self.path} inside a transaction")
-        if self._registry:
-            self._leave()
+        try:
+            if self._registry:
+                self._leave(list(self._registry.values()))
+        except DatabaseReplaced:
+            self._close()
+            raise
+        self._close()
+
+    def _close(self) -> None:
         self._closed = True
+        for me in self._registry.values():
+            if me.slot:
+                me.slot.close()
+        self._registry = {}
         with _opening:
             sessions = list(self._sessions)
         for session in sessions:
             session.close()
         self._sessions.clear()
         self._local = threading.local()
+        with _opening:
+            FileLocks.close_unused()
         if self._turnstile is not None:
             self._turnstile.close()
         self._slots = None  # but the turnstile is left to a thread that has the way
@@ -2268,6 +2879,36 @@ class PersistentQSQLite(PersistentQInterface):
             self.close()  # so that its next use is an error, too
 
 
+def _deleted_but_open(path: Path) -> Iterator[str]:
+    """Yield a sentence for each process that has a deleted file of this database open, where /proc shows it."""
+    deleted = {f"{path}{suffix} (deleted)" for suffix in ("", "-wal", "-shm")}
+    for process in (
+        sorted(int(name) for name in os.listdir("/proc") if name.isdigit()) if os.path.isdir("/proc") else ()
+    ):
+        with suppress(OSError):  # it has ended, or is another account's
+            folder = f"/proc/{process}/fd"
+            if any(os.readlink(f"{folder}/{file}") in deleted for file in os.listdir(folder)):
+                yield f"process {process} has a deleted file of this database open and cannot write to it: restart it"
+
+
+def _schema(*, has_limit: bool) -> set[tuple[str, str, str]]:
+    """Return what SQLite says of a new queue's schema: types, names and statements."""
+    with closing(sqlite3.connect(":memory:")) as model:
+        for statement in chain(*MIGRATIONS, COUNTERS.values() if has_limit else ()):
+            model.execute(statement.format(id="INTEGER PRIMARY KEY", float="REAL"))
+        return set(model.execute(OUR_SCHEMA))
+
+
+def _adopt_dump(connection: sqlite3.Connection) -> None:
+    """Mark a queue that was restored from the output of .dump, which leaves out the marks."""
+    marks = connection.execute("SELECT * FROM pragma_application_id, pragma_user_version").fetchone()
+    if marks == (0, 0) and _schema(has_limit=False) <= set(connection.execute(OUR_SCHEMA)):
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        connection.execute("COMMIT")
+
+
 def _real(path: str | os.PathLike[str]) -> Path:
     try:
         return Path(path).resolve()
@@ -2275,12 +2916,51 @@ def _real(path: str | os.PathLike[str]) -> Path:
         raise QueueError(f"cannot open {path}: {error}") from error
 
 
-def _create(path: Path) -> None:
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+def _create(path: Path, group: int | None = None) -> None:
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        if group is not None:
+            os.fchown(file, -1, group)
+            os.fchmod(file, 0o660)
+    finally:
+        os.close(file)
 
 
 def _open_private(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    _share_as_folder(file, path.parent)
+    return file
+
+
+def _share_as_folder(file: int, folder: Path) -> None:
+    """Let the group use a file of ours in a folder that the group may write."""
+    if folder.stat().st_mode & stat.S_IWGRP and os.fstat(file).st_uid == os.geteuid():
+        os.fchmod(file, 0o660)
+
+
+def _group_number(group: str) -> int:
+    try:
+        import grp
+
+        return grp.getgrnam(group).gr_gid
+    except (ImportError, KeyError):
+        raise ValueError(f"expected a group of this system, got {_short(group)}") from None
+
+
+def _refusal_of(error: OSError, path: Path) -> str:
+    """Return the system's reason; for a lack of permission also whose file it is, and what helps."""
+    reason = error.strerror or str(error)
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        return reason
+    for place in (path, *path.parents):
+        with suppress(OSError, ImportError, KeyError):
+            import pwd
+
+            owner = pwd.getpwuid(place.stat().st_uid).pw_name
+            return (
+                f"{reason}: {place} belongs to {owner}; run this as {owner}, or make the queue with PQUEUE_GROUP=GROUP"
+            )
+    return reason
 
 
 def _share(file: int, size: int) -> mmap.mmap:
@@ -2294,6 +2974,7 @@ def _open_bell(path: Path) -> int:
     with suppress(FileExistsError):
         os.mkfifo(path, 0o600)
     bell = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    _share_as_folder(bell, path.parent)
     if not stat.S_ISFIFO(os.fstat(bell).st_mode):
         os.close(bell)
         raise OSError(errno.EINVAL, f"expected {path.name} to be a FIFO")
@@ -2316,6 +2997,10 @@ def _hear(bell: int, seconds: float) -> bool:
     return rung
 
 
+def _is_read_only(path: Path) -> bool:
+    return hasattr(os, "statvfs") and bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
 def _sync(path: Path) -> None:
     """Put a file on disk, or the names in a folder, which a power cut may take with all that is in them."""
     if fcntl is None:
@@ -2325,6 +3010,10 @@ def _sync(path: Path) -> None:
         os.fsync(file)
     finally:
         os.close(file)
+
+
+def _file_number(path: Path) -> bytes:
+    return b"%20d" % (path.stat().st_ino if path.exists() else 0)
 
 
 def _size(path: Path) -> int:
@@ -2354,16 +3043,21 @@ def _unescape(mount_point: bytes) -> str:
     return os.fsdecode(mount_point.decode("unicode_escape").encode("latin-1"))
 
 
-def open_queue(url: str | None = None, *, create: bool = True, durability: str | None = None) -> PersistentQInterface:
+def open_queue(
+    url: str | None = None, *, create: bool = True, durability: str | None = None, group: str | None = None
+) -> PersistentQInterface:
     """Open the queue at a path, sqlite:///PATH or postgresql://…; None: $PQUEUE_URL, else var/queue.db.
 
-    The durability is by default $PQUEUE_DURABILITY, else "full". Without `create`, raise QueueError where none is.
+    durability: "full" or "normal"; None: $PQUEUE_DURABILITY, else "full". create: make the queue where there is none,
+    else raise QueueError. group: on SQLite, the group of accounts that may use a new queue; None: $PQUEUE_GROUP, else
+    only the account that makes it.
     """
     url = url or os.environ.get("PQUEUE_URL") or DEFAULT_URL
     durability = durability or os.environ.get("PQUEUE_DURABILITY") or "full"
     if url.startswith(("postgresql:", "postgresql+", "postgres:")):
         return _on_postgres(url, create, durability)
-    return PersistentQSQLite(sqlite_path(url), create=create, durability=durability)
+    group = group or os.environ.get("PQUEUE_GROUP") or None
+    return PersistentQSQLite(sqlite_path(url), create=create, durability=durability, group=group)
 
 
 def _on_postgres(url: str, create: bool, durability: str) -> PersistentQInterface:

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import lru_cache
 from itertools import islice
@@ -208,9 +208,9 @@ SELECT * FROM (
         (SELECT count(*) FROM jobs WHERE {WAITING}) AS found
     FROM queues WHERE max_pending IS NOT NULL) both_ways
 WHERE counted <> found"""
-ROOM_AGAIN = f"""
-SELECT name, max_pending - {SCHEMA}.count_pending(name, {MANY_CHANGES}), max_pending
-FROM jobs JOIN queues ON name = queue WHERE jobs.id = :id AND state IN {pqueue.FINISHED} AND max_pending IS NOT NULL"""
+ROOM = f"""
+SELECT CASE WHEN max_pending IS NOT NULL THEN max_pending - {PENDING} END, max_pending
+FROM queues WHERE name = :queue"""
 IS_COUNTED = f"SELECT 1 FROM pg_trigger WHERE tgrelid = '{SCHEMA}.jobs'::regclass AND tgname = 'pending_insert'"
 # One queue at a time, so that nobody waits for the second of two with the first in hand.
 ADD_UP = f"""
@@ -231,23 +231,24 @@ def _replaced(sql: str, *pairs: tuple[str, str]) -> str:
 # Verbs in one statement, and so in one round trip: an enqueue that rings the bell; completions together with a claim,
 # which takes nothing while there is something to recover.
 
-ROOM_FOR_ONE = f"CASE WHEN max_pending IS NULL THEN true ELSE max_pending > {PENDING} END"
-ROOM_FOR_MANY = f"CASE WHEN max_pending IS NULL THEN true ELSE max_pending - :number >= {PENDING} END"
-ENQUEUE = f"""
-INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
-SELECT name, :task, :payload, :state, :priority, :run_at, :max_attempts, :key, :assigned_to, :now
-FROM queues WHERE name = :queue AND {ROOM_FOR_ONE}
-ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {pqueue.UNFINISHED} DO NOTHING
-RETURNING id"""
+HAS_ROOM = f"CASE WHEN max_pending IS NULL THEN true ELSE max_pending > {PENDING} END"
+ENQUEUE = _replaced(pqueue.ENQUEUE, (pqueue.HAS_ROOM, HAS_ROOM))
 ENQUEUE_AND_RING = f"{ENQUEUE}, {RING}"
 # Whether there is room is asked once, not for each payload.
 ENQUEUE_MANY = _replaced(
-    f"""
-WITH open AS MATERIALIZED (SELECT name FROM queues WHERE name = :queue AND {ROOM_FOR_MANY}) {ENQUEUE}""",
+    ENQUEUE,
     (":payload", "substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2)"),
     (
-        f"FROM queues WHERE name = :queue AND {ROOM_FOR_ONE}\n",
-        "FROM open CROSS JOIN json_array_elements(CAST(:payloads AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n\n",
+        f"FROM queues\nWHERE name = :queue AND {HAS_ROOM}",
+        "FROM open CROSS JOIN json_array_elements(CAST(:payloads AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n",
+    ),
+    (
+        "\nINSERT",
+        f"""
+WITH open AS MATERIALIZED (
+    SELECT name FROM queues
+    WHERE name = :queue AND {HAS_ROOM.replace("max_pending >", "max_pending - :number >=")})
+INSERT""",
     ),
 )
 COMPLETE_MANY = _replaced(
@@ -279,14 +280,6 @@ SELECT CASE WHEN (SELECT count(*) FROM done) < :number THEN ARRAY(SELECT id FROM
 FROM (SELECT) one LEFT JOIN taken ON true"""
 
 
-OURS = {
-    pqueue.ENQUEUE: ENQUEUE,
-    pqueue.ROOM: f"""
-SELECT CASE WHEN max_pending IS NOT NULL THEN max_pending - {PENDING} END, max_pending
-FROM queues WHERE name = :queue""",
-}
-
-
 @lru_cache(maxsize=256)
 def translated(sql: str) -> tuple[bytes, list[str]]:
     """Return a statement of pqueue.py as PostgreSQL has it, and the names of its parameters, $1 first."""
@@ -296,7 +289,7 @@ def translated(sql: str) -> tuple[bytes, list[str]]:
 
 
 def _in_dialect(sql: str) -> str:
-    sql = OURS.get(sql, sql).replace("max_pending > pending", f"max_pending > {PENDING}")
+    sql = ROOM if sql == pqueue.ROOM else sql.replace(pqueue.HAS_ROOM, HAS_ROOM)
     takes = "UPDATE jobs SET state = 'processing'" in sql or sql == pqueue.PRUNABLE
     if sql == pqueue.PROMOTE:
         sql = sql.replace("state = 'scheduled' AND id IN\n    (SELECT", "id = ANY (ARRAY(SELECT")
@@ -639,6 +632,7 @@ class OnSQLite(PersistentQSQLAlchemy, PersistentQSQLite):
             self._over[session] = _over(session.connection)
         try:
             with session, _in_order(session):
+                session.is_users = True
                 yield self._over[session]
         finally:
             if not session.busy:
@@ -862,16 +856,8 @@ class OnPostgres(PersistentQSQLAlchemy):
     def resubmit(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
         """As everywhere. An enqueue of the same moment, which took the key, is seen when it looks again."""
         try:
-            self._resubmit(job_id, by, now)
+            super().resubmit(job_id, by=by, now=now)
         except KeyTaken:
-            self._resubmit(job_id, by, now)
-
-    def _resubmit(self, job_id: int, by: str | None, now: float | None) -> None:
-        with self._write() as tx:
-            tx.change(JOIN_WRITERS)
-            for name, room, max_pending in tx.run(ROOM_AGAIN, {"id": pqueue._id(job_id)}):
-                if room <= 0:
-                    raise pqueue._full(name, max_pending, verb=f"resubmit job {job_id}")
             super().resubmit(job_id, by=by, now=now)
 
     def limit(self, queue: str, max_pending: int | None) -> None:
@@ -880,11 +866,11 @@ class OnPostgres(PersistentQSQLAlchemy):
             self._lock_out_writers(tx)
             super().limit(queue, max_pending)
 
-    def _count_pending(self, tx: Session) -> None:
+    def _count_pending(self, tx: Session, queues: Iterable[str]) -> None:  # noqa: ARG002 - of all, as that mends all
         """Count with no writer under way, and let the triggers be there while a queue has a limit."""
         tx.change(COUNT_ANEW)
         tx.change("DELETE FROM pending_changes")
-        is_limited, is_counted = tx.run("SELECT 1 FROM queues WHERE max_pending IS NOT NULL"), tx.run(IS_COUNTED)
+        is_limited, is_counted = tx.run(pqueue.LIMITED), tx.run(IS_COUNTED)
         if is_counted and not is_limited:
             tx.run(f"SELECT CAST({SCHEMA}.stop_counting() AS text)")
         for verb, tables in COUNTED.items() if is_limited and not is_counted else ():
@@ -933,11 +919,6 @@ class OnPostgres(PersistentQSQLAlchemy):
         with suppress(QueueBusy) if settled else nullcontext():  # which may not hide what was completed
             jobs = jobs or super()._exchange([], me, limit, queues, lease_seconds, now)[0]
         return jobs, lost
-
-    def _note_claim(self, tx: Session, jobs: list[Job]) -> None:
-        """Wait for the disk before a last attempt begins: after a crash of the server it must not begin again."""
-        session = cast(PostgresSession, tx)
-        session.durable = session.durable or any(job.attempts >= job.max_attempts for job in jobs)
 
     def _open_line(self) -> Line:
         with self._starting:
@@ -1066,8 +1047,7 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     def close(self) -> None:
         if self._registry and not self._closed:
-            with suppress(QueueBusy):
-                self._leave()
+            self._take_leave()
         if self._line is not None:
             self._line.close()
         for session in list(self._sessions):
@@ -1076,6 +1056,18 @@ class OnPostgres(PersistentQSQLAlchemy):
         self._local = threading.local()
         self._line = None
         self._closed = True
+
+    def _take_leave(self) -> None:
+        """Return the jobs of our consumers; again, if a connection was lost or a transaction of ours held one."""
+        if self.in_transaction:
+            self._local.session.close()
+            self._local = threading.local()
+        for _ in range(2):
+            with suppress(QueueError):
+                self._leave(list(self._registry.values()))
+                return
+            for session in list(self._sessions):
+                session.close()
 
     def _after_fork(self) -> None:
         """Reconnect in the child: the sockets belong to the parent."""

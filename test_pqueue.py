@@ -429,6 +429,143 @@ class QueueContract:
         self.queue.enqueue("t", shallow, now=NOW)
         self.assertEqual(self.queue.dequeue("w", now=NOW).payload, shallow)
 
+    def test_consumer_that_closes_returns_its_jobs_uncounted(self):
+        self.queue.enqueue_many("t", range(2), max_attempts=2)
+        for _ in range(3):
+            queue = self.reopen()
+            self.assertEqual([job.attempts for job in queue.dequeue_many("embedded", 2)], [1, 1])
+            queue.close()
+            self.assertEqual([(job.state, job.attempts) for job in self.queue.list_jobs()], [("pending", 0)] * 2)
+        self.assertEqual([each["event"] for each in self.queue.history(1)], ["released"] * 3)
+        self.assertEqual({each["state"] for each in self.queue.consumers()}, {"stopped"})
+
+    def test_consumer_that_leaves_returns_its_jobs_and_may_come_back(self):
+        self.queue.enqueue("t", now=NOW)
+        for _ in range(2):
+            job = self.queue.dequeue("w", now=NOW)
+            self.assertEqual(job.attempts, 1)
+            self.queue.leave("w")
+            self.assertEqual(self.queue.get(job.id).state, "pending")
+        self.queue.leave("w")
+        self.queue.leave("never seen")
+        with self.assertRaises(LeaseLost):
+            self.queue.complete(job, now=NOW)
+
+    def test_consumer_under_too_many_names_is_refused_until_some_leave(self):
+        with mock.patch("pqueue.MAX_CONSUMERS", 3):
+            for number in range(9):
+                self.queue.dequeue(f"request {number}")
+                self.queue.leave(f"request {number}")
+            for number in range(3):
+                self.queue.dequeue(f"request {number}")
+            with self.assertRaisesRegex(QueueError, "cannot begin consumer 'one more': this object has 3.*leave"):
+                self.queue.dequeue("one more")
+
+    def test_job_that_may_run_once_is_taken_alone(self):
+        self.queue.enqueue("t", now=NOW)
+        self.queue.enqueue_many("t", range(2), max_attempts=1, now=NOW)
+        self.queue.enqueue("t", now=NOW)
+        ids = [[job.id for job in self.queue.dequeue_many("w", 9, now=NOW)] for _ in range(4)]
+        self.assertEqual(ids, [[1], [2], [3], [4]])
+
+    def test_payload_or_result_whose_keys_are_no_strings_is_refused(self):
+        self.queue.enqueue("t", now=NOW)
+        job = self.queue.dequeue("w", now=NOW)
+        for value in ({1: "int", "1": "str"}, {None: 0}, {"a": [{True: 0}]}, [({2.5: 0},)]):
+            calls = (
+                lambda v=value: self.queue.enqueue("t", v),
+                lambda v=value: self.queue.enqueue_many("t", ["a", v]),
+                lambda v=value: self.queue.complete(job, v),
+                lambda v=value: self.queue.update(job, result=v),
+                lambda v=value: self.queue.complete_and_dequeue([(job, v)], "w"),
+            )
+            for call in calls:
+                with (
+                    self.subTest(value=value),
+                    self.assertRaisesRegex(ValueError, "whose keys are all strings, got the"),
+                ):
+                    call()
+        self.assertEqual(self.queue.count_jobs(), 1)
+
+    def test_queue_with_a_limit_counts_its_pending_jobs_after_every_verb(self):
+        q = self.queue
+        q.limit("default", 4)
+
+        def fill():
+            """Enqueue until the queue is full; return how many it took."""
+            taken = 0
+            with suppress(QueueFull):
+                while taken < 9:
+                    q.enqueue("t", now=NOW)
+                    taken += 1
+            return taken
+
+        self.assertEqual(fill(), 4)
+        a, b, c, d = q.dequeue_many("w", 4, now=NOW)
+        self.assertEqual(fill(), 4)  # a claim makes room
+        q.release(a, now=NOW)
+        self.assertEqual((fill(), q.count_jobs(state="pending")), (0, 5))  # a release needs none
+        q.cancel(a.id, now=NOW)
+        q.mark_failed(5, now=NOW)
+        self.assertEqual(fill(), 1)  # four were pending after the cancel
+        q.fail(b, "again", retry_in_seconds=1, now=NOW)
+        q.assign(6, "w", now=NOW)
+        self.assertEqual(fill(), 1)
+        q.assign(6, None, now=NOW)
+        self.assertEqual((fill(), q.count_jobs(state="pending")), (0, 5))
+        q.delete_jobs([6, 7, 8])
+        self.assertEqual(fill(), 2)
+        q.dequeue_many("w", 0, now=NOW + 1)  # promotes b
+        self.assertEqual(q.count_jobs(state="pending"), 5)
+        q.complete(c, now=NOW)
+        with self.assertRaisesRegex(QueueFull, f"cannot resubmit job {c.id}: queue 'default' is at its limit of 4"):
+            q.resubmit(c.id, now=NOW)
+        q.delete_jobs([b.id, 9])
+        q.resubmit(c.id, now=NOW)
+        self.assertEqual((fill(), q.count_jobs(state="pending")), (0, 4))
+        q.dequeue_many("other", 0, now=NOW + 100)  # takes d back
+        self.assertEqual((q.get(d.id).state, fill()), ("pending", 0))
+        q.limit("default", 6)
+        self.assertEqual(fill(), 1)
+        q.delete_jobs()
+        self.assertEqual(fill(), 6)
+        q.limit("default", None)
+        self.assertEqual(fill(), 9)
+
+    def test_transaction_that_fails_leaves_the_count_of_a_limit_as_it_was(self):
+        self.queue.limit("default", 2)
+        self.queue.enqueue("t")
+        with suppress(ZeroDivisionError), self.queue.transaction():
+            self.queue.enqueue("t")
+            with suppress(QueueError), self.queue.transaction():
+                self.queue.enqueue("t")
+            raise ZeroDivisionError
+        self.queue.enqueue("t")
+        with self.assertRaises(QueueFull):
+            self.queue.enqueue("t")
+
+    def test_batch_that_can_never_fit_is_a_mistake(self):
+        self.queue.limit("default", 3)
+        with self.assertRaisesRegex(ValueError, "expected at most 3 jobs, the limit of queue 'default', got 4 at once"):
+            self.queue.enqueue_many("t", range(4))
+        with self.queue.transaction(), self.assertRaisesRegex(ValueError, "expected at most 3 jobs"):
+            self.queue.enqueue_many("t", range(4))
+        self.queue.enqueue("t")
+        with self.assertRaisesRegex(QueueFull, "no room for 3 jobs within its limit of 3"):
+            self.queue.enqueue_many("t", range(3))
+        self.assertEqual(self.queue.count_jobs(), 1)
+
+    def test_copy_counts_the_pending_jobs_of_limited_queues(self):
+        self.queue.limit("default", 3)
+        self.queue.enqueue_many("t", range(3))
+        target = pqueue.PersistentQSQLite(self.folder / "copy.db")
+        self.addCleanup(target.close)
+        self.queue.copy_to(target)
+        with self.assertRaises(QueueFull):
+            target.enqueue("t")
+        target.dequeue("w")
+        target.enqueue("t")
+
     def test_queue_at_its_limit_refuses_all_or_nothing(self):
         self.queue.limit("default", 3)
         self.queue.enqueue_many("t", [1, 2])
@@ -875,6 +1012,102 @@ class SQLiteContract(QueueContract, SQLiteCase):
             db.execute("UPDATE jobs SET payload = x'00' WHERE id = ?", [damaged])
         self.assertEqual([job.id for job in queue.dequeue_many("w", 5)], [sound])
         self.assertEqual(queue.get(damaged).state, "failed")
+
+    def test_queue_with_a_limit_counts_by_triggers_that_go_with_the_last_limit(self):
+        def triggers():
+            return [row[0] for row in self.queue._read("SELECT name FROM sqlite_master WHERE type = 'trigger'")]
+
+        self.queue.limit("a", 5)
+        self.queue.limit("b", 5)
+        self.assertEqual(sorted(triggers()), sorted(pqueue.COUNTERS))
+        self.queue.limit("a", None)
+        self.assertEqual(sorted(triggers()), sorted(pqueue.COUNTERS))
+        self.assertEqual(self.queue.check()["problems"], [])
+        self.queue.limit("b", None)
+        self.assertEqual(triggers(), [])
+        self.assertEqual(self.queue.check()["problems"], [])
+
+    def test_queue_that_counts_wrong_is_reported(self):
+        self.queue.limit("default", 5)
+        with self.queue.transaction() as db:
+            db.execute("UPDATE queues SET pending = 4")
+        self.assertEqual(
+            self.queue.check()["problems"], ["queue 'default' counts its pending jobs wrong: set its limit again"]
+        )
+        self.queue.limit("default", 5)
+        self.assertEqual(self.queue.check()["problems"], [])
+
+    def test_consumer_that_prefetches_takes_last_attempts_together(self):
+        self.queue.enqueue_many("t", range(3), max_attempts=1, now=NOW)
+        self.assertEqual(len(self.queue.dequeue_many("w", 9, prefetch=True, now=NOW)), 3)
+
+    def test_last_attempt_is_claimed_in_a_synced_commit(self):
+        for attempts, expected in ((1, "FULL"), (3, "NORMAL")):
+            with self.subTest(max_attempts=attempts):
+                self.queue.enqueue("t", max_attempts=attempts, now=NOW)
+                job = self.queue.dequeue("w", now=NOW)
+                wanted = expected if self.queue.durability == "full" else "NORMAL"
+                self.assertEqual(self.queue._session()._synchronous, wanted)
+                self.assertEqual((job.state, job.attempts), ("processing", 1))
+                self.queue.complete(job, now=NOW)
+
+    def test_consumer_whose_lease_ran_out_returns_what_it_had_not_begun_uncounted(self):
+        self.queue.enqueue_many("t", range(3), max_attempts=1, now=NOW)
+        first, second, third = self.queue.dequeue_many("w", 3, prefetch=True, lease_seconds=60, now=NOW)
+        self.queue.begin(first, now=NOW)
+        self.queue.begin(second, now=NOW + 59)
+        self.reopen().dequeue_many("other", 0, now=NOW + 60)  # takes nothing
+        taken = self.reopen().dequeue("other", now=NOW + 60)
+        self.assertEqual((taken.id, taken.attempts), (third.id, 1))
+        self.assertEqual(self.queue.history(third.id), [])
+        for job in (first, second):
+            self.assertEqual(self.queue.get(job.id).state, "failed")
+            self.assertIn("is not run again, as its max_attempts is 1", self.queue.get(job.id).error)
+
+    def test_job_is_not_begun_when_its_lease_is_over(self):
+        self.queue.enqueue("t", now=NOW)
+        (job,) = self.queue.dequeue_many("w", 5, prefetch=True, lease_seconds=60, now=NOW)
+        with self.assertRaisesRegex(LeaseLost, "cannot begin job 1: the lease of w on it is over"):
+            self.queue.begin(job, now=NOW + 60)
+
+    def test_slot_of_a_dead_consumer_that_is_taken_over_still_tells_what_had_begun(self):
+        code = """
+import os, pqueue
+queue = pqueue.PersistentQSQLite(sys.argv[1])
+queue.enqueue_many("t", range(4), max_attempts=1)
+for job in queue.dequeue_many("victim", 4, prefetch=True)[:2]:
+    queue.begin(job)
+os._exit(0)
+"""
+        with python(code, self.path) as child:
+            self.assertEqual(child.wait(), 0)
+        queue = self.reopen()
+        queue.dequeue_many("heir", 0)  # in the same slot
+        queue.begin(queue.dequeue_many("heir", 1, prefetch=True)[0])
+        self.assertEqual([job.state for job in queue.list_jobs()], ["pending", "processing", "failed", "failed"])
+        self.assertEqual([job.attempts for job in queue.list_jobs()], [0, 1, 1, 1])
+
+    def test_job_counts_as_begun_after_the_machine_was_started_anew(self):
+        code = """
+import os, pqueue
+queue = pqueue.PersistentQSQLite(sys.argv[1])
+queue.enqueue("t", max_attempts=1)
+queue.dequeue_many("victim", 4, prefetch=True)
+os._exit(0)
+"""
+        with python(code, self.path) as child:
+            self.assertEqual(child.wait(), 0)
+        with mock.patch("pqueue.boot", return_value=pqueue.boot() + 1):
+            self.assertIsNone(self.reopen().dequeue("w"))
+        self.assertEqual(self.queue.get(1).state, "failed")
+
+    def test_consumer_that_began_too_many_for_its_list_counts_all(self):
+        self.queue.enqueue_many("t", range(pqueue.Begun.MOST + 2), now=NOW)
+        jobs = self.queue.dequeue_many("w", pqueue.Begun.MOST + 2, prefetch=True, now=NOW)
+        for job in jobs[:-1]:
+            self.queue.begin(job, now=NOW)
+        self.reopen().dequeue_many("other", 0, now=NOW + 60)
+        self.assertEqual({job.attempts for job in self.queue.list_jobs(limit=1000)}, {1})
 
 
 class SQLiteContractAtNormalDurability(SQLiteContract):
@@ -1433,6 +1666,218 @@ class Files(SQLiteCase):
         self.assertEqual(row, ("t", "pending", '{"a":"ü"}'))
         self.assertEqual(json.loads(row[2]), {"a": "ü"})
         self.assertIn("-- deliveries so far", comments)
+
+
+@unittest.skipUnless(pqueue.fcntl, "needs POSIX locks")
+class Replaced(SQLiteCase):
+    """A database whose files are replaced, deleted, or lose their locks while a process has it open."""
+
+    def setUp(self):
+        super().setUp()
+        self.path = self.folder / "var" / "queue.db"
+
+    def other(self, code):
+        """Return what another process prints in which `q` is this queue."""
+        code = f"import pqueue\nq = pqueue.PersistentQSQLite(sys.argv[1])\n{code}\nq.close()"
+        with python(code, self.path) as child:
+            told = child.stdout.read().strip()
+            self.assertEqual(child.wait(), 0)
+        return told
+
+    def started(self):
+        """Return a queue with some jobs in its log, and a backup of it."""
+        queue = self.open()
+        queue.enqueue_many("t", range(100))
+        queue.backup(self.folder / "backup.db")
+        queue.enqueue_many("t", range(100))
+        return queue
+
+    def beside(self, suffix):
+        return Path(f"{self.path}{suffix}")
+
+    def assert_locks_kept(self, queue, act):
+        """Nothing that either process was told to be stored is lost, or given an id twice."""
+        ids = [job.id for job in queue.list_jobs()]
+        before = len(ids)
+        for _ in range(2):
+            act()
+            self.other("q.stats()")
+            ids.append(queue.enqueue("t"))
+            ids.append(int(self.other("print(q.enqueue('t'))")))
+        self.assertEqual(len(set(ids)), before + 4)
+        self.assertEqual(sorted(json.loads(self.other("print([job.id for job in q.list_jobs()])"))), ids)
+        self.assertEqual(queue.check()["problems"], [])
+
+    def copies(self):
+        def read():
+            for suffix in ("", "-wal", "-shm"):
+                self.beside(suffix).read_bytes()
+
+        def in_thread():
+            thread = threading.Thread(target=read)
+            thread.start()
+            thread.join()
+
+        return {
+            "copy of the database": lambda: shutil.copy(self.path, self.folder / "copy.db"),
+            "copy of the folder": lambda: shutil.copytree(self.path.parent, self.folder / "copy", ignore=no_fifos,
+                                                          dirs_exist_ok=True),
+            "reading": read,
+            "reading in a thread": in_thread,
+            "another connection": lambda: sqlite3.connect(self.path).close(),
+        }  # fmt: skip
+
+    @unittest.skipUnless(pqueue.FileLocks.AVAILABLE, "needs open file description locks")
+    def test_process_that_copies_its_database_keeps_its_locks(self):
+        for name in self.copies():
+            with self.subTest(name):
+                self.path = self.folder / name / "queue.db"
+                queue = self.open()
+                queue.enqueue("t")
+                self.assert_locks_kept(queue, self.copies()[name])
+                queue.close()
+
+    @unittest.skipUnless(pqueue.FileLocks.AVAILABLE, "needs open file description locks")
+    def test_second_queue_object_that_closes_leaves_the_first_one_its_locks(self):
+        queue = self.open()
+        self.assert_locks_kept(queue, lambda: self.open().close())
+        with sqlite3.connect(self.path, isolation_level=None) as db:  # a connection of the user's own
+            db.execute("BEGIN IMMEDIATE")
+            queue.close()
+            self.assertEqual(self.other("import sqlite3\nprint(q._read('SELECT 1')[0][0])"), "1")
+            with self.assertRaises(subprocess.CalledProcessError):
+                write = "import sqlite3, sys; sqlite3.connect(sys.argv[1], timeout=0).execute('BEGIN IMMEDIATE')"
+                subprocess.run([sys.executable, "-c", write, self.path], check=True, stderr=subprocess.DEVNULL)
+            db.execute("ROLLBACK")
+        db.close()
+        self.open().close()  # which also closes the descriptors that were kept for that connection
+
+    @unittest.skipUnless(pqueue.FileLocks.AVAILABLE, "needs open file description locks")
+    def test_transaction_that_lost_its_lock_is_undone(self):
+        queue = self.open()
+        with self.assertRaisesRegex(QueueError, "cannot commit.*its lock was lost"), queue.transaction():
+            queue.enqueue("t", "undone")
+            self.beside("-shm").read_bytes()
+        self.assertEqual(queue.enqueue("t", "kept"), 1)
+        with queue.transaction():
+            queue.enqueue("t", "kept, too")
+            self.path.read_bytes()
+        self.assertEqual(self.other("print([job.payload for job in q.list_jobs()])"), "['kept, too', 'kept']")
+
+    def acts(self):
+        def replace():
+            (self.folder / "backup.db").replace(self.path)
+
+        def delete(*suffixes):
+            for suffix in suffixes:
+                self.beside(suffix).unlink()
+
+        def move_folder(*, copy):
+            self.path.parent.rename(self.folder / "moved")
+            if copy:
+                shutil.copytree(self.folder / "moved", self.path.parent, ignore=no_fifos)
+
+        def make_anew():
+            shutil.rmtree(self.path.parent)
+            self.other("q.enqueue('t', 'new')")
+
+        return {
+            "a backup in its place": replace,
+            "a backup in its place, the log deleted": lambda: (replace(), delete("-wal", "-shm")),
+            "the log deleted": lambda: delete("-wal"),
+            "the index of the log deleted": lambda: delete("-shm"),
+            "the log and its index deleted": lambda: delete("-wal", "-shm"),
+            "the log moved away": lambda: self.beside("-wal").rename(self.folder / "wal"),
+            "everything deleted": lambda: shutil.rmtree(self.path.parent),
+            "everything deleted and made anew": make_anew,
+            "the folder moved": lambda: move_folder(copy=False),
+            "the folder moved, a copy in its place": lambda: move_folder(copy=True),
+        }
+
+    def test_write_to_a_database_that_was_pulled_away_is_refused(self):
+        for name in self.acts():
+            with self.subTest(name):
+                self.path = self.folder / name / "queue.db"
+                (self.folder / "backup.db").unlink(missing_ok=True)
+                shutil.rmtree(self.folder / "moved", ignore_errors=True)
+                queue = self.started()
+                taken = queue.dequeue("w")
+                self.acts()[name]()
+                writes = (
+                    lambda q=queue: q.enqueue("t"),
+                    lambda q=queue: q.enqueue_many("t", [1, 2]),
+                    lambda q=queue, job=taken: q.complete(job),
+                    lambda q=queue: q.dequeue("w"),
+                    lambda q=queue: q.heartbeat("w"),
+                    lambda q=queue: q.prune(0),
+                    lambda q=queue: q.transaction().__enter__(),
+                )
+                for write in writes:
+                    with self.assertRaisesRegex(
+                        pqueue.DatabaseReplaced, "replaced or moved, or its log deleted.*restart"
+                    ):
+                        write()
+                self.assertIn("restart", queue.check()["problems"][0])
+                errors = []
+                thread = threading.Thread(target=lambda q=queue, e=errors: e.append(refusal(q)))
+                thread.start()
+                thread.join()
+                self.assertIsInstance(errors[0], QueueError)
+                with self.assertRaises(pqueue.DatabaseReplaced):  # it cannot release the job
+                    queue.close()
+
+    def test_process_that_lost_its_log_does_not_write_it_back(self):
+        queue = self.started()
+        self.beside("-wal").unlink()
+        self.beside("-shm").unlink()
+        ids = [int(self.other("print(q.enqueue('t'))")) for _ in range(3)]
+        with self.assertRaises(pqueue.DatabaseReplaced):
+            queue.enqueue("t")
+        queue.close()
+        self.assertEqual(self.other("print([job.id for job in q.list_jobs(limit=3)], q.check()['problems'])"),
+                         f"{ids[::-1]} []")  # fmt: skip
+
+    def test_database_that_took_the_place_of_another_is_not_opened_with_that_ones_log(self):
+        queue = self.started()
+        (self.folder / "backup.db").replace(self.path)
+        before = self.path.read_bytes()
+        with self.assertRaisesRegex(SchemaMismatch, "took the place of another database, to which the log .* belongs"):
+            self.open()
+        queue.close()
+        with self.assertRaises(SchemaMismatch):
+            self.open()
+        self.assertEqual(self.path.read_bytes(), before)
+        self.beside("-wal").unlink()
+        self.assertEqual(self.open().count_jobs(), 100)
+
+    def test_copy_of_a_whole_folder_is_opened_with_its_log(self):
+        self.started()
+        shutil.copytree(self.path.parent, self.folder / "copy", ignore=no_fifos)
+        self.path = self.folder / "copy" / "queue.db"
+        self.assertEqual(self.open().count_jobs(), 200)
+
+    def test_check_names_the_processes_that_have_a_deleted_file_open(self):
+        with python("import pqueue\nq = pqueue.PersistentQSQLite(sys.argv[1])\nq.enqueue('t')\n"
+                    "print('ready', flush=True)\nimport time\ntime.sleep(600)", self.path) as child:  # fmt: skip
+            self.assertEqual(child.stdout.readline(), "ready\n")
+            for suffix in ("", "-wal", "-shm"):
+                self.beside(suffix).unlink()
+            problems = self.open().check()["problems"]
+            if os.path.isdir("/proc"):
+                self.assertIn(f"process {child.pid} has a deleted file of this database open", problems[0])
+            child.kill()
+            child.wait()
+        self.assertEqual(self.open().check()["problems"], [])
+
+
+def no_fifos(folder, names):
+    return [name for name in names if name.endswith(".bell")]
+
+
+def refusal(queue):
+    with suppress(QueueError):
+        return queue.enqueue("t")
+    return sys.exc_info()[1] or QueueError("refused")
 
 
 class Misuse(SQLiteCase):

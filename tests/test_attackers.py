@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import grp
 import json
 import os
 import re
@@ -113,15 +114,15 @@ def test_supervisor_and_manager_make_files_for_their_account_alone(system):  # n
     assert open_to_others(system.folder, *given, *here, system.folder / "out-0") == []
 
 
-def in_another_account(attempt):
+def in_another_account(attempt, user=65534, groups=()):
     """Run it in a child that has given up all rights; return the sentence it raised, or None."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         with suppress(BaseException), os.fdopen(writer, "w") as told:
-            os.setgroups([])
-            os.setgid(65534)
-            os.setuid(65534)
+            os.setgroups(list(groups))
+            os.setgid(user)
+            os.setuid(user)
             try:
                 attempt()
             except (OSError, pqueue.QueueError) as error:
@@ -152,6 +153,58 @@ def test_another_account_can_neither_look_nor_work_nor_hold_a_lock():
                 lambda: (folder / "queue.db-journal").write_bytes(b""),
             ):
                 assert re.search("[Pp]ermission|unable to open", in_another_account(attempt) or "nothing")
+            refused = in_another_account(lambda: pqueue.PersistentQSQLite(folder / "queue.db"))
+            assert refused.endswith("belongs to root; run this as root, or make the queue with PQUEUE_GROUP=GROUP")
+
+
+def test_accounts_of_one_group_share_a_queue_that_was_made_for_it():
+    assert os.geteuid() == 0, "only root can become another account"
+    group = grp.getgrgid(60)
+
+    def work(path, create):
+        os.umask(0o077)
+        with closing(pqueue.PersistentQSQLite(path, group=group.gr_name if create else None)) as queue:
+            queue.enqueue("t")
+            queue.complete(queue.dequeue("w"))
+            queue.enqueue("t")
+            queue.wait(0, consumer="w")
+
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        path = Path(name) / "new" / "queue.db"
+        for user, create in ((1001, True), (1002, False), (1003, True), (1001, False)):
+            assert in_another_account(lambda c=create: work(path, c), user, [group.gr_gid]) is None
+        with closing(pqueue.PersistentQSQLite(path)) as queue:
+            assert queue.stats()["states"]["completed"] == 4
+            assert queue.check()["problems"] == []
+        for file in path.parent.rglob("*"):
+            kept = file.stat()
+            assert kept.st_gid == group.gr_gid, file
+            assert stat.S_IMODE(kept.st_mode) == (0o2770 if file.is_dir() else 0o660), file
+        refused = in_another_account(lambda: work(path, False), 1004)
+        assert re.search("Permission denied: .*run this as", refused)
+
+
+def test_queue_is_not_shared_by_halves():
+    group = grp.getgrgid(60).gr_name
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "queue.db"
+        with pytest.raises(pqueue.QueueError, match=f"expected {name} to belong to the group.*chmod 2770 {name}"):
+            pqueue.PersistentQSQLite(path, group=group)
+        assert list(Path(name).iterdir()) == []
+        pqueue.PersistentQSQLite(path).close()
+        os.chown(name, -1, 60)
+        Path(name).chmod(0o2770)
+        with pytest.raises(pqueue.QueueError, match=f"expected {path} to belong to the group, with mode 0660"):
+            pqueue.PersistentQSQLite(path, group=group)
+        with pytest.raises(ValueError, match="expected a group of this system, got 'no such group'"):
+            pqueue.PersistentQSQLite(path, group="no such group")
+
+
+def test_database_that_every_account_may_read_is_a_finding(tmp_path):
+    with closing(pqueue.PersistentQSQLite(tmp_path / "queue.db")) as queue:
+        queue.path.chmod(0o644)
+        assert queue.check()["problems"] == [f"every account of this machine may use it: run chmod o= {queue.path}"]
 
 
 # Job files

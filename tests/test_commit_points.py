@@ -132,6 +132,16 @@ def dequeue(at: float, look_for_dead: bool = False, limit: int = 2) -> Callable[
     return act
 
 
+def at_that_time(queue: PersistentQSQLite, call: Callable[[], None]) -> None:
+    with mock.patch.object(queue, "_time", lambda _: NOW):
+        call()
+
+
+def once_only(queue: PersistentQSQLite) -> None:
+    queue.enqueue("once", max_attempts=1, priority=99, now=NOW)
+    take(queue, limit=0)
+
+
 def lost(call: Callable[[], Any]) -> None:
     with suppress(LeaseLost):
         call()
@@ -163,6 +173,7 @@ OPERATIONS = {
     "enqueue_many to a new queue": Operation(lambda q, _: q.enqueue_many("t", range(5), queue="new", now=NOW)),
     "dequeue": Operation(dequeue(NOW), lambda q: take(q, limit=0)),
     "first dequeue, which registers the consumer": Operation(dequeue(NOW), states=3),
+    "dequeue of a last attempt": Operation(lambda q, _: take(q, limit=1), once_only),
     "dequeue that promotes what is due": Operation(dequeue(NOW + 30, limit=9), lambda q: take(q, limit=0)),
     "dequeue that takes expired leases back": Operation(dequeue(NOW + 100), lambda q: take(q, limit=0)),
     "dequeue that recovers from dead consumers": Operation(dequeue(NOW, True), lambda q: take(q, limit=0)),
@@ -185,12 +196,18 @@ OPERATIONS = {
     "mark_failed": Operation(lambda q, jobs: q.mark_failed(jobs[0].id, by="ann", now=NOW), take),
     "cancel": Operation(lambda q, jobs: q.cancel(jobs[0].id, by="ann", now=NOW), take),
     "pause": Operation(lambda q, _: q.pause("default")),
+    "limit": Operation(lambda q, _: q.limit("default", 5)),
+    "limit that is removed": Operation(lambda q, _: q.limit("default", None), lambda q: q.limit("default", 5)),
+    "enqueue in a queue with a limit": Operation(
+        lambda q, _: q.enqueue("t", now=NOW), lambda q: q.limit("default", 99)
+    ),
     "prune": Operation(lambda q, _: q.prune(0, now=NOW + 1), states=4),
     "delete_jobs": Operation(lambda q, _: q.delete_jobs([1, FAILED]), states=2),
     "delete all jobs": Operation(lambda q, _: q.delete_jobs(force=True), states=2),
     "heartbeat": Operation(lambda q, _: q.heartbeat("w", completed=3, now=NOW), take),
     "transaction": Operation(transact, take),
-    "close, which takes leave": Operation(lambda q, _: q.close(), take),
+    "leave": Operation(lambda q, _: at_that_time(q, lambda: q.leave("w")), take),
+    "close, which takes leave": Operation(lambda q, _: at_that_time(q, q.close), take),
     "backup": Operation(back_up, states=1),
     "check": Operation(lambda q, _: q.check(), states=1),
     "opening": Operation(lambda *_: None, states=1, opens=True),

@@ -130,3 +130,95 @@ def test_every_job_completes_exactly_once_whoever_is_killed(place, durability):
     assert all(len(set(lines)) == 1 and lines[0].endswith("Z") for lines in stamps)
     words = [line.split(" ", 2)[1] for file in files for line in file.read_text().splitlines()]
     assert not any(word.endswith("Z") for word in words)
+
+
+ONCE = """
+import os, time
+from pqueue import task
+
+def note(what, job):
+    with open("ran", "a") as file:
+        file.write(f"{what} {job.id}\\n")
+
+@task(max_attempts=1)
+def once(job):
+    note("began", job)
+    time.sleep(0.002)
+
+@task(max_attempts=1)
+def kill(job):
+    note("began", job)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def began(place):
+    return [int(line.split()[1]) for line in (place.folder / "ran").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("durability", ["full", "normal"])
+def test_job_that_may_run_once_never_runs_twice_and_fails_only_if_it_began(place, durability):
+    place.write("tasks.py", ONCE)
+    queue = place.queue(durability=durability)
+    for _ in range(3):
+        queue.enqueue_many("once", range(100), max_attempts=1)
+        queue.enqueue("kill", max_attempts=1)
+    queue.enqueue_many("once", range(100), max_attempts=1)
+    killed = 0
+    while queue.count_jobs(state="pending"):
+        child = place.start("consumer.py", "--import", "tasks", "--drain", PQUEUE_DURABILITY=durability)
+        killed += child.wait(60) == -signal.SIGKILL
+    assert killed == 3
+    queue.dequeue_many("last", 0)
+    ran = began(place)
+    assert len(ran) == len(set(ran)) == queue.count_jobs()
+    assert {job.state for job in queue.list_jobs(limit=1000)} == {"completed", "failed"}
+    assert queue.count_jobs(state="failed") >= 3
+
+
+def test_consumers_killed_at_any_moment_fail_no_job_that_had_not_begun(place):
+    place.write("tasks.py", ONCE)
+    queue = place.queue()
+    queue.enqueue_many("once", range(2000), max_attempts=1)
+    for _ in range(6):
+        child = place.start("consumer.py", "--import", "tasks")
+        before = (place.folder / "ran").stat().st_size if (place.folder / "ran").exists() else 0
+        wait_until(lambda b=before: (place.folder / "ran").exists() and (place.folder / "ran").stat().st_size > b + 200)
+        child.kill()
+        child.wait()
+    assert place.start("consumer.py", "--import", "tasks", "--drain").wait(120) == 0
+    ran = began(place)
+    assert len(ran) == len(set(ran))
+    not_run = {job.id for job in queue.list_jobs(limit=5000)} - set(ran)
+    assert not [job_id for job_id in not_run if queue.get(job_id).state != "pending"]
+    assert {job.id for job in queue.list_jobs(state="failed", limit=5000)} <= set(ran)
+
+
+def test_consumer_told_to_stop_at_once_does_not_give_back_a_job_that_may_run_once(place):
+    place.write("tasks.py", ONCE.replace("time.sleep(0.002)", "time.sleep(60)"))
+    queue = place.queue()
+    queue.enqueue("once", max_attempts=1)
+    child = place.start("consumer.py", "--import", "tasks")
+    wait_until((place.folder / "ran").exists)
+    for _ in range(2):
+        child.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+    assert child.wait(60) == 0
+    assert queue.get(1).state == "failed"
+    assert "it is not run again" in queue.get(1).error
+
+
+def test_consumer_and_producer_end_when_the_database_is_replaced(place):
+    queue = place.queue()
+    queue.enqueue("prepend_timestamp", {"file": "none"}, max_attempts=1)
+    queue.backup(place.folder / "backup.db")
+    children = [place.start("consumer.py"), place.start("producer.py", "--interval", 0.1)]
+    wait_until(lambda: queue.count_jobs(state="completed"))
+    (place.folder / "backup.db").replace(place.folder / "var/queue.db")
+    for child in children:
+        assert child.wait(60) == 1
+        assert "was replaced or moved, or its log deleted" in child.out.read_text()
+        assert "Traceback" not in child.out.read_text()
+    late = place.start("consumer.py", "--drain")
+    assert late.wait(60) == 1
+    assert "it took the place of another database" in late.out.read_text()

@@ -841,6 +841,7 @@ def test_consumer_that_is_seen_again_is_missing_anew_the_next_time(consumers):
     assert slot not in other._missing
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("error", [ValueError("filedescriptor out of range"), MemoryError(), SystemExit()])
 def test_listener_that_fails_for_whatever_reason_is_there_again(consumers, error):
     queue, other = consumers
@@ -866,8 +867,9 @@ def test_consumer_that_begins_while_the_line_connects_has_its_lock(consumers):
     def begin_one_meanwhile():
         connection = connect()
         if threading.current_thread() is queue._line._thread and not begun:
-            begun.append(threading.Thread(target=queue.heartbeat, args=("berta",)))
-            begun[0].start()
+            berta = threading.Thread(target=queue.heartbeat, args=("berta",))
+            berta.start()
+            begun.append(berta)
         return connection
 
     with mock.patch.object(queue, "_connect_raw", begin_one_meanwhile):
@@ -1189,7 +1191,7 @@ def test_operator_cannot_resubmit_into_a_full_queue(database):
 def test_producer_of_a_batch_that_never_fits_is_told_so(database):
     with closing(PersistentQSQLAlchemy(database)) as queue:
         queue.limit("default", 3)
-        with pytest.raises(ValueError, match="expected at most 3 jobs at a time, the limit of queue 'default', got 4"):
+        with pytest.raises(ValueError, match="expected at most 3 jobs, the limit of queue 'default', got 4"):
             queue.enqueue_many("t", range(4))
         assert len(queue.enqueue_many("t", range(3))) == 3
 
