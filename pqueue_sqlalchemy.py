@@ -4,7 +4,8 @@
 
 The statements are those of pqueue.py; what PostgreSQL says differently is translated here. Claims skip rows that others
 have locked. The clock is the server's. A consumer's life hangs on a session that holds an advisory lock; wake-ups come
-by NOTIFY to the same session, one per process. Needs SQLAlchemy 2 and psycopg 3.
+by NOTIFY to the same session, one per process. All transactions run at read committed, also those of `transaction`.
+Needs SQLAlchemy 2 and psycopg 3.
 """
 
 from __future__ import annotations
@@ -43,7 +44,6 @@ log = logging.getLogger("pqueue")
 SCHEMA = "pqueue"
 CHANNEL = "pqueue"
 LOCK_CLASS = 0x7071  # of the advisory locks by which consumers are seen to live
-PENDING_CLASS = 0x7072  # of those that let one at a time add to a queue that has a limit
 CLOCK_SECONDS = 30.0  # how often the server's clock is read
 RETRY_SECONDS = 0.5  # between two attempts of the listener to connect
 PAUSE_SECONDS = 0.05  # before it connects again after a connection that was lost at once
@@ -120,61 +120,88 @@ TOGETHER = f"""candidates WINDOW best AS (ORDER BY {pqueue.ORDER} ROWS UNBOUNDED
 AS_USUAL = _setting({"plan_cache_mode": "auto", **dict.fromkeys(PLANNER, "on")}, for_good=False)
 
 
-# The pending jobs of a queue that has a limit are `queues.pending` and the sum of its `pending_changes`: triggers add a
-# row there for each statement that changes their number, so that a claim waits for nobody. What must stay below the
-# limit takes the queue's advisory lock until its commit and then counts, in a snapshot of its own (a function that is
-# VOLATILE has one for each statement); when the rows have become many, it adds them up.
+# The pending jobs of a queue that has a limit are its `pending_counts` and the sum of its `pending_changes`; triggers
+# keep both. What inserts jobs counts them in the one row, and so waits for others that do: each sees what all before it
+# added, and is refused beyond the limit. Every other statement, such as a claim, adds a row of changes, and waits for
+# nobody; whoever has the lock on the counts adds these up when they have become many. Each statement of a function that
+# is VOLATILE has a snapshot of its own, so it sees what was committed while the one before it waited.
 MANY_CHANGES = 64
-PENDING = f"{SCHEMA}.count_pending(name, {MANY_CHANGES})"
+PENDING = f"{SCHEMA}.count_pending(name)"
+IS_PENDING = "state = 'pending' AND assigned_to IS NULL"
+IS_FULL = "PQ001"  # SQLSTATE
+COPYING = "pqueue.copying"  # a setting that lets jobs in beyond the limit
+FUNCTION = "LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog"
+CHANGING = "autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_cost_delay = 0"
 COUNTING = [
+    f"""
+CREATE TABLE {SCHEMA}.pending_counts (
+    queue TEXT PRIMARY KEY,
+    pending BIGINT NOT NULL,
+    max_pending BIGINT NOT NULL
+) WITH ({CHANGING})""",
     f"""
 CREATE TABLE {SCHEMA}.pending_changes (
     queue TEXT NOT NULL,
     delta INTEGER NOT NULL
-) WITH (autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_cost_delay = 0)""",
+) WITH ({CHANGING})""",
     f"CREATE INDEX pending_changes_queue ON {SCHEMA}.pending_changes (queue)",
+    # Return how many jobs are pending, and let nobody add one before this transaction ends.
     f"""
-CREATE FUNCTION {SCHEMA}.count_pending(which TEXT, many INTEGER) RETURNS BIGINT
-LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog AS $$
+CREATE FUNCTION {SCHEMA}.count_pending(which TEXT) RETURNS BIGINT {FUNCTION} AS $$
 DECLARE
     counted BIGINT;
+    since BIGINT;
     changes BIGINT;
 BEGIN
-    PERFORM pg_advisory_xact_lock({PENDING_CLASS}, hashtext(which));
-    SELECT pending + total, number INTO counted, changes FROM {SCHEMA}.queues, (
-        SELECT coalesce(sum(delta), 0) AS total, count(*) AS number FROM {SCHEMA}.pending_changes WHERE queue = which
-    ) since WHERE name = which;
-    IF changes >= many THEN  -- the queue's row comes first, as in `_count_pending`; who has it is not waited for
-        PERFORM FROM {SCHEMA}.queues WHERE name = which FOR NO KEY UPDATE SKIP LOCKED;
-        IF FOUND THEN
-            WITH gone AS (DELETE FROM {SCHEMA}.pending_changes WHERE queue = which RETURNING delta)
-            UPDATE {SCHEMA}.queues SET pending = pending + (SELECT coalesce(sum(delta), 0) FROM gone)
-            WHERE name = which RETURNING pending INTO counted;
-        END IF;
+    SELECT pending INTO counted FROM {SCHEMA}.pending_counts WHERE queue = which FOR NO KEY UPDATE;
+    SELECT coalesce(sum(delta), 0), count(*) INTO since, changes FROM {SCHEMA}.pending_changes WHERE queue = which;
+    IF changes >= {MANY_CHANGES} THEN
+        WITH gone AS (DELETE FROM {SCHEMA}.pending_changes WHERE queue = which RETURNING delta)
+        UPDATE {SCHEMA}.pending_counts SET pending = pending + (SELECT coalesce(sum(delta), 0) FROM gone)
+        WHERE queue = which RETURNING pending, 0 INTO counted, since;
     END IF;
-    RETURN counted;
+    RETURN counted + since;
 END $$""",
     f"""
-CREATE FUNCTION {SCHEMA}.note_pending() RETURNS TRIGGER
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS $$
+CREATE FUNCTION {SCHEMA}.note_pending() RETURNS TRIGGER {FUNCTION} AS $$
+DECLARE
+    which TEXT;
+    last TEXT;
+    jobs BIGINT;
+    counted BIGINT;
+    most BIGINT;
+    changes BIGINT;
 BEGIN
     IF TG_OP = 'INSERT' THEN
-        INSERT INTO {SCHEMA}.pending_changes SELECT name, number FROM {SCHEMA}.queues JOIN (
-            SELECT queue, count(*) AS number FROM added WHERE state = 'pending' AND assigned_to IS NULL GROUP BY queue
-        ) changes ON name = queue WHERE max_pending IS NOT NULL;
+        SELECT min(queue), max(queue), count(*) INTO which, last, jobs FROM added WHERE {IS_PENDING};
+        IF which = last THEN  -- as always when a producer adds them
+            UPDATE {SCHEMA}.pending_counts SET pending = pending + jobs WHERE queue = which
+            RETURNING pending, max_pending INTO counted, most;
+            IF FOUND THEN
+                SELECT counted + coalesce(sum(delta), 0), count(*) INTO counted, changes
+                FROM {SCHEMA}.pending_changes WHERE queue = which;
+                IF counted > most AND current_setting('{COPYING}', true) IS DISTINCT FROM 'on' THEN
+                    RAISE 'queue % is at its limit of % pending jobs', which, most USING ERRCODE = '{IS_FULL}';
+                ELSIF changes >= {MANY_CHANGES} THEN
+                    PERFORM {SCHEMA}.count_pending(which);
+                END IF;
+            END IF;
+        ELSIF jobs > 0 THEN
+            INSERT INTO {SCHEMA}.pending_changes SELECT queue, number FROM {SCHEMA}.pending_counts JOIN
+                (SELECT queue, count(*) AS number FROM added WHERE {IS_PENDING} GROUP BY queue) n USING (queue);
+        END IF;
     ELSIF TG_OP = 'UPDATE' THEN
-        INSERT INTO {SCHEMA}.pending_changes SELECT name, number FROM {SCHEMA}.queues JOIN (
+        INSERT INTO {SCHEMA}.pending_changes SELECT queue, number FROM {SCHEMA}.pending_counts JOIN (
             SELECT queue, sum(one) AS number FROM (
-                SELECT queue, 1 AS one FROM added WHERE state = 'pending' AND assigned_to IS NULL
-                UNION ALL SELECT queue, -1 FROM removed WHERE state = 'pending' AND assigned_to IS NULL
-            ) changed GROUP BY queue
-        ) changes ON name = queue WHERE max_pending IS NOT NULL AND number <> 0;
+                SELECT queue, 1 AS one FROM added WHERE {IS_PENDING}
+                UNION ALL SELECT queue, -1 FROM removed WHERE {IS_PENDING}
+            ) each GROUP BY queue
+        ) n USING (queue) WHERE number <> 0;
     ELSIF TG_OP = 'DELETE' THEN
-        INSERT INTO {SCHEMA}.pending_changes SELECT name, -number FROM {SCHEMA}.queues JOIN (
-            SELECT queue, count(*) AS number FROM removed WHERE state = 'pending' AND assigned_to IS NULL GROUP BY queue
-        ) changes ON name = queue WHERE max_pending IS NOT NULL;
+        INSERT INTO {SCHEMA}.pending_changes SELECT queue, -number FROM {SCHEMA}.pending_counts JOIN
+            (SELECT queue, count(*) AS number FROM removed WHERE {IS_PENDING} GROUP BY queue) n USING (queue);
     ELSE  -- TRUNCATE
-        UPDATE {SCHEMA}.queues SET pending = 0 WHERE pending <> 0;
+        UPDATE {SCHEMA}.pending_counts SET pending = 0;
         DELETE FROM {SCHEMA}.pending_changes;
     END IF;
     RETURN NULL;
@@ -192,21 +219,26 @@ EXCEPTION WHEN lock_not_available THEN
     NULL;
 END $$""",
 ]
-COUNTED = {
+TRIGGERS = {
     "insert": "REFERENCING NEW TABLE AS added",
     "update": "REFERENCING OLD TABLE AS removed NEW TABLE AS added",
     "delete": "REFERENCING OLD TABLE AS removed",
     "truncate": "",
 }
-WAITING = "queue = name AND state = 'pending' AND assigned_to IS NULL"
-COUNT_ANEW = f"""
-UPDATE queues SET pending = CASE WHEN max_pending IS NULL THEN 0 ELSE (SELECT count(*) FROM jobs WHERE {WAITING}) END
-WHERE max_pending IS NOT NULL OR pending <> 0"""
+COUNT_ANEW = [  # the counts first, as in count_pending
+    "DELETE FROM pending_counts",
+    "DELETE FROM pending_changes",
+    f"""
+INSERT INTO pending_counts
+SELECT name, (SELECT count(*) FROM jobs WHERE queue = name AND {IS_PENDING}), max_pending
+FROM queues WHERE max_pending IS NOT NULL""",
+]
+COUNTED = "pending + (SELECT coalesce(sum(delta), 0) FROM pending_changes d WHERE d.queue = c.queue)"
 MISCOUNTED = f"""
 SELECT * FROM (
-    SELECT name, pending + (SELECT coalesce(sum(delta), 0) FROM pending_changes WHERE queue = name) AS counted,
-        (SELECT count(*) FROM jobs WHERE {WAITING}) AS found
-    FROM queues WHERE max_pending IS NOT NULL) both_ways
+    SELECT queue, {COUNTED} AS counted,
+        (SELECT count(*) FROM jobs WHERE jobs.queue = c.queue AND {IS_PENDING}) AS found
+    FROM pending_counts c) both_ways
 WHERE counted <> found"""
 ROOM = f"""
 SELECT CASE WHEN max_pending IS NOT NULL THEN max_pending - {PENDING} END, max_pending
@@ -214,9 +246,12 @@ FROM queues WHERE name = :queue"""
 IS_COUNTED = f"SELECT 1 FROM pg_trigger WHERE tgrelid = '{SCHEMA}.jobs'::regclass AND tgname = 'pending_insert'"
 # One queue at a time, so that nobody waits for the second of two with the first in hand.
 ADD_UP = f"""
-SELECT {SCHEMA}.count_pending(queue, {MANY_CHANGES}) FROM (
-    SELECT queue FROM (SELECT queue FROM pending_changes LIMIT 1000) first GROUP BY queue ORDER BY count(*) DESC LIMIT 1
-) most WHERE pg_try_advisory_xact_lock({PENDING_CLASS}, hashtext(queue))"""
+SELECT {SCHEMA}.count_pending(queue) FROM (
+    SELECT queue FROM pending_counts WHERE queue = (
+        SELECT queue FROM (SELECT queue FROM pending_changes LIMIT 1000) first
+        GROUP BY queue ORDER BY count(*) DESC LIMIT 1
+    ) FOR NO KEY UPDATE SKIP LOCKED
+) most"""
 JOIN_WRITERS = "LOCK TABLE jobs IN ROW EXCLUSIVE MODE"  # before the lock of a queue, as every writer does
 
 
@@ -231,26 +266,21 @@ def _replaced(sql: str, *pairs: tuple[str, str]) -> str:
 # Verbs in one statement, and so in one round trip: an enqueue that rings the bell; completions together with a claim,
 # which takes nothing while there is something to recover.
 
+# For jobs that are pending the trigger keeps the limit: a look without a lock is enough here. For others, and before a
+# key is taken (as in a transaction that has enqueued before, so that two cannot wait for each other), it is not.
 HAS_ROOM = f"CASE WHEN max_pending IS NULL THEN true ELSE max_pending > {PENDING} END"
-ENQUEUE = _replaced(pqueue.ENQUEUE, (pqueue.HAS_ROOM, HAS_ROOM))
-ENQUEUE_AND_RING = f"{ENQUEUE}, {RING}"
-# Whether there is room is asked once, not for each payload.
-ENQUEUE_MANY = _replaced(
-    ENQUEUE,
-    (":payload", "substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2)"),
-    (
-        f"FROM queues\nWHERE name = :queue AND {HAS_ROOM}",
-        "FROM open CROSS JOIN json_array_elements(CAST(:payloads AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n",
-    ),
-    (
-        "\nINSERT",
-        f"""
-WITH open AS MATERIALIZED (
-    SELECT name FROM queues
-    WHERE name = :queue AND {HAS_ROOM.replace("max_pending >", "max_pending - :number >=")})
-INSERT""",
-    ),
+SEEN = f"(SELECT {COUNTED} FROM pending_counts c WHERE c.queue = name)"
+ENQUEUE_ASKING = f"{_replaced(pqueue.ENQUEUE, (pqueue.HAS_ROOM, HAS_ROOM))}, {RING}"
+ENQUEUE_AT_ONCE = _replaced(ENQUEUE_ASKING, (PENDING, SEEN))
+ENQUEUE_MANY_ASKING = _replaced(
+    ENQUEUE_ASKING,
+    ("\nINSERT", f"\nWITH open AS MATERIALIZED (SELECT name FROM queues WHERE name = :queue AND {HAS_ROOM})\nINSERT"),
+    (f"FROM queues\nWHERE name = :queue AND {HAS_ROOM}\nON", "FROM open CROSS JOIN payloads ORDER BY n\nON"),
+    ("max_pending >", "max_pending - :number >="),
+    (":payload,", "substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2),"),
+    ("payloads", "json_array_elements(CAST(:payloads AS json)) WITH ORDINALITY AS p (one, n)"),
 )
+ENQUEUE_MANY = _replaced(ENQUEUE_MANY_ASKING, (PENDING, SEEN))
 COMPLETE_MANY = _replaced(
     f"{pqueue.COMPLETE} RETURNING jobs.id",
     *((f":{name}", f"done.{name}") for name in ("id", "token", "result")),
@@ -306,6 +336,10 @@ def _in_dialect(sql: str) -> str:
             BEST, TOGETHER
         )
     return sql
+
+
+class NoRoom(QueueFull):
+    """The queue is at its limit."""
 
 
 class KeyTaken(QueueBusy):
@@ -774,6 +808,8 @@ class OnPostgres(PersistentQSQLAlchemy):
         text = lines[0] if lines else type(original).__name__
         if state == "23505" and original.diag.constraint_name == "jobs_key":
             return KeyTaken(f"cannot write to {self.name}: another writer took the key at the same moment")
+        if state == IS_FULL:
+            return NoRoom(f"cannot enqueue: {text}")
         if state in ("40P01", "40001", "55P03"):
             return QueueBusy(f"cannot write to {self.name}: another writer held it ({text})")
         if state == "53100":
@@ -832,15 +868,23 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     def _add(self, row: Params) -> int:
         if not self.in_transaction:
-            rows = self._write().alone(ENQUEUE_AND_RING, row)
+            rows = self._add_at_once(ENQUEUE_AT_ONCE, ENQUEUE_ASKING, row)
             return cast(int, rows[0][0]) if rows else super()._add(row)
         job_id = super()._add(row)
         while row["key"] and not self._read(KEEP, {"id": job_id}):
             job_id = super()._add(row)
         return job_id
 
+    def _add_at_once(self, sql: str, asking: str, row: Params) -> list[Any]:
+        """Store it if nothing is in the way."""
+        is_plain = row["state"] == "pending" and row["assigned_to"] is None and row["key"] is None
+        try:
+            return self._write().alone(sql if is_plain else asking, row)
+        except NoRoom:  # others were faster
+            return []
+
     def _add_many(self, row: Params) -> list[int]:
-        rows = [] if self.in_transaction else self._write().alone(f"{ENQUEUE_MANY}, {RING}", row)
+        rows = [] if self.in_transaction else self._add_at_once(ENQUEUE_MANY, ENQUEUE_MANY_ASKING, row)
         if rows:
             return sorted(row[0] for row in rows)
         with self._write() as tx:
@@ -868,12 +912,12 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     def _count_pending(self, tx: Session, queues: Iterable[str]) -> None:  # noqa: ARG002 - of all, as that mends all
         """Count with no writer under way, and let the triggers be there while a queue has a limit."""
-        tx.change(COUNT_ANEW)
-        tx.change("DELETE FROM pending_changes")
+        for statement in COUNT_ANEW:
+            tx.change(statement)
         is_limited, is_counted = tx.run(pqueue.LIMITED), tx.run(IS_COUNTED)
         if is_counted and not is_limited:
             tx.run(f"SELECT CAST({SCHEMA}.stop_counting() AS text)")
-        for verb, tables in COUNTED.items() if is_limited and not is_counted else ():
+        for verb, tables in TRIGGERS.items() if is_limited and not is_counted else ():
             tx.change(
                 f"CREATE TRIGGER pending_{verb} AFTER {verb} ON {SCHEMA}.jobs {tables} "
                 f"FOR EACH STATEMENT EXECUTE FUNCTION {SCHEMA}.note_pending()"
@@ -1006,6 +1050,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             raise QueueError(f"cannot back up to {target}: {error.strerror}") from error
 
     def _lock_out_writers(self, tx: Session) -> None:
+        tx.run(_setting({COPYING: "on"}, for_good=False))
         tx.change("LOCK TABLE jobs IN EXCLUSIVE MODE")  # that every writer needs; one lock makes no deadlock
 
     def _number_on(self, tx: Session) -> None:

@@ -23,7 +23,7 @@ from test_postgres import database, server
 
 import pqueue
 from pqueue import Job, QueueError
-from pqueue_sqlalchemy import PersistentQSQLAlchemy, PostgresSession
+from pqueue_sqlalchemy import ADD_UP, MISCOUNTED, PersistentQSQLAlchemy, PostgresSession
 
 NOW = 1_800_000_000.0
 Verb = Callable[[Any, str, Job], Any]
@@ -101,6 +101,8 @@ class Stop:
 class Stage:
     """A queue for each of two callers, who have a thread each, and what they find before each play."""
 
+    max_pending: int | None = None
+
     def __init__(self, url: str, undo: ExitStack) -> None:
         self.db = undo.enter_context(psycopg.connect(url, autocommit=True, options="-c search_path=pqueue,public"))
         self.queues = {me: undo.enter_context(closing(PersistentQSQLAlchemy(url))) for me in ("first", "second")}
@@ -112,7 +114,9 @@ class Stage:
         attempts, token, finished = STATES[state]
         self.db.execute(
             "DELETE FROM jobs; DELETE FROM history; DELETE FROM queues; ALTER SEQUENCE jobs_id_seq RESTART;"
-            f"INSERT INTO queues (name) VALUES ('default'); DELETE FROM consumers WHERE token = '{ANNA}';"
+            "DELETE FROM pending_changes; UPDATE pending_counts SET pending = 0;"
+            f"INSERT INTO queues (name, max_pending) VALUES ('default', {self.max_pending or 'NULL'});"
+            f"DELETE FROM consumers WHERE token = '{ANNA}';"
             "INSERT INTO consumers (name, token, host, pid, slot, tasks, started_at, last_seen_at, state) "
             f"VALUES ('anna', '{ANNA}', '', 1, 1, '[]', 0, 0, 'running')"
         )
@@ -132,7 +136,7 @@ class Stage:
             self.queues[me]._session().stop = stop
             try:
                 return str(shown(verb(self.queues[me], me, job)))
-            except QueueError as error:
+            except (QueueError, ValueError) as error:
                 return repr(error)
 
         return self.threads[me].submit(answer)
@@ -141,7 +145,8 @@ class Stage:
         jobs = "least(id, 3), state, attempts, consumer, substr(lease_token, 1, 16),"
         jobs += "lease_expires_at, assigned_to, run_at, error, progress, result, finished_at FROM jobs ORDER BY id"
         history = "event, actor, attempt, error FROM history ORDER BY id"
-        return str([self.db.execute(f"SELECT {what}").fetchall() for what in (jobs, history)])
+        wrong = f"* FROM ({MISCOUNTED}) wrong"  # how many are pending in a queue that has a limit
+        return str([self.db.execute(f"SELECT {what}").fetchall() for what in (jobs, history, wrong)])
 
     def someone_waits(self) -> bool:
         return bool(self.db.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchall())
@@ -244,3 +249,25 @@ def test_backup_at_once_with_a_verb_is_of_one_moment(stage, tmp_path, monkeypatc
     writers = ("enqueue elsewhere", "fail", "cancel", "cancel and enqueue", "prune", "delete")
     assert differing(stage, product(("processing", "failed"), writers, ("backup",))) == []
     assert differing(stage, [("pending", "backup", "pause")]) == []
+
+
+def test_verbs_at_once_with_a_producer_keep_a_queue_within_its_limit(stage, monkeypatch):
+    producers = {
+        "enqueue another": lambda queue, me, job: queue.enqueue("t", now=NOW),
+        "enqueue some": lambda queue, me, job: queue.enqueue_many("t", [1, 2], now=NOW),
+        "enqueue and enqueue": together(*[lambda queue, me, job: queue.enqueue("t", now=NOW)] * 2),
+        "add up": lambda queue, me, job: str(queue._read(ADD_UP))[:0],
+    }
+    for name, verb in producers.items():
+        monkeypatch.setitem(VERBS, name, verb)
+    without = ("extend", "update", "complete", "prune", "exchange", "claim step by step")  # the last may take fewer
+    others = [name for name in VERBS if name not in without]
+    for stage.max_pending in (1, 2):
+        stage.queues["first"].limit("default", stage.max_pending)
+        plays = (
+            (state, first, second)
+            for state, pair in product(("pending", "processing", "failed"), product(producers, others))
+            for first, second in {pair, pair[::-1]}
+            if state == "processing" or not {first, second} & HOLDERS
+        )
+        assert differing(stage, plays) == []

@@ -1068,10 +1068,7 @@ def test_consumers_that_close_return_their_jobs_though_the_connection_was_lost(d
 
 def counted(queue):
     """Return how many jobs are pending in each queue that has a limit, as they were counted."""
-    found = queue._read(
-        "SELECT name, pending + (SELECT coalesce(sum(delta), 0) FROM pending_changes WHERE queue = name) "
-        "FROM queues WHERE max_pending IS NOT NULL"
-    )
+    found = queue._read(f"SELECT queue, {pqueue_sqlalchemy.COUNTED} FROM pending_counts c")
     return {name: int(number) for name, number in found}
 
 
@@ -1261,7 +1258,7 @@ def test_triggers_are_there_only_while_a_queue_has_a_limit(database):
         queue.limit("a", 5)
         queue.limit("b", 5)
         queue.limit("a", None)
-        assert queue._read(triggers)[0][0] == len(pqueue_sqlalchemy.COUNTED)
+        assert queue._read(triggers)[0][0] == len(pqueue_sqlalchemy.TRIGGERS)
         with psycopg.connect(database) as reader:
             reader.execute("SELECT count(*) FROM pqueue.jobs")
             queue.limit("b", None)  # does not wait for a reader that does not end
@@ -1274,7 +1271,7 @@ def test_operator_is_told_of_a_count_that_is_wrong_and_how_to_mend_it(database):
         queue.limit("default", 9)
         queue.enqueue("t")
         with queue.transaction() as db:
-            db.exec_driver_sql("UPDATE queues SET pending = 7")
+            db.exec_driver_sql("UPDATE pending_counts SET pending = 8")
         assert queue.check()["problems"] == ["expected 1 pending jobs of queue 'default', counted 8: limit it anew"]
         queue.limit("default", 9)
         assert queue.check()["problems"] == []
