@@ -837,7 +837,7 @@ class PersistentQInterface(ABC):
         `transaction` these raise LeaseLost instead.
         """
         settled = [(job, _encode_result(result)) for job, result in finished]
-        me = self._registered(consumer, queues)
+        me = self._registered(consumer, queues, now)
         me.prefetches = prefetch and self._publish_begun(me)
         _at_least("limit", 0, limit)
         return self._exchange(settled, me, limit, queues, lease_seconds, now)
@@ -1285,7 +1285,7 @@ class PersistentQInterface(ABC):
         self, timeout_seconds: float, *, consumer: str, queues: Sequence[str] | None = None, now: float | None = None
     ) -> bool:
         """Sleep until this consumer may find a job (True), or for the time given, at most a second (False)."""
-        me = self._registered(consumer, queues)
+        me = self._registered(consumer, queues, now)
         params = _served(consumer, queues, 1)
 
         def due_in() -> float:
@@ -1296,12 +1296,12 @@ class PersistentQInterface(ABC):
 
     def heartbeat(self, consumer: str, *, completed: int = 0, failed: int = 0, now: float | None = None) -> None:
         """Note that this consumer is alive, and add to its counts."""
-        me = self._registered(consumer, None)
+        me = self._registered(consumer, None, now)
         params = {"token": me.token, "completed": completed, "failed": failed, "now": self._time(now)}
         with self._write(durable=False) as tx:
             tx.change(HEARTBEAT, params)
 
-    def _register(self, name: str, queues: Sequence[str] | None) -> Registration:
+    def _register(self, name: str, queues: Sequence[str] | None, now: float | None) -> Registration:
         _name("consumer", name)
         if self.in_transaction:
             raise QueueError(
@@ -1324,16 +1324,16 @@ class PersistentQInterface(ABC):
             params["tasks"] = json.dumps(sorted(TASKS))
             with self._write(durable=False) as tx:
                 if tx.change(SUCCEED, params):
-                    self._recover(tx, [], self._time(None))  # before this consumer publishes in the same slot
+                    self._recover(tx, [], self._time(now))  # before this consumer publishes in the same slot
                 tx.change(REGISTER, params)
             undo.pop_all()
             self._registry = {**self._registry, name: me}
             return me
 
-    def _registered(self, name: str, queues: Sequence[str] | None) -> Registration:
+    def _registered(self, name: str, queues: Sequence[str] | None, now: float | None) -> Registration:
         if isinstance(queues, str):
             raise ValueError(f"expected a list of queues, got {queues!r}")
-        return (isinstance(name, str) and self._registry.get(name)) or self._register(name, queues)
+        return (isinstance(name, str) and self._registry.get(name)) or self._register(name, queues, now)
 
     def _recover(self, tx: Session, dead: list[str] | None, now: float) -> None:
         """Promote what is due, and take back what expired or lost its consumer."""
@@ -1373,19 +1373,19 @@ class PersistentQInterface(ABC):
         mine = {me.token for me in self._registry.values()}
         return [token for token, slot in self._read(RUNNING) if token not in mine and not self._is_alive(slot)]
 
-    def leave(self, consumer: str) -> None:
+    def leave(self, consumer: str, *, now: float | None = None) -> None:
         """End a consumer of this object: release the jobs that it holds, and free its descriptors.
 
         It may dequeue again, as a new consumer. Nothing happens if there is no consumer of this name.
         """
         if me := self._registry.get(consumer):
-            self._leave([me])
+            self._leave([me], now)
 
-    def _leave(self, leaving: Sequence[Registration]) -> None:
+    def _leave(self, leaving: Sequence[Registration], now: float | None = None) -> None:
         with self._write(durable=False) as tx:
             for me in leaving:
                 for row in tx.run(HELD_BY, {"token": me.token}):
-                    self._release(tx, _job(row), self._time(None))
+                    self._release(tx, _job(row), self._time(now))
                 tx.change(LEAVE, {"token": me.token, "state": "stopped"})
         with self._registering:
             self._registry = {name: me for name, me in self._registry.items() if me not in leaving}
@@ -2136,6 +2136,8 @@ class SQLiteSession(Session):
             self._locks = None if self._queue.is_read_only else FileLocks.acquire(self._queue.path)
         except FileNotFoundError:
             raise replaced(self._queue.path) from None
+        except OSError as error:
+            raise QueueError(f"cannot open {self._queue.path}: {error.strerror}") from error
 
     def run(self, sql: str, params: Params = NOTHING) -> list[Any]:
         try:
@@ -2725,7 +2727,8 @@ class PersistentQSQLite(PersistentQInterface):
         rows = tx.run(SLOT_OF, {"token": token})
         if not rows or rows[0][0] is None or not (slots := self._slots):
             return True
-        return slots.has_begun(rows[0][0], token, job.id)
+        with self._told_of_folder():
+            return slots.has_begun(rows[0][0], token, job.id)
 
     def _sleep(self, me: Registration, seconds: float, due_in: Callable[[], float]) -> bool:
         if slots := self._slots:

@@ -63,8 +63,8 @@ MUTANTS = [
     Mutant("what had begun is not returned uncounted", "return not is_known or job_id in words", "return job_id not in words", "contract: had_not_begun"),
     Mutant("what had begun before a power cut is not known", "words[0] == boot() != 0 and", "", "contract: started_anew"),
     Mutant("a job whose lease is over does not begin", "or self._time(now) >= job.lease_expires_at:  # noted", "or False:  # noted", "contract: not_begun_when_its_lease"),
-    Mutant("who takes over a slot first takes back its jobs", "                    self._recover(tx, [], self._time(None))", "                    pass", "contract: taken_over"),
-    Mutant("a consumer that closes returns its jobs", "                    self._release(tx, _job(row), self._time(None))", "                    pass", "contract: closes_returns"),
+    Mutant("who takes over a slot first takes back its jobs", "                    self._recover(tx, [], self._time(now))", "                    pass", "contract: taken_over"),
+    Mutant("a consumer that closes returns its jobs", "                    self._release(tx, _job(row), self._time(now))", "                    pass", "contract: closes_returns"),
     # who may claim, and what
     Mutant("a paused queue delivers nothing", "WHERE q.paused = 0", "WHERE 1 = 1"),
     Mutant("a paused queue delivers no assigned job", "AND queue NOT IN (SELECT name FROM queues WHERE paused = 1) ", "", "contract: paused_queue"),

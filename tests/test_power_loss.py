@@ -40,7 +40,7 @@ sys.path.insert(0, sys.argv[1])
 import pqueue
 path, durability, log = sys.argv[2], sys.argv[3], os.open(os.environ["RECORD_TO"], os.O_WRONLY | os.O_APPEND)
 NOW = 1_800_000_000.0
-NORMAL = ("dequeue", "release", "extend", "update", "prune")
+NORMAL = ("dequeue", "release", "extend", "update", "prune", "leave")
 
 def mark(**fact):
     data = json.dumps(fact).encode()
@@ -80,6 +80,7 @@ for n in range(int(sys.argv[4])):
     do("resubmit", last)
     if n % 2:
         do("prune", -1, states=["completed"])
+    do("leave", "w")
     queue.close()
     queue = open_queue()
 """
@@ -236,6 +237,7 @@ def restore(place: Path, left: dict[str, bytes | None]) -> Path:
         else:
             Path(name).parent.mkdir(parents=True, exist_ok=True)
             Path(name).write_bytes(data)
+            Path(name).chmod(0o600)
     return place / "disk" / "var" / "queue.db"
 
 
