@@ -2885,9 +2885,10 @@ class PersistentQSQLite(PersistentQInterface):
 def _deleted_but_open(path: Path) -> Iterator[str]:
     """Yield a sentence for each process that has a deleted file of this database open, where /proc shows it."""
     deleted = {f"{path}{suffix} (deleted)" for suffix in ("", "-wal", "-shm")}
-    for process in (
-        sorted(int(name) for name in os.listdir("/proc") if name.isdigit()) if os.path.isdir("/proc") else ()
-    ):
+    processes: list[int] = []
+    with suppress(OSError):
+        processes = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+    for process in processes:
         with suppress(OSError):  # it has ended, or is another account's
             folder = f"/proc/{process}/fd"
             if any(os.readlink(f"{folder}/{file}") in deleted for file in os.listdir(folder)):
