@@ -389,7 +389,7 @@ def move(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     """Copy a live queue into an empty one of any backend. The old one stays as it is, paused, until --finish."""
     if options.to is None:
         raise UsageError("move: expected --to URL")
-    target = pqueue.open_queue(options.to, create=not options.finish)
+    target = pqueue.open_queue(options.to, create=not options.finish, durability="full")  # --finish depends on it
     try:
         return _finish_move(queue, target, options) if options.finish else _move(queue, target)
     finally:

@@ -14,6 +14,7 @@ import errno
 import hashlib
 import importlib
 import os
+import re
 import signal
 import socket
 import stat
@@ -93,13 +94,16 @@ files_directory = Path(os.environ.get("PQUEUE_FILES", "var/files"))
 def prepend_timestamp(job: Job) -> dict[str, Any]:
     """Put one ISO 8601 UTC timestamp in front of every line of the file that the payload names.
 
-    The timestamp and the digest of the file as it was are stored before it is replaced, so another delivery of the
+    The timestamp and the digest of the file as it was are on disk before it is replaced, so another delivery of the
     job finds out whether that happened, and never stamps it twice.
     """
     with _job_file(job.payload) as (name, folder, source):
         digest = _sha256(source)
         plan = job.result if isinstance(job.result, dict) else {}
-        if not plan:
+        if plan:  # else no delivery of this job has begun a copy
+            for copy in _copies(folder, re.escape(name)):
+                os.unlink(copy, dir_fd=folder)
+        else:
             plan = {"file": name, "timestamp": _utc_now(), "sha256": digest}
             pqueue.current_queue().update(job, result=plan)
         prefix = f"{plan['timestamp']} ".encode()
@@ -174,23 +178,67 @@ def _parts(source: BinaryIO) -> Iterator[tuple[bytes, bool]]:
         begins = part.endswith(b"\n")
 
 
+def _copies(folder: int, name: str) -> list[str]:
+    """List the copies of files whose names match, which takes a while in a full folder."""
+    copy = re.compile(rf"\.{name}\.[0-9a-f]{{16}}\.[0-9]+\.stamped")  # with a lease token in it
+    return [each for each in os.listdir(folder) if copy.fullmatch(each)]
+
+
+def remove_copies() -> None:
+    """Remove the copies that killed consumers left: their jobs may never be delivered again.
+
+    A living consumer has its copy locked.
+    """
+    with suppress(FileNotFoundError), _open_directory() as folder:
+        for copy in _copies(folder, ".+"):
+            with suppress(OSError):
+                _remove_stale(copy, folder)
+
+
+def _remove_stale(copy: str, folder: int) -> None:
+    file = os.open(copy, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+    try:
+        if pqueue.try_lock(file):
+            os.unlink(copy, dir_fd=folder)
+    finally:
+        os.close(file)
+
+
+def _create_copy(copy: str, folder: int) -> BinaryIO:
+    """Create it and lock it; a consumer that starts may take it for a stale one before it is locked."""
+    while True:
+        file = os.fdopen(
+            os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600, dir_fd=folder), "wb"
+        )
+        if pqueue.try_lock(file.fileno()) and os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()
+
+
 def _replace(name: str, folder: int, source: BinaryIO, prefix: bytes, digest: str, token: str) -> None:
     """Write the stamped copy beside the file and rename it over, so that a reader sees the old or the new one."""
-    for stale in os.listdir(folder):
-        if stale.startswith(f".{name}.") and stale.endswith(".stamped"):
-            os.unlink(stale, dir_fd=folder)
     copy = f".{name}.{token}.stamped"
-    with os.fdopen(os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder), "wb") as target:
-        copied = hashlib.sha256()
-        for part, begins in _parts(source):
-            target.write(prefix + part if begins else part)
-            copied.update(part)
-        if copied.hexdigest() != digest:
-            raise OSError(f"{name} changed while it was read")
-        target.flush()
-        os.fsync(target.fileno())
-    os.rename(copy, name, src_dir_fd=folder, dst_dir_fd=folder)
-    os.fsync(folder)
+    with _create_copy(copy, folder) as target:
+        try:
+            if _stamp(source, target, prefix) != digest:
+                raise OSError(f"{name} changed while it was read")
+            os.rename(copy, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(copy, dir_fd=folder)
+            raise
+    pqueue.sync_file(folder)
+
+
+def _stamp(source: BinaryIO, target: BinaryIO, prefix: bytes) -> str:
+    """Copy with a prefix to each line, durably; return the digest of what was read."""
+    copied = hashlib.sha256()
+    for part, begins in _parts(source):
+        target.write(prefix + part if begins else part)
+        copied.update(part)
+    target.flush()
+    pqueue.sync_file(target.fileno())
+    return copied.hexdigest()
 
 
 # The consumer #########################################################################################################
@@ -596,6 +644,7 @@ def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
     on_end(consumer.stop)
     signal.signal(signal.SIGALRM, consumer.interrupt)
     _spare_children()
+    remove_copies()
     log("started", consumer=options.name, pid=os.getpid(), queues=",".join(options.queues or ["all"]))
     try:
         if bar:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from consumer import OneLineParser
+from pqueue import make_folder, sync, sync_file
 
 SOCKET = Path("var/supervisor.sock")
 INCLUDED = Path("var/supervisor.d")
@@ -107,7 +108,7 @@ def added_groups() -> list[str]:
 def add_group(size: int = GROUP_SIZE, queues: list[str] | None = None, modules: list[str] | None = None) -> str:
     """Add a group of this many consumers and return its name, when they run. Raises ManagerError."""
     command, taken = _command(queues or [], modules or []), {each["group"] for each in processes()}
-    INCLUDED.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(INCLUDED)
     group = next(
         name
         for number in range(2, 10_000)
@@ -132,6 +133,7 @@ def remove_group(group: str) -> None:
         call("stopProcessGroup", group)
         call("removeProcessGroup", group)
     _path(group).unlink()
+    sync(INCLUDED)
     call("reloadConfig")
 
 
@@ -175,7 +177,10 @@ def _create(path: Path, text: str) -> bool:
     try:
         with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
+            sync_file(file.fileno())  # or a power cut might leave a part, with which no supervisord starts
         os.link(new, path)
+        sync(path.parent)
     except FileExistsError:
         return False
     finally:

@@ -786,7 +786,7 @@ class PersistentQInterface(ABC):
         delay = backoff_seconds(job.attempts) if retry_in_seconds is None else retry_in_seconds
         again = retry and job.attempts < job.max_attempts
         params = {"now": now, "run_at": now + _finite("retry_in_seconds", delay), "error": _error_text(error)}
-        self._settle("fail", RETRY if again else FAIL, job, params, event="failed")
+        self._settle("fail", RETRY if again else FAIL, job, params, event="failed", durable=True)
         return "scheduled" if again else "failed"
 
     def release(self, job: Job, *, now: float | None = None) -> None:
@@ -798,15 +798,21 @@ class PersistentQInterface(ABC):
         self._settle("extend", EXTEND, job, {"lease_expires_at": self._time(now) + _lease(lease_seconds)})
 
     def update(self, job: Job, *, progress: float | None = None, result: Any = None) -> None:
-        """Store progress (0 to 1) or a partial result while the job runs. Raises LeaseLost."""
+        """Store progress (0 to 1) or a partial result while the job runs. Raises LeaseLost.
+
+        A result is on disk when this returns, so what the task does next may depend on it; progress alone is not.
+        """
         if progress is not None and not (isinstance(progress, (int, float)) and 0 <= progress <= 1):
             raise ValueError(f"expected progress between 0 and 1, got {progress!r}")
-        self._settle("update", UPDATE, job, {"progress": progress, "result": _encode_result(result)})
+        params = {"progress": progress, "result": _encode_result(result)}
+        self._settle("update", UPDATE, job, params, durable=result is not None)
 
-    def _settle(self, verb: str, sql: str, job: Job, params: Params, event: str | None = None) -> None:
+    def _settle(
+        self, verb: str, sql: str, job: Job, params: Params, event: str | None = None, durable: bool = False
+    ) -> None:
         """Run a transition that needs the job's lease; record it where it ends an attempt without completing."""
         params |= {"id": job.id, "token": job.lease_token}
-        with self._write(durable=event == "failed") as tx:
+        with self._write(durable=durable) as tx:
             if event and job.lease_token:
                 tx.change(RECORD, {**params, "event": event, "actor": job.consumer})
                 tx.ring = True
@@ -1969,10 +1975,7 @@ class PersistentQSQLite(PersistentQInterface):
             self._expect_files_beside()
             if not create and not (found and found.st_size):
                 raise QueueError(f"no queue at {self.path}: a producer or a consumer creates it")
-            missing = [folder for folder in self.path.parents if not folder.exists()]
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for folder in missing:
-                _sync(folder.parent)
+            make_folder(self.path.parent)
             kind = file_system(self.path.parent)
             if kind.startswith(NETWORK_FILE_SYSTEMS):
                 raise QueueError(f"cannot use {self.path}: SQLite's locks fail on {kind}; use a local disk")
@@ -2025,6 +2028,8 @@ class PersistentQSQLite(PersistentQInterface):
                 connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
                 connection.execute("PRAGMA cache_size = -16000")  # KB; a million rows go three times as fast
                 connection.execute("PRAGMA trusted_schema = OFF")
+                connection.execute("PRAGMA fullfsync = ON")  # as `sync_file` does; elsewhere than on macOS it is fsync
+                connection.execute("PRAGMA checkpoint_fullfsync = ON")
             except sqlite3.Error as error:
                 raise self._error(error) from error
             undo.pop_all()
@@ -2180,10 +2185,10 @@ class PersistentQSQLite(PersistentQInterface):
             with closing(sqlite3.connect(f"{part.as_uri()}?mode=ro", uri=True)) as copy:
                 if copy.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                     raise QueueError(f"cannot back up to {target}: the copy is damaged")
-            _sync(part)  # whatever this SQLite syncs
+            sync(part)  # whatever this SQLite syncs
             _create(target)  # takes the name, or fails where there is one
             part.replace(target)
-            _sync(target.parent)
+            sync(target.parent)
         except OSError as error:
             raise QueueError(f"cannot back up to {target}: {error.strerror}") from error
         except sqlite3.Error as error:
@@ -2316,15 +2321,31 @@ def _hear(bell: int, seconds: float) -> bool:
     return rung
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Put a file on disk, or the names in a folder, which a power cut may take with all that is in them."""
     if fcntl is None:
         return
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(file)
+        sync_file(file)
     finally:
         os.close(file)
+
+
+def sync_file(file: int) -> None:
+    """Put an open file or folder on disk. On macOS fsync leaves it in the drive's cache, and F_FULLFSYNC does not."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with suppress(OSError):  # a file system that has none
+            fcntl.fcntl(file, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(file)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, durably and for this account alone."""
+    for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)
+        sync(missing.parent)
 
 
 def _size(path: Path) -> int:

@@ -40,7 +40,7 @@ class Producer:
     def __init__(self, queue: PersistentQInterface, directory: Path) -> None:
         self.queue, self.directory = queue, directory
         self.stopped = threading.Event()
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        pqueue.make_folder(directory)
 
     def stop(self, *_: object) -> None:
         self.stopped.set()
@@ -73,9 +73,10 @@ class Producer:
             pqueue.try_lock(file.fileno())
             file.write(_random_lines())
             file.flush()
-            os.fsync(file.fileno())
+            pqueue.sync_file(file.fileno())
+            pqueue.sync(self.directory)  # or a power cut might leave the other name alone, and nobody would see to it
             os.link(new, self.directory / name)
-            _sync(self.directory)
+            pqueue.sync(self.directory)
         except BaseException:
             with suppress(OSError):
                 file.close()  # which flushes once more
@@ -133,14 +134,6 @@ class Producer:
 
 def _random_lines() -> str:
     return "".join(" ".join(random.choices(WORDS, k=8)) + "\n" for _ in range(random.randint(3, 20)))
-
-
-def _sync(directory: Path) -> None:
-    folder = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def main(arguments: list[str] | None = None) -> int:
