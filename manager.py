@@ -33,6 +33,7 @@ PROGRAM = """\
 ; Added by manager.py; remove it with: python manager.py --remove {group}
 [program:{group}]
 command = {command}
+umask = 077
 process_name = %(program_name)s_%(process_num)02d
 numprocs = {size}
 autorestart = true
