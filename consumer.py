@@ -9,6 +9,11 @@ Supervisor that started it, it ends as after a first TERM.
 
 from __future__ import annotations
 
+import endings
+
+if __name__ == "__main__":
+    endings.end_at_once()
+
 import argparse
 import errno
 import hashlib
@@ -40,7 +45,6 @@ HEARTBEAT_SECONDS = 10.0
 GRACE_SECONDS = 5.0  # what an interrupted task gets before the process ends in its stead
 PATIENCE_SECONDS = (0.1, 5.0)  # first and longest pause while the database is locked or full
 
-ENDINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PARENT = os.getppid()
 
 Result = TypeVar("Result")
@@ -49,6 +53,12 @@ Result = TypeVar("Result")
 def is_orphaned() -> bool:
     """Tell whether the Supervisor that started this program is gone: the next one will start another in its place."""
     return "SUPERVISOR_ENABLED" in os.environ and os.getppid() != PARENT
+
+
+def expect_posix() -> None:
+    """Raise QueueError on Windows, which lacks the signals, locks and folder descriptors that the programs need."""
+    if not hasattr(os, "O_DIRECTORY"):
+        raise QueueError(f"cannot run on {sys.platform}: this needs Linux or macOS; the library, pqueue.py, works here")
 
 
 def log(event: str, **fields: Any) -> None:
@@ -139,6 +149,7 @@ def _file_name(payload: Any) -> str:
 
 @contextmanager
 def _open_directory() -> Iterator[int]:
+    expect_posix()
     folder = os.open(files_directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield folder
@@ -593,6 +604,7 @@ def main(arguments: list[str] | None = None) -> int:
     bear_any_text()
     options = _parser().parse_args(arguments)
     try:
+        expect_posix()
         _import(options.modules)
         queue = pqueue.open_queue()
     except (QueueError, ValueError) as error:
@@ -608,8 +620,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def on_end(handler: Any) -> None:
     """Call it upon TERM, INT and HUP, except for a HUP that nohup has the program ignore."""
-    for number in ENDINGS:
-        if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:
+    for number in endings.ENDINGS:
+        if signal.getsignal(number) != signal.SIG_IGN or number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, handler)
 
 
@@ -617,14 +629,14 @@ def _spare_children() -> None:
     """Let signals end a child that a task forks, from its first moment, as they end other programs."""
 
     def unblock() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, endings.ENDINGS)
 
     def begin_child() -> None:
         on_end(signal.SIG_DFL)
         unblock()
 
     os.register_at_fork(
-        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS),
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, endings.ENDINGS),
         after_in_parent=unblock,
         after_in_child=begin_child,
     )

@@ -9,6 +9,11 @@ An added group stands in a file of its own in var/supervisor.d, so it is there a
 
 from __future__ import annotations
 
+import endings
+
+if __name__ == "__main__":
+    endings.end_at_once()
+
 import argparse
 import http.client
 import os
@@ -53,6 +58,8 @@ class ManagerError(Exception):
 
 class _Connection(http.client.HTTPConnection):
     def connect(self) -> None:
+        if not hasattr(socket, "AF_UNIX"):
+            raise ManagerError(f"cannot reach supervisord: it does not run on {sys.platform}")
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(self.timeout)
         try:
@@ -195,12 +202,11 @@ def _create(path: Path, text: str) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        _act(options)
+        with endings.Undoing():
+            _act(options)
     except (ManagerError, OSError) as error:
         print(f"manager.py: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 

@@ -8,6 +8,11 @@ TERM, INT or HUP ends it between two jobs.
 
 from __future__ import annotations
 
+import endings
+
+if __name__ == "__main__":
+    endings.end_at_once()
+
 import argparse
 import errno
 import os
@@ -140,6 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     consumer.bear_any_text()
     options = _parser().parse_args(arguments)
     try:
+        consumer.expect_posix()
         with closing(pqueue.open_queue()) as queue:
             producer = Producer(queue, options.directory)
             consumer.on_end(producer.stop)

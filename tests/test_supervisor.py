@@ -155,16 +155,18 @@ def cloned(system, request):
 def test_other_account_can_read_nothing_whatever_the_umask(cloned, daemon):
     system, umask = cloned
     started(system, "supervisord", *([] if daemon else ["-n"]), "-c", "supervisord.conf", umask=umask)
-    queue = queue_of(system)
-    everything_runs(system, queue)
-    wait_until(lambda: completed_files(queue))
-    assert manage(system, "--count", "1", "--size", "1").returncode == 0
-    for folder in ("var", "var/log"):
-        assert list(open_to_others(system.folder / folder)) == []
-    assert "Permission" not in "".join(path.read_text() for path in (system.folder / "var/log").glob("*.log"))
-    pid = int((system.folder / "var/supervisord.pid").read_text())
-    control(system, "shutdown")
-    wait_until(lambda: is_gone(pid) or not daemon)
+    try:
+        queue = queue_of(system)
+        everything_runs(system, queue)
+        wait_until(lambda: completed_files(queue))
+        assert manage(system, "--count", "1", "--size", "1").returncode == 0
+        for folder in ("var", "var/log"):
+            assert list(open_to_others(system.folder / folder)) == []
+        assert "Permission" not in "".join(path.read_text() for path in (system.folder / "var/log").glob("*.log"))
+    finally:
+        pid = int((system.folder / "var/supervisord.pid").read_text())
+        control(system, "shutdown")
+        wait_until(lambda: is_gone(pid) or not daemon)
 
 
 @pytest.mark.parametrize("cloned", [0o022, 0, 0o007], indirect=True)
