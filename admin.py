@@ -10,6 +10,11 @@ for a problem found; 2 for a mistake in the command.
 
 from __future__ import annotations
 
+import endings
+
+if __name__ == "__main__":
+    endings.end_at_once()
+
 import argparse
 import os
 import re
@@ -38,7 +43,7 @@ from commands import (
     one_of,
     whole,
 )
-from consumer import bear_any_text
+from consumer import bear_any_text, expect_posix
 from pqueue import InvalidTransition, Job, JobNotFound, PersistentQInterface, QueueError
 from report import (
     ago,
@@ -389,7 +394,7 @@ def move(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     """Copy a live queue into an empty one of any backend. The old one stays as it is, paused, until --finish."""
     if options.to is None:
         raise UsageError("move: expected --to URL")
-    target = pqueue.open_queue(options.to, create=not options.finish)
+    target = pqueue.open_queue(options.to, create=not options.finish, durability="full")  # --finish depends on it
     try:
         return _finish_move(queue, target, options) if options.finish else _move(queue, target)
     finally:
@@ -453,6 +458,7 @@ def delete_db_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> 
 )
 def delete_job_files(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     """Delete the job_*.txt files in a folder, but none that an unfinished job still needs, or is about to."""
+    expect_posix()
     if options.directory is None:
         raise UsageError("delete-job-files: expected --directory DIR")
     names = _job_files(options.directory)
@@ -543,6 +549,7 @@ def metrics_command(queue: PersistentQInterface, options: argparse.Namespace) ->
 def torture(_: None, options: argparse.Namespace) -> Result:
     """Kill producers and consumers at random, on a database of its own beside the real one, and prove that nothing
     was lost or done twice."""
+    expect_posix()
     beside = pqueue.sqlite_path().parent
     if not beside.is_dir():
         raise Problem(f"no folder {beside} to work in: make it, or set PQUEUE_URL")
@@ -633,14 +640,15 @@ def _colours() -> bool:
 
 def run(entry: Command, options: argparse.Namespace) -> int:
     """Run the command and show its result; return the exit code."""
-    if not entry.opens:
-        return _show(entry.function(None, options), options)
-    queue = pqueue.open_queue(create=entry.creates)
-    try:
-        with _damage_told(queue):
-            return _show(entry.function(queue, options), options)
-    finally:
-        queue.close()
+    with endings.Undoing():
+        if not entry.opens:
+            return _show(entry.function(None, options), options)
+        queue = pqueue.open_queue(create=entry.creates)
+        try:
+            with _damage_told(queue):
+                return _show(entry.function(queue, options), options)
+        finally:
+            queue.close()
 
 
 @contextmanager
@@ -686,8 +694,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (Problem, QueueError) as error:
         print(f"admin.py: {printable(str(error))}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -9,6 +9,11 @@ Each figure is taken in a fresh process on a fresh folder, the contestants in tu
 
 from __future__ import annotations
 
+import endings
+
+if __name__ == "__main__":
+    endings.end_at_once()
+
 import argparse
 import contextlib
 import importlib.util
@@ -581,7 +586,5 @@ def draw_legend(axis: Any, machine: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with endings.Undoing():
         sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -371,7 +371,8 @@ def fill(peer: Peer) -> int:
 def workers(peer: Peer, number: int) -> Iterator[Callable[[], list[list[tuple[float, float]]]]]:
     """Run workers, let them begin together, and yield how to read what each has noted; kill them in the end."""
     name = next(name for name, kind in CONTESTANTS.items() if kind is type(peer))
-    code = f"import bench_peers; bench_peers.work({name!r}, {str(peer.folder)!r}, {peer.durability!r})"
+    arguments = f"{name!r}, {str(peer.folder)!r}, {peer.durability!r}"
+    code = f"import endings; endings.end_at_once(); import bench_peers; bench_peers.work({arguments})"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent)}
     with (peer.folder / "gate").open("w") as gate:
         fcntl.flock(gate, fcntl.LOCK_EX)

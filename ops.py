@@ -8,6 +8,11 @@ Both draw the figures of `Board`, and act through `ACTIONS`. PQUEUE_OPS_READONLY
 
 from __future__ import annotations
 
+import endings
+
+if __name__ == "__main__":
+    endings.end_at_once()
+
 import json
 import os
 import sys

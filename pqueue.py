@@ -915,7 +915,7 @@ class PersistentQInterface(ABC):
         delay = backoff_seconds(job.attempts) if retry_in_seconds is None else retry_in_seconds
         again = retry and job.attempts < job.max_attempts
         params = {"now": now, "run_at": now + _finite("retry_in_seconds", delay), "error": _error_text(error)}
-        self._settle("fail", RETRY if again else FAIL, job, params, event="failed")
+        self._settle("fail", RETRY if again else FAIL, job, params, event="failed", durable=True)
         return "scheduled" if again else "failed"
 
     def release(self, job: Job, *, now: float | None = None) -> None:
@@ -937,15 +937,21 @@ class PersistentQInterface(ABC):
         self._settle("extend", EXTEND, job, {"lease_expires_at": self._time(now) + _lease(lease_seconds)})
 
     def update(self, job: Job, *, progress: float | None = None, result: Any = None) -> None:
-        """Store progress (0 to 1) or a partial result while the job runs. Raises LeaseLost."""
+        """Store progress (0 to 1) or a partial result while the job runs. Raises LeaseLost.
+
+        A result is on disk when this returns, so what the task does next may depend on it; progress alone is not.
+        """
         if progress is not None and not (isinstance(progress, (int, float)) and 0 <= progress <= 1):
             raise ValueError(f"expected progress between 0 and 1, got {progress!r}")
-        self._settle("update", UPDATE, job, {"progress": progress, "result": _encode_result(result)})
+        params = {"progress": progress, "result": _encode_result(result)}
+        self._settle("update", UPDATE, job, params, durable=result is not None)
 
-    def _settle(self, verb: str, sql: str, job: Job, params: Params, event: str | None = None) -> None:
+    def _settle(
+        self, verb: str, sql: str, job: Job, params: Params, event: str | None = None, durable: bool = False
+    ) -> None:
         """Run a transition that needs the job's lease; record it where it ends an attempt without completing."""
         params |= {"id": job.id, "token": job.lease_token}
-        with self._write(durable=event is not None) as tx:
+        with self._write(durable=durable) as tx:
             if event and job.lease_token:
                 tx.change(RECORD, {**params, "event": event, "actor": job.consumer})
                 tx.ring = True
@@ -2436,7 +2442,9 @@ class PersistentQSQLite(PersistentQInterface):
                 return
             if found and not os.access(self.path, os.R_OK | os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            self._make_folders(group)
+            make_folder(self.path.parent, group)
+            if group is not None:
+                self._expect_shared(self.path.parent, group, 0o2770)
             kind = file_system(self.path.parent)
             if kind.startswith(SHARED_FILE_SYSTEMS):
                 raise QueueError(f"cannot use {self.path}: SQLite's locks fail on {kind}; use a local disk")
@@ -2446,18 +2454,6 @@ class PersistentQSQLite(PersistentQInterface):
                 self._expect_shared(self.path, group, 0o660)
         except OSError as error:
             raise QueueError(f"cannot open {self.path}: {_refusal_of(error, self.path)}") from error
-
-    def _make_folders(self, group: int | None) -> None:
-        """Make the folders that are missing. What is made later in one for a group belongs to the group, too."""
-        missing = [folder for folder in self.path.parents if not folder.exists()]
-        for folder in reversed(missing):
-            folder.mkdir(mode=0o700, exist_ok=True)
-            if group is not None:
-                os.chown(folder, -1, group)
-                folder.chmod(0o2770)
-            _sync(folder.parent)
-        if group is not None:
-            self._expect_shared(self.path.parent, group, 0o2770)
 
     def _expect_shared(self, path: Path, group: int, mode: int) -> None:
         found = path.stat()
@@ -2491,10 +2487,7 @@ class PersistentQSQLite(PersistentQInterface):
             return
         folder = Path(f"{self.path}.d")
         with self._told_of_folder():
-            if not folder.exists():
-                folder.mkdir(mode=0o700, exist_ok=True)
-                if self.path.stat().st_mode & stat.S_IWGRP:
-                    folder.chmod(0o2770)
+            make_folder(folder)
             self._turnstile = Turnstile(folder)
             self._slots = Slots(folder)
 
@@ -2549,6 +2542,8 @@ class PersistentQSQLite(PersistentQInterface):
                 connection.execute("PRAGMA trusted_schema = OFF")
                 if not FileLocks.AVAILABLE:
                     _keep_log(connection)
+                connection.execute("PRAGMA fullfsync = ON")  # as `sync_file` does; elsewhere than on macOS it is fsync
+                connection.execute("PRAGMA checkpoint_fullfsync = ON")
             except sqlite3.Error as error:
                 raise self._error(error) from error
             undo.pop_all()
@@ -2761,10 +2756,10 @@ class PersistentQSQLite(PersistentQInterface):
             with closing(sqlite3.connect(f"{part.as_uri()}?mode=ro", uri=True)) as copy:
                 if copy.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                     raise QueueError(f"cannot back up to {target}: the copy is damaged")
-            _sync(part)  # whatever this SQLite syncs
+            sync(part)  # whatever this SQLite syncs
             _create(target)  # takes the name, or fails where there is one
             part.replace(target)
-            _sync(target.parent)
+            sync(target.parent)
         except OSError as error:
             raise QueueError(f"cannot back up to {target}: {error.strerror}") from error
         except sqlite3.Error as error:
@@ -2920,6 +2915,9 @@ def _real(path: str | os.PathLike[str]) -> Path:
         raise QueueError(f"cannot open {path}: {error}") from error
 
 
+SHARED = stat.S_ISGID | stat.S_IWGRP  # of a folder that accounts of a group share: what is made in it is the group's
+
+
 def _create(path: Path, group: int | None = None) -> None:
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -2932,13 +2930,13 @@ def _create(path: Path, group: int | None = None) -> None:
 
 def _open_private(path: Path) -> int:
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    _share_as_folder(file, path.parent)
+    share_as_folder(file, path.parent)
     return file
 
 
-def _share_as_folder(file: int, folder: Path) -> None:
-    """Let the group use a file of ours in a folder that the group may write."""
-    if folder.stat().st_mode & stat.S_IWGRP and os.fstat(file).st_uid == os.geteuid():
+def share_as_folder(file: int, folder: int | os.PathLike[str]) -> None:
+    """Let the group use a file of ours in a folder that a group shares."""
+    if os.stat(folder).st_mode & SHARED == SHARED and os.fstat(file).st_uid == os.geteuid():
         os.fchmod(file, 0o660)
 
 
@@ -2978,7 +2976,7 @@ def _open_bell(path: Path) -> int:
     with suppress(FileExistsError):
         os.mkfifo(path, 0o600)
     bell = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
-    _share_as_folder(bell, path.parent)
+    share_as_folder(bell, path.parent)
     if not stat.S_ISFIFO(os.fstat(bell).st_mode):
         os.close(bell)
         raise OSError(errno.EINVAL, f"expected {path.name} to be a FIFO")
@@ -3005,19 +3003,40 @@ def _is_read_only(path: Path) -> bool:
     return hasattr(os, "statvfs") and bool(os.statvfs(path).f_flag & os.ST_RDONLY)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Put a file on disk, or the names in a folder, which a power cut may take with all that is in them."""
     if fcntl is None:
         return
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(file)
+        sync_file(file)
     finally:
         os.close(file)
 
 
 def _file_number(path: Path) -> bytes:
     return b"%20d" % (path.stat().st_ino if path.exists() else 0)
+
+
+def sync_file(file: int) -> None:
+    """Put an open file or folder on disk. On macOS fsync leaves it in the drive's cache, and F_FULLFSYNC does not."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with suppress(OSError):  # a file system that has none
+            fcntl.fcntl(file, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(file)
+
+
+def make_folder(folder: Path, group: int | None = None) -> None:
+    """Make a folder, and those above it that are missing, durably; for this account alone, unless a group is given, or
+    the folder above is one that a group shares."""
+    for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)
+        if group is not None:
+            os.chown(missing, -1, group)
+        if group is not None or missing.parent.stat().st_mode & SHARED == SHARED:
+            missing.chmod(0o2770)
+        sync(missing.parent)
 
 
 def _size(path: Path) -> int:

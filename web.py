@@ -22,6 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
+import endings
 import ops
 import pages
 import report
@@ -313,7 +314,7 @@ def _is_loopback(name: str) -> bool:
 
 
 def serve(host: str, port: int) -> int:
-    """Serve until interrupted; return the exit code."""
+    """Serve until TERM, INT or HUP; return the exit code."""
     password = os.environ.get("PQUEUE_OPS_PASSWORD") or None
     if password is None and not _is_loopback(host):
         print(f"ops.py: expected a password in PQUEUE_OPS_PASSWORD to serve on {host}", file=sys.stderr)
@@ -328,8 +329,9 @@ def serve(host: str, port: int) -> int:
     with suppress(QueueError, ValueError):
         server.board.figures(0)  # so that they are there when the first reader comes
     try:
-        server.serve_forever()
-    except KeyboardInterrupt:
+        with endings.Undoing():
+            server.serve_forever()
+    except SystemExit:  # as it was told
         return 0
     finally:
         server.server_close()

@@ -1,4 +1,4 @@
-"""Remove each guard of pqueue.py in turn, in a copy, and see that some check notices.
+"""Remove each guard of pqueue.py, and some of the programs, in turn, in a copy, and see that some check notices.
 
 `python tests/test_mutants.py` lists the mutants and what kills each.
 """
@@ -31,15 +31,20 @@ TESTS = (
 )
 
 
+MUTATED = ("pqueue.py", "consumer.py", "producer.py")
+
+
 @dataclass(frozen=True)
 class Mutant:
     guard: str
     old: str
     new: str
     killer: str = "history"  # or "contract: part of a test's name", or a file of tests and part of a test's name
+    file: str = "pqueue.py"
 
 
 POWER = "test_power_loss.py: nothing_that_returned"
+FILES = "test_power_loss.py: each_file_with_its_job and full"
 # fmt: off
 MUTANTS = [
     # who may settle
@@ -114,10 +119,16 @@ MUTANTS = [
     Mutant("a claim of the last attempt is synced", "if not durable and any(job.attempts == job.max_attempts for job in jobs):", "if False:", "contract: claimed_in_a_synced"),
     Mutant("enqueue and complete are synced", '"FULL" if durable and', '"NORMAL" if durable and', POWER),
     Mutant("the fused call is synced", "durable=bool(settled)", "durable=False", POWER),
-    Mutant("fail is synced", 'durable=event == "failed"', "durable=False", POWER),
-    Mutant("the folder of a new queue is synced", "            _sync(folder.parent)", "            pass", POWER),
-    Mutant("a backup's name is synced", "            _sync(target.parent)\n", "", "test_power_loss.py: backup"),
+    Mutant("fail is synced", 'event="failed", durable=True', 'event="failed"', POWER),
+    Mutant("a result that a task stores is synced", "durable=result is not None", "durable=False", POWER),
+    Mutant("the folder of a new queue is synced", "        sync(missing.parent)", "        pass", POWER),
+    Mutant("a backup's name is synced", "            sync(target.parent)\n", "", "test_power_loss.py: backup"),
     Mutant("a backup takes its name last", "        part = target.with_name(", "        part = target or target.with_name(", "contract: backup_is_a_whole"),
+    Mutant("a job file is synced", "            pqueue.sync_file(file.fileno())\n", "", FILES, "producer.py"),
+    Mutant("a job file's first name is synced", "            pqueue.sync(self.directory)  # or a power cut", "            pass  # or a power cut", FILES, "producer.py"),
+    Mutant("a job file's final name is synced", "            pqueue.sync(self.directory)\n", "", FILES, "producer.py"),
+    Mutant("a stamped copy is synced", "    pqueue.sync_file(target.fileno())\n", "", FILES, "consumer.py"),
+    Mutant("a stamped copy's name is synced", "    pqueue.sync_file(folder)\n", "", FILES, "consumer.py"),
     Mutant("a migration is one transaction", '                connection.execute("BEGIN IMMEDIATE")\n                for', "                for", "test_commit_points.py: killed and schema"),
     # errors
     Mutant("an interrupted call is rolled back", "                self._roll_back()\n            self.busy", "                pass\n            self.busy", "test_commit_points.py: fails and lost"),
@@ -151,12 +162,12 @@ MUTANTS = [
 
 
 def mutate(mutant: Mutant, folder: Path) -> None:
-    text = (ROOT / "pqueue.py").read_text()
-    assert mutant.old in text, f"pqueue.py has no guard {mutant.old!r} any more: write this mutant anew"
-    (folder / "pqueue.py").write_text(text.replace(mutant.old, mutant.new, 1))
     (folder / "tests").mkdir()
-    shutil.copy(ROOT / "test_pqueue.py", folder)
-    shutil.copy(ROOT / "pyproject.toml", folder)
+    for name in ("test_pqueue.py", "pyproject.toml", *MUTATED):
+        shutil.copy(ROOT / name, folder)
+    text = (ROOT / mutant.file).read_text()
+    assert mutant.old in text, f"{mutant.file} has no guard {mutant.old!r} any more: write this mutant anew"
+    (folder / mutant.file).write_text(text.replace(mutant.old, mutant.new, 1))
     for name in TESTS:
         shutil.copy(ROOT / "tests" / name, folder / "tests")
 
