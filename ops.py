@@ -267,7 +267,7 @@ def _percentiles_of(seconds: list[float]) -> Percentiles | None:
     return cuts[9], cuts[18]
 
 
-def _given(filters: dict[str, str]) -> dict[str, str]:
+def _given(filters: dict[str, str]) -> dict[str, Any]:
     return {name: value for name, value in filters.items() if name in FILTERS and value}
 
 
