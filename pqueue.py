@@ -830,15 +830,15 @@ class PersistentQInterface(ABC):
             raise JobNotFound(f"no job {job_id}")
         return _job(rows[0])
 
-    def history(self, job_id: int) -> list[dict[str, Any]]:
-        """Return the job's failed, expired, died and released attempts and what operators did, oldest first.
+    def history(self, job_id: int, *, limit: int = 2**31 - 1) -> list[dict[str, Any]]:
+        """Return the job's failed, expired, died and released attempts and what operators did, oldest first; of more
+        than the limit, the last.
 
         Keys: at, event, actor, attempt, error, as in the table.
         """
         columns = "at, event, actor, attempt, error"
-        return self._dicts(
-            columns, f"SELECT {columns} FROM history WHERE job_id = :id ORDER BY id", {"id": _id(job_id)}
-        )
+        last = f"SELECT {columns} FROM history WHERE job_id = :id ORDER BY id DESC LIMIT :limit"
+        return self._dicts(columns, last, {"id": _id(job_id), "limit": _at_least("limit", 1, limit)})[::-1]
 
     def _dicts(self, columns: str, sql: str, params: Params) -> list[dict[str, Any]]:
         return [dict(zip(columns.split(", "), row, strict=True)) for row in self._read(sql, params)]
