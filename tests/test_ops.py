@@ -32,7 +32,7 @@ HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)>" & \x00\x1b[31m
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("PQUEUE_URL", "PQUEUE_OPS_READONLY", "PQUEUE_OPS_PASSWORD"):
+    for name in ("PQUEUE_URL", "PQUEUE_OPS_READONLY", "PQUEUE_OPS_PASSWORD", "PQUEUE_OPS_HOSTS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(ops, "FRESH_SECONDS", 0.0)
     monkeypatch.setattr(ops, "SHARE", 1e9)  # whatever is asked is computed,
@@ -45,6 +45,7 @@ def boards(monkeypatch):
     """Close every board that a test has made, Streamlit's too."""
     make, made = ops.Board, []
     monkeypatch.setattr(ops, "Board", lambda: made.append(make()) or made[-1])
+    monkeypatch.setattr(ops_streamlit, "_refusal", lambda: None)  # Streamlit's AppTest has no server and no headers
     yield
     for board in made:
         board.close()
