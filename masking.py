@@ -4,7 +4,9 @@ URLs. The command line, both dashboards and the log use it; a search finds only 
 from __future__ import annotations
 
 import json
+import operator
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from pqueue import NOT_JSON, Excerpt, Job
@@ -40,13 +42,20 @@ def masked(value: Any) -> Any:
     if isinstance(value, Excerpt):
         return masked(_value(value))
     if isinstance(value, dict):
-        return {
+        fields = {
             masked_text(name): HIDDEN if is_secret(name) and not isinstance(each, (bool, type(None))) else masked(each)
             for name, each in value.items()
         }
+        return value if _is_same((*fields, *fields.values()), (*value, *value.values())) else fields
     if isinstance(value, list):
-        return [masked(each) for each in value]
+        items = [masked(each) for each in value]
+        return value if _is_same(items, value) else items
     return masked_text(value) if isinstance(value, str) else value
+
+
+def _is_same(masked: Sequence[Any], values: Sequence[Any]) -> bool:
+    """Whether nothing was hidden: then no second copy is kept, as a payload may take a hundred times its text."""
+    return len(masked) == len(values) and all(map(operator.is_, masked, values))
 
 
 def masked_text(text: str) -> str:

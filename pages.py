@@ -608,7 +608,8 @@ def _texts(found: dict[str, Any], one: pqueue.Job) -> str:
 def pretty(value: Any) -> str:
     """Return a payload or result on many lines, or more than MOST_CHARS of them: deep lists grow by their indents."""
     parts, size = [], 0
-    for part in json.JSONEncoder(ensure_ascii=False, indent=2).iterencode(value):
+    encoder = json.JSONEncoder(ensure_ascii=False, indent=2, check_circular=False)  # to check, it would keep the value
+    for part in encoder.iterencode(value):
         parts.append(part)
         size += len(part)
         if size > ops.MOST_CHARS:

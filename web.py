@@ -15,7 +15,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from http import HTTPStatus
@@ -36,8 +37,7 @@ REQUEST_SECONDS = 30.0  # in which a request must have come, however it trickles
 MOST_SECONDS = 10.0  # that a program waits for the figures; a page does not
 WRONG_SECONDS = 1.0  # that a wrong password costs
 MOST_NOTES = 100
-MOST_DRAWING = 2  # answers that are put together at a time: one may hold all of a large payload several times over
-DRAWING_SECONDS = 10.0  # that others wait for that
+DRAWING_SECONDS = 10.0  # that an answer waits for those before it
 SMALL_BYTES = 100_000  # of larger answers
 MOST_LARGE = 8  # are sent at a time: each stays in memory until its client has read it
 RETRY_SECONDS = 2
@@ -51,6 +51,9 @@ HEADERS = {
 }
 HTML, JSON, TEXT = "text/html; charset=utf-8", "application/json", "text/plain; charset=utf-8"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
+
+
+Answer = tuple[HTTPStatus, str, bytes]  # status, type and body
 
 
 class Refused(Exception):
@@ -71,7 +74,10 @@ class Server(ThreadingHTTPServer):
         self.token = secrets.token_urlsafe()
         self._notes: dict[str, str] = {}
         self._places = threading.BoundedSemaphore(MOST_CONNECTIONS)
-        self._drawing = threading.BoundedSemaphore(MOST_DRAWING)
+        # One answer at a time is put together: it may hold a large payload several times over. And in one thread: one
+        # that waits for its client would keep a connection to the database, with its cache.
+        self._turn = threading.Lock()
+        self._drawer = ThreadPoolExecutor(1, "pqueue-drawer")
         self._large = threading.BoundedSemaphore(MOST_LARGE)
         self._sending: dict[socket.socket, float] = {}  # connections whose request has not come whole, and since when
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -130,27 +136,26 @@ class Server(ThreadingHTTPServer):
         return ops.is_ours(host) or (not self.local and (ops.is_address(name) or name in _own_names()))
 
     @contextmanager
-    def drawing(self) -> Iterator[None]:
-        """Wait for a place to put an answer together in. Raises Refused."""
-        if not self._drawing.acquire(timeout=DRAWING_SECONDS):
+    def drawn(self, draw: Callable[..., Answer], *arguments: Any) -> Iterator[Answer]:
+        """Lend the answer that the function returns, when its turn has come, until it is sent. Raises Refused."""
+        if not self._turn.acquire(timeout=DRAWING_SECONDS):
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the dashboard is busy: try again")
         try:
-            yield
+            answer = self._drawer.submit(draw, *arguments).result()
+            large = len(answer[2]) > SMALL_BYTES
+            if large and not self._large.acquire(blocking=False):
+                raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "other large answers are on their way: try again")
         finally:
-            self._drawing.release()
-
-    @contextmanager
-    def sending(self, size: int) -> Iterator[None]:
-        """Take a place for an answer of so many bytes. Raises Refused where too many large ones are on their way."""
-        if size <= SMALL_BYTES:
-            yield
-            return
-        if not self._large.acquire(blocking=False):
-            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the dashboard is sending other large answers: try again")
+            self._turn.release()
         try:
-            yield
+            yield answer
         finally:
-            self._large.release()
+            if large:
+                self._large.release()
+
+    def server_close(self) -> None:
+        super().server_close()
+        self._drawer.shutdown()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -208,15 +213,13 @@ class Handler(BaseHTTPRequestHandler):
             return
         self._expect_no_other_site(url.path)
         try:
-            figures = self._figures(url.path)  # waits, and takes no place meanwhile
-            with self.server.drawing():
-                answer = self._drawn(url.path, query, figures)
+            figures = self._figures(url.path)  # may wait, and keeps nobody waiting meanwhile
+            with self.server.drawn(self._drawn, url.path, query, figures) as answer:
+                self._send(*answer)
         except JobNotFound:
             raise
         except (QueueError, TypeError) as error:  # TypeError: in a damaged row
-            answer = HTTPStatus.SERVICE_UNAVAILABLE, *self._trouble(url.path, str(error))
-        with self.server.sending(len(answer[2])):
-            self._send(*answer)
+            self._send(HTTPStatus.SERVICE_UNAVAILABLE, *self._trouble(url.path, str(error)))
 
     def _expect_no_other_site(self, path: str) -> None:
         """Let a link elsewhere lead to a page, but no page elsewhere load, frame or read anything."""
@@ -340,9 +343,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         """Log nothing: a page that is open asks every two seconds."""
-
-
-Answer = tuple[HTTPStatus, str, bytes]  # status, type and body
 
 
 def _is_data(path: str) -> bool:
