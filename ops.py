@@ -4,6 +4,7 @@
     python ops.py                            # the same with the standard library alone
 
 Both draw the figures of `Board`, and act through `ACTIONS`. PQUEUE_OPS_READONLY=1 hides and refuses every action.
+PQUEUE_OPS_HOSTS lists the names and addresses by which they may be reached besides loopback.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def page() -> None:
     st.set_page_config("pqueue", layout="wide")
     st.html(STYLE)
     if refused := _refusal():
-        st.html(_html(pages.trouble(refused)))
+        st.container(border=True).html(_html(pages.trouble(refused)))
         return
     if said := st.session_state.pop("said", None):
         st.toast(_plain(said))
@@ -56,12 +56,12 @@ def _refusal() -> str | None:
         if not (ops.is_loopback(st.get_option("server.address") or "") or ops.allowed_hosts()):
             return (
                 "refused: the server is open to other machines, without a password; start it with --server.address "
-                "127.0.0.1, or name in PQUEUE_OPS_HOSTS by what it may be reached"
+                "127.0.0.1, or list in PQUEUE_OPS_HOSTS the names by which it may be reached"
             )
         headers = st.context.headers
         hosts, origins = headers.get_all("Host"), headers.get_all("Origin")
         if len(hosts) != 1 or not ops.is_ours(hosts[0]):
-            return "refused: this is not a host name of the dashboard; PQUEUE_OPS_HOSTS may name more"
+            return "refused: this is not a host name of the dashboard; PQUEUE_OPS_HOSTS can list more"
         if not all(ops.is_same_origin(each, hosts[0]) for each in origins):
             return "refused: the request comes from another site"
     except ValueError as error:

@@ -1,7 +1,7 @@
 """The dashboard's server on the standard library: pages, fragments for the live parts, JSON, metrics, actions.
 
 It listens on loopback. On another address it wants a password, PQUEUE_OPS_PASSWORD; put a proxy with TLS before it, one
-that asks for it by its address, as nginx does unless told to pass the Host on.
+that asks for it by its address, as nginx does unless told to pass the Host on, or by a name in PQUEUE_OPS_HOSTS.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class Handler(BaseHTTPRequestHandler):
     def _check(self) -> None:
         hosts = self.headers.get_all("Host", [])
         if len(hosts) != 1 or not self.server.knows(hosts[0]):
-            sentence = "refused: this is not a host name of the dashboard; PQUEUE_OPS_HOSTS may name more"
+            sentence = "refused: this is not a host name of the dashboard; PQUEUE_OPS_HOSTS can list more"
             raise Refused(HTTPStatus.MISDIRECTED_REQUEST, sentence)
         if self.server.password is not None and not self._has_password(self.server.password):
             if "Authorization" in self.headers:
