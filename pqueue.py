@@ -970,7 +970,7 @@ class PersistentQInterface(ABC):
         if text is not None:
             params["text"] = _folded(_filter("text", text, MAX_TEXT_CHARS))
             if run := max(ASCII_RUN.findall(params["text"]), key=len, default=""):
-                params |= {"run": f"%{run}%", "escaped": "%\\u%"}
+                params |= {"run": f"%{run.replace('_', '!_')}%", "escaped": "%\\u%"}
                 where.append(f"({' OR '.join(map(self._may_hold, ('payload', 'result', 'error', 'key')))})")
         for name, value, sign in (("created_from", created_from, ">="), ("created_before", created_before, "<")):
             if value is not None:
@@ -979,12 +979,12 @@ class PersistentQInterface(ABC):
         return " AND ".join(where), params
 
     def _may_hold(self, column: str) -> str:
-        """Return a condition that is true of every text in which the run of ASCII letters and digits may stand.
+        """Return a condition that is true of every text in which the run of ASCII may stand.
 
         Only `_holds` knows how text beyond ASCII compares, or what JSON has escaped: that passes.
         """
         return (
-            f"{column} {self._LIKE} :run OR {column} LIKE :escaped ESCAPE '!' "
+            f"{column} {self._LIKE} :run ESCAPE '!' OR {column} LIKE :escaped ESCAPE '!' "
             f"OR {self._BYTES.format(column)} <> length({column})"
         )
 
@@ -1507,7 +1507,8 @@ def _shortened(row: Sequence[Any], most: int | None) -> Job:
     return job._replace(error=Excerpt(job.error[:most])) if job.error is not None and is_long(job.error) else job
 
 
-ASCII_RUN = re.compile("[a-z0-9]+")
+# What stands in JSON as it is, in whatever form; a space does within a string.
+ASCII_RUN = re.compile(r"[a-z0-9_.@+=*?$&#~^|;()<>'-]+(?: [a-z0-9_.@+=*?$&#~^|;()<>'-]+)*")
 
 
 def _folded(text: str) -> str:
@@ -1519,12 +1520,15 @@ def _folded(text: str) -> str:
     return unicodedata.normalize("NFC", text.casefold())
 
 
+_show_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
+
+
 def _holds(row: Sequence[Any], needle: str, shown: Callable[[Job], Job] | None) -> bool:
     """Whether the text is in a job: in its payload or result as JSON shows them, or in one of their strings as it is;
     in its error or key."""
     job = _job(row) if shown is None else shown(_job(row))
     for value in (job.payload, *([] if job.result is None else [job.result])):
-        if needle in _folded(json.dumps(value, ensure_ascii=False, default=str)):
+        if needle in _folded(_show_json(value)):
             return True
         if ESCAPED.search(needle) and any(needle in _folded(each) for each in _strings(value)):
             return True
