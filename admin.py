@@ -44,15 +44,18 @@ from commands import (
     whole,
 )
 from consumer import bear_any_text, expect_posix
+from masking import masked_job
 from pqueue import InvalidTransition, Job, JobNotFound, PersistentQInterface, QueueError
 from report import (
     ago,
     clock,
     count,
     detail,
+    failures,
     first_line,
     for_machines,
     for_people,
+    history,
     is_time,
     job_object,
     json_text,
@@ -135,7 +138,7 @@ def list_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> Resul
 
 
 def _listed(queue: PersistentQInterface, options: argparse.Namespace) -> list[dict[str, Any]]:
-    jobs = queue.list_jobs(**_filters(options), limit=options.limit, before_id=options.before_id)
+    jobs = queue.list_jobs(**_filters(options), limit=options.limit, before_id=options.before_id, shown=masked_job)
     return [job_object(job) if options.json else _job_row(job) for job in jobs]
 
 
@@ -146,14 +149,14 @@ def failedjobs(queue: PersistentQInterface, options: argparse.Namespace) -> Resu
     if options.all or filters or options.before_id is not None:
         options.status = "failed"
         return Result(_listed(queue, options))
-    groups = queue.failures()[: options.limit]
+    groups = failures(queue)[: options.limit]
     return Result([{key: each[key] for key in ("jobs", "task", "last_id", "error")} for each in groups])
 
 
 @command("show", JOB_ID)
 def show(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     """Show everything about a job, with the story of its attempts."""
-    job, story = queue.get(options.job_id), queue.history(options.job_id)
+    job, story = queue.get(options.job_id), history(queue, options.job_id)
     facts = {**job_object(job), "why": why(queue, job.id)}
     if options.json:
         return Result(
@@ -236,7 +239,7 @@ def _act(
             for job_id in sorted(options.job_ids):  # as all do, so that nobody meets in a deadlock
                 act(job_id)
         return Result([{"job": job_id, "done": done} for job_id in options.job_ids], f"{done} {_ids(options.job_ids)}")
-    if not _agreed(options, f"{verb} {count(queue.count_jobs(**filters), 'job')}"):
+    if not _agreed(options, f"{verb} {count(queue.count_jobs(**filters, shown=masked_job), 'job')}"):
         return Result(text="nothing done", code=1)
     changed, refused = act_on_matching(queue, filters, act)
     text = f"{done} {count(changed, 'job')}" + (f", {refused:,} not: their state does not allow it" if refused else "")
@@ -246,11 +249,11 @@ def _act(
 def act_on_matching(
     queue: PersistentQInterface, filters: dict[str, Any], act: Callable[[int], None]
 ) -> tuple[int, int]:
-    """Do it to all jobs that match, in batches of one transaction each; return how many it was done to, and how many
-    refused it by their state."""
+    """Do it to all jobs that match as they are shown, in batches of one transaction each; return how many it was done
+    to, and how many refused it by their state."""
     changed = refused = 0
     before = None
-    while jobs := queue.list_jobs(**filters, before_id=before, limit=BATCH):
+    while jobs := queue.list_jobs(**filters, before_id=before, limit=BATCH, excerpt=0, shown=masked_job):
         with queue.transaction():
             for job in reversed(jobs):
                 try:

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar, cast
 
 import pqueue
+from masking import masked_text
 from pqueue import DoNotRetry, Job, LeaseLost, PersistentQInterface, QueueBusy, QueueError, QueueFull, task
 
 MOST_FILE_BYTES = 1 << 30  # of a job file; a larger one is refused
@@ -86,7 +87,7 @@ def _line(at: str, event: str, fields: dict[str, Any]) -> str:
 
 
 def _quoted(value: Any) -> str:
-    text = str(value)
+    text = masked_text(str(value))
     plain = text and text.isprintable() and not any(mark in text for mark in ' "=')
     return text if plain else '"' + text.encode("unicode_escape").decode().replace('"', '\\"') + '"'
 
@@ -418,7 +419,7 @@ class Consumer:
         error = sys.exc_info()[1]
         code = error.code if isinstance(error, SystemExit) else error
         if code is not None and not isinstance(code, int):
-            traceback.print_exc()
+            print(masked_text(traceback.format_exc()), end="", file=sys.stderr)
         with suppress(OSError):
             sys.stdout.flush()
         os._exit(code if isinstance(code, int) else int(code is not None))

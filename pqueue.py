@@ -46,6 +46,7 @@ import math
 import mmap
 import os
 import random
+import re
 import select
 import shlex
 import shutil
@@ -82,6 +83,9 @@ MAX_ID = 2**63 - 1
 MAX_PAYLOAD_BYTES = 1_048_576
 MAX_JSON_DEPTH = 100  # Python's parser gives up near 1000, less what its caller has used
 MAX_ERROR_CHARS = 10_000
+MAX_TEXT_CHARS = 1000  # of a text to search for
+MAX_GROUPS = 10_000  # of failed jobs
+FAILURE_CHARS = 80  # of an error, by which failed jobs are grouped; an index has them
 BUSY_SECONDS = 5.0  # how long a write waits for another writer before it raises QueueBusy
 TURN_SECONDS = 1.0  # how long it waits of that at the turnstile, where a stopped process may stand
 DEAD_CHECK_SECONDS = 1.0  # how often a dequeue looks for dead consumers
@@ -89,6 +93,7 @@ RECOVERY_BATCH = 1000  # jobs promoted or taken back in one dequeue, so that it 
 PRUNE_BATCH = 1000
 FEW = 100_000  # jobs of a state that are looked through by its index; more are met soon enough on the way by id
 WINDOW = 1000  # ids that a search looks at between two looks at the clock
+TOGETHER = 8  # jobs that a search for a text reads whole at once: each may hold 2 MiB
 WAL_BYTES = 67_108_864  # the write-ahead log is cut to this when its readers allow
 LEAST_FREE_BYTES = 268_435_456  # below this `check` warns of the disk
 WAIT_SECONDS = 1.0  # the longest sleep of `wait`: it bounds what a missed ring or a dead consumer costs
@@ -395,6 +400,8 @@ CREATE TABLE history (
 # Statements: each transition names the state it starts from ###########################################################
 
 COLUMNS = ", ".join(Job._fields)
+LONG = ("payload", "result", "error")
+ANY_OF = ", ".join(f":id{n}" for n in range(TOGETHER))
 NO_LEASE = "lease_token = NULL, lease_expires_at = NULL"
 HELD = "id = :id AND state = 'processing' AND lease_token = :token"
 WAITING = "queue = :queue AND state = 'pending' AND assigned_to IS NULL"
@@ -560,8 +567,8 @@ ID_RANGE = "SELECT coalesce((SELECT min(id) FROM jobs), 0), coalesce((SELECT max
 # Its LIMIT, of all there are, keeps SQLite before 3.41 from grouping the rows instead of what the index has of them.
 FAILURES = f"""
 SELECT task, error, count(*), max(id) FROM
-    (SELECT task, substr(error, 1, 80) AS error, id FROM jobs WHERE state = 'failed' LIMIT {MAX_ID}) failed
-GROUP BY task, error"""
+    (SELECT task, substr(error, 1, {FAILURE_CHARS}) AS error, id FROM jobs WHERE state = 'failed' LIMIT {MAX_ID}) failed
+GROUP BY task, error ORDER BY count(*) DESC, max(id) DESC LIMIT {MAX_GROUPS}"""
 
 
 # SQLite: they keep queues.pending, and exist only while some queue has a limit, so that no other queue pays for them.
@@ -662,7 +669,8 @@ class PersistentQInterface(ABC):
     """
 
     max_batch = 48  # jobs for a consumer to take at once: more would keep an enqueue waiting for more than a few ms
-    _LIKE = "LIKE"  # the comparison that ignores the case of letters
+    _LIKE = "LIKE"  # the comparison that ignores the case of ASCII letters
+    _BYTES = "length(CAST({} AS BLOB))"  # of a text in UTF-8
 
     def __init__(self) -> None:
         self._registry: dict[str, Registration] = {}  # replaced, never changed: other threads walk through it
@@ -967,69 +975,124 @@ class PersistentQInterface(ABC):
             raise JobNotFound(f"no job {job_id}")
         return _job(rows[0])
 
-    def history(self, job_id: int) -> list[dict[str, Any]]:
-        """Return the job's failed, expired, died and released attempts and what operators did, oldest first.
+    def history(self, job_id: int, *, limit: int = 2**31 - 1) -> list[dict[str, Any]]:
+        """Return the job's failed, expired, died and released attempts and what operators did, oldest first; of more
+        than the limit, the last.
 
         Keys: at, event, actor, attempt, error, as in the table.
         """
         columns = "at, event, actor, attempt, error"
-        return self._dicts(
-            columns, f"SELECT {columns} FROM history WHERE job_id = :id ORDER BY id", {"id": _id(job_id)}
-        )
+        last = f"SELECT {columns} FROM history WHERE job_id = :id ORDER BY id DESC LIMIT :limit"
+        return self._dicts(columns, last, {"id": _id(job_id), "limit": _at_least("limit", 1, limit)})[::-1]
 
     def _dicts(self, columns: str, sql: str, params: Params) -> list[dict[str, Any]]:
         return [dict(zip(columns.split(", "), row, strict=True)) for row in self._read(sql, params)]
 
-    def list_jobs(self, *, before_id: int | None = None, limit: int = 100, **filters: Any) -> list[Job]:
+    def list_jobs(
+        self,
+        *,
+        before_id: int | None = None,
+        limit: int = 100,
+        excerpt: int | None = None,
+        shown: Callable[[Job], Job] | None = None,
+        **filters: Any,
+    ) -> list[Job]:
         """Return the jobs that match, newest first; page by the last id seen.
 
-        Filters: state, queue, task, key, consumer; text, that the payload, result, error or key contains, in any case;
-        created_from and created_before, Unix seconds.
+        Filters: state, queue, task, key, consumer; text, that the payload, result, error or key contains as people read
+        it, in any case; created_from and created_before, Unix seconds.
+        excerpt: read at most so many characters of each payload, result and error; of a longer one return an `Excerpt`.
+        With 0, do not read them: all three are None.
+        shown: what the reader sees of a job, which is less than all: `text` finds nothing that this has removed.
         """
-        return self.search_jobs(before_id=before_id, limit=limit, seconds=math.inf, **filters)[0]
+        return self.search_jobs(
+            before_id=before_id, limit=limit, seconds=math.inf, excerpt=excerpt, shown=shown, **filters
+        )[0]
 
     def search_jobs(
-        self, *, before_id: int | None = None, limit: int = 100, seconds: float = 0.1, **filters: Any
+        self,
+        *,
+        before_id: int | None = None,
+        limit: int = 100,
+        seconds: float = 0.1,
+        excerpt: int | None = None,
+        shown: Callable[[Job], Job] | None = None,
+        **filters: Any,
     ) -> tuple[list[Job], int | None]:
         """Return what `list_jobs` does, as far as it is found in about so many seconds, and the id before which to
         go on, or None when there is no more."""
         where, params = self._matching(**filters)
         params["before_id"] = MAX_ID if before_id is None else _at_least("before_id", 0, before_id, MAX_ID)
         params["limit"] = _at_least("limit", 1, limit)
+        most = None if excerpt is None else _at_least("excerpt", 0, excerpt)
+        ends_at = time.monotonic() + seconds
+        if "text" not in params:
+            rows, before = self._find(_columns(most), where, params, ends_at)
+            return [_shortened(row, most) for row in rows], before
+        jobs: list[Job] = []
+        for job_id, row in self._with_text(shown, where, params, ends_at):
+            if row is not None:
+                jobs.append(_shortened(row, most))
+            if len(jobs) == limit or time.monotonic() >= ends_at:
+                return jobs, job_id
+        return jobs, None
+
+    def _with_text(
+        self, shown: Callable[[Job], Job] | None, where: str, params: Params, ends_at: float
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield the ids of the jobs that may hold the text, newest first, each with its row if it does, else None."""
+        load = f"SELECT {COLUMNS} FROM jobs WHERE id IN ({ANY_OF}) AND {where}"
+        load += " AND state = :state" if "state" in params else ""
+        before: int | None = params["before_id"]
+        while before is not None:
+            span = {**params, "before_id": before, "limit": min(params["limit"], WINDOW)}
+            rows, before = self._find("id", where, span, ends_at)
+            for start in range(0, len(rows), TOGETHER):
+                ids = [row[0] for row in rows[start : start + TOGETHER]]
+                named = {f"id{n}": ids[min(n, len(ids) - 1)] for n in range(TOGETHER)}
+                found = {
+                    row[0]: row for row in self._read(load, {**params, **named}) if _holds(row, params["text"], shown)
+                }
+                yield from ((job_id, found.get(job_id)) for job_id in ids)
+            if before is not None:
+                yield before, None
+
+    def _find(self, columns: str, where: str, params: Params, ends_at: float) -> tuple[list[Any], int | None]:
+        """Return the rows of jobs that match without regard to the text, as `search_jobs` does."""
         places = _places(params)
         if not places:
-            return self._walk(where, params, seconds)
+            return self._walk(columns, where, params, ends_at)
         if not self._are_few(places, FEW // 10 if "text" in params else FEW):
-            return self._walk(f"{where} AND state = :state", params, seconds)
-        jobs = self._newest("+id", places, where, params)  # +: not by walking through all jobs
-        return jobs, jobs[-1].id if len(jobs) == limit else None
+            return self._walk(columns, f"{where} AND state = :state", params, ends_at)
+        rows = self._newest(columns, "+id", places, where, params)  # +: not by walking through all jobs
+        return rows, rows[-1][0] if len(rows) == params["limit"] else None
 
     def _are_few(self, places: list[str], limit: int) -> bool:
         sql = "SELECT count(*) FROM (SELECT 1 FROM jobs WHERE {} LIMIT :limit) found"
         found: int = sum(self._read(sql.format(place), {"limit": limit})[0][0] for place in places)
         return found < limit
 
-    def _walk(self, where: str, params: Params, seconds: float) -> tuple[list[Job], int | None]:
-        """Go through all jobs, the newest first, as `search_jobs` does; with a look at the clock at times."""
-        jobs: list[Job] = []
-        high, ends_at, span = params["before_id"], time.monotonic() + seconds, WINDOW if seconds < math.inf else MAX_ID
+    def _walk(self, columns: str, where: str, params: Params, ends_at: float) -> tuple[list[Any], int | None]:
+        """Go through all jobs, the newest first, with a look at the clock at times."""
+        rows: list[Any] = []
+        high, span = params["before_id"], WINDOW if ends_at < math.inf else MAX_ID
         while (newest := self._read("SELECT max(id) FROM jobs WHERE id < :high", {"high": high})[0][0]) is not None:
             high = max(0, newest - span + 1)
-            window = {**params, "before_id": newest + 1, "low": high, "limit": params["limit"] - len(jobs)}
-            jobs += self._newest("id", ["id >= :low"], where, window)
-            if len(jobs) == params["limit"]:
-                return jobs, jobs[-1].id
+            window = {**params, "before_id": newest + 1, "low": high, "limit": params["limit"] - len(rows)}
+            rows += self._newest(columns, "id", ["id >= :low"], where, window)
+            if len(rows) == params["limit"]:
+                return rows, rows[-1][0]
             if time.monotonic() >= ends_at:
-                return jobs, high
-        return jobs, None
+                return rows, high
+        return rows, None
 
-    def _newest(self, by: str, places: list[str], where: str, params: Params) -> list[Job]:
+    def _newest(self, columns: str, by: str, places: list[str], where: str, params: Params) -> list[Any]:
         ids = " UNION ALL ".join(
             f"SELECT id FROM jobs WHERE {place} AND {where} AND {by} < :before_id" for place in places
         )
         newest = f"SELECT id FROM ({ids}) found ORDER BY {by} DESC LIMIT :limit"
-        rows = self._read(f"SELECT {COLUMNS} FROM ({newest}) newest JOIN jobs USING (id)", params)
-        return sorted(map(_job, rows), reverse=True)  # by id, the first of a job's fields
+        rows = self._read(f"SELECT {columns} FROM ({newest}) newest JOIN jobs USING (id)", params)
+        return sorted(rows, key=lambda row: -row[0])
 
     def _matching(
         self,
@@ -1045,23 +1108,37 @@ class PersistentQInterface(ABC):
     ) -> tuple[str, Params]:
         """Return the condition of these filters but the state, and the parameters of all."""
         equal = {"queue": queue, "task": task, "key": key, "consumer": consumer}
-        params: Params = {name: value for name, value in equal.items() if value is not None}
+        params: Params = {name: _filter(name, value, 255) for name, value in equal.items() if value is not None}
         where = ["1 = 1", *(f"{name} = :{name}" for name in params)]
         if state is not None:
             params["state"] = _one_of(STATES, state)
         if text is not None:
-            params["text"] = "%" + text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
-            columns = ("payload", "result", "error", "key")
-            where.append("(" + " OR ".join(f"{name} {self._LIKE} :text ESCAPE '\\'" for name in columns) + ")")
+            params["text"] = _folded(_filter("text", text, MAX_TEXT_CHARS))
+            if run := max(ASCII_RUN.findall(params["text"]), key=len, default=""):
+                params |= {"run": f"%{run.replace('_', '!_')}%", "escaped": "%\\u%"}
+                where.append(f"({' OR '.join(map(self._may_hold, ('payload', 'result', 'error', 'key')))})")
         for name, value, sign in (("created_from", created_from, ">="), ("created_before", created_before, "<")):
             if value is not None:
                 params[name] = _finite(name, value)
                 where.append(f"created_at {sign} :{name}")
         return " AND ".join(where), params
 
-    def count_jobs(self, **filters: Any) -> int:
-        """Return how many jobs match; the filters are those of `list_jobs`."""
+    def _may_hold(self, column: str) -> str:
+        """Return a condition that is true of every text in which the run of ASCII may stand.
+
+        Only `_holds` knows how text beyond ASCII compares, or what JSON has escaped: that passes.
+        """
+        return (
+            f"{column} {self._LIKE} :run ESCAPE '!' OR {column} LIKE :escaped ESCAPE '!' "
+            f"OR {self._BYTES.format(column)} <> length({column})"
+        )
+
+    def count_jobs(self, *, shown: Callable[[Job], Job] | None = None, **filters: Any) -> int:
+        """Return how many jobs match; the filters, and `shown`, are those of `list_jobs`."""
         where, params = self._matching(**filters)
+        if "text" in params:
+            params |= {"before_id": MAX_ID, "limit": WINDOW}
+            return sum(1 for _, row in self._with_text(shown, where, params, math.inf) if row is not None)
         places = _places(params) or ["1 = 1"]
         counts = [self._read(f"SELECT count(*) FROM jobs WHERE {place} AND {where}", params) for place in places]
         return cast(int, sum(rows[0][0] for rows in counts))
@@ -1608,6 +1685,74 @@ def _job(row: Sequence[Any], read: Callable[[str], Any] = _read_json) -> Job:
     return Job._make(fields)
 
 
+class Excerpt(str):
+    """The beginning of an error, or of the JSON text of a payload or a result, that was too long to be read whole."""
+
+    __slots__ = ()
+
+
+def _columns(most: int | None) -> str:
+    if most is None:
+        return COLUMNS
+    part = f"substr({{0}}, 1, {most + 1})" if most else "NULL"  # one more shows whether it is whole
+    return ", ".join(part.format(name) if name in LONG else name for name in Job._fields)
+
+
+def _shortened(row: Sequence[Any], most: int | None) -> Job:
+    if not most:
+        return _job(row) if most is None else _job(row)._replace(payload=None, result=None, error=None)
+
+    def is_long(text: Any) -> bool:
+        return isinstance(text, str) and len(text) > most
+
+    job = _job(row, lambda text: Excerpt(text[:most]) if is_long(text) else _read_json(text))
+    return job._replace(error=Excerpt(job.error[:most])) if job.error is not None and is_long(job.error) else job
+
+
+# What stands in JSON as it is, in whatever form; a space does within a string.
+ASCII_RUN = re.compile(r"[a-z0-9_.@+=*?$&#~^|;()<>'-]+(?: [a-z0-9_.@+=*?$&#~^|;()<>'-]+)*")
+
+
+def _folded(text: str) -> str:
+    """Return the text such that two texts that people read as the same but for the case of letters are equal."""
+    if text.isascii():
+        return text.lower()
+    import unicodedata
+
+    return unicodedata.normalize("NFC", text.casefold())
+
+
+_show_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
+
+
+def _holds(row: Sequence[Any], needle: str, shown: Callable[[Job], Job] | None) -> bool:
+    """Whether the text is in a job: in its payload or result as JSON shows them, or in one of their strings as it is;
+    in its error or key."""
+    job = _job(row) if shown is None else shown(_job(row))
+    for value in (job.payload, *([] if job.result is None else [job.result])):
+        if needle in _folded(_show_json(value)):
+            return True
+        if ESCAPED.search(needle) and any(needle in _folded(each) for each in _strings(value)):
+            return True
+    return any(needle in _folded(str(each)) for each in (job.error, job.key) if each is not None)
+
+
+ESCAPED = re.compile(r'["\\\x00-\x1f]')  # what JSON shows in another form
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield the strings in a payload: keys and values."""
+    level = [value]
+    while level:
+        each = level.pop()
+        if isinstance(each, str):
+            yield each
+        elif isinstance(each, dict):
+            level += [*each, *each.values()]
+        elif isinstance(each, list):
+            level += each
+
+
 def _new_job(
     task: str | Task,
     queue: str,
@@ -1664,6 +1809,16 @@ def _lease(seconds: float) -> float:
 
 def _id(job_id: int) -> int:
     return _at_least("job id", 0, job_id, MAX_ID)
+
+
+def _filter(what: str, value: str, most: int) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected {what} to be a text, got {_short(value)}")
+    if len(value) > most:
+        raise ValueError(f"expected {what} to be at most {most:,} characters, got {len(value):,}")
+    if "\0" in value and what != "text":
+        raise ValueError(f"expected {what} to be printable, got {_short(value)}")  # PostgreSQL cannot look for it
+    return value
 
 
 def _one_of(states: Sequence[str], state: str) -> str:

@@ -495,7 +495,8 @@ class OnPostgres(PersistentQSQLAlchemy):
     """
 
     max_batch = 128  # an enqueue does not wait for the rows that a claim locks
-    _LIKE = "ILIKE"
+    _LIKE = 'COLLATE "C" ILIKE'
+    _BYTES = "octet_length(convert_to({}, 'UTF8'))"
 
     def __init__(
         self, url: str, *, durability: str = "full", create: bool = True, busy_seconds: float = pqueue.BUSY_SECONDS

@@ -10,6 +10,8 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import unittest
 from contextlib import ExitStack, closing, contextmanager, suppress
 from multiprocessing import resource_tracker
@@ -831,6 +834,122 @@ class QueueContract:
         self.assertEqual(found(), [second, first])
         with self.assertRaises(TypeError):
             self.queue.list_jobs(colour="red")
+
+    def find(self, text, **options):
+        """Return the jobs in which the text is, each way of looking agreeing with the others."""
+        ids = [job.id for job in self.queue.list_jobs(text=text, **options)]
+        for few in (0, 100_000):  # by an index of the state, or on the way through all
+            with mock.patch("pqueue.FEW", few), mock.patch("pqueue.WINDOW", 3):
+                self.assertEqual([job.id for job in self.queue.list_jobs(text=text, state="pending", **options)], ids)
+                self.assertEqual(self.queue.count_jobs(text=text, **options), len(ids))
+                self.assertEqual(self.queue.count_jobs(text=text, state="pending", **options), len(ids))
+                found, before = [], pqueue.MAX_ID
+                while before is not None:
+                    jobs, before = self.queue.search_jobs(text=text, seconds=0, before_id=before, limit=2, **options)
+                    found += [job.id for job in jobs]
+                self.assertEqual(found, ids)
+        return ids
+
+    def test_reader_finds_every_text_of_a_payload_as_it_is_read_in_any_case(self):
+        texts = [
+            "MÜNCHEN",
+            "Mu\u0308nchen",
+            "Straße",
+            "ΟΔΟΣ",
+            "ÎLE",
+            "Kelvin \u212a",
+            "\u0130zmir",
+            "\ufb01x",
+            "ЖУК 東京 😀",
+        ]
+        texts += ['say "Hi" to', "C:\\Temp\\new", "one\ntwo\tthree", "50%_off", "\u0001\u00a0", "plain Text", "a/b'c"]
+        ids = self.queue.enqueue_many("t", [{"deep": [{"k" + text: [text, 1.5]}]} for text in texts])
+        for job_id, text in zip(ids, texts, strict=True):
+            for needle in (text, text.lower(), text.upper(), text[1:], text[:-1], json.dumps(text, ensure_ascii=False)):
+                self.assertIn(job_id, self.find(needle), needle)
+        for needle, found in (("münchen", 2), ("STRASSE", 1), ("strasse", 1), ("οδοσ", 1), ("kelvin k", 1), ("fix", 1)):
+            self.assertEqual(len(self.find(needle)), found, needle)
+        for needle, found in (("5__", 0), ("%", 1), ("\n", 1), ("\\", 2), ('"', 16), ("1.5]", 16), ("tempnew", 0)):
+            self.assertEqual(len(self.find(needle)), found + (needle == "\\") * 2, needle)  # JSON shows some as \n
+        self.assertEqual(len(self.find("")), 16)
+
+    def test_reader_finds_what_a_plain_comparison_finds(self):
+        letters = 'aAkKiIsS1üÜßİı\u212aſ\ufb01"\\\n%_ …'
+        draw = random.Random(7)
+        texts = ["".join(draw.choices(letters, k=draw.randint(0, 6))) for _ in range(60)]
+        ids = self.queue.enqueue_many("t", texts)
+        for _ in range(60):
+            needle = "".join(draw.choices(letters, k=draw.randint(1, 3)))
+            expected = [
+                job_id
+                for job_id, text in zip(ids, texts, strict=True)
+                if any(
+                    unicodedata.normalize("NFC", needle.casefold()) in unicodedata.normalize("NFC", each.casefold())
+                    for each in (text, json.dumps(text, ensure_ascii=False))
+                )
+            ]
+            self.assertEqual([job.id for job in self.queue.list_jobs(text=needle)], expected[::-1], (needle, expected))
+
+    def test_reader_finds_what_another_program_has_stored_in_another_form(self):
+        job_id = self.queue.enqueue("t")
+        for stored in ('{"city": "M\\u00fcn\\u0063hen"}', '{"city":\n"Mün\\u0063hen"}', "MÜNCHEN, no JSON"):
+            with self.queue.transaction() as db:
+                self.execute(db, "UPDATE jobs SET payload = :text WHERE id = :id", text=stored, id=job_id)
+            self.assertEqual(self.find("münchen"), [job_id])
+
+    def test_reader_finds_no_text_that_is_not_shown(self):
+        def shown(job):
+            return job._replace(payload={**job.payload, "word": "…"})
+
+        job_id = self.queue.enqueue("t", {"word": "hunter2", "name": "ada"})
+        self.assertEqual(self.find("hunter2"), [job_id])
+        for text in ("hunter2", "h", '"word": "h', "2"):
+            self.assertEqual(self.find(text, shown=shown), [])
+        for text in ("ada", '"word": "…"', "WORD"):
+            self.assertEqual(self.find(text, shown=shown), [job_id])
+
+    def test_job_that_leaves_its_state_during_a_search_is_not_found(self):
+        ids = self.queue.enqueue_many("t", ["find me"] * 3)
+        find = self.queue._find
+
+        def late(*arguments):
+            found = find(*arguments)
+            self.queue.cancel(ids[1])
+            return found
+
+        with mock.patch.object(self.queue, "_find", late):
+            self.assertEqual([job.id for job in self.queue.list_jobs(text="find", state="pending")], [ids[2], ids[0]])
+
+    def test_reader_of_excerpts_gets_beginnings_of_what_is_long(self):
+        self.queue.enqueue("t", {"n": "x" * 5000})
+        job = self.queue.dequeue("w")
+        self.queue.update(job, result=["y" * 500])
+        self.queue.fail(job, "e" * 500, retry=False)
+        short = self.queue.enqueue("t", {"n": "ü" * 92})
+        for filters in ({}, {"text": '"n"'}):
+            newest, oldest = self.queue.list_jobs(excerpt=100, **filters)
+            self.assertEqual((newest.id, newest.payload, newest.result), (short, {"n": "ü" * 92}, None))
+            for value, begins in ((oldest.payload, '{"n":"xxx'), (oldest.result, '["yyy'), (oldest.error, "eee")):
+                self.assertIsInstance(value, pqueue.Excerpt)
+                self.assertEqual((value[: len(begins)], len(value)), (begins, 100))
+            for job in self.queue.list_jobs(excerpt=0, **filters):
+                self.assertEqual((job.payload, job.result, job.error), (None, None, None))
+        with self.assertRaises(ValueError):
+            self.queue.list_jobs(excerpt=-1)
+
+    def test_filter_that_is_no_text_or_too_long_is_refused(self):
+        self.assertEqual(self.find("x" * 1000), [])
+        for filters, message in (
+            ({"text": "x" * 1001}, "expected text to be at most 1,000 characters, got 1,001"),
+            ({"text": "ü" * 60_000}, "got 60,000"),
+            ({"task": "x" * 60_000}, "expected task to be at most 255 characters, got 60,000"),
+            ({"queue": "a\0b"}, "expected queue to be printable"),
+            ({"key": 5}, "expected key to be a text, got 5"),
+            ({"text": b"x"}, "expected text to be a text, got b'x'"),
+        ):
+            for look in (self.queue.list_jobs, self.queue.search_jobs, self.queue.count_jobs):
+                with self.assertRaisesRegex(ValueError, re.escape(message)):
+                    look(**filters)
 
     def test_operator_sees_failures_grouped_by_task_and_error(self):
         for task, error in [("a", "ValueError: x\n  line 1"), ("a", "ValueError: x\n  line 2"), ("b", "ValueError: x")]:

@@ -157,6 +157,11 @@ MUTANTS = [
     Mutant("a file without our tables is refused", "if version and ours < len(TABLES):", "if False:", "contract: only_claims"),
     Mutant("a lease stands exactly while processing", "    CHECK ((lease_token IS NULL) = (lease_expires_at IS NULL))", "    CHECK (1)", "contract: guarantee_8"),
     Mutant("files are private", "os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600", "os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644", "contract: private_whatever"),
+    # looking
+    Mutant("a search looks at text beyond ASCII", '            f"OR {self._BYTES.format(column)} <> length({column})"\n', "", "contract: as_it_is_read"),
+    Mutant("a search looks at what JSON has escaped", " OR {column} LIKE :escaped ESCAPE '!' ", " ", "contract: in_another_form"),
+    Mutant("a search finds only what is shown", "if shown is None else shown(_job(row))", "", "contract: text_that_is_not_shown"),
+    Mutant("a job that left its state is not found", '        load += " AND state = :state" if "state" in params else ""\n', "", "contract: leaves_its_state"),
 ]
 # fmt: on
 
