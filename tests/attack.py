@@ -47,7 +47,7 @@ NOTICE_SECONDS = 20.0  # in which programs must notice that their files were rep
 SLEEPERS = 3000  # scheduled jobs, so that whoever reads all unfinished jobs does so in several pages
 PRUNE_SECONDS = 15
 SIGNALS = {"kill": 5, "stop": 4, "term": 1, "term-twice": 1}
-SWITCHES = (*SIGNALS, "copies", "copies-inside")  # beside the acts
+SWITCHES = (*SIGNALS, "copies", "copies-inside", "deadly", "sleepy")  # beside the acts
 
 
 # The system ###########################################################################################################
@@ -136,7 +136,8 @@ class System:
         config.read(ROOT / "supervisord.conf")
         config["program:producer"]["command"] += " --interval 0.3"
         config["program:consumer"]["command"] += f" --import attack_work --lease-seconds {LEASE_SECONDS}"
-        config["program:ops"]["command"] = f"python3 ops.py --port {self.port}"
+        ops = config["program:ops"]["command"].replace("command -v streamlit", "false")
+        config["program:ops"]["command"] = ops.replace("python3 ops.py", f"python3 ops.py --port {self.port}")
         config["program:writer"] = {
             **config["program:producer"],
             "command": "python3 attack_work.py write",
@@ -503,9 +504,10 @@ def limit(attack: Attack) -> None:
     attack.admin("limit", "limited", attack.random.choice([1, 5, 30, "none"]))
 
 
-@act("delete-job-files", 8)
+@act("delete-job-files", 6)
 def delete_job_files(attack: Attack) -> None:
     """Delete files while their jobs run, fail and run again; those of unfinished jobs must stay."""
+    attack.command("attack_work.py", "files", "40")
     before = _files(attack)
     attack.admin("delete-job-files", "--directory", "var/files", "--yes")
     gone = before - _files(attack)
@@ -740,16 +742,19 @@ def _compare(attack: Attack, old: Path, new: Path) -> None:
 
 
 def _finish_move(attack: Attack, old: str, new: str) -> None:
-    """Give --finish, and where it is refused what it says instead."""
+    """Give --finish; where that is refused, what it offers: another option, or to move the rest."""
     finish = ["move", "--to", new, "--finish", "--yes"]
     done = attack.admin(*finish, url=old)
     if done.returncode:
         attack.figures["moves that were not finished at once"] += 1
-        offered = sorted(set(re.findall(r"--[a-z][a-z-]+", done.stderr)) - {"--finish", "--to", "--yes", "--help"})
-        done = attack.admin(*finish, *offered, url=old)
-    if done.returncode:
-        attack.problem(f"move: --finish offers no way forward: {done.stderr.strip()}")
-        attack.facts.left_behind |= _uids(attack, "1 = 1", attack.folder / old)
+        named = dict.fromkeys(re.findall(r"--[a-z][a-z-]+", done.stderr))
+        offered = [name for name in named if name not in finish and name != "--help"]
+        if not any(attack.admin(*finish, name, url=old).returncode == 0 for name in offered):
+            attack.admin("move", "--to", new, url=old)
+            done = attack.admin(*finish, url=old)
+            if done.returncode:
+                attack.problem(f"move: --finish offers no way forward: {done.stderr.strip()}")
+                attack.facts.left_behind |= _uids(attack, "1 = 1", attack.folder / old)
 
 
 # The program ##########################################################################################################

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pqueue
 
 EFFECTS = "CREATE TABLE effects (uid TEXT NOT NULL, job_id INTEGER, attempt INTEGER, stale INTEGER)"
+OURS = ("quick", "once", "effect", "copies", "flaky", "deadly", "sleepy")  # the tasks that record what they do
 EXAMPLES = 3
 STAMP = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) ")
 ENQUEUED = re.compile(r"^(\S+Z) enqueued job=\d+ file=(job_(\d{8}T\d{6})_\w+\.txt)$", re.MULTILINE)
@@ -207,7 +208,7 @@ class Audit:
         )
 
     def is_ours(self, row: Row) -> bool:
-        return row.task in ("quick", "once", "effect", "copies", "flaky")
+        return row.task in OURS
 
     def ran_again(self) -> Finding:
         """A job with one attempt must begin once: in those processes that an act did not cut off from the others."""

@@ -2,6 +2,7 @@
 
     python consumer.py --import attack_work          # the tasks
     python attack_work.py write                      # enqueue, and record each job when it is acknowledged
+    python attack_work.py files N                    # enqueue jobs with files that fail and run again
     python attack_work.py hold lock|transaction      # stop while holding the writers' lock
     python attack_work.py probe SECONDS              # enqueue beside that process, and print how often
     python attack_work.py freeze SECONDS             # keep writers out until a line comes on stdin
@@ -18,6 +19,7 @@ import secrets
 import shutil
 import signal
 import sqlite3
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -99,15 +101,34 @@ def copies(job: Job) -> None:
         drop_locks()
 
 
-@task(max_attempts=MANY, backoff_base_seconds=0.02)
+@task(max_attempts=MANY)
 def flaky(job: Job) -> None:
-    """Fail some times, then complete: as long as that takes, the job's file must be there."""
+    """Fail some times, each a moment after the other, then complete: until then the job's file must be there."""
     with recorded(job):
         if not (FILES / job.payload["file"]).exists():
             record("missing", name=job.payload["file"], at=time.time())
             raise DoNotRetry(f"no file {job.payload['file']}")
         if job.attempts < job.payload["tries"]:
+            current_queue().fail(job, "not yet", retry_in_seconds=0.002)
             raise RuntimeError("not yet")
+
+
+@task(max_attempts=MANY, backoff_base_seconds=0.05)
+def deadly(job: Job) -> None:
+    """Kill the consumer, with whatever else it has taken."""
+    with recorded(job):
+        if job.attempts < 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@task(max_attempts=MANY, backoff_base_seconds=0.05)
+def sleepy(job: Job) -> None:
+    """Stop the consumer, with whatever else it has taken, for longer than a lease."""
+    with recorded(job):
+        if job.attempts < 2:
+            waker = ["sh", "-c", f"sleep 7; kill -CONT {os.getpid()}"]
+            with subprocess.Popen(waker, start_new_session=True, env={"PATH": os.environ["PATH"]}):
+                os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def drop_locks() -> None:
@@ -126,7 +147,7 @@ def drop_locks() -> None:
 # Writers ##############################################################################################################
 
 Payload = dict[str, Any]
-MIX = {"quick": 30, "once": 30, "effect": 20, "copies": 5, "slow": 3, "flaky": 12}
+MIX = {"quick": 300, "once": 300, "effect": 200, "copies": 50, "slow": 30, "flaky": 50, "deadly": 15, "sleepy": 5}
 
 
 class Writer:
@@ -134,6 +155,7 @@ class Writer:
 
     def __init__(self, queue: pqueue.PersistentQInterface) -> None:
         self.queue = queue
+        self.mix = {kind: weight for kind, weight in MIX.items() if is_on(kind)}
 
     def run(self) -> None:
         """Write until the Supervisor that started this process is gone."""
@@ -141,12 +163,14 @@ class Writer:
             with suppress(QueueBusy, QueueFull):
                 if random.random() < 0.1 and is_on("copies"):
                     drop_locks()
-                self.write_some(random.choices([*MIX], [*MIX.values()])[0])
+                self.write_some(random.choices([*self.mix], [*self.mix.values()])[0])
             time.sleep(random.expovariate(12))
 
     def write_some(self, kind: str) -> None:
         if kind == "flaky":
-            self.write_with_file()
+            self.write_with_file(random.randint(5, 40))
+        elif kind in ("deadly", "sleepy"):
+            self.write_among_others(kind)
         elif kind in ("quick", "once") and random.random() < 0.3:
             self.write_many(kind, random.randint(2, 40))
         elif random.random() < 0.2:
@@ -172,14 +196,25 @@ class Writer:
                 self.queue.enqueue(name, payload)
         acknowledge(asked, *payloads)
 
-    def write_with_file(self) -> None:
+    def write_among_others(self, kind: str) -> None:
+        """Enqueue a job that harms its consumer, before and behind some that the same consumer may take with it."""
+        asked = time.time()
+        before, behind = ([payload_of("once", seconds=0) for _ in range(random.randint(1, 20))] for _ in range(2))
+        harmful = payload_of(kind)
+        with self.queue.transaction():
+            self.queue.enqueue_many("once", before)
+            self.queue.enqueue(kind, harmful)
+            self.queue.enqueue_many("once", behind)
+        acknowledge(asked, *before, harmful, *behind)
+
+    def write_with_file(self, tries: int) -> None:
         """Do as producer.py does: a file that has .NAME.new beside it is not yet enqueued."""
         name = f"job_{secrets.token_hex(8)}.txt"
         new = FILES / f".{name}.new"
         new.touch()
         (FILES / name).write_text("a line\n")
         try:
-            self.write("flaky", "default", file=name, tries=random.randint(2, 8))
+            self.write("flaky", "default", file=name, tries=tries)
         except (QueueBusy, QueueFull):
             (FILES / name).unlink()
             raise
@@ -191,8 +226,9 @@ class Writer:
         return random.choices(["default", "limited", f"tenant-{secrets.token_hex(3)}"], [8, 2, 0.5])[0]
 
 
-def payload_of(kind: str) -> Payload:
-    seconds = random.uniform(1, 6) if kind == "slow" else random.choice([0, 0, 0, 0, 0.01, 0.3])
+def payload_of(kind: str, seconds: float | None = None) -> Payload:
+    if seconds is None:
+        seconds = random.uniform(1, 6) if kind == "slow" else random.choice([0, 0, 0, 0, 0.01, 0.3])
     return {"uid": f"{kind}-{secrets.token_hex(6)}", "seconds": seconds, "copies": random.random() < 0.2}
 
 
@@ -205,6 +241,14 @@ def acknowledge(asked: float, *payloads: Payload) -> None:
 def write() -> None:
     with closing(pqueue.open_queue()) as queue:
         Writer(queue).run()
+
+
+def files(number: int) -> None:
+    """Enqueue jobs with files that fail and run again for a while."""
+    with closing(pqueue.open_queue()) as queue:
+        for _ in range(number):
+            with suppress(QueueBusy, QueueFull):
+                Writer(queue).write_with_file(25)
 
 
 def probe(seconds: float) -> None:
@@ -271,6 +315,7 @@ def main() -> int:
     programs: dict[str, Callable[[], None]] = {
         "write": write,
         "hold": lambda: hold(*arguments),
+        "files": lambda: files(int(arguments[0])),
         "probe": lambda: probe(float(arguments[0])),
         "freeze": lambda: freeze(float(arguments[0])),
     }
