@@ -169,6 +169,10 @@ class System:
         subprocess.run(command, cwd=self.folder, env=self.environment(), capture_output=True, timeout=COMMAND_SECONDS)
 
 
+class Ruined(Exception):
+    """The database is damaged: what comes after it tells nothing."""
+
+
 # The attack ###########################################################################################################
 
 
@@ -195,10 +199,8 @@ class Attack:
                 self.idle(self.random.expovariate(1 / ACT_SECONDS))
             self.note("finish")
             self.finish()
-        except sqlite3.Error as error:
-            self.problem(f"the database cannot be used any more: {error}")
-        except pqueue.QueueError as error:
-            self.problem(f"the queue cannot be used any more: {error}")
+        except (sqlite3.Error, pqueue.QueueError, Ruined) as error:
+            self.problem(f"the attack had to end: {error}")
         finally:
             self.end_everything()
 
@@ -384,6 +386,8 @@ class Attack:
             done = subprocess.CompletedProcess(list(arguments), code, out.read(), err.read())
         took = time.monotonic() - began
         self.figures["slowest command, ms"] = max(self.figures["slowest command, ms"], round(took * 1000))
+        if "malformed" in done.stderr:
+            raise Ruined(f"{' '.join(arguments)}: {done.stderr.strip()}")
         if "Traceback" in done.stderr:
             self.problem(f"{' '.join(arguments)}: a traceback: {done.stderr.strip().splitlines()[-1]}")
         self.note(f"{' '.join(arguments)}: {code} {done.stderr.strip() or done.stdout.strip()[:100]}")

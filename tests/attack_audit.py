@@ -116,6 +116,8 @@ class Audit:
 
     def problems(self) -> list[str]:
         """Return a sentence for each promise that was broken."""
+        self.figures["jobs acknowledged"] = len({each.uid for each in self.stored})
+        self.figures["deliveries that began"] = len(self.ledger["began"])
         try:
             damage = [*self.load()]
         except (sqlite3.Error, ValueError) as error:
@@ -144,8 +146,6 @@ class Audit:
             self.effects = db.execute("SELECT uid, stale FROM effects").fetchall()
 
     def count(self) -> None:
-        self.figures["jobs acknowledged"] = len({each.uid for each in self.stored})
-        self.figures["deliveries that began"] = len(self.ledger["began"])
         for row in self.jobs.values():
             self.figures[f"jobs {row.state} in the end"] += 1
         for events in self.events.values():
