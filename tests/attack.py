@@ -560,16 +560,33 @@ def _holder(attack: Attack, what: str) -> Iterator[None]:
 
 @act("kill-supervisord", 2)
 def kill_supervisord(attack: Attack) -> None:
-    """Kill the Supervisor and start it anew: its programs must end by themselves."""
+    """Kill the Supervisor, when all its programs have come up, and start it anew: they must end by themselves."""
     with attack.in_peace():
-        assert attack.system.child
-        before = attack.system.programs()
-        attack.system.child.kill()
-        attack.system.child.wait()
-        attack.start()
-        if not attack.until(lambda: not set(before) & set(attack.system.programs()), 30):
-            names = ", ".join(each.name for each in set(before) & set(attack.system.programs()))
-            attack.problem(f"kill-supervisord: {names} outlived it by 30 s")
+        attack.until(attack.system.everything_runs, 30)
+        attack.idle(2)
+        _kill_supervisord(attack)
+
+
+@act("kill-supervisord-early", 1)
+def kill_supervisord_early(attack: Attack) -> None:
+    """Kill it at the moment when it has started its programs, before these have looked who started them."""
+    with attack.in_peace():
+        for each in attack.system.programs():
+            os.kill(each.pid, signal.SIGKILL)
+        attack.until(lambda: any(each.name == "producer" for each in attack.system.programs()), 10)
+        _kill_supervisord(attack)
+
+
+def _kill_supervisord(attack: Attack) -> None:
+    assert attack.system.child
+    before = set(attack.system.programs())
+    attack.system.child.kill()
+    attack.system.child.wait()
+    attack.start()
+    attack.until(lambda: not before & set(attack.system.programs()), 30)
+    for each in before & set(attack.system.programs()):
+        attack.problem(f"{each.name.partition('_')[0]} outlived the kill of its supervisord by 30 s")
+        os.kill(each.pid, signal.SIGKILL)
 
 
 # What an operator does to the files ###################################################################################

@@ -119,31 +119,33 @@ class Audit:
         self.figures["jobs acknowledged"] = len({each.uid for each in self.stored})
         self.figures["deliveries that began"] = len(self.ledger["began"])
         try:
-            damage = [*self.load()]
+            twice = self.load()
         except (sqlite3.Error, ValueError) as error:
-            return [f"the database cannot be read: {error}"]
+            return [f"the database is damaged: {error}"]
         self.count()
         found = [
-            self.lost(), self.lost_effects(), self.wrong_effects(), self.stale_effects(), self.done_in_both(),
+            twice, self.lost(), self.lost_effects(), self.wrong_effects(), self.stale_effects(), self.done_in_both(),
             self.ran_again(), self.never_began(), self.failed(), self.never_ended(), self.unfinished(),
             self.lost_files(), self.wrong_files(), self.held_locks(),
         ]  # fmt: skip
-        return damage + [str(each) for each in found if each.examples]
+        return [str(each) for each in found if each.examples]
 
-    def load(self) -> Iterator[str]:
-        """Read the database; yield what is wrong with it as a whole."""
+    def load(self) -> Finding:
+        """Read the database, and return the jobs that are there twice. Raises sqlite3.Error for a damaged one."""
+        twice = []
         with closing(sqlite3.connect(self.path)) as db:
             if (found := db.execute("PRAGMA integrity_check").fetchone()[0]) != "ok":
-                yield f"the database is damaged: {found.splitlines()[0]}"
+                raise sqlite3.DatabaseError(found.splitlines()[0])
             columns = "id, payload, task, state, attempts, consumer, error, result"
             for number, payload, *rest, result in db.execute(f"SELECT {columns} FROM jobs"):
                 row = Row(number, uid_of(payload), *rest, result and json.loads(result))
                 if row.uid in self.jobs:
-                    yield f"job {row.uid} is there twice: {self.jobs[row.uid].id} and {row.id}"
+                    twice.append(f"{row.uid}, {self.jobs[row.uid].id} and {row.id}")
                 self.jobs[row.uid] = row
             for number, *event in db.execute("SELECT job_id, event, actor, at FROM history ORDER BY id"):
                 self.events[number].append(tuple(event))
             self.effects = db.execute("SELECT uid, stale FROM effects").fetchall()
+        return Finding("jobs are there twice", twice)
 
     def count(self) -> None:
         for row in self.jobs.values():

@@ -34,7 +34,6 @@ from pqueue import DoNotRetry, Job, QueueBusy, QueueError, QueueFull, current_qu
 MANY = 200  # attempts of the jobs that must complete, however often their consumers are killed
 FILES = Path("var/files")
 SINCE = time.time()  # when this process began: an operator's act after it replaced the files that it has open
-PARENT = os.getppid()
 EFFECT = """
 INSERT INTO effects SELECT :uid, id, attempts, lease_token IS NOT :token FROM jobs WHERE id = :id"""
 
@@ -109,7 +108,7 @@ def flaky(job: Job) -> None:
             record("missing", name=job.payload["file"], at=time.time())
             raise DoNotRetry(f"no file {job.payload['file']}")
         if job.attempts < job.payload["tries"]:
-            current_queue().fail(job, "not yet", retry_in_seconds=0.002)
+            current_queue().fail(job, "not yet", retry_in_seconds=random.uniform(0, 0.04))
             raise RuntimeError("not yet")
 
 
@@ -158,8 +157,8 @@ class Writer:
         self.mix = {kind: weight for kind, weight in MIX.items() if is_on(kind)}
 
     def run(self) -> None:
-        """Write until the Supervisor that started this process is gone."""
-        while os.getppid() == PARENT:
+        """Write until the Supervisor that started this process is gone, even if it went before this began."""
+        while b"supervisord" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
             with suppress(QueueBusy, QueueFull):
                 if random.random() < 0.1 and is_on("copies"):
                     drop_locks()
@@ -208,18 +207,20 @@ class Writer:
         acknowledge(asked, *before, harmful, *behind)
 
     def write_with_file(self, tries: int) -> None:
-        """Do as producer.py does: a file that has .NAME.new beside it is not yet enqueued."""
+        """Do as producer.py does: a file that has .NAME.new beside it, locked, is about to be enqueued."""
         name = f"job_{secrets.token_hex(8)}.txt"
-        new = FILES / f".{name}.new"
-        new.touch()
-        (FILES / name).write_text("a line\n")
-        try:
-            self.write("flaky", "default", file=name, tries=tries)
-        except (QueueBusy, QueueFull):
-            (FILES / name).unlink()
-            raise
-        finally:
-            new.unlink()
+        new, unlocked = FILES / f".{name}.new", FILES / f".{name}.unlocked"
+        with unlocked.open("x") as file:
+            pqueue.try_lock(file.fileno())
+            unlocked.rename(new)
+            (FILES / name).write_text("a line\n")
+            try:
+                self.write("flaky", "default", file=name, tries=tries)
+            except (QueueBusy, QueueFull):
+                (FILES / name).unlink()
+                raise
+            finally:
+                new.unlink()
 
     def queue_name(self) -> str:
         """Return a queue that all know, the one that has a limit at times, or now and then a new one."""
