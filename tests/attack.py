@@ -231,10 +231,10 @@ class Attack:
         with closing(pqueue.PersistentQSQLite(self.system.path)) as queue:
             with queue.transaction() as db:
                 db.execute(attack_audit.EFFECTS)
-            asked, payloads = time.time(), [{"uid": f"sleeper-{number}", "seconds": 0} for number in range(SLEEPERS)]
+            asked, uids = time.time(), [f"sleeper-{number}" for number in range(SLEEPERS)]
+            payloads = [{"uid": uid, "seconds": 0} for uid in uids]
             queue.enqueue_many("quick", payloads, queue="later", delay_seconds=86_400)
-        for payload in payloads:
-            self.facts.stored.append((payload["uid"], asked, time.time()))
+        self.facts.stored += [(uid, asked, time.time()) for uid in uids]
         self.start()
         self.signals_on = True
 
@@ -377,7 +377,10 @@ class Attack:
     def command(self, *arguments: str, url: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run a program beside the others, while signals go on to fall upon these."""
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-            began, child = time.monotonic(), self.background(*arguments, url=url, stdout=out, stderr=err)
+            began, child = (
+                time.monotonic(),
+                self.background(*arguments, url=url, stdin=subprocess.DEVNULL, stdout=out, stderr=err),
+            )
             if not self.until(lambda: child.poll() is not None, COMMAND_SECONDS):
                 child.kill()
                 self.problem(f"{' '.join(arguments)} took over {COMMAND_SECONDS:g} s")

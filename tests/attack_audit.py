@@ -137,8 +137,11 @@ class Audit:
             if (found := db.execute("PRAGMA integrity_check").fetchone()[0]) != "ok":
                 raise sqlite3.DatabaseError(found.splitlines()[0])
             columns = "id, payload, task, state, attempts, consumer, error, result"
-            for number, payload, *rest, result in db.execute(f"SELECT {columns} FROM jobs"):
-                row = Row(number, uid_of(payload), *rest, result and json.loads(result))
+            for number, payload, task, state, attempts, consumer, error, result in db.execute(
+                f"SELECT {columns} FROM jobs"
+            ):
+                read = result and json.loads(result)
+                row = Row(number, uid_of(payload), task, state, attempts, consumer, error, read)
                 if row.uid in self.jobs:
                     twice.append(f"{row.uid}, {self.jobs[row.uid].id} and {row.id}")
                 self.jobs[row.uid] = row
