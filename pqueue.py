@@ -1326,8 +1326,8 @@ def _operator(by: str | None) -> str:
         return _name("operator", by)
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user need not have an account
-        return f"uid {os.getuid()}"
+    except (KeyError, OSError, ImportError):  # a container's user need not have an account
+        return f"uid {os.getuid()}" if hasattr(os, "getuid") else "unknown"
 
 
 def _full(queue: str, max_pending: int) -> QueueFull:
