@@ -294,6 +294,10 @@ def main(arguments: list[str] | None = None) -> int:
         measure = getattr(measured, "measures", MEASURES).get(column, MEASURES[column])
         print(json.dumps(measure(measured)))
         return 0
+    try:
+        consumer.expect_posix()
+    except pqueue.QueueError as error:
+        sys.exit(f"bench.py: {error}")
     check_needs(options)
     if options.url:
         os.environ[SERVER] = options.url

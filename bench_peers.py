@@ -7,7 +7,6 @@ Workers wait at a gate until all are ready, then note every job in memory that t
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import logging
 import math
@@ -27,6 +26,9 @@ from typing import Any, NamedTuple
 
 from bench_postgres import SCALE, milliseconds
 from pqueue import PersistentQInterface
+
+with contextlib.suppress(ImportError):  # Windows, where bench.py only says what it needs
+    import fcntl
 
 SECONDS = 2.0 * SCALE  # of each rate that is measured by the clock
 SIMPLE = ("put", "put many", "process")  # what needs no worker

@@ -1582,8 +1582,8 @@ def _operator(by: str | None) -> str:
         return _name("operator", by)
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user need not have an account
-        return f"uid {os.getuid()}"
+    except (KeyError, OSError, ImportError):  # a container's user need not have an account
+        return f"uid {os.getuid()}" if hasattr(os, "getuid") else "unknown"
 
 
 def _full(verb: str, queue: str, max_pending: int, jobs: int = 1) -> QueueFull | ValueError:
