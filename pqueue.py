@@ -1528,10 +1528,10 @@ class Turnstile:
         if self._lock.try_acquire():
             return True
         until = time.monotonic() + TURN_SECONDS
-        if not lane.acquire(until):
-            return False
+        in_lane = lane.acquire(until)  # if not, a process stopped there may have had it for too long
         acquired = self._lock.acquire(until, kind)
-        lane.release()
+        if in_lane:
+            lane.release()
         return acquired
 
     def leave(self) -> None:
