@@ -87,7 +87,7 @@ MAX_TEXT_CHARS = 1000  # of a text to search for
 MAX_GROUPS = 10_000  # of failed jobs
 FAILURE_CHARS = 80  # of an error, by which failed jobs are grouped; an index has them
 BUSY_SECONDS = 5.0  # how long a write waits for another writer before it raises QueueBusy
-TURN_SECONDS = 1.0  # how long it waits of that at the turnstile, where a stopped process may stand
+TURN_SECONDS = 1.0  # how long it waits of that for its turn, and how long one process may keep the others waiting
 DEAD_CHECK_SECONDS = 1.0  # how often a dequeue looks for dead consumers
 RECOVERY_BATCH = 1000  # jobs promoted or taken back in one dequeue, so that it stays short
 PRUNE_BATCH = 1000
@@ -102,6 +102,8 @@ POLL_SECONDS = 0.1  # how often to look where no ring comes: it was lost, or the
 ENQUEUE_TRIES = 100  # while others take and free its key
 
 LANES = ("others", "consumers")  # before the way to write
+OVERTAKE_SECONDS = 0.001  # how long others may go before a writer that was woken up, as that takes a while
+HANDOVER_SECONDS = 0.01  # how long the lock is kept for a writer after that, which may have died
 
 SYNCHRONOUS = ("off", "normal", "full", "extra")
 MINIMUM_SQLITE = (3, 35)  # RETURNING
@@ -682,7 +684,7 @@ class PersistentQInterface(ABC):
     @abstractmethod
     def _write(self, *, durable: bool = True, in_batch: bool = False) -> Session:
         """Return this thread's session to enter; durable: its commit survives a power cut; in_batch: it is a
-        consumer's, longer than others, and lets them go first."""
+        consumer's, which may be long or one of very many, and lets others go first."""
 
     @abstractmethod
     def _read(self, sql: str, params: Params = NOTHING) -> list[Any]:
@@ -902,7 +904,7 @@ class PersistentQInterface(ABC):
     def complete(self, job: Job, result: Any = None, *, now: float | None = None) -> None:
         """Finish the job with a JSON result. Raises LeaseLost."""
         encoded = _encode_result(result)
-        with self._write() as tx:
+        with self._write(in_batch=True) as tx:
             if not _complete(tx, job, encoded, self._time(now)):
                 raise _lost(tx, "complete", job)
 
@@ -1850,30 +1852,27 @@ def _error_text(error: str) -> str:
 class Turnstile:
     """Lets writers through one at a time, where SQLite's busy handler would starve some.
 
-    Consumers with their batches queue in one lane, everybody else in another, and the first of each waits at the way.
-    Who leaves it calls the first of the other lane: an enqueue finds at most one batch before it, however many
-    consumers there are. It is a courtesy: who waited for `TURN_SECONDS`, behind a stopped process perhaps, goes on and
-    leaves it to BEGIN IMMEDIATE.
+    Consumers, when they take and complete jobs, queue in one lane, everybody else in another, and the first of each
+    waits for the lock. Whoever releases it wakes up the first of the other lane: an enqueue waits for a batch or a
+    turn, however many consumers there are. It is a courtesy: a writer that has waited for `TURN_SECONDS`, or finds that
+    a process, stopped perhaps, has held a lock for that long, goes on and leaves it to BEGIN IMMEDIATE.
     """
 
     def __init__(self, folder: Path) -> None:
         self._thread = threading.Lock()
         self._closing = self._closed = False
-        self._lane = 0  # of who has the way
-        self._lanes: list[Lane] = []
+        self._kind = 0  # of the writer that has its turn
         with ExitStack() as undo:
-            for name in LANES:
-                self._lanes.append(Lane(folder / name))
-                undo.callback(self._lanes[-1].close)
-            self._way = Way(folder / "way")
+            self._lanes = [undo.enter_context(closing(BellLock(folder / name))) for name in LANES]
+            self._lock = BellLock(folder / "way", LANES)
             undo.pop_all()
 
     def enter(self, *, in_batch: bool = False) -> bool:
-        """Return whether the way was taken; then `leave` must follow."""
+        """Return whether the lock was acquired; then `leave` must follow."""
         if not self._thread.acquire(timeout=TURN_SECONDS):
             return False
         try:
-            if not self._closed and self._pass(int(in_batch)):
+            if not self._closed and self._acquire(int(in_batch)):
                 return True
         except BaseException:
             self._turn_back()
@@ -1881,26 +1880,37 @@ class Turnstile:
         self._turn_back()
         return False
 
-    def _pass(self, number: int) -> bool:
-        self._lane, lane = number, self._lanes[number]
-        if self._way.take_at_once():
+    def _acquire(self, kind: int) -> bool:
+        self._kind, lane = kind, self._lanes[kind]
+        if self._lock.try_acquire():
             return True
         until = time.monotonic() + TURN_SECONDS
-        if not lane.take(until):
-            return False
-        has_way = self._way.take(number, until)
-        lane.give()
-        return has_way
+        in_lane = lane.acquire(until)  # if not, a process stopped there may have had it for too long
+        acquired = self._lock.acquire(until, kind)
+        if in_lane:
+            lane.release()
+        return acquired
 
     def leave(self) -> None:
         if not self._closed:
-            self._way.give(self._lane)
+            self._lock.release(self._kind)
         self._thread.release()
         if self._closing:
             self.close()
 
+    def problems(self) -> list[str]:
+        """Return a sentence for each lock that a process has held for too long, unless a thread of ours is inside."""
+        if not self._thread.acquire(blocking=False):
+            return []
+        try:
+            return [] if self._closed else list(filter(None, (lock.problem() for lock in (self._lock, *self._lanes))))
+        finally:
+            self._thread.release()
+            if self._closing:
+                self.close()
+
     def close(self) -> None:
-        """Close the doors, when another thread that is between them has left; from then on everybody goes round."""
+        """Close the locks, when another thread that is between them has left; from then on everybody bypasses them."""
         self._closing = True
         if self._thread.acquire(blocking=False):
             self.abandon()
@@ -1910,86 +1920,113 @@ class Turnstile:
         """In a forked child: let go of the locks, which the parent may hold."""
         if not self._closed:
             self._closed = True
-            for lane in self._lanes:
-                lane.close()
-            self._way.close()
+            for lock in (*self._lanes, self._lock):
+                lock.close()
 
     def _turn_back(self) -> None:
         if not self._closed:
-            self._lanes[self._lane].give()
+            self._lanes[self._kind].release()
         self.leave()
 
 
-class Lane:
-    """A lock between processes that is waited for with a bound, which flock has not, and freed when its holder dies."""
+class BellLock:
+    """A lock between processes that is waited for with a bound, which flock has not, and freed when its holder dies.
 
-    def __init__(self, path: Path) -> None:
+    Waiters come in kinds, each with a bell; the file, which is mapped, says since when one of each kind waits. Whoever
+    releases the lock rings for one, preferably of another kind. Waking up takes a while, and a process that comes
+    meanwhile may acquire the lock: no time is lost, but alongside a process that writes in a loop the waiter would
+    starve. So once it has waited for `OVERTAKE_SECONDS`, or the same process has had the lock for as long, it is
+    reserved for the waiter's kind: for `HANDOVER_SECONDS`, as the waiter may have died.
+    """
+
+    PID, HELD_SINCE, RESERVED_FOR, RESERVED_UNTIL, WAITING_SINCE = range(5)  # in the file; times: monotonic, 0 if not
+
+    def __init__(self, path: Path, kinds: Sequence[str] = ("",)) -> None:
+        self._path, self._pid = path, os.getpid()
+        self._held_since = self._turn_began = 0.0  # what this process wrote last; when it came after another one
+        numbers = range(len(kinds))
+        self._order = [sorted(numbers, key=kind.__eq__) for kind in numbers]  # for each kind that releases it
         with ExitStack() as undo:
-            self._lock = _open_private(path)
-            undo.callback(os.close, self._lock)
-            self._bell = _open_bell(path.with_name(f"{path.name}.bell"))
-            undo.pop_all()
-
-    def take(self, until: float) -> bool:
-        """Return whether it was taken before this time, in monotonic seconds."""
-        while not try_lock(self._lock):
-            left = until - time.monotonic()
-            if left <= 0:
-                return False
-            _hear(self._bell, min(left, POLL_SECONDS))
-        return True
-
-    def give(self) -> None:
-        fcntl.flock(self._lock, fcntl.LOCK_UN)
-        _ring(self._bell)
-
-    def close(self) -> None:
-        os.close(self._lock)
-        os.close(self._bell)
-
-
-class Way:
-    """Such a lock for the first of each lane, who has a bell of its own there, and a byte set while it waits."""
-
-    def __init__(self, path: Path) -> None:
-        with ExitStack() as undo:
-            self._lock = _open_private(path)
-            undo.callback(os.close, self._lock)
-            self._waiting = _share(self._lock, len(LANES))
-            self._bells = []
-            for lane in LANES:
-                self._bells.append(_open_bell(path.with_name(f"{path.name}-{lane}.bell")))
+            self._file = _open_private(path)
+            undo.callback(os.close, self._file)
+            self._map = _share(self._file, 8 * (self.WAITING_SINCE + len(kinds)))
+            self._shared = memoryview(self._map).cast("d")
+            self._bells: list[int] = []
+            for kind in kinds:
+                self._bells.append(_open_bell(path.with_name(f"{path.name}{kind and '-'}{kind}.bell")))
                 undo.callback(os.close, self._bells[-1])
             undo.pop_all()
 
-    def take_at_once(self) -> bool:
-        """Take it, if nobody has it or waits for it."""
-        return not self._waiting[0] and not self._waiting[1] and try_lock(self._lock)
+    def try_acquire(self, kind: int | None = None) -> bool:
+        """Acquire it, unless it is held or reserved for another kind of waiters; return whether it was."""
+        shared = self._shared
+        if shared[self.RESERVED_UNTIL] and shared[self.RESERVED_FOR] != kind and self._is_reserved():
+            return False
+        if not try_lock(self._file):
+            return False
+        shared[self.RESERVED_UNTIL] = 0.0
+        shared[self.HELD_SINCE] = self._held_since = time.monotonic()
+        if shared[self.PID] != self._pid:
+            shared[self.PID], self._turn_began = self._pid, self._held_since
+        return True
 
-    def take(self, lane: int, until: float) -> bool:
-        """Return whether it was taken before this time, in monotonic seconds."""
+    def acquire(self, until: float, kind: int = 0) -> bool:
+        """Wait for it until this time, in monotonic seconds, and for no process that has held it for too long."""
+        began = time.monotonic()
         while True:
-            self._waiting[lane] = 1
-            left = until - time.monotonic()
-            if left <= 0 or try_lock(self._lock):
-                self._waiting[lane] = 0
-                return left > 0
-            _hear(self._bells[lane], min(left, POLL_SECONDS))
+            self._shared[self.WAITING_SINCE + kind] = began
+            acquired, left = self.try_acquire(kind), until - time.monotonic()
+            if acquired or left <= 0 or self._held_seconds() >= TURN_SECONDS:
+                self._shared[self.WAITING_SINCE + kind] = 0.0
+                return acquired
+            seconds = HANDOVER_SECONDS if self._is_reserved() else POLL_SECONDS
+            _hear(self._bells[kind], min(left, seconds), in_line=True)
 
-    def give(self, lane: int) -> None:
-        """Free it, and call whoever waits, rather from the other lane."""
-        fcntl.flock(self._lock, fcntl.LOCK_UN)
-        for other in (1 - lane, lane):
-            if self._waiting[other]:
-                self._waiting[other] = 0
+    def release(self, kind: int = 0) -> None:
+        """Release it, if it is held, and wake up a waiter."""
+        shared = self._shared
+        if shared[self.HELD_SINCE] == self._held_since:
+            shared[self.HELD_SINCE] = 0.0
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+        for other in self._order[kind]:
+            if began := shared[self.WAITING_SINCE + other]:
+                shared[self.WAITING_SINCE + other] = 0.0
+                self._reserve(other, min(began, self._turn_began))
                 _ring(self._bells[other])
                 return
+        if len(self._bells) == 1:  # there may be others: one of them cleared the time when it was through
+            _ring(self._bells[0])
+
+    def _reserve(self, kind: int, since: float) -> None:
+        now = time.monotonic()
+        if now - since >= OVERTAKE_SECONDS:
+            self._shared[self.RESERVED_FOR], self._shared[self.RESERVED_UNTIL] = kind, now + HANDOVER_SECONDS
+
+    def _is_reserved(self) -> bool:
+        return 0 < self._shared[self.RESERVED_UNTIL] - time.monotonic() <= HANDOVER_SECONDS
+
+    def _held_seconds(self) -> float:
+        since = self._shared[self.HELD_SINCE]
+        return time.monotonic() - since if since else 0.0
+
+    def problem(self) -> str | None:
+        """Return a sentence about who has held it for too long."""
+        pid, seconds = f"{self._shared[self.PID]:.0f}", self._held_seconds()
+        if seconds < TURN_SECONDS:
+            return None
+        if self.try_acquire():  # its holder is dead
+            self.release()
+            return None
+        stopped, remedy = "", "end it, if it does not go on by itself"
+        if is_stopped(pid):
+            stopped, remedy = "is stopped and ", f"let it go on (kill -CONT {pid}) or end it (kill -KILL {pid})"
+        return f"process {pid} {stopped}has held {self._path} for {seconds:.0f} s, where writers take turns: {remedy}"
 
     def close(self) -> None:
-        self._waiting.close()
-        os.close(self._lock)
-        for bell in self._bells:
-            os.close(bell)
+        self._shared.release()
+        self._map.close()
+        for file in (self._file, *self._bells):
+            os.close(file)
 
 
 class Slots:
@@ -2764,7 +2801,8 @@ class PersistentQSQLite(PersistentQInterface):
     def _error(self, error: sqlite3.Error) -> QueueError:
         text = "".join(mark if mark.isprintable() else "?" for mark in str(error))  # it may quote the file's own names
         if "locked" in text or "busy" in text:
-            return QueueBusy(f"cannot write to {self.path}: another writer held it for {self._busy_seconds:g} s")
+            held = f"another writer held it for {self._busy_seconds:g} s"
+            return QueueBusy(f"cannot write to {self.path}: {'; '.join([held, *self._turn_problems()])}")
         if "disk is full" in text:
             return QueueFull(f"cannot write to {self.path}: its disk is full")
         if "not a database" in text:
@@ -2847,6 +2885,9 @@ class PersistentQSQLite(PersistentQInterface):
     def _exit(self) -> None:
         if self._turnstile is not None:
             self._turnstile.leave()
+
+    def _turn_problems(self) -> list[str]:
+        return self._turnstile.problems() if self._turnstile is not None else []
 
     def _ring(self) -> None:
         if slots := self._slots:  # another thread may close the queue
@@ -2947,6 +2988,7 @@ class PersistentQSQLite(PersistentQInterface):
         facts["problems"] = [
             f"expected {name} {value}, got {facts[name]}" for name, value in expected.items() if facts[name] != value
         ]
+        facts["problems"] += self._turn_problems()
         facts["problems"] += [*self._schema_problems(), *_deleted_but_open(self.path)] if thorough else []
         if facts["file_system"] not in LOCAL_FILE_SYSTEMS:
             facts["problems"].append(
@@ -3143,11 +3185,13 @@ def _ring(bell: int) -> None:
         os.write(bell, b"!")
 
 
-def _hear(bell: int, seconds: float) -> bool:
-    """Wait for a ring; return whether there was one."""
-    ear = select.poll()
-    ear.register(bell, select.POLLIN)
-    rung = bool(ear.poll(max(0, math.ceil(seconds * 1000))))
+def _hear(bell: int, seconds: float, *, in_line: bool = False) -> bool:
+    """Wait for a ring; return whether there was one. It wakes up all that wait, or the first of those in line."""
+    rung = _hear_in_line(bell, seconds) if in_line else None
+    if rung is None:
+        ear = select.poll()
+        ear.register(bell, select.POLLIN)
+        rung = bool(ear.poll(max(0, math.ceil(seconds * 1000))))
     if rung:
         with suppress(BlockingIOError):  # another heard it first
             os.read(bell, 65536)
@@ -3156,6 +3200,20 @@ def _hear(bell: int, seconds: float) -> bool:
 
 def _is_read_only(path: Path) -> bool:
     return hasattr(os, "statvfs") and bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
+def _hear_in_line(bell: int, seconds: float) -> bool | None:
+    """Return None where only `poll` is left: it wakes up all, the last one first, and so may starve the others."""
+    if not hasattr(select, "epoll"):  # not Linux
+        return None
+    try:
+        with select.epoll() as ear:
+            ear.register(bell, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+            return bool(ear.poll(max(0, seconds)))
+    except OSError as error:
+        if error.errno is None:  # a signal handler's
+            raise
+        return None  # no free descriptor
 
 
 def sync(path: Path) -> None:
@@ -3204,6 +3262,15 @@ def try_lock(file: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def is_stopped(pid: object) -> bool:
+    """Return whether a process was stopped by a signal or a debugger, as far as /proc tells."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return False
+    return status.rpartition(b")")[2].split()[0] in (b"T", b"t")
 
 
 def file_system(folder: Path) -> str:

@@ -1520,26 +1520,157 @@ for _ in range(20):
                 for job_id in ids:
                     queue.resubmit(job_id)
 
+    @contextmanager
+    def stopped(self, where):
+        """Have a process stopped while it holds a lock: "way", or one of the lanes."""
+        code = """
+import pqueue, time
+queue = pqueue.PersistentQSQLite(sys.argv[1])
+locks = {lock._path.name: lock for lock in (queue._turnstile._lock, *queue._turnstile._lanes)}
+assert locks[sys.argv[2]].try_acquire()
+print("in", flush=True)
+time.sleep(600)
+"""
+        with python(code, self.path, where) as child:
+            child.stdout.readline()
+            child.send_signal(signal.SIGSTOP)
+            wait_until(lambda: pqueue.is_stopped(child.pid))
+            yield child
+
+    @contextmanager
+    def waits(self):
+        """Yield a list of how long each wait for a lock was meant to be."""
+        waits, original = [], pqueue._hear
+
+        def hear(bell, seconds, **options):
+            waits.append(seconds)
+            return original(bell, seconds, **options)
+
+        with mock.patch("pqueue._hear", hear):
+            yield waits
+
     def test_process_stopped_in_the_turnstile_does_not_stop_the_others(self):
+        queue, other = self.open(), self.open()
+        with self.stopped("way") as child, mock.patch("pqueue.TURN_SECONDS", 0.05), self.waits() as waits:
+            self.assertEqual(queue.enqueue("t"), 1)
+            paid = len(waits)
+            for number in range(2, 6):  # nobody waits again for the same process, in whichever lane
+                self.assertEqual((queue if number % 2 else other).enqueue("t"), number)
+            other.complete(other.dequeue("w"))
+            self.assertEqual(len(waits), paid)
+            child.send_signal(signal.SIGCONT)
+            child.kill()
+            child.wait()
+            self.assertEqual(queue.enqueue("t"), 6)
+        self.assertTrue(queue._turnstile.enter())
+        queue._turnstile.leave()
+
+    def test_process_stopped_in_a_lane_leaves_the_others_their_turn(self):
+        queue, holder = self.open(), self.open()
+        with self.stopped("others"), mock.patch("pqueue.TURN_SECONDS", 0.5):
+            wait_until(lambda: queue._turnstile._lanes[0]._held_seconds() >= 0.5)
+            for _ in range(3):
+                self.assertTrue(holder._turnstile.enter())
+                leave = mock.Mock(side_effect=lambda *_, **__: holder._turnstile.leave())
+                with mock.patch("pqueue._hear", leave):
+                    self.assertTrue(queue._turnstile.enter())
+                leave.assert_called_once()  # it waited for the lock, and not in the lane
+                queue._turnstile.leave()
+
+    def test_process_stopped_and_continued_leaves_no_writer_without_its_turn(self):
         queue = self.open()
         code = """
-import pqueue
+import pqueue, time
 queue = pqueue.PersistentQSQLite(sys.argv[1])
 queue._turnstile.enter()
 print("in", flush=True)
-sys.stdin.read()
+signal.sigwait([signal.SIGUSR1])
+queue._turnstile.leave()
+print("out", flush=True)
+time.sleep(600)
+"""
+        mask = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])"
+        with python(f"{mask}{code}", self.path) as child, mock.patch("pqueue.TURN_SECONDS", 0.05):
+            child.stdout.readline()
+            child.send_signal(signal.SIGSTOP)
+            self.assertEqual(queue.enqueue("t"), 1)
+            self.assertFalse(queue._turnstile.enter())
+            child.send_signal(signal.SIGUSR1)
+            child.send_signal(signal.SIGCONT)
+            child.stdout.readline()
+            self.assertTrue(queue._turnstile.enter())
+            queue._turnstile.leave()
+            self.assertEqual(queue.check()["problems"], [])
+
+    def test_check_names_a_process_that_is_stopped_in_the_turnstile(self):
+        queue = self.open()
+        for where in ("way", *pqueue.LANES):
+            with self.subTest(where), self.stopped(where) as child, mock.patch("pqueue.TURN_SECONDS", 0.05):
+                wait_until(lambda: queue.check(thorough=False)["problems"])
+                (problem,) = queue.check(thorough=where != "way")["problems"]
+                self.assertRegex(problem, f"process {child.pid} is stopped and has held .*/{where} for 0 s")
+                self.assertIn(f"kill -CONT {child.pid}", problem)
+                child.send_signal(signal.SIGCONT)
+                wait_until(lambda: not pqueue.is_stopped(child.pid))
+                (problem,) = queue.check(thorough=False)["problems"]
+                self.assertRegex(problem, f"process {child.pid} has held .*: end it, if it does not go on")
+                child.kill()
+                child.wait()
+                self.assertEqual(queue.check()["problems"], [])
+
+    def test_writer_kept_out_by_a_stopped_transaction_is_told_whose(self):
+        queue = self.open(busy_seconds=0.05)
+        code = """
+import pqueue, time
+with pqueue.PersistentQSQLite(sys.argv[1]).transaction():
+    print("in", flush=True)
+    time.sleep(600)
 """
         with python(code, self.path) as child, mock.patch("pqueue.TURN_SECONDS", 0.05):
             child.stdout.readline()
             child.send_signal(signal.SIGSTOP)
-            for number in range(1, 4):
-                self.assertEqual(queue.enqueue("t"), number)
-            child.send_signal(signal.SIGCONT)
-            child.kill()
-            child.wait()
-            self.assertEqual(queue.enqueue("t"), 4)
-        self.assertTrue(queue._turnstile.enter())
-        queue._turnstile.leave()
+            wait_until(lambda: pqueue.is_stopped(child.pid))
+            with self.assertRaisesRegex(QueueBusy, f"another writer held it for .*; process {child.pid} is stopped"):
+                queue.enqueue("t")
+
+    def test_writer_that_died_in_a_lock_leaves_it_free(self):
+        turnstile = self.open()._turnstile
+        for lock in (turnstile._lock, *turnstile._lanes):
+            with self.subTest(lock._path.name), mock.patch("pqueue.TURN_SECONDS", 0.05):
+                with self.stopped(lock._path.name) as child:
+                    child.kill()
+                    child.wait()
+                wait_until(lambda: lock._held_seconds() >= 0.05)  # noqa: B023 - it says so, but nobody holds it
+                self.assertTrue(lock.acquire(time.monotonic() + 60))
+                lock.release()
+
+    def test_writer_that_died_waiting_delays_the_others_once(self):
+        holder, queue = self.open(), self.open()
+        lock, go = queue._turnstile._lock, self.folder / "go"
+        code = """
+import os, pqueue, time
+pqueue.TURN_SECONDS = 60
+queue = pqueue.PersistentQSQLite(sys.argv[1])
+print("open", flush=True)
+while not os.path.exists(sys.argv[2]):
+    time.sleep(0.001)
+queue._turnstile.enter(in_batch=sys.argv[3] == "1")
+"""
+        for kind, _ in enumerate(pqueue.LANES):
+            place = lock.WAITING_SINCE + kind
+            with python(code, self.path, go, kind) as child, self.waits() as waits:
+                child.stdout.readline()
+                self.assertTrue(holder._turnstile.enter())
+                go.touch()
+                wait_until(lambda: 0 < lock._shared[place] < time.monotonic() - pqueue.OVERTAKE_SECONDS)  # noqa: B023
+                child.kill()
+                child.wait()
+                go.unlink()
+                holder._turnstile.leave()
+                for _ in range(3):
+                    self.assertTrue(queue._turnstile.enter(in_batch=not kind))
+                    queue._turnstile.leave()
+                self.assertLessEqual(waits, [pqueue.HANDOVER_SECONDS] * 2)  # the dead may not have heard its ring
 
     def test_writer_interrupted_in_line_does_not_keep_the_way(self):
         queue, other = self.open(), self.open()
@@ -1554,9 +1685,9 @@ sys.stdin.read()
         """Hold the way until each call waits in a thread of its own, in this order; then see all through."""
         holder, heard = self.open(), []
 
-        def hear(bell, seconds):
+        def hear(bell, seconds, **options):
             heard.append(bell)
-            return original(bell, seconds)
+            return original(bell, seconds, **options)
 
         original, threads = pqueue._hear, [threading.Thread(target=call, daemon=True) for call in calls]
         with mock.patch("pqueue._hear", hear), mock.patch.multiple(pqueue, POLL_SECONDS=60, TURN_SECONDS=60):
@@ -1589,13 +1720,48 @@ sys.stdin.read()
         self.let_through([lambda: producer.enqueue("t"), lambda: taken.append(consumer.dequeue("w"))])
         self.assertEqual(taken, [None])
 
-    def test_newcomer_does_not_take_the_way_before_one_who_waits_there(self):
+    def test_newcomer_does_not_overtake_a_writer_that_has_waited_for_long(self):
         queue, newcomer = self.open(), self.open()
-        for lane, _ in enumerate(pqueue.LANES):
-            queue._turnstile._way._waiting[lane] = 1
-            self.assertFalse(newcomer._turnstile._way.take_at_once())
-            queue._turnstile._way._waiting[lane] = 0
-        self.assertTrue(newcomer._turnstile._way.take_at_once())
+        lock = newcomer._turnstile._lock
+        for kind, _ in enumerate(pqueue.LANES):
+            for seconds, overtakes in ((0.0, True), (1.0, False)):
+                with self.subTest(kind=kind, seconds=seconds), mock.patch("pqueue.HANDOVER_SECONDS", 60):
+                    self.assertTrue(queue._turnstile.enter())
+                    lock._shared[lock.WAITING_SINCE + kind] = time.monotonic() - seconds
+                    queue._turnstile._lock._turn_began = time.monotonic()
+                    with mock.patch("pqueue.OVERTAKE_SECONDS", 0.5):
+                        queue._turnstile.leave()
+                    self.assertEqual(lock.try_acquire(), overtakes)
+                    self.assertEqual(lock.try_acquire(1 - kind), overtakes)
+                    self.assertTrue(lock.try_acquire(kind))
+                    lock.release()
+
+    def test_lock_file_from_before_a_reboot_keeps_nobody_waiting(self):
+        queue = self.open()
+        lock = queue._turnstile._lock
+        for place in (lock.HELD_SINCE, lock.RESERVED_UNTIL):
+            lock._shared[place] = time.monotonic() + 1e6
+        lock._shared[lock.RESERVED_FOR] = 1
+        with self.waits() as waits:
+            for _ in range(3):
+                self.assertTrue(queue._turnstile.enter())
+                queue._turnstile.leave()
+        self.assertEqual(waits, [])
+        self.assertEqual(queue.check()["problems"], [])
+
+    def test_writer_in_a_loop_lets_one_that_waits_go_first_after_a_while(self):
+        queue, waiter = self.open(), self.open()
+        lock = queue._turnstile._lock
+        with mock.patch.multiple(pqueue, OVERTAKE_SECONDS=10.0, HANDOVER_SECONDS=60):
+            for seconds, goes_on in ((0.0, True), (11.0, False)):
+                self.assertTrue(queue._turnstile.enter())
+                lock._shared[lock.WAITING_SINCE] = time.monotonic()
+                lock._turn_began = time.monotonic() - seconds
+                queue._turnstile.leave()
+                self.assertEqual(lock.try_acquire(), goes_on)
+                lock.release(1)
+            self.assertTrue(waiter._turnstile._lock.acquire(time.monotonic()))
+            waiter._turnstile._lock.release()
 
     def test_writer_in_line_gets_through_although_a_ring_is_lost(self):
         queue, other = self.open(), self.open()
@@ -1606,7 +1772,7 @@ sys.stdin.read()
             other.transaction(),
         ):
             waiting.start()
-            self.assertTrue(wait_until(lambda: queue._turnstile._way._waiting[0]))
+            self.assertTrue(wait_until(lambda: queue._turnstile._lock._shared[pqueue.BellLock.WAITING_SINCE]))
         waiting.join()
         self.assertEqual(queue.stats()["states"]["pending"], 1)
 
