@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import lru_cache
 from itertools import islice
@@ -43,8 +43,11 @@ log = logging.getLogger("pqueue")
 SCHEMA = "pqueue"
 CHANNEL = "pqueue"
 LOCK_CLASS = 0x7071  # of the advisory locks by which consumers are seen to live
+PENDING_CLASS = 0x7072  # of those that let one at a time add to a queue that has a limit
 CLOCK_SECONDS = 30.0  # how often the server's clock is read
 RETRY_SECONDS = 0.5  # between two attempts of the listener to connect
+PAUSE_SECONDS = 0.05  # before it connects again after a connection that was lost at once
+GRACE_SECONDS = 3.0  # how long a consumer's lock must be missing, in at least two looks, before it is dead
 RESTART_SECONDS = 10.0  # after a restart of the server nobody is taken for dead: locks are being taken anew
 KEEPALIVES = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
 # How long the server bears with a host that is cut off: its consumers are not dead, and have their leases.
@@ -56,17 +59,39 @@ RING = f"pg_notify('{CHANNEL}', '')"
 
 NAMED = re.compile(r"(?<!:):([a-z_]\w*)")
 # A subquery for each queue is LATERAL here: "q CROSS JOIN jobs WHERE … jobs.id IN (SELECT id …)".
-PER_QUEUE = re.compile(r"queues q CROSS JOIN jobs WHERE (.*?)jobs\.id IN\s*\(SELECT id(.*?LIMIT :limit)\)", re.DOTALL)
+PER_QUEUE = re.compile(r"queues q CROSS JOIN jobs\sWHERE (.*?)jobs\.id IN\s*\(SELECT id(.*?LIMIT :limit)\)", re.DOTALL)
 EARLIEST = re.compile(r"SELECT min\((\w+)\) FROM jobs WHERE state = ('\w+')")
 # Our statements go through indexes, whatever the statistics say, and by one plan: to plan a claim takes longer than to
 # run it, and the planner expects a tenth of the table from LIMIT :limit.
 PLANNER = ("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin", "enable_sort", "jit")
-ALIVE = (
-    f"SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = {LOCK_CLASS} AND objsubid = 2 AND granted"
-)
+# What our statements rely on, whatever the defaults of the server, the database or the role are. Limits that these set
+# (statement_timeout and the like, default_transaction_read_only) hold; `check` names those that get in the way.
+NEEDED = {
+    "search_path": f"{SCHEMA},public",
+    "default_transaction_isolation": "read committed",
+    "array_nulls": "on",
+    "standard_conforming_strings": "on",
+    "row_security": "on",
+    "exit_on_error": "off",
+    "plan_cache_mode": "force_generic_plan",
+    **dict.fromkeys(("enable_indexscan", "enable_indexonlyscan", "enable_nestloop"), "on"),
+    **dict.fromkeys(PLANNER, "off"),
+}
+BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # a pooler's session has other defaults
+# Any other value than off waits for the disk of the server, whatever it does about a standby's.
+SYNCED = """set_config('synchronous_commit', replace(current_setting('synchronous_commit'), 'off', 'on'), {})"""
+NOT_ENDED = "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'idle_session_timeout'"
+# pg_locks shows the locks of all databases; a copy of this one on the same server has consumers of its own.
+HERE = "database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+ALIVE = f"""
+SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = {LOCK_CLASS} AND objsubid = 2 AND granted
+    AND {HERE}"""
 WRITING = f"""
 SELECT virtualtransaction FROM pg_locks WHERE relation = '{SCHEMA}.jobs'::regclass AND mode = 'RowExclusiveLock'
-    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
+    AND {HERE}"""
+# What ends a statement or a transaction before its wait for a lock does.
+TIME_LIMITS = """
+SELECT name, setting FROM pg_settings WHERE name IN ('statement_timeout', 'transaction_timeout')"""
 # The second is when a standby last followed the primary whose place it took; NULL: it never was a standby.
 UPTIME = """
 SELECT EXTRACT(EPOCH FROM clock_timestamp() - greatest(pg_postmaster_start_time(), pg_last_xact_replay_timestamp()))"""
@@ -77,19 +102,122 @@ def _setting(values: dict[str, Any], *, for_good: bool) -> str:
     return "SELECT " + ", ".join(f"set_config('{name}', '{value}', {not for_good})" for name, value in values.items())
 
 
+# Somebody whose connection is ended again and again says each time that it is back. (abs: a clock may be wrong.)
+NOT_SEEN = f"abs(EXTRACT(EPOCH FROM clock_timestamp()) - last_seen_at) >= {GRACE_SECONDS}"
 # What is read for the statements after it must stay as it is until they are done; and who was cut off may be back.
 ADDED = {
     pqueue.EXPIRED: " FOR UPDATE SKIP LOCKED",
     pqueue.ORPHANED: " FOR UPDATE SKIP LOCKED",
     pqueue.RECORD: " FOR UPDATE",
-    pqueue.LEAVE: f" AND (:state = 'stopped' OR slot NOT IN ({ALIVE}))",
+    pqueue.LEAVE: f" AND (:state = 'stopped' OR slot NOT IN ({ALIVE}) AND {NOT_SEEN})",
 }
 # A claim reads the attempts of what it takes, as that need not be what was there when others were read before.
 BEST = f"candidates ORDER BY {pqueue.ORDER} LIMIT :limit)"
-RANKED = "SELECT id, row_number() OVER best AS place, count(*) FILTER (WHERE attempts > 0) OVER best AS again FROM ("
+ALONE = "attempts > 0 OR attempts + 1 >= max_attempts"  # nothing but the claim tells what a dead consumer had begun
+RANKED = f"SELECT id, row_number() OVER best AS place, count(*) FILTER (WHERE {ALONE}) OVER best AS again FROM ("
 TOGETHER = f"""candidates WINDOW best AS (ORDER BY {pqueue.ORDER} ROWS UNBOUNDED PRECEDING)) ranked
     WHERE place <= :limit AND (place = 1 OR again = 0)))"""
 AS_USUAL = _setting({"plan_cache_mode": "auto", **dict.fromkeys(PLANNER, "on")}, for_good=False)
+
+
+# The pending jobs of a queue that has a limit are `queues.pending` and the sum of its `pending_changes`: triggers add a
+# row there for each statement that changes their number, so that a claim waits for nobody. What must stay below the
+# limit takes the queue's advisory lock until its commit and then counts, in a snapshot of its own (a function that is
+# VOLATILE has one for each statement); when the rows have become many, it adds them up.
+MANY_CHANGES = 64
+PENDING = f"{SCHEMA}.count_pending(name, {MANY_CHANGES})"
+COUNTING = [
+    f"""
+CREATE TABLE {SCHEMA}.pending_changes (
+    queue TEXT NOT NULL,
+    delta INTEGER NOT NULL
+) WITH (autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_cost_delay = 0)""",
+    f"CREATE INDEX pending_changes_queue ON {SCHEMA}.pending_changes (queue)",
+    f"""
+CREATE FUNCTION {SCHEMA}.count_pending(which TEXT, many INTEGER) RETURNS BIGINT
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog AS $$
+DECLARE
+    counted BIGINT;
+    changes BIGINT;
+BEGIN
+    PERFORM pg_advisory_xact_lock({PENDING_CLASS}, hashtext(which));
+    SELECT pending + total, number INTO counted, changes FROM {SCHEMA}.queues, (
+        SELECT coalesce(sum(delta), 0) AS total, count(*) AS number FROM {SCHEMA}.pending_changes WHERE queue = which
+    ) since WHERE name = which;
+    IF changes >= many THEN  -- the queue's row comes first, as in `_count_pending`; who has it is not waited for
+        PERFORM FROM {SCHEMA}.queues WHERE name = which FOR NO KEY UPDATE SKIP LOCKED;
+        IF FOUND THEN
+            WITH gone AS (DELETE FROM {SCHEMA}.pending_changes WHERE queue = which RETURNING delta)
+            UPDATE {SCHEMA}.queues SET pending = pending + (SELECT coalesce(sum(delta), 0) FROM gone)
+            WHERE name = which RETURNING pending INTO counted;
+        END IF;
+    END IF;
+    RETURN counted;
+END $$""",
+    f"""
+CREATE FUNCTION {SCHEMA}.note_pending() RETURNS TRIGGER
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS $$
+BEGIN
+    IF TG_OP = 'INSERT' THEN
+        INSERT INTO {SCHEMA}.pending_changes SELECT name, number FROM {SCHEMA}.queues JOIN (
+            SELECT queue, count(*) AS number FROM added WHERE state = 'pending' AND assigned_to IS NULL GROUP BY queue
+        ) changes ON name = queue WHERE max_pending IS NOT NULL;
+    ELSIF TG_OP = 'UPDATE' THEN
+        INSERT INTO {SCHEMA}.pending_changes SELECT name, number FROM {SCHEMA}.queues JOIN (
+            SELECT queue, sum(one) AS number FROM (
+                SELECT queue, 1 AS one FROM added WHERE state = 'pending' AND assigned_to IS NULL
+                UNION ALL SELECT queue, -1 FROM removed WHERE state = 'pending' AND assigned_to IS NULL
+            ) changed GROUP BY queue
+        ) changes ON name = queue WHERE max_pending IS NOT NULL AND number <> 0;
+    ELSIF TG_OP = 'DELETE' THEN
+        INSERT INTO {SCHEMA}.pending_changes SELECT name, -number FROM {SCHEMA}.queues JOIN (
+            SELECT queue, count(*) AS number FROM removed WHERE state = 'pending' AND assigned_to IS NULL GROUP BY queue
+        ) changes ON name = queue WHERE max_pending IS NOT NULL;
+    ELSE  -- TRUNCATE
+        UPDATE {SCHEMA}.queues SET pending = 0 WHERE pending <> 0;
+        DELETE FROM {SCHEMA}.pending_changes;
+    END IF;
+    RETURN NULL;
+END $$""",
+    # To drop a trigger stops even readers: not for long, where one of them does not end. It costs little, and the next
+    # change of a limit tries again.
+    f"""
+CREATE FUNCTION {SCHEMA}.stop_counting() RETURNS VOID LANGUAGE plpgsql SET lock_timeout = '100ms' AS $$
+BEGIN
+    DROP TRIGGER IF EXISTS pending_insert ON {SCHEMA}.jobs;
+    DROP TRIGGER IF EXISTS pending_update ON {SCHEMA}.jobs;
+    DROP TRIGGER IF EXISTS pending_delete ON {SCHEMA}.jobs;
+    DROP TRIGGER IF EXISTS pending_truncate ON {SCHEMA}.jobs;
+EXCEPTION WHEN lock_not_available THEN
+    NULL;
+END $$""",
+]
+COUNTED = {
+    "insert": "REFERENCING NEW TABLE AS added",
+    "update": "REFERENCING OLD TABLE AS removed NEW TABLE AS added",
+    "delete": "REFERENCING OLD TABLE AS removed",
+    "truncate": "",
+}
+WAITING = "queue = name AND state = 'pending' AND assigned_to IS NULL"
+COUNT_ANEW = f"""
+UPDATE queues SET pending = CASE WHEN max_pending IS NULL THEN 0 ELSE (SELECT count(*) FROM jobs WHERE {WAITING}) END
+WHERE max_pending IS NOT NULL OR pending <> 0"""
+MISCOUNTED = f"""
+SELECT * FROM (
+    SELECT name, pending + (SELECT coalesce(sum(delta), 0) FROM pending_changes WHERE queue = name) AS counted,
+        (SELECT count(*) FROM jobs WHERE {WAITING}) AS found
+    FROM queues WHERE max_pending IS NOT NULL) both_ways
+WHERE counted <> found"""
+ROOM = f"""
+SELECT CASE WHEN max_pending IS NOT NULL THEN max_pending - {PENDING} END, max_pending
+FROM queues WHERE name = :queue"""
+IS_COUNTED = f"SELECT 1 FROM pg_trigger WHERE tgrelid = '{SCHEMA}.jobs'::regclass AND tgname = 'pending_insert'"
+# One queue at a time, so that nobody waits for the second of two with the first in hand.
+ADD_UP = f"""
+SELECT {SCHEMA}.count_pending(queue, {MANY_CHANGES}) FROM (
+    SELECT queue FROM (SELECT queue FROM pending_changes LIMIT 1000) first GROUP BY queue ORDER BY count(*) DESC LIMIT 1
+) most WHERE pg_try_advisory_xact_lock({PENDING_CLASS}, hashtext(queue))"""
+JOIN_WRITERS = "LOCK TABLE jobs IN ROW EXCLUSIVE MODE"  # before the lock of a queue, as every writer does
 
 
 def _replaced(sql: str, *pairs: tuple[str, str]) -> str:
@@ -103,16 +231,25 @@ def _replaced(sql: str, *pairs: tuple[str, str]) -> str:
 # Verbs in one statement, and so in one round trip: an enqueue that rings the bell; completions together with a claim,
 # which takes nothing while there is something to recover.
 
-ENQUEUE_AND_RING = f"{pqueue.ENQUEUE}, {RING}"
+HAS_ROOM = f"CASE WHEN max_pending IS NULL THEN true ELSE max_pending > {PENDING} END"
+ENQUEUE = _replaced(pqueue.ENQUEUE, (pqueue.HAS_ROOM, HAS_ROOM))
+ENQUEUE_AND_RING = f"{ENQUEUE}, {RING}"
+# Whether there is room is asked once, not for each payload.
 ENQUEUE_MANY = _replaced(
-    pqueue.ENQUEUE,
+    ENQUEUE,
     (":payload", "substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2)"),
     (
-        "FROM queues\n",
-        "FROM queues CROSS JOIN json_array_elements(CAST(:payloads AS json)) WITH ORDINALITY AS p (one, n)\n",
+        f"FROM queues\nWHERE name = :queue AND {HAS_ROOM}",
+        "FROM open CROSS JOIN json_array_elements(CAST(:payloads AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n",
     ),
-    ("max_pending > pending", "max_pending - :number >= pending"),
-    ("\nON CONFLICT", " ORDER BY n\nON CONFLICT"),
+    (
+        "\nINSERT",
+        f"""
+WITH open AS MATERIALIZED (
+    SELECT name FROM queues
+    WHERE name = :queue AND {HAS_ROOM.replace("max_pending >", "max_pending - :number >=")})
+INSERT""",
+    ),
 )
 COMPLETE_MANY = _replaced(
     f"{pqueue.COMPLETE} RETURNING jobs.id",
@@ -135,7 +272,8 @@ CLAIM_IN_TIME = _replaced(
 KEEP = f"SELECT 1 FROM jobs WHERE id = :id AND state IN {pqueue.UNFINISHED} FOR SHARE"
 TAKE = f"""
 WITH taken AS ({CLAIM_IN_TIME})
-SELECT set_config('synchronous_commit', 'off', true), taken.* FROM (SELECT) one LEFT JOIN taken ON true"""
+SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN current_setting('synchronous_commit')
+    ELSE 'off' END, true), taken.* FROM (SELECT) one LEFT JOIN taken ON true"""
 EXCHANGE = f"""
 WITH done AS ({COMPLETE_MANY}), taken AS ({CLAIM_IN_TIME})
 SELECT CASE WHEN (SELECT count(*) FROM done) < :number THEN ARRAY(SELECT id FROM done) END, taken.*
@@ -151,6 +289,7 @@ def translated(sql: str) -> tuple[bytes, list[str]]:
 
 
 def _in_dialect(sql: str) -> str:
+    sql = ROOM if sql == pqueue.ROOM else sql.replace(pqueue.HAS_ROOM, HAS_ROOM)
     takes = "UPDATE jobs SET state = 'processing'" in sql or sql == pqueue.PRUNABLE
     if sql == pqueue.PROMOTE:
         sql = sql.replace("state = 'scheduled' AND id IN\n    (SELECT", "id = ANY (ARRAY(SELECT")
@@ -216,11 +355,9 @@ class PostgresSession(Session):
         if not self._begun:
             self._begun = True
             with self._queue._telling():
-                self._driver.execute("BEGIN")
+                self._driver.execute(BEGIN)
                 if self._queue.pooled:
-                    self._driver.execute(_setting(self._queue.settings, for_good=False))
-                if not self.durable:
-                    self._driver.execute("SET LOCAL synchronous_commit = off")
+                    self._driver.execute(self._queue.settings_of_transaction)
 
     def _execute(self, sql: str, params: Params) -> psycopg.Cursor[Any]:
         text, names = translated(sql)
@@ -269,6 +406,8 @@ class PostgresSession(Session):
         if self._driver.pgconn.transaction_status == TransactionStatus.INERROR:
             raise QueueError("cannot commit: a statement of the transaction failed")
         with self._queue._telling(), self._driver.pipeline():
+            if not self.durable:
+                self._driver.execute("SET LOCAL synchronous_commit = off")
             if self.ring:
                 self._driver.execute(f"NOTIFY {CHANNEL}")
             self._driver.execute("COMMIT")
@@ -307,24 +446,32 @@ class Line:
     def __init__(self, queue: OnPostgres) -> None:
         self._queue = queue
         self._changed = threading.Condition()
+        self._connecting = threading.Lock()  # held while the connection or the numbers change
         self._rings = 0
         self._numbers: set[int] = set()  # of the locks to hold
         self._connection: psycopg.Connection[Any] | None = None
         self._over = False
-        self._cut_at = -math.inf  # monotonic seconds
+        self._cut_at = self._made_at = -math.inf  # monotonic seconds
+        self._is_new = False  # the connection is, and it has not been told yet that the consumers live
         self.carries = True  # False: a pooler in between passes on no NOTIFY, and keeps no lock
-        self._thread = threading.Thread(target=self._listen, name="pqueue-line", daemon=True)
+        self._thread = threading.Thread()
 
     def start(self) -> None:
         self.carries = not self._queue.pooled and self._hears_itself()
         if self.carries:
-            self._thread.start()
+            self.keep_listening()
         else:
             log.warning(
                 "%s passes on no NOTIFY: consumers look every %g s, leases alone tell who died",
                 self._queue.name,
                 pqueue.WAIT_SECONDS,
             )
+
+    def keep_listening(self) -> None:
+        """Start the listener, also if it has ended though it should not have: without it the consumers would die."""
+        if self.carries and not self._over and not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._listen, name="pqueue-line", daemon=True)
+            self._thread.start()
 
     def _hears_itself(self) -> bool:
         heard: list[psycopg.Notify] = []
@@ -338,20 +485,22 @@ class Line:
 
     def hold(self, number: int) -> None:
         """Take a lock, now and after each new connection."""
-        self._numbers.add(number)
-        self._do("SELECT pg_advisory_lock_shared(%s::int, %s::int)", number)
+        with self._connecting:
+            self._numbers.add(number)
+            self._do("SELECT pg_advisory_lock_shared(%s::int, %s::int)", number)
+        self._ring()
 
     def let_go(self, number: int) -> None:
-        self._numbers.discard(number)
-        self._do("SELECT pg_advisory_unlock_shared(%s::int, %s::int)", number)
+        with self._connecting:
+            self._numbers.discard(number)
+            self._do("SELECT pg_advisory_unlock_shared(%s::int, %s::int)", number)
+        self._ring()  # for what rang meanwhile
 
     def _do(self, sql: str, number: int) -> None:
-        """Execute it, unless the connection is lost: the listener makes a new one. What rang meanwhile is passed on."""
-        connection = self._connection
-        if connection is not None:
+        """Execute it, unless the connection is lost: the listener makes a new one."""
+        if self._connection is not None:
             with suppress(psycopg.Error):
-                connection.execute(sql, (LOCK_CLASS, number))
-        self._ring()
+                self._connection.execute(sql, (LOCK_CLASS, number))
 
     def wait(self, seconds: float, due_in: Callable[[], float]) -> bool:
         with self._changed:
@@ -372,6 +521,7 @@ class Line:
             connection = self._queue._connect_raw()
             undo.callback(connection.close)
             connection.execute(_setting(_bearing(CUT_OFF_MILLISECONDS, CUT_OFF), for_good=True))
+            connection.execute(NOT_ENDED)
             for number in list(self._numbers):
                 connection.execute("SELECT pg_advisory_lock_shared(%s::int, %s::int)", (LOCK_CLASS, number))
             connection.execute(LISTEN)
@@ -385,20 +535,39 @@ class Line:
     def _listen(self) -> None:
         while not self._over:
             try:
-                if self._connection is None:
-                    self._connection = self._connect()
-                    self._queue._revive()
-                self._hear(self._connection)
-            except (psycopg.Error, QueueError, OSError):
-                self._cut_at = time.monotonic()
-                connection, self._connection = self._connection, None
-                if connection is not None:
-                    with suppress(psycopg.Error):
-                        connection.close()
-                time.sleep(RETRY_SECONDS)
+                self._hear(self._connection or self._reconnect())
+            except Exception as error:
+                self._lose(error)
+
+    def _reconnect(self) -> psycopg.Connection[Any]:
+        with self._connecting:
+            self._connection = self._connect()
+            self._is_new, self._made_at = True, time.monotonic()
+        return self._connection
+
+    def _lose(self, error: Exception) -> None:
+        """Let go of a connection that failed; the next one is made at once, unless this one never worked."""
+        with self._connecting:
+            lost, self._connection = self._connection, None
+        self._cut_at = time.monotonic()
+        if not isinstance(error, (psycopg.Error, QueueError, OSError)):
+            log.error("%s: the listener failed and connects again: %r", self._queue.name, error)
+        if lost is None:
+            time.sleep(RETRY_SECONDS)
+            return
+        with suppress(Exception):
+            lost.close()
+        if self._cut_at - self._made_at < RETRY_SECONDS:
+            time.sleep(PAUSE_SECONDS)
 
     def _hear(self, connection: psycopg.Connection[Any]) -> None:
-        if select.select([connection.fileno()], [], [], 1.0)[0] and any(True for _ in connection.notifies(timeout=0)):
+        if self._is_new:
+            with suppress(QueueError):  # else it tries again in a second
+                self._queue._revive()
+                self._is_new = False
+        said = select.poll()
+        said.register(connection.fileno(), select.POLLIN)
+        if said.poll(1000) and any(True for _ in connection.notifies(timeout=0)):
             self._ring()
 
     def _ring(self) -> None:
@@ -506,10 +675,11 @@ class OnPostgres(PersistentQSQLAlchemy):
             raise ValueError(f"expected a durability of full or normal, got {durability!r}")
         self.durability, self._busy_seconds = durability, busy_seconds
         self._milliseconds = int(busy_seconds * 1000)
-        self.settings: dict[str, object] = {"search_path": f"{SCHEMA},public", "lock_timeout": self._milliseconds}
-        self.settings |= {"plan_cache_mode": "force_generic_plan", **dict.fromkeys(PLANNER, "off")}
-        if durability == "normal":
-            self.settings["synchronous_commit"] = "off"
+        settings = {**NEEDED, "lock_timeout": self._milliseconds}
+        synced = SYNCED if durability == "full" else "set_config('synchronous_commit', 'off', {})"
+        bearing = settings | _bearing(self._milliseconds, KEEPALIVES)
+        self.settings_of_session = f"{_setting(bearing, for_good=True)}, {synced.format(False)}"
+        self.settings_of_transaction = f"{_setting(settings, for_good=False)}, {synced.format(True)}"
         self._conninfo = _conninfo(url)
         self.name = f"{self._conninfo.get('host', 'localhost')}/{self._conninfo.get('dbname', '')}"
         self._sessions: weakref.WeakSet[PostgresSession] = weakref.WeakSet()
@@ -524,7 +694,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         self._line: Line | None = None
         self._starting = threading.Lock()
         self._clock = (-CLOCK_SECONDS, 0.0)  # when it was asked, and how far it is ahead, in monotonic seconds
-        self._living: tuple[float, set[int] | None] = (0.0, None)
+        self._forget_looks()
         self._closed = False
         self.pooled = False  # a pooler in between lends a process of the server for a transaction, without our settings
         try:
@@ -534,17 +704,21 @@ class OnPostgres(PersistentQSQLAlchemy):
             raise
         _queues.add(self)
 
+    def _forget_looks(self) -> None:
+        self._looked_at, self._living = -math.inf, cast("set[int] | None", None)  # monotonic seconds, who lived then
+        self._missing: dict[int, float] = {}  # whose lock was not there, and since which look, monotonic seconds
+
     # Opening
 
     def _connect_raw(self) -> psycopg.Connection[Any]:
         arguments = {"application_name": "pqueue", "connect_timeout": max(1, int(self._busy_seconds)), **KEEPALIVES}
         arguments["tcp_user_timeout"] = self._milliseconds  # a link that is cut without a word is noticed, too
-        connection = psycopg.connect(autocommit=True, **{**arguments, **self._conninfo})
+        connection = psycopg.connect(autocommit=True, **{**arguments, **self._conninfo, "client_encoding": "UTF8"})
         connection.adapters.register_dumper(int, Int8Dumper)  # one type whatever the value: one prepared statement
         self.pooled = connection.execute("SELECT pg_backend_pid()").fetchone() != (connection.info.backend_pid,)
         connection.prepare_threshold = None if self.pooled else 3
         if not self.pooled:
-            connection.execute(_setting(self.settings | _bearing(self._milliseconds, KEEPALIVES), for_good=True))
+            connection.execute(self.settings_of_session)
         return connection
 
     def _prepare(self, create: bool) -> None:
@@ -575,6 +749,8 @@ class OnPostgres(PersistentQSQLAlchemy):
             for migration in islice(pqueue.MIGRATIONS, done[0][0] if done else 0, None):
                 for statement in migration:
                     self._define(tx, statement)
+            for statement in () if done else COUNTING:
+                tx.change(statement)
             tx.change(f"DELETE FROM {SCHEMA}.version")
             tx.change(f"INSERT INTO {SCHEMA}.version VALUES (:number)", {"number": len(pqueue.MIGRATIONS)})
 
@@ -604,7 +780,9 @@ class OnPostgres(PersistentQSQLAlchemy):
         if state == "53100":
             return QueueFull(f"cannot write to {self.name}: its disk is full")
         if state in ("25006",):
-            return QueueError(f"cannot write to {self.name}: it is a read-only standby")
+            return QueueError(
+                f"cannot write to {self.name}: it is a read-only standby, or its default_transaction_read_only is on"
+            )
         if state.startswith("28") or "authentication failed" in text or "no password" in text:
             return QueueError(f"cannot open {self.name}: user or password refused")
         if state in ("3D000", "42501") or re.search('(database|role) ".*" does not exist', text):
@@ -664,12 +842,16 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     def _add_many(self, row: Params) -> list[int]:
         rows = [] if self.in_transaction else self._write().alone(f"{ENQUEUE_MANY}, {RING}", row)
-        return sorted(row[0] for row in rows) if rows else super()._add_many(row)
+        if rows:
+            return sorted(row[0] for row in rows)
+        with self._write() as tx:
+            tx.change(JOIN_WRITERS)
+            return super()._add_many(row)
 
     def _insert_many(self, tx: Session, row: Params) -> list[int]:
         rows = tx.run(ENQUEUE_MANY, row)
         if len(rows) < row["number"]:
-            raise QueueFull(f"cannot enqueue: others filled queue {row['queue']!r} at the same moment")
+            raise QueueBusy(f"cannot enqueue: queue {row['queue']!r} was changed at the same moment")
         return sorted(row[0] for row in rows)
 
     def resubmit(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
@@ -678,6 +860,27 @@ class OnPostgres(PersistentQSQLAlchemy):
             super().resubmit(job_id, by=by, now=now)
         except KeyTaken:
             super().resubmit(job_id, by=by, now=now)
+
+    def limit(self, queue: str, max_pending: int | None) -> None:
+        """As everywhere. It and transactions that write jobs wait for each other: it counts what is pending."""
+        with self._write() as tx:
+            self._lock_out_writers(tx)
+            super().limit(queue, max_pending)
+
+    def _count_pending(self, tx: Session, queues: Iterable[str]) -> None:  # noqa: ARG002 - of all, as that mends all
+        """Count with no writer under way, and let the triggers be there while a queue has a limit."""
+        tx.change(COUNT_ANEW)
+        tx.change("DELETE FROM pending_changes")
+        is_limited, is_counted = tx.run(pqueue.LIMITED), tx.run(IS_COUNTED)
+        if is_counted and not is_limited:
+            tx.run(f"SELECT CAST({SCHEMA}.stop_counting() AS text)")
+        for verb, tables in COUNTED.items() if is_limited and not is_counted else ():
+            tx.change(
+                f"CREATE TRIGGER pending_{verb} AFTER {verb} ON {SCHEMA}.jobs {tables} "
+                f"FOR EACH STATEMENT EXECUTE FUNCTION {SCHEMA}.note_pending()"
+            )
+            # also where the session has session_replication_role = replica
+            tx.change(f"ALTER TABLE {SCHEMA}.jobs ENABLE ALWAYS TRIGGER pending_{verb}")
 
     def pause(self, queue: str) -> None:
         """As everywhere. Claims that began before, and did not see it, have ended when it returns."""
@@ -700,6 +903,10 @@ class OnPostgres(PersistentQSQLAlchemy):
         settled = sorted(settled, key=lambda done: done[0].id)  # whoever locks several jobs does it in this order
         tokens = {job.id: job.lease_token for job, _ in settled}
         looks = time.monotonic() - self._looked_for_dead >= pqueue.DEAD_CHECK_SECONDS
+        if looks and not self.in_transaction:
+            self._open_line()  # whose listener must live
+            with self._write(durable=False) as tx:
+                tx.run(ADD_UP)
         if limit == 0 or looks or self.in_transaction or len(tokens) < len(settled):
             return super()._exchange(settled, me, limit, queues, lease_seconds, now)
         now = self._time(now)
@@ -725,6 +932,7 @@ class OnPostgres(PersistentQSQLAlchemy):
                     line.close()
                     raise
                 self._line = line
+            self._line.keep_listening()
             return self._line
 
     def _take_slot(self) -> Place | None:
@@ -736,23 +944,30 @@ class OnPostgres(PersistentQSQLAlchemy):
         return Place(line, number)
 
     def _is_alive(self, slot: int | None) -> bool:
+        """Return False when its lock was missing each time in the last `GRACE_SECONDS`: it may have lost its session
+        alone, and be connecting again."""
         if slot is None:
             return True
-        at, living = self._living
-        unknown = living is not None and slot not in living  # perhaps taken since
-        if unknown or time.monotonic() - at > pqueue.DEAD_CHECK_SECONDS / 2:
-            started = float(self._read(UPTIME, {})[0][0])
-            rows = self._read(ALIVE)
-            recently = started < RESTART_SECONDS or (self._line and self._line.was_cut())
-            living = None if recently else {int(row[0]) for row in rows}
-            self._living = (time.monotonic(), living)
-        return living is None or slot in living
+        if time.monotonic() - self._looked_at > pqueue.DEAD_CHECK_SECONDS / 2:
+            self._look()
+        if self._living is None or slot in self._living:
+            return True
+        return self._looked_at - self._missing.setdefault(slot, self._looked_at) < GRACE_SECONDS
+
+    def _look(self) -> None:
+        """See which consumers live (None: that cannot be told now), and forget who was missing and is back."""
+        started = float(self._read(UPTIME, {})[0][0])
+        living = {int(row[0]) for row in self._read(ALIVE)}
+        recently = started < RESTART_SECONDS or (self._line and self._line.was_cut())
+        self._missing = {} if recently else {slot: at for slot, at in self._missing.items() if slot not in living}
+        self._looked_at, self._living = time.monotonic(), None if recently else living
 
     def _revive(self) -> None:
         """After a lost connection others may have taken our consumers for dead: they live."""
         for me in list(self._registry.values()):
+            params = {"token": me.token, "now": self._time(None)}
             with self._write(durable=False) as tx:
-                tx.change("UPDATE consumers SET state = 'running' WHERE token = :token", {"token": me.token})
+                tx.change("UPDATE consumers SET state = 'running', last_seen_at = :now WHERE token = :token", params)
 
     def _sleep(self, me: pqueue.Registration, seconds: float, due_in: Callable[[], float]) -> bool:  # noqa: ARG002
         def due_at_first() -> float:  # when it is due again, it is not to be had: somebody's transaction has locked it
@@ -801,6 +1016,7 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     def check(self, *, thorough: bool = True) -> dict[str, Any]:
         expected: dict[str, Any] = {"fsync": "on", "full_page_writes": "on", "transaction_read_only": "off"}
+        expected |= {"server_encoding": "UTF8", "transaction_isolation": "read committed"}
         if self.durability == "full":
             expected["synchronous_commit"] = "on"
         facts: dict[str, Any] = {"path": self.name, "durability": self.durability, "user_version": self._version()}
@@ -809,15 +1025,30 @@ class OnPostgres(PersistentQSQLAlchemy):
         if thorough:
             facts["file_bytes"] = self._read("SELECT pg_database_size(current_database())")[0][0]
         expected["user_version"] = len(pqueue.MIGRATIONS)
+        if facts["synchronous_commit"] != "off":  # this server's disk has it; the rest is about standbys
+            expected.pop("synchronous_commit", None)
         facts["problems"] = [
             f"expected {name} {value}, got {facts[name]}" for name, value in expected.items() if facts[name] != value
         ]
+        facts["problems"] += self._limits_in_the_way()
+        for name, counted, found in self._read(MISCOUNTED) if thorough else ():
+            facts["problems"].append(
+                f"expected {found} pending jobs of queue {name!r}, counted {counted}: limit it anew"
+            )
         return facts
+
+    def _limits_in_the_way(self) -> list[str]:
+        """Return what is wrong with the limits that the server, the database or the role sets for a session."""
+        most = self._milliseconds
+        return [
+            f"expected {name} 0 or above {most} ms, got {value} ms"
+            for name, value in self._read(TIME_LIMITS)
+            if 0 < int(value) <= most
+        ]
 
     def close(self) -> None:
         if self._registry and not self._closed:
-            with suppress(QueueBusy):
-                self._leave(list(self._registry.values()))
+            self._take_leave()
         if self._line is not None:
             self._line.close()
         for session in list(self._sessions):
@@ -826,6 +1057,18 @@ class OnPostgres(PersistentQSQLAlchemy):
         self._local = threading.local()
         self._line = None
         self._closed = True
+
+    def _take_leave(self) -> None:
+        """Return the jobs of our consumers; again, if a connection was lost or a transaction of ours held one."""
+        if self.in_transaction:
+            self._local.session.close()
+            self._local = threading.local()
+        for _ in range(2):
+            with suppress(QueueError):
+                self._leave(list(self._registry.values()))
+                return
+            for session in list(self._sessions):
+                session.close()
 
     def _after_fork(self) -> None:
         """Reconnect in the child: the sockets belong to the parent."""
@@ -836,6 +1079,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         _inherited.append(self._line)
         self._sessions, self._local = weakref.WeakSet(), threading.local()
         self._line, self._starting = None, threading.Lock()
+        self._forget_looks()
 
 
 def _bearing(milliseconds: int, keepalives: dict[str, int]) -> dict[str, object]:

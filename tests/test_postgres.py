@@ -556,7 +556,7 @@ class PostgresProcesses(PostgresCase):
             self.assertEqual(child.stdout.readline(), f"{job_id}\n")
             self.assertIsNone(queue.dequeue("berta"))
             child.kill()
-            job = wait_until(lambda: queue.dequeue("berta"))
+            job = wait_until(lambda: queue.dequeue("berta"), 20)
         self.assertEqual((job.id, job.attempts), (job_id, 2))
         self.assertEqual(queue.history(job_id)[0]["event"], "died")
 
@@ -750,3 +750,567 @@ def test_processes_at_once_see_only_what_the_model_allows(database, monkeypatch,
     checker = Checker(at_once(seed, database, tmp_path, steps=150, deaths=0))
     assert [problem for problem in checker.problems() if "was passed over" not in problem] == []
     print(f"\n{checker.operations} operations")
+
+
+@pytest.fixture
+def consumers(database, monkeypatch):
+    """Two queue objects, of a consumer that has a job with one attempt and of an heir, long after the server began."""
+    monkeypatch.setattr(pqueue_sqlalchemy, "RESTART_SECONDS", 0.0)
+    with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
+        queue.enqueue("t", max_attempts=1)
+        assert other.dequeue("heir", queues=["none"]) is None
+        yield queue, other
+
+
+def line_pid(queue):
+    return queue._line._connection.info.backend_pid
+
+
+def end_session(queue, pid):
+    queue._read("SELECT pg_terminate_backend(CAST(:pid AS integer))", {"pid": pid})
+
+
+def look(queue):
+    """Dequeue in a moment at which it looks for the dead."""
+    queue._looked_for_dead = queue._looked_at = -math.inf
+    return queue.dequeue("heir")
+
+
+def test_consumer_whose_session_was_ended_keeps_its_job(consumers):
+    queue, other = consumers
+    job = queue.dequeue("anna")
+    before = line_pid(queue)
+    with mock.patch.object(queue, "_connect_raw", side_effect=QueueError("not yet")):
+        end_session(other, before)
+        wait_until(lambda: queue._line._connection is None)
+        assert [look(other) for _ in range(5)] == [None] * 5
+        assert {each["state"] for each in other.consumers()} == {"running"}
+    wait_until(lambda: queue._line._connection and line_pid(queue) != before)
+    queue.complete(job)
+
+
+def test_consumer_whose_sessions_are_ended_again_and_again_keeps_its_job(consumers):
+    queue, other = consumers
+    job = queue.dequeue("anna")
+    until = time.monotonic() + 2 * pqueue_sqlalchemy.GRACE_SECONDS
+    while time.monotonic() < until:
+        for (pid,) in other._read("SELECT pid FROM pg_stat_activity WHERE datname = current_database()"):
+            mine = {line_pid(other), other._session()._driver.info.backend_pid} if other._line._connection else {pid}
+            if pid not in mine:
+                end_session(other, pid)
+        time.sleep(0.1)
+        assert look(other) is None
+    wait_until(lambda: queue.get(job.id))
+    queue.complete(job)
+
+
+def test_consumer_whose_session_is_ended_connects_again_at_once(consumers, monkeypatch):
+    monkeypatch.setattr(pqueue_sqlalchemy, "RETRY_SECONDS", 600.0)
+    queue, other = consumers
+    queue.dequeue("anna")
+    queue._line._made_at = -math.inf
+    before = line_pid(queue)
+    end_session(other, before)
+    wait_until(lambda: queue._line._connection and line_pid(queue) != before)
+
+
+def test_consumer_whose_lock_stays_away_is_dead_after_the_grace(consumers):
+    queue, other = consumers
+    job = queue.dequeue("anna")
+    queue._line._over = True  # as the kernel does for a process that was killed
+    queue._line._thread.join()
+    queue._line._connection.close()
+    assert look(other) is None
+    (slot,) = other._missing
+    other._missing[slot] -= pqueue_sqlalchemy.GRACE_SECONDS
+    assert look(other) is None  # its row says that it was there a moment ago
+    with other.transaction() as db:
+        db.exec_driver_sql("UPDATE consumers SET last_seen_at = last_seen_at - 10")
+    look(other)
+    assert (other.get(job.id).state, other.history(job.id)[0]["event"]) == ("failed", "died")
+
+
+def test_consumer_that_is_seen_again_is_missing_anew_the_next_time(consumers):
+    queue, other = consumers
+    queue.dequeue("anna")
+    slot = queue._registry["anna"].slot.number
+    with mock.patch.object(pqueue_sqlalchemy, "ALIVE", "SELECT 1 WHERE false"):
+        look(other)
+    assert slot in other._missing
+    look(other)
+    assert slot not in other._missing
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("error", [ValueError("filedescriptor out of range"), MemoryError(), SystemExit()])
+def test_listener_that_fails_for_whatever_reason_is_there_again(consumers, error):
+    queue, other = consumers
+    queue.dequeue("anna")
+    with mock.patch.object(pqueue_sqlalchemy.Line, "_hear", side_effect=error):
+        wait_until(lambda: queue._line._connection is None or not queue._line._thread.is_alive())
+    queue._looked_for_dead = -math.inf
+    queue.dequeue("anna")
+    queue._line._thread.join(0.1)
+    assert queue._line._thread.is_alive()
+    slot = queue._registry["anna"].slot.number
+    wait_until(lambda: slot in {row[0] for row in other._read(pqueue_sqlalchemy.ALIVE)})
+    job = other.enqueue("t", queue="woken")
+    assert wait_until(lambda: queue.wait(1, consumer="anna"))
+    assert job
+
+
+def test_consumer_that_begins_while_the_line_connects_has_its_lock(consumers):
+    queue, other = consumers
+    queue.dequeue("anna")
+    connect, begun = queue._connect_raw, []
+
+    def begin_one_meanwhile():
+        connection = connect()
+        if threading.current_thread() is queue._line._thread and not begun:
+            berta = threading.Thread(target=queue.heartbeat, args=("berta",))
+            berta.start()
+            begun.append(berta)
+        return connection
+
+    with mock.patch.object(queue, "_connect_raw", begin_one_meanwhile):
+        end_session(other, line_pid(queue))
+        wait_until(lambda: begun)
+        begun[0].join()
+    slots = {me.slot.number for me in queue._registry.values()}
+    assert len(slots) == 2
+    wait_until(lambda: slots <= {row[0] for row in other._read(pqueue_sqlalchemy.ALIVE)})
+
+
+def test_copy_of_the_database_on_the_same_server_has_consumers_of_its_own(database, server, monkeypatch):
+    monkeypatch.setattr(pqueue_sqlalchemy, "RESTART_SECONDS", 0.0)
+    monkeypatch.setattr(pqueue_sqlalchemy, "GRACE_SECONDS", 0.0)
+    url = sqlalchemy.make_url(database)
+    with closing(PersistentQSQLAlchemy(database)) as queue, ExitStack() as undo:
+        job_id = queue.enqueue("t")
+        assert queue.dequeue("anna").id == job_id
+        rows = queue._read("SELECT token, slot FROM consumers")
+        with psycopg.connect(server, autocommit=True) as admin:
+            admin.execute(f"CREATE DATABASE {url.database}_copy")
+        undo.callback(drop, server, f"{url.database}_copy")
+        there = url.set(database=f"{url.database}_copy").render_as_string(hide_password=False)
+        copy = undo.enter_context(closing(PersistentQSQLAlchemy(there)))
+        queue.copy_to(copy)
+        with copy.transaction() as db:
+            db.exec_driver_sql(
+                "INSERT INTO consumers (name, token, host, pid, slot, tasks, started_at, last_seen_at, state) "
+                f"VALUES ('anna', '{rows[0][0]}', '', 1, {rows[0][1]}, '[]', 0, 0, 'running')"
+            )
+        assert {each["state"] for each in copy.consumers()} == {"dead"}
+        assert look(copy).id == job_id
+        assert look(queue) is None
+
+
+def drop(server, name):
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+DEFAULTS = {
+    "default_transaction_isolation": "serializable",
+    "default_transaction_deferrable": "on",
+    "array_nulls": "off",
+    "standard_conforming_strings": "off",
+    "row_security": "off",
+    "exit_on_error": "on",
+    "session_replication_role": "replica",
+    "synchronous_commit": "off",
+    "idle_session_timeout": "300",
+    "statement_timeout": "20000",
+    "idle_in_transaction_session_timeout": "20000",
+    "enable_indexscan": "off",
+    "datestyle": "SQL, DMY",
+    "intervalstyle": "sql_standard",
+    "timezone": "Asia/Kathmandu",
+    "bytea_output": "escape",
+    "client_encoding": "LATIN1",
+    "extra_float_digits": "-15",
+    "quote_all_identifiers": "on",
+    "transform_null_equals": "on",
+    "search_path": "pg_temp",
+    "lock_timeout": "1",
+}
+
+
+def set_defaults(server, database, values):
+    name = sqlalchemy.make_url(database).database
+    with psycopg.connect(server, autocommit=True) as admin:
+        for setting, value in values.items():
+            admin.execute(f"ALTER DATABASE {name} SET {setting} = {psycopg.sql.Literal(value).as_string(admin)}")
+
+
+class StrangeDefaultsContract(QueueContract, PostgresCase):
+    """On a database whose sessions begin with settings that would change what statements do."""
+
+    @pytest.fixture(autouse=True)
+    def _defaults(self, server, database):
+        set_defaults(server, database, DEFAULTS)
+
+    def execute(self, db, sql, **params):
+        return db.execute(sqlalchemy.text(sql), params)
+
+    def test_check_finds_nothing_that_is_in_the_way(self):
+        facts = self.queue.check()
+        self.assertEqual((facts["problems"], facts["synchronous_commit"]), ([], "on"))
+
+    def test_jobs_without_a_result_are_completed_together(self):
+        self.queue.enqueue_many("t", ["\u65e5\u672c", 1])
+        done = [(job, None) for job in self.queue.dequeue_many("w", 2)]
+        self.assertEqual(self.queue.complete_and_dequeue(done, "w", 1), ([], []))
+        self.assertEqual([job.result for job in self.queue.list_jobs()], [None, None])
+
+    def test_statements_in_a_transaction_run_at_read_committed(self):
+        with self.queue.transaction() as db:
+            self.assertEqual(self.execute(db, "SHOW transaction_isolation").scalar(), "read committed")
+
+    def test_line_outlives_a_limit_for_idle_sessions(self):
+        self.queue.dequeue("w")
+        pid = line_pid(self.queue)
+        time.sleep(0.6)  # twice the limit
+        self.assertEqual(line_pid(self.queue), pid)
+
+
+@pytest.mark.parametrize("level", ["serializable", "repeatable read"])
+def test_threads_on_a_database_of_another_isolation_meet_no_conflict(server, database, level):
+    set_defaults(server, database, {"default_transaction_isolation": level})
+    errors = []
+
+    def work(name):
+        try:
+            for number in range(40):
+                queue.enqueue("t", number)
+                if job := queue.dequeue(name):
+                    queue.complete(job)
+        except QueueError as error:
+            errors.append(error)
+
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        threads = [threading.Thread(target=work, args=(f"w{number}",)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("default_transaction_read_only", "expected transaction_read_only off, got on"),
+        ("statement_timeout", "expected statement_timeout 0 or above 5000 ms, got 900 ms"),
+    ],
+)
+def test_operator_is_told_of_a_default_that_is_left_alone(server, database, setting, problem):
+    PersistentQSQLAlchemy(database).close()
+    set_defaults(server, database, {setting: "on" if "only" in setting else "900"})
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        assert problem in queue.check()["problems"]
+
+
+# Jobs that had not begun
+
+
+def test_consumer_takes_a_last_attempt_alone_and_not_with_others(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        for most in (3, 3, 1, 1, 3, 2, 3):
+            queue.enqueue("t", max_attempts=most)
+        taken = []
+        while jobs := queue.dequeue_many("w", 100):
+            taken.append([job.max_attempts for job in jobs])
+        assert taken == [[3, 3], [1], [1], [3, 2, 3]]
+        queue.enqueue("t", max_attempts=3)
+        queue.enqueue("t", max_attempts=1)
+        for way in ("fast", "slow"):
+            queue._looked_for_dead = -math.inf if way == "slow" else math.inf
+            assert len(queue.dequeue_many("w", 100)) == 1
+
+
+@pytest.mark.parametrize("looked", [math.inf, -math.inf], ids=["in one statement", "step by step"])
+@pytest.mark.parametrize(("most", "mode"), [(1, "on"), (2, "off")])
+def test_claim_waits_for_the_disk_before_a_last_attempt(database, looked, most, mode):
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        assert queue.dequeue("w") is None
+        with queue.transaction() as db:  # which writes down how a claim is committed
+            db.exec_driver_sql("CREATE TABLE commits (mode text)")
+            db.exec_driver_sql(
+                "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+                "INSERT INTO commits VALUES (current_setting('synchronous_commit')); RETURN NULL; END $$"
+            )
+            db.exec_driver_sql(
+                "CREATE CONSTRAINT TRIGGER note AFTER UPDATE ON jobs DEFERRABLE INITIALLY DEFERRED "
+                "FOR EACH ROW EXECUTE FUNCTION note()"
+            )
+        queue.enqueue("t", max_attempts=most)
+        queue._looked_for_dead = looked
+        assert queue.dequeue("w")
+        assert queue._read("SELECT mode FROM commits") == [(mode,)]
+
+
+def test_consumers_that_close_return_their_jobs_though_the_connection_was_lost(database):
+    queue, other = PersistentQSQLAlchemy(database), PersistentQSQLAlchemy(database)
+    queue.enqueue_many("t", range(3), max_attempts=2)
+    assert len(queue.dequeue_many("anna", 3)) == 3
+    with other.transaction() as db:
+        db.execute(sqlalchemy.text(CUT))
+    queue.close()
+    assert {job.state: job.attempts for job in other.list_jobs()} == {"pending": 0}
+    assert {event["event"] for job in other.list_jobs() for event in other.history(job.id)} == {"released"}
+    assert {each["name"]: each["state"] for each in other.consumers()} == {"anna": "stopped"}
+    other.close()
+
+
+# Limits
+
+
+def counted(queue):
+    """Return how many jobs are pending in each queue that has a limit, as they were counted."""
+    found = queue._read(
+        "SELECT name, pending + (SELECT coalesce(sum(delta), 0) FROM pending_changes WHERE queue = name) "
+        "FROM queues WHERE max_pending IS NOT NULL"
+    )
+    return {name: int(number) for name, number in found}
+
+
+def found(queue):
+    return {
+        name: queue._read(f"SELECT count(*) FROM jobs WHERE {pqueue.WAITING}", {"queue": name})[0][0]
+        for name in counted(queue)
+    }
+
+
+def test_producers_at_once_fill_a_queue_to_its_limit_and_no_further(database):
+    stored, most = [], 25
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        queue.limit("default", most)
+
+        def produce(number):
+            with suppress(pqueue.QueueFull):
+                while True:
+                    if number % 2:
+                        stored.append(queue.enqueue("t"))
+                    else:
+                        with queue.transaction():
+                            stored.append(queue.enqueue_many("t", [1, 2])[0])
+
+        threads = [threading.Thread(target=produce, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert queue.stats()["states"]["pending"] in (most, most - 1)
+        with suppress(pqueue.QueueFull):
+            queue.enqueue("t")
+        assert queue.stats()["states"]["pending"] == most
+
+
+def test_count_of_a_queue_with_a_limit_is_right_after_each_verb(database):
+    chance = random.Random(7)
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        queue.enqueue_many("t", range(5))
+        queue.limit("default", 30)
+        queue.limit("second", 4)
+        now, held = queue._time(None), []
+
+        def job_id():
+            return chance.choice(queue.list_jobs(limit=1000)).id
+
+        def claim(limit):
+            held.extend(queue.dequeue_many("w", limit, now=now, lease_seconds=50))
+
+        def settle(verb):
+            job = held.pop(chance.randrange(len(held)))
+            verb(job)
+
+        def undone():
+            with queue.transaction():
+                queue.enqueue("t")
+                with suppress(ZeroDivisionError), queue.transaction():
+                    queue.enqueue_many("t", [1, 2], queue="second")
+                    raise ZeroDivisionError
+                queue.cancel(job_id())
+                raise ZeroDivisionError
+
+        def raw(sql):
+            with queue.transaction() as db:
+                db.exec_driver_sql(sql)
+
+        verbs = [
+            lambda: queue.enqueue("t", now=now),
+            lambda: queue.enqueue("t", queue="second", now=now),
+            lambda: queue.enqueue("t", key=str(chance.randrange(4)), now=now),
+            lambda: queue.enqueue("t", delay_seconds=20, now=now),
+            lambda: queue.enqueue("t", assigned_to="w", now=now),
+            lambda: queue.enqueue_many("t", range(chance.randrange(4)), queue=chance.choice(["default", "second"])),
+            lambda: claim(chance.choice([1, 5])),
+            lambda: settle(queue.complete),
+            lambda: settle(queue.release),
+            lambda: settle(lambda job: queue.fail(job, "no", retry_in_seconds=5, now=now)),
+            lambda: queue.cancel(job_id()),
+            lambda: queue.mark_failed(job_id()),
+            lambda: queue.resubmit(job_id()),
+            lambda: queue.assign(job_id(), chance.choice([None, "w"])),
+            lambda: queue.delete_jobs([job_id()]),
+            lambda: queue.prune(-100, now=now),
+            lambda: queue.limit("default", chance.choice([None, 10, 30])),
+            lambda: queue.limit("third", chance.choice([None, 3])),
+            undone,
+            lambda: raw("UPDATE jobs SET queue = 'second' WHERE id = (SELECT max(id) FROM jobs)"),
+            lambda: raw("DELETE FROM jobs WHERE id = (SELECT min(id) FROM jobs)"),
+            lambda: raw("TRUNCATE jobs") if chance.random() < 0.1 else None,
+            lambda: queue._read(pqueue_sqlalchemy.ADD_UP),
+        ]
+        done = 0
+        for _ in range(600):
+            now += chance.choice([0, 0, 10, 60])
+            queue._looked_for_dead = chance.choice([-math.inf, math.inf])
+            with suppress(QueueError, IndexError, ValueError, ZeroDivisionError):
+                chance.choice(verbs)()
+                done += 1
+            assert counted(queue) == found(queue)
+        assert done > 300
+        assert queue.check()["problems"] == []
+
+
+def test_operator_cannot_resubmit_into_a_full_queue(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        old = queue.enqueue("t")
+        queue.cancel(old)
+        queue.limit("default", 1)
+        new = queue.enqueue("t")
+        with pytest.raises(pqueue.QueueFull, match=f"cannot resubmit job {old}: queue 'default' is at its limit of 1"):
+            queue.resubmit(old)
+        queue.cancel(new)
+        queue.resubmit(old)
+        assert counted(queue) == {"default": 1}
+
+
+def test_producer_of_a_batch_that_never_fits_is_told_so(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        queue.limit("default", 3)
+        with pytest.raises(ValueError, match="expected at most 3 jobs, the limit of queue 'default', got 4"):
+            queue.enqueue_many("t", range(4))
+        assert len(queue.enqueue_many("t", range(3))) == 3
+
+
+def test_limit_that_is_set_while_jobs_are_claimed_counts_each_once(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
+        queue.enqueue_many("t", range(300))
+        worker = threading.Thread(target=lambda: [other.dequeue("w") for _ in range(250)])
+        worker.start()
+        for most in (100, None, 200, None, 50):
+            queue.limit("default", most)
+        worker.join()
+        assert counted(queue) == found(queue) == {"default": 50}
+
+
+def test_limit_waits_for_a_transaction_that_has_enqueued(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
+        queue.limit("default", 5)
+        limiting = threading.Thread(target=other.limit, args=("default", 2))
+        with queue.transaction():
+            queue.enqueue("t")
+            limiting.start()
+            wait_until(lambda: other._sessions and locks_waited_for(database))
+            queue.enqueue("t")
+        limiting.join()
+        assert counted(queue) == {"default": 2}
+        with pytest.raises(pqueue.QueueFull):
+            other.enqueue("t")
+
+
+def locks_waited_for(database):
+    with psycopg.connect(database) as watcher:
+        return watcher.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone()[0]
+
+
+def test_consumer_does_not_wait_for_a_transaction_that_has_enqueued(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
+        queue.limit("default", 1000)
+        queue.enqueue_many("t", range(200))
+        with queue.transaction():
+            queue.enqueue("t")
+            for _ in range(100):
+                other._looked_for_dead = -math.inf
+                job = other.dequeue("w")
+                other.release(job)
+                other.cancel(job.id)
+        assert counted(queue) == found(queue) == {"default": 101}
+
+
+def test_changes_are_added_up_by_a_consumer(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        queue.enqueue_many("t", range(100))
+        queue.limit("default", 1000)
+        for _ in range(pqueue_sqlalchemy.MANY_CHANGES):
+            queue._looked_for_dead = math.inf
+            queue.dequeue("w")
+        assert queue._read("SELECT count(*) FROM pending_changes")[0][0] == pqueue_sqlalchemy.MANY_CHANGES
+        queue._looked_for_dead = -math.inf
+        queue.dequeue("w")
+        assert queue._read("SELECT count(*) FROM pending_changes")[0][0] == 1
+        assert counted(queue) == found(queue)
+
+
+def test_triggers_are_there_only_while_a_queue_has_a_limit(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        triggers = "SELECT count(*) FROM pg_trigger WHERE tgrelid = 'jobs'::regclass"
+        queue.limit("a", 5)
+        queue.limit("b", 5)
+        queue.limit("a", None)
+        assert queue._read(triggers)[0][0] == len(pqueue_sqlalchemy.COUNTED)
+        with psycopg.connect(database) as reader:
+            reader.execute("SELECT count(*) FROM pqueue.jobs")
+            queue.limit("b", None)  # does not wait for a reader that does not end
+        queue.limit("b", None)
+        assert queue._read(triggers)[0][0] == 0
+
+
+def test_operator_is_told_of_a_count_that_is_wrong_and_how_to_mend_it(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        queue.limit("default", 9)
+        queue.enqueue("t")
+        with queue.transaction() as db:
+            db.exec_driver_sql("UPDATE queues SET pending = 7")
+        assert queue.check()["problems"] == ["expected 1 pending jobs of queue 'default', counted 8: limit it anew"]
+        queue.limit("default", 9)
+        assert queue.check()["problems"] == []
+
+
+def test_copy_of_a_queue_with_a_limit_is_counted(place, database):
+    queue, target = place.queue(), PersistentQSQLAlchemy(database)
+    queue.enqueue_many("t", range(10))
+    queue.limit("default", 12)
+    target.limit("old", 3)
+    queue.copy_to(target)
+    assert counted(target) == found(target) == {"default": 10}
+    target.enqueue_many("t", range(2))
+    with pytest.raises(pqueue.QueueFull):
+        target.enqueue("t")
+    target.close()
+
+
+def test_role_that_may_only_insert_enqueues_into_a_queue_with_a_limit(database, server):
+    role = f"producer_{uuid.uuid4().hex[:8]}"
+    with closing(PersistentQSQLAlchemy(database)) as queue, ExitStack() as undo:
+        queue.limit("default", 2)
+        with queue.transaction() as db:
+            db.exec_driver_sql(f"CREATE ROLE {role} LOGIN")
+            db.exec_driver_sql(f"GRANT USAGE ON SCHEMA pqueue TO {role}")
+            db.exec_driver_sql(f"GRANT SELECT ON ALL TABLES IN SCHEMA pqueue TO {role}")
+            db.exec_driver_sql(f"GRANT INSERT ON jobs, queues TO {role}")
+        undo.callback(drop_role, database, role)
+        url = sqlalchemy.make_url(database).set(username=role).render_as_string(hide_password=False)
+        with closing(PersistentQSQLAlchemy(url)) as weak:
+            weak.enqueue_many("t", range(2))
+            with pytest.raises(pqueue.QueueFull):
+                weak.enqueue("t")
+
+
+def drop_role(database, role):
+    with psycopg.connect(database, autocommit=True) as admin:
+        admin.execute(f"DROP OWNED BY {role}")
+        admin.execute(f"DROP ROLE {role}")
