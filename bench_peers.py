@@ -413,8 +413,8 @@ def workers(peer: Any, number: int, step: str = "work") -> Iterator[Callable[[],
     """Run workers, let them begin together, and yield how to read what each has noted; kill them in the end."""
     kind, place = type(peer), (str(peer.folder), peer.durability)
     module = kind.__module__ if kind.__module__ != "__main__" else "bench"
-    start = f"import endings; endings.end_at_once(); import bench_peers, {module}"
-    code = f"{start}; bench_peers.work({module}.{kind.__name__}, *{place!r}, {step!r})"
+    imports = f"import endings; endings.end_at_once(); import bench_peers, {module}"
+    code = f"{imports}; bench_peers.work({module}.{kind.__name__}, *{place!r}, {step!r})"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent)}
     with (peer.folder / "gate").open("w") as gate:
         fcntl.flock(gate, fcntl.LOCK_EX)

@@ -308,6 +308,9 @@ def _in_dialect(sql: str) -> str:
     return sql
 
 
+REVIVE = "UPDATE consumers SET state = 'running', last_seen_at = :now WHERE token = :token AND state <> 'stopped'"
+
+
 class KeyTaken(QueueBusy):
     """Another transaction, which could not be seen yet, gave the key to an unfinished job."""
 
@@ -967,7 +970,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         for me in list(self._registry.values()):
             params = {"token": me.token, "now": self._time(None)}
             with self._write(durable=False) as tx:
-                tx.change("UPDATE consumers SET state = 'running', last_seen_at = :now WHERE token = :token", params)
+                tx.change(REVIVE, params)
 
     def _sleep(self, me: pqueue.Registration, seconds: float, due_in: Callable[[], float]) -> bool:  # noqa: ARG002
         def due_at_first() -> float:  # when it is due again, it is not to be had: somebody's transaction has locked it

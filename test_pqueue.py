@@ -561,7 +561,9 @@ class QueueContract:
     def test_copy_counts_the_pending_jobs_of_limited_queues(self):
         self.queue.limit("default", 3)
         self.queue.enqueue_many("t", range(3))
-        target = pqueue.PersistentQSQLite(self.folder / "copy.db")
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        target = pqueue.PersistentQSQLite(Path(folder.name) / "copy.db")
         self.addCleanup(target.close)
         self.queue.copy_to(target)
         with self.assertRaises(QueueFull):
