@@ -134,10 +134,15 @@ class System:
         """Write the shipped configuration with our tasks and writers in it, and the plain dashboard."""
         config = configparser.RawConfigParser(delimiters="=", comment_prefixes=";")
         config.read(ROOT / "supervisord.conf")
-        config["program:producer"]["command"] += " --interval 0.3"
-        config["program:consumer"]["command"] += f" --import attack_work --lease-seconds {LEASE_SECONDS}"
-        ops = config["program:ops"]["command"].replace("command -v streamlit", "false")
-        config["program:ops"]["command"] = ops.replace("python3 ops.py", f"python3 ops.py --port {self.port}")
+        for old, new in {
+            "python3 producer.py": "python3 producer.py --interval 0.3",
+            "python3 consumer.py": f"python3 consumer.py --import attack_work --lease-seconds {LEASE_SECONDS}",
+            "python3 ops.py": f"python3 ops.py --port {self.port}",
+            "command -v streamlit": "false",
+        }.items():
+            changed = [name for name in config if old in config[name].get("command", "")]
+            assert len(changed) == 1, f"expected one program with {old}, got {changed}"
+            config[changed[0]]["command"] = config[changed[0]]["command"].replace(old, new)
         config["program:writer"] = {
             **config["program:producer"],
             "command": "python3 attack_work.py write",
