@@ -1975,32 +1975,39 @@ class BellLock:
         began = time.monotonic()
         while True:
             self._shared[self.WAITING_SINCE + kind] = began
+            seconds = HANDOVER_SECONDS if self._is_reserved() else POLL_SECONDS  # before the try: it may end meanwhile
             acquired, left = self.try_acquire(kind), until - time.monotonic()
             if acquired or left <= 0 or self._held_seconds() >= TURN_SECONDS:
                 self._shared[self.WAITING_SINCE + kind] = 0.0
                 return acquired
-            seconds = HANDOVER_SECONDS if self._is_reserved() else POLL_SECONDS
-            _hear(self._bells[kind], min(left, seconds), in_line=True)
+            _hear(self._bells[kind], min(left, seconds), in_line=len(self._bells) == 1)
 
     def release(self, kind: int = 0) -> None:
         """Release it, if it is held, and wake up a waiter."""
         shared = self._shared
         if shared[self.HELD_SINCE] == self._held_since:
+            if (heir := self._heir(kind)) is not None:
+                self._reserve(heir)  # now, as nobody else can
             shared[self.HELD_SINCE] = 0.0
         fcntl.flock(self._file, fcntl.LOCK_UN)
-        for other in self._order[kind]:
-            if began := shared[self.WAITING_SINCE + other]:
-                shared[self.WAITING_SINCE + other] = 0.0
-                self._reserve(other, min(began, self._turn_began))
-                _ring(self._bells[other])
-                return
-        if len(self._bells) == 1:  # there may be others: one of them cleared the time when it was through
+        heir = self._heir(kind)  # it may have come meanwhile
+        if heir is not None:
+            shared[self.WAITING_SINCE + heir] = 0.0
+            _ring(self._bells[heir])
+        elif len(self._bells) == 1:  # there may be others: one of them cleared the time when it was through
             _ring(self._bells[0])
 
-    def _reserve(self, kind: int, since: float) -> None:
-        now = time.monotonic()
+    def _reserve(self, kind: int) -> None:
+        now, since = time.monotonic(), min(self._shared[self.WAITING_SINCE + kind], self._turn_began)
         if now - since >= OVERTAKE_SECONDS:
             self._shared[self.RESERVED_FOR], self._shared[self.RESERVED_UNTIL] = kind, now + HANDOVER_SECONDS
+
+    def _heir(self, kind: int) -> int | None:
+        """Return the kind of waiter that comes next, when one of this kind releases it."""
+        for other in self._order[kind]:
+            if self._shared[self.WAITING_SINCE + other]:
+                return other
+        return None
 
     def _is_reserved(self) -> bool:
         return 0 < self._shared[self.RESERVED_UNTIL] - time.monotonic() <= HANDOVER_SECONDS
