@@ -78,11 +78,9 @@ class Result:
 COMMANDS: dict[str, Command] = {}
 
 
-def command(
-    name: str, *parameters: Parameter, opens: bool = True, creates: bool = False
-) -> Callable[[Callable[..., Result]], Any]:
+def command(name: str, *parameters: Parameter, opens: bool = True) -> Callable[[Callable[..., Result]], Any]:
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
-        COMMANDS[name] = Command(name, function, (*parameters, JSON), opens, creates)
+        COMMANDS[name] = Command(name, function, (*parameters, JSON), opens)
         return function
 
     return register
@@ -202,7 +200,6 @@ def stats(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     Parameter("--max-attempts", "deliveries before it is failed", whole(1), metavar="N"),
     Parameter("--key", "at most one unfinished job of the queue has it", metavar="KEY"),
     Parameter("--assign-to", "only this consumer may run it", metavar="CONSUMER"),
-    creates=True,
 )
 def enqueue(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     """Enqueue a job and print its number."""
@@ -635,7 +632,7 @@ def run(entry: Command, options: argparse.Namespace) -> int:
     """Run the command and show its result; return the exit code."""
     if not entry.opens:
         return _show(entry.function(None, options), options)
-    queue = pqueue.open_queue(create=entry.creates)
+    queue = pqueue.open_queue(create=False)
     try:
         with _damage_told(queue):
             return _show(entry.function(queue, options), options)

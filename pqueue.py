@@ -2170,7 +2170,7 @@ class PersistentQSQLite(PersistentQInterface):
                 tx.expect_depth(depth)
 
     def backup(self, path: str | os.PathLike[str]) -> None:
-        target = Path(path).absolute()
+        target = file_path(path)
         part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
         try:
             _create(part)
@@ -2270,7 +2270,7 @@ class PersistentQSQLite(PersistentQInterface):
 
 def _real(path: str | os.PathLike[str]) -> Path:
     try:
-        return Path(path).resolve()
+        return file_path(path).resolve()
     except (OSError, RuntimeError) as error:  # a loop of links
         raise QueueError(f"cannot open {path}: {error}") from error
 
@@ -2354,15 +2354,17 @@ def _unescape(mount_point: bytes) -> str:
     return os.fsdecode(mount_point.decode("unicode_escape").encode("latin-1"))
 
 
-def open_queue(url: str | None = None, *, create: bool = True, durability: str | None = None) -> PersistentQInterface:
+def open_queue(
+    url: str | os.PathLike[str] | None = None, *, create: bool = True, durability: str | None = None
+) -> PersistentQInterface:
     """Open the queue at a path, sqlite:///PATH or postgresql://…; None: $PQUEUE_URL, else var/queue.db.
 
     The durability is by default $PQUEUE_DURABILITY, else "full". Without `create`, raise QueueError where none is.
+    Raises ValueError for what names neither a file nor a server, such as ":memory:".
     """
-    url = url or os.environ.get("PQUEUE_URL") or DEFAULT_URL
     durability = durability or os.environ.get("PQUEUE_DURABILITY") or "full"
-    if url.startswith(("postgresql:", "postgresql+", "postgres:")):
-        return _on_postgres(url, create, durability)
+    if is_postgres(url):
+        return _on_postgres(_url(url), create, durability)
     return PersistentQSQLite(sqlite_path(url), create=create, durability=durability)
 
 
@@ -2374,11 +2376,43 @@ def _on_postgres(url: str, create: bool, durability: str) -> PersistentQInterfac
     return OnPostgres(url, create=create, durability=durability)
 
 
-def sqlite_path(url: str | None = None) -> Path:
+def is_postgres(url: str | os.PathLike[str] | None = None) -> bool:
+    """Return whether this URL, by default that of `open_queue`, names a PostgreSQL server. Raises ValueError."""
+    return _url(url).startswith(("postgresql:", "postgresql+", "postgres:"))
+
+
+def sqlite_path(url: str | os.PathLike[str] | None = None) -> Path:
     """Return the absolute path that this URL, by default that of `open_queue`, names. Raises ValueError."""
-    url = url or os.environ.get("PQUEUE_URL") or DEFAULT_URL
-    scheme, separator, rest = url.partition("://")
+    text = _url(url)
+    scheme, separator, rest = text.partition("://")
     if separator and scheme != "sqlite":
         server = "" if scheme.startswith("postgres") else ", or postgresql://… for a server"
         raise ValueError(f"expected a path or sqlite:///PATH{server}, got {scheme}://…")
-    return Path(rest.removeprefix("/") if separator else url).absolute()
+    if separator and (rest in ("", "/") or "?" in rest):
+        raise ValueError(
+            f"expected sqlite:///PATH, without options, got {'one with options' if '?' in rest else 'none'}"
+        )
+    return file_path(rest.removeprefix("/") if separator else text)
+
+
+def _url(url: str | os.PathLike[str] | None) -> str:
+    text = os.fspath(url) if isinstance(url, os.PathLike) else url
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"expected a path or a URL as str or Path, got {_short(url)}")
+    return text or os.environ.get("PQUEUE_URL") or DEFAULT_URL
+
+
+def file_path(path: str | os.PathLike[str]) -> Path:
+    """Return the path, absolute. Raises ValueError for what would make a file of a name that nobody meant."""
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str):
+        raise ValueError(f"expected a path as str or Path, got {_short(path)}")
+    if text == ":memory:":
+        raise ValueError(
+            "expected a path, got ':memory:': a queue is a file; for a test, use one in a temporary folder"
+        )
+    if text.startswith("~"):
+        raise ValueError("expected a path without ~, got ~…: write it out, or use os.path.expanduser")
+    if text.lower().startswith(("file:", "sqlite:")):
+        raise ValueError(f"expected a path or sqlite:///PATH, got {text.partition(':')[0]}:…")
+    return Path(text).absolute()

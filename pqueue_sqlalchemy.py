@@ -778,7 +778,7 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Write a copy, as of one moment, that is a queue on SQLite: `open_queue(path)` opens it."""
-        target = Path(path).absolute()
+        target = pqueue.file_path(path)
         try:
             if target.exists():
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))

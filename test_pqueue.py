@@ -1315,6 +1315,47 @@ class Files(SQLiteCase):
         with self.assertRaisesRegex(ValueError, "expected a path or sqlite:///PATH, got postgresql:"):
             pqueue.sqlite_path("postgresql://secret@host")
 
+    def test_queue_is_named_by_a_path_object(self):
+        with closing(open_queue(self.path)) as queue:
+            self.assertEqual(queue.path, self.path)
+        with mock.patch.dict(os.environ, {"PQUEUE_URL": str(self.path)}):
+            self.assertEqual(pqueue.sqlite_path(), self.path)
+
+    def test_name_that_was_not_meant_as_a_path_creates_nothing(self):
+        here = os.getcwd()
+        os.chdir(self.folder)
+        self.addCleanup(os.chdir, here)
+        wrong = [
+            ":memory:",
+            "~",
+            "~/queue.db",
+            "~ann/queue.db",
+            "file:queue.db",
+            "FILE:queue.db?mode=memory",
+            "file::memory:",
+        ]
+        wrong += [
+            "sqlite:queue.db",
+            "sqlite://",
+            "sqlite:///",
+            "sqlite:///:memory:",
+            "sqlite:///~/q.db",
+            "sqlite:///q.db?x=1",
+        ]
+        for url in [*wrong, *map(Path, wrong[:7]), b"queue.db", 7, True]:
+            with self.subTest(url=url), self.assertRaisesRegex(ValueError, "^expected .*, got [^\n]*$"):
+                open_queue(url)
+        for path in (*wrong[:7], b"queue.db", None):
+            with self.subTest(path=path), self.assertRaisesRegex(ValueError, "^expected a path"):
+                pqueue.PersistentQSQLite(path)
+        self.assertEqual(list(self.folder.iterdir()), [])
+        queue = self.open()
+        before = set(self.folder.iterdir())
+        for path in (":memory:", "~", "file:copy.db", b"copy.db"):
+            with self.subTest(backup=path), self.assertRaisesRegex(ValueError, "^expected a path"):
+                queue.backup(path)
+        self.assertEqual(set(self.folder.iterdir()), before)
+
     def test_look_at_a_queue_that_is_not_there_creates_nothing(self):
         with self.assertRaisesRegex(QueueError, f"no queue at {self.path}"):
             open_queue(str(self.path), create=False)
