@@ -472,13 +472,17 @@ INDEXED["pending"] = [f"state = 'pending' AND assigned_to IS {null}" for null in
 INDEXED |= {state: [f"state = '{state}' AND finished_at IS NOT NULL"] for state in FINISHED}
 
 # Counting by state and queue is a walk through an index each, a million jobs in 50 ms.
-COUNT_FINISHED = "SELECT count(*) FROM jobs WHERE state = {state} AND queue = q.name AND finished_at IS NOT NULL"
-COUNTS = f"""
-SELECT name, {", ".join(f"({COUNT_FINISHED.format(state=repr(state))})" for state in FINISHED)} FROM queues q"""
-COUNTS_UNFINISHED = " UNION ALL ".join(
-    f"SELECT queue, '{state}', count(*), min(run_at) FROM jobs WHERE {one} GROUP BY queue"
-    for state in UNFINISHED
-    for one in INDEXED[state]
+# One statement, so that no job is counted in two states or in none.
+COUNT_UNFINISHED = "SELECT queue, '{state}', count(*), min(run_at) FROM jobs WHERE {place} GROUP BY queue"
+COUNT_FINISHED = """
+SELECT name, '{state}', (SELECT count(*) FROM jobs WHERE {place} AND queue = q.name), NULL FROM queues q"""
+COUNTS = " UNION ALL ".join(
+    (COUNT_UNFINISHED if state in UNFINISHED else COUNT_FINISHED).format(state=state, place=place)
+    for state in STATES
+    for place in INDEXED[state]
+)
+UNFINISHED_IDS = " UNION ALL ".join(
+    f"SELECT id FROM jobs WHERE {place}" for state in UNFINISHED for place in INDEXED[state]
 )
 FINISHED_BETWEEN = """
 SELECT count(*) FROM queues q CROSS JOIN jobs
@@ -839,7 +843,7 @@ class PersistentQInterface(ABC):
         """Return the jobs that match, newest first; page by the last id seen.
 
         Filters: state, queue, task, key, consumer; text, that the payload, result, error or key contains, in any case;
-        created_from and created_before, Unix seconds.
+        created_from and created_before, Unix seconds; ids, of these jobs only.
         """
         return self.search_jobs(before_id=before_id, limit=limit, seconds=math.inf, **filters)[0]
 
@@ -897,6 +901,7 @@ class PersistentQInterface(ABC):
         text: str | None = None,
         created_from: float | None = None,
         created_before: float | None = None,
+        ids: Sequence[int] | None = None,
     ) -> tuple[str, Params]:
         """Return the condition of these filters but the state, and the parameters of all."""
         equal = {"queue": queue, "task": task, "key": key, "consumer": consumer}
@@ -912,32 +917,41 @@ class PersistentQInterface(ABC):
             if value is not None:
                 params[name] = _finite(name, value)
                 where.append(f"created_at {sign} :{name}")
+        if ids is not None:
+            where.append(f"id IN ({', '.join(str(_id(job_id)) for job_id in ids) or 'NULL'})")
         return " AND ".join(where), params
 
     def count_jobs(self, **filters: Any) -> int:
         """Return how many jobs match; the filters are those of `list_jobs`."""
         where, params = self._matching(**filters)
         places = _places(params) or ["1 = 1"]
-        counts = [self._read(f"SELECT count(*) FROM jobs WHERE {place} AND {where}", params) for place in places]
-        return cast(int, sum(rows[0][0] for rows in counts))
+        counts = " + ".join(f"(SELECT count(*) FROM jobs WHERE {place} AND {where})" for place in places)
+        return cast(int, self._read(f"SELECT {counts}", params)[0][0])
+
+    def unfinished_payloads(self) -> Iterator[Any]:
+        """Yield the payload of every job that is unfinished at the time of the first `next`, a hundred in memory."""
+        ids = [row[0] for row in self._read(UNFINISHED_IDS)]  # one statement: a job may change its state meanwhile
+        for start in range(0, len(ids), 100):
+            chosen = ", ".join(map(str, ids[start : start + 100]))
+            for row in self._read(f"SELECT payload FROM jobs WHERE id IN ({chosen})"):
+                yield _read_json(row[0])
 
     def stats(self) -> dict[str, Any]:
         """Return {"states": {state: jobs}, "queues": {name: {state: jobs, "paused": bool, "max_pending": int or
         None, "oldest_pending_at": the earliest due time of a pending job, or None}}, "oldest_pending_at": of all}."""
-        finished, unfinished = self._read(COUNTS), self._read(COUNTS_UNFINISHED)
+        counts = self._read(COUNTS)
         empty = {**dict.fromkeys(STATES, 0), "paused": False, "max_pending": None, "oldest_pending_at": None}
         queues = {  # read last, so that none is missing
             name: {**empty, "paused": bool(paused), "max_pending": most}
             for name, paused, most in self._read("SELECT name, paused, max_pending FROM queues ORDER BY name")
         }
-        for name, *counts in finished:
-            queues[name].update(zip(FINISHED, counts, strict=True))
         waiting = []
-        for name, state, jobs, oldest in unfinished:
-            queues.setdefault(name, dict(empty))[state] += jobs  # listed, unless somebody wrote past the API
+        for name, state, jobs, oldest in counts:
+            queue = queues.setdefault(name, dict(empty))  # listed, unless somebody wrote past the API
+            queue[state] += jobs
             if state == "pending":
                 waiting.append(oldest)
-                queues[name]["oldest_pending_at"] = min(oldest, queues[name]["oldest_pending_at"] or oldest)
+                queue["oldest_pending_at"] = min(oldest, queue["oldest_pending_at"] or oldest)
         states = {state: sum(queue[state] for queue in queues.values()) for state in STATES}
         return {"states": states, "queues": queues, "oldest_pending_at": min(waiting, default=None)}
 
@@ -988,19 +1002,18 @@ class PersistentQInterface(ABC):
         """Return who has dequeued here, the latest start first. Keys: the columns of the table, and job_ids, what it
         holds now. One that is known to have died is `dead` before a dequeue has noticed."""
         columns = "name, token, host, pid, slot, queues, tasks, started_at, last_seen_at, state, completed, failed"
-        held: dict[str, list[int]] = {}
-        for job_id, token in self._read("SELECT id, lease_token FROM jobs WHERE state = 'processing'"):
-            held.setdefault(token[:16], []).append(job_id)
         found = self._dicts(columns, f"SELECT {columns} FROM consumers ORDER BY id DESC", {})
         mine = {me.token for me in self._registry.values()}
         for each in found:
             each["queues"] = each["queues"] and json.loads(each["queues"])
             each["tasks"] = json.loads(each["tasks"])
-            each["job_ids"] = sorted(held.get(each["token"], []))
             if each["state"] == "running" and each["token"] not in mine and not self._is_alive(each["slot"]):
                 each["state"] = "dead"
             del each["slot"]
-        return found
+        held: dict[str, list[int]] = {}  # read last: what somebody held who was dead by then stays held
+        for job_id, token in self._read("SELECT id, lease_token FROM jobs WHERE state = 'processing'"):
+            held.setdefault(token[:16], []).append(job_id)
+        return [{**each, "job_ids": sorted(held.get(each["token"], []))} for each in found]
 
     # Operating; `by` is the operator to record, by default the user
 
@@ -1035,6 +1048,19 @@ class PersistentQInterface(ABC):
             if not tx.change(sql, params):
                 raise _refusal(tx, verb, job_id)
             tx.ring = True
+
+    @contextmanager
+    def exclusive(self, job_ids: Sequence[int] | None = None) -> Iterator[None]:
+        """Open a transaction during which nobody else changes these jobs (None: changes or enqueues any job).
+
+        What is read in the block is still true when the block acts on it. Keep it short: others wait.
+        """
+        with self._write() as tx:
+            if job_ids is None:
+                self._lock_out_writers(tx)
+            else:
+                self._lock_jobs(tx, sorted(_id(job_id) for job_id in job_ids))
+            yield
 
     def pause(self, queue: str) -> None:
         """Deliver nothing from this queue until `resume`. What runs goes on."""
@@ -1121,6 +1147,10 @@ class PersistentQInterface(ABC):
     @abstractmethod
     def _lock_out_writers(self, tx: Session) -> None:
         """Let nobody else write until this transaction ends."""
+
+    @abstractmethod
+    def _lock_jobs(self, tx: Session, job_ids: list[int]) -> None:
+        """Let nobody else change these jobs until this transaction ends."""
 
     @abstractmethod
     def _number_on(self, tx: Session) -> None:
@@ -2124,6 +2154,9 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _lock_out_writers(self, tx: Session) -> None:
         """Do nothing more: whoever writes to SQLite is alone."""
+
+    def _lock_jobs(self, tx: Session, job_ids: list[int]) -> None:
+        """Do nothing more, likewise."""
 
     def _number_on(self, tx: Session) -> None:
         """Do nothing: SQLite counts on from the highest id."""

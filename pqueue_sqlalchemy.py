@@ -792,6 +792,9 @@ class OnPostgres(PersistentQSQLAlchemy):
     def _lock_out_writers(self, tx: Session) -> None:
         tx.change("LOCK TABLE jobs IN EXCLUSIVE MODE")  # that every writer needs; one lock makes no deadlock
 
+    def _lock_jobs(self, tx: Session, job_ids: list[int]) -> None:
+        tx.run("SELECT id FROM jobs WHERE id = ANY (CAST(:ids AS bigint[])) ORDER BY id FOR UPDATE", {"ids": job_ids})
+
     def _number_on(self, tx: Session) -> None:
         for table in ("jobs", "history"):
             highest = f"(SELECT coalesce(max(id), 0) + 1 FROM {table})"
