@@ -382,6 +382,16 @@ def backup(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     return Result([{"file": str(options.file)}], f"backed up to {options.file}, and verified")
 
 
+@command("restore", Parameter("file", "the backup", Path, metavar="FILE"), YES, opens=False)
+def restore(_: None, options: argparse.Namespace) -> Result:
+    """Put a backup in the place of the database, which is kept under another name. Stop all programs first."""
+    if not _agreed(options, f"replace the queue by {options.file}"):
+        return Result(text="nothing done", code=1)
+    kept = pqueue.restore(options.file)
+    text = f"restored {options.file}, verified" + (f"; the replaced database is {kept}" if kept else "")
+    return Result([{"file": str(options.file), "replaced": kept and str(kept)}], text)
+
+
 @command(
     "move",
     Parameter("--to", "where to: a path, sqlite:///PATH or postgresql://…", metavar="URL"),

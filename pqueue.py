@@ -1999,10 +1999,7 @@ class PersistentQSQLite(PersistentQInterface):
             self._expect_files_beside()
             if not create and not (found and found.st_size):
                 raise QueueError(f"no queue at {self.path}: a producer or a consumer creates it")
-            missing = [folder for folder in self.path.parents if not folder.exists()]
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for folder in missing:
-                _sync(folder.parent)
+            _make_folder(self.path.parent)
             kind = file_system(self.path.parent)
             if kind.startswith(NETWORK_FILE_SYSTEMS):
                 raise QueueError(f"cannot use {self.path}: SQLite's locks fail on {kind}; use a local disk")
@@ -2082,20 +2079,7 @@ class PersistentQSQLite(PersistentQInterface):
                 self._exit()
 
     def _version(self, connection: sqlite3.Connection) -> int:
-        owner, version, tables, ours = connection.execute(
-            "SELECT *, (SELECT count(*) FROM sqlite_master), "
-            f"({OUR_TABLES}) FROM pragma_application_id, pragma_user_version"
-        ).fetchone()
-        if owner != APPLICATION_ID and (owner or version or tables):
-            raise SchemaMismatch(f"cannot use {self.path}: expected a queue, got another program's database")
-        if version > len(MIGRATIONS):
-            raise SchemaMismatch(
-                f"cannot use {self.path}: expected schema {len(MIGRATIONS)} or older, got {version}: "
-                "use the pqueue that wrote it, or a newer one"
-            )
-        if version and ours < len(TABLES):
-            raise SchemaMismatch(f"cannot use {self.path}: expected the tables of a queue, got {ours} of them")
-        return cast(int, version)
+        return _schema_version(connection, self.path)
 
     def _error(self, error: sqlite3.Error) -> QueueError:
         text = "".join(mark if mark.isprintable() else "?" for mark in str(error))  # it may quote the file's own names
@@ -2301,11 +2285,36 @@ class PersistentQSQLite(PersistentQInterface):
             self.close()  # so that its next use is an error, too
 
 
+def _schema_version(connection: sqlite3.Connection, path: Path) -> int:
+    """Return how many migrations a database has had, 0 for an empty one. Raises SchemaMismatch."""
+    owner, version, tables, ours = connection.execute(
+        "SELECT *, (SELECT count(*) FROM sqlite_master), "
+        f"({OUR_TABLES}) FROM pragma_application_id, pragma_user_version"
+    ).fetchone()
+    if owner != APPLICATION_ID and (owner or version or tables):
+        raise SchemaMismatch(f"cannot use {path}: expected a queue, got another program's database")
+    if version > len(MIGRATIONS):
+        raise SchemaMismatch(
+            f"cannot use {path}: expected schema {len(MIGRATIONS)} or older, got {version}: "
+            "use the pqueue that wrote it, or a newer one"
+        )
+    if version and ours < len(TABLES):
+        raise SchemaMismatch(f"cannot use {path}: expected the tables of a queue, got {ours} of them")
+    return cast(int, version)
+
+
 def _real(path: str | os.PathLike[str]) -> Path:
     try:
         return file_path(path).resolve()
     except (OSError, RuntimeError) as error:  # a loop of links
         raise QueueError(f"cannot open {path}: {error}") from error
+
+
+def _make_folder(path: Path) -> None:
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for folder in missing:
+        _sync(folder.parent)
 
 
 def _create(path: Path) -> None:
@@ -2449,3 +2458,180 @@ def file_path(path: str | os.PathLike[str]) -> Path:
     if text.lower().startswith(("file:", "sqlite:")):
         raise ValueError(f"expected a path or sqlite:///PATH, got {text.partition(':')[0]}:…")
     return Path(text).absolute()
+
+
+# Restoring a backup ###################################################################################################
+
+LOGS = ("-wal", "-journal")  # what SQLite would apply to whatever file bears the name
+SHARED_BYTES = (510, 0x40000002)  # of the file: SQLite locks some of these for as long as a connection is open
+COPY_BYTES = 1 << 20
+IN_RESTORE = b"A restore was interrupted here. Give it again: python admin.py restore FILE\n"
+
+
+def restore(backup: str | os.PathLike[str], url: str | os.PathLike[str] | None = None) -> Path | None:
+    """Put a copy of this backup in the place of the queue's file; return where the replaced one is kept, if any.
+
+    `url` is that of `open_queue`. However this is interrupted, the file is the old one or the new one, whole. Raises
+    QueueError, with nothing changed, when a program has the file open or the backup is not a sound queue.
+    """
+    if is_postgres(url):
+        raise QueueError(
+            "cannot restore into PostgreSQL: set PQUEUE_URL to the backup's path, and move that queue: "
+            "python admin.py move --to postgresql://…"
+        )
+    source, target = file_path(backup), _real(sqlite_path(url))
+    try:
+        part = _copy_backup(source, target)
+        try:
+            _apply_logs(target)
+            with _nobody_in(target) as file:
+                kept = _keep(target, file)
+                _put_in_place(part, target, is_new=file is None)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise QueueError(f"cannot restore {source} to {target}: {error.strerror}") from error
+    return kept
+
+
+def _copy_backup(source: Path, target: Path) -> Path:
+    """Return a copy of the backup, verified and on disk, in the folder of the target."""
+    if not source.is_file():
+        raise QueueError(f"cannot restore {source}: expected a file, got none")
+    if target.exists() and source.samefile(target):
+        raise QueueError(f"cannot restore {source}: it is the queue's file itself, not a backup of it")
+    _make_folder(target.parent)
+    part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
+    _create(part)
+    try:
+        _copy_pages(source, part)
+        _sync(part)
+    except BaseException:
+        part.unlink()
+        raise
+    return part
+
+
+def _copy_pages(source: Path, part: Path) -> None:
+    has_log = any(Path(f"{source}{suffix}").exists() for suffix in LOGS)
+    mode = "mode=ro" if has_log else "mode=ro&immutable=1"  # then it may lie in a folder that is read-only
+    try:
+        with (
+            closing(sqlite3.connect(f"{source.as_uri()}?{mode}", uri=True)) as backup,
+            closing(sqlite3.connect(part, isolation_level=None)) as copy,
+        ):
+            backup.backup(copy)
+            copy.execute("PRAGMA journal_mode = DELETE")  # so that there is no log to it
+            if not _schema_version(copy, source):
+                raise SchemaMismatch(f"cannot use {source}: expected a queue, got an empty database")
+            if (damage := copy.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
+                raise QueueError(f"cannot restore {source}: it is damaged: {' '.join(damage.split())}")
+    except sqlite3.Error as error:
+        raise QueueError(f"cannot restore {source}: {error}") from error
+
+
+def _apply_logs(path: Path) -> None:
+    """Write into the file what its log holds, if it is sound and nobody has it open, so that it needs no log."""
+    if path.exists() and any(Path(f"{path}{suffix}").exists() for suffix in LOGS) and path not in _opened():
+        with suppress(sqlite3.Error), closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=0)) as db:
+            db.execute("PRAGMA journal_mode = DELETE")
+
+
+def _opened() -> set[Path]:
+    return {queue.path for queue in list(_queues) if not queue._closed}
+
+
+@contextmanager
+def _nobody_in(path: Path) -> Iterator[int | None]:
+    """Keep everybody out of this file, and yield its descriptor. Raises QueueError when somebody is in it."""
+    if path in _opened():  # and closing a descriptor of it here would release the locks of this process
+        raise QueueError(f"cannot replace {path}: this process has it open")
+    with ExitStack() as undo:
+        file, is_free = None, True
+        if fcntl is not None:
+            folder = Path(f"{path}.d")
+            folder.mkdir(mode=0o700, exist_ok=True)
+            way = _open_private(folder / "way")
+            undo.callback(os.close, way)
+            is_free = try_lock(way)
+        if path.exists():
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            undo.callback(os.close, file)
+            is_free = is_free and _try_lock_bytes(file) and os.path.samestat(os.fstat(file), path.stat())
+        if not is_free:
+            raise QueueError(f"cannot replace {path}: {_users(path) or 'a program'} has it open; stop what uses it")
+        yield file
+
+
+def _try_lock_bytes(file: int) -> bool:
+    if fcntl is None:
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, *SHARED_BYTES)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        return False
+    return True
+
+
+def _users(path: Path) -> str:
+    """Return which programs have this file open, as far as /proc shows."""
+    found = set()
+    for link in Path("/proc").glob("[1-9]*/fd/*"):
+        process = link.parent.parent
+        with suppress(OSError):
+            if os.readlink(link) == str(path) and process.name != str(os.getpid()):
+                words = (process / "cmdline").read_bytes().split(b"\0")[:2]  # what follows may hold a password
+                found.add(" ".join([*(Path(os.fsdecode(word)).name for word in words), f"(pid {process.name})"]))
+    return ", ".join(sorted(found))
+
+
+def _keep(path: Path, file: int | None) -> Path | None:
+    """Copy what is about to be replaced, with its log if it has one, to a new name; return that."""
+    logs = [suffix for suffix in LOGS if Path(f"{path}{suffix}").exists()]
+    has_data = file is not None and os.pread(file, len(IN_RESTORE), 0) not in (b"", IN_RESTORE)
+    if not logs and not has_data:
+        return None
+    at = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    names = (path.with_name(f"{path.name}.replaced-{at}-{number}") for number in count(1))
+    kept = next(name for name in names if not name.exists())
+    for suffix in logs:
+        with open(f"{path}{suffix}", "rb") as log:
+            _copy_file(log.fileno(), Path(f"{kept}{suffix}"))
+    if file is not None and has_data:  # by this descriptor: to close another one would release the lock
+        _copy_file(file, kept)
+    _sync(path.parent)
+    return kept
+
+
+def _copy_file(source: int, target: Path) -> None:
+    part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
+    _create(part)
+    try:
+        with part.open("wb") as copy:
+            for at in range(0, os.fstat(source).st_size, COPY_BYTES):
+                copy.write(os.pread(source, COPY_BYTES, at))
+        _sync(part)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _put_in_place(part: Path, target: Path, *, is_new: bool) -> None:
+    """Give the file the target's name. No log of another file may be there when it bears it."""
+    logs = [log for suffix in LOGS if (log := Path(f"{target}{suffix}")).exists()]
+    if is_new:
+        _create(target)  # or fail, if somebody has made it meanwhile
+    elif logs:  # of a damaged file: neither may be opened without the other
+        stone = part.with_suffix(".stone")
+        _create(stone)
+        stone.write_bytes(IN_RESTORE)
+        _sync(stone)
+        stone.replace(target)
+        _sync(target.parent)
+    for each in (*logs, Path(f"{target}-shm")):
+        each.unlink(missing_ok=True)
+    _sync(target.parent)
+    part.replace(target)
+    _sync(target.parent)

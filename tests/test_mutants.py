@@ -27,6 +27,7 @@ TESTS = (
     "test_histories.py",
     "test_power_loss.py",
     "test_processes.py",
+    "test_restore.py",
     "record_writes.c",
 )
 
@@ -101,9 +102,12 @@ MUTANTS = [
     Mutant("enqueue and complete are synced", '"FULL" if durable and', '"NORMAL" if durable and', POWER),
     Mutant("the fused call is synced", "durable=bool(settled)", "durable=False", POWER),
     Mutant("fail is synced", 'durable=event == "failed"', "durable=False", POWER),
-    Mutant("the folder of a new queue is synced", "                _sync(folder.parent)", "                pass", POWER),
+    Mutant("the folder of a new queue is synced", "        _sync(folder.parent)", "        pass", POWER),
     Mutant("a backup's name is synced", "            _sync(target.parent)\n", "", "test_power_loss.py: backup"),
     Mutant("a backup takes its name last", "        part = target.with_name(", "        part = target or target.with_name(", "contract: backup_is_a_whole"),
+    Mutant("no old log reappears next to a restored file", "    _sync(target.parent)\n    part.replace(target)", "    part.replace(target)", "test_power_loss.py: restore_leaves"),
+    Mutant("a database that is open is not replaced", "is_free and _try_lock_bytes(file) and", "is_free and", "test_restore.py: has_the_database_open"),
+    Mutant("a damaged backup is not restored", '.fetchone()[0]) != "ok":', '.fetchone()[0]) == "":', "test_restore.py: no_sound_queue"),
     Mutant("a migration is one transaction", '                connection.execute("BEGIN IMMEDIATE")\n                for', "                for", "test_commit_points.py: killed and schema"),
     # errors
     Mutant("an interrupted call is rolled back", "                self._roll_back()\n            self.busy", "                pass\n            self.busy", "test_commit_points.py: fails and lost"),
