@@ -68,6 +68,7 @@ from report import (
 from torture import Torture
 
 BATCH = 500  # jobs changed in one transaction
+FILES = 5000  # job files deleted in one
 
 
 class Problem(Exception):
@@ -86,11 +87,9 @@ class Result:
 COMMANDS: dict[str, Command] = {}
 
 
-def command(
-    name: str, *parameters: Parameter, opens: bool = True, creates: bool = False
-) -> Callable[[Callable[..., Result]], Any]:
+def command(name: str, *parameters: Parameter, opens: bool = True) -> Callable[[Callable[..., Result]], Any]:
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
-        COMMANDS[name] = Command(name, function, (*parameters, JSON), opens, creates)
+        COMMANDS[name] = Command(name, function, (*parameters, JSON), opens)
         return function
 
     return register
@@ -210,7 +209,6 @@ def stats(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     Parameter("--max-attempts", "deliveries before it is failed", whole(1), metavar="N"),
     Parameter("--key", "at most one unfinished job of the queue has it", metavar="KEY"),
     Parameter("--assign-to", "only this consumer may run it", metavar="CONSUMER"),
-    creates=True,
 )
 def enqueue(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     """Enqueue a job and print its number."""
@@ -254,8 +252,10 @@ def act_on_matching(
     changed = refused = 0
     before = None
     while jobs := queue.list_jobs(**filters, before_id=before, limit=BATCH, excerpt=0, shown=masked_job):
-        with queue.transaction():
-            for job in reversed(jobs):
+        ids = [job.id for job in jobs]
+        with queue.exclusive(ids):
+            now = queue.list_jobs(**filters, ids=ids, limit=BATCH, excerpt=0, shown=masked_job)
+            for job in reversed(now):  # a job may match no more
                 try:
                     act(job.id)
                     changed += 1
@@ -312,7 +312,11 @@ def assign_job(queue: PersistentQInterface, options: argparse.Namespace) -> Resu
         return Result(text="nothing done", code=1)
     if options.consumer and options.consumer not in {each["name"] for each in queue.consumers()}:
         print(f"admin.py: note: no consumer {options.consumer!r} was ever seen here", file=sys.stderr)
-    queue.assign(job.id, options.consumer)
+    with queue.exclusive([job.id]):
+        now = queue.get(job.id)
+        if now.state == "processing" and now.lease_token != job.lease_token and not options.yes:
+            raise Problem(f"cannot assign job {job.id}: {now.consumer} has just taken it; give the command again")
+        queue.assign(job.id, options.consumer)
     done = f"assigned to {options.consumer or 'any consumer'}"
     return Result([{"job": job.id, "done": done}], f"job {job.id} {done}")
 
@@ -385,6 +389,16 @@ def backup(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     """Write a consistent, verified copy of the database while others go on working."""
     queue.backup(options.file)
     return Result([{"file": str(options.file)}], f"backed up to {options.file}, and verified")
+
+
+@command("restore", Parameter("file", "the backup", Path, metavar="FILE"), YES, opens=False)
+def restore(_: None, options: argparse.Namespace) -> Result:
+    """Put a backup in the place of the database, which is kept under another name. Stop all programs first."""
+    if not _agreed(options, f"replace the queue by {options.file}"):
+        return Result(text="nothing done", code=1)
+    kept = pqueue.restore(options.file)
+    text = f"restored {options.file}, verified" + (f"; the replaced database is {kept}" if kept else "")
+    return Result([{"file": str(options.file), "replaced": kept and str(kept)}], text)
 
 
 @command(
@@ -465,15 +479,20 @@ def delete_job_files(queue: PersistentQInterface, options: argparse.Namespace) -
     if options.directory is None:
         raise UsageError("delete-job-files: expected --directory DIR")
     names = _job_files(options.directory)
-    kept = set() if options.force else names & _needed_files(queue)
-    doomed = sorted(names - kept)
-    note = f", {count(len(kept), 'file')} kept for unfinished jobs" if kept else ""
-    if options.dry_run:
-        return Result([{"file": name} for name in doomed], None if doomed else f"nothing to delete{note}")
-    if doomed and not _agreed(options, f"delete {count(len(doomed), 'file')} in {options.directory}"):
+    doomed = sorted(names - (set() if options.force else _needed_files(queue)))
+    if options.dry_run or not doomed:
+        kept = len(names) - len(doomed)
+        return Result([{"file": name} for name in doomed], None if doomed else f"nothing to delete{_kept(kept)}")
+    if not _agreed(options, f"delete {count(len(doomed), 'file')} in {options.directory}"):
         return Result(text="nothing done", code=1)
-    _delete_files(options.directory, doomed)
-    return Result([{"deleted": len(doomed), "kept": len(kept)}], f"deleted {count(len(doomed), 'file')}{note}")
+    batches = [doomed[start : start + FILES] for start in range(0, len(doomed), FILES)]
+    deleted = sum(_delete_files(queue, options, batch) for batch in batches)
+    kept = len(names) - deleted
+    return Result([{"deleted": deleted, "kept": kept}], f"deleted {count(deleted, 'file')}{_kept(kept)}")
+
+
+def _kept(number: int) -> str:
+    return f", {count(number, 'file')} kept for unfinished jobs" if number else ""
 
 
 def _job_files(directory: Path) -> set[str]:
@@ -487,26 +506,33 @@ def _job_files(directory: Path) -> set[str]:
 
 
 def _needed_files(queue: PersistentQInterface) -> set[str]:
-    needed = set()
-    for state in pqueue.UNFINISHED:
-        before = None
-        while jobs := queue.list_jobs(state=state, before_id=before, limit=BATCH):
-            needed |= {os.path.basename(str(job.payload.get("file"))) for job in jobs if isinstance(job.payload, dict)}
-            before = jobs[-1].id
-    return needed
+    payloads = (payload for payload in queue.unfinished_payloads() if isinstance(payload, dict))
+    return {os.path.basename(str(payload.get("file"))) for payload in payloads}
 
 
-def _delete_files(directory: Path, names: list[str]) -> None:
-    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def _delete_files(queue: PersistentQInterface, options: argparse.Namespace, names: list[str]) -> int:
+    """Delete those that no job needs by now; no job is enqueued or resubmitted between the look and the deletion."""
+    if options.force:
+        return _unlink(options.directory, names)
+    with queue.exclusive():
+        needed = _needed_files(queue)
+        return _unlink(options.directory, [name for name in names if name not in needed])
+
+
+def _unlink(directory: Path, names: list[str]) -> int:
+    """Delete what is still there of these, unless it is not a file any more; return how many are gone."""
     try:
-        for name in names:
-            with suppress(FileNotFoundError):
-                if stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
-                    os.unlink(name, dir_fd=folder)
+        folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for name in names:
+                with suppress(FileNotFoundError):
+                    if stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                        os.unlink(name, dir_fd=folder)
+        finally:
+            os.close(folder)
     except OSError as error:
         raise Problem(f"cannot delete in {directory}: {error.strerror}") from None
-    finally:
-        os.close(folder)
+    return len(names)
 
 
 def _agreed(options: argparse.Namespace, what: str) -> bool:
@@ -646,7 +672,7 @@ def run(entry: Command, options: argparse.Namespace) -> int:
     with endings.Undoing():
         if not entry.opens:
             return _show(entry.function(None, options), options)
-        queue = pqueue.open_queue(create=entry.creates)
+        queue = pqueue.open_queue(create=False)
         try:
             with _damage_told(queue):
                 return _show(entry.function(queue, options), options)

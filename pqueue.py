@@ -547,13 +547,17 @@ INDEXED["pending"] = [f"state = 'pending' AND assigned_to IS {null}" for null in
 INDEXED |= {state: [f"state = '{state}' AND finished_at IS NOT NULL"] for state in FINISHED}
 
 # Counting by state and queue is a walk through an index each, a million jobs in 50 ms.
-COUNT_FINISHED = "SELECT count(*) FROM jobs WHERE state = {state} AND queue = q.name AND finished_at IS NOT NULL"
-COUNTS = f"""
-SELECT name, {", ".join(f"({COUNT_FINISHED.format(state=repr(state))})" for state in FINISHED)} FROM queues q"""
-COUNTS_UNFINISHED = " UNION ALL ".join(
-    f"SELECT queue, '{state}', count(*), min(run_at) FROM jobs WHERE {one} GROUP BY queue"
-    for state in UNFINISHED
-    for one in INDEXED[state]
+# One statement, so that no job is counted in two states or in none.
+COUNT_UNFINISHED = "SELECT queue, '{state}', count(*), min(run_at) FROM jobs WHERE {place} GROUP BY queue"
+COUNT_FINISHED = """
+SELECT name, '{state}', (SELECT count(*) FROM jobs WHERE {place} AND queue = q.name), NULL FROM queues q"""
+COUNTS = " UNION ALL ".join(
+    (COUNT_UNFINISHED if state in UNFINISHED else COUNT_FINISHED).format(state=state, place=place)
+    for state in STATES
+    for place in INDEXED[state]
+)
+UNFINISHED_IDS = " UNION ALL ".join(
+    f"SELECT id FROM jobs WHERE {place}" for state in UNFINISHED for place in INDEXED[state]
 )
 FINISHED_BETWEEN = """
 SELECT count(*) FROM queues q CROSS JOIN jobs
@@ -1002,7 +1006,7 @@ class PersistentQInterface(ABC):
         """Return the jobs that match, newest first; page by the last id seen.
 
         Filters: state, queue, task, key, consumer; text, that the payload, result, error or key contains as people read
-        it, in any case; created_from and created_before, Unix seconds.
+        it, in any case; created_from and created_before, Unix seconds; ids, of these jobs only.
         excerpt: read at most so many characters of each payload, result and error; of a longer one return an `Excerpt`.
         With 0, do not read them: all three are None.
         shown: what the reader sees of a job, which is less than all: `text` finds nothing that this has removed.
@@ -1107,6 +1111,7 @@ class PersistentQInterface(ABC):
         text: str | None = None,
         created_from: float | None = None,
         created_before: float | None = None,
+        ids: Sequence[int] | None = None,
     ) -> tuple[str, Params]:
         """Return the condition of these filters but the state, and the parameters of all."""
         equal = {"queue": queue, "task": task, "key": key, "consumer": consumer}
@@ -1123,6 +1128,8 @@ class PersistentQInterface(ABC):
             if value is not None:
                 params[name] = _finite(name, value)
                 where.append(f"created_at {sign} :{name}")
+        if ids is not None:
+            where.append(f"id IN ({', '.join(str(_id(job_id)) for job_id in ids) or 'NULL'})")
         return " AND ".join(where), params
 
     def _may_hold(self, column: str) -> str:
@@ -1142,26 +1149,33 @@ class PersistentQInterface(ABC):
             params |= {"before_id": MAX_ID, "limit": WINDOW}
             return sum(1 for _, row in self._with_text(shown, where, params, math.inf) if row is not None)
         places = _places(params) or ["1 = 1"]
-        counts = [self._read(f"SELECT count(*) FROM jobs WHERE {place} AND {where}", params) for place in places]
-        return cast(int, sum(rows[0][0] for rows in counts))
+        counts = " + ".join(f"(SELECT count(*) FROM jobs WHERE {place} AND {where})" for place in places)
+        return cast(int, self._read(f"SELECT {counts}", params)[0][0])
+
+    def unfinished_payloads(self) -> Iterator[Any]:
+        """Yield the payload of every job that is unfinished at the time of the first `next`, a hundred in memory."""
+        ids = [row[0] for row in self._read(UNFINISHED_IDS)]  # one statement: a job may change its state meanwhile
+        for start in range(0, len(ids), 100):
+            chosen = ", ".join(map(str, ids[start : start + 100]))
+            for row in self._read(f"SELECT payload FROM jobs WHERE id IN ({chosen})"):
+                yield _read_json(row[0])
 
     def stats(self) -> dict[str, Any]:
         """Return {"states": {state: jobs}, "queues": {name: {state: jobs, "paused": bool, "max_pending": int or
         None, "oldest_pending_at": the earliest due time of a pending job, or None}}, "oldest_pending_at": of all}."""
-        finished, unfinished = self._read(COUNTS), self._read(COUNTS_UNFINISHED)
+        counts = self._read(COUNTS)
         empty = {**dict.fromkeys(STATES, 0), "paused": False, "max_pending": None, "oldest_pending_at": None}
         queues = {  # read last, so that none is missing
             name: {**empty, "paused": bool(paused), "max_pending": most}
             for name, paused, most in self._read("SELECT name, paused, max_pending FROM queues ORDER BY name")
         }
-        for name, *counts in finished:
-            queues[name].update(zip(FINISHED, counts, strict=True))
         waiting = []
-        for name, state, jobs, oldest in unfinished:
-            queues.setdefault(name, dict(empty))[state] += jobs  # listed, unless somebody wrote past the API
+        for name, state, jobs, oldest in counts:
+            queue = queues.setdefault(name, dict(empty))  # listed, unless somebody wrote past the API
+            queue[state] += jobs
             if state == "pending":
                 waiting.append(oldest)
-                queues[name]["oldest_pending_at"] = min(oldest, queues[name]["oldest_pending_at"] or oldest)
+                queue["oldest_pending_at"] = min(oldest, queue["oldest_pending_at"] or oldest)
         states = {state: sum(queue[state] for queue in queues.values()) for state in STATES}
         return {"states": states, "queues": queues, "oldest_pending_at": min(waiting, default=None)}
 
@@ -1212,19 +1226,18 @@ class PersistentQInterface(ABC):
         """Return who has dequeued here, the latest start first. Keys: the columns of the table, and job_ids, what it
         holds now. One that is known to have died is `dead` before a dequeue has noticed."""
         columns = "name, token, host, pid, slot, queues, tasks, started_at, last_seen_at, state, completed, failed"
-        held: dict[str, list[int]] = {}
-        for job_id, token in self._read("SELECT id, lease_token FROM jobs WHERE state = 'processing'"):
-            held.setdefault(token[:16], []).append(job_id)
         found = self._dicts(columns, f"SELECT {columns} FROM consumers ORDER BY id DESC", {})
         mine = {me.token for me in self._registry.values()}
         for each in found:
             each["queues"] = each["queues"] and json.loads(each["queues"])
             each["tasks"] = json.loads(each["tasks"])
-            each["job_ids"] = sorted(held.get(each["token"], []))
             if each["state"] == "running" and each["token"] not in mine and not self._is_alive(each["slot"]):
                 each["state"] = "dead"
             del each["slot"]
-        return found
+        held: dict[str, list[int]] = {}  # read last: what somebody held who was dead by then stays held
+        for job_id, token in self._read("SELECT id, lease_token FROM jobs WHERE state = 'processing'"):
+            held.setdefault(token[:16], []).append(job_id)
+        return [{**each, "job_ids": sorted(held.get(each["token"], []))} for each in found]
 
     # Operating; `by` is the operator to record, by default the user
 
@@ -1262,6 +1275,19 @@ class PersistentQInterface(ABC):
             if not tx.change(sql, params):
                 raise _refusal(tx, verb, job_id)
             tx.ring = True
+
+    @contextmanager
+    def exclusive(self, job_ids: Sequence[int] | None = None) -> Iterator[None]:
+        """Open a transaction during which nobody else changes these jobs (None: changes or enqueues any job).
+
+        What is read in the block is still true when the block acts on it. Keep it short: others wait.
+        """
+        with self._write() as tx:
+            if job_ids is None:
+                self._lock_out_writers(tx)
+            else:
+                self._lock_jobs(tx, sorted(_id(job_id) for job_id in job_ids))
+            yield
 
     def pause(self, queue: str) -> None:
         """Deliver nothing from this queue until `resume`. What runs goes on."""
@@ -1359,6 +1385,10 @@ class PersistentQInterface(ABC):
     @abstractmethod
     def _lock_out_writers(self, tx: Session) -> None:
         """Let nobody else write until this transaction ends."""
+
+    @abstractmethod
+    def _lock_jobs(self, tx: Session, job_ids: list[int]) -> None:
+        """Let nobody else change these jobs until this transaction ends."""
 
     @abstractmethod
     def _number_on(self, tx: Session) -> None:
@@ -2790,20 +2820,7 @@ class PersistentQSQLite(PersistentQInterface):
             )
 
     def _version(self, connection: sqlite3.Connection) -> int:
-        owner, version, tables, ours = connection.execute(
-            "SELECT *, (SELECT count(*) FROM sqlite_master), "
-            f"({OUR_TABLES}) FROM pragma_application_id, pragma_user_version"
-        ).fetchone()
-        if owner != APPLICATION_ID and (owner or version or tables):
-            raise SchemaMismatch(f"cannot use {self.path}: expected a queue, got another program's database")
-        if version > len(MIGRATIONS):
-            raise SchemaMismatch(
-                f"cannot use {self.path}: expected schema {len(MIGRATIONS)} or older, got {version}: "
-                "use the pqueue that wrote it, or a newer one"
-            )
-        if version and ours < len(TABLES):
-            raise SchemaMismatch(f"cannot use {self.path}: expected the tables of a queue, got {ours} of them")
-        return cast(int, version)
+        return _schema_version(connection, self.path)
 
     def _error(self, error: sqlite3.Error) -> QueueError:
         text = "".join(mark if mark.isprintable() else "?" for mark in str(error))  # it may quote the file's own names
@@ -2871,6 +2888,9 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _lock_out_writers(self, tx: Session) -> None:
         """Do nothing more: whoever writes to SQLite is alone."""
+
+    def _lock_jobs(self, tx: Session, job_ids: list[int]) -> None:
+        """Do nothing more, likewise."""
 
     def _number_on(self, tx: Session) -> None:
         """Do nothing: SQLite counts on from the highest id."""
@@ -2949,7 +2969,7 @@ class PersistentQSQLite(PersistentQInterface):
                 tx.expect_depth(depth)
 
     def backup(self, path: str | os.PathLike[str]) -> None:
-        target = Path(path).absolute()
+        target = file_path(path)
         part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
         try:
             _create(part)
@@ -3112,9 +3132,27 @@ def _adopt_dump(connection: sqlite3.Connection) -> None:
         connection.execute("COMMIT")
 
 
+def _schema_version(connection: sqlite3.Connection, path: Path) -> int:
+    """Return how many migrations a database has had, 0 for an empty one. Raises SchemaMismatch."""
+    owner, version, tables, ours = connection.execute(
+        "SELECT *, (SELECT count(*) FROM sqlite_master), "
+        f"({OUR_TABLES}) FROM pragma_application_id, pragma_user_version"
+    ).fetchone()
+    if owner != APPLICATION_ID and (owner or version or tables):
+        raise SchemaMismatch(f"cannot use {path}: expected a queue, got another program's database")
+    if version > len(MIGRATIONS):
+        raise SchemaMismatch(
+            f"cannot use {path}: expected schema {len(MIGRATIONS)} or older, got {version}: "
+            "use the pqueue that wrote it, or a newer one"
+        )
+    if version and ours < len(TABLES):
+        raise SchemaMismatch(f"cannot use {path}: expected the tables of a queue, got {ours} of them")
+    return cast(int, version)
+
+
 def _real(path: str | os.PathLike[str]) -> Path:
     try:
-        return Path(path).resolve()
+        return file_path(path).resolve()
     except (OSError, RuntimeError) as error:  # a loop of links
         raise QueueError(f"cannot open {path}: {error}") from error
 
@@ -3296,18 +3334,21 @@ def _unescape(mount_point: bytes) -> str:
 
 
 def open_queue(
-    url: str | None = None, *, create: bool = True, durability: str | None = None, group: str | None = None
+    url: str | os.PathLike[str] | None = None,
+    *,
+    create: bool = True,
+    durability: str | None = None,
+    group: str | None = None,
 ) -> PersistentQInterface:
     """Open the queue at a path, sqlite:///PATH or postgresql://…; None: $PQUEUE_URL, else var/queue.db.
 
     durability: "full" or "normal"; None: $PQUEUE_DURABILITY, else "full". create: make the queue where there is none,
     else raise QueueError. group: on SQLite, the group of accounts that may use a new queue; None: $PQUEUE_GROUP, else
-    only the account that makes it.
+    only the account that makes it. Raises ValueError for what names neither a file nor a server, such as ":memory:".
     """
-    url = url or os.environ.get("PQUEUE_URL") or DEFAULT_URL
     durability = durability or os.environ.get("PQUEUE_DURABILITY") or "full"
-    if url.startswith(("postgresql:", "postgresql+", "postgres:")):
-        return _on_postgres(url, create, durability)
+    if is_postgres(url):
+        return _on_postgres(_url(url), create, durability)
     group = group or os.environ.get("PQUEUE_GROUP") or None
     return PersistentQSQLite(sqlite_path(url), create=create, durability=durability, group=group)
 
@@ -3320,11 +3361,220 @@ def _on_postgres(url: str, create: bool, durability: str) -> PersistentQInterfac
     return OnPostgres(url, create=create, durability=durability)
 
 
-def sqlite_path(url: str | None = None) -> Path:
+def is_postgres(url: str | os.PathLike[str] | None = None) -> bool:
+    """Return whether this URL, by default that of `open_queue`, names a PostgreSQL server. Raises ValueError."""
+    return _url(url).startswith(("postgresql:", "postgresql+", "postgres:"))
+
+
+def sqlite_path(url: str | os.PathLike[str] | None = None) -> Path:
     """Return the absolute path that this URL, by default that of `open_queue`, names. Raises ValueError."""
-    url = url or os.environ.get("PQUEUE_URL") or DEFAULT_URL
-    scheme, separator, rest = url.partition("://")
+    text = _url(url)
+    scheme, separator, rest = text.partition("://")
     if separator and scheme != "sqlite":
         server = "" if scheme.startswith("postgres") else ", or postgresql://… for a server"
         raise ValueError(f"expected a path or sqlite:///PATH{server}, got {scheme}://…")
-    return Path(rest.removeprefix("/") if separator else url).absolute()
+    if separator and (rest in ("", "/") or "?" in rest):
+        raise ValueError(
+            f"expected sqlite:///PATH, without options, got {'one with options' if '?' in rest else 'none'}"
+        )
+    return file_path(rest.removeprefix("/") if separator else text)
+
+
+def _url(url: str | os.PathLike[str] | None) -> str:
+    text = os.fspath(url) if isinstance(url, os.PathLike) else url
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"expected a path or a URL as str or Path, got {_short(url)}")
+    return text or os.environ.get("PQUEUE_URL") or DEFAULT_URL
+
+
+def file_path(path: str | os.PathLike[str]) -> Path:
+    """Return the path, absolute. Raises ValueError for what would make a file of a name that nobody meant."""
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str):
+        raise ValueError(f"expected a path as str or Path, got {_short(path)}")
+    if text == ":memory:":
+        raise ValueError(
+            "expected a path, got ':memory:': a queue is a file; for a test, use one in a temporary folder"
+        )
+    if text.startswith("~"):
+        raise ValueError("expected a path without ~, got ~…: write it out, or use os.path.expanduser")
+    if text.lower().startswith(("file:", "sqlite:")):
+        raise ValueError(f"expected a path or sqlite:///PATH, got {text.partition(':')[0]}:…")
+    return Path(text).absolute()
+
+
+# Restoring a backup ###################################################################################################
+
+LOGS = ("-wal", "-journal")  # what SQLite would apply to whatever file bears the name
+SHARED_BYTES = (510, 0x40000002)  # of the file: SQLite locks some of these for as long as a connection is open
+COPY_BYTES = 1 << 20
+IN_RESTORE = b"A restore was interrupted here. Give it again: python admin.py restore FILE\n"
+
+
+def restore(backup: str | os.PathLike[str], url: str | os.PathLike[str] | None = None) -> Path | None:
+    """Put a copy of this backup in the place of the queue's file; return where the replaced one is kept, if any.
+
+    `url` is that of `open_queue`. However this is interrupted, the file is the old one or the new one, whole. Raises
+    QueueError, with nothing changed, when a program has the file open or the backup is not a sound queue.
+    """
+    if is_postgres(url):
+        raise QueueError(
+            "cannot restore into PostgreSQL: set PQUEUE_URL to the backup's path, and move that queue: "
+            "python admin.py move --to postgresql://…"
+        )
+    source, target = file_path(backup), _real(sqlite_path(url))
+    try:
+        part = _copy_backup(source, target)
+        try:
+            _apply_logs(target)
+            with _nobody_in(target) as file:
+                kept = _keep(target, file)
+                _put_in_place(part, target, is_new=file is None)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise QueueError(f"cannot restore {source} to {target}: {error.strerror}") from error
+    return kept
+
+
+def _copy_backup(source: Path, target: Path) -> Path:
+    """Return a copy of the backup, verified and on disk, in the folder of the target."""
+    if not source.is_file():
+        raise QueueError(f"cannot restore {source}: expected a file, got none")
+    if target.exists() and source.samefile(target):
+        raise QueueError(f"cannot restore {source}: it is the queue's file itself, not a backup of it")
+    make_folder(target.parent)
+    part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
+    _create(part)
+    try:
+        _copy_pages(source, part)
+        sync(part)
+    except BaseException:
+        part.unlink()
+        raise
+    return part
+
+
+def _copy_pages(source: Path, part: Path) -> None:
+    has_log = any(Path(f"{source}{suffix}").exists() for suffix in LOGS)
+    mode = "mode=ro" if has_log else "mode=ro&immutable=1"  # then it may lie in a folder that is read-only
+    try:
+        with (
+            closing(sqlite3.connect(f"{source.as_uri()}?{mode}", uri=True)) as backup,
+            closing(sqlite3.connect(part, isolation_level=None)) as copy,
+        ):
+            backup.backup(copy)
+            copy.execute("PRAGMA journal_mode = DELETE")  # so that there is no log to it
+            if not _schema_version(copy, source):
+                raise SchemaMismatch(f"cannot use {source}: expected a queue, got an empty database")
+            if (damage := copy.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
+                raise QueueError(f"cannot restore {source}: it is damaged: {' '.join(damage.split())}")
+    except sqlite3.Error as error:
+        raise QueueError(f"cannot restore {source}: {error}") from error
+
+
+def _apply_logs(path: Path) -> None:
+    """Write into the file what its log holds, if it is sound and nobody has it open, so that it needs no log."""
+    if path.exists() and any(Path(f"{path}{suffix}").exists() for suffix in LOGS) and path not in _opened():
+        with suppress(sqlite3.Error), closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=0)) as db:
+            db.execute("PRAGMA journal_mode = DELETE")
+
+
+def _opened() -> set[Path]:
+    return {queue.path for queue in list(_queues) if not queue._closed}
+
+
+@contextmanager
+def _nobody_in(path: Path) -> Iterator[int | None]:
+    """Keep everybody out of this file, and yield its descriptor. Raises QueueError when somebody is in it."""
+    if path in _opened():  # and closing a descriptor of it here would release the locks of this process
+        raise QueueError(f"cannot replace {path}: this process has it open")
+    with ExitStack() as undo:
+        file, is_free = None, True
+        if fcntl is not None:
+            folder = Path(f"{path}.d")
+            folder.mkdir(mode=0o700, exist_ok=True)
+            way = _open_private(folder / "way")
+            undo.callback(os.close, way)
+            is_free = try_lock(way)
+        if path.exists():
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            undo.callback(os.close, file)
+            is_free = is_free and _try_lock_bytes(file) and os.path.samestat(os.fstat(file), path.stat())
+        if not is_free:
+            raise QueueError(f"cannot replace {path}: {_users(path) or 'a program'} has it open; stop what uses it")
+        yield file
+
+
+def _try_lock_bytes(file: int) -> bool:
+    if fcntl is None:
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, *SHARED_BYTES)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        return False
+    return True
+
+
+def _users(path: Path) -> str:
+    """Return which programs have this file open, as far as /proc shows."""
+    found = set()
+    for link in Path("/proc").glob("[1-9]*/fd/*"):
+        process = link.parent.parent
+        with suppress(OSError):
+            if os.readlink(link) == str(path) and process.name != str(os.getpid()):
+                words = (process / "cmdline").read_bytes().split(b"\0")[:2]  # what follows may hold a password
+                found.add(" ".join([*(Path(os.fsdecode(word)).name for word in words), f"(pid {process.name})"]))
+    return ", ".join(sorted(found))
+
+
+def _keep(path: Path, file: int | None) -> Path | None:
+    """Copy what is about to be replaced, with its log if it has one, to a new name; return that."""
+    logs = [suffix for suffix in LOGS if Path(f"{path}{suffix}").exists()]
+    has_data = file is not None and os.pread(file, len(IN_RESTORE), 0) not in (b"", IN_RESTORE)
+    if not logs and not has_data:
+        return None
+    at = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    names = (path.with_name(f"{path.name}.replaced-{at}-{number}") for number in count(1))
+    kept = next(name for name in names if not name.exists())
+    for suffix in logs:
+        with open(f"{path}{suffix}", "rb") as log:
+            _copy_file(log.fileno(), Path(f"{kept}{suffix}"))
+    if file is not None and has_data:  # by this descriptor: to close another one would release the lock
+        _copy_file(file, kept)
+    sync(path.parent)
+    return kept
+
+
+def _copy_file(source: int, target: Path) -> None:
+    part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
+    _create(part)
+    try:
+        with part.open("wb") as copy:
+            for at in range(0, os.fstat(source).st_size, COPY_BYTES):
+                copy.write(os.pread(source, COPY_BYTES, at))
+        sync(part)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _put_in_place(part: Path, target: Path, *, is_new: bool) -> None:
+    """Give the file the target's name. No log of another file may be there when it bears it."""
+    logs = [log for suffix in LOGS if (log := Path(f"{target}{suffix}")).exists()]
+    if is_new:
+        _create(target)  # or fail, if somebody has made it meanwhile
+    elif logs:  # of a damaged file: neither may be opened without the other
+        stone = part.with_suffix(".stone")
+        _create(stone)
+        stone.write_bytes(IN_RESTORE)
+        sync(stone)
+        stone.replace(target)
+        sync(target.parent)
+    for each in (*logs, Path(f"{target}-shm")):
+        each.unlink(missing_ok=True)
+    sync(target.parent)
+    part.replace(target)
+    sync(target.parent)

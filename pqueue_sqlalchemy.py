@@ -998,7 +998,7 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Write a copy, as of one moment, that is a queue on SQLite: `open_queue(path)` opens it."""
-        target = Path(path).absolute()
+        target = pqueue.file_path(path)
         try:
             if target.exists():
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
@@ -1011,6 +1011,9 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     def _lock_out_writers(self, tx: Session) -> None:
         tx.change("LOCK TABLE jobs IN EXCLUSIVE MODE")  # that every writer needs; one lock makes no deadlock
+
+    def _lock_jobs(self, tx: Session, job_ids: list[int]) -> None:
+        tx.run("SELECT id FROM jobs WHERE id = ANY (CAST(:ids AS bigint[])) ORDER BY id FOR UPDATE", {"ids": job_ids})
 
     def _number_on(self, tx: Session) -> None:
         for table in ("jobs", "history"):

@@ -976,6 +976,95 @@ class QueueContract:
         self.assertEqual(self.queue.timings(1), {"wait": [38.0], "run": [2.0]})
         self.assertEqual(self.queue.timings(start=150, end=160), {"wait": [48.0], "run": [2.0]})
 
+    def before_each_read(self, act):
+        """Act before whatever the queue reads by itself from now on."""
+        queue, read = self.queue, type(self.queue)._read
+
+        def patched(*arguments):
+            del queue._read
+            act()
+            queue._read = patched
+            return read(queue, *arguments)
+
+        queue._read = patched
+        self.addCleanup(queue.__dict__.pop, "_read", None)
+
+    def test_jobs_that_change_their_state_while_they_are_counted_are_counted_once(self):
+        verbs = ["resubmit", "cancel", "assign", "mark_failed", "resubmit", "assign"]
+        other = self.reopen()
+        ids = other.enqueue_many("t", range(12))
+        other.cancel(ids[0])
+        turns = itertools.count()
+
+        def change():
+            turn = next(turns)
+            for number, job_id in enumerate(ids):
+                with suppress(InvalidTransition):
+                    verb = verbs[(turn + number) % len(verbs)]
+                    getattr(other, verb)(job_id, *([("ann", None)[turn % 2]] if verb == "assign" else []))
+
+        self.before_each_read(change)
+        for _ in range(10):
+            self.assertEqual(sum(self.queue.stats()["states"].values()), len(ids))
+        for flip in ("ann", None) * 5:
+            for job_id in ids:
+                with suppress(InvalidTransition):
+                    other.resubmit(job_id)
+            self.before_each_read(lambda flip=flip: [other.assign(job_id, flip) for job_id in ids])
+            self.assertEqual(self.queue.count_jobs(state="pending"), len(ids))
+
+    def test_consumer_that_completes_its_job_and_leaves_meanwhile_is_not_shown_holding_it(self):
+        for ends in (1, 2, 3):
+            with self.subTest(ends=ends):
+                other, reads = self.open(), itertools.count(1)
+                other.enqueue("t")
+                job = other.dequeue("w")
+
+                def leave(reads=reads, ends=ends, other=other, job=job):
+                    if next(reads) == ends:
+                        other.complete(job)
+                        other.close()
+
+                self.before_each_read(leave)
+                for each in self.queue.consumers():
+                    self.assertFalse(each["state"] != "running" and each["job_ids"], each)
+
+    def test_unfinished_payloads_are_those_of_one_moment(self):
+        other = self.reopen()
+        ids = other.enqueue_many("t", range(250)) + [other.enqueue("t", "later", delay_seconds=60)]
+        other.complete(other.dequeue("w"))
+        running = other.dequeue("w")
+        flip = itertools.cycle([lambda: other.assign(running.id, None), lambda: other.mark_failed(ids[200])])
+        self.before_each_read(lambda: next(flip)())
+        with suppress(InvalidTransition):
+            self.assertEqual(
+                sorted(map(str, self.queue.unfinished_payloads())), sorted([*map(str, range(1, 250)), "later"])
+            )
+
+    def test_nobody_changes_what_was_read_in_an_exclusive_block(self):
+        other = self.open(busy_seconds=0.1)
+        for chosen in (True, False):
+            job_id = self.queue.enqueue("t")
+            with self.subTest(chosen=chosen), self.queue.exclusive([job_id] if chosen else None):
+                before = self.queue.get(job_id)
+                with self.assertRaises(QueueBusy):
+                    other.cancel(job_id)
+                if not chosen:
+                    with self.assertRaises(QueueBusy):
+                        other.enqueue("t")
+                self.assertEqual(self.queue.get(job_id), before)
+                self.queue.cancel(job_id)
+            self.assertEqual(other.get(job_id).state, "cancelled")
+
+    def test_jobs_are_found_by_their_ids_and_what_else_was_asked(self):
+        ids = self.queue.enqueue_many("t", range(5))
+        self.queue.cancel(ids[1])
+        found = self.queue.list_jobs(ids=ids[:3], state="pending")
+        self.assertEqual([job.id for job in found], [ids[2], ids[0]])
+        self.assertEqual(self.queue.count_jobs(ids=[]), 0)
+        with self.assertRaises(ValueError):
+            self.queue.list_jobs(ids=["1) OR (1"])
+
     def test_stats_bear_a_queue_that_appears_meanwhile(self):
         read, other, names = self.queue._read, self.reopen(), itertools.count()
 
@@ -1834,6 +1923,47 @@ class Files(SQLiteCase):
             open_queue("redis://secret@host")
         with self.assertRaisesRegex(ValueError, "expected a path or sqlite:///PATH, got postgresql:"):
             pqueue.sqlite_path("postgresql://secret@host")
+
+    def test_queue_is_named_by_a_path_object(self):
+        with closing(open_queue(self.path)) as queue:
+            self.assertEqual(queue.path, self.path)
+        with mock.patch.dict(os.environ, {"PQUEUE_URL": str(self.path)}):
+            self.assertEqual(pqueue.sqlite_path(), self.path)
+
+    def test_name_that_was_not_meant_as_a_path_creates_nothing(self):
+        here = os.getcwd()
+        os.chdir(self.folder)
+        self.addCleanup(os.chdir, here)
+        wrong = [
+            ":memory:",
+            "~",
+            "~/queue.db",
+            "~ann/queue.db",
+            "file:queue.db",
+            "FILE:queue.db?mode=memory",
+            "file::memory:",
+        ]
+        wrong += [
+            "sqlite:queue.db",
+            "sqlite://",
+            "sqlite:///",
+            "sqlite:///:memory:",
+            "sqlite:///~/q.db",
+            "sqlite:///q.db?x=1",
+        ]
+        for url in [*wrong, *map(Path, wrong[:7]), b"queue.db", 7, True]:
+            with self.subTest(url=url), self.assertRaisesRegex(ValueError, "^expected .*, got [^\n]*$"):
+                open_queue(url)
+        for path in (*wrong[:7], b"queue.db", None):
+            with self.subTest(path=path), self.assertRaisesRegex(ValueError, "^expected a path"):
+                pqueue.PersistentQSQLite(path)
+        self.assertEqual(list(self.folder.iterdir()), [])
+        queue = self.open()
+        before = set(self.folder.iterdir())
+        for path in (":memory:", "~", "file:copy.db", b"copy.db"):
+            with self.subTest(backup=path), self.assertRaisesRegex(ValueError, "^expected a path"):
+                queue.backup(path)
+        self.assertEqual(set(self.folder.iterdir()), before)
 
     def test_look_at_a_queue_that_is_not_there_creates_nothing(self):
         with self.assertRaisesRegex(QueueError, f"no queue at {self.path}"):

@@ -27,6 +27,7 @@ TESTS = (
     "test_histories.py",
     "test_power_loss.py",
     "test_processes.py",
+    "test_restore.py",
     "record_writes.c",
 )
 
@@ -129,6 +130,9 @@ MUTANTS = [
     Mutant("the folder of a new queue is synced", "        sync(missing.parent)", "        pass", POWER),
     Mutant("a backup's name is synced", "            sync(target.parent)\n", "", "test_power_loss.py: backup"),
     Mutant("a backup takes its name last", "        part = target.with_name(", "        part = target or target.with_name(", "contract: backup_is_a_whole"),
+    Mutant("no old log reappears next to a restored file", "    sync(target.parent)\n    part.replace(target)", "    part.replace(target)", "test_power_loss.py: restore_leaves"),
+    Mutant("a database that is open is not replaced", "is_free and _try_lock_bytes(file) and", "is_free and", "test_restore.py: has_the_database_open"),
+    Mutant("a damaged backup is not restored", '.fetchone()[0]) != "ok":', '.fetchone()[0]) == "":', "test_restore.py: no_sound_queue"),
     Mutant("a job file is synced", "            pqueue.sync_file(file.fileno())\n", "", FILES, "producer.py"),
     Mutant("a job file's first name is synced", "            pqueue.sync(self.directory)  # or a power cut", "            pass  # or a power cut", FILES, "producer.py"),
     Mutant("a job file's final name is synced", "            pqueue.sync(self.directory)\n", "", FILES, "producer.py"),

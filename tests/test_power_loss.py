@@ -515,3 +515,48 @@ def test_programs_leave_each_file_with_its_job_stamped_once_after_a_power_cut(sh
 def test_power_cut_shows_a_plan_that_was_not_synced(shim, place, monkeypatch):
     monkeypatch.setattr(consumer, "files_directory", place)
     assert any(file_losses(run(shim, place, PRODUCE_AND_STAMP, "normal", ROUNDS), place, exact=True))
+
+
+RESTORE = """
+import os, struct, sys
+sys.path.insert(0, sys.argv[1])
+import pqueue
+log = os.open(os.environ["RECORD_TO"], os.O_WRONLY | os.O_APPEND)
+
+def mark(text):
+    os.write(log, struct.pack("=QIIQ", 0, 0, len(text), ord("M")) + text)
+
+queue = pqueue.PersistentQSQLite(sys.argv[2])
+queue.enqueue_many("t", ["x" * 500] * 100)
+queue.backup(sys.argv[2] + ".copy")
+queue.enqueue_many("t", ["x" * 500] * 50)
+queue.close()
+if sys.argv[3] != "closed":
+    if not os.fork():
+        pqueue.PersistentQSQLite(sys.argv[2]).enqueue_many("t", ["x" * 500] * 25)
+        os._exit(0)
+    os.wait()
+if sys.argv[3] == "stuck":
+    pqueue._apply_logs = lambda _: None
+mark(b"begun")
+pqueue.restore(sys.argv[2] + ".copy", sys.argv[2])
+mark(b"done")
+"""
+
+
+@pytest.mark.parametrize("before", ["closed", "killed", "stuck"])
+def test_restore_leaves_the_old_database_or_the_new_one_after_a_power_cut(shim, place, before):
+    disk, chance, marks, cuts = Disk(), random.Random(3), [], 0
+    right = [{100, 150 if before == "closed" else 175}, {100}]
+    for record in run(shim, place, RESTORE, before):
+        disk.play(record)
+        marks += [record.data] if record.kind == "M" else []
+        for _ in range(2 * OUTCOMES if marks else 0):
+            path = restore(place, disk.after_power_loss(chance))
+            cuts += 1
+            if before == "stuck" and path.read_bytes() == pqueue.IN_RESTORE:
+                assert marks == [b"begun"]
+                continue
+            assert len(reopened(path)) in right[len(marks) - 1], record
+    assert marks == [b"begun", b"done"]
+    print(f"\nrestore: {cuts} power cuts")
