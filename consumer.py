@@ -31,6 +31,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
+from functools import lru_cache
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar, cast
@@ -53,7 +54,15 @@ Result = TypeVar("Result")
 
 def is_orphaned() -> bool:
     """Tell whether the Supervisor that started this program is gone: the next one will start another in its place."""
-    return "SUPERVISOR_ENABLED" in os.environ and os.getppid() != PARENT
+    return "SUPERVISOR_ENABLED" in os.environ and (os.getppid() != PARENT or _was_adopted())
+
+
+@lru_cache
+def _was_adopted() -> bool:
+    """Tell whether the Supervisor was gone before this program could note who it was: then init is its parent."""
+    with suppress(OSError):
+        return PARENT == 1 and b"supervisord" not in Path("/proc/1/cmdline").read_bytes()
+    return False
 
 
 def expect_posix() -> None:

@@ -2246,6 +2246,26 @@ class FileLocks:
         if not self._users:
             self._set(fcntl.F_UNLCK)
 
+    @staticmethod
+    def lack_log(path: Path) -> bool:
+        """Return whether other processes have the database open whose log was deleted or emptied.
+
+        SQLite would begin another log, and go by their index of the old one. Its format: https://sqlite.org/walformat.html
+        """
+        index = Path(f"{path}-shm")
+        if not FileLocks.AVAILABLE or not index.exists() or _has_open(_identity(index), ()):
+            return False
+        file = os.open(index, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            held = struct.unpack(
+                FLOCK, fcntl.fcntl(file, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, FileLocks.INDEX_IN_USE))
+            )
+            is_set, page_bytes, frames = struct.unpack("12xBxHI", os.pread(file, 20, 0).ljust(20, b"\0"))
+        finally:
+            os.close(file)
+        expected = 32 + frames * (24 + (page_bytes if page_bytes > 1 else 65536))
+        return bool(held[0] != fcntl.F_UNLCK and is_set and frames and _size(Path(f"{path}-wal")) < expected)
+
     def are_writing(self) -> bool:
         """Return whether this process still has SQLite's lock for writing."""
         asked = _flock(fcntl.F_RDLCK, self.WRITING)
@@ -2721,7 +2741,15 @@ class PersistentQSQLite(PersistentQInterface):
             self._slots = Slots(folder)
 
     def _expect_own_log(self) -> None:
-        """Refuse a database that took the place of another one whose log is still there: SQLite would apply it."""
+        """Refuse a database that took the place of another one whose log is still there: SQLite would apply it.
+
+        Also one whose log was deleted while others have it open.
+        """
+        if FileLocks.lack_log(self.path):
+            raise DatabaseReplaced(
+                f"cannot use {self.path}: its log was deleted while other programs have it open: "
+                "wait until they have ended"
+            )
         with self._note() as note:
             database, log = (_file_number(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal"))
             known = os.pread(note, len(database + log), 0)

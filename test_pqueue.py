@@ -2267,6 +2267,23 @@ class Replaced(SQLiteCase):
         self.beside("-wal").unlink()
         self.assertEqual(self.open().count_jobs(), 100)
 
+    @unittest.skipUnless(pqueue.FileLocks.AVAILABLE, "needs open file description locks")
+    def test_log_that_was_deleted_is_not_begun_anew_while_others_have_the_old_one(self):
+        code = "import pqueue, time\nq = pqueue.PersistentQSQLite(sys.argv[1])\nq.enqueue_many('t', range(9))\n"
+        with python(f"{code}print('ready', flush=True)\ntime.sleep(600)", self.path) as child:
+            self.assertEqual(child.stdout.readline(), "ready\n")
+            self.open().close()
+            self.beside("-wal").unlink()
+            for _ in range(2):
+                with self.assertRaisesRegex(
+                    pqueue.DatabaseReplaced, "log was deleted while other programs have it open"
+                ):
+                    self.open()
+                self.beside("-wal").touch()  # as a plain reader would
+            child.kill()
+            child.wait()
+        self.assertEqual(self.open().enqueue("t"), 1)
+
     def test_copy_of_a_whole_folder_is_opened_with_its_log(self):
         self.started()
         shutil.copytree(self.path.parent, self.folder / "copy", ignore=no_fifos)

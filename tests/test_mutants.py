@@ -157,6 +157,7 @@ MUTANTS = [
     Mutant("locks outlast a copy of the database", "        locks._set(fcntl.F_RDLCK)\n", "", "contract: copies_its_database"),
     Mutant("a transaction that lost its lock is undone", "                self._expect_lock()\n", "", "contract: lost_its_lock"),
     Mutant("a log that was deleted is not written back", "            except DatabaseReplaced:\n                _keep_log(self.connection)\n", "            except DatabaseReplaced:\n                locks.release()\n", "contract: write_it_back"),
+    Mutant("a log that was deleted is not begun anew", "        if FileLocks.lack_log(self.path):", "        if False:", "contract: begun_anew"),
     Mutant("another database's log is refused", "                self._expect_own_log()\n", "                pass\n", "contract: took_the_place"),
     Mutant("locks of other connections are kept", "if not locks._users and not _has_open(key, locks._files):", "if not locks._users:", "contract: leaves_the_first_one"),
     Mutant("a newer schema is refused", "if version > len(MIGRATIONS):", "if False:", "contract: newer_schema"),
