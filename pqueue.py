@@ -2753,11 +2753,26 @@ class PersistentQSQLite(PersistentQInterface):
         with self._note() as note:
             database, log = (_file_number(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal"))
             known = os.pread(note, len(database + log), 0)
-            if known.endswith(log) and known != database + log and _size(Path(f"{self.path}-wal")):
+            seems_replaced = known.endswith(log) and known != database + log  # or the system gave the numbers anew
+            if seems_replaced and _size(Path(f"{self.path}-wal")) and not self._fits_log():
                 raise SchemaMismatch(
                     f"cannot use {self.path}: it took the place of another database, to which the log "
                     f"{self.path}-wal belongs: stop all programs and move the log away; see admin.py restore"
                 )
+
+    def _fits_log(self) -> bool:
+        """Return whether the database and its log are sound together; neither is changed.
+
+        A backup by VACUUM INTO has a schema version one above that of its original, whose log never has a higher one.
+        """
+        with self.path.open("rb") as file:
+            version = int.from_bytes(file.read(44)[40:], "big")
+        try:
+            with closing(sqlite3.connect(f"{self.path.as_uri()}?mode=ro", uri=True)) as connection:
+                is_later = connection.execute("PRAGMA schema_version").fetchone()[0] >= version
+                return bool(is_later and connection.execute("PRAGMA integrity_check(1)").fetchone() == ("ok",))
+        except sqlite3.Error:
+            return False
 
     def _note_own_log(self) -> None:
         """Remember which file the log belongs to; both are open."""

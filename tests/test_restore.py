@@ -263,7 +263,7 @@ def test_restore_that_fails_changes_nothing(path, backup, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    for name in ("_copy_file", "_sync"):
+    for name in ("_copy_file", "sync"):
         with monkeypatch.context() as patch, pytest.raises(QueueError, match=r"cannot restore .*: No space left"):
             patch.setattr(pqueue, name, full)
             pqueue.restore(backup, path)
@@ -308,6 +308,7 @@ def test_restore_that_is_killed_anywhere_leaves_the_old_database_or_the_new_one(
                 each.unlink()
         for name, data in start.items():
             (path.parent / name).write_bytes(data)
+            (path.parent / name).chmod(0o600)
         was_killed = killed_at_line(number, backup, path)
         try:
             found = payloads(path)
