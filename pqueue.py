@@ -102,7 +102,8 @@ POLL_SECONDS = 0.1  # how often to look where no ring comes: it was lost, or the
 ENQUEUE_TRIES = 100  # while others take and free its key
 
 LANES = ("others", "consumers")  # before the way to write
-OVERTAKE_SECONDS = 0.001  # how long others may go before a writer that was woken up, as that takes a while
+REPEAT_SECONDS = 0.001  # how long a process may write, call after call, while a writer that it woke up is waiting
+OVERTAKE_SECONDS = 0.005  # how long any process may go before such a writer
 HANDOVER_SECONDS = 0.01  # how long the lock is kept for a writer after that, which may have died
 
 SYNCHRONOUS = ("off", "normal", "full", "extra")
@@ -1965,8 +1966,8 @@ class BellLock:
     Waiters come in kinds, each with a bell; the file, which is mapped, says since when one of each kind waits. Whoever
     releases the lock rings for one, preferably of another kind. Waking up takes a while, and a process that comes
     meanwhile may acquire the lock: no time is lost, but alongside a process that writes in a loop the waiter would
-    starve. So once it has waited for `OVERTAKE_SECONDS`, or the same process has had the lock for as long, it is
-    reserved for the waiter's kind: for `HANDOVER_SECONDS`, as the waiter may have died.
+    starve. So once the same process has had it more than once, for `REPEAT_SECONDS`, or the waiter has waited for
+    `OVERTAKE_SECONDS`, it is reserved for the waiter's kind: for `HANDOVER_SECONDS`, as the waiter may have died.
     """
 
     PID, HELD_SINCE, RESERVED_FOR, RESERVED_UNTIL, WAITING_SINCE = range(5)  # in the file; times: monotonic, 0 if not
@@ -2028,8 +2029,9 @@ class BellLock:
             _ring(self._bells[0])
 
     def _reserve(self, kind: int) -> None:
-        now, since = time.monotonic(), min(self._shared[self.WAITING_SINCE + kind], self._turn_began)
-        if now - since >= OVERTAKE_SECONDS:
+        now = time.monotonic()
+        repeats = self._held_since > self._turn_began and now - self._turn_began >= REPEAT_SECONDS
+        if repeats or now - self._shared[self.WAITING_SINCE + kind] >= OVERTAKE_SECONDS:
             self._shared[self.RESERVED_FOR], self._shared[self.RESERVED_UNTIL] = kind, now + HANDOVER_SECONDS
 
     def _heir(self, kind: int) -> int | None:

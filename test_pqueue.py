@@ -1843,11 +1843,13 @@ queue._turnstile.enter(in_batch=sys.argv[3] == "1")
     def test_writer_in_a_loop_lets_one_that_waits_go_first_after_a_while(self):
         queue, waiter = self.open(), self.open()
         lock = queue._turnstile._lock
-        with mock.patch.multiple(pqueue, OVERTAKE_SECONDS=10.0, HANDOVER_SECONDS=60):
-            for seconds, goes_on in ((0.0, True), (11.0, False)):
+        with mock.patch.multiple(pqueue, REPEAT_SECONDS=10.0, OVERTAKE_SECONDS=60, HANDOVER_SECONDS=60):
+            for seconds, repeats, goes_on in ((0.0, True, True), (11.0, False, True), (11.0, True, False)):
                 self.assertTrue(queue._turnstile.enter())
                 lock._shared[lock.WAITING_SINCE] = time.monotonic()
                 lock._turn_began = time.monotonic() - seconds
+                if not repeats:  # it has written for that long, but once
+                    lock._held_since = lock._shared[lock.HELD_SINCE] = lock._turn_began
                 queue._turnstile.leave()
                 self.assertEqual(lock.try_acquire(), goes_on)
                 lock.release(1)
