@@ -4,9 +4,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 JOBS := 10000000
 TIMES := 10
+SECONDS := 600
+SEED := 1
 ATTACKS := (fuzz or histories or power_loss or model_allows or QueueMachine) and not mutants
 
-.PHONY: help run test check format screenshots bench soak lock clean
+.PHONY: help run test check format screenshots bench soak attack lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -35,6 +37,9 @@ bench: $(READY)  ## Measure against the bare limit of the disk and against other
 soak: $(READY)  ## Put 10 million jobs through the queue, then attack it at random TIMES as long; JOBS=N TIMES=N
 	PYTHONPATH=. $(BIN)/python tests/soak.py --jobs $(JOBS)
 	PQUEUE_SOAK=$(TIMES) $(BIN)/python -m pytest -s -k "$(ATTACKS)" tests
+
+attack: $(READY)  ## Attack the whole system for SECONDS, then account for every job; SECONDS=N SEED=N
+	PYTHONPATH=. $(BIN)/python tests/attack.py --seconds $(SECONDS) --seed $(SEED)
 
 lock:  ## Lock the newest of what requirements.in allows, with hashes; needs uv
 	UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --upgrade --universal --python-version 3.10 --generate-hashes requirements.in -o requirements.txt

@@ -10,6 +10,11 @@ for a problem found; 2 for a mistake in the command.
 
 from __future__ import annotations
 
+import endings
+
+if __name__ == "__main__":
+    endings.end_at_once()
+
 import argparse
 import os
 import re
@@ -38,16 +43,19 @@ from commands import (
     one_of,
     whole,
 )
-from consumer import bear_any_text
+from consumer import bear_any_text, expect_posix
+from masking import masked_job
 from pqueue import InvalidTransition, Job, JobNotFound, PersistentQInterface, QueueError
 from report import (
     ago,
     clock,
     count,
     detail,
+    failures,
     first_line,
     for_machines,
     for_people,
+    history,
     is_time,
     job_object,
     json_text,
@@ -60,6 +68,7 @@ from report import (
 from torture import Torture
 
 BATCH = 500  # jobs changed in one transaction
+FILES = 5000  # job files deleted in one
 
 
 class Problem(Exception):
@@ -78,11 +87,9 @@ class Result:
 COMMANDS: dict[str, Command] = {}
 
 
-def command(
-    name: str, *parameters: Parameter, opens: bool = True, creates: bool = False
-) -> Callable[[Callable[..., Result]], Any]:
+def command(name: str, *parameters: Parameter, opens: bool = True) -> Callable[[Callable[..., Result]], Any]:
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
-        COMMANDS[name] = Command(name, function, (*parameters, JSON), opens, creates)
+        COMMANDS[name] = Command(name, function, (*parameters, JSON), opens)
         return function
 
     return register
@@ -130,7 +137,7 @@ def list_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> Resul
 
 
 def _listed(queue: PersistentQInterface, options: argparse.Namespace) -> list[dict[str, Any]]:
-    jobs = queue.list_jobs(**_filters(options), limit=options.limit, before_id=options.before_id)
+    jobs = queue.list_jobs(**_filters(options), limit=options.limit, before_id=options.before_id, shown=masked_job)
     return [job_object(job) if options.json else _job_row(job) for job in jobs]
 
 
@@ -141,14 +148,14 @@ def failedjobs(queue: PersistentQInterface, options: argparse.Namespace) -> Resu
     if options.all or filters or options.before_id is not None:
         options.status = "failed"
         return Result(_listed(queue, options))
-    groups = queue.failures()[: options.limit]
+    groups = failures(queue)[: options.limit]
     return Result([{key: each[key] for key in ("jobs", "task", "last_id", "error")} for each in groups])
 
 
 @command("show", JOB_ID)
 def show(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     """Show everything about a job, with the story of its attempts."""
-    job, story = queue.get(options.job_id), queue.history(options.job_id)
+    job, story = queue.get(options.job_id), history(queue, options.job_id)
     facts = {**job_object(job), "why": why(queue, job.id)}
     if options.json:
         return Result(
@@ -202,7 +209,6 @@ def stats(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     Parameter("--max-attempts", "deliveries before it is failed", whole(1), metavar="N"),
     Parameter("--key", "at most one unfinished job of the queue has it", metavar="KEY"),
     Parameter("--assign-to", "only this consumer may run it", metavar="CONSUMER"),
-    creates=True,
 )
 def enqueue(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     """Enqueue a job and print its number."""
@@ -231,7 +237,7 @@ def _act(
             for job_id in sorted(options.job_ids):  # as all do, so that nobody meets in a deadlock
                 act(job_id)
         return Result([{"job": job_id, "done": done} for job_id in options.job_ids], f"{done} {_ids(options.job_ids)}")
-    if not _agreed(options, f"{verb} {count(queue.count_jobs(**filters), 'job')}"):
+    if not _agreed(options, f"{verb} {count(queue.count_jobs(**filters, shown=masked_job), 'job')}"):
         return Result(text="nothing done", code=1)
     changed, refused = act_on_matching(queue, filters, act)
     text = f"{done} {count(changed, 'job')}" + (f", {refused:,} not: their state does not allow it" if refused else "")
@@ -241,13 +247,15 @@ def _act(
 def act_on_matching(
     queue: PersistentQInterface, filters: dict[str, Any], act: Callable[[int], None]
 ) -> tuple[int, int]:
-    """Do it to all jobs that match, in batches of one transaction each; return how many it was done to, and how many
-    refused it by their state."""
+    """Do it to all jobs that match as they are shown, in batches of one transaction each; return how many it was done
+    to, and how many refused it by their state."""
     changed = refused = 0
     before = None
-    while jobs := queue.list_jobs(**filters, before_id=before, limit=BATCH):
-        with queue.transaction():
-            for job in reversed(jobs):
+    while jobs := queue.list_jobs(**filters, before_id=before, limit=BATCH, excerpt=0, shown=masked_job):
+        ids = [job.id for job in jobs]
+        with queue.exclusive(ids):
+            now = queue.list_jobs(**filters, ids=ids, limit=BATCH, excerpt=0, shown=masked_job)
+            for job in reversed(now):  # a job may match no more
                 try:
                     act(job.id)
                     changed += 1
@@ -304,7 +312,11 @@ def assign_job(queue: PersistentQInterface, options: argparse.Namespace) -> Resu
         return Result(text="nothing done", code=1)
     if options.consumer and options.consumer not in {each["name"] for each in queue.consumers()}:
         print(f"admin.py: note: no consumer {options.consumer!r} was ever seen here", file=sys.stderr)
-    queue.assign(job.id, options.consumer)
+    with queue.exclusive([job.id]):
+        now = queue.get(job.id)
+        if now.state == "processing" and now.lease_token != job.lease_token and not options.yes:
+            raise Problem(f"cannot assign job {job.id}: {now.consumer} has just taken it; give the command again")
+        queue.assign(job.id, options.consumer)
     done = f"assigned to {options.consumer or 'any consumer'}"
     return Result([{"job": job.id, "done": done}], f"job {job.id} {done}")
 
@@ -379,6 +391,16 @@ def backup(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     return Result([{"file": str(options.file)}], f"backed up to {options.file}, and verified")
 
 
+@command("restore", Parameter("file", "the backup", Path, metavar="FILE"), YES, opens=False)
+def restore(_: None, options: argparse.Namespace) -> Result:
+    """Put a backup in the place of the database, which is kept under another name. Stop all programs first."""
+    if not _agreed(options, f"replace the queue by {options.file}"):
+        return Result(text="nothing done", code=1)
+    kept = pqueue.restore(options.file)
+    text = f"restored {options.file}, verified" + (f"; the replaced database is {kept}" if kept else "")
+    return Result([{"file": str(options.file), "replaced": kept and str(kept)}], text)
+
+
 @command(
     "move",
     Parameter("--to", "where to: a path, sqlite:///PATH or postgresql://…", metavar="URL"),
@@ -389,7 +411,7 @@ def move(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     """Copy a live queue into an empty one of any backend. The old one stays as it is, paused, until --finish."""
     if options.to is None:
         raise UsageError("move: expected --to URL")
-    target = pqueue.open_queue(options.to, create=not options.finish)
+    target = pqueue.open_queue(options.to, create=not options.finish, durability="full")  # --finish depends on it
     try:
         return _finish_move(queue, target, options) if options.finish else _move(queue, target)
     finally:
@@ -453,18 +475,24 @@ def delete_db_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> 
 )
 def delete_job_files(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     """Delete the job_*.txt files in a folder, but none that an unfinished job still needs, or is about to."""
+    expect_posix()
     if options.directory is None:
         raise UsageError("delete-job-files: expected --directory DIR")
     names = _job_files(options.directory)
-    kept = set() if options.force else names & _needed_files(queue)
-    doomed = sorted(names - kept)
-    note = f", {count(len(kept), 'file')} kept for unfinished jobs" if kept else ""
-    if options.dry_run:
-        return Result([{"file": name} for name in doomed], None if doomed else f"nothing to delete{note}")
-    if doomed and not _agreed(options, f"delete {count(len(doomed), 'file')} in {options.directory}"):
+    doomed = sorted(names - (set() if options.force else _needed_files(queue)))
+    if options.dry_run or not doomed:
+        kept = len(names) - len(doomed)
+        return Result([{"file": name} for name in doomed], None if doomed else f"nothing to delete{_kept(kept)}")
+    if not _agreed(options, f"delete {count(len(doomed), 'file')} in {options.directory}"):
         return Result(text="nothing done", code=1)
-    _delete_files(options.directory, doomed)
-    return Result([{"deleted": len(doomed), "kept": len(kept)}], f"deleted {count(len(doomed), 'file')}{note}")
+    batches = [doomed[start : start + FILES] for start in range(0, len(doomed), FILES)]
+    deleted = sum(_delete_files(queue, options, batch) for batch in batches)
+    kept = len(names) - deleted
+    return Result([{"deleted": deleted, "kept": kept}], f"deleted {count(deleted, 'file')}{_kept(kept)}")
+
+
+def _kept(number: int) -> str:
+    return f", {count(number, 'file')} kept for unfinished jobs" if number else ""
 
 
 def _job_files(directory: Path) -> set[str]:
@@ -478,26 +506,33 @@ def _job_files(directory: Path) -> set[str]:
 
 
 def _needed_files(queue: PersistentQInterface) -> set[str]:
-    needed = set()
-    for state in pqueue.UNFINISHED:
-        before = None
-        while jobs := queue.list_jobs(state=state, before_id=before, limit=BATCH):
-            needed |= {os.path.basename(str(job.payload.get("file"))) for job in jobs if isinstance(job.payload, dict)}
-            before = jobs[-1].id
-    return needed
+    payloads = (payload for payload in queue.unfinished_payloads() if isinstance(payload, dict))
+    return {os.path.basename(str(payload.get("file"))) for payload in payloads}
 
 
-def _delete_files(directory: Path, names: list[str]) -> None:
-    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def _delete_files(queue: PersistentQInterface, options: argparse.Namespace, names: list[str]) -> int:
+    """Delete those that no job needs by now; no job is enqueued or resubmitted between the look and the deletion."""
+    if options.force:
+        return _unlink(options.directory, names)
+    with queue.exclusive():
+        needed = _needed_files(queue)
+        return _unlink(options.directory, [name for name in names if name not in needed])
+
+
+def _unlink(directory: Path, names: list[str]) -> int:
+    """Delete what is still there of these, unless it is not a file any more; return how many are gone."""
     try:
-        for name in names:
-            with suppress(FileNotFoundError):
-                if stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
-                    os.unlink(name, dir_fd=folder)
+        folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for name in names:
+                with suppress(FileNotFoundError):
+                    if stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                        os.unlink(name, dir_fd=folder)
+        finally:
+            os.close(folder)
     except OSError as error:
         raise Problem(f"cannot delete in {directory}: {error.strerror}") from None
-    finally:
-        os.close(folder)
+    return len(names)
 
 
 def _agreed(options: argparse.Namespace, what: str) -> bool:
@@ -543,6 +578,7 @@ def metrics_command(queue: PersistentQInterface, options: argparse.Namespace) ->
 def torture(_: None, options: argparse.Namespace) -> Result:
     """Kill producers and consumers at random, on a database of its own beside the real one, and prove that nothing
     was lost or done twice."""
+    expect_posix()
     beside = pqueue.sqlite_path().parent
     if not beside.is_dir():
         raise Problem(f"no folder {beside} to work in: make it, or set PQUEUE_URL")
@@ -633,14 +669,15 @@ def _colours() -> bool:
 
 def run(entry: Command, options: argparse.Namespace) -> int:
     """Run the command and show its result; return the exit code."""
-    if not entry.opens:
-        return _show(entry.function(None, options), options)
-    queue = pqueue.open_queue(create=entry.creates)
-    try:
-        with _damage_told(queue):
-            return _show(entry.function(queue, options), options)
-    finally:
-        queue.close()
+    with endings.Undoing():
+        if not entry.opens:
+            return _show(entry.function(None, options), options)
+        queue = pqueue.open_queue(create=False)
+        try:
+            with _damage_told(queue):
+                return _show(entry.function(queue, options), options)
+        finally:
+            queue.close()
 
 
 @contextmanager
@@ -686,8 +723,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (Problem, QueueError) as error:
         print(f"admin.py: {printable(str(error))}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

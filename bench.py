@@ -9,6 +9,11 @@ Each figure is taken in a fresh process on a fresh folder, the contestants in tu
 
 from __future__ import annotations
 
+import endings
+
+if __name__ == "__main__":
+    endings.end_at_once()
+
 import argparse
 import contextlib
 import importlib.util
@@ -26,6 +31,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -35,7 +41,20 @@ import bench_postgres
 import bench_redis
 import consumer
 import pqueue
-from bench_peers import DURABILITIES, PICKUPS, SECONDS, SIMPLE, WORKERS, now_and_then, put_for_a_while, sum_up
+from bench_peers import (
+    ALONGSIDE,
+    DURABILITIES,
+    NOTHING,
+    PICKUPS,
+    SECONDS,
+    SIMPLE,
+    WORKERS,
+    measure_put_alongside,
+    note,
+    now_and_then,
+    put_for_a_while,
+    sum_up,
+)
 from bench_postgres import SCALE, SERVER, PostgresLimit, milliseconds
 
 HERE = Path(__file__).resolve().parent
@@ -43,7 +62,7 @@ QUICK = "one round of a tenth of the work, without idle and depth, and the other
 QUICK_SCALE = 0.1  # of the work, given to the measuring processes
 PUT_MANY = 100
 LEFT_OUT = "BENCH_WITHOUT"  # names to the measuring processes, and to their consumers, the idea to do without
-COLUMNS = [*SIMPLE, "program", "share", "put under load", "pickup", "idle", "depth"]
+COLUMNS = [*SIMPLE, "program", "share", "put under load", *ALONGSIDE, "pickup", "idle", "depth"]
 
 
 @pqueue.task()
@@ -122,6 +141,12 @@ class Ours:
             yield
             jobs, _ = self.queue.complete_and_dequeue([(job, None) for job in jobs], "bench")
 
+    def loop(self) -> None:
+        """Be the README's first program: two calls per job."""
+        while job := self.queue.dequeue(f"loop-{os.getpid()}"):
+            note(NOTHING)
+            self.queue.complete(job)
+
 
 CONTESTANTS: dict[str, Any] = {"limit": bench_peers.Limit, "pqueue": Ours, **bench_peers.PEERS}
 ON_POSTGRES: dict[str, Any] = {"limit": PostgresLimit, "pqueue": Ours, **bench_postgres.PEERS}
@@ -188,6 +213,12 @@ def measure_pickup(ours: Ours) -> dict[str, float]:
     return milliseconds([job.result for job in ours.queue.list_jobs(limit=PICKUPS)])
 
 
+def measure_alongside(ours: Ours, number: int) -> dict[str, float]:
+    jobs = int(200_000 * SCALE)
+    fill(ours.queue, jobs)
+    return measure_put_alongside(ours, number, jobs)
+
+
 def measure_idle(ours: Ours, seconds: float = 10.0) -> dict[str, float]:
     with consumers(ours, 1) as (child,):
         time.sleep(1)
@@ -217,6 +248,7 @@ MEASURES: dict[str, Callable[..., dict[str, float]]] = {
     "program": measure_program,
     "share": measure_share,
     "put under load": measure_put_under_load,
+    **{name: partial(measure_alongside, number=number) for name, number in ALONGSIDE.items()},
     "pickup": measure_pickup,
     "idle": measure_idle,
     "depth": measure_depth,
@@ -289,6 +321,10 @@ def main(arguments: list[str] | None = None) -> int:
         measure = getattr(measured, "measures", MEASURES).get(column, MEASURES[column])
         print(json.dumps(measure(measured)))
         return 0
+    try:
+        consumer.expect_posix()
+    except pqueue.QueueError as error:
+        sys.exit(f"bench.py: {error}")
     check_needs(options)
     if options.url:
         os.environ[SERVER] = options.url
@@ -486,7 +522,7 @@ def median_sync(grows: bool, times: int = 200) -> float:
 
 def table(results: dict[Key, Figures]) -> str:
     """Return the medians with least and most, also as a multiple of the limit of the same run."""
-    form = "{:15} {:14} {:10} {:12} {:>10} {:>10} {:>10}  {}".format
+    form = "{:21} {:14} {:10} {:12} {:>10} {:>10} {:>10}  {}".format
     lines = [form("column", "contestant", "durability", "figure", "median", "min", "max", "x limit")]
     for (column, name, durability), figures in results.items():
         for figure, values in figures.items():
@@ -581,7 +617,5 @@ def draw_legend(axis: Any, machine: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with endings.Undoing():
         sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)

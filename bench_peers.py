@@ -7,7 +7,6 @@ Workers wait at a gate until all are ready, then note every job in memory that t
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import logging
 import math
@@ -28,13 +27,18 @@ from typing import Any, NamedTuple
 from bench_postgres import SCALE, milliseconds
 from pqueue import PersistentQInterface
 
+with contextlib.suppress(ImportError):  # Windows, where bench.py only says what it needs
+    import fcntl
+
 SECONDS = 2.0 * SCALE  # of each rate that is measured by the clock
 SIMPLE = ("put", "put many", "process")  # what needs no worker
 TOGETHER = ("share", "put under load", "pickup")  # what needs several processes
+ALONGSIDE = {"put alongside 1 loop": 1, "put alongside 4 loops": 4}
 DURABILITIES = ("full", "normal")
 WORKERS = 4
 LEAST_PUTS, LONGEST_SECONDS = 20, 10.0 * SCALE  # under load: so many, unless they would take longer
 PICKUPS = max(10, int(100 * SCALE))
+ALONGSIDE_PUTS = 2 * PICKUPS
 PATIENCE_SECONDS = 60.0  # for a worker that should run what was put
 NOTHING = "0"  # the payload of a job that is not timed; else the time of its put
 NOTE = struct.Struct("dd")  # when a job ran, and seconds since its put; not a number: the worker met an error
@@ -50,7 +54,7 @@ class Peer:
 
     module: str
     survives: str
-    columns: tuple[str, ...] = (*SIMPLE, *TOGETHER)
+    columns: tuple[str, ...] = (*SIMPLE, *TOGETHER, *ALONGSIDE)
     durabilities: tuple[str, ...] = DURABILITIES
     backlog = 4_000
 
@@ -80,12 +84,18 @@ class Peer:
         """Be a worker: take jobs, `note` each, finish it, and wait for more, for ever."""
         raise NotImplementedError
 
+    def loop(self) -> None:
+        """Be a plain loop: take and finish one job after the other."""
+        for _ in self.process():
+            note(NOTHING)
+
     @property
     def measures(self) -> dict[str, Callable[[Any], dict[str, float]]]:
         return {
             "program": lambda peer: drain(peer, 1),
             "share": lambda peer: drain(peer, WORKERS),
             "put under load": measure_put_under_load,
+            **{name: partial(fill_and_put_alongside, number=number) for name, number in ALONGSIDE.items()},
             "pickup": measure_pickup,
         }
 
@@ -99,7 +109,7 @@ class Limit(Peer):
     """
 
     module, survives = "sqlite3", "-"
-    columns = (*SIMPLE, "put under load", "pickup")
+    columns = (*SIMPLE, "put under load", *ALONGSIDE, "pickup")
     backlog = 1_200_000
 
     def open(self) -> None:
@@ -158,7 +168,7 @@ class Huey(Peer):
     """
 
     module, survives = "huey", "lost: it is deleted before it runs"
-    columns = (*SIMPLE, "program", *TOGETHER)
+    columns = (*SIMPLE, "program", *TOGETHER, *ALONGSIDE)
     backlog = 60_000
 
     def open(self) -> None:
@@ -248,7 +258,7 @@ class LocalQueue(Peer):
     """Its Worker, with its defaults. Normal is RELAXED, its default, and full is DURABLE. Its core is Rust."""
 
     module, survives = "localqueue", "back when its lease (60 s) is over"
-    columns = (*SIMPLE, "program", *TOGETHER)
+    columns = (*SIMPLE, "program", *TOGETHER, *ALONGSIDE)
 
     def open(self) -> None:
         import localqueue  # noqa: PLC0415
@@ -311,8 +321,35 @@ def measure_put_under_load(peer: Peer) -> dict[str, float]:
     with workers(peer, WORKERS) as notes:
         puts = put_for_a_while(peer.put_and_wake)
     ran = sorted(when for when, delay in itertools.chain(*notes()) if not math.isnan(delay))
-    drained = ran[backlog - 1] if len(ran) >= backlog else math.inf
-    return sum_up([put for put in puts if put.began < drained] or puts[:1])
+    return sum_up_until(drained(ran, backlog), puts)
+
+
+def fill_and_put_alongside(peer: Peer, number: int) -> dict[str, float]:
+    return measure_put_alongside(peer, number, fill(peer))
+
+
+def measure_put_alongside(contestant: Any, number: int, backlog: int) -> dict[str, float]:
+    """Put a job now and then while plain loops drain a backlog; return how they share it, too."""
+    with workers(contestant, number, "loop") as notes:
+        puts = [timed(contestant.put) for _ in now_and_then(ALONGSIDE_PUTS)]
+    loops = [[when for when, delay in told if not math.isnan(delay)] for told in notes()]
+    end = drained(sorted(itertools.chain(*loops)), backlog)
+    shares = [sum(puts[0].began < when < min(puts[-1].began, end) for when in loop) for loop in loops]
+    figures = sum_up_until(end, puts)
+    figures["jobs/s"] = sum(shares) / (min(puts[-1].began, end) - puts[0].began)
+    if number > 1:
+        figures["fewest/most"] = min(shares) / max(shares)
+    figures["errors"] += sum(map(len, notes())) - sum(map(len, loops))
+    return figures
+
+
+def drained(ran: list[float], backlog: int) -> float:
+    """Return when the backlog was done, from when each job ran."""
+    return ran[backlog - 1] if len(ran) >= backlog else math.inf
+
+
+def sum_up_until(end: float, puts: list[Put]) -> dict[str, float]:
+    return sum_up([put for put in puts if put.began < end] or puts[:1])
 
 
 def put_for_a_while(put: Callable[[], Any]) -> list[Put]:
@@ -320,15 +357,19 @@ def put_for_a_while(put: Callable[[], Any]) -> list[Put]:
     puts: list[Put] = []
     start = time.monotonic()
     while (now := time.monotonic() - start) < 2 * SECONDS or (len(puts) < LEAST_PUTS and now < LONGEST_SECONDS):
-        began, failed = time.time(), False
-        before = time.perf_counter()
-        try:
-            put()
-        except Exception:  # each has its own
-            failed = True
-        puts.append(Put(began, time.perf_counter() - before, failed))
+        puts.append(timed(put))
         time.sleep(0.003)
     return puts
+
+
+def timed(put: Callable[[], Any]) -> Put:
+    began, failed = time.time(), False
+    before = time.perf_counter()
+    try:
+        put()
+    except Exception:  # each has its own
+        failed = True
+    return Put(began, time.perf_counter() - before, failed)
 
 
 def sum_up(puts: list[Put]) -> dict[str, float]:
@@ -350,9 +391,9 @@ def measure_pickup(peer: Peer) -> dict[str, float]:
     return milliseconds(delays)
 
 
-def now_and_then() -> Iterator[float]:
+def now_and_then(times: int = PICKUPS) -> Iterator[float]:
     """Yield the time every 50 ms on average: at random, as who polls would else be met at always the same moment."""
-    for _ in range(PICKUPS):
+    for _ in range(times):
         time.sleep(random.uniform(0.025, 0.075))
         yield time.time()
 
@@ -368,10 +409,12 @@ def fill(peer: Peer) -> int:
 
 
 @contextlib.contextmanager
-def workers(peer: Peer, number: int) -> Iterator[Callable[[], list[list[tuple[float, float]]]]]:
+def workers(peer: Any, number: int, step: str = "work") -> Iterator[Callable[[], list[list[tuple[float, float]]]]]:
     """Run workers, let them begin together, and yield how to read what each has noted; kill them in the end."""
-    name = next(name for name, kind in CONTESTANTS.items() if kind is type(peer))
-    code = f"import bench_peers; bench_peers.work({name!r}, {str(peer.folder)!r}, {peer.durability!r})"
+    kind, place = type(peer), (str(peer.folder), peer.durability)
+    module = kind.__module__ if kind.__module__ != "__main__" else "bench"
+    imports = f"import endings; endings.end_at_once(); import bench_peers, {module}"
+    code = f"{imports}; bench_peers.work({module}.{kind.__name__}, *{place!r}, {step!r})"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent)}
     with (peer.folder / "gate").open("w") as gate:
         fcntl.flock(gate, fcntl.LOCK_EX)
@@ -380,7 +423,7 @@ def workers(peer: Peer, number: int) -> Iterator[Callable[[], list[list[tuple[fl
         try:
             while len(list(peer.folder.glob("*.notes"))) < number:
                 if any(child.poll() is not None for child in children):
-                    raise ChildProcessError(f"a worker of {name} did not start")
+                    raise ChildProcessError(f"a worker of {kind.__name__} did not start")
                 time.sleep(0.01)
             fcntl.flock(gate, fcntl.LOCK_UN)
             yield lambda: [read_notes(path) for path in peer.folder.glob("*.notes")]
@@ -422,17 +465,17 @@ def note(sent: str) -> None:
         notes.add(time.time() - float(sent))
 
 
-def work(name: str, folder: str, durability: str) -> None:
+def work(kind: Any, folder: str, durability: str, step: str) -> None:
     """Run a worker, and again whenever it dies of an error, as a supervisor would; end with who started it."""
     threading.Thread(target=end_with_parent, daemon=True).start()
-    peer = CONTESTANTS[name](Path(folder), durability)
+    peer = kind(Path(folder), durability)
     noting.append(Notes(Path(folder) / f"{os.getpid()}.notes"))
     logging.getLogger().addHandler(noting[0])
     with (peer.folder / "gate").open() as gate:
         fcntl.flock(gate, fcntl.LOCK_SH)
     while True:
         try:
-            peer.work()
+            getattr(peer, step)()
         except Exception:  # each has its own
             noting[0].add(math.nan)
 
@@ -440,6 +483,3 @@ def work(name: str, folder: str, durability: str) -> None:
 def end_with_parent() -> None:
     sys.stdin.read()
     os._exit(0)
-
-
-CONTESTANTS: dict[str, type[Peer]] = {"limit": Limit, **PEERS}

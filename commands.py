@@ -60,13 +60,12 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Command:
-    """What to call with the options; `opens` the database first, and `creates` one where there is none."""
+    """What to call with the options; `opens` the database first."""
 
     name: str
     function: Callable[..., Any]
     parameters: tuple[Parameter, ...]
     opens: bool
-    creates: bool
 
     @property
     def help(self) -> str:

@@ -9,11 +9,17 @@ Supervisor that started it, it ends as after a first TERM.
 
 from __future__ import annotations
 
+import endings
+
+if __name__ == "__main__":
+    endings.end_at_once()
+
 import argparse
 import errno
 import hashlib
 import importlib
 import os
+import re
 import signal
 import socket
 import stat
@@ -25,11 +31,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
+from functools import lru_cache
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar, cast
 
 import pqueue
+from masking import masked_text
 from pqueue import DoNotRetry, Job, LeaseLost, PersistentQInterface, QueueBusy, QueueError, QueueFull, task
 
 MOST_FILE_BYTES = 1 << 30  # of a job file; a larger one is refused
@@ -39,7 +47,6 @@ HEARTBEAT_SECONDS = 10.0
 GRACE_SECONDS = 5.0  # what an interrupted task gets before the process ends in its stead
 PATIENCE_SECONDS = (0.1, 5.0)  # first and longest pause while the database is locked or full
 
-ENDINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PARENT = os.getppid()
 
 Result = TypeVar("Result")
@@ -47,7 +54,21 @@ Result = TypeVar("Result")
 
 def is_orphaned() -> bool:
     """Tell whether the Supervisor that started this program is gone: the next one will start another in its place."""
-    return "SUPERVISOR_ENABLED" in os.environ and os.getppid() != PARENT
+    return "SUPERVISOR_ENABLED" in os.environ and (os.getppid() != PARENT or _was_adopted())
+
+
+@lru_cache
+def _was_adopted() -> bool:
+    """Tell whether the Supervisor was gone before this program could note who it was: then init is its parent."""
+    with suppress(OSError):
+        return PARENT == 1 and b"supervisord" not in Path("/proc/1/cmdline").read_bytes()
+    return False
+
+
+def expect_posix() -> None:
+    """Raise QueueError on Windows, which lacks the signals, locks and folder descriptors that the programs need."""
+    if not hasattr(os, "O_DIRECTORY"):
+        raise QueueError(f"cannot run on {sys.platform}: this needs Linux or macOS; the library, pqueue.py, works here")
 
 
 def log(event: str, **fields: Any) -> None:
@@ -75,7 +96,7 @@ def _line(at: str, event: str, fields: dict[str, Any]) -> str:
 
 
 def _quoted(value: Any) -> str:
-    text = str(value)
+    text = masked_text(str(value))
     plain = text and text.isprintable() and not any(mark in text for mark in ' "=')
     return text if plain else '"' + text.encode("unicode_escape").decode().replace('"', '\\"') + '"'
 
@@ -93,13 +114,16 @@ files_directory = Path(os.environ.get("PQUEUE_FILES", "var/files"))
 def prepend_timestamp(job: Job) -> dict[str, Any]:
     """Put one ISO 8601 UTC timestamp in front of every line of the file that the payload names.
 
-    The timestamp and the digest of the file as it was are stored before it is replaced, so another delivery of the
+    The timestamp and the digest of the file as it was are on disk before it is replaced, so another delivery of the
     job finds out whether that happened, and never stamps it twice.
     """
     with _job_file(job.payload) as (name, folder, source):
         digest = _sha256(source)
         plan = job.result if isinstance(job.result, dict) else {}
-        if not plan:
+        if plan:  # else no delivery of this job has begun a copy
+            for copy in _copies(folder, re.escape(name)):
+                os.unlink(copy, dir_fd=folder)
+        else:
             plan = {"file": name, "timestamp": _utc_now(), "sha256": digest}
             pqueue.current_queue().update(job, result=plan)
         prefix = f"{plan['timestamp']} ".encode()
@@ -135,6 +159,7 @@ def _file_name(payload: Any) -> str:
 
 @contextmanager
 def _open_directory() -> Iterator[int]:
+    expect_posix()
     folder = os.open(files_directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield folder
@@ -174,23 +199,68 @@ def _parts(source: BinaryIO) -> Iterator[tuple[bytes, bool]]:
         begins = part.endswith(b"\n")
 
 
+def _copies(folder: int, name: str) -> list[str]:
+    """List the copies of files whose names match, which takes a while in a full folder."""
+    copy = re.compile(rf"\.{name}\.[0-9a-f]{{16}}\.[0-9]+\.stamped")  # with a lease token in it
+    return [each for each in os.listdir(folder) if copy.fullmatch(each)]
+
+
+def remove_copies() -> None:
+    """Remove the copies that killed consumers left: their jobs may never be delivered again.
+
+    A living consumer has its copy locked.
+    """
+    with suppress(FileNotFoundError), _open_directory() as folder:
+        for copy in _copies(folder, ".+"):
+            with suppress(OSError):
+                _remove_stale(copy, folder)
+
+
+def _remove_stale(copy: str, folder: int) -> None:
+    file = os.open(copy, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+    try:
+        if pqueue.try_lock(file):
+            os.unlink(copy, dir_fd=folder)
+    finally:
+        os.close(file)
+
+
+def _create_copy(copy: str, folder: int) -> BinaryIO:
+    """Create it and lock it; a consumer that starts may take it for a stale one before it is locked."""
+    while True:
+        file = os.fdopen(
+            os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600, dir_fd=folder), "wb"
+        )
+        if pqueue.try_lock(file.fileno()) and os.fstat(file.fileno()).st_nlink:
+            pqueue.share_as_folder(file.fileno(), folder)
+            return file
+        file.close()
+
+
 def _replace(name: str, folder: int, source: BinaryIO, prefix: bytes, digest: str, token: str) -> None:
     """Write the stamped copy beside the file and rename it over, so that a reader sees the old or the new one."""
-    for stale in os.listdir(folder):
-        if stale.startswith(f".{name}.") and stale.endswith(".stamped"):
-            os.unlink(stale, dir_fd=folder)
     copy = f".{name}.{token}.stamped"
-    with os.fdopen(os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder), "wb") as target:
-        copied = hashlib.sha256()
-        for part, begins in _parts(source):
-            target.write(prefix + part if begins else part)
-            copied.update(part)
-        if copied.hexdigest() != digest:
-            raise OSError(f"{name} changed while it was read")
-        target.flush()
-        os.fsync(target.fileno())
-    os.rename(copy, name, src_dir_fd=folder, dst_dir_fd=folder)
-    os.fsync(folder)
+    with _create_copy(copy, folder) as target:
+        try:
+            if _stamp(source, target, prefix) != digest:
+                raise OSError(f"{name} changed while it was read")
+            os.rename(copy, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(copy, dir_fd=folder)
+            raise
+    pqueue.sync_file(folder)
+
+
+def _stamp(source: BinaryIO, target: BinaryIO, prefix: bytes) -> str:
+    """Copy with a prefix to each line, durably; return the digest of what was read."""
+    copied = hashlib.sha256()
+    for part, begins in _parts(source):
+        target.write(prefix + part if begins else part)
+        copied.update(part)
+    target.flush()
+    pqueue.sync_file(target.fileno())
+    return copied.hexdigest()
 
 
 # The consumer #########################################################################################################
@@ -358,7 +428,7 @@ class Consumer:
         error = sys.exc_info()[1]
         code = error.code if isinstance(error, SystemExit) else error
         if code is not None and not isinstance(code, int):
-            traceback.print_exc()
+            print(masked_text(traceback.format_exc()), end="", file=sys.stderr)
         with suppress(OSError):
             sys.stdout.flush()
         os._exit(code if isinstance(code, int) else int(code is not None))
@@ -548,6 +618,7 @@ def main(arguments: list[str] | None = None) -> int:
     bear_any_text()
     options = _parser().parse_args(arguments)
     try:
+        expect_posix()
         _import(options.modules)
         queue = pqueue.open_queue()
     except (QueueError, ValueError) as error:
@@ -563,8 +634,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def on_end(handler: Any) -> None:
     """Call it upon TERM, INT and HUP, except for a HUP that nohup has the program ignore."""
-    for number in ENDINGS:
-        if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:
+    for number in endings.ENDINGS:
+        if signal.getsignal(number) != signal.SIG_IGN or number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, handler)
 
 
@@ -572,14 +643,14 @@ def _spare_children() -> None:
     """Let signals end a child that a task forks, from its first moment, as they end other programs."""
 
     def unblock() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, endings.ENDINGS)
 
     def begin_child() -> None:
         on_end(signal.SIG_DFL)
         unblock()
 
     os.register_at_fork(
-        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS),
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, endings.ENDINGS),
         after_in_parent=unblock,
         after_in_child=begin_child,
     )
@@ -599,6 +670,7 @@ def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
     on_end(consumer.stop)
     signal.signal(signal.SIGALRM, consumer.interrupt)
     _spare_children()
+    remove_copies()
     log("started", consumer=options.name, pid=os.getpid(), queues=",".join(options.queues or ["all"]))
     try:
         if bar:

@@ -9,6 +9,11 @@ An added group stands in a file of its own in var/supervisor.d, so it is there a
 
 from __future__ import annotations
 
+import endings
+
+if __name__ == "__main__":
+    endings.end_at_once()
+
 import argparse
 import http.client
 import os
@@ -21,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from consumer import OneLineParser
+from pqueue import make_folder, sync, sync_file
 
 SOCKET = Path("var/supervisor.sock")
 INCLUDED = Path("var/supervisor.d")
@@ -32,6 +38,7 @@ PROGRAM = """\
 ; Added by manager.py; remove it with: python manager.py --remove {group}
 [program:{group}]
 command = {command}
+umask = 077
 process_name = %(program_name)s_%(process_num)02d
 numprocs = {size}
 autorestart = true
@@ -51,6 +58,8 @@ class ManagerError(Exception):
 
 class _Connection(http.client.HTTPConnection):
     def connect(self) -> None:
+        if not hasattr(socket, "AF_UNIX"):
+            raise ManagerError(f"cannot reach supervisord: it does not run on {sys.platform}")
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(self.timeout)
         try:
@@ -107,7 +116,7 @@ def added_groups() -> list[str]:
 def add_group(size: int = GROUP_SIZE, queues: list[str] | None = None, modules: list[str] | None = None) -> str:
     """Add a group of this many consumers and return its name, when they run. Raises ManagerError."""
     command, taken = _command(queues or [], modules or []), {each["group"] for each in processes()}
-    INCLUDED.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(INCLUDED)
     group = next(
         name
         for number in range(2, 10_000)
@@ -132,6 +141,7 @@ def remove_group(group: str) -> None:
         call("stopProcessGroup", group)
         call("removeProcessGroup", group)
     _path(group).unlink()
+    sync(INCLUDED)
     call("reloadConfig")
 
 
@@ -175,7 +185,10 @@ def _create(path: Path, text: str) -> bool:
     try:
         with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
+            sync_file(file.fileno())  # or a power cut might leave a part, with which no supervisord starts
         os.link(new, path)
+        sync(path.parent)
     except FileExistsError:
         return False
     finally:
@@ -189,12 +202,11 @@ def _create(path: Path, text: str) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        _act(options)
+        with endings.Undoing():
+            _act(options)
     except (ManagerError, OSError) as error:
         print(f"manager.py: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 

@@ -4,12 +4,20 @@
     python ops.py                            # the same with the standard library alone
 
 Both draw the figures of `Board`, and act through `ACTIONS`. PQUEUE_OPS_READONLY=1 hides and refuses every action.
+PQUEUE_OPS_HOSTS lists the names and addresses by which they may be reached besides loopback.
 """
 
 from __future__ import annotations
 
+import endings
+
+if __name__ == "__main__":
+    endings.end_at_once()
+
+import ipaddress
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -18,12 +26,14 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from statistics import quantiles
 from typing import Any
+from urllib.parse import urlsplit
 
 import admin
 import consumer
 import manager
 import pqueue
 import report
+from masking import masked_job
 from pqueue import DoNotRetry, Job, PersistentQInterface, QueueError
 
 PAGE = 50  # jobs on a page
@@ -32,7 +42,10 @@ SHARE = 0.05  # and each part of it for at most this share of the time
 PATIENCE_SECONDS = 0.12  # how long a page waits for figures; then it shows the last ones,
 OLD_SECONDS = 30.0  # but not for longer than this after they could have been computed anew
 SEARCH_SECONDS = 0.1  # how long it looks for jobs before it offers to go on
-SEARCHES = 100  # whose results are kept while they are fresh
+SEARCHES = 20  # whose results are kept while they are fresh
+EXCERPT = 1000  # characters of a payload, result and error that a list of jobs reads
+MOST_CHARS = 65_536  # of each that the page of a job shows
+HISTORY = 200  # events that it shows, the last ones
 REFRESH_SECONDS = 2
 MINUTES = 60
 SAMPLE = 100  # jobs of a minute from which its wait and run times are taken
@@ -55,8 +68,60 @@ Found = tuple[list[Job], "int | None"]  # a page of jobs, and the id before whic
 Percentiles = tuple[float, float]  # p50 and p95, seconds
 
 
+HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:/?#@\[\]\\,]+))(?::[0-9]{1,5})?")
+
+
 def read_only() -> bool:
     return os.environ.get("PQUEUE_OPS_READONLY", "") not in ("", "0")
+
+
+# Names by which the dashboard may be reached: by another, a page elsewhere would reach it by DNS rebinding ###########
+
+
+def host_name(host: str) -> str:
+    """Return the name or address in a Host header, or "" where there is none; an address in its usual form."""
+    found = HOST.fullmatch(host.lower())
+    name = (found[1] or found[2]).removesuffix(".") if found else ""
+    try:
+        return str(ipaddress.ip_address(name))
+    except ValueError:
+        return name if found and found[1] is None else ""
+
+
+def allowed_hosts() -> set[str]:
+    """Return the names and addresses in PQUEUE_OPS_HOSTS. Raises ValueError."""
+    given = re.split(r"[,\s]+", os.environ.get("PQUEUE_OPS_HOSTS", "").strip())
+    found = {
+        each: host_name(f"[{each}]" if each.count(":") > 1 and "[" not in each else each) for each in given if each
+    }
+    for each, name in found.items():
+        if not name:
+            raise ValueError(f"expected names or addresses in PQUEUE_OPS_HOSTS, as a browser is given, got {each!r}")
+    return set(found.values())
+
+
+def is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback(name: str) -> bool:
+    return name == "localhost" or (is_address(name) and ipaddress.ip_address(name).is_loopback)
+
+
+def is_ours(host: str) -> bool:
+    """Whether this Host header has a name of this machine alone, or one that is allowed."""
+    name = host_name(host)
+    return is_loopback(name) or name in allowed_hosts()
+
+
+def is_same_origin(origin: str, host: str) -> bool:
+    """Whether the page that asks is of this host, or of an allowed one, where a proxy has changed the host."""
+    asks = urlsplit(origin).netloc.lower()
+    return bool(asks) and (asks == host.lower() or host_name(asks) in allowed_hosts())
 
 
 # Figures: each is computed here, for both front ends ##################################################################
@@ -74,12 +139,13 @@ class Board:
         self._reason: str | None = None  # why it could not be opened, and
         self._shut_until = 0.0  # when to try again
         self._lock = threading.RLock()
+        self._reading = threading.Lock()  # one at a time: payloads take much memory
         self._worker = ThreadPoolExecutor(1, "pqueue-figures")
         self._parts: dict[str, Callable[[PersistentQInterface], Any]] = {
             "overview": _overview,
             "minutes": self._hour,
             "processing": _processing,
-            "failures": PersistentQInterface.failures,
+            "failures": report.failures,
             "consumers": _consumers,
             "processes": lambda _: _processes(),
         }
@@ -188,17 +254,21 @@ class Board:
 
     def jobs(self, query: dict[str, str]) -> Found:
         """Return a page of the jobs that match the query's filters and stand before its before_id, newest first, or
-        what was found of it in SEARCH_SECONDS; and the id before which to go on, or None at the end."""
+        what was found of it in SEARCH_SECONDS; and the id before which to go on, or None at the end. Of payloads,
+        results and errors it holds the beginnings."""
         queue, given, before = self.queue(), _given(query), query.get("before_id")
         before_id = _whole(before) if before else None
         search = json.dumps([given, before_id])
-        with self._lock:
-            searches = self._searches
-            stale_at, found = searches.pop(search, (0.0, None))
-        began = time.monotonic()
-        if found is None or began >= stale_at:
-            found = queue.search_jobs(**given, before_id=before_id, limit=PAGE, seconds=SEARCH_SECONDS)
-            stale_at = _stale_at(began)
+        with self._reading:
+            with self._lock:
+                searches = self._searches
+                stale_at, found = searches.pop(search, (0.0, None))
+            began = time.monotonic()
+            if found is None or began >= stale_at:
+                found = queue.search_jobs(
+                    **given, before_id=before_id, limit=PAGE, seconds=SEARCH_SECONDS, excerpt=EXCERPT, shown=masked_job
+                )
+                stale_at = _stale_at(began)
         with self._lock:
             searches[search] = stale_at, found
             if len(searches) > SEARCHES:
@@ -206,17 +276,16 @@ class Board:
         return found
 
     def job(self, job_id: int) -> dict[str, Any]:
-        """Return job, history, why, and file: its text, or a sentence, or None for a job without one."""
+        """Return job and history, without secrets; why; and file: its text, or a sentence, or None for a job without
+        one."""
         queue, stats = self.queue(), None
         with suppress(QueueError):
             stats = self.figures()["overview"]
-        job = queue.get(job_id)
-        return {
-            "job": job,
-            "history": queue.history(job_id),
-            "why": report.why(queue, job_id, stats=stats),
-            "file": _file_text(job.payload),
-        }
+        with self._reading:
+            why = report.why(queue, job_id, stats=stats)
+            job = masked_job(queue.get(job_id))
+        history = report.history(queue, job_id, limit=HISTORY)
+        return {"job": job, "history": history, "why": why, "file": _file_text(job.payload)}
 
 
 def _stale_at(began: float) -> float:
@@ -247,7 +316,7 @@ def _minute(queue: PersistentQInterface, at: float) -> dict[str, Any]:
 
 
 def _processing(queue: PersistentQInterface) -> list[Job]:
-    return queue.list_jobs(state="processing", limit=PAGE)
+    return queue.list_jobs(state="processing", limit=PAGE, excerpt=0)
 
 
 def _consumers(queue: PersistentQInterface) -> list[dict[str, Any]]:
@@ -267,7 +336,7 @@ def _percentiles_of(seconds: list[float]) -> Percentiles | None:
     return cuts[9], cuts[18]
 
 
-def _given(filters: dict[str, str]) -> dict[str, str]:
+def _given(filters: dict[str, str]) -> dict[str, Any]:
     return {name: value for name, value in filters.items() if name in FILTERS and value}
 
 
@@ -387,11 +456,11 @@ def _limit(queue: PersistentQInterface, form: Form) -> str:
 
 
 def _resubmit_group(queue: PersistentQInterface, form: Form) -> str:
-    """Resubmit the failed jobs of a task whose error begins with this line."""
+    """Resubmit the failed jobs of a task whose error is shown as this line."""
     task, error = _one(form, "task"), _one(form, "error")
 
     def resubmit(job_id: int) -> None:
-        if report.first_line(queue.get(job_id).error) != error:
+        if report.failure(queue.get(job_id).error) != error:
             raise pqueue.InvalidTransition("of another group")
         queue.resubmit(job_id)
 

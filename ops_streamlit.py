@@ -37,6 +37,9 @@ def board() -> ops.Board:
 def page() -> None:
     st.set_page_config("pqueue", layout="wide")
     st.html(STYLE)
+    if refused := _refusal():
+        st.container(border=True).html(_html(pages.trouble(refused)))
+        return
     if said := st.session_state.pop("said", None):
         st.toast(_plain(said))
     _section(None, _overview)
@@ -45,6 +48,25 @@ def page() -> None:
     _section("Failed", _failed)
     _section("Consumers", _consumers)
     _section("Queues", _queues)
+
+
+def _refusal() -> str | None:
+    """Return why this session is shown nothing: anybody could read and act, or a page elsewhere asks."""
+    try:
+        if not (ops.is_loopback(st.get_option("server.address") or "") or ops.allowed_hosts()):
+            return (
+                "refused: the server is open to other machines, without a password; start it with --server.address "
+                "127.0.0.1, or list in PQUEUE_OPS_HOSTS the names by which it may be reached"
+            )
+        headers = st.context.headers
+        hosts, origins = headers.get_all("Host"), headers.get_all("Origin")
+        if len(hosts) != 1 or not ops.is_ours(hosts[0]):
+            return "refused: this is not a host name of the dashboard; PQUEUE_OPS_HOSTS can list more"
+        if not all(ops.is_same_origin(each, hosts[0]) for each in origins):
+            return "refused: the request comes from another site"
+    except ValueError as error:
+        return f"refused: {error}"
+    return None
 
 
 def _section(title: str | None, part: Callable[[], None]) -> None:
@@ -199,7 +221,7 @@ def _jobs() -> None:
             "attempt": f"{job.attempts} of {job.max_attempts}",
             "consumer": job.consumer or "",
             "enqueued": report.ago(job.created_at, now),
-            "detail": report.printable(report.detail(job)[:200]),
+            "detail": report.printable(report.cut(report.detail(job), 200)),
         }
         for job in jobs
     ]
@@ -277,8 +299,8 @@ def _job(job_id: int) -> None:
 
 def _text(title: str, value: str | None) -> None:
     if value is not None:
-        shown = "\n".join(report.printable(line) for line in value.split("\n"))
-        st.caption(title)
+        shown = "\n".join(report.printable(line) for line in value[: ops.MOST_CHARS].split("\n"))
+        st.caption(title if len(value) <= ops.MOST_CHARS else f"{title}: the first {ops.MOST_CHARS:,} characters")
         st.code(shown, language=None, wrap_lines=True, height=400 if len(shown) > 2000 else "content")
 
 

@@ -174,9 +174,8 @@ def _said(sentence: str) -> str:
     return f'<section class="said">{text(sentence)}</section>' if sentence else ""
 
 
-def sections(board: Board, query: dict[str, str], token: str) -> dict[str, str]:
-    """Return the HTML of each live part by its id."""
-    figures = board.figures()
+def sections(board: Board, figures: dict[str, Any], query: dict[str, str], token: str) -> dict[str, str]:
+    """Return the HTML of each live part by its id; the figures are those of the board."""
     seen = figures["overview"]
     return {
         "path": text(seen["path"]),
@@ -402,7 +401,7 @@ def _jobs(board: Board, query: dict[str, str], token: str) -> str:
             f"{job.attempts} of {job.max_attempts}",
             text(job.consumer or ""),
             when(job.created_at),
-            text(report.detail(job)[:200]),
+            text(report.cut(report.detail(job), 200)),
         ]
         for job in jobs
     ]
@@ -572,10 +571,16 @@ def job(found: dict[str, Any], said: str, token: str) -> str:
     }
     body = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items() if value)
     parts = [f"<section><h2>Job {one.id}</h2><dl>{body}</dl></section>", _job_actions(one, token)]
-    parts.append(f"<section><h2>Payload</h2>{block(pretty(one.payload))}{_shown(found, one)}</section>")
+    parts.append(f"<section>{_texts(found, one)}</section>")
     if found["history"]:
         rows = [
-            [when(e["at"]), text(e["event"]), text(e["actor"]), str(e["attempt"]), text(_beginning(e["error"]))]
+            [
+                when(e["at"]),
+                text(e["event"]),
+                text(e["actor"]),
+                str(e["attempt"]),
+                text(report.cut(report.first_line(e["error"]), 300)),
+            ]
             for e in found["history"]
         ]
         story = _table(["when", "event", "who", "-#attempt", "=error"], rows, "")
@@ -583,25 +588,33 @@ def job(found: dict[str, Any], said: str, token: str) -> str:
     return _page(f"job {one.id}", "", _said(said) + "".join(parts))
 
 
-def _beginning(error: str | None) -> str:
-    line = report.first_line(error)
-    return line if len(line) < 300 else line[:300] + "…"
-
-
-def _shown(found: dict[str, Any], one: pqueue.Job) -> str:
+def _texts(found: dict[str, Any], one: pqueue.Job) -> str:
+    texts = {
+        "Payload": pretty(one.payload),
+        "Result": None if one.result is None else pretty(one.result),
+        "Error": one.error,
+        "File": found["file"],
+    }
     shown = ""
-    if one.result is not None:
-        shown += f"<h2>Result</h2>{block(pretty(one.result))}"
-    if one.error is not None:
-        shown += f"<h2>Error</h2>{block(one.error)}"
-    if found["file"] is not None:
-        shown += f"<h2>File</h2>{block(found['file'])}"
+    for title, value in texts.items():
+        if value is not None:
+            shown += f"<h2>{title}</h2>{block(value[: ops.MOST_CHARS])}"
+            if len(value) > ops.MOST_CHARS:
+                whole = f'<a href="/api/jobs/{one.id}">the whole job as JSON</a>'
+                shown += f'<p class="soft">the first {ops.MOST_CHARS:,} characters: {whole}</p>'
     return shown
 
 
 def pretty(value: Any) -> str:
-    """Return a payload or result on many lines, its secrets hidden."""
-    return json.dumps(report.masked(value), ensure_ascii=False, indent=2)
+    """Return a payload or result on many lines, or more than MOST_CHARS of them: deep lists grow by their indents."""
+    parts, size = [], 0
+    encoder = json.JSONEncoder(ensure_ascii=False, indent=2, check_circular=False)  # to check, it would keep the value
+    for part in encoder.iterencode(value):
+        parts.append(part)
+        size += len(part)
+        if size > ops.MOST_CHARS:
+            break
+    return "".join(parts)
 
 
 def _job_actions(one: pqueue.Job, token: str) -> str:

@@ -46,6 +46,7 @@ import math
 import mmap
 import os
 import random
+import re
 import select
 import shlex
 import shutil
@@ -82,13 +83,17 @@ MAX_ID = 2**63 - 1
 MAX_PAYLOAD_BYTES = 1_048_576
 MAX_JSON_DEPTH = 100  # Python's parser gives up near 1000, less what its caller has used
 MAX_ERROR_CHARS = 10_000
+MAX_TEXT_CHARS = 1000  # of a text to search for
+MAX_GROUPS = 10_000  # of failed jobs
+FAILURE_CHARS = 80  # of an error, by which failed jobs are grouped; an index has them
 BUSY_SECONDS = 5.0  # how long a write waits for another writer before it raises QueueBusy
-TURN_SECONDS = 1.0  # how long it waits of that at the turnstile, where a stopped process may stand
+TURN_SECONDS = 1.0  # how long it waits of that for its turn, and how long one process may keep the others waiting
 DEAD_CHECK_SECONDS = 1.0  # how often a dequeue looks for dead consumers
 RECOVERY_BATCH = 1000  # jobs promoted or taken back in one dequeue, so that it stays short
 PRUNE_BATCH = 1000
 FEW = 100_000  # jobs of a state that are looked through by its index; more are met soon enough on the way by id
 WINDOW = 1000  # ids that a search looks at between two looks at the clock
+TOGETHER = 8  # jobs that a search for a text reads whole at once: each may hold 2 MiB
 WAL_BYTES = 67_108_864  # the write-ahead log is cut to this when its readers allow
 LEAST_FREE_BYTES = 268_435_456  # below this `check` warns of the disk
 WAIT_SECONDS = 1.0  # the longest sleep of `wait`: it bounds what a missed ring or a dead consumer costs
@@ -97,6 +102,9 @@ POLL_SECONDS = 0.1  # how often to look where no ring comes: it was lost, or the
 ENQUEUE_TRIES = 100  # while others take and free its key
 
 LANES = ("others", "consumers")  # before the way to write
+REPEAT_SECONDS = 0.001  # how long a process may write, call after call, while a writer that it woke up is waiting
+OVERTAKE_SECONDS = 0.005  # how long any process may go before such a writer
+HANDOVER_SECONDS = 0.01  # how long the lock is kept for a writer after that, which may have died
 
 SYNCHRONOUS = ("off", "normal", "full", "extra")
 MINIMUM_SQLITE = (3, 35)  # RETURNING
@@ -395,6 +403,8 @@ CREATE TABLE history (
 # Statements: each transition names the state it starts from ###########################################################
 
 COLUMNS = ", ".join(Job._fields)
+LONG = ("payload", "result", "error")
+ANY_OF = ", ".join(f":id{n}" for n in range(TOGETHER))
 NO_LEASE = "lease_token = NULL, lease_expires_at = NULL"
 HELD = "id = :id AND state = 'processing' AND lease_token = :token"
 WAITING = "queue = :queue AND state = 'pending' AND assigned_to IS NULL"
@@ -538,13 +548,17 @@ INDEXED["pending"] = [f"state = 'pending' AND assigned_to IS {null}" for null in
 INDEXED |= {state: [f"state = '{state}' AND finished_at IS NOT NULL"] for state in FINISHED}
 
 # Counting by state and queue is a walk through an index each, a million jobs in 50 ms.
-COUNT_FINISHED = "SELECT count(*) FROM jobs WHERE state = {state} AND queue = q.name AND finished_at IS NOT NULL"
-COUNTS = f"""
-SELECT name, {", ".join(f"({COUNT_FINISHED.format(state=repr(state))})" for state in FINISHED)} FROM queues q"""
-COUNTS_UNFINISHED = " UNION ALL ".join(
-    f"SELECT queue, '{state}', count(*), min(run_at) FROM jobs WHERE {one} GROUP BY queue"
-    for state in UNFINISHED
-    for one in INDEXED[state]
+# One statement, so that no job is counted in two states or in none.
+COUNT_UNFINISHED = "SELECT queue, '{state}', count(*), min(run_at) FROM jobs WHERE {place} GROUP BY queue"
+COUNT_FINISHED = """
+SELECT name, '{state}', (SELECT count(*) FROM jobs WHERE {place} AND queue = q.name), NULL FROM queues q"""
+COUNTS = " UNION ALL ".join(
+    (COUNT_UNFINISHED if state in UNFINISHED else COUNT_FINISHED).format(state=state, place=place)
+    for state in STATES
+    for place in INDEXED[state]
+)
+UNFINISHED_IDS = " UNION ALL ".join(
+    f"SELECT id FROM jobs WHERE {place}" for state in UNFINISHED for place in INDEXED[state]
 )
 FINISHED_BETWEEN = """
 SELECT count(*) FROM queues q CROSS JOIN jobs
@@ -560,8 +574,8 @@ ID_RANGE = "SELECT coalesce((SELECT min(id) FROM jobs), 0), coalesce((SELECT max
 # Its LIMIT, of all there are, keeps SQLite before 3.41 from grouping the rows instead of what the index has of them.
 FAILURES = f"""
 SELECT task, error, count(*), max(id) FROM
-    (SELECT task, substr(error, 1, 80) AS error, id FROM jobs WHERE state = 'failed' LIMIT {MAX_ID}) failed
-GROUP BY task, error"""
+    (SELECT task, substr(error, 1, {FAILURE_CHARS}) AS error, id FROM jobs WHERE state = 'failed' LIMIT {MAX_ID}) failed
+GROUP BY task, error ORDER BY count(*) DESC, max(id) DESC LIMIT {MAX_GROUPS}"""
 
 
 # SQLite: they keep queues.pending, and exist only while some queue has a limit, so that no other queue pays for them.
@@ -662,7 +676,8 @@ class PersistentQInterface(ABC):
     """
 
     max_batch = 48  # jobs for a consumer to take at once: more would keep an enqueue waiting for more than a few ms
-    _LIKE = "LIKE"  # the comparison that ignores the case of letters
+    _LIKE = "LIKE"  # the comparison that ignores the case of ASCII letters
+    _BYTES = "length(CAST({} AS BLOB))"  # of a text in UTF-8
 
     def __init__(self) -> None:
         self._registry: dict[str, Registration] = {}  # replaced, never changed: other threads walk through it
@@ -674,7 +689,7 @@ class PersistentQInterface(ABC):
     @abstractmethod
     def _write(self, *, durable: bool = True, in_batch: bool = False) -> Session:
         """Return this thread's session to enter; durable: its commit survives a power cut; in_batch: it is a
-        consumer's, longer than others, and lets them go first."""
+        consumer's, which may be long or one of very many, and lets others go first."""
 
     @abstractmethod
     def _read(self, sql: str, params: Params = NOTHING) -> list[Any]:
@@ -837,7 +852,7 @@ class PersistentQInterface(ABC):
         `transaction` these raise LeaseLost instead.
         """
         settled = [(job, _encode_result(result)) for job, result in finished]
-        me = self._registered(consumer, queues)
+        me = self._registered(consumer, queues, now)
         me.prefetches = prefetch and self._publish_begun(me)
         _at_least("limit", 0, limit)
         return self._exchange(settled, me, limit, queues, lease_seconds, now)
@@ -894,7 +909,7 @@ class PersistentQInterface(ABC):
     def complete(self, job: Job, result: Any = None, *, now: float | None = None) -> None:
         """Finish the job with a JSON result. Raises LeaseLost."""
         encoded = _encode_result(result)
-        with self._write() as tx:
+        with self._write(in_batch=True) as tx:
             if not _complete(tx, job, encoded, self._time(now)):
                 raise _lost(tx, "complete", job)
 
@@ -915,7 +930,7 @@ class PersistentQInterface(ABC):
         delay = backoff_seconds(job.attempts) if retry_in_seconds is None else retry_in_seconds
         again = retry and job.attempts < job.max_attempts
         params = {"now": now, "run_at": now + _finite("retry_in_seconds", delay), "error": _error_text(error)}
-        self._settle("fail", RETRY if again else FAIL, job, params, event="failed")
+        self._settle("fail", RETRY if again else FAIL, job, params, event="failed", durable=True)
         return "scheduled" if again else "failed"
 
     def release(self, job: Job, *, now: float | None = None) -> None:
@@ -937,15 +952,21 @@ class PersistentQInterface(ABC):
         self._settle("extend", EXTEND, job, {"lease_expires_at": self._time(now) + _lease(lease_seconds)})
 
     def update(self, job: Job, *, progress: float | None = None, result: Any = None) -> None:
-        """Store progress (0 to 1) or a partial result while the job runs. Raises LeaseLost."""
+        """Store progress (0 to 1) or a partial result while the job runs. Raises LeaseLost.
+
+        A result is on disk when this returns, so what the task does next may depend on it; progress alone is not.
+        """
         if progress is not None and not (isinstance(progress, (int, float)) and 0 <= progress <= 1):
             raise ValueError(f"expected progress between 0 and 1, got {progress!r}")
-        self._settle("update", UPDATE, job, {"progress": progress, "result": _encode_result(result)})
+        params = {"progress": progress, "result": _encode_result(result)}
+        self._settle("update", UPDATE, job, params, durable=result is not None)
 
-    def _settle(self, verb: str, sql: str, job: Job, params: Params, event: str | None = None) -> None:
+    def _settle(
+        self, verb: str, sql: str, job: Job, params: Params, event: str | None = None, durable: bool = False
+    ) -> None:
         """Run a transition that needs the job's lease; record it where it ends an attempt without completing."""
         params |= {"id": job.id, "token": job.lease_token}
-        with self._write(durable=event is not None) as tx:
+        with self._write(durable=durable) as tx:
             if event and job.lease_token:
                 tx.change(RECORD, {**params, "event": event, "actor": job.consumer})
                 tx.ring = True
@@ -961,69 +982,124 @@ class PersistentQInterface(ABC):
             raise JobNotFound(f"no job {job_id}")
         return _job(rows[0])
 
-    def history(self, job_id: int) -> list[dict[str, Any]]:
-        """Return the job's failed, expired, died and released attempts and what operators did, oldest first.
+    def history(self, job_id: int, *, limit: int = 2**31 - 1) -> list[dict[str, Any]]:
+        """Return the job's failed, expired, died and released attempts and what operators did, oldest first; of more
+        than the limit, the last.
 
         Keys: at, event, actor, attempt, error, as in the table.
         """
         columns = "at, event, actor, attempt, error"
-        return self._dicts(
-            columns, f"SELECT {columns} FROM history WHERE job_id = :id ORDER BY id", {"id": _id(job_id)}
-        )
+        last = f"SELECT {columns} FROM history WHERE job_id = :id ORDER BY id DESC LIMIT :limit"
+        return self._dicts(columns, last, {"id": _id(job_id), "limit": _at_least("limit", 1, limit)})[::-1]
 
     def _dicts(self, columns: str, sql: str, params: Params) -> list[dict[str, Any]]:
         return [dict(zip(columns.split(", "), row, strict=True)) for row in self._read(sql, params)]
 
-    def list_jobs(self, *, before_id: int | None = None, limit: int = 100, **filters: Any) -> list[Job]:
+    def list_jobs(
+        self,
+        *,
+        before_id: int | None = None,
+        limit: int = 100,
+        excerpt: int | None = None,
+        shown: Callable[[Job], Job] | None = None,
+        **filters: Any,
+    ) -> list[Job]:
         """Return the jobs that match, newest first; page by the last id seen.
 
-        Filters: state, queue, task, key, consumer; text, that the payload, result, error or key contains, in any case;
-        created_from and created_before, Unix seconds.
+        Filters: state, queue, task, key, consumer; text, that the payload, result, error or key contains as people read
+        it, in any case; created_from and created_before, Unix seconds; ids, of these jobs only.
+        excerpt: read at most so many characters of each payload, result and error; of a longer one return an `Excerpt`.
+        With 0, do not read them: all three are None.
+        shown: what the reader sees of a job, which is less than all: `text` finds nothing that this has removed.
         """
-        return self.search_jobs(before_id=before_id, limit=limit, seconds=math.inf, **filters)[0]
+        return self.search_jobs(
+            before_id=before_id, limit=limit, seconds=math.inf, excerpt=excerpt, shown=shown, **filters
+        )[0]
 
     def search_jobs(
-        self, *, before_id: int | None = None, limit: int = 100, seconds: float = 0.1, **filters: Any
+        self,
+        *,
+        before_id: int | None = None,
+        limit: int = 100,
+        seconds: float = 0.1,
+        excerpt: int | None = None,
+        shown: Callable[[Job], Job] | None = None,
+        **filters: Any,
     ) -> tuple[list[Job], int | None]:
         """Return what `list_jobs` does, as far as it is found in about so many seconds, and the id before which to
         go on, or None when there is no more."""
         where, params = self._matching(**filters)
         params["before_id"] = MAX_ID if before_id is None else _at_least("before_id", 0, before_id, MAX_ID)
         params["limit"] = _at_least("limit", 1, limit)
+        most = None if excerpt is None else _at_least("excerpt", 0, excerpt)
+        ends_at = time.monotonic() + seconds
+        if "text" not in params:
+            rows, before = self._find(_columns(most), where, params, ends_at)
+            return [_shortened(row, most) for row in rows], before
+        jobs: list[Job] = []
+        for job_id, row in self._with_text(shown, where, params, ends_at):
+            if row is not None:
+                jobs.append(_shortened(row, most))
+            if len(jobs) == limit or time.monotonic() >= ends_at:
+                return jobs, job_id
+        return jobs, None
+
+    def _with_text(
+        self, shown: Callable[[Job], Job] | None, where: str, params: Params, ends_at: float
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield the ids of the jobs that may hold the text, newest first, each with its row if it does, else None."""
+        load = f"SELECT {COLUMNS} FROM jobs WHERE id IN ({ANY_OF}) AND {where}"
+        load += " AND state = :state" if "state" in params else ""
+        before: int | None = params["before_id"]
+        while before is not None:
+            span = {**params, "before_id": before, "limit": min(params["limit"], WINDOW)}
+            rows, before = self._find("id", where, span, ends_at)
+            for start in range(0, len(rows), TOGETHER):
+                ids = [row[0] for row in rows[start : start + TOGETHER]]
+                named = {f"id{n}": ids[min(n, len(ids) - 1)] for n in range(TOGETHER)}
+                found = {
+                    row[0]: row for row in self._read(load, {**params, **named}) if _holds(row, params["text"], shown)
+                }
+                yield from ((job_id, found.get(job_id)) for job_id in ids)
+            if before is not None:
+                yield before, None
+
+    def _find(self, columns: str, where: str, params: Params, ends_at: float) -> tuple[list[Any], int | None]:
+        """Return the rows of jobs that match without regard to the text, as `search_jobs` does."""
         places = _places(params)
         if not places:
-            return self._walk(where, params, seconds)
+            return self._walk(columns, where, params, ends_at)
         if not self._are_few(places, FEW // 10 if "text" in params else FEW):
-            return self._walk(f"{where} AND state = :state", params, seconds)
-        jobs = self._newest("+id", places, where, params)  # +: not by walking through all jobs
-        return jobs, jobs[-1].id if len(jobs) == limit else None
+            return self._walk(columns, f"{where} AND state = :state", params, ends_at)
+        rows = self._newest(columns, "+id", places, where, params)  # +: not by walking through all jobs
+        return rows, rows[-1][0] if len(rows) == params["limit"] else None
 
     def _are_few(self, places: list[str], limit: int) -> bool:
         sql = "SELECT count(*) FROM (SELECT 1 FROM jobs WHERE {} LIMIT :limit) found"
         found: int = sum(self._read(sql.format(place), {"limit": limit})[0][0] for place in places)
         return found < limit
 
-    def _walk(self, where: str, params: Params, seconds: float) -> tuple[list[Job], int | None]:
-        """Go through all jobs, the newest first, as `search_jobs` does; with a look at the clock at times."""
-        jobs: list[Job] = []
-        high, ends_at, span = params["before_id"], time.monotonic() + seconds, WINDOW if seconds < math.inf else MAX_ID
+    def _walk(self, columns: str, where: str, params: Params, ends_at: float) -> tuple[list[Any], int | None]:
+        """Go through all jobs, the newest first, with a look at the clock at times."""
+        rows: list[Any] = []
+        high, span = params["before_id"], WINDOW if ends_at < math.inf else MAX_ID
         while (newest := self._read("SELECT max(id) FROM jobs WHERE id < :high", {"high": high})[0][0]) is not None:
             high = max(0, newest - span + 1)
-            window = {**params, "before_id": newest + 1, "low": high, "limit": params["limit"] - len(jobs)}
-            jobs += self._newest("id", ["id >= :low"], where, window)
-            if len(jobs) == params["limit"]:
-                return jobs, jobs[-1].id
+            window = {**params, "before_id": newest + 1, "low": high, "limit": params["limit"] - len(rows)}
+            rows += self._newest(columns, "id", ["id >= :low"], where, window)
+            if len(rows) == params["limit"]:
+                return rows, rows[-1][0]
             if time.monotonic() >= ends_at:
-                return jobs, high
-        return jobs, None
+                return rows, high
+        return rows, None
 
-    def _newest(self, by: str, places: list[str], where: str, params: Params) -> list[Job]:
+    def _newest(self, columns: str, by: str, places: list[str], where: str, params: Params) -> list[Any]:
         ids = " UNION ALL ".join(
             f"SELECT id FROM jobs WHERE {place} AND {where} AND {by} < :before_id" for place in places
         )
         newest = f"SELECT id FROM ({ids}) found ORDER BY {by} DESC LIMIT :limit"
-        rows = self._read(f"SELECT {COLUMNS} FROM ({newest}) newest JOIN jobs USING (id)", params)
-        return sorted(map(_job, rows), reverse=True)  # by id, the first of a job's fields
+        rows = self._read(f"SELECT {columns} FROM ({newest}) newest JOIN jobs USING (id)", params)
+        return sorted(rows, key=lambda row: -row[0])
 
     def _matching(
         self,
@@ -1036,47 +1112,71 @@ class PersistentQInterface(ABC):
         text: str | None = None,
         created_from: float | None = None,
         created_before: float | None = None,
+        ids: Sequence[int] | None = None,
     ) -> tuple[str, Params]:
         """Return the condition of these filters but the state, and the parameters of all."""
         equal = {"queue": queue, "task": task, "key": key, "consumer": consumer}
-        params: Params = {name: value for name, value in equal.items() if value is not None}
+        params: Params = {name: _filter(name, value, 255) for name, value in equal.items() if value is not None}
         where = ["1 = 1", *(f"{name} = :{name}" for name in params)]
         if state is not None:
             params["state"] = _one_of(STATES, state)
         if text is not None:
-            params["text"] = "%" + text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
-            columns = ("payload", "result", "error", "key")
-            where.append("(" + " OR ".join(f"{name} {self._LIKE} :text ESCAPE '\\'" for name in columns) + ")")
+            params["text"] = _folded(_filter("text", text, MAX_TEXT_CHARS))
+            if run := max(ASCII_RUN.findall(params["text"]), key=len, default=""):
+                params |= {"run": f"%{run.replace('_', '!_')}%", "escaped": "%\\u%"}
+                where.append(f"({' OR '.join(map(self._may_hold, ('payload', 'result', 'error', 'key')))})")
         for name, value, sign in (("created_from", created_from, ">="), ("created_before", created_before, "<")):
             if value is not None:
                 params[name] = _finite(name, value)
                 where.append(f"created_at {sign} :{name}")
+        if ids is not None:
+            where.append(f"id IN ({', '.join(str(_id(job_id)) for job_id in ids) or 'NULL'})")
         return " AND ".join(where), params
 
-    def count_jobs(self, **filters: Any) -> int:
-        """Return how many jobs match; the filters are those of `list_jobs`."""
+    def _may_hold(self, column: str) -> str:
+        """Return a condition that is true of every text in which the run of ASCII may stand.
+
+        Only `_holds` knows how text beyond ASCII compares, or what JSON has escaped: that passes.
+        """
+        return (
+            f"{column} {self._LIKE} :run ESCAPE '!' OR {column} LIKE :escaped ESCAPE '!' "
+            f"OR {self._BYTES.format(column)} <> length({column})"
+        )
+
+    def count_jobs(self, *, shown: Callable[[Job], Job] | None = None, **filters: Any) -> int:
+        """Return how many jobs match; the filters, and `shown`, are those of `list_jobs`."""
         where, params = self._matching(**filters)
+        if "text" in params:
+            params |= {"before_id": MAX_ID, "limit": WINDOW}
+            return sum(1 for _, row in self._with_text(shown, where, params, math.inf) if row is not None)
         places = _places(params) or ["1 = 1"]
-        counts = [self._read(f"SELECT count(*) FROM jobs WHERE {place} AND {where}", params) for place in places]
-        return cast(int, sum(rows[0][0] for rows in counts))
+        counts = " + ".join(f"(SELECT count(*) FROM jobs WHERE {place} AND {where})" for place in places)
+        return cast(int, self._read(f"SELECT {counts}", params)[0][0])
+
+    def unfinished_payloads(self) -> Iterator[Any]:
+        """Yield the payload of every job that is unfinished at the time of the first `next`, a hundred in memory."""
+        ids = [row[0] for row in self._read(UNFINISHED_IDS)]  # one statement: a job may change its state meanwhile
+        for start in range(0, len(ids), 100):
+            chosen = ", ".join(map(str, ids[start : start + 100]))
+            for row in self._read(f"SELECT payload FROM jobs WHERE id IN ({chosen})"):
+                yield _read_json(row[0])
 
     def stats(self) -> dict[str, Any]:
         """Return {"states": {state: jobs}, "queues": {name: {state: jobs, "paused": bool, "max_pending": int or
         None, "oldest_pending_at": the earliest due time of a pending job, or None}}, "oldest_pending_at": of all}."""
-        finished, unfinished = self._read(COUNTS), self._read(COUNTS_UNFINISHED)
+        counts = self._read(COUNTS)
         empty = {**dict.fromkeys(STATES, 0), "paused": False, "max_pending": None, "oldest_pending_at": None}
         queues = {  # read last, so that none is missing
             name: {**empty, "paused": bool(paused), "max_pending": most}
             for name, paused, most in self._read("SELECT name, paused, max_pending FROM queues ORDER BY name")
         }
-        for name, *counts in finished:
-            queues[name].update(zip(FINISHED, counts, strict=True))
         waiting = []
-        for name, state, jobs, oldest in unfinished:
-            queues.setdefault(name, dict(empty))[state] += jobs  # listed, unless somebody wrote past the API
+        for name, state, jobs, oldest in counts:
+            queue = queues.setdefault(name, dict(empty))  # listed, unless somebody wrote past the API
+            queue[state] += jobs
             if state == "pending":
                 waiting.append(oldest)
-                queues[name]["oldest_pending_at"] = min(oldest, queues[name]["oldest_pending_at"] or oldest)
+                queue["oldest_pending_at"] = min(oldest, queue["oldest_pending_at"] or oldest)
         states = {state: sum(queue[state] for queue in queues.values()) for state in STATES}
         return {"states": states, "queues": queues, "oldest_pending_at": min(waiting, default=None)}
 
@@ -1127,19 +1227,18 @@ class PersistentQInterface(ABC):
         """Return who has dequeued here, the latest start first. Keys: the columns of the table, and job_ids, what it
         holds now. One that is known to have died is `dead` before a dequeue has noticed."""
         columns = "name, token, host, pid, slot, queues, tasks, started_at, last_seen_at, state, completed, failed"
-        held: dict[str, list[int]] = {}
-        for job_id, token in self._read("SELECT id, lease_token FROM jobs WHERE state = 'processing'"):
-            held.setdefault(token[:16], []).append(job_id)
         found = self._dicts(columns, f"SELECT {columns} FROM consumers ORDER BY id DESC", {})
         mine = {me.token for me in self._registry.values()}
         for each in found:
             each["queues"] = each["queues"] and json.loads(each["queues"])
             each["tasks"] = json.loads(each["tasks"])
-            each["job_ids"] = sorted(held.get(each["token"], []))
             if each["state"] == "running" and each["token"] not in mine and not self._is_alive(each["slot"]):
                 each["state"] = "dead"
             del each["slot"]
-        return found
+        held: dict[str, list[int]] = {}  # read last: what somebody held who was dead by then stays held
+        for job_id, token in self._read("SELECT id, lease_token FROM jobs WHERE state = 'processing'"):
+            held.setdefault(token[:16], []).append(job_id)
+        return [{**each, "job_ids": sorted(held.get(each["token"], []))} for each in found]
 
     # Operating; `by` is the operator to record, by default the user
 
@@ -1177,6 +1276,19 @@ class PersistentQInterface(ABC):
             if not tx.change(sql, params):
                 raise _refusal(tx, verb, job_id)
             tx.ring = True
+
+    @contextmanager
+    def exclusive(self, job_ids: Sequence[int] | None = None) -> Iterator[None]:
+        """Open a transaction during which nobody else changes these jobs (None: changes or enqueues any job).
+
+        What is read in the block is still true when the block acts on it. Keep it short: others wait.
+        """
+        with self._write() as tx:
+            if job_ids is None:
+                self._lock_out_writers(tx)
+            else:
+                self._lock_jobs(tx, sorted(_id(job_id) for job_id in job_ids))
+            yield
 
     def pause(self, queue: str) -> None:
         """Deliver nothing from this queue until `resume`. What runs goes on."""
@@ -1276,6 +1388,10 @@ class PersistentQInterface(ABC):
         """Let nobody else write until this transaction ends."""
 
     @abstractmethod
+    def _lock_jobs(self, tx: Session, job_ids: list[int]) -> None:
+        """Let nobody else change these jobs until this transaction ends."""
+
+    @abstractmethod
     def _number_on(self, tx: Session) -> None:
         """Give the next rows ids above those that were copied."""
 
@@ -1285,7 +1401,7 @@ class PersistentQInterface(ABC):
         self, timeout_seconds: float, *, consumer: str, queues: Sequence[str] | None = None, now: float | None = None
     ) -> bool:
         """Sleep until this consumer may find a job (True), or for the time given, at most a second (False)."""
-        me = self._registered(consumer, queues)
+        me = self._registered(consumer, queues, now)
         params = _served(consumer, queues, 1)
 
         def due_in() -> float:
@@ -1296,12 +1412,12 @@ class PersistentQInterface(ABC):
 
     def heartbeat(self, consumer: str, *, completed: int = 0, failed: int = 0, now: float | None = None) -> None:
         """Note that this consumer is alive, and add to its counts."""
-        me = self._registered(consumer, None)
+        me = self._registered(consumer, None, now)
         params = {"token": me.token, "completed": completed, "failed": failed, "now": self._time(now)}
         with self._write(durable=False) as tx:
             tx.change(HEARTBEAT, params)
 
-    def _register(self, name: str, queues: Sequence[str] | None) -> Registration:
+    def _register(self, name: str, queues: Sequence[str] | None, now: float | None) -> Registration:
         _name("consumer", name)
         if self.in_transaction:
             raise QueueError(
@@ -1324,16 +1440,16 @@ class PersistentQInterface(ABC):
             params["tasks"] = json.dumps(sorted(TASKS))
             with self._write(durable=False) as tx:
                 if tx.change(SUCCEED, params):
-                    self._recover(tx, [], self._time(None))  # before this consumer publishes in the same slot
+                    self._recover(tx, [], self._time(now))  # before this consumer publishes in the same slot
                 tx.change(REGISTER, params)
             undo.pop_all()
             self._registry = {**self._registry, name: me}
             return me
 
-    def _registered(self, name: str, queues: Sequence[str] | None) -> Registration:
+    def _registered(self, name: str, queues: Sequence[str] | None, now: float | None) -> Registration:
         if isinstance(queues, str):
             raise ValueError(f"expected a list of queues, got {queues!r}")
-        return (isinstance(name, str) and self._registry.get(name)) or self._register(name, queues)
+        return (isinstance(name, str) and self._registry.get(name)) or self._register(name, queues, now)
 
     def _recover(self, tx: Session, dead: list[str] | None, now: float) -> None:
         """Promote what is due, and take back what expired or lost its consumer."""
@@ -1373,19 +1489,19 @@ class PersistentQInterface(ABC):
         mine = {me.token for me in self._registry.values()}
         return [token for token, slot in self._read(RUNNING) if token not in mine and not self._is_alive(slot)]
 
-    def leave(self, consumer: str) -> None:
+    def leave(self, consumer: str, *, now: float | None = None) -> None:
         """End a consumer of this object: release the jobs that it holds, and free its descriptors.
 
         It may dequeue again, as a new consumer. Nothing happens if there is no consumer of this name.
         """
         if me := self._registry.get(consumer):
-            self._leave([me])
+            self._leave([me], now)
 
-    def _leave(self, leaving: Sequence[Registration]) -> None:
+    def _leave(self, leaving: Sequence[Registration], now: float | None = None) -> None:
         with self._write(durable=False) as tx:
             for me in leaving:
                 for row in tx.run(HELD_BY, {"token": me.token}):
-                    self._release(tx, _job(row), self._time(None))
+                    self._release(tx, _job(row), self._time(now))
                 tx.change(LEAVE, {"token": me.token, "state": "stopped"})
         with self._registering:
             self._registry = {name: me for name, me in self._registry.items() if me not in leaving}
@@ -1499,8 +1615,8 @@ def _operator(by: str | None) -> str:
         return _name("operator", by)
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user need not have an account
-        return f"uid {os.getuid()}"
+    except (KeyError, OSError, ImportError):  # a container's user need not have an account
+        return f"uid {os.getuid()}" if hasattr(os, "getuid") else "unknown"
 
 
 def _full(verb: str, queue: str, max_pending: int, jobs: int = 1) -> QueueFull | ValueError:
@@ -1602,6 +1718,74 @@ def _job(row: Sequence[Any], read: Callable[[str], Any] = _read_json) -> Job:
     return Job._make(fields)
 
 
+class Excerpt(str):
+    """The beginning of an error, or of the JSON text of a payload or a result, that was too long to be read whole."""
+
+    __slots__ = ()
+
+
+def _columns(most: int | None) -> str:
+    if most is None:
+        return COLUMNS
+    part = f"substr({{0}}, 1, {most + 1})" if most else "NULL"  # one more shows whether it is whole
+    return ", ".join(part.format(name) if name in LONG else name for name in Job._fields)
+
+
+def _shortened(row: Sequence[Any], most: int | None) -> Job:
+    if not most:
+        return _job(row) if most is None else _job(row)._replace(payload=None, result=None, error=None)
+
+    def is_long(text: Any) -> bool:
+        return isinstance(text, str) and len(text) > most
+
+    job = _job(row, lambda text: Excerpt(text[:most]) if is_long(text) else _read_json(text))
+    return job._replace(error=Excerpt(job.error[:most])) if job.error is not None and is_long(job.error) else job
+
+
+# What stands in JSON as it is, in whatever form; a space does within a string.
+ASCII_RUN = re.compile(r"[a-z0-9_.@+=*?$&#~^|;()<>'-]+(?: [a-z0-9_.@+=*?$&#~^|;()<>'-]+)*")
+
+
+def _folded(text: str) -> str:
+    """Return the text such that two texts that people read as the same but for the case of letters are equal."""
+    if text.isascii():
+        return text.lower()
+    import unicodedata
+
+    return unicodedata.normalize("NFC", text.casefold())
+
+
+_show_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
+
+
+def _holds(row: Sequence[Any], needle: str, shown: Callable[[Job], Job] | None) -> bool:
+    """Whether the text is in a job: in its payload or result as JSON shows them, or in one of their strings as it is;
+    in its error or key."""
+    job = _job(row) if shown is None else shown(_job(row))
+    for value in (job.payload, *([] if job.result is None else [job.result])):
+        if needle in _folded(_show_json(value)):
+            return True
+        if ESCAPED.search(needle) and any(needle in _folded(each) for each in _strings(value)):
+            return True
+    return any(needle in _folded(str(each)) for each in (job.error, job.key) if each is not None)
+
+
+ESCAPED = re.compile(r'["\\\x00-\x1f]')  # what JSON shows in another form
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield the strings in a payload: keys and values."""
+    level = [value]
+    while level:
+        each = level.pop()
+        if isinstance(each, str):
+            yield each
+        elif isinstance(each, dict):
+            level += [*each, *each.values()]
+        elif isinstance(each, list):
+            level += each
+
+
 def _new_job(
     task: str | Task,
     queue: str,
@@ -1660,6 +1844,16 @@ def _id(job_id: int) -> int:
     return _at_least("job id", 0, job_id, MAX_ID)
 
 
+def _filter(what: str, value: str, most: int) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected {what} to be a text, got {_short(value)}")
+    if len(value) > most:
+        raise ValueError(f"expected {what} to be at most {most:,} characters, got {len(value):,}")
+    if "\0" in value and what != "text":
+        raise ValueError(f"expected {what} to be printable, got {_short(value)}")  # PostgreSQL cannot look for it
+    return value
+
+
 def _one_of(states: Sequence[str], state: str) -> str:
     if state in states:
         return state
@@ -1689,30 +1883,27 @@ def _error_text(error: str) -> str:
 class Turnstile:
     """Lets writers through one at a time, where SQLite's busy handler would starve some.
 
-    Consumers with their batches queue in one lane, everybody else in another, and the first of each waits at the way.
-    Who leaves it calls the first of the other lane: an enqueue finds at most one batch before it, however many
-    consumers there are. It is a courtesy: who waited for `TURN_SECONDS`, behind a stopped process perhaps, goes on and
-    leaves it to BEGIN IMMEDIATE.
+    Consumers, when they take and complete jobs, queue in one lane, everybody else in another, and the first of each
+    waits for the lock. Whoever releases it wakes up the first of the other lane: an enqueue waits for a batch or a
+    turn, however many consumers there are. It is a courtesy: a writer that has waited for `TURN_SECONDS`, or finds that
+    a process, stopped perhaps, has held a lock for that long, goes on and leaves it to BEGIN IMMEDIATE.
     """
 
     def __init__(self, folder: Path) -> None:
         self._thread = threading.Lock()
         self._closing = self._closed = False
-        self._lane = 0  # of who has the way
-        self._lanes: list[Lane] = []
+        self._kind = 0  # of the writer that has its turn
         with ExitStack() as undo:
-            for name in LANES:
-                self._lanes.append(Lane(folder / name))
-                undo.callback(self._lanes[-1].close)
-            self._way = Way(folder / "way")
+            self._lanes = [undo.enter_context(closing(BellLock(folder / name))) for name in LANES]
+            self._lock = BellLock(folder / "way", LANES)
             undo.pop_all()
 
     def enter(self, *, in_batch: bool = False) -> bool:
-        """Return whether the way was taken; then `leave` must follow."""
+        """Return whether the lock was acquired; then `leave` must follow."""
         if not self._thread.acquire(timeout=TURN_SECONDS):
             return False
         try:
-            if not self._closed and self._pass(int(in_batch)):
+            if not self._closed and self._acquire(int(in_batch)):
                 return True
         except BaseException:
             self._turn_back()
@@ -1720,26 +1911,37 @@ class Turnstile:
         self._turn_back()
         return False
 
-    def _pass(self, number: int) -> bool:
-        self._lane, lane = number, self._lanes[number]
-        if self._way.take_at_once():
+    def _acquire(self, kind: int) -> bool:
+        self._kind, lane = kind, self._lanes[kind]
+        if self._lock.try_acquire():
             return True
         until = time.monotonic() + TURN_SECONDS
-        if not lane.take(until):
-            return False
-        has_way = self._way.take(number, until)
-        lane.give()
-        return has_way
+        in_lane = lane.acquire(until)  # if not, a process stopped there may have had it for too long
+        acquired = self._lock.acquire(until, kind)
+        if in_lane:
+            lane.release()
+        return acquired
 
     def leave(self) -> None:
         if not self._closed:
-            self._way.give(self._lane)
+            self._lock.release(self._kind)
         self._thread.release()
         if self._closing:
             self.close()
 
+    def problems(self) -> list[str]:
+        """Return a sentence for each lock that a process has held for too long, unless a thread of ours is inside."""
+        if not self._thread.acquire(blocking=False):
+            return []
+        try:
+            return [] if self._closed else list(filter(None, (lock.problem() for lock in (self._lock, *self._lanes))))
+        finally:
+            self._thread.release()
+            if self._closing:
+                self.close()
+
     def close(self) -> None:
-        """Close the doors, when another thread that is between them has left; from then on everybody goes round."""
+        """Close the locks, when another thread that is between them has left; from then on everybody bypasses them."""
         self._closing = True
         if self._thread.acquire(blocking=False):
             self.abandon()
@@ -1749,86 +1951,121 @@ class Turnstile:
         """In a forked child: let go of the locks, which the parent may hold."""
         if not self._closed:
             self._closed = True
-            for lane in self._lanes:
-                lane.close()
-            self._way.close()
+            for lock in (*self._lanes, self._lock):
+                lock.close()
 
     def _turn_back(self) -> None:
         if not self._closed:
-            self._lanes[self._lane].give()
+            self._lanes[self._kind].release()
         self.leave()
 
 
-class Lane:
-    """A lock between processes that is waited for with a bound, which flock has not, and freed when its holder dies."""
+class BellLock:
+    """A lock between processes that is waited for with a bound, which flock has not, and freed when its holder dies.
 
-    def __init__(self, path: Path) -> None:
+    Waiters come in kinds, each with a bell; the file, which is mapped, says since when one of each kind waits. Whoever
+    releases the lock rings for one, preferably of another kind. Waking up takes a while, and a process that comes
+    meanwhile may acquire the lock: no time is lost, but alongside a process that writes in a loop the waiter would
+    starve. So once the same process has had it more than once, for `REPEAT_SECONDS`, or the waiter has waited for
+    `OVERTAKE_SECONDS`, it is reserved for the waiter's kind: for `HANDOVER_SECONDS`, as the waiter may have died.
+    """
+
+    PID, HELD_SINCE, RESERVED_FOR, RESERVED_UNTIL, WAITING_SINCE = range(5)  # in the file; times: monotonic, 0 if not
+
+    def __init__(self, path: Path, kinds: Sequence[str] = ("",)) -> None:
+        self._path, self._pid = path, os.getpid()
+        self._held_since = self._turn_began = 0.0  # what this process wrote last; when it came after another one
+        numbers = range(len(kinds))
+        self._order = [sorted(numbers, key=kind.__eq__) for kind in numbers]  # for each kind that releases it
         with ExitStack() as undo:
-            self._lock = _open_private(path)
-            undo.callback(os.close, self._lock)
-            self._bell = _open_bell(path.with_name(f"{path.name}.bell"))
-            undo.pop_all()
-
-    def take(self, until: float) -> bool:
-        """Return whether it was taken before this time, in monotonic seconds."""
-        while not try_lock(self._lock):
-            left = until - time.monotonic()
-            if left <= 0:
-                return False
-            _hear(self._bell, min(left, POLL_SECONDS))
-        return True
-
-    def give(self) -> None:
-        fcntl.flock(self._lock, fcntl.LOCK_UN)
-        _ring(self._bell)
-
-    def close(self) -> None:
-        os.close(self._lock)
-        os.close(self._bell)
-
-
-class Way:
-    """Such a lock for the first of each lane, who has a bell of its own there, and a byte set while it waits."""
-
-    def __init__(self, path: Path) -> None:
-        with ExitStack() as undo:
-            self._lock = _open_private(path)
-            undo.callback(os.close, self._lock)
-            self._waiting = _share(self._lock, len(LANES))
-            self._bells = []
-            for lane in LANES:
-                self._bells.append(_open_bell(path.with_name(f"{path.name}-{lane}.bell")))
+            self._file = _open_private(path)
+            undo.callback(os.close, self._file)
+            self._map = _share(self._file, 8 * (self.WAITING_SINCE + len(kinds)))
+            self._shared = memoryview(self._map).cast("d")
+            self._bells: list[int] = []
+            for kind in kinds:
+                self._bells.append(_open_bell(path.with_name(f"{path.name}{kind and '-'}{kind}.bell")))
                 undo.callback(os.close, self._bells[-1])
             undo.pop_all()
 
-    def take_at_once(self) -> bool:
-        """Take it, if nobody has it or waits for it."""
-        return not self._waiting[0] and not self._waiting[1] and try_lock(self._lock)
+    def try_acquire(self, kind: int | None = None) -> bool:
+        """Acquire it, unless it is held or reserved for another kind of waiters; return whether it was."""
+        shared = self._shared
+        if shared[self.RESERVED_UNTIL] and shared[self.RESERVED_FOR] != kind and self._is_reserved():
+            return False
+        if not try_lock(self._file):
+            return False
+        shared[self.RESERVED_UNTIL] = 0.0
+        shared[self.HELD_SINCE] = self._held_since = time.monotonic()
+        if shared[self.PID] != self._pid:
+            shared[self.PID], self._turn_began = self._pid, self._held_since
+        return True
 
-    def take(self, lane: int, until: float) -> bool:
-        """Return whether it was taken before this time, in monotonic seconds."""
+    def acquire(self, until: float, kind: int = 0) -> bool:
+        """Wait for it until this time, in monotonic seconds, and for no process that has held it for too long."""
+        began = time.monotonic()
         while True:
-            self._waiting[lane] = 1
-            left = until - time.monotonic()
-            if left <= 0 or try_lock(self._lock):
-                self._waiting[lane] = 0
-                return left > 0
-            _hear(self._bells[lane], min(left, POLL_SECONDS))
+            self._shared[self.WAITING_SINCE + kind] = began
+            seconds = HANDOVER_SECONDS if self._is_reserved() else POLL_SECONDS  # before the try: it may end meanwhile
+            acquired, left = self.try_acquire(kind), until - time.monotonic()
+            if acquired or left <= 0 or self._held_seconds() >= TURN_SECONDS:
+                self._shared[self.WAITING_SINCE + kind] = 0.0
+                return acquired
+            _hear(self._bells[kind], min(left, seconds), in_line=len(self._bells) == 1)
 
-    def give(self, lane: int) -> None:
-        """Free it, and call whoever waits, rather from the other lane."""
-        fcntl.flock(self._lock, fcntl.LOCK_UN)
-        for other in (1 - lane, lane):
-            if self._waiting[other]:
-                self._waiting[other] = 0
-                _ring(self._bells[other])
-                return
+    def release(self, kind: int = 0) -> None:
+        """Release it, if it is held, and wake up a waiter."""
+        shared = self._shared
+        if shared[self.HELD_SINCE] == self._held_since:
+            if (heir := self._heir(kind)) is not None:
+                self._reserve(heir)  # now, as nobody else can
+            shared[self.HELD_SINCE] = 0.0
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+        heir = self._heir(kind)  # it may have come meanwhile
+        if heir is not None:
+            shared[self.WAITING_SINCE + heir] = 0.0
+            _ring(self._bells[heir])
+        elif len(self._bells) == 1:  # there may be others: one of them cleared the time when it was through
+            _ring(self._bells[0])
+
+    def _reserve(self, kind: int) -> None:
+        now = time.monotonic()
+        repeats = self._held_since > self._turn_began and now - self._turn_began >= REPEAT_SECONDS
+        if repeats or now - self._shared[self.WAITING_SINCE + kind] >= OVERTAKE_SECONDS:
+            self._shared[self.RESERVED_FOR], self._shared[self.RESERVED_UNTIL] = kind, now + HANDOVER_SECONDS
+
+    def _heir(self, kind: int) -> int | None:
+        """Return the kind of waiter that comes next, when one of this kind releases it."""
+        for other in self._order[kind]:
+            if self._shared[self.WAITING_SINCE + other]:
+                return other
+        return None
+
+    def _is_reserved(self) -> bool:
+        return 0 < self._shared[self.RESERVED_UNTIL] - time.monotonic() <= HANDOVER_SECONDS
+
+    def _held_seconds(self) -> float:
+        since = self._shared[self.HELD_SINCE]
+        return time.monotonic() - since if since else 0.0
+
+    def problem(self) -> str | None:
+        """Return a sentence about who has held it for too long."""
+        pid, seconds = f"{self._shared[self.PID]:.0f}", self._held_seconds()
+        if seconds < TURN_SECONDS:
+            return None
+        if self.try_acquire():  # its holder is dead
+            self.release()
+            return None
+        stopped, remedy = "", "end it, if it does not go on by itself"
+        if is_stopped(pid):
+            stopped, remedy = "is stopped and ", f"let it go on (kill -CONT {pid}) or end it (kill -KILL {pid})"
+        return f"process {pid} {stopped}has held {self._path} for {seconds:.0f} s, where writers take turns: {remedy}"
 
     def close(self) -> None:
-        self._waiting.close()
-        os.close(self._lock)
-        for bell in self._bells:
-            os.close(bell)
+        self._shared.release()
+        self._map.close()
+        for file in (self._file, *self._bells):
+            os.close(file)
 
 
 class Slots:
@@ -2011,6 +2248,26 @@ class FileLocks:
         if not self._users:
             self._set(fcntl.F_UNLCK)
 
+    @staticmethod
+    def lack_log(path: Path) -> bool:
+        """Return whether other processes have the database open whose log was deleted or emptied.
+
+        SQLite would begin another log, and go by their index of the old one. Its format: https://sqlite.org/walformat.html
+        """
+        index = Path(f"{path}-shm")
+        if not FileLocks.AVAILABLE or not index.exists() or _has_open(_identity(index), ()):
+            return False
+        file = os.open(index, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            held = struct.unpack(
+                FLOCK, fcntl.fcntl(file, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, FileLocks.INDEX_IN_USE))
+            )
+            is_set, page_bytes, frames = struct.unpack("12xBxHI", os.pread(file, 20, 0).ljust(20, b"\0"))
+        finally:
+            os.close(file)
+        expected = 32 + frames * (24 + (page_bytes if page_bytes > 1 else 65536))
+        return bool(held[0] != fcntl.F_UNLCK and is_set and frames and _size(Path(f"{path}-wal")) < expected)
+
     def are_writing(self) -> bool:
         """Return whether this process still has SQLite's lock for writing."""
         asked = _flock(fcntl.F_RDLCK, self.WRITING)
@@ -2136,6 +2393,8 @@ class SQLiteSession(Session):
             self._locks = None if self._queue.is_read_only else FileLocks.acquire(self._queue.path)
         except FileNotFoundError:
             raise replaced(self._queue.path) from None
+        except OSError as error:
+            raise QueueError(f"cannot open {self._queue.path}: {error.strerror}") from error
 
     def run(self, sql: str, params: Params = NOTHING) -> list[Any]:
         try:
@@ -2434,7 +2693,9 @@ class PersistentQSQLite(PersistentQInterface):
                 return
             if found and not os.access(self.path, os.R_OK | os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            self._make_folders(group)
+            make_folder(self.path.parent, group)
+            if group is not None:
+                self._expect_shared(self.path.parent, group, 0o2770)
             kind = file_system(self.path.parent)
             if kind.startswith(SHARED_FILE_SYSTEMS):
                 raise QueueError(f"cannot use {self.path}: SQLite's locks fail on {kind}; use a local disk")
@@ -2444,18 +2705,6 @@ class PersistentQSQLite(PersistentQInterface):
                 self._expect_shared(self.path, group, 0o660)
         except OSError as error:
             raise QueueError(f"cannot open {self.path}: {_refusal_of(error, self.path)}") from error
-
-    def _make_folders(self, group: int | None) -> None:
-        """Make the folders that are missing. What is made later in one for a group belongs to the group, too."""
-        missing = [folder for folder in self.path.parents if not folder.exists()]
-        for folder in reversed(missing):
-            folder.mkdir(mode=0o700, exist_ok=True)
-            if group is not None:
-                os.chown(folder, -1, group)
-                folder.chmod(0o2770)
-            _sync(folder.parent)
-        if group is not None:
-            self._expect_shared(self.path.parent, group, 0o2770)
 
     def _expect_shared(self, path: Path, group: int, mode: int) -> None:
         found = path.stat()
@@ -2489,23 +2738,43 @@ class PersistentQSQLite(PersistentQInterface):
             return
         folder = Path(f"{self.path}.d")
         with self._told_of_folder():
-            if not folder.exists():
-                folder.mkdir(mode=0o700, exist_ok=True)
-                if self.path.stat().st_mode & stat.S_IWGRP:
-                    folder.chmod(0o2770)
+            make_folder(folder)
             self._turnstile = Turnstile(folder)
             self._slots = Slots(folder)
 
     def _expect_own_log(self) -> None:
-        """Refuse a database that took the place of another one whose log is still there: SQLite would apply it."""
+        """Refuse a database that took the place of another one whose log is still there: SQLite would apply it.
+
+        Also one whose log was deleted while others have it open.
+        """
+        if FileLocks.lack_log(self.path):
+            raise DatabaseReplaced(
+                f"cannot use {self.path}: its log was deleted while other programs have it open: "
+                "wait until they have ended"
+            )
         with self._note() as note:
             database, log = (_file_number(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal"))
             known = os.pread(note, len(database + log), 0)
-            if known.endswith(log) and known != database + log and _size(Path(f"{self.path}-wal")):
+            seems_replaced = known.endswith(log) and known != database + log  # or the system gave the numbers anew
+            if seems_replaced and _size(Path(f"{self.path}-wal")) and not self._fits_log():
                 raise SchemaMismatch(
                     f"cannot use {self.path}: it took the place of another database, to which the log "
                     f"{self.path}-wal belongs: stop all programs and move the log away; see admin.py restore"
                 )
+
+    def _fits_log(self) -> bool:
+        """Return whether the database and its log are sound together; neither is changed.
+
+        A backup by VACUUM INTO has a schema version one above that of its original, whose log never has a higher one.
+        """
+        with self.path.open("rb") as file:
+            version = int.from_bytes(file.read(44)[40:], "big")
+        try:
+            with closing(sqlite3.connect(f"{self.path.as_uri()}?mode=ro", uri=True)) as connection:
+                is_later = connection.execute("PRAGMA schema_version").fetchone()[0] >= version
+                return bool(is_later and connection.execute("PRAGMA integrity_check(1)").fetchone() == ("ok",))
+        except sqlite3.Error:
+            return False
 
     def _note_own_log(self) -> None:
         """Remember which file the log belongs to; both are open."""
@@ -2547,6 +2816,8 @@ class PersistentQSQLite(PersistentQInterface):
                 connection.execute("PRAGMA trusted_schema = OFF")
                 if not FileLocks.AVAILABLE:
                     _keep_log(connection)
+                connection.execute("PRAGMA fullfsync = ON")  # as `sync_file` does; elsewhere than on macOS it is fsync
+                connection.execute("PRAGMA checkpoint_fullfsync = ON")
             except sqlite3.Error as error:
                 raise self._error(error) from error
             undo.pop_all()
@@ -2594,25 +2865,13 @@ class PersistentQSQLite(PersistentQInterface):
             )
 
     def _version(self, connection: sqlite3.Connection) -> int:
-        owner, version, tables, ours = connection.execute(
-            "SELECT *, (SELECT count(*) FROM sqlite_master), "
-            f"({OUR_TABLES}) FROM pragma_application_id, pragma_user_version"
-        ).fetchone()
-        if owner != APPLICATION_ID and (owner or version or tables):
-            raise SchemaMismatch(f"cannot use {self.path}: expected a queue, got another program's database")
-        if version > len(MIGRATIONS):
-            raise SchemaMismatch(
-                f"cannot use {self.path}: expected schema {len(MIGRATIONS)} or older, got {version}: "
-                "use the pqueue that wrote it, or a newer one"
-            )
-        if version and ours < len(TABLES):
-            raise SchemaMismatch(f"cannot use {self.path}: expected the tables of a queue, got {ours} of them")
-        return cast(int, version)
+        return _schema_version(connection, self.path)
 
     def _error(self, error: sqlite3.Error) -> QueueError:
         text = "".join(mark if mark.isprintable() else "?" for mark in str(error))  # it may quote the file's own names
         if "locked" in text or "busy" in text:
-            return QueueBusy(f"cannot write to {self.path}: another writer held it for {self._busy_seconds:g} s")
+            held = f"another writer held it for {self._busy_seconds:g} s"
+            return QueueBusy(f"cannot write to {self.path}: {'; '.join([held, *self._turn_problems()])}")
         if "disk is full" in text:
             return QueueFull(f"cannot write to {self.path}: its disk is full")
         if "not a database" in text:
@@ -2675,6 +2934,9 @@ class PersistentQSQLite(PersistentQInterface):
     def _lock_out_writers(self, tx: Session) -> None:
         """Do nothing more: whoever writes to SQLite is alone."""
 
+    def _lock_jobs(self, tx: Session, job_ids: list[int]) -> None:
+        """Do nothing more, likewise."""
+
     def _number_on(self, tx: Session) -> None:
         """Do nothing: SQLite counts on from the highest id."""
 
@@ -2695,6 +2957,9 @@ class PersistentQSQLite(PersistentQInterface):
     def _exit(self) -> None:
         if self._turnstile is not None:
             self._turnstile.leave()
+
+    def _turn_problems(self) -> list[str]:
+        return self._turnstile.problems() if self._turnstile is not None else []
 
     def _ring(self) -> None:
         if slots := self._slots:  # another thread may close the queue
@@ -2725,7 +2990,8 @@ class PersistentQSQLite(PersistentQInterface):
         rows = tx.run(SLOT_OF, {"token": token})
         if not rows or rows[0][0] is None or not (slots := self._slots):
             return True
-        return slots.has_begun(rows[0][0], token, job.id)
+        with self._told_of_folder():
+            return slots.has_begun(rows[0][0], token, job.id)
 
     def _sleep(self, me: Registration, seconds: float, due_in: Callable[[], float]) -> bool:
         if slots := self._slots:
@@ -2748,7 +3014,7 @@ class PersistentQSQLite(PersistentQInterface):
                 tx.expect_depth(depth)
 
     def backup(self, path: str | os.PathLike[str]) -> None:
-        target = Path(path).absolute()
+        target = file_path(path)
         part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
         try:
             _create(part)
@@ -2758,10 +3024,10 @@ class PersistentQSQLite(PersistentQInterface):
             with closing(sqlite3.connect(f"{part.as_uri()}?mode=ro", uri=True)) as copy:
                 if copy.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                     raise QueueError(f"cannot back up to {target}: the copy is damaged")
-            _sync(part)  # whatever this SQLite syncs
+            sync(part)  # whatever this SQLite syncs
             _create(target)  # takes the name, or fails where there is one
             part.replace(target)
-            _sync(target.parent)
+            sync(target.parent)
         except OSError as error:
             raise QueueError(f"cannot back up to {target}: {error.strerror}") from error
         except sqlite3.Error as error:
@@ -2794,6 +3060,7 @@ class PersistentQSQLite(PersistentQInterface):
         facts["problems"] = [
             f"expected {name} {value}, got {facts[name]}" for name, value in expected.items() if facts[name] != value
         ]
+        facts["problems"] += self._turn_problems()
         facts["problems"] += [*self._schema_problems(), *_deleted_but_open(self.path)] if thorough else []
         if facts["file_system"] not in LOCAL_FILE_SYSTEMS:
             facts["problems"].append(
@@ -2882,9 +3149,10 @@ class PersistentQSQLite(PersistentQInterface):
 def _deleted_but_open(path: Path) -> Iterator[str]:
     """Yield a sentence for each process that has a deleted file of this database open, where /proc shows it."""
     deleted = {f"{path}{suffix} (deleted)" for suffix in ("", "-wal", "-shm")}
-    for process in (
-        sorted(int(name) for name in os.listdir("/proc") if name.isdigit()) if os.path.isdir("/proc") else ()
-    ):
+    processes: list[int] = []
+    with suppress(OSError):
+        processes = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+    for process in processes:
         with suppress(OSError):  # it has ended, or is another account's
             folder = f"/proc/{process}/fd"
             if any(os.readlink(f"{folder}/{file}") in deleted for file in os.listdir(folder)):
@@ -2909,11 +3177,32 @@ def _adopt_dump(connection: sqlite3.Connection) -> None:
         connection.execute("COMMIT")
 
 
+def _schema_version(connection: sqlite3.Connection, path: Path) -> int:
+    """Return how many migrations a database has had, 0 for an empty one. Raises SchemaMismatch."""
+    owner, version, tables, ours = connection.execute(
+        "SELECT *, (SELECT count(*) FROM sqlite_master), "
+        f"({OUR_TABLES}) FROM pragma_application_id, pragma_user_version"
+    ).fetchone()
+    if owner != APPLICATION_ID and (owner or version or tables):
+        raise SchemaMismatch(f"cannot use {path}: expected a queue, got another program's database")
+    if version > len(MIGRATIONS):
+        raise SchemaMismatch(
+            f"cannot use {path}: expected schema {len(MIGRATIONS)} or older, got {version}: "
+            "use the pqueue that wrote it, or a newer one"
+        )
+    if version and ours < len(TABLES):
+        raise SchemaMismatch(f"cannot use {path}: expected the tables of a queue, got {ours} of them")
+    return cast(int, version)
+
+
 def _real(path: str | os.PathLike[str]) -> Path:
     try:
-        return Path(path).resolve()
+        return file_path(path).resolve()
     except (OSError, RuntimeError) as error:  # a loop of links
         raise QueueError(f"cannot open {path}: {error}") from error
+
+
+SHARED = stat.S_ISGID | stat.S_IWGRP  # of a folder that accounts of a group share: what is made in it is the group's
 
 
 def _create(path: Path, group: int | None = None) -> None:
@@ -2928,13 +3217,13 @@ def _create(path: Path, group: int | None = None) -> None:
 
 def _open_private(path: Path) -> int:
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    _share_as_folder(file, path.parent)
+    share_as_folder(file, path.parent)
     return file
 
 
-def _share_as_folder(file: int, folder: Path) -> None:
-    """Let the group use a file of ours in a folder that the group may write."""
-    if folder.stat().st_mode & stat.S_IWGRP and os.fstat(file).st_uid == os.geteuid():
+def share_as_folder(file: int, folder: int | os.PathLike[str]) -> None:
+    """Let the group use a file of ours in a folder that a group shares."""
+    if os.stat(folder).st_mode & SHARED == SHARED and os.fstat(file).st_uid == os.geteuid():
         os.fchmod(file, 0o660)
 
 
@@ -2974,7 +3263,7 @@ def _open_bell(path: Path) -> int:
     with suppress(FileExistsError):
         os.mkfifo(path, 0o600)
     bell = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
-    _share_as_folder(bell, path.parent)
+    share_as_folder(bell, path.parent)
     if not stat.S_ISFIFO(os.fstat(bell).st_mode):
         os.close(bell)
         raise OSError(errno.EINVAL, f"expected {path.name} to be a FIFO")
@@ -2986,11 +3275,13 @@ def _ring(bell: int) -> None:
         os.write(bell, b"!")
 
 
-def _hear(bell: int, seconds: float) -> bool:
-    """Wait for a ring; return whether there was one."""
-    ear = select.poll()
-    ear.register(bell, select.POLLIN)
-    rung = bool(ear.poll(max(0, math.ceil(seconds * 1000))))
+def _hear(bell: int, seconds: float, *, in_line: bool = False) -> bool:
+    """Wait for a ring; return whether there was one. It wakes up all that wait, or the first of those in line."""
+    rung = _hear_in_line(bell, seconds) if in_line else None
+    if rung is None:
+        ear = select.poll()
+        ear.register(bell, select.POLLIN)
+        rung = bool(ear.poll(max(0, math.ceil(seconds * 1000))))
     if rung:
         with suppress(BlockingIOError):  # another heard it first
             os.read(bell, 65536)
@@ -3001,19 +3292,54 @@ def _is_read_only(path: Path) -> bool:
     return hasattr(os, "statvfs") and bool(os.statvfs(path).f_flag & os.ST_RDONLY)
 
 
-def _sync(path: Path) -> None:
+def _hear_in_line(bell: int, seconds: float) -> bool | None:
+    """Return None where only `poll` is left: it wakes up all, the last one first, and so may starve the others."""
+    if not hasattr(select, "epoll"):  # not Linux
+        return None
+    try:
+        with select.epoll() as ear:
+            ear.register(bell, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+            return bool(ear.poll(max(0, seconds)))
+    except OSError as error:
+        if error.errno is None:  # a signal handler's
+            raise
+        return None  # no free descriptor
+
+
+def sync(path: Path) -> None:
     """Put a file on disk, or the names in a folder, which a power cut may take with all that is in them."""
     if fcntl is None:
         return
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(file)
+        sync_file(file)
     finally:
         os.close(file)
 
 
 def _file_number(path: Path) -> bytes:
     return b"%20d" % (path.stat().st_ino if path.exists() else 0)
+
+
+def sync_file(file: int) -> None:
+    """Put an open file or folder on disk. On macOS fsync leaves it in the drive's cache, and F_FULLFSYNC does not."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with suppress(OSError):  # a file system that has none
+            fcntl.fcntl(file, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(file)
+
+
+def make_folder(folder: Path, group: int | None = None) -> None:
+    """Make a folder, and those above it that are missing, durably; for this account alone, unless a group is given, or
+    the folder above is one that a group shares."""
+    for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)
+        if group is not None:
+            os.chown(missing, -1, group)
+        if group is not None or missing.parent.stat().st_mode & SHARED == SHARED:
+            missing.chmod(0o2770)
+        sync(missing.parent)
 
 
 def _size(path: Path) -> int:
@@ -3026,6 +3352,15 @@ def try_lock(file: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def is_stopped(pid: object) -> bool:
+    """Return whether a process was stopped by a signal or a debugger, as far as /proc tells."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return False
+    return status.rpartition(b")")[2].split()[0] in (b"T", b"t")
 
 
 def file_system(folder: Path) -> str:
@@ -3044,18 +3379,21 @@ def _unescape(mount_point: bytes) -> str:
 
 
 def open_queue(
-    url: str | None = None, *, create: bool = True, durability: str | None = None, group: str | None = None
+    url: str | os.PathLike[str] | None = None,
+    *,
+    create: bool = True,
+    durability: str | None = None,
+    group: str | None = None,
 ) -> PersistentQInterface:
     """Open the queue at a path, sqlite:///PATH or postgresql://…; None: $PQUEUE_URL, else var/queue.db.
 
     durability: "full" or "normal"; None: $PQUEUE_DURABILITY, else "full". create: make the queue where there is none,
     else raise QueueError. group: on SQLite, the group of accounts that may use a new queue; None: $PQUEUE_GROUP, else
-    only the account that makes it.
+    only the account that makes it. Raises ValueError for what names neither a file nor a server, such as ":memory:".
     """
-    url = url or os.environ.get("PQUEUE_URL") or DEFAULT_URL
     durability = durability or os.environ.get("PQUEUE_DURABILITY") or "full"
-    if url.startswith(("postgresql:", "postgresql+", "postgres:")):
-        return _on_postgres(url, create, durability)
+    if is_postgres(url):
+        return _on_postgres(_url(url), create, durability)
     group = group or os.environ.get("PQUEUE_GROUP") or None
     return PersistentQSQLite(sqlite_path(url), create=create, durability=durability, group=group)
 
@@ -3068,11 +3406,220 @@ def _on_postgres(url: str, create: bool, durability: str) -> PersistentQInterfac
     return OnPostgres(url, create=create, durability=durability)
 
 
-def sqlite_path(url: str | None = None) -> Path:
+def is_postgres(url: str | os.PathLike[str] | None = None) -> bool:
+    """Return whether this URL, by default that of `open_queue`, names a PostgreSQL server. Raises ValueError."""
+    return _url(url).startswith(("postgresql:", "postgresql+", "postgres:"))
+
+
+def sqlite_path(url: str | os.PathLike[str] | None = None) -> Path:
     """Return the absolute path that this URL, by default that of `open_queue`, names. Raises ValueError."""
-    url = url or os.environ.get("PQUEUE_URL") or DEFAULT_URL
-    scheme, separator, rest = url.partition("://")
+    text = _url(url)
+    scheme, separator, rest = text.partition("://")
     if separator and scheme != "sqlite":
         server = "" if scheme.startswith("postgres") else ", or postgresql://… for a server"
         raise ValueError(f"expected a path or sqlite:///PATH{server}, got {scheme}://…")
-    return Path(rest.removeprefix("/") if separator else url).absolute()
+    if separator and (rest in ("", "/") or "?" in rest):
+        raise ValueError(
+            f"expected sqlite:///PATH, without options, got {'one with options' if '?' in rest else 'none'}"
+        )
+    return file_path(rest.removeprefix("/") if separator else text)
+
+
+def _url(url: str | os.PathLike[str] | None) -> str:
+    text = os.fspath(url) if isinstance(url, os.PathLike) else url
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"expected a path or a URL as str or Path, got {_short(url)}")
+    return text or os.environ.get("PQUEUE_URL") or DEFAULT_URL
+
+
+def file_path(path: str | os.PathLike[str]) -> Path:
+    """Return the path, absolute. Raises ValueError for what would make a file of a name that nobody meant."""
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str):
+        raise ValueError(f"expected a path as str or Path, got {_short(path)}")
+    if text == ":memory:":
+        raise ValueError(
+            "expected a path, got ':memory:': a queue is a file; for a test, use one in a temporary folder"
+        )
+    if text.startswith("~"):
+        raise ValueError("expected a path without ~, got ~…: write it out, or use os.path.expanduser")
+    if text.lower().startswith(("file:", "sqlite:")):
+        raise ValueError(f"expected a path or sqlite:///PATH, got {text.partition(':')[0]}:…")
+    return Path(text).absolute()
+
+
+# Restoring a backup ###################################################################################################
+
+LOGS = ("-wal", "-journal")  # what SQLite would apply to whatever file bears the name
+SHARED_BYTES = (510, 0x40000002)  # of the file: SQLite locks some of these for as long as a connection is open
+COPY_BYTES = 1 << 20
+IN_RESTORE = b"A restore was interrupted here. Give it again: python admin.py restore FILE\n"
+
+
+def restore(backup: str | os.PathLike[str], url: str | os.PathLike[str] | None = None) -> Path | None:
+    """Put a copy of this backup in the place of the queue's file; return where the replaced one is kept, if any.
+
+    `url` is that of `open_queue`. However this is interrupted, the file is the old one or the new one, whole. Raises
+    QueueError, with nothing changed, when a program has the file open or the backup is not a sound queue.
+    """
+    if is_postgres(url):
+        raise QueueError(
+            "cannot restore into PostgreSQL: set PQUEUE_URL to the backup's path, and move that queue: "
+            "python admin.py move --to postgresql://…"
+        )
+    source, target = file_path(backup), _real(sqlite_path(url))
+    try:
+        part = _copy_backup(source, target)
+        try:
+            _apply_logs(target)
+            with _nobody_in(target) as file:
+                kept = _keep(target, file)
+                _put_in_place(part, target, is_new=file is None)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise QueueError(f"cannot restore {source} to {target}: {error.strerror}") from error
+    return kept
+
+
+def _copy_backup(source: Path, target: Path) -> Path:
+    """Return a copy of the backup, verified and on disk, in the folder of the target."""
+    if not source.is_file():
+        raise QueueError(f"cannot restore {source}: expected a file, got none")
+    if target.exists() and source.samefile(target):
+        raise QueueError(f"cannot restore {source}: it is the queue's file itself, not a backup of it")
+    make_folder(target.parent)
+    part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
+    _create(part)
+    try:
+        _copy_pages(source, part)
+        sync(part)
+    except BaseException:
+        part.unlink()
+        raise
+    return part
+
+
+def _copy_pages(source: Path, part: Path) -> None:
+    has_log = any(Path(f"{source}{suffix}").exists() for suffix in LOGS)
+    mode = "mode=ro" if has_log else "mode=ro&immutable=1"  # then it may lie in a folder that is read-only
+    try:
+        with (
+            closing(sqlite3.connect(f"{source.as_uri()}?{mode}", uri=True)) as backup,
+            closing(sqlite3.connect(part, isolation_level=None)) as copy,
+        ):
+            backup.backup(copy)
+            copy.execute("PRAGMA journal_mode = DELETE")  # so that there is no log to it
+            if not _schema_version(copy, source):
+                raise SchemaMismatch(f"cannot use {source}: expected a queue, got an empty database")
+            if (damage := copy.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
+                raise QueueError(f"cannot restore {source}: it is damaged: {' '.join(damage.split())}")
+    except sqlite3.Error as error:
+        raise QueueError(f"cannot restore {source}: {error}") from error
+
+
+def _apply_logs(path: Path) -> None:
+    """Write into the file what its log holds, if it is sound and nobody has it open, so that it needs no log."""
+    if path.exists() and any(Path(f"{path}{suffix}").exists() for suffix in LOGS) and path not in _opened():
+        with suppress(sqlite3.Error), closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=0)) as db:
+            db.execute("PRAGMA journal_mode = DELETE")
+
+
+def _opened() -> set[Path]:
+    return {queue.path for queue in list(_queues) if not queue._closed}
+
+
+@contextmanager
+def _nobody_in(path: Path) -> Iterator[int | None]:
+    """Keep everybody out of this file, and yield its descriptor. Raises QueueError when somebody is in it."""
+    if path in _opened():  # and closing a descriptor of it here would release the locks of this process
+        raise QueueError(f"cannot replace {path}: this process has it open")
+    with ExitStack() as undo:
+        file, is_free = None, True
+        if fcntl is not None:
+            folder = Path(f"{path}.d")
+            folder.mkdir(mode=0o700, exist_ok=True)
+            way = _open_private(folder / "way")
+            undo.callback(os.close, way)
+            is_free = try_lock(way)
+        if path.exists():
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            undo.callback(os.close, file)
+            is_free = is_free and _try_lock_bytes(file) and os.path.samestat(os.fstat(file), path.stat())
+        if not is_free:
+            raise QueueError(f"cannot replace {path}: {_users(path) or 'a program'} has it open; stop what uses it")
+        yield file
+
+
+def _try_lock_bytes(file: int) -> bool:
+    if fcntl is None:
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, *SHARED_BYTES)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        return False
+    return True
+
+
+def _users(path: Path) -> str:
+    """Return which programs have this file open, as far as /proc shows."""
+    found = set()
+    for link in Path("/proc").glob("[1-9]*/fd/*"):
+        process = link.parent.parent
+        with suppress(OSError):
+            if os.readlink(link) == str(path) and process.name != str(os.getpid()):
+                words = (process / "cmdline").read_bytes().split(b"\0")[:2]  # what follows may hold a password
+                found.add(" ".join([*(Path(os.fsdecode(word)).name for word in words), f"(pid {process.name})"]))
+    return ", ".join(sorted(found))
+
+
+def _keep(path: Path, file: int | None) -> Path | None:
+    """Copy what is about to be replaced, with its log if it has one, to a new name; return that."""
+    logs = [suffix for suffix in LOGS if Path(f"{path}{suffix}").exists()]
+    has_data = file is not None and os.pread(file, len(IN_RESTORE), 0) not in (b"", IN_RESTORE)
+    if not logs and not has_data:
+        return None
+    at = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    names = (path.with_name(f"{path.name}.replaced-{at}-{number}") for number in count(1))
+    kept = next(name for name in names if not name.exists())
+    for suffix in logs:
+        with open(f"{path}{suffix}", "rb") as log:
+            _copy_file(log.fileno(), Path(f"{kept}{suffix}"))
+    if file is not None and has_data:  # by this descriptor: to close another one would release the lock
+        _copy_file(file, kept)
+    sync(path.parent)
+    return kept
+
+
+def _copy_file(source: int, target: Path) -> None:
+    part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
+    _create(part)
+    try:
+        with part.open("wb") as copy:
+            for at in range(0, os.fstat(source).st_size, COPY_BYTES):
+                copy.write(os.pread(source, COPY_BYTES, at))
+        sync(part)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _put_in_place(part: Path, target: Path, *, is_new: bool) -> None:
+    """Give the file the target's name. No log of another file may be there when it bears it."""
+    logs = [log for suffix in LOGS if (log := Path(f"{target}{suffix}")).exists()]
+    if is_new:
+        _create(target)  # or fail, if somebody has made it meanwhile
+    elif logs:  # of a damaged file: neither may be opened without the other
+        stone = part.with_suffix(".stone")
+        _create(stone)
+        stone.write_bytes(IN_RESTORE)
+        sync(stone)
+        stone.replace(target)
+        sync(target.parent)
+    for each in (*logs, Path(f"{target}-shm")):
+        each.unlink(missing_ok=True)
+    sync(target.parent)
+    part.replace(target)
+    sync(target.parent)

@@ -338,6 +338,9 @@ def _in_dialect(sql: str) -> str:
     return sql
 
 
+REVIVE = "UPDATE consumers SET state = 'running', last_seen_at = :now WHERE token = :token AND state <> 'stopped'"
+
+
 class NoRoom(QueueFull):
     """The queue is at its limit."""
 
@@ -698,7 +701,8 @@ class OnPostgres(PersistentQSQLAlchemy):
     """
 
     max_batch = 128  # an enqueue does not wait for the rows that a claim locks
-    _LIKE = "ILIKE"
+    _LIKE = 'COLLATE "C" ILIKE'
+    _BYTES = "octet_length(convert_to({}, 'UTF8'))"
 
     def __init__(
         self, url: str, *, durability: str = "full", create: bool = True, busy_seconds: float = pqueue.BUSY_SECONDS
@@ -1010,7 +1014,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         for me in list(self._registry.values()):
             params = {"token": me.token, "now": self._time(None)}
             with self._write(durable=False) as tx:
-                tx.change("UPDATE consumers SET state = 'running', last_seen_at = :now WHERE token = :token", params)
+                tx.change(REVIVE, params)
 
     def _sleep(self, me: pqueue.Registration, seconds: float, due_in: Callable[[], float]) -> bool:  # noqa: ARG002
         def due_at_first() -> float:  # when it is due again, it is not to be had: somebody's transaction has locked it
@@ -1038,7 +1042,7 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Write a copy, as of one moment, that is a queue on SQLite: `open_queue(path)` opens it."""
-        target = Path(path).absolute()
+        target = pqueue.file_path(path)
         try:
             if target.exists():
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
@@ -1052,6 +1056,9 @@ class OnPostgres(PersistentQSQLAlchemy):
     def _lock_out_writers(self, tx: Session) -> None:
         tx.run(_setting({COPYING: "on"}, for_good=False))
         tx.change("LOCK TABLE jobs IN EXCLUSIVE MODE")  # that every writer needs; one lock makes no deadlock
+
+    def _lock_jobs(self, tx: Session, job_ids: list[int]) -> None:
+        tx.run("SELECT id FROM jobs WHERE id = ANY (CAST(:ids AS bigint[])) ORDER BY id FOR UPDATE", {"ids": job_ids})
 
     def _number_on(self, tx: Session) -> None:
         for table in ("jobs", "history"):

@@ -8,6 +8,11 @@ TERM, INT or HUP ends it between two jobs.
 
 from __future__ import annotations
 
+import endings
+
+if __name__ == "__main__":
+    endings.end_at_once()
+
 import argparse
 import errno
 import os
@@ -40,7 +45,7 @@ class Producer:
     def __init__(self, queue: PersistentQInterface, directory: Path) -> None:
         self.queue, self.directory = queue, directory
         self.stopped = threading.Event()
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        pqueue.make_folder(directory)
 
     def stop(self, *_: object) -> None:
         self.stopped.set()
@@ -70,12 +75,14 @@ class Producer:
         """Write the file durably under both names and return it, locked; leave nothing of it where that fails."""
         file = os.fdopen(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8")
         try:
+            pqueue.share_as_folder(file.fileno(), self.directory)
             pqueue.try_lock(file.fileno())
             file.write(_random_lines())
             file.flush()
-            os.fsync(file.fileno())
+            pqueue.sync_file(file.fileno())
+            pqueue.sync(self.directory)  # or a power cut might leave the other name alone, and nobody would see to it
             os.link(new, self.directory / name)
-            _sync(self.directory)
+            pqueue.sync(self.directory)
         except BaseException:
             with suppress(OSError):
                 file.close()  # which flushes once more
@@ -135,18 +142,11 @@ def _random_lines() -> str:
     return "".join(" ".join(random.choices(WORDS, k=8)) + "\n" for _ in range(random.randint(3, 20)))
 
 
-def _sync(directory: Path) -> None:
-    folder = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def main(arguments: list[str] | None = None) -> int:
     consumer.bear_any_text()
     options = _parser().parse_args(arguments)
     try:
+        consumer.expect_posix()
         with closing(pqueue.open_queue()) as queue:
             producer = Producer(queue, options.directory)
             consumer.on_end(producer.stop)

@@ -12,15 +12,12 @@ from datetime import datetime, timezone
 from typing import Any
 
 import pqueue
+from masking import masked, masked_error, masked_job, masked_text
 from pqueue import Job, PersistentQInterface
 
 OLD_SECONDS = 600.0  # a pending job that waits for longer is worth a warning
 LATE_SECONDS = 5.0  # an expired lease that nobody took back for longer, too
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
-SECRET = re.compile(
-    "pass(word|wd|phrase|code)|pwd|secret|token|(api|access|private)[-_ ]?key|authorization|credential|cookie|bearer",
-    re.I,
-)
 COLOURS = {"completed": 32, "processing": 36, "pending": 33, "scheduled": 34, "failed": 31, "cancelled": 35}
 COLOURS |= {"running": 32, "RUNNING": 32, "dead": 31, "FATAL": 31, "stopped": 90, "STOPPED": 90}
 
@@ -51,7 +48,7 @@ def problems(
         if oldest is not None and now - oldest > OLD_SECONDS:
             paused = f" and it is paused: {_resume(name)}" if each["paused"] else ""
             found.append(f"queue {name!r}: the oldest pending job has waited for {span(now - oldest)}{paused}")
-    newest = queue.list_jobs(limit=1)
+    newest = queue.list_jobs(limit=1, excerpt=0)
     if newest and newest[0].created_at > now + 60:
         found.append(f"the newest job was enqueued {ago(newest[0].created_at, now)}: some clock is wrong")
     return found
@@ -80,7 +77,7 @@ def _resume(queue: str) -> str:
 
 
 def _expired(queue: PersistentQInterface, now: float) -> int:
-    jobs = queue.list_jobs(state="processing", limit=10_000)
+    jobs = queue.list_jobs(state="processing", limit=10_000, excerpt=0)
     return sum(1 for job in jobs if (job.lease_expires_at or now) < now - LATE_SECONDS)
 
 
@@ -234,14 +231,34 @@ def iso(at: float) -> str:
 
 
 def first_line(error: str | None) -> str:
-    return (error or "").split("\n", 1)[0]
+    """Return the first line of an error as it is shown."""
+    return (masked_error(error) or "").split("\n", 1)[0]
 
 
-def masked(value: Any) -> Any:
-    """Return a payload with the values of secrets, by the names of their keys, hidden."""
-    if isinstance(value, dict):
-        return {key: "…" if SECRET.search(key) else masked(each) for key, each in value.items()}
-    return [masked(each) for each in value] if isinstance(value, list) else value
+def cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def failure(error: str | None) -> str:
+    """Return the error as it is shown of a group of failed jobs."""
+    line = (error or "").split("\n", 1)[0][: pqueue.FAILURE_CHARS]
+    return masked_text(line + "…" if len(line) == pqueue.FAILURE_CHARS else line)
+
+
+def failures(queue: PersistentQInterface) -> list[dict[str, Any]]:
+    """Return what the queue's `failures` does, grouped by what is shown of the errors."""
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for each in queue.failures():
+        error = failure(each["error"])
+        group = groups.setdefault((each["task"], error), {**each, "error": error, "jobs": 0})
+        group["jobs"] += each["jobs"]
+        group["last_id"] = max(group["last_id"], each["last_id"])
+    return sorted(groups.values(), key=lambda group: (-group["jobs"], group["task"], group["error"]))
+
+
+def history(queue: PersistentQInterface, job_id: int, **options: int) -> list[dict[str, Any]]:
+    """Return the job's history as it is shown; the options are those of the queue's `history`."""
+    return [{**each, "error": masked_error(each["error"])} for each in queue.history(job_id, **options)]
 
 
 def detail(job: Job) -> str:
@@ -253,7 +270,7 @@ def detail(job: Job) -> str:
 
 def job_object(job: Job) -> dict[str, Any]:
     """Return a job as programs are shown it: without secrets, and without the token that could settle it."""
-    return {**job._asdict(), "payload": masked(job.payload), "result": masked(job.result), "lease_token": None}
+    return {**masked_job(job)._asdict(), "lease_token": None}
 
 
 def count(number: int, noun: str) -> str:

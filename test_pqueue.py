@@ -10,6 +10,8 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import unittest
 from contextlib import ExitStack, closing, contextmanager, suppress
 from multiprocessing import resource_tracker
@@ -558,7 +561,9 @@ class QueueContract:
     def test_copy_counts_the_pending_jobs_of_limited_queues(self):
         self.queue.limit("default", 3)
         self.queue.enqueue_many("t", range(3))
-        target = pqueue.PersistentQSQLite(self.folder / "copy.db")
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        target = pqueue.PersistentQSQLite(Path(folder.name) / "copy.db")
         self.addCleanup(target.close)
         self.queue.copy_to(target)
         with self.assertRaises(QueueFull):
@@ -832,6 +837,122 @@ class QueueContract:
         with self.assertRaises(TypeError):
             self.queue.list_jobs(colour="red")
 
+    def find(self, text, **options):
+        """Return the jobs in which the text is, each way of looking agreeing with the others."""
+        ids = [job.id for job in self.queue.list_jobs(text=text, **options)]
+        for few in (0, 100_000):  # by an index of the state, or on the way through all
+            with mock.patch("pqueue.FEW", few), mock.patch("pqueue.WINDOW", 3):
+                self.assertEqual([job.id for job in self.queue.list_jobs(text=text, state="pending", **options)], ids)
+                self.assertEqual(self.queue.count_jobs(text=text, **options), len(ids))
+                self.assertEqual(self.queue.count_jobs(text=text, state="pending", **options), len(ids))
+                found, before = [], pqueue.MAX_ID
+                while before is not None:
+                    jobs, before = self.queue.search_jobs(text=text, seconds=0, before_id=before, limit=2, **options)
+                    found += [job.id for job in jobs]
+                self.assertEqual(found, ids)
+        return ids
+
+    def test_reader_finds_every_text_of_a_payload_as_it_is_read_in_any_case(self):
+        texts = [
+            "MÜNCHEN",
+            "Mu\u0308nchen",
+            "Straße",
+            "ΟΔΟΣ",
+            "ÎLE",
+            "Kelvin \u212a",
+            "\u0130zmir",
+            "\ufb01x",
+            "ЖУК 東京 😀",
+        ]
+        texts += ['say "Hi" to', "C:\\Temp\\new", "one\ntwo\tthree", "50%_off", "\u0001\u00a0", "plain Text", "a/b'c"]
+        ids = self.queue.enqueue_many("t", [{"deep": [{"k" + text: [text, 1.5]}]} for text in texts])
+        for job_id, text in zip(ids, texts, strict=True):
+            for needle in (text, text.lower(), text.upper(), text[1:], text[:-1], json.dumps(text, ensure_ascii=False)):
+                self.assertIn(job_id, self.find(needle), needle)
+        for needle, found in (("münchen", 2), ("STRASSE", 1), ("strasse", 1), ("οδοσ", 1), ("kelvin k", 1), ("fix", 1)):
+            self.assertEqual(len(self.find(needle)), found, needle)
+        for needle, found in (("5__", 0), ("%", 1), ("\n", 1), ("\\", 2), ('"', 16), ("1.5]", 16), ("tempnew", 0)):
+            self.assertEqual(len(self.find(needle)), found + (needle == "\\") * 2, needle)  # JSON shows some as \n
+        self.assertEqual(len(self.find("")), 16)
+
+    def test_reader_finds_what_a_plain_comparison_finds(self):
+        letters = 'aAkKiIsS1üÜßİı\u212aſ\ufb01"\\\n%_ …'
+        draw = random.Random(7)
+        texts = ["".join(draw.choices(letters, k=draw.randint(0, 6))) for _ in range(60)]
+        ids = self.queue.enqueue_many("t", texts)
+        for _ in range(60):
+            needle = "".join(draw.choices(letters, k=draw.randint(1, 3)))
+            expected = [
+                job_id
+                for job_id, text in zip(ids, texts, strict=True)
+                if any(
+                    unicodedata.normalize("NFC", needle.casefold()) in unicodedata.normalize("NFC", each.casefold())
+                    for each in (text, json.dumps(text, ensure_ascii=False))
+                )
+            ]
+            self.assertEqual([job.id for job in self.queue.list_jobs(text=needle)], expected[::-1], (needle, expected))
+
+    def test_reader_finds_what_another_program_has_stored_in_another_form(self):
+        job_id = self.queue.enqueue("t")
+        for stored in ('{"city": "M\\u00fcn\\u0063hen"}', '{"city":\n"Mün\\u0063hen"}', "MÜNCHEN, no JSON"):
+            with self.queue.transaction() as db:
+                self.execute(db, "UPDATE jobs SET payload = :text WHERE id = :id", text=stored, id=job_id)
+            self.assertEqual(self.find("münchen"), [job_id])
+
+    def test_reader_finds_no_text_that_is_not_shown(self):
+        def shown(job):
+            return job._replace(payload={**job.payload, "word": "…"})
+
+        job_id = self.queue.enqueue("t", {"word": "hunter2", "name": "ada"})
+        self.assertEqual(self.find("hunter2"), [job_id])
+        for text in ("hunter2", "h", '"word": "h', "2"):
+            self.assertEqual(self.find(text, shown=shown), [])
+        for text in ("ada", '"word": "…"', "WORD"):
+            self.assertEqual(self.find(text, shown=shown), [job_id])
+
+    def test_job_that_leaves_its_state_during_a_search_is_not_found(self):
+        ids = self.queue.enqueue_many("t", ["find me"] * 3)
+        find = self.queue._find
+
+        def late(*arguments):
+            found = find(*arguments)
+            self.queue.cancel(ids[1])
+            return found
+
+        with mock.patch.object(self.queue, "_find", late):
+            self.assertEqual([job.id for job in self.queue.list_jobs(text="find", state="pending")], [ids[2], ids[0]])
+
+    def test_reader_of_excerpts_gets_beginnings_of_what_is_long(self):
+        self.queue.enqueue("t", {"n": "x" * 5000})
+        job = self.queue.dequeue("w")
+        self.queue.update(job, result=["y" * 500])
+        self.queue.fail(job, "e" * 500, retry=False)
+        short = self.queue.enqueue("t", {"n": "ü" * 92})
+        for filters in ({}, {"text": '"n"'}):
+            newest, oldest = self.queue.list_jobs(excerpt=100, **filters)
+            self.assertEqual((newest.id, newest.payload, newest.result), (short, {"n": "ü" * 92}, None))
+            for value, begins in ((oldest.payload, '{"n":"xxx'), (oldest.result, '["yyy'), (oldest.error, "eee")):
+                self.assertIsInstance(value, pqueue.Excerpt)
+                self.assertEqual((value[: len(begins)], len(value)), (begins, 100))
+            for job in self.queue.list_jobs(excerpt=0, **filters):
+                self.assertEqual((job.payload, job.result, job.error), (None, None, None))
+        with self.assertRaises(ValueError):
+            self.queue.list_jobs(excerpt=-1)
+
+    def test_filter_that_is_no_text_or_too_long_is_refused(self):
+        self.assertEqual(self.find("x" * 1000), [])
+        for filters, message in (
+            ({"text": "x" * 1001}, "expected text to be at most 1,000 characters, got 1,001"),
+            ({"text": "ü" * 60_000}, "got 60,000"),
+            ({"task": "x" * 60_000}, "expected task to be at most 255 characters, got 60,000"),
+            ({"queue": "a\0b"}, "expected queue to be printable"),
+            ({"key": 5}, "expected key to be a text, got 5"),
+            ({"text": b"x"}, "expected text to be a text, got b'x'"),
+        ):
+            for look in (self.queue.list_jobs, self.queue.search_jobs, self.queue.count_jobs):
+                with self.assertRaisesRegex(ValueError, re.escape(message)):
+                    look(**filters)
+
     def test_operator_sees_failures_grouped_by_task_and_error(self):
         for task, error in [("a", "ValueError: x\n  line 1"), ("a", "ValueError: x\n  line 2"), ("b", "ValueError: x")]:
             self.queue.enqueue(task)
@@ -854,6 +975,95 @@ class QueueContract:
         self.assertEqual(self.queue.timings(), {"wait": [48.0, 38.0], "run": [2.0, 2.0]})
         self.assertEqual(self.queue.timings(1), {"wait": [38.0], "run": [2.0]})
         self.assertEqual(self.queue.timings(start=150, end=160), {"wait": [48.0], "run": [2.0]})
+
+    def before_each_read(self, act):
+        """Act before whatever the queue reads by itself from now on."""
+        queue, read = self.queue, type(self.queue)._read
+
+        def patched(*arguments):
+            del queue._read
+            act()
+            queue._read = patched
+            return read(queue, *arguments)
+
+        queue._read = patched
+        self.addCleanup(queue.__dict__.pop, "_read", None)
+
+    def test_jobs_that_change_their_state_while_they_are_counted_are_counted_once(self):
+        verbs = ["resubmit", "cancel", "assign", "mark_failed", "resubmit", "assign"]
+        other = self.reopen()
+        ids = other.enqueue_many("t", range(12))
+        other.cancel(ids[0])
+        turns = itertools.count()
+
+        def change():
+            turn = next(turns)
+            for number, job_id in enumerate(ids):
+                with suppress(InvalidTransition):
+                    verb = verbs[(turn + number) % len(verbs)]
+                    getattr(other, verb)(job_id, *([("ann", None)[turn % 2]] if verb == "assign" else []))
+
+        self.before_each_read(change)
+        for _ in range(10):
+            self.assertEqual(sum(self.queue.stats()["states"].values()), len(ids))
+        for flip in ("ann", None) * 5:
+            for job_id in ids:
+                with suppress(InvalidTransition):
+                    other.resubmit(job_id)
+            self.before_each_read(lambda flip=flip: [other.assign(job_id, flip) for job_id in ids])
+            self.assertEqual(self.queue.count_jobs(state="pending"), len(ids))
+
+    def test_consumer_that_completes_its_job_and_leaves_meanwhile_is_not_shown_holding_it(self):
+        for ends in (1, 2, 3):
+            with self.subTest(ends=ends):
+                other, reads = self.open(), itertools.count(1)
+                other.enqueue("t")
+                job = other.dequeue("w")
+
+                def leave(reads=reads, ends=ends, other=other, job=job):
+                    if next(reads) == ends:
+                        other.complete(job)
+                        other.close()
+
+                self.before_each_read(leave)
+                for each in self.queue.consumers():
+                    self.assertFalse(each["state"] != "running" and each["job_ids"], each)
+
+    def test_unfinished_payloads_are_those_of_one_moment(self):
+        other = self.reopen()
+        ids = other.enqueue_many("t", range(250)) + [other.enqueue("t", "later", delay_seconds=60)]
+        other.complete(other.dequeue("w"))
+        running = other.dequeue("w")
+        flip = itertools.cycle([lambda: other.assign(running.id, None), lambda: other.mark_failed(ids[200])])
+        self.before_each_read(lambda: next(flip)())
+        with suppress(InvalidTransition):
+            self.assertEqual(
+                sorted(map(str, self.queue.unfinished_payloads())), sorted([*map(str, range(1, 250)), "later"])
+            )
+
+    def test_nobody_changes_what_was_read_in_an_exclusive_block(self):
+        other = self.open(busy_seconds=0.1)
+        for chosen in (True, False):
+            job_id = self.queue.enqueue("t")
+            with self.subTest(chosen=chosen), self.queue.exclusive([job_id] if chosen else None):
+                before = self.queue.get(job_id)
+                with self.assertRaises(QueueBusy):
+                    other.cancel(job_id)
+                if not chosen:
+                    with self.assertRaises(QueueBusy):
+                        other.enqueue("t")
+                self.assertEqual(self.queue.get(job_id), before)
+                self.queue.cancel(job_id)
+            self.assertEqual(other.get(job_id).state, "cancelled")
+
+    def test_jobs_are_found_by_their_ids_and_what_else_was_asked(self):
+        ids = self.queue.enqueue_many("t", range(5))
+        self.queue.cancel(ids[1])
+        found = self.queue.list_jobs(ids=ids[:3], state="pending")
+        self.assertEqual([job.id for job in found], [ids[2], ids[0]])
+        self.assertEqual(self.queue.count_jobs(ids=[]), 0)
+        with self.assertRaises(ValueError):
+            self.queue.list_jobs(ids=["1) OR (1"])
 
     def test_stats_bear_a_queue_that_appears_meanwhile(self):
         read, other, names = self.queue._read, self.reopen(), itertools.count()
@@ -1401,26 +1611,157 @@ for _ in range(20):
                 for job_id in ids:
                     queue.resubmit(job_id)
 
+    @contextmanager
+    def stopped(self, where):
+        """Have a process stopped while it holds a lock: "way", or one of the lanes."""
+        code = """
+import pqueue, time
+queue = pqueue.PersistentQSQLite(sys.argv[1])
+locks = {lock._path.name: lock for lock in (queue._turnstile._lock, *queue._turnstile._lanes)}
+assert locks[sys.argv[2]].try_acquire()
+print("in", flush=True)
+time.sleep(600)
+"""
+        with python(code, self.path, where) as child:
+            child.stdout.readline()
+            child.send_signal(signal.SIGSTOP)
+            wait_until(lambda: pqueue.is_stopped(child.pid))
+            yield child
+
+    @contextmanager
+    def waits(self):
+        """Yield a list of how long each wait for a lock was meant to be."""
+        waits, original = [], pqueue._hear
+
+        def hear(bell, seconds, **options):
+            waits.append(seconds)
+            return original(bell, seconds, **options)
+
+        with mock.patch("pqueue._hear", hear):
+            yield waits
+
     def test_process_stopped_in_the_turnstile_does_not_stop_the_others(self):
+        queue, other = self.open(), self.open()
+        with self.stopped("way") as child, mock.patch("pqueue.TURN_SECONDS", 0.05), self.waits() as waits:
+            self.assertEqual(queue.enqueue("t"), 1)
+            paid = len(waits)
+            for number in range(2, 6):  # nobody waits again for the same process, in whichever lane
+                self.assertEqual((queue if number % 2 else other).enqueue("t"), number)
+            other.complete(other.dequeue("w"))
+            self.assertEqual(len(waits), paid)
+            child.send_signal(signal.SIGCONT)
+            child.kill()
+            child.wait()
+            self.assertEqual(queue.enqueue("t"), 6)
+        self.assertTrue(queue._turnstile.enter())
+        queue._turnstile.leave()
+
+    def test_process_stopped_in_a_lane_leaves_the_others_their_turn(self):
+        queue, holder = self.open(), self.open()
+        with self.stopped("others"), mock.patch("pqueue.TURN_SECONDS", 0.5):
+            wait_until(lambda: queue._turnstile._lanes[0]._held_seconds() >= 0.5)
+            for _ in range(3):
+                self.assertTrue(holder._turnstile.enter())
+                leave = mock.Mock(side_effect=lambda *_, **__: holder._turnstile.leave())
+                with mock.patch("pqueue._hear", leave):
+                    self.assertTrue(queue._turnstile.enter())
+                leave.assert_called_once()  # it waited for the lock, and not in the lane
+                queue._turnstile.leave()
+
+    def test_process_stopped_and_continued_leaves_no_writer_without_its_turn(self):
         queue = self.open()
         code = """
-import pqueue
+import pqueue, time
 queue = pqueue.PersistentQSQLite(sys.argv[1])
 queue._turnstile.enter()
 print("in", flush=True)
-sys.stdin.read()
+signal.sigwait([signal.SIGUSR1])
+queue._turnstile.leave()
+print("out", flush=True)
+time.sleep(600)
+"""
+        mask = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])"
+        with python(f"{mask}{code}", self.path) as child, mock.patch("pqueue.TURN_SECONDS", 0.05):
+            child.stdout.readline()
+            child.send_signal(signal.SIGSTOP)
+            self.assertEqual(queue.enqueue("t"), 1)
+            self.assertFalse(queue._turnstile.enter())
+            child.send_signal(signal.SIGUSR1)
+            child.send_signal(signal.SIGCONT)
+            child.stdout.readline()
+            self.assertTrue(queue._turnstile.enter())
+            queue._turnstile.leave()
+            self.assertEqual(queue.check()["problems"], [])
+
+    def test_check_names_a_process_that_is_stopped_in_the_turnstile(self):
+        queue = self.open()
+        for where in ("way", *pqueue.LANES):
+            with self.subTest(where), self.stopped(where) as child, mock.patch("pqueue.TURN_SECONDS", 0.05):
+                wait_until(lambda: queue.check(thorough=False)["problems"])
+                (problem,) = queue.check(thorough=where != "way")["problems"]
+                self.assertRegex(problem, f"process {child.pid} is stopped and has held .*/{where} for 0 s")
+                self.assertIn(f"kill -CONT {child.pid}", problem)
+                child.send_signal(signal.SIGCONT)
+                wait_until(lambda: not pqueue.is_stopped(child.pid))
+                (problem,) = queue.check(thorough=False)["problems"]
+                self.assertRegex(problem, f"process {child.pid} has held .*: end it, if it does not go on")
+                child.kill()
+                child.wait()
+                self.assertEqual(queue.check()["problems"], [])
+
+    def test_writer_kept_out_by_a_stopped_transaction_is_told_whose(self):
+        queue = self.open(busy_seconds=0.05)
+        code = """
+import pqueue, time
+with pqueue.PersistentQSQLite(sys.argv[1]).transaction():
+    print("in", flush=True)
+    time.sleep(600)
 """
         with python(code, self.path) as child, mock.patch("pqueue.TURN_SECONDS", 0.05):
             child.stdout.readline()
             child.send_signal(signal.SIGSTOP)
-            for number in range(1, 4):
-                self.assertEqual(queue.enqueue("t"), number)
-            child.send_signal(signal.SIGCONT)
-            child.kill()
-            child.wait()
-            self.assertEqual(queue.enqueue("t"), 4)
-        self.assertTrue(queue._turnstile.enter())
-        queue._turnstile.leave()
+            wait_until(lambda: pqueue.is_stopped(child.pid))
+            with self.assertRaisesRegex(QueueBusy, f"another writer held it for .*; process {child.pid} is stopped"):
+                queue.enqueue("t")
+
+    def test_writer_that_died_in_a_lock_leaves_it_free(self):
+        turnstile = self.open()._turnstile
+        for lock in (turnstile._lock, *turnstile._lanes):
+            with self.subTest(lock._path.name), mock.patch("pqueue.TURN_SECONDS", 0.05):
+                with self.stopped(lock._path.name) as child:
+                    child.kill()
+                    child.wait()
+                wait_until(lambda: lock._held_seconds() >= 0.05)  # noqa: B023 - it says so, but nobody holds it
+                self.assertTrue(lock.acquire(time.monotonic() + 60))
+                lock.release()
+
+    def test_writer_that_died_waiting_delays_the_others_once(self):
+        holder, queue = self.open(), self.open()
+        lock, go = queue._turnstile._lock, self.folder / "go"
+        code = """
+import os, pqueue, time
+pqueue.TURN_SECONDS = 60
+queue = pqueue.PersistentQSQLite(sys.argv[1])
+print("open", flush=True)
+while not os.path.exists(sys.argv[2]):
+    time.sleep(0.001)
+queue._turnstile.enter(in_batch=sys.argv[3] == "1")
+"""
+        for kind, _ in enumerate(pqueue.LANES):
+            place = lock.WAITING_SINCE + kind
+            with python(code, self.path, go, kind) as child, self.waits() as waits:
+                child.stdout.readline()
+                self.assertTrue(holder._turnstile.enter())
+                go.touch()
+                wait_until(lambda: 0 < lock._shared[place] < time.monotonic() - pqueue.OVERTAKE_SECONDS)  # noqa: B023
+                child.kill()
+                child.wait()
+                go.unlink()
+                holder._turnstile.leave()
+                for _ in range(3):
+                    self.assertTrue(queue._turnstile.enter(in_batch=not kind))
+                    queue._turnstile.leave()
+                self.assertLessEqual(waits, [pqueue.HANDOVER_SECONDS] * 2)  # the dead may not have heard its ring
 
     def test_writer_interrupted_in_line_does_not_keep_the_way(self):
         queue, other = self.open(), self.open()
@@ -1435,9 +1776,9 @@ sys.stdin.read()
         """Hold the way until each call waits in a thread of its own, in this order; then see all through."""
         holder, heard = self.open(), []
 
-        def hear(bell, seconds):
+        def hear(bell, seconds, **options):
             heard.append(bell)
-            return original(bell, seconds)
+            return original(bell, seconds, **options)
 
         original, threads = pqueue._hear, [threading.Thread(target=call, daemon=True) for call in calls]
         with mock.patch("pqueue._hear", hear), mock.patch.multiple(pqueue, POLL_SECONDS=60, TURN_SECONDS=60):
@@ -1470,13 +1811,50 @@ sys.stdin.read()
         self.let_through([lambda: producer.enqueue("t"), lambda: taken.append(consumer.dequeue("w"))])
         self.assertEqual(taken, [None])
 
-    def test_newcomer_does_not_take_the_way_before_one_who_waits_there(self):
+    def test_newcomer_does_not_overtake_a_writer_that_has_waited_for_long(self):
         queue, newcomer = self.open(), self.open()
-        for lane, _ in enumerate(pqueue.LANES):
-            queue._turnstile._way._waiting[lane] = 1
-            self.assertFalse(newcomer._turnstile._way.take_at_once())
-            queue._turnstile._way._waiting[lane] = 0
-        self.assertTrue(newcomer._turnstile._way.take_at_once())
+        lock = newcomer._turnstile._lock
+        for kind, _ in enumerate(pqueue.LANES):
+            for seconds, overtakes in ((0.0, True), (1.0, False)):
+                with self.subTest(kind=kind, seconds=seconds), mock.patch("pqueue.HANDOVER_SECONDS", 60):
+                    self.assertTrue(queue._turnstile.enter())
+                    lock._shared[lock.WAITING_SINCE + kind] = time.monotonic() - seconds
+                    queue._turnstile._lock._turn_began = time.monotonic()
+                    with mock.patch("pqueue.OVERTAKE_SECONDS", 0.5):
+                        queue._turnstile.leave()
+                    self.assertEqual(lock.try_acquire(), overtakes)
+                    self.assertEqual(lock.try_acquire(1 - kind), overtakes)
+                    self.assertTrue(lock.try_acquire(kind))
+                    lock.release()
+
+    def test_lock_file_from_before_a_reboot_keeps_nobody_waiting(self):
+        queue = self.open()
+        lock = queue._turnstile._lock
+        for place in (lock.HELD_SINCE, lock.RESERVED_UNTIL):
+            lock._shared[place] = time.monotonic() + 1e6
+        lock._shared[lock.RESERVED_FOR] = 1
+        with self.waits() as waits:
+            for _ in range(3):
+                self.assertTrue(queue._turnstile.enter())
+                queue._turnstile.leave()
+        self.assertEqual(waits, [])
+        self.assertEqual(queue.check()["problems"], [])
+
+    def test_writer_in_a_loop_lets_one_that_waits_go_first_after_a_while(self):
+        queue, waiter = self.open(), self.open()
+        lock = queue._turnstile._lock
+        with mock.patch.multiple(pqueue, REPEAT_SECONDS=10.0, OVERTAKE_SECONDS=60, HANDOVER_SECONDS=60):
+            for seconds, repeats, goes_on in ((0.0, True, True), (11.0, False, True), (11.0, True, False)):
+                self.assertTrue(queue._turnstile.enter())
+                lock._shared[lock.WAITING_SINCE] = time.monotonic()
+                lock._turn_began = time.monotonic() - seconds
+                if not repeats:  # it has written for that long, but once
+                    lock._held_since = lock._shared[lock.HELD_SINCE] = lock._turn_began
+                queue._turnstile.leave()
+                self.assertEqual(lock.try_acquire(), goes_on)
+                lock.release(1)
+            self.assertTrue(waiter._turnstile._lock.acquire(time.monotonic()))
+            waiter._turnstile._lock.release()
 
     def test_writer_in_line_gets_through_although_a_ring_is_lost(self):
         queue, other = self.open(), self.open()
@@ -1487,7 +1865,7 @@ sys.stdin.read()
             other.transaction(),
         ):
             waiting.start()
-            self.assertTrue(wait_until(lambda: queue._turnstile._way._waiting[0]))
+            self.assertTrue(wait_until(lambda: queue._turnstile._lock._shared[pqueue.BellLock.WAITING_SINCE]))
         waiting.join()
         self.assertEqual(queue.stats()["states"]["pending"], 1)
 
@@ -1547,6 +1925,47 @@ class Files(SQLiteCase):
             open_queue("redis://secret@host")
         with self.assertRaisesRegex(ValueError, "expected a path or sqlite:///PATH, got postgresql:"):
             pqueue.sqlite_path("postgresql://secret@host")
+
+    def test_queue_is_named_by_a_path_object(self):
+        with closing(open_queue(self.path)) as queue:
+            self.assertEqual(queue.path, self.path)
+        with mock.patch.dict(os.environ, {"PQUEUE_URL": str(self.path)}):
+            self.assertEqual(pqueue.sqlite_path(), self.path)
+
+    def test_name_that_was_not_meant_as_a_path_creates_nothing(self):
+        here = os.getcwd()
+        os.chdir(self.folder)
+        self.addCleanup(os.chdir, here)
+        wrong = [
+            ":memory:",
+            "~",
+            "~/queue.db",
+            "~ann/queue.db",
+            "file:queue.db",
+            "FILE:queue.db?mode=memory",
+            "file::memory:",
+        ]
+        wrong += [
+            "sqlite:queue.db",
+            "sqlite://",
+            "sqlite:///",
+            "sqlite:///:memory:",
+            "sqlite:///~/q.db",
+            "sqlite:///q.db?x=1",
+        ]
+        for url in [*wrong, *map(Path, wrong[:7]), b"queue.db", 7, True]:
+            with self.subTest(url=url), self.assertRaisesRegex(ValueError, "^expected .*, got [^\n]*$"):
+                open_queue(url)
+        for path in (*wrong[:7], b"queue.db", None):
+            with self.subTest(path=path), self.assertRaisesRegex(ValueError, "^expected a path"):
+                pqueue.PersistentQSQLite(path)
+        self.assertEqual(list(self.folder.iterdir()), [])
+        queue = self.open()
+        before = set(self.folder.iterdir())
+        for path in (":memory:", "~", "file:copy.db", b"copy.db"):
+            with self.subTest(backup=path), self.assertRaisesRegex(ValueError, "^expected a path"):
+                queue.backup(path)
+        self.assertEqual(set(self.folder.iterdir()), before)
 
     def test_look_at_a_queue_that_is_not_there_creates_nothing(self):
         with self.assertRaisesRegex(QueueError, f"no queue at {self.path}"):
@@ -1849,6 +2268,23 @@ class Replaced(SQLiteCase):
         self.assertEqual(self.path.read_bytes(), before)
         self.beside("-wal").unlink()
         self.assertEqual(self.open().count_jobs(), 100)
+
+    @unittest.skipUnless(pqueue.FileLocks.AVAILABLE, "needs open file description locks")
+    def test_log_that_was_deleted_is_not_begun_anew_while_others_have_the_old_one(self):
+        code = "import pqueue, time\nq = pqueue.PersistentQSQLite(sys.argv[1])\nq.enqueue_many('t', range(9))\n"
+        with python(f"{code}print('ready', flush=True)\ntime.sleep(600)", self.path) as child:
+            self.assertEqual(child.stdout.readline(), "ready\n")
+            self.open().close()
+            self.beside("-wal").unlink()
+            for _ in range(2):
+                with self.assertRaisesRegex(
+                    pqueue.DatabaseReplaced, "log was deleted while other programs have it open"
+                ):
+                    self.open()
+                self.beside("-wal").touch()  # as a plain reader would
+            child.kill()
+            child.wait()
+        self.assertEqual(self.open().enqueue("t"), 1)
 
     def test_copy_of_a_whole_folder_is_opened_with_its_log(self):
         self.started()

@@ -20,6 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
 
+import endings
 from pqueue import LeaseLost, PersistentQSQLite, QueueBusy
 
 PRODUCERS = 2
@@ -76,6 +77,15 @@ def _begun(folder: Path, name: str) -> Path:
     return folder / f"{name}.begun"
 
 
+def _start_deaf(child: BaseProcess) -> None:
+    """Start a process that an INT on the terminal does not reach; it is killed in the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, endings.ENDINGS)
+    try:
+        child.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Torture:
     """One run, in a folder of its own under `beside`, on the same disk as the real database."""
 
@@ -122,7 +132,7 @@ class Torture:
         work = produce if name.startswith("producer") else consume
         _begun(self.folder, name).unlink(missing_ok=True)
         self._children[name] = self._context.Process(target=work, args=(self.folder, self.durability, name))
-        self._children[name].start()
+        _start_deaf(self._children[name])
 
     def _hurt(self, name: str) -> None:
         """Kill a process and start it anew, or one time in four stop it until its lease is over."""
@@ -155,7 +165,8 @@ class Torture:
 
     def _drain(self) -> None:
         drainer = self._context.Process(target=consume, args=(self.folder, self.durability, "drainer", True))
-        drainer.start()
+        self._children["drainer"] = drainer  # so that it is killed when this is interrupted
+        _start_deaf(drainer)
         drainer.join()
 
     def _tell(self, passed: float, seconds: float) -> None:

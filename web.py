@@ -1,14 +1,13 @@
 """The dashboard's server on the standard library: pages, fragments for the live parts, JSON, metrics, actions.
 
 It listens on loopback. On another address it wants a password, PQUEUE_OPS_PASSWORD; put a proxy with TLS before it, one
-that asks for it by its address, as nginx does unless told to pass the Host on.
+that asks for it by its address, as nginx does unless told to pass the Host on, or by a name in PQUEUE_OPS_HOSTS.
 """
 
 from __future__ import annotations
 
 import base64
 import hmac
-import ipaddress
 import json
 import os
 import secrets
@@ -16,15 +15,20 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
+import endings
 import ops
 import pages
 import report
+from masking import is_cut
 from pqueue import JobNotFound, QueueError
 
 MOST_BODY_BYTES = 100_000
@@ -34,6 +38,10 @@ REQUEST_SECONDS = 30.0  # in which a request must have come, however it trickles
 MOST_SECONDS = 10.0  # that a program waits for the figures; a page does not
 WRONG_SECONDS = 1.0  # that a wrong password costs
 MOST_NOTES = 100
+DRAWING_SECONDS = 10.0  # that an answer waits for those before it
+SMALL_BYTES = 100_000  # of larger answers
+MOST_LARGE = 8  # are sent at a time: each stays in memory until its client has read it
+RETRY_SECONDS = 2
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
     "img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -44,6 +52,9 @@ HEADERS = {
 }
 HTML, JSON, TEXT = "text/html; charset=utf-8", "application/json", "text/plain; charset=utf-8"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
+
+
+Answer = tuple[HTTPStatus, str, bytes]  # status, type and body
 
 
 class Refused(Exception):
@@ -64,9 +75,14 @@ class Server(ThreadingHTTPServer):
         self.token = secrets.token_urlsafe()
         self._notes: dict[str, str] = {}
         self._places = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        # One answer at a time is put together: it may hold a large payload several times over. And in one thread: one
+        # that waits for its client would keep a connection to the database, with its cache.
+        self._turn = threading.Lock()
+        self._drawer = ThreadPoolExecutor(1, "pqueue-drawer")
+        self._large = threading.BoundedSemaphore(MOST_LARGE)
         self._sending: dict[socket.socket, float] = {}  # connections whose request has not come whole, and since when
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.local = _is_loopback(host)
+        self.local = ops.is_loopback(host)
         super().__init__((host, port), Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -117,10 +133,30 @@ class Server(ThreadingHTTPServer):
 
     def knows(self, host: str) -> bool:
         """Whether this Host header names us; a name of somebody else's would be DNS rebinding."""
-        name = urlsplit(f"//{host}").hostname or ""
-        if self.local:
-            return _is_loopback(name)
-        return _is_address(name) or name in ("localhost", socket.gethostname().lower(), socket.getfqdn().lower())
+        name = ops.host_name(host)
+        return ops.is_ours(host) or (not self.local and (ops.is_address(name) or name in _own_names()))
+
+    @contextmanager
+    def drawn(self, draw: Callable[..., Answer], *arguments: Any) -> Iterator[Answer]:
+        """Lend the answer that the function returns, when its turn has come, until it is sent. Raises Refused."""
+        if not self._turn.acquire(timeout=DRAWING_SECONDS):
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the dashboard is busy: try again")
+        try:
+            answer = self._drawer.submit(draw, *arguments).result()
+            large = len(answer[2]) > SMALL_BYTES
+            if large and not self._large.acquire(blocking=False):
+                raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "other large answers are on their way: try again")
+        finally:
+            self._turn.release()
+        try:
+            yield answer
+        finally:
+            if large:
+                self._large.release()
+
+    def server_close(self) -> None:
+        super().server_close()
+        self._drawer.shutdown()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -150,12 +186,10 @@ class Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.BAD_REQUEST, TEXT, f"{error}\n")
 
     def _check(self) -> None:
-        try:
-            known = self.server.knows(self.headers.get("Host", ""))
-        except ValueError:
-            known = False
-        if not known:
-            raise Refused(HTTPStatus.MISDIRECTED_REQUEST, "refused: this is not a host name of the dashboard")
+        hosts = self.headers.get_all("Host", [])
+        if len(hosts) != 1 or not self.server.knows(hosts[0]):
+            sentence = "refused: this is not a host name of the dashboard; PQUEUE_OPS_HOSTS can list more"
+            raise Refused(HTTPStatus.MISDIRECTED_REQUEST, sentence)
         if self.server.password is not None and not self._has_password(self.server.password):
             if "Authorization" in self.headers:
                 time.sleep(WRONG_SECONDS)
@@ -176,62 +210,72 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         if url.path in pages.FILES:
-            return self._send(HTTPStatus.OK, *pages.FILES[url.path])
-        kind = JSON if url.path.startswith(("/api/", "/live")) else HTML
+            self._send(HTTPStatus.OK, *pages.FILES[url.path])
+            return
+        self._expect_no_other_site(url.path)
         try:
-            status, content = self._content(url.path, query)
+            figures = self._figures(url.path)  # may wait, and keeps nobody waiting meanwhile
+            with self.server.drawn(self._drawn, url.path, query, figures) as answer:
+                self._send(*answer)
         except JobNotFound:
             raise
         except (QueueError, TypeError) as error:  # TypeError: in a damaged row
-            status, content = HTTPStatus.SERVICE_UNAVAILABLE, self._trouble(url.path, str(error))
-        if isinstance(content, tuple):
-            kind, content = content
-        return self._send(status, kind, content)
+            self._send(HTTPStatus.SERVICE_UNAVAILABLE, *self._trouble(url.path, str(error)))
 
-    def _content(self, path: str, query: dict[str, str]) -> tuple[HTTPStatus, Any]:
+    def _expect_no_other_site(self, path: str) -> None:
+        """Let a link elsewhere lead to a page, but no page elsewhere load, frame or read anything."""
+        fetch = self.headers.get("Sec-Fetch-Mode"), self.headers.get("Sec-Fetch-Dest")
+        if not self._is_ours() and (_is_data(path) or fetch != ("navigate", "document")):
+            raise Refused(HTTPStatus.FORBIDDEN, "refused: the request comes from another site")
+
+    def _figures(self, path: str) -> dict[str, Any]:
+        if path in ("/", "/live"):
+            return self.server.board.figures()
+        return self.server.board.figures(MOST_SECONDS) if path in ("/metrics", "/healthz", "/api/stats") else {}
+
+    def _drawn(self, path: str, query: dict[str, str], figures: dict[str, Any]) -> Answer:
         board = self.server.board
         if path == "/":
-            parts = pages.sections(board, query, self._token())
-            return HTTPStatus.OK, pages.index(parts, query, self._said(query))
+            parts = pages.sections(board, figures, query, self._token())
+            return HTTPStatus.OK, HTML, _encoded(pages.index(parts, query, self._said(query)))
         if path == "/live":
-            return HTTPStatus.OK, json.dumps(pages.sections(board, query, self._token()))
+            return HTTPStatus.OK, JSON, _json(pages.sections(board, figures, query, self._token()))
         if path == "/metrics":
-            return HTTPStatus.OK, (
-                METRICS,
-                report.metrics(board.queue(), stats=board.figures(MOST_SECONDS)["overview"]),
-            )
+            return HTTPStatus.OK, METRICS, _encoded(report.metrics(board.queue(), stats=figures["overview"]))
         if path == "/healthz":
-            problems = board.figures(MOST_SECONDS)["overview"]["problems"]
+            problems = figures["overview"]["problems"]
             status = HTTPStatus.SERVICE_UNAVAILABLE if problems else HTTPStatus.OK
-            return status, (TEXT, "\n".join(problems or ["healthy"]) + "\n")
-        return HTTPStatus.OK, self._jobs(path, query)
+            return status, TEXT, _encoded("\n".join(problems or ["healthy"]) + "\n")
+        if path == "/api/stats":
+            return HTTPStatus.OK, JSON, _json({**figures["overview"], "minutes": figures["minutes"]})
+        return HTTPStatus.OK, JSON if _is_data(path) else HTML, self._jobs(path, query)
 
-    def _jobs(self, path: str, query: dict[str, str]) -> str:
+    def _jobs(self, path: str, query: dict[str, str]) -> bytes:
         board = self.server.board
         parent, _, number = path.rpartition("/")
-        if path == "/api/stats":
-            figures = board.figures(MOST_SECONDS)
-            return json.dumps({**figures["overview"], "minutes": figures["minutes"]})
         if path == "/api/jobs":
             jobs, before = board.jobs(query)
-            return json.dumps({"jobs": [report.job_object(job) for job in jobs], "before_id": before})
+            listed = [{**report.job_object(job), "truncated": is_cut(job)} for job in jobs]
+            return _json({"jobs": listed, "before_id": before})
         if number.isascii() and number.isdigit() and len(number) < 19:
             if parent == "/job":
-                return pages.job(board.job(int(number)), self._said(query), self._token())
+                return _encoded(pages.job(board.job(int(number)), self._said(query), self._token()))
             if parent == "/api/jobs":
                 found = board.job(int(number))
-                return json.dumps({**found, "job": report.job_object(found["job"])})
+                return _json({**found, "job": {**found["job"]._asdict(), "lease_token": None}})
         raise Refused(HTTPStatus.NOT_FOUND, "no such page")
 
     def _said(self, query: dict[str, str]) -> str:
         return self.server.noted(query.get("said", ""))
 
-    def _trouble(self, path: str, sentence: str) -> Any:
+    def _trouble(self, path: str, sentence: str) -> tuple[str, bytes]:
         if path in ("/metrics", "/healthz"):
-            return TEXT, sentence + "\n"
+            return TEXT, _encoded(sentence + "\n")
         if path.startswith("/api/"):
-            return json.dumps({"error": sentence})
-        return json.dumps({"health": pages.trouble(sentence)}) if path == "/live" else pages.without_queue(sentence)
+            return JSON, _json({"error": sentence})
+        if path == "/live":
+            return JSON, _json({"health": pages.trouble(sentence)})
+        return HTML, _encoded(pages.without_queue(sentence))
 
     # Acting
 
@@ -254,8 +298,8 @@ class Handler(BaseHTTPRequestHandler):
         """Whether a page of ours asks: as the browser says, which sees it through a proxy, or by its origin."""
         if site := self.headers.get("Sec-Fetch-Site"):
             return site in ("same-origin", "none")
-        origin = self.headers.get("Origin")
-        return origin is None or urlsplit(origin).netloc == self.headers.get("Host")
+        origins = self.headers.get_all("Origin", [])
+        return all(ops.is_same_origin(each, self.headers["Host"]) for each in origins)
 
     def _body(self) -> str:
         length = self.headers.get("Content-Length", "")
@@ -285,13 +329,15 @@ class Handler(BaseHTTPRequestHandler):
     def _token(self) -> str:
         return "" if ops.read_only() else self.server.token
 
-    def _send(self, status: HTTPStatus, kind: str, content: str) -> None:
-        body = content.encode("utf-8", "replace")
+    def _send(self, status: HTTPStatus, kind: str, content: str | bytes) -> None:
+        body = _encoded(content) if isinstance(content, str) else content
         self.send_response(status)
         for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **HEADERS}.items():
             self.send_header(name, value)
         if status == HTTPStatus.UNAUTHORIZED:
             self.send_header("WWW-Authenticate", 'Basic realm="pqueue"')
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            self.send_header("Retry-After", str(RETRY_SECONDS))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -300,23 +346,33 @@ class Handler(BaseHTTPRequestHandler):
         """Log nothing: a page that is open asks every two seconds."""
 
 
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
+def _is_data(path: str) -> bool:
+    return path.startswith(("/api/", "/live", "/metrics", "/healthz"))
 
 
-def _is_loopback(name: str) -> bool:
-    return name == "localhost" or (_is_address(name) and ipaddress.ip_address(name).is_loopback)
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "replace")
+
+
+def _json(value: Any) -> bytes:
+    return _encoded(json.dumps(value, ensure_ascii=False))
+
+
+@lru_cache
+def _own_names() -> set[str]:
+    return {socket.gethostname().lower(), socket.getfqdn().lower()}
 
 
 def serve(host: str, port: int) -> int:
-    """Serve until interrupted; return the exit code."""
+    """Serve until TERM, INT or HUP; return the exit code."""
     password = os.environ.get("PQUEUE_OPS_PASSWORD") or None
-    if password is None and not _is_loopback(host):
+    if password is None and not ops.is_loopback(host):
         print(f"ops.py: expected a password in PQUEUE_OPS_PASSWORD to serve on {host}", file=sys.stderr)
+        return 2
+    try:
+        ops.allowed_hosts()
+    except ValueError as error:
+        print(f"ops.py: {error}", file=sys.stderr)
         return 2
     try:
         server = Server(host, port, password)
@@ -328,8 +384,9 @@ def serve(host: str, port: int) -> int:
     with suppress(QueueError, ValueError):
         server.board.figures(0)  # so that they are there when the first reader comes
     try:
-        server.serve_forever()
-    except KeyboardInterrupt:
+        with endings.Undoing():
+            server.serve_forever()
+    except SystemExit:  # as it was told
         return 0
     finally:
         server.server_close()

@@ -1,7 +1,7 @@
 /* Preloaded into a process, records in order what it does to files below $RECORD_UNDER: see test_power_loss.py.
 
    A record in $RECORD_TO is a header, the path, and the data: W write, T truncate (offset: new size), S sync, C create,
-   U unlink, D make folder, R rename (data: the new path). The test's own marks are M. */
+   U unlink, D make folder, R rename, L link (data: the new path). The test's own marks are M. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -36,14 +36,26 @@ static void record(char kind, const char *path, uint64_t offset, const void *dat
         abort();
 }
 
-static void record_file(char kind, int file, uint64_t offset, const void *data, size_t bytes) {
-    char link[64], path[4096];
+static int path_of(int file, char path[4096]) {
+    char link[64];
     snprintf(link, sizeof link, "/proc/self/fd/%d", file);
-    ssize_t length = readlink(link, path, sizeof path - 1);
-    if (length > 0) {
-        path[length] = 0;
+    ssize_t length = readlink(link, path, 4095);
+    path[length > 0 ? length : 0] = 0;
+    return length > 0;
+}
+
+static void record_file(char kind, int file, uint64_t offset, const void *data, size_t bytes) {
+    char path[4096];
+    if (path_of(file, path))
         record(kind, path, offset, data, bytes);
-    }
+}
+
+/* Return the path of a name in an open folder. */
+static const char *in(int folder, const char *name, char path[8192]) {
+    if (name[0] == '/' || folder == AT_FDCWD || !path_of(folder, path))
+        return name;
+    strcat(strcat(path, "/"), name);
+    return path;
 }
 
 #define WRITE(name, position)                                                     \
@@ -84,26 +96,36 @@ TRUNCATE(ftruncate64, off64_t)
 SYNC(fsync)
 SYNC(fdatasync)
 
-#define OPEN(name)                                                  \
-    int name(const char *path, int flags, ...) {                    \
+#define OPEN(name, ...)                                             \
+    {                                                               \
         va_list rest;                                               \
         va_start(rest, flags);                                      \
         mode_t mode = flags & O_CREAT ? va_arg(rest, mode_t) : 0;   \
         va_end(rest);                                               \
-        int is_new = flags & O_CREAT && access(path, F_OK) != 0;    \
-        int file = REAL(name)(path, flags, mode);                   \
+        char buffer[8192];                                          \
+        const char *whole = in(folder, path, buffer);               \
+        int is_new = flags & O_CREAT && access(whole, F_OK) != 0;   \
+        int file = REAL(name)(__VA_ARGS__, flags, mode);            \
         if (file >= 0 && is_new)                                    \
-            record('C', path, 0, 0, 0);                             \
+            record('C', whole, 0, 0, 0);                            \
         return file;                                                \
     }
-OPEN(open)
-OPEN(open64)
+enum { folder = AT_FDCWD };  /* of the calls that name none */
+int open(const char *path, int flags, ...) OPEN(open, path)
+int open64(const char *path, int flags, ...) OPEN(open64, path)
+int openat(int folder, const char *path, int flags, ...) OPEN(openat, folder, path)
+int openat64(int folder, const char *path, int flags, ...) OPEN(openat64, folder, path)
+
+int unlinkat(int folder, const char *path, int flags) {
+    char buffer[8192];
+    int failed = REAL(unlinkat)(folder, path, flags);
+    if (!failed)
+        record('U', in(folder, path, buffer), 0, 0, 0);
+    return failed;
+}
 
 int unlink(const char *path) {
-    int failed = REAL(unlink)(path);
-    if (!failed)
-        record('U', path, 0, 0, 0);
-    return failed;
+    return unlinkat(AT_FDCWD, path, 0);
 }
 
 int mkdir(const char *path, mode_t mode) {
@@ -113,9 +135,27 @@ int mkdir(const char *path, mode_t mode) {
     return failed;
 }
 
-int rename(const char *from, const char *to) {
-    int failed = REAL(rename)(from, to);
-    if (!failed)
-        record('R', from, 0, to, strlen(to));
+static int renamed(char kind, int failed, int from_folder, const char *from, int to_folder, const char *to) {
+    char old[8192], new[8192];
+    if (!failed) {
+        to = in(to_folder, to, new);
+        record(kind, in(from_folder, from, old), 0, to, strlen(to));
+    }
     return failed;
+}
+
+int renameat(int from_folder, const char *from, int to_folder, const char *to) {
+    return renamed('R', REAL(renameat)(from_folder, from, to_folder, to), from_folder, from, to_folder, to);
+}
+
+int rename(const char *from, const char *to) {
+    return renameat(AT_FDCWD, from, AT_FDCWD, to);
+}
+
+int linkat(int from_folder, const char *from, int to_folder, const char *to, int flags) {
+    return renamed('L', REAL(linkat)(from_folder, from, to_folder, to, flags), from_folder, from, to_folder, to);
+}
+
+int link(const char *from, const char *to) {
+    return linkat(AT_FDCWD, from, AT_FDCWD, to, 0);
 }

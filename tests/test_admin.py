@@ -116,6 +116,8 @@ READING = [
     ["assign-job", "5", "--any"],
     ["prune", "--older-than", "7d"],
     ["backup", "copy.db"],
+    ["restore", "copy.db"],
+    ["restore", "copy.db", "--yes"],
     ["delete-job-files", "--directory", ".", "--dry-run"],
     ["delete-db-jobs", "--yes", "--force"],
     ["metrics"],
@@ -144,7 +146,7 @@ def test_both_front_ends_do_the_same_with_every_command(tmp_path, monkeypatch, c
             for arguments in READING:
                 code = admin.main(arguments)
                 out, err = capsys.readouterr()
-                answers.append((arguments, code, re.sub(r"\S+_bytes \S+", "", out), err))
+                answers.append((arguments, code, re.sub(r"\S+_bytes \S+", "", out), err.replace(front, "front")))
             queue.close()
             told.append(answers)
     assert told[0] == told[1]
@@ -166,9 +168,11 @@ def test_each_command_explains_itself(front, capsys):
                 assert (parameter.name if parameter.is_option else parameter.metavar) in out
 
 
-def test_command_that_only_looks_creates_no_database(front, folder, run):
-    for name in ("list-jobs", "stats", "doctor", "metrics"):
-        code, _, err = run(name)
+def test_operator_whose_folder_has_no_queue_creates_none(front, folder, run):
+    values = {"job_id": "1", "task": "t", "queue": "default", "max_pending": "5", "consumer": "c", "file": "x.db"}
+    for name in sorted(set(admin.COMMANDS) - {"torture", "monitor", "restore"}):
+        required = [each for each in admin.COMMANDS[name].parameters if not each.is_option]
+        code, _, err = run(name, *[values[each.key] for each in required if each.key in values])
         assert code == 1
         assert f"no queue at {folder}/var/queue.db" in err
     assert list(folder.iterdir()) == []
@@ -307,6 +311,133 @@ def test_operator_deletes_only_the_files_that_no_job_needs(queue, run, folder):
     run("delete-job-files", "--directory", files, "--yes", "--force")
     assert {path.name for path in files.iterdir()} == left - {"job_waiting.txt"}
     assert (folder / "precious").read_text() == "mine"
+
+
+@pytest.fixture
+def files(folder):
+    (folder / "files").mkdir()
+    return folder / "files"
+
+
+def test_operator_keeps_the_files_of_jobs_that_change_their_state_meanwhile(queue, run, files, monkeypatch):
+    """Whichever queries the command makes, some jobs are in another state at each."""
+    names = [f"job_{number}.txt" for number in range(30)]
+    for name in names:
+        (files / name).write_text(name)
+        queue.enqueue("prepend_timestamp", {"file": name})
+    read, turns = type(queue)._read, iter(range(10**6))
+
+    def change_then_read(self, *arguments):
+        if self is not queue and not self.in_transaction:
+            turn = next(turns)
+            for job in queue.list_jobs(limit=len(names))[turn % 2 :: 2]:
+                queue.fail(job, "again", retry_in_seconds=1e6) if job.state == "processing" else None
+                queue.assign(job.id, f"w{job.id}") if job.state == "pending" else None
+                queue.dequeue(f"w{job.id}", queues=["none"], now=2e9) if job.state == "pending" and turn % 3 else None
+                if job.state == "scheduled":
+                    queue.cancel(job.id)
+                    queue.resubmit(job.id)
+        return read(self, *arguments)
+
+    monkeypatch.setattr(type(queue), "_read", change_then_read)
+    for _ in range(3):
+        assert (
+            run("delete-job-files", "--directory", files, "--yes")[1]
+            == "nothing to delete, 30 files kept for unfinished jobs\n"
+        )
+    assert {path.name for path in files.iterdir()} == set(names)
+
+
+@pytest.mark.parametrize("act", ["resubmit", "enqueue"])
+def test_operator_keeps_the_file_of_a_job_that_begins_anew_meanwhile(queue, run, files, monkeypatch, act):
+    for name in ("job_again.txt", "job_done.txt"):
+        (files / name).write_text(name)
+        queue.enqueue("prepend_timestamp", {"file": name})
+        queue.complete(queue.dequeue("w"))
+
+    def answer(*_):
+        queue.resubmit(1) if act == "resubmit" else queue.enqueue("prepend_timestamp", {"file": "job_again.txt"})
+        return True
+
+    monkeypatch.setattr(admin, "_agreed", answer)
+    code, out, _ = run("delete-job-files", "--directory", files)
+    assert (code, out) == (0, "deleted 1 file, 1 file kept for unfinished jobs\n")
+    assert [path.name for path in files.iterdir()] == ["job_again.txt"]
+
+
+FAILING = """
+import os, sys, pqueue
+queue = pqueue.open_queue(durability="normal")
+print("ready", flush=True)
+while True:
+    for job in queue.dequeue_many(sys.argv[1], 8):
+        if not os.path.exists("files/" + job.payload["file"]):
+            print("no file", job.payload["file"], flush=True)
+        queue.fail(job, "again", retry_in_seconds=0.002)
+"""
+
+
+def test_operator_keeps_the_files_of_jobs_that_consumers_work_on(queue, run, files):
+    names = [f"job_{number}.txt" for number in range(40)]
+    for name in names:
+        (files / name).write_text(name)
+        queue.enqueue("prepend_timestamp", {"file": name}, max_attempts=10**9)
+    queue.enqueue_many("t", [{"n": number} for number in range(3000)], queue="other")
+    queue.pause("other")
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAILING, f"w{number}"],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        for child in children:
+            assert child.stdout.readline() == "ready\n"
+        for number in range(5):
+            (files / f"job_stray{number}.txt").write_text("x")
+            code, out, err = run("delete-job-files", "--directory", files, "--yes")
+            assert (code, out) == (0, "deleted 1 file, 40 files kept for unfinished jobs\n"), err
+    finally:
+        for child in children:
+            child.kill()
+    assert [child.communicate()[0] for child in children] == ["", ""]
+    assert {path.name for path in files.iterdir()} == set(names)
+
+
+def test_operator_who_resubmits_what_failed_runs_nothing_again_that_has_run_meanwhile(queue, run, monkeypatch):
+    ids = [queue.enqueue("t") for _ in range(3)]
+    for job_id in ids:
+        queue.mark_failed(job_id)
+    page, other = type(queue).list_jobs, pqueue.open_queue()
+
+    def found_then_run(self, **filters):
+        found = page(self, **filters)
+        if self is not queue and self is not other and not self.in_transaction and other.get(ids[1]).state == "failed":
+            other.resubmit(ids[1])
+            other.complete(other.dequeue("w"))
+        return found
+
+    monkeypatch.setattr(type(queue), "list_jobs", found_then_run)
+    assert run("resubmit", "--status", "failed", "--yes")[1] == "resubmitted 2 jobs\n"
+    assert [queue.get(job_id).state for job_id in ids] == ["pending", "completed", "pending"]
+    other.close()
+
+
+def test_operator_takes_no_running_job_over_unasked(queue, run, monkeypatch):
+    job_id = queue.enqueue("t")
+    look = type(queue).consumers
+
+    def taken_meanwhile(self):
+        queue.dequeue("anna")
+        return look(self)
+
+    monkeypatch.setattr(type(queue), "consumers", taken_meanwhile)
+    code, _, err = run("assign-job", job_id, "anna")
+    assert (code, err) == (1, "admin.py: cannot assign job 1: anna has just taken it; give the command again\n")
+    assert queue.get(job_id).consumer == "anna"
 
 
 @pytest.mark.parametrize(

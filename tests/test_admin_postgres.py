@@ -10,7 +10,7 @@ from test_admin import folder as plain_folder
 from test_postgres import database, server
 
 del (
-    test_command_that_only_looks_creates_no_database,  # noqa: F821
+    test_operator_whose_folder_has_no_queue_creates_none,  # noqa: F821
     test_doctor_finds_a_dead_consumer_that_holds_jobs,  # noqa: F821 - known half a second later
     test_doctor_finds_a_log_that_a_reader_keeps_from_shrinking,  # noqa: F821
     test_doctor_finds_what_is_wrong,  # noqa: F821

@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from contextlib import closing, suppress
 from pathlib import Path
+from urllib.parse import urlencode
 
 import pytest
 from conftest import ROOT, wait_until
@@ -24,6 +25,7 @@ from test_supervisor import BIN, manage, running, system  # noqa: F401 - a fixtu
 
 import admin
 import consumer
+import masking
 import pqueue
 import report
 
@@ -357,7 +359,22 @@ KEYS += [
     "bearer",
     "access_key",
 ]
-PLAIN = ["key", "name", "n", "passage", "compass", "author", "monkey", "pass"]
+KEYS += [
+    "pass",
+    "auth",
+    "dsn",
+    "pw",
+    "PIN",
+    "dbPass",
+    "DB_PASS",
+    "user_pw",
+    "smtpAuth",
+    "authHeader",
+    "Passwort",
+    "jwt",
+]
+PLAIN = ["key", "name", "n", "passage", "compass", "author", "monkey", "passenger", "authority", "passed", "bypass"]
+PLAIN += ["pass_count", "auth_method", "pinned", "shopping", "power", "opinion", "underpass"]
 
 
 def test_secrets_are_known_by_the_names_of_their_keys():
@@ -366,6 +383,95 @@ def test_secrets_are_known_by_the_names_of_their_keys():
     assert SECRET not in text
     assert all(text.count(f'"shown {key}"') == 2 for key in PLAIN)
     assert report.masked({"token": {"a": [SECRET]}, "x": "token"}) == {"token": "…", "x": "token"}
+
+
+TEXTS = [
+    ("postgres://user:hunter2@host/db", "postgres://user:…@host/db"),
+    ("cannot reach redis://:hunter2@h:6379/0, nor amqp://a:b@h1,amqp://c:d@h2", "cannot reach redis://:…@h:6379/0, nor amqp://a:…@h1,amqp://c:…@h2"),
+    ("mysql+pymysql://u:p@ss@h/d mysql://u:pa/ss@h", "mysql+pymysql://u:…@h/d mysql://u:…@h"),
+    ("host=h user=u password=hunter2 dbname=d", "host=h user=u password=… dbname=d"),
+    ("https://h/x?access_token=abc&n=1", "https://h/x?access_token=…&n=1"),
+    ("postgres://user:hun…", "postgres://user:…"),
+    *((text, text) for text in ("http://h:8080/a@b", "http://h:8080", "http://[::1]:80/x@y", "https://u@h/x",
+      "['http://h:8080','a@b']", "12:30 x@y", "http://h:8080/cut…", "")),
+]  # fmt: skip
+
+
+def test_passwords_in_urls_are_hidden_and_nothing_else():
+    for text, shown in TEXTS:
+        assert masking.masked_text(text) == shown
+        assert report.masked([{"n": text}]) == [{"n": shown}]
+    for hostile in ("://a:" * 200_000, "://u:" + "x" * 10**6, "password='" * 100_000, "://[:" * 200_000):
+        masking.masked_text(hostile)
+
+
+def test_beginning_of_any_json_is_json_again_and_holds_no_more_than_it():
+    value = {
+        'a"}{': [1.5, -2, "x\\\n\u0001ü😀", [], {}, {"b": None}],
+        "": True,
+        "password": "hunter2",
+        "url": "db://u:hunter2@h",
+    }
+    for text in (json.dumps(value), json.dumps(value, ensure_ascii=False), json.dumps(value, separators=(",", ":"))):
+        for length in range(1, len(text)):
+            found = json.dumps(report.masked(pqueue.Excerpt(text[:length])))
+            assert "hun" not in found, found
+        assert report.masked(pqueue.Excerpt(text)) == report.masked(value)
+    assert report.masked(pqueue.Excerpt('{"a":[1,{"b":"xy')) == {"a": [1, {"b": "xy…"}]}
+    assert report.masked(pqueue.Excerpt("no JSON db://u:hunter2")) == "no JSON db://u:…"
+
+
+def test_secrets_are_not_found_letter_by_letter(queue, folder, capsys):
+    secret = "tr0ub4dor"
+    queue.enqueue("work", {"name": "ada", "password": secret}, max_attempts=1)
+    queue.mark_failed(1, f"cannot reach postgres://u:{secret}@h")
+    queue.enqueue("work", {"url": f"postgres://u:{secret}@h"})
+    site = Site()
+    try:
+        for text in (secret, secret[:1] + secret[1], f'"password": "{secret[0]}', f"u:{secret[0]}", secret[1:4]):
+            query = urlencode({"text": text})
+            assert json.loads(site.ask(f"/api/jobs?{query}")[1])["jobs"] == []
+            assert "no job matches" in site.ask(f"/?{query}")[1]
+            assert site.act("jobs", action="cancel", scope="matching", text=text)[0] == 303
+            for arguments in (["list-jobs"], ["failedjobs"], ["failedjobs", "--json"], ["cancel", "--yes"]):
+                assert admin.main([*arguments, "--text", text]) == 0
+                assert "ada" not in capsys.readouterr().out
+        assert queue.get(2).state == "pending"
+        for text in ("ada", '"password": "…"', "POSTGRES://U:…@H"):
+            assert json.loads(site.ask(f"/api/jobs?{urlencode({'text': text})}")[1])["jobs"]
+        for arguments in (["failedjobs"], ["failedjobs", "--json"], ["why", "1"], ["show", "1"]):
+            admin.main(arguments)
+            out = capsys.readouterr().out
+            assert secret not in out
+            assert "postgres://u:…@h" in out
+        assert secret not in site.ask("/api/jobs/1")[1] + site.ask("/live")[1]
+        group = report.failures(queue)[0]
+        site.act("resubmit_group", task=group["task"], error=group["error"])
+        assert queue.get(1).state == "pending"
+    finally:
+        site.close()
+
+
+def test_password_that_an_error_names_stays_out_of_the_log(place):
+    place.write(
+        "my_tasks.py",
+        "from pqueue import task\n@task(max_attempts=1)\n"
+        f"def odd(job): raise ConnectionError('cannot reach postgres://u:{SECRET}@h, password={SECRET}')\n",
+    )
+    with closing(place.queue()) as queue:
+        queue.enqueue("odd", max_attempts=1)
+        done = place.run("consumer.py", "--import", "my_tasks", "--drain")
+        assert queue.stats()["states"]["failed"] == 1
+    assert "postgres://u:" in done.stdout
+    assert SECRET not in done.stdout + done.stderr
+
+
+def test_failures_whose_long_errors_differ_in_a_password_are_one_group(queue):
+    for number in range(3):
+        queue.enqueue("t", max_attempts=1)
+        queue.fail(queue.dequeue("w"), "ConnectionError: " + "x" * 45 + f" db://user:password-{number}@host")
+    (group,) = report.failures(queue)
+    assert (group["jobs"], group["error"]) == (3, "ConnectionError: " + "x" * 45 + " db://user:…")
 
 
 def test_secrets_of_payloads_and_results_are_shown_nowhere(queue, folder, capsys):

@@ -48,6 +48,18 @@ def test_bench_times_puts_beside_workers_and_counts_those_that_fail(bench, place
         assert row["contestant"] == "limit" or figures["errors"] == 0
 
 
+def test_bench_times_puts_alongside_plain_loops_and_how_the_loops_share(bench, place):
+    done = bench("--quick", "--only", "put alongside 4 loops", "--json", "found.json")
+    assert (done.returncode, done.stderr) == (0, "")
+    results = json.loads((place.folder / "found.json").read_text())["results"]
+    assert [row["contestant"] for row in results] == ["limit", "limit", "pqueue", "pqueue"]
+    for row in results:
+        figures = {name: values[0] for name, values in row["figures"].items()}
+        assert 0 < figures["p50 ms"] <= figures["p99 ms"] <= figures["max ms"]
+        assert figures["jobs/s"] > 0 and 0 <= figures["fewest/most"] <= 1
+        assert row["contestant"] == "limit" or figures["errors"] == 0
+
+
 def test_bench_wakes_a_worker_of_each_for_a_job(bench, place):
     done = bench("--quick", "--only", "pickup", "--json", "found.json")
     assert (done.returncode, done.stderr) == (0, "")

@@ -128,6 +128,7 @@ class Streamlit(StandardLibrary):
         port = free_port()
         self.page, self.url = page, f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "streamlit", "run", str(ROOT / "ops.py"), f"--server.port={port}"]
+        command += ["--server.address=127.0.0.1"]
         place.start_command(command, **variables)
         wait_until(lambda: answers(self.url))
         page.add_init_script(HEAR_TOASTS)  # which are gone after four seconds

@@ -358,6 +358,92 @@ def test_second_delivery_never_stamps_twice(place, monkeypatch):
     assert file.read_text() == once
 
 
+@pytest.fixture
+def file_job(place, monkeypatch):
+    """Return a queue, the folder of its files, and a job of it that was delivered."""
+    files = place.write("var/files/job_1.txt", "one\n").parent
+    monkeypatch.setattr(consumer, "files_directory", files)
+    queue = place.queue()
+    queue.enqueue("prepend_timestamp", {"file": "job_1.txt"}, now=1000)
+    return queue, files, queue.dequeue("w", now=1000)
+
+
+@pytest.fixture
+def killed(file_job):
+    """Let the delivery be killed before it renames its copy; return the queue, the folder and the job's id."""
+    queue, files, job = file_job
+    if os.fork() == 0:
+        os.rename = lambda *_, **__: os._exit(0)
+        pqueue.run_task(queue, job)
+    assert os.wait()[1] == 0
+    assert len(os.listdir(files)) == 2
+    return queue, files, job.id
+
+
+def test_next_delivery_removes_the_copy_of_a_killed_one_and_no_other(killed):
+    queue, files, job_id = killed
+    other = f".job_1.txt.old.{'0' * 16}.1.stamped"  # of a file job_1.txt.old
+    (files / other).touch()
+    again = queue.dequeue("w", now=2000)
+    queue.complete(again, pqueue.run_task(queue, again))
+    assert sorted(os.listdir(files)) == [other, "job_1.txt"]
+    assert (files / "job_1.txt").read_text() == f"{queue.get(job_id).result['timestamp']} one\n"
+
+
+@pytest.mark.parametrize("end", ["mark_failed", "cancel"])
+def test_starting_consumer_removes_the_copies_that_nobody_else_will(place, killed, end):
+    queue, files, job_id = killed
+    getattr(queue, end)(job_id)
+    assert place.run("consumer.py", "--drain").returncode == 0
+    assert os.listdir(files) == ["job_1.txt"]
+
+
+def test_starting_consumer_leaves_the_copy_of_a_living_one(place, killed):
+    queue, files, _ = killed
+    (copy,) = set(os.listdir(files)) - {"job_1.txt"}
+    links = [files / f".link.{'0' * 16}.1.stamped", files / f".{'0' * 16}.1.stamped"]
+    for link in links:
+        link.symlink_to("job_1.txt")
+    with (files / copy).open("rb") as held:
+        assert pqueue.try_lock(held.fileno())
+        place.run("consumer.py", "--drain", "--queue", "other")
+    assert set(os.listdir(files)) == {copy, "job_1.txt", *(link.name for link in links)}
+
+
+def test_copy_that_another_consumer_takes_for_a_stale_one_is_created_anew(file_job, monkeypatch):
+    queue, files, job = file_job
+    locked = []
+
+    def try_lock(file):
+        if os.readlink(f"/proc/self/fd/{file}").endswith(".stamped"):
+            locked.append(file)
+            if len(locked) == 1:
+                consumer.remove_copies()
+        return lock(file)
+
+    lock = pqueue.try_lock
+    monkeypatch.setattr(pqueue, "try_lock", try_lock)
+    pqueue.run_task(queue, job)
+    assert os.listdir(files) == ["job_1.txt"]
+    assert len(locked) == 3
+
+
+def test_failed_attempt_leaves_no_copy(file_job, monkeypatch):
+    queue, files, job = file_job
+    monkeypatch.setattr(pqueue, "sync_file", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pqueue.run_task(queue, job)
+    assert os.listdir(files) == ["job_1.txt"]
+
+
+def test_first_delivery_does_not_list_the_folder(file_job, monkeypatch):
+    queue, files, job = file_job
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "listdir", lambda _: 1 / 0)
+        pqueue.run_task(queue, job)
+    assert os.listdir(files) == ["job_1.txt"]
+
+
 @pytest.mark.parametrize(
     "name", ["../secret.txt", "/etc/hostname", "a/b.txt", "", "..", "link.txt", "fifo.txt", 5, "\0"]
 )

@@ -142,6 +142,10 @@ class Actor:
     def prune(self) -> None:
         self.call("prune", lambda: self.queue.prune(100_000, now=self.clock))
 
+    def leave(self) -> None:
+        held = sorted({job.id for job in self.held})
+        self.call("leave", lambda: self.queue.leave(self.name, now=self.clock), held=held)
+
     def die(self) -> None:
         """End as a killed process does: without a word, its locks let go by the kernel."""
         self.call("die", lambda: [me.slot.close() for me in self.queue._registry.values()] and None)
@@ -260,6 +264,9 @@ class Checker:
                 if ended is None and verb != "get":
                     for job_id in payloads.values():
                         self._add(job_id, {**call, "verb": "claim", "row": None})
+            elif verb == "leave":
+                for job_id in call["held"]:
+                    self._add(job_id, call)
             elif "job" in call:
                 self._add(call["job"], call)
         for job in final["jobs"]:
@@ -309,6 +316,9 @@ class Checker:
         if verb == "get":
             if "row" not in event or agrees(each, event["row"]):
                 yield each
+        elif verb == "leave":
+            held = each.state == "processing" and each.holder == event["actor"]
+            yield settled(each, event, "release", now) if held else each
         elif verb == "same key":
             if each.state in UNFINISHED:
                 yield each
@@ -438,6 +448,8 @@ def in_turn(seed: int, url: str, steps: int = 250) -> list[Call]:
     for _ in range(steps):
         actor = chance.choice(actors)
         if chance.random() < 0.01:
+            actor.leave()
+        elif chance.random() < 0.01:
             actor.die()
             actors.remove(actor)
             actors.append(Actor(f"{actor.name}'", url, chance, note))
@@ -489,6 +501,7 @@ def begin(name: str, url: str, seed: int, steps: int, folder: Path) -> tuple[str
         actor = Actor(name, url, random.Random(seed), lambda call: os.write(file, f"{json.dumps(call)}\n".encode()))
         for _ in range(steps):
             actor.step()
+        actor.leave()
         actor.call("die", actor.queue.close)
         os._exit(0)
     except BaseException as error:

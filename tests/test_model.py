@@ -110,8 +110,9 @@ class QueueMachine(RuleBasedStateMachine):
             and (entry.assigned_to == consumer if entry.assigned_to else queues is None or entry.queue in queues)
         ]
         ids = [job_id for _, _, job_id in sorted(able)[:limit]]
-        seen = [number for number, job_id in enumerate(ids) if self.entries[job_id].attempts]
-        return ids[: max(1, seen[0])] if seen else ids
+        entries = [self.entries[job_id] for job_id in ids]
+        alone = [number for number, entry in enumerate(entries) if entry.attempts or entry.max_attempts == 1]
+        return ids[: max(1, alone[0])] if alone else ids
 
     @precondition(lambda self: self.deliveries)
     @rule(data=st.data(), verb=st.sampled_from(["complete", "fail", "fail for good", "release", "extend", "fused"]))

@@ -1,4 +1,4 @@
-"""Remove each guard of pqueue.py in turn, in a copy, and see that some check notices.
+"""Remove each guard of pqueue.py, and some of the programs, in turn, in a copy, and see that some check notices.
 
 `python tests/test_mutants.py` lists the mutants and what kills each.
 """
@@ -27,8 +27,12 @@ TESTS = (
     "test_histories.py",
     "test_power_loss.py",
     "test_processes.py",
+    "test_restore.py",
     "record_writes.c",
 )
+
+
+MUTATED = ("pqueue.py", "consumer.py", "producer.py")
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,11 @@ class Mutant:
     old: str
     new: str
     killer: str = "history"  # or "contract: part of a test's name", or a file of tests and part of a test's name
+    file: str = "pqueue.py"
 
 
 POWER = "test_power_loss.py: nothing_that_returned"
+FILES = "test_power_loss.py: each_file_with_its_job and full"
 # fmt: off
 MUTANTS = [
     # who may settle
@@ -63,8 +69,8 @@ MUTANTS = [
     Mutant("what had begun is not returned uncounted", "return not is_known or job_id in words", "return job_id not in words", "contract: had_not_begun"),
     Mutant("what had begun before a power cut is not known", "words[0] == boot() != 0 and", "", "contract: started_anew"),
     Mutant("a job whose lease is over does not begin", "or self._time(now) >= job.lease_expires_at:  # noted", "or False:  # noted", "contract: not_begun_when_its_lease"),
-    Mutant("who takes over a slot first takes back its jobs", "                    self._recover(tx, [], self._time(None))", "                    pass", "contract: taken_over"),
-    Mutant("a consumer that closes returns its jobs", "                    self._release(tx, _job(row), self._time(None))", "                    pass", "contract: closes_returns"),
+    Mutant("who takes over a slot first takes back its jobs", "                    self._recover(tx, [], self._time(now))", "                    pass", "contract: taken_over"),
+    Mutant("a consumer that closes returns its jobs", "                    self._release(tx, _job(row), self._time(now))", "                    pass", "contract: closes_returns"),
     # who may claim, and what
     Mutant("a paused queue delivers nothing", "WHERE q.paused = 0", "WHERE 1 = 1"),
     Mutant("a paused queue delivers no assigned job", "AND queue NOT IN (SELECT name FROM queues WHERE paused = 1) ", "", "contract: paused_queue"),
@@ -83,10 +89,15 @@ MUTANTS = [
     Mutant("the living keep their jobs", " AND consumers.state <> 'running')", ")"),
     Mutant("who holds its lock is alive", "not (slots := self._slots) or slot is None or slots.is_taken(slot)", "False"),
     # whose turn it is
-    Mutant("who leaves the way calls the other lane", "for other in (1 - lane, lane):", "for other in (lane, 1 - lane):", "contract: that_came_first"),
-    Mutant("who leaves the way calls somebody", "                _ring(self._bells[other])\n                return", "                return", "contract: woken_one_after"),
-    Mutant("who leaves the lane calls the next", "        fcntl.flock(self._lock, fcntl.LOCK_UN)\n        _ring(self._bell)", "        fcntl.flock(self._lock, fcntl.LOCK_UN)", "contract: woken_one_after"),
-    Mutant("nobody overtakes who waits at the way", "not self._waiting[0] and not self._waiting[1] and ", "", "contract: newcomer"),
+    Mutant("a released lock goes to the other lane", "sorted(numbers, key=kind.__eq__)", "sorted(numbers, key=kind.__ne__)", "contract: that_came_first"),
+    Mutant("releasing the lock wakes up a waiter", "            _ring(self._bells[heir])", "            pass", "contract: woken_one_after"),
+    Mutant("releasing a lane wakes up the next", "            _ring(self._bells[0])", "            pass", "contract: woken_one_after"),
+    Mutant("nobody overtakes a writer that has waited for long", "if repeats or now - self._shared[self.WAITING_SINCE + kind] >= OVERTAKE_SECONDS:", "if repeats:", "contract: newcomer"),
+    Mutant("nobody takes turn after turn past a waiter", "if repeats or now - self", "if now - self", "contract: writer_in_a_loop"),
+    Mutant("a lock is not kept for the dead", "return 0 < self._shared[self.RESERVED_UNTIL] - time.monotonic() <= HANDOVER_SECONDS", "return self._shared[self.RESERVED_UNTIL] > 0", "contract: died_waiting"),
+    Mutant("what a lock says is void after a reboot", "time.monotonic() <= HANDOVER_SECONDS", "time.monotonic()", "contract: before_a_reboot"),
+    Mutant("nobody waits again for a stopped process", "acquired or left <= 0 or self._held_seconds() >= TURN_SECONDS", "acquired or left <= 0", "contract: process_stopped_in"),
+    Mutant("a problem with a lock needs a live holder", "        if self.try_acquire():  # its holder is dead", "        if False:", "contract: check_names_a_process"),
     # operators
     Mutant("resubmit takes finished jobs", "error = NULL WHERE id = :id AND state IN {FINISHED}", "error = NULL WHERE id = :id"),
     Mutant("resubmit respects the key", "    AND NOT EXISTS (SELECT 1 FROM jobs o WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN {UNFINISHED})", ""),
@@ -114,10 +125,19 @@ MUTANTS = [
     Mutant("a claim of the last attempt is synced", "if not durable and any(job.attempts == job.max_attempts for job in jobs):", "if False:", "contract: claimed_in_a_synced"),
     Mutant("enqueue and complete are synced", '"FULL" if durable and', '"NORMAL" if durable and', POWER),
     Mutant("the fused call is synced", "durable=bool(settled)", "durable=False", POWER),
-    Mutant("fail is synced", 'durable=event == "failed"', "durable=False", POWER),
-    Mutant("the folder of a new queue is synced", "            _sync(folder.parent)", "            pass", POWER),
-    Mutant("a backup's name is synced", "            _sync(target.parent)\n", "", "test_power_loss.py: backup"),
+    Mutant("fail is synced", 'event="failed", durable=True', 'event="failed"', POWER),
+    Mutant("a result that a task stores is synced", "durable=result is not None", "durable=False", POWER),
+    Mutant("the folder of a new queue is synced", "        sync(missing.parent)", "        pass", POWER),
+    Mutant("a backup's name is synced", "            sync(target.parent)\n", "", "test_power_loss.py: backup"),
     Mutant("a backup takes its name last", "        part = target.with_name(", "        part = target or target.with_name(", "contract: backup_is_a_whole"),
+    Mutant("no old log reappears next to a restored file", "    sync(target.parent)\n    part.replace(target)", "    part.replace(target)", "test_power_loss.py: restore_leaves"),
+    Mutant("a database that is open is not replaced", "is_free and _try_lock_bytes(file) and", "is_free and", "test_restore.py: has_the_database_open"),
+    Mutant("a damaged backup is not restored", '.fetchone()[0]) != "ok":', '.fetchone()[0]) == "":', "test_restore.py: no_sound_queue"),
+    Mutant("a job file is synced", "            pqueue.sync_file(file.fileno())\n", "", FILES, "producer.py"),
+    Mutant("a job file's first name is synced", "            pqueue.sync(self.directory)  # or a power cut", "            pass  # or a power cut", FILES, "producer.py"),
+    Mutant("a job file's final name is synced", "            pqueue.sync(self.directory)\n", "", FILES, "producer.py"),
+    Mutant("a stamped copy is synced", "    pqueue.sync_file(target.fileno())\n", "", FILES, "consumer.py"),
+    Mutant("a stamped copy's name is synced", "    pqueue.sync_file(folder)\n", "", FILES, "consumer.py"),
     Mutant("a migration is one transaction", '                connection.execute("BEGIN IMMEDIATE")\n                for', "                for", "test_commit_points.py: killed and schema"),
     # errors
     Mutant("an interrupted call is rolled back", "                self._roll_back()\n            self.busy", "                pass\n            self.busy", "test_commit_points.py: fails and lost"),
@@ -137,6 +157,7 @@ MUTANTS = [
     Mutant("locks outlast a copy of the database", "        locks._set(fcntl.F_RDLCK)\n", "", "contract: copies_its_database"),
     Mutant("a transaction that lost its lock is undone", "                self._expect_lock()\n", "", "contract: lost_its_lock"),
     Mutant("a log that was deleted is not written back", "            except DatabaseReplaced:\n                _keep_log(self.connection)\n", "            except DatabaseReplaced:\n                locks.release()\n", "contract: write_it_back"),
+    Mutant("a log that was deleted is not begun anew", "        if FileLocks.lack_log(self.path):", "        if False:", "contract: begun_anew"),
     Mutant("another database's log is refused", "                self._expect_own_log()\n", "                pass\n", "contract: took_the_place"),
     Mutant("locks of other connections are kept", "if not locks._users and not _has_open(key, locks._files):", "if not locks._users:", "contract: leaves_the_first_one"),
     Mutant("a newer schema is refused", "if version > len(MIGRATIONS):", "if False:", "contract: newer_schema"),
@@ -146,17 +167,22 @@ MUTANTS = [
     Mutant("a file without our tables is refused", "if version and ours < len(TABLES):", "if False:", "contract: only_claims"),
     Mutant("a lease stands exactly while processing", "    CHECK ((lease_token IS NULL) = (lease_expires_at IS NULL))", "    CHECK (1)", "contract: guarantee_8"),
     Mutant("files are private", "os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600", "os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644", "contract: private_whatever"),
+    # looking
+    Mutant("a search looks at text beyond ASCII", '            f"OR {self._BYTES.format(column)} <> length({column})"\n', "", "contract: as_it_is_read"),
+    Mutant("a search looks at what JSON has escaped", " OR {column} LIKE :escaped ESCAPE '!' ", " ", "contract: in_another_form"),
+    Mutant("a search finds only what is shown", "if shown is None else shown(_job(row))", "", "contract: text_that_is_not_shown"),
+    Mutant("a job that left its state is not found", '        load += " AND state = :state" if "state" in params else ""\n', "", "contract: leaves_its_state"),
 ]
 # fmt: on
 
 
 def mutate(mutant: Mutant, folder: Path) -> None:
-    text = (ROOT / "pqueue.py").read_text()
-    assert mutant.old in text, f"pqueue.py has no guard {mutant.old!r} any more: write this mutant anew"
-    (folder / "pqueue.py").write_text(text.replace(mutant.old, mutant.new, 1))
     (folder / "tests").mkdir()
-    shutil.copy(ROOT / "test_pqueue.py", folder)
-    shutil.copy(ROOT / "pyproject.toml", folder)
+    for name in ("test_pqueue.py", "pyproject.toml", *MUTATED):
+        shutil.copy(ROOT / name, folder)
+    text = (ROOT / mutant.file).read_text()
+    assert mutant.old in text, f"{mutant.file} has no guard {mutant.old!r} any more: write this mutant anew"
+    (folder / mutant.file).write_text(text.replace(mutant.old, mutant.new, 1))
     for name in TESTS:
         shutil.copy(ROOT / "tests" / name, folder / "tests")
 

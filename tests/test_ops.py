@@ -7,12 +7,14 @@ import http.client
 import json
 import os
 import re
+import select
 import socket
 import sqlite3
 import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
@@ -32,7 +34,7 @@ HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)>" & \x00\x1b[31m
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("PQUEUE_URL", "PQUEUE_OPS_READONLY", "PQUEUE_OPS_PASSWORD"):
+    for name in ("PQUEUE_URL", "PQUEUE_OPS_READONLY", "PQUEUE_OPS_PASSWORD", "PQUEUE_OPS_HOSTS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(ops, "FRESH_SECONDS", 0.0)
     monkeypatch.setattr(ops, "SHARE", 1e9)  # whatever is asked is computed,
@@ -45,6 +47,7 @@ def boards(monkeypatch):
     """Close every board that a test has made, Streamlit's too."""
     make, made = ops.Board, []
     monkeypatch.setattr(ops, "Board", lambda: made.append(make()) or made[-1])
+    monkeypatch.setattr(ops_streamlit, "_refusal", lambda: None)  # Streamlit's AppTest has no server and no headers
     yield
     for board in made:
         board.close()
@@ -369,9 +372,184 @@ def test_operator_behind_a_proxy_acts(queue, site):
     assert asked[0] == 303
 
 
-@pytest.mark.parametrize("host", ["", "evil.example", "127.0.0.1@evil", "[::1", "localhost.evil", "0x7f.1"])
+ELSEWHERE = [
+    "",
+    "evil.example",
+    "127.0.0.1@evil",
+    "[::1",
+    "localhost.evil",
+    "0x7f.1",
+    "10.0.0.1",
+    "[::2]",
+    "[localhost]",
+]
+ELSEWHERE += [
+    "localhost:80:80",
+    "localhost:x",
+    "localhost..",
+    "localhost, evil.example",
+    "evil.example#localhost",
+    "127.1",
+]
+
+
+@pytest.mark.parametrize("host", ELSEWHERE)
 def test_page_is_not_served_under_another_name(queue, site, host):
     assert site.ask("/", Host=host)[0] == 421
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LocalHost:8501", "localhost.:8501", "127.0.0.1.", "[::1]:80", "127.9.9.9"]
+)
+def test_page_is_served_under_each_name_of_loopback(queue, site, host):
+    assert site.ask("/", Host=host)[0] == 200
+
+
+def test_request_without_a_host_or_with_several_is_refused(queue, site):
+    for hosts in ("", "Host: localhost\r\nHost: localhost\r\n", "Host: localhost\r\nHost: evil.example\r\n"):
+        with socket.create_connection(("127.0.0.1", site.port)) as client:
+            client.sendall(f"GET /api/jobs HTTP/1.1\r\n{hosts}\r\n".encode())
+            assert b" 421 " in client.makefile("rb").readline()
+
+
+def test_operator_reaches_it_by_the_names_that_are_allowed(queue, folder, monkeypatch, capsys):
+    monkeypatch.setenv("PQUEUE_OPS_HOSTS", "pqueue, Queue.Example:443 10.1.2.3,fd00::0001,[fd00::2]")
+    password = {"Authorization": "Basic " + base64.b64encode(b"ops:open sesame").decode()}
+    for address in ("127.0.0.1", "0.0.0.0"):
+        site = Site(address, "open sesame")
+        try:
+            for host in (
+                "pqueue:8501",
+                "PQUEUE",
+                "queue.example.",
+                "10.1.2.3:8501",
+                "[fd00::1]:80",
+                "[FD00:0::2]",
+                "localhost",
+            ):
+                assert site.ask("/", Host=host, **password)[0] == 200, host
+            for host in ("queue", "evil.pqueue", "pqueue.evil", "fd00::1"):
+                assert site.ask("/", Host=host, **password)[0] == 421, host
+            for host in ("10.1.2.4", "[fd00::3]", socket.gethostname()):
+                assert site.ask("/", Host=host, **password)[0] == (421 if address == "127.0.0.1" else 200), host
+        finally:
+            site.close()
+    for wrong in ("http://pqueue", "a/b", "[pqueue]", "*@x"):
+        monkeypatch.setenv("PQUEUE_OPS_HOSTS", wrong)
+        assert ops.main(["--port", "0"]) == 2
+        assert "expected names or addresses in PQUEUE_OPS_HOSTS" in capsys.readouterr().err
+
+
+def test_page_elsewhere_loads_nothing_but_a_link_to_a_page_works(queue, site):
+    job_id = queue.enqueue("t")
+    data, shown = (
+        ("/api/jobs", f"/api/jobs/{job_id}", "/api/stats", "/live", "/metrics", "/healthz"),
+        ("/", f"/job/{job_id}"),
+    )
+    for other in ("cross-site", "same-site", "anything"):
+        for path in (*data, *shown):
+            for mode, kind in (
+                ("no-cors", "image"),
+                ("cors", "empty"),
+                ("navigate", "iframe"),
+                ("navigate", "document"),
+            ):
+                status = site.ask(path, Sec_Fetch_Site=other, Sec_Fetch_Mode=mode, Sec_Fetch_Dest=kind)[0]
+                follows = path in shown and (mode, kind) == ("navigate", "document")
+                assert status == (200 if follows else 403), (other, path, mode, kind)
+    for path in (*data, *shown):
+        assert site.ask(path, Origin="http://evil.example")[0] == 403
+        for ours in ("same-origin", "none"):
+            assert site.ask(path, Sec_Fetch_Site=ours, Sec_Fetch_Mode="cors", Sec_Fetch_Dest="empty")[0] in (200, 503)
+
+
+LARGE = {"name": "ada", "password": "hunter2", "text": "x" * 1_000_000, "url": "db://u:hunter2@h"}
+
+
+def test_lists_show_beginnings_and_say_so_and_a_job_is_whole(queue, site):
+    job_id = queue.enqueue("t", LARGE)
+    queue.enqueue("t", {"n": 1})
+    job = queue.dequeue("w")
+    queue.update(job, result={"rows": list(range(100_000))})
+    queue.fail(job, "ValueError: " + "e" * 9000, retry=False)
+    small, large = json.loads(site.ask("/api/jobs")[1])["jobs"]
+    assert (small["truncated"], small["payload"]) == (False, {"n": 1})
+    assert large["truncated"] is True
+    assert (large["payload"]["name"], large["payload"]["password"]) == ("ada", "…")
+    assert re.fullmatch("x+…", large["payload"]["text"])
+    assert large["result"]["rows"][:200] == list(range(200))
+    assert large["error"].endswith("e…")
+    assert len(json.dumps(large)) < 5000
+    whole = json.loads(site.ask(f"/api/jobs/{job_id}")[1])["job"]
+    assert whole["payload"] == {**LARGE, "password": "…", "url": "db://u:…@h"}
+    assert (len(whole["result"]["rows"]), len(whole["error"])) == (100_000, 9012)
+    page = site.ask(f"/job/{job_id}")[1]
+    assert len(page) < 300_000
+    assert f'the first 65,536 characters: <a href="/api/jobs/{job_id}">the whole job as JSON</a>' in page
+    assert len(site.ask("/")[1]) < 100_000
+    assert json.loads(site.ask("/api/jobs?text=hunter2")[1])["jobs"] == []
+    assert [each["id"] for each in json.loads(site.ask("/api/jobs?text=ADA")[1])["jobs"]] == [job_id]
+
+
+def test_deep_payload_does_not_grow_with_its_indents(queue, site):
+    job_id = queue.enqueue("t", [json.loads("[" * 90 + "]" * 90)] * 5000)
+    assert len(site.ask(f"/job/{job_id}")[1]) < 200_000
+
+
+def test_large_answers_are_sent_a_few_at_a_time(queue, site, monkeypatch):
+    job_id = queue.enqueue("t", LARGE)
+    for _ in range(web.MOST_LARGE):
+        site.server._large.acquire()
+    status, text, headers = site.ask(f"/api/jobs/{job_id}")
+    assert (status, headers["Retry-After"]) == (503, "2")
+    assert "try again" in text
+    assert site.ask("/")[0] == site.ask("/api/jobs")[0] == 200
+    for _ in range(web.MOST_LARGE):
+        site.server._large.release()
+    assert site.ask(f"/api/jobs/{job_id}")[0] == 200
+    monkeypatch.setattr(web, "DRAWING_SECONDS", 0.01)
+    with site.server._turn:
+        assert (site.ask("/")[0], site.ask("/style.css")[0]) == (503, 200)
+
+
+def test_dashboard_stays_small_whatever_payloads_hold_and_nobody_reads(place):
+    queue = place.queue(durability="normal")
+    queue.enqueue_many("t", [{"text": "x" * 1_048_000}] * 50, max_attempts=1)
+    while job := queue.dequeue("w"):
+        queue.update(job, result=["y" * 1_048_000])
+        queue.fail(job, "<&>" * 3000, retry=False)
+    address = place.dashboard()
+    port, pid = int(address.rpartition(":")[2]), place.children[-1].pid
+    paths = ("/api/jobs", "/api/jobs/1", "/job/2", "/", "/live", "/api/jobs?text=xyz", "/?text=yy")
+    deaf = []
+    for number in range(300):
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        connection.connect(("127.0.0.1", port))
+        path = paths[number % len(paths)]
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+        deaf.append(connection)
+    wait_until(lambda: sum(bool(select.select([each], [], [], 0)[0]) for each in deaf) > 200)
+    page = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_SECONDS)
+    page.request("GET", "/")
+    assert page.getresponse().status == 200
+    page.close()
+    for connection in deaf:
+        connection.close()
+    most = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert int(most[1]) < 150 * 1024
+
+
+def test_filter_that_is_too_long_is_refused(queue, site):
+    queue.enqueue("t")
+    for name, most in (("text", "1,000"), ("task", "255"), ("queue", "255"), ("consumer", "255")):
+        for path in ("/", "/live", "/api/jobs"):
+            status, text, _ = site.ask(f"{path}?{name}=" + "x" * 60_000)
+            assert (status, text) == (400, f"expected {name} to be at most {most} characters, got 60,000\n")
+        status, text, _ = site.act("jobs", action="cancel", scope="matching", **{name: "x" * 60_000})
+        assert (status, "got 60,000" in text) == (409, True)
+    assert site.ask("/?state=" + "x" * 60_000)[0] == site.ask("/?before_id=" + "1" * 60_000)[0] == 400
+    assert queue.count_jobs(state="pending") == 1
 
 
 def test_malformed_request_is_told_and_changes_nothing(queue, site):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -19,13 +20,15 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from conftest import ROOT
 from test_histories import memory
 
+import consumer
 import pqueue
+import producer
 from pqueue import PersistentQSQLite, QueueError
 
 SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
@@ -40,7 +43,7 @@ sys.path.insert(0, sys.argv[1])
 import pqueue
 path, durability, log = sys.argv[2], sys.argv[3], os.open(os.environ["RECORD_TO"], os.O_WRONLY | os.O_APPEND)
 NOW = 1_800_000_000.0
-NORMAL = ("dequeue", "release", "extend", "update", "prune")
+NORMAL = ("dequeue", "release", "extend", "update", "prune", "leave")
 
 def mark(**fact):
     data = json.dumps(fact).encode()
@@ -59,9 +62,10 @@ def open_queue():
 
 def do(verb, *arguments, **options):
     mark(begin=verb)
-    result = getattr(queue, verb)(*arguments, now=NOW, **options)
+    clock = {} if verb == "update" else {"now": NOW}
+    result = getattr(queue, verb)(*arguments, **clock, **options)
     jobs = queue._read("SELECT * FROM jobs ORDER BY id", {})
-    mark(end=verb, synced=verb not in NORMAL, jobs=jobs)
+    mark(end=verb, synced=verb not in NORMAL or "result" in options, jobs=jobs)
     return result
 
 queue = open_queue()
@@ -71,6 +75,8 @@ for n in range(int(sys.argv[4])):
     do("enqueue_many", "t", ["y" * 300] * 9, queue=f"queue {n}")
     first, second, third, fourth = (do("dequeue", "w") for _ in range(4))
     do("complete", first, "z" * 5000)
+    do("update", second, result="half")
+    do("update", second, progress=0.5)
     do("fail", second, "no", retry=False)
     do("release", third)
     do("complete_and_dequeue", [(fourth, 1)], "w")
@@ -80,6 +86,7 @@ for n in range(int(sys.argv[4])):
     do("resubmit", last)
     if n % 2:
         do("prune", -1, states=["completed"])
+    do("leave", "w")
     queue.close()
     queue = open_queue()
 """
@@ -144,6 +151,8 @@ class Disk:
             moved = self.names[path]
             self._unname(path)
             self._name(record.data.decode(), moved)
+        elif kind == "L":
+            self._name(record.data.decode(), self.names[path])
         elif kind == "S":
             self._sync(path)
         elif kind in "WT" and isinstance(file := self.names.get(path), File):
@@ -168,21 +177,34 @@ class Disk:
             if name in self.names:
                 self.synced[name] = self.names[name]
 
-    def after_power_loss(self, chance: random.Random) -> dict[str, bytes | None]:
-        """Return what may be left: by path the bytes of a file, or None for a folder."""
+    def after_power_loss(self, chance: random.Random) -> dict[str, Left | None]:
+        """Return what may be left: by path a file, or None for a folder."""
         keep = chance.choice((0.0, 0.1, 0.5, 0.9, 1.0))
         names: dict[str, Any] = dict(self.synced)
         for name, states in self.loose.items():
             kept = [names.get(name, "gone"), *states]
             names[name] = kept[-1] if chance.random() < keep else chance.choice(kept)
         found = {name: what for name, what in names.items() if what != "gone"}
-        left = {}
+        left: dict[str, Left | None] = {}
+        data: dict[int, bytes] = {}  # one for all names of a file
         for name, what in sorted(found.items()):
             parent = os.path.dirname(name)
             if parent in self.names and parent not in left and self.names[parent] is None:
                 continue  # its folder is gone, and all in it
-            left[name] = None if what is None else what.after(list(survivors(what.later, keep, chance)))
+            if what is None:
+                left[name] = None
+                continue
+            if id(what) not in data:
+                data[id(what)] = what.after(list(survivors(what.later, keep, chance)))
+            left[name] = Left(list(data).index(id(what)), data[id(what)])
         return left
+
+
+class Left(NamedTuple):
+    """A file that is left; its names bear one number."""
+
+    number: int
+    data: bytes
 
 
 def survivors(changes: list[Record], keep: float, chance: random.Random) -> Iterator[Record]:
@@ -227,15 +249,20 @@ def run(shim: Path, place: Path, code: str, *arguments: object) -> list[Record]:
     return [each for each in found if not each.path.endswith(("-shm", ".bell")) and ".db.d" not in each.path]
 
 
-def restore(place: Path, left: dict[str, bytes | None]) -> Path:
+def restore(place: Path, left: dict[str, Left | None]) -> Path:
     shutil.rmtree(place / "disk", ignore_errors=True)
     (place / "disk").mkdir()
-    for name, data in left.items():
-        if data is None:
-            Path(name).mkdir(parents=True, exist_ok=True)
+    first: dict[int, str] = {}
+    for name, file in left.items():
+        (Path(name) if file is None else Path(name).parent).mkdir(parents=True, exist_ok=True)
+        if file is None:
+            continue
+        if file.number in first:
+            os.link(first[file.number], name)
         else:
-            Path(name).parent.mkdir(parents=True, exist_ok=True)
-            Path(name).write_bytes(data)
+            first[file.number] = name
+            Path(name).write_bytes(file.data)
+            Path(name).chmod(0o600)
     return place / "disk" / "var" / "queue.db"
 
 
@@ -312,28 +339,224 @@ def test_power_cut_shows_what_was_not_synced(shim, place, durability, synced):
     assert any(losses(run(shim, place, WORKLOAD, durability, ROUNDS), place, synced))
 
 
-BACK_UP = """
+BEGIN = """
 import os, struct, sys
 sys.path.insert(0, sys.argv[1])
 import pqueue
+from pathlib import Path
+
 queue = pqueue.PersistentQSQLite(sys.argv[2])
-queue.enqueue_many("t", ["x" * 500] * 100)
-queue.backup(sys.argv[2] + ".copy")
+copy = sys.argv[2] + ".copy"
+"""
+END = """
 log = os.open(os.environ["RECORD_TO"], os.O_WRONLY | os.O_APPEND)
 os.write(log, struct.pack("=QIIQ", 0, 0, 4, ord("M")) + b"done")
 """
 
 
-def test_backup_is_whole_or_absent_after_a_power_cut_and_there_once_it_returned(shim, place):
-    disk, chance, returned, cuts = Disk(), random.Random(2), False, 0
-    for record in run(shim, place, BACK_UP):
+def copies_after_losses(shim: Path, place: Path, code: str) -> Iterator[tuple[Path, bool]]:
+    """Let the power fail at every moment; yield the file that the code writes, and whether that had returned."""
+    disk, chance, returned = Disk(), random.Random(2), False
+    for record in run(shim, place, BEGIN + code + END):
         disk.play(record)
         returned = returned or record.kind == "M"
         for _ in range(OUTCOMES):
             path = restore(place, disk.after_power_loss(chance))
             copy = path.with_name(f"{path.name}.copy")
-            cuts += 1
             assert copy.exists() or not returned
-            if copy.exists() and (returned or copy.stat().st_size):
-                assert len(reopened(copy)) == 100
+            yield copy, returned
+
+
+def test_backup_is_whole_or_absent_after_a_power_cut_and_there_once_it_returned(shim, place):
+    cuts = 0
+    code = "queue.enqueue_many('t', ['x' * 500] * 100); queue.backup(copy)"
+    for copy, returned in copies_after_losses(shim, place, code):
+        cuts += 1
+        if copy.exists() and (returned or copy.stat().st_size):
+            assert len(reopened(copy)) == 100
     print(f"\nbackup: {cuts} power cuts")
+
+
+def test_move_that_returned_is_in_the_target_after_a_power_cut_whatever_the_durability(shim, place, monkeypatch):
+    monkeypatch.setenv("PQUEUE_DURABILITY", "normal")
+    monkeypatch.setenv("PQUEUE_URL", str(place / "disk" / "var" / "queue.db"))
+    code = """
+queue.enqueue_many('t', ['x'] * 10)
+import admin
+looking = pqueue.PersistentQSQLite(copy)  # so that no last close writes it all to the file
+looking.stats()
+assert admin.main(['move', '--to', copy]) == 0
+"""
+    for copy, returned in copies_after_losses(shim, place, code):
+        assert not returned or len(reopened(copy)) == 10
+
+
+def test_manager_adds_a_group_whole_or_not_at_all_when_the_power_fails(shim, place):
+    text = "x" * 2000
+    for copy, _ in copies_after_losses(shim, place, f"import manager; assert manager._create(Path(copy), {text!r})"):
+        assert not copy.exists() or copy.read_text() == text
+
+
+# The programs' files ##################################################################################################
+
+PRODUCE_AND_STAMP = """
+import json, os, struct, sys
+from contextlib import closing
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import consumer, pqueue, producer
+log = os.open(os.environ["RECORD_TO"], os.O_WRONLY | os.O_APPEND)
+files = Path(sys.argv[2]).parent.parent / "jobs" / "files"
+consumer.files_directory = files
+ROUNDS = int(sys.argv[4])
+
+def mark(**fact):
+    data = json.dumps(fact).encode()
+    os.write(log, struct.pack("=QIIQ", 0, 0, len(data), ord("M")) + data)
+
+with closing(pqueue.PersistentQSQLite(sys.argv[2], durability=sys.argv[3])) as queue:
+    maker = producer.Producer(queue, files)
+    maker.recover()
+    for _ in range(ROUNDS):
+        name = queue.get(maker.produce()).payload["file"]
+        mark(produced=name, text=(files / name).read_text())
+        job = queue.dequeue("w")
+        result = pqueue.run_task(queue, job)
+        queue.complete(job, result)
+        mark(stamped=name)
+    name = queue.get(maker.produce()).payload["file"]  # delivered twice: the first is killed before it renames
+    mark(produced=name, text=(files / name).read_text())
+    job = queue.dequeue("w")
+    if os.fork() == 0:
+        os.rename = lambda *_, **__: os._exit(0)
+        pqueue.run_task(queue, job)
+    assert os.wait()[1] == 0
+    queue.fail(job, "stopped", retry_in_seconds=0)
+    job = queue.dequeue("w")
+    queue.complete(job, pqueue.run_task(queue, job))
+    mark(stamped=name)
+"""
+
+STAMPS = re.compile(r"(?:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z )*")
+
+
+def run_again(path: Path, files: Path) -> list[pqueue.Job]:
+    """Start a producer and a consumer on what is left, let them do all there is, and return the jobs."""
+    consumer.files_directory = files
+    with closing(PersistentQSQLite(path, durability="normal")) as queue:
+        producer.Producer(queue, files).recover()
+        consumer.remove_copies()
+        while job := queue.dequeue("w", now=2e9):
+            queue.complete(job, pqueue.run_task(queue, job))
+        return queue.list_jobs()
+
+
+def wrong_with_files(files: Path, jobs: list[pqueue.Job], texts: dict[str, str], exact: bool) -> Iterator[str]:
+    """Yield what is wrong. exact: each file has its job and one timestamp, as at full; else its job may be missing,
+    and it may have two timestamps, but each of its lines has the same and each job has its file.
+    """
+    left = set(os.listdir(files))
+    named = {job.payload["file"] for job in jobs}
+    if len(named) < len(jobs):
+        yield "a file has two jobs"
+    if named - left or (exact and left - named):
+        yield f"expected a file for each job and a job for each file, got {sorted(left ^ named)}"
+    for name in left & texts.keys():
+        text = (files / name).read_text()
+        stamps = STAMPS.match(text)[0]
+        number = stamps.count(" ")
+        whole = "".join(stamps + line for line in texts[name].splitlines(keepends=True))
+        if text != whole or number not in ((1,) if exact else (1, 2) if name in named else (0, 1, 2)):
+            yield f"{name} was stamped {number} times, or in part"
+    if left - texts.keys():
+        yield f"left behind: {sorted(left - texts.keys())}"
+
+
+def file_losses(found: list[Record], place: Path, exact: bool) -> Iterator[str | None]:
+    """Let the power fail at every moment; yield what was wrong with the files after the next start, or None."""
+    disk, chance, seen = Disk(), random.Random(3), set()
+    facts = [json.loads(each.data) for each in found if each.kind == "M"]
+    texts = {fact["produced"]: fact["text"] for fact in facts if "produced" in fact}
+    files, acknowledged = place / "disk" / "jobs" / "files", set[str]()
+    for number, record in enumerate(found):
+        if record.kind == "M":
+            acknowledged |= {json.loads(record.data).get("produced")} - {None}
+        else:
+            disk.play(record)
+        for _ in range(OUTCOMES * (8 if record.kind in "CDLRU" else 1)):  # names outlast the power in many ways
+            left = disk.after_power_loss(chance)
+            image = hashlib.sha256(repr((sorted(left.items()), len(acknowledged))).encode()).digest()
+            if image in seen:
+                continue
+            seen.add(image)
+            try:
+                jobs = run_again(restore(place, left), files)
+            except (QueueError, OSError, pqueue.DoNotRetry) as error:
+                yield f"record {number}: {error}"
+                continue
+            wrong = list(wrong_with_files(files, jobs, texts, exact))
+            lost = acknowledged - {job.payload["file"] for job in jobs}
+            wrong += [f"lost {sorted(lost)}"] if lost and exact else []
+            yield f"record {number}: {wrong}" if wrong else None
+
+
+@pytest.mark.parametrize("durability", ["full", "normal"])
+def test_programs_leave_each_file_with_its_job_stamped_once_after_a_power_cut(shim, place, monkeypatch, durability):
+    monkeypatch.setattr(consumer, "files_directory", place)
+    found = run(shim, place, PRODUCE_AND_STAMP, durability, ROUNDS)
+    cuts = 0
+    for broken in file_losses(found, place, exact=durability == "full"):
+        assert broken is None
+        cuts += 1
+    print(f"\nfiles, {durability}: {cuts} power cuts")
+    assert cuts > 100
+
+
+def test_power_cut_shows_a_plan_that_was_not_synced(shim, place, monkeypatch):
+    monkeypatch.setattr(consumer, "files_directory", place)
+    assert any(file_losses(run(shim, place, PRODUCE_AND_STAMP, "normal", ROUNDS), place, exact=True))
+
+
+RESTORE = """
+import os, struct, sys
+sys.path.insert(0, sys.argv[1])
+import pqueue
+log = os.open(os.environ["RECORD_TO"], os.O_WRONLY | os.O_APPEND)
+
+def mark(text):
+    os.write(log, struct.pack("=QIIQ", 0, 0, len(text), ord("M")) + text)
+
+queue = pqueue.PersistentQSQLite(sys.argv[2])
+queue.enqueue_many("t", ["x" * 500] * 100)
+queue.backup(sys.argv[2] + ".copy")
+queue.enqueue_many("t", ["x" * 500] * 50)
+queue.close()
+if sys.argv[3] != "closed":
+    if not os.fork():
+        pqueue.PersistentQSQLite(sys.argv[2]).enqueue_many("t", ["x" * 500] * 25)
+        os._exit(0)
+    os.wait()
+if sys.argv[3] == "stuck":
+    pqueue._apply_logs = lambda _: None
+mark(b"begun")
+pqueue.restore(sys.argv[2] + ".copy", sys.argv[2])
+mark(b"done")
+"""
+
+
+@pytest.mark.parametrize("before", ["closed", "killed", "stuck"])
+def test_restore_leaves_the_old_database_or_the_new_one_after_a_power_cut(shim, place, before):
+    disk, chance, marks, cuts = Disk(), random.Random(3), [], 0
+    right = [{100, 150 if before == "closed" else 175}, {100}]
+    for record in run(shim, place, RESTORE, before):
+        disk.play(record)
+        marks += [record.data] if record.kind == "M" else []
+        for _ in range(2 * OUTCOMES if marks else 0):
+            path = restore(place, disk.after_power_loss(chance))
+            cuts += 1
+            if before == "stuck" and path.read_bytes() == pqueue.IN_RESTORE:
+                assert marks == [b"begun"]
+                continue
+            assert len(reopened(path)) in right[len(marks) - 1], record
+    assert marks == [b"begun", b"done"]
+    print(f"\nrestore: {cuts} power cuts")

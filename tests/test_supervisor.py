@@ -50,10 +50,15 @@ def running(place):
     return {line.split()[0]: int(line.split()[3].rstrip(",")) for line in lines if " RUNNING " in line}
 
 
-def started(place, *command):
+def started(place, *command, umask=-1, **variables):
     with (place.folder / "out").open("w") as out:
         child = subprocess.Popen(
-            [str(BIN / command[0]), *command[1:]], cwd=place.folder, env=environment(), stdout=out, stderr=out
+            [str(BIN / command[0]), *command[1:]],
+            cwd=place.folder,
+            env=environment(**variables),
+            stdout=out,
+            stderr=out,
+            umask=umask,
         )
     child.out = place.folder / "out"
     place.children.append(child)
@@ -125,6 +130,56 @@ def test_nobody_outlives_a_supervisor_that_was_killed(system):
     wait_until(lambda: all(map(is_gone, first.values())))
     wait_until(lambda: states_of(queue) == dict.fromkeys(NAMES, ["running", "stopped"]))
     assert "run under the name" not in system.run("admin.py", "doctor").stdout
+
+
+def open_to_others(path):
+    """Yield what another account can read here and below, if it gets as far."""
+    mode = path.lstat().st_mode & 0o777
+    if mode & 0o044:
+        yield f"{path} {mode:o}"
+    if path.is_dir() and mode & 0o011:
+        for each in path.iterdir():
+            yield from open_to_others(each)
+
+
+@pytest.fixture
+def cloned(system, request):
+    """Leave the folders as git does under the umask."""
+    for folder in ("var", "var/log", "var/supervisor.d"):
+        (system.folder / folder).chmod(0o777 & ~request.param)
+    return system, request.param
+
+
+@pytest.mark.parametrize("cloned", [0o022, 0], indirect=True)
+@pytest.mark.parametrize("daemon", [False, True])
+def test_other_account_can_read_nothing_whatever_the_umask(cloned, daemon):
+    system, umask = cloned
+    started(system, "supervisord", *([] if daemon else ["-n"]), "-c", "supervisord.conf", umask=umask)
+    try:
+        queue = queue_of(system)
+        everything_runs(system, queue)
+        wait_until(lambda: completed_files(queue))
+        assert manage(system, "--count", "1", "--size", "1").returncode == 0
+        for folder in ("var", "var/log"):
+            assert list(open_to_others(system.folder / folder)) == []
+        assert "Permission" not in "".join(path.read_text() for path in (system.folder / "var/log").glob("*.log"))
+    finally:
+        pid = int((system.folder / "var/supervisord.pid").read_text())
+        control(system, "shutdown")
+        wait_until(lambda: is_gone(pid) or not daemon)
+
+
+@pytest.mark.parametrize("cloned", [0o022, 0, 0o007], indirect=True)
+def test_program_begins_when_its_log_is_closed_to_others_but_not_to_a_group_that_was_let_in(cloned):
+    system, umask = cloned
+    fake = system.write("bin/python3", "#!/bin/sh\necho $(stat -c %a var var/log) $(umask) >> modes\nexec sleep 600\n")
+    fake.chmod(0o700)
+    (fake.parent / "streamlit").symlink_to(fake)
+    path = f"{fake.parent}:{os.environ['PATH']}"
+    started(system, "supervisord", "-n", "-c", "supervisord.conf", umask=umask, PATH=path)
+    modes = wait_until(lambda: (found := (system.folder / "modes")).exists() and found.read_text().splitlines()[4:])
+    closed = "770 770" if umask == 0o007 else "700 700"
+    assert set((system.folder / "modes").read_text().splitlines()) == {f"{closed} 0077"}, modes
 
 
 def manage(place, *arguments):

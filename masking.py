@@ -1,0 +1,112 @@
+"""What nobody is shown of payloads, results, errors and log lines: values by the names of their keys, and passwords in
+URLs. The command line, both dashboards and the log use it; a search finds only what it leaves (`shown`)."""
+
+from __future__ import annotations
+
+import json
+import operator
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from pqueue import NOT_JSON, Excerpt, Job
+
+HIDDEN = "…"
+# Anywhere in a name, or as its last word: "auth", "smtp_auth" and "smtpAuth", but not "author" or "auth_method".
+SECRET = re.compile(
+    "pass[-_ ]?(word|wd|wort|phrase|code|key)|kennwort|pwd|secret|token|credential|cookie|bearer|authori[sz]ation|"
+    "(api|access|account|auth|encryption|private|signing|ssh)[-_. ]?key|connection[-_ ]?string|"
+    "(?<![a-z])((db|user|smtp|imap|ftp|ldap|mail|root|admin|pg|my)?(pass|pw)|pin|dsn|jwt|otp|o?auth([-_ ]?headers?)?)"
+    "[^a-z]*$"
+)
+WORD = re.compile("(?<=[a-z0-9])(?=[A-Z])")
+# After "://": the user, and the password up to the last @ before the path, or where a / stands in it, to the next @.
+IN_URL = re.compile(r"\A([^\s:/?#@\[]*):(?!\d{1,5}(?:[/?#\"',;)\]}>]|$))(?:[^\s/?#]*|[^\s@]*)@")
+IN_CUT_URL = re.compile(r"\A([^\s:/?#@\[]*):(?!\d{1,5}[/?#\"',;)\]}>])[^\s@]*…$")
+ASSIGNED = re.compile(
+    r"((?:password|passwd|pwd|passphrase|secret|token|api[-_]?key|access[-_]?key)=)"
+    r"""(?:'[^']*'?|"[^"]*"?|[^\s&;,'"]+)""",
+    re.IGNORECASE,
+)
+TOKEN = re.compile(r'\s*("(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s"{}\[\],:]+)', re.DOTALL)
+UNENDED = re.compile(r'\s*("(?:[^"\\]|\\u[0-9a-fA-F]{4}|\\[^u])*)', re.DOTALL)
+
+
+def is_secret(name: str) -> bool:
+    """Whether a value of this name is hidden."""
+    return SECRET.search(WORD.sub("_", name).lower()) is not None
+
+
+def masked(value: Any) -> Any:
+    """Return a payload or result without the values of secrets; of an `Excerpt`, as much as it holds."""
+    if isinstance(value, Excerpt):
+        return masked(_value(value))
+    if isinstance(value, dict):
+        fields = {
+            masked_text(name): HIDDEN if is_secret(name) and not isinstance(each, (bool, type(None))) else masked(each)
+            for name, each in value.items()
+        }
+        return value if _is_same((*fields, *fields.values()), (*value, *value.values())) else fields
+    if isinstance(value, list):
+        items = [masked(each) for each in value]
+        return value if _is_same(items, value) else items
+    return masked_text(value) if isinstance(value, str) else value
+
+
+def _is_same(masked: Sequence[Any], values: Sequence[Any]) -> bool:
+    """Whether nothing was hidden: then no second copy is kept, as a payload may take a hundred times its text."""
+    return len(masked) == len(values) and all(map(operator.is_, masked, values))
+
+
+def masked_text(text: str) -> str:
+    """Return a text without the passwords in URLs, and in what is written as password=…; a text that ends with … was
+    cut, perhaps in the middle of one."""
+    if "://" in text:
+        head, *rest = text.split("://")  # so that each is looked at once, however many there are
+        rest = [IN_URL.sub(rf"\1:{HIDDEN}@", part) for part in rest]
+        text = "://".join([head, *rest[:-1], IN_CUT_URL.sub(rf"\1:{HIDDEN}", rest[-1])])
+    return ASSIGNED.sub(rf"\1{HIDDEN}", text) if "=" in text else text
+
+
+def masked_job(job: Job) -> Job:
+    """Return the job as it is shown."""
+    return job._replace(payload=masked(job.payload), result=masked(job.result), error=masked_error(job.error))
+
+
+def masked_error(error: str | None) -> str | None:
+    return error and masked_text(error + HIDDEN if isinstance(error, Excerpt) else error)
+
+
+def is_cut(job: Job) -> bool:
+    """Whether some of the job was not read."""
+    return any(isinstance(each, Excerpt) for each in (job.payload, job.result, job.error))
+
+
+def _value(excerpt: Excerpt) -> Any:
+    try:
+        return json.loads(_closed(excerpt))
+    except NOT_JSON:
+        return excerpt + HIDDEN
+
+
+def _closed(text: str) -> str:
+    """Return the longest beginning of the JSON text that can be closed, closed. A string that was cut ends with …"""
+    closers: list[str] = []
+    at = end = 0
+    is_name = False  # whether a string that comes now names a value
+    while found := TOKEN.match(text, at):
+        mark = found[1]
+        if mark not in ",:" and not is_name and mark[0] != '"' and found.end() == len(text) and mark not in "{}[]":
+            break  # a number that may go on
+        at = found.end()
+        if mark in "{[":
+            closers.append("}" if mark == "{" else "]")
+        elif mark in "}]" and closers:
+            closers.pop()
+        if mark in ",:" or (is_name and mark not in "{}[]"):
+            is_name = mark == "," and closers[-1:] == ["}"]
+        else:
+            is_name, end = mark == "{", at
+    if not is_name and (last := UNENDED.match(text, at)):
+        return text[:at] + last[0] + f'{HIDDEN}"' + "".join(reversed(closers))
+    return text[:end] + "".join(reversed(closers))

@@ -1,0 +1,128 @@
+"""Tell each program to end, at every moment from its first line to its last: no traceback, and the usual exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import ROOT, wait_until
+
+MOMENTS = 12 * int(os.environ.get("PQUEUE_SOAK", "1"))
+
+# Run the program as Python does, and say when it has done what comes first in it.
+LAUNCH = """
+import os, sys
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])
+__file__ = sys.argv[0]
+import endings
+
+def say_ready(first=endings.end_at_once):
+    first()
+    os.write(1, b"ready\\n")
+
+endings.end_at_once = say_ready
+with open(__file__, encoding="utf-8") as file:
+    exec(compile(file.read(), __file__, "exec", dont_inherit=True))
+"""
+
+COMMANDS = [
+    ("consumer.py", "--import", "slow_to_import", "--drain"),
+    ("producer.py", "--count", "3", "--interval", "0.02"),
+    ("admin.py", "stats"),
+    ("admin.py", "backup", "copy.db"),
+    ("admin.py", "monitor", "--once"),
+    ("manager.py", "--list"),
+    ("ops.py", "--port", "0"),
+    ("bench.py", "--help"),
+]
+ENDLESS_SECONDS = 0.8  # to look at the dashboard for
+
+
+@pytest.fixture
+def begun(place):
+    place.write("slow_to_import.py", "import time\ntime.sleep(0.1)\n")
+    assert place.run("producer.py", "--count", 1).returncode == 0
+    return place
+
+
+def launched(place, program, *arguments):
+    child = subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, str(ROOT / program), *arguments],
+        cwd=place.folder,
+        env=place.environment(PYTHONUNBUFFERED="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    place.children.append(child)
+    assert child.stdout.read1(6) == b"ready\n"
+    return child
+
+
+def told(place, command, number, seconds):
+    """Run the command, tell it to end after so many seconds, and return its exit code and what it said."""
+    child = launched(place, *command)
+    time.sleep(seconds)  # a moment to try, and not a wait for something
+    child.send_signal(number)
+    out, error = child.communicate(timeout=60)
+    (place.folder / "copy.db").unlink(missing_ok=True)
+    return child.returncode, (out + error).decode()
+
+
+def length(place, command):
+    if command[0] == "ops.py":
+        return ENDLESS_SECONDS
+    began = time.monotonic()
+    launched(place, *command).communicate(timeout=60)
+    (place.folder / "copy.db").unlink(missing_ok=True)
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_program_that_is_told_to_end_at_any_moment_does_so_quietly(begun, command):
+    seconds = length(begun, command)
+    moments = [(signal.SIGINT, seconds * at / MOMENTS) for at in range(MOMENTS)]
+    moments += [(number, seconds * at / 4) for at in range(1, 4) for number in (signal.SIGTERM, signal.SIGHUP)]
+    with ThreadPoolExecutor(1 if "backup" in command else 2) as pool:
+        ends = pool.map(lambda moment: (*moment, *told(begun, command, *moment)), moments)
+        for number, at, code, said in ends:
+            assert code in (0, -number, 128 + number, int(command[0] == "manager.py")), (number, at, code, said)
+            assert "Traceback" not in said, (number, at, said)
+            assert "Exception" not in said, (number, at, said)
+
+
+def test_torture_told_to_end_on_its_terminal_leaves_neither_process_nor_folder(begun):
+    child = launched(begun, "admin.py", "torture", "--seconds", "600")
+    wait_until(lambda: list((begun.folder / "var").glob("torture-*/*.acknowledged")))
+    os.killpg(child.pid, signal.SIGINT)
+    out, error = child.communicate(timeout=60)
+    assert (child.returncode, error) == (130, b""), out
+    assert list((begun.folder / "var").glob("torture-*")) == []
+    wait_until(lambda: not is_group(child.pid))
+
+
+def is_group(number):
+    try:
+        os.killpg(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_move_that_is_told_to_end_resumes_the_queues(begun, number):
+    queue = begun.queue()
+    queue.dequeue("w")  # which move waits for
+    child = launched(begun, "admin.py", "move", "--to", "new.db")
+    wait_until(lambda: queue.stats()["queues"]["default"]["paused"])
+    assert child.poll() is None
+    child.send_signal(number)
+    child.communicate(timeout=60)
+    assert child.returncode == 128 + number
+    assert not queue.stats()["queues"]["default"]["paused"]
