@@ -859,8 +859,12 @@ class PersistentQInterface(ABC):
 
     def begin(self, job: Job, *, now: float | None = None) -> None:
         """Note that the job, taken with `prefetch`, is about to run. Raises LeaseLost if its lease is over."""
+        self._expect_lease(job, now)
         self._note_begun(job)
-        if job.lease_expires_at is None or self._time(now) >= job.lease_expires_at:  # noted first: see _has_begun
+        self._expect_lease(job, now)  # once more: whoever takes it back from now on sees that it had begun
+
+    def _expect_lease(self, job: Job, now: float | None) -> None:
+        if job.lease_expires_at is None or self._time(now) >= job.lease_expires_at:
             raise LeaseLost(f"cannot begin job {job.id}: the lease of {job.consumer} on it is over")
 
     def _publish_begun(self, me: Registration) -> bool:  # noqa: ARG002

@@ -1279,6 +1279,7 @@ class SQLiteContract(QueueContract, SQLiteCase):
         (job,) = self.queue.dequeue_many("w", 5, prefetch=True, lease_seconds=60, now=NOW)
         with self.assertRaisesRegex(LeaseLost, "cannot begin job 1: the lease of w on it is over"):
             self.queue.begin(job, now=NOW + 60)
+        self.assertEqual(self.reopen().dequeue("other", now=NOW + 60).attempts, 1)  # for it had not begun
 
     def test_slot_of_a_dead_consumer_that_is_taken_over_still_tells_what_had_begun(self):
         code = """

@@ -68,7 +68,8 @@ MUTANTS = [
     Mutant("an attempt counts when the job begins", "if not self._has_begun(tx, job):", "if False:", "contract: had_not_begun"),
     Mutant("what had begun is not returned uncounted", "return not is_known or job_id in words", "return job_id not in words", "contract: had_not_begun"),
     Mutant("what had begun before a power cut is not known", "words[0] == boot() != 0 and", "", "contract: started_anew"),
-    Mutant("a job whose lease is over does not begin", "or self._time(now) >= job.lease_expires_at:  # noted", "or False:  # noted", "contract: not_begun_when_its_lease"),
+    Mutant("a job whose lease is over does not begin", "or self._time(now) >= job.lease_expires_at:", "or False:", "contract: not_begun_when_its_lease"),
+    Mutant("a job is noted as begun only while its lease lasts", "        self._expect_lease(job, now)\n        self._note_begun(job)", "        self._note_begun(job)", "contract: not_begun_when_its_lease"),
     Mutant("who takes over a slot first takes back its jobs", "                    self._recover(tx, [], self._time(now))", "                    pass", "contract: taken_over"),
     Mutant("a consumer that closes returns its jobs", "                    self._release(tx, _job(row), self._time(now))", "                    pass", "contract: closes_returns"),
     # who may claim, and what
