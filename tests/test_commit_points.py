@@ -185,6 +185,8 @@ OPERATIONS = {
     "mark_failed": Operation(lambda q, jobs: q.mark_failed(jobs[0].id, by="ann", now=NOW), take),
     "cancel": Operation(lambda q, jobs: q.cancel(jobs[0].id, by="ann", now=NOW), take),
     "pause": Operation(lambda q, _: q.pause("default")),
+    "begin_move": Operation(lambda q, _: q.begin_move("elsewhere", by="ann", now=NOW)),
+    "cancel_move": Operation(lambda q, _: q.cancel_move(), lambda q: q.begin_move("elsewhere", by="ann", now=NOW)),
     "prune": Operation(lambda q, _: q.prune(0, now=NOW + 1), states=4),
     "delete_jobs": Operation(lambda q, _: q.delete_jobs([1, FAILED]), states=2),
     "delete all jobs": Operation(lambda q, _: q.delete_jobs(force=True), states=2),
@@ -463,6 +465,8 @@ def goes_on(queue: PersistentQSQLite | None, path: Path, point: str) -> None:
     if queue is None or queue._closed:
         return
     assert not queue.in_transaction, point
+    if queue.move_status():
+        queue.cancel_move()
     with closing(PersistentQSQLite(path, busy_seconds=0.05)) as other:
         assert other._turnstile.enter(), point
         other._turnstile.leave()
