@@ -2773,6 +2773,8 @@ def restore(backup: str | os.PathLike[str], url: str | os.PathLike[str] | None =
             "cannot restore into PostgreSQL: set PQUEUE_URL to the backup's path, and move that queue: "
             "python admin.py move --to postgresql://…"
         )
+    if fcntl is None:
+        raise QueueError("cannot restore on this platform: it does not show whether a program has the file open")
     source, target = file_path(backup), _real(sqlite_path(url))
     try:
         part = _copy_backup(source, target)
@@ -2841,13 +2843,11 @@ def _nobody_in(path: Path) -> Iterator[int | None]:
     if path in _opened():  # and closing a descriptor of it here would release the locks of this process
         raise QueueError(f"cannot replace {path}: this process has it open")
     with ExitStack() as undo:
-        file, is_free = None, True
-        if fcntl is not None:
-            folder = Path(f"{path}.d")
-            folder.mkdir(mode=0o700, exist_ok=True)
-            way = _open_private(folder / "way")
-            undo.callback(os.close, way)
-            is_free = try_lock(way)
+        folder, file = Path(f"{path}.d"), None
+        folder.mkdir(mode=0o700, exist_ok=True)
+        way = _open_private(folder / "way")
+        undo.callback(os.close, way)
+        is_free = try_lock(way)
         if path.exists():
             file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             undo.callback(os.close, file)
@@ -2858,8 +2858,6 @@ def _nobody_in(path: Path) -> Iterator[int | None]:
 
 
 def _try_lock_bytes(file: int) -> bool:
-    if fcntl is None:
-        return True
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, *SHARED_BYTES)
     except OSError as error:
