@@ -23,7 +23,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -404,40 +404,75 @@ def restore(_: None, options: argparse.Namespace) -> Result:
 @command(
     "move",
     Parameter("--to", "where to: a path, sqlite:///PATH or postgresql://…", metavar="URL"),
-    Parameter("--finish", "the new queue is in use: delete the jobs of the old one", flag=True),
+    Parameter("--without", "a table of yours to leave behind; repeatable", many=True, metavar="TABLE"),
+    Parameter("--finish", "carry over what was enqueued since, and delete the jobs of the old queue", flag=True),
+    Parameter("--cancel", "give the move up: deliver from the old queue again", flag=True),
     YES,
 )
 def move(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
-    """Copy a live queue into an empty one of any backend. The old one stays as it is, paused, until --finish."""
-    if options.to is None:
-        raise UsageError("move: expected --to URL")
-    target = pqueue.open_queue(options.to, create=not options.finish, durability="full")  # --finish depends on it
-    try:
-        return _finish_move(queue, target, options) if options.finish else _move(queue, target)
-    finally:
-        target.close()
+    """Copy a live queue into an empty one of any backend. The old one is paused; --finish deletes its jobs."""
+    if bool(options.to) == options.cancel or (options.finish and options.cancel):
+        raise UsageError("move: expected --to URL, then --to URL --finish; or --cancel")
+    if options.cancel:
+        return _cancel_move(queue, options)
+    if options.finish:
+        return _finish_move(queue, options)
+    if isinstance(queue, pqueue.PersistentQSQLite) and not pqueue.is_postgres(options.to):
+        return _move_to_file(queue, options)
+    queue.expect_other_tables(options.without)
+    with closing(pqueue.open_queue(options.to, durability="full")) as target:  # --finish depends on it
+        _expect_empty(queue, target)
+        return _move(
+            queue,
+            target.name,
+            lambda: queue.move_to(target, without=options.without, tell=lambda n: _progress(f"{n:,} rows copied")),
+        )
 
 
-def _move(queue: PersistentQInterface, target: PersistentQInterface) -> Result:
+def _move_to_file(queue: pqueue.PersistentQSQLite, options: argparse.Namespace) -> Result:
+    if options.without:
+        raise UsageError("move: --without is for a move to another kind of database; into an SQLite file all is copied")
+    path = pqueue.sqlite_path(options.to).resolve()
+    if path == queue.path:
+        raise Problem("cannot move: the target is this queue itself")
+    if path.exists() and path.stat().st_size:
+        with closing(pqueue.open_queue(path, create=False)) as target:
+            _expect_empty(queue, target)
+        raise Problem(f"cannot move: {path} exists; delete that empty queue, or choose another name")
+    return _move(queue, str(path), lambda: queue.move_to_file(path, tell=lambda n: _progress(f"{n:,} pages copied")))
+
+
+def _expect_empty(queue: PersistentQInterface, target: PersistentQInterface) -> None:
+    if queue.has_moved_to(target):
+        raise Problem(
+            "cannot move: the target holds jobs, which were moved from here; start everything with the new URL, then "
+            "give --finish"
+        )
     if target.count_jobs():
         raise Problem("cannot move: the target holds jobs; expected an empty one")
-    running = [name for name, each in queue.stats()["queues"].items() if not each["paused"]]
-    for name in running:
-        queue.pause(name)
+
+
+def _move(queue: PersistentQInterface, to: str, copy: Callable[[], dict[str, int] | None]) -> Result:
     try:
-        while held := queue.count_jobs(state="processing"):
+        while (held := queue.begin_move(to)) or (copied := copy()) is None:
             _progress(f"waiting for {count(held, 'job')} that run")
             time.sleep(0.5)
-        copied = queue.copy_to(target, lambda rows: _progress(f"{rows:,} rows copied"))
     except BaseException:
-        for name in running:
-            queue.resume(name)
+        _give_up(queue)
         raise
-    for name in running:
-        target.resume(name)
     _progress("")
     text = f"moved {count(copied['jobs'], 'job')}, verified; the old queue is paused. Start everything with the new URL"
     return Result([copied], f"{text}, then give --finish")
+
+
+def _give_up(queue: PersistentQInterface) -> None:
+    """After an error: let the old queue go on, unless it may have been copied."""
+    with suppress(QueueError):
+        found = queue.move_status()
+        if found and found["event"] == "moving":
+            queue.cancel_move()
+            return
+    print("admin.py: note: the old queue stays paused; give the same command again, or --cancel", file=sys.stderr)
 
 
 def _progress(text: str) -> None:
@@ -445,16 +480,25 @@ def _progress(text: str) -> None:
         print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _finish_move(queue: PersistentQInterface, target: PersistentQInterface, options: argparse.Namespace) -> Result:
-    newest = queue.list_jobs(limit=1)
-    if newest and not target.list_jobs(before_id=newest[0].id + 1, limit=1):
-        raise Problem("cannot finish: the target has not got these jobs; move them first")
-    if newest and target.list_jobs(before_id=newest[0].id + 1, limit=1)[0].created_at != newest[0].created_at:
-        raise Problem(f"cannot finish: job {newest[0].id} was enqueued in the old queue after the move")
-    if not _agreed(options, f"delete all {count(queue.count_jobs(), 'job')} of the old queue"):
+def _cancel_move(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+    found = queue.move_status()
+    if found is None:
+        raise Problem("cannot cancel: this queue is not being moved")
+    again = f"deliver from the old queue again, although it was moved to {found['to']}, where its jobs may run, too"
+    if found["event"] == "moved" and not _agreed(options, again):
         return Result(text="nothing done", code=1)
-    deleted = queue.delete_jobs()
-    return Result([{"deleted": deleted}], f"deleted {count(deleted, 'job')} of the old queue")
+    queue.cancel_move()
+    return Result([{"done": "cancelled"}], "the move is given up; the old queue delivers again")
+
+
+def _finish_move(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+    with closing(pqueue.open_queue(options.to, create=False, durability="full")) as target:
+        if not _agreed(options, f"delete all {count(queue.count_jobs(), 'job')} of the old queue"):
+            return Result(text="nothing done", code=1)
+        done = queue.finish_move(target)
+    carried = f"carried over {count(done['carried'], 'job')} enqueued since; " if done["carried"] else ""
+    known = f"{count(done['known'], 'job')} not, as the key has an unfinished job there; " if done["known"] else ""
+    return Result([done], f"{carried}{known}deleted {count(done['deleted'], 'job')} of the old queue")
 
 
 @command("delete-db-jobs", Parameter("--force", "also while jobs are processing", flag=True), YES)

@@ -167,6 +167,8 @@ def _add_argument(parser: argparse.ArgumentParser, each: Parameter) -> None:
     text = each.help.replace("%", "%%") + (f" (default: {each.default})" if each.default else "")
     if each.flag:
         parser.add_argument(each.name, action="store_true", help=text)
+    elif each.is_option and each.many:
+        parser.add_argument(each.name, action="append", metavar=each.metavar, help=text)
     elif each.is_option:
         parser.add_argument(each.name, default=each.default, metavar=each.metavar, help=text)
     else:

@@ -64,7 +64,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, count
+from itertools import chain, count, zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -355,7 +355,7 @@ CREATE TABLE jobs (
         """
 CREATE TABLE queues (
     name        TEXT PRIMARY KEY,
-    paused      INTEGER NOT NULL DEFAULT 0,  -- 1: nothing is delivered
+    paused      INTEGER NOT NULL DEFAULT 0,  -- 1: by an operator, 2: by a move; nothing is delivered
     max_pending INTEGER,                     -- enqueue is refused at this many pending jobs; NULL: never
     pending     INTEGER NOT NULL DEFAULT 0   -- unassigned pending jobs, counted while max_pending is set
 )""",
@@ -432,7 +432,11 @@ ROOM = "SELECT max_pending - pending, max_pending FROM queues WHERE name = :queu
 COUNT_PENDING = f"UPDATE queues SET pending = (SELECT count(*) FROM jobs WHERE {WAITING}) WHERE name = :queue"
 LIMITED = "SELECT name FROM queues WHERE max_pending IS NOT NULL"
 WITH_KEY = f"SELECT id FROM jobs WHERE queue = :queue AND key = :key AND state IN {UNFINISHED}"
-ADD_QUEUE = "INSERT INTO queues (name) VALUES (:queue) ON CONFLICT DO NOTHING"
+MOVES = "('moving', 'moved')"
+ADD_QUEUE = f"""
+INSERT INTO queues (name, paused)
+SELECT :queue, CASE WHEN EXISTS (SELECT 1 FROM history WHERE job_id = 0 AND event IN {MOVES}) THEN 2 ELSE 0 END
+WHERE true ON CONFLICT DO NOTHING"""
 
 # {served} limits q to the queues a consumer serves. The best :limit of each queue, then the best :limit of those:
 # paused queues, other queues and jobs assigned elsewhere are never stepped over one by one. SQLite's CROSS JOIN keeps
@@ -445,7 +449,7 @@ WHERE q.paused = 0 {{served}} AND jobs.id IN
 UNION ALL
 SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
                WHERE state = 'pending' AND assigned_to = :consumer
-               AND queue NOT IN (SELECT name FROM queues WHERE paused = 1) ORDER BY {ORDER} LIMIT :limit) mine"""
+               AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY {ORDER} LIMIT :limit) mine"""
 
 CLAIM = f"""
 UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = :consumer, lease_token = :token,
@@ -606,6 +610,25 @@ SELECT name FROM queues q WHERE max_pending IS NOT NULL
     AND pending <> (SELECT count(*) FROM jobs WHERE {WAITING.replace(":queue", "q.name")})"""
 TRIGGERS = f"SELECT name, tbl_name FROM sqlite_master WHERE type = 'trigger' AND tbl_name IN {TABLES} ORDER BY name"
 
+# A move leaves a mark in history, with 0 for its job and JSON in `error`. In the old queue, 'moving' while it waits for
+# what runs, and 'moved' afterwards: {"token", "to"}; `attempt` counts how often it was finished. In the new one, 'moved
+# here': {"token", "last_id"}, the last job that it has of those in the old one when that was finished `attempt` times.
+MARK = f"SELECT id, at, event, attempt, error FROM history WHERE job_id = 0 AND event IN {MOVES} ORDER BY id DESC"
+MARKS_HERE = "SELECT id, attempt, error FROM history WHERE job_id = 0 AND event = 'moved here' ORDER BY id DESC"
+ADD_MARK = """
+INSERT INTO history (job_id, at, event, actor, attempt, error) VALUES (0, :now, :event, :actor, :attempt, :error)"""
+UNMARK = f"DELETE FROM history WHERE job_id = 0 AND event IN {MOVES}"
+PAUSE_ALL = "UPDATE queues SET paused = 2 WHERE paused = 0"
+RESUME_ALL = "UPDATE queues SET paused = 0 WHERE paused = 2"
+CARRIED = ", ".join(Job._fields[1:])
+CARRY_OVER = f"""
+INSERT INTO jobs ({CARRIED}) VALUES (:{CARRIED.replace(", ", ", :")})
+ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING RETURNING id"""
+STORY_COLUMNS = ("at", "event", "actor", "attempt", "error")
+STORY = f"SELECT {', '.join(STORY_COLUMNS)} FROM history WHERE job_id = :id ORDER BY id"
+ADD_STORY = """
+INSERT INTO history (job_id, at, event, actor, attempt, error) VALUES (:id, :at, :event, :actor, :attempt, :error)"""
+
 # What a copy carries: its first column is the key. Consumers are not among it: they belong to where they run.
 COPIED = {
     "queues": "name, paused, max_pending",
@@ -675,6 +698,7 @@ class PersistentQInterface(ABC):
     nothing has changed. One object serves many threads, and goes on working in a forked child.
     """
 
+    name: str  # of the database, without a password
     max_batch = 48  # jobs for a consumer to take at once: more would keep an enqueue waiting for more than a few ms
     _LIKE = "LIKE"  # the comparison that ignores the case of ASCII letters
     _BYTES = "length(CAST({} AS BLOB))"  # of a text in UTF-8
@@ -1318,7 +1342,8 @@ class PersistentQInterface(ABC):
 
     def _set_queue(self, queue: str, column: str, value: int | None) -> None:
         with self._write() as tx:
-            tx.change(SET_QUEUE.format(column=column), {"queue": _name("queue", queue), "value": value})
+            tx.change(ADD_QUEUE, {"queue": _name("queue", queue)})
+            tx.change(SET_QUEUE.format(column=column), {"queue": queue, "value": value})
             tx.ring = True
 
     def delete_jobs(self, job_ids: Iterable[int] | None = None, *, force: bool = False) -> int:
@@ -1370,22 +1395,135 @@ class PersistentQInterface(ABC):
             target._lock_out_writers(copy)
             if copy.run("SELECT 1 FROM jobs LIMIT 1"):
                 raise QueueError("cannot copy: expected a target without jobs")
-            copy.change("DELETE FROM queues")
-            copied: dict[str, int] = {}
-            for table, columns in COPIED.items():
-                insert = f"INSERT INTO {table} ({columns}) VALUES (:{columns.replace(', ', ', :')})"
-                copied[table], read = 0, list[bytes]()
-                for rows in _pages(source, table, columns):
-                    copy.change_many(insert, [dict(zip(columns.split(", "), row, strict=True)) for row in rows])
-                    read += map(_digest, rows)
-                    copied[table] = len(read)
-                    if tell:
-                        tell(sum(copied.values()))
-                if sorted(read) != sorted(_digest(row) for rows in _pages(copy, table, columns) for row in rows):
-                    raise QueueError(f"cannot copy {table}: what was read back is not what was written")
+            copied = _copy_rows(source, copy, tell)
             target._number_on(copy)
             target._count_pending(copy, [row[0] for row in copy.run(LIMITED)])
         return copied
+
+    # Moving: `begin_move` until nothing runs, then `move_to`, and `finish_move` when all programs use the target
+
+    @abstractmethod
+    def other_tables(self) -> list[str]:
+        """Return the names of what the application keeps in this database besides, which `move_to` leaves behind."""
+
+    def move_status(self) -> dict[str, Any] | None:
+        """Return what a move has done to this queue, or None: "event", `moving` or `moved`; "at"; "to", where to."""
+        rows = self._read(MARK)
+        return {"event": rows[0][2], "at": rows[0][1], "to": json.loads(rows[0][4])["to"]} if rows else None
+
+    def begin_move(self, to: str, *, by: str | None = None, now: float | None = None) -> int:
+        """Pause all queues, and those that are created from now on; return how many jobs are still running.
+
+        `to` is the name of the target. Raises QueueError when this queue was moved elsewhere.
+        """
+        if to == self.name:
+            raise QueueError("cannot move: the target is this queue itself")
+        dead = self._look_for_dead()
+        with self._write() as tx:
+            self._lock_out_writers(tx)
+            event, known = _mark(tx)
+            if event == "moved" and known["to"] != to:
+                raise QueueError(
+                    f"cannot move: this queue was moved to {known['to']}; finish that with --finish, or give it up "
+                    "with --cancel"
+                )
+            self._recover(tx, dead, self._time(now))
+            tx.change(PAUSE_ALL)
+            if known.get("to") != to:
+                self._set_mark(tx, "moving", {"to": to}, by, now)
+            return _running(tx)
+
+    def move_to(
+        self,
+        target: PersistentQInterface,
+        *,
+        without: Sequence[str] = (),
+        tell: Callable[[int], None] | None = None,
+        by: str | None = None,
+        now: float | None = None,
+    ) -> dict[str, int] | None:
+        """Copy as `copy_to` does, with queues in the target paused as they were before `begin_move`.
+
+        Returns None when jobs are running. Raises QueueError, besides, for tables that would stay behind and are not
+        named in `without`. This queue commits first: cut short after that, it is to be called again.
+        """
+        self.expect_other_tables(without)
+        with target._write() as copy, self._write() as source:
+            target._lock_out_writers(copy)
+            self._lock_out_writers(source)
+            if _running(source):
+                return None
+            if copy.run("SELECT 1 FROM jobs LIMIT 1"):
+                raise QueueError("cannot move: the target holds jobs; expected an empty one")
+            copied = _copy_rows(source, copy, tell)
+            target._number_on(copy)
+            mark = self._leave_for(source, target.name, by, now)
+            for sql, params in _arrival(mark):
+                copy.change(sql, params)
+            copy.ring = True
+        return copied
+
+    def expect_other_tables(self, names: Sequence[str]) -> None:
+        """Raise QueueError unless these are all that the application keeps in this database besides."""
+        others = self.other_tables()
+        if left := sorted(set(others) - set(names)):
+            raise QueueError(
+                f"cannot move: {', '.join(left)} would stay behind; copy what you need, and give "
+                + " ".join(f"--without {shlex.quote(name)}" for name in left)
+            )
+        if unknown := sorted(set(names) - set(others)):
+            raise QueueError(f"cannot move without {', '.join(unknown)}: there is no such table")
+
+    def _leave_for(self, tx: Session, to: str, by: str | None, now: float | None) -> Params:
+        """Mark this queue as moved; return the parameters of the mark in the other one."""
+        tx.change(PAUSE_ALL)
+        mark = {"token": os.urandom(8).hex(), "to": to}
+        self._set_mark(tx, "moved", mark, by, now)
+        last_id = tx.run("SELECT coalesce(max(id), 0) FROM jobs")[0][0]
+        error = json.dumps({"token": mark["token"], "last_id": last_id})
+        return {"event": "moved here", "attempt": 0, "error": error, "actor": _operator(by), "now": self._time(now)}
+
+    def _set_mark(self, tx: Session, event: str, mark: Params, by: str | None, now: float | None) -> None:
+        tx.change(UNMARK)
+        params = {"event": event, "attempt": 0, "actor": _operator(by), "now": self._time(now)}
+        tx.change(ADD_MARK, {**params, "error": json.dumps(mark)})
+
+    def has_moved_to(self, target: PersistentQInterface) -> bool:
+        """Return whether the target holds what was moved from here."""
+        rows = self._read(MARK)
+        token = json.loads(rows[0][4]).get("token") if rows else None
+        return token is not None and any(json.loads(row[2])["token"] == token for row in target._read(MARKS_HERE))
+
+    def cancel_move(self) -> None:
+        """Deliver here again. After `move_to`, jobs run twice if the target is in use, too."""
+        with self._write() as tx:
+            tx.change(RESUME_ALL)
+            tx.change(UNMARK)
+            tx.ring = True
+
+    def finish_move(self, target: PersistentQInterface) -> dict[str, int]:
+        """Carry over to the target the jobs that were enqueued here since, then delete all jobs here.
+
+        May be called again while something still enqueues here. Returns the jobs "carried" over; those "known" there,
+        by the key of an unfinished job; and those "deleted". Raises QueueError, with what to do.
+        """
+        with self._write() as source:
+            self._lock_out_writers(source)
+            rows = source.run(MARK)
+            if not rows or rows[0][2] != "moved":
+                raise QueueError("cannot finish: this queue was not moved yet; give move without --finish first")
+            if running := _running(source):
+                raise InvalidTransition(
+                    f"cannot finish: {running} jobs run in the old queue, which was resumed; pause its queues, and try "
+                    "again when they have ended"
+                )
+            with target._write() as copy:
+                target._lock_out_writers(copy)
+                carried, known = _carry_over(source, copy, json.loads(rows[0][4]), rows[0][3])
+            # The target remembers what it has, so that this may be killed here and called again.
+            deleted = self.delete_jobs()
+            source.change("UPDATE history SET attempt = attempt + 1 WHERE id = :id", {"id": rows[0][0]})
+        return {"carried": carried, "known": known, "deleted": deleted}
 
     @abstractmethod
     def _lock_out_writers(self, tx: Session) -> None:
@@ -1521,9 +1659,74 @@ def _places(filters: Params) -> list[str]:
     return INDEXED.get(filters.get("state", ""), [])
 
 
-def _pages(tx: Session, table: str, columns: str) -> Iterator[list[Any]]:
+def _copy_rows(source: Session, copy: Session, tell: Callable[[int], None] | None) -> dict[str, int]:
+    """Copy the tables and compare; return the rows by table."""
+    copy.change("DELETE FROM queues")
+    copied: dict[str, int] = {}
+    for table, columns in COPIED.items():
+        insert = f"INSERT INTO {table} ({columns}) VALUES (:{columns.replace(', ', ', :')})"
+        copied[table], read = 0, list[bytes]()
+        for rows in _pages(source, table, columns):
+            copy.change_many(insert, [dict(zip(columns.split(", "), row, strict=True)) for row in rows])
+            read += map(_digest, rows)
+            copied[table] = len(read)
+            if tell:
+                tell(sum(copied.values()))
+        if sorted(read) != sorted(_digest(row) for rows in _pages(copy, table, columns) for row in rows):
+            raise QueueError(f"cannot copy {table}: what was read back is not what was written")
+    return copied
+
+
+def _running(tx: Session) -> int:
+    return cast(int, tx.run("SELECT count(*) FROM jobs WHERE state = 'processing'")[0][0])
+
+
+def _mark(tx: Session) -> tuple[str | None, Params]:
+    rows = tx.run(MARK)
+    return (rows[0][2], json.loads(rows[0][4])) if rows else (None, {})
+
+
+def _arrival(mark: Params) -> list[tuple[str, Params]]:
+    """Return the statements that make a copy a queue of its own, with the mark of where it came from."""
+    return [(UNMARK, {}), (ADD_MARK, mark), (RESUME_ALL, {})]
+
+
+def _carry_over(source: Session, copy: Session, mark: Params, attempt: int) -> tuple[int, int]:
+    """Copy the jobs that the target has not got, under new ids; return how many, and how many it knew by their key."""
+    here = [(row, known) for row in copy.run(MARKS_HERE) if (known := json.loads(row[2]))["token"] == mark["token"]]
+    if not here:
+        raise QueueError(f"cannot finish: expected the target to be {mark['to']}, to which this queue was moved")
+    (mark_id, at_attempt, _), known = here[0]
+    carried = doubles = 0
+    last_id = known["last_id"] if at_attempt == attempt else 0  # --finish deletes all, and ids may begin anew
+    for rows in _pages(source, "jobs", COLUMNS, after=last_id):
+        for row in rows:
+            if _carry(source, copy, dict(zip(Job._fields, row, strict=True))):
+                carried += 1
+            else:
+                doubles += 1
+        last_id = rows[-1][0]
+    error = json.dumps({**known, "last_id": last_id})
+    copy.change(
+        "UPDATE history SET attempt = :attempt, error = :error WHERE id = :id",
+        {"id": mark_id, "attempt": attempt, "error": error},
+    )
+    copy.ring = True
+    return carried, doubles
+
+
+def _carry(source: Session, copy: Session, job: Params) -> bool:
+    copy.change(ADD_QUEUE, {"queue": job["queue"]})
+    for (job_id,) in copy.run(CARRY_OVER, job):
+        for row in source.run(STORY, {"id": job["id"]}):
+            copy.change(ADD_STORY, {"id": job_id, **dict(zip(STORY_COLUMNS, row, strict=True))})
+        return True
+    return False
+
+
+def _pages(tx: Session, table: str, columns: str, after: Any = None) -> Iterator[list[Any]]:
     key = columns.split(", ", 1)[0]
-    after: Any = "" if key == "name" else -1
+    after = ("" if key == "name" else -1) if after is None else after
     sql = f"SELECT {columns} FROM {table} WHERE {key} > :after ORDER BY {key} LIMIT 1000"
     while rows := tx.run(sql, {"after": after}):
         yield rows
@@ -2656,6 +2859,7 @@ class PersistentQSQLite(PersistentQInterface):
         if durability not in ("full", "normal"):
             raise ValueError(f"expected a durability of full or normal, got {durability!r}")
         self.path = _real(path)  # a link to it must find the same locks
+        self.name = str(self.path)
         self.durability, self._busy_seconds = durability, busy_seconds
         self._sessions: weakref.WeakSet[SQLiteSession] = weakref.WeakSet()
         self._local = threading.local()
@@ -3040,6 +3244,51 @@ class PersistentQSQLite(PersistentQInterface):
             with suppress(OSError):
                 part.unlink(missing_ok=True)
 
+    def move_to_file(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        tell: Callable[[int], None] | None = None,
+        by: str | None = None,
+        now: float | None = None,
+    ) -> dict[str, int] | None:
+        """Do what `move_to` does, into a new SQLite file, with all that the application keeps in this one besides.
+
+        tell is called with the pages so far. Raises QueueError when there is such a file.
+        """
+        target = _real(path)
+        part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
+        try:
+            if target.exists() and target.stat().st_size:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            make_folder(target.parent)
+            _create(part)
+            with self._write() as source:  # nobody else writes: what another connection reads is what is here
+                if _running(source):
+                    return None
+                with closing(self._connect()) as reader, closing(sqlite3.connect(part, isolation_level=None)) as copy:
+                    copied = _copy_database(reader, copy, tell)
+                    _begin_anew(copy, _arrival(self._leave_for(source, str(target), by, now)))
+                sync(part)
+            _put_in_place(part, target, is_new=not target.exists())
+        except OSError as error:
+            raise QueueError(f"cannot move to {target}: {error.strerror}") from error
+        except sqlite3.Error as error:
+            raise QueueError(f"cannot move to {target}: {error}") from error
+        finally:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+        return copied
+
+    def other_tables(self) -> list[str]:
+        """Return the names of the tables and views that are not ours, and of indexes and triggers on those that are."""
+        shadows = {row[1] for row in self._read("PRAGMA table_list") if row[2] == "shadow"}  # of a virtual table
+        ours = {name for _, name, _ in _schema(has_limit=True)}
+        sql = f"""
+            SELECT name FROM sqlite_master WHERE (type IN ('table', 'view') OR tbl_name IN {TABLES})
+            AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY name"""
+        return [row[0] for row in self._read(sql) if row[0] not in ours | shadows]
+
     def check(self, *, thorough: bool = True) -> dict[str, Any]:
         facts: dict[str, Any] = {"path": str(self.path), "sqlite": sqlite3.sqlite_version}
         try:
@@ -3197,6 +3446,47 @@ def _schema_version(connection: sqlite3.Connection, path: Path) -> int:
     if version and ours < len(TABLES):
         raise SchemaMismatch(f"cannot use {path}: expected the tables of a queue, got {ours} of them")
     return cast(int, version)
+
+
+def _copy_database(
+    source: sqlite3.Connection, copy: sqlite3.Connection, tell: Callable[[int], None] | None
+) -> dict[str, int]:
+    """Copy all pages, as they are, and compare all rows; return how many of ours, by table."""
+
+    def progress(_: int, remaining: int, total: int) -> None:
+        if tell:
+            tell(total - remaining)
+
+    source.backup(copy, pages=10_000, progress=progress)
+    source.text_factory = copy.text_factory = bytes  # the application may keep what is no UTF-8
+    schema = "SELECT type, name, tbl_name, rootpage, sql FROM sqlite_master"
+    tables = [row[1].decode() for row in source.execute(schema) if row[0] == b"table" and row[3]]
+    for sql in [schema, *(f"SELECT * FROM {_quoted(table)}" for table in tables)]:
+        if any(one != other for one, other in zip_longest(source.execute(sql), copy.execute(sql))):
+            raise QueueError(f"cannot copy: what was read back by {sql} is not what was written")
+    if (damage := copy.execute("PRAGMA integrity_check(1)").fetchone()[0]) != b"ok":
+        raise QueueError(f"cannot copy: the copy is damaged: {damage.decode()}")
+    return {table: copy.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in COPIED}
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _begin_anew(copy: sqlite3.Connection, changes: list[tuple[str, Params]]) -> None:
+    """Make these changes and forget the consumers, without the application's triggers; leave no log to the file."""
+    copy.text_factory = str
+    copy.execute("PRAGMA journal_mode = DELETE")
+    copy.execute("BEGIN")
+    sql = f"SELECT name, sql FROM sqlite_master WHERE type = 'trigger' AND tbl_name IN {TABLES}"
+    triggers = copy.execute(sql).fetchall()
+    for name, _ in triggers:
+        copy.execute(f"DROP TRIGGER {_quoted(name)}")
+    for change, params in [*changes, ("DELETE FROM consumers", {})]:
+        copy.execute(change, params)
+    for _, definition in triggers:
+        copy.execute(definition)
+    copy.execute("COMMIT")
 
 
 def _real(path: str | os.PathLike[str]) -> Path:
@@ -3471,6 +3761,8 @@ def restore(backup: str | os.PathLike[str], url: str | os.PathLike[str] | None =
             "cannot restore into PostgreSQL: set PQUEUE_URL to the backup's path, and move that queue: "
             "python admin.py move --to postgresql://…"
         )
+    if fcntl is None:
+        raise QueueError("cannot restore on this platform: it does not show whether a program has the file open")
     source, target = file_path(backup), _real(sqlite_path(url))
     try:
         part = _copy_backup(source, target)
@@ -3539,13 +3831,11 @@ def _nobody_in(path: Path) -> Iterator[int | None]:
     if path in _opened():  # and closing a descriptor of it here would release the locks of this process
         raise QueueError(f"cannot replace {path}: this process has it open")
     with ExitStack() as undo:
-        file, is_free = None, True
-        if fcntl is not None:
-            folder = Path(f"{path}.d")
-            folder.mkdir(mode=0o700, exist_ok=True)
-            way = _open_private(folder / "way")
-            undo.callback(os.close, way)
-            is_free = try_lock(way)
+        folder, file = Path(f"{path}.d"), None
+        folder.mkdir(mode=0o700, exist_ok=True)
+        way = _open_private(folder / "way")
+        undo.callback(os.close, way)
+        is_free = try_lock(way)
         if path.exists():
             file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             undo.callback(os.close, file)
@@ -3556,8 +3846,6 @@ def _nobody_in(path: Path) -> Iterator[int | None]:
 
 
 def _try_lock_bytes(file: int) -> bool:
-    if fcntl is None:
-        return True
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, *SHARED_BYTES)
     except OSError as error:

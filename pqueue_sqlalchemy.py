@@ -1053,6 +1053,12 @@ class OnPostgres(PersistentQSQLAlchemy):
         except OSError as error:
             raise QueueError(f"cannot back up to {target}: {error.strerror}") from error
 
+    def other_tables(self) -> list[str]:
+        """Return the names of the tables and views in the queue's schema that are not ours."""
+        sql = "SELECT table_name::text FROM information_schema.tables WHERE table_schema = :schema ORDER BY 1"
+        ours = (*pqueue.TABLES, "version", "pending_changes", "pending_counts")
+        return [row[0] for row in self._read(sql, {"schema": SCHEMA}) if row[0] not in ours]
+
     def _lock_out_writers(self, tx: Session) -> None:
         tx.run(_setting({COPYING: "on"}, for_good=False))
         tx.change("LOCK TABLE jobs IN EXCLUSIVE MODE")  # that every writer needs; one lock makes no deadlock

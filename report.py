@@ -46,8 +46,9 @@ def problems(
     for name, each in stats["queues"].items():
         oldest = each["oldest_pending_at"]
         if oldest is not None and now - oldest > OLD_SECONDS:
-            paused = f" and it is paused: {_resume(name)}" if each["paused"] else ""
+            paused = f" and it is paused: {_move(queue) or _resume(name)}" if each["paused"] else ""
             found.append(f"queue {name!r}: the oldest pending job has waited for {span(now - oldest)}{paused}")
+    found += [sentence] if (sentence := _move(queue)) else []
     newest = queue.list_jobs(limit=1, excerpt=0)
     if newest and newest[0].created_at > now + 60:
         found.append(f"the newest job was enqueued {ago(newest[0].created_at, now)}: some clock is wrong")
@@ -74,6 +75,16 @@ def _twins(alive: list[dict[str, Any]]) -> Iterator[str]:
 
 def _resume(queue: str) -> str:
     return f"python admin.py resume {shlex.quote(queue)}"
+
+
+def _move(queue: PersistentQInterface) -> str | None:
+    """Return what is to be done after a move, if there was one."""
+    found = queue.move_status()
+    if not found:
+        return None
+    if found["event"] == "moving":
+        return f"a move to {found['to']} is under way or was cut short: give it again, or python admin.py move --cancel"
+    return f"the queue was moved to {found['to']}: start everything with that URL, then give move --to URL --finish"
 
 
 def _expired(queue: PersistentQInterface, now: float) -> int:
@@ -131,7 +142,7 @@ def _why_scheduled(job: Job, now: float) -> str:
 def _why_pending(queue: PersistentQInterface, job: Job, stats: dict[str, Any]) -> str:
     alive = [each for each in queue.consumers() if each["state"] == "running"]
     if stats["paused"]:
-        return f"its queue {job.queue} is paused: {_resume(job.queue)}"
+        return f"its queue {job.queue} is paused: {_move(queue) or _resume(job.queue)}"
     if job.assigned_to is not None:
         alive = [each for each in alive if each["name"] == job.assigned_to]
         if not alive:

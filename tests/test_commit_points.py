@@ -199,6 +199,8 @@ OPERATIONS = {
     "limit": Operation(lambda q, _: q.limit("default", 500)),
     "limit that is removed": Operation(lambda q, _: q.limit("default", None), lambda q: q.limit("default", 500)),
     "enqueue at a limit": Operation(lambda q, _: q.enqueue("t", now=NOW), lambda q: q.limit("default", 99)),
+    "begin_move": Operation(lambda q, _: q.begin_move("elsewhere", by="ann", now=NOW)),
+    "cancel_move": Operation(lambda q, _: q.cancel_move(), lambda q: q.begin_move("elsewhere", by="ann", now=NOW)),
     "prune": Operation(lambda q, _: q.prune(0, now=NOW + 1), states=4),
     "delete_jobs": Operation(lambda q, _: q.delete_jobs([1, FAILED]), states=2),
     "delete all jobs": Operation(lambda q, _: q.delete_jobs(force=True), states=2),
@@ -478,6 +480,8 @@ def goes_on(queue: PersistentQSQLite | None, path: Path, point: str) -> None:
     if queue is None or queue._closed:
         return
     assert not queue.in_transaction, point
+    if queue.move_status():
+        queue.cancel_move()
     with closing(PersistentQSQLite(path, busy_seconds=0.05)) as other:
         assert other._turnstile.enter(), point
         other._turnstile.leave()

@@ -26,6 +26,7 @@ TESTS = (
     "test_commit_points.py",
     "test_histories.py",
     "test_power_loss.py",
+    "test_move.py",
     "test_processes.py",
     "test_restore.py",
     "record_writes.c",
@@ -74,7 +75,7 @@ MUTANTS = [
     Mutant("a consumer that closes returns its jobs", "                    self._release(tx, _job(row), self._time(now))", "                    pass", "contract: closes_returns"),
     # who may claim, and what
     Mutant("a paused queue delivers nothing", "WHERE q.paused = 0", "WHERE 1 = 1"),
-    Mutant("a paused queue delivers no assigned job", "AND queue NOT IN (SELECT name FROM queues WHERE paused = 1) ", "", "contract: paused_queue"),
+    Mutant("a paused queue delivers no assigned job", "AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ", "", "contract: paused_queue"),
     Mutant("an assigned job is for its consumer", "state = 'pending' AND assigned_to IS NULL\n     ORDER BY", "state = 'pending'\n     ORDER BY"),
     Mutant("a consumer gets what is assigned to it only", "AND assigned_to = :consumer", "AND assigned_to IS NOT NULL"),
     Mutant("a consumer gets from its queues only", '"" if queues is None else f"AND', '"" if True else f"AND'),
@@ -139,6 +140,10 @@ MUTANTS = [
     Mutant("a job file's final name is synced", "            pqueue.sync(self.directory)\n", "", FILES, "producer.py"),
     Mutant("a stamped copy is synced", "    pqueue.sync_file(target.fileno())\n", "", FILES, "consumer.py"),
     Mutant("a stamped copy's name is synced", "    pqueue.sync_file(folder)\n", "", FILES, "consumer.py"),
+    Mutant("a queue that is created during a move is paused", "THEN 2 ELSE 0 END", "THEN 0 ELSE 0 END", "test_move.py: created_during"),
+    Mutant("nothing is moved while a job runs", "                if _running(source):\n                    return None", "                if False:\n                    return None", "test_move.py: created_during"),
+    Mutant("a finished move knows that ids begin anew", "if at_attempt == attempt else 0", "if True else 0", "test_move.py: finished_again"),
+    Mutant("the application's triggers do not fire in a copy", '        copy.execute(f"DROP TRIGGER {_quoted(name)}")', "        continue", "test_move.py: do_not_fire"),
     Mutant("a migration is one transaction", '                connection.execute("BEGIN IMMEDIATE")\n                for', "                for", "test_commit_points.py: killed and schema"),
     # errors
     Mutant("an interrupted call is rolled back", "                self._roll_back()\n            self.busy", "                pass\n            self.busy", "test_commit_points.py: fails and lost"),

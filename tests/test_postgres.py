@@ -676,6 +676,66 @@ def test_operator_moves_a_live_queue(place, database, direction):
     target.close()
 
 
+def test_operator_who_moves_to_a_server_names_what_stays_behind(place, database):
+    queue = place.queue()
+    queue.enqueue("t")
+    with queue.transaction() as db:
+        db.execute("CREATE TABLE orders (id INTEGER)")
+        db.execute("CREATE VIEW open_orders AS SELECT * FROM orders")
+    done = place.run("admin.py", "move", "--to", database)
+    assert done.returncode == 1
+    told = "open_orders, orders would stay behind; copy what you need, and give --without open_orders --without orders"
+    assert told in done.stderr
+    assert queue.move_status() is None
+    done = place.run("admin.py", "move", "--to", database, "--without", "orders", "--without", "nosuch")
+    assert (done.returncode, "open_orders would stay behind" in done.stderr) == (1, True)
+    done = place.run("admin.py", "move", "--to", database, "--without", "orders", "--without", "open_orders")
+    assert (done.returncode, "moved 1 job" in done.stdout) == (0, True), done.stderr
+    with closing(pqueue.open_queue(database)) as target, target.transaction() as db:
+        db.execute(sqlalchemy.text("CREATE TABLE pqueue.mine (id INTEGER)"))
+        assert target.other_tables() == ["mine"]
+        db.execute(sqlalchemy.text("DROP TABLE pqueue.mine"))
+
+
+@pytest.mark.parametrize("direction", ["to PostgreSQL", "to SQLite"])
+def test_move_that_ends_between_the_two_commits_is_continued(place, database, direction):
+    urls = [str(place.folder / "var/queue.db"), database]
+    here, there = urls if direction == "to PostgreSQL" else urls[::-1]
+    with closing(pqueue.open_queue(here)) as queue, closing(pqueue.open_queue(there)) as target:
+        queue.enqueue_many("t", range(5))
+        arriving = target._write()
+        session = type(arriving)
+        end = session._end
+
+        def lost(self, error):
+            if self is not arriving or error is not None:
+                return end(self, error)
+            end(self, QueueBusy("cannot reach it"))  # which rolls back
+            raise QueueBusy("cannot reach it")
+
+        queue.begin_move(target.name)
+        with mock.patch.object(session, "_end", lost), pytest.raises(QueueBusy):
+            queue.move_to(target)
+    with closing(pqueue.open_queue(here)) as queue, closing(pqueue.open_queue(there)) as target:
+        assert queue.move_status()["event"] == "moved"
+        assert target.count_jobs() == 0
+        queue.enqueue("late", queue="new")
+        assert queue.dequeue("w") is None
+    for code in (0, 1):
+        done = place.run("admin.py", "move", "--to", there, PQUEUE_URL=here)
+        assert done.returncode == code, done.stderr
+    assert "were moved from here; start everything with the new URL, then give --finish" in done.stderr
+    with closing(pqueue.open_queue(here)) as queue, closing(pqueue.open_queue(there)) as target:
+        assert target.count_jobs() == 6
+        queue.enqueue("later", key="k")
+        target.enqueue("own", key="k")
+        queue.enqueue("latest")
+        assert queue.finish_move(target) == {"carried": 1, "known": 1, "deleted": 8}
+        assert queue.finish_move(target) == {"carried": 0, "known": 0, "deleted": 0}
+        assert sorted(job.task for job in target.list_jobs()) == ["late", "latest", "own", *["t"] * 5]
+        assert sum(1 for _ in iter(lambda: target.dequeue("w"), None)) == 8
+
+
 def test_copy_that_fails_leaves_both_as_they_were(place, database):
     queue, target = place.queue(), pqueue.open_queue(database)
     queue.enqueue_many("t", range(10))

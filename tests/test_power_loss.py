@@ -250,7 +250,10 @@ def run(shim: Path, place: Path, code: str, *arguments: object) -> list[Record]:
 
 
 def restore(place: Path, left: dict[str, Left | None], *, linked: bool = True) -> Path:
-    """Lay out what is left. linked: two names of a file are links; else copies, as no disk keeps both after a rename."""
+    """Lay out what is left.
+
+    linked: two names of a file are links; else copies, as no disk keeps both names after a rename.
+    """
     shutil.rmtree(place / "disk", ignore_errors=True)
     (place / "disk").mkdir()
     first: dict[int, str] = {}
