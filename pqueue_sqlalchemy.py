@@ -546,10 +546,14 @@ class Line:
         with self._changed:
             return self._changed.wait_for(lambda: self._rings != before, max(0.0, until))
 
-    def close(self) -> None:
+    def stop_listening(self) -> None:
+        """End the listener, which would connect again, and say that the consumers live."""
         self._over = True
         if self._thread.is_alive():
-            self._thread.join(2)
+            self._thread.join(2 * self._queue._busy_seconds + 2)  # it may be connecting
+
+    def close(self) -> None:
+        self.stop_listening()
         if self._connection is not None:
             self._connection.close()
 
@@ -1104,6 +1108,8 @@ class OnPostgres(PersistentQSQLAlchemy):
         ]
 
     def close(self) -> None:
+        if self._line is not None:
+            self._line.stop_listening()
         if self._registry and not self._closed:
             self._take_leave()
         if self._line is not None:

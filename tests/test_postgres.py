@@ -1123,6 +1123,17 @@ def test_consumers_that_close_return_their_jobs_though_the_connection_was_lost(d
     other.close()
 
 
+def test_queue_that_is_closed_in_a_transaction_undoes_it_and_returns_its_jobs(database):
+    queue, other = PersistentQSQLAlchemy(database), PersistentQSQLAlchemy(database)
+    queue.enqueue("t")
+    job = queue.dequeue("anna")
+    with pytest.raises(QueueError), queue.transaction():
+        queue.complete(job)
+        queue.close()
+    assert (other.get(job.id).state, other.get(job.id).attempts) == ("pending", 0)
+    other.close()
+
+
 # Limits
 
 
