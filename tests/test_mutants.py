@@ -33,9 +33,6 @@ TESTS = (
 )
 
 
-MUTATED = ("pqueue.py", "consumer.py", "producer.py")
-
-
 @dataclass(frozen=True)
 class Mutant:
     guard: str
@@ -184,8 +181,8 @@ MUTANTS = [
 
 def mutate(mutant: Mutant, folder: Path) -> None:
     (folder / "tests").mkdir()
-    for name in ("test_pqueue.py", "pyproject.toml", *MUTATED):
-        shutil.copy(ROOT / name, folder)
+    for each in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
+        shutil.copy(each, folder)
     text = (ROOT / mutant.file).read_text()
     assert mutant.old in text, f"{mutant.file} has no guard {mutant.old!r} any more: write this mutant anew"
     (folder / mutant.file).write_text(text.replace(mutant.old, mutant.new, 1))
