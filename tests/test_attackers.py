@@ -59,7 +59,8 @@ def open_to_others(folder, *but):
             mode = path.lstat().st_mode
             return not stat.S_ISLNK(mode) and stat.S_IMODE(mode) & 0o077
 
-    return [path for path in folder.rglob("*") if path not in but and is_open(path)]
+    found = [Path(at) / name for at, folders, files in os.walk(folder) for name in (*folders, *files)]
+    return [path for path in found if path not in but and is_open(path)]
 
 
 def test_every_program_makes_files_for_its_account_alone(place):
