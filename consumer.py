@@ -210,7 +210,7 @@ def remove_copies() -> None:
 
     A living consumer has its copy locked.
     """
-    with suppress(FileNotFoundError), _open_directory() as folder:
+    with suppress(OSError, ValueError), _open_directory() as folder:  # each job says what is wrong with it
         for copy in _copies(folder, ".+"):
             with suppress(OSError):
                 _remove_stale(copy, folder)

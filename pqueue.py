@@ -501,7 +501,7 @@ UPDATE jobs SET progress = coalesce(:progress, progress), result = coalesce(:res
 RESUBMIT = f"""
 UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL,
     error = NULL WHERE id = :id AND state IN {FINISHED}
-    AND EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND {HAS_ROOM})
+    AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND NOT {HAS_ROOM})
     AND NOT EXISTS (SELECT 1 FROM jobs o WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN {UNFINISHED})"""
 MARK_FAILED = f"""
 UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, {NO_LEASE}
@@ -1810,8 +1810,8 @@ def _refusal(tx: Session, verb: str, job_id: int) -> QueueError | ValueError:
         return JobNotFound(f"cannot {verb} job {job_id}: no such job")
     state, key, queue = rows[0]
     if verb == "resubmit" and state in FINISHED:
-        room, max_pending = tx.run(ROOM, {"queue": queue})[0]
-        if room is not None and room <= 0:
+        room, max_pending = next(iter(tx.run(ROOM, {"queue": queue})), (None, None))
+        if max_pending is not None and room is not None and room <= 0:
             return _full(f"resubmit job {job_id}", queue, max_pending)
         return InvalidTransition(f"cannot resubmit job {job_id}: another unfinished job has its key {key!r}")
     return InvalidTransition(f"cannot {verb} job {job_id}: it is {state}")
@@ -3184,8 +3184,9 @@ class PersistentQSQLite(PersistentQInterface):
             return not (slots := self._slots) or slot is None or slots.is_taken(slot)
 
     def _publish_begun(self, me: Registration) -> bool:
-        if me.slot and boot():
-            me.slot.publish(me.token)
+        with self._told_of_folder():
+            if me.slot and boot():
+                me.slot.publish(me.token)
         return bool(me.slot and boot())
 
     def _note_begun(self, job: Job) -> None:
@@ -3357,7 +3358,9 @@ class PersistentQSQLite(PersistentQInterface):
         try:
             if self._registry:
                 self._leave(list(self._registry.values()))
-        except DatabaseReplaced:
+        except QueueBusy:  # it may be closed later
+            raise
+        except QueueError:
             self._close()
             raise
         self._close()

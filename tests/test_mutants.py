@@ -112,7 +112,7 @@ MUTANTS = [
     Mutant("one unfinished job per key", "ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING\n", ""),
     Mutant("a key holds within its queue", "WHERE queue = :queue AND key = :key AND", "WHERE key = :key AND"),
     Mutant("a full queue refuses a job", "(max_pending IS NULL OR max_pending >", "(1 OR max_pending >", "contract: queue_at_its_limit"),
-    Mutant("a full queue refuses a resubmit", "    AND EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND {HAS_ROOM})\n", "", "contract: after_every_verb"),
+    Mutant("a full queue refuses a resubmit", "    AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND NOT {HAS_ROOM})\n", "", "contract: after_every_verb"),
     Mutant("a claim makes room", '("UPDATE", "OF state, assigned_to, queue", "OLD", "-"),', "", "contract: after_every_verb"),
     Mutant("what is pending again takes room", '("UPDATE", "OF state, assigned_to, queue", "NEW", "+"),', "", "contract: after_every_verb"),
     Mutant("what is deleted makes room", '("DELETE", "", "OLD", "-"),', "", "contract: after_every_verb"),

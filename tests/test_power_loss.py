@@ -387,8 +387,6 @@ def test_move_that_returned_is_in_the_target_after_a_power_cut_whatever_the_dura
     code = """
 queue.enqueue_many('t', ['x'] * 10)
 import admin
-looking = pqueue.PersistentQSQLite(copy)  # so that no last close writes it all to the file
-looking.stats()
 assert admin.main(['move', '--to', copy]) == 0
 """
     for copy, returned in copies_after_losses(shim, place, code):
