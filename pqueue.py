@@ -2877,7 +2877,7 @@ class PersistentQSQLite(PersistentQInterface):
             with _opening, closing(self._connect()) as connection:
                 self._prepare(connection)
                 if keeps_note:
-                    self._note_own_log()
+                    self._note_own_log(connection)
         except BaseException:
             self.close()
             raise
@@ -2962,32 +2962,33 @@ class PersistentQSQLite(PersistentQInterface):
             )
         with self._note() as note:
             database, log = (_file_number(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal"))
-            known = os.pread(note, len(database + log), 0)
+            known, version = os.pread(note, len(database + log), 0), os.pread(note, 20, 40)
             seems_replaced = known.endswith(log) and known != database + log  # or the system gave the numbers anew
-            if seems_replaced and _size(Path(f"{self.path}-wal")) and not self._fits_log():
+            if seems_replaced and _size(Path(f"{self.path}-wal")) and not self._fits_log(int(version or 0)):
                 raise SchemaMismatch(
                     f"cannot use {self.path}: it took the place of another database, to which the log "
                     f"{self.path}-wal belongs: stop all programs and move the log away; see admin.py restore"
                 )
 
-    def _fits_log(self) -> bool:
+    def _fits_log(self, known: int) -> bool:
         """Return whether the database and its log are sound together; neither is changed.
 
-        A backup by VACUUM INTO has a schema version one above that of its original, whose log never has a higher one.
+        known: the schema version when the log was noted. A backup by VACUUM INTO has a higher one than its original.
         """
         with self.path.open("rb") as file:
             version = int.from_bytes(file.read(44)[40:], "big")
         try:
             with closing(sqlite3.connect(f"{self.path.as_uri()}?mode=ro", uri=True)) as connection:
-                is_later = connection.execute("PRAGMA schema_version").fetchone()[0] >= version
-                return bool(is_later and connection.execute("PRAGMA integrity_check(1)").fetchone() == ("ok",))
+                return bool(version <= known and connection.execute("PRAGMA integrity_check(1)").fetchone() == ("ok",))
         except sqlite3.Error:
             return False
 
-    def _note_own_log(self) -> None:
+    def _note_own_log(self, connection: sqlite3.Connection) -> None:
         """Remember which file the log belongs to; both are open."""
         with self._note() as note:
-            os.pwrite(note, b"".join(_file_number(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal")), 0)
+            numbers = [_file_number(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal")]
+            version = connection.execute("PRAGMA schema_version").fetchone()[0]
+            os.pwrite(note, b"".join([*numbers, b"%20d" % version]), 0)
 
     @contextmanager
     def _note(self) -> Iterator[int]:
