@@ -3317,24 +3317,26 @@ class PersistentQSQLite(PersistentQInterface):
         ]
         facts["problems"] += self._turn_problems()
         facts["problems"] += [*self._schema_problems(), *_deleted_but_open(self.path)] if thorough else []
+        facts["problems"] += self._place_problems(facts)
+        return facts
+
+    def _place_problems(self, facts: dict[str, Any]) -> list[str]:
+        """Return what is wrong with where the database is: its file system, its modes, its log, the disk."""
+        found: list[str] = []
         if facts["file_system"] not in LOCAL_FILE_SYSTEMS:
-            facts["problems"].append(
+            found.append(
                 f"the file system {facts['file_system']} is not known to be local: several processes may damage the "
                 "database on one that is shared; use a local disk"
             )
         if hasattr(os, "getuid") and self.path.stat().st_mode & 0o007:
-            facts["problems"].append(
-                f"every account of this machine may use it: run chmod o= {shlex.quote(str(self.path))}"
-            )
+            found.append(f"every account of this machine may use it: run chmod o= {shlex.quote(str(self.path))}")
         if self.is_read_only:
-            facts["problems"].append("its file system is read-only: no job can be enqueued, run or changed")
+            found.append("its file system is read-only: no job can be enqueued, run or changed")
         if facts["wal_bytes"] > 2 * WAL_BYTES:
-            facts["problems"].append(
-                f"the write-ahead log has grown to {facts['wal_bytes']} bytes: some program holds a read open"
-            )
+            found.append(f"the write-ahead log has grown to {facts['wal_bytes']} bytes: some program holds a read open")
         if facts["disk_free_bytes"] < LEAST_FREE_BYTES:
-            facts["problems"].append(f"the disk has only {facts['disk_free_bytes']} bytes left")
-        return facts
+            found.append(f"the disk has only {facts['disk_free_bytes']} bytes left")
+        return found
 
     def _schema_problems(self) -> list[str]:
         try:
