@@ -2791,7 +2791,8 @@ class SQLiteSession(Session):
 def _keep_log(connection: sqlite3.Connection) -> None:
     """Let SQLite neither write back nor delete the log when this connection is closed; before Python 3.12 it cannot."""
     if option := getattr(sqlite3, "SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE", None):
-        connection.setconfig(option, True)  # type: ignore[attr-defined]
+        with suppress(sqlite3.ProgrammingError):  # it is closed
+            connection.setconfig(option, True)  # type: ignore[attr-defined]
 
 
 class Disowned:

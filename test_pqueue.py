@@ -1568,6 +1568,17 @@ for _ in range(20):
         other = [line for line in told if not line.endswith(("is closed", "on it was lost", "Bad file descriptor"))]
         self.assertEqual(other, [])
 
+    def test_session_that_two_threads_close_is_closed_once(self):
+        queue = self.open()
+        queue.enqueue("t")
+        session = queue._session()
+        with session.in_use:  # as by a thread that is in the midst of a call
+            session.in_use.acquire()
+            queue.close()
+            session._let_go()
+        with self.assertRaisesRegex(QueueError, "is closed"):
+            queue.enqueue("t")
+
     def test_child_that_cannot_reconnect_is_told_so(self):
         queue = self.open()
         queue.enqueue("t")
