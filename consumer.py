@@ -249,6 +249,7 @@ def _replace(name: str, folder: int, source: BinaryIO, prefix: bytes, digest: st
             with suppress(FileNotFoundError):
                 os.unlink(copy, dir_fd=folder)
             raise
+    # guard: a stamped copy's name is synced
     pqueue.sync_file(folder)
 
 
@@ -259,6 +260,7 @@ def _stamp(source: BinaryIO, target: BinaryIO, prefix: bytes) -> str:
         target.write(prefix + part if begins else part)
         copied.update(part)
     target.flush()
+    # guard: a stamped copy is synced
     pqueue.sync_file(target.fileno())
     return copied.hexdigest()
 

@@ -318,6 +318,7 @@ def backoff_seconds(attempts: int, base_seconds: float = 5.0, cap_seconds: float
 
 # {id} and {float} are the dialect's. A migration is a list of statements; the file's user_version counts the
 # migrations it has had. Change the schema by adding one, never by editing one.
+# guard: a lease stands exactly while processing
 MIGRATIONS: list[list[str]] = [
     [
         """
@@ -406,11 +407,17 @@ COLUMNS = ", ".join(Job._fields)
 LONG = ("payload", "result", "error")
 ANY_OF = ", ".join(f":id{n}" for n in range(TOGETHER))
 NO_LEASE = "lease_token = NULL, lease_expires_at = NULL"
+# guard: a settling verb needs the current token
 HELD = "id = :id AND state = 'processing' AND lease_token = :token"
 WAITING = "queue = :queue AND state = 'pending' AND assigned_to IS NULL"
+# guard: a full queue refuses a job
 HAS_ROOM = "(max_pending IS NULL OR max_pending > pending)"
+# guard: order: priority first
+# guard: order: then the time it was due
+# guard: order: then the id
 ORDER = "priority DESC, run_at, id"
 
+# guard: one unfinished job per key
 ENQUEUE = f"""
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
 SELECT name, :task, :payload, :state, :priority, :run_at, :max_attempts, :key, :assigned_to, :now
@@ -425,14 +432,17 @@ INSERT_MANY = """
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, created_at)
 SELECT :queue, :task, substr(value, 2, length(value) - 2), :state, :priority, :run_at, :max_attempts, :assigned_to, :now
 FROM json_each(:payloads)"""
+# guard: a batch at once is for a queue without a limit
 INSERT_MANY_AT_ONCE = f"""
 {INSERT_MANY} WHERE EXISTS (SELECT 1 FROM queues WHERE name = :queue AND max_pending IS NULL)"""
 
 ROOM = "SELECT max_pending - pending, max_pending FROM queues WHERE name = :queue"
 COUNT_PENDING = f"UPDATE queues SET pending = (SELECT count(*) FROM jobs WHERE {WAITING}) WHERE name = :queue"
 LIMITED = "SELECT name FROM queues WHERE max_pending IS NOT NULL"
+# guard: a key holds within its queue
 WITH_KEY = f"SELECT id FROM jobs WHERE queue = :queue AND key = :key AND state IN {UNFINISHED}"
 MOVES = "('moving', 'moved')"
+# guard: a queue that is created during a move is paused
 ADD_QUEUE = f"""
 INSERT INTO queues (name, paused)
 SELECT :queue, CASE WHEN EXISTS (SELECT 1 FROM history WHERE job_id = 0 AND event IN {MOVES}) THEN 2 ELSE 0 END
@@ -441,6 +451,10 @@ WHERE true ON CONFLICT DO NOTHING"""
 # {served} limits q to the queues a consumer serves. The best :limit of each queue, then the best :limit of those:
 # paused queues, other queues and jobs assigned elsewhere are never stepped over one by one. SQLite's CROSS JOIN keeps
 # q the outer loop.
+# guard: a paused queue delivers nothing
+# guard: a paused queue delivers no assigned job
+# guard: an assigned job is for its consumer
+# guard: a consumer gets what is assigned to it only
 CANDIDATES = f"""
 SELECT jobs.id, priority, run_at, attempts, max_attempts FROM queues q CROSS JOIN jobs
 WHERE q.paused = 0 {{served}} AND jobs.id IN
@@ -451,6 +465,7 @@ SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
                WHERE state = 'pending' AND assigned_to = :consumer
                AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY {ORDER} LIMIT :limit) mine"""
 
+# guard: an attempt counts when it is claimed
 CLAIM = f"""
 UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = :consumer, lease_token = :token,
     lease_expires_at = :lease_expires_at, started_at = :now
@@ -469,23 +484,28 @@ SELECT min(at) FROM (
     UNION ALL SELECT min(run_at) FROM jobs WHERE state = 'scheduled'
     UNION ALL SELECT min(lease_expires_at) FROM jobs WHERE state = 'processing') events"""
 
+# guard: a job is not promoted before it is due
 PROMOTE = """
 UPDATE jobs SET state = 'pending' WHERE state = 'scheduled' AND id IN
     (SELECT id FROM jobs WHERE state = 'scheduled' AND run_at <= :now ORDER BY run_at LIMIT :limit)"""
 
+# guard: a lease is not taken back before it ran out
 EXPIRED = f"""
 SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND lease_expires_at <= :now
 ORDER BY lease_expires_at LIMIT :limit"""
 
+# guard: the living keep their jobs
 ORPHANED = f"""
 SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND EXISTS
     (SELECT 1 FROM consumers WHERE token = substr(lease_token, 1, 16) AND consumers.state <> 'running') LIMIT :limit"""
 
+# guard: no delivery after the last attempt was lost
 TAKE_BACK = f"UPDATE jobs SET state = 'pending', error = :error, {NO_LEASE} WHERE {HELD} AND attempts < max_attempts"
 COMPLETE = f"""
 UPDATE jobs SET state = 'completed', finished_at = :now, result = :result, error = NULL, {NO_LEASE} WHERE {HELD}"""
 
 # :settled is a JSON array of [id, lease token, result].
+# guard: a batch completes under its tokens only
 COMPLETE_MANY = f"""
 UPDATE jobs SET state = 'completed', finished_at = :now, result = json_extract(value, '$[2]'), error = NULL, {NO_LEASE}
 FROM json_each(:settled) WHERE jobs.id = json_extract(value, '$[0]') AND state = 'processing'
@@ -493,21 +513,31 @@ FROM json_each(:settled) WHERE jobs.id = json_extract(value, '$[0]') AND state =
 
 FAIL = f"UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, {NO_LEASE} WHERE {HELD}"
 RETRY = f"UPDATE jobs SET state = 'scheduled', run_at = :run_at, error = :error, {NO_LEASE} WHERE {HELD}"
+# guard: a released attempt does not count
 RELEASE = f"UPDATE jobs SET state = 'pending', attempts = attempts - 1, {NO_LEASE} WHERE {HELD}"
 EXTEND = f"UPDATE jobs SET lease_expires_at = :lease_expires_at WHERE {HELD}"
 UPDATE = f"""
 UPDATE jobs SET progress = coalesce(:progress, progress), result = coalesce(:result, result) WHERE {HELD}"""
 
+# guard: a resubmitted job has all its attempts
+# guard: resubmit takes finished jobs
+# guard: resubmit respects the key
+# guard: a full queue refuses a resubmit
 RESUBMIT = f"""
 UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL,
     error = NULL WHERE id = :id AND state IN {FINISHED}
     AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND NOT {HAS_ROOM})
     AND NOT EXISTS (SELECT 1 FROM jobs o WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN {UNFINISHED})"""
+# guard: mark_failed takes unfinished jobs
 MARK_FAILED = f"""
 UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, {NO_LEASE}
 WHERE id = :id AND state IN {UNFINISHED}"""
+# guard: cancel takes unfinished jobs
 CANCEL = f"""
 UPDATE jobs SET state = 'cancelled', finished_at = :now, {NO_LEASE} WHERE id = :id AND state IN {UNFINISHED}"""
+# guard: an attempt that an operator ended does not count
+# guard: assign takes unfinished jobs
+# guard: assign ends the running delivery
 ASSIGN = f"""
 UPDATE jobs SET assigned_to = :assigned_to, state = CASE state WHEN 'processing' THEN 'pending' ELSE state END,
     attempts = attempts - CASE state WHEN 'processing' THEN 1 ELSE 0 END, {NO_LEASE}
@@ -541,6 +571,8 @@ SET_QUEUE = """
 INSERT INTO queues (name, {column}) VALUES (:queue, :value) ON CONFLICT (name) DO UPDATE SET {column} = :value"""
 
 # Never the newest: SQLite would give its id to another job.
+# guard: prune takes old jobs only
+# guard: prune keeps the newest
 PRUNABLE = """
 SELECT jobs.id FROM queues q CROSS JOIN jobs WHERE jobs.id IN
     (SELECT id FROM jobs WHERE state = :state AND queue = q.name AND finished_at < :before
@@ -585,6 +617,9 @@ GROUP BY task, error ORDER BY count(*) DESC, max(id) DESC LIMIT {MAX_GROUPS}"""
 # SQLite: they keep queues.pending, and exist only while some queue has a limit, so that no other queue pays for them.
 IS_PENDING = "{row}.state = 'pending' AND {row}.assigned_to IS NULL"
 ADD_PENDING = "UPDATE queues SET pending = pending {change} 1 WHERE name = {row}.queue AND max_pending IS NOT NULL"
+# guard: a claim makes room
+# guard: what is pending again takes room
+# guard: what is deleted makes room
 COUNTERS = {
     f"jobs_{event.lower()}_{row}": (
         f"CREATE TRIGGER jobs_{event.lower()}_{row} AFTER {event} {columns} ON jobs WHEN {IS_PENDING.format(row=row)} "
@@ -669,6 +704,7 @@ class Session(ABC):
     def expect_depth(self, depth: int) -> None:
         """Doom the transaction when a block ends before one that was begun inside it."""
         self.tangled = self.tangled or self.depth != depth
+        # guard: transactions end in the order in which they nest
         if self.tangled:
             raise QueueError("cannot end a transaction before those begun inside it: neither await nor yield in one")
 
@@ -832,6 +868,7 @@ class PersistentQInterface(ABC):
         with self._write() as tx:
             tx.change(ADD_QUEUE, row)
             room, max_pending = tx.run(ROOM, row)[0]
+            # guard: a full queue refuses a batch
             if room is not None and room < row["number"]:
                 raise _full("enqueue", row["queue"], max_pending, row["number"])
             tx.ring = True
@@ -883,11 +920,13 @@ class PersistentQInterface(ABC):
 
     def begin(self, job: Job, *, now: float | None = None) -> None:
         """Note that the job, taken with `prefetch`, is about to run. Raises LeaseLost if its lease is over."""
+        # guard: a job is noted as begun only while its lease lasts
         self._expect_lease(job, now)
         self._note_begun(job)
         self._expect_lease(job, now)  # once more: whoever takes it back from now on sees that it had begun
 
     def _expect_lease(self, job: Job, now: float | None) -> None:
+        # guard: a job whose lease is over does not begin
         if job.lease_expires_at is None or self._time(now) >= job.lease_expires_at:
             raise LeaseLost(f"cannot begin job {job.id}: the lease of {job.consumer} on it is over")
 
@@ -921,23 +960,27 @@ class PersistentQInterface(ABC):
                     raise _lost(tx, "complete", lost[0])
                 self._recover(tx, dead, at)
                 jobs = _claim(tx, me, limit, queues, lease_seconds, at) if limit else []
+                # guard: a claim of the last attempt is synced
                 if not durable and any(job.attempts == job.max_attempts for job in jobs):
                     raise LastAttempt
             return jobs, lost
 
         try:
+            # guard: the fused call is synced
             return exchange(durable=bool(settled) or nested)
         except LastAttempt:  # the power must not give it another: take it anew, and sync
             return exchange(durable=True)
 
     def _complete_all(self, tx: Session, settled: list[tuple[Job, str | None]], now: float) -> list[Job]:
         """Complete these, and return those whose lease was lost."""
+        # guard: the fused call tells a lost lease
         return [job for job, result in settled if not _complete(tx, job, result, now)]
 
     def complete(self, job: Job, result: Any = None, *, now: float | None = None) -> None:
         """Finish the job with a JSON result. Raises LeaseLost."""
         encoded = _encode_result(result)
         with self._write(in_batch=True) as tx:
+            # guard: complete needs a held lease
             if not _complete(tx, job, encoded, self._time(now)):
                 raise _lost(tx, "complete", job)
 
@@ -956,8 +999,10 @@ class PersistentQInterface(ABC):
         """
         now = self._time(now)
         delay = backoff_seconds(job.attempts) if retry_in_seconds is None else retry_in_seconds
+        # guard: no attempt after the last
         again = retry and job.attempts < job.max_attempts
         params = {"now": now, "run_at": now + _finite("retry_in_seconds", delay), "error": _error_text(error)}
+        # guard: fail is synced
         self._settle("fail", RETRY if again else FAIL, job, params, event="failed", durable=True)
         return "scheduled" if again else "failed"
 
@@ -987,6 +1032,7 @@ class PersistentQInterface(ABC):
         if progress is not None and not (isinstance(progress, (int, float)) and 0 <= progress <= 1):
             raise ValueError(f"expected progress between 0 and 1, got {progress!r}")
         params = {"progress": progress, "result": _encode_result(result)}
+        # guard: a result that a task stores is synced
         self._settle("update", UPDATE, job, params, durable=result is not None)
 
     def _settle(
@@ -998,6 +1044,7 @@ class PersistentQInterface(ABC):
             if event and job.lease_token:
                 tx.change(RECORD, {**params, "event": event, "actor": job.consumer})
                 tx.ring = True
+            # guard: fail, release, extend, update need a held lease
             if not tx.change(sql, params):
                 raise _lost(tx, verb, job)
 
@@ -1077,6 +1124,7 @@ class PersistentQInterface(ABC):
     ) -> Iterator[tuple[int, Any]]:
         """Yield the ids of the jobs that may hold the text, newest first, each with its row if it does, else None."""
         load = f"SELECT {COLUMNS} FROM jobs WHERE id IN ({ANY_OF}) AND {where}"
+        # guard: a job that left its state is not found
         load += " AND state = :state" if "state" in params else ""
         before: int | None = params["before_id"]
         while before is not None:
@@ -1166,6 +1214,8 @@ class PersistentQInterface(ABC):
 
         Only `_holds` knows how text beyond ASCII compares, or what JSON has escaped: that passes.
         """
+        # guard: a search looks at text beyond ASCII
+        # guard: a search looks at what JSON has escaped
         return (
             f"{column} {self._LIKE} :run ESCAPE '!' OR {column} LIKE :escaped ESCAPE '!' "
             f"OR {self._BYTES.format(column)} <> length({column})"
@@ -1301,6 +1351,7 @@ class PersistentQInterface(ABC):
         params = {"error": None, **values, "id": _id(job_id), "now": self._time(now)}
         with self._write() as tx:
             tx.change(RECORD, {**params, "event": event, "actor": _operator(by)})
+            # guard: an operator is told of a refusal
             if not tx.change(sql, params):
                 raise _refusal(tx, verb, job_id)
             tx.ring = True
@@ -1356,6 +1407,7 @@ class PersistentQInterface(ABC):
         with self._write() as tx:
             self._lock_out_writers(tx)
             running = sum(len(tx.run(f"SELECT id FROM jobs WHERE state = 'processing' AND {where}", p)) for p in chosen)
+            # guard: running jobs are not deleted
             if running and not force:
                 raise InvalidTransition(f"cannot delete jobs: {running} of them are processing")
             for p in chosen:
@@ -1397,6 +1449,7 @@ class PersistentQInterface(ABC):
                 raise QueueError("cannot copy: expected a target without jobs")
             copied = _copy_rows(source, copy, tell)
             target._number_on(copy)
+            # guard: a copy counts what is pending
             target._count_pending(copy, [row[0] for row in copy.run(LIMITED)])
         return copied
 
@@ -1582,6 +1635,7 @@ class PersistentQInterface(ABC):
             params["tasks"] = json.dumps(sorted(TASKS))
             with self._write(durable=False) as tx:
                 if tx.change(SUCCEED, params):
+                    # guard: who takes over a slot first takes back its jobs
                     self._recover(tx, [], self._time(now))  # before this consumer publishes in the same slot
                 tx.change(REGISTER, params)
             undo.pop_all()
@@ -1597,12 +1651,15 @@ class PersistentQInterface(ABC):
         """Promote what is due, and take back what expired or lost its consumer."""
         params = {"now": now, "limit": RECOVERY_BATCH}
         due, expired = tx.run(OVERDUE, params)[0]
+        # guard: what is due is promoted
         if due:
             tx.change(PROMOTE, params)
             tx.ring = True
+        # guard: what expired is taken back
         if expired:
             for row in tx.run(EXPIRED, params):
                 self._take_back(tx, _job(row), "expired", now)
+        # guard: the dead lose their jobs at once
         if dead is not None:
             for token in dead:
                 tx.change(LEAVE, {"token": token, "state": "dead"})
@@ -1610,6 +1667,7 @@ class PersistentQInterface(ABC):
                 self._take_back(tx, _job(row), "died", now)
 
     def _take_back(self, tx: Session, job: Job, event: str, now: float) -> None:
+        # guard: an attempt counts when the job begins
         if not self._has_begun(tx, job):
             self._release(tx, job, now)
             return
@@ -1643,6 +1701,7 @@ class PersistentQInterface(ABC):
         with self._write(durable=False) as tx:
             for me in leaving:
                 for row in tx.run(HELD_BY, {"token": me.token}):
+                    # guard: a consumer that closes returns its jobs
                     self._release(tx, _job(row), self._time(now))
                 tx.change(LEAVE, {"token": me.token, "state": "stopped"})
         with self._registering:
@@ -1698,6 +1757,7 @@ def _carry_over(source: Session, copy: Session, mark: Params, attempt: int) -> t
         raise QueueError(f"cannot finish: expected the target to be {mark['to']}, to which this queue was moved")
     (mark_id, at_attempt, _), known = here[0]
     carried = doubles = 0
+    # guard: a finished move knows that ids begin anew
     last_id = known["last_id"] if at_attempt == attempt else 0  # --finish deletes all, and ids may begin anew
     for rows in _pages(source, "jobs", COLUMNS, after=last_id):
         for row in rows:
@@ -1756,6 +1816,7 @@ def claim_params(
     params = _served(me.name, queues, limit)
     params["now"] = now
     params["lease_expires_at"] = now + _lease(lease_seconds)
+    # guard: each claim has a number of its own
     params["token"] = f"{me.token}.{next(me.claims)}"
     return params
 
@@ -1786,7 +1847,9 @@ def _batch(attempts: list[tuple[int, int]], prefetches: bool) -> int:
     A job that was delivered before comes alone: when it kills its consumer again, no other job pays for it. So does one
     whose last attempt this is, unless it counts only when it begins.
     """
+    # guard: a job that may run once comes alone
     alone = (n for n, (made, most) in enumerate(attempts) if made or (most == 1 and not prefetches))
+    # guard: a job delivered before comes alone
     return max(1, next(alone, len(attempts)))
 
 
@@ -1840,6 +1903,7 @@ def serving(sql: str, queues: Sequence[str] | None) -> str:
 @lru_cache
 def _filled(sql: str, queues: int | None) -> str:
     names = ", ".join(f":queue{number}" for number in range(queues or 0))
+    # guard: a consumer gets from its queues only
     return sql.format(served="" if queues is None else f"AND q.name IN ({names})")
 
 
@@ -1878,6 +1942,7 @@ def encode_json(what: str, value: Any) -> str:
 def _expect_text_keys(what: str, value: Any) -> None:
     """Raise ValueError for a key that is no string: JSON would make it one, and perhaps the same as another key."""
     for key in value if isinstance(value, dict) else ():
+        # guard: a key is a string
         if not isinstance(key, str):
             raise ValueError(f"expected a {what} whose keys are all strings, got the key {_short(key)}")
     for each in value.values() if isinstance(value, dict) else value:
@@ -1968,6 +2033,7 @@ _show_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 def _holds(row: Sequence[Any], needle: str, shown: Callable[[Job], Job] | None) -> bool:
     """Whether the text is in a job: in its payload or result as JSON shows them, or in one of their strings as it is;
     in its error or key."""
+    # guard: a search finds only what is shown
     job = _job(row) if shown is None else shown(_job(row))
     for value in (job.payload, *([] if job.result is None else [job.result])):
         if needle in _folded(_show_json(value)):
@@ -2183,6 +2249,7 @@ class BellLock:
         self._path, self._pid = path, os.getpid()
         self._held_since = self._turn_began = 0.0  # what this process wrote last; when it came after another one
         numbers = range(len(kinds))
+        # guard: a released lock goes to the other lane
         self._order = [sorted(numbers, key=kind.__eq__) for kind in numbers]  # for each kind that releases it
         with ExitStack() as undo:
             self._file = _open_private(path)
@@ -2215,6 +2282,7 @@ class BellLock:
             self._shared[self.WAITING_SINCE + kind] = began
             seconds = HANDOVER_SECONDS if self._is_reserved() else POLL_SECONDS  # before the try: it may end meanwhile
             acquired, left = self.try_acquire(kind), until - time.monotonic()
+            # guard: nobody waits again for a stopped process
             if acquired or left <= 0 or self._held_seconds() >= TURN_SECONDS:
                 self._shared[self.WAITING_SINCE + kind] = 0.0
                 return acquired
@@ -2231,13 +2299,17 @@ class BellLock:
         heir = self._heir(kind)  # it may have come meanwhile
         if heir is not None:
             shared[self.WAITING_SINCE + heir] = 0.0
+            # guard: releasing the lock wakes up a waiter
             _ring(self._bells[heir])
         elif len(self._bells) == 1:  # there may be others: one of them cleared the time when it was through
+            # guard: releasing a lane wakes up the next
             _ring(self._bells[0])
 
     def _reserve(self, kind: int) -> None:
         now = time.monotonic()
         repeats = self._held_since > self._turn_began and now - self._turn_began >= REPEAT_SECONDS
+        # guard: nobody overtakes a writer that has waited for long
+        # guard: nobody takes turn after turn past a waiter
         if repeats or now - self._shared[self.WAITING_SINCE + kind] >= OVERTAKE_SECONDS:
             self._shared[self.RESERVED_FOR], self._shared[self.RESERVED_UNTIL] = kind, now + HANDOVER_SECONDS
 
@@ -2249,6 +2321,8 @@ class BellLock:
         return None
 
     def _is_reserved(self) -> bool:
+        # guard: a lock is not kept for the dead
+        # guard: what a lock says is void after a reboot
         return 0 < self._shared[self.RESERVED_UNTIL] - time.monotonic() <= HANDOVER_SECONDS
 
     def _held_seconds(self) -> float:
@@ -2260,6 +2334,7 @@ class BellLock:
         pid, seconds = f"{self._shared[self.PID]:.0f}", self._held_seconds()
         if seconds < TURN_SECONDS:
             return None
+        # guard: a problem with a lock needs a live holder
         if self.try_acquire():  # its holder is dead
             self.release()
             return None
@@ -2371,7 +2446,9 @@ class Begun:
 
     @staticmethod
     def is_in(words: Sequence[int], token: str, job_id: int) -> bool:
+        # guard: what had begun before a power cut is not known
         is_known = words[0] == boot() != 0 and words[1] == int(token, 16)
+        # guard: what had begun is not returned uncounted
         return not is_known or job_id in words[3 : 3 + words[2]]
 
     def close(self) -> None:
@@ -2446,6 +2523,7 @@ class FileLocks:
         key = _identity(path)
         locks = cls._open[key] = cls._open.get(key) or cls(path)
         locks._users += 1
+        # guard: locks outlast a copy of the database
         locks._set(fcntl.F_RDLCK)
         return locks
 
@@ -2490,6 +2568,7 @@ class FileLocks:
     def close_unused(cls) -> None:
         """Close descriptors that no connection needs, unless another one of this process would lose its locks."""
         for key, locks in list(cls._open.items()):
+            # guard: locks of other connections are kept
             if not locks._users and not _has_open(key, locks._files):
                 locks.close()
                 del cls._open[key]
@@ -2673,6 +2752,7 @@ class SQLiteSession(Session):
         return last
 
     def _begin(self, *, at_once: bool = False) -> None:
+        # guard: a signal handler cannot use the queue it interrupted
         if self.busy:
             raise QueueError("cannot use the queue in a signal handler that interrupted it: set a flag there")
         self.in_use.acquire()
@@ -2680,6 +2760,7 @@ class SQLiteSession(Session):
         try:
             self._expect_open()
             self._has_turn = self._queue._enter(self.in_batch)
+            # guard: a database that was pulled away is not written
             self.files.expect_in_place()
             if self._synchronous != self.wanted:
                 self.run(f"PRAGMA synchronous = {self.wanted}")
@@ -2695,7 +2776,9 @@ class SQLiteSession(Session):
         try:
             if error is None:
                 self._expect_open()
+            # guard: a lost lease dooms its transaction
             if error is None and self.lost is None and not ended:
+                # guard: a transaction that lost its lock is undone
                 self._expect_lock()
                 self.run("COMMIT")
         finally:
@@ -2718,6 +2801,7 @@ class SQLiteSession(Session):
     def _end_nested(self, error: BaseException | None) -> None:
         if self._in_transaction:
             if error is not None:
+                # guard: a failed savepoint is undone
                 self.run("ROLLBACK TO nested")
             self.run("RELEASE nested")
 
@@ -2727,11 +2811,13 @@ class SQLiteSession(Session):
                 self._roll_back()
         finally:
             if self._in_transaction:  # a signal handler came between, and it would stop all others
+                # guard: an interrupted call is rolled back
                 self._roll_back()
             self.busy = False
             self._let_go()
             if self._has_turn:
                 self._has_turn = False
+                # guard: a failed call gives its turn back
                 self._queue._exit()
 
     def _roll_back(self) -> None:
@@ -2756,6 +2842,7 @@ class SQLiteSession(Session):
             try:
                 self.files.expect_in_place()
             except DatabaseReplaced:
+                # guard: a log that was deleted is not written back
                 _keep_log(self.connection)
                 self.connection.close()
                 if locks:
@@ -2778,6 +2865,7 @@ class SQLiteSession(Session):
         if self.busy or self not in _still or self.connection.in_transaction:
             _inherited.setdefault(self._queue.path, []).append(self.connection)
         else:
+            # guard: a child closes what it inherited
             self.connection.close()
         self._has_turn = self.busy = False
         self._locks = None
@@ -2818,6 +2906,7 @@ def _before_fork() -> None:
     _opening.acquire()
     until = time.monotonic() + BUSY_SECONDS
     sessions = [session for queue in list(_queues) for session in list(queue._sessions)]
+    # guard: nobody forks while a thread is inside SQLite
     _still.extend(each for each in sessions if each.in_use.acquire(timeout=max(0, until - time.monotonic())))
 
 
@@ -2874,12 +2963,14 @@ class PersistentQSQLite(PersistentQInterface):
             self._open_folder()
             keeps_note = fcntl is not None and not self.is_read_only
             if keeps_note:
+                # guard: another database's log is refused
                 self._expect_own_log()
             with _opening, closing(self._connect()) as connection:
                 self._prepare(connection)
                 if keeps_note:
                     self._note_own_log(connection)
         except BaseException:
+            # guard: a failed opening closes what it opened
             self.close()
             raise
         _queues.add(self)
@@ -2906,6 +2997,7 @@ class PersistentQSQLite(PersistentQInterface):
             if group is not None:
                 self._expect_shared(self.path.parent, group, 0o2770)
             kind = file_system(self.path.parent)
+            # guard: a network drive is refused
             if kind.startswith(SHARED_FILE_SYSTEMS):
                 raise QueueError(f"cannot use {self.path}: SQLite's locks fail on {kind}; use a local disk")
             with _opening, suppress(FileExistsError):
@@ -2927,6 +3019,7 @@ class PersistentQSQLite(PersistentQInterface):
         if not stat.S_ISREG(found.st_mode):
             kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
             raise QueueError(f"cannot open {self.path}: expected a database file, got {kind}")
+        # guard: a file of two names is refused
         if found.st_nlink > 1:  # SQLite's log and our locks go by the name
             raise QueueError(f"cannot use {self.path}: expected a file of one name, got {found.st_nlink} hard links")
 
@@ -2956,6 +3049,7 @@ class PersistentQSQLite(PersistentQInterface):
 
         Also one whose log was deleted while others have it open.
         """
+        # guard: a log that was deleted is not begun anew
         if FileLocks.lack_log(self.path):
             raise DatabaseReplaced(
                 f"cannot use {self.path}: its log was deleted while other programs have it open: "
@@ -3009,6 +3103,7 @@ class PersistentQSQLite(PersistentQInterface):
             raise QueueError(f"cannot open {folder}: {_refusal_of(error, folder)}") from error
 
     def _connect(self) -> sqlite3.Connection:
+        # guard: a child forked inside a transaction is refused
         if self.path in _inherited:
             raise QueueError(f"cannot use {self.path}: this process was forked inside a transaction; fork before it")
         with ExitStack() as undo:
@@ -3050,6 +3145,7 @@ class PersistentQSQLite(PersistentQInterface):
             if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
                 connection.execute("PRAGMA journal_mode = WAL")
             if version < len(MIGRATIONS):
+                # guard: a migration is one transaction
                 connection.execute("BEGIN IMMEDIATE")
                 for number in range(self._version(connection), len(MIGRATIONS)):
                     for statement in MIGRATIONS[number]:
@@ -3100,6 +3196,7 @@ class PersistentQSQLite(PersistentQInterface):
                 raise QueueError(f"cannot use {self.path}: this queue object is closed") from None
             with _opening:
                 for other in self._sessions:  # in case it has the files of before open
+                    # guard: a new connection needs the files of the others
                     other.files.expect_in_place()
                 session = SQLiteSession(self)
                 self._database = self._database or session.files.database
@@ -3114,6 +3211,7 @@ class PersistentQSQLite(PersistentQInterface):
             raise QueueError(f"cannot write to {self.path}: its file system is read-only")
         session = self._session()
         session.in_batch = in_batch
+        # guard: enqueue and complete are synced
         session.wanted = "FULL" if durable and self.durability == "full" else "NORMAL"
         return session
 
@@ -3181,8 +3279,10 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _is_alive(self, slot: int | None) -> bool:
         with self._told_of_folder():
+            # guard: a consumer whose locks were deleted is told
             if not all(me.slot.is_there() for me in self._registry.values() if me.slot):
                 raise QueueError(f"cannot go on: the locks in {self.path}.d were deleted while in use; start again")
+            # guard: who holds its lock is alive
             return not (slots := self._slots) or slot is None or slots.is_taken(slot)
 
     def _publish_begun(self, me: Registration) -> bool:
@@ -3226,6 +3326,7 @@ class PersistentQSQLite(PersistentQInterface):
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         target = file_path(path)
+        # guard: a backup takes its name last
         part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
         try:
             _create(part)
@@ -3238,6 +3339,7 @@ class PersistentQSQLite(PersistentQInterface):
             sync(part)  # whatever this SQLite syncs
             _create(target)  # takes the name, or fails where there is one
             part.replace(target)
+            # guard: a backup's name is synced
             sync(target.parent)
         except OSError as error:
             raise QueueError(f"cannot back up to {target}: {error.strerror}") from error
@@ -3267,6 +3369,7 @@ class PersistentQSQLite(PersistentQInterface):
             make_folder(target.parent)
             _create(part)
             with self._write() as source:  # nobody else writes: what another connection reads is what is here
+                # guard: nothing is moved while a job runs
                 if _running(source):
                     return None
                 with closing(self._connect()) as reader, closing(sqlite3.connect(part, isolation_level=None)) as copy:
@@ -3443,13 +3546,16 @@ def _schema_version(connection: sqlite3.Connection, path: Path) -> int:
         "SELECT *, (SELECT count(*) FROM sqlite_master), "
         f"({OUR_TABLES}) FROM pragma_application_id, pragma_user_version"
     ).fetchone()
+    # guard: another program's file is refused
     if owner != APPLICATION_ID and (owner or version or tables):
         raise SchemaMismatch(f"cannot use {path}: expected a queue, got another program's database")
+    # guard: a newer schema is refused
     if version > len(MIGRATIONS):
         raise SchemaMismatch(
             f"cannot use {path}: expected schema {len(MIGRATIONS)} or older, got {version}: "
             "use the pqueue that wrote it, or a newer one"
         )
+    # guard: a file without our tables is refused
     if version and ours < len(TABLES):
         raise SchemaMismatch(f"cannot use {path}: expected the tables of a queue, got {ours} of them")
     return cast(int, version)
@@ -3488,6 +3594,7 @@ def _begin_anew(copy: sqlite3.Connection, changes: list[tuple[str, Params]]) -> 
     sql = f"SELECT name, sql FROM sqlite_master WHERE type = 'trigger' AND tbl_name IN {TABLES}"
     triggers = copy.execute(sql).fetchall()
     for name, _ in triggers:
+        # guard: the application's triggers do not fire in a copy
         copy.execute(f"DROP TRIGGER {_quoted(name)}")
     for change, params in [*changes, ("DELETE FROM consumers", {})]:
         copy.execute(change, params)
@@ -3507,6 +3614,7 @@ SHARED = stat.S_ISGID | stat.S_IWGRP  # of a folder that accounts of a group sha
 
 
 def _create(path: Path, group: int | None = None) -> None:
+    # guard: files are private
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         if group is not None:
@@ -3640,6 +3748,7 @@ def make_folder(folder: Path, group: int | None = None) -> None:
             os.chown(missing, -1, group)
         if group is not None or missing.parent.stat().st_mode & SHARED == SHARED:
             missing.chmod(0o2770)
+        # guard: the folder of a new queue is synced
         sync(missing.parent)
 
 
@@ -3671,6 +3780,7 @@ def file_system(folder: Path) -> str:
     except OSError:
         return "unknown"
     real = folder.resolve()
+    # guard: a network drive is known by its last mount
     under = {len(mount[1]): mount[2] for mount in mounts if real.is_relative_to(_unescape(mount[1]))}
     return os.fsdecode(under[max(under)]) if under else "unknown"
 
@@ -3815,6 +3925,7 @@ def _copy_pages(source: Path, part: Path) -> None:
             copy.execute("PRAGMA journal_mode = DELETE")  # so that there is no log to it
             if not _schema_version(copy, source):
                 raise SchemaMismatch(f"cannot use {source}: expected a queue, got an empty database")
+            # guard: a damaged backup is not restored
             if (damage := copy.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
                 raise QueueError(f"cannot restore {source}: it is damaged: {' '.join(damage.split())}")
     except sqlite3.Error as error:
@@ -3846,6 +3957,7 @@ def _nobody_in(path: Path) -> Iterator[int | None]:
         if path.exists():
             file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             undo.callback(os.close, file)
+            # guard: a database that is open is not replaced
             is_free = is_free and _try_lock_bytes(file) and os.path.samestat(os.fstat(file), path.stat())
         if not is_free:
             raise QueueError(f"cannot replace {path}: {_users(path) or 'a program'} has it open; stop what uses it")
@@ -3919,6 +4031,7 @@ def _put_in_place(part: Path, target: Path, *, is_new: bool) -> None:
         sync(target.parent)
     for each in (*logs, Path(f"{target}-shm")):
         each.unlink(missing_ok=True)
+    # guard: no old log reappears next to a restored file
     sync(target.parent)
     part.replace(target)
     sync(target.parent)

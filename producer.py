@@ -79,9 +79,12 @@ class Producer:
             pqueue.try_lock(file.fileno())
             file.write(_random_lines())
             file.flush()
+            # guard: a job file is synced
             pqueue.sync_file(file.fileno())
+            # guard: a job file's first name is synced
             pqueue.sync(self.directory)  # or a power cut might leave the other name alone, and nobody would see to it
             os.link(new, self.directory / name)
+            # guard: a job file's final name is synced
             pqueue.sync(self.directory)
         except BaseException:
             with suppress(OSError):
