@@ -31,6 +31,7 @@ from typing import Any
 
 import manager
 import pqueue
+import pqueue_restore
 from commands import (
     Command,
     Parameter,
@@ -396,7 +397,7 @@ def restore(_: None, options: argparse.Namespace) -> Result:
     """Put a backup in the place of the database, which is kept under another name. Stop all programs first."""
     if not _agreed(options, f"replace the queue by {options.file}"):
         return Result(text="nothing done", code=1)
-    kept = pqueue.restore(options.file)
+    kept = pqueue_restore.restore(options.file)
     text = f"restored {options.file}, verified" + (f"; the replaced database is {kept}" if kept else "")
     return Result([{"file": str(options.file), "replaced": kept and str(kept)}], text)
 

@@ -41,6 +41,7 @@ import bench_postgres
 import bench_redis
 import consumer
 import pqueue
+import pqueue_files
 from bench_peers import (
     ALONGSIDE,
     DURABILITIES,
@@ -499,7 +500,7 @@ def describe_machine() -> dict[str, str]:
         "CPUs": f"{os.cpu_count()}, {platform.machine()}",
         "Python": platform.python_version(),
         "SQLite": sqlite3.sqlite_version,
-        "file system": pqueue.file_system(pqueue_folder()),
+        "file system": pqueue_files.file_system(pqueue_folder()),
         "fdatasync": "{:.2f} ms, {:.2f} ms if the file grows (medians)".format(*map(median_sync, (False, True))),
     }
 

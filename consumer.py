@@ -37,6 +37,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar, cast
 
 import pqueue
+import pqueue_files
+import pqueue_values
 from masking import masked_text
 from pqueue import DoNotRetry, Job, LeaseLost, PersistentQInterface, QueueBusy, QueueError, QueueFull, task
 
@@ -219,7 +221,7 @@ def remove_copies() -> None:
 def _remove_stale(copy: str, folder: int) -> None:
     file = os.open(copy, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
     try:
-        if pqueue.try_lock(file):
+        if pqueue_files.try_lock(file):
             os.unlink(copy, dir_fd=folder)
     finally:
         os.close(file)
@@ -231,8 +233,8 @@ def _create_copy(copy: str, folder: int) -> BinaryIO:
         file = os.fdopen(
             os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600, dir_fd=folder), "wb"
         )
-        if pqueue.try_lock(file.fileno()) and os.fstat(file.fileno()).st_nlink:
-            pqueue.share_as_folder(file.fileno(), folder)
+        if pqueue_files.try_lock(file.fileno()) and os.fstat(file.fileno()).st_nlink:
+            pqueue_files.share_as_folder(file.fileno(), folder)
             return file
         file.close()
 
@@ -250,7 +252,7 @@ def _replace(name: str, folder: int, source: BinaryIO, prefix: bytes, digest: st
                 os.unlink(copy, dir_fd=folder)
             raise
     # guard: a stamped copy's name is synced
-    pqueue.sync_file(folder)
+    pqueue_files.sync_file(folder)
 
 
 def _stamp(source: BinaryIO, target: BinaryIO, prefix: bytes) -> str:
@@ -261,7 +263,7 @@ def _stamp(source: BinaryIO, target: BinaryIO, prefix: bytes) -> str:
         copied.update(part)
     target.flush()
     # guard: a stamped copy is synced
-    pqueue.sync_file(target.fileno())
+    pqueue_files.sync_file(target.fileno())
     return copied.hexdigest()
 
 
@@ -405,7 +407,7 @@ class Consumer:
                 self.queue.begin(job)
                 result = pqueue.run_task(self.queue, job)
                 if result is not None:
-                    pqueue.encode_json("result", result)
+                    pqueue_values.encode_json("result", result)
             finally:
                 self._end_child()
                 took = self._end_current()

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from consumer import OneLineParser
-from pqueue import make_folder, sync, sync_file
+from pqueue_files import make_folder, sync, sync_file
 
 SOCKET = Path("var/supervisor.sock")
 INCLUDED = Path("var/supervisor.d")

@@ -9,7 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pqueue import NOT_JSON, Excerpt, Job
+from pqueue import Excerpt, Job
+from pqueue_values import NOT_JSON
 
 HIDDEN = "…"
 # Anywhere in a name, or as its last word: "auth", "smtp_auth" and "smtpAuth", but not "author" or "auth_method".

@@ -37,7 +37,13 @@ from sqlalchemy import exc
 from sqlalchemy.pool import StaticPool
 
 import pqueue
-from pqueue import Job, Params, PersistentQInterface, PersistentQSQLite, QueueBusy, QueueError, QueueFull, Session
+import pqueue_backend
+import pqueue_schema
+import pqueue_values
+from pqueue import Job, PersistentQInterface, PersistentQSQLite, QueueBusy, QueueError, QueueFull
+from pqueue_backend import Session
+from pqueue_sqlite import Disowned, SQLiteSession
+from pqueue_values import Params
 
 log = logging.getLogger("pqueue")
 
@@ -106,16 +112,16 @@ def _setting(values: dict[str, Any], *, for_good: bool) -> str:
 NOT_SEEN = f"abs(EXTRACT(EPOCH FROM clock_timestamp()) - last_seen_at) >= {GRACE_SECONDS}"
 # What is read for the statements after it must stay as it is until they are done; and who was cut off may be back.
 ADDED = {
-    pqueue.EXPIRED: " FOR UPDATE SKIP LOCKED",
-    pqueue.ORPHANED: " FOR UPDATE SKIP LOCKED",
-    pqueue.RECORD: " FOR UPDATE",
-    pqueue.LEAVE: f" AND (:state = 'stopped' OR slot NOT IN ({ALIVE}) AND {NOT_SEEN})",
+    pqueue_schema.EXPIRED: " FOR UPDATE SKIP LOCKED",
+    pqueue_schema.ORPHANED: " FOR UPDATE SKIP LOCKED",
+    pqueue_schema.RECORD: " FOR UPDATE",
+    pqueue_schema.LEAVE: f" AND (:state = 'stopped' OR slot NOT IN ({ALIVE}) AND {NOT_SEEN})",
 }
 # A claim reads the attempts of what it takes, as that need not be what was there when others were read before.
-BEST = f"candidates ORDER BY {pqueue.ORDER} LIMIT :limit)"
+BEST = f"candidates ORDER BY {pqueue_schema.ORDER} LIMIT :limit)"
 ALONE = "attempts > 0 OR attempts + 1 >= max_attempts"  # nothing but the claim tells what a dead consumer had begun
 RANKED = f"SELECT id, row_number() OVER best AS place, count(*) FILTER (WHERE {ALONE}) OVER best AS again FROM ("
-TOGETHER = f"""candidates WINDOW best AS (ORDER BY {pqueue.ORDER} ROWS UNBOUNDED PRECEDING)) ranked
+TOGETHER = f"""candidates WINDOW best AS (ORDER BY {pqueue_schema.ORDER} ROWS UNBOUNDED PRECEDING)) ranked
     WHERE place <= :limit AND (place = 1 OR again = 0)))"""
 AS_USUAL = _setting({"plan_cache_mode": "auto", **dict.fromkeys(PLANNER, "on")}, for_good=False)
 
@@ -270,7 +276,7 @@ def _replaced(sql: str, *pairs: tuple[str, str]) -> str:
 # key is taken (as in a transaction that has enqueued before, so that two cannot wait for each other), it is not.
 HAS_ROOM = f"CASE WHEN max_pending IS NULL THEN true ELSE max_pending > {PENDING} END"
 SEEN = f"(SELECT {COUNTED} FROM pending_counts c WHERE c.queue = name)"
-ENQUEUE_ASKING = f"{_replaced(pqueue.ENQUEUE, (pqueue.HAS_ROOM, HAS_ROOM))}, {RING}"
+ENQUEUE_ASKING = f"{_replaced(pqueue_schema.ENQUEUE, (pqueue_schema.HAS_ROOM, HAS_ROOM))}, {RING}"
 ENQUEUE_AT_ONCE = _replaced(ENQUEUE_ASKING, (PENDING, SEEN))
 ENQUEUE_MANY_ASKING = _replaced(
     ENQUEUE_ASKING,
@@ -282,7 +288,7 @@ ENQUEUE_MANY_ASKING = _replaced(
 )
 ENQUEUE_MANY = _replaced(ENQUEUE_MANY_ASKING, (PENDING, SEEN))
 COMPLETE_MANY = _replaced(
-    f"{pqueue.COMPLETE} RETURNING jobs.id",
+    f"{pqueue_schema.COMPLETE} RETURNING jobs.id",
     *((f":{name}", f"done.{name}") for name in ("id", "token", "result")),
     (
         "WHERE id",
@@ -291,10 +297,10 @@ COMPLETE_MANY = _replaced(
     ),
 )
 CLAIM_IN_TIME = _replaced(
-    pqueue.CLAIM,
+    pqueue_schema.CLAIM,
     (
         "WHERE state = 'pending' AND id IN",
-        f"""WHERE NOT EXISTS (SELECT FROM ({pqueue.OVERDUE}) o (due, expired) WHERE due OR expired)
+        f"""WHERE NOT EXISTS (SELECT FROM ({pqueue_schema.OVERDUE}) o (due, expired) WHERE due OR expired)
     AND state = 'pending' AND id IN""",
     ),
 )
@@ -319,9 +325,9 @@ def translated(sql: str) -> tuple[bytes, list[str]]:
 
 
 def _in_dialect(sql: str) -> str:
-    sql = ROOM if sql == pqueue.ROOM else sql.replace(pqueue.HAS_ROOM, HAS_ROOM)
-    takes = "UPDATE jobs SET state = 'processing'" in sql or sql == pqueue.PRUNABLE
-    if sql == pqueue.PROMOTE:
+    sql = ROOM if sql == pqueue_schema.ROOM else sql.replace(pqueue_schema.HAS_ROOM, HAS_ROOM)
+    takes = "UPDATE jobs SET state = 'processing'" in sql or sql == pqueue_schema.PRUNABLE
+    if sql == pqueue_schema.PROMOTE:
         sql = sql.replace("state = 'scheduled' AND id IN\n    (SELECT", "id = ANY (ARRAY(SELECT")
         sql = sql.replace("LIMIT :limit)", "LIMIT :limit FOR UPDATE SKIP LOCKED))")
     sql += ADDED.get(sql, "")
@@ -367,7 +373,7 @@ class PostgresSession(Session):
     def busy(self) -> bool:
         return self.depth > 0
 
-    def run(self, sql: str, params: Params = pqueue.NOTHING) -> list[Any]:
+    def run(self, sql: str, params: Params = pqueue_values.NOTHING) -> list[Any]:
         return self._execute(sql, params).fetchall()
 
     def alone(self, sql: str, params: Params) -> list[Any]:
@@ -379,7 +385,7 @@ class PostgresSession(Session):
             with self._queue._telling():
                 return self._cursor.execute(text, [params[name] for name in names]).fetchall()
 
-    def change(self, sql: str, params: Params = pqueue.NOTHING) -> int:
+    def change(self, sql: str, params: Params = pqueue_values.NOTHING) -> int:
         return self._execute(sql, params).rowcount
 
     def change_many(self, sql: str, rows: list[Params]) -> None:
@@ -474,7 +480,7 @@ class PostgresSession(Session):
     def disown(self) -> None:
         """In a forked child: leave the parent's connection alone, neither used nor closed."""
         _inherited.append((self.connection, self._driver))
-        self._driver = cast("psycopg.Connection[Any]", pqueue.Disowned())
+        self._driver = cast("psycopg.Connection[Any]", Disowned())
 
 
 class Line:
@@ -664,7 +670,7 @@ class OnSQLite(PersistentQSQLAlchemy, PersistentQSQLite):
 
     def __init__(self, url: str, **options: Any) -> None:
         PersistentQSQLite.__init__(self, pqueue.sqlite_path(url), **options)
-        self._over: weakref.WeakKeyDictionary[pqueue.SQLiteSession, sqlalchemy.Connection] = weakref.WeakKeyDictionary()
+        self._over = weakref.WeakKeyDictionary[SQLiteSession, sqlalchemy.Connection]()
 
     @contextmanager
     def transaction(self) -> Iterator[sqlalchemy.Connection]:  # type: ignore[override]
@@ -767,12 +773,12 @@ class OnPostgres(PersistentQSQLAlchemy):
         version = self._version()
         if version is None and not create:
             raise QueueError(f"no queue at {self.name}: a producer or a consumer creates it")
-        if version is not None and version > len(pqueue.MIGRATIONS):
+        if version is not None and version > len(pqueue_schema.MIGRATIONS):
             raise pqueue.SchemaMismatch(
-                f"cannot use {self.name}: expected schema {len(pqueue.MIGRATIONS)} or older, got {version}: "
+                f"cannot use {self.name}: expected schema {len(pqueue_schema.MIGRATIONS)} or older, got {version}: "
                 "use the pqueue that wrote it, or a newer one"
             )
-        if version != len(pqueue.MIGRATIONS):
+        if version != len(pqueue_schema.MIGRATIONS):
             self._migrate()
 
     def _version(self) -> int | None:
@@ -787,13 +793,13 @@ class OnPostgres(PersistentQSQLAlchemy):
             tx.change(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
             tx.change(f"CREATE TABLE IF NOT EXISTS {SCHEMA}.version (number INTEGER NOT NULL)")
             done = tx.run(f"SELECT number FROM {SCHEMA}.version")
-            for migration in islice(pqueue.MIGRATIONS, done[0][0] if done else 0, None):
+            for migration in islice(pqueue_schema.MIGRATIONS, done[0][0] if done else 0, None):
                 for statement in migration:
                     self._define(tx, statement)
             for statement in () if done else COUNTING:
                 tx.change(statement)
             tx.change(f"DELETE FROM {SCHEMA}.version")
-            tx.change(f"INSERT INTO {SCHEMA}.version VALUES (:number)", {"number": len(pqueue.MIGRATIONS)})
+            tx.change(f"INSERT INTO {SCHEMA}.version VALUES (:number)", {"number": len(pqueue_schema.MIGRATIONS)})
 
     def _define(self, tx: PostgresSession, statement: str) -> None:
         identity = "BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY"
@@ -855,7 +861,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             session.durable = durable
         return session
 
-    def _read(self, sql: str, params: Params = pqueue.NOTHING) -> list[Any]:
+    def _read(self, sql: str, params: Params = pqueue_values.NOTHING) -> list[Any]:
         session = self._session()
         if session.busy or not self.pooled:
             return session.run(sql, params)
@@ -922,7 +928,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         """Count with no writer under way, and let the triggers be there while a queue has a limit."""
         for statement in COUNT_ANEW:
             tx.change(statement)
-        is_limited, is_counted = tx.run(pqueue.LIMITED), tx.run(IS_COUNTED)
+        is_limited, is_counted = tx.run(pqueue_schema.LIMITED), tx.run(IS_COUNTED)
         if is_counted and not is_limited:
             tx.run(f"SELECT CAST({SCHEMA}.stop_counting() AS text)")
         for verb, tables in TRIGGERS.items() if is_limited and not is_counted else ():
@@ -944,7 +950,7 @@ class OnPostgres(PersistentQSQLAlchemy):
     def _exchange(
         self,
         settled: list[tuple[Job, str | None]],
-        me: pqueue.Registration,
+        me: pqueue_backend.Registration,
         limit: int,
         queues: Sequence[str] | None,
         lease_seconds: float,
@@ -1020,7 +1026,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             with self._write(durable=False) as tx:
                 tx.change(REVIVE, params)
 
-    def _sleep(self, me: pqueue.Registration, seconds: float, due_in: Callable[[], float]) -> bool:  # noqa: ARG002
+    def _sleep(self, me: pqueue_backend.Registration, seconds: float, due_in: Callable[[], float]) -> bool:  # noqa: ARG002
         def due_at_first() -> float:  # when it is due again, it is not to be had: somebody's transaction has locked it
             left = due_in()
             self._local.was_due = left <= 0 and not getattr(self._local, "was_due", False)
@@ -1046,7 +1052,7 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Write a copy, as of one moment, that is a queue on SQLite: `open_queue(path)` opens it."""
-        target = pqueue.file_path(path)
+        target = pqueue_values.file_path(path)
         try:
             if target.exists():
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
@@ -1060,7 +1066,7 @@ class OnPostgres(PersistentQSQLAlchemy):
     def other_tables(self) -> list[str]:
         """Return the names of the tables and views in the queue's schema that are not ours."""
         sql = "SELECT table_name::text FROM information_schema.tables WHERE table_schema = :schema ORDER BY 1"
-        ours = (*pqueue.TABLES, "version", "pending_changes", "pending_counts")
+        ours = (*pqueue_schema.TABLES, "version", "pending_changes", "pending_counts")
         return [row[0] for row in self._read(sql, {"schema": SCHEMA}) if row[0] not in ours]
 
     def _lock_out_writers(self, tx: Session) -> None:
@@ -1085,7 +1091,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             facts[setting] = self._read(f"SHOW {setting}")[0][0]
         if thorough:
             facts["file_bytes"] = self._read("SELECT pg_database_size(current_database())")[0][0]
-        expected["user_version"] = len(pqueue.MIGRATIONS)
+        expected["user_version"] = len(pqueue_schema.MIGRATIONS)
         if facts["synchronous_commit"] != "off":  # this server's disk has it; the rest is about standbys
             expected.pop("synchronous_commit", None)
         facts["problems"] = [

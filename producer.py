@@ -29,6 +29,7 @@ from typing import IO
 
 import consumer
 import pqueue
+import pqueue_files
 from consumer import Result, folder, log
 from pqueue import PersistentQInterface, QueueBusy, QueueError, QueueFull
 
@@ -45,7 +46,7 @@ class Producer:
     def __init__(self, queue: PersistentQInterface, directory: Path) -> None:
         self.queue, self.directory = queue, directory
         self.stopped = threading.Event()
-        pqueue.make_folder(directory)
+        pqueue_files.make_folder(directory)
 
     def stop(self, *_: object) -> None:
         self.stopped.set()
@@ -75,17 +76,17 @@ class Producer:
         """Write the file durably under both names and return it, locked; leave nothing of it where that fails."""
         file = os.fdopen(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8")
         try:
-            pqueue.share_as_folder(file.fileno(), self.directory)
-            pqueue.try_lock(file.fileno())
+            pqueue_files.share_as_folder(file.fileno(), self.directory)
+            pqueue_files.try_lock(file.fileno())
             file.write(_random_lines())
             file.flush()
             # guard: a job file is synced
-            pqueue.sync_file(file.fileno())
+            pqueue_files.sync_file(file.fileno())
             # guard: a job file's first name is synced
-            pqueue.sync(self.directory)  # or a power cut might leave the other name alone, and nobody would see to it
+            pqueue_files.sync(self.directory)  # else a power cut might leave the other name alone
             os.link(new, self.directory / name)
             # guard: a job file's final name is synced
-            pqueue.sync(self.directory)
+            pqueue_files.sync(self.directory)
         except BaseException:
             with suppress(OSError):
                 file.close()  # which flushes once more
@@ -98,7 +99,7 @@ class Producer:
         """Finish what a killed producer left; a file that a living one holds is locked and left to it."""
         for new in self.directory.glob(".job_*.txt.new"):
             with suppress(FileNotFoundError), new.open("rb") as held:
-                if not pqueue.try_lock(held.fileno()):
+                if not pqueue_files.try_lock(held.fileno()):
                     continue
                 final = self.directory / new.name[1 : -len(".new")]
                 if final.exists() and final.samefile(new):

@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 import pqueue
+import pqueue_schema
 from masking import masked, masked_error, masked_job, masked_text
 from pqueue import Job, PersistentQInterface
 
@@ -252,8 +253,8 @@ def cut(text: str, most: int) -> str:
 
 def failure(error: str | None) -> str:
     """Return the error as it is shown of a group of failed jobs."""
-    line = (error or "").split("\n", 1)[0][: pqueue.FAILURE_CHARS]
-    return masked_text(line + "…" if len(line) == pqueue.FAILURE_CHARS else line)
+    line = (error or "").split("\n", 1)[0][: pqueue_schema.FAILURE_CHARS]
+    return masked_text(line + "…" if len(line) == pqueue_schema.FAILURE_CHARS else line)
 
 
 def failures(queue: PersistentQInterface) -> list[dict[str, Any]]:

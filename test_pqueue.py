@@ -6,6 +6,7 @@ python3 test_pqueue.py
 from __future__ import annotations
 
 import gc
+import getpass
 import itertools
 import json
 import multiprocessing
@@ -29,6 +30,11 @@ from pathlib import Path
 from unittest import mock
 
 import pqueue
+import pqueue_files
+import pqueue_locks
+import pqueue_schema
+import pqueue_sqlite
+import pqueue_values
 from pqueue import (
     InvalidTransition,
     JobNotFound,
@@ -326,7 +332,7 @@ class QueueContract:
 
     def test_batch_refuses_what_a_single_job_would_refuse(self):
         nest = 0
-        for _ in range(pqueue.MAX_JSON_DEPTH + 1):
+        for _ in range(pqueue_values.MAX_JSON_DEPTH + 1):
             nest = [nest]
         for bad in (nest, {1, 2}, float("nan"), "\ud800", "x" * pqueue.MAX_PAYLOAD_BYTES):
             with self.subTest(bad=repr(bad)[:20]), self.assertRaisesRegex(ValueError, "expected a payload"):
@@ -651,7 +657,7 @@ class QueueContract:
         job = self.taken()
         self.queue.fail(job, "\ud800\0" + "x" * 20_000, retry=False)
         stored = self.queue.get(job.id).error
-        self.assertEqual(len(stored.replace("\\ud800", "?").replace("\\x00", "?")), pqueue.MAX_ERROR_CHARS)
+        self.assertEqual(len(stored.replace("\\ud800", "?").replace("\\x00", "?")), pqueue_values.MAX_ERROR_CHARS)
 
     # Transactions
 
@@ -719,7 +725,7 @@ class QueueContract:
         self.queue.resubmit(job.id, by="bob", now=NOW)
         self.queue.cancel(job.id, now=NOW)
         story = [(event["event"], event["actor"], event["error"]) for event in self.queue.history(job.id)]
-        me = pqueue.getpass.getuser()
+        me = getpass.getuser()
         self.assertEqual(
             story, [("marked failed", "ann", "by hand"), ("resubmitted", "bob", None), ("cancelled", me, None)]
         )
@@ -768,7 +774,7 @@ class QueueContract:
         self.queue.assign(ids[0], "w")
         self.queue.cancel(ids[1])
         for few in (100, 0):
-            with self.subTest(few=few), mock.patch("pqueue.FEW", few):
+            with self.subTest(few=few), mock.patch("pqueue_search.FEW", few):
                 self.assertEqual([job.id for job in self.queue.list_jobs(state="pending")], [ids[3], ids[2], ids[0]])
                 self.assertEqual(
                     [job.id for job in self.queue.list_jobs(state="pending", before_id=ids[3])], [ids[2], ids[0]]
@@ -778,7 +784,7 @@ class QueueContract:
     def test_search_stops_in_time_and_goes_on_where_it_stopped(self):
         ids = self.queue.enqueue_many("a", range(10), now=NOW)
         self.queue.delete_jobs(ids[2:6])
-        with mock.patch("pqueue.WINDOW", 2):
+        with mock.patch("pqueue_search.WINDOW", 2):
             jobs, before = self.queue.search_jobs(task="a", seconds=0)
             self.assertEqual(([job.id for job in jobs], before), (ids[:7:-1], ids[8]))
             seen = []
@@ -841,7 +847,7 @@ class QueueContract:
         """Return the jobs in which the text is, each way of looking agreeing with the others."""
         ids = [job.id for job in self.queue.list_jobs(text=text, **options)]
         for few in (0, 100_000):  # by an index of the state, or on the way through all
-            with mock.patch("pqueue.FEW", few), mock.patch("pqueue.WINDOW", 3):
+            with mock.patch("pqueue_search.FEW", few), mock.patch("pqueue_search.WINDOW", 3):
                 self.assertEqual([job.id for job in self.queue.list_jobs(text=text, state="pending", **options)], ids)
                 self.assertEqual(self.queue.count_jobs(text=text, **options), len(ids))
                 self.assertEqual(self.queue.count_jobs(text=text, state="pending", **options), len(ids))
@@ -1229,9 +1235,9 @@ class SQLiteContract(QueueContract, SQLiteCase):
 
         self.queue.limit("a", 5)
         self.queue.limit("b", 5)
-        self.assertEqual(sorted(triggers()), sorted(pqueue.COUNTERS))
+        self.assertEqual(sorted(triggers()), sorted(pqueue_schema.COUNTERS))
         self.queue.limit("a", None)
-        self.assertEqual(sorted(triggers()), sorted(pqueue.COUNTERS))
+        self.assertEqual(sorted(triggers()), sorted(pqueue_schema.COUNTERS))
         self.assertEqual(self.queue.check()["problems"], [])
         self.queue.limit("b", None)
         self.assertEqual(triggers(), [])
@@ -1307,13 +1313,13 @@ os._exit(0)
 """
         with python(code, self.path) as child:
             self.assertEqual(child.wait(), 0)
-        with mock.patch("pqueue.boot", return_value=pqueue.boot() + 1):
+        with mock.patch("pqueue_locks.boot", return_value=pqueue_locks.boot() + 1):
             self.assertIsNone(self.reopen().dequeue("w"))
         self.assertEqual(self.queue.get(1).state, "failed")
 
     def test_consumer_that_began_too_many_for_its_list_counts_all(self):
-        self.queue.enqueue_many("t", range(pqueue.Begun.MOST + 2), now=NOW)
-        jobs = self.queue.dequeue_many("w", pqueue.Begun.MOST + 2, prefetch=True, now=NOW)
+        self.queue.enqueue_many("t", range(pqueue_locks.Begun.MOST + 2), now=NOW)
+        jobs = self.queue.dequeue_many("w", pqueue_locks.Begun.MOST + 2, prefetch=True, now=NOW)
         for job in jobs[:-1]:
             self.queue.begin(job, now=NOW)
         self.reopen().dequeue_many("other", 0, now=NOW + 60)
@@ -1366,7 +1372,7 @@ class SQLiteGuarantees(SQLiteCase):
 
     def test_guarantee_7_database_on_a_network_drive_is_refused(self):
         with (
-            mock.patch("pqueue.file_system", return_value="nfs4"),
+            mock.patch("pqueue_sqlite.file_system", return_value="nfs4"),
             self.assertRaisesRegex(QueueError, "locks fail on nfs4; use a local disk"),
         ):
             self.open()
@@ -1380,8 +1386,8 @@ class SQLiteGuarantees(SQLiteCase):
         ):
             text = mounts.replace(b"%s", os.fsencode(self.folder.resolve()))
             with mock.patch.object(Path, "read_bytes", return_value=text), self.subTest(mounts=mounts):
-                self.assertRegex(pqueue.file_system(Path(f"{self.folder} \xfc/var")), "nfs4|cifs")
-                self.assertEqual(pqueue.file_system(self.folder), "ext4")
+                self.assertRegex(pqueue_files.file_system(Path(f"{self.folder} \xfc/var")), "nfs4|cifs")
+                self.assertEqual(pqueue_files.file_system(self.folder), "ext4")
 
     def test_guarantee_7_database_of_two_names_is_refused(self):
         self.open().enqueue("t")
@@ -1391,7 +1397,7 @@ class SQLiteGuarantees(SQLiteCase):
 
     def test_guarantee_7_file_that_only_claims_to_be_a_queue_is_refused(self):
         with self.sqlite() as db:
-            db.execute(f"PRAGMA application_id = {pqueue.APPLICATION_ID}")
+            db.execute(f"PRAGMA application_id = {pqueue_schema.APPLICATION_ID}")
             db.execute("PRAGMA user_version = 1")
             endless = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x FROM n) SELECT x AS id FROM n"
             for name in ("jobs", "queues", "consumers", "history"):
@@ -1636,24 +1642,24 @@ time.sleep(600)
         with python(code, self.path, where) as child:
             child.stdout.readline()
             child.send_signal(signal.SIGSTOP)
-            wait_until(lambda: pqueue.is_stopped(child.pid))
+            wait_until(lambda: pqueue_files.is_stopped(child.pid))
             yield child
 
     @contextmanager
     def waits(self):
         """Yield a list of how long each wait for a lock was meant to be."""
-        waits, original = [], pqueue._hear
+        waits, original = [], pqueue_locks._hear
 
         def hear(bell, seconds, **options):
             waits.append(seconds)
             return original(bell, seconds, **options)
 
-        with mock.patch("pqueue._hear", hear):
+        with mock.patch("pqueue_locks._hear", hear):
             yield waits
 
     def test_process_stopped_in_the_turnstile_does_not_stop_the_others(self):
         queue, other = self.open(), self.open()
-        with self.stopped("way") as child, mock.patch("pqueue.TURN_SECONDS", 0.05), self.waits() as waits:
+        with self.stopped("way") as child, mock.patch("pqueue_locks.TURN_SECONDS", 0.05), self.waits() as waits:
             self.assertEqual(queue.enqueue("t"), 1)
             paid = len(waits)
             for number in range(2, 6):  # nobody waits again for the same process, in whichever lane
@@ -1669,12 +1675,12 @@ time.sleep(600)
 
     def test_process_stopped_in_a_lane_leaves_the_others_their_turn(self):
         queue, holder = self.open(), self.open()
-        with self.stopped("others"), mock.patch("pqueue.TURN_SECONDS", 0.5):
+        with self.stopped("others"), mock.patch("pqueue_locks.TURN_SECONDS", 0.5):
             wait_until(lambda: queue._turnstile._lanes[0]._held_seconds() >= 0.5)
             for _ in range(3):
                 self.assertTrue(holder._turnstile.enter())
                 leave = mock.Mock(side_effect=lambda *_, **__: holder._turnstile.leave())
-                with mock.patch("pqueue._hear", leave):
+                with mock.patch("pqueue_locks._hear", leave):
                     self.assertTrue(queue._turnstile.enter())
                 leave.assert_called_once()  # it waited for the lock, and not in the lane
                 queue._turnstile.leave()
@@ -1692,7 +1698,7 @@ print("out", flush=True)
 time.sleep(600)
 """
         mask = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])"
-        with python(f"{mask}{code}", self.path) as child, mock.patch("pqueue.TURN_SECONDS", 0.05):
+        with python(f"{mask}{code}", self.path) as child, mock.patch("pqueue_locks.TURN_SECONDS", 0.05):
             child.stdout.readline()
             child.send_signal(signal.SIGSTOP)
             self.assertEqual(queue.enqueue("t"), 1)
@@ -1706,14 +1712,14 @@ time.sleep(600)
 
     def test_check_names_a_process_that_is_stopped_in_the_turnstile(self):
         queue = self.open()
-        for where in ("way", *pqueue.LANES):
-            with self.subTest(where), self.stopped(where) as child, mock.patch("pqueue.TURN_SECONDS", 0.05):
+        for where in ("way", *pqueue_locks.LANES):
+            with self.subTest(where), self.stopped(where) as child, mock.patch("pqueue_locks.TURN_SECONDS", 0.05):
                 wait_until(lambda: queue.check(thorough=False)["problems"])
                 (problem,) = queue.check(thorough=where != "way")["problems"]
                 self.assertRegex(problem, f"process {child.pid} is stopped and has held .*/{where} for 0 s")
                 self.assertIn(f"kill -CONT {child.pid}", problem)
                 child.send_signal(signal.SIGCONT)
-                wait_until(lambda: not pqueue.is_stopped(child.pid))
+                wait_until(lambda: not pqueue_files.is_stopped(child.pid))
                 (problem,) = queue.check(thorough=False)["problems"]
                 self.assertRegex(problem, f"process {child.pid} has held .*: end it, if it does not go on")
                 child.kill()
@@ -1728,17 +1734,17 @@ with pqueue.PersistentQSQLite(sys.argv[1]).transaction():
     print("in", flush=True)
     time.sleep(600)
 """
-        with python(code, self.path) as child, mock.patch("pqueue.TURN_SECONDS", 0.05):
+        with python(code, self.path) as child, mock.patch("pqueue_locks.TURN_SECONDS", 0.05):
             child.stdout.readline()
             child.send_signal(signal.SIGSTOP)
-            wait_until(lambda: pqueue.is_stopped(child.pid))
+            wait_until(lambda: pqueue_files.is_stopped(child.pid))
             with self.assertRaisesRegex(QueueBusy, f"another writer held it for .*; process {child.pid} is stopped"):
                 queue.enqueue("t")
 
     def test_writer_that_died_in_a_lock_leaves_it_free(self):
         turnstile = self.open()._turnstile
         for lock in (turnstile._lock, *turnstile._lanes):
-            with self.subTest(lock._path.name), mock.patch("pqueue.TURN_SECONDS", 0.05):
+            with self.subTest(lock._path.name), mock.patch("pqueue_locks.TURN_SECONDS", 0.05):
                 with self.stopped(lock._path.name) as child:
                     child.kill()
                     child.wait()
@@ -1750,21 +1756,21 @@ with pqueue.PersistentQSQLite(sys.argv[1]).transaction():
         holder, queue = self.open(), self.open()
         lock, go = queue._turnstile._lock, self.folder / "go"
         code = """
-import os, pqueue, time
-pqueue.TURN_SECONDS = 60
+import os, pqueue, pqueue_locks, time
+pqueue_locks.TURN_SECONDS = 60
 queue = pqueue.PersistentQSQLite(sys.argv[1])
 print("open", flush=True)
 while not os.path.exists(sys.argv[2]):
     time.sleep(0.001)
 queue._turnstile.enter(in_batch=sys.argv[3] == "1")
 """
-        for kind, _ in enumerate(pqueue.LANES):
+        for kind, _ in enumerate(pqueue_locks.LANES):
             place = lock.WAITING_SINCE + kind
             with python(code, self.path, go, kind) as child, self.waits() as waits:
                 child.stdout.readline()
                 self.assertTrue(holder._turnstile.enter())
                 go.touch()
-                wait_until(lambda: 0 < lock._shared[place] < time.monotonic() - pqueue.OVERTAKE_SECONDS)  # noqa: B023
+                wait_until(lambda: 0 < lock._shared[place] < time.monotonic() - pqueue_locks.OVERTAKE_SECONDS)  # noqa: B023
                 child.kill()
                 child.wait()
                 go.unlink()
@@ -1772,11 +1778,11 @@ queue._turnstile.enter(in_batch=sys.argv[3] == "1")
                 for _ in range(3):
                     self.assertTrue(queue._turnstile.enter(in_batch=not kind))
                     queue._turnstile.leave()
-                self.assertLessEqual(waits, [pqueue.HANDOVER_SECONDS] * 2)  # the dead may not have heard its ring
+                self.assertLessEqual(waits, [pqueue_locks.HANDOVER_SECONDS] * 2)  # the dead may not have heard its ring
 
     def test_writer_interrupted_in_line_does_not_keep_the_way(self):
         queue, other = self.open(), self.open()
-        with other.transaction(), mock.patch("pqueue._hear", side_effect=InterruptedError):
+        with other.transaction(), mock.patch("pqueue_locks._hear", side_effect=InterruptedError):
             with self.assertRaises(InterruptedError):
                 queue.enqueue("never")
         self.assertTrue(other._turnstile.enter())
@@ -1791,8 +1797,11 @@ queue._turnstile.enter(in_batch=sys.argv[3] == "1")
             heard.append(bell)
             return original(bell, seconds, **options)
 
-        original, threads = pqueue._hear, [threading.Thread(target=call, daemon=True) for call in calls]
-        with mock.patch("pqueue._hear", hear), mock.patch.multiple(pqueue, POLL_SECONDS=60, TURN_SECONDS=60):
+        original, threads = pqueue_locks._hear, [threading.Thread(target=call, daemon=True) for call in calls]
+        with (
+            mock.patch("pqueue_locks._hear", hear),
+            mock.patch.multiple(pqueue_locks, POLL_SECONDS=60, TURN_SECONDS=60),
+        ):
             self.assertTrue(holder._turnstile.enter(in_batch=in_batch))
             for number, thread in enumerate(threads, 1):
                 thread.start()
@@ -1825,13 +1834,13 @@ queue._turnstile.enter(in_batch=sys.argv[3] == "1")
     def test_newcomer_does_not_overtake_a_writer_that_has_waited_for_long(self):
         queue, newcomer = self.open(), self.open()
         lock = newcomer._turnstile._lock
-        for kind, _ in enumerate(pqueue.LANES):
+        for kind, _ in enumerate(pqueue_locks.LANES):
             for seconds, overtakes in ((0.0, True), (1.0, False)):
-                with self.subTest(kind=kind, seconds=seconds), mock.patch("pqueue.HANDOVER_SECONDS", 60):
+                with self.subTest(kind=kind, seconds=seconds), mock.patch("pqueue_locks.HANDOVER_SECONDS", 60):
                     self.assertTrue(queue._turnstile.enter())
                     lock._shared[lock.WAITING_SINCE + kind] = time.monotonic() - seconds
                     queue._turnstile._lock._turn_began = time.monotonic()
-                    with mock.patch("pqueue.OVERTAKE_SECONDS", 0.5):
+                    with mock.patch("pqueue_locks.OVERTAKE_SECONDS", 0.5):
                         queue._turnstile.leave()
                     self.assertEqual(lock.try_acquire(), overtakes)
                     self.assertEqual(lock.try_acquire(1 - kind), overtakes)
@@ -1854,7 +1863,7 @@ queue._turnstile.enter(in_batch=sys.argv[3] == "1")
     def test_writer_in_a_loop_lets_one_that_waits_go_first_after_a_while(self):
         queue, waiter = self.open(), self.open()
         lock = queue._turnstile._lock
-        with mock.patch.multiple(pqueue, REPEAT_SECONDS=10.0, OVERTAKE_SECONDS=60, HANDOVER_SECONDS=60):
+        with mock.patch.multiple(pqueue_locks, REPEAT_SECONDS=10.0, OVERTAKE_SECONDS=60, HANDOVER_SECONDS=60):
             for seconds, repeats, goes_on in ((0.0, True, True), (11.0, False, True), (11.0, True, False)):
                 self.assertTrue(queue._turnstile.enter())
                 lock._shared[lock.WAITING_SINCE] = time.monotonic()
@@ -1871,12 +1880,12 @@ queue._turnstile.enter(in_batch=sys.argv[3] == "1")
         queue, other = self.open(), self.open()
         waiting = threading.Thread(target=queue.enqueue, args=["t"])
         with (
-            mock.patch("pqueue.TURN_SECONDS", 60),
+            mock.patch("pqueue_locks.TURN_SECONDS", 60),
             mock.patch("os.write", side_effect=BlockingIOError),
             other.transaction(),
         ):
             waiting.start()
-            self.assertTrue(wait_until(lambda: queue._turnstile._lock._shared[pqueue.BellLock.WAITING_SINCE]))
+            self.assertTrue(wait_until(lambda: queue._turnstile._lock._shared[pqueue_locks.BellLock.WAITING_SINCE]))
         waiting.join()
         self.assertEqual(queue.stats()["states"]["pending"], 1)
 
@@ -2081,7 +2090,7 @@ class Files(SQLiteCase):
         queue = self.open()
         params = {"consumer": "w", "limit": 1, "token": "t", "now": 1.0, "lease_expires_at": 2.0, "queue0": "default"}
         for queues in (None, ["default"]):
-            for statement in (pqueue.CLAIM, pqueue.NEXT_EVENT):
+            for statement in (pqueue_schema.CLAIM, pqueue_schema.NEXT_EVENT):
                 sql = f"EXPLAIN QUERY PLAN {pqueue.serving(statement, queues)}"
                 plan = "\n".join(row[3] for row in queue._read(sql, params))
                 self.assertNotRegex(plan, r"SCAN jobs(?! USING)")
@@ -2098,7 +2107,7 @@ class Files(SQLiteCase):
         self.assertIn("-- deliveries so far", comments)
 
 
-@unittest.skipUnless(pqueue.fcntl, "needs POSIX locks")
+@unittest.skipUnless(pqueue_files.has_locks(), "needs POSIX locks")
 class Replaced(SQLiteCase):
     """A database whose files are replaced, deleted, or lose their locks while a process has it open."""
 
@@ -2157,7 +2166,7 @@ class Replaced(SQLiteCase):
             "another connection": lambda: sqlite3.connect(self.path).close(),
         }  # fmt: skip
 
-    @unittest.skipUnless(pqueue.FileLocks.AVAILABLE, "needs open file description locks")
+    @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
     def test_process_that_copies_its_database_keeps_its_locks(self):
         for name in self.copies():
             with self.subTest(name):
@@ -2167,7 +2176,7 @@ class Replaced(SQLiteCase):
                 self.assert_locks_kept(queue, self.copies()[name])
                 queue.close()
 
-    @unittest.skipUnless(pqueue.FileLocks.AVAILABLE, "needs open file description locks")
+    @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
     def test_second_queue_object_that_closes_leaves_the_first_one_its_locks(self):
         queue = self.open()
         self.assert_locks_kept(queue, lambda: self.open().close())
@@ -2182,7 +2191,7 @@ class Replaced(SQLiteCase):
         db.close()
         self.open().close()  # which also closes the descriptors that were kept for that connection
 
-    @unittest.skipUnless(pqueue.FileLocks.AVAILABLE, "needs open file description locks")
+    @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
     def test_transaction_that_lost_its_lock_is_undone(self):
         queue = self.open()
         with self.assertRaisesRegex(QueueError, "cannot commit.*its lock was lost"), queue.transaction():
@@ -2280,7 +2289,7 @@ class Replaced(SQLiteCase):
         self.beside("-wal").unlink()
         self.assertEqual(self.open().count_jobs(), 100)
 
-    @unittest.skipUnless(pqueue.FileLocks.AVAILABLE, "needs open file description locks")
+    @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
     def test_log_that_was_deleted_is_not_begun_anew_while_others_have_the_old_one(self):
         code = "import pqueue, time\nq = pqueue.PersistentQSQLite(sys.argv[1])\nq.enqueue_many('t', range(9))\n"
         with python(f"{code}print('ready', flush=True)\ntime.sleep(600)", self.path) as child:
@@ -2385,14 +2394,14 @@ class Misuse(SQLiteCase):
                 queue.enqueue("from the handler")
             told.append(True)
 
-        run = pqueue.SQLiteSession.run
+        run = pqueue_sqlite.SQLiteSession.run
 
         def interrupted(session, sql, *params):
             if sql == "COMMIT":
                 handle()
             return run(session, sql, *params)
 
-        with mock.patch.object(pqueue.SQLiteSession, "run", interrupted):
+        with mock.patch.object(pqueue_sqlite.SQLiteSession, "run", interrupted):
             queue.enqueue("t")
         self.assertEqual([job.task for job in queue.list_jobs()], ["t"])
         self.assertEqual(told, [True])

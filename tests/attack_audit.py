@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pqueue
+import pqueue_files
 
 EFFECTS = "CREATE TABLE effects (uid TEXT NOT NULL, job_id INTEGER, attempt INTEGER, stale INTEGER)"
 OURS = ("quick", "once", "effect", "copies", "flaky", "deadly", "sleepy")  # the tasks that record what they do
@@ -329,7 +330,7 @@ class Audit:
 
 def is_locked(path: Path) -> bool:
     with path.open("rb") as file:
-        return not pqueue.try_lock(file.fileno())
+        return not pqueue_files.try_lock(file.fileno())
 
 
 def stamps_of(line: bytes) -> list[float]:

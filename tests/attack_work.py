@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import pqueue
+import pqueue_files
 from pqueue import DoNotRetry, Job, QueueBusy, QueueError, QueueFull, current_queue, task
 
 MANY = 200  # attempts of the jobs that must complete, however often their consumers are killed
@@ -211,7 +212,7 @@ class Writer:
         name = f"job_{secrets.token_hex(8)}.txt"
         new, unlocked = FILES / f".{name}.new", FILES / f".{name}.unlocked"
         with unlocked.open("x") as file:
-            pqueue.try_lock(file.fileno())
+            pqueue_files.try_lock(file.fileno())
             unlocked.rename(new)
             (FILES / name).write_text("a line\n")
             try:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import pqueue
+import pqueue_sqlite
 import report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -226,7 +227,7 @@ def bounds_broken(samples: list[Sample]) -> Iterator[str]:
             before, after = (max(sample[name] for sample in part) for part in (early, late))
             if after > 1.25 * before + 8:
                 yield f"{name} grew from {before:.0f} to {after:.0f}"
-    if (wal := max(sample["wal_mb"] for sample in samples)) > 2 * pqueue.WAL_BYTES / MEGABYTE:
+    if (wal := max(sample["wal_mb"] for sample in samples)) > 2 * pqueue_sqlite.WAL_BYTES / MEGABYTE:
         yield f"the write-ahead log grew to {wal:.0f} MB"
     before, after = rate(early), rate(late)
     if after < before / 2:

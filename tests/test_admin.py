@@ -18,6 +18,7 @@ from conftest import ROOT, wait_until
 
 import admin
 import pqueue
+import pqueue_sqlite
 import report
 
 
@@ -37,7 +38,8 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def queue(folder, monkeypatch):
-    monkeypatch.setattr(pqueue, "TASKS", {})  # those of other tests' modules are not known here
+    for name in list(pqueue.TASKS):  # those of other tests' modules are not known here
+        monkeypatch.delitem(pqueue.TASKS, name)
     queue = pqueue.open_queue()
     yield queue
     queue.close()
@@ -518,7 +520,7 @@ def _written_carelessly(self, *, durable=True, in_batch=False):
 
 
 def test_doctor_finds_a_log_that_a_reader_keeps_from_shrinking(queue, monkeypatch):
-    monkeypatch.setattr(pqueue, "WAL_BYTES", 500_000)
+    monkeypatch.setattr(pqueue_sqlite, "WAL_BYTES", 500_000)
     reader = sqlite3.connect(queue.path)
     reader.execute("BEGIN")
     queue.enqueue("t")
@@ -673,10 +675,10 @@ def test_torture_finds_a_queue_without_its_token_guard(tmp_path):
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     (tmp_path / "var").mkdir()
-    source = (tmp_path / "pqueue.py").read_text()
+    source = (tmp_path / "pqueue_schema.py").read_text()
     broken = source.replace("state = 'processing' AND lease_token = :token\"", "state = 'processing'\"")
     assert broken != source
-    (tmp_path / "pqueue.py").write_text(broken)
+    (tmp_path / "pqueue_schema.py").write_text(broken)
     done = subprocess.run(
         [sys.executable, "admin.py", "torture", "--seconds", "20"], cwd=tmp_path, capture_output=True, text=True
     )

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from pqueue import TABLES, PersistentQSQLite, QueueError
+from pqueue import PersistentQSQLite, QueueError
+from pqueue_schema import TABLES
 
 # Locks that ordinary code in the same process drops ###################################################################
 

@@ -20,6 +20,8 @@ import pytest
 from test_histories import memory
 
 import pqueue
+import pqueue_schema
+import pqueue_sqlite
 from pqueue import LeaseLost, PersistentQSQLite, QueueBusy, QueueError, QueueFull
 
 NOW = 1_800_000_000.0
@@ -396,7 +398,7 @@ def kill(*_: Any) -> None:
 def operation(request, template, place, monkeypatch):
     """Return an operation and what makes a fresh folder for it, by number."""
     if "newer schema" in request.param:
-        monkeypatch.setattr(pqueue, "MIGRATIONS", [*pqueue.MIGRATIONS, NEXT_MIGRATION])
+        monkeypatch.setattr(pqueue_sqlite, "MIGRATIONS", [*pqueue_schema.MIGRATIONS, NEXT_MIGRATION])
 
     def folder(number: object) -> Path:
         path = place / request.node.name / str(number) / "queue.db"

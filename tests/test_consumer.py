@@ -16,6 +16,7 @@ from conftest import wait_until
 
 import consumer
 import pqueue
+import pqueue_files
 import producer
 
 TASKS = """
@@ -405,7 +406,7 @@ def test_starting_consumer_leaves_the_copy_of_a_living_one(place, killed):
     for link in links:
         link.symlink_to("job_1.txt")
     with (files / copy).open("rb") as held:
-        assert pqueue.try_lock(held.fileno())
+        assert pqueue_files.try_lock(held.fileno())
         place.run("consumer.py", "--drain", "--queue", "other")
     assert set(os.listdir(files)) == {copy, "job_1.txt", *(link.name for link in links)}
 
@@ -421,8 +422,8 @@ def test_copy_that_another_consumer_takes_for_a_stale_one_is_created_anew(file_j
                 consumer.remove_copies()
         return lock(file)
 
-    lock = pqueue.try_lock
-    monkeypatch.setattr(pqueue, "try_lock", try_lock)
+    lock = pqueue_files.try_lock
+    monkeypatch.setattr(pqueue_files, "try_lock", try_lock)
     pqueue.run_task(queue, job)
     assert os.listdir(files) == ["job_1.txt"]
     assert len(locked) == 3
@@ -430,7 +431,7 @@ def test_copy_that_another_consumer_takes_for_a_stale_one_is_created_anew(file_j
 
 def test_failed_attempt_leaves_no_copy(file_job, monkeypatch):
     queue, files, job = file_job
-    monkeypatch.setattr(pqueue, "sync_file", lambda _: 1 / 0)
+    monkeypatch.setattr(pqueue_files, "sync_file", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         pqueue.run_task(queue, job)
     assert os.listdir(files) == ["job_1.txt"]

@@ -138,7 +138,7 @@ MUTANTS = [
     Mutant("a backup's name is synced", "test_power_loss.py: backup"),
     Mutant("a backup takes its name last", "contract: backup_is_a_whole", "target.with_name", "target or target.with_name"),
     Mutant("no old log reappears next to a restored file", "test_power_loss.py: restore_leaves"),
-    Mutant("a database that is open is not replaced", "test_restore.py: has_the_database_open", "_try_lock_bytes(file) and ", ""),
+    Mutant("a database that is open is not replaced", "test_restore.py: has_the_database_open", "try_lock_bytes(file) and ", ""),
     Mutant("a damaged backup is not restored", "test_restore.py: no_sound_queue", '!= "ok"', '== ""'),
     Mutant("a job file is synced", FILES),
     Mutant("a job file's first name is synced", FILES),
@@ -181,7 +181,7 @@ MUTANTS = [
     # looking
     Mutant("a search looks at text beyond ASCII", "contract: as_it_is_read", '            f"OR {self._BYTES.format(column)} <> length({column})"\n', ""),
     Mutant("a search looks at what JSON has escaped", "contract: in_another_form", " OR {column} LIKE :escaped ESCAPE '!' ", " "),
-    Mutant("a search finds only what is shown", "contract: text_that_is_not_shown", " if shown is None else shown(_job(row))", ""),
+    Mutant("a search finds only what is shown", "contract: text_that_is_not_shown", " if shown is None else shown(to_job(row))", ""),
     Mutant("a job that left its state is not found", "contract: leaves_its_state"),
 ]
 # fmt: on

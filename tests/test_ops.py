@@ -25,6 +25,7 @@ import manager
 import ops
 import ops_streamlit
 import pqueue
+import pqueue_search
 import web
 
 PATIENCE_SECONDS = 90  # after which something is wrong
@@ -153,7 +154,7 @@ def test_reader_filters_and_pages(queue, site):
 
 def test_search_that_takes_too_long_says_how_far_it_came(queue, site, monkeypatch):
     monkeypatch.setattr(ops, "SEARCH_SECONDS", 0.0)
-    monkeypatch.setattr(pqueue, "WINDOW", 10)
+    monkeypatch.setattr(pqueue_search, "WINDOW", 10)
     old = queue.enqueue("rare")
     ids = queue.enqueue_many("many", range(15))
     text = site.ask("/?task=rare")[1]

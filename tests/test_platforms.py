@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-import pqueue
+import pqueue_files
 
 # Load the standard library as it is here, take away what Windows lacks, then run what the arguments name.
 WINDOWS = """
@@ -131,14 +131,16 @@ def test_operator_can_use_the_command_line_on_windows(place, command):
 def test_file_is_synced_to_the_medium_where_the_system_can(monkeypatch, tmp_path):
     """On macOS fsync leaves what was written in the drive's cache."""
     synced = []
-    monkeypatch.setattr(pqueue.fcntl, "F_FULLFSYNC", 51, raising=False)
-    monkeypatch.setattr(pqueue.fcntl, "fcntl", lambda file, command: synced.append((os.fstat(file).st_ino, command)))
+    monkeypatch.setattr(pqueue_files.fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(
+        pqueue_files.fcntl, "fcntl", lambda file, command: synced.append((os.fstat(file).st_ino, command))
+    )
     monkeypatch.setattr(os, "fsync", lambda file: synced.append((os.fstat(file).st_ino, "fsync")))
-    pqueue.sync(tmp_path)
+    pqueue_files.sync(tmp_path)
     assert synced == [(tmp_path.stat().st_ino, 51)]
     synced.clear()
-    monkeypatch.setattr(pqueue.fcntl, "fcntl", lambda *_: os.open("", 0))  # on a file system that cannot
-    pqueue.sync(tmp_path)
+    monkeypatch.setattr(pqueue_files.fcntl, "fcntl", lambda *_: os.open("", 0))  # on a file system that cannot
+    pqueue_files.sync(tmp_path)
     assert synced == [(tmp_path.stat().st_ino, "fsync")]
 
 
@@ -150,7 +152,7 @@ def test_database_is_synced_to_the_medium_where_the_system_can(place):
 
 
 def test_no_program_syncs_past_the_means_of_macos():
-    """Whatever syncs a file does it through `pqueue.sync_file`; bench.py measures the plain ones."""
+    """Whatever syncs a file does it through `pqueue_files.sync_file`; bench.py measures the plain ones."""
     for path in ROOT.glob("*.py"):
-        expected = {"pqueue.py": 1, "bench.py": 2}.get(path.name, 0)
+        expected = {"pqueue_files.py": 1, "bench.py": 2}.get(path.name, 0)
         assert len(re.findall(r"os\.f(?:data)?sync\(", path.read_text())) == expected, path.name

@@ -25,7 +25,10 @@ from conftest import ROOT
 from test_histories import SOAK, Checker, at_once, in_turn
 
 import pqueue
+import pqueue_schema
+import pqueue_search
 import pqueue_sqlalchemy
+import pqueue_values
 from pqueue import InvalidTransition, PersistentQSQLite, QueueBusy, QueueError, SchemaMismatch
 from pqueue_sqlalchemy import PersistentQSQLAlchemy
 from test_pqueue import QueueContract, wait_until
@@ -206,7 +209,7 @@ class PostgresFiles(PostgresCase):
         run = pqueue_sqlalchemy.PostgresSession.run
 
         def after_the_job_is_gone(session, sql, *params):
-            if sql == pqueue.WITH_KEY:
+            if sql == pqueue_schema.WITH_KEY:
                 other.cancel(first)
             return run(session, sql, *params)
 
@@ -262,7 +265,7 @@ class PostgresFiles(PostgresCase):
             for sql, params in dict(recorded).items():
                 with self.subTest(sql=sql):
                     looked_at, plan = explain(queue, sql, params, "ANALYZE,")
-                    self.assertLess(looked_at, ROWS // 50 if sql == pqueue.ORPHANED else 100, plan)
+                    self.assertLess(looked_at, ROWS // 50 if sql == pqueue_schema.ORPHANED else 100, plan)
             analyze(queue)
 
     def test_no_statement_that_shows_looks_at_more_than_the_jobs_of_its_state(self):
@@ -283,7 +286,7 @@ class PostgresFiles(PostgresCase):
         for sql, params in dict(recorded).items():
             with self.subTest(sql=sql):
                 looked_at, plan = explain(queue, sql, params, "ANALYZE,")
-                if ROWS < pqueue.FEW:  # more are met on the way by id
+                if ROWS < pqueue_search.FEW:  # more are met on the way by id
                     self.assertLess(looked_at, 1.1 * ROWS, plan)
                 self.assertNotRegex(str(plan), "Seq Scan.*'Relation Name': 'jobs'")
 
@@ -445,7 +448,7 @@ def recording(queue):
     session = queue._session()
 
     def record(method):
-        def run(sql, params=pqueue.NOTHING):
+        def run(sql, params=pqueue_values.NOTHING):
             if re.search(r"\b(jobs|history)\b", sql):
                 recorded[sql] = params
             return method(sql, params)
@@ -740,7 +743,7 @@ def test_copy_that_fails_leaves_both_as_they_were(place, database):
     queue, target = place.queue(), pqueue.open_queue(database)
     queue.enqueue_many("t", range(10))
     with (
-        mock.patch("pqueue._digest", side_effect=lambda _: os.urandom(8)),
+        mock.patch("pqueue_move._digest", side_effect=lambda _: os.urandom(8)),
         pytest.raises(QueueError, match="read back"),
     ):
         queue.copy_to(target)
@@ -1145,7 +1148,7 @@ def counted(queue):
 
 def found(queue):
     return {
-        name: queue._read(f"SELECT count(*) FROM jobs WHERE {pqueue.WAITING}", {"queue": name})[0][0]
+        name: queue._read(f"SELECT count(*) FROM jobs WHERE {pqueue_schema.WAITING}", {"queue": name})[0][0]
         for name in counted(queue)
     }
 

@@ -28,6 +28,7 @@ from test_histories import memory
 
 import consumer
 import pqueue
+import pqueue_files
 import producer
 from pqueue import PersistentQSQLite, QueueError
 
@@ -539,9 +540,9 @@ if sys.argv[3] != "closed":
         os._exit(0)
     os.wait()
 if sys.argv[3] == "stuck":
-    pqueue._apply_logs = lambda _: None
+    pqueue_restore._apply_logs = lambda _: None
 mark(b"begun")
-pqueue.restore(sys.argv[2] + ".copy", sys.argv[2])
+pqueue_restore.restore(sys.argv[2] + ".copy", sys.argv[2])
 mark(b"done")
 """
 
@@ -556,7 +557,7 @@ def test_restore_leaves_the_old_database_or_the_new_one_after_a_power_cut(shim, 
         for _ in range(2 * OUTCOMES if marks else 0):
             path = restore(place, disk.after_power_loss(chance), linked=False)
             cuts += 1
-            if before == "stuck" and path.read_bytes() == pqueue.IN_RESTORE:
+            if before == "stuck" and path.read_bytes() == pqueue_files.IN_RESTORE:
                 assert marks == [b"begun"]
                 continue
             assert len(reopened(path)) in right[len(marks) - 1], record

@@ -24,6 +24,7 @@ from test_histories import memory
 
 import consumer
 import pqueue
+import pqueue_sqlite
 import report
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk; CI is root")
@@ -310,7 +311,8 @@ def test_watch_outlives_a_moment_without_memory(place, monkeypatch):
         if len(calls) == 1:
             raise MemoryError
 
-    monkeypatch.setattr(pqueue, "TASKS", {})
+    for name in list(pqueue.TASKS):
+        monkeypatch.delitem(pqueue.TASKS, name)
     monkeypatch.setattr(queue, "extend", extend)
     pqueue.task("slow")(lambda job: wait_until(lambda: len(calls) > 2))
     queue.enqueue("slow")
@@ -344,7 +346,7 @@ def drained(queue, **options):
 
 def test_log_that_a_reader_holds_for_the_whole_run_is_told_of_and_cut_afterwards(fast_queue, monkeypatch):
     queue = fast_queue
-    monkeypatch.setattr(pqueue, "WAL_BYTES", 1_000_000)
+    monkeypatch.setattr(pqueue_sqlite, "WAL_BYTES", 1_000_000)
     queue.enqueue("first")
     with closing(sqlite3.connect(queue.path)) as reader:
         reader.execute("BEGIN")
@@ -383,7 +385,7 @@ def test_log_stays_small_while_others_only_look(fast_queue):
         for each in looks:
             each.result()
     print(f"\nwrite-ahead log: {largest} bytes beside two who look")
-    assert largest < pqueue.WAL_BYTES
+    assert largest < pqueue_sqlite.WAL_BYTES
 
 
 @pytest.mark.parametrize("value", ["x" * (pqueue.MAX_PAYLOAD_BYTES - 2), "ü" * (pqueue.MAX_PAYLOAD_BYTES // 2 - 1)])

@@ -9,11 +9,13 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, wait_until
 
 import pqueue
+import pqueue_restore
 from pqueue import QueueError, SchemaMismatch
 
 
@@ -81,13 +83,13 @@ time.sleep(600)
 
 
 def test_operator_restores_a_backup_and_the_replaced_database_is_kept(path, backup):
-    kept = pqueue.restore(backup, path)
+    kept = pqueue_restore.restore(backup, path)
     assert payloads(path) == NEW
     assert re.fullmatch(r"queue\.db\.replaced-\d{8}T\d{6}Z-1", kept.name)
     assert payloads(kept) == OLD
     assert payloads(backup) == NEW
     assert {each.stat().st_mode & 0o777 for each in (path, kept)} == {0o600}
-    pqueue.restore(kept, path)
+    pqueue_restore.restore(kept, path)
     assert payloads(path) == OLD
     assert [each for each in path.parent.iterdir() if each.name.endswith((".part", ".stone"))] == []
 
@@ -98,11 +100,11 @@ def test_operator_cannot_restore_while_a_program_has_the_database_open(path, bac
     try:
         before = contents(path.parent)
         with pytest.raises(QueueError, match=rf"cannot replace .*: python\S* -c \(pid {child.pid}\) has it open; stop"):
-            pqueue.restore(backup, path)
+            pqueue_restore.restore(backup, path)
         assert contents(path.parent) == before
     finally:
         kill(child)
-    pqueue.restore(backup, path)
+    pqueue_restore.restore(backup, path)
     assert payloads(path) == NEW
 
 
@@ -123,15 +125,15 @@ def test_operator_cannot_restore_while_a_consumer_waits(place, path, backup):
 def test_process_cannot_restore_what_it_has_open_itself(path, backup):
     with closing(pqueue.open_queue(path)) as queue:
         with pytest.raises(QueueError, match="this process has it open"):
-            pqueue.restore(backup, path)
+            pqueue_restore.restore(backup, path)
         assert queue.count_jobs() == 5
-    pqueue.restore(backup, path)
+    pqueue_restore.restore(backup, path)
 
 
 def test_log_of_a_killed_program_is_not_applied_to_the_restored_file(path, backup):
     kill(program(WRITER, path))
     assert path.with_name("queue.db-wal").stat().st_size > 0
-    kept = pqueue.restore(backup, path)
+    kept = pqueue_restore.restore(backup, path)
     assert payloads(path) == NEW
     assert payloads(kept) == [*OLD, *["late"] * 50]
 
@@ -144,14 +146,14 @@ def test_log_without_its_database_is_not_applied_to_the_restored_file(path, back
         path.with_name(f"queue.db{each}").unlink()
     for each in suffix.split():
         path.with_name(f"queue.db{each}").write_bytes(log)
-    pqueue.restore(backup, path)
+    pqueue_restore.restore(backup, path)
     assert payloads(path) == NEW
 
 
 def test_database_whose_log_cannot_be_applied_is_replaced_and_kept_with_it(path, backup, monkeypatch):
     kill(program(WRITER, path))
-    monkeypatch.setattr(pqueue, "_apply_logs", lambda _: None)
-    kept = pqueue.restore(backup, path)
+    monkeypatch.setattr(pqueue_restore, "_apply_logs", lambda _: None)
+    kept = pqueue_restore.restore(backup, path)
     assert kept.with_name(f"{kept.name}-wal").exists()
     assert payloads(path) == NEW
     assert payloads(kept) == [*OLD, *["late"] * 50]
@@ -160,17 +162,17 @@ def test_database_whose_log_cannot_be_applied_is_replaced_and_kept_with_it(path,
 def test_damaged_database_is_replaced_and_kept(path, backup):
     path.write_bytes(b"garbage" * 1000)
     path.with_name("queue.db-wal").write_bytes(b"more garbage" * 1000)
-    kept = pqueue.restore(backup, path)
+    kept = pqueue_restore.restore(backup, path)
     assert payloads(path) == NEW
     assert kept.read_bytes() == b"garbage" * 1000
 
 
 def test_restore_makes_a_database_where_there_is_none(tmp_path, backup):
     for target in (tmp_path / "other.db", tmp_path / "new/folder/queue.db"):
-        assert pqueue.restore(backup, target) is None
+        assert pqueue_restore.restore(backup, target) is None
         assert payloads(target) == NEW
     (tmp_path / "empty.db").touch()
-    assert pqueue.restore(backup, tmp_path / "empty.db") is None
+    assert pqueue_restore.restore(backup, tmp_path / "empty.db") is None
     assert payloads(tmp_path / "empty.db") == NEW
 
 
@@ -181,11 +183,11 @@ def test_backup_is_read_with_its_own_log_and_from_a_folder_that_is_read_only(pat
         kept = {each: each.read_bytes() for each in (copy, copy.with_name("copy.db-wal"))}
     for each, data in kept.items():
         each.write_bytes(data)
-    pqueue.restore(copy, path)
+    pqueue_restore.restore(copy, path)
     assert payloads(path) == ["logged"]
     backup.parent.chmod(0o500)
     try:
-        assert pqueue.restore(backup, tmp_path / "elsewhere.db") is None
+        assert pqueue_restore.restore(backup, tmp_path / "elsewhere.db") is None
     finally:
         backup.parent.chmod(0o700)
     assert payloads(tmp_path / "elsewhere.db") == NEW
@@ -228,7 +230,7 @@ def test_operator_cannot_restore_what_is_no_sound_queue(path, backup, spoil, err
     spoil(backup)
     before = contents(path.parent)
     with pytest.raises(error, match=message) as caught:
-        pqueue.restore(backup, path)
+        pqueue_restore.restore(backup, path)
     assert "\n" not in str(caught.value)
     assert contents(path.parent) == before
     assert payloads(path) == OLD
@@ -236,9 +238,9 @@ def test_operator_cannot_restore_what_is_no_sound_queue(path, backup, spoil, err
 
 def test_operator_cannot_restore_a_database_to_itself_or_to_a_server(path, backup):
     with pytest.raises(QueueError, match="it is the queue's file itself"):
-        pqueue.restore(path, path)
+        pqueue_restore.restore(path, path)
     with pytest.raises(QueueError, match=r"cannot restore into PostgreSQL: set PQUEUE_URL .* move --to") as caught:
-        pqueue.restore(backup, "postgresql://ann:hunter2@host/db")
+        pqueue_restore.restore(backup, "postgresql://ann:hunter2@host/db")
     assert "hunter2" not in str(caught.value)
 
 
@@ -265,8 +267,8 @@ def test_restore_that_fails_changes_nothing(path, backup, monkeypatch):
 
     for name in ("_copy_file", "sync"):
         with monkeypatch.context() as patch, pytest.raises(QueueError, match=r"cannot restore .*: No space left"):
-            patch.setattr(pqueue, name, full)
-            pqueue.restore(backup, path)
+            patch.setattr(pqueue_restore, name, full)
+            pqueue_restore.restore(backup, path)
         assert payloads(path) == before
         assert {each.name for each in path.parent.iterdir()} == {"queue.db", "queue.db.d", "backup.db"}
 
@@ -278,14 +280,14 @@ def killed_at_line(number, backup, path):
         lines = iter(range(10**6))
 
         def trace(frame, event, _):
-            if not frame.f_code.co_filename.endswith("pqueue.py"):
+            if not Path(frame.f_code.co_filename).name.startswith("pqueue"):
                 return None
             if event == "line" and next(lines) == number:
                 os.kill(os.getpid(), signal.SIGKILL)
             return trace
 
         sys.settrace(trace)
-        pqueue.restore(backup, path)
+        pqueue_restore.restore(backup, path)
         os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
@@ -298,7 +300,7 @@ def test_restore_that_is_killed_anywhere_leaves_the_old_database_or_the_new_one(
         kill(program(WRITER, path))
     if before == "damaged":  # so that its log cannot be applied
         old["damaged"] = old["killed"]
-        monkeypatch.setattr(pqueue, "_apply_logs", lambda _: None)
+        monkeypatch.setattr(pqueue_restore, "_apply_logs", lambda _: None)
     if before == "absent":
         path.unlink()
     start = contents(path.parent)
@@ -319,7 +321,7 @@ def test_restore_that_is_killed_anywhere_leaves_the_old_database_or_the_new_one(
         assert found in (old.get(before), NEW, "no queue", "not a database")
         assert found == NEW or was_killed
         seen.add(str(found))
-        pqueue.restore(backup, path)
+        pqueue_restore.restore(backup, path)
         assert payloads(path) == NEW
         if not was_killed:
             break

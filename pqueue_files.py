@@ -1,0 +1,423 @@
+"""Files of a queue on SQLite: private, synced, locked, and in place."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import ClassVar
+
+try:
+    import fcntl
+except ImportError:  # Windows: no turnstile, no doorbell, and a dead consumer is known by its lease alone
+    fcntl = None  # type: ignore[assignment]
+
+from pqueue_values import DatabaseReplaced, QueueError, file_path, short
+
+SHARED_BYTES = (510, 0x40000002)  # of the file: SQLite locks some of these for as long as a connection is open
+# File systems by their type in /proc/self/mounts. SQLite needs locks and shared memory that all users of a file see.
+LOCAL_FILE_SYSTEMS = (
+    *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "nilfs2", "reiserfs", "ufs", "hfsplus"),
+    *("apfs", "tmpfs", "ramfs", "rootfs", "overlay", "aufs", "squashfs", "erofs", "iso9660", "unknown"),
+)
+SHARED_FILE_SYSTEMS = (  # or the beginning of their type
+    *(
+        "nfs",
+        "cifs",
+        "smb",
+        "ncp",
+        "afs",
+        "9p",
+        "ceph",
+        "coda",
+        "glusterfs",
+        "lustre",
+        "beegfs",
+        "gpfs",
+        "ocfs2",
+        "gfs",
+    ),
+    *(
+        "pvfs2",
+        "orangefs",
+        "moosefs",
+        "vboxsf",
+        "vmhgfs",
+        "prl_fs",
+        "virtiofs",
+        "davfs",
+        "fakeowner",
+        "drvfs",
+        "wekafs",
+    ),
+    *(
+        "fuse.sshfs",
+        "fuse.gluster",
+        "fuse.ceph",
+        "fuse.s3",
+        "fuse.rclone",
+        "fuse.juicefs",
+        "fuse.gcsfuse",
+        "fuse.goofys",
+    ),
+    *("fuse.vmhgfs", "fuse.grpcfuse", "fuse.osxfs", "fuse.moosefs", "fuse.mfs", "fuse.lizardfs", "fuse.seaweedfs"),
+    *("fuse.blobfuse", "fuse.cephfs", "fuse.smb", "fuse.nfs", "fuse.davfs", "fuse.mount.davfs", "fuse.wslfs"),
+)
+
+
+class FileLocks:
+    """Locks on the files of a database that this process has open; they outlast whatever its own code closes.
+
+    SQLite's locks are POSIX locks: the process loses them as soon as any code in it closes any descriptor of the file.
+    Another process may then take the database for unused, and delete its log or clear its index. Open file description
+    locks, where the system has them, stand in for the two locks that prevent this. Bytes as in SQLite's os_unix.c.
+    """
+
+    IN_USE = (0x40000002, 510)  # on the database, shared by all who have it open: SHARED_FIRST, SHARED_SIZE
+    INDEX_IN_USE = (128, 1)  # on -shm, likewise: UNIX_SHM_DMS
+    WRITING = (120, 1)  # on -shm, exclusive: WAL_WRITE_LOCK
+    AVAILABLE = hasattr(fcntl, "F_OFD_SETLK")
+
+    _open: ClassVar[dict[tuple[int, int], FileLocks]] = {}  # by what stat returns of the database
+
+    def __init__(self, path: Path) -> None:
+        self._users = 0  # connections
+        self._files: list[int] = []
+        with ExitStack() as undo:
+            for suffix in ("", "-shm"):
+                self._files.append(os.open(f"{path}{suffix}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
+                undo.callback(os.close, self._files[-1])
+            undo.pop_all()
+
+    @classmethod
+    def acquire(cls, path: Path) -> FileLocks | None:
+        """Return the locks of a database that a connection has opened, or None where the system has no such locks."""
+        if not cls.AVAILABLE:
+            return None
+        cls.close_unused()
+        key = _identity(path)
+        locks = cls._open[key] = cls._open.get(key) or cls(path)
+        locks._users += 1
+        # guard: locks outlast a copy of the database
+        locks._set(fcntl.F_RDLCK)
+        return locks
+
+    def release(self) -> None:
+        """Let SQLite remove the log when it closes the last connection, which is about to be closed."""
+        self._users -= 1
+        if not self._users:
+            self._set(fcntl.F_UNLCK)
+
+    @staticmethod
+    def lack_log(path: Path) -> bool:
+        """Return whether other processes have the database open whose log was deleted or emptied.
+
+        SQLite would begin another log, and go by their index of the old one. Its format: https://sqlite.org/walformat.html
+        """
+        index = Path(f"{path}-shm")
+        if not FileLocks.AVAILABLE or not index.exists() or _has_open(_identity(index), ()):
+            return False
+        file = os.open(index, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            held = struct.unpack(
+                FLOCK, fcntl.fcntl(file, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, FileLocks.INDEX_IN_USE))
+            )
+            is_set, page_bytes, frames = struct.unpack("12xBxHI", os.pread(file, 20, 0).ljust(20, b"\0"))
+        finally:
+            os.close(file)
+        expected = 32 + frames * (24 + (page_bytes if page_bytes > 1 else 65536))
+        return bool(held[0] != fcntl.F_UNLCK and is_set and frames and file_size(Path(f"{path}-wal")) < expected)
+
+    def are_writing(self) -> bool:
+        """Return whether this process still has SQLite's lock for writing."""
+        asked = _flock(fcntl.F_RDLCK, self.WRITING)
+        kind, _, _, _, pid = struct.unpack(FLOCK, fcntl.fcntl(self._files[1], fcntl.F_OFD_GETLK, asked))
+        return bool(kind == fcntl.F_WRLCK and pid == os.getpid())
+
+    def _set(self, kind: int) -> None:
+        for file, where in zip(self._files, (self.IN_USE, self.INDEX_IN_USE), strict=True):
+            with suppress(OSError):  # a file system without them
+                fcntl.fcntl(file, fcntl.F_OFD_SETLK, _flock(kind, where))
+
+    @classmethod
+    def close_unused(cls) -> None:
+        """Close descriptors that no connection needs, unless another one of this process would lose its locks."""
+        for key, locks in list(cls._open.items()):
+            # guard: locks of other connections are kept
+            if not locks._users and not _has_open(key, locks._files):
+                locks.close()
+                del cls._open[key]
+
+    @classmethod
+    def abandon(cls) -> None:
+        """In a forked child: leave the locks to the parent."""
+        for locks in cls._open.values():
+            locks.close()
+        cls._open.clear()
+
+    def close(self) -> None:
+        for file in self._files:
+            os.close(file)
+
+
+FLOCK = "hhqqi0q"  # struct flock
+
+
+def _flock(kind: int, where: tuple[int, int]) -> bytes:
+    return struct.pack(FLOCK, kind, os.SEEK_SET, *where, 0)
+
+
+def _identity(path: str | bytes | os.PathLike[str]) -> tuple[int, int]:
+    return os.stat(path)[1:3]
+
+
+def _has_open(identity: tuple[int, int], but: Sequence[int]) -> bool:
+    """Return whether this process has another descriptor of a file; False where the system does not show it."""
+    with suppress(FileNotFoundError):
+        for number in map(int, os.listdir("/proc/self/fd")):
+            with suppress(OSError):
+                if number not in but and os.fstat(number)[1:3] == identity:
+                    return True
+    return False
+
+
+class DatabaseFiles:
+    """The files that a connection has open, by their names: to notice when a name leads to another file, or to none."""
+
+    SETTLED_SECONDS = (3.0, 0.1)  # where times of change are as coarse as 2 s, and where they are not
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._folder = os.fsencode(path.parent)
+        self._names = [os.fsencode(f"{path}{suffix}") for suffix in ("", "-wal", "-shm")]
+        self._opened = self._identities()
+        self._unchanged: tuple[int, int, int] | None = None
+
+    @property
+    def database(self) -> tuple[int, int] | None:
+        return self._opened[0]
+
+    def expect_in_place(self) -> None:
+        """Raise DatabaseReplaced unless all are in place. While the folder does not change, one stat shows it."""
+        try:
+            folder = os.stat(self._folder)
+            now = (folder.st_ino, folder.st_dev, folder.st_mtime_ns)
+        except OSError:
+            now = None
+        if now is None or now != self._unchanged:
+            if self._identities() != self._opened:
+                raise replaced(self._path)
+            if now and time.time() - folder.st_mtime > self.SETTLED_SECONDS[now[2] % 1_000_000_000 > 0]:
+                self._unchanged = now  # a later change of the folder will have another time
+
+    def _identities(self) -> list[tuple[int, int] | None]:
+        found: list[tuple[int, int] | None] = []
+        for name in self._names:
+            try:
+                found.append(_identity(name))
+            except OSError:
+                found.append(None)
+        return found
+
+
+def replaced(path: Path) -> DatabaseReplaced:
+    return DatabaseReplaced(
+        f"cannot use {path}: the database was replaced or moved, or its log deleted, while it was open: restart"
+    )
+
+
+def deleted_but_open(path: Path) -> Iterator[str]:
+    """Yield a sentence for each process that has a deleted file of this database open, where /proc shows it."""
+    deleted = {f"{path}{suffix} (deleted)" for suffix in ("", "-wal", "-shm")}
+    processes: list[int] = []
+    with suppress(OSError):
+        processes = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+    for process in processes:
+        with suppress(OSError):  # it has ended, or is another account's
+            folder = f"/proc/{process}/fd"
+            if any(os.readlink(f"{folder}/{file}") in deleted for file in os.listdir(folder)):
+                yield f"process {process} has a deleted file of this database open and cannot write to it: restart it"
+
+
+def real_path(path: str | os.PathLike[str]) -> Path:
+    try:
+        return file_path(path).resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise QueueError(f"cannot open {path}: {error}") from error
+
+
+SHARED = stat.S_ISGID | stat.S_IWGRP  # of a folder that accounts of a group share: what is made in it is the group's
+
+
+def create_file(path: Path, group: int | None = None) -> None:
+    # guard: files are private
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        if group is not None:
+            os.fchown(file, -1, group)
+            os.fchmod(file, 0o660)
+    finally:
+        os.close(file)
+
+
+def open_private(path: Path) -> int:
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    share_as_folder(file, path.parent)
+    return file
+
+
+def share_as_folder(file: int, folder: int | os.PathLike[str]) -> None:
+    """Let the group use a file of ours in a folder that a group shares."""
+    if os.stat(folder).st_mode & SHARED == SHARED and os.fstat(file).st_uid == os.geteuid():
+        os.fchmod(file, 0o660)
+
+
+def group_number(group: str) -> int:
+    try:
+        import grp
+
+        return grp.getgrnam(group).gr_gid
+    except (ImportError, KeyError):
+        raise ValueError(f"expected a group of this system, got {short(group)}") from None
+
+
+def explained(error: OSError, path: Path) -> str:
+    """Return the system's reason; for a lack of permission also whose file it is, and what helps."""
+    reason = error.strerror or str(error)
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        return reason
+    for place in (path, *path.parents):
+        with suppress(OSError, ImportError, KeyError):
+            import pwd
+
+            owner = pwd.getpwuid(place.stat().st_uid).pw_name
+            return (
+                f"{reason}: {place} belongs to {owner}; run this as {owner}, or make the queue with PQUEUE_GROUP=GROUP"
+            )
+    return reason
+
+
+def is_on_read_only(path: Path) -> bool:
+    return hasattr(os, "statvfs") and bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
+def sync(path: Path) -> None:
+    """Put a file on disk, or the names in a folder, which a power cut may take with all that is in them."""
+    if fcntl is None:
+        return
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        sync_file(file)
+    finally:
+        os.close(file)
+
+
+def file_number(path: Path) -> bytes:
+    return b"%20d" % (path.stat().st_ino if path.exists() else 0)
+
+
+def sync_file(file: int) -> None:
+    """Put an open file or folder on disk. On macOS fsync leaves it in the drive's cache, and F_FULLFSYNC does not."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with suppress(OSError):  # a file system that has none
+            fcntl.fcntl(file, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(file)
+
+
+def make_folder(folder: Path, group: int | None = None) -> None:
+    """Make a folder, and those above it that are missing, durably; for this account alone, unless a group is given, or
+    the folder above is one that a group shares."""
+    for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)
+        if group is not None:
+            os.chown(missing, -1, group)
+        if group is not None or missing.parent.stat().st_mode & SHARED == SHARED:
+            missing.chmod(0o2770)
+        # guard: the folder of a new queue is synced
+        sync(missing.parent)
+
+
+def file_size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def has_locks() -> bool:
+    """Return whether the platform has locks that end with the process that holds them."""
+    return fcntl is not None
+
+
+def try_lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def unlock(file: int) -> None:
+    fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def try_lock_bytes(file: int) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, *SHARED_BYTES)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        return False
+    return True
+
+
+def is_stopped(pid: object) -> bool:
+    """Return whether a process was stopped by a signal or a debugger, as far as /proc tells."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return False
+    return status.rpartition(b")")[2].split()[0] in (b"T", b"t")
+
+
+def file_system(folder: Path) -> str:
+    """Return the type of the file system that holds this folder, or "unknown" where /proc does not tell."""
+    try:
+        mounts = [line.split(b" ") for line in Path("/proc/self/mounts").read_bytes().splitlines()]
+    except OSError:
+        return "unknown"
+    real = folder.resolve()
+    # guard: a network drive is known by its last mount
+    under = {len(mount[1]): mount[2] for mount in mounts if real.is_relative_to(_unescape(mount[1]))}
+    return os.fsdecode(under[max(under)]) if under else "unknown"
+
+
+def _unescape(mount_point: bytes) -> str:
+    return os.fsdecode(mount_point.decode("unicode_escape").encode("latin-1"))
+
+
+LOGS = ("-wal", "-journal")  # what SQLite would apply to whatever file bears the name
+IN_RESTORE = b"A restore was interrupted here. Give it again: python admin.py restore FILE\n"
+
+
+def put_in_place(part: Path, target: Path, *, is_new: bool) -> None:
+    """Give the file the target's name. No log of another file may be there when it bears it."""
+    logs = [log for suffix in LOGS if (log := Path(f"{target}{suffix}")).exists()]
+    if is_new:
+        create_file(target)  # or fail, if somebody has made it meanwhile
+    elif logs:  # of a damaged file: neither may be opened without the other
+        stone = part.with_suffix(".stone")
+        create_file(stone)
+        stone.write_bytes(IN_RESTORE)
+        sync(stone)
+        stone.replace(target)
+        sync(target.parent)
+    for each in (*logs, Path(f"{target}-shm")):
+        each.unlink(missing_ok=True)
+    # guard: no old log reappears next to a restored file
+    sync(target.parent)
+    part.replace(target)
+    sync(target.parent)

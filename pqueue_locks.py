@@ -1,0 +1,415 @@
+"""Locks between the processes of a queue on SQLite, and the bells that wake up who waits."""
+
+from __future__ import annotations
+
+import errno
+import math
+import mmap
+import os
+import select
+import stat
+import threading
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing, suppress
+from functools import lru_cache
+from pathlib import Path
+
+from pqueue import POLL_SECONDS
+from pqueue_files import is_stopped, open_private, share_as_folder, try_lock, unlock
+from pqueue_values import Job, QueueError
+
+TURN_SECONDS = 1.0  # how long it waits of that for its turn, and how long one process may keep the others waiting
+
+LANES = ("others", "consumers")  # before the way to write
+REPEAT_SECONDS = 0.001  # how long a process may write, call after call, while a writer that it woke up is waiting
+OVERTAKE_SECONDS = 0.005  # how long any process may go before such a writer
+HANDOVER_SECONDS = 0.01  # how long the lock is kept for a writer after that, which may have died
+
+
+class Turnstile:
+    """Lets writers through one at a time, where SQLite's busy handler would starve some.
+
+    Consumers, when they take and complete jobs, queue in one lane, everybody else in another, and the first of each
+    waits for the lock. Whoever releases it wakes up the first of the other lane: an enqueue waits for a batch or a
+    turn, however many consumers there are. It is a courtesy: a writer that has waited for `TURN_SECONDS`, or finds that
+    a process, stopped perhaps, has held a lock for that long, goes on and leaves it to BEGIN IMMEDIATE.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._thread = threading.Lock()
+        self._closing = self._closed = False
+        self._kind = 0  # of the writer that has its turn
+        with ExitStack() as undo:
+            self._lanes = [undo.enter_context(closing(BellLock(folder / name))) for name in LANES]
+            self._lock = BellLock(folder / "way", LANES)
+            undo.pop_all()
+
+    def enter(self, *, in_batch: bool = False) -> bool:
+        """Return whether the lock was acquired; then `leave` must follow."""
+        if not self._thread.acquire(timeout=TURN_SECONDS):
+            return False
+        try:
+            if not self._closed and self._acquire(int(in_batch)):
+                return True
+        except BaseException:
+            self._turn_back()
+            raise
+        self._turn_back()
+        return False
+
+    def _acquire(self, kind: int) -> bool:
+        self._kind, lane = kind, self._lanes[kind]
+        if self._lock.try_acquire():
+            return True
+        until = time.monotonic() + TURN_SECONDS
+        in_lane = lane.acquire(until)  # if not, a process stopped there may have had it for too long
+        acquired = self._lock.acquire(until, kind)
+        if in_lane:
+            lane.release()
+        return acquired
+
+    def leave(self) -> None:
+        if not self._closed:
+            self._lock.release(self._kind)
+        self._thread.release()
+        if self._closing:
+            self.close()
+
+    def problems(self) -> list[str]:
+        """Return a sentence for each lock that a process has held for too long, unless a thread of ours is inside."""
+        if not self._thread.acquire(blocking=False):
+            return []
+        try:
+            return [] if self._closed else list(filter(None, (lock.problem() for lock in (self._lock, *self._lanes))))
+        finally:
+            self._thread.release()
+            if self._closing:
+                self.close()
+
+    def close(self) -> None:
+        """Close the locks, when another thread that is between them has left; from then on everybody bypasses them."""
+        self._closing = True
+        if self._thread.acquire(blocking=False):
+            self.abandon()
+            self._thread.release()
+
+    def abandon(self) -> None:
+        """In a forked child: let go of the locks, which the parent may hold."""
+        if not self._closed:
+            self._closed = True
+            for lock in (*self._lanes, self._lock):
+                lock.close()
+
+    def _turn_back(self) -> None:
+        if not self._closed:
+            self._lanes[self._kind].release()
+        self.leave()
+
+
+class BellLock:
+    """A lock between processes that is waited for with a bound, which flock has not, and freed when its holder dies.
+
+    Waiters come in kinds, each with a bell; the file, which is mapped, says since when one of each kind waits. Whoever
+    releases the lock rings for one, preferably of another kind. Waking up takes a while, and a process that comes
+    meanwhile may acquire the lock: no time is lost, but alongside a process that writes in a loop the waiter would
+    starve. So once the same process has had it more than once, for `REPEAT_SECONDS`, or the waiter has waited for
+    `OVERTAKE_SECONDS`, it is reserved for the waiter's kind: for `HANDOVER_SECONDS`, as the waiter may have died.
+    """
+
+    PID, HELD_SINCE, RESERVED_FOR, RESERVED_UNTIL, WAITING_SINCE = range(5)  # in the file; times: monotonic, 0 if not
+
+    def __init__(self, path: Path, kinds: Sequence[str] = ("",)) -> None:
+        self._path, self._pid = path, os.getpid()
+        self._held_since = self._turn_began = 0.0  # what this process wrote last; when it came after another one
+        numbers = range(len(kinds))
+        # guard: a released lock goes to the other lane
+        self._order = [sorted(numbers, key=kind.__eq__) for kind in numbers]  # for each kind that releases it
+        with ExitStack() as undo:
+            self._file = open_private(path)
+            undo.callback(os.close, self._file)
+            self._map = _share(self._file, 8 * (self.WAITING_SINCE + len(kinds)))
+            self._shared = memoryview(self._map).cast("d")
+            self._bells: list[int] = []
+            for kind in kinds:
+                self._bells.append(_open_bell(path.with_name(f"{path.name}{kind and '-'}{kind}.bell")))
+                undo.callback(os.close, self._bells[-1])
+            undo.pop_all()
+
+    def try_acquire(self, kind: int | None = None) -> bool:
+        """Acquire it, unless it is held or reserved for another kind of waiters; return whether it was."""
+        shared = self._shared
+        if shared[self.RESERVED_UNTIL] and shared[self.RESERVED_FOR] != kind and self._is_reserved():
+            return False
+        if not try_lock(self._file):
+            return False
+        shared[self.RESERVED_UNTIL] = 0.0
+        shared[self.HELD_SINCE] = self._held_since = time.monotonic()
+        if shared[self.PID] != self._pid:
+            shared[self.PID], self._turn_began = self._pid, self._held_since
+        return True
+
+    def acquire(self, until: float, kind: int = 0) -> bool:
+        """Wait for it until this time, in monotonic seconds, and for no process that has held it for too long."""
+        began = time.monotonic()
+        while True:
+            self._shared[self.WAITING_SINCE + kind] = began
+            seconds = HANDOVER_SECONDS if self._is_reserved() else POLL_SECONDS  # before the try: it may end meanwhile
+            acquired, left = self.try_acquire(kind), until - time.monotonic()
+            # guard: nobody waits again for a stopped process
+            if acquired or left <= 0 or self._held_seconds() >= TURN_SECONDS:
+                self._shared[self.WAITING_SINCE + kind] = 0.0
+                return acquired
+            _hear(self._bells[kind], min(left, seconds), in_line=len(self._bells) == 1)
+
+    def release(self, kind: int = 0) -> None:
+        """Release it, if it is held, and wake up a waiter."""
+        shared = self._shared
+        if shared[self.HELD_SINCE] == self._held_since:
+            if (heir := self._heir(kind)) is not None:
+                self._reserve(heir)  # now, as nobody else can
+            shared[self.HELD_SINCE] = 0.0
+        unlock(self._file)
+        heir = self._heir(kind)  # it may have come meanwhile
+        if heir is not None:
+            shared[self.WAITING_SINCE + heir] = 0.0
+            # guard: releasing the lock wakes up a waiter
+            ring_bell(self._bells[heir])
+        elif len(self._bells) == 1:  # there may be others: one of them cleared the time when it was through
+            # guard: releasing a lane wakes up the next
+            ring_bell(self._bells[0])
+
+    def _reserve(self, kind: int) -> None:
+        now = time.monotonic()
+        repeats = self._held_since > self._turn_began and now - self._turn_began >= REPEAT_SECONDS
+        # guard: nobody overtakes a writer that has waited for long
+        # guard: nobody takes turn after turn past a waiter
+        if repeats or now - self._shared[self.WAITING_SINCE + kind] >= OVERTAKE_SECONDS:
+            self._shared[self.RESERVED_FOR], self._shared[self.RESERVED_UNTIL] = kind, now + HANDOVER_SECONDS
+
+    def _heir(self, kind: int) -> int | None:
+        """Return the kind of waiter that comes next, when one of this kind releases it."""
+        for other in self._order[kind]:
+            if self._shared[self.WAITING_SINCE + other]:
+                return other
+        return None
+
+    def _is_reserved(self) -> bool:
+        # guard: a lock is not kept for the dead
+        # guard: what a lock says is void after a reboot
+        return 0 < self._shared[self.RESERVED_UNTIL] - time.monotonic() <= HANDOVER_SECONDS
+
+    def _held_seconds(self) -> float:
+        since = self._shared[self.HELD_SINCE]
+        return time.monotonic() - since if since else 0.0
+
+    def problem(self) -> str | None:
+        """Return a sentence about who has held it for too long."""
+        pid, seconds = f"{self._shared[self.PID]:.0f}", self._held_seconds()
+        if seconds < TURN_SECONDS:
+            return None
+        # guard: a problem with a lock needs a live holder
+        if self.try_acquire():  # its holder is dead
+            self.release()
+            return None
+        stopped, remedy = "", "end it, if it does not go on by itself"
+        if is_stopped(pid):
+            stopped, remedy = "is stopped and ", f"let it go on (kill -CONT {pid}) or end it (kill -KILL {pid})"
+        return f"process {pid} {stopped}has held {self._path} for {seconds:.0f} s, where writers take turns: {remedy}"
+
+    def close(self) -> None:
+        self._shared.release()
+        self._map.close()
+        for file in (self._file, *self._bells):
+            os.close(file)
+
+
+class Slots:
+    """Numbered places for consumers: a lock held while its owner lives, a bell, and a byte set while it waits."""
+
+    COUNT = 4096
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        file = open_private(folder / "waiting")
+        try:
+            self.waiting = _share(file, self.COUNT)
+        finally:
+            os.close(file)
+
+    def take(self) -> Slot:
+        for number in range(self.COUNT):
+            with ExitStack() as undo:
+                lock = open_private(self._folder / f"{number}.lock")
+                undo.callback(os.close, lock)
+                if try_lock(lock):
+                    bell = self._folder / f"{number}.bell"
+                    bell.unlink(missing_ok=True)  # what another owner left may be rung
+                    slot = Slot(number, lock, _open_bell(bell))
+                    undo.pop_all()
+                    return slot
+        raise QueueError(f"cannot add a consumer: expected fewer than {self.COUNT} at a time")
+
+    def has_begun(self, number: int, token: str, job_id: int) -> bool:
+        """Return False if the slot's owner of this token publishes what it begins, and this job is not among it."""
+        try:
+            file = os.open(self._folder / f"{number}.lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return True
+        try:
+            words = array("Q", os.pread(file, Begun.BYTES, 0).ljust(Begun.BYTES, b"\0"))
+        finally:
+            os.close(file)
+        return Begun.is_in(words, token, job_id)
+
+    def is_taken(self, number: int) -> bool:
+        lock = open_private(self._folder / f"{number}.lock")
+        try:
+            return not try_lock(lock)
+        finally:
+            os.close(lock)
+
+    def ring(self) -> None:
+        """Wake who waits. A bell whose owner is gone is left alone."""
+        number = self.waiting.find(b"\1")
+        while number >= 0:
+            self.waiting[number] = 0
+            with suppress(OSError):
+                bell = os.open(self._folder / f"{number}.bell", os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+                try:
+                    os.write(bell, b"!")
+                finally:
+                    os.close(bell)
+            number = self.waiting.find(b"\1", number + 1)
+
+    def wait(self, slot: Slot, seconds: float, due_in: Callable[[], float]) -> bool:
+        self.waiting[slot.number] = 1
+        try:
+            rung = slot.poll(min(seconds, due_in()))
+        finally:
+            self.waiting[slot.number] = 0
+        return rung
+
+
+class Begun:
+    """What a consumer has begun of the jobs that it took together, for others to read when it has died.
+
+    It is in the consumer's lock file, as 64-bit words: the boot of the machine, the consumer's token, the number of
+    jobs, their ids. It is never synced: after a power cut the boot is another one, and the rest is ignored.
+    """
+
+    MOST = 253  # jobs
+    BYTES = 8 * (3 + MOST)
+
+    def __init__(self, file: int, token: str) -> None:
+        self._map = _share(file, self.BYTES)
+        self._words = memoryview(self._map).cast("Q")
+        self._claim: str | None = None
+        self._words[0], self._words[2], self._words[1] = 0, 0, int(token, 16)
+        self._words[0] = boot()
+
+    def add(self, job: Job) -> None:
+        if job.lease_token != self._claim:  # with that claim, all before it was completed
+            self._claim, self._words[2] = job.lease_token, 0
+        number = self._words[2]
+        if number == self.MOST:
+            self._words[0] = 0  # it is not known any more
+        else:
+            self._words[3 + number] = job.id
+            self._words[2] = number + 1
+
+    @staticmethod
+    def is_in(words: Sequence[int], token: str, job_id: int) -> bool:
+        # guard: what had begun before a power cut is not known
+        is_known = words[0] == boot() != 0 and words[1] == int(token, 16)
+        # guard: what had begun is not returned uncounted
+        return not is_known or job_id in words[3 : 3 + words[2]]
+
+    def close(self) -> None:
+        self._words.release()
+        self._map.close()
+
+
+@lru_cache
+def boot() -> int:
+    """Return a number that the machine gets anew whenever it starts, or 0 where the system has none."""
+    try:
+        return int(Path("/proc/sys/kernel/random/boot_id").read_text()[:8], 16)
+    except (OSError, ValueError):
+        return 0
+
+
+class Slot:
+    """A consumer's place, as long as it lives."""
+
+    def __init__(self, number: int, lock: int, bell: int) -> None:
+        self.number = number
+        self.begun: Begun | None = None
+        self._lock, self._bell = lock, bell
+
+    def publish(self, token: str) -> None:
+        self.begun = self.begun or Begun(self._lock, token)
+
+    def poll(self, seconds: float) -> bool:
+        return _hear(self._bell, seconds)
+
+    def is_there(self) -> bool:
+        """Return False when its lock was deleted, and no longer tells anybody that the consumer lives."""
+        return os.fstat(self._lock).st_nlink > 0
+
+    def close(self) -> None:
+        if self.begun:
+            self.begun.close()
+        os.close(self._lock)
+        os.close(self._bell)
+
+
+def _share(file: int, size: int) -> mmap.mmap:
+    """Map the first bytes of a file, and no hole: where the disk is full, filling one would be SIGBUS."""
+    if os.fstat(file).st_size < size:
+        os.write(file, bytes(size))
+    return mmap.mmap(file, size)
+
+
+def _open_bell(path: Path) -> int:
+    with suppress(FileExistsError):
+        os.mkfifo(path, 0o600)
+    bell = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    share_as_folder(bell, path.parent)
+    if not stat.S_ISFIFO(os.fstat(bell).st_mode):
+        os.close(bell)
+        raise OSError(errno.EINVAL, f"expected {path.name} to be a FIFO")
+    return bell
+
+
+def ring_bell(bell: int) -> None:
+    with suppress(BlockingIOError):  # rung more often than heard
+        os.write(bell, b"!")
+
+
+def _hear(bell: int, seconds: float, *, in_line: bool = False) -> bool:
+    """Wait for a ring; return whether there was one. It wakes up all that wait, or the first of those in line."""
+    rung = _hear_in_line(bell, seconds) if in_line else None
+    if rung is None:
+        ear = select.poll()
+        ear.register(bell, select.POLLIN)
+        rung = bool(ear.poll(max(0, math.ceil(seconds * 1000))))
+    if rung:
+        with suppress(BlockingIOError):  # another heard it first
+            os.read(bell, 65536)
+    return rung
+
+
+def _hear_in_line(bell: int, seconds: float) -> bool | None:
+    """Return None where only `poll` is left: it wakes up all, the last one first, and so may starve the others."""
+    if not hasattr(select, "epoll"):  # not Linux
+        return None
+    try:
+        with select.epoll() as ear:
+            ear.register(bell, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+            return bool(ear.poll(max(0, seconds)))
+    except OSError as error:
+        if error.errno is None:  # a signal handler's
+            raise
+        return None  # no free descriptor

@@ -1,0 +1,271 @@
+"""Copying a queue, and moving it to another backend."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
+
+from pqueue_backend import Backend, Session
+from pqueue_schema import ADD_QUEUE, COLUMNS, LIMITED, MOVES, UNFINISHED
+from pqueue_values import InvalidTransition, Job, Params, QueueError, operator_name
+
+# A move leaves a mark in history, with 0 for its job and JSON in `error`. In the old queue, 'moving' while it waits for
+# what runs, and 'moved' afterwards: {"token", "to"}; `attempt` counts how often it was finished. In the new one, 'moved
+# here': {"token", "last_id"}, the last job that it has of those in the old one when that was finished `attempt` times.
+MARK = f"SELECT id, at, event, attempt, error FROM history WHERE job_id = 0 AND event IN {MOVES} ORDER BY id DESC"
+MARKS_HERE = "SELECT id, attempt, error FROM history WHERE job_id = 0 AND event = 'moved here' ORDER BY id DESC"
+ADD_MARK = """
+INSERT INTO history (job_id, at, event, actor, attempt, error) VALUES (0, :now, :event, :actor, :attempt, :error)"""
+UNMARK = f"DELETE FROM history WHERE job_id = 0 AND event IN {MOVES}"
+PAUSE_ALL = "UPDATE queues SET paused = 2 WHERE paused = 0"
+RESUME_ALL = "UPDATE queues SET paused = 0 WHERE paused = 2"
+CARRIED = ", ".join(Job._fields[1:])
+CARRY_OVER = f"""
+INSERT INTO jobs ({CARRIED}) VALUES (:{CARRIED.replace(", ", ", :")})
+ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING RETURNING id"""
+STORY_COLUMNS = ("at", "event", "actor", "attempt", "error")
+STORY = f"SELECT {', '.join(STORY_COLUMNS)} FROM history WHERE job_id = :id ORDER BY id"
+ADD_STORY = """
+INSERT INTO history (job_id, at, event, actor, attempt, error) VALUES (:id, :at, :event, :actor, :attempt, :error)"""
+
+# What a copy carries: its first column is the key. Consumers are not among it: they belong to where they run.
+COPIED = {
+    "queues": "name, paused, max_pending",
+    "jobs": COLUMNS,
+    "history": "id, job_id, at, event, actor, attempt, error",
+}
+
+
+class Moving(Backend):
+    """Copies and moves a queue to another backend."""
+
+    @abstractmethod
+    def delete_jobs(self, job_ids: Iterable[int] | None = None, *, force: bool = False) -> int: ...
+
+    @abstractmethod
+    def _look_for_dead(self) -> list[str] | None: ...
+
+    @abstractmethod
+    def _recover(self, tx: Session, dead: list[str] | None, now: float) -> None: ...
+
+    def copy_to(self, target: Moving, tell: Callable[[int], None] | None = None) -> dict[str, int]:
+        """Copy queues, jobs and history, as they are, into an empty queue of any backend; return the rows by table.
+
+        Others wait to write until it is done; tell is called with the rows so far. The copy is read back and compared
+        before it is committed. Raises QueueError when the target holds jobs, or the copy is not the same.
+        """
+        with self._write() as source, target._write() as copy:
+            self._lock_out_writers(source)
+            target._lock_out_writers(copy)
+            if copy.run("SELECT 1 FROM jobs LIMIT 1"):
+                raise QueueError("cannot copy: expected a target without jobs")
+            copied = _copy_rows(source, copy, tell)
+            target._number_on(copy)
+            # guard: a copy counts what is pending
+            target._count_pending(copy, [row[0] for row in copy.run(LIMITED)])
+        return copied
+
+    # Moving: `begin_move` until nothing runs, then `move_to`, and `finish_move` when all programs use the target
+
+    def move_status(self) -> dict[str, Any] | None:
+        """Return what a move has done to this queue, or None: "event", `moving` or `moved`; "at"; "to", where to."""
+        rows = self._read(MARK)
+        return {"event": rows[0][2], "at": rows[0][1], "to": json.loads(rows[0][4])["to"]} if rows else None
+
+    def begin_move(self, to: str, *, by: str | None = None, now: float | None = None) -> int:
+        """Pause all queues, and those that are created from now on; return how many jobs are still running.
+
+        `to` is the name of the target. Raises QueueError when this queue was moved elsewhere.
+        """
+        if to == self.name:
+            raise QueueError("cannot move: the target is this queue itself")
+        dead = self._look_for_dead()
+        with self._write() as tx:
+            self._lock_out_writers(tx)
+            event, known = _mark(tx)
+            if event == "moved" and known["to"] != to:
+                raise QueueError(
+                    f"cannot move: this queue was moved to {known['to']}; finish that with --finish, or give it up "
+                    "with --cancel"
+                )
+            self._recover(tx, dead, self._time(now))
+            tx.change(PAUSE_ALL)
+            if known.get("to") != to:
+                self._set_mark(tx, "moving", {"to": to}, by, now)
+            return count_running(tx)
+
+    def move_to(
+        self,
+        target: Moving,
+        *,
+        without: Sequence[str] = (),
+        tell: Callable[[int], None] | None = None,
+        by: str | None = None,
+        now: float | None = None,
+    ) -> dict[str, int] | None:
+        """Copy as `copy_to` does, with queues in the target paused as they were before `begin_move`.
+
+        Returns None when jobs are running. Raises QueueError, besides, for tables that would stay behind and are not
+        named in `without`. This queue commits first: cut short after that, it is to be called again.
+        """
+        self.expect_other_tables(without)
+        with target._write() as copy, self._write() as source:
+            target._lock_out_writers(copy)
+            self._lock_out_writers(source)
+            if count_running(source):
+                return None
+            if copy.run("SELECT 1 FROM jobs LIMIT 1"):
+                raise QueueError("cannot move: the target holds jobs; expected an empty one")
+            copied = _copy_rows(source, copy, tell)
+            target._number_on(copy)
+            mark = self._leave_for(source, target.name, by, now)
+            for sql, params in arrival(mark):
+                copy.change(sql, params)
+            copy.ring = True
+        return copied
+
+    def expect_other_tables(self, names: Sequence[str]) -> None:
+        """Raise QueueError unless these are all that the application keeps in this database besides."""
+        others = self.other_tables()
+        if left := sorted(set(others) - set(names)):
+            raise QueueError(
+                f"cannot move: {', '.join(left)} would stay behind; copy what you need, and give "
+                + " ".join(f"--without {shlex.quote(name)}" for name in left)
+            )
+        if unknown := sorted(set(names) - set(others)):
+            raise QueueError(f"cannot move without {', '.join(unknown)}: there is no such table")
+
+    def _leave_for(self, tx: Session, to: str, by: str | None, now: float | None) -> Params:
+        """Mark this queue as moved; return the parameters of the mark in the other one."""
+        tx.change(PAUSE_ALL)
+        mark = {"token": os.urandom(8).hex(), "to": to}
+        self._set_mark(tx, "moved", mark, by, now)
+        last_id = tx.run("SELECT coalesce(max(id), 0) FROM jobs")[0][0]
+        error = json.dumps({"token": mark["token"], "last_id": last_id})
+        return {"event": "moved here", "attempt": 0, "error": error, "actor": operator_name(by), "now": self._time(now)}
+
+    def _set_mark(self, tx: Session, event: str, mark: Params, by: str | None, now: float | None) -> None:
+        tx.change(UNMARK)
+        params = {"event": event, "attempt": 0, "actor": operator_name(by), "now": self._time(now)}
+        tx.change(ADD_MARK, {**params, "error": json.dumps(mark)})
+
+    def has_moved_to(self, target: Moving) -> bool:
+        """Return whether the target holds what was moved from here."""
+        rows = self._read(MARK)
+        token = json.loads(rows[0][4]).get("token") if rows else None
+        return token is not None and any(json.loads(row[2])["token"] == token for row in target._read(MARKS_HERE))
+
+    def cancel_move(self) -> None:
+        """Deliver here again. After `move_to`, jobs run twice if the target is in use, too."""
+        with self._write() as tx:
+            tx.change(RESUME_ALL)
+            tx.change(UNMARK)
+            tx.ring = True
+
+    def finish_move(self, target: Moving) -> dict[str, int]:
+        """Carry over to the target the jobs that were enqueued here since, then delete all jobs here.
+
+        May be called again while something still enqueues here. Returns the jobs "carried" over; those "known" there,
+        by the key of an unfinished job; and those "deleted". Raises QueueError, with what to do.
+        """
+        with self._write() as source:
+            self._lock_out_writers(source)
+            rows = source.run(MARK)
+            if not rows or rows[0][2] != "moved":
+                raise QueueError("cannot finish: this queue was not moved yet; give move without --finish first")
+            if running := count_running(source):
+                raise InvalidTransition(
+                    f"cannot finish: {running} jobs run in the old queue, which was resumed; pause its queues, and try "
+                    "again when they have ended"
+                )
+            with target._write() as copy:
+                target._lock_out_writers(copy)
+                carried, known = _carry_over(source, copy, json.loads(rows[0][4]), rows[0][3])
+            # The target remembers what it has, so that this may be killed here and called again.
+            deleted = self.delete_jobs()
+            source.change("UPDATE history SET attempt = attempt + 1 WHERE id = :id", {"id": rows[0][0]})
+        return {"carried": carried, "known": known, "deleted": deleted}
+
+
+def _copy_rows(source: Session, copy: Session, tell: Callable[[int], None] | None) -> dict[str, int]:
+    """Copy the tables and compare; return the rows by table."""
+    copy.change("DELETE FROM queues")
+    copied: dict[str, int] = {}
+    for table, columns in COPIED.items():
+        insert = f"INSERT INTO {table} ({columns}) VALUES (:{columns.replace(', ', ', :')})"
+        copied[table], read = 0, list[bytes]()
+        for rows in _pages(source, table, columns):
+            copy.change_many(insert, [dict(zip(columns.split(", "), row, strict=True)) for row in rows])
+            read += map(_digest, rows)
+            copied[table] = len(read)
+            if tell:
+                tell(sum(copied.values()))
+        if sorted(read) != sorted(_digest(row) for rows in _pages(copy, table, columns) for row in rows):
+            raise QueueError(f"cannot copy {table}: what was read back is not what was written")
+    return copied
+
+
+def count_running(tx: Session) -> int:
+    return cast(int, tx.run("SELECT count(*) FROM jobs WHERE state = 'processing'")[0][0])
+
+
+def _mark(tx: Session) -> tuple[str | None, Params]:
+    rows = tx.run(MARK)
+    return (rows[0][2], json.loads(rows[0][4])) if rows else (None, {})
+
+
+def arrival(mark: Params) -> list[tuple[str, Params]]:
+    """Return the statements that make a copy a queue of its own, with the mark of where it came from."""
+    return [(UNMARK, {}), (ADD_MARK, mark), (RESUME_ALL, {})]
+
+
+def _carry_over(source: Session, copy: Session, mark: Params, attempt: int) -> tuple[int, int]:
+    """Copy the jobs that the target has not got, under new ids; return how many, and how many it knew by their key."""
+    here = [(row, known) for row in copy.run(MARKS_HERE) if (known := json.loads(row[2]))["token"] == mark["token"]]
+    if not here:
+        raise QueueError(f"cannot finish: expected the target to be {mark['to']}, to which this queue was moved")
+    (mark_id, at_attempt, _), known = here[0]
+    carried = doubles = 0
+    # guard: a finished move knows that ids begin anew
+    last_id = known["last_id"] if at_attempt == attempt else 0  # --finish deletes all, and ids may begin anew
+    for rows in _pages(source, "jobs", COLUMNS, after=last_id):
+        for row in rows:
+            if _carry(source, copy, dict(zip(Job._fields, row, strict=True))):
+                carried += 1
+            else:
+                doubles += 1
+        last_id = rows[-1][0]
+    error = json.dumps({**known, "last_id": last_id})
+    copy.change(
+        "UPDATE history SET attempt = :attempt, error = :error WHERE id = :id",
+        {"id": mark_id, "attempt": attempt, "error": error},
+    )
+    copy.ring = True
+    return carried, doubles
+
+
+def _carry(source: Session, copy: Session, job: Params) -> bool:
+    copy.change(ADD_QUEUE, {"queue": job["queue"]})
+    for (job_id,) in copy.run(CARRY_OVER, job):
+        for row in source.run(STORY, {"id": job["id"]}):
+            copy.change(ADD_STORY, {"id": job_id, **dict(zip(STORY_COLUMNS, row, strict=True))})
+        return True
+    return False
+
+
+def _pages(tx: Session, table: str, columns: str, after: Any = None) -> Iterator[list[Any]]:
+    key = columns.split(", ", 1)[0]
+    after = ("" if key == "name" else -1) if after is None else after
+    sql = f"SELECT {columns} FROM {table} WHERE {key} > :after ORDER BY {key} LIMIT 1000"
+    while rows := tx.run(sql, {"after": after}):
+        yield rows
+        after = rows[-1][0]
+
+
+def _digest(row: Sequence[Any]) -> bytes:
+    return hashlib.sha256(repr(tuple(row)).encode()).digest()

@@ -1,0 +1,166 @@
+"""Restoring a backup of a queue on SQLite."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from itertools import count
+from pathlib import Path
+
+from pqueue import is_postgres, sqlite_path
+from pqueue_files import (
+    IN_RESTORE,
+    LOGS,
+    create_file,
+    has_locks,
+    make_folder,
+    open_private,
+    put_in_place,
+    real_path,
+    sync,
+    try_lock,
+    try_lock_bytes,
+)
+from pqueue_sqlite import open_paths, schema_version
+from pqueue_values import QueueError, SchemaMismatch, file_path
+
+COPY_BYTES = 1 << 20
+
+
+def restore(backup: str | os.PathLike[str], url: str | os.PathLike[str] | None = None) -> Path | None:
+    """Put a copy of this backup in the place of the queue's file; return where the replaced one is kept, if any.
+
+    `url` is that of `open_queue`. However this is interrupted, the file is the old one or the new one, whole. Raises
+    QueueError, with nothing changed, when a program has the file open or the backup is not a sound queue.
+    """
+    if is_postgres(url):
+        raise QueueError(
+            "cannot restore into PostgreSQL: set PQUEUE_URL to the backup's path, and move that queue: "
+            "python admin.py move --to postgresql://…"
+        )
+    if not has_locks():
+        raise QueueError("cannot restore on this platform: it does not show whether a program has the file open")
+    source, target = file_path(backup), real_path(sqlite_path(url))
+    try:
+        part = _copy_backup(source, target)
+        try:
+            _apply_logs(target)
+            with _nobody_in(target) as file:
+                kept = _keep(target, file)
+                put_in_place(part, target, is_new=file is None)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise QueueError(f"cannot restore {source} to {target}: {error.strerror}") from error
+    return kept
+
+
+def _copy_backup(source: Path, target: Path) -> Path:
+    """Return a copy of the backup, verified and on disk, in the folder of the target."""
+    if not source.is_file():
+        raise QueueError(f"cannot restore {source}: expected a file, got none")
+    if target.exists() and source.samefile(target):
+        raise QueueError(f"cannot restore {source}: it is the queue's file itself, not a backup of it")
+    make_folder(target.parent)
+    part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
+    create_file(part)
+    try:
+        _copy_pages(source, part)
+        sync(part)
+    except BaseException:
+        part.unlink()
+        raise
+    return part
+
+
+def _copy_pages(source: Path, part: Path) -> None:
+    has_log = any(Path(f"{source}{suffix}").exists() for suffix in LOGS)
+    mode = "mode=ro" if has_log else "mode=ro&immutable=1"  # then it may lie in a folder that is read-only
+    try:
+        with (
+            closing(sqlite3.connect(f"{source.as_uri()}?{mode}", uri=True)) as backup,
+            closing(sqlite3.connect(part, isolation_level=None)) as copy,
+        ):
+            backup.backup(copy)
+            copy.execute("PRAGMA journal_mode = DELETE")  # so that there is no log to it
+            if not schema_version(copy, source):
+                raise SchemaMismatch(f"cannot use {source}: expected a queue, got an empty database")
+            # guard: a damaged backup is not restored
+            if (damage := copy.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
+                raise QueueError(f"cannot restore {source}: it is damaged: {' '.join(damage.split())}")
+    except sqlite3.Error as error:
+        raise QueueError(f"cannot restore {source}: {error}") from error
+
+
+def _apply_logs(path: Path) -> None:
+    """Write into the file what its log holds, if it is sound and nobody has it open, so that it needs no log."""
+    if path.exists() and any(Path(f"{path}{suffix}").exists() for suffix in LOGS) and path not in open_paths():
+        with suppress(sqlite3.Error), closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=0)) as db:
+            db.execute("PRAGMA journal_mode = DELETE")
+
+
+@contextmanager
+def _nobody_in(path: Path) -> Iterator[int | None]:
+    """Keep everybody out of this file, and yield its descriptor. Raises QueueError when somebody is in it."""
+    if path in open_paths():  # and closing a descriptor of it here would release the locks of this process
+        raise QueueError(f"cannot replace {path}: this process has it open")
+    with ExitStack() as undo:
+        folder, file = Path(f"{path}.d"), None
+        folder.mkdir(mode=0o700, exist_ok=True)
+        way = open_private(folder / "way")
+        undo.callback(os.close, way)
+        is_free = try_lock(way)
+        if path.exists():
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            undo.callback(os.close, file)
+            # guard: a database that is open is not replaced
+            is_free = is_free and try_lock_bytes(file) and os.path.samestat(os.fstat(file), path.stat())
+        if not is_free:
+            raise QueueError(f"cannot replace {path}: {_users(path) or 'a program'} has it open; stop what uses it")
+        yield file
+
+
+def _users(path: Path) -> str:
+    """Return which programs have this file open, as far as /proc shows."""
+    found = set()
+    for link in Path("/proc").glob("[1-9]*/fd/*"):
+        process = link.parent.parent
+        with suppress(OSError):
+            if os.readlink(link) == str(path) and process.name != str(os.getpid()):
+                words = (process / "cmdline").read_bytes().split(b"\0")[:2]  # what follows may hold a password
+                found.add(" ".join([*(Path(os.fsdecode(word)).name for word in words), f"(pid {process.name})"]))
+    return ", ".join(sorted(found))
+
+
+def _keep(path: Path, file: int | None) -> Path | None:
+    """Copy what is about to be replaced, with its log if it has one, to a new name; return that."""
+    logs = [suffix for suffix in LOGS if Path(f"{path}{suffix}").exists()]
+    has_data = file is not None and os.pread(file, len(IN_RESTORE), 0) not in (b"", IN_RESTORE)
+    if not logs and not has_data:
+        return None
+    at = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    names = (path.with_name(f"{path.name}.replaced-{at}-{number}") for number in count(1))
+    kept = next(name for name in names if not name.exists())
+    for suffix in logs:
+        with open(f"{path}{suffix}", "rb") as log:
+            _copy_file(log.fileno(), Path(f"{kept}{suffix}"))
+    if file is not None and has_data:  # by this descriptor: to close another one would release the lock
+        _copy_file(file, kept)
+    sync(path.parent)
+    return kept
+
+
+def _copy_file(source: int, target: Path) -> None:
+    part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
+    create_file(part)
+    try:
+        with part.open("wb") as copy:
+            for at in range(0, os.fstat(source).st_size, COPY_BYTES):
+                copy.write(os.pread(source, COPY_BYTES, at))
+        sync(part)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,330 @@
+"""The tables of a queue, the statements that all backends share, and the session that runs them."""
+
+from __future__ import annotations
+
+from pqueue_values import MAX_ID, Job
+
+MAX_GROUPS = 10_000  # of failed jobs
+FAILURE_CHARS = 80  # of an error, by which failed jobs are grouped; an index has them
+APPLICATION_ID = 0x70717565  # "pque" in the file's header
+
+UNFINISHED = ("scheduled", "pending", "processing")
+FINISHED = ("completed", "failed", "cancelled")
+STATES = UNFINISHED + FINISHED
+
+
+# {id} and {float} are the dialect's. A migration is a list of statements; the file's user_version counts the
+# migrations it has had. Change the schema by adding one, never by editing one.
+# guard: a lease stands exactly while processing
+MIGRATIONS: list[list[str]] = [
+    [
+        """
+CREATE TABLE jobs (
+    id               {id},           -- grows with every job
+    queue            TEXT NOT NULL,  -- queues.name
+    task             TEXT NOT NULL,  -- name of the handler
+    payload          TEXT NOT NULL,  -- JSON
+    state            TEXT NOT NULL,  -- and what goes with each: see the CHECK
+    priority         INTEGER NOT NULL,    -- higher first
+    run_at           {float} NOT NULL,    -- not before; Unix seconds; moves with every retry
+    attempts         INTEGER NOT NULL DEFAULT 0,  -- deliveries so far, counted at dequeue
+    max_attempts     INTEGER NOT NULL,    -- deliveries before it is set aside
+    key              TEXT,           -- unique per queue among unfinished jobs; NULL: none
+    assigned_to      TEXT,           -- the only consumer that may run it; NULL: any
+    consumer         TEXT,           -- who has it, or had it last; NULL: nobody yet
+    lease_token      TEXT,           -- TOKEN.NUMBER: consumers.token, number of its claim; NULL unless processing
+    lease_expires_at {float},        -- Unix seconds; NULL unless processing
+    created_at       {float} NOT NULL,    -- Unix seconds
+    started_at       {float},        -- of the last delivery, Unix seconds; NULL: never delivered
+    finished_at      {float},        -- Unix seconds; NULL until completed, failed or cancelled
+    progress         {float},        -- 0 to 1, as the task told; NULL: it told nothing
+    result           TEXT,           -- JSON; until completed what `update` stored, for the next attempt too; NULL: none
+    error            TEXT,           -- of the last attempt that failed; NULL: none did
+    CHECK (CASE state
+        WHEN 'pending'    THEN attempts < max_attempts AND lease_token IS NULL AND finished_at IS NULL
+        WHEN 'scheduled'  THEN attempts < max_attempts AND lease_token IS NULL AND finished_at IS NULL
+        WHEN 'processing' THEN attempts <= max_attempts AND lease_token IS NOT NULL AND finished_at IS NULL
+        WHEN 'completed'  THEN attempts <= max_attempts AND lease_token IS NULL AND finished_at IS NOT NULL
+        WHEN 'failed'     THEN attempts <= max_attempts AND lease_token IS NULL AND finished_at IS NOT NULL
+        WHEN 'cancelled'  THEN attempts <= max_attempts AND lease_token IS NULL AND finished_at IS NOT NULL
+        ELSE FALSE END),
+    CHECK ((lease_token IS NULL) = (lease_expires_at IS NULL))
+)""",
+        """
+CREATE TABLE queues (
+    name        TEXT PRIMARY KEY,
+    paused      INTEGER NOT NULL DEFAULT 0,  -- 1: by an operator, 2: by a move; nothing is delivered
+    max_pending INTEGER,                     -- enqueue is refused at this many pending jobs; NULL: never
+    pending     INTEGER NOT NULL DEFAULT 0   -- unassigned pending jobs, counted while max_pending is set
+)""",
+        """
+CREATE TABLE consumers (
+    id           {id},
+    name         TEXT NOT NULL,  -- readable; a restarted consumer may bear it again
+    token        TEXT NOT NULL UNIQUE,  -- random, new at every start
+    host         TEXT NOT NULL,
+    pid          INTEGER NOT NULL,
+    slot         INTEGER,        -- number of its lock and bell beside the database; NULL: the platform has none
+    queues       TEXT,           -- JSON list of those it serves; NULL: all
+    tasks        TEXT NOT NULL,  -- JSON list of the tasks its program had registered
+    started_at   {float} NOT NULL,    -- Unix seconds
+    last_seen_at {float} NOT NULL,    -- of its last heartbeat, Unix seconds
+    state        TEXT NOT NULL CHECK (state IN ('running', 'stopped', 'dead')),
+    completed    INTEGER NOT NULL DEFAULT 0,  -- jobs, as of its last heartbeat
+    failed       INTEGER NOT NULL DEFAULT 0   -- attempts, likewise
+)""",
+        """
+CREATE TABLE history (
+    id      {id},
+    job_id  BIGINT NOT NULL,     -- jobs.id
+    at      {float} NOT NULL,    -- Unix seconds
+    event   TEXT NOT NULL,       -- failed, expired, died, released; or an operator's: resubmitted, marked failed …
+    actor   TEXT NOT NULL,       -- the consumer or the operator
+    attempt INTEGER NOT NULL,    -- jobs.attempts when it happened
+    error   TEXT                 -- NULL: none
+)""",
+        """CREATE INDEX jobs_claim ON jobs (queue, priority DESC, run_at, id)
+           WHERE state = 'pending' AND assigned_to IS NULL""",
+        """CREATE INDEX jobs_assigned ON jobs (assigned_to, priority DESC, run_at, id)
+           WHERE state = 'pending' AND assigned_to IS NOT NULL""",
+        "CREATE INDEX jobs_scheduled ON jobs (run_at) WHERE state = 'scheduled'",
+        "CREATE INDEX jobs_processing ON jobs (lease_expires_at) WHERE state = 'processing'",
+        "CREATE INDEX jobs_finished ON jobs (state, queue, finished_at) WHERE finished_at IS NOT NULL",
+        "CREATE INDEX jobs_failed ON jobs (task, substr(error, 1, 80), id) WHERE state = 'failed'",
+        """CREATE UNIQUE INDEX jobs_key ON jobs (queue, key)
+           WHERE key IS NOT NULL AND state IN ('scheduled', 'pending', 'processing')""",
+        "CREATE INDEX history_job ON history (job_id)",
+        "CREATE INDEX consumers_running ON consumers (id) WHERE state = 'running'",
+    ]
+]
+
+
+COLUMNS = ", ".join(Job._fields)
+NO_LEASE = "lease_token = NULL, lease_expires_at = NULL"
+# guard: a settling verb needs the current token
+HELD = "id = :id AND state = 'processing' AND lease_token = :token"
+WAITING = "queue = :queue AND state = 'pending' AND assigned_to IS NULL"
+# guard: a full queue refuses a job
+HAS_ROOM = "(max_pending IS NULL OR max_pending > pending)"
+# guard: order: priority first
+# guard: order: then the time it was due
+# guard: order: then the id
+ORDER = "priority DESC, run_at, id"
+
+# guard: one unfinished job per key
+ENQUEUE = f"""
+INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
+SELECT name, :task, :payload, :state, :priority, :run_at, :max_attempts, :key, :assigned_to, :now
+FROM queues
+WHERE name = :queue AND {HAS_ROOM}
+ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING
+RETURNING id"""
+ENQUEUE_AT_ONCE = ENQUEUE.removesuffix("RETURNING id")  # SQLite's last_insert_rowid is cheaper
+
+# :payloads is a JSON array of [payload], so that each keeps its text: one statement for all is faster than one each.
+INSERT_MANY = """
+INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, created_at)
+SELECT :queue, :task, substr(value, 2, length(value) - 2), :state, :priority, :run_at, :max_attempts, :assigned_to, :now
+FROM json_each(:payloads)"""
+# guard: a batch at once is for a queue without a limit
+INSERT_MANY_AT_ONCE = f"""
+{INSERT_MANY} WHERE EXISTS (SELECT 1 FROM queues WHERE name = :queue AND max_pending IS NULL)"""
+
+ROOM = "SELECT max_pending - pending, max_pending FROM queues WHERE name = :queue"
+COUNT_PENDING = f"UPDATE queues SET pending = (SELECT count(*) FROM jobs WHERE {WAITING}) WHERE name = :queue"
+LIMITED = "SELECT name FROM queues WHERE max_pending IS NOT NULL"
+# guard: a key holds within its queue
+WITH_KEY = f"SELECT id FROM jobs WHERE queue = :queue AND key = :key AND state IN {UNFINISHED}"
+MOVES = "('moving', 'moved')"
+# guard: a queue that is created during a move is paused
+ADD_QUEUE = f"""
+INSERT INTO queues (name, paused)
+SELECT :queue, CASE WHEN EXISTS (SELECT 1 FROM history WHERE job_id = 0 AND event IN {MOVES}) THEN 2 ELSE 0 END
+WHERE true ON CONFLICT DO NOTHING"""
+
+# {served} limits q to the queues a consumer serves. The best :limit of each queue, then the best :limit of those:
+# paused queues, other queues and jobs assigned elsewhere are never stepped over one by one. SQLite's CROSS JOIN keeps
+# q the outer loop.
+# guard: a paused queue delivers nothing
+# guard: a paused queue delivers no assigned job
+# guard: an assigned job is for its consumer
+# guard: a consumer gets what is assigned to it only
+CANDIDATES = f"""
+SELECT jobs.id, priority, run_at, attempts, max_attempts FROM queues q CROSS JOIN jobs
+WHERE q.paused = 0 {{served}} AND jobs.id IN
+    (SELECT id FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL
+     ORDER BY {ORDER} LIMIT :limit)
+UNION ALL
+SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
+               WHERE state = 'pending' AND assigned_to = :consumer
+               AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY {ORDER} LIMIT :limit) mine"""
+
+# guard: an attempt counts when it is claimed
+CLAIM = f"""
+UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = :consumer, lease_token = :token,
+    lease_expires_at = :lease_expires_at, started_at = :now
+WHERE state = 'pending' AND id IN (SELECT id FROM ({CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit)
+RETURNING {COLUMNS}"""
+
+NEXT_ATTEMPTS = f"SELECT attempts, max_attempts FROM ({CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit"
+
+OVERDUE = """
+SELECT (SELECT min(run_at) FROM jobs WHERE state = 'scheduled') <= :now,
+       (SELECT min(lease_expires_at) FROM jobs WHERE state = 'processing') <= :now"""
+
+NEXT_EVENT = f"""
+SELECT min(at) FROM (
+    SELECT 0.0 AS at WHERE EXISTS ({CANDIDATES})
+    UNION ALL SELECT min(run_at) FROM jobs WHERE state = 'scheduled'
+    UNION ALL SELECT min(lease_expires_at) FROM jobs WHERE state = 'processing') events"""
+
+# guard: a job is not promoted before it is due
+PROMOTE = """
+UPDATE jobs SET state = 'pending' WHERE state = 'scheduled' AND id IN
+    (SELECT id FROM jobs WHERE state = 'scheduled' AND run_at <= :now ORDER BY run_at LIMIT :limit)"""
+
+# guard: a lease is not taken back before it ran out
+EXPIRED = f"""
+SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND lease_expires_at <= :now
+ORDER BY lease_expires_at LIMIT :limit"""
+
+# guard: the living keep their jobs
+ORPHANED = f"""
+SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND EXISTS
+    (SELECT 1 FROM consumers WHERE token = substr(lease_token, 1, 16) AND consumers.state <> 'running') LIMIT :limit"""
+
+# guard: no delivery after the last attempt was lost
+TAKE_BACK = f"UPDATE jobs SET state = 'pending', error = :error, {NO_LEASE} WHERE {HELD} AND attempts < max_attempts"
+COMPLETE = f"""
+UPDATE jobs SET state = 'completed', finished_at = :now, result = :result, error = NULL, {NO_LEASE} WHERE {HELD}"""
+
+# :settled is a JSON array of [id, lease token, result].
+# guard: a batch completes under its tokens only
+COMPLETE_MANY = f"""
+UPDATE jobs SET state = 'completed', finished_at = :now, result = json_extract(value, '$[2]'), error = NULL, {NO_LEASE}
+FROM json_each(:settled) WHERE jobs.id = json_extract(value, '$[0]') AND state = 'processing'
+    AND lease_token = json_extract(value, '$[1]') RETURNING jobs.id"""
+
+FAIL = f"UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, {NO_LEASE} WHERE {HELD}"
+RETRY = f"UPDATE jobs SET state = 'scheduled', run_at = :run_at, error = :error, {NO_LEASE} WHERE {HELD}"
+# guard: a released attempt does not count
+RELEASE = f"UPDATE jobs SET state = 'pending', attempts = attempts - 1, {NO_LEASE} WHERE {HELD}"
+EXTEND = f"UPDATE jobs SET lease_expires_at = :lease_expires_at WHERE {HELD}"
+UPDATE = f"""
+UPDATE jobs SET progress = coalesce(:progress, progress), result = coalesce(:result, result) WHERE {HELD}"""
+
+# guard: a resubmitted job has all its attempts
+# guard: resubmit takes finished jobs
+# guard: resubmit respects the key
+# guard: a full queue refuses a resubmit
+RESUBMIT = f"""
+UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL,
+    error = NULL WHERE id = :id AND state IN {FINISHED}
+    AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND NOT {HAS_ROOM})
+    AND NOT EXISTS (SELECT 1 FROM jobs o WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN {UNFINISHED})"""
+# guard: mark_failed takes unfinished jobs
+MARK_FAILED = f"""
+UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, {NO_LEASE}
+WHERE id = :id AND state IN {UNFINISHED}"""
+# guard: cancel takes unfinished jobs
+CANCEL = f"""
+UPDATE jobs SET state = 'cancelled', finished_at = :now, {NO_LEASE} WHERE id = :id AND state IN {UNFINISHED}"""
+# guard: an attempt that an operator ended does not count
+# guard: assign takes unfinished jobs
+# guard: assign ends the running delivery
+ASSIGN = f"""
+UPDATE jobs SET assigned_to = :assigned_to, state = CASE state WHEN 'processing' THEN 'pending' ELSE state END,
+    attempts = attempts - CASE state WHEN 'processing' THEN 1 ELSE 0 END, {NO_LEASE}
+WHERE id = :id AND state IN {UNFINISHED}"""
+
+# Run before the transition, so that it tells the attempt that ends there.
+RECORD = """
+INSERT INTO history (job_id, at, event, actor, attempt, error)
+SELECT id, :now, :event, :actor, attempts, :error FROM jobs WHERE id = :id"""
+
+LOST_BY = """
+SELECT actor FROM history WHERE job_id = :id AND event IN ('expired', 'died')
+AND id > (SELECT coalesce(max(id), 0) FROM history WHERE job_id = :id AND event = 'resubmitted') ORDER BY id"""
+
+HELD_BY = f"SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND substr(lease_token, 1, 16) = :token"
+SLOT_OF = "SELECT slot FROM consumers WHERE token = :token"
+
+REGISTER = """
+INSERT INTO consumers (name, token, host, pid, slot, queues, tasks, started_at, last_seen_at, state)
+VALUES (:name, :token, :host, :pid, :slot, :queues, :tasks, :now, :now, 'running')"""
+SUCCEED = "UPDATE consumers SET state = 'dead' WHERE slot = :slot AND state = 'running'"
+LEAVE = "UPDATE consumers SET state = :state WHERE token = :token AND state = 'running'"
+RUNNING = "SELECT token, slot FROM consumers WHERE state = 'running' ORDER BY id"
+HEARTBEAT = """
+UPDATE consumers SET last_seen_at = :now, completed = completed + :completed, failed = failed + :failed
+WHERE token = :token"""
+
+FORGET = "DELETE FROM consumers WHERE state <> 'running' AND last_seen_at < :before"
+
+SET_QUEUE = """
+INSERT INTO queues (name, {column}) VALUES (:queue, :value) ON CONFLICT (name) DO UPDATE SET {column} = :value"""
+
+# Never the newest: SQLite would give its id to another job.
+# guard: prune takes old jobs only
+# guard: prune keeps the newest
+PRUNABLE = """
+SELECT jobs.id FROM queues q CROSS JOIN jobs WHERE jobs.id IN
+    (SELECT id FROM jobs WHERE state = :state AND queue = q.name AND finished_at < :before
+     AND id < (SELECT max(id) FROM jobs) ORDER BY finished_at LIMIT :limit) LIMIT :limit"""
+
+# Where the jobs of a state stand in an index.
+INDEXED = {state: [f"state = '{state}'"] for state in ("scheduled", "processing")}
+INDEXED["pending"] = [f"state = 'pending' AND assigned_to IS {null}" for null in ("NULL", "NOT NULL")]
+INDEXED |= {state: [f"state = '{state}' AND finished_at IS NOT NULL"] for state in FINISHED}
+
+# Counting by state and queue is a walk through an index each, a million jobs in 50 ms.
+# One statement, so that no job is counted in two states or in none.
+COUNT_UNFINISHED = "SELECT queue, '{state}', count(*), min(run_at) FROM jobs WHERE {place} GROUP BY queue"
+COUNT_FINISHED = """
+SELECT name, '{state}', (SELECT count(*) FROM jobs WHERE {place} AND queue = q.name), NULL FROM queues q"""
+COUNTS = " UNION ALL ".join(
+    (COUNT_UNFINISHED if state in UNFINISHED else COUNT_FINISHED).format(state=state, place=place)
+    for state in STATES
+    for place in INDEXED[state]
+)
+UNFINISHED_IDS = " UNION ALL ".join(
+    f"SELECT id FROM jobs WHERE {place}" for state in UNFINISHED for place in INDEXED[state]
+)
+FINISHED_BETWEEN = """
+SELECT count(*) FROM queues q CROSS JOIN jobs
+WHERE state = :state AND queue = q.name AND finished_at >= :start AND finished_at < :end"""
+
+LATEST_COMPLETED = """
+SELECT finished_at, run_at, started_at FROM queues q CROSS JOIN jobs WHERE jobs.id IN
+    (SELECT id FROM jobs WHERE state = 'completed' AND queue = q.name AND finished_at >= :start AND finished_at < :end
+     ORDER BY finished_at DESC LIMIT :limit)"""
+
+ID_RANGE = "SELECT coalesce((SELECT min(id) FROM jobs), 0), coalesce((SELECT max(id) FROM jobs), -1) + 1"
+
+# Its LIMIT, of all there are, keeps SQLite before 3.41 from grouping the rows instead of what the index has of them.
+FAILURES = f"""
+SELECT task, error, count(*), max(id) FROM
+    (SELECT task, substr(error, 1, {FAILURE_CHARS}) AS error, id FROM jobs WHERE state = 'failed' LIMIT {MAX_ID}) failed
+GROUP BY task, error ORDER BY count(*) DESC, max(id) DESC LIMIT {MAX_GROUPS}"""
+
+
+# SQLite: they keep queues.pending, and exist only while some queue has a limit, so that no other queue pays for them.
+IS_PENDING = "{row}.state = 'pending' AND {row}.assigned_to IS NULL"
+ADD_PENDING = "UPDATE queues SET pending = pending {change} 1 WHERE name = {row}.queue AND max_pending IS NOT NULL"
+# guard: a claim makes room
+# guard: what is pending again takes room
+# guard: what is deleted makes room
+COUNTERS = {
+    f"jobs_{event.lower()}_{row}": (
+        f"CREATE TRIGGER jobs_{event.lower()}_{row} AFTER {event} {columns} ON jobs WHEN {IS_PENDING.format(row=row)} "
+        f"BEGIN {ADD_PENDING.format(row=row, change=change)}; END"
+    )
+    for event, columns, row, change in (
+        ("INSERT", "", "NEW", "+"),
+        ("UPDATE", "OF state, assigned_to, queue", "OLD", "-"),
+        ("UPDATE", "OF state, assigned_to, queue", "NEW", "+"),
+        ("DELETE", "", "OLD", "-"),
+    )
+}
+
+TABLES = ("jobs", "queues", "consumers", "history")

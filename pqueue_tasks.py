@@ -1,0 +1,94 @@
+"""Tasks: named functions that run jobs."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pqueue import PersistentQInterface
+
+from pqueue_values import Job, QueueError, valid_int, valid_name
+
+DEFAULT_MAX_ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A named function that takes the job and returns a JSON result, with what `task` was told about it."""
+
+    name: str
+    function: Callable[[Job], Any]
+    max_attempts: int
+    backoff_base_seconds: float
+    timeout_seconds: float | None
+
+    def __call__(self, job: Job) -> Any:
+        return self.function(job)
+
+
+TASKS: dict[str, Task] = {}
+
+
+def task(
+    name: str | None = None,
+    *,
+    max_attempts: int = DEFAULT_MAX_ATTEMPTS,
+    backoff_base_seconds: float = 5.0,
+    timeout_seconds: float | None = None,
+) -> Callable[[Callable[[Job], Any]], Task]:
+    """Register the decorated function as the task of this name (its own by default).
+
+    `max_attempts` applies to jobs enqueued by a program that has registered the task; the backoff and the timeout
+    apply in the consumer. Raises ValueError if the name is taken.
+    """
+
+    def register(function: Callable[[Job], Any]) -> Task:
+        entry = Task(
+            valid_name("task", name or function.__name__),
+            function,
+            valid_int("max_attempts", 1, max_attempts),
+            backoff_base_seconds,
+            timeout_seconds,
+        )
+        if entry.name in TASKS:
+            raise ValueError(f"cannot register task {entry.name!r}: the name is taken")
+        TASKS[entry.name] = entry
+        return entry
+
+    return register
+
+
+_current = threading.local()
+
+
+def current_queue() -> PersistentQInterface:
+    """Return, in a task, the queue that its job came from: for `update`, `transaction` and follow-up jobs."""
+    queue: PersistentQInterface | None = getattr(_current, "queue", None)
+    if queue is None:
+        raise QueueError("no task runs in this thread: open a queue of your own")
+    return queue
+
+
+def run_task(queue: PersistentQInterface, job: Job) -> Any:
+    """Run the job's task and return its result. Raises what it raises, or LookupError for an unknown task."""
+    if job.task not in TASKS:
+        known = ", ".join(sorted(TASKS)) or "none"
+        raise LookupError(f"unknown task {job.task!r}; this consumer knows {known}: give it --import MODULE")
+    _current.queue = queue
+    try:
+        return TASKS[job.task](job)
+    finally:
+        _current.queue = None
+
+
+def backoff_seconds(attempts: int, base_seconds: float = 5.0, cap_seconds: float = 3600.0) -> float:
+    """Return how long to wait after this many attempts: base, 2 x base, 4 x base … up to the cap, half of it random.
+
+    "Equal jitter", after Marc Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+    """
+    whole = min(cap_seconds, base_seconds * 2.0 ** min(attempts - 1, 60))
+    return whole / 2 + random.uniform(0, whole / 2)
