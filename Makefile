@@ -32,7 +32,7 @@ screenshots: $(READY)  ## Take pictures of the dashboard into docs; needs Chromi
 	PYTHONPATH=. $(BIN)/python tests/screenshots.py docs
 
 bench: $(READY)  ## Measure against the bare limit of the disk and against other queues
-	$(BIN)/python bench.py
+	$(BIN)/python -m bench
 
 soak: $(READY)  ## Put 10 million jobs through the queue, then attack it at random TIMES as long; JOBS=N TIMES=N
 	PYTHONPATH=. $(BIN)/python tests/soak.py --jobs $(JOBS)

@@ -10,7 +10,7 @@ for a problem found; 2 for a mistake in the command.
 
 from __future__ import annotations
 
-import endings
+from pqueue_tools import endings
 
 if __name__ == "__main__":
     endings.end_at_once()
@@ -29,10 +29,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import manager
 import pqueue
 import pqueue_restore
-from commands import (
+from pqueue import Job, PersistentQInterface, QueueError
+from pqueue_tools import supervisor
+from pqueue_tools.actions import act_on_matching
+from pqueue_tools.commands import (
     Command,
     Parameter,
     UsageError,
@@ -44,10 +46,9 @@ from commands import (
     one_of,
     whole,
 )
-from consumer import bear_any_text, expect_posix
-from masking import masked_job
-from pqueue import InvalidTransition, Job, JobNotFound, PersistentQInterface, QueueError
-from report import (
+from pqueue_tools.masking import masked_job
+from pqueue_tools.process import escape_unprintable, expect_posix
+from pqueue_tools.report import (
     ago,
     clock,
     count,
@@ -66,9 +67,8 @@ from report import (
     table,
     why,
 )
-from torture import Torture
+from pqueue_tools.torture import Torture
 
-BATCH = 500  # jobs changed in one transaction
 FILES = 5000  # job files deleted in one
 
 
@@ -243,27 +243,6 @@ def _act(
     changed, refused = act_on_matching(queue, filters, act)
     text = f"{done} {count(changed, 'job')}" + (f", {refused:,} not: their state does not allow it" if refused else "")
     return Result([{"done": done, "jobs": changed, "refused": refused}], text, int(changed == 0 and refused > 0))
-
-
-def act_on_matching(
-    queue: PersistentQInterface, filters: dict[str, Any], act: Callable[[int], None]
-) -> tuple[int, int]:
-    """Do it to all jobs that match as they are shown, in batches of one transaction each; return how many it was done
-    to, and how many refused it by their state."""
-    changed = refused = 0
-    before = None
-    while jobs := queue.list_jobs(**filters, before_id=before, limit=BATCH, excerpt=0, shown=masked_job):
-        ids = [job.id for job in jobs]
-        with queue.exclusive(ids):
-            now = queue.list_jobs(**filters, ids=ids, limit=BATCH, excerpt=0, shown=masked_job)
-            for job in reversed(now):  # a job may match no more
-                try:
-                    act(job.id)
-                    changed += 1
-                except (InvalidTransition, JobNotFound):
-                    refused += 1
-        before = jobs[-1].id
-    return changed, refused
 
 
 def _ids(job_ids: list[int]) -> str:
@@ -664,8 +643,8 @@ def _look() -> dict[str, Any]:
     """Return what the screen shows. What cannot be seen is told, as "supervisord" or "database", in a sentence."""
     seen: dict[str, Any] = {"at": time.time()}
     try:
-        seen["processes"] = manager.processes()
-    except manager.ManagerError as error:
+        seen["processes"] = supervisor.processes()
+    except supervisor.ManagerError as error:
         seen["supervisord"] = str(error)
     try:
         queue = pqueue.open_queue(create=False)
@@ -759,7 +738,7 @@ def _field(key: str, value: Any) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    bear_any_text()
+    escape_unprintable()
     try:
         return dispatch("admin.py", (__doc__ or "").splitlines()[0], COMMANDS, run, arguments)
     except (UsageError, ValueError) as error:

@@ -9,20 +9,16 @@ Supervisor that started it, it ends as after a first TERM.
 
 from __future__ import annotations
 
-import endings
+from pqueue_tools import endings
 
 if __name__ == "__main__":
     endings.end_at_once()
 
 import argparse
-import errno
-import hashlib
 import importlib
 import os
-import re
 import signal
 import socket
-import stat
 import sys
 import threading
 import time
@@ -30,241 +26,35 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
-from functools import lru_cache
-from io import TextIOWrapper
-from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar, cast
+from typing import Any
 
 import pqueue
-import pqueue_files
 import pqueue_values
-from masking import masked_text
-from pqueue import DoNotRetry, Job, LeaseLost, PersistentQInterface, QueueBusy, QueueError, QueueFull, task
+from pqueue import DoNotRetry, Job, LeaseLost, PersistentQInterface, QueueBusy, QueueError, QueueFull
+from pqueue_tools import file_task
+from pqueue_tools.masking import masked_text
+from pqueue_tools.process import (
+    RETRY_PAUSE_SECONDS,
+    Answer,
+    OneLineParser,
+    escape_unprintable,
+    expect_posix,
+    folder,
+    is_orphaned,
+    log,
+    log_line,
+    on_end,
+    positive,
+    print_line,
+    quoted,
+    seconds,
+    utc_now,
+)
 
-MOST_FILE_BYTES = 1 << 30  # of a job file; a larger one is refused
 HOLD_SECONDS = 0.03  # the work a consumer takes at a time: one slow job, or as many quick ones as fit
 TICK_SECONDS = 0.05  # how often the watch looks at a running job
 HEARTBEAT_SECONDS = 10.0
 GRACE_SECONDS = 5.0  # what an interrupted task gets before the process ends in its stead
-PATIENCE_SECONDS = (0.1, 5.0)  # first and longest pause while the database is locked or full
-
-PARENT = os.getppid()
-
-Result = TypeVar("Result")
-
-
-def is_orphaned() -> bool:
-    """Tell whether the Supervisor that started this program is gone: the next one will start another in its place."""
-    return "SUPERVISOR_ENABLED" in os.environ and (os.getppid() != PARENT or _was_adopted())
-
-
-@lru_cache
-def _was_adopted() -> bool:
-    """Tell whether the Supervisor was gone before this program could note who it was: then init is its parent."""
-    with suppress(OSError):
-        return PARENT == 1 and b"supervisord" not in Path("/proc/1/cmdline").read_bytes()
-    return False
-
-
-def expect_posix() -> None:
-    """Raise QueueError on Windows, which lacks the signals, locks and folder descriptors that the programs need."""
-    if not hasattr(os, "O_DIRECTORY"):
-        raise QueueError(f"cannot run on {sys.platform}: this needs Linux or macOS; the library, pqueue.py, works here")
-
-
-def log(event: str, **fields: Any) -> None:
-    """Write one line: time in UTC, event, key=value; a value with a space or a quote is quoted."""
-    _print(_line(_utc_now(), event, fields))
-
-
-def _print(text: str) -> None:
-    """Print, and go on working when nobody reads it any more, or the disk that the log is on is full."""
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def bear_any_text() -> None:
-    """Let a terminal or a log file show escapes for the characters that its encoding lacks."""
-    for stream in (sys.stdout, sys.stderr):
-        cast(TextIOWrapper, stream).reconfigure(errors="backslashreplace")
-
-
-def _line(at: str, event: str, fields: dict[str, Any]) -> str:
-    return " ".join([at, event, *(f"{key}={_quoted(value)}" for key, value in fields.items())])
-
-
-def _quoted(value: Any) -> str:
-    text = masked_text(str(value))
-    plain = text and text.isprintable() and not any(mark in text for mark in ' "=')
-    return text if plain else '"' + text.encode("unicode_escape").decode().replace('"', '\\"') + '"'
-
-
-def _utc_now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-# The built-in task ####################################################################################################
-
-files_directory = Path(os.environ.get("PQUEUE_FILES", "var/files"))
-
-
-@task(max_attempts=10)  # it can do no harm twice
-def prepend_timestamp(job: Job) -> dict[str, Any]:
-    """Put one ISO 8601 UTC timestamp in front of every line of the file that the payload names.
-
-    The timestamp and the digest of the file as it was are on disk before it is replaced, so another delivery of the
-    job finds out whether that happened, and never stamps it twice.
-    """
-    with _job_file(job.payload) as (name, folder, source):
-        digest = _sha256(source)
-        plan = job.result if isinstance(job.result, dict) else {}
-        if plan:  # else no delivery of this job has begun a copy
-            for copy in _copies(folder, re.escape(name)):
-                os.unlink(copy, dir_fd=folder)
-        else:
-            plan = {"file": name, "timestamp": _utc_now(), "sha256": digest}
-            pqueue.current_queue().update(job, result=plan)
-        prefix = f"{plan['timestamp']} ".encode()
-        if digest == plan["sha256"]:
-            _replace(name, folder, source, prefix, digest, str(job.lease_token))
-        elif not all(part.startswith(prefix) for part, begins in _parts(source) if begins):
-            raise DoNotRetry(f"{name} changed since its timestamp was chosen; it was left as it is")
-    return plan
-
-
-def read_job_file(payload: Any, most_bytes: int) -> bytes:
-    """Return the beginning of the file that the payload names. Raises OSError or DoNotRetry, as the task does."""
-    with _job_file(payload) as (_, _, source):
-        return source.read(most_bytes)
-
-
-@contextmanager
-def _job_file(payload: Any) -> Iterator[tuple[str, int, BinaryIO]]:
-    name = _file_name(payload)
-    with _open_directory() as folder, _open_file(name, folder) as source:
-        yield name, folder, source
-
-
-def _file_name(payload: Any) -> str:
-    file = payload.get("file") if isinstance(payload, dict) else None
-    if not isinstance(file, str) or not file or "\0" in file:
-        raise DoNotRetry('expected a payload {"file": NAME}, got another')  # not shown: it may hold secrets
-    path = Path(os.path.normpath(files_directory.absolute() / file))
-    if path.parent != Path(os.path.normpath(files_directory.absolute())):
-        raise DoNotRetry(f"expected a file directly in {files_directory}, got {file!r:.100}")
-    return path.name
-
-
-@contextmanager
-def _open_directory() -> Iterator[int]:
-    expect_posix()
-    folder = os.open(files_directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield folder
-    finally:
-        os.close(folder)
-
-
-def _open_file(name: str, folder: int) -> BinaryIO:
-    try:
-        file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no file {name} in {files_directory}") from None
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG):
-            raise
-        raise DoNotRetry(f"cannot open {name}, perhaps a symbolic link: {error.strerror}") from None
-    found = os.fstat(file)
-    if stat.S_ISREG(found.st_mode) and found.st_size <= MOST_FILE_BYTES:
-        return os.fdopen(file, "rb")
-    os.close(file)
-    raise DoNotRetry(f"expected {name} to be a regular file of at most {MOST_FILE_BYTES} bytes")
-
-
-def _sha256(source: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := source.read(1 << 20):
-        digest.update(chunk)
-    source.seek(0)
-    return digest.hexdigest()
-
-
-def _parts(source: BinaryIO) -> Iterator[tuple[bytes, bool]]:
-    """Yield lines, long ones in parts, with whether a line begins there."""
-    begins = True
-    while part := source.readline(1 << 16):
-        yield part, begins
-        begins = part.endswith(b"\n")
-
-
-def _copies(folder: int, name: str) -> list[str]:
-    """List the copies of files whose names match, which takes a while in a full folder."""
-    copy = re.compile(rf"\.{name}\.[0-9a-f]{{16}}\.[0-9]+\.stamped")  # with a lease token in it
-    return [each for each in os.listdir(folder) if copy.fullmatch(each)]
-
-
-def remove_copies() -> None:
-    """Remove the copies that killed consumers left: their jobs may never be delivered again.
-
-    A living consumer has its copy locked.
-    """
-    with suppress(OSError, ValueError), _open_directory() as folder:  # each job says what is wrong with it
-        for copy in _copies(folder, ".+"):
-            with suppress(OSError):
-                _remove_stale(copy, folder)
-
-
-def _remove_stale(copy: str, folder: int) -> None:
-    file = os.open(copy, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
-    try:
-        if pqueue_files.try_lock(file):
-            os.unlink(copy, dir_fd=folder)
-    finally:
-        os.close(file)
-
-
-def _create_copy(copy: str, folder: int) -> BinaryIO:
-    """Create it and lock it; a consumer that starts may take it for a stale one before it is locked."""
-    while True:
-        file = os.fdopen(
-            os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600, dir_fd=folder), "wb"
-        )
-        if pqueue_files.try_lock(file.fileno()) and os.fstat(file.fileno()).st_nlink:
-            pqueue_files.share_as_folder(file.fileno(), folder)
-            return file
-        file.close()
-
-
-def _replace(name: str, folder: int, source: BinaryIO, prefix: bytes, digest: str, token: str) -> None:
-    """Write the stamped copy beside the file and rename it over, so that a reader sees the old or the new one."""
-    copy = f".{name}.{token}.stamped"
-    with _create_copy(copy, folder) as target:
-        try:
-            if _stamp(source, target, prefix) != digest:
-                raise OSError(f"{name} changed while it was read")
-            os.rename(copy, name, src_dir_fd=folder, dst_dir_fd=folder)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                os.unlink(copy, dir_fd=folder)
-            raise
-    # guard: a stamped copy's name is synced
-    pqueue_files.sync_file(folder)
-
-
-def _stamp(source: BinaryIO, target: BinaryIO, prefix: bytes) -> str:
-    """Copy with a prefix to each line, durably; return the digest of what was read."""
-    copied = hashlib.sha256()
-    for part, begins in _parts(source):
-        target.write(prefix + part if begins else part)
-        copied.update(part)
-    target.flush()
-    # guard: a stamped copy is synced
-    pqueue_files.sync_file(target.fileno())
-    return copied.hexdigest()
 
 
 # The consumer #########################################################################################################
@@ -366,9 +156,9 @@ class Consumer:
         self._tell_settled([job for job, _ in finished], lost)
         return jobs
 
-    def _patiently(self, held: list[tuple[Job, Any]], call: Callable[[], Result]) -> Result | None:
+    def _patiently(self, held: list[tuple[Job, Any]], call: Callable[[], Answer]) -> Answer | None:
         """Repeat a call while the database is locked or full; give up when told to stop, or the lease is over."""
-        pause, longest = PATIENCE_SECONDS
+        pause, longest = RETRY_PAUSE_SECONDS
         until = time.monotonic() + self.lease_seconds if held or self.signals else None
         while True:
             try:
@@ -482,15 +272,17 @@ class Consumer:
     def _tell_settled(self, jobs: list[Job], lost: list[Job]) -> None:
         gone = {job.id for job in lost if not self._settled_itself(job)}
         self.completed += len(jobs) - len(gone)
-        at, by = _utc_now(), _quoted(self.name)
+        at, by = utc_now(), quoted(self.name)
         lines = [
-            f"{at} completed consumer={by} job={job.id} task={_quoted(job.task)} attempt={job.attempts}"
+            f"{at} completed consumer={by} job={job.id} task={quoted(job.task)} attempt={job.attempts}"
             for job in jobs
             if job.id not in gone and not self.quiet
         ]
-        lines += [_line(at, "lost", {"consumer": self.name, "job": number, "reason": "its lease"}) for number in gone]
+        lines += [
+            log_line(at, "lost", {"consumer": self.name, "job": number, "reason": "its lease"}) for number in gone
+        ]
         if lines:
-            _print("\n".join(lines))
+            print_line("\n".join(lines))
 
     def _settled_itself(self, job: Job) -> bool:
         """Tell a lease that was lost from one that the task gave up by completing the job in its own transaction."""
@@ -619,7 +411,7 @@ class Progress:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    bear_any_text()
+    escape_unprintable()
     options = _parser().parse_args(arguments)
     try:
         expect_posix()
@@ -628,19 +420,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (QueueError, ValueError) as error:
         print(f"consumer.py: {error}", file=sys.stderr)
         return 1
-    global files_directory
-    files_directory = options.directory
+    file_task.files_directory = options.directory
     with _closing(queue):
         code = _consume(queue, options)
         on_end(signal.SIG_DFL)  # a thread that a task left may keep the process, and a signal should end it
     return code
-
-
-def on_end(handler: Any) -> None:
-    """Call it upon TERM, INT and HUP, except for a HUP that nohup has the program ignore."""
-    for number in endings.ENDINGS:
-        if signal.getsignal(number) != signal.SIG_IGN or number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, handler)
 
 
 def _spare_children() -> None:
@@ -674,7 +458,7 @@ def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
     on_end(consumer.stop)
     signal.signal(signal.SIGALRM, consumer.interrupt)
     _spare_children()
-    remove_copies()
+    file_task.remove_copies()
     log("started", consumer=options.name, pid=os.getpid(), queues=",".join(options.queues or ["all"]))
     try:
         if bar:
@@ -714,13 +498,6 @@ def _import(modules: list[str]) -> None:
             raise ValueError(f"cannot import {module!r}: {error}") from error
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Tells a mistake in one line, and exits with 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog.split()[0]}: {message}; see {self.prog} --help\n")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
@@ -728,32 +505,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--name", default=default, help="readable name of this consumer (default: Supervisor's, or HOST-PID)")
     add("--queue", dest="queues", action="append", metavar="QUEUE", help="serve this queue; repeatable (default: all)")
     add("--import", dest="modules", action="append", default=[], metavar="MODULE", help="a module with tasks of yours")
-    add("--directory", type=folder, default=files_directory, help="where job files are (default: %(default)s)")
+    add(
+        "--directory", type=folder, default=file_task.files_directory, help="where job files are (default: %(default)s)"
+    )
     add("--drain", action="store_true", help="stop when nothing is pending")
     add("--max-jobs", type=positive, metavar="N", help="stop after N jobs")
-    add("--lease-seconds", type=_seconds, default=pqueue.LEASE_SECONDS, metavar="S", help="(default: %(default)g)")
+    add("--lease-seconds", type=seconds, default=pqueue.LEASE_SECONDS, metavar="S", help="(default: %(default)g)")
     return parser
 
 
-def positive(text: str) -> int:
-    if text.isascii() and text.isdigit() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-
-
-def folder(text: str) -> Path:
-    if os.path.isdir(text) or not os.path.exists(text):  # unlike Path's, they bear any text
-        return Path(text)
-    raise argparse.ArgumentTypeError(f"expected a folder, got {text!r}")
-
-
-def _seconds(text: str) -> float:
-    with suppress(ValueError):
-        if 0 < float(text) < float("inf"):
-            return float(text)
-    raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
-
-
 if __name__ == "__main__":
-    sys.modules["consumer"] = sys.modules[__name__]  # for modules of tasks that import it
     sys.exit(main())

@@ -8,7 +8,7 @@ TERM, INT or HUP ends it between two jobs.
 
 from __future__ import annotations
 
-import endings
+from pqueue_tools import endings
 
 if __name__ == "__main__":
     endings.end_at_once()
@@ -27,11 +27,22 @@ from itertools import count
 from pathlib import Path
 from typing import IO
 
-import consumer
 import pqueue
 import pqueue_files
-from consumer import Result, folder, log
 from pqueue import PersistentQInterface, QueueBusy, QueueError, QueueFull
+from pqueue_tools import file_task
+from pqueue_tools.process import (
+    RETRY_PAUSE_SECONDS,
+    Answer,
+    OneLineParser,
+    escape_unprintable,
+    expect_posix,
+    folder,
+    is_orphaned,
+    log,
+    on_end,
+    positive,
+)
 
 WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "haven", "inlet", "jetty"]
 
@@ -55,7 +66,7 @@ class Producer:
         """Produce until stopped, or `count` jobs."""
         self.recover()
         produced = 0
-        while not (self.stopped.is_set() or consumer.is_orphaned()) and (count is None or produced < count):
+        while not (self.stopped.is_set() or is_orphaned()) and (count is None or produced < count):
             if self.produce() is None:
                 return
             produced += 1
@@ -117,7 +128,7 @@ class Producer:
 
         def store() -> int:
             stored = self.queue.list_jobs(key=name, limit=1) if next(tries) else None
-            return stored[0].id if stored else self.queue.enqueue(consumer.prepend_timestamp, {"file": name}, key=name)
+            return stored[0].id if stored else self.queue.enqueue(file_task.prepend_timestamp, {"file": name}, key=name)
 
         job_id = self._patiently(store)
         if job_id is None:
@@ -127,9 +138,9 @@ class Producer:
             log("enqueued", job=job_id, file=name)
         return job_id
 
-    def _patiently(self, call: Callable[[], Result]) -> Result | None:
+    def _patiently(self, call: Callable[[], Answer]) -> Answer | None:
         """Repeat a call while the database is locked, or there is no room in it or on the disk; None when stopped."""
-        pause, longest = consumer.PATIENCE_SECONDS
+        pause, longest = RETRY_PAUSE_SECONDS
         while True:
             try:
                 return call()
@@ -147,13 +158,13 @@ def _random_lines() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    consumer.bear_any_text()
+    escape_unprintable()
     options = _parser().parse_args(arguments)
     try:
-        consumer.expect_posix()
+        expect_posix()
         with closing(pqueue.open_queue()) as queue:
             producer = Producer(queue, options.directory)
-            consumer.on_end(producer.stop)
+            on_end(producer.stop)
             producer.run(options.interval, options.count)
     except (QueueError, ValueError) as error:
         print(f"producer.py: {error}", file=sys.stderr)
@@ -165,11 +176,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = consumer.OneLineParser(description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--interval", type=_interval, default=5.0, metavar="S", help="seconds between jobs (default: %(default)g)")
-    add("--count", type=consumer.positive, metavar="N", help="stop after N jobs")
-    add("--directory", type=folder, default=consumer.files_directory, help="where to write (default: %(default)s)")
+    add("--count", type=positive, metavar="N", help="stop after N jobs")
+    add("--directory", type=folder, default=file_task.files_directory, help="where to write (default: %(default)s)")
     return parser
 
 

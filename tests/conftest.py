@@ -51,7 +51,8 @@ class Place:
         return path
 
     def command(self, program: str, *arguments: object) -> list[str]:
-        return [sys.executable, str(ROOT / program), *map(str, arguments)]
+        """A program of ours by its file, or a module by "-m"."""
+        return [sys.executable, program if program == "-m" else str(ROOT / program), *map(str, arguments)]
 
     def environment(self, **variables: str) -> dict[str, str]:
         names = ("PQUEUE_URL", "PQUEUE_DURABILITY", "PQUEUE_FILES", "SUPERVISOR_PROCESS_NAME")

@@ -27,7 +27,7 @@ from typing import Any
 
 import pqueue
 import pqueue_sqlite
-import report
+from pqueue_tools import report
 
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCERS, CONSUMERS = 2, 3

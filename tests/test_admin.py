@@ -19,7 +19,7 @@ from conftest import ROOT, wait_until
 import admin
 import pqueue
 import pqueue_sqlite
-import report
+from pqueue_tools import report
 
 
 @pytest.fixture(params=["argparse", "typer"])
@@ -674,6 +674,7 @@ def test_torture_proves_that_nothing_is_lost(folder, run, durability):
 def test_torture_finds_a_queue_without_its_token_guard(tmp_path):
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "pqueue_tools", tmp_path / "pqueue_tools")
     (tmp_path / "var").mkdir()
     source = (tmp_path / "pqueue_schema.py").read_text()
     broken = source.replace("state = 'processing' AND lease_token = :token\"", "state = 'processing'\"")

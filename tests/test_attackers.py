@@ -25,9 +25,8 @@ from test_supervisor import BIN, manage, running, system  # noqa: F401 - a fixtu
 
 import admin
 import consumer
-import masking
 import pqueue
-import report
+from pqueue_tools import file_task, masking, report
 
 SECRET = "hunter2"  # never shown
 ESCAPES = "\x1b[31m\x1b]0;owned\x07\x9b2J\r\x08\u202e"
@@ -215,7 +214,7 @@ def test_database_that_every_account_may_read_is_a_finding(tmp_path):
 
 def stamp(queue, payload, **options):
     """Run one prepend_timestamp in a consumer's way and return the job."""
-    job_id = queue.enqueue(consumer.prepend_timestamp, payload, **options)
+    job_id = queue.enqueue(file_task.prepend_timestamp, payload, **options)
     runner = consumer.Consumer(queue, "w", drain=True, quiet=True)
     before = signal.signal(signal.SIGALRM, runner.interrupt)
     try:
@@ -274,7 +273,7 @@ def test_file_that_changes_while_it_is_read_is_left_as_it_is(queue, folder, monk
     (folder / "var/files").mkdir(parents=True)
     file = folder / "var/files/job.txt"
     file.write_text("one\n")
-    digest = consumer._sha256
+    digest = file_task._sha256
 
     def then_it_changes(source):
         found = digest(source)
@@ -300,7 +299,7 @@ def test_long_line_is_stamped_and_checked_in_parts(queue, folder, monkeypatch):
     job = stamp(queue, {"file": "job.txt"})
     text = (folder / "var/files/job.txt").read_bytes()
     assert [len(line) for line in text.split(b"\n")] == [300_025, 26]
-    again = queue.enqueue(consumer.prepend_timestamp, {"file": "job.txt"})
+    again = queue.enqueue(file_task.prepend_timestamp, {"file": "job.txt"})
     taken = queue.dequeue("w")
     queue.update(taken, result=job.result)
     assert pqueue.run_task(queue, taken._replace(result=job.result)) == job.result

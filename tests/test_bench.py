@@ -1,10 +1,11 @@
-"""`bench.py` as a user runs it, at a hundredth of its work; what it finds is not judged."""
+"""`python -m bench` as a user runs it, at a hundredth of its work; what it finds is not judged."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+from conftest import ROOT
 
 PACKAGES = ("huey", "litequeue", "persistqueue", "localqueue", "matplotlib", "redis", "psycopg")
 
@@ -15,7 +16,7 @@ def bench(place):
     place.write("hidden/sitecustomize.py", f"import sys; sys.modules.update(dict.fromkeys({PACKAGES!r}))")
 
     def run(*arguments):
-        return place.run("bench.py", *arguments, PYTHONPATH=str(place.folder / "hidden"), BENCH_SCALE="0.01")
+        return place.run("-m", "bench", *arguments, PYTHONPATH=f"{place.folder / 'hidden'}:{ROOT}", BENCH_SCALE="0.01")
 
     return run
 
@@ -71,10 +72,10 @@ def test_bench_wakes_a_worker_of_each_for_a_job(bench, place):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--redis"], "bench.py: --redis needs redis-server (apt install redis-server) and pip install redis"),
-        (["--plot", "x.png"], "bench.py: --plot needs matplotlib: pip install matplotlib"),
-        (["--url", "postgresql://h/d"], "bench.py: --url needs SQLAlchemy and psycopg: pip install SQLAlchemy"),
-        (["--json", "no/x.json"], "bench.py: cannot write 'no/x.json': expected a file in a folder that"),
+        (["--redis"], "bench: --redis needs redis-server (apt install redis-server) and pip install redis"),
+        (["--plot", "x.png"], "bench: --plot needs matplotlib: pip install matplotlib"),
+        (["--url", "postgresql://h/d"], "bench: --url needs SQLAlchemy and psycopg: pip install SQLAlchemy"),
+        (["--json", "no/x.json"], "bench: cannot write 'no/x.json': expected a file in a folder that"),
     ],
 )
 def test_bench_without_what_it_needs_says_so_before_it_measures(bench, arguments, said):
@@ -100,7 +101,8 @@ def test_bench_refuses_options_that_it_cannot_follow(bench, arguments, said):
 
 
 def test_bench_says_that_it_cannot_reach_the_server(place):
-    done = place.run("bench.py", "--quick", "--only", "put", "--url", "postgresql://127.0.0.1:1/none")
+    arguments = ("--quick", "--only", "put", "--url", "postgresql://127.0.0.1:1/none")
+    done = place.run("-m", "bench", *arguments, PYTHONPATH=str(ROOT))
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("bench.py: cannot use the server of --url: ")
+    assert line.startswith("bench: cannot use the server of --url: ")

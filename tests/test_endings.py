@@ -20,7 +20,7 @@ import os, sys
 sys.argv = sys.argv[1:]
 sys.path[0] = os.path.dirname(sys.argv[0])
 __file__ = sys.argv[0]
-import endings
+from pqueue_tools import endings
 
 def say_ready(first=endings.end_at_once):
     first()
@@ -39,7 +39,7 @@ COMMANDS = [
     ("admin.py", "monitor", "--once"),
     ("manager.py", "--list"),
     ("ops.py", "--port", "0"),
-    ("bench.py", "--help"),
+    ("bench/__main__.py", "--help"),
 ]
 ENDLESS_SECONDS = 0.8  # to look at the dashboard for
 
@@ -55,7 +55,7 @@ def launched(place, program, *arguments):
     child = subprocess.Popen(
         [sys.executable, "-c", LAUNCH, str(ROOT / program), *arguments],
         cwd=place.folder,
-        env=place.environment(PYTHONUNBUFFERED="1"),
+        env=place.environment(PYTHONUNBUFFERED="1", PYTHONPATH=str(ROOT)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,

@@ -29,14 +29,14 @@ from hypothesis import strategies as st
 from test_ops import Site
 
 import admin
-import bench
 import consumer
 import manager
 import ops
 import pqueue
 import pqueue_sqlalchemy
 import producer
-import web
+from bench import run as bench
+from pqueue_tools import dashboard, dashboard_http, supervisor
 
 SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
 SECONDS = 30  # in which every single input must be done with
@@ -189,7 +189,7 @@ HOSTS = ["127.0.0.1", "::1", "", "localhost", "a..b", "x" * 70, "[", "\udcff"]
 def test_programs_given_any_arguments_end_with_a_sentence(folder, monkeypatch, program):
     main, parser, limits = PROGRAMS[program]
     known = OPTIONS + ([word for action in parser._actions for word in action.option_strings] if parser else [])
-    monkeypatch.setattr(web.Server, "serve_forever", lambda _: None)
+    monkeypatch.setattr(dashboard_http.Server, "serve_forever", lambda _: None)
     monkeypatch.setattr(bench, "describe_machine", lambda: sys.exit(0))  # the arguments were good
     monkeypatch.setattr(bench, "MEASURES", {})
     monkeypatch.setenv("PQUEUE_OPS_PASSWORD", "x")  # so that any host is tried
@@ -317,8 +317,8 @@ def test_terminal_that_cannot_show_a_name_stops_nobody(place, variables):
 def site(folder, monkeypatch):
     """A dashboard that holds against its thread whatever it did not expect."""
     errors = []
-    monkeypatch.setattr(ops, "FRESH_SECONDS", 0.0)
-    monkeypatch.setattr(web.Server, "handle_error", lambda *_: errors.append(sys.exc_info()[1]))
+    monkeypatch.setattr(dashboard, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(dashboard_http.Server, "handle_error", lambda *_: errors.append(sys.exc_info()[1]))
     with closing(pqueue.open_queue()) as queue:
         populate(queue)
     site = Site()
@@ -405,7 +405,8 @@ def test_server_bears_any_bytes_and_goes_on_serving(site):
 def test_server_refuses_a_form_with_anything_in_it_in_a_sentence(site):
     @fuzz(250)
     @given(
-        st.sampled_from([*ops.ACTIONS, "jobs", "x"]), st.dictionaries(FIELD | st.just("action"), ARGUMENT, max_size=5)
+        st.sampled_from([*dashboard.ACTIONS, "jobs", "x"]),
+        st.dictionaries(FIELD | st.just("action"), ARGUMENT, max_size=5),
     )
     def check(action, fields):
         tried("requests")
@@ -446,8 +447,8 @@ def test_supervisor_reads_of_a_group_what_was_asked_for_and_no_more(folder, monk
         tried("include files")
         shutil.rmtree("var", ignore_errors=True)
         try:
-            group = manager.add_group(size, queues, modules)
-        except manager.ManagerError:
+            group = supervisor.add_group(size, queues, modules)
+        except supervisor.ManagerError:
             assert not list(Path("var/supervisor.d").glob("*"))
             return
         Path("var/log").mkdir()
@@ -466,11 +467,11 @@ def test_supervisor_reads_of_a_group_what_was_asked_for_and_no_more(folder, monk
 
 def test_include_files_of_others_are_neither_read_nor_removed(folder, monkeypatch):
     monkeypatch.setattr(manager, "call", lambda *_, **__: [])
-    manager.INCLUDED.mkdir(parents=True)
+    supervisor.INCLUDED.mkdir(parents=True)
     (folder / "precious.conf").write_text("mine")
     for name in ("a\nb.conf", "%(here)s.conf", "..conf", "x\x1b[31m.conf", "notes.txt"):
-        (manager.INCLUDED / name).write_text("[program:evil]\ncommand = touch evil\n")
-    before = sorted(manager.INCLUDED.iterdir())
+        (supervisor.INCLUDED / name).write_text("[program:evil]\ncommand = touch evil\n")
+    before = sorted(supervisor.INCLUDED.iterdir())
 
     @fuzz(60)
     @given(ARGUMENT | st.sampled_from(["../precious", "notes", "precious", "../../precious", "/etc/passwd"]))
@@ -480,8 +481,8 @@ def test_include_files_of_others_are_neither_read_nor_removed(folder, monkeypatc
         assert err.count("\n") <= 1
 
     check()
-    assert manager.add_group() == "consumer2"
-    assert sorted({*manager.INCLUDED.iterdir()} - {manager.INCLUDED / "consumer2.conf"}) == before
+    assert supervisor.add_group() == "consumer2"
+    assert sorted({*supervisor.INCLUDED.iterdir()} - {supervisor.INCLUDED / "consumer2.conf"}) == before
     assert (folder / "precious.conf").read_text() == "mine"
 
 
@@ -495,9 +496,9 @@ def test_operators_who_add_a_group_at_once_get_one_each(folder, monkeypatch):
 
     monkeypatch.setattr(manager, "call", call)
     with ThreadPoolExecutor(2) as threads:
-        added = [each.result() for each in [threads.submit(manager.add_group) for _ in range(2)]]
-    assert sorted(added) == manager.added_groups() == ["consumer2", "consumer3"]
-    assert len(list(manager.INCLUDED.iterdir())) == 2
+        added = [each.result() for each in [threads.submit(supervisor.add_group) for _ in range(2)]]
+    assert sorted(added) == supervisor.added_groups() == ["consumer2", "consumer3"]
+    assert len(list(supervisor.INCLUDED.iterdir())) == 2
 
 
 # Database files

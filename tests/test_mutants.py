@@ -191,11 +191,16 @@ def mutate(mutant: Mutant, folder: Path) -> None:
     (folder / "tests").mkdir()
     for each in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
         shutil.copy(each, folder)
+    shutil.copytree(ROOT / "pqueue_tools", folder / "pqueue_tools")
     for name in TESTS:
         shutil.copy(ROOT / "tests" / name, folder / "tests")
     if mutant.guard:
-        (path,) = (path for path in folder.glob("*.py") if _marks(mutant.guard, path.read_text()))
+        (path,) = (path for path in _sources(folder) if _marks(mutant.guard, path.read_text()))
         path.write_text(without_guard(mutant, path.read_text()))
+
+
+def _sources(folder: Path) -> list[Path]:
+    return [*folder.glob("*.py"), *folder.glob("pqueue_tools/*.py")]
 
 
 def _marks(guard: str, text: str) -> list[re.Match[str]]:
@@ -278,7 +283,7 @@ def test_list_of_the_mutants_stands_in_the_docs():
 
 def test_mark_of_each_guard_has_a_mutant():
     marks = [
-        mark for path in ROOT.glob("*.py") for mark in re.findall(r"^ *# guard: (.+)\n", path.read_text(), re.MULTILINE)
+        mark for path in _sources(ROOT) for mark in re.findall(r"^ *# guard: (.+)\n", path.read_text(), re.MULTILINE)
     ]
     assert sorted(marks) == sorted(mutant.guard for mutant in MUTANTS)
 

@@ -23,10 +23,9 @@ from populate import populate
 
 import manager
 import ops
-import ops_streamlit
 import pqueue
 import pqueue_search
-import web
+from pqueue_tools import dashboard, dashboard_http, dashboard_streamlit, supervisor
 
 PATIENCE_SECONDS = 90  # after which something is wrong
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)>" & \x00\x1b[31m\u202e😀' + "x" * 5000
@@ -37,18 +36,18 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("PQUEUE_URL", "PQUEUE_OPS_READONLY", "PQUEUE_OPS_PASSWORD", "PQUEUE_OPS_HOSTS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(ops, "FRESH_SECONDS", 0.0)
-    monkeypatch.setattr(ops, "SHARE", 1e9)  # whatever is asked is computed,
-    monkeypatch.setattr(ops, "PATIENCE_SECONDS", 60.0)  # and waited for
+    monkeypatch.setattr(dashboard, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(dashboard, "SHARE", 1e9)  # whatever is asked is computed,
+    monkeypatch.setattr(dashboard, "PATIENCE_SECONDS", 60.0)  # and waited for
     return tmp_path
 
 
 @pytest.fixture(autouse=True)
 def boards(monkeypatch):
     """Close every board that a test has made, Streamlit's too."""
-    make, made = ops.Board, []
-    monkeypatch.setattr(ops, "Board", lambda: made.append(make()) or made[-1])
-    monkeypatch.setattr(ops_streamlit, "_refusal", lambda: None)  # Streamlit's AppTest has no server and no headers
+    make, made = dashboard.Board, []
+    monkeypatch.setattr(dashboard, "Board", lambda: made.append(make()) or made[-1])
+    monkeypatch.setattr(dashboard_streamlit, "_refusal", lambda: None)  # AppTest has no server
     yield
     for board in made:
         board.close()
@@ -67,7 +66,7 @@ class Site:
     """A server on a free port, and a client of it."""
 
     def __init__(self, host="127.0.0.1", password=None):
-        self.server = web.Server(host, 0, password)
+        self.server = dashboard_http.Server(host, 0, password)
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.serve_forever)
         self.thread.start()
@@ -92,7 +91,7 @@ class Site:
     def close(self):
         self.server.shutdown()
         self.server.server_close()
-        for _ in range(web.MOST_CONNECTIONS):  # until all requests are done with
+        for _ in range(dashboard_http.MOST_CONNECTIONS):  # until all requests are done with
             self.server._places.acquire()
         self.server.board.close()
         self.thread.join()
@@ -143,17 +142,17 @@ def test_reader_filters_and_pages(queue, site):
     assert [job["task"] for job in found("state=failed")["jobs"]] == ["odd"]
     assert [job["task"] for job in found("queue=rare&text=VALUE")["jobs"]] == ["odd"]
     first = found("task=many")
-    assert [job["id"] for job in first["jobs"]] == ids[::-1][: ops.PAGE]
+    assert [job["id"] for job in first["jobs"]] == ids[::-1][: dashboard.PAGE]
     assert found(f"task=many&before_id={ids[3]}") == {"jobs": found("task=many&before_id=4")["jobs"], "before_id": None}
     page = site.ask("/?task=many")[1]
     older = re.search(r'href="(/\?[^"]*before_id=\d+)#jobs"', page)[1].replace("&amp;", "&")
     assert older.endswith(f"before_id={first['before_id']}")
-    assert f'href="/job/{ids[::-1][ops.PAGE]}"' in site.ask(older)[1]
+    assert f'href="/job/{ids[::-1][dashboard.PAGE]}"' in site.ask(older)[1]
     assert "no job matches" in site.ask("/?task=nosuch")[1]
 
 
 def test_search_that_takes_too_long_says_how_far_it_came(queue, site, monkeypatch):
-    monkeypatch.setattr(ops, "SEARCH_SECONDS", 0.0)
+    monkeypatch.setattr(dashboard, "SEARCH_SECONDS", 0.0)
     monkeypatch.setattr(pqueue_search, "WINDOW", 10)
     old = queue.enqueue("rare")
     ids = queue.enqueue_many("many", range(15))
@@ -176,7 +175,7 @@ def test_page_does_not_wait_for_figures_that_take_long(queue, site, monkeypatch)
         return stats(self)
 
     monkeypatch.setattr(pqueue.PersistentQInterface, "stats", slowly)
-    monkeypatch.setattr(ops, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(dashboard, "PATIENCE_SECONDS", 0.01)
     queue.cancel(slow)
     assert '<span>pending</span><b class="pending">1</b>' in site.ask("/")[1]
     site.server.board.forget()
@@ -194,16 +193,16 @@ def test_page_comes_back_after_figures_could_not_be_computed(queue, site, monkey
 
 
 def test_minutes_of_a_queue_that_was_replaced_are_not_kept(queue, monkeypatch):
-    board, marks = ops.Board(), []
+    board, marks = dashboard.Board(), []
 
     def minute(_, at):
-        mark = "old" if len(marks) < ops.MINUTES else "new"
+        mark = "old" if len(marks) < dashboard.MINUTES else "new"
         marks.append(mark)
-        if len(marks) == ops.MINUTES:
+        if len(marks) == dashboard.MINUTES:
             board.forget()
         return {"at": at, "mark": mark}
 
-    monkeypatch.setattr(ops, "_minute", minute)
+    monkeypatch.setattr(dashboard, "_minute", minute)
     with pytest.raises(pqueue.QueueError):
         board.figures()
     assert {each["mark"] for each in board.figures()["minutes"]} == {"new"}
@@ -213,19 +212,19 @@ def test_page_does_not_wait_for_a_supervisord_that_hangs(queue, site, monkeypatc
     monkeypatch.setattr(manager, "LOOK_SECONDS", 0.2)
     assert "supervisord is not running here" in site.ask("/")[1]
     with socket.socket(socket.AF_UNIX) as silent:
-        silent.bind(str(manager.SOCKET))
+        silent.bind(str(supervisor.SOCKET))
         silent.listen()
         assert "no supervisord answers at" in site.ask("/")[1]
 
 
 def test_empty_dashboard_says_what_to_do(queue, site):
     text = site.ask("/")[1]
-    assert ops.NO_JOBS in text
+    assert dashboard.NO_JOBS in text
     assert "run <code>python consumer.py</code>" in text
 
 
 def test_job_page_tells_its_story(queue, site, folder, monkeypatch):
-    monkeypatch.setattr("consumer.files_directory", folder / "files")
+    monkeypatch.setattr("pqueue_tools.file_task.files_directory", folder / "files")
     (folder / "files").mkdir()
     (folder / "files/job_1.txt").write_text("first line\nsecond line\n")
     job_id = failed(queue, "ValueError: <b>\n  in a traceback", payload={"file": "job_1.txt", "secret": "hunter2"})
@@ -245,7 +244,7 @@ def test_job_page_tells_its_story(queue, site, folder, monkeypatch):
 
 @pytest.mark.parametrize("file", ["../precious", "/etc/passwd", "link.txt", "nosuch.txt", "a\0b", ".."])
 def test_job_page_shows_no_file_from_elsewhere(queue, site, folder, monkeypatch, file):
-    monkeypatch.setattr("consumer.files_directory", folder / "files")
+    monkeypatch.setattr("pqueue_tools.file_task.files_directory", folder / "files")
     (folder / "files").mkdir()
     (folder / "precious").write_text("CONTENT")
     (folder / "files/link.txt").symlink_to(folder / "precious")
@@ -499,16 +498,16 @@ def test_deep_payload_does_not_grow_with_its_indents(queue, site):
 
 def test_large_answers_are_sent_a_few_at_a_time(queue, site, monkeypatch):
     job_id = queue.enqueue("t", LARGE)
-    for _ in range(web.MOST_LARGE):
+    for _ in range(dashboard_http.MOST_LARGE):
         site.server._large.acquire()
     status, text, headers = site.ask(f"/api/jobs/{job_id}")
     assert (status, headers["Retry-After"]) == (503, "2")
     assert "try again" in text
     assert site.ask("/")[0] == site.ask("/api/jobs")[0] == 200
-    for _ in range(web.MOST_LARGE):
+    for _ in range(dashboard_http.MOST_LARGE):
         site.server._large.release()
     assert site.ask(f"/api/jobs/{job_id}")[0] == 200
-    monkeypatch.setattr(web, "DRAWING_SECONDS", 0.01)
+    monkeypatch.setattr(dashboard_http, "DRAWING_SECONDS", 0.01)
     with site.server._turn:
         assert (site.ask("/")[0], site.ask("/style.css")[0]) == (503, 200)
 
@@ -633,14 +632,14 @@ def test_answers_forbid_scripts_frames_and_sniffing(queue, site):
 
 
 def test_oversized_and_half_sent_requests_are_refused(queue, site, monkeypatch):
-    post = web.Handler._post
+    post = dashboard_http.Handler._post
 
     def impatiently(handler):  # once the head has come
         handler.connection.settimeout(0.3)
         post(handler)
 
-    monkeypatch.setattr(web.Handler, "_post", impatiently)
-    assert site.ask("/act/cancel", body="x" * (web.MOST_BODY_BYTES + 1))[0] == 413
+    monkeypatch.setattr(dashboard_http.Handler, "_post", impatiently)
+    assert site.ask("/act/cancel", body="x" * (dashboard_http.MOST_BODY_BYTES + 1))[0] == 413
     assert site.ask("/act/cancel", body="x", Content_Length="999999999999")[0] == 413
     assert site.ask("/act/cancel", body="x", Content_Length="-1")[0] == 411
     assert site.ask("/" + "x" * 70_000)[0] == 414
@@ -655,15 +654,15 @@ def test_oversized_and_half_sent_requests_are_refused(queue, site, monkeypatch):
 
 
 def test_idle_connections_do_not_stall_it(queue, site):
-    idle = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(web.MOST_CONNECTIONS + 100)]
+    idle = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(dashboard_http.MOST_CONNECTIONS + 100)]
     assert site.ask("/healthz")[1] == "healthy\n"
     for connection in idle:
         connection.close()
 
 
 def test_request_that_trickles_is_cut_off(queue, site, monkeypatch):
-    usual = web.REQUEST_SECONDS
-    monkeypatch.setattr(web, "REQUEST_SECONDS", 0.2)
+    usual = dashboard_http.REQUEST_SECONDS
+    monkeypatch.setattr(dashboard_http, "REQUEST_SECONDS", 0.2)
     with socket.create_connection(("127.0.0.1", site.port)) as slow:
         slow.sendall(b"GET / HTTP/1.1\r\n")
 
@@ -675,7 +674,7 @@ def test_request_that_trickles_is_cut_off(queue, site, monkeypatch):
                 return True
 
         wait_until(is_cut_off)
-    monkeypatch.setattr(web, "REQUEST_SECONDS", usual)
+    monkeypatch.setattr(dashboard_http, "REQUEST_SECONDS", usual)
     assert site.ask("/healthz")[0] == 200
 
 
@@ -694,7 +693,7 @@ def test_reader_who_never_reads_costs_nobody(queue, site):
 
 
 def test_other_addresses_need_a_password_and_a_wrong_one_costs_time(queue, folder, monkeypatch, capsys):
-    monkeypatch.setattr(web, "WRONG_SECONDS", 0.2)
+    monkeypatch.setattr(dashboard_http, "WRONG_SECONDS", 0.2)
     assert ops.main(["--host", "0.0.0.0", "--port", "0"]) == 2
     assert "expected a password in PQUEUE_OPS_PASSWORD" in capsys.readouterr().err
     site = Site("0.0.0.0", "open sesame")
@@ -800,9 +799,9 @@ def test_streamlit_page_shows_the_same_figures(queue):
     assert not page.exception
     text = "".join(each.proto.body for each in page.get("html"))
     states = queue.stats()["states"]
-    for state in ops.SHOWN:
+    for state in dashboard.SHOWN:
         assert f'<span>{state}</span><b class="{state}">{states[state]:,}</b>' in text
-    for label, _, _ in ops.tiles(ops.Board().figures(PATIENCE_SECONDS)["overview"]):
+    for label, _, _ in dashboard.tiles(dashboard.Board().figures(PATIENCE_SECONDS)["overview"]):
         assert f"<span>{label}</span>" in text
 
 
@@ -828,7 +827,7 @@ def test_streamlit_page_follows_a_queue_that_is_replaced(queue):
     with other.transaction() as db:
         db.execute("PRAGMA user_version = 99")
     other.close()
-    ops_streamlit.board().forget()
+    dashboard_streamlit.board().forget()
     page = streamlit()
     assert not page.exception
     assert "got 99" in "".join(each.proto.body for each in page.get("html"))

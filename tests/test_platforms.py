@@ -83,7 +83,8 @@ def on_windows(place, code):
 
 
 def program(name, *arguments):
-    return f"sys.argv = {[str(ROOT / name), *arguments]!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    run = "run_path(sys.argv[0]" if name.endswith(".py") else f"run_module({name!r}, alter_sys=True"
+    return f"sys.argv = {[str(ROOT / name), *arguments]!r}\nrunpy.{run}, run_name='__main__')"
 
 
 def test_library_works_without_the_locks_and_signals_of_posix(place):
@@ -91,7 +92,7 @@ def test_library_works_without_the_locks_and_signals_of_posix(place):
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
-@pytest.mark.parametrize("name", ["consumer.py", "producer.py", "admin.py", "manager.py", "ops.py", "bench.py"])
+@pytest.mark.parametrize("name", ["consumer.py", "producer.py", "admin.py", "manager.py", "ops.py", "bench"])
 def test_program_shows_its_help_on_windows(place, name):
     done = on_windows(place, program(name, "--help"))
     assert (done.returncode, done.stderr) == (0, "")
@@ -104,7 +105,7 @@ def test_program_shows_its_help_on_windows(place, name):
         ("consumer.py",),
         ("producer.py", "--count", "1"),
         ("manager.py", "--list"),
-        ("bench.py", "--quick"),
+        ("bench", "--quick"),
         ("admin.py", "torture"),
         ("admin.py", "delete-job-files", "--directory", "."),
     ],
@@ -152,7 +153,7 @@ def test_database_is_synced_to_the_medium_where_the_system_can(place):
 
 
 def test_no_program_syncs_past_the_means_of_macos():
-    """Whatever syncs a file does it through `pqueue_files.sync_file`; bench.py measures the plain ones."""
-    for path in ROOT.glob("*.py"):
-        expected = {"pqueue_files.py": 1, "bench.py": 2}.get(path.name, 0)
+    """Whatever syncs a file does it through `pqueue_files.sync_file`; bench/run.py measures the plain ones."""
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("pqueue_tools/*.py"), *ROOT.glob("bench/*.py")):
+        expected = {"pqueue_files.py": 1, "run.py": 2}.get(path.name, 0)
         assert len(re.findall(r"os\.f(?:data)?sync\(", path.read_text())) == expected, path.name

@@ -31,6 +31,7 @@ import pqueue
 import pqueue_files
 import producer
 from pqueue import PersistentQSQLite, QueueError
+from pqueue_tools import file_task
 
 SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
 ROUNDS = 1 + SOAK
@@ -396,7 +397,8 @@ assert admin.main(['move', '--to', copy]) == 0
 
 def test_manager_adds_a_group_whole_or_not_at_all_when_the_power_fails(shim, place):
     text = "x" * 2000
-    for copy, _ in copies_after_losses(shim, place, f"import manager; assert manager._create(Path(copy), {text!r})"):
+    code = f"from pqueue_tools import supervisor; assert supervisor._create(Path(copy), {text!r})"
+    for copy, _ in copies_after_losses(shim, place, code):
         assert not copy.exists() or copy.read_text() == text
 
 
@@ -407,10 +409,11 @@ import json, os, struct, sys
 from contextlib import closing
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import consumer, pqueue, producer
+import pqueue, producer
+from pqueue_tools import file_task
 log = os.open(os.environ["RECORD_TO"], os.O_WRONLY | os.O_APPEND)
 files = Path(sys.argv[2]).parent.parent / "jobs" / "files"
-consumer.files_directory = files
+file_task.files_directory = files
 ROUNDS = int(sys.argv[4])
 
 def mark(**fact):
@@ -445,10 +448,10 @@ STAMPS = re.compile(r"(?:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z )*")
 
 def run_again(path: Path, files: Path) -> list[pqueue.Job]:
     """Start a producer and a consumer on what is left, let them do all there is, and return the jobs."""
-    consumer.files_directory = files
+    file_task.files_directory = files
     with closing(PersistentQSQLite(path, durability="normal")) as queue:
         producer.Producer(queue, files).recover()
-        consumer.remove_copies()
+        file_task.remove_copies()
         while job := queue.dequeue("w", now=2e9):
             queue.complete(job, pqueue.run_task(queue, job))
         return queue.list_jobs()

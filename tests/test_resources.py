@@ -25,7 +25,7 @@ from test_histories import memory
 import consumer
 import pqueue
 import pqueue_sqlite
-import report
+from pqueue_tools import report
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk; CI is root")
 

@@ -14,7 +14,7 @@ from conftest import ROOT, Place, free_port, wait_until
 
 BIN = Path(sys.executable).parent
 NAMES = ("consumer_00", "consumer_01", "consumer_02")
-FILES = (*(path.name for path in ROOT.glob("*.py")), "supervisord.conf", "Procfile", ".streamlit")
+FILES = (*(path.name for path in ROOT.glob("*.py")), "pqueue_tools", "supervisord.conf", "Procfile", ".streamlit")
 
 
 @pytest.fixture

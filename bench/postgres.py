@@ -236,8 +236,8 @@ def measure_pickup(peer: Peer) -> dict[str, float]:
 
 
 def at_work(peer: Peer, number: int) -> Iterator[None]:
-    code = f"import bench_postgres; bench_postgres.work({type(peer).__name__!r})"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent)}
+    code = f"import bench.postgres; bench.postgres.work({type(peer).__name__!r})"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     children = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(number)]
     try:
         yield

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from report import UNITS
+from pqueue_tools.report import UNITS
 
 DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|w)")
 

@@ -9,12 +9,10 @@ import time
 from typing import Any
 from urllib.parse import urlencode
 
-import manager
-import ops
 import pqueue
-import report
+from pqueue_tools import dashboard, report, supervisor
 
-Board = ops.Board
+Board = dashboard.Board
 
 COLOURS = """
 :root { color-scheme: light dark }
@@ -25,7 +23,7 @@ COLOURS = """
   --scheduled: light-dark(#5e4fc4, #ab9eff); --cancelled: var(--soft) }
 """
 SUMMARY: str = (
-    "".join(f".pqueue i.{name} {{ background: {paint} }}\n" for name, paint in ops.PAINT.items())
+    "".join(f".pqueue i.{name} {{ background: {paint} }}\n" for name, paint in dashboard.PAINT.items())
     + """
 .pqueue .keys { display: flex; gap: 2px 14px; flex-wrap: wrap; font-size: 12.5px; color: var(--soft);
   margin-bottom: 8px }
@@ -126,7 +124,7 @@ async function refresh() {
   }
 }
 if (document.getElementById('overview')) setInterval(refresh, REFRESH);
-""".replace("REFRESH", str(ops.REFRESH_SECONDS * 1000))
+""".replace("REFRESH", str(dashboard.REFRESH_SECONDS * 1000))
 
 ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">
 <rect width="16" height="16" rx="4" fill="#1669b2"/>
@@ -209,7 +207,7 @@ def tiles(seen: dict[str, Any]) -> str:
     return f"""<div class="tiles">{
         "".join(
             f'<div class="tile"><span>{text(label)}</span><b class="{state}">{text(value)}</b></div>'
-            for label, value, state in ops.tiles(seen)
+            for label, value, state in dashboard.tiles(seen)
         )
     }</div>"""
 
@@ -217,7 +215,7 @@ def tiles(seen: dict[str, Any]) -> str:
 def _page(title: str, status: str, body: str, path: str = "", *, again: bool = False) -> str:
     parts = ("processing", "jobs", "failed", "consumers", "queues")
     links = "".join(f'<a href="/#{part}">{part}</a>' for part in parts)
-    refresh = f'<noscript><meta http-equiv="refresh" content="{ops.REFRESH_SECONDS}"></noscript>' if again else ""
+    refresh = f'<noscript><meta http-equiv="refresh" content="{dashboard.REFRESH_SECONDS}"></noscript>' if again else ""
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="stylesheet" href="/style.css">
 <link rel="icon" href="/icon.svg">{refresh}</head><body class="pqueue">
@@ -257,7 +255,7 @@ def _jobs_chart(minutes: Minutes) -> str:
             if tall:
                 marks.append(
                     f'<rect x="{number * step + 1:.1f}" y="{y:.1f}" width="{step - 2:.1f}" height="{tall:.1f}" '
-                    f'fill="{ops.PAINT[name]}"{going_on}/>'
+                    f'fill="{dashboard.PAINT[name]}"{going_on}/>'
                 )
     marks += _line([each["enqueued"] for each in minutes[:-1]], top, step, "enqueued")
     told = [", ".join(f"{each[name]:,} {name}" for name in ("enqueued", "completed", "failed")) for each in minutes]
@@ -274,7 +272,9 @@ def _times_chart(minutes: Minutes) -> str:
         for place, dashes in ((1, "4 3"), (0, "")):
             seconds = [each[name] and max(each[name][place], 0.001) for each in minutes[:-1]]
             marks += _line([s and math.log10(s) - low for s in seconds], high - low, step, name, dashes)
-    told = [", ".join(f"{name} p50 / p95 {ops.times(each[name])}" for name in ("wait", "run")) for each in minutes]
+    told = [
+        ", ".join(f"{name} p50 / p95 {dashboard.times(each[name])}" for name in ("wait", "run")) for each in minutes
+    ]
     scale = [_seconds(10.0**power) for power in range(high, low - 1, -1)]
     return _frame(TIMES_KEYS, scale, marks, told, minutes)
 
@@ -308,7 +308,7 @@ def _line(values: list[float | None], top: float, step: float, name: str, dashes
             pen = "L"
     dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
     how = 'fill="none" stroke-width="1.5" stroke-linecap="round"'
-    return [f'<path d="{path}" {how} stroke="{ops.PAINT[name]}"{dashed}/>']
+    return [f'<path d="{path}" {how} stroke="{dashboard.PAINT[name]}"{dashed}/>']
 
 
 def _ceiling(value: float) -> float:
@@ -381,7 +381,7 @@ def _filter_form(query: dict[str, str]) -> str:
     )
     fields = "".join(
         f'<input name="{name}" placeholder="{name}" value="{text(query.get(name, ""))}" size="12">'
-        for name in ops.FILTERS
+        for name in dashboard.FILTERS
         if name != "state"
     )
     return f"""<form class="filter" action="/"><select name="state" aria-label="state">
@@ -405,7 +405,7 @@ def _jobs(board: Board, query: dict[str, str], token: str) -> str:
         ]
         for job in jobs
     ]
-    kept = {name: query[name] for name in ops.FILTERS if query.get(name)}
+    kept = {name: query[name] for name in dashboard.FILTERS if query.get(name)}
     heads = [
         *([""] if token else []),
         "job",
@@ -417,16 +417,16 @@ def _jobs(board: Board, query: dict[str, str], token: str) -> str:
         "-enqueued",
         "~detail",
     ]
-    made = _table(heads, rows, ops.none_found(query, before))
+    made = _table(heads, rows, dashboard.none_found(query, before))
     if token and jobs:
-        made = _bulk_form(made, kept, ops.matching(query, shown) if kept else "", token)
+        made = _bulk_form(made, kept, dashboard.matching(query, shown) if kept else "", token)
     return made + _pager(kept, query.get("before_id", ""), jobs, before)
 
 
 def _pager(kept: dict[str, str], after: str, jobs: list[pqueue.Job], before: int | None) -> str:
     links = [f'<a href="/?{html.escape(urlencode(kept))}#jobs">newest jobs</a>'] if after else []
     if before is not None:
-        label = "older jobs" if len(jobs) == ops.PAGE else f"searched back to job {before:,}: go on"
+        label = "older jobs" if len(jobs) == dashboard.PAGE else f"searched back to job {before:,}: go on"
         links.append(f'<a href="/?{html.escape(urlencode({**kept, "before_id": str(before)}))}#jobs">{label}</a>')
     return f"<p>{' · '.join(links)}</p>" if links else ""
 
@@ -468,7 +468,7 @@ def _failed(groups: list[dict[str, Any]], token: str) -> str:
             _search(each["error"], state="failed", task=each["task"]),
             _button("resubmit_group", "resubmit all", token, task=each["task"], error=each["error"]),
         ]
-        for each in groups[: ops.GROUPS]
+        for each in groups[: dashboard.GROUPS]
     ]
     made = _table(["#jobs", "task", "-last", "~error", ""], rows, "no job has failed")
     return f"<h2>Failed</h2>{made}{_more(len(rows), len(groups), 'group')}"
@@ -485,7 +485,7 @@ def _consumers(consumers: list[dict[str, Any]]) -> str:
             f"{each['failed']:,}",
             when(each["last_seen_at"]),
         ]
-        for each in consumers[: ops.CONSUMERS]
+        for each in consumers[: dashboard.CONSUMERS]
     ]
     heads = ["consumer", "state", "-host / pid", "jobs", "#done", "#failed", "~seen"]
     made = _table(heads, rows, "no consumer was here: run <code>python consumer.py</code>")
@@ -495,7 +495,7 @@ def _consumers(consumers: list[dict[str, Any]]) -> str:
 def _groups(found: list[dict[str, Any]] | str, token: str) -> str:
     if isinstance(found, str):
         return f'<p class="soft">{text(found)}</p>'
-    added = manager.added_groups()
+    added = supervisor.added_groups()
     lines = []
     for group in dict.fromkeys(each["group"] for each in found):
         states = [
@@ -505,7 +505,7 @@ def _groups(found: list[dict[str, Any]] | str, token: str) -> str:
         ]
         remove = _button("remove_group", f"remove {group}", token, group=group) if group in added else ""
         lines.append(f"<p><b>{text(group)}</b> <span class='soft'>{', '.join(states)}</span> {remove}</p>")
-    add = _button("add_group", f"add {manager.GROUP_SIZE} consumers", token)
+    add = _button("add_group", f"add {supervisor.GROUP_SIZE} consumers", token)
     return f"<h2>Supervisor</h2>{''.join(lines)}{add}"
 
 
@@ -519,7 +519,7 @@ def _queues(seen: dict[str, Any], token: str) -> str:
         rows.append(
             [
                 _search(name, queue=name),
-                *(f"{each[state]:,}" for state in ops.SHOWN),
+                *(f"{each[state]:,}" for state in dashboard.SHOWN),
                 "" if oldest is None else report.span(max(0.0, now - oldest)),
                 limit,
                 '<span class="failed">paused</span>' if each["paused"] else "",
@@ -598,10 +598,10 @@ def _texts(found: dict[str, Any], one: pqueue.Job) -> str:
     shown = ""
     for title, value in texts.items():
         if value is not None:
-            shown += f"<h2>{title}</h2>{block(value[: ops.MOST_CHARS])}"
-            if len(value) > ops.MOST_CHARS:
+            shown += f"<h2>{title}</h2>{block(value[: dashboard.MOST_CHARS])}"
+            if len(value) > dashboard.MOST_CHARS:
                 whole = f'<a href="/api/jobs/{one.id}">the whole job as JSON</a>'
-                shown += f'<p class="soft">the first {ops.MOST_CHARS:,} characters: {whole}</p>'
+                shown += f'<p class="soft">the first {dashboard.MOST_CHARS:,} characters: {whole}</p>'
     return shown
 
 
@@ -612,7 +612,7 @@ def pretty(value: Any) -> str:
     for part in encoder.iterencode(value):
         parts.append(part)
         size += len(part)
-        if size > ops.MOST_CHARS:
+        if size > dashboard.MOST_CHARS:
             break
     return "".join(parts)
 

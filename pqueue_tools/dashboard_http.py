@@ -24,12 +24,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
-import endings
-import ops
-import pages
-import report
-from masking import is_cut
 from pqueue import JobNotFound, QueueError
+from pqueue_tools import dashboard, dashboard_html, endings, report
+from pqueue_tools.masking import is_cut
 
 MOST_BODY_BYTES = 100_000
 MOST_CONNECTIONS = 256  # beyond, the one that has been sending its request for longest is closed
@@ -70,7 +67,7 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def __init__(self, host: str, port: int, password: str | None) -> None:
-        self.board = ops.Board()
+        self.board = dashboard.Board()
         self.password = password
         self.token = secrets.token_urlsafe()
         self._notes: dict[str, str] = {}
@@ -82,7 +79,7 @@ class Server(ThreadingHTTPServer):
         self._large = threading.BoundedSemaphore(MOST_LARGE)
         self._sending: dict[socket.socket, float] = {}  # connections whose request has not come whole, and since when
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.local = ops.is_loopback(host)
+        self.local = dashboard.is_loopback(host)
         super().__init__((host, port), Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -133,8 +130,8 @@ class Server(ThreadingHTTPServer):
 
     def knows(self, host: str) -> bool:
         """Whether this Host header names us; a name of somebody else's would be DNS rebinding."""
-        name = ops.host_name(host)
-        return ops.is_ours(host) or (not self.local and (ops.is_address(name) or name in _own_names()))
+        name = dashboard.host_name(host)
+        return dashboard.is_ours(host) or (not self.local and (dashboard.is_address(name) or name in _own_names()))
 
     @contextmanager
     def drawn(self, draw: Callable[..., Answer], *arguments: Any) -> Iterator[Answer]:
@@ -209,8 +206,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.has_come(self.connection)
         url = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
-        if url.path in pages.FILES:
-            self._send(HTTPStatus.OK, *pages.FILES[url.path])
+        if url.path in dashboard_html.FILES:
+            self._send(HTTPStatus.OK, *dashboard_html.FILES[url.path])
             return
         self._expect_no_other_site(url.path)
         try:
@@ -236,10 +233,10 @@ class Handler(BaseHTTPRequestHandler):
     def _drawn(self, path: str, query: dict[str, str], figures: dict[str, Any]) -> Answer:
         board = self.server.board
         if path == "/":
-            parts = pages.sections(board, figures, query, self._token())
-            return HTTPStatus.OK, HTML, _encoded(pages.index(parts, query, self._said(query)))
+            parts = dashboard_html.sections(board, figures, query, self._token())
+            return HTTPStatus.OK, HTML, _encoded(dashboard_html.index(parts, query, self._said(query)))
         if path == "/live":
-            return HTTPStatus.OK, JSON, _json(pages.sections(board, figures, query, self._token()))
+            return HTTPStatus.OK, JSON, _json(dashboard_html.sections(board, figures, query, self._token()))
         if path == "/metrics":
             return HTTPStatus.OK, METRICS, _encoded(report.metrics(board.queue(), stats=figures["overview"]))
         if path == "/healthz":
@@ -259,7 +256,7 @@ class Handler(BaseHTTPRequestHandler):
             return _json({"jobs": listed, "before_id": before})
         if number.isascii() and number.isdigit() and len(number) < 19:
             if parent == "/job":
-                return _encoded(pages.job(board.job(int(number)), self._said(query), self._token()))
+                return _encoded(dashboard_html.job(board.job(int(number)), self._said(query), self._token()))
             if parent == "/api/jobs":
                 found = board.job(int(number))
                 return _json({**found, "job": {**found["job"]._asdict(), "lease_token": None}})
@@ -274,8 +271,8 @@ class Handler(BaseHTTPRequestHandler):
         if path.startswith("/api/"):
             return JSON, _json({"error": sentence})
         if path == "/live":
-            return JSON, _json({"health": pages.trouble(sentence)})
-        return HTML, _encoded(pages.without_queue(sentence))
+            return JSON, _json({"health": dashboard_html.trouble(sentence)})
+        return HTML, _encoded(dashboard_html.without_queue(sentence))
 
     # Acting
 
@@ -287,9 +284,9 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(HTTPStatus.FORBIDDEN, "refused: the page is from before a restart; load it again")
         name = urlsplit(self.path).path.removeprefix("/act/")
         name = (form.pop("action", None) or [name])[0] if name == "jobs" else name
-        if name not in ops.ACTIONS:
+        if name not in dashboard.ACTIONS:
             raise Refused(HTTPStatus.NOT_FOUND, "no such action")
-        done, sentence = ops.act(self.server.board, name, form)
+        done, sentence = dashboard.act(self.server.board, name, form)
         if not done:
             raise Refused(HTTPStatus.CONFLICT, sentence)
         self._redirect((form.get("back") or ["/"])[0], sentence)
@@ -299,7 +296,7 @@ class Handler(BaseHTTPRequestHandler):
         if site := self.headers.get("Sec-Fetch-Site"):
             return site in ("same-origin", "none")
         origins = self.headers.get_all("Origin", [])
-        return all(ops.is_same_origin(each, self.headers["Host"]) for each in origins)
+        return all(dashboard.is_same_origin(each, self.headers["Host"]) for each in origins)
 
     def _body(self) -> str:
         length = self.headers.get("Content-Length", "")
@@ -320,14 +317,14 @@ class Handler(BaseHTTPRequestHandler):
         """Go back to a page of ours, which shows the sentence."""
         url = urlsplit(back if back.startswith(("/?", "/job/")) else "/")
         page = url.path if url.path.startswith("/job/") else "/"
-        query = {name: values[0] for name, values in parse_qs(url.query).items() if name in ops.FILTERS}
+        query = {name: values[0] for name, values in parse_qs(url.query).items() if name in dashboard.FILTERS}
         self.send_response(HTTPStatus.SEE_OTHER)
         self.send_header("Location", f"{quote(page)}?{urlencode({**query, 'said': self.server.note(sentence)})}")
         self.send_header("Content-Length", "0")
         self.end_headers()
 
     def _token(self) -> str:
-        return "" if ops.read_only() else self.server.token
+        return "" if dashboard.read_only() else self.server.token
 
     def _send(self, status: HTTPStatus, kind: str, content: str | bytes) -> None:
         body = _encoded(content) if isinstance(content, str) else content
@@ -366,11 +363,11 @@ def _own_names() -> set[str]:
 def serve(host: str, port: int) -> int:
     """Serve until TERM, INT or HUP; return the exit code."""
     password = os.environ.get("PQUEUE_OPS_PASSWORD") or None
-    if password is None and not ops.is_loopback(host):
+    if password is None and not dashboard.is_loopback(host):
         print(f"ops.py: expected a password in PQUEUE_OPS_PASSWORD to serve on {host}", file=sys.stderr)
         return 2
     try:
-        ops.allowed_hosts()
+        dashboard.allowed_hosts()
     except ValueError as error:
         print(f"ops.py: {error}", file=sys.stderr)
         return 2

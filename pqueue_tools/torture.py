@@ -20,8 +20,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
 
-import endings
 from pqueue import LeaseLost, PersistentQSQLite, QueueBusy
+from pqueue_tools import endings
 
 PRODUCERS = 2
 CONSUMERS = 4

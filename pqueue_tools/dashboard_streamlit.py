@@ -9,13 +9,10 @@ from typing import Any
 
 import streamlit as st
 
-import manager
-import ops
-import pages
 import pqueue
-import report
+from pqueue_tools import dashboard, dashboard_html, report, supervisor
 
-STYLE = f"""<style>{pages.COLOURS}{pages.SUMMARY}
+STYLE = f"""<style>{dashboard_html.COLOURS}{dashboard_html.SUMMARY}
 .stApp {{ --card: transparent }} .block-container {{ padding: 1.2rem 1rem 3rem; max-width: 1312px }}
 .stAppHeader {{ background: none; pointer-events: none }} .stAppHeader button {{ pointer-events: auto }}
 .pqueue {{ font-size: 14px; line-height: 1.45; --card: transparent }} .pqueue p {{ margin: 0 }}
@@ -30,15 +27,15 @@ DOT = {"completed": "green", "failed": "red", "processing": "blue", "pending": "
 
 
 @st.cache_resource
-def board() -> ops.Board:
-    return ops.Board()
+def board() -> dashboard.Board:
+    return dashboard.Board()
 
 
 def page() -> None:
     st.set_page_config("pqueue", layout="wide")
     st.html(STYLE)
     if refused := _refusal():
-        st.container(border=True).html(_html(pages.trouble(refused)))
+        st.container(border=True).html(_html(dashboard_html.trouble(refused)))
         return
     if said := st.session_state.pop("said", None):
         st.toast(_plain(said))
@@ -53,16 +50,16 @@ def page() -> None:
 def _refusal() -> str | None:
     """Return why this session is shown nothing: anybody could read and act, or a page elsewhere asks."""
     try:
-        if not (ops.is_loopback(st.get_option("server.address") or "") or ops.allowed_hosts()):
+        if not (dashboard.is_loopback(st.get_option("server.address") or "") or dashboard.allowed_hosts()):
             return (
                 "refused: the server is open to other machines, without a password; start it with --server.address "
                 "127.0.0.1, or list in PQUEUE_OPS_HOSTS the names by which it may be reached"
             )
         headers = st.context.headers
         hosts, origins = headers.get_all("Host"), headers.get_all("Origin")
-        if len(hosts) != 1 or not ops.is_ours(hosts[0]):
+        if len(hosts) != 1 or not dashboard.is_ours(hosts[0]):
             return "refused: this is not a host name of the dashboard; PQUEUE_OPS_HOSTS can list more"
-        if not all(ops.is_same_origin(each, hosts[0]) for each in origins):
+        if not all(dashboard.is_same_origin(each, hosts[0]) for each in origins):
             return "refused: the request comes from another site"
     except ValueError as error:
         return f"refused: {error}"
@@ -76,13 +73,15 @@ def _section(title: str | None, part: Callable[[], None]) -> None:
         try:
             part()
         except (pqueue.QueueError, ValueError) as error:
-            st.html(_html(pages.trouble(str(error)))) if title is None else st.caption("this part comes back by itself")
+            st.html(_html(dashboard_html.trouble(str(error)))) if title is None else st.caption(
+                "this part comes back by itself"
+            )
 
     draw.__qualname__ = part.__name__
     with st.container(border=True):
         if title:
             st.markdown(f"##### {title}")
-        st.fragment(draw, run_every=ops.REFRESH_SECONDS)()
+        st.fragment(draw, run_every=dashboard.REFRESH_SECONDS)()
 
 
 def _html(body: str) -> str:
@@ -90,7 +89,7 @@ def _html(body: str) -> str:
 
 
 def _act(name: str, **fields: Any) -> None:
-    done, sentence = ops.act(
+    done, sentence = dashboard.act(
         board(), name, {key: each if isinstance(each, list) else [str(each)] for key, each in fields.items()}
     )
     st.session_state["said"] = sentence if done else f"not done: {sentence}"
@@ -108,13 +107,13 @@ def _plain(value: str) -> str:
 def _overview() -> None:
     figures = board().figures()
     seen = figures["overview"]
-    path = f'<span class="path">{pages.text(seen["path"])}</span>'
-    title = f'<div class="title"><b>pqueue</b><div>{pages.health(seen["problems"])}</div>{path}</div>'
-    st.html(_html(title + pages.tiles(seen)))
+    path = f'<span class="path">{dashboard_html.text(seen["path"])}</span>'
+    title = f'<div class="title"><b>pqueue</b><div>{dashboard_html.health(seen["problems"])}</div>{path}</div>'
+    st.html(_html(title + dashboard_html.tiles(seen)))
     minutes = figures["minutes"]
     for place, keys, chart in zip(
         st.columns(2),
-        (pages.jobs_keys(minutes), pages.TIMES_KEYS),
+        (dashboard_html.jobs_keys(minutes), dashboard_html.TIMES_KEYS),
         (_jobs_chart(minutes), _times_chart(minutes)),
         strict=True,
     ):
@@ -122,7 +121,7 @@ def _overview() -> None:
         place.vega_lite_chart(chart)
 
 
-def _jobs_chart(minutes: pages.Minutes) -> dict[str, Any]:
+def _jobs_chart(minutes: dashboard_html.Minutes) -> dict[str, Any]:
     """Draw what the other front end does: bars of what completed and failed, a line of what was enqueued."""
     names = ["completed", "failed", "enqueued"]
     rows = [
@@ -143,7 +142,7 @@ def _jobs_chart(minutes: pages.Minutes) -> dict[str, Any]:
     return _chart(rows, names, scale, [bars, {"mark": LINE, "transform": [{"filter": ended}]}])
 
 
-def _times_chart(minutes: pages.Minutes) -> dict[str, Any]:
+def _times_chart(minutes: dashboard_html.Minutes) -> dict[str, Any]:
     """Draw what the other front end does: wait and run time, by powers of ten."""
     rows = [
         {"at": _at(each), "value": seconds and max(seconds, 0.001), "what": name, "share": share}
@@ -164,7 +163,7 @@ def _at(minute: dict[str, Any]) -> datetime:
 def _chart(
     rows: list[dict[str, Any]], names: list[str], scale: dict[str, Any], layers: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    paint = {"domain": names, "range": [ops.PAINT[name] for name in names]}
+    paint = {"domain": names, "range": [dashboard.PAINT[name] for name in names]}
     over_time = {"format": "%H:%M", "tickCount": 5, "grid": False}
     encoding = {
         "x": {"field": "at", "timeUnit": MINUTE, "bandPosition": 0.5, "title": None, "axis": over_time},
@@ -202,13 +201,13 @@ def _jobs() -> None:
     places = st.container(key="filters").columns(5)
     state = places[0].selectbox("state", pqueue.STATES, index=None, placeholder="any state", key="filter-state")
     filters: dict[str, Any] = {"state": state}
-    for place, name in zip(places[1:], ops.FILTERS[1:], strict=True):
+    for place, name in zip(places[1:], dashboard.FILTERS[1:], strict=True):
         filters[name] = place.text_input(name, key=f"filter-{name}")
     before = st.session_state.get("before", "") if st.session_state.get("before-of") == filters else ""
     query = {**{name: value or "" for name, value in filters.items()}, "before_id": str(before)}
     table, (jobs, older) = _shown(query)
     if not jobs:
-        st.caption(ops.none_found(query, older))
+        st.caption(dashboard.none_found(query, older))
         _pages(query, filters, jobs, older)
         return
     now = time.time()
@@ -228,12 +227,12 @@ def _jobs() -> None:
     chosen = st.dataframe(rows, hide_index=True, on_select="rerun", selection_mode="multi-row", key=table)
     ids = [jobs[row].id for row in chosen["selection"]["rows"] if row < len(jobs)]
     _pages(query, filters, jobs, older)
-    _bulk(ids, filters, ops.matching(query, (jobs, older)))
+    _bulk(ids, filters, dashboard.matching(query, (jobs, older)))
     if len(ids) == 1:
         _job(ids[0])
 
 
-def _shown(query: dict[str, str]) -> tuple[str, ops.Found]:
+def _shown(query: dict[str, str]) -> tuple[str, dashboard.Found]:
     """Return the table's key and its jobs. They stay the same while some are selected, which is by row."""
     state = st.session_state
     table = f"jobs-{state.get('tables', 0)}"
@@ -246,7 +245,7 @@ def _shown(query: dict[str, str]) -> tuple[str, ops.Found]:
 
 
 def _pages(query: dict[str, str], filters: dict[str, Any], jobs: list[pqueue.Job], before: int | None) -> None:
-    label = "older jobs" if len(jobs) == ops.PAGE else f"searched back to job {before}: go on"
+    label = "older jobs" if len(jobs) == dashboard.PAGE else f"searched back to job {before}: go on"
     with st.container(key="pages"):
         if query["before_id"] and st.button("newest jobs"):
             st.session_state["before"] = ""
@@ -257,7 +256,7 @@ def _pages(query: dict[str, str], filters: dict[str, Any], jobs: list[pqueue.Job
 
 
 def _bulk(ids: list[int], filters: dict[str, str], matching: str) -> None:
-    if ops.read_only():
+    if dashboard.read_only():
         return
     these = ", ".join(map(str, ids[:5])) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
     scopes = [f"the selected: {these}"] * bool(ids) + [matching] * any(filters.values())
@@ -280,14 +279,14 @@ def _job(job_id: int) -> None:
     one: pqueue.Job = found["job"]
     st.markdown(f"#### Job {one.id}")
     st.markdown(f":{DOT.get(one.state, 'gray')}[{one.state}] {_plain(found['why'])}")
-    if not ops.read_only():
+    if not dashboard.read_only():
         _job_actions(one)
     left, right = st.columns(2)
     with left:
-        _text("payload", pages.pretty(one.payload))
+        _text("payload", dashboard_html.pretty(one.payload))
         _text("file", found["file"])
     with right:
-        _text("result", None if one.result is None else pages.pretty(one.result))
+        _text("result", None if one.result is None else dashboard_html.pretty(one.result))
         _text("error", one.error)
         now = time.time()
         story = [
@@ -299,8 +298,10 @@ def _job(job_id: int) -> None:
 
 def _text(title: str, value: str | None) -> None:
     if value is not None:
-        shown = "\n".join(report.printable(line) for line in value[: ops.MOST_CHARS].split("\n"))
-        st.caption(title if len(value) <= ops.MOST_CHARS else f"{title}: the first {ops.MOST_CHARS:,} characters")
+        shown = "\n".join(report.printable(line) for line in value[: dashboard.MOST_CHARS].split("\n"))
+        st.caption(
+            title if len(value) <= dashboard.MOST_CHARS else f"{title}: the first {dashboard.MOST_CHARS:,} characters"
+        )
         st.code(shown, language=None, wrap_lines=True, height=400 if len(shown) > 2000 else "content")
 
 
@@ -318,7 +319,7 @@ def _job_actions(one: pqueue.Job) -> None:
 
 
 def _failed() -> None:
-    groups = board().figures()["failures"][: ops.GROUPS]
+    groups = board().figures()["failures"][: dashboard.GROUPS]
     _table(
         [
             {"jobs": g["jobs"], "task": g["task"], "last": g["last_id"], "error": report.printable(g["error"])}
@@ -327,7 +328,7 @@ def _failed() -> None:
         "no job has failed",
         error=st.column_config.TextColumn(width="large"),
     )
-    if groups and not ops.read_only():
+    if groups and not dashboard.read_only():
         with st.popover("resubmit a group"):
             named = {f"{g['task']}: {report.printable(g['error'])}": g for g in groups}
             name = st.selectbox("group", sorted(named), key="failed-group") or ""
@@ -348,7 +349,7 @@ def _consumers() -> None:
             "failed": each["failed"],
             "seen": report.ago(each["last_seen_at"], now),
         }
-        for each in figures["consumers"][: ops.CONSUMERS]
+        for each in figures["consumers"][: dashboard.CONSUMERS]
     ]
     _table(rows, "no consumer was here: run python consumer.py")
     found = figures["processes"]
@@ -356,10 +357,10 @@ def _consumers() -> None:
         st.caption(_plain(found))
         return
     _table([{key: each[key] for key in ("group", "name", "state", "pid")} for each in found], "no processes")
-    if not ops.read_only():
-        if st.button(f"add {manager.GROUP_SIZE} consumers"):
+    if not dashboard.read_only():
+        if st.button(f"add {supervisor.GROUP_SIZE} consumers"):
             _act("add_group")
-        for group in manager.added_groups():
+        for group in supervisor.added_groups():
             with st.popover(f"remove {group}"):
                 if st.button(f"yes, remove {group}"):
                     _act("remove_group", group=group)
@@ -374,14 +375,14 @@ def _queues() -> None:
         rows.append(
             {
                 "queue": name,
-                **{state: each[state] for state in ops.SHOWN},
+                **{state: each[state] for state in dashboard.SHOWN},
                 "oldest": "" if oldest is None else report.span(max(0.0, now - oldest)),
                 "limit": "" if each["max_pending"] is None else f"{each['max_pending']:,}",
                 "": "paused" if each["paused"] else "",
             }
         )
     _table(rows, "no queue yet")
-    if rows and not ops.read_only():
+    if rows and not dashboard.read_only():
         left, middle, right, last = st.columns([2, 1, 2, 1])
         name = left.selectbox("queue", list(queues), label_visibility="collapsed", key="queue-chosen")
         verb = "resume" if queues[name]["paused"] else "pause"

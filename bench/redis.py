@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 URL = "BENCH_REDIS"  # names the server to the workers, which import this module
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 60.0
 
 
 class Celery:
     module, key, jobs = "celery", "celery", 4000
-    worker = ("-m", "celery", "-A", "bench_redis:celery_app", "worker", "--concurrency=1", "--loglevel=ERROR")
+    worker = ("-m", "celery", "-A", "bench.redis:celery_app", "worker", "--concurrency=1", "--loglevel=ERROR")
 
     def __init__(self) -> None:
         import celery  # noqa: PLC0415
@@ -44,12 +44,12 @@ class RQ:
         import rq  # noqa: PLC0415
 
         queue = rq.Queue(connection=redis.Redis.from_url(os.environ[URL]))
-        self.put: Callable[[], Any] = lambda: queue.enqueue("bench_redis.noop")
+        self.put: Callable[[], Any] = lambda: queue.enqueue("bench.redis.noop")
 
 
 class Dramatiq:
     module, key, jobs = "dramatiq", "dramatiq:default", 8000
-    worker = ("-m", "dramatiq", "bench_redis:dramatiq_broker", "--processes=1")
+    worker = ("-m", "dramatiq", "bench.redis:dramatiq_broker", "--processes=1")
 
     def __init__(self) -> None:
         import dramatiq  # noqa: PLC0415
@@ -79,7 +79,7 @@ def __getattr__(name: str) -> Any:
 def run(rounds: int, tell: Callable[[str], None]) -> dict[str, dict[str, list[float]]]:
     """Return {contestant: {"put jobs/s", "process jobs/s": a figure per round}} of those that are installed."""
     if not shutil.which("redis-server") or not importlib.util.find_spec("redis"):
-        sys.exit("bench.py: --redis needs redis-server (apt install redis-server) and pip install redis")
+        sys.exit("bench: --redis needs redis-server (apt install redis-server) and pip install redis")
     results: dict[str, dict[str, list[float]]] = {}
     for number in range(rounds):
         for name, contestant in CONTESTANTS.items():
@@ -108,13 +108,13 @@ def drained(kind: Any) -> float:
 
     waiting = redis.Redis.from_url(os.environ[URL]).llen
     command = [sys.executable, *kind.worker, *([os.environ[URL]] if kind is RQ else [])]
-    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     worker = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         until = time.monotonic() + START_SECONDS
         while (first := waiting(kind.key)) == kind.jobs:
             if worker.poll() is not None or time.monotonic() > until:
-                sys.exit(f"bench.py: the worker of {kind.module} did not start")
+                sys.exit(f"bench: the worker of {kind.module} did not start")
             time.sleep(0.005)
         began = time.perf_counter()
         while waiting(kind.key):
@@ -148,5 +148,5 @@ def answer(port: int) -> None:
         with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), 1):
             return
         if time.monotonic() > until:
-            sys.exit("bench.py: redis-server did not start")
+            sys.exit("bench: redis-server did not start")
         time.sleep(0.01)

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench_postgres import SCALE, milliseconds
+from bench.postgres import SCALE, milliseconds
 from pqueue import PersistentQInterface
 
 with contextlib.suppress(ImportError):  # Windows, where bench.py only says what it needs
@@ -412,10 +412,10 @@ def fill(peer: Peer) -> int:
 def workers(peer: Any, number: int, step: str = "work") -> Iterator[Callable[[], list[list[tuple[float, float]]]]]:
     """Run workers, let them begin together, and yield how to read what each has noted; kill them in the end."""
     kind, place = type(peer), (str(peer.folder), peer.durability)
-    module = kind.__module__ if kind.__module__ != "__main__" else "bench"
-    imports = f"import endings; endings.end_at_once(); import bench_peers, {module}"
-    code = f"{imports}; bench_peers.work({module}.{kind.__name__}, *{place!r}, {step!r})"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent)}
+    module = kind.__module__
+    imports = f"from pqueue_tools import endings; endings.end_at_once(); import bench.peers, {module}"
+    code = f"{imports}; bench.peers.work({module}.{kind.__name__}, *{place!r}, {step!r})"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     with (peer.folder / "gate").open("w") as gate:
         fcntl.flock(gate, fcntl.LOCK_EX)
         start = partial(subprocess.Popen, [sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pqueue
 import pqueue_schema
-from masking import masked, masked_error, masked_job, masked_text
 from pqueue import Job, PersistentQInterface
+from pqueue_tools.masking import masked, masked_error, masked_job, masked_text
 
 OLD_SECONDS = 600.0  # a pending job that waits for longer is worth a warning
 LATE_SECONDS = 5.0  # an expired lease that nobody took back for longer, too

@@ -1,18 +1,13 @@
 """Measure this queue on this disk, beside the bare limit of SQLite and what people would use instead.
 
-    python bench.py [--quick] [--only COLUMN …] [--rounds N] [--json FILE] [--plot FILE.png]
-    python bench.py --why      # what each idea behind the speed buys: the same figures with it left out
-    python bench.py --redis    # Celery, RQ and Dramatiq
+    python -m bench [--quick] [--only COLUMN …] [--rounds N] [--json FILE] [--plot FILE.png]
+    python -m bench --why      # what each idea behind the speed buys: the same figures with it left out
+    python -m bench --redis    # Celery, RQ and Dramatiq
 
 Each figure is taken in a fresh process on a fresh folder, the contestants in turn; the median of the rounds counts.
 """
 
 from __future__ import annotations
-
-import endings
-
-if __name__ == "__main__":
-    endings.end_at_once()
 
 import argparse
 import contextlib
@@ -36,13 +31,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-import bench_peers
-import bench_postgres
-import bench_redis
-import consumer
 import pqueue
 import pqueue_files
-from bench_peers import (
+import pqueue_locks
+from bench import peers, postgres, redis
+from bench.peers import (
     ALONGSIDE,
     DURABILITIES,
     NOTHING,
@@ -56,9 +49,10 @@ from bench_peers import (
     put_for_a_while,
     sum_up,
 )
-from bench_postgres import SCALE, SERVER, PostgresLimit, milliseconds
+from bench.postgres import SCALE, SERVER, PostgresLimit, milliseconds
+from pqueue_tools.process import OneLineParser, expect_posix, positive
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 QUICK = "one round of a tenth of the work, without idle and depth, and the others' workers at full only"
 QUICK_SCALE = 0.1  # of the work, given to the measuring processes
 PUT_MANY = 100
@@ -91,6 +85,7 @@ IDEAS = {
 def do_without(idea: str) -> None:
     """Change this process, as `--why` asks it to."""
     core: Any = pqueue
+    locks: Any = pqueue_locks
     if idea == "one commit per job":
         core.PersistentQInterface.complete_and_dequeue = complete_then_dequeue
     elif idea == "unsynced claims":
@@ -99,9 +94,9 @@ def do_without(idea: str) -> None:
     elif idea == "adaptive batches":
         core.PersistentQInterface.max_batch = 1
     elif idea == "turnstile":
-        core.Turnstile.enter = lambda *_, **__: False
+        locks.Turnstile.enter = lambda *_, **__: False
     elif idea == "doorbell":
-        core.Slots.ring = lambda _: None
+        locks.Slots.ring = lambda _: None
         core.WAIT_SECONDS = 0.1  # as one would poll
 
 
@@ -117,7 +112,7 @@ def complete_then_dequeue(queue: Any, finished: Any, name: str, limit: int = 1, 
 if LEFT_OUT in os.environ:
     do_without(os.environ[LEFT_OUT])
 
-# This queue; the other contestants are in bench_peers.py and bench_postgres.py #######################################
+# This queue; the other contestants are in peers.py and postgres.py #######################################
 
 
 class Ours:
@@ -149,8 +144,8 @@ class Ours:
             self.queue.complete(job)
 
 
-CONTESTANTS: dict[str, Any] = {"limit": bench_peers.Limit, "pqueue": Ours, **bench_peers.PEERS}
-ON_POSTGRES: dict[str, Any] = {"limit": PostgresLimit, "pqueue": Ours, **bench_postgres.PEERS}
+CONTESTANTS: dict[str, Any] = {"limit": peers.Limit, "pqueue": Ours, **peers.PEERS}
+ON_POSTGRES: dict[str, Any] = {"limit": PostgresLimit, "pqueue": Ours, **postgres.PEERS}
 
 # The columns: each returns named figures ##############################################################################
 
@@ -279,8 +274,8 @@ def fill(queue: Any, rows: int, **columns: object) -> None:
 def consumers(ours: Ours, number: int, *options: str) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Run consumer.py with its default settings, and wait until each has shown up."""
     environment = {**os.environ, "PQUEUE_URL": ours.url, "PQUEUE_DURABILITY": ours.durability}
-    environment["PYTHONPATH"] = str(HERE)
-    command = [sys.executable, str(HERE / "consumer.py"), "--import", "bench", *options]
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, str(ROOT / "consumer.py"), "--import", "bench.run", *options]
     children = [
         subprocess.Popen([*command, "--name", f"c{i}"], env=environment, stdout=subprocess.DEVNULL, cwd=ours.folder)
         for i in range(number)
@@ -323,16 +318,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(measure(measured)))
         return 0
     try:
-        consumer.expect_posix()
+        expect_posix()
     except pqueue.QueueError as error:
-        sys.exit(f"bench.py: {error}")
+        sys.exit(f"bench: {error}")
     check_needs(options)
     if options.url:
         os.environ[SERVER] = options.url
     machine = describe_machine()
     print("\n".join(f"{name}: {value}" for name, value in machine.items()))
     if options.redis:
-        print(table_on_redis(bench_redis.run(options.rounds, progress)))
+        print(table_on_redis(redis.run(options.rounds, progress)))
         return 0
     if options.why:
         print(why(options.rounds))
@@ -356,20 +351,20 @@ def check_needs(options: argparse.Namespace) -> None:
     if (options.why or options.redis) and (options.only or options.url or options.json or options.plot):
         parser().error("expected --rounds at most beside --why and --redis, got another option")
     if options.plot and not importlib.util.find_spec("matplotlib"):
-        sys.exit("bench.py: --plot needs matplotlib: pip install matplotlib")
+        sys.exit("bench: --plot needs matplotlib: pip install matplotlib")
     if options.url and not (importlib.util.find_spec("psycopg") and importlib.util.find_spec("sqlalchemy")):
-        sys.exit("bench.py: --url needs SQLAlchemy and psycopg: pip install SQLAlchemy 'psycopg[binary]'")
+        sys.exit("bench: --url needs SQLAlchemy and psycopg: pip install SQLAlchemy 'psycopg[binary]'")
     for file in filter(None, (options.json, options.plot)):
         folder = Path(file).absolute().parent
         if Path(file).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            sys.exit(f"bench.py: cannot write {file!r}: expected a file in a folder that can be written to")
+            sys.exit(f"bench: cannot write {file!r}: expected a file in a folder that can be written to")
 
 
 def parser() -> argparse.ArgumentParser:
-    made = consumer.OneLineParser(description=(__doc__ or "").splitlines()[0])
+    made = OneLineParser(prog="bench", description=(__doc__ or "").splitlines()[0])
     made.add_argument("--quick", action="store_true", help=QUICK)
     made.add_argument("--only", action="append", choices=COLUMNS, metavar="COLUMN", help=f"of {', '.join(COLUMNS)}")
-    made.add_argument("--rounds", type=consumer.positive, default=3, help="(default: %(default)s)")
+    made.add_argument("--rounds", type=positive, default=3, help="(default: %(default)s)")
     made.add_argument("--url", help="a PostgreSQL server to measure on instead, with a database of its own per figure")
     made.add_argument("--json", metavar="FILE", help="write all figures")
     made.add_argument("--plot", metavar="FILE.png", help="draw the bars; needs matplotlib")
@@ -451,11 +446,11 @@ def is_installed(name: str) -> bool:
 def measure(turn: Key, **settings: str) -> dict[str, float]:
     folder = tempfile.mkdtemp(prefix="bench-", dir=pqueue_folder())
     try:
-        command = [sys.executable, __file__, "--measure", *turn, folder]
+        command = [sys.executable, "-m", "bench", "--measure", *turn, folder]
         with database() as environment:
             done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment | settings)
         if done.returncode:
-            sys.exit(f"bench.py: {' '.join(turn)} failed:\n{done.stderr}")
+            sys.exit(f"bench: {' '.join(turn)} failed:\n{done.stderr}")
         return dict(json.loads(done.stdout))
     finally:
         shutil.rmtree(folder)
@@ -474,7 +469,7 @@ def database() -> Iterator[dict[str, str]]:
     try:
         server = psycopg.connect(os.environ[SERVER], autocommit=True)
     except psycopg.Error as error:
-        sys.exit(f"bench.py: cannot use the server of --url: {str(error).splitlines()[0]}")
+        sys.exit(f"bench: cannot use the server of --url: {str(error).splitlines()[0]}")
     with server:
         server.execute(f"CREATE DATABASE {name}")
         try:
@@ -615,8 +610,3 @@ def draw_legend(axis: Any, machine: dict[str, str]) -> None:
     axis.legend(handles=handles, loc="upper left", fontsize=8, frameon=False, borderaxespad=0)
     text = "\n".join(f"{name}: {value}" for name, value in machine.items())
     axis.text(0.02, 0.02, text, fontsize=7, color="#555555", transform=axis.transAxes)
-
-
-if __name__ == "__main__":
-    with endings.Undoing():
-        sys.exit(main())

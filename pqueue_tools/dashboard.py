@@ -1,0 +1,498 @@
+"""The dashboard's figures, searches and actions, for both front ends."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from statistics import quantiles
+from typing import Any
+from urllib.parse import urlsplit
+
+import pqueue
+from pqueue import DoNotRetry, Job, PersistentQInterface, QueueError
+from pqueue_tools import file_task, report, supervisor
+from pqueue_tools.actions import act_on_matching
+from pqueue_tools.masking import masked_job
+
+PAGE = 50  # jobs on a page
+FRESH_SECONDS = 1.0  # what is shown is computed at most so often, whatever the number of viewers,
+SHARE = 0.05  # and each part of it for at most this share of the time
+PATIENCE_SECONDS = 0.12  # how long a page waits for figures; then it shows the last ones,
+OLD_SECONDS = 30.0  # but not for longer than this after they could have been computed anew
+SEARCH_SECONDS = 0.1  # how long it looks for jobs before it offers to go on
+SEARCHES = 20  # whose results are kept while they are fresh
+EXCERPT = 1000  # characters of a payload, result and error that a list of jobs reads
+MOST_CHARS = 65_536  # of each that the page of a job shows
+HISTORY = 200  # events that it shows, the last ones
+REFRESH_SECONDS = 2
+MINUTES = 60
+SAMPLE = 100  # jobs of a minute from which its wait and run times are taken
+GROUPS = 20  # of failed jobs that are shown
+CONSUMERS = 100
+FILE_BYTES = 65_536  # of a job's file that are shown
+SHOWN = ("pending", "scheduled", "processing", "completed", "failed")  # states, in this order
+NO_JOBS = "no jobs yet: run python producer.py"
+FILTERS = ("state", "queue", "task", "consumer", "text")
+PAINT: dict[str, str] = {  # of the charts, on light and on dark
+    "enqueued": "#8a94a6",
+    "completed": "#2aa36b",
+    "failed": "#e5484d",
+    "wait": "#b97d10",
+    "run": "#2f80d8",
+}
+
+Form = dict[str, list[str]]
+Found = tuple[list[Job], "int | None"]  # a page of jobs, and the id before which to go on
+Percentiles = tuple[float, float]  # p50 and p95, seconds
+
+
+HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:/?#@\[\]\\,]+))(?::[0-9]{1,5})?")
+
+
+def read_only() -> bool:
+    return os.environ.get("PQUEUE_OPS_READONLY", "") not in ("", "0")
+
+
+# Names by which the dashboard may be reached: by another, a page elsewhere would reach it by DNS rebinding ###########
+
+
+def host_name(host: str) -> str:
+    """Return the name or address in a Host header, or "" where there is none; an address in its usual form."""
+    found = HOST.fullmatch(host.lower())
+    name = (found[1] or found[2]).removesuffix(".") if found else ""
+    try:
+        return str(ipaddress.ip_address(name))
+    except ValueError:
+        return name if found and found[1] is None else ""
+
+
+def allowed_hosts() -> set[str]:
+    """Return the names and addresses in PQUEUE_OPS_HOSTS. Raises ValueError."""
+    given = re.split(r"[,\s]+", os.environ.get("PQUEUE_OPS_HOSTS", "").strip())
+    found = {
+        each: host_name(f"[{each}]" if each.count(":") > 1 and "[" not in each else each) for each in given if each
+    }
+    for each, name in found.items():
+        if not name:
+            raise ValueError(f"expected names or addresses in PQUEUE_OPS_HOSTS, as a browser is given, got {each!r}")
+    return set(found.values())
+
+
+def is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback(name: str) -> bool:
+    return name == "localhost" or (is_address(name) and ipaddress.ip_address(name).is_loopback)
+
+
+def is_ours(host: str) -> bool:
+    """Whether this Host header has a name of this machine alone, or one that is allowed."""
+    name = host_name(host)
+    return is_loopback(name) or name in allowed_hosts()
+
+
+def is_same_origin(origin: str, host: str) -> bool:
+    """Whether the page that asks is of this host, or of an allowed one, where a proxy has changed the host."""
+    asks = urlsplit(origin).netloc.lower()
+    return bool(asks) and (asks == host.lower() or host_name(asks) in allowed_hosts())
+
+
+# Figures: each is computed here, for both front ends ##################################################################
+
+
+class Board:
+    """The figures of one queue, which may come and go: each method raises QueueError with what is wrong with it.
+
+    A thread of its own computes them, so that no page waits for long and no viewer costs more than the first.
+    """
+
+    def __init__(self) -> None:
+        self._queue: PersistentQInterface | None = None
+        self._identity: Any = None
+        self._reason: str | None = None  # why it could not be opened, and
+        self._shut_until = 0.0  # when to try again
+        self._lock = threading.RLock()
+        self._reading = threading.Lock()  # one at a time: payloads take much memory
+        self._worker = ThreadPoolExecutor(1, "pqueue-figures")
+        self._parts: dict[str, Callable[[PersistentQInterface], Any]] = {
+            "overview": _overview,
+            "minutes": self._hour,
+            "processing": _processing,
+            "failures": report.failures,
+            "consumers": _consumers,
+            "processes": lambda _: _processes(),
+        }
+        self._computed: dict[str, tuple[float, Any]] = {}  # until when to show it, and it or the QueueError instead
+        self._stale_at: dict[str, float] = {}
+        self._running: dict[str, Future[None]] = {}
+        self._searches: dict[str, tuple[float, Found | None]] = {}
+        self._minutes: dict[int, dict[str, Any]] = {}
+
+    def queue(self) -> PersistentQInterface:
+        """Return the open queue. It is opened anew when its file was replaced."""
+        with self._lock:
+            identity = self._file_identity()
+            if self._queue is not None and identity != self._identity:
+                self.forget()
+            if self._queue is None:
+                self._queue = self._opened()
+                self._identity = self._file_identity()
+            return self._queue
+
+    def _opened(self) -> PersistentQInterface:
+        if self._reason is None or time.monotonic() > self._shut_until:  # a locked one takes seconds to say so
+            try:
+                return pqueue.open_queue(create=False)
+            except (QueueError, ValueError) as error:
+                self._reason, self._shut_until = str(error), time.monotonic() + FRESH_SECONDS
+        raise QueueError(self._reason)
+
+    def forget(self) -> None:
+        """Drop the connection and what was computed over it."""
+        with self._lock:
+            if self._queue is not None:
+                with suppress(QueueError):
+                    self._queue.close()
+            self._queue = None
+            self._computed, self._minutes = {}, {}
+            self.expire()
+
+    def close(self) -> None:
+        """Forget it all, and end the thread that computes."""
+        self.forget()
+        self._worker.shutdown()
+
+    def expire(self) -> None:
+        """Compute all anew: something was changed."""
+        with self._lock:
+            self._stale_at, self._running, self._searches = {}, {}, {}
+
+    def _file_identity(self) -> Any:
+        with suppress(OSError, ValueError):
+            facts = os.stat(pqueue.sqlite_path())
+            return facts.st_dev, facts.st_ino
+        return None
+
+    def figures(self, patience_seconds: float | None = None) -> dict[str, Any]:
+        """Return, as of now or, where computing takes longer than the patience (None: PATIENCE_SECONDS), of before:
+
+        overview: states, queues and path as the queue tells, per_minute, oldest_seconds, alive, wal_bytes, problems,
+        and wait and run, each (p50, p95) seconds or None; minutes: at (its start), enqueued, completed, failed, wait
+        and run of each minute of the last hour, the last one still going on; processing: its jobs; failures: as the
+        queue groups them; consumers: those alive or with jobs, and those that ended within the hour; processes:
+        supervisord's, or a sentence that tells why there are none to see.
+        """
+        queue = self.queue()
+        with self._lock:
+            now = time.monotonic()
+            for part in self._parts:
+                if part not in self._running and now >= self._stale_at.get(part, 0.0):
+                    self._running[part] = self._worker.submit(self._compute, part, queue, self._running)
+            running = list(self._running.values())
+        wait(running, PATIENCE_SECONDS if patience_seconds is None else patience_seconds)
+        with self._lock:
+            now = time.monotonic()
+            computed = {part: found for part, (until, found) in self._computed.items() if until > now}
+        for found in computed.values():
+            if isinstance(found, Exception):
+                raise found
+        if len(computed) < len(self._parts):
+            raise QueueError("counting the jobs …")
+        return computed
+
+    def _compute(self, part: str, queue: PersistentQInterface, running: dict[str, Future[None]]) -> None:
+        began = time.monotonic()
+        found: Any
+        try:
+            found = self._parts[part](queue)
+        except QueueError as error:
+            found = error
+        except Exception as error:  # whatever it is, the next page tries again
+            found = QueueError(f"cannot count the jobs: {error}")
+        with self._lock:
+            if self._running is running:  # else it is out of date already
+                self._stale_at[part] = _stale_at(began)
+                self._computed[part] = self._stale_at[part] + OLD_SECONDS, found
+                del running[part]
+
+    def _hour(self, queue: PersistentQInterface) -> list[dict[str, Any]]:
+        kept, current = self._minutes, int(time.time() // 60)  # kept by this queue: `forget` begins anew
+        minutes = {
+            number: kept.get(number) or _minute(queue, number * 60.0)
+            for number in range(current - MINUTES + 1, current + 1)
+        }
+        kept.clear()
+        kept.update((number, each) for number, each in minutes.items() if number < current - 1)
+        return list(minutes.values())
+
+    def jobs(self, query: dict[str, str]) -> Found:
+        """Return a page of the jobs that match the query's filters and stand before its before_id, newest first, or
+        what was found of it in SEARCH_SECONDS; and the id before which to go on, or None at the end. Of payloads,
+        results and errors it holds the beginnings."""
+        queue, given, before = self.queue(), _given(query), query.get("before_id")
+        before_id = _whole(before) if before else None
+        search = json.dumps([given, before_id])
+        with self._reading:
+            with self._lock:
+                searches = self._searches
+                stale_at, found = searches.pop(search, (0.0, None))
+            began = time.monotonic()
+            if found is None or began >= stale_at:
+                found = queue.search_jobs(
+                    **given, before_id=before_id, limit=PAGE, seconds=SEARCH_SECONDS, excerpt=EXCERPT, shown=masked_job
+                )
+                stale_at = _stale_at(began)
+        with self._lock:
+            searches[search] = stale_at, found
+            if len(searches) > SEARCHES:
+                del searches[next(iter(searches))]
+        return found
+
+    def job(self, job_id: int) -> dict[str, Any]:
+        """Return job and history, without secrets; why; and file: its text, or a sentence, or None for a job without
+        one."""
+        queue, stats = self.queue(), None
+        with suppress(QueueError):
+            stats = self.figures()["overview"]
+        with self._reading:
+            why = report.why(queue, job_id, stats=stats)
+            job = masked_job(queue.get(job_id))
+        history = report.history(queue, job_id, limit=HISTORY)
+        return {"job": job, "history": history, "why": why, "file": _file_text(job.payload)}
+
+
+def _stale_at(began: float) -> float:
+    ended = time.monotonic()
+    return ended + max(FRESH_SECONDS, (ended - began) / SHARE)
+
+
+def _overview(queue: PersistentQInterface) -> dict[str, Any]:
+    now = time.time()
+    stats, facts = queue.stats(), queue.check(thorough=False)
+    oldest = stats["oldest_pending_at"]
+    return {
+        "states": stats["states"],
+        "queues": stats["queues"],
+        "path": facts["path"],
+        "per_minute": queue.activity(now - 60, now),
+        "oldest_seconds": None if oldest is None else max(0.0, now - oldest),
+        "alive": sum(1 for each in queue.consumers() if each["state"] == "running"),
+        "wal_bytes": facts.get("wal_bytes"),
+        "problems": report.problems(queue, now, stats=stats, facts=facts),
+        **_percentiles(queue.timings()),
+    }
+
+
+def _minute(queue: PersistentQInterface, at: float) -> dict[str, Any]:
+    times = queue.timings(SAMPLE, start=at, end=at + 60)
+    return {"at": at, **queue.activity(at, at + 60), **_percentiles(times)}
+
+
+def _processing(queue: PersistentQInterface) -> list[Job]:
+    return queue.list_jobs(state="processing", limit=PAGE, excerpt=0)
+
+
+def _consumers(queue: PersistentQInterface) -> list[dict[str, Any]]:
+    recent = time.time() - 3600
+    found = [c for c in queue.consumers() if c["state"] == "running" or c["job_ids"] or c["last_seen_at"] > recent]
+    return sorted(found, key=lambda each: (each["state"] != "running", each["name"]))
+
+
+def _percentiles(times: dict[str, list[float]]) -> dict[str, Percentiles | None]:
+    return {name: _percentiles_of(seconds) for name, seconds in times.items()}
+
+
+def _percentiles_of(seconds: list[float]) -> Percentiles | None:
+    if not seconds:
+        return None
+    cuts = quantiles(seconds, n=20, method="inclusive") if len(seconds) > 1 else seconds * 19
+    return cuts[9], cuts[18]
+
+
+def _given(filters: dict[str, str]) -> dict[str, Any]:
+    return {name: value for name, value in filters.items() if name in FILTERS and value}
+
+
+def _file_text(payload: Any) -> str | None:
+    if not (isinstance(payload, dict) and "file" in payload):
+        return None
+    try:
+        content = file_task.read_job_file(payload, FILE_BYTES + 1)
+    except (DoNotRetry, OSError) as error:
+        return f"(cannot read it: {getattr(error, 'strerror', None) or error})"
+    text = content[:FILE_BYTES].decode(errors="replace")
+    return text + "\n(cut)" if len(content) > FILE_BYTES else text
+
+
+def matching(query: dict[str, str], shown: Found) -> str:
+    """Return how "all that match the filter" is called, with their number where the page shows all of them."""
+    known = len(shown[0]) if shown[1] is None and not query.get("before_id") else None
+    return "all that match the filter" if known is None else f"all {known} that match the filter"
+
+
+def none_found(query: dict[str, str], before: int | None) -> str:
+    """Return what to say instead of a page of jobs that is empty; `before` as from `Board.jobs`."""
+    if before is not None:
+        return "no job found so far"
+    return "no job matches" if any(query.get(name) for name in (*FILTERS, "before_id")) else NO_JOBS
+
+
+def _processes() -> list[dict[str, Any]] | str:
+    if not os.path.exists(supervisor.SOCKET):
+        return "supervisord is not running here"
+    try:
+        return supervisor.processes()
+    except supervisor.ManagerError as error:
+        return str(error)
+
+
+def tiles(seen: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the overview as (label, value, state), where the state gives the colour."""
+    oldest = "none" if seen["oldest_seconds"] is None else report.span(seen["oldest_seconds"])
+    found = [(state, f"{seen['states'][state]:,}", state) for state in SHOWN]
+    found += [(f"{name} / min", f"{seen['per_minute'][name]:,}", "") for name in ("enqueued", "completed")]
+    found += [("oldest pending", oldest, "")]
+    found += [("consumers alive", str(seen["alive"]), "")]
+    found += [(f"{name} p50 / p95", times(seen[name]), "") for name in ("wait", "run")]
+    if seen["wal_bytes"] is not None:
+        found.append(("write-ahead log", f"{seen['wal_bytes'] / 1e6:,.1f} MB", ""))
+    return found
+
+
+def times(pair: Percentiles | None) -> str:
+    """Return a p50 and a p95 as people read them."""
+    if pair is None:
+        return "none"
+    (low, unit), (high, same) = (_seconds(each) for each in pair)
+    return f"{low} / {high} {unit}" if unit == same else f"{low} {unit} / {high} {same}"
+
+
+def _seconds(value: float) -> tuple[str, str]:
+    return (f"{value * 1000:,.0f}", "ms") if value < 1 else (f"{value:,.1f}", "s")
+
+
+# Actions ##############################################################################################################
+
+
+def _jobs_action(verb: str, done: str) -> Callable[[PersistentQInterface, Form], str]:
+    """Act on the jobs of the form's `id` fields or, with `scope` = matching, on all that match its filters."""
+
+    def act(queue: PersistentQInterface, form: Form) -> str:
+        method = getattr(queue, verb)
+        if _one(form, "scope") == "matching":
+            filters = _given({name: _one(form, name) for name in FILTERS})
+            if not filters:
+                raise ValueError("expected a filter: acting on every job there is needs the command line")
+            changed, refused = act_on_matching(queue, filters, method)
+        else:
+            changed, refused = _act_on_each(form.get("id", []), method)
+        return f"{done} {report.count(changed, 'job')}" + (f"; {refused:,} could not be" if refused else "")
+
+    return act
+
+
+def _act_on_each(ids: list[str], method: Callable[[int], None]) -> tuple[int, int]:
+    if not ids:
+        raise ValueError("expected at least one job: tick some")
+    numbers = [_whole(each) for each in ids]
+    if len(numbers) == 1:
+        method(numbers[0])
+        return 1, 0
+    refused = 0
+    for number in numbers:
+        try:
+            method(number)
+        except (pqueue.InvalidTransition, pqueue.JobNotFound):
+            refused += 1
+    return len(ids) - refused, refused
+
+
+def _assign(queue: PersistentQInterface, form: Form) -> str:
+    name = _one(form, "consumer")
+    queue.assign(_whole(_one(form, "id")), name or None)
+    return f"assigned to {name or 'any consumer'}"
+
+
+def _queue_action(verb: str, done: str) -> Callable[[PersistentQInterface, Form], str]:
+    def act(queue: PersistentQInterface, form: Form) -> str:
+        getattr(queue, verb)(_one(form, "queue"))
+        return f"queue {_one(form, 'queue')} {done}"
+
+    return act
+
+
+def _limit(queue: PersistentQInterface, form: Form) -> str:
+    name, given = _one(form, "queue"), _one(form, "max_pending")
+    most = _whole(given) if given else None
+    queue.limit(name, most)
+    return f"queue {name} " + ("has no limit" if most is None else f"limited to {report.count(most, 'pending job')}")
+
+
+def _resubmit_group(queue: PersistentQInterface, form: Form) -> str:
+    """Resubmit the failed jobs of a task whose error is shown as this line."""
+    task, error = _one(form, "task"), _one(form, "error")
+
+    def resubmit(job_id: int) -> None:
+        if report.failure(queue.get(job_id).error) != error:
+            raise pqueue.InvalidTransition("of another group")
+        queue.resubmit(job_id)
+
+    changed, _ = act_on_matching(queue, {"state": "failed", "task": task}, resubmit)
+    return f"resubmitted {report.count(changed, 'job')}"
+
+
+def _add_group(_: PersistentQInterface, __: Form) -> str:
+    return f"added {supervisor.add_group()}: {supervisor.GROUP_SIZE} consumers"
+
+
+def _remove_group(_: PersistentQInterface, form: Form) -> str:
+    supervisor.remove_group(_one(form, "group"))
+    return f"removed {_one(form, 'group')}"
+
+
+ACTIONS: dict[str, Callable[[PersistentQInterface, Form], str]] = {
+    "resubmit": _jobs_action("resubmit", "resubmitted"),
+    "mark_failed": _jobs_action("mark_failed", "marked as failed"),
+    "cancel": _jobs_action("cancel", "cancelled"),
+    "assign": _assign,
+    "resubmit_group": _resubmit_group,
+    "pause": _queue_action("pause", "paused"),
+    "resume": _queue_action("resume", "resumed"),
+    "limit": _limit,
+    "add_group": _add_group,
+    "remove_group": _remove_group,
+}
+
+
+def act(board: Board, name: str, form: Form) -> tuple[bool, str]:
+    """Do it; return whether it was done, and a sentence."""
+    if read_only():
+        return False, "refused: this dashboard is read-only"
+    try:
+        done = ACTIONS[name](board.queue(), form)
+    except (QueueError, supervisor.ManagerError, ValueError) as error:
+        return False, str(error)
+    board.expire()
+    return True, done
+
+
+def _one(form: Form, name: str) -> str:
+    return (form.get(name) or [""])[0]
+
+
+def _whole(text: str) -> int:
+    if text.isascii() and text.isdigit() and len(text) < 20:
+        return int(text)
+    raise ValueError(f"expected a whole number, got {text[:40]!r}")

@@ -1,0 +1,177 @@
+"""The built-in task: put a timestamp before each line of a file."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pqueue_files
+from pqueue import DoNotRetry, Job, current_queue, task
+from pqueue_tools.process import expect_posix, utc_now
+
+MOST_FILE_BYTES = 1 << 30  # of a job file; a larger one is refused
+
+
+files_directory = Path(os.environ.get("PQUEUE_FILES", "var/files"))
+
+
+@task(max_attempts=10)  # it can do no harm twice
+def prepend_timestamp(job: Job) -> dict[str, Any]:
+    """Put one ISO 8601 UTC timestamp in front of every line of the file that the payload names.
+
+    The timestamp and the digest of the file as it was are on disk before it is replaced, so another delivery of the
+    job finds out whether that happened, and never stamps it twice.
+    """
+    with _job_file(job.payload) as (name, folder, source):
+        digest = _sha256(source)
+        plan = job.result if isinstance(job.result, dict) else {}
+        if plan:  # else no delivery of this job has begun a copy
+            for copy in _copies(folder, re.escape(name)):
+                os.unlink(copy, dir_fd=folder)
+        else:
+            plan = {"file": name, "timestamp": utc_now(), "sha256": digest}
+            current_queue().update(job, result=plan)
+        prefix = f"{plan['timestamp']} ".encode()
+        if digest == plan["sha256"]:
+            _replace(name, folder, source, prefix, digest, str(job.lease_token))
+        elif not all(part.startswith(prefix) for part, begins in _parts(source) if begins):
+            raise DoNotRetry(f"{name} changed since its timestamp was chosen; it was left as it is")
+    return plan
+
+
+def read_job_file(payload: Any, most_bytes: int) -> bytes:
+    """Return the beginning of the file that the payload names. Raises OSError or DoNotRetry, as the task does."""
+    with _job_file(payload) as (_, _, source):
+        return source.read(most_bytes)
+
+
+@contextmanager
+def _job_file(payload: Any) -> Iterator[tuple[str, int, BinaryIO]]:
+    name = _file_name(payload)
+    with _open_directory() as folder, _open_file(name, folder) as source:
+        yield name, folder, source
+
+
+def _file_name(payload: Any) -> str:
+    file = payload.get("file") if isinstance(payload, dict) else None
+    if not isinstance(file, str) or not file or "\0" in file:
+        raise DoNotRetry('expected a payload {"file": NAME}, got another')  # not shown: it may hold secrets
+    path = Path(os.path.normpath(files_directory.absolute() / file))
+    if path.parent != Path(os.path.normpath(files_directory.absolute())):
+        raise DoNotRetry(f"expected a file directly in {files_directory}, got {file!r:.100}")
+    return path.name
+
+
+@contextmanager
+def _open_directory() -> Iterator[int]:
+    expect_posix()
+    folder = os.open(files_directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def _open_file(name: str, folder: int) -> BinaryIO:
+    try:
+        file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no file {name} in {files_directory}") from None
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG):
+            raise
+        raise DoNotRetry(f"cannot open {name}, perhaps a symbolic link: {error.strerror}") from None
+    found = os.fstat(file)
+    if stat.S_ISREG(found.st_mode) and found.st_size <= MOST_FILE_BYTES:
+        return os.fdopen(file, "rb")
+    os.close(file)
+    raise DoNotRetry(f"expected {name} to be a regular file of at most {MOST_FILE_BYTES} bytes")
+
+
+def _sha256(source: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while chunk := source.read(1 << 20):
+        digest.update(chunk)
+    source.seek(0)
+    return digest.hexdigest()
+
+
+def _parts(source: BinaryIO) -> Iterator[tuple[bytes, bool]]:
+    """Yield lines, long ones in parts, with whether a line begins there."""
+    begins = True
+    while part := source.readline(1 << 16):
+        yield part, begins
+        begins = part.endswith(b"\n")
+
+
+def _copies(folder: int, name: str) -> list[str]:
+    """List the copies of files whose names match, which takes a while in a full folder."""
+    copy = re.compile(rf"\.{name}\.[0-9a-f]{{16}}\.[0-9]+\.stamped")  # with a lease token in it
+    return [each for each in os.listdir(folder) if copy.fullmatch(each)]
+
+
+def remove_copies() -> None:
+    """Remove the copies that killed consumers left: their jobs may never be delivered again.
+
+    A living consumer has its copy locked.
+    """
+    with suppress(OSError, ValueError), _open_directory() as folder:  # each job says what is wrong with it
+        for copy in _copies(folder, ".+"):
+            with suppress(OSError):
+                _remove_stale(copy, folder)
+
+
+def _remove_stale(copy: str, folder: int) -> None:
+    file = os.open(copy, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+    try:
+        if pqueue_files.try_lock(file):
+            os.unlink(copy, dir_fd=folder)
+    finally:
+        os.close(file)
+
+
+def _create_copy(copy: str, folder: int) -> BinaryIO:
+    """Create it and lock it; a consumer that starts may take it for a stale one before it is locked."""
+    while True:
+        file = os.fdopen(
+            os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600, dir_fd=folder), "wb"
+        )
+        if pqueue_files.try_lock(file.fileno()) and os.fstat(file.fileno()).st_nlink:
+            pqueue_files.share_as_folder(file.fileno(), folder)
+            return file
+        file.close()
+
+
+def _replace(name: str, folder: int, source: BinaryIO, prefix: bytes, digest: str, token: str) -> None:
+    """Write the stamped copy beside the file and rename it over, so that a reader sees the old or the new one."""
+    copy = f".{name}.{token}.stamped"
+    with _create_copy(copy, folder) as target:
+        try:
+            if _stamp(source, target, prefix) != digest:
+                raise OSError(f"{name} changed while it was read")
+            os.rename(copy, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(copy, dir_fd=folder)
+            raise
+    # guard: a stamped copy's name is synced
+    pqueue_files.sync_file(folder)
+
+
+def _stamp(source: BinaryIO, target: BinaryIO, prefix: bytes) -> str:
+    """Copy with a prefix to each line, durably; return the digest of what was read."""
+    copied = hashlib.sha256()
+    for part, begins in _parts(source):
+        target.write(prefix + part if begins else part)
+        copied.update(part)
+    target.flush()
+    # guard: a stamped copy is synced
+    pqueue_files.sync_file(target.fileno())
+    return copied.hexdigest()

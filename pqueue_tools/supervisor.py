@@ -1,0 +1,182 @@
+"""Groups of consumers, through the running supervisord."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import secrets
+import shlex
+import socket
+import sys
+import xmlrpc.client
+from pathlib import Path
+from typing import Any
+
+from pqueue_files import make_folder, sync, sync_file
+
+SOCKET = Path("var/supervisor.sock")
+INCLUDED = Path("var/supervisor.d")
+GROUP_SIZE = 3  # as in supervisord.conf
+ANSWER_SECONDS = 120.0  # longer than stopwaitsecs: stopping a group waits for the jobs in hand
+LOOK_SECONDS = 5.0
+
+PROGRAM = """\
+; Added by manager.py; remove it with: python manager.py --remove {group}
+[program:{group}]
+command = {command}
+umask = 077
+process_name = %(program_name)s_%(process_num)02d
+numprocs = {size}
+autorestart = true
+startretries = 1000
+stopwaitsecs = 60
+killasgroup = true
+redirect_stderr = true
+stdout_logfile = var/log/%(program_name)s_%(process_num)02d.log
+stdout_logfile_maxbytes = 10MB
+stdout_logfile_backups = 3
+"""
+
+
+class ManagerError(Exception):
+    """What was asked cannot be done; the message says why and what to do."""
+
+
+class _Connection(http.client.HTTPConnection):
+    def connect(self) -> None:
+        if not hasattr(socket, "AF_UNIX"):
+            raise ManagerError(f"cannot reach supervisord: it does not run on {sys.platform}")
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        try:
+            self.sock.connect(str(SOCKET))
+        except OSError:
+            self.sock.close()
+            raise
+
+
+class _Transport(xmlrpc.client.Transport):
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds = seconds
+
+    def make_connection(self, host: Any) -> http.client.HTTPConnection:
+        connection = _Connection("localhost", timeout=self._seconds)
+        self._connection = host, connection  # which `close` closes
+        return connection
+
+
+def call(method: str, *arguments: Any, seconds: float = ANSWER_SECONDS) -> Any:
+    """Call a method of supervisord's XML-RPC interface. Raises ManagerError, also if it takes longer."""
+    try:
+        with xmlrpc.client.ServerProxy("http://localhost", transport=_Transport(seconds)) as server:
+            return getattr(server.supervisor, method)(*arguments)
+    except xmlrpc.client.Fault as fault:
+        raise ManagerError(f"supervisord refused {method}: {fault.faultString}") from None
+    except (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise ManagerError(
+            f"no supervisord answers at {SOCKET.absolute()} ({reason}): start it with supervisord -c supervisord.conf"
+        ) from None
+
+
+def processes() -> list[dict[str, Any]]:
+    """Return supervisord's processes: group, name, state, pid (0: none), uptime_seconds. Raises ManagerError."""
+    return [
+        {
+            "group": each["group"],
+            "name": each["name"],
+            "state": each["statename"],
+            "pid": each["pid"],
+            "uptime_seconds": max(0, each["now"] - each["start"]) if each["pid"] else 0,
+        }
+        for each in call("getAllProcessInfo", seconds=LOOK_SECONDS)
+    ]
+
+
+def added_groups() -> list[str]:
+    """Return the names of the groups that were added here."""
+    return sorted(path.stem for path in INCLUDED.glob("consumer*.conf") if path.stem.removeprefix("consumer").isdigit())
+
+
+def add_group(size: int = GROUP_SIZE, queues: list[str] | None = None, modules: list[str] | None = None) -> str:
+    """Add a group of this many consumers and return its name, when they run. Raises ManagerError."""
+    command, taken = _command(queues or [], modules or []), {each["group"] for each in processes()}
+    make_folder(INCLUDED)
+    group = next(
+        name
+        for number in range(2, 10_000)
+        if (name := f"consumer{number}") not in taken
+        and _create(_path(name), PROGRAM.format(group=name, command=command, size=size))
+    )
+    try:
+        call("reloadConfig")
+        call("addProcessGroup", group)
+    except BaseException:
+        _path(group).unlink()
+        raise
+    return group
+
+
+def remove_group(group: str) -> None:
+    """Stop a group that was added, when its consumers have finished what they hold, and forget it."""
+    if group not in added_groups():
+        known = ", ".join(added_groups()) or "none"
+        raise ManagerError(f"expected a group that was added here ({known}), got {group!r}")
+    if group in {each["group"] for each in processes()}:
+        call("stopProcessGroup", group)
+        call("removeProcessGroup", group)
+    _path(group).unlink()
+    sync(INCLUDED)
+    call("reloadConfig")
+
+
+def start(name: str) -> None:
+    """Start a process by its name alone. Raises ManagerError."""
+    call("startProcess", _full_name(name))
+
+
+def stop(name: str) -> None:
+    """Stop a process by its name alone, when it has finished what it holds. Raises ManagerError."""
+    call("stopProcess", _full_name(name))
+
+
+def _full_name(name: str) -> str:
+    found = [f"{each['group']}:{each['name']}" for each in processes()]
+    matches = [full for full in found if name in (full, full.split(":")[1])]
+    if len(matches) != 1:
+        raise ManagerError(f"expected one of {', '.join(found)}, got {name!r}")
+    return matches[0]
+
+
+def _command(queues: list[str], modules: list[str]) -> str:
+    words = ["python3", "consumer.py"]
+    words += [word for queue in queues for word in ("--queue", queue)]
+    words += [word for module in modules for word in ("--import", module)]
+    for word in words:
+        if not word.isprintable() or any(mark in word for mark in (";", "#", "%(")):
+            raise ManagerError(
+                f"expected a name that supervisord's configuration can hold, without ; # or %(: {word!r}"
+            )
+    return shlex.join(words).replace("%", "%%")
+
+
+def _path(group: str) -> Path:
+    return INCLUDED / f"{group}.conf"
+
+
+def _create(path: Path, text: str) -> bool:
+    """Make a file, whole or not at all; return whether its name was free."""
+    new = path.with_name(f"{secrets.token_hex(8)}.new")
+    try:
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            sync_file(file.fileno())  # or a power cut might leave a part, with which no supervisord starts
+        os.link(new, path)
+        sync(path.parent)
+    except FileExistsError:
+        return False
+    finally:
+        new.unlink(missing_ok=True)
+    return True
