@@ -69,7 +69,7 @@ MUTANTS = [
     Mutant("a job whose lease is over does not begin", "or self._time(now) >= job.lease_expires_at:", "or False:", "contract: not_begun_when_its_lease"),
     Mutant("a job is noted as begun only while its lease lasts", "        self._expect_lease(job, now)\n        self._note_begun(job)", "        self._note_begun(job)", "contract: not_begun_when_its_lease"),
     Mutant("who takes over a slot first takes back its jobs", "                    self._recover(tx, [], self._time(now))", "                    pass", "contract: taken_over"),
-    Mutant("a consumer that closes returns its jobs", "                    self._release(tx, _job(row), self._time(now))", "                    pass", "contract: closes_returns"),
+    Mutant("a consumer that closes returns its jobs", "            self._release(tx, _job(row), self._time(now))", "            pass", "contract: closes_returns"),
     # who may claim, and what
     Mutant("a paused queue delivers nothing", "WHERE q.paused = 0", "WHERE 1 = 1"),
     Mutant("a paused queue delivers no assigned job", "AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ", "", "contract: paused_queue"),
