@@ -796,15 +796,18 @@ class PersistentQInterface(Search, Moving):
     def _leave(self, leaving: Sequence[Registration], now: float | None = None) -> None:
         with self._write(durable=False) as tx:
             for me in leaving:
-                for row in tx.run(HELD_BY, {"token": me.token}):
-                    # guard: a consumer that closes returns its jobs
-                    self._release(tx, to_job(row), self._time(now))
+                self._release_held(tx, me, now)
                 tx.change(LEAVE, {"token": me.token, "state": "stopped"})
         with self._registering:
             self._registry = {name: me for name, me in self._registry.items() if me not in leaving}
         for me in leaving:
             if me.slot:
                 me.slot.close()
+
+    def _release_held(self, tx: Session, me: Registration, now: float | None) -> None:
+        for row in tx.run(HELD_BY, {"token": me.token}):
+            # guard: a consumer that closes returns its jobs
+            self._release(tx, to_job(row), self._time(now))
 
 
 def _complete(tx: Session, job: Job, result: str | None, now: float) -> int:

@@ -258,7 +258,9 @@ SELECT {SCHEMA}.count_pending(queue) FROM (
         GROUP BY queue ORDER BY count(*) DESC LIMIT 1
     ) FOR NO KEY UPDATE SKIP LOCKED
 ) most"""
-JOIN_WRITERS = "LOCK TABLE jobs IN ROW EXCLUSIVE MODE"  # before the lock of a queue, as every writer does
+# What reads jobs before it changes them acquires this first: else it and a change of a limit could wait for each other.
+# It comes before the lock on a queue's counts, too.
+JOIN_WRITERS = "LOCK TABLE jobs IN ROW EXCLUSIVE MODE"
 
 
 def _replaced(sql: str, *pairs: tuple[str, str]) -> str:
@@ -977,6 +979,14 @@ class OnPostgres(PersistentQSQLAlchemy):
         with suppress(QueueBusy) if settled else nullcontext():  # which may not hide what was completed
             jobs = jobs or super()._exchange([], me, limit, queues, lease_seconds, now)[0]
         return jobs, lost
+
+    def _recover(self, tx: Session, dead: list[str] | None, now: float) -> None:
+        tx.change(JOIN_WRITERS)
+        super()._recover(tx, dead, now)
+
+    def _release_held(self, tx: Session, me: pqueue_backend.Registration, now: float | None) -> None:
+        tx.change(JOIN_WRITERS)
+        super()._release_held(tx, me, now)
 
     def _open_line(self) -> Line:
         with self._starting:

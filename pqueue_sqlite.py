@@ -516,9 +516,12 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _note_own_log(self, connection: sqlite3.Connection) -> None:
         """Remember which file the log belongs to; both are open."""
+        try:
+            version = connection.execute("PRAGMA schema_version").fetchone()[0]
+        except sqlite3.Error as error:
+            raise self._error(error) from error
         with self._note() as note:
             numbers = [file_number(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal")]
-            version = connection.execute("PRAGMA schema_version").fetchone()[0]
             os.pwrite(note, b"".join([*numbers, b"%20d" % version]), 0)
 
     @contextmanager

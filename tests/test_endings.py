@@ -41,6 +41,8 @@ COMMANDS = [
     ("ops.py", "--port", "0"),
     ("bench/__main__.py", "--help"),
 ]
+# A signal handler that raises while a file is being opened leaves it to the garbage collector, which no user is told.
+WARNINGS = "error,ignore::ResourceWarning"
 ENDLESS_SECONDS = 0.8  # to look at the dashboard for
 
 
@@ -55,7 +57,7 @@ def launched(place, program, *arguments):
     child = subprocess.Popen(
         [sys.executable, "-c", LAUNCH, str(ROOT / program), *arguments],
         cwd=place.folder,
-        env=place.environment(PYTHONUNBUFFERED="1", PYTHONPATH=str(ROOT)),
+        env=place.environment(PYTHONUNBUFFERED="1", PYTHONWARNINGS=WARNINGS, PYTHONPATH=str(ROOT)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,

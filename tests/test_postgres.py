@@ -1278,6 +1278,53 @@ def test_limit_that_is_set_while_jobs_are_claimed_counts_each_once(database):
         assert counted(queue) == found(queue) == {"default": 50}
 
 
+def _prepared(queue):
+    """Return calls that change jobs, and so wait for a change of a limit."""
+    ids = queue.enqueue_many("t", range(9))
+    held = [queue.dequeue("w") for _ in range(5)]
+    queue.cancel(ids[8])
+    dead = {"now": time.time() + 1e6}
+    return {
+        "begin": lambda: queue.dequeue("a new consumer"),
+        "batch": lambda: queue.complete_and_dequeue([(held[0], None)], "w", 2),
+        "complete": lambda: queue.complete(held[1]),
+        "fail": lambda: queue.fail(held[2], "no"),
+        "release": lambda: queue.release(held[3]),
+        "extend": lambda: queue.extend(held[4]),
+        "update": lambda: queue.update(held[4], progress=0.5),
+        "enqueue": lambda: queue.enqueue("t", key="k"),
+        "enqueue many": lambda: queue.enqueue_many("t", [1, 2]),
+        "resubmit": lambda: queue.resubmit(ids[8]),
+        "assign": lambda: queue.assign(ids[7], "w"),
+        "prune": lambda: queue.prune(0, **dead),
+        "delete": lambda: queue.delete_jobs([ids[6]], force=True),
+        "leave": lambda: queue.leave("w"),
+        "dequeue": lambda: queue.dequeue("w", **dead),  # which takes back what expired
+        "limit": lambda: queue.limit("default", 5),
+    }
+
+
+LOCKS_OF_WAITERS = """
+SELECT waiting.pid, other.mode FROM pg_locks waiting LEFT JOIN pg_locks other
+    ON other.pid = waiting.pid AND other.relation = waiting.relation AND other.granted
+WHERE waiting.relation = 'pqueue.jobs'::regclass AND NOT waiting.granted"""
+
+
+def test_verb_that_waits_for_a_change_of_a_limit_holds_no_lock_that_the_change_needs(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue, psycopg.connect(database) as limiting:
+        for name, call in _prepared(queue).items():
+            queue._looked_for_dead = -math.inf
+            limiting.execute("LOCK TABLE pqueue.jobs IN EXCLUSIVE MODE")
+            caller = threading.Thread(target=call)
+            caller.start()
+            try:
+                locks = wait_until(lambda: limiting.execute(LOCKS_OF_WAITERS).fetchall())
+            finally:
+                limiting.rollback()
+                caller.join()
+            assert [mode for _, mode in locks if mode] == [], name
+
+
 def test_limit_waits_for_a_transaction_that_has_enqueued(database):
     with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
         queue.limit("default", 5)
