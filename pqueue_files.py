@@ -196,7 +196,8 @@ class DatabaseFiles:
         self._folder = os.fsencode(path.parent)
         self._names = [os.fsencode(f"{path}{suffix}") for suffix in ("", "-wal", "-shm")]
         self._opened = self._identities()
-        self._unchanged: tuple[int, int, int] | None = None
+        self._changed_ns = 0  # when the folder had last changed, at a look that found all in place
+        self._folder_identity: tuple[int, ...] = ()
 
     @property
     def database(self) -> tuple[int, int] | None:
@@ -206,14 +207,14 @@ class DatabaseFiles:
         """Raise DatabaseReplaced unless all are in place. While the folder does not change, one stat shows it."""
         try:
             folder = os.stat(self._folder)
-            now = (folder.st_ino, folder.st_dev, folder.st_mtime_ns)
         except OSError:
-            now = None
-        if now is None or now != self._unchanged:
+            raise replaced(self._path) from None
+        if folder.st_mtime_ns != self._changed_ns or folder[1:3] != self._folder_identity:
             if self._identities() != self._opened:
                 raise replaced(self._path)
-            if now and time.time() - folder.st_mtime > self.SETTLED_SECONDS[now[2] % 1_000_000_000 > 0]:
-                self._unchanged = now  # a later change of the folder will have another time
+            if time.time() - folder.st_mtime > self.SETTLED_SECONDS[folder.st_mtime_ns % 1_000_000_000 > 0]:
+                # A later change of the folder will have another time.
+                self._changed_ns, self._folder_identity = folder.st_mtime_ns, folder[1:3]
 
     def _identities(self) -> list[tuple[int, int] | None]:
         found: list[tuple[int, int] | None] = []
