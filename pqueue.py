@@ -45,7 +45,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -103,7 +103,6 @@ from pqueue_tasks import DEFAULT_MAX_ATTEMPTS, TASKS, Task, backoff_seconds, cur
 from pqueue_values import (
     MAX_ID,
     MAX_PAYLOAD_BYTES,
-    NOT_JSON,
     DatabaseReplaced,
     DoNotRetry,
     Excerpt,
@@ -122,7 +121,6 @@ from pqueue_values import (
     error_text,
     file_path,
     finite,
-    from_json,
     operator_name,
     read_json,
     short,
@@ -183,6 +181,7 @@ WAIT_SECONDS = 1.0  # the longest sleep of `wait`: it bounds what a missed ring 
 POLL_SECONDS = 0.1  # how often to look where no ring comes: it was lost, or the platform has no bells
 
 ENQUEUE_TRIES = 100  # while others take and free its key
+UNREADABLE = "cannot read the payload or the result: its JSON is nested too deep, or has too long a number, for Python"
 
 
 def __getattr__(name: str) -> Any:
@@ -504,7 +503,7 @@ class PersistentQInterface(Search, Moving):
         }
         waiting = []
         for name, state, jobs, oldest in counts:
-            queue = queues.setdefault(name, dict(empty))  # listed, unless somebody wrote past the API
+            queue = queues.setdefault(name, dict(empty))  # another program may have changed jobs.queue
             queue[state] += jobs
             if state == "pending":
                 waiting.append(oldest)
@@ -833,22 +832,20 @@ def claim_params(
 
 def claimed_jobs(tx: Session, rows: list[Any], params: Params) -> list[Job]:
     """Return the jobs of the rows that a claim returned, in order."""
-    jobs = []
-    for row in rows:
-        try:
-            jobs.append(to_job(row, from_json))
-        except NOT_JSON as error:  # somebody wrote past the API: it must not stop the jobs behind it
-            _set_aside(tx, row[0], f"cannot read the payload or result, which is not JSON: {error}", params)
+    jobs = [to_job(row) for row in rows]
     if len(jobs) > 1:
-        with suppress(TypeError):  # a damaged row
-            jobs.sort(key=lambda job: (-job.priority, job.run_at, job.id))
-    return jobs
+        jobs.sort(key=lambda job: (-job.priority, job.run_at, job.id))
+    return [job for job in jobs if not _fail_unreadable(tx, job, params["now"])]
 
 
-def _set_aside(tx: Session, job_id: int, error: str, claim: Params) -> None:
-    params = {"id": job_id, "token": claim["token"], "now": claim["now"], "error": error_text(error)}
-    tx.change(RECORD, {**params, "event": "failed", "actor": claim["consumer"]})
+def _fail_unreadable(tx: Session, job: Job, now: float) -> bool:
+    """Fail a job that Python's JSON parser cannot read: it must not stop the jobs behind it."""
+    if not isinstance(job.payload, Excerpt) and not isinstance(job.result, Excerpt):
+        return False
+    params = {"id": job.id, "token": job.lease_token, "now": now, "error": UNREADABLE}
+    tx.change(RECORD, {**params, "event": "failed", "actor": job.consumer})
     tx.change(FAIL, params)
+    return True
 
 
 def _batch(attempts: list[tuple[int, int]], prefetches: bool) -> int:

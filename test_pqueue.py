@@ -805,17 +805,19 @@ class QueueContract:
         self.assertEqual(self.queue.list_jobs(before_id=big + 1)[0].id, big)
         self.assertEqual(self.queue.delete_jobs([big, following]), 2)
 
-    def test_damaged_row_is_set_aside_and_stops_nobody(self):
-        for text in ("{not JSON", "[" * 100_000):
-            damaged, sound = self.queue.enqueue_many("t", range(2))
-            with self.queue.transaction() as db:
-                self.execute(db, "UPDATE jobs SET payload = :text WHERE id = :id", text=text, id=damaged)
-            self.assertEqual(self.queue.get(damaged).payload, text)
-            self.assertEqual([job.id for job in self.queue.dequeue_many("w", 5)], [sound])
-            job = self.queue.get(damaged)
-            self.assertEqual(job.state, "failed")
-            self.assertIn("which is not JSON", job.error)
-            self.assertEqual(self.queue.history(damaged)[0]["event"], "failed")
+    def test_job_whose_json_python_cannot_read_fails_and_stops_no_other(self):
+        for column in ("payload", "result"):
+            for text in ("[" * 1000 + "]" * 1000, "[" * 101 + "]" * 101, "9" * 5000):
+                unreadable, sound = self.queue.enqueue_many("t", range(2))
+                with self.queue.transaction() as db:
+                    self.execute(db, f"UPDATE jobs SET {column} = :text WHERE id = :id", text=text, id=unreadable)
+                self.assertEqual(getattr(self.queue.get(unreadable), column), text)
+                self.assertEqual([job.id for job in self.queue.dequeue_many("w", 5)], [sound])
+                job = self.queue.get(unreadable)
+                self.assertEqual((job.state, job.lease_token), ("failed", None))
+                self.assertIn("nested too deep", job.error)
+                (event,) = self.queue.history(unreadable)
+                self.assertEqual((event["event"], event["actor"]), ("failed", "w"))
 
     def test_operator_finds_jobs_by_text_and_time(self):
         first = self.queue.enqueue("mail", {"to": "Ada"}, now=100)
@@ -900,7 +902,7 @@ class QueueContract:
 
     def test_reader_finds_what_another_program_has_stored_in_another_form(self):
         job_id = self.queue.enqueue("t")
-        for stored in ('{"city": "M\\u00fcn\\u0063hen"}', '{"city":\n"Mün\\u0063hen"}', "MÜNCHEN, no JSON"):
+        for stored in ('{"city": "M\\u00fcn\\u0063hen"}', '{"city":\n"Mün\\u0063hen"}', '"MÜNCHEN"'):
             with self.queue.transaction() as db:
                 self.execute(db, "UPDATE jobs SET payload = :text WHERE id = :id", text=stored, id=job_id)
             self.assertEqual(self.find("münchen"), [job_id])
@@ -1221,13 +1223,27 @@ class SQLiteCase(unittest.TestCase):
 class SQLiteContract(QueueContract, SQLiteCase):
     """At full durability, the default."""
 
-    def test_payload_that_became_a_blob_is_set_aside(self):
-        queue = self.open()
-        damaged, sound = queue.enqueue_many("t", range(2))
-        with queue.transaction() as db:
-            db.execute("UPDATE jobs SET payload = x'00' WHERE id = ?", [damaged])
-        self.assertEqual([job.id for job in queue.dequeue_many("w", 5)], [sound])
-        self.assertEqual(queue.get(damaged).state, "failed")
+    def test_database_refuses_a_value_of_another_type_and_text_that_is_not_json(self):
+        self.taken()
+        for change in (
+            "jobs SET payload = '{not JSON'",
+            "jobs SET payload = ''",
+            "jobs SET payload = x'00'",
+            "jobs SET result = 'NaN'",
+            "jobs SET priority = 'high'",
+            "jobs SET attempts = 0.5",
+            "jobs SET run_at = 'soon'",
+            "jobs SET created_at = x'00'",
+            "queues SET paused = 'yes'",
+            "queues SET name = NULL",
+            "consumers SET queues = 'default'",
+            "consumers SET tasks = '{'",
+            "consumers SET pid = 'none'",
+            "history SET at = 'once'",
+        ):
+            self.queue.cancel(self.queue.enqueue("t"), by="ann")  # so that history has a row
+            with self.sqlite() as db, self.subTest(change=change), self.assertRaises(sqlite3.IntegrityError):
+                db.execute(f"UPDATE {change}")
 
     def test_queue_with_a_limit_counts_by_triggers_that_go_with_the_last_limit(self):
         def triggers():
@@ -1411,6 +1427,18 @@ class SQLiteGuarantees(SQLiteCase):
             db.execute("PRAGMA user_version = 99")
         with self.assertRaisesRegex(SchemaMismatch, "or older, got 99: use the pqueue that wrote it"):
             self.open()
+
+    def test_guarantee_7_database_created_before_0_1_is_refused_and_left_alone(self):
+        self.open().close()
+        with self.sqlite() as db:
+            db.execute("PRAGMA writable_schema = ON")
+            db.execute("UPDATE sqlite_master SET sql = replace(sql, 'STRICT', '') WHERE name = 'history'")
+        before = self.path.read_bytes()
+        with self.assertRaisesRegex(
+            SchemaMismatch, "^cannot use .*: it was created by a version before 0.1: finish .*$"
+        ):
+            self.open()
+        self.assertEqual(self.path.read_bytes(), before)
 
     def test_guarantee_7_database_of_another_program_is_refused_and_left_alone(self):
         with self.sqlite() as db:
@@ -2027,8 +2055,8 @@ class Files(SQLiteCase):
 
     def test_older_sqlite_is_refused(self):
         with (
-            mock.patch("sqlite3.sqlite_version_info", (3, 34, 1)),
-            self.assertRaisesRegex(QueueError, "expected SQLite 3.35 or newer"),
+            mock.patch("sqlite3.sqlite_version_info", (3, 36, 0)),
+            self.assertRaisesRegex(QueueError, "^expected SQLite 3.37 or newer, got .*: use a newer Python$"),
         ):
             self.open()
 
@@ -2455,7 +2483,7 @@ class Misuse(SQLiteCase):
         queue = self.open()
         with queue.transaction() as db:
             db.execute("CREATE TRIGGER spy AFTER INSERT ON jobs BEGIN UPDATE jobs SET queue = 'x'; END")
-            db.execute("ALTER TABLE history ADD COLUMN x")
+            db.execute("ALTER TABLE history ADD COLUMN x TEXT")
         self.assertEqual(
             queue.check()["problems"],
             ["table 'history' is not as this version makes it", "trigger 'spy' on jobs is not ours"],
