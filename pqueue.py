@@ -843,8 +843,9 @@ def _fail_unreadable(tx: Session, job: Job, now: float) -> bool:
     if not isinstance(job.payload, Excerpt) and not isinstance(job.result, Excerpt):
         return False
     params = {"id": job.id, "token": job.lease_token, "now": now, "error": UNREADABLE}
-    tx.change(RECORD, {**params, "event": "failed", "actor": job.consumer})
-    tx.change(FAIL, params)
+    with tx:
+        tx.change(RECORD, {**params, "event": "failed", "actor": job.consumer})
+        tx.change(FAIL, params)
     return True
 
 
