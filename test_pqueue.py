@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import getpass
+import inspect
 import itertools
 import json
 import multiprocessing
@@ -2495,6 +2496,22 @@ class Misuse(SQLiteCase):
             queue.check()["problems"],
             ["table 'history' is not as this version makes it", "trigger 'spy' on jobs is not ours"],
         )
+
+
+class Interface(unittest.TestCase):
+    def test_public_method_lists_its_options_and_says_what_it_does(self):
+        for owner in (pqueue.PersistentQInterface, pqueue.PersistentQSQLite):
+            for name, method in inspect.getmembers(owner, inspect.isfunction):
+                if not name.startswith("_"):
+                    with self.subTest(method=name):
+                        kinds = {each.kind for each in inspect.signature(method).parameters.values()}
+                        self.assertFalse(kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL})
+                        self.assertTrue(inspect.getdoc(method))
+
+    def test_import_of_all_public_names_needs_no_other_package(self):
+        code = "sys.modules['sqlalchemy'] = None\nfrom pqueue import *\nprint(open_queue.__name__, Job.__name__)"
+        with python(code) as child:
+            self.assertEqual(child.communicate()[0].split(), ["open_queue", "Job"])
 
 
 class Tasks(unittest.TestCase):
