@@ -965,7 +965,7 @@ class QueueContract:
     def test_caller_who_misspells_an_option_reads_the_name_of_the_method(self):
         queue = self.queue
         for method in (queue.list_jobs, queue.count_jobs, queue.enqueue, queue.dequeue, queue.dequeue_many):
-            message = rf"\.{method.__name__}\(\) got an unexpected keyword argument 'status'$"
+            message = rf"\.{method.__name__}\(\) got an unexpected keyword argument 'status'"
             with self.subTest(method=method.__name__), self.assertRaisesRegex(TypeError, message):
                 method(status="failed")
 
