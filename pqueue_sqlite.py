@@ -361,12 +361,14 @@ if hasattr(os, "register_at_fork"):
 
 
 class PersistentQSQLite(PersistentQInterface):
-    """The queue in an SQLite file, with its locks and bells in the folder FILE.d beside it.
+    """The queue in an SQLite file. Its locks are in the folder FILE.d next to it.
 
     durability: "full" syncs what must survive a power cut; "normal" survives any crash of a process.
-    create: make the file where there is none; else raise QueueError.
-    group: make it for all accounts of this group (modes 0660 and 0770), instead of for this account alone.
-    busy_seconds: how long to wait for another writer. Raises SchemaMismatch for a file that is not ours.
+    create: create the file if it does not exist; else raise QueueError.
+    group: create it for all accounts of this group (modes 0660 and 0770); None: for this account alone.
+    busy_seconds: how long a write waits for another writer before it raises QueueBusy.
+
+    Raises SchemaMismatch for a file that is not a queue of this version.
     """
 
     def __init__(

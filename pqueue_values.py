@@ -26,23 +26,23 @@ class QueueError(Exception):
 
 
 class LeaseLost(QueueError):
-    """The job belongs to somebody else by now: drop its work, or let `transaction` roll it back."""
+    """The job was taken back or given to another consumer: drop its work, or let `transaction` roll it back."""
 
 
 class JobNotFound(QueueError):
-    """There is no job of this id: it was pruned, deleted, or never enqueued."""
+    """There is no job with this id: it was pruned, deleted, or never enqueued."""
 
 
 class InvalidTransition(QueueError):
-    """The job's state does not allow this verb."""
+    """The state of the job does not allow this change."""
 
 
 class QueueBusy(QueueError):
-    """Another writer held the database for longer than `BUSY_SECONDS`. Try again."""
+    """Another writer kept the database locked for longer than `busy_seconds`. Try again."""
 
 
 class QueueFull(QueueError):
-    """The queue is at its `max_pending`, or its disk is full. Try again when there is room."""
+    """The queue has `max_pending` pending jobs, or its disk is full. Try again when there is room."""
 
 
 class SchemaMismatch(QueueError):
@@ -58,7 +58,13 @@ class DoNotRetry(Exception):
 
 
 class Job(NamedTuple):
-    """One row of `jobs`, as of when it was read; the schema below tells each field's meaning and unit."""
+    """A job as it was when it was read.
+
+    `payload` and `result` are values decoded from JSON. The fields `..._at` are Unix seconds; `progress` is 0 to 1.
+    `consumer` runs the job, or ran it last; `assigned_to` is the only one that may run it. `error` is that of the last
+    attempt that failed. None stands for what does not exist (yet): a lease only while the state is "processing", a
+    `started_at` from the first attempt, a `finished_at` once the job is completed, failed or cancelled.
+    """
 
     id: int
     queue: str
