@@ -706,7 +706,7 @@ def run(entry: Command, options: argparse.Namespace) -> int:
 
 @contextmanager
 def _damage_told(queue: PersistentQInterface) -> Iterator[None]:
-    """Say what is wrong with a database in which a value is not of its column's kind."""
+    """Say what is wrong with a database file that is damaged: in it, a value may not have the type of its column."""
     try:
         yield
     except (TypeError, LookupError, ArithmeticError) as error:

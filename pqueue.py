@@ -1,10 +1,13 @@
-"""pqueue: a persistent job queue in one file of Python's standard library, on SQLite.
+"""A persistent job queue on SQLite that needs only Python's standard library.
 
     queue = open_queue()                              # var/queue.db, or what $PQUEUE_URL names
     queue.enqueue("greet", {"name": "Ada"})           # on disk when this returns
     job = queue.dequeue("worker-1")                   # a lease: 60 seconds, one attempt
     print("hello", job.payload["name"])
     queue.complete(job)                               # or fail(job, error), release(job)
+
+`open_queue` returns a `PersistentQInterface`, whose methods are the verbs below. `task` registers the function that
+runs the jobs of a name; `consumer.py` calls it. Every error of the queue is a `QueueError`.
 
               enqueue                dequeue                complete
     (due later) │ (now)            ┌─────────► processing ───────────► completed
@@ -18,14 +21,14 @@
 
 The guarantees, each with a test of its number in test_pqueue.py:
 
-1. When `enqueue` or `complete` returns, it is on disk (`synchronous=FULL`). `durability="normal"` survives any crash
-   of a process, but may lose the last moments before a power cut.
-2. At least once: a job is delivered again only if its consumer released it, its lease ran out, its consumer died, or
-   the power failed before its completion was synced. With `max_attempts=1`, at most once: a job that began, and of
-   which it is not known that it finished, is `failed`.
+1. When `enqueue` or `complete` returns, the change is on disk (`synchronous=FULL`). With `durability="normal"` it
+   survives any crash of a process, but a power cut may undo the last changes.
+2. At least once: a job is delivered again only if its consumer released it, its lease expired, its consumer died, or
+   the power failed before its completion was synced. With `max_attempts=1`, at most once: a job that began, and is not
+   known to have finished, is `failed`.
 3. Every delivery has its own lease token. `complete`, `fail`, `release`, `extend` and `update` with an old token
-   change nothing and raise `LeaseLost`. A late completion is accepted while nobody took the job back.
-4. Exactly once for what is written in one `transaction()`: rows of yours, follow-up jobs and the completion.
+   change nothing and raise `LeaseLost`. A late completion is accepted if nobody else has taken the job.
+4. Exactly once for what is written in one `transaction()`: the application's rows, follow-up jobs and the completion.
 5. A job that kills its consumers is `failed` after `max_attempts` deliveries, and its error names them. What a
    consumer released, or had not begun when it died, does not count.
 6. Order at dequeue: priority (higher first), then due time, then id.
@@ -44,8 +47,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -58,21 +61,15 @@ from pqueue_schema import (
     ASSIGN,
     CANCEL,
     CLAIM,
-    COLUMNS,
     COMPLETE,
-    COUNTS,
     ENQUEUE,
     EXPIRED,
     EXTEND,
     FAIL,
-    FAILURES,
     FINISHED,
-    FINISHED_BETWEEN,
     FORGET,
     HEARTBEAT,
     HELD_BY,
-    ID_RANGE,
-    LATEST_COMPLETED,
     LEAVE,
     LOST_BY,
     MARK_FAILED,
@@ -94,16 +91,13 @@ from pqueue_schema import (
     SUCCEED,
     TAKE_BACK,
     UNFINISHED,
-    UNFINISHED_IDS,
     UPDATE,
     WITH_KEY,
 )
-from pqueue_search import WINDOW, Search, index_conditions
+from pqueue_search import Filters, Reading
 from pqueue_tasks import DEFAULT_MAX_ATTEMPTS, TASKS, Task, backoff_seconds, current_queue, run_task, task
 from pqueue_values import (
-    MAX_ID,
     MAX_PAYLOAD_BYTES,
-    NOT_JSON,
     DatabaseReplaced,
     DoNotRetry,
     Excerpt,
@@ -122,9 +116,7 @@ from pqueue_values import (
     error_text,
     file_path,
     finite,
-    from_json,
     operator_name,
-    read_json,
     short,
     to_job,
     valid_id,
@@ -135,37 +127,37 @@ from pqueue_values import (
 )
 
 if TYPE_CHECKING:
-    from pqueue_sqlalchemy import PersistentQSQLAlchemy
+    from pqueue_sqlalchemy import PersistentQSQLAlchemy as PersistentQSQLAlchemy  # noqa: PLC0414 - not part of *
     from pqueue_sqlite import PersistentQSQLite
 
-__all__ = [
-    "FINISHED",
-    "MAX_PAYLOAD_BYTES",
-    "STATES",
-    "TASKS",
-    "UNFINISHED",
-    "DatabaseReplaced",
-    "DoNotRetry",
-    "Excerpt",
-    "InvalidTransition",
+__all__ = [  # noqa: RUF022 - by use: opening a queue and working with it, errors, tasks, values, URLs
+    "open_queue",
+    "task",
     "Job",
-    "JobNotFound",
-    "LeaseLost",
     "PersistentQInterface",
-    "PersistentQSQLAlchemy",
     "PersistentQSQLite",
-    "QueueBusy",
     "QueueError",
+    "LeaseLost",
+    "JobNotFound",
+    "InvalidTransition",
+    "QueueBusy",
     "QueueFull",
     "SchemaMismatch",
+    "DatabaseReplaced",
+    "DoNotRetry",
     "Task",
-    "backoff_seconds",
-    "current_queue",
-    "is_postgres",
-    "open_queue",
+    "TASKS",
     "run_task",
+    "current_queue",
+    "backoff_seconds",
+    "STATES",
+    "UNFINISHED",
+    "FINISHED",
+    "Filters",
+    "Excerpt",
+    "MAX_PAYLOAD_BYTES",
+    "is_postgres",
     "sqlite_path",
-    "task",
 ]
 
 __version__ = "0.1.0"
@@ -183,6 +175,7 @@ WAIT_SECONDS = 1.0  # the longest sleep of `wait`: it bounds what a missed ring 
 POLL_SECONDS = 0.1  # how often to look where no ring comes: it was lost, or the platform has no bells
 
 ENQUEUE_TRIES = 100  # while others take and free its key
+UNREADABLE = "cannot read the payload or the result: its JSON is nested too deep, or has too long a number, for Python"
 
 
 def __getattr__(name: str) -> Any:
@@ -195,14 +188,17 @@ class LastAttempt(Exception):
     """Undo a claim that was not to be synced."""
 
 
-class PersistentQInterface(Search, Moving):
-    """The queue's contract: its verbs, written in SQL that SQLite and PostgreSQL share.
+class PersistentQInterface(Reading, Moving):
+    """A queue: its verbs, in SQL that SQLite and PostgreSQL share.
 
-    A backend brings sessions, wake-up, liveness, backup and check, the abstract methods below; it must keep the
-    guarantees above and pass `QueueContract` in test_pqueue.py.
+    One object serves many threads, and goes on working in a forked child. Close it with `close()`.
 
     Bad arguments raise ValueError. Every method may raise QueueBusy, or QueueFull for a full disk. After an error
-    nothing has changed. One object serves many threads, and goes on working in a forked child.
+    nothing has changed. Times are Unix seconds. `now` is the time to use instead of the clock's, for tests. `by` is the
+    operator to record in the job's history; None: the user who runs this process.
+
+    A backend implements the abstract methods (sessions, wake-up, liveness, backup and check); it must keep the
+    guarantees above and pass `QueueContract` in test_pqueue.py.
     """
 
     def __init__(self) -> None:
@@ -228,9 +224,16 @@ class PersistentQInterface(Search, Moving):
     ) -> int:
         """Store a job and return its id.
 
-        The payload is what JSON can hold, up to `MAX_PAYLOAD_BYTES`; `max_attempts` is by default the task's own.
-        With a `key` that an unfinished job of the queue has, nothing is stored and that job's id is returned.
-        Raises QueueFull when the queue holds `max_pending` pending jobs.
+        task: a `Task`, or the name of one, which this program need not have registered.
+        payload: what JSON can hold: at most `MAX_PAYLOAD_BYTES`, nested at most 100 deep; keys are strings.
+        queue: created by its first job.
+        priority: jobs of a higher one run first.
+        delay_seconds, run_at: the job does not run before so long from now, or before this time.
+        max_attempts: how often the job is delivered before it is `failed`; None: the task's own.
+        key: if an unfinished job of the queue has it, nothing is stored, and that job's id is returned.
+        assigned_to: the only consumer that may run the job; None: any.
+
+        Raises QueueFull when the queue holds `max_pending` pending jobs: see `limit`.
         """
         row = _new_job(task, queue, priority, delay_seconds, run_at, max_attempts, key, assigned_to, self._time(now))
         row["payload"] = encode_json("payload", payload)
@@ -261,9 +264,9 @@ class PersistentQInterface(Search, Moving):
         assigned_to: str | None = None,
         now: float | None = None,
     ) -> list[int]:
-        """Store one job per payload, all or none, and return their ids in order.
+        """Store one job per payload, all or none, and return their ids in order; the options are those of `enqueue`.
 
-        Raises QueueFull, or ValueError when they are more than the queue's limit, and so can never fit.
+        Raises QueueFull, or ValueError for more jobs than the queue's limit, which can never fit.
         """
         row = _new_job(task, queue, priority, delay_seconds, run_at, max_attempts, None, assigned_to, self._time(now))
         found = list(payloads)
@@ -281,22 +284,46 @@ class PersistentQInterface(Search, Moving):
 
     # Working
 
-    def dequeue(self, consumer: str, **options: Any) -> Job | None:
-        """Take the next job for this consumer, or return None; the options are those of `dequeue_many`.
+    def dequeue(
+        self,
+        consumer: str,
+        *,
+        queues: Sequence[str] | None = None,
+        lease_seconds: float = LEASE_SECONDS,
+        prefetch: bool = False,
+        now: float | None = None,
+    ) -> Job | None:
+        """Lease the next job to this consumer, and return it; return None if there is none.
+
+        consumer: a name for the caller. The first use of a name registers a consumer: see `leave`.
+        queues: the queues to take jobs from; None: all.
+        lease_seconds: how long the job is this consumer's, unless `extend` renews the lease.
+        prefetch: see `complete_and_dequeue`.
 
         The attempt counts from now on: if this process dies, the job is delivered again while attempts are left. A job
         with `max_attempts=1` is therefore run at most once, even if the power fails.
         """
-        jobs = self.dequeue_many(consumer, 1, **options)
+        jobs = self.dequeue_many(consumer, 1, queues=queues, lease_seconds=lease_seconds, prefetch=prefetch, now=now)
         return jobs[0] if jobs else None
 
-    def dequeue_many(self, consumer: str, limit: int, **options: Any) -> list[Job]:
-        """Take up to `limit` jobs, in order. A job that was delivered before comes alone, and so does one whose last
-        attempt this is, unless `prefetch` is set.
+    def dequeue_many(
+        self,
+        consumer: str,
+        limit: int,
+        *,
+        queues: Sequence[str] | None = None,
+        lease_seconds: float = LEASE_SECONDS,
+        prefetch: bool = False,
+        now: float | None = None,
+    ) -> list[Job]:
+        """Lease up to `limit` jobs to this consumer, and return them in order; the options are those of `dequeue`.
 
-        The options are those of `complete_and_dequeue`.
+        A job that was delivered before comes alone, and so does one whose last attempt this is, unless `prefetch` is
+        set.
         """
-        return self.complete_and_dequeue((), consumer, limit, **options)[0]
+        return self.complete_and_dequeue(
+            (), consumer, limit, queues=queues, lease_seconds=lease_seconds, prefetch=prefetch, now=now
+        )[0]
 
     def complete_and_dequeue(
         self,
@@ -309,13 +336,16 @@ class PersistentQInterface(Search, Moving):
         prefetch: bool = False,
         now: float | None = None,
     ) -> tuple[list[Job], list[Job]]:
-        """Complete these (job, result) pairs and take up to `limit` jobs of these queues (None: all) in one commit.
+        """Complete jobs and lease others, in one commit.
 
+        finished: pairs of a job and its result.
+        limit: as for `dequeue_many`; with 0, only complete.
+        queues, lease_seconds: as for `dequeue`.
         prefetch: the caller calls `begin` before it runs each job, and only then does the attempt count (on SQLite): if
-        this process dies, jobs that it had not begun are delivered again as if it had never taken them.
+            this process dies, jobs that it had not begun are delivered again as if it had never taken them.
 
-        Returns the jobs taken, and those of `finished` that were not completed because their lease was lost. Inside
-        `transaction` these raise LeaseLost instead.
+        Return the jobs leased, and those of `finished` that were not completed because their lease was lost. Inside
+        `transaction()`, raise LeaseLost for these instead.
         """
         settled = [(job, encode_result(result)) for job, result in finished]
         me = self._registered(consumer, queues, now)
@@ -324,7 +354,7 @@ class PersistentQInterface(Search, Moving):
         return self._exchange(settled, me, limit, queues, lease_seconds, now)
 
     def begin(self, job: Job, *, now: float | None = None) -> None:
-        """Note that the job, taken with `prefetch`, is about to run. Raises LeaseLost if its lease is over."""
+        """Note that a job leased with `prefetch` is about to run. Raises LeaseLost if its lease has expired."""
         # guard: a job is noted as begun only while its lease lasts
         self._expect_lease(job, now)
         self._note_begun(job)
@@ -382,7 +412,7 @@ class PersistentQInterface(Search, Moving):
         return [job for job, result in settled if not _complete(tx, job, result, now)]
 
     def complete(self, job: Job, result: Any = None, *, now: float | None = None) -> None:
-        """Finish the job with a JSON result. Raises LeaseLost."""
+        """Make a `processing` job `completed`, with a result that JSON can hold. Raises LeaseLost."""
         encoded = encode_result(result)
         with self._write(in_batch=True) as tx:
             # guard: complete needs a held lease
@@ -398,9 +428,10 @@ class PersistentQInterface(Search, Moving):
         retry_in_seconds: float | None = None,
         now: float | None = None,
     ) -> str:
-        """End the attempt with an error; return the new state, `scheduled` or `failed`. Raises LeaseLost.
+        """End the attempt with an error, and return the job's new state, "scheduled" or "failed". Raises LeaseLost.
 
-        The next attempt is due in `retry_in_seconds`, by default `backoff_seconds(job.attempts)`.
+        retry: whether the job gets another attempt, if one is left.
+        retry_in_seconds: when it is due; None: in `backoff_seconds(job.attempts)`.
         """
         now = self._time(now)
         delay = backoff_seconds(job.attempts) if retry_in_seconds is None else retry_in_seconds
@@ -412,7 +443,7 @@ class PersistentQInterface(Search, Moving):
         return "scheduled" if again else "failed"
 
     def release(self, job: Job, *, now: float | None = None) -> None:
-        """Give the job back; the attempt does not count. Raises LeaseLost."""
+        """Make a `processing` job `pending` again; the attempt does not count. Raises LeaseLost."""
         with self._write(durable=False) as tx:
             if not self._release(tx, job, self._time(now)):
                 raise _lost(tx, "release", job)
@@ -426,13 +457,14 @@ class PersistentQInterface(Search, Moving):
         return bool(tx.change(RELEASE, params))
 
     def extend(self, job: Job, lease_seconds: float = LEASE_SECONDS, *, now: float | None = None) -> None:
-        """Let the lease run out this many seconds from now. Raises LeaseLost."""
+        """Renew the lease, so that it expires this many seconds from now. Raises LeaseLost."""
         self._settle("extend", EXTEND, job, {"lease_expires_at": self._time(now) + valid_lease(lease_seconds)})
 
     def update(self, job: Job, *, progress: float | None = None, result: Any = None) -> None:
-        """Store progress (0 to 1) or a partial result while the job runs. Raises LeaseLost.
+        """Store the progress, from 0 to 1, or a partial result of a `processing` job; None changes nothing.
 
         A result is on disk when this returns, so what the task does next may depend on it; progress alone is not.
+        Raises LeaseLost.
         """
         if progress is not None and not (isinstance(progress, (int, float)) and 0 <= progress <= 1):
             raise ValueError(f"expected progress between 0 and 1, got {progress!r}")
@@ -453,148 +485,36 @@ class PersistentQInterface(Search, Moving):
             if not tx.change(sql, params):
                 raise _lost(tx, verb, job)
 
-    # Reading
-
-    def get(self, job_id: int) -> Job:
-        """Return the job. Raises JobNotFound."""
-        rows = self._read(f"SELECT {COLUMNS} FROM jobs WHERE id = :id", {"id": valid_id(job_id)})
-        if not rows:
-            raise JobNotFound(f"no job {job_id}")
-        return to_job(rows[0])
-
-    def history(self, job_id: int, *, limit: int = 2**31 - 1) -> list[dict[str, Any]]:
-        """Return the job's failed, expired, died and released attempts and what operators did, oldest first; of more
-        than the limit, the last.
-
-        Keys: at, event, actor, attempt, error, as in the table.
-        """
-        columns = "at, event, actor, attempt, error"
-        last = f"SELECT {columns} FROM history WHERE job_id = :id ORDER BY id DESC LIMIT :limit"
-        return self._dicts(columns, last, {"id": valid_id(job_id), "limit": valid_int("limit", 1, limit)})[::-1]
-
-    def _dicts(self, columns: str, sql: str, params: Params) -> list[dict[str, Any]]:
-        return [dict(zip(columns.split(", "), row, strict=True)) for row in self._read(sql, params)]
-
-    def count_jobs(self, *, shown: Callable[[Job], Job] | None = None, **filters: Any) -> int:
-        """Return how many jobs match; the filters, and `shown`, are those of `list_jobs`."""
-        where, params = self._matching(**filters)
-        if "text" in params:
-            params |= {"before_id": MAX_ID, "limit": WINDOW}
-            return sum(1 for _, row in self._with_text(shown, where, params, math.inf) if row is not None)
-        places = index_conditions(params) or ["1 = 1"]
-        counts = " + ".join(f"(SELECT count(*) FROM jobs WHERE {place} AND {where})" for place in places)
-        return cast(int, self._read(f"SELECT {counts}", params)[0][0])
-
-    def unfinished_payloads(self) -> Iterator[Any]:
-        """Yield the payload of every job that is unfinished at the time of the first `next`, a hundred in memory."""
-        ids = [row[0] for row in self._read(UNFINISHED_IDS)]  # one statement: a job may change its state meanwhile
-        for start in range(0, len(ids), 100):
-            chosen = ", ".join(map(str, ids[start : start + 100]))
-            for row in self._read(f"SELECT payload FROM jobs WHERE id IN ({chosen})"):
-                yield read_json(row[0])
-
-    def stats(self) -> dict[str, Any]:
-        """Return {"states": {state: jobs}, "queues": {name: {state: jobs, "paused": bool, "max_pending": int or
-        None, "oldest_pending_at": the earliest due time of a pending job, or None}}, "oldest_pending_at": of all}."""
-        counts = self._read(COUNTS)
-        empty = {**dict.fromkeys(STATES, 0), "paused": False, "max_pending": None, "oldest_pending_at": None}
-        queues = {  # read last, so that none is missing
-            name: {**empty, "paused": bool(paused), "max_pending": most}
-            for name, paused, most in self._read("SELECT name, paused, max_pending FROM queues ORDER BY name")
-        }
-        waiting = []
-        for name, state, jobs, oldest in counts:
-            queue = queues.setdefault(name, dict(empty))  # listed, unless somebody wrote past the API
-            queue[state] += jobs
-            if state == "pending":
-                waiting.append(oldest)
-                queue["oldest_pending_at"] = min(oldest, queue["oldest_pending_at"] or oldest)
-        states = {state: sum(queue[state] for queue in queues.values()) for state in STATES}
-        return {"states": states, "queues": queues, "oldest_pending_at": min(waiting, default=None)}
-
-    def activity(self, start: float, end: float) -> dict[str, int]:
-        """Return how many jobs were enqueued, completed and failed for good from start to before end, Unix seconds.
-
-        A job that was deleted since still counts as enqueued, at the time of the one after it.
-        """
-        counts = {"enqueued": self._first_id(end) - self._first_id(start)}
-        for state in ("completed", "failed"):
-            params = {"state": state, "start": finite("start", start), "end": finite("end", end)}
-            counts[state] = self._read(FINISHED_BETWEEN, params)[0][0]
-        return counts
-
-    def _first_id(self, at: float) -> Any:
-        """Return the id of the first job enqueued at or after this time: ids grow with it, so halve the range."""
-        low, high = self._read(ID_RANGE)[0]
-        while low < high:
-            middle = (low + high) // 2
-            rows = self._read("SELECT id, created_at FROM jobs WHERE id >= :id ORDER BY id LIMIT 1", {"id": middle})
-            if rows and rows[0][1] < at:
-                low = rows[0][0] + 1
-            else:
-                high = middle
-        return low
-
-    def timings(self, jobs: int = 500, *, start: float = 0.0, end: float = 1e12) -> dict[str, list[float]]:
-        """Return the seconds that so many jobs, the last completed from start to before end, Unix seconds, waited
-        from due to start ("wait"), and ran ("run")."""
-        between = {"start": finite("start", start), "end": finite("end", end)}
-        latest = sorted(self._read(LATEST_COMPLETED, {**between, "limit": valid_int("jobs", 1, jobs)}))[-jobs:]
-        return {
-            "wait": [max(0.0, started - due) for _, due, started in latest],
-            "run": [finished - started for finished, _, started in latest],
-        }
-
-    def failures(self) -> list[dict[str, Any]]:
-        """Return the failed jobs by task and first line of the error, most first: task, error, jobs, last_id."""
-        groups: dict[tuple[str, str], dict[str, Any]] = {}
-        for name, error, jobs, last_id in self._read(FAILURES):
-            line = (error or "").split("\n", 1)[0]
-            group = groups.setdefault((name, line), {"task": name, "error": line, "jobs": 0, "last_id": 0})
-            group["jobs"] += jobs
-            group["last_id"] = max(group["last_id"], last_id)
-        return sorted(groups.values(), key=lambda group: (-group["jobs"], group["task"], group["error"]))
-
-    def consumers(self) -> list[dict[str, Any]]:
-        """Return who has dequeued here, the latest start first. Keys: the columns of the table, and job_ids, what it
-        holds now. One that is known to have died is `dead` before a dequeue has noticed."""
-        columns = "name, token, host, pid, slot, queues, tasks, started_at, last_seen_at, state, completed, failed"
-        found = self._dicts(columns, f"SELECT {columns} FROM consumers ORDER BY id DESC", {})
-        mine = {me.token for me in self._registry.values()}
-        for each in found:
-            each["queues"] = each["queues"] and json.loads(each["queues"])
-            each["tasks"] = json.loads(each["tasks"])
-            if each["state"] == "running" and each["token"] not in mine and not self._is_alive(each["slot"]):
-                each["state"] = "dead"
-            del each["slot"]
-        held: dict[str, list[int]] = {}  # read last: what somebody held who was dead by then stays held
-        for job_id, token in self._read("SELECT id, lease_token FROM jobs WHERE state = 'processing'"):
-            held.setdefault(token[:16], []).append(job_id)
-        return [{**each, "job_ids": sorted(held.get(each["token"], []))} for each in found]
-
-    # Operating; `by` is the operator to record, by default the user
+    # Operating
 
     def resubmit(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
-        """Make a finished job pending again, with all its attempts.
+        """Make a finished job `pending` again, with all its attempts.
 
-        Raises JobNotFound, InvalidTransition or QueueFull.
+        Raises JobNotFound, QueueFull, or InvalidTransition if the job is not finished or another one has its key.
         """
         self._operate("resubmit", "resubmitted", RESUBMIT, job_id, by, now)
 
     def mark_failed(
         self, job_id: int, error: str = "marked as failed", *, by: str | None = None, now: float | None = None
     ) -> None:
-        """Set an unfinished job aside; a running delivery loses its lease. Raises as `resubmit` does."""
+        """Make an unfinished job `failed`, with this error; a consumer that runs it loses its lease.
+
+        Raises JobNotFound, or InvalidTransition if the job is finished.
+        """
         self._operate("mark as failed", "marked failed", MARK_FAILED, job_id, by, now, error=error_text(error))
 
     def cancel(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
-        """Withdraw an unfinished job; a running delivery loses its lease. Raises as `resubmit` does."""
+        """Make an unfinished job `cancelled`; a consumer that runs it loses its lease.
+
+        Raises JobNotFound, or InvalidTransition if the job is finished.
+        """
         self._operate("cancel", "cancelled", CANCEL, job_id, by, now)
 
     def assign(self, job_id: int, consumer: str | None, *, by: str | None = None, now: float | None = None) -> None:
         """Let only this consumer run an unfinished job, whatever queues it serves (None: any consumer).
 
-        A running delivery loses its lease, without counting as an attempt. Raises as `resubmit` does.
+        A consumer that runs it loses its lease, and that attempt does not count. Raises JobNotFound, or
+        InvalidTransition if the job is finished.
         """
         assigned_to = None if consumer is None else valid_name("consumer", consumer)
         self._operate("assign", f"assigned to {consumer or 'any'}", ASSIGN, job_id, by, now, assigned_to=assigned_to)
@@ -648,9 +568,10 @@ class PersistentQInterface(Search, Moving):
             tx.ring = True
 
     def delete_jobs(self, job_ids: Iterable[int] | None = None, *, force: bool = False) -> int:
-        """Delete these jobs (None: all), all or none, and return how many. SQLite may give the newest id again.
+        """Delete these jobs (None: all) and their history, all or none; return how many jobs there were.
 
-        Raises InvalidTransition when one is processing, unless forced.
+        Raises InvalidTransition if one of them is `processing`, unless `force` is set. SQLite may give the newest id to
+        the next job.
         """
         chosen = [{}] if job_ids is None else [{"id": valid_id(job_id)} for job_id in job_ids]
         where = "1 = 1" if job_ids is None else "id = :id"
@@ -665,9 +586,9 @@ class PersistentQInterface(Search, Moving):
             return sum(tx.change(f"DELETE FROM jobs WHERE {where}", p) for p in chosen)
 
     def prune(self, older_than_seconds: float, *, states: Sequence[str] = FINISHED, now: float | None = None) -> int:
-        """Delete jobs that finished longer ago than this, in short transactions, and return how many.
+        """Delete jobs of these states that finished longer ago than this, and return how many.
 
-        Consumers that are gone for as long are forgotten, too.
+        Others write meanwhile: it is done in short transactions. Also delete consumers that are gone for as long.
         """
         before = self._time(now) - finite("older_than_seconds", older_than_seconds)
         with self._write(durable=False) as tx:
@@ -688,10 +609,34 @@ class PersistentQInterface(Search, Moving):
 
     # Consumers
 
+    def consumers(self) -> list[dict[str, Any]]:
+        """Return the consumers, the latest start first; those that are gone, until `prune` forgets them.
+
+        Each is a dict: "name", "token", "host", "pid"; "queues", a list (None: all); "tasks", the list of those that
+        its program has registered; "started_at" and "last_seen_at", Unix seconds; "state": running, stopped or dead;
+        "completed" jobs and "failed" attempts, as of its last heartbeat; "job_ids", the list of the jobs it holds.
+        """
+        columns = "name, token, host, pid, slot, queues, tasks, started_at, last_seen_at, state, completed, failed"
+        found = self._dicts(columns, f"SELECT {columns} FROM consumers ORDER BY id DESC", {})
+        mine = {me.token for me in self._registry.values()}
+        for each in found:
+            each["queues"] = each["queues"] and json.loads(each["queues"])
+            each["tasks"] = json.loads(each["tasks"])
+            if each["state"] == "running" and each["token"] not in mine and not self._is_alive(each["slot"]):
+                each["state"] = "dead"
+            del each["slot"]
+        held: dict[str, list[int]] = {}  # read last: what somebody held who was dead by then stays held
+        for job_id, token in self._read("SELECT id, lease_token FROM jobs WHERE state = 'processing'"):
+            held.setdefault(token[:16], []).append(job_id)
+        return [{**each, "job_ids": sorted(held.get(each["token"], []))} for each in found]
+
     def wait(
         self, timeout_seconds: float, *, consumer: str, queues: Sequence[str] | None = None, now: float | None = None
     ) -> bool:
-        """Sleep until this consumer may find a job (True), or for the time given, at most a second (False)."""
+        """Sleep until this consumer may find a job, and return True; or return False, after `timeout_seconds`.
+
+        It sleeps for at most a second whatever the timeout, so call it in a loop with `dequeue`.
+        """
         me = self._registered(consumer, queues, now)
         params = _served(consumer, queues, 1)
 
@@ -702,7 +647,7 @@ class PersistentQInterface(Search, Moving):
         return self._sleep(me, min(timeout_seconds, WAIT_SECONDS), due_in) or due_in() <= 0
 
     def heartbeat(self, consumer: str, *, completed: int = 0, failed: int = 0, now: float | None = None) -> None:
-        """Note that this consumer is alive, and add to its counts."""
+        """Record that this consumer is alive, and add to its counts of completed jobs and failed attempts."""
         me = self._registered(consumer, None, now)
         params = {"token": me.token, "completed": completed, "failed": failed, "now": self._time(now)}
         with self._write(durable=False) as tx:
@@ -786,9 +731,9 @@ class PersistentQInterface(Search, Moving):
         return [token for token, slot in self._read(RUNNING) if token not in mine and not self._is_alive(slot)]
 
     def leave(self, consumer: str, *, now: float | None = None) -> None:
-        """End a consumer of this object: release the jobs that it holds, and free its descriptors.
+        """End a consumer of this object: release the jobs that it holds, and close its files.
 
-        It may dequeue again, as a new consumer. Nothing happens if there is no consumer of this name.
+        Its next dequeue registers it anew. Nothing happens if this object has no consumer of this name.
         """
         if me := self._registry.get(consumer):
             self._leave([me], now)
@@ -836,22 +781,21 @@ def claim_params(
 
 def claimed_jobs(tx: Session, rows: list[Any], params: Params) -> list[Job]:
     """Return the jobs of the rows that a claim returned, in order."""
-    jobs = []
-    for row in rows:
-        try:
-            jobs.append(to_job(row, from_json))
-        except NOT_JSON as error:  # somebody wrote past the API: it must not stop the jobs behind it
-            _set_aside(tx, row[0], f"cannot read the payload or result, which is not JSON: {error}", params)
+    jobs = [to_job(row) for row in rows]
     if len(jobs) > 1:
-        with suppress(TypeError):  # a damaged row
-            jobs.sort(key=lambda job: (-job.priority, job.run_at, job.id))
-    return jobs
+        jobs.sort(key=lambda job: (-job.priority, job.run_at, job.id))
+    return [job for job in jobs if not _fail_unreadable(tx, job, params["now"])]
 
 
-def _set_aside(tx: Session, job_id: int, error: str, claim: Params) -> None:
-    params = {"id": job_id, "token": claim["token"], "now": claim["now"], "error": error_text(error)}
-    tx.change(RECORD, {**params, "event": "failed", "actor": claim["consumer"]})
-    tx.change(FAIL, params)
+def _fail_unreadable(tx: Session, job: Job, now: float) -> bool:
+    """Fail a job that Python's JSON parser cannot read: it must not stop the jobs behind it."""
+    if not isinstance(job.payload, Excerpt) and not isinstance(job.result, Excerpt):
+        return False
+    params = {"id": job.id, "token": job.lease_token, "now": now, "error": UNREADABLE}
+    with tx:
+        tx.change(RECORD, {**params, "event": "failed", "actor": job.consumer})
+        tx.change(FAIL, params)
+    return True
 
 
 def _batch(attempts: list[tuple[int, int]], prefetches: bool) -> int:
@@ -954,11 +898,15 @@ def open_queue(
     durability: str | None = None,
     group: str | None = None,
 ) -> PersistentQInterface:
-    """Open the queue at a path, sqlite:///PATH or postgresql://…; None: $PQUEUE_URL, else var/queue.db.
+    """Open a queue and return it.
 
-    durability: "full" or "normal"; None: $PQUEUE_DURABILITY, else "full". create: make the queue where there is none,
-    else raise QueueError. group: on SQLite, the group of accounts that may use a new queue; None: $PQUEUE_GROUP, else
-    only the account that makes it. Raises ValueError for what names neither a file nor a server, such as ":memory:".
+    url: a path, sqlite:///PATH or postgresql://USER:PASSWORD@HOST/DATABASE; None: $PQUEUE_URL, else var/queue.db.
+    create: create the queue if it does not exist; else raise QueueError.
+    durability: "full" or "normal", see guarantee 1; None: $PQUEUE_DURABILITY, else "full".
+    group: on SQLite, the group of accounts that may use a new queue; None: $PQUEUE_GROUP, else only this account.
+
+    Raises ValueError for a url that names neither a file nor a server, such as ":memory:"; SchemaMismatch for a file
+    that is not a queue of this version; QueueError if it cannot be opened.
     """
     durability = durability or os.environ.get("PQUEUE_DURABILITY") or "full"
     if is_postgres(url):

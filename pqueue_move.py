@@ -54,10 +54,12 @@ class Moving(Backend):
     def _recover(self, tx: Session, dead: list[str] | None, now: float) -> None: ...
 
     def copy_to(self, target: Moving, tell: Callable[[int], None] | None = None) -> dict[str, int]:
-        """Copy queues, jobs and history, as they are, into an empty queue of any backend; return the rows by table.
+        """Copy queues, jobs and history into a queue of any backend that has no jobs.
 
-        Others wait to write until it is done; tell is called with the rows so far. The copy is read back and compared
-        before it is committed. Raises QueueError when the target holds jobs, or the copy is not the same.
+        Return the number of rows of each table. The copy is read back and compared before it is committed; until then
+        nobody else can write to either queue. `tell` is called with the number of rows copied so far.
+
+        Raises QueueError if the target has jobs, or if the copy differs.
         """
         with self._write() as source, target._write() as copy:
             self._lock_out_writers(source)
@@ -73,14 +75,20 @@ class Moving(Backend):
     # Moving: `begin_move` until nothing runs, then `move_to`, and `finish_move` when all programs use the target
 
     def move_status(self) -> dict[str, Any] | None:
-        """Return what a move has done to this queue, or None: "event", `moving` or `moved`; "at"; "to", where to."""
+        """Return the move that this queue is part of, or None.
+
+        It is a dict: "event" is "moving" until `move_to`, then "moved"; "at" is when, in Unix seconds; "to" is the name
+        of the target.
+        """
         rows = self._read(MARK)
         return {"event": rows[0][2], "at": rows[0][1], "to": json.loads(rows[0][4])["to"]} if rows else None
 
     def begin_move(self, to: str, *, by: str | None = None, now: float | None = None) -> int:
-        """Pause all queues, and those that are created from now on; return how many jobs are still running.
+        """Pause all queues, also those created from now on, and return how many jobs are still `processing`.
 
-        `to` is the name of the target. Raises QueueError when this queue was moved elsewhere.
+        to: the name of the target, as its `name` gives it.
+
+        Raises QueueError if this queue was moved elsewhere, or is the target.
         """
         if to == self.name:
             raise QueueError("cannot move: the target is this queue itself")
@@ -108,10 +116,12 @@ class Moving(Backend):
         by: str | None = None,
         now: float | None = None,
     ) -> dict[str, int] | None:
-        """Copy as `copy_to` does, with queues in the target paused as they were before `begin_move`.
+        """Copy this queue as `copy_to` does; queues in the target are paused as they were before `begin_move`.
 
-        Returns None when jobs are running. Raises QueueError, besides, for tables that would stay behind and are not
-        named in `without`. This queue commits first: cut short after that, it is to be called again.
+        without: the application's tables in this database that are not to be moved; see `other_tables`.
+
+        Return the number of rows of each table, or None while jobs are `processing`. Raises QueueError as `copy_to`
+        does, and for other tables that `without` does not name. If it is interrupted, call it again.
         """
         self.expect_other_tables(without)
         with target._write() as copy, self._write() as source:
@@ -130,7 +140,7 @@ class Moving(Backend):
         return copied
 
     def expect_other_tables(self, names: Sequence[str]) -> None:
-        """Raise QueueError unless these are all that the application keeps in this database besides."""
+        """Raise QueueError unless these are the names of all `other_tables`."""
         others = self.other_tables()
         if left := sorted(set(others) - set(names)):
             raise QueueError(
@@ -155,23 +165,28 @@ class Moving(Backend):
         tx.change(ADD_MARK, {**params, "error": json.dumps(mark)})
 
     def has_moved_to(self, target: Moving) -> bool:
-        """Return whether the target holds what was moved from here."""
+        """Return whether the target has the jobs that were moved from here."""
         rows = self._read(MARK)
         token = json.loads(rows[0][4]).get("token") if rows else None
         return token is not None and any(json.loads(row[2])["token"] == token for row in target._read(MARKS_HERE))
 
     def cancel_move(self) -> None:
-        """Deliver here again. After `move_to`, jobs run twice if the target is in use, too."""
+        """Resume the queues that the move has paused.
+
+        After `move_to`, the jobs are in both queues, and run twice if consumers serve both.
+        """
         with self._write() as tx:
             tx.change(RESUME_ALL)
             tx.change(UNMARK)
             tx.ring = True
 
     def finish_move(self, target: Moving) -> dict[str, int]:
-        """Carry over to the target the jobs that were enqueued here since, then delete all jobs here.
+        """Copy the jobs that were enqueued here since `move_to` to the target, under new ids; delete all jobs here.
 
-        May be called again while something still enqueues here. Returns the jobs "carried" over; those "known" there,
-        by the key of an unfinished job; and those "deleted". Raises QueueError, with what to do.
+        Call it again if a producer still enqueues here. Return a dict: the number of jobs "carried" over; of those
+        "known", because an unfinished job in the target has their key; and of those "deleted" here.
+
+        Raises QueueError, or InvalidTransition if jobs are `processing` here, with what to do.
         """
         with self._write() as source:
             self._lock_out_writers(source)

@@ -13,9 +13,15 @@ FINISHED = ("completed", "failed", "cancelled")
 STATES = UNFINISHED + FINISHED
 
 
-# {id} and {float} are the dialect's. A migration is a list of statements; the file's user_version counts the
-# migrations it has had. Change the schema by adding one, never by editing one.
+# {id}, {bigint} and {float} are types. A line that begins with {sqlite} is for SQLite alone: there, only STRICT tables
+# check the types of values. PostgreSQL does so anyway, and would parse the JSON again at every update of the row.
+SQLITE_TYPES = {"id": "INTEGER PRIMARY KEY", "bigint": "INTEGER", "float": "REAL", "sqlite": ""}
+
+# A migration is a list of statements; the file's user_version counts the migrations it has had. Once 0.1 is released,
+# change the schema by adding one, never by editing one.
 # guard: a lease stands exactly while processing
+# guard: a payload is JSON
+# guard: a value has the type of its column
 MIGRATIONS: list[list[str]] = [
     [
         """
@@ -48,15 +54,18 @@ CREATE TABLE jobs (
         WHEN 'failed'     THEN attempts <= max_attempts AND lease_token IS NULL AND finished_at IS NOT NULL
         WHEN 'cancelled'  THEN attempts <= max_attempts AND lease_token IS NULL AND finished_at IS NOT NULL
         ELSE FALSE END),
+    {sqlite} CHECK (json_valid(payload)), CHECK (result IS NULL OR json_valid(result)),
     CHECK ((lease_token IS NULL) = (lease_expires_at IS NULL))
-)""",
+)
+{sqlite} STRICT""",
         """
 CREATE TABLE queues (
     name        TEXT PRIMARY KEY,
     paused      INTEGER NOT NULL DEFAULT 0,  -- 1: by an operator, 2: by a move; nothing is delivered
     max_pending INTEGER,                     -- enqueue is refused at this many pending jobs; NULL: never
     pending     INTEGER NOT NULL DEFAULT 0   -- unassigned pending jobs, counted while max_pending is set
-)""",
+)
+{sqlite} STRICT""",
         """
 CREATE TABLE consumers (
     id           {id},
@@ -69,20 +78,24 @@ CREATE TABLE consumers (
     tasks        TEXT NOT NULL,  -- JSON list of the tasks its program had registered
     started_at   {float} NOT NULL,    -- Unix seconds
     last_seen_at {float} NOT NULL,    -- of its last heartbeat, Unix seconds
-    state        TEXT NOT NULL CHECK (state IN ('running', 'stopped', 'dead')),
+    state        TEXT NOT NULL,  -- running, stopped or dead
     completed    INTEGER NOT NULL DEFAULT 0,  -- jobs, as of its last heartbeat
-    failed       INTEGER NOT NULL DEFAULT 0   -- attempts, likewise
-)""",
+    failed       INTEGER NOT NULL DEFAULT 0,  -- attempts, likewise
+    {sqlite} CHECK (queues IS NULL OR json_valid(queues)), CHECK (json_valid(tasks)),
+    CHECK (state IN ('running', 'stopped', 'dead'))
+)
+{sqlite} STRICT""",
         """
 CREATE TABLE history (
     id      {id},
-    job_id  BIGINT NOT NULL,     -- jobs.id
+    job_id  {bigint} NOT NULL,   -- jobs.id
     at      {float} NOT NULL,    -- Unix seconds
     event   TEXT NOT NULL,       -- failed, expired, died, released; or an operator's: resubmitted, marked failed …
     actor   TEXT NOT NULL,       -- the consumer or the operator
     attempt INTEGER NOT NULL,    -- jobs.attempts when it happened
     error   TEXT                 -- NULL: none
-)""",
+)
+{sqlite} STRICT""",
         """CREATE INDEX jobs_claim ON jobs (queue, priority DESC, run_at, id)
            WHERE state = 'pending' AND assigned_to IS NULL""",
         """CREATE INDEX jobs_assigned ON jobs (assigned_to, priority DESC, run_at, id)

@@ -1,4 +1,4 @@
-"""Listing jobs: by state, queue, task, time or text."""
+"""Reading jobs: one, those that match filters, counts and times."""
 
 from __future__ import annotations
 
@@ -7,16 +7,28 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from pqueue_backend import Backend
-from pqueue_schema import COLUMNS, INDEXED, STATES
+from pqueue_schema import (
+    COLUMNS,
+    COUNTS,
+    FAILURES,
+    FINISHED_BETWEEN,
+    ID_RANGE,
+    INDEXED,
+    LATEST_COMPLETED,
+    STATES,
+    UNFINISHED_IDS,
+)
 from pqueue_values import (
     MAX_ID,
     MAX_TEXT_CHARS,
     Job,
+    JobNotFound,
     Params,
     finite,
+    read_json,
     to_excerpt,
     to_job,
     valid_filter,
@@ -32,43 +44,177 @@ LONG = ("payload", "result", "error")
 ANY_OF = ", ".join(f":id{n}" for n in range(TOGETHER))
 
 
-class Search(Backend):
-    """Lists jobs."""
+class Filters(NamedTuple):
+    """What jobs match: each filter that is not None."""
+
+    state: str | None = None  # one of STATES
+    queue: str | None = None
+    task: str | None = None
+    key: str | None = None
+    consumer: str | None = None  # it runs the job, or ran it last
+    text: str | None = None  # see `list_jobs`
+    created_from: float | None = None  # Unix seconds
+    created_before: float | None = None  # Unix seconds
+    ids: Sequence[int] | None = None  # only these jobs
+
+
+class Reading(Backend):
+    """Reads jobs and counts."""
+
+    def get(self, job_id: int) -> Job:
+        """Return the job with this id. Raises JobNotFound."""
+        rows = self._read(f"SELECT {COLUMNS} FROM jobs WHERE id = :id", {"id": valid_id(job_id)})
+        if not rows:
+            raise JobNotFound(f"no job {job_id}")
+        return to_job(rows[0])
+
+    def history(self, job_id: int, *, limit: int = 2**31 - 1) -> list[dict[str, Any]]:
+        """Return up to `limit` of the job's latest events, oldest first; an empty list for an unknown job.
+
+        Each is a dict. "event" says how an attempt ended (failed, expired, died or released), or what an operator did;
+        "at" is when, in Unix seconds; "actor" is the consumer or the operator; "attempt" is the number of the attempt,
+        and "error" its error or None. An attempt that completes the job is not an event.
+        """
+        columns = "at, event, actor, attempt, error"
+        last = f"SELECT {columns} FROM history WHERE job_id = :id ORDER BY id DESC LIMIT :limit"
+        return self._dicts(columns, last, {"id": valid_id(job_id), "limit": valid_int("limit", 1, limit)})[::-1]
+
+    def _dicts(self, columns: str, sql: str, params: Params) -> list[dict[str, Any]]:
+        return [dict(zip(columns.split(", "), row, strict=True)) for row in self._read(sql, params)]
+
+    def unfinished_payloads(self) -> Iterator[Any]:
+        """Yield the payload of every job that is unfinished at the first `next`; read a hundred jobs at a time."""
+        ids = [row[0] for row in self._read(UNFINISHED_IDS)]  # one statement: a job may change its state meanwhile
+        for start in range(0, len(ids), 100):
+            chosen = ", ".join(map(str, ids[start : start + 100]))
+            for row in self._read(f"SELECT payload FROM jobs WHERE id IN ({chosen})"):
+                yield read_json(row[0])
+
+    def stats(self) -> dict[str, Any]:
+        """Return the numbers of jobs, as a dict with these keys:
+
+        "states": a dict from each state to its number of jobs.
+        "queues": a dict from each queue to a dict with the same, "paused" (bool), "max_pending" (int or None), and
+            "oldest_pending_at": when its earliest pending job was due, in Unix seconds, or None.
+        "oldest_pending_at": the earliest of all queues, or None.
+        """
+        counts = self._read(COUNTS)
+        empty = {**dict.fromkeys(STATES, 0), "paused": False, "max_pending": None, "oldest_pending_at": None}
+        queues = {  # read last, so that none is missing
+            name: {**empty, "paused": bool(paused), "max_pending": most}
+            for name, paused, most in self._read("SELECT name, paused, max_pending FROM queues ORDER BY name")
+        }
+        waiting = []
+        for name, state, jobs, oldest in counts:
+            queue = queues.setdefault(name, dict(empty))  # another program may have changed jobs.queue
+            queue[state] += jobs
+            if state == "pending":
+                waiting.append(oldest)
+                queue["oldest_pending_at"] = min(oldest, queue["oldest_pending_at"] or oldest)
+        states = {state: sum(queue[state] for queue in queues.values()) for state in STATES}
+        return {"states": states, "queues": queues, "oldest_pending_at": min(waiting, default=None)}
+
+    def activity(self, start: float, end: float) -> dict[str, int]:
+        """Return {"enqueued": n, "completed": n, "failed": n}: the jobs from start until before end, Unix seconds.
+
+        Only a job without an attempt left counts as failed. A job that was deleted since still counts as enqueued, at
+        the time of the job after it.
+        """
+        counts = {"enqueued": self._first_id(end) - self._first_id(start)}
+        for state in ("completed", "failed"):
+            params = {"state": state, "start": finite("start", start), "end": finite("end", end)}
+            counts[state] = self._read(FINISHED_BETWEEN, params)[0][0]
+        return counts
+
+    def _first_id(self, at: float) -> Any:
+        """Return the id of the first job enqueued at or after this time: ids grow with it, so halve the range."""
+        low, high = self._read(ID_RANGE)[0]
+        while low < high:
+            middle = (low + high) // 2
+            rows = self._read("SELECT id, created_at FROM jobs WHERE id >= :id ORDER BY id LIMIT 1", {"id": middle})
+            if rows and rows[0][1] < at:
+                low = rows[0][0] + 1
+            else:
+                high = middle
+        return low
+
+    def timings(self, jobs: int = 500, *, start: float = 0.0, end: float = 1e12) -> dict[str, list[float]]:
+        """Return {"wait": [seconds], "run": [seconds]} of up to `jobs` jobs: the last that were completed from start
+        until before end, in Unix seconds, oldest first.
+
+        A job waits from its due time until its last attempt starts, and runs from then until it is completed.
+        """
+        between = {"start": finite("start", start), "end": finite("end", end)}
+        latest = sorted(self._read(LATEST_COMPLETED, {**between, "limit": valid_int("jobs", 1, jobs)}))[-jobs:]
+        return {
+            "wait": [max(0.0, started - due) for _, due, started in latest],
+            "run": [finished - started for finished, _, started in latest],
+        }
+
+    def failures(self) -> list[dict[str, Any]]:
+        """Return the failed jobs grouped by task and first line of the error, the largest group first.
+
+        Each group is a dict: "task"; "error", the line; "jobs", their number; "last_id", the latest of them.
+        """
+        groups: dict[tuple[str, str], dict[str, Any]] = {}
+        for name, error, jobs, last_id in self._read(FAILURES):
+            line = (error or "").split("\n", 1)[0]
+            group = groups.setdefault((name, line), {"task": name, "error": line, "jobs": 0, "last_id": 0})
+            group["jobs"] += jobs
+            group["last_id"] = max(group["last_id"], last_id)
+        return sorted(groups.values(), key=lambda group: (-group["jobs"], group["task"], group["error"]))
 
     def list_jobs(
         self,
         *,
+        state: str | None = None,
+        queue: str | None = None,
+        task: str | None = None,
+        key: str | None = None,
+        consumer: str | None = None,
+        text: str | None = None,
+        created_from: float | None = None,
+        created_before: float | None = None,
+        ids: Sequence[int] | None = None,
         before_id: int | None = None,
         limit: int = 100,
         excerpt: int | None = None,
         shown: Callable[[Job], Job] | None = None,
-        **filters: Any,
     ) -> list[Job]:
-        """Return the jobs that match, newest first; page by the last id seen.
+        """Return up to `limit` jobs that match all filters given, newest first.
 
-        Filters: state, queue, task, key, consumer; text, that the payload, result, error or key contains as people read
-        it, in any case; created_from and created_before, Unix seconds; ids, of these jobs only.
-        excerpt: read at most so many characters of each payload, result and error; of a longer one return an `Excerpt`.
-        With 0, do not read them: all three are None.
-        shown: what the reader sees of a job, which is less than all: `text` finds nothing that this has removed.
+        state, queue, task, key, consumer: equal to the job's; the consumer runs the job, or ran it last.
+        text: contained in the payload, result, error or key. Case and Unicode form do not matter, and a string in the
+            payload or result matches with or without the escapes of JSON.
+        created_from, created_before: enqueued at or after, and before, this time in Unix seconds.
+        ids: only these jobs.
+        before_id: only jobs with a smaller id. For the next page, pass the id of the last job of this one.
+        excerpt: read at most so many characters of each payload, result and error; a longer one is returned as an
+            `Excerpt`. With 0, all three are None.
+        shown: a function that returns a job as its reader sees it; `text` is looked for in that job.
+
+        Raises ValueError for a filter that no job can match by its type or length.
         """
+        filters = Filters(state, queue, task, key, consumer, text, created_from, created_before, ids)
         return self.search_jobs(
-            before_id=before_id, limit=limit, seconds=math.inf, excerpt=excerpt, shown=shown, **filters
+            filters, before_id=before_id, limit=limit, seconds=math.inf, excerpt=excerpt, shown=shown
         )[0]
 
     def search_jobs(
         self,
+        filters: Filters,
         *,
         before_id: int | None = None,
         limit: int = 100,
         seconds: float = 0.1,
         excerpt: int | None = None,
         shown: Callable[[Job], Job] | None = None,
-        **filters: Any,
     ) -> tuple[list[Job], int | None]:
-        """Return what `list_jobs` does, as far as it is found in about so many seconds, and the id before which to
-        go on, or None when there is no more."""
-        where, params = self._matching(**filters)
+        """Return what `list_jobs` would, as far as it is found in about `seconds`.
+
+        The second value is the `before_id` with which to continue, or None if there is no more.
+        """
+        where, params = self._matching(filters)
         params["before_id"] = MAX_ID if before_id is None else valid_int("before_id", 0, before_id, MAX_ID)
         params["limit"] = valid_int("limit", 1, limit)
         most = None if excerpt is None else valid_int("excerpt", 0, excerpt)
@@ -83,6 +229,30 @@ class Search(Backend):
             if len(jobs) == limit or time.monotonic() >= ends_at:
                 return jobs, job_id
         return jobs, None
+
+    def count_jobs(
+        self,
+        *,
+        state: str | None = None,
+        queue: str | None = None,
+        task: str | None = None,
+        key: str | None = None,
+        consumer: str | None = None,
+        text: str | None = None,
+        created_from: float | None = None,
+        created_before: float | None = None,
+        ids: Sequence[int] | None = None,
+        shown: Callable[[Job], Job] | None = None,
+    ) -> int:
+        """Return how many jobs match; the options are those of `list_jobs`."""
+        filters = Filters(state, queue, task, key, consumer, text, created_from, created_before, ids)
+        where, params = self._matching(filters)
+        if "text" in params:
+            params |= {"before_id": MAX_ID, "limit": WINDOW}
+            return sum(1 for _, row in self._with_text(shown, where, params, math.inf) if row is not None)
+        places = index_conditions(params) or ["1 = 1"]
+        counts = " + ".join(f"(SELECT count(*) FROM jobs WHERE {place} AND {where})" for place in places)
+        return cast(int, self._read(f"SELECT {counts}", params)[0][0])
 
     def _with_text(
         self, shown: Callable[[Job], Job] | None, where: str, params: Params, ends_at: float
@@ -142,36 +312,24 @@ class Search(Backend):
         rows = self._read(f"SELECT {columns} FROM ({newest}) newest JOIN jobs USING (id)", params)
         return sorted(rows, key=lambda row: -row[0])
 
-    def _matching(
-        self,
-        *,
-        state: str | None = None,
-        queue: str | None = None,
-        task: str | None = None,
-        key: str | None = None,
-        consumer: str | None = None,
-        text: str | None = None,
-        created_from: float | None = None,
-        created_before: float | None = None,
-        ids: Sequence[int] | None = None,
-    ) -> tuple[str, Params]:
-        """Return the condition of these filters but the state, and the parameters of all."""
-        equal = {"queue": queue, "task": task, "key": key, "consumer": consumer}
+    def _matching(self, filters: Filters) -> tuple[str, Params]:
+        """Return the condition of all filters but the state, and the parameters of all."""
+        equal = {name: getattr(filters, name) for name in ("queue", "task", "key", "consumer")}
         params: Params = {name: valid_filter(name, value, 255) for name, value in equal.items() if value is not None}
         where = ["1 = 1", *(f"{name} = :{name}" for name in params)]
-        if state is not None:
-            params["state"] = valid_state(STATES, state)
-        if text is not None:
-            params["text"] = _folded(valid_filter("text", text, MAX_TEXT_CHARS))
+        if filters.state is not None:
+            params["state"] = valid_state(STATES, filters.state)
+        if filters.text is not None:
+            params["text"] = _folded(valid_filter("text", filters.text, MAX_TEXT_CHARS))
             if run := max(ASCII_RUN.findall(params["text"]), key=len, default=""):
                 params |= {"run": f"%{run.replace('_', '!_')}%", "escaped": "%\\u%"}
                 where.append(f"({' OR '.join(map(self._may_hold, ('payload', 'result', 'error', 'key')))})")
-        for name, value, sign in (("created_from", created_from, ">="), ("created_before", created_before, "<")):
-            if value is not None:
+        for name, sign in (("created_from", ">="), ("created_before", "<")):
+            if (value := getattr(filters, name)) is not None:
                 params[name] = finite(name, value)
                 where.append(f"created_at {sign} :{name}")
-        if ids is not None:
-            where.append(f"id IN ({', '.join(str(valid_id(job_id)) for job_id in ids) or 'NULL'})")
+        if filters.ids is not None:
+            where.append(f"id IN ({', '.join(str(valid_id(job_id)) for job_id in filters.ids) or 'NULL'})")
         return " AND ".join(where), params
 
     def _may_hold(self, column: str) -> str:

@@ -53,6 +53,7 @@ from pqueue_schema import (
     LIMITED,
     MIGRATIONS,
     SLOT_OF,
+    SQLITE_TYPES,
     TABLES,
     WAITING,
 )
@@ -74,13 +75,9 @@ WAL_BYTES = 67_108_864  # the write-ahead log is cut to this when its readers al
 LEAST_FREE_BYTES = 268_435_456  # below this `check` warns of the disk
 
 SYNCHRONOUS = ("off", "normal", "full", "extra")
-MINIMUM_SQLITE = (3, 35)  # RETURNING
-OUR_TABLES = f"SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name IN {TABLES}"
+MINIMUM_SQLITE = (3, 37)  # STRICT tables
+OUR_TABLES = f"SELECT sql LIKE '%STRICT' FROM sqlite_master WHERE type = 'table' AND name IN {TABLES}"
 OUR_SCHEMA = f"SELECT type, name, sql FROM sqlite_master WHERE tbl_name IN {TABLES} AND sql IS NOT NULL"
-DAMAGED = "SELECT count(*) FROM jobs WHERE " + " OR ".join(
-    f"typeof({name}) IN ('text', 'blob')"
-    for name in ("priority", "run_at", "attempts", "max_attempts", "created_at", "started_at", "finished_at")
-)
 MISCOUNTED = f"""
 SELECT name FROM queues q WHERE max_pending IS NOT NULL
     AND pending <> (SELECT count(*) FROM jobs WHERE {WAITING.replace(":queue", "q.name")})"""
@@ -364,12 +361,14 @@ if hasattr(os, "register_at_fork"):
 
 
 class PersistentQSQLite(PersistentQInterface):
-    """The queue in an SQLite file, with its locks and bells in the folder FILE.d beside it.
+    """The queue in an SQLite file. Its locks are in the folder FILE.d next to it.
 
     durability: "full" syncs what must survive a power cut; "normal" survives any crash of a process.
-    create: make the file where there is none; else raise QueueError.
-    group: make it for all accounts of this group (modes 0660 and 0770), instead of for this account alone.
-    busy_seconds: how long to wait for another writer. Raises SchemaMismatch for a file that is not ours.
+    create: create the file if it does not exist; else raise QueueError.
+    group: create it for all accounts of this group (modes 0660 and 0770); None: for this account alone.
+    busy_seconds: how long a write waits for another writer before it raises QueueBusy.
+
+    Raises SchemaMismatch for a file that is not a queue of this version.
     """
 
     def __init__(
@@ -415,7 +414,7 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _open_file(self, create: bool, group: int | None) -> None:
         if sqlite3.sqlite_version_info < MINIMUM_SQLITE:
-            raise QueueError(f"expected SQLite 3.35 or newer, got {sqlite3.sqlite_version}: use a newer Python")
+            raise QueueError(f"expected SQLite 3.37 or newer, got {sqlite3.sqlite_version}: use a newer Python")
         try:
             found = self.path.stat() if self.path.exists() else None
             if found:
@@ -557,7 +556,8 @@ class PersistentQSQLite(PersistentQInterface):
                 undo.callback(connection.close)
                 connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
                 connection.execute("PRAGMA cache_size = -16000")  # KB; a million rows go three times as fast
-                connection.execute("PRAGMA trusted_schema = OFF")
+                if sqlite3.sqlite_version_info >= (3, 41):  # older ones would not let our CHECK call json_valid
+                    connection.execute("PRAGMA trusted_schema = OFF")
                 if not FileLocks.AVAILABLE:
                     _keep_log(connection)
                 connection.execute("PRAGMA fullfsync = ON")  # as `sync_file` does; elsewhere than on macOS it is fsync
@@ -588,7 +588,7 @@ class PersistentQSQLite(PersistentQInterface):
                 connection.execute("BEGIN IMMEDIATE")
                 for number in range(self._version(connection), len(MIGRATIONS)):
                     for statement in MIGRATIONS[number]:
-                        connection.execute(statement.format(id="INTEGER PRIMARY KEY", float="REAL"))
+                        connection.execute(statement.format_map(SQLITE_TYPES))
                     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                     connection.execute(f"PRAGMA user_version = {number + 1}")
                 connection.execute("COMMIT")
@@ -887,8 +887,6 @@ class PersistentQSQLite(PersistentQInterface):
         except sqlite3.Error as error:
             raise self._error(error) from error
         changed = [f"{kind} {name!r} is not as this version makes it" for kind, name, _ in sorted(missing)]
-        damaged = self._read(DAMAGED)[0][0]
-        changed += [f"{damaged} jobs hold text where a number belongs"] if damaged else []
         changed += [
             f"queue {name!r} counts its pending jobs wrong: set its limit again" for (name,) in self._read(MISCOUNTED)
         ]
@@ -952,7 +950,7 @@ def _schema(*, has_limit: bool) -> set[tuple[str, str, str]]:
     """Return what SQLite says of a new queue's schema: types, names and statements."""
     with closing(sqlite3.connect(":memory:")) as model:
         for statement in chain(*MIGRATIONS, COUNTERS.values() if has_limit else ()):
-            model.execute(statement.format(id="INTEGER PRIMARY KEY", float="REAL"))
+            model.execute(statement.format_map(SQLITE_TYPES))
         return set(model.execute(OUR_SCHEMA))
 
 
@@ -968,9 +966,8 @@ def _adopt_dump(connection: sqlite3.Connection) -> None:
 
 def schema_version(connection: sqlite3.Connection, path: Path) -> int:
     """Return how many migrations a database has had, 0 for an empty one. Raises SchemaMismatch."""
-    owner, version, tables, ours = connection.execute(
-        "SELECT *, (SELECT count(*) FROM sqlite_master), "
-        f"({OUR_TABLES}) FROM pragma_application_id, pragma_user_version"
+    owner, version, tables = connection.execute(
+        "SELECT *, (SELECT count(*) FROM sqlite_master) FROM pragma_application_id, pragma_user_version"
     ).fetchone()
     # guard: another program's file is refused
     if owner != APPLICATION_ID and (owner or version or tables):
@@ -981,9 +978,16 @@ def schema_version(connection: sqlite3.Connection, path: Path) -> int:
             f"cannot use {path}: expected schema {len(MIGRATIONS)} or older, got {version}: "
             "use the pqueue that wrote it, or a newer one"
         )
+    ours = connection.execute(OUR_TABLES).fetchall()
     # guard: a file without our tables is refused
-    if version and ours < len(TABLES):
-        raise SchemaMismatch(f"cannot use {path}: expected the tables of a queue, got {ours} of them")
+    if version and len(ours) < len(TABLES):
+        raise SchemaMismatch(f"cannot use {path}: expected the tables of a queue, got {len(ours)} of them")
+    # guard: a file from before 0.1 is refused
+    if version and (0,) in ours:
+        raise SchemaMismatch(
+            f"cannot use {path}: it was created by a version before 0.1: finish its jobs with that version, "
+            "then move the file away"
+        )
     return cast(int, version)
 
 

@@ -18,7 +18,7 @@ DEFAULT_MAX_ATTEMPTS = 3
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A named function that takes the job and returns a JSON result, with what `task` was told about it."""
+    """A named function that takes a `Job` and returns a result that JSON can hold, with its options: see `task`."""
 
     name: str
     function: Callable[[Job], Any]
@@ -40,10 +40,14 @@ def task(
     backoff_base_seconds: float = 5.0,
     timeout_seconds: float | None = None,
 ) -> Callable[[Callable[[Job], Any]], Task]:
-    """Register the decorated function as the task of this name (its own by default).
+    """Return a decorator that registers a function as a task, and replaces it with the `Task`.
 
-    `max_attempts` applies to jobs enqueued by a program that has registered the task; the backoff and the timeout
-    apply in the consumer. Raises ValueError if the name is taken.
+    name: None: the name of the function.
+    max_attempts: deliveries of a job before it is `failed`, for jobs that a program with this task enqueues.
+    backoff_base_seconds: how long a consumer lets a job wait after its first failed attempt: see `backoff_seconds`.
+    timeout_seconds: how long an attempt may run in a consumer; None: without end.
+
+    Raises ValueError if the name is taken.
     """
 
     def register(function: Callable[[Job], Any]) -> Task:
@@ -66,7 +70,10 @@ _current = threading.local()
 
 
 def current_queue() -> PersistentQInterface:
-    """Return, in a task, the queue that its job came from: for `update`, `transaction` and follow-up jobs."""
+    """Return the queue of the job that this thread runs, to `update` it or to enqueue other jobs.
+
+    Raises QueueError outside a task.
+    """
     queue: PersistentQInterface | None = getattr(_current, "queue", None)
     if queue is None:
         raise QueueError("no task runs in this thread: open a queue of your own")
@@ -74,7 +81,7 @@ def current_queue() -> PersistentQInterface:
 
 
 def run_task(queue: PersistentQInterface, job: Job) -> Any:
-    """Run the job's task and return its result. Raises what it raises, or LookupError for an unknown task."""
+    """Run the job's task and return its result. Raises what the task raises, or LookupError for an unknown task."""
     if job.task not in TASKS:
         known = ", ".join(sorted(TASKS)) or "none"
         raise LookupError(f"unknown task {job.task!r}; this consumer knows {known}: give it --import MODULE")
@@ -86,9 +93,10 @@ def run_task(queue: PersistentQInterface, job: Job) -> Any:
 
 
 def backoff_seconds(attempts: int, base_seconds: float = 5.0, cap_seconds: float = 3600.0) -> float:
-    """Return how long to wait after this many attempts: base, 2 x base, 4 x base … up to the cap, half of it random.
+    """Return how many seconds to wait after so many attempts: base, 2 x base, 4 x base … up to the cap.
 
-    "Equal jitter", after Marc Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+    Half of it is random, the "equal jitter" of Marc Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog,
+    2015.
     """
     whole = min(cap_seconds, base_seconds * 2.0 ** min(attempts - 1, 60))
     return whole / 2 + random.uniform(0, whole / 2)

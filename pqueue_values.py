@@ -26,23 +26,23 @@ class QueueError(Exception):
 
 
 class LeaseLost(QueueError):
-    """The job belongs to somebody else by now: drop its work, or let `transaction` roll it back."""
+    """The job was taken back or given to another consumer: drop its work, or let `transaction` roll it back."""
 
 
 class JobNotFound(QueueError):
-    """There is no job of this id: it was pruned, deleted, or never enqueued."""
+    """There is no job with this id: it was pruned, deleted, or never enqueued."""
 
 
 class InvalidTransition(QueueError):
-    """The job's state does not allow this verb."""
+    """The state of the job does not allow this change."""
 
 
 class QueueBusy(QueueError):
-    """Another writer held the database for longer than `BUSY_SECONDS`. Try again."""
+    """Another writer kept the database locked for longer than `busy_seconds`. Try again."""
 
 
 class QueueFull(QueueError):
-    """The queue is at its `max_pending`, or its disk is full. Try again when there is room."""
+    """The queue has `max_pending` pending jobs, or its disk is full. Try again when there is room."""
 
 
 class SchemaMismatch(QueueError):
@@ -58,7 +58,13 @@ class DoNotRetry(Exception):
 
 
 class Job(NamedTuple):
-    """One row of `jobs`, as of when it was read; the schema below tells each field's meaning and unit."""
+    """A job as it was when it was read.
+
+    `payload` and `result` are values decoded from JSON. The fields `..._at` are Unix seconds; `progress` is 0 to 1.
+    `consumer` runs the job, or ran it last; `assigned_to` is the only one that may run it. `error` is that of the last
+    attempt that failed. None stands for what does not exist (yet): a lease only while the state is "processing", a
+    `started_at` from the first attempt, a `finished_at` once the job is completed, failed or cancelled.
+    """
 
     id: int
     queue: str
@@ -98,7 +104,7 @@ def encode_json(what: str, value: Any) -> str:
         raise ValueError(f"expected a {what} that JSON can hold, got a {type(value).__name__}: {error}") from None
     if size > MAX_PAYLOAD_BYTES:
         raise ValueError(f"expected a {what} of at most {MAX_PAYLOAD_BYTES} bytes of JSON, got {size}")
-    if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _depth(value) > MAX_JSON_DEPTH:
+    if _is_too_deep(text, value):
         raise ValueError(f"expected a {what} nested at most {MAX_JSON_DEPTH} deep")
     if "{" in text:
         _expect_text_keys(what, value)
@@ -128,6 +134,10 @@ def encode_payloads(payloads: list[Any]) -> str:
     return "[" + ",".join(f"[{encode_json('payload', payload)}]" for payload in payloads) + "]"
 
 
+def _is_too_deep(text: str, value: Any) -> bool:
+    return text.count("[") + text.count("{") > MAX_JSON_DEPTH and _depth(value) > MAX_JSON_DEPTH
+
+
 def _depth(value: Any) -> int:
     depth, level = 0, [value]
     while level := [each for each in level if isinstance(each, (list, tuple, dict))]:
@@ -136,16 +146,26 @@ def _depth(value: Any) -> int:
     return depth
 
 
-from_json = json.JSONDecoder().decode
-NOT_JSON = (ValueError, TypeError, RecursionError)  # what the decoder raises: for bad text, for a BLOB, for a deep nest
+_from_json = json.JSONDecoder().decode
+
+
+class Excerpt(str):
+    """The beginning of an error, or of the JSON text of a payload or a result, that was too long to be read whole.
+
+    Also the whole JSON text of a payload or a result that only another program can have stored: one that is nested
+    deeper than `MAX_JSON_DEPTH`, or that Python's parser refuses.
+    """
+
+    __slots__ = ()
 
 
 def read_json(text: str) -> Any:
-    """Return the value, or the text itself where somebody wrote past the API what is not JSON."""
+    """Return the value; or, of JSON that the database accepts but Python does not, the text as an `Excerpt`."""
     try:
-        return from_json(text)
-    except NOT_JSON:
-        return text
+        value = _from_json(text)
+    except (ValueError, RecursionError):  # a number of more than 4,300 digits; nested about a thousand deep
+        return Excerpt(text)
+    return Excerpt(text) if _is_too_deep(text, value) else value
 
 
 def to_job(row: Sequence[Any], read: Callable[[str], Any] = read_json) -> Job:
@@ -156,21 +176,13 @@ def to_job(row: Sequence[Any], read: Callable[[str], Any] = read_json) -> Job:
     return Job._make(fields)
 
 
-class Excerpt(str):
-    """The beginning of an error, or of the JSON text of a payload or a result, that was too long to be read whole."""
-
-    __slots__ = ()
-
-
 def to_excerpt(row: Sequence[Any], most: int | None) -> Job:
-    if not most:
-        return to_job(row) if most is None else to_job(row)._replace(payload=None, result=None, error=None)
-
-    def is_long(text: Any) -> bool:
-        return isinstance(text, str) and len(text) > most
-
-    job = to_job(row, lambda text: Excerpt(text[:most]) if is_long(text) else read_json(text))
-    return job._replace(error=Excerpt(job.error[:most])) if job.error is not None and is_long(job.error) else job
+    if most is None:
+        return to_job(row)
+    if most == 0:
+        return to_job(row, lambda _: None)._replace(error=None)
+    job = to_job(row, lambda text: Excerpt(text[:most]) if len(text) > most else read_json(text))
+    return job._replace(error=Excerpt(job.error[:most])) if job.error and len(job.error) > most else job
 
 
 def valid_name(what: str, value: str) -> str:

@@ -251,7 +251,12 @@ class Board:
             began = time.monotonic()
             if found is None or began >= stale_at:
                 found = queue.search_jobs(
-                    **given, before_id=before_id, limit=PAGE, seconds=SEARCH_SECONDS, excerpt=EXCERPT, shown=masked_job
+                    pqueue.Filters(**given),
+                    before_id=before_id,
+                    limit=PAGE,
+                    seconds=SEARCH_SECONDS,
+                    excerpt=EXCERPT,
+                    shown=masked_job,
                 )
                 stale_at = _stale_at(began)
         with self._lock:

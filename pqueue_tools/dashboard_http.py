@@ -216,7 +216,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._send(*answer)
         except JobNotFound:
             raise
-        except (QueueError, TypeError) as error:  # TypeError: in a damaged row
+        except QueueError as error:
             self._send(HTTPStatus.SERVICE_UNAVAILABLE, *self._trouble(url.path, str(error)))
 
     def _expect_no_other_site(self, path: str) -> None:

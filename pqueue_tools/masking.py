@@ -3,14 +3,13 @@ URLs. The command line, both dashboards and the log use it; a search finds only 
 
 from __future__ import annotations
 
-import json
 import operator
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from pqueue import Excerpt, Job
-from pqueue_values import NOT_JSON
+from pqueue_values import read_json
 
 HIDDEN = "…"
 # Anywhere in a name, or as its last word: "auth", "smtp_auth" and "smtpAuth", but not "author" or "auth_method".
@@ -84,10 +83,8 @@ def is_cut(job: Job) -> bool:
 
 
 def _value(excerpt: Excerpt) -> Any:
-    try:
-        return json.loads(_closed(excerpt))
-    except NOT_JSON:
-        return excerpt + HIDDEN
+    value = read_json(_closed(excerpt))
+    return excerpt + HIDDEN if isinstance(value, Excerpt) else value
 
 
 def _closed(text: str) -> str:

@@ -177,6 +177,9 @@ MUTANTS = [
     Mutant("a file of two names is refused", "contract: two_names"),
     Mutant("a file without our tables is refused", "contract: only_claims"),
     Mutant("a lease stands exactly while processing", "contract: guarantee_8", "(lease_token IS NULL) = (lease_expires_at IS NULL)", "1"),
+    Mutant("a file from before 0.1 is refused", "contract: created_before"),
+    Mutant("a payload is JSON", "contract: not_json", "CHECK (json_valid(payload)), ", ""),
+    Mutant("a value has the type of its column", "contract: not_json", "{sqlite} STRICT", ""),
     Mutant("files are private", "contract: private_whatever", "0o600", "0o644"),
     # looking
     Mutant("a search looks at text beyond ASCII", "contract: as_it_is_read", '            f"OR {self._BYTES.format(column)} <> length({column})"\n', ""),
