@@ -46,7 +46,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -89,7 +88,8 @@ from pqueue_schema import (
     RETRY,
     ROOM,
     RUNNING,
-    SET_QUEUE,
+    SET_MAX_PENDING,
+    SET_PAUSED,
     STATES,
     SUCCEED,
     TAKE_BACK,
@@ -625,11 +625,11 @@ class PersistentQInterface(Search, Moving):
 
     def pause(self, queue: str) -> None:
         """Deliver nothing from this queue until `resume`. What runs goes on."""
-        self._set_queue(queue, "paused", 1)
+        self._set_queue(SET_PAUSED, queue, 1)
 
     def resume(self, queue: str) -> None:
         """Deliver from this queue again."""
-        self._set_queue(queue, "paused", 0)
+        self._set_queue(SET_PAUSED, queue, 0)
 
     def limit(self, queue: str, max_pending: int | None) -> None:
         """Refuse to enqueue or resubmit while so many jobs of the queue are pending; None: never refuse.
@@ -638,13 +638,13 @@ class PersistentQInterface(Search, Moving):
         """
         most = None if max_pending is None else valid_int("max_pending", 1, max_pending)
         with self._write() as tx:
-            self._set_queue(queue, "max_pending", most)
+            self._set_queue(SET_MAX_PENDING, queue, most)
             self._count_pending(tx, [queue])
 
-    def _set_queue(self, queue: str, column: str, value: int | None) -> None:
+    def _set_queue(self, sql: str, queue: str, value: int | None) -> None:
         with self._write() as tx:
             tx.change(ADD_QUEUE, {"queue": valid_name("queue", queue)})
-            tx.change(SET_QUEUE.format(column=column), {"queue": queue, "value": value})
+            tx.change(sql, {"queue": queue, "value": value})
             tx.ring = True
 
     def delete_jobs(self, job_ids: Iterable[int] | None = None, *, force: bool = False) -> int:
@@ -696,7 +696,7 @@ class PersistentQInterface(Search, Moving):
         params = _served(consumer, queues, 1)
 
         def due_in() -> float:
-            at = self._read(serving(NEXT_EVENT, queues), params)[0][0]
+            at = self._read(NEXT_EVENT, params)[0][0]
             return math.inf if at is None else cast(float, at) - self._time(now)
 
         return self._sleep(me, min(timeout_seconds, WAIT_SECONDS), due_in) or due_in() <= 0
@@ -722,12 +722,11 @@ class PersistentQInterface(Search, Moving):
                     f"cannot begin consumer {name!r}: this object has {MAX_CONSUMERS}, each with a lock; "
                     "use a name for longer than one job, or end those that are done with leave(name)"
                 )
-            served = None if queues is None else json.dumps([valid_name("queue", queue) for queue in queues])
             me = Registration(name, self._take_slot())
             if me.slot:
                 undo.callback(me.slot.close)
             params = {"name": name, "token": me.token, "host": socket.gethostname(), "pid": os.getpid()}
-            params |= {"slot": me.slot and me.slot.number, "queues": served, "now": self._time(None)}
+            params |= {"slot": me.slot and me.slot.number, "queues": _queue_list(queues), "now": self._time(None)}
             params["tasks"] = json.dumps(sorted(TASKS))
             with self._write(durable=False) as tx:
                 if tx.change(SUCCEED, params):
@@ -816,8 +815,8 @@ def _claim(
 ) -> list[Job]:
     params = claim_params(me, limit, queues, lease_seconds, now)
     if limit > 1:
-        params["limit"] = _batch(tx.run(serving(NEXT_ATTEMPTS, queues), params), me.prefetches)
-    return claimed_jobs(tx, tx.run(serving(CLAIM, queues), params), params)
+        params["limit"] = _batch(tx.run(NEXT_ATTEMPTS, params), me.prefetches)
+    return claimed_jobs(tx, tx.run(CLAIM, params), params)
 
 
 def claim_params(
@@ -897,22 +896,12 @@ def _full(verb: str, queue: str, max_pending: int, jobs: int = 1) -> QueueFull |
     return QueueFull(f"cannot {verb}: queue {queue!r} {room} its limit of {max_pending} pending jobs")
 
 
-def serving(sql: str, queues: Sequence[str] | None) -> str:
-    return _filled(sql, None if queues is None else len(queues))
-
-
-@lru_cache
-def _filled(sql: str, queues: int | None) -> str:
-    names = ", ".join(f":queue{number}" for number in range(queues or 0))
-    # guard: a consumer gets from its queues only
-    return sql.format(served="" if queues is None else f"AND q.name IN ({names})")
-
-
 def _served(consumer: str, queues: Sequence[str] | None, limit: int) -> Params:
-    params: Params = {f"queue{i}": queue for i, queue in enumerate(queues or ())}
-    params["consumer"] = consumer
-    params["limit"] = limit
-    return params
+    return {"consumer": consumer, "limit": limit, "queues": _queue_list(queues)}
+
+
+def _queue_list(queues: Sequence[str] | None) -> str | None:
+    return None if queues is None else json.dumps([valid_name("queue", queue) for queue in queues])
 
 
 def _new_job(

@@ -42,20 +42,7 @@ from pqueue_files import (
 )
 from pqueue_locks import Slot, Slots, Turnstile, boot
 from pqueue_move import COPIED, arrival, count_running
-from pqueue_schema import (
-    APPLICATION_ID,
-    COMPLETE_MANY,
-    COUNT_PENDING,
-    COUNTERS,
-    ENQUEUE_AT_ONCE,
-    INSERT_MANY,
-    INSERT_MANY_AT_ONCE,
-    LIMITED,
-    MIGRATIONS,
-    SLOT_OF,
-    TABLES,
-    WAITING,
-)
+from pqueue_schema import APPLICATION_ID, ENQUEUE, LIMITED, MIGRATIONS, NO_LEASE, TABLES, WAITING
 from pqueue_values import (
     NOTHING,
     DatabaseReplaced,
@@ -84,6 +71,52 @@ DAMAGED = "SELECT count(*) FROM jobs WHERE " + " OR ".join(
 MISCOUNTED = f"""
 SELECT name FROM queues q WHERE max_pending IS NOT NULL
     AND pending <> (SELECT count(*) FROM jobs WHERE {WAITING.replace(":queue", "q.name")})"""
+
+# Statements that only SQLite has
+
+ENQUEUE_AT_ONCE = ENQUEUE.removesuffix("RETURNING id")  # last_insert_rowid is cheaper
+
+# Store a job per payload. :payloads is a JSON array of [payload], so that each keeps its text.
+INSERT_MANY = """
+INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, created_at)
+SELECT :queue, :task, substr(value, 2, length(value) - 2), :state, :priority, :run_at, :max_attempts, :assigned_to, :now
+FROM json_each(:payloads)"""
+# guard: a batch at once is for a queue without a limit
+INSERT_MANY_AT_ONCE = f"""
+{INSERT_MANY} WHERE EXISTS (SELECT 1 FROM queues WHERE name = :queue AND max_pending IS NULL)"""
+
+# Finish jobs with their results. :settled is a JSON array of [id, lease token, result].
+# guard: a batch completes under its tokens only
+COMPLETE_MANY = f"""
+UPDATE jobs SET state = 'completed', finished_at = :now, result = json_extract(value, '$[2]'), error = NULL, {NO_LEASE}
+FROM json_each(:settled) WHERE jobs.id = json_extract(value, '$[0]') AND lease_token = json_extract(value, '$[1]')
+RETURNING jobs.id"""
+
+# Return the slot of a consumer.
+SLOT_OF = "SELECT slot FROM consumers WHERE token = :token"
+
+# Count the pending jobs of a queue.
+COUNT_PENDING = f"UPDATE queues SET pending = (SELECT count(*) FROM jobs WHERE {WAITING}) WHERE name = :queue"
+
+# Triggers that keep queues.pending. They exist only while some queue has a limit, so that no other queue pays for them.
+IS_PENDING = "{row}.state = 'pending' AND {row}.assigned_to IS NULL"
+ADD_PENDING = "UPDATE queues SET pending = pending {change} 1 WHERE name = {row}.queue AND max_pending IS NOT NULL"
+# guard: a claim makes room
+# guard: what is pending again takes room
+# guard: what is deleted makes room
+COUNTERS = {
+    f"jobs_{event.lower()}_{row}": (
+        f"CREATE TRIGGER jobs_{event.lower()}_{row} AFTER {event} {columns} ON jobs WHEN {IS_PENDING.format(row=row)} "
+        f"BEGIN {ADD_PENDING.format(row=row, change=change)}; END"
+    )
+    for event, columns, row, change in (
+        ("INSERT", "", "NEW", "+"),
+        ("UPDATE", "OF state, assigned_to, queue", "OLD", "-"),
+        ("UPDATE", "OF state, assigned_to, queue", "NEW", "+"),
+        ("DELETE", "", "OLD", "-"),
+    )
+}
+
 TRIGGERS = f"SELECT name, tbl_name FROM sqlite_master WHERE type = 'trigger' AND tbl_name IN {TABLES} ORDER BY name"
 
 

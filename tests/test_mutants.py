@@ -83,7 +83,7 @@ MUTANTS = [
     Mutant("a paused queue delivers no assigned job", "contract: paused_queue", " AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)", ""),
     Mutant("an assigned job is for its consumer", HISTORY, " AND assigned_to IS NULL", ""),
     Mutant("a consumer gets what is assigned to it only", HISTORY, "assigned_to = :consumer", "assigned_to IS NOT NULL"),
-    Mutant("a consumer gets from its queues only", HISTORY, "queues is None", "True"),
+    Mutant("a consumer gets from its queues only", HISTORY, "(:queues IS NULL OR q.name IN (SELECT value FROM json_each(:queues)))", "1 = 1"),
     Mutant("order: priority first", HISTORY, "priority DESC, ", ""),
     Mutant("order: then the time it was due", HISTORY, "run_at, ", ""),
     Mutant("order: then the id", "contract: by_priority_then_due", "id", "-id"),
