@@ -61,6 +61,7 @@ from pqueue_schema import (
     COMPLETE,
     COUNTS,
     ENQUEUE,
+    ENQUEUE_MANY,
     EXPIRED,
     EXTEND,
     FAIL,
@@ -182,13 +183,18 @@ PRUNE_BATCH = 1000
 WAIT_SECONDS = 1.0  # the longest sleep of `wait`: it bounds what a missed ring or a dead consumer costs
 POLL_SECONDS = 0.1  # how often to look where no ring comes: it was lost, or the platform has no bells
 
-ENQUEUE_TRIES = 100  # while others take and free its key
-
 
 def __getattr__(name: str) -> Any:
     if name in BACKENDS:
         return getattr(import_module(BACKENDS[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class NotStored(QueueError):
+    """On PostgreSQL, others may have taken and freed the key meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__("cannot enqueue: the database takes no job, though nothing is in its way; run doctor")
 
 
 class LastAttempt(Exception):
@@ -234,19 +240,24 @@ class PersistentQInterface(Search, Moving):
         """
         row = _new_job(task, queue, priority, delay_seconds, run_at, max_attempts, key, assigned_to, self._time(now))
         row["payload"] = encode_json("payload", payload)
-        return self._add(row)
+        return self._store(ENQUEUE, row)[0]
 
-    def _add(self, row: Params) -> int:
+    def _store(self, sql: str, row: Params) -> list[int]:
+        """Insert jobs; return their ids, or that of the job that has the key. One statement, a transaction by itself,
+        does it unless there is such a job, or the queue is new or full."""
+        if not self.in_transaction and (ids := self._write().insert(sql, row)):
+            return ids
         with self._write() as tx:
-            for _ in range(ENQUEUE_TRIES):
-                if rows := tx.run(ENQUEUE, row) or tx.run(WITH_KEY, row):
-                    tx.ring = True
-                    return cast(int, rows[0][0])
-                if not tx.change(ADD_QUEUE, row):
-                    room, max_pending = tx.run(ROOM, row)[0]
-                    if room is not None and room <= 0:  # else what was in the way has gone: on PostgreSQL others go on
-                        raise _full("enqueue", row["queue"], max_pending)
-            raise QueueError("cannot enqueue: the database takes no job, though nothing is in its way; run doctor")
+            ids = tx.insert(sql, row) or [found[0] for found in tx.run(WITH_KEY, row)]
+            if not ids and tx.change(ADD_QUEUE, row):
+                ids = tx.insert(sql, row)
+            if ids:
+                tx.ring = True
+                return ids
+            room, max_pending = tx.run(ROOM, row)[0]
+            if room is not None and room < row["number"]:
+                raise _full("enqueue", row["queue"], max_pending, row["number"])
+            raise NotStored
 
     def enqueue_many(
         self,
@@ -267,17 +278,8 @@ class PersistentQInterface(Search, Moving):
         """
         row = _new_job(task, queue, priority, delay_seconds, run_at, max_attempts, None, assigned_to, self._time(now))
         found = list(payloads)
-        return self._add_many({**row, "payloads": encode_payloads(found), "number": len(found)})
-
-    def _add_many(self, row: Params) -> list[int]:
-        with self._write() as tx:
-            tx.change(ADD_QUEUE, row)
-            room, max_pending = tx.run(ROOM, row)[0]
-            # guard: a full queue refuses a batch
-            if room is not None and room < row["number"]:
-                raise _full("enqueue", row["queue"], max_pending, row["number"])
-            tx.ring = True
-            return self._insert_many(tx, row)
+        row |= {"payloads": encode_payloads(found), "number": len(found)}
+        return self._store(ENQUEUE_MANY, row) if found else []
 
     # Working
 
@@ -837,7 +839,8 @@ def claimed_jobs(tx: Session, rows: list[Any], params: Params) -> list[Job]:
         try:
             jobs.append(to_job(row, from_json))
         except NOT_JSON as error:  # somebody wrote past the API: it must not stop the jobs behind it
-            _set_aside(tx, row[0], f"cannot read the payload or result, which is not JSON: {error}", params)
+            with tx:
+                _set_aside(tx, row[0], f"cannot read the payload or result, which is not JSON: {error}", params)
     if len(jobs) > 1:
         with suppress(TypeError):  # a damaged row
             jobs.sort(key=lambda job: (-job.priority, job.run_at, job.id))
@@ -930,6 +933,7 @@ def _new_job(
         "key": None if key is None else valid_name("key", key),
         "assigned_to": None if assigned_to is None else valid_name("consumer", assigned_to),
         "now": now,
+        "number": 1,
     }
 
 

@@ -124,8 +124,16 @@ INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, k
 SELECT name, :task, :payload, :state, :priority, :run_at, :max_attempts, :key, :assigned_to, :now
 FROM queues
 WHERE name = :queue AND {HAS_ROOM}
-ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING
-RETURNING id"""
+ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING"""
+
+# Store a job per payload, unless the queue is unknown or has not room for all. :payloads is a JSON array of [payload],
+# so that each keeps its text.
+# guard: a full queue refuses a batch
+ENQUEUE_MANY = """
+INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, created_at)
+SELECT name, :task, substr(value, 2, length(value) - 2), :state, :priority, :run_at, :max_attempts, :assigned_to, :now
+FROM queues CROSS JOIN json_each(:payloads)
+WHERE name = :queue AND (max_pending IS NULL OR max_pending - pending >= :number)"""
 
 # Return how many more pending jobs the queue takes (NULL: any number), and its limit.
 ROOM = "SELECT max_pending - pending AS room, max_pending FROM queues WHERE name = :queue"

@@ -39,24 +39,20 @@ import pqueue
 import pqueue_backend
 import pqueue_schema
 import pqueue_values
-from pqueue import Job, PersistentQInterface, PersistentQSQLite, QueueBusy, QueueError, QueueFull
+from pqueue import Job, NotStored, PersistentQInterface, PersistentQSQLite, QueueBusy, QueueError, QueueFull
 from pqueue_backend import Session
 from pqueue_postgres import (
     ADD_UP,
     ALIVE,
+    ALONE,
     CHANNEL,
     COPYING,
     COUNT_ANEW,
     COUNTING,
-    ENQUEUE_ASKING,
-    ENQUEUE_AT_ONCE,
-    ENQUEUE_MANY,
-    ENQUEUE_MANY_ASKING,
     EXCHANGE,
     GRACE_SECONDS,
     IS_COUNTED,
     IS_FULL,
-    JOIN_WRITERS,
     KEEP,
     LOCK_CLASS,
     MISCOUNTED,
@@ -77,6 +73,7 @@ from pqueue_values import Params
 log = logging.getLogger("pqueue")
 
 CLOCK_SECONDS = 30.0  # how often the server's clock is read
+ENQUEUE_TRIES = 100  # while others take and free its key
 RETRY_SECONDS = 0.5  # between two attempts of the listener to connect
 PAUSE_SECONDS = 0.05  # before it connects again after a connection that was lost at once
 RESTART_SECONDS = 10.0  # after a restart of the server nobody is taken for dead: locks are being taken anew
@@ -144,6 +141,16 @@ class PostgresSession(Session):
     def run(self, sql: str, params: Params = pqueue_values.NOTHING) -> list[Any]:
         return self._execute(sql, params).fetchall()
 
+    def insert(self, sql: str, params: Params) -> list[int]:
+        rows: list[Any] = []
+        if self.depth:
+            rows = self.run(sql, params)
+            self.ring = self.ring or bool(rows)
+        else:
+            with suppress(NoRoom):  # others were faster
+                rows = self.alone(ALONE[sql], params)
+        return sorted(row[0] for row in rows)
+
     def alone(self, sql: str, params: Params) -> list[Any]:
         """Run a statement that is a transaction by itself."""
         with self:
@@ -157,12 +164,12 @@ class PostgresSession(Session):
         return self._execute(sql, params).rowcount
 
     def change_many(self, sql: str, rows: list[Params]) -> None:
-        self.begin()
+        self._send_begin()
         with self._queue._telling():
             text, names = translated(sql)
             self._cursor.executemany(text, [[row[name] for name in names] for row in rows])
 
-    def begin(self) -> None:
+    def _send_begin(self) -> None:
         if not self._begun:
             self._begun = True
             with self._queue._telling():
@@ -177,43 +184,20 @@ class PostgresSession(Session):
             if self._begun or not self.busy:
                 return self._cursor.execute(text, values)
             with self._driver.pipeline():
-                self.begin()
+                self._send_begin()
                 return self._cursor.execute(text, values)
 
-    def __enter__(self) -> PostgresSession:
-        if self.depth:
-            self.change("SAVEPOINT nested")
-        else:
-            self.ring, self.lost, self.tangled, self._begun = False, None, False, False
-        self.depth += 1
-        return self
+    @property
+    def has_ended(self) -> bool:
+        return self._begun and self._driver.pgconn.transaction_status == TransactionStatus.IDLE
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self.depth -= 1
-        if self.depth:
-            self._end_nested(error)
-        else:
-            self._end(error)
-
-    def _end_nested(self, error: BaseException | None) -> None:
-        if self._is_in_transaction():
-            if error is not None:
-                self.change("ROLLBACK TO nested")
-            self.change("RELEASE nested")
-
-    def _end(self, error: BaseException | None) -> None:
-        try:
-            if error is None and self.lost is None and self._begun:
-                self._commit()
-        finally:
-            self._begun = False
-            self._roll_back()
-        if error is None and self.lost is not None:
-            raise self.lost
+    def _begin(self) -> None:
+        self._begun = False  # until the first statement
 
     def _commit(self) -> None:
-        if not self._is_in_transaction():
-            raise QueueError("cannot commit: the transaction was ended inside its block")
+        if not self._begun:
+            return
+        self._expect_to_go_on()
         if self._driver.pgconn.transaction_status == TransactionStatus.INERROR:
             raise QueueError("cannot commit: a statement of the transaction failed")
         with self._queue._telling(), self._driver.pipeline():
@@ -223,10 +207,11 @@ class PostgresSession(Session):
                 self._driver.execute(f"NOTIFY {CHANNEL}")
             self._driver.execute("COMMIT")
 
-    def _is_in_transaction(self) -> bool:
-        return self._driver.pgconn.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR)
+    def _wake(self) -> None:
+        """Do nothing more: the commit sent a NOTIFY."""
 
-    def _roll_back(self) -> None:
+    def _leave(self) -> None:
+        self._begun = False
         if self._driver.pgconn.transaction_status != TransactionStatus.IDLE:
             with suppress(psycopg.Error):
                 self._driver.rollback()
@@ -446,21 +431,12 @@ class OnSQLite(PersistentQSQLAlchemy, PersistentQSQLite):
         if session not in self._over:
             self._over[session] = _over(session.connection)
         try:
-            with session, _in_order(session):
+            with session.in_order():
                 session.is_users = True
                 yield self._over[session]
         finally:
             if not session.busy:
                 self._over[session].rollback()  # lets SQLAlchemy forget the transaction, which has ended without it
-
-
-@contextmanager
-def _in_order(tx: Session) -> Iterator[None]:
-    depth = tx.depth
-    try:
-        yield
-    finally:
-        tx.expect_depth(depth)
 
 
 def _over(connection: sqlite3.Connection) -> sqlalchemy.Connection:
@@ -641,36 +617,14 @@ class OnPostgres(PersistentQSQLAlchemy):
             self._clock = (ended, ahead)  # at once: other threads look, too
         return time.monotonic() + ahead
 
-    def _add(self, row: Params) -> int:
-        if not self.in_transaction:
-            rows = self._add_at_once(ENQUEUE_AT_ONCE, ENQUEUE_ASKING, row)
-            return cast(int, rows[0][0]) if rows else super()._add(row)
-        job_id = super()._add(row)
-        while row["key"] and not self._read(KEEP, {"id": job_id}):
-            job_id = super()._add(row)
-        return job_id
-
-    def _add_at_once(self, sql: str, asking: str, row: Params) -> list[Any]:
-        """Store it if nothing is in the way."""
-        is_plain = row["state"] == "pending" and row["assigned_to"] is None and row["key"] is None
-        try:
-            return self._write().alone(sql if is_plain else asking, row)
-        except NoRoom:  # others were faster
-            return []
-
-    def _add_many(self, row: Params) -> list[int]:
-        rows = [] if self.in_transaction else self._add_at_once(ENQUEUE_MANY, ENQUEUE_MANY_ASKING, row)
-        if rows:
-            return sorted(row[0] for row in rows)
-        with self._write() as tx:
-            tx.change(JOIN_WRITERS)
-            return super()._add_many(row)
-
-    def _insert_many(self, tx: Session, row: Params) -> list[int]:
-        rows = tx.run(ENQUEUE_MANY, row)
-        if len(rows) < row["number"]:
-            raise QueueBusy(f"cannot enqueue: queue {row['queue']!r} was changed at the same moment")
-        return sorted(row[0] for row in rows)
+    def _store(self, sql: str, row: Params) -> list[int]:
+        """As everywhere; again while others take and free the key at the same moment."""
+        for _ in range(ENQUEUE_TRIES):
+            with suppress(NotStored):
+                ids = super()._store(sql, row)
+                if not (self.in_transaction and row["key"]) or self._read(KEEP, {"id": ids[0]}):
+                    return ids
+        raise NotStored
 
     def resubmit(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
         """As everywhere. An enqueue of the same moment, which took the key, is seen when it looks again."""
@@ -726,9 +680,9 @@ class OnPostgres(PersistentQSQLAlchemy):
         claim = pqueue.claim_params(me, limit, queues, lease_seconds, now)
         sql = EXCHANGE if settled else TAKE
         done = {"number": len(tokens), "ids": list(tokens), "tokens": list(tokens.values())}
-        rows = self._write().alone(sql, {**claim, **done, "results": [result for _, result in settled]})
-        with self._write() as tx:
-            jobs = pqueue.claimed_jobs(tx, [row[1:] for row in rows if row[1] is not None], claim)
+        session = self._write()
+        rows = session.alone(sql, {**claim, **done, "results": [result for _, result in settled]})
+        jobs = pqueue.claimed_jobs(session, [row[1:] for row in rows if row[1] is not None], claim)
         lost = [job for job, _ in settled if rows[0][0] is not None and job.id not in rows[0][0]]
         with suppress(QueueBusy) if settled else nullcontext():  # which may not hide what was completed
             jobs = jobs or super()._exchange([], me, limit, queues, lease_seconds, now)[0]
@@ -799,9 +753,9 @@ class OnPostgres(PersistentQSQLAlchemy):
     def transaction(self) -> Iterator[sqlalchemy.Connection]:
         session = self._write()
         try:
-            with session as tx, _in_order(tx):
-                tx.run(AS_USUAL)  # the statements in it are not ours
-                yield tx.connection
+            with session.in_order():
+                session.run(AS_USUAL)  # the statements in it are not ours
+                yield session.connection
         finally:
             if not session.busy:
                 session.end_of_block()

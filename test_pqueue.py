@@ -1349,7 +1349,7 @@ class SQLiteGuarantees(SQLiteCase):
 
         queue.enqueue("t")
         job = queue.dequeue("w")
-        with spied(session.run, lambda sql: sql == "COMMIT"), spied(session.insert_at_once, lambda _: True):
+        with spied(session.run, lambda sql: sql == "COMMIT"), spied(session.insert, lambda _: True):
             queue.enqueue("t")
             queue.complete(job)
             queue.complete_and_dequeue([(queue.dequeue("w"), None)], "w")

@@ -204,13 +204,27 @@ FROM queues WHERE max_pending IS NOT NULL;
 
 -- ENQUEUE
 -- Store a job, unless its queue is unknown or full, or an unfinished job has its key.
--- differs because the count of pending jobs is locked before a job is stored, or its key taken
+-- differs because the count of pending jobs is locked before a job is stored, or its key taken; returns the new id
 -- $1 task, $2 payload, $3 state, $4 priority, $5 run_at, $6 max_attempts, $7 key, $8 assigned_to, $9 now, $10 queue
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
 SELECT name, $1, $2, $3, $4, $5, $6, $7, $8, $9
 FROM queues
 WHERE name = $10 AND CASE WHEN max_pending IS NULL THEN true ELSE max_pending > pqueue.count_pending(name) END
 ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN ('scheduled', 'pending', 'processing') DO NOTHING
+RETURNING id;
+
+-- ENQUEUE_MANY
+-- Store a job per payload, unless the queue is unknown or has not room for all. :payloads is a JSON array of [payload],
+-- so that each keeps its text.
+-- differs because the count of pending jobs is locked before jobs are stored; returns their ids
+-- $1 queue, $2 number, $3 task, $4 state, $5 priority, $6 run_at, $7 max_attempts, $8 assigned_to, $9 now, $10 payloads
+WITH open AS MATERIALIZED (
+    SELECT name FROM queues
+    WHERE name = $1 AND CASE WHEN max_pending IS NULL THEN true ELSE max_pending - $2 >= pqueue.count_pending(name) END)
+INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, created_at)
+SELECT name, $3, substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2), $4, $5, $6,
+    $7, $8, $9
+FROM open CROSS JOIN json_array_elements(CAST($10 AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n
 RETURNING id;
 
 -- ROOM
@@ -535,47 +549,25 @@ INSERT INTO history (job_id, at, event, actor, attempt, error) VALUES ($1, $2, $
 SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = 28785 AND objsubid = 2 AND granted
     AND database = (SELECT oid FROM pg_database WHERE datname = current_database());
 
--- ENQUEUE_ASKING
--- Store a job and wake consumers; lock the count of pending jobs.
+-- ENQUEUE_ALONE
+-- Do what ENQUEUE does, and wake consumers. The trigger keeps the limit where a job is pending and has no key.
 -- $1 task, $2 payload, $3 state, $4 priority, $5 run_at, $6 max_attempts, $7 key, $8 assigned_to, $9 now, $10 queue
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
 SELECT name, $1, $2, $3, $4, $5, $6, $7, $8, $9
 FROM queues
-WHERE name = $10 AND CASE WHEN max_pending IS NULL THEN true ELSE max_pending > pqueue.count_pending(name) END
+WHERE name = $10 AND CASE WHEN max_pending IS NULL THEN true WHEN CAST($3 AS text) = 'pending' AND CAST($8 AS text) IS NULL AND CAST($7 AS text) IS NULL THEN max_pending > (SELECT pending + (SELECT coalesce(sum(delta), 0) FROM pending_changes d WHERE d.queue = c.queue) FROM pending_counts c WHERE c.queue = name) ELSE max_pending > pqueue.count_pending(name) END
 ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN ('scheduled', 'pending', 'processing') DO NOTHING
 RETURNING id, pg_notify('pqueue', '');
 
--- ENQUEUE_AT_ONCE
--- Store a pending job without a key, and wake consumers.
--- $1 task, $2 payload, $3 state, $4 priority, $5 run_at, $6 max_attempts, $7 key, $8 assigned_to, $9 now, $10 queue
-INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
-SELECT name, $1, $2, $3, $4, $5, $6, $7, $8, $9
-FROM queues
-WHERE name = $10 AND CASE WHEN max_pending IS NULL THEN true ELSE max_pending > (SELECT pending + (SELECT coalesce(sum(delta), 0) FROM pending_changes d WHERE d.queue = c.queue) FROM pending_counts c WHERE c.queue = name) END
-ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN ('scheduled', 'pending', 'processing') DO NOTHING
-RETURNING id, pg_notify('pqueue', '');
-
--- ENQUEUE_MANY_ASKING
--- Store a job per payload and wake consumers; lock the count of pending jobs.
--- $1 queue, $2 number, $3 task, $4 state, $5 priority, $6 run_at, $7 max_attempts, $8 assigned_to, $9 now, $10 payloads
+-- ENQUEUE_MANY_ALONE
+-- Do what ENQUEUE_MANY does, and wake consumers.
+-- $1 queue, $2 state, $3 assigned_to, $4 number, $5 task, $6 priority, $7 run_at, $8 max_attempts, $9 now, $10 payloads
 WITH open AS MATERIALIZED (
     SELECT name FROM queues
-    WHERE name = $1 AND CASE WHEN max_pending IS NULL THEN true ELSE max_pending - $2 >= pqueue.count_pending(name) END)
+    WHERE name = $1 AND CASE WHEN max_pending IS NULL THEN true WHEN CAST($2 AS text) = 'pending' AND CAST($3 AS text) IS NULL THEN max_pending - $4 >= (SELECT pending + (SELECT coalesce(sum(delta), 0) FROM pending_changes d WHERE d.queue = c.queue) FROM pending_counts c WHERE c.queue = name) ELSE max_pending - $4 >= pqueue.count_pending(name) END)
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, created_at)
-SELECT name, $3, substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2), $4, $5, $6,
-    $7, $8, $9
-FROM open CROSS JOIN json_array_elements(CAST($10 AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n
-RETURNING id, pg_notify('pqueue', '');
-
--- ENQUEUE_MANY
--- Store a pending job per payload and wake consumers.
--- $1 queue, $2 number, $3 task, $4 state, $5 priority, $6 run_at, $7 max_attempts, $8 assigned_to, $9 now, $10 payloads
-WITH open AS MATERIALIZED (
-    SELECT name FROM queues
-    WHERE name = $1 AND CASE WHEN max_pending IS NULL THEN true ELSE max_pending - $2 >= (SELECT pending + (SELECT coalesce(sum(delta), 0) FROM pending_changes d WHERE d.queue = c.queue) FROM pending_counts c WHERE c.queue = name) END)
-INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, created_at)
-SELECT name, $3, substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2), $4, $5, $6,
-    $7, $8, $9
+SELECT name, $5, substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2), $2, $6, $7,
+    $8, $3, $9
 FROM open CROSS JOIN json_array_elements(CAST($10 AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n
 RETURNING id, pg_notify('pqueue', '');
 
@@ -643,10 +635,6 @@ SELECT 1 FROM jobs WHERE id = $1 AND state IN ('scheduled', 'pending', 'processi
 -- Note that a consumer lives that was taken for dead.
 -- $1 now, $2 token
 UPDATE consumers SET state = 'running', last_seen_at = $1 WHERE token = $2 AND state <> 'stopped';
-
--- JOIN_WRITERS
--- Lock the table of jobs as every writer does, before the lock of a queue's count.
-LOCK TABLE jobs IN ROW EXCLUSIVE MODE;
 
 -- WRITING
 -- Return the transactions that are changing jobs.
