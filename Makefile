@@ -8,7 +8,7 @@ SECONDS := 600
 SEED := 1
 ATTACKS := (fuzz or histories or power_loss or model_allows or QueueMachine) and not mutants
 
-.PHONY: help run test check format screenshots bench soak attack lock clean
+.PHONY: help run test check format sql screenshots bench soak attack lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -27,6 +27,9 @@ check: $(READY)  ## Check format, lint and types
 format: $(READY)  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+sql: $(READY)  ## Write docs/postgres.sql, the statements that PostgreSQL receives
+	PYTHONPATH=. $(BIN)/python tests/test_statements.py
 
 screenshots: $(READY)  ## Take pictures of the dashboard into docs; needs Chromium
 	PYTHONPATH=. $(BIN)/python tests/screenshots.py docs

@@ -49,7 +49,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -63,6 +62,7 @@ from pqueue_schema import (
     CLAIM,
     COMPLETE,
     ENQUEUE,
+    ENQUEUE_MANY,
     EXPIRED,
     EXTEND,
     FAIL,
@@ -86,7 +86,8 @@ from pqueue_schema import (
     RETRY,
     ROOM,
     RUNNING,
-    SET_QUEUE,
+    SET_MAX_PENDING,
+    SET_PAUSED,
     STATES,
     SUCCEED,
     TAKE_BACK,
@@ -174,7 +175,6 @@ PRUNE_BATCH = 1000
 WAIT_SECONDS = 1.0  # the longest sleep of `wait`: it bounds what a missed ring or a dead consumer costs
 POLL_SECONDS = 0.1  # how often to look where no ring comes: it was lost, or the platform has no bells
 
-ENQUEUE_TRIES = 100  # while others take and free its key
 UNREADABLE = "cannot read the payload or the result: its JSON is nested too deep, or has too long a number, for Python"
 
 
@@ -182,6 +182,13 @@ def __getattr__(name: str) -> Any:
     if name in BACKENDS:
         return getattr(import_module(BACKENDS[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class NotStored(QueueError):
+    """On PostgreSQL, others may have taken and freed the key meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__("cannot enqueue: the database takes no job, though nothing is in its way; run doctor")
 
 
 class LastAttempt(Exception):
@@ -237,19 +244,24 @@ class PersistentQInterface(Reading, Moving):
         """
         row = _new_job(task, queue, priority, delay_seconds, run_at, max_attempts, key, assigned_to, self._time(now))
         row["payload"] = encode_json("payload", payload)
-        return self._add(row)
+        return self._store(ENQUEUE, row)[0]
 
-    def _add(self, row: Params) -> int:
+    def _store(self, sql: str, row: Params) -> list[int]:
+        """Insert jobs; return their ids, or that of the job that has the key. One statement, a transaction by itself,
+        does it unless there is such a job, or the queue is new or full."""
+        if not self.in_transaction and (ids := self._write().insert(sql, row)):
+            return ids
         with self._write() as tx:
-            for _ in range(ENQUEUE_TRIES):
-                if rows := tx.run(ENQUEUE, row) or tx.run(WITH_KEY, row):
-                    tx.ring = True
-                    return cast(int, rows[0][0])
-                if not tx.change(ADD_QUEUE, row):
-                    room, max_pending = tx.run(ROOM, row)[0]
-                    if room is not None and room <= 0:  # else what was in the way has gone: on PostgreSQL others go on
-                        raise _full("enqueue", row["queue"], max_pending)
-            raise QueueError("cannot enqueue: the database takes no job, though nothing is in its way; run doctor")
+            ids = tx.insert(sql, row) or [found[0] for found in tx.run(WITH_KEY, row)]
+            if not ids and tx.change(ADD_QUEUE, row):
+                ids = tx.insert(sql, row)
+            if ids:
+                tx.ring = True
+                return ids
+            room, max_pending = tx.run(ROOM, row)[0]
+            if room is not None and room < row["number"]:
+                raise _full("enqueue", row["queue"], max_pending, row["number"])
+            raise NotStored
 
     def enqueue_many(
         self,
@@ -270,17 +282,8 @@ class PersistentQInterface(Reading, Moving):
         """
         row = _new_job(task, queue, priority, delay_seconds, run_at, max_attempts, None, assigned_to, self._time(now))
         found = list(payloads)
-        return self._add_many({**row, "payloads": encode_payloads(found), "number": len(found)})
-
-    def _add_many(self, row: Params) -> list[int]:
-        with self._write() as tx:
-            tx.change(ADD_QUEUE, row)
-            room, max_pending = tx.run(ROOM, row)[0]
-            # guard: a full queue refuses a batch
-            if room is not None and room < row["number"]:
-                raise _full("enqueue", row["queue"], max_pending, row["number"])
-            tx.ring = True
-            return self._insert_many(tx, row)
+        row |= {"payloads": encode_payloads(found), "number": len(found)}
+        return self._store(ENQUEUE_MANY, row) if found else []
 
     # Working
 
@@ -545,11 +548,11 @@ class PersistentQInterface(Reading, Moving):
 
     def pause(self, queue: str) -> None:
         """Deliver nothing from this queue until `resume`. What runs goes on."""
-        self._set_queue(queue, "paused", 1)
+        self._set_queue(SET_PAUSED, queue, 1)
 
     def resume(self, queue: str) -> None:
         """Deliver from this queue again."""
-        self._set_queue(queue, "paused", 0)
+        self._set_queue(SET_PAUSED, queue, 0)
 
     def limit(self, queue: str, max_pending: int | None) -> None:
         """Refuse to enqueue or resubmit while so many jobs of the queue are pending; None: never refuse.
@@ -558,13 +561,13 @@ class PersistentQInterface(Reading, Moving):
         """
         most = None if max_pending is None else valid_int("max_pending", 1, max_pending)
         with self._write() as tx:
-            self._set_queue(queue, "max_pending", most)
+            self._set_queue(SET_MAX_PENDING, queue, most)
             self._count_pending(tx, [queue])
 
-    def _set_queue(self, queue: str, column: str, value: int | None) -> None:
+    def _set_queue(self, sql: str, queue: str, value: int | None) -> None:
         with self._write() as tx:
             tx.change(ADD_QUEUE, {"queue": valid_name("queue", queue)})
-            tx.change(SET_QUEUE.format(column=column), {"queue": queue, "value": value})
+            tx.change(sql, {"queue": queue, "value": value})
             tx.ring = True
 
     def delete_jobs(self, job_ids: Iterable[int] | None = None, *, force: bool = False) -> int:
@@ -641,7 +644,7 @@ class PersistentQInterface(Reading, Moving):
         params = _served(consumer, queues, 1)
 
         def due_in() -> float:
-            at = self._read(serving(NEXT_EVENT, queues), params)[0][0]
+            at = self._read(NEXT_EVENT, params)[0][0]
             return math.inf if at is None else cast(float, at) - self._time(now)
 
         return self._sleep(me, min(timeout_seconds, WAIT_SECONDS), due_in) or due_in() <= 0
@@ -667,12 +670,11 @@ class PersistentQInterface(Reading, Moving):
                     f"cannot begin consumer {name!r}: this object has {MAX_CONSUMERS}, each with a lock; "
                     "use a name for longer than one job, or end those that are done with leave(name)"
                 )
-            served = None if queues is None else json.dumps([valid_name("queue", queue) for queue in queues])
             me = Registration(name, self._take_slot())
             if me.slot:
                 undo.callback(me.slot.close)
             params = {"name": name, "token": me.token, "host": socket.gethostname(), "pid": os.getpid()}
-            params |= {"slot": me.slot and me.slot.number, "queues": served, "now": self._time(None)}
+            params |= {"slot": me.slot and me.slot.number, "queues": _queue_list(queues), "now": self._time(None)}
             params["tasks"] = json.dumps(sorted(TASKS))
             with self._write(durable=False) as tx:
                 if tx.change(SUCCEED, params):
@@ -764,8 +766,8 @@ def _claim(
 ) -> list[Job]:
     params = claim_params(me, limit, queues, lease_seconds, now)
     if limit > 1:
-        params["limit"] = _batch(tx.run(serving(NEXT_ATTEMPTS, queues), params), me.prefetches)
-    return claimed_jobs(tx, tx.run(serving(CLAIM, queues), params), params)
+        params["limit"] = _batch(tx.run(NEXT_ATTEMPTS, params), me.prefetches)
+    return claimed_jobs(tx, tx.run(CLAIM, params), params)
 
 
 def claim_params(
@@ -844,22 +846,12 @@ def _full(verb: str, queue: str, max_pending: int, jobs: int = 1) -> QueueFull |
     return QueueFull(f"cannot {verb}: queue {queue!r} {room} its limit of {max_pending} pending jobs")
 
 
-def serving(sql: str, queues: Sequence[str] | None) -> str:
-    return _filled(sql, None if queues is None else len(queues))
-
-
-@lru_cache
-def _filled(sql: str, queues: int | None) -> str:
-    names = ", ".join(f":queue{number}" for number in range(queues or 0))
-    # guard: a consumer gets from its queues only
-    return sql.format(served="" if queues is None else f"AND q.name IN ({names})")
-
-
 def _served(consumer: str, queues: Sequence[str] | None, limit: int) -> Params:
-    params: Params = {f"queue{i}": queue for i, queue in enumerate(queues or ())}
-    params["consumer"] = consumer
-    params["limit"] = limit
-    return params
+    return {"consumer": consumer, "limit": limit, "queues": _queue_list(queues)}
+
+
+def _queue_list(queues: Sequence[str] | None) -> str | None:
+    return None if queues is None else json.dumps([valid_name("queue", queue) for queue in queues])
 
 
 def _new_job(
@@ -888,6 +880,7 @@ def _new_job(
         "key": None if key is None else valid_name("key", key),
         "assigned_to": None if assigned_to is None else valid_name("consumer", assigned_to),
         "now": now,
+        "number": 1,
     }
 
 

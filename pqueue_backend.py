@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 from pqueue_values import NOTHING, LeaseLost, Params, QueueError, finite
+
+SomeSession = TypeVar("SomeSession", bound="Session")
 
 
 class Session(ABC):
     """One thread's connection to the database. As a context manager a transaction, and inside one a savepoint."""
 
-    ring = False  # a job became pending or scheduled: wake consumers after the commit
+    ring = False  # a job became pending or scheduled: wake consumers when the transaction is committed
     lost: LeaseLost | None = None  # a lease was lost inside: the whole transaction must roll back
     depth = 0  # of transactions in each other
     tangled = False  # one ended before another that was begun inside it: likewise
@@ -34,17 +36,81 @@ class Session(ABC):
         """Execute a statement once per row."""
 
     @abstractmethod
-    def __enter__(self) -> Session: ...
+    def insert(self, sql: str, params: Params) -> list[int]:
+        """Execute an INSERT of jobs, which outside a transaction is one by itself, and return the new ids in order."""
+
+    @property
+    @abstractmethod
+    def has_ended(self) -> bool:
+        """Whether code inside the outermost block has ended its transaction."""
 
     @abstractmethod
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None: ...
+    def _begin(self) -> None:
+        """Begin the transaction."""
 
-    def expect_depth(self, depth: int) -> None:
-        """Doom the transaction when a block ends before one that was begun inside it."""
-        self.tangled = self.tangled or self.depth != depth
-        # guard: transactions end in the order in which they nest
-        if self.tangled:
-            raise QueueError("cannot end a transaction before those begun inside it: neither await nor yield in one")
+    @abstractmethod
+    def _commit(self) -> None:
+        """Commit, or raise QueueError."""
+
+    @abstractmethod
+    def _leave(self) -> None:
+        """Roll back what was not committed, and let others go on."""
+
+    @abstractmethod
+    def _wake(self) -> None:
+        """Wake consumers after a commit that made jobs pending or scheduled."""
+
+    def __enter__(self: SomeSession) -> SomeSession:
+        if self.depth == 0:
+            self._begin()
+            self.ring, self.lost, self.tangled = False, None, False
+        elif self.has_ended:
+            raise QueueError("cannot go on in a transaction that has ended; leave its block")
+        else:
+            self.change("SAVEPOINT nested")
+        self.depth += 1
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self.depth -= 1
+        if self.depth == 0:
+            self._end(error)
+        elif not self.has_ended:
+            if error is not None:
+                # guard: a failed savepoint is undone
+                self.change("ROLLBACK TO nested")
+            self.change("RELEASE nested")
+
+    def _end(self, error: BaseException | None) -> None:
+        try:
+            # guard: a lost lease dooms its transaction
+            if error is None and self.lost is None:
+                self._commit()
+        finally:
+            self._leave()
+        if error is None and self.lost is not None:
+            raise self.lost
+        if error is None and self.ring:
+            self._wake()
+
+    def _expect_to_go_on(self) -> None:
+        if self.has_ended:
+            raise QueueError("cannot commit: the transaction was ended inside its block")
+
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        """Open a transaction; undo it when a block ends before one that was begun inside it."""
+        with self:
+            depth = self.depth
+            try:
+                yield
+            finally:
+                self.tangled = self.tangled or self.depth != depth
+                # guard: transactions end in the order in which they nest
+                if self.tangled:
+                    raise QueueError(
+                        "cannot end a transaction before those begun inside it: neither await nor yield in one"
+                    )
 
 
 class Registration:
@@ -74,10 +140,6 @@ class Backend(ABC):
     @abstractmethod
     def _read(self, sql: str, params: Params = NOTHING) -> list[Any]:
         """Return all rows without keeping a writer waiting."""
-
-    @abstractmethod
-    def _insert_many(self, tx: Session, row: Params) -> list[int]:
-        """Insert into `jobs` this row with each of its `number` `payloads`, and return the ids in order."""
 
     @abstractmethod
     def _take_slot(self) -> Any:

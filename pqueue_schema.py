@@ -112,10 +112,13 @@ CREATE TABLE history (
 ]
 
 
+# Parts of statements
+
 COLUMNS = ", ".join(Job._fields)
 NO_LEASE = "lease_token = NULL, lease_expires_at = NULL"
+# Only a job that is processing has a token, by the CHECK above.
 # guard: a settling verb needs the current token
-HELD = "id = :id AND state = 'processing' AND lease_token = :token"
+HELD = "id = :id AND lease_token = :token"
 WAITING = "queue = :queue AND state = 'pending' AND assigned_to IS NULL"
 # guard: a full queue refuses a job
 HAS_ROOM = "(max_pending IS NULL OR max_pending > pending)"
@@ -123,48 +126,56 @@ HAS_ROOM = "(max_pending IS NULL OR max_pending > pending)"
 # guard: order: then the time it was due
 # guard: order: then the id
 ORDER = "priority DESC, run_at, id"
+MOVES = "('moving', 'moved')"
 
+# Statements, with :named parameters. Those that PostgreSQL needs in other words are in pqueue_postgres.POSTGRES.
+
+# Store a job, unless its queue is unknown or full, or an unfinished job has its key.
 # guard: one unfinished job per key
 ENQUEUE = f"""
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
 SELECT name, :task, :payload, :state, :priority, :run_at, :max_attempts, :key, :assigned_to, :now
 FROM queues
 WHERE name = :queue AND {HAS_ROOM}
-ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING
-RETURNING id"""
-ENQUEUE_AT_ONCE = ENQUEUE.removesuffix("RETURNING id")  # SQLite's last_insert_rowid is cheaper
+ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING"""
 
-# :payloads is a JSON array of [payload], so that each keeps its text: one statement for all is faster than one each.
-INSERT_MANY = """
+# Store a job per payload, unless the queue is unknown or has not room for all. :payloads is a JSON array of [payload],
+# so that each keeps its text.
+# guard: a full queue refuses a batch
+ENQUEUE_MANY = """
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, created_at)
-SELECT :queue, :task, substr(value, 2, length(value) - 2), :state, :priority, :run_at, :max_attempts, :assigned_to, :now
-FROM json_each(:payloads)"""
-# guard: a batch at once is for a queue without a limit
-INSERT_MANY_AT_ONCE = f"""
-{INSERT_MANY} WHERE EXISTS (SELECT 1 FROM queues WHERE name = :queue AND max_pending IS NULL)"""
+SELECT name, :task, substr(value, 2, length(value) - 2), :state, :priority, :run_at, :max_attempts, :assigned_to, :now
+FROM queues CROSS JOIN json_each(:payloads)
+WHERE name = :queue AND (max_pending IS NULL OR max_pending - pending >= :number)"""
 
-ROOM = "SELECT max_pending - pending, max_pending FROM queues WHERE name = :queue"
-COUNT_PENDING = f"UPDATE queues SET pending = (SELECT count(*) FROM jobs WHERE {WAITING}) WHERE name = :queue"
+# Return how many more pending jobs the queue takes (NULL: any number), and its limit.
+ROOM = "SELECT max_pending - pending AS room, max_pending FROM queues WHERE name = :queue"
+
+# Return the queues that have a limit.
 LIMITED = "SELECT name FROM queues WHERE max_pending IS NOT NULL"
+
+# Find the unfinished job that has the key.
 # guard: a key holds within its queue
 WITH_KEY = f"SELECT id FROM jobs WHERE queue = :queue AND key = :key AND state IN {UNFINISHED}"
-MOVES = "('moving', 'moved')"
+
+# Create the queue unless it exists.
 # guard: a queue that is created during a move is paused
 ADD_QUEUE = f"""
 INSERT INTO queues (name, paused)
 SELECT :queue, CASE WHEN EXISTS (SELECT 1 FROM history WHERE job_id = 0 AND event IN {MOVES}) THEN 2 ELSE 0 END
 WHERE true ON CONFLICT DO NOTHING"""
 
-# {served} limits q to the queues a consumer serves. The best :limit of each queue, then the best :limit of those:
-# paused queues, other queues and jobs assigned elsewhere are never stepped over one by one. SQLite's CROSS JOIN keeps
-# q the outer loop.
+# The best :limit jobs of each queue, and of those assigned to the consumer. :queues is a JSON array of the queues that
+# it serves; NULL: all. No job of another queue, of a paused one or assigned elsewhere is read. SQLite keeps q the
+# outer loop of a CROSS JOIN.
 # guard: a paused queue delivers nothing
 # guard: a paused queue delivers no assigned job
+# guard: a consumer gets from its queues only
 # guard: an assigned job is for its consumer
 # guard: a consumer gets what is assigned to it only
-CANDIDATES = f"""
+_CANDIDATES = f"""
 SELECT jobs.id, priority, run_at, attempts, max_attempts FROM queues q CROSS JOIN jobs
-WHERE q.paused = 0 {{served}} AND jobs.id IN
+WHERE q.paused = 0 AND (:queues IS NULL OR q.name IN (SELECT value FROM json_each(:queues))) AND jobs.id IN
     (SELECT id FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL
      ORDER BY {ORDER} LIMIT :limit)
 UNION ALL
@@ -172,60 +183,73 @@ SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
                WHERE state = 'pending' AND assigned_to = :consumer
                AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY {ORDER} LIMIT :limit) mine"""
 
+# Lease the best :limit jobs to the consumer.
 # guard: an attempt counts when it is claimed
 CLAIM = f"""
 UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = :consumer, lease_token = :token,
     lease_expires_at = :lease_expires_at, started_at = :now
-WHERE state = 'pending' AND id IN (SELECT id FROM ({CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit)
+WHERE state = 'pending' AND id IN (SELECT id FROM ({_CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit)
 RETURNING {COLUMNS}"""
 
-NEXT_ATTEMPTS = f"SELECT attempts, max_attempts FROM ({CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit"
+# Return the attempts of the jobs that CLAIM would take, in order.
+NEXT_ATTEMPTS = f"SELECT attempts, max_attempts FROM ({_CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit"
 
+# Return whether a scheduled job is due, and whether a lease has expired.
 OVERDUE = """
-SELECT (SELECT min(run_at) FROM jobs WHERE state = 'scheduled') <= :now,
-       (SELECT min(lease_expires_at) FROM jobs WHERE state = 'processing') <= :now"""
+SELECT (SELECT min(run_at) FROM jobs WHERE state = 'scheduled') <= :now AS due,
+       (SELECT min(lease_expires_at) FROM jobs WHERE state = 'processing') <= :now AS expired"""
 
+# Return when the consumer may next find a job; 0: now.
 NEXT_EVENT = f"""
 SELECT min(at) FROM (
-    SELECT 0.0 AS at WHERE EXISTS ({CANDIDATES})
+    SELECT 0.0 AS at WHERE EXISTS ({_CANDIDATES})
     UNION ALL SELECT min(run_at) FROM jobs WHERE state = 'scheduled'
     UNION ALL SELECT min(lease_expires_at) FROM jobs WHERE state = 'processing') events"""
 
+# Make scheduled jobs pending that are due.
 # guard: a job is not promoted before it is due
 PROMOTE = """
 UPDATE jobs SET state = 'pending' WHERE state = 'scheduled' AND id IN
     (SELECT id FROM jobs WHERE state = 'scheduled' AND run_at <= :now ORDER BY run_at LIMIT :limit)"""
 
+# Return jobs whose lease has expired.
 # guard: a lease is not taken back before it ran out
 EXPIRED = f"""
 SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND lease_expires_at <= :now
 ORDER BY lease_expires_at LIMIT :limit"""
 
+# Return jobs whose consumer has ended.
 # guard: the living keep their jobs
 ORPHANED = f"""
 SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND EXISTS
     (SELECT 1 FROM consumers WHERE token = substr(lease_token, 1, 16) AND consumers.state <> 'running') LIMIT :limit"""
 
+# End a lost delivery, if the job has attempts left.
 # guard: no delivery after the last attempt was lost
 TAKE_BACK = f"UPDATE jobs SET state = 'pending', error = :error, {NO_LEASE} WHERE {HELD} AND attempts < max_attempts"
+
+# Finish a job with its result.
 COMPLETE = f"""
 UPDATE jobs SET state = 'completed', finished_at = :now, result = :result, error = NULL, {NO_LEASE} WHERE {HELD}"""
 
-# :settled is a JSON array of [id, lease token, result].
-# guard: a batch completes under its tokens only
-COMPLETE_MANY = f"""
-UPDATE jobs SET state = 'completed', finished_at = :now, result = json_extract(value, '$[2]'), error = NULL, {NO_LEASE}
-FROM json_each(:settled) WHERE jobs.id = json_extract(value, '$[0]') AND state = 'processing'
-    AND lease_token = json_extract(value, '$[1]') RETURNING jobs.id"""
-
+# End the attempt, and the job with it.
 FAIL = f"UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, {NO_LEASE} WHERE {HELD}"
+
+# End the attempt; the next is due at :run_at.
 RETRY = f"UPDATE jobs SET state = 'scheduled', run_at = :run_at, error = :error, {NO_LEASE} WHERE {HELD}"
+
+# Return a job as if it had not been claimed.
 # guard: a released attempt does not count
 RELEASE = f"UPDATE jobs SET state = 'pending', attempts = attempts - 1, {NO_LEASE} WHERE {HELD}"
+
+# Let a lease end later.
 EXTEND = f"UPDATE jobs SET lease_expires_at = :lease_expires_at WHERE {HELD}"
+
+# Store progress or a partial result; NULL leaves it as it is.
 UPDATE = f"""
 UPDATE jobs SET progress = coalesce(:progress, progress), result = coalesce(:result, result) WHERE {HELD}"""
 
+# Make a finished job pending again, unless its queue is full or an unfinished job has its key.
 # guard: a resubmitted job has all its attempts
 # guard: resubmit takes finished jobs
 # guard: resubmit respects the key
@@ -235,13 +259,19 @@ UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NUL
     error = NULL WHERE id = :id AND state IN {FINISHED}
     AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND NOT {HAS_ROOM})
     AND NOT EXISTS (SELECT 1 FROM jobs o WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN {UNFINISHED})"""
+
+# Set an unfinished job aside.
 # guard: mark_failed takes unfinished jobs
 MARK_FAILED = f"""
 UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, {NO_LEASE}
 WHERE id = :id AND state IN {UNFINISHED}"""
+
+# Withdraw an unfinished job.
 # guard: cancel takes unfinished jobs
 CANCEL = f"""
 UPDATE jobs SET state = 'cancelled', finished_at = :now, {NO_LEASE} WHERE id = :id AND state IN {UNFINISHED}"""
+
+# Reserve an unfinished job for a consumer; NULL: for any.
 # guard: an attempt that an operator ended does not count
 # guard: assign takes unfinished jobs
 # guard: assign ends the running delivery
@@ -250,34 +280,50 @@ UPDATE jobs SET assigned_to = :assigned_to, state = CASE state WHEN 'processing'
     attempts = attempts - CASE state WHEN 'processing' THEN 1 ELSE 0 END, {NO_LEASE}
 WHERE id = :id AND state IN {UNFINISHED}"""
 
-# Run before the transition, so that it tells the attempt that ends there.
+# Record an event of a job. Run before the transition, so that it names the attempt that ends there.
 RECORD = """
 INSERT INTO history (job_id, at, event, actor, attempt, error)
 SELECT id, :now, :event, :actor, attempts, :error FROM jobs WHERE id = :id"""
 
+# Return the consumers that lost the job since it was last resubmitted.
 LOST_BY = """
 SELECT actor FROM history WHERE job_id = :id AND event IN ('expired', 'died')
 AND id > (SELECT coalesce(max(id), 0) FROM history WHERE job_id = :id AND event = 'resubmitted') ORDER BY id"""
 
+# Return the jobs that a consumer holds.
 HELD_BY = f"SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND substr(lease_token, 1, 16) = :token"
-SLOT_OF = "SELECT slot FROM consumers WHERE token = :token"
 
+# Note that a consumer has started.
 REGISTER = """
 INSERT INTO consumers (name, token, host, pid, slot, queues, tasks, started_at, last_seen_at, state)
 VALUES (:name, :token, :host, :pid, :slot, :queues, :tasks, :now, :now, 'running')"""
+
+# Note that the consumer that had this slot is dead.
 SUCCEED = "UPDATE consumers SET state = 'dead' WHERE slot = :slot AND state = 'running'"
+
+# Note that a consumer has ended.
 LEAVE = "UPDATE consumers SET state = :state WHERE token = :token AND state = 'running'"
+
+# Return the consumers that have not ended.
 RUNNING = "SELECT token, slot FROM consumers WHERE state = 'running' ORDER BY id"
+
+# Note that a consumer is alive, and add to its counts.
 HEARTBEAT = """
 UPDATE consumers SET last_seen_at = :now, completed = completed + :completed, failed = failed + :failed
 WHERE token = :token"""
 
+# Delete consumers that ended long ago.
 FORGET = "DELETE FROM consumers WHERE state <> 'running' AND last_seen_at < :before"
 
-SET_QUEUE = """
-INSERT INTO queues (name, {column}) VALUES (:queue, :value) ON CONFLICT (name) DO UPDATE SET {column} = :value"""
+# Pause a queue (1), or resume it (0).
+SET_PAUSED = """
+INSERT INTO queues (name, paused) VALUES (:queue, :value) ON CONFLICT (name) DO UPDATE SET paused = :value"""
 
-# Never the newest: SQLite would give its id to another job.
+# Limit the pending jobs of a queue; NULL: no limit.
+SET_MAX_PENDING = """
+INSERT INTO queues (name, max_pending) VALUES (:queue, :value) ON CONFLICT (name) DO UPDATE SET max_pending = :value"""
+
+# Return jobs that finished long ago. Never the newest: SQLite would give its id to another job.
 # guard: prune takes old jobs only
 # guard: prune keeps the newest
 PRUNABLE = """
@@ -290,54 +336,42 @@ INDEXED = {state: [f"state = '{state}'"] for state in ("scheduled", "processing"
 INDEXED["pending"] = [f"state = 'pending' AND assigned_to IS {null}" for null in ("NULL", "NOT NULL")]
 INDEXED |= {state: [f"state = '{state}' AND finished_at IS NOT NULL"] for state in FINISHED}
 
-# Counting by state and queue is a walk through an index each, a million jobs in 50 ms.
-# One statement, so that no job is counted in two states or in none.
-COUNT_UNFINISHED = "SELECT queue, '{state}', count(*), min(run_at) FROM jobs WHERE {place} GROUP BY queue"
-COUNT_FINISHED = """
+_COUNT_UNFINISHED = "SELECT queue, '{state}', count(*), min(run_at) FROM jobs WHERE {place} GROUP BY queue"
+_COUNT_FINISHED = """
 SELECT name, '{state}', (SELECT count(*) FROM jobs WHERE {place} AND queue = q.name), NULL FROM queues q"""
+
+# Count jobs by queue and state, each by an index, a million jobs in 50 ms; in one statement, so that no job is counted
+# twice or not at all.
 COUNTS = " UNION ALL ".join(
-    (COUNT_UNFINISHED if state in UNFINISHED else COUNT_FINISHED).format(state=state, place=place)
+    (_COUNT_UNFINISHED if state in UNFINISHED else _COUNT_FINISHED).format(state=state, place=place)
     for state in STATES
     for place in INDEXED[state]
 )
+
+# Return the unfinished jobs.
 UNFINISHED_IDS = " UNION ALL ".join(
     f"SELECT id FROM jobs WHERE {place}" for state in UNFINISHED for place in INDEXED[state]
 )
+
+# Count the jobs that finished in a state from :start to before :end.
 FINISHED_BETWEEN = """
 SELECT count(*) FROM queues q CROSS JOIN jobs
 WHERE state = :state AND queue = q.name AND finished_at >= :start AND finished_at < :end"""
 
+# Return when the latest completed jobs were due, started and finished.
 LATEST_COMPLETED = """
 SELECT finished_at, run_at, started_at FROM queues q CROSS JOIN jobs WHERE jobs.id IN
     (SELECT id FROM jobs WHERE state = 'completed' AND queue = q.name AND finished_at >= :start AND finished_at < :end
      ORDER BY finished_at DESC LIMIT :limit)"""
 
+# Return the first id, and the one after the last.
 ID_RANGE = "SELECT coalesce((SELECT min(id) FROM jobs), 0), coalesce((SELECT max(id) FROM jobs), -1) + 1"
 
-# Its LIMIT, of all there are, keeps SQLite before 3.41 from grouping the rows instead of what the index has of them.
+# Return the failed jobs by task and error. Its LIMIT, of all there are, keeps SQLite before 3.41 from grouping the rows
+# instead of what the index has of them.
 FAILURES = f"""
 SELECT task, error, count(*), max(id) FROM
     (SELECT task, substr(error, 1, {FAILURE_CHARS}) AS error, id FROM jobs WHERE state = 'failed' LIMIT {MAX_ID}) failed
 GROUP BY task, error ORDER BY count(*) DESC, max(id) DESC LIMIT {MAX_GROUPS}"""
-
-
-# SQLite: they keep queues.pending, and exist only while some queue has a limit, so that no other queue pays for them.
-IS_PENDING = "{row}.state = 'pending' AND {row}.assigned_to IS NULL"
-ADD_PENDING = "UPDATE queues SET pending = pending {change} 1 WHERE name = {row}.queue AND max_pending IS NOT NULL"
-# guard: a claim makes room
-# guard: what is pending again takes room
-# guard: what is deleted makes room
-COUNTERS = {
-    f"jobs_{event.lower()}_{row}": (
-        f"CREATE TRIGGER jobs_{event.lower()}_{row} AFTER {event} {columns} ON jobs WHEN {IS_PENDING.format(row=row)} "
-        f"BEGIN {ADD_PENDING.format(row=row, change=change)}; END"
-    )
-    for event, columns, row, change in (
-        ("INSERT", "", "NEW", "+"),
-        ("UPDATE", "OF state, assigned_to, queue", "OLD", "-"),
-        ("UPDATE", "OF state, assigned_to, queue", "NEW", "+"),
-        ("DELETE", "", "OLD", "-"),
-    )
-}
 
 TABLES = ("jobs", "queues", "consumers", "history")

@@ -2,7 +2,7 @@
 
     queue = open_queue("postgresql://user:password@host/database")
 
-The statements are those of pqueue.py; what PostgreSQL says differently is translated here. Claims skip rows that others
+The statements are those of pqueue_schema, or stand in pqueue_postgres where they differ. Claims skip rows that others
 have locked. The clock is the server's. A consumer's life hangs on a session that holds an advisory lock; wake-ups come
 by NOTIFY to the same session, one per process. All transactions run at read committed, also those of `transaction`.
 Needs SQLAlchemy 2 and psycopg 3.
@@ -24,7 +24,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -40,33 +39,50 @@ import pqueue
 import pqueue_backend
 import pqueue_schema
 import pqueue_values
-from pqueue import Job, PersistentQInterface, PersistentQSQLite, QueueBusy, QueueError, QueueFull
+from pqueue import Job, NotStored, PersistentQInterface, PersistentQSQLite, QueueBusy, QueueError, QueueFull
 from pqueue_backend import Session
+from pqueue_postgres import (
+    ADD_UP,
+    ALIVE,
+    ALONE,
+    CHANNEL,
+    COPYING,
+    COUNT_ANEW,
+    COUNTING,
+    EXCHANGE,
+    GRACE_SECONDS,
+    IS_COUNTED,
+    IS_FULL,
+    JOIN_WRITERS,
+    KEEP,
+    LOCK_CLASS,
+    MISCOUNTED,
+    REVIVE,
+    SCHEMA,
+    START_COUNTING,
+    STOP_COUNTING,
+    TAKE,
+    TIME_LIMITS,
+    UPTIME,
+    WRITING,
+    definitions,
+    translated,
+)
 from pqueue_sqlite import Disowned, SQLiteSession
 from pqueue_values import Params
 
 log = logging.getLogger("pqueue")
 
-SCHEMA = "pqueue"
-CHANNEL = "pqueue"
-LOCK_CLASS = 0x7071  # of the advisory locks by which consumers are seen to live
 CLOCK_SECONDS = 30.0  # how often the server's clock is read
+ENQUEUE_TRIES = 100  # while others take and free its key
 RETRY_SECONDS = 0.5  # between two attempts of the listener to connect
 PAUSE_SECONDS = 0.05  # before it connects again after a connection that was lost at once
-GRACE_SECONDS = 3.0  # how long a consumer's lock must be missing, in at least two looks, before it is dead
 RESTART_SECONDS = 10.0  # after a restart of the server nobody is taken for dead: locks are being taken anew
 KEEPALIVES = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
 # How long the server bears with a host that is cut off: its consumers are not dead, and have their leases.
 CUT_OFF = {"keepalives_idle": 60, "keepalives_interval": 15, "keepalives_count": 4}
 CUT_OFF_MILLISECONDS = 120_000
 LISTEN = f"LISTEN {CHANNEL}"
-
-RING = f"pg_notify('{CHANNEL}', '')"
-
-NAMED = re.compile(r"(?<!:):([a-z_]\w*)")
-# A subquery for each queue is LATERAL here: "q CROSS JOIN jobs WHERE … jobs.id IN (SELECT id …)".
-PER_QUEUE = re.compile(r"queues q CROSS JOIN jobs\sWHERE (.*?)jobs\.id IN\s*\(SELECT id(.*?LIMIT :limit)\)", re.DOTALL)
-EARLIEST = re.compile(r"SELECT min\((\w+)\) FROM jobs WHERE state = ('\w+')")
 # Our statements go through indexes, whatever the statistics say, and by one plan: to plan a claim takes longer than to
 # run it, and the planner expects a tenth of the table from LIMIT :limit.
 PLANNER = ("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin", "enable_sort", "jit")
@@ -87,20 +103,6 @@ BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # a pooler's session has other d
 # Any other value than off waits for the disk of the server, whatever it does about a standby's.
 SYNCED = """set_config('synchronous_commit', replace(current_setting('synchronous_commit'), 'off', 'on'), {})"""
 NOT_ENDED = "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'idle_session_timeout'"
-# pg_locks shows the locks of all databases; a copy of this one on the same server has consumers of its own.
-HERE = "database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-ALIVE = f"""
-SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = {LOCK_CLASS} AND objsubid = 2 AND granted
-    AND {HERE}"""
-WRITING = f"""
-SELECT virtualtransaction FROM pg_locks WHERE relation = '{SCHEMA}.jobs'::regclass AND mode = 'RowExclusiveLock'
-    AND {HERE}"""
-# What ends a statement or a transaction before its wait for a lock does.
-TIME_LIMITS = """
-SELECT name, setting FROM pg_settings WHERE name IN ('statement_timeout', 'transaction_timeout')"""
-# The second is when a standby last followed the primary whose place it took; NULL: it never was a standby.
-UPTIME = """
-SELECT EXTRACT(EPOCH FROM clock_timestamp() - greatest(pg_postmaster_start_time(), pg_last_xact_replay_timestamp()))"""
 
 
 def _setting(values: dict[str, Any], *, for_good: bool) -> str:
@@ -108,245 +110,7 @@ def _setting(values: dict[str, Any], *, for_good: bool) -> str:
     return "SELECT " + ", ".join(f"set_config('{name}', '{value}', {not for_good})" for name, value in values.items())
 
 
-# Somebody whose connection is ended again and again says each time that it is back. (abs: a clock may be wrong.)
-NOT_SEEN = f"abs(EXTRACT(EPOCH FROM clock_timestamp()) - last_seen_at) >= {GRACE_SECONDS}"
-# What is read for the statements after it must stay as it is until they are done; and who was cut off may be back.
-ADDED = {
-    pqueue_schema.EXPIRED: " FOR UPDATE SKIP LOCKED",
-    pqueue_schema.ORPHANED: " FOR UPDATE SKIP LOCKED",
-    pqueue_schema.RECORD: " FOR UPDATE",
-    pqueue_schema.LEAVE: f" AND (:state = 'stopped' OR slot NOT IN ({ALIVE}) AND {NOT_SEEN})",
-}
-# A claim reads the attempts of what it takes, as that need not be what was there when others were read before.
-BEST = f"candidates ORDER BY {pqueue_schema.ORDER} LIMIT :limit)"
-ALONE = "attempts > 0 OR attempts + 1 >= max_attempts"  # nothing but the claim tells what a dead consumer had begun
-RANKED = f"SELECT id, row_number() OVER best AS place, count(*) FILTER (WHERE {ALONE}) OVER best AS again FROM ("
-TOGETHER = f"""candidates WINDOW best AS (ORDER BY {pqueue_schema.ORDER} ROWS UNBOUNDED PRECEDING)) ranked
-    WHERE place <= :limit AND (place = 1 OR again = 0)))"""
 AS_USUAL = _setting({"plan_cache_mode": "auto", **dict.fromkeys(PLANNER, "on")}, for_good=False)
-
-
-# The pending jobs of a queue that has a limit are its `pending_counts` and the sum of its `pending_changes`; triggers
-# keep both. What inserts jobs counts them in the one row, and so waits for others that do: each sees what all before it
-# added, and is refused beyond the limit. Every other statement, such as a claim, adds a row of changes, and waits for
-# nobody; whoever has the lock on the counts adds these up when they have become many. Each statement of a function that
-# is VOLATILE has a snapshot of its own, so it sees what was committed while the one before it waited.
-MANY_CHANGES = 64
-PENDING = f"{SCHEMA}.count_pending(name)"
-IS_PENDING = "state = 'pending' AND assigned_to IS NULL"
-IS_FULL = "PQ001"  # SQLSTATE
-COPYING = "pqueue.copying"  # a setting that lets jobs in beyond the limit
-FUNCTION = "LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog"
-CHANGING = "autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_cost_delay = 0"
-COUNTING = [
-    f"""
-CREATE TABLE {SCHEMA}.pending_counts (
-    queue TEXT PRIMARY KEY,
-    pending BIGINT NOT NULL,
-    max_pending BIGINT NOT NULL
-) WITH ({CHANGING})""",
-    f"""
-CREATE TABLE {SCHEMA}.pending_changes (
-    queue TEXT NOT NULL,
-    delta INTEGER NOT NULL
-) WITH ({CHANGING})""",
-    f"CREATE INDEX pending_changes_queue ON {SCHEMA}.pending_changes (queue)",
-    # Return how many jobs are pending, and let nobody add one before this transaction ends.
-    f"""
-CREATE FUNCTION {SCHEMA}.count_pending(which TEXT) RETURNS BIGINT {FUNCTION} AS $$
-DECLARE
-    counted BIGINT;
-    since BIGINT;
-    changes BIGINT;
-BEGIN
-    SELECT pending INTO counted FROM {SCHEMA}.pending_counts WHERE queue = which FOR NO KEY UPDATE;
-    SELECT coalesce(sum(delta), 0), count(*) INTO since, changes FROM {SCHEMA}.pending_changes WHERE queue = which;
-    IF changes >= {MANY_CHANGES} THEN
-        WITH gone AS (DELETE FROM {SCHEMA}.pending_changes WHERE queue = which RETURNING delta)
-        UPDATE {SCHEMA}.pending_counts SET pending = pending + (SELECT coalesce(sum(delta), 0) FROM gone)
-        WHERE queue = which RETURNING pending, 0 INTO counted, since;
-    END IF;
-    RETURN counted + since;
-END $$""",
-    f"""
-CREATE FUNCTION {SCHEMA}.note_pending() RETURNS TRIGGER {FUNCTION} AS $$
-DECLARE
-    which TEXT;
-    last TEXT;
-    jobs BIGINT;
-    counted BIGINT;
-    most BIGINT;
-    changes BIGINT;
-BEGIN
-    IF TG_OP = 'INSERT' THEN
-        SELECT min(queue), max(queue), count(*) INTO which, last, jobs FROM added WHERE {IS_PENDING};
-        IF which = last THEN  -- as always when a producer adds them
-            UPDATE {SCHEMA}.pending_counts SET pending = pending + jobs WHERE queue = which
-            RETURNING pending, max_pending INTO counted, most;
-            IF FOUND THEN
-                SELECT counted + coalesce(sum(delta), 0), count(*) INTO counted, changes
-                FROM {SCHEMA}.pending_changes WHERE queue = which;
-                IF counted > most AND current_setting('{COPYING}', true) IS DISTINCT FROM 'on' THEN
-                    RAISE 'queue % is at its limit of % pending jobs', which, most USING ERRCODE = '{IS_FULL}';
-                ELSIF changes >= {MANY_CHANGES} THEN
-                    PERFORM {SCHEMA}.count_pending(which);
-                END IF;
-            END IF;
-        ELSIF jobs > 0 THEN
-            INSERT INTO {SCHEMA}.pending_changes SELECT queue, number FROM {SCHEMA}.pending_counts JOIN
-                (SELECT queue, count(*) AS number FROM added WHERE {IS_PENDING} GROUP BY queue) n USING (queue);
-        END IF;
-    ELSIF TG_OP = 'UPDATE' THEN
-        INSERT INTO {SCHEMA}.pending_changes SELECT queue, number FROM {SCHEMA}.pending_counts JOIN (
-            SELECT queue, sum(one) AS number FROM (
-                SELECT queue, 1 AS one FROM added WHERE {IS_PENDING}
-                UNION ALL SELECT queue, -1 FROM removed WHERE {IS_PENDING}
-            ) each GROUP BY queue
-        ) n USING (queue) WHERE number <> 0;
-    ELSIF TG_OP = 'DELETE' THEN
-        INSERT INTO {SCHEMA}.pending_changes SELECT queue, -number FROM {SCHEMA}.pending_counts JOIN
-            (SELECT queue, count(*) AS number FROM removed WHERE {IS_PENDING} GROUP BY queue) n USING (queue);
-    ELSE  -- TRUNCATE
-        UPDATE {SCHEMA}.pending_counts SET pending = 0;
-        DELETE FROM {SCHEMA}.pending_changes;
-    END IF;
-    RETURN NULL;
-END $$""",
-    # To drop a trigger stops even readers: not for long, where one of them does not end. It costs little, and the next
-    # change of a limit tries again.
-    f"""
-CREATE FUNCTION {SCHEMA}.stop_counting() RETURNS VOID LANGUAGE plpgsql SET lock_timeout = '100ms' AS $$
-BEGIN
-    DROP TRIGGER IF EXISTS pending_insert ON {SCHEMA}.jobs;
-    DROP TRIGGER IF EXISTS pending_update ON {SCHEMA}.jobs;
-    DROP TRIGGER IF EXISTS pending_delete ON {SCHEMA}.jobs;
-    DROP TRIGGER IF EXISTS pending_truncate ON {SCHEMA}.jobs;
-EXCEPTION WHEN lock_not_available THEN
-    NULL;
-END $$""",
-]
-TRIGGERS = {
-    "insert": "REFERENCING NEW TABLE AS added",
-    "update": "REFERENCING OLD TABLE AS removed NEW TABLE AS added",
-    "delete": "REFERENCING OLD TABLE AS removed",
-    "truncate": "",
-}
-COUNT_ANEW = [  # the counts first, as in count_pending
-    "DELETE FROM pending_counts",
-    "DELETE FROM pending_changes",
-    f"""
-INSERT INTO pending_counts
-SELECT name, (SELECT count(*) FROM jobs WHERE queue = name AND {IS_PENDING}), max_pending
-FROM queues WHERE max_pending IS NOT NULL""",
-]
-COUNTED = "pending + (SELECT coalesce(sum(delta), 0) FROM pending_changes d WHERE d.queue = c.queue)"
-MISCOUNTED = f"""
-SELECT * FROM (
-    SELECT queue, {COUNTED} AS counted,
-        (SELECT count(*) FROM jobs WHERE jobs.queue = c.queue AND {IS_PENDING}) AS found
-    FROM pending_counts c) both_ways
-WHERE counted <> found"""
-ROOM = f"""
-SELECT CASE WHEN max_pending IS NOT NULL THEN max_pending - {PENDING} END, max_pending
-FROM queues WHERE name = :queue"""
-IS_COUNTED = f"SELECT 1 FROM pg_trigger WHERE tgrelid = '{SCHEMA}.jobs'::regclass AND tgname = 'pending_insert'"
-# One queue at a time, so that nobody waits for the second of two with the first in hand.
-ADD_UP = f"""
-SELECT {SCHEMA}.count_pending(queue) FROM (
-    SELECT queue FROM pending_counts WHERE queue = (
-        SELECT queue FROM (SELECT queue FROM pending_changes LIMIT 1000) first
-        GROUP BY queue ORDER BY count(*) DESC LIMIT 1
-    ) FOR NO KEY UPDATE SKIP LOCKED
-) most"""
-# What reads jobs before it changes them acquires this first: else it and a change of a limit could wait for each other.
-# It comes before the lock on a queue's counts, too.
-JOIN_WRITERS = "LOCK TABLE jobs IN ROW EXCLUSIVE MODE"
-
-
-def _replaced(sql: str, *pairs: tuple[str, str]) -> str:
-    for old, new in pairs:
-        if old not in sql:
-            raise ValueError(f"expected {old!r} in {sql!r}")
-        sql = sql.replace(old, new)
-    return sql
-
-
-# Verbs in one statement, and so in one round trip: an enqueue that rings the bell; completions together with a claim,
-# which takes nothing while there is something to recover.
-
-# For jobs that are pending the trigger keeps the limit: a look without a lock is enough here. For others, and before a
-# key is taken (as in a transaction that has enqueued before, so that two cannot wait for each other), it is not.
-HAS_ROOM = f"CASE WHEN max_pending IS NULL THEN true ELSE max_pending > {PENDING} END"
-SEEN = f"(SELECT {COUNTED} FROM pending_counts c WHERE c.queue = name)"
-ENQUEUE_ASKING = f"{_replaced(pqueue_schema.ENQUEUE, (pqueue_schema.HAS_ROOM, HAS_ROOM))}, {RING}"
-ENQUEUE_AT_ONCE = _replaced(ENQUEUE_ASKING, (PENDING, SEEN))
-ENQUEUE_MANY_ASKING = _replaced(
-    ENQUEUE_ASKING,
-    ("\nINSERT", f"\nWITH open AS MATERIALIZED (SELECT name FROM queues WHERE name = :queue AND {HAS_ROOM})\nINSERT"),
-    (f"FROM queues\nWHERE name = :queue AND {HAS_ROOM}\nON", "FROM open CROSS JOIN payloads ORDER BY n\nON"),
-    ("max_pending >", "max_pending - :number >="),
-    (":payload,", "substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2),"),
-    ("payloads", "json_array_elements(CAST(:payloads AS json)) WITH ORDINALITY AS p (one, n)"),
-)
-ENQUEUE_MANY = _replaced(ENQUEUE_MANY_ASKING, (PENDING, SEEN))
-COMPLETE_MANY = _replaced(
-    f"{pqueue_schema.COMPLETE} RETURNING jobs.id",
-    *((f":{name}", f"done.{name}") for name in ("id", "token", "result")),
-    (
-        "WHERE id",
-        """FROM unnest(CAST(:ids AS bigint[]), CAST(:tokens AS text[]), CAST(:results AS text[]))
-           AS done (id, token, result) WHERE jobs.id""",
-    ),
-)
-CLAIM_IN_TIME = _replaced(
-    pqueue_schema.CLAIM,
-    (
-        "WHERE state = 'pending' AND id IN",
-        f"""WHERE NOT EXISTS (SELECT FROM ({pqueue_schema.OVERDUE}) o (due, expired) WHERE due OR expired)
-    AND state = 'pending' AND id IN""",
-    ),
-)
-# A job that has the key already must be neither delivered nor finished before the transaction, which may write for it.
-KEEP = f"SELECT 1 FROM jobs WHERE id = :id AND state IN {pqueue.UNFINISHED} FOR SHARE"
-TAKE = f"""
-WITH taken AS ({CLAIM_IN_TIME})
-SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN current_setting('synchronous_commit')
-    ELSE 'off' END, true), taken.* FROM (SELECT) one LEFT JOIN taken ON true"""
-EXCHANGE = f"""
-WITH done AS ({COMPLETE_MANY}), taken AS ({CLAIM_IN_TIME})
-SELECT CASE WHEN (SELECT count(*) FROM done) < :number THEN ARRAY(SELECT id FROM done) END, taken.*
-FROM (SELECT) one LEFT JOIN taken ON true"""
-
-
-@lru_cache(maxsize=256)
-def translated(sql: str) -> tuple[bytes, list[str]]:
-    """Return a statement of pqueue.py as PostgreSQL has it, and the names of its parameters, $1 first."""
-    sql = _in_dialect(sql)
-    names = list(dict.fromkeys(NAMED.findall(sql)))
-    return NAMED.sub(lambda found: f"${names.index(found[1]) + 1}", sql).encode(), names
-
-
-def _in_dialect(sql: str) -> str:
-    sql = ROOM if sql == pqueue_schema.ROOM else sql.replace(pqueue_schema.HAS_ROOM, HAS_ROOM)
-    takes = "UPDATE jobs SET state = 'processing'" in sql or sql == pqueue_schema.PRUNABLE
-    if sql == pqueue_schema.PROMOTE:
-        sql = sql.replace("state = 'scheduled' AND id IN\n    (SELECT", "id = ANY (ARRAY(SELECT")
-        sql = sql.replace("LIMIT :limit)", "LIMIT :limit FOR UPDATE SKIP LOCKED))")
-    sql += ADDED.get(sql, "")
-    sql = PER_QUEUE.sub(r"queues q CROSS JOIN LATERAL (SELECT *\2) jobs WHERE \1 true", sql)
-    # A plan is made once, perhaps while jobs are few: it must not be able to go through all that come to a state.
-    sql = EARLIEST.sub(r"SELECT (SELECT \1 FROM jobs WHERE state = \2 ORDER BY \1 LIMIT 1)", sql)
-    sql = sql.replace("state = 'processing' AND lease_token =", "lease_token =")  # who has one is, by the CHECK
-    if takes:
-        sql = sql.replace("LIMIT :limit) jobs", "LIMIT :limit FOR UPDATE SKIP LOCKED) jobs")
-        sql = sql.replace("LIMIT :limit) mine", "LIMIT :limit FOR UPDATE SKIP LOCKED) mine")
-        sql = sql.replace("id IN (SELECT id FROM (", f"id = ANY (ARRAY(SELECT id FROM ({RANKED}").replace(
-            BEST, TOGETHER
-        )
-    return sql
-
-
-REVIVE = "UPDATE consumers SET state = 'running', last_seen_at = :now WHERE token = :token AND state <> 'stopped'"
 
 
 class NoRoom(QueueFull):
@@ -378,6 +142,16 @@ class PostgresSession(Session):
     def run(self, sql: str, params: Params = pqueue_values.NOTHING) -> list[Any]:
         return self._execute(sql, params).fetchall()
 
+    def insert(self, sql: str, params: Params) -> list[int]:
+        rows: list[Any] = []
+        if self.depth:
+            rows = self.run(sql, params)
+            self.ring = self.ring or bool(rows)
+        else:
+            with suppress(NoRoom):  # others were faster
+                rows = self.alone(ALONE[sql], params)
+        return sorted(row[0] for row in rows)
+
     def alone(self, sql: str, params: Params) -> list[Any]:
         """Run a statement that is a transaction by itself."""
         with self:
@@ -391,12 +165,12 @@ class PostgresSession(Session):
         return self._execute(sql, params).rowcount
 
     def change_many(self, sql: str, rows: list[Params]) -> None:
-        self.begin()
+        self._send_begin()
         with self._queue._telling():
             text, names = translated(sql)
             self._cursor.executemany(text, [[row[name] for name in names] for row in rows])
 
-    def begin(self) -> None:
+    def _send_begin(self) -> None:
         if not self._begun:
             self._begun = True
             with self._queue._telling():
@@ -411,43 +185,20 @@ class PostgresSession(Session):
             if self._begun or not self.busy:
                 return self._cursor.execute(text, values)
             with self._driver.pipeline():
-                self.begin()
+                self._send_begin()
                 return self._cursor.execute(text, values)
 
-    def __enter__(self) -> PostgresSession:
-        if self.depth:
-            self.change("SAVEPOINT nested")
-        else:
-            self.ring, self.lost, self.tangled, self._begun = False, None, False, False
-        self.depth += 1
-        return self
+    @property
+    def has_ended(self) -> bool:
+        return self._begun and self._driver.pgconn.transaction_status == TransactionStatus.IDLE
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self.depth -= 1
-        if self.depth:
-            self._end_nested(error)
-        else:
-            self._end(error)
-
-    def _end_nested(self, error: BaseException | None) -> None:
-        if self._is_in_transaction():
-            if error is not None:
-                self.change("ROLLBACK TO nested")
-            self.change("RELEASE nested")
-
-    def _end(self, error: BaseException | None) -> None:
-        try:
-            if error is None and self.lost is None and self._begun:
-                self._commit()
-        finally:
-            self._begun = False
-            self._roll_back()
-        if error is None and self.lost is not None:
-            raise self.lost
+    def _begin(self) -> None:
+        self._begun = False  # until the first statement
 
     def _commit(self) -> None:
-        if not self._is_in_transaction():
-            raise QueueError("cannot commit: the transaction was ended inside its block")
+        if not self._begun:
+            return
+        self._expect_to_go_on()
         if self._driver.pgconn.transaction_status == TransactionStatus.INERROR:
             raise QueueError("cannot commit: a statement of the transaction failed")
         with self._queue._telling(), self._driver.pipeline():
@@ -457,10 +208,11 @@ class PostgresSession(Session):
                 self._driver.execute(f"NOTIFY {CHANNEL}")
             self._driver.execute("COMMIT")
 
-    def _is_in_transaction(self) -> bool:
-        return self._driver.pgconn.transaction_status in (TransactionStatus.INTRANS, TransactionStatus.INERROR)
+    def _wake(self) -> None:
+        """Do nothing more: the commit sent a NOTIFY."""
 
-    def _roll_back(self) -> None:
+    def _leave(self) -> None:
+        self._begun = False
         if self._driver.pgconn.transaction_status != TransactionStatus.IDLE:
             with suppress(psycopg.Error):
                 self._driver.rollback()
@@ -680,21 +432,12 @@ class OnSQLite(PersistentQSQLAlchemy, PersistentQSQLite):
         if session not in self._over:
             self._over[session] = _over(session.connection)
         try:
-            with session, _in_order(session):
+            with session.in_order():
                 session.is_users = True
                 yield self._over[session]
         finally:
             if not session.busy:
                 self._over[session].rollback()  # lets SQLAlchemy forget the transaction, which has ended without it
-
-
-@contextmanager
-def _in_order(tx: Session) -> Iterator[None]:
-    depth = tx.depth
-    try:
-        yield
-    finally:
-        tx.expect_depth(depth)
 
 
 def _over(connection: sqlite3.Connection) -> sqlalchemy.Connection:
@@ -796,19 +539,12 @@ class OnPostgres(PersistentQSQLAlchemy):
             tx.change(f"CREATE TABLE IF NOT EXISTS {SCHEMA}.version (number INTEGER NOT NULL)")
             done = tx.run(f"SELECT number FROM {SCHEMA}.version")
             for migration in islice(pqueue_schema.MIGRATIONS, done[0][0] if done else 0, None):
-                for statement in migration:
-                    self._define(tx, statement)
+                for statement in definitions(migration):
+                    tx.change(statement)
             for statement in () if done else COUNTING:
                 tx.change(statement)
             tx.change(f"DELETE FROM {SCHEMA}.version")
             tx.change(f"INSERT INTO {SCHEMA}.version VALUES (:number)", {"number": len(pqueue_schema.MIGRATIONS)})
-
-    def _define(self, tx: PostgresSession, statement: str) -> None:
-        identity = "BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY"
-        tx.change(statement.format(id=identity, bigint="BIGINT", float="DOUBLE PRECISION", sqlite="--"))
-        if "CREATE TABLE jobs" in statement:  # every job is updated at least twice: clean up early, leave room
-            hot = "fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0"
-            tx.change(f"ALTER TABLE jobs SET ({hot})")
 
     @contextmanager
     def _telling(self) -> Iterator[None]:
@@ -882,36 +618,14 @@ class OnPostgres(PersistentQSQLAlchemy):
             self._clock = (ended, ahead)  # at once: other threads look, too
         return time.monotonic() + ahead
 
-    def _add(self, row: Params) -> int:
-        if not self.in_transaction:
-            rows = self._add_at_once(ENQUEUE_AT_ONCE, ENQUEUE_ASKING, row)
-            return cast(int, rows[0][0]) if rows else super()._add(row)
-        job_id = super()._add(row)
-        while row["key"] and not self._read(KEEP, {"id": job_id}):
-            job_id = super()._add(row)
-        return job_id
-
-    def _add_at_once(self, sql: str, asking: str, row: Params) -> list[Any]:
-        """Store it if nothing is in the way."""
-        is_plain = row["state"] == "pending" and row["assigned_to"] is None and row["key"] is None
-        try:
-            return self._write().alone(sql if is_plain else asking, row)
-        except NoRoom:  # others were faster
-            return []
-
-    def _add_many(self, row: Params) -> list[int]:
-        rows = [] if self.in_transaction else self._add_at_once(ENQUEUE_MANY, ENQUEUE_MANY_ASKING, row)
-        if rows:
-            return sorted(row[0] for row in rows)
-        with self._write() as tx:
-            tx.change(JOIN_WRITERS)
-            return super()._add_many(row)
-
-    def _insert_many(self, tx: Session, row: Params) -> list[int]:
-        rows = tx.run(ENQUEUE_MANY, row)
-        if len(rows) < row["number"]:
-            raise QueueBusy(f"cannot enqueue: queue {row['queue']!r} was changed at the same moment")
-        return sorted(row[0] for row in rows)
+    def _store(self, sql: str, row: Params) -> list[int]:
+        """As everywhere; again while others take and free the key at the same moment."""
+        for _ in range(ENQUEUE_TRIES):
+            with suppress(NotStored):
+                ids = super()._store(sql, row)
+                if not (self.in_transaction and row["key"]) or self._read(KEEP, {"id": ids[0]}):
+                    return ids
+        raise NotStored
 
     def resubmit(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
         """As everywhere. An enqueue of the same moment, which took the key, is seen when it looks again."""
@@ -932,14 +646,9 @@ class OnPostgres(PersistentQSQLAlchemy):
             tx.change(statement)
         is_limited, is_counted = tx.run(pqueue_schema.LIMITED), tx.run(IS_COUNTED)
         if is_counted and not is_limited:
-            tx.run(f"SELECT CAST({SCHEMA}.stop_counting() AS text)")
-        for verb, tables in TRIGGERS.items() if is_limited and not is_counted else ():
-            tx.change(
-                f"CREATE TRIGGER pending_{verb} AFTER {verb} ON {SCHEMA}.jobs {tables} "
-                f"FOR EACH STATEMENT EXECUTE FUNCTION {SCHEMA}.note_pending()"
-            )
-            # also where the session has session_replication_role = replica
-            tx.change(f"ALTER TABLE {SCHEMA}.jobs ENABLE ALWAYS TRIGGER pending_{verb}")
+            tx.run(STOP_COUNTING)
+        for statement in START_COUNTING if is_limited and not is_counted else ():
+            tx.change(statement)
 
     def pause(self, queue: str) -> None:
         """As everywhere. Claims that began before, and did not see it, have ended when it returns."""
@@ -970,11 +679,11 @@ class OnPostgres(PersistentQSQLAlchemy):
             return super()._exchange(settled, me, limit, queues, lease_seconds, now)
         now = self._time(now)
         claim = pqueue.claim_params(me, limit, queues, lease_seconds, now)
-        sql = pqueue.serving(EXCHANGE if settled else TAKE, queues)
+        sql = EXCHANGE if settled else TAKE
         done = {"number": len(tokens), "ids": list(tokens), "tokens": list(tokens.values())}
-        rows = self._write().alone(sql, {**claim, **done, "results": [result for _, result in settled]})
-        with self._write() as tx:
-            jobs = pqueue.claimed_jobs(tx, [row[1:] for row in rows if row[1] is not None], claim)
+        session = self._write()
+        rows = session.alone(sql, {**claim, **done, "results": [result for _, result in settled]})
+        jobs = pqueue.claimed_jobs(session, [row[1:] for row in rows if row[1] is not None], claim)
         lost = [job for job, _ in settled if rows[0][0] is not None and job.id not in rows[0][0]]
         with suppress(QueueBusy) if settled else nullcontext():  # which may not hide what was completed
             jobs = jobs or super()._exchange([], me, limit, queues, lease_seconds, now)[0]
@@ -1053,9 +762,9 @@ class OnPostgres(PersistentQSQLAlchemy):
     def transaction(self) -> Iterator[sqlalchemy.Connection]:
         session = self._write()
         try:
-            with session as tx, _in_order(tx):
-                tx.run(AS_USUAL)  # the statements in it are not ours
-                yield tx.connection
+            with session.in_order():
+                session.run(AS_USUAL)  # the statements in it are not ours
+                yield session.connection
         finally:
             if not session.busy:
                 session.end_of_block()

@@ -42,21 +42,7 @@ from pqueue_files import (
 )
 from pqueue_locks import Slot, Slots, Turnstile, boot
 from pqueue_move import COPIED, arrival, count_running
-from pqueue_schema import (
-    APPLICATION_ID,
-    COMPLETE_MANY,
-    COUNT_PENDING,
-    COUNTERS,
-    ENQUEUE_AT_ONCE,
-    INSERT_MANY,
-    INSERT_MANY_AT_ONCE,
-    LIMITED,
-    MIGRATIONS,
-    SLOT_OF,
-    SQLITE_TYPES,
-    TABLES,
-    WAITING,
-)
+from pqueue_schema import APPLICATION_ID, LIMITED, MIGRATIONS, NO_LEASE, SQLITE_TYPES, TABLES, WAITING
 from pqueue_values import (
     NOTHING,
     DatabaseReplaced,
@@ -78,9 +64,44 @@ SYNCHRONOUS = ("off", "normal", "full", "extra")
 MINIMUM_SQLITE = (3, 37)  # STRICT tables
 OUR_TABLES = f"SELECT sql LIKE '%STRICT' FROM sqlite_master WHERE type = 'table' AND name IN {TABLES}"
 OUR_SCHEMA = f"SELECT type, name, sql FROM sqlite_master WHERE tbl_name IN {TABLES} AND sql IS NOT NULL"
-MISCOUNTED = f"""
-SELECT name FROM queues q WHERE max_pending IS NOT NULL
-    AND pending <> (SELECT count(*) FROM jobs WHERE {WAITING.replace(":queue", "q.name")})"""
+MISCOUNTED = """
+SELECT name FROM queues q WHERE max_pending IS NOT NULL AND pending <>
+    (SELECT count(*) FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL)"""
+
+# Statements that only SQLite has
+
+# Finish jobs with their results. :settled is a JSON array of [id, lease token, result].
+# guard: a batch completes under its tokens only
+COMPLETE_MANY = f"""
+UPDATE jobs SET state = 'completed', finished_at = :now, result = json_extract(value, '$[2]'), error = NULL, {NO_LEASE}
+FROM json_each(:settled) WHERE jobs.id = json_extract(value, '$[0]') AND lease_token = json_extract(value, '$[1]')
+RETURNING jobs.id"""
+
+# Return the slot of a consumer.
+SLOT_OF = "SELECT slot FROM consumers WHERE token = :token"
+
+# Count the pending jobs of a queue.
+COUNT_PENDING = f"UPDATE queues SET pending = (SELECT count(*) FROM jobs WHERE {WAITING}) WHERE name = :queue"
+
+# Triggers that keep queues.pending. They exist only while some queue has a limit, so that no other queue pays for them.
+IS_PENDING = "{row}.state = 'pending' AND {row}.assigned_to IS NULL"
+ADD_PENDING = "UPDATE queues SET pending = pending {change} 1 WHERE name = {row}.queue AND max_pending IS NOT NULL"
+# guard: a claim makes room
+# guard: what is pending again takes room
+# guard: what is deleted makes room
+COUNTERS = {
+    f"jobs_{event.lower()}_{row}": (
+        f"CREATE TRIGGER jobs_{event.lower()}_{row} AFTER {event} {columns} ON jobs WHEN {IS_PENDING.format(row=row)} "
+        f"BEGIN {ADD_PENDING.format(row=row, change=change)}; END"
+    )
+    for event, columns, row, change in (
+        ("INSERT", "", "NEW", "+"),
+        ("UPDATE", "OF state, assigned_to, queue", "OLD", "-"),
+        ("UPDATE", "OF state, assigned_to, queue", "NEW", "+"),
+        ("DELETE", "", "OLD", "-"),
+    )
+}
+
 TRIGGERS = f"SELECT name, tbl_name FROM sqlite_master WHERE type = 'trigger' AND tbl_name IN {TABLES} ORDER BY name"
 
 
@@ -141,55 +162,37 @@ class SQLiteSession(Session):
         finally:
             self._let_go()
 
-    def __enter__(self) -> SQLiteSession:
-        if self.depth == 0:
-            self._begin()
-        elif self._in_transaction:
-            self.run("SAVEPOINT nested")
-        else:
-            raise QueueError("cannot go on in a transaction that has ended; leave its block")
-        self.depth += 1
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self.depth -= 1
-        if self.depth:
-            self._end_nested(error)
-        else:
-            self._end(error)
-
     @property
-    def _in_transaction(self) -> bool:
+    def has_ended(self) -> bool:
         try:
-            return self.connection.in_transaction
+            return not self.connection.in_transaction
         except sqlite3.ProgrammingError:  # another thread has closed the queue
-            return False
+            return True
 
-    def insert_at_once(self, sql: str, params: Params) -> int | None:
-        """Execute an INSERT, its own transaction, and return the last row's id.
-
-        None, when it inserted nothing, or the session is in a transaction already.
-        """
-        if self.busy:
-            return None
-        self._begin(at_once=True)
+    def insert(self, sql: str, params: Params) -> list[int]:
+        is_alone = self.depth == 0
+        if is_alone:
+            self._begin(alone=True)
         try:
             cursor = self.connection.execute(sql, params)
-            last = cursor.lastrowid if cursor.rowcount else None
+            ids = ids_up_to(cursor.lastrowid or 0, cursor.rowcount)  # RETURNING would cost more
         except sqlite3.Error as error:
             raise self._queue._error(error) from error
         finally:
-            self._leave()
-        if last is not None:
-            self._queue._ring()
-        return last
+            if is_alone:
+                self._leave()
+        if ids and is_alone:
+            self._wake()
+        self.ring = self.ring or bool(ids)
+        return ids
 
-    def _begin(self, *, at_once: bool = False) -> None:
+    def _begin(self, *, alone: bool = False) -> None:
+        """Begin a transaction; alone: a single statement will be one by itself."""
         # guard: a signal handler cannot use the queue it interrupted
         if self.busy:
             raise QueueError("cannot use the queue in a signal handler that interrupted it: set a flag there")
         self.in_use.acquire()
-        self.busy, self.tangled, self.ring, self.lost, self.is_users = True, False, False, None, False
+        self.busy, self.is_users = True, False
         try:
             self._expect_open()
             self._has_turn = self._queue._enter(self.in_batch)
@@ -198,30 +201,21 @@ class SQLiteSession(Session):
             if self._synchronous != self.wanted:
                 self.run(f"PRAGMA synchronous = {self.wanted}")
                 self._synchronous = self.wanted
-            if not at_once:
+            if not alone:
                 self.run("BEGIN IMMEDIATE")
         except BaseException:
             self._leave()
             raise
 
-    def _end(self, error: BaseException | None) -> None:
-        ended = not self._in_transaction
-        try:
-            if error is None:
-                self._expect_open()
-            # guard: a lost lease dooms its transaction
-            if error is None and self.lost is None and not ended:
-                # guard: a transaction that lost its lock is undone
-                self._expect_lock()
-                self.run("COMMIT")
-        finally:
-            self._leave()
-        if error is None and self.lost is not None:
-            raise self.lost
-        if error is None and ended:
-            raise QueueError("cannot commit: the transaction was ended inside its block")
-        if error is None and self.ring:
-            self._queue._ring()
+    def _commit(self) -> None:
+        self._expect_open()
+        self._expect_to_go_on()
+        # guard: a transaction that lost its lock is undone
+        self._expect_lock()
+        self.run("COMMIT")
+
+    def _wake(self) -> None:
+        self._queue._ring()
 
     def _expect_lock(self) -> None:
         """Refuse to commit what another process may have written over meanwhile."""
@@ -231,19 +225,12 @@ class SQLiteSession(Session):
                 "files during the transaction; use backup() to copy it"
             )
 
-    def _end_nested(self, error: BaseException | None) -> None:
-        if self._in_transaction:
-            if error is not None:
-                # guard: a failed savepoint is undone
-                self.run("ROLLBACK TO nested")
-            self.run("RELEASE nested")
-
     def _leave(self) -> None:
         try:
-            if self._in_transaction:
+            if not self.has_ended:
                 self._roll_back()
         finally:
-            if self._in_transaction:  # a signal handler came between, and it would stop all others
+            if not self.has_ended:  # a signal handler came between, and it would stop all others
                 # guard: an interrupted call is rolled back
                 self._roll_back()
             self.busy = False
@@ -657,19 +644,6 @@ class PersistentQSQLite(PersistentQInterface):
     def _read(self, sql: str, params: Params = NOTHING) -> list[Any]:
         return self._session().read(sql, params)
 
-    def _add(self, row: Params) -> int:
-        """Do it in one statement, unless there is more to see to."""
-        job_id = self._write().insert_at_once(ENQUEUE_AT_ONCE, row)
-        return super()._add(row) if job_id is None else job_id
-
-    def _add_many(self, row: Params) -> list[int]:
-        last = self._write().insert_at_once(INSERT_MANY_AT_ONCE, row)
-        return super()._add_many(row) if last is None else ids_up_to(last, row["number"])
-
-    def _insert_many(self, tx: Session, row: Params) -> list[int]:
-        tx.change(INSERT_MANY, row)
-        return ids_up_to(tx.run("SELECT last_insert_rowid()")[0][0], row["number"])
-
     def _complete_all(self, tx: Session, settled: list[tuple[Job, str | None]], now: float) -> list[Job]:
         ids = {job.id for job, _ in settled}
         if len(settled) < 2 or len(ids) < len(settled):
@@ -755,13 +729,13 @@ class PersistentQSQLite(PersistentQInterface):
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._write() as tx:
-            depth, tx.is_users = tx.depth, True
+        session = self._write()
+        with session.in_order():
+            session.is_users = True
             try:
-                yield tx.connection
+                yield session.connection
             finally:
-                tx.connection.row_factory, tx.connection.text_factory = None, str  # as the queue reads
-                tx.expect_depth(depth)
+                session.connection.row_factory, session.connection.text_factory = None, str  # as the queue reads
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         target = file_path(path)

@@ -381,6 +381,7 @@ class QueueContract:
         self.queue.enqueue("t", queue="a", now=NOW)
         self.queue.enqueue("t", queue="b", now=NOW)
         self.assertIsNone(self.queue.dequeue("w", queues=["c"], now=NOW))
+        self.assertIsNone(self.queue.dequeue("w", queues=[], now=NOW))
         self.assertEqual(self.queue.dequeue("w", queues=["c", "b"], now=NOW).queue, "b")
         self.assertEqual(self.queue.dequeue("w", now=NOW).queue, "a")
 
@@ -637,6 +638,7 @@ class QueueContract:
             (lambda: q.dequeue_many("w", -1), "expected limit to be a whole number from 0"),
             (lambda: q.dequeue_many("w", "x"), "expected limit to be a whole number from 0"),
             (lambda: q.dequeue("w", queues="default"), "expected a list of queues, got 'default'"),
+            (lambda: q.dequeue(job.consumer, queues=[5]), "expected a queue name"),
             (lambda: q.update(job, progress="x"), "expected progress between 0 and 1"),
             (lambda: q.enqueue("t", run_at=10**400), "expected run_at to be a finite number"),
             (lambda: q.enqueue("t", delay_seconds=True), "expected delay_seconds to be a finite number"),
@@ -1259,9 +1261,9 @@ class SQLiteContract(QueueContract, SQLiteCase):
 
         self.queue.limit("a", 5)
         self.queue.limit("b", 5)
-        self.assertEqual(sorted(triggers()), sorted(pqueue_schema.COUNTERS))
+        self.assertEqual(sorted(triggers()), sorted(pqueue_sqlite.COUNTERS))
         self.queue.limit("a", None)
-        self.assertEqual(sorted(triggers()), sorted(pqueue_schema.COUNTERS))
+        self.assertEqual(sorted(triggers()), sorted(pqueue_sqlite.COUNTERS))
         self.assertEqual(self.queue.check()["problems"], [])
         self.queue.limit("b", None)
         self.assertEqual(triggers(), [])
@@ -1371,7 +1373,7 @@ class SQLiteGuarantees(SQLiteCase):
 
         queue.enqueue("t")
         job = queue.dequeue("w")
-        with spied(session.run, lambda sql: sql == "COMMIT"), spied(session.insert_at_once, lambda _: True):
+        with spied(session.run, lambda sql: sql == "COMMIT"), spied(session.insert, lambda _: True):
             queue.enqueue("t")
             queue.complete(job)
             queue.complete_and_dequeue([(queue.dequeue("w"), None)], "w")
@@ -2124,11 +2126,11 @@ class Files(SQLiteCase):
 
     def test_claim_never_scans_the_jobs(self):
         queue = self.open()
-        params = {"consumer": "w", "limit": 1, "token": "t", "now": 1.0, "lease_expires_at": 2.0, "queue0": "default"}
-        for queues in (None, ["default"]):
+        params = {"consumer": "w", "limit": 1, "token": "t", "now": 1.0, "lease_expires_at": 2.0}
+        for queues in (None, '["default"]'):
             for statement in (pqueue_schema.CLAIM, pqueue_schema.NEXT_EVENT):
-                sql = f"EXPLAIN QUERY PLAN {pqueue.serving(statement, queues)}"
-                plan = "\n".join(row[3] for row in queue._read(sql, params))
+                rows = queue._read(f"EXPLAIN QUERY PLAN {statement}", {**params, "queues": queues})
+                plan = "\n".join(row[3] for row in rows)
                 self.assertNotRegex(plan, r"SCAN jobs(?! USING)")
                 self.assertIn("USING INDEX jobs_claim", plan.replace("COVERING ", ""))
 

@@ -23,7 +23,8 @@ from test_postgres import database, server
 
 import pqueue
 from pqueue import Job, QueueError
-from pqueue_sqlalchemy import ADD_UP, MISCOUNTED, PersistentQSQLAlchemy, PostgresSession
+from pqueue_postgres import ADD_UP, MISCOUNTED
+from pqueue_sqlalchemy import PersistentQSQLAlchemy, PostgresSession
 
 NOW = 1_800_000_000.0
 Verb = Callable[[Any, str, Job], Any]

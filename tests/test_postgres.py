@@ -25,6 +25,7 @@ from conftest import ROOT
 from test_histories import SOAK, Checker, at_once, in_turn
 
 import pqueue
+import pqueue_postgres
 import pqueue_schema
 import pqueue_search
 import pqueue_sqlalchemy
@@ -514,7 +515,7 @@ def analyze(queue):
 
 def explain(queue, sql, params, analyze=""):
     """Return how many rows a step of the plan looks at, at most, and the plan; to analyze runs it, and is undone."""
-    driver, (text, names) = queue._session()._driver, pqueue_sqlalchemy.translated(sql)
+    driver, (text, names) = queue._session()._driver, pqueue_postgres.translated(sql)
     values = ", ".join(psycopg.sql.Literal(params[name]).as_string(driver) for name in names)
     name = f"explained_{zlib.crc32(text)}"
     with suppress(psycopg.errors.DuplicatePreparedStatement):
@@ -916,7 +917,7 @@ def test_listener_that_fails_for_whatever_reason_is_there_again(consumers, error
     queue._line._thread.join(0.1)
     assert queue._line._thread.is_alive()
     slot = queue._registry["anna"].slot.number
-    wait_until(lambda: slot in {row[0] for row in other._read(pqueue_sqlalchemy.ALIVE)})
+    wait_until(lambda: slot in {row[0] for row in other._read(pqueue_postgres.ALIVE)})
     job = other.enqueue("t", queue="woken")
     assert wait_until(lambda: queue.wait(1, consumer="anna"))
     assert job
@@ -941,7 +942,7 @@ def test_consumer_that_begins_while_the_line_connects_has_its_lock(consumers):
         begun[0].join()
     slots = {me.slot.number for me in queue._registry.values()}
     assert len(slots) == 2
-    wait_until(lambda: slots <= {row[0] for row in other._read(pqueue_sqlalchemy.ALIVE)})
+    wait_until(lambda: slots <= {row[0] for row in other._read(pqueue_postgres.ALIVE)})
 
 
 def test_copy_of_the_database_on_the_same_server_has_consumers_of_its_own(database, server, monkeypatch):
@@ -1142,7 +1143,7 @@ def test_queue_that_is_closed_in_a_transaction_undoes_it_and_returns_its_jobs(da
 
 def counted(queue):
     """Return how many jobs are pending in each queue that has a limit, as they were counted."""
-    found = queue._read(f"SELECT queue, {pqueue_sqlalchemy.COUNTED} FROM pending_counts c")
+    found = queue._read(f"SELECT queue, {pqueue_postgres.COUNTED} FROM pending_counts c")
     return {name: int(number) for name, number in found}
 
 
@@ -1232,7 +1233,7 @@ def test_count_of_a_queue_with_a_limit_is_right_after_each_verb(database):
             lambda: raw("UPDATE jobs SET queue = 'second' WHERE id = (SELECT max(id) FROM jobs)"),
             lambda: raw("DELETE FROM jobs WHERE id = (SELECT min(id) FROM jobs)"),
             lambda: raw("TRUNCATE jobs") if chance.random() < 0.1 else None,
-            lambda: queue._read(pqueue_sqlalchemy.ADD_UP),
+            lambda: queue._read(pqueue_postgres.ADD_UP),
         ]
         done = 0
         for _ in range(600):
@@ -1363,10 +1364,10 @@ def test_changes_are_added_up_by_a_consumer(database):
     with closing(PersistentQSQLAlchemy(database)) as queue:
         queue.enqueue_many("t", range(100))
         queue.limit("default", 1000)
-        for _ in range(pqueue_sqlalchemy.MANY_CHANGES):
+        for _ in range(pqueue_postgres.MANY_CHANGES):
             queue._looked_for_dead = math.inf
             queue.dequeue("w")
-        assert queue._read("SELECT count(*) FROM pending_changes")[0][0] == pqueue_sqlalchemy.MANY_CHANGES
+        assert queue._read("SELECT count(*) FROM pending_changes")[0][0] == pqueue_postgres.MANY_CHANGES
         queue._looked_for_dead = -math.inf
         queue.dequeue("w")
         assert queue._read("SELECT count(*) FROM pending_changes")[0][0] == 1
@@ -1379,7 +1380,7 @@ def test_triggers_are_there_only_while_a_queue_has_a_limit(database):
         queue.limit("a", 5)
         queue.limit("b", 5)
         queue.limit("a", None)
-        assert queue._read(triggers)[0][0] == len(pqueue_sqlalchemy.TRIGGERS)
+        assert queue._read(triggers)[0][0] == len(pqueue_postgres.START_COUNTING) // 2
         with psycopg.connect(database) as reader:
             reader.execute("SELECT count(*) FROM pqueue.jobs")
             queue.limit("b", None)  # does not wait for a reader that does not end

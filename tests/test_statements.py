@@ -1,0 +1,138 @@
+"""The statements that PostgreSQL receives, without a server. `make sql` writes them to docs/postgres.sql."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import pqueue_move
+import pqueue_postgres
+import pqueue_schema
+from pqueue_postgres import NAMED, POSTGRES, translated
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "postgres.sql"
+HEAD = """\
+-- What PostgreSQL receives. Written by `make sql`: do not edit.
+-- The text of a search, and a few one-line statements, are put together where they are used.
+"""
+VERB = re.compile(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH|LOCK)\b")
+
+
+def statements(module: ModuleType) -> dict[str, str]:
+    """Return a module's public statements by name."""
+    texts = {name: value for name, value in vars(module).items() if name.isupper() and isinstance(value, str)}
+    return {name: sql for name, sql in texts.items() if name[0] != "_" and VERB.match(sql)}
+
+
+def comments(module: ModuleType) -> dict[str, str]:
+    """Return the comment above each constant, and each entry of a table, of a module by name."""
+    source = Path(str(module.__file__)).read_text()
+    found = re.findall(r"((?:^ *# .*\n)+)^ *(?:pqueue_schema\.)?([A-Z_]+)(?: =|:) ", source, re.MULTILINE)
+    lines = {name: re.findall(r"# (?!guard: )(.*)", above) for above, name in found}
+    return {name: " ".join(each) for name, each in lines.items() if each}
+
+
+SHARED = {**statements(pqueue_schema), **statements(pqueue_move)}
+ABOUT = {**comments(pqueue_schema), **comments(pqueue_move)}
+RETURNS = re.compile(r"; returns (the new id|their ids)$")  # in the comment of a statement: on PostgreSQL alone
+OWN = {name: sql for name, sql in statements(pqueue_postgres).items() if sql not in POSTGRES.values()}
+DIFFERING = [name for name in SHARED if SHARED[name] in POSTGRES]
+
+
+def page() -> str:
+    """Return the whole text of docs/postgres.sql."""
+    parts = [HEAD, "-- The schema\n"]
+    for sql in [*(sql for each in pqueue_schema.MIGRATIONS for sql in pqueue_postgres.definitions(each))]:
+        parts.append(f"{sql.strip()};\n")
+    parts += [f"{sql.strip()};\n" for sql in pqueue_postgres.COUNTING]
+    parts.append("-- While a queue has a limit\n")
+    parts += [f"{sql.strip()};\n" for sql in (*pqueue_postgres.START_COUNTING, *pqueue_postgres.COUNT_ANEW)]
+    why = comments(pqueue_postgres)
+    parts.append("-- Statements that all backends share\n")
+    for name, sql in SHARED.items():
+        parts.append(shown(name, [ABOUT.get(name, ""), why[name] if sql in POSTGRES else ""], sql))
+    parts.append("-- Statements that only PostgreSQL has\n")
+    parts += [shown(name, [why.get(name, "")], sql) for name, sql in OWN.items()]
+    return "\n".join(parts)
+
+
+def shown(name: str, about: list[str], sql: str) -> str:
+    text, names = translated(sql)
+    head = [*(line for each in about for line in textwrap.wrap(each, 117)), *textwrap.wrap(numbered(names), 117)]
+    return f"-- {name}\n" + "".join(f"-- {line}\n" for line in head) + f"{text.decode().strip()};\n"
+
+
+def numbered(names: list[str]) -> str:
+    return ", ".join(f"${number} {name}" for number, name in enumerate(names, 1))
+
+
+def columns(sql: str) -> list[str]:
+    """Return the names of the columns that a statement returns; of an expression without a name, its text."""
+    text = " ".join(sql.split())
+    if " RETURNING " in text:
+        found = text.rpartition(" RETURNING ")[2]
+    elif text.startswith("SELECT "):
+        found = outside(text.removeprefix("SELECT "), " FROM ")[0]
+    else:
+        return []
+    return [re.sub(r"^.* AS |^\w+\.", "", each) for each in outside(found, ", ")]
+
+
+def outside(text: str, separator: str) -> list[str]:
+    """Split a text where the separator is not in parentheses."""
+    parts, start, depth = [], 0, 0
+    for at, mark in enumerate(text):
+        depth += {"(": 1, ")": -1}.get(mark, 0)
+        if depth == 0 and text.startswith(separator, at):
+            parts.append(text[start:at])
+            start = at + len(separator)
+    return [*parts, text[start:]]
+
+
+def test_table_holds_shared_statements_that_differ():
+    assert len(DIFFERING) == len(POSTGRES)
+    assert [name for name in DIFFERING if POSTGRES[SHARED[name]] == SHARED[name]] == []
+
+
+@pytest.mark.parametrize("name", DIFFERING)
+def test_statement_for_postgresql_has_the_parameters_and_columns_of_the_shared_one(name):
+    ours, shared = POSTGRES[SHARED[name]], SHARED[name]
+    assert set(NAMED.findall(ours)) == set(NAMED.findall(shared))
+    assert columns(ours) == (["id"] if RETURNS.search(comments(pqueue_postgres)[name]) else columns(shared))
+
+
+def test_statement_for_postgresql_says_why_it_differs():
+    why = comments(pqueue_postgres)
+    assert [name for name in DIFFERING if not why[name].startswith("differs because ")] == []
+
+
+@pytest.mark.parametrize("module", [pqueue_schema, pqueue_postgres], ids=lambda module: module.__name__)
+def test_statement_has_a_description(module):
+    described = comments(module)
+    assert [
+        name for name, sql in statements(module).items() if sql in (SHARED | OWN).values() if name not in described
+    ] == []
+
+
+@pytest.mark.parametrize(
+    ("sql", "names"),
+    [
+        ("SELECT a, (SELECT b FROM t) <= :now AS due FROM t", ["a", "due"]),
+        ("UPDATE t SET a = (SELECT 1 FROM u) RETURNING t.id, count(a, b) AS n", ["id", "n"]),
+        ("DELETE FROM t", []),
+    ],
+)
+def test_columns_of_a_statement_are_told_from_its_text(sql, names):
+    assert columns(sql) == names
+
+
+def test_page_of_postgresqls_statements_is_up_to_date():
+    assert PAGE.read_text() == page(), "docs/postgres.sql is out of date: run make sql, and look at what changed"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
