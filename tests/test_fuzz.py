@@ -24,6 +24,7 @@ from pathlib import Path
 from urllib.parse import quote, urlencode
 
 import pytest
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_ops import Site
@@ -178,7 +179,7 @@ PROGRAMS = {
     "consumer": (consumer.main, consumer._parser(), ["--drain", "--max-jobs", "3"]),
     "producer": (producer.main, producer._parser(), ["--count", "1", "--interval", "0"]),
     "manager": (manager.main, manager._parser(), []),
-    "ops": (ops.main, None, []),
+    "ops": (ops.main, ops._parser(), []),
     "bench": (bench.main, bench.parser(), []),
 }
 OPTIONS = ["--host", "--port", "--help", "-h", "--no-such", "--json", "--name", "--queue", "--import", "--directory"]
@@ -190,6 +191,7 @@ def test_programs_given_any_arguments_end_with_a_sentence(folder, monkeypatch, p
     main, parser, limits = PROGRAMS[program]
     known = OPTIONS + ([word for action in parser._actions for word in action.option_strings] if parser else [])
     monkeypatch.setattr(dashboard_http.Server, "serve_forever", lambda _: None)
+    monkeypatch.setattr(os, "execv", lambda *_: sys.exit(0))
     monkeypatch.setattr(bench, "describe_machine", lambda: sys.exit(0))  # the arguments were good
     monkeypatch.setattr(bench, "MEASURES", {})
     monkeypatch.setenv("PQUEUE_OPS_PASSWORD", "x")  # so that any host is tried
@@ -440,6 +442,7 @@ def test_supervisor_reads_of_a_group_what_was_asked_for_and_no_more(folder, monk
     from supervisor.options import ServerOptions
 
     monkeypatch.setattr(supervisor, "call", lambda *_, **__: [])
+    monkeypatch.setattr(supervisor, "_expect_running", lambda *_: None)
 
     @fuzz(150)
     @given(st.lists(ARGUMENT | WORD, max_size=3), st.lists(ARGUMENT | WORD, max_size=2), st.integers(1, 3))
@@ -460,13 +463,14 @@ def test_supervisor_reads_of_a_group_what_was_asked_for_and_no_more(folder, monk
         assert (made.name, len(made.process_configs)) == (group, size)
         asked = [*(word for queue in queues for word in ("--queue", queue))]
         asked += [*(word for module in modules for word in ("--import", module))]
-        assert shlex.split(made.process_configs[0].command) == ["python3", "consumer.py", *asked]
+        assert shlex.split(made.process_configs[0].command) == [sys.executable, str(ROOT / "consumer.py"), *asked]
 
     check()
 
 
 def test_include_files_of_others_are_neither_read_nor_removed(folder, monkeypatch):
     monkeypatch.setattr(supervisor, "call", lambda *_, **__: [])
+    monkeypatch.setattr(supervisor, "_expect_running", lambda *_: None)
     supervisor.INCLUDED.mkdir(parents=True)
     (folder / "precious.conf").write_text("mine")
     for name in ("a\nb.conf", "%(here)s.conf", "..conf", "x\x1b[31m.conf", "notes.txt"):
@@ -495,6 +499,7 @@ def test_operators_who_add_a_group_at_once_get_one_each(folder, monkeypatch):
         return []
 
     monkeypatch.setattr(supervisor, "call", call)
+    monkeypatch.setattr(supervisor, "_expect_running", lambda *_: None)
     with ThreadPoolExecutor(2) as threads:
         added = [each.result() for each in [threads.submit(supervisor.add_group) for _ in range(2)]]
     assert sorted(added) == supervisor.added_groups() == ["consumer2", "consumer3"]

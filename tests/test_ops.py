@@ -708,7 +708,7 @@ def test_other_addresses_need_a_password_and_a_wrong_one_costs_time(queue, folde
 
 def test_port_that_is_taken_is_told(site, capsys):
     assert ops.main(["--port", str(site.port)]) == 1
-    assert capsys.readouterr().err.startswith(f"ops.py: cannot serve on 127.0.0.1:{site.port}: ")
+    assert f": port {site.port} is in use: choose another with PQUEUE_OPS_PORT\n" in capsys.readouterr().err
 
 
 # What it survives
