@@ -46,7 +46,7 @@ from pqueue_tools.commands import (
     one_of,
 )
 from pqueue_tools.masking import masked_job
-from pqueue_tools.process import escape_unprintable, expect_posix, whole_number
+from pqueue_tools.process import escape_unprintable, expect_posix, program_name, whole_number
 from pqueue_tools.report import (
     ago,
     clock,
@@ -742,13 +742,14 @@ def _field(key: str, value: Any) -> str:
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     escape_unprintable()
+    name = program_name("admin")
     try:
-        return dispatch("admin.py", (__doc__ or "").splitlines()[0], COMMANDS, run, arguments)
+        return dispatch(name, (__doc__ or "").splitlines()[0], COMMANDS, run, arguments)
     except (UsageError, ValueError) as error:
-        print(f"admin.py: {printable(str(error))}", file=sys.stderr)
+        print(f"{name}: {printable(str(error))}", file=sys.stderr)
         return 2
     except (Problem, QueueError) as error:
-        print(f"admin.py: {printable(str(error))}", file=sys.stderr)
+        print(f"{name}: {printable(str(error))}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -41,6 +41,13 @@ def _was_adopted() -> bool:
     return False
 
 
+def program_name(program: str) -> str:
+    """Return what users call a program: consumer.py in a checkout, pqueue-consumer where pqueue is installed."""
+    if not Path(__file__).with_name(f"{program}.py").exists():  # the wheel has the programs in this package
+        return f"{program}.py"
+    return "pqueue" if program == "admin" else f"pqueue-{program}"
+
+
 def expect_posix() -> None:
     """Raise QueueError on Windows, which lacks the signals, locks and folder descriptors that the programs need."""
     if not hasattr(os, "O_DIRECTORY"):
