@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pqueue_files import make_folder, sync, sync_file
+from pqueue_tools.process import program_name
 from pqueue_tools.report import printable
 
 HERE = Path(__file__).resolve().parent
@@ -84,7 +85,8 @@ def call(method: str, *arguments: Any, seconds: float = ANSWER_SECONDS) -> Any:
     except (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise ManagerError(
-            f"no supervisord answers at {SOCKET.absolute()} ({reason}): start it with supervisord -c supervisord.conf"
+            f"no supervisord answers at {SOCKET.absolute()} ({reason}): start it with supervisord -c {CONFIGURATION}, "
+            f"which {program_name('manager')} --init writes"
         ) from None
 
 
