@@ -6,8 +6,6 @@ JOBS := 10000000
 TIMES := 10
 SECONDS := 600
 SEED := 1
-COMPILE := UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --upgrade --universal --python-version 3.10 \
-	--generate-hashes pyproject.toml
 ATTACKS := (fuzz or histories or power_loss or model_allows or QueueMachine) and not mutants
 
 .PHONY: help run test check format screenshots bench soak attack lock clean
@@ -43,6 +41,8 @@ soak: $(READY)  ## Put 10 million jobs through the queue, then attack it at rand
 attack: $(READY)  ## Attack the whole system for SECONDS, then account for every job; SECONDS=N SEED=N
 	PYTHONPATH=. $(BIN)/python tests/attack.py --seconds $(SECONDS) --seed $(SEED)
 
+COMPILE := UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --upgrade --universal --python-version 3.10 \
+	--generate-hashes pyproject.toml
 lock:  ## Lock the newest of what pyproject.toml allows, with hashes; needs uv
 	$(COMPILE) --extra cli --extra dashboard --extra supervisor -o requirements.txt
 	$(COMPILE) --extra all --group dev -c requirements.txt -o requirements-dev.txt

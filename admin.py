@@ -32,7 +32,7 @@ from typing import Any
 import pqueue
 import pqueue_restore
 from pqueue import Job, PersistentQInterface, QueueError
-from pqueue_tools import supervisor
+from pqueue_tools import process, supervisor
 from pqueue_tools.actions import act_on_matching
 from pqueue_tools.commands import (
     Command,
@@ -46,7 +46,7 @@ from pqueue_tools.commands import (
     one_of,
 )
 from pqueue_tools.masking import masked_job
-from pqueue_tools.process import escape_unprintable, expect_posix, program_name, whole_number
+from pqueue_tools.process import escape_unprintable, expect_posix, whole_number
 from pqueue_tools.report import (
     ago,
     clock,
@@ -742,7 +742,7 @@ def _field(key: str, value: Any) -> str:
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     escape_unprintable()
-    name = program_name("admin")
+    name = process.program_name("admin")
     try:
         return dispatch(name, (__doc__ or "").splitlines()[0], COMMANDS, run, arguments)
     except (UsageError, ValueError) as error:

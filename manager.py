@@ -78,9 +78,9 @@ def _act(options: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     actions = parser.add_mutually_exclusive_group(required=True)
-    actions.add_argument("--init", action="store_true", help="write supervisord.conf and var/ into this folder")
     actions.add_argument("--count", type=whole_number(1, 1000), metavar="N", help="add N groups of consumers")
     actions.add_argument("--list", action="store_true", help="show supervisord's processes")
+    actions.add_argument("--init", action="store_true", help="write supervisord.conf and var/ into this folder")
     actions.add_argument("--remove", metavar="GROUP", help="stop and forget an added group")
     actions.add_argument("--start", metavar="CONSUMER", help="start one process, such as consumer_00")
     actions.add_argument("--stop", metavar="CONSUMER", help="stop one process")

@@ -302,7 +302,7 @@ def test_consumer_goes_on_when_nobody_reads_its_log(tasks):
         ("consumer.py", ["--no-such"], 2, "unrecognized arguments: --no-such; see consumer.py --help"),
         ("producer.py", ["--interval", "-1"], 2, "expected a number of seconds from 0, got '-1'"),
         ("producer.py", ["--directory", "notes"], 2, "argument --directory: expected a folder, got 'notes'"),
-        ("manager.py", [], 2, "one of the arguments --init --count --list --remove --start --stop is required"),
+        ("manager.py", [], 2, "one of the arguments --count --list --init --remove --start --stop is required"),
         ("ops.py", ["--port", "x"], 2, "argument --port: expected a whole number from 0 to 65535, got 'x'"),
     ],
 )

@@ -175,6 +175,11 @@ def test_operator_who_types_anything_is_answered_in_one_line(folder, front):
     queue.close()
 
 
+@pytest.fixture(autouse=True)
+def added_consumers_run(monkeypatch):
+    monkeypatch.setattr(supervisor, "_expect_running", lambda *_: None)
+
+
 PROGRAMS = {
     "consumer": (consumer.main, consumer._parser(), ["--drain", "--max-jobs", "3"]),
     "producer": (producer.main, producer._parser(), ["--count", "1", "--interval", "0"]),
@@ -442,7 +447,6 @@ def test_supervisor_reads_of_a_group_what_was_asked_for_and_no_more(folder, monk
     from supervisor.options import ServerOptions
 
     monkeypatch.setattr(supervisor, "call", lambda *_, **__: [])
-    monkeypatch.setattr(supervisor, "_expect_running", lambda *_: None)
 
     @fuzz(150)
     @given(st.lists(ARGUMENT | WORD, max_size=3), st.lists(ARGUMENT | WORD, max_size=2), st.integers(1, 3))
@@ -470,7 +474,6 @@ def test_supervisor_reads_of_a_group_what_was_asked_for_and_no_more(folder, monk
 
 def test_include_files_of_others_are_neither_read_nor_removed(folder, monkeypatch):
     monkeypatch.setattr(supervisor, "call", lambda *_, **__: [])
-    monkeypatch.setattr(supervisor, "_expect_running", lambda *_: None)
     supervisor.INCLUDED.mkdir(parents=True)
     (folder / "precious.conf").write_text("mine")
     for name in ("a\nb.conf", "%(here)s.conf", "..conf", "x\x1b[31m.conf", "notes.txt"):
@@ -499,7 +502,6 @@ def test_operators_who_add_a_group_at_once_get_one_each(folder, monkeypatch):
         return []
 
     monkeypatch.setattr(supervisor, "call", call)
-    monkeypatch.setattr(supervisor, "_expect_running", lambda *_: None)
     with ThreadPoolExecutor(2) as threads:
         added = [each.result() for each in [threads.submit(supervisor.add_group) for _ in range(2)]]
     assert sorted(added) == supervisor.added_groups() == ["consumer2", "consumer3"]
