@@ -131,10 +131,8 @@ def add_group(size: int = GROUP_SIZE, queues: list[str] | None = None, modules: 
 
     Raises ManagerError, for example if they do not; then the group has been removed again.
     """
-    command, taken = (
-        _in_configuration(_command("consumer") + _options(queues, modules)),
-        {x["group"] for x in processes()},
-    )
+    command = _in_configuration(_command("consumer") + _options(queues, modules))
+    taken = {each["group"] for each in processes()}
     make_folder(INCLUDED)
     group = next(
         name
@@ -192,7 +190,7 @@ def _stop_group(group: str) -> None:
 
 
 def _forget(group: str) -> None:
-    _path(group).unlink()
+    _path(group).unlink(missing_ok=True)
     sync(INCLUDED)
 
 

@@ -252,13 +252,14 @@ def test_manager_writes_a_configuration_for_tasks_of_the_users_own(system):
     system.write(f"{folder.name}/tasks.py", "import pqueue\n@pqueue.task()\ndef mine(job):\n    return 7\n")
     mine = Place(folder)
     program = str(system.folder / "manager.py")
-    done = mine.run(program, "--init", "--import", "tasks")
+    name = 'it\'s 50% "off" \\ $HOME `pwd`'
+    done = mine.run(program, "--init", "--import", "tasks", "--queue", name)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     done = mine.run(program, "--init")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "it exists here already" in done.stderr
     queue = mine.queue()
-    job = queue.enqueue("mine")
+    job = queue.enqueue("mine", queue=name)
     child = started(mine, "supervisord", "-n", "-c", "supervisord.conf")
     wait_until(lambda: queue.get(job).result == 7)
     wait_until(lambda: set(running(mine)) == {"ops", *(f"consumer:{name}" for name in NAMES)})
