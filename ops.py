@@ -56,10 +56,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _cannot_serve(options: argparse.Namespace) -> str | None:
     """Return why the dashboard cannot be served there, as far as that is known beforehand."""
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
-        family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-        socket.create_server((options.host, options.port), family=family).close()
-    except (OSError, ValueError) as error:
+        with socket.socket(family) as probe:
+            if os.name == "posix":  # as the servers do, so that connections which have ended are not in the way
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((options.host, options.port))
+    except (OSError, TypeError, ValueError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             return f"port {options.port} is in use: choose another with PQUEUE_OPS_PORT"
         return f"cannot serve on {options.host}:{options.port}: {error}"
