@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+READY := $(VENV)/requirements-dev.txt
 JOBS := 10000000
 TIMES := 10
 SECONDS := 600
@@ -13,8 +13,8 @@ ATTACKS := (fuzz or histories or power_loss or model_allows or QueueMachine) and
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
-run: $(READY)  ## Run the whole system in the foreground; Ctrl-C ends it
-	@umask 077; PATH="$(CURDIR)/$(BIN):$$PATH" exec $(BIN)/supervisord -n -c supervisord.conf
+run: $(VENV)/requirements.txt  ## Run the whole system in the foreground; Ctrl-C ends it
+	@umask 077; $(BIN)/python ops.py --check && PATH="$(CURDIR)/$(BIN):$$PATH" exec $(BIN)/supervisord -n -c supervisord.conf
 
 test: $(READY)  ## Run every test
 	$(BIN)/python -m pytest
@@ -44,13 +44,16 @@ soak: $(READY)  ## Put 10 million jobs through the queue, then attack it at rand
 attack: $(READY)  ## Attack the whole system for SECONDS, then account for every job; SECONDS=N SEED=N
 	PYTHONPATH=. $(BIN)/python tests/attack.py --seconds $(SECONDS) --seed $(SEED)
 
-lock:  ## Lock the newest of what requirements.in allows, with hashes; needs uv
-	UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --upgrade --universal --python-version 3.10 --generate-hashes requirements.in -o requirements.txt
+COMPILE := UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --upgrade --universal --python-version 3.10 \
+	--generate-hashes pyproject.toml
+lock:  ## Lock the newest of what pyproject.toml allows, with hashes; needs uv
+	$(COMPILE) --extra cli --extra dashboard --extra supervisor -o requirements.txt
+	$(COMPILE) --extra all --group dev -c requirements.txt -o requirements-dev.txt
 
 clean:  ## Remove the virtual environment and caches; var/ stays
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 
-$(READY): requirements.txt
+$(VENV)/%.txt: %.txt  # a copy of what is installed
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
-	@touch $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@cp $< $@

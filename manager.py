@@ -1,10 +1,11 @@
-"""Add, list and remove groups of consumers at run time, through the running supervisord.
+"""Write supervisord's configuration; add, list and remove groups of consumers at run time, through supervisord.
 
+    python manager.py --init --import tasks  # supervisord.conf in this folder, for consumers with tasks of your own
     python manager.py --count 1              # three more consumers
     python manager.py --list
     python manager.py --remove consumer2     # when they have finished what they hold
 
-An added group stands in a file of its own in var/supervisor.d, so it is there again when supervisord restarts.
+An added group has a file of its own in var/supervisor.d, so it is there again when supervisord restarts.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ if __name__ == "__main__":
 import argparse
 import sys
 
-from pqueue_tools.process import OneLineParser
+from pqueue_tools.process import OneLineParser, whole_number
 from pqueue_tools.supervisor import (
+    CONFIGURATION,
     GROUP_SIZE,
     ManagerError,
     add_group,
@@ -27,27 +29,32 @@ from pqueue_tools.supervisor import (
     remove_group,
     start,
     stop,
+    write_configuration,
 )
 
 # The program ##########################################################################################################
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     try:
         with endings.Undoing():
             _act(options)
     except (ManagerError, OSError) as error:
-        print(f"manager.py: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def _act(options: argparse.Namespace) -> None:
-    if options.count:
+    if options.init:
+        write_configuration(options.queues, options.modules)
+        print(f"wrote {CONFIGURATION}; start it with: supervisord -n -c {CONFIGURATION}")
+    elif options.count:
         for _ in range(options.count):
             group = add_group(options.size, options.queues, options.modules)
-            print(f"added {group}: {options.size} consumers")
+            print(f"added {group}: {options.size} consumers", flush=True)
     elif options.remove:
         if options.remove in added_groups():
             print(f"stopping {options.remove}: its consumers finish what they hold", file=sys.stderr)
@@ -71,22 +78,23 @@ def _act(options: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     actions = parser.add_mutually_exclusive_group(required=True)
-    actions.add_argument("--count", type=_positive, metavar="N", help="add N groups of consumers")
+    actions.add_argument("--count", type=whole_number(1, 1000), metavar="N", help="add N groups of consumers")
     actions.add_argument("--list", action="store_true", help="show supervisord's processes")
+    actions.add_argument("--init", action="store_true", help="write supervisord.conf and var/ into this folder")
     actions.add_argument("--remove", metavar="GROUP", help="stop and forget an added group")
     actions.add_argument("--start", metavar="CONSUMER", help="start one process, such as consumer_00")
     actions.add_argument("--stop", metavar="CONSUMER", help="stop one process")
     add = parser.add_argument
-    add("--size", type=_positive, default=GROUP_SIZE, metavar="N", help="consumers in a group (default: %(default)s)")
+    add(
+        "--size",
+        type=whole_number(1, 1000),
+        default=GROUP_SIZE,
+        metavar="N",
+        help="consumers in a group (default: %(default)s)",
+    )
     add("--queue", dest="queues", action="append", metavar="QUEUE", help="queue they serve; repeatable (default: all)")
     add("--import", dest="modules", action="append", metavar="MODULE", help="a module with tasks of yours; repeatable")
     return parser
-
-
-def _positive(text: str) -> int:
-    if text.isascii() and text.isdigit() and 0 < int(text) <= 1000:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 1000, got {text!r}")
 
 
 if __name__ == "__main__":

@@ -8,25 +8,34 @@ import secrets
 import shlex
 import socket
 import sys
+import time
 import xmlrpc.client
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pqueue_files import make_folder, sync, sync_file
+from pqueue_tools.process import program_name
+from pqueue_tools.report import printable
 
+HERE = Path(__file__).resolve().parent
+CONFIGURATION = Path("supervisord.conf")
 SOCKET = Path("var/supervisor.sock")
+LOGS = Path("var/log")
 INCLUDED = Path("var/supervisor.d")
 GROUP_SIZE = 3  # as in supervisord.conf
 ANSWER_SECONDS = 120.0  # longer than stopwaitsecs: stopping a group waits for the jobs in hand
 LOOK_SECONDS = 5.0
+START_SECONDS = 60.0  # how long a new group may take to run; supervisord calls a program RUNNING after startsecs
 
 PROGRAM = """\
-; Added by manager.py; remove it with: python manager.py --remove {group}
+; Added by pqueue's manager; remove it with its option --remove {group}
 [program:{group}]
 command = {command}
 umask = 077
 process_name = %(program_name)s_%(process_num)02d
 numprocs = {size}
+startsecs = 3
 autorestart = true
 startretries = 1000
 stopwaitsecs = 60
@@ -76,7 +85,8 @@ def call(method: str, *arguments: Any, seconds: float = ANSWER_SECONDS) -> Any:
     except (OSError, http.client.HTTPException, xmlrpc.client.ProtocolError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise ManagerError(
-            f"no supervisord answers at {SOCKET.absolute()} ({reason}): start it with supervisord -c supervisord.conf"
+            f"no supervisord answers at {SOCKET.absolute()} ({reason}): start it with supervisord -c {CONFIGURATION}, "
+            f"which {program_name('manager')} --init writes"
         ) from None
 
 
@@ -99,9 +109,30 @@ def added_groups() -> list[str]:
     return sorted(path.stem for path in INCLUDED.glob("consumer*.conf") if path.stem.removeprefix("consumer").isdigit())
 
 
+def write_configuration(queues: list[str] | None = None, modules: list[str] | None = None) -> None:
+    """Write supervisord.conf, and its folders, into the current folder, to run this copy of pqueue's programs.
+
+    With modules, whose tasks the consumers run instead of the built-in one, there is no producer. Raises ManagerError.
+    """
+    sections = _shipped("supervisord.conf").read_text(encoding="utf-8").split("\n\n")
+    text = "\n\n".join(each for each in sections if not (modules and "[program:producer]" in each))
+    for name in ("producer", "consumer", "ops"):
+        options = _options(queues, modules) if name == "consumer" else []
+        command = _in_configuration(_command(name) + options).replace("\\", r"\\").replace('"', r"\"")
+        text = text.replace(f"python3 {name}.py", command)
+    for folder in (LOGS, INCLUDED):
+        make_folder(folder)
+    if not _create(CONFIGURATION, text):
+        raise ManagerError(f"cannot write {CONFIGURATION}: it exists here already; remove it first")
+
+
 def add_group(size: int = GROUP_SIZE, queues: list[str] | None = None, modules: list[str] | None = None) -> str:
-    """Add a group of this many consumers and return its name, when they run. Raises ManagerError."""
-    command, taken = _command(queues or [], modules or []), {each["group"] for each in processes()}
+    """Add a group of this many consumers and return its name, once all of them run.
+
+    Raises ManagerError, for example if they do not; then the group has been removed again.
+    """
+    command = _in_configuration(_command("consumer") + _options(queues, modules))
+    taken = {each["group"] for each in processes()}
     make_folder(INCLUDED)
     group = next(
         name
@@ -112,10 +143,34 @@ def add_group(size: int = GROUP_SIZE, queues: list[str] | None = None, modules: 
     try:
         call("reloadConfig")
         call("addProcessGroup", group)
+        _expect_running(group, size)
     except BaseException:
-        _path(group).unlink()
+        with suppress(ManagerError):
+            _stop_group(group)
+        _forget(group)
         raise
     return group
+
+
+def _expect_running(group: str, size: int) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        states = {each["name"]: each["state"] for each in processes() if each["group"] == group}
+        if sorted(states.values()) == ["RUNNING"] * size:
+            return
+        for name, state in states.items():
+            if state in ("BACKOFF", "EXITED", "FATAL", "UNKNOWN"):
+                raise ManagerError(f"cannot add {group}, so removed it again: {name} ended: {_last_words(name)}")
+        if time.monotonic() > deadline:
+            raise ManagerError(f"cannot add {group}, so removed it again: not running after {START_SECONDS:g} s")
+        time.sleep(0.1)
+
+
+def _last_words(name: str) -> str:
+    path = LOGS / f"{name}.log"
+    with suppress(OSError, IndexError):
+        return printable(path.read_text(encoding="utf-8", errors="replace").split("\n")[-2])
+    return f"{path} says nothing"
 
 
 def remove_group(group: str) -> None:
@@ -123,12 +178,20 @@ def remove_group(group: str) -> None:
     if group not in added_groups():
         known = ", ".join(added_groups()) or "none"
         raise ManagerError(f"expected a group that was added here ({known}), got {group!r}")
+    _stop_group(group)
+    _forget(group)
+    call("reloadConfig")
+
+
+def _stop_group(group: str) -> None:
     if group in {each["group"] for each in processes()}:
         call("stopProcessGroup", group)
         call("removeProcessGroup", group)
-    _path(group).unlink()
+
+
+def _forget(group: str) -> None:
+    _path(group).unlink(missing_ok=True)
     sync(INCLUDED)
-    call("reloadConfig")
 
 
 def start(name: str) -> None:
@@ -149,10 +212,22 @@ def _full_name(name: str) -> str:
     return matches[0]
 
 
-def _command(queues: list[str], modules: list[str]) -> str:
-    words = ["python3", "consumer.py"]
-    words += [word for queue in queues for word in ("--queue", queue)]
-    words += [word for module in modules for word in ("--import", module)]
+def _shipped(name: str) -> Path:
+    """Return a file of this copy of pqueue: in this folder if it is installed, above it in a checkout."""
+    return path if (path := HERE / name).exists() else HERE.parent / name
+
+
+def _command(program: str) -> list[str]:
+    path = _shipped(f"{program}.py")
+    return [sys.executable, *(["-m", f"pqueue_tools.{program}"] if path.parent == HERE else [str(path)])]
+
+
+def _options(queues: list[str] | None, modules: list[str] | None) -> list[str]:
+    words = [word for queue in queues or () for word in ("--queue", queue)]
+    return words + [word for module in modules or () for word in ("--import", module)]
+
+
+def _in_configuration(words: list[str]) -> str:
     for word in words:
         if not word.isprintable() or any(mark in word for mark in (";", "#", "%(")):
             raise ManagerError(

@@ -24,6 +24,7 @@ from pathlib import Path
 from urllib.parse import quote, urlencode
 
 import pytest
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_ops import Site
@@ -174,11 +175,16 @@ def test_operator_who_types_anything_is_answered_in_one_line(folder, front):
     queue.close()
 
 
+@pytest.fixture(autouse=True)
+def added_consumers_run(monkeypatch):
+    monkeypatch.setattr(supervisor, "_expect_running", lambda *_: None)
+
+
 PROGRAMS = {
     "consumer": (consumer.main, consumer._parser(), ["--drain", "--max-jobs", "3"]),
     "producer": (producer.main, producer._parser(), ["--count", "1", "--interval", "0"]),
     "manager": (manager.main, manager._parser(), []),
-    "ops": (ops.main, None, []),
+    "ops": (ops.main, ops._parser(), []),
     "bench": (bench.main, bench.parser(), []),
 }
 OPTIONS = ["--host", "--port", "--help", "-h", "--no-such", "--json", "--name", "--queue", "--import", "--directory"]
@@ -190,6 +196,7 @@ def test_programs_given_any_arguments_end_with_a_sentence(folder, monkeypatch, p
     main, parser, limits = PROGRAMS[program]
     known = OPTIONS + ([word for action in parser._actions for word in action.option_strings] if parser else [])
     monkeypatch.setattr(dashboard_http.Server, "serve_forever", lambda _: None)
+    monkeypatch.setattr(os, "execv", lambda *_: sys.exit(0))
     monkeypatch.setattr(bench, "describe_machine", lambda: sys.exit(0))  # the arguments were good
     monkeypatch.setattr(bench, "MEASURES", {})
     monkeypatch.setenv("PQUEUE_OPS_PASSWORD", "x")  # so that any host is tried
@@ -439,7 +446,7 @@ WORD = st.sampled_from(
 def test_supervisor_reads_of_a_group_what_was_asked_for_and_no_more(folder, monkeypatch):
     from supervisor.options import ServerOptions
 
-    monkeypatch.setattr(manager, "call", lambda *_, **__: [])
+    monkeypatch.setattr(supervisor, "call", lambda *_, **__: [])
 
     @fuzz(150)
     @given(st.lists(ARGUMENT | WORD, max_size=3), st.lists(ARGUMENT | WORD, max_size=2), st.integers(1, 3))
@@ -460,13 +467,13 @@ def test_supervisor_reads_of_a_group_what_was_asked_for_and_no_more(folder, monk
         assert (made.name, len(made.process_configs)) == (group, size)
         asked = [*(word for queue in queues for word in ("--queue", queue))]
         asked += [*(word for module in modules for word in ("--import", module))]
-        assert shlex.split(made.process_configs[0].command) == ["python3", "consumer.py", *asked]
+        assert shlex.split(made.process_configs[0].command) == [sys.executable, str(ROOT / "consumer.py"), *asked]
 
     check()
 
 
 def test_include_files_of_others_are_neither_read_nor_removed(folder, monkeypatch):
-    monkeypatch.setattr(manager, "call", lambda *_, **__: [])
+    monkeypatch.setattr(supervisor, "call", lambda *_, **__: [])
     supervisor.INCLUDED.mkdir(parents=True)
     (folder / "precious.conf").write_text("mine")
     for name in ("a\nb.conf", "%(here)s.conf", "..conf", "x\x1b[31m.conf", "notes.txt"):
@@ -494,7 +501,7 @@ def test_operators_who_add_a_group_at_once_get_one_each(folder, monkeypatch):
             both.wait(60)  # so that neither sees the other's
         return []
 
-    monkeypatch.setattr(manager, "call", call)
+    monkeypatch.setattr(supervisor, "call", call)
     with ThreadPoolExecutor(2) as threads:
         added = [each.result() for each in [threads.submit(supervisor.add_group) for _ in range(2)]]
     assert sorted(added) == supervisor.added_groups() == ["consumer2", "consumer3"]

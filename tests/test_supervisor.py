@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +20,11 @@ FILES = (*(path.name for path in ROOT.glob("*.py")), "pqueue_tools", "supervisor
 
 
 @pytest.fixture
-def system(tmp_path):
+def system(tmp_path, monkeypatch):
     """A checkout's copy in which to run it."""
     for name in FILES:
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
-    settings = tmp_path / ".streamlit/config.toml"
-    settings.write_text(settings.read_text().replace("port = 8501", f"port = {free_port()}"))
+    monkeypatch.setenv("PQUEUE_OPS_PORT", str(free_port()))
     for folder in ("var/log", "var/supervisor.d"):
         (tmp_path / folder).mkdir(parents=True)
     place = Place(tmp_path)
@@ -213,6 +214,58 @@ def test_manager_adds_and_removes_consumers_beside_running_ones(system):
     assert running(system) == first
     wait_until(lambda: {(job.state, job.attempts) for job in unknown_jobs(queue)} == {("failed", 1)})
     assert [path.name for path in (system.folder / "var/supervisor.d").iterdir()] == []
+
+
+def test_manager_takes_back_a_group_whose_consumers_do_not_run(system):
+    started(system, "supervisord", "-n", "-c", "supervisord.conf")
+    before = everything_runs(system, queue_of(system))
+    done = manage(system, "--count", "2", "--import", "no_such_module")
+    reason = "consumer.py: cannot import 'no_such_module': No module named 'no_such_module'"
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert re.fullmatch(rf"manager.py: cannot add consumer2, .*: consumer2_0\d ended: {reason}\n", done.stderr)
+
+    system.write("slow.py", "import time\ntime.sleep(600)\n")
+    with subprocess.Popen(
+        [sys.executable, "manager.py", "--count", "1", "--import", "slow"], cwd=system.folder
+    ) as child:
+        wait_until(lambda: "consumer2:consumer2_00" in control(system, "status"))
+        child.send_signal(signal.SIGINT)
+    assert child.returncode == 128 + signal.SIGINT
+    assert running(system) == before
+    assert "consumer2" not in control(system, "status")
+    assert list((system.folder / "var/supervisor.d").iterdir()) == []
+
+
+def test_system_refuses_a_port_that_another_project_uses(system):
+    port = os.environ["PQUEUE_OPS_PORT"]
+    done = system.run("ops.py", "--check")
+    assert (done.returncode, done.stdout) == (0, f"dashboard at http://127.0.0.1:{port}\n")
+    with socket.create_server(("127.0.0.1", int(port))):
+        for arguments in ([], ["--check"], ["--streamlit"]):
+            done = system.run("ops.py", *arguments)
+            sentence = f"ops.py: port {port} is in use: choose another with PQUEUE_OPS_PORT\n"
+            assert (done.returncode, done.stdout, done.stderr) == (1, "", sentence)
+
+
+def test_manager_writes_a_configuration_for_tasks_of_the_users_own(system):
+    folder = system.folder / "a 'project'"
+    system.write(f"{folder.name}/tasks.py", "import pqueue\n@pqueue.task()\ndef mine(job):\n    return 7\n")
+    mine = Place(folder)
+    program = str(system.folder / "manager.py")
+    name = 'it\'s 50% "off" \\ $HOME `pwd`'
+    done = mine.run(program, "--init", "--import", "tasks", "--queue", name)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    done = mine.run(program, "--init")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "it exists here already" in done.stderr
+    queue = mine.queue()
+    job = queue.enqueue("mine", queue=name)
+    child = started(mine, "supervisord", "-n", "-c", "supervisord.conf")
+    wait_until(lambda: queue.get(job).result == 7)
+    wait_until(lambda: set(running(mine)) == {"ops", *(f"consumer:{name}" for name in NAMES)})
+    child.terminate()
+    assert child.wait(60) == 0
+    mine.close()
 
 
 def unknown_jobs(queue):

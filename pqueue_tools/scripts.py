@@ -1,0 +1,34 @@
+"""The commands of an installed copy, where the programs are modules of this package."""
+
+from __future__ import annotations
+
+from pqueue_tools import endings
+
+endings.end_at_once()
+
+from importlib import import_module  # noqa: E402
+
+
+def _run(program: str) -> int:
+    code: int = import_module(f"pqueue_tools.{program}").main()
+    return code
+
+
+def admin() -> int:
+    return _run("admin")
+
+
+def consumer() -> int:
+    return _run("consumer")
+
+
+def manager() -> int:
+    return _run("manager")
+
+
+def ops() -> int:
+    return _run("ops")
+
+
+def producer() -> int:
+    return _run("producer")

@@ -1,0 +1,152 @@
+"""The wheel in a virtual environment of its own, used in a project whose modules have the names of ours."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Place, free_port, wait_until
+
+BIN = Path(sys.executable).parent
+COMMANDS = ("pqueue", "pqueue-consumer", "pqueue-manager", "pqueue-ops", "pqueue-producer")
+TASKS = """\
+import report
+from pqueue import Job, task
+
+@task(name="sum_up")
+def sum_up(job: Job) -> int:
+    return report.total(job.payload)
+"""
+TYPED = """\
+from contextlib import closing
+from pqueue import PersistentQInterface, open_queue, task
+from pqueue_sqlite import PersistentQSQLite
+
+with closing(open_queue()) as queue:
+    queue.enqueue("sum_up", [1], prioritty=3)
+    queue.peek()
+    job: int = queue.dequeue("w")
+    queue.pause(["default"])
+    queue.change_everything()
+with closing(PersistentQSQLite("queue.db", durabillity="full")) as other:
+    other.check(now="today")
+"""
+FAULTS = {
+    6: 'Unexpected keyword argument "prioritty"',
+    7: 'has no attribute "peek"',
+    8: "Incompatible types in assignment",
+    9: 'has incompatible type "list[str]"',
+    10: 'has no attribute "change_everything"',
+    11: 'Unexpected keyword argument "durabillity"',
+    12: 'Unexpected keyword argument "now"',
+}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The folder of the commands of a new virtual environment that holds the wheel, and nothing else."""
+    folder = tmp_path_factory.mktemp("installed")
+    pip = [sys.executable, "-m", "pip"]
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
+    offline = ["--quiet", "--no-index", "--no-deps"]
+    subprocess.run([*pip, "wheel", *offline, "--no-build-isolation", "-w", folder, ROOT], check=True)
+    (wheel,) = folder.glob("pqueue_sqlite-*.whl")
+    subprocess.run([*pip, "--python", folder / "venv/bin/python", "install", *offline, wheel], check=True)
+    return folder / "venv/bin"
+
+
+class Project(Place):
+    """A project with modules of its own."""
+
+    def __init__(self, folder, commands):
+        super().__init__(folder)
+        self.commands = commands
+        self.write("tasks.py", TASKS)
+        self.write("report.py", "def total(numbers: list[int]) -> int:\n    return sum(numbers)\n")
+        for name in ("admin", "web", "commands", "consumer"):
+            self.write(f"{name}.py", "raise ImportError('this is a module of the project')\n")
+
+    def command(self, program, *arguments):
+        return [str(self.commands / program), *map(str, arguments)]
+
+
+@pytest.fixture
+def project(tmp_path, installed):
+    project = Project(tmp_path, installed)
+    yield project
+    project.close()
+
+
+def test_wheel_adds_only_names_that_begin_with_pqueue(installed):
+    (folder,) = installed.parent.glob("lib/python*/site-packages")
+    names = {path.name for path in folder.iterdir()}
+    assert {path.stem for path in ROOT.glob("pqueue*.py")} | {"pqueue_tools"} < names
+    assert [name for name in names if not name.startswith("pqueue")] == []
+    assert [name for name in names if not (folder / name / "py.typed").exists()] == ["pqueue_sqlite-0.1.0.dist-info"]
+    assert sorted(path.name for path in installed.glob("pqueue*")) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_shows_its_help_in_a_project_with_modules_of_the_same_names(project, command):
+    done = project.run(command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"usage: {command} " in done.stdout
+
+
+def test_project_uses_the_queue_with_its_own_modules(project):
+    assert project.run("pqueue-producer", "--count", 1, "--interval", 0).returncode == 0
+    done = project.run("pqueue", "enqueue", "sum_up", "[3, 4]", "--queue", "sums")
+    assert done.returncode == 0, done.stderr
+    done = project.run("pqueue-consumer", "--import", "tasks", "--queue", "sums", "--drain")
+    assert done.returncode == 0, done.stderr
+    done = project.run("python", "-m", "pqueue_tools.consumer", "--queue", "default", "--drain")
+    assert done.returncode == 0, done.stderr
+    jobs = {job.task: job for job in project.queue().list_jobs()}
+    assert {task: job.state for task, job in jobs.items()} == {"sum_up": "completed", "prepend_timestamp": "completed"}
+    assert jobs["sum_up"].result == 7
+    child = project.start("pqueue-ops", "--port", 0)
+    address = wait_until(lambda: re.search(r"dashboard at (\S+)\n", child.out.read_text()))[1]
+    assert b"sum_up" in urllib.request.urlopen(address, timeout=30).read()
+    child.send_signal(signal.SIGINT)
+    assert child.wait(30) == 0, child.out.read_text()
+    assert "Traceback" not in child.out.read_text()
+
+
+def test_project_runs_under_supervisor_from_the_configuration_that_the_manager_writes(project, monkeypatch):
+    monkeypatch.setenv("PQUEUE_OPS_PORT", port := str(free_port()))
+    done = project.run("pqueue-manager", "--init", "--import", "tasks")
+    assert done.returncode == 0, done.stderr
+    child = project.start_command([str(BIN / "supervisord"), "-n", "-c", "supervisord.conf"], PYTHONWARNINGS="")
+    wait_until((project.folder / "var/supervisor.sock").exists)
+    done = project.run("pqueue-manager", "--count", 1, "--size", 2, "--import", "tasks", "--queue", "more")
+    assert (done.returncode, done.stdout) == (0, "added consumer2: 2 consumers\n"), done.stderr
+    queue = project.queue()
+    jobs = [queue.enqueue("sum_up", [5, 6], queue=name) for name in ("default", "more")]
+    wait_until(lambda: [queue.get(job).result for job in jobs] == [11, 11])
+    wait_until(lambda: "dashboard at" in (project.folder / "var/log/ops.log").read_text())
+    assert b"consumer2_00" in urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=30).read()
+    done = project.run("pqueue-manager", "--remove", "consumer2")
+    assert (done.returncode, done.stdout) == (0, "removed consumer2\n"), done.stderr
+    child.send_signal(signal.SIGINT)
+    assert child.wait(60) == 0
+
+
+def test_type_checker_reports_a_users_mistakes_against_the_installed_wheel(project):
+    project.write("typed.py", TYPED)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--python-executable", project.commands / "python", "typed.py"],
+        cwd=project.folder,
+        env={**os.environ, "MYPY_CACHE_DIR": str(project.folder / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    found = dict(re.findall(r"^typed\.py:(\d+): error: (.*)$", done.stdout, re.MULTILINE))
+    assert {*map(int, found)} == {*FAULTS}, done.stdout
+    for line, message in FAULTS.items():
+        assert message in found[str(line)]
