@@ -44,10 +44,9 @@ from pqueue_tools.commands import (
     json_value,
     moment,
     one_of,
-    whole,
 )
 from pqueue_tools.masking import masked_job
-from pqueue_tools.process import escape_unprintable, expect_posix
+from pqueue_tools.process import escape_unprintable, expect_posix, whole_number
 from pqueue_tools.report import (
     ago,
     clock,
@@ -98,8 +97,8 @@ def command(name: str, *parameters: Parameter, opens: bool = True) -> Callable[[
 
 JSON = Parameter("--json", "one JSON object per line", flag=True)
 YES = Parameter("--yes", "do not ask", flag=True)
-JOB_ID = Parameter("job_id", "number of the job", whole(0), metavar="JOB_ID")
-JOB_IDS = Parameter("job_ids", "numbers of jobs; or filter", whole(0), metavar="JOB_ID", many=True)
+JOB_ID = Parameter("job_id", "number of the job", whole_number(0), metavar="JOB_ID")
+JOB_IDS = Parameter("job_ids", "numbers of jobs; or filter", whole_number(0), metavar="JOB_ID", many=True)
 QUEUE = Parameter("queue", "name of the queue", metavar="QUEUE")
 MATCHING = (
     Parameter("--queue", "jobs of this queue", metavar="QUEUE"),
@@ -115,8 +114,8 @@ STATUS = Parameter(
 )
 FILTERS = (STATUS, *MATCHING)
 PAGE = (
-    Parameter("--limit", "at most so many", whole(1), "50", "N"),
-    Parameter("--before-id", "older than this job: the next page", whole(0), metavar="JOB_ID"),
+    Parameter("--limit", "at most so many", whole_number(1), "50", "N"),
+    Parameter("--before-id", "older than this job: the next page", whole_number(0), metavar="JOB_ID"),
 )
 FILTER_NAMES = {"status": "state", "since": "created_from", "until": "created_before"}
 
@@ -205,9 +204,9 @@ def stats(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     Parameter("task", "name of the task", metavar="TASK"),
     Parameter("payload", "JSON for the task", json_value, metavar="JSON", optional=True),
     Parameter("--queue", "queue to put it in", default="default", metavar="QUEUE"),
-    Parameter("--priority", "higher runs first", whole(-(2**31)), "0", "N"),
+    Parameter("--priority", "higher runs first", whole_number(-(2**31)), "0", "N"),
     Parameter("--delay", "not before so long from now: 90s, 15m, 12h, 7d", duration, "0s", "DURATION"),
-    Parameter("--max-attempts", "deliveries before it is failed", whole(1), metavar="N"),
+    Parameter("--max-attempts", "deliveries before it is failed", whole_number(1), metavar="N"),
     Parameter("--key", "at most one unfinished job of the queue has it", metavar="KEY"),
     Parameter("--assign-to", "only this consumer may run it", metavar="CONSUMER"),
 )
@@ -313,11 +312,15 @@ def resume(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     return _set_queue(queue, options, queue.resume, "resumed")
 
 
-def _whole_or_none(text: str) -> int | None:
-    return None if text == "none" else whole(1)(text)
+def _whole_number_or_none(text: str) -> int | None:
+    return None if text == "none" else whole_number(1)(text)
 
 
-@command("limit", QUEUE, Parameter("max_pending", "how many jobs; none for no limit", _whole_or_none, metavar="N|none"))
+@command(
+    "limit",
+    QUEUE,
+    Parameter("max_pending", "how many jobs; none for no limit", _whole_number_or_none, metavar="N|none"),
+)
 def limit(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     """Refuse to enqueue in a queue while so many of its jobs are pending."""
     most = options.max_pending
@@ -595,7 +598,7 @@ def metrics_command(queue: PersistentQInterface, options: argparse.Namespace) ->
 
 @command(
     "torture",
-    Parameter("--seconds", "how long to kill", whole(1), "30", "N"),
+    Parameter("--seconds", "how long to kill", whole_number(1), "30", "N"),
     Parameter("--durability", "full or normal", one_of("full", "normal"), "full", "MODE"),
     opens=False,
 )

@@ -30,11 +30,10 @@ from typing import Any
 
 import pqueue
 import pqueue_values
-from pqueue import DoNotRetry, Job, LeaseLost, PersistentQInterface, QueueBusy, QueueError, QueueFull
+from pqueue import DoNotRetry, Job, LeaseLost, PersistentQInterface, QueueBusy, QueueError
 from pqueue_tools import file_task
 from pqueue_tools.masking import masked_text
 from pqueue_tools.process import (
-    RETRY_PAUSE_SECONDS,
     Answer,
     OneLineParser,
     escape_unprintable,
@@ -44,11 +43,12 @@ from pqueue_tools.process import (
     log,
     log_line,
     on_end,
-    positive,
     print_line,
     quoted,
+    retry_while_busy,
     seconds,
     utc_now,
+    whole_number,
 )
 
 HOLD_SECONDS = 0.03  # the work a consumer takes at a time: one slow job, or as many quick ones as fit
@@ -129,7 +129,7 @@ class Consumer:
         """Complete what is finished and take the next batch in one commit; return False when there is to be none."""
         while True:
             finished, limit = self._take_finished(), self._limit()
-            jobs = self._patiently(finished, lambda f=finished, n=limit: self._exchange(f, n))  # type: ignore[misc]
+            jobs = self._retry_while_busy(finished, lambda f=finished, n=limit: self._exchange(f, n))  # type: ignore[misc]
             if jobs:
                 with self._lock:
                     self._waiting.extend(jobs)
@@ -156,21 +156,19 @@ class Consumer:
         self._tell_settled([job for job, _ in finished], lost)
         return jobs
 
-    def _patiently(self, held: list[tuple[Job, Any]], call: Callable[[], Answer]) -> Answer | None:
+    def _retry_while_busy(self, held: list[tuple[Job, Any]], call: Callable[[], Answer]) -> Answer | None:
         """Repeat a call while the database is locked or full; give up when told to stop, or the lease is over."""
-        pause, longest = RETRY_PAUSE_SECONDS
         until = time.monotonic() + self.lease_seconds if held or self.signals else None
-        while True:
-            try:
-                return call()
-            except (QueueBusy, QueueFull) as error:
-                log("waiting", consumer=self.name, reason=error)
-                if (until and time.monotonic() > until) or (self.signals and not held) or self.signals > 1:
-                    for job, _ in held:
-                        log("left to its lease", consumer=self.name, job=job.id)
-                    return None
-                time.sleep(pause)
-                pause = min(longest, pause * 2)
+
+        def pause(seconds: float) -> bool:
+            if (until and time.monotonic() > until) or (self.signals and not held) or self.signals > 1:
+                for job, _ in held:
+                    log("left to its lease", consumer=self.name, job=job.id)
+                return True
+            time.sleep(seconds)
+            return False
+
+        return retry_while_busy(call, pause, consumer=self.name)
 
     def _sleep(self) -> None:
         with suppress(InterruptedError, QueueBusy):  # which the next dequeue will tell
@@ -251,7 +249,7 @@ class Consumer:
         summary = f"{type(error).__name__}: {error}"
         text = "\n".join([summary, *traceback.format_tb(error.__traceback__)])
         try:
-            state = self._patiently(
+            state = self._retry_while_busy(
                 [(job, None)], lambda: self.queue.fail(job, text, retry=retry, retry_in_seconds=delay)
             )
         except LeaseLost as lost:
@@ -295,7 +293,7 @@ class Consumer:
         """On the way out: complete what is finished, release what has not begun."""
         finished = self._take_finished()
         with suppress(QueueError):
-            self._patiently(finished, lambda: self._exchange(finished, 0))
+            self._retry_while_busy(finished, lambda: self._exchange(finished, 0))
         while self._waiting:
             self._release(self._waiting.popleft())
 
@@ -333,7 +331,7 @@ class Consumer:
         for other in waiting:
             self._release(other)
         if finished:
-            self._patiently(finished, lambda: self._exchange(finished, 0))
+            self._retry_while_busy(finished, lambda: self._exchange(finished, 0))
         if due:
             self._extend(job)
         self._bound(job, ran)
@@ -427,7 +425,7 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def _spare_children() -> None:
+def _reset_signals_in_children() -> None:
     """Let signals end a child that a task forks, from its first moment, as they end other programs."""
 
     def unblock() -> None:
@@ -457,7 +455,7 @@ def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
     )
     on_end(consumer.stop)
     signal.signal(signal.SIGALRM, consumer.interrupt)
-    _spare_children()
+    _reset_signals_in_children()
     file_task.remove_copies()
     log("started", consumer=options.name, pid=os.getpid(), queues=",".join(options.queues or ["all"]))
     try:
@@ -509,8 +507,10 @@ def _parser() -> argparse.ArgumentParser:
         "--directory", type=folder, default=file_task.files_directory, help="where job files are (default: %(default)s)"
     )
     add("--drain", action="store_true", help="stop when nothing is pending")
-    add("--max-jobs", type=positive, metavar="N", help="stop after N jobs")
-    add("--lease-seconds", type=seconds, default=pqueue.LEASE_SECONDS, metavar="S", help="(default: %(default)g)")
+    add("--max-jobs", type=whole_number(1), metavar="N", help="stop after N jobs")
+    add(
+        "--lease-seconds", type=seconds(0.001), default=pqueue.LEASE_SECONDS, metavar="S", help="(default: %(default)g)"
+    )
     return parser
 
 

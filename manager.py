@@ -17,7 +17,7 @@ if __name__ == "__main__":
 import argparse
 import sys
 
-from pqueue_tools.process import OneLineParser
+from pqueue_tools.process import OneLineParser, whole_number
 from pqueue_tools.supervisor import (
     GROUP_SIZE,
     ManagerError,
@@ -71,22 +71,22 @@ def _act(options: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     actions = parser.add_mutually_exclusive_group(required=True)
-    actions.add_argument("--count", type=_positive, metavar="N", help="add N groups of consumers")
+    actions.add_argument("--count", type=whole_number(1, 1000), metavar="N", help="add N groups of consumers")
     actions.add_argument("--list", action="store_true", help="show supervisord's processes")
     actions.add_argument("--remove", metavar="GROUP", help="stop and forget an added group")
     actions.add_argument("--start", metavar="CONSUMER", help="start one process, such as consumer_00")
     actions.add_argument("--stop", metavar="CONSUMER", help="stop one process")
     add = parser.add_argument
-    add("--size", type=_positive, default=GROUP_SIZE, metavar="N", help="consumers in a group (default: %(default)s)")
+    add(
+        "--size",
+        type=whole_number(1, 1000),
+        default=GROUP_SIZE,
+        metavar="N",
+        help="consumers in a group (default: %(default)s)",
+    )
     add("--queue", dest="queues", action="append", metavar="QUEUE", help="queue they serve; repeatable (default: all)")
     add("--import", dest="modules", action="append", metavar="MODULE", help="a module with tasks of yours; repeatable")
     return parser
-
-
-def _positive(text: str) -> int:
-    if text.isascii() and text.isdigit() and 0 < int(text) <= 1000:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 1000, got {text!r}")
 
 
 if __name__ == "__main__":

@@ -14,14 +14,12 @@ if __name__ == "__main__":
     endings.end_at_once()
 
 import argparse
-import errno
 import os
 import random
 import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import closing, suppress
 from itertools import count
 from pathlib import Path
@@ -29,11 +27,9 @@ from typing import IO
 
 import pqueue
 import pqueue_files
-from pqueue import PersistentQInterface, QueueBusy, QueueError, QueueFull
+from pqueue import PersistentQInterface, QueueError
 from pqueue_tools import file_task
 from pqueue_tools.process import (
-    RETRY_PAUSE_SECONDS,
-    Answer,
     OneLineParser,
     escape_unprintable,
     expect_posix,
@@ -41,7 +37,9 @@ from pqueue_tools.process import (
     is_orphaned,
     log,
     on_end,
-    positive,
+    retry_while_busy,
+    seconds,
+    whole_number,
 )
 
 WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "haven", "inlet", "jetty"]
@@ -77,7 +75,7 @@ class Producer:
         """Write and enqueue one file; return the job's id, or None if stopped while that had to wait."""
         name = time.strftime("job_%Y%m%dT%H%M%S_", time.gmtime()) + f"{secrets.token_hex(6)}.txt"
         new = self.directory / f".{name}.new"
-        file = self._patiently(lambda: self._write(name, new))
+        file = retry_while_busy(lambda: self._write(name, new), self.stopped.wait)
         if file is None:
             return None
         with file:
@@ -130,27 +128,13 @@ class Producer:
             stored = self.queue.list_jobs(key=name, limit=1) if next(tries) else None
             return stored[0].id if stored else self.queue.enqueue(file_task.prepend_timestamp, {"file": name}, key=name)
 
-        job_id = self._patiently(store)
+        job_id = retry_while_busy(store, self.stopped.wait)
         if job_id is None:
             (self.directory / name).unlink()
         new.unlink()
         if job_id is not None:
             log("enqueued", job=job_id, file=name)
         return job_id
-
-    def _patiently(self, call: Callable[[], Answer]) -> Answer | None:
-        """Repeat a call while the database is locked, or there is no room in it or on the disk; None when stopped."""
-        pause, longest = RETRY_PAUSE_SECONDS
-        while True:
-            try:
-                return call()
-            except (QueueBusy, QueueFull, OSError) as error:
-                if isinstance(error, OSError) and error.errno != errno.ENOSPC:
-                    raise
-                log("waiting", reason=error)
-            if self.stopped.wait(pause):
-                return None
-            pause = min(longest, pause * 2)
 
 
 def _random_lines() -> str:
@@ -178,17 +162,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--interval", type=_interval, default=5.0, metavar="S", help="seconds between jobs (default: %(default)g)")
-    add("--count", type=positive, metavar="N", help="stop after N jobs")
+    add("--interval", type=seconds(0), default=5.0, metavar="S", help="seconds between jobs (default: %(default)g)")
+    add("--count", type=whole_number(1), metavar="N", help="stop after N jobs")
     add("--directory", type=folder, default=file_task.files_directory, help="where to write (default: %(default)s)")
     return parser
-
-
-def _interval(text: str) -> float:
-    with suppress(ValueError):
-        if 0 <= float(text) < float("inf"):
-            return float(text)
-    raise argparse.ArgumentTypeError(f"expected a number of seconds from 0, got {text!r}")
 
 
 if __name__ == "__main__":

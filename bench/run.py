@@ -50,7 +50,7 @@ from bench.peers import (
     sum_up,
 )
 from bench.postgres import SCALE, SERVER, PostgresLimit, milliseconds
-from pqueue_tools.process import OneLineParser, expect_posix, positive
+from pqueue_tools.process import OneLineParser, expect_posix, whole_number
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = "one round of a tenth of the work, without idle and depth, and the others' workers at full only"
@@ -364,7 +364,7 @@ def parser() -> argparse.ArgumentParser:
     made = OneLineParser(prog="bench", description=(__doc__ or "").splitlines()[0])
     made.add_argument("--quick", action="store_true", help=QUICK)
     made.add_argument("--only", action="append", choices=COLUMNS, metavar="COLUMN", help=f"of {', '.join(COLUMNS)}")
-    made.add_argument("--rounds", type=positive, default=3, help="(default: %(default)s)")
+    made.add_argument("--rounds", type=whole_number(1), default=3, help="(default: %(default)s)")
     made.add_argument("--url", help="a PostgreSQL server to measure on instead, with a database of its own per figure")
     made.add_argument("--json", metavar="FILE", help="write all figures")
     made.add_argument("--plot", metavar="FILE.png", help="draw the bars; needs matplotlib")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from pqueue_tools.process import OneLineParser
 from pqueue_tools.report import UNITS
 
 DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|w)")
@@ -82,15 +83,6 @@ Run = Callable[[Command, argparse.Namespace], int]  # returns the exit code
 # Values ###############################################################################################################
 
 
-def whole(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if re.fullmatch(r"-?[0-9]{1,19}", text) and int(text) >= least:
-            return int(text)
-        raise ValueError(f"expected a whole number of at least {least}, got {text!r}")
-
-    return parse
-
-
 def duration(text: str) -> float:
     """Parse 90s, 15m, 12h, 7d or 2w into seconds."""
     match = DURATION.fullmatch(text.strip())
@@ -146,19 +138,17 @@ def dispatch(program: str, about: str, commands: Mapping[str, Command], run: Run
     return _with_typer(typer, program, about, commands, run, arguments)
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-
 def _with_argparse(program: str, about: str, commands: Mapping[str, Command], run: Run, arguments: list[str]) -> int:
-    parser = _OneLineParser(prog=program, description=about)
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_OneLineParser)
+    parser = OneLineParser(prog=program, description=about)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=OneLineParser)
     for entry in commands.values():
         made = subparsers.add_parser(entry.name, help=entry.help, description=entry.help)
         for each in entry.parameters:
             _add_argument(made, each)
-    raw = vars(parser.parse_args(arguments))
+    try:
+        raw = vars(parser.parse_args(arguments))
+    except SystemExit as error:
+        return int(error.code or 0)
     entry = commands[raw["command"]]
     return run(entry, entry.options(raw))
 

@@ -20,6 +20,7 @@ from pqueue import DoNotRetry, Job, PersistentQInterface, QueueError
 from pqueue_tools import file_task, report, supervisor
 from pqueue_tools.actions import act_on_matching
 from pqueue_tools.masking import masked_job
+from pqueue_tools.process import whole_number
 
 PAGE = 50  # jobs on a page
 FRESH_SECONDS = 1.0  # what is shown is computed at most so often, whatever the number of viewers,
@@ -242,7 +243,7 @@ class Board:
         what was found of it in SEARCH_SECONDS; and the id before which to go on, or None at the end. Of payloads,
         results and errors it holds the beginnings."""
         queue, given, before = self.queue(), _given(query), query.get("before_id")
-        before_id = _whole(before) if before else None
+        before_id = whole_number(0)(before) if before else None
         search = json.dumps([given, before_id])
         with self._reading:
             with self._lock:
@@ -406,7 +407,7 @@ def _jobs_action(verb: str, done: str) -> Callable[[PersistentQInterface, Form],
 def _act_on_each(ids: list[str], method: Callable[[int], None]) -> tuple[int, int]:
     if not ids:
         raise ValueError("expected at least one job: tick some")
-    numbers = [_whole(each) for each in ids]
+    numbers = [whole_number(0)(each) for each in ids]
     if len(numbers) == 1:
         method(numbers[0])
         return 1, 0
@@ -421,7 +422,7 @@ def _act_on_each(ids: list[str], method: Callable[[int], None]) -> tuple[int, in
 
 def _assign(queue: PersistentQInterface, form: Form) -> str:
     name = _one(form, "consumer")
-    queue.assign(_whole(_one(form, "id")), name or None)
+    queue.assign(whole_number(0)(_one(form, "id")), name or None)
     return f"assigned to {name or 'any consumer'}"
 
 
@@ -435,7 +436,7 @@ def _queue_action(verb: str, done: str) -> Callable[[PersistentQInterface, Form]
 
 def _limit(queue: PersistentQInterface, form: Form) -> str:
     name, given = _one(form, "queue"), _one(form, "max_pending")
-    most = _whole(given) if given else None
+    most = whole_number(0)(given) if given else None
     queue.limit(name, most)
     return f"queue {name} " + ("has no limit" if most is None else f"limited to {report.count(most, 'pending job')}")
 
@@ -490,9 +491,3 @@ def act(board: Board, name: str, form: Form) -> tuple[bool, str]:
 
 def _one(form: Form, name: str) -> str:
     return (form.get(name) or [""])[0]
-
-
-def _whole(text: str) -> int:
-    if text.isascii() and text.isdigit() and len(text) < 20:
-        return int(text)
-    raise ValueError(f"expected a whole number, got {text[:40]!r}")

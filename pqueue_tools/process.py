@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -14,9 +16,10 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
-from pqueue import QueueError
+from pqueue import QueueBusy, QueueError, QueueFull
 from pqueue_tools import endings
 from pqueue_tools.masking import masked_text
+from pqueue_tools.report import printable
 
 RETRY_PAUSE_SECONDS = (0.1, 5.0)  # first and longest pause while the database is locked or full
 
@@ -85,27 +88,61 @@ def on_end(handler: Any) -> None:
             signal.signal(number, handler)
 
 
+def retry_while_busy(call: Callable[[], Answer], pause: Callable[[float], bool], **fields: Any) -> Answer | None:
+    """Repeat a call while the database is locked, or it or the disk is full. Between two calls, `pause` is called with
+    a number of seconds; when it returns True, give up and return None."""
+    seconds, longest = RETRY_PAUSE_SECONDS
+    while True:
+        try:
+            return call()
+        except (QueueBusy, QueueFull, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+                raise
+            log("waiting", **fields, reason=error)
+        if pause(seconds):
+            return None
+        seconds = min(longest, seconds * 2)
+
+
+# Arguments ############################################################################################################
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """Tells a mistake in one line, and exits with 2."""
+    """A parser that reports a mistake in one line and exits with 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog.split()[0]}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog.split()[0]}: {printable(message)}; see {self.prog} --help\n")
 
 
-def positive(text: str) -> int:
-    if text.isascii() and text.isdigit() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+class BadArgument(argparse.ArgumentTypeError, ValueError):
+    """What was expected and what was given; argparse shows the message of an ArgumentTypeError only."""
+
+
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return a function that parses a whole number in these bounds, or raises BadArgument."""
+
+    def parse(text: str) -> int:
+        if re.fullmatch(r"-?[0-9]{1,19}", text) and least <= int(text) and (most is None or int(text) <= most):
+            return int(text)
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise BadArgument(f"expected a whole number {bounds}, got {text[:40]!r}")
+
+    return parse
+
+
+def seconds(least: float) -> Callable[[str], float]:
+    """Return a function that parses a number of seconds from this one, or raises BadArgument."""
+
+    def parse(text: str) -> float:
+        with suppress(ValueError):
+            if least <= float(text) < float("inf"):
+                return float(text)
+        raise BadArgument(f"expected a number of seconds from {least:g}, got {text!r}")
+
+    return parse
 
 
 def folder(text: str) -> Path:
-    if os.path.isdir(text) or not os.path.exists(text):  # unlike Path's, they bear any text
+    if os.path.isdir(text) or not os.path.exists(text):  # unlike the methods of Path, they accept any text
         return Path(text)
-    raise argparse.ArgumentTypeError(f"expected a folder, got {text!r}")
-
-
-def seconds(text: str) -> float:
-    with suppress(ValueError):
-        if 0 < float(text) < float("inf"):
-            return float(text)
-    raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    raise BadArgument(f"expected a folder, got {text!r}")

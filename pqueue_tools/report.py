@@ -16,7 +16,7 @@ import pqueue_schema
 from pqueue import Job, PersistentQInterface
 from pqueue_tools.masking import masked, masked_error, masked_job, masked_text
 
-OLD_SECONDS = 600.0  # a pending job that waits for longer is worth a warning
+LONG_WAIT_SECONDS = 600.0  # a pending job that waits for longer is worth a warning
 LATE_SECONDS = 5.0  # an expired lease that nobody took back for longer, too
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 COLOURS = {"completed": 32, "processing": 36, "pending": 33, "scheduled": 34, "failed": 31, "cancelled": 35}
@@ -39,14 +39,14 @@ def problems(
     alive = [each for each in consumers if each["state"] == "running"]
     found: list[str] = list(facts["problems"])
     found += _consumer_problems(consumers)
-    found += _twins(alive)
+    found += _duplicate_names(alive)
     if expired := _expired(queue, now):
         found.append(f"{count(expired, 'lease')} ran out and no consumer took the jobs back: start one")
     if stats["states"]["pending"] and not alive:
         found.append(f"{count(stats['states']['pending'], 'job')} pending and no consumer is alive: start one")
     for name, each in stats["queues"].items():
         oldest = each["oldest_pending_at"]
-        if oldest is not None and now - oldest > OLD_SECONDS:
+        if oldest is not None and now - oldest > LONG_WAIT_SECONDS:
             paused = f" and it is paused: {_move(queue) or _resume(name)}" if each["paused"] else ""
             found.append(f"queue {name!r}: the oldest pending job has waited for {span(now - oldest)}{paused}")
     found += [sentence] if (sentence := _move(queue)) else []
@@ -63,7 +63,7 @@ def _consumer_problems(consumers: list[dict[str, Any]]) -> Iterator[str]:
             yield f"consumer {each['name']} is {each['state']} and holds {held}; a live consumer takes them back"
 
 
-def _twins(alive: list[dict[str, Any]]) -> Iterator[str]:
+def _duplicate_names(alive: list[dict[str, Any]]) -> Iterator[str]:
     """One name on two hosts is a matter of taste; on one host it is a consumer that outlived its Supervisor."""
     pids: dict[tuple[str, str], set[int]] = {}
     for each in alive:

@@ -19,7 +19,7 @@ from conftest import ROOT, wait_until
 import admin
 import pqueue
 import pqueue_sqlite
-from pqueue_tools import report
+from pqueue_tools import actions, report
 
 
 @pytest.fixture(params=["argparse", "typer"])
@@ -250,7 +250,7 @@ def test_operator_cannot_open_what_is_no_queue(front, folder, run, monkeypatch):
 
 
 def test_operator_resubmits_all_that_match_in_batches(front, queue, run, monkeypatch):
-    monkeypatch.setattr(admin, "BATCH", 7)
+    monkeypatch.setattr(actions, "BATCH", 7)
     for number in range(20):
         queue.enqueue("even" if number % 2 == 0 else "odd", max_attempts=1)
         queue.fail(queue.dequeue("w"), "no")

@@ -37,7 +37,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("PQUEUE_URL", "PQUEUE_FILES", "PQUEUE_DURABILITY", "PQUEUE_OPS_READONLY", "PQUEUE_OPS_PASSWORD"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(consumer, "files_directory", tmp_path / "var/files")
+    monkeypatch.setattr(file_task, "files_directory", tmp_path / "var/files")
     return tmp_path
 
 
@@ -280,12 +280,12 @@ def test_file_that_changes_while_it_is_read_is_left_as_it_is(queue, folder, monk
         file.write_text("another\nand more\n")
         return found
 
-    monkeypatch.setattr(consumer, "_sha256", then_it_changes)
+    monkeypatch.setattr(file_task, "_sha256", then_it_changes)
     job = stamp(queue, {"file": "job.txt"})
     assert job.state == "scheduled"
     assert "job.txt changed while it was read" in job.error
     assert file.read_text() == "another\nand more\n"
-    monkeypatch.setattr(consumer, "_sha256", digest)
+    monkeypatch.setattr(file_task, "_sha256", digest)
     with closing(pqueue.open_queue()) as other:
         retry = other.dequeue("v", now=job.run_at + 3600) or other.dequeue("v", now=job.run_at + 7200)
         with pytest.raises(pqueue.DoNotRetry, match="changed since its timestamp was chosen"):

@@ -294,8 +294,8 @@ def test_consumer_goes_on_when_nobody_reads_its_log(tasks):
     ("program", "arguments", "code", "message"),
     [
         ("consumer.py", ["--import", "no_such_module"], 1, "cannot import 'no_such_module': No module named"),
-        ("consumer.py", ["--max-jobs", "0"], 2, "argument --max-jobs: expected a whole number above 0, got '0'"),
-        ("consumer.py", ["--lease-seconds", "soon"], 2, "expected a number of seconds above 0, got 'soon'"),
+        ("consumer.py", ["--max-jobs", "0"], 2, "argument --max-jobs: expected a whole number of at least 1, got '0'"),
+        ("consumer.py", ["--lease-seconds", "soon"], 2, "expected a number of seconds from 0.001, got 'soon'"),
         ("consumer.py", ["--directory", "notes"], 2, "argument --directory: expected a folder, got 'notes'"),
         ("consumer.py", ["--name", ""], 1, "expected a consumer name of 1 to 255 printable characters, got ''"),
         ("consumer.py", ["--queue", "a\nb"], 1, "expected a queue name of 1 to 255 printable characters"),
@@ -345,7 +345,7 @@ def test_each_line_of_the_file_gets_the_same_timestamp(place):
 
 def test_second_delivery_never_stamps_twice(place, monkeypatch):
     file = place.write("var/files/job_1.txt", "one\ntwo\n")
-    monkeypatch.setattr(consumer, "files_directory", file.parent)
+    monkeypatch.setattr(file_task, "files_directory", file.parent)
     queue = place.queue()
     queue.enqueue("prepend_timestamp", {"file": "job_1.txt"}, now=1000)
     first = queue.dequeue("w", now=1000)
@@ -364,7 +364,7 @@ def test_second_delivery_never_stamps_twice(place, monkeypatch):
 def file_job(place, monkeypatch):
     """Return a queue, the folder of its files, and a job of it that was delivered."""
     files = place.write("var/files/job_1.txt", "one\n").parent
-    monkeypatch.setattr(consumer, "files_directory", files)
+    monkeypatch.setattr(file_task, "files_directory", files)
     queue = place.queue()
     queue.enqueue("prepend_timestamp", {"file": "job_1.txt"}, now=1000)
     return queue, files, queue.dequeue("w", now=1000)

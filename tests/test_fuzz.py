@@ -36,7 +36,7 @@ import pqueue
 import pqueue_sqlalchemy
 import producer
 from bench import run as bench
-from pqueue_tools import dashboard, dashboard_http, supervisor
+from pqueue_tools import dashboard, dashboard_http, file_task, supervisor
 
 SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
 SECONDS = 30  # in which every single input must be done with
@@ -116,7 +116,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "a/b")
     for name in ("PQUEUE_URL", "PQUEUE_FILES", "PQUEUE_DURABILITY", "PQUEUE_OPS_READONLY", "PQUEUE_OPS_PASSWORD"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(consumer, "files_directory", Path("var/files"))
+    monkeypatch.setattr(file_task, "files_directory", Path("var/files"))
     return tmp_path / "a/b"
 
 
@@ -286,7 +286,7 @@ def test_environment_may_say_anything(folder, monkeypatch, name):
     def check(value):
         tried("environments")
         monkeypatch.setenv(name, value)
-        monkeypatch.setattr(consumer, "files_directory", Path(os.environ.get("PQUEUE_FILES", "var/files")))
+        monkeypatch.setattr(file_task, "files_directory", Path(os.environ.get("PQUEUE_FILES", "var/files")))
         run(producer.main, ["--count", "1", "--interval", "0"])
         run(consumer.main, ["--drain", "--max-jobs", "1"])
         for command in ("stats", "list-jobs", "doctor", "monitor"):
@@ -439,7 +439,7 @@ WORD = st.sampled_from(
 def test_supervisor_reads_of_a_group_what_was_asked_for_and_no_more(folder, monkeypatch):
     from supervisor.options import ServerOptions
 
-    monkeypatch.setattr(manager, "call", lambda *_, **__: [])
+    monkeypatch.setattr(supervisor, "call", lambda *_, **__: [])
 
     @fuzz(150)
     @given(st.lists(ARGUMENT | WORD, max_size=3), st.lists(ARGUMENT | WORD, max_size=2), st.integers(1, 3))
@@ -466,7 +466,7 @@ def test_supervisor_reads_of_a_group_what_was_asked_for_and_no_more(folder, monk
 
 
 def test_include_files_of_others_are_neither_read_nor_removed(folder, monkeypatch):
-    monkeypatch.setattr(manager, "call", lambda *_, **__: [])
+    monkeypatch.setattr(supervisor, "call", lambda *_, **__: [])
     supervisor.INCLUDED.mkdir(parents=True)
     (folder / "precious.conf").write_text("mine")
     for name in ("a\nb.conf", "%(here)s.conf", "..conf", "x\x1b[31m.conf", "notes.txt"):
@@ -494,7 +494,7 @@ def test_operators_who_add_a_group_at_once_get_one_each(folder, monkeypatch):
             both.wait(60)  # so that neither sees the other's
         return []
 
-    monkeypatch.setattr(manager, "call", call)
+    monkeypatch.setattr(supervisor, "call", call)
     with ThreadPoolExecutor(2) as threads:
         added = [each.result() for each in [threads.submit(supervisor.add_group) for _ in range(2)]]
     assert sorted(added) == supervisor.added_groups() == ["consumer2", "consumer3"]

@@ -10,7 +10,6 @@ import re
 import select
 import socket
 import sqlite3
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -21,7 +20,6 @@ import pytest
 from conftest import ROOT, wait_until
 from populate import populate
 
-import manager
 import ops
 import pqueue
 import pqueue_search
@@ -51,8 +49,7 @@ def boards(monkeypatch):
     yield
     for board in made:
         board.close()
-    if "ops_streamlit" in sys.modules:
-        sys.modules["ops_streamlit"].board.clear()
+    dashboard_streamlit.board.clear()
 
 
 @pytest.fixture
@@ -209,7 +206,7 @@ def test_minutes_of_a_queue_that_was_replaced_are_not_kept(queue, monkeypatch):
 
 
 def test_page_does_not_wait_for_a_supervisord_that_hangs(queue, site, monkeypatch):
-    monkeypatch.setattr(manager, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(supervisor, "LOOK_SECONDS", 0.2)
     assert "supervisord is not running here" in site.ask("/")[1]
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(supervisor.SOCKET))
@@ -556,7 +553,7 @@ def test_malformed_request_is_told_and_changes_nothing(queue, site):
     job_id = failed(queue)
     good = {"token": site.server.token, "id": job_id}
     assert site.ask("/?state=nosuch")[:2] == (400, f"expected a state of {', '.join(pqueue.STATES)}, got 'nosuch'\n")
-    assert site.ask("/api/jobs?before_id=x")[:2] == (400, "expected a whole number, got 'x'\n")
+    assert site.ask("/api/jobs?before_id=x")[:2] == (400, "expected a whole number of at least 0, got 'x'\n")
     assert site.ask("http://[/")[0] == 400
     assert site.ask("/act/resubmit", good, Origin="http://[")[0] == 400
     assert site.ask("/act/resubmit", {**good, "x": list(range(3000))})[0] == 400
@@ -788,7 +785,9 @@ def test_health_and_metrics_are_for_machines(queue, site):
 def streamlit():
     from streamlit.testing.v1 import AppTest
 
-    page = AppTest.from_string(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport ops_streamlit as o; o.page()")
+    page = AppTest.from_string(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pqueue_tools import dashboard_streamlit as o; o.page()"
+    )
     return page.run(timeout=PATIENCE_SECONDS)
 
 

@@ -26,7 +26,6 @@ import pytest
 from conftest import ROOT
 from test_histories import memory
 
-import consumer
 import pqueue
 import pqueue_files
 import producer
@@ -508,7 +507,7 @@ def file_losses(found: list[Record], place: Path, exact: bool) -> Iterator[str |
 
 @pytest.mark.parametrize("durability", ["full", "normal"])
 def test_programs_leave_each_file_with_its_job_stamped_once_after_a_power_cut(shim, place, monkeypatch, durability):
-    monkeypatch.setattr(consumer, "files_directory", place)
+    monkeypatch.setattr(file_task, "files_directory", place)
     found = run(shim, place, PRODUCE_AND_STAMP, durability, ROUNDS)
     cuts = 0
     for broken in file_losses(found, place, exact=durability == "full"):
@@ -519,7 +518,7 @@ def test_programs_leave_each_file_with_its_job_stamped_once_after_a_power_cut(sh
 
 
 def test_power_cut_shows_a_plan_that_was_not_synced(shim, place, monkeypatch):
-    monkeypatch.setattr(consumer, "files_directory", place)
+    monkeypatch.setattr(file_task, "files_directory", place)
     assert any(file_losses(run(shim, place, PRODUCE_AND_STAMP, "normal", ROUNDS), place, exact=True))
 
 
