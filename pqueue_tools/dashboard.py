@@ -22,28 +22,27 @@ from pqueue_tools.actions import act_on_matching
 from pqueue_tools.masking import masked_job
 from pqueue_tools.process import whole_number
 
-JOBS_PER_PAGE = 50  # jobs on a page
-FRESH_SECONDS = 1.0  # what is shown is computed at most so often, whatever the number of viewers,
-MAX_BUSY_SHARE = 0.05  # and each part of it for at most this share of the time
-PAGE_WAIT_SECONDS = 0.12  # how long a page waits for figures; then it shows the last ones,
-MAX_STALE_SECONDS = 30.0  # but not for longer than this after they could have been computed anew
-SEARCH_SECONDS = 0.1  # how long it looks for jobs before it offers to go on
-SEARCHES_KEPT = 20  # whose results are kept while they are fresh
-EXCERPT_CHARS = 1000  # characters of a payload, result and error that a list of jobs reads
-TEXT_CHARS_SHOWN = 65_536  # of each that the page of a job shows
-EVENTS_SHOWN = 200  # events that it shows, the last ones
+JOBS_PER_PAGE = 50
+FRESH_SECONDS = 1.0  # figures are computed at most this often, however many people look at them
+MAX_BUSY_SHARE = 0.05  # of the time that computing one kind of figures takes
+PAGE_WAIT_SECONDS = 0.12  # how long a page waits for new figures before it shows the last ones
+MAX_STALE_SECONDS = 30.0  # how long figures are shown after they became due for computing
+SEARCH_SECONDS = 0.1  # how long a search runs before the page offers to continue it
+SEARCHES_KEPT = 20
+EXCERPT_CHARS = 1000  # of a payload, result and error that a list of jobs reads
+TEXT_CHARS_SHOWN = 65_536  # of a payload, result and error on the page of a job
+EVENTS_SHOWN = 200  # the last ones of a job's history
 REFRESH_SECONDS = 2
 MINUTES = 60
-JOBS_SAMPLED = 100  # jobs of a minute from which its wait and run times are taken
-FAILED_GROUPS_SHOWN = 20  # of failed jobs that are shown
+JOBS_SAMPLED = 100  # of a minute, for its wait and run times
+FAILED_GROUPS_SHOWN = 20
 CONSUMERS_SHOWN = 100
-FILE_BYTES_SHOWN = 65_536  # of a job's file that are shown
-STATES_SHOWN = ("pending", "scheduled", "processing", "completed", "failed")  # states, in this order
+FILE_BYTES_SHOWN = 65_536  # of a job's file
+STATES_SHOWN = ("pending", "scheduled", "processing", "completed", "failed")
 OTHER_HOST = "refused: this is not a host name of the dashboard; PQUEUE_OPS_HOSTS can list more"
 OTHER_SITE = "refused: the request comes from another site"
-NO_JOBS = "no jobs yet: run python producer.py"
 FILTERS = ("state", "queue", "task", "consumer", "text")
-CHART_COLOURS: dict[str, str] = {  # of the charts, on light and on dark
+CHART_COLOURS: dict[str, str] = {  # on a light and on a dark page
     "enqueued": "#8a94a6",
     "completed": "#2aa36b",
     "failed": "#e5484d",
@@ -63,7 +62,7 @@ def read_only() -> bool:
     return os.environ.get("PQUEUE_OPS_READONLY", "") not in ("", "0")
 
 
-# Names by which the dashboard may be reached: by another, a page elsewhere would reach it by DNS rebinding ###########
+# Host names of the dashboard: with any other, a foreign page could reach it by DNS rebinding ##########################
 
 
 def host_name(host: str) -> str:

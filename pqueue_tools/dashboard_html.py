@@ -118,11 +118,11 @@ def sections(figures: dict[str, Any], page: dashboard.JobPage, query: dict[str, 
         "path": text(seen["path"]),
         "health": health(seen["problems"]),
         "overview": tiles(seen) + charts(figures["minutes"]),
-        "processing": _titled(tables.PROCESSING, figures["processing"], token),
+        "processing": _titled(tables.PROCESSING, figures, token),
         "jobs": _jobs(page, query, token),
-        "failed": _titled(tables.FAILED, figures["failures"], token),
-        "consumers": _titled(tables.CONSUMERS, figures["consumers"], token) + _supervisor(figures["processes"], token),
-        "queues": _titled(tables.QUEUES, tables.queues(seen), token),
+        "failed": _titled(tables.FAILED, figures, token),
+        "consumers": _titled(tables.CONSUMERS, figures, token) + _supervisor(figures, token),
+        "queues": _titled(tables.QUEUES, figures, token),
     }
 
 
@@ -153,9 +153,9 @@ def _table(table: Table, rows: list[Any], token: str, *, ticks: bool = False, em
     columns = list(table.columns)
     if token and ticks:
         columns.insert(0, Column("", lambda job: _TICK.format(job.id), "html"))
-    if token and table.buttons:
+    if token and any(table.buttons(row) for row in rows):
         width = "" if any(each.width for each in columns) else "wrap"
-        columns.append(Column("", lambda row: _buttons(table.buttons(row), token), "html", width))  # type: ignore[misc]
+        columns.append(Column("", lambda row: _buttons(table.buttons(row), token), "html", width))
     heads = "".join(f'<th class="{_classes(each)}" scope="col">{each.heading}</th>' for each in columns)
     lines = [
         "".join(f'<td class="{_classes(each)}">{_cell(each, row)}</td>' for each in columns)
@@ -169,8 +169,8 @@ def _table(table: Table, rows: list[Any], token: str, *, ticks: bool = False, em
 _TICK = '<input type="checkbox" name="id" value="{0}" aria-label="job {0}">'
 
 
-def _titled(table: Table, rows: list[Any], token: str) -> str:
-    return f"<h2>{table.title}</h2>{_table(table, rows, token)}"
+def _titled(table: Table, figures: dict[str, Any], token: str) -> str:
+    return f"<h2>{table.title}</h2>{_table(table, table.rows(figures), token)}"
 
 
 def _classes(column: Column) -> str:
@@ -204,13 +204,11 @@ def _time(at: float) -> str:
 
 
 def _buttons(buttons: list[Button], token: str, back: str = "/") -> str:
-    return " ".join(_button(each, token, back) for each in buttons)
+    return " ".join(_button(each, token, back) for each in buttons) if token else ""
 
 
-def _button(button: Button, token: str, back: str = "/") -> str:
+def _button(button: Button, token: str, back: str) -> str:
     """Return a form of one button; where it asks, within what the reader opens."""
-    if not token:
-        return ""
     form = f'<form method="post" action="/act/{button.action}">{_hidden(button.fields, token, back)}'
     if not button.confirm:
         return f"{form}<button>{text(button.label)}</button></form>"
@@ -226,10 +224,10 @@ def _hidden(fields: dict[str, Any], token: str, back: str) -> str:
     return "".join(f'<input type="hidden" name="{name}" value="{text(value)}">' for name, value in given.items())
 
 
-def _supervisor(found: list[dict[str, Any]] | str, token: str) -> str:
-    if isinstance(found, str):
-        return f'<p class="soft">{text(found)}</p>'
-    return _titled(tables.GROUPS, tables.groups(found), token) + _button(tables.ADD_GROUP, token)
+def _supervisor(figures: dict[str, Any], token: str) -> str:
+    if isinstance(figures["processes"], str):
+        return f'<p class="soft">{text(figures["processes"])}</p>'
+    return _titled(tables.GROUPS, figures, token) + _buttons([tables.ADD_GROUP], token)
 
 
 # The search ###########################################################################################################
@@ -280,12 +278,11 @@ def job(found: dict[str, Any], message: str, token: str) -> str:
     one: pqueue.Job = found["job"]
     cells = {each.heading: _cell(each, found) for each in tables.FACTS}
     facts = "".join(f"<dt>{heading}</dt><dd>{cell}</dd>" for heading, cell in cells.items() if cell)
-    buttons = _buttons(tables.job_buttons(one), token, f"/job/{one.id}") if token else ""
     parts = [
         f"<h2>Job {one.id}</h2><dl>{facts}</dl>",
-        buttons,
+        _buttons(tables.job_buttons(one), token, f"/job/{one.id}"),
         "".join(_text(one, *each) for each in tables.texts(found)),
-        _titled(tables.HISTORY, found["history"], token),
+        _titled(tables.HISTORY, found, token),
     ]
     body = "".join(f"<section>{part}</section>" for part in parts if part)
     return _page(f"job {one.id}", "", _message(message) + body)

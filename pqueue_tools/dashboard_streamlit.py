@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -39,12 +40,9 @@ def page() -> None:
         return
     if message := st.session_state.pop("message", None):
         st.toast(_plain(message))
-    _section(None, _overview)
-    _section(tables.PROCESSING, _processing)
-    _section(tables.JOBS, _jobs)
-    _section(tables.FAILED, _failed)
-    _section(tables.CONSUMERS, _consumers)
-    _section(tables.QUEUES, _queues)
+    _section("", _overview)
+    for table in (tables.PROCESSING, tables.JOBS, tables.FAILED, tables.CONSUMERS, tables.QUEUES):
+        _section(table.title, _jobs if table is tables.JOBS else partial(_figures, table))
 
 
 def _refusal() -> str | None:
@@ -66,21 +64,21 @@ def _refusal() -> str | None:
     return None
 
 
-def _section(table: Table | None, part: Callable[[], None]) -> None:
+def _section(title: str, part: Callable[[], None]) -> None:
     """Draw a part; while the queue cannot be opened, only the first part says why."""
 
     def draw() -> None:
         try:
             part()
         except (pqueue.QueueError, ValueError) as error:
-            st.html(_html(dashboard_summary.trouble(str(error)))) if table is None else st.caption(
-                "this part comes back by itself"
+            st.caption("this part comes back by itself") if title else st.html(
+                _html(dashboard_summary.trouble(str(error)))
             )
 
-    draw.__qualname__ = part.__name__
+    draw.__qualname__ = title
     with st.container(border=True):
-        if table:
-            st.markdown(f"##### {table.title}")
+        if title:
+            st.markdown(f"##### {title}")
         st.fragment(draw, run_every=dashboard.REFRESH_SECONDS)()
 
 
@@ -113,13 +111,35 @@ def _overview() -> None:
     st.markdown(_html(dashboard_summary.charts(figures["minutes"])), unsafe_allow_html=True)  # st.html drops SVG
 
 
-def _table(table: Table, rows: list[Any]) -> None:
+def _figures(table: Table) -> None:
+    figures = cache().figures()
+    _table(table, figures)
+    if table is not tables.CONSUMERS:
+        return
+    if isinstance(figures["processes"], str):
+        st.caption(_plain(figures["processes"]))
+        return
+    st.markdown(f"##### {tables.GROUPS.title}")
+    _table(tables.GROUPS, figures)
+    _buttons([tables.ADD_GROUP])
+
+
+def _table(table: Table, figures: dict[str, Any]) -> None:
+    """Draw a table, and below it the buttons of a row that the operator chooses."""
+    rows = table.rows(figures)
     if not rows:
         st.caption(_plain(table.empty))
         return
     st.dataframe(_cells(table, rows), hide_index=True, column_config=_config(table))
     if hidden := table.hidden(rows):
         st.caption(hidden)
+    named = {table.name(row): row for row in rows[: table.most] if table.buttons(row)}
+    if named and not dashboard.read_only():
+        with st.container(horizontal=True):
+            key = f"row of {table.title}"
+            name = st.selectbox(key, sorted(named), label_visibility="collapsed", key=key, width=320) or ""
+            for each in table.buttons(named[name]):
+                _button(each)
 
 
 def _cells(table: Table, rows: list[Any]) -> list[dict[str, Any]]:
@@ -167,10 +187,6 @@ def _buttons(buttons: list[Button]) -> None:
         with st.container(horizontal=True):
             for each in buttons:
                 _button(each)
-
-
-def _processing() -> None:
-    _table(tables.PROCESSING, cache().figures()["processing"])
 
 
 def _jobs() -> None:
@@ -250,38 +266,4 @@ def _job(job_id: int) -> None:
         shown = "\n".join(report.printable(line) for line in text.split("\n"))
         place.code(shown, language=None, wrap_lines=True, height=400 if len(shown) > 2000 else "content")
     st.caption(tables.HISTORY.title)
-    _table(tables.HISTORY, found["history"])
-
-
-def _failed() -> None:
-    groups = cache().figures()["failures"]
-    _table(tables.FAILED, groups)
-    if groups and not dashboard.read_only():
-        with st.popover("resubmit a group"):
-            named = {f"{g['task']}: {report.printable(g['error'])}": g for g in groups[: tables.FAILED.most]}
-            name = st.selectbox("group", sorted(named), key="failed-group") or ""
-            if st.button("yes, resubmit all of it", key=f"resubmit all of {name}"):  # of this one, whatever comes first
-                _act("resubmit_group", task=named[name]["task"], error=named[name]["error"])
-
-
-def _consumers() -> None:
-    figures = cache().figures()
-    _table(tables.CONSUMERS, figures["consumers"])
-    processes = figures["processes"]
-    if isinstance(processes, str):
-        st.caption(_plain(processes))
-        return
-    st.markdown(f"##### {tables.GROUPS.title}")
-    groups = tables.groups(processes)
-    _table(tables.GROUPS, groups)
-    _buttons([*(each for group in groups for each in tables.group_buttons(group)), tables.ADD_GROUP])
-
-
-def _queues() -> None:
-    rows = {each["name"]: each for each in tables.queues(cache().figures()["overview"])}
-    _table(tables.QUEUES, list(rows.values()))
-    if rows and not dashboard.read_only():
-        with st.container(horizontal=True):
-            name = st.selectbox("queue", list(rows), label_visibility="collapsed", key="queue-chosen", width=240)
-            for each in tables.queue_buttons(rows[name]):
-                _button(each)
+    _table(tables.HISTORY, found)

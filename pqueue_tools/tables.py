@@ -50,7 +50,9 @@ class Table:
     empty: str
     noun: str = ""  # of a row
     most: int | None = None  # rows that are shown
-    buttons: Callable[[Any], list[Button]] | None = None  # of a row
+    rows: Callable[[dict[str, Any]], list[Any]] = list  # in the figures of the dashboard
+    buttons: Callable[[Any], list[Button]] = lambda _: []  # of a row
+    name: Callable[[Any], str] = itemgetter("name")  # by which a row with buttons is chosen
 
     def hidden(self, rows: list[Any]) -> str:
         """Return how many rows are not shown, or "" for none."""
@@ -83,6 +85,7 @@ PROCESSING = Table(
         Column("progress", lambda job: job.progress, "progress", width="cut"),
     ),
     "nothing is running",
+    rows=itemgetter("processing"),
 )
 JOBS = Table(
     "Jobs",
@@ -96,7 +99,7 @@ JOBS = Table(
         Column("enqueued", lambda job: job.created_at, "time", on_phone=False),
         Column("detail", lambda job: report.cut(report.detail(job), 200), width="cut"),
     ),
-    dashboard.NO_JOBS,
+    "no jobs yet: run python producer.py",
 )
 FAILED = Table(
     "Failed",
@@ -111,7 +114,9 @@ FAILED = Table(
     "no job has failed",
     "group",
     dashboard.FAILED_GROUPS_SHOWN,
+    itemgetter("failures"),
     lambda group: [Button("resubmit_group", "resubmit all", {"task": group["task"], "error": group["error"]})],
+    lambda group: f"{group['task']}: {report.printable(group['error'])}",
 )
 CONSUMERS = Table(
     "Consumers",
@@ -127,10 +132,19 @@ CONSUMERS = Table(
     "no consumer yet: run python consumer.py",
     "consumer",
     dashboard.CONSUMERS_SHOWN,
+    itemgetter("consumers"),
 )
 
 
-def group_buttons(group: dict[str, Any]) -> list[Button]:
+def _groups(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    added = supervisor.added_groups()
+    found: dict[str, list[str]] = {}
+    for each in figures["processes"]:
+        found.setdefault(each["group"], []).append(f"{each['name']} {each['state'].lower()}")
+    return [{"name": name, "processes": states, "is_added": name in added} for name, states in found.items()]
+
+
+def _group_buttons(group: dict[str, Any]) -> list[Button]:
     name = group["name"]
     return [Button("remove_group", f"remove {name}", {"group": name})] if group["is_added"] else []
 
@@ -142,21 +156,17 @@ GROUPS = Table(
         Column("processes", lambda group: ", ".join(group["processes"]), width="wrap"),
     ),
     "no process",
-    buttons=group_buttons,
+    rows=_groups,
+    buttons=_group_buttons,
 )
 ADD_GROUP = Button("add_group", f"add {supervisor.GROUP_SIZE} consumers")
 
 
-def groups(processes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of GROUPS."""
-    added = supervisor.added_groups()
-    found: dict[str, list[str]] = {}
-    for each in processes:
-        found.setdefault(each["group"], []).append(f"{each['name']} {each['state'].lower()}")
-    return [{"name": name, "processes": states, "is_added": name in added} for name, states in found.items()]
+def _queues(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"name": name, **each} for name, each in figures["overview"]["queues"].items()]
 
 
-def queue_buttons(queue: dict[str, Any]) -> list[Button]:
+def _queue_buttons(queue: dict[str, Any]) -> list[Button]:
     name, verb = queue["name"], "resume" if queue["paused"] else "pause"
     limit = Button("limit", "limit", {"queue": name}, asks_for="max_pending", hint="none")
     return [Button(verb, verb, {"queue": name}, confirm=False), limit]
@@ -175,17 +185,13 @@ QUEUES = Table(
         Column("", lambda queue: "paused" if queue["paused"] else "", "state"),
     ),
     "no queue yet",
-    buttons=queue_buttons,
+    rows=_queues,
+    buttons=_queue_buttons,
 )
 
 
 def _number(value: int | None) -> str:
     return "" if value is None else f"{value:,}"
-
-
-def queues(overview: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of QUEUES."""
-    return [{"name": name, **each} for name, each in overview["queues"].items()]
 
 
 # One job ##############################################################################################################
@@ -216,6 +222,7 @@ HISTORY = Table(
         Column("error", lambda event: report.cut(report.first_line(event["error"]), 300), width="wrap"),
     ),
     "no event yet",
+    rows=itemgetter("history"),
 )
 
 

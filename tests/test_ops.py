@@ -217,7 +217,7 @@ def test_page_does_not_wait_for_a_supervisord_that_hangs(queue, site, monkeypatc
 
 def test_empty_dashboard_says_what_to_do(queue, site):
     text = site.ask("/")[1]
-    assert dashboard.NO_JOBS in text
+    assert tables.JOBS.empty in text
     assert "run python consumer.py" in text
 
 
@@ -893,10 +893,10 @@ def test_streamlit_page_resubmits_the_group_that_was_chosen_whatever_fails_meanw
     for task in ("b", "c"):
         failed(queue, task=task)
     page = streamlit()
-    page.selectbox(key="failed-group").select("c: ValueError: no").run(timeout=PATIENCE_SECONDS)
+    page.selectbox(key="row of Failed").select("c: ValueError: no").run(timeout=PATIENCE_SECONDS)
     for _ in range(3):
         failed(queue, task="a")
     page.run(timeout=PATIENCE_SECONDS)
-    assert page.selectbox(key="failed-group").value == "c: ValueError: no"
-    page.button(key="resubmit all of c: ValueError: no").click().run(timeout=PATIENCE_SECONDS)
+    assert page.selectbox(key="row of Failed").value == "c: ValueError: no"
+    page.button(key="yes, resubmit all c ValueError: no").click().run(timeout=PATIENCE_SECONDS)
     assert [job.task for job in queue.list_jobs(state="pending")] == ["c"]
