@@ -137,7 +137,7 @@ def _table(table: Table, figures: dict[str, Any]) -> None:
     if named and not dashboard.read_only():
         with st.container(horizontal=True):
             key = f"row of {table.title}"
-            name = st.selectbox(key, sorted(named), label_visibility="collapsed", key=key, width=320) or ""
+            name = st.selectbox(key, sorted(named), label_visibility="collapsed", key=key, width=480) or ""
             for each in table.buttons(named[name]):
                 _button(each)
 

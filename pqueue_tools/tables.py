@@ -126,7 +126,7 @@ CONSUMERS = Table(
         Column("host / pid", lambda each: f"{each['host']} / {each['pid']}", on_phone=False),
         Column("jobs", itemgetter("job_ids"), "job"),
         Column("done", itemgetter("completed"), "number"),
-        Column("failed", itemgetter("failed"), "number", on_phone=False),
+        Column("failed", itemgetter("failed"), "number"),
         Column("seen", itemgetter("last_seen_at"), "time", width="cut"),
     ),
     "no consumer yet: run python consumer.py",
