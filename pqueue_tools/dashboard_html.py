@@ -186,7 +186,8 @@ def _cell(column: Column, row: Any) -> str:
         links = [f'<a href="/job/{each}">{each}</a>' for each in jobs[: tables.JOBS_OF_CONSUMER_SHOWN]]
         return " ".join(links) + " …" * (len(links) < len(jobs))
     if column.kind == "time":
-        return _time(value)
+        ago = report.ago(value, time.time())
+        return f'<time datetime="{report.iso(value)}" title="{report.clock(value)}">{ago}</time>'
     if column.kind == "state":
         return f'<span class="{text(value)}">{text(value)}</span>'
     if column.kind == "progress":
@@ -197,10 +198,6 @@ def _cell(column: Column, row: Any) -> str:
 
 def _query(filters: dict[str, str]) -> str:
     return html.escape(urlencode(filters))
-
-
-def _time(at: float) -> str:
-    return f'<time datetime="{report.iso(at)}" title="{report.clock(at)}">{report.ago(at, time.time())}</time>'
 
 
 def _buttons(buttons: list[Button], token: str, back: str = "/") -> str:

@@ -24,7 +24,7 @@ STYLE = f"""<style>{dashboard_summary.STYLE}
 h5 {{ padding: 0 0 0.3rem !important }}
 @media (max-width: 640px) {{ .st-key-filters [data-testid=stColumn] {{ min-width: 42% !important; flex: 1 1 42% }} }}
 </style>"""
-DOT = {"completed": "green", "failed": "red", "processing": "blue", "pending": "orange", "scheduled": "violet"}
+STATE_COLOURS = dict(zip(dashboard.STATES_SHOWN, ("orange", "violet", "blue", "green", "red"), strict=True))
 
 
 @st.cache_resource
@@ -39,7 +39,7 @@ def page() -> None:
         st.container(border=True).html(_html(dashboard_summary.trouble(refused)))
         return
     if message := st.session_state.pop("message", None):
-        st.toast(_plain(message))
+        st.toast(_escaped(message))
     _section("", _overview)
     for table in (tables.PROCESSING, tables.JOBS, tables.FAILED, tables.CONSUMERS, tables.QUEUES):
         _section(table.title, _jobs if table is tables.JOBS else partial(_figures, table))
@@ -94,7 +94,7 @@ def _act(name: str, **fields: Any) -> None:
     st.rerun()
 
 
-def _plain(value: str) -> str:
+def _escaped(value: str) -> str:
     """Return the text for a place where Streamlit would read Markdown."""
     return "".join(f"\\{mark}" if mark in "\\`*_{}[]()#+-.!|<>~$:&" else mark for mark in report.printable(value))
 
@@ -117,7 +117,7 @@ def _figures(table: Table) -> None:
     if table is not tables.CONSUMERS:
         return
     if isinstance(figures["processes"], str):
-        st.caption(_plain(figures["processes"]))
+        st.caption(_escaped(figures["processes"]))
         return
     st.markdown(f"##### {tables.GROUPS.title}")
     _table(tables.GROUPS, figures)
@@ -128,7 +128,7 @@ def _table(table: Table, figures: dict[str, Any]) -> None:
     """Draw a table, and below it the buttons of a row that the operator chooses."""
     rows = table.rows(figures)
     if not rows:
-        st.caption(_plain(table.empty))
+        st.caption(_escaped(table.empty))
         return
     st.dataframe(_cells(table, rows), hide_index=True, column_config=_config(table))
     if hidden := table.hidden(rows):
@@ -204,7 +204,7 @@ def _jobs() -> None:
         chosen = st.dataframe(rows, hide_index=True, on_select="rerun", selection_mode="multi-row", key=key)
         ids = [page[0][row].id for row in chosen["selection"]["rows"] if row < len(page[0])]
     else:
-        st.caption(_plain(tables.none_found(query, page[1])))
+        st.caption(_escaped(tables.none_found(query, page[1])))
     _pages(query, filters, page)
     if page[0]:
         _bulk(ids, filters, tables.matching(query, page))
@@ -257,8 +257,8 @@ def _job(job_id: int) -> None:
     found = cache().job(job_id)
     one: pqueue.Job = found["job"]
     st.markdown(f"#### Job {one.id}")
-    facts = {each.heading: _plain(str(_cell(each, found))) for each in tables.FACTS}
-    facts["state"] = f":{DOT.get(one.state, 'gray')}[{facts['state']}]"
+    facts = {each.heading: _escaped(str(_cell(each, found))) for each in tables.FACTS}
+    facts["state"] = f":{STATE_COLOURS.get(one.state, 'gray')}[{facts['state']}]"
     st.markdown(" · ".join(f":gray[{heading}] {fact}" for heading, fact in facts.items() if fact))
     _buttons(tables.job_buttons(one))
     for place, (title, text, is_cut) in zip(cycle(st.columns(2)), tables.texts(found), strict=False):
