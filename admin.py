@@ -89,13 +89,13 @@ COMMANDS: dict[str, Command] = {}
 
 def command(name: str, *parameters: Parameter, opens: bool = True) -> Callable[[Callable[..., Result]], Any]:
     def register(function: Callable[..., Result]) -> Callable[..., Result]:
-        COMMANDS[name] = Command(name, function, (*parameters, JSON), opens)
+        COMMANDS[name] = Command(name, function, (*parameters, JSON_OPTION), opens)
         return function
 
     return register
 
 
-JSON = Parameter("--json", "one JSON object per line", flag=True)
+JSON_OPTION = Parameter("--json", "one JSON object per line", flag=True)
 YES = Parameter("--yes", "do not ask", flag=True)
 JOB_ID = Parameter("job_id", "number of the job", whole_number(0), metavar="JOB_ID")
 JOB_IDS = Parameter("job_ids", "numbers of jobs; or filter", whole_number(0), metavar="JOB_ID", many=True)
@@ -112,8 +112,8 @@ MATCHING = (
 STATUS = Parameter(
     "--status", f"jobs in this state: {', '.join(pqueue.STATES)}", one_of(*pqueue.STATES), metavar="STATE"
 )
-FILTERS = (STATUS, *MATCHING)
-PAGE = (
+FILTER_OPTIONS = (STATUS, *MATCHING)
+PAGE_OPTIONS = (
     Parameter("--limit", "at most so many", whole_number(1), "50", "N"),
     Parameter("--before-id", "older than this job: the next page", whole_number(0), metavar="JOB_ID"),
 )
@@ -121,7 +121,7 @@ FILTER_NAMES = {"status": "state", "since": "created_from", "until": "created_be
 
 
 def _filters(options: argparse.Namespace) -> dict[str, Any]:
-    chosen = {each.key: getattr(options, each.key, None) for each in FILTERS}
+    chosen = {each.key: getattr(options, each.key, None) for each in FILTER_OPTIONS}
     return {FILTER_NAMES.get(key, key): value for key, value in chosen.items() if value is not None}
 
 
@@ -130,7 +130,7 @@ def _job_row(job: Job) -> dict[str, Any]:
     return {**{key: getattr(job, key) for key in keys}, "detail": detail(job)}
 
 
-@command("list-jobs", *FILTERS, *PAGE)
+@command("list-jobs", *FILTER_OPTIONS, *PAGE_OPTIONS)
 def list_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     """List jobs, the newest first."""
     return Result(_listed(queue, options))
@@ -141,7 +141,7 @@ def _listed(queue: PersistentQInterface, options: argparse.Namespace) -> list[di
     return [job_object(job) if options.json else _job_row(job) for job in jobs]
 
 
-@command("failedjobs", *MATCHING, *PAGE, Parameter("--all", "list the jobs instead", flag=True))
+@command("failedjobs", *MATCHING, *PAGE_OPTIONS, Parameter("--all", "list the jobs instead", flag=True))
 def failedjobs(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     """Count the failed jobs by task and error, or list them."""
     filters = _filters(options)
@@ -248,7 +248,7 @@ def _ids(job_ids: list[int]) -> str:
     return f"job{'' if len(job_ids) == 1 else 's'} {', '.join(map(str, job_ids))}"
 
 
-@command("resubmit", JOB_IDS, *FILTERS, YES)
+@command("resubmit", JOB_IDS, *FILTER_OPTIONS, YES)
 def resubmit(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     """Make finished jobs pending again, with all their attempts."""
     return _act(queue, options, "resubmit", "resubmitted", queue.resubmit)
@@ -257,7 +257,7 @@ def resubmit(queue: PersistentQInterface, options: argparse.Namespace) -> Result
 @command(
     "mark-failed",
     JOB_IDS,
-    *FILTERS,
+    *FILTER_OPTIONS,
     Parameter("--error", "what to record", default="marked as failed", metavar="TEXT"),
     YES,
 )
@@ -268,7 +268,7 @@ def mark_failed(queue: PersistentQInterface, options: argparse.Namespace) -> Res
     )
 
 
-@command("cancel", JOB_IDS, *FILTERS, YES)
+@command("cancel", JOB_IDS, *FILTER_OPTIONS, YES)
 def cancel(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     """Withdraw unfinished jobs; a running delivery loses its lease."""
     return _act(queue, options, "cancel", "cancelled", queue.cancel)
@@ -627,13 +627,13 @@ def torture(_: None, options: argparse.Namespace) -> Result:
 def monitor(_: None, options: argparse.Namespace) -> Result:
     """Watch processes, consumers, jobs and failures on a live screen."""
     if options.once or options.json or not sys.stdout.isatty():
-        seen = _look()
+        seen = _snapshot()
         return Result([seen], _screen(seen, _width()))
     sys.stdout.write("\x1b[?1049h\x1b[?25l")
     try:
         while True:
             size = shutil.get_terminal_size()
-            lines = _screen(_look(), size.columns, colours=_colours()).split("\n")[: size.lines - 1]
+            lines = _screen(_snapshot(), size.columns, colours=_colours()).split("\n")[: size.lines - 1]
             sys.stdout.write("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
             sys.stdout.flush()
             time.sleep(options.interval)
@@ -642,7 +642,7 @@ def monitor(_: None, options: argparse.Namespace) -> Result:
         sys.stdout.flush()
 
 
-def _look() -> dict[str, Any]:
+def _snapshot() -> dict[str, Any]:
     """Return what the screen shows. What cannot be seen is told, as "supervisord" or "database", in a sentence."""
     seen: dict[str, Any] = {"at": time.time()}
     try:
@@ -653,7 +653,7 @@ def _look() -> dict[str, Any]:
         queue = pqueue.open_queue(create=False)
         try:
             now = seen["at"]
-            with _damage_told(queue):
+            with _reporting_damage(queue):
                 seen |= {"stats": queue.stats(), "consumers": queue.consumers(), "problems": problems(queue, now)}
                 seen |= {"per_second": {name: n / 10 for name, n in queue.activity(now - 10, now).items()}}
                 seen |= {"failed": [_job_row(job) for job in queue.list_jobs(state="failed", limit=5)]}
@@ -701,15 +701,15 @@ def run(entry: Command, options: argparse.Namespace) -> int:
             return _show(entry.function(None, options), options)
         queue = pqueue.open_queue(create=False)
         try:
-            with _damage_told(queue):
+            with _reporting_damage(queue):
                 return _show(entry.function(queue, options), options)
         finally:
             queue.close()
 
 
 @contextmanager
-def _damage_told(queue: PersistentQInterface) -> Iterator[None]:
-    """Say what is wrong with a database file that is damaged: in it, a value may not have the type of its column."""
+def _reporting_damage(queue: PersistentQInterface) -> Iterator[None]:
+    """Say what is wrong with a damaged database: a value in it may not have the type of its column."""
     try:
         yield
     except (TypeError, LookupError, ArithmeticError) as error:

@@ -34,8 +34,8 @@ from pqueue import DoNotRetry, Job, LeaseLost, PersistentQInterface, QueueBusy, 
 from pqueue_tools import file_task
 from pqueue_tools.masking import masked_text
 from pqueue_tools.process import (
-    Answer,
     OneLineParser,
+    T,
     escape_unprintable,
     expect_posix,
     folder,
@@ -96,7 +96,7 @@ class Consumer:
         self._can_wake = False  # asleep for want of jobs: a signal may raise
         self._run_seconds = HOLD_SECONDS  # of one job, as measured; begins with one job at a time
         self._busy, self._over = threading.Event(), threading.Event()
-        self._beaten = [0, 0]
+        self._sent = [0, 0]
         self._pid = os.getpid()
 
     def run(self) -> None:
@@ -104,7 +104,7 @@ class Consumer:
         watch = threading.Thread(target=self._watch, name="watch", daemon=True)
         watch.start()
         try:
-            while self._settle_and_take():
+            while self._complete_and_take():
                 while job := self._next():
                     self._run_one(job)
         finally:
@@ -112,7 +112,7 @@ class Consumer:
             self._over.set()
             self._busy.set()
             watch.join()
-            self._beat()
+            self._heartbeat()
 
     def stop(self, *_: Any) -> None:
         """Handle a signal to end: the first finishes what is in hand, the second does not."""
@@ -125,11 +125,11 @@ class Consumer:
 
     # Taking
 
-    def _settle_and_take(self) -> bool:
-        """Complete what is finished and take the next batch in one commit; return False when there is to be none."""
+    def _complete_and_take(self) -> bool:
+        """Complete what is finished and take the next batch in one commit; return False to end the consumer."""
         while True:
             finished, limit = self._take_finished(), self._limit()
-            jobs = self._retry_while_busy(finished, lambda f=finished, n=limit: self._exchange(f, n))  # type: ignore[misc]
+            jobs = self._complete_and_dequeue(finished, limit)
             if jobs:
                 with self._lock:
                     self._waiting.extend(jobs)
@@ -149,14 +149,15 @@ class Consumer:
         fit = int(HOLD_SECONDS / max(self._run_seconds, HOLD_SECONDS / most))
         return min(max(1, fit), most if self.max_jobs is None else self.max_jobs - self.taken)
 
-    def _exchange(self, finished: list[tuple[Job, Any]], limit: int) -> list[Job]:
-        if not finished and not limit:
-            return []
-        jobs, lost = self.queue.complete_and_dequeue(finished, self.name, limit, **self.options)
-        self._tell_settled([job for job, _ in finished], lost)
-        return jobs
+    def _complete_and_dequeue(self, finished: list[tuple[Job, Any]], limit: int) -> list[Job] | None:
+        def call() -> list[Job]:
+            jobs, lost = self.queue.complete_and_dequeue(finished, self.name, limit, **self.options)
+            self._log_completed([job for job, _ in finished], lost)
+            return jobs
 
-    def _retry_while_busy(self, held: list[tuple[Job, Any]], call: Callable[[], Answer]) -> Answer | None:
+        return self._retry_while_busy(finished, call) if finished or limit else []
+
+    def _retry_while_busy(self, held: list[tuple[Job, Any]], call: Callable[[], T]) -> T | None:
         """Repeat a call while the database is locked or full; give up when told to stop, or the lease is over."""
         until = time.monotonic() + self.lease_seconds if held or self.signals else None
 
@@ -201,7 +202,7 @@ class Consumer:
                 took = self._end_current()
         except Interrupt as error:
             self._end_current()  # once more: it may have come in the midst of the first
-            self._interrupted(job, error.args[0])
+            self._end_interrupted(job, error.args[0])
         except LeaseLost as error:
             log("lost", consumer=self.name, job=job.id, reason=error)
         except DoNotRetry as error:
@@ -232,7 +233,7 @@ class Consumer:
                 self._interrupt = None
             return time.monotonic() - self._started
 
-    def _interrupted(self, job: Job, reason: Exception) -> None:
+    def _end_interrupted(self, job: Job, reason: Exception) -> None:
         if self.signals > 1 and job.max_attempts == 1:
             self._fail(job, Stopped("stopped while it ran; it is not run again, as its max_attempts is 1"), retry=False)
         elif self.signals > 1:
@@ -267,8 +268,8 @@ class Consumer:
             finished, self._finished = self._finished, []
             return finished
 
-    def _tell_settled(self, jobs: list[Job], lost: list[Job]) -> None:
-        gone = {job.id for job in lost if not self._settled_itself(job)}
+    def _log_completed(self, jobs: list[Job], lost: list[Job]) -> None:
+        gone = {job.id for job in lost if not self._was_completed_by_task(job)}
         self.completed += len(jobs) - len(gone)
         at, by = utc_now(), quoted(self.name)
         lines = [
@@ -282,7 +283,7 @@ class Consumer:
         if lines:
             print_line("\n".join(lines))
 
-    def _settled_itself(self, job: Job) -> bool:
+    def _was_completed_by_task(self, job: Job) -> bool:
         """Tell a lease that was lost from one that the task gave up by completing the job in its own transaction."""
         with suppress(QueueError):
             now = self.queue.get(job.id)
@@ -293,7 +294,7 @@ class Consumer:
         """On the way out: complete what is finished, release what has not begun."""
         finished = self._take_finished()
         with suppress(QueueError):
-            self._retry_while_busy(finished, lambda: self._exchange(finished, 0))
+            self._complete_and_dequeue(finished, 0)
         while self._waiting:
             self._release(self._waiting.popleft())
 
@@ -305,21 +306,21 @@ class Consumer:
     # The watch: a thread of its own, so that a busy task cannot starve it
 
     def _watch(self) -> None:
-        beat_at = time.monotonic() + HEARTBEAT_SECONDS
+        heartbeat_at = time.monotonic() + HEARTBEAT_SECONDS
         while not self._over.is_set():
-            self._busy.wait(max(0.0, beat_at - time.monotonic()))
+            self._busy.wait(max(0.0, heartbeat_at - time.monotonic()))
             try:
-                if time.monotonic() >= beat_at:
-                    beat_at += HEARTBEAT_SECONDS
-                    self._beat()
+                if time.monotonic() >= heartbeat_at:
+                    heartbeat_at += HEARTBEAT_SECONDS
+                    self._heartbeat()
                 if self._busy.is_set():
-                    self._look()
+                    self._check_running()
             except (QueueError, MemoryError) as error:
                 log("left to its lease", consumer=self.name, reason=str(error) or "no memory")
             if self._busy.is_set():
                 self._over.wait(TICK_SECONDS)
 
-    def _look(self) -> None:
+    def _check_running(self) -> None:
         """See to the running job: nothing waits behind a slow one, its lease goes on, its time is bounded."""
         with self._lock:
             job, ran = self._current, time.monotonic() - self._started
@@ -331,10 +332,10 @@ class Consumer:
         for other in waiting:
             self._release(other)
         if finished:
-            self._retry_while_busy(finished, lambda: self._exchange(finished, 0))
+            self._complete_and_dequeue(finished, 0)
         if due:
             self._extend(job)
-        self._bound(job, ran)
+        self._enforce_timeout(job, ran)
 
     def _extend(self, job: Job) -> None:
         self._extended = time.monotonic()
@@ -346,7 +347,7 @@ class Consumer:
             self._extended -= self.lease_seconds / 6  # again soon
             log("waiting", consumer=self.name, job=job.id, reason=error)
 
-    def _bound(self, job: Job, ran: float) -> None:
+    def _enforce_timeout(self, job: Job, ran: float) -> None:
         entry = pqueue.TASKS.get(job.task)
         timeout = entry.timeout_seconds if entry else None
         if timeout is not None and ran > timeout:
@@ -367,11 +368,11 @@ class Consumer:
         if self._current is not None and self._interrupt and not self.queue.in_transaction:
             raise Interrupt(self._interrupt)
 
-    def _beat(self) -> None:
+    def _heartbeat(self) -> None:
         counts = [self.completed, self.failed]
         with suppress(QueueError):
-            self.queue.heartbeat(self.name, completed=counts[0] - self._beaten[0], failed=counts[1] - self._beaten[1])
-            self._beaten = counts
+            self.queue.heartbeat(self.name, completed=counts[0] - self._sent[0], failed=counts[1] - self._sent[1])
+            self._sent = counts
 
 
 # The program ##########################################################################################################

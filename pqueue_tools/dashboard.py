@@ -22,26 +22,27 @@ from pqueue_tools.actions import act_on_matching
 from pqueue_tools.masking import masked_job
 from pqueue_tools.process import whole_number
 
-PAGE = 50  # jobs on a page
-FRESH_SECONDS = 1.0  # what is shown is computed at most so often, whatever the number of viewers,
-SHARE = 0.05  # and each part of it for at most this share of the time
-PATIENCE_SECONDS = 0.12  # how long a page waits for figures; then it shows the last ones,
-OLD_SECONDS = 30.0  # but not for longer than this after they could have been computed anew
-SEARCH_SECONDS = 0.1  # how long it looks for jobs before it offers to go on
-SEARCHES = 20  # whose results are kept while they are fresh
-EXCERPT = 1000  # characters of a payload, result and error that a list of jobs reads
-MOST_CHARS = 65_536  # of each that the page of a job shows
-HISTORY = 200  # events that it shows, the last ones
+JOBS_PER_PAGE = 50
+FRESH_SECONDS = 1.0  # figures are computed at most this often, however many people look at them
+MAX_BUSY_SHARE = 0.05  # of the time that computing one kind of figures takes
+PAGE_WAIT_SECONDS = 0.12  # how long a page waits for new figures before it shows the last ones
+MAX_STALE_SECONDS = 30.0  # how long figures are shown after they became due for computing
+SEARCH_SECONDS = 0.1  # how long a search runs before the page offers to continue it
+SEARCHES_KEPT = 20
+EXCERPT_CHARS = 1000  # of a payload, result and error that a list of jobs reads
+TEXT_CHARS_SHOWN = 65_536  # of a payload, result and error on the page of a job
+EVENTS_SHOWN = 200  # the last ones of a job's history
 REFRESH_SECONDS = 2
 MINUTES = 60
-SAMPLE = 100  # jobs of a minute from which its wait and run times are taken
-GROUPS = 20  # of failed jobs that are shown
-CONSUMERS = 100
-FILE_BYTES = 65_536  # of a job's file that are shown
-SHOWN = ("pending", "scheduled", "processing", "completed", "failed")  # states, in this order
-NO_JOBS = "no jobs yet: run python producer.py"
+JOBS_SAMPLED = 100  # of a minute, for its wait and run times
+FAILED_GROUPS_SHOWN = 20
+CONSUMERS_SHOWN = 100
+FILE_BYTES_SHOWN = 65_536  # of a job's file
+STATES_SHOWN = ("pending", "scheduled", "processing", "completed", "failed")
+OTHER_HOST = "refused: this is not a host name of the dashboard; PQUEUE_OPS_HOSTS can list more"
+OTHER_SITE = "refused: the request comes from another site"
 FILTERS = ("state", "queue", "task", "consumer", "text")
-PAINT: dict[str, str] = {  # of the charts, on light and on dark
+CHART_COLOURS: dict[str, str] = {  # on a light and on a dark page
     "enqueued": "#8a94a6",
     "completed": "#2aa36b",
     "failed": "#e5484d",
@@ -50,7 +51,7 @@ PAINT: dict[str, str] = {  # of the charts, on light and on dark
 }
 
 Form = dict[str, list[str]]
-Found = tuple[list[Job], "int | None"]  # a page of jobs, and the id before which to go on
+JobPage = tuple[list[Job], "int | None"]  # a page of jobs, and the id before which to go on
 Percentiles = tuple[float, float]  # p50 and p95, seconds
 
 
@@ -61,7 +62,7 @@ def read_only() -> bool:
     return os.environ.get("PQUEUE_OPS_READONLY", "") not in ("", "0")
 
 
-# Names by which the dashboard may be reached: by another, a page elsewhere would reach it by DNS rebinding ###########
+# Host names of the dashboard: with any other, a foreign page could reach it by DNS rebinding ##########################
 
 
 def host_name(host: str) -> str:
@@ -113,7 +114,7 @@ def is_same_origin(origin: str, host: str) -> bool:
 # Figures: each is computed here, for both front ends ##################################################################
 
 
-class Board:
+class FigureCache:
     """The figures of one queue, which may come and go: each method raises QueueError with what is wrong with it.
 
     A thread of its own computes them, so that no page waits for long and no viewer costs more than the first.
@@ -138,7 +139,7 @@ class Board:
         self._computed: dict[str, tuple[float, Any]] = {}  # until when to show it, and it or the QueueError instead
         self._stale_at: dict[str, float] = {}
         self._running: dict[str, Future[None]] = {}
-        self._searches: dict[str, tuple[float, Found | None]] = {}
+        self._searches: dict[str, tuple[float, JobPage | None]] = {}
         self._minutes: dict[int, dict[str, Any]] = {}
 
     def queue(self) -> PersistentQInterface:
@@ -186,8 +187,8 @@ class Board:
             return facts.st_dev, facts.st_ino
         return None
 
-    def figures(self, patience_seconds: float | None = None) -> dict[str, Any]:
-        """Return, as of now or, where computing takes longer than the patience (None: PATIENCE_SECONDS), of before:
+    def figures(self, wait_seconds: float | None = None) -> dict[str, Any]:
+        """Return, as of now or, where computing takes longer than the patience (None: PAGE_WAIT_SECONDS), of before:
 
         overview: states, queues and path as the queue tells, per_minute, oldest_seconds, alive, wal_bytes, problems,
         and wait and run, each (p50, p95) seconds or None; minutes: at (its start), enqueued, completed, failed, wait
@@ -202,7 +203,7 @@ class Board:
                 if part not in self._running and now >= self._stale_at.get(part, 0.0):
                     self._running[part] = self._worker.submit(self._compute, part, queue, self._running)
             running = list(self._running.values())
-        wait(running, PATIENCE_SECONDS if patience_seconds is None else patience_seconds)
+        wait(running, PAGE_WAIT_SECONDS if wait_seconds is None else wait_seconds)
         with self._lock:
             now = time.monotonic()
             computed = {part: found for part, (until, found) in self._computed.items() if until > now}
@@ -225,7 +226,7 @@ class Board:
         with self._lock:
             if self._running is running:  # else it is out of date already
                 self._stale_at[part] = _stale_at(began)
-                self._computed[part] = self._stale_at[part] + OLD_SECONDS, found
+                self._computed[part] = self._stale_at[part] + MAX_STALE_SECONDS, found
                 del running[part]
 
     def _hour(self, queue: PersistentQInterface) -> list[dict[str, Any]]:
@@ -238,7 +239,7 @@ class Board:
         kept.update((number, each) for number, each in minutes.items() if number < current - 1)
         return list(minutes.values())
 
-    def jobs(self, query: dict[str, str]) -> Found:
+    def jobs(self, query: dict[str, str]) -> JobPage:
         """Return a page of the jobs that match the query's filters and stand before its before_id, newest first, or
         what was found of it in SEARCH_SECONDS; and the id before which to go on, or None at the end. Of payloads,
         results and errors it holds the beginnings."""
@@ -254,15 +255,15 @@ class Board:
                 found = queue.search_jobs(
                     pqueue.Filters(**given),
                     before_id=before_id,
-                    limit=PAGE,
+                    limit=JOBS_PER_PAGE,
                     seconds=SEARCH_SECONDS,
-                    excerpt=EXCERPT,
+                    excerpt=EXCERPT_CHARS,
                     shown=masked_job,
                 )
                 stale_at = _stale_at(began)
         with self._lock:
             searches[search] = stale_at, found
-            if len(searches) > SEARCHES:
+            if len(searches) > SEARCHES_KEPT:
                 del searches[next(iter(searches))]
         return found
 
@@ -275,13 +276,13 @@ class Board:
         with self._reading:
             why = report.why(queue, job_id, stats=stats)
             job = masked_job(queue.get(job_id))
-        history = report.history(queue, job_id, limit=HISTORY)
+        history = report.history(queue, job_id, limit=EVENTS_SHOWN)
         return {"job": job, "history": history, "why": why, "file": _file_text(job.payload)}
 
 
 def _stale_at(began: float) -> float:
     ended = time.monotonic()
-    return ended + max(FRESH_SECONDS, (ended - began) / SHARE)
+    return ended + max(FRESH_SECONDS, (ended - began) / MAX_BUSY_SHARE)
 
 
 def _overview(queue: PersistentQInterface) -> dict[str, Any]:
@@ -302,12 +303,12 @@ def _overview(queue: PersistentQInterface) -> dict[str, Any]:
 
 
 def _minute(queue: PersistentQInterface, at: float) -> dict[str, Any]:
-    times = queue.timings(SAMPLE, start=at, end=at + 60)
+    times = queue.timings(JOBS_SAMPLED, start=at, end=at + 60)
     return {"at": at, **queue.activity(at, at + 60), **_percentiles(times)}
 
 
 def _processing(queue: PersistentQInterface) -> list[Job]:
-    return queue.list_jobs(state="processing", limit=PAGE, excerpt=0)
+    return queue.list_jobs(state="processing", limit=JOBS_PER_PAGE, excerpt=0)
 
 
 def _consumers(queue: PersistentQInterface) -> list[dict[str, Any]]:
@@ -335,24 +336,11 @@ def _file_text(payload: Any) -> str | None:
     if not (isinstance(payload, dict) and "file" in payload):
         return None
     try:
-        content = file_task.read_job_file(payload, FILE_BYTES + 1)
+        content = file_task.read_job_file(payload, FILE_BYTES_SHOWN + 1)
     except (DoNotRetry, OSError) as error:
         return f"(cannot read it: {getattr(error, 'strerror', None) or error})"
-    text = content[:FILE_BYTES].decode(errors="replace")
-    return text + "\n(cut)" if len(content) > FILE_BYTES else text
-
-
-def matching(query: dict[str, str], shown: Found) -> str:
-    """Return how "all that match the filter" is called, with their number where the page shows all of them."""
-    known = len(shown[0]) if shown[1] is None and not query.get("before_id") else None
-    return "all that match the filter" if known is None else f"all {known} that match the filter"
-
-
-def none_found(query: dict[str, str], before: int | None) -> str:
-    """Return what to say instead of a page of jobs that is empty; `before` as from `Board.jobs`."""
-    if before is not None:
-        return "no job found so far"
-    return "no job matches" if any(query.get(name) for name in (*FILTERS, "before_id")) else NO_JOBS
+    text = content[:FILE_BYTES_SHOWN].decode(errors="replace")
+    return text + "\n(cut)" if len(content) > FILE_BYTES_SHOWN else text
 
 
 def _processes() -> list[dict[str, Any]] | str:
@@ -367,7 +355,7 @@ def _processes() -> list[dict[str, Any]] | str:
 def tiles(seen: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return the overview as (label, value, state), where the state gives the colour."""
     oldest = "none" if seen["oldest_seconds"] is None else report.span(seen["oldest_seconds"])
-    found = [(state, f"{seen['states'][state]:,}", state) for state in SHOWN]
+    found = [(state, f"{seen['states'][state]:,}", state) for state in STATES_SHOWN]
     found += [(f"{name} / min", f"{seen['per_minute'][name]:,}", "") for name in ("enqueued", "completed")]
     found += [("oldest pending", oldest, "")]
     found += [("consumers alive", str(seen["alive"]), "")]
@@ -482,15 +470,15 @@ ACTIONS: dict[str, Callable[[PersistentQInterface, Form], str]] = {
 }
 
 
-def act(board: Board, name: str, form: Form) -> tuple[bool, str]:
+def act(cache: FigureCache, name: str, form: Form) -> tuple[bool, str]:
     """Do it; return whether it was done, and a sentence."""
     if read_only():
         return False, "refused: this dashboard is read-only"
     try:
-        done = ACTIONS[name](board.queue(), form)
+        done = ACTIONS[name](cache.queue(), form)
     except (QueueError, supervisor.ManagerError, ValueError) as error:
         return False, str(error)
-    board.expire()
+    cache.expire()
     return True, done
 
 

@@ -25,19 +25,19 @@ from typing import Any
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 from pqueue import JobNotFound, QueueError
-from pqueue_tools import dashboard, dashboard_html, endings, report
+from pqueue_tools import dashboard, dashboard_html, dashboard_summary, endings, report
 from pqueue_tools.masking import is_cut
 
-MOST_BODY_BYTES = 100_000
-MOST_CONNECTIONS = 256  # beyond, the one that has been sending its request for longest is closed
+MAX_BODY_BYTES = 100_000
+MAX_CONNECTIONS = 256  # for one more, the connection that has been sending its request longest is closed
 IDLE_SECONDS = 10.0
-REQUEST_SECONDS = 30.0  # in which a request must have come, however it trickles
-MOST_SECONDS = 10.0  # that a program waits for the figures; a page does not
-WRONG_SECONDS = 1.0  # that a wrong password costs
-MOST_NOTES = 100
-DRAWING_SECONDS = 10.0  # that an answer waits for those before it
-SMALL_BYTES = 100_000  # of larger answers
-MOST_LARGE = 8  # are sent at a time: each stays in memory until its client has read it
+REQUEST_SECONDS = 30.0  # within which a request must be complete
+FIGURES_WAIT_SECONDS = 10.0  # how long a program's request waits for figures; a page waits for PAGE_WAIT_SECONDS
+WRONG_PASSWORD_SECONDS = 1.0  # delay after a wrong password
+MAX_MESSAGES = 100
+RENDER_WAIT_SECONDS = 10.0  # how long an answer waits for those before it
+LARGE_ANSWER_BYTES = 100_000
+MAX_LARGE_ANSWERS = 8  # sent at a time: each stays in memory until its client has read it
 RETRY_SECONDS = 2
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
@@ -67,25 +67,25 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def __init__(self, host: str, port: int, password: str | None) -> None:
-        self.board = dashboard.Board()
+        self.cache = dashboard.FigureCache()
         self.password = password
         self.token = secrets.token_urlsafe()
-        self._notes: dict[str, str] = {}
-        self._places = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        self._messages: dict[str, str] = {}
+        self._connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
         # One answer at a time is put together: it may hold a large payload several times over. And in one thread: one
         # that waits for its client would keep a connection to the database, with its cache.
-        self._turn = threading.Lock()
-        self._drawer = ThreadPoolExecutor(1, "pqueue-drawer")
-        self._large = threading.BoundedSemaphore(MOST_LARGE)
+        self._drawing = threading.Lock()
+        self._renderer = ThreadPoolExecutor(1, "pqueue-renderer")
+        self._large = threading.BoundedSemaphore(MAX_LARGE_ANSWERS)
         self._sending: dict[socket.socket, float] = {}  # connections whose request has not come whole, and since when
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.local = dashboard.is_loopback(host)
         super().__init__((host, port), Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._places.acquire(blocking=False):
-            self._hang_up(1)
-            if not self._places.acquire(timeout=1):
+        if not self._connections.acquire(blocking=False):
+            self._close_oldest(1)
+            if not self._connections.acquire(timeout=1):
                 self.shutdown_request(request)
                 return
         self._sending[request] = time.monotonic()
@@ -95,56 +95,56 @@ class Server(ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.has_come(request)
-            self._places.release()
+            self.request_complete(request)
+            self._connections.release()
 
-    def has_come(self, request: Any) -> None:
+    def request_complete(self, request: Any) -> None:
         self._sending.pop(request, None)
 
     def service_actions(self) -> None:
         late = time.monotonic() - REQUEST_SECONDS
-        self._hang_up(sum(1 for since in list(self._sending.values()) if since < late))
+        self._close_oldest(sum(1 for since in list(self._sending.values()) if since < late))
 
-    def _hang_up(self, number: int) -> None:
+    def _close_oldest(self, number: int) -> None:
         for request in list(self._sending)[:number]:
-            self.has_come(request)
+            self.request_complete(request)
             with suppress(OSError):
                 request.shutdown(socket.SHUT_RDWR)
 
-    def note(self, sentence: str) -> str:
+    def keep_message(self, sentence: str) -> str:
         """Keep a sentence for the next page, and return the number to ask for it by: a link can say nothing itself."""
         number = secrets.token_urlsafe(8)
-        self._notes[number] = sentence
-        for old in list(self._notes)[:-MOST_NOTES]:
-            self._notes.pop(old, None)
+        self._messages[number] = sentence
+        for old in list(self._messages)[:-MAX_MESSAGES]:
+            self._messages.pop(old, None)
         return number
 
-    def noted(self, number: str) -> str:
+    def pop_message(self, number: str) -> str:
         """Return that sentence, once."""
-        return self._notes.pop(number, "")
+        return self._messages.pop(number, "")
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of clients that went away."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 
-    def knows(self, host: str) -> bool:
+    def is_own_host(self, host: str) -> bool:
         """Whether this Host header names us; a name of somebody else's would be DNS rebinding."""
         name = dashboard.host_name(host)
         return dashboard.is_ours(host) or (not self.local and (dashboard.is_address(name) or name in _own_names()))
 
     @contextmanager
-    def drawn(self, draw: Callable[..., Answer], *arguments: Any) -> Iterator[Answer]:
+    def rendered(self, draw: Callable[..., Answer], *arguments: Any) -> Iterator[Answer]:
         """Lend the answer that the function returns, when its turn has come, until it is sent. Raises Refused."""
-        if not self._turn.acquire(timeout=DRAWING_SECONDS):
+        if not self._drawing.acquire(timeout=RENDER_WAIT_SECONDS):
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the dashboard is busy: try again")
         try:
-            answer = self._drawer.submit(draw, *arguments).result()
-            large = len(answer[2]) > SMALL_BYTES
+            answer = self._renderer.submit(draw, *arguments).result()
+            large = len(answer[2]) > LARGE_ANSWER_BYTES
             if large and not self._large.acquire(blocking=False):
                 raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "other large answers are on their way: try again")
         finally:
-            self._turn.release()
+            self._drawing.release()
         try:
             yield answer
         finally:
@@ -153,7 +153,7 @@ class Server(ThreadingHTTPServer):
 
     def server_close(self) -> None:
         super().server_close()
-        self._drawer.shutdown()
+        self._renderer.shutdown()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -184,12 +184,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def _check(self) -> None:
         hosts = self.headers.get_all("Host", [])
-        if len(hosts) != 1 or not self.server.knows(hosts[0]):
-            sentence = "refused: this is not a host name of the dashboard; PQUEUE_OPS_HOSTS can list more"
-            raise Refused(HTTPStatus.MISDIRECTED_REQUEST, sentence)
+        if len(hosts) != 1 or not self.server.is_own_host(hosts[0]):
+            raise Refused(HTTPStatus.MISDIRECTED_REQUEST, dashboard.OTHER_HOST)
         if self.server.password is not None and not self._has_password(self.server.password):
             if "Authorization" in self.headers:
-                time.sleep(WRONG_SECONDS)
+                time.sleep(WRONG_PASSWORD_SECONDS)
             raise Refused(HTTPStatus.UNAUTHORIZED, "expected the password, with any user name")
 
     def _has_password(self, password: str) -> bool:
@@ -203,7 +202,7 @@ class Handler(BaseHTTPRequestHandler):
     # Reading
 
     def _get(self) -> None:
-        self.server.has_come(self.connection)
+        self.server.request_complete(self.connection)
         url = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         if url.path in dashboard_html.FILES:
@@ -212,7 +211,7 @@ class Handler(BaseHTTPRequestHandler):
         self._expect_no_other_site(url.path)
         try:
             figures = self._figures(url.path)  # may wait, and keeps nobody waiting meanwhile
-            with self.server.drawn(self._drawn, url.path, query, figures) as answer:
+            with self.server.rendered(self._render, url.path, query, figures) as answer:
                 self._send(*answer)
         except JobNotFound:
             raise
@@ -223,22 +222,22 @@ class Handler(BaseHTTPRequestHandler):
         """Let a link elsewhere lead to a page, but no page elsewhere load, frame or read anything."""
         fetch = self.headers.get("Sec-Fetch-Mode"), self.headers.get("Sec-Fetch-Dest")
         if not self._is_ours() and (_is_data(path) or fetch != ("navigate", "document")):
-            raise Refused(HTTPStatus.FORBIDDEN, "refused: the request comes from another site")
+            raise Refused(HTTPStatus.FORBIDDEN, dashboard.OTHER_SITE)
 
     def _figures(self, path: str) -> dict[str, Any]:
         if path in ("/", "/live"):
-            return self.server.board.figures()
-        return self.server.board.figures(MOST_SECONDS) if path in ("/metrics", "/healthz", "/api/stats") else {}
+            return self.server.cache.figures()
+        return self.server.cache.figures(FIGURES_WAIT_SECONDS) if path in ("/metrics", "/healthz", "/api/stats") else {}
 
-    def _drawn(self, path: str, query: dict[str, str], figures: dict[str, Any]) -> Answer:
-        board = self.server.board
+    def _render(self, path: str, query: dict[str, str], figures: dict[str, Any]) -> Answer:
+        cache = self.server.cache
         if path == "/":
-            parts = dashboard_html.sections(board, figures, query, self._token())
-            return HTTPStatus.OK, HTML, _encoded(dashboard_html.index(parts, query, self._said(query)))
+            parts = dashboard_html.sections(figures, cache.jobs(query), query, self._token())
+            return HTTPStatus.OK, HTML, _encoded(dashboard_html.index(parts, query, self._message(query)))
         if path == "/live":
-            return HTTPStatus.OK, JSON, _json(dashboard_html.sections(board, figures, query, self._token()))
+            return HTTPStatus.OK, JSON, _json(dashboard_html.sections(figures, cache.jobs(query), query, self._token()))
         if path == "/metrics":
-            return HTTPStatus.OK, METRICS, _encoded(report.metrics(board.queue(), stats=figures["overview"]))
+            return HTTPStatus.OK, METRICS, _encoded(report.metrics(cache.queue(), stats=figures["overview"]))
         if path == "/healthz":
             problems = figures["overview"]["problems"]
             status = HTTPStatus.SERVICE_UNAVAILABLE if problems else HTTPStatus.OK
@@ -248,22 +247,22 @@ class Handler(BaseHTTPRequestHandler):
         return HTTPStatus.OK, JSON if _is_data(path) else HTML, self._jobs(path, query)
 
     def _jobs(self, path: str, query: dict[str, str]) -> bytes:
-        board = self.server.board
+        cache = self.server.cache
         parent, _, number = path.rpartition("/")
         if path == "/api/jobs":
-            jobs, before = board.jobs(query)
+            jobs, before = cache.jobs(query)
             listed = [{**report.job_object(job), "truncated": is_cut(job)} for job in jobs]
             return _json({"jobs": listed, "before_id": before})
         if number.isascii() and number.isdigit() and len(number) < 19:
             if parent == "/job":
-                return _encoded(dashboard_html.job(board.job(int(number)), self._said(query), self._token()))
+                return _encoded(dashboard_html.job(cache.job(int(number)), self._message(query), self._token()))
             if parent == "/api/jobs":
-                found = board.job(int(number))
+                found = cache.job(int(number))
                 return _json({**found, "job": {**found["job"]._asdict(), "lease_token": None}})
         raise Refused(HTTPStatus.NOT_FOUND, "no such page")
 
-    def _said(self, query: dict[str, str]) -> str:
-        return self.server.noted(query.get("said", ""))
+    def _message(self, query: dict[str, str]) -> str:
+        return self.server.pop_message(query.get("said", ""))
 
     def _trouble(self, path: str, sentence: str) -> tuple[str, bytes]:
         if path in ("/metrics", "/healthz"):
@@ -271,14 +270,14 @@ class Handler(BaseHTTPRequestHandler):
         if path.startswith("/api/"):
             return JSON, _json({"error": sentence})
         if path == "/live":
-            return JSON, _json({"health": dashboard_html.trouble(sentence)})
+            return JSON, _json({"health": dashboard_summary.trouble(sentence)})
         return HTML, _encoded(dashboard_html.without_queue(sentence))
 
     # Acting
 
     def _post(self) -> None:
         if not self._is_ours():
-            raise Refused(HTTPStatus.FORBIDDEN, "refused: the request comes from another site")
+            raise Refused(HTTPStatus.FORBIDDEN, dashboard.OTHER_SITE)
         form = parse_qs(self._body(), keep_blank_values=True, max_num_fields=2000)
         if not hmac.compare_digest((form.pop("token", None) or [""])[0].encode(), self.server.token.encode()):
             raise Refused(HTTPStatus.FORBIDDEN, "refused: the page is from before a restart; load it again")
@@ -286,7 +285,7 @@ class Handler(BaseHTTPRequestHandler):
         name = (form.pop("action", None) or [name])[0] if name == "jobs" else name
         if name not in dashboard.ACTIONS:
             raise Refused(HTTPStatus.NOT_FOUND, "no such action")
-        done, sentence = dashboard.act(self.server.board, name, form)
+        done, sentence = dashboard.act(self.server.cache, name, form)
         if not done:
             raise Refused(HTTPStatus.CONFLICT, sentence)
         self._redirect((form.get("back") or ["/"])[0], sentence)
@@ -302,15 +301,15 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()):
             raise Refused(HTTPStatus.LENGTH_REQUIRED, "expected a Content-Length")
-        if len(length) > 9 or int(length) > MOST_BODY_BYTES:
-            raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"expected at most {MOST_BODY_BYTES} bytes")
+        if len(length) > 9 or int(length) > MAX_BODY_BYTES:
+            raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"expected at most {MAX_BODY_BYTES} bytes")
         try:
             body = self.rfile.read(int(length))
         except TimeoutError:
             raise Refused(HTTPStatus.REQUEST_TIMEOUT, "expected the rest of the request") from None
         if len(body) < int(length):
             raise Refused(HTTPStatus.BAD_REQUEST, "expected the rest of the request")
-        self.server.has_come(self.connection)
+        self.server.request_complete(self.connection)
         return body.decode("utf-8", "replace")
 
     def _redirect(self, back: str, sentence: str) -> None:
@@ -319,7 +318,8 @@ class Handler(BaseHTTPRequestHandler):
         page = url.path if url.path.startswith("/job/") else "/"
         query = {name: values[0] for name, values in parse_qs(url.query).items() if name in dashboard.FILTERS}
         self.send_response(HTTPStatus.SEE_OTHER)
-        self.send_header("Location", f"{quote(page)}?{urlencode({**query, 'said': self.server.note(sentence)})}")
+        query["said"] = self.server.keep_message(sentence)
+        self.send_header("Location", f"{quote(page)}?{urlencode(query)}")
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -379,7 +379,7 @@ def serve(host: str, port: int) -> int:
     address = f"[{host}]" if ":" in host else host
     print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} dashboard at http://{address}:{server.server_port}", flush=True)
     with suppress(QueueError, ValueError):
-        server.board.figures(0)  # so that they are there when the first reader comes
+        server.cache.figures(0)  # so that they are there when the first reader comes
     try:
         with endings.Undoing():
             server.serve_forever()
@@ -387,5 +387,5 @@ def serve(host: str, port: int) -> int:
         return 0
     finally:
         server.server_close()
-        server.board.close()
+        server.cache.close()
     return 0

@@ -16,7 +16,7 @@ import pqueue_files
 from pqueue import DoNotRetry, Job, current_queue, task
 from pqueue_tools.process import expect_posix, utc_now
 
-MOST_FILE_BYTES = 1 << 30  # of a job file; a larger one is refused
+MAX_FILE_BYTES = 1 << 30  # of a job file; a larger one is refused
 
 
 files_directory = Path(os.environ.get("PQUEUE_FILES", "var/files"))
@@ -89,10 +89,10 @@ def _open_file(name: str, folder: int) -> BinaryIO:
             raise
         raise DoNotRetry(f"cannot open {name}, perhaps a symbolic link: {error.strerror}") from None
     found = os.fstat(file)
-    if stat.S_ISREG(found.st_mode) and found.st_size <= MOST_FILE_BYTES:
+    if stat.S_ISREG(found.st_mode) and found.st_size <= MAX_FILE_BYTES:
         return os.fdopen(file, "rb")
     os.close(file)
-    raise DoNotRetry(f"expected {name} to be a regular file of at most {MOST_FILE_BYTES} bytes")
+    raise DoNotRetry(f"expected {name} to be a regular file of at most {MAX_FILE_BYTES} bytes")
 
 
 def _sha256(source: BinaryIO) -> str:

@@ -8,9 +8,9 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import datetime, timezone
 from functools import lru_cache
 from io import TextIOWrapper
 from pathlib import Path
@@ -19,13 +19,13 @@ from typing import Any, NoReturn, TypeVar, cast
 from pqueue import QueueBusy, QueueError, QueueFull
 from pqueue_tools import endings
 from pqueue_tools.masking import masked_text
-from pqueue_tools.report import printable
+from pqueue_tools.report import iso, printable
 
 RETRY_PAUSE_SECONDS = (0.1, 5.0)  # first and longest pause while the database is locked or full
 
 PARENT = os.getppid()
 
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 
 
 def is_orphaned() -> bool:
@@ -85,7 +85,7 @@ def quoted(value: Any) -> str:
 
 
 def utc_now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return iso(time.time())
 
 
 def on_end(handler: Any) -> None:
@@ -95,7 +95,7 @@ def on_end(handler: Any) -> None:
             signal.signal(number, handler)
 
 
-def retry_while_busy(call: Callable[[], Answer], pause: Callable[[float], bool], **fields: Any) -> Answer | None:
+def retry_while_busy(call: Callable[[], T], pause: Callable[[float], bool], **fields: Any) -> T | None:
     """Repeat a call while the database is locked, or it or the disk is full. Between two calls, `pause` is called with
     a number of seconds; when it returns True, give up and return None."""
     seconds, longest = RETRY_PAUSE_SECONDS

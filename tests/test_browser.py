@@ -174,8 +174,8 @@ class Streamlit(StandardLibrary):
     act_on_all_that_match = act_on_ticked
 
     def resubmit_group(self):
-        self.page.get_by_role("button", name="resubmit a group").click()
-        self.page.get_by_role("button", name="yes, resubmit all of it").click()
+        self.page.get_by_role("button", name="resubmit all", exact=True).click()
+        self.page.get_by_role("button", name="yes, resubmit all").click()
 
     def offers_actions(self):
         names = re.compile("resubmit|cancel|pause|limit|change")

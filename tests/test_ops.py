@@ -13,6 +13,7 @@ import sqlite3
 import threading
 import time
 from contextlib import suppress
+from html import unescape
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -23,7 +24,7 @@ from populate import populate
 import ops
 import pqueue
 import pqueue_search
-from pqueue_tools import dashboard, dashboard_http, dashboard_streamlit, supervisor
+from pqueue_tools import dashboard, dashboard_http, dashboard_streamlit, supervisor, tables
 
 PATIENCE_SECONDS = 90  # after which something is wrong
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)>" & \x00\x1b[31m\u202e😀' + "x" * 5000
@@ -35,21 +36,21 @@ def folder(tmp_path, monkeypatch):
     for name in ("PQUEUE_URL", "PQUEUE_OPS_READONLY", "PQUEUE_OPS_PASSWORD", "PQUEUE_OPS_HOSTS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(dashboard, "FRESH_SECONDS", 0.0)
-    monkeypatch.setattr(dashboard, "SHARE", 1e9)  # whatever is asked is computed,
-    monkeypatch.setattr(dashboard, "PATIENCE_SECONDS", 60.0)  # and waited for
+    monkeypatch.setattr(dashboard, "MAX_BUSY_SHARE", 1e9)  # whatever is asked is computed,
+    monkeypatch.setattr(dashboard, "PAGE_WAIT_SECONDS", 60.0)  # and waited for
     return tmp_path
 
 
 @pytest.fixture(autouse=True)
-def boards(monkeypatch):
-    """Close every board that a test has made, Streamlit's too."""
-    make, made = dashboard.Board, []
-    monkeypatch.setattr(dashboard, "Board", lambda: made.append(make()) or made[-1])
+def caches(monkeypatch):
+    """Close every cache that a test has made, Streamlit's too."""
+    make, made = dashboard.FigureCache, []
+    monkeypatch.setattr(dashboard, "FigureCache", lambda: made.append(make()) or made[-1])
     monkeypatch.setattr(dashboard_streamlit, "_refusal", lambda: None)  # AppTest has no server
     yield
-    for board in made:
-        board.close()
-    dashboard_streamlit.board.clear()
+    for cache in made:
+        cache.close()
+    dashboard_streamlit.cache.clear()
 
 
 @pytest.fixture
@@ -88,9 +89,9 @@ class Site:
     def close(self):
         self.server.shutdown()
         self.server.server_close()
-        for _ in range(dashboard_http.MOST_CONNECTIONS):  # until all requests are done with
-            self.server._places.acquire()
-        self.server.board.close()
+        for _ in range(dashboard_http.MAX_CONNECTIONS):  # until all requests are done with
+            self.server._connections.acquire()
+        self.server.cache.close()
         self.thread.join()
 
 
@@ -139,12 +140,12 @@ def test_reader_filters_and_pages(queue, site):
     assert [job["task"] for job in found("state=failed")["jobs"]] == ["odd"]
     assert [job["task"] for job in found("queue=rare&text=VALUE")["jobs"]] == ["odd"]
     first = found("task=many")
-    assert [job["id"] for job in first["jobs"]] == ids[::-1][: dashboard.PAGE]
+    assert [job["id"] for job in first["jobs"]] == ids[::-1][: dashboard.JOBS_PER_PAGE]
     assert found(f"task=many&before_id={ids[3]}") == {"jobs": found("task=many&before_id=4")["jobs"], "before_id": None}
     page = site.ask("/?task=many")[1]
     older = re.search(r'href="(/\?[^"]*before_id=\d+)#jobs"', page)[1].replace("&amp;", "&")
     assert older.endswith(f"before_id={first['before_id']}")
-    assert f'href="/job/{ids[::-1][dashboard.PAGE]}"' in site.ask(older)[1]
+    assert f'href="/job/{ids[::-1][dashboard.JOBS_PER_PAGE]}"' in site.ask(older)[1]
     assert "no job matches" in site.ask("/?task=nosuch")[1]
 
 
@@ -172,10 +173,10 @@ def test_page_does_not_wait_for_figures_that_take_long(queue, site, monkeypatch)
         return stats(self)
 
     monkeypatch.setattr(pqueue.PersistentQInterface, "stats", slowly)
-    monkeypatch.setattr(dashboard, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(dashboard, "PAGE_WAIT_SECONDS", 0.01)
     queue.cancel(slow)
     assert '<span>pending</span><b class="pending">1</b>' in site.ask("/")[1]
-    site.server.board.forget()
+    site.server.cache.forget()
     status, text, _ = site.ask("/")
     assert (status, "counting the jobs" in text) == (503, True)
     go_on.set()
@@ -190,19 +191,19 @@ def test_page_comes_back_after_figures_could_not_be_computed(queue, site, monkey
 
 
 def test_minutes_of_a_queue_that_was_replaced_are_not_kept(queue, monkeypatch):
-    board, marks = dashboard.Board(), []
+    cache, marks = dashboard.FigureCache(), []
 
     def minute(_, at):
         mark = "old" if len(marks) < dashboard.MINUTES else "new"
         marks.append(mark)
         if len(marks) == dashboard.MINUTES:
-            board.forget()
+            cache.forget()
         return {"at": at, "mark": mark}
 
     monkeypatch.setattr(dashboard, "_minute", minute)
     with pytest.raises(pqueue.QueueError):
-        board.figures()
-    assert {each["mark"] for each in board.figures()["minutes"]} == {"new"}
+        cache.figures()
+    assert {each["mark"] for each in cache.figures()["minutes"]} == {"new"}
 
 
 def test_page_does_not_wait_for_a_supervisord_that_hangs(queue, site, monkeypatch):
@@ -216,8 +217,8 @@ def test_page_does_not_wait_for_a_supervisord_that_hangs(queue, site, monkeypatc
 
 def test_empty_dashboard_says_what_to_do(queue, site):
     text = site.ask("/")[1]
-    assert dashboard.NO_JOBS in text
-    assert "run <code>python consumer.py</code>" in text
+    assert tables.JOBS.empty in text
+    assert "run python consumer.py" in text
 
 
 def test_job_page_tells_its_story(queue, site, folder, monkeypatch):
@@ -495,17 +496,17 @@ def test_deep_payload_does_not_grow_with_its_indents(queue, site):
 
 def test_large_answers_are_sent_a_few_at_a_time(queue, site, monkeypatch):
     job_id = queue.enqueue("t", LARGE)
-    for _ in range(dashboard_http.MOST_LARGE):
+    for _ in range(dashboard_http.MAX_LARGE_ANSWERS):
         site.server._large.acquire()
     status, text, headers = site.ask(f"/api/jobs/{job_id}")
     assert (status, headers["Retry-After"]) == (503, "2")
     assert "try again" in text
     assert site.ask("/")[0] == site.ask("/api/jobs")[0] == 200
-    for _ in range(dashboard_http.MOST_LARGE):
+    for _ in range(dashboard_http.MAX_LARGE_ANSWERS):
         site.server._large.release()
     assert site.ask(f"/api/jobs/{job_id}")[0] == 200
-    monkeypatch.setattr(dashboard_http, "DRAWING_SECONDS", 0.01)
-    with site.server._turn:
+    monkeypatch.setattr(dashboard_http, "RENDER_WAIT_SECONDS", 0.01)
+    with site.server._drawing:
         assert (site.ask("/")[0], site.ask("/style.css")[0]) == (503, 200)
 
 
@@ -636,7 +637,7 @@ def test_oversized_and_half_sent_requests_are_refused(queue, site, monkeypatch):
         post(handler)
 
     monkeypatch.setattr(dashboard_http.Handler, "_post", impatiently)
-    assert site.ask("/act/cancel", body="x" * (dashboard_http.MOST_BODY_BYTES + 1))[0] == 413
+    assert site.ask("/act/cancel", body="x" * (dashboard_http.MAX_BODY_BYTES + 1))[0] == 413
     assert site.ask("/act/cancel", body="x", Content_Length="999999999999")[0] == 413
     assert site.ask("/act/cancel", body="x", Content_Length="-1")[0] == 411
     assert site.ask("/" + "x" * 70_000)[0] == 414
@@ -651,7 +652,7 @@ def test_oversized_and_half_sent_requests_are_refused(queue, site, monkeypatch):
 
 
 def test_idle_connections_do_not_stall_it(queue, site):
-    idle = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(dashboard_http.MOST_CONNECTIONS + 100)]
+    idle = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(dashboard_http.MAX_CONNECTIONS + 100)]
     assert site.ask("/healthz")[1] == "healthy\n"
     for connection in idle:
         connection.close()
@@ -690,7 +691,7 @@ def test_reader_who_never_reads_costs_nobody(queue, site):
 
 
 def test_other_addresses_need_a_password_and_a_wrong_one_costs_time(queue, folder, monkeypatch, capsys):
-    monkeypatch.setattr(dashboard_http, "WRONG_SECONDS", 0.2)
+    monkeypatch.setattr(dashboard_http, "WRONG_PASSWORD_SECONDS", 0.2)
     assert ops.main(["--host", "0.0.0.0", "--port", "0"]) == 2
     assert "expected a password in PQUEUE_OPS_PASSWORD" in capsys.readouterr().err
     site = Site("0.0.0.0", "open sesame")
@@ -798,10 +799,41 @@ def test_streamlit_page_shows_the_same_figures(queue):
     assert not page.exception
     text = "".join(each.proto.body for each in page.get("html"))
     states = queue.stats()["states"]
-    for state in dashboard.SHOWN:
+    for state in dashboard.STATES_SHOWN:
         assert f'<span>{state}</span><b class="{state}">{states[state]:,}</b>' in text
-    for label, _, _ in dashboard.tiles(dashboard.Board().figures(PATIENCE_SECONDS)["overview"]):
+    for label, _, _ in dashboard.tiles(dashboard.FigureCache().figures(PATIENCE_SECONDS)["overview"]):
         assert f"<span>{label}</span>" in text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_both_front_ends_show_the_same_tables(queue, site, monkeypatch):
+    populate(queue, jobs=400)
+    names = ["consumer_00", "consumer_01", "dashboard"]
+    running = [{"group": name.partition("_")[0], "name": name, "state": "RUNNING"} for name in names]
+    monkeypatch.setattr(supervisor, "processes", lambda: running)
+    monkeypatch.setattr(supervisor, "added_groups", lambda: ["consumer"])
+    supervisor.SOCKET.touch()
+    html, page = site.ask("/")[1], streamlit()
+    assert not page.exception
+    frames = [each.value.fillna("").astype(str).to_dict("split") for each in page.dataframe]
+    shown = [tables.PROCESSING, tables.JOBS, tables.FAILED, tables.CONSUMERS, tables.GROUPS, tables.QUEUES]
+    assert [frame["columns"] for frame in frames] == [[each.heading for each in table.columns] for table in shown]
+    assert "consumer_00 running, consumer_01 running" in str(frames) + html
+    for table, frame in zip(shown, frames, strict=True):
+        part = html[html.index(f"<h2>{table.title}</h2>") :]
+        cells = re.findall(r"<td[^>]*>(.*?)</td>", part[: part.index("</table>")])
+        assert frame["data"]
+        for column, value in zip(frame["columns"] * len(frame["data"]), sum(frame["data"], []), strict=True):
+            if column not in ("enqueued", "seen", "elapsed", "lease left", "oldest", "progress"):  # as of now
+                value = f"{int(value):,}" if value.isdigit() and column != "job" else value
+                assert value in map(unescaped, cells), (table.title, column)
+    for label in ("remove consumer", "add 3 consumers"):
+        assert f"<summary>{label} …</summary>" in html
+        assert f"yes, {label}" in [button.label for button in page.button]
+
+
+def unescaped(cell):
+    return unescape(re.sub(r"<[^>]*>", "", cell))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -826,7 +858,7 @@ def test_streamlit_page_follows_a_queue_that_is_replaced(queue):
     with other.transaction() as db:
         db.execute("PRAGMA user_version = 99")
     other.close()
-    dashboard_streamlit.board().forget()
+    dashboard_streamlit.cache().forget()
     page = streamlit()
     assert not page.exception
     assert "got 99" in "".join(each.proto.body for each in page.get("html"))
@@ -861,10 +893,10 @@ def test_streamlit_page_resubmits_the_group_that_was_chosen_whatever_fails_meanw
     for task in ("b", "c"):
         failed(queue, task=task)
     page = streamlit()
-    page.selectbox(key="failed-group").select("c: ValueError: no").run(timeout=PATIENCE_SECONDS)
+    page.selectbox(key="row of Failed").select("c: ValueError: no").run(timeout=PATIENCE_SECONDS)
     for _ in range(3):
         failed(queue, task="a")
     page.run(timeout=PATIENCE_SECONDS)
-    assert page.selectbox(key="failed-group").value == "c: ValueError: no"
-    page.button(key="resubmit all of c: ValueError: no").click().run(timeout=PATIENCE_SECONDS)
+    assert page.selectbox(key="row of Failed").value == "c: ValueError: no"
+    page.button(key="yes, resubmit all c ValueError: no").click().run(timeout=PATIENCE_SECONDS)
     assert [job.task for job in queue.list_jobs(state="pending")] == ["c"]

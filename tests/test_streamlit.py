@@ -28,7 +28,7 @@ class Streamlit:
         self.port = free_port()
         for path in ROOT.glob("*.py"):
             shutil.copy(path, place.folder)
-        shutil.copytree(ROOT / "pqueue_tools", place.folder / "pqueue_tools")
+        shutil.copytree(ROOT / "pqueue_tools", place.folder / "pqueue_tools", dirs_exist_ok=True)
         command = [PYTHON, "-m", "streamlit", "run", "ops.py", f"--server.port={self.port}", *arguments]
         command += ["--server.headless=true", "--browser.gatherUsageStats=false"]
         self.child = place.start_command(command, PYTHONWARNINGS="", **variables)

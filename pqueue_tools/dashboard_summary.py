@@ -1,0 +1,180 @@
+"""What both front ends of the dashboard draw in HTML: health, tiles and captions of charts, and their colours."""
+
+from __future__ import annotations
+
+import html
+import math
+import time
+from typing import Any
+
+from pqueue_tools import dashboard, report
+
+STYLE: str = (
+    """
+:root { color-scheme: light dark }
+.pqueue { --page: light-dark(#f5f6f8, #0f1318); --card: light-dark(#fff, #171c23);
+  --ink: light-dark(#1b2330, #e6eaf1); --soft: light-dark(#5b6678, #98a4b5); --line: light-dark(#e2e6ec, #2a323d);
+  --completed: light-dark(#157a4c, #43cf93); --failed: light-dark(#c62f2f, #ff7575);
+  --processing: light-dark(#1669b2, #62b5ff); --pending: light-dark(#8a5a00, #e9b650);
+  --scheduled: light-dark(#5e4fc4, #ab9eff); --cancelled: var(--soft) }
+"""
+    + "".join(f".pqueue i.{name} {{ background: {paint} }}\n" for name, paint in dashboard.CHART_COLOURS.items())
+    + """
+.pqueue .keys { display: flex; gap: 2px 14px; flex-wrap: wrap; font-size: 12.5px; color: var(--soft);
+  margin-bottom: 8px }
+.pqueue .keys b { color: var(--ink); font-weight: 600 }
+.pqueue .keys i { display: inline-block; width: 14px; height: 10px; margin-right: 5px }
+.pqueue .keys i.line { height: 2px; vertical-align: 4px }
+.pqueue .health { display: inline-block; margin: 0 6px 6px 0; padding: 2px 10px; border: 1px solid currentColor;
+  border-radius: 12px; font-size: 13px; line-height: 1.45 }
+.pqueue .tiles { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: 8px }
+.pqueue .tile { border: 1px solid var(--line); border-radius: 8px; padding: 7px 12px; background: var(--card) }
+.pqueue .tile b { display: block; font-size: 20px; font-weight: 600; line-height: 1.35; white-space: nowrap;
+  font-variant-numeric: tabular-nums }
+.pqueue .tile span { color: var(--soft); font-size: 12.5px; white-space: nowrap }
+.pqueue .completed, .pqueue .running { color: var(--completed) }
+.pqueue .failed, .pqueue .dead, .pqueue .paused { color: var(--failed) }
+.pqueue .processing { color: var(--processing) } .pqueue .pending { color: var(--pending) }
+.pqueue .scheduled { color: var(--scheduled) } .pqueue .cancelled, .pqueue .stopped { color: var(--soft) }
+.pqueue .two { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 12px 28px; margin-top: 16px }
+.pqueue figure { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 2px 8px; margin: 0 }
+.pqueue figure > * { grid-column: 2 }
+.pqueue figcaption { grid-column: 1 / 3 }
+.pqueue figure svg.plot { width: 100%; height: 120px; display: block }
+.pqueue .plot .grid { stroke: var(--line) } .pqueue .plot * { vector-effect: non-scaling-stroke }
+.pqueue .axis { display: flex; justify-content: space-between; color: var(--soft); font-size: 11.5px; line-height: 1;
+  font-variant-numeric: tabular-nums }
+.pqueue .axis.up { flex-direction: column; text-align: right; grid-column: 1; margin: -5px 0 }
+@media (max-width: 900px) { .pqueue .tiles { grid-template-columns: repeat(4, minmax(0, 1fr)) }
+  .pqueue .two { grid-template-columns: minmax(0, 1fr) } }
+@media (max-width: 600px) { .pqueue .tiles { grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 6px }
+  .pqueue .tile { padding: 5px 7px } .pqueue .tile b { font-size: 13.5px } .pqueue .tile span { font-size: 11.5px } }
+"""
+)
+
+
+def text(value: Any) -> str:
+    """Return any value as HTML text on one line."""
+    return html.escape(report.printable(str(value)))
+
+
+def trouble(sentence: str) -> str:
+    return health([sentence])
+
+
+def health(problems: list[str]) -> str:
+    if not problems:
+        return '<p class="health completed">healthy</p>'
+    return "".join(f'<p class="health failed">{text(each)}</p>' for each in problems)
+
+
+def tiles(seen: dict[str, Any]) -> str:
+    return f"""<div class="tiles">{
+        "".join(
+            f'<div class="tile"><span>{text(label)}</span><b class="{state}">{text(value)}</b></div>'
+            for label, value, state in dashboard.tiles(seen)
+        )
+    }</div>"""
+
+
+# Charts: a frame of HTML with the axes' text around a drawing that stretches ##########################################
+
+WIDTH, HEIGHT = 600.0, 100.0
+Minutes = list[dict[str, Any]]
+TIMES_KEYS = """<div class="keys"><b>Wait and run time</b><span><i class="wait line"></i>wait</span>
+<span><i class="run line"></i>run</span><span>p50 whole, p95 dashed</span></div>"""
+
+
+def charts(minutes: Minutes) -> str:
+    return f'<div class="two">{_jobs_chart(minutes)}{_times_chart(minutes)}</div>'
+
+
+def _jobs_keys(minutes: Minutes) -> str:
+    """Return the caption of the chart of jobs, with the sums over the hour."""
+    total = {name: f"{name} {sum(each[name] for each in minutes):,}" for name in ("completed", "failed", "enqueued")}
+    return f"""<div class="keys"><b>Jobs per minute</b><span><i class="completed"></i>{total["completed"]}</span>
+<span><i class="failed"></i>{total["failed"]}</span>
+<span><i class="enqueued line"></i>{total["enqueued"]}</span></div>"""
+
+
+def _jobs_chart(minutes: Minutes) -> str:
+    """Draw the last hour: bars of what completed and failed, a line of what was enqueued; the last is going on."""
+    top = _ceiling(max(2, *(max(each["enqueued"], each["completed"] + each["failed"]) for each in minutes)))
+    step = WIDTH / len(minutes)
+    marks = []
+    for number, each in enumerate(minutes):
+        y, going_on = HEIGHT, ' opacity="0.5"' if number == len(minutes) - 1 else ""
+        for name in ("completed", "failed"):
+            tall = each[name] / top * HEIGHT
+            y -= tall
+            if tall:
+                marks.append(
+                    f'<rect x="{number * step + 1:.1f}" y="{y:.1f}" width="{step - 2:.1f}" height="{tall:.1f}" '
+                    f'fill="{dashboard.CHART_COLOURS[name]}"{going_on}/>'
+                )
+    marks += _line([each["enqueued"] for each in minutes[:-1]], top, step, "enqueued")
+    tips = [", ".join(f"{each[name]:,} {name}" for name in ("enqueued", "completed", "failed")) for each in minutes]
+    return _frame(_jobs_keys(minutes), [f"{top:,.0f}", f"{top / 2:,.0f}", "0"], marks, tips, minutes)
+
+
+def _times_chart(minutes: Minutes) -> str:
+    """Draw, for the last hour, how long jobs waited and ran, by powers of ten: p50 whole, p95 dashed."""
+    values = [max(each, 0.001) for minute in minutes[:-1] for name in ("wait", "run") for each in minute[name] or ()]
+    low = math.floor(math.log10(min(values, default=0.01)))
+    high = max(low + 2, math.ceil(math.log10(max(values, default=1))))
+    step, marks = WIDTH / len(minutes), []
+    for name in ("wait", "run"):
+        for place, dashes in ((1, "4 3"), (0, "")):
+            seconds = [each[name] and max(each[name][place], 0.001) for each in minutes[:-1]]
+            marks += _line([s and math.log10(s) - low for s in seconds], high - low, step, name, dashes)
+    tips = [
+        ", ".join(f"{name} p50 / p95 {dashboard.times(each[name])}" for name in ("wait", "run")) for each in minutes
+    ]
+    scale = [_seconds(10.0**power) for power in range(high, low - 1, -1)]
+    return _frame(TIMES_KEYS, scale, marks, tips, minutes)
+
+
+def _frame(keys: str, scale: list[str], marks: list[str], tips: list[str], minutes: Minutes) -> str:
+    """Return the marks with axes, and a sentence for each minute that is pointed at."""
+    step = WIDTH / len(minutes)
+    lines = [HEIGHT * number / (len(scale) - 1) for number in range(len(scale))]
+    grid = "".join(f'<path class="grid" d="M0 {y:.1f}H{WIDTH:.0f}"/>' for y in lines)
+    shapes = "".join(
+        f'<rect x="{number * step:.1f}" width="{step:.1f}" height="{HEIGHT:.0f}" fill="transparent">'
+        f"<title>{_clock(each['at'])}: {tip}</title></rect>"
+        for number, (each, tip) in enumerate(zip(minutes, tips, strict=True))
+    )
+    quarters = [_clock(minutes[len(minutes) * quarter // 4]["at"]) for quarter in range(4)]
+    return f"""<figure><figcaption>{keys}</figcaption>
+<div class="axis up">{"".join(f"<span>{each}</span>" for each in scale)}</div>
+<svg class="plot" viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" preserveAspectRatio="none" aria-hidden="true">
+{grid}{"".join(marks)}{shapes}</svg>
+<div class="axis">{"".join(f"<span>{each}</span>" for each in [*quarters, "now"])}</div></figure>"""
+
+
+def _line(values: list[float | None], top: float, step: float, name: str, dashes: str = "") -> list[str]:
+    """Return a line through the middles of the minutes, broken where there is no value; a lone one is a dot."""
+    path, pen = "", "M"
+    for number, value in enumerate(values):
+        if value is None:
+            pen = "M"
+        else:
+            path += f"{pen}{(number + 0.5) * step:.1f} {HEIGHT - value / top * HEIGHT:.1f}" + "h0" * (pen == "M")
+            pen = "L"
+    dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
+    how = 'fill="none" stroke-width="1.5" stroke-linecap="round"'
+    return [f'<path d="{path}" {how} stroke="{dashboard.CHART_COLOURS[name]}"{dashed}/>']
+
+
+def _ceiling(value: float) -> float:
+    """Return the next of 2, 4, 6, 8, 10, 12, 16, 20, 40 … at or above a value of at least 2; half of it is whole."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(each * power for each in (1, 1.2, 1.6, 2, 4, 6, 8, 10) if each * power >= value)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:g} s" if value >= 1 else f"{value * 1000:g} ms"
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%H:%M", time.localtime(at))

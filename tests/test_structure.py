@@ -1,0 +1,109 @@
+"""Which module imports which, and who uses the private attributes of a class."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from itertools import chain
+
+import pytest
+from conftest import ROOT
+
+PROGRAMS = {"producer", "consumer", "admin", "manager", "ops"}
+PATHS = [*ROOT.glob("pqueue*.py"), *(ROOT / f"{name}.py" for name in PROGRAMS), *ROOT.glob("pqueue_tools/[!_]*.py")]
+PRODUCT = {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text()) for path in PATHS}
+CORE = {name for name in PRODUCT if name.startswith("pqueue") and "." not in name} - {"pqueue_sqlalchemy"}
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}  # which are public
+PRIVATE_USES = {
+    "consumer": {"_exit"},  # a function of os
+    "pqueue_move": {"_write", "_lock_out_writers", "_number_on", "_count_pending", "_read"},  # a queue fills another
+    "pqueue_sqlalchemy": {"_engine", "_telling", "_write", "_connect_raw", "_revive", "_busy_seconds", "_after_fork"},
+    "pqueue_sqlite": {"_connect", "_ring", "_enter", "_exit", "_error", "_sessions", "_closed", "_after_fork"},
+}  # of the last two: a session and its queue are one thing in two classes, and a fork resets both
+
+
+def nodes(tree, *, in_functions):
+    """Yield the nodes of a module, but not those that only a type checker sees."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        yield node
+        if in_functions or not isinstance(node, FUNCTION):
+            yield from nodes(node, in_functions=in_functions)
+
+
+def imported(name, *, in_functions=True):
+    """Return the modules that a module imports: their full names if they are of the product."""
+    found = set()
+    for node in nodes(PRODUCT[name], in_functions=in_functions):
+        if isinstance(node, ast.Import):
+            found |= {each.name for each in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            full = {f"{node.module}.{each.name}" for each in node.names}
+            found |= (full & set(PRODUCT)) or {node.module}
+    return {each if each in PRODUCT else each.partition(".")[0] for each in found}
+
+
+def graph():
+    lines = [f"{name} -> {', '.join(sorted(imported(name) & set(PRODUCT)))}" for name in sorted(PRODUCT)]
+    return "\n".join(["imports:", *lines])
+
+
+def foreign(name, *allowed):
+    """Return what a module imports apart from the standard library, the core, pqueue_tools and what is allowed."""
+    return {
+        each for each in imported(name) - {*sys.stdlib_module_names, *allowed} if each.partition("_")[0] != "pqueue"
+    }
+
+
+@pytest.mark.parametrize("name", sorted(PROGRAMS))
+def test_program_imports_the_core_and_the_tools_only(name):
+    assert foreign(name) == set(), graph()
+
+
+@pytest.mark.parametrize("name", sorted(CORE))
+def test_core_module_imports_the_standard_library_and_the_core_only(name):
+    assert foreign(name) == set(), graph()
+    assert not {each for each in imported(name) if each.startswith("pqueue_tools")}, graph()
+
+
+@pytest.mark.parametrize("name", sorted(set(PRODUCT) - CORE - PROGRAMS))
+def test_tool_or_backend_imports_no_program(name):
+    assert foreign(name, "streamlit", "typer", "sqlalchemy", "psycopg") == set(), graph()
+
+
+def test_modules_import_each_other_in_one_direction():
+    imports = {name: imported(name, in_functions=False) & set(PRODUCT) for name in PRODUCT}
+    while leaves := {name for name, needed in imports.items() if not needed}:
+        imports = {name: needed - leaves for name, needed in imports.items() if name not in leaves}
+    assert imports == {}, graph()
+
+
+def defined(scope):
+    """Return the attributes of self that a class defines."""
+    names = {each.name for each in ast.walk(scope) if isinstance(each, FUNCTION[:2])}
+    targets = [each for each in ast.walk(scope) if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store)]
+    return names | {each.attr for each in targets if ast.unparse(each.value) == "self"}
+
+
+def private_uses(tree):
+    """Return the private attributes of other objects that are used outside of the class that defines them."""
+    classes = [each for each in tree.body if isinstance(each, ast.ClassDef)]
+    own = {id(node): names for each in classes for names in [defined(each)] for node in ast.walk(each)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            is_own = ast.unparse(node.value) in ("self", "cls", "super()") or node.attr in own.get(id(node), ())
+            if not is_own and node.attr not in NAMEDTUPLE:
+                yield node.attr
+
+
+def test_private_attributes_stay_within_their_class():
+    uses = {name: set(private_uses(tree)) - PRIVATE_USES.get(name, set()) for name, tree in PRODUCT.items()}
+    assert {name: found for name, found in uses.items() if found} == {}
+
+
+def test_checks_see_what_they_forbid():
+    assert set(private_uses(ast.parse("class A:\n def f(self, b):\n  self._x = b._x + b._y\n\nq._z"))) == {"_y", "_z"}
+    chained = set(chain.from_iterable(imported(name) for name in PRODUCT))
+    assert {"pqueue", "pqueue_tools.process", "streamlit", "argparse"} <= chained
