@@ -36,6 +36,8 @@ with closing(open_queue()) as queue:
     queue.change_everything()
 with closing(PersistentQSQLite("queue.db", durabillity="full")) as other:
     other.check(now="today")
+    other.dequeue(consumer="w", lease_second=3)
+    other.list_jobs(status="failed")
 """
 FAULTS = {
     6: 'Unexpected keyword argument "prioritty"',
@@ -45,6 +47,8 @@ FAULTS = {
     10: 'has no attribute "change_everything"',
     11: 'Unexpected keyword argument "durabillity"',
     12: 'Unexpected keyword argument "now"',
+    13: 'Unexpected keyword argument "lease_second"',
+    14: 'Unexpected keyword argument "status"',
 }
 
 
