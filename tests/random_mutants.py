@@ -31,8 +31,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 180  # which a mutant may take before it counts as noticed
 CONTRACT = """
 import sys, test_pqueue, unittest
-del test_pqueue.SQLiteContractAtNormalDurability  # which differs from SQLiteContract in one setting
-unittest.main(test_pqueue, argv=["test_pqueue.py", "-f"])
+from test_pqueue import SQLiteContract, SQLiteContractAtNormalDurability
+cases = [each for each in vars(test_pqueue).values() if isinstance(each, type) and issubclass(each, unittest.TestCase)]
+cases.remove(SQLiteContractAtNormalDurability)  # which differs from SQLiteContract in one setting
+cases.sort(key=lambda case: case is not SQLiteContract)  # first what notices most
+suite = unittest.TestSuite(map(unittest.defaultTestLoader.loadTestsFromTestCase, cases))
+sys.exit(not unittest.TextTestRunner(failfast=True).run(suite).wasSuccessful())
 """
 ON_SQLITE = [
     [sys.executable, "-W", "error", "-c", CONTRACT],
