@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
+from run import memory
+
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 180  # which a mutant may take before it counts as noticed
 CONTRACT = """
@@ -172,7 +174,8 @@ def passes(command: list[str], folder: Path) -> bool:
     child = subprocess.Popen(
         command,
         cwd=folder,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},  # one second may see two mutants of the same size
+        # Two mutants may have the same size and time, by which Python would take the code of one for the other's.
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(folder.parent)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -212,7 +215,7 @@ def main() -> int:
         finally:
             folders.put(folder)
 
-    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with tempfile.TemporaryDirectory(prefix="pq", dir=memory()) as place, ThreadPoolExecutor(os.cpu_count()) as pool:
         for number in range(os.cpu_count() or 1):
             ignored = shutil.ignore_patterns(".*", "var", "docs", "*.egg-info", "__pycache__")
             folders.put(shutil.copytree(ROOT, Path(place) / str(number), ignore=ignored))

@@ -9,16 +9,18 @@ backend. all: each file of tests in a process of its own, and the contract suite
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+MEMORY_BYTES = 4 << 30
 # What takes longest begins first. Two of these that need a PostgreSQL server do not begin at once: on a new machine
 # both would add the account that it runs as.
 LONGEST = ("mutants", "postgres", "attack", "power_loss", "fuzz", "commit_points", "browser", "supervisor")
@@ -64,28 +66,47 @@ def pytest(*arguments: str) -> Command:
     return [sys.executable, "-m", "pytest", *arguments]
 
 
-def run(name: str, command: Command) -> tuple[str, int, float, str]:
+def run(name: str, command: Command, folder: Path) -> tuple[str, int, float, str]:
     """Return the name, the exit code, the seconds and the output."""
     began = time.monotonic()
-    with tempfile.TemporaryFile() as output:  # and no pipe, which a process that was left behind would keep open
+    folder.mkdir()
+    words = [*map(str, command), *([f"--basetemp={folder / 'base'}"] if "pytest" in command else [])]
+    with (folder / "output").open("wb") as output:  # and no pipe, which a process left behind would keep open
         done = subprocess.run(
-            [str(word) for word in command], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            words,
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": str(folder)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
         )
-        output.seek(0)
-        text = output.read().decode(errors="replace").rstrip()
+    text = (folder / "output").read_text(errors="replace").rstrip()
     return name, done.returncode, time.monotonic() - began, text
 
 
-def run_all(commands: dict[str, Command]) -> Iterable[str]:
+def run_all(commands: dict[str, Command]) -> Iterator[str]:
     """Run these, say how each ended, and yield the names of those that failed."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for future in as_completed([pool.submit(run, *each) for each in commands.items()]):
+    with (
+        tempfile.TemporaryDirectory(prefix="pq", dir=memory(), ignore_cleanup_errors=True) as folder,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        running = [
+            pool.submit(run, name, command, Path(folder, str(number)))
+            for number, (name, command) in enumerate(commands.items())
+        ]
+        for future in as_completed(running):
             name, code, seconds, text = future.result()
             if code:
                 print(f"\n{text}\n")
                 yield name
             last = text.rpartition("\n")[2]
             print(f"{'FAILED' if code else 'ok':6} {seconds:6.1f} s  {name}: {last}", flush=True)
+
+
+def memory() -> str | None:
+    """Return a folder in memory, where nobody waits for a disk; None, for the usual place, where it has little room."""
+    place = "/dev/shm"
+    return place if os.access(place, os.W_OK) and shutil.disk_usage(place).free > MEMORY_BYTES else None
 
 
 def main(kind: str, *pythons: str) -> int:
