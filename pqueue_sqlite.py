@@ -518,7 +518,10 @@ class PersistentQSQLite(PersistentQInterface):
         """Remember which file the log belongs to; both are open."""
         with self._note() as note:
             numbers = [file_number(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal")]
-            version = connection.execute("PRAGMA schema_version").fetchone()[0]
+            try:
+                version = connection.execute("PRAGMA schema_version").fetchone()[0]
+            except sqlite3.Error as error:
+                raise self._error(error) from error
             os.pwrite(note, b"".join([*numbers, b"%20d" % version]), 0)
 
     @contextmanager
@@ -638,6 +641,8 @@ class PersistentQSQLite(PersistentQInterface):
                 self._database = self._database or session.files.database
                 if self._database != session.files.database:
                     raise replaced(self.path) from None
+                if has_locks() and not self.is_read_only:
+                    self._note_own_log(session.connection)  # SQLite may have begun another since this was opened
                 self._local.session = session
                 self._sessions.add(session)
             return session

@@ -2701,6 +2701,19 @@ class Replaced(SQLiteCase):
         self.beside("-wal").unlink()
         self.assertEqual(self.open().count_jobs(), 100)
 
+    def test_database_is_not_opened_with_a_log_that_was_begun_after_the_other_was_opened(self):
+        queue = self.open()
+        for number in range(50):  # these take the numbers of files that are gone, which some file systems never reuse
+            (self.folder / str(number)).touch()
+        queue.enqueue_many("t", range(100))
+        queue.backup(self.folder / "backup.db")
+        queue.enqueue_many("t", range(100))
+        (self.folder / "backup.db").replace(self.path)
+        with self.assertRaisesRegex(SchemaMismatch, "took the place of another database"):
+            self.open()
+        with self.assertRaises(pqueue.DatabaseReplaced):
+            queue.enqueue("t")
+
     @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
     def test_log_that_was_deleted_is_not_begun_anew_while_others_have_the_old_one(self):
         code = "import pqueue, time\nq = pqueue.PersistentQSQLite(sys.argv[1])\nq.enqueue_many('t', range(9))\n"
