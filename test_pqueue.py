@@ -2508,6 +2508,26 @@ class Files(SQLiteCase):
                 self.assertNotRegex(plan, r"SCAN jobs(?! USING)")
                 self.assertIn("USING INDEX jobs_claim", plan.replace("COVERING ", ""))
 
+    def test_index_holds_only_the_rows_it_is_for(self):
+        self.open().enqueue("t")
+        indexes = {
+            "jobs_claim": ("state = 'pending'", "assigned_to IS NULL"),
+            "jobs_assigned": ("state = 'pending'", "assigned_to IS NOT NULL"),
+            "jobs_scheduled": ("state = 'scheduled'",),
+            "jobs_processing": ("state = 'processing'",),
+            "jobs_finished": ("finished_at IS NOT NULL",),
+            "jobs_failed": ("state = 'failed'",),
+            "jobs_key": ("key IS NOT NULL", "state IN ('scheduled', 'pending', 'processing')"),
+            "consumers_running": ("state = 'running'",),
+        }
+        with self.sqlite() as db:
+            for index, terms in indexes.items():
+                rows = f"SELECT 1 FROM {index.split('_')[0]} INDEXED BY {index} WHERE "
+                db.execute(rows + " AND ".join(terms))
+                for term in terms:  # SQLite refuses an index that lacks rows which may be asked for
+                    with self.subTest(index=index, without=term), self.assertRaises(sqlite3.OperationalError):
+                        db.execute(rows + " AND ".join(["1 = 1", *(each for each in terms if each != term)]))
+
     def test_rows_are_readable_in_the_sqlite_shell(self):
         queue = self.open()
         queue.enqueue("t", {"a": "ü"})
