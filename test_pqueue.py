@@ -1441,7 +1441,7 @@ class QueueContract:
 
     def test_waiting_consumer_sleeps_on_when_others_find_nothing(self):
         self.queue.pause("default")
-        self.queue.enqueue("t", now=NOW)
+        self.queue.enqueue("t")
         other = self.reopen()
         other.dequeue("other")
         thread = threading.Timer(0.05, other.dequeue, ["other"])
