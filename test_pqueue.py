@@ -762,6 +762,10 @@ class QueueContract:
         (gone,) = target.list_jobs(task="gone")
         self.assertEqual([event["error"] for event in target.history(gone.id)], ["by hand"])
         self.assertEqual({name for name, each in target.stats()["queues"].items() if each["paused"]}, {"held"})
+        target.begin_move("elsewhere")
+        self.assertTrue(queue.has_moved_to(target))
+        target.cancel_move()
+        self.assertTrue(queue.has_moved_to(target))
 
     def test_move_that_is_given_up_delivers_here_again(self):
         self.queue.pause("held")
