@@ -223,6 +223,7 @@ class QueueContract:
                 self.assertEqual(others(job), before)
 
     def test_verbs_on_an_unknown_job_raise_job_not_found(self):
+        self.queue.enqueue("t")
         for verb in (self.queue.get, self.queue.resubmit, self.queue.mark_failed, self.queue.cancel):
             with self.subTest(verb=verb.__name__), self.assertRaises(JobNotFound):
                 verb(12345)
