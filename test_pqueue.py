@@ -1736,6 +1736,15 @@ class SQLiteGuarantees(SQLiteCase):
         with self.assertRaisesRegex(SchemaMismatch, "expected the tables of a queue"):
             self.open()
 
+    def test_guarantee_7_file_with_other_tables_than_it_claims_is_refused(self):
+        with self.sqlite() as db:
+            db.execute(f"PRAGMA application_id = {pqueue_schema.APPLICATION_ID}")
+            db.execute("PRAGMA user_version = 1")
+            for name in ("jobs", "b", "c", "d"):
+                db.execute(f"CREATE TABLE {name} (x)")
+        with self.assertRaisesRegex(SchemaMismatch, "expected the tables of a queue, got 1 of them"):
+            self.open()
+
     def test_guarantee_7_newer_schema_is_refused(self):
         self.open().close()
         with self.sqlite() as db:
@@ -2522,6 +2531,35 @@ class Files(SQLiteCase):
                 plan = "\n".join(row[3] for row in queue._read(sql, params))
                 self.assertNotRegex(plan, r"SCAN jobs(?! USING)")
                 self.assertIn("USING INDEX jobs_claim", plan.replace("COVERING ", ""))
+
+    def test_queue_that_moves_to_a_file_takes_along_what_else_is_in_its_database(self):
+        queue, target = self.open(), self.folder / "new" / "queue.db"
+        job_id = queue.enqueue("t", [1])
+        queue.dequeue("w")
+        with queue.transaction() as db:
+            db.execute("CREATE TABLE theirs (x)")
+            db.execute("CREATE INDEX theirs_index ON theirs (x)")
+            db.execute("CREATE INDEX theirs_too ON jobs (task)")
+            db.execute("CREATE VIEW seen AS SELECT x FROM theirs")
+            db.execute("CREATE TRIGGER spy AFTER UPDATE ON queues BEGIN INSERT INTO theirs VALUES (1); END")
+        self.assertEqual(queue.other_tables(), ["seen", "spy", "theirs", "theirs_too"])
+        queue.begin_move(str(target))
+        before = queue._read("SELECT count(*) FROM theirs")
+        self.assertIsNone(queue.move_to_file(target))  # a job runs
+        queue.leave("w")
+        progress = []
+        self.assertEqual(queue.move_to_file(target, tell=progress.append), {"queues": 1, "jobs": 1, "history": 2})
+        self.assertTrue(progress)
+        with self.assertRaisesRegex(QueueError, "cannot move to .*: File exists"):
+            queue.move_to_file(target)
+        with closing(open_queue(target, create=False)) as moved:
+            self.assertEqual(moved.get(job_id).payload, [1])
+            self.assertEqual(moved.consumers(), [])
+            self.assertEqual(moved.other_tables(), queue.other_tables())
+            self.assertEqual(moved._read("SELECT count(*) FROM theirs"), before)
+            self.assertTrue(queue.has_moved_to(moved))
+            self.assertEqual(moved.dequeue("w").id, job_id)
+        self.assertEqual([path.name for path in target.parent.glob("*.part")], [])
 
     def test_index_holds_only_the_rows_it_is_for(self):
         self.open().enqueue("t")
