@@ -1386,7 +1386,7 @@ class QueueContract:
         self.assertIsNotNone(wait_until(lambda: self.queue.dequeue("w")))
 
     def test_waiting_consumer_wakes_whatever_makes_a_job_pending(self):
-        q, waiter = self.queue, self.reopen()
+        q, waiter, source = self.queue, self.reopen(), self.target()
         waiter.dequeue("w")
 
         def taken():
@@ -1411,6 +1411,10 @@ class QueueContract:
             "enqueue with a key": (lambda: None, lambda _: q.enqueue("t", key="k", now=NOW)),
             "enqueue in a new queue": (lambda: None, lambda _: q.enqueue("t", queue="new", now=NOW)),
             "enqueue_many": (lambda: None, lambda _: q.enqueue_many("t", [1], now=NOW)),
+            "enqueue_many within a limit": (
+                lambda: q.limit("limited", 5),
+                lambda _: q.enqueue_many("t", [1], queue="limited", now=NOW),
+            ),
             "enqueue in a transaction": (lambda: None, lambda _: in_transaction()),
             "release": (taken, lambda job: q.release(job, now=NOW)),
             "fail": (taken, lambda job: q.fail(job, "no", retry_in_seconds=0, now=0)),
@@ -1421,7 +1425,8 @@ class QueueContract:
             "assign": (lambda: q.enqueue("t", assigned_to="x", now=NOW), lambda job_id: q.assign(job_id, "w")),
             "leave": (taken, lambda _: q.leave("other")),
             "cancel_move": (lambda: (q.enqueue("t", now=NOW), q.begin_move("elsewhere")), lambda _: q.cancel_move()),
-            "move_to": (lambda: self.target_with_a_job(), lambda source: source.move_to(q)),
+            "move_to": (lambda: source.enqueue("t"), lambda _: source.move_to(q)),
+            "finish_move": (lambda: source.enqueue("late"), lambda _: source.finish_move(q)),
         }
         for case, (prepare, wake) in cases.items():
             with self.subTest(case):
@@ -1448,11 +1453,6 @@ class QueueContract:
                     thread.join()
                 self.assertFalse(slept_on)
                 self.assertEqual(told, [True])
-
-    def target_with_a_job(self):
-        source = self.target()
-        source.enqueue("t")
-        return source
 
     def test_waiting_consumer_sleeps_on_when_others_find_nothing(self):
         self.queue.pause("default")
