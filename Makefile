@@ -6,9 +6,12 @@ JOBS := 10000000
 TIMES := 10
 SECONDS := 600
 SEED := 1
+MODULE := pqueue.py
+N := 60
+PYTHONS :=
 ATTACKS := (fuzz or histories or power_loss or model_allows or QueueMachine) and not mutants
 
-.PHONY: help run test check format sql screenshots bench soak attack lock clean
+.PHONY: help run quick contract test check format sql mutants screenshots bench soak attack lock clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -16,8 +19,14 @@ help:  ## Show this list
 run: $(VENV)/requirements.txt  ## Run the whole system in the foreground; Ctrl-C ends it
 	@umask 077; $(BIN)/python ops.py --check && PATH="$(CURDIR)/$(BIN):$$PATH" exec $(BIN)/supervisord -n -c supervisord.conf
 
-test: $(READY)  ## Run every test
-	$(BIN)/python -m pytest
+quick: $(READY)  ## Check format, lint and types, and run the contract suite on SQLite and the model test
+	@$(BIN)/python tests/run.py quick
+
+contract: $(READY)  ## Run the contract suite on every backend
+	@$(BIN)/python tests/run.py contract
+
+test: $(READY)  ## Run every test; under each Python of PYTHONS also the contract suite, bare
+	@$(BIN)/python tests/run.py all $(PYTHONS)
 
 check: $(READY)  ## Check format, lint and types
 	$(BIN)/ruff format --check .
@@ -30,6 +39,9 @@ format: $(READY)  ## Format the code
 
 sql: $(READY)  ## Write docs/postgres.sql, the statements that PostgreSQL receives
 	PYTHONPATH=. $(BIN)/python tests/test_statements.py
+
+mutants: $(READY)  ## Change N things of MODULE at random, and list what no test notices; MODULE=FILE N=N SEED=N
+	$(BIN)/python tests/random_mutants.py $(MODULE) --number $(N) --seed $(SEED)
 
 screenshots: $(READY)  ## Take pictures of the dashboard into docs; needs Chromium
 	PYTHONPATH=. $(BIN)/python tests/screenshots.py docs

@@ -248,6 +248,7 @@ class Line:
         self._numbers: set[int] = set()  # of the locks to hold
         self._connection: psycopg.Connection[Any] | None = None
         self._over = False
+        self._stop_reader, self._stop_writer = os.pipe()  # wakes up the listener when it is over
         self._cut_at = self._made_at = -math.inf  # monotonic seconds
         self._is_new = False  # the connection is, and it has not been told yet that the consumers live
         self.carries = True  # False: a pooler in between passes on no NOTIFY, and keeps no lock
@@ -309,6 +310,7 @@ class Line:
     def stop_listening(self) -> None:
         """End the listener, which would connect again, and say that the consumers live."""
         self._over = True
+        os.write(self._stop_writer, b"!")
         if self._thread.is_alive():
             self._thread.join(2 * self._queue._busy_seconds + 2)  # it may be connecting
 
@@ -316,6 +318,8 @@ class Line:
         self.stop_listening()
         if self._connection is not None:
             self._connection.close()
+        for file in (self._stop_reader, self._stop_writer):
+            os.close(file)
 
     def _connect(self) -> psycopg.Connection[Any]:
         with ExitStack() as undo:
@@ -367,8 +371,9 @@ class Line:
                 self._queue._revive()
                 self._is_new = False
         said = select.poll()
-        said.register(connection.fileno(), select.POLLIN)
-        if said.poll(1000) and any(True for _ in connection.notifies(timeout=0)):
+        for file in (connection.fileno(), self._stop_reader):
+            said.register(file, select.POLLIN)
+        if said.poll(1000) and not self._over and any(True for _ in connection.notifies(timeout=0)):
             self._ring()
 
     def _ring(self) -> None:

@@ -628,6 +628,8 @@ class PersistentQSQLite(PersistentQInterface):
                 self._database = self._database or session.files.database
                 if self._database != session.files.database:
                     raise replaced(self.path) from None
+                if has_locks() and not self.is_read_only:
+                    self._note_own_log(session.connection)  # SQLite may have begun another since this was opened
                 self._local.session = session
                 self._sessions.add(session)
             return session

@@ -121,6 +121,10 @@ class QueueContract:
         self.addCleanup(queue.close)
         return queue
 
+    def another(self):
+        self.queue.enqueue("t")
+        return self.queue.dequeue("w")
+
     def taken(self, **options):
         """Enqueue and dequeue a job."""
         self.queue.enqueue("t", now=NOW, **options)
@@ -188,7 +192,39 @@ class QueueContract:
                             call(job)
                         self.assertEqual(q.get(job.id), before)
 
+    def test_verb_changes_its_job_and_none_beside_it(self):
+        q = self.queue
+        verbs = {
+            "complete": lambda job: q.complete(job, now=NOW),
+            "complete and dequeue": lambda job: q.complete_and_dequeue([(job, None)], "worker", 0, now=NOW),
+            "fail": lambda job: q.fail(job, "no", now=NOW),
+            "fail for good": lambda job: q.fail(job, "no", retry=False, now=NOW),
+            "release": lambda job: q.release(job, now=NOW),
+            "extend": lambda job: q.extend(job, 5, now=NOW),
+            "update": lambda job: q.update(job, progress=0.5, result="half"),
+            "mark_failed": lambda job: q.mark_failed(job.id, now=NOW),
+            "cancel": lambda job: q.cancel(job.id, now=NOW),
+            "assign": lambda job: q.assign(job.id, "w2", now=NOW),
+            "delete": lambda job: q.delete_jobs([job.id], force=True),
+            "resubmit": lambda job: (q.cancel(job.id, now=NOW), q.resubmit(job.id, now=NOW)),
+        }
+
+        def others(job):
+            return [(each, q.history(each.id)) for each in q.list_jobs() if each.id != job.id]
+
+        for verb, call in verbs.items():
+            with self.subTest(verb=verb):
+                q.delete_jobs(force=True)
+                for state in ("completed", "failed", "cancelled", "scheduled"):
+                    self.in_state(state)
+                q.enqueue_many("t", range(3), now=NOW)
+                job, _ = q.dequeue_many("worker", 2, now=NOW)  # which share their token
+                before = others(job)
+                call(job)
+                self.assertEqual(others(job), before)
+
     def test_verbs_on_an_unknown_job_raise_job_not_found(self):
+        self.queue.enqueue("t")
         for verb in (self.queue.get, self.queue.resubmit, self.queue.mark_failed, self.queue.cancel):
             with self.subTest(verb=verb.__name__), self.assertRaises(JobNotFound):
                 verb(12345)
@@ -255,6 +291,18 @@ class QueueContract:
         self.assertEqual(job.state, "failed")
         self.assertIn("lost by ann, bob, cid", job.error)
 
+    def test_guarantee_5_names_are_those_who_lost_this_job(self):
+        q = self.queue
+        mine, other = q.enqueue_many("t", range(2), max_attempts=2, now=NOW)
+        q.dequeue("ann", lease_seconds=10, now=NOW)
+        q.dequeue("zoe", lease_seconds=30, now=NOW)
+        self.assertEqual(q.dequeue("bob", lease_seconds=60, now=NOW + 20).id, mine)
+        q.dequeue_many("dan", 0, now=NOW + 40)
+        q.cancel(other, now=NOW + 40)
+        q.resubmit(other, now=NOW + 40)
+        q.dequeue_many("dan", 0, now=NOW + 100)
+        self.assertIn("lost by ann, bob;", q.get(mine).error)
+
     def test_guarantee_6_dequeue_goes_by_priority_then_due_time_then_id(self):
         def add(task, **options):
             return self.queue.enqueue(task, now=NOW, **options)
@@ -301,6 +349,68 @@ class QueueContract:
         self.assertEqual([job.id for job in taken], [following])
         self.assertEqual(lost, [jobs[1]])
         self.assertEqual([self.queue.get(job.id).result for job in jobs], [0, None, 2])
+
+    def test_batch_completes_what_was_given_and_not_the_rest_of_its_claim(self):
+        self.queue.enqueue_many("t", range(3), now=NOW)
+        first, second, third = self.queue.dequeue_many("w", 3, now=NOW)
+        self.queue.complete_and_dequeue([(first, 1), (third, 3)], "w", 0, now=NOW)
+        self.assertEqual([self.queue.get(job.id).result for job in (first, third)], [1, 3])
+        self.assertEqual(self.queue.get(second.id), second)
+
+    def test_dequeue_promotes_what_is_due_and_nothing_else(self):
+        due, later = (self.queue.enqueue("t", run_at=NOW + seconds, now=NOW) for seconds in (10, 20))
+        self.queue.dequeue_many("w", 0, now=NOW + 10)
+        self.assertEqual([self.queue.get(job_id).state for job_id in (due, later)], ["pending", "scheduled"])
+
+    def test_dequeue_that_may_promote_few_passes_over_what_is_pending(self):
+        self.queue.pause("paused")
+        self.queue.enqueue("t", queue="paused", now=NOW)
+        job_id = self.queue.enqueue("t", run_at=NOW + 10, now=NOW)
+        with mock.patch("pqueue.RECOVERY_BATCH", 1):
+            self.assertEqual(self.queue.dequeue("w", now=NOW + 10).id, job_id)
+
+    def test_dequeue_takes_back_what_expired_and_nothing_else(self):
+        self.queue.enqueue_many("t", range(2), now=NOW)
+        expired, held = (self.queue.dequeue("w", lease_seconds=seconds, now=NOW) for seconds in (10, 20))
+        self.queue.dequeue_many("other", 0, now=NOW + 10)
+        self.assertEqual(self.queue.get(expired.id).state, "pending")
+        self.assertEqual(self.queue.get(held.id), held)
+
+    def test_consumer_keeps_its_job_when_another_has_left(self):
+        leaver, stayer = self.reopen(), self.reopen()
+        leaver.dequeue("leaver")
+        leaver.close()
+        self.queue.enqueue("t")
+        job = stayer.dequeue("stayer")
+        self.assertIsNone(self.reopen().dequeue("newcomer"))
+        self.assertEqual(self.queue.get(job.id), job)
+        states = {each["name"]: each["state"] for each in self.queue.consumers()}
+        self.assertEqual(states, {"leaver": "stopped", "stayer": "running", "newcomer": "running"})
+
+    def test_consumer_that_leaves_takes_no_other_along(self):
+        self.queue.enqueue_many("t", range(2), now=NOW)
+        kept, returned = (self.queue.dequeue(name, now=NOW) for name in ("stayer", "leaver"))
+        self.queue.heartbeat("leaver", completed=1)
+        self.queue.leave("leaver")
+        self.assertEqual(self.queue.get(kept.id), kept)
+        self.assertEqual(self.queue.get(returned.id).state, "pending")
+        seen = {each["name"]: (each["state"], each["completed"]) for each in self.queue.consumers()}
+        self.assertEqual(seen, {"leaver": ("stopped", 1), "stayer": ("running", 0)})
+
+    def test_consumer_that_was_found_dead_is_not_shown_as_stopped(self):
+        self.queue.dequeue("w")
+        with self.queue.transaction() as db:
+            self.execute(db, "UPDATE consumers SET state = 'dead'")
+        self.queue.leave("w")
+        self.assertEqual([each["state"] for each in self.queue.consumers()], ["dead"])
+
+    def test_consumer_gets_one_assigned_job_after_the_other(self):
+        ids = [self.queue.enqueue("t", assigned_to="w", now=NOW) for _ in range(3)]
+        for job_id in ids:
+            job = self.queue.dequeue("w", now=NOW)
+            self.assertEqual(job.id, job_id)
+            self.queue.complete(job, now=NOW)
+        self.assertFalse(self.queue.wait(0.01, consumer="w"))
 
     ODD = (
         None,
@@ -422,6 +532,7 @@ class QueueContract:
         self.queue.cancel(first)
         second = self.queue.enqueue("t", key="k", now=NOW)
         self.assertNotEqual(second, first)
+        self.assertEqual(self.queue.enqueue("t", key="k", now=NOW), second)
         with self.assertRaisesRegex(InvalidTransition, "has its key 'k'"):
             self.queue.resubmit(first)
 
@@ -429,6 +540,15 @@ class QueueContract:
         first, other, again, other_again = (self.queue.enqueue("t", key="k", queue=name) for name in "abab")
         self.assertNotEqual(first, other)
         self.assertEqual((again, other_again), (first, other))
+
+    def test_resubmit_needs_its_own_key_in_its_own_queue_only(self):
+        first = self.queue.enqueue("t", key="k")
+        second = self.queue.enqueue("t", key="l")
+        self.assertEqual([self.queue.enqueue("t", key=key) for key in "lk"], [second, first])
+        self.queue.cancel(first)
+        self.queue.enqueue("t", key="k", queue="other")
+        self.queue.resubmit(first)
+        self.assertEqual(self.queue.get(first).state, "pending")
 
     def test_payload_that_could_not_be_read_back_is_refused(self):
         deep = []
@@ -543,6 +663,32 @@ class QueueContract:
         q.limit("default", None)
         self.assertEqual(fill(), 9)
 
+    def test_limit_holds_for_its_queue_alone(self):
+        def fill(queue):
+            """Enqueue until the queue is full; return how many it took."""
+            for taken in range(9):
+                with suppress(QueueFull):
+                    self.queue.enqueue("t", queue=queue)
+                    continue
+                with self.assertRaises(QueueFull):
+                    self.queue.enqueue_many("t", [1], queue=queue)
+                return taken
+            return None
+
+        self.queue.enqueue("t", queue="free")
+        self.queue.enqueue("t", queue="tight", assigned_to="w")
+        self.queue.limit("tight", 2)
+        self.queue.limit("wide", 4)
+        self.assertEqual(fill("tight"), 2)
+        self.assertEqual(fill("wide"), 4)
+        self.queue.limit("tight", 3)
+        self.assertEqual((fill("tight"), fill("wide")), (1, 0))
+        self.assertIsNone(fill("free"))
+        finished = self.queue.enqueue("t", queue="free")
+        self.queue.cancel(finished)
+        self.queue.resubmit(finished)
+        self.assertEqual(self.queue.check()["problems"], [])
+
     def test_transaction_that_fails_leaves_the_count_of_a_limit_as_it_was(self):
         self.queue.limit("default", 2)
         self.queue.enqueue("t")
@@ -565,6 +711,74 @@ class QueueContract:
         with self.assertRaisesRegex(QueueFull, "no room for 3 jobs within its limit of 3"):
             self.queue.enqueue_many("t", range(3))
         self.assertEqual(self.queue.count_jobs(), 1)
+
+    def target(self):
+        """Return an empty queue elsewhere."""
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        target = pqueue.PersistentQSQLite(Path(folder.name) / "target.db")
+        self.addCleanup(target.close)
+        return target
+
+    def test_copy_has_each_queue_job_and_event(self):
+        for state in ("completed", "failed", "cancelled", "scheduled", "processing", "pending"):
+            self.in_state(state)
+        self.queue.enqueue("t", {"a": ["ü", 1.5]}, queue="b", key="k", priority=3, assigned_to="w")
+        self.queue.pause("b")
+        target, progress = self.target(), []
+        copied = self.queue.copy_to(target, progress.append)
+        self.assertEqual(copied, {"queues": 2, "jobs": 7, "history": 2})
+        self.assertEqual((progress, sum(copied.values())), (sorted(progress), progress[-1]))
+        self.assertEqual(target.list_jobs(), self.queue.list_jobs())
+        self.assertEqual(target.stats(), self.queue.stats())
+        for job in self.queue.list_jobs():
+            self.assertEqual(target.history(job.id), self.queue.history(job.id))
+        self.assertEqual(target.enqueue("t"), 8)
+        with self.assertRaisesRegex(QueueError, "cannot copy: expected a target without jobs"):
+            self.queue.copy_to(target)
+
+    def test_moved_queue_goes_on_in_its_new_place(self):
+        queue, target = self.queue, self.target()
+        queue.pause("held")
+        queue.enqueue("t", queue="held")
+        queue.enqueue("t")
+        running = queue.dequeue("w")
+        self.assertEqual(queue.begin_move(target.name, by="ann"), 1)
+        self.assertEqual(queue.move_status()["event"], "moving")
+        self.assertIsNone(queue.move_to(target))
+        queue.enqueue("new", queue="new")
+        self.assertIsNone(queue.dequeue("w"))
+        queue.complete(running)
+        self.assertEqual(queue.move_to(target), {"queues": 3, "jobs": 3, "history": 1})
+        self.assertEqual((queue.move_status()["event"], queue.move_status()["to"]), ("moved", target.name))
+        self.assertTrue(queue.has_moved_to(target))
+        self.assertIsNone(target.move_status())
+        for key in "lk":
+            queue.enqueue("late", key=key)
+        queue.mark_failed(queue.enqueue("gone"), "by hand")
+        target.enqueue("known", queue="default", key="k")
+        target.enqueue("t", queue="another")
+        self.assertEqual(queue.finish_move(target), {"carried": 2, "known": 1, "deleted": 6})
+        self.assertEqual(queue.finish_move(target), {"carried": 0, "known": 0, "deleted": 0})
+        tasks = [job.task for job in target.dequeue_many("w", 9)]
+        self.assertEqual(sorted(tasks), ["known", "late", "new", "t"])
+        (gone,) = target.list_jobs(task="gone")
+        self.assertEqual([event["error"] for event in target.history(gone.id)], ["by hand"])
+        self.assertEqual({name for name, each in target.stats()["queues"].items() if each["paused"]}, {"held"})
+        target.begin_move("elsewhere")
+        self.assertTrue(queue.has_moved_to(target))
+        target.cancel_move()
+        self.assertTrue(queue.has_moved_to(target))
+
+    def test_move_that_is_given_up_delivers_here_again(self):
+        self.queue.pause("held")
+        for name in ("default", "held"):
+            self.queue.enqueue("t", queue=name)
+        self.queue.begin_move("elsewhere")
+        self.assertIsNone(self.queue.dequeue("w"))
+        self.queue.cancel_move()
+        self.assertIsNone(self.queue.move_status())
+        self.assertEqual([job.queue for job in self.queue.dequeue_many("w", 9)], ["default"])
 
     def test_copy_counts_the_pending_jobs_of_limited_queues(self):
         self.queue.limit("default", 3)
@@ -761,7 +975,25 @@ class QueueContract:
         self.assertEqual(self.queue.prune(60, states=["cancelled"], now=NOW + 100), 1)
         self.assertEqual(self.queue.prune(60, now=NOW + 100), 1)
         self.assertEqual([job.id for job in self.queue.list_jobs()], [last, young])
-        self.assertEqual(self.queue.history(old), [])
+        self.assertEqual([len(self.queue.history(job_id)) for job_id in (old, failed, young)], [0, 0, 1])
+
+    def test_prune_takes_each_job_of_each_queue_once_however_few_at_a_time(self):
+        for name in "abaaa":
+            self.queue.cancel(self.queue.enqueue("t", queue=name, now=NOW), now=NOW)
+        self.queue.enqueue("t", now=NOW)
+        with mock.patch("pqueue.PRUNE_BATCH", 2):
+            self.assertEqual(self.queue.prune(10, now=NOW + 10), 0)
+            self.assertEqual(self.queue.prune(10, now=NOW + 11), 5)
+
+    def test_operator_sees_what_each_queue_finished_counted_once(self):
+        for name in "ab":
+            self.queue.enqueue("t", queue=name, now=100)
+            self.queue.complete(self.queue.dequeue("w", queues=[name], now=110), now=130)
+        stats = self.queue.stats()
+        self.assertEqual(stats["states"]["completed"], 2)
+        self.assertEqual([stats["queues"][name]["completed"] for name in "ab"], [1, 1])
+        self.assertEqual(self.queue.activity(0, 1000), {"enqueued": 2, "completed": 2, "failed": 0})
+        self.assertEqual(self.queue.timings(), {"wait": [10.0, 10.0], "run": [20.0, 20.0]})
 
     def test_jobs_are_listed_newest_first_by_filter_and_page(self):
         ids = self.queue.enqueue_many("a", range(5), queue="q", now=NOW)
@@ -977,6 +1209,7 @@ class QueueContract:
             self.queue.fail(self.queue.dequeue("w"), error, retry=False)
         last = self.queue.enqueue("a")
         self.queue.mark_failed(last, "by hand")
+        self.queue.fail(self.another(), "by hand")  # it is tried again
         groups = [(each["task"], each["error"], each["jobs"]) for each in self.queue.failures()]
         self.assertEqual(groups, [("a", "ValueError: x", 2), ("a", "by hand", 1), ("b", "ValueError: x", 1)])
         self.assertEqual(self.queue.failures()[1]["last_id"], last)
@@ -990,9 +1223,11 @@ class QueueContract:
         self.queue.fail(self.queue.dequeue("w"), "no", retry=False, now=170)
         self.assertEqual(self.queue.activity(0, 1000), {"enqueued": 5, "completed": 2, "failed": 1})
         self.assertEqual(self.queue.activity(110, 160), {"enqueued": 4, "completed": 1, "failed": 0})
+        self.assertEqual(self.queue.activity(155, 175), {"enqueued": 0, "completed": 1, "failed": 1})
         self.assertEqual(self.queue.timings(), {"wait": [48.0, 38.0], "run": [2.0, 2.0]})
         self.assertEqual(self.queue.timings(1), {"wait": [38.0], "run": [2.0]})
         self.assertEqual(self.queue.timings(start=150, end=160), {"wait": [48.0], "run": [2.0]})
+        self.assertEqual(self.queue.timings(start=151, end=161), {"wait": [38.0], "run": [2.0]})
 
     def before_each_read(self, act):
         """Act before whatever the queue reads by itself from now on."""
@@ -1053,11 +1288,14 @@ class QueueContract:
         other.complete(other.dequeue("w"))
         running = other.dequeue("w")
         flip = itertools.cycle([lambda: other.assign(running.id, None), lambda: other.mark_failed(ids[200])])
-        self.before_each_read(lambda: next(flip)())
-        with suppress(InvalidTransition):
-            self.assertEqual(
-                sorted(map(str, self.queue.unfinished_payloads())), sorted([*map(str, range(1, 250)), "later"])
-            )
+
+        def change():
+            with suppress(InvalidTransition):
+                next(flip)()
+
+        self.before_each_read(change)
+        found = sorted(map(str, self.queue.unfinished_payloads()))
+        self.assertEqual(found, sorted([*map(str, range(1, 250)), "later"]))
 
     def test_nobody_changes_what_was_read_in_an_exclusive_block(self):
         other = self.open(busy_seconds=0.1)
@@ -1134,6 +1372,12 @@ class QueueContract:
         self.queue.prune(0, now=time.time() + 1)
         self.assertEqual([each["name"] for each in self.queue.consumers()], ["stayer"])
 
+    def test_prune_remembers_consumers_that_left_a_moment_ago(self):
+        self.queue.dequeue("w")
+        self.queue.leave("w")
+        self.queue.prune(60)
+        self.assertEqual([each["name"] for each in self.queue.consumers()], ["w"])
+
     def test_consumer_that_takes_leave_gives_its_jobs_back(self):
         queue = self.reopen()
         job_id = self.queue.enqueue("t")
@@ -1152,6 +1396,85 @@ class QueueContract:
         self.addCleanup(thread.join)
         self.assertTrue(any(self.queue.wait(1, consumer="w") for _ in range(20)))
         self.assertIsNotNone(wait_until(lambda: self.queue.dequeue("w")))
+
+    def test_waiting_consumer_wakes_whatever_makes_a_job_pending(self):
+        q, waiter, source = self.queue, self.reopen(), self.target()
+        waiter.dequeue("w")
+
+        def taken():
+            q.enqueue("t", now=NOW)
+            return q.dequeue("other", now=NOW)
+
+        def finished():
+            job = taken()
+            q.complete(job, now=NOW)
+            return job
+
+        def paused():
+            q.pause("default")
+            q.enqueue("t", now=NOW)
+
+        def in_transaction():
+            with q.transaction():
+                q.enqueue("t", now=NOW)
+
+        cases = {  # what is done before it waits, and what wakes it
+            "enqueue": (lambda: None, lambda _: q.enqueue("t", now=NOW)),
+            "enqueue with a key": (lambda: None, lambda _: q.enqueue("t", key="k", now=NOW)),
+            "enqueue in a new queue": (lambda: None, lambda _: q.enqueue("t", queue="new", now=NOW)),
+            "enqueue_many": (lambda: None, lambda _: q.enqueue_many("t", [1], now=NOW)),
+            "enqueue_many within a limit": (
+                lambda: q.limit("limited", 5),
+                lambda _: q.enqueue_many("t", [1], queue="limited", now=NOW),
+            ),
+            "enqueue in a transaction": (lambda: None, lambda _: in_transaction()),
+            "release": (taken, lambda job: q.release(job, now=NOW)),
+            "fail": (taken, lambda job: q.fail(job, "no", retry_in_seconds=0, now=0)),
+            "lease over": (taken, lambda _: q.dequeue_many("other", 0, now=NOW + 61)),
+            "due": (lambda: q.enqueue("t", run_at=NOW + 9, now=NOW), lambda _: q.dequeue_many("o", 0, now=NOW + 9)),
+            "resume": (paused, lambda _: q.resume("default")),
+            "resubmit": (finished, lambda job: q.resubmit(job.id, now=NOW)),
+            "assign": (lambda: q.enqueue("t", assigned_to="x", now=NOW), lambda job_id: q.assign(job_id, "w")),
+            "leave": (taken, lambda _: q.leave("other")),
+            "cancel_move": (lambda: (q.enqueue("t", now=NOW), q.begin_move("elsewhere")), lambda _: q.cancel_move()),
+            "move_to": (lambda: source.enqueue("t"), lambda _: source.move_to(q)),
+            "finish_move": (lambda: source.enqueue("late"), lambda _: source.finish_move(q)),
+        }
+        for case, (prepare, wake) in cases.items():
+            with self.subTest(case):
+                q.delete_jobs(force=True)
+                asked, told, prepared = threading.Event(), [], prepare()
+                read = waiter._read
+
+                def asking(*arguments, read=read, asked=asked):
+                    rows = read(*arguments)
+                    asked.set()  # it is about to sleep, and hears of what happens from now on
+                    return rows
+
+                def wait(told=told):
+                    told.append(waiter.wait(60, consumer="w"))
+
+                with mock.patch("pqueue.WAIT_SECONDS", 60), mock.patch.object(waiter, "_read", asking):
+                    thread = threading.Thread(target=wait)
+                    thread.start()
+                    self.assertTrue(asked.wait(60))
+                    wake(prepared)
+                    thread.join(20)
+                    slept_on = thread.is_alive()
+                    q.enqueue("t", now=NOW)
+                    thread.join()
+                self.assertFalse(slept_on)
+                self.assertEqual(told, [True])
+
+    def test_waiting_consumer_sleeps_on_when_others_find_nothing(self):
+        self.queue.pause("default")
+        self.queue.enqueue("t")
+        other = self.reopen()
+        other.dequeue("other")
+        thread = threading.Timer(0.05, other.dequeue, ["other"])
+        thread.start()
+        self.addCleanup(thread.join)
+        self.assertFalse(self.queue.wait(0.2, consumer="w"))
 
     def test_waiting_consumer_wakes_when_a_job_falls_due(self):
         self.queue.enqueue("t", delay_seconds=0.05)
@@ -1306,6 +1629,14 @@ class SQLiteContract(QueueContract, SQLiteCase):
             self.assertEqual(self.queue.get(job.id).state, "failed")
             self.assertIn("is not run again, as its max_attempts is 1", self.queue.get(job.id).error)
 
+    def test_consumer_beside_another_returns_what_it_had_not_begun_uncounted(self):
+        self.queue.enqueue_many("t", range(2), now=NOW)
+        (first,) = self.queue.dequeue_many("first", 1, prefetch=True, now=NOW)
+        (second,) = self.queue.dequeue_many("second", 1, prefetch=True, now=NOW)
+        self.queue.begin(first, now=NOW)
+        self.reopen().dequeue_many("other", 0, now=NOW + 61)
+        self.assertEqual([self.queue.get(job.id).attempts for job in (first, second)], [1, 0])
+
     def test_job_is_not_begun_when_its_lease_is_over(self):
         self.queue.enqueue("t", now=NOW)
         (job,) = self.queue.dequeue_many("w", 5, prefetch=True, lease_seconds=60, now=NOW)
@@ -1431,6 +1762,15 @@ class SQLiteGuarantees(SQLiteCase):
         with self.assertRaisesRegex(SchemaMismatch, "expected the tables of a queue"):
             self.open()
 
+    def test_guarantee_7_file_with_other_tables_than_it_claims_is_refused(self):
+        with self.sqlite() as db:
+            db.execute(f"PRAGMA application_id = {pqueue_schema.APPLICATION_ID}")
+            db.execute("PRAGMA user_version = 1")
+            for name in ("jobs", "b", "c", "d"):
+                db.execute(f"CREATE TABLE {name} (x)")
+        with self.assertRaisesRegex(SchemaMismatch, "expected the tables of a queue, got 1 of them"):
+            self.open()
+
     def test_guarantee_7_newer_schema_is_refused(self):
         self.open().close()
         with self.sqlite() as db:
@@ -1474,6 +1814,41 @@ class SQLiteGuarantees(SQLiteCase):
                 with self.subTest(change=change), self.assertRaises(sqlite3.IntegrityError):
                     db.execute(f"UPDATE jobs SET {change}")
         self.assertEqual(queue.get(job.id), job)
+
+    def test_guarantee_8_row_that_contradicts_its_state_is_refused(self):
+        queue = self.open()
+        states = ("pending", "scheduled", "processing", "completed", "failed", "cancelled")
+        with self.sqlite() as db:
+            columns = "queue, task, payload, priority, run_at, max_attempts, created_at"
+            for state in states:
+                values = {"attempts": 0, "lease_token": None, "lease_expires_at": None, "finished_at": None}
+                if state == "processing":
+                    values |= {"attempts": 1, "lease_token": "x", "lease_expires_at": 1.0}
+                elif state not in ("pending", "scheduled"):
+                    values["finished_at"] = 1.0
+                wrong = [
+                    {"attempts": 3 if state in ("pending", "scheduled") else 4},
+                    {"finished_at": None if values["finished_at"] else 1.0},
+                    {"lease_token": None, "lease_expires_at": None}
+                    if values["lease_token"]
+                    else {"lease_token": "x", "lease_expires_at": 1.0},
+                    {"lease_expires_at": None if values["lease_expires_at"] else 1.0},
+                ]
+                for changes in (*wrong, {}):
+                    row = {**values, **changes, "state": state}
+                    insert = (
+                        f"INSERT INTO jobs ({columns}, {', '.join(row)}) "
+                        f"VALUES ('q', 't', 'null', 0, 1.0, 3, 1.0, :{', :'.join(row)})"
+                    )
+                    with self.subTest(state=state, changes=changes):
+                        if changes:
+                            with self.assertRaises(sqlite3.IntegrityError):
+                                db.execute(insert, row)
+                        else:
+                            db.execute(insert, row)
+            with self.assertRaises(sqlite3.IntegrityError):
+                db.execute("UPDATE jobs SET state = 'done'")
+        self.assertEqual(queue.count_jobs(), len(states))
 
 
 DEQUEUE_AND_SLEEP = """
@@ -2124,6 +2499,67 @@ class Files(SQLiteCase):
             db.execute("PRAGMA user_version = 0")
         self.assertEqual(queue.check()["problems"], ["expected user_version 1, got 0"])
 
+    def test_check_says_what_is_wrong_with_the_place(self):
+        queue = self.open()
+        queue.enqueue("t")
+        cases = {
+            "the file system fuse.odd is not known to be local: .*use a local disk": mock.patch(
+                "pqueue_sqlite.file_system", return_value="fuse.odd"
+            ),
+            "the write-ahead log has grown to [0-9]+ bytes: some program holds a read open": mock.patch(
+                "pqueue_sqlite.WAL_BYTES", 1
+            ),
+            "the disk has only [0-9]+ bytes left": mock.patch("pqueue_sqlite.LEAST_FREE_BYTES", 2**70),
+        }
+        for sentence, cause in cases.items():
+            with self.subTest(sentence), cause:
+                (problem,) = queue.check()["problems"]
+                self.assertRegex(problem, f"^{sentence}$")
+        self.path.chmod(0o604)
+        self.assertEqual(
+            queue.check()["problems"], [f"every account of this machine may use it: run chmod o= {self.path}"]
+        )
+        self.path.chmod(0o600)
+        self.assertEqual(queue.check()["problems"], [])
+
+    def test_check_of_a_queue_that_cannot_be_written_says_so(self):
+        self.open().close()
+        with mock.patch("pqueue_sqlite.is_on_read_only", return_value=True):
+            queue = self.open()
+            self.assertEqual(
+                queue.check()["problems"], ["its file system is read-only: no job can be enqueued, run or changed"]
+            )
+            with self.assertRaisesRegex(QueueError, "cannot write to .*: its file system is read-only"):
+                queue.enqueue("t")
+
+    def test_names_of_what_is_created_are_synced(self):
+        synced, fsync = [], os.fsync
+
+        def recording(file):
+            synced.append(os.readlink(f"/proc/self/fd/{file}"))
+            fsync(file)
+
+        self.path = self.folder.resolve() / "a" / "b" / "queue.db"
+        with mock.patch("os.fsync", recording):
+            queue = self.open()
+            self.assertLessEqual({str(self.folder.resolve()), str(self.path.parent.parent)}, set(synced))
+            synced.clear()
+            queue.backup(self.path.with_name("backup.db"))
+        self.assertEqual(synced[-1], str(self.path.parent))
+        self.assertTrue(synced[0].endswith(".part"))
+        self.assertEqual([path.name for path in self.path.parent.glob("*.part")], [])
+
+    def test_backup_that_fails_leaves_nothing(self):
+        queue = self.open()
+        queue.enqueue("t")
+        before = set(self.folder.iterdir())
+        for failing in ("pqueue_sqlite.sync", "pathlib.Path.replace"):
+            with mock.patch(failing, side_effect=OSError(28, "No space left")), self.subTest(failing):
+                with self.assertRaisesRegex(QueueError, "cannot back up to .*copy.db: No space left"):
+                    queue.backup(self.folder / "copy.db")
+                (self.folder / "copy.db").unlink(missing_ok=True)
+                self.assertEqual(set(self.folder.iterdir()), before)
+
     def test_claim_never_scans_the_jobs(self):
         queue = self.open()
         params = {"consumer": "w", "limit": 1, "token": "t", "now": 1.0, "lease_expires_at": 2.0}
@@ -2133,6 +2569,55 @@ class Files(SQLiteCase):
                 plan = "\n".join(row[3] for row in rows)
                 self.assertNotRegex(plan, r"SCAN jobs(?! USING)")
                 self.assertIn("USING INDEX jobs_claim", plan.replace("COVERING ", ""))
+
+    def test_queue_that_moves_to_a_file_takes_along_what_else_is_in_its_database(self):
+        queue, target = self.open(), self.folder / "new" / "queue.db"
+        job_id = queue.enqueue("t", [1])
+        queue.dequeue("w")
+        with queue.transaction() as db:
+            db.execute("CREATE TABLE theirs (x)")
+            db.execute("CREATE INDEX theirs_index ON theirs (x)")
+            db.execute("CREATE INDEX theirs_too ON jobs (task)")
+            db.execute("CREATE VIEW seen AS SELECT x FROM theirs")
+            db.execute("CREATE TRIGGER spy AFTER UPDATE ON queues BEGIN INSERT INTO theirs VALUES (1); END")
+        self.assertEqual(queue.other_tables(), ["seen", "spy", "theirs", "theirs_too"])
+        queue.begin_move(str(target))
+        before = queue._read("SELECT count(*) FROM theirs")
+        self.assertIsNone(queue.move_to_file(target))  # a job runs
+        queue.leave("w")
+        progress = []
+        self.assertEqual(queue.move_to_file(target, tell=progress.append), {"queues": 1, "jobs": 1, "history": 2})
+        self.assertTrue(progress)
+        with self.assertRaisesRegex(QueueError, "cannot move to .*: File exists"):
+            queue.move_to_file(target)
+        with closing(open_queue(target, create=False)) as moved:
+            self.assertEqual(moved.get(job_id).payload, [1])
+            self.assertEqual(moved.consumers(), [])
+            self.assertEqual(moved.other_tables(), queue.other_tables())
+            self.assertEqual(moved._read("SELECT count(*) FROM theirs"), before)
+            self.assertTrue(queue.has_moved_to(moved))
+            self.assertEqual(moved.dequeue("w").id, job_id)
+        self.assertEqual([path.name for path in target.parent.glob("*.part")], [])
+
+    def test_index_holds_only_the_rows_it_is_for(self):
+        self.open().enqueue("t")
+        indexes = {
+            "jobs_claim": ("state = 'pending'", "assigned_to IS NULL"),
+            "jobs_assigned": ("state = 'pending'", "assigned_to IS NOT NULL"),
+            "jobs_scheduled": ("state = 'scheduled'",),
+            "jobs_processing": ("state = 'processing'",),
+            "jobs_finished": ("finished_at IS NOT NULL",),
+            "jobs_failed": ("state = 'failed'",),
+            "jobs_key": ("key IS NOT NULL", "state IN ('scheduled', 'pending', 'processing')"),
+            "consumers_running": ("state = 'running'",),
+        }
+        with self.sqlite() as db:
+            for index, terms in indexes.items():
+                rows = f"SELECT 1 FROM {index.split('_')[0]} INDEXED BY {index} WHERE "
+                db.execute(rows + " AND ".join(terms))
+                for term in terms:  # SQLite refuses an index that lacks rows which may be asked for
+                    with self.subTest(index=index, without=term), self.assertRaises(sqlite3.OperationalError):
+                        db.execute(rows + " AND ".join(["1 = 1", *(each for each in terms if each != term)]))
 
     def test_rows_are_readable_in_the_sqlite_shell(self):
         queue = self.open()
@@ -2327,6 +2812,19 @@ class Replaced(SQLiteCase):
         self.beside("-wal").unlink()
         self.assertEqual(self.open().count_jobs(), 100)
 
+    def test_database_is_not_opened_with_a_log_that_was_begun_after_the_other_was_opened(self):
+        queue = self.open()
+        for number in range(50):  # these take the numbers of files that are gone, which some file systems never reuse
+            (self.folder / str(number)).touch()
+        queue.enqueue_many("t", range(100))
+        queue.backup(self.folder / "backup.db")
+        queue.enqueue_many("t", range(100))
+        (self.folder / "backup.db").replace(self.path)
+        with self.assertRaisesRegex(SchemaMismatch, "took the place of another database"):
+            self.open()
+        with self.assertRaises(pqueue.DatabaseReplaced):
+            queue.enqueue("t")
+
     @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
     def test_log_that_was_deleted_is_not_begun_anew_while_others_have_the_old_one(self):
         code = "import pqueue, time\nq = pqueue.PersistentQSQLite(sys.argv[1])\nq.enqueue_many('t', range(9))\n"
@@ -2494,6 +2992,8 @@ class Misuse(SQLiteCase):
         with queue.transaction() as db:
             db.execute("CREATE TRIGGER spy AFTER INSERT ON jobs BEGIN UPDATE jobs SET queue = 'x'; END")
             db.execute("ALTER TABLE history ADD COLUMN x TEXT")
+            db.execute("CREATE TABLE theirs (x)")
+            db.execute("CREATE TRIGGER theirs_too AFTER INSERT ON theirs BEGIN DELETE FROM theirs; END")
         self.assertEqual(
             queue.check()["problems"],
             ["table 'history' is not as this version makes it", "trigger 'spy' on jobs is not ours"],

@@ -1,0 +1,123 @@
+"""Run checks and tests, as many at a time as there are processors, and show the output of those that fail.
+
+python tests/run.py quick | contract | all [PYTHON …]
+
+quick: format, lint, types, the contract suite on SQLite and the model test. contract: the contract suite on every
+backend. all: each file of tests in a process of its own, and the contract suite under each PYTHON, bare.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+MEMORY_BYTES = 4 << 30
+# What takes longest begins first. Two of these that need a PostgreSQL server do not begin at once: on a new machine
+# both would add the account that it runs as.
+LONGEST = ("mutants", "postgres", "attack", "power_loss", "fuzz", "commit_points", "browser", "supervisor")
+BARE = """
+import sys, runpy
+sys.path.insert(0, ".")
+sys.argv = ["test_pqueue.py"]
+runpy.run_path("test_pqueue.py", run_name="__main__")
+"""
+
+Command = list[object]
+
+
+def quick() -> dict[str, Command]:
+    return {
+        "contract suite on SQLite": [sys.executable, "-W", "error", "test_pqueue.py"],
+        "types": [BIN / "mypy"],
+        "model test": pytest("tests/test_model.py"),
+        "format": [BIN / "ruff", "format", "--check", "."],
+        "lint": [BIN / "ruff", "check", "."],
+    }
+
+
+def contract() -> dict[str, Command]:
+    return {
+        "contract suite on PostgreSQL": pytest("tests/test_postgres.py", "-k", "Contract and not SQLite"),
+        "contract suite on SQLite": [sys.executable, "-W", "error", "test_pqueue.py"],
+        "contract suite on SQLite through SQLAlchemy": pytest("tests/test_postgres.py", "-k", "OnSQLiteContract"),
+    }
+
+
+def everything(*pythons: str) -> dict[str, Command]:
+    first = [ROOT / f"tests/test_{name}.py" for name in LONGEST]
+    files = [*first, ROOT / "test_pqueue.py", *sorted(set(ROOT.glob("tests/test_*.py")) - set(first))]
+    names = [str(file.relative_to(ROOT)) for file in files]
+    bare: dict[str, Command] = {
+        f"contract suite, bare, under {python}": [python, "-I", "-S", "-W", "error", "-c", BARE] for python in pythons
+    }
+    return {name: pytest(name) for name in names} | bare
+
+
+def pytest(*arguments: str) -> Command:
+    return [sys.executable, "-m", "pytest", *arguments]
+
+
+def run(name: str, command: Command, folder: Path) -> tuple[str, int, float, str]:
+    """Return the name, the exit code, the seconds and the output."""
+    began = time.monotonic()
+    folder.mkdir()
+    words = [*map(str, command), *([f"--basetemp={folder / 'base'}"] if "pytest" in command else [])]
+    with (folder / "output").open("wb") as output:  # and no pipe, which a process left behind would keep open
+        done = subprocess.run(
+            words,
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": str(folder)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+    text = (folder / "output").read_text(errors="replace").rstrip()
+    return name, done.returncode, time.monotonic() - began, text
+
+
+def run_all(commands: dict[str, Command]) -> Iterator[str]:
+    """Run these, say how each ended, and yield the names of those that failed."""
+    with (
+        tempfile.TemporaryDirectory(prefix="pq", dir=memory(), ignore_cleanup_errors=True) as folder,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        running = [
+            pool.submit(run, name, command, Path(folder, str(number)))
+            for number, (name, command) in enumerate(commands.items())
+        ]
+        for future in as_completed(running):
+            name, code, seconds, text = future.result()
+            if code:
+                print(f"\n{text}\n")
+                yield name
+            last = text.rpartition("\n")[2]
+            print(f"{'FAILED' if code else 'ok':6} {seconds:6.1f} s  {name}: {last}", flush=True)
+
+
+def memory() -> str | None:
+    """Return a folder in memory, where nobody waits for a disk; None, for the usual place, where it has little room."""
+    place = "/dev/shm"
+    return place if os.access(place, os.W_OK) and shutil.disk_usage(place).free > MEMORY_BYTES else None
+
+
+def main(kind: str, *pythons: str) -> int:
+    commands = {"quick": quick, "contract": contract, "all": lambda: everything(*pythons)}[kind]()
+    began = time.monotonic()
+    failed = list(run_all(commands))
+    print(f"{len(commands) - len(failed)} of {len(commands)} passed in {time.monotonic() - began:.0f} s")
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
