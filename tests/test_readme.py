@@ -87,7 +87,7 @@ class Folder(Place):
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
         assert done.returncode == 0, f"{block.code}\n{done.stdout}{done.stderr}"
         assert "Traceback" not in done.stderr
