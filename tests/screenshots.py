@@ -23,7 +23,7 @@ FRONTS = {
     "streamlit": [sys.executable, "-m", "streamlit", "run", "ops.py", "--server.port"],
 }
 PORT = 8599
-SHOWN = {  # in the README
+SHOWN = {  # in README.md and docs
     "ops": ("ops", "wide", "light"),
     "ops-dark": ("ops", "wide", "dark"),
     "ops-phone": ("ops", "phone", "light"),
