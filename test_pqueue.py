@@ -2545,8 +2545,13 @@ class Files(SQLiteCase):
             self.assertLessEqual({str(self.folder.resolve()), str(self.path.parent.parent)}, set(synced))
             synced.clear()
             queue.backup(self.path.with_name("backup.db"))
-        self.assertEqual(synced[-1], str(self.path.parent))
-        self.assertTrue(synced[0].endswith(".part"))
+            self.assertTrue(synced[0].endswith(".part"))
+            self.assertEqual(synced[1:], [str(self.path.parent)])
+            synced.clear()
+            queue.begin_move("elsewhere")
+            queue.move_to_file(self.path.with_name("moved.db"))
+        self.assertRegex(synced[0], r"moved\.db\.\w+\.part$")
+        self.assertEqual(synced[1:], [str(self.path.parent)] * 2)  # before it takes its name, and after
         self.assertEqual([path.name for path in self.path.parent.glob("*.part")], [])
 
     def test_backup_that_fails_leaves_nothing(self):
