@@ -249,9 +249,10 @@ class PersistentQInterface(Reading, Moving):
     def _store(self, sql: str, row: Params) -> list[int]:
         """Insert jobs; return their ids, or that of the job that has the key. One statement, a transaction by itself,
         does it unless there is such a job, or the queue is new or full."""
-        if not self.in_transaction and (ids := self._write().insert(sql, row)):
+        session = self._write()
+        if session.depth == 0 and (ids := session.insert(sql, row)):
             return ids
-        with self._write() as tx:
+        with session as tx:
             ids = tx.insert(sql, row) or [found[0] for found in tx.run(WITH_KEY, row)]
             if not ids and tx.change(ADD_QUEUE, row):
                 ids = tx.insert(sql, row)
