@@ -446,7 +446,7 @@ def recording(queue):
 
     def record(method):
         def run(sql, params=pqueue.NOTHING):
-            if re.search(r"\b(jobs|history)\b", sql):
+            if re.search(r"\b(jobs|history)\b", sql) and not sql.startswith("LOCK"):  # which has no plan
                 recorded[sql] = params
             return method(sql, params)
 
