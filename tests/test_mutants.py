@@ -72,7 +72,7 @@ MUTANTS = [
     Mutant("a job delivered before comes alone", "contract: beside_one_that_kills", "next(alone, len(attempts))", "len(attempts)"),
     Mutant("a job that may run once comes alone", "contract: may_run_once_is_taken_alone", " or (most == 1 and not prefetches)", ""),
     Mutant("an attempt counts when the job begins", "contract: had_not_begun"),
-    Mutant("what had begun is not returned uncounted", "contract: had_not_begun", "not is_known or ", ""),
+    Mutant("what had begun is not returned uncounted", "contract: had_not_begun", "job_id in", "job_id not in"),
     Mutant("what had begun before a power cut is not known", "contract: started_anew", "words[0] == boot() != 0 and ", ""),
     Mutant("a job whose lease is over does not begin", "contract: not_begun_when_its_lease", "self._time(now) >= job.lease_expires_at", "False"),
     Mutant("a job is noted as begun only while its lease lasts", "contract: not_begun_when_its_lease"),
