@@ -677,7 +677,7 @@ def test_torture_finds_a_queue_without_its_token_guard(tmp_path):
     shutil.copytree(ROOT / "pqueue_tools", tmp_path / "pqueue_tools")
     (tmp_path / "var").mkdir()
     source = (tmp_path / "pqueue_schema.py").read_text()
-    broken = source.replace("state = 'processing' AND lease_token = :token\"", "state = 'processing'\"")
+    broken = source.replace("id = :id AND lease_token = :token", "id = :id")
     assert broken != source
     (tmp_path / "pqueue_schema.py").write_text(broken)
     done = subprocess.run(

@@ -526,6 +526,7 @@ RESTORE = """
 import os, struct, sys
 sys.path.insert(0, sys.argv[1])
 import pqueue
+import pqueue_restore
 log = os.open(os.environ["RECORD_TO"], os.O_WRONLY | os.O_APPEND)
 
 def mark(text):
