@@ -114,7 +114,7 @@ class FileLocks:
             self._set(fcntl.F_UNLCK)
 
     @staticmethod
-    def lack_log(path: Path) -> bool:
+    def is_log_missing(path: Path) -> bool:
         """Return whether other processes have the database open whose log was deleted or emptied.
 
         SQLite would begin another log, and go by their index of the old one. Its format: https://sqlite.org/walformat.html
@@ -133,7 +133,7 @@ class FileLocks:
         expected = 32 + frames * (24 + (page_bytes if page_bytes > 1 else 65536))
         return bool(held[0] != fcntl.F_UNLCK and is_set and frames and file_size(Path(f"{path}-wal")) < expected)
 
-    def are_writing(self) -> bool:
+    def hold_write_lock(self) -> bool:
         """Return whether this process still has SQLite's lock for writing."""
         asked = _flock(fcntl.F_RDLCK, self.WRITING)
         kind, _, _, _, pid = struct.unpack(FLOCK, fcntl.fcntl(self._files[1], fcntl.F_OFD_GETLK, asked))
@@ -189,7 +189,7 @@ def _has_open(identity: tuple[int, int], but: Sequence[int]) -> bool:
 class DatabaseFiles:
     """The files that a connection has open, by their names: to notice when a name leads to another file, or to none."""
 
-    SETTLED_SECONDS = (3.0, 0.1)  # where times of change are as coarse as 2 s, and where they are not
+    MTIME_SECONDS = (3.0, 0.1)  # where times of change are as coarse as 2 s, and where they are not
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -212,7 +212,7 @@ class DatabaseFiles:
         if folder.st_mtime_ns != self._changed_ns or folder[1:3] != self._folder_identity:
             if self._identities() != self._opened:
                 raise replaced(self._path)
-            if time.time() - folder.st_mtime > self.SETTLED_SECONDS[folder.st_mtime_ns % 1_000_000_000 > 0]:
+            if time.time() - folder.st_mtime > self.MTIME_SECONDS[folder.st_mtime_ns % 1_000_000_000 > 0]:
                 # A later change of the folder will have another time.
                 self._changed_ns, self._folder_identity = folder.st_mtime_ns, folder[1:3]
 
@@ -287,7 +287,7 @@ def group_number(group: str) -> int:
         raise ValueError(f"expected a group of this system, got {short(group)}") from None
 
 
-def explained(error: OSError, path: Path) -> str:
+def error_reason(error: OSError, path: Path) -> str:
     """Return the system's reason; for a lack of permission also whose file it is, and what helps."""
     reason = error.strerror or str(error)
     if error.errno not in (errno.EACCES, errno.EPERM):
@@ -404,17 +404,17 @@ LOGS = ("-wal", "-journal")  # what SQLite would apply to whatever file bears th
 IN_RESTORE = b"A restore was interrupted here. Give it again: python admin.py restore FILE\n"
 
 
-def put_in_place(part: Path, target: Path, *, is_new: bool) -> None:
+def move_into_place(part: Path, target: Path, *, is_new: bool) -> None:
     """Give the file the target's name. No log of another file may be there when it bears it."""
     logs = [log for suffix in LOGS if (log := Path(f"{target}{suffix}")).exists()]
     if is_new:
         create_file(target)  # or fail, if somebody has made it meanwhile
     elif logs:  # of a damaged file: neither may be opened without the other
-        stone = part.with_suffix(".stone")
-        create_file(stone)
-        stone.write_bytes(IN_RESTORE)
-        sync(stone)
-        stone.replace(target)
+        placeholder = part.with_suffix(".placeholder")
+        create_file(placeholder)
+        placeholder.write_bytes(IN_RESTORE)
+        sync(placeholder)
+        placeholder.replace(target)
         sync(target.parent)
     for each in (*logs, Path(f"{target}-shm")):
         each.unlink(missing_ok=True)

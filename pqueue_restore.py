@@ -17,8 +17,8 @@ from pqueue_files import (
     create_file,
     has_locks,
     make_folder,
+    move_into_place,
     open_private,
-    put_in_place,
     real_path,
     sync,
     try_lock,
@@ -48,9 +48,9 @@ def restore(backup: str | os.PathLike[str], url: str | os.PathLike[str] | None =
         part = _copy_backup(source, target)
         try:
             _apply_logs(target)
-            with _nobody_in(target) as file:
-                kept = _keep(target, file)
-                put_in_place(part, target, is_new=file is None)
+            with _exclusive_access(target) as file:
+                kept = _preserve(target, file)
+                move_into_place(part, target, is_new=file is None)
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
@@ -103,16 +103,16 @@ def _apply_logs(path: Path) -> None:
 
 
 @contextmanager
-def _nobody_in(path: Path) -> Iterator[int | None]:
+def _exclusive_access(path: Path) -> Iterator[int | None]:
     """Keep everybody out of this file, and yield its descriptor. Raises QueueError when somebody is in it."""
     if path in open_paths():  # and closing a descriptor of it here would release the locks of this process
         raise QueueError(f"cannot replace {path}: this process has it open")
     with ExitStack() as undo:
         folder, file = Path(f"{path}.d"), None
         folder.mkdir(mode=0o700, exist_ok=True)
-        way = open_private(folder / "way")
-        undo.callback(os.close, way)
-        is_free = try_lock(way)
+        lock = open_private(folder / "writer")
+        undo.callback(os.close, lock)
+        is_free = try_lock(lock)
         if path.exists():
             file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             undo.callback(os.close, file)
@@ -135,7 +135,7 @@ def _users(path: Path) -> str:
     return ", ".join(sorted(found))
 
 
-def _keep(path: Path, file: int | None) -> Path | None:
+def _preserve(path: Path, file: int | None) -> Path | None:
     """Copy what is about to be replaced, with its log if it has one, to a new name; return that."""
     logs = [suffix for suffix in LOGS if Path(f"{path}{suffix}").exists()]
     has_data = file is not None and os.pread(file, len(IN_RESTORE), 0) not in (b"", IN_RESTORE)

@@ -26,7 +26,7 @@ from pqueue_files import (
     FileLocks,
     create_file,
     deleted_but_open,
-    explained,
+    error_reason,
     file_number,
     file_size,
     file_system,
@@ -34,13 +34,13 @@ from pqueue_files import (
     has_locks,
     is_on_read_only,
     make_folder,
+    move_into_place,
     open_private,
-    put_in_place,
     real_path,
     replaced,
     sync,
 )
-from pqueue_locks import Slot, Slots, Turnstile, boot
+from pqueue_locks import ConsumerLock, ConsumerLocks, WriterLock, boot_id
 from pqueue_move import COPIED, arrival, count_running
 from pqueue_schema import APPLICATION_ID, LIMITED, MIGRATIONS, NO_LEASE, SQLITE_TYPES, TABLES, WAITING
 from pqueue_values import (
@@ -110,12 +110,12 @@ class SQLiteSession(Session):
 
     def __init__(self, queue: PersistentQSQLite) -> None:
         self._queue = queue
-        self._has_turn = False
+        self._has_lock = False
         self.busy = self._closed = False
         self._synchronous = ""
         self.wanted = "FULL"
         self.in_batch = False
-        self.is_users = False  # code of the user's runs in it
+        self.runs_user_code = False  # code of the user's runs in it
         self.in_use = threading.RLock()  # held while SQLite works for it: nobody forks meanwhile
         self._locks: FileLocks | None = None
         self.connection = queue._connect()
@@ -160,7 +160,7 @@ class SQLiteSession(Session):
             self._expect_open()
             return self.run(sql, params)
         finally:
-            self._let_go()
+            self._release()
 
     @property
     def has_ended(self) -> bool:
@@ -192,10 +192,10 @@ class SQLiteSession(Session):
         if self.busy:
             raise QueueError("cannot use the queue in a signal handler that interrupted it: set a flag there")
         self.in_use.acquire()
-        self.busy, self.is_users = True, False
+        self.busy, self.runs_user_code = True, False
         try:
             self._expect_open()
-            self._has_turn = self._queue._enter(self.in_batch)
+            self._has_lock = self._queue._acquire_writer_lock(self.in_batch)
             # guard: a database that was pulled away is not written
             self.files.expect_in_place()
             if self._synchronous != self.wanted:
@@ -215,11 +215,11 @@ class SQLiteSession(Session):
         self.run("COMMIT")
 
     def _wake(self) -> None:
-        self._queue._ring()
+        self._queue._wake_consumers()
 
     def _expect_lock(self) -> None:
         """Refuse to commit what another process may have written over meanwhile."""
-        if self._locks and (self.is_users or not self._has_turn) and not self._locks.are_writing():
+        if self._locks and (self.runs_user_code or not self._has_lock) and not self._locks.hold_write_lock():
             raise QueueError(
                 f"cannot commit to {self._queue.path}: its lock was lost, as code in this process closed one of its "
                 "files during the transaction; use backup() to copy it"
@@ -234,11 +234,11 @@ class SQLiteSession(Session):
                 # guard: an interrupted call is rolled back
                 self._roll_back()
             self.busy = False
-            self._let_go()
-            if self._has_turn:
-                self._has_turn = False
-                # guard: a failed call gives its turn back
-                self._queue._exit()
+            self._release()
+            if self._has_lock:
+                self._has_lock = False
+                # guard: a failed call releases the lock
+                self._queue._release_writer_lock()
 
     def _roll_back(self) -> None:
         with suppress(sqlite3.Error):
@@ -248,16 +248,16 @@ class SQLiteSession(Session):
         """Close the connection, or leave that to its thread at the end of its call: in the midst of it is a crash."""
         self._closed = True
         if self.in_use.acquire(blocking=False):
-            self._let_go()
+            self._release()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         if self._closed:
             self._disconnect()
         self.in_use.release()
 
     def _disconnect(self) -> None:
         """Close the connection. If its files are not in place, the log that it has open must not reach the database."""
-        with _opening:
+        with _opening_lock:
             locks, self._locks = self._locks, None
             try:
                 self.files.expect_in_place()
@@ -277,19 +277,19 @@ class SQLiteSession(Session):
         if self._closed:
             raise QueueError(f"cannot use {self._queue.path}: this queue object is closed")
 
-    def disown(self) -> None:
+    def abandon(self) -> None:
         """In a forked child: close the parent's connection, or SQLite would take the parent's locks for the child's.
 
         Closing rolls back, in the shared memory, too: so not inside a transaction, and the child gets no queue.
         """
-        if self.busy or self not in _still or self.connection.in_transaction:
-            _inherited.setdefault(self._queue.path, []).append(self.connection)
+        if self.busy or self not in _held_for_fork or self.connection.in_transaction:
+            _inherited_open.setdefault(self._queue.path, []).append(self.connection)
         else:
             # guard: a child closes what it inherited
             self.connection.close()
-        self._has_turn = self.busy = False
+        self._has_lock = self.busy = False
         self._locks = None
-        self.connection = cast(sqlite3.Connection, Disowned())
+        self.connection = cast(sqlite3.Connection, ClosedInFork())
 
     def __del__(self) -> None:
         with suppress(Exception):
@@ -303,7 +303,7 @@ def _keep_log(connection: sqlite3.Connection) -> None:
             connection.setconfig(option, True)  # type: ignore[attr-defined]
 
 
-class Disowned:
+class ClosedInFork:
     """Stands where a forked child would find its parent's connection."""
 
     in_transaction = False
@@ -315,36 +315,36 @@ class Disowned:
         raise QueueError("cannot go on with a transaction that was begun before the fork")
 
 
-_inherited: dict[Path, list[Any]] = {}  # connections of the parent's that were in a transaction
+_inherited_open: dict[Path, list[Any]] = {}  # connections of the parent's that were in a transaction
 _queues: weakref.WeakSet[PersistentQSQLite] = weakref.WeakSet()
-_opening = threading.RLock()  # nobody forks while a file or a connection is opened, either
-_still: list[SQLiteSession] = []  # sessions that are held while the process forks
+_opening_lock = threading.RLock()  # nobody forks while a file or a connection is opened, either
+_held_for_fork: list[SQLiteSession] = []  # sessions that are held while the process forks
 
 
 def _before_fork() -> None:
     """Let no thread be inside SQLite: the child would find its mutexes taken by nobody. After a while, go on."""
-    _opening.acquire()
+    _opening_lock.acquire()
     until = time.monotonic() + BUSY_SECONDS
     sessions = [session for queue in list(_queues) for session in list(queue._sessions)]
     # guard: nobody forks while a thread is inside SQLite
-    _still.extend(each for each in sessions if each.in_use.acquire(timeout=max(0, until - time.monotonic())))
+    _held_for_fork.extend(each for each in sessions if each.in_use.acquire(timeout=max(0, until - time.monotonic())))
 
 
 def _after_fork() -> None:
     FileLocks.abandon()
     for queue in list(_queues):
         queue._after_fork()
-    _go_on()
+    _release_after_fork()
 
 
-def _go_on() -> None:
-    while _still:
-        _still.pop().in_use.release()
-    _opening.release()
+def _release_after_fork() -> None:
+    while _held_for_fork:
+        _held_for_fork.pop().in_use.release()
+    _opening_lock.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_go_on, after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_parent=_release_after_fork, after_in_child=_after_fork)
 
 
 class PersistentQSQLite(PersistentQInterface):
@@ -375,22 +375,22 @@ class PersistentQSQLite(PersistentQInterface):
         self.durability, self._busy_seconds = durability, busy_seconds
         self._sessions: weakref.WeakSet[SQLiteSession] = weakref.WeakSet()
         self._local = threading.local()
-        self._turnstile: Turnstile | None = None
-        self._slots: Slots | None = None
+        self._writer_lock: WriterLock | None = None
+        self._consumer_locks: ConsumerLocks | None = None
         self.is_read_only = False  # its file system is
         self._database: tuple[int, int] | None = None  # device and number of the file that is open
         self._closed = False
         self._open_file(create, None if group is None else group_number(group))
         try:
             self._open_folder()
-            keeps_note = has_locks() and not self.is_read_only
-            if keeps_note:
+            records_log = has_locks() and not self.is_read_only
+            if records_log:
                 # guard: another database's log is refused
-                self._expect_own_log()
-            with _opening, closing(self._connect()) as connection:
+                self._expect_matching_log()
+            with _opening_lock, closing(self._connect()) as connection:
                 self._prepare(connection)
-                if keeps_note:
-                    self._note_own_log(connection)
+                if records_log:
+                    self._record_log(connection)
         except BaseException:
             # guard: a failed opening closes what it opened
             self.close()
@@ -406,7 +406,7 @@ class PersistentQSQLite(PersistentQInterface):
             found = self.path.stat() if self.path.exists() else None
             if found:
                 self._expect_database_file(found)
-            self._expect_files_beside()
+            self._expect_regular_files()
             if not create and not (found and found.st_size):
                 raise QueueError(f"no queue at {self.path}: a producer or a consumer creates it")
             self.is_read_only = bool(found and is_on_read_only(self.path))
@@ -422,12 +422,12 @@ class PersistentQSQLite(PersistentQInterface):
             # guard: a network drive is refused
             if kind.startswith(SHARED_FILE_SYSTEMS):
                 raise QueueError(f"cannot use {self.path}: SQLite's locks fail on {kind}; use a local disk")
-            with _opening, suppress(FileExistsError):
+            with _opening_lock, suppress(FileExistsError):
                 create_file(self.path, group)
             if group is not None:
                 self._expect_shared(self.path, group, 0o660)
         except OSError as error:
-            raise QueueError(f"cannot open {self.path}: {explained(error, self.path)}") from error
+            raise QueueError(f"cannot open {self.path}: {error_reason(error, self.path)}") from error
 
     def _expect_shared(self, path: Path, group: int, mode: int) -> None:
         found = path.stat()
@@ -445,7 +445,7 @@ class PersistentQSQLite(PersistentQInterface):
         if found.st_nlink > 1:  # SQLite's log and our locks go by the name
             raise QueueError(f"cannot use {self.path}: expected a file of one name, got {found.st_nlink} hard links")
 
-    def _expect_files_beside(self) -> None:
+    def _expect_regular_files(self) -> None:
         for beside in (Path(f"{self.path}{suffix}") for suffix in ("-wal", "-shm", "-journal")):
             if os.path.lexists(beside) and not stat.S_ISREG(beside.lstat().st_mode):
                 raise QueueError(f"cannot use {beside}: expected a file of SQLite, got a folder, a pipe or a link")
@@ -461,23 +461,23 @@ class PersistentQSQLite(PersistentQInterface):
         if not has_locks() or self.is_read_only:
             return
         folder = Path(f"{self.path}.d")
-        with self._told_of_folder():
+        with self._folder_errors():
             make_folder(folder)
-            self._turnstile = Turnstile(folder)
-            self._slots = Slots(folder)
+            self._writer_lock = WriterLock(folder)
+            self._consumer_locks = ConsumerLocks(folder)
 
-    def _expect_own_log(self) -> None:
+    def _expect_matching_log(self) -> None:
         """Refuse a database that took the place of another one whose log is still there: SQLite would apply it.
 
         Also one whose log was deleted while others have it open.
         """
         # guard: a log that was deleted is not begun anew
-        if FileLocks.lack_log(self.path):
+        if FileLocks.is_log_missing(self.path):
             raise DatabaseReplaced(
                 f"cannot use {self.path}: its log was deleted while other programs have it open: "
                 "wait until they have ended"
             )
-        with self._note() as note:
+        with self._log_record() as note:
             database, log = (file_number(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal"))
             known, version = os.pread(note, len(database + log), 0), os.pread(note, 20, 40)
             seems_replaced = known.endswith(log) and known != database + log  # or the system gave the numbers anew
@@ -500,19 +500,19 @@ class PersistentQSQLite(PersistentQInterface):
         except sqlite3.Error:
             return False
 
-    def _note_own_log(self, connection: sqlite3.Connection) -> None:
+    def _record_log(self, connection: sqlite3.Connection) -> None:
         """Remember which file the log belongs to; both are open."""
         try:
             version = connection.execute("PRAGMA schema_version").fetchone()[0]
         except sqlite3.Error as error:
             raise self._error(error) from error
-        with self._note() as note:
+        with self._log_record() as note:
             numbers = [file_number(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal")]
             os.pwrite(note, b"".join([*numbers, b"%20d" % version]), 0)
 
     @contextmanager
-    def _note(self) -> Iterator[int]:
-        with self._told_of_folder():
+    def _log_record(self) -> Iterator[int]:
+        with self._folder_errors():
             note = open_private(Path(f"{self.path}.d/files"))
             try:
                 yield note
@@ -520,16 +520,16 @@ class PersistentQSQLite(PersistentQInterface):
                 os.close(note)
 
     @contextmanager
-    def _told_of_folder(self) -> Iterator[None]:
+    def _folder_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             folder = Path(f"{self.path}.d")
-            raise QueueError(f"cannot open {folder}: {explained(error, folder)}") from error
+            raise QueueError(f"cannot open {folder}: {error_reason(error, folder)}") from error
 
     def _connect(self) -> sqlite3.Connection:
         # guard: a child forked inside a transaction is refused
-        if self.path in _inherited:
+        if self.path in _inherited_open:
             raise QueueError(f"cannot use {self.path}: this process was forked inside a transaction; fork before it")
         with ExitStack() as undo:
             try:
@@ -564,7 +564,7 @@ class PersistentQSQLite(PersistentQInterface):
         if self.is_read_only:
             self._expect_current(connection)
             return
-        has_turn = self._enter()
+        has_lock = self._acquire_writer_lock()
         try:
             _adopt_dump(connection)
             version = self._version(connection)
@@ -582,8 +582,8 @@ class PersistentQSQLite(PersistentQInterface):
         except sqlite3.Error as error:
             raise self._error(error) from error
         finally:
-            if has_turn:
-                self._exit()
+            if has_lock:
+                self._release_writer_lock()
 
     def _expect_current(self, connection: sqlite3.Connection) -> None:
         try:
@@ -603,7 +603,7 @@ class PersistentQSQLite(PersistentQInterface):
         text = "".join(mark if mark.isprintable() else "?" for mark in str(error))  # it may quote the file's own names
         if "locked" in text or "busy" in text:
             held = f"another writer held it for {self._busy_seconds:g} s"
-            return QueueBusy(f"cannot write to {self.path}: {'; '.join([held, *self._turn_problems()])}")
+            return QueueBusy(f"cannot write to {self.path}: {'; '.join([held, *self._lock_problems()])}")
         if "disk is full" in text:
             return QueueFull(f"cannot write to {self.path}: its disk is full")
         if "not a database" in text:
@@ -620,7 +620,7 @@ class PersistentQSQLite(PersistentQInterface):
         except AttributeError:
             if self._closed:
                 raise QueueError(f"cannot use {self.path}: this queue object is closed") from None
-            with _opening:
+            with _opening_lock:
                 for other in self._sessions:  # in case it has the files of before open
                     # guard: a new connection needs the files of the others
                     other.files.expect_in_place()
@@ -629,7 +629,7 @@ class PersistentQSQLite(PersistentQInterface):
                 if self._database != session.files.database:
                     raise replaced(self.path) from None
                 if has_locks() and not self.is_read_only:
-                    self._note_own_log(session.connection)  # SQLite may have begun another since this was opened
+                    self._record_log(session.connection)  # SQLite may have begun another since this was opened
                 self._local.session = session
                 self._sessions.add(session)
             return session
@@ -674,37 +674,37 @@ class PersistentQSQLite(PersistentQInterface):
         for queue in queues:
             tx.change(COUNT_PENDING, {"queue": queue})
 
-    def _enter(self, in_batch: bool = False) -> bool:
-        return self._turnstile is not None and self._turnstile.enter(in_batch=in_batch)
+    def _acquire_writer_lock(self, in_batch: bool = False) -> bool:
+        return self._writer_lock is not None and self._writer_lock.acquire(in_batch=in_batch)
 
-    def _exit(self) -> None:
-        if self._turnstile is not None:
-            self._turnstile.leave()
+    def _release_writer_lock(self) -> None:
+        if self._writer_lock is not None:
+            self._writer_lock.release()
 
-    def _turn_problems(self) -> list[str]:
-        return self._turnstile.problems() if self._turnstile is not None else []
+    def _lock_problems(self) -> list[str]:
+        return self._writer_lock.problems() if self._writer_lock is not None else []
 
-    def _ring(self) -> None:
-        if slots := self._slots:  # another thread may close the queue
-            slots.ring()
+    def _wake_consumers(self) -> None:
+        if locks := self._consumer_locks:  # another thread may close the queue
+            locks.wake()
 
-    def _take_slot(self) -> Slot | None:
-        with self._told_of_folder():
-            return slots.take() if (slots := self._slots) else None
+    def _take_slot(self) -> ConsumerLock | None:
+        with self._folder_errors():
+            return locks.acquire() if (locks := self._consumer_locks) else None
 
     def _is_alive(self, slot: int | None) -> bool:
-        with self._told_of_folder():
+        with self._folder_errors():
             # guard: a consumer whose locks were deleted is told
-            if not all(me.slot.is_there() for me in self._registry.values() if me.slot):
+            if not all(me.slot.is_linked() for me in self._registry.values() if me.slot):
                 raise QueueError(f"cannot go on: the locks in {self.path}.d were deleted while in use; start again")
             # guard: who holds its lock is alive
-            return not (slots := self._slots) or slot is None or slots.is_taken(slot)
+            return not (locks := self._consumer_locks) or slot is None or locks.is_held(slot)
 
     def _publish_begun(self, me: Registration) -> bool:
-        with self._told_of_folder():
-            if me.slot and boot():
+        with self._folder_errors():
+            if me.slot and boot_id():
                 me.slot.publish(me.token)
-        return bool(me.slot and boot())
+        return bool(me.slot and boot_id())
 
     def _note_begun(self, job: Job) -> None:
         me = self._registry.get(job.consumer or "")
@@ -714,14 +714,14 @@ class PersistentQSQLite(PersistentQInterface):
     def _has_begun(self, tx: Session, job: Job) -> bool:
         token = (job.lease_token or "")[:16]
         rows = tx.run(SLOT_OF, {"token": token})
-        if not rows or rows[0][0] is None or not (slots := self._slots):
+        if not rows or rows[0][0] is None or not (locks := self._consumer_locks):
             return True
-        with self._told_of_folder():
-            return slots.has_begun(rows[0][0], token, job.id)
+        with self._folder_errors():
+            return locks.has_begun(rows[0][0], token, job.id)
 
     def _sleep(self, me: Registration, seconds: float, due_in: Callable[[], float]) -> bool:
-        if slots := self._slots:
-            return slots.wait(me.slot, seconds, due_in)
+        if locks := self._consumer_locks:
+            return locks.wait(me.slot, seconds, due_in)
         time.sleep(max(0.0, min(seconds, due_in(), POLL_SECONDS)))
         return False
 
@@ -733,7 +733,7 @@ class PersistentQSQLite(PersistentQInterface):
     def transaction(self) -> Iterator[sqlite3.Connection]:
         session = self._write()
         with session.in_order():
-            session.is_users = True
+            session.runs_user_code = True
             try:
                 yield session.connection
             finally:
@@ -789,9 +789,9 @@ class PersistentQSQLite(PersistentQInterface):
                     return None
                 with closing(self._connect()) as reader, closing(sqlite3.connect(part, isolation_level=None)) as copy:
                     copied = _copy_database(reader, copy, tell)
-                    _begin_anew(copy, arrival(self._leave_for(source, str(target), by, now)))
+                    _finish_copy(copy, arrival(self._leave_for(source, str(target), by, now)))
                 sync(part)
-            put_in_place(part, target, is_new=not target.exists())
+            move_into_place(part, target, is_new=not target.exists())
         except OSError as error:
             raise QueueError(f"cannot move to {target}: {error.strerror}") from error
         except sqlite3.Error as error:
@@ -834,12 +834,12 @@ class PersistentQSQLite(PersistentQInterface):
         facts["problems"] = [
             f"expected {name} {value}, got {facts[name]}" for name, value in expected.items() if facts[name] != value
         ]
-        facts["problems"] += self._turn_problems()
+        facts["problems"] += self._lock_problems()
         facts["problems"] += [*self._schema_problems(), *deleted_but_open(self.path)] if thorough else []
-        facts["problems"] += self._place_problems(facts)
+        facts["problems"] += self._location_problems(facts)
         return facts
 
-    def _place_problems(self, facts: dict[str, Any]) -> list[str]:
+    def _location_problems(self, facts: dict[str, Any]) -> list[str]:
         """Return what is wrong with where the database is: its file system, its modes, its log, the disk."""
         found: list[str] = []
         if facts["file_system"] not in LOCAL_FILE_SYSTEMS:
@@ -891,31 +891,31 @@ class PersistentQSQLite(PersistentQInterface):
             if me.slot:
                 me.slot.close()
         self._registry = {}
-        with _opening:
+        with _opening_lock:
             sessions = list(self._sessions)
         for session in sessions:
             session.close()
         self._sessions.clear()
         self._local = threading.local()
-        with _opening:
+        with _opening_lock:
             FileLocks.close_unused()
-        if self._turnstile is not None:
-            self._turnstile.close()
-        self._slots = None  # but the turnstile is left to a thread that has the way
+        if self._writer_lock is not None:
+            self._writer_lock.close()
+        self._consumer_locks = None  # but the turnstile is left to a thread that has the way
 
     def _after_fork(self) -> None:
         """Reconnect in the child: SQLite's handles and the locks belong to the parent."""
         if self._closed:
             return
         for session in list(self._sessions):
-            session.disown()
+            session.abandon()
         for me in self._registry.values():
             me.slot.close()
-        if self._turnstile is not None:
-            self._turnstile.abandon()
+        if self._writer_lock is not None:
+            self._writer_lock.abandon()
         PersistentQInterface.__init__(self)
         self._sessions, self._local = weakref.WeakSet(), threading.local()
-        self._turnstile = self._slots = None
+        self._writer_lock = self._consumer_locks = None
         try:
             self._open_folder()
         except QueueError:
@@ -992,7 +992,7 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _begin_anew(copy: sqlite3.Connection, changes: list[tuple[str, Params]]) -> None:
+def _finish_copy(copy: sqlite3.Connection, changes: list[tuple[str, Params]]) -> None:
     """Make these changes and forget the consumers, without the application's triggers; leave no log to the file."""
     copy.text_factory = str
     copy.execute("PRAGMA journal_mode = DELETE")

@@ -149,8 +149,8 @@ def test_another_account_can_neither_look_nor_work_nor_hold_a_lock():
                 lambda: pqueue.PersistentQSQLite(folder / "queue.db"),
                 lambda: (folder / "queue.db").read_bytes(),
                 lambda: (folder / "queue.db-wal").read_bytes(),
-                lambda: os.open(folder / "queue.db.d" / "way", os.O_RDONLY),
-                lambda: os.open(folder / "queue.db.d" / "0.bell", os.O_WRONLY | os.O_NONBLOCK),
+                lambda: os.open(folder / "queue.db.d" / "writer", os.O_RDONLY),
+                lambda: os.open(folder / "queue.db.d" / "0.wakeup", os.O_WRONLY | os.O_NONBLOCK),
                 lambda: os.listdir(folder / "queue.db.d"),
                 lambda: (folder / "queue.db-journal").write_bytes(b""),
             ):
