@@ -36,10 +36,13 @@ class WriterLock:
     finds that a process, stopped perhaps, has held a lock for that long, goes on and leaves it to BEGIN IMMEDIATE.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self._thread = threading.Lock()
-        self._closing = self._closed = False
-        self._kind = 0  # of the writer that has its turn
+        self._closing = False
+        self._closed = folder is None
+        self._kind = 0  # of the writer that holds the lock
+        if folder is None:
+            return
         with ExitStack() as undo:
             self._lines = [undo.enter_context(closing(FairLock(folder / name))) for name in LINES]
             self._lock = FairLock(folder / "writer", LINES)

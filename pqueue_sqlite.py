@@ -108,8 +108,16 @@ TRIGGERS = f"SELECT name, tbl_name FROM sqlite_master WHERE type = 'trigger' AND
 class SQLiteSession(Session):
     """One thread's connection, entered through the turnstile."""
 
-    def __init__(self, queue: PersistentQSQLite) -> None:
-        self._queue = queue
+    def __init__(
+        self,
+        path: Path,
+        connection: sqlite3.Connection,
+        writer_lock: WriterLock,
+        consumer_locks: ConsumerLocks | None,
+        queue_error: Callable[[sqlite3.Error], QueueError],
+    ) -> None:
+        self._path, self.connection, self._error = path, connection, queue_error
+        self._writer_lock, self._consumer_locks = writer_lock, consumer_locks
         self._has_lock = False
         self.busy = self._closed = False
         self._synchronous = ""
@@ -118,41 +126,35 @@ class SQLiteSession(Session):
         self.runs_user_code = False  # code of the user's runs in it
         self.in_use = threading.RLock()  # held while SQLite works for it: nobody forks meanwhile
         self._locks: FileLocks | None = None
-        self.connection = queue._connect()
-        try:
-            self._open_files()
-        except BaseException:
-            self.connection.close()
-            raise
 
-    def _open_files(self) -> None:
-        """Have SQLite open the log, which it does at the first read, and keep its locks from then on."""
+    def open_files(self, *, is_read_only: bool) -> None:
+        """Make SQLite open the log, which it does at the first read, and hold its locks from then on."""
         self.run("PRAGMA user_version")
-        self.files = DatabaseFiles(self._queue.path)
+        self.files = DatabaseFiles(self._path)
         try:
-            self._locks = None if self._queue.is_read_only else FileLocks.acquire(self._queue.path)
+            self._locks = None if is_read_only else FileLocks.acquire(self._path)
         except FileNotFoundError:
-            raise replaced(self._queue.path) from None
+            raise replaced(self._path) from None
         except OSError as error:
-            raise QueueError(f"cannot open {self._queue.path}: {error.strerror}") from error
+            raise QueueError(f"cannot open {self._path}: {error.strerror}") from error
 
     def run(self, sql: str, params: Params = NOTHING) -> list[Any]:
         try:
             return self.connection.execute(sql, params).fetchall()
         except sqlite3.Error as error:
-            raise self._queue._error(error) from error
+            raise self._error(error) from error
 
     def change(self, sql: str, params: Params = NOTHING) -> int:
         try:
             return self.connection.execute(sql, params).rowcount
         except sqlite3.Error as error:
-            raise self._queue._error(error) from error
+            raise self._error(error) from error
 
     def change_many(self, sql: str, rows: list[Params]) -> None:
         try:
             self.connection.executemany(sql, rows)
         except sqlite3.Error as error:
-            raise self._queue._error(error) from error
+            raise self._error(error) from error
 
     def read(self, sql: str, params: Params) -> list[Any]:
         self.in_use.acquire()
@@ -177,7 +179,7 @@ class SQLiteSession(Session):
             cursor = self.connection.execute(sql, params)
             ids = ids_up_to(cursor.lastrowid or 0, cursor.rowcount)  # RETURNING would cost more
         except sqlite3.Error as error:
-            raise self._queue._error(error) from error
+            raise self._error(error) from error
         finally:
             if is_alone:
                 self._leave()
@@ -195,7 +197,7 @@ class SQLiteSession(Session):
         self.busy, self.runs_user_code = True, False
         try:
             self._expect_open()
-            self._has_lock = self._queue._acquire_writer_lock(self.in_batch)
+            self._has_lock = self._writer_lock.acquire(in_batch=self.in_batch)
             # guard: a database that was pulled away is not written
             self.files.expect_in_place()
             if self._synchronous != self.wanted:
@@ -215,13 +217,14 @@ class SQLiteSession(Session):
         self.run("COMMIT")
 
     def _wake(self) -> None:
-        self._queue._wake_consumers()
+        if self._consumer_locks:
+            self._consumer_locks.wake()
 
     def _expect_lock(self) -> None:
         """Refuse to commit what another process may have written over meanwhile."""
         if self._locks and (self.runs_user_code or not self._has_lock) and not self._locks.hold_write_lock():
             raise QueueError(
-                f"cannot commit to {self._queue.path}: its lock was lost, as code in this process closed one of its "
+                f"cannot commit to {self._path}: its lock was lost, as code in this process closed one of its "
                 "files during the transaction; use backup() to copy it"
             )
 
@@ -238,7 +241,7 @@ class SQLiteSession(Session):
             if self._has_lock:
                 self._has_lock = False
                 # guard: a failed call releases the lock
-                self._queue._release_writer_lock()
+                self._writer_lock.release()
 
     def _roll_back(self) -> None:
         with suppress(sqlite3.Error):
@@ -275,7 +278,7 @@ class SQLiteSession(Session):
 
     def _expect_open(self) -> None:
         if self._closed:
-            raise QueueError(f"cannot use {self._queue.path}: this queue object is closed")
+            raise QueueError(f"cannot use {self._path}: this queue object is closed")
 
     def abandon(self) -> None:
         """In a forked child: close the parent's connection, or SQLite would take the parent's locks for the child's.
@@ -283,7 +286,7 @@ class SQLiteSession(Session):
         Closing rolls back, in the shared memory, too: so not inside a transaction, and the child gets no queue.
         """
         if self.busy or self not in _held_for_fork or self.connection.in_transaction:
-            _inherited_open.setdefault(self._queue.path, []).append(self.connection)
+            _inherited_open.setdefault(self._path, []).append(self.connection)
         else:
             # guard: a child closes what it inherited
             self.connection.close()
@@ -321,30 +324,10 @@ _opening_lock = threading.RLock()  # nobody forks while a file or a connection i
 _held_for_fork: list[SQLiteSession] = []  # sessions that are held while the process forks
 
 
-def _before_fork() -> None:
-    """Let no thread be inside SQLite: the child would find its mutexes taken by nobody. After a while, go on."""
-    _opening_lock.acquire()
-    until = time.monotonic() + BUSY_SECONDS
-    sessions = [session for queue in list(_queues) for session in list(queue._sessions)]
-    # guard: nobody forks while a thread is inside SQLite
-    _held_for_fork.extend(each for each in sessions if each.in_use.acquire(timeout=max(0, until - time.monotonic())))
-
-
-def _after_fork() -> None:
-    FileLocks.abandon()
-    for queue in list(_queues):
-        queue._after_fork()
-    _release_after_fork()
-
-
 def _release_after_fork() -> None:
     while _held_for_fork:
         _held_for_fork.pop().in_use.release()
     _opening_lock.release()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_release_after_fork, after_in_child=_after_fork)
 
 
 class PersistentQSQLite(PersistentQInterface):
@@ -375,7 +358,7 @@ class PersistentQSQLite(PersistentQInterface):
         self.durability, self._busy_seconds = durability, busy_seconds
         self._sessions: weakref.WeakSet[SQLiteSession] = weakref.WeakSet()
         self._local = threading.local()
-        self._writer_lock: WriterLock | None = None
+        self._writer_lock = WriterLock(None)
         self._consumer_locks: ConsumerLocks | None = None
         self.is_read_only = False  # its file system is
         self._database: tuple[int, int] | None = None  # device and number of the file that is open
@@ -387,7 +370,7 @@ class PersistentQSQLite(PersistentQInterface):
             if records_log:
                 # guard: another database's log is refused
                 self._expect_matching_log()
-            with _opening_lock, closing(self._connect()) as connection:
+            with _opening_lock, self._sqlite_errors(), closing(self._connect()) as connection:
                 self._prepare(connection)
                 if records_log:
                     self._record_log(connection)
@@ -502,10 +485,8 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _record_log(self, connection: sqlite3.Connection) -> None:
         """Remember which file the log belongs to; both are open."""
-        try:
+        with self._sqlite_errors():
             version = connection.execute("PRAGMA schema_version").fetchone()[0]
-        except sqlite3.Error as error:
-            raise self._error(error) from error
         with self._log_record() as note:
             numbers = [file_number(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal")]
             os.pwrite(note, b"".join([*numbers, b"%20d" % version]), 0)
@@ -531,26 +512,23 @@ class PersistentQSQLite(PersistentQInterface):
         # guard: a child forked inside a transaction is refused
         if self.path in _inherited_open:
             raise QueueError(f"cannot use {self.path}: this process was forked inside a transaction; fork before it")
-        with ExitStack() as undo:
-            try:
-                connection = sqlite3.connect(
-                    f"{self.path.as_uri()}?{self._open_mode()}",
-                    uri=True,
-                    timeout=self._busy_seconds,
-                    isolation_level=None,
-                    check_same_thread=False,
-                )
-                undo.callback(connection.close)
-                connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
-                connection.execute("PRAGMA cache_size = -16000")  # KB; a million rows go three times as fast
-                if sqlite3.sqlite_version_info >= (3, 41):  # older ones would not let our CHECK call json_valid
-                    connection.execute("PRAGMA trusted_schema = OFF")
-                if not FileLocks.AVAILABLE:
-                    _keep_log(connection)
-                connection.execute("PRAGMA fullfsync = ON")  # as `sync_file` does; elsewhere than on macOS it is fsync
-                connection.execute("PRAGMA checkpoint_fullfsync = ON")
-            except sqlite3.Error as error:
-                raise self._error(error) from error
+        with ExitStack() as undo, self._sqlite_errors():
+            connection = sqlite3.connect(
+                f"{self.path.as_uri()}?{self._open_mode()}",
+                uri=True,
+                timeout=self._busy_seconds,
+                isolation_level=None,
+                check_same_thread=False,
+            )
+            undo.callback(connection.close)
+            connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
+            connection.execute("PRAGMA cache_size = -16000")  # KB; a million rows go three times as fast
+            if sqlite3.sqlite_version_info >= (3, 41):  # older ones would not let our CHECK call json_valid
+                connection.execute("PRAGMA trusted_schema = OFF")
+            if not FileLocks.AVAILABLE:
+                _keep_log(connection)
+            connection.execute("PRAGMA fullfsync = ON")  # as `sync_file` does; elsewhere than on macOS it is fsync
+            connection.execute("PRAGMA checkpoint_fullfsync = ON")
             undo.pop_all()
         return connection
 
@@ -564,46 +542,45 @@ class PersistentQSQLite(PersistentQInterface):
         if self.is_read_only:
             self._expect_current(connection)
             return
-        has_lock = self._acquire_writer_lock()
+        has_lock = self._writer_lock.acquire()
         try:
             _adopt_dump(connection)
-            version = self._version(connection)
+            version = schema_version(connection, self.path)
             if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
                 connection.execute("PRAGMA journal_mode = WAL")
             if version < len(MIGRATIONS):
                 # guard: a migration is one transaction
                 connection.execute("BEGIN IMMEDIATE")
-                for number in range(self._version(connection), len(MIGRATIONS)):
+                for number in range(schema_version(connection, self.path), len(MIGRATIONS)):
                     for statement in MIGRATIONS[number]:
                         connection.execute(statement.format_map(SQLITE_TYPES))
                     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                     connection.execute(f"PRAGMA user_version = {number + 1}")
                 connection.execute("COMMIT")
-        except sqlite3.Error as error:
-            raise self._error(error) from error
         finally:
             if has_lock:
-                self._release_writer_lock()
+                self._writer_lock.release()
 
     def _expect_current(self, connection: sqlite3.Connection) -> None:
-        try:
-            version = self._version(connection)
-        except sqlite3.Error as error:
-            raise self._error(error) from error
+        version = schema_version(connection, self.path)
         if version != len(MIGRATIONS):
             raise SchemaMismatch(
                 f"cannot read {self.path}: expected schema {len(MIGRATIONS)}, got {version}: "
                 "open it once where it can be written"
             )
 
-    def _version(self, connection: sqlite3.Connection) -> int:
-        return schema_version(connection, self.path)
+    @contextmanager
+    def _sqlite_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise self._error(error) from error
 
     def _error(self, error: sqlite3.Error) -> QueueError:
         text = "".join(mark if mark.isprintable() else "?" for mark in str(error))  # it may quote the file's own names
         if "locked" in text or "busy" in text:
             held = f"another writer held it for {self._busy_seconds:g} s"
-            return QueueBusy(f"cannot write to {self.path}: {'; '.join([held, *self._lock_problems()])}")
+            return QueueBusy(f"cannot write to {self.path}: {'; '.join([held, *self._writer_lock.problems()])}")
         if "disk is full" in text:
             return QueueFull(f"cannot write to {self.path}: its disk is full")
         if "not a database" in text:
@@ -624,7 +601,7 @@ class PersistentQSQLite(PersistentQInterface):
                 for other in self._sessions:  # in case it has the files of before open
                     # guard: a new connection needs the files of the others
                     other.files.expect_in_place()
-                session = SQLiteSession(self)
+                session = self._new_session()
                 self._database = self._database or session.files.database
                 if self._database != session.files.database:
                     raise replaced(self.path) from None
@@ -633,6 +610,14 @@ class PersistentQSQLite(PersistentQInterface):
                 self._local.session = session
                 self._sessions.add(session)
             return session
+
+    def _new_session(self) -> SQLiteSession:
+        with ExitStack() as undo:
+            connection = undo.enter_context(closing(self._connect()))
+            session = SQLiteSession(self.path, connection, self._writer_lock, self._consumer_locks, self._error)
+            session.open_files(is_read_only=self.is_read_only)
+            undo.pop_all()
+        return session
 
     def _write(self, *, durable: bool = True, in_batch: bool = False) -> SQLiteSession:
         if self.is_read_only:
@@ -673,20 +658,6 @@ class PersistentQSQLite(PersistentQInterface):
                 tx.change(f"DROP TRIGGER {name}")
         for queue in queues:
             tx.change(COUNT_PENDING, {"queue": queue})
-
-    def _acquire_writer_lock(self, in_batch: bool = False) -> bool:
-        return self._writer_lock is not None and self._writer_lock.acquire(in_batch=in_batch)
-
-    def _release_writer_lock(self) -> None:
-        if self._writer_lock is not None:
-            self._writer_lock.release()
-
-    def _lock_problems(self) -> list[str]:
-        return self._writer_lock.problems() if self._writer_lock is not None else []
-
-    def _wake_consumers(self) -> None:
-        if locks := self._consumer_locks:  # another thread may close the queue
-            locks.wake()
 
     def _take_slot(self) -> ConsumerLock | None:
         with self._folder_errors():
@@ -834,7 +805,7 @@ class PersistentQSQLite(PersistentQInterface):
         facts["problems"] = [
             f"expected {name} {value}, got {facts[name]}" for name, value in expected.items() if facts[name] != value
         ]
-        facts["problems"] += self._lock_problems()
+        facts["problems"] += self._writer_lock.problems()
         facts["problems"] += [*self._schema_problems(), *deleted_but_open(self.path)] if thorough else []
         facts["problems"] += self._location_problems(facts)
         return facts
@@ -858,10 +829,7 @@ class PersistentQSQLite(PersistentQInterface):
         return found
 
     def _schema_problems(self) -> list[str]:
-        try:
-            missing = _schema(has_limit=bool(self._read(LIMITED))) - set(self._read(OUR_SCHEMA))
-        except sqlite3.Error as error:
-            raise self._error(error) from error
+        missing = _schema(has_limit=bool(self._read(LIMITED))) - set(self._read(OUR_SCHEMA))
         changed = [f"{kind} {name!r} is not as this version makes it" for kind, name, _ in sorted(missing)]
         changed += [
             f"queue {name!r} counts its pending jobs wrong: set its limit again" for (name,) in self._read(MISCOUNTED)
@@ -887,6 +855,7 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _close(self) -> None:
         self._closed = True
+        _queues.discard(self)
         for me in self._registry.values():
             if me.slot:
                 me.slot.close()
@@ -899,27 +868,44 @@ class PersistentQSQLite(PersistentQInterface):
         self._local = threading.local()
         with _opening_lock:
             FileLocks.close_unused()
-        if self._writer_lock is not None:
-            self._writer_lock.close()
+        self._writer_lock.close()
         self._consumer_locks = None  # but the turnstile is left to a thread that has the way
+
+    @staticmethod
+    def _before_fork() -> None:
+        """Wait until no thread is inside SQLite: in the child its mutexes would stay locked. Then go on regardless."""
+        _opening_lock.acquire()
+        until = time.monotonic() + BUSY_SECONDS
+        found = [session for queue in list(_queues) for session in list(queue._sessions)]
+        # guard: nobody forks while a thread is inside SQLite
+        _held_for_fork.extend(each for each in found if each.in_use.acquire(timeout=max(0, until - time.monotonic())))
+
+    @staticmethod
+    def _after_fork_in_child() -> None:
+        FileLocks.abandon()
+        for queue in list(_queues):
+            queue._after_fork()
+        _release_after_fork()
 
     def _after_fork(self) -> None:
         """Reconnect in the child: SQLite's handles and the locks belong to the parent."""
-        if self._closed:
-            return
         for session in list(self._sessions):
             session.abandon()
         for me in self._registry.values():
             me.slot.close()
-        if self._writer_lock is not None:
-            self._writer_lock.abandon()
+        self._writer_lock.abandon()
         PersistentQInterface.__init__(self)
         self._sessions, self._local = weakref.WeakSet(), threading.local()
-        self._writer_lock = self._consumer_locks = None
+        self._consumer_locks = None
         try:
             self._open_folder()
         except QueueError:
             self.close()  # so that its next use is an error, too
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(
+            before=_before_fork, after_in_parent=_release_after_fork, after_in_child=_after_fork_in_child
+        )
 
 
 def _schema(*, has_limit: bool) -> set[tuple[str, str, str]]:
@@ -1010,4 +996,4 @@ def _finish_copy(copy: sqlite3.Connection, changes: list[tuple[str, Params]]) ->
 
 
 def open_paths() -> set[Path]:
-    return {queue.path for queue in list(_queues) if not queue._closed}
+    return {queue.path for queue in list(_queues)}
