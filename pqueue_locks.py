@@ -1,4 +1,4 @@
-"""Locks between the processes of a queue on SQLite, and the bells that wake up who waits."""
+"""Locks between the processes that use a queue on SQLite, and the pipes (FIFOs) that wake up waiting ones."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ from pqueue_files import is_stopped, open_private, share_as_folder, try_lock, un
 from pqueue_values import Job, QueueError
 
 LOCK_TIMEOUT_SECONDS = 1.0  # the longest wait for a lock; a process that holds one for longer is not waited for
-LINES = ("others", "consumers")  # in which writers wait for the lock
-REPEAT_SECONDS = 0.001  # how long a process may write, call after call, while a writer that it woke up is waiting
-OVERTAKE_SECONDS = 0.005  # how long any process may go before such a writer
-HANDOVER_SECONDS = 0.01  # how long the lock is kept for a writer after that, which may have died
+LINES = ("others", "consumers")  # in which writers wait: consumers for their batches, and all others
+REPEAT_SECONDS = 0.001  # how long one process may keep acquiring the lock while a waiter is waking up
+OVERTAKE_SECONDS = 0.005  # how long a waiter may be overtaken by any processes
+HANDOVER_SECONDS = 0.01  # how long the lock is then reserved for the waiter, which may have died
 
 
 class WriterLock:
-    """Lets writers through one at a time, where SQLite's busy handler would starve some.
+    """A fair lock for writers, since SQLite's busy handler lets some of them starve.
 
-    Consumers, when they take and complete jobs, queue in one line, everybody else in another, and the first of each
-    waits for the lock. Whoever releases it wakes up the first of the other line: an enqueue waits for a batch or a
-    turn, however many consumers there are. It is a courtesy: a writer that has waited for `LOCK_TIMEOUT_SECONDS`, or
-    finds that a process, stopped perhaps, has held a lock for that long, goes on and leaves it to BEGIN IMMEDIATE.
+    Consumers that take or complete jobs wait in one line, all others in a second one, and the first of each line waits
+    for the lock. Releasing it wakes up the first of the other line, so an enqueue waits for one batch at most, however
+    many consumers there are. The lock is advisory: a writer that has waited for `LOCK_TIMEOUT_SECONDS`, or finds that
+    another process (a stopped one, for example) has held it for that long, proceeds and relies on BEGIN IMMEDIATE.
+
+    folder: where its files are; None: the platform has no such locks, and it is never acquired.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -49,7 +51,7 @@ class WriterLock:
             undo.pop_all()
 
     def acquire(self, *, in_batch: bool = False) -> bool:
-        """Return whether the lock was acquired; then `leave` must follow."""
+        """Return whether the lock was acquired; if so, `release` must follow."""
         if not self._thread.acquire(timeout=LOCK_TIMEOUT_SECONDS):
             return False
         try:
@@ -66,7 +68,7 @@ class WriterLock:
         if self._lock.try_acquire():
             return True
         until = time.monotonic() + LOCK_TIMEOUT_SECONDS
-        in_line = line.acquire(until)  # if not, a process stopped there may have had it for too long
+        in_line = line.acquire(until)  # False: a stopped process may be holding the line
         acquired = self._lock.acquire(until, kind)
         if in_line:
             line.release()
@@ -80,7 +82,7 @@ class WriterLock:
             self.close()
 
     def problems(self) -> list[str]:
-        """Return a sentence for each lock that a process has held for too long, unless a thread of ours is inside."""
+        """Return a message for each lock held for too long, but none while a thread of this process uses the locks."""
         if not self._thread.acquire(blocking=False):
             return []
         try:
@@ -91,14 +93,14 @@ class WriterLock:
                 self.close()
 
     def close(self) -> None:
-        """Close the locks, when another thread that is between them has left; from then on everybody bypasses them."""
+        """Close the locks as soon as no thread uses them; afterwards they are not acquired any more."""
         self._closing = True
         if self._thread.acquire(blocking=False):
             self.abandon()
             self._thread.release()
 
     def abandon(self) -> None:
-        """In a forked child: let go of the locks, which the parent may hold."""
+        """Close the locks in a forked child, as the parent may hold them."""
         if not self._closed:
             self._closed = True
             for lock in (*self._lines, self._lock):
@@ -111,23 +113,25 @@ class WriterLock:
 
 
 class FairLock:
-    """A lock between processes that is waited for with a bound, which flock has not, and freed when its holder dies.
+    """A lock between processes with a timeout, which flock lacks; it is released when its holder dies.
 
-    Waiters come in kinds, each with a pipe; the file, which is mapped, says since when one of each kind waits. Whoever
-    releases the lock rings for one, preferably of another kind. Waking up takes a while, and a process that comes
-    meanwhile may acquire the lock: no time is lost, but alongside a process that writes in a loop the waiter would
-    starve. So once the same process has had it more than once, for `REPEAT_SECONDS`, or the waiter has waited for
-    `OVERTAKE_SECONDS`, it is reserved for the waiter's kind: for `HANDOVER_SECONDS`, as the waiter may have died.
+    There are kinds of waiters, each with a wake-up pipe, and the mapped file records since when one of each kind has
+    been waiting. Releasing the lock wakes up a waiter, preferably of another kind. While that wakes up, another process
+    may acquire the lock; this saves time, but a process that writes in a loop would starve the waiter. So when one
+    process has acquired it repeatedly for `REPEAT_SECONDS`, or the waiter has waited for `OVERTAKE_SECONDS`, the lock
+    is reserved for the waiter's kind for `HANDOVER_SECONDS`, but not longer, as the waiter may have died.
     """
 
-    PID, HELD_SINCE, RESERVED_FOR, RESERVED_UNTIL, WAITING_SINCE = range(5)  # in the file; times: monotonic, 0 if not
+    PID, HELD_SINCE, RESERVED_FOR, RESERVED_UNTIL, WAITING_SINCE = range(
+        5
+    )  # fields of the file; times are monotonic, 0: none
 
     def __init__(self, path: Path, kinds: Sequence[str] = ("",)) -> None:
         self._path, self._pid = path, os.getpid()
-        self._held_since = self._owned_since = 0.0  # what this process wrote last; when it came after another one
+        self._held_since = self._owned_since = 0.0  # since this process acquired it; since no other process has
         numbers = range(len(kinds))
         # guard: a released lock goes to the other line
-        self._order = [sorted(numbers, key=kind.__eq__) for kind in numbers]  # for each kind that releases it
+        self._order = [sorted(numbers, key=kind.__eq__) for kind in numbers]  # of waking, by the kind that releases
         with ExitStack() as undo:
             self._file = open_private(path)
             undo.callback(os.close, self._file)
@@ -140,7 +144,7 @@ class FairLock:
             undo.pop_all()
 
     def try_acquire(self, kind: int | None = None) -> bool:
-        """Acquire it, unless it is held or reserved for another kind of waiters; return whether it was."""
+        """Acquire the lock unless it is held, or reserved for another kind; return whether it was acquired."""
         shared = self._shared
         if shared[self.RESERVED_UNTIL] and shared[self.RESERVED_FOR] != kind and self._is_reserved():
             return False
@@ -153,11 +157,13 @@ class FairLock:
         return True
 
     def acquire(self, until: float, kind: int = 0) -> bool:
-        """Wait for it until this time, in monotonic seconds, and for no process that has held it for too long."""
+        """Wait for the lock until this monotonic time, but not for a process that has held it for too long."""
         began = time.monotonic()
         while True:
             self._shared[self.WAITING_SINCE + kind] = began
-            seconds = HANDOVER_SECONDS if self._is_reserved() else POLL_SECONDS  # before the try: it may end meanwhile
+            seconds = (
+                HANDOVER_SECONDS if self._is_reserved() else POLL_SECONDS
+            )  # asked first: the reservation may expire
             acquired, left = self.try_acquire(kind), until - time.monotonic()
             # guard: nobody waits again for a stopped process
             if acquired or left <= 0 or self._held_seconds() >= LOCK_TIMEOUT_SECONDS:
@@ -166,19 +172,19 @@ class FairLock:
             _wait_for(self._pipes[kind], min(left, seconds), exclusive=len(self._pipes) == 1)
 
     def release(self, kind: int = 0) -> None:
-        """Release it, if it is held, and wake up a waiter."""
+        """Release the lock if it is held, and wake up a waiter."""
         shared = self._shared
         if shared[self.HELD_SINCE] == self._held_since:
             if (next_kind := self._next_kind(kind)) is not None:
-                self._reserve(next_kind)  # now, as nobody else can
+                self._reserve(next_kind)  # while no other process can write it
             shared[self.HELD_SINCE] = 0.0
         unlock(self._file)
-        next_kind = self._next_kind(kind)  # it may have come meanwhile
+        next_kind = self._next_kind(kind)  # again: a waiter may have arrived
         if next_kind is not None:
             shared[self.WAITING_SINCE + next_kind] = 0.0
             # guard: releasing the lock wakes up a waiter
             wake_up(self._pipes[next_kind])
-        elif len(self._pipes) == 1:  # there may be others: one of them cleared the time when it was through
+        elif len(self._pipes) == 1:  # others may wait whose time the last holder has cleared
             # guard: a released line wakes up the next
             wake_up(self._pipes[0])
 
@@ -191,7 +197,7 @@ class FairLock:
             self._shared[self.RESERVED_FOR], self._shared[self.RESERVED_UNTIL] = kind, now + HANDOVER_SECONDS
 
     def _next_kind(self, kind: int) -> int | None:
-        """Return the kind of waiter that comes next, when one of this kind releases it."""
+        """Return which kind of waiter comes next when this kind releases the lock."""
         for other in self._order[kind]:
             if self._shared[self.WAITING_SINCE + other]:
                 return other
@@ -207,7 +213,7 @@ class FairLock:
         return time.monotonic() - since if since else 0.0
 
     def problem(self) -> str | None:
-        """Return a sentence about who has held it for too long."""
+        """Return a message if a process has held the lock for too long."""
         pid, seconds = f"{self._shared[self.PID]:.0f}", self._held_seconds()
         if seconds < LOCK_TIMEOUT_SECONDS:
             return None
@@ -215,10 +221,10 @@ class FairLock:
         if self.try_acquire():  # its holder is dead
             self.release()
             return None
-        stopped, remedy = "", "end it, if it does not go on by itself"
+        stopped, remedy = "", "end it if it does not continue by itself"
         if is_stopped(pid):
-            stopped, remedy = "is stopped and ", f"let it go on (kill -CONT {pid}) or end it (kill -KILL {pid})"
-        return f"process {pid} {stopped}has held {self._path} for {seconds:.0f} s, where writers take turns: {remedy}"
+            stopped, remedy = "is stopped and ", f"continue it (kill -CONT {pid}) or end it (kill -KILL {pid})"
+        return f"process {pid} {stopped}has held the write lock {self._path} for {seconds:.0f} s: {remedy}"
 
     def close(self) -> None:
         self._shared.release()
@@ -228,7 +234,7 @@ class FairLock:
 
 
 class ConsumerLocks:
-    """Numbered places for consumers: a lock held while its owner lives, a pipe, and a byte set while it waits."""
+    """Numbered locks of consumers: each has a lock file, a wake-up pipe, and a byte that is 1 while it waits."""
 
     COUNT = 4096
 
@@ -247,14 +253,14 @@ class ConsumerLocks:
                 undo.callback(os.close, lock)
                 if try_lock(lock):
                     pipe = self._folder / f"{number}.wakeup"
-                    pipe.unlink(missing_ok=True)  # what another owner left may be woken
+                    pipe.unlink(missing_ok=True)  # a former owner's may hold a wake-up
                     slot = ConsumerLock(number, lock, _open_pipe(pipe))
                     undo.pop_all()
                     return slot
         raise QueueError(f"cannot add a consumer: expected fewer than {self.COUNT} at a time")
 
     def has_begun(self, number: int, token: str, job_id: int) -> bool:
-        """Return False if the slot's owner of this token publishes what it begins, and this job is not among it."""
+        """Return False if the consumer with this token publishes the jobs that it begins, without this one."""
         try:
             file = os.open(self._folder / f"{number}.lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
@@ -273,7 +279,7 @@ class ConsumerLocks:
             os.close(lock)
 
     def wake(self) -> None:
-        """Wake who waits. A pipe whose owner is gone is left alone."""
+        """Wake up all waiting consumers, except dead ones."""
         number = self.waiting.find(b"\1")
         while number >= 0:
             self.waiting[number] = 0
@@ -295,13 +301,13 @@ class ConsumerLocks:
 
 
 class BegunJobs:
-    """What a consumer has begun of the jobs that it took together, for others to read when it has died.
+    """Which jobs of its batch a consumer has begun, for others to read when it has died.
 
-    It is in the consumer's lock file, as 64-bit words: the boot of the machine, the consumer's token, the number of
-    jobs, their ids. It is never synced: after a power cut the boot is another one, and the rest is ignored.
+    They are in the consumer's lock file as 64-bit words: the boot id, the consumer's token, the number of jobs, their
+    ids. The file is never synced: after a power cut the boot id differs, and the rest is ignored.
     """
 
-    MAX_JOBS = 253  # jobs
+    MAX_JOBS = 253
     BYTES = 8 * (3 + MAX_JOBS)
 
     def __init__(self, file: int, token: str) -> None:
@@ -312,11 +318,11 @@ class BegunJobs:
         self._words[0] = boot_id()
 
     def add(self, job: Job) -> None:
-        if job.lease_token != self._claim:  # with that claim, all before it was completed
+        if job.lease_token != self._claim:  # a new claim: all jobs before it were completed
             self._claim, self._words[2] = job.lease_token, 0
         number = self._words[2]
         if number == self.MAX_JOBS:
-            self._words[0] = 0  # it is not known any more
+            self._words[0] = 0  # full: unknown from now on
         else:
             self._words[3 + number] = job.id
             self._words[2] = number + 1
@@ -335,7 +341,7 @@ class BegunJobs:
 
 @lru_cache
 def boot_id() -> int:
-    """Return a number that the machine gets anew whenever it starts, or 0 where the system has none."""
+    """Return a number that changes with every boot of the machine, or 0 where the system has none."""
     try:
         return int(Path("/proc/sys/kernel/random/boot_id").read_text()[:8], 16)
     except (OSError, ValueError):
@@ -343,7 +349,7 @@ def boot_id() -> int:
 
 
 class ConsumerLock:
-    """A consumer's place, as long as it lives."""
+    """The lock that shows that a consumer is alive."""
 
     def __init__(self, number: int, lock: int, pipe: int) -> None:
         self.number = number
@@ -357,7 +363,7 @@ class ConsumerLock:
         return _wait_for(self._pipe, seconds)
 
     def is_linked(self) -> bool:
-        """Return False when its lock was deleted, and no longer tells anybody that the consumer lives."""
+        """Return False if the lock file was deleted, so that it no longer shows that the consumer is alive."""
         return os.fstat(self._lock).st_nlink > 0
 
     def close(self) -> None:
@@ -368,7 +374,7 @@ class ConsumerLock:
 
 
 def _map_file(file: int, size: int) -> mmap.mmap:
-    """Map the first bytes of a file, and no hole: where the disk is full, filling one would be SIGBUS."""
+    """Map the first bytes of a file. Allocate them first: writing to a hole on a full disk raises SIGBUS."""
     if os.fstat(file).st_size < size:
         os.write(file, bytes(size))
     return mmap.mmap(file, size)
@@ -386,25 +392,25 @@ def _open_pipe(path: Path) -> int:
 
 
 def wake_up(pipe: int) -> None:
-    with suppress(BlockingIOError):  # woken more often than heard
+    with suppress(BlockingIOError):  # full: wake-ups are pending
         os.write(pipe, b"!")
 
 
 def _wait_for(pipe: int, seconds: float, *, exclusive: bool = False) -> bool:
-    """Wait for a ring; return whether there was one. It wakes up all that wait, or the first of those in line."""
+    """Wait for a wake-up; return whether there was one. It wakes up all waiters, or, if exclusive, the first."""
     woken = _wait_exclusively(pipe, seconds) if exclusive else None
     if woken is None:
         poller = select.poll()
         poller.register(pipe, select.POLLIN)
         woken = bool(poller.poll(max(0, math.ceil(seconds * 1000))))
     if woken:
-        with suppress(BlockingIOError):  # another heard it first
+        with suppress(BlockingIOError):  # another waiter has read it
             os.read(pipe, 65536)
     return woken
 
 
 def _wait_exclusively(pipe: int, seconds: float) -> bool | None:
-    """Return None where only `poll` is left: it wakes up all, the last one first, and so may starve the others."""
+    """Return None where only `poll` is available; it wakes up all, the last first, and so may starve the others."""
     if not hasattr(select, "epoll"):  # not Linux
         return None
     try:
@@ -414,4 +420,4 @@ def _wait_exclusively(pipe: int, seconds: float) -> bool | None:
     except OSError as error:
         if error.errno is None:  # a signal handler's
             raise
-        return None  # no free descriptor
+        return None  # no free file descriptor

@@ -2142,7 +2142,7 @@ time.sleep(600)
                 child.send_signal(signal.SIGCONT)
                 wait_until(lambda: not pqueue_files.is_stopped(child.pid))
                 (problem,) = queue.check(thorough=False)["problems"]
-                self.assertRegex(problem, f"process {child.pid} has held .*: end it, if it does not go on")
+                self.assertRegex(problem, f"process {child.pid} has held .*: end it if it does not continue")
                 child.kill()
                 child.wait()
                 self.assertEqual(queue.check()["problems"], [])

@@ -156,7 +156,7 @@ def test_another_account_can_neither_look_nor_work_nor_hold_a_lock():
             ):
                 assert re.search("[Pp]ermission|unable to open", in_another_account(attempt) or "nothing")
             refused = in_another_account(lambda: pqueue.PersistentQSQLite(folder / "queue.db"))
-            assert refused.endswith("belongs to root; run this as root, or make the queue with PQUEUE_GROUP=GROUP")
+            assert refused.endswith("belongs to root; run this as root, or create the queue with PQUEUE_GROUP=GROUP")
 
 
 def test_accounts_of_one_group_share_a_queue_that_was_made_for_it():
