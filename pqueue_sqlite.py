@@ -57,8 +57,8 @@ from pqueue_values import (
     to_json,
 )
 
-WAL_BYTES = 67_108_864  # the write-ahead log is cut to this when its readers allow
-LEAST_FREE_BYTES = 268_435_456  # below this `check` warns of the disk
+WAL_BYTES = 67_108_864  # the write-ahead log is truncated to this size when no reader needs more
+LEAST_FREE_BYTES = 268_435_456  # `check` warns below this much free disk space
 
 SYNCHRONOUS = ("off", "normal", "full", "extra")
 MINIMUM_SQLITE = (3, 37)  # STRICT tables
@@ -77,13 +77,13 @@ UPDATE jobs SET state = 'completed', finished_at = :now, result = json_extract(v
 FROM json_each(:settled) WHERE jobs.id = json_extract(value, '$[0]') AND lease_token = json_extract(value, '$[1]')
 RETURNING jobs.id"""
 
-# Return the slot of a consumer.
+# Return the number of a consumer's lock.
 SLOT_OF = "SELECT slot FROM consumers WHERE token = :token"
 
 # Count the pending jobs of a queue.
 COUNT_PENDING = f"UPDATE queues SET pending = (SELECT count(*) FROM jobs WHERE {WAITING}) WHERE name = :queue"
 
-# Triggers that keep queues.pending. They exist only while some queue has a limit, so that no other queue pays for them.
+# Triggers that maintain queues.pending. They exist only while a queue has a limit: otherwise they cost nothing.
 IS_PENDING = "{row}.state = 'pending' AND {row}.assigned_to IS NULL"
 ADD_PENDING = "UPDATE queues SET pending = pending {change} 1 WHERE name = {row}.queue AND max_pending IS NOT NULL"
 # guard: a claim makes room
@@ -106,7 +106,7 @@ TRIGGERS = f"SELECT name, tbl_name FROM sqlite_master WHERE type = 'trigger' AND
 
 
 class SQLiteSession(Session):
-    """One thread's connection, entered through the turnstile."""
+    """One thread's connection. Its transactions hold the writer lock if they can."""
 
     def __init__(
         self,
@@ -123,8 +123,8 @@ class SQLiteSession(Session):
         self._synchronous = ""
         self.wanted = "FULL"
         self.in_batch = False
-        self.runs_user_code = False  # code of the user's runs in it
-        self.in_use = threading.RLock()  # held while SQLite works for it: nobody forks meanwhile
+        self.runs_user_code = False  # inside `transaction`
+        self.in_use = threading.RLock()  # held during calls into SQLite, so that no thread forks then
         self._locks: FileLocks | None = None
 
     def open_files(self, *, is_read_only: bool) -> None:
@@ -168,7 +168,7 @@ class SQLiteSession(Session):
     def has_ended(self) -> bool:
         try:
             return not self.connection.in_transaction
-        except sqlite3.ProgrammingError:  # another thread has closed the queue
+        except sqlite3.ProgrammingError:  # closed by another thread
             return True
 
     def insert(self, sql: str, params: Params) -> list[int]:
@@ -189,7 +189,7 @@ class SQLiteSession(Session):
         return ids
 
     def _begin(self, *, alone: bool = False) -> None:
-        """Begin a transaction; alone: a single statement will be one by itself."""
+        """Begin a transaction; alone: a single statement, which needs no BEGIN, follows."""
         # guard: a signal handler cannot use the queue it interrupted
         if self.busy:
             raise QueueError("cannot use the queue in a signal handler that interrupted it: set a flag there")
@@ -221,7 +221,7 @@ class SQLiteSession(Session):
             self._consumer_locks.wake()
 
     def _expect_lock(self) -> None:
-        """Refuse to commit what another process may have written over meanwhile."""
+        """Raise QueueError if the write lock was lost, so that another process may have written."""
         if self._locks and (self.runs_user_code or not self._has_lock) and not self._locks.hold_write_lock():
             raise QueueError(
                 f"cannot commit to {self._path}: its lock was lost, as code in this process closed one of its "
@@ -233,7 +233,7 @@ class SQLiteSession(Session):
             if not self.has_ended:
                 self._roll_back()
         finally:
-            if not self.has_ended:  # a signal handler came between, and it would stop all others
+            if not self.has_ended:  # a signal handler interrupted it; an open transaction would block all writers
                 # guard: an interrupted call is rolled back
                 self._roll_back()
             self.busy = False
@@ -248,7 +248,7 @@ class SQLiteSession(Session):
             self.connection.execute("ROLLBACK")
 
     def close(self) -> None:
-        """Close the connection, or leave that to its thread at the end of its call: in the midst of it is a crash."""
+        """Close the connection, if need be after the current call of its thread: during one SQLite would crash."""
         self._closed = True
         if self.in_use.acquire(blocking=False):
             self._release()
@@ -259,7 +259,7 @@ class SQLiteSession(Session):
         self.in_use.release()
 
     def _disconnect(self) -> None:
-        """Close the connection. If its files are not in place, the log that it has open must not reach the database."""
+        """Close the connection. If its files were replaced, do not write its log back."""
         with _opening_lock:
             locks, self._locks = self._locks, None
             try:
@@ -281,9 +281,9 @@ class SQLiteSession(Session):
             raise QueueError(f"cannot use {self._path}: this queue object is closed")
 
     def abandon(self) -> None:
-        """In a forked child: close the parent's connection, or SQLite would take the parent's locks for the child's.
+        """Close the parent's connection in a forked child, or SQLite would take the parent's locks for the child's.
 
-        Closing rolls back, in the shared memory, too: so not inside a transaction, and the child gets no queue.
+        Inside a transaction closing would roll back, in the shared memory as well: keep it open and refuse the queue.
         """
         if self.busy or self not in _held_for_fork or self.connection.in_transaction:
             _inherited_open.setdefault(self._path, []).append(self.connection)
@@ -300,28 +300,28 @@ class SQLiteSession(Session):
 
 
 def _keep_log(connection: sqlite3.Connection) -> None:
-    """Let SQLite neither write back nor delete the log when this connection is closed; before Python 3.12 it cannot."""
+    """Make closing this connection neither write back nor delete the log; needs Python 3.12."""
     if option := getattr(sqlite3, "SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE", None):
-        with suppress(sqlite3.ProgrammingError):  # it is closed
+        with suppress(sqlite3.ProgrammingError):  # already closed
             connection.setconfig(option, True)  # type: ignore[attr-defined]
 
 
 class ClosedInFork:
-    """Stands where a forked child would find its parent's connection."""
+    """Replaces the parent's connection in a forked child."""
 
     in_transaction = False
 
     def close(self) -> None:
-        """Close nothing: that was done, or must not be."""
+        """Do nothing: it is closed, or must stay open."""
 
     def __getattr__(self, name: str) -> Any:
-        raise QueueError("cannot go on with a transaction that was begun before the fork")
+        raise QueueError("cannot continue a transaction that was begun before the fork")
 
 
-_inherited_open: dict[Path, list[Any]] = {}  # connections of the parent's that were in a transaction
+_inherited_open: dict[Path, list[Any]] = {}  # the parent's connections that were in a transaction
 _queues: weakref.WeakSet[PersistentQSQLite] = weakref.WeakSet()
-_opening_lock = threading.RLock()  # nobody forks while a file or a connection is opened, either
-_held_for_fork: list[SQLiteSession] = []  # sessions that are held while the process forks
+_opening_lock = threading.RLock()  # held while files and connections are opened, so that no thread forks then
+_held_for_fork: list[SQLiteSession] = []  # sessions whose `in_use` is held during a fork
 
 
 def _release_after_fork() -> None:
@@ -333,9 +333,9 @@ def _release_after_fork() -> None:
 class PersistentQSQLite(PersistentQInterface):
     """The queue in an SQLite file. Its locks are in the folder FILE.d next to it.
 
-    durability: "full" syncs what must survive a power cut; "normal" survives any crash of a process.
-    create: create the file if it does not exist; else raise QueueError.
-    group: create it for all accounts of this group (modes 0660 and 0770); None: for this account alone.
+    durability: "full" also survives a power cut; "normal" survives any crash of a process.
+    create: create the file if it does not exist; if false, raise QueueError.
+    group: create it for all accounts of this group (modes 0660 and 0770); None: for this account only.
     busy_seconds: how long a write waits for another writer before it raises QueueBusy.
 
     Raises SchemaMismatch for a file that is not a queue of this version.
@@ -353,15 +353,15 @@ class PersistentQSQLite(PersistentQInterface):
         super().__init__()
         if durability not in ("full", "normal"):
             raise ValueError(f"expected a durability of full or normal, got {durability!r}")
-        self.path = real_path(path)  # a link to it must find the same locks
+        self.path = real_path(path)  # links to it use the same locks
         self.name = str(self.path)
         self.durability, self._busy_seconds = durability, busy_seconds
         self._sessions: weakref.WeakSet[SQLiteSession] = weakref.WeakSet()
         self._local = threading.local()
         self._writer_lock = WriterLock(None)
         self._consumer_locks: ConsumerLocks | None = None
-        self.is_read_only = False  # its file system is
-        self._database: tuple[int, int] | None = None  # device and number of the file that is open
+        self.is_read_only = False  # the file system is
+        self._database: tuple[int, int] | None = None  # device and inode of the open file
         self._closed = False
         self._open_file(create, None if group is None else group_number(group))
         try:
@@ -425,13 +425,13 @@ class PersistentQSQLite(PersistentQInterface):
             kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
             raise QueueError(f"cannot open {self.path}: expected a database file, got {kind}")
         # guard: a file of two names is refused
-        if found.st_nlink > 1:  # SQLite's log and our locks go by the name
+        if found.st_nlink > 1:  # the log and the locks are found by name
             raise QueueError(f"cannot use {self.path}: expected a file of one name, got {found.st_nlink} hard links")
 
     def _expect_regular_files(self) -> None:
-        for beside in (Path(f"{self.path}{suffix}") for suffix in ("-wal", "-shm", "-journal")):
-            if os.path.lexists(beside) and not stat.S_ISREG(beside.lstat().st_mode):
-                raise QueueError(f"cannot use {beside}: expected a file of SQLite, got a folder, a pipe or a link")
+        for path in (Path(f"{self.path}{suffix}") for suffix in ("-wal", "-shm", "-journal")):
+            if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+                raise QueueError(f"cannot use {path}: expected a file of SQLite, got a folder, a pipe or a link")
 
     def _expect_readable_log(self) -> None:
         if file_size(Path(f"{self.path}-wal")) and not os.path.exists(f"{self.path}-shm"):
@@ -450,9 +450,9 @@ class PersistentQSQLite(PersistentQInterface):
             self._consumer_locks = ConsumerLocks(folder)
 
     def _expect_matching_log(self) -> None:
-        """Refuse a database that took the place of another one whose log is still there: SQLite would apply it.
+        """Refuse a database next to the log of another one, which SQLite would apply to it.
 
-        Also one whose log was deleted while others have it open.
+        Also refuse one whose log was deleted while other processes have it open.
         """
         # guard: a log that was deleted is not begun anew
         if FileLocks.is_log_missing(self.path):
@@ -460,10 +460,10 @@ class PersistentQSQLite(PersistentQInterface):
                 f"cannot use {self.path}: its log was deleted while other programs have it open: "
                 "wait until they have ended"
             )
-        with self._log_record() as note:
+        with self._log_record() as record:
             database, log = (file_number(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal"))
-            known, version = os.pread(note, len(database + log), 0), os.pread(note, 20, 40)
-            seems_replaced = known.endswith(log) and known != database + log  # or the system gave the numbers anew
+            known, version = os.pread(record, len(database + log), 0), os.pread(record, 20, 40)
+            seems_replaced = known.endswith(log) and known != database + log  # or the inode numbers were reused
             if seems_replaced and file_size(Path(f"{self.path}-wal")) and not self._fits_log(int(version or 0)):
                 raise SchemaMismatch(
                     f"cannot use {self.path}: it took the place of another database, to which the log "
@@ -471,9 +471,9 @@ class PersistentQSQLite(PersistentQInterface):
                 )
 
     def _fits_log(self, known: int) -> bool:
-        """Return whether the database and its log are sound together; neither is changed.
+        """Return whether the database is undamaged with this log; change neither.
 
-        known: the schema version when the log was noted. A backup by VACUUM INTO has a higher one than its original.
+        known: the schema version when the log was recorded. A backup by VACUUM INTO has a higher one than its original.
         """
         with self.path.open("rb") as file:
             version = int.from_bytes(file.read(44)[40:], "big")
@@ -484,21 +484,21 @@ class PersistentQSQLite(PersistentQInterface):
             return False
 
     def _record_log(self, connection: sqlite3.Connection) -> None:
-        """Remember which file the log belongs to; both are open."""
+        """Record which database the log belongs to; both are open."""
         with self._sqlite_errors():
             version = connection.execute("PRAGMA schema_version").fetchone()[0]
-        with self._log_record() as note:
+        with self._log_record() as record:
             numbers = [file_number(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal")]
-            os.pwrite(note, b"".join([*numbers, b"%20d" % version]), 0)
+            os.pwrite(record, b"".join([*numbers, b"%20d" % version]), 0)
 
     @contextmanager
     def _log_record(self) -> Iterator[int]:
         with self._folder_errors():
-            note = open_private(Path(f"{self.path}.d/files"))
+            record = open_private(Path(f"{self.path}.d/files"))
             try:
-                yield note
+                yield record
             finally:
-                os.close(note)
+                os.close(record)
 
     @contextmanager
     def _folder_errors(self) -> Iterator[None]:
@@ -522,12 +522,12 @@ class PersistentQSQLite(PersistentQInterface):
             )
             undo.callback(connection.close)
             connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
-            connection.execute("PRAGMA cache_size = -16000")  # KB; a million rows go three times as fast
-            if sqlite3.sqlite_version_info >= (3, 41):  # older ones would not let our CHECK call json_valid
+            connection.execute("PRAGMA cache_size = -16000")  # KB; three times as fast with a million rows
+            if sqlite3.sqlite_version_info >= (3, 41):  # older ones would reject json_valid in a CHECK
                 connection.execute("PRAGMA trusted_schema = OFF")
             if not FileLocks.AVAILABLE:
                 _keep_log(connection)
-            connection.execute("PRAGMA fullfsync = ON")  # as `sync_file` does; elsewhere than on macOS it is fsync
+            connection.execute("PRAGMA fullfsync = ON")  # as `sync_file`; has an effect on macOS only
             connection.execute("PRAGMA checkpoint_fullfsync = ON")
             undo.pop_all()
         return connection
@@ -538,7 +538,7 @@ class PersistentQSQLite(PersistentQInterface):
         return "mode=ro" if file_size(Path(f"{self.path}-wal")) else "mode=ro&immutable=1"
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        """Check whose file it is, and bring its schema up to date."""
+        """Verify that the file is a queue, and migrate its schema."""
         if self.is_read_only:
             self._expect_current(connection)
             return
@@ -577,7 +577,7 @@ class PersistentQSQLite(PersistentQInterface):
             raise self._error(error) from error
 
     def _error(self, error: sqlite3.Error) -> QueueError:
-        text = "".join(mark if mark.isprintable() else "?" for mark in str(error))  # it may quote the file's own names
+        text = "".join(mark if mark.isprintable() else "?" for mark in str(error))  # it may quote names from the file
         if "locked" in text or "busy" in text:
             held = f"another writer held it for {self._busy_seconds:g} s"
             return QueueBusy(f"cannot write to {self.path}: {'; '.join([held, *self._writer_lock.problems()])}")
@@ -589,7 +589,7 @@ class PersistentQSQLite(PersistentQInterface):
             return QueueError(f"cannot write to {self.path}: no permission, no free descriptor, or it is gone ({text})")
         return QueueError(f"cannot use {self.path}: {text}")
 
-    # What the interface asks of a backend
+    # Implementation of Backend
 
     def _session(self) -> SQLiteSession:
         try:
@@ -598,7 +598,7 @@ class PersistentQSQLite(PersistentQInterface):
             if self._closed:
                 raise QueueError(f"cannot use {self.path}: this queue object is closed") from None
             with _opening_lock:
-                for other in self._sessions:  # in case it has the files of before open
+                for other in self._sessions:  # they may have replaced files open
                     # guard: a new connection needs the files of the others
                     other.files.expect_in_place()
                 session = self._new_session()
@@ -606,7 +606,7 @@ class PersistentQSQLite(PersistentQInterface):
                 if self._database != session.files.database:
                     raise replaced(self.path) from None
                 if has_locks() and not self.is_read_only:
-                    self._record_log(session.connection)  # SQLite may have begun another since this was opened
+                    self._record_log(session.connection)  # SQLite may have started another log
                 self._local.session = session
                 self._sessions.add(session)
             return session
@@ -640,13 +640,13 @@ class PersistentQSQLite(PersistentQInterface):
         return [job for job, _ in settled if job.id not in done]
 
     def _lock_out_writers(self, tx: Session) -> None:
-        """Do nothing more: whoever writes to SQLite is alone."""
+        """Do nothing: SQLite has a single writer."""
 
     def _lock_jobs(self, tx: Session, job_ids: list[int]) -> None:
-        """Do nothing more, likewise."""
+        """Do nothing: SQLite has a single writer."""
 
     def _number_on(self, tx: Session) -> None:
-        """Do nothing: SQLite counts on from the highest id."""
+        """Do nothing: SQLite continues after the highest id."""
 
     def _count_pending(self, tx: Session, queues: Iterable[str]) -> None:
         is_limited = bool(tx.run(LIMITED))
@@ -667,7 +667,7 @@ class PersistentQSQLite(PersistentQInterface):
         with self._folder_errors():
             # guard: a consumer whose locks were deleted is told
             if not all(me.slot.is_linked() for me in self._registry.values() if me.slot):
-                raise QueueError(f"cannot go on: the locks in {self.path}.d were deleted while in use; start again")
+                raise QueueError(f"cannot continue: the locks in {self.path}.d were deleted while in use; restart")
             # guard: who holds its lock is alive
             return not (locks := self._consumer_locks) or slot is None or locks.is_held(slot)
 
@@ -708,7 +708,7 @@ class PersistentQSQLite(PersistentQInterface):
             try:
                 yield session.connection
             finally:
-                session.connection.row_factory, session.connection.text_factory = None, str  # as the queue reads
+                session.connection.row_factory, session.connection.text_factory = None, str  # as the queue expects
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         target = file_path(path)
@@ -722,8 +722,8 @@ class PersistentQSQLite(PersistentQInterface):
             with closing(sqlite3.connect(f"{part.as_uri()}?mode=ro", uri=True)) as copy:
                 if copy.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                     raise QueueError(f"cannot back up to {target}: the copy is damaged")
-            sync(part)  # whatever this SQLite syncs
-            create_file(target)  # takes the name, or fails where there is one
+            sync(part)  # some versions of SQLite do not
+            create_file(target)  # reserves the name; fails if it exists
             part.replace(target)
             # guard: a backup's name is synced
             sync(target.parent)
@@ -743,9 +743,9 @@ class PersistentQSQLite(PersistentQInterface):
         by: str | None = None,
         now: float | None = None,
     ) -> dict[str, int] | None:
-        """Do what `move_to` does, into a new SQLite file, with all that the application keeps in this one besides.
+        """Do what `move_to` does, into a new SQLite file, including the application's own tables.
 
-        tell is called with the pages so far. Raises QueueError when there is such a file.
+        tell is called with the number of pages copied so far. Raises QueueError if the file exists.
         """
         target = real_path(path)
         part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
@@ -754,7 +754,7 @@ class PersistentQSQLite(PersistentQInterface):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             make_folder(target.parent)
             create_file(part)
-            with self._write() as source:  # nobody else writes: what another connection reads is what is here
+            with self._write() as source:  # blocks other writers while the other connection reads
                 # guard: nothing is moved while a job runs
                 if count_running(source):
                     return None
@@ -773,7 +773,7 @@ class PersistentQSQLite(PersistentQInterface):
         return copied
 
     def other_tables(self) -> list[str]:
-        """Return the names of the tables and views that are not ours, and of indexes and triggers on those that are."""
+        """Return the names of the application's tables and views, and of its indexes and triggers on the queue's."""
         shadows = {row[1] for row in self._read("PRAGMA table_list") if row[2] == "shadow"}  # of a virtual table
         ours = {name for _, name, _ in _schema(has_limit=True)}
         sql = f"""
@@ -811,7 +811,7 @@ class PersistentQSQLite(PersistentQInterface):
         return facts
 
     def _location_problems(self, facts: dict[str, Any]) -> list[str]:
-        """Return what is wrong with where the database is: its file system, its modes, its log, the disk."""
+        """Return problems of the file system, the file's mode, the log and the disk."""
         found: list[str] = []
         if facts["file_system"] not in LOCAL_FILE_SYSTEMS:
             found.append(
@@ -846,7 +846,7 @@ class PersistentQSQLite(PersistentQInterface):
         try:
             if self._registry:
                 self._leave(list(self._registry.values()))
-        except QueueBusy:  # it may be closed later
+        except QueueBusy:  # the caller may try again
             raise
         except QueueError:
             self._close()
@@ -869,11 +869,11 @@ class PersistentQSQLite(PersistentQInterface):
         with _opening_lock:
             FileLocks.close_unused()
         self._writer_lock.close()
-        self._consumer_locks = None  # but the turnstile is left to a thread that has the way
+        self._consumer_locks = None  # the writer lock closes itself when its holder releases it
 
     @staticmethod
     def _before_fork() -> None:
-        """Wait until no thread is inside SQLite: in the child its mutexes would stay locked. Then go on regardless."""
+        """Wait until no thread is inside SQLite: its mutexes would stay locked in the child. Give up after a while."""
         _opening_lock.acquire()
         until = time.monotonic() + BUSY_SECONDS
         found = [session for queue in list(_queues) for session in list(queue._sessions)]
@@ -900,7 +900,7 @@ class PersistentQSQLite(PersistentQInterface):
         try:
             self._open_folder()
         except QueueError:
-            self.close()  # so that its next use is an error, too
+            self.close()  # its next use raises QueueError
 
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(
@@ -909,7 +909,7 @@ class PersistentQSQLite(PersistentQInterface):
 
 
 def _schema(*, has_limit: bool) -> set[tuple[str, str, str]]:
-    """Return what SQLite says of a new queue's schema: types, names and statements."""
+    """Return the schema of a new queue as SQLite reports it: types, names and statements."""
     with closing(sqlite3.connect(":memory:")) as model:
         for statement in chain(*MIGRATIONS, COUNTERS.values() if has_limit else ()):
             model.execute(statement.format_map(SQLITE_TYPES))
@@ -917,7 +917,7 @@ def _schema(*, has_limit: bool) -> set[tuple[str, str, str]]:
 
 
 def _adopt_dump(connection: sqlite3.Connection) -> None:
-    """Mark a queue that was restored from the output of .dump, which leaves out the marks."""
+    """Set the application id and the schema version of a queue restored from the output of .dump, which omits them."""
     marks = connection.execute("SELECT * FROM pragma_application_id, pragma_user_version").fetchone()
     if marks == (0, 0) and _schema(has_limit=False) <= set(connection.execute(OUR_SCHEMA)):
         connection.execute("BEGIN IMMEDIATE")
@@ -927,7 +927,7 @@ def _adopt_dump(connection: sqlite3.Connection) -> None:
 
 
 def schema_version(connection: sqlite3.Connection, path: Path) -> int:
-    """Return how many migrations a database has had, 0 for an empty one. Raises SchemaMismatch."""
+    """Return the schema version of a queue, 0 for an empty database. Raises SchemaMismatch for any other."""
     owner, version, tables = connection.execute(
         "SELECT *, (SELECT count(*) FROM sqlite_master) FROM pragma_application_id, pragma_user_version"
     ).fetchone()
@@ -956,14 +956,14 @@ def schema_version(connection: sqlite3.Connection, path: Path) -> int:
 def _copy_database(
     source: sqlite3.Connection, copy: sqlite3.Connection, tell: Callable[[int], None] | None
 ) -> dict[str, int]:
-    """Copy all pages, as they are, and compare all rows; return how many of ours, by table."""
+    """Copy all pages and compare all rows; return the number of rows of each table of the queue."""
 
     def progress(_: int, remaining: int, total: int) -> None:
         if tell:
             tell(total - remaining)
 
     source.backup(copy, pages=10_000, progress=progress)
-    source.text_factory = copy.text_factory = bytes  # the application may keep what is no UTF-8
+    source.text_factory = copy.text_factory = bytes  # the application may store text that is not UTF-8
     schema = "SELECT type, name, tbl_name, rootpage, sql FROM sqlite_master"
     tables = [row[1].decode() for row in source.execute(schema) if row[0] == b"table" and row[3]]
     for sql in [schema, *(f"SELECT * FROM {_quoted(table)}" for table in tables)]:
@@ -979,7 +979,7 @@ def _quoted(name: str) -> str:
 
 
 def _finish_copy(copy: sqlite3.Connection, changes: list[tuple[str, Params]]) -> None:
-    """Make these changes and forget the consumers, without the application's triggers; leave no log to the file."""
+    """Apply these changes and delete the consumers, with triggers disabled; leave no log."""
     copy.text_factory = str
     copy.execute("PRAGMA journal_mode = DELETE")
     copy.execute("BEGIN")
