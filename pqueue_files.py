@@ -1,4 +1,4 @@
-"""Files of a queue on SQLite: private, synced, locked, and in place."""
+"""The files of a queue on SQLite: creating, syncing, locking and renaming them, and noticing their replacement."""
 
 from __future__ import annotations
 
@@ -14,76 +14,41 @@ from typing import ClassVar
 
 try:
     import fcntl
-except ImportError:  # Windows: no turnstile, no doorbell, and a dead consumer is known by its lease alone
+except ImportError:  # Windows: no locks, no wake-up pipes; a dead consumer is noticed by its lease only
     fcntl = None  # type: ignore[assignment]
 
 from pqueue_values import DatabaseReplaced, QueueError, file_path, short
 
-SHARED_BYTES = (510, 0x40000002)  # of the file: SQLite locks some of these for as long as a connection is open
-# File systems by their type in /proc/self/mounts. SQLite needs locks and shared memory that all users of a file see.
+SHARED_BYTES = (510, 0x40000002)  # number and start: SQLite locks some of these while a connection is open
+# File systems by their type in /proc/self/mounts. SQLite needs locks and shared memory that all processes see.
 LOCAL_FILE_SYSTEMS = (
     *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "nilfs2", "reiserfs", "ufs", "hfsplus"),
     *("apfs", "tmpfs", "ramfs", "rootfs", "overlay", "aufs", "squashfs", "erofs", "iso9660", "unknown"),
 )
-SHARED_FILE_SYSTEMS = (  # or the beginning of their type
-    *(
-        "nfs",
-        "cifs",
-        "smb",
-        "ncp",
-        "afs",
-        "9p",
-        "ceph",
-        "coda",
-        "glusterfs",
-        "lustre",
-        "beegfs",
-        "gpfs",
-        "ocfs2",
-        "gfs",
-    ),
-    *(
-        "pvfs2",
-        "orangefs",
-        "moosefs",
-        "vboxsf",
-        "vmhgfs",
-        "prl_fs",
-        "virtiofs",
-        "davfs",
-        "fakeowner",
-        "drvfs",
-        "wekafs",
-    ),
-    *(
-        "fuse.sshfs",
-        "fuse.gluster",
-        "fuse.ceph",
-        "fuse.s3",
-        "fuse.rclone",
-        "fuse.juicefs",
-        "fuse.gcsfuse",
-        "fuse.goofys",
-    ),
-    *("fuse.vmhgfs", "fuse.grpcfuse", "fuse.osxfs", "fuse.moosefs", "fuse.mfs", "fuse.lizardfs", "fuse.seaweedfs"),
-    *("fuse.blobfuse", "fuse.cephfs", "fuse.smb", "fuse.nfs", "fuse.davfs", "fuse.mount.davfs", "fuse.wslfs"),
+SHARED_FILE_SYSTEMS = (  # prefixes of their types
+    *("nfs", "cifs", "smb", "ncp", "afs", "9p", "ceph", "coda", "glusterfs", "lustre", "beegfs", "gpfs", "ocfs2"),
+    *("gfs", "pvfs2", "orangefs", "moosefs", "vboxsf", "vmhgfs", "prl_fs", "virtiofs", "davfs", "fakeowner"),
+    *("drvfs", "wekafs", "fuse.sshfs", "fuse.gluster", "fuse.ceph", "fuse.s3", "fuse.rclone", "fuse.juicefs"),
+    *("fuse.gcsfuse", "fuse.goofys", "fuse.vmhgfs", "fuse.grpcfuse", "fuse.osxfs", "fuse.moosefs", "fuse.mfs"),
+    *("fuse.lizardfs", "fuse.seaweedfs", "fuse.blobfuse", "fuse.cephfs", "fuse.smb", "fuse.nfs", "fuse.davfs"),
+    *("fuse.mount.davfs", "fuse.wslfs"),
 )
 
 
 class FileLocks:
-    """Locks on the files of a database that this process has open; they outlast whatever its own code closes.
+    """Locks on the files of an open database that remain when other code of the process closes these files.
 
-    SQLite's locks are POSIX locks: the process loses them as soon as any code in it closes any descriptor of the file.
-    Another process may then take the database for unused, and delete its log or clear its index. Open file description
-    locks, where the system has them, stand in for the two locks that prevent this. Bytes as in SQLite's os_unix.c.
+    SQLite's locks are POSIX locks: the process loses them as soon as any of its code closes any descriptor of the file.
+    Another process may then consider the database unused, and delete its log or clear its index. Open file description
+    locks, where available, replace the two locks that prevent this. Offsets are those of SQLite's os_unix.c.
     """
 
-    IN_USE = (0x40000002, 510)  # on the database, shared by all who have it open: SHARED_FIRST, SHARED_SIZE
-    INDEX_IN_USE = (128, 1)  # on -shm, likewise: UNIX_SHM_DMS
-    WRITING = (120, 1)  # on -shm, exclusive: WAL_WRITE_LOCK
+    IN_USE = (0x40000002, 510)  # of the database, shared while it is open: SHARED_FIRST, SHARED_SIZE
+    INDEX_IN_USE = (128, 1)  # of -shm, shared while it is open: UNIX_SHM_DMS
+    WRITING = (120, 1)  # of -shm, exclusive: WAL_WRITE_LOCK
     AVAILABLE = hasattr(fcntl, "F_OFD_SETLK")
 
-    _open: ClassVar[dict[tuple[int, int], FileLocks]] = {}  # by what stat returns of the database
+    _open: ClassVar[dict[tuple[int, int], FileLocks]] = {}  # by device and inode of the database
 
     def __init__(self, path: Path) -> None:
         self._users = 0  # connections
@@ -96,7 +61,7 @@ class FileLocks:
 
     @classmethod
     def acquire(cls, path: Path) -> FileLocks | None:
-        """Return the locks of a database that a connection has opened, or None where the system has no such locks."""
+        """Lock a database that a connection has opened; return None where the system has no such locks."""
         if not cls.AVAILABLE:
             return None
         cls.close_unused()
@@ -108,16 +73,16 @@ class FileLocks:
         return locks
 
     def release(self) -> None:
-        """Let SQLite remove the log when it closes the last connection, which is about to be closed."""
+        """Release the locks before a connection is closed: with the last one SQLite removes the log."""
         self._users -= 1
         if not self._users:
             self._set(fcntl.F_UNLCK)
 
     @staticmethod
-    def lack_log(path: Path) -> bool:
-        """Return whether other processes have the database open whose log was deleted or emptied.
+    def is_log_missing(path: Path) -> bool:
+        """Return whether the log was deleted or emptied while other processes have the database open.
 
-        SQLite would begin another log, and go by their index of the old one. Its format: https://sqlite.org/walformat.html
+        SQLite would start a new log with the index of the old one. Format: https://sqlite.org/walformat.html
         """
         index = Path(f"{path}-shm")
         if not FileLocks.AVAILABLE or not index.exists() or _has_open(_identity(index), ()):
@@ -133,8 +98,8 @@ class FileLocks:
         expected = 32 + frames * (24 + (page_bytes if page_bytes > 1 else 65536))
         return bool(held[0] != fcntl.F_UNLCK and is_set and frames and file_size(Path(f"{path}-wal")) < expected)
 
-    def are_writing(self) -> bool:
-        """Return whether this process still has SQLite's lock for writing."""
+    def hold_write_lock(self) -> bool:
+        """Return whether this process still holds SQLite's write lock."""
         asked = _flock(fcntl.F_RDLCK, self.WRITING)
         kind, _, _, _, pid = struct.unpack(FLOCK, fcntl.fcntl(self._files[1], fcntl.F_OFD_GETLK, asked))
         return bool(kind == fcntl.F_WRLCK and pid == os.getpid())
@@ -146,7 +111,7 @@ class FileLocks:
 
     @classmethod
     def close_unused(cls) -> None:
-        """Close descriptors that no connection needs, unless another one of this process would lose its locks."""
+        """Close unused descriptors, unless another descriptor of the same file would lose its POSIX locks."""
         for key, locks in list(cls._open.items()):
             # guard: locks of other connections are kept
             if not locks._users and not _has_open(key, locks._files):
@@ -155,7 +120,7 @@ class FileLocks:
 
     @classmethod
     def abandon(cls) -> None:
-        """In a forked child: leave the locks to the parent."""
+        """Close the locks in a forked child: they belong to the parent."""
         for locks in cls._open.values():
             locks.close()
         cls._open.clear()
@@ -176,27 +141,27 @@ def _identity(path: str | bytes | os.PathLike[str]) -> tuple[int, int]:
     return os.stat(path)[1:3]
 
 
-def _has_open(identity: tuple[int, int], but: Sequence[int]) -> bool:
-    """Return whether this process has another descriptor of a file; False where the system does not show it."""
+def _has_open(identity: tuple[int, int], excluded: Sequence[int]) -> bool:
+    """Return whether this process has another descriptor of a file; False where /proc does not show it."""
     with suppress(FileNotFoundError):
         for number in map(int, os.listdir("/proc/self/fd")):
             with suppress(OSError):
-                if number not in but and os.fstat(number)[1:3] == identity:
+                if number not in excluded and os.fstat(number)[1:3] == identity:
                     return True
     return False
 
 
 class DatabaseFiles:
-    """The files that a connection has open, by their names: to notice when a name leads to another file, or to none."""
+    """The files of a connection, to notice when one is replaced, moved or deleted."""
 
-    SETTLED_SECONDS = (3.0, 0.1)  # where times of change are as coarse as 2 s, and where they are not
+    MTIME_SECONDS = (3.0, 0.1)  # resolution of st_mtime, with a margin: in whole seconds, and finer
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._folder = os.fsencode(path.parent)
         self._names = [os.fsencode(f"{path}{suffix}") for suffix in ("", "-wal", "-shm")]
         self._opened = self._identities()
-        self._changed_ns = 0  # when the folder had last changed, at a look that found all in place
+        self._changed_ns = 0  # st_mtime of the folder when all files were last found in place
         self._folder_identity: tuple[int, ...] = ()
 
     @property
@@ -204,7 +169,7 @@ class DatabaseFiles:
         return self._opened[0]
 
     def expect_in_place(self) -> None:
-        """Raise DatabaseReplaced unless all are in place. While the folder does not change, one stat shows it."""
+        """Raise DatabaseReplaced unless all are in place. One stat suffices while the folder is unchanged."""
         try:
             folder = os.stat(self._folder)
         except OSError:
@@ -212,8 +177,8 @@ class DatabaseFiles:
         if folder.st_mtime_ns != self._changed_ns or folder[1:3] != self._folder_identity:
             if self._identities() != self._opened:
                 raise replaced(self._path)
-            if time.time() - folder.st_mtime > self.SETTLED_SECONDS[folder.st_mtime_ns % 1_000_000_000 > 0]:
-                # A later change of the folder will have another time.
+            if time.time() - folder.st_mtime > self.MTIME_SECONDS[folder.st_mtime_ns % 1_000_000_000 > 0]:
+                # Any later change will give the folder another st_mtime.
                 self._changed_ns, self._folder_identity = folder.st_mtime_ns, folder[1:3]
 
     def _identities(self) -> list[tuple[int, int] | None]:
@@ -228,18 +193,18 @@ class DatabaseFiles:
 
 def replaced(path: Path) -> DatabaseReplaced:
     return DatabaseReplaced(
-        f"cannot use {path}: the database was replaced or moved, or its log deleted, while it was open: restart"
+        f"cannot use {path}: the database was replaced or moved, or its log deleted, while it was open; restart"
     )
 
 
 def deleted_but_open(path: Path) -> Iterator[str]:
-    """Yield a sentence for each process that has a deleted file of this database open, where /proc shows it."""
+    """Yield a message for each process that has a deleted file of this database open, as far as /proc shows."""
     deleted = {f"{path}{suffix} (deleted)" for suffix in ("", "-wal", "-shm")}
     processes: list[int] = []
     with suppress(OSError):
         processes = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
     for process in processes:
-        with suppress(OSError):  # it has ended, or is another account's
+        with suppress(OSError):  # it has ended, or belongs to another account
             folder = f"/proc/{process}/fd"
             if any(os.readlink(f"{folder}/{file}") in deleted for file in os.listdir(folder)):
                 yield f"process {process} has a deleted file of this database open and cannot write to it: restart it"
@@ -252,7 +217,7 @@ def real_path(path: str | os.PathLike[str]) -> Path:
         raise QueueError(f"cannot open {path}: {error}") from error
 
 
-SHARED = stat.S_ISGID | stat.S_IWGRP  # of a folder that accounts of a group share: what is made in it is the group's
+SHARED = stat.S_ISGID | stat.S_IWGRP  # mode of a folder shared by a group: files created in it belong to the group
 
 
 def create_file(path: Path, group: int | None = None) -> None:
@@ -273,7 +238,7 @@ def open_private(path: Path) -> int:
 
 
 def share_as_folder(file: int, folder: int | os.PathLike[str]) -> None:
-    """Let the group use a file of ours in a folder that a group shares."""
+    """Let the group use a file of this account if the folder is shared by a group."""
     if os.stat(folder).st_mode & SHARED == SHARED and os.fstat(file).st_uid == os.geteuid():
         os.fchmod(file, 0o660)
 
@@ -287,18 +252,18 @@ def group_number(group: str) -> int:
         raise ValueError(f"expected a group of this system, got {short(group)}") from None
 
 
-def explained(error: OSError, path: Path) -> str:
-    """Return the system's reason; for a lack of permission also whose file it is, and what helps."""
+def error_reason(error: OSError, path: Path) -> str:
+    """Return the system's message; if permission is denied, also who owns the file and what to do."""
     reason = error.strerror or str(error)
     if error.errno not in (errno.EACCES, errno.EPERM):
         return reason
-    for place in (path, *path.parents):
+    for each in (path, *path.parents):
         with suppress(OSError, ImportError, KeyError):
             import pwd
 
-            owner = pwd.getpwuid(place.stat().st_uid).pw_name
+            owner = pwd.getpwuid(each.stat().st_uid).pw_name
             return (
-                f"{reason}: {place} belongs to {owner}; run this as {owner}, or make the queue with PQUEUE_GROUP=GROUP"
+                f"{reason}: {each} belongs to {owner}; run this as {owner}, or create the queue with PQUEUE_GROUP=GROUP"
             )
     return reason
 
@@ -308,7 +273,7 @@ def is_on_read_only(path: Path) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Put a file on disk, or the names in a folder, which a power cut may take with all that is in them."""
+    """Sync a file, or the names in a folder: a power cut may undo unsynced ones."""
     if fcntl is None:
         return
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -323,17 +288,19 @@ def file_number(path: Path) -> bytes:
 
 
 def sync_file(file: int) -> None:
-    """Put an open file or folder on disk. On macOS fsync leaves it in the drive's cache, and F_FULLFSYNC does not."""
+    """Sync an open file or folder. On macOS fsync leaves the data in the drive's cache; F_FULLFSYNC does not."""
     if hasattr(fcntl, "F_FULLFSYNC"):
-        with suppress(OSError):  # a file system that has none
+        with suppress(OSError):  # the file system does not support it
             fcntl.fcntl(file, fcntl.F_FULLFSYNC)
             return
     os.fsync(file)
 
 
 def make_folder(folder: Path, group: int | None = None) -> None:
-    """Make a folder, and those above it that are missing, durably; for this account alone, unless a group is given, or
-    the folder above is one that a group shares."""
+    """Create a folder and its missing parents, and sync them.
+
+    It is accessible to this account only, unless a group is given or its parent is shared by a group.
+    """
     for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
         missing.mkdir(mode=0o700, exist_ok=True)
         if group is not None:
@@ -349,7 +316,7 @@ def file_size(path: Path) -> int:
 
 
 def has_locks() -> bool:
-    """Return whether the platform has locks that end with the process that holds them."""
+    """Return whether the platform has locks that are released when their process ends."""
     return fcntl is not None
 
 
@@ -376,7 +343,7 @@ def try_lock_bytes(file: int) -> bool:
 
 
 def is_stopped(pid: object) -> bool:
-    """Return whether a process was stopped by a signal or a debugger, as far as /proc tells."""
+    """Return whether a process was stopped by a signal or a debugger, as far as /proc shows."""
     try:
         status = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
@@ -385,7 +352,7 @@ def is_stopped(pid: object) -> bool:
 
 
 def file_system(folder: Path) -> str:
-    """Return the type of the file system that holds this folder, or "unknown" where /proc does not tell."""
+    """Return the type of the folder's file system, or "unknown" where /proc does not show it."""
     try:
         mounts = [line.split(b" ") for line in Path("/proc/self/mounts").read_bytes().splitlines()]
     except OSError:
@@ -400,21 +367,21 @@ def _unescape(mount_point: bytes) -> str:
     return os.fsdecode(mount_point.decode("unicode_escape").encode("latin-1"))
 
 
-LOGS = ("-wal", "-journal")  # what SQLite would apply to whatever file bears the name
-IN_RESTORE = b"A restore was interrupted here. Give it again: python admin.py restore FILE\n"
+LOGS = ("-wal", "-journal")  # SQLite applies them to any database of that name
+IN_RESTORE = b"A restore was interrupted here. Run it again: python admin.py restore FILE\n"
 
 
-def put_in_place(part: Path, target: Path, *, is_new: bool) -> None:
-    """Give the file the target's name. No log of another file may be there when it bears it."""
+def move_into_place(part: Path, target: Path, *, is_new: bool) -> None:
+    """Rename the file to the target. No log of the old target may exist by then."""
     logs = [log for suffix in LOGS if (log := Path(f"{target}{suffix}")).exists()]
     if is_new:
-        create_file(target)  # or fail, if somebody has made it meanwhile
-    elif logs:  # of a damaged file: neither may be opened without the other
-        stone = part.with_suffix(".stone")
-        create_file(stone)
-        stone.write_bytes(IN_RESTORE)
-        sync(stone)
-        stone.replace(target)
+        create_file(target)  # fails if another process has created it
+    elif logs:  # of a damaged database, which must not be opened without them
+        placeholder = part.with_suffix(".placeholder")
+        create_file(placeholder)
+        placeholder.write_bytes(IN_RESTORE)
+        sync(placeholder)
+        placeholder.replace(target)
         sync(target.parent)
     for each in (*logs, Path(f"{target}-shm")):
         each.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Locks between the processes of a queue on SQLite, and the bells that wake up who waits."""
+"""Locks between the processes that use a queue on SQLite, and the pipes (FIFOs) that wake up waiting ones."""
 
 from __future__ import annotations
 
@@ -20,57 +20,61 @@ from pqueue import POLL_SECONDS
 from pqueue_files import is_stopped, open_private, share_as_folder, try_lock, unlock
 from pqueue_values import Job, QueueError
 
-TURN_SECONDS = 1.0  # how long it waits of that for its turn, and how long one process may keep the others waiting
+LOCK_TIMEOUT_SECONDS = 1.0  # the longest wait for a lock; a process that holds one for longer is not waited for
+LINES = ("others", "consumers")  # in which writers wait: consumers for their batches, and all others
+REPEAT_SECONDS = 0.001  # how long one process may keep acquiring the lock while a waiter is waking up
+OVERTAKE_SECONDS = 0.005  # how long a waiter may be overtaken by any processes
+HANDOVER_SECONDS = 0.01  # how long the lock is then reserved for the waiter, which may have died
 
-LANES = ("others", "consumers")  # before the way to write
-REPEAT_SECONDS = 0.001  # how long a process may write, call after call, while a writer that it woke up is waiting
-OVERTAKE_SECONDS = 0.005  # how long any process may go before such a writer
-HANDOVER_SECONDS = 0.01  # how long the lock is kept for a writer after that, which may have died
 
+class WriterLock:
+    """A fair lock for writers, since SQLite's busy handler lets some of them starve.
 
-class Turnstile:
-    """Lets writers through one at a time, where SQLite's busy handler would starve some.
+    Consumers that take or complete jobs wait in one line, all others in a second one, and the first of each line waits
+    for the lock. Releasing it wakes up the first of the other line, so an enqueue waits for one batch at most, however
+    many consumers there are. The lock is advisory: a writer that has waited for `LOCK_TIMEOUT_SECONDS`, or finds that
+    another process (a stopped one, for example) has held it for that long, proceeds and relies on BEGIN IMMEDIATE.
 
-    Consumers, when they take and complete jobs, queue in one lane, everybody else in another, and the first of each
-    waits for the lock. Whoever releases it wakes up the first of the other lane: an enqueue waits for a batch or a
-    turn, however many consumers there are. It is a courtesy: a writer that has waited for `TURN_SECONDS`, or finds that
-    a process, stopped perhaps, has held a lock for that long, goes on and leaves it to BEGIN IMMEDIATE.
+    folder: where its files are; None: the platform has no such locks, and it is never acquired.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self._thread = threading.Lock()
-        self._closing = self._closed = False
-        self._kind = 0  # of the writer that has its turn
+        self._closing = False
+        self._closed = folder is None
+        self._kind = 0  # of the writer that holds the lock
+        if folder is None:
+            return
         with ExitStack() as undo:
-            self._lanes = [undo.enter_context(closing(BellLock(folder / name))) for name in LANES]
-            self._lock = BellLock(folder / "way", LANES)
+            self._lines = [undo.enter_context(closing(FairLock(folder / name))) for name in LINES]
+            self._lock = FairLock(folder / "writer", LINES)
             undo.pop_all()
 
-    def enter(self, *, in_batch: bool = False) -> bool:
-        """Return whether the lock was acquired; then `leave` must follow."""
-        if not self._thread.acquire(timeout=TURN_SECONDS):
+    def acquire(self, *, in_batch: bool = False) -> bool:
+        """Return whether the lock was acquired; if so, `release` must follow."""
+        if not self._thread.acquire(timeout=LOCK_TIMEOUT_SECONDS):
             return False
         try:
             if not self._closed and self._acquire(int(in_batch)):
                 return True
         except BaseException:
-            self._turn_back()
+            self._cancel()
             raise
-        self._turn_back()
+        self._cancel()
         return False
 
     def _acquire(self, kind: int) -> bool:
-        self._kind, lane = kind, self._lanes[kind]
+        self._kind, line = kind, self._lines[kind]
         if self._lock.try_acquire():
             return True
-        until = time.monotonic() + TURN_SECONDS
-        in_lane = lane.acquire(until)  # if not, a process stopped there may have had it for too long
+        until = time.monotonic() + LOCK_TIMEOUT_SECONDS
+        in_line = line.acquire(until)  # False: a stopped process may be holding the line
         acquired = self._lock.acquire(until, kind)
-        if in_lane:
-            lane.release()
+        if in_line:
+            line.release()
         return acquired
 
-    def leave(self) -> None:
+    def release(self) -> None:
         if not self._closed:
             self._lock.release(self._kind)
         self._thread.release()
@@ -78,67 +82,69 @@ class Turnstile:
             self.close()
 
     def problems(self) -> list[str]:
-        """Return a sentence for each lock that a process has held for too long, unless a thread of ours is inside."""
+        """Return a message for each lock held for too long, but none while a thread of this process uses the locks."""
         if not self._thread.acquire(blocking=False):
             return []
         try:
-            return [] if self._closed else list(filter(None, (lock.problem() for lock in (self._lock, *self._lanes))))
+            return [] if self._closed else list(filter(None, (lock.problem() for lock in (self._lock, *self._lines))))
         finally:
             self._thread.release()
             if self._closing:
                 self.close()
 
     def close(self) -> None:
-        """Close the locks, when another thread that is between them has left; from then on everybody bypasses them."""
+        """Close the locks as soon as no thread uses them; afterwards they are not acquired any more."""
         self._closing = True
         if self._thread.acquire(blocking=False):
             self.abandon()
             self._thread.release()
 
     def abandon(self) -> None:
-        """In a forked child: let go of the locks, which the parent may hold."""
+        """Close the locks in a forked child, as the parent may hold them."""
         if not self._closed:
             self._closed = True
-            for lock in (*self._lanes, self._lock):
+            for lock in (*self._lines, self._lock):
                 lock.close()
 
-    def _turn_back(self) -> None:
+    def _cancel(self) -> None:
         if not self._closed:
-            self._lanes[self._kind].release()
-        self.leave()
+            self._lines[self._kind].release()
+        self.release()
 
 
-class BellLock:
-    """A lock between processes that is waited for with a bound, which flock has not, and freed when its holder dies.
+class FairLock:
+    """A lock between processes with a timeout, which flock lacks; it is released when its holder dies.
 
-    Waiters come in kinds, each with a bell; the file, which is mapped, says since when one of each kind waits. Whoever
-    releases the lock rings for one, preferably of another kind. Waking up takes a while, and a process that comes
-    meanwhile may acquire the lock: no time is lost, but alongside a process that writes in a loop the waiter would
-    starve. So once the same process has had it more than once, for `REPEAT_SECONDS`, or the waiter has waited for
-    `OVERTAKE_SECONDS`, it is reserved for the waiter's kind: for `HANDOVER_SECONDS`, as the waiter may have died.
+    There are kinds of waiters, each with a wake-up pipe, and the mapped file records since when one of each kind has
+    been waiting. Releasing the lock wakes up a waiter, preferably of another kind. While that wakes up, another process
+    may acquire the lock; this saves time, but a process that writes in a loop would starve the waiter. So when one
+    process has acquired it repeatedly for `REPEAT_SECONDS`, or the waiter has waited for `OVERTAKE_SECONDS`, the lock
+    is reserved for the waiter's kind for `HANDOVER_SECONDS`, but not longer, as the waiter may have died.
     """
 
-    PID, HELD_SINCE, RESERVED_FOR, RESERVED_UNTIL, WAITING_SINCE = range(5)  # in the file; times: monotonic, 0 if not
+    PID, HELD_SINCE, RESERVED_FOR, RESERVED_UNTIL, WAITING_SINCE = range(
+        5
+    )  # fields of the file; times are monotonic, 0: none
 
     def __init__(self, path: Path, kinds: Sequence[str] = ("",)) -> None:
         self._path, self._pid = path, os.getpid()
-        self._held_since = self._turn_began = 0.0  # what this process wrote last; when it came after another one
+        self._held_since = self._owned_since = 0.0  # since this process acquired it; since no other process has
         numbers = range(len(kinds))
-        # guard: a released lock goes to the other lane
-        self._order = [sorted(numbers, key=kind.__eq__) for kind in numbers]  # for each kind that releases it
+        # guard: a released lock goes to the other line
+        self._order = [sorted(numbers, key=kind.__eq__) for kind in numbers]  # of waking, by the kind that releases
         with ExitStack() as undo:
             self._file = open_private(path)
             undo.callback(os.close, self._file)
-            self._map = _share(self._file, 8 * (self.WAITING_SINCE + len(kinds)))
+            self._map = _map_file(self._file, 8 * (self.WAITING_SINCE + len(kinds)))
             self._shared = memoryview(self._map).cast("d")
-            self._bells: list[int] = []
+            self._pipes: list[int] = []
             for kind in kinds:
-                self._bells.append(_open_bell(path.with_name(f"{path.name}{kind and '-'}{kind}.bell")))
-                undo.callback(os.close, self._bells[-1])
+                self._pipes.append(_open_pipe(path.with_name(f"{path.name}{kind and '-'}{kind}.wakeup")))
+                undo.callback(os.close, self._pipes[-1])
             undo.pop_all()
 
     def try_acquire(self, kind: int | None = None) -> bool:
-        """Acquire it, unless it is held or reserved for another kind of waiters; return whether it was."""
+        """Acquire the lock unless it is held, or reserved for another kind; return whether it was acquired."""
         shared = self._shared
         if shared[self.RESERVED_UNTIL] and shared[self.RESERVED_FOR] != kind and self._is_reserved():
             return False
@@ -147,49 +153,51 @@ class BellLock:
         shared[self.RESERVED_UNTIL] = 0.0
         shared[self.HELD_SINCE] = self._held_since = time.monotonic()
         if shared[self.PID] != self._pid:
-            shared[self.PID], self._turn_began = self._pid, self._held_since
+            shared[self.PID], self._owned_since = self._pid, self._held_since
         return True
 
     def acquire(self, until: float, kind: int = 0) -> bool:
-        """Wait for it until this time, in monotonic seconds, and for no process that has held it for too long."""
+        """Wait for the lock until this monotonic time, but not for a process that has held it for too long."""
         began = time.monotonic()
         while True:
             self._shared[self.WAITING_SINCE + kind] = began
-            seconds = HANDOVER_SECONDS if self._is_reserved() else POLL_SECONDS  # before the try: it may end meanwhile
+            seconds = (
+                HANDOVER_SECONDS if self._is_reserved() else POLL_SECONDS
+            )  # asked first: the reservation may expire
             acquired, left = self.try_acquire(kind), until - time.monotonic()
             # guard: nobody waits again for a stopped process
-            if acquired or left <= 0 or self._held_seconds() >= TURN_SECONDS:
+            if acquired or left <= 0 or self._held_seconds() >= LOCK_TIMEOUT_SECONDS:
                 self._shared[self.WAITING_SINCE + kind] = 0.0
                 return acquired
-            _hear(self._bells[kind], min(left, seconds), in_line=len(self._bells) == 1)
+            _wait_for(self._pipes[kind], min(left, seconds), exclusive=len(self._pipes) == 1)
 
     def release(self, kind: int = 0) -> None:
-        """Release it, if it is held, and wake up a waiter."""
+        """Release the lock if it is held, and wake up a waiter."""
         shared = self._shared
         if shared[self.HELD_SINCE] == self._held_since:
-            if (heir := self._heir(kind)) is not None:
-                self._reserve(heir)  # now, as nobody else can
+            if (next_kind := self._next_kind(kind)) is not None:
+                self._reserve(next_kind)  # while no other process can write it
             shared[self.HELD_SINCE] = 0.0
         unlock(self._file)
-        heir = self._heir(kind)  # it may have come meanwhile
-        if heir is not None:
-            shared[self.WAITING_SINCE + heir] = 0.0
+        next_kind = self._next_kind(kind)  # again: a waiter may have arrived
+        if next_kind is not None:
+            shared[self.WAITING_SINCE + next_kind] = 0.0
             # guard: releasing the lock wakes up a waiter
-            ring_bell(self._bells[heir])
-        elif len(self._bells) == 1:  # there may be others: one of them cleared the time when it was through
-            # guard: releasing a lane wakes up the next
-            ring_bell(self._bells[0])
+            wake_up(self._pipes[next_kind])
+        elif len(self._pipes) == 1:  # others may wait whose time the last holder has cleared
+            # guard: a released line wakes up the next
+            wake_up(self._pipes[0])
 
     def _reserve(self, kind: int) -> None:
         now = time.monotonic()
-        repeats = self._held_since > self._turn_began and now - self._turn_began >= REPEAT_SECONDS
+        repeats = self._held_since > self._owned_since and now - self._owned_since >= REPEAT_SECONDS
         # guard: nobody overtakes a writer that has waited for long
-        # guard: nobody takes turn after turn past a waiter
+        # guard: nobody writes again and again past a waiter
         if repeats or now - self._shared[self.WAITING_SINCE + kind] >= OVERTAKE_SECONDS:
             self._shared[self.RESERVED_FOR], self._shared[self.RESERVED_UNTIL] = kind, now + HANDOVER_SECONDS
 
-    def _heir(self, kind: int) -> int | None:
-        """Return the kind of waiter that comes next, when one of this kind releases it."""
+    def _next_kind(self, kind: int) -> int | None:
+        """Return which kind of waiter comes next when this kind releases the lock."""
         for other in self._order[kind]:
             if self._shared[self.WAITING_SINCE + other]:
                 return other
@@ -205,28 +213,28 @@ class BellLock:
         return time.monotonic() - since if since else 0.0
 
     def problem(self) -> str | None:
-        """Return a sentence about who has held it for too long."""
+        """Return a message if a process has held the lock for too long."""
         pid, seconds = f"{self._shared[self.PID]:.0f}", self._held_seconds()
-        if seconds < TURN_SECONDS:
+        if seconds < LOCK_TIMEOUT_SECONDS:
             return None
         # guard: a problem with a lock needs a live holder
         if self.try_acquire():  # its holder is dead
             self.release()
             return None
-        stopped, remedy = "", "end it, if it does not go on by itself"
+        stopped, remedy = "", "end it if it does not continue by itself"
         if is_stopped(pid):
-            stopped, remedy = "is stopped and ", f"let it go on (kill -CONT {pid}) or end it (kill -KILL {pid})"
-        return f"process {pid} {stopped}has held {self._path} for {seconds:.0f} s, where writers take turns: {remedy}"
+            stopped, remedy = "is stopped and ", f"continue it (kill -CONT {pid}) or end it (kill -KILL {pid})"
+        return f"process {pid} {stopped}has held the write lock {self._path} for {seconds:.0f} s: {remedy}"
 
     def close(self) -> None:
         self._shared.release()
         self._map.close()
-        for file in (self._file, *self._bells):
+        for file in (self._file, *self._pipes):
             os.close(file)
 
 
-class Slots:
-    """Numbered places for consumers: a lock held while its owner lives, a bell, and a byte set while it waits."""
+class ConsumerLocks:
+    """Numbered locks of consumers: each has a lock file, a wake-up pipe, and a byte that is 1 while it waits."""
 
     COUNT = 4096
 
@@ -234,87 +242,87 @@ class Slots:
         self._folder = folder
         file = open_private(folder / "waiting")
         try:
-            self.waiting = _share(file, self.COUNT)
+            self.waiting = _map_file(file, self.COUNT)
         finally:
             os.close(file)
 
-    def take(self) -> Slot:
+    def acquire(self) -> ConsumerLock:
         for number in range(self.COUNT):
             with ExitStack() as undo:
                 lock = open_private(self._folder / f"{number}.lock")
                 undo.callback(os.close, lock)
                 if try_lock(lock):
-                    bell = self._folder / f"{number}.bell"
-                    bell.unlink(missing_ok=True)  # what another owner left may be rung
-                    slot = Slot(number, lock, _open_bell(bell))
+                    pipe = self._folder / f"{number}.wakeup"
+                    pipe.unlink(missing_ok=True)  # a former owner's may hold a wake-up
+                    slot = ConsumerLock(number, lock, _open_pipe(pipe))
                     undo.pop_all()
                     return slot
         raise QueueError(f"cannot add a consumer: expected fewer than {self.COUNT} at a time")
 
     def has_begun(self, number: int, token: str, job_id: int) -> bool:
-        """Return False if the slot's owner of this token publishes what it begins, and this job is not among it."""
+        """Return False if the consumer with this token publishes the jobs that it begins, without this one."""
         try:
             file = os.open(self._folder / f"{number}.lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             return True
         try:
-            words = array("Q", os.pread(file, Begun.BYTES, 0).ljust(Begun.BYTES, b"\0"))
+            words = array("Q", os.pread(file, BegunJobs.BYTES, 0).ljust(BegunJobs.BYTES, b"\0"))
         finally:
             os.close(file)
-        return Begun.is_in(words, token, job_id)
+        return BegunJobs.is_in(words, token, job_id)
 
-    def is_taken(self, number: int) -> bool:
+    def is_held(self, number: int) -> bool:
         lock = open_private(self._folder / f"{number}.lock")
         try:
             return not try_lock(lock)
         finally:
             os.close(lock)
 
-    def ring(self) -> None:
-        """Wake who waits. A bell whose owner is gone is left alone."""
+    def wake(self) -> None:
+        """Wake up all waiting consumers, except dead ones."""
         number = self.waiting.find(b"\1")
         while number >= 0:
             self.waiting[number] = 0
             with suppress(OSError):
-                bell = os.open(self._folder / f"{number}.bell", os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+                pipe = os.open(self._folder / f"{number}.wakeup", os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
                 try:
-                    os.write(bell, b"!")
+                    os.write(pipe, b"!")
                 finally:
-                    os.close(bell)
+                    os.close(pipe)
             number = self.waiting.find(b"\1", number + 1)
 
-    def wait(self, slot: Slot, seconds: float, due_in: Callable[[], float]) -> bool:
+    def wait(self, slot: ConsumerLock, seconds: float, due_in: Callable[[], float]) -> bool:
         self.waiting[slot.number] = 1
         try:
-            rung = slot.poll(min(seconds, due_in()))
+            woken = slot.poll(min(seconds, due_in()))
         finally:
             self.waiting[slot.number] = 0
-        return rung
+        return woken
 
 
-class Begun:
-    """What a consumer has begun of the jobs that it took together, for others to read when it has died.
+class BegunJobs:
+    """Which jobs of its batch a consumer has begun, for others to read when it has died.
 
-    It is in the consumer's lock file, as 64-bit words: the boot of the machine, the consumer's token, the number of
-    jobs, their ids. It is never synced: after a power cut the boot is another one, and the rest is ignored.
+    They are in the consumer's lock file as 64-bit words: the boot id, the consumer's token, the number of jobs, their
+    ids. The file is never synced: after a power cut the boot id differs, and the rest is ignored.
     """
 
-    MOST = 253  # jobs
-    BYTES = 8 * (3 + MOST)
+    MAX_JOBS = 253
+    BYTES = 8 * (3 + MAX_JOBS)
 
     def __init__(self, file: int, token: str) -> None:
-        self._map = _share(file, self.BYTES)
+        self._map = _map_file(file, self.BYTES)
         self._words = memoryview(self._map).cast("Q")
         self._claim: str | None = None
         self._words[0], self._words[2], self._words[1] = 0, 0, int(token, 16)
-        self._words[0] = boot()
+        self._words[0] = boot_id()
 
     def add(self, job: Job) -> None:
-        if job.lease_token != self._claim:  # with that claim, all before it was completed
+        if job.lease_token != self._claim:  # a new claim: all jobs before it were completed
             self._claim, self._words[2] = job.lease_token, 0
         number = self._words[2]
-        if number == self.MOST:
-            self._words[0] = 0  # it is not known any more
+        if number == self.MAX_JOBS:
+            self._words[0] = 0  # full: unknown from now on
         else:
             self._words[3 + number] = job.id
             self._words[2] = number + 1
@@ -322,7 +330,7 @@ class Begun:
     @staticmethod
     def is_in(words: Sequence[int], token: str, job_id: int) -> bool:
         # guard: what had begun before a power cut is not known
-        is_known = words[0] == boot() != 0 and words[1] == int(token, 16)
+        is_known = words[0] == boot_id() != 0 and words[1] == int(token, 16)
         # guard: what had begun is not returned uncounted
         return not is_known or job_id in words[3 : 3 + words[2]]
 
@@ -332,84 +340,84 @@ class Begun:
 
 
 @lru_cache
-def boot() -> int:
-    """Return a number that the machine gets anew whenever it starts, or 0 where the system has none."""
+def boot_id() -> int:
+    """Return a number that changes with every boot of the machine, or 0 where the system has none."""
     try:
         return int(Path("/proc/sys/kernel/random/boot_id").read_text()[:8], 16)
     except (OSError, ValueError):
         return 0
 
 
-class Slot:
-    """A consumer's place, as long as it lives."""
+class ConsumerLock:
+    """The lock that shows that a consumer is alive."""
 
-    def __init__(self, number: int, lock: int, bell: int) -> None:
+    def __init__(self, number: int, lock: int, pipe: int) -> None:
         self.number = number
-        self.begun: Begun | None = None
-        self._lock, self._bell = lock, bell
+        self.begun: BegunJobs | None = None
+        self._lock, self._pipe = lock, pipe
 
     def publish(self, token: str) -> None:
-        self.begun = self.begun or Begun(self._lock, token)
+        self.begun = self.begun or BegunJobs(self._lock, token)
 
     def poll(self, seconds: float) -> bool:
-        return _hear(self._bell, seconds)
+        return _wait_for(self._pipe, seconds)
 
-    def is_there(self) -> bool:
-        """Return False when its lock was deleted, and no longer tells anybody that the consumer lives."""
+    def is_linked(self) -> bool:
+        """Return False if the lock file was deleted, so that it no longer shows that the consumer is alive."""
         return os.fstat(self._lock).st_nlink > 0
 
     def close(self) -> None:
         if self.begun:
             self.begun.close()
         os.close(self._lock)
-        os.close(self._bell)
+        os.close(self._pipe)
 
 
-def _share(file: int, size: int) -> mmap.mmap:
-    """Map the first bytes of a file, and no hole: where the disk is full, filling one would be SIGBUS."""
+def _map_file(file: int, size: int) -> mmap.mmap:
+    """Map the first bytes of a file. Allocate them first: writing to a hole on a full disk raises SIGBUS."""
     if os.fstat(file).st_size < size:
         os.write(file, bytes(size))
     return mmap.mmap(file, size)
 
 
-def _open_bell(path: Path) -> int:
+def _open_pipe(path: Path) -> int:
     with suppress(FileExistsError):
         os.mkfifo(path, 0o600)
-    bell = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
-    share_as_folder(bell, path.parent)
-    if not stat.S_ISFIFO(os.fstat(bell).st_mode):
-        os.close(bell)
+    pipe = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    share_as_folder(pipe, path.parent)
+    if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
+        os.close(pipe)
         raise OSError(errno.EINVAL, f"expected {path.name} to be a FIFO")
-    return bell
+    return pipe
 
 
-def ring_bell(bell: int) -> None:
-    with suppress(BlockingIOError):  # rung more often than heard
-        os.write(bell, b"!")
+def wake_up(pipe: int) -> None:
+    with suppress(BlockingIOError):  # full: wake-ups are pending
+        os.write(pipe, b"!")
 
 
-def _hear(bell: int, seconds: float, *, in_line: bool = False) -> bool:
-    """Wait for a ring; return whether there was one. It wakes up all that wait, or the first of those in line."""
-    rung = _hear_in_line(bell, seconds) if in_line else None
-    if rung is None:
-        ear = select.poll()
-        ear.register(bell, select.POLLIN)
-        rung = bool(ear.poll(max(0, math.ceil(seconds * 1000))))
-    if rung:
-        with suppress(BlockingIOError):  # another heard it first
-            os.read(bell, 65536)
-    return rung
+def _wait_for(pipe: int, seconds: float, *, exclusive: bool = False) -> bool:
+    """Wait for a wake-up; return whether there was one. It wakes up all waiters, or, if exclusive, the first."""
+    woken = _wait_exclusively(pipe, seconds) if exclusive else None
+    if woken is None:
+        poller = select.poll()
+        poller.register(pipe, select.POLLIN)
+        woken = bool(poller.poll(max(0, math.ceil(seconds * 1000))))
+    if woken:
+        with suppress(BlockingIOError):  # another waiter has read it
+            os.read(pipe, 65536)
+    return woken
 
 
-def _hear_in_line(bell: int, seconds: float) -> bool | None:
-    """Return None where only `poll` is left: it wakes up all, the last one first, and so may starve the others."""
+def _wait_exclusively(pipe: int, seconds: float) -> bool | None:
+    """Return None where only `poll` is available; it wakes up all, the last first, and so may starve the others."""
     if not hasattr(select, "epoll"):  # not Linux
         return None
     try:
-        with select.epoll() as ear:
-            ear.register(bell, select.EPOLLIN | select.EPOLLEXCLUSIVE)
-            return bool(ear.poll(max(0, seconds)))
+        with select.epoll() as poller:
+            poller.register(pipe, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+            return bool(poller.poll(max(0, seconds)))
     except OSError as error:
         if error.errno is None:  # a signal handler's
             raise
-        return None  # no free descriptor
+        return None  # no free file descriptor

@@ -1,4 +1,4 @@
-"""Restoring a backup of a queue on SQLite."""
+"""Restores a backup of a queue on SQLite."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pqueue_files import (
     create_file,
     has_locks,
     make_folder,
+    move_into_place,
     open_private,
-    put_in_place,
     real_path,
     sync,
     try_lock,
@@ -31,10 +31,10 @@ COPY_BYTES = 1 << 20
 
 
 def restore(backup: str | os.PathLike[str], url: str | os.PathLike[str] | None = None) -> Path | None:
-    """Put a copy of this backup in the place of the queue's file; return where the replaced one is kept, if any.
+    """Replace the queue's file by a copy of this backup; return the path of the old file, if there was one.
 
-    `url` is that of `open_queue`. However this is interrupted, the file is the old one or the new one, whole. Raises
-    QueueError, with nothing changed, when a program has the file open or the backup is not a sound queue.
+    `url` is that of `open_queue`. If interrupted, this leaves either the old file or the new one, complete. Raises
+    QueueError and changes nothing if a program has the file open or the backup is damaged or not a queue.
     """
     if is_postgres(url):
         raise QueueError(
@@ -42,15 +42,15 @@ def restore(backup: str | os.PathLike[str], url: str | os.PathLike[str] | None =
             "python admin.py move --to postgresql://…"
         )
     if not has_locks():
-        raise QueueError("cannot restore on this platform: it does not show whether a program has the file open")
+        raise QueueError("cannot restore on this platform: it cannot show whether a program has the file open")
     source, target = file_path(backup), real_path(sqlite_path(url))
     try:
         part = _copy_backup(source, target)
         try:
             _apply_logs(target)
-            with _nobody_in(target) as file:
-                kept = _keep(target, file)
-                put_in_place(part, target, is_new=file is None)
+            with _exclusive_access(target) as file:
+                kept = _preserve(target, file)
+                move_into_place(part, target, is_new=file is None)
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
@@ -59,7 +59,7 @@ def restore(backup: str | os.PathLike[str], url: str | os.PathLike[str] | None =
 
 
 def _copy_backup(source: Path, target: Path) -> Path:
-    """Return a copy of the backup, verified and on disk, in the folder of the target."""
+    """Return a verified and synced copy of the backup, in the folder of the target."""
     if not source.is_file():
         raise QueueError(f"cannot restore {source}: expected a file, got none")
     if target.exists() and source.samefile(target):
@@ -78,14 +78,14 @@ def _copy_backup(source: Path, target: Path) -> Path:
 
 def _copy_pages(source: Path, part: Path) -> None:
     has_log = any(Path(f"{source}{suffix}").exists() for suffix in LOGS)
-    mode = "mode=ro" if has_log else "mode=ro&immutable=1"  # then it may lie in a folder that is read-only
+    mode = "mode=ro" if has_log else "mode=ro&immutable=1"  # works in a read-only folder
     try:
         with (
             closing(sqlite3.connect(f"{source.as_uri()}?{mode}", uri=True)) as backup,
             closing(sqlite3.connect(part, isolation_level=None)) as copy,
         ):
             backup.backup(copy)
-            copy.execute("PRAGMA journal_mode = DELETE")  # so that there is no log to it
+            copy.execute("PRAGMA journal_mode = DELETE")  # leaves no log
             if not schema_version(copy, source):
                 raise SchemaMismatch(f"cannot use {source}: expected a queue, got an empty database")
             # guard: a damaged backup is not restored
@@ -96,47 +96,47 @@ def _copy_pages(source: Path, part: Path) -> None:
 
 
 def _apply_logs(path: Path) -> None:
-    """Write into the file what its log holds, if it is sound and nobody has it open, so that it needs no log."""
+    """Write the log back into the database, if it is sound and not open elsewhere, so that no log is left."""
     if path.exists() and any(Path(f"{path}{suffix}").exists() for suffix in LOGS) and path not in open_paths():
         with suppress(sqlite3.Error), closing(sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=0)) as db:
             db.execute("PRAGMA journal_mode = DELETE")
 
 
 @contextmanager
-def _nobody_in(path: Path) -> Iterator[int | None]:
-    """Keep everybody out of this file, and yield its descriptor. Raises QueueError when somebody is in it."""
-    if path in open_paths():  # and closing a descriptor of it here would release the locks of this process
+def _exclusive_access(path: Path) -> Iterator[int | None]:
+    """Lock this file and yield its descriptor. Raises QueueError if a program has it open."""
+    if path in open_paths():  # closing a descriptor of it would release the locks of this process
         raise QueueError(f"cannot replace {path}: this process has it open")
     with ExitStack() as undo:
         folder, file = Path(f"{path}.d"), None
         folder.mkdir(mode=0o700, exist_ok=True)
-        way = open_private(folder / "way")
-        undo.callback(os.close, way)
-        is_free = try_lock(way)
+        lock = open_private(folder / "writer")
+        undo.callback(os.close, lock)
+        is_free = try_lock(lock)
         if path.exists():
             file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             undo.callback(os.close, file)
             # guard: a database that is open is not replaced
             is_free = is_free and try_lock_bytes(file) and os.path.samestat(os.fstat(file), path.stat())
         if not is_free:
-            raise QueueError(f"cannot replace {path}: {_users(path) or 'a program'} has it open; stop what uses it")
+            raise QueueError(f"cannot replace {path}: {_users(path) or 'a program'} has it open; stop it")
         yield file
 
 
 def _users(path: Path) -> str:
-    """Return which programs have this file open, as far as /proc shows."""
+    """Return the programs that have this file open, as far as /proc shows."""
     found = set()
     for link in Path("/proc").glob("[1-9]*/fd/*"):
         process = link.parent.parent
         with suppress(OSError):
             if os.readlink(link) == str(path) and process.name != str(os.getpid()):
-                words = (process / "cmdline").read_bytes().split(b"\0")[:2]  # what follows may hold a password
+                words = (process / "cmdline").read_bytes().split(b"\0")[:2]  # others may contain a password
                 found.add(" ".join([*(Path(os.fsdecode(word)).name for word in words), f"(pid {process.name})"]))
     return ", ".join(sorted(found))
 
 
-def _keep(path: Path, file: int | None) -> Path | None:
-    """Copy what is about to be replaced, with its log if it has one, to a new name; return that."""
+def _preserve(path: Path, file: int | None) -> Path | None:
+    """Copy the file to be replaced, with its log if any, to a new name; return that name."""
     logs = [suffix for suffix in LOGS if Path(f"{path}{suffix}").exists()]
     has_data = file is not None and os.pread(file, len(IN_RESTORE), 0) not in (b"", IN_RESTORE)
     if not logs and not has_data:
@@ -147,7 +147,7 @@ def _keep(path: Path, file: int | None) -> Path | None:
     for suffix in logs:
         with open(f"{path}{suffix}", "rb") as log:
             _copy_file(log.fileno(), Path(f"{kept}{suffix}"))
-    if file is not None and has_data:  # by this descriptor: to close another one would release the lock
+    if file is not None and has_data:  # by this descriptor: closing another one would release the lock
         _copy_file(file, kept)
     sync(path.parent)
     return kept

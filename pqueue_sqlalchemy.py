@@ -68,7 +68,7 @@ from pqueue_postgres import (
     definitions,
     translated,
 )
-from pqueue_sqlite import Disowned, SQLiteSession
+from pqueue_sqlite import ClosedInFork, SQLiteSession
 from pqueue_values import Params
 
 log = logging.getLogger("pqueue")
@@ -234,7 +234,7 @@ class PostgresSession(Session):
     def disown(self) -> None:
         """In a forked child: leave the parent's connection alone, neither used nor closed."""
         _inherited.append((self.connection, self._driver))
-        self._driver = cast("psycopg.Connection[Any]", Disowned())
+        self._driver = cast("psycopg.Connection[Any]", ClosedInFork())
 
 
 class Line:
@@ -438,7 +438,7 @@ class OnSQLite(PersistentQSQLAlchemy, PersistentQSQLite):
             self._over[session] = _over(session.connection)
         try:
             with session.in_order():
-                session.is_users = True
+                session.runs_user_code = True
                 yield self._over[session]
         finally:
             if not session.busy:

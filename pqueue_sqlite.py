@@ -26,7 +26,7 @@ from pqueue_files import (
     FileLocks,
     create_file,
     deleted_but_open,
-    explained,
+    error_reason,
     file_number,
     file_size,
     file_system,
@@ -34,13 +34,13 @@ from pqueue_files import (
     has_locks,
     is_on_read_only,
     make_folder,
+    move_into_place,
     open_private,
-    put_in_place,
     real_path,
     replaced,
     sync,
 )
-from pqueue_locks import Slot, Slots, Turnstile, boot
+from pqueue_locks import ConsumerLock, ConsumerLocks, WriterLock, boot_id
 from pqueue_move import COPIED, arrival, count_running
 from pqueue_schema import APPLICATION_ID, LIMITED, MIGRATIONS, NO_LEASE, SQLITE_TYPES, TABLES, WAITING
 from pqueue_values import (
@@ -57,8 +57,8 @@ from pqueue_values import (
     to_json,
 )
 
-WAL_BYTES = 67_108_864  # the write-ahead log is cut to this when its readers allow
-LEAST_FREE_BYTES = 268_435_456  # below this `check` warns of the disk
+WAL_BYTES = 67_108_864  # the write-ahead log is truncated to this size when no reader needs more
+LEAST_FREE_BYTES = 268_435_456  # `check` warns below this much free disk space
 
 SYNCHRONOUS = ("off", "normal", "full", "extra")
 MINIMUM_SQLITE = (3, 37)  # STRICT tables
@@ -77,13 +77,13 @@ UPDATE jobs SET state = 'completed', finished_at = :now, result = json_extract(v
 FROM json_each(:settled) WHERE jobs.id = json_extract(value, '$[0]') AND lease_token = json_extract(value, '$[1]')
 RETURNING jobs.id"""
 
-# Return the slot of a consumer.
+# Return the number of a consumer's lock.
 SLOT_OF = "SELECT slot FROM consumers WHERE token = :token"
 
 # Count the pending jobs of a queue.
 COUNT_PENDING = f"UPDATE queues SET pending = (SELECT count(*) FROM jobs WHERE {WAITING}) WHERE name = :queue"
 
-# Triggers that keep queues.pending. They exist only while some queue has a limit, so that no other queue pays for them.
+# Triggers that maintain queues.pending. They exist only while a queue has a limit: otherwise they cost nothing.
 IS_PENDING = "{row}.state = 'pending' AND {row}.assigned_to IS NULL"
 ADD_PENDING = "UPDATE queues SET pending = pending {change} 1 WHERE name = {row}.queue AND max_pending IS NOT NULL"
 # guard: a claim makes room
@@ -106,53 +106,55 @@ TRIGGERS = f"SELECT name, tbl_name FROM sqlite_master WHERE type = 'trigger' AND
 
 
 class SQLiteSession(Session):
-    """One thread's connection, entered through the turnstile."""
+    """One thread's connection. Its transactions hold the writer lock if they can."""
 
-    def __init__(self, queue: PersistentQSQLite) -> None:
-        self._queue = queue
-        self._has_turn = False
+    def __init__(
+        self,
+        path: Path,
+        connection: sqlite3.Connection,
+        writer_lock: WriterLock,
+        consumer_locks: ConsumerLocks | None,
+        queue_error: Callable[[sqlite3.Error], QueueError],
+    ) -> None:
+        self._path, self.connection, self._error = path, connection, queue_error
+        self._writer_lock, self._consumer_locks = writer_lock, consumer_locks
+        self._has_lock = False
         self.busy = self._closed = False
         self._synchronous = ""
         self.wanted = "FULL"
         self.in_batch = False
-        self.is_users = False  # code of the user's runs in it
-        self.in_use = threading.RLock()  # held while SQLite works for it: nobody forks meanwhile
+        self.runs_user_code = False  # inside `transaction`
+        self.in_use = threading.RLock()  # held during calls into SQLite, so that no thread forks then
         self._locks: FileLocks | None = None
-        self.connection = queue._connect()
-        try:
-            self._open_files()
-        except BaseException:
-            self.connection.close()
-            raise
 
-    def _open_files(self) -> None:
-        """Have SQLite open the log, which it does at the first read, and keep its locks from then on."""
+    def open_files(self, *, is_read_only: bool) -> None:
+        """Make SQLite open the log, which it does at the first read, and hold its locks from then on."""
         self.run("PRAGMA user_version")
-        self.files = DatabaseFiles(self._queue.path)
+        self.files = DatabaseFiles(self._path)
         try:
-            self._locks = None if self._queue.is_read_only else FileLocks.acquire(self._queue.path)
+            self._locks = None if is_read_only else FileLocks.acquire(self._path)
         except FileNotFoundError:
-            raise replaced(self._queue.path) from None
+            raise replaced(self._path) from None
         except OSError as error:
-            raise QueueError(f"cannot open {self._queue.path}: {error.strerror}") from error
+            raise QueueError(f"cannot open {self._path}: {error.strerror}") from error
 
     def run(self, sql: str, params: Params = NOTHING) -> list[Any]:
         try:
             return self.connection.execute(sql, params).fetchall()
         except sqlite3.Error as error:
-            raise self._queue._error(error) from error
+            raise self._error(error) from error
 
     def change(self, sql: str, params: Params = NOTHING) -> int:
         try:
             return self.connection.execute(sql, params).rowcount
         except sqlite3.Error as error:
-            raise self._queue._error(error) from error
+            raise self._error(error) from error
 
     def change_many(self, sql: str, rows: list[Params]) -> None:
         try:
             self.connection.executemany(sql, rows)
         except sqlite3.Error as error:
-            raise self._queue._error(error) from error
+            raise self._error(error) from error
 
     def read(self, sql: str, params: Params) -> list[Any]:
         self.in_use.acquire()
@@ -160,13 +162,13 @@ class SQLiteSession(Session):
             self._expect_open()
             return self.run(sql, params)
         finally:
-            self._let_go()
+            self._release()
 
     @property
     def has_ended(self) -> bool:
         try:
             return not self.connection.in_transaction
-        except sqlite3.ProgrammingError:  # another thread has closed the queue
+        except sqlite3.ProgrammingError:  # closed by another thread
             return True
 
     def insert(self, sql: str, params: Params) -> list[int]:
@@ -177,7 +179,7 @@ class SQLiteSession(Session):
             cursor = self.connection.execute(sql, params)
             ids = ids_up_to(cursor.lastrowid or 0, cursor.rowcount)  # RETURNING would cost more
         except sqlite3.Error as error:
-            raise self._queue._error(error) from error
+            raise self._error(error) from error
         finally:
             if is_alone:
                 self._leave()
@@ -187,15 +189,15 @@ class SQLiteSession(Session):
         return ids
 
     def _begin(self, *, alone: bool = False) -> None:
-        """Begin a transaction; alone: a single statement will be one by itself."""
+        """Begin a transaction; alone: a single statement, which needs no BEGIN, follows."""
         # guard: a signal handler cannot use the queue it interrupted
         if self.busy:
             raise QueueError("cannot use the queue in a signal handler that interrupted it: set a flag there")
         self.in_use.acquire()
-        self.busy, self.is_users = True, False
+        self.busy, self.runs_user_code = True, False
         try:
             self._expect_open()
-            self._has_turn = self._queue._enter(self.in_batch)
+            self._has_lock = self._writer_lock.acquire(in_batch=self.in_batch)
             # guard: a database that was pulled away is not written
             self.files.expect_in_place()
             if self._synchronous != self.wanted:
@@ -215,13 +217,14 @@ class SQLiteSession(Session):
         self.run("COMMIT")
 
     def _wake(self) -> None:
-        self._queue._ring()
+        if self._consumer_locks:
+            self._consumer_locks.wake()
 
     def _expect_lock(self) -> None:
-        """Refuse to commit what another process may have written over meanwhile."""
-        if self._locks and (self.is_users or not self._has_turn) and not self._locks.are_writing():
+        """Raise QueueError if the write lock was lost, so that another process may have written."""
+        if self._locks and (self.runs_user_code or not self._has_lock) and not self._locks.hold_write_lock():
             raise QueueError(
-                f"cannot commit to {self._queue.path}: its lock was lost, as code in this process closed one of its "
+                f"cannot commit to {self._path}: its lock was lost, as code in this process closed one of its "
                 "files during the transaction; use backup() to copy it"
             )
 
@@ -230,34 +233,34 @@ class SQLiteSession(Session):
             if not self.has_ended:
                 self._roll_back()
         finally:
-            if not self.has_ended:  # a signal handler came between, and it would stop all others
+            if not self.has_ended:  # a signal handler interrupted it; an open transaction would block all writers
                 # guard: an interrupted call is rolled back
                 self._roll_back()
             self.busy = False
-            self._let_go()
-            if self._has_turn:
-                self._has_turn = False
-                # guard: a failed call gives its turn back
-                self._queue._exit()
+            self._release()
+            if self._has_lock:
+                self._has_lock = False
+                # guard: a failed call releases the lock
+                self._writer_lock.release()
 
     def _roll_back(self) -> None:
         with suppress(sqlite3.Error):
             self.connection.execute("ROLLBACK")
 
     def close(self) -> None:
-        """Close the connection, or leave that to its thread at the end of its call: in the midst of it is a crash."""
+        """Close the connection, if need be after the current call of its thread: during one SQLite would crash."""
         self._closed = True
         if self.in_use.acquire(blocking=False):
-            self._let_go()
+            self._release()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         if self._closed:
             self._disconnect()
         self.in_use.release()
 
     def _disconnect(self) -> None:
-        """Close the connection. If its files are not in place, the log that it has open must not reach the database."""
-        with _opening:
+        """Close the connection. If its files were replaced, do not write its log back."""
+        with _opening_lock:
             locks, self._locks = self._locks, None
             try:
                 self.files.expect_in_place()
@@ -275,21 +278,21 @@ class SQLiteSession(Session):
 
     def _expect_open(self) -> None:
         if self._closed:
-            raise QueueError(f"cannot use {self._queue.path}: this queue object is closed")
+            raise QueueError(f"cannot use {self._path}: this queue object is closed")
 
-    def disown(self) -> None:
-        """In a forked child: close the parent's connection, or SQLite would take the parent's locks for the child's.
+    def abandon(self) -> None:
+        """Close the parent's connection in a forked child, or SQLite would take the parent's locks for the child's.
 
-        Closing rolls back, in the shared memory, too: so not inside a transaction, and the child gets no queue.
+        Inside a transaction closing would roll back, in the shared memory as well: keep it open and refuse the queue.
         """
-        if self.busy or self not in _still or self.connection.in_transaction:
-            _inherited.setdefault(self._queue.path, []).append(self.connection)
+        if self.busy or self not in _held_for_fork or self.connection.in_transaction:
+            _inherited_open.setdefault(self._path, []).append(self.connection)
         else:
             # guard: a child closes what it inherited
             self.connection.close()
-        self._has_turn = self.busy = False
+        self._has_lock = self.busy = False
         self._locks = None
-        self.connection = cast(sqlite3.Connection, Disowned())
+        self.connection = cast(sqlite3.Connection, ClosedInFork())
 
     def __del__(self) -> None:
         with suppress(Exception):
@@ -297,62 +300,42 @@ class SQLiteSession(Session):
 
 
 def _keep_log(connection: sqlite3.Connection) -> None:
-    """Let SQLite neither write back nor delete the log when this connection is closed; before Python 3.12 it cannot."""
+    """Make closing this connection neither write back nor delete the log; needs Python 3.12."""
     if option := getattr(sqlite3, "SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE", None):
-        with suppress(sqlite3.ProgrammingError):  # it is closed
+        with suppress(sqlite3.ProgrammingError):  # already closed
             connection.setconfig(option, True)  # type: ignore[attr-defined]
 
 
-class Disowned:
-    """Stands where a forked child would find its parent's connection."""
+class ClosedInFork:
+    """Replaces the parent's connection in a forked child."""
 
     in_transaction = False
 
     def close(self) -> None:
-        """Close nothing: that was done, or must not be."""
+        """Do nothing: it is closed, or must stay open."""
 
     def __getattr__(self, name: str) -> Any:
-        raise QueueError("cannot go on with a transaction that was begun before the fork")
+        raise QueueError("cannot continue a transaction that was begun before the fork")
 
 
-_inherited: dict[Path, list[Any]] = {}  # connections of the parent's that were in a transaction
+_inherited_open: dict[Path, list[Any]] = {}  # the parent's connections that were in a transaction
 _queues: weakref.WeakSet[PersistentQSQLite] = weakref.WeakSet()
-_opening = threading.RLock()  # nobody forks while a file or a connection is opened, either
-_still: list[SQLiteSession] = []  # sessions that are held while the process forks
+_opening_lock = threading.RLock()  # held while files and connections are opened, so that no thread forks then
+_held_for_fork: list[SQLiteSession] = []  # sessions whose `in_use` is held during a fork
 
 
-def _before_fork() -> None:
-    """Let no thread be inside SQLite: the child would find its mutexes taken by nobody. After a while, go on."""
-    _opening.acquire()
-    until = time.monotonic() + BUSY_SECONDS
-    sessions = [session for queue in list(_queues) for session in list(queue._sessions)]
-    # guard: nobody forks while a thread is inside SQLite
-    _still.extend(each for each in sessions if each.in_use.acquire(timeout=max(0, until - time.monotonic())))
-
-
-def _after_fork() -> None:
-    FileLocks.abandon()
-    for queue in list(_queues):
-        queue._after_fork()
-    _go_on()
-
-
-def _go_on() -> None:
-    while _still:
-        _still.pop().in_use.release()
-    _opening.release()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_go_on, after_in_child=_after_fork)
+def _release_after_fork() -> None:
+    while _held_for_fork:
+        _held_for_fork.pop().in_use.release()
+    _opening_lock.release()
 
 
 class PersistentQSQLite(PersistentQInterface):
     """The queue in an SQLite file. Its locks are in the folder FILE.d next to it.
 
-    durability: "full" syncs what must survive a power cut; "normal" survives any crash of a process.
-    create: create the file if it does not exist; else raise QueueError.
-    group: create it for all accounts of this group (modes 0660 and 0770); None: for this account alone.
+    durability: "full" also survives a power cut; "normal" survives any crash of a process.
+    create: create the file if it does not exist; if false, raise QueueError.
+    group: create it for all accounts of this group (modes 0660 and 0770); None: for this account only.
     busy_seconds: how long a write waits for another writer before it raises QueueBusy.
 
     Raises SchemaMismatch for a file that is not a queue of this version.
@@ -370,27 +353,27 @@ class PersistentQSQLite(PersistentQInterface):
         super().__init__()
         if durability not in ("full", "normal"):
             raise ValueError(f"expected a durability of full or normal, got {durability!r}")
-        self.path = real_path(path)  # a link to it must find the same locks
+        self.path = real_path(path)  # links to it use the same locks
         self.name = str(self.path)
         self.durability, self._busy_seconds = durability, busy_seconds
         self._sessions: weakref.WeakSet[SQLiteSession] = weakref.WeakSet()
         self._local = threading.local()
-        self._turnstile: Turnstile | None = None
-        self._slots: Slots | None = None
-        self.is_read_only = False  # its file system is
-        self._database: tuple[int, int] | None = None  # device and number of the file that is open
+        self._writer_lock = WriterLock(None)
+        self._consumer_locks: ConsumerLocks | None = None
+        self.is_read_only = False  # the file system is
+        self._database: tuple[int, int] | None = None  # device and inode of the open file
         self._closed = False
         self._open_file(create, None if group is None else group_number(group))
         try:
             self._open_folder()
-            keeps_note = has_locks() and not self.is_read_only
-            if keeps_note:
+            records_log = has_locks() and not self.is_read_only
+            if records_log:
                 # guard: another database's log is refused
-                self._expect_own_log()
-            with _opening, closing(self._connect()) as connection:
+                self._expect_matching_log()
+            with _opening_lock, self._sqlite_errors(), closing(self._connect()) as connection:
                 self._prepare(connection)
-                if keeps_note:
-                    self._note_own_log(connection)
+                if records_log:
+                    self._record_log(connection)
         except BaseException:
             # guard: a failed opening closes what it opened
             self.close()
@@ -406,7 +389,7 @@ class PersistentQSQLite(PersistentQInterface):
             found = self.path.stat() if self.path.exists() else None
             if found:
                 self._expect_database_file(found)
-            self._expect_files_beside()
+            self._expect_regular_files()
             if not create and not (found and found.st_size):
                 raise QueueError(f"no queue at {self.path}: a producer or a consumer creates it")
             self.is_read_only = bool(found and is_on_read_only(self.path))
@@ -422,12 +405,12 @@ class PersistentQSQLite(PersistentQInterface):
             # guard: a network drive is refused
             if kind.startswith(SHARED_FILE_SYSTEMS):
                 raise QueueError(f"cannot use {self.path}: SQLite's locks fail on {kind}; use a local disk")
-            with _opening, suppress(FileExistsError):
+            with _opening_lock, suppress(FileExistsError):
                 create_file(self.path, group)
             if group is not None:
                 self._expect_shared(self.path, group, 0o660)
         except OSError as error:
-            raise QueueError(f"cannot open {self.path}: {explained(error, self.path)}") from error
+            raise QueueError(f"cannot open {self.path}: {error_reason(error, self.path)}") from error
 
     def _expect_shared(self, path: Path, group: int, mode: int) -> None:
         found = path.stat()
@@ -442,13 +425,13 @@ class PersistentQSQLite(PersistentQInterface):
             kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
             raise QueueError(f"cannot open {self.path}: expected a database file, got {kind}")
         # guard: a file of two names is refused
-        if found.st_nlink > 1:  # SQLite's log and our locks go by the name
+        if found.st_nlink > 1:  # the log and the locks are found by name
             raise QueueError(f"cannot use {self.path}: expected a file of one name, got {found.st_nlink} hard links")
 
-    def _expect_files_beside(self) -> None:
-        for beside in (Path(f"{self.path}{suffix}") for suffix in ("-wal", "-shm", "-journal")):
-            if os.path.lexists(beside) and not stat.S_ISREG(beside.lstat().st_mode):
-                raise QueueError(f"cannot use {beside}: expected a file of SQLite, got a folder, a pipe or a link")
+    def _expect_regular_files(self) -> None:
+        for path in (Path(f"{self.path}{suffix}") for suffix in ("-wal", "-shm", "-journal")):
+            if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+                raise QueueError(f"cannot use {path}: expected a file of SQLite, got a folder, a pipe or a link")
 
     def _expect_readable_log(self) -> None:
         if file_size(Path(f"{self.path}-wal")) and not os.path.exists(f"{self.path}-shm"):
@@ -461,26 +444,26 @@ class PersistentQSQLite(PersistentQInterface):
         if not has_locks() or self.is_read_only:
             return
         folder = Path(f"{self.path}.d")
-        with self._told_of_folder():
+        with self._folder_errors():
             make_folder(folder)
-            self._turnstile = Turnstile(folder)
-            self._slots = Slots(folder)
+            self._writer_lock = WriterLock(folder)
+            self._consumer_locks = ConsumerLocks(folder)
 
-    def _expect_own_log(self) -> None:
-        """Refuse a database that took the place of another one whose log is still there: SQLite would apply it.
+    def _expect_matching_log(self) -> None:
+        """Refuse a database next to the log of another one, which SQLite would apply to it.
 
-        Also one whose log was deleted while others have it open.
+        Also refuse one whose log was deleted while other processes have it open.
         """
         # guard: a log that was deleted is not begun anew
-        if FileLocks.lack_log(self.path):
+        if FileLocks.is_log_missing(self.path):
             raise DatabaseReplaced(
                 f"cannot use {self.path}: its log was deleted while other programs have it open: "
                 "wait until they have ended"
             )
-        with self._note() as note:
+        with self._log_record() as record:
             database, log = (file_number(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal"))
-            known, version = os.pread(note, len(database + log), 0), os.pread(note, 20, 40)
-            seems_replaced = known.endswith(log) and known != database + log  # or the system gave the numbers anew
+            known, version = os.pread(record, len(database + log), 0), os.pread(record, 20, 40)
+            seems_replaced = known.endswith(log) and known != database + log  # or the inode numbers were reused
             if seems_replaced and file_size(Path(f"{self.path}-wal")) and not self._fits_log(int(version or 0)):
                 raise SchemaMismatch(
                     f"cannot use {self.path}: it took the place of another database, to which the log "
@@ -488,9 +471,9 @@ class PersistentQSQLite(PersistentQInterface):
                 )
 
     def _fits_log(self, known: int) -> bool:
-        """Return whether the database and its log are sound together; neither is changed.
+        """Return whether the database is undamaged with this log; change neither.
 
-        known: the schema version when the log was noted. A backup by VACUUM INTO has a higher one than its original.
+        known: the schema version when the log was recorded. A backup by VACUUM INTO has a higher one than its original.
         """
         with self.path.open("rb") as file:
             version = int.from_bytes(file.read(44)[40:], "big")
@@ -500,57 +483,52 @@ class PersistentQSQLite(PersistentQInterface):
         except sqlite3.Error:
             return False
 
-    def _note_own_log(self, connection: sqlite3.Connection) -> None:
-        """Remember which file the log belongs to; both are open."""
-        try:
+    def _record_log(self, connection: sqlite3.Connection) -> None:
+        """Record which database the log belongs to; both are open."""
+        with self._sqlite_errors():
             version = connection.execute("PRAGMA schema_version").fetchone()[0]
-        except sqlite3.Error as error:
-            raise self._error(error) from error
-        with self._note() as note:
+        with self._log_record() as record:
             numbers = [file_number(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal")]
-            os.pwrite(note, b"".join([*numbers, b"%20d" % version]), 0)
+            os.pwrite(record, b"".join([*numbers, b"%20d" % version]), 0)
 
     @contextmanager
-    def _note(self) -> Iterator[int]:
-        with self._told_of_folder():
-            note = open_private(Path(f"{self.path}.d/files"))
+    def _log_record(self) -> Iterator[int]:
+        with self._folder_errors():
+            record = open_private(Path(f"{self.path}.d/files"))
             try:
-                yield note
+                yield record
             finally:
-                os.close(note)
+                os.close(record)
 
     @contextmanager
-    def _told_of_folder(self) -> Iterator[None]:
+    def _folder_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             folder = Path(f"{self.path}.d")
-            raise QueueError(f"cannot open {folder}: {explained(error, folder)}") from error
+            raise QueueError(f"cannot open {folder}: {error_reason(error, folder)}") from error
 
     def _connect(self) -> sqlite3.Connection:
         # guard: a child forked inside a transaction is refused
-        if self.path in _inherited:
+        if self.path in _inherited_open:
             raise QueueError(f"cannot use {self.path}: this process was forked inside a transaction; fork before it")
-        with ExitStack() as undo:
-            try:
-                connection = sqlite3.connect(
-                    f"{self.path.as_uri()}?{self._open_mode()}",
-                    uri=True,
-                    timeout=self._busy_seconds,
-                    isolation_level=None,
-                    check_same_thread=False,
-                )
-                undo.callback(connection.close)
-                connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
-                connection.execute("PRAGMA cache_size = -16000")  # KB; a million rows go three times as fast
-                if sqlite3.sqlite_version_info >= (3, 41):  # older ones would not let our CHECK call json_valid
-                    connection.execute("PRAGMA trusted_schema = OFF")
-                if not FileLocks.AVAILABLE:
-                    _keep_log(connection)
-                connection.execute("PRAGMA fullfsync = ON")  # as `sync_file` does; elsewhere than on macOS it is fsync
-                connection.execute("PRAGMA checkpoint_fullfsync = ON")
-            except sqlite3.Error as error:
-                raise self._error(error) from error
+        with ExitStack() as undo, self._sqlite_errors():
+            connection = sqlite3.connect(
+                f"{self.path.as_uri()}?{self._open_mode()}",
+                uri=True,
+                timeout=self._busy_seconds,
+                isolation_level=None,
+                check_same_thread=False,
+            )
+            undo.callback(connection.close)
+            connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
+            connection.execute("PRAGMA cache_size = -16000")  # KB; three times as fast with a million rows
+            if sqlite3.sqlite_version_info >= (3, 41):  # older ones would reject json_valid in a CHECK
+                connection.execute("PRAGMA trusted_schema = OFF")
+            if not FileLocks.AVAILABLE:
+                _keep_log(connection)
+            connection.execute("PRAGMA fullfsync = ON")  # as `sync_file`; has an effect on macOS only
+            connection.execute("PRAGMA checkpoint_fullfsync = ON")
             undo.pop_all()
         return connection
 
@@ -560,50 +538,49 @@ class PersistentQSQLite(PersistentQInterface):
         return "mode=ro" if file_size(Path(f"{self.path}-wal")) else "mode=ro&immutable=1"
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        """Check whose file it is, and bring its schema up to date."""
+        """Verify that the file is a queue, and migrate its schema."""
         if self.is_read_only:
             self._expect_current(connection)
             return
-        has_turn = self._enter()
+        has_lock = self._writer_lock.acquire()
         try:
             _adopt_dump(connection)
-            version = self._version(connection)
+            version = schema_version(connection, self.path)
             if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
                 connection.execute("PRAGMA journal_mode = WAL")
             if version < len(MIGRATIONS):
                 # guard: a migration is one transaction
                 connection.execute("BEGIN IMMEDIATE")
-                for number in range(self._version(connection), len(MIGRATIONS)):
+                for number in range(schema_version(connection, self.path), len(MIGRATIONS)):
                     for statement in MIGRATIONS[number]:
                         connection.execute(statement.format_map(SQLITE_TYPES))
                     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                     connection.execute(f"PRAGMA user_version = {number + 1}")
                 connection.execute("COMMIT")
-        except sqlite3.Error as error:
-            raise self._error(error) from error
         finally:
-            if has_turn:
-                self._exit()
+            if has_lock:
+                self._writer_lock.release()
 
     def _expect_current(self, connection: sqlite3.Connection) -> None:
-        try:
-            version = self._version(connection)
-        except sqlite3.Error as error:
-            raise self._error(error) from error
+        version = schema_version(connection, self.path)
         if version != len(MIGRATIONS):
             raise SchemaMismatch(
                 f"cannot read {self.path}: expected schema {len(MIGRATIONS)}, got {version}: "
                 "open it once where it can be written"
             )
 
-    def _version(self, connection: sqlite3.Connection) -> int:
-        return schema_version(connection, self.path)
+    @contextmanager
+    def _sqlite_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise self._error(error) from error
 
     def _error(self, error: sqlite3.Error) -> QueueError:
-        text = "".join(mark if mark.isprintable() else "?" for mark in str(error))  # it may quote the file's own names
+        text = "".join(mark if mark.isprintable() else "?" for mark in str(error))  # it may quote names from the file
         if "locked" in text or "busy" in text:
             held = f"another writer held it for {self._busy_seconds:g} s"
-            return QueueBusy(f"cannot write to {self.path}: {'; '.join([held, *self._turn_problems()])}")
+            return QueueBusy(f"cannot write to {self.path}: {'; '.join([held, *self._writer_lock.problems()])}")
         if "disk is full" in text:
             return QueueFull(f"cannot write to {self.path}: its disk is full")
         if "not a database" in text:
@@ -612,7 +589,7 @@ class PersistentQSQLite(PersistentQInterface):
             return QueueError(f"cannot write to {self.path}: no permission, no free descriptor, or it is gone ({text})")
         return QueueError(f"cannot use {self.path}: {text}")
 
-    # What the interface asks of a backend
+    # Implementation of Backend
 
     def _session(self) -> SQLiteSession:
         try:
@@ -620,19 +597,27 @@ class PersistentQSQLite(PersistentQInterface):
         except AttributeError:
             if self._closed:
                 raise QueueError(f"cannot use {self.path}: this queue object is closed") from None
-            with _opening:
-                for other in self._sessions:  # in case it has the files of before open
+            with _opening_lock:
+                for other in self._sessions:  # they may have replaced files open
                     # guard: a new connection needs the files of the others
                     other.files.expect_in_place()
-                session = SQLiteSession(self)
+                session = self._new_session()
                 self._database = self._database or session.files.database
                 if self._database != session.files.database:
                     raise replaced(self.path) from None
                 if has_locks() and not self.is_read_only:
-                    self._note_own_log(session.connection)  # SQLite may have begun another since this was opened
+                    self._record_log(session.connection)  # SQLite may have started another log
                 self._local.session = session
                 self._sessions.add(session)
             return session
+
+    def _new_session(self) -> SQLiteSession:
+        with ExitStack() as undo:
+            connection = undo.enter_context(closing(self._connect()))
+            session = SQLiteSession(self.path, connection, self._writer_lock, self._consumer_locks, self._error)
+            session.open_files(is_read_only=self.is_read_only)
+            undo.pop_all()
+        return session
 
     def _write(self, *, durable: bool = True, in_batch: bool = False) -> SQLiteSession:
         if self.is_read_only:
@@ -655,13 +640,13 @@ class PersistentQSQLite(PersistentQInterface):
         return [job for job, _ in settled if job.id not in done]
 
     def _lock_out_writers(self, tx: Session) -> None:
-        """Do nothing more: whoever writes to SQLite is alone."""
+        """Do nothing: SQLite has a single writer."""
 
     def _lock_jobs(self, tx: Session, job_ids: list[int]) -> None:
-        """Do nothing more, likewise."""
+        """Do nothing: SQLite has a single writer."""
 
     def _number_on(self, tx: Session) -> None:
-        """Do nothing: SQLite counts on from the highest id."""
+        """Do nothing: SQLite continues after the highest id."""
 
     def _count_pending(self, tx: Session, queues: Iterable[str]) -> None:
         is_limited = bool(tx.run(LIMITED))
@@ -674,37 +659,23 @@ class PersistentQSQLite(PersistentQInterface):
         for queue in queues:
             tx.change(COUNT_PENDING, {"queue": queue})
 
-    def _enter(self, in_batch: bool = False) -> bool:
-        return self._turnstile is not None and self._turnstile.enter(in_batch=in_batch)
-
-    def _exit(self) -> None:
-        if self._turnstile is not None:
-            self._turnstile.leave()
-
-    def _turn_problems(self) -> list[str]:
-        return self._turnstile.problems() if self._turnstile is not None else []
-
-    def _ring(self) -> None:
-        if slots := self._slots:  # another thread may close the queue
-            slots.ring()
-
-    def _take_slot(self) -> Slot | None:
-        with self._told_of_folder():
-            return slots.take() if (slots := self._slots) else None
+    def _take_slot(self) -> ConsumerLock | None:
+        with self._folder_errors():
+            return locks.acquire() if (locks := self._consumer_locks) else None
 
     def _is_alive(self, slot: int | None) -> bool:
-        with self._told_of_folder():
+        with self._folder_errors():
             # guard: a consumer whose locks were deleted is told
-            if not all(me.slot.is_there() for me in self._registry.values() if me.slot):
-                raise QueueError(f"cannot go on: the locks in {self.path}.d were deleted while in use; start again")
+            if not all(me.slot.is_linked() for me in self._registry.values() if me.slot):
+                raise QueueError(f"cannot continue: the locks in {self.path}.d were deleted while in use; restart")
             # guard: who holds its lock is alive
-            return not (slots := self._slots) or slot is None or slots.is_taken(slot)
+            return not (locks := self._consumer_locks) or slot is None or locks.is_held(slot)
 
     def _publish_begun(self, me: Registration) -> bool:
-        with self._told_of_folder():
-            if me.slot and boot():
+        with self._folder_errors():
+            if me.slot and boot_id():
                 me.slot.publish(me.token)
-        return bool(me.slot and boot())
+        return bool(me.slot and boot_id())
 
     def _note_begun(self, job: Job) -> None:
         me = self._registry.get(job.consumer or "")
@@ -714,14 +685,14 @@ class PersistentQSQLite(PersistentQInterface):
     def _has_begun(self, tx: Session, job: Job) -> bool:
         token = (job.lease_token or "")[:16]
         rows = tx.run(SLOT_OF, {"token": token})
-        if not rows or rows[0][0] is None or not (slots := self._slots):
+        if not rows or rows[0][0] is None or not (locks := self._consumer_locks):
             return True
-        with self._told_of_folder():
-            return slots.has_begun(rows[0][0], token, job.id)
+        with self._folder_errors():
+            return locks.has_begun(rows[0][0], token, job.id)
 
     def _sleep(self, me: Registration, seconds: float, due_in: Callable[[], float]) -> bool:
-        if slots := self._slots:
-            return slots.wait(me.slot, seconds, due_in)
+        if locks := self._consumer_locks:
+            return locks.wait(me.slot, seconds, due_in)
         time.sleep(max(0.0, min(seconds, due_in(), POLL_SECONDS)))
         return False
 
@@ -733,11 +704,11 @@ class PersistentQSQLite(PersistentQInterface):
     def transaction(self) -> Iterator[sqlite3.Connection]:
         session = self._write()
         with session.in_order():
-            session.is_users = True
+            session.runs_user_code = True
             try:
                 yield session.connection
             finally:
-                session.connection.row_factory, session.connection.text_factory = None, str  # as the queue reads
+                session.connection.row_factory, session.connection.text_factory = None, str  # as the queue expects
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         target = file_path(path)
@@ -751,8 +722,8 @@ class PersistentQSQLite(PersistentQInterface):
             with closing(sqlite3.connect(f"{part.as_uri()}?mode=ro", uri=True)) as copy:
                 if copy.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                     raise QueueError(f"cannot back up to {target}: the copy is damaged")
-            sync(part)  # whatever this SQLite syncs
-            create_file(target)  # takes the name, or fails where there is one
+            sync(part)  # some versions of SQLite do not
+            create_file(target)  # reserves the name; fails if it exists
             part.replace(target)
             # guard: a backup's name is synced
             sync(target.parent)
@@ -772,9 +743,9 @@ class PersistentQSQLite(PersistentQInterface):
         by: str | None = None,
         now: float | None = None,
     ) -> dict[str, int] | None:
-        """Do what `move_to` does, into a new SQLite file, with all that the application keeps in this one besides.
+        """Do what `move_to` does, into a new SQLite file, including the application's own tables.
 
-        tell is called with the pages so far. Raises QueueError when there is such a file.
+        tell is called with the number of pages copied so far. Raises QueueError if the file exists.
         """
         target = real_path(path)
         part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
@@ -783,15 +754,15 @@ class PersistentQSQLite(PersistentQInterface):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             make_folder(target.parent)
             create_file(part)
-            with self._write() as source:  # nobody else writes: what another connection reads is what is here
+            with self._write() as source:  # blocks other writers while the other connection reads
                 # guard: nothing is moved while a job runs
                 if count_running(source):
                     return None
                 with closing(self._connect()) as reader, closing(sqlite3.connect(part, isolation_level=None)) as copy:
                     copied = _copy_database(reader, copy, tell)
-                    _begin_anew(copy, arrival(self._leave_for(source, str(target), by, now)))
+                    _finish_copy(copy, arrival(self._leave_for(source, str(target), by, now)))
                 sync(part)
-            put_in_place(part, target, is_new=not target.exists())
+            move_into_place(part, target, is_new=not target.exists())
         except OSError as error:
             raise QueueError(f"cannot move to {target}: {error.strerror}") from error
         except sqlite3.Error as error:
@@ -802,7 +773,7 @@ class PersistentQSQLite(PersistentQInterface):
         return copied
 
     def other_tables(self) -> list[str]:
-        """Return the names of the tables and views that are not ours, and of indexes and triggers on those that are."""
+        """Return the names of the application's tables and views, and of its indexes and triggers on the queue's."""
         shadows = {row[1] for row in self._read("PRAGMA table_list") if row[2] == "shadow"}  # of a virtual table
         ours = {name for _, name, _ in _schema(has_limit=True)}
         sql = f"""
@@ -834,13 +805,13 @@ class PersistentQSQLite(PersistentQInterface):
         facts["problems"] = [
             f"expected {name} {value}, got {facts[name]}" for name, value in expected.items() if facts[name] != value
         ]
-        facts["problems"] += self._turn_problems()
+        facts["problems"] += self._writer_lock.problems()
         facts["problems"] += [*self._schema_problems(), *deleted_but_open(self.path)] if thorough else []
-        facts["problems"] += self._place_problems(facts)
+        facts["problems"] += self._location_problems(facts)
         return facts
 
-    def _place_problems(self, facts: dict[str, Any]) -> list[str]:
-        """Return what is wrong with where the database is: its file system, its modes, its log, the disk."""
+    def _location_problems(self, facts: dict[str, Any]) -> list[str]:
+        """Return problems of the file system, the file's mode, the log and the disk."""
         found: list[str] = []
         if facts["file_system"] not in LOCAL_FILE_SYSTEMS:
             found.append(
@@ -858,10 +829,7 @@ class PersistentQSQLite(PersistentQInterface):
         return found
 
     def _schema_problems(self) -> list[str]:
-        try:
-            missing = _schema(has_limit=bool(self._read(LIMITED))) - set(self._read(OUR_SCHEMA))
-        except sqlite3.Error as error:
-            raise self._error(error) from error
+        missing = _schema(has_limit=bool(self._read(LIMITED))) - set(self._read(OUR_SCHEMA))
         changed = [f"{kind} {name!r} is not as this version makes it" for kind, name, _ in sorted(missing)]
         changed += [
             f"queue {name!r} counts its pending jobs wrong: set its limit again" for (name,) in self._read(MISCOUNTED)
@@ -878,7 +846,7 @@ class PersistentQSQLite(PersistentQInterface):
         try:
             if self._registry:
                 self._leave(list(self._registry.values()))
-        except QueueBusy:  # it may be closed later
+        except QueueBusy:  # the caller may try again
             raise
         except QueueError:
             self._close()
@@ -887,43 +855,61 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _close(self) -> None:
         self._closed = True
+        _queues.discard(self)
         for me in self._registry.values():
             if me.slot:
                 me.slot.close()
         self._registry = {}
-        with _opening:
+        with _opening_lock:
             sessions = list(self._sessions)
         for session in sessions:
             session.close()
         self._sessions.clear()
         self._local = threading.local()
-        with _opening:
+        with _opening_lock:
             FileLocks.close_unused()
-        if self._turnstile is not None:
-            self._turnstile.close()
-        self._slots = None  # but the turnstile is left to a thread that has the way
+        self._writer_lock.close()
+        self._consumer_locks = None  # the writer lock closes itself when its holder releases it
+
+    @staticmethod
+    def _before_fork() -> None:
+        """Wait until no thread is inside SQLite: its mutexes would stay locked in the child. Give up after a while."""
+        _opening_lock.acquire()
+        until = time.monotonic() + BUSY_SECONDS
+        found = [session for queue in list(_queues) for session in list(queue._sessions)]
+        # guard: nobody forks while a thread is inside SQLite
+        _held_for_fork.extend(each for each in found if each.in_use.acquire(timeout=max(0, until - time.monotonic())))
+
+    @staticmethod
+    def _after_fork_in_child() -> None:
+        FileLocks.abandon()
+        for queue in list(_queues):
+            queue._after_fork()
+        _release_after_fork()
 
     def _after_fork(self) -> None:
         """Reconnect in the child: SQLite's handles and the locks belong to the parent."""
-        if self._closed:
-            return
         for session in list(self._sessions):
-            session.disown()
+            session.abandon()
         for me in self._registry.values():
             me.slot.close()
-        if self._turnstile is not None:
-            self._turnstile.abandon()
+        self._writer_lock.abandon()
         PersistentQInterface.__init__(self)
         self._sessions, self._local = weakref.WeakSet(), threading.local()
-        self._turnstile = self._slots = None
+        self._consumer_locks = None
         try:
             self._open_folder()
         except QueueError:
-            self.close()  # so that its next use is an error, too
+            self.close()  # its next use raises QueueError
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(
+            before=_before_fork, after_in_parent=_release_after_fork, after_in_child=_after_fork_in_child
+        )
 
 
 def _schema(*, has_limit: bool) -> set[tuple[str, str, str]]:
-    """Return what SQLite says of a new queue's schema: types, names and statements."""
+    """Return the schema of a new queue as SQLite reports it: types, names and statements."""
     with closing(sqlite3.connect(":memory:")) as model:
         for statement in chain(*MIGRATIONS, COUNTERS.values() if has_limit else ()):
             model.execute(statement.format_map(SQLITE_TYPES))
@@ -931,7 +917,7 @@ def _schema(*, has_limit: bool) -> set[tuple[str, str, str]]:
 
 
 def _adopt_dump(connection: sqlite3.Connection) -> None:
-    """Mark a queue that was restored from the output of .dump, which leaves out the marks."""
+    """Set the application id and the schema version of a queue restored from the output of .dump, which omits them."""
     marks = connection.execute("SELECT * FROM pragma_application_id, pragma_user_version").fetchone()
     if marks == (0, 0) and _schema(has_limit=False) <= set(connection.execute(OUR_SCHEMA)):
         connection.execute("BEGIN IMMEDIATE")
@@ -941,7 +927,7 @@ def _adopt_dump(connection: sqlite3.Connection) -> None:
 
 
 def schema_version(connection: sqlite3.Connection, path: Path) -> int:
-    """Return how many migrations a database has had, 0 for an empty one. Raises SchemaMismatch."""
+    """Return the schema version of a queue, 0 for an empty database. Raises SchemaMismatch for any other."""
     owner, version, tables = connection.execute(
         "SELECT *, (SELECT count(*) FROM sqlite_master) FROM pragma_application_id, pragma_user_version"
     ).fetchone()
@@ -970,14 +956,14 @@ def schema_version(connection: sqlite3.Connection, path: Path) -> int:
 def _copy_database(
     source: sqlite3.Connection, copy: sqlite3.Connection, tell: Callable[[int], None] | None
 ) -> dict[str, int]:
-    """Copy all pages, as they are, and compare all rows; return how many of ours, by table."""
+    """Copy all pages and compare all rows; return the number of rows of each table of the queue."""
 
     def progress(_: int, remaining: int, total: int) -> None:
         if tell:
             tell(total - remaining)
 
     source.backup(copy, pages=10_000, progress=progress)
-    source.text_factory = copy.text_factory = bytes  # the application may keep what is no UTF-8
+    source.text_factory = copy.text_factory = bytes  # the application may store text that is not UTF-8
     schema = "SELECT type, name, tbl_name, rootpage, sql FROM sqlite_master"
     tables = [row[1].decode() for row in source.execute(schema) if row[0] == b"table" and row[3]]
     for sql in [schema, *(f"SELECT * FROM {_quoted(table)}" for table in tables)]:
@@ -992,8 +978,8 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _begin_anew(copy: sqlite3.Connection, changes: list[tuple[str, Params]]) -> None:
-    """Make these changes and forget the consumers, without the application's triggers; leave no log to the file."""
+def _finish_copy(copy: sqlite3.Connection, changes: list[tuple[str, Params]]) -> None:
+    """Apply these changes and delete the consumers, with triggers disabled; leave no log."""
     copy.text_factory = str
     copy.execute("PRAGMA journal_mode = DELETE")
     copy.execute("BEGIN")
@@ -1010,4 +996,4 @@ def _begin_anew(copy: sqlite3.Connection, changes: list[tuple[str, Params]]) -> 
 
 
 def open_paths() -> set[Path]:
-    return {queue.path for queue in list(_queues) if not queue._closed}
+    return {queue.path for queue in list(_queues)}

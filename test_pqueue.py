@@ -1670,13 +1670,13 @@ os._exit(0)
 """
         with python(code, self.path) as child:
             self.assertEqual(child.wait(), 0)
-        with mock.patch("pqueue_locks.boot", return_value=pqueue_locks.boot() + 1):
+        with mock.patch("pqueue_locks.boot_id", return_value=pqueue_locks.boot_id() + 1):
             self.assertIsNone(self.reopen().dequeue("w"))
         self.assertEqual(self.queue.get(1).state, "failed")
 
     def test_consumer_that_began_too_many_for_its_list_counts_all(self):
-        self.queue.enqueue_many("t", range(pqueue_locks.Begun.MOST + 2), now=NOW)
-        jobs = self.queue.dequeue_many("w", pqueue_locks.Begun.MOST + 2, prefetch=True, now=NOW)
+        self.queue.enqueue_many("t", range(pqueue_locks.BegunJobs.MAX_JOBS + 2), now=NOW)
+        jobs = self.queue.dequeue_many("w", pqueue_locks.BegunJobs.MAX_JOBS + 2, prefetch=True, now=NOW)
         for job in jobs[:-1]:
             self.queue.begin(job, now=NOW)
         self.reopen().dequeue_many("other", 0, now=NOW + 60)
@@ -1976,8 +1976,8 @@ for _ in range(20):
     queue.close()
     for thread in threads: thread.join()
     other = pqueue.PersistentQSQLite(sys.argv[1])
-    assert other._enter()
-    other._exit()
+    assert other._writer_lock.acquire()
+    other._writer_lock.release()
     other.close()
 """
         with python(code, self.path) as child:
@@ -1994,7 +1994,7 @@ for _ in range(20):
         with session.in_use:  # as by a thread that is in the midst of a call
             session.in_use.acquire()
             queue.close()
-            session._let_go()
+            session._release()
         with self.assertRaisesRegex(QueueError, "is closed"):
             queue.enqueue("t")
 
@@ -2011,15 +2011,15 @@ for _ in range(20):
         self.assertEqual(os.waitpid(child, 0)[1], 0)
         self.assertEqual(queue.enqueue("by parent"), 3)
 
-    def test_process_forked_while_the_turnstile_was_held_does_not_keep_it(self):
+    def test_process_forked_while_the_lock_was_held_does_not_keep_it(self):
         queue = self.open()
         with queue.transaction():
             child = os.fork()
             if child == 0:
                 time.sleep(600)
         try:
-            self.assertTrue(queue._turnstile.enter())
-            queue._turnstile.leave()
+            self.assertTrue(queue._writer_lock.acquire())
+            queue._writer_lock.release()
         finally:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
@@ -2043,11 +2043,11 @@ for _ in range(20):
 
     @contextmanager
     def stopped(self, where):
-        """Have a process stopped while it holds a lock: "way", or one of the lanes."""
+        """Have a process stopped while it holds a lock: "writer", or that of a line."""
         code = """
 import pqueue, time
 queue = pqueue.PersistentQSQLite(sys.argv[1])
-locks = {lock._path.name: lock for lock in (queue._turnstile._lock, *queue._turnstile._lanes)}
+locks = {lock._path.name: lock for lock in (queue._writer_lock._lock, *queue._writer_lock._lines)}
 assert locks[sys.argv[2]].try_acquire()
 print("in", flush=True)
 time.sleep(600)
@@ -2061,21 +2061,25 @@ time.sleep(600)
     @contextmanager
     def waits(self):
         """Yield a list of how long each wait for a lock was meant to be."""
-        waits, original = [], pqueue_locks._hear
+        waits, original = [], pqueue_locks._wait_for
 
-        def hear(bell, seconds, **options):
+        def wait_for(pipe, seconds, **options):
             waits.append(seconds)
-            return original(bell, seconds, **options)
+            return original(pipe, seconds, **options)
 
-        with mock.patch("pqueue_locks._hear", hear):
+        with mock.patch("pqueue_locks._wait_for", wait_for):
             yield waits
 
-    def test_process_stopped_in_the_turnstile_does_not_stop_the_others(self):
+    def test_process_stopped_with_the_lock_does_not_stop_the_others(self):
         queue, other = self.open(), self.open()
-        with self.stopped("way") as child, mock.patch("pqueue_locks.TURN_SECONDS", 0.05), self.waits() as waits:
+        with (
+            self.stopped("writer") as child,
+            mock.patch("pqueue_locks.LOCK_TIMEOUT_SECONDS", 0.05),
+            self.waits() as waits,
+        ):
             self.assertEqual(queue.enqueue("t"), 1)
             paid = len(waits)
-            for number in range(2, 6):  # nobody waits again for the same process, in whichever lane
+            for number in range(2, 6):  # nobody waits again for the same process, in whichever line
                 self.assertEqual((queue if number % 2 else other).enqueue("t"), number)
             other.complete(other.dequeue("w"))
             self.assertEqual(len(waits), paid)
@@ -2083,58 +2087,62 @@ time.sleep(600)
             child.kill()
             child.wait()
             self.assertEqual(queue.enqueue("t"), 6)
-        self.assertTrue(queue._turnstile.enter())
-        queue._turnstile.leave()
+        self.assertTrue(queue._writer_lock.acquire())
+        queue._writer_lock.release()
 
-    def test_process_stopped_in_a_lane_leaves_the_others_their_turn(self):
+    def test_process_stopped_at_the_head_of_a_line_does_not_stop_the_others(self):
         queue, holder = self.open(), self.open()
-        with self.stopped("others"), mock.patch("pqueue_locks.TURN_SECONDS", 0.5):
-            wait_until(lambda: queue._turnstile._lanes[0]._held_seconds() >= 0.5)
+        with self.stopped("others"), mock.patch("pqueue_locks.LOCK_TIMEOUT_SECONDS", 0.5):
+            wait_until(lambda: queue._writer_lock._lines[0]._held_seconds() >= 0.5)
             for _ in range(3):
-                self.assertTrue(holder._turnstile.enter())
-                leave = mock.Mock(side_effect=lambda *_, **__: holder._turnstile.leave())
-                with mock.patch("pqueue_locks._hear", leave):
-                    self.assertTrue(queue._turnstile.enter())
-                leave.assert_called_once()  # it waited for the lock, and not in the lane
-                queue._turnstile.leave()
+                self.assertTrue(holder._writer_lock.acquire())
+                leave = mock.Mock(side_effect=lambda *_, **__: holder._writer_lock.release())
+                with mock.patch("pqueue_locks._wait_for", leave):
+                    self.assertTrue(queue._writer_lock.acquire())
+                leave.assert_called_once()  # it waited for the lock, and not for the line
+                queue._writer_lock.release()
 
-    def test_process_stopped_and_continued_leaves_no_writer_without_its_turn(self):
+    def test_process_stopped_and_continued_keeps_no_writer_waiting(self):
         queue = self.open()
         code = """
 import pqueue, time
 queue = pqueue.PersistentQSQLite(sys.argv[1])
-queue._turnstile.enter()
+queue._writer_lock.acquire()
 print("in", flush=True)
 signal.sigwait([signal.SIGUSR1])
-queue._turnstile.leave()
+queue._writer_lock.release()
 print("out", flush=True)
 time.sleep(600)
 """
         mask = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])"
-        with python(f"{mask}{code}", self.path) as child, mock.patch("pqueue_locks.TURN_SECONDS", 0.05):
+        with python(f"{mask}{code}", self.path) as child, mock.patch("pqueue_locks.LOCK_TIMEOUT_SECONDS", 0.05):
             child.stdout.readline()
             child.send_signal(signal.SIGSTOP)
             self.assertEqual(queue.enqueue("t"), 1)
-            self.assertFalse(queue._turnstile.enter())
+            self.assertFalse(queue._writer_lock.acquire())
             child.send_signal(signal.SIGUSR1)
             child.send_signal(signal.SIGCONT)
             child.stdout.readline()
-            self.assertTrue(queue._turnstile.enter())
-            queue._turnstile.leave()
+            self.assertTrue(queue._writer_lock.acquire())
+            queue._writer_lock.release()
             self.assertEqual(queue.check()["problems"], [])
 
-    def test_check_names_a_process_that_is_stopped_in_the_turnstile(self):
+    def test_check_names_a_process_that_is_stopped_with_the_lock(self):
         queue = self.open()
-        for where in ("way", *pqueue_locks.LANES):
-            with self.subTest(where), self.stopped(where) as child, mock.patch("pqueue_locks.TURN_SECONDS", 0.05):
+        for where in ("writer", *pqueue_locks.LINES):
+            with (
+                self.subTest(where),
+                self.stopped(where) as child,
+                mock.patch("pqueue_locks.LOCK_TIMEOUT_SECONDS", 0.05),
+            ):
                 wait_until(lambda: queue.check(thorough=False)["problems"])
-                (problem,) = queue.check(thorough=where != "way")["problems"]
+                (problem,) = queue.check(thorough=where != "writer")["problems"]
                 self.assertRegex(problem, f"process {child.pid} is stopped and has held .*/{where} for 0 s")
                 self.assertIn(f"kill -CONT {child.pid}", problem)
                 child.send_signal(signal.SIGCONT)
                 wait_until(lambda: not pqueue_files.is_stopped(child.pid))
                 (problem,) = queue.check(thorough=False)["problems"]
-                self.assertRegex(problem, f"process {child.pid} has held .*: end it, if it does not go on")
+                self.assertRegex(problem, f"process {child.pid} has held .*: end it if it does not continue")
                 child.kill()
                 child.wait()
                 self.assertEqual(queue.check()["problems"], [])
@@ -2147,7 +2155,7 @@ with pqueue.PersistentQSQLite(sys.argv[1]).transaction():
     print("in", flush=True)
     time.sleep(600)
 """
-        with python(code, self.path) as child, mock.patch("pqueue_locks.TURN_SECONDS", 0.05):
+        with python(code, self.path) as child, mock.patch("pqueue_locks.LOCK_TIMEOUT_SECONDS", 0.05):
             child.stdout.readline()
             child.send_signal(signal.SIGSTOP)
             wait_until(lambda: pqueue_files.is_stopped(child.pid))
@@ -2155,9 +2163,9 @@ with pqueue.PersistentQSQLite(sys.argv[1]).transaction():
                 queue.enqueue("t")
 
     def test_writer_that_died_in_a_lock_leaves_it_free(self):
-        turnstile = self.open()._turnstile
-        for lock in (turnstile._lock, *turnstile._lanes):
-            with self.subTest(lock._path.name), mock.patch("pqueue_locks.TURN_SECONDS", 0.05):
+        writer_lock = self.open()._writer_lock
+        for lock in (writer_lock._lock, *writer_lock._lines):
+            with self.subTest(lock._path.name), mock.patch("pqueue_locks.LOCK_TIMEOUT_SECONDS", 0.05):
                 with self.stopped(lock._path.name) as child:
                     child.kill()
                     child.wait()
@@ -2167,59 +2175,59 @@ with pqueue.PersistentQSQLite(sys.argv[1]).transaction():
 
     def test_writer_that_died_waiting_delays_the_others_once(self):
         holder, queue = self.open(), self.open()
-        lock, go = queue._turnstile._lock, self.folder / "go"
+        lock, go = queue._writer_lock._lock, self.folder / "go"
         code = """
 import os, pqueue, pqueue_locks, time
-pqueue_locks.TURN_SECONDS = 60
+pqueue_locks.LOCK_TIMEOUT_SECONDS = 60
 queue = pqueue.PersistentQSQLite(sys.argv[1])
 print("open", flush=True)
 while not os.path.exists(sys.argv[2]):
     time.sleep(0.001)
-queue._turnstile.enter(in_batch=sys.argv[3] == "1")
+queue._writer_lock.acquire(in_batch=sys.argv[3] == "1")
 """
-        for kind, _ in enumerate(pqueue_locks.LANES):
+        for kind, _ in enumerate(pqueue_locks.LINES):
             place = lock.WAITING_SINCE + kind
             with python(code, self.path, go, kind) as child, self.waits() as waits:
                 child.stdout.readline()
-                self.assertTrue(holder._turnstile.enter())
+                self.assertTrue(holder._writer_lock.acquire())
                 go.touch()
                 wait_until(lambda: 0 < lock._shared[place] < time.monotonic() - pqueue_locks.OVERTAKE_SECONDS)  # noqa: B023
                 child.kill()
                 child.wait()
                 go.unlink()
-                holder._turnstile.leave()
+                holder._writer_lock.release()
                 for _ in range(3):
-                    self.assertTrue(queue._turnstile.enter(in_batch=not kind))
-                    queue._turnstile.leave()
-                self.assertLessEqual(waits, [pqueue_locks.HANDOVER_SECONDS] * 2)  # the dead may not have heard its ring
+                    self.assertTrue(queue._writer_lock.acquire(in_batch=not kind))
+                    queue._writer_lock.release()
+                self.assertLessEqual(waits, [pqueue_locks.HANDOVER_SECONDS] * 2)  # the dead may not have woken up
 
-    def test_writer_interrupted_in_line_does_not_keep_the_way(self):
+    def test_writer_interrupted_in_line_does_not_keep_the_lock(self):
         queue, other = self.open(), self.open()
-        with other.transaction(), mock.patch("pqueue_locks._hear", side_effect=InterruptedError):
+        with other.transaction(), mock.patch("pqueue_locks._wait_for", side_effect=InterruptedError):
             with self.assertRaises(InterruptedError):
                 queue.enqueue("never")
-        self.assertTrue(other._turnstile.enter())
-        other._turnstile.leave()
+        self.assertTrue(other._writer_lock.acquire())
+        other._writer_lock.release()
         self.assertEqual(queue.enqueue("t"), 1)
 
     def let_through(self, calls, *, in_batch=False):
-        """Hold the way until each call waits in a thread of its own, in this order; then see all through."""
-        holder, heard = self.open(), []
+        """Hold the lock until each call waits in a thread of its own, in this order; then see all through."""
+        holder, pipes = self.open(), []
 
-        def hear(bell, seconds, **options):
-            heard.append(bell)
-            return original(bell, seconds, **options)
+        def wait_for(pipe, seconds, **options):
+            pipes.append(pipe)
+            return original(pipe, seconds, **options)
 
-        original, threads = pqueue_locks._hear, [threading.Thread(target=call, daemon=True) for call in calls]
+        original, threads = pqueue_locks._wait_for, [threading.Thread(target=call, daemon=True) for call in calls]
         with (
-            mock.patch("pqueue_locks._hear", hear),
-            mock.patch.multiple(pqueue_locks, POLL_SECONDS=60, TURN_SECONDS=60),
+            mock.patch("pqueue_locks._wait_for", wait_for),
+            mock.patch.multiple(pqueue_locks, POLL_SECONDS=60, LOCK_TIMEOUT_SECONDS=60),
         ):
-            self.assertTrue(holder._turnstile.enter(in_batch=in_batch))
+            self.assertTrue(holder._writer_lock.acquire(in_batch=in_batch))
             for number, thread in enumerate(threads, 1):
                 thread.start()
-                wait_until(lambda n=number: len(heard) == n)
-            holder._turnstile.leave()
+                wait_until(lambda n=number: len(pipes) == n)
+            holder._writer_lock.release()
             for thread in threads:
                 thread.join(20)
                 self.assertFalse(thread.is_alive())
@@ -2246,15 +2254,15 @@ queue._turnstile.enter(in_batch=sys.argv[3] == "1")
 
     def test_newcomer_does_not_overtake_a_writer_that_has_waited_for_long(self):
         queue, newcomer = self.open(), self.open()
-        lock = newcomer._turnstile._lock
-        for kind, _ in enumerate(pqueue_locks.LANES):
+        lock = newcomer._writer_lock._lock
+        for kind, _ in enumerate(pqueue_locks.LINES):
             for seconds, overtakes in ((0.0, True), (1.0, False)):
                 with self.subTest(kind=kind, seconds=seconds), mock.patch("pqueue_locks.HANDOVER_SECONDS", 60):
-                    self.assertTrue(queue._turnstile.enter())
+                    self.assertTrue(queue._writer_lock.acquire())
                     lock._shared[lock.WAITING_SINCE + kind] = time.monotonic() - seconds
-                    queue._turnstile._lock._turn_began = time.monotonic()
+                    queue._writer_lock._lock._owned_since = time.monotonic()
                     with mock.patch("pqueue_locks.OVERTAKE_SECONDS", 0.5):
-                        queue._turnstile.leave()
+                        queue._writer_lock.release()
                     self.assertEqual(lock.try_acquire(), overtakes)
                     self.assertEqual(lock.try_acquire(1 - kind), overtakes)
                     self.assertTrue(lock.try_acquire(kind))
@@ -2262,47 +2270,47 @@ queue._turnstile.enter(in_batch=sys.argv[3] == "1")
 
     def test_lock_file_from_before_a_reboot_keeps_nobody_waiting(self):
         queue = self.open()
-        lock = queue._turnstile._lock
+        lock = queue._writer_lock._lock
         for place in (lock.HELD_SINCE, lock.RESERVED_UNTIL):
             lock._shared[place] = time.monotonic() + 1e6
         lock._shared[lock.RESERVED_FOR] = 1
         with self.waits() as waits:
             for _ in range(3):
-                self.assertTrue(queue._turnstile.enter())
-                queue._turnstile.leave()
+                self.assertTrue(queue._writer_lock.acquire())
+                queue._writer_lock.release()
         self.assertEqual(waits, [])
         self.assertEqual(queue.check()["problems"], [])
 
     def test_writer_in_a_loop_lets_one_that_waits_go_first_after_a_while(self):
         queue, waiter = self.open(), self.open()
-        lock = queue._turnstile._lock
+        lock = queue._writer_lock._lock
         with mock.patch.multiple(pqueue_locks, REPEAT_SECONDS=10.0, OVERTAKE_SECONDS=60, HANDOVER_SECONDS=60):
             for seconds, repeats, goes_on in ((0.0, True, True), (11.0, False, True), (11.0, True, False)):
-                self.assertTrue(queue._turnstile.enter())
+                self.assertTrue(queue._writer_lock.acquire())
                 lock._shared[lock.WAITING_SINCE] = time.monotonic()
-                lock._turn_began = time.monotonic() - seconds
+                lock._owned_since = time.monotonic() - seconds
                 if not repeats:  # it has written for that long, but once
-                    lock._held_since = lock._shared[lock.HELD_SINCE] = lock._turn_began
-                queue._turnstile.leave()
+                    lock._held_since = lock._shared[lock.HELD_SINCE] = lock._owned_since
+                queue._writer_lock.release()
                 self.assertEqual(lock.try_acquire(), goes_on)
                 lock.release(1)
-            self.assertTrue(waiter._turnstile._lock.acquire(time.monotonic()))
-            waiter._turnstile._lock.release()
+            self.assertTrue(waiter._writer_lock._lock.acquire(time.monotonic()))
+            waiter._writer_lock._lock.release()
 
-    def test_writer_in_line_gets_through_although_a_ring_is_lost(self):
+    def test_writer_in_line_gets_through_although_a_wake_up_is_lost(self):
         queue, other = self.open(), self.open()
         waiting = threading.Thread(target=queue.enqueue, args=["t"])
         with (
-            mock.patch("pqueue_locks.TURN_SECONDS", 60),
+            mock.patch("pqueue_locks.LOCK_TIMEOUT_SECONDS", 60),
             mock.patch("os.write", side_effect=BlockingIOError),
             other.transaction(),
         ):
             waiting.start()
-            self.assertTrue(wait_until(lambda: queue._turnstile._lock._shared[pqueue_locks.BellLock.WAITING_SINCE]))
+            self.assertTrue(wait_until(lambda: queue._writer_lock._lock._shared[pqueue_locks.FairLock.WAITING_SINCE]))
         waiting.join()
         self.assertEqual(queue.stats()["states"]["pending"], 1)
 
-    def test_ring_of_a_dead_waiter_is_left_alone(self):
+    def test_pipe_of_a_dead_waiter_is_left_alone(self):
         queue = self.open()
         with python(
             "import pqueue; q = pqueue.open_queue(sys.argv[1]); q.dequeue('w'); print(1, flush=True)\n"
@@ -2310,13 +2318,13 @@ queue._turnstile.enter(in_batch=sys.argv[3] == "1")
             self.path,
         ) as child:
             child.stdout.readline()
-            wait_until(lambda: queue._slots.waiting.find(b"\1") >= 0)
+            wait_until(lambda: queue._consumer_locks.waiting.find(b"\1") >= 0)
             child.kill()
             child.wait()
         queue.enqueue("t")
-        self.assertEqual(queue._slots.waiting.find(b"\1"), -1)
+        self.assertEqual(queue._consumer_locks.waiting.find(b"\1"), -1)
 
-    def test_rings_of_a_busy_spell_do_not_become_a_spin(self):
+    def test_wake_ups_of_a_busy_spell_do_not_become_a_spin(self):
         queue, other = self.open(), self.open()
         for _ in range(20):
             self.assertIsNone(queue.dequeue("w"))
@@ -2868,7 +2876,7 @@ class Replaced(SQLiteCase):
 
 
 def no_fifos(folder, names):
-    return [name for name in names if name.endswith(".bell")]
+    return [name for name in names if name.endswith(".wakeup")]
 
 
 def refusal(queue):
@@ -2886,8 +2894,8 @@ class Misuse(SQLiteCase):
             db.execute("BEGIN IMMEDIATE")
             db.execute("ROLLBACK")
         other = self.open()
-        self.assertTrue(other._turnstile.enter())
-        other._turnstile.leave()
+        self.assertTrue(other._writer_lock.acquire())
+        other._writer_lock.release()
 
     def test_queue_closed_inside_its_transaction_is_told_and_lets_go(self):
         queue = self.open()
@@ -2964,16 +2972,16 @@ class Misuse(SQLiteCase):
         with self.assertRaisesRegex(QueueError, r"cannot open .*queue\.db\.d: No such file"):
             queue.dequeue("anna")
 
-    def test_bell_that_is_a_file_does_not_become_a_spin(self):
+    def test_pipe_that_is_a_file_does_not_become_a_spin(self):
         queue = self.open()
-        (self.folder / "queue.db.d/0.bell").write_text("ding")
+        (self.folder / "queue.db.d/0.wakeup").write_text("ding")
         queue.dequeue("w")
         self.assertFalse(queue.wait(0.01, consumer="w"))
 
     def test_links_among_the_locks_lead_nowhere(self):
         self.open().close()
         precious = self.folder / "precious"
-        for name in ("waiting", "way", "others", "0.lock"):
+        for name in ("waiting", "writer", "others", "0.lock"):
             precious.write_text("x" * 5000)
             place = self.folder / "queue.db.d" / name
             place.unlink(missing_ok=True)

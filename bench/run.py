@@ -77,8 +77,8 @@ IDEAS = {
     "one commit per job": [("process", "jobs/s")],
     "unsynced claims": [("pickup", "p50 ms")],
     "adaptive batches": [("program", "jobs/s")],
-    "turnstile": [("share", "jobs/s"), ("share", "fewest/most"), ("put under load", "p99 ms")],
-    "doorbell": [("pickup", "p50 ms")],
+    "writer lock": [("share", "jobs/s"), ("share", "fewest/most"), ("put under load", "p99 ms")],
+    "wake-up": [("pickup", "p50 ms")],
 }
 
 
@@ -93,10 +93,10 @@ def do_without(idea: str) -> None:
         core.PersistentQSQLite._write = lambda self, *, in_batch=False, **_: write(self, in_batch=in_batch)
     elif idea == "adaptive batches":
         core.PersistentQInterface.max_batch = 1
-    elif idea == "turnstile":
-        locks.Turnstile.enter = lambda *_, **__: False
-    elif idea == "doorbell":
-        locks.Slots.ring = lambda _: None
+    elif idea == "writer lock":
+        locks.WriterLock.acquire = lambda *_, **__: False
+    elif idea == "wake-up":
+        locks.ConsumerLocks.wake = lambda _: None
         core.WAIT_SECONDS = 0.1  # as one would poll
 
 

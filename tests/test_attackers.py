@@ -149,14 +149,14 @@ def test_another_account_can_neither_look_nor_work_nor_hold_a_lock():
                 lambda: pqueue.PersistentQSQLite(folder / "queue.db"),
                 lambda: (folder / "queue.db").read_bytes(),
                 lambda: (folder / "queue.db-wal").read_bytes(),
-                lambda: os.open(folder / "queue.db.d" / "way", os.O_RDONLY),
-                lambda: os.open(folder / "queue.db.d" / "0.bell", os.O_WRONLY | os.O_NONBLOCK),
+                lambda: os.open(folder / "queue.db.d" / "writer", os.O_RDONLY),
+                lambda: os.open(folder / "queue.db.d" / "0.wakeup", os.O_WRONLY | os.O_NONBLOCK),
                 lambda: os.listdir(folder / "queue.db.d"),
                 lambda: (folder / "queue.db-journal").write_bytes(b""),
             ):
                 assert re.search("[Pp]ermission|unable to open", in_another_account(attempt) or "nothing")
             refused = in_another_account(lambda: pqueue.PersistentQSQLite(folder / "queue.db"))
-            assert refused.endswith("belongs to root; run this as root, or make the queue with PQUEUE_GROUP=GROUP")
+            assert refused.endswith("belongs to root; run this as root, or create the queue with PQUEUE_GROUP=GROUP")
 
 
 def test_accounts_of_one_group_share_a_queue_that_was_made_for_it():

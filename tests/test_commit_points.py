@@ -307,8 +307,8 @@ def sweep(path: Path) -> None:
     """Open the queue again and finish all jobs: none is lost, given twice, out of order or over its attempts."""
     with closing(PersistentQSQLite(path, durability="normal", busy_seconds=0.5)) as queue:
         assert queue.check()["problems"] == []
-        assert queue._turnstile.enter()
-        queue._turnstile.leave()
+        assert queue._writer_lock.acquire()
+        queue._writer_lock.release()
         jobs = {job.id: job for job in queue.list_jobs(limit=1000)}
         for job in jobs.values():
             assert (job.state == "processing") == (job.lease_token is not None) == (job.lease_expires_at is not None)
@@ -405,7 +405,7 @@ def operation(request, template, place, monkeypatch):
         if "first opening" in request.param:
             path.parent.mkdir(parents=True)
         else:
-            shutil.copytree(template, path.parent, ignore=shutil.ignore_patterns("*.bell"))
+            shutil.copytree(template, path.parent, ignore=shutil.ignore_patterns("*.wakeup"))
         return path
 
     return OPERATIONS[request.param], folder
@@ -485,11 +485,11 @@ def goes_on(queue: PersistentQSQLite | None, path: Path, point: str) -> None:
     if queue.move_status():
         queue.cancel_move()
     with closing(PersistentQSQLite(path, busy_seconds=0.05)) as other:
-        assert other._turnstile.enter(), point
-        other._turnstile.leave()
+        assert other._writer_lock.acquire(), point
+        other._writer_lock.release()
         job_id = other.enqueue("other", queue="another", priority=100, now=NOW)
-    assert queue._turnstile.enter(), point
-    queue._turnstile.leave()
+    assert queue._writer_lock.acquire(), point
+    queue._writer_lock.release()
     job = queue.dequeue("w", now=NOW)
     assert job.id == job_id, point
     queue.complete(job, now=NOW)

@@ -718,7 +718,7 @@ def test_foreign_files_beside_the_database_are_borne(folder, plainly, sound, oth
 
 
 def test_folder_of_locks_holds_anything_and_nobody_hangs(folder, plainly, sound):
-    for name in ("others", "consumers", "way", "waiting", "0.lock", "0.bell", ""):
+    for name in ("others", "consumers", "writer", "waiting", "0.lock", "0.wakeup", ""):
         for how in ("folder", "fifo", "link", "dangling link", "junk", "socket"):
             tried("hostile databases")
             (folder / "precious").write_bytes(b"precious" * 1000)
@@ -742,15 +742,15 @@ def test_folder_of_locks_holds_anything_and_nobody_hangs(folder, plainly, sound)
             assert not (folder / "nowhere").exists()
 
 
-def test_waiting_consumer_beside_any_bell_does_not_spin(folder):
+def test_waiting_consumer_next_to_any_pipe_does_not_spin(folder):
     with closing(pqueue.open_queue()) as queue:
-        bell = Path("var/queue.db.d/0.bell")
-        bell.write_bytes(b"!" * 100)
+        pipe = Path("var/queue.db.d/0.wakeup")
+        pipe.write_bytes(b"!" * 100)
         assert queue.dequeue("anna") is None
         waits = [queue.wait(0.01, consumer="anna") for _ in range(5)]
         assert waits == [False] * 5
-        bell.unlink()
-        bell.write_bytes(b"")
+        pipe.unlink()
+        pipe.write_bytes(b"")
         ringer = threading.Thread(target=lambda: queue.enqueue("t"))
         ringer.start()
         ringer.join()

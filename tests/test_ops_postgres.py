@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 from test_ops import (
-    boards,
+    caches,
     queue,
     site,
     test_empty_dashboard_says_what_to_do,

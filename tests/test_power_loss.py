@@ -247,7 +247,7 @@ def run(shim: Path, place: Path, code: str, *arguments: object) -> list[Record]:
     subprocess.run(command, env={**os.environ, **variables}, check=True)
     found = list(records(log.read_bytes()))
     shutil.rmtree(disk)
-    return [each for each in found if not each.path.endswith(("-shm", ".bell")) and ".db.d/" not in f"{each.path}/"]
+    return [each for each in found if not each.path.endswith(("-shm", ".wakeup")) and ".db.d/" not in f"{each.path}/"]
 
 
 def restore(place: Path, left: dict[str, Left | None], *, linked: bool = True) -> Path:

@@ -91,7 +91,7 @@ def test_operator_restores_a_backup_and_the_replaced_database_is_kept(path, back
     assert {each.stat().st_mode & 0o777 for each in (path, kept)} == {0o600}
     pqueue_restore.restore(kept, path)
     assert payloads(path) == OLD
-    assert [each for each in path.parent.iterdir() if each.name.endswith((".part", ".stone"))] == []
+    assert [each for each in path.parent.iterdir() if each.name.endswith((".part", ".placeholder"))] == []
 
 
 @pytest.mark.parametrize("code", [IDLE, WRITER, READER])

@@ -19,8 +19,7 @@ PRIVATE_USES = {
     "consumer": {"_exit"},  # a function of os
     "pqueue_move": {"_write", "_lock_out_writers", "_number_on", "_count_pending", "_read"},  # a queue fills another
     "pqueue_sqlalchemy": {"_engine", "_telling", "_write", "_connect_raw", "_revive", "_busy_seconds", "_after_fork"},
-    "pqueue_sqlite": {"_connect", "_ring", "_enter", "_exit", "_error", "_sessions", "_closed", "_after_fork"},
-}  # of the last two: a session and its queue are one thing in two classes, and a fork resets both
+}  # of the last: a session and its queue are one thing in two classes, and a fork resets both
 
 
 def nodes(tree, *, in_functions):
