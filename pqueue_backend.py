@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from typing import Any, TypeVar
 
-from pqueue_values import NOTHING, LeaseLost, Params, QueueError, finite
+from pqueue_values import NO_PARAMS, LeaseLost, Params, QueueError, finite
 
 SomeSession = TypeVar("SomeSession", bound="Session")
 
@@ -18,17 +18,17 @@ SomeSession = TypeVar("SomeSession", bound="Session")
 class Session(ABC):
     """One thread's connection to the database. As a context manager a transaction, and inside one a savepoint."""
 
-    ring = False  # a job became pending or scheduled: wake consumers when the transaction is committed
+    wakes = False  # a job became pending or scheduled: wake consumers when the transaction is committed
     lost: LeaseLost | None = None  # a lease was lost inside: the whole transaction must roll back
     depth = 0  # of transactions in each other
-    tangled = False  # one ended before another that was begun inside it: likewise
+    misnested = False  # one ended before another that was begun inside it: likewise
 
     @abstractmethod
-    def run(self, sql: str, params: Params = NOTHING) -> list[Any]:
+    def run(self, sql: str, params: Params = NO_PARAMS) -> list[Any]:
         """Execute a statement with :named parameters and return all its rows."""
 
     @abstractmethod
-    def change(self, sql: str, params: Params = NOTHING) -> int:
+    def change(self, sql: str, params: Params = NO_PARAMS) -> int:
         """Execute a statement and return how many rows it changed."""
 
     @abstractmethod
@@ -53,7 +53,7 @@ class Session(ABC):
         """Commit, or raise QueueError."""
 
     @abstractmethod
-    def _leave(self) -> None:
+    def _cleanup(self) -> None:
         """Roll back what was not committed, and let others go on."""
 
     @abstractmethod
@@ -63,7 +63,7 @@ class Session(ABC):
     def __enter__(self: SomeSession) -> SomeSession:
         if self.depth == 0:
             self._begin()
-            self.ring, self.lost, self.tangled = False, None, False
+            self.wakes, self.lost, self.misnested = False, None, False
         elif self.has_ended:
             raise QueueError("cannot go on in a transaction that has ended; leave its block")
         else:
@@ -87,10 +87,10 @@ class Session(ABC):
             if error is None and self.lost is None:
                 self._commit()
         finally:
-            self._leave()
+            self._cleanup()
         if error is None and self.lost is not None:
             raise self.lost
-        if error is None and self.ring:
+        if error is None and self.wakes:
             self._wake()
 
     def _expect_to_go_on(self) -> None:
@@ -98,16 +98,16 @@ class Session(ABC):
             raise QueueError("cannot commit: the transaction was ended inside its block")
 
     @contextmanager
-    def in_order(self) -> Iterator[None]:
+    def user_transaction(self) -> Iterator[None]:
         """Open a transaction; undo it when a block ends before one that was begun inside it."""
         with self:
             depth = self.depth
             try:
                 yield
             finally:
-                self.tangled = self.tangled or self.depth != depth
+                self.misnested = self.misnested or self.depth != depth
                 # guard: transactions end in the order in which they nest
-                if self.tangled:
+                if self.misnested:
                     raise QueueError(
                         "cannot end a transaction before those begun inside it: neither await nor yield in one"
                     )
@@ -133,12 +133,12 @@ class Backend(ABC):
     _BYTES = "length(CAST({} AS BLOB))"  # of a text in UTF-8
 
     @abstractmethod
-    def _write(self, *, durable: bool = True, in_batch: bool = False) -> Session:
+    def _transaction(self, *, durable: bool = True, in_batch: bool = False) -> Session:
         """Return this thread's session to enter; durable: its commit survives a power cut; in_batch: it is a
         consumer's, which may be long or one of very many, and lets others go first."""
 
     @abstractmethod
-    def _read(self, sql: str, params: Params = NOTHING) -> list[Any]:
+    def _read(self, sql: str, params: Params = NO_PARAMS) -> list[Any]:
         """Return all rows without keeping a writer waiting."""
 
     @abstractmethod
@@ -188,19 +188,19 @@ class Backend(ABC):
         return time.time() if now is None else finite("now", now)
 
     @abstractmethod
-    def _count_pending(self, tx: Session, queues: Iterable[str]) -> None:
+    def _count_pending(self, session: Session, queues: Iterable[str]) -> None:
         """Count the pending jobs of these queues, and keep counting while some queue has a limit."""
 
     @abstractmethod
-    def _lock_out_writers(self, tx: Session) -> None:
+    def _lock_out_writers(self, session: Session) -> None:
         """Let nobody else write until this transaction ends."""
 
     @abstractmethod
-    def _lock_jobs(self, tx: Session, job_ids: list[int]) -> None:
+    def _lock_jobs(self, session: Session, job_ids: list[int]) -> None:
         """Let nobody else change these jobs until this transaction ends."""
 
     @abstractmethod
-    def _number_on(self, tx: Session) -> None:
+    def _reset_ids(self, session: Session) -> None:
         """Give the next rows ids above those that were copied."""
 
     @abstractmethod

@@ -24,13 +24,13 @@ INSERT INTO history (job_id, at, event, actor, attempt, error) VALUES (0, :now, 
 UNMARK = f"DELETE FROM history WHERE job_id = 0 AND event IN {MOVES}"
 PAUSE_ALL = "UPDATE queues SET paused = 2 WHERE paused = 0"
 RESUME_ALL = "UPDATE queues SET paused = 0 WHERE paused = 2"
-CARRIED = ", ".join(Job._fields[1:])
-CARRY_OVER = f"""
-INSERT INTO jobs ({CARRIED}) VALUES (:{CARRIED.replace(", ", ", :")})
+NEW_JOB_COLUMNS = ", ".join(Job._fields[1:])
+COPY_JOB = f"""
+INSERT INTO jobs ({NEW_JOB_COLUMNS}) VALUES (:{NEW_JOB_COLUMNS.replace(", ", ", :")})
 ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING RETURNING id"""
-STORY_COLUMNS = ("at", "event", "actor", "attempt", "error")
-STORY = f"SELECT {', '.join(STORY_COLUMNS)} FROM history WHERE job_id = :id ORDER BY id"
-ADD_STORY = """
+HISTORY_COLUMNS = ("at", "event", "actor", "attempt", "error")
+HISTORY_OF = f"SELECT {', '.join(HISTORY_COLUMNS)} FROM history WHERE job_id = :id ORDER BY id"
+COPY_HISTORY = """
 INSERT INTO history (job_id, at, event, actor, attempt, error) VALUES (:id, :at, :event, :actor, :attempt, :error)"""
 
 # What a copy carries: its first column is the key. Consumers are not among it: they belong to where they run.
@@ -48,10 +48,10 @@ class Moving(Backend):
     def delete_jobs(self, job_ids: Iterable[int] | None = None, *, force: bool = False) -> int: ...
 
     @abstractmethod
-    def _look_for_dead(self) -> list[str] | None: ...
+    def _find_dead(self) -> list[str] | None: ...
 
     @abstractmethod
-    def _recover(self, tx: Session, dead: list[str] | None, now: float) -> None: ...
+    def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> None: ...
 
     def copy_to(self, target: Moving, tell: Callable[[int], None] | None = None) -> dict[str, int]:
         """Copy queues, jobs and history into a queue of any backend that has no jobs.
@@ -61,13 +61,13 @@ class Moving(Backend):
 
         Raises QueueError if the target has jobs, or if the copy differs.
         """
-        with self._write() as source, target._write() as copy:
+        with self._transaction() as source, target._transaction() as copy:
             self._lock_out_writers(source)
             target._lock_out_writers(copy)
             if copy.run("SELECT 1 FROM jobs LIMIT 1"):
                 raise QueueError("cannot copy: expected a target without jobs")
             copied = _copy_rows(source, copy, tell)
-            target._number_on(copy)
+            target._reset_ids(copy)
             # guard: a copy counts what is pending
             target._count_pending(copy, [row[0] for row in copy.run(LIMITED)])
         return copied
@@ -92,20 +92,20 @@ class Moving(Backend):
         """
         if to == self.name:
             raise QueueError("cannot move: the target is this queue itself")
-        dead = self._look_for_dead()
-        with self._write() as tx:
-            self._lock_out_writers(tx)
-            event, known = _mark(tx)
+        dead = self._find_dead()
+        with self._transaction() as session:
+            self._lock_out_writers(session)
+            event, known = _mark(session)
             if event == "moved" and known["to"] != to:
                 raise QueueError(
                     f"cannot move: this queue was moved to {known['to']}; finish that with --finish, or give it up "
                     "with --cancel"
                 )
-            self._recover(tx, dead, self._time(now))
-            tx.change(PAUSE_ALL)
+            self._reclaim(session, dead, self._time(now))
+            session.change(PAUSE_ALL)
             if known.get("to") != to:
-                self._set_mark(tx, "moving", {"to": to}, by, now)
-            return count_running(tx)
+                self._set_mark(session, "moving", {"to": to}, by, now)
+            return count_running(session)
 
     def move_to(
         self,
@@ -124,7 +124,7 @@ class Moving(Backend):
         does, and for other tables that `without` does not name. If it is interrupted, call it again.
         """
         self.expect_other_tables(without)
-        with target._write() as copy, self._write() as source:
+        with target._transaction() as copy, self._transaction() as source:
             target._lock_out_writers(copy)
             self._lock_out_writers(source)
             if count_running(source):
@@ -132,11 +132,11 @@ class Moving(Backend):
             if copy.run("SELECT 1 FROM jobs LIMIT 1"):
                 raise QueueError("cannot move: the target holds jobs; expected an empty one")
             copied = _copy_rows(source, copy, tell)
-            target._number_on(copy)
-            mark = self._leave_for(source, target.name, by, now)
+            target._reset_ids(copy)
+            mark = self._mark_moved(source, target.name, by, now)
             for sql, params in arrival(mark):
                 copy.change(sql, params)
-            copy.ring = True
+            copy.wakes = True
         return copied
 
     def expect_other_tables(self, names: Sequence[str]) -> None:
@@ -150,19 +150,19 @@ class Moving(Backend):
         if unknown := sorted(set(names) - set(others)):
             raise QueueError(f"cannot move without {', '.join(unknown)}: there is no such table")
 
-    def _leave_for(self, tx: Session, to: str, by: str | None, now: float | None) -> Params:
+    def _mark_moved(self, session: Session, to: str, by: str | None, now: float | None) -> Params:
         """Mark this queue as moved; return the parameters of the mark in the other one."""
-        tx.change(PAUSE_ALL)
+        session.change(PAUSE_ALL)
         mark = {"token": os.urandom(8).hex(), "to": to}
-        self._set_mark(tx, "moved", mark, by, now)
-        last_id = tx.run("SELECT coalesce(max(id), 0) FROM jobs")[0][0]
+        self._set_mark(session, "moved", mark, by, now)
+        last_id = session.run("SELECT coalesce(max(id), 0) FROM jobs")[0][0]
         error = json.dumps({"token": mark["token"], "last_id": last_id})
         return {"event": "moved here", "attempt": 0, "error": error, "actor": operator_name(by), "now": self._time(now)}
 
-    def _set_mark(self, tx: Session, event: str, mark: Params, by: str | None, now: float | None) -> None:
-        tx.change(UNMARK)
+    def _set_mark(self, session: Session, event: str, mark: Params, by: str | None, now: float | None) -> None:
+        session.change(UNMARK)
         params = {"event": event, "attempt": 0, "actor": operator_name(by), "now": self._time(now)}
-        tx.change(ADD_MARK, {**params, "error": json.dumps(mark)})
+        session.change(ADD_MARK, {**params, "error": json.dumps(mark)})
 
     def has_moved_to(self, target: Moving) -> bool:
         """Return whether the target has the jobs that were moved from here."""
@@ -175,10 +175,10 @@ class Moving(Backend):
 
         After `move_to`, the jobs are in both queues, and run twice if consumers serve both.
         """
-        with self._write() as tx:
-            tx.change(RESUME_ALL)
-            tx.change(UNMARK)
-            tx.ring = True
+        with self._transaction() as session:
+            session.change(RESUME_ALL)
+            session.change(UNMARK)
+            session.wakes = True
 
     def finish_move(self, target: Moving) -> dict[str, int]:
         """Copy the jobs that were enqueued here since `move_to` to the target, under new ids; delete all jobs here.
@@ -188,7 +188,7 @@ class Moving(Backend):
 
         Raises QueueError, or InvalidTransition if jobs are `processing` here, with what to do.
         """
-        with self._write() as source:
+        with self._transaction() as source:
             self._lock_out_writers(source)
             rows = source.run(MARK)
             if not rows or rows[0][2] != "moved":
@@ -198,9 +198,9 @@ class Moving(Backend):
                     f"cannot finish: {running} jobs run in the old queue, which was resumed; pause its queues, and try "
                     "again when they have ended"
                 )
-            with target._write() as copy:
+            with target._transaction() as copy:
                 target._lock_out_writers(copy)
-                carried, known = _carry_over(source, copy, json.loads(rows[0][4]), rows[0][3])
+                carried, known = _copy_new_jobs(source, copy, json.loads(rows[0][4]), rows[0][3])
             # The target remembers what it has, so that this may be killed here and called again.
             deleted = self.delete_jobs()
             source.change("UPDATE history SET attempt = attempt + 1 WHERE id = :id", {"id": rows[0][0]})
@@ -225,12 +225,12 @@ def _copy_rows(source: Session, copy: Session, tell: Callable[[int], None] | Non
     return copied
 
 
-def count_running(tx: Session) -> int:
-    return cast(int, tx.run("SELECT count(*) FROM jobs WHERE state = 'processing'")[0][0])
+def count_running(session: Session) -> int:
+    return cast(int, session.run("SELECT count(*) FROM jobs WHERE state = 'processing'")[0][0])
 
 
-def _mark(tx: Session) -> tuple[str | None, Params]:
-    rows = tx.run(MARK)
+def _mark(session: Session) -> tuple[str | None, Params]:
+    rows = session.run(MARK)
     return (rows[0][2], json.loads(rows[0][4])) if rows else (None, {})
 
 
@@ -239,7 +239,7 @@ def arrival(mark: Params) -> list[tuple[str, Params]]:
     return [(UNMARK, {}), (ADD_MARK, mark), (RESUME_ALL, {})]
 
 
-def _carry_over(source: Session, copy: Session, mark: Params, attempt: int) -> tuple[int, int]:
+def _copy_new_jobs(source: Session, copy: Session, mark: Params, attempt: int) -> tuple[int, int]:
     """Copy the jobs that the target has not got, under new ids; return how many, and how many it knew by their key."""
     here = [(row, known) for row in copy.run(MARKS_HERE) if (known := json.loads(row[2]))["token"] == mark["token"]]
     if not here:
@@ -250,7 +250,7 @@ def _carry_over(source: Session, copy: Session, mark: Params, attempt: int) -> t
     last_id = known["last_id"] if at_attempt == attempt else 0  # --finish deletes all, and ids may begin anew
     for rows in _pages(source, "jobs", COLUMNS, after=last_id):
         for row in rows:
-            if _carry(source, copy, dict(zip(Job._fields, row, strict=True))):
+            if _copy_job(source, copy, dict(zip(Job._fields, row, strict=True))):
                 carried += 1
             else:
                 doubles += 1
@@ -260,24 +260,24 @@ def _carry_over(source: Session, copy: Session, mark: Params, attempt: int) -> t
         "UPDATE history SET attempt = :attempt, error = :error WHERE id = :id",
         {"id": mark_id, "attempt": attempt, "error": error},
     )
-    copy.ring = True
+    copy.wakes = True
     return carried, doubles
 
 
-def _carry(source: Session, copy: Session, job: Params) -> bool:
+def _copy_job(source: Session, copy: Session, job: Params) -> bool:
     copy.change(ADD_QUEUE, {"queue": job["queue"]})
-    for (job_id,) in copy.run(CARRY_OVER, job):
-        for row in source.run(STORY, {"id": job["id"]}):
-            copy.change(ADD_STORY, {"id": job_id, **dict(zip(STORY_COLUMNS, row, strict=True))})
+    for (job_id,) in copy.run(COPY_JOB, job):
+        for row in source.run(HISTORY_OF, {"id": job["id"]}):
+            copy.change(COPY_HISTORY, {"id": job_id, **dict(zip(HISTORY_COLUMNS, row, strict=True))})
         return True
     return False
 
 
-def _pages(tx: Session, table: str, columns: str, after: Any = None) -> Iterator[list[Any]]:
+def _pages(session: Session, table: str, columns: str, after: Any = None) -> Iterator[list[Any]]:
     key = columns.split(", ", 1)[0]
     after = ("" if key == "name" else -1) if after is None else after
     sql = f"SELECT {columns} FROM {table} WHERE {key} > :after ORDER BY {key} LIMIT 1000"
-    while rows := tx.run(sql, {"after": after}):
+    while rows := session.run(sql, {"after": after}):
         yield rows
         after = rows[-1][0]
 

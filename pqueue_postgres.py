@@ -39,19 +39,19 @@ IS_PENDING = "state = 'pending' AND assigned_to IS NULL"
 IS_FULL = "PQ001"  # SQLSTATE
 COPYING = "pqueue.copying"  # a setting that lets jobs in beyond the limit
 FUNCTION = "LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog"
-CHANGING = "autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_cost_delay = 0"
+AUTOVACUUM = "autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_cost_delay = 0"
 COUNTING = [
     f"""
 CREATE TABLE {SCHEMA}.pending_counts (
     queue TEXT PRIMARY KEY,
     pending BIGINT NOT NULL,
     max_pending BIGINT NOT NULL
-) WITH ({CHANGING})""",
+) WITH ({AUTOVACUUM})""",
     f"""
 CREATE TABLE {SCHEMA}.pending_changes (
     queue TEXT NOT NULL,
     delta INTEGER NOT NULL
-) WITH ({CHANGING})""",
+) WITH ({AUTOVACUUM})""",
     f"CREATE INDEX pending_changes_queue ON {SCHEMA}.pending_changes (queue)",
     # Return how many jobs are pending, and let nobody add one before this transaction ends.
     f"""
@@ -153,18 +153,18 @@ FIRST_DUE = "(SELECT run_at FROM jobs WHERE state = 'scheduled' ORDER BY run_at 
 FIRST_EXPIRY = "(SELECT lease_expires_at FROM jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1)"
 OVERDUE = f"SELECT {FIRST_DUE} <= :now AS due, {FIRST_EXPIRY} <= :now AS expired"
 # pg_locks shows the locks of all databases; a copy of this one on the same server has consumers of its own.
-HERE = "database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+IN_THIS_DATABASE = "database = (SELECT oid FROM pg_database WHERE datname = current_database())"
 # Return the numbers of the locks that consumers hold as long as they live.
-ALIVE = f"""
+LOCKED_SLOTS = f"""
 SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = {LOCK_CLASS} AND objsubid = 2 AND granted
-    AND {HERE}"""
+    AND {IN_THIS_DATABASE}"""
 # A consumer whose connection is ended again and again notes each time that it is back. (abs: a clock may be wrong.)
 NOT_SEEN = f"abs(EXTRACT(EPOCH FROM clock_timestamp()) - last_seen_at) >= {GRACE_SECONDS}"
 # The pending jobs of a queue with a limit. The first locks the count until the transaction ends. The second does not:
 # that is enough where the trigger keeps the limit, for jobs that become pending.
-PENDING = f"{SCHEMA}.count_pending(name)"
+PENDING_LOCKED = f"{SCHEMA}.count_pending(name)"
 COUNTED = "pending + (SELECT coalesce(sum(delta), 0) FROM pending_changes d WHERE d.queue = c.queue)"
-SEEN = f"(SELECT {COUNTED} FROM pending_counts c WHERE c.queue = name)"
+PENDING_UNLOCKED = f"(SELECT {COUNTED} FROM pending_counts c WHERE c.queue = name)"
 
 
 def _candidates(lock: str = "") -> str:
@@ -177,7 +177,7 @@ UNION ALL
 SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
                WHERE state = 'pending' AND assigned_to = :consumer
                AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)
-               ORDER BY {ORDER} LIMIT :limit {lock}) mine"""
+               ORDER BY {ORDER} LIMIT :limit {lock}) assigned"""
 
 
 def _claim(condition: str = "") -> str:
@@ -221,19 +221,19 @@ RETURNING id"""
 # parameters and returns the same columns as the shared one, unless its comment says "returns".
 POSTGRES = {
     # differs because the count of pending jobs is locked before a job is stored, or its key taken; returns the new id
-    pqueue_schema.ENQUEUE: _enqueue(f"ELSE max_pending > {PENDING}"),
+    pqueue_schema.ENQUEUE: _enqueue(f"ELSE max_pending > {PENDING_LOCKED}"),
     # differs because the count of pending jobs is locked before jobs are stored; returns their ids
-    pqueue_schema.ENQUEUE_MANY: _enqueue_many(f"ELSE max_pending - :number >= {PENDING}"),
+    pqueue_schema.ENQUEUE_MANY: _enqueue_many(f"ELSE max_pending - :number >= {PENDING_LOCKED}"),
     # differs because the count is in tables of its own, and locked until the transaction ends
     pqueue_schema.ROOM: f"""
-SELECT CASE WHEN max_pending IS NOT NULL THEN max_pending - {PENDING} END AS room, max_pending
+SELECT CASE WHEN max_pending IS NOT NULL THEN max_pending - {PENDING_LOCKED} END AS room, max_pending
 FROM queues WHERE name = :queue""",
     # differs because the count is in tables of its own
     pqueue_schema.RESUBMIT: f"""
 UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL,
     error = NULL WHERE id = :id AND state IN {pqueue_schema.FINISHED}
     AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue
-                    AND NOT CASE WHEN max_pending IS NULL THEN true ELSE max_pending > {PENDING} END)
+                    AND NOT CASE WHEN max_pending IS NULL THEN true ELSE max_pending > {PENDING_LOCKED} END)
     AND NOT EXISTS (SELECT 1 FROM jobs o
                     WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN {UNFINISHED})""",
     # differs because others claim at the same time: rows are locked, and their attempts read after that
@@ -260,7 +260,8 @@ UPDATE jobs SET state = 'pending' WHERE id = ANY (ARRAY(
     # differs because the job must stay as it is until the transition that follows
     pqueue_schema.RECORD: f"{pqueue_schema.RECORD} FOR UPDATE",
     # differs because a consumer that was cut off, and taken for dead, may be back
-    pqueue_schema.LEAVE: f"{pqueue_schema.LEAVE} AND (:state = 'stopped' OR slot NOT IN ({ALIVE}) AND {NOT_SEEN})",
+    pqueue_schema.UNREGISTER: f"""
+{pqueue_schema.UNREGISTER} AND (:state = 'stopped' OR slot NOT IN ({LOCKED_SLOTS}) AND {NOT_SEEN})""",
     # differs because a subquery for each queue is LATERAL, and others prune at the same time
     pqueue_schema.PRUNABLE: f"""
 SELECT jobs.id FROM queues q CROSS JOIN LATERAL
@@ -276,8 +277,13 @@ SELECT finished_at, run_at, started_at FROM queues q CROSS JOIN LATERAL
 # Verbs in one statement, and so in one round trip
 
 IS_PLAIN = "CAST(:state AS text) = 'pending' AND CAST(:assigned_to AS text) IS NULL"  # so that the trigger counts it
-HAS_ROOM = f"WHEN {IS_PLAIN} AND CAST(:key AS text) IS NULL THEN max_pending > {SEEN} ELSE max_pending > {PENDING}"
-HAVE_ROOM = f"WHEN {IS_PLAIN} THEN max_pending - :number >= {SEEN} ELSE max_pending - :number >= {PENDING}"
+HAS_ROOM = (
+    f"WHEN {IS_PLAIN} AND CAST(:key AS text) IS NULL THEN max_pending > {PENDING_UNLOCKED} "
+    f"ELSE max_pending > {PENDING_LOCKED}"
+)
+HAVE_ROOM = (
+    f"WHEN {IS_PLAIN} THEN max_pending - :number >= {PENDING_UNLOCKED} ELSE max_pending - :number >= {PENDING_LOCKED}"
+)
 
 # Do what ENQUEUE does, and wake consumers. The trigger keeps the limit where a job is pending and has no key.
 ENQUEUE_ALONE = f"{_enqueue(HAS_ROOM)}, {NOTIFY}"
@@ -288,21 +294,21 @@ ENQUEUE_MANY_ALONE = f"{_enqueue_many(HAVE_ROOM)}, {NOTIFY}"
 # Statements that are a transaction by themselves
 ALONE = {pqueue_schema.ENQUEUE: ENQUEUE_ALONE, pqueue_schema.ENQUEUE_MANY: ENQUEUE_MANY_ALONE}
 
-IN_TIME = f"NOT EXISTS (SELECT FROM ({OVERDUE}) overdue WHERE due OR expired) AND"
+NONE_OVERDUE = f"NOT EXISTS (SELECT FROM ({OVERDUE}) overdue WHERE due OR expired) AND"
 
 # Take jobs, unless there is something to recover. Only a last attempt is synced: the power must not give it another.
-TAKE = f"""
-WITH taken AS ({_claim(IN_TIME)})
+CLAIM_ALONE = f"""
+WITH taken AS ({_claim(NONE_OVERDUE)})
 SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN current_setting('synchronous_commit')
     ELSE 'off' END, true), taken.* FROM (SELECT) one LEFT JOIN taken ON true"""
 
 # Finish jobs, and take others as TAKE does. The first column lists those that were finished, unless all were.
-EXCHANGE = f"""
+COMPLETE_AND_CLAIM = f"""
 WITH done AS (
     UPDATE jobs SET state = 'completed', finished_at = :now, result = done.result, error = NULL, {NO_LEASE}
     FROM unnest(CAST(:ids AS bigint[]), CAST(:tokens AS text[]), CAST(:results AS text[])) AS done (id, token, result)
     WHERE jobs.id = done.id AND lease_token = done.token RETURNING jobs.id),
-taken AS ({_claim(IN_TIME)})
+taken AS ({_claim(NONE_OVERDUE)})
 SELECT CASE WHEN (SELECT count(*) FROM done) < :number THEN ARRAY(SELECT id FROM done) END, taken.*
 FROM (SELECT) one LEFT JOIN taken ON true"""
 
@@ -310,15 +316,15 @@ FROM (SELECT) one LEFT JOIN taken ON true"""
 
 # Lock the unfinished job that has the key: it may be neither delivered nor finished before the transaction, which may
 # write for it, ends.
-KEEP = f"SELECT 1 FROM jobs WHERE id = :id AND state IN {UNFINISHED} FOR SHARE"
+LOCK_UNFINISHED = f"SELECT 1 FROM jobs WHERE id = :id AND state IN {UNFINISHED} FOR SHARE"
 
 # Note that a consumer lives that was taken for dead.
-REVIVE = "UPDATE consumers SET state = 'running', last_seen_at = :now WHERE token = :token AND state <> 'stopped'"
+MARK_RUNNING = "UPDATE consumers SET state = 'running', last_seen_at = :now WHERE token = :token AND state <> 'stopped'"
 
 # Return the transactions that are changing jobs.
-WRITING = f"""
+WRITERS = f"""
 SELECT virtualtransaction FROM pg_locks WHERE relation = '{SCHEMA}.jobs'::regclass AND mode = 'RowExclusiveLock'
-    AND {HERE}"""
+    AND {IN_THIS_DATABASE}"""
 
 # Return the settings that may end a statement or a transaction before its wait for a lock does.
 TIME_LIMITS = """
@@ -329,7 +335,7 @@ UPTIME = """
 SELECT EXTRACT(EPOCH FROM clock_timestamp() - greatest(pg_postmaster_start_time(), pg_last_xact_replay_timestamp()))"""
 
 # Count the pending jobs of all queues that have a limit; the counts first, as count_pending does.
-COUNT_ANEW = [
+RECOUNT = [
     "DELETE FROM pending_counts",
     "DELETE FROM pending_changes",
     f"""
@@ -351,14 +357,14 @@ IS_COUNTED = f"SELECT 1 FROM pg_trigger WHERE tgrelid = '{SCHEMA}.jobs'::regclas
 
 # Acquire the lock of writers before jobs are read that are then changed: holding only that of readers, this transaction
 # and a change of a limit could wait for each other.
-JOIN_WRITERS = "LOCK TABLE jobs IN ROW EXCLUSIVE MODE"
+LOCK_AS_WRITER = "LOCK TABLE jobs IN ROW EXCLUSIVE MODE"
 
 # Remove the triggers. CAST: a function that returns nothing has no type that a driver reads.
 STOP_COUNTING = f"SELECT CAST({SCHEMA}.stop_counting() AS text)"
 
 # Add up the changes of the queue that has most. One queue at a time, so that no transaction waits for the second of two
 # while it has the first.
-ADD_UP = f"""
+MERGE_CHANGES = f"""
 SELECT {SCHEMA}.count_pending(queue) FROM (
     SELECT queue FROM pending_counts WHERE queue = (
         SELECT queue FROM (SELECT queue FROM pending_changes LIMIT 1000) first

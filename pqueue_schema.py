@@ -119,7 +119,7 @@ NO_LEASE = "lease_token = NULL, lease_expires_at = NULL"
 # Only a job that is processing has a token, by the CHECK above.
 # guard: a settling verb needs the current token
 HELD = "id = :id AND lease_token = :token"
-WAITING = "queue = :queue AND state = 'pending' AND assigned_to IS NULL"
+PENDING_IN_QUEUE = "queue = :queue AND state = 'pending' AND assigned_to IS NULL"
 # guard: a full queue refuses a job
 HAS_ROOM = "(max_pending IS NULL OR max_pending > pending)"
 # guard: order: priority first
@@ -181,7 +181,7 @@ WHERE q.paused = 0 AND (:queues IS NULL OR q.name IN (SELECT value FROM json_eac
 UNION ALL
 SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
                WHERE state = 'pending' AND assigned_to = :consumer
-               AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY {ORDER} LIMIT :limit) mine"""
+               AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY {ORDER} LIMIT :limit) assigned"""
 
 # Lease the best :limit jobs to the consumer.
 # guard: an attempt counts when it is claimed
@@ -226,7 +226,7 @@ SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND EXISTS
 
 # End a lost delivery, if the job has attempts left.
 # guard: no delivery after the last attempt was lost
-TAKE_BACK = f"UPDATE jobs SET state = 'pending', error = :error, {NO_LEASE} WHERE {HELD} AND attempts < max_attempts"
+REDELIVER = f"UPDATE jobs SET state = 'pending', error = :error, {NO_LEASE} WHERE {HELD} AND attempts < max_attempts"
 
 # Finish a job with its result.
 COMPLETE = f"""
@@ -299,10 +299,10 @@ INSERT INTO consumers (name, token, host, pid, slot, queues, tasks, started_at, 
 VALUES (:name, :token, :host, :pid, :slot, :queues, :tasks, :now, :now, 'running')"""
 
 # Note that the consumer that had this slot is dead.
-SUCCEED = "UPDATE consumers SET state = 'dead' WHERE slot = :slot AND state = 'running'"
+MARK_DEAD = "UPDATE consumers SET state = 'dead' WHERE slot = :slot AND state = 'running'"
 
 # Note that a consumer has ended.
-LEAVE = "UPDATE consumers SET state = :state WHERE token = :token AND state = 'running'"
+UNREGISTER = "UPDATE consumers SET state = :state WHERE token = :token AND state = 'running'"
 
 # Return the consumers that have not ended.
 RUNNING = "SELECT token, slot FROM consumers WHERE state = 'running' ORDER BY id"
@@ -313,7 +313,7 @@ UPDATE consumers SET last_seen_at = :now, completed = completed + :completed, fa
 WHERE token = :token"""
 
 # Delete consumers that ended long ago.
-FORGET = "DELETE FROM consumers WHERE state <> 'running' AND last_seen_at < :before"
+DELETE_CONSUMERS = "DELETE FROM consumers WHERE state <> 'running' AND last_seen_at < :before"
 
 # Pause a queue (1), or resume it (0).
 SET_PAUSED = """

@@ -37,11 +37,13 @@ from pqueue_values import (
     valid_state,
 )
 
-FEW = 100_000  # jobs of a state that are looked through by its index; more are met soon enough on the way by id
-WINDOW = 1000  # ids that a search looks at between two looks at the clock
-TOGETHER = 8  # jobs that a search for a text reads whole at once: each may hold 2 MiB
-LONG = ("payload", "result", "error")
-ANY_OF = ", ".join(f":id{n}" for n in range(TOGETHER))
+INDEX_SCAN_JOBS = (
+    100_000  # jobs of a state that are looked through by its index; more are met soon enough on the way by id
+)
+WALK_IDS = 1000  # ids that a search looks at between two looks at the clock
+TEXT_SCAN_JOBS = 8  # jobs that a search for a text reads whole at once: each may hold 2 MiB
+LONG_COLUMNS = ("payload", "result", "error")
+TEXT_SCAN_IDS = ", ".join(f":id{n}" for n in range(TEXT_SCAN_JOBS))
 
 
 class Filters(NamedTuple):
@@ -248,7 +250,7 @@ class Reading(Backend):
         filters = Filters(state, queue, task, key, consumer, text, created_from, created_before, ids)
         where, params = self._matching(filters)
         if "text" in params:
-            params |= {"before_id": MAX_ID, "limit": WINDOW}
+            params |= {"before_id": MAX_ID, "limit": WALK_IDS}
             return sum(1 for _, row in self._with_text(shown, where, params, math.inf) if row is not None)
         places = index_conditions(params) or ["1 = 1"]
         counts = " + ".join(f"(SELECT count(*) FROM jobs WHERE {place} AND {where})" for place in places)
@@ -258,16 +260,16 @@ class Reading(Backend):
         self, shown: Callable[[Job], Job] | None, where: str, params: Params, ends_at: float
     ) -> Iterator[tuple[int, Any]]:
         """Yield the ids of the jobs that may hold the text, newest first, each with its row if it does, else None."""
-        load = f"SELECT {COLUMNS} FROM jobs WHERE id IN ({ANY_OF}) AND {where}"
+        load = f"SELECT {COLUMNS} FROM jobs WHERE id IN ({TEXT_SCAN_IDS}) AND {where}"
         # guard: a job that left its state is not found
         load += " AND state = :state" if "state" in params else ""
         before: int | None = params["before_id"]
         while before is not None:
-            span = {**params, "before_id": before, "limit": min(params["limit"], WINDOW)}
+            span = {**params, "before_id": before, "limit": min(params["limit"], WALK_IDS)}
             rows, before = self._find("id", where, span, ends_at)
-            for start in range(0, len(rows), TOGETHER):
-                ids = [row[0] for row in rows[start : start + TOGETHER]]
-                named = {f"id{n}": ids[min(n, len(ids) - 1)] for n in range(TOGETHER)}
+            for start in range(0, len(rows), TEXT_SCAN_JOBS):
+                ids = [row[0] for row in rows[start : start + TEXT_SCAN_JOBS]]
+                named = {f"id{n}": ids[min(n, len(ids) - 1)] for n in range(TEXT_SCAN_JOBS)}
                 found = {
                     row[0]: row for row in self._read(load, {**params, **named}) if _holds(row, params["text"], shown)
                 }
@@ -280,7 +282,7 @@ class Reading(Backend):
         places = index_conditions(params)
         if not places:
             return self._walk(columns, where, params, ends_at)
-        if not self._are_few(places, FEW // 10 if "text" in params else FEW):
+        if not self._are_few(places, INDEX_SCAN_JOBS // 10 if "text" in params else INDEX_SCAN_JOBS):
             return self._walk(columns, f"{where} AND state = :state", params, ends_at)
         rows = self._newest(columns, "+id", places, where, params)  # +: not by walking through all jobs
         return rows, rows[-1][0] if len(rows) == params["limit"] else None
@@ -293,7 +295,7 @@ class Reading(Backend):
     def _walk(self, columns: str, where: str, params: Params, ends_at: float) -> tuple[list[Any], int | None]:
         """Go through all jobs, the newest first, with a look at the clock at times."""
         rows: list[Any] = []
-        high, span = params["before_id"], WINDOW if ends_at < math.inf else MAX_ID
+        high, span = params["before_id"], WALK_IDS if ends_at < math.inf else MAX_ID
         while (newest := self._read("SELECT max(id) FROM jobs WHERE id < :high", {"high": high})[0][0]) is not None:
             high = max(0, newest - span + 1)
             window = {**params, "before_id": newest + 1, "low": high, "limit": params["limit"] - len(rows)}
@@ -356,7 +358,7 @@ def excerpt_columns(most: int | None) -> str:
     if most is None:
         return COLUMNS
     part = f"substr({{0}}, 1, {most + 1})" if most else "NULL"  # one more shows whether it is whole
-    return ", ".join(part.format(name) if name in LONG else name for name in Job._fields)
+    return ", ".join(part.format(name) if name in LONG_COLUMNS else name for name in Job._fields)
 
 
 # What stands in JSON as it is, in whatever form; a space does within a string.

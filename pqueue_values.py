@@ -18,7 +18,7 @@ MAX_ERROR_CHARS = 10_000
 MAX_TEXT_CHARS = 1000  # of a text to search for
 
 Params = dict[str, Any]
-NOTHING: Params = {}
+NO_PARAMS: Params = {}
 
 
 class QueueError(Exception):

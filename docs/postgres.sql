@@ -275,7 +275,7 @@ UNION ALL
 SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
                WHERE state = 'pending' AND assigned_to = $1
                AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)
-               ORDER BY priority DESC, run_at, id LIMIT $5 FOR UPDATE SKIP LOCKED) mine) candidates
+               ORDER BY priority DESC, run_at, id LIMIT $5 FOR UPDATE SKIP LOCKED) assigned) candidates
     WINDOW best AS (ORDER BY priority DESC, run_at, id ROWS UNBOUNDED PRECEDING)) ranked
     WHERE rank <= $5 AND (rank = 1 OR alone = 0)))
 RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error;
@@ -293,7 +293,7 @@ UNION ALL
 SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
                WHERE state = 'pending' AND assigned_to = $3
                AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)
-               ORDER BY priority DESC, run_at, id LIMIT $1 ) mine) candidates ORDER BY priority DESC, run_at, id LIMIT $1;
+               ORDER BY priority DESC, run_at, id LIMIT $1 ) assigned) candidates ORDER BY priority DESC, run_at, id LIMIT $1;
 
 -- OVERDUE
 -- Return whether a scheduled job is due, and whether a lease has expired.
@@ -315,7 +315,7 @@ UNION ALL
 SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
                WHERE state = 'pending' AND assigned_to = $3
                AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)
-               ORDER BY priority DESC, run_at, id LIMIT $1 ) mine)
+               ORDER BY priority DESC, run_at, id LIMIT $1 ) assigned)
     UNION ALL SELECT (SELECT run_at FROM jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1)
     UNION ALL SELECT (SELECT lease_expires_at FROM jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1)) events;
 
@@ -340,7 +340,7 @@ ORDER BY lease_expires_at LIMIT $2 FOR UPDATE SKIP LOCKED;
 SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error FROM jobs WHERE state = 'processing' AND EXISTS
     (SELECT 1 FROM consumers WHERE token = substr(lease_token, 1, 16) AND consumers.state <> 'running') LIMIT $1 FOR UPDATE SKIP LOCKED;
 
--- TAKE_BACK
+-- REDELIVER
 -- End a lost delivery, if the job has attempts left.
 -- $1 error, $2 id, $3 token
 UPDATE jobs SET state = 'pending', error = $1, lease_token = NULL, lease_expires_at = NULL WHERE id = $2 AND lease_token = $3 AND attempts < max_attempts;
@@ -428,12 +428,12 @@ SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts
 INSERT INTO consumers (name, token, host, pid, slot, queues, tasks, started_at, last_seen_at, state)
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $8, 'running');
 
--- SUCCEED
+-- MARK_DEAD
 -- Note that the consumer that had this slot is dead.
 -- $1 slot
 UPDATE consumers SET state = 'dead' WHERE slot = $1 AND state = 'running';
 
--- LEAVE
+-- UNREGISTER
 -- Note that a consumer has ended.
 -- differs because a consumer that was cut off, and taken for dead, may be back
 -- $1 state, $2 token
@@ -451,7 +451,7 @@ SELECT token, slot FROM consumers WHERE state = 'running' ORDER BY id;
 UPDATE consumers SET last_seen_at = $1, completed = completed + $2, failed = failed + $3
 WHERE token = $4;
 
--- FORGET
+-- DELETE_CONSUMERS
 -- Delete consumers that ended long ago.
 -- $1 before
 DELETE FROM consumers WHERE state <> 'running' AND last_seen_at < $1;
@@ -534,24 +534,24 @@ UPDATE queues SET paused = 2 WHERE paused = 0;
 -- RESUME_ALL
 UPDATE queues SET paused = 0 WHERE paused = 2;
 
--- CARRY_OVER
+-- COPY_JOB
 -- $1 queue, $2 task, $3 payload, $4 state, $5 priority, $6 run_at, $7 attempts, $8 max_attempts, $9 key, $10
 -- assigned_to, $11 consumer, $12 lease_token, $13 lease_expires_at, $14 created_at, $15 started_at, $16 finished_at,
 -- $17 progress, $18 result, $19 error
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)
 ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN ('scheduled', 'pending', 'processing') DO NOTHING RETURNING id;
 
--- STORY
+-- HISTORY_OF
 -- $1 id
 SELECT at, event, actor, attempt, error FROM history WHERE job_id = $1 ORDER BY id;
 
--- ADD_STORY
+-- COPY_HISTORY
 -- $1 id, $2 at, $3 event, $4 actor, $5 attempt, $6 error
 INSERT INTO history (job_id, at, event, actor, attempt, error) VALUES ($1, $2, $3, $4, $5, $6);
 
 -- Statements that only PostgreSQL has
 
--- ALIVE
+-- LOCKED_SLOTS
 -- Return the numbers of the locks that consumers hold as long as they live.
 SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = 28785 AND objsubid = 2 AND granted
     AND database = (SELECT oid FROM pg_database WHERE datname = current_database());
@@ -578,7 +578,7 @@ SELECT name, $5, substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2), $2
 FROM open CROSS JOIN json_array_elements(CAST($10 AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n
 RETURNING id, pg_notify('pqueue', '');
 
--- TAKE
+-- CLAIM_ALONE
 -- Take jobs, unless there is something to recover. Only a last attempt is synced: the power must not give it another.
 -- $1 consumer, $2 token, $3 lease_expires_at, $4 now, $5 limit, $6 queues
 WITH taken AS (
@@ -596,14 +596,14 @@ UNION ALL
 SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
                WHERE state = 'pending' AND assigned_to = $1
                AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)
-               ORDER BY priority DESC, run_at, id LIMIT $5 FOR UPDATE SKIP LOCKED) mine) candidates
+               ORDER BY priority DESC, run_at, id LIMIT $5 FOR UPDATE SKIP LOCKED) assigned) candidates
     WINDOW best AS (ORDER BY priority DESC, run_at, id ROWS UNBOUNDED PRECEDING)) ranked
     WHERE rank <= $5 AND (rank = 1 OR alone = 0)))
 RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error)
 SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN current_setting('synchronous_commit')
     ELSE 'off' END, true), taken.* FROM (SELECT) one LEFT JOIN taken ON true;
 
--- EXCHANGE
+-- COMPLETE_AND_CLAIM
 -- Finish jobs, and take others as TAKE does. The first column lists those that were finished, unless all were.
 -- $1 now, $2 ids, $3 tokens, $4 results, $5 consumer, $6 token, $7 lease_expires_at, $8 limit, $9 queues, $10 number
 WITH done AS (
@@ -625,25 +625,25 @@ UNION ALL
 SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
                WHERE state = 'pending' AND assigned_to = $5
                AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)
-               ORDER BY priority DESC, run_at, id LIMIT $8 FOR UPDATE SKIP LOCKED) mine) candidates
+               ORDER BY priority DESC, run_at, id LIMIT $8 FOR UPDATE SKIP LOCKED) assigned) candidates
     WINDOW best AS (ORDER BY priority DESC, run_at, id ROWS UNBOUNDED PRECEDING)) ranked
     WHERE rank <= $8 AND (rank = 1 OR alone = 0)))
 RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error)
 SELECT CASE WHEN (SELECT count(*) FROM done) < $10 THEN ARRAY(SELECT id FROM done) END, taken.*
 FROM (SELECT) one LEFT JOIN taken ON true;
 
--- KEEP
+-- LOCK_UNFINISHED
 -- Lock the unfinished job that has the key: it may be neither delivered nor finished before the transaction, which may
 -- write for it, ends.
 -- $1 id
 SELECT 1 FROM jobs WHERE id = $1 AND state IN ('scheduled', 'pending', 'processing') FOR SHARE;
 
--- REVIVE
+-- MARK_RUNNING
 -- Note that a consumer lives that was taken for dead.
 -- $1 now, $2 token
 UPDATE consumers SET state = 'running', last_seen_at = $1 WHERE token = $2 AND state <> 'stopped';
 
--- WRITING
+-- WRITERS
 -- Return the transactions that are changing jobs.
 SELECT virtualtransaction FROM pg_locks WHERE relation = 'pqueue.jobs'::regclass AND mode = 'RowExclusiveLock'
     AND database = (SELECT oid FROM pg_database WHERE datname = current_database());
@@ -668,7 +668,7 @@ WHERE counted <> found;
 -- Return a row while the triggers count pending jobs.
 SELECT 1 FROM pg_trigger WHERE tgrelid = 'pqueue.jobs'::regclass AND tgname = 'pending_insert';
 
--- JOIN_WRITERS
+-- LOCK_AS_WRITER
 -- Acquire the lock of writers before jobs are read that are then changed: holding only that of readers, this
 -- transaction and a change of a limit could wait for each other.
 LOCK TABLE jobs IN ROW EXCLUSIVE MODE;
@@ -677,7 +677,7 @@ LOCK TABLE jobs IN ROW EXCLUSIVE MODE;
 -- Remove the triggers. CAST: a function that returns nothing has no type that a driver reads.
 SELECT CAST(pqueue.stop_counting() AS text);
 
--- ADD_UP
+-- MERGE_CHANGES
 -- Add up the changes of the queue that has most. One queue at a time, so that no transaction waits for the second of
 -- two while it has the first.
 SELECT pqueue.count_pending(queue) FROM (

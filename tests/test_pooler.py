@@ -166,9 +166,9 @@ def test_consumer_that_dies_before_the_server_is_seen_from_behind_it(queue, dire
     monkeypatch.setattr(pqueue_sqlalchemy, "RESTART_SECONDS", 0)
     direct.enqueue("t")
     job = direct.dequeue("anna")
-    direct._line._over = True  # as the kernel does for a process that was killed
-    direct._line._thread.join()
-    direct._line._connection.close()
+    direct._listener._stopped = True  # as the kernel does for a process that was killed
+    direct._listener._thread.join()
+    direct._listener._connection.close()
     assert wait_until(lambda: queue.dequeue("berta")).id == job.id
 
 
