@@ -589,7 +589,7 @@ class QueueContract:
                 self.queue.leave(f"request {number}")
             for number in range(3):
                 self.queue.dequeue(f"request {number}")
-            with self.assertRaisesRegex(QueueError, "cannot begin consumer 'one more': this object has 3.*leave"):
+            with self.assertRaisesRegex(QueueError, "cannot register consumer 'one more': this object has 3.*leave"):
                 self.queue.dequeue("one more")
 
     def test_job_that_may_run_once_is_taken_alone(self):
@@ -889,7 +889,7 @@ class QueueContract:
 
     def test_new_consumer_cannot_begin_inside_a_transaction_that_may_undo_it(self):
         self.queue.enqueue("t", now=NOW)
-        with self.assertRaisesRegex(QueueError, "cannot begin consumer 'anna' inside a transaction"):
+        with self.assertRaisesRegex(QueueError, "cannot register consumer 'anna' inside a transaction"):
             with self.queue.transaction():
                 self.queue.dequeue("anna", now=NOW)
         self.assertIsNotNone(self.queue.dequeue("anna", now=NOW))
@@ -1640,7 +1640,7 @@ class SQLiteContract(QueueContract, SQLiteCase):
     def test_job_is_not_begun_when_its_lease_is_over(self):
         self.queue.enqueue("t", now=NOW)
         (job,) = self.queue.dequeue_many("w", 5, prefetch=True, lease_seconds=60, now=NOW)
-        with self.assertRaisesRegex(LeaseLost, "cannot begin job 1: the lease of w on it is over"):
+        with self.assertRaisesRegex(LeaseLost, "cannot begin job 1: the lease of w on it has expired"):
             self.queue.begin(job, now=NOW + 60)
         self.assertEqual(self.reopen().dequeue("other", now=NOW + 60).attempts, 1)  # for it had not begun
 
@@ -2988,7 +2988,7 @@ class Misuse(SQLiteCase):
         queue.enqueue("t")
         with queue.transaction() as db:
             db.execute("CREATE TRIGGER swallow BEFORE INSERT ON jobs BEGIN SELECT RAISE(IGNORE); END")
-        with self.assertRaisesRegex(QueueError, "takes no job"):
+        with self.assertRaisesRegex(QueueError, "did not store the job"):
             queue.enqueue("t")
         self.assertIsNotNone(queue.dequeue("w"))
 
