@@ -138,7 +138,7 @@ DECLARE
 BEGIN
     IF TG_OP = 'INSERT' THEN
         SELECT min(queue), max(queue), count(*) INTO which, last, jobs FROM added WHERE state = 'pending' AND assigned_to IS NULL;
-        IF which = last THEN  -- as always when a producer adds them
+        IF which = last THEN  -- always, except in a copy
             UPDATE pqueue.pending_counts SET pending = pending + jobs WHERE queue = which
             RETURNING pending, max_pending INTO counted, most;
             IF FOUND THEN
@@ -211,7 +211,7 @@ FROM queues WHERE max_pending IS NOT NULL;
 
 -- ENQUEUE
 -- Insert a job, unless its queue is unknown or full, or an unfinished job has its key.
--- differs because the count of pending jobs is locked before a job is stored, or its key taken; returns the new id
+-- differs because the count of pending jobs is locked before the job and its key are inserted; returns the new id
 -- $1 task, $2 payload, $3 state, $4 priority, $5 run_at, $6 max_attempts, $7 key, $8 assigned_to, $9 now, $10 queue
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
 SELECT name, $1, $2, $3, $4, $5, $6, $7, $8, $9
@@ -223,7 +223,7 @@ RETURNING id;
 -- ENQUEUE_MANY
 -- Insert a job per payload, unless the queue is unknown or has no room for all. :payloads is a JSON array of [payload],
 -- which preserves the text of each.
--- differs because the count of pending jobs is locked before jobs are stored; returns their ids
+-- differs because the count of pending jobs is locked before jobs are inserted; returns their ids
 -- $1 queue, $2 number, $3 task, $4 state, $5 priority, $6 run_at, $7 max_attempts, $8 assigned_to, $9 now, $10 payloads
 WITH open AS MATERIALIZED (
     SELECT name FROM queues
@@ -236,7 +236,7 @@ RETURNING id;
 
 -- ROOM
 -- Return how many more pending jobs the queue accepts (NULL: any number), and its limit.
--- differs because the count is in tables of its own, and locked until the transaction ends
+-- differs because the count is in separate tables, and locked until the transaction ends
 -- $1 queue
 SELECT CASE WHEN max_pending IS NOT NULL THEN max_pending - pqueue.count_pending(name) END AS room, max_pending
 FROM queues WHERE name = $1;
@@ -259,7 +259,7 @@ WHERE true ON CONFLICT DO NOTHING;
 
 -- CLAIM
 -- Lease the first :limit jobs to the consumer.
--- differs because others claim at the same time: rows are locked, and their attempts read after that
+-- differs because of concurrent claims: rows are locked before their attempts are read
 -- $1 consumer, $2 token, $3 lease_expires_at, $4 now, $5 limit, $6 queues
 UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = $1, lease_token = $2,
     lease_expires_at = $3, started_at = $4
@@ -297,7 +297,7 @@ SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
 
 -- OVERDUE
 -- Return whether a scheduled job is due, and whether a lease has expired.
--- differs because min() may be planned as a walk through all jobs of a state
+-- differs because min() may be planned as a scan of all jobs of a state
 -- $1 now
 SELECT (SELECT run_at FROM jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $1 AS due, (SELECT lease_expires_at FROM jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $1 AS expired;
 
@@ -321,7 +321,7 @@ SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
 
 -- PROMOTE
 -- Make scheduled jobs that are due pending.
--- differs because others promote at the same time
+-- differs because others may promote at the same time
 -- $1 now, $2 limit
 UPDATE jobs SET state = 'pending' WHERE id = ANY (ARRAY(
     SELECT id FROM jobs WHERE state = 'scheduled' AND run_at <= $1 ORDER BY run_at LIMIT $2 FOR UPDATE SKIP LOCKED));
@@ -377,7 +377,7 @@ UPDATE jobs SET progress = coalesce($1, progress), result = coalesce($2, result)
 
 -- RESUBMIT
 -- Make a finished job pending again, unless its queue is full or an unfinished job has its key.
--- differs because the count is in tables of its own
+-- differs because the count is in separate tables
 -- $1 now, $2 id
 UPDATE jobs SET state = 'pending', run_at = $1, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL,
     error = NULL WHERE id = $2 AND state IN ('completed', 'failed', 'cancelled')
@@ -406,7 +406,7 @@ WHERE id = $2 AND state IN ('scheduled', 'pending', 'processing');
 
 -- RECORD
 -- Record an event of a job. Must run before the transition, while the row still describes the attempt.
--- differs because the job must stay as it is until the transition that follows
+-- differs because the job must not change before the transition that follows
 -- $1 now, $2 event, $3 actor, $4 error, $5 id
 INSERT INTO history (job_id, at, event, actor, attempt, error)
 SELECT id, $1, $2, $3, attempts, $4 FROM jobs WHERE id = $5 FOR UPDATE;
@@ -435,7 +435,7 @@ UPDATE consumers SET state = 'dead' WHERE slot = $1 AND state = 'running';
 
 -- UNREGISTER
 -- Mark a consumer as stopped or dead.
--- differs because a consumer that was cut off, and taken for dead, may be back
+-- differs because a consumer that lost its connection may have reconnected
 -- $1 state, $2 token
 UPDATE consumers SET state = $1 WHERE token = $2 AND state = 'running' AND ($1 = 'stopped' OR slot NOT IN (
 SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = 28785 AND objsubid = 2 AND granted
@@ -468,7 +468,7 @@ INSERT INTO queues (name, max_pending) VALUES ($1, $2) ON CONFLICT (name) DO UPD
 
 -- PRUNABLE
 -- Return jobs that finished long ago. Never the newest: SQLite would reuse its id.
--- differs because a subquery for each queue is LATERAL, and others prune at the same time
+-- differs because a subquery for each queue is LATERAL, and others may prune at the same time
 -- $1 state, $2 before, $3 limit
 SELECT jobs.id FROM queues q CROSS JOIN LATERAL
     (SELECT id FROM jobs WHERE state = $1 AND queue = q.name AND finished_at < $2
@@ -551,12 +551,12 @@ INSERT INTO history (job_id, at, event, actor, attempt, error) VALUES ($1, $2, $
 -- Statements that only PostgreSQL has
 
 -- LOCKED_SLOTS
--- Return the numbers of the locks that consumers hold as long as they live.
+-- Return the slots of living consumers: the numbers of the locks that they hold.
 SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = 28785 AND objsubid = 2 AND granted
     AND database = (SELECT oid FROM pg_database WHERE datname = current_database());
 
 -- ENQUEUE_ALONE
--- Do what ENQUEUE does, and wake consumers. The trigger keeps the limit where a job is pending and has no key.
+-- Do what ENQUEUE does, and wake consumers. The trigger enforces the limit for a pending job without a key.
 -- $1 task, $2 payload, $3 state, $4 priority, $5 run_at, $6 max_attempts, $7 key, $8 assigned_to, $9 now, $10 queue
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
 SELECT name, $1, $2, $3, $4, $5, $6, $7, $8, $9
@@ -578,7 +578,7 @@ FROM open CROSS JOIN json_array_elements(CAST($10 AS json)) WITH ORDINALITY AS p
 RETURNING id, pg_notify('pqueue', '');
 
 -- CLAIM_ALONE
--- Take jobs, unless there is something to recover. Only a last attempt is synced: the power must not give it another.
+-- Lease jobs, unless there are any to promote or reclaim. Synced only for a last attempt, which must not be repeated.
 -- $1 consumer, $2 token, $3 lease_expires_at, $4 now, $5 limit, $6 queues
 WITH taken AS (
 UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = $1, lease_token = $2,
@@ -603,7 +603,7 @@ SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN 
     ELSE 'off' END, true), taken.* FROM (SELECT) one LEFT JOIN taken ON true;
 
 -- COMPLETE_AND_CLAIM
--- Finish jobs, and take others as TAKE does. The first column lists those that were finished, unless all were.
+-- Complete jobs, and lease others as CLAIM_ALONE does. The first column lists the completed ids, or is NULL for all.
 -- $1 now, $2 ids, $3 tokens, $4 results, $5 consumer, $6 token, $7 lease_expires_at, $8 limit, $9 queues, $10 number
 WITH done AS (
     UPDATE jobs SET state = 'completed', finished_at = $1, result = done.result, error = NULL, lease_token = NULL, lease_expires_at = NULL
@@ -632,27 +632,27 @@ SELECT CASE WHEN (SELECT count(*) FROM done) < $10 THEN ARRAY(SELECT id FROM don
 FROM (SELECT) one LEFT JOIN taken ON true;
 
 -- LOCK_UNFINISHED
--- Lock the unfinished job that has the key: it may be neither delivered nor finished before the transaction, which may
--- write for it, ends.
+-- Lock the unfinished job that has the key: it must not be delivered or finished before the transaction, which may
+-- write data for it, ends.
 -- $1 id
 SELECT 1 FROM jobs WHERE id = $1 AND state IN ('scheduled', 'pending', 'processing') FOR SHARE;
 
 -- MARK_RUNNING
--- Note that a consumer lives that was taken for dead.
+-- Mark a consumer as running that others may have marked as dead.
 -- $1 now, $2 token
 UPDATE consumers SET state = 'running', last_seen_at = $1 WHERE token = $2 AND state <> 'stopped';
 
 -- WRITERS
--- Return the transactions that are changing jobs.
+-- Return the transactions that have written jobs.
 SELECT virtualtransaction FROM pg_locks WHERE relation = 'pqueue.jobs'::regclass AND mode = 'RowExclusiveLock'
     AND database = (SELECT oid FROM pg_database WHERE datname = current_database());
 
 -- TIME_LIMITS
--- Return the settings that may end a statement or a transaction before its wait for a lock does.
+-- Return the settings that may end a statement or a transaction before lock_timeout does.
 SELECT name, setting FROM pg_settings WHERE name IN ('statement_timeout', 'transaction_timeout');
 
 -- UPTIME
--- Return the seconds since the server started, or took the place of the primary that it followed (NULL: it never did).
+-- Return the seconds since the server started or, if later, replayed its last transaction as a standby.
 SELECT EXTRACT(EPOCH FROM clock_timestamp() - greatest(pg_postmaster_start_time(), pg_last_xact_replay_timestamp()));
 
 -- MISCOUNTED
@@ -664,21 +664,21 @@ SELECT * FROM (
 WHERE counted <> found;
 
 -- IS_COUNTED
--- Return a row while the triggers count pending jobs.
+-- Return a row if the triggers that count pending jobs exist.
 SELECT 1 FROM pg_trigger WHERE tgrelid = 'pqueue.jobs'::regclass AND tgname = 'pending_insert';
 
 -- LOCK_AS_WRITER
--- Acquire the lock of writers before jobs are read that are then changed: holding only that of readers, this
--- transaction and a change of a limit could wait for each other.
+-- Acquire the writers' lock before reading jobs to change: with only the readers' lock, this transaction could deadlock
+-- with a change of a limit.
 LOCK TABLE jobs IN ROW EXCLUSIVE MODE;
 
 -- STOP_COUNTING
--- Remove the triggers. CAST: a function that returns nothing has no type that a driver reads.
+-- Drop the triggers. The CAST gives the result a type that the driver can decode.
 SELECT CAST(pqueue.stop_counting() AS text);
 
 -- MERGE_CHANGES
--- Add up the changes of the queue that has most. One queue at a time, so that no transaction waits for the second of
--- two while it has the first.
+-- Merge the pending_changes of the queue that has most. One queue at a time, so that no transaction waits for a lock
+-- while it holds another.
 SELECT pqueue.count_pending(queue) FROM (
     SELECT queue FROM pending_counts WHERE queue = (
         SELECT queue FROM (SELECT queue FROM pending_changes LIMIT 1000) first

@@ -141,7 +141,7 @@ def test_consumers_are_told_once_that_the_timer_serves_them(queue, direct, caplo
     assert queue.dequeue("anna") is None
     assert queue.dequeue("berta") is None
     assert [record.message for record in caplog.records] == [
-        f"{queue.name} passes on no NOTIFY: consumers look every 1 s, leases alone tell who died"
+        f"{queue.name} passes on no NOTIFY: consumers poll every 1 s, and crashes are noticed only when leases expire"
     ]
     direct.enqueue("t")
     assert wait_until(lambda: queue.wait(1, consumer="anna"))
