@@ -247,9 +247,8 @@ class PersistentQInterface(Reading, Moving):
         return self._store(ENQUEUE, row)[0]
 
     def _store(self, sql: str, row: Params) -> list[int]:
-        """Insert jobs; return their ids, or that of the job that has the key.
-
-        Usually a single statement, its own transaction; not if the key is taken, or the queue is new or full."""
+        """Insert jobs; return their ids, or that of the job that has the key. This is a single statement, its own
+        transaction, unless the key is taken, or the queue is new or full."""
         if not self.in_transaction and (ids := self._transaction().insert(sql, row)):
             return ids
         with self._transaction() as session:

@@ -134,10 +134,8 @@ class Backend(ABC):
 
     @abstractmethod
     def _transaction(self, *, durable: bool = True, in_batch: bool = False) -> Session:
-        """Return this thread's session, to be entered.
-
-        durable: the commit survives a power cut. in_batch: a consumer's transaction, which yields to other writers.
-        """
+        """Return this thread's session, to be entered. durable: the commit survives a power cut. in_batch: it is a
+        consumer's transaction, which yields to other writers."""
 
     @abstractmethod
     def _read(self, sql: str, params: Params = NO_PARAMS) -> list[Any]:
