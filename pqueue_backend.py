@@ -1,4 +1,4 @@
-"""What a backend brings: sessions, wake-up, liveness, backup and check."""
+"""The abstract base of a backend: sessions, wake-up, liveness, backup and check."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from typing import Any, TypeVar
 
-from pqueue_values import NOTHING, LeaseLost, Params, QueueError, finite
+from pqueue_values import NO_PARAMS, LeaseLost, Params, QueueError, finite
 
 SomeSession = TypeVar("SomeSession", bound="Session")
 
 
 class Session(ABC):
-    """One thread's connection to the database. As a context manager a transaction, and inside one a savepoint."""
+    """One thread's connection. As a context manager it is a transaction or, inside one, a savepoint."""
 
-    ring = False  # a job became pending or scheduled: wake consumers when the transaction is committed
-    lost: LeaseLost | None = None  # a lease was lost inside: the whole transaction must roll back
-    depth = 0  # of transactions in each other
-    tangled = False  # one ended before another that was begun inside it: likewise
-
-    @abstractmethod
-    def run(self, sql: str, params: Params = NOTHING) -> list[Any]:
-        """Execute a statement with :named parameters and return all its rows."""
+    wakes = False  # a job became pending or scheduled: wake consumers after the commit
+    lost: LeaseLost | None = None  # a lease was lost: the outermost transaction must roll back
+    depth = 0  # nesting depth of transactions
+    misnested = False  # a block ended before one inside it: likewise
 
     @abstractmethod
-    def change(self, sql: str, params: Params = NOTHING) -> int:
-        """Execute a statement and return how many rows it changed."""
+    def run(self, sql: str, params: Params = NO_PARAMS) -> list[Any]:
+        """Execute a statement with :named parameters and return all rows."""
+
+    @abstractmethod
+    def change(self, sql: str, params: Params = NO_PARAMS) -> int:
+        """Execute a statement and return the number of rows it changed."""
 
     @abstractmethod
     def change_many(self, sql: str, rows: list[Params]) -> None:
@@ -37,12 +37,12 @@ class Session(ABC):
 
     @abstractmethod
     def insert(self, sql: str, params: Params) -> list[int]:
-        """Execute an INSERT of jobs, which outside a transaction is one by itself, and return the new ids in order."""
+        """Execute an INSERT of jobs, outside a transaction in one of its own; return the new ids in order."""
 
     @property
     @abstractmethod
     def has_ended(self) -> bool:
-        """Whether code inside the outermost block has ended its transaction."""
+        """Whether code in the outermost block has already ended the transaction."""
 
     @abstractmethod
     def _begin(self) -> None:
@@ -53,8 +53,8 @@ class Session(ABC):
         """Commit, or raise QueueError."""
 
     @abstractmethod
-    def _leave(self) -> None:
-        """Roll back what was not committed, and let others go on."""
+    def _cleanup(self) -> None:
+        """Roll back what was not committed, and release the write lock."""
 
     @abstractmethod
     def _wake(self) -> None:
@@ -63,9 +63,9 @@ class Session(ABC):
     def __enter__(self: SomeSession) -> SomeSession:
         if self.depth == 0:
             self._begin()
-            self.ring, self.lost, self.tangled = False, None, False
+            self.wakes, self.lost, self.misnested = False, None, False
         elif self.has_ended:
-            raise QueueError("cannot go on in a transaction that has ended; leave its block")
+            raise QueueError("cannot continue in a transaction that has ended; leave its block")
         else:
             self.change("SAVEPOINT nested")
         self.depth += 1
@@ -87,10 +87,10 @@ class Session(ABC):
             if error is None and self.lost is None:
                 self._commit()
         finally:
-            self._leave()
+            self._cleanup()
         if error is None and self.lost is not None:
             raise self.lost
-        if error is None and self.ring:
+        if error is None and self.wakes:
             self._wake()
 
     def _expect_to_go_on(self) -> None:
@@ -98,111 +98,111 @@ class Session(ABC):
             raise QueueError("cannot commit: the transaction was ended inside its block")
 
     @contextmanager
-    def in_order(self) -> Iterator[None]:
-        """Open a transaction; undo it when a block ends before one that was begun inside it."""
+    def user_transaction(self) -> Iterator[None]:
+        """Open a transaction for user code; roll back and raise if blocks end in the wrong order."""
         with self:
             depth = self.depth
             try:
                 yield
             finally:
-                self.tangled = self.tangled or self.depth != depth
+                self.misnested = self.misnested or self.depth != depth
                 # guard: transactions end in the order in which they nest
-                if self.tangled:
+                if self.misnested:
                     raise QueueError(
                         "cannot end a transaction before those begun inside it: neither await nor yield in one"
                     )
 
 
 class Registration:
-    """A consumer of this process: its random token, its slot beside the database, and the numbers of its claims."""
+    """A consumer of this process: its random token, its lock, and the numbers of its claims."""
 
     def __init__(self, name: str, slot: Any) -> None:
         self.name = name
         self.slot = slot
         self.token = os.urandom(8).hex()
         self.claims = count(1)
-        self.prefetches = False  # the attempts of its jobs count when they begin
+        self.prefetches = False  # an attempt counts when the job begins, not when it is claimed
 
 
 class Backend(ABC):
     """The part of a queue that depends on its database."""
 
-    name: str  # of the database, without a password
-    max_batch = 48  # jobs for a consumer to take at once: more would keep an enqueue waiting for more than a few ms
+    name: str  # of the database, without the password
+    max_batch = 48  # jobs per claim of a consumer: more would delay an enqueue by more than a few ms
     _LIKE = "LIKE"  # the comparison that ignores the case of ASCII letters
     _BYTES = "length(CAST({} AS BLOB))"  # of a text in UTF-8
 
     @abstractmethod
-    def _write(self, *, durable: bool = True, in_batch: bool = False) -> Session:
-        """Return this thread's session to enter; durable: its commit survives a power cut; in_batch: it is a
-        consumer's, which may be long or one of very many, and lets others go first."""
+    def _transaction(self, *, durable: bool = True, in_batch: bool = False) -> Session:
+        """Return this thread's session, to be entered. durable: the commit survives a power cut. in_batch: it is a
+        consumer's transaction, which yields to other writers."""
 
     @abstractmethod
-    def _read(self, sql: str, params: Params = NOTHING) -> list[Any]:
-        """Return all rows without keeping a writer waiting."""
+    def _read(self, sql: str, params: Params = NO_PARAMS) -> list[Any]:
+        """Return all rows without blocking writers."""
 
     @abstractmethod
     def _take_slot(self) -> Any:
-        """Return an object with `number` and `close()`, by which others see whether this process lives."""
+        """Acquire a lock that shows that this consumer is alive; return it, with `number` and `close()`."""
 
     @abstractmethod
     def _is_alive(self, slot: int | None) -> bool:
-        """Return False when the process that took this slot is known to have died."""
+        """Return False if the process that held this slot is known to be dead."""
 
     @abstractmethod
     def _sleep(self, me: Registration, seconds: float, due_in: Callable[[], float]) -> bool:
-        """Sleep until a session rings (True), or for these seconds or what `due_in` returns (False).
+        """Sleep until a wake-up (True), or for `seconds` or what `due_in` returns, if less (False).
 
-        A ring after `due_in` was asked must not be missed.
+        Must not lose a wake-up that arrives after `due_in` was called.
         """
 
     @property
     @abstractmethod
     def in_transaction(self) -> bool:
-        """Whether this thread is inside a transaction, where a signal handler had better not raise."""
+        """Whether this thread is inside a transaction, where a signal handler must not raise."""
 
     @abstractmethod
     def transaction(self) -> AbstractContextManager[Any]:
-        """Open a transaction that every call on this queue in this thread joins; yield its connection.
+        """Open a transaction that all calls on this queue in this thread join; yield its connection.
 
-        It commits at the end of the block and rolls back on an exception. If a lease was lost inside, it rolls back
-        and raises LeaseLost, even if the block caught that. Nested, it is a savepoint of the outer one.
+        It commits at the end of the block and rolls back on an exception. If a lease was lost in the block, it rolls
+        back and raises LeaseLost, even if the block caught that error. Nested, it is a savepoint of the outer one.
         """
 
     @abstractmethod
     def backup(self, path: str | os.PathLike[str]) -> None:
-        """Write a consistent, verified copy to a new file, while others go on working."""
+        """Write a consistent, verified copy to a new file, while the queue is in use."""
 
     @abstractmethod
     def check(self, *, thorough: bool = True) -> dict[str, Any]:
-        """Return facts about the database and, as "problems", a list of sentences.
+        """Return a dict of facts about the database; "problems" is a list of sentences.
 
-        Thorough reads the whole of it, to see that it is undamaged, and takes the way of a writer.
+        thorough: read the whole database to find damage, and take the write lock.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Release the jobs that this object's consumers hold, as `release` does, and close the database."""
+        """Release the jobs that this object's consumers hold, and close the database."""
 
     def _time(self, now: float | None) -> float:
         return time.time() if now is None else finite("now", now)
 
     @abstractmethod
-    def _count_pending(self, tx: Session, queues: Iterable[str]) -> None:
-        """Count the pending jobs of these queues, and keep counting while some queue has a limit."""
+    def _count_pending(self, session: Session, queues: Iterable[str]) -> None:
+        """Count the pending jobs of these queues, and keep the counts while any queue has a limit."""
 
     @abstractmethod
-    def _lock_out_writers(self, tx: Session) -> None:
-        """Let nobody else write until this transaction ends."""
+    def _lock_out_writers(self, session: Session) -> None:
+        """Block all other writers until this transaction ends."""
 
     @abstractmethod
-    def _lock_jobs(self, tx: Session, job_ids: list[int]) -> None:
-        """Let nobody else change these jobs until this transaction ends."""
+    def _lock_jobs(self, session: Session, job_ids: list[int]) -> None:
+        """Lock these jobs until this transaction ends."""
 
     @abstractmethod
-    def _number_on(self, tx: Session) -> None:
-        """Give the next rows ids above those that were copied."""
+    def _reset_ids(self, session: Session) -> None:
+        """Make new rows get ids above those that were copied."""
 
     @abstractmethod
     def other_tables(self) -> list[str]:
-        """Return the names of what the application keeps in this database besides, which `move_to` leaves behind."""
+        """Return the names of the application's own tables in this database, which `move_to` does not copy."""

@@ -14,9 +14,9 @@ from pqueue_backend import Backend, Session
 from pqueue_schema import ADD_QUEUE, COLUMNS, LIMITED, MOVES, UNFINISHED
 from pqueue_values import InvalidTransition, Job, Params, QueueError, operator_name
 
-# A move leaves a mark in history, with 0 for its job and JSON in `error`. In the old queue, 'moving' while it waits for
-# what runs, and 'moved' afterwards: {"token", "to"}; `attempt` counts how often it was finished. In the new one, 'moved
-# here': {"token", "last_id"}, the last job that it has of those in the old one when that was finished `attempt` times.
+# A move is marked in history by a row with job_id 0 and JSON in `error`. In the source: 'moving' while it waits for
+# running jobs, then 'moved', with {"token", "to"}; `attempt` is the number of calls of `finish_move`. In the target:
+# 'moved here', with {"token", "last_id"}: the last job of the source copied as of the call number `attempt`.
 MARK = f"SELECT id, at, event, attempt, error FROM history WHERE job_id = 0 AND event IN {MOVES} ORDER BY id DESC"
 MARKS_HERE = "SELECT id, attempt, error FROM history WHERE job_id = 0 AND event = 'moved here' ORDER BY id DESC"
 ADD_MARK = """
@@ -24,16 +24,16 @@ INSERT INTO history (job_id, at, event, actor, attempt, error) VALUES (0, :now, 
 UNMARK = f"DELETE FROM history WHERE job_id = 0 AND event IN {MOVES}"
 PAUSE_ALL = "UPDATE queues SET paused = 2 WHERE paused = 0"
 RESUME_ALL = "UPDATE queues SET paused = 0 WHERE paused = 2"
-CARRIED = ", ".join(Job._fields[1:])
-CARRY_OVER = f"""
-INSERT INTO jobs ({CARRIED}) VALUES (:{CARRIED.replace(", ", ", :")})
+NEW_JOB_COLUMNS = ", ".join(Job._fields[1:])
+COPY_JOB = f"""
+INSERT INTO jobs ({NEW_JOB_COLUMNS}) VALUES (:{NEW_JOB_COLUMNS.replace(", ", ", :")})
 ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING RETURNING id"""
-STORY_COLUMNS = ("at", "event", "actor", "attempt", "error")
-STORY = f"SELECT {', '.join(STORY_COLUMNS)} FROM history WHERE job_id = :id ORDER BY id"
-ADD_STORY = """
+HISTORY_COLUMNS = ("at", "event", "actor", "attempt", "error")
+HISTORY_OF = f"SELECT {', '.join(HISTORY_COLUMNS)} FROM history WHERE job_id = :id ORDER BY id"
+COPY_HISTORY = """
 INSERT INTO history (job_id, at, event, actor, attempt, error) VALUES (:id, :at, :event, :actor, :attempt, :error)"""
 
-# What a copy carries: its first column is the key. Consumers are not among it: they belong to where they run.
+# The tables and columns to copy; the first column is the key. Consumers are not copied: they are local processes.
 COPIED = {
     "queues": "name, paused, max_pending",
     "jobs": COLUMNS,
@@ -42,32 +42,32 @@ COPIED = {
 
 
 class Moving(Backend):
-    """Copies and moves a queue to another backend."""
+    """The operations that copy or move a queue to another backend."""
 
     @abstractmethod
     def delete_jobs(self, job_ids: Iterable[int] | None = None, *, force: bool = False) -> int: ...
 
     @abstractmethod
-    def _look_for_dead(self) -> list[str] | None: ...
+    def _find_dead(self) -> list[str] | None: ...
 
     @abstractmethod
-    def _recover(self, tx: Session, dead: list[str] | None, now: float) -> None: ...
+    def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> None: ...
 
     def copy_to(self, target: Moving, tell: Callable[[int], None] | None = None) -> dict[str, int]:
         """Copy queues, jobs and history into a queue of any backend that has no jobs.
 
         Return the number of rows of each table. The copy is read back and compared before it is committed; until then
-        nobody else can write to either queue. `tell` is called with the number of rows copied so far.
+        both queues are locked for writing. `tell` is called with the number of rows copied so far.
 
         Raises QueueError if the target has jobs, or if the copy differs.
         """
-        with self._write() as source, target._write() as copy:
+        with self._transaction() as source, target._transaction() as copy:
             self._lock_out_writers(source)
             target._lock_out_writers(copy)
             if copy.run("SELECT 1 FROM jobs LIMIT 1"):
                 raise QueueError("cannot copy: expected a target without jobs")
             copied = _copy_rows(source, copy, tell)
-            target._number_on(copy)
+            target._reset_ids(copy)
             # guard: a copy counts what is pending
             target._count_pending(copy, [row[0] for row in copy.run(LIMITED)])
         return copied
@@ -77,35 +77,34 @@ class Moving(Backend):
     def move_status(self) -> dict[str, Any] | None:
         """Return the move that this queue is part of, or None.
 
-        It is a dict: "event" is "moving" until `move_to`, then "moved"; "at" is when, in Unix seconds; "to" is the name
-        of the target.
+        It is a dict: "event", "moving" until `move_to`, then "moved"; "at", Unix seconds; "to", the name of the target.
         """
         rows = self._read(MARK)
         return {"event": rows[0][2], "at": rows[0][1], "to": json.loads(rows[0][4])["to"]} if rows else None
 
     def begin_move(self, to: str, *, by: str | None = None, now: float | None = None) -> int:
-        """Pause all queues, also those created from now on, and return how many jobs are still `processing`.
+        """Pause all queues, including those created later, and return how many jobs are still `processing`.
 
-        to: the name of the target, as its `name` gives it.
+        to: the `name` of the target.
 
         Raises QueueError if this queue was moved elsewhere, or is the target.
         """
         if to == self.name:
             raise QueueError("cannot move: the target is this queue itself")
-        dead = self._look_for_dead()
-        with self._write() as tx:
-            self._lock_out_writers(tx)
-            event, known = _mark(tx)
+        dead = self._find_dead()
+        with self._transaction() as session:
+            self._lock_out_writers(session)
+            event, known = _mark(session)
             if event == "moved" and known["to"] != to:
                 raise QueueError(
                     f"cannot move: this queue was moved to {known['to']}; finish that with --finish, or give it up "
                     "with --cancel"
                 )
-            self._recover(tx, dead, self._time(now))
-            tx.change(PAUSE_ALL)
+            self._reclaim(session, dead, self._time(now))
+            session.change(PAUSE_ALL)
             if known.get("to") != to:
-                self._set_mark(tx, "moving", {"to": to}, by, now)
-            return count_running(tx)
+                self._set_mark(session, "moving", {"to": to}, by, now)
+            return count_running(session)
 
     def move_to(
         self,
@@ -116,15 +115,15 @@ class Moving(Backend):
         by: str | None = None,
         now: float | None = None,
     ) -> dict[str, int] | None:
-        """Copy this queue as `copy_to` does; queues in the target are paused as they were before `begin_move`.
+        """Copy this queue as `copy_to` does; in the target, queues are paused as they were before `begin_move`.
 
-        without: the application's tables in this database that are not to be moved; see `other_tables`.
+        without: the application's tables in this database, which are not moved; see `other_tables`.
 
         Return the number of rows of each table, or None while jobs are `processing`. Raises QueueError as `copy_to`
-        does, and for other tables that `without` does not name. If it is interrupted, call it again.
+        does, and for tables that `without` does not name. If interrupted, call it again.
         """
         self.expect_other_tables(without)
-        with target._write() as copy, self._write() as source:
+        with target._transaction() as copy, self._transaction() as source:
             target._lock_out_writers(copy)
             self._lock_out_writers(source)
             if count_running(source):
@@ -132,15 +131,15 @@ class Moving(Backend):
             if copy.run("SELECT 1 FROM jobs LIMIT 1"):
                 raise QueueError("cannot move: the target holds jobs; expected an empty one")
             copied = _copy_rows(source, copy, tell)
-            target._number_on(copy)
-            mark = self._leave_for(source, target.name, by, now)
+            target._reset_ids(copy)
+            mark = self._mark_moved(source, target.name, by, now)
             for sql, params in arrival(mark):
                 copy.change(sql, params)
-            copy.ring = True
+            copy.wakes = True
         return copied
 
     def expect_other_tables(self, names: Sequence[str]) -> None:
-        """Raise QueueError unless these are the names of all `other_tables`."""
+        """Raise QueueError unless these are exactly the `other_tables`."""
         others = self.other_tables()
         if left := sorted(set(others) - set(names)):
             raise QueueError(
@@ -150,45 +149,45 @@ class Moving(Backend):
         if unknown := sorted(set(names) - set(others)):
             raise QueueError(f"cannot move without {', '.join(unknown)}: there is no such table")
 
-    def _leave_for(self, tx: Session, to: str, by: str | None, now: float | None) -> Params:
-        """Mark this queue as moved; return the parameters of the mark in the other one."""
-        tx.change(PAUSE_ALL)
+    def _mark_moved(self, session: Session, to: str, by: str | None, now: float | None) -> Params:
+        """Mark this queue as moved; return the parameters of the target's mark."""
+        session.change(PAUSE_ALL)
         mark = {"token": os.urandom(8).hex(), "to": to}
-        self._set_mark(tx, "moved", mark, by, now)
-        last_id = tx.run("SELECT coalesce(max(id), 0) FROM jobs")[0][0]
+        self._set_mark(session, "moved", mark, by, now)
+        last_id = session.run("SELECT coalesce(max(id), 0) FROM jobs")[0][0]
         error = json.dumps({"token": mark["token"], "last_id": last_id})
         return {"event": "moved here", "attempt": 0, "error": error, "actor": operator_name(by), "now": self._time(now)}
 
-    def _set_mark(self, tx: Session, event: str, mark: Params, by: str | None, now: float | None) -> None:
-        tx.change(UNMARK)
+    def _set_mark(self, session: Session, event: str, mark: Params, by: str | None, now: float | None) -> None:
+        session.change(UNMARK)
         params = {"event": event, "attempt": 0, "actor": operator_name(by), "now": self._time(now)}
-        tx.change(ADD_MARK, {**params, "error": json.dumps(mark)})
+        session.change(ADD_MARK, {**params, "error": json.dumps(mark)})
 
     def has_moved_to(self, target: Moving) -> bool:
-        """Return whether the target has the jobs that were moved from here."""
+        """Return whether this queue was moved to the target."""
         rows = self._read(MARK)
         token = json.loads(rows[0][4]).get("token") if rows else None
         return token is not None and any(json.loads(row[2])["token"] == token for row in target._read(MARKS_HERE))
 
     def cancel_move(self) -> None:
-        """Resume the queues that the move has paused.
+        """Resume the queues that the move paused.
 
         After `move_to`, the jobs are in both queues, and run twice if consumers serve both.
         """
-        with self._write() as tx:
-            tx.change(RESUME_ALL)
-            tx.change(UNMARK)
-            tx.ring = True
+        with self._transaction() as session:
+            session.change(RESUME_ALL)
+            session.change(UNMARK)
+            session.wakes = True
 
     def finish_move(self, target: Moving) -> dict[str, int]:
-        """Copy the jobs that were enqueued here since `move_to` to the target, under new ids; delete all jobs here.
+        """Copy jobs enqueued here since `move_to` to the target, under new ids; delete all jobs here.
 
-        Call it again if a producer still enqueues here. Return a dict: the number of jobs "carried" over; of those
-        "known", because an unfinished job in the target has their key; and of those "deleted" here.
+        Call it again if a producer still enqueues here. Return a dict of numbers of jobs: "carried", those copied;
+        "known", those not copied, as an unfinished job in the target has their key; "deleted", those deleted here.
 
-        Raises QueueError, or InvalidTransition if jobs are `processing` here, with what to do.
+        Raises QueueError, or InvalidTransition if jobs are `processing` here.
         """
-        with self._write() as source:
+        with self._transaction() as source:
             self._lock_out_writers(source)
             rows = source.run(MARK)
             if not rows or rows[0][2] != "moved":
@@ -198,17 +197,17 @@ class Moving(Backend):
                     f"cannot finish: {running} jobs run in the old queue, which was resumed; pause its queues, and try "
                     "again when they have ended"
                 )
-            with target._write() as copy:
+            with target._transaction() as copy:
                 target._lock_out_writers(copy)
-                carried, known = _carry_over(source, copy, json.loads(rows[0][4]), rows[0][3])
-            # The target remembers what it has, so that this may be killed here and called again.
+                carried, known = _copy_new_jobs(source, copy, json.loads(rows[0][4]), rows[0][3])
+            # The target has recorded what it copied, so that after a crash here this can be called again.
             deleted = self.delete_jobs()
             source.change("UPDATE history SET attempt = attempt + 1 WHERE id = :id", {"id": rows[0][0]})
         return {"carried": carried, "known": known, "deleted": deleted}
 
 
 def _copy_rows(source: Session, copy: Session, tell: Callable[[int], None] | None) -> dict[str, int]:
-    """Copy the tables and compare; return the rows by table."""
+    """Copy and compare the tables; return the number of rows of each."""
     copy.change("DELETE FROM queues")
     copied: dict[str, int] = {}
     for table, columns in COPIED.items():
@@ -225,32 +224,32 @@ def _copy_rows(source: Session, copy: Session, tell: Callable[[int], None] | Non
     return copied
 
 
-def count_running(tx: Session) -> int:
-    return cast(int, tx.run("SELECT count(*) FROM jobs WHERE state = 'processing'")[0][0])
+def count_running(session: Session) -> int:
+    return cast(int, session.run("SELECT count(*) FROM jobs WHERE state = 'processing'")[0][0])
 
 
-def _mark(tx: Session) -> tuple[str | None, Params]:
-    rows = tx.run(MARK)
+def _mark(session: Session) -> tuple[str | None, Params]:
+    rows = session.run(MARK)
     return (rows[0][2], json.loads(rows[0][4])) if rows else (None, {})
 
 
 def arrival(mark: Params) -> list[tuple[str, Params]]:
-    """Return the statements that make a copy a queue of its own, with the mark of where it came from."""
+    """Return the statements that turn a copy into an independent queue with a mark of its source."""
     return [(UNMARK, {}), (ADD_MARK, mark), (RESUME_ALL, {})]
 
 
-def _carry_over(source: Session, copy: Session, mark: Params, attempt: int) -> tuple[int, int]:
-    """Copy the jobs that the target has not got, under new ids; return how many, and how many it knew by their key."""
+def _copy_new_jobs(source: Session, copy: Session, mark: Params, attempt: int) -> tuple[int, int]:
+    """Copy new jobs to the target, under new ids; return how many, and how many were skipped by key."""
     here = [(row, known) for row in copy.run(MARKS_HERE) if (known := json.loads(row[2]))["token"] == mark["token"]]
     if not here:
         raise QueueError(f"cannot finish: expected the target to be {mark['to']}, to which this queue was moved")
     (mark_id, at_attempt, _), known = here[0]
     carried = doubles = 0
     # guard: a finished move knows that ids begin anew
-    last_id = known["last_id"] if at_attempt == attempt else 0  # --finish deletes all, and ids may begin anew
+    last_id = known["last_id"] if at_attempt == attempt else 0  # after a --finish, ids may start at 1 again
     for rows in _pages(source, "jobs", COLUMNS, after=last_id):
         for row in rows:
-            if _carry(source, copy, dict(zip(Job._fields, row, strict=True))):
+            if _copy_job(source, copy, dict(zip(Job._fields, row, strict=True))):
                 carried += 1
             else:
                 doubles += 1
@@ -260,24 +259,24 @@ def _carry_over(source: Session, copy: Session, mark: Params, attempt: int) -> t
         "UPDATE history SET attempt = :attempt, error = :error WHERE id = :id",
         {"id": mark_id, "attempt": attempt, "error": error},
     )
-    copy.ring = True
+    copy.wakes = True
     return carried, doubles
 
 
-def _carry(source: Session, copy: Session, job: Params) -> bool:
+def _copy_job(source: Session, copy: Session, job: Params) -> bool:
     copy.change(ADD_QUEUE, {"queue": job["queue"]})
-    for (job_id,) in copy.run(CARRY_OVER, job):
-        for row in source.run(STORY, {"id": job["id"]}):
-            copy.change(ADD_STORY, {"id": job_id, **dict(zip(STORY_COLUMNS, row, strict=True))})
+    for (job_id,) in copy.run(COPY_JOB, job):
+        for row in source.run(HISTORY_OF, {"id": job["id"]}):
+            copy.change(COPY_HISTORY, {"id": job_id, **dict(zip(HISTORY_COLUMNS, row, strict=True))})
         return True
     return False
 
 
-def _pages(tx: Session, table: str, columns: str, after: Any = None) -> Iterator[list[Any]]:
+def _pages(session: Session, table: str, columns: str, after: Any = None) -> Iterator[list[Any]]:
     key = columns.split(", ", 1)[0]
     after = ("" if key == "name" else -1) if after is None else after
     sql = f"SELECT {columns} FROM {table} WHERE {key} > :after ORDER BY {key} LIMIT 1000"
-    while rows := tx.run(sql, {"after": after}):
+    while rows := session.run(sql, {"after": after}):
         yield rows
         after = rows[-1][0]
 

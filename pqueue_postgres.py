@@ -1,6 +1,6 @@
-"""What PostgreSQL receives: the schema, and the statements that it needs in other words than SQLite.
+"""The PostgreSQL schema, and the statements that differ from those in pqueue_schema.
 
-docs/postgres.sql, written by `make sql`, shows each as it is sent.
+docs/postgres.sql, written by `make sql`, shows each statement as it is sent.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pqueue_schema import COLUMNS, NO_LEASE, ORDER, UNFINISHED
 
 SCHEMA = "pqueue"
 CHANNEL = "pqueue"  # of NOTIFY
-LOCK_CLASS = 0x7071  # of the advisory locks by which consumers are seen to live
-GRACE_SECONDS = 3.0  # how long a consumer's lock must be missing, in at least two looks, before it is dead
+LOCK_CLASS = 0x7071  # of the advisory locks that running consumers hold
+GRACE_SECONDS = 3.0  # how long a lock must be missing, in at least two checks, before its consumer is dead
 
 # The schema: the migrations that all backends share, then the counts of pending jobs
 
@@ -29,31 +29,31 @@ def definitions(migration: list[str]) -> list[str]:
     return statements + [f"ALTER TABLE jobs SET ({hot})" for each in migration if "CREATE TABLE jobs" in each]
 
 
-# The pending jobs of a queue that has a limit are its `pending_counts` and the sum of its `pending_changes`; triggers
-# keep both. What inserts jobs counts them in the one row, and so waits for others that do: each sees what all before it
-# added, and is refused beyond the limit. Every other statement, such as a claim, adds a row of changes, and waits for
-# nobody; whoever has the lock on the counts adds these up when they have become many. Each statement of a function that
-# is VOLATILE has a snapshot of its own, so it sees what was committed while the one before it waited.
+# The number of pending jobs of a queue with a limit is its `pending_counts` plus the sum of its `pending_changes`, both
+# maintained by triggers. An INSERT of jobs updates the single row of counts, and so waits for concurrent ones: it sees
+# what the previous ones added, and fails beyond the limit. Other statements, such as claims, insert a row of changes
+# and never wait; the holder of the lock on the counts merges them when there are many. Each statement of a VOLATILE
+# function has its own snapshot, so it sees what was committed while the previous statement waited.
 MANY_CHANGES = 64
 IS_PENDING = "state = 'pending' AND assigned_to IS NULL"
 IS_FULL = "PQ001"  # SQLSTATE
-COPYING = "pqueue.copying"  # a setting that lets jobs in beyond the limit
+COPYING = "pqueue.copying"  # a setting that disables the limit
 FUNCTION = "LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog"
-CHANGING = "autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_cost_delay = 0"
+AUTOVACUUM = "autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_cost_delay = 0"
 COUNTING = [
     f"""
 CREATE TABLE {SCHEMA}.pending_counts (
     queue TEXT PRIMARY KEY,
     pending BIGINT NOT NULL,
     max_pending BIGINT NOT NULL
-) WITH ({CHANGING})""",
+) WITH ({AUTOVACUUM})""",
     f"""
 CREATE TABLE {SCHEMA}.pending_changes (
     queue TEXT NOT NULL,
     delta INTEGER NOT NULL
-) WITH ({CHANGING})""",
+) WITH ({AUTOVACUUM})""",
     f"CREATE INDEX pending_changes_queue ON {SCHEMA}.pending_changes (queue)",
-    # Return how many jobs are pending, and let nobody add one before this transaction ends.
+    # Return the number of pending jobs, and lock it until the transaction ends.
     f"""
 CREATE FUNCTION {SCHEMA}.count_pending(which TEXT) RETURNS BIGINT {FUNCTION} AS $$
 DECLARE
@@ -82,7 +82,7 @@ DECLARE
 BEGIN
     IF TG_OP = 'INSERT' THEN
         SELECT min(queue), max(queue), count(*) INTO which, last, jobs FROM added WHERE {IS_PENDING};
-        IF which = last THEN  -- as always when a producer adds them
+        IF which = last THEN  -- always, except in a copy
             UPDATE {SCHEMA}.pending_counts SET pending = pending + jobs WHERE queue = which
             RETURNING pending, max_pending INTO counted, most;
             IF FOUND THEN
@@ -114,8 +114,8 @@ BEGIN
     END IF;
     RETURN NULL;
 END $$""",
-    # To drop a trigger stops even readers: not for long, where one of them does not end. It costs little, and the next
-    # change of a limit tries again.
+    # Dropping a trigger waits for readers and blocks new ones, so give up soon. A remaining trigger costs little, and
+    # the next change of a limit tries again.
     f"""
 CREATE FUNCTION {SCHEMA}.stop_counting() RETURNS VOID LANGUAGE plpgsql SET lock_timeout = '100ms' AS $$
 BEGIN
@@ -138,33 +138,33 @@ START_COUNTING = [
     for statement in (
         f"CREATE TRIGGER pending_{verb} AFTER {verb} ON {SCHEMA}.jobs {tables} "
         f"FOR EACH STATEMENT EXECUTE FUNCTION {SCHEMA}.note_pending()",
-        # also where the session has session_replication_role = replica
+        # also if session_replication_role is replica
         f"ALTER TABLE {SCHEMA}.jobs ENABLE ALWAYS TRIGGER pending_{verb}",
     )
 ]
 
 # Parts of statements
 
-LOCK = "FOR UPDATE SKIP LOCKED"  # rows that another transaction has locked are passed over
+LOCK = "FOR UPDATE SKIP LOCKED"  # skip rows that other transactions have locked
 NOTIFY = f"pg_notify('{CHANNEL}', '')"
 SERVED = "(CAST(:queues AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST(:queues AS json))))"
-# The first row by an index: a plan is made once, perhaps while jobs are few, and must never read all of a state.
+# The first row of an index. The plan is made once, perhaps with few jobs, and must never read all jobs of a state.
 FIRST_DUE = "(SELECT run_at FROM jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1)"
 FIRST_EXPIRY = "(SELECT lease_expires_at FROM jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1)"
 OVERDUE = f"SELECT {FIRST_DUE} <= :now AS due, {FIRST_EXPIRY} <= :now AS expired"
-# pg_locks shows the locks of all databases; a copy of this one on the same server has consumers of its own.
-HERE = "database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-# Return the numbers of the locks that consumers hold as long as they live.
-ALIVE = f"""
+# pg_locks lists all databases of the server, perhaps including a copy of this one with consumers of its own.
+IN_THIS_DATABASE = "database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+# Return the slots of living consumers: the numbers of the locks that they hold.
+LOCKED_SLOTS = f"""
 SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = {LOCK_CLASS} AND objsubid = 2 AND granted
-    AND {HERE}"""
-# A consumer whose connection is ended again and again notes each time that it is back. (abs: a clock may be wrong.)
+    AND {IN_THIS_DATABASE}"""
+# A consumer that reconnects updates last_seen_at. (abs: a clock may be wrong.)
 NOT_SEEN = f"abs(EXTRACT(EPOCH FROM clock_timestamp()) - last_seen_at) >= {GRACE_SECONDS}"
-# The pending jobs of a queue with a limit. The first locks the count until the transaction ends. The second does not:
-# that is enough where the trigger keeps the limit, for jobs that become pending.
-PENDING = f"{SCHEMA}.count_pending(name)"
+# The number of pending jobs of a queue with a limit. The first locks it until the transaction ends. The third does
+# not, which suffices where the trigger enforces the limit.
+PENDING_LOCKED = f"{SCHEMA}.count_pending(name)"
 COUNTED = "pending + (SELECT coalesce(sum(delta), 0) FROM pending_changes d WHERE d.queue = c.queue)"
-SEEN = f"(SELECT {COUNTED} FROM pending_counts c WHERE c.queue = name)"
+PENDING_UNLOCKED = f"(SELECT {COUNTED} FROM pending_counts c WHERE c.queue = name)"
 
 
 def _candidates(lock: str = "") -> str:
@@ -177,12 +177,12 @@ UNION ALL
 SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
                WHERE state = 'pending' AND assigned_to = :consumer
                AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)
-               ORDER BY {ORDER} LIMIT :limit {lock}) mine"""
+               ORDER BY {ORDER} LIMIT :limit {lock}) assigned"""
 
 
 def _claim(condition: str = "") -> str:
-    """Take the best jobs. One that was delivered before, or whose last attempt this is, comes alone: only the claim
-    tells what a dead consumer had begun. Attempts are those of the moment at which the job is locked."""
+    """Lease the first jobs. A job that was delivered before, or is on its last attempt, is leased alone: the database
+    does not show which jobs a dead consumer had begun. Attempts are read from the locked rows."""
     return f"""
 UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = :consumer, lease_token = :token,
     lease_expires_at = :lease_expires_at, started_at = :now
@@ -217,31 +217,31 @@ FROM open CROSS JOIN json_array_elements(CAST(:payloads AS json)) WITH ORDINALIT
 RETURNING id"""
 
 
-# The statements of pqueue_schema that PostgreSQL needs in other words; the others are the same text. Each has the same
-# parameters and returns the same columns as the shared one, unless its comment says "returns".
+# The statements of pqueue_schema that differ on PostgreSQL. Each has the same parameters and returns the same columns,
+# unless its comment says "returns".
 POSTGRES = {
-    # differs because the count of pending jobs is locked before a job is stored, or its key taken; returns the new id
-    pqueue_schema.ENQUEUE: _enqueue(f"ELSE max_pending > {PENDING}"),
-    # differs because the count of pending jobs is locked before jobs are stored; returns their ids
-    pqueue_schema.ENQUEUE_MANY: _enqueue_many(f"ELSE max_pending - :number >= {PENDING}"),
-    # differs because the count is in tables of its own, and locked until the transaction ends
+    # differs because the count of pending jobs is locked before the job and its key are inserted; returns the new id
+    pqueue_schema.ENQUEUE: _enqueue(f"ELSE max_pending > {PENDING_LOCKED}"),
+    # differs because the count of pending jobs is locked before jobs are inserted; returns their ids
+    pqueue_schema.ENQUEUE_MANY: _enqueue_many(f"ELSE max_pending - :number >= {PENDING_LOCKED}"),
+    # differs because the count is in separate tables, and locked until the transaction ends
     pqueue_schema.ROOM: f"""
-SELECT CASE WHEN max_pending IS NOT NULL THEN max_pending - {PENDING} END AS room, max_pending
+SELECT CASE WHEN max_pending IS NOT NULL THEN max_pending - {PENDING_LOCKED} END AS room, max_pending
 FROM queues WHERE name = :queue""",
-    # differs because the count is in tables of its own
+    # differs because the count is in separate tables
     pqueue_schema.RESUBMIT: f"""
 UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL,
     error = NULL WHERE id = :id AND state IN {pqueue_schema.FINISHED}
     AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue
-                    AND NOT CASE WHEN max_pending IS NULL THEN true ELSE max_pending > {PENDING} END)
+                    AND NOT CASE WHEN max_pending IS NULL THEN true ELSE max_pending > {PENDING_LOCKED} END)
     AND NOT EXISTS (SELECT 1 FROM jobs o
                     WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN {UNFINISHED})""",
-    # differs because others claim at the same time: rows are locked, and their attempts read after that
+    # differs because of concurrent claims: rows are locked before their attempts are read
     pqueue_schema.CLAIM: _claim(),
     # differs because a subquery for each queue is LATERAL
     pqueue_schema.NEXT_ATTEMPTS: f"""
 SELECT attempts, max_attempts FROM ({_candidates()}) candidates ORDER BY {ORDER} LIMIT :limit""",
-    # differs because min() may be planned as a walk through all jobs of a state
+    # differs because min() may be planned as a scan of all jobs of a state
     pqueue_schema.OVERDUE: OVERDUE,
     # differs because a subquery for each queue is LATERAL, and min() as in OVERDUE
     pqueue_schema.NEXT_EVENT: f"""
@@ -249,7 +249,7 @@ SELECT min(at) FROM (
     SELECT 0.0 AS at WHERE EXISTS ({_candidates()})
     UNION ALL SELECT {FIRST_DUE}
     UNION ALL SELECT {FIRST_EXPIRY}) events""",
-    # differs because others promote at the same time
+    # differs because others may promote at the same time
     pqueue_schema.PROMOTE: f"""
 UPDATE jobs SET state = 'pending' WHERE id = ANY (ARRAY(
     SELECT id FROM jobs WHERE state = 'scheduled' AND run_at <= :now ORDER BY run_at LIMIT :limit {LOCK}))""",
@@ -257,11 +257,12 @@ UPDATE jobs SET state = 'pending' WHERE id = ANY (ARRAY(
     pqueue_schema.EXPIRED: f"{pqueue_schema.EXPIRED} {LOCK}",
     # differs because the rows must stay as they are until they are taken back
     pqueue_schema.ORPHANED: f"{pqueue_schema.ORPHANED} {LOCK}",
-    # differs because the job must stay as it is until the transition that follows
+    # differs because the job must not change before the transition that follows
     pqueue_schema.RECORD: f"{pqueue_schema.RECORD} FOR UPDATE",
-    # differs because a consumer that was cut off, and taken for dead, may be back
-    pqueue_schema.LEAVE: f"{pqueue_schema.LEAVE} AND (:state = 'stopped' OR slot NOT IN ({ALIVE}) AND {NOT_SEEN})",
-    # differs because a subquery for each queue is LATERAL, and others prune at the same time
+    # differs because a consumer that lost its connection may have reconnected
+    pqueue_schema.UNREGISTER: f"""
+{pqueue_schema.UNREGISTER} AND (:state = 'stopped' OR slot NOT IN ({LOCKED_SLOTS}) AND {NOT_SEEN})""",
+    # differs because a subquery for each queue is LATERAL, and others may prune at the same time
     pqueue_schema.PRUNABLE: f"""
 SELECT jobs.id FROM queues q CROSS JOIN LATERAL
     (SELECT id FROM jobs WHERE state = :state AND queue = q.name AND finished_at < :before
@@ -273,63 +274,68 @@ SELECT finished_at, run_at, started_at FROM queues q CROSS JOIN LATERAL
      ORDER BY finished_at DESC LIMIT :limit) jobs""",
 }
 
-# Verbs in one statement, and so in one round trip
+# Operations in one statement, and so in one round trip
 
-IS_PLAIN = "CAST(:state AS text) = 'pending' AND CAST(:assigned_to AS text) IS NULL"  # so that the trigger counts it
-HAS_ROOM = f"WHEN {IS_PLAIN} AND CAST(:key AS text) IS NULL THEN max_pending > {SEEN} ELSE max_pending > {PENDING}"
-HAVE_ROOM = f"WHEN {IS_PLAIN} THEN max_pending - :number >= {SEEN} ELSE max_pending - :number >= {PENDING}"
+IS_PLAIN = "CAST(:state AS text) = 'pending' AND CAST(:assigned_to AS text) IS NULL"  # the trigger counts such jobs
+HAS_ROOM = (
+    f"WHEN {IS_PLAIN} AND CAST(:key AS text) IS NULL THEN max_pending > {PENDING_UNLOCKED} "
+    f"ELSE max_pending > {PENDING_LOCKED}"
+)
+HAVE_ROOM = (
+    f"WHEN {IS_PLAIN} THEN max_pending - :number >= {PENDING_UNLOCKED} ELSE max_pending - :number >= {PENDING_LOCKED}"
+)
 
-# Do what ENQUEUE does, and wake consumers. The trigger keeps the limit where a job is pending and has no key.
+# Do what ENQUEUE does, and wake consumers. The trigger enforces the limit for a pending job without a key.
 ENQUEUE_ALONE = f"{_enqueue(HAS_ROOM)}, {NOTIFY}"
 
 # Do what ENQUEUE_MANY does, and wake consumers.
 ENQUEUE_MANY_ALONE = f"{_enqueue_many(HAVE_ROOM)}, {NOTIFY}"
 
-# Statements that are a transaction by themselves
+# Statements that are their own transaction
 ALONE = {pqueue_schema.ENQUEUE: ENQUEUE_ALONE, pqueue_schema.ENQUEUE_MANY: ENQUEUE_MANY_ALONE}
 
-IN_TIME = f"NOT EXISTS (SELECT FROM ({OVERDUE}) overdue WHERE due OR expired) AND"
+NONE_OVERDUE = f"NOT EXISTS (SELECT FROM ({OVERDUE}) overdue WHERE due OR expired) AND"
 
-# Take jobs, unless there is something to recover. Only a last attempt is synced: the power must not give it another.
-TAKE = f"""
-WITH taken AS ({_claim(IN_TIME)})
+# Lease jobs, unless there are any to promote or reclaim. Synced only for a last attempt, which must not be repeated.
+CLAIM_ALONE = f"""
+WITH taken AS ({_claim(NONE_OVERDUE)})
 SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN current_setting('synchronous_commit')
     ELSE 'off' END, true), taken.* FROM (SELECT) one LEFT JOIN taken ON true"""
 
-# Finish jobs, and take others as TAKE does. The first column lists those that were finished, unless all were.
-EXCHANGE = f"""
+# Complete jobs, and lease others as CLAIM_ALONE does. The first column lists the completed ids, or is NULL for all.
+COMPLETE_AND_CLAIM = f"""
 WITH done AS (
     UPDATE jobs SET state = 'completed', finished_at = :now, result = done.result, error = NULL, {NO_LEASE}
     FROM unnest(CAST(:ids AS bigint[]), CAST(:tokens AS text[]), CAST(:results AS text[])) AS done (id, token, result)
     WHERE jobs.id = done.id AND lease_token = done.token RETURNING jobs.id),
-taken AS ({_claim(IN_TIME)})
+taken AS ({_claim(NONE_OVERDUE)})
 SELECT CASE WHEN (SELECT count(*) FROM done) < :number THEN ARRAY(SELECT id FROM done) END, taken.*
 FROM (SELECT) one LEFT JOIN taken ON true"""
 
 # Statements that only PostgreSQL has
 
-# Lock the unfinished job that has the key: it may be neither delivered nor finished before the transaction, which may
-# write for it, ends.
-KEEP = f"SELECT 1 FROM jobs WHERE id = :id AND state IN {UNFINISHED} FOR SHARE"
+# Lock the unfinished job that has the key: it must not be delivered or finished before the transaction, which may write
+# data for it, ends.
+LOCK_UNFINISHED = f"SELECT 1 FROM jobs WHERE id = :id AND state IN {UNFINISHED} FOR SHARE"
 
-# Note that a consumer lives that was taken for dead.
-REVIVE = "UPDATE consumers SET state = 'running', last_seen_at = :now WHERE token = :token AND state <> 'stopped'"
+# Mark a consumer as running that others may have marked as dead.
+MARK_RUNNING = "UPDATE consumers SET state = 'running', last_seen_at = :now WHERE token = :token AND state <> 'stopped'"
 
-# Return the transactions that are changing jobs.
-WRITING = f"""
+# Return the transactions that have written jobs.
+WRITERS = f"""
 SELECT virtualtransaction FROM pg_locks WHERE relation = '{SCHEMA}.jobs'::regclass AND mode = 'RowExclusiveLock'
-    AND {HERE}"""
+    AND {IN_THIS_DATABASE}"""
 
-# Return the settings that may end a statement or a transaction before its wait for a lock does.
+# Return the settings that may end a statement or a transaction before lock_timeout does.
 TIME_LIMITS = """
 SELECT name, setting FROM pg_settings WHERE name IN ('statement_timeout', 'transaction_timeout')"""
 
-# Return the seconds since the server started, or took the place of the primary that it followed (NULL: it never did).
+# Return the seconds since the server started or, if later, replayed its last transaction as a standby.
 UPTIME = """
 SELECT EXTRACT(EPOCH FROM clock_timestamp() - greatest(pg_postmaster_start_time(), pg_last_xact_replay_timestamp()))"""
 
-# Count the pending jobs of all queues that have a limit; the counts first, as count_pending does.
-COUNT_ANEW = [
+# Count the pending jobs of all queues with a limit; the counts first: the lock order of count_pending.
+RECOUNT = [
     "DELETE FROM pending_counts",
     "DELETE FROM pending_changes",
     f"""
@@ -346,19 +352,19 @@ SELECT * FROM (
     FROM pending_counts c) both_ways
 WHERE counted <> found"""
 
-# Return a row while the triggers count pending jobs.
+# Return a row if the triggers that count pending jobs exist.
 IS_COUNTED = f"SELECT 1 FROM pg_trigger WHERE tgrelid = '{SCHEMA}.jobs'::regclass AND tgname = 'pending_insert'"
 
-# Acquire the lock of writers before jobs are read that are then changed: holding only that of readers, this transaction
-# and a change of a limit could wait for each other.
-JOIN_WRITERS = "LOCK TABLE jobs IN ROW EXCLUSIVE MODE"
+# Acquire the writers' lock before reading jobs to change: with only the readers' lock, this transaction could deadlock
+# with a change of a limit.
+LOCK_AS_WRITER = "LOCK TABLE jobs IN ROW EXCLUSIVE MODE"
 
-# Remove the triggers. CAST: a function that returns nothing has no type that a driver reads.
+# Drop the triggers. The CAST gives the result a type that the driver can decode.
 STOP_COUNTING = f"SELECT CAST({SCHEMA}.stop_counting() AS text)"
 
-# Add up the changes of the queue that has most. One queue at a time, so that no transaction waits for the second of two
-# while it has the first.
-ADD_UP = f"""
+# Merge the pending_changes of the queue that has most. One queue at a time, so that no transaction waits for a lock
+# while it holds another.
+MERGE_CHANGES = f"""
 SELECT {SCHEMA}.count_pending(queue) FROM (
     SELECT queue FROM pending_counts WHERE queue = (
         SELECT queue FROM (SELECT queue FROM pending_changes LIMIT 1000) first
@@ -371,7 +377,7 @@ NAMED = re.compile(r"(?<!:):([a-z_]\w*)")
 
 @lru_cache(maxsize=256)
 def translated(sql: str) -> tuple[bytes, list[str]]:
-    """Return what PostgreSQL receives for a statement with :named parameters, and the names of $1, $2 …"""
+    """Return the PostgreSQL text of a statement with :named parameters, and the names of $1, $2 …"""
     sql = POSTGRES.get(sql, sql)
     names = list(dict.fromkeys(NAMED.findall(sql)))
     return NAMED.sub(lambda found: f"${names.index(found[1]) + 1}", sql).encode(), names

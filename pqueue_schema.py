@@ -1,24 +1,24 @@
-"""The tables of a queue, the statements that all backends share, and the session that runs them."""
+"""The schema of a queue, and the statements that all backends share."""
 
 from __future__ import annotations
 
 from pqueue_values import MAX_ID, Job
 
-MAX_GROUPS = 10_000  # of failed jobs
-FAILURE_CHARS = 80  # of an error, by which failed jobs are grouped; an index has them
-APPLICATION_ID = 0x70717565  # "pque" in the file's header
+MAX_GROUPS = 10_000  # groups of failed jobs
+FAILURE_CHARS = 80  # indexed characters of an error, by which failed jobs are grouped
+APPLICATION_ID = 0x70717565  # "pque", in the header of an SQLite file
 
 UNFINISHED = ("scheduled", "pending", "processing")
 FINISHED = ("completed", "failed", "cancelled")
 STATES = UNFINISHED + FINISHED
 
 
-# {id}, {bigint} and {float} are types. A line that begins with {sqlite} is for SQLite alone: there, only STRICT tables
-# check the types of values. PostgreSQL does so anyway, and would parse the JSON again at every update of the row.
+# {id}, {bigint} and {float} are types. Lines that begin with {sqlite} are for SQLite only, which checks the types of
+# values only in STRICT tables. PostgreSQL always does, and would parse the JSON again at every update of the row.
 SQLITE_TYPES = {"id": "INTEGER PRIMARY KEY", "bigint": "INTEGER", "float": "REAL", "sqlite": ""}
 
-# A migration is a list of statements; the file's user_version counts the migrations it has had. Once 0.1 is released,
-# change the schema by adding one, never by editing one.
+# A migration is a list of statements; user_version is the number of migrations applied to a file. Once 0.1 is released,
+# change the schema by adding migrations, never by editing them.
 # guard: a lease stands exactly while processing
 # guard: a payload is JSON
 # guard: a value has the type of its column
@@ -26,26 +26,26 @@ MIGRATIONS: list[list[str]] = [
     [
         """
 CREATE TABLE jobs (
-    id               {id},           -- grows with every job
+    id               {id},           -- increases with every job
     queue            TEXT NOT NULL,  -- queues.name
-    task             TEXT NOT NULL,  -- name of the handler
+    task             TEXT NOT NULL,  -- name of the task
     payload          TEXT NOT NULL,  -- JSON
-    state            TEXT NOT NULL,  -- and what goes with each: see the CHECK
+    state            TEXT NOT NULL,  -- see the CHECK below
     priority         INTEGER NOT NULL,    -- higher first
-    run_at           {float} NOT NULL,    -- not before; Unix seconds; moves with every retry
-    attempts         INTEGER NOT NULL DEFAULT 0,  -- deliveries so far, counted at dequeue
-    max_attempts     INTEGER NOT NULL,    -- deliveries before it is set aside
+    run_at           {float} NOT NULL,    -- when it is due, Unix seconds; later after each retry
+    attempts         INTEGER NOT NULL DEFAULT 0,  -- deliveries so far, including the current one
+    max_attempts     INTEGER NOT NULL,    -- deliveries before it is failed
     key              TEXT,           -- unique per queue among unfinished jobs; NULL: none
     assigned_to      TEXT,           -- the only consumer that may run it; NULL: any
-    consumer         TEXT,           -- who has it, or had it last; NULL: nobody yet
-    lease_token      TEXT,           -- TOKEN.NUMBER: consumers.token, number of its claim; NULL unless processing
+    consumer         TEXT,           -- current or last consumer; NULL: never delivered
+    lease_token      TEXT,           -- consumers.token, '.', number of the claim; NULL unless processing
     lease_expires_at {float},        -- Unix seconds; NULL unless processing
     created_at       {float} NOT NULL,    -- Unix seconds
-    started_at       {float},        -- of the last delivery, Unix seconds; NULL: never delivered
+    started_at       {float},        -- start of the last delivery, Unix seconds; NULL: never delivered
     finished_at      {float},        -- Unix seconds; NULL until completed, failed or cancelled
-    progress         {float},        -- 0 to 1, as the task told; NULL: it told nothing
-    result           TEXT,           -- JSON; until completed what `update` stored, for the next attempt too; NULL: none
-    error            TEXT,           -- of the last attempt that failed; NULL: none did
+    progress         {float},        -- 0 to 1, as stored by the task; NULL: none
+    result           TEXT,           -- JSON; until completed, the partial result of `update`, if any; NULL: none
+    error            TEXT,           -- of the last failed attempt; NULL: none
     CHECK (CASE state
         WHEN 'pending'    THEN attempts < max_attempts AND lease_token IS NULL AND finished_at IS NULL
         WHEN 'scheduled'  THEN attempts < max_attempts AND lease_token IS NULL AND finished_at IS NULL
@@ -61,26 +61,26 @@ CREATE TABLE jobs (
         """
 CREATE TABLE queues (
     name        TEXT PRIMARY KEY,
-    paused      INTEGER NOT NULL DEFAULT 0,  -- 1: by an operator, 2: by a move; nothing is delivered
-    max_pending INTEGER,                     -- enqueue is refused at this many pending jobs; NULL: never
+    paused      INTEGER NOT NULL DEFAULT 0,  -- 1: by an operator, 2: by a move; 0: not paused
+    max_pending INTEGER,                     -- limit of pending jobs; NULL: no limit
     pending     INTEGER NOT NULL DEFAULT 0   -- unassigned pending jobs, counted while max_pending is set
 )
 {sqlite} STRICT""",
         """
 CREATE TABLE consumers (
     id           {id},
-    name         TEXT NOT NULL,  -- readable; a restarted consumer may bear it again
-    token        TEXT NOT NULL UNIQUE,  -- random, new at every start
+    name         TEXT NOT NULL,  -- chosen by the caller; reused after a restart
+    token        TEXT NOT NULL UNIQUE,  -- random, new at each start
     host         TEXT NOT NULL,
     pid          INTEGER NOT NULL,
-    slot         INTEGER,        -- number of its lock and bell beside the database; NULL: the platform has none
-    queues       TEXT,           -- JSON list of those it serves; NULL: all
-    tasks        TEXT NOT NULL,  -- JSON list of the tasks its program had registered
+    slot         INTEGER,        -- number of its lock and wake-up pipe; NULL: not available on this platform
+    queues       TEXT,           -- JSON list of the queues it serves; NULL: all
+    tasks        TEXT NOT NULL,  -- JSON list of the tasks its program registered
     started_at   {float} NOT NULL,    -- Unix seconds
-    last_seen_at {float} NOT NULL,    -- of its last heartbeat, Unix seconds
+    last_seen_at {float} NOT NULL,    -- last heartbeat, Unix seconds
     state        TEXT NOT NULL,  -- running, stopped or dead
-    completed    INTEGER NOT NULL DEFAULT 0,  -- jobs, as of its last heartbeat
-    failed       INTEGER NOT NULL DEFAULT 0,  -- attempts, likewise
+    completed    INTEGER NOT NULL DEFAULT 0,  -- number of jobs, as of the last heartbeat
+    failed       INTEGER NOT NULL DEFAULT 0,  -- number of attempts, as of the last heartbeat
     {sqlite} CHECK (queues IS NULL OR json_valid(queues)), CHECK (json_valid(tasks)),
     CHECK (state IN ('running', 'stopped', 'dead'))
 )
@@ -90,9 +90,9 @@ CREATE TABLE history (
     id      {id},
     job_id  {bigint} NOT NULL,   -- jobs.id
     at      {float} NOT NULL,    -- Unix seconds
-    event   TEXT NOT NULL,       -- failed, expired, died, released; or an operator's: resubmitted, marked failed …
-    actor   TEXT NOT NULL,       -- the consumer or the operator
-    attempt INTEGER NOT NULL,    -- jobs.attempts when it happened
+    event   TEXT NOT NULL,       -- failed, expired, died, released; by an operator: resubmitted, marked failed …
+    actor   TEXT NOT NULL,       -- name of the consumer or the operator
+    attempt INTEGER NOT NULL,    -- jobs.attempts at that time
     error   TEXT                 -- NULL: none
 )
 {sqlite} STRICT""",
@@ -116,10 +116,10 @@ CREATE TABLE history (
 
 COLUMNS = ", ".join(Job._fields)
 NO_LEASE = "lease_token = NULL, lease_expires_at = NULL"
-# Only a job that is processing has a token, by the CHECK above.
+# Only a processing job has a token: see the CHECK above.
 # guard: a settling verb needs the current token
 HELD = "id = :id AND lease_token = :token"
-WAITING = "queue = :queue AND state = 'pending' AND assigned_to IS NULL"
+PENDING_IN_QUEUE = "queue = :queue AND state = 'pending' AND assigned_to IS NULL"
 # guard: a full queue refuses a job
 HAS_ROOM = "(max_pending IS NULL OR max_pending > pending)"
 # guard: order: priority first
@@ -128,9 +128,9 @@ HAS_ROOM = "(max_pending IS NULL OR max_pending > pending)"
 ORDER = "priority DESC, run_at, id"
 MOVES = "('moving', 'moved')"
 
-# Statements, with :named parameters. Those that PostgreSQL needs in other words are in pqueue_postgres.POSTGRES.
+# Statements, with :named parameters. Those that differ on PostgreSQL are in pqueue_postgres.POSTGRES.
 
-# Store a job, unless its queue is unknown or full, or an unfinished job has its key.
+# Insert a job, unless its queue is unknown or full, or an unfinished job has its key.
 # guard: one unfinished job per key
 ENQUEUE = f"""
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
@@ -139,8 +139,8 @@ FROM queues
 WHERE name = :queue AND {HAS_ROOM}
 ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING"""
 
-# Store a job per payload, unless the queue is unknown or has not room for all. :payloads is a JSON array of [payload],
-# so that each keeps its text.
+# Insert a job per payload, unless the queue is unknown or has no room for all. :payloads is a JSON array of [payload],
+# which preserves the text of each.
 # guard: a full queue refuses a batch
 ENQUEUE_MANY = """
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, created_at)
@@ -148,7 +148,7 @@ SELECT name, :task, substr(value, 2, length(value) - 2), :state, :priority, :run
 FROM queues CROSS JOIN json_each(:payloads)
 WHERE name = :queue AND (max_pending IS NULL OR max_pending - pending >= :number)"""
 
-# Return how many more pending jobs the queue takes (NULL: any number), and its limit.
+# Return how many more pending jobs the queue accepts (NULL: any number), and its limit.
 ROOM = "SELECT max_pending - pending AS room, max_pending FROM queues WHERE name = :queue"
 
 # Return the queues that have a limit.
@@ -165,9 +165,9 @@ INSERT INTO queues (name, paused)
 SELECT :queue, CASE WHEN EXISTS (SELECT 1 FROM history WHERE job_id = 0 AND event IN {MOVES}) THEN 2 ELSE 0 END
 WHERE true ON CONFLICT DO NOTHING"""
 
-# The best :limit jobs of each queue, and of those assigned to the consumer. :queues is a JSON array of the queues that
-# it serves; NULL: all. No job of another queue, of a paused one or assigned elsewhere is read. SQLite keeps q the
-# outer loop of a CROSS JOIN.
+# The first :limit jobs of each queue, and of those assigned to the consumer. :queues is a JSON array of the queues that
+# it serves; NULL: all. Jobs of other or paused queues, or assigned to others, are never read. CROSS JOIN makes SQLite
+# keep q in the outer loop.
 # guard: a paused queue delivers nothing
 # guard: a paused queue delivers no assigned job
 # guard: a consumer gets from its queues only
@@ -181,9 +181,9 @@ WHERE q.paused = 0 AND (:queues IS NULL OR q.name IN (SELECT value FROM json_eac
 UNION ALL
 SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
                WHERE state = 'pending' AND assigned_to = :consumer
-               AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY {ORDER} LIMIT :limit) mine"""
+               AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY {ORDER} LIMIT :limit) assigned"""
 
-# Lease the best :limit jobs to the consumer.
+# Lease the first :limit jobs to the consumer.
 # guard: an attempt counts when it is claimed
 CLAIM = f"""
 UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = :consumer, lease_token = :token,
@@ -191,7 +191,7 @@ UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = :consu
 WHERE state = 'pending' AND id IN (SELECT id FROM ({_CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit)
 RETURNING {COLUMNS}"""
 
-# Return the attempts of the jobs that CLAIM would take, in order.
+# Return the attempts of the jobs that CLAIM would lease, in order.
 NEXT_ATTEMPTS = f"SELECT attempts, max_attempts FROM ({_CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit"
 
 # Return whether a scheduled job is due, and whether a lease has expired.
@@ -199,14 +199,14 @@ OVERDUE = """
 SELECT (SELECT min(run_at) FROM jobs WHERE state = 'scheduled') <= :now AS due,
        (SELECT min(lease_expires_at) FROM jobs WHERE state = 'processing') <= :now AS expired"""
 
-# Return when the consumer may next find a job; 0: now.
+# Return when the next job may be available to the consumer; 0: now.
 NEXT_EVENT = f"""
 SELECT min(at) FROM (
     SELECT 0.0 AS at WHERE EXISTS ({_CANDIDATES})
     UNION ALL SELECT min(run_at) FROM jobs WHERE state = 'scheduled'
     UNION ALL SELECT min(lease_expires_at) FROM jobs WHERE state = 'processing') events"""
 
-# Make scheduled jobs pending that are due.
+# Make scheduled jobs that are due pending.
 # guard: a job is not promoted before it is due
 PROMOTE = """
 UPDATE jobs SET state = 'pending' WHERE state = 'scheduled' AND id IN
@@ -218,34 +218,34 @@ EXPIRED = f"""
 SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND lease_expires_at <= :now
 ORDER BY lease_expires_at LIMIT :limit"""
 
-# Return jobs whose consumer has ended.
+# Return processing jobs whose consumer has ended.
 # guard: the living keep their jobs
 ORPHANED = f"""
 SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND EXISTS
     (SELECT 1 FROM consumers WHERE token = substr(lease_token, 1, 16) AND consumers.state <> 'running') LIMIT :limit"""
 
-# End a lost delivery, if the job has attempts left.
+# Make a job whose delivery was lost pending again, if it has attempts left.
 # guard: no delivery after the last attempt was lost
-TAKE_BACK = f"UPDATE jobs SET state = 'pending', error = :error, {NO_LEASE} WHERE {HELD} AND attempts < max_attempts"
+REDELIVER = f"UPDATE jobs SET state = 'pending', error = :error, {NO_LEASE} WHERE {HELD} AND attempts < max_attempts"
 
-# Finish a job with its result.
+# Complete a job with its result.
 COMPLETE = f"""
 UPDATE jobs SET state = 'completed', finished_at = :now, result = :result, error = NULL, {NO_LEASE} WHERE {HELD}"""
 
-# End the attempt, and the job with it.
+# Make a job failed.
 FAIL = f"UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, {NO_LEASE} WHERE {HELD}"
 
-# End the attempt; the next is due at :run_at.
+# Schedule the next attempt of a job for :run_at.
 RETRY = f"UPDATE jobs SET state = 'scheduled', run_at = :run_at, error = :error, {NO_LEASE} WHERE {HELD}"
 
-# Return a job as if it had not been claimed.
+# Make a job pending again, as if it had not been claimed.
 # guard: a released attempt does not count
 RELEASE = f"UPDATE jobs SET state = 'pending', attempts = attempts - 1, {NO_LEASE} WHERE {HELD}"
 
-# Let a lease end later.
+# Renew a lease.
 EXTEND = f"UPDATE jobs SET lease_expires_at = :lease_expires_at WHERE {HELD}"
 
-# Store progress or a partial result; NULL leaves it as it is.
+# Store progress or a partial result; NULL leaves a value unchanged.
 UPDATE = f"""
 UPDATE jobs SET progress = coalesce(:progress, progress), result = coalesce(:result, result) WHERE {HELD}"""
 
@@ -260,18 +260,18 @@ UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NUL
     AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND NOT {HAS_ROOM})
     AND NOT EXISTS (SELECT 1 FROM jobs o WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN {UNFINISHED})"""
 
-# Set an unfinished job aside.
+# Make an unfinished job failed.
 # guard: mark_failed takes unfinished jobs
 MARK_FAILED = f"""
 UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, {NO_LEASE}
 WHERE id = :id AND state IN {UNFINISHED}"""
 
-# Withdraw an unfinished job.
+# Cancel an unfinished job.
 # guard: cancel takes unfinished jobs
 CANCEL = f"""
 UPDATE jobs SET state = 'cancelled', finished_at = :now, {NO_LEASE} WHERE id = :id AND state IN {UNFINISHED}"""
 
-# Reserve an unfinished job for a consumer; NULL: for any.
+# Assign an unfinished job to a consumer; NULL: to any.
 # guard: an attempt that an operator ended does not count
 # guard: assign takes unfinished jobs
 # guard: assign ends the running delivery
@@ -280,7 +280,7 @@ UPDATE jobs SET assigned_to = :assigned_to, state = CASE state WHEN 'processing'
     attempts = attempts - CASE state WHEN 'processing' THEN 1 ELSE 0 END, {NO_LEASE}
 WHERE id = :id AND state IN {UNFINISHED}"""
 
-# Record an event of a job. Run before the transition, so that it names the attempt that ends there.
+# Record an event of a job. Must run before the transition, while the row still describes the attempt.
 RECORD = """
 INSERT INTO history (job_id, at, event, actor, attempt, error)
 SELECT id, :now, :event, :actor, attempts, :error FROM jobs WHERE id = :id"""
@@ -293,29 +293,29 @@ AND id > (SELECT coalesce(max(id), 0) FROM history WHERE job_id = :id AND event 
 # Return the jobs that a consumer holds.
 HELD_BY = f"SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND substr(lease_token, 1, 16) = :token"
 
-# Note that a consumer has started.
+# Register a consumer.
 REGISTER = """
 INSERT INTO consumers (name, token, host, pid, slot, queues, tasks, started_at, last_seen_at, state)
 VALUES (:name, :token, :host, :pid, :slot, :queues, :tasks, :now, :now, 'running')"""
 
-# Note that the consumer that had this slot is dead.
-SUCCEED = "UPDATE consumers SET state = 'dead' WHERE slot = :slot AND state = 'running'"
+# Mark the previous consumer of this slot as dead.
+MARK_DEAD = "UPDATE consumers SET state = 'dead' WHERE slot = :slot AND state = 'running'"
 
-# Note that a consumer has ended.
-LEAVE = "UPDATE consumers SET state = :state WHERE token = :token AND state = 'running'"
+# Mark a consumer as stopped or dead.
+UNREGISTER = "UPDATE consumers SET state = :state WHERE token = :token AND state = 'running'"
 
-# Return the consumers that have not ended.
+# Return the running consumers.
 RUNNING = "SELECT token, slot FROM consumers WHERE state = 'running' ORDER BY id"
 
-# Note that a consumer is alive, and add to its counts.
+# Record a heartbeat of a consumer, and add to its counts.
 HEARTBEAT = """
 UPDATE consumers SET last_seen_at = :now, completed = completed + :completed, failed = failed + :failed
 WHERE token = :token"""
 
 # Delete consumers that ended long ago.
-FORGET = "DELETE FROM consumers WHERE state <> 'running' AND last_seen_at < :before"
+DELETE_CONSUMERS = "DELETE FROM consumers WHERE state <> 'running' AND last_seen_at < :before"
 
-# Pause a queue (1), or resume it (0).
+# Pause (1) or resume (0) a queue.
 SET_PAUSED = """
 INSERT INTO queues (name, paused) VALUES (:queue, :value) ON CONFLICT (name) DO UPDATE SET paused = :value"""
 
@@ -323,7 +323,7 @@ INSERT INTO queues (name, paused) VALUES (:queue, :value) ON CONFLICT (name) DO 
 SET_MAX_PENDING = """
 INSERT INTO queues (name, max_pending) VALUES (:queue, :value) ON CONFLICT (name) DO UPDATE SET max_pending = :value"""
 
-# Return jobs that finished long ago. Never the newest: SQLite would give its id to another job.
+# Return jobs that finished long ago. Never the newest: SQLite would reuse its id.
 # guard: prune takes old jobs only
 # guard: prune keeps the newest
 PRUNABLE = """
@@ -331,7 +331,7 @@ SELECT jobs.id FROM queues q CROSS JOIN jobs WHERE jobs.id IN
     (SELECT id FROM jobs WHERE state = :state AND queue = q.name AND finished_at < :before
      AND id < (SELECT max(id) FROM jobs) ORDER BY finished_at LIMIT :limit) LIMIT :limit"""
 
-# Where the jobs of a state stand in an index.
+# The conditions by which an index finds the jobs of a state.
 INDEXED = {state: [f"state = '{state}'"] for state in ("scheduled", "processing")}
 INDEXED["pending"] = [f"state = 'pending' AND assigned_to IS {null}" for null in ("NULL", "NOT NULL")]
 INDEXED |= {state: [f"state = '{state}' AND finished_at IS NOT NULL"] for state in FINISHED}
@@ -340,8 +340,8 @@ _COUNT_UNFINISHED = "SELECT queue, '{state}', count(*), min(run_at) FROM jobs WH
 _COUNT_FINISHED = """
 SELECT name, '{state}', (SELECT count(*) FROM jobs WHERE {place} AND queue = q.name), NULL FROM queues q"""
 
-# Count jobs by queue and state, each by an index, a million jobs in 50 ms; in one statement, so that no job is counted
-# twice or not at all.
+# Count jobs by queue and state through indexes (a million jobs in 50 ms). One statement, so that each job is counted
+# exactly once.
 COUNTS = " UNION ALL ".join(
     (_COUNT_UNFINISHED if state in UNFINISHED else _COUNT_FINISHED).format(state=state, place=place)
     for state in STATES
@@ -353,22 +353,22 @@ UNFINISHED_IDS = " UNION ALL ".join(
     f"SELECT id FROM jobs WHERE {place}" for state in UNFINISHED for place in INDEXED[state]
 )
 
-# Count the jobs that finished in a state from :start to before :end.
+# Count the jobs of a state that finished in [:start, :end).
 FINISHED_BETWEEN = """
 SELECT count(*) FROM queues q CROSS JOIN jobs
 WHERE state = :state AND queue = q.name AND finished_at >= :start AND finished_at < :end"""
 
-# Return when the latest completed jobs were due, started and finished.
+# Return when the last completed jobs finished, were due, and started.
 LATEST_COMPLETED = """
 SELECT finished_at, run_at, started_at FROM queues q CROSS JOIN jobs WHERE jobs.id IN
     (SELECT id FROM jobs WHERE state = 'completed' AND queue = q.name AND finished_at >= :start AND finished_at < :end
      ORDER BY finished_at DESC LIMIT :limit)"""
 
-# Return the first id, and the one after the last.
+# Return the first id, and the last id + 1.
 ID_RANGE = "SELECT coalesce((SELECT min(id) FROM jobs), 0), coalesce((SELECT max(id) FROM jobs), -1) + 1"
 
-# Return the failed jobs by task and error. Its LIMIT, of all there are, keeps SQLite before 3.41 from grouping the rows
-# instead of what the index has of them.
+# Count failed jobs by task and error. The LIMIT, larger than any table, keeps SQLite before 3.41 from flattening the
+# subquery, and so from reading the rows instead of the index.
 FAILURES = f"""
 SELECT task, error, count(*), max(id) FROM
     (SELECT task, substr(error, 1, {FAILURE_CHARS}) AS error, id FROM jobs WHERE state = 'failed' LIMIT {MAX_ID}) failed

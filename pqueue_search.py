@@ -1,4 +1,4 @@
-"""Reading jobs: one, those that match filters, counts and times."""
+"""Reading jobs: single jobs, searches, counts and timings."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ from pqueue_values import (
     valid_state,
 )
 
-FEW = 100_000  # jobs of a state that are looked through by its index; more are met soon enough on the way by id
-WINDOW = 1000  # ids that a search looks at between two looks at the clock
-TOGETHER = 8  # jobs that a search for a text reads whole at once: each may hold 2 MiB
-LONG = ("payload", "result", "error")
-ANY_OF = ", ".join(f":id{n}" for n in range(TOGETHER))
+INDEX_SCAN_JOBS = 100_000  # rows of a state to sort through its index; if it has more, walking by id is faster
+WALK_IDS = 1000  # ids scanned between checks of the deadline
+TEXT_SCAN_JOBS = 8  # jobs that a text search reads at once: each may have 2 MiB
+LONG_COLUMNS = ("payload", "result", "error")
+TEXT_SCAN_IDS = ", ".join(f":id{n}" for n in range(TEXT_SCAN_JOBS))
 
 
 class Filters(NamedTuple):
-    """What jobs match: each filter that is not None."""
+    """Filters of a search; None matches any job."""
 
     state: str | None = None  # one of STATES
     queue: str | None = None
     task: str | None = None
     key: str | None = None
-    consumer: str | None = None  # it runs the job, or ran it last
+    consumer: str | None = None  # the current or last one
     text: str | None = None  # see `list_jobs`
     created_from: float | None = None  # Unix seconds
     created_before: float | None = None  # Unix seconds
@@ -59,7 +59,7 @@ class Filters(NamedTuple):
 
 
 class Reading(Backend):
-    """Reads jobs and counts."""
+    """The queries of a queue."""
 
     def get(self, job_id: int) -> Job:
         """Return the job with this id. Raises JobNotFound."""
@@ -71,9 +71,9 @@ class Reading(Backend):
     def history(self, job_id: int, *, limit: int = 2**31 - 1) -> list[dict[str, Any]]:
         """Return up to `limit` of the job's latest events, oldest first; an empty list for an unknown job.
 
-        Each is a dict. "event" says how an attempt ended (failed, expired, died or released), or what an operator did;
-        "at" is when, in Unix seconds; "actor" is the consumer or the operator; "attempt" is the number of the attempt,
-        and "error" its error or None. An attempt that completes the job is not an event.
+        Each is a dict: "event", how an attempt ended (failed, expired, died or released) or what an operator did; "at",
+        Unix seconds; "actor", the consumer or the operator; "attempt", its number; "error", or None. The attempt that
+        completes the job is not recorded.
         """
         columns = "at, event, actor, attempt, error"
         last = f"SELECT {columns} FROM history WHERE job_id = :id ORDER BY id DESC LIMIT :limit"
@@ -83,30 +83,30 @@ class Reading(Backend):
         return [dict(zip(columns.split(", "), row, strict=True)) for row in self._read(sql, params)]
 
     def unfinished_payloads(self) -> Iterator[Any]:
-        """Yield the payload of every job that is unfinished at the first `next`; read a hundred jobs at a time."""
-        ids = [row[0] for row in self._read(UNFINISHED_IDS)]  # one statement: a job may change its state meanwhile
+        """Yield the payload of every job that is unfinished at the first `next`, reading 100 jobs at a time."""
+        ids = [row[0] for row in self._read(UNFINISHED_IDS)]  # in one statement, as states may change
         for start in range(0, len(ids), 100):
             chosen = ", ".join(map(str, ids[start : start + 100]))
             for row in self._read(f"SELECT payload FROM jobs WHERE id IN ({chosen})"):
                 yield read_json(row[0])
 
     def stats(self) -> dict[str, Any]:
-        """Return the numbers of jobs, as a dict with these keys:
+        """Return the numbers of jobs, as a dict:
 
         "states": a dict from each state to its number of jobs.
-        "queues": a dict from each queue to a dict with the same, "paused" (bool), "max_pending" (int or None), and
-            "oldest_pending_at": when its earliest pending job was due, in Unix seconds, or None.
-        "oldest_pending_at": the earliest of all queues, or None.
+        "queues": a dict from each queue to a dict with these numbers, "paused" (bool), "max_pending" (int or None), and
+            "oldest_pending_at": when its oldest pending job was due, in Unix seconds, or None.
+        "oldest_pending_at": the minimum over all queues, or None.
         """
         counts = self._read(COUNTS)
         empty = {**dict.fromkeys(STATES, 0), "paused": False, "max_pending": None, "oldest_pending_at": None}
-        queues = {  # read last, so that none is missing
+        queues = {  # read last, so that no queue of `counts` is missing
             name: {**empty, "paused": bool(paused), "max_pending": most}
             for name, paused, most in self._read("SELECT name, paused, max_pending FROM queues ORDER BY name")
         }
         waiting = []
         for name, state, jobs, oldest in counts:
-            queue = queues.setdefault(name, dict(empty))  # another program may have changed jobs.queue
+            queue = queues.setdefault(name, dict(empty))  # unless another program changed jobs.queue
             queue[state] += jobs
             if state == "pending":
                 waiting.append(oldest)
@@ -115,10 +115,10 @@ class Reading(Backend):
         return {"states": states, "queues": queues, "oldest_pending_at": min(waiting, default=None)}
 
     def activity(self, start: float, end: float) -> dict[str, int]:
-        """Return {"enqueued": n, "completed": n, "failed": n}: the jobs from start until before end, Unix seconds.
+        """Return {"enqueued": n, "completed": n, "failed": n}: the numbers of jobs in [start, end), Unix seconds.
 
-        Only a job without an attempt left counts as failed. A job that was deleted since still counts as enqueued, at
-        the time of the job after it.
+        Only jobs in the state `failed` count as failed. A job that was deleted since still counts as enqueued, at the
+        time of the next job.
         """
         counts = {"enqueued": self._first_id(end) - self._first_id(start)}
         for state in ("completed", "failed"):
@@ -127,7 +127,7 @@ class Reading(Backend):
         return counts
 
     def _first_id(self, at: float) -> Any:
-        """Return the id of the first job enqueued at or after this time: ids grow with it, so halve the range."""
+        """Return the id of the first job enqueued at or after this time. Binary search: ids increase with time."""
         low, high = self._read(ID_RANGE)[0]
         while low < high:
             middle = (low + high) // 2
@@ -139,10 +139,9 @@ class Reading(Backend):
         return low
 
     def timings(self, jobs: int = 500, *, start: float = 0.0, end: float = 1e12) -> dict[str, list[float]]:
-        """Return {"wait": [seconds], "run": [seconds]} of up to `jobs` jobs: the last that were completed from start
-        until before end, in Unix seconds, oldest first.
+        """Return {"wait": [seconds], "run": [seconds]} of the last `jobs` jobs completed in [start, end), oldest first.
 
-        A job waits from its due time until its last attempt starts, and runs from then until it is completed.
+        The wait is from the due time to the start of the last attempt, the run from there to completion.
         """
         between = {"start": finite("start", start), "end": finite("end", end)}
         latest = sorted(self._read(LATEST_COMPLETED, {**between, "limit": valid_int("jobs", 1, jobs)}))[-jobs:]
@@ -154,7 +153,7 @@ class Reading(Backend):
     def failures(self) -> list[dict[str, Any]]:
         """Return the failed jobs grouped by task and first line of the error, the largest group first.
 
-        Each group is a dict: "task"; "error", the line; "jobs", their number; "last_id", the latest of them.
+        Each group is a dict: "task"; "error", the line; "jobs", their number; "last_id", the highest id.
         """
         groups: dict[tuple[str, str], dict[str, Any]] = {}
         for name, error, jobs, last_id in self._read(FAILURES):
@@ -183,17 +182,17 @@ class Reading(Backend):
     ) -> list[Job]:
         """Return up to `limit` jobs that match all filters given, newest first.
 
-        state, queue, task, key, consumer: equal to the job's; the consumer runs the job, or ran it last.
-        text: contained in the payload, result, error or key. Case and Unicode form do not matter, and a string in the
-            payload or result matches with or without the escapes of JSON.
-        created_from, created_before: enqueued at or after, and before, this time in Unix seconds.
+        state, queue, task, key, consumer: equal to the job's; the consumer is the current or last one.
+        text: contained in the payload, result, error or key, regardless of case and Unicode form. Strings in the
+            payload or result match with or without JSON escapes.
+        created_from, created_before: enqueued in [created_from, created_before), Unix seconds.
         ids: only these jobs.
         before_id: only jobs with a smaller id. For the next page, pass the id of the last job of this one.
-        excerpt: read at most so many characters of each payload, result and error; a longer one is returned as an
+        excerpt: the number of characters to read of each payload, result and error; a longer one is returned as an
             `Excerpt`. With 0, all three are None.
-        shown: a function that returns a job as its reader sees it; `text` is looked for in that job.
+        shown: a function that returns the job as it is displayed; `text` is searched for in that.
 
-        Raises ValueError for a filter that no job can match by its type or length.
+        Raises ValueError for a filter of the wrong type or length.
         """
         filters = Filters(state, queue, task, key, consumer, text, created_from, created_before, ids)
         return self.search_jobs(
@@ -210,9 +209,9 @@ class Reading(Backend):
         excerpt: int | None = None,
         shown: Callable[[Job], Job] | None = None,
     ) -> tuple[list[Job], int | None]:
-        """Return what `list_jobs` would, as far as it is found in about `seconds`.
+        """Return the jobs that `list_jobs` would, as far as they are found in about `seconds`.
 
-        The second value is the `before_id` with which to continue, or None if there is no more.
+        The second value is the `before_id` to continue with, or None at the end.
         """
         where, params = self._matching(filters)
         params["before_id"] = MAX_ID if before_id is None else valid_int("before_id", 0, before_id, MAX_ID)
@@ -244,11 +243,11 @@ class Reading(Backend):
         ids: Sequence[int] | None = None,
         shown: Callable[[Job], Job] | None = None,
     ) -> int:
-        """Return how many jobs match; the options are those of `list_jobs`."""
+        """Return the number of jobs that match; the options are those of `list_jobs`."""
         filters = Filters(state, queue, task, key, consumer, text, created_from, created_before, ids)
         where, params = self._matching(filters)
         if "text" in params:
-            params |= {"before_id": MAX_ID, "limit": WINDOW}
+            params |= {"before_id": MAX_ID, "limit": WALK_IDS}
             return sum(1 for _, row in self._with_text(shown, where, params, math.inf) if row is not None)
         places = index_conditions(params) or ["1 = 1"]
         counts = " + ".join(f"(SELECT count(*) FROM jobs WHERE {place} AND {where})" for place in places)
@@ -257,17 +256,17 @@ class Reading(Backend):
     def _with_text(
         self, shown: Callable[[Job], Job] | None, where: str, params: Params, ends_at: float
     ) -> Iterator[tuple[int, Any]]:
-        """Yield the ids of the jobs that may hold the text, newest first, each with its row if it does, else None."""
-        load = f"SELECT {COLUMNS} FROM jobs WHERE id IN ({ANY_OF}) AND {where}"
+        """Yield the ids of jobs that may contain the text, newest first, each with its row if it does, else None."""
+        load = f"SELECT {COLUMNS} FROM jobs WHERE id IN ({TEXT_SCAN_IDS}) AND {where}"
         # guard: a job that left its state is not found
         load += " AND state = :state" if "state" in params else ""
         before: int | None = params["before_id"]
         while before is not None:
-            span = {**params, "before_id": before, "limit": min(params["limit"], WINDOW)}
+            span = {**params, "before_id": before, "limit": min(params["limit"], WALK_IDS)}
             rows, before = self._find("id", where, span, ends_at)
-            for start in range(0, len(rows), TOGETHER):
-                ids = [row[0] for row in rows[start : start + TOGETHER]]
-                named = {f"id{n}": ids[min(n, len(ids) - 1)] for n in range(TOGETHER)}
+            for start in range(0, len(rows), TEXT_SCAN_JOBS):
+                ids = [row[0] for row in rows[start : start + TEXT_SCAN_JOBS]]
+                named = {f"id{n}": ids[min(n, len(ids) - 1)] for n in range(TEXT_SCAN_JOBS)}
                 found = {
                     row[0]: row for row in self._read(load, {**params, **named}) if _holds(row, params["text"], shown)
                 }
@@ -276,13 +275,13 @@ class Reading(Backend):
                 yield before, None
 
     def _find(self, columns: str, where: str, params: Params, ends_at: float) -> tuple[list[Any], int | None]:
-        """Return the rows of jobs that match without regard to the text, as `search_jobs` does."""
+        """Return the rows that match all filters but the text, and where to continue, as `search_jobs` does."""
         places = index_conditions(params)
         if not places:
             return self._walk(columns, where, params, ends_at)
-        if not self._are_few(places, FEW // 10 if "text" in params else FEW):
+        if not self._are_few(places, INDEX_SCAN_JOBS // 10 if "text" in params else INDEX_SCAN_JOBS):
             return self._walk(columns, f"{where} AND state = :state", params, ends_at)
-        rows = self._newest(columns, "+id", places, where, params)  # +: not by walking through all jobs
+        rows = self._newest(columns, "+id", places, where, params)  # +: do not use the primary key
         return rows, rows[-1][0] if len(rows) == params["limit"] else None
 
     def _are_few(self, places: list[str], limit: int) -> bool:
@@ -291,9 +290,9 @@ class Reading(Backend):
         return found < limit
 
     def _walk(self, columns: str, where: str, params: Params, ends_at: float) -> tuple[list[Any], int | None]:
-        """Go through all jobs, the newest first, with a look at the clock at times."""
+        """Scan all jobs by id, newest first, until the deadline."""
         rows: list[Any] = []
-        high, span = params["before_id"], WINDOW if ends_at < math.inf else MAX_ID
+        high, span = params["before_id"], WALK_IDS if ends_at < math.inf else MAX_ID
         while (newest := self._read("SELECT max(id) FROM jobs WHERE id < :high", {"high": high})[0][0]) is not None:
             high = max(0, newest - span + 1)
             window = {**params, "before_id": newest + 1, "low": high, "limit": params["limit"] - len(rows)}
@@ -313,7 +312,7 @@ class Reading(Backend):
         return sorted(rows, key=lambda row: -row[0])
 
     def _matching(self, filters: Filters) -> tuple[str, Params]:
-        """Return the condition of all filters but the state, and the parameters of all."""
+        """Return the condition of all filters but the state, and the parameters of all filters."""
         equal = {name: getattr(filters, name) for name in ("queue", "task", "key", "consumer")}
         params: Params = {name: valid_filter(name, value, 255) for name, value in equal.items() if value is not None}
         where = ["1 = 1", *(f"{name} = :{name}" for name in params)]
@@ -333,9 +332,9 @@ class Reading(Backend):
         return " AND ".join(where), params
 
     def _may_hold(self, column: str) -> str:
-        """Return a condition that is true of every text in which the run of ASCII may stand.
+        """Return a condition that is true of every text that may contain the ASCII part of the search.
 
-        Only `_holds` knows how text beyond ASCII compares, or what JSON has escaped: that passes.
+        Text with other characters or JSON escapes always passes: `_holds` compares it.
         """
         # guard: a search looks at text beyond ASCII
         # guard: a search looks at what JSON has escaped
@@ -346,25 +345,25 @@ class Reading(Backend):
 
 
 def index_conditions(filters: Params) -> list[str]:
-    """Return the conditions by which an index finds the jobs of a state; none for jobs of any."""
+    """Return the conditions by which an index finds the jobs of the state; none without a state."""
     if filters.get("state") == "failed" and "task" in filters:
-        return ["state = 'failed'"]  # of the index that has the task
+        return ["state = 'failed'"]  # the index that has the task
     return INDEXED.get(filters.get("state", ""), [])
 
 
 def excerpt_columns(most: int | None) -> str:
     if most is None:
         return COLUMNS
-    part = f"substr({{0}}, 1, {most + 1})" if most else "NULL"  # one more shows whether it is whole
-    return ", ".join(part.format(name) if name in LONG else name for name in Job._fields)
+    part = f"substr({{0}}, 1, {most + 1})" if most else "NULL"  # one more shows whether it was cut
+    return ", ".join(part.format(name) if name in LONG_COLUMNS else name for name in Job._fields)
 
 
-# What stands in JSON as it is, in whatever form; a space does within a string.
+# Characters that JSON never escapes and that have one Unicode form; spaces only occur within strings.
 ASCII_RUN = re.compile(r"[a-z0-9_.@+=*?$&#~^|;()<>'-]+(?: [a-z0-9_.@+=*?$&#~^|;()<>'-]+)*")
 
 
 def _folded(text: str) -> str:
-    """Return the text such that two texts that people read as the same but for the case of letters are equal."""
+    """Return the text normalized for a comparison that ignores case and Unicode form."""
     if text.isascii():
         return text.lower()
     import unicodedata
@@ -376,8 +375,8 @@ _show_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
 def _holds(row: Sequence[Any], needle: str, shown: Callable[[Job], Job] | None) -> bool:
-    """Whether the text is in a job: in its payload or result as JSON shows them, or in one of their strings as it is;
-    in its error or key."""
+    """Return whether the job contains the text: in the JSON of its payload or result, in one of their strings, in its
+    error or in its key."""
     # guard: a search finds only what is shown
     job = to_job(row) if shown is None else shown(to_job(row))
     for value in (job.payload, *([] if job.result is None else [job.result])):
@@ -388,11 +387,11 @@ def _holds(row: Sequence[Any], needle: str, shown: Callable[[Job], Job] | None) 
     return any(needle in _folded(str(each)) for each in (job.error, job.key) if each is not None)
 
 
-ESCAPED = re.compile(r'["\\\x00-\x1f]')  # what JSON shows in another form
+ESCAPED = re.compile(r'["\\\x00-\x1f]')  # characters that JSON escapes
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Yield the strings in a payload: keys and values."""
+    """Yield all strings in a JSON value: keys and values."""
     level = [value]
     while level:
         each = level.pop()

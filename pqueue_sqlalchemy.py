@@ -1,11 +1,11 @@
-"""The queue on PostgreSQL through SQLAlchemy: the same verbs, states and guarantees, for many machines.
+"""The queue on PostgreSQL, for several machines: the same operations, states and guarantees.
 
     queue = open_queue("postgresql://user:password@host/database")
 
-The statements are those of pqueue_schema, or stand in pqueue_postgres where they differ. Claims skip rows that others
-have locked. The clock is the server's. A consumer's life hangs on a session that holds an advisory lock; wake-ups come
-by NOTIFY to the same session, one per process. All transactions run at read committed, also those of `transaction`.
-Needs SQLAlchemy 2 and psycopg 3.
+The statements are those of pqueue_schema, or of pqueue_postgres where they differ. Claims skip rows that others have
+locked. The clock is the server's. Each process has one connection that listens for NOTIFY and holds an advisory lock
+for each of its consumers, which shows that they are alive. All transactions are read committed, including those of
+`transaction`. Requires psycopg 3 and SQLAlchemy 2, which pools connections and is what `transaction` yields.
 """
 
 from __future__ import annotations
@@ -42,29 +42,29 @@ import pqueue_values
 from pqueue import Job, NotStored, PersistentQInterface, PersistentQSQLite, QueueBusy, QueueError, QueueFull
 from pqueue_backend import Session
 from pqueue_postgres import (
-    ADD_UP,
-    ALIVE,
     ALONE,
     CHANNEL,
+    CLAIM_ALONE,
+    COMPLETE_AND_CLAIM,
     COPYING,
-    COUNT_ANEW,
     COUNTING,
-    EXCHANGE,
     GRACE_SECONDS,
     IS_COUNTED,
     IS_FULL,
-    JOIN_WRITERS,
-    KEEP,
+    LOCK_AS_WRITER,
     LOCK_CLASS,
+    LOCK_UNFINISHED,
+    LOCKED_SLOTS,
+    MARK_RUNNING,
+    MERGE_CHANGES,
     MISCOUNTED,
-    REVIVE,
+    RECOUNT,
     SCHEMA,
     START_COUNTING,
     STOP_COUNTING,
-    TAKE,
     TIME_LIMITS,
     UPTIME,
-    WRITING,
+    WRITERS,
     definitions,
     translated,
 )
@@ -74,20 +74,20 @@ from pqueue_values import Params
 log = logging.getLogger("pqueue")
 
 CLOCK_SECONDS = 30.0  # how often the server's clock is read
-ENQUEUE_TRIES = 100  # while others take and free its key
-RETRY_SECONDS = 0.5  # between two attempts of the listener to connect
-PAUSE_SECONDS = 0.05  # before it connects again after a connection that was lost at once
-RESTART_SECONDS = 10.0  # after a restart of the server nobody is taken for dead: locks are being taken anew
+ENQUEUE_TRIES = 100  # while other transactions use and free the key
+RETRY_SECONDS = 0.5  # between the listener's attempts to connect
+PAUSE_SECONDS = 0.05  # before reconnecting after a connection that was lost at once
+RESTART_SECONDS = 10.0  # after a server restart, while consumers reconnect, none is considered dead
 KEEPALIVES = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
-# How long the server bears with a host that is cut off: its consumers are not dead, and have their leases.
-CUT_OFF = {"keepalives_idle": 60, "keepalives_interval": 15, "keepalives_count": 4}
-CUT_OFF_MILLISECONDS = 120_000
+# How long the server keeps the connection of an unreachable host: its consumers still have their leases.
+LISTENER_KEEPALIVES = {"keepalives_idle": 60, "keepalives_interval": 15, "keepalives_count": 4}
+LISTENER_TIMEOUT_MS = 120_000
 LISTEN = f"LISTEN {CHANNEL}"
-# Our statements go through indexes, whatever the statistics say, and by one plan: to plan a claim takes longer than to
-# run it, and the planner expects a tenth of the table from LIMIT :limit.
+# Our statements always use indexes and a generic plan: planning a claim takes longer than executing it, and the planner
+# assumes that LIMIT :limit returns a tenth of the table.
 PLANNER = ("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin", "enable_sort", "jit")
-# What our statements rely on, whatever the defaults of the server, the database or the role are. Limits that these set
-# (statement_timeout and the like, default_transaction_read_only) hold; `check` names those that get in the way.
+# Settings that our statements rely on. Limits set for the server, the database or the role (statement_timeout and the
+# like, default_transaction_read_only) are kept; `check` reports those that interfere.
 NEEDED = {
     "search_path": f"{SCHEMA},public",
     "default_transaction_isolation": "read committed",
@@ -99,18 +99,18 @@ NEEDED = {
     **dict.fromkeys(("enable_indexscan", "enable_indexonlyscan", "enable_nestloop"), "on"),
     **dict.fromkeys(PLANNER, "off"),
 }
-BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # a pooler's session has other defaults
-# Any other value than off waits for the disk of the server, whatever it does about a standby's.
+BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # a pooler's session may have another default
+# Any value other than off waits for the server's disk; they differ in how they treat standbys.
 SYNCED = """set_config('synchronous_commit', replace(current_setting('synchronous_commit'), 'off', 'on'), {})"""
-NOT_ENDED = "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'idle_session_timeout'"
+NO_IDLE_TIMEOUT = "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'idle_session_timeout'"
 
 
 def _setting(values: dict[str, Any], *, for_good: bool) -> str:
-    """Return a statement that makes these settings, for the session or for its transaction."""
+    """Return a statement that sets these for the session (for_good) or for the transaction."""
     return "SELECT " + ", ".join(f"set_config('{name}', '{value}', {not for_good})" for name, value in values.items())
 
 
-AS_USUAL = _setting({"plan_cache_mode": "auto", **dict.fromkeys(PLANNER, "on")}, for_good=False)
+DEFAULT_PLANNER = _setting({"plan_cache_mode": "auto", **dict.fromkeys(PLANNER, "on")}, for_good=False)
 
 
 class NoRoom(QueueFull):
@@ -118,11 +118,11 @@ class NoRoom(QueueFull):
 
 
 class KeyTaken(QueueBusy):
-    """Another transaction, which could not be seen yet, gave the key to an unfinished job."""
+    """A concurrent transaction has used the key for an unfinished job."""
 
 
 class PostgresSession(Session):
-    """One thread's connection, from the pool. BEGIN travels with the first statement, NOTIFY with the COMMIT."""
+    """One thread's pooled connection. BEGIN is sent with the first statement, NOTIFY with the COMMIT."""
 
     def __init__(self, queue: OnPostgres) -> None:
         self._queue = queue
@@ -130,8 +130,8 @@ class PostgresSession(Session):
         self.durable = True
         self.connection = queue._engine.connect()
         self._driver = cast("psycopg.Connection[Any]", self.connection.connection.driver_connection)
-        self._said = select.poll()
-        self._said.register(self._driver.fileno(), select.POLLIN)
+        self._poll = select.poll()
+        self._poll.register(self._driver.fileno(), select.POLLIN)
         self._cursor = psycopg.RawCursor(self._driver)
         self._cursor.format = Format.BINARY
 
@@ -139,41 +139,41 @@ class PostgresSession(Session):
     def busy(self) -> bool:
         return self.depth > 0
 
-    def run(self, sql: str, params: Params = pqueue_values.NOTHING) -> list[Any]:
+    def run(self, sql: str, params: Params = pqueue_values.NO_PARAMS) -> list[Any]:
         return self._execute(sql, params).fetchall()
 
     def insert(self, sql: str, params: Params) -> list[int]:
         rows: list[Any] = []
         if self.depth:
             rows = self.run(sql, params)
-            self.ring = self.ring or bool(rows)
+            self.wakes = self.wakes or bool(rows)
         else:
-            with suppress(NoRoom):  # others were faster
+            with suppress(NoRoom):  # concurrent producers filled the queue
                 rows = self.alone(ALONE[sql], params)
         return sorted(row[0] for row in rows)
 
     def alone(self, sql: str, params: Params) -> list[Any]:
-        """Run a statement that is a transaction by itself."""
+        """Execute a statement as its own transaction."""
         with self:
             if self._queue.pooled:
                 return self.run(sql, params)
             text, names = translated(sql)
-            with self._queue._telling():
+            with self._queue._db_errors():
                 return self._cursor.execute(text, [params[name] for name in names]).fetchall()
 
-    def change(self, sql: str, params: Params = pqueue_values.NOTHING) -> int:
+    def change(self, sql: str, params: Params = pqueue_values.NO_PARAMS) -> int:
         return self._execute(sql, params).rowcount
 
     def change_many(self, sql: str, rows: list[Params]) -> None:
         self._send_begin()
-        with self._queue._telling():
+        with self._queue._db_errors():
             text, names = translated(sql)
             self._cursor.executemany(text, [[row[name] for name in names] for row in rows])
 
     def _send_begin(self) -> None:
         if not self._begun:
             self._begun = True
-            with self._queue._telling():
+            with self._queue._db_errors():
                 self._driver.execute(BEGIN)
                 if self._queue.pooled:
                     self._driver.execute(self._queue.settings_of_transaction)
@@ -181,7 +181,7 @@ class PostgresSession(Session):
     def _execute(self, sql: str, params: Params) -> psycopg.Cursor[Any]:
         text, names = translated(sql)
         values = [params[name] for name in names]
-        with self._queue._telling():
+        with self._queue._db_errors():
             if self._begun or not self.busy:
                 return self._cursor.execute(text, values)
             with self._driver.pipeline():
@@ -201,28 +201,28 @@ class PostgresSession(Session):
         self._expect_to_go_on()
         if self._driver.pgconn.transaction_status == TransactionStatus.INERROR:
             raise QueueError("cannot commit: a statement of the transaction failed")
-        with self._queue._telling(), self._driver.pipeline():
+        with self._queue._db_errors(), self._driver.pipeline():
             if not self.durable:
                 self._driver.execute("SET LOCAL synchronous_commit = off")
-            if self.ring:
+            if self.wakes:
                 self._driver.execute(f"NOTIFY {CHANNEL}")
             self._driver.execute("COMMIT")
 
     def _wake(self) -> None:
-        """Do nothing more: the commit sent a NOTIFY."""
+        """Do nothing: the commit sent the NOTIFY."""
 
-    def _leave(self) -> None:
+    def _cleanup(self) -> None:
         self._begun = False
         if self._driver.pgconn.transaction_status != TransactionStatus.IDLE:
             with suppress(psycopg.Error):
                 self._driver.rollback()
 
-    def is_sound(self) -> bool:
-        """Return whether the connection is idle and the server has said nothing on it: that would be its good-bye."""
-        return self._driver.pgconn.transaction_status == TransactionStatus.IDLE and not self._said.poll(0)
+    def is_usable(self) -> bool:
+        """Return whether the connection is idle and the server has sent nothing, such as a shutdown notice."""
+        return self._driver.pgconn.transaction_status == TransactionStatus.IDLE and not self._poll.poll(0)
 
-    def end_of_block(self) -> None:
-        """Let SQLAlchemy forget the transaction, which has ended without it."""
+    def reset_sqlalchemy(self) -> None:
+        """End SQLAlchemy's view of the transaction, which was ended without it."""
         with suppress(exc.SQLAlchemyError):
             self.connection.rollback()
 
@@ -232,84 +232,84 @@ class PostgresSession(Session):
             self.connection.close()
 
     def disown(self) -> None:
-        """In a forked child: leave the parent's connection alone, neither used nor closed."""
+        """In a forked child: neither use nor close the parent's connection."""
         _inherited.append((self.connection, self._driver))
         self._driver = cast("psycopg.Connection[Any]", ClosedInFork())
 
 
-class Line:
-    """A process's own session to the server: it hears the bell, and holds the locks of the consumers that live here."""
+class ListenConnection:
+    """A process's connection that listens for NOTIFY, and holds the locks of the consumers of this process."""
 
     def __init__(self, queue: OnPostgres) -> None:
         self._queue = queue
         self._changed = threading.Condition()
         self._connecting = threading.Lock()  # held while the connection or the numbers change
-        self._rings = 0
+        self._wakeups = 0
         self._numbers: set[int] = set()  # of the locks to hold
         self._connection: psycopg.Connection[Any] | None = None
-        self._over = False
-        self._stop_reader, self._stop_writer = os.pipe()  # wakes up the listener when it is over
-        self._cut_at = self._made_at = -math.inf  # monotonic seconds
-        self._is_new = False  # the connection is, and it has not been told yet that the consumers live
-        self.carries = True  # False: a pooler in between passes on no NOTIFY, and keeps no lock
+        self._stopped = False
+        self._stop_reader, self._stop_writer = os.pipe()  # wakes the listener when it must stop
+        self._lost_at = self._made_at = -math.inf  # monotonic seconds
+        self._is_new = False  # the connection is new: the consumers must be marked as running
+        self.gets_notify = True  # False: connected through a pooler, which keeps neither NOTIFY nor locks
         self._thread = threading.Thread()
 
     def start(self) -> None:
-        self.carries = not self._queue.pooled and self._hears_itself()
-        if self.carries:
+        self.gets_notify = not self._queue.pooled and self._receives_notify()
+        if self.gets_notify:
             self.keep_listening()
         else:
             log.warning(
-                "%s passes on no NOTIFY: consumers look every %g s, leases alone tell who died",
+                "%s passes on no NOTIFY: consumers poll every %g s, and crashes are noticed only when leases expire",
                 self._queue.name,
                 pqueue.WAIT_SECONDS,
             )
 
     def keep_listening(self) -> None:
-        """Start the listener, also if it has ended though it should not have: without it the consumers would die."""
-        if self.carries and not self._over and not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._listen, name="pqueue-line", daemon=True)
+        """Start the listener, or restart it if it died: the consumers depend on it."""
+        if self.gets_notify and not self._stopped and not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._listen, name="pqueue-listener", daemon=True)
             self._thread.start()
 
-    def _hears_itself(self) -> bool:
+    def _receives_notify(self) -> bool:
         heard: list[psycopg.Notify] = []
         self._connection = self._connect()
         self._connection.add_notify_handler(heard.append)
-        with self._queue._write(durable=False) as tx:
-            tx.change(f"NOTIFY {CHANNEL}")
-        self._connection.execute("SELECT 1")  # before it answers, the server passes on what was said till then
+        with self._queue._transaction(durable=False) as session:
+            session.change(f"NOTIFY {CHANNEL}")
+        self._connection.execute("SELECT 1")  # the server sends pending notifications before its answer
         self._connection.remove_notify_handler(heard.append)
         return bool(heard)
 
-    def hold(self, number: int) -> None:
-        """Take a lock, now and after each new connection."""
+    def acquire(self, number: int) -> None:
+        """Acquire a lock, now and after each reconnection."""
         with self._connecting:
             self._numbers.add(number)
-            self._do("SELECT pg_advisory_lock_shared(%s::int, %s::int)", number)
-        self._ring()
+            self._run_if_connected("SELECT pg_advisory_lock_shared(%s::int, %s::int)", number)
+        self._wake_waiters()
 
-    def let_go(self, number: int) -> None:
+    def release(self, number: int) -> None:
         with self._connecting:
             self._numbers.discard(number)
-            self._do("SELECT pg_advisory_unlock_shared(%s::int, %s::int)", number)
-        self._ring()  # for what rang meanwhile
+            self._run_if_connected("SELECT pg_advisory_unlock_shared(%s::int, %s::int)", number)
+        self._wake_waiters()  # for notifications received meanwhile
 
-    def _do(self, sql: str, number: int) -> None:
-        """Execute it, unless the connection is lost: the listener makes a new one."""
+    def _run_if_connected(self, sql: str, number: int) -> None:
+        """Execute the statement unless the connection is lost: the listener will reconnect."""
         if self._connection is not None:
             with suppress(psycopg.Error):
                 self._connection.execute(sql, (LOCK_CLASS, number))
 
     def wait(self, seconds: float, due_in: Callable[[], float]) -> bool:
         with self._changed:
-            before = self._rings
+            before = self._wakeups
         until = min(seconds, due_in())
         with self._changed:
-            return self._changed.wait_for(lambda: self._rings != before, max(0.0, until))
+            return self._changed.wait_for(lambda: self._wakeups != before, max(0.0, until))
 
     def stop_listening(self) -> None:
-        """End the listener, which would connect again, and say that the consumers live."""
-        self._over = True
+        """Stop the listener, which would otherwise reconnect and mark the consumers as running."""
+        self._stopped = True
         os.write(self._stop_writer, b"!")
         if self._thread.is_alive():
             self._thread.join(2 * self._queue._busy_seconds + 2)  # it may be connecting
@@ -325,24 +325,24 @@ class Line:
         with ExitStack() as undo:
             connection = self._queue._connect_raw()
             undo.callback(connection.close)
-            connection.execute(_setting(_bearing(CUT_OFF_MILLISECONDS, CUT_OFF), for_good=True))
-            connection.execute(NOT_ENDED)
+            connection.execute(_setting(_timeout_settings(LISTENER_TIMEOUT_MS, LISTENER_KEEPALIVES), for_good=True))
+            connection.execute(NO_IDLE_TIMEOUT)
             for number in list(self._numbers):
                 connection.execute("SELECT pg_advisory_lock_shared(%s::int, %s::int)", (LOCK_CLASS, number))
             connection.execute(LISTEN)
             undo.pop_all()
         return connection
 
-    def was_cut(self) -> bool:
-        """Return whether the connection was lost a moment ago; those of others, then, may not be back yet."""
-        return time.monotonic() - self._cut_at < RESTART_SECONDS
+    def was_lost_recently(self) -> bool:
+        """Return whether the connection was lost a moment ago; other consumers may not have reconnected yet."""
+        return time.monotonic() - self._lost_at < RESTART_SECONDS
 
     def _listen(self) -> None:
-        while not self._over:
+        while not self._stopped:
             try:
-                self._hear(self._connection or self._reconnect())
+                self._receive(self._connection or self._reconnect())
             except Exception as error:
-                self._lose(error)
+                self._drop(error)
 
     def _reconnect(self) -> psycopg.Connection[Any]:
         with self._connecting:
@@ -350,51 +350,51 @@ class Line:
             self._is_new, self._made_at = True, time.monotonic()
         return self._connection
 
-    def _lose(self, error: Exception) -> None:
-        """Let go of a connection that failed; the next one is made at once, unless this one never worked."""
+    def _drop(self, error: Exception) -> None:
+        """Drop a failed connection; wait before the next one if this one never worked."""
         with self._connecting:
             lost, self._connection = self._connection, None
-        self._cut_at = time.monotonic()
+        self._lost_at = time.monotonic()
         if not isinstance(error, (psycopg.Error, QueueError, OSError)):
-            log.error("%s: the listener failed and connects again: %r", self._queue.name, error)
+            log.error("%s: the listener failed and reconnects: %r", self._queue.name, error)
         if lost is None:
             time.sleep(RETRY_SECONDS)
             return
         with suppress(Exception):
             lost.close()
-        if self._cut_at - self._made_at < RETRY_SECONDS:
+        if self._lost_at - self._made_at < RETRY_SECONDS:
             time.sleep(PAUSE_SECONDS)
 
-    def _hear(self, connection: psycopg.Connection[Any]) -> None:
+    def _receive(self, connection: psycopg.Connection[Any]) -> None:
         if self._is_new:
-            with suppress(QueueError):  # else it tries again in a second
-                self._queue._revive()
+            with suppress(QueueError):  # tries again in a second
+                self._queue._mark_running()
                 self._is_new = False
         said = select.poll()
         for file in (connection.fileno(), self._stop_reader):
             said.register(file, select.POLLIN)
-        if said.poll(1000) and not self._over and any(True for _ in connection.notifies(timeout=0)):
-            self._ring()
+        if said.poll(1000) and not self._stopped and any(True for _ in connection.notifies(timeout=0)):
+            self._wake_waiters()
 
-    def _ring(self) -> None:
+    def _wake_waiters(self) -> None:
         with self._changed:
-            self._rings += 1
+            self._wakeups += 1
             self._changed.notify_all()
 
 
-class Place:
-    """A consumer's advisory lock, as long as it lives."""
+class ConsumerLock:
+    """The advisory lock that shows that a consumer is alive."""
 
-    def __init__(self, line: Line, number: int) -> None:
+    def __init__(self, listener: ListenConnection, number: int) -> None:
         self.number = number
-        self._line = line
+        self._listener = listener
 
     def close(self) -> None:
-        self._line.let_go(self.number)
+        self._listener.release(self.number)
 
 
 _queues: weakref.WeakSet[OnPostgres] = weakref.WeakSet()
-_inherited: list[Any] = []  # connections that belong to the parent
+_inherited: list[Any] = []  # connections of the parent process
 
 
 def _after_fork() -> None:
@@ -417,7 +417,7 @@ class PersistentQSQLAlchemy(PersistentQInterface):
             return super().__new__(cls)
         return super().__new__(OnSQLite if url.startswith("sqlite") else OnPostgres)
 
-    if TYPE_CHECKING:  # what the two below take
+    if TYPE_CHECKING:  # the signature of the two subclasses
 
         def __init__(
             self, url: str, *, durability: str = "full", create: bool = True, busy_seconds: float = pqueue.BUSY_SECONDS
@@ -429,24 +429,24 @@ class OnSQLite(PersistentQSQLAlchemy, PersistentQSQLite):
 
     def __init__(self, url: str, **options: Any) -> None:
         PersistentQSQLite.__init__(self, pqueue.sqlite_path(url), **options)
-        self._over = weakref.WeakKeyDictionary[SQLiteSession, sqlalchemy.Connection]()
+        self._wrapped = weakref.WeakKeyDictionary[SQLiteSession, sqlalchemy.Connection]()
 
     @contextmanager
     def transaction(self) -> Iterator[sqlalchemy.Connection]:  # type: ignore[override]
-        session = self._write()
-        if session not in self._over:
-            self._over[session] = _over(session.connection)
+        session = self._transaction()
+        if session not in self._wrapped:
+            self._wrapped[session] = _wrap(session.connection)
         try:
-            with session.in_order():
+            with session.user_transaction():
                 session.runs_user_code = True
-                yield self._over[session]
+                yield self._wrapped[session]
         finally:
             if not session.busy:
-                self._over[session].rollback()  # lets SQLAlchemy forget the transaction, which has ended without it
+                self._wrapped[session].rollback()  # ends SQLAlchemy's view of the transaction
 
 
-def _over(connection: sqlite3.Connection) -> sqlalchemy.Connection:
-    """Return an SQLAlchemy connection that leaves BEGIN, COMMIT and closing to the owner of this one."""
+def _wrap(connection: sqlite3.Connection) -> sqlalchemy.Connection:
+    """Return an SQLAlchemy connection that leaves BEGIN, COMMIT and closing to the owner of `connection`."""
     return sqlalchemy.create_engine(
         "sqlite://", creator=lambda: connection, poolclass=StaticPool, isolation_level="AUTOCOMMIT"
     ).connect()
@@ -455,9 +455,9 @@ def _over(connection: sqlite3.Connection) -> sqlalchemy.Connection:
 class OnPostgres(PersistentQSQLAlchemy):
     """The queue in a PostgreSQL database, in a schema of its own.
 
-    durability: "full" waits until the server has synced; "normal" may lose the last moments if the server crashes.
-    create: make the schema where there is none; else raise QueueError.
-    busy_seconds: how long to wait for a lock, or for an answer when connecting.
+    durability: "full" waits until the server has synced; "normal" may lose the last changes if the server crashes.
+    create: create the schema if it does not exist; else raise QueueError.
+    busy_seconds: how long to wait for a lock or a connection.
     """
 
     max_batch = 128  # an enqueue does not wait for the rows that a claim locks
@@ -474,8 +474,8 @@ class OnPostgres(PersistentQSQLAlchemy):
         self._milliseconds = int(busy_seconds * 1000)
         settings = {**NEEDED, "lock_timeout": self._milliseconds}
         synced = SYNCED if durability == "full" else "set_config('synchronous_commit', 'off', {})"
-        bearing = settings | _bearing(self._milliseconds, KEEPALIVES)
-        self.settings_of_session = f"{_setting(bearing, for_good=True)}, {synced.format(False)}"
+        connection_settings = settings | _timeout_settings(self._milliseconds, KEEPALIVES)
+        self.settings_of_session = f"{_setting(connection_settings, for_good=True)}, {synced.format(False)}"
         self.settings_of_transaction = f"{_setting(settings, for_good=False)}, {synced.format(True)}"
         self._conninfo = _conninfo(url)
         self.name = f"{self._conninfo.get('host', 'localhost')}/{self._conninfo.get('dbname', '')}"
@@ -488,12 +488,12 @@ class OnPostgres(PersistentQSQLAlchemy):
             pool_size=5,
             max_overflow=50,
         )
-        self._line: Line | None = None
-        self._starting = threading.Lock()
-        self._clock = (-CLOCK_SECONDS, 0.0)  # when it was asked, and how far it is ahead, in monotonic seconds
-        self._forget_looks()
+        self._listener: ListenConnection | None = None
+        self._listener_lock = threading.Lock()
+        self._clock = (-CLOCK_SECONDS, 0.0)  # when it was read (monotonic), and its offset, in seconds
+        self._reset_liveness()
         self._closed = False
-        self.pooled = False  # a pooler in between lends a process of the server for a transaction, without our settings
+        self.pooled = False  # connected through a pooler, which does not keep our settings between transactions
         try:
             self._prepare(create)
         except BaseException:
@@ -501,17 +501,17 @@ class OnPostgres(PersistentQSQLAlchemy):
             raise
         _queues.add(self)
 
-    def _forget_looks(self) -> None:
-        self._looked_at, self._living = -math.inf, cast("set[int] | None", None)  # monotonic seconds, who lived then
-        self._missing: dict[int, float] = {}  # whose lock was not there, and since which look, monotonic seconds
+    def _reset_liveness(self) -> None:
+        self._liveness_at, self._living = -math.inf, cast("set[int] | None", None)  # monotonic seconds; slots
+        self._missing: dict[int, float] = {}  # slots without a lock, since when, monotonic seconds
 
     # Opening
 
     def _connect_raw(self) -> psycopg.Connection[Any]:
         arguments = {"application_name": "pqueue", "connect_timeout": max(1, int(self._busy_seconds)), **KEEPALIVES}
-        arguments["tcp_user_timeout"] = self._milliseconds  # a link that is cut without a word is noticed, too
+        arguments["tcp_user_timeout"] = self._milliseconds  # detects a broken network link
         connection = psycopg.connect(autocommit=True, **{**arguments, **self._conninfo, "client_encoding": "UTF8"})
-        connection.adapters.register_dumper(int, Int8Dumper)  # one type whatever the value: one prepared statement
+        connection.adapters.register_dumper(int, Int8Dumper)  # one type for all values, so one prepared statement
         self.pooled = connection.execute("SELECT pg_backend_pid()").fetchone() != (connection.info.backend_pid,)
         connection.prepare_threshold = None if self.pooled else 3
         if not self.pooled:
@@ -519,7 +519,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         return connection
 
     def _prepare(self, create: bool) -> None:
-        """Check whose schema it is, and bring it up to date."""
+        """Check the version of the schema, and migrate it."""
         version = self._version()
         if version is None and not create:
             raise QueueError(f"no queue at {self.name}: a producer or a consumer creates it")
@@ -538,21 +538,21 @@ class OnPostgres(PersistentQSQLAlchemy):
         return cast(int, self._read(f"SELECT number FROM {SCHEMA}.version")[0][0])
 
     def _migrate(self) -> None:
-        with self._write() as tx:
-            tx.run(f"SELECT pg_advisory_xact_lock({LOCK_CLASS})")
-            tx.change(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
-            tx.change(f"CREATE TABLE IF NOT EXISTS {SCHEMA}.version (number INTEGER NOT NULL)")
-            done = tx.run(f"SELECT number FROM {SCHEMA}.version")
+        with self._transaction() as session:
+            session.run(f"SELECT pg_advisory_xact_lock({LOCK_CLASS})")
+            session.change(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
+            session.change(f"CREATE TABLE IF NOT EXISTS {SCHEMA}.version (number INTEGER NOT NULL)")
+            done = session.run(f"SELECT number FROM {SCHEMA}.version")
             for migration in islice(pqueue_schema.MIGRATIONS, done[0][0] if done else 0, None):
                 for statement in definitions(migration):
-                    tx.change(statement)
+                    session.change(statement)
             for statement in () if done else COUNTING:
-                tx.change(statement)
-            tx.change(f"DELETE FROM {SCHEMA}.version")
-            tx.change(f"INSERT INTO {SCHEMA}.version VALUES (:number)", {"number": len(pqueue_schema.MIGRATIONS)})
+                session.change(statement)
+            session.change(f"DELETE FROM {SCHEMA}.version")
+            session.change(f"INSERT INTO {SCHEMA}.version VALUES (:number)", {"number": len(pqueue_schema.MIGRATIONS)})
 
     @contextmanager
-    def _telling(self) -> Iterator[None]:
+    def _db_errors(self) -> Iterator[None]:
         try:
             yield
         except (exc.SQLAlchemyError, psycopg.Error) as error:
@@ -583,32 +583,32 @@ class OnPostgres(PersistentQSQLAlchemy):
             return QueueBusy(f"cannot reach {self.name}: {text}")
         return QueueError(f"cannot use {self.name}: {text}")
 
-    # What the interface asks of a backend
+    # Methods of Backend
 
     def _session(self) -> PostgresSession:
-        """Return this thread's session, on a sound connection unless it is in a transaction already."""
+        """Return this thread's session, reconnected if necessary unless it is in a transaction."""
         if self._closed:
             raise QueueError(f"cannot use {self.name}: this queue object is closed")
         session: PostgresSession | None = getattr(self._local, "session", None)
-        while session is None or not (session.busy or session.is_sound()):
+        while session is None or not (session.busy or session.is_usable()):
             if session is not None:
                 session.close()
-            with self._telling():
+            with self._db_errors():
                 session = self._local.session = PostgresSession(self)
             self._sessions.add(session)
         return session
 
-    def _write(self, *, durable: bool = True, in_batch: bool = False) -> PostgresSession:  # noqa: ARG002
+    def _transaction(self, *, durable: bool = True, in_batch: bool = False) -> PostgresSession:  # noqa: ARG002
         session = self._session()
         if not session.busy:
             session.durable = durable
         return session
 
-    def _read(self, sql: str, params: Params = pqueue_values.NOTHING) -> list[Any]:
+    def _read(self, sql: str, params: Params = pqueue_values.NO_PARAMS) -> list[Any]:
         session = self._session()
         if session.busy or not self.pooled:
             return session.run(sql, params)
-        with session:  # which brings its settings
+        with session:  # its transaction has our settings
             return session.run(sql, params)
 
     def _time(self, now: float | None) -> float:
@@ -620,143 +620,142 @@ class OnPostgres(PersistentQSQLAlchemy):
             server = float(self._read("SELECT EXTRACT(EPOCH FROM clock_timestamp())")[0][0])
             ended = time.monotonic()
             ahead = server - (began + ended) / 2
-            self._clock = (ended, ahead)  # at once: other threads look, too
+            self._clock = (ended, ahead)  # one assignment: other threads read it
         return time.monotonic() + ahead
 
     def _store(self, sql: str, row: Params) -> list[int]:
-        """As everywhere; again while others take and free the key at the same moment."""
+        """Store jobs; try again while concurrent transactions use and free the key."""
         for _ in range(ENQUEUE_TRIES):
             with suppress(NotStored):
                 ids = super()._store(sql, row)
-                if not (self.in_transaction and row["key"]) or self._read(KEEP, {"id": ids[0]}):
+                if not (self.in_transaction and row["key"]) or self._read(LOCK_UNFINISHED, {"id": ids[0]}):
                     return ids
         raise NotStored
 
     def resubmit(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
-        """As everywhere. An enqueue of the same moment, which took the key, is seen when it looks again."""
+        """See the base class. On a conflict with a concurrent enqueue, the second call sees which job has the key."""
         try:
             super().resubmit(job_id, by=by, now=now)
         except KeyTaken:
             super().resubmit(job_id, by=by, now=now)
 
     def limit(self, queue: str, max_pending: int | None) -> None:
-        """As everywhere. It and transactions that write jobs wait for each other: it counts what is pending."""
-        with self._write() as tx:
-            self._lock_out_writers(tx)
+        """See the base class. Locks out writers, to count the pending jobs."""
+        with self._transaction() as session:
+            self._lock_out_writers(session)
             super().limit(queue, max_pending)
 
-    def _count_pending(self, tx: Session, queues: Iterable[str]) -> None:  # noqa: ARG002 - of all, as that mends all
-        """Count with no writer under way, and let the triggers be there while a queue has a limit."""
-        for statement in COUNT_ANEW:
-            tx.change(statement)
-        is_limited, is_counted = tx.run(pqueue_schema.LIMITED), tx.run(IS_COUNTED)
+    def _count_pending(self, session: Session, queues: Iterable[str]) -> None:  # noqa: ARG002 - counts all queues
+        """Recount all queues while writers are locked out; keep the triggers only while a queue has a limit."""
+        for statement in RECOUNT:
+            session.change(statement)
+        is_limited, is_counted = session.run(pqueue_schema.LIMITED), session.run(IS_COUNTED)
         if is_counted and not is_limited:
-            tx.run(STOP_COUNTING)
+            session.run(STOP_COUNTING)
         for statement in START_COUNTING if is_limited and not is_counted else ():
-            tx.change(statement)
+            session.change(statement)
 
     def pause(self, queue: str) -> None:
-        """As everywhere. Claims that began before, and did not see it, have ended when it returns."""
+        """See the base class. Waits for claims that began before."""
         super().pause(queue)
         until = time.monotonic() + self._busy_seconds * (not self.in_transaction)
-        under_way = set(self._read(WRITING))
-        while (under_way := under_way.intersection(self._read(WRITING))) and time.monotonic() < until:
+        under_way = set(self._read(WRITERS))
+        while (under_way := under_way.intersection(self._read(WRITERS))) and time.monotonic() < until:
             time.sleep(0.01)
 
-    def _exchange(
+    def _complete_and_claim(
         self,
-        settled: list[tuple[Job, str | None]],
+        completions: list[tuple[Job, str | None]],
         me: pqueue_backend.Registration,
         limit: int,
         queues: Sequence[str] | None,
         lease_seconds: float,
         now: float | None,
     ) -> tuple[list[Job], list[Job]]:
-        """Do it in one round trip, unless it is time to look for the dead, or there is something to recover."""
-        settled = sorted(settled, key=lambda done: done[0].id)  # whoever locks several jobs does it in this order
-        tokens = {job.id: job.lease_token for job, _ in settled}
-        looks = time.monotonic() - self._looked_for_dead >= pqueue.DEAD_CHECK_SECONDS
+        """Do it in one round trip unless it is time to check for dead consumers, or there are jobs to reclaim."""
+        completions = sorted(completions, key=lambda done: done[0].id)  # rows are always locked in this order
+        tokens = {job.id: job.lease_token for job, _ in completions}
+        looks = time.monotonic() - self._dead_checked_at >= pqueue.DEAD_CHECK_SECONDS
         if looks and not self.in_transaction:
-            self._open_line()  # whose listener must live
-            with self._write(durable=False) as tx:
-                tx.run(ADD_UP)
-        if limit == 0 or looks or self.in_transaction or len(tokens) < len(settled):
-            return super()._exchange(settled, me, limit, queues, lease_seconds, now)
+            self._open_listener()  # restarts its thread if it died
+            with self._transaction(durable=False) as session:
+                session.run(MERGE_CHANGES)
+        if limit == 0 or looks or self.in_transaction or len(tokens) < len(completions):
+            return super()._complete_and_claim(completions, me, limit, queues, lease_seconds, now)
         now = self._time(now)
         claim = pqueue.claim_params(me, limit, queues, lease_seconds, now)
-        sql = EXCHANGE if settled else TAKE
+        sql = COMPLETE_AND_CLAIM if completions else CLAIM_ALONE
         done = {"number": len(tokens), "ids": list(tokens), "tokens": list(tokens.values())}
-        session = self._write()
-        rows = session.alone(sql, {**claim, **done, "results": [result for _, result in settled]})
+        session = self._transaction()
+        rows = session.alone(sql, {**claim, **done, "results": [result for _, result in completions]})
         jobs = pqueue.claimed_jobs(session, [row[1:] for row in rows if row[1] is not None], claim)
-        lost = [job for job, _ in settled if rows[0][0] is not None and job.id not in rows[0][0]]
-        with suppress(QueueBusy) if settled else nullcontext():  # which may not hide what was completed
-            jobs = jobs or super()._exchange([], me, limit, queues, lease_seconds, now)[0]
+        lost = [job for job, _ in completions if rows[0][0] is not None and job.id not in rows[0][0]]
+        with suppress(QueueBusy) if completions else nullcontext():  # an error must not hide what was completed
+            jobs = jobs or super()._complete_and_claim([], me, limit, queues, lease_seconds, now)[0]
         return jobs, lost
 
-    def _recover(self, tx: Session, dead: list[str] | None, now: float) -> None:
-        tx.change(JOIN_WRITERS)
-        super()._recover(tx, dead, now)
+    def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> None:
+        session.change(LOCK_AS_WRITER)
+        super()._reclaim(session, dead, now)
 
-    def _release_held(self, tx: Session, me: pqueue_backend.Registration, now: float | None) -> None:
-        tx.change(JOIN_WRITERS)
-        super()._release_held(tx, me, now)
+    def _release_held(self, session: Session, me: pqueue_backend.Registration, now: float | None) -> None:
+        session.change(LOCK_AS_WRITER)
+        super()._release_held(session, me, now)
 
-    def _open_line(self) -> Line:
-        with self._starting:
-            if self._line is None:
-                line = Line(self)
+    def _open_listener(self) -> ListenConnection:
+        with self._listener_lock:
+            if self._listener is None:
+                listener = ListenConnection(self)
                 try:
-                    with self._telling():
-                        line.start()
+                    with self._db_errors():
+                        listener.start()
                 except BaseException:
-                    line.close()
+                    listener.close()
                     raise
-                self._line = line
-            self._line.keep_listening()
-            return self._line
+                self._listener = listener
+            self._listener.keep_listening()
+            return self._listener
 
-    def _take_slot(self) -> Place | None:
-        line = self._open_line()
-        if not line.carries:
+    def _take_slot(self) -> ConsumerLock | None:
+        listener = self._open_listener()
+        if not listener.gets_notify:
             return None
         number = secrets.randbelow(2**31 - 1)
-        line.hold(number)
-        return Place(line, number)
+        listener.acquire(number)
+        return ConsumerLock(listener, number)
 
     def _is_alive(self, slot: int | None) -> bool:
-        """Return False when its lock was missing each time in the last `GRACE_SECONDS`: it may have lost its session
-        alone, and be connecting again."""
+        """Return False if the lock has been missing for `GRACE_SECONDS`: the consumer may only be reconnecting."""
         if slot is None:
             return True
-        if time.monotonic() - self._looked_at > pqueue.DEAD_CHECK_SECONDS / 2:
-            self._look()
+        if time.monotonic() - self._liveness_at > pqueue.DEAD_CHECK_SECONDS / 2:
+            self._read_liveness()
         if self._living is None or slot in self._living:
             return True
-        return self._looked_at - self._missing.setdefault(slot, self._looked_at) < GRACE_SECONDS
+        return self._liveness_at - self._missing.setdefault(slot, self._liveness_at) < GRACE_SECONDS
 
-    def _look(self) -> None:
-        """See which consumers live (None: that cannot be told now), and forget who was missing and is back."""
+    def _read_liveness(self) -> None:
+        """Read which consumers hold their locks (None: unknown), and since when others are missing."""
         started = float(self._read(UPTIME, {})[0][0])
-        living = {int(row[0]) for row in self._read(ALIVE)}
-        recently = started < RESTART_SECONDS or (self._line and self._line.was_cut())
+        living = {int(row[0]) for row in self._read(LOCKED_SLOTS)}
+        recently = started < RESTART_SECONDS or (self._listener and self._listener.was_lost_recently())
         self._missing = {} if recently else {slot: at for slot, at in self._missing.items() if slot not in living}
-        self._looked_at, self._living = time.monotonic(), None if recently else living
+        self._liveness_at, self._living = time.monotonic(), None if recently else living
 
-    def _revive(self) -> None:
-        """After a lost connection others may have taken our consumers for dead: they live."""
+    def _mark_running(self) -> None:
+        """Mark our consumers as running: others may have considered them dead while the connection was lost."""
         for me in list(self._registry.values()):
             params = {"token": me.token, "now": self._time(None)}
-            with self._write(durable=False) as tx:
-                tx.change(REVIVE, params)
+            with self._transaction(durable=False) as session:
+                session.change(MARK_RUNNING, params)
 
     def _sleep(self, me: pqueue_backend.Registration, seconds: float, due_in: Callable[[], float]) -> bool:  # noqa: ARG002
-        def due_at_first() -> float:  # when it is due again, it is not to be had: somebody's transaction has locked it
+        def due_at_first() -> float:  # still due after a dequeue: another transaction has locked the job
             left = due_in()
             self._local.was_due = left <= 0 and not getattr(self._local, "was_due", False)
             return left if left > 0 or self._local.was_due else pqueue.POLL_SECONDS
 
-        return self._open_line().wait(seconds, due_at_first)
+        return self._open_listener().wait(seconds, due_at_first)
 
     @property
     def in_transaction(self) -> bool:
@@ -765,17 +764,17 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     @contextmanager
     def transaction(self) -> Iterator[sqlalchemy.Connection]:
-        session = self._write()
+        session = self._transaction()
         try:
-            with session.in_order():
-                session.run(AS_USUAL)  # the statements in it are not ours
+            with session.user_transaction():
+                session.run(DEFAULT_PLANNER)  # for the user's statements
                 yield session.connection
         finally:
             if not session.busy:
-                session.end_of_block()
+                session.reset_sqlalchemy()
 
     def backup(self, path: str | os.PathLike[str]) -> None:
-        """Write a copy, as of one moment, that is a queue on SQLite: `open_queue(path)` opens it."""
+        """Write a consistent copy as a queue on SQLite: `open_queue(path)` opens it."""
         target = pqueue_values.file_path(path)
         try:
             if target.exists():
@@ -793,17 +792,18 @@ class OnPostgres(PersistentQSQLAlchemy):
         ours = (*pqueue_schema.TABLES, "version", "pending_changes", "pending_counts")
         return [row[0] for row in self._read(sql, {"schema": SCHEMA}) if row[0] not in ours]
 
-    def _lock_out_writers(self, tx: Session) -> None:
-        tx.run(_setting({COPYING: "on"}, for_good=False))
-        tx.change("LOCK TABLE jobs IN EXCLUSIVE MODE")  # that every writer needs; one lock makes no deadlock
+    def _lock_out_writers(self, session: Session) -> None:
+        session.run(_setting({COPYING: "on"}, for_good=False))
+        session.change("LOCK TABLE jobs IN EXCLUSIVE MODE")  # excludes every writer; one lock cannot deadlock
 
-    def _lock_jobs(self, tx: Session, job_ids: list[int]) -> None:
-        tx.run("SELECT id FROM jobs WHERE id = ANY (CAST(:ids AS bigint[])) ORDER BY id FOR UPDATE", {"ids": job_ids})
+    def _lock_jobs(self, session: Session, job_ids: list[int]) -> None:
+        sql = "SELECT id FROM jobs WHERE id = ANY (CAST(:ids AS bigint[])) ORDER BY id FOR UPDATE"
+        session.run(sql, {"ids": job_ids})
 
-    def _number_on(self, tx: Session) -> None:
+    def _reset_ids(self, session: Session) -> None:
         for table in ("jobs", "history"):
             highest = f"(SELECT coalesce(max(id), 0) + 1 FROM {table})"
-            tx.run(f"SELECT setval(pg_get_serial_sequence('{SCHEMA}.{table}', 'id'), {highest}, false)")
+            session.run(f"SELECT setval(pg_get_serial_sequence('{SCHEMA}.{table}', 'id'), {highest}, false)")
 
     def check(self, *, thorough: bool = True) -> dict[str, Any]:
         expected: dict[str, Any] = {"fsync": "on", "full_page_writes": "on", "transaction_read_only": "off"}
@@ -816,7 +816,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         if thorough:
             facts["file_bytes"] = self._read("SELECT pg_database_size(current_database())")[0][0]
         expected["user_version"] = len(pqueue_schema.MIGRATIONS)
-        if facts["synchronous_commit"] != "off":  # this server's disk has it; the rest is about standbys
+        if facts["synchronous_commit"] != "off":  # on this server's disk; the values differ only for standbys
             expected.pop("synchronous_commit", None)
         facts["problems"] = [
             f"expected {name} {value}, got {facts[name]}" for name, value in expected.items() if facts[name] != value
@@ -829,7 +829,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         return facts
 
     def _limits_in_the_way(self) -> list[str]:
-        """Return what is wrong with the limits that the server, the database or the role sets for a session."""
+        """Return problems with the time limits that the server, the database or the role sets."""
         most = self._milliseconds
         return [
             f"expected {name} 0 or above {most} ms, got {value} ms"
@@ -838,27 +838,27 @@ class OnPostgres(PersistentQSQLAlchemy):
         ]
 
     def close(self) -> None:
-        if self._line is not None:
-            self._line.stop_listening()
+        if self._listener is not None:
+            self._listener.stop_listening()
         if self._registry and not self._closed:
-            self._take_leave()
-        if self._line is not None:
-            self._line.close()
+            self._unregister_all()
+        if self._listener is not None:
+            self._listener.close()
         for session in list(self._sessions):
             session.close()
         self._engine.dispose()
         self._local = threading.local()
-        self._line = None
+        self._listener = None
         self._closed = True
 
-    def _take_leave(self) -> None:
-        """Return the jobs of our consumers; again, if a connection was lost or a transaction of ours held one."""
+    def _unregister_all(self) -> None:
+        """Unregister all consumers; try again if a connection was lost or a transaction of ours held a job."""
         if self.in_transaction:
             self._local.session.close()
             self._local = threading.local()
         for _ in range(2):
             with suppress(QueueError):
-                self._leave(list(self._registry.values()))
+                self._unregister(list(self._registry.values()))
                 return
             for session in list(self._sessions):
                 session.close()
@@ -869,24 +869,24 @@ class OnPostgres(PersistentQSQLAlchemy):
             session.disown()
         self._engine.dispose(close=False)
         PersistentQInterface.__init__(self)
-        _inherited.append(self._line)
+        _inherited.append(self._listener)
         self._sessions, self._local = weakref.WeakSet(), threading.local()
-        self._line, self._starting = None, threading.Lock()
-        self._forget_looks()
+        self._listener, self._listener_lock = None, threading.Lock()
+        self._reset_liveness()
 
 
-def _bearing(milliseconds: int, keepalives: dict[str, int]) -> dict[str, object]:
-    """Return the server's settings for how long it bears with a silent client."""
+def _timeout_settings(milliseconds: int, keepalives: dict[str, int]) -> dict[str, object]:
+    """Return the server's settings for how long it keeps the connection of an unreachable client."""
     return {"tcp_user_timeout": milliseconds, **{f"tcp_{name}": value for name, value in keepalives.items()}}
 
 
 def _conninfo(url: str) -> dict[str, Any]:
-    """Return what libpq reads in a URL: one host or several, target_session_attrs and the like."""
+    """Return libpq's connection parameters from a URL, which may name several hosts."""
     scheme, _, rest = url.partition("://")
     with suppress(psycopg.Error):
         parts = psycopg.conninfo.conninfo_to_dict(f"postgresql://{rest}")
         ports = str(parts.get("port") or "5432").split(",")
-        # A password with a / or ? that is not percent-encoded is cut there.
+        # A / or ? in a password must be percent-encoded, or libpq ends the password there.
         cut = "@" in f"{parts.get('host')} {parts.get('dbname')}"
         known = scheme in ("postgresql", "postgresql+psycopg", "postgres")
         if known and not cut and all(port.isdigit() for port in ports):

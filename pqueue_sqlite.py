@@ -42,9 +42,9 @@ from pqueue_files import (
 )
 from pqueue_locks import ConsumerLock, ConsumerLocks, WriterLock, boot_id
 from pqueue_move import COPIED, arrival, count_running
-from pqueue_schema import APPLICATION_ID, LIMITED, MIGRATIONS, NO_LEASE, SQLITE_TYPES, TABLES, WAITING
+from pqueue_schema import APPLICATION_ID, LIMITED, MIGRATIONS, NO_LEASE, PENDING_IN_QUEUE, SQLITE_TYPES, TABLES
 from pqueue_values import (
-    NOTHING,
+    NO_PARAMS,
     DatabaseReplaced,
     Job,
     Params,
@@ -70,18 +70,18 @@ SELECT name FROM queues q WHERE max_pending IS NOT NULL AND pending <>
 
 # Statements that only SQLite has
 
-# Finish jobs with their results. :settled is a JSON array of [id, lease token, result].
+# Finish jobs with their results. :completions is a JSON array of [id, lease token, result].
 # guard: a batch completes under its tokens only
 COMPLETE_MANY = f"""
 UPDATE jobs SET state = 'completed', finished_at = :now, result = json_extract(value, '$[2]'), error = NULL, {NO_LEASE}
-FROM json_each(:settled) WHERE jobs.id = json_extract(value, '$[0]') AND lease_token = json_extract(value, '$[1]')
+FROM json_each(:completions) WHERE jobs.id = json_extract(value, '$[0]') AND lease_token = json_extract(value, '$[1]')
 RETURNING jobs.id"""
 
 # Return the number of a consumer's lock.
 SLOT_OF = "SELECT slot FROM consumers WHERE token = :token"
 
 # Count the pending jobs of a queue.
-COUNT_PENDING = f"UPDATE queues SET pending = (SELECT count(*) FROM jobs WHERE {WAITING}) WHERE name = :queue"
+COUNT_PENDING = f"UPDATE queues SET pending = (SELECT count(*) FROM jobs WHERE {PENDING_IN_QUEUE}) WHERE name = :queue"
 
 # Triggers that maintain queues.pending. They exist only while a queue has a limit: otherwise they cost nothing.
 IS_PENDING = "{row}.state = 'pending' AND {row}.assigned_to IS NULL"
@@ -138,13 +138,13 @@ class SQLiteSession(Session):
         except OSError as error:
             raise QueueError(f"cannot open {self._path}: {error.strerror}") from error
 
-    def run(self, sql: str, params: Params = NOTHING) -> list[Any]:
+    def run(self, sql: str, params: Params = NO_PARAMS) -> list[Any]:
         try:
             return self.connection.execute(sql, params).fetchall()
         except sqlite3.Error as error:
             raise self._error(error) from error
 
-    def change(self, sql: str, params: Params = NOTHING) -> int:
+    def change(self, sql: str, params: Params = NO_PARAMS) -> int:
         try:
             return self.connection.execute(sql, params).rowcount
         except sqlite3.Error as error:
@@ -182,10 +182,10 @@ class SQLiteSession(Session):
             raise self._error(error) from error
         finally:
             if is_alone:
-                self._leave()
+                self._cleanup()
         if ids and is_alone:
             self._wake()
-        self.ring = self.ring or bool(ids)
+        self.wakes = self.wakes or bool(ids)
         return ids
 
     def _begin(self, *, alone: bool = False) -> None:
@@ -206,7 +206,7 @@ class SQLiteSession(Session):
             if not alone:
                 self.run("BEGIN IMMEDIATE")
         except BaseException:
-            self._leave()
+            self._cleanup()
             raise
 
     def _commit(self) -> None:
@@ -228,7 +228,7 @@ class SQLiteSession(Session):
                 "files during the transaction; use backup() to copy it"
             )
 
-    def _leave(self) -> None:
+    def _cleanup(self) -> None:
         try:
             if not self.has_ended:
                 self._roll_back()
@@ -619,7 +619,7 @@ class PersistentQSQLite(PersistentQInterface):
             undo.pop_all()
         return session
 
-    def _write(self, *, durable: bool = True, in_batch: bool = False) -> SQLiteSession:
+    def _transaction(self, *, durable: bool = True, in_batch: bool = False) -> SQLiteSession:
         if self.is_read_only:
             raise QueueError(f"cannot write to {self.path}: its file system is read-only")
         session = self._session()
@@ -628,36 +628,36 @@ class PersistentQSQLite(PersistentQInterface):
         session.wanted = "FULL" if durable and self.durability == "full" else "NORMAL"
         return session
 
-    def _read(self, sql: str, params: Params = NOTHING) -> list[Any]:
+    def _read(self, sql: str, params: Params = NO_PARAMS) -> list[Any]:
         return self._session().read(sql, params)
 
-    def _complete_all(self, tx: Session, settled: list[tuple[Job, str | None]], now: float) -> list[Job]:
-        ids = {job.id for job, _ in settled}
-        if len(settled) < 2 or len(ids) < len(settled):
-            return super()._complete_all(tx, settled, now)
-        rows = [(job.id, job.lease_token, result) for job, result in settled]
-        done = {row[0] for row in tx.run(COMPLETE_MANY, {"settled": to_json(rows), "now": now})}
-        return [job for job, _ in settled if job.id not in done]
+    def _complete_all(self, session: Session, completions: list[tuple[Job, str | None]], now: float) -> list[Job]:
+        ids = {job.id for job, _ in completions}
+        if len(completions) < 2 or len(ids) < len(completions):
+            return super()._complete_all(session, completions, now)
+        rows = [(job.id, job.lease_token, result) for job, result in completions]
+        done = {row[0] for row in session.run(COMPLETE_MANY, {"completions": to_json(rows), "now": now})}
+        return [job for job, _ in completions if job.id not in done]
 
-    def _lock_out_writers(self, tx: Session) -> None:
+    def _lock_out_writers(self, session: Session) -> None:
         """Do nothing: SQLite has a single writer."""
 
-    def _lock_jobs(self, tx: Session, job_ids: list[int]) -> None:
+    def _lock_jobs(self, session: Session, job_ids: list[int]) -> None:
         """Do nothing: SQLite has a single writer."""
 
-    def _number_on(self, tx: Session) -> None:
+    def _reset_ids(self, session: Session) -> None:
         """Do nothing: SQLite continues after the highest id."""
 
-    def _count_pending(self, tx: Session, queues: Iterable[str]) -> None:
-        is_limited = bool(tx.run(LIMITED))
+    def _count_pending(self, session: Session, queues: Iterable[str]) -> None:
+        is_limited = bool(session.run(LIMITED))
         for name, statement in COUNTERS.items():
-            has_trigger = bool(tx.run("SELECT 1 FROM sqlite_master WHERE name = :name", {"name": name}))
+            has_trigger = bool(session.run("SELECT 1 FROM sqlite_master WHERE name = :name", {"name": name}))
             if is_limited and not has_trigger:
-                tx.change(statement)
+                session.change(statement)
             if has_trigger and not is_limited:
-                tx.change(f"DROP TRIGGER {name}")
+                session.change(f"DROP TRIGGER {name}")
         for queue in queues:
-            tx.change(COUNT_PENDING, {"queue": queue})
+            session.change(COUNT_PENDING, {"queue": queue})
 
     def _take_slot(self) -> ConsumerLock | None:
         with self._folder_errors():
@@ -682,9 +682,9 @@ class PersistentQSQLite(PersistentQInterface):
         if me and me.slot and me.slot.begun:
             me.slot.begun.add(job)
 
-    def _has_begun(self, tx: Session, job: Job) -> bool:
+    def _has_begun(self, session: Session, job: Job) -> bool:
         token = (job.lease_token or "")[:16]
-        rows = tx.run(SLOT_OF, {"token": token})
+        rows = session.run(SLOT_OF, {"token": token})
         if not rows or rows[0][0] is None or not (locks := self._consumer_locks):
             return True
         with self._folder_errors():
@@ -702,8 +702,8 @@ class PersistentQSQLite(PersistentQInterface):
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        session = self._write()
-        with session.in_order():
+        session = self._transaction()
+        with session.user_transaction():
             session.runs_user_code = True
             try:
                 yield session.connection
@@ -754,13 +754,13 @@ class PersistentQSQLite(PersistentQInterface):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             make_folder(target.parent)
             create_file(part)
-            with self._write() as source:  # blocks other writers while the other connection reads
+            with self._transaction() as source:  # blocks other writers while the other connection reads
                 # guard: nothing is moved while a job runs
                 if count_running(source):
                     return None
                 with closing(self._connect()) as reader, closing(sqlite3.connect(part, isolation_level=None)) as copy:
                     copied = _copy_database(reader, copy, tell)
-                    _finish_copy(copy, arrival(self._leave_for(source, str(target), by, now)))
+                    _finish_copy(copy, arrival(self._mark_moved(source, str(target), by, now)))
                 sync(part)
             move_into_place(part, target, is_new=not target.exists())
         except OSError as error:
@@ -794,8 +794,8 @@ class PersistentQSQLite(PersistentQInterface):
             expected["journal_mode"] = "wal"
         if thorough and not self.is_read_only:
             expected["synchronous"] = self.durability
-            with self._write() as tx:
-                facts["synchronous"] = SYNCHRONOUS[tx.run("PRAGMA synchronous")[0][0]]
+            with self._transaction() as session:
+                facts["synchronous"] = SYNCHRONOUS[session.run("PRAGMA synchronous")[0][0]]
         for pragma in [name for name in expected if name not in facts]:
             facts[pragma] = self._read(f"PRAGMA {pragma}")[0][0]
         facts["file_system"] = file_system(self.path.parent)
@@ -845,7 +845,7 @@ class PersistentQSQLite(PersistentQInterface):
             raise QueueError(f"cannot close {self.path} inside a transaction")
         try:
             if self._registry:
-                self._leave(list(self._registry.values()))
+                self._unregister(list(self._registry.values()))
         except QueueBusy:  # the caller may try again
             raise
         except QueueError:

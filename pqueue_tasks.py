@@ -1,4 +1,4 @@
-"""Tasks: named functions that run jobs."""
+"""Tasks: registering the functions that run jobs, and running them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT_MAX_ATTEMPTS = 3
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A named function that takes a `Job` and returns a result that JSON can hold, with its options: see `task`."""
+    """A named function that takes a `Job` and returns a JSON-serializable result, with the options of `task`."""
 
     name: str
     function: Callable[[Job], Any]
@@ -42,12 +42,12 @@ def task(
 ) -> Callable[[Callable[[Job], Any]], Task]:
     """Return a decorator that registers a function as a task, and replaces it with the `Task`.
 
-    name: None: the name of the function.
-    max_attempts: deliveries of a job before it is `failed`, for jobs that a program with this task enqueues.
-    backoff_base_seconds: how long a consumer lets a job wait after its first failed attempt: see `backoff_seconds`.
-    timeout_seconds: how long an attempt may run in a consumer; None: without end.
+    name: the name of the task; None: that of the function.
+    max_attempts: the default for jobs enqueued by a program that has registered this task.
+    backoff_base_seconds: the delay after the first failed attempt: see `backoff_seconds`.
+    timeout_seconds: the time limit of an attempt in a consumer; None: no limit.
 
-    Raises ValueError if the name is taken.
+    Raises ValueError if the name is already registered.
     """
 
     def register(function: Callable[[Job], Any]) -> Task:
@@ -70,7 +70,7 @@ _current = threading.local()
 
 
 def current_queue() -> PersistentQInterface:
-    """Return the queue of the job that this thread runs, to `update` it or to enqueue other jobs.
+    """Return the queue of the job that this thread is running.
 
     Raises QueueError outside a task.
     """
@@ -93,10 +93,9 @@ def run_task(queue: PersistentQInterface, job: Job) -> Any:
 
 
 def backoff_seconds(attempts: int, base_seconds: float = 5.0, cap_seconds: float = 3600.0) -> float:
-    """Return how many seconds to wait after so many attempts: base, 2 x base, 4 x base … up to the cap.
+    """Return the delay after this many attempts: base, 2 x base, 4 x base … up to the cap; half of it is random.
 
-    Half of it is random, the "equal jitter" of Marc Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog,
-    2015.
+    This is the "equal jitter" of Marc Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
     """
     whole = min(cap_seconds, base_seconds * 2.0 ** min(attempts - 1, 60))
     return whole / 2 + random.uniform(0, whole / 2)

@@ -1,4 +1,4 @@
-"""Values of a queue: errors, the job, JSON, and the arguments that verbs accept."""
+"""Errors, the job, JSON encoding, and validation of arguments."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any, NamedTuple
 
 MAX_ID = 2**63 - 1
 MAX_PAYLOAD_BYTES = 1_048_576
-MAX_JSON_DEPTH = 100  # Python's parser gives up near 1000, less what its caller has used
+MAX_JSON_DEPTH = 100  # Python's parser fails near 1000, less the depth of the call stack
 MAX_ERROR_CHARS = 10_000
-MAX_TEXT_CHARS = 1000  # of a text to search for
+MAX_TEXT_CHARS = 1000  # of the text of a search
 
 Params = dict[str, Any]
-NOTHING: Params = {}
+NO_PARAMS: Params = {}
 
 
 class QueueError(Exception):
-    """The base of all errors of the queue."""
+    """The base class of the queue's errors."""
 
 
 class LeaseLost(QueueError):
-    """The job was taken back or given to another consumer: drop its work, or let `transaction` roll it back."""
+    """This consumer no longer holds the lease: discard the work, or let `transaction` roll it back."""
 
 
 class JobNotFound(QueueError):
@@ -38,11 +38,11 @@ class InvalidTransition(QueueError):
 
 
 class QueueBusy(QueueError):
-    """Another writer kept the database locked for longer than `busy_seconds`. Try again."""
+    """Another writer held the lock for longer than `busy_seconds`. Try again."""
 
 
 class QueueFull(QueueError):
-    """The queue has `max_pending` pending jobs, or its disk is full. Try again when there is room."""
+    """The queue has `max_pending` pending jobs, or the disk is full. Try again later."""
 
 
 class SchemaMismatch(QueueError):
@@ -50,20 +50,20 @@ class SchemaMismatch(QueueError):
 
 
 class DatabaseReplaced(QueueError):
-    """The database was moved, replaced, or its log deleted while it was open. Nothing more can be written: restart."""
+    """The open database was moved or replaced, or its log deleted. It can no longer be written: restart."""
 
 
 class DoNotRetry(Exception):
-    """Raise it in a task when another attempt would fail as well: the job is `failed` at once."""
+    """Raise this in a task if another attempt would fail, too: the job becomes `failed` at once."""
 
 
 class Job(NamedTuple):
-    """A job as it was when it was read.
+    """A job, as of when it was read.
 
-    `payload` and `result` are values decoded from JSON. The fields `..._at` are Unix seconds; `progress` is 0 to 1.
-    `consumer` runs the job, or ran it last; `assigned_to` is the only one that may run it. `error` is that of the last
-    attempt that failed. None stands for what does not exist (yet): a lease only while the state is "processing", a
-    `started_at` from the first attempt, a `finished_at` once the job is completed, failed or cancelled.
+    `payload` and `result` are decoded JSON. Fields named `..._at` are Unix seconds; `progress` is 0 to 1. `consumer` is
+    the current or last consumer of the job; `assigned_to` the only one that may run it; `error` that of the last failed
+    attempt. The lease is None unless the state is "processing", `started_at` until the first attempt, and `finished_at`
+    until the job is completed, failed or cancelled.
     """
 
     id: int
@@ -96,7 +96,7 @@ def encode_result(result: Any) -> str | None:
 
 
 def encode_json(what: str, value: Any) -> str:
-    """Return the JSON text that is stored. Raises ValueError, saying what it was."""
+    """Return the JSON text to store. Raises ValueError, which names `what`."""
     try:
         text = to_json(value)
         size = len(text.encode())
@@ -112,7 +112,7 @@ def encode_json(what: str, value: Any) -> str:
 
 
 def _expect_text_keys(what: str, value: Any) -> None:
-    """Raise ValueError for a key that is no string: JSON would make it one, and perhaps the same as another key."""
+    """Raise ValueError for a key that is not a string: JSON would make it one, perhaps equal to another key."""
     for key in value if isinstance(value, dict) else ():
         # guard: a key is a string
         if not isinstance(key, str):
@@ -123,7 +123,7 @@ def _expect_text_keys(what: str, value: Any) -> None:
 
 
 def encode_payloads(payloads: list[Any]) -> str:
-    """Return a JSON array with an array for each payload: of all together, unless one may be too large or too deep."""
+    """Return a JSON array of [payload] arrays. Encodes all at once unless one may be too large or too deep."""
     with suppress(TypeError, ValueError, RecursionError):
         text = to_json([[payload] for payload in payloads])
         nests = text.count("[") + text.count("{") > MAX_JSON_DEPTH + len(payloads)
@@ -150,20 +150,20 @@ _from_json = json.JSONDecoder().decode
 
 
 class Excerpt(str):
-    """The beginning of an error, or of the JSON text of a payload or a result, that was too long to be read whole.
+    """The beginning of an error, or of the JSON text of a payload or a result, that was cut at a limit.
 
-    Also the whole JSON text of a payload or a result that only another program can have stored: one that is nested
-    deeper than `MAX_JSON_DEPTH`, or that Python's parser refuses.
+    Also the whole JSON text of one that another program stored and that Python cannot decode, or that is nested deeper
+    than `MAX_JSON_DEPTH`.
     """
 
     __slots__ = ()
 
 
 def read_json(text: str) -> Any:
-    """Return the value; or, of JSON that the database accepts but Python does not, the text as an `Excerpt`."""
+    """Return the decoded value, or the text as an `Excerpt` if Python cannot decode it."""
     try:
         value = _from_json(text)
-    except (ValueError, RecursionError):  # a number of more than 4,300 digits; nested about a thousand deep
+    except (ValueError, RecursionError):  # a number of more than 4,300 digits; nested too deep
         return Excerpt(text)
     return Excerpt(text) if _is_too_deep(text, value) else value
 
@@ -220,7 +220,7 @@ def valid_filter(what: str, value: str, most: int) -> str:
     if len(value) > most:
         raise ValueError(f"expected {what} to be at most {most:,} characters, got {len(value):,}")
     if "\0" in value and what != "text":
-        raise ValueError(f"expected {what} to be printable, got {short(value)}")  # PostgreSQL cannot look for it
+        raise ValueError(f"expected {what} to be printable, got {short(value)}")  # PostgreSQL cannot compare it
     return value
 
 
@@ -237,13 +237,13 @@ def ids_up_to(last: int, number: int) -> list[int]:
 def short(value: Any) -> str:
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an int of more digits than Python prints, a nest of lists
+    except (ValueError, RecursionError):  # an int of too many digits, lists nested too deep
         text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def error_text(error: str) -> str:
-    text = str(error)[:MAX_ERROR_CHARS].replace("\0", "\\x00")  # which PostgreSQL cannot store
+    text = str(error)[:MAX_ERROR_CHARS].replace("\0", "\\x00")  # PostgreSQL cannot store it
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -252,12 +252,12 @@ def operator_name(by: str | None) -> str:
         return valid_name("operator", by)
     try:
         return getpass.getuser()
-    except (KeyError, OSError, ImportError):  # a container's user need not have an account
+    except (KeyError, OSError, ImportError):  # a user of a container may have no account
         return f"uid {os.getuid()}" if hasattr(os, "getuid") else "unknown"
 
 
 def file_path(path: str | os.PathLike[str]) -> Path:
-    """Return the path, absolute. Raises ValueError for what would make a file of a name that nobody meant."""
+    """Return the absolute path. Raises ValueError for text that is probably not meant as a file name."""
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):
         raise ValueError(f"expected a path as str or Path, got {short(path)}")

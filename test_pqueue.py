@@ -366,7 +366,7 @@ class QueueContract:
         self.queue.pause("paused")
         self.queue.enqueue("t", queue="paused", now=NOW)
         job_id = self.queue.enqueue("t", run_at=NOW + 10, now=NOW)
-        with mock.patch("pqueue.RECOVERY_BATCH", 1):
+        with mock.patch("pqueue.RECLAIM_BATCH", 1):
             self.assertEqual(self.queue.dequeue("w", now=NOW + 10).id, job_id)
 
     def test_dequeue_takes_back_what_expired_and_nothing_else(self):
@@ -589,7 +589,7 @@ class QueueContract:
                 self.queue.leave(f"request {number}")
             for number in range(3):
                 self.queue.dequeue(f"request {number}")
-            with self.assertRaisesRegex(QueueError, "cannot begin consumer 'one more': this object has 3.*leave"):
+            with self.assertRaisesRegex(QueueError, "cannot register consumer 'one more': this object has 3.*leave"):
                 self.queue.dequeue("one more")
 
     def test_job_that_may_run_once_is_taken_alone(self):
@@ -889,7 +889,7 @@ class QueueContract:
 
     def test_new_consumer_cannot_begin_inside_a_transaction_that_may_undo_it(self):
         self.queue.enqueue("t", now=NOW)
-        with self.assertRaisesRegex(QueueError, "cannot begin consumer 'anna' inside a transaction"):
+        with self.assertRaisesRegex(QueueError, "cannot register consumer 'anna' inside a transaction"):
             with self.queue.transaction():
                 self.queue.dequeue("anna", now=NOW)
         self.assertIsNotNone(self.queue.dequeue("anna", now=NOW))
@@ -1009,7 +1009,7 @@ class QueueContract:
         self.queue.assign(ids[0], "w")
         self.queue.cancel(ids[1])
         for few in (100, 0):
-            with self.subTest(few=few), mock.patch("pqueue_search.FEW", few):
+            with self.subTest(few=few), mock.patch("pqueue_search.INDEX_SCAN_JOBS", few):
                 self.assertEqual([job.id for job in self.queue.list_jobs(state="pending")], [ids[3], ids[2], ids[0]])
                 self.assertEqual(
                     [job.id for job in self.queue.list_jobs(state="pending", before_id=ids[3])], [ids[2], ids[0]]
@@ -1019,7 +1019,7 @@ class QueueContract:
     def test_search_stops_in_time_and_goes_on_where_it_stopped(self):
         ids = self.queue.enqueue_many("a", range(10), now=NOW)
         self.queue.delete_jobs(ids[2:6])
-        with mock.patch("pqueue_search.WINDOW", 2):
+        with mock.patch("pqueue_search.WALK_IDS", 2):
             jobs, before = self.queue.search_jobs(pqueue.Filters(task="a"), seconds=0)
             self.assertEqual(([job.id for job in jobs], before), (ids[:7:-1], ids[8]))
             seen = []
@@ -1082,7 +1082,7 @@ class QueueContract:
         """Return the jobs in which the text is, each way of looking agreeing with the others."""
         ids = [job.id for job in self.queue.list_jobs(text=text, **options)]
         for few in (0, 100_000):  # by an index of the state, or on the way through all
-            with mock.patch("pqueue_search.FEW", few), mock.patch("pqueue_search.WINDOW", 3):
+            with mock.patch("pqueue_search.INDEX_SCAN_JOBS", few), mock.patch("pqueue_search.WALK_IDS", 3):
                 self.assertEqual([job.id for job in self.queue.list_jobs(text=text, state="pending", **options)], ids)
                 self.assertEqual(self.queue.count_jobs(text=text, **options), len(ids))
                 self.assertEqual(self.queue.count_jobs(text=text, state="pending", **options), len(ids))
@@ -1640,7 +1640,7 @@ class SQLiteContract(QueueContract, SQLiteCase):
     def test_job_is_not_begun_when_its_lease_is_over(self):
         self.queue.enqueue("t", now=NOW)
         (job,) = self.queue.dequeue_many("w", 5, prefetch=True, lease_seconds=60, now=NOW)
-        with self.assertRaisesRegex(LeaseLost, "cannot begin job 1: the lease of w on it is over"):
+        with self.assertRaisesRegex(LeaseLost, "cannot begin job 1: the lease of w on it has expired"):
             self.queue.begin(job, now=NOW + 60)
         self.assertEqual(self.reopen().dequeue("other", now=NOW + 60).attempts, 1)  # for it had not begun
 
@@ -1907,7 +1907,7 @@ class Processes(SQLiteCase):
         with python(DEQUEUE_AND_SLEEP, self.path) as child:
             child.stdout.readline()
             child.send_signal(signal.SIGSTOP)
-            queue._looked_for_dead = 0.0
+            queue._dead_checked_at = 0.0
             self.assertIsNone(queue.dequeue("heir"))
 
     def test_forked_child_reconnects_and_leaves_the_parent_whole(self):
@@ -2961,7 +2961,7 @@ class Misuse(SQLiteCase):
         queue.enqueue("t")
         queue.dequeue("anna")
         shutil.rmtree(f"{self.path}.d")
-        queue._looked_for_dead = -1e9
+        queue._dead_checked_at = -1e9
         self.open().dequeue("bert")
         with self.assertRaisesRegex(QueueError, "were deleted while in use"):
             queue.dequeue("anna")
@@ -2996,7 +2996,7 @@ class Misuse(SQLiteCase):
         queue.enqueue("t")
         with queue.transaction() as db:
             db.execute("CREATE TRIGGER swallow BEFORE INSERT ON jobs BEGIN SELECT RAISE(IGNORE); END")
-        with self.assertRaisesRegex(QueueError, "takes no job"):
+        with self.assertRaisesRegex(QueueError, "did not store the job"):
             queue.enqueue("t")
         self.assertIsNotNone(queue.dequeue("w"))
 

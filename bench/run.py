@@ -89,8 +89,8 @@ def do_without(idea: str) -> None:
     if idea == "one commit per job":
         core.PersistentQInterface.complete_and_dequeue = complete_then_dequeue
     elif idea == "unsynced claims":
-        write = core.PersistentQSQLite._write
-        core.PersistentQSQLite._write = lambda self, *, in_batch=False, **_: write(self, in_batch=in_batch)
+        write = core.PersistentQSQLite._transaction
+        core.PersistentQSQLite._transaction = lambda self, *, in_batch=False, **_: write(self, in_batch=in_batch)
     elif idea == "adaptive batches":
         core.PersistentQInterface.max_batch = 1
     elif idea == "writer lock":

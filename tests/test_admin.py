@@ -509,7 +509,7 @@ def test_doctor_finds_what_is_wrong(queue, run, monkeypatch, folder):
     assert "the disk has only 5 bytes left" in found()
     monkeypatch.undo()
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(pqueue.PersistentQSQLite, "_write", _written_carelessly)
+    monkeypatch.setattr(pqueue.PersistentQSQLite, "_transaction", _written_carelessly)
     assert "expected synchronous full, got off" in found()
 
 

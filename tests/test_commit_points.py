@@ -116,7 +116,7 @@ class Operation:
 
 
 def take(queue: PersistentQSQLite, consumer: str = "w", limit: int = 2) -> list[pqueue.Job]:
-    queue._looked_for_dead = NEVER
+    queue._dead_checked_at = NEVER
     return queue.dequeue_many(consumer, limit, now=NOW)
 
 
@@ -128,7 +128,7 @@ def take_and_lose(queue: PersistentQSQLite) -> list[pqueue.Job]:
 
 def dequeue(at: float, look_for_dead: bool = False, limit: int = 2) -> Callable[[PersistentQSQLite, Any], Any]:
     def act(queue: PersistentQSQLite, _: Any) -> None:
-        queue._looked_for_dead = -NEVER if look_for_dead else NEVER
+        queue._dead_checked_at = -NEVER if look_for_dead else NEVER
         queue.dequeue_many("w", limit, now=at)
 
     return act

@@ -89,7 +89,7 @@ class Actor:
             self.ids.append(job_id)
 
     def dequeue(self) -> None:
-        self.queue._looked_for_dead = -math.inf if self.chance.random() < 0.3 else math.inf  # by no clock
+        self.queue._dead_checked_at = -math.inf if self.chance.random() < 0.3 else math.inf  # by no clock
         queues = self.chance.choice([None, None, ["a"], ["b", "a"]])
         options = {"queues": queues, "lease_seconds": LEASE, "now": self.clock}
         if self.held and self.chance.random() < 0.5:

@@ -23,7 +23,7 @@ from test_postgres import database, server
 
 import pqueue
 from pqueue import Job, QueueError
-from pqueue_postgres import ADD_UP, MISCOUNTED
+from pqueue_postgres import MERGE_CHANGES, MISCOUNTED
 from pqueue_sqlalchemy import PersistentQSQLAlchemy, PostgresSession
 
 NOW = 1_800_000_000.0
@@ -34,8 +34,8 @@ def claim(queue, me, *, limit=1, now=NOW, settled=(), dead=None):
     """Take jobs, in one statement; or in several, looking for the dead before; or none, and recover none."""
     if me in STARVED:
         limit, now, dead = 0, NOW, None
-    queue._looked_for_dead = math.inf if dead is None else -math.inf
-    with mock.patch.object(queue, "_look_for_dead", lambda: dead):
+    queue._dead_checked_at = math.inf if dead is None else -math.inf
+    with mock.patch.object(queue, "_find_dead", lambda: dead):
         return queue.complete_and_dequeue(settled, me, limit, now=now)
 
 
@@ -257,7 +257,7 @@ def test_verbs_at_once_with_a_producer_keep_a_queue_within_its_limit(stage, monk
         "enqueue another": lambda queue, me, job: queue.enqueue("t", now=NOW),
         "enqueue some": lambda queue, me, job: queue.enqueue_many("t", [1, 2], now=NOW),
         "enqueue and enqueue": together(*[lambda queue, me, job: queue.enqueue("t", now=NOW)] * 2),
-        "add up": lambda queue, me, job: str(queue._read(ADD_UP))[:0],
+        "add up": lambda queue, me, job: str(queue._read(MERGE_CHANGES))[:0],
     }
     for name, verb in producers.items():
         monkeypatch.setitem(VERBS, name, verb)

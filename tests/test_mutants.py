@@ -59,7 +59,7 @@ MUTANTS = [
     Mutant("complete needs a held lease", HISTORY, "not _complete", "None is _complete"),
     Mutant("the fused call tells a lost lease", HISTORY, "not _complete", "None is _complete"),
     Mutant("a batch completes under its tokens only", "contract: reclaimed_job_among_others", " AND lease_token = json_extract(value, '$[1]')", ""),
-    Mutant("fail, release, extend, update need a held lease", HISTORY, "not tx.change(sql, params)", "tx.change(sql, params) < 0"),
+    Mutant("fail, release, extend, update need a held lease", HISTORY, "not session.change(sql, params)", "session.change(sql, params) < 0"),
     Mutant("each claim has a number of its own", HISTORY, "{next(me.claims)}", "0"),
     Mutant("a lost lease dooms its transaction", "contract: lost_lease_undoes_the_transaction", " and self.lost is None", ""),
     # attempts
@@ -111,7 +111,7 @@ MUTANTS = [
     Mutant("mark_failed takes unfinished jobs", HISTORY, " AND state IN {UNFINISHED}", ""),
     Mutant("cancel takes unfinished jobs", HISTORY, " AND state IN {UNFINISHED}", ""),
     Mutant("assign takes unfinished jobs", HISTORY, " AND state IN {UNFINISHED}", ""),
-    Mutant("an operator is told of a refusal", HISTORY, "not tx.change(sql, params)", "tx.change(sql, params) < 0"),
+    Mutant("an operator is told of a refusal", HISTORY, "not session.change(sql, params)", "session.change(sql, params) < 0"),
     Mutant("assign ends the running delivery", HISTORY, " - CASE state WHEN 'processing' THEN 1 ELSE 0 END, {NO_LEASE}", ""),
     Mutant("running jobs are not deleted", "contract: not_deleted_unless_forced"),
     Mutant("prune takes old jobs only", HISTORY, "finished_at < :before", "1"),
@@ -130,7 +130,7 @@ MUTANTS = [
     # the disk
     Mutant("a claim of the last attempt is synced", "contract: claimed_in_a_synced"),
     Mutant("enqueue and complete are synced", POWER, '"FULL"', '"NORMAL"'),
-    Mutant("the fused call is synced", POWER, "bool(settled)", "False"),
+    Mutant("the fused call is synced", POWER, "bool(completions)", "False"),
     Mutant("fail is synced", POWER, ", durable=True", ""),
     Mutant("a result that a task stores is synced", POWER, "result is not None)", "False)"),
     Mutant("the folder of a new queue is synced", POWER),

@@ -151,7 +151,7 @@ def test_reader_filters_and_pages(queue, site):
 
 def test_search_that_takes_too_long_says_how_far_it_came(queue, site, monkeypatch):
     monkeypatch.setattr(dashboard, "SEARCH_SECONDS", 0.0)
-    monkeypatch.setattr(pqueue_search, "WINDOW", 10)
+    monkeypatch.setattr(pqueue_search, "WALK_IDS", 10)
     old = queue.enqueue("rare")
     ids = queue.enqueue_many("many", range(15))
     text = site.ask("/?task=rare")[1]

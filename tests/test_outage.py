@@ -121,5 +121,5 @@ def test_server_that_is_slow_to_pass_on_a_notify_is_not_taken_for_a_pooler(prima
     with mock.patch.object(queue, "_connect_raw", stopped):
         queue.dequeue("anna")
     os.kill(pids[0], signal.SIGCONT)
-    assert queue._line.carries
+    assert queue._listener.gets_notify
     queue.close()

@@ -141,7 +141,7 @@ def test_consumers_are_told_once_that_the_timer_serves_them(queue, direct, caplo
     assert queue.dequeue("anna") is None
     assert queue.dequeue("berta") is None
     assert [record.message for record in caplog.records] == [
-        f"{queue.name} passes on no NOTIFY: consumers look every 1 s, leases alone tell who died"
+        f"{queue.name} passes on no NOTIFY: consumers poll every 1 s, and crashes are noticed only when leases expire"
     ]
     direct.enqueue("t")
     assert wait_until(lambda: queue.wait(1, consumer="anna"))
@@ -166,9 +166,9 @@ def test_consumer_that_dies_before_the_server_is_seen_from_behind_it(queue, dire
     monkeypatch.setattr(pqueue_sqlalchemy, "RESTART_SECONDS", 0)
     direct.enqueue("t")
     job = direct.dequeue("anna")
-    direct._line._over = True  # as the kernel does for a process that was killed
-    direct._line._thread.join()
-    direct._line._connection.close()
+    direct._listener._stopped = True  # as the kernel does for a process that was killed
+    direct._listener._thread.join()
+    direct._listener._connection.close()
     assert wait_until(lambda: queue.dequeue("berta")).id == job.id
 
 

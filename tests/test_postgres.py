@@ -259,7 +259,7 @@ class PostgresFiles(PostgresCase):
         bury(queue)
         for priority in (2, 3):
             recorded.clear()
-            queue._looked_for_dead = 0
+            queue._dead_checked_at = 0
             use(queue, priority)
             queue.prune(3600)
             self.assertGreater(len(recorded), 20)
@@ -287,7 +287,7 @@ class PostgresFiles(PostgresCase):
         for sql, params in dict(recorded).items():
             with self.subTest(sql=sql):
                 looked_at, plan = explain(queue, sql, params, "ANALYZE,")
-                if ROWS < pqueue_search.FEW:  # more are met on the way by id
+                if ROWS < pqueue_search.INDEX_SCAN_JOBS:  # more are met on the way by id
                     self.assertLess(looked_at, 1.1 * ROWS, plan)
                 self.assertNotRegex(str(plan), "Seq Scan.*'Relation Name': 'jobs'")
 
@@ -335,7 +335,7 @@ class PostgresFiles(PostgresCase):
         queue, other, lost = self.open(), self.open(), []
         queue.enqueue_many("t", range(2))
         jobs = other.dequeue_many("w", 2)
-        other._looked_for_dead = math.inf
+        other._dead_checked_at = math.inf
         batch = [(job, None) for job in reversed(jobs)]
         complete = lambda: lost.extend(other.complete_and_dequeue(batch, "w", 1)[1])  # noqa: E731
         with self.waiting_for(queue, complete, then=lambda: queue.cancel(jobs[1].id)):
@@ -346,7 +346,7 @@ class PostgresFiles(PostgresCase):
         queue = self.open()
         queue.enqueue("t")
         job = queue.dequeue("w")
-        with mock.patch.object(pqueue.PersistentQInterface, "_exchange", side_effect=[QueueBusy("locked")]):
+        with mock.patch.object(pqueue.PersistentQInterface, "_complete_and_claim", side_effect=[QueueBusy("locked")]):
             self.assertEqual(queue.complete_and_dequeue([(job, None)], "w"), ([], []))
         self.assertEqual(queue.get(job.id).state, "completed")
 
@@ -354,10 +354,10 @@ class PostgresFiles(PostgresCase):
         queue, other, asked = self.open(), self.open(), []
         job_id = queue.enqueue("t")
 
-        def wait(_line, _seconds, due_in):
+        def wait(_listener, _seconds, due_in):
             asked.append(due_in())
 
-        with queue.transaction(), mock.patch("pqueue_sqlalchemy.Line.wait", wait):
+        with queue.transaction(), mock.patch("pqueue_sqlalchemy.ListenConnection.wait", wait):
             queue.cancel(job_id)
             for _ in range(4):
                 self.assertIsNone(other.dequeue("w"))
@@ -389,7 +389,7 @@ class PostgresFiles(PostgresCase):
                 other.complete_and_dequeue((), "w", 0, now=now + 11)
             return execute(sql, params)
 
-        queue._looked_for_dead = -math.inf  # so that it goes step by step
+        queue._dead_checked_at = -math.inf  # so that it goes step by step
         with mock.patch.object(session, "_execute", expire_before_the_claim):
             self.assertEqual([job.id for job in queue.dequeue_many("w", 3, now=now)], [urgent])
 
@@ -449,7 +449,7 @@ def recording(queue):
     session = queue._session()
 
     def record(method):
-        def run(sql, params=pqueue_values.NOTHING):
+        def run(sql, params=pqueue_values.NO_PARAMS):
             if re.search(r"\b(jobs|history)\b", sql) and not sql.startswith("LOCK"):  # which has no plan
                 recorded[sql] = params
             return method(sql, params)
@@ -707,7 +707,7 @@ def test_move_that_ends_between_the_two_commits_is_continued(place, database, di
     here, there = urls if direction == "to PostgreSQL" else urls[::-1]
     with closing(pqueue.open_queue(here)) as queue, closing(pqueue.open_queue(there)) as target:
         queue.enqueue_many("t", range(5))
-        arriving = target._write()
+        arriving = target._transaction()
         session = type(arriving)
         end = session._end
 
@@ -792,8 +792,8 @@ def test_consumer_that_is_back_before_it_is_buried_keeps_its_job(database):
         queue.enqueue("t")
         job = queue.dequeue("back")
         other.dequeue("heir")
-        other._looked_for_dead = -math.inf
-        with mock.patch.object(other, "_look_for_dead", return_value=[job.lease_token[:16]]):
+        other._dead_checked_at = -math.inf
+        with mock.patch.object(other, "_find_dead", return_value=[job.lease_token[:16]]):
             assert other.dequeue("heir") is None
         assert {each["state"] for each in other.consumers()} == {"running"}
         queue.complete(job)
@@ -826,8 +826,8 @@ def consumers(database, monkeypatch):
         yield queue, other
 
 
-def line_pid(queue):
-    return queue._line._connection.info.backend_pid
+def listener_pid(queue):
+    return queue._listener._connection.info.backend_pid
 
 
 def end_session(queue, pid):
@@ -836,20 +836,20 @@ def end_session(queue, pid):
 
 def look(queue):
     """Dequeue in a moment at which it looks for the dead."""
-    queue._looked_for_dead = queue._looked_at = -math.inf
+    queue._dead_checked_at = queue._liveness_at = -math.inf
     return queue.dequeue("heir")
 
 
 def test_consumer_whose_session_was_ended_keeps_its_job(consumers):
     queue, other = consumers
     job = queue.dequeue("anna")
-    before = line_pid(queue)
+    before = listener_pid(queue)
     with mock.patch.object(queue, "_connect_raw", side_effect=QueueError("not yet")):
         end_session(other, before)
-        wait_until(lambda: queue._line._connection is None)
+        wait_until(lambda: queue._listener._connection is None)
         assert [look(other) for _ in range(5)] == [None] * 5
         assert {each["state"] for each in other.consumers()} == {"running"}
-    wait_until(lambda: queue._line._connection and line_pid(queue) != before)
+    wait_until(lambda: queue._listener._connection and listener_pid(queue) != before)
     queue.complete(job)
 
 
@@ -859,7 +859,11 @@ def test_consumer_whose_sessions_are_ended_again_and_again_keeps_its_job(consume
     until = time.monotonic() + 2 * pqueue_sqlalchemy.GRACE_SECONDS
     while time.monotonic() < until:
         for (pid,) in other._read("SELECT pid FROM pg_stat_activity WHERE datname = current_database()"):
-            mine = {line_pid(other), other._session()._driver.info.backend_pid} if other._line._connection else {pid}
+            mine = (
+                {listener_pid(other), other._session()._driver.info.backend_pid}
+                if other._listener._connection
+                else {pid}
+            )
             if pid not in mine:
                 end_session(other, pid)
         time.sleep(0.1)
@@ -872,18 +876,18 @@ def test_consumer_whose_session_is_ended_connects_again_at_once(consumers, monke
     monkeypatch.setattr(pqueue_sqlalchemy, "RETRY_SECONDS", 600.0)
     queue, other = consumers
     queue.dequeue("anna")
-    queue._line._made_at = -math.inf
-    before = line_pid(queue)
+    queue._listener._made_at = -math.inf
+    before = listener_pid(queue)
     end_session(other, before)
-    wait_until(lambda: queue._line._connection and line_pid(queue) != before)
+    wait_until(lambda: queue._listener._connection and listener_pid(queue) != before)
 
 
 def test_consumer_whose_lock_stays_away_is_dead_after_the_grace(consumers):
     queue, other = consumers
     job = queue.dequeue("anna")
-    queue._line._over = True  # as the kernel does for a process that was killed
-    queue._line._thread.join()
-    queue._line._connection.close()
+    queue._listener._stopped = True  # as the kernel does for a process that was killed
+    queue._listener._thread.join()
+    queue._listener._connection.close()
     assert look(other) is None
     (slot,) = other._missing
     other._missing[slot] -= pqueue_sqlalchemy.GRACE_SECONDS
@@ -898,7 +902,7 @@ def test_consumer_that_is_seen_again_is_missing_anew_the_next_time(consumers):
     queue, other = consumers
     queue.dequeue("anna")
     slot = queue._registry["anna"].slot.number
-    with mock.patch.object(pqueue_sqlalchemy, "ALIVE", "SELECT 1 WHERE false"):
+    with mock.patch.object(pqueue_sqlalchemy, "LOCKED_SLOTS", "SELECT 1 WHERE false"):
         look(other)
     assert slot in other._missing
     look(other)
@@ -910,14 +914,14 @@ def test_consumer_that_is_seen_again_is_missing_anew_the_next_time(consumers):
 def test_listener_that_fails_for_whatever_reason_is_there_again(consumers, error):
     queue, other = consumers
     queue.dequeue("anna")
-    with mock.patch.object(pqueue_sqlalchemy.Line, "_hear", side_effect=error):
-        wait_until(lambda: queue._line._connection is None or not queue._line._thread.is_alive())
-    queue._looked_for_dead = -math.inf
+    with mock.patch.object(pqueue_sqlalchemy.ListenConnection, "_receive", side_effect=error):
+        wait_until(lambda: queue._listener._connection is None or not queue._listener._thread.is_alive())
+    queue._dead_checked_at = -math.inf
     queue.dequeue("anna")
-    queue._line._thread.join(0.1)
-    assert queue._line._thread.is_alive()
+    queue._listener._thread.join(0.1)
+    assert queue._listener._thread.is_alive()
     slot = queue._registry["anna"].slot.number
-    wait_until(lambda: slot in {row[0] for row in other._read(pqueue_postgres.ALIVE)})
+    wait_until(lambda: slot in {row[0] for row in other._read(pqueue_postgres.LOCKED_SLOTS)})
     job = other.enqueue("t", queue="woken")
     assert wait_until(lambda: queue.wait(1, consumer="anna"))
     assert job
@@ -930,19 +934,19 @@ def test_consumer_that_begins_while_the_line_connects_has_its_lock(consumers):
 
     def begin_one_meanwhile():
         connection = connect()
-        if threading.current_thread() is queue._line._thread and not begun:
+        if threading.current_thread() is queue._listener._thread and not begun:
             berta = threading.Thread(target=queue.heartbeat, args=("berta",))
             berta.start()
             begun.append(berta)
         return connection
 
     with mock.patch.object(queue, "_connect_raw", begin_one_meanwhile):
-        end_session(other, line_pid(queue))
+        end_session(other, listener_pid(queue))
         wait_until(lambda: begun)
         begun[0].join()
     slots = {me.slot.number for me in queue._registry.values()}
     assert len(slots) == 2
-    wait_until(lambda: slots <= {row[0] for row in other._read(pqueue_postgres.ALIVE)})
+    wait_until(lambda: slots <= {row[0] for row in other._read(pqueue_postgres.LOCKED_SLOTS)})
 
 
 def test_copy_of_the_database_on_the_same_server_has_consumers_of_its_own(database, server, monkeypatch):
@@ -1033,9 +1037,9 @@ class StrangeDefaultsContract(QueueContract, PostgresCase):
 
     def test_line_outlives_a_limit_for_idle_sessions(self):
         self.queue.dequeue("w")
-        pid = line_pid(self.queue)
+        pid = listener_pid(self.queue)
         time.sleep(0.6)  # twice the limit
-        self.assertEqual(line_pid(self.queue), pid)
+        self.assertEqual(listener_pid(self.queue), pid)
 
 
 @pytest.mark.parametrize("level", ["serializable", "repeatable read"])
@@ -1089,7 +1093,7 @@ def test_consumer_takes_a_last_attempt_alone_and_not_with_others(database):
         queue.enqueue("t", max_attempts=3)
         queue.enqueue("t", max_attempts=1)
         for way in ("fast", "slow"):
-            queue._looked_for_dead = -math.inf if way == "slow" else math.inf
+            queue._dead_checked_at = -math.inf if way == "slow" else math.inf
             assert len(queue.dequeue_many("w", 100)) == 1
 
 
@@ -1109,7 +1113,7 @@ def test_claim_waits_for_the_disk_before_a_last_attempt(database, looked, most, 
                 "FOR EACH ROW EXECUTE FUNCTION note()"
             )
         queue.enqueue("t", max_attempts=most)
-        queue._looked_for_dead = looked
+        queue._dead_checked_at = looked
         assert queue.dequeue("w")
         assert queue._read("SELECT mode FROM commits") == [(mode,)]
 
@@ -1149,7 +1153,7 @@ def counted(queue):
 
 def found(queue):
     return {
-        name: queue._read(f"SELECT count(*) FROM jobs WHERE {pqueue_schema.WAITING}", {"queue": name})[0][0]
+        name: queue._read(f"SELECT count(*) FROM jobs WHERE {pqueue_schema.PENDING_IN_QUEUE}", {"queue": name})[0][0]
         for name in counted(queue)
     }
 
@@ -1233,12 +1237,12 @@ def test_count_of_a_queue_with_a_limit_is_right_after_each_verb(database):
             lambda: raw("UPDATE jobs SET queue = 'second' WHERE id = (SELECT max(id) FROM jobs)"),
             lambda: raw("DELETE FROM jobs WHERE id = (SELECT min(id) FROM jobs)"),
             lambda: raw("TRUNCATE jobs") if chance.random() < 0.1 else None,
-            lambda: queue._read(pqueue_postgres.ADD_UP),
+            lambda: queue._read(pqueue_postgres.MERGE_CHANGES),
         ]
         done = 0
         for _ in range(600):
             now += chance.choice([0, 0, 10, 60])
-            queue._looked_for_dead = chance.choice([-math.inf, math.inf])
+            queue._dead_checked_at = chance.choice([-math.inf, math.inf])
             with suppress(QueueError, IndexError, ValueError, ZeroDivisionError):
                 chance.choice(verbs)()
                 done += 1
@@ -1314,7 +1318,7 @@ WHERE waiting.relation = 'pqueue.jobs'::regclass AND NOT waiting.granted"""
 def test_verb_that_waits_for_a_change_of_a_limit_holds_no_lock_that_the_change_needs(database):
     with closing(PersistentQSQLAlchemy(database)) as queue, psycopg.connect(database) as limiting:
         for name, call in _prepared(queue).items():
-            queue._looked_for_dead = -math.inf
+            queue._dead_checked_at = -math.inf
             limiting.execute("LOCK TABLE pqueue.jobs IN EXCLUSIVE MODE")
             caller = threading.Thread(target=call)
             caller.start()
@@ -1353,7 +1357,7 @@ def test_consumer_does_not_wait_for_a_transaction_that_has_enqueued(database):
         with queue.transaction():
             queue.enqueue("t")
             for _ in range(100):
-                other._looked_for_dead = -math.inf
+                other._dead_checked_at = -math.inf
                 job = other.dequeue("w")
                 other.release(job)
                 other.cancel(job.id)
@@ -1365,10 +1369,10 @@ def test_changes_are_added_up_by_a_consumer(database):
         queue.enqueue_many("t", range(100))
         queue.limit("default", 1000)
         for _ in range(pqueue_postgres.MANY_CHANGES):
-            queue._looked_for_dead = math.inf
+            queue._dead_checked_at = math.inf
             queue.dequeue("w")
         assert queue._read("SELECT count(*) FROM pending_changes")[0][0] == pqueue_postgres.MANY_CHANGES
-        queue._looked_for_dead = -math.inf
+        queue._dead_checked_at = -math.inf
         queue.dequeue("w")
         assert queue._read("SELECT count(*) FROM pending_changes")[0][0] == 1
         assert counted(queue) == found(queue)

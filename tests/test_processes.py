@@ -449,7 +449,7 @@ def test_life_does_not_hang_on_the_name_of_the_host(place):
     change = 'hostname before; (until test -e started; do sleep 0.05; done; hostname after; touch changed) & exec "$@"'
     child = place.start_command(["unshare", "--map-root-user", "--uts", "sh", "-c", change, "sh", *command])
     wait_until(lambda: (place.folder / "changed").exists())
-    queue._looked_for_dead = 0.0
+    queue._dead_checked_at = 0.0
     assert queue.dequeue("heir") is None
     assert {each["name"]: (each["state"], each["host"]) for each in queue.consumers()}["w"] == ("running", "before")
     (place.folder / "go-on").touch()

@@ -150,7 +150,7 @@ def in_a_thread():
         pool.submit(queue.enqueue, "t").result()
 
 def look_for_dead():
-    queue._looked_for_dead = -math.inf
+    queue._dead_checked_at = -math.inf
     queue.dequeue("me")
 
 def begin():
@@ -500,7 +500,7 @@ class Before:
         other._registry.clear()
 
     def look_and_take(self, now):
-        self.queue._looked_for_dead = 0.0
+        self.queue._dead_checked_at = 0.0
         jobs = []
         while job := self.queue.dequeue("w", now=now):
             jobs.append(job)

@@ -50,7 +50,7 @@ def page() -> str:
         parts.append(f"{sql.strip()};\n")
     parts += [f"{sql.strip()};\n" for sql in pqueue_postgres.COUNTING]
     parts.append("-- While a queue has a limit\n")
-    parts += [f"{sql.strip()};\n" for sql in (*pqueue_postgres.START_COUNTING, *pqueue_postgres.COUNT_ANEW)]
+    parts += [f"{sql.strip()};\n" for sql in (*pqueue_postgres.START_COUNTING, *pqueue_postgres.RECOUNT)]
     why = comments(pqueue_postgres)
     parts.append("-- Statements that all backends share\n")
     for name, sql in SHARED.items():

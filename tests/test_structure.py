@@ -17,9 +17,19 @@ FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}  # which are public
 PRIVATE_USES = {
     "consumer": {"_exit"},  # a function of os
-    "pqueue_move": {"_write", "_lock_out_writers", "_number_on", "_count_pending", "_read"},  # a queue fills another
-    "pqueue_sqlalchemy": {"_engine", "_telling", "_write", "_connect_raw", "_revive", "_busy_seconds", "_after_fork"},
-}  # of the last: a session and its queue are one thing in two classes, and a fork resets both
+    # A queue fills another one.
+    "pqueue_move": {
+        "_transaction",
+        "_lock_out_writers",
+        "_reset_ids",
+        "_count_pending",
+        "_read",
+    },
+    # A session and its queue are one thing in two classes, and a fork resets both.
+    "pqueue_sqlalchemy": {
+        *("_engine", "_db_errors", "_transaction", "_connect_raw", "_mark_running", "_busy_seconds", "_after_fork")
+    },
+}
 
 
 def nodes(tree, *, in_functions):
