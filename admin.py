@@ -23,7 +23,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -403,7 +403,7 @@ def move(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     if isinstance(queue, pqueue.PersistentQSQLite) and not pqueue.is_postgres(options.to):
         return _move_to_file(queue, options)
     queue.expect_other_tables(options.without)
-    with closing(pqueue.open_queue(options.to, durability="full")) as target:  # --finish depends on it
+    with pqueue.open_queue(options.to, durability="full") as target:  # --finish depends on it
         _expect_empty(queue, target)
         return _move(
             queue,
@@ -419,7 +419,7 @@ def _move_to_file(queue: pqueue.PersistentQSQLite, options: argparse.Namespace) 
     if path == queue.path:
         raise Problem("cannot move: the target is this queue itself")
     if path.exists() and path.stat().st_size:
-        with closing(pqueue.open_queue(path, create=False)) as target:
+        with pqueue.open_queue(path, create=False) as target:
             _expect_empty(queue, target)
         raise Problem(f"cannot move: {path} exists; delete that empty queue, or choose another name")
     return _move(queue, str(path), lambda: queue.move_to_file(path, tell=lambda n: _progress(f"{n:,} pages copied")))
@@ -475,7 +475,7 @@ def _cancel_move(queue: PersistentQInterface, options: argparse.Namespace) -> Re
 
 
 def _finish_move(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
-    with closing(pqueue.open_queue(options.to, create=False, durability="full")) as target:
+    with pqueue.open_queue(options.to, create=False, durability="full") as target:
         if not _agreed(options, f"delete all {count(queue.count_jobs(), 'job')} of the old queue"):
             return Result(text="nothing done", code=1)
         done = queue.finish_move(target)
@@ -650,15 +650,11 @@ def _snapshot() -> dict[str, Any]:
     except supervisor.ManagerError as error:
         seen["supervisord"] = str(error)
     try:
-        queue = pqueue.open_queue(create=False)
-        try:
+        with pqueue.open_queue(create=False) as queue, _reporting_damage(queue):
             now = seen["at"]
-            with _reporting_damage(queue):
-                seen |= {"stats": queue.stats(), "consumers": queue.consumers(), "problems": problems(queue, now)}
-                seen |= {"per_second": {name: n / 10 for name, n in queue.activity(now - 10, now).items()}}
-                seen |= {"failed": [_job_row(job) for job in queue.list_jobs(state="failed", limit=5)]}
-        finally:
-            queue.close()
+            seen |= {"stats": queue.stats(), "consumers": queue.consumers(), "problems": problems(queue, now)}
+            seen |= {"per_second": {name: n / 10 for name, n in queue.activity(now - 10, now).items()}}
+            seen |= {"failed": [_job_row(job) for job in queue.list_jobs(state="failed", limit=5)]}
     except (QueueError, ValueError) as error:
         seen["database"] = str(error)
     return seen
@@ -699,12 +695,8 @@ def run(entry: Command, options: argparse.Namespace) -> int:
     with endings.Undoing():
         if not entry.opens:
             return _show(entry.function(None, options), options)
-        queue = pqueue.open_queue(create=False)
-        try:
-            with _reporting_damage(queue):
-                return _show(entry.function(queue, options), options)
-        finally:
-            queue.close()
+        with pqueue.open_queue(create=False) as queue, _reporting_damage(queue):
+            return _show(entry.function(queue, options), options)
 
 
 @contextmanager

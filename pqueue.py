@@ -51,7 +51,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pqueue_backend import Registration, Session
 from pqueue_move import Moving
@@ -195,10 +195,14 @@ class LastAttempt(Exception):
     """Undo a claim that was not to be synced."""
 
 
+Self = TypeVar("Self", bound="PersistentQInterface")  # typing.Self needs Python 3.11
+
+
 class PersistentQInterface(Reading, Moving):
     """A queue: its verbs, in SQL that SQLite and PostgreSQL share.
 
-    One object serves many threads, and goes on working in a forked child. Close it with `close()`.
+    One object serves many threads, and goes on working in a forked child. Close it with `close()`, or use it in a
+    `with` statement, which closes it at the end.
 
     Bad arguments raise ValueError. Every method may raise QueueBusy, or QueueFull for a full disk. After an error
     nothing has changed. Times are Unix seconds. `now` is the time to use instead of the clock's, for tests. `by` is the
@@ -212,6 +216,12 @@ class PersistentQInterface(Reading, Moving):
         self._registry: dict[str, Registration] = {}  # replaced, never changed: other threads walk through it
         self._registering = threading.Lock()
         self._looked_for_dead = -math.inf
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # Producing
 

@@ -20,7 +20,7 @@ import secrets
 import sys
 import threading
 import time
-from contextlib import closing, suppress
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import IO
@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         expect_posix()
-        with closing(pqueue.open_queue()) as queue:
+        with pqueue.open_queue() as queue:
             producer = Producer(queue, options.directory)
             on_end(producer.stop)
             producer.run(options.interval, options.count)
