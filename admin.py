@@ -32,7 +32,7 @@ from typing import Any
 import pqueue
 import pqueue_restore
 from pqueue import Job, PersistentQInterface, QueueError
-from pqueue_tools import process, supervisor
+from pqueue_tools import supervisor
 from pqueue_tools.actions import act_on_matching
 from pqueue_tools.commands import (
     Command,
@@ -46,7 +46,7 @@ from pqueue_tools.commands import (
     one_of,
 )
 from pqueue_tools.masking import masked_job
-from pqueue_tools.process import escape_unprintable, expect_posix, whole_number
+from pqueue_tools.process import escape_unprintable, expect_posix, print_error, whole_number
 from pqueue_tools.report import (
     ago,
     clock,
@@ -63,6 +63,7 @@ from pqueue_tools.report import (
     metrics,
     printable,
     problems,
+    program_name,
     table,
     why,
 )
@@ -290,7 +291,7 @@ def assign_job(queue: PersistentQInterface, options: argparse.Namespace) -> Resu
     if job.state == "processing" and not _agreed(options, running):
         return Result(text="nothing done", code=1)
     if options.consumer and options.consumer not in {each["name"] for each in queue.consumers()}:
-        print(f"admin.py: note: no consumer {options.consumer!r} was ever seen here", file=sys.stderr)
+        print_error("admin", f"note: no consumer named {options.consumer!r} has connected yet")
     with queue.exclusive([job.id]):
         now = queue.get(job.id)
         if now.state == "processing" and now.lease_token != job.lease_token and not options.yes:
@@ -455,7 +456,7 @@ def _give_up(queue: PersistentQInterface) -> None:
         if found and found["event"] == "moving":
             queue.cancel_move()
             return
-    print("admin.py: note: the old queue stays paused; give the same command again, or --cancel", file=sys.stderr)
+    print_error("admin", "note: the old queue remains paused; repeat the command, or use --cancel")
 
 
 def _progress(text: str) -> None:
@@ -734,14 +735,13 @@ def _field(key: str, value: Any) -> str:
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     escape_unprintable()
-    name = process.program_name("admin")
     try:
-        return dispatch(name, (__doc__ or "").splitlines()[0], COMMANDS, run, arguments)
+        return dispatch(program_name("admin"), (__doc__ or "").splitlines()[0], COMMANDS, run, arguments)
     except (UsageError, ValueError) as error:
-        print(f"{name}: {printable(str(error))}", file=sys.stderr)
+        print_error("admin", error)
         return 2
     except (Problem, QueueError) as error:
-        print(f"{name}: {printable(str(error))}", file=sys.stderr)
+        print_error("admin", error)
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -43,6 +43,7 @@ from pqueue_tools.process import (
     log,
     log_line,
     on_end,
+    print_error,
     print_line,
     quoted,
     retry_while_busy,
@@ -50,6 +51,7 @@ from pqueue_tools.process import (
     utc_now,
     whole_number,
 )
+from pqueue_tools.report import program_name
 
 HOLD_SECONDS = 0.03  # the work a consumer takes at a time: one slow job, or as many quick ones as fit
 TICK_SECONDS = 0.05  # how often the watch looks at a running job
@@ -417,7 +419,7 @@ def main(arguments: list[str] | None = None) -> int:
         _import(options.modules)
         queue = pqueue.open_queue()
     except (QueueError, ValueError) as error:
-        print(f"consumer.py: {error}", file=sys.stderr)
+        print_error("consumer", error)
         return 1
     file_task.files_directory = options.directory
     with _closing(queue):
@@ -466,7 +468,7 @@ def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
         else:
             consumer.run()
     except (QueueError, ValueError) as error:
-        print(f"consumer.py: {error}", file=sys.stderr)
+        print_error("consumer", error)
         return 1
     log("stopped", consumer=options.name, completed=consumer.completed, failed=consumer.failed)
     return 0
@@ -498,7 +500,7 @@ def _import(modules: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser(prog=program_name("consumer"), description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     default = os.environ.get("SUPERVISOR_PROCESS_NAME") or f"{socket.gethostname()}-{os.getpid()}"
     add("--name", default=default, help="readable name of this consumer (default: Supervisor's, or HOST-PID)")

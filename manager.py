@@ -18,7 +18,8 @@ if __name__ == "__main__":
 import argparse
 import sys
 
-from pqueue_tools.process import OneLineParser, whole_number
+from pqueue_tools.process import OneLineParser, print_error, whole_number
+from pqueue_tools.report import program_name
 from pqueue_tools.supervisor import (
     CONFIGURATION,
     GROUP_SIZE,
@@ -32,17 +33,14 @@ from pqueue_tools.supervisor import (
     write_configuration,
 )
 
-# The program ##########################################################################################################
-
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
         with endings.Undoing():
             _act(options)
     except (ManagerError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print_error("manager", error)
         return 1
     return 0
 
@@ -76,7 +74,7 @@ def _act(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser(prog=program_name("manager"), description=(__doc__ or "").splitlines()[0])
     actions = parser.add_mutually_exclusive_group(required=True)
     actions.add_argument("--count", type=whole_number(1, 1000), metavar="N", help="add N groups of consumers")
     actions.add_argument("--list", action="store_true", help="show supervisord's processes")

@@ -22,14 +22,14 @@ import socket
 import sys
 from importlib.util import find_spec
 
-from pqueue_tools.process import OneLineParser, whole_number
+from pqueue_tools.process import OneLineParser, print_error, whole_number
+from pqueue_tools.report import program_name
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     if wrong := _cannot_serve(options):
-        print(f"{parser.prog}: {wrong}", file=sys.stderr)
+        print_error("ops", wrong)
         return 1
     if options.check:
         address = f"[{options.host}]" if ":" in options.host else options.host
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser(prog=program_name("ops"), description=(__doc__ or "").splitlines()[0])
     add, port = parser.add_argument, os.environ.get("PQUEUE_OPS_PORT") or "8501"
     add("--host", default="127.0.0.1", help="address to serve (default: %(default)s)")
     add("--port", type=whole_number(0, 65535), default=port, help="(default: PQUEUE_OPS_PORT, or 8501)")

@@ -37,10 +37,12 @@ from pqueue_tools.process import (
     is_orphaned,
     log,
     on_end,
+    print_error,
     retry_while_busy,
     seconds,
     whole_number,
 )
+from pqueue_tools.report import program_name
 
 WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "haven", "inlet", "jetty"]
 
@@ -151,16 +153,16 @@ def main(arguments: list[str] | None = None) -> int:
             on_end(producer.stop)
             producer.run(options.interval, options.count)
     except (QueueError, ValueError) as error:
-        print(f"producer.py: {error}", file=sys.stderr)
+        print_error("producer", error)
         return 1
     except OSError as error:
-        print(f"producer.py: cannot write to {options.directory}: {error.strerror or error}", file=sys.stderr)
+        print_error("producer", f"cannot write to {options.directory}: {error.strerror or error}")
         return 1
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser(prog=program_name("producer"), description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--interval", type=seconds(0), default=5.0, metavar="S", help="seconds between jobs (default: %(default)g)")
     add("--count", type=whole_number(1), metavar="N", help="stop after N jobs")

@@ -27,6 +27,7 @@ from urllib.parse import parse_qs, quote, urlencode, urlsplit
 from pqueue import JobNotFound, QueueError
 from pqueue_tools import dashboard, dashboard_html, dashboard_summary, endings, report
 from pqueue_tools.masking import is_cut
+from pqueue_tools.process import print_error
 
 MAX_BODY_BYTES = 100_000
 MAX_CONNECTIONS = 256  # for one more, the connection that has been sending its request longest is closed
@@ -364,17 +365,17 @@ def serve(host: str, port: int) -> int:
     """Serve until TERM, INT or HUP; return the exit code."""
     password = os.environ.get("PQUEUE_OPS_PASSWORD") or None
     if password is None and not dashboard.is_loopback(host):
-        print(f"ops.py: expected a password in PQUEUE_OPS_PASSWORD to serve on {host}", file=sys.stderr)
+        print_error("ops", f"expected a password in PQUEUE_OPS_PASSWORD to serve on {host}")
         return 2
     try:
         dashboard.allowed_hosts()
     except ValueError as error:
-        print(f"ops.py: {error}", file=sys.stderr)
+        print_error("ops", error)
         return 2
     try:
         server = Server(host, port, password)
     except (OSError, OverflowError, ValueError) as error:
-        print(f"ops.py: cannot serve on {host}:{port}: {error}", file=sys.stderr)
+        print_error("ops", f"cannot serve on {host}:{port}: {error}")
         return 1
     address = f"[{host}]" if ":" in host else host
     print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} dashboard at http://{address}:{server.server_port}", flush=True)

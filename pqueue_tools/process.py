@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar, cast
 from pqueue import QueueBusy, QueueError, QueueFull
 from pqueue_tools import endings
 from pqueue_tools.masking import masked_text
-from pqueue_tools.report import iso, printable
+from pqueue_tools.report import iso, printable, program_name
 
 RETRY_PAUSE_SECONDS = (0.1, 5.0)  # first and longest pause while the database is locked or full
 
@@ -41,17 +41,14 @@ def _was_adopted() -> bool:
     return False
 
 
-def program_name(program: str) -> str:
-    """Return what users call a program: consumer.py in a checkout, pqueue-consumer where pqueue is installed."""
-    if not Path(__file__).with_name(f"{program}.py").exists():  # the wheel has the programs in this package
-        return f"{program}.py"
-    return "pqueue" if program == "admin" else f"pqueue-{program}"
-
-
 def expect_posix() -> None:
     """Raise QueueError on Windows, which lacks the signals, locks and folder descriptors that the programs need."""
     if not hasattr(os, "O_DIRECTORY"):
         raise QueueError(f"cannot run on {sys.platform}: this needs Linux or macOS; the library, pqueue.py, works here")
+
+
+def print_error(program: str, error: object) -> None:
+    print(f"{program_name(program)}: {printable(str(error))}", file=sys.stderr)
 
 
 def log(event: str, **fields: Any) -> None:
@@ -115,7 +112,7 @@ def retry_while_busy(call: Callable[[], T], pause: Callable[[float], bool], **fi
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser that reports a mistake in one line and exits with 2."""
+    """A parser that reports an error in one line and exits with 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog.split()[0]}: {printable(message)}; see {self.prog} --help\n")

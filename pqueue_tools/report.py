@@ -9,6 +9,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import pqueue
@@ -75,7 +76,7 @@ def _duplicate_names(alive: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _resume(queue: str) -> str:
-    return f"python admin.py resume {shlex.quote(queue)}"
+    return f"{command_line('admin')} resume {shlex.quote(queue)}"
 
 
 def _move(queue: PersistentQInterface) -> str | None:
@@ -84,7 +85,8 @@ def _move(queue: PersistentQInterface) -> str | None:
     if not found:
         return None
     if found["event"] == "moving":
-        return f"a move to {found['to']} is under way or was cut short: give it again, or python admin.py move --cancel"
+        again = f"repeat the command, or cancel it with {command_line('admin')} move --cancel"
+        return f"a move to {found['to']} is in progress or was interrupted: {again}"
     return f"the queue was moved to {found['to']}: start everything with that URL, then give move --to URL --finish"
 
 
@@ -149,7 +151,7 @@ def _why_pending(queue: PersistentQInterface, job: Job, stats: dict[str, Any]) -
         if not alive:
             return f"it is assigned to {job.assigned_to}, which is not alive: assign it elsewhere, or to any"
     elif not alive:
-        return "no consumer is alive: python consumer.py"
+        return f"no consumer is alive: run {command_line('consumer')}"
     else:
         alive = [each for each in alive if each["queues"] is None or job.queue in each["queues"]]
         if not alive:
@@ -184,9 +186,8 @@ def metrics(queue: PersistentQInterface, now: float | None = None, *, stats: dic
     for name in ("file_bytes", "wal_bytes", "disk_free_bytes"):
         if name in facts:
             samples.add(f"pqueue_{name}", name.replace("_", " "), facts[name])
-    samples.add(
-        "pqueue_problems", "What python admin.py doctor finds", len(problems(queue, now, stats=stats, facts=facts))
-    )
+    found = problems(queue, now, stats=stats, facts=facts)
+    samples.add("pqueue_problems", f"Problems that {command_line('admin')} doctor reports", len(found))
     return str(samples)
 
 
@@ -208,6 +209,19 @@ class _Samples:
 
 
 # Values for people and for machines ###################################################################################
+
+
+def program_name(program: str) -> str:
+    """Return the name of a program as the user calls it: consumer.py in a checkout, pqueue-consumer if installed."""
+    if not Path(__file__).with_name(f"{program}.py").exists():  # the wheel installs the programs in this package
+        return f"{program}.py"
+    return "pqueue" if program == "admin" else f"pqueue-{program}"
+
+
+def command_line(program: str) -> str:
+    """Return how to run a program: python consumer.py in a checkout, pqueue-consumer if installed."""
+    name = program_name(program)
+    return f"python {name}" if name.endswith(".py") else name
 
 
 def span(seconds: float) -> str:

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pqueue_files import make_folder, sync, sync_file
-from pqueue_tools.process import program_name
-from pqueue_tools.report import printable
+from pqueue_tools.report import command_line, printable
 
 HERE = Path(__file__).resolve().parent
 CONFIGURATION = Path("supervisord.conf")
@@ -29,7 +28,7 @@ LOOK_SECONDS = 5.0
 START_SECONDS = 60.0  # how long a new group may take to run; supervisord calls a program RUNNING after startsecs
 
 PROGRAM = """\
-; Added by pqueue's manager; remove it with its option --remove {group}
+; To remove this group: {manager} --remove {group}
 [program:{group}]
 command = {command}
 umask = 077
@@ -86,7 +85,7 @@ def call(method: str, *arguments: Any, seconds: float = ANSWER_SECONDS) -> Any:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise ManagerError(
             f"no supervisord answers at {SOCKET.absolute()} ({reason}): start it with supervisord -c {CONFIGURATION}, "
-            f"which {program_name('manager')} --init writes"
+            f"which {command_line('manager')} --init writes"
         ) from None
 
 
@@ -138,7 +137,9 @@ def add_group(size: int = GROUP_SIZE, queues: list[str] | None = None, modules: 
         name
         for number in range(2, 10_000)
         if (name := f"consumer{number}") not in taken
-        and _create(_path(name), PROGRAM.format(group=name, command=command, size=size))
+        and _create(
+            _path(name), PROGRAM.format(group=name, command=command, size=size, manager=command_line("manager"))
+        )
     )
     try:
         call("reloadConfig")

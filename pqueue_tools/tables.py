@@ -99,7 +99,7 @@ JOBS = Table(
         Column("enqueued", lambda job: job.created_at, "time", on_phone=False),
         Column("detail", lambda job: report.cut(report.detail(job), 200), width="cut"),
     ),
-    "no jobs yet: run python producer.py",
+    f"no jobs yet: run {report.command_line('producer')}",
 )
 FAILED = Table(
     "Failed",
@@ -129,7 +129,7 @@ CONSUMERS = Table(
         Column("failed", itemgetter("failed"), "number"),
         Column("seen", itemgetter("last_seen_at"), "time", width="cut"),
     ),
-    "no consumer yet: run python consumer.py",
+    f"no consumer yet: run {report.command_line('consumer')}",
     "consumer",
     dashboard.CONSUMERS_SHOWN,
     itemgetter("consumers"),

@@ -283,7 +283,7 @@ def test_operator_takes_a_running_job_over(queue, run):
     assert (code, "take job 3 from anna" in err) == (2, True)
     code, out, err = run("assign-job", ids["processing"], "berta", "--yes")
     assert (code, out) == (0, "job 3 assigned to berta\n")
-    assert "no consumer 'berta' was ever seen here" in err
+    assert "no consumer named 'berta' has connected yet" in err
     with pytest.raises(pqueue.LeaseLost):
         queue.complete(running)
     assert queue.dequeue("anna", queues=["default"]) is None
@@ -460,7 +460,7 @@ def test_operator_is_told_why_a_job_does_not_run(queue, state, sentence):
 
 def test_operator_is_told_what_keeps_a_pending_job(queue, monkeypatch):
     job_id = queue.enqueue("mail", queue="post")
-    assert report.why(queue, job_id) == "no consumer is alive: python consumer.py"
+    assert report.why(queue, job_id) == "no consumer is alive: run python consumer.py"
     monkeypatch.setitem(pqueue.TASKS, "known", None)
     queue.dequeue("anna", queues=["default"])
     assert report.why(queue, job_id) == "no live consumer serves its queue post"
@@ -470,6 +470,16 @@ def test_operator_is_told_what_keeps_a_pending_job(queue, monkeypatch):
     assert report.why(queue, job_id).startswith("no live consumer that may run it knows its task mail")
     queue.pause("post")
     assert report.why(queue, job_id) == "its queue post is paused: python admin.py resume post"
+
+
+def test_operator_of_an_installed_copy_is_told_its_commands(queue, tmp_path, monkeypatch):
+    for program in ("admin", "consumer"):
+        (tmp_path / f"{program}.py").touch()
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
+    job_id = queue.enqueue("mail")
+    assert report.why(queue, job_id) == "no consumer is alive: run pqueue-consumer"
+    queue.pause("default")
+    assert report.why(queue, job_id) == "its queue default is paused: pqueue resume default"
 
 
 def test_command_that_the_operator_is_told_to_give_executes_no_name(queue):
