@@ -9,8 +9,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from io import TextIOWrapper
 from pathlib import Path
@@ -90,6 +90,16 @@ def on_end(handler: Any) -> None:
     for number in endings.ENDINGS:
         if signal.getsignal(number) != signal.SIG_IGN or number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, handler)
+
+
+@contextmanager
+def blocked_signals() -> Iterator[None]:
+    """Delay TERM, INT and HUP until the end of the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, endings.ENDINGS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def retry_while_busy(call: Callable[[], T], pause: Callable[[float], bool], **fields: Any) -> T | None:

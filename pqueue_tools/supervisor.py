@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pqueue_files import make_folder, sync, sync_file
+from pqueue_tools.process import blocked_signals
 from pqueue_tools.report import command_line, printable
 
 HERE = Path(__file__).resolve().parent
@@ -133,22 +134,24 @@ def add_group(size: int = GROUP_SIZE, queues: list[str] | None = None, modules: 
     command = _in_configuration(_command("consumer") + _options(queues, modules))
     taken = {each["group"] for each in processes()}
     make_folder(INCLUDED)
-    group = next(
-        name
-        for number in range(2, 10_000)
-        if (name := f"consumer{number}") not in taken
-        and _create(
-            _path(name), PROGRAM.format(group=name, command=command, size=size, manager=command_line("manager"))
-        )
-    )
+    values = {"command": command, "size": size, "manager": command_line("manager")}
+    group = None
     try:
+        with blocked_signals():  # a signal must not come between the creation of the file and its assignment to group
+            group = next(
+                name
+                for number in range(2, 10_000)
+                if (name := f"consumer{number}") not in taken
+                and _create(_path(name), PROGRAM.format(group=name, **values))
+            )
         call("reloadConfig")
         call("addProcessGroup", group)
         _expect_running(group, size)
     except BaseException:
-        with suppress(ManagerError):
-            _stop_group(group)
-        _forget(group)
+        if group:
+            with suppress(ManagerError):
+                _stop_group(group)
+            _delete_configuration(group)
         raise
     return group
 
@@ -180,7 +183,7 @@ def remove_group(group: str) -> None:
         known = ", ".join(added_groups()) or "none"
         raise ManagerError(f"expected a group that was added here ({known}), got {group!r}")
     _stop_group(group)
-    _forget(group)
+    _delete_configuration(group)
     call("reloadConfig")
 
 
@@ -190,7 +193,7 @@ def _stop_group(group: str) -> None:
         call("removeProcessGroup", group)
 
 
-def _forget(group: str) -> None:
+def _delete_configuration(group: str) -> None:
     _path(group).unlink(missing_ok=True)
     sync(INCLUDED)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from pqueue import LeaseLost, PersistentQSQLite, QueueBusy
-from pqueue_tools import endings
+from pqueue_tools.process import blocked_signals
 
 PRODUCERS = 2
 CONSUMERS = 4
@@ -77,13 +77,10 @@ def _begun(folder: Path, name: str) -> Path:
     return folder / f"{name}.begun"
 
 
-def _start_deaf(child: BaseProcess) -> None:
-    """Start a process that an INT on the terminal does not reach; it is killed in the end."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, endings.ENDINGS)
-    try:
+def _start_with_blocked_signals(child: BaseProcess) -> None:
+    """Start a process that ignores Ctrl-C on the terminal; it is killed at the end."""
+    with blocked_signals():
         child.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Torture:
@@ -132,7 +129,7 @@ class Torture:
         work = produce if name.startswith("producer") else consume
         _begun(self.folder, name).unlink(missing_ok=True)
         self._children[name] = self._context.Process(target=work, args=(self.folder, self.durability, name))
-        _start_deaf(self._children[name])
+        _start_with_blocked_signals(self._children[name])
 
     def _hurt(self, name: str) -> None:
         """Kill a process and start it anew, or one time in four stop it until its lease is over."""
@@ -166,7 +163,7 @@ class Torture:
     def _drain(self) -> None:
         drainer = self._context.Process(target=consume, args=(self.folder, self.durability, "drainer", True))
         self._children["drainer"] = drainer  # so that it is killed when this is interrupted
-        _start_deaf(drainer)
+        _start_with_blocked_signals(drainer)
         drainer.join()
 
     def _tell(self, passed: float, seconds: float) -> None:

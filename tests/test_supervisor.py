@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Place, free_port, wait_until
 
+from pqueue_tools import endings, supervisor
+
 BIN = Path(sys.executable).parent
 NAMES = ("consumer_00", "consumer_01", "consumer_02")
 FILES = (*(path.name for path in ROOT.glob("*.py")), "pqueue_tools", "supervisord.conf", "Procfile", ".streamlit")
@@ -234,6 +236,22 @@ def test_manager_takes_back_a_group_whose_consumers_do_not_run(system):
     assert running(system) == before
     assert "consumer2" not in control(system, "status")
     assert list((system.folder / "var/supervisor.d").iterdir()) == []
+
+
+def test_manager_that_is_ended_as_it_adds_a_group_leaves_no_file(tmp_path, monkeypatch):
+    create = supervisor._create
+
+    def create_and_end(path, text):
+        created = create(path, text)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return created
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(supervisor, "_create", create_and_end)
+    monkeypatch.setattr(supervisor, "call", lambda *_, **__: [])
+    with pytest.raises(SystemExit), endings.Undoing():
+        supervisor.add_group()
+    assert list((tmp_path / "var/supervisor.d").iterdir()) == []
 
 
 def test_system_refuses_a_port_that_another_project_uses(system):
