@@ -10,10 +10,10 @@ for a problem found; 2 for a mistake in the command.
 
 from __future__ import annotations
 
-from pqueue_tools import endings
+from pqueue_tools import termination
 
 if __name__ == "__main__":
-    endings.end_at_once()
+    termination.reset_sigint()
 
 import argparse
 import os
@@ -693,7 +693,7 @@ def _colours() -> bool:
 
 def run(entry: Command, options: argparse.Namespace) -> int:
     """Run the command and show its result; return the exit code."""
-    with endings.Undoing():
+    with termination.ExitOnSignal():
         if not entry.opens:
             return _show(entry.function(None, options), options)
         with pqueue.open_queue(create=False) as queue, _reporting_damage(queue):

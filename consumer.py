@@ -9,10 +9,10 @@ Supervisor that started it, it ends as after a first TERM.
 
 from __future__ import annotations
 
-from pqueue_tools import endings
+from pqueue_tools import termination
 
 if __name__ == "__main__":
-    endings.end_at_once()
+    termination.reset_sigint()
 
 import argparse
 import importlib
@@ -42,7 +42,7 @@ from pqueue_tools.process import (
     is_orphaned,
     log,
     log_line,
-    on_end,
+    on_termination,
     print_error,
     print_line,
     quoted,
@@ -424,7 +424,7 @@ def main(arguments: list[str] | None = None) -> int:
     file_task.files_directory = options.directory
     with _closing(queue):
         code = _consume(queue, options)
-        on_end(signal.SIG_DFL)  # a thread that a task left may keep the process, and a signal should end it
+        on_termination(signal.SIG_DFL)  # a thread that a task left may keep the process, and a signal should end it
     return code
 
 
@@ -432,14 +432,14 @@ def _reset_signals_in_children() -> None:
     """Let signals end a child that a task forks, from its first moment, as they end other programs."""
 
     def unblock() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, endings.ENDINGS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, termination.SIGNALS)
 
     def begin_child() -> None:
-        on_end(signal.SIG_DFL)
+        on_termination(signal.SIG_DFL)
         unblock()
 
     os.register_at_fork(
-        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, endings.ENDINGS),
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, termination.SIGNALS),
         after_in_parent=unblock,
         after_in_child=begin_child,
     )
@@ -456,7 +456,7 @@ def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
         max_jobs=options.max_jobs,
         quiet=bar and sys.stdout.isatty(),
     )
-    on_end(consumer.stop)
+    on_termination(consumer.stop)
     signal.signal(signal.SIGALRM, consumer.interrupt)
     _reset_signals_in_children()
     file_task.remove_copies()

@@ -10,10 +10,10 @@ An added group has a file of its own in var/supervisor.d, so it is there again w
 
 from __future__ import annotations
 
-from pqueue_tools import endings
+from pqueue_tools import termination
 
 if __name__ == "__main__":
-    endings.end_at_once()
+    termination.reset_sigint()
 
 import argparse
 import sys
@@ -37,7 +37,7 @@ from pqueue_tools.supervisor import (
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        with endings.Undoing():
+        with termination.ExitOnSignal():
             _act(options)
     except (ManagerError, OSError) as error:
         print_error("manager", error)

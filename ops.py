@@ -10,10 +10,10 @@ PQUEUE_OPS_HOSTS lists the names and addresses by which they may be reached besi
 
 from __future__ import annotations
 
-from pqueue_tools import endings
+from pqueue_tools import termination
 
 if __name__ == "__main__":
-    endings.end_at_once()
+    termination.reset_sigint()
 
 import argparse
 import errno

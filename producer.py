@@ -8,10 +8,10 @@ TERM, INT or HUP ends it between two jobs.
 
 from __future__ import annotations
 
-from pqueue_tools import endings
+from pqueue_tools import termination
 
 if __name__ == "__main__":
-    endings.end_at_once()
+    termination.reset_sigint()
 
 import argparse
 import os
@@ -36,7 +36,7 @@ from pqueue_tools.process import (
     folder,
     is_orphaned,
     log,
-    on_end,
+    on_termination,
     print_error,
     retry_while_busy,
     seconds,
@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
         expect_posix()
         with pqueue.open_queue() as queue:
             producer = Producer(queue, options.directory)
-            on_end(producer.stop)
+            on_termination(producer.stop)
             producer.run(options.interval, options.count)
     except (QueueError, ValueError) as error:
         print_error("producer", error)

@@ -413,7 +413,7 @@ def workers(peer: Any, number: int, step: str = "work") -> Iterator[Callable[[],
     """Run workers, let them begin together, and yield how to read what each has noted; kill them in the end."""
     kind, place = type(peer), (str(peer.folder), peer.durability)
     module = kind.__module__
-    imports = f"from pqueue_tools import endings; endings.end_at_once(); import bench.peers, {module}"
+    imports = f"from pqueue_tools import termination; termination.reset_sigint(); import bench.peers, {module}"
     code = f"{imports}; bench.peers.work({module}.{kind.__name__}, *{place!r}, {step!r})"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     with (peer.folder / "gate").open("w") as gate:

@@ -25,7 +25,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 from pqueue import JobNotFound, QueueError
-from pqueue_tools import dashboard, dashboard_html, dashboard_summary, endings, report
+from pqueue_tools import dashboard, dashboard_html, dashboard_summary, report, termination
 from pqueue_tools.masking import is_cut
 from pqueue_tools.process import print_error
 
@@ -382,7 +382,7 @@ def serve(host: str, port: int) -> int:
     with suppress(QueueError, ValueError):
         server.cache.figures(0)  # so that they are there when the first reader comes
     try:
-        with endings.Undoing():
+        with termination.ExitOnSignal():
             server.serve_forever()
     except SystemExit:  # as it was told
         return 0

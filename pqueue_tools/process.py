@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 from pqueue import QueueBusy, QueueError, QueueFull
-from pqueue_tools import endings
+from pqueue_tools import termination
 from pqueue_tools.masking import masked_text
 from pqueue_tools.report import iso, printable, program_name
 
@@ -85,9 +85,9 @@ def utc_now() -> str:
     return iso(time.time())
 
 
-def on_end(handler: Any) -> None:
+def on_termination(handler: Any) -> None:
     """Call it upon TERM, INT and HUP, except for a HUP that nohup has the program ignore."""
-    for number in endings.ENDINGS:
+    for number in termination.SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN or number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, handler)
 
@@ -95,7 +95,7 @@ def on_end(handler: Any) -> None:
 @contextmanager
 def blocked_signals() -> Iterator[None]:
     """Delay TERM, INT and HUP until the end of the block."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, endings.ENDINGS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, termination.SIGNALS)
     try:
         yield
     finally:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pqueue_tools import endings
+from pqueue_tools import termination
 
-endings.end_at_once()
+termination.reset_sigint()
 
 from importlib import import_module  # noqa: E402
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Place, free_port, wait_until
 
-from pqueue_tools import endings, supervisor
+from pqueue_tools import supervisor, termination
 
 BIN = Path(sys.executable).parent
 NAMES = ("consumer_00", "consumer_01", "consumer_02")
@@ -249,7 +249,7 @@ def test_manager_that_is_ended_as_it_adds_a_group_leaves_no_file(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(supervisor, "_create", create_and_end)
     monkeypatch.setattr(supervisor, "call", lambda *_, **__: [])
-    with pytest.raises(SystemExit), endings.Undoing():
+    with pytest.raises(SystemExit), termination.ExitOnSignal():
         supervisor.add_group()
     assert list((tmp_path / "var/supervisor.d").iterdir()) == []
 
