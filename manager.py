@@ -1,11 +1,11 @@
-"""Write supervisord's configuration; add, list and remove groups of consumers at run time, through supervisord.
+"""Write the configuration of supervisord, and add, list and remove groups of consumers while it runs.
 
-    python manager.py --init --import tasks  # supervisord.conf in this folder, for consumers with tasks of your own
+    python manager.py --init --import tasks  # write supervisord.conf, for consumers that run your tasks
     python manager.py --count 1              # three more consumers
     python manager.py --list
-    python manager.py --remove consumer2     # when they have finished what they hold
+    python manager.py --remove consumer2     # its consumers finish their jobs first
 
-An added group has a file of its own in var/supervisor.d, so it is there again when supervisord restarts.
+Each added group has a file in var/supervisor.d, so it survives a restart of supervisord.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _act(options: argparse.Namespace) -> None:
             print(f"added {group}: {options.size} consumers", flush=True)
     elif options.remove:
         if options.remove in added_groups():
-            print(f"stopping {options.remove}: its consumers finish what they hold", file=sys.stderr)
+            print(f"stopping {options.remove}: its consumers finish their jobs first", file=sys.stderr)
         remove_group(options.remove)
         print(f"removed {options.remove}")
     elif options.start:
@@ -77,9 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog=program_name("manager"), description=(__doc__ or "").splitlines()[0])
     actions = parser.add_mutually_exclusive_group(required=True)
     actions.add_argument("--count", type=whole_number(1, 1000), metavar="N", help="add N groups of consumers")
-    actions.add_argument("--list", action="store_true", help="show supervisord's processes")
-    actions.add_argument("--init", action="store_true", help="write supervisord.conf and var/ into this folder")
-    actions.add_argument("--remove", metavar="GROUP", help="stop and forget an added group")
+    actions.add_argument("--list", action="store_true", help="list the processes of supervisord")
+    actions.add_argument("--init", action="store_true", help="write supervisord.conf and create var/ in this folder")
+    actions.add_argument("--remove", metavar="GROUP", help="stop and delete an added group")
     actions.add_argument("--start", metavar="CONSUMER", help="start one process, such as consumer_00")
     actions.add_argument("--stop", metavar="CONSUMER", help="stop one process")
     add = parser.add_argument
@@ -90,8 +90,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="consumers in a group (default: %(default)s)",
     )
-    add("--queue", dest="queues", action="append", metavar="QUEUE", help="queue they serve; repeatable (default: all)")
-    add("--import", dest="modules", action="append", metavar="MODULE", help="a module with tasks of yours; repeatable")
+    add(
+        "--queue",
+        dest="queues",
+        action="append",
+        metavar="QUEUE",
+        help="take jobs from this queue; repeatable (default: all)",
+    )
+    add(
+        "--import",
+        dest="modules",
+        action="append",
+        metavar="MODULE",
+        help="import a module that defines tasks; repeatable",
+    )
     return parser
 
 

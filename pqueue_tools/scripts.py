@@ -1,4 +1,4 @@
-"""The commands of an installed copy, where the programs are modules of this package."""
+"""Entry points of the installed commands; the wheel installs the programs in this package."""
 
 from __future__ import annotations
 

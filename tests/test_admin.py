@@ -203,10 +203,10 @@ def test_operator_whose_folder_has_no_queue_creates_none(front, folder, run):
         (["enqueue", ""], 2, "expected a task name"),
         (["prune"], 2, "--older-than"),
         (["prune", "--older-than", "7y"], 2, "expected a duration"),
-        (["resubmit"], 2, "expected job numbers or a filter"),
-        (["resubmit", "2", "--status", "failed"], 2, "expected job numbers or a filter"),
-        (["resubmit", "--status", "failed"], 2, "without a terminal to ask on, give --yes"),
-        (["delete-db-jobs"], 2, "without a terminal to ask on, give --yes"),
+        (["resubmit"], 2, "expected job ids or a filter"),
+        (["resubmit", "2", "--status", "failed"], 2, "expected job ids or a filter"),
+        (["resubmit", "--status", "failed"], 2, "expected --yes to resubmit 1 job without a terminal"),
+        (["delete-db-jobs"], 2, "expected --yes to delete all"),
         (["delete-db-jobs", "--yes"], 1, "1 of them are processing"),
         (["assign-job", "5"], 2, "expected a CONSUMER_ID, or --any"),
         (["pause", "nosuch"], 1, "no queue 'nosuch'; there are: default, slow"),
@@ -438,7 +438,7 @@ def test_operator_takes_no_running_job_over_unasked(queue, run, monkeypatch):
 
     monkeypatch.setattr(type(queue), "consumers", taken_meanwhile)
     code, _, err = run("assign-job", job_id, "anna")
-    assert (code, err) == (1, "admin.py: cannot assign job 1: anna has just taken it; give the command again\n")
+    assert (code, err) == (1, "admin.py: cannot assign job 1: anna has just taken it; repeat the command\n")
     assert queue.get(job_id).consumer == "anna"
 
 
