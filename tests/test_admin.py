@@ -448,9 +448,9 @@ def test_operator_takes_no_running_job_over_unasked(queue, run, monkeypatch):
         ("completed", "it was completed by anna"),
         ("failed", "after 1 of 1 attempt: ValueError: <b>no</b>; resubmit it"),
         ("cancelled", "it was cancelled"),
-        ("processing", "it runs on anna since"),
+        ("processing", "it has been running on anna for"),
         ("scheduled", "it is due in 1 h, at "),
-        ("pending", "it waits for its turn: 1 job pending in queue slow, 1 of 1 consumer busy"),
+        ("pending", "it is waiting: 1 job pending in queue slow, 1 of 1 consumer busy"),
     ],
 )
 def test_operator_is_told_why_a_job_does_not_run(queue, state, sentence):
@@ -687,7 +687,7 @@ def test_torture_finds_a_queue_without_its_token_guard(tmp_path):
     shutil.copytree(ROOT / "pqueue_tools", tmp_path / "pqueue_tools")
     (tmp_path / "var").mkdir()
     source = (tmp_path / "pqueue_schema.py").read_text()
-    broken = source.replace("state = 'processing' AND lease_token = :token\"", "state = 'processing'\"")
+    broken = source.replace('"id = :id AND lease_token = :token"', "\"id = :id AND state = 'processing'\"")
     assert broken != source
     (tmp_path / "pqueue_schema.py").write_text(broken)
     done = subprocess.run(
