@@ -156,7 +156,7 @@ def test_search_that_takes_too_long_says_how_far_it_came(queue, site, monkeypatc
     ids = queue.enqueue_many("many", range(15))
     text = site.ask("/?task=rare")[1]
     assert "no job found so far" in text
-    assert f"searched back to job {ids[5]}: go on" in text
+    assert f"searched back to job {ids[5]}: continue" in text
     text = site.ask(f"/?task=rare&before_id={ids[5]}")[1]
     assert f'href="/job/{old}"' in text
     assert "newest jobs" in text
@@ -311,7 +311,7 @@ def test_operator_acts_on_the_ticked_or_on_all_that_match(queue, site):
 @pytest.mark.parametrize(
     ("action", "form", "message"),
     [
-        ("cancel", {}, "tick some"),
+        ("cancel", {}, "expected at least one selected job"),
         ("cancel", {"id": "x"}, "expected a whole number"),
         ("cancel", {"id": ["1", "x"]}, "expected a whole number"),
         ("cancel", {"id": "99"}, "no such job"),
