@@ -506,35 +506,22 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     default = os.environ.get("SUPERVISOR_PROCESS_NAME") or f"{socket.gethostname()}-{os.getpid()}"
     add("--name", default=default, help="name of this consumer (default: its Supervisor name, or HOST-PID)")
-    add(
-        "--queue",
-        dest="queues",
-        action="append",
-        metavar="QUEUE",
-        help="take jobs from this queue; repeatable (default: all)",
-    )
+    add("--queue", dest="queues", action="append", metavar="QUEUE", help="serve this queue; repeatable (default: all)")
     add(
         "--import",
         dest="modules",
         action="append",
         default=[],
         metavar="MODULE",
-        help="import a module that defines tasks; repeatable",
+        help="a module with tasks; repeatable",
     )
     add(
-        "--directory",
-        type=folder,
-        default=file_task.files_directory,
-        help="folder of the job files (default: %(default)s)",
+        "--directory", type=folder, default=file_task.files_directory, help="folder of job files (default: %(default)s)"
     )
     add("--drain", action="store_true", help="stop when no job is pending")
     add("--max-jobs", type=whole_number(1), metavar="N", help="stop after N jobs")
     add(
-        "--lease-seconds",
-        type=seconds(0.001),
-        default=pqueue.LEASE_SECONDS,
-        metavar="S",
-        help="duration of a lease (default: %(default)g)",
+        "--lease-seconds", type=seconds(0.001), default=pqueue.LEASE_SECONDS, metavar="S", help="(default: %(default)g)"
     )
     return parser
 

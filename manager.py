@@ -90,20 +90,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="consumers in a group (default: %(default)s)",
     )
-    add(
-        "--queue",
-        dest="queues",
-        action="append",
-        metavar="QUEUE",
-        help="take jobs from this queue; repeatable (default: all)",
-    )
-    add(
-        "--import",
-        dest="modules",
-        action="append",
-        metavar="MODULE",
-        help="import a module that defines tasks; repeatable",
-    )
+    add("--queue", dest="queues", action="append", metavar="QUEUE", help="serve this queue; repeatable (default: all)")
+    add("--import", dest="modules", action="append", metavar="MODULE", help="a module with tasks; repeatable")
     return parser
 
 
