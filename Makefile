@@ -16,7 +16,7 @@ ATTACKS := (fuzz or histories or power_loss or model_allows or QueueMachine) and
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
-run: $(VENV)/requirements.txt  ## Run the whole system in the foreground; Ctrl-C ends it
+run: $(VENV)/requirements.txt  ## Run the whole system in the foreground; Ctrl-C stops it
 	@umask 077; $(BIN)/python ops.py --check && PATH="$(CURDIR)/$(BIN):$$PATH" exec $(BIN)/supervisord -n -c supervisord.conf
 
 quick: $(READY)  ## Check format, lint and types, and run the contract suite on SQLite and the model test
@@ -40,32 +40,32 @@ format: $(READY)  ## Format the code
 sql: $(READY)  ## Write docs/postgres.sql, the statements that PostgreSQL receives
 	PYTHONPATH=. $(BIN)/python tests/test_statements.py
 
-mutants: $(READY)  ## Change N things of MODULE at random, and list what no test notices; MODULE=FILE N=N SEED=N
+mutants: $(READY)  ## Test N random mutants of MODULE, and list those that survive; MODULE=FILE N=N SEED=N
 	$(BIN)/python tests/random_mutants.py $(MODULE) --number $(N) --seed $(SEED)
 
-screenshots: $(READY)  ## Take pictures of the dashboard into docs; needs Chromium
+screenshots: $(READY)  ## Save screenshots of the dashboard in docs; needs Chromium
 	PYTHONPATH=. $(BIN)/python tests/screenshots.py docs
 
-bench: $(READY)  ## Measure against the bare limit of the disk and against other queues
+bench: $(READY)  ## Run the benchmark against bare SQLite and other queues
 	$(BIN)/python -m bench
 
 soak: $(READY)  ## Put 10 million jobs through the queue, then attack it at random TIMES as long; JOBS=N TIMES=N
 	PYTHONPATH=. $(BIN)/python tests/soak.py --jobs $(JOBS)
 	PQUEUE_SOAK=$(TIMES) $(BIN)/python -m pytest -s -k "$(ATTACKS)" tests
 
-attack: $(READY)  ## Attack the whole system for SECONDS, then account for every job; SECONDS=N SEED=N
+attack: $(READY)  ## Attack the whole system for SECONDS, then check every job; SECONDS=N SEED=N
 	PYTHONPATH=. $(BIN)/python tests/attack.py --seconds $(SECONDS) --seed $(SEED)
 
 COMPILE := UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile --quiet --upgrade --universal --python-version 3.10 \
 	--generate-hashes pyproject.toml
-lock:  ## Lock the newest of what pyproject.toml allows, with hashes; needs uv
+lock:  ## Lock the newest versions that pyproject.toml allows; needs uv
 	$(COMPILE) --extra cli --extra dashboard --extra supervisor -o requirements.txt
 	$(COMPILE) --extra all --group dev -c requirements.txt -o requirements-dev.txt
 
 clean:  ## Remove the virtual environment and caches; var/ stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 
-$(VENV)/%.txt: %.txt  # a copy of what is installed
+$(VENV)/%.txt: %.txt  # a copy of the installed requirements
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	@cp $< $@

@@ -1,19 +1,19 @@
-"""The operator's command line: list, explain, repair, assign, watch and clean up.
+"""The operator's command line: inspect, repair, monitor and clean up a queue.
 
     python admin.py list-jobs --status failed
     python admin.py why 17
     python admin.py COMMAND --help
 
-Tables for people on a terminal, tab-separated lines in a pipe, one JSON object per line with --json. Exit code 0; 1
-for a problem found; 2 for a mistake in the command.
+The output is a table on a terminal, tab-separated lines in a pipe, and one JSON object per line with --json. The exit
+code is 0, or 1 if a problem was found, or 2 for a usage error.
 """
 
 from __future__ import annotations
 
-from pqueue_tools import endings
+from pqueue_tools import termination
 
 if __name__ == "__main__":
-    endings.end_at_once()
+    termination.reset_sigint()
 
 import argparse
 import os
@@ -23,7 +23,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -32,7 +32,7 @@ from typing import Any
 import pqueue
 import pqueue_restore
 from pqueue import Job, PersistentQInterface, QueueError
-from pqueue_tools import process, supervisor
+from pqueue_tools import supervisor
 from pqueue_tools.actions import act_on_matching
 from pqueue_tools.commands import (
     Command,
@@ -46,7 +46,7 @@ from pqueue_tools.commands import (
     one_of,
 )
 from pqueue_tools.masking import masked_job
-from pqueue_tools.process import escape_unprintable, expect_posix, whole_number
+from pqueue_tools.process import escape_unencodable, expect_posix, print_error, whole_number
 from pqueue_tools.report import (
     ago,
     clock,
@@ -63,21 +63,22 @@ from pqueue_tools.report import (
     metrics,
     printable,
     problems,
+    program_name,
     table,
     why,
 )
 from pqueue_tools.torture import Torture
 
-FILES = 5000  # job files deleted in one
+FILES_PER_TRANSACTION = 5000  # job files deleted in one
 
 
 class Problem(Exception):
-    """What was asked cannot be done: exit code 1."""
+    """The command failed: exit code 1."""
 
 
 @dataclass
-class Result:
-    """What a command found: rows for a table; or a text, where a table would not do for people."""
+class CommandResult:
+    """Rows for a table, and a text for people where a table is not suitable."""
 
     rows: Iterable[dict[str, Any]] = field(default_factory=list)
     text: str | None = None
@@ -87,8 +88,8 @@ class Result:
 COMMANDS: dict[str, Command] = {}
 
 
-def command(name: str, *parameters: Parameter, opens: bool = True) -> Callable[[Callable[..., Result]], Any]:
-    def register(function: Callable[..., Result]) -> Callable[..., Result]:
+def command(name: str, *parameters: Parameter, opens: bool = True) -> Callable[[Callable[..., CommandResult]], Any]:
+    def register(function: Callable[..., CommandResult]) -> Callable[..., CommandResult]:
         COMMANDS[name] = Command(name, function, (*parameters, JSON_OPTION), opens)
         return function
 
@@ -96,26 +97,26 @@ def command(name: str, *parameters: Parameter, opens: bool = True) -> Callable[[
 
 
 JSON_OPTION = Parameter("--json", "one JSON object per line", flag=True)
-YES = Parameter("--yes", "do not ask", flag=True)
-JOB_ID = Parameter("job_id", "number of the job", whole_number(0), metavar="JOB_ID")
-JOB_IDS = Parameter("job_ids", "numbers of jobs; or filter", whole_number(0), metavar="JOB_ID", many=True)
+YES = Parameter("--yes", "do not ask for confirmation", flag=True)
+JOB_ID = Parameter("job_id", "id of the job", whole_number(0), metavar="JOB_ID")
+JOB_IDS = Parameter("job_ids", "ids of jobs; or use a filter", whole_number(0), metavar="JOB_ID", many=True)
 QUEUE = Parameter("queue", "name of the queue", metavar="QUEUE")
 MATCHING = (
     Parameter("--queue", "jobs of this queue", metavar="QUEUE"),
     Parameter("--task", "jobs of this task", metavar="TASK"),
     Parameter("--key", "jobs enqueued with this key", metavar="KEY"),
-    Parameter("--consumer", "jobs that this consumer had last", metavar="CONSUMER"),
-    Parameter("--text", "jobs whose payload, result, error or key contains it", metavar="TEXT"),
-    Parameter("--since", "enqueued since then: 15m, 7d, or an ISO 8601 time", moment, metavar="TIME"),
-    Parameter("--until", "enqueued before then", moment, metavar="TIME"),
+    Parameter("--consumer", "jobs that this consumer took last", metavar="CONSUMER"),
+    Parameter("--text", "jobs whose payload, result, error or key contains this text", metavar="TEXT"),
+    Parameter("--since", "jobs enqueued since: 15m, 7d, or an ISO 8601 time", moment, metavar="TIME"),
+    Parameter("--until", "jobs enqueued before this time", moment, metavar="TIME"),
 )
 STATUS = Parameter(
     "--status", f"jobs in this state: {', '.join(pqueue.STATES)}", one_of(*pqueue.STATES), metavar="STATE"
 )
 FILTER_OPTIONS = (STATUS, *MATCHING)
 PAGE_OPTIONS = (
-    Parameter("--limit", "at most so many", whole_number(1), "50", "N"),
-    Parameter("--before-id", "older than this job: the next page", whole_number(0), metavar="JOB_ID"),
+    Parameter("--limit", "maximum number of rows", whole_number(1), "50", "N"),
+    Parameter("--before-id", "only jobs older than this one: the next page", whole_number(0), metavar="JOB_ID"),
 )
 FILTER_NAMES = {"status": "state", "since": "created_from", "until": "created_before"}
 
@@ -131,9 +132,9 @@ def _job_row(job: Job) -> dict[str, Any]:
 
 
 @command("list-jobs", *FILTER_OPTIONS, *PAGE_OPTIONS)
-def list_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
-    """List jobs, the newest first."""
-    return Result(_listed(queue, options))
+def list_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """List jobs, newest first."""
+    return CommandResult(_listed(queue, options))
 
 
 def _listed(queue: PersistentQInterface, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -141,32 +142,34 @@ def _listed(queue: PersistentQInterface, options: argparse.Namespace) -> list[di
     return [job_object(job) if options.json else _job_row(job) for job in jobs]
 
 
-@command("failedjobs", *MATCHING, *PAGE_OPTIONS, Parameter("--all", "list the jobs instead", flag=True))
-def failedjobs(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+@command(
+    "failedjobs", *MATCHING, *PAGE_OPTIONS, Parameter("--all", "list the jobs instead of counting them", flag=True)
+)
+def failedjobs(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Count the failed jobs by task and error, or list them."""
     filters = _filters(options)
     if options.all or filters or options.before_id is not None:
         options.status = "failed"
-        return Result(_listed(queue, options))
+        return CommandResult(_listed(queue, options))
     groups = failures(queue)[: options.limit]
-    return Result([{key: each[key] for key in ("jobs", "task", "last_id", "error")} for each in groups])
+    return CommandResult([{key: each[key] for key in ("jobs", "task", "last_id", "error")} for each in groups])
 
 
 @command("show", JOB_ID)
-def show(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
-    """Show everything about a job, with the story of its attempts."""
-    job, story = queue.get(options.job_id), history(queue, options.job_id)
+def show(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Show all about a job, with its history."""
+    job, events = queue.get(options.job_id), history(queue, options.job_id)
     facts = {**job_object(job), "why": why(queue, job.id)}
     if options.json:
-        return Result(
-            [{**facts, "history": [{key: for_machines(key, v) for key, v in each.items()} for each in story]}]
+        return CommandResult(
+            [{**facts, "history": [{key: for_machines(key, v) for key, v in each.items()} for each in events]}]
         )
     del facts["lease_token"]
     now = time.time()
     lines = [f"{key:17} {_shown(key, value, now)}" for key, value in facts.items() if value is not None]
-    if story:
-        lines += ["", table([{**each, "error": first_line(each["error"])} for each in story], _width())]
-    return Result(text="\n".join(lines))
+    if events:
+        lines += ["", table([{**each, "error": first_line(each["error"])} for each in events], _width())]
+    return CommandResult(text="\n".join(lines))
 
 
 def _shown(key: str, value: Any, now: float) -> str:
@@ -178,40 +181,40 @@ def _shown(key: str, value: Any, now: float) -> str:
 
 
 @command("why", JOB_ID)
-def why_command(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
-    """Say in one sentence why a job is not running, or what it does."""
+def why_command(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Explain in one sentence why a job is not running, or what it is doing."""
     sentence = why(queue, options.job_id)
-    return Result([{"job": options.job_id, "why": sentence}], f"job {options.job_id}: {printable(sentence)}")
+    return CommandResult([{"job": options.job_id, "why": sentence}], f"job {options.job_id}: {printable(sentence)}")
 
 
 @command("stats")
-def stats(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Count jobs by queue and state."""
     found = queue.stats()
     rows = [{"queue": name, **each} for name, each in found["queues"].items()]
     if options.json or not sys.stdout.isatty():
-        return Result(rows)
+        return CommandResult(rows)
     now = time.time()
     recent = queue.activity(now - 60, now)
     per_minute = ", ".join(f"{count:,} {name}" for name, count in recent.items())
     total = {"queue": "all", **found["states"], "oldest_pending_at": found["oldest_pending_at"]}
     rows += [{**dict.fromkeys(rows[0]), **total}] if len(rows) > 1 else []
-    return Result(text=f"{table(rows, _width())}\n\nin the last minute: {per_minute}")
+    return CommandResult(text=f"{table(rows, _width())}\n\nin the last minute: {per_minute}")
 
 
 @command(
     "enqueue",
     Parameter("task", "name of the task", metavar="TASK"),
     Parameter("payload", "JSON for the task", json_value, metavar="JSON", optional=True),
-    Parameter("--queue", "queue to put it in", default="default", metavar="QUEUE"),
+    Parameter("--queue", "queue of the job", default="default", metavar="QUEUE"),
     Parameter("--priority", "higher runs first", whole_number(-(2**31)), "0", "N"),
-    Parameter("--delay", "not before so long from now: 90s, 15m, 12h, 7d", duration, "0s", "DURATION"),
-    Parameter("--max-attempts", "deliveries before it is failed", whole_number(1), metavar="N"),
-    Parameter("--key", "at most one unfinished job of the queue has it", metavar="KEY"),
+    Parameter("--delay", "do not run before this delay: 90s, 15m, 12h, 7d", duration, "0s", "DURATION"),
+    Parameter("--max-attempts", "maximum number of attempts", whole_number(1), metavar="N"),
+    Parameter("--key", "do nothing if an unfinished job of the queue has this key", metavar="KEY"),
     Parameter("--assign-to", "only this consumer may run it", metavar="CONSUMER"),
 )
-def enqueue(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
-    """Enqueue a job and print its number."""
+def enqueue(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Enqueue a job and print its id."""
     job_id = queue.enqueue(
         options.task,
         options.payload,
@@ -222,26 +225,28 @@ def enqueue(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
         key=options.key,
         assigned_to=options.assign_to,
     )
-    return Result([{"job": job_id}], str(job_id))
+    return CommandResult([{"job": job_id}], str(job_id))
 
 
 def _act(
     queue: PersistentQInterface, options: argparse.Namespace, verb: str, done: str, act: Callable[[int], None]
-) -> Result:
-    """Do it to the jobs named, all or none; or to all that match the filter, in batches, after asking."""
+) -> CommandResult:
+    """Act on the given jobs, all or none; or after confirmation, in batches, on all that match the filter."""
     filters = _filters(options)
     if bool(filters) == bool(options.job_ids):
-        raise UsageError(f"{verb}: expected job numbers or a filter such as --status failed; see --help")
+        raise UsageError(f"{verb}: expected job ids or a filter such as --status failed; see --help")
     if not filters:
         with queue.transaction():
-            for job_id in sorted(options.job_ids):  # as all do, so that nobody meets in a deadlock
+            for job_id in sorted(options.job_ids):  # in a fixed order, to prevent deadlocks
                 act(job_id)
-        return Result([{"job": job_id, "done": done} for job_id in options.job_ids], f"{done} {_ids(options.job_ids)}")
+        return CommandResult(
+            [{"job": job_id, "done": done} for job_id in options.job_ids], f"{done} {_ids(options.job_ids)}"
+        )
     if not _agreed(options, f"{verb} {count(queue.count_jobs(**filters, shown=masked_job), 'job')}"):
-        return Result(text="nothing done", code=1)
+        return CommandResult(text="nothing done", code=1)
     changed, refused = act_on_matching(queue, filters, act)
     text = f"{done} {count(changed, 'job')}" + (f", {refused:,} not: their state does not allow it" if refused else "")
-    return Result([{"done": done, "jobs": changed, "refused": refused}], text, int(changed == 0 and refused > 0))
+    return CommandResult([{"done": done, "jobs": changed, "refused": refused}], text, int(changed == 0 and refused > 0))
 
 
 def _ids(job_ids: list[int]) -> str:
@@ -249,8 +254,8 @@ def _ids(job_ids: list[int]) -> str:
 
 
 @command("resubmit", JOB_IDS, *FILTER_OPTIONS, YES)
-def resubmit(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
-    """Make finished jobs pending again, with all their attempts."""
+def resubmit(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Make finished jobs pending again, with a full number of attempts."""
     return _act(queue, options, "resubmit", "resubmitted", queue.resubmit)
 
 
@@ -258,19 +263,19 @@ def resubmit(queue: PersistentQInterface, options: argparse.Namespace) -> Result
     "mark-failed",
     JOB_IDS,
     *FILTER_OPTIONS,
-    Parameter("--error", "what to record", default="marked as failed", metavar="TEXT"),
+    Parameter("--error", "error to record", default="marked as failed", metavar="TEXT"),
     YES,
 )
-def mark_failed(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
-    """Set unfinished jobs aside as failed; a running delivery loses its lease."""
+def mark_failed(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Mark unfinished jobs as failed; a running job loses its lease."""
     return _act(
         queue, options, "mark-failed", "marked as failed", lambda job_id: queue.mark_failed(job_id, options.error)
     )
 
 
 @command("cancel", JOB_IDS, *FILTER_OPTIONS, YES)
-def cancel(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
-    """Withdraw unfinished jobs; a running delivery loses its lease."""
+def cancel(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Cancel unfinished jobs; a running job loses its lease."""
     return _act(queue, options, "cancel", "cancelled", queue.cancel)
 
 
@@ -278,37 +283,37 @@ def cancel(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     "assign-job",
     JOB_ID,
     Parameter("consumer", "name of the consumer", metavar="CONSUMER_ID", optional=True),
-    Parameter("--any", "let any consumer run it again", flag=True),
+    Parameter("--any", "allow any consumer again", flag=True),
     YES,
 )
-def assign_job(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
-    """Let one consumer alone run a job. If another runs it now, it is taken over."""
+def assign_job(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Allow only one consumer to run a job. If another is running it, that one loses its lease."""
     if bool(options.consumer) == options.any:
         raise UsageError("assign-job: expected a CONSUMER_ID, or --any")
     job = queue.get(options.job_id)
     running = f"take job {job.id} from {job.consumer}, which runs it, and assign it"
     if job.state == "processing" and not _agreed(options, running):
-        return Result(text="nothing done", code=1)
+        return CommandResult(text="nothing done", code=1)
     if options.consumer and options.consumer not in {each["name"] for each in queue.consumers()}:
-        print(f"admin.py: note: no consumer {options.consumer!r} was ever seen here", file=sys.stderr)
+        print_error("admin", f"note: no consumer named {options.consumer!r} has connected yet")
     with queue.exclusive([job.id]):
         now = queue.get(job.id)
         if now.state == "processing" and now.lease_token != job.lease_token and not options.yes:
-            raise Problem(f"cannot assign job {job.id}: {now.consumer} has just taken it; give the command again")
+            raise Problem(f"cannot assign job {job.id}: {now.consumer} has just taken it; repeat the command")
         queue.assign(job.id, options.consumer)
     done = f"assigned to {options.consumer or 'any consumer'}"
-    return Result([{"job": job.id, "done": done}], f"job {job.id} {done}")
+    return CommandResult([{"job": job.id, "done": done}], f"job {job.id} {done}")
 
 
 @command("pause", QUEUE)
-def pause(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
-    """Deliver nothing from a queue until it is resumed. What runs goes on."""
+def pause(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Deliver no jobs from a queue until it is resumed. Running jobs continue."""
     return _set_queue(queue, options, queue.pause, "paused")
 
 
 @command("resume", QUEUE)
-def resume(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
-    """Deliver from a queue again."""
+def resume(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Deliver jobs from a paused queue again."""
     return _set_queue(queue, options, queue.resume, "resumed")
 
 
@@ -319,10 +324,10 @@ def _whole_number_or_none(text: str) -> int | None:
 @command(
     "limit",
     QUEUE,
-    Parameter("max_pending", "how many jobs; none for no limit", _whole_number_or_none, metavar="N|none"),
+    Parameter("max_pending", "maximum number of pending jobs, or none", _whole_number_or_none, metavar="N|none"),
 )
-def limit(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
-    """Refuse to enqueue in a queue while so many of its jobs are pending."""
+def limit(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Refuse new jobs while this many are pending in a queue."""
     most = options.max_pending
     done = "has no limit" if most is None else f"limited to {count(most, 'pending job')}"
     return _set_queue(queue, options, lambda name: queue.limit(name, most), done)
@@ -330,21 +335,21 @@ def limit(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
 
 def _set_queue(
     queue: PersistentQInterface, options: argparse.Namespace, act: Callable[[str], None], done: str
-) -> Result:
+) -> CommandResult:
     known = queue.stats()["queues"]
     if options.queue not in known:
         raise Problem(f"no queue {options.queue!r}; there are: {', '.join(known) or 'none'}")
     act(options.queue)
-    return Result([{"queue": options.queue, "done": done}], f"queue {options.queue} {done}")
+    return CommandResult([{"queue": options.queue, "done": done}], f"queue {options.queue} {done}")
 
 
-@command("consumers", Parameter("--all", "those that stopped or died, too", flag=True))
-def consumers(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
-    """List who takes jobs here, and what each is doing."""
+@command("consumers", Parameter("--all", "include stopped and dead consumers", flag=True))
+def consumers(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """List the consumers and their jobs."""
     found = [each for each in queue.consumers() if options.all or each["state"] == "running" or each["job_ids"]]
     for each in found:
         del each["token"]
-    return Result(found if options.json else [_consumer_row(each) for each in found])
+    return CommandResult(found if options.json else [_consumer_row(each) for each in found])
 
 
 def _consumer_row(each: dict[str, Any]) -> dict[str, Any]:
@@ -355,44 +360,44 @@ def _consumer_row(each: dict[str, Any]) -> dict[str, Any]:
 
 @command(
     "prune",
-    Parameter("--older-than", "finished longer ago than this: 12h, 7d", duration, metavar="DURATION"),
-    Parameter("--status", "only this state", one_of(*pqueue.FINISHED), metavar="STATE"),
+    Parameter("--older-than", "minimum time since the job finished: 12h, 7d", duration, metavar="DURATION"),
+    Parameter("--status", "only jobs in this state", one_of(*pqueue.FINISHED), metavar="STATE"),
 )
-def prune(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
-    """Delete finished jobs by age, in short transactions, beside running consumers."""
+def prune(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Delete old finished jobs, in short transactions while consumers run."""
     if options.older_than is None:
         raise UsageError("prune: expected --older-than DURATION, such as --older-than 7d")
     states = [options.status] if options.status else pqueue.FINISHED
     pruned = queue.prune(options.older_than, states=states)
-    return Result([{"pruned": pruned}], f"pruned {count(pruned, 'job')}")
+    return CommandResult([{"pruned": pruned}], f"pruned {count(pruned, 'job')}")
 
 
 @command("backup", Parameter("file", "new file for the copy", Path, metavar="FILE"))
-def backup(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
-    """Write a consistent, verified copy of the database while others go on working."""
+def backup(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Write a consistent, verified copy of the database while other programs use it."""
     queue.backup(options.file)
-    return Result([{"file": str(options.file)}], f"backed up to {options.file}, and verified")
+    return CommandResult([{"file": str(options.file)}], f"backed up to {options.file}, and verified")
 
 
 @command("restore", Parameter("file", "the backup", Path, metavar="FILE"), YES, opens=False)
-def restore(_: None, options: argparse.Namespace) -> Result:
-    """Put a backup in the place of the database, which is kept under another name. Stop all programs first."""
+def restore(_: None, options: argparse.Namespace) -> CommandResult:
+    """Replace the database by a backup; the old one is kept under another name. Stop all programs first."""
     if not _agreed(options, f"replace the queue by {options.file}"):
-        return Result(text="nothing done", code=1)
+        return CommandResult(text="nothing done", code=1)
     kept = pqueue_restore.restore(options.file)
     text = f"restored {options.file}, verified" + (f"; the replaced database is {kept}" if kept else "")
-    return Result([{"file": str(options.file), "replaced": kept and str(kept)}], text)
+    return CommandResult([{"file": str(options.file), "replaced": kept and str(kept)}], text)
 
 
 @command(
     "move",
-    Parameter("--to", "where to: a path, sqlite:///PATH or postgresql://…", metavar="URL"),
-    Parameter("--without", "a table of yours to leave behind; repeatable", many=True, metavar="TABLE"),
-    Parameter("--finish", "carry over what was enqueued since, and delete the jobs of the old queue", flag=True),
-    Parameter("--cancel", "give the move up: deliver from the old queue again", flag=True),
+    Parameter("--to", "target: a path, sqlite:///PATH or postgresql://…", metavar="URL"),
+    Parameter("--without", "do not copy this table; repeatable", many=True, metavar="TABLE"),
+    Parameter("--finish", "move jobs that were enqueued since, and delete the jobs of the old queue", flag=True),
+    Parameter("--cancel", "cancel the move, and deliver from the old queue again", flag=True),
     YES,
 )
-def move(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+def move(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Copy a live queue into an empty one of any backend. The old one is paused; --finish deletes its jobs."""
     if bool(options.to) == options.cancel or (options.finish and options.cancel):
         raise UsageError("move: expected --to URL, then --to URL --finish; or --cancel")
@@ -403,7 +408,7 @@ def move(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
     if isinstance(queue, pqueue.PersistentQSQLite) and not pqueue.is_postgres(options.to):
         return _move_to_file(queue, options)
     queue.expect_other_tables(options.without)
-    with closing(pqueue.open_queue(options.to, durability="full")) as target:  # --finish depends on it
+    with pqueue.open_queue(options.to, durability="full") as target:  # --finish depends on it
         _expect_empty(queue, target)
         return _move(
             queue,
@@ -412,14 +417,14 @@ def move(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
         )
 
 
-def _move_to_file(queue: pqueue.PersistentQSQLite, options: argparse.Namespace) -> Result:
+def _move_to_file(queue: pqueue.PersistentQSQLite, options: argparse.Namespace) -> CommandResult:
     if options.without:
         raise UsageError("move: --without is for a move to another kind of database; into an SQLite file all is copied")
     path = pqueue.sqlite_path(options.to).resolve()
     if path == queue.path:
         raise Problem("cannot move: the target is this queue itself")
     if path.exists() and path.stat().st_size:
-        with closing(pqueue.open_queue(path, create=False)) as target:
+        with pqueue.open_queue(path, create=False) as target:
             _expect_empty(queue, target)
         raise Problem(f"cannot move: {path} exists; delete that empty queue, or choose another name")
     return _move(queue, str(path), lambda: queue.move_to_file(path, tell=lambda n: _progress(f"{n:,} pages copied")))
@@ -435,27 +440,27 @@ def _expect_empty(queue: PersistentQInterface, target: PersistentQInterface) -> 
         raise Problem("cannot move: the target holds jobs; expected an empty one")
 
 
-def _move(queue: PersistentQInterface, to: str, copy: Callable[[], dict[str, int] | None]) -> Result:
+def _move(queue: PersistentQInterface, to: str, copy: Callable[[], dict[str, int] | None]) -> CommandResult:
     try:
         while (held := queue.begin_move(to)) or (copied := copy()) is None:
-            _progress(f"waiting for {count(held, 'job')} that run")
+            _progress(f"waiting for {count(held, 'running job')}")
             time.sleep(0.5)
     except BaseException:
-        _give_up(queue)
+        _cancel_failed_move(queue)
         raise
     _progress("")
     text = f"moved {count(copied['jobs'], 'job')}, verified; the old queue is paused. Start everything with the new URL"
-    return Result([copied], f"{text}, then give --finish")
+    return CommandResult([copied], f"{text}, then give --finish")
 
 
-def _give_up(queue: PersistentQInterface) -> None:
-    """After an error: let the old queue go on, unless it may have been copied."""
+def _cancel_failed_move(queue: PersistentQInterface) -> None:
+    """After an error, resume the old queue, unless it may have been copied."""
     with suppress(QueueError):
         found = queue.move_status()
         if found and found["event"] == "moving":
             queue.cancel_move()
             return
-    print("admin.py: note: the old queue stays paused; give the same command again, or --cancel", file=sys.stderr)
+    print_error("admin", "note: the old queue remains paused; repeat the command, or use --cancel")
 
 
 def _progress(text: str) -> None:
@@ -463,45 +468,45 @@ def _progress(text: str) -> None:
         print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _cancel_move(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
+def _cancel_move(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     found = queue.move_status()
     if found is None:
         raise Problem("cannot cancel: this queue is not being moved")
     again = f"deliver from the old queue again, although it was moved to {found['to']}, where its jobs may run, too"
     if found["event"] == "moved" and not _agreed(options, again):
-        return Result(text="nothing done", code=1)
+        return CommandResult(text="nothing done", code=1)
     queue.cancel_move()
-    return Result([{"done": "cancelled"}], "the move is given up; the old queue delivers again")
+    return CommandResult([{"done": "cancelled"}], "the move is cancelled; the old queue delivers jobs again")
 
 
-def _finish_move(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
-    with closing(pqueue.open_queue(options.to, create=False, durability="full")) as target:
+def _finish_move(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    with pqueue.open_queue(options.to, create=False, durability="full") as target:
         if not _agreed(options, f"delete all {count(queue.count_jobs(), 'job')} of the old queue"):
-            return Result(text="nothing done", code=1)
+            return CommandResult(text="nothing done", code=1)
         done = queue.finish_move(target)
     carried = f"carried over {count(done['carried'], 'job')} enqueued since; " if done["carried"] else ""
     known = f"{count(done['known'], 'job')} not, as the key has an unfinished job there; " if done["known"] else ""
-    return Result([done], f"{carried}{known}deleted {count(done['deleted'], 'job')} of the old queue")
+    return CommandResult([done], f"{carried}{known}deleted {count(done['deleted'], 'job')} of the old queue")
 
 
-@command("delete-db-jobs", Parameter("--force", "also while jobs are processing", flag=True), YES)
-def delete_db_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
-    """Delete all jobs from the database, all or none."""
+@command("delete-db-jobs", Parameter("--force", "even while jobs are processing", flag=True), YES)
+def delete_db_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Delete all jobs from the database in one transaction."""
     if not _agreed(options, f"delete all {count(queue.count_jobs(), 'job')}"):
-        return Result(text="nothing done", code=1)
+        return CommandResult(text="nothing done", code=1)
     deleted = queue.delete_jobs(force=options.force)
-    return Result([{"deleted": deleted}], f"deleted {count(deleted, 'job')}")
+    return CommandResult([{"deleted": deleted}], f"deleted {count(deleted, 'job')}")
 
 
 @command(
     "delete-job-files",
     Parameter("--directory", "folder of the job files", Path, metavar="DIR"),
-    Parameter("--force", "also files whose job is not finished", flag=True),
-    Parameter("--dry-run", "only say what would be deleted", flag=True),
+    Parameter("--force", "include files of unfinished jobs", flag=True),
+    Parameter("--dry-run", "only list what would be deleted", flag=True),
     YES,
 )
-def delete_job_files(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
-    """Delete the job_*.txt files in a folder, but none that an unfinished job still needs, or is about to."""
+def delete_job_files(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Delete the job_*.txt files in a folder, except those of unfinished jobs."""
     expect_posix()
     if options.directory is None:
         raise UsageError("delete-job-files: expected --directory DIR")
@@ -509,13 +514,13 @@ def delete_job_files(queue: PersistentQInterface, options: argparse.Namespace) -
     doomed = sorted(names - (set() if options.force else _needed_files(queue)))
     if options.dry_run or not doomed:
         kept = len(names) - len(doomed)
-        return Result([{"file": name} for name in doomed], None if doomed else f"nothing to delete{_kept(kept)}")
+        return CommandResult([{"file": name} for name in doomed], None if doomed else f"nothing to delete{_kept(kept)}")
     if not _agreed(options, f"delete {count(len(doomed), 'file')} in {options.directory}"):
-        return Result(text="nothing done", code=1)
-    batches = [doomed[start : start + FILES] for start in range(0, len(doomed), FILES)]
+        return CommandResult(text="nothing done", code=1)
+    batches = [doomed[start : start + FILES_PER_TRANSACTION] for start in range(0, len(doomed), FILES_PER_TRANSACTION)]
     deleted = sum(_delete_files(queue, options, batch) for batch in batches)
     kept = len(names) - deleted
-    return Result([{"deleted": deleted, "kept": kept}], f"deleted {count(deleted, 'file')}{_kept(kept)}")
+    return CommandResult([{"deleted": deleted, "kept": kept}], f"deleted {count(deleted, 'file')}{_kept(kept)}")
 
 
 def _kept(number: int) -> str:
@@ -529,7 +534,9 @@ def _job_files(directory: Path) -> set[str]:
     except OSError as error:
         raise Problem(f"cannot read {directory.absolute()}: {error.strerror}") from None
     found = {name for name in names if re.fullmatch(r"job_.*\.txt", name)}
-    return {name for name in found if not (directory / f".{name}.new").exists()}  # else a producer is about to enqueue
+    return {
+        name for name in found if not (directory / f".{name}.new").exists()
+    }  # a producer is about to enqueue the others
 
 
 def _needed_files(queue: PersistentQInterface) -> set[str]:
@@ -538,7 +545,7 @@ def _needed_files(queue: PersistentQInterface) -> set[str]:
 
 
 def _delete_files(queue: PersistentQInterface, options: argparse.Namespace, names: list[str]) -> int:
-    """Delete those that no job needs by now; no job is enqueued or resubmitted between the look and the deletion."""
+    """Delete the files that no unfinished job needs, while no job can be enqueued or resubmitted."""
     if options.force:
         return _unlink(options.directory, names)
     with queue.exclusive():
@@ -547,7 +554,7 @@ def _delete_files(queue: PersistentQInterface, options: argparse.Namespace, name
 
 
 def _unlink(directory: Path, names: list[str]) -> int:
-    """Delete what is still there of these, unless it is not a file any more; return how many are gone."""
+    """Delete those of these names that are regular files; return how many are gone."""
     try:
         folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -563,18 +570,18 @@ def _unlink(directory: Path, names: list[str]) -> int:
 
 
 def _agreed(options: argparse.Namespace, what: str) -> bool:
-    """Ask on the terminal. Without one, and without --yes, refuse."""
+    """Ask for confirmation on the terminal. Without a terminal, require --yes."""
     if options.yes:
         return True
     if not sys.stdin.isatty():
-        raise UsageError(f"to {what}, without a terminal to ask on, give --yes")
+        raise UsageError(f"expected --yes to {what} without a terminal")
     print(f"{what}? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 @command("doctor")
-def doctor(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
-    """Check the database and the system; exit 1 if something is wrong."""
+def doctor(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Check the database and the system; the exit code is 1 if a problem is found."""
     facts, stats = queue.check(), queue.stats()
     found = problems(queue, stats=stats, facts=facts)
     facts |= {"consumers_alive": sum(1 for each in queue.consumers() if each["state"] == "running")}
@@ -586,33 +593,33 @@ def doctor(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
         if key != "problems" and value is not None
     ]
     lines += [f"problem: {each}" for each in found] or ["healthy"]
-    return Result([facts], "\n".join(lines), int(bool(found)))
+    return CommandResult([facts], "\n".join(lines), int(bool(found)))
 
 
 @command("metrics")
-def metrics_command(queue: PersistentQInterface, options: argparse.Namespace) -> Result:
-    """Print the figures for Prometheus."""
+def metrics_command(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Print metrics in the text format of Prometheus."""
     figures = metrics(queue)
-    return Result([{"metrics": figures}], figures.rstrip("\n"))
+    return CommandResult([{"metrics": figures}], figures.rstrip("\n"))
 
 
 @command(
     "torture",
-    Parameter("--seconds", "how long to kill", whole_number(1), "30", "N"),
+    Parameter("--seconds", "duration of the test", whole_number(1), "30", "N"),
     Parameter("--durability", "full or normal", one_of("full", "normal"), "full", "MODE"),
     opens=False,
 )
-def torture(_: None, options: argparse.Namespace) -> Result:
-    """Kill producers and consumers at random, on a database of its own beside the real one, and prove that nothing
+def torture(_: None, options: argparse.Namespace) -> CommandResult:
+    """Kill producers and consumers at random, on a temporary database next to the real one, and verify that no job
     was lost or done twice."""
     expect_posix()
-    beside = pqueue.sqlite_path().parent
-    if not beside.is_dir():
-        raise Problem(f"no folder {beside} to work in: make it, or set PQUEUE_URL")
-    found = Torture(beside, options.durability).run(options.seconds)
+    parent = pqueue.sqlite_path().parent
+    if not parent.is_dir():
+        raise Problem(f"no folder {parent}: create it, or set PQUEUE_URL")
+    found = Torture(parent, options.durability).run(options.seconds)
     lines = [f"{key:24}  {for_people(key, value, 0)}" for key, value in found.items() if key != "problems"]
     lines += [f"problem: {each}" for each in found["problems"]] or ["nothing was lost, nothing was done twice"]
-    return Result([found], "\n".join(lines), int(bool(found["problems"])))
+    return CommandResult([found], "\n".join(lines), int(bool(found["problems"])))
 
 
 # The live screen ######################################################################################################
@@ -620,15 +627,15 @@ def torture(_: None, options: argparse.Namespace) -> Result:
 
 @command(
     "monitor",
-    Parameter("--interval", "how often to look", duration_between("0.1s", "1d"), "2s", "DURATION"),
+    Parameter("--interval", "refresh interval", duration_between("0.1s", "1d"), "2s", "DURATION"),
     Parameter("--once", "print one screen and exit", flag=True),
     opens=False,
 )
-def monitor(_: None, options: argparse.Namespace) -> Result:
-    """Watch processes, consumers, jobs and failures on a live screen."""
+def monitor(_: None, options: argparse.Namespace) -> CommandResult:
+    """Show processes, consumers, queues and failures, refreshed continuously."""
     if options.once or options.json or not sys.stdout.isatty():
         seen = _snapshot()
-        return Result([seen], _screen(seen, _width()))
+        return CommandResult([seen], _screen(seen, _width()))
     sys.stdout.write("\x1b[?1049h\x1b[?25l")
     try:
         while True:
@@ -643,22 +650,18 @@ def monitor(_: None, options: argparse.Namespace) -> Result:
 
 
 def _snapshot() -> dict[str, Any]:
-    """Return what the screen shows. What cannot be seen is told, as "supervisord" or "database", in a sentence."""
+    """Return the contents of the screen. "supervisord" or "database" is set to an error if it cannot be reached."""
     seen: dict[str, Any] = {"at": time.time()}
     try:
         seen["processes"] = supervisor.processes()
     except supervisor.ManagerError as error:
         seen["supervisord"] = str(error)
     try:
-        queue = pqueue.open_queue(create=False)
-        try:
+        with pqueue.open_queue(create=False) as queue, _reporting_damage(queue):
             now = seen["at"]
-            with _reporting_damage(queue):
-                seen |= {"stats": queue.stats(), "consumers": queue.consumers(), "problems": problems(queue, now)}
-                seen |= {"per_second": {name: n / 10 for name, n in queue.activity(now - 10, now).items()}}
-                seen |= {"failed": [_job_row(job) for job in queue.list_jobs(state="failed", limit=5)]}
-        finally:
-            queue.close()
+            seen |= {"stats": queue.stats(), "consumers": queue.consumers(), "problems": problems(queue, now)}
+            seen |= {"per_second": {name: n / 10 for name, n in queue.activity(now - 10, now).items()}}
+            seen |= {"failed": [_job_row(job) for job in queue.list_jobs(state="failed", limit=5)]}
     except (QueueError, ValueError) as error:
         seen["database"] = str(error)
     return seen
@@ -695,21 +698,17 @@ def _colours() -> bool:
 
 
 def run(entry: Command, options: argparse.Namespace) -> int:
-    """Run the command and show its result; return the exit code."""
-    with endings.Undoing():
+    """Run a command, print its result, and return the exit code."""
+    with termination.ExitOnSignal():
         if not entry.opens:
             return _show(entry.function(None, options), options)
-        queue = pqueue.open_queue(create=False)
-        try:
-            with _reporting_damage(queue):
-                return _show(entry.function(queue, options), options)
-        finally:
-            queue.close()
+        with pqueue.open_queue(create=False) as queue, _reporting_damage(queue):
+            return _show(entry.function(queue, options), options)
 
 
 @contextmanager
 def _reporting_damage(queue: PersistentQInterface) -> Iterator[None]:
-    """Say what is wrong with a damaged database: a value in it may not have the type of its column."""
+    """Report a damaged database, whose values may have the wrong types, as a QueueError."""
     try:
         yield
     except (TypeError, LookupError, ArithmeticError) as error:
@@ -718,7 +717,7 @@ def _reporting_damage(queue: PersistentQInterface) -> Iterator[None]:
         raise
 
 
-def _show(result: Result, options: argparse.Namespace) -> int:
+def _show(result: CommandResult, options: argparse.Namespace) -> int:
     if options.json:
         for row in result.rows:
             print(json_text({key: for_machines(key, value) for key, value in row.items()}))
@@ -741,15 +740,14 @@ def _field(key: str, value: Any) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    escape_unprintable()
-    name = process.program_name("admin")
+    escape_unencodable()
     try:
-        return dispatch(name, (__doc__ or "").splitlines()[0], COMMANDS, run, arguments)
+        return dispatch(program_name("admin"), (__doc__ or "").splitlines()[0], COMMANDS, run, arguments)
     except (UsageError, ValueError) as error:
-        print(f"{name}: {printable(str(error))}", file=sys.stderr)
+        print_error("admin", error)
         return 2
     except (Problem, QueueError) as error:
-        print(f"{name}: {printable(str(error))}", file=sys.stderr)
+        print_error("admin", error)
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,18 +1,18 @@
-"""The worker program: take jobs, run their tasks, settle them, until told to stop.
+"""Run jobs: take them from the queue, call their tasks, and record the results, until stopped.
 
     python consumer.py                       # all queues, the built-in task prepend_timestamp
     python consumer.py --import my_tasks --queue mail --queue default
 
-The first TERM, INT or HUP finishes the jobs in hand and exits; the second gives them back and exits. Without the
-Supervisor that started it, it ends as after a first TERM.
+On the first TERM, INT or HUP, the consumer finishes the jobs that it holds and exits; on the second, it returns them to
+the queue and exits. If the Supervisor that started it has exited, it stops as on a first TERM.
 """
 
 from __future__ import annotations
 
-from pqueue_tools import endings
+from pqueue_tools import termination
 
 if __name__ == "__main__":
-    endings.end_at_once()
+    termination.reset_sigint()
 
 import argparse
 import importlib
@@ -36,13 +36,14 @@ from pqueue_tools.masking import masked_text
 from pqueue_tools.process import (
     OneLineParser,
     T,
-    escape_unprintable,
+    escape_unencodable,
     expect_posix,
     folder,
     is_orphaned,
     log,
     log_line,
-    on_end,
+    on_termination,
+    print_error,
     print_line,
     quoted,
     retry_while_busy,
@@ -50,26 +51,27 @@ from pqueue_tools.process import (
     utc_now,
     whole_number,
 )
+from pqueue_tools.report import program_name
 
-HOLD_SECONDS = 0.03  # the work a consumer takes at a time: one slow job, or as many quick ones as fit
-TICK_SECONDS = 0.05  # how often the watch looks at a running job
+BATCH_SECONDS = 0.03  # target run time of a batch of jobs; a slower job is taken alone
+TICK_SECONDS = 0.05  # how often the watch thread checks the running job
 HEARTBEAT_SECONDS = 10.0
-GRACE_SECONDS = 5.0  # what an interrupted task gets before the process ends in its stead
+GRACE_SECONDS = 5.0  # time for an interrupted task to end before the process is killed
 
 
 # The consumer #########################################################################################################
 
 
 class Interrupt(BaseException):
-    """Raised in a running task from outside. Its argument is the reason: TimeoutError, LeaseLost, or Stopped."""
+    """Raised in a running task by a signal handler. Its argument is the reason: TimeoutError, LeaseLost or Stopped."""
 
 
 class Stopped(Exception):
-    """The consumer was told to stop at once."""
+    """The consumer received a second signal to stop."""
 
 
 class Consumer:
-    """Runs jobs in the main thread; a second thread, the watch, keeps leases and interrupts what must not go on."""
+    """Runs jobs in the main thread. A second thread, the watch, extends leases and interrupts tasks."""
 
     def __init__(
         self,
@@ -86,21 +88,21 @@ class Consumer:
         self.options: dict[str, Any] = {"queues": queues, "lease_seconds": lease_seconds, "prefetch": True}
         self.lease_seconds, self.drain, self.max_jobs, self.quiet = lease_seconds, drain, max_jobs, quiet
         self.taken = self.completed = self.failed = 0
-        self.signals = 0  # to end, that were received
-        self._lock = threading.Lock()  # over what the two threads share, which follows
+        self.signals = 0  # number of termination signals received
+        self._lock = threading.Lock()  # protects the following, which both threads use
         self._waiting: deque[Job] = deque()
         self._finished: list[tuple[Job, Any]] = []
         self._current: Job | None = None
         self._started = self._extended = 0.0  # monotonic seconds
-        self._interrupt: Exception | None = None  # why the current task must not go on
-        self._can_wake = False  # asleep for want of jobs: a signal may raise
-        self._run_seconds = HOLD_SECONDS  # of one job, as measured; begins with one job at a time
-        self._busy, self._over = threading.Event(), threading.Event()
-        self._sent = [0, 0]
+        self._interrupt: Exception | None = None  # why the current task must be interrupted
+        self._can_wake = False  # waiting for jobs: a signal handler may raise
+        self._run_seconds = BATCH_SECONDS  # estimate for one job; the initial value allows one job at a time
+        self._busy, self._stopped = threading.Event(), threading.Event()
+        self._reported = [0, 0]  # completed and failed jobs, at the last heartbeat
         self._pid = os.getpid()
 
     def run(self) -> None:
-        """Take, run and settle until told to stop, or drained, or `max_jobs` were taken."""
+        """Run jobs until stopped, or until the queue is drained or `max_jobs` jobs were taken."""
         watch = threading.Thread(target=self._watch, name="watch", daemon=True)
         watch.start()
         try:
@@ -108,14 +110,14 @@ class Consumer:
                 while job := self._next():
                     self._run_one(job)
         finally:
-            self._give_back()
-            self._over.set()
+            self._return_jobs()
+            self._stopped.set()
             self._busy.set()
             watch.join()
             self._heartbeat()
 
     def stop(self, *_: Any) -> None:
-        """Handle a signal to end: the first finishes what is in hand, the second does not."""
+        """Handle a termination signal: the first lets the current jobs finish, the second interrupts them."""
         self.signals += 1
         if self.signals == 2:
             self._interrupt = Stopped()
@@ -126,7 +128,7 @@ class Consumer:
     # Taking
 
     def _complete_and_take(self) -> bool:
-        """Complete what is finished and take the next batch in one commit; return False to end the consumer."""
+        """Complete the finished jobs and take the next batch in one commit. Return False to stop."""
         while True:
             finished, limit = self._take_finished(), self._limit()
             jobs = self._complete_and_dequeue(finished, limit)
@@ -145,9 +147,9 @@ class Consumer:
     def _limit(self) -> int:
         if self.signals or is_orphaned():
             return 0
-        most = self.queue.max_batch
-        fit = int(HOLD_SECONDS / max(self._run_seconds, HOLD_SECONDS / most))
-        return min(max(1, fit), most if self.max_jobs is None else self.max_jobs - self.taken)
+        max_batch = self.queue.max_batch
+        limit = int(BATCH_SECONDS / max(self._run_seconds, BATCH_SECONDS / max_batch))
+        return min(max(1, limit), max_batch if self.max_jobs is None else self.max_jobs - self.taken)
 
     def _complete_and_dequeue(self, finished: list[tuple[Job, Any]], limit: int) -> list[Job] | None:
         def call() -> list[Job]:
@@ -158,7 +160,7 @@ class Consumer:
         return self._retry_while_busy(finished, call) if finished or limit else []
 
     def _retry_while_busy(self, held: list[tuple[Job, Any]], call: Callable[[], T]) -> T | None:
-        """Repeat a call while the database is locked or full; give up when told to stop, or the lease is over."""
+        """Repeat a call while the database is locked or full. Give up if stopped, or when the leases have expired."""
         until = time.monotonic() + self.lease_seconds if held or self.signals else None
 
         def pause(seconds: float) -> bool:
@@ -172,7 +174,7 @@ class Consumer:
         return retry_while_busy(call, pause, consumer=self.name)
 
     def _sleep(self) -> None:
-        with suppress(InterruptedError, QueueBusy):  # which the next dequeue will tell
+        with suppress(InterruptedError, QueueBusy):  # the next dequeue reports QueueBusy
             try:
                 self._can_wake = True
                 if not self.signals:
@@ -201,7 +203,7 @@ class Consumer:
                 self._end_child()
                 took = self._end_current()
         except Interrupt as error:
-            self._end_current()  # once more: it may have come in the midst of the first
+            self._end_current()  # again: the interrupt may have come during the first call
             self._end_interrupted(job, error.args[0])
         except LeaseLost as error:
             log("lost", consumer=self.name, job=job.id, reason=error)
@@ -215,7 +217,7 @@ class Consumer:
                 self._finished.append((job, result))
 
     def _end_child(self) -> None:
-        """End a child that the task forked, as it would end elsewhere: it settles nothing, and becomes no consumer."""
+        """Exit if this is a child that the task forked: it must neither complete the job nor run others."""
         if os.getpid() == self._pid:
             return
         error = sys.exc_info()[1]
@@ -235,7 +237,7 @@ class Consumer:
 
     def _end_interrupted(self, job: Job, reason: Exception) -> None:
         if self.signals > 1 and job.max_attempts == 1:
-            self._fail(job, Stopped("stopped while it ran; it is not run again, as its max_attempts is 1"), retry=False)
+            self._fail(job, Stopped("stopped while it ran; not run again because max_attempts is 1"), retry=False)
         elif self.signals > 1:
             self._release(job)
         elif isinstance(reason, LeaseLost):
@@ -244,7 +246,7 @@ class Consumer:
             self._fail(job, reason, retry=True)
 
     def _fail(self, job: Job, error: BaseException, *, retry: bool) -> None:
-        traceback.clear_frames(error.__traceback__)  # let go of what the task held: perhaps all memory
+        traceback.clear_frames(error.__traceback__)  # free the task's objects, which may use all memory
         entry = pqueue.TASKS.get(job.task)
         delay = pqueue.backoff_seconds(job.attempts, entry.backoff_base_seconds) if entry else None
         summary = f"{type(error).__name__}: {error}"
@@ -257,11 +259,11 @@ class Consumer:
             log("lost", consumer=self.name, job=job.id, reason=lost)
         else:
             if state is None:
-                return  # left to its lease, as was told
+                return  # already logged: the lease will expire
             self.failed += 1
             log("failed", consumer=self.name, job=job.id, task=job.task, attempt=job.attempts, now=state, error=summary)
 
-    # Settling
+    # Completing
 
     def _take_finished(self) -> list[tuple[Job, Any]]:
         with self._lock:
@@ -284,14 +286,14 @@ class Consumer:
             print_line("\n".join(lines))
 
     def _was_completed_by_task(self, job: Job) -> bool:
-        """Tell a lease that was lost from one that the task gave up by completing the job in its own transaction."""
+        """Return whether the lease is gone because the task itself completed the job, in its own transaction."""
         with suppress(QueueError):
             now = self.queue.get(job.id)
             return (now.state, now.consumer, now.attempts) == ("completed", self.name, job.attempts)
         return False
 
-    def _give_back(self) -> None:
-        """On the way out: complete what is finished, release what has not begun."""
+    def _return_jobs(self) -> None:
+        """Before exiting, complete the finished jobs and release those that were not started."""
         finished = self._take_finished()
         with suppress(QueueError):
             self._complete_and_dequeue(finished, 0)
@@ -303,11 +305,11 @@ class Consumer:
             self.queue.release(job)
             log("released", consumer=self.name, job=job.id)
 
-    # The watch: a thread of its own, so that a busy task cannot starve it
+    # The watch thread
 
     def _watch(self) -> None:
         heartbeat_at = time.monotonic() + HEARTBEAT_SECONDS
-        while not self._over.is_set():
+        while not self._stopped.is_set():
             self._busy.wait(max(0.0, heartbeat_at - time.monotonic()))
             try:
                 if time.monotonic() >= heartbeat_at:
@@ -316,12 +318,12 @@ class Consumer:
                 if self._busy.is_set():
                     self._check_running()
             except (QueueError, MemoryError) as error:
-                log("left to its lease", consumer=self.name, reason=str(error) or "no memory")
+                log("left to its lease", consumer=self.name, reason=str(error) or "out of memory")
             if self._busy.is_set():
-                self._over.wait(TICK_SECONDS)
+                self._stopped.wait(TICK_SECONDS)
 
     def _check_running(self) -> None:
-        """See to the running job: nothing waits behind a slow one, its lease goes on, its time is bounded."""
+        """Release the jobs behind a slow one, extend its lease, and enforce its timeout."""
         with self._lock:
             job, ran = self._current, time.monotonic() - self._started
             if job is None or ran < TICK_SECONDS:
@@ -344,7 +346,7 @@ class Consumer:
         except LeaseLost as error:
             self._set_interrupt(job, error)
         except QueueError as error:
-            self._extended -= self.lease_seconds / 6  # again soon
+            self._extended -= self.lease_seconds / 6  # retry soon
             log("waiting", consumer=self.name, job=job.id, reason=error)
 
     def _enforce_timeout(self, job: Job, ran: float) -> None:
@@ -364,38 +366,40 @@ class Consumer:
                 self._interrupt = reason
 
     def interrupt(self, *_: Any) -> None:
-        """Handle ALRM, which the watch repeats until the task has ended: never inside a transaction of the queue."""
+        """Handle ALRM: interrupt the task, except in a transaction of the queue; the watch repeats the signal."""
         if self._current is not None and self._interrupt and not self.queue.in_transaction:
             raise Interrupt(self._interrupt)
 
     def _heartbeat(self) -> None:
         counts = [self.completed, self.failed]
         with suppress(QueueError):
-            self.queue.heartbeat(self.name, completed=counts[0] - self._sent[0], failed=counts[1] - self._sent[1])
-            self._sent = counts
+            self.queue.heartbeat(
+                self.name, completed=counts[0] - self._reported[0], failed=counts[1] - self._reported[1]
+            )
+            self._reported = counts
 
 
 # The program ##########################################################################################################
 
 
-class Progress:
-    """A bar on the terminal while a queue is drained."""
+class ProgressBar:
+    """Shows on the terminal how much of the queue is drained."""
 
     def __init__(self, consumer: Consumer, total: int) -> None:
         self._consumer, self._total, self._began = consumer, total, time.monotonic()
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._draw, name="progress", daemon=True)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stopped.set()
         self._thread.join()
 
     def _draw(self) -> None:
-        while not self._over.wait(0.2):
+        while not self._stopped.wait(0.2):
             self._print()
         self._print()
         print(file=sys.stderr)
@@ -410,36 +414,36 @@ class Progress:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    escape_unprintable()
+    escape_unencodable()
     options = _parser().parse_args(arguments)
     try:
         expect_posix()
         _import(options.modules)
         queue = pqueue.open_queue()
     except (QueueError, ValueError) as error:
-        print(f"consumer.py: {error}", file=sys.stderr)
+        print_error("consumer", error)
         return 1
     file_task.files_directory = options.directory
     with _closing(queue):
         code = _consume(queue, options)
-        on_end(signal.SIG_DFL)  # a thread that a task left may keep the process, and a signal should end it
+        on_termination(signal.SIG_DFL)  # a thread of a task may keep the process alive
     return code
 
 
 def _reset_signals_in_children() -> None:
-    """Let signals end a child that a task forks, from its first moment, as they end other programs."""
+    """Restore the default signal handlers in each child that a task forks, before any signal reaches it."""
 
     def unblock() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, endings.ENDINGS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, termination.SIGNALS)
 
-    def begin_child() -> None:
-        on_end(signal.SIG_DFL)
+    def reset() -> None:
+        on_termination(signal.SIG_DFL)
         unblock()
 
     os.register_at_fork(
-        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, endings.ENDINGS),
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, termination.SIGNALS),
         after_in_parent=unblock,
-        after_in_child=begin_child,
+        after_in_child=reset,
     )
 
 
@@ -454,27 +458,27 @@ def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
         max_jobs=options.max_jobs,
         quiet=bar and sys.stdout.isatty(),
     )
-    on_end(consumer.stop)
+    on_termination(consumer.stop)
     signal.signal(signal.SIGALRM, consumer.interrupt)
     _reset_signals_in_children()
     file_task.remove_copies()
     log("started", consumer=options.name, pid=os.getpid(), queues=",".join(options.queues or ["all"]))
     try:
         if bar:
-            with Progress(consumer, _pending(queue, options.queues)):
+            with ProgressBar(consumer, _pending(queue, options.queues)):
                 consumer.run()
         else:
             consumer.run()
     except (QueueError, ValueError) as error:
-        print(f"consumer.py: {error}", file=sys.stderr)
+        print_error("consumer", error)
         return 1
     log("stopped", consumer=options.name, completed=consumer.completed, failed=consumer.failed)
     return 0
 
 
-def _pending(queue: PersistentQInterface, served: list[str] | None) -> int:
+def _pending(queue: PersistentQInterface, queues: list[str] | None) -> int:
     counts = queue.stats()["queues"]
-    return sum(counts[name]["pending"] for name in counts if served is None or name in served)
+    return sum(counts[name]["pending"] for name in counts if queues is None or name in queues)
 
 
 @contextmanager
@@ -490,7 +494,7 @@ def _import(modules: list[str]) -> None:
     sys.path.insert(0, os.getcwd())
     for module in modules:
         if not all(part.isidentifier() for part in module.split(".")):
-            raise ValueError(f"expected a module such as my_tasks, got {module!r}")
+            raise ValueError(f"expected a module name such as my_tasks, got {module!r}")
         try:
             importlib.import_module(module)
         except (ImportError, SyntaxError) as error:
@@ -498,16 +502,23 @@ def _import(modules: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser(prog=program_name("consumer"), description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     default = os.environ.get("SUPERVISOR_PROCESS_NAME") or f"{socket.gethostname()}-{os.getpid()}"
-    add("--name", default=default, help="readable name of this consumer (default: Supervisor's, or HOST-PID)")
+    add("--name", default=default, help="name of this consumer (default: its Supervisor name, or HOST-PID)")
     add("--queue", dest="queues", action="append", metavar="QUEUE", help="serve this queue; repeatable (default: all)")
-    add("--import", dest="modules", action="append", default=[], metavar="MODULE", help="a module with tasks of yours")
     add(
-        "--directory", type=folder, default=file_task.files_directory, help="where job files are (default: %(default)s)"
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module with tasks; repeatable",
     )
-    add("--drain", action="store_true", help="stop when nothing is pending")
+    add(
+        "--directory", type=folder, default=file_task.files_directory, help="folder of job files (default: %(default)s)"
+    )
+    add("--drain", action="store_true", help="stop when no job is pending")
     add("--max-jobs", type=whole_number(1), metavar="N", help="stop after N jobs")
     add(
         "--lease-seconds", type=seconds(0.001), default=pqueue.LEASE_SECONDS, metavar="S", help="(default: %(default)g)"

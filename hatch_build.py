@@ -1,5 +1,5 @@
-"""The layout of the wheel: each module is a package, because type checkers look for py.typed only in packages, and the
-programs are in pqueue_tools, so that every name in site-packages begins with pqueue."""
+"""Build hook for the layout of the wheel: each module becomes a package, because type checkers look for py.typed only
+in packages, and the programs go into pqueue_tools, so that every name in site-packages begins with pqueue."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory

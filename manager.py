@@ -1,24 +1,25 @@
-"""Write supervisord's configuration; add, list and remove groups of consumers at run time, through supervisord.
+"""Write the configuration of supervisord, and add, list and remove groups of consumers while it runs.
 
-    python manager.py --init --import tasks  # supervisord.conf in this folder, for consumers with tasks of your own
+    python manager.py --init --import tasks  # write supervisord.conf, for consumers that run your tasks
     python manager.py --count 1              # three more consumers
     python manager.py --list
-    python manager.py --remove consumer2     # when they have finished what they hold
+    python manager.py --remove consumer2     # its consumers finish their jobs first
 
-An added group has a file of its own in var/supervisor.d, so it is there again when supervisord restarts.
+Each added group has a file in var/supervisor.d, so it survives a restart of supervisord.
 """
 
 from __future__ import annotations
 
-from pqueue_tools import endings
+from pqueue_tools import termination
 
 if __name__ == "__main__":
-    endings.end_at_once()
+    termination.reset_sigint()
 
 import argparse
 import sys
 
-from pqueue_tools.process import OneLineParser, whole_number
+from pqueue_tools.process import OneLineParser, print_error, whole_number
+from pqueue_tools.report import program_name
 from pqueue_tools.supervisor import (
     CONFIGURATION,
     GROUP_SIZE,
@@ -32,17 +33,14 @@ from pqueue_tools.supervisor import (
     write_configuration,
 )
 
-# The program ##########################################################################################################
-
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        with endings.Undoing():
+        with termination.ExitOnSignal():
             _act(options)
     except (ManagerError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print_error("manager", error)
         return 1
     return 0
 
@@ -57,7 +55,7 @@ def _act(options: argparse.Namespace) -> None:
             print(f"added {group}: {options.size} consumers", flush=True)
     elif options.remove:
         if options.remove in added_groups():
-            print(f"stopping {options.remove}: its consumers finish what they hold", file=sys.stderr)
+            print(f"stopping {options.remove}: its consumers finish their jobs first", file=sys.stderr)
         remove_group(options.remove)
         print(f"removed {options.remove}")
     elif options.start:
@@ -76,12 +74,12 @@ def _act(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser(prog=program_name("manager"), description=(__doc__ or "").splitlines()[0])
     actions = parser.add_mutually_exclusive_group(required=True)
     actions.add_argument("--count", type=whole_number(1, 1000), metavar="N", help="add N groups of consumers")
-    actions.add_argument("--list", action="store_true", help="show supervisord's processes")
-    actions.add_argument("--init", action="store_true", help="write supervisord.conf and var/ into this folder")
-    actions.add_argument("--remove", metavar="GROUP", help="stop and forget an added group")
+    actions.add_argument("--list", action="store_true", help="list the processes of supervisord")
+    actions.add_argument("--init", action="store_true", help="write supervisord.conf and create var/ in this folder")
+    actions.add_argument("--remove", metavar="GROUP", help="stop and delete an added group")
     actions.add_argument("--start", metavar="CONSUMER", help="start one process, such as consumer_00")
     actions.add_argument("--stop", metavar="CONSUMER", help="stop one process")
     add = parser.add_argument
@@ -92,8 +90,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="consumers in a group (default: %(default)s)",
     )
-    add("--queue", dest="queues", action="append", metavar="QUEUE", help="queue they serve; repeatable (default: all)")
-    add("--import", dest="modules", action="append", metavar="MODULE", help="a module with tasks of yours; repeatable")
+    add("--queue", dest="queues", action="append", metavar="QUEUE", help="serve this queue; repeatable (default: all)")
+    add("--import", dest="modules", action="append", metavar="MODULE", help="a module with tasks; repeatable")
     return parser
 
 

@@ -51,7 +51,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pqueue_backend import Registration, Session
 from pqueue_move import Moving
@@ -195,10 +195,14 @@ class UnsyncedLastAttempt(Exception):
     """Roll back a claim that includes a last attempt, so that it is repeated with a sync."""
 
 
+Self = TypeVar("Self", bound="PersistentQInterface")  # typing.Self needs Python 3.11
+
+
 class PersistentQInterface(Reading, Moving):
     """A queue: its operations, in SQL that SQLite and PostgreSQL share.
 
-    An object may be used by several threads, and in a forked child. Close it with `close()`.
+    An object may be used by several threads, and in a forked child. Close it with `close()`, or use it in a `with`
+    statement, which closes it at the end.
 
     Invalid arguments raise ValueError. Every method may raise QueueBusy, or QueueFull if the disk is full. After an
     error nothing has changed. Times are Unix seconds. `now` replaces the clock in tests. `by` is the operator to record
@@ -212,6 +216,12 @@ class PersistentQInterface(Reading, Moving):
         self._registry: dict[str, Registration] = {}  # replaced, never modified: other threads iterate over it
         self._registering = threading.Lock()
         self._dead_checked_at = -math.inf
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # Producing
 

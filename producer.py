@@ -1,17 +1,17 @@
 """Write a random file every 5 seconds and enqueue it as a job.
 
-    python producer.py                       # until told to stop
+    python producer.py                       # until stopped
     python producer.py --count 5 --interval 0
 
-TERM, INT or HUP ends it between two jobs.
+TERM, INT or HUP stops it between two jobs.
 """
 
 from __future__ import annotations
 
-from pqueue_tools import endings
+from pqueue_tools import termination
 
 if __name__ == "__main__":
-    endings.end_at_once()
+    termination.reset_sigint()
 
 import argparse
 import os
@@ -20,7 +20,7 @@ import secrets
 import sys
 import threading
 import time
-from contextlib import closing, suppress
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import IO
@@ -31,25 +31,27 @@ from pqueue import PersistentQInterface, QueueError
 from pqueue_tools import file_task
 from pqueue_tools.process import (
     OneLineParser,
-    escape_unprintable,
+    escape_unencodable,
     expect_posix,
     folder,
     is_orphaned,
     log,
-    on_end,
+    on_termination,
+    print_error,
     retry_while_busy,
     seconds,
     whole_number,
 )
+from pqueue_tools.report import program_name
 
 WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "haven", "inlet", "jetty"]
 
 
 class Producer:
-    """Writes job files durably and enqueues each of them once, whenever it is killed.
+    """Writes job files durably and enqueues each exactly once, even if the producer is killed.
 
-    A file is first written as .NAME.new, then linked to NAME, then enqueued with its name as the key, and only then
-    .NAME.new goes. Whatever of these steps is missing, the next producer to start makes up for.
+    A file is written as .NAME.new, linked to NAME, and enqueued with its name as the key; then .NAME.new is deleted.
+    The next producer to start completes or undoes these steps if they were interrupted.
     """
 
     def __init__(self, queue: PersistentQInterface, directory: Path) -> None:
@@ -61,7 +63,7 @@ class Producer:
         self.stopped.set()
 
     def run(self, interval_seconds: float, count: int | None) -> None:
-        """Produce until stopped, or `count` jobs."""
+        """Produce `count` jobs, or until stopped."""
         self.recover()
         produced = 0
         while not (self.stopped.is_set() or is_orphaned()) and (count is None or produced < count):
@@ -72,7 +74,7 @@ class Producer:
                 self.stopped.wait(interval_seconds)
 
     def produce(self) -> int | None:
-        """Write and enqueue one file; return the job's id, or None if stopped while that had to wait."""
+        """Write and enqueue one file; return the job's id, or None if stopped while waiting for the database."""
         name = time.strftime("job_%Y%m%dT%H%M%S_", time.gmtime()) + f"{secrets.token_hex(6)}.txt"
         new = self.directory / f".{name}.new"
         file = retry_while_busy(lambda: self._write(name, new), self.stopped.wait)
@@ -82,7 +84,7 @@ class Producer:
             return self._enqueue(name, new, is_new=True)
 
     def _write(self, name: str, new: Path) -> IO[str]:
-        """Write the file durably under both names and return it, locked; leave nothing of it where that fails."""
+        """Write the file durably under both names and return it, locked. On failure, delete it."""
         file = os.fdopen(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8")
         try:
             pqueue_files.share_as_folder(file.fileno(), self.directory)
@@ -92,20 +94,20 @@ class Producer:
             # guard: a job file is synced
             pqueue_files.sync_file(file.fileno())
             # guard: a job file's first name is synced
-            pqueue_files.sync(self.directory)  # else a power cut might leave the other name alone
+            pqueue_files.sync(self.directory)  # else only the other name might survive a power cut
             os.link(new, self.directory / name)
             # guard: a job file's final name is synced
             pqueue_files.sync(self.directory)
         except BaseException:
             with suppress(OSError):
-                file.close()  # which flushes once more
+                file.close()  # flushes again
             (self.directory / name).unlink(missing_ok=True)
             new.unlink()
             raise
         return file
 
     def recover(self) -> None:
-        """Finish what a killed producer left; a file that a living one holds is locked and left to it."""
+        """Complete or undo what killed producers left. The files of running producers are locked."""
         for new in self.directory.glob(".job_*.txt.new"):
             with suppress(FileNotFoundError), new.open("rb") as held:
                 if not pqueue_files.try_lock(held.fileno()):
@@ -117,15 +119,15 @@ class Producer:
                     new.unlink()
 
     def _enqueue(self, name: str, new: Path, *, is_new: bool) -> int | None:
-        """Enqueue until it is stored. When stopped before, take the file back: no job, no file.
+        """Enqueue the job, retrying while the database is busy. If stopped before that succeeds, delete the file.
 
-        A killed producer, or a try whose answer was lost, may have stored the job; by now it may be finished, and its
-        key free again. So it is looked for, except before the first try for a new file.
+        A killed producer, or an attempt whose answer was lost, may have stored the job. It may even be finished, so
+        that its key is free again. So look for the job first, except on the first attempt for a new file.
         """
-        tries = count(0 if is_new else 1)
+        attempts = count(0 if is_new else 1)
 
         def store() -> int:
-            stored = self.queue.list_jobs(key=name, limit=1) if next(tries) else None
+            stored = self.queue.list_jobs(key=name, limit=1) if next(attempts) else None
             return stored[0].id if stored else self.queue.enqueue(file_task.prepend_timestamp, {"file": name}, key=name)
 
         job_id = retry_while_busy(store, self.stopped.wait)
@@ -142,25 +144,25 @@ def _random_lines() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    escape_unprintable()
+    escape_unencodable()
     options = _parser().parse_args(arguments)
     try:
         expect_posix()
-        with closing(pqueue.open_queue()) as queue:
+        with pqueue.open_queue() as queue:
             producer = Producer(queue, options.directory)
-            on_end(producer.stop)
+            on_termination(producer.stop)
             producer.run(options.interval, options.count)
     except (QueueError, ValueError) as error:
-        print(f"producer.py: {error}", file=sys.stderr)
+        print_error("producer", error)
         return 1
     except OSError as error:
-        print(f"producer.py: cannot write to {options.directory}: {error.strerror or error}", file=sys.stderr)
+        print_error("producer", f"cannot write to {options.directory}: {error.strerror or error}")
         return 1
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser(prog=program_name("producer"), description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--interval", type=seconds(0), default=5.0, metavar="S", help="seconds between jobs (default: %(default)g)")
     add("--count", type=whole_number(1), metavar="N", help="stop after N jobs")

@@ -570,6 +570,18 @@ class QueueContract:
         self.assertEqual([each["event"] for each in self.queue.history(1)], ["released"] * 3)
         self.assertEqual({each["state"] for each in self.queue.consumers()}, {"stopped"})
 
+    def test_queue_in_a_with_statement_is_closed_at_its_end(self):
+        self.queue.enqueue("t", now=NOW)
+        with self.open() as queue:
+            job = queue.dequeue("w", now=NOW)
+        self.assertEqual(self.queue.get(job.id).state, "pending")
+        with self.assertRaises(ZeroDivisionError), self.open() as queue:
+            queue.dequeue("w", now=NOW)
+            raise ZeroDivisionError
+        self.assertEqual(self.queue.get(job.id).state, "pending")
+        with self.open() as queue:
+            queue.close()
+
     def test_consumer_that_leaves_returns_its_jobs_and_may_come_back(self):
         self.queue.enqueue("t", now=NOW)
         for _ in range(2):
@@ -1880,13 +1892,13 @@ class Processes(SQLiteCase):
         queue.dequeue("anna")
         link = self.folder / "link.db"
         link.symlink_to(self.path)
-        with closing(open_queue(str(link))) as other:
+        with open_queue(str(link)) as other:
             self.assertIsNone(other.dequeue("bert"))
             self.assertEqual({each["state"] for each in other.consumers()}, {"running"})
 
     def test_closed_and_refused_queues_leave_no_descriptor_and_no_thread(self):
         def use():
-            with closing(pqueue.PersistentQSQLite(self.path, busy_seconds=0.01)) as queue:
+            with pqueue.PersistentQSQLite(self.path, busy_seconds=0.01) as queue:
                 queue.enqueue("t")
                 with self.sqlite() as db:
                     db.execute("BEGIN IMMEDIATE")
@@ -2360,7 +2372,7 @@ class Files(SQLiteCase):
         urls = {str(self.path): None, f"sqlite:///{self.path}": None, None: str(self.path)}
         for url, variable in urls.items():
             with self.subTest(url=url), mock.patch.dict(os.environ, {"PQUEUE_URL": variable or ""}):
-                with closing(open_queue(url)) as queue:
+                with open_queue(url) as queue:
                     self.assertEqual(queue.path, self.path)
         with self.assertRaisesRegex(ValueError, "expected a path or sqlite:///PATH, or postgresql:.*got redis"):
             open_queue("redis://secret@host")
@@ -2368,7 +2380,7 @@ class Files(SQLiteCase):
             pqueue.sqlite_path("postgresql://secret@host")
 
     def test_queue_is_named_by_a_path_object(self):
-        with closing(open_queue(self.path)) as queue:
+        with open_queue(self.path) as queue:
             self.assertEqual(queue.path, self.path)
         with mock.patch.dict(os.environ, {"PQUEUE_URL": str(self.path)}):
             self.assertEqual(pqueue.sqlite_path(), self.path)
@@ -2493,7 +2505,7 @@ class Files(SQLiteCase):
         copy = self.folder / "copy.db"
         queue.backup(copy)
         self.assertEqual(stat.S_IMODE(copy.stat().st_mode), 0o600)
-        with closing(open_queue(str(copy), create=False)) as restored:
+        with open_queue(str(copy), create=False) as restored:
             self.assertEqual(restored.get(job_id).payload, [1])
             self.assertEqual(restored.check()["problems"], [])
         with self.assertRaisesRegex(QueueError, "File exists"):
@@ -2603,7 +2615,7 @@ class Files(SQLiteCase):
         self.assertTrue(progress)
         with self.assertRaisesRegex(QueueError, "cannot move to .*: File exists"):
             queue.move_to_file(target)
-        with closing(open_queue(target, create=False)) as moved:
+        with open_queue(target, create=False) as moved:
             self.assertEqual(moved.get(job_id).payload, [1])
             self.assertEqual(moved.consumers(), [])
             self.assertEqual(moved.other_tables(), queue.other_tables())
@@ -3049,7 +3061,7 @@ class Tasks(unittest.TestCase):
 
     def test_job_gets_its_tasks_attempts(self):
         pqueue.task("t", max_attempts=9)(print)
-        with tempfile.TemporaryDirectory() as folder, closing(open_queue(f"{folder}/q.db")) as queue:
+        with tempfile.TemporaryDirectory() as folder, open_queue(f"{folder}/q.db") as queue:
             self.assertEqual(queue.get(queue.enqueue("t")).max_attempts, 9)
             self.assertEqual(queue.get(queue.enqueue(pqueue.TASKS["t"])).max_attempts, 9)
             self.assertEqual(queue.get(queue.enqueue("unknown")).max_attempts, 3)

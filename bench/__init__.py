@@ -1,1 +1,1 @@
-"""Measures this queue against the bare limit of the disk and against others: python -m bench."""
+"""Benchmark this queue against bare SQLite and other queues: python -m bench."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pqueue_tools import endings
+from pqueue_tools import termination
 
-endings.end_at_once()
+termination.reset_sigint()
 
 import sys
 
 from bench.run import main
 
-with endings.Undoing():
+with termination.ExitOnSignal():
     sys.exit(main())

@@ -1,7 +1,7 @@
-"""What `bench.py` measures beside this queue on SQLite: the bare limit, and others, each as its documentation has it.
+"""The other contestants on SQLite: bare SQLite as the limit, and other queues, used as documented.
 
-A peer with a worker of its own is measured with it; elsewhere a process runs the loop that the peer's examples show.
-Workers wait at a gate until all are ready, then note every job in memory that the measuring process reads afterwards.
+A peer that has a worker program is measured with it; for others a process runs the loop of their examples. Workers wait
+until all are ready, then record each job in shared memory, which the measuring process reads afterwards.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from pqueue import PersistentQInterface
 with contextlib.suppress(ImportError):  # Windows, where bench.py only says what it needs
     import fcntl
 
-SECONDS = 2.0 * SCALE  # of each rate that is measured by the clock
-SIMPLE = ("put", "put many", "process")  # what needs no worker
-TOGETHER = ("share", "put under load", "pickup")  # what needs several processes
+SECONDS = 2.0 * SCALE  # duration of each measurement of a rate
+SIMPLE = ("put", "put many", "process")  # columns that need no worker
+TOGETHER = ("share", "put under load", "pickup")  # columns that need several processes
 ALONGSIDE = {"put alongside 1 loop": 1, "put alongside 4 loops": 4}
 DURABILITIES = ("full", "normal")
 WORKERS = 4
-LEAST_PUTS, LONGEST_SECONDS = 20, 10.0 * SCALE  # under load: so many, unless they would take longer
+LEAST_PUTS, LONGEST_SECONDS = 20, 10.0 * SCALE  # under load: this many, unless they take longer
 PICKUPS = max(10, int(100 * SCALE))
 ALONGSIDE_PUTS = 2 * PICKUPS
-PATIENCE_SECONDS = 60.0  # for a worker that should run what was put
+RUN_TIMEOUT_SECONDS = 60.0  # until a worker has run all jobs
 NOTHING = "0"  # the payload of a job that is not timed; else the time of its put
-NOTE = struct.Struct("dd")  # when a job ran, and seconds since its put; not a number: the worker met an error
+NOTE = struct.Struct("dd")  # when a job ran, and seconds since its put; NaN if the worker had an error
 MOST_NOTES = 1 << 21
 
 
 class Peer:
-    """A contestant. Its constructor takes a folder and a durability, and opens what an earlier one made there.
+    """A contestant. Its constructor takes a folder and a durability, and opens an existing queue there.
 
-    `survives` says what becomes of a job whose consumer is killed. `backlog` is what its workers are given to drain: as
-    much as four of them do in the time, or 4,000, as litequeue and localqueue are the slower the more jobs are waiting.
+    `survives` says what happens to a job whose consumer is killed. `backlog` is the number of jobs for its workers: as
+    many as four of them run in the time, or 4,000, because litequeue and localqueue slow down as jobs accumulate.
     """
 
     module: str
@@ -69,7 +69,7 @@ class Peer:
         raise NotImplementedError
 
     def put_and_wake(self, payload: str = NOTHING) -> None:
-        """Put for workers that may be waiting; most look by themselves."""
+        """Put a job and wake a waiting worker; most workers poll."""
         self.put(payload)
 
     def put_many(self, number: int) -> None:
@@ -81,11 +81,11 @@ class Peer:
         raise NotImplementedError
 
     def work(self) -> None:
-        """Be a worker: take jobs, `note` each, finish it, and wait for more, for ever."""
+        """Run as a worker: take jobs, `note` each, finish it, and wait for more, forever."""
         raise NotImplementedError
 
     def loop(self) -> None:
-        """Be a plain loop: take and finish one job after the other."""
+        """Run a plain loop: take and finish one job after another."""
         for _ in self.process():
             note(NOTHING)
 
@@ -300,7 +300,7 @@ def drain(peer: Peer, number: int) -> dict[str, float]:
     fill(peer)
     with workers(peer, number) as notes:
         time.sleep(2 * SECONDS)
-    ran = [[when for when, delay in told if not math.isnan(delay)] for told in notes()]
+    ran = [[when for when, delay in noted if not math.isnan(delay)] for noted in notes()]
     moments = sorted(itertools.chain(*ran))
     figures = {"jobs/s": (len(moments) - 1) / (moments[-1] - moments[0])}
     if number > 1:
@@ -329,10 +329,10 @@ def fill_and_put_alongside(peer: Peer, number: int) -> dict[str, float]:
 
 
 def measure_put_alongside(contestant: Any, number: int, backlog: int) -> dict[str, float]:
-    """Put a job now and then while plain loops drain a backlog; return how they share it, too."""
+    """Put a job now and then while plain loops drain a backlog; also return how evenly they share it."""
     with workers(contestant, number, "loop") as notes:
         puts = [timed(contestant.put) for _ in now_and_then(ALONGSIDE_PUTS)]
-    loops = [[when for when, delay in told if not math.isnan(delay)] for told in notes()]
+    loops = [[when for when, delay in noted if not math.isnan(delay)] for noted in notes()]
     end = drained(sorted(itertools.chain(*loops)), backlog)
     shares = [sum(puts[0].began < when < min(puts[-1].began, end) for when in loop) for loop in loops]
     figures = sum_up_until(end, puts)
@@ -367,14 +367,14 @@ def timed(put: Callable[[], Any]) -> Put:
     before = time.perf_counter()
     try:
         put()
-    except Exception:  # each has its own
+    except Exception:  # each peer has its own exceptions
         failed = True
     return Put(began, time.perf_counter() - before, failed)
 
 
 def sum_up(puts: list[Put]) -> dict[str, float]:
     """Return how long a put took, and how many failed, which count with the time they took."""
-    delays = [put.seconds for put in puts] * 2  # twice, as one alone would have no quantiles
+    delays = [put.seconds for put in puts] * 2  # twice, because quantiles need two values
     return {**milliseconds(delays), "errors": float(sum(put.failed for put in puts))}
 
 
@@ -383,7 +383,7 @@ def measure_pickup(peer: Peer) -> dict[str, float]:
     with workers(peer, 1) as notes:
         for now in now_and_then():
             peer.put_and_wake(repr(now))
-        until = time.monotonic() + PATIENCE_SECONDS
+        until = time.monotonic() + RUN_TIMEOUT_SECONDS
         while len(delays := [delay for _, delay in itertools.chain(*notes()) if not math.isnan(delay)]) < PICKUPS:
             if time.monotonic() > until:
                 raise TimeoutError(f"expected {PICKUPS} jobs to run, got {len(delays)}")
@@ -392,14 +392,14 @@ def measure_pickup(peer: Peer) -> dict[str, float]:
 
 
 def now_and_then(times: int = PICKUPS) -> Iterator[float]:
-    """Yield the time every 50 ms on average: at random, as who polls would else be met at always the same moment."""
+    """Yield the time every 50 ms on average, at random so as not to synchronize with polling workers."""
     for _ in range(times):
         time.sleep(random.uniform(0.025, 0.075))
         yield time.time()
 
 
 def fill(peer: Peer) -> int:
-    """Put its backlog; return how many jobs. It is not synced, as that is before the clock starts."""
+    """Put the backlog, unsynced, before the measurement starts; return its number of jobs."""
     jobs = int(peer.backlog * SCALE)
     type(peer)(peer.folder, "normal").put_many(jobs)
     return jobs
@@ -410,10 +410,10 @@ def fill(peer: Peer) -> int:
 
 @contextlib.contextmanager
 def workers(peer: Any, number: int, step: str = "work") -> Iterator[Callable[[], list[list[tuple[float, float]]]]]:
-    """Run workers, let them begin together, and yield how to read what each has noted; kill them in the end."""
+    """Run workers that begin together, yield a function that returns their notes, and kill them at the end."""
     kind, place = type(peer), (str(peer.folder), peer.durability)
     module = kind.__module__
-    imports = f"from pqueue_tools import endings; endings.end_at_once(); import bench.peers, {module}"
+    imports = f"from pqueue_tools import termination; termination.reset_sigint(); import bench.peers, {module}"
     code = f"{imports}; bench.peers.work({module}.{kind.__name__}, *{place!r}, {step!r})"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
     with (peer.folder / "gate").open("w") as gate:
@@ -434,7 +434,7 @@ def workers(peer: Any, number: int, step: str = "work") -> Iterator[Callable[[],
 
 
 class Notes(logging.Handler):
-    """What a worker tells: that a job ran, or that an error was logged; in shared memory, so without a system call."""
+    """Records each job and logged error of a worker in shared memory, without a system call."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(logging.ERROR)
@@ -456,17 +456,17 @@ def read_notes(path: Path) -> list[tuple[float, float]]:
         return list(itertools.takewhile(lambda noted: noted[0], NOTE.iter_unpack(memory)))
 
 
-noting: list[Notes] = []  # in a worker, its notes; elsewhere nothing
+noting: list[Notes] = []  # the notes of this worker; empty elsewhere
 
 
 def note(sent: str) -> None:
-    """Be the job."""
+    """Run as the job: record the time since it was sent."""
     for notes in noting:
         notes.add(time.time() - float(sent))
 
 
 def work(kind: Any, folder: str, durability: str, step: str) -> None:
-    """Run a worker, and again whenever it dies of an error, as a supervisor would; end with who started it."""
+    """Run a worker, restart it after an error as a supervisor would, and exit with the parent process."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     peer = kind(Path(folder), durability)
     noting.append(Notes(Path(folder) / f"{os.getpid()}.notes"))
@@ -476,7 +476,7 @@ def work(kind: Any, folder: str, durability: str, step: str) -> None:
     while True:
         try:
             getattr(peer, step)()
-        except Exception:  # each has its own
+        except Exception:  # each peer has its own exceptions
             noting[0].add(math.nan)
 
 

@@ -1,7 +1,7 @@
-"""What `bench.py --url` measures beside this queue: the bare limit of the server, and other queues on PostgreSQL.
+"""The other contestants on PostgreSQL, for --url: bare psycopg as the limit, and other queues.
 
-Jobs note when they ran, and how long ago they were put, in a file; rates and delays are read from there. Each peer runs
-as its documentation has it: asynchronous jobs where it is asynchronous, 16 at a time.
+Each job appends to a file when it ran and how long ago it was put. Each peer is used as documented: with asynchronous
+jobs if it is asynchronous, 16 at a time.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class PostgresLimit:
 
 
 def note(sent: float) -> None:
-    """Be a job: tell when it ran, and how long after it was put."""
+    """Run as a job: record when it ran, and how long after it was put."""
     now = time.time()
     os.write(_notes(), struct.pack("dd", now, now - sent))
 
@@ -70,7 +70,7 @@ def _notes() -> int:
 
 
 class Peer:
-    """A queue whose worker is a program of its own."""
+    """A queue with its own worker program."""
 
     columns = ("put", "put many", "program", "share", "pickup")
 
@@ -254,7 +254,7 @@ def work(name: str) -> None:
 
 
 def wait_for(peer: Peer, jobs: int, seconds: float = 300) -> array[float]:
-    """Return what the jobs noted, once so many have run: when, how long after, when, …"""
+    """Wait until this many jobs have run; return their notes: time, delay, time, delay, …"""
     until = time.monotonic() + seconds
     while not peer.notes.exists() or peer.notes.stat().st_size < 16 * jobs:
         if time.monotonic() > until:

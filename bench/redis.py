@@ -1,6 +1,6 @@
-"""What people run today on Redis, for `bench.py --redis`: no-op jobs, one worker process of each, its defaults.
+"""Queues on Redis, for --redis: no-op jobs, and one worker process of each queue with its defaults.
 
-Redis is started here on loopback, with its append-only file synced once a second: no job is synced by itself.
+Redis is started here on loopback, with its append-only file synced once a second: jobs are not synced individually.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def noop() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """Make what a worker's command names: in the worker alone, where its package is needed."""
+    """Create what a worker's command names, only in the worker, which needs its package."""
     if name == "celery_app":
         return Celery().app
     if name == "dramatiq_broker":
@@ -77,7 +77,7 @@ def __getattr__(name: str) -> Any:
 
 
 def run(rounds: int, tell: Callable[[str], None]) -> dict[str, dict[str, list[float]]]:
-    """Return {contestant: {"put jobs/s", "process jobs/s": a figure per round}} of those that are installed."""
+    """Return {contestant: {"put jobs/s", "process jobs/s": a figure per round}} for the installed ones."""
     if not shutil.which("redis-server") or not importlib.util.find_spec("redis"):
         sys.exit("bench: --redis needs redis-server (apt install redis-server) and pip install redis")
     results: dict[str, dict[str, list[float]]] = {}

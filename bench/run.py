@@ -1,10 +1,10 @@
-"""Measure this queue on this disk, beside the bare limit of SQLite and what people would use instead.
+"""Measure this queue on this disk, compared with bare SQLite and with other queues.
 
     python -m bench [--quick] [--only COLUMN …] [--rounds N] [--json FILE] [--plot FILE.png]
-    python -m bench --why      # what each idea behind the speed buys: the same figures with it left out
+    python -m bench --why      # the effect of each optimization: the same figures without it
     python -m bench --redis    # Celery, RQ and Dramatiq
 
-Each figure is taken in a fresh process on a fresh folder, the contestants in turn; the median of the rounds counts.
+Each figure is measured in a new process and folder, alternating between contestants. The result is the median.
 """
 
 from __future__ import annotations
@@ -53,25 +53,25 @@ from bench.postgres import SCALE, SERVER, PostgresLimit, milliseconds
 from pqueue_tools.process import OneLineParser, expect_posix, whole_number
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = "one round of a tenth of the work, without idle and depth, and the others' workers at full only"
-QUICK_SCALE = 0.1  # of the work, given to the measuring processes
+QUICK = "one round of a tenth of the work, without idle and depth, and other queues' workers only at full"
+QUICK_SCALE = 0.1  # of the work, passed to the measuring processes
 PUT_MANY = 100
-LEFT_OUT = "BENCH_WITHOUT"  # names to the measuring processes, and to their consumers, the idea to do without
+LEFT_OUT = "BENCH_WITHOUT"  # tells the measuring processes and their consumers which optimization to disable
 COLUMNS = [*SIMPLE, "program", "share", "put under load", *ALONGSIDE, "pickup", "idle", "depth"]
 
 
 @pqueue.task()
 def noop(_: pqueue.Job) -> None:
-    """Do nothing, as fast as can be."""
+    """Do nothing."""
 
 
 @pqueue.task()
 def note_delay(job: pqueue.Job) -> float:
-    """Tell how long the job took from its producer's hand to here."""
+    """Return the seconds since the job was put."""
     return time.time() - float(job.payload)
 
 
-# What it would be without each of the ideas, and the figures where that shows #########################################
+# The optimizations, and the figures that each affects #################################################################
 
 IDEAS = {
     "one commit per job": [("process", "jobs/s")],
@@ -83,7 +83,7 @@ IDEAS = {
 
 
 def do_without(idea: str) -> None:
-    """Change this process, as `--why` asks it to."""
+    """Disable an optimization in this process, for `--why`."""
     core: Any = pqueue
     locks: Any = pqueue_locks
     if idea == "one commit per job":
@@ -97,7 +97,7 @@ def do_without(idea: str) -> None:
         locks.WriterLock.acquire = lambda *_, **__: False
     elif idea == "wake-up":
         locks.ConsumerLocks.wake = lambda _: None
-        core.WAIT_SECONDS = 0.1  # as one would poll
+        core.WAIT_SECONDS = 0.1  # polling
 
 
 complete_and_dequeue = pqueue.PersistentQInterface.complete_and_dequeue
@@ -138,7 +138,7 @@ class Ours:
             jobs, _ = self.queue.complete_and_dequeue([(job, None) for job in jobs], "bench")
 
     def loop(self) -> None:
-        """Be the README's first program: two calls per job."""
+        """Run a plain loop: two calls per job."""
         while job := self.queue.dequeue(f"loop-{os.getpid()}"):
             note(NOTHING)
             self.queue.complete(job)
@@ -257,7 +257,7 @@ def took(jobs: list[pqueue.Job]) -> float:
 
 
 def fill(queue: Any, rows: int, **columns: object) -> None:
-    """Insert rows at once, past the API: what is there before the clock starts."""
+    """Insert rows directly with SQL, before the measurement starts."""
     values = {"queue": "'default'", "task": "'noop'", "payload": "'null'", "state": "'pending'", "priority": 0}
     values |= {"run_at": 1.0, "max_attempts": 3, "created_at": 1.0}
     values |= {name: f"'{value}'" if name == "state" else value for name, value in columns.items()}
@@ -272,7 +272,7 @@ def fill(queue: Any, rows: int, **columns: object) -> None:
 
 @contextlib.contextmanager
 def consumers(ours: Ours, number: int, *options: str) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Run consumer.py with its default settings, and wait until each has shown up."""
+    """Run consumer.py with its default settings, and wait until each has registered."""
     environment = {**os.environ, "PQUEUE_URL": ours.url, "PQUEUE_DURABILITY": ours.durability}
     environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, str(ROOT / "consumer.py"), "--import", "bench.run", *options]
@@ -294,8 +294,8 @@ def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError("the consumers did not get there")
-        time.sleep(0.1)  # seldom: counting holds back what the server could clean up
+            raise TimeoutError(f"the consumers did not finish within {seconds:g} s")
+        time.sleep(0.1)  # rarely: counting delays the server's cleanup
 
 
 def cpu_seconds(pid: int) -> float:
@@ -458,7 +458,7 @@ def measure(turn: Key, **settings: str) -> dict[str, float]:
 
 @contextlib.contextmanager
 def database() -> Iterator[dict[str, str]]:
-    """Yield the environment of a measuring process; with a server, make a database of its own for it."""
+    """Yield the environment of a measuring process; with a server, create a database for it."""
     if SERVER not in os.environ:
         yield dict(os.environ)
         return
@@ -479,7 +479,7 @@ def database() -> Iterator[dict[str, str]]:
 
 
 def pqueue_folder() -> Path:
-    """Measure on the disk where the queue would be, not on a /tmp in memory."""
+    """Return a folder on the disk of the queue; /tmp may be in memory."""
     folder = Path("var").absolute()
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
@@ -527,20 +527,20 @@ def table(results: dict[Key, Figures]) -> str:
             middle, least, most = number(statistics.median(values)), number(min(values)), number(max(values))
             times = ratio(results, (column, durability), figure, values)
             lines.append(form(column, name, durability, figure, middle, least, most, times))
-    lines += ["", "x limit: more is better for jobs/s, less for ms.", "A job whose consumer is killed:"]
+    lines += ["", "x limit: more is better for jobs/s, less for ms.", "A job whose consumer is killed is:"]
     return "\n".join([*lines, *(f"  {name:14} {fate}" for name, fate in fates().items())])
 
 
 def fates() -> dict[str, str]:
-    """Say for each queue what becomes of a job whose consumer is killed."""
+    """Return for each queue what happens to a job whose consumer is killed."""
     return {name: kind.survives for name, kind in contestants().items() if getattr(kind, "survives", "-") != "-"}
 
 
 def ratio(results: dict[Key, Figures], work: tuple[str, str], figure: str, values: list[float]) -> str:
-    """Compare with the limit in the same work; the programs with the limit of one commit per job."""
+    """Return the ratio to the limit in the same column; for the programs, to the limit of one commit per job."""
     column, durability = work
-    beside = "process" if column in ("program", "share", "depth") else column
-    limit = results.get((beside, "limit", durability), {}).get(figure) if figure.endswith(("/s", "ms")) else None
+    reference = "process" if column in ("program", "share", "depth") else column
+    limit = results.get((reference, "limit", durability), {}).get(figure) if figure.endswith(("/s", "ms")) else None
     return f"{statistics.median(values) / statistics.median(limit):.2f}" if limit else ""
 
 

@@ -1,4 +1,4 @@
-"""What the command line and the dashboard do to many jobs."""
+"""Bulk actions, for the command line and the dashboard."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ BATCH = 500  # jobs changed in one transaction
 def act_on_matching(
     queue: PersistentQInterface, filters: dict[str, Any], act: Callable[[int], None]
 ) -> tuple[int, int]:
-    """Do it to all jobs that match as they are shown, in batches of one transaction each; return how many it was done
-    to, and how many refused it by their state."""
+    """Act on all jobs whose masked form matches the filters, in batches of one transaction each. Return how many were
+    changed, and how many were not because of their state."""
     changed = refused = 0
     before = None
     while jobs := queue.list_jobs(**filters, before_id=before, limit=BATCH, excerpt=0, shown=masked_job):
         ids = [job.id for job in jobs]
         with queue.exclusive(ids):
             now = queue.list_jobs(**filters, ids=ids, limit=BATCH, excerpt=0, shown=masked_job)
-            for job in reversed(now):  # a job may match no more
+            for job in reversed(now):  # a job may no longer match
                 try:
                     act(job.id)
                     changed += 1

@@ -1,4 +1,4 @@
-"""Commands of a command line, each defined once: for argparse always, for Typer where it is installed."""
+"""Define the commands of a command line once, for argparse and, if it is installed, Typer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|w)")
 
 
 class UsageError(Exception):
-    """A mistake in the command."""
+    """The command line is invalid."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Parameter:
         return self.name.lstrip("-").replace("-", "_")
 
     def value(self, raw: Any) -> Any:
-        """Return what the front end delivered, parsed. Raises UsageError."""
+        """Return the parsed value of what the front end passed. Raises UsageError."""
         if self.flag:
             return bool(raw)
         if self.many:
@@ -61,7 +61,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Command:
-    """What to call with the options; `opens` the database first."""
+    """A command. If `opens`, its function is called with an open queue."""
 
     name: str
     function: Callable[..., Any]
@@ -73,7 +73,7 @@ class Command:
         return " ".join((self.function.__doc__ or "").split())
 
     def options(self, raw: dict[str, Any]) -> argparse.Namespace:
-        """Return what the front end delivered, parsed. Raises UsageError."""
+        """Return the parsed value of what the front end passed. Raises UsageError."""
         return argparse.Namespace(**{each.key: each.value(raw.get(each.key)) for each in self.parameters})
 
 
@@ -101,7 +101,7 @@ def duration_between(least: str, most: str) -> Callable[[str], float]:
 
 
 def moment(text: str) -> float:
-    """Parse a duration ago, or an ISO 8601 time, local unless it names its zone, into Unix seconds."""
+    """Parse a duration before now, or an ISO 8601 time (local unless it has a zone), into Unix seconds."""
     with suppress(ValueError):
         return time.time() - duration(text)
     try:

@@ -1,4 +1,4 @@
-"""The dashboard's figures, searches and actions, for both front ends."""
+"""The dashboard's figures, searches and actions, shared by both front ends."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from pqueue_tools.masking import masked_job
 from pqueue_tools.process import whole_number
 
 JOBS_PER_PAGE = 50
-FRESH_SECONDS = 1.0  # figures are computed at most this often, however many people look at them
-MAX_BUSY_SHARE = 0.05  # of the time that computing one kind of figures takes
-PAGE_WAIT_SECONDS = 0.12  # how long a page waits for new figures before it shows the last ones
-MAX_STALE_SECONDS = 30.0  # how long figures are shown after they became due for computing
+FRESH_SECONDS = 1.0  # minimum age of figures before they are computed again
+MAX_BUSY_SHARE = 0.05  # maximum share of time spent computing one kind of figures
+PAGE_WAIT_SECONDS = 0.12  # how long a page waits for new figures before it shows the previous ones
+MAX_STALE_SECONDS = 30.0  # how long figures are shown after they became stale
 SEARCH_SECONDS = 0.1  # how long a search runs before the page offers to continue it
 SEARCHES_KEPT = 20
 EXCERPT_CHARS = 1000  # of a payload, result and error that a list of jobs reads
 TEXT_CHARS_SHOWN = 65_536  # of a payload, result and error on the page of a job
-EVENTS_SHOWN = 200  # the last ones of a job's history
+EVENTS_SHOWN = 200  # latest events of a job
 REFRESH_SECONDS = 2
 MINUTES = 60
-JOBS_SAMPLED = 100  # of a minute, for its wait and run times
+JOBS_SAMPLED = 100  # per minute, for the wait and run times
 FAILED_GROUPS_SHOWN = 20
 CONSUMERS_SHOWN = 100
 FILE_BYTES_SHOWN = 65_536  # of a job's file
@@ -42,7 +42,7 @@ STATES_SHOWN = ("pending", "scheduled", "processing", "completed", "failed")
 OTHER_HOST = "refused: this is not a host name of the dashboard; PQUEUE_OPS_HOSTS can list more"
 OTHER_SITE = "refused: the request comes from another site"
 FILTERS = ("state", "queue", "task", "consumer", "text")
-CHART_COLOURS: dict[str, str] = {  # on a light and on a dark page
+CHART_COLOURS: dict[str, str] = {  # for light and dark pages
     "enqueued": "#8a94a6",
     "completed": "#2aa36b",
     "failed": "#e5484d",
@@ -51,7 +51,7 @@ CHART_COLOURS: dict[str, str] = {  # on a light and on a dark page
 }
 
 Form = dict[str, list[str]]
-JobPage = tuple[list[Job], "int | None"]  # a page of jobs, and the id before which to go on
+JobPage = tuple[list[Job], "int | None"]  # a page of jobs, and the id before which to continue
 Percentiles = tuple[float, float]  # p50 and p95, seconds
 
 
@@ -62,11 +62,11 @@ def read_only() -> bool:
     return os.environ.get("PQUEUE_OPS_READONLY", "") not in ("", "0")
 
 
-# Host names of the dashboard: with any other, a foreign page could reach it by DNS rebinding ##########################
+# Accepted host names, to prevent DNS rebinding ########################################################################
 
 
 def host_name(host: str) -> str:
-    """Return the name or address in a Host header, or "" where there is none; an address in its usual form."""
+    """Return the name or the normalized address in a Host header, or "" if there is none."""
     found = HOST.fullmatch(host.lower())
     name = (found[1] or found[2]).removesuffix(".") if found else ""
     try:
@@ -100,33 +100,33 @@ def is_loopback(name: str) -> bool:
 
 
 def is_ours(host: str) -> bool:
-    """Whether this Host header has a name of this machine alone, or one that is allowed."""
+    """Return whether this Host header has a loopback or an allowed name."""
     name = host_name(host)
     return is_loopback(name) or name in allowed_hosts()
 
 
 def is_same_origin(origin: str, host: str) -> bool:
-    """Whether the page that asks is of this host, or of an allowed one, where a proxy has changed the host."""
+    """Return whether the origin is this host, or an allowed one in case a proxy has changed the host."""
     asks = urlsplit(origin).netloc.lower()
     return bool(asks) and (asks == host.lower() or host_name(asks) in allowed_hosts())
 
 
-# Figures: each is computed here, for both front ends ##################################################################
+# Figures ##############################################################################################################
 
 
 class FigureCache:
-    """The figures of one queue, which may come and go: each method raises QueueError with what is wrong with it.
+    """The figures of one queue. While the queue is not available, each method raises QueueError.
 
-    A thread of its own computes them, so that no page waits for long and no viewer costs more than the first.
+    A background thread computes the figures for all viewers, so that no page waits for long.
     """
 
     def __init__(self) -> None:
         self._queue: PersistentQInterface | None = None
         self._identity: Any = None
-        self._reason: str | None = None  # why it could not be opened, and
-        self._shut_until = 0.0  # when to try again
+        self._reason: str | None = None  # why the queue could not be opened
+        self._retry_at = 0.0  # when to try again
         self._lock = threading.RLock()
-        self._reading = threading.Lock()  # one at a time: payloads take much memory
+        self._reading = threading.Lock()  # one reader at a time: payloads use much memory
         self._worker = ThreadPoolExecutor(1, "pqueue-figures")
         self._parts: dict[str, Callable[[PersistentQInterface], Any]] = {
             "overview": _overview,
@@ -136,14 +136,14 @@ class FigureCache:
             "consumers": _consumers,
             "processes": lambda _: _processes(),
         }
-        self._computed: dict[str, tuple[float, Any]] = {}  # until when to show it, and it or the QueueError instead
+        self._computed: dict[str, tuple[float, Any]] = {}  # expiry time, and the figures or a QueueError
         self._stale_at: dict[str, float] = {}
         self._running: dict[str, Future[None]] = {}
         self._searches: dict[str, tuple[float, JobPage | None]] = {}
         self._minutes: dict[int, dict[str, Any]] = {}
 
     def queue(self) -> PersistentQInterface:
-        """Return the open queue. It is opened anew when its file was replaced."""
+        """Return the open queue. It is opened again if its file was replaced."""
         with self._lock:
             identity = self._file_identity()
             if self._queue is not None and identity != self._identity:
@@ -154,15 +154,15 @@ class FigureCache:
             return self._queue
 
     def _opened(self) -> PersistentQInterface:
-        if self._reason is None or time.monotonic() > self._shut_until:  # a locked one takes seconds to say so
+        if self._reason is None or time.monotonic() > self._retry_at:  # opening a locked database takes seconds to fail
             try:
                 return pqueue.open_queue(create=False)
             except (QueueError, ValueError) as error:
-                self._reason, self._shut_until = str(error), time.monotonic() + FRESH_SECONDS
+                self._reason, self._retry_at = str(error), time.monotonic() + FRESH_SECONDS
         raise QueueError(self._reason)
 
     def forget(self) -> None:
-        """Drop the connection and what was computed over it."""
+        """Close the queue and drop its figures."""
         with self._lock:
             if self._queue is not None:
                 with suppress(QueueError):
@@ -172,12 +172,12 @@ class FigureCache:
             self.expire()
 
     def close(self) -> None:
-        """Forget it all, and end the thread that computes."""
+        """Close the queue and stop the background thread."""
         self.forget()
         self._worker.shutdown()
 
     def expire(self) -> None:
-        """Compute all anew: something was changed."""
+        """Compute all figures again, after a change."""
         with self._lock:
             self._stale_at, self._running, self._searches = {}, {}, {}
 
@@ -188,13 +188,14 @@ class FigureCache:
         return None
 
     def figures(self, wait_seconds: float | None = None) -> dict[str, Any]:
-        """Return, as of now or, where computing takes longer than the patience (None: PAGE_WAIT_SECONDS), of before:
+        """Return the current figures, or the previous ones if computing takes longer than wait_seconds (None:
+        PAGE_WAIT_SECONDS):
 
-        overview: states, queues and path as the queue tells, per_minute, oldest_seconds, alive, wal_bytes, problems,
-        and wait and run, each (p50, p95) seconds or None; minutes: at (its start), enqueued, completed, failed, wait
-        and run of each minute of the last hour, the last one still going on; processing: its jobs; failures: as the
-        queue groups them; consumers: those alive or with jobs, and those that ended within the hour; processes:
-        supervisord's, or a sentence that tells why there are none to see.
+        overview: states, queues and path of the queue, per_minute, oldest_seconds, alive, wal_bytes, problems, and wait
+        and run, each (p50, p95) in seconds or None; minutes: at (the start), enqueued, completed, failed, wait and run
+        of each minute of the last hour, including the current one; processing: the running jobs; failures: groups of
+        failed jobs; consumers: those alive or with jobs, and those that ended within the last hour; processes: those of
+        supervisord, or a sentence that says why there are none.
         """
         queue = self.queue()
         with self._lock:
@@ -221,16 +222,16 @@ class FigureCache:
             found = self._parts[part](queue)
         except QueueError as error:
             found = error
-        except Exception as error:  # whatever it is, the next page tries again
+        except Exception as error:  # the next page tries again
             found = QueueError(f"cannot count the jobs: {error}")
         with self._lock:
-            if self._running is running:  # else it is out of date already
+            if self._running is running:  # otherwise the result is already out of date
                 self._stale_at[part] = _stale_at(began)
                 self._computed[part] = self._stale_at[part] + MAX_STALE_SECONDS, found
                 del running[part]
 
     def _hour(self, queue: PersistentQInterface) -> list[dict[str, Any]]:
-        kept, current = self._minutes, int(time.time() // 60)  # kept by this queue: `forget` begins anew
+        kept, current = self._minutes, int(time.time() // 60)  # `forget` replaces the dict when the queue changes
         minutes = {
             number: kept.get(number) or _minute(queue, number * 60.0)
             for number in range(current - MINUTES + 1, current + 1)
@@ -240,9 +241,9 @@ class FigureCache:
         return list(minutes.values())
 
     def jobs(self, query: dict[str, str]) -> JobPage:
-        """Return a page of the jobs that match the query's filters and stand before its before_id, newest first, or
-        what was found of it in SEARCH_SECONDS; and the id before which to go on, or None at the end. Of payloads,
-        results and errors it holds the beginnings."""
+        """Return a page of the jobs that match the query's filters and are older than its before_id, newest first, or
+        what was found of it in SEARCH_SECONDS; and the id before which to continue, or None at the end. Payloads,
+        results and errors are excerpts."""
         queue, given, before = self.queue(), _given(query), query.get("before_id")
         before_id = whole_number(0)(before) if before else None
         search = json.dumps([given, before_id])
@@ -268,8 +269,8 @@ class FigureCache:
         return found
 
     def job(self, job_id: int) -> dict[str, Any]:
-        """Return job and history, without secrets; why; and file: its text, or a sentence, or None for a job without
-        one."""
+        """Return job and history, masked; why; and file: its text, an error message, or None for a job without a
+        file."""
         queue, stats = self.queue(), None
         with suppress(QueueError):
             stats = self.figures()["overview"]
@@ -353,7 +354,7 @@ def _processes() -> list[dict[str, Any]] | str:
 
 
 def tiles(seen: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return the overview as (label, value, state), where the state gives the colour."""
+    """Return the overview as (label, value, state); the state selects the colour."""
     oldest = "none" if seen["oldest_seconds"] is None else report.span(seen["oldest_seconds"])
     found = [(state, f"{seen['states'][state]:,}", state) for state in STATES_SHOWN]
     found += [(f"{name} / min", f"{seen['per_minute'][name]:,}", "") for name in ("enqueued", "completed")]
@@ -366,7 +367,7 @@ def tiles(seen: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def times(pair: Percentiles | None) -> str:
-    """Return a p50 and a p95 as people read them."""
+    """Return a p50 and a p95 as text."""
     if pair is None:
         return "none"
     (low, unit), (high, same) = (_seconds(each) for each in pair)
@@ -388,18 +389,20 @@ def _jobs_action(verb: str, done: str) -> Callable[[PersistentQInterface, Form],
         if _one(form, "scope") == "matching":
             filters = _given({name: _one(form, name) for name in FILTERS})
             if not filters:
-                raise ValueError("expected a filter: acting on every job there is needs the command line")
+                raise ValueError("expected a filter; to act on all jobs, use the command line")
             changed, refused = act_on_matching(queue, filters, method)
         else:
             changed, refused = _act_on_each(form.get("id", []), method)
-        return f"{done} {report.count(changed, 'job')}" + (f"; {refused:,} could not be" if refused else "")
+        return f"{done} {report.count(changed, 'job')}" + (
+            f"; {refused:,} not changed because of their state" if refused else ""
+        )
 
     return act
 
 
 def _act_on_each(ids: list[str], method: Callable[[int], None]) -> tuple[int, int]:
     if not ids:
-        raise ValueError("expected at least one job: tick some")
+        raise ValueError("expected at least one selected job")
     numbers = [whole_number(0)(each) for each in ids]
     if len(numbers) == 1:
         method(numbers[0])
@@ -435,12 +438,12 @@ def _limit(queue: PersistentQInterface, form: Form) -> str:
 
 
 def _resubmit_group(queue: PersistentQInterface, form: Form) -> str:
-    """Resubmit the failed jobs of a task whose error is shown as this line."""
+    """Resubmit the failed jobs of a task that are shown with this error."""
     task, error = _one(form, "task"), _one(form, "error")
 
     def resubmit(job_id: int) -> None:
         if report.failure(queue.get(job_id).error) != error:
-            raise pqueue.InvalidTransition("of another group")
+            raise pqueue.InvalidTransition("in another group")
         queue.resubmit(job_id)
 
     changed, _ = act_on_matching(queue, {"state": "failed", "task": task}, resubmit)
@@ -471,7 +474,7 @@ ACTIONS: dict[str, Callable[[PersistentQInterface, Form], str]] = {
 
 
 def act(cache: FigureCache, name: str, form: Form) -> tuple[bool, str]:
-    """Do it; return whether it was done, and a sentence."""
+    """Perform an action. Return whether it succeeded, and a message."""
     if read_only():
         return False, "refused: this dashboard is read-only"
     try:

@@ -1,4 +1,4 @@
-"""The dashboard's pages in HTML, for the standard library's server. Whatever comes from outside passes `text`."""
+"""The dashboard's pages in HTML, for the standard library's server. All external text is escaped by `text`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ progress { width: 90px; height: 10px; accent-color: var(--processing) }
 """
 )
 
-# Each live part is replaced when it has changed, but not while the reader types, ticks or is about to confirm in it.
+# Replace each live part when it has changed, but not while the user types, selects or confirms in it.
 SCRIPT = """
 const busy = part => part.contains(document.activeElement) && document.activeElement !== document.body
   || part.querySelector('details[open], input:checked');
@@ -92,7 +92,7 @@ FILES = {
 }
 
 
-# The page of everything ###############################################################################################
+# The main page ########################################################################################################
 
 
 def index(parts: dict[str, str], query: dict[str, str], message: str) -> str:
@@ -127,7 +127,7 @@ def sections(figures: dict[str, Any], page: dashboard.JobPage, query: dict[str, 
 
 
 def without_queue(sentence: str) -> str:
-    comes_back = '<section id="overview">This page comes back by itself.</section>'
+    comes_back = '<section id="overview">This page reloads automatically.</section>'
     return _page("pqueue", trouble(sentence), comes_back, again=True)
 
 
@@ -147,7 +147,7 @@ def _page(title: str, status: str, body: str, path: str = "", *, again: bool = F
 
 
 def _table(table: Table, rows: list[Any], token: str, *, ticks: bool = False, empty: str = "") -> str:
-    """Return a table, with a box to tick before each job and the buttons of a row behind it, where it can be acted."""
+    """Return a table. If actions are allowed, add a checkbox to each job and the buttons of each row."""
     if not rows:
         return f'<p class="soft">{text(empty or table.empty)}</p>'
     columns = list(table.columns)
@@ -205,7 +205,7 @@ def _buttons(buttons: list[Button], token: str, back: str = "/") -> str:
 
 
 def _button(button: Button, token: str, back: str) -> str:
-    """Return a form of one button; where it asks, within what the reader opens."""
+    """Return a form with one button, inside a <details> element if it needs confirmation."""
     form = f'<form method="post" action="/act/{button.action}">{_hidden(button.fields, token, back)}'
     if not button.confirm:
         return f"{form}<button>{text(button.label)}</button></form>"

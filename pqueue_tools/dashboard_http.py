@@ -1,7 +1,7 @@
-"""The dashboard's server on the standard library: pages, fragments for the live parts, JSON, metrics, actions.
+"""The dashboard's HTTP server, on the standard library: pages, fragments of the live parts, JSON, metrics and actions.
 
-It listens on loopback. On another address it wants a password, PQUEUE_OPS_PASSWORD; put a proxy with TLS before it, one
-that asks for it by its address, as nginx does unless told to pass the Host on, or by a name in PQUEUE_OPS_HOSTS.
+By default it listens on loopback. Any other address requires a password, PQUEUE_OPS_PASSWORD, and should be behind a
+proxy with TLS. The proxy's Host header must be the server's address, nginx's default, or a name in PQUEUE_OPS_HOSTS.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ from typing import Any
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 from pqueue import JobNotFound, QueueError
-from pqueue_tools import dashboard, dashboard_html, dashboard_summary, endings, report
+from pqueue_tools import dashboard, dashboard_html, dashboard_summary, report, termination
 from pqueue_tools.masking import is_cut
+from pqueue_tools.process import print_error
 
 MAX_BODY_BYTES = 100_000
-MAX_CONNECTIONS = 256  # for one more, the connection that has been sending its request longest is closed
+MAX_CONNECTIONS = 256  # beyond this, the connection whose request has been incomplete longest is closed
 IDLE_SECONDS = 10.0
-REQUEST_SECONDS = 30.0  # within which a request must be complete
-FIGURES_WAIT_SECONDS = 10.0  # how long a program's request waits for figures; a page waits for PAGE_WAIT_SECONDS
+REQUEST_SECONDS = 30.0  # maximum time to receive a request
+FIGURES_WAIT_SECONDS = 10.0  # for requests of programs; a page waits for PAGE_WAIT_SECONDS
 WRONG_PASSWORD_SECONDS = 1.0  # delay after a wrong password
 MAX_MESSAGES = 100
-RENDER_WAIT_SECONDS = 10.0  # how long an answer waits for those before it
+RENDER_WAIT_SECONDS = 10.0  # how long a response waits for earlier ones to be rendered
 LARGE_ANSWER_BYTES = 100_000
-MAX_LARGE_ANSWERS = 8  # sent at a time: each stays in memory until its client has read it
+MAX_LARGE_ANSWERS = 8  # at a time: each stays in memory until its client has read it
 RETRY_SECONDS = 2
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
@@ -55,7 +56,7 @@ Answer = tuple[HTTPStatus, str, bytes]  # status, type and body
 
 
 class Refused(Exception):
-    """The request is answered with this status and sentence."""
+    """The request is answered with this status and message."""
 
     def __init__(self, status: HTTPStatus, sentence: str) -> None:
         super().__init__(sentence)
@@ -72,12 +73,12 @@ class Server(ThreadingHTTPServer):
         self.token = secrets.token_urlsafe()
         self._messages: dict[str, str] = {}
         self._connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        # One answer at a time is put together: it may hold a large payload several times over. And in one thread: one
-        # that waits for its client would keep a connection to the database, with its cache.
+        # Render one response at a time, because it may hold several copies of a large payload; and in one thread,
+        # because each thread would keep its own database connection and cache.
         self._drawing = threading.Lock()
         self._renderer = ThreadPoolExecutor(1, "pqueue-renderer")
         self._large = threading.BoundedSemaphore(MAX_LARGE_ANSWERS)
-        self._sending: dict[socket.socket, float] = {}  # connections whose request has not come whole, and since when
+        self._sending: dict[socket.socket, float] = {}  # connections with an incomplete request, and since when
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.local = dashboard.is_loopback(host)
         super().__init__((host, port), Handler)
@@ -112,7 +113,7 @@ class Server(ThreadingHTTPServer):
                 request.shutdown(socket.SHUT_RDWR)
 
     def keep_message(self, sentence: str) -> str:
-        """Keep a sentence for the next page, and return the number to ask for it by: a link can say nothing itself."""
+        """Store a message for the next page and return its key: the URL must not contain the text."""
         number = secrets.token_urlsafe(8)
         self._messages[number] = sentence
         for old in list(self._messages)[:-MAX_MESSAGES]:
@@ -120,29 +121,29 @@ class Server(ThreadingHTTPServer):
         return number
 
     def pop_message(self, number: str) -> str:
-        """Return that sentence, once."""
+        """Return and delete a message."""
         return self._messages.pop(number, "")
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of clients that went away."""
+        """Do not report clients that disconnected."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 
     def is_own_host(self, host: str) -> bool:
-        """Whether this Host header names us; a name of somebody else's would be DNS rebinding."""
+        """Return whether this Host header names this server, to prevent DNS rebinding."""
         name = dashboard.host_name(host)
         return dashboard.is_ours(host) or (not self.local and (dashboard.is_address(name) or name in _own_names()))
 
     @contextmanager
     def rendered(self, draw: Callable[..., Answer], *arguments: Any) -> Iterator[Answer]:
-        """Lend the answer that the function returns, when its turn has come, until it is sent. Raises Refused."""
+        """Render a response and yield it until it is sent, limiting the memory of all responses. Raises Refused."""
         if not self._drawing.acquire(timeout=RENDER_WAIT_SECONDS):
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the dashboard is busy: try again")
         try:
             answer = self._renderer.submit(draw, *arguments).result()
             large = len(answer[2]) > LARGE_ANSWER_BYTES
             if large and not self._large.acquire(blocking=False):
-                raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "other large answers are on their way: try again")
+                raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "too many large responses are being sent: try again")
         finally:
             self._drawing.release()
         try:
@@ -179,7 +180,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send(refused.status, TEXT, f"{refused}\n")
         except JobNotFound as error:
             self._send(HTTPStatus.NOT_FOUND, TEXT, f"{error}\n")
-        except ValueError as error:  # of the queue, of urlsplit and parse_qs
+        except ValueError as error:  # from the queue, urlsplit or parse_qs
             self._send(HTTPStatus.BAD_REQUEST, TEXT, f"{error}\n")
 
     def _check(self) -> None:
@@ -210,7 +211,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         self._expect_no_other_site(url.path)
         try:
-            figures = self._figures(url.path)  # may wait, and keeps nobody waiting meanwhile
+            figures = self._figures(url.path)  # may wait, so not under the lock of rendering
             with self.server.rendered(self._render, url.path, query, figures) as answer:
                 self._send(*answer)
         except JobNotFound:
@@ -219,7 +220,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.SERVICE_UNAVAILABLE, *self._trouble(url.path, str(error)))
 
     def _expect_no_other_site(self, path: str) -> None:
-        """Let a link elsewhere lead to a page, but no page elsewhere load, frame or read anything."""
+        """Allow links from other sites to a page, but no other cross-site requests."""
         fetch = self.headers.get("Sec-Fetch-Mode"), self.headers.get("Sec-Fetch-Dest")
         if not self._is_ours() and (_is_data(path) or fetch != ("navigate", "document")):
             raise Refused(HTTPStatus.FORBIDDEN, dashboard.OTHER_SITE)
@@ -280,7 +281,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(HTTPStatus.FORBIDDEN, dashboard.OTHER_SITE)
         form = parse_qs(self._body(), keep_blank_values=True, max_num_fields=2000)
         if not hmac.compare_digest((form.pop("token", None) or [""])[0].encode(), self.server.token.encode()):
-            raise Refused(HTTPStatus.FORBIDDEN, "refused: the page is from before a restart; load it again")
+            raise Refused(HTTPStatus.FORBIDDEN, "refused: the dashboard was restarted; reload the page")
         name = urlsplit(self.path).path.removeprefix("/act/")
         name = (form.pop("action", None) or [name])[0] if name == "jobs" else name
         if name not in dashboard.ACTIONS:
@@ -291,7 +292,7 @@ class Handler(BaseHTTPRequestHandler):
         self._redirect((form.get("back") or ["/"])[0], sentence)
 
     def _is_ours(self) -> bool:
-        """Whether a page of ours asks: as the browser says, which sees it through a proxy, or by its origin."""
+        """Return whether the request is same-origin, by Sec-Fetch-Site (also behind a proxy) or by Origin."""
         if site := self.headers.get("Sec-Fetch-Site"):
             return site in ("same-origin", "none")
         origins = self.headers.get_all("Origin", [])
@@ -313,7 +314,7 @@ class Handler(BaseHTTPRequestHandler):
         return body.decode("utf-8", "replace")
 
     def _redirect(self, back: str, sentence: str) -> None:
-        """Go back to a page of ours, which shows the sentence."""
+        """Redirect to a page of the dashboard that shows the message."""
         url = urlsplit(back if back.startswith(("/?", "/job/")) else "/")
         page = url.path if url.path.startswith("/job/") else "/"
         query = {name: values[0] for name, values in parse_qs(url.query).items() if name in dashboard.FILTERS}
@@ -340,7 +341,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
-        """Log nothing: a page that is open asks every two seconds."""
+        """Log nothing: each open page sends a request every two seconds."""
 
 
 def _is_data(path: str) -> bool:
@@ -364,26 +365,26 @@ def serve(host: str, port: int) -> int:
     """Serve until TERM, INT or HUP; return the exit code."""
     password = os.environ.get("PQUEUE_OPS_PASSWORD") or None
     if password is None and not dashboard.is_loopback(host):
-        print(f"ops.py: expected a password in PQUEUE_OPS_PASSWORD to serve on {host}", file=sys.stderr)
+        print_error("ops", f"expected a password in PQUEUE_OPS_PASSWORD to serve on {host}")
         return 2
     try:
         dashboard.allowed_hosts()
     except ValueError as error:
-        print(f"ops.py: {error}", file=sys.stderr)
+        print_error("ops", error)
         return 2
     try:
         server = Server(host, port, password)
     except (OSError, OverflowError, ValueError) as error:
-        print(f"ops.py: cannot serve on {host}:{port}: {error}", file=sys.stderr)
+        print_error("ops", f"cannot serve on {host}:{port}: {error}")
         return 1
     address = f"[{host}]" if ":" in host else host
     print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} dashboard at http://{address}:{server.server_port}", flush=True)
     with suppress(QueueError, ValueError):
-        server.cache.figures(0)  # so that they are there when the first reader comes
+        server.cache.figures(0)  # start computing before the first request
     try:
-        with endings.Undoing():
+        with termination.ExitOnSignal():
             server.serve_forever()
-    except SystemExit:  # as it was told
+    except SystemExit:
         return 0
     finally:
         server.server_close()

@@ -46,12 +46,12 @@ def page() -> None:
 
 
 def _refusal() -> str | None:
-    """Return why this session is shown nothing: anybody could read and act, or a page elsewhere asks."""
+    """Return why this session is refused, or None: the server is open to others, or another site asks."""
     try:
         if not (dashboard.is_loopback(st.get_option("server.address") or "") or dashboard.allowed_hosts()):
             return (
-                "refused: the server is open to other machines, without a password; start it with --server.address "
-                "127.0.0.1, or list in PQUEUE_OPS_HOSTS the names by which it may be reached"
+                "refused: the server is open to other machines without a password; start it with --server.address "
+                "127.0.0.1, or list its host names in PQUEUE_OPS_HOSTS"
             )
         headers = st.context.headers
         hosts, origins = headers.get_all("Host"), headers.get_all("Origin")
@@ -65,13 +65,13 @@ def _refusal() -> str | None:
 
 
 def _section(title: str, part: Callable[[], None]) -> None:
-    """Draw a part; while the queue cannot be opened, only the first part says why."""
+    """Draw a part. If the queue cannot be opened, only the first part shows the error."""
 
     def draw() -> None:
         try:
             part()
         except (pqueue.QueueError, ValueError) as error:
-            st.caption("this part comes back by itself") if title else st.html(
+            st.caption("this part reloads automatically") if title else st.html(
                 _html(dashboard_summary.trouble(str(error)))
             )
 
@@ -95,7 +95,7 @@ def _act(name: str, **fields: Any) -> None:
 
 
 def _escaped(value: str) -> str:
-    """Return the text for a place where Streamlit would read Markdown."""
+    """Escape Markdown."""
     return "".join(f"\\{mark}" if mark in "\\`*_{}[]()#+-.!|<>~$:&" else mark for mark in report.printable(value))
 
 
@@ -213,7 +213,7 @@ def _jobs() -> None:
 
 
 def _shown(query: dict[str, str]) -> tuple[str, dashboard.JobPage]:
-    """Return the table's key and its jobs. They stay the same while some are selected, which is by row."""
+    """Return the table's key and its jobs, unchanged while rows are selected: a selection stores row numbers."""
     state = st.session_state
     table = f"jobs-{state.get('tables', 0)}"
     if state.get("query") != query:
@@ -249,7 +249,7 @@ def _bulk(ids: list[int], filters: dict[str, str], matching: str) -> None:
             fields = {"scope": "matching", **filters}
         for action in tables.BULK_ACTIONS:
             if st.button(tables.label(action), key=f"bulk-{action}"):
-                del st.session_state["query"]  # show the jobs anew, none of them selected
+                del st.session_state["query"]  # reload the jobs, with none selected
                 _act(action, **fields)
 
 

@@ -1,4 +1,4 @@
-"""What both front ends of the dashboard draw in HTML: health, tiles and captions of charts, and their colours."""
+"""The HTML that both front ends of the dashboard use: health, tiles and charts, and their colours."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ def tiles(seen: dict[str, Any]) -> str:
     }</div>"""
 
 
-# Charts: a frame of HTML with the axes' text around a drawing that stretches ##########################################
+# Charts: the text of the axes in HTML, around an SVG that stretches ###################################################
 
 WIDTH, HEIGHT = 600.0, 100.0
 Minutes = list[dict[str, Any]]
 TIMES_KEYS = """<div class="keys"><b>Wait and run time</b><span><i class="wait line"></i>wait</span>
-<span><i class="run line"></i>run</span><span>p50 whole, p95 dashed</span></div>"""
+<span><i class="run line"></i>run</span><span>solid p50, dashed p95</span></div>"""
 
 
 def charts(minutes: Minutes) -> str:
@@ -98,7 +98,7 @@ def _jobs_keys(minutes: Minutes) -> str:
 
 
 def _jobs_chart(minutes: Minutes) -> str:
-    """Draw the last hour: bars of what completed and failed, a line of what was enqueued; the last is going on."""
+    """Draw the last hour: bars of completed and failed jobs, and a line of enqueued jobs. The last bar is partial."""
     top = _ceiling(max(2, *(max(each["enqueued"], each["completed"] + each["failed"]) for each in minutes)))
     step = WIDTH / len(minutes)
     marks = []
@@ -118,7 +118,7 @@ def _jobs_chart(minutes: Minutes) -> str:
 
 
 def _times_chart(minutes: Minutes) -> str:
-    """Draw, for the last hour, how long jobs waited and ran, by powers of ten: p50 whole, p95 dashed."""
+    """Draw the wait and run times of the last hour on a logarithmic scale: solid p50, dashed p95."""
     values = [max(each, 0.001) for minute in minutes[:-1] for name in ("wait", "run") for each in minute[name] or ()]
     low = math.floor(math.log10(min(values, default=0.01)))
     high = max(low + 2, math.ceil(math.log10(max(values, default=1))))
@@ -135,7 +135,7 @@ def _times_chart(minutes: Minutes) -> str:
 
 
 def _frame(keys: str, scale: list[str], marks: list[str], tips: list[str], minutes: Minutes) -> str:
-    """Return the marks with axes, and a sentence for each minute that is pointed at."""
+    """Return the marks with axes, and a tooltip for each minute."""
     step = WIDTH / len(minutes)
     lines = [HEIGHT * number / (len(scale) - 1) for number in range(len(scale))]
     grid = "".join(f'<path class="grid" d="M0 {y:.1f}H{WIDTH:.0f}"/>' for y in lines)
@@ -153,7 +153,7 @@ def _frame(keys: str, scale: list[str], marks: list[str], tips: list[str], minut
 
 
 def _line(values: list[float | None], top: float, step: float, name: str, dashes: str = "") -> list[str]:
-    """Return a line through the middles of the minutes, broken where there is no value; a lone one is a dot."""
+    """Return a line through the middles of the minutes, with gaps for missing values; a single value is a dot."""
     path, pen = "", "M"
     for number, value in enumerate(values):
         if value is None:

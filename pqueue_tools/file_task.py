@@ -1,4 +1,4 @@
-"""The built-in task: put a timestamp before each line of a file."""
+"""The built-in task, which prepends a timestamp to each line of a file."""
 
 from __future__ import annotations
 
@@ -16,23 +16,22 @@ import pqueue_files
 from pqueue import DoNotRetry, Job, current_queue, task
 from pqueue_tools.process import expect_posix, utc_now
 
-MAX_FILE_BYTES = 1 << 30  # of a job file; a larger one is refused
-
+MAX_FILE_BYTES = 1 << 30  # larger job files are refused
 
 files_directory = Path(os.environ.get("PQUEUE_FILES", "var/files"))
 
 
-@task(max_attempts=10)  # it can do no harm twice
+@task(max_attempts=10)  # safe to repeat
 def prepend_timestamp(job: Job) -> dict[str, Any]:
-    """Put one ISO 8601 UTC timestamp in front of every line of the file that the payload names.
+    """Prepend one ISO 8601 UTC timestamp to every line of the file that the payload names.
 
-    The timestamp and the digest of the file as it was are on disk before it is replaced, so another delivery of the
-    job finds out whether that happened, and never stamps it twice.
+    The timestamp and the digest of the original file are stored before the file is replaced, so that another delivery
+    of the job can tell whether that has happened, and never stamps the file twice.
     """
     with _job_file(job.payload) as (name, folder, source):
         digest = _sha256(source)
         plan = job.result if isinstance(job.result, dict) else {}
-        if plan:  # else no delivery of this job has begun a copy
+        if plan:  # otherwise no delivery of this job has started a copy
             for copy in _copies(folder, re.escape(name)):
                 os.unlink(copy, dir_fd=folder)
         else:
@@ -42,12 +41,12 @@ def prepend_timestamp(job: Job) -> dict[str, Any]:
         if digest == plan["sha256"]:
             _replace(name, folder, source, prefix, digest, str(job.lease_token))
         elif not all(part.startswith(prefix) for part, begins in _parts(source) if begins):
-            raise DoNotRetry(f"{name} changed since its timestamp was chosen; it was left as it is")
+            raise DoNotRetry(f"{name} changed since its timestamp was chosen; it was left unchanged")
     return plan
 
 
 def read_job_file(payload: Any, most_bytes: int) -> bytes:
-    """Return the beginning of the file that the payload names. Raises OSError or DoNotRetry, as the task does."""
+    """Return the start of the file that the payload names. Raises OSError or DoNotRetry, as the task does."""
     with _job_file(payload) as (_, _, source):
         return source.read(most_bytes)
 
@@ -62,7 +61,9 @@ def _job_file(payload: Any) -> Iterator[tuple[str, int, BinaryIO]]:
 def _file_name(payload: Any) -> str:
     file = payload.get("file") if isinstance(payload, dict) else None
     if not isinstance(file, str) or not file or "\0" in file:
-        raise DoNotRetry('expected a payload {"file": NAME}, got another')  # not shown: it may hold secrets
+        raise DoNotRetry(
+            'expected a payload {"file": NAME}, got another'
+        )  # the payload is omitted: it may contain secrets
     path = Path(os.path.normpath(files_directory.absolute() / file))
     if path.parent != Path(os.path.normpath(files_directory.absolute())):
         raise DoNotRetry(f"expected a file directly in {files_directory}, got {file!r:.100}")
@@ -104,7 +105,7 @@ def _sha256(source: BinaryIO) -> str:
 
 
 def _parts(source: BinaryIO) -> Iterator[tuple[bytes, bool]]:
-    """Yield lines, long ones in parts, with whether a line begins there."""
+    """Yield the lines, long ones in parts, and whether each part begins a line."""
     begins = True
     while part := source.readline(1 << 16):
         yield part, begins
@@ -112,17 +113,17 @@ def _parts(source: BinaryIO) -> Iterator[tuple[bytes, bool]]:
 
 
 def _copies(folder: int, name: str) -> list[str]:
-    """List the copies of files whose names match, which takes a while in a full folder."""
-    copy = re.compile(rf"\.{name}\.[0-9a-f]{{16}}\.[0-9]+\.stamped")  # with a lease token in it
+    """Return the copies of files whose names match; slow in a large folder."""
+    copy = re.compile(rf"\.{name}\.[0-9a-f]{{16}}\.[0-9]+\.stamped")  # contains a lease token
     return [each for each in os.listdir(folder) if copy.fullmatch(each)]
 
 
 def remove_copies() -> None:
-    """Remove the copies that killed consumers left: their jobs may never be delivered again.
+    """Remove the copies that killed consumers left, whose jobs may never be delivered again.
 
-    A living consumer has its copy locked.
+    A running consumer holds a lock on its copy.
     """
-    with suppress(OSError, ValueError), _open_directory() as folder:  # each job says what is wrong with it
+    with suppress(OSError, ValueError), _open_directory() as folder:  # each job reports such an error
         for copy in _copies(folder, ".+"):
             with suppress(OSError):
                 _remove_stale(copy, folder)
@@ -138,7 +139,7 @@ def _remove_stale(copy: str, folder: int) -> None:
 
 
 def _create_copy(copy: str, folder: int) -> BinaryIO:
-    """Create it and lock it; a consumer that starts may take it for a stale one before it is locked."""
+    """Create and lock the copy. Before it is locked, another consumer may remove it as stale: then try again."""
     while True:
         file = os.fdopen(
             os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600, dir_fd=folder), "wb"
@@ -150,7 +151,7 @@ def _create_copy(copy: str, folder: int) -> BinaryIO:
 
 
 def _replace(name: str, folder: int, source: BinaryIO, prefix: bytes, digest: str, token: str) -> None:
-    """Write the stamped copy beside the file and rename it over, so that a reader sees the old or the new one."""
+    """Write a stamped copy and rename it over the file, so that a reader sees either the old file or the new one."""
     copy = f".{name}.{token}.stamped"
     with _create_copy(copy, folder) as target:
         try:
@@ -166,7 +167,7 @@ def _replace(name: str, folder: int, source: BinaryIO, prefix: bytes, digest: st
 
 
 def _stamp(source: BinaryIO, target: BinaryIO, prefix: bytes) -> str:
-    """Copy with a prefix to each line, durably; return the digest of what was read."""
+    """Copy the file durably with a prefix on each line. Return the digest of what was read."""
     copied = hashlib.sha256()
     for part, begins in _parts(source):
         target.write(prefix + part if begins else part)

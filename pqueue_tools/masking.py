@@ -1,5 +1,5 @@
-"""What nobody is shown of payloads, results, errors and log lines: values by the names of their keys, and passwords in
-URLs. The command line, both dashboards and the log use it; a search finds only what it leaves (`shown`)."""
+"""Mask secrets in payloads, results, errors and log lines: values by the names of their keys, and passwords in URLs.
+The command line, both dashboards and the log use it; a search finds only unmasked text (`shown`)."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ UNENDED = re.compile(r'\s*("(?:[^"\\]|\\u[0-9a-fA-F]{4}|\\[^u])*)', re.DOTALL)
 
 
 def is_secret(name: str) -> bool:
-    """Whether a value of this name is hidden."""
+    """Return whether values with this name are masked."""
     return SECRET.search(WORD.sub("_", name).lower()) is not None
 
 
 def masked(value: Any) -> Any:
-    """Return a payload or result without the values of secrets; of an `Excerpt`, as much as it holds."""
+    """Return a payload or result, or the part of it in an `Excerpt`, with secrets masked."""
     if isinstance(value, Excerpt):
         return masked(_value(value))
     if isinstance(value, dict):
@@ -54,22 +54,22 @@ def masked(value: Any) -> Any:
 
 
 def _is_same(masked: Sequence[Any], values: Sequence[Any]) -> bool:
-    """Whether nothing was hidden: then no second copy is kept, as a payload may take a hundred times its text."""
+    """Return whether nothing was masked, so that no copy of a large payload is kept."""
     return len(masked) == len(values) and all(map(operator.is_, masked, values))
 
 
 def masked_text(text: str) -> str:
-    """Return a text without the passwords in URLs, and in what is written as password=…; a text that ends with … was
-    cut, perhaps in the middle of one."""
+    """Return a text with passwords masked, in URLs and in the form password=…. A text that ends with … was cut, perhaps
+    within a password."""
     if "://" in text:
-        head, *rest = text.split("://")  # so that each is looked at once, however many there are
+        head, *rest = text.split("://")  # so that the time is linear in their number
         rest = [IN_URL.sub(rf"\1:{HIDDEN}@", part) for part in rest]
         text = "://".join([head, *rest[:-1], IN_CUT_URL.sub(rf"\1:{HIDDEN}", rest[-1])])
     return ASSIGNED.sub(rf"\1{HIDDEN}", text) if "=" in text else text
 
 
 def masked_job(job: Job) -> Job:
-    """Return the job as it is shown."""
+    """Return the job with secrets masked."""
     return job._replace(payload=masked(job.payload), result=masked(job.result), error=masked_error(job.error))
 
 
@@ -78,7 +78,7 @@ def masked_error(error: str | None) -> str | None:
 
 
 def is_cut(job: Job) -> bool:
-    """Whether some of the job was not read."""
+    """Return whether a part of the job was cut."""
     return any(isinstance(each, Excerpt) for each in (job.payload, job.result, job.error))
 
 
@@ -88,14 +88,14 @@ def _value(excerpt: Excerpt) -> Any:
 
 
 def _closed(text: str) -> str:
-    """Return the longest beginning of the JSON text that can be closed, closed. A string that was cut ends with …"""
+    """Return the longest start of the JSON text that can be completed, completed. A cut string ends with …"""
     closers: list[str] = []
     at = end = 0
-    is_name = False  # whether a string that comes now names a value
+    is_name = False  # whether a string here is the name of a value
     while found := TOKEN.match(text, at):
         mark = found[1]
         if mark not in ",:" and not is_name and mark[0] != '"' and found.end() == len(text) and mark not in "{}[]":
-            break  # a number that may go on
+            break  # a number that may be incomplete
         at = found.end()
         if mark in "{[":
             closers.append("}" if mark == "{" else "]")

@@ -1,4 +1,4 @@
-"""What every program needs: its log, its signals, its parser, and whether its parent is there."""
+"""Logging, signals, argument parsing and other functions that the programs share."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 from pqueue import QueueBusy, QueueError, QueueFull
-from pqueue_tools import endings
+from pqueue_tools import termination
 from pqueue_tools.masking import masked_text
-from pqueue_tools.report import iso, printable
+from pqueue_tools.report import iso, printable, program_name
 
 RETRY_PAUSE_SECONDS = (0.1, 5.0)  # first and longest pause while the database is locked or full
 
@@ -29,38 +29,37 @@ T = TypeVar("T")
 
 
 def is_orphaned() -> bool:
-    """Tell whether the Supervisor that started this program is gone: the next one will start another in its place."""
+    """Return whether the Supervisor that started this program has exited. A new one starts its own programs."""
     return "SUPERVISOR_ENABLED" in os.environ and (os.getppid() != PARENT or _was_adopted())
 
 
 @lru_cache
 def _was_adopted() -> bool:
-    """Tell whether the Supervisor was gone before this program could note who it was: then init is its parent."""
+    """Return whether the Supervisor had exited before PARENT was read, so that PARENT is init."""
     with suppress(OSError):
         return PARENT == 1 and b"supervisord" not in Path("/proc/1/cmdline").read_bytes()
     return False
 
 
-def program_name(program: str) -> str:
-    """Return what users call a program: consumer.py in a checkout, pqueue-consumer where pqueue is installed."""
-    if not Path(__file__).with_name(f"{program}.py").exists():  # the wheel has the programs in this package
-        return f"{program}.py"
-    return "pqueue" if program == "admin" else f"pqueue-{program}"
-
-
 def expect_posix() -> None:
-    """Raise QueueError on Windows, which lacks the signals, locks and folder descriptors that the programs need."""
+    """Raise QueueError on Windows, which lacks the signals, locks and directory descriptors that the programs use."""
     if not hasattr(os, "O_DIRECTORY"):
-        raise QueueError(f"cannot run on {sys.platform}: this needs Linux or macOS; the library, pqueue.py, works here")
+        raise QueueError(
+            f"cannot run on {sys.platform}: the programs need Linux or macOS; only the library, pqueue.py, works here"
+        )
+
+
+def print_error(program: str, error: object) -> None:
+    print(f"{program_name(program)}: {printable(str(error))}", file=sys.stderr)
 
 
 def log(event: str, **fields: Any) -> None:
-    """Write one line: time in UTC, event, key=value; a value with a space or a quote is quoted."""
+    """Write one line: the time in UTC, the event, and key=value for each field."""
     print_line(log_line(utc_now(), event, fields))
 
 
 def print_line(text: str) -> None:
-    """Print, and go on working when nobody reads it any more, or the disk that the log is on is full."""
+    """Print the text. Ignore a closed pipe or a full disk, so that the program continues."""
     try:
         print(text, flush=True)
     except OSError as error:
@@ -68,8 +67,8 @@ def print_line(text: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def escape_unprintable() -> None:
-    """Let a terminal or a log file show escapes for the characters that its encoding lacks."""
+def escape_unencodable() -> None:
+    """Escape characters that the encoding of stdout or stderr cannot represent."""
     for stream in (sys.stdout, sys.stderr):
         cast(TextIOWrapper, stream).reconfigure(errors="backslashreplace")
 
@@ -88,16 +87,26 @@ def utc_now() -> str:
     return iso(time.time())
 
 
-def on_end(handler: Any) -> None:
-    """Call it upon TERM, INT and HUP, except for a HUP that nohup has the program ignore."""
-    for number in endings.ENDINGS:
+def on_termination(handler: Any) -> None:
+    """Call the handler on TERM, INT and HUP. An ignored HUP stays ignored, as nohup requires."""
+    for number in termination.SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN or number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, handler)
 
 
+@contextmanager
+def blocked_signals() -> Iterator[None]:
+    """Delay TERM, INT and HUP until the end of the block."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, termination.SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def retry_while_busy(call: Callable[[], T], pause: Callable[[float], bool], **fields: Any) -> T | None:
-    """Repeat a call while the database is locked, or it or the disk is full. Between two calls, `pause` is called with
-    a number of seconds; when it returns True, give up and return None."""
+    """Call until it succeeds, while the database is locked or full or the disk is full. Between attempts, call `pause`
+    with a number of seconds; if it returns True, give up and return None."""
     seconds, longest = RETRY_PAUSE_SECONDS
     while True:
         try:
@@ -115,18 +124,18 @@ def retry_while_busy(call: Callable[[], T], pause: Callable[[float], bool], **fi
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser that reports a mistake in one line and exits with 2."""
+    """A parser that reports an error in one line and exits with 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog.split()[0]}: {printable(message)}; see {self.prog} --help\n")
 
 
 class BadArgument(argparse.ArgumentTypeError, ValueError):
-    """What was expected and what was given; argparse shows the message of an ArgumentTypeError only."""
+    """An invalid argument. argparse shows the message of an ArgumentTypeError, but not of a ValueError."""
 
 
 def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Return a function that parses a whole number in these bounds, or raises BadArgument."""
+    """Return a function that parses a whole number within these bounds, or raises BadArgument."""
 
     def parse(text: str) -> int:
         if re.fullmatch(r"-?[0-9]{1,19}", text) and least <= int(text) and (most is None or int(text) <= most):
@@ -138,7 +147,7 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def seconds(least: float) -> Callable[[str], float]:
-    """Return a function that parses a number of seconds from this one, or raises BadArgument."""
+    """Return a function that parses a number of seconds of at least this, or raises BadArgument."""
 
     def parse(text: str) -> float:
         with suppress(ValueError):
@@ -150,6 +159,6 @@ def seconds(least: float) -> Callable[[str], float]:
 
 
 def folder(text: str) -> Path:
-    if os.path.isdir(text) or not os.path.exists(text):  # unlike the methods of Path, they accept any text
+    if os.path.isdir(text) or not os.path.exists(text):  # unlike the methods of Path, these accept any string
         return Path(text)
     raise BadArgument(f"expected a folder, got {text!r}")

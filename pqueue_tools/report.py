@@ -1,5 +1,5 @@
-"""What operators see, in one place: what is wrong, why a job does not run, the figures for Prometheus, and how times
-and values are shown. The command line and the dashboard show the same."""
+"""Reports for operators, shared by the command line and the dashboard: problems, why a job does not run, metrics for
+Prometheus, and the formatting of times and values."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import pqueue
@@ -16,8 +17,8 @@ import pqueue_schema
 from pqueue import Job, PersistentQInterface
 from pqueue_tools.masking import masked, masked_error, masked_job, masked_text
 
-LONG_WAIT_SECONDS = 600.0  # a pending job that waits for longer is worth a warning
-LATE_SECONDS = 5.0  # an expired lease that nobody took back for longer, too
+LONG_WAIT_SECONDS = 600.0  # a pending job that has waited longer is reported
+LATE_SECONDS = 5.0  # a job whose lease expired longer ago is reported
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 COLOURS = {"completed": 32, "processing": 36, "pending": 33, "scheduled": 34, "failed": 31, "cancelled": 35}
 COLOURS |= {"running": 32, "RUNNING": 32, "dead": 31, "FATAL": 31, "stopped": 90, "STOPPED": 90}
@@ -30,8 +31,8 @@ def problems(
     stats: dict[str, Any] | None = None,
     facts: dict[str, Any] | None = None,
 ) -> list[str]:
-    """Return a sentence for each thing that an operator should see to; `stats` and `facts` are what the queue's `stats`
-    and `check` found a moment ago, where they are at hand."""
+    """Return a sentence for each problem. `stats` and `facts` are recent results of the queue's `stats` and `check`, if
+    the caller has them."""
     now = time.time() if now is None else now
     stats = queue.stats() if stats is None else stats
     facts = queue.check(thorough=False) if facts is None else facts
@@ -64,7 +65,7 @@ def _consumer_problems(consumers: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _duplicate_names(alive: list[dict[str, Any]]) -> Iterator[str]:
-    """One name on two hosts is a matter of taste; on one host it is a consumer that outlived its Supervisor."""
+    """Report names used twice on one host: a consumer has probably outlived its Supervisor."""
     pids: dict[tuple[str, str], set[int]] = {}
     for each in alive:
         pids.setdefault((each["name"], each["host"]), set()).add(each["pid"])
@@ -75,16 +76,17 @@ def _duplicate_names(alive: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _resume(queue: str) -> str:
-    return f"python admin.py resume {shlex.quote(queue)}"
+    return f"{command_line('admin')} resume {shlex.quote(queue)}"
 
 
 def _move(queue: PersistentQInterface) -> str | None:
-    """Return what is to be done after a move, if there was one."""
+    """Return what to do about a move of the queue, or None if there was none."""
     found = queue.move_status()
     if not found:
         return None
     if found["event"] == "moving":
-        return f"a move to {found['to']} is under way or was cut short: give it again, or python admin.py move --cancel"
+        again = f"repeat the command, or cancel it with {command_line('admin')} move --cancel"
+        return f"a move to {found['to']} is in progress or was interrupted: {again}"
     return f"the queue was moved to {found['to']}: start everything with that URL, then give move --to URL --finish"
 
 
@@ -96,8 +98,8 @@ def _expired(queue: PersistentQInterface, now: float) -> int:
 def why(
     queue: PersistentQInterface, job_id: int, now: float | None = None, *, stats: dict[str, Any] | None = None
 ) -> str:
-    """Return one sentence that tells why the job does not run, or what it does. Raises JobNotFound. `stats` are those
-    of a moment ago, where they are at hand."""
+    """Return one sentence that says why the job is not running, or what it is doing. `stats` is a recent result of the
+    queue's `stats`, if the caller has one. Raises JobNotFound."""
     now = time.time() if now is None else now
     job = queue.get(job_id)
     if job.state in pqueue.FINISHED:
@@ -109,7 +111,7 @@ def why(
     if stats is None or job.queue not in stats["queues"]:
         stats = queue.stats()
     pending = _why_pending(queue, job, stats["queues"][job.queue])
-    return pending if job.state == "pending" else f"it is due since {span(now - job.run_at)}: {pending}"
+    return pending if job.state == "pending" else f"it has been due for {span(now - job.run_at)}: {pending}"
 
 
 def _why_finished(job: Job, now: float) -> str:
@@ -119,7 +121,7 @@ def _why_finished(job: Job, now: float) -> str:
     if job.state == "cancelled":
         return f"it was cancelled {when}; resubmit it to run it"
     last = f"after {job.attempts} of {count(job.max_attempts, 'attempt')}"
-    return f"it failed for good {when}, {last}: {first_line(job.error)}; resubmit it to try again"
+    return f"it failed permanently {when}, {last}: {first_line(job.error)}; resubmit it to try again"
 
 
 def _why_processing(queue: PersistentQInterface, job: Job, now: float) -> str:
@@ -130,8 +132,8 @@ def _why_processing(queue: PersistentQInterface, job: Job, now: float) -> str:
     if expires < now:
         return f"its lease, held by {job.consumer}, ran out {ago(expires, now)}; any live consumer takes it back"
     return (
-        f"it runs on {job.consumer} since {span(now - (job.started_at or now))}; "
-        f"its lease is good until {clock(expires)}, and is extended while it runs"
+        f"it has been running on {job.consumer} for {span(now - (job.started_at or now))}; "
+        f"its lease expires at {clock(expires)} and is extended while it runs"
     )
 
 
@@ -149,14 +151,14 @@ def _why_pending(queue: PersistentQInterface, job: Job, stats: dict[str, Any]) -
         if not alive:
             return f"it is assigned to {job.assigned_to}, which is not alive: assign it elsewhere, or to any"
     elif not alive:
-        return "no consumer is alive: python consumer.py"
+        return f"no consumer is alive: run {command_line('consumer')}"
     else:
         alive = [each for each in alive if each["queues"] is None or job.queue in each["queues"]]
         if not alive:
             return f"no live consumer serves its queue {job.queue}"
     if all(each["tasks"] and job.task not in each["tasks"] for each in alive):
         return f"no live consumer that may run it knows its task {job.task}: start one with --import MODULE"
-    return f"it waits for its turn: {count(stats['pending'], 'job')} pending in queue {job.queue}, {_busy(alive)}"
+    return f"it is waiting: {count(stats['pending'], 'job')} pending in queue {job.queue}, {_busy(alive)}"
 
 
 def _busy(alive: list[dict[str, Any]]) -> str:
@@ -165,7 +167,7 @@ def _busy(alive: list[dict[str, Any]]) -> str:
 
 
 def metrics(queue: PersistentQInterface, now: float | None = None, *, stats: dict[str, Any] | None = None) -> str:
-    """Return the figures in the text format of Prometheus; `stats` as in `why`."""
+    """Return metrics in the text format of Prometheus. `stats` is as in `why`."""
     now = time.time() if now is None else now
     stats, facts = queue.stats() if stats is None else stats, queue.check(thorough=False)
     samples = _Samples()
@@ -173,8 +175,10 @@ def metrics(queue: PersistentQInterface, now: float | None = None, *, stats: dic
         for state in pqueue.STATES:
             samples.add("pqueue_jobs", "Jobs by queue and state", each[state], queue=name, state=state)
         age = 0.0 if each["oldest_pending_at"] is None else max(0.0, now - each["oldest_pending_at"])
-        samples.add("pqueue_oldest_pending_age_seconds", "How long the oldest pending job is due", age, queue=name)
-        samples.add("pqueue_paused", "1 while nothing is delivered", int(each["paused"]), queue=name)
+        samples.add(
+            "pqueue_oldest_pending_age_seconds", "Time since the oldest pending job became due", age, queue=name
+        )
+        samples.add("pqueue_paused", "1 if the queue is paused", int(each["paused"]), queue=name)
     consumers = queue.consumers()
     for state in ("running", "stopped", "dead"):
         known = sum(1 for each in consumers if each["state"] == state)
@@ -184,9 +188,8 @@ def metrics(queue: PersistentQInterface, now: float | None = None, *, stats: dic
     for name in ("file_bytes", "wal_bytes", "disk_free_bytes"):
         if name in facts:
             samples.add(f"pqueue_{name}", name.replace("_", " "), facts[name])
-    samples.add(
-        "pqueue_problems", "What python admin.py doctor finds", len(problems(queue, now, stats=stats, facts=facts))
-    )
+    found = problems(queue, now, stats=stats, facts=facts)
+    samples.add("pqueue_problems", f"Problems that {command_line('admin')} doctor reports", len(found))
     return str(samples)
 
 
@@ -210,32 +213,45 @@ class _Samples:
 # Values for people and for machines ###################################################################################
 
 
+def program_name(program: str) -> str:
+    """Return the name of a program as the user calls it: consumer.py in a checkout, pqueue-consumer if installed."""
+    if not Path(__file__).with_name(f"{program}.py").exists():  # the wheel installs the programs in this package
+        return f"{program}.py"
+    return "pqueue" if program == "admin" else f"pqueue-{program}"
+
+
+def command_line(program: str) -> str:
+    """Return how to run a program: python consumer.py in a checkout, pqueue-consumer if installed."""
+    name = program_name(program)
+    return f"python {name}" if name.endswith(".py") else name
+
+
 def span(seconds: float) -> str:
     """Return a duration in its largest fitting unit: 12 s, 3 m, 5 h, 2 d."""
     if seconds < 59.5:
         return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
     for unit, most in (("m", 60), ("h", 24)):
-        if (number := seconds / UNITS[unit]) < most - 0.5:  # not rounded first: in a damaged row it may be endless
+        if (number := seconds / UNITS[unit]) < most - 0.5:  # not rounded first: it may be infinite in a damaged row
             return f"{number:.0f} {unit}"
     return f"{seconds / UNITS['d']:.0f} d"
 
 
 def ago(at: float, now: float) -> str:
-    """Return a time as people say it: 3 m ago, in 5 m."""
+    """Return a time relative to now: 3 m ago, in 5 m."""
     return f"in {span(at - now)}" if at > now else f"{span(now - at)} ago"
 
 
 def clock(at: float) -> str:
-    """Return a time of today, or a date with its time; local."""
+    """Return a local time, with the date if it is not today."""
     try:
         then = datetime.fromtimestamp(at)
-    except (OverflowError, ValueError, OSError):  # no date is so far away
+    except (OverflowError, ValueError, OSError):  # out of range for a date
         return f"{at:g}"
     return f"{then:%H:%M:%S}" if then.date() == datetime.now().date() else f"{then:%Y-%m-%d %H:%M:%S}"
 
 
 def iso(at: float) -> str:
-    """Return a time for machines: ISO 8601, UTC."""
+    """Return a time in ISO 8601, UTC."""
     try:
         return datetime.fromtimestamp(at, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     except (OverflowError, ValueError, OSError):
@@ -243,7 +259,7 @@ def iso(at: float) -> str:
 
 
 def first_line(error: str | None) -> str:
-    """Return the first line of an error as it is shown."""
+    """Return the first line of an error, masked."""
     return (masked_error(error) or "").split("\n", 1)[0]
 
 
@@ -252,13 +268,13 @@ def cut(text: str, most: int) -> str:
 
 
 def failure(error: str | None) -> str:
-    """Return the error as it is shown of a group of failed jobs."""
+    """Return the error that identifies a group of failed jobs: its first line, cut and masked."""
     line = (error or "").split("\n", 1)[0][: pqueue_schema.FAILURE_CHARS]
     return masked_text(line + "…" if len(line) == pqueue_schema.FAILURE_CHARS else line)
 
 
 def failures(queue: PersistentQInterface) -> list[dict[str, Any]]:
-    """Return what the queue's `failures` does, grouped by what is shown of the errors."""
+    """Return what the queue's `failures` returns, grouped by the masked errors."""
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for each in queue.failures():
         error = failure(each["error"])
@@ -269,19 +285,19 @@ def failures(queue: PersistentQInterface) -> list[dict[str, Any]]:
 
 
 def history(queue: PersistentQInterface, job_id: int, **options: int) -> list[dict[str, Any]]:
-    """Return the job's history as it is shown; the options are those of the queue's `history`."""
+    """Return the job's history with masked errors; the options are those of the queue's `history`."""
     return [{**each, "error": masked_error(each["error"])} for each in queue.history(job_id, **options)]
 
 
 def detail(job: Job) -> str:
-    """Return what a list shows of a job, on one line: its payload, or why it failed."""
+    """Return one line about a job for a list: its payload, or its error if it failed."""
     if job.state == "failed":
         return first_line(job.error)
     return "" if job.payload is None else json_text(masked(job.payload))
 
 
 def job_object(job: Job) -> dict[str, Any]:
-    """Return a job as programs are shown it: without secrets, and without the token that could settle it."""
+    """Return a job as a dict, masked, without the lease token that could complete it."""
     return {**masked_job(job)._asdict(), "lease_token": None}
 
 
@@ -300,7 +316,7 @@ def for_machines(column: str, value: Any) -> Any:
 
 
 def json_text(value: Any) -> str:
-    """Return JSON on one line that a terminal can show: what is not printable is escaped."""
+    """Return JSON on one line, with unprintable characters escaped."""
     text = json.dumps(value, ensure_ascii=False)
     return "".join(mark if mark.isprintable() else json.dumps(mark)[1:-1] for mark in text)
 

@@ -1,10 +1,10 @@
-"""The commands of an installed copy, where the programs are modules of this package."""
+"""Entry points of the installed commands; the wheel installs the programs in this package."""
 
 from __future__ import annotations
 
-from pqueue_tools import endings
+from pqueue_tools import termination
 
-endings.end_at_once()
+termination.reset_sigint()
 
 from importlib import import_module  # noqa: E402
 

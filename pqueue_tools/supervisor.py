@@ -1,4 +1,4 @@
-"""Groups of consumers, through the running supervisord."""
+"""Manage groups of consumers through supervisord."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pqueue_files import make_folder, sync, sync_file
-from pqueue_tools.process import program_name
-from pqueue_tools.report import printable
+from pqueue_tools.process import blocked_signals
+from pqueue_tools.report import command_line, printable
 
 HERE = Path(__file__).resolve().parent
 CONFIGURATION = Path("supervisord.conf")
@@ -24,12 +24,12 @@ SOCKET = Path("var/supervisor.sock")
 LOGS = Path("var/log")
 INCLUDED = Path("var/supervisor.d")
 GROUP_SIZE = 3  # as in supervisord.conf
-ANSWER_SECONDS = 120.0  # longer than stopwaitsecs: stopping a group waits for the jobs in hand
-LOOK_SECONDS = 5.0
-START_SECONDS = 60.0  # how long a new group may take to run; supervisord calls a program RUNNING after startsecs
+CALL_SECONDS = 120.0  # longer than stopwaitsecs: stopping a group waits for its running jobs
+STATUS_SECONDS = 5.0
+START_SECONDS = 60.0  # until a new group must be running; supervisord reports RUNNING after startsecs
 
 PROGRAM = """\
-; Added by pqueue's manager; remove it with its option --remove {group}
+; To remove this group: {manager} --remove {group}
 [program:{group}]
 command = {command}
 umask = 077
@@ -48,7 +48,7 @@ stdout_logfile_backups = 3
 
 
 class ManagerError(Exception):
-    """What was asked cannot be done; the message says why and what to do."""
+    """The request failed; the message says why and what to do."""
 
 
 class _Connection(http.client.HTTPConnection):
@@ -71,12 +71,12 @@ class _Transport(xmlrpc.client.Transport):
 
     def make_connection(self, host: Any) -> http.client.HTTPConnection:
         connection = _Connection("localhost", timeout=self._seconds)
-        self._connection = host, connection  # which `close` closes
+        self._connection = host, connection  # for Transport.close
         return connection
 
 
-def call(method: str, *arguments: Any, seconds: float = ANSWER_SECONDS) -> Any:
-    """Call a method of supervisord's XML-RPC interface. Raises ManagerError, also if it takes longer."""
+def call(method: str, *arguments: Any, seconds: float = CALL_SECONDS) -> Any:
+    """Call a method of supervisord's XML-RPC interface. Raises ManagerError on failure or timeout."""
     try:
         with xmlrpc.client.ServerProxy("http://localhost", transport=_Transport(seconds)) as server:
             return getattr(server.supervisor, method)(*arguments)
@@ -86,7 +86,7 @@ def call(method: str, *arguments: Any, seconds: float = ANSWER_SECONDS) -> Any:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise ManagerError(
             f"no supervisord answers at {SOCKET.absolute()} ({reason}): start it with supervisord -c {CONFIGURATION}, "
-            f"which {program_name('manager')} --init writes"
+            f"which {command_line('manager')} --init writes"
         ) from None
 
 
@@ -100,19 +100,20 @@ def processes() -> list[dict[str, Any]]:
             "pid": each["pid"],
             "uptime_seconds": max(0, each["now"] - each["start"]) if each["pid"] else 0,
         }
-        for each in call("getAllProcessInfo", seconds=LOOK_SECONDS)
+        for each in call("getAllProcessInfo", seconds=STATUS_SECONDS)
     ]
 
 
 def added_groups() -> list[str]:
-    """Return the names of the groups that were added here."""
+    """Return the names of the groups that add_group added."""
     return sorted(path.stem for path in INCLUDED.glob("consumer*.conf") if path.stem.removeprefix("consumer").isdigit())
 
 
 def write_configuration(queues: list[str] | None = None, modules: list[str] | None = None) -> None:
-    """Write supervisord.conf, and its folders, into the current folder, to run this copy of pqueue's programs.
+    """Write supervisord.conf and create its folders in the current folder, to run this copy of the programs.
 
-    With modules, whose tasks the consumers run instead of the built-in one, there is no producer. Raises ManagerError.
+    With modules, the consumers run their tasks instead of the built-in one, and no producer is configured. Raises
+    ManagerError.
     """
     sections = _shipped("supervisord.conf").read_text(encoding="utf-8").split("\n\n")
     text = "\n\n".join(each for each in sections if not (modules and "[program:producer]" in each))
@@ -123,31 +124,35 @@ def write_configuration(queues: list[str] | None = None, modules: list[str] | No
     for folder in (LOGS, INCLUDED):
         make_folder(folder)
     if not _create(CONFIGURATION, text):
-        raise ManagerError(f"cannot write {CONFIGURATION}: it exists here already; remove it first")
+        raise ManagerError(f"cannot write {CONFIGURATION}: it already exists; remove it first")
 
 
 def add_group(size: int = GROUP_SIZE, queues: list[str] | None = None, modules: list[str] | None = None) -> str:
-    """Add a group of this many consumers and return its name, once all of them run.
+    """Add a group of this many consumers, wait until all are running, and return its name.
 
-    Raises ManagerError, for example if they do not; then the group has been removed again.
+    If this fails, remove the group again. Raises ManagerError.
     """
     command = _in_configuration(_command("consumer") + _options(queues, modules))
-    taken = {each["group"] for each in processes()}
+    used = {each["group"] for each in processes()}
     make_folder(INCLUDED)
-    group = next(
-        name
-        for number in range(2, 10_000)
-        if (name := f"consumer{number}") not in taken
-        and _create(_path(name), PROGRAM.format(group=name, command=command, size=size))
-    )
+    values = {"command": command, "size": size, "manager": command_line("manager")}
+    group = None
     try:
+        with blocked_signals():  # a signal must not come between the creation of the file and its assignment to group
+            group = next(
+                name
+                for number in range(2, 10_000)
+                if (name := f"consumer{number}") not in used
+                and _create(_path(name), PROGRAM.format(group=name, **values))
+            )
         call("reloadConfig")
         call("addProcessGroup", group)
         _expect_running(group, size)
     except BaseException:
-        with suppress(ManagerError):
-            _stop_group(group)
-        _forget(group)
+        if group:
+            with suppress(ManagerError):
+                _stop_group(group)
+            _delete_configuration(group)
         raise
     return group
 
@@ -160,26 +165,26 @@ def _expect_running(group: str, size: int) -> None:
             return
         for name, state in states.items():
             if state in ("BACKOFF", "EXITED", "FATAL", "UNKNOWN"):
-                raise ManagerError(f"cannot add {group}, so removed it again: {name} ended: {_last_words(name)}")
+                raise ManagerError(f"cannot add {group}, so removed it again: {name} ended: {_last_log_line(name)}")
         if time.monotonic() > deadline:
             raise ManagerError(f"cannot add {group}, so removed it again: not running after {START_SECONDS:g} s")
         time.sleep(0.1)
 
 
-def _last_words(name: str) -> str:
+def _last_log_line(name: str) -> str:
     path = LOGS / f"{name}.log"
     with suppress(OSError, IndexError):
         return printable(path.read_text(encoding="utf-8", errors="replace").split("\n")[-2])
-    return f"{path} says nothing"
+    return f"{path} is empty"
 
 
 def remove_group(group: str) -> None:
-    """Stop a group that was added, when its consumers have finished what they hold, and forget it."""
+    """Stop a group that was added, after its consumers have finished their jobs, and delete its configuration."""
     if group not in added_groups():
         known = ", ".join(added_groups()) or "none"
-        raise ManagerError(f"expected a group that was added here ({known}), got {group!r}")
+        raise ManagerError(f"expected an added group ({known}), got {group!r}")
     _stop_group(group)
-    _forget(group)
+    _delete_configuration(group)
     call("reloadConfig")
 
 
@@ -189,18 +194,18 @@ def _stop_group(group: str) -> None:
         call("removeProcessGroup", group)
 
 
-def _forget(group: str) -> None:
+def _delete_configuration(group: str) -> None:
     _path(group).unlink(missing_ok=True)
     sync(INCLUDED)
 
 
 def start(name: str) -> None:
-    """Start a process by its name alone. Raises ManagerError."""
+    """Start a process, given by its name without the group. Raises ManagerError."""
     call("startProcess", _full_name(name))
 
 
 def stop(name: str) -> None:
-    """Stop a process by its name alone, when it has finished what it holds. Raises ManagerError."""
+    """Stop a process, given by its name without the group, after it has finished its jobs. Raises ManagerError."""
     call("stopProcess", _full_name(name))
 
 
@@ -213,7 +218,7 @@ def _full_name(name: str) -> str:
 
 
 def _shipped(name: str) -> Path:
-    """Return a file of this copy of pqueue: in this folder if it is installed, above it in a checkout."""
+    """Return the path of a file of pqueue: in this folder if installed, in the parent folder in a checkout."""
     return path if (path := HERE / name).exists() else HERE.parent / name
 
 
@@ -231,7 +236,7 @@ def _in_configuration(words: list[str]) -> str:
     for word in words:
         if not word.isprintable() or any(mark in word for mark in (";", "#", "%(")):
             raise ManagerError(
-                f"expected a name that supervisord's configuration can hold, without ; # or %(: {word!r}"
+                f"expected a printable name without ; # or %(, which supervisord cannot read, got {word!r}"
             )
     return shlex.join(words).replace("%", "%%")
 
@@ -241,13 +246,15 @@ def _path(group: str) -> Path:
 
 
 def _create(path: Path, text: str) -> bool:
-    """Make a file, whole or not at all; return whether its name was free."""
+    """Create a file atomically. Return False if it exists already."""
     new = path.with_name(f"{secrets.token_hex(8)}.new")
     try:
         with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            sync_file(file.fileno())  # or a power cut might leave a part, with which no supervisord starts
+            sync_file(
+                file.fileno()
+            )  # else a power cut might leave a partial file, with which supervisord does not start
         os.link(new, path)
         sync(path.parent)
     except FileExistsError:

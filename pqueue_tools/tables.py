@@ -1,4 +1,4 @@
-"""The dashboard's tables, buttons and texts as data, so that both front ends show the same."""
+"""The dashboard's tables, buttons and texts as data, shared by both front ends."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ BULK_ACTIONS = ("resubmit", "mark_failed", "cancel")
 
 @dataclass(frozen=True)
 class Button:
-    """Starts an action of the dashboard with these fields of a form, after asking for confirmation or for a value."""
+    """Starts an action of the dashboard with these form fields, after asking for confirmation or for a value."""
 
     action: str
     label: str
     fields: dict[str, Any] = field(default_factory=dict)
     confirm: bool = True
     asks_for: str = ""  # the field that the operator fills in
-    hint: str = ""  # what it means if it is left empty
+    hint: str = ""  # meaning of an empty value
     value: str = ""
 
 
@@ -38,9 +38,9 @@ class Column:
     heading: str
     cell: Callable[[Any], Any]
     kind: str = "text"
-    width: str = ""  # "cut": takes the width that is left and is cut off there; "wrap": wraps there
+    width: str = ""  # "cut": use the remaining width and cut the text; "wrap": use it and wrap
     on_phone: bool = True
-    filters: Callable[[Any], dict[str, str]] | None = None  # the search that a cell links to
+    filters: Callable[[Any], dict[str, str]] | None = None  # filters of the search that a cell links to
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Table:
     title: str
     columns: tuple[Column, ...]
     empty: str
-    noun: str = ""  # of a row
-    most: int | None = None  # rows that are shown
-    rows: Callable[[dict[str, Any]], list[Any]] = list  # in the figures of the dashboard
+    noun: str = ""  # for a row
+    most: int | None = None  # maximum number of rows shown
+    rows: Callable[[dict[str, Any]], list[Any]] = list  # takes them from the figures of the dashboard
     buttons: Callable[[Any], list[Button]] = lambda _: []  # of a row
-    name: Callable[[Any], str] = itemgetter("name")  # by which a row with buttons is chosen
+    name: Callable[[Any], str] = itemgetter("name")  # identifies a row with buttons
 
     def hidden(self, rows: list[Any]) -> str:
         """Return how many rows are not shown, or "" for none."""
@@ -99,7 +99,7 @@ JOBS = Table(
         Column("enqueued", lambda job: job.created_at, "time", on_phone=False),
         Column("detail", lambda job: report.cut(report.detail(job), 200), width="cut"),
     ),
-    "no jobs yet: run python producer.py",
+    f"no jobs yet: run {report.command_line('producer')}",
 )
 FAILED = Table(
     "Failed",
@@ -129,7 +129,7 @@ CONSUMERS = Table(
         Column("failed", itemgetter("failed"), "number"),
         Column("seen", itemgetter("last_seen_at"), "time", width="cut"),
     ),
-    "no consumer yet: run python consumer.py",
+    f"no consumer yet: run {report.command_line('consumer')}",
     "consumer",
     dashboard.CONSUMERS_SHOWN,
     itemgetter("consumers"),
@@ -238,7 +238,7 @@ def label(action: str) -> str:
 
 
 def texts(found: dict[str, Any]) -> list[tuple[str, str, bool]]:
-    """Return title and text of what the job holds, and whether the text was cut."""
+    """Return the title and text of each part of the job, and whether the text was cut."""
     job = found["job"]
     held = {
         "Payload": _pretty(job.payload),
@@ -251,9 +251,11 @@ def texts(found: dict[str, Any]) -> list[tuple[str, str, bool]]:
 
 
 def _pretty(value: Any) -> str:
-    """Return a payload or result on many lines, or more than TEXT_CHARS_SHOWN of them: indents make deep lists long."""
+    """Return indented JSON, up to somewhat more than TEXT_CHARS_SHOWN characters: indents make deep lists long."""
     parts, size = [], 0
-    encoder = json.JSONEncoder(ensure_ascii=False, indent=2, check_circular=False)  # to check, it would keep the value
+    encoder = json.JSONEncoder(
+        ensure_ascii=False, indent=2, check_circular=False
+    )  # the check would keep references to the value
     for part in encoder.iterencode(value):
         parts.append(part)
         size += len(part)
@@ -266,19 +268,19 @@ def _pretty(value: Any) -> str:
 
 
 def none_found(query: dict[str, str], before: int | None) -> str:
-    """Return what to say instead of a page of jobs that is empty; `before` as from `FigureCache.jobs`."""
+    """Return the text for an empty page of jobs; `before` is as returned by `FigureCache.jobs`."""
     if before is not None:
         return "no job found so far"
     return "no job matches" if any(query.get(name) for name in (*dashboard.FILTERS, "before_id")) else JOBS.empty
 
 
 def matching(query: dict[str, str], shown: dashboard.JobPage) -> str:
-    """Return how "all that match the filter" is called, with their number where the page shows all of them."""
+    """Return the label of "all that match the filter", with their number if the page shows all of them."""
     known = len(shown[0]) if shown[1] is None and not query.get("before_id") else None
     return "all that match the filter" if known is None else f"all {known} that match the filter"
 
 
 def older_jobs(shown: dashboard.JobPage) -> str:
-    """Return the label of what leads to the next page."""
+    """Return the label of the link to the next page."""
     jobs, before = shown
-    return "older jobs" if len(jobs) == dashboard.JOBS_PER_PAGE else f"searched back to job {before:,}: go on"
+    return "older jobs" if len(jobs) == dashboard.JOBS_PER_PAGE else f"searched back to job {before:,}: continue"

@@ -1,7 +1,7 @@
-"""Kill producers and consumers at random, then prove that nothing was lost or done twice.
+"""Kill producers and consumers at random, then verify that no job was lost or done twice.
 
-Each job writes a row, its effect, in the transaction that completes it. Some consumers let their lease run out and
-complete all the same: they must be refused. Afterwards every acknowledged job must be completed, with one effect.
+Each job inserts a row, its effect, in the transaction that completes it. Some consumers let their lease expire before
+they complete a job, and must be refused. At the end, every acknowledged job must be completed, with one effect.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from pathlib import Path
 from typing import Any, cast
 
 from pqueue import LeaseLost, PersistentQSQLite, QueueBusy
-from pqueue_tools import endings
+from pqueue_tools.process import blocked_signals
 
 PRODUCERS = 2
 CONSUMERS = 4
 LEASE_SECONDS = 0.5
-KILL_SECONDS = 0.1  # between two kills
+KILL_SECONDS = 0.1  # between kills
 START_SECONDS = 60.0  # how long to wait for the first job
-LATE_EVERY = 20  # one delivery in so many lets its lease run out
-MAX_ATTEMPTS = 10_000  # so that no job is set aside for being killed
+LATE_EVERY = 20  # one delivery in this many lets its lease expire
+MAX_ATTEMPTS = 10_000  # so that no job fails because its consumers were killed
 
 EFFECT = "INSERT INTO effects SELECT id, lease_token IS NOT ? FROM jobs WHERE id = ?"
 
 
 def produce(folder: Path, durability: str, name: str) -> None:
-    """Enqueue without end; note each job when `enqueue` has returned."""
+    """Enqueue jobs forever, and record each job when `enqueue` has returned."""
     queue = PersistentQSQLite(folder / "queue.db", durability=durability)
-    _begun(folder, name).touch()
+    _started_file(folder, name).touch()
     with (folder / f"{name}.acknowledged").open("a") as acknowledged:
         while True:
             with suppress(QueueBusy):
@@ -48,9 +48,9 @@ def produce(folder: Path, durability: str, name: str) -> None:
 
 
 def consume(folder: Path, durability: str, name: str, drain: bool = False) -> None:
-    """Complete jobs, each with its effect in the same transaction; drain: until there are none."""
+    """Complete jobs, each with its effect in the same transaction; with `drain`, until none is left."""
     queue = PersistentQSQLite(folder / "queue.db", durability=durability)
-    _begun(folder, name).touch()
+    _started_file(folder, name).touch()
     while True:
         with suppress(QueueBusy):
             job = queue.dequeue(name, lease_seconds=LEASE_SECONDS)
@@ -60,7 +60,7 @@ def consume(folder: Path, durability: str, name: str, drain: bool = False) -> No
                 queue.wait(0.1, consumer=name)
                 continue
             if job.attempts > 1:
-                time.sleep(LEASE_SECONDS * 0.9)  # still at it when the late one comes
+                time.sleep(LEASE_SECONDS * 0.9)  # so that the late completion comes before this one
             elif not drain and random.randrange(LATE_EVERY) == 0:
                 time.sleep(LEASE_SECONDS * 1.7)
             try:
@@ -72,26 +72,23 @@ def consume(folder: Path, durability: str, name: str, drain: bool = False) -> No
                     refused.write(f"{job.id}\n")
 
 
-def _begun(folder: Path, name: str) -> Path:
-    """Return the file that says that this process has come up: a slow machine would do nothing else than start some."""
-    return folder / f"{name}.begun"
+def _started_file(folder: Path, name: str) -> Path:
+    """Return the file that a process creates when it has started; it is not killed before, even on a slow machine."""
+    return folder / f"{name}.started"
 
 
-def _start_deaf(child: BaseProcess) -> None:
-    """Start a process that an INT on the terminal does not reach; it is killed in the end."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, endings.ENDINGS)
-    try:
+def _start_with_blocked_signals(child: BaseProcess) -> None:
+    """Start a process that ignores Ctrl-C on the terminal; it is killed at the end."""
+    with blocked_signals():
         child.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Torture:
-    """One run, in a folder of its own under `beside`, on the same disk as the real database."""
+    """One run, in a temporary folder in `parent`, on the same disk as the real database."""
 
-    def __init__(self, beside: Path, durability: str) -> None:
+    def __init__(self, parent: Path, durability: str) -> None:
         self.durability = durability
-        self.folder = Path(tempfile.mkdtemp(prefix="torture-", dir=beside))
+        self.folder = Path(tempfile.mkdtemp(prefix="torture-", dir=parent))
         self.kills = self.stops = 0
         self._context = multiprocessing.get_context("spawn")
         self._children: dict[str, BaseProcess] = {}
@@ -102,27 +99,27 @@ class Torture:
         queue.close()
 
     def run(self, seconds: float) -> dict[str, Any]:
-        """Return the figures, and as "problems" a sentence for each promise that was broken."""
+        """Return the results; "problems" has a sentence for each violated guarantee."""
         try:
             for name in self._names():
                 self._start(name)
-            self._await_a_job()
+            self._wait_for_job()
             began = time.monotonic()
             while time.monotonic() - began < seconds:
-                self._hurt(random.choice(self._names()))
-                self._tell(time.monotonic() - began, seconds)
+                self._disturb(random.choice(self._names()))
+                self._show_progress(time.monotonic() - began, seconds)
                 time.sleep(KILL_SECONDS)
             self._end()
             self._drain()
-            return {"seconds": round(time.monotonic() - began, 1), "durability": self.durability, **self._judge()}
+            return {"seconds": round(time.monotonic() - began, 1), "durability": self.durability, **self._verify()}
         finally:
             self._end()
             shutil.rmtree(self.folder)
 
-    def _await_a_job(self) -> None:
-        """Let the processes come up: on a busy machine that takes longer than a short torture."""
+    def _wait_for_job(self) -> None:
+        """Wait until the processes have started: on a busy machine this takes longer than a short run."""
         until = time.monotonic() + START_SECONDS
-        while not self._noted("acknowledged") and time.monotonic() < until:
+        while not self._recorded("acknowledged") and time.monotonic() < until:
             time.sleep(KILL_SECONDS)
 
     def _names(self) -> list[str]:
@@ -130,17 +127,17 @@ class Torture:
 
     def _start(self, name: str) -> None:
         work = produce if name.startswith("producer") else consume
-        _begun(self.folder, name).unlink(missing_ok=True)
+        _started_file(self.folder, name).unlink(missing_ok=True)
         self._children[name] = self._context.Process(target=work, args=(self.folder, self.durability, name))
-        _start_deaf(self._children[name])
+        _start_with_blocked_signals(self._children[name])
 
-    def _hurt(self, name: str) -> None:
-        """Kill a process and start it anew, or one time in four stop it until its lease is over."""
+    def _disturb(self, name: str) -> None:
+        """Kill a process and restart it, or, one time in four, stop it until its lease has expired."""
         for other, at in list(self._stopped.items()):
             if time.monotonic() > at + 2 * LEASE_SECONDS:
                 del self._stopped[other]
                 self._signal(other, signal.SIGCONT)
-        if name in self._stopped or not _begun(self.folder, name).exists():
+        if name in self._stopped or not _started_file(self.folder, name).exists():
             return
         if random.randrange(4) == 0:
             self._signal(name, signal.SIGSTOP)
@@ -165,23 +162,23 @@ class Torture:
 
     def _drain(self) -> None:
         drainer = self._context.Process(target=consume, args=(self.folder, self.durability, "drainer", True))
-        self._children["drainer"] = drainer  # so that it is killed when this is interrupted
-        _start_deaf(drainer)
+        self._children["drainer"] = drainer  # so that it is killed if this process is interrupted
+        _start_with_blocked_signals(drainer)
         drainer.join()
 
-    def _tell(self, passed: float, seconds: float) -> None:
+    def _show_progress(self, passed: float, seconds: float) -> None:
         if sys.stderr.isatty():
             bar = "█" * round(min(1.0, passed / seconds) * 30)
             print(f"\r{bar:░<30} {passed:3.0f} s  {self.kills} killed, {self.stops} stopped ", end="", file=sys.stderr)
 
-    def _noted(self, kind: str) -> list[int]:
+    def _recorded(self, kind: str) -> list[int]:
         lines = [line for path in self.folder.glob(f"*.{kind}") for line in path.read_text().split("\n")[:-1]]
         return [int(line) for line in lines if line]
 
-    def _judge(self) -> dict[str, Any]:
+    def _verify(self) -> dict[str, Any]:
         if sys.stderr.isatty():
             print(file=sys.stderr)
-        acknowledged, refused = set(self._noted("acknowledged")), self._noted("refused")
+        acknowledged, refused = set(self._recorded("acknowledged")), self._recorded("refused")
         with closing(sqlite3.connect(self.folder / "queue.db")) as db:
             states = dict(db.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
             stored = {row[0] for row in db.execute("SELECT id FROM jobs")}
@@ -194,13 +191,13 @@ class Torture:
             "acknowledged jobs are lost": len(acknowledged - stored),
             "jobs are not completed": len(stored) - completed,
             "jobs have more than one effect": sum(1 for number in effects.values() if number > 1),
-            "jobs have none": len(stored - effects.keys()),
+            "jobs have no effect": len(stored - effects.keys()),
             "effects were committed under a stale token": stale,
             "effects have no job": len(effects.keys() - stored),
         }
-        found = [f"{number} {what}" for what, number in checks.items() if number]
-        found += [] if integrity == "ok" else [f"the database is damaged: {integrity}"]
-        found += [] if acknowledged and self.kills else ["nothing was tried: give it more seconds"]
+        problems = [f"{number} {what}" for what, number in checks.items() if number]
+        problems += [] if integrity == "ok" else [f"the database is damaged: {integrity}"]
+        problems += [] if acknowledged and self.kills else ["nothing was tested: allow more seconds"]
         return {
             "acknowledged": len(acknowledged),
             "completed": completed,
@@ -208,5 +205,5 @@ class Torture:
             "killed": self.kills,
             "stopped": self.stops,
             "late completions refused": len(refused),
-            "problems": found,
+            "problems": problems,
         }

@@ -203,10 +203,10 @@ def test_operator_whose_folder_has_no_queue_creates_none(front, folder, run):
         (["enqueue", ""], 2, "expected a task name"),
         (["prune"], 2, "--older-than"),
         (["prune", "--older-than", "7y"], 2, "expected a duration"),
-        (["resubmit"], 2, "expected job numbers or a filter"),
-        (["resubmit", "2", "--status", "failed"], 2, "expected job numbers or a filter"),
-        (["resubmit", "--status", "failed"], 2, "without a terminal to ask on, give --yes"),
-        (["delete-db-jobs"], 2, "without a terminal to ask on, give --yes"),
+        (["resubmit"], 2, "expected job ids or a filter"),
+        (["resubmit", "2", "--status", "failed"], 2, "expected job ids or a filter"),
+        (["resubmit", "--status", "failed"], 2, "expected --yes to resubmit 1 job without a terminal"),
+        (["delete-db-jobs"], 2, "expected --yes to delete all"),
         (["delete-db-jobs", "--yes"], 1, "1 of them are processing"),
         (["assign-job", "5"], 2, "expected a CONSUMER_ID, or --any"),
         (["pause", "nosuch"], 1, "no queue 'nosuch'; there are: default, slow"),
@@ -283,7 +283,7 @@ def test_operator_takes_a_running_job_over(queue, run):
     assert (code, "take job 3 from anna" in err) == (2, True)
     code, out, err = run("assign-job", ids["processing"], "berta", "--yes")
     assert (code, out) == (0, "job 3 assigned to berta\n")
-    assert "no consumer 'berta' was ever seen here" in err
+    assert "no consumer named 'berta' has connected yet" in err
     with pytest.raises(pqueue.LeaseLost):
         queue.complete(running)
     assert queue.dequeue("anna", queues=["default"]) is None
@@ -438,7 +438,7 @@ def test_operator_takes_no_running_job_over_unasked(queue, run, monkeypatch):
 
     monkeypatch.setattr(type(queue), "consumers", taken_meanwhile)
     code, _, err = run("assign-job", job_id, "anna")
-    assert (code, err) == (1, "admin.py: cannot assign job 1: anna has just taken it; give the command again\n")
+    assert (code, err) == (1, "admin.py: cannot assign job 1: anna has just taken it; repeat the command\n")
     assert queue.get(job_id).consumer == "anna"
 
 
@@ -448,9 +448,9 @@ def test_operator_takes_no_running_job_over_unasked(queue, run, monkeypatch):
         ("completed", "it was completed by anna"),
         ("failed", "after 1 of 1 attempt: ValueError: <b>no</b>; resubmit it"),
         ("cancelled", "it was cancelled"),
-        ("processing", "it runs on anna since"),
+        ("processing", "it has been running on anna for"),
         ("scheduled", "it is due in 1 h, at "),
-        ("pending", "it waits for its turn: 1 job pending in queue slow, 1 of 1 consumer busy"),
+        ("pending", "it is waiting: 1 job pending in queue slow, 1 of 1 consumer busy"),
     ],
 )
 def test_operator_is_told_why_a_job_does_not_run(queue, state, sentence):
@@ -460,7 +460,7 @@ def test_operator_is_told_why_a_job_does_not_run(queue, state, sentence):
 
 def test_operator_is_told_what_keeps_a_pending_job(queue, monkeypatch):
     job_id = queue.enqueue("mail", queue="post")
-    assert report.why(queue, job_id) == "no consumer is alive: python consumer.py"
+    assert report.why(queue, job_id) == "no consumer is alive: run python consumer.py"
     monkeypatch.setitem(pqueue.TASKS, "known", None)
     queue.dequeue("anna", queues=["default"])
     assert report.why(queue, job_id) == "no live consumer serves its queue post"
@@ -470,6 +470,16 @@ def test_operator_is_told_what_keeps_a_pending_job(queue, monkeypatch):
     assert report.why(queue, job_id).startswith("no live consumer that may run it knows its task mail")
     queue.pause("post")
     assert report.why(queue, job_id) == "its queue post is paused: python admin.py resume post"
+
+
+def test_operator_of_an_installed_copy_is_told_its_commands(queue, tmp_path, monkeypatch):
+    for program in ("admin", "consumer"):
+        (tmp_path / f"{program}.py").touch()
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
+    job_id = queue.enqueue("mail")
+    assert report.why(queue, job_id) == "no consumer is alive: run pqueue-consumer"
+    queue.pause("default")
+    assert report.why(queue, job_id) == "its queue default is paused: pqueue resume default"
 
 
 def test_command_that_the_operator_is_told_to_give_executes_no_name(queue):
@@ -677,7 +687,7 @@ def test_torture_finds_a_queue_without_its_token_guard(tmp_path):
     shutil.copytree(ROOT / "pqueue_tools", tmp_path / "pqueue_tools")
     (tmp_path / "var").mkdir()
     source = (tmp_path / "pqueue_schema.py").read_text()
-    broken = source.replace("id = :id AND lease_token = :token", "id = :id")
+    broken = source.replace('"id = :id AND lease_token = :token"', "\"id = :id AND state = 'processing'\"")
     assert broken != source
     (tmp_path / "pqueue_schema.py").write_text(broken)
     done = subprocess.run(

@@ -206,7 +206,7 @@ def test_consumer_told_to_stop_at_once_does_not_give_back_a_job_that_may_run_onc
         time.sleep(0.2)
     assert child.wait(60) == 0
     assert queue.get(1).state == "failed"
-    assert "it is not run again" in queue.get(1).error
+    assert "not run again because max_attempts is 1" in queue.get(1).error
 
 
 def test_consumer_and_producer_end_when_the_database_is_replaced(place):

@@ -122,6 +122,16 @@ def test_project_uses_the_queue_with_its_own_modules(project):
     assert "Traceback" not in child.out.read_text()
 
 
+def test_project_is_told_the_names_of_the_installed_commands(project):
+    project.run("pqueue-producer", "--count", 1, "--interval", 0)
+    assert project.run("pqueue", "why", 1).stdout == "job 1: no consumer is alive: run pqueue-consumer\n"
+    for program in COMMANDS:
+        done = project.run(program, "--no-such-option")
+        assert (done.returncode, done.stderr.split()[0]) == (2, f"{program}:")
+    done = project.run("pqueue-consumer", "--import", "nowhere")
+    assert done.stderr == "pqueue-consumer: cannot import 'nowhere': No module named 'nowhere'\n"
+
+
 def test_project_runs_under_supervisor_from_the_configuration_that_the_manager_writes(project, monkeypatch):
     monkeypatch.setenv("PQUEUE_OPS_PORT", port := str(free_port()))
     done = project.run("pqueue-manager", "--init", "--import", "tasks")

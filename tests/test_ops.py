@@ -156,7 +156,7 @@ def test_search_that_takes_too_long_says_how_far_it_came(queue, site, monkeypatc
     ids = queue.enqueue_many("many", range(15))
     text = site.ask("/?task=rare")[1]
     assert "no job found so far" in text
-    assert f"searched back to job {ids[5]}: go on" in text
+    assert f"searched back to job {ids[5]}: continue" in text
     text = site.ask(f"/?task=rare&before_id={ids[5]}")[1]
     assert f'href="/job/{old}"' in text
     assert "newest jobs" in text
@@ -207,7 +207,7 @@ def test_minutes_of_a_queue_that_was_replaced_are_not_kept(queue, monkeypatch):
 
 
 def test_page_does_not_wait_for_a_supervisord_that_hangs(queue, site, monkeypatch):
-    monkeypatch.setattr(supervisor, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(supervisor, "STATUS_SECONDS", 0.2)
     assert "supervisord is not running here" in site.ask("/")[1]
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(supervisor.SOCKET))
@@ -311,14 +311,14 @@ def test_operator_acts_on_the_ticked_or_on_all_that_match(queue, site):
 @pytest.mark.parametrize(
     ("action", "form", "message"),
     [
-        ("cancel", {}, "tick some"),
+        ("cancel", {}, "expected at least one selected job"),
         ("cancel", {"id": "x"}, "expected a whole number"),
         ("cancel", {"id": ["1", "x"]}, "expected a whole number"),
         ("cancel", {"id": "99"}, "no such job"),
         ("resubmit", {"id": "1"}, "it is pending"),
         ("cancel", {"scope": "matching"}, "expected a filter"),
         ("limit", {"queue": "default", "max_pending": "-1"}, "expected a whole number"),
-        ("remove_group", {"group": "../x"}, "expected a group that was added here"),
+        ("remove_group", {"group": "../x"}, "expected an added group"),
         ("nosuch", {}, "no such action"),
     ],
 )
@@ -709,7 +709,7 @@ def test_other_addresses_need_a_password_and_a_wrong_one_costs_time(queue, folde
 
 def test_port_that_is_taken_is_told(site, capsys):
     assert ops.main(["--port", str(site.port)]) == 1
-    assert f": port {site.port} is in use: choose another with PQUEUE_OPS_PORT\n" in capsys.readouterr().err
+    assert f": port {site.port} is in use: set PQUEUE_OPS_PORT to another port\n" in capsys.readouterr().err
 
 
 # What it survives

@@ -248,7 +248,7 @@ def test_operator_cannot_restore_a_database_to_itself_or_to_a_server(path, backu
     ("arguments", "code", "message"),
     [
         ([], 2, ""),
-        (["nosuch.db"], 2, "without a terminal to ask on, give --yes"),
+        (["nosuch.db"], 2, "expected --yes to replace the queue by nosuch.db without a terminal"),
         (["nosuch.db", "--yes"], 1, "nosuch.db: expected a file, got none"),
         ([":memory:", "--yes"], 2, "expected a path"),
     ],

@@ -18,13 +18,7 @@ NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}  # which are public
 PRIVATE_USES = {
     "consumer": {"_exit"},  # a function of os
     # A queue fills another one.
-    "pqueue_move": {
-        "_transaction",
-        "_lock_out_writers",
-        "_reset_ids",
-        "_count_pending",
-        "_read",
-    },
+    "pqueue_move": {"_transaction", "_lock_out_writers", "_reset_ids", "_count_pending", "_read"},
     # A session and its queue are one thing in two classes, and a fork resets both.
     "pqueue_sqlalchemy": {
         *("_engine", "_db_errors", "_transaction", "_connect_raw", "_mark_running", "_busy_seconds", "_after_fork")

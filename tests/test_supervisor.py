@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Place, free_port, wait_until
 
+from pqueue_tools import supervisor, termination
+
 BIN = Path(sys.executable).parent
 NAMES = ("consumer_00", "consumer_01", "consumer_02")
 FILES = (*(path.name for path in ROOT.glob("*.py")), "pqueue_tools", "supervisord.conf", "Procfile", ".streamlit")
@@ -236,6 +238,22 @@ def test_manager_takes_back_a_group_whose_consumers_do_not_run(system):
     assert list((system.folder / "var/supervisor.d").iterdir()) == []
 
 
+def test_manager_that_is_ended_as_it_adds_a_group_leaves_no_file(tmp_path, monkeypatch):
+    create = supervisor._create
+
+    def create_and_end(path, text):
+        created = create(path, text)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return created
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(supervisor, "_create", create_and_end)
+    monkeypatch.setattr(supervisor, "call", lambda *_, **__: [])
+    with pytest.raises(SystemExit), termination.ExitOnSignal():
+        supervisor.add_group()
+    assert list((tmp_path / "var/supervisor.d").iterdir()) == []
+
+
 def test_system_refuses_a_port_that_another_project_uses(system):
     port = os.environ["PQUEUE_OPS_PORT"]
     done = system.run("ops.py", "--check")
@@ -243,7 +261,7 @@ def test_system_refuses_a_port_that_another_project_uses(system):
     with socket.create_server(("127.0.0.1", int(port))):
         for arguments in ([], ["--check"], ["--streamlit"]):
             done = system.run("ops.py", *arguments)
-            sentence = f"ops.py: port {port} is in use: choose another with PQUEUE_OPS_PORT\n"
+            sentence = f"ops.py: port {port} is in use: set PQUEUE_OPS_PORT to another port\n"
             assert (done.returncode, done.stdout, done.stderr) == (1, "", sentence)
 
 
@@ -257,7 +275,7 @@ def test_manager_writes_a_configuration_for_tasks_of_the_users_own(system):
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     done = mine.run(program, "--init")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "it exists here already" in done.stderr
+    assert "it already exists" in done.stderr
     queue = mine.queue()
     job = queue.enqueue("mine", queue=name)
     child = started(mine, "supervisord", "-n", "-c", "supervisord.conf")
@@ -294,8 +312,8 @@ def test_manager_tells_what_is_wrong_in_one_line(system):
     started(system, "supervisord", "-n", "-c", "supervisord.conf")
     before = everything_runs(system, queue_of(system))
     for arguments, code, message in [
-        (["--remove", "consumer"], 1, "expected a group that was added here (none), got 'consumer'"),
-        (["--remove", "../../etc"], 1, "expected a group"),
+        (["--remove", "consumer"], 1, "expected an added group (none), got 'consumer'"),
+        (["--remove", "../../etc"], 1, "expected an added group"),
         (["--stop", "nobody"], 1, "expected one of consumer:consumer_00"),
         (["--count", "1", "--queue", "a ;b"], 1, "without ; # or %("),
         (["--count", "0"], 2, "expected a whole number from 1 to 1000, got '0'"),

@@ -1,4 +1,4 @@
-"""Tell each program to end, at every moment from its first line to its last: no traceback, and the usual exit code."""
+"""Send each program a termination signal at any moment of its life: no traceback, and the usual exit code."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ import os, sys
 sys.argv = sys.argv[1:]
 sys.path[0] = os.path.dirname(sys.argv[0])
 __file__ = sys.argv[0]
-from pqueue_tools import endings
+from pqueue_tools import termination
 
-def say_ready(first=endings.end_at_once):
+def say_ready(first=termination.reset_sigint):
     first()
     os.write(1, b"ready\\n")
 
-endings.end_at_once = say_ready
+termination.reset_sigint = say_ready
 with open(__file__, encoding="utf-8") as file:
     exec(compile(file.read(), __file__, "exec", dont_inherit=True))
 """
@@ -41,7 +41,7 @@ COMMANDS = [
     ("ops.py", "--port", "0"),
     ("bench/__main__.py", "--help"),
 ]
-# A signal handler that raises while a file is being opened leaves it to the garbage collector, which no user is told.
+# A signal handler that raises while a file is being opened leaves it to the garbage collector, and no user sees that.
 WARNINGS = "error,ignore::ResourceWarning"
 ENDLESS_SECONDS = 0.8  # to look at the dashboard for
 
@@ -67,8 +67,8 @@ def launched(place, program, *arguments):
     return child
 
 
-def told(place, command, number, seconds):
-    """Run the command, tell it to end after so many seconds, and return its exit code and what it said."""
+def terminated(place, command, number, seconds):
+    """Run the command, send the signal after so many seconds, and return its exit code and output."""
     child = launched(place, *command)
     time.sleep(seconds)  # a moment to try, and not a wait for something
     child.send_signal(number)
@@ -92,7 +92,7 @@ def test_program_that_is_told_to_end_at_any_moment_does_so_quietly(begun, comman
     moments = [(signal.SIGINT, seconds * at / MOMENTS) for at in range(MOMENTS)]
     moments += [(number, seconds * at / 4) for at in range(1, 4) for number in (signal.SIGTERM, signal.SIGHUP)]
     with ThreadPoolExecutor(1 if "backup" in command else 2) as pool:
-        ends = pool.map(lambda moment: (*moment, *told(begun, command, *moment)), moments)
+        ends = pool.map(lambda moment: (*moment, *terminated(begun, command, *moment)), moments)
         for number, at, code, said in ends:
             assert code in (0, -number, 128 + number, int(command[0] == "manager.py")), (number, at, code, said)
             assert "Traceback" not in said, (number, at, said)
