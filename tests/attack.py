@@ -621,7 +621,7 @@ def restore(attack: Attack) -> None:
 
 def _restored(attack: Attack, name: str) -> subprocess.CompletedProcess[str]:
     done = attack.admin("restore", name)
-    return attack.admin("restore", name, "--yes") if "give --yes" in done.stderr else done
+    return attack.admin("restore", name, "--yes") if "--yes" in done.stderr else done
 
 
 def _put_in_place(attack: Attack, backup: str) -> None:
