@@ -58,7 +58,7 @@ def open_queue():
         def unsynced(**_):
             session().wanted = "OFF"
             return session()
-        queue._write = unsynced
+        queue._transaction = unsynced
     return queue
 
 def do(verb, *arguments, **options):
