@@ -103,6 +103,8 @@ def direct(database, queue):
 
 
 class PgBouncerContract(QueueContract, unittest.TestCase):
+    polls = True
+
     @pytest.fixture(autouse=True)
     def _pooler(self, pooler):
         self.url = pooler.url
