@@ -35,7 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
         address = f"[{options.host}]" if ":" in options.host else options.host
         print(f"dashboard at http://{address}:{options.port}", flush=True)
         return 0
-    if options.streamlit and find_spec("streamlit"):
+    if options.streamlit and not find_spec("streamlit"):
+        print_error("ops", "Streamlit is not installed, so this is the page without it: pip install streamlit")
+    elif options.streamlit:
         command = [sys.executable, "-m", "streamlit", "run", os.path.abspath(__file__)]
         command += [f"--server.address={options.host}", f"--server.port={options.port}"]
         os.execv(sys.executable, command)

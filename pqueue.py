@@ -422,7 +422,7 @@ class PersistentQInterface(Reading, Moving):
 
     def _complete_all(self, session: Session, completions: list[tuple[Job, str | None]], now: float) -> list[Job]:
         """Complete these jobs, and return those whose lease was lost."""
-        # guard: the fused call tells a lost lease
+        # guard: the fused call reports a lost lease
         return [job for job, result in completions if not _complete(session, job, result, now)]
 
     def complete(self, job: Job, result: Any = None, *, now: float | None = None) -> None:
@@ -540,7 +540,7 @@ class PersistentQInterface(Reading, Moving):
         params = {"error": None, **values, "id": valid_id(job_id), "now": self._time(now)}
         with self._transaction() as session:
             session.change(RECORD, {**params, "event": event, "actor": operator_name(by)})
-            # guard: an operator is told of a refusal
+            # guard: an operator sees a refusal
             if not session.change(sql, params):
                 raise _refusal(session, verb, job_id)
             session.wakes = True

@@ -387,5 +387,15 @@ def move_into_place(part: Path, target: Path, *, is_new: bool) -> None:
         each.unlink(missing_ok=True)
     # guard: no old log reappears next to a restored file
     sync(target.parent)
-    part.replace(target)
+    rename(part, target, is_new=is_new)
     sync(target.parent)
+
+
+def rename(part: Path, target: Path, *, is_new: bool) -> None:
+    """Rename the file to the target. If that fails, remove the empty file that reserved a new name."""
+    try:
+        part.replace(target)
+    except OSError:
+        if is_new:
+            target.unlink()
+        raise

@@ -122,9 +122,8 @@ class FairLock:
     is reserved for the waiter's kind for `HANDOVER_SECONDS`, but not longer, as the waiter may have died.
     """
 
-    PID, HELD_SINCE, RESERVED_FOR, RESERVED_UNTIL, WAITING_SINCE = range(
-        5
-    )  # fields of the file; times are monotonic, 0: none
+    # The fields of the file; times are monotonic, 0: none
+    PID, HELD_SINCE, RESERVED_FOR, RESERVED_UNTIL, WAITING_SINCE = range(5)
 
     def __init__(self, path: Path, kinds: Sequence[str] = ("",)) -> None:
         self._path, self._pid = path, os.getpid()

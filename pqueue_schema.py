@@ -19,7 +19,7 @@ SQLITE_TYPES = {"id": "INTEGER PRIMARY KEY", "bigint": "INTEGER", "float": "REAL
 
 # A migration is a list of statements; user_version is the number of migrations applied to a file. Once 0.1 is released,
 # change the schema by adding migrations, never by editing them.
-# guard: a lease stands exactly while processing
+# guard: a lease exists exactly while processing
 # guard: a payload is JSON
 # guard: a value has the type of its column
 MIGRATIONS: list[list[str]] = [

@@ -37,6 +37,7 @@ from pqueue_files import (
     move_into_place,
     open_private,
     real_path,
+    rename,
     replaced,
     sync,
 )
@@ -665,7 +666,7 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _is_alive(self, slot: int | None) -> bool:
         with self._folder_errors():
-            # guard: a consumer whose locks were deleted is told
+            # guard: a consumer whose locks were deleted stops
             if not all(me.slot.is_linked() for me in self._registry.values() if me.slot):
                 raise QueueError(f"cannot continue: the locks in {self.path}.d were deleted while in use; restart")
             # guard: who holds its lock is alive
@@ -724,7 +725,7 @@ class PersistentQSQLite(PersistentQInterface):
                     raise QueueError(f"cannot back up to {target}: the copy is damaged")
             sync(part)  # some versions of SQLite do not
             create_file(target)  # reserves the name; fails if it exists
-            part.replace(target)
+            rename(part, target, is_new=True)
             # guard: a backup's name is synced
             sync(target.parent)
         except OSError as error:

@@ -252,9 +252,8 @@ def _create(path: Path, text: str) -> bool:
         with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            sync_file(
-                file.fileno()
-            )  # else a power cut might leave a partial file, with which supervisord does not start
+            # Else a power cut might leave a partial file, with which supervisord does not start.
+            sync_file(file.fileno())
         os.link(new, path)
         sync(path.parent)
     except FileExistsError:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, wait_until
 
 import pqueue_files
 
@@ -157,3 +157,11 @@ def test_no_program_syncs_past_the_means_of_macos():
     for path in (*ROOT.glob("*.py"), *ROOT.glob("pqueue_tools/*.py"), *ROOT.glob("bench/*.py")):
         expected = {"pqueue_files.py": 1, "run.py": 2}.get(path.name, 0)
         assert len(re.findall(r"os\.f(?:data)?sync\(", path.read_text())) == expected, path.name
+
+
+def test_dashboard_without_streamlit_says_what_to_install_and_serves_the_page(place):
+    place.write("hidden/sitecustomize.py", "import sys; sys.modules['streamlit'] = None")
+    child = place.start("ops.py", "--streamlit", "--port", 0, PYTHONPATH=str(place.folder / "hidden"))
+    said = wait_until(lambda: (text := child.out.read_text()).count("\n") == 2 and text)
+    assert "ops.py: Streamlit is not installed, so this is the page without it: pip install streamlit\n" in said
+    assert "dashboard at http://127.0.0.1:" in said
