@@ -368,7 +368,8 @@ def prune(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     if options.older_than is None:
         raise UsageError("prune: expected --older-than DURATION, such as --older-than 7d")
     states = [options.status] if options.status else pqueue.FINISHED
-    pruned = queue.prune(options.older_than, states=states)
+    pruned = queue.prune(options.older_than, states=states, tell=lambda n: _progress(f"{n:,} jobs pruned"))
+    _progress("")
     return CommandResult([{"pruned": pruned}], f"pruned {count(pruned, 'job')}")
 
 

@@ -47,14 +47,14 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pqueue_backend import Registration, Session
-from pqueue_move import Moving
+from pqueue_move import Moving, count_running
 from pqueue_schema import (
     ADD_QUEUE,
     ASSIGN,
@@ -62,6 +62,8 @@ from pqueue_schema import (
     CLAIM,
     COMPLETE,
     DELETE_CONSUMERS,
+    DELETE_HISTORY,
+    DELETE_JOBS,
     ENQUEUE,
     ENQUEUE_MANY,
     EXPIRED,
@@ -87,6 +89,7 @@ from pqueue_schema import (
     RETRY,
     ROOM,
     RUNNING,
+    RUNNING_JOBS,
     SET_MAX_PENDING,
     SET_PAUSED,
     STATES,
@@ -588,41 +591,50 @@ class PersistentQInterface(Reading, Moving):
         Raises InvalidTransition if one of them is `processing`, unless `force` is set. On SQLite, the next job may get
         the id of the newest one deleted.
         """
-        chosen = [{}] if job_ids is None else [{"id": valid_id(job_id)} for job_id in job_ids]
-        where = "1 = 1" if job_ids is None else "id = :id"
-        with self._transaction() as session:
-            self._lock_out_writers(session)
-            running = sum(
-                len(session.run(f"SELECT id FROM jobs WHERE state = 'processing' AND {where}", p)) for p in chosen
-            )
+        ids = None if job_ids is None else [valid_id(job_id) for job_id in job_ids]
+        params = {"ids": json.dumps(ids)}
+        with self.exclusive(ids), self._transaction() as session:
+            running = count_running(session) if ids is None else len(session.run(RUNNING_JOBS, params))
             # guard: running jobs are not deleted
             if running and not force:
                 raise InvalidTransition(f"cannot delete jobs: {running} of them are processing")
-            for p in chosen:
-                session.change(f"DELETE FROM history WHERE job_id IN (SELECT id FROM jobs WHERE {where})", p)
-            return sum(session.change(f"DELETE FROM jobs WHERE {where}", p) for p in chosen)
+            if ids is None:
+                session.change("DELETE FROM history WHERE job_id <> 0")  # 0: the mark of a move
+                return session.change("DELETE FROM jobs")
+            session.change(DELETE_HISTORY, params)
+            return session.change(DELETE_JOBS, params)
 
-    def prune(self, older_than_seconds: float, *, states: Sequence[str] = FINISHED, now: float | None = None) -> int:
+    def prune(
+        self,
+        older_than_seconds: float,
+        *,
+        states: Sequence[str] = FINISHED,
+        tell: Callable[[int], None] | None = None,
+        now: float | None = None,
+    ) -> int:
         """Delete jobs of these states that finished longer ago than this, and return how many.
 
         Uses short transactions, so as not to block other writers. Also deletes consumers that ended as long ago.
+        `tell` is called after each with the number of jobs deleted so far.
         """
         before = self._time(now) - finite("older_than_seconds", older_than_seconds)
         with self._transaction(durable=False) as session:
             session.change(DELETE_CONSUMERS, {"before": before})
-        return sum(self._prune(valid_state(FINISHED, state), before) for state in states)
-
-    def _prune(self, state: str, before: float) -> int:
         pruned = 0
-        while True:
-            with self._transaction(durable=False) as session:
-                rows = session.run(PRUNABLE, {"state": state, "before": before, "limit": PRUNE_BATCH})
-                for row in rows:
-                    session.change("DELETE FROM history WHERE job_id = :id", {"id": row[0]})
-                    session.change("DELETE FROM jobs WHERE id = :id", {"id": row[0]})
-            pruned += len(rows)
-            if len(rows) < PRUNE_BATCH:
-                return pruned
+        for state in [valid_state(FINISHED, state) for state in states]:
+            batch = PRUNE_BATCH
+            while batch == PRUNE_BATCH:
+                with self._transaction(durable=False) as session:
+                    batch = self._prune(session, {"state": state, "before": before, "limit": PRUNE_BATCH})
+                pruned += batch
+                if tell:
+                    tell(pruned)
+        return pruned
+
+    def _prune(self, session: Session, params: Params) -> int:
+        these = {"ids": json.dumps([row[0] for row in session.run(PRUNABLE, params)])}
+        session.change(DELETE_HISTORY, these)
+        return session.change(DELETE_JOBS, these)
 
     # Consumers
 

@@ -195,6 +195,10 @@ class Backend(ABC):
     def _lock_out_writers(self, session: Session) -> None:
         """Block all other writers until this transaction ends."""
 
+    def _begin_snapshot(self, session: Session) -> None:
+        """Let all statements of this transaction, which only reads, see the same rows."""
+        self._lock_out_writers(session)
+
     @abstractmethod
     def _lock_jobs(self, session: Session, job_ids: list[int]) -> None:
         """Lock these jobs until this transaction ends."""

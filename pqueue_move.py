@@ -57,12 +57,13 @@ class Moving(Backend):
         """Copy queues, jobs and history into a queue of any backend that has no jobs.
 
         Return the number of rows of each table. The copy is read back and compared before it is committed; until then
-        both queues are locked for writing. `tell` is called with the number of rows copied so far.
+        the target is locked for writing, and this queue is, too, on SQLite. `tell` is called with the number of rows
+        copied so far.
 
         Raises QueueError if the target has jobs, or if the copy differs.
         """
         with self._transaction() as source, target._transaction() as copy:
-            self._lock_out_writers(source)
+            self._begin_snapshot(source)
             target._lock_out_writers(copy)
             if copy.run("SELECT 1 FROM jobs LIMIT 1"):
                 raise QueueError("cannot copy: expected a target without jobs")

@@ -147,6 +147,7 @@ START_COUNTING = [
 
 LOCK = "FOR UPDATE SKIP LOCKED"  # skip rows that other transactions have locked
 NOTIFY = f"pg_notify('{CHANNEL}', '')"
+THESE = "ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST(:ids AS json)) AS bigint)))"
 SERVED = "(CAST(:queues AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST(:queues AS json))))"
 # The first row of an index. The plan is made once, perhaps with few jobs, and must never read all jobs of a state.
 FIRST_DUE = "(SELECT run_at FROM jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1)"
@@ -167,31 +168,69 @@ COUNTED = "pending + (SELECT coalesce(sum(delta), 0) FROM pending_changes d WHER
 PENDING_UNLOCKED = f"(SELECT {COUNTED} FROM pending_counts c WHERE c.queue = name)"
 
 
-def _candidates(lock: str = "") -> str:
+# A claim
+
+# Jobs that a consumer may claim: those of a queue, and those that are assigned to it
+OF_QUEUE = "queue = {} AND state = 'pending' AND assigned_to IS NULL"
+OF_CONSUMER = """state = 'pending' AND assigned_to = :consumer
+    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)"""
+WIDTHS = (1, 8, 32, 64)  # numbers of queues of which a claim may take more than one job; each costs about 20 us
+WIDTH = 16  # where it is not adapted to the number of queues that have jobs
+ROW = f"ctid, {ORDER.replace(' DESC', '')}, attempts, max_attempts"
+IS_ALONE = "attempts > 0 OR attempts + 1 >= max_attempts"
+PREVIOUS = "ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING"
+
+
+def _heads(number: int) -> str:
+    """Return the first jobs in order of which each is the first of its queue."""
     return f"""
-SELECT jobs.id, priority, run_at, attempts, max_attempts FROM queues q CROSS JOIN LATERAL
-    (SELECT * FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL
-     ORDER BY {ORDER} LIMIT :limit {lock}) jobs
-WHERE q.paused = 0 AND {SERVED}
-UNION ALL
-SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
-               WHERE state = 'pending' AND assigned_to = :consumer
-               AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)
-               ORDER BY {ORDER} LIMIT :limit {lock}) assigned"""
+    SELECT name, head.* FROM queues q CROSS JOIN LATERAL
+        (SELECT {ROW} FROM jobs WHERE {OF_QUEUE.format("q.name")} ORDER BY {ORDER} LIMIT 1) head
+    WHERE q.paused = 0 AND {SERVED} ORDER BY {ORDER} LIMIT {number}"""
 
 
-def _claim(condition: str = "") -> str:
-    """Lease the first jobs. A job that was delivered before, or is on its last attempt, is leased alone: the database
-    does not show which jobs a dead consumer had begun. Attempts are read from the locked rows."""
+def _with_queues(width: int) -> str:
+    """Define the first `width` queues that have jobs. The plan of _in_order depends on their number."""
+    return f"""
+WITH heads AS MATERIALIZED ({_heads(width + 1)}),
+first AS MATERIALIZED (SELECT array_agg(name) AS names FROM heads)"""
+
+
+def _in_order(width: int) -> str:
+    """Return the consumer's jobs in order, up to the first job of a queue that is not among the first `width`.
+
+    The plan is a lazy merge of index scans: it reads the first job of each queue, and then those that are used.
+    """
+    queues = [OF_QUEUE.format(f"(SELECT names[{number}] FROM first)") for number in range(1, width + 1)]
+    union = " UNION ALL".join(
+        f"""
+            (SELECT {ROW}, NULL AS last FROM jobs WHERE {which} ORDER BY {ORDER})"""
+        for which in (*queues, OF_CONSUMER)
+    )
+    return f"""
+        SELECT {ROW} FROM (SELECT *, count(last) OVER ({PREVIOUS}) AS beyond FROM ({union} UNION ALL
+            (SELECT {ROW}, 'last' FROM heads OFFSET {width})
+        ) merged ORDER BY {ORDER}) jobs WHERE beyond = 0 ORDER BY {ORDER}"""
+
+
+def _claim(width: int, condition: str = "") -> str:
+    """Lease the first jobs that no other transaction has locked. Locks little more than these, as a lock is a write.
+
+    A job that was delivered before, or is on its last attempt, is leased alone: the database does not show which jobs a
+    dead consumer had begun. A row that was changed since the statement began has another ctid, and is not leased.
+    """
     return f"""
 UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = :consumer, lease_token = :token,
     lease_expires_at = :lease_expires_at, started_at = :now
-WHERE {condition} state = 'pending' AND id = ANY (ARRAY(SELECT id FROM (
-    SELECT id, row_number() OVER best AS rank,
-        count(*) FILTER (WHERE attempts > 0 OR attempts + 1 >= max_attempts) OVER best AS alone
-    FROM ({_candidates(LOCK)}) candidates
-    WINDOW best AS (ORDER BY {ORDER} ROWS UNBOUNDED PRECEDING)) ranked
-    WHERE rank <= :limit AND (rank = 1 OR alone = 0)))
+WHERE {condition} state = 'pending' AND ctid = ANY (ARRAY(
+    SELECT ctid FROM (
+        SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER ({PREVIOUS}) AS after
+        FROM (
+            SELECT jobs.ctid, {IS_ALONE.replace("attempts", "jobs.attempts").replace("max_jobs.", "jobs.max_")} AS alone
+            FROM ({_in_order(width)}
+            ) best JOIN jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
+            ORDER BY best.priority DESC, best.run_at, best.id LIMIT :limit FOR UPDATE OF jobs SKIP LOCKED) locked
+    ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
 RETURNING {COLUMNS}"""
 
 
@@ -237,16 +276,17 @@ UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NUL
     AND NOT EXISTS (SELECT 1 FROM jobs o
                     WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN {UNFINISHED})""",
     # differs because of concurrent claims: rows are locked before their attempts are read
-    pqueue_schema.CLAIM: _claim(),
-    # differs because a subquery for each queue is LATERAL
+    pqueue_schema.CLAIM: f"{_with_queues(WIDTH)}{_claim(WIDTH)}",
+    # differs because it must return what CLAIM takes
     pqueue_schema.NEXT_ATTEMPTS: f"""
-SELECT attempts, max_attempts FROM ({_candidates()}) candidates ORDER BY {ORDER} LIMIT :limit""",
+SELECT attempts, max_attempts FROM ({_with_queues(WIDTH)}{_in_order(WIDTH)}) candidates LIMIT :limit""",
     # differs because min() may be planned as a scan of all jobs of a state
     pqueue_schema.OVERDUE: OVERDUE,
     # differs because a subquery for each queue is LATERAL, and min() as in OVERDUE
     pqueue_schema.NEXT_EVENT: f"""
 SELECT min(at) FROM (
-    SELECT 0.0 AS at WHERE EXISTS ({_candidates()})
+    SELECT 0.0 AS at WHERE EXISTS ({_heads(1)})
+        OR EXISTS (SELECT 1 FROM jobs WHERE {OF_CONSUMER} LIMIT :limit)
     UNION ALL SELECT {FIRST_DUE}
     UNION ALL SELECT {FIRST_EXPIRY}) events""",
     # differs because others may promote at the same time
@@ -262,6 +302,12 @@ UPDATE jobs SET state = 'pending' WHERE id = ANY (ARRAY(
     # differs because a consumer that lost its connection may have reconnected
     pqueue_schema.UNREGISTER: f"""
 {pqueue_schema.UNREGISTER} AND (:state = 'stopped' OR slot NOT IN ({LOCKED_SLOTS}) AND {NOT_SEEN})""",
+    # differs because JSON is read in another way
+    pqueue_schema.DELETE_HISTORY: f"DELETE FROM history WHERE job_id = {THESE}",
+    # differs because JSON is read in another way
+    pqueue_schema.DELETE_JOBS: f"DELETE FROM jobs WHERE id = {THESE}",
+    # differs because JSON is read in another way
+    pqueue_schema.RUNNING_JOBS: f"SELECT id FROM jobs WHERE state = 'processing' AND id = {THESE}",
     # differs because a subquery for each queue is LATERAL, and others may prune at the same time
     pqueue_schema.PRUNABLE: f"""
 SELECT jobs.id FROM queues q CROSS JOIN LATERAL
@@ -296,23 +342,46 @@ ALONE = {pqueue_schema.ENQUEUE: ENQUEUE_ALONE, pqueue_schema.ENQUEUE_MANY: ENQUE
 
 NONE_OVERDUE = f"NOT EXISTS (SELECT FROM ({OVERDUE}) overdue WHERE due OR expired) AND"
 
-# Lease jobs, unless there are any to promote or reclaim. Synced only for a last attempt, which must not be repeated.
-CLAIM_ALONE = f"""
-WITH taken AS ({_claim(NONE_OVERDUE)})
-SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN current_setting('synchronous_commit')
-    ELSE 'off' END, true), taken.* FROM (SELECT) one LEFT JOIN taken ON true"""
 
-# Complete jobs, and lease others as CLAIM_ALONE does. The first column lists the completed ids, or is NULL for all.
-COMPLETE_AND_CLAIM = f"""
-WITH done AS (
+@lru_cache
+def claim_alone(width: int) -> str:
+    """Lease jobs, unless there are any to promote or reclaim. Synced only for a last attempt, which must not be
+    repeated. The second column is the number of queues that have jobs, at most `width` + 1."""
+    return f"""{_with_queues(width)},
+taken AS ({_claim(width, NONE_OVERDUE)})
+SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN current_setting('synchronous_commit')
+    ELSE 'off' END, true), (SELECT count(*) FROM heads), taken.* FROM (SELECT) one LEFT JOIN taken ON true"""
+
+
+@lru_cache
+def complete_and_claim(width: int) -> str:
+    """Complete jobs, and lease others as `claim_alone` does. The first column lists the completed ids, or is NULL for
+    all."""
+    return f"""{_with_queues(width)},
+done AS (
     UPDATE jobs SET state = 'completed', finished_at = :now, result = done.result, error = NULL, {NO_LEASE}
     FROM unnest(CAST(:ids AS bigint[]), CAST(:tokens AS text[]), CAST(:results AS text[])) AS done (id, token, result)
     WHERE jobs.id = done.id AND lease_token = done.token RETURNING jobs.id),
-taken AS ({_claim(NONE_OVERDUE)})
-SELECT CASE WHEN (SELECT count(*) FROM done) < :number THEN ARRAY(SELECT id FROM done) END, taken.*
+taken AS ({_claim(width, NONE_OVERDUE)})
+SELECT CASE WHEN (SELECT count(*) FROM done) < :number THEN ARRAY(SELECT id FROM done) END,
+    (SELECT count(*) FROM heads), taken.*
 FROM (SELECT) one LEFT JOIN taken ON true"""
 
+
+# What claim_alone returns for one queue.
+CLAIM_ALONE = claim_alone(1)
+
+# What complete_and_claim returns for one queue.
+COMPLETE_AND_CLAIM = complete_and_claim(1)
+
 # Statements that only PostgreSQL has
+
+# Delete the jobs that PRUNABLE returns, and their history; return how many.
+PRUNE = f"""
+WITH old AS MATERIALIZED ({POSTGRES[pqueue_schema.PRUNABLE]}),
+events AS (DELETE FROM history WHERE job_id = ANY (ARRAY(SELECT id FROM old))),
+deleted AS (DELETE FROM jobs WHERE id = ANY (ARRAY(SELECT id FROM old)) RETURNING 1)
+SELECT count(*) FROM deleted"""
 
 # Lock the unfinished job that has the key: it must not be delivered or finished before the transaction, which may write
 # data for it, ends.

@@ -331,6 +331,15 @@ SELECT jobs.id FROM queues q CROSS JOIN jobs WHERE jobs.id IN
     (SELECT id FROM jobs WHERE state = :state AND queue = q.name AND finished_at < :before
      AND id < (SELECT max(id) FROM jobs) ORDER BY finished_at LIMIT :limit) LIMIT :limit"""
 
+# Delete the history of these jobs. :ids is a JSON array.
+DELETE_HISTORY = "DELETE FROM history WHERE job_id IN (SELECT value FROM json_each(:ids))"
+
+# Delete these jobs. :ids is a JSON array.
+DELETE_JOBS = "DELETE FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
+
+# Return which of these jobs are processing. :ids is a JSON array.
+RUNNING_JOBS = "SELECT id FROM jobs WHERE state = 'processing' AND id IN (SELECT value FROM json_each(:ids))"
+
 # The conditions by which an index finds the jobs of a state.
 INDEXED = {state: [f"state = '{state}'"] for state in ("scheduled", "processing")}
 INDEXED["pending"] = [f"state = 'pending' AND assigned_to IS {null}" for null in ("NULL", "NOT NULL")]

@@ -44,8 +44,6 @@ from pqueue_backend import Session
 from pqueue_postgres import (
     ALONE,
     CHANNEL,
-    CLAIM_ALONE,
-    COMPLETE_AND_CLAIM,
     COPYING,
     COUNTING,
     GRACE_SECONDS,
@@ -58,13 +56,17 @@ from pqueue_postgres import (
     MARK_RUNNING,
     MERGE_CHANGES,
     MISCOUNTED,
+    PRUNE,
     RECOUNT,
     SCHEMA,
     START_COUNTING,
     STOP_COUNTING,
     TIME_LIMITS,
     UPTIME,
+    WIDTHS,
     WRITERS,
+    claim_alone,
+    complete_and_claim,
     definitions,
     translated,
 )
@@ -96,10 +98,11 @@ NEEDED = {
     "row_security": "on",
     "exit_on_error": "off",
     "plan_cache_mode": "force_generic_plan",
-    **dict.fromkeys(("enable_indexscan", "enable_indexonlyscan", "enable_nestloop"), "on"),
+    **dict.fromkeys(("enable_indexscan", "enable_indexonlyscan", "enable_nestloop", "enable_tidscan"), "on"),
     **dict.fromkeys(PLANNER, "off"),
 }
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # a pooler's session may have another default
+BEGIN_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 # Any value other than off waits for the server's disk; they differ in how they treat standbys.
 SYNCED = """set_config('synchronous_commit', replace(current_setting('synchronous_commit'), 'off', 'on'), {})"""
 NO_IDLE_TIMEOUT = "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'idle_session_timeout'"
@@ -127,6 +130,7 @@ class PostgresSession(Session):
     def __init__(self, queue: OnPostgres) -> None:
         self._queue = queue
         self._begun = False
+        self._begin_with = BEGIN
         self.durable = True
         self.connection = queue._engine.connect()
         self._driver = cast("psycopg.Connection[Any]", self.connection.connection.driver_connection)
@@ -174,7 +178,7 @@ class PostgresSession(Session):
         if not self._begun:
             self._begun = True
             with self._queue._db_errors():
-                self._driver.execute(BEGIN)
+                self._driver.execute(self._begin_with)
                 if self._queue.pooled:
                     self._driver.execute(self._queue.settings_of_transaction)
 
@@ -193,7 +197,13 @@ class PostgresSession(Session):
         return self._begun and self._driver.pgconn.transaction_status == TransactionStatus.IDLE
 
     def _begin(self) -> None:
-        self._begun = False  # until the first statement
+        self._begun, self._begin_with = False, BEGIN  # until the first statement
+
+    def begin_snapshot(self) -> None:
+        """Read what is committed now, and no later changes, until the transaction ends. Takes no locks."""
+        if self._begun:
+            raise QueueError("cannot copy in a transaction that has begun")
+        self._begin_with = BEGIN_SNAPSHOT
 
     def _commit(self) -> None:
         if not self._begun:
@@ -492,6 +502,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         self._listener_lock = threading.Lock()
         self._clock = (-CLOCK_SECONDS, 0.0)  # when it was read (monotonic), and its offset, in seconds
         self._reset_liveness()
+        self._width = WIDTHS[0]  # of which a claim takes more than one job
         self._closed = False
         self.pooled = False  # connected through a pooler, which does not keep our settings between transactions
         try:
@@ -684,11 +695,14 @@ class OnPostgres(PersistentQSQLAlchemy):
             return super()._complete_and_claim(completions, me, limit, queues, lease_seconds, now)
         now = self._time(now)
         claim = pqueue.claim_params(me, limit, queues, lease_seconds, now)
-        sql = COMPLETE_AND_CLAIM if completions else CLAIM_ALONE
+        sql = complete_and_claim(self._width) if completions else claim_alone(self._width)
         done = {"number": len(tokens), "ids": list(tokens), "tokens": list(tokens.values())}
         session = self._transaction()
-        rows = session.alone(sql, {**claim, **done, "results": [result for _, result in completions]})
-        jobs = pqueue.claimed_jobs(session, [row[1:] for row in rows if row[1] is not None], claim)
+        done["results"] = [result for _, result in completions]
+        rows = session.alone(sql, {**claim, **done})
+        # Locked by others, the jobs of one queue may not suffice.
+        self._width = next((width for width in WIDTHS if width >= min(rows[0][1], limit + WIDTHS[1])), WIDTHS[-1])
+        jobs = pqueue.claimed_jobs(session, [row[2:] for row in rows if row[2] is not None], claim)
         lost = [job for job, _ in completions if rows[0][0] is not None and job.id not in rows[0][0]]
         with suppress(QueueBusy) if completions else nullcontext():  # an error must not hide what was completed
             jobs = jobs or super()._complete_and_claim([], me, limit, queues, lease_seconds, now)[0]
@@ -697,6 +711,9 @@ class OnPostgres(PersistentQSQLAlchemy):
     def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> None:
         session.change(LOCK_AS_WRITER)
         super()._reclaim(session, dead, now)
+
+    def _prune(self, session: Session, params: Params) -> int:
+        return cast(int, session.run(PRUNE, params)[0][0])
 
     def _release_held(self, session: Session, me: pqueue_backend.Registration, now: float | None) -> None:
         session.change(LOCK_AS_WRITER)
@@ -795,6 +812,9 @@ class OnPostgres(PersistentQSQLAlchemy):
     def _lock_out_writers(self, session: Session) -> None:
         session.run(_setting({COPYING: "on"}, for_good=False))
         session.change("LOCK TABLE jobs IN EXCLUSIVE MODE")  # excludes every writer; one lock cannot deadlock
+
+    def _begin_snapshot(self, session: Session) -> None:
+        cast("PostgresSession", session).begin_snapshot()
 
     def _lock_jobs(self, session: Session, job_ids: list[int]) -> None:
         sql = "SELECT id FROM jobs WHERE id = ANY (CAST(:ids AS bigint[])) ORDER BY id FOR UPDATE"

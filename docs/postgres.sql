@@ -260,40 +260,77 @@ WHERE true ON CONFLICT DO NOTHING;
 -- CLAIM
 -- Lease the first :limit jobs to the consumer.
 -- differs because of concurrent claims: rows are locked before their attempts are read
--- $1 consumer, $2 token, $3 lease_expires_at, $4 now, $5 limit, $6 queues
-UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = $1, lease_token = $2,
-    lease_expires_at = $3, started_at = $4
-WHERE  state = 'pending' AND id = ANY (ARRAY(SELECT id FROM (
-    SELECT id, row_number() OVER best AS rank,
-        count(*) FILTER (WHERE attempts > 0 OR attempts + 1 >= max_attempts) OVER best AS alone
-    FROM (
-SELECT jobs.id, priority, run_at, attempts, max_attempts FROM queues q CROSS JOIN LATERAL
-    (SELECT * FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL
-     ORDER BY priority DESC, run_at, id LIMIT $5 FOR UPDATE SKIP LOCKED) jobs
-WHERE q.paused = 0 AND (CAST($6 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($6 AS json))))
-UNION ALL
-SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
-               WHERE state = 'pending' AND assigned_to = $1
-               AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)
-               ORDER BY priority DESC, run_at, id LIMIT $5 FOR UPDATE SKIP LOCKED) assigned) candidates
-    WINDOW best AS (ORDER BY priority DESC, run_at, id ROWS UNBOUNDED PRECEDING)) ranked
-    WHERE rank <= $5 AND (rank = 1 OR alone = 0)))
+-- $1 queues, $2 consumer, $3 token, $4 lease_expires_at, $5 now, $6 limit
+WITH heads AS MATERIALIZED (
+    SELECT name, head.* FROM queues q CROSS JOIN LATERAL
+        (SELECT ctid, priority, run_at, id, attempts, max_attempts FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) head
+    WHERE q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) ORDER BY priority DESC, run_at, id LIMIT 17),
+first AS MATERIALIZED (SELECT array_agg(name) AS names FROM heads)
+UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = $2, lease_token = $3,
+    lease_expires_at = $4, started_at = $5
+WHERE  state = 'pending' AND ctid = ANY (ARRAY(
+    SELECT ctid FROM (
+        SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
+        FROM (
+            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= jobs.max_attempts AS alone
+            FROM (
+        SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[1] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[2] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[3] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[4] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[5] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[6] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[7] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[8] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[9] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[10] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[11] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[12] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[13] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[14] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[15] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[16] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE state = 'pending' AND assigned_to = $2
+    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 16)
+        ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
+            ) best JOIN jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
+            ORDER BY best.priority DESC, best.run_at, best.id LIMIT $6 FOR UPDATE OF jobs SKIP LOCKED) locked
+    ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
 RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error;
 
 -- NEXT_ATTEMPTS
 -- Return the attempts of the jobs that CLAIM would lease, in order.
--- differs because a subquery for each queue is LATERAL
--- $1 limit, $2 queues, $3 consumer
+-- differs because it must return what CLAIM takes
+-- $1 queues, $2 consumer, $3 limit
 SELECT attempts, max_attempts FROM (
-SELECT jobs.id, priority, run_at, attempts, max_attempts FROM queues q CROSS JOIN LATERAL
-    (SELECT * FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL
-     ORDER BY priority DESC, run_at, id LIMIT $1 ) jobs
-WHERE q.paused = 0 AND (CAST($2 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS json))))
-UNION ALL
-SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
-               WHERE state = 'pending' AND assigned_to = $3
-               AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)
-               ORDER BY priority DESC, run_at, id LIMIT $1 ) assigned) candidates ORDER BY priority DESC, run_at, id LIMIT $1;
+WITH heads AS MATERIALIZED (
+    SELECT name, head.* FROM queues q CROSS JOIN LATERAL
+        (SELECT ctid, priority, run_at, id, attempts, max_attempts FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) head
+    WHERE q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) ORDER BY priority DESC, run_at, id LIMIT 17),
+first AS MATERIALIZED (SELECT array_agg(name) AS names FROM heads)
+        SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[1] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[2] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[3] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[4] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[5] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[6] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[7] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[8] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[9] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[10] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[11] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[12] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[13] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[14] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[15] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[16] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE state = 'pending' AND assigned_to = $2
+    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 16)
+        ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id) candidates LIMIT $3;
 
 -- OVERDUE
 -- Return whether a scheduled job is due, and whether a lease has expired.
@@ -304,18 +341,14 @@ SELECT (SELECT run_at FROM jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 
 -- NEXT_EVENT
 -- Return when the next job may be available to the consumer; 0: now.
 -- differs because a subquery for each queue is LATERAL, and min() as in OVERDUE
--- $1 limit, $2 queues, $3 consumer
+-- $1 queues, $2 consumer, $3 limit
 SELECT min(at) FROM (
     SELECT 0.0 AS at WHERE EXISTS (
-SELECT jobs.id, priority, run_at, attempts, max_attempts FROM queues q CROSS JOIN LATERAL
-    (SELECT * FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL
-     ORDER BY priority DESC, run_at, id LIMIT $1 ) jobs
-WHERE q.paused = 0 AND (CAST($2 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS json))))
-UNION ALL
-SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
-               WHERE state = 'pending' AND assigned_to = $3
-               AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)
-               ORDER BY priority DESC, run_at, id LIMIT $1 ) assigned)
+    SELECT name, head.* FROM queues q CROSS JOIN LATERAL
+        (SELECT ctid, priority, run_at, id, attempts, max_attempts FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) head
+    WHERE q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) ORDER BY priority DESC, run_at, id LIMIT 1)
+        OR EXISTS (SELECT 1 FROM jobs WHERE state = 'pending' AND assigned_to = $2
+    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) LIMIT $3)
     UNION ALL SELECT (SELECT run_at FROM jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1)
     UNION ALL SELECT (SELECT lease_expires_at FROM jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1)) events;
 
@@ -474,6 +507,24 @@ SELECT jobs.id FROM queues q CROSS JOIN LATERAL
     (SELECT id FROM jobs WHERE state = $1 AND queue = q.name AND finished_at < $2
      AND id < (SELECT max(id) FROM jobs) ORDER BY finished_at LIMIT $3 FOR UPDATE SKIP LOCKED) jobs LIMIT $3;
 
+-- DELETE_HISTORY
+-- Delete the history of these jobs. :ids is a JSON array.
+-- differs because JSON is read in another way
+-- $1 ids
+DELETE FROM history WHERE job_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)));
+
+-- DELETE_JOBS
+-- Delete these jobs. :ids is a JSON array.
+-- differs because JSON is read in another way
+-- $1 ids
+DELETE FROM jobs WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)));
+
+-- RUNNING_JOBS
+-- Return which of these jobs are processing. :ids is a JSON array.
+-- differs because JSON is read in another way
+-- $1 ids
+SELECT id FROM jobs WHERE state = 'processing' AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)));
+
 -- COUNTS
 -- Count jobs by queue and state through indexes (a million jobs in 50 ms). One statement, so that each job is counted
 -- exactly once.
@@ -578,58 +629,80 @@ FROM open CROSS JOIN json_array_elements(CAST($10 AS json)) WITH ORDINALITY AS p
 RETURNING id, pg_notify('pqueue', '');
 
 -- CLAIM_ALONE
--- Lease jobs, unless there are any to promote or reclaim. Synced only for a last attempt, which must not be repeated.
--- $1 consumer, $2 token, $3 lease_expires_at, $4 now, $5 limit, $6 queues
-WITH taken AS (
-UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = $1, lease_token = $2,
-    lease_expires_at = $3, started_at = $4
-WHERE NOT EXISTS (SELECT FROM (SELECT (SELECT run_at FROM jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $4 AS due, (SELECT lease_expires_at FROM jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $4 AS expired) overdue WHERE due OR expired) AND state = 'pending' AND id = ANY (ARRAY(SELECT id FROM (
-    SELECT id, row_number() OVER best AS rank,
-        count(*) FILTER (WHERE attempts > 0 OR attempts + 1 >= max_attempts) OVER best AS alone
-    FROM (
-SELECT jobs.id, priority, run_at, attempts, max_attempts FROM queues q CROSS JOIN LATERAL
-    (SELECT * FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL
-     ORDER BY priority DESC, run_at, id LIMIT $5 FOR UPDATE SKIP LOCKED) jobs
-WHERE q.paused = 0 AND (CAST($6 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($6 AS json))))
-UNION ALL
-SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
-               WHERE state = 'pending' AND assigned_to = $1
-               AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)
-               ORDER BY priority DESC, run_at, id LIMIT $5 FOR UPDATE SKIP LOCKED) assigned) candidates
-    WINDOW best AS (ORDER BY priority DESC, run_at, id ROWS UNBOUNDED PRECEDING)) ranked
-    WHERE rank <= $5 AND (rank = 1 OR alone = 0)))
+-- What claim_alone returns for one queue.
+-- $1 queues, $2 consumer, $3 token, $4 lease_expires_at, $5 now, $6 limit
+WITH heads AS MATERIALIZED (
+    SELECT name, head.* FROM queues q CROSS JOIN LATERAL
+        (SELECT ctid, priority, run_at, id, attempts, max_attempts FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) head
+    WHERE q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) ORDER BY priority DESC, run_at, id LIMIT 2),
+first AS MATERIALIZED (SELECT array_agg(name) AS names FROM heads),
+taken AS (
+UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = $2, lease_token = $3,
+    lease_expires_at = $4, started_at = $5
+WHERE NOT EXISTS (SELECT FROM (SELECT (SELECT run_at FROM jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $5 AS due, (SELECT lease_expires_at FROM jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $5 AS expired) overdue WHERE due OR expired) AND state = 'pending' AND ctid = ANY (ARRAY(
+    SELECT ctid FROM (
+        SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
+        FROM (
+            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= jobs.max_attempts AS alone
+            FROM (
+        SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[1] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE state = 'pending' AND assigned_to = $2
+    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 1)
+        ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
+            ) best JOIN jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
+            ORDER BY best.priority DESC, best.run_at, best.id LIMIT $6 FOR UPDATE OF jobs SKIP LOCKED) locked
+    ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
 RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error)
 SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN current_setting('synchronous_commit')
-    ELSE 'off' END, true), taken.* FROM (SELECT) one LEFT JOIN taken ON true;
+    ELSE 'off' END, true), (SELECT count(*) FROM heads), taken.* FROM (SELECT) one LEFT JOIN taken ON true;
 
 -- COMPLETE_AND_CLAIM
--- Complete jobs, and lease others as CLAIM_ALONE does. The first column lists the completed ids, or is NULL for all.
--- $1 now, $2 ids, $3 tokens, $4 results, $5 consumer, $6 token, $7 lease_expires_at, $8 limit, $9 queues, $10 number
-WITH done AS (
-    UPDATE jobs SET state = 'completed', finished_at = $1, result = done.result, error = NULL, lease_token = NULL, lease_expires_at = NULL
-    FROM unnest(CAST($2 AS bigint[]), CAST($3 AS text[]), CAST($4 AS text[])) AS done (id, token, result)
+-- What complete_and_claim returns for one queue.
+-- $1 queues, $2 now, $3 ids, $4 tokens, $5 results, $6 consumer, $7 token, $8 lease_expires_at, $9 limit, $10 number
+WITH heads AS MATERIALIZED (
+    SELECT name, head.* FROM queues q CROSS JOIN LATERAL
+        (SELECT ctid, priority, run_at, id, attempts, max_attempts FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) head
+    WHERE q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) ORDER BY priority DESC, run_at, id LIMIT 2),
+first AS MATERIALIZED (SELECT array_agg(name) AS names FROM heads),
+done AS (
+    UPDATE jobs SET state = 'completed', finished_at = $2, result = done.result, error = NULL, lease_token = NULL, lease_expires_at = NULL
+    FROM unnest(CAST($3 AS bigint[]), CAST($4 AS text[]), CAST($5 AS text[])) AS done (id, token, result)
     WHERE jobs.id = done.id AND lease_token = done.token RETURNING jobs.id),
 taken AS (
-UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = $5, lease_token = $6,
-    lease_expires_at = $7, started_at = $1
-WHERE NOT EXISTS (SELECT FROM (SELECT (SELECT run_at FROM jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $1 AS due, (SELECT lease_expires_at FROM jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $1 AS expired) overdue WHERE due OR expired) AND state = 'pending' AND id = ANY (ARRAY(SELECT id FROM (
-    SELECT id, row_number() OVER best AS rank,
-        count(*) FILTER (WHERE attempts > 0 OR attempts + 1 >= max_attempts) OVER best AS alone
-    FROM (
-SELECT jobs.id, priority, run_at, attempts, max_attempts FROM queues q CROSS JOIN LATERAL
-    (SELECT * FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL
-     ORDER BY priority DESC, run_at, id LIMIT $8 FOR UPDATE SKIP LOCKED) jobs
-WHERE q.paused = 0 AND (CAST($9 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($9 AS json))))
-UNION ALL
-SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
-               WHERE state = 'pending' AND assigned_to = $5
-               AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)
-               ORDER BY priority DESC, run_at, id LIMIT $8 FOR UPDATE SKIP LOCKED) assigned) candidates
-    WINDOW best AS (ORDER BY priority DESC, run_at, id ROWS UNBOUNDED PRECEDING)) ranked
-    WHERE rank <= $8 AND (rank = 1 OR alone = 0)))
+UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = $6, lease_token = $7,
+    lease_expires_at = $8, started_at = $2
+WHERE NOT EXISTS (SELECT FROM (SELECT (SELECT run_at FROM jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $2 AS due, (SELECT lease_expires_at FROM jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $2 AS expired) overdue WHERE due OR expired) AND state = 'pending' AND ctid = ANY (ARRAY(
+    SELECT ctid FROM (
+        SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
+        FROM (
+            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= jobs.max_attempts AS alone
+            FROM (
+        SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[1] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE state = 'pending' AND assigned_to = $6
+    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 1)
+        ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
+            ) best JOIN jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
+            ORDER BY best.priority DESC, best.run_at, best.id LIMIT $9 FOR UPDATE OF jobs SKIP LOCKED) locked
+    ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
 RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error)
-SELECT CASE WHEN (SELECT count(*) FROM done) < $10 THEN ARRAY(SELECT id FROM done) END, taken.*
+SELECT CASE WHEN (SELECT count(*) FROM done) < $10 THEN ARRAY(SELECT id FROM done) END,
+    (SELECT count(*) FROM heads), taken.*
 FROM (SELECT) one LEFT JOIN taken ON true;
+
+-- PRUNE
+-- Delete the jobs that PRUNABLE returns, and their history; return how many.
+-- $1 state, $2 before, $3 limit
+WITH old AS MATERIALIZED (
+SELECT jobs.id FROM queues q CROSS JOIN LATERAL
+    (SELECT id FROM jobs WHERE state = $1 AND queue = q.name AND finished_at < $2
+     AND id < (SELECT max(id) FROM jobs) ORDER BY finished_at LIMIT $3 FOR UPDATE SKIP LOCKED) jobs LIMIT $3),
+events AS (DELETE FROM history WHERE job_id = ANY (ARRAY(SELECT id FROM old))),
+deleted AS (DELETE FROM jobs WHERE id = ANY (ARRAY(SELECT id FROM old)) RETURNING 1)
+SELECT count(*) FROM deleted;
 
 -- LOCK_UNFINISHED
 -- Lock the unfinished job that has the key: it must not be delivered or finished before the transaction, which may

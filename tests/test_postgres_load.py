@@ -1,0 +1,196 @@
+"""PostgreSQL with many queues, large tables and a network: what verbs lock, and how much they ask."""
+
+from __future__ import annotations
+
+import random
+import re
+import threading
+from contextlib import closing
+
+import psycopg
+import pytest
+import sqlalchemy
+from delaying_proxy import DelayingProxy
+from test_postgres import database, server  # noqa: F401 - fixtures
+
+import pqueue
+import pqueue_postgres
+from pqueue import PersistentQSQLite
+from test_pqueue import wait_until
+
+
+@pytest.fixture
+def queue(database):  # noqa: F811
+    with closing(pqueue.open_queue(database)) as queue:
+        yield queue
+
+
+def in_order(jobs):
+    return sorted(jobs, key=lambda job: (-job.priority, job.run_at, job.id))
+
+
+def fill(queue, queues, jobs, seed=0):
+    """Jobs of mixed priorities and times, some of them delivered before, some on their last attempt."""
+    rng = random.Random(seed)
+    with queue.transaction():
+        for _ in range(jobs):
+            name = f"q{min(int(rng.expovariate(6) * queues), queues - 1)}"
+            queue.enqueue(
+                "t",
+                queue=name,
+                priority=rng.choice((0, 0, 0, 5)),
+                run_at=rng.randrange(1, 20),
+                max_attempts=rng.choice((1, 3, 3, 3, 3, 3, 3, 3)),
+                assigned_to=rng.choice((None,) * 9 + ("w",)),
+            )
+
+
+@pytest.mark.parametrize("queues", [1, 7, 40, 200])
+@pytest.mark.parametrize("limit", [1, 16, 128])
+def test_consumer_of_many_queues_gets_all_jobs_in_order(queue, queues, limit):
+    fill(queue, queues, 400, seed=queues)
+    expected, got = in_order(queue.list_jobs(limit=1000)), []
+    while jobs := queue.dequeue_many("w", limit, now=100):
+        assert len(jobs) == 1 or all(job.attempts == 1 < job.max_attempts for job in jobs)
+        got += jobs
+    assert [job.id for job in got] == [job.id for job in expected]
+
+
+@pytest.mark.parametrize("queues", [1, 7, 40, 200])
+def test_consumer_skips_exactly_what_another_has_locked(queue, queues, database):  # noqa: F811
+    fill(queue, queues, 300, seed=queues)
+    expected = [job.id for job in in_order(queue.list_jobs(limit=1000))]
+    locked = random.Random(1).sample(expected[:150], 60)
+    with psycopg.connect(database) as other:
+        other.execute("SELECT 1 FROM pqueue.jobs WHERE id = ANY (%s) FOR UPDATE", (locked,))
+        got = []
+        while jobs := queue.dequeue_many("w", 20, now=100):
+            got += [job.id for job in jobs]
+            assert got == [each for each in expected if each not in locked][: len(got)]
+        assert len(got) >= 60
+    while jobs := queue.dequeue_many("w", 20, now=100):
+        got += [job.id for job in jobs]
+    assert sorted(got) == sorted(expected)
+
+
+@pytest.mark.parametrize("queues", [1, 30, 200])
+@pytest.mark.parametrize("limit", [1, 16, 128])
+def test_claim_locks_hardly_more_rows_than_it_takes(queue, queues, limit):
+    for number in range(queues):
+        queue.enqueue_many("t", range(3000 // queues), queue=f"q{number}")
+    session = queue._session()
+    params = {"consumer": "w", "limit": limit, "queues": None, "token": "t.1", "now": 2e9, "lease_expires_at": 3e9}
+    for width in pqueue_postgres.WIDTHS:
+        sql, names = pqueue_postgres.translated(pqueue_postgres.claim_alone(width))
+        session._driver.execute("BEGIN")
+        rows = psycopg.RawCursor(session._driver).execute(
+            b"EXPLAIN (ANALYZE, WAL) " + sql, [params[name] for name in names]
+        )
+        plan = "\n".join(row[0] for row in rows)
+        session._driver.execute("ROLLBACK")
+        taken = int(re.search(r"Update on jobs[^\n]*actual[^\n]* rows=(\d+)", plan)[1])
+        records = int(re.search(r"LockRows.*?\n.*?WAL: records=(\d+)", plan, re.DOTALL)[1])
+        assert taken >= min(limit, width), plan
+        assert records <= 2 * taken, plan
+
+
+def test_backup_of_a_role_that_may_only_read_is_whole(queue, database, tmp_path):  # noqa: F811
+    queue.enqueue_many("t", range(5))
+    role = f"reader_{random.randrange(10**9)}"
+    with psycopg.connect(database, autocommit=True) as admin:
+        admin.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'secret'")
+        admin.execute(f"GRANT USAGE ON SCHEMA pqueue TO {role}")
+        admin.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA pqueue TO {role}")
+    url = sqlalchemy.make_url(database).set(username=role, password="secret")
+    with closing(pqueue.open_queue(url.render_as_string(hide_password=False), create=False)) as reader:
+        reader.backup(tmp_path / "copy.db")
+    with closing(PersistentQSQLite(tmp_path / "copy.db")) as copy:
+        assert copy.list_jobs() == queue.list_jobs()
+    with psycopg.connect(database, autocommit=True) as admin:
+        admin.execute(f"DROP OWNED BY {role}")
+        admin.execute(f"DROP ROLE {role}")
+
+
+def test_backup_stops_nobody_and_shows_one_moment(queue, database, tmp_path, monkeypatch):  # noqa: F811
+    """While the copy is being made, a consumer completes jobs, and a producer enqueues; none of it is in the copy."""
+    queue.enqueue_many("t", range(5))
+    before = queue.list_jobs()
+    reached, go_on = threading.Event(), threading.Event()
+
+    def tell(copied):
+        reached.set()
+        assert go_on.wait(30)
+
+    def copy():
+        with closing(pqueue.open_queue(database)) as source, closing(PersistentQSQLite(tmp_path / "copy.db")) as target:
+            source.copy_to(target, tell)
+
+    backup = threading.Thread(target=copy)
+    backup.start()
+    assert reached.wait(30)
+    job = queue.dequeue("w")
+    queue.extend(job)
+    queue.complete(job)
+    queue.enqueue("late", queue="new")
+    queue.limit("new", 10)
+    go_on.set()
+    backup.join()
+    with closing(PersistentQSQLite(tmp_path / "copy.db")) as target:
+        assert target.list_jobs() == before
+
+
+def test_deleting_chosen_jobs_stops_nobody(queue, database):  # noqa: F811
+    ids = queue.enqueue_many("t", range(4))
+    with closing(pqueue.open_queue(database)) as other, queue.transaction():
+        assert queue.delete_jobs(ids[:2]) == 2
+        assert other.dequeue("w").id == ids[2]
+        other.enqueue("t")
+
+
+@pytest.mark.parametrize("batch", [1000, 7])
+def test_prune_asks_once_for_each_batch(queue, monkeypatch, batch):
+    monkeypatch.setattr(pqueue, "PRUNE_BATCH", batch)
+    for job_id in queue.enqueue_many("t", range(50)):
+        queue.cancel(job_id, now=1)
+    last = queue.enqueue("t")
+    asked, told = [], []
+    execute = type(queue._session())._execute
+    monkeypatch.setattr(
+        type(queue._session()), "_execute", lambda self, sql, p: asked.append(sql) or execute(self, sql, p)
+    )
+    assert queue.prune(0, states=["cancelled"], tell=told.append) == 50
+    batches = 50 // batch + 1
+    assert len(asked) == 1 + batches
+    assert told == [min(50, batch * (n + 1)) for n in range(batches)]
+    assert [job.id for job in queue.list_jobs()] == [last]
+    assert queue._read("SELECT count(*) FROM history")[0][0] == 0
+
+
+@pytest.fixture
+def far(database):  # noqa: F811
+    """The URL of the database through a network that takes 2 ms each way."""
+    url = sqlalchemy.make_url(database)
+    with psycopg.connect(database) as near:
+        proxy = DelayingProxy(near.info.host, near.info.port, 0.002)
+    yield url.set(host="127.0.0.1", port=proxy.port, query={}).render_as_string(hide_password=False)
+    proxy.close()
+
+
+def test_verbs_work_over_a_slow_network(far):
+    with closing(pqueue.open_queue(far)) as queue:
+        done = threading.Event()
+
+        def work():
+            jobs = []
+            while not done.is_set():
+                jobs = queue.complete_and_dequeue([(job, job.payload) for job in jobs], "w", 10)[0]
+                if not jobs:
+                    queue.wait(1, consumer="w")
+
+        consumer = threading.Thread(target=work)
+        consumer.start()
+        ids = queue.enqueue_many("t", range(30)) + [queue.enqueue("t", n) for n in range(10)]
+        wait_until(lambda: queue.count_jobs(state="completed") == len(ids))
+        done.set()
+        consumer.join()
+        assert queue.prune(-100) == len(ids) - 1
