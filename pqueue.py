@@ -60,6 +60,7 @@ from pqueue_schema import (
     ASSIGN,
     CANCEL,
     CLAIM,
+    CLAIM_ONE,
     COMPLETE,
     DELETE_CONSUMERS,
     ENQUEUE,
@@ -780,8 +781,8 @@ def _claim(
 ) -> list[Job]:
     params = claim_params(me, limit, queues, lease_seconds, now)
     if limit > 1:
-        params["limit"] = _batch_size(session.run(NEXT_ATTEMPTS, params), me.prefetches)
-    return claimed_jobs(session, session.run(CLAIM, params), params)
+        limit = params["limit"] = _batch_size(session.run(NEXT_ATTEMPTS, params), me.prefetches)
+    return claimed_jobs(session, session.run(CLAIM if limit > 1 else CLAIM_ONE, params), params)
 
 
 def claim_params(

@@ -238,6 +238,8 @@ UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NUL
                     WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN {UNFINISHED})""",
     # differs because of concurrent claims: rows are locked before their attempts are read
     pqueue_schema.CLAIM: _claim(),
+    # differs because of concurrent claims, like CLAIM
+    pqueue_schema.CLAIM_ONE: _claim(),
     # differs because a subquery for each queue is LATERAL
     pqueue_schema.NEXT_ATTEMPTS: f"""
 SELECT attempts, max_attempts FROM ({_candidates()}) candidates ORDER BY {ORDER} LIMIT :limit""",

@@ -233,10 +233,11 @@ class SQLiteSession(Session):
         try:
             if not self.has_ended:
                 self._roll_back()
+        except BaseException:  # raised by a signal handler; an open transaction would block all writers
+            # guard: an interrupted call is rolled back
+            self._roll_back()
+            raise
         finally:
-            if not self.has_ended:  # a signal handler interrupted it; an open transaction would block all writers
-                # guard: an interrupted call is rolled back
-                self._roll_back()
             self.busy = False
             self._release()
             if self._has_lock:
@@ -594,7 +595,7 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _session(self) -> SQLiteSession:
         try:
-            return cast(SQLiteSession, self._local.session)
+            session: SQLiteSession = self._local.session
         except AttributeError:
             if self._closed:
                 raise QueueError(f"cannot use {self.path}: this queue object is closed") from None
@@ -610,7 +611,7 @@ class PersistentQSQLite(PersistentQInterface):
                     self._record_log(session.connection)  # SQLite may have started another log
                 self._local.session = session
                 self._sessions.add(session)
-            return session
+        return session
 
     def _new_session(self) -> SQLiteSession:
         with ExitStack() as undo:

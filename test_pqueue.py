@@ -2593,7 +2593,7 @@ class Files(SQLiteCase):
         queue = self.open()
         params = {"consumer": "w", "limit": 1, "token": "t", "now": 1.0, "lease_expires_at": 2.0}
         for queues in (None, '["default"]'):
-            for statement in (pqueue_schema.CLAIM, pqueue_schema.NEXT_EVENT):
+            for statement in (pqueue_schema.CLAIM, pqueue_schema.CLAIM_ONE, pqueue_schema.NEXT_EVENT):
                 rows = queue._read(f"EXPLAIN QUERY PLAN {statement}", {**params, "queues": queues})
                 plan = "\n".join(row[3] for row in rows)
                 self.assertNotRegex(plan, r"SCAN jobs(?! USING)")

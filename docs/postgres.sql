@@ -280,6 +280,29 @@ SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
     WHERE rank <= $5 AND (rank = 1 OR alone = 0)))
 RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error;
 
+-- CLAIM_ONE
+-- Lease the first job to the consumer; :limit is 1.
+-- differs because of concurrent claims, like CLAIM
+-- $1 consumer, $2 token, $3 lease_expires_at, $4 now, $5 limit, $6 queues
+UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = $1, lease_token = $2,
+    lease_expires_at = $3, started_at = $4
+WHERE  state = 'pending' AND id = ANY (ARRAY(SELECT id FROM (
+    SELECT id, row_number() OVER best AS rank,
+        count(*) FILTER (WHERE attempts > 0 OR attempts + 1 >= max_attempts) OVER best AS alone
+    FROM (
+SELECT jobs.id, priority, run_at, attempts, max_attempts FROM queues q CROSS JOIN LATERAL
+    (SELECT * FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL
+     ORDER BY priority DESC, run_at, id LIMIT $5 FOR UPDATE SKIP LOCKED) jobs
+WHERE q.paused = 0 AND (CAST($6 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($6 AS json))))
+UNION ALL
+SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
+               WHERE state = 'pending' AND assigned_to = $1
+               AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)
+               ORDER BY priority DESC, run_at, id LIMIT $5 FOR UPDATE SKIP LOCKED) assigned) candidates
+    WINDOW best AS (ORDER BY priority DESC, run_at, id ROWS UNBOUNDED PRECEDING)) ranked
+    WHERE rank <= $5 AND (rank = 1 OR alone = 0)))
+RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error;
+
 -- NEXT_ATTEMPTS
 -- Return the attempts of the jobs that CLAIM would lease, in order.
 -- differs because a subquery for each queue is LATERAL
