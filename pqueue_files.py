@@ -154,7 +154,8 @@ def _has_open(identity: tuple[int, int], excluded: Sequence[int]) -> bool:
 class DatabaseFiles:
     """The files of a connection, to notice when one is replaced, moved or deleted."""
 
-    MTIME_SECONDS = (3.0, 0.1)  # resolution of st_mtime, with a margin: in whole seconds, and finer
+    # The resolution of st_mtime with a margin: on file systems that store whole seconds, and on others (10 ms)
+    MTIME_SECONDS = (3.0, 0.03)
 
     def __init__(self, path: Path) -> None:
         self._path = path
