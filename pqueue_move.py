@@ -64,12 +64,16 @@ class Moving(Backend):
         with self._transaction() as source, target._transaction() as copy:
             self._lock_out_writers(source)
             target._lock_out_writers(copy)
-            if copy.run("SELECT 1 FROM jobs LIMIT 1"):
-                raise QueueError("cannot copy: expected a target without jobs")
-            copied = _copy_rows(source, copy, tell)
-            target._reset_ids(copy)
-            # guard: a copy counts what is pending
-            target._count_pending(copy, [row[0] for row in copy.run(LIMITED)])
+            return target._fill(copy, source, tell)
+
+    def _fill(self, copy: Session, source: Session, tell: Callable[[int], None] | None) -> dict[str, int]:
+        """Copy all rows of the source into this queue, whose session is `copy`."""
+        if copy.run("SELECT 1 FROM jobs LIMIT 1"):
+            raise QueueError("cannot copy: expected a target without jobs")
+        copied = _copy_rows(source, copy, tell)
+        self._reset_ids(copy)
+        # guard: a copy counts what is pending
+        self._count_pending(copy, [row[0] for row in copy.run(LIMITED)])
         return copied
 
     # Moving: `begin_move` until nothing runs, then `move_to`, and `finish_move` when all programs use the target
@@ -128,10 +132,7 @@ class Moving(Backend):
             self._lock_out_writers(source)
             if count_running(source):
                 return None
-            if copy.run("SELECT 1 FROM jobs LIMIT 1"):
-                raise QueueError("cannot move: the target holds jobs; expected an empty one")
-            copied = _copy_rows(source, copy, tell)
-            target._reset_ids(copy)
+            copied = target._fill(copy, source, tell)
             mark = self._mark_moved(source, target.name, by, now)
             for sql, params in arrival(mark):
                 copy.change(sql, params)

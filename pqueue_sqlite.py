@@ -640,15 +640,6 @@ class PersistentQSQLite(PersistentQInterface):
         done = {row[0] for row in session.run(COMPLETE_MANY, {"completions": to_json(rows), "now": now})}
         return [job for job, _ in completions if job.id not in done]
 
-    def _lock_out_writers(self, session: Session) -> None:
-        """Do nothing: SQLite has a single writer."""
-
-    def _lock_jobs(self, session: Session, job_ids: list[int]) -> None:
-        """Do nothing: SQLite has a single writer."""
-
-    def _reset_ids(self, session: Session) -> None:
-        """Do nothing: SQLite continues after the highest id."""
-
     def _count_pending(self, session: Session, queues: Iterable[str]) -> None:
         is_limited = bool(session.run(LIMITED))
         for name, statement in COUNTERS.items():

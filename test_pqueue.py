@@ -807,6 +807,17 @@ class QueueContract:
         target.dequeue("w")
         target.enqueue("t")
 
+    def test_moved_queue_keeps_its_limit(self):
+        self.queue.limit("default", 3)
+        self.queue.enqueue_many("t", range(3))
+        target = self.target()
+        self.queue.begin_move(target.name)
+        self.queue.move_to(target)
+        with self.assertRaises(QueueFull):
+            target.enqueue("t")
+        target.dequeue("w")
+        target.enqueue("t")
+
     def test_queue_at_its_limit_refuses_all_or_nothing(self):
         self.queue.limit("default", 3)
         self.queue.enqueue_many("t", [1, 2])
