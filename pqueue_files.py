@@ -8,7 +8,7 @@ import stat
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -87,14 +87,11 @@ class FileLocks:
         index = Path(f"{path}-shm")
         if not FileLocks.AVAILABLE or not index.exists() or _has_open(_identity(index), ()):
             return False
-        file = os.open(index, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
+        with closing_file(os.open(index, os.O_RDONLY | os.O_NOFOLLOW)) as file:
             held = struct.unpack(
                 FLOCK, fcntl.fcntl(file, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, FileLocks.INDEX_IN_USE))
             )
             is_set, page_bytes, frames = struct.unpack("12xBxHI", os.pread(file, 20, 0).ljust(20, b"\0"))
-        finally:
-            os.close(file)
         expected = 32 + frames * (24 + (page_bytes if page_bytes > 1 else 65536))
         return bool(held[0] != fcntl.F_UNLCK and is_set and frames and file_size(Path(f"{path}-wal")) < expected)
 
@@ -222,11 +219,29 @@ SHARED = stat.S_ISGID | stat.S_IWGRP  # mode of a folder shared by a group: file
 
 def create_file(path: Path, group: int | None = None) -> None:
     # guard: files are private
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
+    with closing_file(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)) as file:
         if group is not None:
             os.fchown(file, -1, group)
             os.fchmod(file, 0o660)
+
+
+@contextmanager
+def part_of(target: Path) -> Iterator[Path]:
+    """Create a private file next to the target, to be renamed to it when complete; delete it if it was not."""
+    # guard: a backup takes its name last
+    part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
+    create_file(part)
+    try:
+        yield part
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def closing_file(file: int) -> Iterator[int]:
+    try:
+        yield file
     finally:
         os.close(file)
 
@@ -276,11 +291,8 @@ def sync(path: Path) -> None:
     """Sync a file, or the names in a folder: a power cut may undo unsynced ones."""
     if fcntl is None:
         return
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with closing_file(os.open(path, os.O_RDONLY)) as file:
         sync_file(file)
-    finally:
-        os.close(file)
 
 
 def file_number(path: Path) -> bytes:

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pqueue import POLL_SECONDS
-from pqueue_files import is_stopped, open_private, share_as_folder, try_lock, unlock
+from pqueue_files import closing_file, is_stopped, open_private, share_as_folder, try_lock, unlock
 from pqueue_values import Job, QueueError
 
 LOCK_TIMEOUT_SECONDS = 1.0  # the longest wait for a lock; a process that holds one for longer is not waited for
@@ -239,11 +239,8 @@ class ConsumerLocks:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        file = open_private(folder / "waiting")
-        try:
+        with closing_file(open_private(folder / "waiting")) as file:
             self.waiting = _map_file(file, self.COUNT)
-        finally:
-            os.close(file)
 
     def acquire(self) -> ConsumerLock:
         for number in range(self.COUNT):
@@ -260,34 +257,24 @@ class ConsumerLocks:
 
     def has_begun(self, number: int, token: str, job_id: int) -> bool:
         """Return False if the consumer with this token publishes the jobs that it begins, without this one."""
-        try:
-            file = os.open(self._folder / f"{number}.lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return True
-        try:
+        path = self._folder / f"{number}.lock"
+        with suppress(FileNotFoundError), closing_file(os.open(path, os.O_RDONLY | os.O_NOFOLLOW)) as file:
             words = array("Q", os.pread(file, BegunJobs.BYTES, 0).ljust(BegunJobs.BYTES, b"\0"))
-        finally:
-            os.close(file)
-        return BegunJobs.is_in(words, token, job_id)
+            return BegunJobs.is_in(words, token, job_id)
+        return True
 
     def is_held(self, number: int) -> bool:
-        lock = open_private(self._folder / f"{number}.lock")
-        try:
+        with closing_file(open_private(self._folder / f"{number}.lock")) as lock:
             return not try_lock(lock)
-        finally:
-            os.close(lock)
 
     def wake(self) -> None:
         """Wake up all waiting consumers, except dead ones."""
         number = self.waiting.find(b"\1")
         while number >= 0:
             self.waiting[number] = 0
-            with suppress(OSError):
-                pipe = os.open(self._folder / f"{number}.wakeup", os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-                try:
-                    os.write(pipe, b"!")
-                finally:
-                    os.close(pipe)
+            path = self._folder / f"{number}.wakeup"
+            with suppress(OSError), closing_file(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)) as pipe:
+                os.write(pipe, b"!")
             number = self.waiting.find(b"\1", number + 1)
 
     def wait(self, slot: ConsumerLock, seconds: float, due_in: Callable[[], float]) -> bool:

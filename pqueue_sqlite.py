@@ -24,6 +24,7 @@ from pqueue_files import (
     SHARED_FILE_SYSTEMS,
     DatabaseFiles,
     FileLocks,
+    closing_file,
     create_file,
     deleted_but_open,
     error_reason,
@@ -36,6 +37,7 @@ from pqueue_files import (
     make_folder,
     move_into_place,
     open_private,
+    part_of,
     real_path,
     rename,
     replaced,
@@ -494,12 +496,8 @@ class PersistentQSQLite(PersistentQInterface):
 
     @contextmanager
     def _log_record(self) -> Iterator[int]:
-        with self._folder_errors():
-            record = open_private(Path(f"{self.path}.d/files"))
-            try:
-                yield record
-            finally:
-                os.close(record)
+        with self._folder_errors(), closing_file(open_private(Path(f"{self.path}.d/files"))) as record:
+            yield record
 
     @contextmanager
     def _folder_errors(self) -> Iterator[None]:
@@ -704,28 +702,23 @@ class PersistentQSQLite(PersistentQInterface):
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         target = file_path(path)
-        # guard: a backup takes its name last
-        part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
         try:
-            create_file(part)
             if target.exists():
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-            self._read("VACUUM INTO :part", {"part": str(part)})
-            with closing(sqlite3.connect(f"{part.as_uri()}?mode=ro", uri=True)) as copy:
-                if copy.execute("PRAGMA integrity_check").fetchone() != ("ok",):
-                    raise QueueError(f"cannot back up to {target}: the copy is damaged")
-            sync(part)  # some versions of SQLite do not
-            create_file(target)  # reserves the name; fails if it exists
-            rename(part, target, is_new=True)
+            with part_of(target) as part:
+                self._read("VACUUM INTO :part", {"part": str(part)})
+                with closing(sqlite3.connect(f"{part.as_uri()}?mode=ro", uri=True)) as copy:
+                    if copy.execute("PRAGMA integrity_check").fetchone() != ("ok",):
+                        raise QueueError(f"cannot back up to {target}: the copy is damaged")
+                sync(part)  # some versions of SQLite do not
+                create_file(target)  # reserves the name; fails if it exists
+                rename(part, target, is_new=True)
             # guard: a backup's name is synced
             sync(target.parent)
         except OSError as error:
             raise QueueError(f"cannot back up to {target}: {error.strerror}") from error
         except sqlite3.Error as error:
             raise self._error(error) from error
-        finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
 
     def move_to_file(
         self,
@@ -740,28 +733,23 @@ class PersistentQSQLite(PersistentQInterface):
         tell is called with the number of pages copied so far. Raises QueueError if the file exists.
         """
         target = real_path(path)
-        part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
         try:
             if target.exists() and target.stat().st_size:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             make_folder(target.parent)
-            create_file(part)
-            with self._transaction() as source:  # blocks other writers while the other connection reads
-                # guard: nothing is moved while a job runs
-                if count_running(source):
-                    return None
-                with closing(self._connect()) as reader, closing(sqlite3.connect(part, isolation_level=None)) as copy:
-                    copied = _copy_database(reader, copy, tell)
-                    _finish_copy(copy, arrival(self._mark_moved(source, str(target), by, now)))
-                sync(part)
-            move_into_place(part, target, is_new=not target.exists())
-        except OSError as error:
-            raise QueueError(f"cannot move to {target}: {error.strerror}") from error
-        except sqlite3.Error as error:
-            raise QueueError(f"cannot move to {target}: {error}") from error
-        finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
+            with part_of(target) as part:
+                with self._transaction() as source:  # blocks other writers while the other connection reads
+                    # guard: nothing is moved while a job runs
+                    if count_running(source):
+                        return None
+                    new = closing(sqlite3.connect(part, isolation_level=None))
+                    with closing(self._connect()) as reader, new as copy:
+                        copied = _copy_database(reader, copy, tell)
+                        _finish_copy(copy, arrival(self._mark_moved(source, str(target), by, now)))
+                    sync(part)
+                move_into_place(part, target, is_new=not target.exists())
+        except (OSError, sqlite3.Error) as error:
+            raise QueueError(f"cannot move to {target}: {getattr(error, 'strerror', error)}") from error
         return copied
 
     def other_tables(self) -> list[str]:
