@@ -51,7 +51,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from pqueue_backend import Registration, Session
 from pqueue_move import Moving
@@ -406,7 +406,7 @@ class PersistentQInterface(Reading, Moving):
                 at = self._time(now)
                 lost = self._complete_all(session, completions, at)
                 if lost and nested:
-                    raise _lost(session, "complete", lost[0])
+                    _refuse(session, "complete", lost[0])
                 self._reclaim(session, dead, at)
                 jobs = _claim(session, me, limit, queues, lease_seconds, at) if limit else []
                 # guard: a claim of the last attempt is synced
@@ -431,7 +431,7 @@ class PersistentQInterface(Reading, Moving):
         with self._transaction(in_batch=True) as session:
             # guard: complete needs a held lease
             if not _complete(session, job, encoded, self._time(now)):
-                raise _lost(session, "complete", job)
+                _refuse(session, "complete", job)
 
     def fail(
         self,
@@ -460,7 +460,7 @@ class PersistentQInterface(Reading, Moving):
         """Make a `processing` job `pending` again; the attempt does not count. Raises LeaseLost."""
         with self._transaction(durable=False) as session:
             if not self._release(session, job, self._time(now)):
-                raise _lost(session, "release", job)
+                _refuse(session, "release", job)
 
     def _release(self, session: Session, job: Job, now: float) -> bool:
         """Make a job pending again without counting this delivery; record it if it had begun."""
@@ -496,7 +496,7 @@ class PersistentQInterface(Reading, Moving):
                 session.wakes = True
             # guard: fail, release, extend, update need a held lease
             if not session.change(sql, params):
-                raise _lost(session, verb, job)
+                _refuse(session, verb, job)
 
     # Operating
 
@@ -505,7 +505,7 @@ class PersistentQInterface(Reading, Moving):
 
         Raises JobNotFound, QueueFull, or InvalidTransition if the job is not finished or another one has its key.
         """
-        self._operator_verb("resubmit", "resubmitted", RESUBMIT, job_id, by, now)
+        self._operator_verb("resubmit", "resubmitted", RESUBMIT, job_id, by, now, allowed=FINISHED)
 
     def mark_failed(
         self, job_id: int, error: str = "marked as failed", *, by: str | None = None, now: float | None = None
@@ -535,14 +535,22 @@ class PersistentQInterface(Reading, Moving):
         )
 
     def _operator_verb(
-        self, verb: str, event: str, sql: str, job_id: int, by: str | None, now: float | None, **values: Any
+        self,
+        verb: str,
+        event: str,
+        sql: str,
+        job_id: int,
+        by: str | None,
+        now: float | None,
+        allowed: Sequence[str] = (),
+        **values: Any,
     ) -> None:
         params = {"error": None, **values, "id": valid_id(job_id), "now": self._time(now)}
         with self._transaction() as session:
             session.change(RECORD, {**params, "event": event, "actor": operator_name(by)})
             # guard: an operator sees a refusal
             if not session.change(sql, params):
-                raise _refusal(session, verb, job_id)
+                raise _refusal(session, verb, job_id, allowed)
             session.wakes = True
 
     @contextmanager
@@ -832,25 +840,23 @@ def _last_loss_error(job: Job, consumers: list[str], error: str) -> str:
     return f"failed after {number}; lost by {', '.join(consumers)}; {error}{once if job.max_attempts == 1 else ''}"
 
 
-def _lost(session: Session, verb: str, job: Job) -> QueueError | ValueError:
-    """Return the error for a lease token that is not the current one, and doom the transaction."""
+def _refuse(session: Session, verb: str, job: Job) -> NoReturn:
+    """Raise the error for a job whose token is not the current one. A lost lease dooms the transaction."""
     if job.lease_token is None:
-        return _refusal(session, verb, job.id)
-    session.lost = LeaseLost(f"cannot {verb} job {job.id}: the lease of {job.consumer} on it was lost")
-    return session.lost
+        raise _refusal(session, verb, job.id)
+    raise session.doom(LeaseLost(f"cannot {verb} job {job.id}: the lease of {job.consumer} on it was lost"))
 
 
-def _refusal(session: Session, verb: str, job_id: int) -> QueueError | ValueError:
-    rows = session.run("SELECT state, key, queue FROM jobs WHERE id = :id", {"id": job_id})
-    if not rows:
-        return JobNotFound(f"cannot {verb} job {job_id}: no such job")
-    state, key, queue = rows[0]
-    if verb == "resubmit" and state in FINISHED:
-        room, max_pending = next(iter(session.run(ROOM, {"queue": queue})), (None, None))
-        if max_pending is not None and room is not None and room <= 0:
-            return _queue_full(f"resubmit job {job_id}", queue, max_pending)
-        return InvalidTransition(f"cannot resubmit job {job_id}: another unfinished job has its key {key!r}")
-    return InvalidTransition(f"cannot {verb} job {job_id}: it is {state}")
+def _refusal(session: Session, verb: str, job_id: int, allowed: Sequence[str] = ()) -> QueueError | ValueError:
+    """Return the error for a job that was not changed. allowed: states in which only its key or a limit prevents it."""
+    for state, key, queue in session.run("SELECT state, key, queue FROM jobs WHERE id = :id", {"id": job_id}):
+        if state not in allowed:
+            return InvalidTransition(f"cannot {verb} job {job_id}: it is {state}")
+        for room, max_pending in session.run(ROOM, {"queue": queue}):
+            if room is not None and room <= 0:
+                return _queue_full(f"{verb} job {job_id}", queue, max_pending)
+        return InvalidTransition(f"cannot {verb} job {job_id}: another unfinished job has its key {key!r}")
+    return JobNotFound(f"cannot {verb} job {job_id}: no such job")
 
 
 def _queue_full(verb: str, queue: str, max_pending: int, jobs: int = 1) -> QueueFull | ValueError:

@@ -81,6 +81,11 @@ class Session(ABC):
                 self.change("ROLLBACK TO nested")
             self.change("RELEASE nested")
 
+    def doom(self, error: LeaseLost) -> LeaseLost:
+        """Make the outermost transaction roll back and raise this error, even if the caller catches it; return it."""
+        self.lost = error
+        return error
+
     def _end(self, error: BaseException | None) -> None:
         try:
             # guard: a lost lease dooms its transaction
