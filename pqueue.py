@@ -369,13 +369,13 @@ class PersistentQInterface(Reading, Moving):
 
     def begin(self, job: Job, *, now: float | None = None) -> None:
         """Record that a job leased with `prefetch` is about to run. Raises LeaseLost if its lease has expired."""
-        # guard: a job is noted as begun only while its lease lasts
+        # guard: a job is recorded as begun only during its lease
         self._expect_lease(job, now)
         self._note_begun(job)
         self._expect_lease(job, now)  # again: a consumer that reclaims it from now on sees that it had begun
 
     def _expect_lease(self, job: Job, now: float | None) -> None:
-        # guard: a job whose lease is over does not begin
+        # guard: a job whose lease has expired does not begin
         if job.lease_expires_at is None or self._time(now) >= job.lease_expires_at:
             raise LeaseLost(f"cannot begin job {job.id}: the lease of {job.consumer} on it has expired")
 
@@ -415,14 +415,14 @@ class PersistentQInterface(Reading, Moving):
             return jobs, lost
 
         try:
-            # guard: the fused call is synced
+            # guard: complete_and_dequeue is synced
             return exchange(durable=bool(completions) or nested)
         except UnsyncedLastAttempt:  # a power cut must not add an attempt: claim again, and sync
             return exchange(durable=True)
 
     def _complete_all(self, session: Session, completions: list[tuple[Job, str | None]], now: float) -> list[Job]:
         """Complete these jobs, and return those whose lease was lost."""
-        # guard: the fused call reports a lost lease
+        # guard: complete_and_dequeue reports a lost lease
         return [job for job, result in completions if not _complete(session, job, result, now)]
 
     def complete(self, job: Job, result: Any = None, *, now: float | None = None) -> None:
@@ -548,7 +548,7 @@ class PersistentQInterface(Reading, Moving):
         params = {"error": None, **values, "id": valid_id(job_id), "now": self._time(now)}
         with self._transaction() as session:
             session.change(RECORD, {**params, "event": event, "actor": operator_name(by)})
-            # guard: an operator sees a refusal
+            # guard: a refused operator verb raises
             if not session.change(sql, params):
                 raise _refusal(session, verb, job_id, allowed)
             session.wakes = True
@@ -700,7 +700,7 @@ class PersistentQInterface(Reading, Moving):
             params["tasks"] = json.dumps(sorted(TASKS))
             with self._transaction(durable=False) as session:
                 if session.change(MARK_DEAD, params):
-                    # guard: who takes over a slot first takes back its jobs
+                    # guard: a consumer that takes a dead consumer's slot reclaims its jobs first
                     self._reclaim(session, [], self._time(now))  # before this consumer writes to the same slot
                 session.change(REGISTER, params)
             undo.pop_all()
@@ -716,15 +716,15 @@ class PersistentQInterface(Reading, Moving):
         """Promote scheduled jobs that are due, and end deliveries that expired or whose consumer died."""
         params = {"now": now, "limit": RECLAIM_BATCH}
         due, expired = session.run(OVERDUE, params)[0]
-        # guard: what is due is promoted
+        # guard: jobs that are due are promoted
         if due:
             session.change(PROMOTE, params)
             session.wakes = True
-        # guard: what expired is taken back
+        # guard: expired leases are reclaimed
         if expired:
             for row in session.run(EXPIRED, params):
                 self._end_lost_delivery(session, to_job(row), "expired", now)
-        # guard: the dead lose their jobs at once
+        # guard: jobs of dead consumers are reclaimed at once
         if dead is not None:
             for token in dead:
                 session.change(UNREGISTER, {"token": token, "state": "dead"})
@@ -798,7 +798,7 @@ def claim_params(
     params = _claim_filter(me.name, queues, limit)
     params["now"] = now
     params["lease_expires_at"] = now + valid_lease(lease_seconds)
-    # guard: each claim has a number of its own
+    # guard: each claim has its own number
     params["token"] = f"{me.token}.{next(me.claims)}"
     return params
 
@@ -828,9 +828,9 @@ def _batch_size(attempts: list[tuple[int, int]], prefetches: bool) -> int:
     A job that was delivered before is claimed alone: if it kills its consumer again, no other job is affected. So is a
     job with a single attempt, unless the attempt counts only when the job begins.
     """
-    # guard: a job that may run once comes alone
+    # guard: a job with one attempt is claimed alone
     alone = (n for n, (made, most) in enumerate(attempts) if made or (most == 1 and not prefetches))
-    # guard: a job delivered before comes alone
+    # guard: a redelivered job is claimed alone
     return max(1, next(alone, len(attempts)))
 
 

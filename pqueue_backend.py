@@ -77,7 +77,7 @@ class Session(ABC):
             self._end(error)
         elif not self.has_ended:
             if error is not None:
-                # guard: a failed savepoint is undone
+                # guard: a failed savepoint is rolled back
                 self.change("ROLLBACK TO nested")
             self.change("RELEASE nested")
 

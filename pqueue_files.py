@@ -68,7 +68,7 @@ class FileLocks:
         key = _identity(path)
         locks = cls._open[key] = cls._open.get(key) or cls(path)
         locks._users += 1
-        # guard: locks outlast a copy of the database
+        # guard: locks survive a copy of the database
         locks._set(fcntl.F_RDLCK)
         return locks
 
@@ -228,7 +228,7 @@ def create_file(path: Path, group: int | None = None) -> None:
 @contextmanager
 def part_of(target: Path) -> Iterator[Path]:
     """Create a private file next to the target, to be renamed to it when complete; delete it if it was not."""
-    # guard: a backup takes its name last
+    # guard: a backup is complete before it gets its name
     part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
     create_file(part)
     try:
@@ -370,7 +370,7 @@ def file_system(folder: Path) -> str:
     except OSError:
         return "unknown"
     real = folder.resolve()
-    # guard: a network drive is known by its last mount
+    # guard: a network drive is recognized by its last mount
     under = {len(mount[1]): mount[2] for mount in mounts if real.is_relative_to(_unescape(mount[1]))}
     return os.fsdecode(under[max(under)]) if under else "unknown"
 

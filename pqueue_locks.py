@@ -164,7 +164,7 @@ class FairLock:
                 HANDOVER_SECONDS if self._is_reserved() else POLL_SECONDS
             )  # asked first: the reservation may expire
             acquired, left = self.try_acquire(kind), until - time.monotonic()
-            # guard: nobody waits again for a stopped process
+            # guard: a stopped process is not waited for twice
             if acquired or left <= 0 or self._held_seconds() >= LOCK_TIMEOUT_SECONDS:
                 self._shared[self.WAITING_SINCE + kind] = 0.0
                 return acquired
@@ -190,8 +190,8 @@ class FairLock:
     def _reserve(self, kind: int) -> None:
         now = time.monotonic()
         repeats = self._held_since > self._owned_since and now - self._owned_since >= REPEAT_SECONDS
-        # guard: nobody overtakes a writer that has waited for long
-        # guard: nobody writes again and again past a waiter
+        # guard: a writer that has waited long is not overtaken
+        # guard: a writer in a loop does not starve a waiter
         if repeats or now - self._shared[self.WAITING_SINCE + kind] >= OVERTAKE_SECONDS:
             self._shared[self.RESERVED_FOR], self._shared[self.RESERVED_UNTIL] = kind, now + HANDOVER_SECONDS
 
@@ -203,8 +203,8 @@ class FairLock:
         return None
 
     def _is_reserved(self) -> bool:
-        # guard: a lock is not kept for the dead
-        # guard: what a lock says is void after a reboot
+        # guard: a reservation for a dead waiter expires
+        # guard: a reservation is void after a reboot
         return 0 < self._shared[self.RESERVED_UNTIL] - time.monotonic() <= HANDOVER_SECONDS
 
     def _held_seconds(self) -> float:
@@ -216,7 +216,7 @@ class FairLock:
         pid, seconds = f"{self._shared[self.PID]:.0f}", self._held_seconds()
         if seconds < LOCK_TIMEOUT_SECONDS:
             return None
-        # guard: a problem with a lock needs a live holder
+        # guard: only a live holder is reported for a lock
         if self.try_acquire():  # its holder is dead
             self.release()
             return None
@@ -315,9 +315,9 @@ class BegunJobs:
 
     @staticmethod
     def is_in(words: Sequence[int], token: str, job_id: int) -> bool:
-        # guard: what had begun before a power cut is not known
+        # guard: records of begun jobs are void after a reboot
         is_known = words[0] == boot_id() != 0 and words[1] == int(token, 16)
-        # guard: what had begun is not returned uncounted
+        # guard: an attempt that had begun counts
         return not is_known or job_id in words[3 : 3 + words[2]]
 
     def close(self) -> None:
