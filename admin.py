@@ -413,7 +413,7 @@ def move(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRes
         return _move(
             queue,
             target.name,
-            lambda: queue.move_to(target, without=options.without, tell=lambda n: _progress(f"{n:,} rows copied")),
+            lambda: queue.move_to(target, without=options.without, progress=lambda n: _progress(f"{n:,} rows copied")),
         )
 
 
@@ -427,7 +427,9 @@ def _move_to_file(queue: pqueue.PersistentQSQLite, options: argparse.Namespace) 
         with pqueue.open_queue(path, create=False) as target:
             _expect_empty(queue, target)
         raise Problem(f"cannot move: {path} exists; delete that empty queue, or choose another name")
-    return _move(queue, str(path), lambda: queue.move_to_file(path, tell=lambda n: _progress(f"{n:,} pages copied")))
+    return _move(
+        queue, str(path), lambda: queue.move_to_file(path, progress=lambda n: _progress(f"{n:,} pages copied"))
+    )
 
 
 def _expect_empty(queue: PersistentQInterface, target: PersistentQInterface) -> None:

@@ -111,7 +111,7 @@ def nodes(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
 
 
 def changed(node: ast.expr | ast.stmt, source) -> str | None:
-    """Return what may stand in the place of this node."""
+    """Return what may replace this node."""
     match node:
         case ast.Compare(left=left, ops=[operator], comparators=[right]) if type(operator) in COMPARISONS:
             return f"{source(left)} {COMPARISONS[type(operator)]} {source(right)}"

@@ -134,7 +134,7 @@ def test_both_front_ends_do_the_same_with_every_command(tmp_path, monkeypatch, c
     monkeypatch.delenv("PQUEUE_URL", raising=False)
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
-    told = []
+    reported = []
     for front in ("argparse", "typer"):
         (tmp_path / front).mkdir()
         monkeypatch.chdir(tmp_path / front)
@@ -150,8 +150,8 @@ def test_both_front_ends_do_the_same_with_every_command(tmp_path, monkeypatch, c
                 out, err = capsys.readouterr()
                 answers.append((arguments, code, re.sub(r"\S+_bytes \S+", "", out), err.replace(front, "front")))
             queue.close()
-            told.append(answers)
-    assert told[0] == told[1]
+            reported.append(answers)
+    assert reported[0] == reported[1]
     assert {arguments[0] for arguments in READING} >= set(admin.COMMANDS) - {"monitor", "doctor", "torture", "move"}
 
 
@@ -218,7 +218,7 @@ def test_operator_whose_folder_has_no_queue_creates_none(front, folder, run):
         (["monitor", "--interval", f"{10**30}w"], 2, "expected a duration from 0.1s to 1d"),
     ],
 )
-def test_operator_who_is_wrong_is_told_in_one_line(front, queue, run, arguments, code, message):
+def test_operator_mistake_is_reported_in_one_line(front, queue, run, arguments, code, message):
     populate(queue)
     before = queue.list_jobs()
     assert run(*arguments)[0] == code
@@ -226,7 +226,7 @@ def test_operator_who_is_wrong_is_told_in_one_line(front, queue, run, arguments,
     assert queue.list_jobs() == before
 
 
-def test_operator_cannot_open_what_is_no_queue(front, folder, run, monkeypatch):
+def test_operator_cannot_open_a_file_that_is_no_queue(front, folder, run, monkeypatch):
     other = folder / "other.db"
     with sqlite3.connect(other) as db:
         db.execute("CREATE TABLE mine (x)")
@@ -351,7 +351,7 @@ def test_operator_keeps_the_files_of_jobs_that_change_their_state_meanwhile(queu
 
 
 @pytest.mark.parametrize("act", ["resubmit", "enqueue"])
-def test_operator_keeps_the_file_of_a_job_that_begins_anew_meanwhile(queue, run, files, monkeypatch, act):
+def test_operator_keeps_the_file_of_a_job_that_is_resubmitted_meanwhile(queue, run, files, monkeypatch, act):
     for name in ("job_again.txt", "job_done.txt"):
         (files / name).write_text(name)
         queue.enqueue("prepend_timestamp", {"file": name})
@@ -409,7 +409,7 @@ def test_operator_keeps_the_files_of_jobs_that_consumers_work_on(queue, run, fil
     assert {path.name for path in files.iterdir()} == set(names)
 
 
-def test_operator_who_resubmits_what_failed_runs_nothing_again_that_has_run_meanwhile(queue, run, monkeypatch):
+def test_resubmit_of_failed_jobs_skips_those_completed_meanwhile(queue, run, monkeypatch):
     ids = [queue.enqueue("t") for _ in range(3)]
     for job_id in ids:
         queue.mark_failed(job_id)
@@ -453,12 +453,12 @@ def test_operator_takes_no_running_job_over_unasked(queue, run, monkeypatch):
         ("pending", "it is waiting: 1 job pending in queue slow, 1 of 1 consumer busy"),
     ],
 )
-def test_operator_is_told_why_a_job_does_not_run(queue, state, sentence):
+def test_operator_sees_why_a_job_does_not_run(queue, state, sentence):
     ids = populate(queue)
     assert sentence in report.why(queue, ids[state])
 
 
-def test_operator_is_told_what_keeps_a_pending_job(queue, monkeypatch):
+def test_operator_sees_what_delays_a_pending_job(queue, monkeypatch):
     job_id = queue.enqueue("mail", queue="post")
     assert report.why(queue, job_id) == "no consumer is alive: run python consumer.py"
     monkeypatch.setitem(pqueue.TASKS, "known", None)
@@ -472,7 +472,7 @@ def test_operator_is_told_what_keeps_a_pending_job(queue, monkeypatch):
     assert report.why(queue, job_id) == "its queue post is paused: python admin.py resume post"
 
 
-def test_operator_of_an_installed_copy_is_told_its_commands(queue, tmp_path, monkeypatch):
+def test_hints_of_an_installed_copy_name_its_commands(queue, tmp_path, monkeypatch):
     for program in ("admin", "consumer"):
         (tmp_path / f"{program}.py").touch()
     monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
@@ -482,7 +482,7 @@ def test_operator_of_an_installed_copy_is_told_its_commands(queue, tmp_path, mon
     assert report.why(queue, job_id) == "its queue default is paused: pqueue resume default"
 
 
-def test_command_that_the_operator_is_told_to_give_executes_no_name(queue):
+def test_suggested_command_quotes_names_for_the_shell(queue):
     name = "a; touch evil"
     job_id = queue.enqueue("mail", queue=name, now=1)
     queue.pause(name)
@@ -496,7 +496,7 @@ def test_doctor_is_content_with_a_healthy_queue(front, queue, run):
     assert (code, out.splitlines()[-1]) == (0, "healthy")
 
 
-def test_doctor_finds_what_is_wrong(queue, run, monkeypatch, folder):
+def test_doctor_reports_each_problem(queue, run, monkeypatch, folder):
     def found():
         code, out, _ = run("doctor", "--json")
         problems = json.loads(out)["problems"]
@@ -560,7 +560,7 @@ def test_doctor_finds_a_dead_consumer_that_holds_jobs(queue):
     assert "its consumer anna is not alive" in report.why(queue, 1)
 
 
-def test_metrics_are_what_prometheus_reads(front, queue, run):
+def test_metrics_are_in_the_format_of_prometheus(front, queue, run):
     from prometheus_client.parser import text_string_to_metric_families
 
     populate(queue)
@@ -627,14 +627,14 @@ def test_operator_at_a_terminal_is_asked_first(queue):
     os.close(follower)
 
 
-def test_reader_who_goes_away_is_no_error(queue):
+def test_closed_pipe_is_no_error(queue):
     queue.enqueue_many("t", range(5000))
     command = [sys.executable, str(ROOT / "admin.py"), "list-jobs", "--limit", "5000"]
     done = subprocess.run(["sh", "-c", '"$@" | head -1', "sh", *command], capture_output=True, text=True)
     assert (done.stderr, done.stdout.count("\n")) == ("", 1)
 
 
-def test_monitor_says_what_is_not_there_and_recovers(folder, run):
+def test_monitor_reports_a_missing_database_and_recovers(folder, run):
     code, out, _ = run("monitor", "--once")
     assert code == 0
     assert "no supervisord answers at" in out
@@ -647,7 +647,7 @@ def test_monitor_says_what_is_not_there_and_recovers(folder, run):
     queue.close()
 
 
-def test_monitor_draws_on_a_terminal_until_told_to_stop(queue):
+def test_monitor_redraws_a_terminal_until_it_is_stopped(queue):
     populate(queue)
     leader, follower = pty.openpty()
     shown = []

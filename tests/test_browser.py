@@ -200,7 +200,7 @@ both = pytest.mark.parametrize("front", [StandardLibrary, Streamlit])
 
 
 @both
-def test_operator_sees_jobs_move_and_mends_what_failed(system, page, front):
+def test_operator_sees_jobs_move_and_resubmits_failed_ones(system, page, front):
     queue = system.queue()
     site = front(system, page)
     for state in ("pending", "processing", "completed", "failed"):
@@ -321,7 +321,7 @@ def test_operator_with_a_phone_sees_every_control_whole(system, page):
     site.said("queue default limited to 7 pending jobs")
 
 
-def test_page_keeps_what_the_reader_types_while_it_refreshes(system, page):
+def test_page_keeps_typed_text_while_it_refreshes(system, page):
     queue = system.queue()
     system.write("repaired", "")
     site = StandardLibrary(system, page)

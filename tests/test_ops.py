@@ -322,7 +322,7 @@ def test_operator_acts_on_the_ticked_or_on_all_that_match(queue, site):
         ("nosuch", {}, "no such action"),
     ],
 )
-def test_operator_who_is_wrong_is_told(queue, site, action, form, message):
+def test_operator_mistake_is_reported(queue, site, action, form, message):
     queue.enqueue("t")
     before = queue.list_jobs()
     status, text, _ = site.act(action, **form)
@@ -510,7 +510,7 @@ def test_large_answers_are_sent_a_few_at_a_time(queue, site, monkeypatch):
         assert (site.ask("/")[0], site.ask("/style.css")[0]) == (503, 200)
 
 
-def test_dashboard_stays_small_whatever_payloads_hold_and_nobody_reads(place):
+def test_dashboard_stays_small_with_any_payloads_and_without_readers(place):
     queue = place.queue(durability="normal")
     queue.enqueue_many("t", [{"text": "x" * 1_048_000}] * 50, max_attempts=1)
     while job := queue.dequeue("w"):
@@ -550,7 +550,7 @@ def test_filter_that_is_too_long_is_refused(queue, site):
     assert queue.count_jobs(state="pending") == 1
 
 
-def test_malformed_request_is_told_and_changes_nothing(queue, site):
+def test_malformed_request_is_refused_and_changes_nothing(queue, site):
     job_id = failed(queue)
     good = {"token": site.server.token, "id": job_id}
     assert site.ask("/?state=nosuch")[:2] == (400, f"expected a state of {', '.join(pqueue.STATES)}, got 'nosuch'\n")
@@ -676,7 +676,7 @@ def test_request_that_trickles_is_cut_off(queue, site, monkeypatch):
     assert site.ask("/healthz")[0] == 200
 
 
-def test_reader_who_never_reads_costs_nobody(queue, site):
+def test_reader_who_never_reads_delays_no_other(queue, site):
     queue.enqueue_many("t", ["x" * 1000] * 60)
     deaf = []
     for _ in range(20):
@@ -707,7 +707,7 @@ def test_other_addresses_need_a_password_and_a_wrong_one_costs_time(queue, folde
         site.close()
 
 
-def test_port_that_is_taken_is_told(site, capsys):
+def test_port_in_use_is_reported(site, capsys):
     assert ops.main(["--port", str(site.port)]) == 1
     assert f": port {site.port} is in use: set PQUEUE_OPS_PORT to another port\n" in capsys.readouterr().err
 
@@ -715,7 +715,7 @@ def test_port_that_is_taken_is_told(site, capsys):
 # What it survives
 
 
-def test_database_that_comes_and_goes_is_told_and_found_again(folder, site):
+def test_missing_database_is_reported_and_found_when_it_returns(folder, site):
     status, text, _ = site.ask("/")
     assert (status, "no queue at" in text) == (503, True)
     assert site.ask("/healthz")[0] == 503
@@ -741,7 +741,7 @@ def test_database_that_comes_and_goes_is_told_and_found_again(folder, site):
     assert "got 99" in site.ask("/")[1]
 
 
-def test_database_that_is_locked_is_told_and_found_again(queue, site, monkeypatch):
+def test_locked_database_is_reported_and_read_when_it_is_free(queue, site, monkeypatch):
     monkeypatch.setattr(
         pqueue.PersistentQSQLite.__init__,
         "__kwdefaults__",
@@ -837,7 +837,7 @@ def unescaped(cell):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_streamlit_page_says_what_is_missing(folder):
+def test_streamlit_page_reports_a_missing_database(folder):
     page = streamlit()
     assert not page.exception
     assert "no queue at" in "".join(each.proto.body for each in page.get("html"))
