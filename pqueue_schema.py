@@ -188,7 +188,7 @@ SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
 CLAIM = f"""
 UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = :consumer, lease_token = :token,
     lease_expires_at = :lease_expires_at, started_at = :now
-WHERE state = 'pending' AND id IN (SELECT id FROM ({_CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit)
+WHERE id IN (SELECT id FROM ({_CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit)
 RETURNING {COLUMNS}"""
 
 # Return the attempts of the jobs that CLAIM would lease, in order.
@@ -209,7 +209,7 @@ SELECT min(at) FROM (
 # Make scheduled jobs that are due pending.
 # guard: a job is not promoted before it is due
 PROMOTE = """
-UPDATE jobs SET state = 'pending' WHERE state = 'scheduled' AND id IN
+UPDATE jobs SET state = 'pending' WHERE id IN
     (SELECT id FROM jobs WHERE state = 'scheduled' AND run_at <= :now ORDER BY run_at LIMIT :limit)"""
 
 # Return jobs whose lease has expired.

@@ -2589,15 +2589,18 @@ class Files(SQLiteCase):
                     queue.backup(self.folder / "copy.db")
                 self.assertEqual(set(self.folder.iterdir()), before)
 
-    def test_claim_never_scans_the_jobs(self):
+    def test_statement_finds_its_jobs_and_events_by_an_index(self):
         queue = self.open()
-        params = {"consumer": "w", "limit": 1, "token": "t", "now": 1.0, "lease_expires_at": 2.0}
-        for queues in (None, '["default"]'):
-            for statement in (pqueue_schema.CLAIM, pqueue_schema.NEXT_EVENT):
-                rows = queue._read(f"EXPLAIN QUERY PLAN {statement}", {**params, "queues": queues})
-                plan = "\n".join(row[3] for row in rows)
-                self.assertNotRegex(plan, r"SCAN jobs(?! USING)")
-                self.assertIn("USING INDEX jobs_claim", plan.replace("COVERING ", ""))
+        for name, statement in vars(pqueue_schema).items():
+            if not name.startswith("_") and re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE)\b", str(statement)):
+                for queues in (None, '["default"]'):
+                    params = {**dict.fromkeys(re.findall(r":(\w+)", statement), 1), "queues": queues, "payloads": "[]"}
+                    rows = queue._read(f"EXPLAIN QUERY PLAN {statement}", params)
+                    plan = "\n".join(row[3] for row in rows)
+                    with self.subTest(statement=name):
+                        self.assertNotRegex(plan, r"SCAN (jobs|history)\b(?! USING)")
+                        if name in ("CLAIM", "NEXT_EVENT"):
+                            self.assertIn("USING INDEX jobs_claim", plan.replace("COVERING ", ""))
 
     def test_queue_that_moves_to_a_file_takes_along_what_else_is_in_its_database(self):
         queue, target = self.open(), self.folder / "new" / "queue.db"
