@@ -1022,6 +1022,9 @@ class QueueContract:
         ids = self.queue.enqueue_many("a", range(4), now=NOW)
         self.queue.assign(ids[0], "w")
         self.queue.cancel(ids[1])
+        failed = [self.queue.enqueue(name, now=NOW) for name in "ab"]
+        for job_id in failed:
+            self.queue.mark_failed(job_id)
         for few in (100, 0):
             with self.subTest(few=few), mock.patch("pqueue_search.INDEX_SCAN_JOBS", few):
                 self.assertEqual([job.id for job in self.queue.list_jobs(state="pending")], [ids[3], ids[2], ids[0]])
@@ -1029,6 +1032,7 @@ class QueueContract:
                     [job.id for job in self.queue.list_jobs(state="pending", before_id=ids[3])], [ids[2], ids[0]]
                 )
                 self.assertEqual([job.id for job in self.queue.list_jobs(state="cancelled", queue="default")], [ids[1]])
+                self.assertEqual([job.id for job in self.queue.list_jobs(state="failed", task="b")], failed[1:])
 
     def test_search_stops_in_time_and_goes_on_where_it_stopped(self):
         ids = self.queue.enqueue_many("a", range(10), now=NOW)
@@ -1691,6 +1695,12 @@ os._exit(0)
             self.assertIsNone(self.reopen().dequeue("w"))
         self.assertEqual(self.queue.get(1).state, "failed")
 
+    def test_job_counts_as_begun_when_the_lock_of_its_consumer_is_gone(self):
+        self.queue.enqueue("t", now=NOW)
+        self.queue.dequeue_many("w", 5, prefetch=True, now=NOW)
+        (self.folder / "queue.db.d/0.lock").unlink()
+        self.assertEqual(self.reopen().dequeue("other", now=NOW + 61).attempts, 2)
+
     def test_consumer_that_began_too_many_for_its_list_counts_all(self):
         self.queue.enqueue_many("t", range(pqueue_locks.BegunJobs.MAX_JOBS + 2), now=NOW)
         jobs = self.queue.dequeue_many("w", pqueue_locks.BegunJobs.MAX_JOBS + 2, prefetch=True, now=NOW)
@@ -1886,6 +1896,7 @@ class Processes(SQLiteCase):
             self.assertIsNone(queue.dequeue("heir"))
             child.kill()
             child.wait()
+        self.assertEqual({each["name"]: each["state"] for each in queue.consumers()}["victim"], "dead")
         job = wait_until(lambda: queue.dequeue("heir"), seconds=10)
         self.assertEqual((job.id, job.attempts), (job_id, 2))
         self.assertIn("consumer victim died in attempt 1 of 3", job.error)
@@ -2436,6 +2447,25 @@ class Files(SQLiteCase):
             open_queue(str(self.path), create=False)
         self.assertEqual([path.stat().st_size for path in self.folder.iterdir()], [0])
 
+    def test_queue_of_a_group_is_open_to_its_accounts_and_no_others(self):
+        import grp
+
+        own = [each for each in grp.getgrall() if each.gr_gid in os.getgroups() or os.geteuid() == 0]
+        group = max(own, key=lambda each: each.gr_gid != os.getegid(), default=None)
+        if group is None:
+            self.skipTest("needs a group that has a name")
+        self.path = self.folder / "a" / "b" / "queue.db"
+        self.open(group=group.gr_name).dequeue("w")
+        for path in (self.folder / "a", *(self.folder / "a").rglob("*")):
+            mode = 0o2770 if path.is_dir() else 0o660
+            with self.subTest(path.name):
+                self.assertEqual((path.stat().st_gid, stat.S_IMODE(path.stat().st_mode)), (group.gr_gid, mode))
+        for path, mode in ((self.path, 0o640), (self.path.parent, 0o700)):
+            with mock.patch("pqueue_sqlite.make_folder"), self.subTest(path.name):
+                path.chmod(mode)
+                with self.assertRaisesRegex(QueueError, f"expected {path} to belong to the group.* chmod"):
+                    self.open(group=group.gr_name)
+
     def test_unusable_paths_are_refused_in_one_line(self):
         file = self.folder / "file"
         file.write_bytes(b"not a database, but long enough to be read as the header of one" * 9)
@@ -2469,6 +2499,62 @@ class Files(SQLiteCase):
             self.assertRaisesRegex(QueueError, "^expected SQLite 3.37 or newer, got .*: use a newer Python$"),
         ):
             self.open()
+
+    def test_error_of_sqlite_is_told_in_the_words_of_the_queue(self):
+        queue = self.open()
+        for message, expected in {
+            "database is locked": "QueueBusy: cannot write to .*: another writer held it for 5 s",
+            "database table is busy": "QueueBusy: cannot write to .*: another writer held it for 5 s",
+            "database or disk is full": "QueueFull: cannot write to .*: its disk is full",
+            "file is not a database": "SchemaMismatch: cannot use .*: expected an SQLite database, got another file",
+            "attempt to write a readonly database": "QueueError: cannot write to .*: no permission, no free descriptor",
+            "unable to open database file": "QueueError: cannot write to .*: no permission, no free descriptor",
+            "no such table: a\x07b": "QueueError: cannot use .*: no such table: a.b$",
+        }.items():
+            with self.subTest(message):
+                error = queue._error(sqlite3.OperationalError(message))
+                self.assertRegex(f"{type(error).__name__}: {error}", f"^{expected}")
+
+    def test_error_of_a_permission_says_whose_the_file_is(self):
+        import pwd
+
+        denied = PermissionError(13, "Permission denied")
+        owner = pwd.getpwuid(self.folder.stat().st_uid).pw_name
+        self.assertIn(f"Permission denied: {self.folder} belongs to {owner}; run this as {owner}",
+                      pqueue_files.error_reason(denied, self.path))  # fmt: skip
+        with mock.patch("pwd.getpwuid", side_effect=KeyError):
+            self.assertEqual(pqueue_files.error_reason(denied, self.path), "Permission denied")
+        self.assertEqual(pqueue_files.error_reason(OSError(28, "No space left"), self.path), "No space left")
+
+    def test_queue_without_the_locks_of_posix_polls_and_counts_every_attempt(self):
+        with mock.patch("pqueue_sqlite.has_locks", return_value=False), mock.patch("time.sleep") as sleep:
+            queue = self.open()
+            queue.enqueue("t", now=NOW)
+            queue.dequeue("w", now=NOW)
+            self.assertEqual(queue.dequeue("other", now=NOW + 60).attempts, 2)
+            self.assertFalse(queue.wait(0.05, consumer="w", now=NOW))
+            self.assertTrue(queue.wait(1, consumer="w", now=NOW + 999))
+        self.assertEqual([call.args for call in sleep.mock_calls], [(0.05,), (0.0,)])
+
+    def test_system_that_shows_nothing_of_itself_is_borne(self):
+        with (
+            mock.patch.object(Path, "read_bytes", side_effect=OSError),
+            mock.patch.object(Path, "read_text", side_effect=OSError),
+        ):
+            self.assertEqual(pqueue_files.file_system(self.folder), "unknown")
+            self.assertIs(pqueue_files.is_stopped(os.getpid()), False)
+            self.assertEqual(pqueue_locks.boot_id.__wrapped__(), 0)
+
+    def test_queue_restored_from_a_dump_is_a_queue_again(self):
+        self.open().enqueue("t", [1])
+        with self.sqlite() as db:
+            dump = "\n".join(db.iterdump())
+        self.path = self.folder / "restored.db"
+        with self.sqlite() as db:
+            db.executescript(dump)
+        self.path.chmod(0o600)
+        queue = self.open()
+        self.assertEqual((queue.get(1).payload, queue.check()["problems"]), ([1], []))
 
     def test_full_disk_is_told_and_waited_out(self):
         queue = self.open()
@@ -2874,6 +2960,14 @@ class Replaced(SQLiteCase):
             child.wait()
         self.assertEqual(self.open().enqueue("t"), 1)
 
+    def test_damaged_database_is_not_opened_with_the_log_of_another(self):
+        self.started()
+        backup = self.folder / "backup.db"
+        backup.write_bytes(b"damaged" + backup.read_bytes()[7:])
+        backup.replace(self.path)
+        with self.assertRaisesRegex(SchemaMismatch, "took the place of another database"):
+            self.open()
+
     def test_copy_of_a_whole_folder_is_opened_with_its_log(self):
         self.started()
         shutil.copytree(self.path.parent, self.folder / "copy", ignore=no_fifos)
@@ -3010,6 +3104,41 @@ class Misuse(SQLiteCase):
             self.assertEqual(precious.read_text(), "x" * 5000)
             place.unlink()
 
+    def test_file_in_the_place_of_a_pipe_is_refused(self):
+        self.open().close()
+        pipe = self.folder / "queue.db.d/others.wakeup"
+        pipe.unlink()
+        pipe.touch()
+        with nothing_left(), self.assertRaisesRegex(QueueError, "cannot open .*expected others.wakeup to be a FIFO"):
+            pqueue.PersistentQSQLite(self.path)
+
+    def test_writer_passes_by_a_thread_that_holds_the_lock_for_too_long(self):
+        queue = self.open()
+        with mock.patch("pqueue_locks.LOCK_TIMEOUT_SECONDS", 0.01):
+            self.assertTrue(queue._writer_lock.acquire())
+            self.assertEqual(queue.enqueue("t"), 1)
+            queue._writer_lock.release()
+        self.others_wait_for_nothing()
+
+    def test_queue_closed_while_a_thread_checks_it_closes_its_locks(self):
+        queue = self.open()
+        with mock.patch("pqueue_locks.FairLock.problem", lambda _: queue.close()):
+            self.assertEqual(queue._writer_lock.problems(), [])
+
+    def test_session_of_a_closed_queue_is_refused(self):
+        queue = self.open()
+        session = queue._session()
+        queue.close()
+        with self.assertRaisesRegex(QueueError, "this queue object is closed"), session:
+            self.fail("it was entered")
+
+    def test_error_that_a_signal_handler_raises_ends_a_wait(self):
+        pipe = self.open()._writer_lock._lock._pipes[0]
+        with mock.patch("select.epoll", side_effect=OSError("from a handler")), self.assertRaises(OSError):
+            pqueue_locks._wait_for(pipe, 0, exclusive=True)
+        with mock.patch("select.epoll", side_effect=OSError(24, "Too many open files")):
+            self.assertFalse(pqueue_locks._wait_for(pipe, 0, exclusive=True))
+
     def test_trigger_that_swallows_jobs_stops_an_enqueue_and_not_the_queue(self):
         queue = self.open()
         queue.enqueue("t")
@@ -3078,6 +3207,17 @@ class Tasks(unittest.TestCase):
             delays = [pqueue.backoff_seconds(attempts) for _ in range(200)]
             self.assertTrue(all(whole / 2 <= delay <= whole for delay in delays))
             self.assertGreater(len(set(delays)), 1)
+
+    def test_task_has_its_queue_at_hand_while_it_runs(self):
+        pqueue.task("t")(lambda job: (job.payload, pqueue.current_queue()))
+        with tempfile.TemporaryDirectory() as folder, open_queue(f"{folder}/q.db") as queue:
+            queue.enqueue("t", 1)
+            job = queue.dequeue("w")
+            self.assertEqual(pqueue.run_task(queue, job), (1, queue))
+            with self.assertRaisesRegex(QueueError, "no task runs in this thread"):
+                pqueue.current_queue()
+            with self.assertRaisesRegex(LookupError, "unknown task 'u'; this consumer knows t: give it --import"):
+                pqueue.run_task(queue, job._replace(task="u"))
 
     def test_current_queue_is_for_tasks_only(self):
         with self.assertRaisesRegex(QueueError, "no task runs in this thread"):

@@ -36,7 +36,7 @@ from typing import NamedTuple
 from run import memory
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTEST = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider"]
+PYTEST = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "--assert=plain"]
 ON_SQLITE = ["test_pqueue.py", "tests/test_model.py", "-knot AtNormalDurability and not killed_anywhere"]
 ON_POSTGRES = ["tests/test_postgres.py", "-kPostgresContract"]
 OF_POSTGRES = {"pqueue_postgres.py", "pqueue_sqlalchemy.py"}
@@ -199,7 +199,7 @@ def places(module: str, parent: ast.AST, *, in_function: bool = False) -> Iterat
             found = [each for each in ast.walk(node) if getattr(each, "lineno", 0) not in inside]
             names = {each.id for each in found if isinstance(each, ast.Name)}
             names |= {each.attr for each in found if isinstance(each, ast.Attribute)}
-            targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+            targets = [node.target] if isinstance(node, ast.AnnAssign | ast.AugAssign) else getattr(node, "targets", [])
             defines = {each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)}
             if isinstance(node, ast.ClassDef):
                 defines = {node.name}
@@ -238,6 +238,8 @@ class Record:
         seen: set[str] = set()
         while here:
             place = here.pop()
+            if not place.runs and not place.defines:  # a call when the module is imported
+                found |= self.seconds.keys()
             found |= {test for line in place.runs for test in self._tests[f"{place.module}:{line}"]}
             if new := place.defines - seen:
                 seen |= new
@@ -299,7 +301,7 @@ def recorded(folder: Path, texts: dict[str, str], suite: list[str]) -> Record:
     output, plugins = folder.with_name("record"), folder.with_name("plugins")
     plugins.mkdir()
     (plugins / "sitecustomize.py").write_text(RECORDER)
-    variables = {"MUTANTS_RECORD": str(output), "PYTHONPATH": str(plugins)}
+    variables = {"MUTANTS_RECORD": str(output), "PYTHONPATH": str(plugins), "PYTHONDONTWRITEBYTECODE": ""}
     if (failed := failure([*suite, "-psitecustomize"], folder, 900, **variables)) is not None:
         sys.exit(f"expected the tests to pass without a change, but one failed: {failed}")
     with output.open() as lines:
