@@ -406,6 +406,13 @@ class QueueContract:
         self.queue.leave("w")
         self.assertEqual([each["state"] for each in self.queue.consumers()], ["dead"])
 
+    def test_consumer_looks_for_the_dead_once_in_a_while(self):
+        self.reopen().dequeue("other")
+        with mock.patch.object(self.queue, "_is_alive", return_value=True) as is_alive:
+            for _ in range(3):
+                self.queue.dequeue("w")
+        self.assertEqual(is_alive.call_count, 1)
+
     def test_consumer_gets_one_assigned_job_after_the_other(self):
         ids = [self.queue.enqueue("t", assigned_to="w", now=NOW) for _ in range(3)]
         for job_id in ids:
@@ -1664,6 +1671,8 @@ class SQLiteContract(QueueContract, SQLiteCase):
         with self.assertRaisesRegex(LeaseLost, "cannot begin job 1: the lease of w on it has expired"):
             self.queue.begin(job, now=NOW + 60)
         self.assertEqual(self.reopen().dequeue("other", now=NOW + 60).attempts, 1)  # for it had not begun
+        with mock.patch("time.time", side_effect=[NOW + 59, NOW + 60]), self.assertRaises(LeaseLost):
+            self.queue.begin(job)  # it ended meanwhile
 
     def test_slot_of_a_dead_consumer_that_is_taken_over_still_tells_what_had_begun(self):
         code = """
@@ -1743,6 +1752,39 @@ class SQLiteGuarantees(SQLiteCase):
     def another(queue):
         queue.enqueue("t")
         return queue.dequeue("w")
+
+    def test_guarantee_1_commit_is_synced_unless_its_loss_only_repeats_work(self):
+        q = self.open()
+        verbs = {
+            "FULL": {
+                "enqueue": lambda _: q.enqueue("t"),
+                "enqueue_many": lambda _: q.enqueue_many("t", range(2)),
+                "complete": q.complete,
+                "fail": lambda job: q.fail(job, "no"),
+                "update of a result": lambda job: q.update(job, result=1),
+                "resubmit": lambda job: (q.cancel(job.id), q.resubmit(job.id)),
+                "assign": lambda job: q.assign(job.id, "w"),
+                "pause": lambda _: q.pause("other"),
+                "limit": lambda _: q.limit("other", 1),
+                "delete_jobs": lambda job: q.delete_jobs([job.id], force=True),
+            },
+            "NORMAL": {
+                "dequeue": lambda _: q.dequeue("w"),
+                "release": q.release,
+                "extend": q.extend,
+                "update of progress": lambda job: q.update(job, progress=1),
+                "heartbeat": lambda _: q.heartbeat("w"),
+                "leave": lambda _: q.leave("w"),
+                "prune": lambda _: q.prune(0),
+            },
+        }
+        for wanted, calls in verbs.items():
+            for verb, call in calls.items():
+                with self.subTest(verb=verb):
+                    job = self.another(q)
+                    q._session()._synchronous = ""
+                    call(job)
+                    self.assertEqual(q._session()._synchronous, wanted)
 
     def test_guarantee_1_job_outlives_its_producer_killed_after_enqueue(self):
         code = (
@@ -3106,11 +3148,17 @@ class Misuse(SQLiteCase):
 
     def test_file_in_the_place_of_a_pipe_is_refused(self):
         self.open().close()
-        pipe = self.folder / "queue.db.d/others.wakeup"
-        pipe.unlink()
-        pipe.touch()
-        with nothing_left(), self.assertRaisesRegex(QueueError, "cannot open .*expected others.wakeup to be a FIFO"):
-            pqueue.PersistentQSQLite(self.path)
+        for name in ("others.wakeup", "writer-others.wakeup", "writer-consumers.wakeup"):
+            pipe = self.folder / "queue.db.d" / name
+            pipe.unlink()
+            pipe.touch()
+            with (
+                self.subTest(name),
+                nothing_left(),
+                self.assertRaisesRegex(QueueError, f"expected {name} to be a FIFO"),
+            ):
+                pqueue.PersistentQSQLite(self.path)
+            pipe.unlink()
 
     def test_writer_passes_by_a_thread_that_holds_the_lock_for_too_long(self):
         queue = self.open()
