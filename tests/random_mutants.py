@@ -197,14 +197,18 @@ def places(module: str, parent: ast.AST, *, in_function: bool = False) -> Iterat
                       for line in lines_of(each)}  # fmt: skip
             own = whole - inside or whole
             found = [each for each in ast.walk(node) if getattr(each, "lineno", 0) not in inside]
-            names = {each.id for each in found if isinstance(each, ast.Name)}
-            names |= {each.attr for each in found if isinstance(each, ast.Attribute)}
+            names = mentioned(found)
             targets = [node.target] if isinstance(node, ast.AnnAssign | ast.AugAssign) else getattr(node, "targets", [])
             defines = {each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)}
             if isinstance(node, ast.ClassDef):
                 defines = {node.name}
             runs = set() if not in_function and not is_function else whole if is_function else own
             yield Place(module, own, runs, names, set() if in_function else defines)
+
+
+def mentioned(nodes: Iterable[ast.AST]) -> set[str]:
+    names = {each.id for each in nodes if isinstance(each, ast.Name)}
+    return names | {each.attr for each in nodes if isinstance(each, ast.Attribute)}
 
 
 def lines_of(node: ast.stmt) -> range:
@@ -215,11 +219,17 @@ def lines_of(node: ast.stmt) -> range:
 class Record:
     """Which tests run which statements."""
 
-    def __init__(self, trees: dict[str, ast.AST], record: Iterable[str]) -> None:
+    def __init__(self, trees: dict[str, ast.AST], tests: Iterable[ast.AST], record: Iterable[str]) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.noticed: Counter[str | None] = Counter()
         self._tests: dict[str, set[str]] = defaultdict(set)  # by module:line
         self._places = [place for module, tree in trees.items() for place in places(module, tree)]
+        self._named_by = {
+            node.name: mentioned([*ast.walk(node)])
+            for tree in tests
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef)
+        }
         test = ""
         for line in record:
             kind, _, rest = line.rstrip().partition(" ")
@@ -243,8 +253,14 @@ class Record:
             found |= {test for line in place.runs for test in self._tests[f"{place.module}:{line}"]}
             if new := place.defines - seen:
                 seen |= new
+                found |= {
+                    test for test in self.seconds if self._names(test) & {*new, change.module.removesuffix(".py")}
+                }
                 here += [each for each in self._places if each.names & new and each is not place]
         return sorted(found, key=lambda test: self.seconds[test] / (1 + self.noticed[test]))
+
+    def _names(self, test: str) -> set[str]:
+        return self._named_by.get(test.partition("[")[0].rpartition("::")[2], set())
 
 
 def is_noticed(folder: Path, text: str, change: Change, record: Record) -> bool | None:
@@ -305,7 +321,9 @@ def recorded(folder: Path, texts: dict[str, str], suite: list[str]) -> Record:
     if (failed := failure([*suite, "-psitecustomize"], folder, 900, **variables)) is not None:
         sys.exit(f"expected the tests to pass without a change, but one failed: {failed}")
     with output.open() as lines:
-        return Record({module: ast.parse(text) for module, text in texts.items()}, lines)
+        sources = {module: ast.parse(text) for module, text in texts.items()}
+        tests = [ast.parse((ROOT / each).read_text()) for each in suite if each.endswith(".py")]
+        return Record(sources, tests, lines)
 
 
 def main() -> int:
