@@ -33,7 +33,9 @@ from unittest import mock
 import pqueue
 import pqueue_files
 import pqueue_locks
+import pqueue_move
 import pqueue_schema
+import pqueue_search
 import pqueue_sqlite
 import pqueue_values
 from pqueue import (
@@ -791,6 +793,16 @@ class QueueContract:
         target.cancel_move()
         self.assertTrue(queue.has_moved_to(target))
 
+    def test_queue_that_moved_on_still_knows_what_it_has_of_its_first_place(self):
+        first, second, third = self.queue, self.target(), self.target()
+        first.enqueue("t")
+        for source, target in ((first, second), (second, third)):
+            source.begin_move(target.name)
+            source.move_to(target)
+        self.assertEqual(second.finish_move(third), {"carried": 0, "known": 0, "deleted": 1})
+        first.enqueue("late")
+        self.assertEqual(first.finish_move(second), {"carried": 1, "known": 0, "deleted": 2})
+
     def test_move_that_is_given_up_delivers_here_again(self):
         self.queue.pause("held")
         for name in ("default", "held"):
@@ -1178,7 +1190,7 @@ class QueueContract:
         for text in ("ada", '"word": "…"', "WORD"):
             self.assertEqual(self.find(text, shown=shown), [job_id])
 
-    def test_job_that_leaves_its_state_during_a_search_is_not_found(self):
+    def test_job_that_changes_during_a_search_is_not_found(self):
         ids = self.queue.enqueue_many("t", ["find me"] * 3)
         find = self.queue._find
 
@@ -1189,6 +1201,32 @@ class QueueContract:
 
         with mock.patch.object(self.queue, "_find", late):
             self.assertEqual([job.id for job in self.queue.list_jobs(text="find", state="pending")], [ids[2], ids[0]])
+        self.queue.dequeue("w", now=NOW)
+
+        def taken_over(*arguments):
+            found = find(*arguments)
+            self.queue.dequeue("other", now=NOW + 60)
+            return found
+
+        with mock.patch.object(self.queue, "_find", taken_over):
+            self.assertEqual(self.queue.list_jobs(text="find", consumer="w"), [])
+
+    def test_search_reads_few_jobs_at_a_time_and_those_of_a_rare_state_by_its_index(self):
+        ids = self.queue.enqueue_many("t", ["find me"] * 20, now=NOW)
+        self.queue.mark_failed(ids[0])
+        read, rows = self.queue._read, []
+
+        def noting(sql, *params):
+            found = read(sql, *params)
+            rows.append(len(found) if "payload" in sql.partition("FROM")[0] else 0)
+            return found
+
+        with mock.patch.object(self.queue, "_read", noting):
+            self.assertEqual(len(self.queue.list_jobs(text="find")), 20)
+        self.assertEqual(max(rows), pqueue_search.TEXT_SCAN_JOBS)
+        with mock.patch("pqueue_search.INDEX_SCAN_JOBS", 10), mock.patch.object(self.queue, "_walk") as walk:
+            self.assertEqual([job.id for job in self.queue.list_jobs(state="failed")], ids[:1])
+        walk.assert_not_called()
 
     def test_reader_of_excerpts_gets_beginnings_of_what_is_long(self):
         self.queue.enqueue("t", {"n": "x" * 5000})
@@ -2719,8 +2757,8 @@ class Files(SQLiteCase):
 
     def test_statement_finds_its_jobs_and_events_by_an_index(self):
         queue = self.open()
-        for name, statement in vars(pqueue_schema).items():
-            if not name.startswith("_") and re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE)\b", str(statement)):
+        for name, statement in {**vars(pqueue_schema), **vars(pqueue_move), **vars(pqueue_sqlite)}.items():
+            if re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE)\b[^{]*$", str(statement)):
                 for queues in (None, '["default"]'):
                     params = {**dict.fromkeys(re.findall(r":(\w+)", statement), 1), "queues": queues, "payloads": "[]"}
                     rows = queue._read(f"EXPLAIN QUERY PLAN {statement}", params)
@@ -2729,7 +2767,8 @@ class Files(SQLiteCase):
                         read = (
                             "SCAN" if "(id) FROM jobs" in statement else "SCAN|SEARCH"
                         )  # max(id) is found without an index
-                        self.assertNotRegex(plan, rf"({read}) (jobs|history)\b(?! USING)")
+                        others = "" if name == "DELETE_CONSUMERS" else "|consumers"
+                        self.assertNotRegex(plan, rf"({read}) (jobs|history{others})\b(?! USING)")
                         if name in ("CLAIM", "NEXT_EVENT"):
                             self.assertIn("USING INDEX jobs_claim", plan.replace("COVERING ", ""))
 

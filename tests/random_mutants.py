@@ -332,6 +332,7 @@ def main() -> int:
     parser.add_argument("--number", type=int, default=60, help="changes for each seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--terms", action="store_true", help="all terms of the modules' SQL")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     texts = {path.name: path.read_text() for path in sorted(ROOT.glob("pqueue*.py"))}
     suite = ON_POSTGRES
@@ -351,12 +352,12 @@ def main() -> int:
         finally:
             folders.put(folder)
 
-    with tempfile.TemporaryDirectory(prefix="pq", dir=memory()) as place, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with tempfile.TemporaryDirectory(prefix="pq", dir=memory()) as place, ThreadPoolExecutor(options.workers) as pool:
         ignored = shutil.ignore_patterns(".*", "var", "docs", "*.egg-info", "__pycache__")
         first = shutil.copytree(ROOT, Path(place) / "0", ignore=ignored)
         record = recorded(first, texts, suite)
         folders.put(first)
-        for number in range(1, os.cpu_count() or 1):
+        for number in range(1, options.workers):
             folders.put(shutil.copytree(first, Path(place) / str(number)))
         for seed, chosen in rounds.items():
             print(f"{len(chosen)} of {len(found)} changes{f', seed {seed}' if seed else ''}", flush=True)
