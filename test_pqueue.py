@@ -1653,6 +1653,10 @@ class SQLiteContract(QueueContract, SQLiteCase):
         self.assertEqual(sorted(triggers()), sorted(pqueue_sqlite.COUNTERS))
         self.queue.limit("a", None)
         self.assertEqual(sorted(triggers()), sorted(pqueue_sqlite.COUNTERS))
+        self.queue.enqueue("t", queue="a")  # does not write to its row
+        self.queue.enqueue("t", queue="b")
+        self.queue.cancel(self.queue.enqueue("t", queue="b"))
+        self.assertEqual(dict(self.queue._read("SELECT name, pending FROM queues")), {"a": 0, "b": 1})
         self.assertEqual(self.queue.check()["problems"], [])
         self.queue.limit("b", None)
         self.assertEqual(triggers(), [])
@@ -2782,6 +2786,7 @@ class Files(SQLiteCase):
             db.execute("CREATE INDEX theirs_too ON jobs (task)")
             db.execute("CREATE VIEW seen AS SELECT x FROM theirs")
             db.execute("CREATE TRIGGER spy AFTER UPDATE ON queues BEGIN INSERT INTO theirs VALUES (1); END")
+            db.execute("ANALYZE")  # creates a table of SQLite's own
         self.assertEqual(queue.other_tables(), ["seen", "spy", "theirs", "theirs_too"])
         queue.begin_move(str(target))
         before = queue._read("SELECT count(*) FROM theirs")
