@@ -66,7 +66,7 @@ LEAST_FREE_BYTES = 268_435_456  # `check` warns below this much free disk space
 SYNCHRONOUS = ("off", "normal", "full", "extra")
 MINIMUM_SQLITE = (3, 37)  # STRICT tables
 OUR_TABLES = f"SELECT sql LIKE '%STRICT' FROM sqlite_master WHERE type = 'table' AND name IN {TABLES}"
-OUR_SCHEMA = f"SELECT type, name, sql FROM sqlite_master WHERE tbl_name IN {TABLES} AND sql IS NOT NULL"
+SCHEMA = "SELECT type, name, sql FROM sqlite_master"
 MISCOUNTED = """
 SELECT name FROM queues q WHERE max_pending IS NOT NULL AND pending <>
     (SELECT count(*) FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL)"""
@@ -811,7 +811,7 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _schema_problems(self) -> list[str]:
         with self._sqlite_errors():
-            missing = _schema(has_limit=bool(self._read(LIMITED))) - set(self._read(OUR_SCHEMA))
+            missing = _schema(has_limit=bool(self._read(LIMITED))) - set(self._read(SCHEMA))
         changed = [f"{kind} {name!r} is not as this version makes it" for kind, name, _ in sorted(missing)]
         changed += [
             f"queue {name!r} counts its pending jobs wrong: set its limit again" for (name,) in self._read(MISCOUNTED)
@@ -895,13 +895,13 @@ def _schema(*, has_limit: bool) -> set[tuple[str, str, str]]:
     with closing(sqlite3.connect(":memory:")) as model:
         for statement in chain(*MIGRATIONS, COUNTERS.values() if has_limit else ()):
             model.execute(statement.format_map(SQLITE_TYPES))
-        return set(model.execute(OUR_SCHEMA))
+        return set(model.execute(SCHEMA))
 
 
 def _adopt_dump(connection: sqlite3.Connection) -> None:
     """Set the application id and the schema version of a queue restored from the output of .dump, which omits them."""
     marks = connection.execute("SELECT * FROM pragma_application_id, pragma_user_version").fetchone()
-    if marks == (0, 0) and _schema(has_limit=False) <= set(connection.execute(OUR_SCHEMA)):
+    if marks == (0, 0) and _schema(has_limit=False) <= set(connection.execute(SCHEMA)):
         connection.execute("BEGIN IMMEDIATE")
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
@@ -965,8 +965,7 @@ def _finish_copy(copy: sqlite3.Connection, changes: list[tuple[str, Params]]) ->
     copy.text_factory = str
     copy.execute("PRAGMA journal_mode = DELETE")
     copy.execute("BEGIN")
-    sql = f"SELECT name, sql FROM sqlite_master WHERE type = 'trigger' AND tbl_name IN {TABLES}"
-    triggers = copy.execute(sql).fetchall()
+    triggers = copy.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
     for name, _ in triggers:
         # guard: the application's triggers do not fire in a copy
         copy.execute(f"DROP TRIGGER {_quoted(name)}")

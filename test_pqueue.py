@@ -33,7 +33,9 @@ from unittest import mock
 import pqueue
 import pqueue_files
 import pqueue_locks
+import pqueue_move
 import pqueue_schema
+import pqueue_search
 import pqueue_sqlite
 import pqueue_values
 from pqueue import (
@@ -405,6 +407,13 @@ class QueueContract:
             self.execute(db, "UPDATE consumers SET state = 'dead'")
         self.queue.leave("w")
         self.assertEqual([each["state"] for each in self.queue.consumers()], ["dead"])
+
+    def test_consumer_looks_for_the_dead_once_in_a_while(self):
+        self.reopen().dequeue("other")
+        with mock.patch.object(self.queue, "_is_alive", return_value=True) as is_alive:
+            for _ in range(3):
+                self.queue.dequeue("w")
+        self.assertEqual(is_alive.call_count, 1)
 
     def test_consumer_gets_one_assigned_job_after_the_other(self):
         ids = [self.queue.enqueue("t", assigned_to="w", now=NOW) for _ in range(3)]
@@ -784,6 +793,16 @@ class QueueContract:
         target.cancel_move()
         self.assertTrue(queue.has_moved_to(target))
 
+    def test_queue_that_moved_on_still_knows_what_it_has_of_its_first_place(self):
+        first, second, third = self.queue, self.target(), self.target()
+        first.enqueue("t")
+        for source, target in ((first, second), (second, third)):
+            source.begin_move(target.name)
+            source.move_to(target)
+        self.assertEqual(second.finish_move(third), {"carried": 0, "known": 0, "deleted": 1})
+        first.enqueue("late")
+        self.assertEqual(first.finish_move(second), {"carried": 1, "known": 0, "deleted": 2})
+
     def test_move_that_is_given_up_delivers_here_again(self):
         self.queue.pause("held")
         for name in ("default", "held"):
@@ -1033,6 +1052,9 @@ class QueueContract:
         ids = self.queue.enqueue_many("a", range(4), now=NOW)
         self.queue.assign(ids[0], "w")
         self.queue.cancel(ids[1])
+        failed = [self.queue.enqueue(name, now=NOW) for name in "ab"]
+        for job_id in failed:
+            self.queue.mark_failed(job_id)
         for few in (100, 0):
             with self.subTest(few=few), mock.patch("pqueue_search.INDEX_SCAN_JOBS", few):
                 self.assertEqual([job.id for job in self.queue.list_jobs(state="pending")], [ids[3], ids[2], ids[0]])
@@ -1040,6 +1062,7 @@ class QueueContract:
                     [job.id for job in self.queue.list_jobs(state="pending", before_id=ids[3])], [ids[2], ids[0]]
                 )
                 self.assertEqual([job.id for job in self.queue.list_jobs(state="cancelled", queue="default")], [ids[1]])
+                self.assertEqual([job.id for job in self.queue.list_jobs(state="failed", task="b")], failed[1:])
 
     def test_search_stops_in_time_and_continues_where_it_stopped(self):
         ids = self.queue.enqueue_many("a", range(10), now=NOW)
@@ -1178,7 +1201,7 @@ class QueueContract:
         for text in ("ada", '"word": "…"', "WORD"):
             self.assertEqual(self.find(text, shown=shown), [job_id])
 
-    def test_job_that_leaves_its_state_during_a_search_is_not_found(self):
+    def test_job_that_changes_during_a_search_is_not_found(self):
         ids = self.queue.enqueue_many("t", ["find me"] * 3)
         find = self.queue._find
 
@@ -1189,6 +1212,32 @@ class QueueContract:
 
         with mock.patch.object(self.queue, "_find", late):
             self.assertEqual([job.id for job in self.queue.list_jobs(text="find", state="pending")], [ids[2], ids[0]])
+        self.queue.dequeue("w", now=NOW)
+
+        def taken_over(*arguments):
+            found = find(*arguments)
+            self.queue.dequeue("other", now=NOW + 60)
+            return found
+
+        with mock.patch.object(self.queue, "_find", taken_over):
+            self.assertEqual(self.queue.list_jobs(text="find", consumer="w"), [])
+
+    def test_search_reads_few_jobs_at_a_time_and_those_of_a_rare_state_by_its_index(self):
+        ids = self.queue.enqueue_many("t", ["find me"] * 20, now=NOW)
+        self.queue.mark_failed(ids[0])
+        read, rows = self.queue._read, []
+
+        def noting(sql, *params):
+            found = read(sql, *params)
+            rows.append(len(found) if "payload" in sql.partition("FROM")[0] else 0)
+            return found
+
+        with mock.patch.object(self.queue, "_read", noting):
+            self.assertEqual(len(self.queue.list_jobs(text="find")), 20)
+        self.assertEqual(max(rows), pqueue_search.TEXT_SCAN_JOBS)
+        with mock.patch("pqueue_search.INDEX_SCAN_JOBS", 10), mock.patch.object(self.queue, "_walk") as walk:
+            self.assertEqual([job.id for job in self.queue.list_jobs(state="failed")], ids[:1])
+        walk.assert_not_called()
 
     def test_reader_of_excerpts_gets_the_beginnings_of_long_values(self):
         self.queue.enqueue("t", {"n": "x" * 5000})
@@ -1615,6 +1664,10 @@ class SQLiteContract(QueueContract, SQLiteCase):
         self.assertEqual(sorted(triggers()), sorted(pqueue_sqlite.COUNTERS))
         self.queue.limit("a", None)
         self.assertEqual(sorted(triggers()), sorted(pqueue_sqlite.COUNTERS))
+        self.queue.enqueue("t", queue="a")  # does not write to its row
+        self.queue.enqueue("t", queue="b")
+        self.queue.cancel(self.queue.enqueue("t", queue="b"))
+        self.assertEqual(dict(self.queue._read("SELECT name, pending FROM queues")), {"a": 0, "b": 1})
         self.assertEqual(self.queue.check()["problems"], [])
         self.queue.limit("b", None)
         self.assertEqual(triggers(), [])
@@ -1671,6 +1724,8 @@ class SQLiteContract(QueueContract, SQLiteCase):
         with self.assertRaisesRegex(LeaseLost, "cannot begin job 1: the lease of w on it has expired"):
             self.queue.begin(job, now=NOW + 60)
         self.assertEqual(self.reopen().dequeue("other", now=NOW + 60).attempts, 1)  # for it had not begun
+        with mock.patch("time.time", side_effect=[NOW + 59, NOW + 60]), self.assertRaises(LeaseLost):
+            self.queue.begin(job)  # it ended meanwhile
 
     def test_reused_slot_of_a_dead_consumer_still_shows_which_jobs_had_begun(self):
         code = """
@@ -1701,6 +1756,12 @@ os._exit(0)
         with mock.patch("pqueue_locks.boot_id", return_value=pqueue_locks.boot_id() + 1):
             self.assertIsNone(self.reopen().dequeue("w"))
         self.assertEqual(self.queue.get(1).state, "failed")
+
+    def test_job_counts_as_begun_when_the_lock_of_its_consumer_is_gone(self):
+        self.queue.enqueue("t", now=NOW)
+        self.queue.dequeue_many("w", 5, prefetch=True, now=NOW)
+        (self.folder / "queue.db.d/0.lock").unlink()
+        self.assertEqual(self.reopen().dequeue("other", now=NOW + 61).attempts, 2)
 
     def test_consumer_that_began_too_many_for_its_list_counts_all(self):
         self.queue.enqueue_many("t", range(pqueue_locks.BegunJobs.MAX_JOBS + 2), now=NOW)
@@ -1744,6 +1805,39 @@ class SQLiteGuarantees(SQLiteCase):
     def another(queue):
         queue.enqueue("t")
         return queue.dequeue("w")
+
+    def test_guarantee_1_commit_is_synced_unless_its_loss_only_repeats_work(self):
+        q = self.open()
+        verbs = {
+            "FULL": {
+                "enqueue": lambda _: q.enqueue("t"),
+                "enqueue_many": lambda _: q.enqueue_many("t", range(2)),
+                "complete": q.complete,
+                "fail": lambda job: q.fail(job, "no"),
+                "update of a result": lambda job: q.update(job, result=1),
+                "resubmit": lambda job: (q.cancel(job.id), q.resubmit(job.id)),
+                "assign": lambda job: q.assign(job.id, "w"),
+                "pause": lambda _: q.pause("other"),
+                "limit": lambda _: q.limit("other", 1),
+                "delete_jobs": lambda job: q.delete_jobs([job.id], force=True),
+            },
+            "NORMAL": {
+                "dequeue": lambda _: q.dequeue("w"),
+                "release": q.release,
+                "extend": q.extend,
+                "update of progress": lambda job: q.update(job, progress=1),
+                "heartbeat": lambda _: q.heartbeat("w"),
+                "leave": lambda _: q.leave("w"),
+                "prune": lambda _: q.prune(0),
+            },
+        }
+        for wanted, calls in verbs.items():
+            for verb, call in calls.items():
+                with self.subTest(verb=verb):
+                    job = self.another(q)
+                    q._session()._synchronous = ""
+                    call(job)
+                    self.assertEqual(q._session()._synchronous, wanted)
 
     def test_guarantee_1_job_outlives_its_producer_killed_after_enqueue(self):
         code = (
@@ -1897,6 +1991,7 @@ class Processes(SQLiteCase):
             self.assertIsNone(queue.dequeue("heir"))
             child.kill()
             child.wait()
+        self.assertEqual({each["name"]: each["state"] for each in queue.consumers()}["victim"], "dead")
         job = wait_until(lambda: queue.dequeue("heir"), seconds=10)
         self.assertEqual((job.id, job.attempts), (job_id, 2))
         self.assertIn("consumer victim died in attempt 1 of 3", job.error)
@@ -2447,6 +2542,25 @@ class Files(SQLiteCase):
             open_queue(str(self.path), create=False)
         self.assertEqual([path.stat().st_size for path in self.folder.iterdir()], [0])
 
+    def test_queue_of_a_group_is_open_to_its_accounts_and_no_others(self):
+        import grp
+
+        own = [each for each in grp.getgrall() if each.gr_gid in os.getgroups() or os.geteuid() == 0]
+        group = max(own, key=lambda each: each.gr_gid != os.getegid(), default=None)
+        if group is None:
+            self.skipTest("needs a group that has a name")
+        self.path = self.folder / "a" / "b" / "queue.db"
+        self.open(group=group.gr_name).dequeue("w")
+        for path in (self.folder / "a", *(self.folder / "a").rglob("*")):
+            mode = 0o2770 if path.is_dir() else 0o660
+            with self.subTest(path.name):
+                self.assertEqual((path.stat().st_gid, stat.S_IMODE(path.stat().st_mode)), (group.gr_gid, mode))
+        for path, mode in ((self.path, 0o640), (self.path.parent, 0o700)):
+            with mock.patch("pqueue_sqlite.make_folder"), self.subTest(path.name):
+                path.chmod(mode)
+                with self.assertRaisesRegex(QueueError, f"expected {path} to belong to the group.* chmod"):
+                    self.open(group=group.gr_name)
+
     def test_unusable_paths_are_refused_in_one_line(self):
         file = self.folder / "file"
         file.write_bytes(b"not a database, but long enough to be read as the header of one" * 9)
@@ -2480,6 +2594,62 @@ class Files(SQLiteCase):
             self.assertRaisesRegex(QueueError, "^expected SQLite 3.37 or newer, got .*: use a newer Python$"),
         ):
             self.open()
+
+    def test_error_of_sqlite_is_a_queue_error_with_a_reason(self):
+        queue = self.open()
+        for message, expected in {
+            "database is locked": "QueueBusy: cannot write to .*: another writer held it for 5 s",
+            "database table is busy": "QueueBusy: cannot write to .*: another writer held it for 5 s",
+            "database or disk is full": "QueueFull: cannot write to .*: its disk is full",
+            "file is not a database": "SchemaMismatch: cannot use .*: expected an SQLite database, got another file",
+            "attempt to write a readonly database": "QueueError: cannot write to .*: no permission, no free descriptor",
+            "unable to open database file": "QueueError: cannot write to .*: no permission, no free descriptor",
+            "no such table: a\x07b": "QueueError: cannot use .*: no such table: a.b$",
+        }.items():
+            with self.subTest(message):
+                error = queue._error(sqlite3.OperationalError(message))
+                self.assertRegex(f"{type(error).__name__}: {error}", f"^{expected}")
+
+    def test_error_of_a_permission_says_whose_the_file_is(self):
+        import pwd
+
+        denied = PermissionError(13, "Permission denied")
+        owner = pwd.getpwuid(self.folder.stat().st_uid).pw_name
+        self.assertIn(f"Permission denied: {self.folder} belongs to {owner}; run this as {owner}",
+                      pqueue_files.error_reason(denied, self.path))  # fmt: skip
+        with mock.patch("pwd.getpwuid", side_effect=KeyError):
+            self.assertEqual(pqueue_files.error_reason(denied, self.path), "Permission denied")
+        self.assertEqual(pqueue_files.error_reason(OSError(28, "No space left"), self.path), "No space left")
+
+    def test_queue_without_the_locks_of_posix_polls_and_counts_every_attempt(self):
+        with mock.patch("pqueue_sqlite.has_locks", return_value=False), mock.patch("time.sleep") as sleep:
+            queue = self.open()
+            queue.enqueue("t", now=NOW)
+            queue.dequeue("w", now=NOW)
+            self.assertEqual(queue.dequeue("other", now=NOW + 60).attempts, 2)
+            self.assertFalse(queue.wait(0.05, consumer="w", now=NOW))
+            self.assertTrue(queue.wait(1, consumer="w", now=NOW + 999))
+        self.assertEqual([call.args for call in sleep.mock_calls], [(0.05,), (0.0,)])
+
+    def test_system_that_shows_nothing_of_itself_is_borne(self):
+        with (
+            mock.patch.object(Path, "read_bytes", side_effect=OSError),
+            mock.patch.object(Path, "read_text", side_effect=OSError),
+        ):
+            self.assertEqual(pqueue_files.file_system(self.folder), "unknown")
+            self.assertIs(pqueue_files.is_stopped(os.getpid()), False)
+            self.assertEqual(pqueue_locks.boot_id.__wrapped__(), 0)
+
+    def test_queue_restored_from_a_dump_is_a_queue_again(self):
+        self.open().enqueue("t", [1])
+        with self.sqlite() as db:
+            dump = "\n".join(db.iterdump())
+        self.path = self.folder / "restored.db"
+        with self.sqlite() as db:
+            db.executescript(dump)
+        self.path.chmod(0o600)
+        queue = self.open()
+        self.assertEqual((queue.get(1).payload, queue.check()["problems"]), ([1], []))
 
     def test_full_disk_is_reported_and_waited_out(self):
         queue = self.open()
@@ -2600,15 +2770,22 @@ class Files(SQLiteCase):
                     queue.backup(self.folder / "copy.db")
                 self.assertEqual(set(self.folder.iterdir()), before)
 
-    def test_claim_never_scans_the_jobs(self):
+    def test_statement_finds_its_jobs_and_events_by_an_index(self):
         queue = self.open()
-        params = {"consumer": "w", "limit": 1, "token": "t", "now": 1.0, "lease_expires_at": 2.0}
-        for queues in (None, '["default"]'):
-            for statement in (pqueue_schema.CLAIM, pqueue_schema.CLAIM_ONE, pqueue_schema.NEXT_EVENT):
-                rows = queue._read(f"EXPLAIN QUERY PLAN {statement}", {**params, "queues": queues})
-                plan = "\n".join(row[3] for row in rows)
-                self.assertNotRegex(plan, r"SCAN jobs(?! USING)")
-                self.assertIn("USING INDEX jobs_claim", plan.replace("COVERING ", ""))
+        for name, statement in {**vars(pqueue_schema), **vars(pqueue_move), **vars(pqueue_sqlite)}.items():
+            if re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE)\b[^{]*$", str(statement)):
+                for queues in (None, '["default"]'):
+                    params = {**dict.fromkeys(re.findall(r":(\w+)", statement), 1), "queues": queues, "payloads": "[]"}
+                    rows = queue._read(f"EXPLAIN QUERY PLAN {statement}", params)
+                    plan = "\n".join(row[3] for row in rows)
+                    with self.subTest(statement=name):
+                        read = (
+                            "SCAN" if "(id) FROM jobs" in statement else "SCAN|SEARCH"
+                        )  # max(id) is found without an index
+                        others = "" if name == "DELETE_CONSUMERS" else "|consumers"
+                        self.assertNotRegex(plan, rf"({read}) (jobs|history{others})\b(?! USING)")
+                        if name in ("CLAIM", "NEXT_EVENT"):
+                            self.assertIn("USING INDEX jobs_claim", plan.replace("COVERING ", ""))
 
     def test_queue_that_moves_to_a_file_takes_the_application_tables_along(self):
         queue, target = self.open(), self.folder / "new" / "queue.db"
@@ -2620,6 +2797,7 @@ class Files(SQLiteCase):
             db.execute("CREATE INDEX theirs_too ON jobs (task)")
             db.execute("CREATE VIEW seen AS SELECT x FROM theirs")
             db.execute("CREATE TRIGGER spy AFTER UPDATE ON queues BEGIN INSERT INTO theirs VALUES (1); END")
+            db.execute("ANALYZE")  # creates a table of SQLite's own
         self.assertEqual(queue.other_tables(), ["seen", "spy", "theirs", "theirs_too"])
         queue.begin_move(str(target))
         before = queue._read("SELECT count(*) FROM theirs")
@@ -2882,6 +3060,14 @@ class Replaced(SQLiteCase):
             child.wait()
         self.assertEqual(self.open().enqueue("t"), 1)
 
+    def test_damaged_database_is_not_opened_with_the_log_of_another(self):
+        self.started()
+        backup = self.folder / "backup.db"
+        backup.write_bytes(b"damaged" + backup.read_bytes()[7:])
+        backup.replace(self.path)
+        with self.assertRaisesRegex(SchemaMismatch, "took the place of another database"):
+            self.open()
+
     def test_copy_of_a_whole_folder_is_opened_with_its_log(self):
         self.started()
         shutil.copytree(self.path.parent, self.folder / "copy", ignore=no_fifos)
@@ -3018,6 +3204,47 @@ class Misuse(SQLiteCase):
             self.assertEqual(precious.read_text(), "x" * 5000)
             place.unlink()
 
+    def test_file_in_the_place_of_a_pipe_is_refused(self):
+        self.open().close()
+        for name in ("others.wakeup", "writer-others.wakeup", "writer-consumers.wakeup"):
+            pipe = self.folder / "queue.db.d" / name
+            pipe.unlink()
+            pipe.touch()
+            with (
+                self.subTest(name),
+                nothing_left(),
+                self.assertRaisesRegex(QueueError, f"expected {name} to be a FIFO"),
+            ):
+                pqueue.PersistentQSQLite(self.path)
+            pipe.unlink()
+
+    def test_writer_passes_by_a_thread_that_holds_the_lock_for_too_long(self):
+        queue = self.open()
+        with mock.patch("pqueue_locks.LOCK_TIMEOUT_SECONDS", 0.01):
+            self.assertTrue(queue._writer_lock.acquire())
+            self.assertEqual(queue.enqueue("t"), 1)
+            queue._writer_lock.release()
+        self.others_wait_for_nothing()
+
+    def test_queue_closed_while_a_thread_checks_it_closes_its_locks(self):
+        queue = self.open()
+        with mock.patch("pqueue_locks.FairLock.problem", lambda _: queue.close()):
+            self.assertEqual(queue._writer_lock.problems(), [])
+
+    def test_session_of_a_closed_queue_is_refused(self):
+        queue = self.open()
+        session = queue._session()
+        queue.close()
+        with self.assertRaisesRegex(QueueError, "this queue object is closed"), session:
+            self.fail("it was entered")
+
+    def test_error_that_a_signal_handler_raises_ends_a_wait(self):
+        pipe = self.open()._writer_lock._lock._pipes[0]
+        with mock.patch("select.epoll", side_effect=OSError("from a handler")), self.assertRaises(OSError):
+            pqueue_locks._wait_for(pipe, 0, exclusive=True)
+        with mock.patch("select.epoll", side_effect=OSError(24, "Too many open files")):
+            self.assertFalse(pqueue_locks._wait_for(pipe, 0, exclusive=True))
+
     def test_trigger_that_swallows_jobs_stops_an_enqueue_and_not_the_queue(self):
         queue = self.open()
         queue.enqueue("t")
@@ -3086,6 +3313,17 @@ class Tasks(unittest.TestCase):
             delays = [pqueue.backoff_seconds(attempts) for _ in range(200)]
             self.assertTrue(all(whole / 2 <= delay <= whole for delay in delays))
             self.assertGreater(len(set(delays)), 1)
+
+    def test_task_has_its_queue_at_hand_while_it_runs(self):
+        pqueue.task("t")(lambda job: (job.payload, pqueue.current_queue()))
+        with tempfile.TemporaryDirectory() as folder, open_queue(f"{folder}/q.db") as queue:
+            queue.enqueue("t", 1)
+            job = queue.dequeue("w")
+            self.assertEqual(pqueue.run_task(queue, job), (1, queue))
+            with self.assertRaisesRegex(QueueError, "no task runs in this thread"):
+                pqueue.current_queue()
+            with self.assertRaisesRegex(LookupError, "unknown task 'u'; this consumer knows t: give it --import"):
+                pqueue.run_task(queue, job._replace(task="u"))
 
     def test_current_queue_is_for_tasks_only(self):
         with self.assertRaisesRegex(QueueError, "no task runs in this thread"):
