@@ -134,7 +134,7 @@ class FigureCache:
             "processing": _processing,
             "failures": report.failures,
             "consumers": _consumers,
-            "processes": lambda _: _processes(),
+            "processes": lambda _: supervisor.known_processes(),
         }
         self._computed: dict[str, tuple[float, Any]] = {}  # expiry time, and the figures or a QueueError
         self._stale_at: dict[str, float] = {}
@@ -191,7 +191,7 @@ class FigureCache:
         """Return the current figures, or the previous ones if computing takes longer than wait_seconds (None:
         PAGE_WAIT_SECONDS):
 
-        overview: states, queues and path of the queue, per_minute, oldest_seconds, alive, wal_bytes, problems, and wait
+        overview: states, queues and path of the queue, per_minute, oldest_seconds, alive, wal_bytes, findings, and wait
         and run, each (p50, p95) in seconds or None; minutes: at (the start), enqueued, completed, failed, wait and run
         of each minute of the last hour, including the current one; processing: the running jobs; failures: groups of
         failed jobs; consumers: those alive or with jobs, and those that ended within the last hour; processes: those of
@@ -213,7 +213,9 @@ class FigureCache:
                 raise found
         if len(computed) < len(self._parts):
             raise QueueError("counting the jobs …")
-        return computed
+        overview = computed["overview"]
+        found = report.by_severity(overview["findings"] + report.program_findings(computed["processes"]))
+        return {**computed, "overview": {**overview, "findings": found}}
 
     def _compute(self, part: str, queue: PersistentQInterface, running: dict[str, Future[None]]) -> None:
         began = time.monotonic()
@@ -298,7 +300,7 @@ def _overview(queue: PersistentQInterface) -> dict[str, Any]:
         "oldest_seconds": None if oldest is None else max(0.0, now - oldest),
         "alive": sum(1 for each in queue.consumers() if each["state"] == "running"),
         "wal_bytes": facts.get("wal_bytes"),
-        "problems": report.problems(queue, now, stats=stats, facts=facts),
+        "findings": report.findings(queue, now, stats=stats, facts=facts),
         **_percentiles(queue.timings()),
     }
 
@@ -342,15 +344,6 @@ def _file_text(payload: Any) -> str | None:
         return f"(cannot read it: {getattr(error, 'strerror', None) or error})"
     text = content[:FILE_BYTES_SHOWN].decode(errors="replace")
     return text + "\n(cut)" if len(content) > FILE_BYTES_SHOWN else text
-
-
-def _processes() -> list[dict[str, Any]] | str:
-    if not os.path.exists(supervisor.SOCKET):
-        return "supervisord is not running here"
-    try:
-        return supervisor.processes()
-    except supervisor.ManagerError as error:
-        return str(error)
 
 
 def tiles(seen: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -116,7 +116,7 @@ def sections(figures: dict[str, Any], page: dashboard.JobPage, query: dict[str, 
     seen = figures["overview"]
     return {
         "path": text(seen["path"]),
-        "health": health(seen["problems"]),
+        "health": health(seen["findings"]),
         "overview": tiles(seen) + charts(figures["minutes"]),
         "processing": _titled(tables.PROCESSING, figures, token),
         "jobs": _jobs(page, query, token),

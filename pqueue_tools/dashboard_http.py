@@ -238,13 +238,19 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/live":
             return HTTPStatus.OK, JSON, _json(dashboard_html.sections(figures, cache.jobs(query), query, self._token()))
         if path == "/metrics":
-            return HTTPStatus.OK, METRICS, _encoded(report.metrics(cache.queue(), stats=figures["overview"]))
+            seen = figures["overview"]
+            return HTTPStatus.OK, METRICS, _encoded(report.metrics(cache.queue(), seen["findings"], stats=seen))
         if path == "/healthz":
-            problems = figures["overview"]["problems"]
-            status = HTTPStatus.SERVICE_UNAVAILABLE if problems else HTTPStatus.OK
-            return status, TEXT, _encoded("\n".join(problems or ["healthy"]) + "\n")
+            found = figures["overview"]["findings"]
+            status = HTTPStatus.SERVICE_UNAVAILABLE if report.problems(found) else HTTPStatus.OK
+            return status, TEXT, _encoded("\n".join(report.verdict(found)) + "\n")
         if path == "/api/stats":
-            return HTTPStatus.OK, JSON, _json({**figures["overview"], "minutes": figures["minutes"]})
+            listed = [each._asdict() for each in figures["overview"]["findings"]]
+            return (
+                HTTPStatus.OK,
+                JSON,
+                _json({**figures["overview"], "findings": listed, "minutes": figures["minutes"]}),
+            )
         return HTTPStatus.OK, JSON if _is_data(path) else HTML, self._jobs(path, query)
 
     def _jobs(self, path: str, query: dict[str, str]) -> bytes:

@@ -106,7 +106,7 @@ def _overview() -> None:
     figures = cache().figures()
     seen = figures["overview"]
     path = f'<span class="path">{dashboard_summary.text(seen["path"])}</span>'
-    title = f'<div class="title"><b>pqueue</b><div>{dashboard_summary.health(seen["problems"])}</div>{path}</div>'
+    title = f'<div class="title"><b>pqueue</b><div>{dashboard_summary.health(seen["findings"])}</div>{path}</div>'
     st.html(_html(title + dashboard_summary.tiles(seen)))
     st.markdown(_html(dashboard_summary.charts(figures["minutes"])), unsafe_allow_html=True)  # st.html drops SVG
 

@@ -653,7 +653,7 @@ def test_oversized_and_half_sent_requests_are_refused(queue, site, monkeypatch):
 
 def test_idle_connections_do_not_stall_it(queue, site):
     idle = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(dashboard_http.MAX_CONNECTIONS + 100)]
-    assert site.ask("/healthz")[1] == "healthy\n"
+    assert site.ask("/healthz")[1] == "no problem found\n"
     for connection in idle:
         connection.close()
 
@@ -775,9 +775,27 @@ def test_health_and_metrics_are_for_machines(queue, site):
 
     queue.enqueue("t")
     status, text, _ = site.ask("/healthz")
-    assert (status, text) == (503, "1 job pending and no consumer is alive: start one\n")
+    assert (status, text) == (503, "critical: 1 job pending and no consumer is alive: run python consumer.py\n")
     names = {family.name for family in text_string_to_metric_families(site.ask("/metrics")[1])}
-    assert {"pqueue_jobs", "pqueue_consumers", "pqueue_problems"} <= names
+    assert {"pqueue_jobs", "pqueue_consumers", "pqueue_findings"} <= names
+
+
+def test_paused_queue_is_shown_and_leaves_the_dashboard_healthy(queue, site):
+    queue.enqueue("t", now=time.time() - 7200)
+    queue.pause("default")
+    paused = "info: queue &#x27;default&#x27; is paused, with 1 job pending"
+    status, text, _ = site.ask("/healthz")
+    assert (status, text) == (200, f"{unescape(paused)}: run python admin.py resume default\n")
+    assert re.search(r'<p class="health info">info: <a href="#queues">queue .* is paused', site.ask("/")[1])
+    assert 'pqueue_findings{severity="info"} 1\n' in site.ask("/metrics")[1]
+
+
+def test_health_includes_the_programs_that_supervisor_gave_up_on(queue, site, monkeypatch):
+    dead = {"group": "ops", "name": "ops", "state": "FATAL", "pid": 0, "uptime_seconds": 0}
+    monkeypatch.setattr(supervisor, "known_processes", lambda: [dead])
+    assert site.ask("/healthz")[0] == 503
+    assert "Supervisor gave up on ops" in site.ask("/healthz")[1]
+    assert json.loads(site.ask("/api/stats")[1])["findings"][0]["severity"] == "critical"
 
 
 # Streamlit
