@@ -244,7 +244,10 @@ def _act(
         return CommandResult(
             [{"job": job_id, "done": done} for job_id in options.job_ids], f"{done} {_ids(options.job_ids)}"
         )
-    if not _agreed(options, f"{verb} {count(queue.count_jobs(**filters, shown=masked_job), 'job')}"):
+    number = queue.count_jobs(**filters, shown=masked_job)
+    if not number:
+        return CommandResult([{"done": done, "jobs": 0, "refused": 0}], "no job matches")
+    if not _agreed(options, f"{verb} {count(number, 'job')}"):
         return CommandResult(text="nothing done", code=1)
     changed, refused = act_on_matching(queue, filters, act)
     text = f"{done} {count(changed, 'job')}" + (f", {refused:,} not: their state does not allow it" if refused else "")

@@ -374,9 +374,10 @@ def cut(text: str, most: int) -> str:
 
 
 def failure(error: str | None) -> str:
-    """Return the error that identifies a group of failed jobs: its first line, cut and masked."""
+    """Return the error that identifies a group of failed jobs: its first line, cut, masked and printable, so that a
+    form returns it unchanged."""
     line = (error or "").split("\n", 1)[0][: pqueue_schema.FAILURE_CHARS]
-    return masked_text(line + "…" if len(line) == pqueue_schema.FAILURE_CHARS else line)
+    return printable(masked_text(line + "…" if len(line) == pqueue_schema.FAILURE_CHARS else line))
 
 
 def failures(queue: PersistentQInterface) -> list[dict[str, Any]]:

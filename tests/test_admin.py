@@ -261,6 +261,15 @@ def test_operator_resubmits_all_that_match_in_batches(front, queue, run, monkeyp
     assert queue.history(1)[-1]["event"] == "resubmitted"
 
 
+def test_operator_whose_filter_matches_nothing_is_told(front, queue, run):
+    queue.enqueue("work")
+    assert run("cancel", "--task", "wrok")[:2] == (0, "no job matches\n")
+    assert run("resubmit", "--task", "work", "--yes")[:2] == (
+        1,
+        "resubmitted 0 jobs, 1 not: their state does not allow it\n",
+    )
+
+
 def test_operator_limits_the_groups_of_failed_jobs(queue, run):
     for task in ("a", "b", "c"):
         queue.mark_failed(queue.enqueue(task), "no")
