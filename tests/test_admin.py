@@ -19,7 +19,7 @@ from conftest import ROOT, wait_until
 import admin
 import pqueue
 import pqueue_sqlite
-from pqueue_tools import actions, report
+from pqueue_tools import actions, report, supervisor
 
 
 @pytest.fixture(params=["argparse", "typer"])
@@ -261,6 +261,15 @@ def test_operator_resubmits_all_that_match_in_batches(front, queue, run, monkeyp
     assert queue.history(1)[-1]["event"] == "resubmitted"
 
 
+def test_operator_whose_filter_matches_nothing_is_told(front, queue, run):
+    queue.enqueue("work")
+    assert run("cancel", "--task", "wrok")[:2] == (0, "no job matches\n")
+    assert run("resubmit", "--task", "work", "--yes")[:2] == (
+        1,
+        "resubmitted 0 jobs, 1 not: their state does not allow it\n",
+    )
+
+
 def test_operator_limits_the_groups_of_failed_jobs(queue, run):
     for task in ("a", "b", "c"):
         queue.mark_failed(queue.enqueue(task), "no")
@@ -486,30 +495,27 @@ def test_suggested_command_quotes_names_for_the_shell(queue):
     name = "a; touch evil"
     job_id = queue.enqueue("mail", queue=name, now=1)
     queue.pause(name)
-    for sentence in (report.why(queue, job_id), *report.problems(queue)):
+    for sentence in (report.why(queue, job_id), *map(str, report.findings(queue))):
         assert sentence.endswith("python admin.py resume 'a; touch evil'") or "resume" not in sentence
 
 
 def test_doctor_is_content_with_a_healthy_queue(front, queue, run):
     queue.complete(queue.dequeue("w")) if queue.enqueue("t") else None
     code, out, _ = run("doctor")
-    assert (code, out.splitlines()[-1]) == (0, "healthy")
+    assert (code, out.splitlines()[-1]) == (0, "no problem found")
 
 
 def test_doctor_reports_each_problem(queue, run, monkeypatch, folder):
     def found():
         code, out, _ = run("doctor", "--json")
-        problems = json.loads(out)["problems"]
-        assert code == int(bool(problems))
-        return " | ".join(problems)
+        found = json.loads(out)["findings"]
+        assert code == int(any(each["severity"] != "info" for each in found))
+        return " | ".join("{severity}: {text}: {remedy}".format(**each) for each in found)
 
     now = time.time()
     queue.enqueue("t", now=now - 3600)
-    assert "1 job pending and no consumer is alive" in found()
-    assert "queue 'default': the oldest pending job has waited for 1 h" in found()
-    queue.pause("default")
-    assert "and it is paused: python admin.py resume default" in found()
-    queue.resume("default")
+    assert "critical: 1 job pending and no consumer is alive: run python consumer.py" in found()
+    assert "warning: queue 'default': the oldest pending job has waited for 1 h" in found()
     job = queue.dequeue("anna", lease_seconds=1, now=now - 60)
     assert "1 lease ran out and no consumer took the jobs back" in found()
     queue.complete(job)
@@ -521,6 +527,68 @@ def test_doctor_reports_each_problem(queue, run, monkeypatch, folder):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(pqueue.PersistentQSQLite, "_transaction", _written_carelessly)
     assert "expected synchronous full, got off" in found()
+
+
+def test_pause_is_information_however_long_jobs_wait(front, queue, run):
+    queue.enqueue("t", now=time.time() - 7200)
+    queue.pause("default")
+    queue.dequeue("w")
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert out.splitlines()[-1] == (
+        "info: queue 'default' is paused, with 1 job pending: run python admin.py resume default"
+    )
+    queue.enqueue("t", queue="other", now=time.time() - 7200)
+    code, out, _ = run("doctor")
+    assert code == 1
+    assert "warning: queue 'other': the oldest pending job has waited for 2 h" in out
+    assert "'default': the oldest" not in out
+
+
+def test_doctor_finds_a_queue_that_no_consumer_serves(queue):
+    queue.enqueue_many("t", range(2), queue="mail")
+    queue.dequeue("w", queues=["images"])
+    (found,) = report.findings(queue)
+    assert str(found) == (
+        "queue 'mail': 2 jobs pending and no live consumer serves it: run python consumer.py --queue mail"
+    )
+    assert found.severity == "critical"
+    queue.dequeue("any")
+    assert report.findings(queue) == []
+
+
+def test_doctor_finds_that_all_consumers_have_died(queue):
+    script = "import os, pqueue; pqueue.open_queue().dequeue('anna'); os._exit(0)"
+    subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    assert re.fullmatch(
+        r"no consumer is alive: 1 died, the last was seen \S+ s ago: run python consumer.py",
+        str(*report.findings(queue)),
+    )
+    queue.dequeue("w")
+    assert report.findings(queue) == []
+
+
+def test_doctor_combines_consumers_that_ended_with_jobs(queue, monkeypatch):
+    each = {"state": "dead", "job_ids": [1, 2], "last_seen_at": time.time(), "queues": None}
+    monkeypatch.setattr(queue, "consumers", lambda: [{**each, "name": name} for name in "abcde"])
+    texts = [each.text for each in report.findings(queue)]
+    assert "5 consumers ended and hold 10 jobs (a, b, c …)" in texts
+    assert len(texts) == 2
+
+
+def test_doctor_finds_a_program_that_supervisor_gave_up_on(queue, run, monkeypatch):
+    process = {"group": "consumer", "name": "consumer_00", "pid": 0, "uptime_seconds": 0}
+    states = [{**process, "state": "FATAL"}, {**process, "name": "consumer_01", "state": "BACKOFF"}]
+    monkeypatch.setattr(supervisor, "known_processes", lambda: states)
+    code, out, _ = run("doctor")
+    assert code == 1
+    assert out.splitlines()[-2:] == [
+        "critical: Supervisor gave up on consumer_00, which keeps ending: read its log, then run python manager.py "
+        "--start consumer_00",
+        "warning: consumer_01 ended soon after its start; Supervisor tries again: read its log",
+    ]
+    states[:] = [{**process, "state": "RUNNING"}, {**process, "state": "STOPPED"}]
+    assert run("doctor")[0] == 0
 
 
 def _written_carelessly(self, *, durable=True, in_batch=False):
@@ -537,7 +605,7 @@ def test_doctor_finds_a_log_that_a_reader_keeps_from_shrinking(queue, monkeypatc
     reader.execute("SELECT * FROM jobs").fetchone()
     for _ in range(20):
         queue.enqueue("t", "x" * 100_000)
-    assert any("write-ahead log has grown" in each for each in report.problems(queue))
+    assert any("write-ahead log has grown" in each.text for each in report.findings(queue))
     reader.close()
 
 
@@ -553,10 +621,14 @@ def test_doctor_finds_a_dead_consumer_that_holds_jobs(queue):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert child.stdout.readline() == b"1\n"
-    assert report.problems(queue) == []
+    assert report.findings(queue) == []
     child.kill()
     child.communicate()
-    assert "consumer anna is dead and holds 1 job" in report.problems(queue)[0]
+    found = report.findings(queue)
+    assert [(each.severity, each.text) for each in found] == [
+        ("warning", "consumer anna is dead and holds 1 job"),
+        ("warning", "no consumer is alive: 1 died, the last was seen 0.0 s ago"),
+    ]
     assert "its consumer anna is not alive" in report.why(queue, 1)
 
 
