@@ -277,6 +277,8 @@ UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NUL
                     WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN {UNFINISHED})""",
     # differs because of concurrent claims: rows are locked before their attempts are read
     pqueue_schema.CLAIM: f"{_with_queues(WIDTH)}{_claim(WIDTH)}",
+    # differs because of concurrent claims, like CLAIM
+    pqueue_schema.CLAIM_ONE: f"{_with_queues(WIDTH)}{_claim(WIDTH)}",
     # differs because it must return what CLAIM takes
     pqueue_schema.NEXT_ATTEMPTS: f"""
 SELECT attempts, max_attempts FROM ({_with_queues(WIDTH)}{_in_order(WIDTH)}) candidates LIMIT :limit""",
@@ -293,9 +295,9 @@ SELECT min(at) FROM (
     pqueue_schema.PROMOTE: f"""
 UPDATE jobs SET state = 'pending' WHERE id = ANY (ARRAY(
     SELECT id FROM jobs WHERE state = 'scheduled' AND run_at <= :now ORDER BY run_at LIMIT :limit {LOCK}))""",
-    # differs because the rows must stay as they are until they are taken back
+    # differs because the rows must stay as they are until they are reclaimed
     pqueue_schema.EXPIRED: f"{pqueue_schema.EXPIRED} {LOCK}",
-    # differs because the rows must stay as they are until they are taken back
+    # differs because the rows must stay as they are until they are reclaimed
     pqueue_schema.ORPHANED: f"{pqueue_schema.ORPHANED} {LOCK}",
     # differs because the job must not change before the transition that follows
     pqueue_schema.RECORD: f"{pqueue_schema.RECORD} FOR UPDATE",

@@ -123,7 +123,7 @@ PENDING_IN_QUEUE = "queue = :queue AND state = 'pending' AND assigned_to IS NULL
 # guard: a full queue refuses a job
 HAS_ROOM = "(max_pending IS NULL OR max_pending > pending)"
 # guard: order: priority first
-# guard: order: then the time it was due
+# guard: order: then the due time
 # guard: order: then the id
 ORDER = "priority DESC, run_at, id"
 MOVES = "('moving', 'moved')"
@@ -165,17 +165,19 @@ INSERT INTO queues (name, paused)
 SELECT :queue, CASE WHEN EXISTS (SELECT 1 FROM history WHERE job_id = 0 AND event IN {MOVES}) THEN 2 ELSE 0 END
 WHERE true ON CONFLICT DO NOTHING"""
 
+
 # The first :limit jobs of each queue, and of those assigned to the consumer. :queues is a JSON array of the queues that
 # it serves; NULL: all. Jobs of other or paused queues, or assigned to others, are never read. CROSS JOIN makes SQLite
-# keep q in the outer loop.
+# keep q in the outer loop. match: "IN", or "=" if :limit is 1, which is faster on SQLite.
 # guard: a paused queue delivers nothing
 # guard: a paused queue delivers no assigned job
-# guard: a consumer gets from its queues only
-# guard: an assigned job is for its consumer
-# guard: a consumer gets what is assigned to it only
-_CANDIDATES = f"""
+# guard: a consumer gets jobs of its queues only
+# guard: a job assigned to a consumer is not for others
+# guard: a consumer gets only its own assigned jobs
+def _candidates(match: str) -> str:
+    return f"""
 SELECT jobs.id, priority, run_at, attempts, max_attempts FROM queues q CROSS JOIN jobs
-WHERE q.paused = 0 AND (:queues IS NULL OR q.name IN (SELECT value FROM json_each(:queues))) AND jobs.id IN
+WHERE q.paused = 0 AND (:queues IS NULL OR q.name IN (SELECT value FROM json_each(:queues))) AND jobs.id {match}
     (SELECT id FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL
      ORDER BY {ORDER} LIMIT :limit)
 UNION ALL
@@ -183,16 +185,24 @@ SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
                WHERE state = 'pending' AND assigned_to = :consumer
                AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY {ORDER} LIMIT :limit) assigned"""
 
-# Lease the first :limit jobs to the consumer.
+
 # guard: an attempt counts when it is claimed
-CLAIM = f"""
+def _claim(match: str) -> str:
+    return f"""
 UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = :consumer, lease_token = :token,
     lease_expires_at = :lease_expires_at, started_at = :now
-WHERE state = 'pending' AND id IN (SELECT id FROM ({_CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit)
+WHERE id {match} (SELECT id FROM ({_candidates(match)}) candidates ORDER BY {ORDER} LIMIT :limit)
 RETURNING {COLUMNS}"""
 
+
+# Lease the first :limit jobs to the consumer.
+CLAIM = _claim("IN")
+
+# Lease the first job to the consumer; :limit is 1.
+CLAIM_ONE = _claim("=")
+
 # Return the attempts of the jobs that CLAIM would lease, in order.
-NEXT_ATTEMPTS = f"SELECT attempts, max_attempts FROM ({_CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit"
+NEXT_ATTEMPTS = f"SELECT attempts, max_attempts FROM ({_candidates('IN')}) candidates ORDER BY {ORDER} LIMIT :limit"
 
 # Return whether a scheduled job is due, and whether a lease has expired.
 OVERDUE = """
@@ -202,24 +212,24 @@ SELECT (SELECT min(run_at) FROM jobs WHERE state = 'scheduled') <= :now AS due,
 # Return when the next job may be available to the consumer; 0: now.
 NEXT_EVENT = f"""
 SELECT min(at) FROM (
-    SELECT 0.0 AS at WHERE EXISTS ({_CANDIDATES})
+    SELECT 0.0 AS at WHERE EXISTS ({_candidates("IN")})
     UNION ALL SELECT min(run_at) FROM jobs WHERE state = 'scheduled'
     UNION ALL SELECT min(lease_expires_at) FROM jobs WHERE state = 'processing') events"""
 
 # Make scheduled jobs that are due pending.
 # guard: a job is not promoted before it is due
 PROMOTE = """
-UPDATE jobs SET state = 'pending' WHERE state = 'scheduled' AND id IN
+UPDATE jobs SET state = 'pending' WHERE id IN
     (SELECT id FROM jobs WHERE state = 'scheduled' AND run_at <= :now ORDER BY run_at LIMIT :limit)"""
 
 # Return jobs whose lease has expired.
-# guard: a lease is not taken back before it ran out
+# guard: a lease is not reclaimed before it expires
 EXPIRED = f"""
 SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND lease_expires_at <= :now
 ORDER BY lease_expires_at LIMIT :limit"""
 
 # Return processing jobs whose consumer has ended.
-# guard: the living keep their jobs
+# guard: running consumers keep their jobs
 ORPHANED = f"""
 SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND EXISTS
     (SELECT 1 FROM consumers WHERE token = substr(lease_token, 1, 16) AND consumers.state <> 'running') LIMIT :limit"""

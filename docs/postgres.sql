@@ -300,6 +300,49 @@ WHERE  state = 'pending' AND ctid = ANY (ARRAY(
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
 RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error;
 
+-- CLAIM_ONE
+-- Lease the first job to the consumer; :limit is 1.
+-- differs because of concurrent claims, like CLAIM
+-- $1 queues, $2 consumer, $3 token, $4 lease_expires_at, $5 now, $6 limit
+WITH heads AS MATERIALIZED (
+    SELECT name, head.* FROM queues q CROSS JOIN LATERAL
+        (SELECT ctid, priority, run_at, id, attempts, max_attempts FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) head
+    WHERE q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) ORDER BY priority DESC, run_at, id LIMIT 17),
+first AS MATERIALIZED (SELECT array_agg(name) AS names FROM heads)
+UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = $2, lease_token = $3,
+    lease_expires_at = $4, started_at = $5
+WHERE  state = 'pending' AND ctid = ANY (ARRAY(
+    SELECT ctid FROM (
+        SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
+        FROM (
+            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= jobs.max_attempts AS alone
+            FROM (
+        SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[1] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[2] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[3] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[4] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[5] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[6] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[7] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[8] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[9] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[10] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[11] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[12] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[13] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[14] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[15] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE queue = (SELECT names[16] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM jobs WHERE state = 'pending' AND assigned_to = $2
+    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 16)
+        ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
+            ) best JOIN jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
+            ORDER BY best.priority DESC, best.run_at, best.id LIMIT $6 FOR UPDATE OF jobs SKIP LOCKED) locked
+    ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
+RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error;
+
 -- NEXT_ATTEMPTS
 -- Return the attempts of the jobs that CLAIM would lease, in order.
 -- differs because it must return what CLAIM takes
@@ -361,14 +404,14 @@ UPDATE jobs SET state = 'pending' WHERE id = ANY (ARRAY(
 
 -- EXPIRED
 -- Return jobs whose lease has expired.
--- differs because the rows must stay as they are until they are taken back
+-- differs because the rows must stay as they are until they are reclaimed
 -- $1 now, $2 limit
 SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error FROM jobs WHERE state = 'processing' AND lease_expires_at <= $1
 ORDER BY lease_expires_at LIMIT $2 FOR UPDATE SKIP LOCKED;
 
 -- ORPHANED
 -- Return processing jobs whose consumer has ended.
--- differs because the rows must stay as they are until they are taken back
+-- differs because the rows must stay as they are until they are reclaimed
 -- $1 limit
 SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error FROM jobs WHERE state = 'processing' AND EXISTS
     (SELECT 1 FROM consumers WHERE token = substr(lease_token, 1, 16) AND consumers.state <> 'running') LIMIT $1 FOR UPDATE SKIP LOCKED;

@@ -158,7 +158,7 @@ def test_prune_asks_once_for_each_batch(queue, monkeypatch, batch):
     monkeypatch.setattr(
         type(queue._session()), "_execute", lambda self, sql, p: asked.append(sql) or execute(self, sql, p)
     )
-    assert queue.prune(0, states=["cancelled"], tell=told.append) == 50
+    assert queue.prune(0, states=["cancelled"], progress=told.append) == 50
     batches = 50 // batch + 1
     assert len(asked) == 1 + batches
     assert told == [min(50, batch * (n + 1)) for n in range(batches)]
