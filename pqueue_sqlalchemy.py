@@ -47,6 +47,7 @@ from pqueue_postgres import (
     COPYING,
     COUNTING,
     GRACE_SECONDS,
+    HEALTH,
     IS_COUNTED,
     IS_FULL,
     LOCK_AS_WRITER,
@@ -56,6 +57,7 @@ from pqueue_postgres import (
     MARK_RUNNING,
     MERGE_CHANGES,
     MISCOUNTED,
+    NOTIFY,
     PRUNE,
     RECOUNT,
     SCHEMA,
@@ -77,6 +79,7 @@ log = logging.getLogger("pqueue")
 
 CLOCK_SECONDS = 30.0  # how often the server's clock is read
 ENQUEUE_TRIES = 100  # while other transactions use and free the key
+SLOW_COMMIT_SECONDS = 0.002  # much longer than a round trip
 RETRY_SECONDS = 0.5  # between the listener's attempts to connect
 PAUSE_SECONDS = 0.05  # before reconnecting after a connection that was lost at once
 RESTART_SECONDS = 10.0  # after a server restart, while consumers reconnect, none is considered dead
@@ -125,7 +128,7 @@ class KeyTaken(QueueBusy):
 
 
 class PostgresSession(Session):
-    """One thread's pooled connection. BEGIN is sent with the first statement, NOTIFY with the COMMIT."""
+    """One thread's pooled connection. BEGIN is sent with the first statement, NOTIFY after the COMMIT."""
 
     def __init__(self, queue: OnPostgres) -> None:
         self._queue = queue
@@ -153,8 +156,35 @@ class PostgresSession(Session):
             self.wakes = self.wakes or bool(rows)
         else:
             with suppress(NoRoom):  # concurrent producers filled the queue
-                rows = self.alone(ALONE[sql], params)
+                rows = self._insert_and_notify(ALONE[sql], params)
         return sorted(row[0] for row in rows)
+
+    def _insert_and_notify(self, sql: str, params: Params) -> list[Any]:
+        """Execute an INSERT as its own transaction, and wake consumers.
+
+        Commits with a NOTIFY wait for each other, while the disk syncs, too. If that takes long, the NOTIFY is sent
+        afterwards, for which the time of another round trip is small.
+        """
+        began, with_commit = time.monotonic(), self._queue.commit_seconds < SLOW_COMMIT_SECONDS
+        try:
+            rows = self.alone(f"{sql}, {NOTIFY}" if with_commit else sql, params)
+        except QueueError as error:
+            if not _is_notify_queue_full(error):
+                raise
+            rows, with_commit = self.alone(sql, params), False
+        self._queue.commit_seconds += (time.monotonic() - began - self._queue.commit_seconds) / 8
+        if rows and not with_commit:
+            self._notify()
+        return rows
+
+    def _notify(self) -> None:
+        """Wake consumers, if possible: they look once a second anyway."""
+        try:
+            self._driver.execute(f"NOTIFY {CHANNEL}")
+        except psycopg.Error as error:
+            log.warning("%s: cannot wake consumers, which look once a second: %s", self._queue.name, error)
+            with suppress(psycopg.Error):  # removes what no listener needs, which NOTIFY does only while it has room
+                self._driver.execute("SELECT pg_notification_queue_usage()")
 
     def alone(self, sql: str, params: Params) -> list[Any]:
         """Execute a statement as its own transaction."""
@@ -214,12 +244,10 @@ class PostgresSession(Session):
         with self._queue._db_errors(), self._driver.pipeline():
             if not self.durable:
                 self._driver.execute("SET LOCAL synchronous_commit = off")
-            if self.wakes:
-                self._driver.execute(f"NOTIFY {CHANNEL}")
             self._driver.execute("COMMIT")
 
     def _wake(self) -> None:
-        """Do nothing: the commit sent the NOTIFY."""
+        self._notify()
 
     def _cleanup(self) -> None:
         self._begun = False
@@ -285,8 +313,13 @@ class ListenConnection:
         heard: list[psycopg.Notify] = []
         self._connection = self._connect()
         self._connection.add_notify_handler(heard.append)
-        with self._queue._transaction(durable=False) as session:
-            session.change(f"NOTIFY {CHANNEL}")
+        try:
+            with self._queue._transaction(durable=False) as session:
+                session.change(f"NOTIFY {CHANNEL}")
+        except QueueError as error:
+            if not _is_notify_queue_full(error):
+                raise
+            return True
         self._connection.execute("SELECT 1")  # the server sends pending notifications before its answer
         self._connection.remove_notify_handler(heard.append)
         return bool(heard)
@@ -502,6 +535,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         self._listener_lock = threading.Lock()
         self._clock = (-CLOCK_SECONDS, 0.0)  # when it was read (monotonic), and its offset, in seconds
         self._reset_liveness()
+        self.commit_seconds = 0.0  # a moving average
         self._width = WIDTHS[0]  # of which a claim takes more than one job
         self._closed = False
         self.pooled = False  # connected through a pooler, which does not keep our settings between transactions
@@ -822,8 +856,8 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     def _reset_ids(self, session: Session) -> None:
         for table in ("jobs", "history"):
-            highest = f"(SELECT coalesce(max(id), 0) + 1 FROM {table})"
-            session.run(f"SELECT setval(pg_get_serial_sequence('{SCHEMA}.{table}', 'id'), {highest}, false)")
+            sequence = f"pg_get_serial_sequence('{SCHEMA}.{table}', 'id')"
+            session.run(f"SELECT setval({sequence}, coalesce(max(id), 1), max(id) IS NOT NULL) FROM {table}")
 
     def check(self, *, thorough: bool = True) -> dict[str, Any]:
         expected: dict[str, Any] = {"fsync": "on", "full_page_writes": "on", "transaction_read_only": "off"}
@@ -842,6 +876,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             f"expected {name} {value}, got {facts[name]}" for name, value in expected.items() if facts[name] != value
         ]
         facts["problems"] += self._limits_in_the_way()
+        facts["problems"] += [row[0] for sql in HEALTH for row in self._read(sql)]
         for name, counted, found in self._read(MISCOUNTED) if thorough else ():
             facts["problems"].append(
                 f"expected {found} pending jobs of queue {name!r}, counted {counted}: set its limit again"
@@ -893,6 +928,10 @@ class OnPostgres(PersistentQSQLAlchemy):
         self._sessions, self._local = weakref.WeakSet(), threading.local()
         self._listener, self._listener_lock = None, threading.Lock()
         self._reset_liveness()
+
+
+def _is_notify_queue_full(error: QueueError) -> bool:
+    return getattr(error.__cause__, "sqlstate", None) == "54000"
 
 
 def _timeout_settings(milliseconds: int, keepalives: dict[str, int]) -> dict[str, object]:

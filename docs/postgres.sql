@@ -96,7 +96,7 @@ CREATE INDEX history_job ON history (job_id);
 
 CREATE INDEX consumers_running ON consumers (id) WHERE state = 'running';
 
-ALTER TABLE jobs SET (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
+ALTER TABLE jobs SET (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_insert_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 
 CREATE TABLE pqueue.pending_counts (
     queue TEXT PRIMARY KEY,
@@ -650,17 +650,17 @@ SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = 28785 AND o
     AND database = (SELECT oid FROM pg_database WHERE datname = current_database());
 
 -- ENQUEUE_ALONE
--- Do what ENQUEUE does, and wake consumers. The trigger enforces the limit for a pending job without a key.
+-- Do what ENQUEUE does. The trigger enforces the limit for a pending job without a key.
 -- $1 task, $2 payload, $3 state, $4 priority, $5 run_at, $6 max_attempts, $7 key, $8 assigned_to, $9 now, $10 queue
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
 SELECT name, $1, $2, $3, $4, $5, $6, $7, $8, $9
 FROM queues
 WHERE name = $10 AND CASE WHEN max_pending IS NULL THEN true WHEN CAST($3 AS text) = 'pending' AND CAST($8 AS text) IS NULL AND CAST($7 AS text) IS NULL THEN max_pending > (SELECT pending + (SELECT coalesce(sum(delta), 0) FROM pending_changes d WHERE d.queue = c.queue) FROM pending_counts c WHERE c.queue = name) ELSE max_pending > pqueue.count_pending(name) END
 ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN ('scheduled', 'pending', 'processing') DO NOTHING
-RETURNING id, pg_notify('pqueue', '');
+RETURNING id;
 
 -- ENQUEUE_MANY_ALONE
--- Do what ENQUEUE_MANY does, and wake consumers.
+-- Do what ENQUEUE_MANY does.
 -- $1 queue, $2 state, $3 assigned_to, $4 number, $5 task, $6 priority, $7 run_at, $8 max_attempts, $9 now, $10 payloads
 WITH open AS MATERIALIZED (
     SELECT name FROM queues
@@ -669,7 +669,7 @@ INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, a
 SELECT name, $5, substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2), $2, $6, $7,
     $8, $3, $9
 FROM open CROSS JOIN json_array_elements(CAST($10 AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n
-RETURNING id, pg_notify('pqueue', '');
+RETURNING id;
 
 -- CLAIM_ALONE
 -- What claim_alone returns for one queue.
@@ -801,3 +801,72 @@ SELECT pqueue.count_pending(queue) FROM (
         GROUP BY queue ORDER BY count(*) DESC LIMIT 1
     ) FOR NO KEY UPDATE SKIP LOCKED
 ) most;
+
+-- SEQUENCES_BEHIND
+-- Return sequences that would give ids that are taken, as after a switch-over of logical replication.
+SELECT format('the ids of %s continue at %s, but %s is taken: run SELECT setval(''pqueue.%s'', %s)',
+    name, coalesce(last_value, 0) + 1, highest, sequencename, highest)
+FROM (SELECT 'jobs' AS name, max(id) AS highest FROM jobs UNION ALL SELECT 'history', max(id) FROM history
+    UNION ALL SELECT 'consumers', max(id) FROM consumers) each
+JOIN pg_sequences ON schemaname = 'pqueue' AND sequencename = name || '_id_seq'
+WHERE coalesce(last_value, 0) < highest AND has_sequence_privilege('pqueue.' || sequencename, 'SELECT');
+
+-- BAD_INDEXES
+-- Return indexes that are missing or invalid.
+SELECT CASE WHEN indexrelid IS NULL THEN format('index %s is missing: create it as docs/postgres.sql shows', name)
+    ELSE format('index %s is invalid: run REINDEX INDEX pqueue.%s', name, name) END
+FROM unnest(ARRAY['jobs_pkey', 'queues_pkey', 'consumers_pkey', 'consumers_token_key', 'history_pkey', 'jobs_claim', 'jobs_assigned', 'jobs_scheduled', 'jobs_processing', 'jobs_finished', 'jobs_failed', 'jobs_key', 'history_job', 'consumers_running']) AS name LEFT JOIN pg_index ON indexrelid = to_regclass('pqueue.' || name)
+WHERE indexrelid IS NULL OR NOT (indisvalid AND indisready AND indislive);
+
+-- COLLATION_CHANGED
+-- Return whether the collation changed, as after an upgrade of the operating system: its indexes may be wrong.
+SELECT format('the collation has version %s, but the indexes were built with %s: run REINDEX DATABASE %I, then '
+    'ALTER DATABASE %I REFRESH COLLATION VERSION', pg_database_collation_actual_version(oid), datcollversion,
+    datname, datname)
+FROM pg_database WHERE datname = current_database() AND datcollversion <> pg_database_collation_actual_version(oid);
+
+-- NO_AUTOVACUUM
+-- Return the tables without autovacuum.
+SELECT format('autovacuum is off for table %s: run ALTER TABLE %s RESET (autovacuum_enabled)', oid::regclass,
+    oid::regclass)
+FROM pg_class WHERE relnamespace = 'pqueue'::regnamespace AND relkind = 'r'
+    AND reloptions::text ~* 'autovacuum_enabled=(off|false|no|0)'
+UNION ALL SELECT 'autovacuum is off: set autovacuum = on' WHERE current_setting('autovacuum') = 'off';
+
+-- OLD_TRANSACTIONS
+-- Return transactions that keep the server from removing dead rows.
+SELECT format('a transaction has been open for %s s and keeps dead rows, which slows claims: pid %s (%s, %s): %s',
+    floor(EXTRACT(EPOCH FROM clock_timestamp() - xact_start)), pid, usename, state, left(regexp_replace(query, '\s+', ' ', 'g'), 60))
+FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND backend_type <> 'autovacuum worker'
+    AND (backend_xid IS NOT NULL OR backend_xmin IS NOT NULL AND datname = current_database())
+    AND xact_start < clock_timestamp() - make_interval(secs => 60)
+UNION ALL SELECT format('transaction %s was prepared %s s ago and keeps dead rows: commit it or roll it back', gid,
+    floor(EXTRACT(EPOCH FROM clock_timestamp() - prepared)))
+FROM pg_prepared_xacts WHERE prepared < clock_timestamp() - make_interval(secs => 60);
+
+-- LONG_WAITS
+-- Return statements of ours that wait for a lock, and for whose.
+SELECT format('pid %s waits for a lock of pid %s since %s s: %s', pid, array_to_string(pg_blocking_pids(pid), ', '),
+    floor(EXTRACT(EPOCH FROM clock_timestamp() - query_start)), left(regexp_replace(query, '\s+', ' ', 'g'), 60))
+FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()
+    AND application_name = 'pqueue' AND query_start < clock_timestamp() - make_interval(secs => 5);
+
+-- DEAD_ROWS
+-- Return tables with many dead rows.
+SELECT format('table %s has %s dead rows beside %s: vacuum cannot keep up; look for old transactions', relname,
+    n_dead_tup, n_live_tup)
+FROM pg_stat_user_tables WHERE schemaname = 'pqueue' AND n_dead_tup > 100000 + 2 * n_live_tup;
+
+-- FEW_CONNECTIONS
+-- Return whether hardly any connection is left.
+SELECT format('%s of %s connections are in use: raise max_connections, or run fewer programs', used, most)
+FROM (SELECT count(*) AS used FROM pg_stat_activity WHERE backend_type = 'client backend') used, (
+    SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int AS most
+) most
+WHERE used > 0.9 * most;
+
+-- NOTIFY_QUEUE_FULL
+-- Return whether notifications pile up, which a listener in a long transaction causes.
+SELECT format('the NOTIFY queue of the server is %s %% full: end the oldest transaction of a session that listens',
+    round(pg_notification_queue_usage()::numeric * 100))
+WHERE pg_notification_queue_usage() > 0.5;

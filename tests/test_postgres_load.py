@@ -7,6 +7,7 @@ import re
 import threading
 from contextlib import closing
 
+import postgres_server
 import psycopg
 import pytest
 import sqlalchemy
@@ -194,3 +195,138 @@ def test_verbs_work_over_a_slow_network(far):
         done.set()
         consumer.join()
         assert queue.prune(-100) == len(ids) - 1
+
+
+def test_check_of_a_sound_queue_finds_nothing(queue):
+    queue.enqueue("t", key="k")
+    assert queue.check()["problems"] == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        ("SELECT setval('pqueue.jobs_id_seq', 1, false)", "the ids of jobs continue at 1, but 3 is taken: run SELECT"),
+        ("DROP INDEX pqueue.jobs_processing", "index jobs_processing is missing"),
+        (
+            "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'pqueue.jobs_claim'::regclass",
+            "index jobs_claim is invalid: run REINDEX INDEX pqueue.jobs_claim",
+        ),
+        ("ALTER TABLE pqueue.jobs SET (autovacuum_enabled = false)", "autovacuum is off for table .*jobs: run ALTER"),
+        ("UPDATE pqueue.version SET number = 2", "expected user_version 1, got 2"),
+    ],
+)
+def test_check_finds_what_makes_the_tables_unsound(queue, database, damage, problem):  # noqa: F811
+    queue.enqueue_many("t", range(3))
+    with psycopg.connect(database, autocommit=True) as admin:
+        admin.execute(damage)
+    problems = queue.check(thorough=False)["problems"]
+    assert len(problems) == 1
+    assert re.match(problem, problems[0]), problems
+
+
+def test_check_finds_a_changed_collation(queue, database):  # noqa: F811
+    with psycopg.connect(database, autocommit=True) as admin:
+        admin.execute("UPDATE pg_database SET datcollversion = '0.9' WHERE datname = current_database()")
+        actual = "SELECT pg_database_collation_actual_version(oid) FROM pg_database WHERE datname = current_database()"
+        changed = admin.execute(actual).fetchone()[0]
+    problems = queue.check()["problems"]
+    assert [" but the indexes were built with 0.9: run REINDEX" in each for each in problems] == [True] * (
+        changed is not None
+    )
+
+
+def test_check_names_the_transaction_that_keeps_dead_rows(queue, database, monkeypatch):  # noqa: F811
+    old = pqueue_postgres.OLD_TRANSACTIONS.replace("secs => 60", "secs => 0")
+    monkeypatch.setattr("pqueue_sqlalchemy.HEALTH", (old,))
+    with psycopg.connect(database) as reader:
+        reader.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        reader.execute("SELECT 'a report'")
+        (problem,) = queue.check()["problems"]
+        assert f"pid {reader.info.backend_pid} " in problem
+        assert "SELECT 'a report'" in problem
+    assert queue.check()["problems"] == []
+
+
+def test_check_names_who_holds_a_lock_that_others_wait_for(queue, database, monkeypatch):  # noqa: F811
+    waits = pqueue_postgres.LONG_WAITS.replace("secs => 5", "secs => 0")
+    monkeypatch.setattr("pqueue_sqlalchemy.HEALTH", (waits,))
+    with psycopg.connect(database) as other, closing(pqueue.open_queue(database)) as producer:
+        other.execute("LOCK TABLE pqueue.jobs")
+        enqueue = threading.Thread(target=producer.enqueue, args=("t",))
+        enqueue.start()
+        holder = f"waits for a lock of pid {other.info.backend_pid} since"
+        wait_until(lambda: any(holder in each for each in queue.check(thorough=False)["problems"]))
+        other.rollback()
+        enqueue.join()
+
+
+@pytest.mark.parametrize(
+    ("statement", "condition", "problem"),
+    [
+        ("DEAD_ROWS", "n_dead_tup > 100000 + 2 * n_live_tup", "table jobs has [0-9]+ dead rows beside"),
+        ("FEW_CONNECTIONS", "used > 0.9 * most", "[0-9]+ of [0-9]+ connections are in use"),
+        ("NOTIFY_QUEUE_FULL", "pg_notification_queue_usage() > 0.5", "the NOTIFY queue of the server is 0 % full"),
+    ],
+)
+def test_check_finds_what_runs_short(queue, monkeypatch, statement, condition, problem):
+    sql = getattr(pqueue_postgres, statement)
+    assert condition in sql
+    monkeypatch.setattr("pqueue_sqlalchemy.HEALTH", (sql.replace(condition, "true"),))
+    assert any(re.match(problem, each) for each in queue.check()["problems"])
+
+
+@pytest.fixture
+def small_notify_queue(tmp_path):
+    small = postgres_server.Server(tmp_path / "server").create().start(max_notify_queue_pages=64)
+    with closing(pqueue.open_queue(small.near_url)) as queue:
+        yield queue, small.near_url
+    small.stop_at_once()
+
+
+@pytest.mark.parametrize("commit_seconds", [0.0, 1.0])
+def test_verbs_do_not_need_room_in_the_notify_queue(small_notify_queue, commit_seconds, caplog):
+    queue, url = small_notify_queue
+    queue.commit_seconds = commit_seconds
+    with psycopg.connect(url, autocommit=True) as lazy, psycopg.connect(url, autocommit=True) as other:
+        for sql in ("LISTEN x", "BEGIN", "SELECT 1"):
+            lazy.execute(sql)
+        with pytest.raises(psycopg.Error, match="too many notifications"):
+            while True:
+                other.execute("SELECT pg_notify('x', repeat('-', 7900))")
+        ids = [queue.enqueue("t"), *queue.enqueue_many("t", range(3))]
+        jobs = [queue.dequeue("w") for _ in range(3)]
+        assert [job.id for job in jobs] == ids[:3]
+        queue.fail(jobs[0], "x")
+        queue.release(jobs[1])
+        queue.cancel(jobs[2].id)
+        queue.resubmit(jobs[2].id)
+        with queue.transaction():
+            queue.enqueue("t")
+        assert any("the NOTIFY queue of the server is" in each for each in queue.check()["problems"])
+    assert "cannot wake consumers, which look once a second" in caplog.text
+    caplog.clear()
+    queue.enqueue("t")
+    queue.enqueue("t")
+    assert queue.count_jobs() == 7
+    wait_until(lambda: queue.check()["problems"] == [])
+
+
+def test_check_of_a_copy_finds_nothing(queue, tmp_path):
+    queue.check()
+    with closing(PersistentQSQLite(tmp_path / "q.db")) as source:
+        source.enqueue_many("t", range(3))
+        source.copy_to(queue)
+    assert queue.check()["problems"] == []
+    assert queue.enqueue("t") == 4
+
+
+def test_idle_consumer_is_woken_though_notify_is_sent_after_the_commit(queue, database):  # noqa: F811
+    queue.commit_seconds = 1.0
+    assert queue.dequeue("w") is None
+    with closing(pqueue.open_queue(database)) as producer:
+        producer.commit_seconds = 1.0
+        woken = threading.Thread(target=lambda: queue._open_listener().wait(30, lambda: 30))
+        woken.start()
+        producer.enqueue("t")
+        woken.join(20)
+        assert not woken.is_alive()
