@@ -35,6 +35,7 @@ from pqueue import Job, PersistentQInterface, QueueError
 from pqueue_tools import supervisor
 from pqueue_tools.actions import act_on_matching
 from pqueue_tools.commands import (
+    Ago,
     Command,
     Parameter,
     UsageError,
@@ -55,6 +56,7 @@ from pqueue_tools.report import (
     failures,
     findings,
     first_line,
+    follow_clock,
     for_machines,
     for_people,
     history,
@@ -62,6 +64,7 @@ from pqueue_tools.report import (
     job_object,
     json_text,
     metrics,
+    now_shown,
     printable,
     problems,
     program_name,
@@ -125,6 +128,7 @@ FILTER_NAMES = {"status": "state", "since": "created_from", "until": "created_be
 
 def _filters(options: argparse.Namespace) -> dict[str, Any]:
     chosen = {each.key: getattr(options, each.key, None) for each in FILTER_OPTIONS}
+    chosen = {key: now_shown() - value if isinstance(value, Ago) else value for key, value in chosen.items()}
     return {FILTER_NAMES.get(key, key): value for key, value in chosen.items() if value is not None}
 
 
@@ -167,7 +171,7 @@ def show(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRes
             [{**facts, "history": [{key: for_machines(key, v) for key, v in each.items()} for each in events]}]
         )
     del facts["lease_token"]
-    now = time.time()
+    now = now_shown()
     lines = [f"{key:17} {_shown(key, value, now)}" for key, value in facts.items() if value is not None]
     if events:
         lines += ["", table([{**each, "error": first_line(each["error"])} for each in events], _width())]
@@ -196,7 +200,7 @@ def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     rows = [{"queue": name, **each} for name, each in found["queues"].items()]
     if options.json or not sys.stdout.isatty():
         return CommandResult(rows)
-    now = time.time()
+    now = now_shown()
     recent = queue.activity(now - 60, now)
     per_minute = ", ".join(f"{count:,} {name}" for name, count in recent.items())
     total = {"queue": "all", **found["states"], "oldest_pending_at": found["oldest_pending_at"]}
@@ -595,7 +599,7 @@ def doctor(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
     del facts["problems"]
     facts |= {"consumers_alive": sum(1 for each in queue.consumers() if each["state"] == "running")}
     facts |= {"oldest_pending_at": stats["oldest_pending_at"]}
-    now = time.time()
+    now = now_shown()
     lines = [f"{key.replace('_', ' '):18} {for_people(key, v, now)}" for key, v in facts.items() if v is not None]
     facts["findings"] = [each._asdict() for each in found]
     return CommandResult([facts], "\n".join(lines + verdict(found)), int(bool(problems(found))))
@@ -656,14 +660,15 @@ def monitor(_: None, options: argparse.Namespace) -> CommandResult:
 
 def _snapshot() -> dict[str, Any]:
     """Return the contents of the screen. "supervisord" or "database" is set to an error if it cannot be reached."""
-    seen: dict[str, Any] = {"at": time.time()}
+    seen: dict[str, Any] = {"at": now_shown()}
     try:
         seen["processes"] = supervisor.processes()
     except supervisor.ManagerError as error:
         seen["supervisord"] = str(error)
     try:
         with pqueue.open_queue(create=False) as queue, _reporting_damage(queue):
-            now = seen["at"]
+            follow_clock(queue)
+            now = seen["at"] = now_shown()
             seen |= {"stats": queue.stats(), "consumers": queue.consumers(), "findings": findings(queue, now)}
             seen |= {"per_second": {name: n / 10 for name, n in queue.activity(now - 10, now).items()}}
             seen |= {"failed": [_job_row(job) for job in queue.list_jobs(state="failed", limit=5)]}
@@ -708,6 +713,7 @@ def run(entry: Command, options: argparse.Namespace) -> int:
         if not entry.opens:
             return _show(entry.function(None, options), options)
         with pqueue.open_queue(create=False) as queue, _reporting_damage(queue):
+            follow_clock(queue)
             return _show(entry.function(queue, options), options)
 
 

@@ -189,6 +189,10 @@ class Backend(ABC):
     def close(self) -> None:
         """Release the jobs that this object's consumers hold, and close the database."""
 
+    def now(self) -> float:
+        """Return the time by the queue's clock, Unix seconds: the server's on PostgreSQL, else that of this host."""
+        return self._time(None)
+
     def _time(self, now: float | None) -> float:
         return time.time() if now is None else finite("now", now)
 

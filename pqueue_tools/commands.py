@@ -6,7 +6,6 @@ import argparse
 import inspect
 import json
 import re
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -100,10 +99,14 @@ def duration_between(least: str, most: str) -> Callable[[str], float]:
     return parse
 
 
+class Ago(float):
+    """A time given as the number of seconds before now."""
+
+
 def moment(text: str) -> float:
-    """Parse a duration before now, or an ISO 8601 time (local unless it has a zone), into Unix seconds."""
+    """Parse a duration before now into an `Ago`, or an ISO 8601 time (local unless it has a zone) into Unix seconds."""
     with suppress(ValueError):
-        return time.time() - duration(text)
+        return Ago(duration(text))
     try:
         return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
     except (ValueError, OverflowError):

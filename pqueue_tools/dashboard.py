@@ -234,7 +234,10 @@ class FigureCache:
                 del running[part]
 
     def _hour(self, queue: PersistentQInterface) -> list[dict[str, Any]]:
-        kept, current = self._minutes, int(time.time() // 60)  # `forget` replaces the dict when the queue changes
+        kept, current = (
+            self._minutes,
+            int(report.now_shown() // 60),
+        )  # `forget` replaces the dict when the queue changes
         minutes = {
             number: kept.get(number) or _minute(queue, number * 60.0)
             for number in range(current - MINUTES + 1, current + 1)
@@ -290,7 +293,8 @@ def _stale_at(began: float) -> float:
 
 
 def _overview(queue: PersistentQInterface) -> dict[str, Any]:
-    now = time.time()
+    report.follow_clock(queue)
+    now = report.now_shown()
     stats, facts = queue.stats(), queue.check(thorough=False)
     oldest = stats["oldest_pending_at"]
     return {
@@ -316,7 +320,7 @@ def _processing(queue: PersistentQInterface) -> list[Job]:
 
 
 def _consumers(queue: PersistentQInterface) -> list[dict[str, Any]]:
-    recent = time.time() - 3600
+    recent = report.now_shown() - 3600
     found = [c for c in queue.consumers() if c["state"] == "running" or c["job_ids"] or c["last_seen_at"] > recent]
     return sorted(found, key=lambda each: (each["state"] != "running", each["name"]))
 

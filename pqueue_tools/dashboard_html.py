@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import time
 from typing import Any
 from urllib.parse import urlencode
 
@@ -186,7 +185,7 @@ def _cell(column: Column, row: Any) -> str:
         links = [f'<a href="/job/{each}">{each}</a>' for each in jobs[: tables.JOBS_OF_CONSUMER_SHOWN]]
         return " ".join(links) + " …" * (len(links) < len(jobs))
     if column.kind == "time":
-        ago = report.ago(value, time.time())
+        ago = report.ago(value, report.now_shown())
         return f'<time datetime="{report.iso(value)}" title="{report.clock(value)}">{ago}</time>'
     if column.kind == "state":
         return f'<span class="{text(value)}">{text(value)}</span>'

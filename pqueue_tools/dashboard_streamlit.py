@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle
@@ -153,7 +152,7 @@ def _cell(column: Column, row: Any) -> Any:
     if value is None and column.kind != "progress":
         return ""
     if column.kind == "time":
-        return report.ago(value, time.time())
+        return report.ago(value, report.now_shown())
     if isinstance(value, list):
         shown = value[: tables.JOBS_OF_CONSUMER_SHOWN]
         return ", ".join(map(str, shown)) + " …" * (len(shown) < len(value))

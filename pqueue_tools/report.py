@@ -21,6 +21,7 @@ LONG_WAIT_SECONDS = 600.0  # a pending job that has waited longer is reported
 LATE_SECONDS = 5.0  # a job whose lease expired longer ago is reported
 SEVERITIES = ("info", "warning", "critical")
 NO_FINDINGS = "no problem found"
+CLOCK_SECONDS = 5.0  # a larger difference between this host's clock and the server's is reported
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 COLOURS = {"completed": 32, "processing": 36, "pending": 33, "scheduled": 34, "failed": 31, "cancelled": 35}
 COLOURS |= {"running": 32, "RUNNING": 32, "dead": 31, "FATAL": 31, "stopped": 90, "STOPPED": 90}
@@ -38,6 +39,20 @@ class Finding(NamedTuple):
         return f"{self.text}: {self.remedy}" if self.remedy else self.text
 
 
+_ahead = 0.0  # seconds by which the queue's clock is ahead of this host's
+
+
+def follow_clock(queue: PersistentQInterface) -> None:
+    """Show times by the queue's clock, which is that of the server on PostgreSQL."""
+    global _ahead
+    _ahead = queue.now() - time.time()
+
+
+def now_shown() -> float:
+    """Return the time to compare the queue's times with."""
+    return time.time() + _ahead
+
+
 def findings(
     queue: PersistentQInterface,
     now: float | None = None,
@@ -48,7 +63,7 @@ def findings(
 ) -> list[Finding]:
     """Return what was found, the most severe first. `stats` and `facts` are recent results of the queue's `stats` and
     `check`, if the caller has them; `processes` those of supervisord, or a sentence that says why there are none."""
-    now = time.time() if now is None else now
+    now = queue.now() if now is None else now
     stats = queue.stats() if stats is None else stats
     facts = queue.check(thorough=False) if facts is None else facts
     consumers = queue.consumers()
@@ -178,6 +193,11 @@ def _queue_findings(queue: PersistentQInterface, stats: dict[str, Any], now: flo
 
 
 def _clock_findings(queue: PersistentQInterface, now: float) -> Iterator[Finding]:
+    ahead = time.time() - queue.now()
+    if abs(ahead) > CLOCK_SECONDS:
+        direction = "ahead of" if ahead > 0 else "behind"
+        text = f"the clock of this host is {span(abs(ahead))} {direction} the server's"
+        yield Finding("warning", text, "synchronize it; the queue uses the server's")
     newest = queue.list_jobs(limit=1, excerpt=0)
     if newest and newest[0].created_at > now + 60:
         yield Finding("warning", f"the newest job was enqueued {ago(newest[0].created_at, now)}", "some clock is wrong")
@@ -203,7 +223,7 @@ def why(
 ) -> str:
     """Return one sentence that says why the job is not running, or what it is doing. `stats` is a recent result of the
     queue's `stats`, if the caller has one. Raises JobNotFound."""
-    now = time.time() if now is None else now
+    now = queue.now() if now is None else now
     job = queue.get(job_id)
     if job.state in pqueue.FINISHED:
         return _why_finished(job, now)
@@ -273,7 +293,7 @@ def metrics(
     queue: PersistentQInterface, found: list[Finding], now: float | None = None, *, stats: dict[str, Any] | None = None
 ) -> str:
     """Return metrics in the text format of Prometheus. `found` are recent `findings`; `stats` is as in `why`."""
-    now = time.time() if now is None else now
+    now = queue.now() if now is None else now
     stats, facts = queue.stats() if stats is None else stats, queue.check(thorough=False)
     samples = _Samples()
     for name, each in stats["queues"].items():
@@ -451,7 +471,7 @@ def table(rows: list[dict[str, Any]], width: int, *, colours: bool = False, now:
     """Return an aligned table; its last column is cut to the width."""
     if not rows:
         return ""
-    now = time.time() if now is None else now
+    now = now_shown() if now is None else now
     names = list(rows[0])
     cells = [[printable(for_people(name, row[name], now)) for name in names] for row in rows]
     heads = [re.sub("_(at|seconds)$", "", name) for name in names]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -70,11 +69,11 @@ def _attempts(job: Job) -> str:
 
 
 def _span_since(at: float | None) -> str:
-    return "" if at is None else report.span(max(0.0, time.time() - at))
+    return "" if at is None else report.span(max(0.0, report.now_shown() - at))
 
 
 def _lease_left(job: Job) -> str:
-    now = time.time()
+    now = report.now_shown()
     return report.span(max(0.0, (job.lease_expires_at or now) - now))
 
 

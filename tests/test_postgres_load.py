@@ -330,3 +330,28 @@ def test_idle_consumer_is_woken_though_notify_is_sent_after_the_commit(queue, da
         producer.enqueue("t")
         woken.join(20)
         assert not woken.is_alive()
+
+
+@pytest.mark.parametrize(("seconds", "direction"), [(3600, "ahead of"), (-3600, "behind")])
+def test_views_use_the_clock_of_the_server(queue, database, place, seconds, direction):  # noqa: F811
+    """All programs on a host whose clock is an hour off show the same as on any other, and that it is off."""
+    code = f"import time\ntrue_time = time.time\ntime.time = lambda: true_time() + {seconds}\n"
+    place.write("wrong/sitecustomize.py", code)
+    wrong = {"PQUEUE_URL": database, "PYTHONPATH": str(place.folder / "wrong")}
+    queue.complete(queue.dequeue("w")) if queue.enqueue("t") else None
+    queue.enqueue("t")
+    running = queue.dequeue("w")
+    queue.enqueue("t")
+    done = place.run("admin.py", "doctor", **wrong)
+    findings = [line for line in done.stdout.splitlines() if re.match("(info|warning|critical):", line)]
+    assert len(findings) == 1, done.stdout
+    assert f"the clock of this host is 1 h {direction} the server's" in findings[0]
+    assert done.returncode == 1
+    for since, shown in (("1m", 3), ("0s", 0)):
+        listed = place.run("admin.py", "list-jobs", "--since", since, "--json", **wrong)
+        assert listed.stdout.count('"task"') == shown, listed
+    metrics = place.run("admin.py", "metrics", **wrong).stdout
+    assert float(re.search(r"^pqueue_oldest_pending_age_seconds\S* (\S+)", metrics, re.MULTILINE)[1]) < 60
+    assert "pqueue_completed_last_minute 1" in metrics
+    shown = place.run("admin.py", "show", running.id, **wrong).stdout
+    assert re.search(r"created_at +.*\([0-9.]+ s ago\)", shown), shown
