@@ -1827,6 +1827,7 @@ class SQLiteGuarantees(SQLiteCase):
                 "release": q.release,
                 "extend": q.extend,
                 "update of progress": lambda job: q.update(job, progress=1),
+                "first wait of a consumer": lambda _: q.wait(0, consumer="new"),
                 "heartbeat": lambda _: q.heartbeat("w"),
                 "leave": lambda _: q.leave("w"),
                 "prune": lambda _: q.prune(0),
