@@ -82,6 +82,14 @@ time.sleep(600)
 """
 
 
+def test_old_database_is_kept_in_one_file_if_its_log_is_sound(path, backup):
+    kill(program(WRITER, path))
+    assert Path(f"{path}-wal").exists()
+    kept = pqueue_restore.restore(backup, path)
+    assert list(kept.parent.glob(f"{kept.name}*")) == [kept]
+    assert len(payloads(kept)) == len(OLD) + 50
+
+
 def test_restored_file_and_what_it_replaces_are_synced_before_their_names(path, backup, monkeypatch):
     synced, fsync = [], os.fsync
 
