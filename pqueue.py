@@ -268,7 +268,6 @@ class PersistentQInterface(Reading, Moving):
             if not ids and session.change(ADD_QUEUE, row):
                 ids = session.insert(sql, row)
             if ids:
-                session.wakes = True
                 return ids
             room, max_pending = session.run(ROOM, row)[0]
             if room is not None and room < row["number"]:
