@@ -63,11 +63,11 @@ from pqueue_tools.report import (
     metrics,
     printable,
     problems,
-    program_name,
     table,
     why,
 )
 from pqueue_tools.torture import Torture
+from pqueue_values import program_name
 
 FILES_PER_TRANSACTION = 5000  # job files deleted in one
 

@@ -51,7 +51,7 @@ from pqueue_tools.process import (
     utc_now,
     whole_number,
 )
-from pqueue_tools.report import program_name
+from pqueue_values import program_name
 
 BATCH_SECONDS = 0.03  # target run time of a batch of jobs; a slower job is taken alone
 TICK_SECONDS = 0.05  # how often the watch thread checks the running job

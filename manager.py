@@ -19,7 +19,6 @@ import argparse
 import sys
 
 from pqueue_tools.process import OneLineParser, print_error, whole_number
-from pqueue_tools.report import program_name
 from pqueue_tools.supervisor import (
     CONFIGURATION,
     GROUP_SIZE,
@@ -32,6 +31,7 @@ from pqueue_tools.supervisor import (
     stop,
     write_configuration,
 )
+from pqueue_values import program_name
 
 
 def main(arguments: list[str] | None = None) -> int:

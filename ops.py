@@ -23,7 +23,7 @@ import sys
 from importlib.util import find_spec
 
 from pqueue_tools.process import OneLineParser, print_error, whole_number
-from pqueue_tools.report import program_name
+from pqueue_values import program_name
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,7 +19,8 @@ from typing import Any, NoReturn, TypeVar, cast
 from pqueue import QueueBusy, QueueError, QueueFull
 from pqueue_tools import termination
 from pqueue_tools.masking import masked_text
-from pqueue_tools.report import iso, printable, program_name
+from pqueue_tools.report import iso, printable
+from pqueue_values import program_name
 
 RETRY_PAUSE_SECONDS = (0.1, 5.0)  # first and longest pause while the database is locked or full
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from pqueue_files import make_folder, sync, sync_file
 from pqueue_tools.process import blocked_signals
-from pqueue_tools.report import command_line, printable
+from pqueue_tools.report import printable
+from pqueue_values import command_line
 
 HERE = Path(__file__).resolve().parent
 CONFIGURATION = Path("supervisord.conf")
