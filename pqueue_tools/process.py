@@ -163,3 +163,9 @@ def folder(text: str) -> Path:
     if os.path.isdir(text) or not os.path.exists(text):  # unlike the methods of Path, these accept any string
         return Path(text)
     raise BadArgument(f"expected a folder, got {text!r}")
+
+
+def module_name(text: str) -> str:
+    if all(part.isidentifier() for part in text.split(".")) and not text.endswith(".py"):
+        return text
+    raise BadArgument(f"expected a module name such as tasks, without a folder and .py, got {text!r}")

@@ -25,6 +25,7 @@ SOCKET = Path("var/supervisor.sock")
 LOGS = Path("var/log")
 INCLUDED = Path("var/supervisor.d")
 GROUP_SIZE = 3  # as in supervisord.conf
+PYTHON_NOTE = "; python3 is looked up on PATH: activate a virtual environment first if your tasks need one.\n"
 CALL_SECONDS = 120.0  # longer than stopwaitsecs: stopping a group waits for its running jobs
 STATUS_SECONDS = 5.0
 START_SECONDS = 60.0  # until a new group must be running; supervisord reports RUNNING after startsecs
@@ -122,6 +123,7 @@ def write_configuration(queues: list[str] | None = None, modules: list[str] | No
         options = _options(queues, modules) if name == "consumer" else []
         command = _in_configuration(_command(name) + options).replace("\\", r"\\").replace('"', r"\"")
         text = text.replace(f"python3 {name}.py", command)
+    text = text.replace(PYTHON_NOTE, "")
     for folder in (LOGS, INCLUDED):
         make_folder(folder)
     if not _create(CONFIGURATION, text):
