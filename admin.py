@@ -64,12 +64,12 @@ from pqueue_tools.report import (
     metrics,
     printable,
     problems,
-    program_name,
     table,
     verdict,
     why,
 )
 from pqueue_tools.torture import Torture
+from pqueue_values import program_name
 
 FILES_PER_TRANSACTION = 5000  # job files deleted in one
 

@@ -42,6 +42,7 @@ from pqueue_tools.process import (
     is_orphaned,
     log,
     log_line,
+    module_name,
     on_termination,
     print_error,
     print_line,
@@ -51,7 +52,7 @@ from pqueue_tools.process import (
     utc_now,
     whole_number,
 )
-from pqueue_tools.report import program_name
+from pqueue_values import program_name
 
 BATCH_SECONDS = 0.03  # target run time of a batch of jobs; a slower job is taken alone
 TICK_SECONDS = 0.05  # how often the watch thread checks the running job
@@ -511,6 +512,7 @@ def _parser() -> argparse.ArgumentParser:
         "--import",
         dest="modules",
         action="append",
+        type=module_name,
         default=[],
         metavar="MODULE",
         help="a module with tasks; repeatable",

@@ -112,6 +112,7 @@ from pqueue_values import (
     QueueError,
     QueueFull,
     SchemaMismatch,
+    command_line,
     encode_json,
     encode_payloads,
     encode_result,
@@ -189,7 +190,7 @@ class NotStored(QueueError):
     """An INSERT stored nothing. On PostgreSQL, another transaction may have used and freed the key meanwhile."""
 
     def __init__(self) -> None:
-        super().__init__("cannot enqueue: the database did not store the job; run doctor")
+        super().__init__(f"cannot enqueue: the database did not store the job; run {command_line()} doctor")
 
 
 class UnsyncedLastAttempt(Exception):

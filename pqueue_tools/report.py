@@ -9,13 +9,13 @@ import shlex
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pqueue
 import pqueue_schema
 from pqueue import Job, PersistentQInterface
 from pqueue_tools.masking import masked, masked_error, masked_job, masked_text
+from pqueue_values import command_line
 
 LONG_WAIT_SECONDS = 600.0  # a pending job that has waited longer is reported
 LATE_SECONDS = 5.0  # a job whose lease expired longer ago is reported
@@ -195,7 +195,8 @@ def _move(queue: PersistentQInterface) -> str | None:
     if found["event"] == "moving":
         again = f"repeat the command, or cancel it with {command_line('admin')} move --cancel"
         return f"a move to {found['to']} is in progress or was interrupted: {again}"
-    return f"the queue was moved to {found['to']}: start everything with that URL, then give move --to URL --finish"
+    finish = f"{command_line('admin')} move --to URL --finish"
+    return f"the queue was moved to {found['to']}: start everything with that URL, then run {finish}"
 
 
 def why(
@@ -317,19 +318,6 @@ class _Samples:
 
 
 # Values for people and for machines ###################################################################################
-
-
-def program_name(program: str) -> str:
-    """Return the name of a program as the user calls it: consumer.py in a checkout, pqueue-consumer if installed."""
-    if not Path(__file__).with_name(f"{program}.py").exists():  # the wheel installs the programs in this package
-        return f"{program}.py"
-    return "pqueue" if program == "admin" else f"pqueue-{program}"
-
-
-def command_line(program: str) -> str:
-    """Return how to run a program: python consumer.py in a checkout, pqueue-consumer if installed."""
-    name = program_name(program)
-    return f"python {name}" if name.endswith(".py") else name
 
 
 def span(seconds: float) -> str:
