@@ -18,20 +18,18 @@ if __name__ == "__main__":
 import argparse
 import os
 import re
-import shutil
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pqueue
 import pqueue_restore
-from pqueue import Job, PersistentQInterface, QueueError
+from pqueue import JobNotFound, PersistentQInterface, QueueError
+from pqueue_tools import monitor as live
 from pqueue_tools import supervisor
 from pqueue_tools.actions import act_on_matching
 from pqueue_tools.commands import (
@@ -46,12 +44,15 @@ from pqueue_tools.commands import (
     one_of,
 )
 from pqueue_tools.masking import masked_job
+from pqueue_tools.output import OPTIONS, CommandResult, table, wants_rows, width, write
 from pqueue_tools.process import escape_unencodable, expect_posix, print_error, whole_number
 from pqueue_tools.report import (
     ago,
     clock,
+    consumer_row,
     count,
     detail,
+    failure,
     failures,
     findings,
     first_line,
@@ -60,12 +61,10 @@ from pqueue_tools.report import (
     history,
     is_time,
     job_object,
-    json_text,
     metrics,
     printable,
     problems,
     program_name,
-    table,
     verdict,
     why,
 )
@@ -78,27 +77,17 @@ class Problem(Exception):
     """The command failed: exit code 1."""
 
 
-@dataclass
-class CommandResult:
-    """Rows for a table, and a text for people where a table is not suitable."""
-
-    rows: Iterable[dict[str, Any]] = field(default_factory=list)
-    text: str | None = None
-    code: int = 0
-
-
 COMMANDS: dict[str, Command] = {}
 
 
 def command(name: str, *parameters: Parameter, opens: bool = True) -> Callable[[Callable[..., CommandResult]], Any]:
     def register(function: Callable[..., CommandResult]) -> Callable[..., CommandResult]:
-        COMMANDS[name] = Command(name, function, (*parameters, JSON_OPTION), opens)
+        COMMANDS[name] = Command(name, function, (*parameters, *OPTIONS), opens)
         return function
 
     return register
 
 
-JSON_OPTION = Parameter("--json", "one JSON object per line", flag=True)
 YES = Parameter("--yes", "do not ask for confirmation", flag=True)
 JOB_ID = Parameter("job_id", "id of the job", whole_number(0), metavar="JOB_ID")
 JOB_IDS = Parameter("job_ids", "ids of jobs; or use a filter", whole_number(0), metavar="JOB_ID", many=True)
@@ -128,20 +117,21 @@ def _filters(options: argparse.Namespace) -> dict[str, Any]:
     return {FILTER_NAMES.get(key, key): value for key, value in chosen.items() if value is not None}
 
 
-def _job_row(job: Job) -> dict[str, Any]:
-    keys = ("id", "state", "queue", "task", "attempts", "consumer", "created_at")
-    return {**{key: getattr(job, key) for key in keys}, "detail": detail(job)}
+JOB_COLUMNS = ("id", "state", "queue", "task", "attempts", "consumer", "created_at", "detail")
 
 
 @command("list-jobs", *FILTER_OPTIONS, *PAGE_OPTIONS)
 def list_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """List jobs, newest first."""
-    return CommandResult(_listed(queue, options))
+    return _listed(queue, options)
 
 
-def _listed(queue: PersistentQInterface, options: argparse.Namespace) -> list[dict[str, Any]]:
+def _listed(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     jobs = queue.list_jobs(**_filters(options), limit=options.limit, before_id=options.before_id, shown=masked_job)
-    return [job_object(job) if options.json else _job_row(job) for job in jobs]
+    extra = [] if options.output == "json" and not options.columns else ["detail"]
+    return CommandResult(
+        [{**job_object(job), **{name: detail(job) for name in extra}} for job in jobs], columns=JOB_COLUMNS
+    )
 
 
 @command(
@@ -152,9 +142,23 @@ def failedjobs(queue: PersistentQInterface, options: argparse.Namespace) -> Comm
     filters = _filters(options)
     if options.all or filters or options.before_id is not None:
         options.status = "failed"
-        return CommandResult(_listed(queue, options))
+        return _listed(queue, options)
     groups = failures(queue)[: options.limit]
-    return CommandResult([{key: each[key] for key in ("jobs", "task", "last_id", "error")} for each in groups])
+    return CommandResult(
+        [
+            {**{key: each[key] for key in ("jobs", "task", "last_id")}, "error": _whole_error(queue, each)}
+            for each in groups
+        ]
+    )
+
+
+def _whole_error(queue: PersistentQInterface, group: dict[str, Any]) -> str:
+    """Return the first line of the last error of a group; the groups have its beginning only."""
+    with suppress(JobNotFound):
+        line = first_line(queue.get(group["last_id"]).error)
+        if failure(line) == group["error"]:
+            return line
+    return str(group["error"])
 
 
 @command("show", JOB_ID)
@@ -162,7 +166,7 @@ def show(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRes
     """Show all about a job, with its history."""
     job, events = queue.get(options.job_id), history(queue, options.job_id)
     facts = {**job_object(job), "why": why(queue, job.id)}
-    if options.json:
+    if wants_rows(options) and (options.output or options.columns):
         return CommandResult(
             [{**facts, "history": [{key: for_machines(key, v) for key, v in each.items()} for each in events]}]
         )
@@ -170,7 +174,7 @@ def show(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRes
     now = time.time()
     lines = [f"{key:17} {_shown(key, value, now)}" for key, value in facts.items() if value is not None]
     if events:
-        lines += ["", table([{**each, "error": first_line(each["error"])} for each in events], _width())]
+        lines += ["", table([{**each, "error": first_line(each["error"])} for each in events], width())]
     return CommandResult(text="\n".join(lines))
 
 
@@ -194,14 +198,14 @@ def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     """Count jobs by queue and state."""
     found = queue.stats()
     rows = [{"queue": name, **each} for name, each in found["queues"].items()]
-    if options.json or not sys.stdout.isatty():
+    if wants_rows(options):
         return CommandResult(rows)
     now = time.time()
     recent = queue.activity(now - 60, now)
     per_minute = ", ".join(f"{count:,} {name}" for name, count in recent.items())
     total = {"queue": "all", **found["states"], "oldest_pending_at": found["oldest_pending_at"]}
     rows += [{**dict.fromkeys(rows[0]), **total}] if len(rows) > 1 else []
-    return CommandResult(text=f"{table(rows, _width())}\n\nin the last minute: {per_minute}")
+    return CommandResult(text=f"{table(rows, width())}\n\nin the last minute: {per_minute}")
 
 
 @command(
@@ -354,13 +358,7 @@ def consumers(queue: PersistentQInterface, options: argparse.Namespace) -> Comma
     found = [each for each in queue.consumers() if options.all or each["state"] == "running" or each["job_ids"]]
     for each in found:
         del each["token"]
-    return CommandResult(found if options.json else [_consumer_row(each) for each in found])
-
-
-def _consumer_row(each: dict[str, Any]) -> dict[str, Any]:
-    keys = ("name", "state", "host", "pid", "started_at", "last_seen_at", "completed", "failed")
-    held = ", ".join(map(str, each["job_ids"][:5])) + (" …" if len(each["job_ids"]) > 5 else "")
-    return {**{key: each[key] for key in keys}, "queues": ", ".join(each["queues"] or ["all"]), "jobs": held}
+    return CommandResult(found if options.output == "json" else [consumer_row(each) for each in found])
 
 
 @command(
@@ -635,77 +633,33 @@ def torture(_: None, options: argparse.Namespace) -> CommandResult:
 )
 def monitor(_: None, options: argparse.Namespace) -> CommandResult:
     """Show processes, consumers, queues and failures, refreshed continuously."""
-    if options.once or options.json or not sys.stdout.isatty():
-        seen = _snapshot()
-        return CommandResult([seen], _screen(seen, _width()))
-    sys.stdout.write("\x1b[?1049h\x1b[?25l")
-    try:
-        while True:
-            size = shutil.get_terminal_size()
-            lines = _screen(_snapshot(), size.columns, colours=_colours()).split("\n")[: size.lines - 1]
-            sys.stdout.write("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
-            sys.stdout.flush()
-            time.sleep(options.interval)
-    finally:
-        sys.stdout.write("\x1b[?25h\x1b[?1049l")
-        sys.stdout.flush()
-
-
-def _snapshot() -> dict[str, Any]:
-    """Return the contents of the screen. "supervisord" or "database" is set to an error if it cannot be reached."""
-    seen: dict[str, Any] = {"at": time.time()}
-    try:
-        seen["processes"] = supervisor.processes()
-    except supervisor.ManagerError as error:
-        seen["supervisord"] = str(error)
-    try:
-        with pqueue.open_queue(create=False) as queue, _reporting_damage(queue):
-            now = seen["at"]
-            seen |= {"stats": queue.stats(), "consumers": queue.consumers(), "findings": findings(queue, now)}
-            seen |= {"per_second": {name: n / 10 for name, n in queue.activity(now - 10, now).items()}}
-            seen |= {"failed": [_job_row(job) for job in queue.list_jobs(state="failed", limit=5)]}
-    except (QueueError, ValueError) as error:
-        seen["database"] = str(error)
-    return seen
-
-
-def _screen(seen: dict[str, Any], width: int, *, colours: bool = False) -> str:
-    def section(title: str, rows: list[dict[str, Any]]) -> list[str]:
-        return [f"{title:─<{min(width, 100)}}", table(rows, width, colours=colours, now=seen["at"]) or "none", ""]
-
-    lines = [f"pqueue monitor   {datetime.now():%Y-%m-%d %H:%M:%S}", ""]
-    if "supervisord" in seen:
-        lines += [*section("processes ", [])[:1], printable(seen["supervisord"]), ""]
-    else:
-        lines += section("processes ", [{k: v for k, v in p.items() if k != "group"} for p in seen["processes"]])
-    if "database" in seen:
-        return "\n".join([*lines, printable(seen["database"])])
-    alive = [_consumer_row(each) for each in seen["consumers"] if each["state"] == "running" or each["job_ids"]]
-    lines += section("consumers ", alive)
-    lines += section("queues ", [{"queue": name, **each} for name, each in seen["stats"]["queues"].items()])
-    lines += ["per second: " + ", ".join(f"{n:,.1f} {name}" for name, n in seen["per_second"].items()), ""]
-    lines += section("last failures ", seen["failed"])
-    return "\n".join(lines + [printable(each) for each in verdict(seen["findings"])])
+    if options.once or wants_rows(options):
+        seen = live.snapshot(_reporting_damage)
+        lines = live.screen(seen, width())
+        return CommandResult(
+            [{**seen, "findings": [each._asdict() for each in seen.get("findings", [])]}], "\n".join(lines)
+        )
+    live.run(_reporting_damage, options.interval)
+    return CommandResult(text="")
 
 
 # The program ##########################################################################################################
 
 
-def _width() -> int:
-    return shutil.get_terminal_size().columns
-
-
-def _colours() -> bool:
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-
-
 def run(entry: Command, options: argparse.Namespace) -> int:
     """Run a command, print its result, and return the exit code."""
+    if options.json:
+        options.output = "json"
     with termination.ExitOnSignal():
         if not entry.opens:
-            return _show(entry.function(None, options), options)
+            return _finish(entry.function(None, options), options)
         with pqueue.open_queue(create=False) as queue, _reporting_damage(queue):
-            return _show(entry.function(queue, options), options)
+            return _finish(entry.function(queue, options), options)
+
+
+def _finish(result: CommandResult, options: argparse.Namespace) -> int:
+    write(result, options)
+    return result.code
 
 
 @contextmanager
@@ -717,27 +671,6 @@ def _reporting_damage(queue: PersistentQInterface) -> Iterator[None]:
         if damage := queue.check()["problems"]:
             raise QueueError(f"cannot read the database: {'; '.join(damage)}") from error
         raise
-
-
-def _show(result: CommandResult, options: argparse.Namespace) -> int:
-    if options.json:
-        for row in result.rows:
-            print(json_text({key: for_machines(key, value) for key, value in row.items()}))
-    elif result.text is not None:
-        print("\n".join(printable(line) for line in result.text.split("\n")))
-    elif sys.stdout.isatty():
-        print(table(list(result.rows), _width(), colours=_colours()) or "none")
-    else:
-        for row in result.rows:
-            print("\t".join(_field(key, value) for key, value in row.items()))
-    return result.code
-
-
-def _field(key: str, value: Any) -> str:
-    shown = for_machines(key, value)
-    if isinstance(shown, (dict, list, bool)):
-        return json_text(shown)
-    return "" if shown is None else printable(str(shown))
 
 
 def main(arguments: list[str] | None = None) -> int:

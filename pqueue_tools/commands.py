@@ -32,6 +32,7 @@ class Parameter:
     parse: Callable[[str], Any] = str
     default: str | None = None
     metavar: str = ""
+    short: str = ""  # the short name of an option, such as -o
     flag: bool = False
     many: bool = False
     optional: bool = False
@@ -39,6 +40,10 @@ class Parameter:
     @property
     def is_option(self) -> bool:
         return self.name.startswith("--")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, self.short) if self.short else (self.name,)
 
     @property
     def key(self) -> str:
@@ -160,7 +165,7 @@ def _add_argument(parser: argparse.ArgumentParser, each: Parameter) -> None:
     elif each.is_option and each.many:
         parser.add_argument(each.name, action="append", metavar=each.metavar, help=text)
     elif each.is_option:
-        parser.add_argument(each.name, default=each.default, metavar=each.metavar, help=text)
+        parser.add_argument(*each.names, default=each.default, metavar=each.metavar, help=text)
     else:
         parser.add_argument(
             each.key, nargs="*" if each.many else "?" if each.optional else None, metavar=each.metavar, help=text
@@ -184,7 +189,7 @@ def _typed(typer: Any, entry: Command, run: Run) -> Callable[..., int]:
     signature = []
     for each in entry.parameters:
         make = typer.Option if each.is_option else typer.Argument
-        names = (each.name,) if each.is_option else ()
+        names = each.names if each.is_option else ()
         kind: Any = bool if each.flag else list[str] if each.many else str
         absent: Any = False if each.flag else each.default
         required = not each.is_option and not each.many and not each.optional
