@@ -4,7 +4,6 @@ Prometheus, and the formatting of times and values."""
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import time
 from collections.abc import Iterator
@@ -22,8 +21,6 @@ LATE_SECONDS = 5.0  # a job whose lease expired longer ago is reported
 SEVERITIES = ("info", "warning", "critical")
 NO_FINDINGS = "no problem found"
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
-COLOURS = {"completed": 32, "processing": 36, "pending": 33, "scheduled": 34, "failed": 31, "cancelled": 35}
-COLOURS |= {"running": 32, "RUNNING": 32, "dead": 31, "FATAL": 31, "stopped": 90, "STOPPED": 90}
 
 
 class Finding(NamedTuple):
@@ -330,6 +327,15 @@ def span(seconds: float) -> str:
     return f"{seconds / UNITS['d']:.0f} d"
 
 
+def size(number: int) -> str:
+    """Return a number of bytes in its largest fitting unit: 4.1 kB, 12 MB."""
+    value, units = float(number), iter(("kB", "MB", "GB", "TB"))
+    unit = "bytes"
+    while value >= 999.5 and (larger := next(units, None)):
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if value >= 9.95 or unit == "bytes" else f"{value:.1f} {unit}"
+
+
 def ago(at: float, now: float) -> str:
     """Return a time relative to now: 3 m ago, in 5 m."""
     return f"in {span(at - now)}" if at > now else f"{span(now - at)} ago"
@@ -396,6 +402,13 @@ def job_object(job: Job) -> dict[str, Any]:
     return {**masked_job(job)._asdict(), "lease_token": None}
 
 
+def consumer_row(each: dict[str, Any]) -> dict[str, Any]:
+    """Return a consumer as a row of a table."""
+    keys = ("name", "state", "host", "pid", "started_at", "last_seen_at", "completed", "failed")
+    queues, held = ", ".join(each["queues"] or ["all"]), ", ".join(map(str, each["job_ids"]))
+    return {**{key: each[key] for key in keys}, "queues": queues, "jobs": held}
+
+
 def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
@@ -423,8 +436,9 @@ def for_people(column: str, value: Any, now: float) -> str:
         return "yes" if value else "no"
     if is_time(column):
         return ago(value, now)
-    if column.endswith("_seconds"):
-        return span(value)
+    for ending, shown in (("_seconds", span), ("_bytes", size)):
+        if column.endswith(ending):
+            return shown(value)
     if isinstance(value, (dict, list)):
         return json_text(value)
     return f"{value:,}" if isinstance(value, int) and not column.endswith("id") else str(value)
@@ -433,38 +447,3 @@ def for_people(column: str, value: Any, now: float) -> str:
 def printable(text: str) -> str:
     """Return the text on one line, with control characters escaped."""
     return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text)
-
-
-def table(rows: list[dict[str, Any]], width: int, *, colours: bool = False, now: float | None = None) -> str:
-    """Return an aligned table; its last column is cut to the width."""
-    if not rows:
-        return ""
-    now = time.time() if now is None else now
-    names = list(rows[0])
-    cells = [[printable(for_people(name, row[name], now)) for name in names] for row in rows]
-    heads = [re.sub("_(at|seconds)$", "", name) for name in names]
-    widths = [max(len(line[i]) for line in [heads, *cells]) for i in range(len(names))]
-    widths[-1] = min(widths[-1], max(10, width - sum(widths[:-1]) - 2 * (len(names) - 1)))
-    numbers = [all(isinstance(row[name], (int, type(None))) and not is_time(name) for row in rows) for name in names]
-    lines = [_line(heads, widths, numbers)]
-    for line in cells:
-        text = _line(line, widths, numbers)[:width]
-        lines.append(_coloured(text, line, widths) if colours else text)
-    return "\n".join(lines)
-
-
-def _line(cells: list[str], widths: list[int], numbers: list[bool]) -> str:
-    parts = []
-    for cell, width, number in zip(cells, widths, numbers, strict=True):
-        cut = cell if len(cell) <= width else cell[: width - 1] + "…"
-        parts.append(f"{cut:>{width}}" if number else f"{cut:<{width}}")
-    return "  ".join(parts).rstrip()
-
-
-def _coloured(text: str, cells: list[str], widths: list[int]) -> str:
-    begin = 0
-    for cell, width in zip(cells, widths, strict=True):
-        if cell in COLOURS:
-            return f"{text[:begin]}\x1b[{COLOURS[cell]}m{cell}\x1b[0m{text[begin + len(cell) :]}"
-        begin += width + 2
-    return text

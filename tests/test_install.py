@@ -103,6 +103,21 @@ def test_command_shows_its_help_in_a_project_with_modules_of_the_same_names(proj
     assert f"usage: {command} " in done.stdout
 
 
+def test_bash_completes_the_installed_command(project):
+    project.run("pqueue-producer", "--count", 1, "--interval", 0)
+    script = """
+eval "$(pqueue completion)"
+COMP_WORDS=(pqueue pause d); COMP_CWORD=2
+_pqueue
+echo "${COMPREPLY[@]}"
+"""
+    environment = project.environment(PATH=f"{project.commands}:{os.environ['PATH']}")
+    done = subprocess.run(
+        ["bash", "-ec", script], cwd=project.folder, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("default\n", "")
+
+
 def test_project_uses_the_queue_with_its_own_modules(project):
     assert project.run("pqueue-producer", "--count", 1, "--interval", 0).returncode == 0
     done = project.run("pqueue", "enqueue", "sum_up", "[3, 4]", "--queue", "sums")
