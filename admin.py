@@ -46,7 +46,7 @@ from pqueue_tools.commands import (
     one_of,
 )
 from pqueue_tools.masking import masked_job
-from pqueue_tools.process import escape_unencodable, expect_posix, print_error, whole_number
+from pqueue_tools.process import escape_unencodable, expect_posix, open_soon, print_error, whole_number
 from pqueue_tools.report import (
     ago,
     clock,
@@ -657,7 +657,7 @@ def _snapshot() -> dict[str, Any]:
     except supervisor.ManagerError as error:
         seen["supervisord"] = str(error)
     try:
-        with pqueue.open_queue(create=False) as queue, _reporting_damage(queue):
+        with open_soon(create=False) as queue, _reporting_damage(queue):
             now = seen["at"]
             seen |= {"stats": queue.stats(), "consumers": queue.consumers(), "problems": problems(queue, now)}
             seen |= {"per_second": {name: n / 10 for name, n in queue.activity(now - 10, now).items()}}
@@ -702,7 +702,7 @@ def run(entry: Command, options: argparse.Namespace) -> int:
     with termination.ExitOnSignal():
         if not entry.opens:
             return _show(entry.function(None, options), options)
-        with pqueue.open_queue(create=False) as queue, _reporting_damage(queue):
+        with open_soon(create=False) as queue, _reporting_damage(queue):
             return _show(entry.function(queue, options), options)
 
 
