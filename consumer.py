@@ -44,6 +44,8 @@ from pqueue_tools.process import (
     log_line,
     module_name,
     on_termination,
+    open_soon,
+    open_waiting,
     print_error,
     print_line,
     quoted,
@@ -420,10 +422,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         expect_posix()
         _import(options.modules)
-        queue = pqueue.open_queue()
+        queue = open_soon() if options.drain else open_waiting(consumer=options.name)
     except (QueueError, ValueError) as error:
         print_error("consumer", error)
         return 1
+    if queue is None:  # stopped before the server answered
+        return 0
     file_task.files_directory = options.directory
     with _closing(queue):
         code = _consume(queue, options)
