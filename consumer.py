@@ -42,7 +42,10 @@ from pqueue_tools.process import (
     is_orphaned,
     log,
     log_line,
+    module_name,
     on_termination,
+    open_soon,
+    open_waiting,
     print_error,
     print_line,
     quoted,
@@ -51,7 +54,7 @@ from pqueue_tools.process import (
     utc_now,
     whole_number,
 )
-from pqueue_tools.report import program_name
+from pqueue_values import program_name
 
 BATCH_SECONDS = 0.03  # target run time of a batch of jobs; a slower job is taken alone
 TICK_SECONDS = 0.05  # how often the watch thread checks the running job
@@ -419,10 +422,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         expect_posix()
         _import(options.modules)
-        queue = pqueue.open_queue()
+        queue = open_soon() if options.drain else open_waiting(consumer=options.name)
     except (QueueError, ValueError) as error:
         print_error("consumer", error)
         return 1
+    if queue is None:  # stopped before the server answered
+        return 0
     file_task.files_directory = options.directory
     with _closing(queue):
         code = _consume(queue, options)
@@ -511,6 +516,7 @@ def _parser() -> argparse.ArgumentParser:
         "--import",
         dest="modules",
         action="append",
+        type=module_name,
         default=[],
         metavar="MODULE",
         help="a module with tasks; repeatable",

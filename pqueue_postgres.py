@@ -6,14 +6,17 @@ docs/postgres.sql, written by `make sql`, shows each statement as it is sent.
 from __future__ import annotations
 
 import re
+import zlib
 from functools import lru_cache
 
 import pqueue_schema
 from pqueue_schema import COLUMNS, NO_LEASE, ORDER, UNFINISHED
 
-SCHEMA = "pqueue"
-CHANNEL = "pqueue"  # of NOTIFY
-LOCK_CLASS = 0x7071  # of the advisory locks that running consumers hold
+# `translated` replaces these three in the text of a statement.
+SCHEMA = "{schema}"
+CHANNEL = "{channel}"  # of NOTIFY
+LOCK_CLASS = "{lock_class}"  # of the advisory locks that running consumers hold
+DEFAULT_SCHEMA = "pqueue"
 GRACE_SECONDS = 3.0  # how long a lock must be missing, in at least two checks, before its consumer is dead
 
 # The schema: the migrations that all backends share, then the counts of pending jobs
@@ -148,7 +151,7 @@ START_COUNTING = [
 # Parts of statements
 
 LOCK = "FOR UPDATE SKIP LOCKED"  # skip rows that other transactions have locked
-NOTIFY = f"pg_notify('{CHANNEL}', '')"  # in a RETURNING clause
+PG_NOTIFY = f"pg_notify('{CHANNEL}', '')"  # in a RETURNING clause
 THESE = "ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST(:ids AS json)) AS bigint)))"
 SERVED = "(CAST(:queues AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST(:queues AS json))))"
 # The first row of an index. The plan is made once, perhaps with few jobs, and must never read all jobs of a state.
@@ -399,10 +402,6 @@ WRITERS = f"""
 SELECT virtualtransaction FROM pg_locks WHERE relation = '{SCHEMA}.jobs'::regclass AND mode = 'RowExclusiveLock'
     AND {IN_THIS_DATABASE}"""
 
-# Return the settings that may end a statement or a transaction before lock_timeout does.
-TIME_LIMITS = """
-SELECT name, setting FROM pg_settings WHERE name IN ('statement_timeout', 'transaction_timeout')"""
-
 # Return the seconds since the server started or, if later, replayed its last transaction as a standby.
 UPTIME = """
 SELECT EXTRACT(EPOCH FROM clock_timestamp() - greatest(pg_postmaster_start_time(), pg_last_xact_replay_timestamp()))"""
@@ -447,6 +446,7 @@ SELECT {SCHEMA}.count_pending(queue) FROM (
 
 # What an operator should know of: each statement returns a sentence for each problem
 
+THIS_SCHEMA = f"(SELECT nspname FROM pg_namespace WHERE oid = '{SCHEMA}'::regnamespace)"
 LONG_TRANSACTION_SECONDS = 60
 LONG_WAIT_SECONDS = 5
 MANY_DEAD_ROWS = 100_000
@@ -460,7 +460,7 @@ SELECT format('the ids of %s continue at %s, but %s is taken: run SELECT setval(
     name, coalesce(last_value, 0) + 1, highest, sequencename, highest)
 FROM (SELECT 'jobs' AS name, max(id) AS highest FROM jobs UNION ALL SELECT 'history', max(id) FROM history
     UNION ALL SELECT 'consumers', max(id) FROM consumers) each
-JOIN pg_sequences ON schemaname = '{SCHEMA}' AND sequencename = name || '_id_seq'
+JOIN pg_sequences ON schemaname = {THIS_SCHEMA} AND sequencename = name || '_id_seq'
 WHERE coalesce(last_value, 0) < highest AND has_sequence_privilege('{SCHEMA}.' || sequencename, 'SELECT')"""
 
 # Return indexes that are missing or invalid.
@@ -507,7 +507,7 @@ FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_datab
 DEAD_ROWS = f"""
 SELECT format('table %s has %s dead rows beside %s: vacuum cannot keep up; look for old transactions', relname,
     n_dead_tup, n_live_tup)
-FROM pg_stat_user_tables WHERE schemaname = '{SCHEMA}' AND n_dead_tup > {MANY_DEAD_ROWS} + 2 * n_live_tup"""
+FROM pg_stat_user_tables WHERE schemaname = {THIS_SCHEMA} AND n_dead_tup > {MANY_DEAD_ROWS} + 2 * n_live_tup"""
 
 # Return whether hardly any connection is left.
 FEW_CONNECTIONS = """
@@ -536,11 +536,26 @@ HEALTH = (
 )
 
 NAMED = re.compile(r"(?<!:):([a-z_]\w*)")
+TABLES = (*pqueue_schema.TABLES, "version", "pending_counts", "pending_changes")
+# A name of a table where a statement says which table it uses. The application's search_path must not decide that.
+USED_TABLE = re.compile(rf"\b(FROM|JOIN|INTO|UPDATE|TABLE|EXISTS|ON) ({'|'.join(TABLES)})\b(?!\.)")
+
+
+def names_in(schema: str) -> dict[str, str]:
+    """Return what differs between queues in different schemas of a database: the schema, the channel and the locks."""
+    lock_class = zlib.crc32(schema.encode()) >> 1
+    quoted = schema if schema == DEFAULT_SCHEMA else f'"{schema}"'
+    return {SCHEMA: quoted, CHANNEL: schema, LOCK_CLASS: str(lock_class)}
 
 
 @lru_cache(maxsize=256)
-def translated(sql: str) -> tuple[bytes, list[str]]:
-    """Return the PostgreSQL text of a statement with :named parameters, and the names of $1, $2 …"""
-    sql = POSTGRES.get(sql, sql)
+def translated(sql: str, schema: str = DEFAULT_SCHEMA) -> tuple[bytes, list[str]]:
+    """Return the PostgreSQL text of a statement with :named parameters, and the names of $1, $2 …
+
+    The text names the schema of each table.
+    """
+    sql = USED_TABLE.sub(rf"\1 {SCHEMA}.\2", POSTGRES.get(sql, sql))
+    for placeholder, name in names_in(schema).items():
+        sql = sql.replace(placeholder, name)
     names = list(dict.fromkeys(NAMED.findall(sql)))
     return NAMED.sub(lambda found: f"${names.index(found[1]) + 1}", sql).encode(), names

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 import sqlalchemy
 from delaying_proxy import DelayingProxy
-from test_postgres import database, server  # noqa: F401 - fixtures
+from test_postgres import database, driver_of, server  # noqa: F401 - fixtures
 
 import pqueue
 import pqueue_postgres
@@ -79,16 +79,15 @@ def test_consumer_skips_exactly_what_another_has_locked(queue, queues, database)
 def test_claim_locks_hardly_more_rows_than_it_takes(queue, queues, limit):
     for number in range(queues):
         queue.enqueue_many("t", range(3000 // queues), queue=f"q{number}")
-    session = queue._session()
     params = {"consumer": "w", "limit": limit, "queues": None, "token": "t.1", "now": 2e9, "lease_expires_at": 3e9}
     for width in pqueue_postgres.WIDTHS:
         sql, names = pqueue_postgres.translated(pqueue_postgres.claim_alone(width))
-        session._driver.execute("BEGIN")
-        rows = psycopg.RawCursor(session._driver).execute(
-            b"EXPLAIN (ANALYZE, WAL) " + sql, [params[name] for name in names]
-        )
+        with driver_of(queue) as driver:
+            driver.execute("BEGIN")
+            values = [params[name] for name in names]
+            rows = psycopg.RawCursor(driver).execute(b"EXPLAIN (ANALYZE, WAL) " + sql, values).fetchall()
+            driver.execute("ROLLBACK")
         plan = "\n".join(row[0] for row in rows)
-        session._driver.execute("ROLLBACK")
         taken = int(re.search(r"Update on jobs[^\n]*actual[^\n]* rows=(\d+)", plan)[1])
         records = int(re.search(r"LockRows.*?\n.*?WAL: records=(\d+)", plan, re.DOTALL)[1])
         assert taken >= min(limit, width), plan
@@ -157,7 +156,7 @@ def test_prune_asks_once_for_each_batch(queue, monkeypatch, batch):
     asked, told = [], []
     execute = type(queue._session())._execute
     monkeypatch.setattr(
-        type(queue._session()), "_execute", lambda self, sql, p: asked.append(sql) or execute(self, sql, p)
+        type(queue._session()), "_execute", lambda self, sql, *more: asked.append(sql) or execute(self, sql, *more)
     )
     assert queue.prune(0, states=["cancelled"], progress=told.append) == 50
     batches = 50 // batch + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from itertools import chain
 
@@ -12,7 +13,10 @@ from conftest import ROOT
 PROGRAMS = {"producer", "consumer", "admin", "manager", "ops"}
 PATHS = [*ROOT.glob("pqueue*.py"), *(ROOT / f"{name}.py" for name in PROGRAMS), *ROOT.glob("pqueue_tools/[!_]*.py")]
 PRODUCT = {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text()) for path in PATHS}
-CORE = {name for name in PRODUCT if name.startswith("pqueue") and "." not in name} - {"pqueue_sqlalchemy"}
+CORE = {name for name in PRODUCT if name.startswith("pqueue") and "." not in name} - {
+    "pqueue_sqlalchemy",
+    "pqueue_connections",
+}
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}  # which are public
 PRIVATE_USES = {
@@ -21,7 +25,8 @@ PRIVATE_USES = {
     "pqueue_move": {"_transaction", "_lock_out_writers", "_reset_ids", "_count_pending", "_read"},
     # A session and its queue are one thing in two classes, and a fork resets both.
     "pqueue_sqlalchemy": {
-        *("_engine", "_db_errors", "_transaction", "_connect_raw", "_mark_running", "_busy_seconds", "_after_fork")
+        *("_db_errors", "_transaction", "_connect_raw", "_mark_running", "_busy_seconds", "_after_fork"),
+        *("_pool", "_settings", "_sql", "_wrap"),
     },
 }
 
@@ -110,3 +115,19 @@ def test_structure_checks_detect_violations():
     assert set(private_uses(ast.parse("class A:\n def f(self, b):\n  self._x = b._x + b._y\n\nq._z"))) == {"_y", "_z"}
     chained = set(chain.from_iterable(imported(name) for name in PRODUCT))
     assert {"pqueue", "pqueue_tools.process", "streamlit", "argparse"} <= chained
+
+
+def docstrings(tree):
+    """Return the nodes of all docstrings but those of functions: a command's is its help."""
+    places = [node for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef))]
+    return {id(node.body[0].value) for node in places if node.body and isinstance(node.body[0], ast.Expr)}
+
+
+@pytest.mark.parametrize("name", sorted(PRODUCT))
+def test_message_names_a_program_as_it_is_called_in_a_checkout_or_an_installed_copy(name):
+    tree = PRODUCT[name]
+    texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docstrings(tree)]
+    fixed = re.compile(rf"\b({'|'.join(PROGRAMS)})\.py\b|\bpqueue-({'|'.join(PROGRAMS)})\b")
+    allowed = {"pqueue_values": 2}.get(name, 0)  # the docstrings of program_name and command_line, which decide
+    found = [node.value for node in texts if isinstance(node.value, (str, bytes)) and fixed.search(str(node.value))]
+    assert len(found) == allowed, found
