@@ -57,7 +57,11 @@ QUICK = "one round of a tenth of the work, without idle and depth, and other que
 QUICK_SCALE = 0.1  # of the work, passed to the measuring processes
 PUT_MANY = 100
 LEFT_OUT = "BENCH_WITHOUT"  # tells the measuring processes and their consumers which optimization to disable
-COLUMNS = [*SIMPLE, "program", "share", "put under load", *ALONGSIDE, "pickup", "idle", "depth"]
+# Columns with many queues: how many, and how many workers
+QUEUES = {
+    f"{queues} queues, {workers} workers": (queues, workers) for workers in (1, WORKERS) for queues in (1, 30, 200)
+}
+COLUMNS = [*SIMPLE, "program", "share", "put under load", *ALONGSIDE, "pickup", "idle", "depth", *QUEUES]
 
 
 @pqueue.task()
@@ -195,6 +199,17 @@ def measure_share(ours: Ours, jobs: int = int(100_000 * SCALE)) -> dict[str, flo
     return {"jobs/s": jobs / took(done), "fewest/most": fewest / max(shares)}
 
 
+def measure_queues(ours: Ours, queues: int, workers: int, jobs: int = int(60_000 * SCALE)) -> dict[str, float]:
+    """Drain jobs whose turns alternate between the queues."""
+    for number in range(queues):
+        ours.queue.enqueue("noop", queue=f"q{number}")
+        fill(ours.queue, max(1, jobs // queues), queue=f"'q{number}'", run_at="i")
+    with consumers(ours, workers, "--drain") as children:
+        for child in children:
+            child.wait()
+    return {"jobs/s": ours.queue.count_jobs() / took(ours.queue.list_jobs(limit=2 * jobs + queues))}
+
+
 def measure_put_under_load(ours: Ours) -> dict[str, float]:
     fill(ours.queue, int(300_000 * SCALE))
     with consumers(ours, WORKERS):
@@ -248,6 +263,7 @@ MEASURES: dict[str, Callable[..., dict[str, float]]] = {
     "pickup": measure_pickup,
     "idle": measure_idle,
     "depth": measure_depth,
+    **{name: partial(measure_queues, queues=queues, workers=workers) for name, (queues, workers) in QUEUES.items()},
 }
 
 
@@ -256,7 +272,7 @@ def took(jobs: list[pqueue.Job]) -> float:
     return max(job.finished_at or 0 for job in jobs) - min(job.started_at or 0 for job in jobs)
 
 
-def fill(queue: Any, rows: int, **columns: object) -> None:
+def fill(queue: Any, rows: int, /, **columns: object) -> None:
     """Insert rows directly with SQL, before the measurement starts."""
     values = {"queue": "'default'", "task": "'noop'", "payload": "'null'", "state": "'pending'", "priority": 0}
     values |= {"run_at": 1.0, "max_attempts": 3, "created_at": 1.0}
@@ -332,7 +348,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.why:
         print(why(options.rounds))
         return 0
-    columns = options.only or ([c for c in COLUMNS if c not in ("depth", "idle")] if options.quick else COLUMNS)
+    columns = options.only or (
+        [c for c in COLUMNS if c not in ("depth", "idle", *QUEUES)] if options.quick else COLUMNS
+    )
     if options.quick:
         os.environ.setdefault("BENCH_SCALE", str(QUICK_SCALE))
     results = run(columns, 1 if options.quick else options.rounds, options.quick)

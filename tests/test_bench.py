@@ -106,3 +106,11 @@ def test_bench_says_that_it_cannot_reach_the_server(place):
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("bench: cannot use the server of --url: ")
+
+
+def test_bench_measures_workers_of_many_queues(bench, place):
+    done = bench("--quick", "--only", "30 queues, 4 workers", "--json", "found.json")
+    assert (done.returncode, done.stderr) == (0, "")
+    results = json.loads((place.folder / "found.json").read_text())["results"]
+    assert [row["contestant"] for row in results] == ["pqueue", "pqueue"]
+    assert all(row["figures"]["jobs/s"][0] > 0 for row in results)
