@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -280,6 +281,13 @@ def program_name(program: str) -> str:
 
 
 def command_line(program: str = "admin") -> str:
-    """Return how to run a program: python consumer.py in a checkout, pqueue-consumer if installed."""
+    """Return how to run a program from the current folder: python consumer.py, python PATH or pqueue-consumer."""
     name = program_name(program)
-    return f"python {name}" if name.endswith(".py") else name
+    if not name.endswith(".py"):
+        return name
+    return f"python {shlex.quote(_from_here(name))}"
+
+
+def _from_here(name: str) -> str:
+    path = Path(__file__).absolute().with_name(name)
+    return name if path == Path(name).absolute() else str(path)

@@ -16,7 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import pqueue  # noqa: E402
+import pqueue_values  # noqa: E402
 from test_pqueue import nothing_left, wait_until  # noqa: E402, F401 - the contract suite is self-contained, so it lives there
+
+
+@pytest.fixture(autouse=True)
+def short_hints(monkeypatch):
+    """Let hints name programs as in the folder of the checkout, wherever the test is."""
+    monkeypatch.setattr(pqueue_values, "_from_here", lambda name: name)
 
 
 def free_port() -> int:

@@ -21,6 +21,7 @@ from conftest import ROOT, wait_until
 import admin
 import pqueue
 import pqueue_sqlite
+import pqueue_values
 from pqueue_tools import actions, report, supervisor
 
 
@@ -540,11 +541,26 @@ def test_operator_sees_what_delays_a_pending_job(queue, monkeypatch):
 def test_hints_of_an_installed_copy_name_its_commands(queue, tmp_path, monkeypatch):
     for program in ("admin", "consumer"):
         (tmp_path / f"{program}.py").touch()
-    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
+    monkeypatch.setattr(pqueue_values, "__file__", str(tmp_path / "pqueue_values.py"))
     job_id = queue.enqueue("mail")
     assert report.why(queue, job_id) == "no consumer is alive: run pqueue-consumer"
     queue.pause("default")
     assert report.why(queue, job_id) == "its queue default is paused: pqueue resume default"
+
+
+def test_hints_of_a_checkout_name_its_programs_from_any_folder(queue, tmp_path):
+    (tmp_path / "consumer.py").touch()  # a project's own
+    command = [sys.executable, str(ROOT / "admin.py"), "why", str(queue.enqueue("mail"))]
+    for folder, shown in ((tmp_path, f"{ROOT}/consumer.py"), (ROOT, "consumer.py")):
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env={**os.environ, "PQUEUE_URL": queue.name},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.stdout.endswith(f"no consumer is alive: run python {shown}\n"), done.stderr
 
 
 def test_suggested_command_quotes_names_for_the_shell(queue):

@@ -140,7 +140,7 @@ def test_project_uses_the_queue_with_its_own_modules(project):
 def test_messages_of_an_installed_copy_name_its_commands(project):
     project.run("pqueue-producer", "--count", 1, "--interval", 0)
     assert project.run("pqueue", "why", 1).stdout == "job 1: no consumer is alive: run pqueue-consumer\n"
-    assert "pqueue move --to" in project.run("pqueue", "restore", "x", PQUEUE_URL="postgresql://h/d").stderr
+    assert "pqueue move --to" in project.run("pqueue", "restore", "x", "--yes", PQUEUE_URL="postgresql://h/d").stderr
     for program in COMMANDS:
         done = project.run(program, "--no-such-option")
         assert (done.returncode, done.stderr.split()[0]) == (2, f"{program}:")

@@ -295,7 +295,7 @@ def test_move_that_is_stopped_while_it_waits_leaves_a_way_on(place, path, new, s
     if sign == signal.SIGINT:  # it resumed what it had paused
         assert (state(path), queue.move_status()) == (before, None)
         return
-    cancel = "python admin.py move --cancel"
+    cancel = f"python {ROOT}/admin.py move --cancel"
     sentence = f"a move to {new} is in progress or was interrupted: repeat the command, or cancel it with {cancel}"
     assert sentence in place.run("admin.py", "doctor").stdout
     assert sentence in place.run("admin.py", "why", "7").stdout
