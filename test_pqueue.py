@@ -3028,6 +3028,17 @@ class Replaced(SQLiteCase):
                 with self.assertRaises(pqueue.DatabaseReplaced):  # it cannot release the job
                     queue.close()
 
+    def test_files_are_looked_at_once_while_their_folder_does_not_change(self):
+        queue = self.started()
+        files = queue._session().files
+        with (
+            mock.patch("time.time", return_value=time.time() + 60),
+            mock.patch.object(files, "_identities", wraps=files._identities) as look,
+        ):
+            for _ in range(3):
+                queue.enqueue("t")
+        self.assertEqual(look.call_count, 1)
+
     def test_process_that_lost_its_log_does_not_write_it_back(self):
         queue = self.started()
         self.beside("-wal").unlink()
