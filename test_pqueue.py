@@ -850,6 +850,13 @@ class QueueContract:
         self.queue.limit("default", None)
         self.queue.enqueue("t", 4)
 
+    def test_finished_job_of_a_full_queue_is_not_resubmitted(self):
+        finished, _ = self.queue.enqueue_many("t", range(2))
+        self.queue.cancel(finished)
+        self.queue.limit("default", 1)
+        with self.assertRaisesRegex(QueueFull, f"cannot resubmit job {finished}: queue 'default' is at its limit of 1"):
+            self.queue.resubmit(finished)
+
     def test_many_jobs_get_their_ids_in_order(self):
         ids = self.queue.enqueue_many("t", ["a", "b", "c"], priority=2)
         self.assertEqual([self.queue.get(job_id).payload for job_id in ids], ["a", "b", "c"])
@@ -1237,6 +1244,7 @@ class QueueContract:
         self.assertEqual(max(rows), pqueue_search.TEXT_SCAN_JOBS)
         with mock.patch("pqueue_search.INDEX_SCAN_JOBS", 10), mock.patch.object(self.queue, "_walk") as walk:
             self.assertEqual([job.id for job in self.queue.list_jobs(state="failed")], ids[:1])
+            self.assertEqual([job.id for job in self.queue.list_jobs(state="failed", task="t")], ids[:1])
         walk.assert_not_called()
 
     def test_reader_of_excerpts_gets_beginnings_of_what_is_long(self):
@@ -2159,7 +2167,10 @@ for _ in range(20):
         self.assertNotEqual(locks(), before)
         child = os.fork()
         if child == 0:
-            os._exit(locks() != before)
+            with suppress(Exception), queue.transaction():
+                queue.enqueue("t")
+                os._exit(locks() != before or not queue._session()._locks.hold_write_lock())
+            os._exit(1)
         self.assertEqual(os.waitpid(child, 0)[1], 0)
 
     def test_spawned_and_forked_consumers_share_all_jobs(self):
@@ -3037,7 +3048,10 @@ class Replaced(SQLiteCase):
         ):
             for _ in range(3):
                 queue.enqueue("t")
-        self.assertEqual(look.call_count, 1)
+            self.assertEqual(look.call_count, 1)
+            self.beside("-wal").unlink()
+            with self.assertRaises(pqueue.DatabaseReplaced):
+                queue.enqueue("t")
 
     def test_process_that_lost_its_log_does_not_write_it_back(self):
         queue = self.started()
