@@ -1767,10 +1767,12 @@ os._exit(0)
         self.assertEqual(self.queue.get(1).state, "failed")
 
     def test_job_counts_as_begun_when_the_lock_of_its_consumer_is_gone(self):
+        other = self.reopen()
+        other.dequeue("other", now=NOW)
         self.queue.enqueue("t", now=NOW)
         self.queue.dequeue_many("w", 5, prefetch=True, now=NOW)
-        (self.folder / "queue.db.d/0.lock").unlink()
-        self.assertEqual(self.reopen().dequeue("other", now=NOW + 61).attempts, 2)
+        (self.folder / "queue.db.d/1.lock").unlink()
+        self.assertEqual(other.dequeue("other", now=NOW + 61).attempts, 2)
 
     def test_consumer_that_began_too_many_for_its_list_counts_all(self):
         self.queue.enqueue_many("t", range(pqueue_locks.BegunJobs.MAX_JOBS + 2), now=NOW)
@@ -2157,19 +2159,22 @@ for _ in range(20):
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
 
+    @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
     def test_forked_child_has_locks_of_its_own_and_none_of_its_parent(self):
-        def locks():
-            return sorted(re.findall(r"queue\.db\.d/\S+", "\n".join(held())))
+        def files(*, of_consumer):
+            found = re.findall(r"queue\.db\S*", "\n".join(held()))
+            return sorted(name for name in found if ("/0." in name) == of_consumer)
 
         queue = self.open()
-        before = locks()
         queue.dequeue("w")
-        self.assertNotEqual(locks(), before)
+        before = files(of_consumer=False)
+        self.assertTrue(files(of_consumer=True))
         child = os.fork()
         if child == 0:
             with suppress(Exception), queue.transaction():
                 queue.enqueue("t")
-                os._exit(locks() != before or not queue._session()._locks.hold_write_lock())
+                is_locked = queue._session()._locks.hold_write_lock()
+                os._exit(not is_locked or files(of_consumer=True) != [] or files(of_consumer=False) != before)
             os._exit(1)
         self.assertEqual(os.waitpid(child, 0)[1], 0)
 
@@ -3038,6 +3043,13 @@ class Replaced(SQLiteCase):
                 self.assertIsInstance(errors[0], QueueError)
                 with self.assertRaises(pqueue.DatabaseReplaced):  # it cannot release the job
                     queue.close()
+
+    def test_last_queue_that_closes_leaves_no_log(self):
+        first, second = self.started(), self.open()
+        second.enqueue("t")
+        for queue, is_left in ((first, True), (second, False)):
+            queue.close()
+            self.assertEqual(self.beside("-wal").exists(), is_left)
 
     def test_files_are_looked_at_once_while_their_folder_does_not_change(self):
         queue = self.started()
