@@ -862,6 +862,13 @@ class QueueContract:
         self.queue.limit("default", None)
         self.queue.enqueue("t", 4)
 
+    def test_finished_job_of_a_full_queue_is_not_resubmitted(self):
+        finished, _ = self.queue.enqueue_many("t", range(2))
+        self.queue.cancel(finished)
+        self.queue.limit("default", 1)
+        with self.assertRaisesRegex(QueueFull, f"cannot resubmit job {finished}: queue 'default' is at its limit of 1"):
+            self.queue.resubmit(finished)
+
     def test_many_jobs_get_their_ids_in_order(self):
         ids = self.queue.enqueue_many("t", ["a", "b", "c"], priority=2)
         self.assertEqual([self.queue.get(job_id).payload for job_id in ids], ["a", "b", "c"])
@@ -1249,6 +1256,7 @@ class QueueContract:
         self.assertEqual(max(rows), pqueue_search.TEXT_SCAN_JOBS)
         with mock.patch("pqueue_search.INDEX_SCAN_JOBS", 10), mock.patch.object(self.queue, "_walk") as walk:
             self.assertEqual([job.id for job in self.queue.list_jobs(state="failed")], ids[:1])
+            self.assertEqual([job.id for job in self.queue.list_jobs(state="failed", task="t")], ids[:1])
         walk.assert_not_called()
 
     def test_reader_of_excerpts_gets_the_beginnings_of_long_values(self):
@@ -1771,10 +1779,12 @@ os._exit(0)
         self.assertEqual(self.queue.get(1).state, "failed")
 
     def test_job_counts_as_begun_when_the_lock_of_its_consumer_is_gone(self):
+        other = self.reopen()
+        other.dequeue("other", now=NOW)
         self.queue.enqueue("t", now=NOW)
         self.queue.dequeue_many("w", 5, prefetch=True, now=NOW)
-        (self.folder / "queue.db.d/0.lock").unlink()
-        self.assertEqual(self.reopen().dequeue("other", now=NOW + 61).attempts, 2)
+        (self.folder / "queue.db.d/1.lock").unlink()
+        self.assertEqual(other.dequeue("other", now=NOW + 61).attempts, 2)
 
     def test_consumer_that_began_too_many_for_its_list_counts_all(self):
         self.queue.enqueue_many("t", range(pqueue_locks.BegunJobs.MAX_JOBS + 2), now=NOW)
@@ -2161,17 +2171,23 @@ for _ in range(20):
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
 
+    @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
     def test_forked_child_has_locks_of_its_own_and_none_of_its_parent(self):
-        def locks():
-            return sorted(re.findall(r"queue\.db\.d/\S+", "\n".join(held())))
+        def files(*, of_consumer):
+            found = re.findall(r"queue\.db\S*", "\n".join(held()))
+            return sorted(name for name in found if ("/0." in name) == of_consumer)
 
         queue = self.open()
-        before = locks()
         queue.dequeue("w")
-        self.assertNotEqual(locks(), before)
+        before = files(of_consumer=False)
+        self.assertTrue(files(of_consumer=True))
         child = os.fork()
         if child == 0:
-            os._exit(locks() != before)
+            with suppress(Exception), queue.transaction():
+                queue.enqueue("t")
+                is_locked = queue._session()._locks.hold_write_lock()
+                os._exit(not is_locked or files(of_consumer=True) != [] or files(of_consumer=False) != before)
+            os._exit(1)
         self.assertEqual(os.waitpid(child, 0)[1], 0)
 
     def test_spawned_and_forked_consumers_share_all_jobs(self):
@@ -3039,6 +3055,27 @@ class Replaced(SQLiteCase):
                 self.assertIsInstance(errors[0], QueueError)
                 with self.assertRaises(pqueue.DatabaseReplaced):  # it cannot release the job
                     queue.close()
+
+    def test_last_queue_that_closes_leaves_no_log(self):
+        first, second = self.started(), self.open()
+        second.enqueue("t")
+        for queue, is_left in ((first, True), (second, False)):
+            queue.close()
+            self.assertEqual(self.beside("-wal").exists(), is_left)
+
+    def test_files_are_looked_at_once_while_their_folder_does_not_change(self):
+        queue = self.started()
+        files = queue._session().files
+        with (
+            mock.patch("time.time", return_value=time.time() + 60),
+            mock.patch.object(files, "_identities", wraps=files._identities) as look,
+        ):
+            for _ in range(3):
+                queue.enqueue("t")
+            self.assertEqual(look.call_count, 1)
+            self.beside("-wal").unlink()
+            with self.assertRaises(pqueue.DatabaseReplaced):
+                queue.enqueue("t")
 
     def test_process_that_lost_its_log_does_not_write_it_back(self):
         queue = self.started()

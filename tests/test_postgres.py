@@ -802,6 +802,29 @@ def test_lock_of_an_application_is_not_taken_for_that_of_a_consumer(database):
         assert len(queue._read(pqueue_postgres.LOCKED_SLOTS)) == 1
 
 
+def test_consumer_that_reconnects_revives_no_other_and_none_that_has_left(database):
+    with PersistentQSQLAlchemy(database) as queue:
+        for name in "abc":
+            queue.dequeue(name)
+        queue.leave("c")
+        tokens = {each["name"]: each["token"] for each in queue.consumers()}
+        with queue._transaction() as session:
+            session.change("UPDATE consumers SET state = 'dead' WHERE state = 'running'")
+            for name in "ac":
+                session.change(pqueue_postgres.MARK_RUNNING, {"token": tokens[name], "now": 1.0})
+        states = dict(map(tuple, queue._read("SELECT name, state FROM consumers")))
+        assert states == {"a": "running", "b": "dead", "c": "stopped"}
+
+
+def test_operator_who_pauses_waits_for_writers_of_jobs_only(database):
+    with PersistentQSQLAlchemy(database) as queue, psycopg.connect(database) as other:
+        other.execute(f"SELECT 1 FROM {pqueue_postgres.SCHEMA}.jobs")
+        other.execute(f"LOCK TABLE {pqueue_postgres.SCHEMA}.queues IN ROW EXCLUSIVE MODE")
+        assert queue._read(pqueue_postgres.WRITERS) == []
+        other.execute(f"LOCK TABLE {pqueue_postgres.SCHEMA}.jobs IN ROW EXCLUSIVE MODE")
+        assert len(queue._read(pqueue_postgres.WRITERS)) == 1
+
+
 def test_consumer_that_has_just_begun_is_not_taken_for_dead(database, monkeypatch):
     monkeypatch.setattr(pqueue_sqlalchemy, "RESTART_SECONDS", 0.0)
     with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
