@@ -5,6 +5,7 @@
 
 PQUEUE_OPS_PORT is the port (default: 8501).
 PQUEUE_OPS_READONLY=1 disables all actions.
+PQUEUE_OPS_PREFIX is the path under which a proxy offers the dashboard, such as /queue.
 PQUEUE_OPS_HOSTS lists the host names and addresses that are accepted in addition to loopback.
 """
 
@@ -22,6 +23,7 @@ import socket
 import sys
 from importlib.util import find_spec
 
+from pqueue_tools.dashboard import prefix
 from pqueue_tools.process import OneLineParser, print_error, whole_number
 from pqueue_tools.report import program_name
 
@@ -40,6 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
     elif options.streamlit:
         command = [sys.executable, "-m", "streamlit", "run", os.path.abspath(__file__)]
         command += [f"--server.address={options.host}", f"--server.port={options.port}"]
+        try:
+            command.append(f"--server.baseUrlPath={prefix()}")
+        except ValueError as error:
+            print_error("ops", error)
+            return 2
         os.execv(sys.executable, command)
     from pqueue_tools.dashboard_http import serve
 
