@@ -5,6 +5,7 @@
 
 PQUEUE_OPS_PORT is the port (default: 8501).
 PQUEUE_OPS_READONLY=1 disables all actions.
+PQUEUE_OPS_PREFIX is the path under which a proxy offers the dashboard, such as /queue.
 PQUEUE_OPS_HOSTS lists the host names and addresses that are accepted in addition to loopback.
 """
 
@@ -21,6 +22,7 @@ import socket
 import sys
 from importlib.util import find_spec
 
+from pqueue_tools.dashboard import prefix
 from pqueue_tools.dashboard_http import address, listen_error, serve
 from pqueue_tools.process import OneLineParser, print_error, whole_number
 from pqueue_values import program_name
@@ -28,6 +30,11 @@ from pqueue_values import program_name
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    try:
+        path = prefix()
+    except ValueError as error:
+        print_error("ops", error)
+        return 2
     has_streamlit = options.streamlit and find_spec("streamlit")
     if options.check or has_streamlit:
         # Streamlit binds the port in a new process, and --check before the dashboard starts: so see whether it is free.
@@ -42,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if has_streamlit:
         command = [sys.executable, "-m", "streamlit", "run", os.path.abspath(__file__)]
-        command += [f"--server.address={options.host}", f"--server.port={options.port}"]
+        command += [f"--server.address={options.host}", f"--server.port={options.port}", f"--server.baseUrlPath={path}"]
         os.execv(sys.executable, command)
     if options.streamlit:
         print_error("ops", "Streamlit is not installed, so this is the page without it: pip install streamlit")

@@ -63,6 +63,23 @@ def read_only() -> bool:
     return os.environ.get("PQUEUE_OPS_READONLY", "") not in ("", "0")
 
 
+PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)*")
+
+
+def prefix() -> str:
+    """Return PQUEUE_OPS_PREFIX, the path under which a proxy offers the dashboard: /queue. Raises ValueError."""
+    given = os.environ.get("PQUEUE_OPS_PREFIX", "").rstrip("/")
+    if not PREFIX.fullmatch(given):
+        raise ValueError(f"expected a path such as /queue in PQUEUE_OPS_PREFIX, got {given!r}")
+    return given
+
+
+def without_prefix(path: str) -> str:
+    """Return the path of a request without the prefix, which a proxy may or may not have removed."""
+    before = prefix()
+    return path[len(before) :] or "/" if path == before or path.startswith(f"{before}/") else path
+
+
 # Accepted host names, to prevent DNS rebinding ########################################################################
 
 

@@ -8,6 +8,7 @@ from urllib.parse import urlencode
 
 import pqueue
 from pqueue_tools import dashboard, dashboard_summary, report, tables
+from pqueue_tools.dashboard import prefix
 from pqueue_tools.dashboard_summary import charts, health, text, tiles, trouble
 from pqueue_tools.tables import Button, Column, Table
 
@@ -67,7 +68,7 @@ const busy = part => part.contains(document.activeElement) && document.activeEle
 async function refresh() {
   if (document.hidden) return;
   try {
-    const answer = await fetch('/live' + location.search, {credentials: 'same-origin'});
+    const answer = await fetch(document.body.dataset.prefix + '/live' + location.search, {credentials: 'same-origin'});
     if (answer.ok && !document.getElementById('jobs')) return location.reload();
     for (const [name, text] of Object.entries(await answer.json())) {
       const part = document.getElementById(name);
@@ -132,14 +133,15 @@ def without_queue(sentence: str) -> str:
 
 def _page(title: str, status: str, body: str, path: str = "", *, again: bool = False) -> str:
     parts = ("processing", "jobs", "failed", "consumers", "queues")
-    links = "".join(f'<a href="/#{part}">{part}</a>' for part in parts)
+    links = "".join(f'<a href="{prefix()}/#{part}">{part}</a>' for part in parts)
     refresh = f'<noscript><meta http-equiv="refresh" content="{dashboard.REFRESH_SECONDS}"></noscript>' if again else ""
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="stylesheet" href="/style.css">
-<link rel="icon" href="/icon.svg">{refresh}</head><body class="pqueue">
-<header><h1><a href="/">pqueue</a></h1><div id="health">{status}</div><span class="path" id="path">{path}</span>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="stylesheet" href="{prefix()}/style.css">
+<link rel="icon" href="{prefix()}/icon.svg">{refresh}</head><body class="pqueue" data-prefix="{prefix()}">
+<header><h1><a href="{prefix()}/">pqueue</a></h1><div id="health">{status}</div>
+<span class="path" id="path">{path}</span>
 <nav>{links}</nav></header>
-<main>{body}</main><script src="/script.js"></script></body></html>"""
+<main>{body}</main><script src="{prefix()}/script.js"></script></body></html>"""
 
 
 # Tables ###############################################################################################################
@@ -182,7 +184,7 @@ def _cell(column: Column, row: Any) -> str:
         return ""
     if column.kind == "job":
         jobs = value if isinstance(value, list) else [value]
-        links = [f'<a href="/job/{each}">{each}</a>' for each in jobs[: tables.JOBS_OF_CONSUMER_SHOWN]]
+        links = [f'<a href="{prefix()}/job/{each}">{each}</a>' for each in jobs[: tables.JOBS_OF_CONSUMER_SHOWN]]
         return " ".join(links) + " …" * (len(links) < len(jobs))
     if column.kind == "time":
         ago = report.ago(value, report.now_shown())
@@ -192,7 +194,7 @@ def _cell(column: Column, row: Any) -> str:
     if column.kind == "progress":
         return f'<progress max="1" value="{value:.3f}"></progress>'
     shown = str(value) if column.kind == "html" else text(f"{value:,}" if isinstance(value, int) else value)
-    return f'<a href="/?{_query(column.filters(row))}">{shown}</a>' if column.filters else shown
+    return f'<a href="{prefix()}/?{_query(column.filters(row))}">{shown}</a>' if column.filters else shown
 
 
 def _query(filters: dict[str, str]) -> str:
@@ -205,7 +207,7 @@ def _buttons(buttons: list[Button], token: str, back: str = "/") -> str:
 
 def _button(button: Button, token: str, back: str) -> str:
     """Return a form inside a <details> element, which asks for confirmation."""
-    form = f'<form method="post" action="/act/{button.action}">{_hidden(button.fields, token, back)}'
+    form = f'<form method="post" action="{prefix()}/act/{button.action}">{_hidden(button.fields, token, back)}'
     asked = f"<button>{text(button.confirmation)}</button>"
     if button.asks_for:
         asked = f"""<input name="{button.asks_for}" size="12" placeholder="{button.hint}" value="{text(button.value)}">
@@ -244,9 +246,9 @@ def _filter_form(query: dict[str, str]) -> str:
         for name in dashboard.FILTERS
         if name != "state"
     )
-    return f"""<form class="filter" action="/"><select name="state" aria-label="state">
+    return f"""<form class="filter" action="{prefix()}/"><select name="state" aria-label="state">
 <option value="">any state</option>
-{states}</select>{fields}<button>filter</button><a href="/">all</a></form>"""
+{states}</select>{fields}<button>filter</button><a href="{prefix()}/">all</a></form>"""
 
 
 def _jobs(page: dashboard.JobPage, query: dict[str, str], token: str) -> str:
@@ -255,10 +257,10 @@ def _jobs(page: dashboard.JobPage, query: dict[str, str], token: str) -> str:
     table = _table(tables.JOBS, jobs, token, ticks=True, empty=tables.none_found(query, before))
     if token and jobs:
         table = _bulk_form(table, filters, tables.matching(query, page) if filters else "", token)
-    links = [f'<a href="/?{_query(filters)}#jobs">newest jobs</a>'] if query.get("before_id") else []
+    links = [f'<a href="{prefix()}/?{_query(filters)}#jobs">newest jobs</a>'] if query.get("before_id") else []
     if before is not None:
         older = _query({**filters, "before_id": str(before)})
-        links.append(f'<a href="/?{older}#jobs">{tables.older_jobs(page)}</a>')
+        links.append(f'<a href="{prefix()}/?{older}#jobs">{tables.older_jobs(page)}</a>')
     return table + (f"<p>{' · '.join(links)}</p>" if links else "")
 
 
@@ -267,7 +269,7 @@ def _bulk_form(table: str, filters: dict[str, str], matching: str, token: str) -
     buttons = " ".join(
         f'<button name="action" value="{each}">{tables.label(each)}</button>' for each in tables.BULK_ACTIONS
     )
-    return f"""<form method="post" action="/act/jobs" class="block">
+    return f"""<form method="post" action="{prefix()}/act/jobs" class="block">
 {_hidden(filters, token, "/?" + urlencode(filters))}{table}
 <div class="bulk"><details><summary>change jobs …</summary> <select name="scope" aria-label="which jobs">
 <option value="ticked">the ticked ones</option>{choice}</select> {buttons}</details></div></form>"""
@@ -284,8 +286,8 @@ def question(what: str, action: str, form: dashboard.Form, token: str) -> str:
         what,
         "",
         f"""<section><h2>{text(what)}?</h2><p>{text(which)}. Jobs whose state does not allow it are left unchanged.</p>
-<form method="post" action="/act/jobs">{fields}<button autofocus>yes, {text(what)}</button>
-<a href="{html.escape(back if back.startswith(("/?", "/job/")) else "/")}">no</a></form></section>""",
+<form method="post" action="{prefix()}/act/jobs">{fields}<button autofocus>yes, {text(what)}</button>
+<a href="{prefix()}{html.escape(back if back.startswith(("/?", "/job/")) else "/")}">no</a></form></section>""",
     )
 
 
@@ -308,6 +310,6 @@ def job(found: dict[str, Any], message: str, token: str) -> str:
 
 def _text(one: pqueue.Job, title: str, value: str, is_cut: bool) -> str:
     lines = "\n".join(text(line) for line in value.split("\n"))
-    whole = f'<a href="/api/jobs/{one.id}">the whole job as JSON</a>'
+    whole = f'<a href="{prefix()}/api/jobs/{one.id}">the whole job as JSON</a>'
     note = f'<p class="soft">the first {dashboard.TEXT_CHARS_SHOWN:,} characters: {whole}</p>' if is_cut else ""
     return f"<h2>{title}</h2><pre>{lines}</pre>{note}"

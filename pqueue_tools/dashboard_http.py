@@ -49,7 +49,9 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+PROBES = ("/livez", "/readyz")
 HTML, JSON, TEXT = "text/html; charset=utf-8", "application/json", "text/plain; charset=utf-8"
+STATIC = {**dashboard_html.FILES, "/livez": (TEXT, "alive\n")}
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -188,10 +190,16 @@ class Handler(BaseHTTPRequestHandler):
         hosts = self.headers.get_all("Host", [])
         if len(hosts) != 1 or not self.server.is_own_host(hosts[0]):
             raise Refused(HTTPStatus.MISDIRECTED_REQUEST, dashboard.OTHER_HOST)
-        if self.server.password is not None and not self._has_password(self.server.password):
+        if self._is_probe() or self.server.password is None:
+            return
+        if not self._has_password(self.server.password):
             if "Authorization" in self.headers:
                 time.sleep(WRONG_PASSWORD_SECONDS)
             raise Refused(HTTPStatus.UNAUTHORIZED, "expected the password, with any user name")
+
+    def _is_probe(self) -> bool:
+        """Return whether this is a probe of liveness or readiness, which needs no password and is told no details."""
+        return dashboard.without_prefix(urlsplit(self.path).path) in PROBES
 
     def _has_password(self, password: str) -> bool:
         scheme, _, given = self.headers.get("Authorization", "").partition(" ")
@@ -206,12 +214,13 @@ class Handler(BaseHTTPRequestHandler):
     def _get(self) -> None:
         self.server.request_complete(self.connection)
         url = urlsplit(self.path)
+        url = url._replace(path=dashboard.without_prefix(url.path))
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         if url.path.startswith("/api/"):
             names = (*dashboard.FILTERS, "before_id") if url.path == "/api/jobs" else ()
             dashboard.expect_query(parse_qs(url.query, keep_blank_values=True), names)
-        if url.path in dashboard_html.FILES:
-            self._send(HTTPStatus.OK, *dashboard_html.FILES[url.path])
+        if url.path in STATIC:
+            self._send(HTTPStatus.OK, *STATIC[url.path])
             return
         self._expect_no_other_site(url.path)
         try:
@@ -244,10 +253,9 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/metrics":
             seen = figures["overview"]
             return HTTPStatus.OK, METRICS, _encoded(report.metrics(cache.queue(), seen["findings"], stats=seen))
-        if path == "/healthz":
-            found = figures["overview"]["findings"]
-            status = HTTPStatus.SERVICE_UNAVAILABLE if report.problems(found) else HTTPStatus.OK
-            return status, TEXT, _encoded("\n".join(report.verdict(found)) + "\n")
+        if path in ("/readyz", "/healthz"):
+            cache.queue().list_jobs(limit=1, excerpt=0)
+            return self._health(figures["overview"]["findings"]) if figures else (HTTPStatus.OK, TEXT, b"ready\n")
         if path == "/api/stats":
             listed = [each._asdict() for each in figures["overview"]["findings"]]
             return (
@@ -256,6 +264,11 @@ class Handler(BaseHTTPRequestHandler):
                 _json({**figures["overview"], "findings": listed, "minutes": figures["minutes"]}),
             )
         return HTTPStatus.OK, JSON if _is_data(path) else HTML, self._jobs(path, query)
+
+    @staticmethod
+    def _health(found: list[report.Finding]) -> Answer:
+        status = HTTPStatus.SERVICE_UNAVAILABLE if report.problems(found) else HTTPStatus.OK
+        return status, TEXT, _encoded("\n".join(report.verdict(found)) + "\n")
 
     def _jobs(self, path: str, query: dict[str, str]) -> bytes:
         cache = self.server.cache
@@ -276,6 +289,8 @@ class Handler(BaseHTTPRequestHandler):
         return self.server.pop_message(query.get("said", ""))
 
     def _trouble(self, path: str, sentence: str) -> tuple[str, bytes]:
+        if path in PROBES:
+            return TEXT, b"not ready\n"
         if path in ("/metrics", "/healthz"):
             return TEXT, _encoded(sentence + "\n")
         if path.startswith("/api/"):
@@ -292,7 +307,7 @@ class Handler(BaseHTTPRequestHandler):
         form = parse_qs(self._body(), keep_blank_values=True, max_num_fields=2000)
         if not hmac.compare_digest((form.pop("token", None) or [""])[0].encode(), self.server.token.encode()):
             raise Refused(HTTPStatus.FORBIDDEN, "refused: the dashboard was restarted; reload the page")
-        name = urlsplit(self.path).path.removeprefix("/act/")
+        name = dashboard.without_prefix(urlsplit(self.path).path).removeprefix("/act/")
         is_bulk = name == "jobs"
         name = (form.pop("action", None) or [name])[0] if is_bulk else name
         if name not in dashboard.ACTIONS:
@@ -342,7 +357,7 @@ class Handler(BaseHTTPRequestHandler):
         query = {name: values[0] for name, values in parse_qs(url.query).items() if name in dashboard.FILTERS}
         self.send_response(HTTPStatus.SEE_OTHER)
         query["said"] = self.server.keep_message(sentence)
-        self.send_header("Location", f"{quote(page)}?{urlencode(query)}")
+        self.send_header("Location", f"{dashboard.prefix()}{quote(page)}?{urlencode(query)}")
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -367,7 +382,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _is_data(path: str) -> bool:
-    return path.startswith(("/api/", "/live", "/metrics", "/healthz"))
+    return path.startswith(("/api/", "/live", "/metrics", "/healthz", "/readyz"))
 
 
 def _encoded(text: str) -> bytes:
@@ -384,7 +399,7 @@ def _own_names() -> set[str]:
 
 
 def address(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}{dashboard.prefix()}"
 
 
 def listen_error(error: Exception, host: str, port: int) -> str:
@@ -401,6 +416,7 @@ def serve(host: str, port: int) -> int:
         return 2
     try:
         dashboard.allowed_hosts()
+        dashboard.prefix()
     except ValueError as error:
         print_error("ops", error)
         return 2

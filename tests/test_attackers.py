@@ -432,7 +432,8 @@ def test_secrets_are_not_found_letter_by_letter(queue, folder, capsys):
             query = urlencode({"text": text})
             assert json.loads(site.ask(f"/api/jobs?{query}")[1])["jobs"] == []
             assert "no job matches" in site.ask(f"/?{query}")[1]
-            assert site.act("jobs", action="cancel", scope="matching", text=text)[0] == 303
+            for confirmed in ({}, {"confirmed": "1"}):
+                assert site.act("jobs", action="cancel", scope="matching", text=text, **confirmed)[0] == 409
             for arguments in (["list-jobs"], ["failedjobs"], ["failedjobs", "--json"], ["cancel", "--yes"]):
                 assert admin.main([*arguments, "--text", text]) == 0
                 assert "ada" not in capsys.readouterr().out

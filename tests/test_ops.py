@@ -33,7 +33,7 @@ HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)>" & \x00\x1b[31m
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("PQUEUE_URL", "PQUEUE_OPS_READONLY", "PQUEUE_OPS_PASSWORD", "PQUEUE_OPS_HOSTS"):
+    for name in ("PQUEUE_URL", "PQUEUE_OPS_READONLY", "PQUEUE_OPS_PASSWORD", "PQUEUE_OPS_HOSTS", "PQUEUE_OPS_PREFIX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(dashboard, "FRESH_SECONDS", 0.0)
     monkeypatch.setattr(dashboard, "MAX_BUSY_SHARE", 1e9)  # whatever is asked is computed,
@@ -883,6 +883,58 @@ def test_health_includes_the_programs_that_supervisor_gave_up_on(queue, site, mo
     assert site.ask("/healthz")[0] == 503
     assert "Supervisor gave up on ops" in site.ask("/healthz")[1]
     assert json.loads(site.ask("/api/stats")[1])["findings"][0]["severity"] == "critical"
+
+
+def test_health_has_three_depths(queue, folder, monkeypatch):
+    site = Site(password="secret")
+    password = {"Authorization": "Basic " + base64.b64encode(b"anna:secret").decode()}
+    try:
+        assert site.ask("/livez")[:2] == (200, "alive\n")
+        assert site.ask("/readyz")[:2] == (200, "ready\n")
+        assert site.ask("/healthz")[0] == 401
+        queue.enqueue("t")
+        assert site.ask("/healthz", **password)[0] == 503
+        assert site.ask("/readyz")[0] == 200
+        monkeypatch.setenv("PQUEUE_URL", str(folder / "nosuch.db"))
+        site.server.cache.forget()
+        assert site.ask("/livez")[:2] == (200, "alive\n")
+        assert site.ask("/readyz")[:2] == (503, "not ready\n")
+        assert "nosuch.db" in site.ask("/healthz", **password)[1]
+        assert site.ask("/livez", Host="evil.example")[0] == 421
+    finally:
+        site.close()
+
+
+@pytest.mark.parametrize("removed", [True, False], ids=["removed by the proxy", "passed on by the proxy"])
+def test_page_under_a_prefix_leads_only_there(queue, site, monkeypatch, removed):
+    monkeypatch.setenv("PQUEUE_OPS_PREFIX", "/a/queue/")
+
+    def ask(path, form=None):
+        assert path.startswith("/a/queue/"), path
+        return site.ask(path.removeprefix("/a/queue") if removed else path, form)
+
+    ids = [failed(queue) for _ in range(dashboard.JOBS_PER_PAGE + 1)]
+    pages = [ask("/a/queue/?state=failed")[1], ask(f"/a/queue/job/{ids[0]}")[1]]
+    links = {unescape(each) for page in pages for each in re.findall(r'(?:href|src|action)="([^"#]+)', page)}
+    assert {"/a/queue/style.css", "/a/queue/script.js", "/a/queue/act/jobs", f"/a/queue/job/{ids[1]}"} <= links
+    for link in links:
+        assert ask(link)[0] == (404 if "/act/" in link else 200), link
+    assert 'data-prefix="/a/queue"' in pages[0]
+    form = {"token": site.server.token, "back": f"/job/{ids[0]}", "id": ids[0]}
+    status, text, _ = ask("/a/queue/act/jobs", {**form, "action": "resubmit"})
+    assert (status, f'<a href="/a/queue/job/{ids[0]}">no</a>' in text) == (200, True)
+    status, _, headers = ask("/a/queue/act/jobs", {**form, "action": "resubmit", "confirmed": "1"})
+    assert (status, queue.get(ids[0]).state) == (303, "pending")
+    assert "resubmitted 1 job" in ask(headers["Location"])[1]
+    assert site.ask("/a/queue")[0] == 200
+    assert site.ask("/a/queues/")[0] == 404
+
+
+@pytest.mark.parametrize("prefix", ["queue", "/a b", "//evil.example", '/"><script>', "http://evil.example"])
+def test_prefix_that_is_no_path_is_refused(folder, monkeypatch, capsys, prefix):
+    monkeypatch.setenv("PQUEUE_OPS_PREFIX", prefix)
+    assert dashboard_http.serve("127.0.0.1", 0) == 2
+    assert "expected a path such as /queue in PQUEUE_OPS_PREFIX" in capsys.readouterr().err
 
 
 # Streamlit

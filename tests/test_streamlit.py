@@ -111,7 +111,7 @@ def test_attacker_at_the_websocket_reads_and_presses_nothing(place, queue):
     server = Streamlit(place, "--server.address=127.0.0.1")
     for host, origin in OURS:
         assert WORD in text_of(server.visit(host, origin)), (host, origin)
-    pause = buttons(server.visit("localhost:PORT", "http://localhost:PORT"))["pause"]
+    pause = buttons(server.visit("localhost:PORT", "http://localhost:PORT"))["yes, pause"]
     for host, origin in FOREIGN:
         messages = server.visit(host, origin, press=pause)
         assert WORD not in text_of(messages), (host, origin)
@@ -135,3 +135,18 @@ def test_page_that_listens_everywhere_serves_only_the_configured_host_names(plac
         assert WORD in text_of(server.visit(host, f"http://{host}")), host
     for host in ("evil.example:PORT", "10.1.2.4:PORT"):
         assert WORD not in text_of(server.visit(host, f"http://{host}")), host
+
+
+def test_page_is_served_under_its_prefix(place, queue):
+    port = free_port()
+    place.start("ops.py", "--streamlit", "--port", str(port), PQUEUE_OPS_PREFIX="/queue/", PYTHONWARNINGS="")
+
+    def is_up():
+        with suppress(OSError):
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/queue/_stcore/health", timeout=5).status == 200
+        return False
+
+    wait_until(is_up)
+    done = place.run("ops.py", "--streamlit", "--port", str(free_port()), PQUEUE_OPS_PREFIX="queue")
+    assert done.returncode == 2
+    assert "expected a path such as /queue in PQUEUE_OPS_PREFIX, got 'queue'" in done.stderr
