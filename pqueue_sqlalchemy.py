@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
@@ -668,7 +668,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         completions: list[tuple[Job, str | None]],
         me: pqueue_backend.Registration,
         limit: int,
-        queues: Sequence[str] | None,
+        wanted: Params,
         lease_seconds: float,
         now: float | None,
     ) -> tuple[list[Job], list[Job]]:
@@ -681,9 +681,9 @@ class OnPostgres(PersistentQSQLAlchemy):
             with self._transaction(durable=False) as session:
                 session.run(MERGE_CHANGES)
         if limit == 0 or looks or self.in_transaction or len(tokens) < len(completions):
-            return super()._complete_and_claim(completions, me, limit, queues, lease_seconds, now)
+            return super()._complete_and_claim(completions, me, limit, wanted, lease_seconds, now)
         now = self._time(now)
-        claim = pqueue.claim_params(me, limit, queues, lease_seconds, now)
+        claim = pqueue.claim_params(me, limit, wanted, lease_seconds, now)
         sql = COMPLETE_AND_CLAIM if completions else CLAIM_ALONE
         done = {"number": len(tokens), "ids": list(tokens), "tokens": list(tokens.values())}
         session = self._transaction()
@@ -691,7 +691,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         jobs = pqueue.claimed_jobs(session, [row[1:] for row in rows if row[1] is not None], claim)
         lost = [job for job, _ in completions if rows[0][0] is not None and job.id not in rows[0][0]]
         with suppress(QueueBusy) if completions else nullcontext():  # an error must not hide what was completed
-            jobs = jobs or super()._complete_and_claim([], me, limit, queues, lease_seconds, now)[0]
+            jobs = jobs or super()._complete_and_claim([], me, limit, wanted, lease_seconds, now)[0]
         return jobs, lost
 
     def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> None:

@@ -497,6 +497,70 @@ class QueueContract:
         self.assertEqual(self.queue.dequeue("w", queues=["c", "b"], now=NOW).queue, "b")
         self.assertEqual(self.queue.dequeue("w", now=NOW).queue, "a")
 
+    def test_guarantee_10_consumer_gets_only_the_tasks_it_names(self):
+        for task in ("a", "b", "a b", "c"):
+            self.queue.enqueue(task, now=NOW)
+        for tasks in ([], ["d"], ["A"], ["a b c"], ["%"]):
+            self.assertIsNone(self.queue.dequeue("w", tasks=tasks, now=NOW))
+        self.assertEqual(self.queue.dequeue("w", tasks=["b", "a"], now=NOW).task, "a")
+        self.assertEqual(self.queue.dequeue("w", tasks=("b", "a"), queues=["default"], now=NOW).task, "b")
+        self.assertIsNone(self.queue.dequeue("w", tasks=["a", "b"], now=NOW))
+        self.assertEqual([job.task for job in self.queue.dequeue_many("w", 5, tasks=["c", "d"], now=NOW)], ["c"])
+        self.assertEqual(self.queue.complete_and_dequeue([], "w", 5, tasks=["d"], now=NOW), ([], []))
+        self.assertEqual(self.queue.dequeue("w", now=NOW).task, "a b")
+
+    def test_consumer_gets_an_assigned_job_only_of_a_task_it_names(self):
+        self.queue.enqueue("t", assigned_to="w", now=NOW)
+        self.assertIsNone(self.queue.dequeue("w", tasks=["u"], now=NOW))
+        self.assertEqual(self.queue.dequeue_many("w", 5, tasks=["u"], now=NOW), [])
+        self.assertEqual(self.queue.dequeue("w", tasks=["u", "t"], now=NOW).task, "t")
+
+    def test_guarantee_10_job_of_a_task_that_no_consumer_knows_waits_as_it_was(self):
+        job_id = self.queue.enqueue("new", now=NOW)
+        for number in range(3):
+            for _ in range(5):
+                self.assertIsNone(self.queue.dequeue(f"old {number}", tasks=["t"], now=NOW))
+        job = self.queue.get(job_id)
+        self.assertEqual((job.state, job.attempts, self.queue.history(job_id)), ("pending", 0, []))
+        self.assertEqual(self.queue.dequeue("new", tasks=["t", "new"], now=NOW).id, job_id)
+
+    def test_guarantee_6_batch_has_the_first_jobs_of_all_tasks_and_queues_in_order(self):
+        """Tasks that take turns, and one that has most of the first jobs."""
+        chance = random.Random(17)
+        for tasks, weights in ((1, [1]), (3, [1, 1, 1]), (9, [90, *range(1, 9)])):
+            for number in chance.choices(range(tasks), weights, k=120):
+                place = {"queue": f"q{number % 3}", "assigned_to": chance.choice([None] * 9 + ["w"])}
+                priority, run_at = chance.randint(0, 1), NOW - chance.randint(0, 5)
+                self.queue.enqueue(f"t{number}", priority=priority, run_at=run_at, now=NOW, **place)
+            jobs = self.queue.list_jobs(state="pending", limit=1000)
+            jobs.sort(key=lambda job: (-job.priority, job.run_at, job.id))
+            expected = [job.id for job in jobs if job.task != "t1"]
+            while expected:
+                limit = chance.choice([1, 2, 5, 48])
+                known = [f"t{n}" for n in range(9) if n != 1]
+                got = self.queue.dequeue_many("w", limit, tasks=known, now=NOW)
+                self.assertEqual([job.id for job in got], expected[:limit])
+                del expected[:limit]
+                for job in got:
+                    self.queue.complete(job, now=NOW)
+            self.queue.delete_jobs()
+
+    def test_consumers_names_of_tasks_are_checked(self):
+        for tasks, told in (
+            ("t", "expected a list of tasks"),
+            ([""], "expected a task name"),
+            ([5], "expected a task"),
+        ):
+            with self.subTest(tasks=tasks), self.assertRaisesRegex(ValueError, told):
+                self.queue.dequeue("w", tasks=tasks)
+
+    def test_pending_jobs_are_counted_by_task(self):
+        for task, queue, number in (("a", "p", 2), ("a", "q", 1), ("b", "q", 3)):
+            self.queue.enqueue_many(task, range(number), queue=queue, now=NOW)
+        self.queue.enqueue("c", delay_seconds=9, now=NOW)
+        self.queue.dequeue("w", tasks=["b"], now=NOW)
+        self.assertEqual(self.queue.pending_tasks(), {("p", "a"): 2, ("q", "a"): 1, ("q", "b"): 2})
+
     def test_paused_queue_delivers_nothing_until_resumed(self):
         self.queue.enqueue("t", now=NOW)
         self.queue.enqueue("t", assigned_to="w", now=NOW)
@@ -1358,9 +1422,10 @@ class QueueContract:
 
     def test_registry_tells_who_works_on_what(self):
         job_id = self.queue.enqueue("t", queue="q")
-        self.queue.dequeue("w", queues=["q"])
+        self.queue.dequeue("w", queues=["q"], tasks=["u", "t"])
         self.queue.heartbeat("w", completed=4, failed=1, now=NOW)
         (me,) = self.queue.consumers()
+        self.assertEqual(me["tasks"], ["t", "u"])
         self.assertEqual((me["name"], me["pid"], me["queues"]), ("w", os.getpid(), ["q"]))
         self.assertEqual((me["completed"], me["failed"], me["last_seen_at"]), (4, 1, NOW))
         self.assertEqual((me["state"], me["job_ids"]), ("running", [job_id]))
@@ -1522,7 +1587,8 @@ class QueueContract:
         self.queue.enqueue("t", assigned_to="somebody")
         self.queue.pause("paused")
         self.queue.enqueue("t", queue="paused")
-        self.assertFalse(self.queue.wait(0.02, consumer="w", queues=["mine", "paused"]))
+        self.queue.enqueue("new", queue="mine")
+        self.assertFalse(self.queue.wait(0.02, consumer="w", queues=["mine", "paused"], tasks=["t"]))
         self.assertTrue(self.queue.wait(1, consumer="somebody", queues=["mine"]))
 
     # Threads
@@ -2256,7 +2322,7 @@ queue._writer_lock.acquire(in_batch=sys.argv[3] == "1")
 
     def test_enqueue_goes_before_a_consumer_that_came_first_when_another_consumer_leaves(self):
         producer, consumer, taken = self.open(), self.open(), []
-        producer.enqueue("first")
+        producer.enqueue("t")
         consumer.dequeue("w")
         calls = [lambda: taken.append(consumer.dequeue("w")), lambda: producer.enqueue("t")]
         self.let_through(calls, in_batch=True)
@@ -2264,7 +2330,7 @@ queue._writer_lock.acquire(in_batch=sys.argv[3] == "1")
 
     def test_consumer_goes_before_an_enqueue_that_came_first_when_another_producer_leaves(self):
         producer, consumer, taken = self.open(), self.open(), []
-        producer.enqueue("first")
+        producer.enqueue("t")
         consumer.dequeue("w")
         self.let_through([lambda: producer.enqueue("t"), lambda: taken.append(consumer.dequeue("w"))])
         self.assertEqual(taken, [None])
@@ -2591,13 +2657,31 @@ class Files(SQLiteCase):
 
     def test_claim_never_scans_the_jobs(self):
         queue = self.open()
-        params = {"consumer": "w", "limit": 1, "token": "t", "now": 1.0, "lease_expires_at": 2.0}
-        for queues in (None, '["default"]'):
-            for statement in (pqueue_schema.CLAIM, pqueue_schema.CLAIM_ONE, pqueue_schema.NEXT_EVENT):
-                rows = queue._read(f"EXPLAIN QUERY PLAN {statement}", {**params, "queues": queues})
+        params = {"consumer": "w", "limit": 1, "token": "t", "now": 1.0, "lease_expires_at": 2.0, "task": "t"}
+        params["queue"] = "default"
+        for known in ({"queues": None, "tasks": None}, {"queues": '["default"]', "tasks": "\nt\n"}):
+            for name in ("CLAIM_ONE", "NEXT_EVENT", "FIRST_JOBS", "NEXT_OF_TASK"):
+                statement = getattr(pqueue_schema, name, None) or getattr(pqueue_sqlite, name)
+                rows = queue._read(f"EXPLAIN QUERY PLAN {statement}", {**params, **known})
                 plan = "\n".join(row[3] for row in rows)
                 self.assertNotRegex(plan, r"SCAN jobs(?! USING)")
                 self.assertIn("USING INDEX jobs_claim", plan.replace("COVERING ", ""))
+
+    def test_guarantee_10_claim_takes_as_many_steps_before_many_jobs_of_a_task_it_does_not_know(self):
+        queue, steps = self.open(durability="normal"), []
+        queue.dequeue("w", tasks=["t", "u"])
+        for number in (1, 20_000):
+            queue.enqueue_many("unknown", [None] * number, priority=1)
+            queue.enqueue_many("t", range(200))
+            for limit in (1, 48):
+                with queue.transaction() as db:
+                    counted = itertools.count()
+                    db.set_progress_handler(lambda counted=counted: next(counted) and 0, 10)
+                    self.assertEqual(len(queue.dequeue_many("w", limit, tasks=["t", "u"], prefetch=True)), limit)
+                    db.set_progress_handler(None, 0)
+                steps.append(next(counted))
+        self.assertLess(steps[2], 1.2 * steps[0] + 10)
+        self.assertLess(steps[3], 1.2 * steps[1] + 10)
 
     def test_queue_that_moves_to_a_file_takes_along_what_else_is_in_its_database(self):
         queue, target = self.open(), self.folder / "new" / "queue.db"
