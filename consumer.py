@@ -26,7 +26,6 @@ from contextlib import contextmanager, suppress
 import pqueue
 from pqueue import PersistentQInterface, QueueError
 from pqueue_tools import file_task
-from pqueue_tools.keeper import Keeper
 from pqueue_tools.process import (
     OneLineParser,
     escape_unencodable,
@@ -74,6 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
+    from pqueue_tools.keeper import Keeper  # not available on Windows
+
     has_bar = options.drain and sys.stderr.isatty()
     options.quiet = has_bar and sys.stdout.isatty()
     bar = ProgressBar(_pending(queue, options.queues)) if has_bar else None

@@ -5,7 +5,6 @@ It has a single thread, imports none of the user's modules, and needs nothing fr
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import select
@@ -22,8 +21,8 @@ from typing import Any
 import pqueue
 from pqueue import Job, LeaseLost, PersistentQInterface, QueueError
 from pqueue_files import is_stopped
+from pqueue_tools import processes, worker
 from pqueue_tools import record as fields
-from pqueue_tools import worker
 from pqueue_tools.leases import DUMP_SIGNAL, INTERRUPT_SIGNAL, TICK_SECONDS, Leases, limit_error
 from pqueue_tools.process import is_orphaned, log, on_termination, print_error, retry_while_busy
 from pqueue_tools.record import Record, Run
@@ -40,8 +39,6 @@ REPEAT_SECONDS = 1.0  # how often a task that goes on after the interrupt is int
 DUMP_SECONDS = 0.5  # the longest wait for the traceback of a task that hangs
 CLOSE_SECONDS = 5.0  # how long a worker may take to exit
 RESTART_SECONDS = 1.0  # before the next worker, if one died without running a job
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-FORKED = 0x40  # PF_FORKNOEXEC: the process has not become another program
 
 
 class KeptLeases(Leases):
@@ -77,7 +74,7 @@ class Keeper:
         for each in (self._pipe, self._wakeup):
             os.set_blocking(each, False)
         self._dump = _unnamed_file()
-        self._others = set(children(os.getpid()))
+        self._others = set(processes.children(os.getpid()))
 
     def run(self) -> int:
         """Run workers until told to stop, or until the queue is drained; return the exit code."""
@@ -86,13 +83,13 @@ class Keeper:
         signal.signal(signal.SIGCHLD, _ignore)
         signal.signal(signal.SIGTSTP, self._suspend)
         on_termination(self._stop)
-        adopt_orphans(True)
+        processes.adopt_orphans(True)
         self.shared = self.queue.share(self.name)
         try:
             outcome = self._run_workers()
         finally:
             self.leases.beat(at_once=True)
-            adopt_orphans(False)
+            processes.adopt_orphans(False)
             for number, handler in before.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(wakeup)
@@ -132,7 +129,7 @@ class Keeper:
         try:
             self._pid = os.fork()
             if self._pid == 0:
-                end_with(parent)
+                processes.end_with_parent(parent)
                 worker.run_process(self.queue, self.shared, self.record, self.options, self._wakeup, self._dump)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -213,9 +210,9 @@ class Keeper:
         if run.timeout_seconds and time.monotonic() - run.started > run.timeout_seconds:
             return fields.TIMED_OUT
         # guard: a task that takes too much memory is ended
-        if run.memory_mb and memory_mb(self._pid) - run.base_mb > run.memory_mb:
+        if run.memory_mb and _memory_mb(self._pid) - run.base_mb > run.memory_mb:
             return fields.OUT_OF_MEMORY
-        return fields.EXECUTED if has_become_another(self._pid) else 0
+        return fields.EXECUTED if processes.has_become_another(self._pid) else 0
 
     # Ending
 
@@ -230,9 +227,7 @@ class Keeper:
         self._killed = True
         if dump:
             self._write_traceback()
-        for pid in [*descendants(self._pid), self._pid]:
-            with suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+        processes.kill(*processes.descendants(self._pid), self._pid)
 
     def _write_traceback(self) -> None:
         """Let the worker write where it is, in a C function that needs no GIL."""
@@ -250,10 +245,9 @@ class Keeper:
         with suppress(OSError):
             os.killpg(self._pid, signal.SIGKILL)
         # guard: no process of a task is left
-        for pid in set(children(os.getpid())) - self._others - {self._pid} if os.getpid() != 1 else ():
-            for each in [*descendants(pid), pid]:
-                with suppress(OSError):
-                    os.kill(each, signal.SIGKILL)
+        if os.getpid() != 1:  # which adopts those of other programs, too
+            for pid in set(processes.children(os.getpid())) - self._others - {self._pid}:
+                processes.kill(*processes.descendants(pid), pid)
         self._has_ended()
 
     def _settle(self) -> int:
@@ -262,11 +256,11 @@ class Keeper:
         if outcome == fields.REFUSED or (not self._fields[fields.READY] and self._fields[fields.STOP]):
             return outcome
         if not self._fields[fields.READY]:
-            print_error("consumer", f"the worker {end_text(self._status or 0)} while it imported the tasks")
+            print_error("consumer", f"the worker {processes.end_text(self._status or 0)} while it imported the tasks")
             return fields.REFUSED
-        if outcome == 0:
-            if run is None:
-                log("worker died", consumer=self.name, reason=end_text(self._status or 0))
+        if outcome in (0, fields.BROKEN):
+            if run is None and outcome == 0:
+                log("worker died", consumer=self.name, reason=processes.end_text(self._status or 0))
             until = time.monotonic() + self.options.lease_seconds
             with suppress(QueueError):
                 retry_while_busy(lambda: self._settle_held(run), lambda s: _pause(s, until), consumer=self.name)
@@ -293,12 +287,11 @@ class Keeper:
         if reason == fields.TOLD_TO_STOP and job.max_attempts > 1:
             self.leases.release(job)
             return
-        error = self._error(run, reason)
+        error, _, trace = (self.record.error(run) or self._error(run, reason)).partition("\n")
+        text = "\n".join([error, trace or "\n".join(self._traceback())]).rstrip()
         delay = pqueue.backoff_seconds(job.attempts, run.backoff_base_seconds or 5.0)
         # guard: a job that kills its worker loses an attempt
-        state = self.queue.fail(
-            job, "\n".join([error, *self._traceback()]), retry=reason != fields.TOLD_TO_STOP, retry_in_seconds=delay
-        )
+        state = self.queue.fail(job, text, retry=reason != fields.TOLD_TO_STOP, retry_in_seconds=delay)
         self.leases.failed += 1
         log("failed", consumer=self.name, job=job.id, task=job.task, attempt=job.attempts, now=state, error=error)
 
@@ -311,7 +304,7 @@ class Keeper:
         if reason in (fields.TIMED_OUT, fields.OUT_OF_MEMORY) and self._killed:
             error = limit_error(reason, run)
             return f"{type(error).__name__}: {error}, and was killed, as it did not end when it was interrupted"
-        return f"WorkerDied: the task's process {end_text(self._status or 0)}"
+        return f"WorkerDied: the task's process {processes.end_text(self._status or 0)}"
 
     def _traceback(self) -> Iterator[str]:
         """Yield the lines of the traceback that the worker wrote, without our own frames."""
@@ -352,65 +345,6 @@ def _pause(seconds: float, until: float) -> bool:
     return time.monotonic() > until
 
 
-def end_text(status: int) -> str:
-    """Return how a process ended, given its wait status."""
-    code = os.waitstatus_to_exitcode(status)
-    if code >= 0:
-        return f"exited with code {code}"
-    with suppress(ValueError):
-        return f"was killed by signal {-code} ({signal.Signals(-code).name})"
-    return f"was killed by signal {-code}"
-
-
-# Processes, as far as the system shows them ###########################################################################
-
-
-def prctl(option: int, value: int) -> None:
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
-
-
-def end_with(parent: int) -> None:
-    """Make this process be killed when its parent ends."""
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def adopt_orphans(wanted: bool) -> None:
-    """Let processes whose parent has ended become children of this one, if it is their ancestor."""
-    prctl(PR_SET_CHILD_SUBREAPER, int(wanted))
-
-
-def children(pid: int) -> list[int]:
-    with suppress(OSError):
-        return [
-            int(child)
-            for thread in os.listdir(f"/proc/{pid}/task")
-            for child in Path(f"/proc/{pid}/task/{thread}/children").read_text().split()
-        ]
-    return []
-
-
-def descendants(pid: int) -> Iterator[int]:
-    for child in children(pid):
-        yield child
-        yield from descendants(child)
-
-
-def memory_mb(pid: int) -> float:
-    """Return the resident memory of a process and those that it has started; 0 where the system does not show it."""
-    pages = 0
-    for each in (pid, *descendants(pid)):
-        with suppress(OSError, IndexError):
-            pages += int(Path(f"/proc/{each}/statm").read_bytes().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def has_become_another(pid: int) -> bool:
-    """Return whether a forked process has replaced itself by another program."""
-    with suppress(OSError, IndexError, ValueError):
-        flags = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[6]
-        return not int(flags) & FORKED
-    return False
+def _memory_mb(pid: int) -> float:
+    """Return the resident memory of a process and of those that it has started."""
+    return sum(map(processes.resident_mb, (pid, *processes.descendants(pid))))

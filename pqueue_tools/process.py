@@ -65,6 +65,8 @@ def print_line(text: str) -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ValueError:
+        """A task has closed sys.stdout."""
 
 
 def escape_unencodable() -> None:

@@ -6,13 +6,13 @@ needs the GIL of the other process.
 
 from __future__ import annotations
 
-import json
 import mmap
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any, NamedTuple
+
+from pqueue_values import read_json
 
 # Fields that the worker writes
 RUNNING = 0  # number of the run whose task may be interrupted; 0: none
@@ -28,10 +28,11 @@ WITHDRAW, WITHDRAWN = 19, 20  # number of the run whose waiting jobs the keeper 
 ASLEEP = 21  # the keeper waits until it is woken
 FIELDS = 22
 
-DRAINED, STOPPED, REPLACE, REFUSED = range(1, 5)  # outcomes; 0: it died
+DRAINED, STOPPED, REPLACE, REFUSED, BROKEN = range(1, 6)  # outcomes; 0: it died
 TIMED_OUT, OUT_OF_MEMORY, LOST, TOLD_TO_STOP, EXECUTED = range(1, 6)  # reasons
 
 RESULTS_BYTES = 1 << 18
+MAX_ERROR_CHARS = 10_000
 SETTLE_SECONDS = 0.001  # after which a write of one process is certainly visible to the other
 
 
@@ -52,7 +53,8 @@ class Record:
     """The shared memory of a consumer. Embedded in an application, both sides are threads of one process."""
 
     _BEGIN = struct.Struct("=qqqddddd")  # RUN to BACKOFF
-    _RESULT = struct.Struct("=qqi")  # id, claim, length of the result; -1: None
+    _RESULT = struct.Struct("=qqii")  # id, claim, kind, length
+    _NONE, _JSON, _ERROR = range(3)  # kinds of results
 
     def __init__(self) -> None:
         self._map = mmap.mmap(-1, 8 * FIELDS + RESULTS_BYTES)
@@ -81,15 +83,23 @@ class Record:
 
         Return False if it does not fit.
         """
-        data = b"" if result is None else result.encode()
-        at = self.fields[STORED]
-        end = at + self._RESULT.size + len(data)
+        if result is None:
+            return self._add(job_id, claim, self._NONE, b"")
+        return self._add(job_id, claim, self._JSON, result.encode())
+
+    def add_error(self, job_id: int, claim: int, error: str) -> None:
+        """Store the error of the current job for the keeper to settle."""
+        data = error[:MAX_ERROR_CHARS].encode(errors="backslashreplace")
+        self._add(job_id, claim, self._ERROR, data) or self._add(job_id, claim, self._ERROR, data[:1000])
+
+    def _add(self, job_id: int, claim: int, kind: int, data: bytes) -> bool:
+        at, size = self.fields[STORED], self._RESULT.size
+        end = at + size + len(data)
         if end > RESULTS_BYTES:
             return False
-        at += 8 * FIELDS
-        self._RESULT.pack_into(self._map, at, job_id, claim, -1 if result is None else len(data))
+        self._RESULT.pack_into(self._map, 8 * FIELDS + at, job_id, claim, kind, len(data))
         if data:
-            self._map[at + self._RESULT.size : 8 * FIELDS + end] = data
+            self._map[8 * FIELDS + at + size : 8 * FIELDS + end] = data
         self.fields[STORED] = end
         return True
 
@@ -97,19 +107,24 @@ class Record:
         self.fields[STORED] = 0
 
     def results(self) -> dict[tuple[int, int], Any]:
-        """Return the stored results by job id and claim."""
-        return dict(self._results())
+        """Return the results by job id and claim."""
+        found = {key: (kind, data) for key, kind, data in self._stored() if kind != self._ERROR}
+        return {key: read_json(data.decode(errors="replace")) if kind else None for key, (kind, data) in found.items()}
 
-    def _results(self) -> Iterator[tuple[tuple[int, int], Any]]:
+    def error(self, run: Run) -> str | None:
+        """Return the error that `add_error` stored for a run."""
+        found = [data for key, kind, data in self._stored() if kind == self._ERROR and key == (run.job_id, run.claim)]
+        return found[-1].decode(errors="replace") if found else None
+
+    def _stored(self) -> Iterator[tuple[tuple[int, int], int, bytes]]:
         at, end = 8 * FIELDS, 8 * FIELDS + min(self.fields[STORED], RESULTS_BYTES)
         while at + self._RESULT.size <= end:
-            job_id, claim, length = self._RESULT.unpack_from(self._map, at)
+            job_id, claim, kind, length = self._RESULT.unpack_from(self._map, at)
             at += self._RESULT.size
-            if length > end - at:  # a task has overwritten the memory
+            if not 0 <= length <= end - at:  # a task has overwritten the memory
                 return
-            with suppress(ValueError):  # a number of more than 4,300 digits: the job runs again
-                yield (job_id, claim), json.loads(self._map[at : at + length]) if length >= 0 else None
-            at += max(0, length)
+            yield (job_id, claim), kind, self._map[at : at + length]
+            at += length
 
     # Taking back the jobs that wait behind a slow one
 

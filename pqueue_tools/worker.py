@@ -15,18 +15,20 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import copy_context
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import pqueue
 import pqueue_values
 from pqueue import DoNotRetry, Job, LeaseLost, PersistentQInterface, QueueBusy, QueueError
 from pqueue_backend import Registration
-from pqueue_tools import file_task, leases, termination
+from pqueue_tools import file_task, leases, processes, termination
 from pqueue_tools import record as fields
-from pqueue_tools.leftovers import ProcessState, resident_mb
 from pqueue_tools.masking import masked_text
 from pqueue_tools.process import T, log, log_completed, on_termination, print_error, retry_while_busy
 from pqueue_tools.record import Record
+
+if TYPE_CHECKING:
+    from pqueue_tools.leftovers import ProcessState
 
 BATCH_SECONDS = 0.03  # target run time of a batch of jobs; a slower job is taken alone
 
@@ -117,7 +119,7 @@ class Consumer:
 
     @property
     def _ends_early(self) -> bool:
-        if self.max_rss is not None and not self._must_end and resident_mb() > self.max_rss:
+        if self.max_rss is not None and not self._must_end and processes.resident_mb("self") > self.max_rss:
             self._must_end = True
         return self._must_end or (self.max_jobs is not None and self.taken >= self.max_jobs)
 
@@ -193,8 +195,8 @@ class Consumer:
 
     def _run_one(self, job: Job) -> None:
         limits = _limits(pqueue.TASKS.get(job.task))
-        claim = leases.claim_number(job)
-        started = time.monotonic()
+        claim, started = leases.claim_number(job), time.monotonic()
+        error, result, encoded = cast("BaseException | None", None), None, None
         try:
             try:
                 self.queue.begin(job)
@@ -207,31 +209,46 @@ class Consumer:
             finally:
                 self._fields[fields.RUNNING] = 0
                 self._end_child()
-        except Interrupt as error:
-            self._fields[fields.RUNNING] = 0  # again: the interrupt may have come before it was set
-            self._end_interrupted(job, error.args[0])
-        except LeaseLost as error:
-            log("lost", consumer=self.name, job=job.id, reason=error)
-        except DoNotRetry as error:
-            self._fail(job, error, retry=False)
-        except BaseException as error:
-            self._fail(job, error, retry=True)
-        else:
-            took = time.monotonic() - started
+        except BaseException as caught:
+            self._fields[fields.RUNNING] = 0  # again: an interrupt may have come before it was set
+            error = caught
+        took = time.monotonic() - started
+        if self.state and (left := self.state.left_behind(job.task, took)):
+            self._report(job, left)
+            if self.state.is_broken:
+                self._break_off(job, claim, error, encoded)
+        if error is None:
             self._run_seconds = max(took, 0.8 * self._run_seconds + 0.2 * took)
             self._finished.append((job, result))
             if not self.record.add_result(job.id, claim, encoded):
                 self._complete_and_dequeue(self._take_finished(), 0)
-        finally:
-            self.record.end()
-        if self.state and (left := self.state.left_behind(job.task, time.monotonic() - started)):
-            self._report(job, left)
+        else:
+            self._settle(job, error)
+        self.record.end()
+
+    def _settle(self, job: Job, error: BaseException) -> None:
+        """Settle a job whose task ended with this exception."""
+        if isinstance(error, Interrupt):
+            self._end_interrupted(job, error.args[0])
+        elif isinstance(error, LeaseLost):
+            log("lost", consumer=self.name, job=job.id, reason=error)
+        else:
+            self._fail(job, error, retry=not isinstance(error, DoNotRetry))
 
     def _report(self, job: Job, left: list[str]) -> None:
         """Say what a task has left behind in the process."""
         self._must_end = self._must_end or bool(self.state and self.state.must_end)
         then = "the worker is replaced" if self._must_end else "restored"
         log("left behind", consumer=self.name, job=job.id, task=job.task, what=", ".join(left), then=then)
+
+    def _break_off(self, job: Job, claim: int, error: BaseException | None, encoded: str | None) -> NoReturn:
+        """End the process without using the database: a descriptor of it may be that of another file by now."""
+        if error is None:
+            self.record.add_result(job.id, claim, encoded)
+        else:
+            self.record.add_error(job.id, claim, _error_text(error))
+        self._fields[fields.OUTCOME] = fields.BROKEN
+        os._exit(1)
 
     def _end_child(self) -> None:
         """Exit if this is a child that the task forked: it must neither complete the job nor run others."""
@@ -259,8 +276,8 @@ class Consumer:
         traceback.clear_frames(error.__traceback__)  # free the task's objects, which may use all memory
         entry = pqueue.TASKS.get(job.task)
         delay = pqueue.backoff_seconds(job.attempts, entry.backoff_base_seconds) if entry else None
-        summary = f"{type(error).__name__}: {error}"
-        text = "\n".join([summary, *traceback.format_tb(error.__traceback__)])
+        text = _error_text(error)
+        summary = text.partition("\n")[0]
         try:
             state = self._retry_while_busy(
                 [(job, None)], lambda: self.queue.fail(job, text, retry=retry, retry_in_seconds=delay)
@@ -327,12 +344,21 @@ class Consumer:
         return leases.limit_error(reason, run)
 
 
+def _error_text(error: BaseException) -> str:
+    return "\n".join([f"{type(error).__name__}: {error}", *traceback.format_tb(error.__traceback__)])
+
+
 def _limits(entry: pqueue.Task | None) -> tuple[float, float, float, float]:
     """Return the timeout, the memory limit, the memory in use now if it is limited, and the base of the backoff."""
     if entry is None:
         return 0.0, 0.0, 0.0, 0.0
     memory_mb = entry.memory_mb or 0.0
-    return entry.timeout_seconds or 0.0, memory_mb, resident_mb() if memory_mb else 0.0, entry.backoff_base_seconds
+    return (
+        entry.timeout_seconds or 0.0,
+        memory_mb,
+        processes.resident_mb("self") if memory_mb else 0.0,
+        entry.backoff_base_seconds,
+    )
 
 
 # The process ##########################################################################################################
@@ -350,18 +376,19 @@ def run_process(
         atexit._clear()  # the keeper's
         os.setpgid(0, 0)  # Ctrl-C reaches the keeper only, and neither tasks nor their subprocesses
         _set_signals(dump)
-        code = _run(queue, shared, record, options, pipe)
+        code = _run(queue, shared, record, options, pipe, dump)
     except (QueueError, ValueError) as error:
         print_error("consumer", error)
         record.fields[fields.OUTCOME] = fields.REFUSED
-    except BaseException:
+    except BaseException:  # a signal handler of a task, for example
         traceback.print_exc()
-        record.fields[fields.OUTCOME] = fields.REFUSED
     finally:
         _exit(code)
 
 
-def _run(queue: PersistentQInterface, shared: Registration, record: Record, options: Namespace, pipe: int) -> int:
+def _run(
+    queue: PersistentQInterface, shared: Registration, record: Record, options: Namespace, pipe: int, dump: int
+) -> int:
     file_task.files_directory = options.directory
     import_modules(options.modules)
     record.fields[fields.READY] = 1
@@ -386,7 +413,10 @@ def _run(queue: PersistentQInterface, shared: Registration, record: Record, opti
     )
     signal.signal(leases.INTERRUPT_SIGNAL, consumer.interrupt)
     consumer.wake_keeper = lambda: wake(pipe)
-    consumer.state = ProcessState()
+    from pqueue_tools.leftovers import ProcessState  # not available on Windows, which has no forks either
+
+    consumer.state = ProcessState(lambda: _arm(dump))
+    _arm(dump)
     record.fields[fields.OUTCOME] = consumer.run()
     queue.close()
     return 0
@@ -418,10 +448,17 @@ def _set_signals(dump: int) -> None:
     for number in (signal.SIGCHLD, signal.SIGTSTP, signal.SIGCONT):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(leases.INTERRUPT_SIGNAL, _ignore)
-    faulthandler.enable(dump)
-    faulthandler.register(leases.DUMP_SIGNAL, dump)
+    _arm(dump)
     _reset_signals_in_children()
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _arm(dump: int) -> None:
+    """Let a fault, and the keeper's signal, write the traceback; undo what a task has set up instead."""
+    faulthandler.cancel_dump_traceback_later()
+    with suppress(OSError, ValueError):  # a task has closed the file
+        faulthandler.enable(dump)
+        faulthandler.register(leases.DUMP_SIGNAL, dump)
 
 
 def _ignore(*_: object) -> None:

@@ -17,7 +17,7 @@ FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}  # which are public
 PRIVATE_USES = {
     # Functions of os and atexit, for a process that was forked.
-    "pqueue_tools.keeper": {"_exit"},
+    "pqueue_tools.processes": {"_exit"},
     "pqueue_tools.worker": {"_exit", "_clear", "_run_exitfuncs"},
     # A queue fills another one.
     "pqueue_move": {"_transaction", "_lock_out_writers", "_reset_ids", "_count_pending", "_read"},
