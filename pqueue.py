@@ -74,6 +74,7 @@ from pqueue_schema import (
     FINISHED,
     HEARTBEAT,
     HELD_BY,
+    HOLDS,
     LOST_BY,
     MARK_DEAD,
     MARK_FAILED,
@@ -717,17 +718,68 @@ class PersistentQInterface(Reading, Moving):
             me = Registration(name, self._take_slot())
             if me.slot:
                 undo.callback(me.slot.close)
-            params = {"name": name, "token": me.token, "host": socket.gethostname(), "pid": os.getpid()}
-            params |= {"slot": me.slot and me.slot.number, "queues": _queue_list(queues), "now": self._time(None)}
-            params["tasks"] = None if tasks is None else json.dumps(sorted(tasks))
-            with self._transaction(durable=False) as session:
-                if session.change(MARK_DEAD, params):
-                    # guard: who takes over a slot first takes back its jobs
-                    self._reclaim(session, [], self._time(now))  # before this consumer writes to the same slot
-                session.change(REGISTER, params)
+            self._announce(me, os.getpid(), queues, tasks, now)
             undo.pop_all()
             self._registry = {**self._registry, name: me}
             return me
+
+    def _announce(
+        self,
+        me: Registration,
+        pid: int,
+        queues: Sequence[str] | None,
+        tasks: Sequence[str] | None,
+        now: float | None,
+    ) -> None:
+        params = {"name": me.name, "token": me.token, "host": socket.gethostname(), "pid": pid}
+        params |= {"slot": me.slot and me.slot.number, "queues": _queue_list(queues), "now": self._time(None)}
+        params["tasks"] = None if tasks is None else json.dumps(sorted(tasks))
+        with self._transaction(durable=False) as session:
+            if session.change(MARK_DEAD, params):
+                # guard: who takes over a slot first takes back its jobs
+                self._reclaim(session, [], self._time(now))  # before this consumer writes to the same slot
+            session.change(REGISTER, params)
+
+    def share(self, consumer: str) -> Registration:
+        """Take the lock of a consumer whose jobs children of this process will run, one child after another.
+
+        Fork each child between `share` and `adopt`. The lock is held until this process and the child have ended, so
+        that no other consumer takes back a job that still runs. This object may send the consumer's heartbeats, and
+        unregisters it when it is closed.
+        """
+        me = Registration(valid_name("consumer", consumer), self._share_slot(), is_shared=True)
+        self._registry = {**self._registry, consumer: me}
+        return me
+
+    def adopt(
+        self,
+        shared: Registration,
+        *,
+        queues: Sequence[str] | None = None,
+        tasks: Sequence[str] | None = None,
+        now: float | None = None,
+    ) -> None:
+        """Register, in a child forked for this, the consumer that its parent shares."""
+        me = shared.adopted(self._adopt_slot(shared.slot))
+        self._announce(me, os.getppid(), queues, tasks, now)
+        self._registry = {**self._registry, me.name: me}
+
+    def _share_slot(self) -> Any:
+        """Acquire the lock of a consumer for a child that is forked later."""
+        return self._take_slot()
+
+    def _adopt_slot(self, slot: Any) -> Any:
+        """Return in the child the lock that its parent has acquired for it."""
+        return slot
+
+    def held_jobs(self, consumer: str) -> list[Job]:
+        """Return the jobs that this consumer of this object holds."""
+        me = self._registry.get(consumer)
+        return [to_job(row) for row in self._read(HELD_BY, {"token": me.token})] if me else []
+
+    def holds(self, job: Job) -> bool:
+        """Return whether this delivery still holds the job's lease; unlike `extend`, this writes nothing."""
+        return bool(self._read(HOLDS, {"id": job.id, "token": job.lease_token}))
 
     def _registered(
         self, name: str, queues: Sequence[str] | None, tasks: Sequence[str] | None, now: float | None
@@ -789,10 +841,12 @@ class PersistentQInterface(Reading, Moving):
             self._unregister([me], now)
 
     def _unregister(self, leaving: Sequence[Registration], now: float | None = None) -> None:
-        with self._transaction(durable=False) as session:
-            for me in leaving:
-                self._release_held(session, me, now)
-                session.change(UNREGISTER, {"token": me.token, "state": "stopped"})
+        # guard: a child leaves its consumer registered
+        if own := [me for me in leaving if not me.is_adopted]:
+            with self._transaction(durable=False) as session:
+                for me in own:
+                    self._release_held(session, me, now)
+                    session.change(UNREGISTER, {"token": me.token, "state": "stopped"})
         with self._registering:
             self._registry = {name: me for name, me in self._registry.items() if me not in leaving}
         for me in leaving:

@@ -332,13 +332,17 @@ AND id > (SELECT coalesce(max(id), 0) FROM history WHERE job_id = :id AND event 
 # Return the jobs that a consumer holds.
 HELD_BY = f"SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND substr(lease_token, 1, 16) = :token"
 
-# Register a consumer.
+# Return whether a delivery still holds its lease.
+HOLDS = f"SELECT 1 FROM jobs WHERE {HELD}"
+
+# Register a consumer, or the next process of one.
 REGISTER = """
 INSERT INTO consumers (name, token, host, pid, slot, queues, tasks, started_at, last_seen_at, state)
-VALUES (:name, :token, :host, :pid, :slot, :queues, :tasks, :now, :now, 'running')"""
+VALUES (:name, :token, :host, :pid, :slot, :queues, :tasks, :now, :now, 'running')
+ON CONFLICT (token) DO UPDATE SET state = 'running', slot = :slot, tasks = :tasks, last_seen_at = :now"""
 
 # Mark the previous consumer of this slot as dead.
-MARK_DEAD = "UPDATE consumers SET state = 'dead' WHERE slot = :slot AND state = 'running'"
+MARK_DEAD = "UPDATE consumers SET state = 'dead' WHERE slot = :slot AND state = 'running' AND token <> :token"
 
 # Mark a consumer as stopped or dead.
 UNREGISTER = "UPDATE consumers SET state = :state WHERE token = :token AND state = 'running'"

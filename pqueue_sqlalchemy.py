@@ -393,6 +393,16 @@ class ConsumerLock:
         self._listener.release(self.number)
 
 
+class ReservedNumber:
+    """The number of an advisory lock that a child will hold: the parent has no thread to hold one through outages."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def close(self) -> None:
+        """Do nothing: this process does not hold the lock."""
+
+
 _queues: weakref.WeakSet[OnPostgres] = weakref.WeakSet()
 _inherited: list[Any] = []  # connections of the parent process
 
@@ -716,13 +726,19 @@ class OnPostgres(PersistentQSQLAlchemy):
             self._listener.keep_listening()
             return self._listener
 
-    def _take_slot(self) -> ConsumerLock | None:
+    def _take_slot(self, reserved: int | None = None) -> ConsumerLock | None:
         listener = self._open_listener()
         if not listener.gets_notify:
             return None
-        number = secrets.randbelow(2**31 - 1)
+        number = secrets.randbelow(2**31 - 1) if reserved is None else reserved
         listener.acquire(number)
         return ConsumerLock(listener, number)
+
+    def _share_slot(self) -> ReservedNumber:
+        return ReservedNumber(secrets.randbelow(2**31 - 1))
+
+    def _adopt_slot(self, slot: ReservedNumber) -> ConsumerLock | None:
+        return self._take_slot(slot.number)
 
     def _is_alive(self, slot: int | None) -> bool:
         """Return False if the lock has been missing for `GRACE_SECONDS`: the consumer may only be reconnecting."""

@@ -938,7 +938,9 @@ class PersistentQSQLite(PersistentQInterface):
         for session in list(self._sessions):
             session.abandon()
         for me in self._registry.values():
-            me.slot.close()
+            # guard: a child has the lock of a shared consumer
+            if not me.is_shared:
+                me.slot.close()
         self._writer_lock.abandon()
         PersistentQInterface.__init__(self)
         self._sessions, self._local = weakref.WeakSet(), threading.local()

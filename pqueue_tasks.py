@@ -25,6 +25,7 @@ class Task:
     max_attempts: int
     backoff_base_seconds: float
     timeout_seconds: float | None
+    memory_mb: float | None = None
 
     def __call__(self, job: Job) -> Any:
         return self.function(job)
@@ -39,6 +40,7 @@ def task(
     max_attempts: int = DEFAULT_MAX_ATTEMPTS,
     backoff_base_seconds: float = 5.0,
     timeout_seconds: float | None = None,
+    memory_mb: float | None = None,
 ) -> Callable[[Callable[[Job], Any]], Task]:
     """Return a decorator that registers a function as a task, and replaces it with the `Task`.
 
@@ -46,6 +48,7 @@ def task(
     max_attempts: the default for jobs enqueued by a program that has registered this task.
     backoff_base_seconds: the delay after the first failed attempt: see `backoff_seconds`.
     timeout_seconds: the time limit of an attempt in a consumer; None: no limit.
+    memory_mb: how many MB of memory an attempt may add to its process, with its subprocesses; None: no limit.
 
     Raises ValueError if the name is already registered.
     """
@@ -57,6 +60,7 @@ def task(
             valid_int("max_attempts", 1, max_attempts),
             backoff_base_seconds,
             timeout_seconds,
+            memory_mb,
         )
         if entry.name in TASKS:
             raise ValueError(f"cannot register task {entry.name!r}: the name is taken")

@@ -465,16 +465,22 @@ AND id > (SELECT coalesce(max(id), 0) FROM history WHERE job_id = $1 AND event =
 -- $1 token
 SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error FROM jobs WHERE state = 'processing' AND substr(lease_token, 1, 16) = $1;
 
+-- HOLDS
+-- Return whether a delivery still holds its lease.
+-- $1 id, $2 token
+SELECT 1 FROM jobs WHERE id = $1 AND lease_token = $2;
+
 -- REGISTER
--- Register a consumer.
+-- Register a consumer, or the next process of one.
 -- $1 name, $2 token, $3 host, $4 pid, $5 slot, $6 queues, $7 tasks, $8 now
 INSERT INTO consumers (name, token, host, pid, slot, queues, tasks, started_at, last_seen_at, state)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $8, 'running');
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $8, 'running')
+ON CONFLICT (token) DO UPDATE SET state = 'running', slot = $5, tasks = $7, last_seen_at = $8;
 
 -- MARK_DEAD
 -- Mark the previous consumer of this slot as dead.
--- $1 slot
-UPDATE consumers SET state = 'dead' WHERE slot = $1 AND state = 'running';
+-- $1 slot, $2 token
+UPDATE consumers SET state = 'dead' WHERE slot = $1 AND state = 'running' AND token <> $2;
 
 -- UNREGISTER
 -- Mark a consumer as stopped or dead.

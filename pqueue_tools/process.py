@@ -16,7 +16,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
-from pqueue import QueueBusy, QueueError, QueueFull
+from pqueue import Job, QueueBusy, QueueError, QueueFull
 from pqueue_tools import termination
 from pqueue_tools.masking import masked_text
 from pqueue_tools.report import iso, printable, program_name
@@ -65,6 +65,8 @@ def print_line(text: str) -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ValueError:
+        """A task has closed sys.stdout."""
 
 
 def escape_unencodable() -> None:
@@ -75,6 +77,18 @@ def escape_unencodable() -> None:
 
 def log_line(at: str, event: str, fields: dict[str, Any]) -> str:
     return " ".join([at, event, *(f"{key}={quoted(value)}" for key, value in fields.items())])
+
+
+def log_completed(name: str, jobs: list[Job], lost: list[Job], *, quiet: bool = False) -> None:
+    at, by = utc_now(), quoted(name)
+    lines = [
+        f"{at} completed consumer={by} job={job.id} task={quoted(job.task)} attempt={job.attempts}"
+        for job in jobs
+        if not quiet
+    ]
+    lines += [log_line(at, "lost", {"consumer": name, "job": job.id, "reason": "its lease"}) for job in lost]
+    if lines:
+        print_line("\n".join(lines))
 
 
 def quoted(value: Any) -> str:
