@@ -53,6 +53,7 @@ from pqueue_tools.report import (
     count,
     detail,
     failures,
+    findings,
     first_line,
     for_machines,
     for_people,
@@ -65,6 +66,7 @@ from pqueue_tools.report import (
     problems,
     program_name,
     table,
+    verdict,
     why,
 )
 from pqueue_tools.torture import Torture
@@ -242,7 +244,10 @@ def _act(
         return CommandResult(
             [{"job": job_id, "done": done} for job_id in options.job_ids], f"{done} {_ids(options.job_ids)}"
         )
-    if not _agreed(options, f"{verb} {count(queue.count_jobs(**filters, shown=masked_job), 'job')}"):
+    number = queue.count_jobs(**filters, shown=masked_job)
+    if not number:
+        return CommandResult([{"done": done, "jobs": 0, "refused": 0}], "no job matches")
+    if not _agreed(options, f"{verb} {count(number, 'job')}"):
         return CommandResult(text="nothing done", code=1)
     changed, refused = act_on_matching(queue, filters, act)
     text = f"{done} {count(changed, 'job')}" + (f", {refused:,} not: their state does not allow it" if refused else "")
@@ -413,7 +418,7 @@ def move(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRes
         return _move(
             queue,
             target.name,
-            lambda: queue.move_to(target, without=options.without, tell=lambda n: _progress(f"{n:,} rows copied")),
+            lambda: queue.move_to(target, without=options.without, progress=lambda n: _progress(f"{n:,} rows copied")),
         )
 
 
@@ -427,7 +432,9 @@ def _move_to_file(queue: pqueue.PersistentQSQLite, options: argparse.Namespace) 
         with pqueue.open_queue(path, create=False) as target:
             _expect_empty(queue, target)
         raise Problem(f"cannot move: {path} exists; delete that empty queue, or choose another name")
-    return _move(queue, str(path), lambda: queue.move_to_file(path, tell=lambda n: _progress(f"{n:,} pages copied")))
+    return _move(
+        queue, str(path), lambda: queue.move_to_file(path, progress=lambda n: _progress(f"{n:,} pages copied"))
+    )
 
 
 def _expect_empty(queue: PersistentQInterface, target: PersistentQInterface) -> None:
@@ -583,23 +590,20 @@ def _agreed(options: argparse.Namespace, what: str) -> bool:
 def doctor(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Check the database and the system; the exit code is 1 if a problem is found."""
     facts, stats = queue.check(), queue.stats()
-    found = problems(queue, stats=stats, facts=facts)
+    found = findings(queue, stats=stats, facts=facts, processes=supervisor.known_processes())
+    del facts["problems"]
     facts |= {"consumers_alive": sum(1 for each in queue.consumers() if each["state"] == "running")}
-    facts |= {"oldest_pending_at": stats["oldest_pending_at"], "problems": found}
+    facts |= {"oldest_pending_at": stats["oldest_pending_at"]}
     now = time.time()
-    lines = [
-        f"{key.replace('_', ' '):18} {for_people(key, value, now)}"
-        for key, value in facts.items()
-        if key != "problems" and value is not None
-    ]
-    lines += [f"problem: {each}" for each in found] or ["healthy"]
-    return CommandResult([facts], "\n".join(lines), int(bool(found)))
+    lines = [f"{key.replace('_', ' '):18} {for_people(key, v, now)}" for key, v in facts.items() if v is not None]
+    facts["findings"] = [each._asdict() for each in found]
+    return CommandResult([facts], "\n".join(lines + verdict(found)), int(bool(problems(found))))
 
 
 @command("metrics")
 def metrics_command(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Print metrics in the text format of Prometheus."""
-    figures = metrics(queue)
+    figures = metrics(queue, findings(queue, processes=supervisor.known_processes()))
     return CommandResult([{"metrics": figures}], figures.rstrip("\n"))
 
 
@@ -659,7 +663,7 @@ def _snapshot() -> dict[str, Any]:
     try:
         with pqueue.open_queue(create=False) as queue, _reporting_damage(queue):
             now = seen["at"]
-            seen |= {"stats": queue.stats(), "consumers": queue.consumers(), "problems": problems(queue, now)}
+            seen |= {"stats": queue.stats(), "consumers": queue.consumers(), "findings": findings(queue, now)}
             seen |= {"per_second": {name: n / 10 for name, n in queue.activity(now - 10, now).items()}}
             seen |= {"failed": [_job_row(job) for job in queue.list_jobs(state="failed", limit=5)]}
     except (QueueError, ValueError) as error:
@@ -683,7 +687,7 @@ def _screen(seen: dict[str, Any], width: int, *, colours: bool = False) -> str:
     lines += section("queues ", [{"queue": name, **each} for name, each in seen["stats"]["queues"].items()])
     lines += ["per second: " + ", ".join(f"{n:,.1f} {name}" for name, n in seen["per_second"].items()), ""]
     lines += section("last failures ", seen["failed"])
-    return "\n".join(lines + ([f"problem: {printable(each)}" for each in seen["problems"]] or ["healthy"]))
+    return "\n".join(lines + [printable(each) for each in verdict(seen["findings"])])
 
 
 # The program ##########################################################################################################

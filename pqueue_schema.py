@@ -133,7 +133,7 @@ IS_LISTED = "EXISTS (SELECT 1 FROM queue_tasks WHERE queue = :queue AND task = :
 # :tasks are the names of tasks, each between newlines; NULL: all.
 KNOWN = "(:tasks IS NULL OR instr(:tasks, char(10) || {task} || char(10)))"
 # guard: order: priority first
-# guard: order: then the time it was due
+# guard: order: then the due time
 # guard: order: then the id
 ORDER = "priority DESC, run_at, id"
 MOVES = "('moving', 'moved')"
@@ -178,25 +178,21 @@ WHERE true ON CONFLICT DO NOTHING"""
 # List the task among those of the queue.
 ADD_TASK = "INSERT INTO queue_tasks (queue, task) VALUES (:queue, :task) ON CONFLICT DO NOTHING"
 
-# List the tasks of all jobs.
-ADD_TASKS = """
-INSERT INTO queue_tasks (queue, task) SELECT DISTINCT queue, task FROM jobs WHERE true ON CONFLICT DO NOTHING"""
-
 
 # Where a consumer may take jobs from: the tasks that it knows in the queues that it serves. :queues is a JSON array;
 # NULL: all. A job of another task or queue is never read: however many there are, a claim costs the same. CROSS JOIN
 # makes SQLite keep q and t in the outer loops.
 # guard: a paused queue delivers nothing
-# guard: a consumer gets from its queues only
-# guard: a consumer gets the tasks it knows only
+# guard: a consumer gets jobs of its queues only
+# guard: a consumer gets jobs of its tasks only
 PLACES = f"""FROM queues q CROSS JOIN queue_tasks t CROSS JOIN jobs
 WHERE q.paused = 0 AND (:queues IS NULL OR q.name IN (SELECT value FROM json_each(:queues)))
     AND t.queue = q.name AND {KNOWN.format(task="t.task")}"""
-# guard: an assigned job is for its consumer
+# guard: a job assigned to a consumer is not for others
 PENDING_OF_TASK = "queue = t.queue AND task = t.task AND state = 'pending' AND assigned_to IS NULL"
-# guard: a consumer gets what is assigned to it only
+# guard: a consumer gets only its own assigned jobs
 # guard: a paused queue delivers no assigned job
-# guard: a consumer gets no assigned job of a task it does not know
+# guard: a consumer gets only assigned jobs of its tasks
 ASSIGNED = f"""assigned_to = :consumer AND {KNOWN.format(task="task")}
     AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)"""
 
@@ -220,7 +216,7 @@ LEASED = """state = 'processing', attempts = attempts + 1, consumer = :consumer,
 def _claim(match: str) -> str:
     return f"""
 UPDATE jobs SET {LEASED}
-WHERE state = 'pending' AND id {match} (SELECT id FROM ({_candidates(match)}) candidates ORDER BY {ORDER} LIMIT :limit)
+WHERE id {match} (SELECT id FROM ({_candidates(match)}) candidates ORDER BY {ORDER} LIMIT :limit)
 RETURNING {COLUMNS}"""
 
 
@@ -248,17 +244,17 @@ SELECT min(at) FROM (
 # Make scheduled jobs that are due pending.
 # guard: a job is not promoted before it is due
 PROMOTE = """
-UPDATE jobs SET state = 'pending' WHERE state = 'scheduled' AND id IN
+UPDATE jobs SET state = 'pending' WHERE id IN
     (SELECT id FROM jobs WHERE state = 'scheduled' AND run_at <= :now ORDER BY run_at LIMIT :limit)"""
 
 # Return jobs whose lease has expired.
-# guard: a lease is not taken back before it ran out
+# guard: a lease is not reclaimed before it expires
 EXPIRED = f"""
 SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND lease_expires_at <= :now
 ORDER BY lease_expires_at LIMIT :limit"""
 
 # Return processing jobs whose consumer has ended.
-# guard: the living keep their jobs
+# guard: running consumers keep their jobs
 ORPHANED = f"""
 SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND EXISTS
     (SELECT 1 FROM consumers WHERE token = substr(lease_token, 1, 16) AND consumers.state <> 'running') LIMIT :limit"""

@@ -104,6 +104,16 @@ def processes() -> list[dict[str, Any]]:
     ]
 
 
+def known_processes() -> list[dict[str, Any]] | str:
+    """Return what `processes` returns, or a sentence that says why there are none."""
+    if not os.path.exists(SOCKET):
+        return "supervisord is not running here"
+    try:
+        return processes()
+    except ManagerError as error:
+        return str(error)
+
+
 def added_groups() -> list[str]:
     """Return the names of the groups that add_group added."""
     return sorted(path.stem for path in INCLUDED.glob("consumer*.conf") if path.stem.removeprefix("consumer").isdigit())

@@ -14,6 +14,7 @@ from pqueue import Job
 from pqueue_tools import dashboard, report, supervisor
 
 JOBS_OF_CONSUMER_SHOWN = 3
+JOBS_ASKED_FOR = 20  # of the selected jobs that the question before an action lists
 BULK_ACTIONS = ("resubmit", "mark_failed", "cancel")
 
 
@@ -24,10 +25,14 @@ class Button:
     action: str
     label: str
     fields: dict[str, Any] = field(default_factory=dict)
-    confirm: bool = True
+    confirm: str = ""  # what the operator confirms, if the label does not say it all
     asks_for: str = ""  # the field that the operator fills in
     hint: str = ""  # meaning of an empty value
     value: str = ""
+
+    @property
+    def confirmation(self) -> str:
+        return f"yes, {self.confirm or self.label}"
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,13 @@ JOBS = Table(
     ),
     f"no jobs yet: run {report.command_line('producer')}",
 )
+
+
+def _failed_buttons(group: dict[str, Any]) -> list[Button]:
+    fields = {"task": group["task"], "error": group["error"]}
+    return [Button("resubmit_group", "resubmit all", fields, f"resubmit {report.count(group['jobs'], 'job')}")]
+
+
 FAILED = Table(
     "Failed",
     (
@@ -115,8 +127,8 @@ FAILED = Table(
     "group",
     dashboard.FAILED_GROUPS_SHOWN,
     itemgetter("failures"),
-    lambda group: [Button("resubmit_group", "resubmit all", {"task": group["task"], "error": group["error"]})],
-    lambda group: f"{group['task']}: {report.printable(group['error'])}",
+    _failed_buttons,
+    lambda group: f"{group['task']}: {group['error']}",
 )
 CONSUMERS = Table(
     "Consumers",
@@ -169,7 +181,7 @@ def _queues(figures: dict[str, Any]) -> list[dict[str, Any]]:
 def _queue_buttons(queue: dict[str, Any]) -> list[Button]:
     name, verb = queue["name"], "resume" if queue["paused"] else "pause"
     limit = Button("limit", "limit", {"queue": name}, asks_for="max_pending", hint="none")
-    return [Button(verb, verb, {"queue": name}, confirm=False), limit]
+    return [Button(verb, verb, {"queue": name}), limit]
 
 
 QUEUES = Table(
@@ -229,7 +241,7 @@ HISTORY = Table(
 def job_buttons(job: Job) -> list[Button]:
     if job.state in pqueue.FINISHED:
         return [Button("resubmit", "resubmit", {"id": job.id})]
-    assign = Button("assign", "assign", {"id": job.id}, True, "consumer", "any consumer", job.assigned_to or "")
+    assign = Button("assign", "assign", {"id": job.id}, "", "consumer", "any consumer", job.assigned_to or "")
     return [*(Button(verb, label(verb), {"id": job.id}) for verb in ("mark_failed", "cancel")), assign]
 
 
@@ -278,6 +290,11 @@ def matching(query: dict[str, str], shown: dashboard.JobPage) -> str:
     """Return the label of "all that match the filter", with their number if the page shows all of them."""
     known = len(shown[0]) if shown[1] is None and not query.get("before_id") else None
     return "all that match the filter" if known is None else f"all {known} that match the filter"
+
+
+def filters_as_text(form: dashboard.Form) -> str:
+    """Return the filters of a form: state failed, task mail."""
+    return ", ".join(f"{name} {form[name][0]}" for name in dashboard.FILTERS if form.get(name, [""])[0])
 
 
 def older_jobs(shown: dashboard.JobPage) -> str:

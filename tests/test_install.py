@@ -122,7 +122,7 @@ def test_project_uses_the_queue_with_its_own_modules(project):
     assert "Traceback" not in child.out.read_text()
 
 
-def test_project_is_told_the_names_of_the_installed_commands(project):
+def test_messages_of_an_installed_copy_name_its_commands(project):
     project.run("pqueue-producer", "--count", 1, "--interval", 0)
     assert project.run("pqueue", "why", 1).stdout == "job 1: no consumer is alive: run pqueue-consumer\n"
     for program in COMMANDS:

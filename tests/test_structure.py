@@ -108,7 +108,7 @@ def test_private_attributes_stay_within_their_class():
     assert {name: found for name, found in uses.items() if found} == {}
 
 
-def test_checks_see_what_they_forbid():
+def test_structure_checks_detect_violations():
     assert set(private_uses(ast.parse("class A:\n def f(self, b):\n  self._x = b._x + b._y\n\nq._z"))) == {"_y", "_z"}
     chained = set(chain.from_iterable(imported(name) for name in PRODUCT))
     assert {"pqueue", "pqueue_tools.process", "streamlit", "argparse"} <= chained
