@@ -364,7 +364,11 @@ class Consumer:
 
 
 def _error_text(error: BaseException) -> str:
-    return "\n".join([f"{type(error).__name__}: {error}", *traceback.format_tb(error.__traceback__)])
+    try:
+        message = str(error)[: pqueue_values.MAX_ERROR_CHARS]
+    except BaseException:
+        message = "(its message cannot be shown)"
+    return "\n".join([f"{type(error).__name__}: {message}", *traceback.format_tb(error.__traceback__)])
 
 
 # The process ##########################################################################################################
