@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
-    from pqueue_tools.keeper import Keeper  # not available on Windows
+    from pqueue_tools.keeper import Keeper  # noqa: PLC0415 - not available on Windows
 
     has_bar = options.drain and sys.stderr.isatty()
     options.quiet = has_bar and sys.stdout.isatty()

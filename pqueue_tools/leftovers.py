@@ -24,18 +24,20 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from pqueue_tools import processes
 
 TRUSTED_RUNS = 100  # of a task that left nothing; then it is looked at in full only if it took long
-LONG_SECONDS = 0.001
+LONG_SECONDS = 0.005
 FULL_SECONDS = 0.1
 MAX_DESCRIPTORS = 100  # that tasks may leave open, such as connections
 HIGH_DESCRIPTOR = 100  # ours are above, out of the way of tasks that close low ones
-SIGNALS = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
-STANDARD_SIGNALS = [number for number in SIGNALS if number < 32]
+SIGNALS = sorted(map(int, signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}))
+COMMON_SIGNALS = [
+    int(getattr(signal, f"SIG{name}"))
+    for name in ("HUP", "INT", "QUIT", "USR1", "USR2", "PIPE", "ALRM", "TERM", "CHLD", "VTALRM", "PROF")
+]
 TIMERS = [getattr(signal, name) for name in ("ITIMER_REAL", "ITIMER_VIRTUAL", "ITIMER_PROF")]
 LIMITS = sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")})
 OUR_THREAD = "pqueue-listener"
@@ -68,6 +70,7 @@ class ProcessState:
         self.must_end = False  # this process cannot be restored
         self.is_broken = False  # and must not use the database any more
         self._clean = Counter[str]()  # runs of each task that left nothing
+        self._trusted: set[str] = set()
         self._full_at = 0.0  # monotonic seconds
         self._threads = set(threading.enumerate())
         self._thread_count = len(self._threads)
@@ -76,7 +79,7 @@ class ProcessState:
         self._folder = _open_folder()
         self._streams = [sys.stdin, sys.stdout, sys.stderr]
         self._handlers = [_signal.getsignal(number) for number in SIGNALS]
-        self._standard_handlers = [_signal.getsignal(number) for number in STANDARD_SIGNALS]
+        self._common_handlers = [_signal.getsignal(number) for number in COMMON_SIGNALS]
         self._settings = [Setting(*each) for each in self._all_settings()]
         self._descriptors = {number: _identity(number) for number in _descriptors() if not _is_socket(number)}
 
@@ -84,7 +87,7 @@ class ProcessState:
         yield "the signal mask", lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()), _set_mask
         yield "the working directory", _working_directory, lambda _: os.fchdir(self._folder or 0)
         yield "the umask", _umask, os.umask
-        yield "environment variables", lambda: dict(os.environ), _set_environment
+        yield "environment variables", _environment, _set_environment
         yield "the locale", lambda: locale.setlocale(locale.LC_ALL), lambda text: locale.setlocale(locale.LC_ALL, text)
         yield "a trace function", sys.gettrace, sys.settrace
         yield "a profile function", sys.getprofile, sys.setprofile
@@ -121,24 +124,25 @@ class ProcessState:
 
     def left_behind(self, task: str, seconds: float) -> list[str]:
         """Undo what a task has changed, and return what that was. seconds: how long the task ran."""
-        now = time.monotonic()
-        is_full = seconds > LONG_SECONDS or self._clean[task] < TRUSTED_RUNS or now - self._full_at > FULL_SECONDS
-        if not is_full and self._seems_clean():
+        is_short = seconds < LONG_SECONDS and time.monotonic() < self._full_at + FULL_SECONDS
+        if is_short and task in self._trusted and self._seems_clean():
             return []
-        self._full_at = now
+        self._full_at = time.monotonic()
         left = list(self._look())
+        self._clean[task] = -(10**9) if left else self._clean[task] + 1
+        if self._clean[task] == TRUSTED_RUNS:
+            self._trusted.add(task)
         if left:
-            self._clean[task] = -(10**9)
-        self._clean[task] += 1
+            self._trusted.discard(task)
         return left
 
     def _seems_clean(self) -> bool:
         return (
-            _signal.getitimer(signal.ITIMER_REAL)[0] == 0.0
+            list(map(_signal.getsignal, COMMON_SIGNALS)) == self._common_handlers
+            and _signal.getitimer(0)[0] == 0.0
             and threading.active_count() <= self._thread_count
-            and [sys.stdin, sys.stdout, sys.stderr] == self._streams
+            and sys.stdout is self._streams[1]
             and not (sys.stdout and sys.stdout.closed)
-            and list(map(_signal.getsignal, STANDARD_SIGNALS)) == self._standard_handlers
         )
 
     def _look(self) -> Iterator[str]:
@@ -265,9 +269,17 @@ def _set_mask(mask: set[signal.Signals]) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _set_environment(before: dict[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(before)
+def _environment() -> dict[Any, Any]:
+    raw: dict[Any, Any] = vars(os.environ)["_data"]  # encoded: to decode it all would take 60 us
+    return dict(raw)
+
+
+def _set_environment(before: dict[Any, Any]) -> None:
+    for name in {*_environment(), *before}:
+        if name in before:
+            os.environ[os.fsdecode(name)] = os.fsdecode(before[name])
+        else:
+            del os.environ[os.fsdecode(name)]
     time.tzset()
 
 
@@ -315,5 +327,9 @@ def _set_limits(before: list[tuple[int, int]]) -> None:
 
 def _posix_timers() -> bytes:
     with suppress(OSError):
-        return Path("/proc/self/timers").read_bytes()
+        file = os.open("/proc/self/timers", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.read(file, 4096)
+        finally:
+            os.close(file)
     return b""

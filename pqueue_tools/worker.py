@@ -30,6 +30,7 @@ from pqueue_tools.record import Record
 if TYPE_CHECKING:
     from pqueue_tools.leftovers import ProcessState
 
+NONE = (0.0, 0.0, 0.0)  # limits of an unknown task
 BATCH_SECONDS = 0.03  # target run time of a batch of jobs; a slower job is taken alone
 
 
@@ -77,6 +78,8 @@ class Consumer:
         self._waiting: deque[Job] = deque()
         self._finished: list[tuple[Job, Any]] = []
         self._job: Job | None = None  # the last one run
+        self._claim: tuple[str | None, int] = None, 0  # a lease token, and the number of its claim
+        self._known_limits: dict[str, tuple[float, float, float]] = {}  # by task
         self._can_wake = False  # waiting for jobs: a signal handler may raise
         self._must_end = False  # this process must be replaced
         self._run_seconds = BATCH_SECONDS  # estimate for one job; the initial value allows one job at a time
@@ -194,8 +197,8 @@ class Consumer:
         return self._job
 
     def _run_one(self, job: Job) -> None:
-        limits = _limits(pqueue.TASKS.get(job.task))
-        claim, started = leases.claim_number(job), time.monotonic()
+        limits, claim = self._limits(job), self._claim_number(job)
+        started = time.monotonic()
         error, result, encoded = cast("BaseException | None", None), None, None
         try:
             try:
@@ -225,6 +228,22 @@ class Consumer:
         else:
             self._settle(job, error)
         self.record.end()
+
+    def _limits(self, job: Job) -> tuple[float, float, float, float]:
+        """Return the timeout, the memory limit, the memory in use now if it is limited, and the base of the backoff."""
+        limits = self._known_limits.get(job.task)
+        if limits is None:
+            entry = pqueue.TASKS.get(job.task)
+            limits = (
+                (entry.timeout_seconds or 0.0, entry.memory_mb or 0.0, entry.backoff_base_seconds) if entry else NONE
+            )
+            self._known_limits[job.task] = limits
+        return limits[0], limits[1], processes.resident_mb("self") if limits[1] else 0.0, limits[2]
+
+    def _claim_number(self, job: Job) -> int:
+        if job.lease_token != self._claim[0]:
+            self._claim = job.lease_token, leases.claim_number(job)
+        return self._claim[1]
 
     def _settle(self, job: Job, error: BaseException) -> None:
         """Settle a job whose task ended with this exception."""
@@ -345,20 +364,11 @@ class Consumer:
 
 
 def _error_text(error: BaseException) -> str:
-    return "\n".join([f"{type(error).__name__}: {error}", *traceback.format_tb(error.__traceback__)])
-
-
-def _limits(entry: pqueue.Task | None) -> tuple[float, float, float, float]:
-    """Return the timeout, the memory limit, the memory in use now if it is limited, and the base of the backoff."""
-    if entry is None:
-        return 0.0, 0.0, 0.0, 0.0
-    memory_mb = entry.memory_mb or 0.0
-    return (
-        entry.timeout_seconds or 0.0,
-        memory_mb,
-        processes.resident_mb("self") if memory_mb else 0.0,
-        entry.backoff_base_seconds,
-    )
+    try:
+        message = str(error)[: pqueue_values.MAX_ERROR_CHARS]
+    except BaseException:
+        message = "(its message cannot be shown)"
+    return "\n".join([f"{type(error).__name__}: {message}", *traceback.format_tb(error.__traceback__)])
 
 
 # The process ##########################################################################################################

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import subprocess
 import time
+from contextlib import suppress
 
 import pytest
 from conftest import parent, wait_until
 
+import pqueue
 from pqueue_tools import processes
+
+SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
 
 TASKS = r'''
 import asyncio, builtins, ctypes, decimal, faulthandler, gc, io, locale, logging, multiprocessing, os, random, re
@@ -502,3 +507,82 @@ def test_ctrl_c_reaches_neither_the_task_nor_its_processes(tasks):
     (tasks.folder / "go-on").touch()
     assert child.wait(60) == 0
     assert (queue.get(job_id).state, queue.get(job_id).result) == ("completed", 0)
+
+
+# All of it at once
+
+
+def random_jobs(seed, good, bad):
+    """Return (task, payload) of good and bad jobs in random order."""
+    chosen = random.Random(seed)
+    kinds = {"leave": names("LEAVE"), "end": names("END"), "run_on": names("RUN_ON"), "fall": names("RAISE")}
+    weights = {"leave": 12, "end": 5, "fall": 6, "run_on": 1}  # those that run until their limit take it
+    quick = {"end": [name for name in kinds["end"] if name not in SLOW]}
+    jobs = [("good", number) for number in range(good)]
+    for _ in range(bad):
+        (kind,) = chosen.choices(list(weights), list(weights.values()))
+        of_kind = quick.get(kind, kinds[kind]) if chosen.random() < 0.9 else kinds[kind]
+        jobs.append((kind, chosen.choice(of_kind)))
+    chosen.shuffle(jobs)
+    return jobs
+
+
+SLOW = ("gil", "c sleep", "blocked sleep", "stop", "overflow")
+GOOD, BAD = 5000 * SOAK // 10, 500 * SOAK // 10
+
+
+@pytest.mark.parametrize("seed", range(1))
+def test_good_jobs_complete_once_among_bad_ones(tasks, seed):
+    """PQUEUE_SOAK=10 for the full number. Random misbehaviours among good jobs, with three consumers."""
+    queue = tasks.queue()
+    jobs = random_jobs(seed, GOOD, BAD)
+    ids = {queue.enqueue(*job, max_attempts=3 if job[0] == "good" else 1): job for job in jobs}
+    children = [consumer(tasks, "--name", f"w{number}", PYTHONFAULTHANDLER="") for number in range(3)]
+    wait_until(lambda: not any(queue.count_jobs(state=state) for state in pqueue.UNFINISHED), seconds=BAD * 4)
+    states = {job.id: job for job in queue.list_jobs(limit=len(jobs))}
+    good = [job_id for job_id, (task, _) in ids.items() if task == "good"]
+    assert {(states[each].state, states[each].attempts) for each in good} == {("completed", 1)}
+    ran = read(tasks, "good").split()
+    assert sorted(map(int, ran)) == sorted(good)
+    for job_id, (task, payload) in ids.items():
+        if task in ("end", "run_on", "fall"):
+            job = states[job_id]
+            assert (job.state, job.attempts) == ("failed", 1), job
+            assert job.error.startswith(EXPECTED.get(payload, "TimeoutError: timed out after 2 s")), job
+    workers = [worker for child in children for worker in processes.children(child.pid)]
+    assert [child.poll() for child in children] == [None] * 3
+    assert len(workers) == 3, workers
+    for pid in [*workers, *(child.pid for child in children)]:
+        assert len(os.listdir(f"/proc/{pid}/fd")) < 200
+    for child in children:
+        child.send_signal(signal.SIGTERM)
+    assert [child.wait(60) for child in children] == [0] * 3
+    assert [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_in(pid, tasks.folder)] == []
+
+
+def is_in(pid, folder):
+    """Return whether a process works in this folder."""
+    with suppress(OSError):
+        return processes.is_running(pid) and os.readlink(f"/proc/{pid}/cwd") == str(folder)
+    return False
+
+
+EXPECTED = {
+    "leave": "WorkerDied: the task's process exited with code 0",
+    "leave with 3": "WorkerDied: the task's process exited with code 3",
+    "kill": "WorkerDied: the task's process was killed by signal 9 (SIGKILL)",
+    "abort": "WorkerDied: the task's process was killed by signal 6 (SIGABRT)",
+    "fault": "WorkerDied: the task's process was killed by signal 11 (SIGSEGV)",
+    "jump": "WorkerDied: the task's process was killed by signal 11 (SIGSEGV)",
+    "become": "WorkerDied: the task replaced its process by another program",
+    "overflow": ("RecursionError", "WorkerDied: the task's process was killed by signal 11 (SIGSEGV)"),
+    "unprintable": "Unprintable",
+    "untruthful": "Untruthful",
+    "huge": "ValueError: xxxx",
+    "recursion": "RecursionError",
+    "exit": "SystemExit: leaving",
+    "interrupt": "KeyboardInterrupt",
+    "generator": "GeneratorExit",
+    "surrogates": "ValueError",
+    "memory": "MemoryError",
+}
