@@ -35,7 +35,8 @@ The guarantees, each with a test of its number in test_pqueue.py:
 7. A database on a network drive, of a newer schema or of another program is refused. If it is replaced or moved, or
    its log deleted, while a process has it open, the next write raises DatabaseReplaced.
 8. `lease_token` and `lease_expires_at` are set exactly while a job is `processing`.
-10. A consumer that names the tasks it knows gets only their jobs; any number of others costs it nothing.
+10. A consumer that names its tasks gets only their jobs, and any number of others costs it nothing. `consumer.py` names
+   those that it has imported.
 
 All times are Unix seconds, UTC, as float; all durations are seconds. Every method that reads the clock takes `now`.
 """

@@ -49,6 +49,7 @@ class Consumer:
     task: timeout_seconds and memory_mb have no effect, and a cancelled job runs to its end. A second thread extends the
     leases. `consumer.py` runs it in a process of its own, where none of this holds.
 
+    tasks: the names of the tasks to run; None: all that are registered now.
     record: shared with the keeper, which extends the leases; None: in an application.
     """
 
@@ -58,6 +59,7 @@ class Consumer:
         name: str,
         *,
         queues: list[str] | None = None,
+        tasks: list[str] | None = None,
         lease_seconds: float = pqueue.LEASE_SECONDS,
         drain: bool = False,
         max_jobs: int | None = None,
@@ -66,7 +68,8 @@ class Consumer:
         record: Record | None = None,
     ) -> None:
         self.queue, self.name, self.quiet = queue, name, quiet
-        self.options: dict[str, Any] = {"queues": queues, "lease_seconds": lease_seconds, "prefetch": True}
+        self.wanted: dict[str, Any] = {"queues": queues, "tasks": sorted(pqueue.TASKS) if tasks is None else tasks}
+        self.options: dict[str, Any] = {**self.wanted, "lease_seconds": lease_seconds, "prefetch": True}
         self.lease_seconds, self.drain, self.max_jobs, self.max_rss = lease_seconds, drain, max_jobs, max_rss
         self.is_embedded = record is None
         self.record = record or Record()
@@ -179,7 +182,7 @@ class Consumer:
                 self._fields[fields.IDLE] = 1
                 self._can_wake = True
                 if not self._stops:
-                    self.queue.wait(pqueue.WAIT_SECONDS, consumer=self.name, queues=self.options["queues"])
+                    self.queue.wait(pqueue.WAIT_SECONDS, consumer=self.name, **self.wanted)
             finally:
                 self._can_wake = False
                 self._fields[fields.IDLE] = 0
@@ -400,10 +403,12 @@ def _run(
     queue: PersistentQInterface, shared: Registration, record: Record, options: Namespace, pipe: int, dump: int
 ) -> int:
     file_task.files_directory = options.directory
-    import_modules(options.modules)
+    tasks = known_tasks(options.modules)
     record.fields[fields.READY] = 1
     retry_while_busy(
-        lambda: queue.adopt(shared, queues=options.queues), lambda s: _pause(s, record), consumer=options.name
+        lambda: queue.adopt(shared, queues=options.queues, tasks=tasks),
+        lambda s: _pause(s, record),
+        consumer=options.name,
     )
     if record.fields[fields.STOP]:
         return 0
@@ -489,6 +494,20 @@ def _reset_signals_in_children() -> None:
     os.register_at_fork(
         before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, numbers), after_in_parent=unblock, after_in_child=reset
     )
+
+
+def known_tasks(modules: list[str]) -> list[str]:
+    """Import the modules and return the names of their tasks; without modules, that of the built-in task.
+
+    Raises ValueError if a module cannot be imported, or none has a task.
+    """
+    if modules and file_task.__name__ not in modules:
+        # guard: the built-in task is known only without --import
+        del pqueue.TASKS[file_task.prepend_timestamp.name]
+    import_modules(modules)
+    if not pqueue.TASKS:
+        raise ValueError(f"expected a module with tasks, got {', '.join(modules)}, without a function marked @task")
+    return sorted(pqueue.TASKS)
 
 
 def import_modules(modules: list[str]) -> None:

@@ -87,6 +87,7 @@ MUTANTS = [
     Mutant("a consumer gets jobs of its tasks only", HISTORY, ' AND {KNOWN.format(task="t.task")}', ""),
     Mutant("a consumer gets only assigned jobs of its tasks", "contract: assigned_job_only_of_a_task", '{KNOWN.format(task="task")}', "1 = 1"),
     Mutant("a batch ends where another job may come first", "contract: batch_has_the_first_jobs"),
+    Mutant("the built-in task is known only without --import", "test_consumer.py: knows_the_built_in"),
     Mutant("order: priority first", HISTORY, "priority DESC, ", ""),
     Mutant("order: then the due time", HISTORY, "run_at, ", ""),
     Mutant("order: then the id", "contract: by_priority_then_due", "id", "-id"),
