@@ -51,6 +51,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -95,6 +96,7 @@ from pqueue_schema import (
     RUNNING,
     SET_MAX_PENDING,
     SET_PAUSED,
+    SNOOZED_AGAIN,
     STATES,
     UNFINISHED,
     UNREGISTER,
@@ -116,7 +118,10 @@ from pqueue_values import (
     QueueBusy,
     QueueError,
     QueueFull,
+    Retry,
     SchemaMismatch,
+    Snooze,
+    duration,
     encode_json,
     encode_payloads,
     encode_result,
@@ -152,6 +157,8 @@ __all__ = [  # noqa: RUF022 - by use: opening a queue and working with it, error
     "SchemaMismatch",
     "DatabaseReplaced",
     "DoNotRetry",
+    "Retry",
+    "Snooze",
     "Task",
     "TASKS",
     "run_task",
@@ -480,16 +487,24 @@ class PersistentQInterface(Reading, Moving):
         self._with_lease("fail", RETRY if again else FAIL, job, params, event="failed", durable=True)
         return "scheduled" if again else "failed"
 
-    def release(self, job: Job, *, now: float | None = None) -> None:
-        """Make a `processing` job `pending` again; the attempt does not count. Raises LeaseLost."""
+    def release(self, job: Job, *, delay_seconds: float | timedelta = 0, now: float | None = None) -> None:
+        """Make a `processing` job `pending` again, or `scheduled` after a delay; the attempt does not count.
+
+        Raises LeaseLost.
+        """
+        delay, now = duration("delay_seconds", delay_seconds), self._time(now)
         with self._transaction(durable=False) as session:
-            if not self._release(session, job, self._time(now)):
+            if not self._release(session, job, now, now + delay if delay > 0 else None):
                 _refuse(session, "release", job)
 
-    def _release(self, session: Session, job: Job, now: float) -> bool:
-        """Make a job pending again without counting this delivery; record it if it had begun."""
-        params = {"id": job.id, "token": job.lease_token, "now": now, "error": None}
-        if job.lease_token and self._has_begun(session, job):
+    def _release(self, session: Session, job: Job, now: float, run_at: float | None = None) -> bool:
+        """Make a job pending again, or schedule it for run_at, without counting this delivery; record it if it had
+        begun. The history keeps the last of several delays only."""
+        params = {"id": job.id, "token": job.lease_token, "now": now, "error": None, "run_at": run_at}
+        if run_at is not None:
+            if not session.change(SNOOZED_AGAIN, {**params, "actor": job.consumer}):
+                session.change(RECORD, {**params, "event": "snoozed", "actor": job.consumer})
+        elif job.lease_token and self._has_begun(session, job):
             session.change(RECORD, {**params, "event": "released", "actor": job.consumer})
         session.wakes = True
         return bool(session.change(RELEASE, params))

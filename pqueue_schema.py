@@ -273,9 +273,16 @@ FAIL = f"UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, {
 # Schedule the next attempt of a job for :run_at.
 RETRY = f"UPDATE jobs SET state = 'scheduled', run_at = :run_at, error = :error, {NO_LEASE} WHERE {HELD}"
 
-# Make a job pending again, as if it had not been claimed.
+# Make a job pending again, as if it had not been claimed, or schedule it for :run_at unless that is NULL.
 # guard: a released attempt does not count
-RELEASE = f"UPDATE jobs SET state = 'pending', attempts = attempts - 1, {NO_LEASE} WHERE {HELD}"
+RELEASE = f"""
+UPDATE jobs SET state = CASE WHEN CAST(:run_at AS double precision) IS NULL THEN 'pending' ELSE 'scheduled' END,
+    run_at = coalesce(:run_at, run_at), attempts = attempts - 1, {NO_LEASE} WHERE {HELD}"""
+
+# Update the time of a job's last event if that was a delay, too.
+SNOOZED_AGAIN = """
+UPDATE history SET at = :now, actor = :actor
+WHERE event = 'snoozed' AND id = (SELECT max(id) FROM history WHERE job_id = :id)"""
 
 # Renew a lease.
 EXTEND = f"UPDATE jobs SET lease_expires_at = :lease_expires_at WHERE {HELD}"

@@ -5,11 +5,13 @@ python3 test_pqueue.py
 
 from __future__ import annotations
 
+import functools
 import gc
 import getpass
 import inspect
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -26,6 +28,7 @@ import time
 import unicodedata
 import unittest
 from contextlib import ExitStack, closing, contextmanager, suppress
+from datetime import timedelta
 from multiprocessing import resource_tracker
 from pathlib import Path
 from unittest import mock
@@ -478,6 +481,23 @@ class QueueContract:
         self.assertEqual((job.attempts, job.error), (2, "boom"))
         self.assertEqual(self.queue.fail(job, "bang", now=NOW + 10), "failed")
         self.assertEqual([event["error"] for event in self.queue.history(job.id)], ["boom", "bang"])
+
+    def test_job_released_with_a_delay_is_scheduled_and_the_attempt_does_not_count(self):
+        job = self.taken(max_attempts=1)
+        for number in range(1, 4):
+            self.queue.release(job, delay_seconds=timedelta(seconds=30), now=NOW + 100 * number)
+            row = self.queue.get(job.id)
+            self.assertEqual((row.state, row.attempts, row.run_at), ("scheduled", 0, NOW + 100 * number + 30))
+            (event,) = self.queue.history(job.id)  # of several delays, the last
+            self.assertEqual((event["event"], event["at"], event["actor"]), ("snoozed", NOW + 100 * number, "worker"))
+            self.assertIsNone(self.queue.dequeue("worker", now=NOW + 100 * number + 29))
+            job = self.queue.dequeue("worker", now=NOW + 100 * number + 30)
+        with self.assertRaises(LeaseLost):
+            self.queue.release(job._replace(lease_token="old"), delay_seconds=5, now=NOW)
+        self.assertEqual(len(self.queue.history(job.id)), 1)
+        for broken in ("5", None, math.nan):
+            with self.subTest(broken), self.assertRaisesRegex(ValueError, "expected delay_seconds"):
+                self.queue.release(job, delay_seconds=broken)
 
     def test_released_attempt_does_not_count(self):
         job = self.taken(max_attempts=1)
@@ -3378,10 +3398,88 @@ class Tasks(unittest.TestCase):
 
         self.assertEqual(mail("letter"), "letter")
         self.assertEqual((pqueue.TASKS["mail"], mail.max_attempts), (mail, 7))
-        with self.assertRaisesRegex(ValueError, "the name is taken"):
+        with self.assertRaisesRegex(ValueError, "two functions have the name: .*mail and builtins.print"):
             pqueue.task("mail")(print)
         with self.assertRaisesRegex(ValueError, "expected max_attempts"):
             pqueue.task("other", max_attempts=0)(print)
+
+    def test_task_is_registered_without_parentheses_and_again_when_its_module_is_reloaded(self):
+        for _ in range(2):
+
+            @pqueue.task
+            def mail(job):
+                return job
+
+        self.assertIs(pqueue.TASKS["mail"], mail)
+        self.assertEqual((mail.max_attempts, mail("letter")), (3, "letter"))
+
+    def test_options_of_a_task_are_checked_when_it_is_decorated(self):
+        for options in (
+            {"max_attempts": 0},
+            {"max_attempts": "3"},
+            {"timeout_seconds": 0},
+            {"timeout_seconds": "5"},
+            {"timeout_seconds": math.inf},
+            {"memory_mb": -1},
+            {"memory_mb": True},
+            {"retry_on": "ValueError"},
+            {"retry_on": [ValueError]},
+            {"retry_on": (ValueError, 5)},
+            {"retry_on": int},
+            {"backoff": "5"},
+            {"backoff": []},
+            {"backoff": [1, None]},
+            {"backoff": -1},
+            {"max_backoff_seconds": 0},
+            {"name": ""},
+        ):
+            with self.subTest(options), self.assertRaisesRegex(ValueError, f"expected .*{[*options][0]}"):
+                pqueue.task(**options)
+        self.assertEqual(pqueue.TASKS, {})
+
+    def test_task_takes_a_timedelta_as_its_timeout(self):
+        entry = pqueue.task("t", timeout_seconds=timedelta(minutes=5), backoff=timedelta(seconds=2))(print)
+        self.assertEqual((entry.timeout_seconds, entry.retry_in_seconds(1)), (300.0, 2.0))
+
+    def test_functions_that_do_not_run_when_they_are_called_are_refused(self):
+        def generator(job):
+            yield job
+
+        async def coroutine(job):
+            return job
+
+        async def both(job):
+            yield job
+
+        for function in (generator, coroutine, both, functools.partial(generator), 5, None, Path):
+            with self.subTest(function), self.assertRaisesRegex(ValueError, "expected .*function"):
+                pqueue.task("t")(function)
+        for function in (generator, coroutine, both):
+            with self.subTest(function), self.assertRaisesRegex(ValueError, "expected an ordinary function"):
+                pqueue.task(function)
+        self.assertEqual(pqueue.TASKS, {})
+
+    def test_backoff_is_a_number_a_list_or_a_function_up_to_its_cap(self):
+        def delays(**options):
+            entry = pqueue.task("t", **options)(print)
+            return [entry.retry_in_seconds(attempts) for attempts in (1, 2, 3, 4)]
+
+        self.assertEqual(delays(backoff=7), [7.0] * 4)
+        self.assertEqual(delays(backoff=0), [0.0] * 4)
+        self.assertEqual(delays(backoff=[1, 2, 30]), [1.0, 2.0, 30.0, 30.0])
+        self.assertEqual(delays(backoff=[1, 2, 30], max_backoff_seconds=9), [1.0, 2.0, 9.0, 9.0])
+        self.assertEqual(delays(backoff=lambda attempts: attempts - 2), [0.0, 0.0, 1.0, 2.0])
+        for broken in (lambda attempts: attempts / 0, lambda attempts: "x", lambda attempts: math.nan):
+            self.assertTrue(all(2.5 <= delay <= 40 for delay in delays(backoff=broken)))
+        self.assertTrue(all(2 <= delay <= 4 for delay in delays(max_backoff_seconds=4)))
+
+    def test_retry_and_snooze_take_seconds_or_a_timedelta(self):
+        self.assertEqual(pqueue.Retry(timedelta(minutes=1)).in_seconds, 60.0)
+        self.assertEqual((pqueue.Retry().in_seconds, pqueue.Retry(-3).in_seconds), (None, 0.0))
+        self.assertEqual((pqueue.Snooze(5).seconds, str(pqueue.Snooze(5))), (5.0, "for 5 s"))
+        for broken in ("5", None, math.nan, True):
+            with self.subTest(broken), self.assertRaisesRegex(ValueError, "expected seconds"):
+                pqueue.Snooze(broken)
 
     def test_job_gets_its_tasks_attempts(self):
         pqueue.task("t", max_attempts=9)(print)

@@ -400,9 +400,16 @@ UPDATE jobs SET state = 'failed', finished_at = $1, error = $2, lease_token = NU
 UPDATE jobs SET state = 'scheduled', run_at = $1, error = $2, lease_token = NULL, lease_expires_at = NULL WHERE id = $3 AND lease_token = $4;
 
 -- RELEASE
--- Make a job pending again, as if it had not been claimed.
--- $1 id, $2 token
-UPDATE jobs SET state = 'pending', attempts = attempts - 1, lease_token = NULL, lease_expires_at = NULL WHERE id = $1 AND lease_token = $2;
+-- Make a job pending again, as if it had not been claimed, or schedule it for :run_at unless that is NULL.
+-- $1 run_at, $2 id, $3 token
+UPDATE jobs SET state = CASE WHEN CAST($1 AS double precision) IS NULL THEN 'pending' ELSE 'scheduled' END,
+    run_at = coalesce($1, run_at), attempts = attempts - 1, lease_token = NULL, lease_expires_at = NULL WHERE id = $2 AND lease_token = $3;
+
+-- SNOOZED_AGAIN
+-- Update the time of a job's last event if that was a delay, too.
+-- $1 now, $2 actor, $3 id
+UPDATE history SET at = $1, actor = $2
+WHERE event = 'snoozed' AND id = (SELECT max(id) FROM history WHERE job_id = $3);
 
 -- EXTEND
 -- Renew a lease.

@@ -289,7 +289,7 @@ class Keeper:
             return
         error, _, trace = (self.record.error(run) or self._error(run, reason)).partition("\n")
         text = "\n".join([error, trace or "\n".join(self._traceback())]).rstrip()
-        delay = pqueue.backoff_seconds(job.attempts, run.backoff_base_seconds or 5.0)
+        delay = run.retry_in_seconds or pqueue.backoff_seconds(job.attempts)
         # guard: a job that kills its worker loses an attempt
         state = self.queue.fail(job, text, retry=reason != fields.TOLD_TO_STOP, retry_in_seconds=delay)
         self.leases.failed += 1
