@@ -209,7 +209,6 @@ class Keeper:
         # guard: a task that runs too long is ended
         if run.timeout_seconds and time.monotonic() - run.started > run.timeout_seconds:
             return fields.TIMED_OUT
-        # guard: a task that takes too much memory is ended
         if run.memory_mb and _memory_mb(self._pid) - run.base_mb > run.memory_mb:
             return fields.OUT_OF_MEMORY
         return fields.EXECUTED if processes.has_become_another(self._pid) else 0
