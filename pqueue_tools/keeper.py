@@ -330,9 +330,11 @@ class Keeper:
 
 
 def _unnamed_file() -> int:
-    """Return a file for tracebacks, out of the way of tasks that close low descriptors."""
+    """Return a file for tracebacks, if possible out of the way of tasks that close low descriptors."""
     with tempfile.TemporaryFile() as file:
-        return fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 100)
+        with suppress(OSError):  # the limit may be lower
+            return fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 100)
+        return os.dup(file.fileno())
 
 
 def _ignore(*_: object) -> None:

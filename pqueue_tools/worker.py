@@ -214,6 +214,7 @@ class Consumer:
                 self._end_child()
         except BaseException as caught:
             self._fields[fields.RUNNING] = 0  # again: an interrupt may have come before it was set
+            traceback.clear_frames(caught.__traceback__)  # free the task's objects, which may use all memory
             error = caught
         took = time.monotonic() - started
         if self.state and (left := self.state.left_behind(job.task, took)):
@@ -292,7 +293,6 @@ class Consumer:
             self._fail(job, reason, retry=True)
 
     def _fail(self, job: Job, error: BaseException, *, retry: bool) -> None:
-        traceback.clear_frames(error.__traceback__)  # free the task's objects, which may use all memory
         entry = pqueue.TASKS.get(job.task)
         delay = pqueue.backoff_seconds(job.attempts, entry.backoff_base_seconds) if entry else None
         text = _error_text(error)
@@ -387,7 +387,7 @@ def run_process(
         os.setpgid(0, 0)  # Ctrl-C reaches the keeper only, and neither tasks nor their subprocesses
         _set_signals(dump)
         code = _run(queue, shared, record, options, pipe, dump)
-    except (QueueError, ValueError) as error:
+    except (QueueError, ValueError, OSError) as error:
         print_error("consumer", error)
         record.fields[fields.OUTCOME] = fields.REFUSED
     except BaseException:  # a signal handler of a task, for example

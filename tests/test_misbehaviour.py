@@ -17,6 +17,8 @@ from conftest import parent, wait_until
 import pqueue
 from consumer import Consumer
 from pqueue_tools import processes
+from pqueue_tools.leases import Leases, claim_number
+from pqueue_tools.record import Record
 
 SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
 
@@ -423,6 +425,20 @@ def test_worker_that_cannot_import_the_tasks_ends_the_consumer(place):
 
 
 # Leases and operators
+
+
+def test_keeper_takes_back_no_job_of_a_later_claim(place):
+    """The worker may finish the slow job and claim others while the keeper takes back what waits behind it."""
+    queue = place.queue()
+    ids = queue.enqueue_many("good", range(4))
+    slow, done, waiting = queue.dequeue_many("w", 3)
+    later = queue.dequeue("w")
+    leases = Leases(queue, Record(), "w", 60)
+    first = claim_number(slow)
+    assert leases.return_held({(done.id, first): "result"}, (slow.id, first), claim=first) == slow
+    assert [queue.get(each).state for each in ids] == ["processing", "completed", "pending", "processing"]
+    assert (queue.get(done.id).result, queue.get(waiting.id).attempts) == ("result", 0)
+    assert queue.holds(later)
 
 
 def test_job_that_holds_the_gil_for_ten_lease_periods_is_delivered_once(tasks):
