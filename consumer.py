@@ -81,7 +81,7 @@ def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
     try:
         keeper = Keeper(queue, options, bar.draw if bar else None)
         code = keeper.run()
-    except (QueueError, ValueError) as error:
+    except (QueueError, ValueError, OSError) as error:
         print_error("consumer", error)
         return 1
     counts = keeper.leases.counts()

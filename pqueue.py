@@ -35,6 +35,8 @@ The guarantees, each with a test of its number in test_pqueue.py:
 7. A database on a network drive, of a newer schema or of another program is refused. If it is replaced or moved, or
    its log deleted, while a process has it open, the next write raises DatabaseReplaced.
 8. `lease_token` and `lease_expires_at` are set exactly while a job is `processing`.
+9. A task cannot break its consumer (consumer.py): `timeout_seconds` and `memory_mb` end it, a healthy task keeps its
+   lease, an operator's cancel reaches it within a second, and what it leaves behind does not affect the next job.
 10. A consumer that names its tasks gets only their jobs, and any number of others costs it nothing. `consumer.py` names
    those that it has imported.
 

@@ -1440,6 +1440,44 @@ class QueueContract:
                 for each in self.queue.consumers():
                     self.assertFalse(each["state"] != "running" and each["job_ids"], each)
 
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
+    def test_shared_consumer_keeps_the_jobs_of_its_children_until_it_is_closed(self):
+        ids = self.queue.enqueue_many("t", range(4))
+        shared = self.queue.share("w")
+
+        def work(*, close):
+            self.queue.adopt(shared)
+            self.queue.dequeue("w", prefetch=True)
+            if close:
+                self.queue.close()
+
+        for close in (False, True):
+            shared.children += 1
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    work(close=close)
+                    code = 0
+                finally:
+                    os._exit(code)
+            self.assertEqual(os.waitpid(child, 0)[1], 0)
+        held = sorted(self.queue.held_jobs("w"))
+        self.assertEqual([job.id for job in held], ids[:2])
+        self.assertEqual(len({job.lease_token for job in held}), 2)
+        other = self.reopen()
+        self.assertEqual(other.dequeue("other").id, ids[2])
+        (mine,) = (each for each in other.consumers() if each["name"] == "w")
+        self.assertEqual((mine["state"], mine["pid"], mine["job_ids"]), ("running", os.getpid(), ids[:2]))
+        other.cancel(ids[0])
+        self.assertEqual([self.queue.holds(job) for job in held], [False, True])
+        self.queue.heartbeat("w", completed=3)
+        self.queue.close()
+        (mine,) = (each for each in other.consumers() if each["name"] == "w")
+        self.assertEqual((mine["state"], mine["completed"]), ("stopped", 3))
+        self.assertEqual((other.get(ids[1]).state, other.get(ids[1]).attempts), ("pending", 0))
+        self.assertEqual(other.held_jobs("w"), [])
+
     def test_unfinished_payloads_are_those_of_one_moment(self):
         other = self.reopen()
         ids = other.enqueue_many("t", range(250)) + [other.enqueue("t", "later", delay_seconds=60)]

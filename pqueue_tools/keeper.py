@@ -14,7 +14,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,32 +70,34 @@ class Keeper:
         self._reason = 0  # why
         self._interrupted_at = self._sent_at = self._closing_at = 0.0  # monotonic seconds
         self._killed = False  # by this process
-        self._pipe, self._wakeup = os.pipe()
-        for each in (self._pipe, self._wakeup):
-            os.set_blocking(each, False)
-        self._dump = _unnamed_file()
+        self._pipe = self._wakeup = self._dump = -1
         self._others = set(processes.children(os.getpid()))
 
     def run(self) -> int:
         """Run workers until told to stop, or until the queue is drained; return the exit code."""
-        wakeup = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
-        before = {number: signal.getsignal(number) for number in (signal.SIGCHLD, signal.SIGTSTP)}
-        signal.signal(signal.SIGCHLD, _ignore)
-        signal.signal(signal.SIGTSTP, self._suspend)
-        on_termination(self._stop)
-        processes.adopt_orphans(True)
         self.shared = self.queue.share(self.name)
-        try:
+        with self._resources():
             outcome = self._run_workers()
-        finally:
-            self.leases.beat(at_once=True)
-            processes.adopt_orphans(False)
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(wakeup)
-            for file in (self._pipe, self._wakeup, self._dump):
-                os.close(file)
         return int(outcome == fields.REFUSED)
+
+    @contextmanager
+    def _resources(self) -> Iterator[None]:
+        """Open what the keeper needs, and handle signals, until the end of the block."""
+        with ExitStack() as undo:
+            self._pipe, self._wakeup = os.pipe()  # a signal or the worker writes to it
+            for each in (self._pipe, self._wakeup):
+                undo.callback(os.close, each)
+                os.set_blocking(each, False)
+            self._dump = _unnamed_file()
+            undo.callback(os.close, self._dump)
+            undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False))
+            for number, handler in ((signal.SIGCHLD, _ignore), (signal.SIGTSTP, self._suspend)):
+                undo.callback(signal.signal, number, signal.signal(number, handler))
+            on_termination(self._stop)
+            processes.adopt_orphans(True)
+            undo.callback(processes.adopt_orphans, False)
+            yield
+            self.leases.beat(at_once=True)
 
     def _run_workers(self) -> int:
         while True:
@@ -122,8 +124,9 @@ class Keeper:
         self._closing_at, self._killed, self._status = 0.0, False, None
         os.ftruncate(self._dump, 0)
         self.shared.children += 1
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError, OSError, ValueError):  # there is none, or it was closed
+                stream.flush()
         parent = os.getpid()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
@@ -209,7 +212,6 @@ class Keeper:
         # guard: a task that runs too long is ended
         if run.timeout_seconds and time.monotonic() - run.started > run.timeout_seconds:
             return fields.TIMED_OUT
-        # guard: a task that takes too much memory is ended
         if run.memory_mb and _memory_mb(self._pid) - run.base_mb > run.memory_mb:
             return fields.OUT_OF_MEMORY
         return fields.EXECUTED if processes.has_become_another(self._pid) else 0
@@ -331,9 +333,11 @@ class Keeper:
 
 
 def _unnamed_file() -> int:
-    """Return a file for tracebacks, out of the way of tasks that close low descriptors."""
+    """Return a file for tracebacks, if possible out of the way of tasks that close low descriptors."""
     with tempfile.TemporaryFile() as file:
-        return fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 100)
+        with suppress(OSError):  # the limit may be lower
+            return fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 100)
+        return os.dup(file.fileno())
 
 
 def _ignore(*_: object) -> None:

@@ -64,15 +64,20 @@ class Leases:
         if self._results is None:
             self._results = self.record.withdraw(run)
         if self._results is not None:
-            self.job = self.return_held(self._results, (run.job_id, run.claim))
+            self.job = self.return_held(self._results, (run.job_id, run.claim), claim=run.claim)
             self.lost = self.job is None and not self._is_settled(run.job_id)
 
-    def return_held(self, results: dict[tuple[int, int], Any], running: tuple[int, int] | None) -> Job | None:
+    def return_held(
+        self, results: dict[tuple[int, int], Any], running: tuple[int, int] | None, claim: int | None = None
+    ) -> Job | None:
         """Complete the held jobs that have results, and release the others but the running one; return that.
 
         Jobs are identified by their id and the number of the claim.
+        claim: only its jobs, as the worker goes on and may have claimed others; None: all.
         """
         held = {(job.id, claim_number(job)): job for job in self.queue.held_jobs(self.name)}
+        # guard: jobs of a later claim are not taken back
+        held = {key: job for key, job in held.items() if claim in (None, key[1])}
         job = held.pop(running, None) if running else None
         finished = [(held.pop(key), results[key]) for key in results if key in held]
         if finished:

@@ -219,8 +219,9 @@ HOOKS = ("excepthook", "unraisablehook", "displayhook", "breakpointhook")
 
 
 def _high_copy(number: int) -> int | None:
-    with suppress(OSError):
-        return fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, HIGH_DESCRIPTOR)
+    for least in (HIGH_DESCRIPTOR, 3):  # the limit may be lower
+        with suppress(OSError):
+            return fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, least)
     return None
 
 

@@ -53,7 +53,6 @@ def error_text(error: BaseException) -> str:
     It has at most MAX_ERROR_CHARS characters; what is too long is cut in its middle. Never raises an exception of the
     error's own code.
     """
-    traceback.clear_frames(error.__traceback__)  # free the task's objects, which may use all memory
     if isinstance(error, Unstorable):
         return summary(error)
     try:

@@ -72,7 +72,8 @@ def print_line(text: str) -> None:
 def escape_unencodable() -> None:
     """Escape characters that the encoding of stdout or stderr cannot represent."""
     for stream in (sys.stdout, sys.stderr):
-        cast(TextIOWrapper, stream).reconfigure(errors="backslashreplace")
+        if stream is not None:
+            cast(TextIOWrapper, stream).reconfigure(errors="backslashreplace")
 
 
 def log_line(at: str, event: str, fields: dict[str, Any]) -> str:

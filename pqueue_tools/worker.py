@@ -218,6 +218,7 @@ class Consumer:
                 self._end_child()
         except BaseException as caught:
             self._fields[fields.RUNNING] = 0  # again: an interrupt may have come before it was set
+            traceback.clear_frames(caught.__traceback__)  # free the task's objects, which may use all memory
             error = caught
         took = time.monotonic() - started
         if self.state and (left := self.state.left_behind(job.task, took)):
@@ -403,7 +404,7 @@ def run_process(
         os.setpgid(0, 0)  # Ctrl-C reaches the keeper only, and neither tasks nor their subprocesses
         _set_signals(dump)
         code = _run(queue, shared, record, options, pipe, dump)
-    except (QueueError, ValueError) as error:
+    except (QueueError, ValueError, OSError) as error:
         print_error("consumer", error)
         record.fields[fields.OUTCOME] = fields.REFUSED
     except BaseException:  # a signal handler of a task, for example

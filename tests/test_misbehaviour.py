@@ -7,14 +7,18 @@ import random
 import re
 import signal
 import subprocess
+import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pytest
 from conftest import parent, wait_until
 
 import pqueue
+from consumer import Consumer
 from pqueue_tools import processes
+from pqueue_tools.leases import Leases, claim_number
+from pqueue_tools.record import Record
 
 SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
 
@@ -423,6 +427,20 @@ def test_worker_that_cannot_import_the_tasks_ends_the_consumer(place):
 # Leases and operators
 
 
+def test_keeper_takes_back_no_job_of_a_later_claim(place):
+    """The worker may finish the slow job and claim others while the keeper takes back what waits behind it."""
+    queue = place.queue()
+    ids = queue.enqueue_many("good", range(4))
+    slow, done, waiting = queue.dequeue_many("w", 3)
+    later = queue.dequeue("w")
+    leases = Leases(queue, Record(), "w", 60)
+    first = claim_number(slow)
+    assert leases.return_held({(done.id, first): "result"}, (slow.id, first), claim=first) == slow
+    assert [queue.get(each).state for each in ids] == ["processing", "completed", "pending", "processing"]
+    assert (queue.get(done.id).result, queue.get(waiting.id).attempts) == ("result", 0)
+    assert queue.holds(later)
+
+
 def test_job_that_holds_the_gil_for_ten_lease_periods_is_delivered_once(tasks):
     queue = tasks.queue()
     job_id = queue.enqueue("hold_gil", 6)
@@ -586,3 +604,79 @@ EXPECTED = {
     "surrogates": "ValueError",
     "memory": "MemoryError",
 }
+
+
+# Termination
+
+
+def test_consumer_that_is_told_to_end_at_any_moment_loses_no_job_and_no_attempt(tasks):
+    """During the imports, a claim, a commit, a wake-up, the close; PQUEUE_SOAK=10 for hundreds of moments."""
+    chosen = random.Random(SOAK)
+    tasks.write("slow_import.py", "import time\ntime.sleep(0.1)\n")
+    queue = tasks.queue()
+    for _ in range(24 * SOAK):
+        queue.enqueue_many("good", range(chosen.choice([0, 1, 200])))
+        child = consumer(tasks, "--import", "slow_import")
+        time.sleep(chosen.uniform(0, 0.7))  # a moment to try, and not a wait for something
+        if chosen.random() < 0.5:
+            queue.enqueue("good")  # wakes it up
+        child.send_signal(chosen.choice([signal.SIGTERM, signal.SIGHUP]))  # INT: tests/test_termination.py
+        code = child.wait(60)
+        said = child.out.read_text()
+        assert code == 0 or (code in (-signal.SIGTERM, -signal.SIGHUP) and said == ""), (code, said)
+        assert "Traceback" not in said, said
+        assert not queue.count_jobs(state="processing")
+    assert {job.attempts for job in queue.list_jobs(state="pending", limit=10**6)} <= {0}
+    completed = queue.list_jobs(state="completed", limit=10**6)
+    assert {job.attempts for job in completed} <= {1}
+    assert sorted(map(int, (read(tasks, "good") or "").split())) == sorted(job.id for job in completed)
+
+
+# In an application
+
+
+def test_consumer_in_a_thread_works_without_signals_and_stops_when_asked(place):
+    queue = place.queue()
+    before = [signal.getsignal(number) for number in range(1, 65) if number not in (32, 33)]
+    go_on = place.folder / "go-on"
+    with registered("slow", lambda _: wait_until(go_on.exists)), registered("quick", lambda job: job.payload):
+        runner = Consumer(queue, "embedded", lease_seconds=0.6)
+        thread = threading.Thread(target=runner.run)
+        thread.start()
+        ids = queue.enqueue_many("quick", range(100)) + [queue.enqueue("slow"), queue.enqueue("quick", 100)]
+        first = wait_until(lambda: queue.get(ids[100]).lease_expires_at)
+        wait_until(lambda: queue.get(ids[100]).lease_expires_at > first + 1.2)
+        go_on.touch()
+        wait_until(lambda: queue.stats()["states"]["completed"] == 102)
+        runner.stop()
+        thread.join(10)
+        assert not thread.is_alive()
+    assert (runner.completed, runner.failed) == (102, 0)
+    assert [signal.getsignal(number) for number in range(1, 65) if number not in (32, 33)] == before
+    assert {(job.state, job.attempts) for job in queue.list_jobs(limit=200)} == {("completed", 1)}
+
+
+@pytest.mark.parametrize("error", [SystemExit("no"), KeyboardInterrupt(), GeneratorExit(), MemoryError()])
+def test_consumer_in_a_thread_never_ends_the_application(place, error):
+    queue = place.queue()
+
+    def fall(_):
+        raise error
+
+    def cancelled(job):
+        queue.cancel(job.id)
+
+    with registered("fall", fall), registered("cancelled", cancelled):
+        ids = [queue.enqueue("fall", max_attempts=1), queue.enqueue("cancelled")]
+        assert Consumer(queue, "embedded", drain=True).run()
+    assert [queue.get(each).state for each in ids] == ["failed", "cancelled"]
+    assert queue.get(ids[0]).error.startswith(type(error).__name__)
+
+
+@contextmanager
+def registered(name, function):
+    pqueue.task(name)(function)
+    try:
+        yield
+    finally:
+        del pqueue.TASKS[name]

@@ -30,6 +30,8 @@ TESTS = (
     "test_move.py",
     "test_outcome.py",
     "test_processes.py",
+    "test_consumer.py",
+    "test_misbehaviour.py",
     "test_restore.py",
     "record_writes.c",
 )
@@ -79,6 +81,13 @@ MUTANTS = [
     Mutant("a job is recorded as begun only during its lease", "contract: not_begun_when_its_lease"),
     Mutant("a consumer that takes a dead consumer's slot reclaims its jobs first", "contract: reused_slot"),
     Mutant("a consumer that closes returns its jobs", "contract: closes_returns"),
+    Mutant("a child leaves its consumer registered", "contract: shared_consumer", " if not me.is_adopted", ""),
+    Mutant("a child has the lock of a shared consumer", "contract: shared_consumer", "not me.is_shared", "True"),
+    Mutant("a stopped worker loses its lease", "test_consumer.py: stopped_past", "not is_stopped(self.pid)", "True"),
+    Mutant("a task that runs too long is ended", "test_misbehaviour.py: true_reason and run_on-sleep"),
+    Mutant("jobs of a later claim are not taken back", "test_misbehaviour.py: later_claim", " if claim in (None, key[1])", ""),
+    Mutant("no process of a task is left", "test_misbehaviour.py: killed_with_its_consumer"),
+    Mutant("a job that kills its worker loses an attempt", "test_misbehaviour.py: true_reason and end-kill"),
     # who may claim, and what
     Mutant("a paused queue delivers nothing", HISTORY, "q.paused = 0", "1 = 1"),
     Mutant("a paused queue delivers no assigned job", "contract: paused_queue", " AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)", ""),
