@@ -83,6 +83,7 @@ from pqueue_schema import (
     MARK_DEAD,
     MARK_FAILED,
     NEXT_ATTEMPTS,
+    NEXT_DUE,
     NEXT_EVENT,
     ORPHANED,
     OVERDUE,
@@ -717,6 +718,16 @@ class PersistentQInterface(Reading, Moving):
             return math.inf if at is None else cast(float, at) - self._time(now)
 
         return self._sleep(me, min(timeout_seconds, WAIT_SECONDS), due_in) or due_in() <= 0
+
+    def next_due(
+        self, consumer: str, *, queues: Sequence[str] | None = None, tasks: Sequence[str] | None = None
+    ) -> float | None:
+        """Return when the first scheduled job that this consumer may take is due, in Unix seconds; None: there is none.
+
+        The options are those of `dequeue`.
+        """
+        rows = self._read(NEXT_DUE, _claim_filter(valid_name("consumer", consumer), queues, tasks))
+        return rows[0][0] if rows else None
 
     def heartbeat(self, consumer: str, *, completed: int = 0, failed: int = 0, now: float | None = None) -> None:
         """Record that this consumer is alive, and add to its numbers of completed jobs and failed attempts."""

@@ -253,6 +253,12 @@ SELECT min(at) FROM (
     SELECT 0.0 AS at WHERE EXISTS ({_candidates()})
     UNION ALL SELECT {FIRST_DUE}
     UNION ALL SELECT {FIRST_EXPIRY}) events""",
+    # differs because of the JSON functions
+    pqueue_schema.NEXT_DUE: f"""
+SELECT run_at FROM jobs
+WHERE state = 'scheduled' AND {SERVED.replace("q.name", "queue")}
+    AND {KNOWN.format(task="task")} AND (assigned_to IS NULL OR assigned_to = :consumer)
+    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY run_at LIMIT 1""",
     # differs because others may promote at the same time
     pqueue_schema.PROMOTE: f"""
 UPDATE jobs SET state = 'pending' WHERE id = ANY (ARRAY(

@@ -241,6 +241,13 @@ SELECT min(at) FROM (
     UNION ALL SELECT min(run_at) FROM jobs WHERE state = 'scheduled'
     UNION ALL SELECT min(lease_expires_at) FROM jobs WHERE state = 'processing') events"""
 
+# Return when the first scheduled job that the consumer may take is due.
+NEXT_DUE = f"""
+SELECT run_at FROM jobs
+WHERE state = 'scheduled' AND (:queues IS NULL OR queue IN (SELECT value FROM json_each(:queues)))
+    AND {KNOWN.format(task="task")} AND (assigned_to IS NULL OR assigned_to = :consumer)
+    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY run_at LIMIT 1"""
+
 # Make scheduled jobs that are due pending.
 # guard: a job is not promoted before it is due
 PROMOTE = """

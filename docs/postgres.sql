@@ -358,6 +358,15 @@ SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
     UNION ALL SELECT (SELECT run_at FROM jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1)
     UNION ALL SELECT (SELECT lease_expires_at FROM jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1)) events;
 
+-- NEXT_DUE
+-- Return when the first scheduled job that the consumer may take is due.
+-- differs because of the JSON functions
+-- $1 queues, $2 tasks, $3 consumer
+SELECT run_at FROM jobs
+WHERE state = 'scheduled' AND (CAST($1 AS json) IS NULL OR queue IN (SELECT json_array_elements_text(CAST($1 AS json))))
+    AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10)))) AND (assigned_to IS NULL OR assigned_to = $3)
+    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY run_at LIMIT 1;
+
 -- PROMOTE
 -- Make scheduled jobs that are due pending.
 -- differs because others may promote at the same time

@@ -76,9 +76,15 @@ class Keeper:
     def run(self) -> int:
         """Run workers until told to stop, or until the queue is drained; return the exit code."""
         self.shared = self.queue.share(self.name)
+        failed = self._count_failed()
         with self._resources():
             outcome = self._run_workers()
-        return int(outcome == fields.REFUSED)
+        # guard: a drain whose jobs failed says so
+        return int(outcome == fields.REFUSED or self._count_failed() > failed)
+
+    def _count_failed(self) -> int:
+        """Return the number of failed jobs whose last consumer has this name, for the exit code of a drain."""
+        return self.queue.count_jobs(state="failed", consumer=self.name) if self.options.drain else 0
 
     @contextmanager
     def _resources(self) -> Iterator[None]:

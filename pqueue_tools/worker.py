@@ -50,6 +50,7 @@ class Consumer:
     task: timeout_seconds and memory_mb have no effect, and a cancelled job runs to its end. A second thread extends the
     leases. `consumer.py` runs it in a process of its own, where none of this holds.
 
+    drain: return when no job is pending, and with `wait`, none is scheduled for the next so many seconds.
     tasks: the names of the tasks to run; None: all that are registered now.
     record: shared with the keeper, which extends the leases; None: in an application.
     """
@@ -63,6 +64,7 @@ class Consumer:
         tasks: list[str] | None = None,
         lease_seconds: float = pqueue.LEASE_SECONDS,
         drain: bool = False,
+        wait: float | None = None,
         max_jobs: int | None = None,
         max_rss: int | None = None,
         quiet: bool = False,
@@ -72,6 +74,7 @@ class Consumer:
         self.wanted: dict[str, Any] = {"queues": queues, "tasks": sorted(pqueue.TASKS) if tasks is None else tasks}
         self.options: dict[str, Any] = {**self.wanted, "lease_seconds": lease_seconds, "prefetch": True}
         self.lease_seconds, self.drain, self.max_jobs, self.max_rss = lease_seconds, drain, max_jobs, max_rss
+        self.wait_until = time.time() if wait is None else time.time() + wait  # for what falls due, when draining
         self.is_embedded = record is None
         self.record = record or Record()
         self._leases = leases.Leases(queue, self.record, name, lease_seconds, quiet=quiet)
@@ -141,10 +144,17 @@ class Consumer:
                 self._waiting.extend(jobs)
                 self.taken += len(jobs)
                 return True
-            if limit == 0 or (self.drain and jobs == []):
+            if limit == 0 or (self.drain and jobs == [] and not self._may_fall_due()):
                 return False
             if jobs is not None:
                 self._sleep()
+
+    def _may_fall_due(self) -> bool:
+        """Return whether a drain must wait for a scheduled job."""
+        if self.wait_until <= time.time():
+            return False
+        due = self.queue.next_due(self.name, **self.wanted)
+        return due is not None and due <= self.wait_until
 
     def _limit(self) -> int:
         if self._stops or self._ends_early:
@@ -435,6 +445,7 @@ def _run(
         queues=options.queues,
         lease_seconds=options.lease_seconds,
         drain=options.drain,
+        wait=options.wait,
         max_jobs=options.max_jobs,
         max_rss=options.max_rss,
         quiet=options.quiet,

@@ -173,6 +173,43 @@ def test_error_has_its_cause_and_no_frames_of_pqueue(tasks):
     assert "pqueue_tasks.py" not in error
 
 
+# Draining
+
+
+@pytest.mark.parametrize(("task", "code"), [("bare", 0), ("busy", 0), ("later", 0), ("wrong", 1), ("unstorable", 1)])
+def test_drain_says_by_its_exit_code_whether_jobs_failed(tasks, task, code):
+    with closing(tasks.queue()) as queue:
+        queue.enqueue(task)
+        queue.enqueue("bare")
+        assert tasks.run("consumer.py", "--import", "my_tasks", "--drain", "--name", "w").returncode == code
+        assert tasks.run("consumer.py", "--import", "my_tasks", "--drain", "--name", "w").returncode == 0  # that run
+
+
+def test_drain_that_waits_runs_retries_and_what_falls_due(tasks):
+    tasks.write(
+        "more.py",
+        "from pqueue import task\n"
+        "@task(backoff=0.3)\n"
+        "def third_time(job):\n"
+        "    if job.attempts < 3: raise OSError('not yet')\n",
+    )
+    options = ("consumer.py", "--import", "more", "--drain")
+    with closing(tasks.queue()) as queue:
+        ids = [queue.enqueue("third_time"), queue.enqueue("third_time", delay_seconds=1)]
+        queue.enqueue("of another task", delay_seconds=1)
+        queue.enqueue("third_time", queue="paused", delay_seconds=1)
+        queue.pause("paused")
+        late = queue.enqueue("third_time", delay_seconds=1000)
+        assert tasks.run(*options).returncode == 0
+        assert queue.get(ids[0]).state == "scheduled"
+        assert tasks.run(*options, "--wait", 60).returncode == 0
+        assert [queue.get(job_id).state for job_id in (*ids, late)] == ["completed", "completed", "scheduled"]
+        queue.cancel(late)
+        assert tasks.run(*options, "--wait").returncode == 0
+    done = tasks.run("consumer.py", "--wait")
+    assert (done.returncode, done.stderr) == (2, "consumer.py: expected --drain with --wait; see consumer.py --help\n")
+
+
 # The text of an error
 
 
