@@ -6,7 +6,8 @@ JOBS := 10000000
 TIMES := 10
 SECONDS := 600
 SEED := 1
-MODULE := pqueue.py
+MODULES := pqueue.py
+SEEDS := 1
 N := 60
 PYTHONS :=
 ATTACKS := (fuzz or histories or power_loss or model_allows or QueueMachine) and not mutants
@@ -40,8 +41,8 @@ format: $(READY)  ## Format the code
 sql: $(READY)  ## Write docs/postgres.sql, the statements that PostgreSQL receives
 	PYTHONPATH=. $(BIN)/python tests/test_statements.py
 
-mutants: $(READY)  ## Test N random mutants of MODULE, and list those that survive; MODULE=FILE N=N SEED=N
-	$(BIN)/python tests/random_mutants.py $(MODULE) --number $(N) --seed $(SEED)
+mutants: $(READY)  ## Test N random mutants of MODULES, and list those that survive; MODULES="FILE …" N=N SEEDS="N …"
+	$(BIN)/python tests/random_mutants.py $(MODULES) --number $(N) --seeds $(SEEDS)
 
 screenshots: $(READY)  ## Save screenshots of the dashboard in docs; needs Chromium
 	PYTHONPATH=. $(BIN)/python tests/screenshots.py docs

@@ -53,7 +53,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from pqueue_backend import Registration, Session
 from pqueue_move import Moving
@@ -115,6 +115,7 @@ from pqueue_values import (
     QueueError,
     QueueFull,
     SchemaMismatch,
+    command_line,
     encode_json,
     encode_payloads,
     encode_result,
@@ -192,7 +193,7 @@ class NotStored(QueueError):
     """An INSERT stored nothing. On PostgreSQL, another transaction may have used and freed the key meanwhile."""
 
     def __init__(self) -> None:
-        super().__init__("cannot enqueue: the database did not store the job; run doctor")
+        super().__init__(f"cannot enqueue: the database did not store the job; run {command_line()} doctor")
 
 
 class UnsyncedLastAttempt(Exception):
@@ -271,7 +272,6 @@ class PersistentQInterface(Reading, Moving):
             if not ids and session.change(ADD_QUEUE, row):
                 ids = session.insert(sql, row)
             if ids:
-                session.wakes = True
                 return ids
             room, max_pending = session.run(ROOM, row)[0]
             if room is not None and room < row["number"]:
@@ -373,13 +373,13 @@ class PersistentQInterface(Reading, Moving):
 
     def begin(self, job: Job, *, now: float | None = None) -> None:
         """Record that a job leased with `prefetch` is about to run. Raises LeaseLost if its lease has expired."""
-        # guard: a job is noted as begun only while its lease lasts
+        # guard: a job is recorded as begun only during its lease
         self._expect_lease(job, now)
         self._note_begun(job)
         self._expect_lease(job, now)  # again: a consumer that reclaims it from now on sees that it had begun
 
     def _expect_lease(self, job: Job, now: float | None) -> None:
-        # guard: a job whose lease is over does not begin
+        # guard: a job whose lease has expired does not begin
         if job.lease_expires_at is None or self._time(now) >= job.lease_expires_at:
             raise LeaseLost(f"cannot begin job {job.id}: the lease of {job.consumer} on it has expired")
 
@@ -410,7 +410,7 @@ class PersistentQInterface(Reading, Moving):
                 at = self._time(now)
                 lost = self._complete_all(session, completions, at)
                 if lost and nested:
-                    raise _lost(session, "complete", lost[0])
+                    _refuse(session, "complete", lost[0])
                 self._reclaim(session, dead, at)
                 jobs = _claim(session, me, limit, queues, lease_seconds, at) if limit else []
                 # guard: a claim of the last attempt is synced
@@ -419,14 +419,14 @@ class PersistentQInterface(Reading, Moving):
             return jobs, lost
 
         try:
-            # guard: the fused call is synced
+            # guard: complete_and_dequeue is synced
             return exchange(durable=bool(completions) or nested)
         except UnsyncedLastAttempt:  # a power cut must not add an attempt: claim again, and sync
             return exchange(durable=True)
 
     def _complete_all(self, session: Session, completions: list[tuple[Job, str | None]], now: float) -> list[Job]:
         """Complete these jobs, and return those whose lease was lost."""
-        # guard: the fused call reports a lost lease
+        # guard: complete_and_dequeue reports a lost lease
         return [job for job, result in completions if not _complete(session, job, result, now)]
 
     def complete(self, job: Job, result: Any = None, *, now: float | None = None) -> None:
@@ -435,7 +435,7 @@ class PersistentQInterface(Reading, Moving):
         with self._transaction(in_batch=True) as session:
             # guard: complete needs a held lease
             if not _complete(session, job, encoded, self._time(now)):
-                raise _lost(session, "complete", job)
+                _refuse(session, "complete", job)
 
     def fail(
         self,
@@ -464,7 +464,7 @@ class PersistentQInterface(Reading, Moving):
         """Make a `processing` job `pending` again; the attempt does not count. Raises LeaseLost."""
         with self._transaction(durable=False) as session:
             if not self._release(session, job, self._time(now)):
-                raise _lost(session, "release", job)
+                _refuse(session, "release", job)
 
     def _release(self, session: Session, job: Job, now: float) -> bool:
         """Make a job pending again without counting this delivery; record it if it had begun."""
@@ -500,7 +500,7 @@ class PersistentQInterface(Reading, Moving):
                 session.wakes = True
             # guard: fail, release, extend, update need a held lease
             if not session.change(sql, params):
-                raise _lost(session, verb, job)
+                _refuse(session, verb, job)
 
     # Operating
 
@@ -509,7 +509,7 @@ class PersistentQInterface(Reading, Moving):
 
         Raises JobNotFound, QueueFull, or InvalidTransition if the job is not finished or another one has its key.
         """
-        self._operator_verb("resubmit", "resubmitted", RESUBMIT, job_id, by, now)
+        self._operator_verb("resubmit", "resubmitted", RESUBMIT, job_id, by, now, allowed=FINISHED)
 
     def mark_failed(
         self, job_id: int, error: str = "marked as failed", *, by: str | None = None, now: float | None = None
@@ -539,14 +539,22 @@ class PersistentQInterface(Reading, Moving):
         )
 
     def _operator_verb(
-        self, verb: str, event: str, sql: str, job_id: int, by: str | None, now: float | None, **values: Any
+        self,
+        verb: str,
+        event: str,
+        sql: str,
+        job_id: int,
+        by: str | None,
+        now: float | None,
+        allowed: Sequence[str] = (),
+        **values: Any,
     ) -> None:
         params = {"error": None, **values, "id": valid_id(job_id), "now": self._time(now)}
         with self._transaction() as session:
             session.change(RECORD, {**params, "event": event, "actor": operator_name(by)})
-            # guard: an operator sees a refusal
+            # guard: a refused operator verb raises
             if not session.change(sql, params):
-                raise _refusal(session, verb, job_id)
+                raise _refusal(session, verb, job_id, allowed)
             session.wakes = True
 
     @contextmanager
@@ -702,7 +710,7 @@ class PersistentQInterface(Reading, Moving):
         params["tasks"] = json.dumps(sorted(TASKS))
         with self._transaction(durable=False) as session:
             if session.change(MARK_DEAD, params):
-                # guard: who takes over a slot first takes back its jobs
+                # guard: a consumer that takes a dead consumer's slot reclaims its jobs first
                 self._reclaim(session, [], self._time(now))  # before this consumer writes to the same slot
             session.change(REGISTER, params)
 
@@ -749,15 +757,15 @@ class PersistentQInterface(Reading, Moving):
         """Promote scheduled jobs that are due, and end deliveries that expired or whose consumer died."""
         params = {"now": now, "limit": RECLAIM_BATCH}
         due, expired = session.run(OVERDUE, params)[0]
-        # guard: what is due is promoted
+        # guard: jobs that are due are promoted
         if due:
             session.change(PROMOTE, params)
             session.wakes = True
-        # guard: what expired is taken back
+        # guard: expired leases are reclaimed
         if expired:
             for row in session.run(EXPIRED, params):
                 self._end_lost_delivery(session, to_job(row), "expired", now)
-        # guard: the dead lose their jobs at once
+        # guard: jobs of dead consumers are reclaimed at once
         if dead is not None:
             for token in dead:
                 session.change(UNREGISTER, {"token": token, "state": "dead"})
@@ -833,7 +841,7 @@ def claim_params(
     params = _claim_filter(me.name, queues, limit)
     params["now"] = now
     params["lease_expires_at"] = now + valid_lease(lease_seconds)
-    # guard: each claim has a number of its own
+    # guard: each claim has its own number
     params["token"] = f"{me.token}.{next(me.claims)}"
     return params
 
@@ -863,9 +871,9 @@ def _batch_size(attempts: list[tuple[int, int]], prefetches: bool) -> int:
     A job that was delivered before is claimed alone: if it kills its consumer again, no other job is affected. So is a
     job with a single attempt, unless the attempt counts only when the job begins.
     """
-    # guard: a job that may run once comes alone
+    # guard: a job with one attempt is claimed alone
     alone = (n for n, (made, most) in enumerate(attempts) if made or (most == 1 and not prefetches))
-    # guard: a job delivered before comes alone
+    # guard: a redelivered job is claimed alone
     return max(1, next(alone, len(attempts)))
 
 
@@ -875,25 +883,23 @@ def _last_loss_error(job: Job, consumers: list[str], error: str) -> str:
     return f"failed after {number}; lost by {', '.join(consumers)}; {error}{once if job.max_attempts == 1 else ''}"
 
 
-def _lost(session: Session, verb: str, job: Job) -> QueueError | ValueError:
-    """Return the error for a lease token that is not the current one, and doom the transaction."""
+def _refuse(session: Session, verb: str, job: Job) -> NoReturn:
+    """Raise the error for a job whose token is not the current one. A lost lease dooms the transaction."""
     if job.lease_token is None:
-        return _refusal(session, verb, job.id)
-    session.lost = LeaseLost(f"cannot {verb} job {job.id}: the lease of {job.consumer} on it was lost")
-    return session.lost
+        raise _refusal(session, verb, job.id)
+    raise session.doom(LeaseLost(f"cannot {verb} job {job.id}: the lease of {job.consumer} on it was lost"))
 
 
-def _refusal(session: Session, verb: str, job_id: int) -> QueueError | ValueError:
-    rows = session.run("SELECT state, key, queue FROM jobs WHERE id = :id", {"id": job_id})
-    if not rows:
-        return JobNotFound(f"cannot {verb} job {job_id}: no such job")
-    state, key, queue = rows[0]
-    if verb == "resubmit" and state in FINISHED:
-        room, max_pending = next(iter(session.run(ROOM, {"queue": queue})), (None, None))
-        if max_pending is not None and room is not None and room <= 0:
-            return _queue_full(f"resubmit job {job_id}", queue, max_pending)
-        return InvalidTransition(f"cannot resubmit job {job_id}: another unfinished job has its key {key!r}")
-    return InvalidTransition(f"cannot {verb} job {job_id}: it is {state}")
+def _refusal(session: Session, verb: str, job_id: int, allowed: Sequence[str] = ()) -> QueueError | ValueError:
+    """Return the error for a job that was not changed. allowed: states in which only its key or a limit prevents it."""
+    for state, key, queue in session.run("SELECT state, key, queue FROM jobs WHERE id = :id", {"id": job_id}):
+        if state not in allowed:
+            return InvalidTransition(f"cannot {verb} job {job_id}: it is {state}")
+        for room, max_pending in session.run(ROOM, {"queue": queue}):
+            if room is not None and room <= 0:
+                return _queue_full(f"{verb} job {job_id}", queue, max_pending)
+        return InvalidTransition(f"cannot {verb} job {job_id}: another unfinished job has its key {key!r}")
+    return JobNotFound(f"cannot {verb} job {job_id}: no such job")
 
 
 def _queue_full(verb: str, queue: str, max_pending: int, jobs: int = 1) -> QueueFull | ValueError:

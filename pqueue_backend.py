@@ -77,9 +77,14 @@ class Session(ABC):
             self._end(error)
         elif not self.has_ended:
             if error is not None:
-                # guard: a failed savepoint is undone
+                # guard: a failed savepoint is rolled back
                 self.change("ROLLBACK TO nested")
             self.change("RELEASE nested")
+
+    def doom(self, error: LeaseLost) -> LeaseLost:
+        """Make the outermost transaction roll back and raise this error, even if the caller catches it; return it."""
+        self.lost = error
+        return error
 
     def _end(self, error: BaseException | None) -> None:
         try:
@@ -200,16 +205,15 @@ class Backend(ABC):
     def _count_pending(self, session: Session, queues: Iterable[str]) -> None:
         """Count the pending jobs of these queues, and keep the counts while any queue has a limit."""
 
-    @abstractmethod
-    def _lock_out_writers(self, session: Session) -> None:
+    # SQLite, which has a single writer and continues after the highest id, needs nothing for these three.
+
+    def _lock_out_writers(self, session: Session) -> None:  # noqa: B027
         """Block all other writers until this transaction ends."""
 
-    @abstractmethod
-    def _lock_jobs(self, session: Session, job_ids: list[int]) -> None:
+    def _lock_jobs(self, session: Session, job_ids: list[int]) -> None:  # noqa: B027
         """Lock these jobs until this transaction ends."""
 
-    @abstractmethod
-    def _reset_ids(self, session: Session) -> None:
+    def _reset_ids(self, session: Session) -> None:  # noqa: B027
         """Make new rows get ids above those that were copied."""
 
     @abstractmethod

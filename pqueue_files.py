@@ -8,7 +8,7 @@ import stat
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -68,7 +68,7 @@ class FileLocks:
         key = _identity(path)
         locks = cls._open[key] = cls._open.get(key) or cls(path)
         locks._users += 1
-        # guard: locks outlast a copy of the database
+        # guard: locks survive a copy of the database
         locks._set(fcntl.F_RDLCK)
         return locks
 
@@ -87,14 +87,11 @@ class FileLocks:
         index = Path(f"{path}-shm")
         if not FileLocks.AVAILABLE or not index.exists() or _has_open(_identity(index), ()):
             return False
-        file = os.open(index, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
+        with closing_file(os.open(index, os.O_RDONLY | os.O_NOFOLLOW)) as file:
             held = struct.unpack(
                 FLOCK, fcntl.fcntl(file, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, FileLocks.INDEX_IN_USE))
             )
             is_set, page_bytes, frames = struct.unpack("12xBxHI", os.pread(file, 20, 0).ljust(20, b"\0"))
-        finally:
-            os.close(file)
         expected = 32 + frames * (24 + (page_bytes if page_bytes > 1 else 65536))
         return bool(held[0] != fcntl.F_UNLCK and is_set and frames and file_size(Path(f"{path}-wal")) < expected)
 
@@ -154,7 +151,8 @@ def _has_open(identity: tuple[int, int], excluded: Sequence[int]) -> bool:
 class DatabaseFiles:
     """The files of a connection, to notice when one is replaced, moved or deleted."""
 
-    MTIME_SECONDS = (3.0, 0.1)  # resolution of st_mtime, with a margin: in whole seconds, and finer
+    # The resolution of st_mtime with a margin: on file systems that store whole seconds, and on others (10 ms)
+    MTIME_SECONDS = (3.0, 0.03)
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -222,11 +220,29 @@ SHARED = stat.S_ISGID | stat.S_IWGRP  # mode of a folder shared by a group: file
 
 def create_file(path: Path, group: int | None = None) -> None:
     # guard: files are private
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
+    with closing_file(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)) as file:
         if group is not None:
             os.fchown(file, -1, group)
             os.fchmod(file, 0o660)
+
+
+@contextmanager
+def part_of(target: Path) -> Iterator[Path]:
+    """Create a private file next to the target, to be renamed to it when complete; delete it if it was not."""
+    # guard: a backup is complete before it gets its name
+    part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
+    create_file(part)
+    try:
+        yield part
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def closing_file(file: int) -> Iterator[int]:
+    try:
+        yield file
     finally:
         os.close(file)
 
@@ -276,11 +292,8 @@ def sync(path: Path) -> None:
     """Sync a file, or the names in a folder: a power cut may undo unsynced ones."""
     if fcntl is None:
         return
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with closing_file(os.open(path, os.O_RDONLY)) as file:
         sync_file(file)
-    finally:
-        os.close(file)
 
 
 def file_number(path: Path) -> bytes:
@@ -358,7 +371,7 @@ def file_system(folder: Path) -> str:
     except OSError:
         return "unknown"
     real = folder.resolve()
-    # guard: a network drive is known by its last mount
+    # guard: a network drive is recognized by its last mount
     under = {len(mount[1]): mount[2] for mount in mounts if real.is_relative_to(_unescape(mount[1]))}
     return os.fsdecode(under[max(under)]) if under else "unknown"
 
@@ -368,7 +381,7 @@ def _unescape(mount_point: bytes) -> str:
 
 
 LOGS = ("-wal", "-journal")  # SQLite applies them to any database of that name
-IN_RESTORE = b"A restore was interrupted here. Run it again: python admin.py restore FILE\n"
+IN_RESTORE = b"A restore of a queue was interrupted here. Run it again.\n"
 
 
 def move_into_place(part: Path, target: Path, *, is_new: bool) -> None:

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pqueue import POLL_SECONDS
-from pqueue_files import is_stopped, open_private, share_as_folder, try_lock, unlock
+from pqueue_files import closing_file, is_stopped, open_private, share_as_folder, try_lock, unlock
 from pqueue_values import Job, QueueError
 
 LOCK_TIMEOUT_SECONDS = 1.0  # the longest wait for a lock; a process that holds one for longer is not waited for
@@ -164,7 +164,7 @@ class FairLock:
                 HANDOVER_SECONDS if self._is_reserved() else POLL_SECONDS
             )  # asked first: the reservation may expire
             acquired, left = self.try_acquire(kind), until - time.monotonic()
-            # guard: nobody waits again for a stopped process
+            # guard: a stopped process is not waited for twice
             if acquired or left <= 0 or self._held_seconds() >= LOCK_TIMEOUT_SECONDS:
                 self._shared[self.WAITING_SINCE + kind] = 0.0
                 return acquired
@@ -190,8 +190,8 @@ class FairLock:
     def _reserve(self, kind: int) -> None:
         now = time.monotonic()
         repeats = self._held_since > self._owned_since and now - self._owned_since >= REPEAT_SECONDS
-        # guard: nobody overtakes a writer that has waited for long
-        # guard: nobody writes again and again past a waiter
+        # guard: a writer that has waited long is not overtaken
+        # guard: a writer in a loop does not starve a waiter
         if repeats or now - self._shared[self.WAITING_SINCE + kind] >= OVERTAKE_SECONDS:
             self._shared[self.RESERVED_FOR], self._shared[self.RESERVED_UNTIL] = kind, now + HANDOVER_SECONDS
 
@@ -203,8 +203,8 @@ class FairLock:
         return None
 
     def _is_reserved(self) -> bool:
-        # guard: a lock is not kept for the dead
-        # guard: what a lock says is void after a reboot
+        # guard: a reservation for a dead waiter expires
+        # guard: a reservation is void after a reboot
         return 0 < self._shared[self.RESERVED_UNTIL] - time.monotonic() <= HANDOVER_SECONDS
 
     def _held_seconds(self) -> float:
@@ -216,7 +216,7 @@ class FairLock:
         pid, seconds = f"{self._shared[self.PID]:.0f}", self._held_seconds()
         if seconds < LOCK_TIMEOUT_SECONDS:
             return None
-        # guard: a problem with a lock needs a live holder
+        # guard: only a live holder is reported for a lock
         if self.try_acquire():  # its holder is dead
             self.release()
             return None
@@ -239,11 +239,8 @@ class ConsumerLocks:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        file = open_private(folder / "waiting")
-        try:
+        with closing_file(open_private(folder / "waiting")) as file:
             self.waiting = _map_file(file, self.COUNT)
-        finally:
-            os.close(file)
 
     def acquire(self) -> ConsumerLock:
         for number in range(self.COUNT):
@@ -260,34 +257,24 @@ class ConsumerLocks:
 
     def has_begun(self, number: int, token: str, job_id: int) -> bool:
         """Return False if the consumer with this token publishes the jobs that it begins, without this one."""
-        try:
-            file = os.open(self._folder / f"{number}.lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return True
-        try:
+        path = self._folder / f"{number}.lock"
+        with suppress(FileNotFoundError), closing_file(os.open(path, os.O_RDONLY | os.O_NOFOLLOW)) as file:
             words = array("Q", os.pread(file, BegunJobs.BYTES, 0).ljust(BegunJobs.BYTES, b"\0"))
-        finally:
-            os.close(file)
-        return BegunJobs.is_in(words, token, job_id)
+            return BegunJobs.is_in(words, token, job_id)
+        return True
 
     def is_held(self, number: int) -> bool:
-        lock = open_private(self._folder / f"{number}.lock")
-        try:
+        with closing_file(open_private(self._folder / f"{number}.lock")) as lock:
             return not try_lock(lock)
-        finally:
-            os.close(lock)
 
     def wake(self) -> None:
         """Wake up all waiting consumers, except dead ones."""
         number = self.waiting.find(b"\1")
         while number >= 0:
             self.waiting[number] = 0
-            with suppress(OSError):
-                pipe = os.open(self._folder / f"{number}.wakeup", os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-                try:
-                    os.write(pipe, b"!")
-                finally:
-                    os.close(pipe)
+            path = self._folder / f"{number}.wakeup"
+            with suppress(OSError), closing_file(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)) as pipe:
+                os.write(pipe, b"!")
             number = self.waiting.find(b"\1", number + 1)
 
     def wait(self, slot: ConsumerLock, seconds: float, due_in: Callable[[], float]) -> bool:
@@ -328,9 +315,9 @@ class BegunJobs:
 
     @staticmethod
     def is_in(words: Sequence[int], token: str, job_id: int) -> bool:
-        # guard: what had begun before a power cut is not known
+        # guard: records of begun jobs are void after a reboot
         is_known = words[0] == boot_id() != 0 and words[1] == int(token, 16)
-        # guard: what had begun is not returned uncounted
+        # guard: an attempt that had begun counts
         return not is_known or job_id in words[3 : 3 + words[2]]
 
     def close(self) -> None:

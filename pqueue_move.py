@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from pqueue_backend import Backend, Session
 from pqueue_schema import ADD_QUEUE, COLUMNS, LIMITED, MOVES, UNFINISHED
-from pqueue_values import InvalidTransition, Job, Params, QueueError, operator_name
+from pqueue_values import InvalidTransition, Job, Params, QueueError, command_line, operator_name
 
 # A move is marked in history by a row with job_id 0 and JSON in `error`. In the source: 'moving' while it waits for
 # running jobs, then 'moved', with {"token", "to"}; `attempt` is the number of calls of `finish_move`. In the target:
@@ -53,23 +53,27 @@ class Moving(Backend):
     @abstractmethod
     def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> None: ...
 
-    def copy_to(self, target: Moving, tell: Callable[[int], None] | None = None) -> dict[str, int]:
+    def copy_to(self, target: Moving, progress: Callable[[int], None] | None = None) -> dict[str, int]:
         """Copy queues, jobs and history into a queue of any backend that has no jobs.
 
         Return the number of rows of each table. The copy is read back and compared before it is committed; until then
-        both queues are locked for writing. `tell` is called with the number of rows copied so far.
+        both queues are locked for writing. `progress` is called with the number of rows copied so far.
 
         Raises QueueError if the target has jobs, or if the copy differs.
         """
         with self._transaction() as source, target._transaction() as copy:
             self._lock_out_writers(source)
             target._lock_out_writers(copy)
-            if copy.run("SELECT 1 FROM jobs LIMIT 1"):
-                raise QueueError("cannot copy: expected a target without jobs")
-            copied = _copy_rows(source, copy, tell)
-            target._reset_ids(copy)
-            # guard: a copy counts what is pending
-            target._count_pending(copy, [row[0] for row in copy.run(LIMITED)])
+            return target._fill(copy, source, progress)
+
+    def _fill(self, copy: Session, source: Session, progress: Callable[[int], None] | None) -> dict[str, int]:
+        """Copy all rows of the source into this queue, whose session is `copy`."""
+        if copy.run("SELECT 1 FROM jobs LIMIT 1"):
+            raise QueueError("cannot copy: expected a target without jobs")
+        copied = _copy_rows(source, copy, progress)
+        self._reset_ids(copy)
+        # guard: a copy counts what is pending
+        self._count_pending(copy, [row[0] for row in copy.run(LIMITED)])
         return copied
 
     # Moving: `begin_move` until nothing runs, then `move_to`, and `finish_move` when all programs use the target
@@ -97,8 +101,8 @@ class Moving(Backend):
             event, known = _mark(session)
             if event == "moved" and known["to"] != to:
                 raise QueueError(
-                    f"cannot move: this queue was moved to {known['to']}; finish that with --finish, or give it up "
-                    "with --cancel"
+                    f"cannot move: this queue was moved to {known['to']}; finish that with {command_line()} move "
+                    "--to URL --finish, or cancel it with --cancel"
                 )
             self._reclaim(session, dead, self._time(now))
             session.change(PAUSE_ALL)
@@ -111,7 +115,7 @@ class Moving(Backend):
         target: Moving,
         *,
         without: Sequence[str] = (),
-        tell: Callable[[int], None] | None = None,
+        progress: Callable[[int], None] | None = None,
         by: str | None = None,
         now: float | None = None,
     ) -> dict[str, int] | None:
@@ -128,10 +132,7 @@ class Moving(Backend):
             self._lock_out_writers(source)
             if count_running(source):
                 return None
-            if copy.run("SELECT 1 FROM jobs LIMIT 1"):
-                raise QueueError("cannot move: the target holds jobs; expected an empty one")
-            copied = _copy_rows(source, copy, tell)
-            target._reset_ids(copy)
+            copied = target._fill(copy, source, progress)
             mark = self._mark_moved(source, target.name, by, now)
             for sql, params in arrival(mark):
                 copy.change(sql, params)
@@ -191,7 +192,7 @@ class Moving(Backend):
             self._lock_out_writers(source)
             rows = source.run(MARK)
             if not rows or rows[0][2] != "moved":
-                raise QueueError("cannot finish: this queue was not moved yet; give move without --finish first")
+                raise QueueError("cannot finish: this queue was not moved yet; run move without --finish first")
             if running := count_running(source):
                 raise InvalidTransition(
                     f"cannot finish: {running} jobs run in the old queue, which was resumed; pause its queues, and try "
@@ -206,7 +207,7 @@ class Moving(Backend):
         return {"carried": carried, "known": known, "deleted": deleted}
 
 
-def _copy_rows(source: Session, copy: Session, tell: Callable[[int], None] | None) -> dict[str, int]:
+def _copy_rows(source: Session, copy: Session, progress: Callable[[int], None] | None) -> dict[str, int]:
     """Copy and compare the tables; return the number of rows of each."""
     copy.change("DELETE FROM queues")
     copied: dict[str, int] = {}
@@ -217,8 +218,8 @@ def _copy_rows(source: Session, copy: Session, tell: Callable[[int], None] | Non
             copy.change_many(insert, [dict(zip(columns.split(", "), row, strict=True)) for row in rows])
             read += map(_digest, rows)
             copied[table] = len(read)
-            if tell:
-                tell(sum(copied.values()))
+            if progress:
+                progress(sum(copied.values()))
         if sorted(read) != sorted(_digest(row) for rows in _pages(copy, table, columns) for row in rows):
             raise QueueError(f"cannot copy {table}: what was read back is not what was written")
     return copied
@@ -245,7 +246,7 @@ def _copy_new_jobs(source: Session, copy: Session, mark: Params, attempt: int) -
         raise QueueError(f"cannot finish: expected the target to be {mark['to']}, to which this queue was moved")
     (mark_id, at_attempt, _), known = here[0]
     carried = doubles = 0
-    # guard: a finished move knows that ids begin anew
+    # guard: ids may restart after a finished move
     last_id = known["last_id"] if at_attempt == attempt else 0  # after a --finish, ids may start at 1 again
     for rows in _pages(source, "jobs", COLUMNS, after=last_id):
         for row in rows:

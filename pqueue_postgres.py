@@ -255,9 +255,9 @@ SELECT min(at) FROM (
     pqueue_schema.PROMOTE: f"""
 UPDATE jobs SET state = 'pending' WHERE id = ANY (ARRAY(
     SELECT id FROM jobs WHERE state = 'scheduled' AND run_at <= :now ORDER BY run_at LIMIT :limit {LOCK}))""",
-    # differs because the rows must stay as they are until they are taken back
+    # differs because the rows must stay as they are until they are reclaimed
     pqueue_schema.EXPIRED: f"{pqueue_schema.EXPIRED} {LOCK}",
-    # differs because the rows must stay as they are until they are taken back
+    # differs because the rows must stay as they are until they are reclaimed
     pqueue_schema.ORPHANED: f"{pqueue_schema.ORPHANED} {LOCK}",
     # differs because the job must not change before the transition that follows
     pqueue_schema.RECORD: f"{pqueue_schema.RECORD} FOR UPDATE",

@@ -14,18 +14,18 @@ from pqueue import is_postgres, sqlite_path
 from pqueue_files import (
     IN_RESTORE,
     LOGS,
-    create_file,
     has_locks,
     make_folder,
     move_into_place,
     open_private,
+    part_of,
     real_path,
     sync,
     try_lock,
     try_lock_bytes,
 )
 from pqueue_sqlite import open_paths, schema_version
-from pqueue_values import QueueError, SchemaMismatch, file_path
+from pqueue_values import QueueError, SchemaMismatch, command_line, file_path
 
 COPY_BYTES = 1 << 20
 
@@ -39,41 +39,27 @@ def restore(backup: str | os.PathLike[str], url: str | os.PathLike[str] | None =
     if is_postgres(url):
         raise QueueError(
             "cannot restore into PostgreSQL: set PQUEUE_URL to the backup's path, and move that queue: "
-            "python admin.py move --to postgresql://…"
+            f"{command_line()} move --to postgresql://…"
         )
     if not has_locks():
         raise QueueError("cannot restore on this platform: it cannot show whether a program has the file open")
     source, target = file_path(backup), real_path(sqlite_path(url))
     try:
-        part = _copy_backup(source, target)
-        try:
+        if not source.is_file():
+            raise QueueError(f"cannot restore {source}: expected a file, got none")
+        if target.exists() and source.samefile(target):
+            raise QueueError(f"cannot restore {source}: it is the queue's file itself, not a backup of it")
+        make_folder(target.parent)
+        with part_of(target) as part:
+            _copy_pages(source, part)
+            sync(part)
             _apply_logs(target)
             with _exclusive_access(target) as file:
                 kept = _preserve(target, file)
                 move_into_place(part, target, is_new=file is None)
-        finally:
-            part.unlink(missing_ok=True)
     except OSError as error:
         raise QueueError(f"cannot restore {source} to {target}: {error.strerror}") from error
     return kept
-
-
-def _copy_backup(source: Path, target: Path) -> Path:
-    """Return a verified and synced copy of the backup, in the folder of the target."""
-    if not source.is_file():
-        raise QueueError(f"cannot restore {source}: expected a file, got none")
-    if target.exists() and source.samefile(target):
-        raise QueueError(f"cannot restore {source}: it is the queue's file itself, not a backup of it")
-    make_folder(target.parent)
-    part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
-    create_file(part)
-    try:
-        _copy_pages(source, part)
-        sync(part)
-    except BaseException:
-        part.unlink()
-        raise
-    return part
 
 
 def _copy_pages(source: Path, part: Path) -> None:
@@ -154,13 +140,9 @@ def _preserve(path: Path, file: int | None) -> Path | None:
 
 
 def _copy_file(source: int, target: Path) -> None:
-    part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
-    create_file(part)
-    try:
+    with part_of(target) as part:
         with part.open("wb") as copy:
             for at in range(0, os.fstat(source).st_size, COPY_BYTES):
                 copy.write(os.pread(source, COPY_BYTES, at))
         sync(part)
         part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)

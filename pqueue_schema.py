@@ -117,13 +117,13 @@ CREATE TABLE history (
 COLUMNS = ", ".join(Job._fields)
 NO_LEASE = "lease_token = NULL, lease_expires_at = NULL"
 # Only a processing job has a token: see the CHECK above.
-# guard: a settling verb needs the current token
+# guard: a verb under a lease needs the current token
 HELD = "id = :id AND lease_token = :token"
 PENDING_IN_QUEUE = "queue = :queue AND state = 'pending' AND assigned_to IS NULL"
 # guard: a full queue refuses a job
 HAS_ROOM = "(max_pending IS NULL OR max_pending > pending)"
 # guard: order: priority first
-# guard: order: then the time it was due
+# guard: order: then the due time
 # guard: order: then the id
 ORDER = "priority DESC, run_at, id"
 MOVES = "('moving', 'moved')"
@@ -171,9 +171,9 @@ WHERE true ON CONFLICT DO NOTHING"""
 # keep q in the outer loop. match: "IN", or "=" if :limit is 1, which is faster on SQLite.
 # guard: a paused queue delivers nothing
 # guard: a paused queue delivers no assigned job
-# guard: a consumer gets from its queues only
-# guard: an assigned job is for its consumer
-# guard: a consumer gets what is assigned to it only
+# guard: a consumer gets jobs of its queues only
+# guard: a job assigned to a consumer is not for others
+# guard: a consumer gets only its own assigned jobs
 def _candidates(match: str) -> str:
     return f"""
 SELECT jobs.id, priority, run_at, attempts, max_attempts FROM queues q CROSS JOIN jobs
@@ -191,7 +191,7 @@ def _claim(match: str) -> str:
     return f"""
 UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = :consumer, lease_token = :token,
     lease_expires_at = :lease_expires_at, started_at = :now
-WHERE state = 'pending' AND id {match} (SELECT id FROM ({_candidates(match)}) candidates ORDER BY {ORDER} LIMIT :limit)
+WHERE id {match} (SELECT id FROM ({_candidates(match)}) candidates ORDER BY {ORDER} LIMIT :limit)
 RETURNING {COLUMNS}"""
 
 
@@ -219,17 +219,17 @@ SELECT min(at) FROM (
 # Make scheduled jobs that are due pending.
 # guard: a job is not promoted before it is due
 PROMOTE = """
-UPDATE jobs SET state = 'pending' WHERE state = 'scheduled' AND id IN
+UPDATE jobs SET state = 'pending' WHERE id IN
     (SELECT id FROM jobs WHERE state = 'scheduled' AND run_at <= :now ORDER BY run_at LIMIT :limit)"""
 
 # Return jobs whose lease has expired.
-# guard: a lease is not taken back before it ran out
+# guard: a lease is not reclaimed before it expires
 EXPIRED = f"""
 SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND lease_expires_at <= :now
 ORDER BY lease_expires_at LIMIT :limit"""
 
 # Return processing jobs whose consumer has ended.
-# guard: the living keep their jobs
+# guard: running consumers keep their jobs
 ORPHANED = f"""
 SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND EXISTS
     (SELECT 1 FROM consumers WHERE token = substr(lease_token, 1, 16) AND consumers.state <> 'running') LIMIT :limit"""

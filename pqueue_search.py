@@ -336,8 +336,8 @@ class Reading(Backend):
 
         Text with other characters or JSON escapes always passes: `_holds` compares it.
         """
-        # guard: a search looks at text beyond ASCII
-        # guard: a search looks at what JSON has escaped
+        # guard: a search covers text beyond ASCII
+        # guard: a search covers JSON escapes
         return (
             f"{column} {self._LIKE} :run ESCAPE '!' OR {column} LIKE :escaped ESCAPE '!' "
             f"OR {self._BYTES.format(column)} <> length({column})"
@@ -377,7 +377,7 @@ _show_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 def _holds(row: Sequence[Any], needle: str, shown: Callable[[Job], Job] | None) -> bool:
     """Return whether the job contains the text: in the JSON of its payload or result, in one of their strings, in its
     error or in its key."""
-    # guard: a search finds only what is shown
+    # guard: a search matches only the displayed text
     job = to_job(row) if shown is None else shown(to_job(row))
     for value in (job.payload, *([] if job.result is None else [job.result])):
         if needle in _folded(_show_json(value)):

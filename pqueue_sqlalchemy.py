@@ -840,7 +840,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         facts["problems"] += self._limits_in_the_way()
         for name, counted, found in self._read(MISCOUNTED) if thorough else ():
             facts["problems"].append(
-                f"expected {found} pending jobs of queue {name!r}, counted {counted}: limit it anew"
+                f"expected {found} pending jobs of queue {name!r}, counted {counted}: set its limit again"
             )
         return facts
 

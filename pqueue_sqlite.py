@@ -24,6 +24,7 @@ from pqueue_files import (
     SHARED_FILE_SYSTEMS,
     DatabaseFiles,
     FileLocks,
+    closing_file,
     create_file,
     deleted_but_open,
     error_reason,
@@ -36,6 +37,7 @@ from pqueue_files import (
     make_folder,
     move_into_place,
     open_private,
+    part_of,
     real_path,
     rename,
     replaced,
@@ -53,6 +55,7 @@ from pqueue_values import (
     QueueError,
     QueueFull,
     SchemaMismatch,
+    command_line,
     file_path,
     ids_up_to,
     to_json,
@@ -64,7 +67,7 @@ LEAST_FREE_BYTES = 268_435_456  # `check` warns below this much free disk space
 SYNCHRONOUS = ("off", "normal", "full", "extra")
 MINIMUM_SQLITE = (3, 37)  # STRICT tables
 OUR_TABLES = f"SELECT sql LIKE '%STRICT' FROM sqlite_master WHERE type = 'table' AND name IN {TABLES}"
-OUR_SCHEMA = f"SELECT type, name, sql FROM sqlite_master WHERE tbl_name IN {TABLES} AND sql IS NOT NULL"
+SCHEMA = "SELECT type, name, sql FROM sqlite_master"
 MISCOUNTED = """
 SELECT name FROM queues q WHERE max_pending IS NOT NULL AND pending <>
     (SELECT count(*) FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL)"""
@@ -87,9 +90,9 @@ COUNT_PENDING = f"UPDATE queues SET pending = (SELECT count(*) FROM jobs WHERE {
 # Triggers that maintain queues.pending. They exist only while a queue has a limit: otherwise they cost nothing.
 IS_PENDING = "{row}.state = 'pending' AND {row}.assigned_to IS NULL"
 ADD_PENDING = "UPDATE queues SET pending = pending {change} 1 WHERE name = {row}.queue AND max_pending IS NOT NULL"
-# guard: a claim makes room
-# guard: what is pending again takes room
-# guard: what is deleted makes room
+# guard: a claimed job stops counting towards the limit
+# guard: a job that is pending again counts towards the limit
+# guard: a deleted job stops counting towards the limit
 COUNTERS = {
     f"jobs_{event.lower()}_{row}": (
         f"CREATE TRIGGER jobs_{event.lower()}_{row} AFTER {event} {columns} ON jobs WHEN {IS_PENDING.format(row=row)} "
@@ -199,7 +202,7 @@ class SQLiteSession(Session):
         try:
             self._expect_open()
             self._has_lock = self._writer_lock.acquire(in_batch=self.in_batch)
-            # guard: a database that was pulled away is not written
+            # guard: a replaced database is not written
             self.files.expect_in_place()
             if self._synchronous != self.wanted:
                 self.run(f"PRAGMA synchronous = {self.wanted}")
@@ -213,7 +216,7 @@ class SQLiteSession(Session):
     def _commit(self) -> None:
         self._expect_open()
         self._expect_to_go_on()
-        # guard: a transaction that lost its lock is undone
+        # guard: a transaction that lost its lock is rolled back
         self._expect_lock()
         self.run("COMMIT")
 
@@ -267,7 +270,7 @@ class SQLiteSession(Session):
             try:
                 self.files.expect_in_place()
             except DatabaseReplaced:
-                # guard: a log that was deleted is not written back
+                # guard: a deleted log is not written back
                 _keep_log(self.connection)
                 self.connection.close()
                 if locks:
@@ -290,7 +293,7 @@ class SQLiteSession(Session):
         if self.busy or self not in _held_for_fork or self.connection.in_transaction:
             _inherited_open.setdefault(self._path, []).append(self.connection)
         else:
-            # guard: a child closes what it inherited
+            # guard: a child closes inherited connections
             self.connection.close()
         self._has_lock = self.busy = False
         self._locks = None
@@ -377,7 +380,7 @@ class PersistentQSQLite(PersistentQInterface):
                 if records_log:
                     self._record_log(connection)
         except BaseException:
-            # guard: a failed opening closes what it opened
+            # guard: a failed opening closes its files
             self.close()
             raise
         _queues.add(self)
@@ -426,7 +429,7 @@ class PersistentQSQLite(PersistentQInterface):
         if not stat.S_ISREG(found.st_mode):
             kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
             raise QueueError(f"cannot open {self.path}: expected a database file, got {kind}")
-        # guard: a file of two names is refused
+        # guard: a file with two hard links is refused
         if found.st_nlink > 1:  # the log and the locks are found by name
             raise QueueError(f"cannot use {self.path}: expected a file of one name, got {found.st_nlink} hard links")
 
@@ -456,7 +459,7 @@ class PersistentQSQLite(PersistentQInterface):
 
         Also refuse one whose log was deleted while other processes have it open.
         """
-        # guard: a log that was deleted is not begun anew
+        # guard: a deleted log is not recreated
         if FileLocks.is_log_missing(self.path):
             raise DatabaseReplaced(
                 f"cannot use {self.path}: its log was deleted while other programs have it open: "
@@ -469,7 +472,8 @@ class PersistentQSQLite(PersistentQInterface):
             if seems_replaced and file_size(Path(f"{self.path}-wal")) and not self._fits_log(int(version or 0)):
                 raise SchemaMismatch(
                     f"cannot use {self.path}: it took the place of another database, to which the log "
-                    f"{self.path}-wal belongs: stop all programs and move the log away; see admin.py restore"
+                    f"{self.path}-wal belongs: stop all programs and move the log away; to replace "
+                    f"a queue, use {command_line()} restore"
                 )
 
     def _fits_log(self, known: int) -> bool:
@@ -495,12 +499,8 @@ class PersistentQSQLite(PersistentQInterface):
 
     @contextmanager
     def _log_record(self) -> Iterator[int]:
-        with self._folder_errors():
-            record = open_private(Path(f"{self.path}.d/files"))
-            try:
-                yield record
-            finally:
-                os.close(record)
+        with self._folder_errors(), closing_file(open_private(Path(f"{self.path}.d/files"))) as record:
+            yield record
 
     @contextmanager
     def _folder_errors(self) -> Iterator[None]:
@@ -601,7 +601,7 @@ class PersistentQSQLite(PersistentQInterface):
                 raise QueueError(f"cannot use {self.path}: this queue object is closed") from None
             with _opening_lock:
                 for other in self._sessions:  # they may have replaced files open
-                    # guard: a new connection needs the files of the others
+                    # guard: a new connection opens the same files as the others
                     other.files.expect_in_place()
                 session = self._new_session()
                 self._database = self._database or session.files.database
@@ -641,15 +641,6 @@ class PersistentQSQLite(PersistentQInterface):
         done = {row[0] for row in session.run(COMPLETE_MANY, {"completions": to_json(rows), "now": now})}
         return [job for job, _ in completions if job.id not in done]
 
-    def _lock_out_writers(self, session: Session) -> None:
-        """Do nothing: SQLite has a single writer."""
-
-    def _lock_jobs(self, session: Session, job_ids: list[int]) -> None:
-        """Do nothing: SQLite has a single writer."""
-
-    def _reset_ids(self, session: Session) -> None:
-        """Do nothing: SQLite continues after the highest id."""
-
     def _count_pending(self, session: Session, queues: Iterable[str]) -> None:
         is_limited = bool(session.run(LIMITED))
         for name, statement in COUNTERS.items():
@@ -670,7 +661,7 @@ class PersistentQSQLite(PersistentQInterface):
             # guard: a consumer whose locks were deleted stops
             if not all(me.slot.is_linked() for me in self._registry.values() if me.slot):
                 raise QueueError(f"cannot continue: the locks in {self.path}.d were deleted while in use; restart")
-            # guard: who holds its lock is alive
+            # guard: a consumer that holds its lock is alive
             return not (locks := self._consumer_locks) or slot is None or locks.is_held(slot)
 
     def _publish_begun(self, me: Registration) -> bool:
@@ -714,64 +705,54 @@ class PersistentQSQLite(PersistentQInterface):
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         target = file_path(path)
-        # guard: a backup takes its name last
-        part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
         try:
-            create_file(part)
             if target.exists():
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-            self._read("VACUUM INTO :part", {"part": str(part)})
-            with closing(sqlite3.connect(f"{part.as_uri()}?mode=ro", uri=True)) as copy:
-                if copy.execute("PRAGMA integrity_check").fetchone() != ("ok",):
-                    raise QueueError(f"cannot back up to {target}: the copy is damaged")
-            sync(part)  # some versions of SQLite do not
-            create_file(target)  # reserves the name; fails if it exists
-            rename(part, target, is_new=True)
+            with part_of(target) as part:
+                self._read("VACUUM INTO :part", {"part": str(part)})
+                with closing(sqlite3.connect(f"{part.as_uri()}?mode=ro", uri=True)) as copy:
+                    if copy.execute("PRAGMA integrity_check").fetchone() != ("ok",):
+                        raise QueueError(f"cannot back up to {target}: the copy is damaged")
+                sync(part)  # some versions of SQLite do not
+                create_file(target)  # reserves the name; fails if it exists
+                rename(part, target, is_new=True)
             # guard: a backup's name is synced
             sync(target.parent)
         except OSError as error:
             raise QueueError(f"cannot back up to {target}: {error.strerror}") from error
         except sqlite3.Error as error:
             raise self._error(error) from error
-        finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
 
     def move_to_file(
         self,
         path: str | os.PathLike[str],
         *,
-        tell: Callable[[int], None] | None = None,
+        progress: Callable[[int], None] | None = None,
         by: str | None = None,
         now: float | None = None,
     ) -> dict[str, int] | None:
         """Do what `move_to` does, into a new SQLite file, including the application's own tables.
 
-        tell is called with the number of pages copied so far. Raises QueueError if the file exists.
+        progress is called with the number of pages copied so far. Raises QueueError if the file exists.
         """
         target = real_path(path)
-        part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
         try:
             if target.exists() and target.stat().st_size:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             make_folder(target.parent)
-            create_file(part)
-            with self._transaction() as source:  # blocks other writers while the other connection reads
-                # guard: nothing is moved while a job runs
-                if count_running(source):
-                    return None
-                with closing(self._connect()) as reader, closing(sqlite3.connect(part, isolation_level=None)) as copy:
-                    copied = _copy_database(reader, copy, tell)
-                    _finish_copy(copy, arrival(self._mark_moved(source, str(target), by, now)))
-                sync(part)
-            move_into_place(part, target, is_new=not target.exists())
-        except OSError as error:
-            raise QueueError(f"cannot move to {target}: {error.strerror}") from error
-        except sqlite3.Error as error:
-            raise QueueError(f"cannot move to {target}: {error}") from error
-        finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
+            with part_of(target) as part:
+                with self._transaction() as source:  # blocks other writers while the other connection reads
+                    # guard: nothing is moved while a job runs
+                    if count_running(source):
+                        return None
+                    new = closing(sqlite3.connect(part, isolation_level=None))
+                    with closing(self._connect()) as reader, new as copy:
+                        copied = _copy_database(reader, copy, progress)
+                        _finish_copy(copy, arrival(self._mark_moved(source, str(target), by, now)))
+                    sync(part)
+                move_into_place(part, target, is_new=not target.exists())
+        except (OSError, sqlite3.Error) as error:
+            raise QueueError(f"cannot move to {target}: {getattr(error, 'strerror', error)}") from error
         return copied
 
     def other_tables(self) -> list[str]:
@@ -832,7 +813,7 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _schema_problems(self) -> list[str]:
         with self._sqlite_errors():
-            missing = _schema(has_limit=bool(self._read(LIMITED))) - set(self._read(OUR_SCHEMA))
+            missing = _schema(has_limit=bool(self._read(LIMITED))) - set(self._read(SCHEMA))
         changed = [f"{kind} {name!r} is not as this version makes it" for kind, name, _ in sorted(missing)]
         changed += [
             f"queue {name!r} counts its pending jobs wrong: set its limit again" for (name,) in self._read(MISCOUNTED)
@@ -880,7 +861,7 @@ class PersistentQSQLite(PersistentQInterface):
         _opening_lock.acquire()
         until = time.monotonic() + BUSY_SECONDS
         found = [session for queue in list(_queues) for session in list(queue._sessions)]
-        # guard: nobody forks while a thread is inside SQLite
+        # guard: a fork waits for threads inside SQLite
         _held_for_fork.extend(each for each in found if each.in_use.acquire(timeout=max(0, until - time.monotonic())))
 
     @staticmethod
@@ -918,13 +899,13 @@ def _schema(*, has_limit: bool) -> set[tuple[str, str, str]]:
     with closing(sqlite3.connect(":memory:")) as model:
         for statement in chain(*MIGRATIONS, COUNTERS.values() if has_limit else ()):
             model.execute(statement.format_map(SQLITE_TYPES))
-        return set(model.execute(OUR_SCHEMA))
+        return set(model.execute(SCHEMA))
 
 
 def _adopt_dump(connection: sqlite3.Connection) -> None:
     """Set the application id and the schema version of a queue restored from the output of .dump, which omits them."""
     marks = connection.execute("SELECT * FROM pragma_application_id, pragma_user_version").fetchone()
-    if marks == (0, 0) and _schema(has_limit=False) <= set(connection.execute(OUR_SCHEMA)):
+    if marks == (0, 0) and _schema(has_limit=False) <= set(connection.execute(SCHEMA)):
         connection.execute("BEGIN IMMEDIATE")
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
@@ -959,15 +940,15 @@ def schema_version(connection: sqlite3.Connection, path: Path) -> int:
 
 
 def _copy_database(
-    source: sqlite3.Connection, copy: sqlite3.Connection, tell: Callable[[int], None] | None
+    source: sqlite3.Connection, copy: sqlite3.Connection, progress: Callable[[int], None] | None
 ) -> dict[str, int]:
     """Copy all pages and compare all rows; return the number of rows of each table of the queue."""
 
-    def progress(_: int, remaining: int, total: int) -> None:
-        if tell:
-            tell(total - remaining)
+    def copied(_: int, remaining: int, total: int) -> None:
+        if progress:
+            progress(total - remaining)
 
-    source.backup(copy, pages=10_000, progress=progress)
+    source.backup(copy, pages=10_000, progress=copied)
     source.text_factory = copy.text_factory = bytes  # the application may store text that is not UTF-8
     schema = "SELECT type, name, tbl_name, rootpage, sql FROM sqlite_master"
     tables = [row[1].decode() for row in source.execute(schema) if row[0] == b"table" and row[3]]
@@ -988,8 +969,7 @@ def _finish_copy(copy: sqlite3.Connection, changes: list[tuple[str, Params]]) ->
     copy.text_factory = str
     copy.execute("PRAGMA journal_mode = DELETE")
     copy.execute("BEGIN")
-    sql = f"SELECT name, sql FROM sqlite_master WHERE type = 'trigger' AND tbl_name IN {TABLES}"
-    triggers = copy.execute(sql).fetchall()
+    triggers = copy.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
     for name, _ in triggers:
         # guard: the application's triggers do not fire in a copy
         copy.execute(f"DROP TRIGGER {_quoted(name)}")

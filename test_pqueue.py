@@ -1,4 +1,4 @@
-"""The contract suite: what every backend must do, and what the SQLite file promises besides. Needs nothing installed.
+"""The contract suite: what every backend must do, and what the SQLite file adds. Needs nothing installed.
 
 python3 test_pqueue.py
 """
@@ -33,7 +33,9 @@ from unittest import mock
 import pqueue
 import pqueue_files
 import pqueue_locks
+import pqueue_move
 import pqueue_schema
+import pqueue_search
 import pqueue_sqlite
 import pqueue_values
 from pqueue import (
@@ -106,7 +108,7 @@ def python(code, *arguments):
 
 
 class QueueContract:
-    """What any backend must do. The class beside it says how to `open` a queue; two calls see the same jobs."""
+    """What any backend must do. The other base class says how to `open` a queue; two calls see the same jobs."""
 
     polls = False  # nothing wakes a consumer
 
@@ -194,7 +196,7 @@ class QueueContract:
                             call(job)
                         self.assertEqual(q.get(job.id), before)
 
-    def test_verb_changes_its_job_and_none_beside_it(self):
+    def test_verb_changes_only_its_job(self):
         q = self.queue
         verbs = {
             "complete": lambda job: q.complete(job, now=NOW),
@@ -224,6 +226,17 @@ class QueueContract:
                 before = others(job)
                 call(job)
                 self.assertEqual(others(job), before)
+
+    def test_operator_reads_why_a_verb_was_refused(self):
+        q, finished, running = self.queue, self.in_state("completed").id, self.in_state("processing").id
+        for message, verb in {
+            f"cannot cancel job {finished}: it is completed": lambda: q.cancel(finished),
+            f"cannot mark as failed job {finished}: it is completed": lambda: q.mark_failed(finished),
+            f"cannot assign job {finished}: it is completed": lambda: q.assign(finished, "w"),
+            f"cannot resubmit job {running}: it is processing": lambda: q.resubmit(running),
+        }.items():
+            with self.assertRaisesRegex(InvalidTransition, f"^{message}$"):
+                verb()
 
     def test_verbs_on_an_unknown_job_raise_job_not_found(self):
         self.queue.enqueue("t")
@@ -293,7 +306,7 @@ class QueueContract:
         self.assertEqual(job.state, "failed")
         self.assertIn("lost by ann, bob, cid", job.error)
 
-    def test_guarantee_5_names_are_those_who_lost_this_job(self):
+    def test_guarantee_5_error_names_the_consumers_that_lost_this_job(self):
         q = self.queue
         mine, other = q.enqueue_many("t", range(2), max_attempts=2, now=NOW)
         q.dequeue("ann", lease_seconds=10, now=NOW)
@@ -333,7 +346,7 @@ class QueueContract:
         self.queue.dequeue("eve", now=NOW + 300)
         self.assertIn("lost by dora;", self.queue.get(job_id).error)
 
-    def test_guarantee_5_jobs_beside_one_that_kills_do_not_pay_for_it(self):
+    def test_guarantee_5_job_that_kills_costs_no_other_job_an_attempt(self):
         ids = self.queue.enqueue_many("t", range(5), max_attempts=2, now=NOW)
         self.assertEqual(len(self.queue.dequeue_many("victim", 9, now=NOW)), 5)
         fresh = self.queue.enqueue("t", now=NOW)
@@ -352,26 +365,26 @@ class QueueContract:
         self.assertEqual(lost, [jobs[1]])
         self.assertEqual([self.queue.get(job.id).result for job in jobs], [0, None, 2])
 
-    def test_batch_completes_what_was_given_and_not_the_rest_of_its_claim(self):
+    def test_batch_completes_only_the_jobs_that_were_given(self):
         self.queue.enqueue_many("t", range(3), now=NOW)
         first, second, third = self.queue.dequeue_many("w", 3, now=NOW)
         self.queue.complete_and_dequeue([(first, 1), (third, 3)], "w", 0, now=NOW)
         self.assertEqual([self.queue.get(job.id).result for job in (first, third)], [1, 3])
         self.assertEqual(self.queue.get(second.id), second)
 
-    def test_dequeue_promotes_what_is_due_and_nothing_else(self):
+    def test_dequeue_promotes_only_jobs_that_are_due(self):
         due, later = (self.queue.enqueue("t", run_at=NOW + seconds, now=NOW) for seconds in (10, 20))
         self.queue.dequeue_many("w", 0, now=NOW + 10)
         self.assertEqual([self.queue.get(job_id).state for job_id in (due, later)], ["pending", "scheduled"])
 
-    def test_dequeue_that_may_promote_few_passes_over_what_is_pending(self):
+    def test_dequeue_with_a_small_batch_promotes_in_spite_of_pending_jobs(self):
         self.queue.pause("paused")
         self.queue.enqueue("t", queue="paused", now=NOW)
         job_id = self.queue.enqueue("t", run_at=NOW + 10, now=NOW)
         with mock.patch("pqueue.RECLAIM_BATCH", 1):
             self.assertEqual(self.queue.dequeue("w", now=NOW + 10).id, job_id)
 
-    def test_dequeue_takes_back_what_expired_and_nothing_else(self):
+    def test_dequeue_reclaims_only_expired_leases(self):
         self.queue.enqueue_many("t", range(2), now=NOW)
         expired, held = (self.queue.dequeue("w", lease_seconds=seconds, now=NOW) for seconds in (10, 20))
         self.queue.dequeue_many("other", 0, now=NOW + 10)
@@ -405,6 +418,13 @@ class QueueContract:
             self.execute(db, "UPDATE consumers SET state = 'dead'")
         self.queue.leave("w")
         self.assertEqual([each["state"] for each in self.queue.consumers()], ["dead"])
+
+    def test_consumer_looks_for_the_dead_once_in_a_while(self):
+        self.reopen().dequeue("other")
+        with mock.patch.object(self.queue, "_is_alive", return_value=True) as is_alive:
+            for _ in range(3):
+                self.queue.dequeue("w")
+        self.assertEqual(is_alive.call_count, 1)
 
     def test_consumer_gets_one_assigned_job_after_the_other(self):
         ids = [self.queue.enqueue("t", assigned_to="w", now=NOW) for _ in range(3)]
@@ -443,7 +463,7 @@ class QueueContract:
         ids = self.queue.enqueue_many("t", self.ODD, now=NOW)
         self.assertEqual([repr(self.queue.get(job_id).payload) for job_id in ids], [repr(value) for value in self.ODD])
 
-    def test_batch_refuses_what_a_single_job_would_refuse(self):
+    def test_enqueue_many_refuses_the_payloads_that_enqueue_refuses(self):
         nest = 0
         for _ in range(pqueue_values.MAX_JSON_DEPTH + 1):
             nest = [nest]
@@ -606,7 +626,7 @@ class QueueContract:
             with self.assertRaisesRegex(QueueError, "cannot register consumer 'one more': this object has 3.*leave"):
                 self.queue.dequeue("one more")
 
-    def test_job_that_may_run_once_is_taken_alone(self):
+    def test_job_with_one_attempt_is_claimed_alone(self):
         self.queue.enqueue("t", now=NOW)
         self.queue.enqueue_many("t", range(2), max_attempts=1, now=NOW)
         self.queue.enqueue("t", now=NOW)
@@ -677,7 +697,7 @@ class QueueContract:
         q.limit("default", None)
         self.assertEqual(fill(), 9)
 
-    def test_limit_holds_for_its_queue_alone(self):
+    def test_limit_applies_to_its_queue_only(self):
         def fill(queue):
             """Enqueue until the queue is full; return how many it took."""
             for taken in range(9):
@@ -751,7 +771,7 @@ class QueueContract:
         with self.assertRaisesRegex(QueueError, "cannot copy: expected a target without jobs"):
             self.queue.copy_to(target)
 
-    def test_moved_queue_goes_on_in_its_new_place(self):
+    def test_moved_queue_continues_in_its_target(self):
         queue, target = self.queue, self.target()
         queue.pause("held")
         queue.enqueue("t", queue="held")
@@ -784,6 +804,16 @@ class QueueContract:
         target.cancel_move()
         self.assertTrue(queue.has_moved_to(target))
 
+    def test_queue_that_moved_on_still_knows_what_it_has_of_its_first_place(self):
+        first, second, third = self.queue, self.target(), self.target()
+        first.enqueue("t")
+        for source, target in ((first, second), (second, third)):
+            source.begin_move(target.name)
+            source.move_to(target)
+        self.assertEqual(second.finish_move(third), {"carried": 0, "known": 0, "deleted": 1})
+        first.enqueue("late")
+        self.assertEqual(first.finish_move(second), {"carried": 1, "known": 0, "deleted": 2})
+
     def test_move_that_is_given_up_delivers_here_again(self):
         self.queue.pause("held")
         for name in ("default", "held"):
@@ -802,6 +832,17 @@ class QueueContract:
         target = pqueue.PersistentQSQLite(Path(folder.name) / "copy.db")
         self.addCleanup(target.close)
         self.queue.copy_to(target)
+        with self.assertRaises(QueueFull):
+            target.enqueue("t")
+        target.dequeue("w")
+        target.enqueue("t")
+
+    def test_moved_queue_keeps_its_limit(self):
+        self.queue.limit("default", 3)
+        self.queue.enqueue_many("t", range(3))
+        target = self.target()
+        self.queue.begin_move(target.name)
+        self.queue.move_to(target)
         with self.assertRaises(QueueFull):
             target.enqueue("t")
         target.dequeue("w")
@@ -927,7 +968,7 @@ class QueueContract:
                 self.queue.enqueue("inner too")
         self.assertEqual([job.task for job in self.queue.list_jobs()], ["inner too", "outer"])
 
-    def test_nobody_sees_a_transaction_before_its_end(self):
+    def test_transaction_is_invisible_to_others_until_its_end(self):
         other = self.reopen()
         with self.queue.transaction():
             job_id = self.queue.enqueue("t", now=NOW)
@@ -950,7 +991,7 @@ class QueueContract:
 
     # Operating
 
-    def test_operators_deeds_are_recorded_with_who_did_them(self):
+    def test_operator_actions_are_recorded_with_the_operator(self):
         job = self.taken()
         self.queue.mark_failed(job.id, "by hand", by="ann", now=NOW)
         self.queue.resubmit(job.id, by="bob", now=NOW)
@@ -981,7 +1022,7 @@ class QueueContract:
         self.assertEqual(self.queue.delete_jobs([other]), 1)
         self.assertEqual(self.queue.delete_jobs(force=True), 1)
 
-    def test_prune_takes_what_finished_long_ago_with_its_history(self):
+    def test_prune_deletes_old_finished_jobs_with_their_history(self):
         old, failed, young, last = (self.queue.enqueue("t", now=NOW) for _ in range(4))
         self.queue.cancel(old, now=NOW)
         self.queue.mark_failed(failed, now=NOW)
@@ -999,7 +1040,7 @@ class QueueContract:
             self.assertEqual(self.queue.prune(10, now=NOW + 10), 0)
             self.assertEqual(self.queue.prune(10, now=NOW + 11), 5)
 
-    def test_operator_sees_what_each_queue_finished_counted_once(self):
+    def test_operator_sees_each_finished_job_counted_once(self):
         for name in "ab":
             self.queue.enqueue("t", queue=name, now=100)
             self.queue.complete(self.queue.dequeue("w", queues=[name], now=110), now=130)
@@ -1022,6 +1063,9 @@ class QueueContract:
         ids = self.queue.enqueue_many("a", range(4), now=NOW)
         self.queue.assign(ids[0], "w")
         self.queue.cancel(ids[1])
+        failed = [self.queue.enqueue(name, now=NOW) for name in "ab"]
+        for job_id in failed:
+            self.queue.mark_failed(job_id)
         for few in (100, 0):
             with self.subTest(few=few), mock.patch("pqueue_search.INDEX_SCAN_JOBS", few):
                 self.assertEqual([job.id for job in self.queue.list_jobs(state="pending")], [ids[3], ids[2], ids[0]])
@@ -1029,8 +1073,9 @@ class QueueContract:
                     [job.id for job in self.queue.list_jobs(state="pending", before_id=ids[3])], [ids[2], ids[0]]
                 )
                 self.assertEqual([job.id for job in self.queue.list_jobs(state="cancelled", queue="default")], [ids[1]])
+                self.assertEqual([job.id for job in self.queue.list_jobs(state="failed", task="b")], failed[1:])
 
-    def test_search_stops_in_time_and_goes_on_where_it_stopped(self):
+    def test_search_stops_in_time_and_continues_where_it_stopped(self):
         ids = self.queue.enqueue_many("a", range(10), now=NOW)
         self.queue.delete_jobs(ids[2:6])
         with mock.patch("pqueue_search.WALK_IDS", 2):
@@ -1044,7 +1089,7 @@ class QueueContract:
             jobs, before = self.queue.search_jobs(pqueue.Filters(task="a"), limit=3, seconds=3600)
             self.assertEqual(([job.id for job in jobs], before), (ids[:6:-1], ids[7]))
 
-    def test_ids_may_grow_beyond_what_a_small_integer_holds(self):
+    def test_ids_may_exceed_32_bits(self):
         old, big = self.queue.enqueue("t"), 2**40
         with self.queue.transaction() as db:
             self.execute(db, "UPDATE jobs SET id = :big WHERE id = :old", big=big, old=old)
@@ -1132,7 +1177,7 @@ class QueueContract:
             self.assertEqual(len(self.find(needle)), found + (needle == "\\") * 2, needle)  # JSON shows some as \n
         self.assertEqual(len(self.find("")), 16)
 
-    def test_reader_finds_what_a_plain_comparison_finds(self):
+    def test_search_finds_the_same_jobs_as_a_plain_comparison(self):
         letters = 'aAkKiIsS1üÜßİı\u212aſ\ufb01"\\\n%_ …'
         draw = random.Random(7)
         texts = ["".join(draw.choices(letters, k=draw.randint(0, 6))) for _ in range(60)]
@@ -1149,7 +1194,7 @@ class QueueContract:
             ]
             self.assertEqual([job.id for job in self.queue.list_jobs(text=needle)], expected[::-1], (needle, expected))
 
-    def test_reader_finds_what_another_program_has_stored_in_another_form(self):
+    def test_search_finds_json_that_another_program_has_formatted(self):
         job_id = self.queue.enqueue("t")
         for stored in ('{"city": "M\\u00fcn\\u0063hen"}', '{"city":\n"Mün\\u0063hen"}', '"MÜNCHEN"'):
             with self.queue.transaction() as db:
@@ -1167,7 +1212,7 @@ class QueueContract:
         for text in ("ada", '"word": "…"', "WORD"):
             self.assertEqual(self.find(text, shown=shown), [job_id])
 
-    def test_job_that_leaves_its_state_during_a_search_is_not_found(self):
+    def test_job_that_changes_during_a_search_is_not_found(self):
         ids = self.queue.enqueue_many("t", ["find me"] * 3)
         find = self.queue._find
 
@@ -1178,8 +1223,34 @@ class QueueContract:
 
         with mock.patch.object(self.queue, "_find", late):
             self.assertEqual([job.id for job in self.queue.list_jobs(text="find", state="pending")], [ids[2], ids[0]])
+        self.queue.dequeue("w", now=NOW)
 
-    def test_reader_of_excerpts_gets_beginnings_of_what_is_long(self):
+        def taken_over(*arguments):
+            found = find(*arguments)
+            self.queue.dequeue("other", now=NOW + 60)
+            return found
+
+        with mock.patch.object(self.queue, "_find", taken_over):
+            self.assertEqual(self.queue.list_jobs(text="find", consumer="w"), [])
+
+    def test_search_reads_few_jobs_at_a_time_and_those_of_a_rare_state_by_its_index(self):
+        ids = self.queue.enqueue_many("t", ["find me"] * 20, now=NOW)
+        self.queue.mark_failed(ids[0])
+        read, rows = self.queue._read, []
+
+        def noting(sql, *params):
+            found = read(sql, *params)
+            rows.append(len(found) if "payload" in sql.partition("FROM")[0] else 0)
+            return found
+
+        with mock.patch.object(self.queue, "_read", noting):
+            self.assertEqual(len(self.queue.list_jobs(text="find")), 20)
+        self.assertEqual(max(rows), pqueue_search.TEXT_SCAN_JOBS)
+        with mock.patch("pqueue_search.INDEX_SCAN_JOBS", 10), mock.patch.object(self.queue, "_walk") as walk:
+            self.assertEqual([job.id for job in self.queue.list_jobs(state="failed")], ids[:1])
+        walk.assert_not_called()
+
+    def test_reader_of_excerpts_gets_the_beginnings_of_long_values(self):
         self.queue.enqueue("t", {"n": "x" * 5000})
         job = self.queue.dequeue("w")
         self.queue.update(job, result=["y" * 500])
@@ -1210,7 +1281,7 @@ class QueueContract:
                 with self.assertRaisesRegex(ValueError, re.escape(message)):
                     look(**filters)
 
-    def test_caller_who_misspells_an_option_reads_the_name_of_the_method(self):
+    def test_misspelled_option_names_the_method(self):
         queue = self.queue
         for method in (queue.list_jobs, queue.count_jobs, queue.enqueue, queue.dequeue, queue.dequeue_many):
             message = rf"\.{method.__name__}\(\) got an unexpected keyword argument 'status'"
@@ -1349,7 +1420,7 @@ class QueueContract:
         found = sorted(map(str, self.queue.unfinished_payloads()))
         self.assertEqual(found, sorted([*map(str, range(1, 250)), "later"]))
 
-    def test_nobody_changes_what_was_read_in_an_exclusive_block(self):
+    def test_exclusive_block_keeps_what_it_has_read_unchanged(self):
         other = self.open(busy_seconds=0.1)
         for chosen in (True, False):
             job_id = self.queue.enqueue("t")
@@ -1364,7 +1435,7 @@ class QueueContract:
                 self.queue.cancel(job_id)
             self.assertEqual(other.get(job_id).state, "cancelled")
 
-    def test_jobs_are_found_by_their_ids_and_what_else_was_asked(self):
+    def test_jobs_are_found_by_their_ids_and_other_filters(self):
         ids = self.queue.enqueue_many("t", range(5))
         self.queue.cancel(ids[1])
         found = self.queue.list_jobs(ids=ids[:3], state="pending")
@@ -1394,7 +1465,7 @@ class QueueContract:
         self.assertEqual(stats["queues"]["default"]["scheduled"], 1)
         self.assertEqual(stats["oldest_pending_at"], NOW - 7)
 
-    def test_registry_tells_who_works_on_what(self):
+    def test_registry_shows_which_consumer_holds_which_jobs(self):
         job_id = self.queue.enqueue("t", queue="q")
         self.queue.dequeue("w", queues=["q"])
         self.queue.heartbeat("w", completed=4, failed=1, now=NOW)
@@ -1495,7 +1566,7 @@ class QueueContract:
         for case, (prepare, wake) in cases.items():
             with self.subTest(case):
                 q.delete_jobs(force=True)
-                asked, told, prepared = threading.Event(), [], prepare()
+                asked, woken_up, prepared = threading.Event(), [], prepare()
                 read = waiter._read
 
                 def asking(*arguments, read=read, asked=asked):
@@ -1503,10 +1574,10 @@ class QueueContract:
                     asked.set()  # it is about to sleep, and hears of what happens from now on
                     return rows
 
-                def wait(told=told):
+                def wait(woken_up=woken_up):
                     while not (woken := waiter.wait(60, consumer="w")) and self.polls:
                         pass
-                    told.append(woken)
+                    woken_up.append(woken)
 
                 longest = 0.2 if self.polls else 60
                 with mock.patch("pqueue.WAIT_SECONDS", longest), mock.patch.object(waiter, "_read", asking):
@@ -1519,7 +1590,7 @@ class QueueContract:
                     q.enqueue("t", now=NOW)
                     thread.join()
                 self.assertFalse(slept_on)
-                self.assertEqual(told, [True])
+                self.assertEqual(woken_up, [True])
 
     def test_waiting_consumer_sleeps_on_when_others_find_nothing(self):
         self.queue.pause("default")
@@ -1557,11 +1628,11 @@ class QueueContract:
 
     def test_wait_ends_without_work_when_there_is_none_to_do(self):
         self.queue.enqueue("t", queue="other")
-        self.queue.enqueue("t", assigned_to="somebody")
+        self.queue.enqueue("t", assigned_to="other")
         self.queue.pause("paused")
         self.queue.enqueue("t", queue="paused")
         self.assertFalse(self.queue.wait(0.02, consumer="w", queues=["mine", "paused"]))
-        self.assertTrue(self.queue.wait(1, consumer="somebody", queues=["mine"]))
+        self.assertTrue(self.queue.wait(1, consumer="other", queues=["mine"]))
 
     # Threads
 
@@ -1640,8 +1711,13 @@ class SQLiteContract(QueueContract, SQLiteCase):
         self.queue.limit("a", 5)
         self.queue.limit("b", 5)
         self.assertEqual(sorted(triggers()), sorted(pqueue_sqlite.COUNTERS))
+        self.assertEqual(self.queue.other_tables(), [])
         self.queue.limit("a", None)
         self.assertEqual(sorted(triggers()), sorted(pqueue_sqlite.COUNTERS))
+        self.queue.enqueue("t", queue="a")  # does not write to its row
+        self.queue.enqueue("t", queue="b")
+        self.queue.cancel(self.queue.enqueue("t", queue="b"))
+        self.assertEqual(dict(self.queue._read("SELECT name, pending FROM queues")), {"a": 0, "b": 1})
         self.assertEqual(self.queue.check()["problems"], [])
         self.queue.limit("b", None)
         self.assertEqual(triggers(), [])
@@ -1671,7 +1747,7 @@ class SQLiteContract(QueueContract, SQLiteCase):
                 self.assertEqual((job.state, job.attempts), ("processing", 1))
                 self.queue.complete(job, now=NOW)
 
-    def test_consumer_whose_lease_ran_out_returns_what_it_had_not_begun_uncounted(self):
+    def test_jobs_not_begun_when_the_lease_expires_return_uncounted(self):
         self.queue.enqueue_many("t", range(3), max_attempts=1, now=NOW)
         first, second, third = self.queue.dequeue_many("w", 3, prefetch=True, lease_seconds=60, now=NOW)
         self.queue.begin(first, now=NOW)
@@ -1684,7 +1760,7 @@ class SQLiteContract(QueueContract, SQLiteCase):
             self.assertEqual(self.queue.get(job.id).state, "failed")
             self.assertIn("is not run again, as its max_attempts is 1", self.queue.get(job.id).error)
 
-    def test_consumer_beside_another_returns_what_it_had_not_begun_uncounted(self):
+    def test_jobs_not_begun_by_one_of_two_consumers_return_uncounted(self):
         self.queue.enqueue_many("t", range(2), now=NOW)
         (first,) = self.queue.dequeue_many("first", 1, prefetch=True, now=NOW)
         (second,) = self.queue.dequeue_many("second", 1, prefetch=True, now=NOW)
@@ -1698,8 +1774,10 @@ class SQLiteContract(QueueContract, SQLiteCase):
         with self.assertRaisesRegex(LeaseLost, "cannot begin job 1: the lease of w on it has expired"):
             self.queue.begin(job, now=NOW + 60)
         self.assertEqual(self.reopen().dequeue("other", now=NOW + 60).attempts, 1)  # for it had not begun
+        with mock.patch("time.time", side_effect=[NOW + 59, NOW + 60]), self.assertRaises(LeaseLost):
+            self.queue.begin(job)  # it ended meanwhile
 
-    def test_slot_of_a_dead_consumer_that_is_taken_over_still_tells_what_had_begun(self):
+    def test_reused_slot_of_a_dead_consumer_still_shows_which_jobs_had_begun(self):
         code = """
 import os, pqueue
 queue = pqueue.PersistentQSQLite(sys.argv[1])
@@ -1715,7 +1793,7 @@ os._exit(0)
         self.assertEqual([job.state for job in queue.list_jobs()], ["pending", "processing", "failed", "failed"])
         self.assertEqual([job.attempts for job in queue.list_jobs()], [0, 1, 1, 1])
 
-    def test_job_counts_as_begun_after_the_machine_was_started_anew(self):
+    def test_job_counts_as_begun_after_a_reboot(self):
         code = """
 import os, pqueue
 queue = pqueue.PersistentQSQLite(sys.argv[1])
@@ -1728,6 +1806,12 @@ os._exit(0)
         with mock.patch("pqueue_locks.boot_id", return_value=pqueue_locks.boot_id() + 1):
             self.assertIsNone(self.reopen().dequeue("w"))
         self.assertEqual(self.queue.get(1).state, "failed")
+
+    def test_job_counts_as_begun_when_the_lock_of_its_consumer_is_gone(self):
+        self.queue.enqueue("t", now=NOW)
+        self.queue.dequeue_many("w", 5, prefetch=True, now=NOW)
+        (self.folder / "queue.db.d/0.lock").unlink()
+        self.assertEqual(self.reopen().dequeue("other", now=NOW + 61).attempts, 2)
 
     def test_consumer_that_began_too_many_for_its_list_counts_all(self):
         self.queue.enqueue_many("t", range(pqueue_locks.BegunJobs.MAX_JOBS + 2), now=NOW)
@@ -1771,6 +1855,40 @@ class SQLiteGuarantees(SQLiteCase):
     def another(queue):
         queue.enqueue("t")
         return queue.dequeue("w")
+
+    def test_guarantee_1_commit_is_synced_unless_its_loss_only_repeats_work(self):
+        q = self.open()
+        verbs = {
+            "FULL": {
+                "enqueue": lambda _: q.enqueue("t"),
+                "enqueue_many": lambda _: q.enqueue_many("t", range(2)),
+                "complete": q.complete,
+                "fail": lambda job: q.fail(job, "no"),
+                "update of a result": lambda job: q.update(job, result=1),
+                "resubmit": lambda job: (q.cancel(job.id), q.resubmit(job.id)),
+                "assign": lambda job: q.assign(job.id, "w"),
+                "pause": lambda _: q.pause("other"),
+                "limit": lambda _: q.limit("other", 1),
+                "delete_jobs": lambda job: q.delete_jobs([job.id], force=True),
+            },
+            "NORMAL": {
+                "dequeue": lambda _: q.dequeue("w"),
+                "release": q.release,
+                "extend": q.extend,
+                "update of progress": lambda job: q.update(job, progress=1),
+                "first wait of a consumer": lambda _: q.wait(0, consumer="new"),
+                "heartbeat": lambda _: q.heartbeat("w"),
+                "leave": lambda _: q.leave("w"),
+                "prune": lambda _: q.prune(0),
+            },
+        }
+        for wanted, calls in verbs.items():
+            for verb, call in calls.items():
+                with self.subTest(verb=verb):
+                    job = self.another(q)
+                    q._session()._synchronous = ""
+                    call(job)
+                    self.assertEqual(q._session()._synchronous, wanted)
 
     def test_guarantee_1_job_outlives_its_producer_killed_after_enqueue(self):
         code = (
@@ -1833,7 +1951,7 @@ class SQLiteGuarantees(SQLiteCase):
         with self.assertRaisesRegex(SchemaMismatch, "or older, got 99: use the pqueue that wrote it"):
             self.open()
 
-    def test_guarantee_7_database_created_before_0_1_is_refused_and_left_alone(self):
+    def test_guarantee_7_database_created_before_0_1_is_refused_unchanged(self):
         self.open().close()
         with self.sqlite() as db:
             db.execute("PRAGMA writable_schema = ON")
@@ -1845,7 +1963,7 @@ class SQLiteGuarantees(SQLiteCase):
             self.open()
         self.assertEqual(self.path.read_bytes(), before)
 
-    def test_guarantee_7_database_of_another_program_is_refused_and_left_alone(self):
+    def test_guarantee_7_database_of_another_program_is_refused_unchanged(self):
         with self.sqlite() as db:
             db.execute("CREATE TABLE theirs (x)")
         before = self.path.read_bytes()
@@ -1924,6 +2042,7 @@ class Processes(SQLiteCase):
             self.assertIsNone(queue.dequeue("heir"))
             child.kill()
             child.wait()
+        self.assertEqual({each["name"]: each["state"] for each in queue.consumers()}["victim"], "dead")
         job = wait_until(lambda: queue.dequeue("heir"), seconds=10)
         self.assertEqual((job.id, job.attempts), (job_id, 2))
         self.assertIn("consumer victim died in attempt 1 of 3", job.error)
@@ -2036,24 +2155,24 @@ for _ in range(20):
     other.close()
 """
         with python(code, self.path) as child:
-            told = child.stdout.read().splitlines()
+            output = child.stdout.read().splitlines()
             self.assertEqual(child.wait(), 0)
-        self.assertEqual(len(told), 60)
-        other = [line for line in told if not line.endswith(("is closed", "on it was lost", "Bad file descriptor"))]
+        self.assertEqual(len(output), 60)
+        other = [line for line in output if not line.endswith(("is closed", "on it was lost", "Bad file descriptor"))]
         self.assertEqual(other, [])
 
     def test_session_that_two_threads_close_is_closed_once(self):
         queue = self.open()
         queue.enqueue("t")
         session = queue._session()
-        with session.in_use:  # as by a thread that is in the midst of a call
+        with session.in_use:  # as by a thread that is inside a call
             session.in_use.acquire()
             queue.close()
             session._release()
         with self.assertRaisesRegex(QueueError, "is closed"):
             queue.enqueue("t")
 
-    def test_child_that_cannot_reconnect_is_told_so(self):
+    def test_child_that_cannot_reconnect_gets_an_error(self):
         queue = self.open()
         queue.enqueue("t")
         with mock.patch.object(queue, "_open_folder", side_effect=QueueError("no descriptor")):
@@ -2078,6 +2197,19 @@ for _ in range(20):
         finally:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
+
+    def test_forked_child_has_locks_of_its_own_and_none_of_its_parent(self):
+        def locks():
+            return sorted(re.findall(r"queue\.db\.d/\S+", "\n".join(held())))
+
+        queue = self.open()
+        before = locks()
+        queue.dequeue("w")
+        self.assertNotEqual(locks(), before)
+        child = os.fork()
+        if child == 0:
+            os._exit(locks() != before)
+        self.assertEqual(os.waitpid(child, 0)[1], 0)
 
     def test_spawned_and_forked_consumers_share_all_jobs(self):
         queue = self.open(durability="normal")
@@ -2202,7 +2334,7 @@ time.sleep(600)
                 child.wait()
                 self.assertEqual(queue.check()["problems"], [])
 
-    def test_writer_kept_out_by_a_stopped_transaction_is_told_whose(self):
+    def test_writer_blocked_by_a_stopped_transaction_gets_its_process_id(self):
         queue = self.open(busy_seconds=0.05)
         code = """
 import pqueue, time
@@ -2323,7 +2455,14 @@ queue._writer_lock.acquire(in_batch=sys.argv[3] == "1")
                     self.assertTrue(lock.try_acquire(kind))
                     lock.release()
 
-    def test_lock_file_from_before_a_reboot_keeps_nobody_waiting(self):
+    def test_lock_is_reserved_for_a_few_milliseconds(self):
+        lock = self.open()._writer_lock._lock
+        with mock.patch("time.monotonic", return_value=1000.0):
+            for seconds, is_reserved in ((-1, False), (0, False), (0.005, True), (1, False)):
+                lock._shared[lock.RESERVED_UNTIL] = 1000.0 + seconds
+                self.assertEqual(lock._is_reserved(), is_reserved)
+
+    def test_lock_file_from_before_a_reboot_delays_no_writer(self):
         queue = self.open()
         lock = queue._writer_lock._lock
         for place in (lock.HELD_SINCE, lock.RESERVED_UNTIL):
@@ -2365,7 +2504,7 @@ queue._writer_lock.acquire(in_batch=sys.argv[3] == "1")
         waiting.join()
         self.assertEqual(queue.stats()["states"]["pending"], 1)
 
-    def test_pipe_of_a_dead_waiter_is_left_alone(self):
+    def test_pipe_of_a_dead_waiter_gets_no_wake_up(self):
         queue = self.open()
         with python(
             "import pqueue; q = pqueue.open_queue(sys.argv[1]); q.dequeue('w'); print(1, flush=True)\n"
@@ -2474,6 +2613,25 @@ class Files(SQLiteCase):
             open_queue(str(self.path), create=False)
         self.assertEqual([path.stat().st_size for path in self.folder.iterdir()], [0])
 
+    def test_queue_of_a_group_is_open_to_its_accounts_and_no_others(self):
+        import grp
+
+        own = [each for each in grp.getgrall() if each.gr_gid in os.getgroups() or os.geteuid() == 0]
+        group = max(own, key=lambda each: each.gr_gid != os.getegid(), default=None)
+        if group is None:
+            self.skipTest("needs a group that has a name")
+        self.path = self.folder / "a" / "b" / "queue.db"
+        self.open(group=group.gr_name).dequeue("w")
+        for path in (self.folder / "a", *(self.folder / "a").rglob("*")):
+            mode = 0o2770 if path.is_dir() else 0o660
+            with self.subTest(path.name):
+                self.assertEqual((path.stat().st_gid, stat.S_IMODE(path.stat().st_mode)), (group.gr_gid, mode))
+        for path, mode in ((self.path, 0o640), (self.path.parent, 0o700)):
+            with mock.patch("pqueue_sqlite.make_folder"), self.subTest(path.name):
+                path.chmod(mode)
+                with self.assertRaisesRegex(QueueError, f"expected {path} to belong to the group.* chmod"):
+                    self.open(group=group.gr_name)
+
     def test_unusable_paths_are_refused_in_one_line(self):
         file = self.folder / "file"
         file.write_bytes(b"not a database, but long enough to be read as the header of one" * 9)
@@ -2508,7 +2666,63 @@ class Files(SQLiteCase):
         ):
             self.open()
 
-    def test_full_disk_is_told_and_waited_out(self):
+    def test_error_of_sqlite_is_a_queue_error_with_a_reason(self):
+        queue = self.open()
+        for message, expected in {
+            "database is locked": "QueueBusy: cannot write to .*: another writer held it for 5 s",
+            "database table is busy": "QueueBusy: cannot write to .*: another writer held it for 5 s",
+            "database or disk is full": "QueueFull: cannot write to .*: its disk is full",
+            "file is not a database": "SchemaMismatch: cannot use .*: expected an SQLite database, got another file",
+            "attempt to write a readonly database": "QueueError: cannot write to .*: no permission, no free descriptor",
+            "unable to open database file": "QueueError: cannot write to .*: no permission, no free descriptor",
+            "no such table: a\x07b": "QueueError: cannot use .*: no such table: a.b$",
+        }.items():
+            with self.subTest(message):
+                error = queue._error(sqlite3.OperationalError(message))
+                self.assertRegex(f"{type(error).__name__}: {error}", f"^{expected}")
+
+    def test_error_of_a_permission_says_whose_the_file_is(self):
+        import pwd
+
+        denied = PermissionError(13, "Permission denied")
+        owner = pwd.getpwuid(self.folder.stat().st_uid).pw_name
+        self.assertIn(f"Permission denied: {self.folder} belongs to {owner}; run this as {owner}",
+                      pqueue_files.error_reason(denied, self.path))  # fmt: skip
+        with mock.patch("pwd.getpwuid", side_effect=KeyError):
+            self.assertEqual(pqueue_files.error_reason(denied, self.path), "Permission denied")
+        self.assertEqual(pqueue_files.error_reason(OSError(28, "No space left"), self.path), "No space left")
+
+    def test_queue_without_the_locks_of_posix_polls_and_counts_every_attempt(self):
+        with mock.patch("pqueue_sqlite.has_locks", return_value=False), mock.patch("time.sleep") as sleep:
+            queue = self.open()
+            queue.enqueue("t", now=NOW)
+            queue.dequeue("w", now=NOW)
+            self.assertEqual(queue.dequeue("other", now=NOW + 60).attempts, 2)
+            self.assertFalse(queue.wait(0.05, consumer="w", now=NOW))
+            self.assertTrue(queue.wait(1, consumer="w", now=NOW + 999))
+        self.assertEqual([call.args for call in sleep.mock_calls], [(0.05,), (0.0,)])
+
+    def test_system_that_shows_nothing_of_itself_is_borne(self):
+        with (
+            mock.patch.object(Path, "read_bytes", side_effect=OSError),
+            mock.patch.object(Path, "read_text", side_effect=OSError),
+        ):
+            self.assertEqual(pqueue_files.file_system(self.folder), "unknown")
+            self.assertIs(pqueue_files.is_stopped(os.getpid()), False)
+            self.assertEqual(pqueue_locks.boot_id.__wrapped__(), 0)
+
+    def test_queue_restored_from_a_dump_is_a_queue_again(self):
+        self.open().enqueue("t", [1])
+        with self.sqlite() as db:
+            dump = "\n".join(db.iterdump())
+        self.path = self.folder / "restored.db"
+        with self.sqlite() as db:
+            db.executescript(dump)
+        self.path.chmod(0o600)
+        queue = self.open()
+        self.assertEqual((queue.get(1).payload, queue.check()["problems"]), ([1], []))
+
+    def test_full_disk_is_reported_and_waited_out(self):
         queue = self.open()
         queue.enqueue("small")
         connection = queue._session().connection
@@ -2524,7 +2738,7 @@ class Files(SQLiteCase):
         queue.enqueue("after", "x" * 5000)
         self.assertEqual(queue.check()["quick_check"], "ok")
 
-    def test_writer_that_holds_on_too_long_is_told_and_waited_out(self):
+    def test_writer_that_holds_the_lock_too_long_is_reported_and_waited_out(self):
         queue = self.open(busy_seconds=0.05)
         with self.sqlite() as db:
             db.execute("BEGIN IMMEDIATE")
@@ -2554,7 +2768,7 @@ class Files(SQLiteCase):
         with self.assertRaisesRegex(QueueError, "File exists"):
             queue.backup(copy)
 
-    def test_check_names_what_is_wrong(self):
+    def test_check_names_each_problem(self):
         queue = self.open()
         facts = queue.check()
         self.assertEqual((facts["journal_mode"], facts["problems"]), ("wal", []))
@@ -2562,7 +2776,7 @@ class Files(SQLiteCase):
             db.execute("PRAGMA user_version = 0")
         self.assertEqual(queue.check()["problems"], ["expected user_version 1, got 0"])
 
-    def test_check_says_what_is_wrong_with_the_place(self):
+    def test_check_reports_problems_of_the_location(self):
         queue = self.open()
         queue.enqueue("t")
         cases = {
@@ -2595,7 +2809,7 @@ class Files(SQLiteCase):
             with self.assertRaisesRegex(QueueError, "cannot write to .*: its file system is read-only"):
                 queue.enqueue("t")
 
-    def test_names_of_what_is_created_are_synced(self):
+    def test_names_of_created_files_are_synced(self):
         synced, fsync = [], os.fsync
 
         def recording(file):
@@ -2627,17 +2841,24 @@ class Files(SQLiteCase):
                     queue.backup(self.folder / "copy.db")
                 self.assertEqual(set(self.folder.iterdir()), before)
 
-    def test_claim_never_scans_the_jobs(self):
+    def test_statement_finds_its_jobs_and_events_by_an_index(self):
         queue = self.open()
-        params = {"consumer": "w", "limit": 1, "token": "t", "now": 1.0, "lease_expires_at": 2.0}
-        for queues in (None, '["default"]'):
-            for statement in (pqueue_schema.CLAIM, pqueue_schema.CLAIM_ONE, pqueue_schema.NEXT_EVENT):
-                rows = queue._read(f"EXPLAIN QUERY PLAN {statement}", {**params, "queues": queues})
-                plan = "\n".join(row[3] for row in rows)
-                self.assertNotRegex(plan, r"SCAN jobs(?! USING)")
-                self.assertIn("USING INDEX jobs_claim", plan.replace("COVERING ", ""))
+        for name, statement in {**vars(pqueue_schema), **vars(pqueue_move), **vars(pqueue_sqlite)}.items():
+            if re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE)\b[^{]*$", str(statement)):
+                for queues in (None, '["default"]'):
+                    params = {**dict.fromkeys(re.findall(r":(\w+)", statement), 1), "queues": queues, "payloads": "[]"}
+                    rows = queue._read(f"EXPLAIN QUERY PLAN {statement}", params)
+                    plan = "\n".join(row[3] for row in rows)
+                    with self.subTest(statement=name):
+                        read = (
+                            "SCAN" if "(id) FROM jobs" in statement else "SCAN|SEARCH"
+                        )  # max(id) is found without an index
+                        others = "" if name == "DELETE_CONSUMERS" else "|consumers"
+                        self.assertNotRegex(plan, rf"({read}) (jobs|history{others})\b(?! USING)")
+                        if name in ("CLAIM", "NEXT_EVENT"):
+                            self.assertIn("USING INDEX jobs_claim", plan.replace("COVERING ", ""))
 
-    def test_queue_that_moves_to_a_file_takes_along_what_else_is_in_its_database(self):
+    def test_queue_that_moves_to_a_file_takes_the_application_tables_along(self):
         queue, target = self.open(), self.folder / "new" / "queue.db"
         job_id = queue.enqueue("t", [1])
         queue.dequeue("w")
@@ -2647,13 +2868,14 @@ class Files(SQLiteCase):
             db.execute("CREATE INDEX theirs_too ON jobs (task)")
             db.execute("CREATE VIEW seen AS SELECT x FROM theirs")
             db.execute("CREATE TRIGGER spy AFTER UPDATE ON queues BEGIN INSERT INTO theirs VALUES (1); END")
+            db.execute("ANALYZE")  # creates a table of SQLite's own
         self.assertEqual(queue.other_tables(), ["seen", "spy", "theirs", "theirs_too"])
         queue.begin_move(str(target))
         before = queue._read("SELECT count(*) FROM theirs")
         self.assertIsNone(queue.move_to_file(target))  # a job runs
         queue.leave("w")
         progress = []
-        self.assertEqual(queue.move_to_file(target, tell=progress.append), {"queues": 1, "jobs": 1, "history": 2})
+        self.assertEqual(queue.move_to_file(target, progress=progress.append), {"queues": 1, "jobs": 1, "history": 2})
         self.assertTrue(progress)
         with self.assertRaisesRegex(QueueError, "cannot move to .*: File exists"):
             queue.move_to_file(target)
@@ -2709,9 +2931,9 @@ class Replaced(SQLiteCase):
         """Return what another process prints in which `q` is this queue."""
         code = f"import pqueue\nq = pqueue.PersistentQSQLite(sys.argv[1])\n{code}\nq.close()"
         with python(code, self.path) as child:
-            told = child.stdout.read().strip()
+            output = child.stdout.read().strip()
             self.assertEqual(child.wait(), 0)
-        return told
+        return output
 
     def started(self):
         """Return a queue with some jobs in its log, and a backup of it."""
@@ -2721,11 +2943,11 @@ class Replaced(SQLiteCase):
         queue.enqueue_many("t", range(100))
         return queue
 
-    def beside(self, suffix):
+    def sibling(self, suffix):
         return Path(f"{self.path}{suffix}")
 
     def assert_locks_kept(self, queue, act):
-        """Nothing that either process was told to be stored is lost, or given an id twice."""
+        """No job that was acknowledged to either process is lost, or given an id twice."""
         ids = [job.id for job in queue.list_jobs()]
         before = len(ids)
         for _ in range(2):
@@ -2740,7 +2962,7 @@ class Replaced(SQLiteCase):
     def copies(self):
         def read():
             for suffix in ("", "-wal", "-shm"):
-                self.beside(suffix).read_bytes()
+                self.sibling(suffix).read_bytes()
 
         def in_thread():
             thread = threading.Thread(target=read)
@@ -2786,7 +3008,7 @@ class Replaced(SQLiteCase):
         queue = self.open()
         with self.assertRaisesRegex(QueueError, "cannot commit.*its lock was lost"), queue.transaction():
             queue.enqueue("t", "undone")
-            self.beside("-shm").read_bytes()
+            self.sibling("-shm").read_bytes()
         self.assertEqual(queue.enqueue("t", "kept"), 1)
         with queue.transaction():
             queue.enqueue("t", "kept, too")
@@ -2799,7 +3021,7 @@ class Replaced(SQLiteCase):
 
         def delete(*suffixes):
             for suffix in suffixes:
-                self.beside(suffix).unlink()
+                self.sibling(suffix).unlink()
 
         def move_folder(*, copy):
             self.path.parent.rename(self.folder / "moved")
@@ -2816,9 +3038,9 @@ class Replaced(SQLiteCase):
             "the log deleted": lambda: delete("-wal"),
             "the index of the log deleted": lambda: delete("-shm"),
             "the log and its index deleted": lambda: delete("-wal", "-shm"),
-            "the log moved away": lambda: self.beside("-wal").rename(self.folder / "wal"),
+            "the log moved away": lambda: self.sibling("-wal").rename(self.folder / "wal"),
             "everything deleted": lambda: shutil.rmtree(self.path.parent),
-            "everything deleted and made anew": make_anew,
+            "everything deleted and created again": make_anew,
             "the folder moved": lambda: move_folder(copy=False),
             "the folder moved, a copy in its place": lambda: move_folder(copy=True),
         }
@@ -2857,8 +3079,8 @@ class Replaced(SQLiteCase):
 
     def test_process_that_lost_its_log_does_not_write_it_back(self):
         queue = self.started()
-        self.beside("-wal").unlink()
-        self.beside("-shm").unlink()
+        self.sibling("-wal").unlink()
+        self.sibling("-shm").unlink()
         ids = [int(self.other("print(q.enqueue('t'))")) for _ in range(3)]
         with self.assertRaises(pqueue.DatabaseReplaced):
             queue.enqueue("t")
@@ -2876,7 +3098,7 @@ class Replaced(SQLiteCase):
         with self.assertRaises(SchemaMismatch):
             self.open()
         self.assertEqual(self.path.read_bytes(), before)
-        self.beside("-wal").unlink()
+        self.sibling("-wal").unlink()
         self.assertEqual(self.open().count_jobs(), 100)
 
     def test_database_is_not_opened_with_a_log_that_was_begun_after_the_other_was_opened(self):
@@ -2893,21 +3115,29 @@ class Replaced(SQLiteCase):
             queue.enqueue("t")
 
     @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
-    def test_log_that_was_deleted_is_not_begun_anew_while_others_have_the_old_one(self):
+    def test_deleted_log_is_not_recreated_while_others_have_the_old_one_open(self):
         code = "import pqueue, time\nq = pqueue.PersistentQSQLite(sys.argv[1])\nq.enqueue_many('t', range(9))\n"
         with python(f"{code}print('ready', flush=True)\ntime.sleep(600)", self.path) as child:
             self.assertEqual(child.stdout.readline(), "ready\n")
             self.open().close()
-            self.beside("-wal").unlink()
+            self.sibling("-wal").unlink()
             for _ in range(2):
                 with self.assertRaisesRegex(
                     pqueue.DatabaseReplaced, "log was deleted while other programs have it open"
                 ):
                     self.open()
-                self.beside("-wal").touch()  # as a plain reader would
+                self.sibling("-wal").touch()  # as a plain reader would
             child.kill()
             child.wait()
         self.assertEqual(self.open().enqueue("t"), 1)
+
+    def test_damaged_database_is_not_opened_with_the_log_of_another(self):
+        self.started()
+        backup = self.folder / "backup.db"
+        backup.write_bytes(b"damaged" + backup.read_bytes()[7:])
+        backup.replace(self.path)
+        with self.assertRaisesRegex(SchemaMismatch, "took the place of another database"):
+            self.open()
 
     def test_copy_of_a_whole_folder_is_opened_with_its_log(self):
         self.started()
@@ -2920,7 +3150,7 @@ class Replaced(SQLiteCase):
                     "print('ready', flush=True)\nimport time\ntime.sleep(600)", self.path) as child:  # fmt: skip
             self.assertEqual(child.stdout.readline(), "ready\n")
             for suffix in ("", "-wal", "-shm"):
-                self.beside(suffix).unlink()
+                self.sibling(suffix).unlink()
             problems = self.open().check()["problems"]
             if os.path.isdir("/proc"):
                 self.assertIn(f"process {child.pid} has a deleted file of this database open", problems[0])
@@ -2940,7 +3170,7 @@ def refusal(queue):
 
 
 class Misuse(SQLiteCase):
-    """What a careless program does to the queue object: it is told, and keeps no others waiting."""
+    """What a careless program does to the queue object: it gets an error, and keeps no other process waiting."""
 
     def others_wait_for_nothing(self):
         with self.sqlite() as db:
@@ -2951,7 +3181,7 @@ class Misuse(SQLiteCase):
         self.assertTrue(other._writer_lock.acquire())
         other._writer_lock.release()
 
-    def test_queue_closed_inside_its_transaction_is_told_and_lets_go(self):
+    def test_queue_closed_inside_its_transaction_raises_and_releases_its_locks(self):
         queue = self.open()
         with self.assertRaisesRegex(QueueError, "cannot close .* inside a transaction"), queue.transaction():
             queue.enqueue("t")
@@ -2960,7 +3190,7 @@ class Misuse(SQLiteCase):
         self.others_wait_for_nothing()
 
     def test_queue_closed_while_another_thread_writes_lets_go(self):
-        queue, begun, closed, told = self.open(), threading.Event(), threading.Event(), []
+        queue, begun, closed, raised = self.open(), threading.Event(), threading.Event(), []
 
         def write():
             try:
@@ -2969,7 +3199,7 @@ class Misuse(SQLiteCase):
                     begun.set()
                     closed.wait(20)
             except QueueError as error:
-                told.append(error)
+                raised.append(error)
 
         writer = threading.Thread(target=write)
         writer.start()
@@ -2977,7 +3207,7 @@ class Misuse(SQLiteCase):
         queue.close()
         closed.set()
         writer.join()
-        self.assertEqual(len(told), 1)
+        self.assertEqual(len(raised), 1)
         self.others_wait_for_nothing()
         self.assertEqual(self.open().count_jobs(), 0)
 
@@ -2990,12 +3220,12 @@ class Misuse(SQLiteCase):
         self.assertEqual(queue.get(queue.enqueue("t")).task, "t")
 
     def test_signal_handler_cannot_use_the_queue_it_interrupted(self):
-        queue, told = self.open(), []
+        queue, refused = self.open(), []
 
         def handle(*_):
             with self.assertRaisesRegex(QueueError, "signal handler"):
                 queue.enqueue("from the handler")
-            told.append(True)
+            refused.append(True)
 
         run = pqueue_sqlite.SQLiteSession.run
 
@@ -3007,10 +3237,10 @@ class Misuse(SQLiteCase):
         with mock.patch.object(pqueue_sqlite.SQLiteSession, "run", interrupted):
             queue.enqueue("t")
         self.assertEqual([job.task for job in queue.list_jobs()], ["t"])
-        self.assertEqual(told, [True])
+        self.assertEqual(refused, [True])
         self.others_wait_for_nothing()
 
-    def test_consumer_whose_locks_were_deleted_is_told_before_others_take_its_jobs_again(self):
+    def test_consumer_whose_locks_were_deleted_stops_before_others_reclaim_its_jobs(self):
         queue = self.open()
         queue.enqueue("t")
         queue.dequeue("anna")
@@ -3020,7 +3250,7 @@ class Misuse(SQLiteCase):
         with self.assertRaisesRegex(QueueError, "were deleted while in use"):
             queue.dequeue("anna")
 
-    def test_consumer_without_a_folder_for_its_lock_is_told_in_one_line(self):
+    def test_consumer_without_a_folder_for_its_lock_gets_a_one_line_error(self):
         queue = self.open()
         shutil.rmtree(f"{self.path}.d")
         with self.assertRaisesRegex(QueueError, r"cannot open .*queue\.db\.d: No such file"):
@@ -3044,6 +3274,47 @@ class Misuse(SQLiteCase):
                 self.open().dequeue("w")
             self.assertEqual(precious.read_text(), "x" * 5000)
             place.unlink()
+
+    def test_file_in_the_place_of_a_pipe_is_refused(self):
+        self.open().close()
+        for name in ("others.wakeup", "writer-others.wakeup", "writer-consumers.wakeup"):
+            pipe = self.folder / "queue.db.d" / name
+            pipe.unlink()
+            pipe.touch()
+            with (
+                self.subTest(name),
+                nothing_left(),
+                self.assertRaisesRegex(QueueError, f"expected {name} to be a FIFO"),
+            ):
+                pqueue.PersistentQSQLite(self.path)
+            pipe.unlink()
+
+    def test_writer_passes_by_a_thread_that_holds_the_lock_for_too_long(self):
+        queue = self.open()
+        with mock.patch("pqueue_locks.LOCK_TIMEOUT_SECONDS", 0.01):
+            self.assertTrue(queue._writer_lock.acquire())
+            self.assertEqual(queue.enqueue("t"), 1)
+            queue._writer_lock.release()
+        self.others_wait_for_nothing()
+
+    def test_queue_closed_while_a_thread_checks_it_closes_its_locks(self):
+        queue = self.open()
+        with mock.patch("pqueue_locks.FairLock.problem", lambda _: queue.close()):
+            self.assertEqual(queue._writer_lock.problems(), [])
+
+    def test_session_of_a_closed_queue_is_refused(self):
+        queue = self.open()
+        session = queue._session()
+        queue.close()
+        with self.assertRaisesRegex(QueueError, "this queue object is closed"), session:
+            self.fail("it was entered")
+
+    def test_error_that_a_signal_handler_raises_ends_a_wait(self):
+        pipe = self.open()._writer_lock._lock._pipes[0]
+        with mock.patch("select.epoll", side_effect=OSError("from a handler")), self.assertRaises(OSError):
+            pqueue_locks._wait_for(pipe, 0, exclusive=True)
+        with mock.patch("select.epoll", side_effect=OSError(24, "Too many open files")):
+            self.assertFalse(pqueue_locks._wait_for(pipe, 0, exclusive=True))
 
     def test_trigger_that_swallows_jobs_stops_an_enqueue_and_not_the_queue(self):
         queue = self.open()
@@ -3113,6 +3384,17 @@ class Tasks(unittest.TestCase):
             delays = [pqueue.backoff_seconds(attempts) for _ in range(200)]
             self.assertTrue(all(whole / 2 <= delay <= whole for delay in delays))
             self.assertGreater(len(set(delays)), 1)
+
+    def test_task_has_its_queue_at_hand_while_it_runs(self):
+        pqueue.task("t")(lambda job: (job.payload, pqueue.current_queue()))
+        with tempfile.TemporaryDirectory() as folder, open_queue(f"{folder}/q.db") as queue:
+            queue.enqueue("t", 1)
+            job = queue.dequeue("w")
+            self.assertEqual(pqueue.run_task(queue, job), (1, queue))
+            with self.assertRaisesRegex(QueueError, "no task runs in this thread"):
+                pqueue.current_queue()
+            with self.assertRaisesRegex(LookupError, "unknown task 'u'; this consumer knows t: give it --import"):
+                pqueue.run_task(queue, job._replace(task="u"))
 
     def test_current_queue_is_for_tasks_only(self):
         with self.assertRaisesRegex(QueueError, "no task runs in this thread"):

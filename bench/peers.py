@@ -198,7 +198,7 @@ class Litequeue(Peer):
     Normal is what it sets; full is set by hand, as it has no option. Many are put in a `transaction()`.
     """
 
-    module, survives = "litequeue", "locked, until somebody retries it"
+    module, survives = "litequeue", "locked, until it is retried"
 
     def open(self) -> None:
         import litequeue  # noqa: PLC0415

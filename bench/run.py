@@ -349,7 +349,7 @@ def main(arguments: list[str] | None = None) -> int:
 def check_needs(options: argparse.Namespace) -> None:
     """Refuse before anything is measured what would fail afterwards."""
     if (options.why or options.redis) and (options.only or options.url or options.json or options.plot):
-        parser().error("expected --rounds at most beside --why and --redis, got another option")
+        parser().error("expected no option but --rounds with --why and --redis, got another option")
     if options.plot and not importlib.util.find_spec("matplotlib"):
         sys.exit("bench: --plot needs matplotlib: pip install matplotlib")
     if options.url and not (importlib.util.find_spec("psycopg") and importlib.util.find_spec("sqlalchemy")):

@@ -351,14 +351,14 @@ UPDATE jobs SET state = 'pending' WHERE id = ANY (ARRAY(
 
 -- EXPIRED
 -- Return jobs whose lease has expired.
--- differs because the rows must stay as they are until they are taken back
+-- differs because the rows must stay as they are until they are reclaimed
 -- $1 now, $2 limit
 SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error FROM jobs WHERE state = 'processing' AND lease_expires_at <= $1
 ORDER BY lease_expires_at LIMIT $2 FOR UPDATE SKIP LOCKED;
 
 -- ORPHANED
 -- Return processing jobs whose consumer has ended.
--- differs because the rows must stay as they are until they are taken back
+-- differs because the rows must stay as they are until they are reclaimed
 -- $1 limit
 SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error FROM jobs WHERE state = 'processing' AND EXISTS
     (SELECT 1 FROM consumers WHERE token = substr(lease_token, 1, 16) AND consumers.state <> 'running') LIMIT $1 FOR UPDATE SKIP LOCKED;

@@ -42,6 +42,7 @@ STATES_SHOWN = ("pending", "scheduled", "processing", "completed", "failed")
 OTHER_HOST = "refused: this is not a host name of the dashboard; PQUEUE_OPS_HOSTS can list more"
 OTHER_SITE = "refused: the request comes from another site"
 FILTERS = ("state", "queue", "task", "consumer", "text")
+FORM_FIELDS = ("scope", "id", "back", "confirmed")  # of an action on many jobs, apart from the filters
 CHART_COLOURS: dict[str, str] = {  # for light and dark pages
     "enqueued": "#8a94a6",
     "completed": "#2aa36b",
@@ -134,7 +135,7 @@ class FigureCache:
             "processing": _processing,
             "failures": report.failures,
             "consumers": _consumers,
-            "processes": lambda _: _processes(),
+            "processes": lambda _: supervisor.known_processes(),
         }
         self._computed: dict[str, tuple[float, Any]] = {}  # expiry time, and the figures or a QueueError
         self._stale_at: dict[str, float] = {}
@@ -191,7 +192,7 @@ class FigureCache:
         """Return the current figures, or the previous ones if computing takes longer than wait_seconds (None:
         PAGE_WAIT_SECONDS):
 
-        overview: states, queues and path of the queue, per_minute, oldest_seconds, alive, wal_bytes, problems, and wait
+        overview: states, queues and path of the queue, per_minute, oldest_seconds, alive, wal_bytes, findings, and wait
         and run, each (p50, p95) in seconds or None; minutes: at (the start), enqueued, completed, failed, wait and run
         of each minute of the last hour, including the current one; processing: the running jobs; failures: groups of
         failed jobs; consumers: those alive or with jobs, and those that ended within the last hour; processes: those of
@@ -213,7 +214,9 @@ class FigureCache:
                 raise found
         if len(computed) < len(self._parts):
             raise QueueError("counting the jobs …")
-        return computed
+        overview = computed["overview"]
+        found = report.by_severity(overview["findings"] + report.program_findings(computed["processes"]))
+        return {**computed, "overview": {**overview, "findings": found}}
 
     def _compute(self, part: str, queue: PersistentQInterface, running: dict[str, Future[None]]) -> None:
         began = time.monotonic()
@@ -298,7 +301,7 @@ def _overview(queue: PersistentQInterface) -> dict[str, Any]:
         "oldest_seconds": None if oldest is None else max(0.0, now - oldest),
         "alive": sum(1 for each in queue.consumers() if each["state"] == "running"),
         "wal_bytes": facts.get("wal_bytes"),
-        "problems": report.problems(queue, now, stats=stats, facts=facts),
+        "findings": report.findings(queue, now, stats=stats, facts=facts),
         **_percentiles(queue.timings()),
     }
 
@@ -329,6 +332,16 @@ def _percentiles_of(seconds: list[float]) -> Percentiles | None:
     return cuts[9], cuts[18]
 
 
+def expect_query(query: Form, names: tuple[str, ...]) -> None:
+    """Raise ValueError unless a program's query consists of these names, each with one value that is not empty: with an
+    ignored filter, the answer would contain other jobs than the program takes it for."""
+    for name, values in query.items():
+        if name not in names:
+            raise ValueError(f"expected {', '.join(names) or 'no parameter'}, got {report.cut(name, 40)!r}")
+        if len(values) > 1 or not values[0]:
+            raise ValueError(f"expected one value of {name}, got {report.cut(', '.join(values), 40)!r}")
+
+
 def _given(filters: dict[str, str]) -> dict[str, Any]:
     return {name: value for name, value in filters.items() if name in FILTERS and value}
 
@@ -342,15 +355,6 @@ def _file_text(payload: Any) -> str | None:
         return f"(cannot read it: {getattr(error, 'strerror', None) or error})"
     text = content[:FILE_BYTES_SHOWN].decode(errors="replace")
     return text + "\n(cut)" if len(content) > FILE_BYTES_SHOWN else text
-
-
-def _processes() -> list[dict[str, Any]] | str:
-    if not os.path.exists(supervisor.SOCKET):
-        return "supervisord is not running here"
-    try:
-        return supervisor.processes()
-    except supervisor.ManagerError as error:
-        return str(error)
 
 
 def tiles(seen: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -386,13 +390,12 @@ def _jobs_action(verb: str, done: str) -> Callable[[PersistentQInterface, Form],
 
     def act(queue: PersistentQInterface, form: Form) -> str:
         method = getattr(queue, verb)
-        if _one(form, "scope") == "matching":
-            filters = _given({name: _one(form, name) for name in FILTERS})
-            if not filters:
-                raise ValueError("expected a filter; to act on all jobs, use the command line")
+        if filters := _filters(form):
             changed, refused = act_on_matching(queue, filters, method)
         else:
-            changed, refused = _act_on_each(form.get("id", []), method)
+            changed, refused = _act_on_each(_ids(form), method)
+        if not changed:
+            raise ValueError(f"no job was {done}: {report.count(refused, 'job')} found, and no state allows it")
         return f"{done} {report.count(changed, 'job')}" + (
             f"; {refused:,} not changed because of their state" if refused else ""
         )
@@ -400,10 +403,34 @@ def _jobs_action(verb: str, done: str) -> Callable[[PersistentQInterface, Form],
     return act
 
 
-def _act_on_each(ids: list[str], method: Callable[[int], None]) -> tuple[int, int]:
-    if not ids:
+def _filters(form: Form) -> dict[str, Any]:
+    """Return the filters of an action on all jobs that match, or {} if the form lists jobs. Raises ValueError."""
+    if _one(form, "scope") != "matching":
+        return {}
+    if unknown := set(form) - {*FILTERS, *FORM_FIELDS}:
+        raise ValueError(f"expected the filters {', '.join(FILTERS)}, got {', '.join(sorted(unknown))}")
+    filters = _given({name: _one(form, name) for name in FILTERS})
+    if not filters:
+        raise ValueError("expected a filter; to act on all jobs, use the command line")
+    return filters
+
+
+def _ids(form: Form) -> list[int]:
+    if not form.get("id"):
         raise ValueError("expected at least one selected job")
-    numbers = [whole_number(0)(each) for each in ids]
+    return sorted({whole_number(0)(each) for each in form["id"]})
+
+
+def question(cache: FigureCache, name: str, form: Form) -> str:
+    """Return what an action on many jobs would do, with their number: cancel 12 jobs. Raises QueueError, ValueError."""
+    filters = _filters(form)
+    number = cache.queue().count_jobs(**filters, shown=masked_job) if filters else len(_ids(form))
+    if not number:
+        raise ValueError("no job matches the filter")
+    return f"{name.replace('_', ' ')} {report.count(number, 'job')}"
+
+
+def _act_on_each(numbers: list[int], method: Callable[[int], None]) -> tuple[int, int]:
     if len(numbers) == 1:
         method(numbers[0])
         return 1, 0
@@ -413,7 +440,7 @@ def _act_on_each(ids: list[str], method: Callable[[int], None]) -> tuple[int, in
             method(number)
         except (pqueue.InvalidTransition, pqueue.JobNotFound):
             refused += 1
-    return len(ids) - refused, refused
+    return len(numbers) - refused, refused
 
 
 def _assign(queue: PersistentQInterface, form: Form) -> str:
@@ -447,6 +474,8 @@ def _resubmit_group(queue: PersistentQInterface, form: Form) -> str:
         queue.resubmit(job_id)
 
     changed, _ = act_on_matching(queue, {"state": "failed", "task": task}, resubmit)
+    if not changed:
+        raise ValueError("no job was resubmitted: none is failed with this error any more")
     return f"resubmitted {report.count(changed, 'job')}"
 
 

@@ -116,7 +116,7 @@ def sections(figures: dict[str, Any], page: dashboard.JobPage, query: dict[str, 
     seen = figures["overview"]
     return {
         "path": text(seen["path"]),
-        "health": health(seen["problems"]),
+        "health": health(seen["findings"]),
         "overview": tiles(seen) + charts(figures["minutes"]),
         "processing": _titled(tables.PROCESSING, figures, token),
         "jobs": _jobs(page, query, token),
@@ -205,11 +205,9 @@ def _buttons(buttons: list[Button], token: str, back: str = "/") -> str:
 
 
 def _button(button: Button, token: str, back: str) -> str:
-    """Return a form with one button, inside a <details> element if it needs confirmation."""
+    """Return a form inside a <details> element, which asks for confirmation."""
     form = f'<form method="post" action="/act/{button.action}">{_hidden(button.fields, token, back)}'
-    if not button.confirm:
-        return f"{form}<button>{text(button.label)}</button></form>"
-    asked = f"<button>yes, {text(button.label)}</button>"
+    asked = f"<button>{text(button.confirmation)}</button>"
     if button.asks_for:
         asked = f"""<input name="{button.asks_for}" size="12" placeholder="{button.hint}" value="{text(button.value)}">
 <button>set</button>"""
@@ -217,8 +215,16 @@ def _button(button: Button, token: str, back: str) -> str:
 
 
 def _hidden(fields: dict[str, Any], token: str, back: str) -> str:
-    given = {"token": token, "back": back, **fields}
-    return "".join(f'<input type="hidden" name="{name}" value="{text(value)}">' for name, value in given.items())
+    return _inputs({"token": [token], "back": [back], **{name: [str(value)] for name, value in fields.items()}})
+
+
+def _inputs(form: dashboard.Form) -> str:
+    """Return hidden fields that return the values unchanged."""
+    return "".join(
+        f'<input type="hidden" name="{name}" value="{html.escape(value)}">'
+        for name, values in form.items()
+        for value in values
+    )
 
 
 def _supervisor(figures: dict[str, Any], token: str) -> str:
@@ -266,6 +272,22 @@ def _bulk_form(table: str, filters: dict[str, str], matching: str, token: str) -
 {_hidden(filters, token, "/?" + urlencode(filters))}{table}
 <div class="bulk"><details><summary>change jobs …</summary> <select name="scope" aria-label="which jobs">
 <option value="ticked">the ticked ones</option>{choice}</select> {buttons}</details></div></form>"""
+
+
+def question(what: str, action: str, form: dashboard.Form, token: str) -> str:
+    """Return a page that asks whether to perform an action on many jobs."""
+    fields = _inputs({**form, "token": [token], "action": [action], "confirmed": ["1"]})
+    shown = ", ".join(form.get("id", [])[: tables.JOBS_ASKED_FOR]) if form.get("scope") != ["matching"] else ""
+    more = " …" * (len(form.get("id", [])) > tables.JOBS_ASKED_FOR)
+    which = f"jobs {shown}{more}" if shown else tables.filters_as_text(form)
+    back = form.get("back", ["/"])[0]
+    return _page(
+        what,
+        "",
+        f"""<section><h2>{text(what)}?</h2><p>{text(which)}. Jobs whose state does not allow it are left unchanged.</p>
+<form method="post" action="/act/jobs">{fields}<button autofocus>yes, {text(what)}</button>
+<a href="{html.escape(back if back.startswith(("/?", "/job/")) else "/")}">no</a></form></section>""",
+    )
 
 
 # The page of one job ##################################################################################################

@@ -7,6 +7,7 @@ proxy with TLS. The proxy's Host header must be the server's address, nginx's de
 from __future__ import annotations
 
 import base64
+import errno
 import hmac
 import json
 import os
@@ -206,6 +207,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.request_complete(self.connection)
         url = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        if url.path.startswith("/api/"):
+            names = (*dashboard.FILTERS, "before_id") if url.path == "/api/jobs" else ()
+            dashboard.expect_query(parse_qs(url.query, keep_blank_values=True), names)
         if url.path in dashboard_html.FILES:
             self._send(HTTPStatus.OK, *dashboard_html.FILES[url.path])
             return
@@ -238,13 +242,19 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/live":
             return HTTPStatus.OK, JSON, _json(dashboard_html.sections(figures, cache.jobs(query), query, self._token()))
         if path == "/metrics":
-            return HTTPStatus.OK, METRICS, _encoded(report.metrics(cache.queue(), stats=figures["overview"]))
+            seen = figures["overview"]
+            return HTTPStatus.OK, METRICS, _encoded(report.metrics(cache.queue(), seen["findings"], stats=seen))
         if path == "/healthz":
-            problems = figures["overview"]["problems"]
-            status = HTTPStatus.SERVICE_UNAVAILABLE if problems else HTTPStatus.OK
-            return status, TEXT, _encoded("\n".join(problems or ["healthy"]) + "\n")
+            found = figures["overview"]["findings"]
+            status = HTTPStatus.SERVICE_UNAVAILABLE if report.problems(found) else HTTPStatus.OK
+            return status, TEXT, _encoded("\n".join(report.verdict(found)) + "\n")
         if path == "/api/stats":
-            return HTTPStatus.OK, JSON, _json({**figures["overview"], "minutes": figures["minutes"]})
+            listed = [each._asdict() for each in figures["overview"]["findings"]]
+            return (
+                HTTPStatus.OK,
+                JSON,
+                _json({**figures["overview"], "findings": listed, "minutes": figures["minutes"]}),
+            )
         return HTTPStatus.OK, JSON if _is_data(path) else HTML, self._jobs(path, query)
 
     def _jobs(self, path: str, query: dict[str, str]) -> bytes:
@@ -283,13 +293,25 @@ class Handler(BaseHTTPRequestHandler):
         if not hmac.compare_digest((form.pop("token", None) or [""])[0].encode(), self.server.token.encode()):
             raise Refused(HTTPStatus.FORBIDDEN, "refused: the dashboard was restarted; reload the page")
         name = urlsplit(self.path).path.removeprefix("/act/")
-        name = (form.pop("action", None) or [name])[0] if name == "jobs" else name
+        is_bulk = name == "jobs"
+        name = (form.pop("action", None) or [name])[0] if is_bulk else name
         if name not in dashboard.ACTIONS:
             raise Refused(HTTPStatus.NOT_FOUND, "no such action")
+        if is_bulk and "confirmed" not in form:
+            self._ask(name, form)
+            return
         done, sentence = dashboard.act(self.server.cache, name, form)
         if not done:
             raise Refused(HTTPStatus.CONFLICT, sentence)
         self._redirect((form.get("back") or ["/"])[0], sentence)
+
+    def _ask(self, name: str, form: dashboard.Form) -> None:
+        """Ask for confirmation of an action on many jobs."""
+        try:
+            question = dashboard.question(self.server.cache, name, form)
+        except (QueueError, ValueError) as error:
+            raise Refused(HTTPStatus.CONFLICT, str(error)) from None
+        self._send(HTTPStatus.OK, HTML, dashboard_html.question(question, name, form, self._token()))
 
     def _is_ours(self) -> bool:
         """Return whether the request is same-origin, by Sec-Fetch-Site (also behind a proxy) or by Origin."""
@@ -361,6 +383,16 @@ def _own_names() -> set[str]:
     return {socket.gethostname().lower(), socket.getfqdn().lower()}
 
 
+def address(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def listen_error(error: Exception, host: str, port: int) -> str:
+    if getattr(error, "errno", None) == errno.EADDRINUSE:
+        return f"port {port} is in use: set PQUEUE_OPS_PORT to another port"
+    return f"cannot serve on {host}:{port}: {error}"
+
+
 def serve(host: str, port: int) -> int:
     """Serve until TERM, INT or HUP; return the exit code."""
     password = os.environ.get("PQUEUE_OPS_PASSWORD") or None
@@ -374,11 +406,10 @@ def serve(host: str, port: int) -> int:
         return 2
     try:
         server = Server(host, port, password)
-    except (OSError, OverflowError, ValueError) as error:
-        print_error("ops", f"cannot serve on {host}:{port}: {error}")
+    except (OSError, TypeError, ValueError) as error:
+        print_error("ops", listen_error(error, host, port))
         return 1
-    address = f"[{host}]" if ":" in host else host
-    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} dashboard at http://{address}:{server.server_port}", flush=True)
+    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} dashboard at {address(host, server.server_port)}", flush=True)
     with suppress(QueueError, ValueError):
         server.cache.figures(0)  # start computing before the first request
     try:

@@ -87,11 +87,13 @@ def _html(body: str) -> str:
 
 
 def _act(name: str, **fields: Any) -> None:
-    done, sentence = dashboard.act(
-        cache(), name, {key: each if isinstance(each, list) else [str(each)] for key, each in fields.items()}
-    )
+    done, sentence = dashboard.act(cache(), name, _form(fields))
     st.session_state["message"] = sentence if done else f"not done: {sentence}"
     st.rerun()
+
+
+def _form(fields: dict[str, Any]) -> dashboard.Form:
+    return {name: each if isinstance(each, list) else [str(each)] for name, each in fields.items()}
 
 
 def _escaped(value: str) -> str:
@@ -106,7 +108,7 @@ def _overview() -> None:
     figures = cache().figures()
     seen = figures["overview"]
     path = f'<span class="path">{dashboard_summary.text(seen["path"])}</span>'
-    title = f'<div class="title"><b>pqueue</b><div>{dashboard_summary.health(seen["problems"])}</div>{path}</div>'
+    title = f'<div class="title"><b>pqueue</b><div>{dashboard_summary.health(seen["findings"])}</div>{path}</div>'
     st.html(_html(title + dashboard_summary.tiles(seen)))
     st.markdown(_html(dashboard_summary.charts(figures["minutes"])), unsafe_allow_html=True)  # st.html drops SVG
 
@@ -170,15 +172,11 @@ def _config(table: Table) -> dict[str, Any]:
 
 def _button(button: Button) -> None:
     key = f"{button.label} {' '.join(map(str, button.fields.values()))}"
-    if not button.confirm:
-        if st.button(button.label, key=key):
-            _act(button.action, **button.fields)
-        return
     with st.popover(button.label):
         fields = dict(button.fields)
         if name := button.asks_for:
             fields[name] = st.text_input(name, button.value, placeholder=button.hint, key=f"{name} of {key}")
-        if st.button(f"yes, {button.label}", key=f"yes, {key}"):
+        if st.button(button.confirmation, key=f"yes, {key}"):
             _act(button.action, **fields)
 
 
@@ -249,7 +247,12 @@ def _bulk(ids: list[int], filters: dict[str, str], matching: str) -> None:
             fields = {"scope": "matching", **filters}
         for action in tables.BULK_ACTIONS:
             if st.button(tables.label(action), key=f"bulk-{action}"):
-                del st.session_state["query"]  # reload the jobs, with none selected
+                st.session_state["asked"] = action, fields, dashboard.question(cache(), action, _form(fields))
+        action, asked, what = st.session_state.get("asked", ("", {}, ""))
+        if asked == fields:
+            st.warning(f"{what}? Jobs whose state does not allow it are left unchanged.")
+            if st.button(f"yes, {what}", key="bulk-confirmed"):
+                del st.session_state["query"], st.session_state["asked"]  # reload the jobs, with none selected
                 _act(action, **fields)
 
 

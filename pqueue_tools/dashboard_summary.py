@@ -27,13 +27,15 @@ STYLE: str = (
 .pqueue .keys i.line { height: 2px; vertical-align: 4px }
 .pqueue .health { display: inline-block; margin: 0 6px 6px 0; padding: 2px 10px; border: 1px solid currentColor;
   border-radius: 12px; font-size: 13px; line-height: 1.45 }
+.pqueue .health a { color: inherit }
 .pqueue .tiles { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: 8px }
 .pqueue .tile { border: 1px solid var(--line); border-radius: 8px; padding: 7px 12px; background: var(--card) }
 .pqueue .tile b { display: block; font-size: 20px; font-weight: 600; line-height: 1.35; white-space: nowrap;
   font-variant-numeric: tabular-nums }
 .pqueue .tile span { color: var(--soft); font-size: 12.5px; white-space: nowrap }
 .pqueue .completed, .pqueue .running { color: var(--completed) }
-.pqueue .failed, .pqueue .dead, .pqueue .paused { color: var(--failed) }
+.pqueue .failed, .pqueue .dead, .pqueue .critical { color: var(--failed) }
+.pqueue .warning, .pqueue .paused { color: var(--pending) } .pqueue .info { color: var(--soft) }
 .pqueue .processing { color: var(--processing) } .pqueue .pending { color: var(--pending) }
 .pqueue .scheduled { color: var(--scheduled) } .pqueue .cancelled, .pqueue .stopped { color: var(--soft) }
 .pqueue .two { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 12px 28px; margin-top: 16px }
@@ -59,13 +61,18 @@ def text(value: Any) -> str:
 
 
 def trouble(sentence: str) -> str:
-    return health([sentence])
+    return f'<p class="health critical">{text(sentence)}</p>'
 
 
-def health(problems: list[str]) -> str:
-    if not problems:
-        return '<p class="health completed">healthy</p>'
-    return "".join(f'<p class="health failed">{text(each)}</p>' for each in problems)
+def health(found: list[report.Finding]) -> str:
+    """Return each finding with its remedy, or a link to the part of the page that has the remedy."""
+    if not found:
+        return f'<p class="health completed">{report.NO_FINDINGS}</p>'
+    return "".join(f'<p class="health {each.severity}">{each.severity}: {_finding(each)}</p>' for each in found)
+
+
+def _finding(each: report.Finding) -> str:
+    return f'<a href="#{each.part}">{text(each.text)}</a>' if each.part else text(each)
 
 
 def tiles(seen: dict[str, Any]) -> str:

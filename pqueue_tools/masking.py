@@ -20,7 +20,7 @@ SECRET = re.compile(
     "[^a-z]*$"
 )
 WORD = re.compile("(?<=[a-z0-9])(?=[A-Z])")
-# After "://": the user, and the password up to the last @ before the path, or where a / stands in it, to the next @.
+# After "://": the user, and the password up to the last @ before the path, or, if that contains a /, to the next @.
 IN_URL = re.compile(r"\A([^\s:/?#@\[]*):(?!\d{1,5}(?:[/?#\"',;)\]}>]|$))(?:[^\s/?#]*|[^\s@]*)@")
 IN_CUT_URL = re.compile(r"\A([^\s:/?#@\[]*):(?!\d{1,5}[/?#\"',;)\]}>])[^\s@]*…$")
 ASSIGNED = re.compile(

@@ -1,70 +1,146 @@
-"""Reports for operators, shared by the command line and the dashboard: problems, why a job does not run, metrics for
+"""Reports for operators, shared by the command line and the dashboard: findings, why a job does not run, metrics for
 Prometheus, and the formatting of times and values."""
 
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pqueue
 import pqueue_schema
 from pqueue import Job, PersistentQInterface
 from pqueue_tools.masking import masked, masked_error, masked_job, masked_text
+from pqueue_values import command_line
 
 LONG_WAIT_SECONDS = 600.0  # a pending job that has waited longer is reported
 LATE_SECONDS = 5.0  # a job whose lease expired longer ago is reported
+SEVERITIES = ("info", "warning", "critical")
+NO_FINDINGS = "no problem found"
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
-COLOURS = {"completed": 32, "processing": 36, "pending": 33, "scheduled": 34, "failed": 31, "cancelled": 35}
-COLOURS |= {"running": 32, "RUNNING": 32, "dead": 31, "FATAL": 31, "stopped": 90, "STOPPED": 90}
 
 
-def problems(
+class Finding(NamedTuple):
+    """A condition that an operator should know about."""
+
+    severity: str  # one of SEVERITIES
+    text: str  # what was found: one sentence, without a period
+    remedy: str = ""  # what to do: a command to run, or the rest of a sentence
+    part: str = ""  # the part of the dashboard that shows it: queues, consumers …
+
+    def __str__(self) -> str:
+        return f"{self.text}: {self.remedy}" if self.remedy else self.text
+
+
+def findings(
     queue: PersistentQInterface,
     now: float | None = None,
     *,
     stats: dict[str, Any] | None = None,
     facts: dict[str, Any] | None = None,
-) -> list[str]:
-    """Return a sentence for each problem. `stats` and `facts` are recent results of the queue's `stats` and `check`, if
-    the caller has them."""
+    processes: list[dict[str, Any]] | str = "",
+) -> list[Finding]:
+    """Return what was found, the most severe first. `stats` and `facts` are recent results of the queue's `stats` and
+    `check`, if the caller has them; `processes` those of supervisord, or a sentence that says why there are none."""
     now = time.time() if now is None else now
     stats = queue.stats() if stats is None else stats
     facts = queue.check(thorough=False) if facts is None else facts
     consumers = queue.consumers()
     alive = [each for each in consumers if each["state"] == "running"]
-    found: list[str] = list(facts["problems"])
-    found += _consumer_problems(consumers)
-    found += _duplicate_names(alive)
-    if expired := _expired(queue, now):
-        found.append(f"{count(expired, 'lease')} ran out and no consumer took the jobs back: start one")
-    if stats["states"]["pending"] and not alive:
-        found.append(f"{count(stats['states']['pending'], 'job')} pending and no consumer is alive: start one")
+    found = [
+        *(Finding("critical", sentence) for sentence in facts["problems"]),
+        *program_findings(processes),
+        *_lost_jobs(consumers),
+        *_no_consumers(stats, consumers, alive, now),
+        *_unserved_queues(stats, alive),
+        *_duplicate_names(alive),
+        *_expired_leases(queue, now),
+        *_queue_findings(queue, stats, now),
+        *_clock_findings(queue, now),
+    ]
+    return by_severity(found)
+
+
+def by_severity(found: list[Finding]) -> list[Finding]:
+    """Return the findings, the most severe first."""
+    return sorted(found, key=lambda each: -SEVERITIES.index(each.severity))
+
+
+def problems(found: list[Finding]) -> list[Finding]:
+    """Return the findings that are more than information: with one of these, the exit code of `doctor` is 1."""
+    return [each for each in found if each.severity != "info"]
+
+
+def verdict(found: list[Finding]) -> list[str]:
+    """Return a line for each finding, or one that says that there is none."""
+    return [f"{each.severity}: {each}" for each in found] or [NO_FINDINGS]
+
+
+def program_findings(processes: list[dict[str, Any]] | str) -> list[Finding]:
+    """Return the findings about supervisord's processes; `processes` is as in `findings`."""
+    return [] if isinstance(processes, str) else list(_ended_programs(processes))
+
+
+def _ended_programs(processes: list[dict[str, Any]]) -> Iterator[Finding]:
+    for each in processes:
+        if each["state"] == "FATAL":
+            again = f"read its log, then run {command_line('manager')} --start {shlex.quote(each['name'])}"
+            yield Finding("critical", f"Supervisor gave up on {each['name']}, which keeps ending", again, "consumers")
+        elif each["state"] == "BACKOFF":
+            text = f"{each['name']} ended soon after its start; Supervisor tries again"
+            yield Finding("warning", text, "read its log", "consumers")
+
+
+def _lost_jobs(consumers: list[dict[str, Any]]) -> Iterator[Finding]:
+    """Report the consumers that ended with jobs, all in one finding."""
+    ended = [each for each in consumers if each["state"] != "running" and each["job_ids"]]
+    held = count(sum(len(each["job_ids"]) for each in ended), "job")
+    again = "a live consumer takes them back"
+    if len(ended) == 1:
+        yield Finding(
+            "warning", f"consumer {ended[0]['name']} is {ended[0]['state']} and holds {held}", again, "consumers"
+        )
+    elif ended:
+        names = ", ".join(each["name"] for each in ended[:3]) + (" …" if len(ended) > 3 else "")
+        yield Finding("warning", f"{len(ended)} consumers ended and hold {held} ({names})", again, "consumers")
+
+
+def _no_consumers(
+    stats: dict[str, Any], consumers: list[dict[str, Any]], alive: list[dict[str, Any]], now: float
+) -> Iterator[Finding]:
+    """Report that no consumer is alive, if that is not as it should be."""
+    dead = [each for each in consumers if each["state"] == "dead"]
+    pending = sum(each["pending"] for each in stats["queues"].values() if not each["paused"])
+    start = f"run {command_line('consumer')}"
+    if alive:
+        return
+    if pending:
+        yield Finding("critical", f"{count(pending, 'job')} pending and no consumer is alive", start, "consumers")
+    elif dead:
+        last = ago(max(each["last_seen_at"] for each in dead), now)
+        died = f"no consumer is alive: {len(dead)} died, the last was seen {last}"
+        yield Finding("warning", died, start, "consumers")
+    elif stats["states"]["scheduled"]:
+        scheduled = f"{count(stats['states']['scheduled'], 'job')} scheduled and no consumer is alive"
+        yield Finding("info", scheduled, start, "consumers")
+
+
+def _unserved_queues(stats: dict[str, Any], alive: list[dict[str, Any]]) -> Iterator[Finding]:
     for name, each in stats["queues"].items():
-        oldest = each["oldest_pending_at"]
-        if oldest is not None and now - oldest > LONG_WAIT_SECONDS:
-            paused = f" and it is paused: {_move(queue) or _resume(name)}" if each["paused"] else ""
-            found.append(f"queue {name!r}: the oldest pending job has waited for {span(now - oldest)}{paused}")
-    found += [sentence] if (sentence := _move(queue)) else []
-    newest = queue.list_jobs(limit=1, excerpt=0)
-    if newest and newest[0].created_at > now + 60:
-        found.append(f"the newest job was enqueued {ago(newest[0].created_at, now)}: some clock is wrong")
-    return found
+        if alive and each["pending"] and not each["paused"] and not any(_serves(one, name) for one in alive):
+            start = f"run {command_line('consumer')} --queue {shlex.quote(name)}"
+            text = f"queue {name!r}: {count(each['pending'], 'job')} pending and no live consumer serves it"
+            yield Finding("critical", text, start, "queues")
 
 
-def _consumer_problems(consumers: list[dict[str, Any]]) -> Iterator[str]:
-    for each in consumers:
-        if each["state"] != "running" and each["job_ids"]:
-            held = count(len(each["job_ids"]), "job")
-            yield f"consumer {each['name']} is {each['state']} and holds {held}; a live consumer takes them back"
+def _serves(consumer: dict[str, Any], queue: str) -> bool:
+    return consumer["queues"] is None or queue in consumer["queues"]
 
 
-def _duplicate_names(alive: list[dict[str, Any]]) -> Iterator[str]:
+def _duplicate_names(alive: list[dict[str, Any]]) -> Iterator[Finding]:
     """Report names used twice on one host: a consumer has probably outlived its Supervisor."""
     pids: dict[tuple[str, str], set[int]] = {}
     for each in alive:
@@ -72,7 +148,36 @@ def _duplicate_names(alive: list[dict[str, Any]]) -> Iterator[str]:
     for (name, _), found in pids.items():
         if len(found) > 1:
             numbers = ", ".join(map(str, sorted(found)))
-            yield f"{len(found)} processes run under the name {name} (pids {numbers}): stop all but one"
+            text = f"{len(found)} processes run under the name {name} (pids {numbers})"
+            yield Finding("warning", text, "stop all but one", "consumers")
+
+
+def _expired_leases(queue: PersistentQInterface, now: float) -> Iterator[Finding]:
+    jobs = queue.list_jobs(state="processing", limit=10_000, excerpt=0)
+    if expired := sum(1 for job in jobs if (job.lease_expires_at or now) < now - LATE_SECONDS):
+        text = f"{count(expired, 'lease')} ran out and no consumer took the jobs back"
+        yield Finding("critical", text, f"run {command_line('consumer')}", "processing")
+
+
+def _queue_findings(queue: PersistentQInterface, stats: dict[str, Any], now: float) -> Iterator[Finding]:
+    """Report a move, paused queues, and long waits in the others. A pause is information: somebody decided on it."""
+    move = _move(queue)
+    if move:
+        yield Finding("warning", *move.split(": ", 1))
+    for name, each in stats["queues"].items():
+        oldest = each["oldest_pending_at"]
+        if each["paused"] and not move:
+            text = f"queue {name!r} is paused, with {count(each['pending'], 'job')} pending"
+            yield Finding("info", text, f"run {_resume(name)}", "queues")
+        elif oldest is not None and now - oldest > LONG_WAIT_SECONDS and not each["paused"]:
+            text = f"queue {name!r}: the oldest pending job has waited for {span(now - oldest)}"
+            yield Finding("warning", text, part="queues")
+
+
+def _clock_findings(queue: PersistentQInterface, now: float) -> Iterator[Finding]:
+    newest = queue.list_jobs(limit=1, excerpt=0)
+    if newest and newest[0].created_at > now + 60:
+        yield Finding("warning", f"the newest job was enqueued {ago(newest[0].created_at, now)}", "some clock is wrong")
 
 
 def _resume(queue: str) -> str:
@@ -87,12 +192,8 @@ def _move(queue: PersistentQInterface) -> str | None:
     if found["event"] == "moving":
         again = f"repeat the command, or cancel it with {command_line('admin')} move --cancel"
         return f"a move to {found['to']} is in progress or was interrupted: {again}"
-    return f"the queue was moved to {found['to']}: start everything with that URL, then give move --to URL --finish"
-
-
-def _expired(queue: PersistentQInterface, now: float) -> int:
-    jobs = queue.list_jobs(state="processing", limit=10_000, excerpt=0)
-    return sum(1 for job in jobs if (job.lease_expires_at or now) < now - LATE_SECONDS)
+    finish = f"{command_line('admin')} move --to URL --finish"
+    return f"the queue was moved to {found['to']}: start everything with that URL, then run {finish}"
 
 
 def why(
@@ -153,7 +254,7 @@ def _why_pending(queue: PersistentQInterface, job: Job, stats: dict[str, Any]) -
     elif not alive:
         return f"no consumer is alive: run {command_line('consumer')}"
     else:
-        alive = [each for each in alive if each["queues"] is None or job.queue in each["queues"]]
+        alive = [each for each in alive if _serves(each, job.queue)]
         if not alive:
             return f"no live consumer serves its queue {job.queue}"
     if all(each["tasks"] and job.task not in each["tasks"] for each in alive):
@@ -166,8 +267,10 @@ def _busy(alive: list[dict[str, Any]]) -> str:
     return f"{busy} of {count(len(alive), 'consumer')} busy"
 
 
-def metrics(queue: PersistentQInterface, now: float | None = None, *, stats: dict[str, Any] | None = None) -> str:
-    """Return metrics in the text format of Prometheus. `stats` is as in `why`."""
+def metrics(
+    queue: PersistentQInterface, found: list[Finding], now: float | None = None, *, stats: dict[str, Any] | None = None
+) -> str:
+    """Return metrics in the text format of Prometheus. `found` are recent `findings`; `stats` is as in `why`."""
     now = time.time() if now is None else now
     stats, facts = queue.stats() if stats is None else stats, queue.check(thorough=False)
     samples = _Samples()
@@ -188,8 +291,9 @@ def metrics(queue: PersistentQInterface, now: float | None = None, *, stats: dic
     for name in ("file_bytes", "wal_bytes", "disk_free_bytes"):
         if name in facts:
             samples.add(f"pqueue_{name}", name.replace("_", " "), facts[name])
-    found = problems(queue, now, stats=stats, facts=facts)
-    samples.add("pqueue_problems", f"Problems that {command_line('admin')} doctor reports", len(found))
+    for severity in SEVERITIES:
+        number = sum(1 for each in found if each.severity == severity)
+        samples.add("pqueue_findings", "Findings of pqueue doctor by severity", number, severity=severity)
     return str(samples)
 
 
@@ -213,19 +317,6 @@ class _Samples:
 # Values for people and for machines ###################################################################################
 
 
-def program_name(program: str) -> str:
-    """Return the name of a program as the user calls it: consumer.py in a checkout, pqueue-consumer if installed."""
-    if not Path(__file__).with_name(f"{program}.py").exists():  # the wheel installs the programs in this package
-        return f"{program}.py"
-    return "pqueue" if program == "admin" else f"pqueue-{program}"
-
-
-def command_line(program: str) -> str:
-    """Return how to run a program: python consumer.py in a checkout, pqueue-consumer if installed."""
-    name = program_name(program)
-    return f"python {name}" if name.endswith(".py") else name
-
-
 def span(seconds: float) -> str:
     """Return a duration in its largest fitting unit: 12 s, 3 m, 5 h, 2 d."""
     if seconds < 59.5:
@@ -234,6 +325,15 @@ def span(seconds: float) -> str:
         if (number := seconds / UNITS[unit]) < most - 0.5:  # not rounded first: it may be infinite in a damaged row
             return f"{number:.0f} {unit}"
     return f"{seconds / UNITS['d']:.0f} d"
+
+
+def size(number: int) -> str:
+    """Return a number of bytes in its largest fitting unit: 4.1 kB, 12 MB."""
+    value, units = float(number), iter(("kB", "MB", "GB", "TB"))
+    unit = "bytes"
+    while value >= 999.5 and (larger := next(units, None)):
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if value >= 9.95 or unit == "bytes" else f"{value:.1f} {unit}"
 
 
 def ago(at: float, now: float) -> str:
@@ -268,9 +368,10 @@ def cut(text: str, most: int) -> str:
 
 
 def failure(error: str | None) -> str:
-    """Return the error that identifies a group of failed jobs: its first line, cut and masked."""
+    """Return the error that identifies a group of failed jobs: its first line, cut, masked and printable, so that a
+    form returns it unchanged."""
     line = (error or "").split("\n", 1)[0][: pqueue_schema.FAILURE_CHARS]
-    return masked_text(line + "…" if len(line) == pqueue_schema.FAILURE_CHARS else line)
+    return printable(masked_text(line + "…" if len(line) == pqueue_schema.FAILURE_CHARS else line))
 
 
 def failures(queue: PersistentQInterface) -> list[dict[str, Any]]:
@@ -301,6 +402,13 @@ def job_object(job: Job) -> dict[str, Any]:
     return {**masked_job(job)._asdict(), "lease_token": None}
 
 
+def consumer_row(each: dict[str, Any]) -> dict[str, Any]:
+    """Return a consumer as a row of a table."""
+    keys = ("name", "state", "host", "pid", "started_at", "last_seen_at", "completed", "failed")
+    queues, held = ", ".join(each["queues"] or ["all"]), ", ".join(map(str, each["job_ids"]))
+    return {**{key: each[key] for key in keys}, "queues": queues, "jobs": held}
+
+
 def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
@@ -328,8 +436,9 @@ def for_people(column: str, value: Any, now: float) -> str:
         return "yes" if value else "no"
     if is_time(column):
         return ago(value, now)
-    if column.endswith("_seconds"):
-        return span(value)
+    for ending, shown in (("_seconds", span), ("_bytes", size)):
+        if column.endswith(ending):
+            return shown(value)
     if isinstance(value, (dict, list)):
         return json_text(value)
     return f"{value:,}" if isinstance(value, int) and not column.endswith("id") else str(value)
@@ -338,38 +447,3 @@ def for_people(column: str, value: Any, now: float) -> str:
 def printable(text: str) -> str:
     """Return the text on one line, with control characters escaped."""
     return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text)
-
-
-def table(rows: list[dict[str, Any]], width: int, *, colours: bool = False, now: float | None = None) -> str:
-    """Return an aligned table; its last column is cut to the width."""
-    if not rows:
-        return ""
-    now = time.time() if now is None else now
-    names = list(rows[0])
-    cells = [[printable(for_people(name, row[name], now)) for name in names] for row in rows]
-    heads = [re.sub("_(at|seconds)$", "", name) for name in names]
-    widths = [max(len(line[i]) for line in [heads, *cells]) for i in range(len(names))]
-    widths[-1] = min(widths[-1], max(10, width - sum(widths[:-1]) - 2 * (len(names) - 1)))
-    numbers = [all(isinstance(row[name], (int, type(None))) and not is_time(name) for row in rows) for name in names]
-    lines = [_line(heads, widths, numbers)]
-    for line in cells:
-        text = _line(line, widths, numbers)[:width]
-        lines.append(_coloured(text, line, widths) if colours else text)
-    return "\n".join(lines)
-
-
-def _line(cells: list[str], widths: list[int], numbers: list[bool]) -> str:
-    parts = []
-    for cell, width, number in zip(cells, widths, numbers, strict=True):
-        cut = cell if len(cell) <= width else cell[: width - 1] + "…"
-        parts.append(f"{cut:>{width}}" if number else f"{cut:<{width}}")
-    return "  ".join(parts).rstrip()
-
-
-def _coloured(text: str, cells: list[str], widths: list[int]) -> str:
-    begin = 0
-    for cell, width in zip(cells, widths, strict=True):
-        if cell in COLOURS:
-            return f"{text[:begin]}\x1b[{COLOURS[cell]}m{cell}\x1b[0m{text[begin + len(cell) :]}"
-        begin += width + 2
-    return text

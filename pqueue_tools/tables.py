@@ -12,8 +12,10 @@ from typing import Any
 import pqueue
 from pqueue import Job
 from pqueue_tools import dashboard, report, supervisor
+from pqueue_values import command_line
 
 JOBS_OF_CONSUMER_SHOWN = 3
+JOBS_ASKED_FOR = 20  # of the selected jobs that the question before an action lists
 BULK_ACTIONS = ("resubmit", "mark_failed", "cancel")
 
 
@@ -24,10 +26,14 @@ class Button:
     action: str
     label: str
     fields: dict[str, Any] = field(default_factory=dict)
-    confirm: bool = True
+    confirm: str = ""  # what the operator confirms, if the label does not say it all
     asks_for: str = ""  # the field that the operator fills in
     hint: str = ""  # meaning of an empty value
     value: str = ""
+
+    @property
+    def confirmation(self) -> str:
+        return f"yes, {self.confirm or self.label}"
 
 
 @dataclass(frozen=True)
@@ -99,8 +105,15 @@ JOBS = Table(
         Column("enqueued", lambda job: job.created_at, "time", on_phone=False),
         Column("detail", lambda job: report.cut(report.detail(job), 200), width="cut"),
     ),
-    f"no jobs yet: run {report.command_line('producer')}",
+    f"no jobs yet: run {command_line('producer')}",
 )
+
+
+def _failed_buttons(group: dict[str, Any]) -> list[Button]:
+    fields = {"task": group["task"], "error": group["error"]}
+    return [Button("resubmit_group", "resubmit all", fields, f"resubmit {report.count(group['jobs'], 'job')}")]
+
+
 FAILED = Table(
     "Failed",
     (
@@ -115,8 +128,8 @@ FAILED = Table(
     "group",
     dashboard.FAILED_GROUPS_SHOWN,
     itemgetter("failures"),
-    lambda group: [Button("resubmit_group", "resubmit all", {"task": group["task"], "error": group["error"]})],
-    lambda group: f"{group['task']}: {report.printable(group['error'])}",
+    _failed_buttons,
+    lambda group: f"{group['task']}: {group['error']}",
 )
 CONSUMERS = Table(
     "Consumers",
@@ -129,7 +142,7 @@ CONSUMERS = Table(
         Column("failed", itemgetter("failed"), "number"),
         Column("seen", itemgetter("last_seen_at"), "time", width="cut"),
     ),
-    f"no consumer yet: run {report.command_line('consumer')}",
+    f"no consumer yet: run {command_line('consumer')}",
     "consumer",
     dashboard.CONSUMERS_SHOWN,
     itemgetter("consumers"),
@@ -169,7 +182,7 @@ def _queues(figures: dict[str, Any]) -> list[dict[str, Any]]:
 def _queue_buttons(queue: dict[str, Any]) -> list[Button]:
     name, verb = queue["name"], "resume" if queue["paused"] else "pause"
     limit = Button("limit", "limit", {"queue": name}, asks_for="max_pending", hint="none")
-    return [Button(verb, verb, {"queue": name}, confirm=False), limit]
+    return [Button(verb, verb, {"queue": name}), limit]
 
 
 QUEUES = Table(
@@ -229,7 +242,7 @@ HISTORY = Table(
 def job_buttons(job: Job) -> list[Button]:
     if job.state in pqueue.FINISHED:
         return [Button("resubmit", "resubmit", {"id": job.id})]
-    assign = Button("assign", "assign", {"id": job.id}, True, "consumer", "any consumer", job.assigned_to or "")
+    assign = Button("assign", "assign", {"id": job.id}, "", "consumer", "any consumer", job.assigned_to or "")
     return [*(Button(verb, label(verb), {"id": job.id}) for verb in ("mark_failed", "cancel")), assign]
 
 
@@ -278,6 +291,11 @@ def matching(query: dict[str, str], shown: dashboard.JobPage) -> str:
     """Return the label of "all that match the filter", with their number if the page shows all of them."""
     known = len(shown[0]) if shown[1] is None and not query.get("before_id") else None
     return "all that match the filter" if known is None else f"all {known} that match the filter"
+
+
+def filters_as_text(form: dashboard.Form) -> str:
+    """Return the filters of a form: state failed, task mail."""
+    return ", ".join(f"{name} {form[name][0]}" for name in dashboard.FILTERS if form.get(name, [""])[0])
 
 
 def older_jobs(shown: dashboard.JobPage) -> str:

@@ -44,10 +44,10 @@ SIGNAL_SECONDS = 0.7  # between two signals, on average
 ACT_SECONDS = 0.4  # between two acts, on average
 COMMAND_SECONDS = 120.0  # no command of an operator may take longer
 NOTICE_SECONDS = 20.0  # in which programs must notice that their files were replaced
-SLEEPERS = 3000  # scheduled jobs, so that whoever reads all unfinished jobs does so in several pages
+SLEEPERS = 3000  # scheduled jobs, so that reading all unfinished jobs takes several pages
 PRUNE_SECONDS = 15
 SIGNALS = {"kill": 5, "stop": 4, "term": 1, "term-twice": 1}
-SWITCHES = (*SIGNALS, "copies", "copies-inside", "deadly", "sleepy")  # beside the acts
+SWITCHES = (*SIGNALS, "copies", "copies-inside", "deadly", "sleepy")  # in addition to the acts
 
 
 # The system ###########################################################################################################
@@ -188,7 +188,7 @@ class Attack:
         self.problems: list[str] = []
         self.facts = attack_audit.Facts()
         self.signals_on = False
-        self._stopped: dict[int, float] = {}  # pids, and when they go on
+        self._stopped: dict[int, float] = {}  # pids, and when they continue
         self._next_signal = self._number = 0.0
 
     def run(self, seconds: float) -> None:
@@ -221,7 +221,7 @@ class Attack:
         try:
             ACTS[name][1](self)
         except sqlite3.Error as error:
-            self.problem(f"{name}: a reader of the database was told: {error}")
+            self.problem(f"{name}: a reader of the database got: {error}")
 
     def note(self, text: str) -> None:
         with (self.folder / "attack.log").open("a") as log:
@@ -364,22 +364,22 @@ class Attack:
         self._stopped.clear()
 
     def expect_restarts(self, act: str, replaced: Replaced) -> None:
-        """Wait until every program that had the old files open has ended; end those that go on with them."""
+        """Wait until every program that had the old files open has ended; end those that still use them."""
         with self.in_peace():
             self.until(lambda: not replaced.still_open(), NOTICE_SECONDS)
             left = replaced.still_open()
             self.figures["programs that left their replaced files"] += len(replaced.programs) - len(left)
-            self.figures["programs that went on with replaced files"] += len(left)
+            self.figures["programs that continued with replaced files"] += len(left)
             if left:
                 names = ", ".join(sorted({each.name for each in left}))
-                self.problem(f"{act}: went on for {NOTICE_SECONDS:g} s with the old files: {names}")
+                self.problem(f"{act}: continued for {NOTICE_SECONDS:g} s with the old files: {names}")
             for each in left:
                 with suppress(ProcessLookupError):
                     os.kill(each.pid, signal.SIGKILL)
             self.until(self.system.everything_runs, 60)
 
     def command(self, *arguments: str, url: str | None = None) -> subprocess.CompletedProcess[str]:
-        """Run a program beside the others, while signals go on to fall upon these."""
+        """Run a program while the others run and receive signals."""
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
             began, child = (
                 time.monotonic(),
@@ -424,7 +424,7 @@ class Attack:
 
     def lose(self, act: str, since: float, until: float, *, rolls_back: bool) -> None:
         self.facts.losses.append(Loss(act, since, until, rolls_back))
-        self.note(f"{act}: may take back what came after {attack_audit.clock(since)}")
+        self.note(f"{act}: may undo what came after {attack_audit.clock(since)}")
 
 
 UNFINISHED = f"state IN {pqueue.UNFINISHED}"
@@ -532,18 +532,18 @@ def _files(attack: Attack) -> set[str]:
     return {path.name for path in (attack.folder / "var/files").glob("job_*.txt")}
 
 
-# Processes that stand in the way ######################################################################################
+# Processes that get in the way ######################################################################################
 
 
 @act("hold-lock", 3)
 def hold_lock(attack: Attack) -> None:
-    """Stop a process that has the writers' lock, though no transaction: others must go on."""
+    """Stop a process that has the writers' lock, though no transaction: others must continue."""
     with attack.in_peace(), _holder(attack, "lock"):
         attack.idle(0.2)
         done = int(attack.command("attack_work.py", "probe", "6").stdout or 0)
-        attack.figures["writes beside a stopped holder of the lock"] += done
+        attack.figures["writes despite a stopped holder of the lock"] += done
         if done < 20:
-            attack.problem(f"hold-lock: {done} writes in 4 s beside a stopped process that held the lock")
+            attack.problem(f"hold-lock: {done} writes in 4 s despite a stopped process that held the lock")
 
 
 @act("hold-transaction", 2)
@@ -567,7 +567,7 @@ def _holder(attack: Attack, what: str) -> Iterator[None]:
 
 @act("kill-supervisord", 2)
 def kill_supervisord(attack: Attack) -> None:
-    """Kill the Supervisor, when all its programs have come up, and start it anew: they must end by themselves."""
+    """Kill the Supervisor, when all its programs have come up, and start it again: they must end by themselves."""
     with attack.in_peace():
         attack.until(attack.system.everything_runs, 30)
         attack.idle(2)
@@ -668,7 +668,7 @@ def _remove(attack: Attack, name: str, *paths: Path) -> None:
     behind = attack.random.choice([0, 0, attack.random.uniform(0.2, 1.5)]) if name != "rm-shm" else 0
     with _frozen(attack, behind) as kept_until:
         if kept_until is None:
-            attack.figures["acts put off: somebody was in the midst of copying the log"] += 1
+            attack.figures["acts put off: another process was copying the log"] += 1
             return
         replaced = Replaced(attack.system, *paths)
         for path in paths:
@@ -741,7 +741,7 @@ def move(attack: Attack) -> None:
     for path in (system.folder / "data").glob(f"{Path(new).name}*"):
         (shutil.rmtree if path.is_dir() else os.unlink)(path)
     if attack.random.random() < 0.5:
-        system.control("stop", "producer", "writer:*")  # else they go on in the old queue, after the copy, too
+        system.control("stop", "producer", "writer:*")  # else they continue in the old queue, after the copy, too
     moved = attack.admin("move", "--to", new)
     if moved.returncode:
         attack.problem(f"move: {moved.stderr.strip()}")

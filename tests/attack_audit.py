@@ -316,7 +316,7 @@ class Audit:
                 if not all(self.was_forgotten(first, again, in_flight=True) for first, again in pairs):
                     bad.append(f"{path.name} is stamped {len(times)} times: {', '.join(map(clock, times))}")
                     continue
-                self.figures["files stamped again, as an act had taken back the first time"] += 1
+                self.figures["files stamped again, as an act had undone the first time"] += 1
             elif row and row.task == "prepend_timestamp" and row.state == "completed":
                 first = stamps_of(f"{row.result['timestamp']} ".encode())
                 if list(times) != first:

@@ -4,7 +4,7 @@
     python attack_work.py write                      # enqueue, and record each job when it is acknowledged
     python attack_work.py files N                    # enqueue jobs with files that fail and run again
     python attack_work.py hold lock|transaction      # stop while holding the writers' lock
-    python attack_work.py probe SECONDS              # enqueue beside that process, and print how often
+    python attack_work.py probe SECONDS              # enqueue while that process runs, and print how often
     python attack_work.py freeze SECONDS             # keep writers out until a line comes on stdin
 
 Records are lines of JSON in $ATTACK_FOLDER/ledger, one file per process; `attack_audit` reads them.
@@ -208,7 +208,7 @@ class Writer:
         acknowledge(asked, *before, harmful, *behind)
 
     def write_with_file(self, tries: int) -> None:
-        """Do as producer.py does: a file that has .NAME.new beside it, locked, is about to be enqueued."""
+        """Do as producer.py does: a file with a locked .NAME.new next to it is about to be enqueued."""
         name = f"job_{secrets.token_hex(8)}.txt"
         new, unlocked = FILES / f".{name}.new", FILES / f".{name}.unlocked"
         with unlocked.open("x") as file:
@@ -265,7 +265,7 @@ def probe(seconds: float) -> None:
     print(done)
 
 
-# Helpers that stand in the way ########################################################################################
+# Helpers that get in the way ########################################################################################
 
 
 def hold(what: str) -> None:
@@ -309,7 +309,7 @@ def _checkpoint(db: sqlite3.Connection, *, whole: bool = True) -> float:
         if not busy and (copied == pages or not whole):
             return began
         time.sleep(0.01)
-    raise TimeoutError("cannot copy the log: somebody reads or copies it all the time")
+    raise TimeoutError("cannot copy the log: another program reads or copies it all the time")
 
 
 def main() -> int:

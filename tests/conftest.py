@@ -16,11 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import pqueue  # noqa: E402
-from test_pqueue import nothing_left, wait_until  # noqa: E402, F401 - the contract suite stands alone, so it lives there
+from test_pqueue import nothing_left, wait_until  # noqa: E402, F401 - the contract suite is self-contained, so it lives there
 
 
 def free_port() -> int:
-    """Return a free port, for a server that must be told one."""
+    """Return a free port, for a server that needs one in advance."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return taken.getsockname()[1]

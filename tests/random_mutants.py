@@ -1,17 +1,22 @@
-"""Change one thing of a module at a time, at random, in a copy of the sources, and list what no test notices.
+"""Change one thing of the sources at a time, at random, in a copy of them, and list what no test notices.
 
-make mutants MODULE=pqueue_move.py N=60 SEED=1
+make mutants MODULES="pqueue_move.py pqueue_tasks.py" N=60 SEEDS="1 2"
 
 Changes: a comparison inverted or moved by its bound, `and` for `or`, a `not` removed, a number increased, a truth value
 inverted, None returned, a statement removed, and a term of a condition in SQL replaced by one that is always true.
---terms tries all of the last kind, nothing else. The tests are the contract suite on SQLite, the model test and those
-named after the module; for pqueue_sqlalchemy.py PostgreSQL's contract suite.
+--terms tries all of the last kind, nothing else.
+
+The tests are the contract suite on SQLite, the model test and those named after a module; for PostgreSQL's modules its
+contract suite. They run once to record which test runs which lines, in child processes, too. A change is then tried
+with the tests that run its statement, first with those that are fast and noticed others; that of a constant, with
+those that use it.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import math
 import os
 import random
 import re
@@ -20,31 +25,57 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from bisect import bisect
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from queue import SimpleQueue
+from typing import NamedTuple
 
 from run import memory
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 180  # which a mutant may take before it counts as noticed
-CONTRACT = """
-import sys, test_pqueue, unittest
-from test_pqueue import SQLiteContract, SQLiteContractAtNormalDurability
-cases = [each for each in vars(test_pqueue).values() if isinstance(each, type) and issubclass(each, unittest.TestCase)]
-cases.remove(SQLiteContractAtNormalDurability)  # which differs from SQLiteContract in one setting
-cases.sort(key=lambda case: case is not SQLiteContract)  # first what notices most
-suite = unittest.TestSuite(map(unittest.defaultTestLoader.loadTestsFromTestCase, cases))
-sys.exit(not unittest.TextTestRunner(failfast=True).run(suite).wasSuccessful())
+PYTEST = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "--assert=plain"]
+ON_SQLITE = ["test_pqueue.py", "tests/test_model.py", "-knot AtNormalDurability and not killed_anywhere"]
+ON_POSTGRES = ["tests/test_postgres.py", "-kPostgresContract"]
+OF_POSTGRES = {"pqueue_postgres.py", "pqueue_sqlalchemy.py"}
+EXTRA_SECONDS = 30  # which a mutant's tests may take, beside twice as long as before, until it counts as noticed
+
+# Loaded by every Python that the tests start, and by pytest as a plugin: writes each test, its duration, and its lines.
+RECORDER = """
+'PYTEST_DONT_REWRITE'
+import os, sys, threading
+from os import write  # which a test may replace
+output = os.open(os.environ["MUTANTS_RECORD"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+names, seen = {}, set()
+
+def trace(frame, event, _):
+    path = frame.f_code.co_filename
+    if path not in names:
+        name = os.path.basename(path)
+        names[path] = name if name.startswith("pqueue") else None
+    if names[path] is None:
+        return None
+    line = f"{names[path]}:{frame.f_lineno}\\n"
+    if line not in seen and frame.f_code.co_name != "<module>":
+        seen.add(line)
+        write(output, line.encode())
+    return trace
+
+def pytest_runtest_logstart(nodeid):
+    seen.clear()
+    write(output, f"test {nodeid}\\n".encode())
+
+def pytest_runtest_logreport(report):
+    write(output, f"took {report.duration} {report.nodeid}\\n".encode())
+
+sys.settrace(trace)
+threading.settrace(trace)
 """
-ON_SQLITE = [
-    [sys.executable, "-W", "error", "-c", CONTRACT],
-    [sys.executable, "-m", "pytest", "-qx", "tests/test_model.py"],
-]
-ON_POSTGRES = [[sys.executable, "-m", "pytest", "-qx", "tests/test_postgres.py", "-k", "PostgresContract"]]
 
 COMPARISONS: dict[type[ast.cmpop], str] = {
     ast.Lt: "<=",
@@ -65,13 +96,14 @@ CONDITION = re.compile(r"[=<>]|\b(?:IS|IN|EXISTS)\b|^\{")
 
 @dataclass(frozen=True)
 class Change:
+    module: str
+    line: int
     start: int
     end: int
     new: str
-    line: int
 
 
-def changes(text: str) -> Iterator[Change]:
+def changes(module: str, text: str) -> Iterator[Change]:
     """Yield each change that can be made to a module."""
     tree = ast.parse(text)
     starts = [0]
@@ -94,9 +126,10 @@ def changes(text: str) -> Iterator[Change]:
         if isinstance(node, ast.Constant | ast.JoinedStr) and isinstance(getattr(node, "value", ""), str):
             begin, end = span(node)
             for start, stop in terms(text[begin:end]):
-                yield Change(begin + start, begin + stop, "1 = 1", text.count("\n", 0, begin + start) + 1)
+                line = text.count("\n", 0, begin + start) + 1
+                yield Change(module, line, begin + start, begin + stop, "1 = 1")
         elif (new := changed(node, source)) is not None:
-            yield Change(*span(node), new, node.lineno)
+            yield Change(module, node.lineno, *span(node), new)
 
 
 def nodes(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
@@ -111,7 +144,7 @@ def nodes(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
 
 
 def changed(node: ast.expr | ast.stmt, source) -> str | None:
-    """Return what may stand in the place of this node."""
+    """Return what may replace this node."""
     match node:
         case ast.Compare(left=left, ops=[operator], comparators=[right]) if type(operator) in COMPARISONS:
             return f"{source(left)} {COMPARISONS[type(operator)]} {source(right)}"
@@ -147,88 +180,213 @@ def terms(text: str) -> Iterator[tuple[int, int]]:
             yield start, start + len(term)
 
 
-def commands(module: str) -> list[list[str]]:
-    if module == "pqueue_sqlalchemy.py":
-        return ON_POSTGRES
-    own = ROOT / f"tests/test_{module.removeprefix('pqueue_')}"  # such as tests/test_move.py
-    return (
-        [*ON_SQLITE, [sys.executable, "-m", "pytest", "-qx", str(own.relative_to(ROOT))]] if own.exists() else ON_SQLITE
-    )
+class Place(NamedTuple):
+    """A statement without those in it."""
+
+    module: str
+    lines: set[int]
+    runs: set[int]  # the lines that show whether a test runs it
+    names: set[str]  # which it mentions
+    defines: set[str]  # constants and classes; none in a function
 
 
-def survives(folder: Path, module: str, text: str, change: Change) -> bool | None:
-    """Return whether no test notices this change in the folder's copy; None when it makes no program."""
+def places(module: str, parent: ast.AST, *, in_function: bool = False) -> Iterator[Place]:
+    for node in ast.iter_child_nodes(parent):
+        is_function = isinstance(node, ast.FunctionDef)
+        yield from places(module, node, in_function=in_function or is_function)
+        if isinstance(node, ast.stmt):
+            whole = set(lines_of(node))
+            inside = {line for each in ast.walk(node) if isinstance(each, ast.stmt) and each is not node
+                      for line in lines_of(each)}  # fmt: skip
+            own = whole - inside or whole
+            found = [each for each in ast.walk(node) if getattr(each, "lineno", 0) not in inside]
+            names = mentioned(found)
+            targets = [node.target] if isinstance(node, ast.AnnAssign | ast.AugAssign) else getattr(node, "targets", [])
+            defines = {each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)}
+            if isinstance(node, ast.ClassDef):
+                defines = {node.name}
+            runs = set() if not in_function and not is_function else whole if is_function else own
+            yield Place(module, own, runs, names, set() if in_function else defines)
+
+
+def mentioned(nodes: Iterable[ast.AST]) -> set[str]:
+    names = {each.id for each in nodes if isinstance(each, ast.Name)}
+    return names | {each.attr for each in nodes if isinstance(each, ast.Attribute)}
+
+
+def lines_of(node: ast.stmt) -> range:
+    first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))])
+    return range(first, (node.end_lineno or first) + 1)
+
+
+class Record:
+    """Which tests run which statements."""
+
+    def __init__(self, trees: dict[str, ast.AST], tests: Iterable[ast.AST], record: Iterable[str]) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.noticed: Counter[str | None] = Counter()
+        self._tests: dict[str, set[str]] = defaultdict(set)  # by module:line
+        self._places = [place for module, tree in trees.items() for place in places(module, tree)]
+        self._named_by = {
+            node.name: mentioned([*ast.walk(node)])
+            for tree in tests
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef)
+        }
+        test = ""
+        for line in record:
+            kind, _, rest = line.rstrip().partition(" ")
+            if kind == "test":
+                test = rest
+            elif kind == "took":
+                seconds, _, name = rest.partition(" ")
+                self.seconds[name] += float(seconds)
+            else:
+                self._tests[kind].add(test)
+
+    def tests(self, change: Change) -> list[str]:
+        """Return the tests that may notice the change: first those that are fast and noticed others."""
+        here = [each for each in self._places if each.module == change.module and change.line in each.lines]
+        found: set[str] = set()
+        seen: set[str] = set()
+        while here:
+            place = here.pop()
+            if not place.runs and not place.defines:  # a call when the module is imported
+                found |= self.seconds.keys()
+            found |= {test for line in place.runs for test in self._tests[f"{place.module}:{line}"]}
+            if new := place.defines - seen:
+                seen |= new
+                found |= {
+                    test for test in self.seconds if self._names(test) & {*new, change.module.removesuffix(".py")}
+                }
+                here += [each for each in self._places if each.names & new and each is not place]
+        return sorted(found, key=lambda test: self.seconds[test] / (1 + self.noticed[test]))
+
+    def _names(self, test: str) -> set[str]:
+        return self._named_by.get(test.partition("[")[0].rpartition("::")[2], set())
+
+
+def is_noticed(folder: Path, text: str, change: Change, record: Record, budget: float) -> bool | None:
+    """Return whether a test notices this change in the folder's copy; None when it makes no program.
+
+    budget: seconds of tests to run.
+    """
     mutant = text[: change.start] + change.new + text[change.end :]
     try:
-        compile(mutant, module, "exec")
+        compile(mutant, change.module, "exec")
     except SyntaxError:
         return None
-    (folder / module).write_text(mutant)
+    tests = record.tests(change)
+    until = [*accumulate(map(record.seconds.__getitem__, tests))]
+    tests = tests[: bisect(until, budget) or 1]
+    path = folder / change.module
+    path.write_text(mutant)
+    # Python would take the code of one mutant for that of another of the same size and time.
+    for compiled in folder.glob(f"__pycache__/{path.stem}.*"):
+        compiled.unlink()
     try:
-        return all(passes(command, folder) for command in commands(module))
+        seconds = EXTRA_SECONDS + 2 * sum(map(record.seconds.__getitem__, tests))
+        failed = failure(tests, folder, seconds, PYTHONDONTWRITEBYTECODE="1") if tests else None
     finally:
-        (folder / module).write_text(text)
+        path.write_text(text)
+    record.noticed[failed] += 1
+    return failed is not None
 
 
-def passes(command: list[str], folder: Path) -> bool:
-    child = subprocess.Popen(
-        command,
-        cwd=folder,
-        # Two mutants may have the same size and time, by which Python would take the code of one for the other's.
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(folder.parent)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        return child.wait(SECONDS) == 0
-    except subprocess.TimeoutExpired:
-        return False
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # what the tests have left running, too
-        child.wait()
+def failure(arguments: list[str], folder: Path, seconds: float, **variables: str) -> str | None:
+    """Run tests until one fails, and return its name, "" if it is not known, or None if all passed."""
+    temporary = folder.with_name(f"{folder.name}t")
+    temporary.mkdir()
+    with (temporary / "output").open("w+") as output:
+        child = subprocess.Popen(
+            [*PYTEST, *arguments],
+            cwd=folder,
+            env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TMPDIR": str(temporary), **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            if child.wait(seconds) == 0:
+                return None
+            output.seek(0)
+            return "".join(re.findall(r"^(?:FAILED|ERROR) (\S+)", output.read(), re.MULTILINE)[:1])
+        except subprocess.TimeoutExpired:
+            return ""
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # what the tests have left running, too
+            child.wait()
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def recorded(folder: Path, texts: dict[str, str], suite: list[str]) -> Record:
+    output, plugins = folder.with_name("record"), folder.with_name("plugins")
+    plugins.mkdir()
+    (plugins / "sitecustomize.py").write_text(RECORDER)
+    variables = {"MUTANTS_RECORD": str(output), "PYTHONPATH": str(plugins), "PYTHONDONTWRITEBYTECODE": ""}
+    if (failed := failure([*suite, "-psitecustomize"], folder, 900, **variables)) is not None:
+        sys.exit(f"expected the tests to pass without a change, but one failed: {failed}")
+    with output.open() as lines:
+        sources = {module: ast.parse(text) for module, text in texts.items()}
+        tests = [ast.parse((ROOT / each).read_text()) for each in suite if each.endswith(".py")]
+        return Record(sources, tests, lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("module")
-    parser.add_argument("--number", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--terms", action="store_true", help="all terms of the module's SQL")
+    parser.add_argument("modules", nargs="+")
+    parser.add_argument("--number", type=int, default=60, help="changes for each seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--terms", action="store_true", help="all terms of the modules' SQL")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds of tests for each change")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
-    text = (ROOT / options.module).read_text()
-    found = list(changes(text))
-    if options.terms:
-        found = [each for each in found if each.new == "1 = 1"]
-    random.Random(options.seed).shuffle(found)
-    chosen = found if options.terms else found[: options.number]
-    print(f"{len(chosen)} of {len(found)} changes of {options.module}, seed {options.seed}", flush=True)
-    killed = survived = 0
+    texts = {path.name: path.read_text() for path in sorted(ROOT.glob("pqueue*.py"))}
+    suite = ON_POSTGRES
+    if not OF_POSTGRES.intersection(options.modules):
+        named = [f"tests/test_{module.removeprefix('pqueue_')}" for module in options.modules]  # as tests/test_move.py
+        suite = [*ON_SQLITE, *(file for file in named if (ROOT / file).exists())]
+    found = [change for module in options.modules for change in changes(module, texts[module])]
+    rounds = {0: [each for each in found if each.new == "1 = 1"]} if options.terms else {
+        seed: random.Random(seed).sample(found, min(options.number, len(found))) for seed in options.seeds
+    }  # fmt: skip
     folders: SimpleQueue[Path] = SimpleQueue()
 
     def attempt(change: Change) -> bool | None:
         folder = folders.get()
         try:
-            return survives(folder, options.module, text, change)
+            return is_noticed(folder, texts[change.module], change, record, options.budget)
         finally:
             folders.put(folder)
 
-    with tempfile.TemporaryDirectory(prefix="pq", dir=memory()) as place, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for number in range(os.cpu_count() or 1):
-            ignored = shutil.ignore_patterns(".*", "var", "docs", "*.egg-info", "__pycache__")
-            folders.put(shutil.copytree(ROOT, Path(place) / str(number), ignore=ignored))
-        verdicts = {pool.submit(attempt, change): change for change in chosen}
-        for future in as_completed(verdicts):
-            change = verdicts[future]
-            killed += future.result() is False
-            if future.result():
-                survived += 1
-                old = " ".join(text[change.start : change.end].split())
-                print(f"{options.module}:{change.line}: {old[:90]!r} -> {change.new[:90]!r}", flush=True)
-    print(f"{killed} of {killed + survived} killed: {killed / max(1, killed + survived):.2f}")
+    with tempfile.TemporaryDirectory(prefix="pq", dir=memory()) as place, ThreadPoolExecutor(options.workers) as pool:
+        ignored = shutil.ignore_patterns(".*", "var", "docs", "*.egg-info", "__pycache__")
+        first = shutil.copytree(ROOT, Path(place) / "0", ignore=ignored)
+        record = recorded(first, texts, suite)
+        folders.put(first)
+        for number in range(1, options.workers):
+            folders.put(shutil.copytree(first, Path(place) / str(number)))
+        for seed, chosen in rounds.items():
+            print(f"{len(chosen)} of {len(found)} changes{f', seed {seed}' if seed else ''}", flush=True)
+            verdicts = {pool.submit(attempt, change): change for change in chosen}
+            killed = survived = 0
+            for number, future in enumerate(as_completed(verdicts), 1):
+                killed += future.result() is True
+                if number % 20 == 0:
+                    print(f"{number} tried", flush=True)
+                if future.result() is False:
+                    survived += 1
+                    print(description(verdicts[future], texts, record), flush=True)
+            print(f"{killed} of {killed + survived} killed: {killed / max(1, killed + survived):.2f}", flush=True)
     return 0
+
+
+def description(change: Change, texts: dict[str, str], record: Record) -> str:
+    old = " ".join(texts[change.module][change.start : change.end].split())
+    tests = record.tests(change)
+    return f"{change.module}:{change.line}: {old[:90]!r} -> {change.new[:90]!r} ({len(tests)} tests)"
 
 
 if __name__ == "__main__":

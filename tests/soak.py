@@ -120,7 +120,7 @@ class Soak:
                 *self._end(),
                 *lost(self.folder, self.jobs),
                 *bounds_broken(self.samples),
-                *report.problems(self.queue),
+                *map(str, report.problems(report.findings(self.queue))),
             ]
         finally:
             for each in [*self._producers, self._pruner, *self._consumers]:

@@ -6,12 +6,14 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 from conftest import ROOT, wait_until
@@ -19,7 +21,7 @@ from conftest import ROOT, wait_until
 import admin
 import pqueue
 import pqueue_sqlite
-from pqueue_tools import actions, report
+from pqueue_tools import actions, report, supervisor
 
 
 @pytest.fixture(params=["argparse", "typer"])
@@ -123,6 +125,10 @@ READING = [
     ["delete-job-files", "--directory", ".", "--dry-run"],
     ["delete-db-jobs", "--yes", "--force"],
     ["metrics"],
+    ["logs", "2"],
+    ["completion"],
+    ["jobs", "--state", "failed", "--columns", "id,state"],
+    ["failed", "-o", "json"],
     ["list-jobs", "--status", "bad"],
     ["show", "x"],
     ["show", "99"],
@@ -134,7 +140,7 @@ def test_both_front_ends_do_the_same_with_every_command(tmp_path, monkeypatch, c
     monkeypatch.delenv("PQUEUE_URL", raising=False)
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
-    told = []
+    reported = []
     for front in ("argparse", "typer"):
         (tmp_path / front).mkdir()
         monkeypatch.chdir(tmp_path / front)
@@ -150,8 +156,8 @@ def test_both_front_ends_do_the_same_with_every_command(tmp_path, monkeypatch, c
                 out, err = capsys.readouterr()
                 answers.append((arguments, code, re.sub(r"\S+_bytes \S+", "", out), err.replace(front, "front")))
             queue.close()
-            told.append(answers)
-    assert told[0] == told[1]
+            reported.append(answers)
+    assert reported[0] == reported[1]
     assert {arguments[0] for arguments in READING} >= set(admin.COMMANDS) - {"monitor", "doctor", "torture", "move"}
 
 
@@ -170,9 +176,54 @@ def test_each_command_explains_itself(front, capsys):
                 assert (parameter.name if parameter.is_option else parameter.metavar) in out
 
 
+def test_overview_groups_the_commands_and_fits_the_terminal(front, capsys, monkeypatch):
+    for columns in (200, 80, 40):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert admin.main(["--help"]) == 0
+        out = capsys.readouterr().out
+        assert columns < 80 or max(map(len, out.split("\n"))) <= columns
+        headings = re.findall(r"^(\w+):$", out, re.MULTILINE)
+        assert headings == ["Inspect", "Jobs", "Queues", "Data", "System", "Examples"]
+    assert admin.main([]) == 2
+    assert capsys.readouterr().out == out
+    assert admin.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pqueue {pqueue.__version__}\n"
+
+
+def test_examples_of_each_command_are_valid_and_shown(front, capsys, monkeypatch):
+    ran = []
+    monkeypatch.setattr(admin, "run", lambda entry, options: ran.append((entry.name, vars(options))) or 0)
+    for entry in admin.COMMANDS.values():
+        with suppress(SystemExit):
+            admin.main([entry.name, "--help"])
+        out = capsys.readouterr().out
+        for example in entry.examples:
+            assert f"  admin.py {example}\n" in out
+            assert admin.main([word for word in shlex.split(example) if not word.startswith(">>")]) == 0
+            assert ran[-1][0] == entry.name
+    assert len(ran) > 20
+
+
+def test_operator_reads_what_was_logged_about_a_job(front, folder, run):
+    logs = folder / "var/log"
+    logs.mkdir(parents=True)
+    lines = [f"2026-11-26T0{n}:00:00.000Z completed consumer=w job={job}" for n, job in enumerate((7, 17, 7, 71, 7))]
+    (logs / "consumer_00.log.1").write_text("\n".join([lines[0], lines[1], ""]))
+    (logs / "consumer_01.log").write_text(f"{lines[2]} task=a\njob=77\n{lines[3]}\n")
+    (logs / "consumer_00.log").write_bytes(f"{lines[4]} error=".encode() + b"\xff\x1b[31m\n")
+    code, out, _ = run("logs", "7")
+    assert (code, out) == (0, f"{lines[0]}\n{lines[2]} task=a\n{lines[4]} error=\ufffd\\x1b[31m\n")
+    assert [json.loads(line)["file"] for line in run("logs", "7", "--json")[1].splitlines()] == [
+        "consumer_00.log.1",
+        "consumer_01.log",
+        "consumer_00.log",
+    ]
+    assert run("logs", "8")[::2] == (1, "admin.py: no line about job 8 in var/log\n")
+
+
 def test_operator_whose_folder_has_no_queue_creates_none(front, folder, run):
     values = {"job_id": "1", "task": "t", "queue": "default", "max_pending": "5", "consumer": "c", "file": "x.db"}
-    for name in sorted(set(admin.COMMANDS) - {"torture", "monitor", "restore"}):
+    for name in sorted(set(admin.COMMANDS) - {"torture", "monitor", "restore", "logs", "completion"}):
         required = [each for each in admin.COMMANDS[name].parameters if not each.is_option]
         code, _, err = run(name, *[values[each.key] for each in required if each.key in values])
         assert code == 1
@@ -191,7 +242,12 @@ def test_operator_whose_folder_has_no_queue_creates_none(front, folder, run):
         (["show", "nine"], 2, "job_id: expected a whole number of at least 0, got 'nine'"),
         (["show", "-3"], 2, ""),
         (["show"], 2, ""),
-        (["bogus"], 2, "bogus"),
+        (["bogus"], 2, "expected a command, got 'bogus'; see admin.py --help"),
+        (["list"], 2, "expected a command, got 'list'; did you mean list-jobs? See admin.py --help"),
+        (["resubmti"], 2, "did you mean resubmit"),
+        (["--nosuch"], 2, "expected a command, got '--nosuch'"),
+        (["logs", "5"], 1, "no folder var/log: expected the logs that Supervisor writes"),
+        (["completion"], 1, "cannot complete python admin.py: install the package"),
         ([], 2, ""),
         (["list-jobs", "--colour", "red"], 2, "--colour"),
         (["list-jobs", "--status", "done"], 2, "expected one of scheduled, pending"),
@@ -218,7 +274,7 @@ def test_operator_whose_folder_has_no_queue_creates_none(front, folder, run):
         (["monitor", "--interval", f"{10**30}w"], 2, "expected a duration from 0.1s to 1d"),
     ],
 )
-def test_operator_who_is_wrong_is_told_in_one_line(front, queue, run, arguments, code, message):
+def test_operator_mistake_is_reported_in_one_line(front, queue, run, arguments, code, message):
     populate(queue)
     before = queue.list_jobs()
     assert run(*arguments)[0] == code
@@ -226,7 +282,7 @@ def test_operator_who_is_wrong_is_told_in_one_line(front, queue, run, arguments,
     assert queue.list_jobs() == before
 
 
-def test_operator_cannot_open_what_is_no_queue(front, folder, run, monkeypatch):
+def test_operator_cannot_open_a_file_that_is_no_queue(front, folder, run, monkeypatch):
     other = folder / "other.db"
     with sqlite3.connect(other) as db:
         db.execute("CREATE TABLE mine (x)")
@@ -261,11 +317,20 @@ def test_operator_resubmits_all_that_match_in_batches(front, queue, run, monkeyp
     assert queue.history(1)[-1]["event"] == "resubmitted"
 
 
+def test_operator_whose_filter_matches_nothing_is_told(front, queue, run):
+    queue.enqueue("work")
+    assert run("cancel", "--task", "wrok")[:2] == (0, "no job matches\n")
+    assert run("resubmit", "--task", "work", "--yes")[:2] == (
+        1,
+        "resubmitted 0 jobs, 1 not: their state does not allow it\n",
+    )
+
+
 def test_operator_limits_the_groups_of_failed_jobs(queue, run):
     for task in ("a", "b", "c"):
         queue.mark_failed(queue.enqueue(task), "no")
-    assert len(run("failedjobs")[1].splitlines()) == 3
-    assert len(run("failedjobs", "--limit", "2")[1].splitlines()) == 2
+    assert len(run("failedjobs")[1].splitlines()) == 1 + 3
+    assert len(run("failedjobs", "--limit", "2")[1].splitlines()) == 1 + 2
 
 
 def test_operator_sees_no_secret_of_a_payload(queue, run):
@@ -303,7 +368,7 @@ def test_operator_deletes_only_the_files_that_no_job_needs(queue, run, folder):
     queue.complete(queue.dequeue("w"))
     queue.enqueue("prepend_timestamp", {"file": "job_waiting.txt"})
     code, out, _ = run("delete-job-files", "--directory", files, "--dry-run")
-    assert (code, out) == (0, "job_done.txt\njob_stray.txt\n")
+    assert (code, out) == (0, "file\njob_done.txt\njob_stray.txt\n")
     assert run("delete-job-files", "--directory", files)[0] == 2
     assert (files / "job_done.txt").exists()
     code, out, _ = run("delete-job-files", "--directory", files, "--yes")
@@ -351,7 +416,7 @@ def test_operator_keeps_the_files_of_jobs_that_change_their_state_meanwhile(queu
 
 
 @pytest.mark.parametrize("act", ["resubmit", "enqueue"])
-def test_operator_keeps_the_file_of_a_job_that_begins_anew_meanwhile(queue, run, files, monkeypatch, act):
+def test_operator_keeps_the_file_of_a_job_that_is_resubmitted_meanwhile(queue, run, files, monkeypatch, act):
     for name in ("job_again.txt", "job_done.txt"):
         (files / name).write_text(name)
         queue.enqueue("prepend_timestamp", {"file": name})
@@ -409,7 +474,7 @@ def test_operator_keeps_the_files_of_jobs_that_consumers_work_on(queue, run, fil
     assert {path.name for path in files.iterdir()} == set(names)
 
 
-def test_operator_who_resubmits_what_failed_runs_nothing_again_that_has_run_meanwhile(queue, run, monkeypatch):
+def test_resubmit_of_failed_jobs_skips_those_completed_meanwhile(queue, run, monkeypatch):
     ids = [queue.enqueue("t") for _ in range(3)]
     for job_id in ids:
         queue.mark_failed(job_id)
@@ -453,12 +518,12 @@ def test_operator_takes_no_running_job_over_unasked(queue, run, monkeypatch):
         ("pending", "it is waiting: 1 job pending in queue slow, 1 of 1 consumer busy"),
     ],
 )
-def test_operator_is_told_why_a_job_does_not_run(queue, state, sentence):
+def test_operator_sees_why_a_job_does_not_run(queue, state, sentence):
     ids = populate(queue)
     assert sentence in report.why(queue, ids[state])
 
 
-def test_operator_is_told_what_keeps_a_pending_job(queue, monkeypatch):
+def test_operator_sees_what_delays_a_pending_job(queue, monkeypatch):
     job_id = queue.enqueue("mail", queue="post")
     assert report.why(queue, job_id) == "no consumer is alive: run python consumer.py"
     monkeypatch.setitem(pqueue.TASKS, "known", None)
@@ -472,7 +537,7 @@ def test_operator_is_told_what_keeps_a_pending_job(queue, monkeypatch):
     assert report.why(queue, job_id) == "its queue post is paused: python admin.py resume post"
 
 
-def test_operator_of_an_installed_copy_is_told_its_commands(queue, tmp_path, monkeypatch):
+def test_hints_of_an_installed_copy_name_its_commands(queue, tmp_path, monkeypatch):
     for program in ("admin", "consumer"):
         (tmp_path / f"{program}.py").touch()
     monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
@@ -482,34 +547,31 @@ def test_operator_of_an_installed_copy_is_told_its_commands(queue, tmp_path, mon
     assert report.why(queue, job_id) == "its queue default is paused: pqueue resume default"
 
 
-def test_command_that_the_operator_is_told_to_give_executes_no_name(queue):
+def test_suggested_command_quotes_names_for_the_shell(queue):
     name = "a; touch evil"
     job_id = queue.enqueue("mail", queue=name, now=1)
     queue.pause(name)
-    for sentence in (report.why(queue, job_id), *report.problems(queue)):
+    for sentence in (report.why(queue, job_id), *map(str, report.findings(queue))):
         assert sentence.endswith("python admin.py resume 'a; touch evil'") or "resume" not in sentence
 
 
 def test_doctor_is_content_with_a_healthy_queue(front, queue, run):
     queue.complete(queue.dequeue("w")) if queue.enqueue("t") else None
     code, out, _ = run("doctor")
-    assert (code, out.splitlines()[-1]) == (0, "healthy")
+    assert (code, out.splitlines()[-1]) == (0, "no problem found")
 
 
-def test_doctor_finds_what_is_wrong(queue, run, monkeypatch, folder):
+def test_doctor_reports_each_problem(queue, run, monkeypatch, folder):
     def found():
         code, out, _ = run("doctor", "--json")
-        problems = json.loads(out)["problems"]
-        assert code == int(bool(problems))
-        return " | ".join(problems)
+        found = json.loads(out)["findings"]
+        assert code == int(any(each["severity"] != "info" for each in found))
+        return " | ".join("{severity}: {text}: {remedy}".format(**each) for each in found)
 
     now = time.time()
     queue.enqueue("t", now=now - 3600)
-    assert "1 job pending and no consumer is alive" in found()
-    assert "queue 'default': the oldest pending job has waited for 1 h" in found()
-    queue.pause("default")
-    assert "and it is paused: python admin.py resume default" in found()
-    queue.resume("default")
+    assert "critical: 1 job pending and no consumer is alive: run python consumer.py" in found()
+    assert "warning: queue 'default': the oldest pending job has waited for 1 h" in found()
     job = queue.dequeue("anna", lease_seconds=1, now=now - 60)
     assert "1 lease ran out and no consumer took the jobs back" in found()
     queue.complete(job)
@@ -521,6 +583,68 @@ def test_doctor_finds_what_is_wrong(queue, run, monkeypatch, folder):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(pqueue.PersistentQSQLite, "_transaction", _written_carelessly)
     assert "expected synchronous full, got off" in found()
+
+
+def test_pause_is_information_however_long_jobs_wait(front, queue, run):
+    queue.enqueue("t", now=time.time() - 7200)
+    queue.pause("default")
+    queue.dequeue("w")
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert out.splitlines()[-1] == (
+        "info: queue 'default' is paused, with 1 job pending: run python admin.py resume default"
+    )
+    queue.enqueue("t", queue="other", now=time.time() - 7200)
+    code, out, _ = run("doctor")
+    assert code == 1
+    assert "warning: queue 'other': the oldest pending job has waited for 2 h" in out
+    assert "'default': the oldest" not in out
+
+
+def test_doctor_finds_a_queue_that_no_consumer_serves(queue):
+    queue.enqueue_many("t", range(2), queue="mail")
+    queue.dequeue("w", queues=["images"])
+    (found,) = report.findings(queue)
+    assert str(found) == (
+        "queue 'mail': 2 jobs pending and no live consumer serves it: run python consumer.py --queue mail"
+    )
+    assert found.severity == "critical"
+    queue.dequeue("any")
+    assert report.findings(queue) == []
+
+
+def test_doctor_finds_that_all_consumers_have_died(queue):
+    script = "import os, pqueue; pqueue.open_queue().dequeue('anna'); os._exit(0)"
+    subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    assert re.fullmatch(
+        r"no consumer is alive: 1 died, the last was seen \S+ s ago: run python consumer.py",
+        str(*report.findings(queue)),
+    )
+    queue.dequeue("w")
+    assert report.findings(queue) == []
+
+
+def test_doctor_combines_consumers_that_ended_with_jobs(queue, monkeypatch):
+    each = {"state": "dead", "job_ids": [1, 2], "last_seen_at": time.time(), "queues": None}
+    monkeypatch.setattr(queue, "consumers", lambda: [{**each, "name": name} for name in "abcde"])
+    texts = [each.text for each in report.findings(queue)]
+    assert "5 consumers ended and hold 10 jobs (a, b, c …)" in texts
+    assert len(texts) == 2
+
+
+def test_doctor_finds_a_program_that_supervisor_gave_up_on(queue, run, monkeypatch):
+    process = {"group": "consumer", "name": "consumer_00", "pid": 0, "uptime_seconds": 0}
+    states = [{**process, "state": "FATAL"}, {**process, "name": "consumer_01", "state": "BACKOFF"}]
+    monkeypatch.setattr(supervisor, "known_processes", lambda: states)
+    code, out, _ = run("doctor")
+    assert code == 1
+    assert out.splitlines()[-2:] == [
+        "critical: Supervisor gave up on consumer_00, which keeps ending: read its log, then run python manager.py "
+        "--start consumer_00",
+        "warning: consumer_01 ended soon after its start; Supervisor tries again: read its log",
+    ]
+    states[:] = [{**process, "state": "RUNNING"}, {**process, "state": "STOPPED"}]
+    assert run("doctor")[0] == 0
 
 
 def _written_carelessly(self, *, durable=True, in_batch=False):
@@ -537,7 +661,7 @@ def test_doctor_finds_a_log_that_a_reader_keeps_from_shrinking(queue, monkeypatc
     reader.execute("SELECT * FROM jobs").fetchone()
     for _ in range(20):
         queue.enqueue("t", "x" * 100_000)
-    assert any("write-ahead log has grown" in each for each in report.problems(queue))
+    assert any("write-ahead log has grown" in each.text for each in report.findings(queue))
     reader.close()
 
 
@@ -553,14 +677,18 @@ def test_doctor_finds_a_dead_consumer_that_holds_jobs(queue):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert child.stdout.readline() == b"1\n"
-    assert report.problems(queue) == []
+    assert report.findings(queue) == []
     child.kill()
     child.communicate()
-    assert "consumer anna is dead and holds 1 job" in report.problems(queue)[0]
+    found = report.findings(queue)
+    assert [(each.severity, each.text) for each in found] == [
+        ("warning", "consumer anna is dead and holds 1 job"),
+        ("warning", "no consumer is alive: 1 died, the last was seen 0.0 s ago"),
+    ]
     assert "its consumer anna is not alive" in report.why(queue, 1)
 
 
-def test_metrics_are_what_prometheus_reads(front, queue, run):
+def test_metrics_are_in_the_format_of_prometheus(front, queue, run):
     from prometheus_client.parser import text_string_to_metric_families
 
     populate(queue)
@@ -627,17 +755,17 @@ def test_operator_at_a_terminal_is_asked_first(queue):
     os.close(follower)
 
 
-def test_reader_who_goes_away_is_no_error(queue):
+def test_closed_pipe_is_no_error(queue):
     queue.enqueue_many("t", range(5000))
     command = [sys.executable, str(ROOT / "admin.py"), "list-jobs", "--limit", "5000"]
     done = subprocess.run(["sh", "-c", '"$@" | head -1', "sh", *command], capture_output=True, text=True)
     assert (done.stderr, done.stdout.count("\n")) == ("", 1)
 
 
-def test_monitor_says_what_is_not_there_and_recovers(folder, run):
+def test_monitor_reports_a_missing_database_and_recovers(folder, run):
     code, out, _ = run("monitor", "--once")
     assert code == 0
-    assert "no supervisord answers at" in out
+    assert "supervisord is not running here" in out
     assert "no queue at" in out
     queue = pqueue.open_queue()
     populate(queue)
@@ -647,7 +775,7 @@ def test_monitor_says_what_is_not_there_and_recovers(folder, run):
     queue.close()
 
 
-def test_monitor_draws_on_a_terminal_until_told_to_stop(queue):
+def test_monitor_redraws_a_terminal_until_it_is_stopped(queue):
     populate(queue)
     leader, follower = pty.openpty()
     shown = []

@@ -13,7 +13,7 @@ del (
     test_operator_whose_folder_has_no_queue_creates_none,  # noqa: F821
     test_doctor_finds_a_dead_consumer_that_holds_jobs,  # noqa: F821 - known half a second later
     test_doctor_finds_a_log_that_a_reader_keeps_from_shrinking,  # noqa: F821
-    test_doctor_finds_what_is_wrong,  # noqa: F821
+    test_doctor_reports_each_problem,  # noqa: F821
     test_torture_finds_a_queue_without_its_token_guard,  # noqa: F821
     test_torture_proves_that_nothing_is_lost,  # noqa: F821
 )

@@ -157,7 +157,7 @@ def test_auditor_sees_jobs_that_are_failed_and_never_began(scene):
     assert "2 jobs never began, but are failed" in scene.problems()[0]
 
 
-def test_auditor_sees_a_job_completed_by_who_had_not_run_it(scene):
+def test_auditor_sees_a_job_completed_by_a_consumer_that_had_not_run_it(scene):
     scene.done("quick-1")
     scene.change("UPDATE jobs SET attempts = 2")
     assert scene.problems() == ["1 jobs were completed by who had not run them: quick-1 attempt 2 by consumer_00"]

@@ -62,7 +62,7 @@ def open_to_others(folder, *but):
     return [path for path in found if path not in but and is_open(path)]
 
 
-def test_every_program_makes_files_for_its_account_alone(place):
+def test_every_program_creates_files_for_its_account_only(place):
     def carelessly(program, *arguments, **options):
         command = ["sh", "-c", 'umask 0; exec "$@"', "sh", *place.command(program, *arguments)]
         return subprocess.Popen(
@@ -102,7 +102,7 @@ def test_every_program_makes_files_for_its_account_alone(place):
     assert open_to_others(place.folder) == []
 
 
-def test_supervisor_and_manager_make_files_for_their_account_alone(system):  # noqa: F811
+def test_supervisor_and_manager_create_files_for_their_account_only(system):  # noqa: F811
     here = {system.folder / name for name in ("var", "var/log", "var/supervisor.d")}  # of the checkout
     given = {*system.folder.rglob("*")} - here
     (recipe,) = re.findall(r"^run:.*\n\t@(.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -121,18 +121,18 @@ def in_another_account(attempt, user=65534, groups=()):
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        with suppress(BaseException), os.fdopen(writer, "w") as told:
+        with suppress(BaseException), os.fdopen(writer, "w") as reported:
             os.setgroups(list(groups))
             os.setgid(user)
             os.setuid(user)
             try:
                 attempt()
             except (OSError, pqueue.QueueError) as error:
-                told.write(str(error))
+                reported.write(str(error))
         os._exit(0)
     os.close(writer)
-    with os.fdopen(reader) as told:
-        said = told.read()
+    with os.fdopen(reader) as reported:
+        said = reported.read()
     os.waitpid(child, 0)
     return said or None
 
@@ -260,7 +260,7 @@ def test_file_that_is_none_or_huge_is_refused_for_good(queue, folder, make, mess
     assert [path.name for path in (folder / "var/files").iterdir()] == ["it.txt"]
 
 
-def test_other_name_of_a_file_keeps_what_it_had(queue, folder):
+def test_hard_link_to_a_file_keeps_the_old_content(queue, folder):
     (folder / "var/files").mkdir(parents=True)
     (folder / "precious").write_text("mine\n")
     os.link(folder / "precious", folder / "var/files/job.txt")
@@ -521,9 +521,9 @@ def test_secrets_of_payloads_stay_out_of_errors_and_logs(place):
         assert queue.stats()["states"]["failed"] == 3
         assert not any(SECRET in job.error for job in queue.list_jobs())
     assert SECRET not in done.stdout + done.stderr
-    with closing(place.queue()) as queue, pytest.raises(ValueError) as told:
+    with closing(place.queue()) as queue, pytest.raises(ValueError) as reported:
         queue.enqueue("t", {"password": SECRET, "x": {1}})
-    assert SECRET not in str(told.value)
+    assert SECRET not in str(reported.value)
 
 
 # Terminals
@@ -535,7 +535,7 @@ def is_harmless(text):
 
 @pytest.fixture
 def hostile(queue):
-    """A queue with escapes wherever text may stand, past the interface where that refuses them."""
+    """A queue with escapes wherever text is allowed, past the interface where that refuses them."""
     job_id = queue.enqueue("work", {"text": ESCAPES, ESCAPES: 1}, max_attempts=1)
     queue.fail(queue.dequeue("anna"), f"ValueError: {ESCAPES}\n  in {ESCAPES}")
     queue.enqueue("work", ESCAPES)

@@ -21,7 +21,7 @@ def bench(place):
     return run
 
 
-def test_bench_measures_a_column_and_says_what_is_left_out(bench, place):
+def test_bench_measures_a_column_and_names_the_omitted_ones(bench, place):
     done = bench("--quick", "--only", "put", "--json", "found.json")
     assert (done.returncode, done.stderr) == (0, "")
     assert "litequeue is left out: pip install litequeue" in done.stdout.splitlines()
@@ -40,7 +40,7 @@ def test_bench_measures_a_column_and_says_what_is_left_out(bench, place):
     assert "  huey           lost: it is deleted before it runs" in done.stdout.splitlines()
 
 
-def test_bench_times_puts_beside_workers_and_counts_those_that_fail(bench, place):
+def test_bench_times_puts_while_workers_run_and_counts_failed_ones(bench, place):
     done = bench("--quick", "--only", "put under load", "--json", "found.json")
     assert (done.returncode, done.stderr) == (0, "")
     for row in json.loads((place.folder / "found.json").read_text())["results"]:
@@ -78,7 +78,7 @@ def test_bench_wakes_a_worker_of_each_for_a_job(bench, place):
         (["--json", "no/x.json"], "bench: cannot write 'no/x.json': expected a file in a folder that"),
     ],
 )
-def test_bench_without_what_it_needs_says_so_before_it_measures(bench, arguments, said):
+def test_bench_reports_missing_requirements_before_it_measures(bench, arguments, said):
     done = bench("--quick", *arguments)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
@@ -91,7 +91,7 @@ def test_bench_without_what_it_needs_says_so_before_it_measures(bench, arguments
     [
         (["--only", "nonsense"], "invalid choice: 'nonsense'"),
         (["--rounds", "0"], "argument --rounds: expected"),
-        (["--why", "--only", "put"], "expected --rounds at most beside --why and --redis, got another option"),
+        (["--why", "--only", "put"], "expected no option but --rounds with --why and --redis, got another option"),
     ],
 )
 def test_bench_refuses_options_that_it_cannot_follow(bench, arguments, said):

@@ -105,6 +105,7 @@ class StandardLibrary:
         self.page.get_by_text("change jobs …").click()
         self.page.get_by_label("which jobs").select_option("matching")
         self.page.get_by_role("button", name=verb, exact=True).click()
+        self.page.get_by_role("button", name=f"yes, {verb}").click()
 
     def tick(self, job_id):
         self.page.locator(f"input[name=id][value='{job_id}']").check()
@@ -112,10 +113,15 @@ class StandardLibrary:
     def act_on_ticked(self, verb):
         self.page.get_by_text("change jobs …").click()
         self.page.get_by_role("button", name=verb, exact=True).click()
+        self.page.get_by_role("button", name=f"yes, {verb}").click()
 
     def resubmit_group(self):
         self.page.locator("#failed summary").first.click()
-        self.page.get_by_role("button", name="yes, resubmit all").click()
+        self.page.get_by_role("button", name=re.compile(r"yes, resubmit \d+ job")).click()
+
+    def act_on_queue(self, verb):
+        self.page.locator("#queues").get_by_text(f"{verb} …").click()
+        self.page.get_by_role("button", name=f"yes, {verb}").click()
 
     def offers_actions(self):
         return self.page.locator("form[method=post]").count() > 0
@@ -170,12 +176,16 @@ class Streamlit(StandardLibrary):
     def act_on_ticked(self, verb):
         self.page.get_by_role("button", name="change jobs").click()
         self.page.locator(f".st-key-bulk-{verb} button").click()
+        self.page.locator(".st-key-bulk-confirmed button").click()
 
     act_on_all_that_match = act_on_ticked
 
     def resubmit_group(self):
         self.page.get_by_role("button", name="resubmit all", exact=True).click()
-        self.page.get_by_role("button", name="yes, resubmit all").click()
+        self.page.get_by_role("button", name=re.compile(r"yes, resubmit \d+ job")).click()
+
+    def act_on_queue(self, verb):
+        self.act_on_job(verb)
 
     def offers_actions(self):
         names = re.compile("resubmit|cancel|pause|limit|change")
@@ -200,7 +210,7 @@ both = pytest.mark.parametrize("front", [StandardLibrary, Streamlit])
 
 
 @both
-def test_operator_sees_jobs_move_and_mends_what_failed(system, page, front):
+def test_operator_sees_jobs_move_and_resubmits_failed_ones(system, page, front):
     queue = system.queue()
     site = front(system, page)
     for state in ("pending", "processing", "completed", "failed"):
@@ -239,7 +249,7 @@ def test_operator_sets_jobs_aside_and_pauses_a_queue(system, page, front):
     many = queue.enqueue_many("mail", range(6), delay_seconds=3600)
     site = front(system, page)
     expect(site.count("scheduled")).to_have_text("7")
-    page.get_by_role("button", name="pause", exact=True).click()
+    site.act_on_queue("pause")
     wait_until(lambda: queue.stats()["queues"]["default"]["paused"])
     last = queue.enqueue("mail")
     expect(site.count("pending")).to_have_text("1")
@@ -257,7 +267,7 @@ def test_operator_sets_jobs_aside_and_pauses_a_queue(system, page, front):
     site.said("cancelled 7 jobs")
     expect(site.count("scheduled")).to_have_text("0")
     assert queue.stats()["states"] == {**dict.fromkeys(pqueue.STATES, 0), "failed": 1, "cancelled": 7}
-    page.get_by_role("button", name="resume", exact=True).click()
+    site.act_on_queue("resume")
     wait_until(lambda: not queue.stats()["queues"]["default"]["paused"])
 
 
@@ -321,7 +331,7 @@ def test_operator_with_a_phone_sees_every_control_whole(system, page):
     site.said("queue default limited to 7 pending jobs")
 
 
-def test_page_keeps_what_the_reader_types_while_it_refreshes(system, page):
+def test_page_keeps_typed_text_while_it_refreshes(system, page):
     queue = system.queue()
     system.write("repaired", "")
     site = StandardLibrary(system, page)

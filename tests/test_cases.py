@@ -63,7 +63,7 @@ def enqueue(queue, payload):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("between", ["q.stats() and 0", "q.enqueue('t', 'between')", "len(q.check())"])
-def test_writer_whose_locks_were_dropped_acknowledges_only_what_others_see(tmp_path, way, between):
+def test_writer_whose_locks_were_dropped_acknowledges_only_visible_jobs(tmp_path, way, between):
     path, acknowledged = tmp_path / "q.db", ["first"]
     queue = PersistentQSQLite(path)
     queue.enqueue("t", "first")
@@ -81,7 +81,7 @@ def test_writer_whose_locks_were_dropped_acknowledges_only_what_others_see(tmp_p
     assert [sorted(seen[0]), seen[1]] == [sorted(acknowledged), []]
 
 
-def test_worker_whose_locks_were_dropped_completes_only_what_others_see(tmp_path):
+def test_worker_whose_locks_were_dropped_completes_only_visible_jobs(tmp_path):
     path = tmp_path / "q.db"
     queue = PersistentQSQLite(path)
     queue.enqueue("t")
@@ -117,7 +117,7 @@ def test_worker_that_closes_its_queue_gives_its_jobs_back_uncounted(tmp_path, ma
         assert {each["event"] for each in queue.history(job_id)} <= {"released"}
 
 
-def test_worker_that_closes_its_queue_gives_back_what_each_of_its_consumers_holds(tmp_path):
+def test_worker_that_closes_its_queue_releases_the_jobs_of_all_its_consumers(tmp_path):
     other = PersistentQSQLite(tmp_path / "q.db")
     ids = other.enqueue_many("t", range(6))
     queue = PersistentQSQLite(tmp_path / "q.db")

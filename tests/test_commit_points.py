@@ -450,7 +450,7 @@ FAULTS = {
 }
 
 
-def test_operation_that_fails_at_any_statement_is_done_or_not_and_the_queue_goes_on(operation):
+def test_operation_that_fails_at_any_statement_is_atomic_and_the_queue_works_on(operation):
     operation, folder = operation
     points = rehearse(operation, folder("rehearsal"))
     for name, (strike, expected) in FAULTS.items():
@@ -478,7 +478,7 @@ def test_operation_that_fails_at_any_statement_is_done_or_not_and_the_queue_goes
 
 
 def goes_on(queue: PersistentQSQLite | None, path: Path, point: str) -> None:
-    """See that the object works as before, and that it stands in nobody's way."""
+    """See that the object works as before, and that it blocks no other."""
     if queue is None or queue._closed:
         return
     assert not queue.in_transaction, point

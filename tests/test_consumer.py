@@ -153,7 +153,7 @@ def test_first_term_finishes_the_job_and_the_second_gives_it_back(tasks):
     assert (job.state, job.attempts) == ("pending", 0)
 
 
-def test_idle_consumer_ends_at_once_when_told(tasks):
+def test_idle_consumer_ends_at_once_on_a_signal(tasks):
     child = tasks.start("consumer.py", "--name", "idle")
     wait_until(lambda: "started" in child.out.read_text())
     child.send_signal(signal.SIGTERM)
@@ -282,7 +282,7 @@ def test_consumer_outlives_a_lock_that_is_longer_than_its_lease(tasks):
     assert child.poll() is None
 
 
-def test_consumer_goes_on_when_nobody_reads_its_log(tasks):
+def test_consumer_continues_when_its_log_is_not_read(tasks):
     queue = tasks.queue()
     queue.enqueue_many("quick", range(500))
     reader, writer = os.pipe()
@@ -300,6 +300,8 @@ def test_consumer_goes_on_when_nobody_reads_its_log(tasks):
     ("program", "arguments", "code", "message"),
     [
         ("consumer.py", ["--import", "no_such_module"], 1, "cannot import 'no_such_module': No module named"),
+        ("consumer.py", ["--import", "notes.py"], 2, "expected a module name such as tasks, without a folder and .py"),
+        ("manager.py", ["--init", "--import", "./notes"], 2, "expected a module name such as tasks, without a folder"),
         ("consumer.py", ["--max-jobs", "0"], 2, "argument --max-jobs: expected a whole number of at least 1, got '0'"),
         ("consumer.py", ["--lease-seconds", "soon"], 2, "expected a number of seconds from 0.001, got 'soon'"),
         ("consumer.py", ["--directory", "notes"], 2, "argument --directory: expected a folder, got 'notes'"),
@@ -399,7 +401,7 @@ def test_next_delivery_removes_the_copy_of_a_killed_one_and_no_other(killed):
 
 
 @pytest.mark.parametrize("end", ["mark_failed", "cancel"])
-def test_starting_consumer_removes_the_copies_that_nobody_else_will(place, killed, end):
+def test_starting_consumer_removes_abandoned_copies(place, killed, end):
     queue, files, job_id = killed
     getattr(queue, end)(job_id)
     assert place.run("consumer.py", "--drain").returncode == 0
@@ -418,7 +420,7 @@ def test_starting_consumer_leaves_the_copy_of_a_living_one(place, killed):
     assert set(os.listdir(files)) == {copy, "job_1.txt", *(link.name for link in links)}
 
 
-def test_copy_that_another_consumer_takes_for_a_stale_one_is_created_anew(file_job, monkeypatch):
+def test_copy_that_another_consumer_removed_as_stale_is_created_again(file_job, monkeypatch):
     queue, files, job = file_job
     locked = []
 
@@ -479,7 +481,7 @@ def names(place, pattern):
     return sorted(path.name for path in (place.folder / "var/files").glob(pattern))
 
 
-def test_producer_makes_as_many_files_and_jobs_as_told(place):
+def test_producer_creates_the_requested_number_of_files_and_jobs(place):
     done = place.run("producer.py", "--count", 5, "--interval", 0)
     assert done.returncode == 0
     assert len(re.findall(r"enqueued job=\d+ file=job_\w+\.txt", done.stdout)) == 5
@@ -493,7 +495,7 @@ def test_producer_says_where_it_cannot_write(place):
     assert (done.returncode, done.stderr) == (1, "producer.py: cannot write to notes/files: Not a directory\n")
 
 
-def test_producer_ends_between_jobs_when_told(place):
+def test_producer_ends_between_jobs_on_a_signal(place):
     child = place.start("producer.py", "--interval", 600)
     wait_until(lambda: "enqueued" in child.out.read_text())
     child.send_signal(signal.SIGTERM)
@@ -518,7 +520,7 @@ def test_producer_waits_for_room_and_leaves_nothing_half_done(place, hold):
     assert len(names(place, "*")) == 1
 
 
-def test_producer_makes_up_for_what_a_killed_one_left(place):
+def test_producer_completes_the_work_of_a_killed_one(place):
     queue = place.queue()
     files = place.folder / "var/files"
     place.write("var/files/.job_unlinked.txt.new", "x\n")

@@ -58,7 +58,7 @@ class Fleet:
 
 
 @pytest.mark.parametrize("durability", ["full", "normal"])
-def test_every_job_completes_exactly_once_whoever_is_killed(place, durability):
+def test_every_job_completes_exactly_once_whichever_process_is_killed(place, durability):
     queue = place.queue(durability=durability)
     with closing(sqlite3.connect(queue.path)) as db:
         db.executescript(AUDIT)
@@ -195,7 +195,7 @@ def test_consumers_killed_at_any_moment_fail_no_job_that_had_not_begun(place):
     assert {job.id for job in queue.list_jobs(limit=5000) if job.state != "pending"} - set(ran) <= failed
 
 
-def test_consumer_told_to_stop_at_once_does_not_give_back_a_job_that_may_run_once(place):
+def test_second_signal_does_not_release_a_job_with_one_attempt(place):
     place.write("tasks.py", ONCE.replace("time.sleep(0.002)", "time.sleep(60)"))
     queue = place.queue()
     queue.enqueue("once", max_attempts=1)

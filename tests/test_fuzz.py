@@ -77,7 +77,7 @@ def tried(what):
 
 @contextmanager
 def in_time():
-    """Fail when it takes too long. A consumer takes the signal for itself, so ask for it anew in each."""
+    """Fail when it takes too long. A consumer takes the signal for itself, so request it again in each."""
 
     def fail(*_):
         raise AssertionError(f"not done within {SECONDS} s")
@@ -167,7 +167,7 @@ def check_admin(arguments):
     assert "\x9b" not in out + err
 
 
-def test_operator_who_types_anything_is_answered_in_one_line(folder, front):
+def test_any_command_line_is_answered_in_one_line(folder, front):
     queue = pqueue.open_queue()
     populate(queue)
     check_admin()
@@ -306,7 +306,7 @@ def test_environment_may_say_anything(folder, monkeypatch, name):
     "variables",
     [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"TZ": "x/:"}],
 )
-def test_terminal_that_cannot_show_a_name_stops_nobody(place, variables):
+def test_terminal_that_cannot_show_a_name_stops_no_program(place, variables):
     with closing(place.queue()) as queue:
         queue.enqueue("täsk…", {"text": "日本"}, queue="日本")
     drained = place.run("consumer.py", "--drain", **variables)
@@ -386,7 +386,7 @@ def requests(draw):
     return whole[: draw(st.integers(0, len(whole)))] if draw(st.integers(0, 3)) == 0 else whole
 
 
-def test_server_bears_any_bytes_and_goes_on_serving(site):
+def test_server_survives_any_bytes_and_keeps_serving(site):
     @fuzz(600)
     @given(requests() | st.binary(max_size=300))
     def check(request):
@@ -426,7 +426,7 @@ def test_server_refuses_a_form_with_anything_in_it_in_a_sentence(site):
     check()
 
 
-def test_requests_that_stop_half_way_hold_up_nobody(site):
+def test_incomplete_requests_delay_no_other(site):
     halves = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(50)]
     for number, half in enumerate(halves):
         half.sendall((b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n" * 9)[: number * 5])
@@ -443,7 +443,7 @@ WORD = st.sampled_from(
 )
 
 
-def test_supervisor_reads_of_a_group_what_was_asked_for_and_no_more(folder, monkeypatch):
+def test_supervisor_reads_exactly_the_requested_group_options(folder, monkeypatch):
     from supervisor.options import ServerOptions
 
     monkeypatch.setattr(supervisor, "call", lambda *_, **__: [])
@@ -570,7 +570,7 @@ def change():
     run(admin.main, ["prune", "--older-than", "0s"])
 
 
-def test_damaged_database_is_told_and_left_alone(folder, plainly, sound):
+def test_damaged_database_is_reported_and_left_unchanged(folder, plainly, sound):
     size = int.from_bytes(sound[16:18], "big")
     pages = [sound[at : at + size] for at in range(0, len(sound), size)]
     by_kind = {}
@@ -593,7 +593,7 @@ def test_damaged_database_is_told_and_left_alone(folder, plainly, sound):
         check(kind)
 
 
-def test_cut_overwritten_or_scrambled_database_is_told_and_left_alone(folder, plainly, sound):
+def test_cut_overwritten_or_scrambled_database_is_reported_and_left_unchanged(folder, plainly, sound):
     @fuzz(25)
     @given(
         st.integers(0, len(sound)), st.binary(max_size=40), st.sampled_from(["cut", "over", "zero", "swap", "twice"])
@@ -614,13 +614,13 @@ def test_cut_overwritten_or_scrambled_database_is_told_and_left_alone(folder, pl
 
 
 def test_doctor_says_of_a_broken_page_that_it_is_broken(folder, plainly, sound):
-    told = 0
+    reported = 0
     for at in range(4096, len(sound), 4096):
         tried("damaged databases")
         lay(sound[:at] + b"\xa5" * 4096 + sound[at + 4096 :])
         code, out, err = run(admin.main, ["doctor"])
-        told += code == 1 and bool(out + err)
-    assert told == len(sound) // 4096 - 1
+        reported += code == 1 and bool(out + err)
+    assert reported == len(sound) // 4096 - 1
 
 
 HOSTILE = {
@@ -683,22 +683,22 @@ def test_dashboard_bears_hostile_databases(folder, sound, site):
 
 
 @pytest.mark.parametrize("other", ["-wal", "-shm", "-journal"])
-def test_foreign_files_beside_the_database_are_borne(folder, plainly, sound, other):
+def test_foreign_files_next_to_the_database_are_tolerated(folder, plainly, sound, other):
     foreign = Path("foreign.db")
     with closing(sqlite3.connect(foreign, isolation_level=None)) as db:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("CREATE TABLE t (x)")
         foreign_bytes = {suffix: Path(f"foreign.db{suffix}").read_bytes() for suffix in ("-wal", "-shm")}
 
-    def put(beside, how):
+    def put(path, how):
         if how == "folder":
-            beside.mkdir()
+            path.mkdir()
         elif how == "fifo":
-            os.mkfifo(beside)
+            os.mkfifo(path)
         elif how in ("link", "dangling link"):
-            beside.symlink_to(folder / ("precious" if how == "link" else "nowhere"))
+            path.symlink_to(folder / ("precious" if how == "link" else "nowhere"))
         else:
-            beside.write_bytes(
+            path.write_bytes(
                 {"junk": b"\xa5" * 70_000, "empty": b""}.get(how, foreign_bytes.get(other, b"\xd9\xd5\x05\xf9" * 300))
             )
 
@@ -717,7 +717,7 @@ def test_foreign_files_beside_the_database_are_borne(folder, plainly, sound, oth
         assert not (folder / "nowhere").exists()
 
 
-def test_folder_of_locks_holds_anything_and_nobody_hangs(folder, plainly, sound):
+def test_any_content_of_the_lock_folder_hangs_no_program(folder, plainly, sound):
     for name in ("others", "consumers", "writer", "waiting", "0.lock", "0.wakeup", ""):
         for how in ("folder", "fifo", "link", "dangling link", "junk", "socket"):
             tried("hostile databases")

@@ -34,7 +34,7 @@ BASE = 1_800_000_000.0
 LATER = BASE + 1_000_000
 LEASE, RETRY = 30.0, 20.0
 UNFINISHED = ("scheduled", "pending", "processing")
-Call = dict[str, Any]  # actor, verb, now, began, ended, and what the verb was told and answered
+Call = dict[str, Any]  # actor, verb, now, began, ended, and the arguments and the answer of the verb
 
 
 # Actors ###############################################################################################################
@@ -57,9 +57,9 @@ class Actor:
         kinds = [self.enqueue] * 4 + [self.dequeue] * 6 + [self.settle] * 8 + [self.operate] * 3 + [self.look] * 2
         self.chance.choice([*kinds, self.pause, self.prune])()
 
-    def call(self, verb: str, do: Callable[[], Any], **told: Any) -> Any:
+    def call(self, verb: str, do: Callable[[], Any], **arguments: Any) -> Any:
         self.calls += 1
-        call = {"actor": self.name, "number": self.calls, "verb": verb, "now": self.clock, **told}
+        call = {"actor": self.name, "number": self.calls, "verb": verb, "now": self.clock, **arguments}
         self.note({**call, "began": time.monotonic_ns(), "ended": None})
         began = time.monotonic_ns()
         result = error = None

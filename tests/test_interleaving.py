@@ -55,7 +55,7 @@ VERBS: dict[str, Verb] = {
     "claim": lambda queue, me, job: claim(queue, me),
     "claim step by step": lambda queue, me, job: claim(queue, me, limit=2, dead=[]),
     "recover": lambda queue, me, job: claim(queue, me, now=NOW + 1000, dead=[]),
-    "bury": lambda queue, me, job: claim(queue, me, dead=[ANNA]),
+    "reclaim": lambda queue, me, job: claim(queue, me, dead=[ANNA]),
     "exchange": lambda queue, me, job: claim(queue, me, settled=[(job, 1)]),
     "complete": lambda queue, me, job: queue.complete(job, 1, now=NOW),
     "fail": lambda queue, me, job: queue.fail(job, "no", retry_in_seconds=10, now=NOW),
@@ -75,7 +75,7 @@ VERBS: dict[str, Verb] = {
     ),
 }
 
-HOLDERS = {"bury", "exchange", "complete", "fail", "release", "extend", "update"}  # of use while the job runs
+HOLDERS = {"reclaim", "exchange", "complete", "fail", "release", "extend", "update"}  # of use while the job runs
 
 STATES = {  # attempts, lease, finished
     "scheduled": (0, None, None),
@@ -221,7 +221,7 @@ def stage(database, monkeypatch):
         yield Stage(database, undo)
 
 
-def test_two_verbs_at_once_do_what_one_after_the_other_could(stage):
+def test_two_concurrent_verbs_have_a_serial_outcome(stage):
     of_use = (
         (state, first, second)
         for state, first, second in product(STATES, VERBS, VERBS)

@@ -131,7 +131,7 @@ def test_triggers_of_the_application_do_not_fire_in_the_copy(path, new):
     assert len(audit) > len(copied)  # it did fire in the old one, which was marked
 
 
-def test_operator_who_leaves_tables_behind_must_name_each(path):
+def test_move_without_tables_requires_naming_each(path):
     filled(path)
     with closing(sqlite3.connect(path)) as db:
         db.executescript(SCHEMA)
@@ -159,11 +159,11 @@ def test_operator_who_leaves_tables_behind_must_name_each(path):
         (["--to", ":memory:"], 2, "expected a path"),
         (["--to", "nosuch/../var/queue.db"], 1, "the target is this queue itself"),
         (["--to", "other.db", "--finish", "--yes"], 1, "no queue at"),
-        (["--to", "used.db", "--finish", "--yes"], 1, "was not moved yet; give move without --finish first"),
+        (["--to", "used.db", "--finish", "--yes"], 1, "was not moved yet; run move without --finish first"),
         (["--cancel"], 1, "this queue is not being moved"),
     ],
 )
-def test_operator_who_moves_wrongly_is_told_and_the_queue_runs_on(place, path, arguments, code, message):
+def test_failed_move_is_reported_and_the_queue_keeps_running(place, path, arguments, code, message):
     filled(path)
     for name in ("used.db", "empty.db"):
         with closing(pqueue.open_queue(place.folder / name)) as queue:
@@ -209,7 +209,7 @@ def test_queue_that_is_created_during_a_move_delivers_nothing_in_the_old_place(p
             assert not target.stats()["queues"]["brand new"]["paused"]
 
 
-def test_what_is_enqueued_in_the_old_queue_after_the_move_is_carried_over_once(place, path, new):
+def test_jobs_enqueued_in_the_old_queue_after_the_move_are_carried_over_once(place, path, new):
     filled(path)
     with closing(moved(path, new)) as queue, closing(pqueue.open_queue(new)) as target:
         other = target.enqueue("t", "meanwhile", key="taken")
@@ -231,13 +231,13 @@ def test_what_is_enqueued_in_the_old_queue_after_the_move_is_carried_over_once(p
     assert done.stdout == "deleted 0 jobs of the old queue\n", done.stderr
 
 
-def test_old_queue_that_is_finished_again_carries_over_what_is_new(path, new):
+def test_finishing_a_move_again_carries_over_new_jobs(path, new):
     filled(path)
     with closing(moved(path, new)) as queue, closing(pqueue.open_queue(new)) as target:
         queue.finish_move(target)
         before = target.count_jobs()
         for number in (1, 2):
-            assert queue.enqueue("t") == 1  # SQLite begins anew
+            assert queue.enqueue("t") == 1  # SQLite starts again
             assert queue.finish_move(target) == {"carried": 1, "known": 0, "deleted": 1}
             assert target.count_jobs() == before + number
 
@@ -266,9 +266,8 @@ def test_queue_is_finished_only_into_where_it_went(path, new, tmp_path):
     with closing(moved(path, new)) as queue, closing(pqueue.open_queue(tmp_path / "other.db")) as other:
         with pytest.raises(QueueError, match=f"expected the target to be {new}"):
             queue.finish_move(other)
-        with pytest.raises(
-            QueueError, match=f"this queue was moved to {new}; finish that with --finish, or give it up"
-        ):
+        finish = "finish that with python admin.py move --to URL --finish, or cancel it"
+        with pytest.raises(QueueError, match=f"this queue was moved to {new}; {finish}"):
             queue.begin_move(str(tmp_path / "third.db"))
         queue.cancel_move()
         assert queue.dequeue("w", queues=["default"])

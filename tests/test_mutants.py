@@ -57,12 +57,12 @@ class Mutant:
 # fmt: off
 MUTANTS = [
     # who may settle
-    Mutant("a settling verb needs the current token", HISTORY, " AND lease_token = :token", ""),
+    Mutant("a verb under a lease needs the current token", HISTORY, " AND lease_token = :token", ""),
     Mutant("complete needs a held lease", HISTORY, "not _complete", "None is _complete"),
-    Mutant("the fused call reports a lost lease", HISTORY, "not _complete", "None is _complete"),
+    Mutant("complete_and_dequeue reports a lost lease", HISTORY, "not _complete", "None is _complete"),
     Mutant("a batch completes under its tokens only", "contract: reclaimed_job_among_others", " AND lease_token = json_extract(value, '$[1]')", ""),
     Mutant("fail, release, extend, update need a held lease", HISTORY, "not session.change(sql, params)", "session.change(sql, params) < 0"),
-    Mutant("each claim has a number of its own", HISTORY, "{next(me.claims)}", "0"),
+    Mutant("each claim has its own number", HISTORY, "{next(me.claims)}", "0"),
     Mutant("a lost lease dooms its transaction", "contract: lost_lease_undoes_the_transaction", " and self.lost is None", ""),
     # attempts
     Mutant("an attempt counts when it is claimed", HISTORY, "attempts = attempts + 1", "attempts = attempts"),
@@ -71,14 +71,14 @@ MUTANTS = [
     Mutant("a released attempt does not count", HISTORY, " attempts = attempts - 1,", ""),
     Mutant("an attempt that an operator ended does not count", HISTORY, "CASE state WHEN 'processing' THEN 1 ELSE 0 END", "0"),
     Mutant("a resubmitted job has all its attempts", HISTORY, " attempts = 0,", ""),
-    Mutant("a job delivered before comes alone", "contract: beside_one_that_kills", "next(alone, len(attempts))", "len(attempts)"),
-    Mutant("a job that may run once comes alone", "contract: may_run_once_is_taken_alone", " or (most == 1 and not prefetches)", ""),
-    Mutant("an attempt counts when the job begins", "contract: had_not_begun"),
-    Mutant("what had begun is not returned uncounted", "contract: had_not_begun", "job_id in", "job_id not in"),
-    Mutant("what had begun before a power cut is not known", "contract: started_anew", "words[0] == boot_id() != 0 and ", ""),
-    Mutant("a job whose lease is over does not begin", "contract: not_begun_when_its_lease", "self._time(now) >= job.lease_expires_at", "False"),
-    Mutant("a job is noted as begun only while its lease lasts", "contract: not_begun_when_its_lease"),
-    Mutant("who takes over a slot first takes back its jobs", "contract: taken_over"),
+    Mutant("a redelivered job is claimed alone", "contract: kills_costs_no_other", "next(alone, len(attempts))", "len(attempts)"),
+    Mutant("a job with one attempt is claimed alone", "contract: one_attempt_is_claimed_alone", " or (most == 1 and not prefetches)", ""),
+    Mutant("an attempt counts when the job begins", "contract: jobs_not_begun"),
+    Mutant("an attempt that had begun counts", "contract: jobs_not_begun", "job_id in", "job_id not in"),
+    Mutant("records of begun jobs are void after a reboot", "contract: after_a_reboot", "words[0] == boot_id() != 0 and ", ""),
+    Mutant("a job whose lease has expired does not begin", "contract: not_begun_when_its_lease", "self._time(now) >= job.lease_expires_at", "False"),
+    Mutant("a job is recorded as begun only during its lease", "contract: not_begun_when_its_lease"),
+    Mutant("a consumer that takes a dead consumer's slot reclaims its jobs first", "contract: reused_slot"),
     Mutant("a consumer that closes returns its jobs", "contract: closes_returns"),
     Mutant("a child leaves its consumer registered", "contract: shared_consumer", " if not me.is_adopted", ""),
     Mutant("a child has the lock of a shared consumer", "contract: shared_consumer", "not me.is_shared", "True"),
@@ -90,37 +90,37 @@ MUTANTS = [
     # who may claim, and what
     Mutant("a paused queue delivers nothing", HISTORY, "q.paused = 0", "1 = 1"),
     Mutant("a paused queue delivers no assigned job", "contract: paused_queue", " AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)", ""),
-    Mutant("an assigned job is for its consumer", HISTORY, " AND assigned_to IS NULL", ""),
-    Mutant("a consumer gets what is assigned to it only", HISTORY, "assigned_to = :consumer", "assigned_to IS NOT NULL"),
-    Mutant("a consumer gets from its queues only", HISTORY, "(:queues IS NULL OR q.name IN (SELECT value FROM json_each(:queues)))", "1 = 1"),
+    Mutant("a job assigned to a consumer is not for others", HISTORY, " AND assigned_to IS NULL", ""),
+    Mutant("a consumer gets only its own assigned jobs", HISTORY, "assigned_to = :consumer", "assigned_to IS NOT NULL"),
+    Mutant("a consumer gets jobs of its queues only", HISTORY, "(:queues IS NULL OR q.name IN (SELECT value FROM json_each(:queues)))", "1 = 1"),
     Mutant("order: priority first", HISTORY, "priority DESC, ", ""),
-    Mutant("order: then the time it was due", HISTORY, "run_at, ", ""),
+    Mutant("order: then the due time", HISTORY, "run_at, ", ""),
     Mutant("order: then the id", "contract: by_priority_then_due", "id", "-id"),
     # time and death
-    Mutant("a lease is not taken back before it ran out", HISTORY, " AND lease_expires_at <= :now", ""),
+    Mutant("a lease is not reclaimed before it expires", HISTORY, " AND lease_expires_at <= :now", ""),
     Mutant("a job is not promoted before it is due", HISTORY, " AND run_at <= :now", ""),
-    Mutant("what is due is promoted", HISTORY),
-    Mutant("what expired is taken back", "contract: did_not_finish"),
-    Mutant("the dead lose their jobs at once", "contract: killed_consumer"),
-    Mutant("the living keep their jobs", HISTORY, " AND consumers.state <> 'running'", ""),
-    Mutant("who holds its lock is alive", HISTORY, "not (locks := self._consumer_locks) or slot is None or locks.is_held(slot)", "False"),
+    Mutant("jobs that are due are promoted", HISTORY),
+    Mutant("expired leases are reclaimed", "contract: did_not_finish"),
+    Mutant("jobs of dead consumers are reclaimed at once", "contract: killed_consumer"),
+    Mutant("running consumers keep their jobs", HISTORY, " AND consumers.state <> 'running'", ""),
+    Mutant("a consumer that holds its lock is alive", HISTORY, "not (locks := self._consumer_locks) or slot is None or locks.is_held(slot)", "False"),
     # whose turn it is
     Mutant("a released lock goes to the other line", "contract: that_came_first", "__eq__", "__ne__"),
     Mutant("releasing the lock wakes up a waiter", "contract: woken_one_after"),
     Mutant("a released line wakes up the next", "contract: woken_one_after"),
-    Mutant("nobody overtakes a writer that has waited for long", "contract: newcomer", " or now - self._shared[self.WAITING_SINCE + kind] >= OVERTAKE_SECONDS", ""),
-    Mutant("nobody writes again and again past a waiter", "contract: writer_in_a_loop", "repeats or ", ""),
-    Mutant("a lock is not kept for the dead", "contract: died_waiting", " - time.monotonic() <= HANDOVER_SECONDS", ""),
-    Mutant("what a lock says is void after a reboot", "contract: before_a_reboot", " <= HANDOVER_SECONDS", ""),
-    Mutant("nobody waits again for a stopped process", "contract: process_stopped_with", " or self._held_seconds() >= LOCK_TIMEOUT_SECONDS", ""),
-    Mutant("a problem with a lock needs a live holder", "contract: check_names_a_process"),
+    Mutant("a writer that has waited long is not overtaken", "contract: newcomer", " or now - self._shared[self.WAITING_SINCE + kind] >= OVERTAKE_SECONDS", ""),
+    Mutant("a writer in a loop does not starve a waiter", "contract: writer_in_a_loop", "repeats or ", ""),
+    Mutant("a reservation for a dead waiter expires", "contract: died_waiting", " - time.monotonic() <= HANDOVER_SECONDS", ""),
+    Mutant("a reservation is void after a reboot", "contract: before_a_reboot", " <= HANDOVER_SECONDS", ""),
+    Mutant("a stopped process is not waited for twice", "contract: process_stopped_with", " or self._held_seconds() >= LOCK_TIMEOUT_SECONDS", ""),
+    Mutant("only a live holder is reported for a lock", "contract: check_names_a_process"),
     # operators
     Mutant("resubmit takes finished jobs", HISTORY, " AND state IN {FINISHED}", ""),
     Mutant("resubmit respects the key", HISTORY, "    AND NOT EXISTS (SELECT 1 FROM jobs o WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN {UNFINISHED})", ""),
     Mutant("mark_failed takes unfinished jobs", HISTORY, " AND state IN {UNFINISHED}", ""),
     Mutant("cancel takes unfinished jobs", HISTORY, " AND state IN {UNFINISHED}", ""),
     Mutant("assign takes unfinished jobs", HISTORY, " AND state IN {UNFINISHED}", ""),
-    Mutant("an operator sees a refusal", HISTORY, "not session.change(sql, params)", "session.change(sql, params) < 0"),
+    Mutant("a refused operator verb raises", HISTORY, "not session.change(sql, params)", "session.change(sql, params) < 0"),
     Mutant("assign ends the running delivery", HISTORY, " - CASE state WHEN 'processing' THEN 1 ELSE 0 END, {NO_LEASE}", ""),
     Mutant("running jobs are not deleted", "contract: not_deleted_unless_forced"),
     Mutant("prune takes old jobs only", HISTORY, "finished_at < :before", "1"),
@@ -130,21 +130,21 @@ MUTANTS = [
     Mutant("a key holds within its queue", HISTORY, "queue = :queue AND ", ""),
     Mutant("a full queue refuses a job", "contract: queue_at_its_limit", "max_pending IS NULL", "1"),
     Mutant("a full queue refuses a resubmit", "contract: after_every_verb", "    AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND NOT {HAS_ROOM})\n", ""),
-    Mutant("a claim makes room", "contract: after_every_verb", '("UPDATE", "OF state, assigned_to, queue", "OLD", "-"),', ""),
-    Mutant("what is pending again takes room", "contract: after_every_verb", '("UPDATE", "OF state, assigned_to, queue", "NEW", "+"),', ""),
-    Mutant("what is deleted makes room", "contract: after_every_verb", '("DELETE", "", "OLD", "-"),', ""),
+    Mutant("a claimed job stops counting towards the limit", "contract: after_every_verb", '("UPDATE", "OF state, assigned_to, queue", "OLD", "-"),', ""),
+    Mutant("a job that is pending again counts towards the limit", "contract: after_every_verb", '("UPDATE", "OF state, assigned_to, queue", "NEW", "+"),', ""),
+    Mutant("a deleted job stops counting towards the limit", "contract: after_every_verb", '("DELETE", "", "OLD", "-"),', ""),
     Mutant("a copy counts what is pending", "contract: copy_counts"),
     Mutant("a key is a string", "contract: keys_are_no_strings"),
     Mutant("a full queue refuses a batch", "contract: queue_at_its_limit", "max_pending IS NULL", "1"),
     # the disk
     Mutant("a claim of the last attempt is synced", "contract: claimed_in_a_synced"),
     Mutant("enqueue and complete are synced", POWER, '"FULL"', '"NORMAL"'),
-    Mutant("the fused call is synced", POWER, "bool(completions)", "False"),
+    Mutant("complete_and_dequeue is synced", POWER, "bool(completions)", "False"),
     Mutant("fail is synced", POWER, ", durable=True", ""),
     Mutant("a result that a task stores is synced", POWER, "result is not None)", "False)"),
     Mutant("the folder of a new queue is synced", POWER),
     Mutant("a backup's name is synced", "test_power_loss.py: backup"),
-    Mutant("a backup takes its name last", "contract: backup_is_a_whole", "target.with_name", "target or target.with_name"),
+    Mutant("a backup is complete before it gets its name", "contract: backup_is_a_whole", "target.with_name", "target or target.with_name"),
     Mutant("no old log reappears next to a restored file", "test_power_loss.py: restore_leaves"),
     Mutant("a database that is open is not replaced", "test_restore.py: has_the_database_open", "try_lock_bytes(file) and ", ""),
     Mutant("a damaged backup is not restored", "test_restore.py: no_sound_queue", '!= "ok"', '== ""'),
@@ -155,34 +155,34 @@ MUTANTS = [
     Mutant("a stamped copy's name is synced", FILES),
     Mutant("a queue that is created during a move is paused", "test_move.py: created_during", "THEN 2", "THEN 0"),
     Mutant("nothing is moved while a job runs", "test_move.py: created_during"),
-    Mutant("a finished move knows that ids begin anew", "test_move.py: finished_again", "at_attempt == attempt", "True"),
+    Mutant("ids may restart after a finished move", "test_move.py: finishing_a_move_again", "at_attempt == attempt", "True"),
     Mutant("the application's triggers do not fire in a copy", "test_move.py: do_not_fire"),
     Mutant("a migration is one transaction", "test_commit_points.py: killed and schema"),
     # errors
     Mutant("an interrupted call is rolled back", "test_commit_points.py: fails and lost"),
     Mutant("a failed call releases the lock", "contract: while_the_lock_was_held"),
-    Mutant("a failed opening closes what it opened", "test_commit_points.py: fails and opening"),
-    Mutant("a failed savepoint is undone", "contract: nested_transaction"),
+    Mutant("a failed opening closes its files", "test_commit_points.py: fails and opening"),
+    Mutant("a failed savepoint is rolled back", "contract: nested_transaction"),
     Mutant("transactions end in the order in which they nest", "contract: wrong_order"),
     Mutant("a signal handler cannot use the queue it interrupted", "contract: signal_handler"),
     Mutant("a consumer whose locks were deleted stops", "contract: locks_were_deleted", "not all(me.slot.is_linked()", "not any(True or me.slot.is_linked()"),
     # whose file it is
-    Mutant("a child closes what it inherited", "test_processes.py: safely", "self.connection.close()", "_inherited_open.setdefault(Path(), []).append(self.connection)"),
+    Mutant("a child closes inherited connections", "test_processes.py: safely", "self.connection.close()", "_inherited_open.setdefault(Path(), []).append(self.connection)"),
     Mutant("a child forked inside a transaction is refused", "contract: forked_inside_a_transaction"),
-    Mutant("nobody forks while a thread is inside SQLite", "test_processes.py: middle", "timeout=max(0, until - time.monotonic())", "blocking=False"),
+    Mutant("a fork waits for threads inside SQLite", "test_processes.py: fork_during_calls", "timeout=max(0, until - time.monotonic())", "blocking=False"),
     Mutant("another program's file is refused", "contract: another_program", "owner != APPLICATION_ID", "False"),
-    Mutant("a database that was pulled away is not written", "contract: pulled_away"),
-    Mutant("a new connection needs the files of the others", "contract: pulled_away"),
-    Mutant("locks outlast a copy of the database", "contract: copies_its_database"),
-    Mutant("a transaction that lost its lock is undone", "contract: lost_its_lock"),
-    Mutant("a log that was deleted is not written back", "contract: write_it_back", "_keep_log(self.connection)", "locks.release()"),
-    Mutant("a log that was deleted is not begun anew", "contract: begun_anew"),
+    Mutant("a replaced database is not written", "contract: pulled_away"),
+    Mutant("a new connection opens the same files as the others", "contract: pulled_away"),
+    Mutant("locks survive a copy of the database", "contract: copies_its_database"),
+    Mutant("a transaction that lost its lock is rolled back", "contract: lost_its_lock"),
+    Mutant("a deleted log is not written back", "contract: write_it_back", "_keep_log(self.connection)", "locks.release()"),
+    Mutant("a deleted log is not recreated", "contract: deleted_log_is_not_recreated"),
     Mutant("another database's log is refused", "contract: took_the_place"),
     Mutant("locks of other connections are kept", "contract: leaves_the_first_one", " and not _has_open(key, locks._files)", ""),
     Mutant("a newer schema is refused", "contract: newer_schema"),
     Mutant("a network drive is refused", "contract: network_drive"),
-    Mutant("a network drive is known by its last mount", "contract: last_mount", "in mounts if", "in mounts[::-1] if"),
-    Mutant("a file of two names is refused", "contract: two_names"),
+    Mutant("a network drive is recognized by its last mount", "contract: last_mount", "in mounts if", "in mounts[::-1] if"),
+    Mutant("a file with two hard links is refused", "contract: two_names"),
     Mutant("a file without our tables is refused", "contract: only_claims"),
     Mutant("a lease exists exactly while processing", "contract: guarantee_8", "(lease_token IS NULL) = (lease_expires_at IS NULL)", "1"),
     Mutant("a file from before 0.1 is refused", "contract: created_before"),
@@ -190,9 +190,9 @@ MUTANTS = [
     Mutant("a value has the type of its column", "contract: not_json", "{sqlite} STRICT", ""),
     Mutant("files are private", "contract: private_whatever", "0o600", "0o644"),
     # looking
-    Mutant("a search looks at text beyond ASCII", "contract: as_it_is_read", '            f"OR {self._BYTES.format(column)} <> length({column})"\n', ""),
-    Mutant("a search looks at what JSON has escaped", "contract: in_another_form", " OR {column} LIKE :escaped ESCAPE '!' ", " "),
-    Mutant("a search finds only what is shown", "contract: text_that_is_not_shown", " if shown is None else shown(to_job(row))", ""),
+    Mutant("a search covers text beyond ASCII", "contract: as_it_is_read", '            f"OR {self._BYTES.format(column)} <> length({column})"\n', ""),
+    Mutant("a search covers JSON escapes", "contract: another_program_has_formatted", " OR {column} LIKE :escaped ESCAPE '!' ", " "),
+    Mutant("a search matches only the displayed text", "contract: text_that_is_not_shown", " if shown is None else shown(to_job(row))", ""),
     Mutant("a job that left its state is not found", "contract: leaves_its_state"),
 ]
 # fmt: on
@@ -271,7 +271,7 @@ WHOLE = [Mutant("", killer) for killer in killers()]  # so that no killer fails 
 
 @pytest.fixture(autouse=True)
 def tidy():
-    """Leave nothing to look for: the mutants run in children beside the tests."""
+    """Leave nothing to look for: the mutants run in child processes."""
 
 
 @pytest.fixture(scope="module")
@@ -289,15 +289,15 @@ def test_queue_without_a_guard_is_caught(mutant, verdicts):
 
 
 @pytest.mark.parametrize("mutant", WHOLE, ids=lambda mutant: mutant.killer.partition(":")[0])
-def test_whole_queue_passes_what_kills_the_mutants(mutant, verdicts):
+def test_unchanged_queue_passes_the_checks_that_kill_the_mutants(mutant, verdicts):
     verdict = verdicts[mutant].result()
     assert verdict.returncode == 0, verdict.stdout + verdict.stderr
 
 
-def test_list_of_the_mutants_stands_in_the_docs():
+def test_docs_list_the_mutants():
     docs = (ROOT / "docs/guarantees.md").read_text()
-    told = re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", docs[docs.index("| guard removed") :], re.MULTILINE)
-    assert told[1:] == [(each.guard, "a history" if each.killer == HISTORY else each.killer) for each in MUTANTS]
+    listed = re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", docs[docs.index("| guard removed") :], re.MULTILINE)
+    assert listed[1:] == [(each.guard, "a history" if each.killer == HISTORY else each.killer) for each in MUTANTS]
 
 
 def test_mark_of_each_guard_has_a_mutant():

@@ -150,12 +150,12 @@ def test_jobs_of_a_lost_host_are_done_once_by_others(place, network, server, cap
     jobs = {job.id for job in queue.list_jobs(limit=10_000)}
     assert produced <= jobs
     assert states["completed"] == len(jobs) == sum(states.values())
-    told = Counter(
+    reported = Counter(
         re.findall(
             r" completed .*?job=(\d+)", "\n".join(c.out.read_text() for n, c in children.items() if n != "maker")
         )
     )
-    assert max(told.values()) == 1
+    assert max(reported.values()) == 1
     queue.close()
     with capsys.disabled():
         print(

@@ -24,7 +24,7 @@ from populate import populate
 import ops
 import pqueue
 import pqueue_search
-from pqueue_tools import dashboard, dashboard_http, dashboard_streamlit, supervisor, tables
+from pqueue_tools import dashboard, dashboard_http, dashboard_streamlit, dashboard_summary, supervisor, tables
 
 PATIENCE_SECONDS = 90  # after which something is wrong
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)>" & \x00\x1b[31m\u202e😀' + "x" * 5000
@@ -302,10 +302,97 @@ def test_operator_mends_jobs_and_queues(queue, site):
 def test_operator_acts_on_the_ticked_or_on_all_that_match(queue, site):
     for task in ("a", "a", "b"):
         failed(queue, task=task)
-    site.act("jobs", action="resubmit", scope="matching", task="a", state="failed")
+    confirmed(site, "resubmit 2 jobs", "task a", action="resubmit", scope="matching", task="a", state="failed")
     assert [job.state for job in queue.list_jobs()] == ["failed", "pending", "pending"]
-    site.act("jobs", action="cancel", scope="ticked", id=[1, 2, 3])
+    confirmed(site, "cancel 3 jobs", "jobs 1, 2, 3", action="cancel", scope="ticked", id=[1, 2, 3])
     assert [job.state for job in queue.list_jobs()] == ["failed", "cancelled", "cancelled"]
+    for job_id in queue.enqueue_many("c", range(600)):
+        queue.cancel(job_id)
+    confirmed(site, "resubmit 600 jobs", "task c", action="resubmit", scope="matching", task="c")
+    assert queue.stats()["states"]["pending"] == 600
+
+
+def confirmed(site, question, which, /, **form):
+    """Perform an action on many jobs as the page does: it asks first, and names their number."""
+    before = json.loads(site.ask("/api/jobs")[1])
+    status, text, _ = site.act("jobs", back="/?task=a", **form)
+    assert status == 200
+    assert f"{question}?" in text
+    assert which in text
+    assert json.loads(site.ask("/api/jobs")[1]) == before
+    fields = [tuple(map(unescape, each)) for each in re.findall(r'name="([^"]*)" value="([^"]*)"', text)]
+    status, _, headers = site.ask("/act/jobs", fields)
+    assert (status, headers["Location"].partition("&said=")[0]) == (303, "/?task=a")
+
+
+ERRORS = [
+    *("E" * length for length in (79, 80, 81, 500)),
+    "é" * 80 + "z",
+    "😀" * 81,
+    "tab\there",
+    "\x1b[31mred",
+    "nul\0after",
+]
+ERRORS += [
+    "trail  ",
+    "  lead",
+    "\r\nfirst",
+    "",
+    "a\rb",
+    "a\u2028b",
+    "\udc80",
+    "<b> &amp; \"quoted'",
+    "password=hunter2 no",
+]
+ERRORS += ["x" * 70 + " postgres://user:secret@host/db"]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=ascii)
+def test_operator_resubmits_all_jobs_of_a_group_whatever_its_error_is(queue, site, error):
+    ids = [failed(queue, error), failed(queue, error)]
+    other = failed(queue, "another")
+    (form,) = [each for each in site.ask("/")[1].split("<form") if "yes, resubmit 2 jobs" in each]
+    fields = [tuple(map(unescape, each)) for each in re.findall(r'name="([^"]*)" value="([^"]*)"', form)]
+    assert site.ask("/act/resubmit_group", fields)[0] == 303
+    assert [queue.get(job_id).state for job_id in (*ids, other)] == ["pending", "pending", "failed"]
+
+
+def test_action_that_changes_nothing_is_no_success(queue, site):
+    job_id = failed(queue)
+    queue.resubmit(job_id)
+    for action, form in (
+        ("resubmit_group", {"task": "work", "error": "ValueError: no"}),
+        ("resubmit", {"scope": "matching", "task": "work"}),
+        ("resubmit", {"id": [job_id, 99]}),
+        ("cancel", {"scope": "matching", "task": "nosuch"}),
+        ("jobs", {"action": "cancel", "scope": "matching", "task": "nosuch"}),
+        ("jobs", {"action": "cancel", "scope": "matching", "task": "work", "kye": "x"}),
+    ):
+        status, text, _ = site.act(action, **form)
+        assert status == 409, (action, text)
+        assert re.match("no job|expected the filters", text), text
+    assert queue.get(job_id).state == "pending"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api/jobs?key=x",
+        "/api/jobs?created_from=0",
+        "/api/jobs?State=failed",
+        "/api/jobs?state=",
+        "/api/jobs?task",
+        "/api/jobs?state=failed&state=pending",
+        "/api/jobs?state=nosuch",
+        "/api/jobs?before_id=x",
+        "/api/jobs/1?state=failed",
+        "/api/stats?queue=default",
+    ],
+)
+def test_program_whose_filter_is_unknown_is_told(queue, site, path):
+    queue.enqueue("t")
+    status, text, _ = site.ask(path)
+    assert (status, text.startswith("expected")) == (400, True)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +409,7 @@ def test_operator_acts_on_the_ticked_or_on_all_that_match(queue, site):
         ("nosuch", {}, "no such action"),
     ],
 )
-def test_operator_who_is_wrong_is_told(queue, site, action, form, message):
+def test_operator_mistake_is_reported(queue, site, action, form, message):
     queue.enqueue("t")
     before = queue.list_jobs()
     status, text, _ = site.act(action, **form)
@@ -510,7 +597,7 @@ def test_large_answers_are_sent_a_few_at_a_time(queue, site, monkeypatch):
         assert (site.ask("/")[0], site.ask("/style.css")[0]) == (503, 200)
 
 
-def test_dashboard_stays_small_whatever_payloads_hold_and_nobody_reads(place):
+def test_dashboard_stays_small_with_any_payloads_and_without_readers(place):
     queue = place.queue(durability="normal")
     queue.enqueue_many("t", [{"text": "x" * 1_048_000}] * 50, max_attempts=1)
     while job := queue.dequeue("w"):
@@ -550,7 +637,7 @@ def test_filter_that_is_too_long_is_refused(queue, site):
     assert queue.count_jobs(state="pending") == 1
 
 
-def test_malformed_request_is_told_and_changes_nothing(queue, site):
+def test_malformed_request_is_refused_and_changes_nothing(queue, site):
     job_id = failed(queue)
     good = {"token": site.server.token, "id": job_id}
     assert site.ask("/?state=nosuch")[:2] == (400, f"expected a state of {', '.join(pqueue.STATES)}, got 'nosuch'\n")
@@ -653,7 +740,7 @@ def test_oversized_and_half_sent_requests_are_refused(queue, site, monkeypatch):
 
 def test_idle_connections_do_not_stall_it(queue, site):
     idle = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(dashboard_http.MAX_CONNECTIONS + 100)]
-    assert site.ask("/healthz")[1] == "healthy\n"
+    assert site.ask("/healthz")[1] == "no problem found\n"
     for connection in idle:
         connection.close()
 
@@ -676,7 +763,7 @@ def test_request_that_trickles_is_cut_off(queue, site, monkeypatch):
     assert site.ask("/healthz")[0] == 200
 
 
-def test_reader_who_never_reads_costs_nobody(queue, site):
+def test_reader_who_never_reads_delays_no_other(queue, site):
     queue.enqueue_many("t", ["x" * 1000] * 60)
     deaf = []
     for _ in range(20):
@@ -707,7 +794,7 @@ def test_other_addresses_need_a_password_and_a_wrong_one_costs_time(queue, folde
         site.close()
 
 
-def test_port_that_is_taken_is_told(site, capsys):
+def test_port_in_use_is_reported(site, capsys):
     assert ops.main(["--port", str(site.port)]) == 1
     assert f": port {site.port} is in use: set PQUEUE_OPS_PORT to another port\n" in capsys.readouterr().err
 
@@ -715,7 +802,7 @@ def test_port_that_is_taken_is_told(site, capsys):
 # What it survives
 
 
-def test_database_that_comes_and_goes_is_told_and_found_again(folder, site):
+def test_missing_database_is_reported_and_found_when_it_returns(folder, site):
     status, text, _ = site.ask("/")
     assert (status, "no queue at" in text) == (503, True)
     assert site.ask("/healthz")[0] == 503
@@ -741,7 +828,7 @@ def test_database_that_comes_and_goes_is_told_and_found_again(folder, site):
     assert "got 99" in site.ask("/")[1]
 
 
-def test_database_that_is_locked_is_told_and_found_again(queue, site, monkeypatch):
+def test_locked_database_is_reported_and_read_when_it_is_free(queue, site, monkeypatch):
     monkeypatch.setattr(
         pqueue.PersistentQSQLite.__init__,
         "__kwdefaults__",
@@ -775,9 +862,27 @@ def test_health_and_metrics_are_for_machines(queue, site):
 
     queue.enqueue("t")
     status, text, _ = site.ask("/healthz")
-    assert (status, text) == (503, "1 job pending and no consumer is alive: start one\n")
+    assert (status, text) == (503, "critical: 1 job pending and no consumer is alive: run python consumer.py\n")
     names = {family.name for family in text_string_to_metric_families(site.ask("/metrics")[1])}
-    assert {"pqueue_jobs", "pqueue_consumers", "pqueue_problems"} <= names
+    assert {"pqueue_jobs", "pqueue_consumers", "pqueue_findings"} <= names
+
+
+def test_paused_queue_is_shown_and_leaves_the_dashboard_healthy(queue, site):
+    queue.enqueue("t", now=time.time() - 7200)
+    queue.pause("default")
+    paused = "info: queue &#x27;default&#x27; is paused, with 1 job pending"
+    status, text, _ = site.ask("/healthz")
+    assert (status, text) == (200, f"{unescape(paused)}: run python admin.py resume default\n")
+    assert re.search(r'<p class="health info">info: <a href="#queues">queue .* is paused', site.ask("/")[1])
+    assert 'pqueue_findings{severity="info"} 1\n' in site.ask("/metrics")[1]
+
+
+def test_health_includes_the_programs_that_supervisor_gave_up_on(queue, site, monkeypatch):
+    dead = {"group": "ops", "name": "ops", "state": "FATAL", "pid": 0, "uptime_seconds": 0}
+    monkeypatch.setattr(supervisor, "known_processes", lambda: [dead])
+    assert site.ask("/healthz")[0] == 503
+    assert "Supervisor gave up on ops" in site.ask("/healthz")[1]
+    assert json.loads(site.ask("/api/stats")[1])["findings"][0]["severity"] == "critical"
 
 
 # Streamlit
@@ -837,7 +942,7 @@ def unescaped(cell):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_streamlit_page_says_what_is_missing(folder):
+def test_streamlit_page_reports_a_missing_database(folder):
     page = streamlit()
     assert not page.exception
     assert "no queue at" in "".join(each.proto.body for each in page.get("html"))
@@ -873,9 +978,34 @@ def _frames(page):
 def test_streamlit_page_pauses_a_queue(queue):
     queue.enqueue("t")
     page = streamlit()
-    (button,) = [each for each in page.button if each.label == "pause"]
+    (button,) = [each for each in page.button if each.label == "yes, pause"]
     button.click().run(timeout=PATIENCE_SECONDS)
     assert queue.stats()["queues"]["default"]["paused"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_streamlit_page_names_the_number_and_asks_before_it_changes_many_jobs(queue):
+    ids = queue.enqueue_many("many", range(70))
+    page = streamlit()
+    page.text_input(key="filter-task").input("many").run(timeout=PATIENCE_SECONDS)
+    page.button(key="bulk-cancel").click().run(timeout=PATIENCE_SECONDS)
+    assert not page.exception
+    assert page.warning[0].value.startswith("cancel 70 jobs?")
+    assert queue.stats()["states"]["pending"] == 70
+    page.button(key="bulk-confirmed").click().run(timeout=PATIENCE_SECONDS)
+    assert not page.exception
+    assert queue.stats()["states"]["cancelled"] == len(ids)
+
+
+@pytest.mark.parametrize("wait", [0.0, -1.0, 1e-9, 1e9])
+def test_chart_of_times_draws_a_wait_of_zero(wait):
+    minute = {"at": 0.0, "enqueued": 0, "completed": 0, "failed": 0, "wait": (wait, wait), "run": (0.001, 0.2)}
+    minutes = [{**minute, "at": n * 60.0} for n in range(60)]
+    for shown in (minutes, [{**each, "wait": None, "run": None} for each in minutes]):
+        lines = re.findall(r'<path d="([^"]*)"', dashboard_summary.charts(shown))
+        heights = [float(y) for line in lines for y in re.findall(r"[ML][\d.]+ (\S+?)(?=[ML]|h0|$)", line)]
+        assert all(0 <= y <= dashboard_summary.HEIGHT for y in heights), heights
+        assert len(heights) == (0 if shown is not minutes else 4 * 59) + 59
 
 
 @pytest.mark.filterwarnings("ignore")

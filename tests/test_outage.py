@@ -30,10 +30,12 @@ class Load:
         return self.queue.stats()["states"]["completed"]
 
     def acknowledged(self) -> list[tuple[float, int]]:
-        """Return (Unix seconds, job id) as the producers told."""
+        """Return (Unix seconds, job id) as the producers reported."""
         lines = [line for child in self.producers for line in child.out.read_text().splitlines()]
-        told = [re.match(r"(\S+) enqueued job=(\d+)", line) for line in lines]
-        return sorted((datetime.fromisoformat(m[1].replace("Z", "+00:00")).timestamp(), int(m[2])) for m in told if m)
+        matches = [re.match(r"(\S+) enqueued job=(\d+)", line) for line in lines]
+        return sorted(
+            (datetime.fromisoformat(m[1].replace("Z", "+00:00")).timestamp(), int(m[2])) for m in matches if m
+        )
 
     def has_waited(self) -> bool:
         return all(" waiting " in child.out.read_text() for child in [*self.producers, *self.consumers])

@@ -97,7 +97,7 @@ def queue(pooler):
 
 @pytest.fixture
 def direct(database, queue):
-    """The same queue without the pooler; to it whoever is without a lock is dead at once."""
+    """The same queue without the pooler; it considers any consumer without a lock dead at once."""
     with mock.patch("pqueue_sqlalchemy.RESTART_SECONDS", 0), mock.patch("pqueue.DEAD_CHECK_SECONDS", 0):
         queue = pqueue.open_queue(database)
         yield queue
@@ -121,7 +121,7 @@ class PgBouncerContract(QueueContract, unittest.TestCase):
 
 
 @pytest.mark.parametrize("pooler", ["transaction", "session"], indirect=True)
-def test_settings_come_with_each_transaction_and_stay_with_nobody_else(pooler, queue):
+def test_settings_apply_to_each_transaction_and_to_no_other_client(pooler, queue):
     ids = queue.enqueue_many("t", range(50))
     with ExitStack() as stack:
         queues = [queue, *(stack.enter_context(pqueue.open_queue(pooler.url)) for _ in range(4))]
@@ -144,7 +144,7 @@ def test_settings_come_with_each_transaction_and_stay_with_nobody_else(pooler, q
                 assert stranger.execute("SELECT count(*) FROM pg_listening_channels()").fetchone() == (0,)
 
 
-def test_consumers_are_told_once_that_the_timer_serves_them(queue, direct, caplog):
+def test_consumers_log_once_that_they_poll(queue, direct, caplog):
     assert queue.dequeue("anna") is None
     assert queue.dequeue("berta") is None
     assert [record.message for record in caplog.records] == [
@@ -188,6 +188,6 @@ def test_programs_wait_out_its_restart_and_lose_nothing(place, pooler):
     before = wait_until(load.completed)
     wait_until(lambda: load.completed() > before + 50, 60)
     load.finish()
-    told = [child.out.read_text() for child in load.consumers]
-    assert [text.count("passes on no NOTIFY") for text in told] == [1] * len(told)
-    assert not any("hunter2" in text for text in told)
+    outputs = [child.out.read_text() for child in load.consumers]
+    assert [text.count("passes on no NOTIFY") for text in outputs] == [1] * len(outputs)
+    assert not any("hunter2" in text for text in outputs)

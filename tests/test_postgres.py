@@ -1,4 +1,4 @@
-"""The contract, and what PostgreSQL promises besides, on a real server that the tests start."""
+"""The contract, and what PostgreSQL promises in addition, on a real server that the tests start."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class SQLAlchemyOnSQLiteContract(QueueContract, unittest.TestCase):
     def execute(self, db, sql, **params):
         return db.execute(sqlalchemy.text(sql), params)
 
-    def test_transaction_ended_by_its_block_is_told_and_the_next_one_works(self):
+    def test_transaction_ended_by_its_block_raises_and_the_next_one_works(self):
         with self.assertRaisesRegex(QueueError, "ended inside its block"), self.queue.transaction() as db:
             self.execute(db, "CREATE TABLE business (n INTEGER)")
             db.rollback()
@@ -134,9 +134,9 @@ queue.close()"""
         )
         for number, (queue, code) in enumerate([(q, c) for c in (produce, consume) for q in (native, through)] * 2)
     ]
-    told = [child.communicate(timeout=60)[0] for child in children]
+    outputs = [child.communicate(timeout=60)[0] for child in children]
     assert [child.returncode for child in children] == [0] * len(children)
-    taken = [[int(line) for line in out.splitlines()] for out in told]
+    taken = [[int(line) for line in out.splitlines()] for out in outputs]
     assert sorted(sum(taken, [])) == list(range(1, 401))
     queue = pqueue.open_queue(str(path))
     assert sorted(job.result for job in queue.list_jobs(limit=400)) == sorted(list(range(100)) * 4)
@@ -167,7 +167,7 @@ class PostgresFiles(PostgresCase):
         self.assertEqual(copy.list_jobs(), queue.list_jobs())
         self.assertEqual(copy.dequeue("w").payload, {"n": 1})
 
-    def test_wrong_urls_are_told_in_one_line_without_the_password(self):
+    def test_wrong_url_is_reported_in_one_line_without_the_password(self):
         good = sqlalchemy.make_url(self.url)
         for url, message in [
             ("postgresql://u:hunter2@127.0.0.1:1/none", "cannot reach 127.0.0.1/none"),
@@ -183,7 +183,7 @@ class PostgresFiles(PostgresCase):
                 PersistentQSQLAlchemy(url)
             self.assertNotIn("hunter2", str(caught.exception))
 
-    def test_database_without_rights_is_told(self):
+    def test_database_without_rights_is_reported(self):
         url = sqlalchemy.make_url(self.url)
         role = f"weak_{uuid.uuid4().hex[:8]}"
         admin = PersistentQSQLAlchemy(self.url)
@@ -233,13 +233,13 @@ class PostgresFiles(PostgresCase):
             plan = db.execute(sqlalchemy.text("SHOW enable_seqscan")).scalar()
         self.assertEqual((plan, queue._read("SHOW enable_seqscan")[0][0]), ("on", "off"))
 
-    def test_pooler_that_passes_on_no_notify_is_told_of_once_and_the_timer_serves(self):
+    def test_pooler_without_notify_is_reported_once_and_consumers_poll(self):
         queue, other = self.open(), self.open()
-        with mock.patch("pqueue_sqlalchemy.LISTEN", "SELECT 1"), self.assertLogs("pqueue", "WARNING") as told:
+        with mock.patch("pqueue_sqlalchemy.LISTEN", "SELECT 1"), self.assertLogs("pqueue", "WARNING") as logs:
             self.assertIsNone(queue.dequeue("anna"))
             self.assertIsNone(queue.dequeue("berta"))
-        self.assertEqual(len(told.output), 1, told.output)
-        self.assertIn("passes on no NOTIFY", told.output[0])
+        self.assertEqual(len(logs.output), 1, logs.output)
+        self.assertIn("passes on no NOTIFY", logs.output[0])
         other.enqueue("t")
         with mock.patch("pqueue.DEAD_CHECK_SECONDS", 0):
             other.dequeue("other")
@@ -256,7 +256,7 @@ class PostgresFiles(PostgresCase):
         analyze(queue)
         for sql, params in dict(recorded).items():
             explain(queue, sql, params)
-        bury(queue)
+        add_many(queue)
         for priority in (2, 3):
             recorded.clear()
             queue._dead_checked_at = 0
@@ -272,7 +272,7 @@ class PostgresFiles(PostgresCase):
     def test_no_statement_that_shows_looks_at_more_than_the_jobs_of_its_state(self):
         queue = self.open()
         use(queue, 1)
-        bury(queue)
+        add_many(queue)
         analyze(queue)
         recorded = recording(queue)
         for state in (None, *pqueue.STATES):
@@ -331,7 +331,7 @@ class PostgresFiles(PostgresCase):
         self.assertEqual((queue.get(old).state, queue.get(new).state), ("cancelled", "pending"))
         self.assertEqual([event["event"] for event in queue.history(old)], ["cancelled"])
 
-    def test_operator_who_cancels_what_a_batch_completes_does_not_meet_it_in_a_deadlock(self):
+    def test_cancel_of_a_job_in_a_batch_being_completed_does_not_deadlock(self):
         queue, other, lost = self.open(), self.open(), []
         queue.enqueue_many("t", range(2))
         jobs = other.dequeue_many("w", 2)
@@ -342,7 +342,7 @@ class PostgresFiles(PostgresCase):
             queue.cancel(jobs[0].id)
         self.assertEqual(sorted(lost), jobs)
 
-    def test_batch_that_was_completed_is_told_though_the_next_look_fails(self):
+    def test_completed_batch_is_returned_though_the_next_claim_fails(self):
         queue = self.open()
         queue.enqueue("t")
         job = queue.dequeue("w")
@@ -375,7 +375,7 @@ class PostgresFiles(PostgresCase):
                 queue.pause("default")
             self.assertEqual(queue.get(job_id).state, "processing")
 
-    def test_job_that_was_delivered_before_comes_alone_though_it_comes_at_the_last_moment(self):
+    def test_redelivered_job_is_claimed_alone_even_if_it_arrives_during_the_claim(self):
         queue, other = self.open(), self.open()
         urgent = queue.enqueue("t", priority=1)
         self.assertIsNotNone(other.dequeue("lost", lease_seconds=10))
@@ -408,7 +408,7 @@ class PostgresFiles(PostgresCase):
         with self.assertRaisesRegex(SchemaMismatch, "or older, got 99"):
             self.open()
 
-    def test_read_only_server_is_told(self):
+    def test_read_only_server_is_reported(self):
         queue = self.open()
         with queue.transaction() as db:
             name = sqlalchemy.make_url(self.url).database
@@ -425,7 +425,7 @@ class PostgresFiles(PostgresCase):
         ):
             pqueue.open_queue(self.url)
 
-    def test_cut_connection_is_made_anew(self):
+    def test_cut_connection_is_replaced(self):
         queue = self.open()
         queue.enqueue("t")
         job = queue.dequeue("anna")
@@ -475,7 +475,7 @@ def use(queue, priority):
     queue.fail(jobs[2], "ValueError: no", retry=False)
     queue.release(jobs[3])
     queue.complete_and_dequeue([(job, None) for job in jobs[4:6]], "w", 8)
-    queue.dequeue("w", now=queue._time(None) + 3600)  # promotes and takes back
+    queue.dequeue("w", now=queue._time(None) + 3600)  # promotes and reclaims
     queue.cancel(ids[-1])
     queue.resubmit(ids[-1])
     queue.assign(ids[-1], "w")
@@ -485,8 +485,8 @@ def use(queue, priority):
     queue.history(ids[0])
 
 
-def bury(queue):
-    """Put many jobs of each state beside what is there, of which none may stand in the way."""
+def add_many(queue):
+    """Add many jobs of each state, none of which may affect the others."""
     columns = "queue, task, payload, priority, run_at, max_attempts, created_at, state"
     others = dict.fromkeys(("lease_token", "lease_expires_at", "started_at", "finished_at"), "NULL")
     others |= dict.fromkeys(("error", "assigned_to", "key"), "NULL")
@@ -587,7 +587,7 @@ queue.close()"""
         self.assertEqual(sorted(taken), ids)
         self.assertEqual(queue.stats()["states"]["completed"], 400)
 
-    def test_child_after_a_fork_has_connections_of_its_own(self):
+    def test_child_after_a_fork_has_its_own_connections(self):
         queue = self.open()
         queue.enqueue("t")
         self.assertIsNotNone(queue.dequeue("parent"))
@@ -688,8 +688,10 @@ def test_operator_who_moves_to_a_server_names_what_stays_behind(place, database)
         db.execute("CREATE VIEW open_orders AS SELECT * FROM orders")
     done = place.run("admin.py", "move", "--to", database)
     assert done.returncode == 1
-    told = "open_orders, orders would stay behind; copy what you need, and give --without open_orders --without orders"
-    assert told in done.stderr
+    expected = (
+        "open_orders, orders would stay behind; copy what you need, and give --without open_orders --without orders"
+    )
+    assert expected in done.stderr
     assert queue.move_status() is None
     done = place.run("admin.py", "move", "--to", database, "--without", "orders", "--without", "nosuch")
     assert (done.returncode, "open_orders would stay behind" in done.stderr) == (1, True)
@@ -774,6 +776,15 @@ def test_thread_that_looks_while_another_asks_for_the_clock_gets_the_time(databa
     assert max(abs(at - time.time()) for at in times) < 60
 
 
+def test_lock_of_an_application_is_not_taken_for_that_of_a_consumer(database):
+    of_64_bits = pqueue_postgres.LOCK_CLASS << 32 | 5
+    with PersistentQSQLAlchemy(database) as queue, psycopg.connect(database) as application:
+        application.execute("SELECT pg_advisory_lock(1, 5), pg_advisory_lock(%s)", [of_64_bits])
+        assert queue._read(pqueue_postgres.LOCKED_SLOTS) == []
+        queue.dequeue("w")
+        assert len(queue._read(pqueue_postgres.LOCKED_SLOTS)) == 1
+
+
 def test_consumer_that_has_just_begun_is_not_taken_for_dead(database, monkeypatch):
     monkeypatch.setattr(pqueue_sqlalchemy, "RESTART_SECONDS", 0.0)
     with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
@@ -787,7 +798,7 @@ def test_consumer_that_has_just_begun_is_not_taken_for_dead(database, monkeypatc
             new.complete(job)
 
 
-def test_consumer_that_is_back_before_it_is_buried_keeps_its_job(database):
+def test_consumer_that_reconnects_within_the_grace_period_keeps_its_job(database):
     with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
         queue.enqueue("t")
         job = queue.dequeue("back")
@@ -898,7 +909,7 @@ def test_consumer_whose_lock_stays_away_is_dead_after_the_grace(consumers):
     assert (other.get(job.id).state, other.history(job.id)[0]["event"]) == ("failed", "died")
 
 
-def test_consumer_that_is_seen_again_is_missing_anew_the_next_time(consumers):
+def test_consumer_that_reconnected_gets_a_new_grace_period(consumers):
     queue, other = consumers
     queue.dequeue("anna")
     slot = queue._registry["anna"].slot.number
@@ -949,7 +960,7 @@ def test_consumer_that_begins_while_the_line_connects_has_its_lock(consumers):
     wait_until(lambda: slots <= {row[0] for row in other._read(pqueue_postgres.LOCKED_SLOTS)})
 
 
-def test_copy_of_the_database_on_the_same_server_has_consumers_of_its_own(database, server, monkeypatch):
+def test_copy_of_the_database_on_the_same_server_has_its_own_consumers(database, server, monkeypatch):
     monkeypatch.setattr(pqueue_sqlalchemy, "RESTART_SECONDS", 0.0)
     monkeypatch.setattr(pqueue_sqlalchemy, "GRACE_SECONDS", 0.0)
     url = sqlalchemy.make_url(database)
@@ -1072,7 +1083,7 @@ def test_threads_on_a_database_of_another_isolation_meet_no_conflict(server, dat
         ("statement_timeout", "expected statement_timeout 0 or above 5000 ms, got 900 ms"),
     ],
 )
-def test_operator_is_told_of_a_default_that_is_left_alone(server, database, setting, problem):
+def test_operator_sees_a_default_that_is_left_unchanged(server, database, setting, problem):
     PersistentQSQLAlchemy(database).close()
     set_defaults(server, database, {setting: "on" if "only" in setting else "900"})
     with closing(PersistentQSQLAlchemy(database)) as queue:
@@ -1082,7 +1093,7 @@ def test_operator_is_told_of_a_default_that_is_left_alone(server, database, sett
 # Jobs that had not begun
 
 
-def test_consumer_takes_a_last_attempt_alone_and_not_with_others(database):
+def test_consumer_claims_a_last_attempt_alone(database):
     with closing(PersistentQSQLAlchemy(database)) as queue:
         for most in (3, 3, 1, 1, 3, 2, 3):
             queue.enqueue("t", max_attempts=most)
@@ -1264,7 +1275,7 @@ def test_operator_cannot_resubmit_into_a_full_queue(database):
         assert counted(queue) == {"default": 1}
 
 
-def test_producer_of_a_batch_that_never_fits_is_told_so(database):
+def test_producer_of_a_batch_that_never_fits_gets_an_error(database):
     with closing(PersistentQSQLAlchemy(database)) as queue:
         queue.limit("default", 3)
         with pytest.raises(ValueError, match="expected at most 3 jobs, the limit of queue 'default', got 4"):
@@ -1304,7 +1315,7 @@ def _prepared(queue):
         "prune": lambda: queue.prune(0, **dead),
         "delete": lambda: queue.delete_jobs([ids[6]], force=True),
         "leave": lambda: queue.leave("w"),
-        "dequeue": lambda: queue.dequeue("w", **dead),  # which takes back what expired
+        "dequeue": lambda: queue.dequeue("w", **dead),  # which reclaims expired leases
         "limit": lambda: queue.limit("default", 5),
     }
 
@@ -1392,13 +1403,15 @@ def test_triggers_are_there_only_while_a_queue_has_a_limit(database):
         assert queue._read(triggers)[0][0] == 0
 
 
-def test_operator_is_told_of_a_count_that_is_wrong_and_how_to_mend_it(database):
+def test_operator_sees_a_wrong_count_and_how_to_correct_it(database):
     with closing(PersistentQSQLAlchemy(database)) as queue:
         queue.limit("default", 9)
         queue.enqueue("t")
         with queue.transaction() as db:
             db.exec_driver_sql("UPDATE pending_counts SET pending = 8")
-        assert queue.check()["problems"] == ["expected 1 pending jobs of queue 'default', counted 8: limit it anew"]
+        assert queue.check()["problems"] == [
+            "expected 1 pending jobs of queue 'default', counted 8: set its limit again"
+        ]
         queue.limit("default", 9)
         assert queue.check()["problems"] == []
 

@@ -140,7 +140,7 @@ class Disk:
         self.names: dict[str, File | None] = {}  # as the process sees them; None: a folder
         self.files: list[File] = []
         self.synced: dict[str, File | None] = {}  # names whose folder was synced since they changed
-        self.loose: dict[str, list[File | None | str]] = {}  # what else each name may stand for after a power cut
+        self.loose: dict[str, list[File | None | str]] = {}  # what else each name may refer to after a power cut
 
     def play(self, record: Record) -> None:
         path, kind = record.path, record.kind
@@ -340,7 +340,7 @@ def test_guarantee_1_normal_durability_loses_only_a_suffix_to_a_power_cut(shim, 
 
 
 @pytest.mark.parametrize(("durability", "synced"), [("normal", True), ("off", True), ("off", False)])
-def test_power_cut_shows_what_was_not_synced(shim, place, durability, synced):
+def test_power_cut_reveals_unsynced_writes(shim, place, durability, synced):
     assert any(losses(run(shim, place, WORKLOAD, durability, ROUNDS), place, synced))
 
 

@@ -273,7 +273,7 @@ def test_thread_that_a_task_left_keeps_the_process_but_not_against_a_second_sign
 
 
 @pytest.mark.parametrize("parent", ["ends", "closes"])
-def test_child_goes_on_safely_without_the_parent_that_opened_the_queue(place, parent):
+def test_child_continues_safely_without_the_parent_that_opened_the_queue(place, parent):
     """Another program then finds no lock of the parent's, and would take the log of a child that has none for old."""
     code = f"""
 import os, pqueue, subprocess, time
@@ -302,7 +302,7 @@ open("done", "w").close()
 
 FORK_AMONG_THREADS = """
 import os, threading, time, warnings, pqueue
-warnings.simplefilter("ignore")  # Python 3.12 warns of every fork beside threads
+warnings.simplefilter("ignore")  # Python 3.12 warns of every fork while threads run
 queue = pqueue.open_queue()
 over = threading.Event()
 
@@ -337,7 +337,7 @@ print(sorted(set(codes)))
 """
 
 
-def test_process_that_forks_in_the_middle_of_its_threads_calls_harms_nobody(place):
+def test_fork_during_calls_of_other_threads_harms_no_process(place):
     done = script(place, FORK_AMONG_THREADS)
     assert (done.stdout, done.stderr) == ("[0]\n", "")
     queue = place.queue()
@@ -350,7 +350,7 @@ def test_process_that_forks_in_the_middle_of_its_threads_calls_harms_nobody(plac
 # The end of the interpreter
 
 
-def test_work_goes_on_in_threads_while_the_interpreter_shuts_down(place):
+def test_threads_keep_working_while_the_interpreter_shuts_down(place):
     code = """
 import pqueue, threading, time, atexit
 queue = pqueue.open_queue()
@@ -366,10 +366,10 @@ def work(name):
 atexit.register(queue.enqueue, "at exit")
 for n in range(3):
     threading.Thread(target=work, args=[f"worker {n}"]).start()
-sys.exit("told to end")
+sys.exit("asked to end")
 """
     done = script(place, code)
-    assert (done.returncode, done.stderr) == (1, "told to end\n")
+    assert (done.returncode, done.stderr) == (1, "asked to end\n")
     queue = place.queue()
     assert queue.stats()["states"]["completed"] == 20
     assert len(queue.list_jobs(task="at exit")) == 1
@@ -418,20 +418,20 @@ def test_thread_that_exits_leaves_its_job_to_the_lease(place):
 # Names and hosts
 
 
-def test_two_processes_under_one_name_are_told_of(place):
+def test_two_processes_under_one_name_are_reported(place):
     queue = place.queue()
-    children = [place.start("consumer.py", "--name", "twin") for _ in range(2)]
-    wait_until(lambda: [each["name"] for each in queue.consumers() if each["state"] == "running"] == ["twin"] * 2)
+    children = [place.start("consumer.py", "--name", "same") for _ in range(2)]
+    wait_until(lambda: [each["name"] for each in queue.consumers() if each["state"] == "running"] == ["same"] * 2)
     done = place.run("admin.py", "doctor")
     assert done.returncode == 1
     pids = sorted(child.pid for child in children)
-    assert f"2 processes run under the name twin (pids {pids[0]}, {pids[1]}): stop all but one" in done.stdout
+    assert f"2 processes run under the name same (pids {pids[0]}, {pids[1]}): stop all but one" in done.stdout
     children[0].send_signal(signal.SIGTERM)
     assert children[0].wait(20) == 0
     assert place.run("admin.py", "doctor").returncode == 0
 
 
-def test_consumer_whose_supervisor_dies_in_a_job_is_told_of_and_ends_with_the_job(tasks):
+def test_consumer_whose_supervisor_dies_during_a_job_reports_it_and_ends_with_the_job(tasks):
     queue = tasks.queue()
     job_id = queue.enqueue("slow")
     command = tasks.command("consumer.py", "--import", "my_tasks")

@@ -1,4 +1,4 @@
-"""What a PostgreSQL server refuses: each program says it in one line, and a password is told nowhere."""
+"""What a PostgreSQL server refuses: each program says it in one line, and a password is shown nowhere."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def refusals(place, variables: dict[str, str], programs=PROGRAMS) -> list[str]:
     return said
 
 
-def test_wrong_password_is_told(place, primary):
+def test_wrong_password_is_reported(place, primary):
     for text in refusals(place, {"PQUEUE_URL": url(primary, password=f"not{PASSWORD}")}):
         assert "user or password refused" in text
 
@@ -73,23 +73,23 @@ def test_dashboard_that_is_refused_says_so_without_the_password(place, primary):
 
 
 def health(address: str) -> str:
-    with pytest.raises(HTTPError) as told, urlopen(f"{address}/healthz"):  # noqa: S310
+    with pytest.raises(HTTPError) as refused, urlopen(f"{address}/healthz"):  # noqa: S310
         pass
-    with told.value as answer:
+    with refused.value as answer:
         return answer.read().decode()
 
 
-def test_role_without_rights_is_told(place, primary):
+def test_role_without_rights_is_reported(place, primary):
     for text in refusals(place, {"PQUEUE_URL": url(primary, "weak")}):
         assert "permission denied" in text
 
 
-def test_standby_is_told_to_who_would_write(place, standby):
+def test_write_on_a_standby_is_refused_by_name(place, standby):
     for text in refusals(place, {"PQUEUE_URL": url(standby)}, [PROGRAMS[n] for n in (0, 1, 3)]):
         assert "it is a read-only standby" in text
 
 
-def test_standby_serves_who_looks(place, standby):
+def test_standby_serves_readers(place, standby):
     done = place.run("admin.py", "stats", PQUEUE_URL=url(standby))
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
 

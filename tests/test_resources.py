@@ -59,7 +59,7 @@ def full(disk):
 
 
 @needs_root
-def test_programs_say_that_the_disk_is_full_wait_and_go_on(place, small_disk):
+def test_programs_report_a_full_disk_wait_and_continue(place, small_disk):
     queue = place.queue()
     producer = place.start("producer.py", "--interval", 0.01)
     log_there = ["sh", "-c", 'exec "$@" >var/log', "sh"]
@@ -168,7 +168,7 @@ def found():
 CALLS = {
     "enqueue": lambda: queue.enqueue("t"),
     "enqueue in a new thread": in_a_thread,
-    "dequeue as somebody new": begin,
+    "dequeue as a new consumer": begin,
     "dequeue and look for the dead": look_for_dead,
     "complete": lambda: queue.complete(queue.dequeue("me")),
     "wait": lambda: queue.wait(0.001, consumer="me"),
@@ -208,14 +208,14 @@ print(json.dumps(verdicts))
 """
 
 
-def test_queue_without_descriptors_says_so_and_goes_on_when_there_are_some(place):
+def test_queue_without_descriptors_raises_and_continues_when_there_are_some(place):
     child = script(place, WITHOUT_DESCRIPTORS)
     out, _ = child.communicate()
     assert child.returncode == 0
     verdicts = json.loads(out)
     assert {name for name, each in verdicts.items() if each["leaked"]} == set()
     assert {name for name, each in verdicts.items() if each["refused"]} == {
-        "enqueue in a new thread", "dequeue as somebody new", "dequeue and look for the dead", "consumers", "backup",
+        "enqueue in a new thread", "dequeue as a new consumer", "dequeue and look for the dead", "consumers", "backup",
         "open", "found",
     }  # fmt: skip
     assert place.queue().check()["problems"] == []
@@ -273,7 +273,7 @@ def quick(job): return job.payload
 """
 
 
-def test_consumer_without_memory_fails_the_job_and_goes_on(place):
+def test_consumer_without_memory_fails_the_job_and_continues(place):
     place.write("my_tasks.py", HUNGRY_TASKS)
     queue = place.queue()
     for name in ("huge", "hungry", "hungry", "huge"):
@@ -344,7 +344,7 @@ def drained(queue, **options):
         jobs += batch
 
 
-def test_log_that_a_reader_holds_for_the_whole_run_is_told_of_and_cut_afterwards(fast_queue, monkeypatch):
+def test_log_held_by_a_reader_is_reported_and_truncated_afterwards(fast_queue, monkeypatch):
     queue = fast_queue
     monkeypatch.setattr(pqueue_sqlite, "WAL_BYTES", 1_000_000)
     queue.enqueue("first")
@@ -357,13 +357,13 @@ def test_log_that_a_reader_holds_for_the_whole_run_is_told_of_and_cut_afterwards
         assert queue.stats()["states"]["completed"] == 6001
         held = queue.check()["wal_bytes"]
         assert held > 2_000_000
-        assert any("some program holds a read open" in problem for problem in report.problems(queue))
+        assert any("some program holds a read open" in each.text for each in report.findings(queue))
         assert reader.execute("SELECT count(*) FROM jobs").fetchone() == seen
     for _ in range(3):
         queue.enqueue("after")
     print(f"\nwrite-ahead log: {held} bytes under a reader, {queue.check()['wal_bytes']} after it")
     assert queue.check()["wal_bytes"] <= 1_000_000
-    assert report.problems(queue) == []
+    assert report.findings(queue) == []
 
 
 def test_log_stays_small_while_others_only_look(fast_queue):
@@ -384,7 +384,7 @@ def test_log_stays_small_while_others_only_look(fast_queue):
         over.set()
         for each in looks:
             each.result()
-    print(f"\nwrite-ahead log: {largest} bytes beside two who look")
+    print(f"\nwrite-ahead log: {largest} bytes while two readers look")
     assert largest < pqueue_sqlite.WAL_BYTES
 
 
@@ -535,7 +535,7 @@ def test_clock_a_year_behind_keeps_jobs_waiting_and_loses_none(place):
     waiting = {before.scheduled, before.retried.id}
     assert {job.id for job in queue.list_jobs(state="scheduled")} == waiting
     assert any(
-        "the newest job was enqueued in 365 d: some clock is wrong" in each for each in report.problems(queue, now)
+        str(each) == "the newest job was enqueued in 365 d: some clock is wrong" for each in report.findings(queue, now)
     )
     assert before.look_and_take(before.now + 86401)[0] == waiting
 
@@ -559,7 +559,7 @@ def test_programs_whose_clocks_are_a_year_off_lose_nothing(place):
 # The soak, which is for longer than a test
 
 
-def test_soak_tells_what_was_lost_and_what_ran_again(tmp_path):
+def test_soak_reports_lost_and_repeated_jobs(tmp_path):
     one, other = (soak.Map(tmp_path / f"{number}.map", 100) for number in range(2))
     for number in range(99):
         (one if number % 2 else other).mark(number)
@@ -571,7 +571,7 @@ def test_soak_tells_what_was_lost_and_what_ran_again(tmp_path):
     assert list(soak.lost(tmp_path, 100)) == ["2 jobs ran again, though nobody died"]
 
 
-def test_soak_tells_what_grew_and_what_slowed_down():
+def test_soak_reports_growth_and_slowdown():
     def sample(number, **changed):
         steady = {"seconds": number, "ran": 1000 * number, "file_mb": 30, "wal_mb": 4, "consumer_0_rss_mb": 26}
         return {**steady, **changed}

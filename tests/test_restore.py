@@ -82,6 +82,27 @@ time.sleep(600)
 """
 
 
+def test_old_database_is_kept_in_one_file_if_its_log_is_sound(path, backup):
+    kill(program(WRITER, path))
+    assert Path(f"{path}-wal").exists()
+    kept = pqueue_restore.restore(backup, path)
+    assert list(kept.parent.glob(f"{kept.name}*")) == [kept]
+    assert len(payloads(kept)) == len(OLD) + 50
+
+
+def test_restored_file_and_what_it_replaces_are_synced_before_their_names(path, backup, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def recording(file):
+        synced.append(re.sub(r"\.\w{8}\.part$", ".part", Path(os.readlink(f"/proc/self/fd/{file}")).name))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    kept = pqueue_restore.restore(backup, path)
+    # the last three: the name of the old file, that no log is left, the name of the new file
+    assert synced == ["queue.db.part", f"{kept.name}.part", "var", "var", "var"]
+
+
 def test_operator_restores_a_backup_and_the_replaced_database_is_kept(path, backup):
     kept = pqueue_restore.restore(backup, path)
     assert payloads(path) == NEW
@@ -122,7 +143,7 @@ def test_operator_cannot_restore_while_a_consumer_waits(place, path, backup):
     assert payloads(path) == NEW
 
 
-def test_process_cannot_restore_what_it_has_open_itself(path, backup):
+def test_process_cannot_restore_a_file_that_it_has_open(path, backup):
     with closing(pqueue.open_queue(path)) as queue:
         with pytest.raises(QueueError, match="this process has it open"):
             pqueue_restore.restore(backup, path)
@@ -226,7 +247,7 @@ def damage(file):
         (lambda file: file.write_bytes(file.read_bytes()[:-5000]), QueueError, "damaged|malformed"),
     ],
 )
-def test_operator_cannot_restore_what_is_no_sound_queue(path, backup, spoil, error, message):
+def test_operator_cannot_restore_a_file_that_is_no_sound_queue(path, backup, spoil, error, message):
     spoil(backup)
     before = contents(path.parent)
     with pytest.raises(error, match=message) as caught:
@@ -253,7 +274,7 @@ def test_operator_cannot_restore_a_database_to_itself_or_to_a_server(path, backu
         ([":memory:", "--yes"], 2, "expected a path"),
     ],
 )
-def test_operator_who_restores_wrongly_is_told_in_one_line(place, path, backup, arguments, code, message):
+def test_restore_mistake_is_reported_in_one_line(place, path, backup, arguments, code, message):
     done = place.run("admin.py", "restore", *arguments)
     assert (done.returncode, done.stderr.count("\n"), message in done.stderr) == (code, 1, True), done.stderr
     assert payloads(path) == OLD

@@ -126,7 +126,7 @@ def test_statement_has_a_description(module):
         ("DELETE FROM t", []),
     ],
 )
-def test_columns_of_a_statement_are_told_from_its_text(sql, names):
+def test_columns_of_a_statement_are_read_from_its_text(sql, names):
     assert columns(sql) == names
 
 

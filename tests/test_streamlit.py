@@ -121,7 +121,7 @@ def test_attacker_at_the_websocket_reads_and_presses_nothing(place, queue):
     assert is_paused(queue)
 
 
-def test_page_that_listens_everywhere_shows_nothing_unless_it_is_told_its_names(place, queue):
+def test_page_that_listens_everywhere_serves_only_the_configured_host_names(place, queue):
     server = Streamlit(place)
     for host in ("localhost:PORT", "127.0.0.1:PORT", "evil.example:PORT"):
         messages = server.visit(host, f"http://{host}")

@@ -122,7 +122,7 @@ def test_supervisor_runs_it_all_and_leaves_nothing_behind(system):
     assert set(modes.values()) <= {0o600, 0o700}
 
 
-def test_nobody_outlives_a_supervisor_that_was_killed(system):
+def test_no_process_outlives_a_killed_supervisor(system):
     killed = started(system, "supervisord", "-n", "-c", "supervisord.conf")
     queue = queue_of(system)
     first = everything_runs(system, queue)
@@ -191,7 +191,7 @@ def manage(place, *arguments):
     )
 
 
-def test_manager_adds_and_removes_consumers_beside_running_ones(system):
+def test_manager_adds_and_removes_consumers_while_others_run(system):
     started(system, "supervisord", "-n", "-c", "supervisord.conf")
     queue = queue_of(system)
     first = everything_runs(system, queue)
@@ -218,7 +218,7 @@ def test_manager_adds_and_removes_consumers_beside_running_ones(system):
     assert [path.name for path in (system.folder / "var/supervisor.d").iterdir()] == []
 
 
-def test_manager_takes_back_a_group_whose_consumers_do_not_run(system):
+def test_manager_removes_a_new_group_whose_consumers_do_not_run(system):
     started(system, "supervisord", "-n", "-c", "supervisord.conf")
     before = everything_runs(system, queue_of(system))
     done = manage(system, "--count", "2", "--import", "no_such_module")
@@ -273,6 +273,8 @@ def test_manager_writes_a_configuration_for_tasks_of_the_users_own(system):
     name = 'it\'s 50% "off" \\ $HOME `pwd`'
     done = mine.run(program, "--init", "--import", "tasks", "--queue", name)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    text = (folder / "supervisord.conf").read_text()
+    assert (text.count(sys.executable), "looked up on PATH" in text) == (2, False)
     done = mine.run(program, "--init")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "it already exists" in done.stderr
@@ -305,7 +307,7 @@ def test_added_group_is_there_again_after_a_restart_of_supervisor(system):
     assert manage(system, "--start", "consumer2_00").stdout == "started consumer2_00\n"
 
 
-def test_manager_tells_what_is_wrong_in_one_line(system):
+def test_manager_reports_problems_in_one_line(system):
     done = manage(system, "--list")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "start it with supervisord -c supervisord.conf" in done.stderr

@@ -49,7 +49,7 @@ def test_every_locked_requirement_has_one_version_and_its_hashes(name):
         (DEVELOPER, [*map(str, locked(USER)), *EXTRAS["postgres"], *PROJECT["dependency-groups"]["dev"]]),
     ],
 )
-def test_lock_holds_what_is_asked_for_and_what_that_needs(name, wanted):
+def test_lock_file_holds_requirements_and_their_dependencies(name, wanted):
     pins = {}
     for each in locked(name):
         pins.setdefault(each.name.lower(), []).append(next(iter(each.specifier)).version)
@@ -73,7 +73,7 @@ def test_environment_is_the_locked_one():
     }
 
 
-def test_queue_imports_the_standard_library_alone():
+def test_queue_imports_only_the_standard_library():
     names = set()
     paths = [path for path in ROOT.glob("pqueue*.py") if path.name != "pqueue_sqlalchemy.py"]
     for node in (node for path in paths for node in ast.walk(ast.parse(path.read_text()))):

@@ -87,7 +87,7 @@ def length(place, command):
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_program_that_is_told_to_end_at_any_moment_does_so_quietly(begun, command):
+def test_program_signalled_at_any_moment_ends_quietly(begun, command):
     seconds = length(begun, command)
     moments = [(signal.SIGINT, seconds * at / MOMENTS) for at in range(MOMENTS)]
     moments += [(number, seconds * at / 4) for at in range(1, 4) for number in (signal.SIGTERM, signal.SIGHUP)]
@@ -99,7 +99,7 @@ def test_program_that_is_told_to_end_at_any_moment_does_so_quietly(begun, comman
             assert "Exception" not in said, (number, at, said)
 
 
-def test_torture_told_to_end_on_its_terminal_leaves_neither_process_nor_folder(begun):
+def test_interrupted_torture_leaves_neither_process_nor_folder(begun):
     child = launched(begun, "admin.py", "torture", "--seconds", "600")
     wait_until(lambda: list((begun.folder / "var").glob("torture-*/*.acknowledged")))
     os.killpg(child.pid, signal.SIGINT)
@@ -118,7 +118,7 @@ def is_group(number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_move_that_is_told_to_end_resumes_the_queues(begun, number):
+def test_interrupted_move_resumes_the_queues(begun, number):
     queue = begun.queue()
     queue.dequeue("w")  # which move waits for
     child = launched(begun, "admin.py", "move", "--to", "new.db")
