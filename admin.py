@@ -18,20 +18,18 @@ if __name__ == "__main__":
 import argparse
 import os
 import re
-import shutil
 import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pqueue
 import pqueue_restore
-from pqueue import Job, PersistentQInterface, QueueError
+from pqueue import JobNotFound, PersistentQInterface, QueueError
+from pqueue_tools import monitor as live
 from pqueue_tools import supervisor
 from pqueue_tools.actions import act_on_matching
 from pqueue_tools.commands import (
@@ -45,13 +43,17 @@ from pqueue_tools.commands import (
     moment,
     one_of,
 )
+from pqueue_tools.completion import complete, script
 from pqueue_tools.masking import masked_job
+from pqueue_tools.output import OPTIONS, CommandResult, table, wants_rows, width, write
 from pqueue_tools.process import escape_unencodable, expect_posix, print_error, whole_number
 from pqueue_tools.report import (
     ago,
     clock,
+    consumer_row,
     count,
     detail,
+    failure,
     failures,
     findings,
     first_line,
@@ -60,45 +62,43 @@ from pqueue_tools.report import (
     history,
     is_time,
     job_object,
-    json_text,
     metrics,
     printable,
     problems,
-    program_name,
-    table,
     verdict,
     why,
 )
 from pqueue_tools.torture import Torture
+from pqueue_values import program_name
 
 FILES_PER_TRANSACTION = 5000  # job files deleted in one
+JOBS_COMPLETED = 200  # newest jobs whose ids and tasks completion knows
+VERSION = f"pqueue {pqueue.__version__}"
 
 
 class Problem(Exception):
     """The command failed: exit code 1."""
 
 
-@dataclass
-class CommandResult:
-    """Rows for a table, and a text for people where a table is not suitable."""
-
-    rows: Iterable[dict[str, Any]] = field(default_factory=list)
-    text: str | None = None
-    code: int = 0
-
-
 COMMANDS: dict[str, Command] = {}
 
 
-def command(name: str, *parameters: Parameter, opens: bool = True) -> Callable[[Callable[..., CommandResult]], Any]:
+INSPECT, JOBS, QUEUES, DATA, SYSTEM = "Inspect", "Jobs", "Queues", "Data", "System"
+
+
+def command(
+    group: str, name: str, *parameters: Parameter, opens: bool = True, aliases: tuple[str, ...] = (), examples: str = ""
+) -> Callable[[Callable[..., CommandResult]], Any]:
+    """Make a function a command. Each line of `examples` is one."""
+    shown = tuple(line.strip() for line in examples.strip().split("\n") if line)
+
     def register(function: Callable[..., CommandResult]) -> Callable[..., CommandResult]:
-        COMMANDS[name] = Command(name, function, (*parameters, JSON_OPTION), opens)
+        COMMANDS[name] = Command(name, function, (*parameters, *OPTIONS), opens, group, aliases, shown)
         return function
 
     return register
 
 
-JSON_OPTION = Parameter("--json", "one JSON object per line", flag=True)
 YES = Parameter("--yes", "do not ask for confirmation", flag=True)
 JOB_ID = Parameter("job_id", "id of the job", whole_number(0), metavar="JOB_ID")
 JOB_IDS = Parameter("job_ids", "ids of jobs; or use a filter", whole_number(0), metavar="JOB_ID", many=True)
@@ -113,7 +113,11 @@ MATCHING = (
     Parameter("--until", "jobs enqueued before this time", moment, metavar="TIME"),
 )
 STATUS = Parameter(
-    "--status", f"jobs in this state: {', '.join(pqueue.STATES)}", one_of(*pqueue.STATES), metavar="STATE"
+    "--status",
+    f"jobs in this state: {', '.join(pqueue.STATES)}",
+    one_of(*pqueue.STATES),
+    metavar="STATE",
+    short="--state",
 )
 FILTER_OPTIONS = (STATUS, *MATCHING)
 PAGE_OPTIONS = (
@@ -128,41 +132,74 @@ def _filters(options: argparse.Namespace) -> dict[str, Any]:
     return {FILTER_NAMES.get(key, key): value for key, value in chosen.items() if value is not None}
 
 
-def _job_row(job: Job) -> dict[str, Any]:
-    keys = ("id", "state", "queue", "task", "attempts", "consumer", "created_at")
-    return {**{key: getattr(job, key) for key in keys}, "detail": detail(job)}
-
-
-@command("list-jobs", *FILTER_OPTIONS, *PAGE_OPTIONS)
-def list_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
-    """List jobs, newest first."""
-    return CommandResult(_listed(queue, options))
-
-
-def _listed(queue: PersistentQInterface, options: argparse.Namespace) -> list[dict[str, Any]]:
-    jobs = queue.list_jobs(**_filters(options), limit=options.limit, before_id=options.before_id, shown=masked_job)
-    return [job_object(job) if options.json else _job_row(job) for job in jobs]
+JOB_COLUMNS = ("id", "state", "queue", "task", "attempts", "consumer", "created_at", "detail")
 
 
 @command(
-    "failedjobs", *MATCHING, *PAGE_OPTIONS, Parameter("--all", "list the jobs instead of counting them", flag=True)
+    INSPECT,
+    "list-jobs",
+    *FILTER_OPTIONS,
+    *PAGE_OPTIONS,
+    aliases=("jobs",),
+    examples="""
+    jobs --status failed --since 1h
+    jobs --task send_mail --text ada@example.org
+    jobs --status pending -o json --columns id,queue,payload""",
+)
+def list_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """List jobs, newest first."""
+    return _listed(queue, options)
+
+
+def _listed(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    jobs = queue.list_jobs(**_filters(options), limit=options.limit, before_id=options.before_id, shown=masked_job)
+    extra = [] if options.output == "json" and not options.columns else ["detail"]
+    return CommandResult(
+        [{**job_object(job), **{name: detail(job) for name in extra}} for job in jobs], columns=JOB_COLUMNS
+    )
+
+
+@command(
+    INSPECT,
+    "failedjobs",
+    *MATCHING,
+    *PAGE_OPTIONS,
+    Parameter("--all", "list the jobs instead of counting them", flag=True),
+    aliases=("failed",),
+    examples="""
+    failed
+    failed --all --task send_mail --limit 5""",
 )
 def failedjobs(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Count the failed jobs by task and error, or list them."""
     filters = _filters(options)
     if options.all or filters or options.before_id is not None:
         options.status = "failed"
-        return CommandResult(_listed(queue, options))
+        return _listed(queue, options)
     groups = failures(queue)[: options.limit]
-    return CommandResult([{key: each[key] for key in ("jobs", "task", "last_id", "error")} for each in groups])
+    return CommandResult(
+        [
+            {**{key: each[key] for key in ("jobs", "task", "last_id")}, "error": _whole_error(queue, each)}
+            for each in groups
+        ]
+    )
 
 
-@command("show", JOB_ID)
+def _whole_error(queue: PersistentQInterface, group: dict[str, Any]) -> str:
+    """Return the first line of the last error of a group; the groups have its beginning only."""
+    with suppress(JobNotFound):
+        line = first_line(queue.get(group["last_id"]).error)
+        if failure(line) == group["error"]:
+            return line
+    return str(group["error"])
+
+
+@command(INSPECT, "show", JOB_ID, examples="show 17")
 def show(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Show all about a job, with its history."""
     job, events = queue.get(options.job_id), history(queue, options.job_id)
     facts = {**job_object(job), "why": why(queue, job.id)}
-    if options.json:
+    if wants_rows(options) and (options.output or options.columns):
         return CommandResult(
             [{**facts, "history": [{key: for_machines(key, v) for key, v in each.items()} for each in events]}]
         )
@@ -170,7 +207,7 @@ def show(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRes
     now = time.time()
     lines = [f"{key:17} {_shown(key, value, now)}" for key, value in facts.items() if value is not None]
     if events:
-        lines += ["", table([{**each, "error": first_line(each["error"])} for each in events], _width())]
+        lines += ["", table([{**each, "error": first_line(each["error"])} for each in events], width())]
     return CommandResult(text="\n".join(lines))
 
 
@@ -182,29 +219,59 @@ def _shown(key: str, value: Any, now: float) -> str:
     return printable(for_people(key, value, now))
 
 
-@command("why", JOB_ID)
+@command(INSPECT, "why", JOB_ID, examples="why 17")
 def why_command(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Explain in one sentence why a job is not running, or what it is doing."""
     sentence = why(queue, options.job_id)
     return CommandResult([{"job": options.job_id, "why": sentence}], f"job {options.job_id}: {printable(sentence)}")
 
 
-@command("stats")
+@command(
+    INSPECT,
+    "logs",
+    JOB_ID,
+    Parameter("--directory", "folder of the logs", Path, str(supervisor.LOGS), "DIR"),
+    opens=False,
+    examples="logs 17",
+)
+def logs(_: None, options: argparse.Namespace) -> CommandResult:
+    """Print what the consumers logged about a job, from the files that Supervisor writes, oldest first."""
+    if not options.directory.is_dir():
+        raise Problem(f"no folder {options.directory}: expected the logs that Supervisor writes, or --directory DIR")
+    rows = sorted(_log_lines(options.directory, options.job_id), key=lambda row: row["line"])
+    if not rows:
+        raise Problem(f"no line about job {options.job_id} in {options.directory}")
+    return CommandResult(rows, "\n".join(row["line"] for row in rows))
+
+
+def _log_lines(directory: Path, job_id: int) -> Iterator[dict[str, Any]]:
+    about = re.compile(rb"\bjob=%d(?= |$)" % job_id)
+    for path in sorted(directory.glob("*.log*")):  # also those that were rotated
+        try:
+            with path.open("rb") as file:
+                lines = [line.rstrip(b"\n") for line in file if about.search(line)]
+        except OSError as error:
+            raise Problem(f"cannot read {path}: {error.strerror}") from None
+        yield from ({"file": path.name, "line": line.decode(errors="replace")} for line in lines)
+
+
+@command(INSPECT, "stats", examples="stats -o json")
 def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Count jobs by queue and state."""
     found = queue.stats()
     rows = [{"queue": name, **each} for name, each in found["queues"].items()]
-    if options.json or not sys.stdout.isatty():
+    if wants_rows(options):
         return CommandResult(rows)
     now = time.time()
     recent = queue.activity(now - 60, now)
     per_minute = ", ".join(f"{count:,} {name}" for name, count in recent.items())
     total = {"queue": "all", **found["states"], "oldest_pending_at": found["oldest_pending_at"]}
     rows += [{**dict.fromkeys(rows[0]), **total}] if len(rows) > 1 else []
-    return CommandResult(text=f"{table(rows, _width())}\n\nin the last minute: {per_minute}")
+    return CommandResult(text=f"{table(rows, width())}\n\nin the last minute: {per_minute}")
 
 
 @command(
+    JOBS,
     "enqueue",
     Parameter("task", "name of the task", metavar="TASK"),
     Parameter("payload", "JSON for the task", json_value, metavar="JSON", optional=True),
@@ -214,6 +281,9 @@ def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     Parameter("--max-attempts", "maximum number of attempts", whole_number(1), metavar="N"),
     Parameter("--key", "do nothing if an unfinished job of the queue has this key", metavar="KEY"),
     Parameter("--assign-to", "only this consumer may run it", metavar="CONSUMER"),
+    examples="""
+    enqueue send_mail '{"to": "ada@example.org"}'
+    enqueue send_mail '{"to": "ada@example.org"}' --delay 1h --key ada""",
 )
 def enqueue(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Enqueue a job and print its id."""
@@ -258,18 +328,29 @@ def _ids(job_ids: list[int]) -> str:
     return f"job{'' if len(job_ids) == 1 else 's'} {', '.join(map(str, job_ids))}"
 
 
-@command("resubmit", JOB_IDS, *FILTER_OPTIONS, YES)
+@command(
+    JOBS,
+    "resubmit",
+    JOB_IDS,
+    *FILTER_OPTIONS,
+    YES,
+    examples="""
+    resubmit 17 18
+    resubmit --status failed --task send_mail --since 1d""",
+)
 def resubmit(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Make finished jobs pending again, with a full number of attempts."""
     return _act(queue, options, "resubmit", "resubmitted", queue.resubmit)
 
 
 @command(
+    JOBS,
     "mark-failed",
     JOB_IDS,
     *FILTER_OPTIONS,
     Parameter("--error", "error to record", default="marked as failed", metavar="TEXT"),
     YES,
+    examples="mark-failed 17 --error 'not needed'",
 )
 def mark_failed(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Mark unfinished jobs as failed; a running job loses its lease."""
@@ -278,18 +359,31 @@ def mark_failed(queue: PersistentQInterface, options: argparse.Namespace) -> Com
     )
 
 
-@command("cancel", JOB_IDS, *FILTER_OPTIONS, YES)
+@command(
+    JOBS,
+    "cancel",
+    JOB_IDS,
+    *FILTER_OPTIONS,
+    YES,
+    examples="""
+    cancel 17
+    cancel --status pending --queue newsletter""",
+)
 def cancel(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Cancel unfinished jobs; a running job loses its lease."""
     return _act(queue, options, "cancel", "cancelled", queue.cancel)
 
 
 @command(
+    JOBS,
     "assign-job",
     JOB_ID,
     Parameter("consumer", "name of the consumer", metavar="CONSUMER_ID", optional=True),
     Parameter("--any", "allow any consumer again", flag=True),
     YES,
+    examples="""
+    assign-job 17 consumer_00
+    assign-job 17 --any""",
 )
 def assign_job(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Allow only one consumer to run a job. If another is running it, that one loses its lease."""
@@ -310,13 +404,13 @@ def assign_job(queue: PersistentQInterface, options: argparse.Namespace) -> Comm
     return CommandResult([{"job": job.id, "done": done}], f"job {job.id} {done}")
 
 
-@command("pause", QUEUE)
+@command(QUEUES, "pause", QUEUE, examples="pause newsletter")
 def pause(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Deliver no jobs from a queue until it is resumed. Running jobs continue."""
     return _set_queue(queue, options, queue.pause, "paused")
 
 
-@command("resume", QUEUE)
+@command(QUEUES, "resume", QUEUE, examples="resume newsletter")
 def resume(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Deliver jobs from a paused queue again."""
     return _set_queue(queue, options, queue.resume, "resumed")
@@ -327,9 +421,13 @@ def _whole_number_or_none(text: str) -> int | None:
 
 
 @command(
+    QUEUES,
     "limit",
     QUEUE,
     Parameter("max_pending", "maximum number of pending jobs, or none", _whole_number_or_none, metavar="N|none"),
+    examples="""
+    limit newsletter 100000
+    limit newsletter none""",
 )
 def limit(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Refuse new jobs while this many are pending in a queue."""
@@ -348,25 +446,21 @@ def _set_queue(
     return CommandResult([{"queue": options.queue, "done": done}], f"queue {options.queue} {done}")
 
 
-@command("consumers", Parameter("--all", "include stopped and dead consumers", flag=True))
+@command(INSPECT, "consumers", Parameter("--all", "include stopped and dead consumers", flag=True))
 def consumers(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """List the consumers and their jobs."""
     found = [each for each in queue.consumers() if options.all or each["state"] == "running" or each["job_ids"]]
     for each in found:
         del each["token"]
-    return CommandResult(found if options.json else [_consumer_row(each) for each in found])
-
-
-def _consumer_row(each: dict[str, Any]) -> dict[str, Any]:
-    keys = ("name", "state", "host", "pid", "started_at", "last_seen_at", "completed", "failed")
-    held = ", ".join(map(str, each["job_ids"][:5])) + (" …" if len(each["job_ids"]) > 5 else "")
-    return {**{key: each[key] for key in keys}, "queues": ", ".join(each["queues"] or ["all"]), "jobs": held}
+    return CommandResult(found if options.output == "json" else [consumer_row(each) for each in found])
 
 
 @command(
+    DATA,
     "prune",
     Parameter("--older-than", "minimum time since the job finished: 12h, 7d", duration, metavar="DURATION"),
-    Parameter("--status", "only jobs in this state", one_of(*pqueue.FINISHED), metavar="STATE"),
+    Parameter("--status", "only jobs in this state", one_of(*pqueue.FINISHED), metavar="STATE", short="--state"),
+    examples="prune --older-than 7d --status completed",
 )
 def prune(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Delete old finished jobs, in short transactions while consumers run."""
@@ -377,14 +471,16 @@ def prune(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     return CommandResult([{"pruned": pruned}], f"pruned {count(pruned, 'job')}")
 
 
-@command("backup", Parameter("file", "new file for the copy", Path, metavar="FILE"))
+@command(
+    DATA, "backup", Parameter("file", "new file for the copy", Path, metavar="FILE"), examples="backup var/backup.db"
+)
 def backup(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Write a consistent, verified copy of the database while other programs use it."""
     queue.backup(options.file)
     return CommandResult([{"file": str(options.file)}], f"backed up to {options.file}, and verified")
 
 
-@command("restore", Parameter("file", "the backup", Path, metavar="FILE"), YES, opens=False)
+@command(DATA, "restore", Parameter("file", "the backup", Path, metavar="FILE"), YES, opens=False)
 def restore(_: None, options: argparse.Namespace) -> CommandResult:
     """Replace the database by a backup; the old one is kept under another name. Stop all programs first."""
     if not _agreed(options, f"replace the queue by {options.file}"):
@@ -395,12 +491,16 @@ def restore(_: None, options: argparse.Namespace) -> CommandResult:
 
 
 @command(
+    DATA,
     "move",
     Parameter("--to", "target: a path, sqlite:///PATH or postgresql://…", metavar="URL"),
     Parameter("--without", "do not copy this table; repeatable", many=True, metavar="TABLE"),
     Parameter("--finish", "move jobs that were enqueued since, and delete the jobs of the old queue", flag=True),
     Parameter("--cancel", "cancel the move, and deliver from the old queue again", flag=True),
     YES,
+    examples="""
+    move --to var/copy.db
+    move --to var/copy.db --finish""",
 )
 def move(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Copy a live queue into an empty one of any backend. The old one is paused; --finish deletes its jobs."""
@@ -496,7 +596,7 @@ def _finish_move(queue: PersistentQInterface, options: argparse.Namespace) -> Co
     return CommandResult([done], f"{carried}{known}deleted {count(done['deleted'], 'job')} of the old queue")
 
 
-@command("delete-db-jobs", Parameter("--force", "even while jobs are processing", flag=True), YES)
+@command(DATA, "delete-db-jobs", Parameter("--force", "even while jobs are processing", flag=True), YES)
 def delete_db_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Delete all jobs from the database in one transaction."""
     if not _agreed(options, f"delete all {count(queue.count_jobs(), 'job')}"):
@@ -506,6 +606,7 @@ def delete_db_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> 
 
 
 @command(
+    DATA,
     "delete-job-files",
     Parameter("--directory", "folder of the job files", Path, metavar="DIR"),
     Parameter("--force", "include files of unfinished jobs", flag=True),
@@ -586,7 +687,7 @@ def _agreed(options: argparse.Namespace, what: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-@command("doctor")
+@command(SYSTEM, "doctor", examples="doctor -o json")
 def doctor(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Check the database and the system; the exit code is 1 if a problem is found."""
     facts, stats = queue.check(), queue.stats()
@@ -600,7 +701,7 @@ def doctor(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
     return CommandResult([facts], "\n".join(lines + verdict(found)), int(bool(problems(found))))
 
 
-@command("metrics")
+@command(SYSTEM, "metrics")
 def metrics_command(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Print metrics in the text format of Prometheus."""
     figures = metrics(queue, findings(queue, processes=supervisor.known_processes()))
@@ -608,6 +709,7 @@ def metrics_command(queue: PersistentQInterface, options: argparse.Namespace) ->
 
 
 @command(
+    SYSTEM,
     "torture",
     Parameter("--seconds", "duration of the test", whole_number(1), "30", "N"),
     Parameter("--durability", "full or normal", one_of("full", "normal"), "full", "MODE"),
@@ -630,6 +732,7 @@ def torture(_: None, options: argparse.Namespace) -> CommandResult:
 
 
 @command(
+    INSPECT,
     "monitor",
     Parameter("--interval", "refresh interval", duration_between("0.1s", "1d"), "2s", "DURATION"),
     Parameter("--once", "print one screen and exit", flag=True),
@@ -637,77 +740,60 @@ def torture(_: None, options: argparse.Namespace) -> CommandResult:
 )
 def monitor(_: None, options: argparse.Namespace) -> CommandResult:
     """Show processes, consumers, queues and failures, refreshed continuously."""
-    if options.once or options.json or not sys.stdout.isatty():
-        seen = _snapshot()
-        return CommandResult([seen], _screen(seen, _width()))
-    sys.stdout.write("\x1b[?1049h\x1b[?25l")
-    try:
-        while True:
-            size = shutil.get_terminal_size()
-            lines = _screen(_snapshot(), size.columns, colours=_colours()).split("\n")[: size.lines - 1]
-            sys.stdout.write("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
-            sys.stdout.flush()
-            time.sleep(options.interval)
-    finally:
-        sys.stdout.write("\x1b[?25h\x1b[?1049l")
-        sys.stdout.flush()
+    if options.once or wants_rows(options):
+        seen = live.snapshot(_reporting_damage)
+        lines = live.screen(seen, width())
+        return CommandResult(
+            [{**seen, "findings": [each._asdict() for each in seen.get("findings", [])]}], "\n".join(lines)
+        )
+    live.run(_reporting_damage, options.interval)
+    return CommandResult(text="")
 
 
-def _snapshot() -> dict[str, Any]:
-    """Return the contents of the screen. "supervisord" or "database" is set to an error if it cannot be reached."""
-    seen: dict[str, Any] = {"at": time.time()}
-    try:
-        seen["processes"] = supervisor.processes()
-    except supervisor.ManagerError as error:
-        seen["supervisord"] = str(error)
-    try:
-        with pqueue.open_queue(create=False) as queue, _reporting_damage(queue):
-            now = seen["at"]
-            seen |= {"stats": queue.stats(), "consumers": queue.consumers(), "findings": findings(queue, now)}
-            seen |= {"per_second": {name: n / 10 for name, n in queue.activity(now - 10, now).items()}}
-            seen |= {"failed": [_job_row(job) for job in queue.list_jobs(state="failed", limit=5)]}
-    except (QueueError, ValueError) as error:
-        seen["database"] = str(error)
-    return seen
+# Completion ###########################################################################################################
 
 
-def _screen(seen: dict[str, Any], width: int, *, colours: bool = False) -> str:
-    def section(title: str, rows: list[dict[str, Any]]) -> list[str]:
-        return [f"{title:─<{min(width, 100)}}", table(rows, width, colours=colours, now=seen["at"]) or "none", ""]
+@command(SYSTEM, "completion", opens=False, examples="completion")
+def completion(_: None, options: argparse.Namespace) -> CommandResult:
+    """Print the script that completes commands, options, states, queues, tasks, consumers and jobs in bash."""
+    program = program_name("admin")
+    if program.endswith(".py"):
+        raise Problem("cannot complete python admin.py: install the package, and use its command pqueue")
+    return CommandResult([{"script": script(program)}], script(program).rstrip("\n"))
 
-    lines = [f"pqueue monitor   {datetime.now():%Y-%m-%d %H:%M:%S}", ""]
-    if "supervisord" in seen:
-        lines += [*section("processes ", [])[:1], printable(seen["supervisord"]), ""]
-    else:
-        lines += section("processes ", [{k: v for k, v in p.items() if k != "group"} for p in seen["processes"]])
-    if "database" in seen:
-        return "\n".join([*lines, printable(seen["database"])])
-    alive = [_consumer_row(each) for each in seen["consumers"] if each["state"] == "running" or each["job_ids"]]
-    lines += section("consumers ", alive)
-    lines += section("queues ", [{"queue": name, **each} for name, each in seen["stats"]["queues"].items()])
-    lines += ["per second: " + ", ".join(f"{n:,.1f} {name}" for name, n in seen["per_second"].items()), ""]
-    lines += section("last failures ", seen["failed"])
-    return "\n".join(lines + [printable(each) for each in verdict(seen["findings"])])
+
+def _known_values(metavar: str) -> Iterable[str]:
+    """Return the known names of a kind of parameter, for completion; none if the database cannot be read."""
+    with suppress(QueueError, ValueError), pqueue.open_queue(create=False) as queue:
+        if metavar == "QUEUE":
+            return list(queue.stats()["queues"])
+        if metavar in ("CONSUMER", "CONSUMER_ID"):
+            return {each["name"] for each in queue.consumers()}
+        if metavar in ("TASK", "JOB_ID"):
+            jobs = queue.list_jobs(limit=JOBS_COMPLETED, excerpt=0)
+            if metavar == "JOB_ID":
+                return [str(job.id) for job in jobs]
+            return {job.task for job in jobs} | {task for each in queue.consumers() for task in each["tasks"]}
+    return ()
 
 
 # The program ##########################################################################################################
 
 
-def _width() -> int:
-    return shutil.get_terminal_size().columns
-
-
-def _colours() -> bool:
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-
-
 def run(entry: Command, options: argparse.Namespace) -> int:
     """Run a command, print its result, and return the exit code."""
+    if options.json:
+        options.output = "json"
     with termination.ExitOnSignal():
         if not entry.opens:
-            return _show(entry.function(None, options), options)
+            return _finish(entry.function(None, options), options)
         with pqueue.open_queue(create=False) as queue, _reporting_damage(queue):
-            return _show(entry.function(queue, options), options)
+            return _finish(entry.function(queue, options), options)
+
+
+def _finish(result: CommandResult, options: argparse.Namespace) -> int:
+    write(result, options)
+    return result.code
 
 
 @contextmanager
@@ -721,32 +807,15 @@ def _reporting_damage(queue: PersistentQInterface) -> Iterator[None]:
         raise
 
 
-def _show(result: CommandResult, options: argparse.Namespace) -> int:
-    if options.json:
-        for row in result.rows:
-            print(json_text({key: for_machines(key, value) for key, value in row.items()}))
-    elif result.text is not None:
-        print("\n".join(printable(line) for line in result.text.split("\n")))
-    elif sys.stdout.isatty():
-        print(table(list(result.rows), _width(), colours=_colours()) or "none")
-    else:
-        for row in result.rows:
-            print("\t".join(_field(key, value) for key, value in row.items()))
-    return result.code
-
-
-def _field(key: str, value: Any) -> str:
-    shown = for_machines(key, value)
-    if isinstance(shown, (dict, list, bool)):
-        return json_text(shown)
-    return "" if shown is None else printable(str(shown))
-
-
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     escape_unencodable()
+    if arguments[:2] == ["complete", "--"]:  # of the script that `completion` prints
+        for each in complete(COMMANDS, arguments[2:], _known_values):
+            print(each)
+        return 0
     try:
-        return dispatch(program_name("admin"), (__doc__ or "").splitlines()[0], COMMANDS, run, arguments)
+        return dispatch(program_name("admin"), (__doc__ or "").splitlines()[0], VERSION, COMMANDS, run, arguments)
     except (UsageError, ValueError) as error:
         print_error("admin", error)
         return 2

@@ -32,13 +32,14 @@ from pqueue_tools.process import (
     expect_posix,
     folder,
     log,
+    module_name,
     on_termination,
     print_error,
     seconds,
     whole_number,
 )
-from pqueue_tools.report import program_name
 from pqueue_tools.worker import Consumer as Consumer  # noqa: PLC0414 - for applications
+from pqueue_values import program_name
 
 # The program ##########################################################################################################
 
@@ -120,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         "--import",
         dest="modules",
         action="append",
+        type=module_name,
         default=[],
         metavar="MODULE",
         help="a module with tasks; repeatable",

@@ -18,8 +18,7 @@ if __name__ == "__main__":
 import argparse
 import sys
 
-from pqueue_tools.process import OneLineParser, print_error, whole_number
-from pqueue_tools.report import program_name
+from pqueue_tools.process import OneLineParser, module_name, print_error, whole_number
 from pqueue_tools.supervisor import (
     CONFIGURATION,
     GROUP_SIZE,
@@ -32,6 +31,7 @@ from pqueue_tools.supervisor import (
     stop,
     write_configuration,
 )
+from pqueue_values import program_name
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -91,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
         help="consumers in a group (default: %(default)s)",
     )
     add("--queue", dest="queues", action="append", metavar="QUEUE", help="serve this queue; repeatable (default: all)")
-    add("--import", dest="modules", action="append", metavar="MODULE", help="a module with tasks; repeatable")
+    text = "a module with tasks; repeatable"
+    add("--import", dest="modules", action="append", type=module_name, metavar="MODULE", help=text)
     return parser
 
 

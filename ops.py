@@ -16,33 +16,36 @@ if __name__ == "__main__":
     termination.reset_sigint()
 
 import argparse
-import errno
 import os
 import socket
 import sys
 from importlib.util import find_spec
 
+from pqueue_tools.dashboard_http import address, listen_error, serve
 from pqueue_tools.process import OneLineParser, print_error, whole_number
-from pqueue_tools.report import program_name
+from pqueue_values import program_name
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    if error := _listen_error(options):
-        print_error("ops", error)
-        return 1
+    has_streamlit = options.streamlit and find_spec("streamlit")
+    if options.check or has_streamlit:
+        # Streamlit binds the port in a new process, and --check before the dashboard starts: so see whether it is free.
+        family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+        try:
+            socket.create_server((options.host, options.port), family=family).close()
+        except (OSError, TypeError, ValueError) as error:
+            print_error("ops", listen_error(error, options.host, options.port))
+            return 1
     if options.check:
-        address = f"[{options.host}]" if ":" in options.host else options.host
-        print(f"dashboard at http://{address}:{options.port}", flush=True)
+        print(f"dashboard at {address(options.host, options.port)}", flush=True)
         return 0
-    if options.streamlit and not find_spec("streamlit"):
-        print_error("ops", "Streamlit is not installed, so this is the page without it: pip install streamlit")
-    elif options.streamlit:
+    if has_streamlit:
         command = [sys.executable, "-m", "streamlit", "run", os.path.abspath(__file__)]
         command += [f"--server.address={options.host}", f"--server.port={options.port}"]
         os.execv(sys.executable, command)
-    from pqueue_tools.dashboard_http import serve
-
+    if options.streamlit:
+        print_error("ops", "Streamlit is not installed, so this is the page without it: pip install streamlit")
     return serve(options.host, options.port)
 
 
@@ -54,21 +57,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--streamlit", action="store_true", help="use Streamlit, if it is installed")
     add("--check", action="store_true", help="print the address and exit; fail if the port is in use")
     return parser
-
-
-def _listen_error(options: argparse.Namespace) -> str | None:
-    """Return why the dashboard cannot listen on the address, or None if it can."""
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    try:
-        with socket.socket(family) as probe:
-            if os.name == "posix":  # as the servers do: ignore closed connections
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((options.host, options.port))
-    except (OSError, TypeError, ValueError) as error:
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
-            return f"port {options.port} is in use: set PQUEUE_OPS_PORT to another port"
-        return f"cannot serve on {options.host}:{options.port}: {error}"
-    return None
 
 
 def _under_streamlit() -> bool:

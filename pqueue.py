@@ -124,6 +124,7 @@ from pqueue_values import (
     Retry,
     SchemaMismatch,
     Snooze,
+    command_line,
     duration,
     encode_json,
     encode_payloads,
@@ -204,7 +205,7 @@ class NotStored(QueueError):
     """An INSERT stored nothing. On PostgreSQL, another transaction may have used and freed the key meanwhile."""
 
     def __init__(self) -> None:
-        super().__init__("cannot enqueue: the database did not store the job; run doctor")
+        super().__init__(f"cannot enqueue: the database did not store the job; run {command_line()} doctor")
 
 
 class UnsyncedLastAttempt(Exception):
@@ -283,7 +284,6 @@ class PersistentQInterface(Reading, Moving):
             if not ids and session.change(ADD_QUEUE, row) + session.change(ADD_TASK, row):
                 ids = session.insert(sql, row)
             if ids:
-                session.wakes = True
                 return ids
             room, max_pending = session.run(ROOM, row)[0]
             if room is not None and room < row["number"]:

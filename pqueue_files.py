@@ -381,7 +381,7 @@ def _unescape(mount_point: bytes) -> str:
 
 
 LOGS = ("-wal", "-journal")  # SQLite applies them to any database of that name
-IN_RESTORE = b"A restore was interrupted here. Run it again: python admin.py restore FILE\n"
+IN_RESTORE = b"A restore of a queue was interrupted here. Run it again.\n"
 
 
 def move_into_place(part: Path, target: Path, *, is_new: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from pqueue_backend import Backend, Session
 from pqueue_schema import ADD_QUEUE, ADD_TASK, COLUMNS, LIMITED, MOVES, UNFINISHED
-from pqueue_values import InvalidTransition, Job, Params, QueueError, operator_name
+from pqueue_values import InvalidTransition, Job, Params, QueueError, command_line, operator_name
 
 # A move is marked in history by a row with job_id 0 and JSON in `error`. In the source: 'moving' while it waits for
 # running jobs, then 'moved', with {"token", "to"}; `attempt` is the number of calls of `finish_move`. In the target:
@@ -101,8 +101,8 @@ class Moving(Backend):
             event, known = _mark(session)
             if event == "moved" and known["to"] != to:
                 raise QueueError(
-                    f"cannot move: this queue was moved to {known['to']}; finish that with --finish, or give it up "
-                    "with --cancel"
+                    f"cannot move: this queue was moved to {known['to']}; finish that with {command_line()} move "
+                    "--to URL --finish, or cancel it with --cancel"
                 )
             self._reclaim(session, dead, self._time(now))
             session.change(PAUSE_ALL)
@@ -192,7 +192,7 @@ class Moving(Backend):
             self._lock_out_writers(source)
             rows = source.run(MARK)
             if not rows or rows[0][2] != "moved":
-                raise QueueError("cannot finish: this queue was not moved yet; give move without --finish first")
+                raise QueueError("cannot finish: this queue was not moved yet; run move without --finish first")
             if running := count_running(source):
                 raise InvalidTransition(
                     f"cannot finish: {running} jobs run in the old queue, which was resumed; pause its queues, and try "

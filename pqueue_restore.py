@@ -25,7 +25,7 @@ from pqueue_files import (
     try_lock_bytes,
 )
 from pqueue_sqlite import open_paths, schema_version
-from pqueue_values import QueueError, SchemaMismatch, file_path
+from pqueue_values import QueueError, SchemaMismatch, command_line, file_path
 
 COPY_BYTES = 1 << 20
 
@@ -39,7 +39,7 @@ def restore(backup: str | os.PathLike[str], url: str | os.PathLike[str] | None =
     if is_postgres(url):
         raise QueueError(
             "cannot restore into PostgreSQL: set PQUEUE_URL to the backup's path, and move that queue: "
-            "python admin.py move --to postgresql://…"
+            f"{command_line()} move --to postgresql://…"
         )
     if not has_locks():
         raise QueueError("cannot restore on this platform: it cannot show whether a program has the file open")

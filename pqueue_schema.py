@@ -124,7 +124,7 @@ CREATE TABLE history (
 COLUMNS = ", ".join(Job._fields)
 NO_LEASE = "lease_token = NULL, lease_expires_at = NULL"
 # Only a processing job has a token: see the CHECK above.
-# guard: a settling verb needs the current token
+# guard: a verb under a lease needs the current token
 HELD = "id = :id AND lease_token = :token"
 PENDING_IN_QUEUE = "queue = :queue AND state = 'pending' AND assigned_to IS NULL"
 # guard: a full queue refuses a job

@@ -70,6 +70,7 @@ from pqueue_values import (
     QueueError,
     QueueFull,
     SchemaMismatch,
+    command_line,
     file_path,
     ids_up_to,
     to_json,
@@ -510,7 +511,8 @@ class PersistentQSQLite(PersistentQInterface):
             if seems_replaced and file_size(Path(f"{self.path}-wal")) and not self._fits_log(int(version or 0)):
                 raise SchemaMismatch(
                     f"cannot use {self.path}: it took the place of another database, to which the log "
-                    f"{self.path}-wal belongs: stop all programs and move the log away; see admin.py restore"
+                    f"{self.path}-wal belongs: stop all programs and move the log away; to replace "
+                    f"a queue, use {command_line()} restore"
                 )
 
     def _fits_log(self, known: int) -> bool:

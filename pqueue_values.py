@@ -299,3 +299,16 @@ def file_path(path: str | os.PathLike[str]) -> Path:
     if text.lower().startswith(("file:", "sqlite:")):
         raise ValueError(f"expected a path or sqlite:///PATH, got {text.partition(':')[0]}:…")
     return Path(text).absolute()
+
+
+def program_name(program: str) -> str:
+    """Return the name of a program as the user calls it: consumer.py in a checkout, pqueue-consumer if installed."""
+    if Path(__file__).with_name("pqueue_tools").exists():  # not in the wheel, which makes a package of this module
+        return f"{program}.py"
+    return "pqueue" if program == "admin" else f"pqueue-{program}"
+
+
+def command_line(program: str = "admin") -> str:
+    """Return how to run a program: python consumer.py in a checkout, pqueue-consumer if installed."""
+    name = program_name(program)
+    return f"python {name}" if name.endswith(".py") else name

@@ -42,7 +42,7 @@ from pqueue_tools.process import (
     seconds,
     whole_number,
 )
-from pqueue_tools.report import program_name
+from pqueue_values import program_name
 
 WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "haven", "inlet", "jetty"]
 

@@ -230,6 +230,17 @@ class QueueContract:
                 call(job)
                 self.assertEqual(others(job), before)
 
+    def test_operator_reads_why_a_verb_was_refused(self):
+        q, finished, running = self.queue, self.in_state("completed").id, self.in_state("processing").id
+        for message, verb in {
+            f"cannot cancel job {finished}: it is completed": lambda: q.cancel(finished),
+            f"cannot mark as failed job {finished}: it is completed": lambda: q.mark_failed(finished),
+            f"cannot assign job {finished}: it is completed": lambda: q.assign(finished, "w"),
+            f"cannot resubmit job {running}: it is processing": lambda: q.resubmit(running),
+        }.items():
+            with self.assertRaisesRegex(InvalidTransition, f"^{message}$"):
+                verb()
+
     def test_verbs_on_an_unknown_job_raise_job_not_found(self):
         self.queue.enqueue("t")
         for verb in (self.queue.get, self.queue.resubmit, self.queue.mark_failed, self.queue.cancel):
@@ -1786,6 +1797,7 @@ class SQLiteContract(QueueContract, SQLiteCase):
         self.queue.limit("a", 5)
         self.queue.limit("b", 5)
         self.assertEqual(sorted(triggers()), sorted(pqueue_sqlite.COUNTERS))
+        self.assertEqual(self.queue.other_tables(), [])
         self.queue.limit("a", None)
         self.assertEqual(sorted(triggers()), sorted(pqueue_sqlite.COUNTERS))
         self.queue.enqueue("t", queue="a")  # does not write to its row
@@ -1950,6 +1962,7 @@ class SQLiteGuarantees(SQLiteCase):
                 "release": q.release,
                 "extend": q.extend,
                 "update of progress": lambda job: q.update(job, progress=1),
+                "first wait of a consumer": lambda _: q.wait(0, consumer="new"),
                 "heartbeat": lambda _: q.heartbeat("w"),
                 "leave": lambda _: q.leave("w"),
                 "prune": lambda _: q.prune(0),
@@ -2271,6 +2284,19 @@ for _ in range(20):
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
 
+    def test_forked_child_has_locks_of_its_own_and_none_of_its_parent(self):
+        def locks():
+            return sorted(re.findall(r"queue\.db\.d/\S+", "\n".join(held())))
+
+        queue = self.open()
+        before = locks()
+        queue.dequeue("w")
+        self.assertNotEqual(locks(), before)
+        child = os.fork()
+        if child == 0:
+            os._exit(locks() != before)
+        self.assertEqual(os.waitpid(child, 0)[1], 0)
+
     def test_spawned_and_forked_consumers_share_all_jobs(self):
         queue = self.open(durability="normal")
         ids = queue.enqueue_many("t", range(300))
@@ -2514,6 +2540,13 @@ queue._writer_lock.acquire(in_batch=sys.argv[3] == "1")
                     self.assertEqual(lock.try_acquire(1 - kind), overtakes)
                     self.assertTrue(lock.try_acquire(kind))
                     lock.release()
+
+    def test_lock_is_reserved_for_a_few_milliseconds(self):
+        lock = self.open()._writer_lock._lock
+        with mock.patch("time.monotonic", return_value=1000.0):
+            for seconds, is_reserved in ((-1, False), (0, False), (0.005, True), (1, False)):
+                lock._shared[lock.RESERVED_UNTIL] = 1000.0 + seconds
+                self.assertEqual(lock._is_reserved(), is_reserved)
 
     def test_lock_file_from_before_a_reboot_delays_no_writer(self):
         queue = self.open()

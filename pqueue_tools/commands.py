@@ -6,11 +6,14 @@ import argparse
 import inspect
 import json
 import re
+import shutil
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from difflib import get_close_matches
 from typing import Any
 
 from pqueue_tools.process import OneLineParser
@@ -32,6 +35,7 @@ class Parameter:
     parse: Callable[[str], Any] = str
     default: str | None = None
     metavar: str = ""
+    short: str = ""  # the short name of an option, such as -o
     flag: bool = False
     many: bool = False
     optional: bool = False
@@ -39,6 +43,10 @@ class Parameter:
     @property
     def is_option(self) -> bool:
         return self.name.startswith("--")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, self.short) if self.short else (self.name,)
 
     @property
     def key(self) -> str:
@@ -67,6 +75,9 @@ class Command:
     function: Callable[..., Any]
     parameters: tuple[Parameter, ...]
     opens: bool
+    group: str  # the heading of the overview under which it is listed
+    aliases: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()  # without the name of the program
 
     @property
     def help(self) -> str:
@@ -117,39 +128,96 @@ def json_value(text: str) -> Any:
         raise ValueError(f"expected JSON, got {text[:60]!r}: {error}") from None
 
 
-def one_of(*names: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text in names:
-            return text
-        raise ValueError(f"expected one of {', '.join(names)}, got {text!r}")
+@dataclass(frozen=True)
+class OneOf:
+    """Parses one of these names."""
 
-    return parse
+    names: tuple[str, ...]
+
+    def __call__(self, text: str) -> str:
+        if text in self.names:
+            return text
+        raise ValueError(f"expected one of {', '.join(self.names)}, got {text!r}")
+
+
+def one_of(*names: str) -> OneOf:
+    return OneOf(names)
 
 
 # The front ends #######################################################################################################
 
 
-def dispatch(program: str, about: str, commands: Mapping[str, Command], run: Run, arguments: list[str]) -> int:
+def dispatch(
+    program: str, about: str, version: str, commands: Mapping[str, Command], run: Run, arguments: list[str]
+) -> int:
     """Run the command that the arguments name; return the exit code. Raises UsageError."""
+    name, *rest = arguments or [""]
+    if name in ("", "-h", "--help"):
+        print(overview(program, about, commands))
+        return 0 if name else 2
+    if name == "--version":
+        print(version)
+        return 0
+    entry = find(commands, name)
+    if entry is None:
+        raise UsageError(_unknown(program, commands, name))
     try:
         import typer
     except ImportError:
-        return _with_argparse(program, about, commands, run, arguments)
-    return _with_typer(typer, program, about, commands, run, arguments)
+        return _with_argparse(program, entry, run, rest)
+    return _with_typer(typer, program, entry, run, rest)
 
 
-def _with_argparse(program: str, about: str, commands: Mapping[str, Command], run: Run, arguments: list[str]) -> int:
-    parser = OneLineParser(prog=program, description=about)
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=OneLineParser)
-    for entry in commands.values():
-        made = subparsers.add_parser(entry.name, help=entry.help, description=entry.help)
-        for each in entry.parameters:
-            _add_argument(made, each)
+def find(commands: Mapping[str, Command], name: str) -> Command | None:
+    """Return the command with this name or alias."""
+    return next((each for each in commands.values() if name in (each.name, *each.aliases)), None)
+
+
+def _unknown(program: str, commands: Mapping[str, Command], name: str) -> str:
+    names = [name for each in commands.values() for name in (each.name, *each.aliases)]
+    near = [each for each in names if each.startswith(name)] or get_close_matches(name, names, cutoff=0.75)
+    meant = f"did you mean {' or '.join(near[:3])}? " if near else ""
+    return f"expected a command, got {name[:40]!r}; {meant}{'See' if meant else 'see'} {program} --help"
+
+
+def overview(program: str, about: str, commands: Mapping[str, Command]) -> str:
+    """Return the help of the program: its commands by group, with the first sentence about each."""
+    width = min(100, shutil.get_terminal_size().columns)
+    column = max(len(_title(each)) for each in commands.values()) + 4
+    lines = [f"usage: {program} COMMAND [OPTIONS]", "", *textwrap.wrap(about, width)]
+    examples = []
+    for group in dict.fromkeys(each.group for each in commands.values()):
+        members = [each for each in commands.values() if each.group == group]
+        examples += [f"  {program} {each.examples[0]}" for each in members if each.examples][:1]
+        lines += ["", f"{group}:"]
+        for each in members:
+            first = re.split(r"(?<=\.)\s", each.help, maxsplit=1)[0]
+            text = textwrap.wrap(first, max(20, width - column)) or [""]
+            lines += [f"  {_title(each):{column - 2}}{text[0]}", *(" " * column + line for line in text[1:])]
+    return "\n".join([*lines, "", "Examples:", *examples, "", f"{program} COMMAND --help: its options and examples"])
+
+
+def _title(entry: Command) -> str:
+    return ", ".join((entry.name, *entry.aliases))
+
+
+def _examples(program: str, entry: Command) -> str:
+    return "\n".join(["Examples:", *(f"  {program} {each}" for each in entry.examples)]) if entry.examples else ""
+
+
+def _with_argparse(program: str, entry: Command, run: Run, arguments: list[str]) -> int:
+    parser = OneLineParser(
+        prog=f"{program} {entry.name}",
+        description=textwrap.fill(entry.help, 78),
+        epilog=_examples(program, entry),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for each in entry.parameters:
+        _add_argument(parser, each)
     try:
         raw = vars(parser.parse_args(arguments))
     except SystemExit as error:
         return int(error.code or 0)
-    entry = commands[raw["command"]]
     return run(entry, entry.options(raw))
 
 
@@ -160,23 +228,22 @@ def _add_argument(parser: argparse.ArgumentParser, each: Parameter) -> None:
     elif each.is_option and each.many:
         parser.add_argument(each.name, action="append", metavar=each.metavar, help=text)
     elif each.is_option:
-        parser.add_argument(each.name, default=each.default, metavar=each.metavar, help=text)
+        parser.add_argument(*each.names, default=each.default, metavar=each.metavar, help=text)
     else:
         parser.add_argument(
             each.key, nargs="*" if each.many else "?" if each.optional else None, metavar=each.metavar, help=text
         )
 
 
-def _with_typer(
-    typer: Any, program: str, about: str, commands: Mapping[str, Command], run: Run, arguments: list[str]
-) -> int:
-    app = typer.Typer(help=about, rich_markup_mode=None, no_args_is_help=False, pretty_exceptions_enable=False)
-    for entry in commands.values():
-        app.command(entry.name, help=entry.help)(_typed(typer, entry, run))
+def _with_typer(typer: Any, program: str, entry: Command, run: Run, arguments: list[str]) -> int:
+    app = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
+    examples = _examples(program, entry)
+    app.command(entry.name, help=entry.help, epilog=f"\b\n{examples}" if examples else None)(_typed(typer, entry, run))
+    program = f"{program} {entry.name}"
     try:
         return int(typer.main.get_command(app).main(arguments, prog_name=program, standalone_mode=False) or 0)
     except typer.TyperException as error:
-        raise UsageError(f"{error.format_message().rstrip('.')}; see {program} --help") from None
+        raise UsageError(f"{error.format_message().rstrip('.?')}; see {program} --help") from None
 
 
 def _typed(typer: Any, entry: Command, run: Run) -> Callable[..., int]:
@@ -184,7 +251,7 @@ def _typed(typer: Any, entry: Command, run: Run) -> Callable[..., int]:
     signature = []
     for each in entry.parameters:
         make = typer.Option if each.is_option else typer.Argument
-        names = (each.name,) if each.is_option else ()
+        names = each.names if each.is_option else ()
         kind: Any = bool if each.flag else list[str] if each.many else str
         absent: Any = False if each.flag else each.default
         required = not each.is_option and not each.many and not each.optional

@@ -7,6 +7,7 @@ proxy with TLS. The proxy's Host header must be the server's address, nginx's de
 from __future__ import annotations
 
 import base64
+import errno
 import hmac
 import json
 import os
@@ -382,6 +383,16 @@ def _own_names() -> set[str]:
     return {socket.gethostname().lower(), socket.getfqdn().lower()}
 
 
+def address(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def listen_error(error: Exception, host: str, port: int) -> str:
+    if getattr(error, "errno", None) == errno.EADDRINUSE:
+        return f"port {port} is in use: set PQUEUE_OPS_PORT to another port"
+    return f"cannot serve on {host}:{port}: {error}"
+
+
 def serve(host: str, port: int) -> int:
     """Serve until TERM, INT or HUP; return the exit code."""
     password = os.environ.get("PQUEUE_OPS_PASSWORD") or None
@@ -395,11 +406,10 @@ def serve(host: str, port: int) -> int:
         return 2
     try:
         server = Server(host, port, password)
-    except (OSError, OverflowError, ValueError) as error:
-        print_error("ops", f"cannot serve on {host}:{port}: {error}")
+    except (OSError, TypeError, ValueError) as error:
+        print_error("ops", listen_error(error, host, port))
         return 1
-    address = f"[{host}]" if ":" in host else host
-    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} dashboard at http://{address}:{server.server_port}", flush=True)
+    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} dashboard at {address(host, server.server_port)}", flush=True)
     with suppress(QueueError, ValueError):
         server.cache.figures(0)  # start computing before the first request
     try:

@@ -19,7 +19,8 @@ from typing import Any, NoReturn, TypeVar, cast
 from pqueue import Job, QueueBusy, QueueError, QueueFull
 from pqueue_tools import termination
 from pqueue_tools.masking import masked_text
-from pqueue_tools.report import iso, printable, program_name
+from pqueue_tools.report import iso, printable
+from pqueue_values import program_name
 
 RETRY_PAUSE_SECONDS = (0.1, 5.0)  # first and longest pause while the database is locked or full
 
@@ -177,3 +178,9 @@ def folder(text: str) -> Path:
     if os.path.isdir(text) or not os.path.exists(text):  # unlike the methods of Path, these accept any string
         return Path(text)
     raise BadArgument(f"expected a folder, got {text!r}")
+
+
+def module_name(text: str) -> str:
+    if all(part.isidentifier() for part in text.split(".")) and not text.endswith(".py"):
+        return text
+    raise BadArgument(f"expected a module name such as tasks, without a folder and .py, got {text!r}")

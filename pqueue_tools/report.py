@@ -4,26 +4,23 @@ Prometheus, and the formatting of times and values."""
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pqueue
 import pqueue_schema
 from pqueue import Job, PersistentQInterface
 from pqueue_tools.masking import masked, masked_error, masked_job, masked_text
+from pqueue_values import command_line
 
 LONG_WAIT_SECONDS = 600.0  # a pending job that has waited longer is reported
 LATE_SECONDS = 5.0  # a job whose lease expired longer ago is reported
 SEVERITIES = ("info", "warning", "critical")
 NO_FINDINGS = "no problem found"
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
-COLOURS = {"completed": 32, "processing": 36, "pending": 33, "scheduled": 34, "failed": 31, "cancelled": 35}
-COLOURS |= {"running": 32, "RUNNING": 32, "dead": 31, "FATAL": 31, "stopped": 90, "STOPPED": 90}
 
 
 class Finding(NamedTuple):
@@ -218,7 +215,8 @@ def _move(queue: PersistentQInterface) -> str | None:
     if found["event"] == "moving":
         again = f"repeat the command, or cancel it with {command_line('admin')} move --cancel"
         return f"a move to {found['to']} is in progress or was interrupted: {again}"
-    return f"the queue was moved to {found['to']}: start everything with that URL, then give move --to URL --finish"
+    finish = f"{command_line('admin')} move --to URL --finish"
+    return f"the queue was moved to {found['to']}: start everything with that URL, then run {finish}"
 
 
 def why(
@@ -344,19 +342,6 @@ class _Samples:
 # Values for people and for machines ###################################################################################
 
 
-def program_name(program: str) -> str:
-    """Return the name of a program as the user calls it: consumer.py in a checkout, pqueue-consumer if installed."""
-    if not Path(__file__).with_name(f"{program}.py").exists():  # the wheel installs the programs in this package
-        return f"{program}.py"
-    return "pqueue" if program == "admin" else f"pqueue-{program}"
-
-
-def command_line(program: str) -> str:
-    """Return how to run a program: python consumer.py in a checkout, pqueue-consumer if installed."""
-    name = program_name(program)
-    return f"python {name}" if name.endswith(".py") else name
-
-
 def span(seconds: float) -> str:
     """Return a duration in its largest fitting unit: 12 s, 3 m, 5 h, 2 d."""
     if seconds < 59.5:
@@ -365,6 +350,15 @@ def span(seconds: float) -> str:
         if (number := seconds / UNITS[unit]) < most - 0.5:  # not rounded first: it may be infinite in a damaged row
             return f"{number:.0f} {unit}"
     return f"{seconds / UNITS['d']:.0f} d"
+
+
+def size(number: int) -> str:
+    """Return a number of bytes in its largest fitting unit: 4.1 kB, 12 MB."""
+    value, units = float(number), iter(("kB", "MB", "GB", "TB"))
+    unit = "bytes"
+    while value >= 999.5 and (larger := next(units, None)):
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if value >= 9.95 or unit == "bytes" else f"{value:.1f} {unit}"
 
 
 def ago(at: float, now: float) -> str:
@@ -433,6 +427,13 @@ def job_object(job: Job) -> dict[str, Any]:
     return {**masked_job(job)._asdict(), "lease_token": None}
 
 
+def consumer_row(each: dict[str, Any]) -> dict[str, Any]:
+    """Return a consumer as a row of a table."""
+    keys = ("name", "state", "host", "pid", "started_at", "last_seen_at", "completed", "failed")
+    queues, held = ", ".join(each["queues"] or ["all"]), ", ".join(map(str, each["job_ids"]))
+    return {**{key: each[key] for key in keys}, "queues": queues, "jobs": held}
+
+
 def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
@@ -460,8 +461,9 @@ def for_people(column: str, value: Any, now: float) -> str:
         return "yes" if value else "no"
     if is_time(column):
         return ago(value, now)
-    if column.endswith("_seconds"):
-        return span(value)
+    for ending, shown in (("_seconds", span), ("_bytes", size)):
+        if column.endswith(ending):
+            return shown(value)
     if isinstance(value, (dict, list)):
         return json_text(value)
     return f"{value:,}" if isinstance(value, int) and not column.endswith("id") else str(value)
@@ -470,38 +472,3 @@ def for_people(column: str, value: Any, now: float) -> str:
 def printable(text: str) -> str:
     """Return the text on one line, with control characters escaped."""
     return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text)
-
-
-def table(rows: list[dict[str, Any]], width: int, *, colours: bool = False, now: float | None = None) -> str:
-    """Return an aligned table; its last column is cut to the width."""
-    if not rows:
-        return ""
-    now = time.time() if now is None else now
-    names = list(rows[0])
-    cells = [[printable(for_people(name, row[name], now)) for name in names] for row in rows]
-    heads = [re.sub("_(at|seconds)$", "", name) for name in names]
-    widths = [max(len(line[i]) for line in [heads, *cells]) for i in range(len(names))]
-    widths[-1] = min(widths[-1], max(10, width - sum(widths[:-1]) - 2 * (len(names) - 1)))
-    numbers = [all(isinstance(row[name], (int, type(None))) and not is_time(name) for row in rows) for name in names]
-    lines = [_line(heads, widths, numbers)]
-    for line in cells:
-        text = _line(line, widths, numbers)[:width]
-        lines.append(_coloured(text, line, widths) if colours else text)
-    return "\n".join(lines)
-
-
-def _line(cells: list[str], widths: list[int], numbers: list[bool]) -> str:
-    parts = []
-    for cell, width, number in zip(cells, widths, numbers, strict=True):
-        cut = cell if len(cell) <= width else cell[: width - 1] + "…"
-        parts.append(f"{cut:>{width}}" if number else f"{cut:<{width}}")
-    return "  ".join(parts).rstrip()
-
-
-def _coloured(text: str, cells: list[str], widths: list[int]) -> str:
-    begin = 0
-    for cell, width in zip(cells, widths, strict=True):
-        if cell in COLOURS:
-            return f"{text[:begin]}\x1b[{COLOURS[cell]}m{cell}\x1b[0m{text[begin + len(cell) :]}"
-        begin += width + 2
-    return text

@@ -16,7 +16,8 @@ from typing import Any
 
 from pqueue_files import make_folder, sync, sync_file
 from pqueue_tools.process import blocked_signals
-from pqueue_tools.report import command_line, printable
+from pqueue_tools.report import printable
+from pqueue_values import command_line
 
 HERE = Path(__file__).resolve().parent
 CONFIGURATION = Path("supervisord.conf")
@@ -24,6 +25,7 @@ SOCKET = Path("var/supervisor.sock")
 LOGS = Path("var/log")
 INCLUDED = Path("var/supervisor.d")
 GROUP_SIZE = 3  # as in supervisord.conf
+PYTHON_NOTE = "; python3 is looked up on PATH: activate a virtual environment first if your tasks need one.\n"
 CALL_SECONDS = 120.0  # longer than stopwaitsecs: stopping a group waits for its running jobs
 STATUS_SECONDS = 5.0
 START_SECONDS = 60.0  # until a new group must be running; supervisord reports RUNNING after startsecs
@@ -131,6 +133,7 @@ def write_configuration(queues: list[str] | None = None, modules: list[str] | No
         options = _options(queues, modules) if name == "consumer" else []
         command = _in_configuration(_command(name) + options).replace("\\", r"\\").replace('"', r"\"")
         text = text.replace(f"python3 {name}.py", command)
+    text = text.replace(PYTHON_NOTE, "")
     for folder in (LOGS, INCLUDED):
         make_folder(folder)
     if not _create(CONFIGURATION, text):

@@ -12,6 +12,7 @@ from typing import Any
 import pqueue
 from pqueue import Job
 from pqueue_tools import dashboard, report, supervisor
+from pqueue_values import command_line
 
 JOBS_OF_CONSUMER_SHOWN = 3
 JOBS_ASKED_FOR = 20  # of the selected jobs that the question before an action lists
@@ -104,7 +105,7 @@ JOBS = Table(
         Column("enqueued", lambda job: job.created_at, "time", on_phone=False),
         Column("detail", lambda job: report.cut(report.detail(job), 200), width="cut"),
     ),
-    f"no jobs yet: run {report.command_line('producer')}",
+    f"no jobs yet: run {command_line('producer')}",
 )
 
 
@@ -141,7 +142,7 @@ CONSUMERS = Table(
         Column("failed", itemgetter("failed"), "number"),
         Column("seen", itemgetter("last_seen_at"), "time", width="cut"),
     ),
-    f"no consumer yet: run {report.command_line('consumer')}",
+    f"no consumer yet: run {command_line('consumer')}",
     "consumer",
     dashboard.CONSUMERS_SHOWN,
     itemgetter("consumers"),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import math
 import os
 import random
 import re
@@ -24,11 +25,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -263,14 +266,19 @@ class Record:
         return self._named_by.get(test.partition("[")[0].rpartition("::")[2], set())
 
 
-def is_noticed(folder: Path, text: str, change: Change, record: Record) -> bool | None:
-    """Return whether a test notices this change in the folder's copy; None when it makes no program."""
+def is_noticed(folder: Path, text: str, change: Change, record: Record, budget: float) -> bool | None:
+    """Return whether a test notices this change in the folder's copy; None when it makes no program.
+
+    budget: seconds of tests to run.
+    """
     mutant = text[: change.start] + change.new + text[change.end :]
     try:
         compile(mutant, change.module, "exec")
     except SyntaxError:
         return None
     tests = record.tests(change)
+    until = [*accumulate(map(record.seconds.__getitem__, tests))]
+    tests = tests[: bisect(until, budget) or 1]
     path = folder / change.module
     path.write_text(mutant)
     # Python would take the code of one mutant for that of another of the same size and time.
@@ -332,6 +340,7 @@ def main() -> int:
     parser.add_argument("--number", type=int, default=60, help="changes for each seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--terms", action="store_true", help="all terms of the modules' SQL")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds of tests for each change")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     texts = {path.name: path.read_text() for path in sorted(ROOT.glob("pqueue*.py"))}
@@ -348,7 +357,7 @@ def main() -> int:
     def attempt(change: Change) -> bool | None:
         folder = folders.get()
         try:
-            return is_noticed(folder, texts[change.module], change, record)
+            return is_noticed(folder, texts[change.module], change, record, options.budget)
         finally:
             folders.put(folder)
 
@@ -363,8 +372,10 @@ def main() -> int:
             print(f"{len(chosen)} of {len(found)} changes{f', seed {seed}' if seed else ''}", flush=True)
             verdicts = {pool.submit(attempt, change): change for change in chosen}
             killed = survived = 0
-            for future in as_completed(verdicts):
+            for number, future in enumerate(as_completed(verdicts), 1):
                 killed += future.result() is True
+                if number % 20 == 0:
+                    print(f"{number} tried", flush=True)
                 if future.result() is False:
                     survived += 1
                     print(description(verdicts[future], texts, record), flush=True)

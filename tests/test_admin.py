@@ -6,12 +6,14 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 from conftest import ROOT, wait_until
@@ -123,6 +125,10 @@ READING = [
     ["delete-job-files", "--directory", ".", "--dry-run"],
     ["delete-db-jobs", "--yes", "--force"],
     ["metrics"],
+    ["logs", "2"],
+    ["completion"],
+    ["jobs", "--state", "failed", "--columns", "id,state"],
+    ["failed", "-o", "json"],
     ["list-jobs", "--status", "bad"],
     ["show", "x"],
     ["show", "99"],
@@ -170,9 +176,54 @@ def test_each_command_explains_itself(front, capsys):
                 assert (parameter.name if parameter.is_option else parameter.metavar) in out
 
 
+def test_overview_groups_the_commands_and_fits_the_terminal(front, capsys, monkeypatch):
+    for columns in (200, 80, 40):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert admin.main(["--help"]) == 0
+        out = capsys.readouterr().out
+        assert columns < 80 or max(map(len, out.split("\n"))) <= columns
+        headings = re.findall(r"^(\w+):$", out, re.MULTILINE)
+        assert headings == ["Inspect", "Jobs", "Queues", "Data", "System", "Examples"]
+    assert admin.main([]) == 2
+    assert capsys.readouterr().out == out
+    assert admin.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pqueue {pqueue.__version__}\n"
+
+
+def test_examples_of_each_command_are_valid_and_shown(front, capsys, monkeypatch):
+    ran = []
+    monkeypatch.setattr(admin, "run", lambda entry, options: ran.append((entry.name, vars(options))) or 0)
+    for entry in admin.COMMANDS.values():
+        with suppress(SystemExit):
+            admin.main([entry.name, "--help"])
+        out = capsys.readouterr().out
+        for example in entry.examples:
+            assert f"  admin.py {example}\n" in out
+            assert admin.main([word for word in shlex.split(example) if not word.startswith(">>")]) == 0
+            assert ran[-1][0] == entry.name
+    assert len(ran) > 20
+
+
+def test_operator_reads_what_was_logged_about_a_job(front, folder, run):
+    logs = folder / "var/log"
+    logs.mkdir(parents=True)
+    lines = [f"2026-11-26T0{n}:00:00.000Z completed consumer=w job={job}" for n, job in enumerate((7, 17, 7, 71, 7))]
+    (logs / "consumer_00.log.1").write_text("\n".join([lines[0], lines[1], ""]))
+    (logs / "consumer_01.log").write_text(f"{lines[2]} task=a\njob=77\n{lines[3]}\n")
+    (logs / "consumer_00.log").write_bytes(f"{lines[4]} error=".encode() + b"\xff\x1b[31m\n")
+    code, out, _ = run("logs", "7")
+    assert (code, out) == (0, f"{lines[0]}\n{lines[2]} task=a\n{lines[4]} error=\ufffd\\x1b[31m\n")
+    assert [json.loads(line)["file"] for line in run("logs", "7", "--json")[1].splitlines()] == [
+        "consumer_00.log.1",
+        "consumer_01.log",
+        "consumer_00.log",
+    ]
+    assert run("logs", "8")[::2] == (1, "admin.py: no line about job 8 in var/log\n")
+
+
 def test_operator_whose_folder_has_no_queue_creates_none(front, folder, run):
     values = {"job_id": "1", "task": "t", "queue": "default", "max_pending": "5", "consumer": "c", "file": "x.db"}
-    for name in sorted(set(admin.COMMANDS) - {"torture", "monitor", "restore"}):
+    for name in sorted(set(admin.COMMANDS) - {"torture", "monitor", "restore", "logs", "completion"}):
         required = [each for each in admin.COMMANDS[name].parameters if not each.is_option]
         code, _, err = run(name, *[values[each.key] for each in required if each.key in values])
         assert code == 1
@@ -191,7 +242,12 @@ def test_operator_whose_folder_has_no_queue_creates_none(front, folder, run):
         (["show", "nine"], 2, "job_id: expected a whole number of at least 0, got 'nine'"),
         (["show", "-3"], 2, ""),
         (["show"], 2, ""),
-        (["bogus"], 2, "bogus"),
+        (["bogus"], 2, "expected a command, got 'bogus'; see admin.py --help"),
+        (["list"], 2, "expected a command, got 'list'; did you mean list-jobs? See admin.py --help"),
+        (["resubmti"], 2, "did you mean resubmit"),
+        (["--nosuch"], 2, "expected a command, got '--nosuch'"),
+        (["logs", "5"], 1, "no folder var/log: expected the logs that Supervisor writes"),
+        (["completion"], 1, "cannot complete python admin.py: install the package"),
         ([], 2, ""),
         (["list-jobs", "--colour", "red"], 2, "--colour"),
         (["list-jobs", "--status", "done"], 2, "expected one of scheduled, pending"),
@@ -273,8 +329,8 @@ def test_operator_whose_filter_matches_nothing_is_told(front, queue, run):
 def test_operator_limits_the_groups_of_failed_jobs(queue, run):
     for task in ("a", "b", "c"):
         queue.mark_failed(queue.enqueue(task), "no")
-    assert len(run("failedjobs")[1].splitlines()) == 3
-    assert len(run("failedjobs", "--limit", "2")[1].splitlines()) == 2
+    assert len(run("failedjobs")[1].splitlines()) == 1 + 3
+    assert len(run("failedjobs", "--limit", "2")[1].splitlines()) == 1 + 2
 
 
 def test_operator_sees_no_secret_of_a_payload(queue, run):
@@ -312,7 +368,7 @@ def test_operator_deletes_only_the_files_that_no_job_needs(queue, run, folder):
     queue.complete(queue.dequeue("w"))
     queue.enqueue("prepend_timestamp", {"file": "job_waiting.txt"})
     code, out, _ = run("delete-job-files", "--directory", files, "--dry-run")
-    assert (code, out) == (0, "job_done.txt\njob_stray.txt\n")
+    assert (code, out) == (0, "file\njob_done.txt\njob_stray.txt\n")
     assert run("delete-job-files", "--directory", files)[0] == 2
     assert (files / "job_done.txt").exists()
     code, out, _ = run("delete-job-files", "--directory", files, "--yes")
@@ -708,7 +764,7 @@ def test_closed_pipe_is_no_error(queue):
 def test_monitor_reports_a_missing_database_and_recovers(folder, run):
     code, out, _ = run("monitor", "--once")
     assert code == 0
-    assert "no supervisord answers at" in out
+    assert "supervisord is not running here" in out
     assert "no queue at" in out
     queue = pqueue.open_queue()
     populate(queue)

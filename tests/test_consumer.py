@@ -329,6 +329,8 @@ def test_consumer_continues_when_its_log_is_not_read(tasks):
     ("program", "arguments", "code", "message"),
     [
         ("consumer.py", ["--import", "no_such_module"], 1, "cannot import 'no_such_module': No module named"),
+        ("consumer.py", ["--import", "notes.py"], 2, "expected a module name such as tasks, without a folder and .py"),
+        ("manager.py", ["--init", "--import", "./notes"], 2, "expected a module name such as tasks, without a folder"),
         ("consumer.py", ["--max-jobs", "0"], 2, "argument --max-jobs: expected a whole number of at least 1, got '0'"),
         ("consumer.py", ["--lease-seconds", "soon"], 2, "expected a number of seconds from 0.001, got 'soon'"),
         ("consumer.py", ["--directory", "notes"], 2, "argument --directory: expected a folder, got 'notes'"),

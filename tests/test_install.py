@@ -103,6 +103,21 @@ def test_command_shows_its_help_in_a_project_with_modules_of_the_same_names(proj
     assert f"usage: {command} " in done.stdout
 
 
+def test_bash_completes_the_installed_command(project):
+    project.run("pqueue-producer", "--count", 1, "--interval", 0)
+    script = """
+eval "$(pqueue completion)"
+COMP_WORDS=(pqueue pause d); COMP_CWORD=2
+_pqueue
+echo "${COMPREPLY[@]}"
+"""
+    environment = project.environment(PATH=f"{project.commands}:{os.environ['PATH']}")
+    done = subprocess.run(
+        ["bash", "-ec", script], cwd=project.folder, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("default\n", "")
+
+
 def test_project_uses_the_queue_with_its_own_modules(project):
     assert project.run("pqueue-producer", "--count", 1, "--interval", 0).returncode == 0
     done = project.run("pqueue", "enqueue", "sum_up", "[3, 4]", "--queue", "sums")
@@ -125,6 +140,7 @@ def test_project_uses_the_queue_with_its_own_modules(project):
 def test_messages_of_an_installed_copy_name_its_commands(project):
     project.run("pqueue-producer", "--count", 1, "--interval", 0)
     assert project.run("pqueue", "why", 1).stdout == "job 1: no consumer is alive: run pqueue-consumer\n"
+    assert "pqueue move --to" in project.run("pqueue", "restore", "x", PQUEUE_URL="postgresql://h/d").stderr
     for program in COMMANDS:
         done = project.run(program, "--no-such-option")
         assert (done.returncode, done.stderr.split()[0]) == (2, f"{program}:")

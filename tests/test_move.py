@@ -159,7 +159,7 @@ def test_move_without_tables_requires_naming_each(path):
         (["--to", ":memory:"], 2, "expected a path"),
         (["--to", "nosuch/../var/queue.db"], 1, "the target is this queue itself"),
         (["--to", "other.db", "--finish", "--yes"], 1, "no queue at"),
-        (["--to", "used.db", "--finish", "--yes"], 1, "was not moved yet; give move without --finish first"),
+        (["--to", "used.db", "--finish", "--yes"], 1, "was not moved yet; run move without --finish first"),
         (["--cancel"], 1, "this queue is not being moved"),
     ],
 )
@@ -266,9 +266,8 @@ def test_queue_is_finished_only_into_where_it_went(path, new, tmp_path):
     with closing(moved(path, new)) as queue, closing(pqueue.open_queue(tmp_path / "other.db")) as other:
         with pytest.raises(QueueError, match=f"expected the target to be {new}"):
             queue.finish_move(other)
-        with pytest.raises(
-            QueueError, match=f"this queue was moved to {new}; finish that with --finish, or give it up"
-        ):
+        finish = "finish that with python admin.py move --to URL --finish, or cancel it"
+        with pytest.raises(QueueError, match=f"this queue was moved to {new}; {finish}"):
             queue.begin_move(str(tmp_path / "third.db"))
         queue.cancel_move()
         assert queue.dequeue("w", queues=["default"])

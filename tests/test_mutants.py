@@ -58,7 +58,7 @@ class Mutant:
 # fmt: off
 MUTANTS = [
     # who may settle
-    Mutant("a settling verb needs the current token", HISTORY, " AND lease_token = :token", ""),
+    Mutant("a verb under a lease needs the current token", HISTORY, " AND lease_token = :token", ""),
     Mutant("complete needs a held lease", HISTORY, "not _complete", "None is _complete"),
     Mutant("complete_and_dequeue reports a lost lease", HISTORY, "not _complete", "None is _complete"),
     Mutant("a batch completes under its tokens only", "contract: reclaimed_job_among_others", " AND lease_token = json_extract(value, '$[1]')", ""),

@@ -776,6 +776,15 @@ def test_thread_that_looks_while_another_asks_for_the_clock_gets_the_time(databa
     assert max(abs(at - time.time()) for at in times) < 60
 
 
+def test_lock_of_an_application_is_not_taken_for_that_of_a_consumer(database):
+    of_64_bits = pqueue_postgres.LOCK_CLASS << 32 | 5
+    with PersistentQSQLAlchemy(database) as queue, psycopg.connect(database) as application:
+        application.execute("SELECT pg_advisory_lock(1, 5), pg_advisory_lock(%s)", [of_64_bits])
+        assert queue._read(pqueue_postgres.LOCKED_SLOTS) == []
+        queue.dequeue("w")
+        assert len(queue._read(pqueue_postgres.LOCKED_SLOTS)) == 1
+
+
 def test_consumer_that_has_just_begun_is_not_taken_for_dead(database, monkeypatch):
     monkeypatch.setattr(pqueue_sqlalchemy, "RESTART_SECONDS", 0.0)
     with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:

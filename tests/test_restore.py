@@ -82,6 +82,27 @@ time.sleep(600)
 """
 
 
+def test_old_database_is_kept_in_one_file_if_its_log_is_sound(path, backup):
+    kill(program(WRITER, path))
+    assert Path(f"{path}-wal").exists()
+    kept = pqueue_restore.restore(backup, path)
+    assert list(kept.parent.glob(f"{kept.name}*")) == [kept]
+    assert len(payloads(kept)) == len(OLD) + 50
+
+
+def test_restored_file_and_what_it_replaces_are_synced_before_their_names(path, backup, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def recording(file):
+        synced.append(re.sub(r"\.\w{8}\.part$", ".part", Path(os.readlink(f"/proc/self/fd/{file}")).name))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    kept = pqueue_restore.restore(backup, path)
+    # the last three: the name of the old file, that no log is left, the name of the new file
+    assert synced == ["queue.db.part", f"{kept.name}.part", "var", "var", "var"]
+
+
 def test_operator_restores_a_backup_and_the_replaced_database_is_kept(path, backup):
     kept = pqueue_restore.restore(backup, path)
     assert payloads(path) == NEW

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from itertools import chain
 
@@ -112,3 +113,19 @@ def test_structure_checks_detect_violations():
     assert set(private_uses(ast.parse("class A:\n def f(self, b):\n  self._x = b._x + b._y\n\nq._z"))) == {"_y", "_z"}
     chained = set(chain.from_iterable(imported(name) for name in PRODUCT))
     assert {"pqueue", "pqueue_tools.process", "streamlit", "argparse"} <= chained
+
+
+def docstrings(tree):
+    """Return the nodes of all docstrings but those of functions: a command's is its help."""
+    places = [node for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef))]
+    return {id(node.body[0].value) for node in places if node.body and isinstance(node.body[0], ast.Expr)}
+
+
+@pytest.mark.parametrize("name", sorted(PRODUCT))
+def test_message_names_a_program_as_it_is_called_in_a_checkout_or_an_installed_copy(name):
+    tree = PRODUCT[name]
+    texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docstrings(tree)]
+    fixed = re.compile(rf"\b({'|'.join(PROGRAMS)})\.py\b|\bpqueue-({'|'.join(PROGRAMS)})\b")
+    allowed = {"pqueue_values": 2}.get(name, 0)  # the docstrings of program_name and command_line, which decide
+    found = [node.value for node in texts if isinstance(node.value, (str, bytes)) and fixed.search(str(node.value))]
+    assert len(found) == allowed, found

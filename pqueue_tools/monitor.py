@@ -1,0 +1,180 @@
+"""The live screen of the command line: findings first, then failures, queues, consumers and processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from typing import Any
+
+import pqueue
+from pqueue import PersistentQInterface, QueueError
+from pqueue_tools import supervisor
+from pqueue_tools.masking import masked_job
+from pqueue_tools.output import colours, fitted, painted, table
+from pqueue_tools.report import consumer_row, findings, first_line, printable, problems, verdict
+
+FAILURES_SHOWN = 5
+FAILURES_SEARCHED = 100  # newest failed jobs, of which the last to fail are shown
+EXCERPT_CHARS = 500
+RATE_SECONDS = 10.0  # over which jobs per second are counted
+KEYS = re.compile(rb"\x1b[\[O][0-9;]*[A-Za-z~]|.", re.DOTALL)
+SCROLL = {b"\x1b[A": -1, b"\x1bOA": -1, b"k": -1, b"\x1b[B": 1, b"\x1bOB": 1, b"j": 1}  # in lines
+TURN = {b"\x1b[5~": -1, b"\x1b[6~": 1, b" ": 1}  # in screens
+ORDERS: dict[str, Callable[[dict[str, Any]], Any]] = {  # of the queues and consumers
+    "name": lambda row: row.get("queue") or row["name"],
+    "pending": lambda row: -row.get("pending", len(row.get("jobs", ""))),
+    "failed": lambda row: -row["failed"],
+}
+HELP = "q quit   ↑ ↓ scroll   s sort by {order}"
+
+Reading = Callable[[PersistentQInterface], Any]  # a context manager that reports a damaged database as a QueueError
+
+
+def snapshot(reading: Reading) -> dict[str, Any]:
+    """Return the contents of the screen. If the database cannot be read, "database" is the error."""
+    now = time.time()
+    seen: dict[str, Any] = {"at": now, "processes": supervisor.known_processes()}
+    try:
+        with pqueue.open_queue(create=False) as queue, reading(queue):
+            found = findings(queue, now, processes=seen["processes"])
+            activity = queue.activity(now - RATE_SECONDS, now)
+            seen |= {"findings": found, "per_second": {name: jobs / RATE_SECONDS for name, jobs in activity.items()}}
+            seen |= {"stats": queue.stats(), "consumers": queue.consumers(), "failed": _failures(queue)}
+    except (QueueError, ValueError) as error:
+        seen["database"] = str(error)
+    return seen
+
+
+def _failures(queue: PersistentQInterface) -> list[dict[str, Any]]:
+    options: dict[str, Any] = {"excerpt": EXCERPT_CHARS, "shown": masked_job}
+    jobs = queue.list_jobs(state="failed", limit=FAILURES_SEARCHED, **options)
+    last = sorted(jobs, key=lambda job: job.finished_at or 0, reverse=True)[:FAILURES_SHOWN]
+    names = ("id", "queue", "task", "finished_at")
+    return [{**{name: getattr(job, name) for name in names}, "error": first_line(job.error)} for job in last]
+
+
+def screen(seen: dict[str, Any], width: int, *, order: str = "name", in_colour: bool = False) -> list[str]:
+    """Return the lines of the screen, of at most this width. `order` is one of ORDERS."""
+
+    def section(title: str, rows: list[dict[str, Any]]) -> list[str]:
+        shown = table(rows, width, colours=in_colour, now=seen["at"]) or "none"
+        return ["", f"{title + ' ':─<{min(width, 100)}}", *shown.split("\n")]
+
+    lines = _verdict(seen, width, in_colour)
+    if "database" not in seen:
+        rates = ", ".join(f"{rate:,.1f} {name}" for name, rate in seen["per_second"].items())
+        alive = [consumer_row(each) for each in seen["consumers"] if each["state"] == "running" or each["job_ids"]]
+        queues = [{"queue": name, **each} for name, each in seen["stats"]["queues"].items()]
+        lines += [fitted(f"per second: {rates}", width)]
+        lines += section("last failures", seen["failed"]) if seen["failed"] else []
+        lines += section("queues", sorted(queues, key=ORDERS[order]))
+        lines += section("consumers", sorted(alive, key=ORDERS[order]))
+    if isinstance(seen["processes"], str):
+        return [*lines, "", fitted(printable(seen["processes"]), width)]
+    return lines + section("processes", [{k: v for k, v in p.items() if k != "group"} for p in seen["processes"]])
+
+
+def _verdict(seen: dict[str, Any], width: int, in_colour: bool) -> list[str]:
+    """Return what an operator must know first: the time, and what is wrong."""
+    at = f"pqueue monitor   {datetime.fromtimestamp(seen['at']):%Y-%m-%d %H:%M:%S}"
+    if "database" in seen:
+        return [fitted(at, width), fitted(f"critical: {printable(seen['database'])}", width)]
+    number = len(problems(seen["findings"]))
+    lines = [fitted(f"{number or 'no'} problem{'' if number == 1 else 's'}   {at}", width)]
+    for line in verdict(seen["findings"]) if seen["findings"] else ():
+        severity, _, rest = fitted(printable(line), width).partition(":")
+        lines.append(f"{painted(severity, severity) if in_colour else severity}:{rest}")
+    return lines
+
+
+def run(reading: Reading, interval: float) -> None:
+    """Show the screen until q is pressed, and draw it again after each interval, each key and a change of its size."""
+    order, top, seen = "name", 0, snapshot(reading)
+    until = time.monotonic() + interval
+    with _terminal() as wait:
+        while True:
+            size = shutil.get_terminal_size()
+            lines = screen(seen, size.columns, order=order, in_colour=colours())
+            most = max(1, size.lines - 1)
+            top = max(0, min(top, len(lines) - most))
+            _draw(lines[top : top + most], fitted(_help(order, top, most, len(lines)), size.columns), most)
+            for key in KEYS.findall(wait(until - time.monotonic())):
+                if key in (b"q", b"Q"):
+                    return
+                if key in (b"s", b"S"):
+                    names = list(ORDERS)
+                    order = names[(names.index(order) + 1) % len(names)]
+                top += SCROLL.get(key, 0) + TURN.get(key, 0) * most
+            if time.monotonic() >= until:
+                seen, until = snapshot(reading), time.monotonic() + interval
+
+
+def _help(order: str, top: int, most: int, total: int) -> str:
+    hidden = "" if total <= most else f"   lines {top + 1} to {min(total, top + most)} of {total}"
+    return HELP.format(order=order) + hidden
+
+
+def _draw(lines: list[str], status: str, most: int) -> None:
+    blank = [""] * (most - len(lines))
+    text = "".join(f"\x1b[2K{line}\n" for line in [*lines, *blank])  # erased first: a full line leaves the cursor in it
+    sys.stdout.write(f"\x1b[H{text}\x1b[2K\x1b[7m{status}\x1b[0m")
+    sys.stdout.flush()
+
+
+@contextmanager
+def _terminal() -> Iterator[Callable[[float], bytes]]:
+    """Switch to the alternate screen, and to input without echo or lines; switch back at the end. Yield a function that
+    waits up to this many seconds for keys or a change of size, and returns the keys."""
+    resized, notify = os.pipe()
+    keyboard = sys.stdin.fileno() if sys.stdin.isatty() else None
+    restore = _without_lines(keyboard) if keyboard is not None else None
+    if hasattr(signal, "SIGWINCH"):
+        os.set_blocking(notify, False)
+        signal.signal(signal.SIGWINCH, lambda *_: _notify(notify))
+    sys.stdout.write("\x1b[?1049h\x1b[?25l\x1b[?7l")  # alternate screen, no cursor, no wrapping
+
+    def wait(seconds: float) -> bytes:
+        inputs = [resized] + ([] if keyboard is None else [keyboard])
+        ready, _, _ = select.select(inputs, [], [], max(0.0, seconds))
+        if resized in ready:
+            os.read(resized, 100)
+        if keyboard not in ready:
+            return b""
+        return os.read(sys.stdin.fileno(), 100) or b"q"  # the terminal was closed
+
+    try:
+        yield wait
+    finally:
+        if hasattr(signal, "SIGWINCH"):
+            signal.signal(signal.SIGWINCH, signal.SIG_DFL)
+        sys.stdout.write("\x1b[?7h\x1b[?25h\x1b[?1049l")
+        sys.stdout.flush()
+        if restore:
+            restore()
+        os.close(resized)
+        os.close(notify)
+
+
+def _notify(pipe: int) -> None:
+    with suppress(BlockingIOError):
+        os.write(pipe, b".")
+
+
+def _without_lines(keyboard: int) -> Callable[[], None] | None:
+    """Deliver each key at once and do not show it; return a function that undoes this, or None where it is unknown."""
+    try:
+        import termios
+        import tty
+    except ImportError:
+        return None
+    before = termios.tcgetattr(keyboard)
+    tty.setcbreak(keyboard)
+    return lambda: termios.tcsetattr(keyboard, termios.TCSADRAIN, before)

@@ -1,0 +1,203 @@
+"""Output of the command line: tables that fit the terminal, tab-separated values, and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import sys
+import time
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pqueue_tools.commands import Parameter, UsageError, one_of
+from pqueue_tools.report import for_machines, for_people, is_time, json_text, printable
+
+FORMATS = ("table", "wide", "tsv", "json")
+OPTIONS = (
+    Parameter("--output", "table, wide (a table that is not cut), tsv or json", one_of(*FORMATS), None, "FORMAT", "-o"),
+    Parameter("--json", "short for -o json: one JSON object per line", flag=True),
+    Parameter("--columns", "names of the columns, separated by commas", metavar="NAMES"),
+)
+LAST_COLUMN_CELLS = 30  # of the last column, which holds the message; other columns are dropped for it
+DROPPED = (
+    "host",
+    "started_at",
+    "max_pending",
+    "attempts",
+    "consumer",
+    "pid",
+    "cancelled",
+    "queues",
+    "created_at",
+    "queue",
+)
+LEAST_CELLS = 3  # of a column that is cut because dropping others was not enough
+COLOURS = {"completed": 32, "processing": 36, "pending": 33, "scheduled": 34, "failed": 31, "cancelled": 35}
+COLOURS |= {"running": 32, "RUNNING": 32, "dead": 31, "FATAL": 31, "stopped": 90, "STOPPED": 90}
+COLOURS |= {"critical": 31, "warning": 33, "info": 90}
+
+
+@dataclass
+class CommandResult:
+    """The result of a command: rows; the columns of a table, if not all; and a text for people, if a table does not
+    suit."""
+
+    rows: Iterable[dict[str, Any]] = field(default_factory=list)
+    text: str | None = None
+    code: int = 0
+    columns: tuple[str, ...] = ()
+
+
+def wants_rows(options: argparse.Namespace) -> bool:
+    """Return whether the result is for a program, or was asked for as rows."""
+    return bool(options.output or options.columns) or not sys.stdout.isatty()
+
+
+def write(result: CommandResult, options: argparse.Namespace) -> None:
+    """Print the result as the options ask, by default a table on a terminal and tab-separated values elsewhere."""
+    chosen = options.output or ("table" if sys.stdout.isatty() else "tsv")
+    if result.text is not None and not (options.output or options.columns):
+        print(
+            "\n".join(_with_severity(printable(line)) for line in result.text.split("\n")), end="\n" * bool(result.text)
+        )
+    elif chosen == "json":
+        _write_json(_chosen(result.rows, _columns(options)))
+    elif chosen == "tsv":
+        _write_tsv(_chosen(result.rows, _columns(options) or result.columns))
+    else:
+        rows = list(_chosen(result.rows, _columns(options) or result.columns))
+        print(table(rows, sys.maxsize if chosen == "wide" else width(), colours=colours()) or "none")
+
+
+def _columns(options: argparse.Namespace) -> tuple[str, ...]:
+    return tuple(name.strip() for name in options.columns.split(",")) if options.columns else ()
+
+
+def _chosen(rows: Iterable[dict[str, Any]], columns: tuple[str, ...]) -> Iterable[dict[str, Any]]:
+    for row in rows:
+        if unknown := [name for name in columns if name not in row]:
+            raise UsageError(f"--columns: expected names among {', '.join(row)}, got {', '.join(unknown)}")
+        yield {name: row[name] for name in columns or row}
+
+
+def _write_json(rows: Iterable[dict[str, Any]]) -> None:
+    for row in rows:
+        print(json_text({key: for_machines(key, value) for key, value in row.items()}))
+
+
+def _write_tsv(rows: Iterable[dict[str, Any]]) -> None:
+    for number, row in enumerate(rows):
+        if number == 0:
+            print("\t".join(row))
+        print("\t".join(_field(key, value) for key, value in row.items()))
+
+
+def _field(key: str, value: Any) -> str:
+    shown = for_machines(key, value)
+    if isinstance(shown, (dict, list, bool)):
+        return json_text(shown)
+    return "" if shown is None else printable(str(shown))
+
+
+def width() -> int:
+    """Return the width of the terminal, or COLUMNS, or 80."""
+    return shutil.get_terminal_size().columns
+
+
+def colours() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _with_severity(line: str) -> str:
+    severity, colon, rest = line.partition(":")
+    return f"{painted(severity, severity)}{colon}{rest}" if colon and severity in COLOURS and colours() else line
+
+
+def painted(text: str, name: str) -> str:
+    """Return the text in the colour of a state or severity, if that has one."""
+    return f"\x1b[{COLOURS[name]}m{text}\x1b[0m" if name in COLOURS else text
+
+
+# Cells of the terminal ################################################################################################
+
+
+def cells(text: str) -> int:
+    """Return how many cells of a terminal the text takes: wide characters take two, combining ones none."""
+    return len(text) if text.isascii() else sum(map(_cells_of, text))
+
+
+def _cells_of(mark: str) -> int:
+    if unicodedata.category(mark) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(mark) in ("W", "F") else 1
+
+
+def fitted(text: str, most: int) -> str:
+    """Return the text, cut with … if it takes more cells than `most`."""
+    if cells(text) <= most:
+        return text
+    used = 1
+    for at, mark in enumerate(text):
+        used += _cells_of(mark)
+        if used > most:
+            return text[:at] + "…"
+    return text
+
+
+# Tables ###############################################################################################################
+
+
+def table(rows: Sequence[dict[str, Any]], width: int, *, colours: bool = False, now: float | None = None) -> str:
+    """Return an aligned table of at most this width, or "" without rows. What does not fit is left out: first columns,
+    in the order of DROPPED, then the ends of the longest cells."""
+    if not rows:
+        return ""
+    now = time.time() if now is None else now
+    columns = {
+        name: [
+            re.sub("(_pending)?_(at|seconds)$", "", name),
+            *(printable(for_people(name, row[name], now)) for row in rows),
+        ]
+        for name in rows[0]
+    }
+    widths = _widths({name: max(map(cells, column)) for name, column in columns.items()}, width)
+    numbers = {name for name in widths if not is_time(name) and all(_is_number(row[name]) for row in rows)}
+    lines = []
+    for number in range(len(rows) + 1):
+        parts = [
+            _cell(columns[name][number], most, name in numbers, colours and number > 0) for name, most in widths.items()
+        ]
+        lines.append("  ".join(parts).rstrip())
+    return "\n".join(lines)
+
+
+def _widths(wanted: dict[str, int], width: int) -> dict[str, int]:
+    """Return the width of each column that is shown. The first and the last column are never dropped."""
+    widths = dict(wanted)
+    first, last = next(iter(widths)), next(reversed(widths))
+    for name in (name for name in DROPPED if name in wanted and name not in (first, last)):
+        kept = min(widths[last], LAST_COLUMN_CELLS)
+        if sum(widths.values()) - widths[last] + kept + 2 * (len(widths) - 1) <= width:
+            break
+        del widths[name]
+    while (excess := sum(widths.values()) + 2 * (len(widths) - 1) - width) > 0:
+        longest = last if widths[last] > LAST_COLUMN_CELLS else max(widths, key=lambda name: widths[name])
+        if widths[longest] <= LEAST_CELLS:
+            break
+        widths[longest] -= min(excess, max(1, widths[longest] - LAST_COLUMN_CELLS))
+    return widths
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, int)
+
+
+def _cell(text: str, width: int, is_number: bool, in_colour: bool) -> str:
+    shown = fitted(text, width)
+    blank = " " * (width - cells(shown))
+    shown = painted(shown, text) if in_colour else shown
+    return blank + shown if is_number else shown + blank
