@@ -27,6 +27,7 @@ import pqueue
 from pqueue import PersistentQInterface, QueueError
 from pqueue_tools import file_task
 from pqueue_tools.process import (
+    LEVELS,
     OneLineParser,
     escape_unencodable,
     expect_posix,
@@ -36,6 +37,7 @@ from pqueue_tools.process import (
     on_termination,
     print_error,
     seconds,
+    set_log,
     whole_number,
 )
 from pqueue_tools.worker import Consumer as Consumer  # noqa: PLC0414 - for applications
@@ -80,7 +82,8 @@ def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
     from pqueue_tools.keeper import Keeper  # noqa: PLC0415 - not available on Windows
 
     has_bar = options.drain and sys.stderr.isatty()
-    options.quiet = has_bar and sys.stdout.isatty()
+    options.quiet = options.quiet or (has_bar and sys.stdout.isatty())
+    set_log(options.log_level, options.log_format)
     bar = ProgressBar(_pending(queue, options.queues)) if has_bar else None
     try:
         keeper = Keeper(queue, options, bar.draw if bar else None)
@@ -129,6 +132,11 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--directory", type=folder, default=file_task.files_directory, help="folder of job files (default: %(default)s)"
     )
+    add("--quiet", action="store_true", help="do not log completed jobs")
+    add(
+        "--log-level", choices=LEVELS, default="info", help="log no less; also of what tasks log (default: %(default)s)"
+    )
+    add("--log-format", choices=("text", "json"), default="text", help="(default: %(default)s)")
     add("--drain", action="store_true", help="stop when no job is pending; the exit code is 1 if jobs failed")
     add(
         "--wait",

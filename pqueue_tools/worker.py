@@ -25,7 +25,7 @@ from pqueue_tools import file_task, leases, processes, termination
 from pqueue_tools import record as fields
 from pqueue_tools.masking import masked_text
 from pqueue_tools.outcome import Outcome, Unstorable, error_text, outcome_of
-from pqueue_tools.process import T, log, log_completed, on_termination, print_error, retry_while_busy
+from pqueue_tools.process import T, TaskLog, log, log_completed, on_termination, print_error, retry_while_busy
 from pqueue_tools.record import Record
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class Consumer:
         self.record = record or Record()
         self._leases = leases.Leases(queue, self.record, name, lease_seconds, quiet=quiet)
         self.state: ProcessState | None = None  # of the process, which tasks must not change
+        self.task_log: TaskLog | None = None
         self.wake_keeper: Callable[[], object] = bool
         self.taken = 0
         self._fields = self.record.fields
@@ -221,6 +222,8 @@ class Consumer:
                 if self._fields[fields.ASLEEP]:
                     self._fields[fields.ASLEEP] = 0
                     self.wake_keeper()
+                if self.task_log:
+                    self.task_log.job = job
                 result = copy_context().run(pqueue.run_task, self.queue, job)
                 encoded = None if result is None else _encoded(result)
             finally:
@@ -242,6 +245,8 @@ class Consumer:
                 self._complete_and_dequeue(self._take_finished(), 0)
         else:
             self._settle(job, error)
+        if self.task_log:
+            self.task_log.job = None
         self.record.end()
 
     def _limits(self, job: Job) -> tuple[float, float, float, float]:
@@ -328,8 +333,9 @@ class Consumer:
             return  # already logged: the lease will expire
         self._fields[fields.FAILED] += outcome.verb == "fail"
         event = "failed" if outcome.verb == "fail" else "snoozed"
-        first = text.partition("\n")[0]
-        log(event, consumer=self.name, job=job.id, task=job.task, attempt=job.attempts, now=state, error=first)
+        first, _, trace = text.partition("\n")
+        told = {"error": first, **({"traceback": trace} if trace and outcome.verb == "fail" else {})}
+        log(event, consumer=self.name, job=job.id, task=job.task, attempt=job.attempts, now=state, **told)
 
     def _log_lost(self, job: Job, reason: Exception) -> None:
         settled = self._leases.settled_as(job)
@@ -427,6 +433,7 @@ def _run(
     queue: PersistentQInterface, shared: Registration, record: Record, options: Namespace, pipe: int, dump: int
 ) -> int:
     file_task.files_directory = options.directory
+    task_log = TaskLog(options.name, options.log_level)
     tasks = known_tasks(options.modules)
     record.fields[fields.READY] = 1
     retry_while_busy(
@@ -438,7 +445,14 @@ def _run(
         return 0
     if shared.children == 1:
         file_task.remove_copies()
-        log("started", consumer=options.name, pid=os.getppid(), queues=",".join(options.queues or ["all"]))
+        log(
+            "started",
+            consumer=options.name,
+            pid=os.getppid(),
+            database=queue.name,
+            queues=",".join(options.queues or ["all"]),
+            tasks=",".join(tasks),
+        )
     consumer = Consumer(
         queue,
         options.name,
@@ -451,6 +465,7 @@ def _run(
         quiet=options.quiet,
         record=record,
     )
+    consumer.task_log = task_log
     signal.signal(leases.INTERRUPT_SIGNAL, consumer.interrupt)
     consumer.wake_keeper = lambda: wake(pipe)
     from pqueue_tools.leftovers import ProcessState  # not available on Windows, which has no forks either

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from contextlib import closing
@@ -208,6 +209,75 @@ def test_drain_that_waits_runs_retries_and_what_falls_due(tasks):
         assert tasks.run(*options, "--wait").returncode == 0
     done = tasks.run("consumer.py", "--wait")
     assert (done.returncode, done.stderr) == (2, "consumer.py: expected --drain with --wait; see consumer.py --help\n")
+
+
+# The log
+
+LOGGING = """
+import logging
+from pqueue import task
+logging.getLogger("import").warning("imported")
+
+@task(max_attempts=1)
+def talk(job):
+    log = logging.getLogger("shop.mail")
+    log.debug("too fine")
+    log.info("sent %s", job.payload)
+    try: raise KeyError("customer")
+    except KeyError: log.exception("with a traceback\\nand two lines")
+    raise ValueError("at last")
+"""
+
+
+def lines_of(place, *options):
+    place.write("talking.py", LOGGING)
+    with closing(place.queue()) as queue:
+        queue.enqueue("talk", 7)
+        return place.run("consumer.py", "--import", "talking", "--drain", "--name", "w", *options).stdout.splitlines()
+
+
+def test_first_line_names_the_database_and_the_tasks(tasks):
+    started = next(line for line in lines_of(tasks) if " started " in line)
+    assert f"database={tasks.folder / 'var/queue.db'} queues=all tasks=talk" in started
+
+
+def test_log_of_a_task_names_job_task_and_consumer(tasks):
+    lines = lines_of(tasks)
+    assert any(" log consumer=w logger=import message=imported level=warning" in line for line in lines)
+    said = [line.split(" ", 1)[1] for line in lines if "shop.mail" in line]
+    assert said[0] == 'log consumer=w job=1 task=talk logger=shop.mail message="sent 7"'
+    assert said[1].startswith('log consumer=w job=1 task=talk logger=shop.mail message="with a traceback\\nand two')
+    assert "KeyError: 'customer'" in said[1]
+    assert len(said) == 2
+    failed = next(line for line in lines if " failed " in line and "error=" in line)
+    assert 'error="ValueError: at last" traceback="Traceback' in failed
+    assert failed.endswith("level=error")
+    assert all(line[:2] == "20" for line in lines)  # one line per event
+
+
+def test_log_as_json_has_one_object_per_event_with_its_level(tasks):
+    events = [json.loads(line) for line in lines_of(tasks, "--log-format", "json", "--log-level", "debug")]
+    found = [(each["event"], each["level"]) for each in events if each.get("logger") != "asyncio"]
+    assert found == [
+        ("log", "warning"),
+        ("started", "info"),
+        ("log", "debug"),
+        ("log", "info"),
+        ("log", "error"),
+        ("failed", "error"),
+        *[(each["event"], each["level"]) for each in events[6:]],
+    ]
+    assert (events[5]["job"], events[5]["task"], events[5]["error"]) == (1, "talk", "ValueError: at last")
+    assert "\nValueError: at last" in events[5]["traceback"]
+
+
+def test_log_level_and_quiet_leave_out_what_is_less(tasks):
+    with closing(tasks.queue()) as queue:
+        for options, expected in (((), 1), (("--quiet",), 0), (("--log-level", "warning"), 0)):
+            queue.enqueue("bare")
+            out = tasks.run("consumer.py", "--import", "my_tasks", "--drain", *options).stdout
+            assert out.count(" completed consumer=") == expected
+            assert (" started " in out) == ("warning" not in options)
 
 
 # The text of an error
