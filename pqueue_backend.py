@@ -121,12 +121,21 @@ class Session(ABC):
 class Registration:
     """A consumer of this process: its random token, its lock, and the numbers of its claims."""
 
-    def __init__(self, name: str, slot: Any) -> None:
+    def __init__(self, name: str, slot: Any, *, is_shared: bool = False) -> None:
         self.name = name
         self.slot = slot
         self.token = os.urandom(8).hex()
         self.claims = count(1)
         self.prefetches = False  # an attempt counts when the job begins, not when it is claimed
+        self.is_shared = is_shared  # children run its jobs: see `PersistentQInterface.share`
+        self.is_adopted = False
+        self.children = 0  # that have been given the registration
+
+    def adopted(self, slot: Any) -> Registration:
+        """Return the registration for a child, with claim numbers that no other child has."""
+        me = Registration(self.name, slot)
+        me.token, me.claims, me.is_adopted = self.token, count((self.children << 32) + 1), True
+        return me
 
 
 class Backend(ABC):

@@ -10,7 +10,7 @@ import zlib
 from functools import lru_cache
 
 import pqueue_schema
-from pqueue_schema import COLUMNS, NO_LEASE, ORDER, UNFINISHED
+from pqueue_schema import COLUMNS, IS_LISTED, NO_LEASE, ORDER, UNFINISHED
 
 # `translated` replaces these three in the text of a statement.
 SCHEMA = "{schema}"
@@ -153,6 +153,7 @@ START_COUNTING = [
 LOCK = "FOR UPDATE SKIP LOCKED"  # skip rows that other transactions have locked
 PG_NOTIFY = f"pg_notify('{CHANNEL}', '')"  # in a RETURNING clause
 THESE = "ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST(:ids AS json)) AS bigint)))"
+KNOWN = "(CAST(:tasks AS text) IS NULL OR {task} = ANY (string_to_array(CAST(:tasks AS text), chr(10))))"
 SERVED = "(CAST(:queues AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST(:queues AS json))))"
 # The first row of an index. The plan is made once, perhaps with few jobs, and must never read all jobs of a state.
 FIRST_DUE = "(SELECT run_at FROM jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1)"
@@ -175,42 +176,46 @@ PENDING_UNLOCKED = f"(SELECT {COUNTED} FROM pending_counts c WHERE c.queue = nam
 
 # A claim
 
-# Jobs that a consumer may claim: those of a queue, and those that are assigned to it
-OF_QUEUE = "queue = {} AND state = 'pending' AND assigned_to IS NULL"
-OF_CONSUMER = """state = 'pending' AND assigned_to = :consumer
+# Jobs that a consumer may claim: those of a task in a queue, and those that are assigned to it
+OF_TASK = "queue = {} AND task = {} AND state = 'pending' AND assigned_to IS NULL"
+OF_CONSUMER = f"""state = 'pending' AND assigned_to = :consumer AND {KNOWN.format(task="task")}
     AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)"""
-WIDTHS = (1, 8, 32, 64)  # numbers of queues of which a claim may take more than one job; each costs about 20 us
-WIDTH = 16  # where it is not adapted to the number of queues that have jobs
+# Numbers of tasks, counted per queue, of which a claim may take more than one job; each costs about 20 us
+WIDTHS = (1, 8, 32, 64)
+WIDTH = 16  # where it is not adapted to the number of tasks that have jobs
 ROW = f"ctid, {ORDER.replace(' DESC', '')}, attempts, max_attempts"
 IS_ALONE = "attempts > 0 OR attempts + 1 >= max_attempts"
 PREVIOUS = "ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING"
 
 
 def _heads(number: int) -> str:
-    """Return the first jobs in order of which each is the first of its queue."""
+    """Return the first jobs in order of which each is the first of a task in a queue."""
     return f"""
-    SELECT name, head.* FROM queues q CROSS JOIN LATERAL
-        (SELECT {ROW} FROM jobs WHERE {OF_QUEUE.format("q.name")} ORDER BY {ORDER} LIMIT 1) head
-    WHERE q.paused = 0 AND {SERVED} ORDER BY {ORDER} LIMIT {number}"""
+    SELECT t.queue, t.task, head.* FROM queues q JOIN queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
+        (SELECT {ROW} FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")} ORDER BY {ORDER} LIMIT 1) head
+    WHERE q.paused = 0 AND {SERVED} AND {KNOWN.format(task="t.task")} ORDER BY {ORDER} LIMIT {number}"""
 
 
-def _with_queues(width: int) -> str:
-    """Define the first `width` queues that have jobs. The plan of _in_order depends on their number."""
+def _with_tasks(width: int) -> str:
+    """Define the first `width` tasks, each in a queue, that have jobs. The plan of _in_order depends on the number."""
     return f"""
 WITH heads AS MATERIALIZED ({_heads(width + 1)}),
-first AS MATERIALIZED (SELECT array_agg(name) AS names FROM heads)"""
+first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tasks FROM heads)"""
 
 
 def _in_order(width: int) -> str:
-    """Return the consumer's jobs in order, up to the first job of a queue that is not among the first `width`.
+    """Return the consumer's jobs in order, up to the first job of a task that is not among the first `width`.
 
-    The plan is a lazy merge of index scans: it reads the first job of each queue, and then those that are used.
+    The plan is a lazy merge of index scans: it reads the first job of each task, and then those that are used.
     """
-    queues = [OF_QUEUE.format(f"(SELECT names[{number}] FROM first)") for number in range(1, width + 1)]
+    tasks = [
+        OF_TASK.format(f"(SELECT queues[{number}] FROM first)", f"(SELECT tasks[{number}] FROM first)")
+        for number in range(1, width + 1)
+    ]
     union = " UNION ALL".join(
         f"""
             (SELECT {ROW}, NULL AS last FROM jobs WHERE {which} ORDER BY {ORDER})"""
-        for which in (*queues, OF_CONSUMER)
+        for which in (*tasks, OF_CONSUMER)
     )
     return f"""
         SELECT {ROW} FROM (SELECT *, count(last) OVER ({PREVIOUS}) AS beyond FROM ({union} UNION ALL
@@ -244,7 +249,7 @@ def _enqueue(has_room: str) -> str:
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
 SELECT name, :task, :payload, :state, :priority, :run_at, :max_attempts, :key, :assigned_to, :now
 FROM queues
-WHERE name = :queue AND CASE WHEN max_pending IS NULL THEN true {has_room} END
+WHERE name = :queue AND {IS_LISTED} AND CASE WHEN max_pending IS NULL THEN true {has_room} END
 ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING
 RETURNING id"""
 
@@ -253,7 +258,7 @@ def _enqueue_many(has_room: str) -> str:
     return f"""
 WITH open AS MATERIALIZED (
     SELECT name FROM queues
-    WHERE name = :queue AND CASE WHEN max_pending IS NULL THEN true {has_room} END)
+    WHERE name = :queue AND {IS_LISTED} AND CASE WHEN max_pending IS NULL THEN true {has_room} END)
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, created_at)
 SELECT name, :task, substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2), :state, :priority, :run_at,
     :max_attempts, :assigned_to, :now
@@ -281,21 +286,27 @@ UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NUL
     AND NOT EXISTS (SELECT 1 FROM jobs o
                     WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN {UNFINISHED})""",
     # differs because of concurrent claims: rows are locked before their attempts are read
-    pqueue_schema.CLAIM: f"{_with_queues(WIDTH)}{_claim(WIDTH)}",
+    pqueue_schema.CLAIM: f"{_with_tasks(WIDTH)}{_claim(WIDTH)}",
     # differs because of concurrent claims, like CLAIM
-    pqueue_schema.CLAIM_ONE: f"{_with_queues(WIDTH)}{_claim(WIDTH)}",
+    pqueue_schema.CLAIM_ONE: f"{_with_tasks(WIDTH)}{_claim(WIDTH)}",
     # differs because it must return what CLAIM takes
     pqueue_schema.NEXT_ATTEMPTS: f"""
-SELECT attempts, max_attempts FROM ({_with_queues(WIDTH)}{_in_order(WIDTH)}) candidates LIMIT :limit""",
+SELECT attempts, max_attempts FROM ({_with_tasks(WIDTH)}{_in_order(WIDTH)}) candidates LIMIT :limit""",
     # differs because min() may be planned as a scan of all jobs of a state
     pqueue_schema.OVERDUE: OVERDUE,
-    # differs because a subquery for each queue is LATERAL, and min() as in OVERDUE
+    # differs because a subquery for each task is LATERAL, and min() as in OVERDUE
     pqueue_schema.NEXT_EVENT: f"""
 SELECT min(at) FROM (
     SELECT 0.0 AS at WHERE EXISTS ({_heads(1)})
         OR EXISTS (SELECT 1 FROM jobs WHERE {OF_CONSUMER} LIMIT :limit)
     UNION ALL SELECT {FIRST_DUE}
     UNION ALL SELECT {FIRST_EXPIRY}) events""",
+    # differs because of the JSON functions
+    pqueue_schema.NEXT_DUE: f"""
+SELECT run_at FROM jobs
+WHERE state = 'scheduled' AND {SERVED.replace("q.name", "queue")}
+    AND {KNOWN.format(task="task")} AND (assigned_to IS NULL OR assigned_to = :consumer)
+    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY run_at LIMIT 1""",
     # differs because others may promote at the same time
     pqueue_schema.PROMOTE: f"""
 UPDATE jobs SET state = 'pending' WHERE id = ANY (ARRAY(
@@ -354,7 +365,7 @@ NONE_OVERDUE = f"NOT EXISTS (SELECT FROM ({OVERDUE}) overdue WHERE due OR expire
 def claim_alone(width: int) -> str:
     """Lease jobs, unless there are any to promote or reclaim. Synced only for a last attempt, which must not be
     repeated. The second column is the number of queues that have jobs, at most `width` + 1."""
-    return f"""{_with_queues(width)},
+    return f"""{_with_tasks(width)},
 taken AS ({_claim(width, NONE_OVERDUE)})
 SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN current_setting('synchronous_commit')
     ELSE 'off' END, true), (SELECT count(*) FROM heads), taken.* FROM (SELECT) one LEFT JOIN taken ON true"""
@@ -364,7 +375,7 @@ SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN 
 def complete_and_claim(width: int) -> str:
     """Complete jobs, and lease others as `claim_alone` does. The first column lists the completed ids, or is NULL for
     all."""
-    return f"""{_with_queues(width)},
+    return f"""{_with_tasks(width)},
 done AS (
     UPDATE jobs SET state = 'completed', finished_at = :now, result = done.result, error = NULL, {NO_LEASE}
     FROM unnest(CAST(:ids AS bigint[]), CAST(:tokens AS text[]), CAST(:results AS text[])) AS done (id, token, result)

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from itertools import islice
 from operator import attrgetter
@@ -564,6 +564,16 @@ class ConsumerLock:
         self._listener.release(self.number)
 
 
+class ReservedNumber:
+    """The number of an advisory lock that a child will hold: the parent has no thread to hold one through outages."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def close(self) -> None:
+        """Do nothing: this process does not hold the lock."""
+
+
 _queues: weakref.WeakSet[OnPostgres] = weakref.WeakSet()
 _inherited: list[Any] = []  # connections of the parent process
 
@@ -867,7 +877,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         if self._session().for_application:
             with suppress(QueueBusy):  # no other connection is to be had
                 with PostgresSession(self) as other:
-                    other.change(pqueue_schema.ADD_QUEUE, row)
+                    super()._add_queue(other, row)
                 return 1
         return super()._add_queue(session, row)
 
@@ -907,7 +917,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         completions: list[tuple[Job, str | None]],
         me: pqueue_backend.Registration,
         limit: int,
-        queues: Sequence[str] | None,
+        wanted: Params,
         lease_seconds: float,
         now: float | None,
     ) -> tuple[list[Job], list[Job]]:
@@ -920,9 +930,9 @@ class OnPostgres(PersistentQSQLAlchemy):
             with self._transaction(durable=False) as session:
                 session.run(MERGE_CHANGES)
         if limit == 0 or looks or self.in_transaction or len(tokens) < len(completions):
-            return self._step_by_step(completions, me, limit, queues, lease_seconds, now)
+            return self._step_by_step(completions, me, limit, wanted, lease_seconds, now)
         now = self._time(now)
-        claim = pqueue.claim_params(me, limit, queues, lease_seconds, now)
+        claim = pqueue.claim_params(me, limit, wanted, lease_seconds, now)
         sql = complete_and_claim(self._width) if completions else claim_alone(self._width)
         done = {"number": len(tokens), "ids": list(tokens), "tokens": list(tokens.values())}
         session = self._transaction()
@@ -932,7 +942,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         jobs = pqueue.claimed_jobs(session, [row[2:] for row in rows if row[2] is not None], claim)
         lost = [job for job, _ in completions if rows[0][0] is not None and job.id not in rows[0][0]]
         with suppress(QueueBusy) if completions else nullcontext():  # an error must not hide what was completed
-            jobs = jobs or self._step_by_step([], me, limit, queues, lease_seconds, now)[0]
+            jobs = jobs or self._step_by_step([], me, limit, wanted, lease_seconds, now)[0]
         return jobs, lost
 
     def _step_by_step(self, *arguments: Any) -> tuple[list[Job], list[Job]]:
@@ -966,13 +976,19 @@ class OnPostgres(PersistentQSQLAlchemy):
             self._listener.keep_listening()
             return self._listener
 
-    def _take_slot(self) -> ConsumerLock | None:
+    def _take_slot(self, reserved: int | None = None) -> ConsumerLock | None:
         listener = self._open_listener()
         if not listener.gets_notify:
             return None
-        number = secrets.randbelow(2**31 - 1)
+        number = secrets.randbelow(2**31 - 1) if reserved is None else reserved
         listener.acquire(number)
         return ConsumerLock(listener, number)
+
+    def _share_slot(self) -> ReservedNumber:
+        return ReservedNumber(secrets.randbelow(2**31 - 1))
+
+    def _adopt_slot(self, slot: ReservedNumber) -> ConsumerLock | None:
+        return self._take_slot(slot.number)
 
     def _is_alive(self, slot: int | None) -> bool:
         """Return False if the lock has been missing for `GRACE_SECONDS`: the consumer may only be reconnecting."""

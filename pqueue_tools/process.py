@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
+import logging
 import os
 import re
 import signal
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 import pqueue
-from pqueue import PersistentQInterface, QueueBusy, QueueError, QueueFull
+from pqueue import Job, PersistentQInterface, QueueBusy, QueueError, QueueFull
 from pqueue_tools import termination
 from pqueue_tools.masking import masked_text
 from pqueue_tools.report import iso, printable
@@ -58,9 +60,48 @@ def print_error(program: str, error: object) -> None:
     print(f"{program_name(program)}: {printable(str(error))}", file=sys.stderr)
 
 
-def log(event: str, **fields: Any) -> None:
-    """Write one line: the time in UTC, the event, and key=value for each field."""
-    print_line(log_line(utc_now(), event, fields))
+LEVELS = ("debug", "info", "warning", "error")
+EVENT_LEVELS = {  # of others: info
+    **dict.fromkeys(("lost", "left behind", "left to its lease", "waiting"), "warning"),
+    **dict.fromkeys(("failed", "worker died"), "error"),
+}
+MAX_FIELD_CHARS = 8000
+
+_log = {"level": "info", "format": "text"}
+
+
+def set_log(level: str, form: str) -> None:
+    """Write only events of at least this level, as text or as JSON."""
+    _log.update(level=level, format=form)
+
+
+def log(event: str, level: str | None = None, **fields: Any) -> None:
+    """Write one line: the time in UTC, the event, key=value for each field, and the level of a warning or an error; or
+    all of these as a JSON object."""
+    level = level or EVENT_LEVELS.get(event, "info")
+    # guard: an event below the level is not logged
+    if LEVELS.index(level) >= LEVELS.index(_log["level"]):
+        print_line(log_line(utc_now(), event, fields, level))
+
+
+class TaskLog(logging.Handler):
+    """Writes what tasks log, with their job, task and consumer."""
+
+    def __init__(self, consumer: str, level: str) -> None:
+        super().__init__()
+        self.consumer, self.job = consumer, cast("Job | None", None)
+        logging.getLogger().addHandler(self)
+        logging.getLogger().setLevel(level.upper())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            job = {} if self.job is None else {"job": self.job.id, "task": self.job.task}
+            text = record.getMessage()
+            trace = {"traceback": logging.Formatter().formatException(record.exc_info)} if record.exc_info else {}
+            level = LEVELS[min(3, max(0, record.levelno // 10 - 1))]
+            log("log", level, consumer=self.consumer, **job, logger=record.name, message=text, **trace)
+        except Exception:
+            self.handleError(record)
 
 
 def print_line(text: str) -> None:
@@ -70,22 +111,52 @@ def print_line(text: str) -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ValueError:
+        """A task has closed sys.stdout."""
 
 
 def escape_unencodable() -> None:
     """Escape characters that the encoding of stdout or stderr cannot represent."""
     for stream in (sys.stdout, sys.stderr):
-        cast(TextIOWrapper, stream).reconfigure(errors="backslashreplace")
+        if stream is not None:
+            cast(TextIOWrapper, stream).reconfigure(errors="backslashreplace")
 
 
-def log_line(at: str, event: str, fields: dict[str, Any]) -> str:
-    return " ".join([at, event, *(f"{key}={quoted(value)}" for key, value in fields.items())])
+def log_line(at: str, event: str, fields: dict[str, Any], level: str = "info") -> str:
+    if _log["format"] == "json":
+        values = {key: each if isinstance(each, int) else _field(each) for key, each in fields.items()}
+        return json.dumps({"at": at, "level": level, "event": event, **values}, ensure_ascii=True)
+    last = [f"level={level}"] if level in ("warning", "error") else []
+    return " ".join([at, event, *(f"{key}={quoted(value)}" for key, value in fields.items()), *last])
+
+
+def log_completed(name: str, jobs: list[Job], lost: list[Job], *, quiet: bool = False) -> None:
+    quiet = quiet or _log["level"] not in ("debug", "info")
+    if _log["format"] == "json":
+        for job in [] if quiet else jobs:
+            log("completed", consumer=name, job=job.id, task=job.task, attempt=job.attempts)
+        jobs = []
+    at, by = utc_now(), quoted(name)
+    lines = [
+        f"{at} completed consumer={by} job={job.id} task={quoted(job.task)} attempt={job.attempts}"
+        for job in jobs
+        if not quiet
+    ]
+    lines += [log_line(at, "lost", {"consumer": name, "job": job.id, "reason": "its lease"}, "warning") for job in lost]
+    if lines:
+        print_line("\n".join(lines))
 
 
 def quoted(value: Any) -> str:
-    text = masked_text(str(value))
+    text = _field(value)
     plain = text and text.isprintable() and not any(mark in text for mark in ' "=')
     return text if plain else '"' + text.encode("unicode_escape").decode().replace('"', '\\"') + '"'
+
+
+def _field(value: Any) -> str:
+    """Return the text of a field, masked, at most MAX_FIELD_CHARS. Cut its start: a traceback ends with the error."""
+    text = masked_text(str(value))
+    return text if len(text) <= MAX_FIELD_CHARS else "…" + text[-MAX_FIELD_CHARS:]
 
 
 def utc_now() -> str:

@@ -38,6 +38,11 @@ for each in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
         signal.signal(each, lambda *_: None)
 
 
+def parent(pid: int) -> int:
+    """Return the keeper of a worker: a consumer is the parent of the process that runs its tasks."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 class Place:
     """A working folder with the programs running in it."""
 

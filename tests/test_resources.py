@@ -223,7 +223,7 @@ def test_queue_without_descriptors_raises_and_continues_when_there_are_some(plac
 
 def test_consumer_without_descriptors_says_so_and_costs_no_job_more_than_an_attempt(place):
     assert place.run("producer.py", "--count", 20, "--interval", 0).returncode == 0
-    command = place.command("consumer.py", "--max-jobs", 1)
+    command = place.command("consumer.py", "--drain", "--max-jobs", 1)
     for limit in range(6, 36, 2):
         child = place.start_command(["prlimit", f"--nofile={limit}", *command])
         assert child.wait(60) in (0, 1)

@@ -20,7 +20,9 @@ CORE = {name for name in PRODUCT if name.startswith("pqueue") and "." not in nam
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}  # which are public
 PRIVATE_USES = {
-    "consumer": {"_exit"},  # a function of os
+    # Functions of os and atexit, for a process that was forked.
+    "pqueue_tools.processes": {"_exit"},
+    "pqueue_tools.worker": {"_exit", "_clear", "_run_exitfuncs"},
     # A queue fills another one.
     "pqueue_move": {"_transaction", "_lock_out_writers", "_reset_ids", "_count_pending", "_read"},
     # A session and its queue are one thing in two classes, and a fork resets both.

@@ -1,0 +1,185 @@
+"""Keeping the lease of the job that a consumer runs, without the help of the thread that runs it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from pqueue import Job, LeaseLost, PersistentQInterface, QueueError
+from pqueue_tools import record as fields
+from pqueue_tools.process import log, log_completed
+from pqueue_tools.record import Record, Run
+
+TICK_SECONDS = 0.05  # how often the running job is checked
+CHECK_SECONDS = 0.25  # how often the database is asked whether it still belongs to this consumer
+HEARTBEAT_SECONDS = 10.0
+# Signals to the worker, which tasks and libraries are unlikely to use
+INTERRUPT_SIGNAL = getattr(signal, "SIGRTMIN", getattr(signal, "SIGUSR1", 0)) + hasattr(signal, "SIGRTMIN")
+DUMP_SIGNAL = getattr(signal, "SIGRTMIN", getattr(signal, "SIGUSR2", 0)) + 2 * hasattr(signal, "SIGRTMIN")
+
+
+class Leases:
+    """Extends the lease of the running job, notices its loss, and takes back the jobs that wait behind a slow one."""
+
+    def __init__(
+        self, queue: PersistentQInterface, record: Record, name: str, lease_seconds: float, *, quiet: bool = False
+    ) -> None:
+        self.queue, self.record, self.name, self.lease_seconds = queue, record, name, lease_seconds
+        self.quiet = quiet
+        self.job: Job | None = None  # that runs, if it has run for a tick
+        self.lost = False  # its lease was lost
+        self.completed = self.failed = 0  # jobs, and attempts, that this object ended
+        self._number = 0  # of the run
+        self._results: dict[tuple[int, int], Any] | None = None  # of the jobs taken back
+        self._extended = self._checked = 0.0  # monotonic seconds
+        self._beat_at = time.monotonic() + HEARTBEAT_SECONDS
+        self._reported = (0, 0)  # completed and failed jobs, at the last heartbeat
+
+    def check(self, run: Run) -> None:
+        """Do what is due for a run that has lasted for a tick. Raises QueueError; then call it again."""
+        if run.number != self._number:
+            self._number, self._extended, self._checked = run.number, run.started, run.started
+            self.job, self.lost, self._results = None, False, None
+        if self.lost:
+            return
+        if self.job is None:
+            self._take_back(run)
+        now = time.monotonic()
+        if self.job and now - self._extended > self.lease_seconds / 3:
+            self._extend(self.job)
+        elif self.job and now - self._checked > CHECK_SECONDS:
+            self._checked = now
+            if not self.queue.holds(self.job):
+                self._lose(self.job)
+
+    def is_due(self, run: Run) -> bool:
+        return time.monotonic() - run.started >= TICK_SECONDS
+
+    def _take_back(self, run: Run) -> None:
+        """Complete the jobs that finished before a slow one, and release those that wait behind it."""
+        if self._results is None:
+            self._results = self.record.withdraw(run)
+        if self._results is not None:
+            self.job = self.return_held(self._results, (run.job_id, run.claim), claim=run.claim)
+            self.lost = self.job is None and not self._is_settled(run.job_id)
+
+    def return_held(
+        self, results: dict[tuple[int, int], Any], running: tuple[int, int] | None, claim: int | None = None
+    ) -> Job | None:
+        """Complete the held jobs that have results, and release the others but the running one; return that.
+
+        Jobs are identified by their id and the number of the claim.
+        claim: only its jobs, as the worker goes on and may have claimed others; None: all.
+        """
+        held = {(job.id, claim_number(job)): job for job in self.queue.held_jobs(self.name)}
+        # guard: jobs of a later claim are not taken back
+        held = {key: job for key, job in held.items() if claim in (None, key[1])}
+        job = held.pop(running, None) if running else None
+        finished = [(held.pop(key), results[key]) for key in results if key in held]
+        if finished:
+            _, lost = self.queue.complete_and_dequeue(finished, self.name, 0)
+            self.completed += len(finished) - len(lost)
+            log_completed(self.name, [each for each, _ in finished if each not in lost], lost, quiet=self.quiet)
+        for other in held.values():
+            self.release(other)
+        return job
+
+    def release(self, job: Job) -> None:
+        with suppress(LeaseLost):
+            self.queue.release(job)
+            log("released", consumer=self.name, job=job.id)
+
+    def _extend(self, job: Job) -> None:
+        if not self._may_extend():
+            return
+        self._extended = self._checked = time.monotonic()
+        try:
+            self.queue.extend(job, self.lease_seconds)
+        except LeaseLost:
+            self._lose(job)
+        except QueueError as error:
+            self._extended -= self.lease_seconds / 6  # retry soon
+            log("waiting", consumer=self.name, job=job.id, reason=error)
+
+    def _may_extend(self) -> bool:
+        """Return whether the process that runs the job is not stopped."""
+        return True
+
+    def _lose(self, job: Job) -> None:
+        self.job = None
+        self.lost = not self._is_settled(job.id)
+        self._number = self._number if self.lost else -1
+
+    def _is_settled(self, job_id: int) -> bool:
+        """Return whether the task itself settled its job, so that the lease was not taken away."""
+        with suppress(QueueError):
+            return self.queue.get(job_id).state == "completed" or self._last_event(job_id) is not None
+        return False
+
+    def settled_as(self, job: Job) -> str | None:
+        """Return how the task itself has settled this delivery: completed, failed, released or snoozed; None: not."""
+        with suppress(QueueError):
+            now = self.queue.get(job.id)
+            if (now.state, now.consumer, now.attempts) == ("completed", self.name, job.attempts):
+                return "completed"
+            return self._last_event(job.id, job.attempts)
+        return None
+
+    def _last_event(self, job_id: int, attempt: int | None = None) -> str | None:
+        last = (self.queue.history(job_id) or [{"event": None}])[-1]
+        mine = last["event"] in ("failed", "released", "snoozed") and last["actor"] == self.name
+        return last["event"] if mine and attempt in (None, last["attempt"]) else None
+
+    def beat(self, *, at_once: bool = False) -> None:
+        """Send a heartbeat if one is due."""
+        if time.monotonic() < self._beat_at and not at_once:
+            return
+        self._beat_at = time.monotonic() + HEARTBEAT_SECONDS
+        counts = self.counts()
+        completed, failed = (now - before for now, before in zip(counts, self._reported, strict=True))
+        with suppress(QueueError):
+            self.queue.heartbeat(self.name, completed=completed, failed=failed)
+            self._reported = counts
+
+    def counts(self) -> tuple[int, int]:
+        """Return the numbers of completed jobs and failed attempts."""
+        done = self.record.fields
+        return done[fields.COMPLETED] + self.completed, done[fields.FAILED] + self.failed
+
+
+def claim_number(job: Job) -> int:
+    return int(str(job.lease_token).partition(".")[2])
+
+
+def limit_error(reason: int, run: Run) -> Exception:
+    if reason == fields.OUT_OF_MEMORY:
+        return MemoryError(f"used more than {run.memory_mb:g} MB")
+    return TimeoutError(f"timed out after {run.timeout_seconds:g} s")
+
+
+@contextmanager
+def in_thread(leases: Leases) -> Iterator[None]:
+    """Keep the leases in a second thread while the block runs."""
+    stopped = threading.Event()
+
+    def keep() -> None:
+        while not stopped.wait(CHECK_SECONDS if leases.record.fields[fields.IDLE] else TICK_SECONDS):
+            try:
+                leases.beat()
+                if (run := leases.record.run()) and leases.is_due(run):
+                    leases.check(run)
+            except (QueueError, MemoryError) as error:
+                log("left to its lease", consumer=leases.name, reason=str(error) or "out of memory")
+
+    thread = threading.Thread(target=keep, name="pqueue-leases", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+        leases.beat(at_once=True)

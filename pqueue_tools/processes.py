@@ -1,0 +1,95 @@
+"""Processes as the system shows them: children, memory, and whether they have become another program. Linux."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+FORKED = 0x40  # PF_FORKNOEXEC: the process has not become another program
+
+
+def end_with_parent(parent: int) -> None:
+    """Let the system kill this process when its parent ends."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def adopt_orphans(wanted: bool) -> None:
+    """Let descendants of this process whose parent has ended become its children."""
+    _prctl(PR_SET_CHILD_SUBREAPER, int(wanted))
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def children(pid: int) -> list[int]:
+    with suppress(OSError):
+        return [
+            int(child)
+            for thread in os.listdir(f"/proc/{pid}/task")
+            for child in Path(f"/proc/{pid}/task/{thread}/children").read_text().split()
+        ]
+    return []
+
+
+def descendants(pid: int) -> Iterator[int]:
+    for child in children(pid):
+        yield child
+        yield from descendants(child)
+
+
+def kill(*pids: int) -> None:
+    for pid in pids:
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def resident_mb(pid: int | str) -> float:
+    """Return the resident memory of a process; 0 where the system does not show it."""
+    with suppress(OSError, IndexError):
+        return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    return 0.0
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process exists and has not ended."""
+    return _stat(pid)[:1] not in ([], [b"Z"], [b"X"])
+
+
+def has_become_another(pid: int) -> bool:
+    """Return whether a forked process has replaced itself by another program."""
+    fields = _stat(pid)
+    return len(fields) > 6 and not int(fields[6]) & FORKED
+
+
+def name(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return "?"
+
+
+def _stat(pid: int) -> list[bytes]:
+    """Return the fields of /proc/PID/stat from the state on."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    return []
+
+
+def end_text(status: int) -> str:
+    """Return how a process ended, given its wait status."""
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return f"exited with code {code}"
+    with suppress(ValueError):
+        return f"was killed by signal {-code} ({signal.Signals(-code).name})"
+    return f"was killed by signal {-code}"

@@ -1,0 +1,559 @@
+"""Running jobs: the loop that claims, runs and completes them, and the process that runs it."""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import importlib
+import os
+import signal
+import sys
+import time
+import traceback
+from argparse import Namespace
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import pqueue
+import pqueue_values
+from pqueue import Job, LeaseLost, PersistentQInterface, QueueBusy, QueueError
+from pqueue_backend import Registration
+from pqueue_tools import file_task, leases, processes, termination
+from pqueue_tools import record as fields
+from pqueue_tools.masking import masked_text
+from pqueue_tools.outcome import Outcome, Unstorable, error_text, outcome_of
+from pqueue_tools.process import T, TaskLog, log, log_completed, on_termination, print_error, retry_while_busy
+from pqueue_tools.record import Record
+
+if TYPE_CHECKING:
+    from pqueue_tools.leftovers import ProcessState
+
+NONE = (0.0, 0.0, None)  # limits of an unknown task
+BATCH_SECONDS = 0.03  # target run time of a batch of jobs; a slower job is taken alone
+
+
+class Interrupt(BaseException):
+    """Raised in a running task by a signal handler. Its argument is the reason: TimeoutError, LeaseLost or Stopped."""
+
+
+class Stopped(Exception):
+    """The consumer received a second signal to stop."""
+
+
+class Consumer:
+    """Claims jobs, runs their tasks one by one in the thread that calls `run`, and completes them.
+
+    In an application, call `run` in any thread, and `stop` to end it. It uses no signals, so it cannot interrupt a
+    task: timeout_seconds and memory_mb have no effect, and a cancelled job runs to its end. A second thread extends the
+    leases. `consumer.py` runs it in a process of its own, where none of this holds.
+
+    drain: return when no job is pending, and with `wait`, none is scheduled for the next so many seconds.
+    tasks: the names of the tasks to run; None: all that are registered now.
+    record: shared with the keeper, which extends the leases; None: in an application.
+    """
+
+    def __init__(
+        self,
+        queue: PersistentQInterface,
+        name: str,
+        *,
+        queues: list[str] | None = None,
+        tasks: list[str] | None = None,
+        lease_seconds: float = pqueue.LEASE_SECONDS,
+        drain: bool = False,
+        wait: float | None = None,
+        max_jobs: int | None = None,
+        max_rss: int | None = None,
+        quiet: bool = False,
+        record: Record | None = None,
+    ) -> None:
+        self.queue, self.name, self.quiet = queue, name, quiet
+        self.wanted: dict[str, Any] = {"queues": queues, "tasks": sorted(pqueue.TASKS) if tasks is None else tasks}
+        self.options: dict[str, Any] = {**self.wanted, "lease_seconds": lease_seconds, "prefetch": True}
+        self.lease_seconds, self.drain, self.max_jobs, self.max_rss = lease_seconds, drain, max_jobs, max_rss
+        self.wait_until = time.time() if wait is None else time.time() + wait  # for what falls due, when draining
+        self.is_embedded = record is None
+        self.record = record or Record()
+        self._leases = leases.Leases(queue, self.record, name, lease_seconds, quiet=quiet)
+        self.state: ProcessState | None = None  # of the process, which tasks must not change
+        self.task_log: TaskLog | None = None
+        self.wake_keeper: Callable[[], object] = bool
+        self.taken = 0
+        self._fields = self.record.fields
+        self._waiting: deque[Job] = deque()
+        self._finished: list[tuple[Job, Any]] = []
+        self._job: Job | None = None  # the last one run
+        self._claim: tuple[str | None, int] = None, 0  # a lease token, and the number of its claim
+        self._known_limits: dict[str, tuple[float, float, pqueue.Task | None]] = {}  # by task
+        self._can_wake = False  # waiting for jobs: a signal handler may raise
+        self._must_end = False  # this process must be replaced
+        self._run_seconds = BATCH_SECONDS  # estimate for one job; the initial value allows one job at a time
+        self._pid = os.getpid()
+
+    @property
+    def completed(self) -> int:
+        """The number of jobs completed."""
+        return self._leases.counts()[0]
+
+    @property
+    def failed(self) -> int:
+        """The number of attempts failed."""
+        return self._leases.counts()[1]
+
+    def run(self) -> int:
+        """Run jobs until stopped, until the queue is drained, or until the process must be replaced; return which."""
+        if self.is_embedded:
+            with leases.in_thread(self._leases):
+                return self._run()
+        return self._run()
+
+    def _run(self) -> int:
+        try:
+            while self._complete_and_take():
+                while job := self._next():
+                    self._run_one(job)
+        finally:
+            self._return_jobs()
+        return fields.STOPPED if self._stops else fields.REPLACE if self._ends_early else fields.DRAINED
+
+    def stop(self) -> None:
+        """Let `run` return when the current job has ended; if it waits for one, within a second."""
+        self._fields[fields.STOP] += 1
+
+    @property
+    def _stops(self) -> int:
+        """0, 1: to finish the current jobs, or 2: to return them."""
+        return self._fields[fields.STOP]
+
+    @property
+    def _ends_early(self) -> bool:
+        if self.max_rss is not None and not self._must_end and processes.resident_mb("self") > self.max_rss:
+            self._must_end = True
+        return self._must_end or (self.max_jobs is not None and self.taken >= self.max_jobs)
+
+    # Taking
+
+    def _complete_and_take(self) -> bool:
+        """Complete the finished jobs and take the next batch in one commit. Return False to stop."""
+        while True:
+            finished, limit = self._take_finished(), self._limit()
+            jobs = self._complete_and_dequeue(finished, limit)
+            if jobs:
+                self._waiting.extend(jobs)
+                self.taken += len(jobs)
+                return True
+            if limit == 0 or (self.drain and jobs == [] and not self._may_fall_due()):
+                return False
+            if jobs is not None:
+                self._sleep()
+
+    def _may_fall_due(self) -> bool:
+        """Return whether a drain must wait for a scheduled job."""
+        if self.wait_until <= time.time():
+            return False
+        due = self.queue.next_due(self.name, **self.wanted)
+        return due is not None and due <= self.wait_until
+
+    def _limit(self) -> int:
+        if self._stops or self._ends_early:
+            return 0
+        max_batch = self.queue.max_batch
+        limit = int(BATCH_SECONDS / max(self._run_seconds, BATCH_SECONDS / max_batch))
+        return min(max(1, limit), max_batch if self.max_jobs is None else self.max_jobs - self.taken)
+
+    def _complete_and_dequeue(self, finished: list[tuple[Job, Any]], limit: int) -> list[Job] | None:
+        def call() -> list[Job]:
+            jobs, lost = self.queue.complete_and_dequeue(finished, self.name, limit, **self.options)
+            self._log_completed([job for job, _ in finished], lost)
+            return jobs
+
+        jobs = self._retry_while_busy(finished, call) if finished or limit else []
+        self.record.clear_results()
+        return jobs
+
+    def _retry_while_busy(self, held: list[tuple[Job, Any]], call: Callable[[], T]) -> T | None:
+        """Repeat a call while the database is locked or full. Give up if stopped, or when the leases have expired."""
+        until = time.monotonic() + self.lease_seconds if held or self._stops else None
+
+        def pause(seconds: float) -> bool:
+            if (until and time.monotonic() > until) or (self._stops and not held) or self._stops > 1:
+                for job, _ in held:
+                    log("left to its lease", consumer=self.name, job=job.id)
+                return True
+            time.sleep(seconds)
+            return False
+
+        return retry_while_busy(call, pause, consumer=self.name)
+
+    def _sleep(self) -> None:
+        with suppress(InterruptedError, QueueBusy):  # the next dequeue reports QueueBusy
+            try:
+                self._fields[fields.IDLE] = 1
+                self._can_wake = True
+                if not self._stops:
+                    self.queue.wait(pqueue.WAIT_SECONDS, consumer=self.name, **self.wanted)
+            finally:
+                self._can_wake = False
+                self._fields[fields.IDLE] = 0
+
+    # Running
+
+    def _next(self) -> Job | None:
+        if self._fields[fields.WITHDRAW] and self.record.was_withdrawn():
+            # The keeper has completed and released all others.
+            self._finished = [each for each in self._finished if each[0] is self._job]
+            self._waiting.clear()
+        if not self._waiting or self._stops > 1 or self._must_end:
+            return None
+        self._job = self._waiting.popleft()
+        return self._job
+
+    def _run_one(self, job: Job) -> None:
+        limits, claim = self._limits(job), self._claim_number(job)
+        started = time.monotonic()
+        error, result, encoded = cast("BaseException | None", None), None, None
+        try:
+            try:
+                self.queue.begin(job)
+                started = self.record.begin(job.id, claim, *limits)
+                if self._fields[fields.ASLEEP]:
+                    self._fields[fields.ASLEEP] = 0
+                    self.wake_keeper()
+                if self.task_log:
+                    self.task_log.job = job
+                result = copy_context().run(pqueue.run_task, self.queue, job)
+                encoded = None if result is None else _encoded(result)
+            finally:
+                self._fields[fields.RUNNING] = 0
+                self._end_child()
+        except BaseException as caught:
+            self._fields[fields.RUNNING] = 0  # again: an interrupt may have come before it was set
+            traceback.clear_frames(caught.__traceback__)  # free the task's objects, which may use all memory
+            error = caught
+        took = time.monotonic() - started
+        if self.state and (left := self.state.left_behind(job.task, took)):
+            self._report(job, left)
+            if self.state.is_broken:
+                self._break_off(job, claim, error, encoded)
+        if error is None:
+            self._run_seconds = max(took, 0.8 * self._run_seconds + 0.2 * took)
+            self._finished.append((job, result))
+            if not self.record.add_result(job.id, claim, encoded):
+                self._complete_and_dequeue(self._take_finished(), 0)
+        else:
+            self._settle(job, error)
+        if self.task_log:
+            self.task_log.job = None
+        self.record.end()
+
+    def _limits(self, job: Job) -> tuple[float, float, float, float]:
+        """Return the timeout, the memory limit, the memory in use now if it is limited, and the delay before another
+        attempt if this process dies; 0: none, and the default of that."""
+        limits = self._known_limits.get(job.task)
+        if limits is None:
+            entry = pqueue.TASKS.get(job.task)
+            own = entry if entry and entry.backoff is not None else None
+            limits = (entry.timeout_seconds or 0.0, entry.memory_mb or 0.0, own) if entry else NONE
+            self._known_limits[job.task] = limits
+        timeout, memory, own = limits
+        used = processes.resident_mb("self") if memory else 0.0
+        return timeout, memory, used, own.retry_in_seconds(job.attempts) if own else 0.0
+
+    def _claim_number(self, job: Job) -> int:
+        if job.lease_token != self._claim[0]:
+            self._claim = job.lease_token, leases.claim_number(job)
+        return self._claim[1]
+
+    def _settle(self, job: Job, error: BaseException) -> None:
+        """Settle a job whose task ended with this exception."""
+        if isinstance(error, Interrupt):
+            self._end_interrupted(job, error.args[0])
+        elif isinstance(error, LeaseLost):
+            self._log_lost(job, error)
+        else:
+            self._apply(job, error, outcome_of(error, job))
+
+    def _report(self, job: Job, left: list[str]) -> None:
+        """Say what a task has left behind in the process."""
+        self._must_end = self._must_end or bool(self.state and self.state.must_end)
+        then = "the worker is replaced" if self._must_end else "restored"
+        log("left behind", consumer=self.name, job=job.id, task=job.task, what=", ".join(left), then=then)
+
+    def _break_off(self, job: Job, claim: int, error: BaseException | None, encoded: str | None) -> NoReturn:
+        """End the process without using the database: a descriptor of it may be that of another file by now."""
+        if error is None:
+            self.record.add_result(job.id, claim, encoded)
+        else:
+            self.record.add_error(job.id, claim, error_text(error))
+        self._fields[fields.OUTCOME] = fields.BROKEN
+        os._exit(1)
+
+    def _end_child(self) -> None:
+        """Exit if this is a child that the task forked: it must neither complete the job nor run others."""
+        if os.getpid() == self._pid:
+            return
+        error = sys.exc_info()[1]
+        code = error.code if isinstance(error, SystemExit) else error
+        if code is not None and not isinstance(code, int):
+            print(masked_text(traceback.format_exc()), end="", file=sys.stderr)
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
+
+    def _end_interrupted(self, job: Job, reason: Exception) -> None:
+        if self._stops > 1 and job.max_attempts == 1:
+            stopped = Stopped("stopped while it ran; not run again because max_attempts is 1")
+            self._apply(job, stopped, Outcome("fail", retry=False, delay_seconds=0.0))
+        elif self._stops > 1:
+            self._release(job)
+        elif isinstance(reason, LeaseLost):
+            self._log_lost(job, reason)
+        else:
+            self._apply(job, reason, outcome_of(reason, job, is_limit=True))
+
+    def _apply(self, job: Job, error: BaseException, outcome: Outcome) -> None:
+        """Settle a job, unless its task has done so itself."""
+        text, delay = error_text(error), outcome.delay_seconds
+
+        def settle() -> str:
+            if outcome.verb == "fail":
+                return self.queue.fail(job, text, retry=outcome.retry, retry_in_seconds=delay)
+            self.queue.release(job, delay_seconds=delay)
+            return "scheduled" if delay else "pending"
+
+        try:
+            state = self._retry_while_busy([(job, None)], settle)
+        except LeaseLost as lost:
+            self._log_lost(job, lost)
+            return
+        if state is None:
+            return  # already logged: the lease will expire
+        self._fields[fields.FAILED] += outcome.verb == "fail"
+        event = "failed" if outcome.verb == "fail" else "snoozed"
+        first, _, trace = text.partition("\n")
+        told = {"error": first, **({"traceback": trace} if trace and outcome.verb == "fail" else {})}
+        log(event, consumer=self.name, job=job.id, task=job.task, attempt=job.attempts, now=state, **told)
+
+    def _log_lost(self, job: Job, reason: Exception) -> None:
+        settled = self._leases.settled_as(job)
+        if settled is None:
+            log("lost", consumer=self.name, job=job.id, reason=reason)
+        else:
+            log("settled by the task", consumer=self.name, job=job.id, task=job.task, now=settled)
+
+    # Completing
+
+    def _take_finished(self) -> list[tuple[Job, Any]]:
+        finished, self._finished = self._finished, []
+        return finished
+
+    def _log_completed(self, jobs: list[Job], lost: list[Job]) -> None:
+        settled = {job.id: self._leases.settled_as(job) for job in lost}
+        gone = [job for job in lost if settled[job.id] is None]
+        others = [job for job in lost if settled[job.id] not in (None, "completed")]
+        done = [job for job in jobs if job not in gone and job not in others] if lost else jobs
+        self._fields[fields.COMPLETED] += len(done)
+        self._fields[fields.FAILED] += sum(1 for job in others if settled[job.id] == "failed")
+        log_completed(self.name, done, gone, quiet=self.quiet)
+        for job in others:
+            log("settled by the task", consumer=self.name, job=job.id, task=job.task, now=settled[job.id])
+
+    def _return_jobs(self) -> None:
+        """Before the end, complete the finished jobs and release those that were not started."""
+        finished = self._take_finished()
+        with suppress(QueueError):
+            self._complete_and_dequeue(finished, 0)
+        while self._waiting:
+            self._release(self._waiting.popleft())
+
+    def _release(self, job: Job) -> None:
+        with suppress(QueueError):
+            self.queue.release(job)
+            log("released", consumer=self.name, job=job.id)
+
+    # Signals
+
+    def interrupt(self, *_: Any) -> None:
+        """Handle the keeper's signal: wake up from waiting, or interrupt the task unless it is in a transaction of the
+        queue; the keeper repeats the signal."""
+        if self._can_wake:
+            self._can_wake = False
+            raise InterruptedError
+        number = self._fields[fields.RUNNING]
+        if number and self._fields[fields.INTERRUPT] == number and not self.queue.in_transaction:
+            self._fields[fields.INTERRUPTED] = number
+            raise Interrupt(self._reason())
+
+    def _reason(self) -> Exception:
+        run = self.record.run()
+        reason = self._fields[fields.REASON]
+        if reason == fields.LOST:
+            return LeaseLost(f"the lease of {self.name} was lost")
+        if reason == fields.TOLD_TO_STOP or run is None:
+            return Stopped()
+        return leases.limit_error(reason, run)
+
+
+def _encoded(result: Any) -> str:
+    try:
+        return pqueue_values.encode_json("result", result)
+    except ValueError as error:
+        raise Unstorable(f"{error}; the task had ended, and is not run again") from None
+
+
+# The process ##########################################################################################################
+
+
+def run_process(
+    queue: PersistentQInterface, shared: Registration, record: Record, options: Namespace, pipe: int, dump: int
+) -> NoReturn:
+    """Be the worker process, just forked from the keeper: run jobs, and exit.
+
+    pipe: what is written to it wakes the keeper. dump: the file for tracebacks.
+    """
+    code = 1
+    try:
+        atexit._clear()  # the keeper's
+        os.setpgid(0, 0)  # Ctrl-C reaches the keeper only, and neither tasks nor their subprocesses
+        _set_signals(dump)
+        code = _run(queue, shared, record, options, pipe, dump)
+    except (QueueError, ValueError, OSError) as error:
+        print_error("consumer", error)
+        record.fields[fields.OUTCOME] = fields.REFUSED
+    except BaseException:  # a signal handler of a task, for example
+        traceback.print_exc()
+    finally:
+        _exit(code)
+
+
+def _run(
+    queue: PersistentQInterface, shared: Registration, record: Record, options: Namespace, pipe: int, dump: int
+) -> int:
+    file_task.files_directory = options.directory
+    task_log = TaskLog(options.name, options.log_level)
+    tasks = known_tasks(options.modules)
+    record.fields[fields.READY] = 1
+    retry_while_busy(
+        lambda: queue.adopt(shared, queues=options.queues, tasks=tasks),
+        lambda s: _pause(s, record),
+        consumer=options.name,
+    )
+    if record.fields[fields.STOP]:
+        return 0
+    if shared.children == 1:
+        file_task.remove_copies()
+        log(
+            "started",
+            consumer=options.name,
+            pid=os.getppid(),
+            database=queue.name,
+            queues=",".join(options.queues or ["all"]),
+            tasks=",".join(tasks),
+        )
+    consumer = Consumer(
+        queue,
+        options.name,
+        queues=options.queues,
+        lease_seconds=options.lease_seconds,
+        drain=options.drain,
+        wait=options.wait,
+        max_jobs=options.max_jobs,
+        max_rss=options.max_rss,
+        quiet=options.quiet,
+        record=record,
+    )
+    consumer.task_log = task_log
+    signal.signal(leases.INTERRUPT_SIGNAL, consumer.interrupt)
+    consumer.wake_keeper = lambda: wake(pipe)
+    from pqueue_tools.leftovers import ProcessState  # not available on Windows, which has no forks either
+
+    consumer.state = ProcessState(lambda: _arm(dump))
+    _arm(dump)
+    record.fields[fields.OUTCOME] = consumer.run()
+    queue.close()
+    return 0
+
+
+def _pause(seconds: float, record: Record) -> bool:
+    time.sleep(seconds)
+    return record.fields[fields.STOP] > 0
+
+
+def wake(pipe: int) -> None:
+    with suppress(OSError):  # full, or closed by a task
+        os.write(pipe, b"!")
+
+
+def _exit(code: int) -> NoReturn:
+    with suppress(BaseException):
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(code)
+
+
+def _set_signals(dump: int) -> None:
+    """Leave TERM, INT and HUP to the keeper, also if they reach this process; restore them in children of tasks."""
+    signal.set_wakeup_fd(-1)
+    on_termination(_ignore)
+    for number in (signal.SIGCHLD, signal.SIGTSTP, signal.SIGCONT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(leases.INTERRUPT_SIGNAL, _ignore)
+    _arm(dump)
+    _reset_signals_in_children()
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _arm(dump: int) -> None:
+    """Let a fault, and the keeper's signal, write the traceback; undo what a task has set up instead."""
+    faulthandler.cancel_dump_traceback_later()
+    with suppress(OSError, ValueError):  # a task has closed the file
+        faulthandler.enable(dump)
+        faulthandler.register(leases.DUMP_SIGNAL, dump)
+
+
+def _ignore(*_: object) -> None:
+    """Handle a signal by doing nothing. Unlike SIG_IGN, programs that a task starts do not inherit this."""
+
+
+def _reset_signals_in_children() -> None:
+    """Restore the default signal handlers in each child that a task forks, before any signal reaches it."""
+    numbers = [*termination.SIGNALS, leases.INTERRUPT_SIGNAL]
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+    def reset() -> None:
+        on_termination(signal.SIG_DFL)
+        unblock()
+
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, numbers), after_in_parent=unblock, after_in_child=reset
+    )
+
+
+def known_tasks(modules: list[str]) -> list[str]:
+    """Import the modules and return the names of their tasks; without modules, that of the built-in task.
+
+    Raises ValueError if a module cannot be imported, or none has a task.
+    """
+    if modules and file_task.__name__ not in modules:
+        # guard: the built-in task is known only without --import
+        del pqueue.TASKS[file_task.prepend_timestamp.name]
+    import_modules(modules)
+    if not pqueue.TASKS:
+        raise ValueError(f"expected a module with tasks, got {', '.join(modules)}, without a function marked @task")
+    return sorted(pqueue.TASKS)
+
+
+def import_modules(modules: list[str]) -> None:
+    sys.path.insert(0, os.getcwd())
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except (ImportError, SyntaxError) as error:
+            raise ValueError(f"cannot import {module!r}: {error}") from error

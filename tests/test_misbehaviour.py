@@ -1,0 +1,682 @@
+"""Tasks that do to their process whatever they can: the consumer and the next jobs go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import threading
+import time
+from contextlib import contextmanager, suppress
+
+import pytest
+from conftest import parent, wait_until
+
+import pqueue
+from consumer import Consumer
+from pqueue_tools import processes
+from pqueue_tools.leases import Leases, claim_number
+from pqueue_tools.record import Record
+
+SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
+
+TASKS = r'''
+import asyncio, builtins, ctypes, decimal, faulthandler, gc, io, locale, logging, multiprocessing, os, random, re
+import resource, signal, socket, subprocess, sys, threading, time, warnings
+from pathlib import Path
+from pqueue import DoNotRetry, current_queue, task
+
+LIMIT = 2.0
+
+class Unprintable(Exception):
+    def __str__(self): return self.args[1]
+
+class Untruthful(Exception):
+    def __repr__(self): raise RuntimeError("no repr")
+    def __str__(self): raise SystemExit("no str")
+
+def raise_alarm(*_): raise ValueError("another task's alarm")
+
+def nothing(*_): pass
+
+def leave_loop():
+    async def main(): asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, nothing)
+    asyncio.run(main())
+
+def leave_alarm():
+    signal.signal(signal.SIGALRM, raise_alarm)
+    signal.alarm(1)
+
+def leave_c_alarm():
+    faulthandler.dump_traceback_later(1, exit=True)
+
+def leave_wakeup():
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+
+def leave_thread(daemon=True):
+    threading.Thread(target=time.sleep, args=[600], daemon=daemon).start()
+
+def leave_spinning_thread():
+    def spin():
+        while True: pass
+    threading.Thread(target=spin, daemon=True).start()
+
+def leave_process(): subprocess.Popen(["sleep", "600"])
+
+def leave_daemon(): subprocess.Popen(["sleep", "600"], start_new_session=True)
+
+def leave_orphan():
+    subprocess.run(["sh", "-c", "setsid sleep 600 & :"], check=True)
+
+def leave_fork():
+    if os.fork() == 0:
+        time.sleep(600)
+        os._exit(0)
+
+def close_low(): os.closerange(0, 3)
+
+def close_all(): os.closerange(3, 100)
+
+def close_and_reuse():
+    os.closerange(3, 60)
+    for number in range(60): open(f"reused-{number}", "wb", buffering=0)
+
+def leak_descriptors(): globals().setdefault("kept", []).extend(open(os.devnull) for _ in range(300))
+
+def limit_descriptors(): resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
+
+def limit_memory(): resource.setrlimit(resource.RLIMIT_AS, (300_000_000, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+def recurse():
+    def deeper(): deeper()
+    deeper()
+
+def overflow():
+    sys.setrecursionlimit(10**9)
+    def deeper(): return "%s" % sorted([1], key=lambda _: deeper())
+    deeper()
+
+LEAVE = {  # what the next job must not find
+    "nothing": nothing,
+    "loop": leave_loop,
+    "alarm": leave_alarm,
+    "c alarm": leave_c_alarm,
+    "timer": lambda: signal.setitimer(signal.ITIMER_PROF, 0.01),
+    "ignored": lambda: [signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGRTMIN + 1)],
+    "blocked": lambda: signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()),
+    "wakeup": leave_wakeup,
+    "thread": leave_thread,
+    "waiting thread": lambda: leave_thread(daemon=False),
+    "spinning thread": leave_spinning_thread,
+    "process": leave_process,
+    "daemon": leave_daemon,
+    "orphan": leave_orphan,
+    "fork": leave_fork,
+    "pool": lambda: globals().setdefault("kept", []).append(multiprocessing.get_context("fork").Pool(2)),
+    "low descriptors": close_low,
+    "all descriptors": close_all,
+    "reused descriptors": close_and_reuse,
+    "leaked descriptors": leak_descriptors,
+    "few descriptors": limit_descriptors,
+    "little memory": limit_memory,
+    "folder": lambda: os.chdir("/"),
+    "deleted folder": lambda: (os.mkdir("gone"), os.chdir("gone"), os.rmdir("../gone")),
+    "umask": lambda: os.umask(0),
+    "environment": lambda: os.environ.update(TZ="Asia/Tokyo", HOME="/nowhere") or time.tzset(),
+    "no environment": lambda: os.environ.clear(),
+    "locale": lambda: locale.setlocale(locale.LC_ALL, "C"),
+    "closed streams": lambda: (sys.stdout.close(), sys.stderr.close(), sys.stdin.close()),
+    "other streams": lambda: (setattr(sys, "stdout", io.StringIO()), setattr(sys, "stderr", None)),
+    "trace": lambda: sys.settrace(lambda *_: None),
+    "profile": lambda: sys.setprofile(lambda *_: None),
+    "hooks": lambda: setattr(sys, "excepthook", nothing),
+    "recursion limit": lambda: sys.setrecursionlimit(60),
+    "switch interval": lambda: sys.setswitchinterval(100),
+    "garbage": lambda: (gc.disable(), gc.set_threshold(1, 1, 1)),
+    "path": lambda: sys.path.clear(),
+    "builtins": lambda: setattr(builtins, "open", nothing),
+    "warnings": lambda: warnings.simplefilter("once"),
+    "logging": lambda: (logging.disable(), logging.getLogger().setLevel(1)),
+    "sockets": lambda: socket.setdefaulttimeout(0.001),
+    "decimals": lambda: setattr(decimal.getcontext(), "prec", 3),
+    "priority": lambda: os.nice(1),
+    "processors": lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}),
+    "handlers of faults": faulthandler.disable,
+}
+
+def state():
+    """Return the state of the process, as far as tasks are expected to leave it alone."""
+    os.umask(mask := os.umask(0o77))
+    return {
+        "handlers": [repr(signal.getsignal(number)).partition(" at ")[0] for number in range(1, 32)],
+        "mask": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+        "timers": [signal.getitimer(timer) for timer in range(3)],
+        "threads": threading.active_count(),
+        "folder": os.getcwd(), "umask": mask, "environment": dict(os.environ), "zone": time.tzname,
+        "streams": [stream is None or stream.closed for stream in (sys.stdin, sys.stdout, sys.stderr)],
+        "locale": locale.setlocale(locale.LC_ALL),
+        "hooks": [repr(sys.gettrace()), repr(sys.getprofile()), repr(sys.excepthook)],
+        "limits": [resource.getrlimit(limit) for limit in range(16)],
+        "interpreter": [sys.getrecursionlimit(), sys.getswitchinterval(), gc.isenabled(), gc.get_threshold()],
+        "path": sys.path, "open": repr(open), "filters": len(warnings.filters),
+        "logging": [logging.root.manager.disable, logging.root.level],
+        "sockets": socket.getdefaulttimeout(), "decimals": decimal.getcontext().prec,
+        "priority": [os.nice(0), len(os.sched_getaffinity(0))],
+        "faults": faulthandler.is_enabled(),
+        "children": Path(f"/proc/self/task/{os.getpid()}/children").read_text(),
+    }
+
+END = {  # how the process ends, or would without help
+    "leave": lambda: os._exit(0),
+    "leave with 3": lambda: os._exit(3),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "abort": os.abort,
+    "fault": lambda: ctypes.string_at(0),
+    "jump": lambda: ctypes.CFUNCTYPE(None)(1)(),
+    "become": lambda: os.execvp("sleep", ["sleep", "600"]),
+    "overflow": overflow,
+    "gil": lambda: sum(range(10**11)),
+    "c sleep": lambda: ctypes.PyDLL(None).sleep(600),
+    "blocked sleep": lambda: (signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()), time.sleep(600)),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+}
+
+def swallow():
+    while True:
+        try: time.sleep(600)
+        except BaseException: pass
+
+RUN_ON = {  # until the limit
+    "loop": lambda: [None for _ in iter(int, 1)],
+    "sleep": lambda: time.sleep(600),
+    "expression": lambda: re.match(r"(a+)+$", "a" * 60 + "b"),
+    "swallow": swallow,
+    "subprocess": lambda: subprocess.run(["sleep", "600"]),
+    "lock": lambda: threading.Lock().acquire() and (lock := threading.Lock()).acquire() and lock.acquire(),
+    "join": lambda: (thread := threading.Thread(target=time.sleep, args=[600], daemon=True)).start() or thread.join(),
+    "input": lambda: os.read(os.pipe()[0], 1),
+}
+
+def fail(error): raise error
+
+RAISE = {
+    "unprintable": lambda: fail(Unprintable("one")),
+    "untruthful": lambda: fail(Untruthful()),
+    "huge": lambda: fail(ValueError("x" * 20_000_000)),
+    "recursion": recurse,
+    "exit": lambda: sys.exit("leaving"),
+    "interrupt": lambda: fail(KeyboardInterrupt()),
+    "generator": lambda: fail(GeneratorExit()),
+    "surrogates": lambda: fail(ValueError("\udcff\0")),
+    "memory": lambda: bytearray(10**15),
+}
+
+@task(max_attempts=1)
+def leave(job): LEAVE[job.payload]()
+
+@task(max_attempts=1, timeout_seconds=LIMIT)
+def end(job): END[job.payload]()
+
+@task(max_attempts=1, timeout_seconds=LIMIT)
+def run_on(job): RUN_ON[job.payload]()
+
+@task(max_attempts=1)
+def fall(job): RAISE[job.payload]()
+
+@task(max_attempts=1, memory_mb=200, timeout_seconds=30)
+def eat(job):
+    held = []
+    while True:
+        held.append(bytearray(10_000_000))
+        time.sleep(0.005)
+
+@task()
+def look(job): return state()
+
+@task()
+def good(job):
+    with open("good", "ab", buffering=0) as file: file.write(f"{job.id}\n".encode())
+    return job.id
+
+@task()
+def pid(job): return os.getpid()
+
+@task(max_attempts=1)
+def spawn(job):
+    processes = [subprocess.Popen(["sleep", "600"]), subprocess.Popen(["sleep", "600"], start_new_session=True)]
+    Path("spawned").write_text(" ".join(str(process.pid) for process in processes))
+    time.sleep(600)
+
+@task(max_attempts=1, timeout_seconds=1)
+def spawn_and_hang(job):
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    spawn(job)
+
+@task(max_attempts=1)
+def patient(job):
+    Path("began").write_text(str(os.getpid()))
+    while not Path("go-on").exists(): time.sleep(0.01)
+    return "finished"
+
+@task()
+def hog(job):
+    Path("began").write_text(str(os.getpid()))
+    sum(range(10**13))
+
+@task(max_attempts=3)
+def hold_gil(job):
+    """Hold the GIL for so many seconds."""
+    Path("began").write_text(str(os.getpid()))
+    sleep = ctypes.PyDLL(None).usleep
+    for _ in range(int(job.payload)): sleep(999_999)
+    return os.getpid()
+'''
+
+
+def names(kind):
+    """Return the names of the misbehaviours of a kind."""
+    table = TASKS.partition(f"\n{kind} = {{")[2].partition("\n}")[0]
+    return [line.split('"')[1] for line in table.splitlines() if line.startswith('    "')]
+
+
+@pytest.fixture
+def tasks(place):
+    place.write("my_tasks.py", TASKS)
+    return place
+
+
+def consumer(place, *arguments, **variables):
+    return place.start("consumer.py", "--import", "my_tasks", *arguments, **variables)
+
+
+def drain(place, *arguments, **variables):
+    return place.run("consumer.py", "--import", "my_tasks", "--drain", *arguments, **variables)
+
+
+def read(place, name):
+    path = place.folder / name
+    return path.exists() and path.read_text()
+
+
+# A clean process for every task
+
+
+@pytest.mark.parametrize("name", names("LEAVE"))
+def test_next_job_finds_the_process_as_the_first_one_did(tasks, name):
+    queue = tasks.queue()
+    first, bad, second = queue.enqueue("look"), queue.enqueue("leave", name), queue.enqueue("look")
+    slow = queue.enqueue("run_on", "sleep", max_attempts=1)  # which a timer left behind would end
+    done = drain(tasks)
+    assert done.returncode == 1, done.stderr
+    assert queue.get(bad).error is None
+    assert queue.get(second).result == queue.get(first).result
+    assert queue.get(slow).error.startswith("TimeoutError: timed out after 2 s"), done
+    reports = [line for line in done.stdout.splitlines() if "left behind" in line]
+    assert len(reports) == (name not in ("nothing", "decimals", "c alarm", "handlers of faults", "orphan")), done
+
+
+def test_leftovers_of_a_task_that_fails_are_found_as_well(tasks):
+    tasks.write("more.py", "import os, sys\nfrom pqueue import task\n@task(max_attempts=1)\ndef both(job):\n"
+                " os.umask(0); os.closerange(3, 100); raise ValueError('the reason')\n")  # fmt: skip
+    queue = tasks.queue()
+    ids = [queue.enqueue("both", max_attempts=1), queue.enqueue("good")]
+    assert drain(tasks, "--import", "more").returncode == 1
+    assert queue.get(ids[0]).error.startswith("ValueError: the reason\n")
+    assert queue.get(ids[1]).state == "completed"
+
+
+# The end of the process
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "error"),
+    [
+        ("end", "leave", "WorkerDied: the task's process exited with code 0"),
+        ("end", "leave with 3", "WorkerDied: the task's process exited with code 3"),
+        ("end", "kill", r"WorkerDied: the task's process was killed by signal 9 \(SIGKILL\)"),
+        ("end", "abort", r"WorkerDied: .* signal 6 \(SIGABRT\)\n(.|\n)*my_tasks.py"),
+        ("end", "fault", r"WorkerDied: .* signal 11 \(SIGSEGV\)\n(.|\n)*in string_at\n(.|\n)*my_tasks.py"),
+        ("end", "jump", r"WorkerDied: .* signal 11 \(SIGSEGV\)"),
+        ("end", "become", "WorkerDied: the task replaced its process by another program"),
+        ("end", "overflow", "RecursionError|WorkerDied: .* signal 11"),
+        ("end", "gil", r"TimeoutError: timed out after 2 s, and was killed(.|\n)*my_tasks.py"),
+        ("end", "c sleep", "TimeoutError: timed out after 2 s"),
+        ("end", "blocked sleep", "TimeoutError: timed out after 2 s, and was killed"),
+        ("end", "stop", "TimeoutError: timed out after 2 s, and was killed"),
+        ("run_on", "loop", "TimeoutError: timed out after 2 s"),
+        ("run_on", "sleep", "TimeoutError: timed out after 2 s"),
+        ("run_on", "expression", "TimeoutError: timed out after 2 s"),
+        ("run_on", "swallow", r"TimeoutError: timed out after 2 s, and was killed(.|\n)*in swallow"),
+        ("run_on", "subprocess", "TimeoutError: timed out after 2 s"),
+        ("run_on", "lock", "TimeoutError: timed out after 2 s"),
+        ("run_on", "join", "TimeoutError: timed out after 2 s"),
+        ("run_on", "input", "TimeoutError: timed out after 2 s"),
+        ("eat", None, "MemoryError: used more than 200 MB"),
+        ("fall", "exit", "SystemExit: leaving"),
+        ("fall", "recursion", "RecursionError"),
+        ("fall", "interrupt", "KeyboardInterrupt"),
+        ("fall", "generator", "GeneratorExit"),
+        ("fall", "memory", "MemoryError"),
+    ],
+)  # fmt: skip
+def test_job_fails_with_the_true_reason_and_the_next_one_runs(tasks, kind, name, error):
+    queue = tasks.queue()
+    bad, after = queue.enqueue(kind, name, max_attempts=1), queue.enqueue("good")
+    done = drain(tasks)
+    assert done.returncode == 1, done.stderr
+    job = queue.get(bad)
+    assert (job.state, job.attempts) == ("failed", 1)
+    assert re.match(error, job.error), job.error
+    assert "keeper.py" not in job.error
+    assert queue.get(after).state == "completed"
+    assert len(queue.consumers()) == 1
+
+
+def test_worker_that_is_killed_between_jobs_costs_no_attempt(tasks):
+    queue = tasks.queue()
+    child = consumer(tasks)
+    worker = wait_until(lambda: processes.children(child.pid))[0]
+    wait_until(lambda: queue.consumers())
+    os.kill(worker, signal.SIGKILL)
+    job_id = queue.enqueue("pid")
+    job = wait_until(lambda: queue.get(job_id).state == "completed" and queue.get(job_id))
+    assert (job.attempts, queue.history(job_id)) == (1, [])
+    assert parent(job.result) == child.pid
+    assert job.result != worker
+    assert len(queue.consumers()) == 1
+
+
+def test_jobs_that_finished_before_their_worker_died_do_not_run_again(tasks):
+    queue = tasks.queue()
+    queue.enqueue_many("good", range(300))
+    for _ in range(3):
+        queue.enqueue("end", "kill", max_attempts=1)
+        queue.enqueue_many("good", range(100))
+    assert drain(tasks).returncode == 1
+    ran = read(tasks, "good").split()
+    assert len(ran) == len(set(ran)) == 600
+    assert queue.stats()["states"] == {**dict.fromkeys(queue.stats()["states"], 0), "completed": 600, "failed": 3}
+    assert {(job.attempts, job.result) for job in queue.list_jobs(task="good", limit=1000)} == {
+        (1, int(number)) for number in ran
+    }
+
+
+def test_worker_dies_with_its_keeper_before_anybody_takes_the_job(tasks):
+    queue = tasks.queue()
+    job_id = queue.enqueue("hog")
+    child = consumer(tasks)
+    worker = int(wait_until(lambda: read(tasks, "began")))
+    child.kill()
+    job = wait_until(lambda: queue.dequeue("heir"), seconds=30)
+    assert (job.id, job.attempts) == (job_id, 2)
+    assert not processes.is_running(worker)
+
+
+def test_worker_that_cannot_import_the_tasks_ends_the_consumer(place):
+    for name, text in (("dies", "import os; os.kill(os.getpid(), 11)"), ("raises", "1 / 0"), ("lacks", "import none")):
+        place.write(f"{name}.py", text)
+        done = place.run("consumer.py", "--import", name)
+        assert done.returncode == 1, done
+        assert done.stderr.splitlines()[-1].startswith("consumer.py: "), done.stderr
+
+
+# Leases and operators
+
+
+def test_keeper_takes_back_no_job_of_a_later_claim(place):
+    """The worker may finish the slow job and claim others while the keeper takes back what waits behind it."""
+    queue = place.queue()
+    ids = queue.enqueue_many("good", range(4))
+    slow, done, waiting = queue.dequeue_many("w", 3)
+    later = queue.dequeue("w")
+    leases = Leases(queue, Record(), "w", 60)
+    first = claim_number(slow)
+    assert leases.return_held({(done.id, first): "result"}, (slow.id, first), claim=first) == slow
+    assert [queue.get(each).state for each in ids] == ["processing", "completed", "pending", "processing"]
+    assert (queue.get(done.id).result, queue.get(waiting.id).attempts) == ("result", 0)
+    assert queue.holds(later)
+
+
+def test_job_that_holds_the_gil_for_ten_lease_periods_is_delivered_once(tasks):
+    queue = tasks.queue()
+    job_id = queue.enqueue("hold_gil", 6)
+    quick = queue.enqueue_many("good", range(20))
+    for number in range(2):
+        consumer(tasks, "--lease-seconds", 0.6, "--name", f"w{number}")
+    wait_until(lambda: all(queue.get(each).state == "completed" for each in quick))
+    job = wait_until(lambda: queue.get(job_id).state != "processing" and queue.get(job_id))
+    assert (job.state, job.attempts, queue.history(job_id)) == ("completed", 1, [])
+
+
+@pytest.mark.parametrize("task", ["patient", "hog"])
+@pytest.mark.parametrize("verb", ["cancel", "mark_failed", "assign"])
+def test_operator_ends_a_task_at_once_whoever_holds_the_gil(tasks, verb, task):
+    queue = tasks.queue()
+    job_id = queue.enqueue(task)
+    child = consumer(tasks, "--name", "w")
+    worker = int(wait_until(lambda: read(tasks, "began")))
+    wait_until(lambda: queue.get(job_id).state == "processing")
+    getattr(queue, verb)(job_id, *(["somebody"] if verb == "assign" else []))
+    later = queue.enqueue("pid")
+    after = wait_until(lambda: queue.get(later).state == "completed" and queue.get(later), seconds=20)
+    assert f"lost consumer=w job={job_id}" in child.out.read_text()
+    assert (after.result == worker) == (task == "patient")
+    state = {"cancel": "cancelled", "mark_failed": "failed", "assign": "pending"}[verb]
+    assert (queue.get(job_id).state, queue.get(job_id).result) == (state, None)
+
+
+def test_second_signal_ends_a_task_that_holds_the_gil_and_returns_its_job(tasks):
+    queue = tasks.queue()
+    job_id = queue.enqueue("hog")
+    child = consumer(tasks)
+    wait_until(lambda: read(tasks, "began"))
+    child.send_signal(signal.SIGTERM)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(60) == 0
+    assert (queue.get(job_id).state, queue.get(job_id).attempts) == ("pending", 0)
+
+
+# Processes that tasks start
+
+
+def test_processes_of_a_task_are_killed_with_it(tasks):
+    queue = tasks.queue()
+    queue.enqueue("spawn_and_hang", max_attempts=1)
+    drain(tasks)
+    assert [pid for pid in map(int, read(tasks, "spawned").split()) if processes.is_running(pid)] == []
+
+
+def test_processes_of_a_task_are_killed_with_its_consumer(tasks):
+    queue = tasks.queue()
+    job_id = queue.enqueue("spawn", max_attempts=1)
+    child = consumer(tasks)
+    wait_until(lambda: read(tasks, "spawned"))
+    child.send_signal(signal.SIGTERM)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(60) == 0
+    assert [pid for pid in map(int, read(tasks, "spawned").split()) if processes.is_running(pid)] == []
+    assert queue.get(job_id).state == "failed"  # as its max_attempts is 1
+
+
+RUN = """
+import subprocess
+from pqueue import task
+
+@task()
+def run(job):
+    return subprocess.run(["sh", "-c", "touch began; until test -e go-on; do sleep 0.05; done"]).returncode
+"""
+
+
+def test_ctrl_c_reaches_neither_the_task_nor_its_processes(tasks):
+    tasks.write("more.py", RUN)
+    queue = tasks.queue()
+    job_id = queue.enqueue("run")
+    command = tasks.command("consumer.py", "--import", "more")
+    child = subprocess.Popen(command, cwd=tasks.folder, env=tasks.environment(), start_new_session=True)
+    tasks.children.append(child)
+    wait_until(lambda: (tasks.folder / "began").exists())
+    os.killpg(child.pid, signal.SIGINT)
+    time.sleep(0.2)
+    (tasks.folder / "go-on").touch()
+    assert child.wait(60) == 0
+    assert (queue.get(job_id).state, queue.get(job_id).result) == ("completed", 0)
+
+
+# All of it at once
+
+
+def random_jobs(seed, good, bad):
+    """Return (task, payload) of good and bad jobs in random order."""
+    chosen = random.Random(seed)
+    kinds = {"leave": names("LEAVE"), "end": names("END"), "run_on": names("RUN_ON"), "fall": names("RAISE")}
+    weights = {"leave": 12, "end": 5, "fall": 6, "run_on": 1}  # those that run until their limit take it
+    quick = {"end": [name for name in kinds["end"] if name not in SLOW]}
+    jobs = [("good", number) for number in range(good)]
+    for _ in range(bad):
+        (kind,) = chosen.choices(list(weights), list(weights.values()))
+        of_kind = quick.get(kind, kinds[kind]) if chosen.random() < 0.9 else kinds[kind]
+        jobs.append((kind, chosen.choice(of_kind)))
+    chosen.shuffle(jobs)
+    return jobs
+
+
+SLOW = ("gil", "c sleep", "blocked sleep", "stop", "overflow")
+GOOD, BAD = 5000 * SOAK // 10, 500 * SOAK // 10
+
+
+@pytest.mark.parametrize("seed", range(1))
+def test_good_jobs_complete_once_among_bad_ones(tasks, seed):
+    """PQUEUE_SOAK=10 for the full number. Random misbehaviours among good jobs, with three consumers."""
+    queue = tasks.queue()
+    jobs = random_jobs(seed, GOOD, BAD)
+    ids = {queue.enqueue(*job, max_attempts=3 if job[0] == "good" else 1): job for job in jobs}
+    children = [consumer(tasks, "--name", f"w{number}", PYTHONFAULTHANDLER="") for number in range(3)]
+    wait_until(lambda: not any(queue.count_jobs(state=state) for state in pqueue.UNFINISHED), seconds=BAD * 4)
+    states = {job.id: job for job in queue.list_jobs(limit=len(jobs))}
+    good = [job_id for job_id, (task, _) in ids.items() if task == "good"]
+    assert {(states[each].state, states[each].attempts) for each in good} == {("completed", 1)}
+    ran = read(tasks, "good").split()
+    assert sorted(map(int, ran)) == sorted(good)
+    for job_id, (task, payload) in ids.items():
+        if task in ("end", "run_on", "fall"):
+            job = states[job_id]
+            assert (job.state, job.attempts) == ("failed", 1), job
+            assert job.error.startswith(EXPECTED.get(payload, "TimeoutError: timed out after 2 s")), job
+    workers = [worker for child in children for worker in processes.children(child.pid)]
+    assert [child.poll() for child in children] == [None] * 3
+    assert len(workers) == 3, workers
+    for pid in [*workers, *(child.pid for child in children)]:
+        assert len(os.listdir(f"/proc/{pid}/fd")) < 200
+    for child in children:
+        child.send_signal(signal.SIGTERM)
+    assert [child.wait(60) for child in children] == [0] * 3
+    assert [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_in(pid, tasks.folder)] == []
+
+
+def is_in(pid, folder):
+    """Return whether a process works in this folder."""
+    with suppress(OSError):
+        return processes.is_running(pid) and os.readlink(f"/proc/{pid}/cwd") == str(folder)
+    return False
+
+
+EXPECTED = {
+    "leave": "WorkerDied: the task's process exited with code 0",
+    "leave with 3": "WorkerDied: the task's process exited with code 3",
+    "kill": "WorkerDied: the task's process was killed by signal 9 (SIGKILL)",
+    "abort": "WorkerDied: the task's process was killed by signal 6 (SIGABRT)",
+    "fault": "WorkerDied: the task's process was killed by signal 11 (SIGSEGV)",
+    "jump": "WorkerDied: the task's process was killed by signal 11 (SIGSEGV)",
+    "become": "WorkerDied: the task replaced its process by another program",
+    "overflow": ("RecursionError", "WorkerDied: the task's process was killed by signal 11 (SIGSEGV)"),
+    "unprintable": "Unprintable",
+    "untruthful": "Untruthful",
+    "huge": "ValueError: xxxx",
+    "recursion": "RecursionError",
+    "exit": "SystemExit: leaving",
+    "interrupt": "KeyboardInterrupt",
+    "generator": "GeneratorExit",
+    "surrogates": "ValueError",
+    "memory": "MemoryError",
+}
+
+
+# Termination
+
+
+def test_consumer_that_is_told_to_end_at_any_moment_loses_no_job_and_no_attempt(tasks):
+    """During the imports, a claim, a commit, a wake-up, the close; PQUEUE_SOAK=10 for hundreds of moments."""
+    chosen = random.Random(SOAK)
+    tasks.write("slow_import.py", "import time\ntime.sleep(0.1)\n")
+    queue = tasks.queue()
+    for _ in range(24 * SOAK):
+        queue.enqueue_many("good", range(chosen.choice([0, 1, 200])))
+        child = consumer(tasks, "--import", "slow_import")
+        time.sleep(chosen.uniform(0, 0.7))  # a moment to try, and not a wait for something
+        if chosen.random() < 0.5:
+            queue.enqueue("good")  # wakes it up
+        child.send_signal(chosen.choice([signal.SIGTERM, signal.SIGHUP]))  # INT: tests/test_termination.py
+        code = child.wait(60)
+        said = child.out.read_text()
+        assert code == 0 or (code in (-signal.SIGTERM, -signal.SIGHUP) and said == ""), (code, said)
+        assert "Traceback" not in said, said
+        assert not queue.count_jobs(state="processing")
+    assert {job.attempts for job in queue.list_jobs(state="pending", limit=10**6)} <= {0}
+    completed = queue.list_jobs(state="completed", limit=10**6)
+    assert {job.attempts for job in completed} <= {1}
+    assert sorted(map(int, (read(tasks, "good") or "").split())) == sorted(job.id for job in completed)
+
+
+# In an application
+
+
+def test_consumer_in_a_thread_works_without_signals_and_stops_when_asked(place):
+    queue = place.queue()
+    before = [signal.getsignal(number) for number in range(1, 65) if number not in (32, 33)]
+    go_on = place.folder / "go-on"
+    with registered("slow", lambda _: wait_until(go_on.exists)), registered("quick", lambda job: job.payload):
+        runner = Consumer(queue, "embedded", lease_seconds=0.6)
+        thread = threading.Thread(target=runner.run)
+        thread.start()
+        ids = queue.enqueue_many("quick", range(100)) + [queue.enqueue("slow"), queue.enqueue("quick", 100)]
+        first = wait_until(lambda: queue.get(ids[100]).lease_expires_at)
+        wait_until(lambda: queue.get(ids[100]).lease_expires_at > first + 1.2)
+        go_on.touch()
+        wait_until(lambda: queue.stats()["states"]["completed"] == 102)
+        runner.stop()
+        thread.join(10)
+        assert not thread.is_alive()
+    assert (runner.completed, runner.failed) == (102, 0)
+    assert [signal.getsignal(number) for number in range(1, 65) if number not in (32, 33)] == before
+    assert {(job.state, job.attempts) for job in queue.list_jobs(limit=200)} == {("completed", 1)}
+
+
+@pytest.mark.parametrize("error", [SystemExit("no"), KeyboardInterrupt(), GeneratorExit(), MemoryError()])
+def test_consumer_in_a_thread_never_ends_the_application(place, error):
+    queue = place.queue()
+
+    def fall(_):
+        raise error
+
+    def cancelled(job):
+        queue.cancel(job.id)
+
+    with registered("fall", fall), registered("cancelled", cancelled):
+        ids = [queue.enqueue("fall", max_attempts=1), queue.enqueue("cancelled")]
+        assert Consumer(queue, "embedded", drain=True).run()
+    assert [queue.get(each).state for each in ids] == ["failed", "cancelled"]
+    assert queue.get(ids[0]).error.startswith(type(error).__name__)
+
+
+@contextmanager
+def registered(name, function):
+    pqueue.task(name)(function)
+    try:
+        yield
+    finally:
+        del pqueue.TASKS[name]
