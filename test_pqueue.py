@@ -2422,6 +2422,13 @@ queue._writer_lock.acquire(in_batch=sys.argv[3] == "1")
                     self.assertTrue(lock.try_acquire(kind))
                     lock.release()
 
+    def test_writer_that_has_the_lock_is_no_longer_shown_as_waiting(self):
+        lock = self.open()._writer_lock._lock
+        for kind, _ in enumerate(pqueue_locks.LINES):
+            self.assertTrue(lock.acquire(time.monotonic(), kind))
+            self.assertEqual(list(lock._shared[lock.WAITING_SINCE :]), [0.0, 0.0])
+            lock.release(kind)
+
     def test_lock_is_reserved_for_a_few_milliseconds(self):
         lock = self.open()._writer_lock._lock
         with mock.patch("time.monotonic", return_value=1000.0):
