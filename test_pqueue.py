@@ -463,6 +463,12 @@ class QueueContract:
         ids = self.queue.enqueue_many("t", self.ODD, now=NOW)
         self.assertEqual([repr(self.queue.get(job_id).payload) for job_id in ids], [repr(value) for value in self.ODD])
 
+    def test_payload_nests_a_hundred_deep_and_no_deeper(self):
+        deepest = json.loads("[" * 100 + "]" * 100)
+        self.assertEqual(self.queue.get(self.queue.enqueue("t", deepest)).payload, deepest)
+        with self.assertRaisesRegex(ValueError, "payload"):
+            self.queue.enqueue("t", [deepest])
+
     def test_batch_refuses_what_a_single_job_would_refuse(self):
         nest = 0
         for _ in range(pqueue_values.MAX_JSON_DEPTH + 1):
@@ -1241,7 +1247,9 @@ class QueueContract:
 
         with mock.patch.object(self.queue, "_read", noting):
             self.assertEqual(len(self.queue.list_jobs(text="find")), 20)
-        self.assertEqual(max(rows), pqueue_search.TEXT_SCAN_JOBS)
+            self.assertEqual(max(rows), pqueue_search.TEXT_SCAN_JOBS)
+            rows.clear()
+            self.assertEqual((self.queue.list_jobs(text="nowhere"), max(rows)), ([], 0))
         with mock.patch("pqueue_search.INDEX_SCAN_JOBS", 10), mock.patch.object(self.queue, "_walk") as walk:
             self.assertEqual([job.id for job in self.queue.list_jobs(state="failed")], ids[:1])
             self.assertEqual([job.id for job in self.queue.list_jobs(state="failed", task="t")], ids[:1])
