@@ -464,7 +464,7 @@ class QueueContract:
         self.assertEqual([repr(self.queue.get(job_id).payload) for job_id in ids], [repr(value) for value in self.ODD])
 
     def test_payload_nests_a_hundred_deep_and_no_deeper(self):
-        deepest = json.loads("[" * 100 + "]" * 100)
+        deepest = json.loads("[[]," + "[" * 99 + "]" * 99 + "]")
         self.assertEqual(self.queue.get(self.queue.enqueue("t", deepest)).payload, deepest)
         with self.assertRaisesRegex(ValueError, "payload"):
             self.queue.enqueue("t", [deepest])
