@@ -467,6 +467,12 @@ class QueueContract:
         ids = self.queue.enqueue_many("t", self.ODD, now=NOW)
         self.assertEqual([repr(self.queue.get(job_id).payload) for job_id in ids], [repr(value) for value in self.ODD])
 
+    def test_payload_nests_a_hundred_deep_and_no_deeper(self):
+        deepest = json.loads("[[]," + "[" * 99 + "]" * 99 + "]")
+        self.assertEqual(self.queue.get(self.queue.enqueue("t", deepest)).payload, deepest)
+        with self.assertRaisesRegex(ValueError, "payload"):
+            self.queue.enqueue("t", [deepest])
+
     def test_enqueue_many_refuses_the_payloads_that_enqueue_refuses(self):
         nest = 0
         for _ in range(pqueue_values.MAX_JSON_DEPTH + 1):
@@ -1337,7 +1343,9 @@ class QueueContract:
 
         with mock.patch.object(self.queue, "_read", noting):
             self.assertEqual(len(self.queue.list_jobs(text="find")), 20)
-        self.assertEqual(max(rows), pqueue_search.TEXT_SCAN_JOBS)
+            self.assertEqual(max(rows), pqueue_search.TEXT_SCAN_JOBS)
+            rows.clear()
+            self.assertEqual((self.queue.list_jobs(text="nowhere"), max(rows)), ([], 0))
         with mock.patch("pqueue_search.INDEX_SCAN_JOBS", 10), mock.patch.object(self.queue, "_walk") as walk:
             self.assertEqual([job.id for job in self.queue.list_jobs(state="failed")], ids[:1])
             self.assertEqual([job.id for job in self.queue.list_jobs(state="failed", task="t")], ids[:1])
@@ -2558,6 +2566,13 @@ queue._writer_lock.acquire(in_batch=sys.argv[3] == "1")
                     self.assertTrue(lock.try_acquire(kind))
                     lock.release()
 
+    def test_writer_that_has_the_lock_is_no_longer_shown_as_waiting(self):
+        lock = self.open()._writer_lock._lock
+        for kind, _ in enumerate(pqueue_locks.LINES):
+            self.assertTrue(lock.acquire(time.monotonic(), kind))
+            self.assertEqual(list(lock._shared[lock.WAITING_SINCE :]), [0.0, 0.0])
+            lock.release(kind)
+
     def test_lock_is_reserved_for_a_few_milliseconds(self):
         lock = self.open()._writer_lock._lock
         with mock.patch("time.monotonic", return_value=1000.0):
@@ -3201,7 +3216,7 @@ class Replaced(SQLiteCase):
         second.enqueue("t")
         for queue, is_left in ((first, True), (second, False)):
             queue.close()
-            self.assertEqual(self.beside("-wal").exists(), is_left)
+            self.assertEqual(self.sibling("-wal").exists(), is_left)
 
     def test_files_are_looked_at_once_while_their_folder_does_not_change(self):
         queue = self.started()
@@ -3213,7 +3228,7 @@ class Replaced(SQLiteCase):
             for _ in range(3):
                 queue.enqueue("t")
             self.assertEqual(look.call_count, 1)
-            self.beside("-wal").unlink()
+            self.sibling("-wal").unlink()
             with self.assertRaises(pqueue.DatabaseReplaced):
                 queue.enqueue("t")
 
