@@ -763,7 +763,7 @@ def completion(_: None, options: argparse.Namespace) -> CommandResult:
     """Print the script that completes commands, options, states, queues, tasks, consumers and jobs in bash."""
     program = program_name("admin")
     if program.endswith(".py"):
-        raise Problem("cannot complete python admin.py: install the package, and use its command pqueue")
+        raise Problem(f"cannot complete {program}: install the package, and use its command pqueue")
     return CommandResult([{"script": script(program)}], script(program).rstrip("\n"))
 
 

@@ -248,7 +248,7 @@ def test_operator_whose_folder_has_no_queue_creates_none(front, folder, run):
         (["resubmti"], 2, "did you mean resubmit"),
         (["--nosuch"], 2, "expected a command, got '--nosuch'"),
         (["logs", "5"], 1, "no folder var/log: expected the logs that Supervisor writes"),
-        (["completion"], 1, "cannot complete python admin.py: install the package"),
+        (["completion"], 1, "cannot complete admin.py: install the package"),
         ([], 2, ""),
         (["list-jobs", "--colour", "red"], 2, "--colour"),
         (["list-jobs", "--status", "done"], 2, "expected one of scheduled, pending"),
