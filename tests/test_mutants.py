@@ -202,7 +202,7 @@ MUTANTS = [
     Mutant("a search covers text beyond ASCII", "contract: as_it_is_read", '            f"OR {self._BYTES.format(column)} <> length({column})"\n', ""),
     Mutant("a search covers JSON escapes", "contract: another_program_has_formatted", " OR {column} LIKE :escaped ESCAPE '!' ", " "),
     Mutant("a search matches only the displayed text", "contract: text_that_is_not_shown", " if shown is None else shown(to_job(row))", ""),
-    Mutant("a job that left its state is not found", "contract: leaves_its_state"),
+    Mutant("a job that left its state is not found", "contract: changes_during_a_search"),
 ]
 # fmt: on
 
