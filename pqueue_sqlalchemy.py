@@ -203,7 +203,8 @@ class PostgresSession(Session):
         return read(link.cursor)
 
     def _execute_next(self, link: Link, text: bytes, values: list[Any], read: Callable[[Any], Any]) -> Any:
-        link.expect_utf8()
+        if self.for_application:
+            link.expect_utf8()
         try:
             return read(link.cursor.execute(text, values))
         except PLAN_LOST:
@@ -227,15 +228,18 @@ class PostgresSession(Session):
         link.driver.execute(BEGIN)
         if self._queue.pooled:
             if self.for_application:
-                found = link.driver.execute(settings.of_the_role).fetchone()
-                link.for_application = settings.for_application(found or ())
+                link.note_role(settings)
             link.driver.execute(settings.of_transaction)
 
     def as_application(self) -> None:
         """Begin a transaction whose statements have the settings of the role."""
         with self._queue._db_errors():
-            link = self._begin_now()
-            link.driver.execute(link.for_application)
+            if self._queue.pooled:
+                link = self._begin_now()
+                link.send(link.for_application)
+            else:
+                link = self._take()
+                link.send(BEGIN, link.for_application)
 
     @property
     def has_ended(self) -> bool:
@@ -251,21 +255,15 @@ class PostgresSession(Session):
         link = self._link
         if link.status == TransactionStatus.INERROR:
             raise QueueError("cannot commit: a statement of the transaction failed")
-        with self._queue._db_errors(), link.driver.pipeline():
-            if self.for_application:
-                self._restore(link)
-            if not self.durable:
-                link.driver.execute("SET LOCAL synchronous_commit = off")
-            if self.wakes:
-                link.driver.execute(self._queue._sql(NOTIFY))
-            link.driver.execute("COMMIT")
-        self._give_back()
-
-    def _restore(self, link: Link) -> None:
         settings = self._queue._settings
-        for sql in RESTORE:
-            link.driver.execute(sql)
-        link.driver.execute(settings.synced if self._queue.pooled else settings.of_session)
+        commands = [*RESTORE, settings.synced if self._queue.pooled else settings.of_session]
+        if not self.for_application:
+            commands = [] if self.durable else ["SET LOCAL synchronous_commit = off"]
+        if self.wakes:
+            commands.append(self._queue._sql(NOTIFY).decode())
+        with self._queue._db_errors():
+            link.send(*commands, "COMMIT")
+        self._give_back()
 
     def _wake(self) -> None:
         """Do nothing: the commit sent the NOTIFY."""
