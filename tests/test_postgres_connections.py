@@ -193,6 +193,20 @@ def test_connection_that_listens_is_lent_and_still_hears(queue, database):
             queue.complete(job)
 
 
+def test_consumer_is_woken_where_the_connection_that_listens_cannot_be_lent(admin, database, monkeypatch):
+    monkeypatch.delattr(pqueue_sqlalchemy.select, "epoll")  # as on macOS
+    with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
+        assert queue.dequeue("w") is None
+        for _ in range(10):
+            other.enqueue("t")
+            assert queue.wait(10, consumer="w")
+            queue.complete(queue.dequeue("w"))
+        before = queue._listener._connection.info.backend_pid
+        admin.execute("SELECT pg_terminate_backend(%s)", (before,))
+        wait_until(lambda: queue._listener._connection and queue._listener._connection.info.backend_pid != before)
+        queue.leave("w")
+
+
 # The first job of a queue
 
 
