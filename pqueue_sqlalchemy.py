@@ -98,6 +98,9 @@ LISTEN = f'LISTEN "{CHANNEL}"'
 NOTIFY = f'NOTIFY "{CHANNEL}"'
 LOCK_SLOT = f"SELECT pg_advisory_lock_shared({LOCK_CLASS}, $1::int)"
 UNLOCK_SLOT = f"SELECT pg_advisory_unlock_shared({LOCK_CLASS}, $1::int)"
+# Return the settings of the server without which "full" holds for no job.
+UNSAFE = """
+SELECT name FROM (VALUES ('fsync'), ('full_page_writes')) needed (name) WHERE current_setting(name) = 'off'"""
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # a pooler's session may have another default
 # A prepared statement is of no more use: its table was altered, or the application deallocated it.
 PLAN_LOST = (psycopg.errors.FeatureNotSupported, psycopg.errors.InvalidSqlStatementName)
@@ -680,6 +683,9 @@ class OnPostgres(PersistentQSQLAlchemy):
             )
         if version != len(pqueue_schema.MIGRATIONS):
             self._migrate()
+        unsafe = ", ".join(row[0] for row in self._read(UNSAFE)) if self.durability == "full" else ""
+        if unsafe:
+            log.warning("%s: a crash of the server may lose jobs: %s is off there", self.name, unsafe)
 
     def _version(self) -> int | None:
         found = self._read(f"SELECT to_regclass('{SCHEMA}.version')::text")

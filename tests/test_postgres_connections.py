@@ -417,6 +417,15 @@ def primary(tmp_path):
     server.kill()
 
 
+@pytest.mark.parametrize("setting", ["fsync", "full_page_writes"])
+def test_server_that_syncs_nothing_is_told_when_the_queue_is_opened(primary, caplog, setting):
+    primary.start(**{setting: "off"})
+    for durability in ("normal", "full"):
+        pqueue.open_queue(primary.url, durability=durability).close()
+    (record,) = caplog.records
+    assert record.message.endswith(f"a crash of the server may lose jobs: {setting} is off there")
+
+
 def test_programs_that_begin_before_the_server_wait_for_it(place, primary):
     url = {"PQUEUE_URL": primary.url}
     producer = place.start("producer.py", "--interval", "0.05", "--count", "5", **url)
