@@ -241,13 +241,20 @@ class Link:
         self._poll = select.poll()
         self._poll.register(driver.fileno(), select.POLLIN)
         if not pooled:
-            found = driver.execute(settings.of_the_role).fetchone()
-            self.for_application = settings.for_application(found or ())
+            self.note_role(settings)
             driver.execute(settings.of_session)
 
+    def note_role(self, settings: Settings) -> None:
+        """Read the settings of the role, for the statements of the application."""
+        self.for_application = settings.for_application(self.driver.execute(settings.of_the_role).fetchone() or ())
+
+    def send(self, *commands: str) -> None:
+        """Execute commands in one round trip."""
+        self.driver.execute("; ".join(commands), prepare=False)
+
     @property
-    def status(self) -> TransactionStatus:
-        return TransactionStatus(self.driver.pgconn.transaction_status)
+    def status(self) -> int:
+        return self.driver.pgconn.transaction_status
 
     def is_usable(self) -> bool:
         """Return whether the connection is idle and the server has sent nothing, such as a shutdown notice."""
@@ -260,8 +267,9 @@ class Link:
 
     def receive(self) -> None:
         """Read what the server has sent. The driver calls its handlers of notifications."""
-        self.driver.pgconn.consume_input()
-        self.dispatch()
+        with self.driver.lock:  # without epoll, other threads may use it now
+            self.driver.pgconn.consume_input()
+            self.dispatch()
 
     def dispatch(self) -> None:
         """Call the handlers of the notifications that were received along with an answer."""
@@ -351,6 +359,15 @@ class Pool:
 
         for_application: one that does not listen. only: this one. Raises QueueBusy.
         """
+        with self._changed:
+            link = self._find(for_application, only)
+        if link is not None and link.is_usable():
+            return link
+        if link is not None:
+            self.discard(link)
+        return self._take_later(for_application, only)
+
+    def _take_later(self, for_application: bool, only: Link | None) -> Link:
         until = time.monotonic() + self._seconds
         patience = time.monotonic() + PATIENCE_SECONDS
         while True:

@@ -102,6 +102,9 @@ LISTEN = f'LISTEN "{CHANNEL}"'
 NOTIFY = f'NOTIFY "{CHANNEL}"'
 LOCK_SLOT = f"SELECT pg_advisory_lock_shared({LOCK_CLASS}, $1::int)"
 UNLOCK_SLOT = f"SELECT pg_advisory_unlock_shared({LOCK_CLASS}, $1::int)"
+# Return the settings of the server without which "full" holds for no job.
+UNSAFE = """
+SELECT name FROM (VALUES ('fsync'), ('full_page_writes')) needed (name) WHERE current_setting(name) = 'off'"""
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # a pooler's session may have another default
 BEGIN_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 SLOW_COMMIT_SECONDS = 0.002  # much longer than a round trip
@@ -228,7 +231,8 @@ class PostgresSession(Session):
         return read(link.cursor)
 
     def _execute_next(self, link: Link, text: bytes, values: list[Any], read: Callable[[Any], Any]) -> Any:
-        link.expect_utf8()
+        if self.for_application:
+            link.expect_utf8()
         try:
             return read(link.cursor.execute(text, values))
         except PLAN_LOST:
@@ -252,15 +256,18 @@ class PostgresSession(Session):
         link.driver.execute(self._begin_with)
         if self._queue.pooled:
             if self.for_application:
-                found = link.driver.execute(settings.of_the_role).fetchone()
-                link.for_application = settings.for_application(found or ())
+                link.note_role(settings)
             link.driver.execute(settings.of_transaction)
 
     def as_application(self) -> None:
         """Begin a transaction whose statements have the settings of the role."""
         with self._queue._db_errors():
-            link = self._begin_now()
-            link.driver.execute(link.for_application)
+            if self._queue.pooled:
+                link = self._begin_now()
+                link.send(link.for_application)
+            else:
+                link = self._take()
+                link.send(BEGIN, link.for_application)
 
     @property
     def has_ended(self) -> bool:
@@ -282,19 +289,13 @@ class PostgresSession(Session):
         link = self._link
         if link.status == TransactionStatus.INERROR:
             raise QueueError("cannot commit: a statement of the transaction failed")
-        with self._queue._db_errors(), link.driver.pipeline():
-            if self.for_application:
-                self._restore(link)
-            if not self.durable:
-                link.driver.execute("SET LOCAL synchronous_commit = off")
-            link.driver.execute("COMMIT")
-        self._give_back()
-
-    def _restore(self, link: Link) -> None:
         settings = self._queue._settings
-        for sql in RESTORE:
-            link.driver.execute(sql)
-        link.driver.execute(settings.synced if self._queue.pooled else settings.of_session)
+        commands = [*RESTORE, settings.synced if self._queue.pooled else settings.of_session]
+        if not self.for_application:
+            commands = [] if self.durable else ["SET LOCAL synchronous_commit = off"]
+        with self._queue._db_errors():
+            link.send(*commands, "COMMIT")
+        self._give_back()
 
     def _wake(self) -> None:
         """Wake consumers, if possible: they look once a second anyway."""
@@ -739,6 +740,9 @@ class OnPostgres(PersistentQSQLAlchemy):
             )
         if version != len(pqueue_schema.MIGRATIONS):
             self._migrate()
+        unsafe = ", ".join(row[0] for row in self._read(UNSAFE)) if self.durability == "full" else ""
+        if unsafe:
+            log.warning("%s: a crash of the server may lose jobs: %s is off there", self.name, unsafe)
 
     def _version(self) -> int | None:
         found = self._read(f"SELECT to_regclass('{SCHEMA}.version')::text")

@@ -101,7 +101,7 @@ def test_standby_takes_over_and_every_acknowledged_job_is_there(place, primary, 
 
 
 def test_server_that_is_slow_to_pass_on_a_notify_is_not_taken_for_a_pooler(primary):
-    queue, pids = pqueue.open_queue(primary.start().url), []
+    queue, pids, stops = pqueue.open_queue(primary.start().url), [], []
     connect = queue._connect_raw
 
     def stopped():
@@ -109,11 +109,12 @@ def test_server_that_is_slow_to_pass_on_a_notify_is_not_taken_for_a_pooler(prima
         connection = connect()
         pid, execute = connection.info.backend_pid, connection.execute
 
-        def run(sql, *params):
+        def run(sql, *params, **options):
             os.kill(pid, signal.SIGCONT)
-            done = execute(sql, *params)
-            if sql == pqueue_sqlalchemy.LISTEN:
+            done = execute(sql, *params, **options)
+            if sql == queue._sql(pqueue_sqlalchemy.LISTEN):
                 os.kill(pid, signal.SIGSTOP)
+                stops.append(pid)
             return done
 
         pids.append(pid)
@@ -123,5 +124,6 @@ def test_server_that_is_slow_to_pass_on_a_notify_is_not_taken_for_a_pooler(prima
     with mock.patch.object(queue, "_connect_raw", stopped):
         queue.dequeue("anna")
     os.kill(pids[0], signal.SIGCONT)
+    assert stops == pids
     assert queue._listener.gets_notify
     queue.close()

@@ -193,6 +193,20 @@ def test_connection_that_listens_is_lent_and_still_hears(queue, database):
             queue.complete(job)
 
 
+def test_consumer_is_woken_where_the_connection_that_listens_cannot_be_lent(admin, database, monkeypatch):
+    monkeypatch.delattr(pqueue_sqlalchemy.select, "epoll")  # as on macOS
+    with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
+        assert queue.dequeue("w") is None
+        for _ in range(10):
+            other.enqueue("t")
+            assert queue.wait(10, consumer="w")
+            queue.complete(queue.dequeue("w"))
+        before = queue._listener._connection.info.backend_pid
+        admin.execute("SELECT pg_terminate_backend(%s)", (before,))
+        wait_until(lambda: queue._listener._connection and queue._listener._connection.info.backend_pid != before)
+        queue.leave("w")
+
+
 # The first job of a queue
 
 
@@ -401,6 +415,15 @@ def primary(tmp_path):
     server = Server(tmp_path / "primary").create()
     yield server
     server.kill()
+
+
+@pytest.mark.parametrize("setting", ["fsync", "full_page_writes"])
+def test_server_that_syncs_nothing_is_told_when_the_queue_is_opened(primary, caplog, setting):
+    primary.start(**{setting: "off"})
+    for durability in ("normal", "full"):
+        pqueue.open_queue(primary.url, durability=durability).close()
+    (record,) = caplog.records
+    assert record.message.endswith(f"a crash of the server may lose jobs: {setting} is off there")
 
 
 def test_programs_that_begin_before_the_server_wait_for_it(place, primary):

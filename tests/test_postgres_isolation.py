@@ -183,14 +183,14 @@ def test_commit_of_the_application_waits_for_the_disk_whatever_it_has_set(queue)
         driver = queue._session()._link.driver
         execute = driver.execute
 
-        def look_before_the_commit(sql, *values):
-            if sql == "COMMIT":
-                seen.append(execute("SHOW synchronous_commit"))
-            return execute(sql, *values)
+        def look_before_the_commit(sql, **options):
+            execute(sql.removesuffix("COMMIT"), **options)
+            seen.append(execute("SHOW synchronous_commit").fetchone())
+            return execute("COMMIT")
 
         driver.execute = look_before_the_commit
     del driver.execute
-    assert [cursor.fetchone() for cursor in seen] == [("on",)]
+    assert seen == [("on",)]
 
 
 def test_deferred_trigger_of_the_application_runs_with_its_settings(admin, queue):
@@ -217,7 +217,7 @@ HOSTILE = {
     "statement_timeout": "1000",
     "lock_timeout": "1",
     "idle_in_transaction_session_timeout": "2000",
-    "idle_session_timeout": "300",
+    "idle_session_timeout": "3000",
     "transaction_timeout": "5000",
     "default_transaction_isolation": "serializable",
     "default_transaction_deferrable": "on",
@@ -259,10 +259,10 @@ class HostileSettingsContract(QueueContract, PostgresCase):
 @pytest.mark.parametrize(
     "limits",
     [
-        {"statement_timeout": "50"},  # connecting must take less
+        {"statement_timeout": "200"},  # connecting must take less
         {"lock_timeout": "1"},
-        {"idle_session_timeout": "100"},
-        {"transaction_timeout": "50"},
+        {"idle_session_timeout": "1000"},
+        {"transaction_timeout": "200"},
         {"idle_in_transaction_session_timeout": "1"},
     ],
 )
@@ -271,9 +271,9 @@ def test_time_limit_of_the_role_does_not_take_its_job_from_a_consumer(server, da
     set_defaults(server, database, limits)
     with closing(PersistentQSQLAlchemy(database)) as queue:
         queue.enqueue_many("t", range(300))
-        job = queue.dequeue("w", lease_seconds=2)
+        job = queue.dequeue("w", lease_seconds=60)
         pid = queue._listener._connection.info.backend_pid
-        time.sleep(0.3)  # longer than each limit
+        time.sleep(1.2)  # longer than each limit
         queue.extend(job, 60)
         queue.heartbeat("w")
         assert queue._listener._connection.info.backend_pid == pid
