@@ -46,7 +46,7 @@ from pqueue_tools.commands import (
 from pqueue_tools.completion import complete, script
 from pqueue_tools.masking import masked_job
 from pqueue_tools.output import OPTIONS, CommandResult, table, wants_rows, width, write
-from pqueue_tools.process import escape_unencodable, expect_posix, print_error, whole_number
+from pqueue_tools.process import escape_unencodable, expect_posix, open_soon, print_error, whole_number
 from pqueue_tools.report import (
     ago,
     clock,
@@ -787,7 +787,7 @@ def run(entry: Command, options: argparse.Namespace) -> int:
     with termination.ExitOnSignal():
         if not entry.opens:
             return _finish(entry.function(None, options), options)
-        with pqueue.open_queue(create=False) as queue, _reporting_damage(queue):
+        with open_soon(create=False) as queue, _reporting_damage(queue):
             return _finish(entry.function(queue, options), options)
 
 

@@ -34,6 +34,8 @@ from pqueue_tools.process import (
     log,
     module_name,
     on_termination,
+    open_soon,
+    open_waiting,
     print_error,
     seconds,
     whole_number,
@@ -63,10 +65,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         expect_posix()
-        queue = pqueue.open_queue()
+        queue = open_soon() if options.drain else open_waiting(consumer=options.name)
     except (QueueError, ValueError) as error:
         print_error("consumer", error)
         return 1
+    if queue is None:  # stopped before the server answered
+        return 0
     with _closing(queue):
         code = _consume(queue, options)
         on_termination(signal.SIG_DFL)  # a thread of a task may keep the process alive

@@ -46,6 +46,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import socket
 import threading
 import time
@@ -269,7 +270,7 @@ class PersistentQInterface(Reading, Moving):
             return ids
         with session:
             ids = session.insert(sql, row) or [found[0] for found in session.run(WITH_KEY, row)]
-            if not ids and session.change(ADD_QUEUE, row):
+            if not ids and self._add_queue(session, row):
                 ids = session.insert(sql, row)
             if ids:
                 return ids
@@ -277,6 +278,10 @@ class PersistentQInterface(Reading, Moving):
             if room is not None and room < row["number"]:
                 raise _queue_full("enqueue", row["queue"], max_pending, row["number"])
             raise NotStored
+
+    def _add_queue(self, session: Session, row: Params) -> int:
+        """Create the queue of a new job, unless it exists."""
+        return session.change(ADD_QUEUE, row)
 
     def enqueue_many(
         self,
@@ -1004,4 +1009,8 @@ def _url(url: str | os.PathLike[str] | None) -> str:
     text = os.fspath(url) if isinstance(url, os.PathLike) else url
     if text is not None and not isinstance(text, str):
         raise ValueError(f"expected a path or a URL as str or Path, got {short(url)}")
+    if isinstance(url, str) and re.match(r"\s*(host|hostaddr|port|dbname|user|password|service|sslmode)\s*=", url):
+        raise ValueError(
+            "expected a path or a URL such as postgresql://USER@HOST:PORT/DATABASE, got a connection string of libpq"
+        )
     return text or os.environ.get("PQUEUE_URL") or DEFAULT_URL

@@ -6,14 +6,17 @@ docs/postgres.sql, written by `make sql`, shows each statement as it is sent.
 from __future__ import annotations
 
 import re
+import zlib
 from functools import lru_cache
 
 import pqueue_schema
 from pqueue_schema import COLUMNS, NO_LEASE, ORDER, UNFINISHED
 
-SCHEMA = "pqueue"
-CHANNEL = "pqueue"  # of NOTIFY
-LOCK_CLASS = 0x7071  # of the advisory locks that running consumers hold
+# `translated` replaces these three in the text of a statement.
+SCHEMA = "{schema}"
+CHANNEL = "{channel}"  # of NOTIFY
+LOCK_CLASS = "{lock_class}"  # of the advisory locks that running consumers hold
+DEFAULT_SCHEMA = "pqueue"
 GRACE_SECONDS = 3.0  # how long a lock must be missing, in at least two checks, before its consumer is dead
 
 # The schema: the migrations that all backends share, then the counts of pending jobs
@@ -328,10 +331,6 @@ WRITERS = f"""
 SELECT virtualtransaction FROM pg_locks WHERE relation = '{SCHEMA}.jobs'::regclass AND mode = 'RowExclusiveLock'
     AND {IN_THIS_DATABASE}"""
 
-# Return the settings that may end a statement or a transaction before lock_timeout does.
-TIME_LIMITS = """
-SELECT name, setting FROM pg_settings WHERE name IN ('statement_timeout', 'transaction_timeout')"""
-
 # Return the seconds since the server started or, if later, replayed its last transaction as a standby.
 UPTIME = """
 SELECT EXTRACT(EPOCH FROM clock_timestamp() - greatest(pg_postmaster_start_time(), pg_last_xact_replay_timestamp()))"""
@@ -375,11 +374,26 @@ SELECT {SCHEMA}.count_pending(queue) FROM (
 ) most"""
 
 NAMED = re.compile(r"(?<!:):([a-z_]\w*)")
+TABLES = (*pqueue_schema.TABLES, "version", "pending_counts", "pending_changes")
+# A name of a table where a statement says which table it uses. The application's search_path must not decide that.
+USED_TABLE = re.compile(rf"\b(FROM|JOIN|INTO|UPDATE|TABLE|EXISTS|ON) ({'|'.join(TABLES)})\b(?!\.)")
+
+
+def names_in(schema: str) -> dict[str, str]:
+    """Return what differs between queues in different schemas of a database: the schema, the channel and the locks."""
+    lock_class = zlib.crc32(schema.encode()) >> 1
+    quoted = schema if schema == DEFAULT_SCHEMA else f'"{schema}"'
+    return {SCHEMA: quoted, CHANNEL: schema, LOCK_CLASS: str(lock_class)}
 
 
 @lru_cache(maxsize=256)
-def translated(sql: str) -> tuple[bytes, list[str]]:
-    """Return the PostgreSQL text of a statement with :named parameters, and the names of $1, $2 …"""
-    sql = POSTGRES.get(sql, sql)
+def translated(sql: str, schema: str = DEFAULT_SCHEMA) -> tuple[bytes, list[str]]:
+    """Return the PostgreSQL text of a statement with :named parameters, and the names of $1, $2 …
+
+    The text names the schema of each table.
+    """
+    sql = USED_TABLE.sub(rf"\1 {SCHEMA}.\2", POSTGRES.get(sql, sql))
+    for placeholder, name in names_in(schema).items():
+        sql = sql.replace(placeholder, name)
     names = list(dict.fromkeys(NAMED.findall(sql)))
     return NAMED.sub(lambda found: f"${names.index(found[1]) + 1}", sql).encode(), names

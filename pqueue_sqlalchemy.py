@@ -14,7 +14,6 @@ import errno
 import logging
 import math
 import os
-import re
 import secrets
 import select
 import sqlite3
@@ -25,15 +24,16 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import psycopg
 import sqlalchemy
-from psycopg.pq import Format, TransactionStatus
+from psycopg.pq import TransactionStatus
 from psycopg.types.numeric import Int8Dumper
 from sqlalchemy import exc
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import NullPool, StaticPool
 
 import pqueue
 import pqueue_backend
@@ -41,6 +41,19 @@ import pqueue_schema
 import pqueue_values
 from pqueue import Job, NotStored, PersistentQInterface, PersistentQSQLite, QueueBusy, QueueError, QueueFull
 from pqueue_backend import Session
+from pqueue_connections import (
+    KEEPALIVES,
+    RESTORE,
+    UNLOCK_ALL,
+    Link,
+    ListenLink,
+    Pool,
+    Settings,
+    connection_error,
+    parse_url,
+    setting,
+    timeout_settings,
+)
 from pqueue_postgres import (
     ALONE,
     CHANNEL,
@@ -62,13 +75,13 @@ from pqueue_postgres import (
     SCHEMA,
     START_COUNTING,
     STOP_COUNTING,
-    TIME_LIMITS,
+    TABLES,
     UPTIME,
     WRITERS,
     definitions,
     translated,
 )
-from pqueue_sqlite import ClosedInFork, SQLiteSession
+from pqueue_sqlite import SQLiteSession
 from pqueue_values import Params
 
 log = logging.getLogger("pqueue")
@@ -78,39 +91,16 @@ ENQUEUE_TRIES = 100  # while other transactions use and free the key
 RETRY_SECONDS = 0.5  # between the listener's attempts to connect
 PAUSE_SECONDS = 0.05  # before reconnecting after a connection that was lost at once
 RESTART_SECONDS = 10.0  # after a server restart, while consumers reconnect, none is considered dead
-KEEPALIVES = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
 # How long the server keeps the connection of an unreachable host: its consumers still have their leases.
 LISTENER_KEEPALIVES = {"keepalives_idle": 60, "keepalives_interval": 15, "keepalives_count": 4}
 LISTENER_TIMEOUT_MS = 120_000
-LISTEN = f"LISTEN {CHANNEL}"
-# Our statements always use indexes and a generic plan: planning a claim takes longer than executing it, and the planner
-# assumes that LIMIT :limit returns a tenth of the table.
-PLANNER = ("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin", "enable_sort", "jit")
-# Settings that our statements rely on. Limits set for the server, the database or the role (statement_timeout and the
-# like, default_transaction_read_only) are kept; `check` reports those that interfere.
-NEEDED = {
-    "search_path": f"{SCHEMA},public",
-    "default_transaction_isolation": "read committed",
-    "array_nulls": "on",
-    "standard_conforming_strings": "on",
-    "row_security": "on",
-    "exit_on_error": "off",
-    "plan_cache_mode": "force_generic_plan",
-    **dict.fromkeys(("enable_indexscan", "enable_indexonlyscan", "enable_nestloop"), "on"),
-    **dict.fromkeys(PLANNER, "off"),
-}
+LISTEN = f'LISTEN "{CHANNEL}"'
+NOTIFY = f'NOTIFY "{CHANNEL}"'
+LOCK_SLOT = f"SELECT pg_advisory_lock_shared({LOCK_CLASS}, $1::int)"
+UNLOCK_SLOT = f"SELECT pg_advisory_unlock_shared({LOCK_CLASS}, $1::int)"
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # a pooler's session may have another default
-# Any value other than off waits for the server's disk; they differ in how they treat standbys.
-SYNCED = """set_config('synchronous_commit', replace(current_setting('synchronous_commit'), 'off', 'on'), {})"""
-NO_IDLE_TIMEOUT = "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'idle_session_timeout'"
-
-
-def _setting(values: dict[str, Any], *, for_good: bool) -> str:
-    """Return a statement that sets these for the session (for_good) or for the transaction."""
-    return "SELECT " + ", ".join(f"set_config('{name}', '{value}', {not for_good})" for name, value in values.items())
-
-
-DEFAULT_PLANNER = _setting({"plan_cache_mode": "auto", **dict.fromkeys(PLANNER, "on")}, for_good=False)
+# A prepared statement is of no more use: its table was altered, or the application deallocated it.
+PLAN_LOST = (psycopg.errors.FeatureNotSupported, psycopg.errors.InvalidSqlStatementName)
 
 
 class NoRoom(QueueFull):
@@ -121,26 +111,36 @@ class KeyTaken(QueueBusy):
     """A concurrent transaction has used the key for an unfinished job."""
 
 
+class PlanLost(QueueBusy):
+    """A prepared statement was of no more use, in the middle of a transaction."""
+
+
 class PostgresSession(Session):
-    """One thread's pooled connection. BEGIN is sent with the first statement, NOTIFY with the COMMIT."""
+    """One thread's transactions. Each takes a connection from the pool, and returns it at its end.
+
+    BEGIN is sent with the first statement, NOTIFY with the COMMIT.
+    """
 
     def __init__(self, queue: OnPostgres) -> None:
         self._queue = queue
-        self._begun = False
+        self._link: Link | None = None  # from the first statement of a transaction to its end
+        self.is_working = False  # a statement outside a transaction is under way
         self.durable = True
-        self.connection = queue._engine.connect()
-        self._driver = cast("psycopg.Connection[Any]", self.connection.connection.driver_connection)
-        self._poll = select.poll()
-        self._poll.register(self._driver.fileno(), select.POLLIN)
-        self._cursor = psycopg.RawCursor(self._driver)
-        self._cursor.format = Format.BINARY
+        self.for_application = False  # the transaction is the application's
 
     @property
     def busy(self) -> bool:
         return self.depth > 0
 
+    @property
+    def connection(self) -> sqlalchemy.Connection:
+        return cast("sqlalchemy.Connection", cast(Link, self._link).connection)
+
     def run(self, sql: str, params: Params = pqueue_values.NO_PARAMS) -> list[Any]:
-        return self._execute(sql, params).fetchall()
+        return cast("list[Any]", self._execute(sql, params, psycopg.RawCursor.fetchall))
+
+    def change(self, sql: str, params: Params = pqueue_values.NO_PARAMS) -> int:
+        return cast(int, self._execute(sql, params, attrgetter("rowcount")))
 
     def insert(self, sql: str, params: Params) -> list[int]:
         rows: list[Any] = []
@@ -154,91 +154,154 @@ class PostgresSession(Session):
 
     def alone(self, sql: str, params: Params) -> list[Any]:
         """Execute a statement as its own transaction."""
-        with self:
-            if self._queue.pooled:
-                return self.run(sql, params)
-            text, names = translated(sql)
-            with self._queue._db_errors():
-                return self._cursor.execute(text, [params[name] for name in names]).fetchall()
-
-    def change(self, sql: str, params: Params = pqueue_values.NO_PARAMS) -> int:
-        return self._execute(sql, params).rowcount
+        if not self._queue.pooled:
+            return self.run(sql, params)
+        with self:  # which has our settings
+            return self.run(sql, params)
 
     def change_many(self, sql: str, rows: list[Params]) -> None:
-        self._send_begin()
         with self._queue._db_errors():
-            text, names = translated(sql)
-            self._cursor.executemany(text, [[row[name] for name in names] for row in rows])
+            cursor = (self._link or self._begin_now()).cursor
+            text, names = translated(sql, self._queue.schema)
+            cursor.executemany(text, [[row[name] for name in names] for row in rows])
 
-    def _send_begin(self) -> None:
-        if not self._begun:
-            self._begun = True
-            with self._queue._db_errors():
-                self._driver.execute(BEGIN)
-                if self._queue.pooled:
-                    self._driver.execute(self._queue.settings_of_transaction)
-
-    def _execute(self, sql: str, params: Params) -> psycopg.Cursor[Any]:
-        text, names = translated(sql)
+    def _execute(self, sql: str, params: Params, read: Callable[[Any], Any]) -> Any:
+        """Execute a statement and return what `read` reads from the cursor."""
+        text, names = translated(sql, self._queue.schema)
         values = [params[name] for name in names]
         with self._queue._db_errors():
-            if self._begun or not self.busy:
-                return self._cursor.execute(text, values)
-            with self._driver.pipeline():
-                self._send_begin()
-                return self._cursor.execute(text, values)
+            if self._link is not None:
+                return self._execute_next(self._link, text, values, read)
+            run = self._execute_first if self.busy else self._execute_alone
+            return run(text, values, read)
+
+    def _execute_alone(self, text: bytes, values: list[Any], read: Callable[[Any], Any]) -> Any:
+        self.is_working = True
+        try:
+            link = self._queue._pool.take()
+            try:
+                return read(link.cursor.execute(text, values))
+            except PLAN_LOST:
+                link.forget_plans()
+                return read(link.cursor.execute(text, values))
+            finally:
+                self._queue._pool.give_back(link)
+        finally:
+            self.is_working = False
+
+    def _execute_first(self, text: bytes, values: list[Any], read: Callable[[Any], Any]) -> Any:
+        """Begin a transaction with this statement, in one round trip."""
+        link = self._take()
+        try:
+            with link.driver.pipeline():
+                self._send_begin(link)
+                link.cursor.execute(text, values)
+        except PLAN_LOST:
+            link.forget_plans()
+            self._send_begin(link)
+            link.cursor.execute(text, values)
+        return read(link.cursor)
+
+    def _execute_next(self, link: Link, text: bytes, values: list[Any], read: Callable[[Any], Any]) -> Any:
+        link.expect_utf8()
+        try:
+            return read(link.cursor.execute(text, values))
+        except PLAN_LOST:
+            link.has_lost_plans = True  # which cannot be mended within the transaction
+            raise
+
+    def _begin_now(self) -> Link:
+        link = self._take()
+        self._send_begin(link)
+        return link
+
+    def _take(self) -> Link:
+        link = self._queue._pool.take(for_application=self.for_application)
+        self._link = link
+        if self.for_application and link.connection is None:
+            link.connection = self._queue._wrap(link.driver)
+        return link
+
+    def _send_begin(self, link: Link) -> None:
+        settings = self._queue._settings
+        link.driver.execute(BEGIN)
+        if self._queue.pooled:
+            if self.for_application:
+                found = link.driver.execute(settings.of_the_role).fetchone()
+                link.for_application = settings.for_application(found or ())
+            link.driver.execute(settings.of_transaction)
+
+    def as_application(self) -> None:
+        """Begin a transaction whose statements have the settings of the role."""
+        with self._queue._db_errors():
+            link = self._begin_now()
+            link.driver.execute(link.for_application)
 
     @property
     def has_ended(self) -> bool:
-        return self._begun and self._driver.pgconn.transaction_status == TransactionStatus.IDLE
+        return self._link is not None and self._link.status == TransactionStatus.IDLE
 
     def _begin(self) -> None:
-        self._begun = False  # until the first statement
+        """Do nothing: the first statement begins the transaction."""
 
     def _commit(self) -> None:
-        if not self._begun:
+        if self._link is None:
             return
         self._expect_to_go_on()
-        if self._driver.pgconn.transaction_status == TransactionStatus.INERROR:
+        link = self._link
+        if link.status == TransactionStatus.INERROR:
             raise QueueError("cannot commit: a statement of the transaction failed")
-        with self._queue._db_errors(), self._driver.pipeline():
+        with self._queue._db_errors(), link.driver.pipeline():
+            if self.for_application:
+                self._restore(link)
             if not self.durable:
-                self._driver.execute("SET LOCAL synchronous_commit = off")
+                link.driver.execute("SET LOCAL synchronous_commit = off")
             if self.wakes:
-                self._driver.execute(f"NOTIFY {CHANNEL}")
-            self._driver.execute("COMMIT")
+                link.driver.execute(self._queue._sql(NOTIFY))
+            link.driver.execute("COMMIT")
+        self._give_back()
+
+    def _restore(self, link: Link) -> None:
+        settings = self._queue._settings
+        for sql in RESTORE:
+            link.driver.execute(sql)
+        link.driver.execute(settings.synced if self._queue.pooled else settings.of_session)
 
     def _wake(self) -> None:
         """Do nothing: the commit sent the NOTIFY."""
 
     def _cleanup(self) -> None:
-        self._begun = False
-        if self._driver.pgconn.transaction_status != TransactionStatus.IDLE:
+        if self._link is None:
+            return
+        if self.has_ended:  # by the application, whose settings may be in effect
+            self._link.driver.close()
+        elif self._link.status != TransactionStatus.IDLE:
             with suppress(psycopg.Error):
-                self._driver.rollback()
+                self._link.roll_back()
+                if self.for_application:
+                    self._link.driver.execute(UNLOCK_ALL)
+        self._give_back()
 
-    def is_usable(self) -> bool:
-        """Return whether the connection is idle and the server has sent nothing, such as a shutdown notice."""
-        return self._driver.pgconn.transaction_status == TransactionStatus.IDLE and not self._poll.poll(0)
+    def _give_back(self) -> None:
+        """Return the connection to the pool, and end SQLAlchemy's view of the transaction, which ended without it."""
+        link, self._link = self._link, None
+        if link is not None:
+            if link.connection is not None:
+                with suppress(exc.SQLAlchemyError):
+                    link.connection.rollback()
+            self._queue._pool.give_back(link)
 
-    def reset_sqlalchemy(self) -> None:
-        """End SQLAlchemy's view of the transaction, which was ended without it."""
-        with suppress(exc.SQLAlchemyError):
-            self.connection.rollback()
-
-    def close(self) -> None:
-        with suppress(exc.SQLAlchemyError):
-            self.connection.invalidate()
-            self.connection.close()
-
-    def disown(self) -> None:
-        """In a forked child: neither use nor close the parent's connection."""
-        _inherited.append((self.connection, self._driver))
-        self._driver = cast("psycopg.Connection[Any]", ClosedInFork())
+    def abandon(self) -> None:
+        """Close the connection, which undoes the transaction."""
+        if self._link is not None:
+            self._link.driver.close()
 
 
 class ListenConnection:
-    """A process's connection that listens for NOTIFY, and holds the locks of the consumers of this process."""
+    """A process's connection that listens for NOTIFY, and holds the locks of the consumers of this process.
+
+    Where epoll is available, the pool lends it for other statements. Its thread does not look at it meanwhile.
+    """
 
     def __init__(self, queue: OnPostgres) -> None:
         self._queue = queue
@@ -246,24 +309,35 @@ class ListenConnection:
         self._connecting = threading.Lock()  # held while the connection or the numbers change
         self._wakeups = 0
         self._numbers: set[int] = set()  # of the locks to hold
-        self._connection: psycopg.Connection[Any] | None = None
+        self._link: ListenLink | None = None
         self._stopped = False
-        self._stop_reader, self._stop_writer = os.pipe()  # wakes the listener when it must stop
+        self._poll: Any = getattr(select, "epoll", select.poll)()
+        self._lends = hasattr(select, "epoll")  # others can change what poll() looks at only when it is called
+        self._interrupt_reader, self._interrupt_writer = os.pipe()  # wakes the thread
+        self._poll.register(self._interrupt_reader, select.POLLIN)
         self._lost_at = self._made_at = -math.inf  # monotonic seconds
         self._is_new = False  # the connection is new: the consumers must be marked as running
         self.gets_notify = True  # False: connected through a pooler, which keeps neither NOTIFY nor locks
         self._thread = threading.Thread()
 
+    @property
+    def _connection(self) -> psycopg.Connection[Any] | None:
+        return None if self._link is None else self._link.driver
+
     def start(self) -> None:
         self.gets_notify = not self._queue.pooled and self._receives_notify()
         if self.gets_notify:
+            self._serve()
             self.keep_listening()
-        else:
-            log.warning(
-                "%s passes on no NOTIFY: consumers poll every %g s, and crashes are noticed only when leases expire",
-                self._queue.name,
-                pqueue.WAIT_SECONDS,
-            )
+            self._queue._pool.close_idle(0)  # an idle consumer needs no other
+            return
+        if self._link is not None:
+            self._link.close()
+        log.warning(
+            "%s passes on no NOTIFY: consumers poll every %g s, and crashes are noticed only when leases expire",
+            self._queue.name,
+            pqueue.WAIT_SECONDS,
+        )
 
     def keep_listening(self) -> None:
         """Start the listener, or restart it if it died: the consumers depend on it."""
@@ -272,33 +346,56 @@ class ListenConnection:
             self._thread.start()
 
     def _receives_notify(self) -> bool:
-        heard: list[psycopg.Notify] = []
-        self._connection = self._connect()
-        self._connection.add_notify_handler(heard.append)
+        self._link = self._connect()
+        before = self._wakeups
         with self._queue._transaction(durable=False) as session:
-            session.change(f"NOTIFY {CHANNEL}")
-        self._connection.execute("SELECT 1")  # the server sends pending notifications before its answer
-        self._connection.remove_notify_handler(heard.append)
-        return bool(heard)
+            session.change(NOTIFY)
+        self._link.driver.execute("SELECT 1")  # the server sends pending notifications before its answer
+        return self._wakeups != before
 
     def acquire(self, number: int) -> None:
         """Acquire a lock, now and after each reconnection."""
         with self._connecting:
             self._numbers.add(number)
-            self._run_if_connected("SELECT pg_advisory_lock_shared(%s::int, %s::int)", number)
+            self._run_if_connected(LOCK_SLOT, number)
         self._wake_waiters()
 
     def release(self, number: int) -> None:
         with self._connecting:
             self._numbers.discard(number)
-            self._run_if_connected("SELECT pg_advisory_unlock_shared(%s::int, %s::int)", number)
+            self._run_if_connected(UNLOCK_SLOT, number)
         self._wake_waiters()  # for notifications received meanwhile
 
     def _run_if_connected(self, sql: str, number: int) -> None:
         """Execute the statement unless the connection is lost: the listener will reconnect."""
-        if self._connection is not None:
-            with suppress(psycopg.Error):
-                self._connection.execute(sql, (LOCK_CLASS, number))
+        link = self._link
+        if link is None:
+            return
+        with suppress(psycopg.Error, QueueError), self._taken(link):
+            link.cursor.execute(self._queue._sql(sql), [number])
+
+    @contextmanager
+    def _taken(self, link: Link) -> Iterator[None]:
+        """Use the connection alone."""
+        if self._lends:
+            self._queue._pool.take(only=link)
+        try:
+            yield
+        finally:
+            if self._lends:
+                self._queue._pool.give_back(link)
+
+    # Called by the pool
+
+    def on_loan(self, link: Link) -> None:
+        self._poll.unregister(link.driver.fileno())
+
+    def on_return(self, link: Link) -> None:
+        link.dispatch()
+        self._poll.register(link.driver.fileno(), select.POLLIN)
+
+    def on_loss(self) -> None:
+        self._interrupt()
 
     def wait(self, seconds: float, due_in: Callable[[], float]) -> bool:
         with self._changed:
@@ -307,31 +404,46 @@ class ListenConnection:
         with self._changed:
             return self._changed.wait_for(lambda: self._wakeups != before, max(0.0, until))
 
+    def _interrupt(self) -> None:
+        with suppress(OSError):
+            os.write(self._interrupt_writer, b"!")
+
     def stop_listening(self) -> None:
         """Stop the listener, which would otherwise reconnect and mark the consumers as running."""
         self._stopped = True
-        os.write(self._stop_writer, b"!")
+        self._interrupt()
         if self._thread.is_alive():
             self._thread.join(2 * self._queue._busy_seconds + 2)  # it may be connecting
 
     def close(self) -> None:
         self.stop_listening()
-        if self._connection is not None:
-            self._connection.close()
-        for file in (self._stop_reader, self._stop_writer):
+        self._queue._pool.recall()
+        if self._link is not None:
+            self._link.close()
+        if self._lends:
+            self._poll.close()
+        for file in (self._interrupt_reader, self._interrupt_writer):
             os.close(file)
 
-    def _connect(self) -> psycopg.Connection[Any]:
+    def _connect(self) -> ListenLink:
         with ExitStack() as undo:
-            connection = self._queue._connect_raw()
-            undo.callback(connection.close)
-            connection.execute(_setting(_timeout_settings(LISTENER_TIMEOUT_MS, LISTENER_KEEPALIVES), for_good=True))
-            connection.execute(NO_IDLE_TIMEOUT)
+            driver = self._queue._connect_raw()
+            undo.callback(driver.close)
+            link = ListenLink(driver, self._queue._settings, pooled=self._queue.pooled)
+            driver.execute(setting(timeout_settings(LISTENER_TIMEOUT_MS, LISTENER_KEEPALIVES), for_good=True))
             for number in list(self._numbers):
-                connection.execute("SELECT pg_advisory_lock_shared(%s::int, %s::int)", (LOCK_CLASS, number))
-            connection.execute(LISTEN)
+                link.cursor.execute(self._queue._sql(LOCK_SLOT), [number])
+            driver.add_notify_handler(lambda _: self._wake_waiters())
+            driver.execute(self._queue._sql(LISTEN))
             undo.pop_all()
-        return connection
+        return link
+
+    def _serve(self) -> None:
+        """Listen on the new connection, and lend it."""
+        link = cast(ListenLink, self._link)
+        self._poll.register(link.driver.fileno(), select.POLLIN)
+        if self._lends:
+            self._queue._pool.lend(link, self)
 
     def was_lost_recently(self) -> bool:
         """Return whether the connection was lost a moment ago; other consumers may not have reconnected yet."""
@@ -340,20 +452,22 @@ class ListenConnection:
     def _listen(self) -> None:
         while not self._stopped:
             try:
-                self._receive(self._connection or self._reconnect())
+                self._receive(self._link or self._reconnect())
             except Exception as error:
                 self._drop(error)
 
-    def _reconnect(self) -> psycopg.Connection[Any]:
+    def _reconnect(self) -> ListenLink:
         with self._connecting:
-            self._connection = self._connect()
+            self._link = self._connect()
             self._is_new, self._made_at = True, time.monotonic()
-        return self._connection
+            self._serve()
+        return self._link
 
     def _drop(self, error: Exception) -> None:
         """Drop a failed connection; wait before the next one if this one never worked."""
         with self._connecting:
-            lost, self._connection = self._connection, None
+            lost, self._link = self._link, None
+            self._queue._pool.recall()
         self._lost_at = time.monotonic()
         if not isinstance(error, (psycopg.Error, QueueError, OSError)):
             log.error("%s: the listener failed and reconnects: %r", self._queue.name, error)
@@ -361,20 +475,32 @@ class ListenConnection:
             time.sleep(RETRY_SECONDS)
             return
         with suppress(Exception):
+            self._poll.unregister(lost.driver.fileno())
+        with suppress(Exception):
             lost.close()
         if self._lost_at - self._made_at < RETRY_SECONDS:
             time.sleep(PAUSE_SECONDS)
 
-    def _receive(self, connection: psycopg.Connection[Any]) -> None:
+    def _receive(self, link: ListenLink) -> None:
         if self._is_new:
             with suppress(QueueError):  # tries again in a second
                 self._queue._mark_running()
                 self._is_new = False
-        said = select.poll()
-        for file in (connection.fileno(), self._stop_reader):
-            said.register(file, select.POLLIN)
-        if said.poll(1000) and not self._stopped and any(True for _ in connection.notifies(timeout=0)):
-            self._wake_waiters()
+        for file, _ in self._poll.poll(1.0 if self._lends else 1000):  # seconds, milliseconds
+            if file == self._interrupt_reader:
+                os.read(file, 100)
+        pool = self._queue._pool
+        if self._stopped:
+            return
+        if self._lends and pool.listening is not link:
+            raise QueueBusy("the connection was lost")
+        if not self._lends:
+            link.receive()
+        elif pool.take_if_free(link):
+            try:
+                link.receive()
+            finally:
+                pool.give_back(link)
 
     def _wake_waiters(self) -> None:
         with self._changed:
@@ -465,6 +591,9 @@ def _wrap(connection: sqlite3.Connection) -> sqlalchemy.Connection:
 class OnPostgres(PersistentQSQLAlchemy):
     """The queue in a PostgreSQL database, in a schema of its own.
 
+    url: postgresql://USER@HOST:PORT/DATABASE, with parameters of libpq and two of ours: schema=NAME (default: pqueue)
+        holds the queue, so that a database can hold several; max_connections=N (default: 20) is how many connections
+        this object opens at most. Threads wait for one, and raise QueueBusy after busy_seconds.
     durability: "full" waits until the server has synced; "normal" may lose the last changes if the server crashes.
     create: create the schema if it does not exist; else raise QueueError.
     busy_seconds: how long to wait for a lock or a connection.
@@ -482,36 +611,34 @@ class OnPostgres(PersistentQSQLAlchemy):
             raise ValueError(f"expected a durability of full or normal, got {durability!r}")
         self.durability, self._busy_seconds = durability, busy_seconds
         self._milliseconds = int(busy_seconds * 1000)
-        settings = {**NEEDED, "lock_timeout": self._milliseconds}
-        synced = SYNCED if durability == "full" else "set_config('synchronous_commit', 'off', {})"
-        connection_settings = settings | _timeout_settings(self._milliseconds, KEEPALIVES)
-        self.settings_of_session = f"{_setting(connection_settings, for_good=True)}, {synced.format(False)}"
-        self.settings_of_transaction = f"{_setting(settings, for_good=False)}, {synced.format(True)}"
-        self._conninfo = _conninfo(url)
-        self.name = f"{self._conninfo.get('host', 'localhost')}/{self._conninfo.get('dbname', '')}"
-        self._sessions: weakref.WeakSet[PostgresSession] = weakref.WeakSet()
-        self._local = threading.local()
+        place = parse_url(url)
+        self._conninfo, self.schema, self.name = place.conninfo, place.schema, place.name
+        self._max_connections = place.max_connections
         self._engine = sqlalchemy.create_engine(
             "postgresql+psycopg://",
-            creator=self._connect_raw,
+            creator=lambda: self._local.driver,
             isolation_level="AUTOCOMMIT",  # BEGIN and COMMIT are the session's
-            pool_size=5,
-            max_overflow=50,
+            poolclass=NullPool,
         )
         self._listener: ListenConnection | None = None
         self._listener_lock = threading.Lock()
         self._clock = (-CLOCK_SECONDS, 0.0)  # when it was read (monotonic), and its offset, in seconds
-        self._reset_liveness()
+        self._reset_connections()
         self._closed = False
         self.pooled = False  # connected through a pooler, which does not keep our settings between transactions
+        self._is_open = False
         try:
             self._prepare(create)
         except BaseException:
             self.close()
             raise
+        self._is_open = True
         _queues.add(self)
 
-    def _reset_liveness(self) -> None:
+    def _reset_connections(self) -> None:
+        self._sessions: weakref.WeakSet[PostgresSession] = weakref.WeakSet()
+        self._local = threading.local()
+        self._pool = Pool(self.name, self._max_connections, self._busy_seconds, self._new_link)
         self._liveness_at, self._living = -math.inf, cast("set[int] | None", None)  # monotonic seconds; slots
         self._missing: dict[int, float] = {}  # slots without a lock, since when, monotonic seconds
 
@@ -520,13 +647,38 @@ class OnPostgres(PersistentQSQLAlchemy):
     def _connect_raw(self) -> psycopg.Connection[Any]:
         arguments = {"application_name": "pqueue", "connect_timeout": max(1, int(self._busy_seconds)), **KEEPALIVES}
         arguments["tcp_user_timeout"] = self._milliseconds  # detects a broken network link
-        connection = psycopg.connect(autocommit=True, **{**arguments, **self._conninfo, "client_encoding": "UTF8"})
+        try:
+            connection = psycopg.connect(autocommit=True, **{**arguments, **self._conninfo, "client_encoding": "UTF8"})
+        except psycopg.Error as error:
+            raise connection_error(self.name, error) from error
+        encoding = connection.info.parameter_status("server_encoding")
+        if encoding != "UTF8":
+            connection.close()
+            raise QueueError(f"cannot use {self.name}: expected a database with ENCODING 'UTF8', got {encoding}")
         connection.adapters.register_dumper(int, Int8Dumper)  # one type for all values, so one prepared statement
-        self.pooled = connection.execute("SELECT pg_backend_pid()").fetchone() != (connection.info.backend_pid,)
+        self.pooled = connection.execute("SELECT pg_catalog.pg_backend_pid()").fetchone() != (
+            connection.info.backend_pid,
+        )
         connection.prepare_threshold = None if self.pooled else 3
-        if not self.pooled:
-            connection.execute(self.settings_of_session)
+        self._settings = Settings(self.durability, self._milliseconds, connection.info.server_version)
         return connection
+
+    def _new_link(self) -> Link:
+        with self._db_errors():
+            driver = self._connect_raw()
+            try:
+                return Link(driver, self._settings, pooled=self.pooled)
+            except BaseException:
+                driver.close()
+                raise
+
+    def _wrap(self, driver: psycopg.Connection[Any]) -> sqlalchemy.Connection:
+        """Return an SQLAlchemy connection that leaves BEGIN, COMMIT and closing to the owner of `driver`."""
+        self._local.driver = driver
+        return self._engine.connect()
+
+    def _sql(self, sql: str) -> bytes:
+        return translated(sql, self.schema)[0]
 
     def _prepare(self, create: bool) -> None:
         """Check the version of the schema, and migrate it."""
@@ -542,24 +694,25 @@ class OnPostgres(PersistentQSQLAlchemy):
             self._migrate()
 
     def _version(self) -> int | None:
-        found = self._read("SELECT to_regclass(:name)::text", {"name": f"{SCHEMA}.version"})
+        found = self._read(f"SELECT to_regclass('{SCHEMA}.version')::text")
         if found[0][0] is None:
             return None
-        return cast(int, self._read(f"SELECT number FROM {SCHEMA}.version")[0][0])
+        return cast(int, self._read("SELECT number FROM version")[0][0])
 
     def _migrate(self) -> None:
         with self._transaction() as session:
             session.run(f"SELECT pg_advisory_xact_lock({LOCK_CLASS})")
-            session.change(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
-            session.change(f"CREATE TABLE IF NOT EXISTS {SCHEMA}.version (number INTEGER NOT NULL)")
-            done = session.run(f"SELECT number FROM {SCHEMA}.version")
+            if session.run(f"SELECT to_regnamespace('{SCHEMA}')::text")[0][0] is None:
+                session.change(f"CREATE SCHEMA {SCHEMA}")  # even IF NOT EXISTS needs a right on the database
+            session.change("CREATE TABLE IF NOT EXISTS version (number INTEGER NOT NULL)")
+            done = session.run("SELECT number FROM version")
             for migration in islice(pqueue_schema.MIGRATIONS, done[0][0] if done else 0, None):
                 for statement in definitions(migration):
                     session.change(statement)
             for statement in () if done else COUNTING:
                 session.change(statement)
-            session.change(f"DELETE FROM {SCHEMA}.version")
-            session.change(f"INSERT INTO {SCHEMA}.version VALUES (:number)", {"number": len(pqueue_schema.MIGRATIONS)})
+            session.change("DELETE FROM version")
+            session.change("INSERT INTO version VALUES (:number)", {"number": len(pqueue_schema.MIGRATIONS)})
 
     @contextmanager
     def _db_errors(self) -> Iterator[None]:
@@ -581,37 +734,67 @@ class OnPostgres(PersistentQSQLAlchemy):
             return QueueBusy(f"cannot write to {self.name}: another writer held it ({text})")
         if state == "53100":
             return QueueFull(f"cannot write to {self.name}: its disk is full")
-        if state in ("25006",):
-            return QueueError(
-                f"cannot write to {self.name}: it is a read-only standby, or its default_transaction_read_only is on"
-            )
-        if state.startswith("28") or "authentication failed" in text or "no password" in text:
-            return QueueError(f"cannot open {self.name}: user or password refused")
-        if state in ("3D000", "42501") or re.search('(database|role) ".*" does not exist', text):
-            return QueueError(f"cannot open {self.name}: {text}")
+        if state == "25006":
+            return QueueError(f"cannot write to {self.name}: {self._why_read_only()}")
+        if state == "42501":
+            return QueueError(f"cannot {'use' if self._is_open else 'open'} {self.name}: {text}{self._lacks(text)}")
+        if isinstance(original, PLAN_LOST):
+            return PlanLost(f"cannot use {self.name}: its tables were altered; try again ({text})")
         if isinstance(error, (exc.OperationalError, exc.InterfaceError, psycopg.OperationalError)) or state[:2] == "57":
             return QueueBusy(f"cannot reach {self.name}: {text}")
         return QueueError(f"cannot use {self.name}: {text}")
 
+    def _why_read_only(self) -> str:
+        with suppress(QueueError):
+            if self._ask("SELECT pg_is_in_recovery()")[0]:
+                return "it is a read-only standby"
+            if self._ask("SHOW default_transaction_read_only")[0] == "on":
+                return "default_transaction_read_only is on, for the role, the database or the server"
+        return "its transactions are read-only"
+
+    def _lacks(self, text: str) -> str:
+        """Return, as the end of a sentence, which right is missing."""
+        kind, _, name = text.removeprefix("permission denied for ").partition(" ")
+        rights = {"table": "SELECT, INSERT, UPDATE, DELETE", "schema": "USAGE, CREATE", "database": "CREATE"}
+        if kind not in rights or not text.startswith("permission denied"):
+            return ""
+        shown = name if kind != "table" else f"{self.schema}.{name}"
+        missing = []
+        with suppress(QueueError):
+            for right in rights[kind].split(", "):
+                sql = f"SELECT has_{kind}_privilege(%s, %s), current_user::text"
+                has, role = self._ask(sql, f'"{self.schema}".{name}' if kind == "table" else name, right)
+                missing += [] if has else [right]
+            hint = f", or a schema of its own: CREATE SCHEMA {self.schema} AUTHORIZATION {role}"
+            return f": role {role} lacks {', '.join(missing)} on {kind} {shown}{hint if kind == 'database' else ''}"
+        return ""
+
+    def _ask(self, sql: str, *values: Any) -> Any:
+        """Return a row, read on a connection of its own: that of this thread may be in a failed transaction."""
+        link = self._pool.take()
+        try:
+            return link.driver.execute(sql, values).fetchone()
+        except psycopg.Error as error:
+            raise QueueError(str(error)) from error
+        finally:
+            self._pool.give_back(link)
+
     # Methods of Backend
 
     def _session(self) -> PostgresSession:
-        """Return this thread's session, reconnected if necessary unless it is in a transaction."""
+        """Return this thread's session."""
         if self._closed:
             raise QueueError(f"cannot use {self.name}: this queue object is closed")
         session: PostgresSession | None = getattr(self._local, "session", None)
-        while session is None or not (session.busy or session.is_usable()):
-            if session is not None:
-                session.close()
-            with self._db_errors():
-                session = self._local.session = PostgresSession(self)
+        if session is None:
+            session = self._local.session = PostgresSession(self)
             self._sessions.add(session)
         return session
 
     def _transaction(self, *, durable: bool = True, in_batch: bool = False) -> PostgresSession:  # noqa: ARG002
         session = self._session()
         if not session.busy:
-            session.durable = durable
+            session.durable, session.for_application = durable, False
         return session
 
     def _read(self, sql: str, params: Params = pqueue_values.NO_PARAMS) -> list[Any]:
@@ -641,6 +824,15 @@ class OnPostgres(PersistentQSQLAlchemy):
                 if not (self.in_transaction and row["key"]) or self._read(LOCK_UNFINISHED, {"id": ids[0]}):
                     return ids
         raise NotStored
+
+    def _add_queue(self, session: Session, row: Params) -> int:
+        """Do it in a transaction of its own: until that of the application ends, other producers would wait."""
+        if self._session().for_application:
+            with suppress(QueueBusy):  # no other connection is to be had
+                with PostgresSession(self) as other:
+                    other.change(pqueue_schema.ADD_QUEUE, row)
+                return 1
+        return super()._add_queue(session, row)
 
     def resubmit(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
         """See the base class. On a conflict with a concurrent enqueue, the second call sees which job has the key."""
@@ -691,7 +883,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             with self._transaction(durable=False) as session:
                 session.run(MERGE_CHANGES)
         if limit == 0 or looks or self.in_transaction or len(tokens) < len(completions):
-            return super()._complete_and_claim(completions, me, limit, queues, lease_seconds, now)
+            return self._step_by_step(completions, me, limit, queues, lease_seconds, now)
         now = self._time(now)
         claim = pqueue.claim_params(me, limit, queues, lease_seconds, now)
         sql = COMPLETE_AND_CLAIM if completions else CLAIM_ALONE
@@ -701,8 +893,14 @@ class OnPostgres(PersistentQSQLAlchemy):
         jobs = pqueue.claimed_jobs(session, [row[1:] for row in rows if row[1] is not None], claim)
         lost = [job for job, _ in completions if rows[0][0] is not None and job.id not in rows[0][0]]
         with suppress(QueueBusy) if completions else nullcontext():  # an error must not hide what was completed
-            jobs = jobs or super()._complete_and_claim([], me, limit, queues, lease_seconds, now)[0]
+            jobs = jobs or self._step_by_step([], me, limit, queues, lease_seconds, now)[0]
         return jobs, lost
+
+    def _step_by_step(self, *arguments: Any) -> tuple[list[Job], list[Job]]:
+        """Do it in several statements; once more if the tables were altered since they were prepared."""
+        with suppress(PlanLost) if not self.in_transaction else nullcontext():
+            return super()._complete_and_claim(*arguments)
+        return super()._complete_and_claim(*arguments)
 
     def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> None:
         session.change(LOCK_AS_WRITER)
@@ -776,18 +974,17 @@ class OnPostgres(PersistentQSQLAlchemy):
     @property
     def in_transaction(self) -> bool:
         session: PostgresSession | None = getattr(self._local, "session", None)
-        return session is not None and session.busy
+        return session is not None and (session.busy or session.is_working)
 
     @contextmanager
     def transaction(self) -> Iterator[sqlalchemy.Connection]:
         session = self._transaction()
-        try:
-            with session.user_transaction():
-                session.run(DEFAULT_PLANNER)  # for the user's statements
-                yield session.connection
-        finally:
-            if not session.busy:
-                session.reset_sqlalchemy()
+        is_outermost = session.depth == 0
+        session.for_application = True
+        with session.user_transaction():
+            if is_outermost:
+                session.as_application()
+            yield session.connection
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Write a consistent copy as a queue on SQLite: `open_queue(path)` opens it."""
@@ -805,11 +1002,11 @@ class OnPostgres(PersistentQSQLAlchemy):
     def other_tables(self) -> list[str]:
         """Return the names of the tables and views in the queue's schema that are not ours."""
         sql = "SELECT table_name::text FROM information_schema.tables WHERE table_schema = :schema ORDER BY 1"
-        ours = (*pqueue_schema.TABLES, "version", "pending_changes", "pending_counts")
-        return [row[0] for row in self._read(sql, {"schema": SCHEMA}) if row[0] not in ours]
+        ours = TABLES
+        return [row[0] for row in self._read(sql, {"schema": self.schema}) if row[0] not in ours]
 
     def _lock_out_writers(self, session: Session) -> None:
-        session.run(_setting({COPYING: "on"}, for_good=False))
+        session.run(setting({COPYING: "on"}, for_good=False))
         session.change("LOCK TABLE jobs IN EXCLUSIVE MODE")  # excludes every writer; one lock cannot deadlock
 
     def _lock_jobs(self, session: Session, job_ids: list[int]) -> None:
@@ -822,13 +1019,13 @@ class OnPostgres(PersistentQSQLAlchemy):
             session.run(f"SELECT setval(pg_get_serial_sequence('{SCHEMA}.{table}', 'id'), {highest}, false)")
 
     def check(self, *, thorough: bool = True) -> dict[str, Any]:
-        expected: dict[str, Any] = {"fsync": "on", "full_page_writes": "on", "transaction_read_only": "off"}
+        expected: dict[str, Any] = {"fsync": "on", "full_page_writes": "on"}
         expected |= {"server_encoding": "UTF8", "transaction_isolation": "read committed"}
         if self.durability == "full":
             expected["synchronous_commit"] = "on"
         facts: dict[str, Any] = {"path": self.name, "durability": self.durability, "user_version": self._version()}
-        for setting in ("server_version", "synchronous_commit", *expected):
-            facts[setting] = self._read(f"SHOW {setting}")[0][0]
+        for name in ("server_version", "synchronous_commit", *expected):
+            facts[name] = self._read(f"SHOW {name}")[0][0]
         if thorough:
             facts["file_bytes"] = self._read("SELECT pg_database_size(current_database())")[0][0]
         expected["user_version"] = len(pqueue_schema.MIGRATIONS)
@@ -837,21 +1034,11 @@ class OnPostgres(PersistentQSQLAlchemy):
         facts["problems"] = [
             f"expected {name} {value}, got {facts[name]}" for name, value in expected.items() if facts[name] != value
         ]
-        facts["problems"] += self._limits_in_the_way()
         for name, counted, found in self._read(MISCOUNTED) if thorough else ():
             facts["problems"].append(
                 f"expected {found} pending jobs of queue {name!r}, counted {counted}: set its limit again"
             )
         return facts
-
-    def _limits_in_the_way(self) -> list[str]:
-        """Return problems with the time limits that the server, the database or the role sets."""
-        most = self._milliseconds
-        return [
-            f"expected {name} 0 or above {most} ms, got {value} ms"
-            for name, value in self._read(TIME_LIMITS)
-            if 0 < int(value) <= most
-        ]
 
     def close(self) -> None:
         if self._listener is not None:
@@ -860,9 +1047,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             self._unregister_all()
         if self._listener is not None:
             self._listener.close()
-        for session in list(self._sessions):
-            session.close()
-        self._engine.dispose()
+        self._pool.close()
         self._local = threading.local()
         self._listener = None
         self._closed = True
@@ -870,41 +1055,18 @@ class OnPostgres(PersistentQSQLAlchemy):
     def _unregister_all(self) -> None:
         """Unregister all consumers; try again if a connection was lost or a transaction of ours held a job."""
         if self.in_transaction:
-            self._local.session.close()
+            self._local.session.abandon()
             self._local = threading.local()
         for _ in range(2):
             with suppress(QueueError):
                 self._unregister(list(self._registry.values()))
                 return
-            for session in list(self._sessions):
-                session.close()
+            for session in list(self._sessions):  # of threads in a transaction, which may have locked a job
+                session.abandon()
 
     def _after_fork(self) -> None:
         """Reconnect in the child: the sockets belong to the parent."""
-        for session in list(self._sessions):
-            session.disown()
-        self._engine.dispose(close=False)
+        _inherited.append((self._pool.disown(), self._listener, self._engine.pool))
         PersistentQInterface.__init__(self)
-        _inherited.append(self._listener)
-        self._sessions, self._local = weakref.WeakSet(), threading.local()
         self._listener, self._listener_lock = None, threading.Lock()
-        self._reset_liveness()
-
-
-def _timeout_settings(milliseconds: int, keepalives: dict[str, int]) -> dict[str, object]:
-    """Return the server's settings for how long it keeps the connection of an unreachable client."""
-    return {"tcp_user_timeout": milliseconds, **{f"tcp_{name}": value for name, value in keepalives.items()}}
-
-
-def _conninfo(url: str) -> dict[str, Any]:
-    """Return libpq's connection parameters from a URL, which may name several hosts."""
-    scheme, _, rest = url.partition("://")
-    with suppress(psycopg.Error):
-        parts = psycopg.conninfo.conninfo_to_dict(f"postgresql://{rest}")
-        ports = str(parts.get("port") or "5432").split(",")
-        # A / or ? in a password must be percent-encoded, or libpq ends the password there.
-        cut = "@" in f"{parts.get('host')} {parts.get('dbname')}"
-        known = scheme in ("postgresql", "postgresql+psycopg", "postgres")
-        if known and not cut and all(port.isdigit() for port in ports):
-            return dict(parts)
-    raise ValueError("expected postgresql://USER@HOST:PORT/DATABASE, got another text (not shown: a password?)")
+        self._reset_connections()

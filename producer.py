@@ -25,7 +25,6 @@ from itertools import count
 from pathlib import Path
 from typing import IO
 
-import pqueue
 import pqueue_files
 from pqueue import PersistentQInterface, QueueError
 from pqueue_tools import file_task
@@ -37,6 +36,7 @@ from pqueue_tools.process import (
     is_orphaned,
     log,
     on_termination,
+    open_waiting,
     print_error,
     retry_while_busy,
     seconds,
@@ -148,7 +148,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         expect_posix()
-        with pqueue.open_queue() as queue:
+        opened = open_waiting()
+        if opened is None:  # stopped before the server answered
+            return 0
+        with opened as queue:
             producer = Producer(queue, options.directory)
             on_termination(producer.stop)
             producer.run(options.interval, options.count)

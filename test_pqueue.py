@@ -294,7 +294,8 @@ class QueueContract:
             self.execute(db, "INSERT INTO business VALUES (2)")
             self.queue.enqueue("never")
             raise ZeroDivisionError
-        self.assertEqual(self.queue._read("SELECT n FROM business", {}), [(1,)])
+        with self.queue.transaction() as db:
+            self.assertEqual([tuple(row) for row in self.execute(db, "SELECT n FROM business")], [(1,)])
         self.assertEqual(self.queue.list_jobs(task="never"), [])
 
     def test_guarantee_5_job_that_kills_its_consumers_is_set_aside_and_names_them(self):

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,13 +17,16 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
-from pqueue import Job, QueueBusy, QueueError, QueueFull
+import pqueue
+from pqueue import Job, PersistentQInterface, QueueBusy, QueueError, QueueFull
 from pqueue_tools import termination
 from pqueue_tools.masking import masked_text
 from pqueue_tools.report import iso, printable
 from pqueue_values import program_name
 
 RETRY_PAUSE_SECONDS = (0.1, 5.0)  # first and longest pause while the database is locked or full
+
+OPEN_SECONDS = 5.0  # how long a command waits for a server to answer
 
 PARENT = os.getppid()
 
@@ -134,6 +138,30 @@ def retry_while_busy(call: Callable[[], T], pause: Callable[[float], bool], **fi
         if pause(seconds):
             return None
         seconds = min(longest, seconds * 2)
+
+
+def open_waiting(**fields: Any) -> PersistentQInterface | None:
+    """Open the queue. While its server is away, wait and log it. Return None if stopped meanwhile."""
+    stopped = threading.Event()
+    on_termination(lambda *_: stopped.set())
+    queue = retry_while_busy(pqueue.open_queue, lambda pause: stopped.wait(pause) or is_orphaned(), **fields)
+    on_termination(signal.SIG_DFL)
+    if queue is not None and stopped.is_set():
+        queue.close()
+        return None
+    return queue
+
+
+def open_soon(*, create: bool = True) -> PersistentQInterface:
+    """Open the queue, for a command that someone waits for: if its server is away, try for some seconds."""
+    until = time.monotonic() + OPEN_SECONDS
+    while True:
+        try:
+            return pqueue.open_queue(create=create)
+        except QueueBusy:
+            if time.monotonic() > until:
+                raise
+        time.sleep(RETRY_PAUSE_SECONDS[0])
 
 
 # Arguments ############################################################################################################

@@ -14,11 +14,10 @@ from unittest import mock
 
 import psycopg
 import pytest
-import sqlalchemy
 from conftest import free_port
 from postgres_server import ACCOUNT
 from test_outage import Load
-from test_postgres import database, server
+from test_postgres import database, execute_on_tables, server
 
 import pqueue
 import pqueue_sqlalchemy
@@ -117,7 +116,7 @@ class PgBouncerContract(QueueContract, unittest.TestCase):
         return queue
 
     def execute(self, db, sql, **params):
-        return db.execute(sqlalchemy.text(sql), params)
+        return execute_on_tables(db, sql, params)
 
 
 @pytest.mark.parametrize("pooler", ["transaction", "session"], indirect=True)
@@ -136,7 +135,8 @@ def test_settings_apply_to_each_transaction_and_to_no_other_client(pooler, queue
 
         wait_until(work)
         with queue.transaction() as db:
-            assert db.exec_driver_sql("SHOW search_path").scalar() == "pqueue,public"
+            assert db.exec_driver_sql("SHOW search_path").scalar() == '"$user", public'
+        assert queue._read("SHOW search_path") == [("pg_catalog, pg_temp",)]
         for _ in range(10):
             with psycopg.connect(pooler.url) as stranger:
                 assert stranger.execute("SHOW search_path").fetchone() == ('"$user", public',)

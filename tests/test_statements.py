@@ -47,10 +47,10 @@ def page() -> str:
     """Return the whole text of docs/postgres.sql."""
     parts = [HEAD, "-- The schema\n"]
     for sql in [*(sql for each in pqueue_schema.MIGRATIONS for sql in pqueue_postgres.definitions(each))]:
-        parts.append(f"{sql.strip()};\n")
-    parts += [f"{sql.strip()};\n" for sql in pqueue_postgres.COUNTING]
+        parts.append(sent(sql))
+    parts += [sent(sql) for sql in pqueue_postgres.COUNTING]
     parts.append("-- While a queue has a limit\n")
-    parts += [f"{sql.strip()};\n" for sql in (*pqueue_postgres.START_COUNTING, *pqueue_postgres.RECOUNT)]
+    parts += [sent(sql) for sql in (*pqueue_postgres.START_COUNTING, *pqueue_postgres.RECOUNT)]
     why = comments(pqueue_postgres)
     parts.append("-- Statements that all backends share\n")
     for name, sql in SHARED.items():
@@ -58,6 +58,10 @@ def page() -> str:
     parts.append("-- Statements that only PostgreSQL has\n")
     parts += [shown(name, [why.get(name, "")], sql) for name, sql in OWN.items()]
     return "\n".join(parts)
+
+
+def sent(sql: str) -> str:
+    return f"{translated(sql)[0].decode().strip()};\n"
 
 
 def shown(name: str, about: list[str], sql: str) -> str:

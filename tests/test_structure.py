@@ -13,7 +13,10 @@ from conftest import ROOT
 PROGRAMS = {"producer", "consumer", "admin", "manager", "ops"}
 PATHS = [*ROOT.glob("pqueue*.py"), *(ROOT / f"{name}.py" for name in PROGRAMS), *ROOT.glob("pqueue_tools/[!_]*.py")]
 PRODUCT = {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text()) for path in PATHS}
-CORE = {name for name in PRODUCT if name.startswith("pqueue") and "." not in name} - {"pqueue_sqlalchemy"}
+CORE = {name for name in PRODUCT if name.startswith("pqueue") and "." not in name} - {
+    "pqueue_sqlalchemy",
+    "pqueue_connections",
+}
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}  # which are public
 PRIVATE_USES = {
@@ -25,7 +28,8 @@ PRIVATE_USES = {
     "pqueue_move": {"_transaction", "_lock_out_writers", "_reset_ids", "_count_pending", "_read"},
     # A session and its queue are one thing in two classes, and a fork resets both.
     "pqueue_sqlalchemy": {
-        *("_engine", "_db_errors", "_transaction", "_connect_raw", "_mark_running", "_busy_seconds", "_after_fork")
+        *("_db_errors", "_transaction", "_connect_raw", "_mark_running", "_busy_seconds", "_after_fork"),
+        *("_pool", "_settings", "_sql", "_wrap"),
     },
 }
 

@@ -1,0 +1,473 @@
+"""Connections to a PostgreSQL server: the URL, the settings of a session, a pool, and what a failure means."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+import select
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import unquote
+
+import psycopg
+import sqlalchemy
+from psycopg.pq import Format, TransactionStatus
+from sqlalchemy import exc
+
+from pqueue_postgres import DEFAULT_SCHEMA
+from pqueue_sqlite import ClosedInFork
+from pqueue_values import QueueBusy, QueueError
+
+MAX_CONNECTIONS = 20  # of one queue object; see `max_connections` in a URL
+IDLE_SECONDS = 30.0  # an idle connection is closed after that, except the one that listens
+PATIENCE_SECONDS = 0.01  # wait so long for another thread's connection before opening one, which takes as long
+
+# Settings of a session ################################################################################################
+
+# Our statements always use indexes and a generic plan: planning a claim takes longer than executing it, and the planner
+# assumes that LIMIT :limit returns a tenth of the table.
+PLANNER = ("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin", "enable_sort", "jit")
+# Time limits of the role that would end a claim, a wait for a lock, or the connection that shows that a consumer is
+# alive; lock_timeout bounds each wait. Each with the first version of the server that has it.
+TIME_LIMITS = {
+    "statement_timeout": 0,
+    "idle_in_transaction_session_timeout": 0,
+    "idle_session_timeout": 14_00_00,
+    "transaction_timeout": 17_00_00,
+}
+# Settings that our statements rely on, whatever the server, the database or the role have.
+NEEDED = {
+    "search_path": "pg_catalog, pg_temp",  # our statements name their schema
+    "default_transaction_isolation": "read committed",
+    "array_nulls": "on",
+    "standard_conforming_strings": "on",
+    "row_security": "on",
+    "exit_on_error": "off",
+    "plan_cache_mode": "force_generic_plan",
+    **dict.fromkeys(("enable_indexscan", "enable_indexonlyscan", "enable_nestloop"), "on"),
+    **dict.fromkeys(PLANNER, "off"),
+}
+# Of these, the statements of the application in `transaction` get the values that the role has.
+OF_THE_ROLE = ("search_path", "plan_cache_mode", *PLANNER, *TIME_LIMITS)
+KEEPALIVES = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
+# Any value other than off waits for the server's disk; they differ in how they treat standbys.
+# (Functions are named in full where the role's search_path is in effect.)
+SYNCED = (
+    "pg_catalog.set_config('synchronous_commit', pg_catalog.replace(pg_catalog.current_setting('synchronous_commit'), "
+    "'off', 'on'), {})"
+)
+NOT_SYNCED = "pg_catalog.set_config('synchronous_commit', 'off', {})"
+UNLOCK_ALL = "SELECT pg_catalog.pg_advisory_unlock_all()"  # a rollback does not do that
+# Undo what the application's statements may have left in the session. In the transaction, so that a rollback, which
+# undoes their settings, needs nothing. Deferred triggers run first: they may rely on the settings.
+RESTORE = (
+    "SET CONSTRAINTS ALL IMMEDIATE",
+    "RESET SESSION AUTHORIZATION",
+    "RESET ROLE",
+    "RESET ALL",
+    "CLOSE ALL",
+    "UNLISTEN *",
+    "DISCARD TEMP",
+    UNLOCK_ALL,
+)
+
+
+def setting(values: dict[str, Any], *, for_good: bool) -> str:
+    """Return a statement that sets these for the session (for_good) or for the transaction."""
+    return "SELECT " + ", ".join(
+        f"pg_catalog.set_config('{name}', {psycopg.sql.quote(str(value))}, {not for_good})"
+        for name, value in values.items()
+    )
+
+
+def timeout_settings(milliseconds: int, keepalives: dict[str, int]) -> dict[str, object]:
+    """Return the server's settings for how long it keeps the connection of an unreachable client."""
+    return {"tcp_user_timeout": milliseconds, **{f"tcp_{name}": value for name, value in keepalives.items()}}
+
+
+class Settings:
+    """The settings of a session, or behind a pooler of a transaction, on a server of this version."""
+
+    def __init__(self, durability: str, milliseconds: int, server_version: int) -> None:
+        limits = [name for name, since in TIME_LIMITS.items() if server_version >= since]
+        values = {**NEEDED, **dict.fromkeys(limits, "0"), "lock_timeout": milliseconds}
+        synced = SYNCED if durability == "full" else NOT_SYNCED
+        lasting = values | timeout_settings(milliseconds, KEEPALIVES)
+        self._of_the_role = [name for name in OF_THE_ROLE if name in values]
+        self.of_the_role = "SELECT " + ", ".join(f"pg_catalog.current_setting('{name}')" for name in self._of_the_role)
+        self.of_session = f"{setting(lasting, for_good=True)}, {synced.format(False)}"
+        self.of_transaction = f"{setting(values, for_good=False)}, {synced.format(True)}"
+        self.synced = f"SELECT {synced.format(True)}"
+
+    def for_application(self, values: tuple[Any, ...]) -> str:
+        """Return the statement that gives the application, for a transaction, the settings of its role."""
+        return setting(dict(zip(self._of_the_role, values, strict=True)), for_good=False)
+
+
+# The URL ##############################################################################################################
+
+
+class Place(NamedTuple):
+    """What a URL says."""
+
+    conninfo: dict[str, Any]  # libpq's connection parameters
+    schema: str
+    max_connections: int
+
+    @property
+    def name(self) -> str:
+        """The host and the database, without the password; the schema, unless it is the default."""
+        known = {**_service(self.conninfo), **self.conninfo}
+        host = known.get("host") or known.get("hostaddr") or os.environ.get("PGHOST") or "localhost"
+        schema = "" if self.schema == DEFAULT_SCHEMA else f"?schema={self.schema}"
+        return f"{host}/{known.get('dbname') or os.environ.get('PGDATABASE', '')}{schema}"
+
+
+def _service(conninfo: dict[str, Any]) -> dict[str, str]:
+    """Return what the service of a connection, if it has one, says in the user's file or the system's."""
+    name = conninfo.get("service") or os.environ.get("PGSERVICE")
+    folder = os.environ.get("PGSYSCONFDIR", "/etc/postgresql-common")
+    files = [os.environ.get("PGSERVICEFILE") or os.path.expanduser("~/.pg_service.conf"), f"{folder}/pg_service.conf"]
+    if not name:
+        return {}
+    for file in files:
+        services = configparser.ConfigParser(interpolation=None, delimiters="=", strict=False)
+        with suppress(OSError, configparser.Error, UnicodeDecodeError):
+            services.read(file)
+        if name in services:
+            return dict(services[name])
+    return {"host": f"service {name}"}
+
+
+def parse_url(url: str) -> Place:
+    """Return what a postgresql:// URL says. Raises ValueError, without the URL, which may contain a password."""
+    scheme, _, rest = url.partition("://")
+    if scheme.startswith("postgresql+") and scheme != "postgresql+psycopg":
+        raise ValueError(f"expected postgresql:// or postgresql+psycopg://, got the driver {scheme[11:][:40]!r}")
+    rest, _, query = rest.partition("?")
+    own, kept = {"schema": DEFAULT_SCHEMA, "max_connections": str(MAX_CONNECTIONS)}, []
+    for part in filter(None, query.split("&")):
+        name, _, value = part.partition("=")
+        if name in own:
+            own[name] = unquote(value)
+        else:
+            kept.append(part)
+    place = Place(_conninfo(scheme, rest + "?" * bool(kept) + "&".join(kept)), own["schema"], 0)
+    if not re.fullmatch("(?!pg_)[A-Za-z_][A-Za-z0-9_-]{0,62}", place.schema):
+        raise ValueError(
+            f"expected a schema of at most 63 letters, digits, _ and -, not pg_…, got {place.schema[:80]!r}"
+        )
+    if not re.fullmatch("[0-9]{1,5}", own["max_connections"]) or int(own["max_connections"]) < 2:
+        raise ValueError(f"expected max_connections of at least 2, got {own['max_connections'][:40]!r}")
+    return place._replace(max_connections=int(own["max_connections"]))
+
+
+def _conninfo(scheme: str, rest: str) -> dict[str, Any]:
+    """Return libpq's connection parameters from the rest of a URL, which may name several hosts."""
+    try:
+        parts = psycopg.conninfo.conninfo_to_dict(f"postgresql://{rest}")
+    except psycopg.Error as error:
+        if unknown := re.search(r'invalid URI query parameter: "(\w{1,40})"', str(error)):
+            raise ValueError(
+                f"expected a parameter of libpq, or schema or max_connections, in the URL, got {unknown[1]!r}"
+            ) from None
+        parts = {"host": "@"}
+    ports = str(parts.get("port") or "5432").split(",")
+    # A / or ? in a password must be percent-encoded, or libpq ends the password there.
+    cut = "@" in f"{parts.get('host')} {parts.get('dbname')}"
+    known = scheme in ("postgresql", "postgresql+psycopg", "postgres")
+    if known and not cut and all(port.isdigit() for port in ports):
+        return dict(parts)
+    raise ValueError("expected postgresql://USER@HOST:PORT/DATABASE, got another text (not shown: a password?)")
+
+
+# Failures to connect ##################################################################################################
+
+# The server or libpq says these while a server starts, stops, is full or away. (libpq gives no SQLSTATE.)
+PASSING = re.compile(
+    r"starting up|shutting down|recovery|too many|slots are reserved|refused\b(?! by)|timeout expired|timed out|closed"
+    r"|reset|EOF|unreachable|resolve|terminat|session is( not)? read-only|in hot standby|No such file or directory$"
+)
+LASTING = re.compile(
+    r"SSL|certificate|GSS|password|authentication|pg_hba|invalid|bad value|unrecognized|unsupported|not supported"
+    r"|permission denied for|not permitted|not currently accepting|definition of service|channel binding"
+    r'|(database|role|user) ".*" does not exist|service file'
+)
+
+
+def answers(error: psycopg.Error) -> list[str]:
+    """Return what each host answered, with its address and port."""
+    text = str(error).strip()
+    _, _, several = text.partition("All failures were:\n")
+    found = re.findall(r"^- (host: .*)", several, re.MULTILINE) or [text.split("\n")[0]]
+    return [re.sub(r"^(host: .*?: )?(?=connection )(connection failed: )?", "", each) for each in found]
+
+
+def connection_error(name: str, error: psycopg.Error) -> QueueError:
+    """Return the QueueBusy or, if trying again is of no use, the QueueError for a failure to connect."""
+    said = answers(error)
+    text = "; ".join(dict.fromkeys(said)) or type(error).__name__
+    if all(LASTING.search(each) and not PASSING.search(each) for each in said):
+        if "no password" in text or (error.pgconn and error.pgconn.needs_password and "password" in text):
+            return QueueError(
+                f"cannot open {name}: the server expects a password, and none was found: set PGPASSWORD, or add a "
+                "line to ~/.pgpass, which only its owner may read"
+            )
+        if "password authentication failed" in text:
+            return QueueError(f"cannot open {name}: user or password refused: {text}")
+        return QueueError(f"cannot open {name}: {text}")
+    return QueueBusy(f"cannot reach {name}: {text}")
+
+
+# Connections ##########################################################################################################
+
+
+class Link:
+    """A connection with our settings. Behind a pooler, these are those of each transaction."""
+
+    def __init__(self, driver: psycopg.Connection[Any], settings: Settings, *, pooled: bool) -> None:
+        self.driver = driver
+        self.cursor = psycopg.RawCursor(driver)
+        self.cursor.format = Format.BINARY
+        self.used_at = time.monotonic()
+        self.for_application = ""  # the statement that gives the application the settings of its role
+        self.has_lost_plans = False
+        self.connection: sqlalchemy.Connection | None = None  # of SQLAlchemy, when the application has used it
+        self._poll = select.poll()
+        self._poll.register(driver.fileno(), select.POLLIN)
+        if not pooled:
+            found = driver.execute(settings.of_the_role).fetchone()
+            self.for_application = settings.for_application(found or ())
+            driver.execute(settings.of_session)
+
+    @property
+    def status(self) -> TransactionStatus:
+        return TransactionStatus(self.driver.pgconn.transaction_status)
+
+    def is_usable(self) -> bool:
+        """Return whether the connection is idle and the server has sent nothing, such as a shutdown notice."""
+        return self.status == TransactionStatus.IDLE and not self._poll.poll(0)
+
+    def expect_utf8(self) -> None:
+        """Make the driver encode texts as UTF-8 again, if the application has changed that in its transaction."""
+        if self.driver.pgconn.parameter_status(b"client_encoding") != b"UTF8":
+            self.driver.execute("SET client_encoding = 'UTF8'")
+
+    def receive(self) -> None:
+        """Read what the server has sent. The driver calls its handlers of notifications."""
+        self.driver.pgconn.consume_input()
+        self.dispatch()
+
+    def dispatch(self) -> None:
+        """Call the handlers of the notifications that were received along with an answer."""
+        while found := self.driver.pgconn.notifies():
+            if self.driver.pgconn.notify_handler:
+                self.driver.pgconn.notify_handler(found)
+
+    def roll_back(self) -> None:
+        self.driver.rollback()
+        if self.has_lost_plans:
+            self.forget_plans()
+
+    def forget_plans(self) -> None:
+        """Undo the transaction, if there is one, and prepare all statements anew."""
+        self.driver.rollback()
+        self.driver.execute("DEALLOCATE ALL")
+        self.has_lost_plans = False
+
+    def close(self) -> None:
+        with suppress(exc.SQLAlchemyError):
+            if self.connection is not None:
+                self.connection.invalidate()
+                self.connection.close()
+        with suppress(psycopg.Error):
+            self.driver.close()
+
+
+class ListenLink(Link):
+    """The connection that listens. Notifications that arrive on it are read, whoever uses it."""
+
+    def is_usable(self) -> bool:
+        with suppress(psycopg.Error):
+            if self._poll.poll(0):
+                self.receive()
+            return self.status == TransactionStatus.IDLE
+        return False
+
+
+class Lender(Protocol):
+    """Who listens on a connection that a pool lends. The pool calls these methods with its lock held."""
+
+    def on_loan(self, link: Link) -> None: ...
+
+    def on_return(self, link: Link) -> None: ...
+
+    def on_loss(self) -> None: ...
+
+
+class Pool:
+    """The connections of a queue object. A thread takes one for each outermost transaction.
+
+    The connection that listens is lent for our own short statements: an idle consumer needs no other.
+    """
+
+    def __init__(self, name: str, most: int, seconds: float, connect: Callable[[], Link]) -> None:
+        self._name, self._most, self._seconds, self._connect = name, most, seconds, connect
+        self._changed = threading.Condition()
+        self._free: list[Link] = []  # the one used last at the end
+        self._open = 0  # connections that are open or being opened
+        self._links: weakref.WeakSet[Link] = weakref.WeakSet()
+        self._refusal: tuple[float, QueueError | None] = (0.0, None)  # until when not to try to open another, and why
+        self._closed = False
+
+    # The connection that listens, if it may be lent
+
+    listening: Link | None = None
+    _is_lent = False
+    _lender: Lender
+
+    def lend(self, link: Link, lender: Lender) -> None:
+        """Let threads use the connection that listens."""
+        with self._changed:
+            self.listening, self._is_lent, self._lender = link, False, lender
+            self._open += 1
+            self._links.add(link)
+            self._changed.notify_all()
+
+    def recall(self) -> None:
+        """Lend the connection that listens no more."""
+        with self._changed:
+            if self.listening is not None:
+                self.listening, self._open = None, self._open - (not self._is_lent)
+                self._changed.notify_all()
+
+    def take(self, *, for_application: bool = False, only: Link | None = None) -> Link:
+        """Return a connection for this thread alone. Wait for one if there are as many as there may be.
+
+        for_application: one that does not listen. only: this one. Raises QueueBusy.
+        """
+        until = time.monotonic() + self._seconds
+        patience = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            with self._changed:
+                link = self._find(for_application, only)
+                if link is None and not self._may_open(patience, for_application, only):
+                    self._wait(until, patience)
+                    continue
+                self._open += link is None
+            if link is None:
+                link = self._new(until)
+            elif not link.is_usable():
+                self.discard(link)
+                link = None
+            if link is not None:
+                return link
+
+    def take_if_free(self, link: Link) -> bool:
+        """Take the connection that listens, unless it is lent."""
+        with self._changed:
+            return self._find(for_application=False, only=link) is link
+
+    def _find(self, for_application: bool, only: Link | None) -> Link | None:
+        if self._closed:
+            raise QueueError(f"cannot use {self._name}: this queue object is closed")
+        if only is not None and only is not self.listening:
+            raise QueueBusy(f"cannot reach {self._name}: the connection was lost")
+        if self.listening is not None and not self._is_lent and not for_application:
+            self._is_lent = True
+            self._lender.on_loan(self.listening)
+            return self.listening
+        return self._free.pop() if self._free and only is None else None
+
+    def _may_open(self, patience: float, for_application: bool, only: Link | None) -> bool:
+        others = self._open - (for_application and self.listening is not None)
+        now = time.monotonic()
+        return (
+            only is None
+            and self._open < self._most
+            and now >= self._refusal[0]
+            and (others == 0 or now >= patience)  # another thread may be about to return one
+        )
+
+    def _wait(self, until: float, patience: float) -> None:
+        now = time.monotonic()
+        if now >= until:
+            refusal = self._refusal[1] if now < self._refusal[0] + self._seconds else None
+            raise refusal or QueueBusy(
+                f"cannot use {self._name}: {self._open} connections of this process are in use, of at most "
+                f"{self._most}: end transactions sooner, or set max_connections in the URL"
+            )
+        self._changed.wait((patience if now < patience else min(until, now + 0.1)) - now)
+
+    def _new(self, until: float) -> Link | None:
+        """Open a connection. If the server has no more to give, but we have others, return None: wait for one."""
+        try:
+            link = self._connect()
+        except BaseException as error:
+            with self._changed:
+                self._open -= 1
+                self._changed.notify()
+                if self._open and isinstance(error, QueueBusy) and time.monotonic() < until:
+                    self._refusal = (time.monotonic() + 1.0, error)
+                    return None
+            raise
+        with self._changed:
+            self._links.add(link)
+        return link
+
+    def give_back(self, link: Link) -> None:
+        """Return a connection to the pool, or close it if it is of no more use."""
+        link.used_at = time.monotonic()
+        if link.status != TransactionStatus.IDLE or self._closed:
+            self.discard(link)
+            return
+        with self._changed:
+            if link is self.listening:
+                self._is_lent = False
+                self._lender.on_return(link)
+            else:
+                self._free.append(link)
+            self._changed.notify()
+        if self._free and link.used_at - self._free[0].used_at > IDLE_SECONDS:
+            self.close_idle(IDLE_SECONDS)
+
+    def discard(self, link: Link) -> None:
+        """Close a connection that this thread has taken."""
+        link.close()
+        with self._changed:
+            self._open -= 1
+            if link is self.listening:
+                self.listening = None
+                self._lender.on_loss()
+            self._changed.notify()
+
+    def close_idle(self, seconds: float) -> None:
+        """Close the connections that no thread has used for so long."""
+        before = time.monotonic() - seconds
+        with self._changed:
+            idle = [link for link in self._free if link.used_at <= before]
+            self._free = [link for link in self._free if link not in idle]
+            self._open -= len(idle)
+        for link in idle:
+            link.close()
+
+    def close(self) -> None:
+        """Close all connections, those in use too."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for link in list(self._links):
+            link.close()
+
+    def disown(self) -> list[Any]:
+        """In a forked child: return all connections, to be neither used nor closed."""
+        kept: list[Any] = []
+        for link in list(self._links):
+            kept.append((link.connection, link.driver, link.cursor))
+            link.driver = ClosedInFork()  # type: ignore[assignment]
+        return kept

@@ -1,0 +1,431 @@
+"""How many connections there are, what happens when there are no more, and what a failure to connect says."""
+
+# ruff: noqa: F401, F811 - pytest finds fixtures by their names
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+from contextlib import ExitStack, closing, suppress
+from unittest import mock
+
+import psycopg
+import pytest
+import sqlalchemy
+from conftest import free_port
+from postgres_server import Server
+from test_postgres import database, server
+from test_postgres_isolation import Roles, roles, with_query
+
+import pqueue
+import pqueue_connections
+import pqueue_sqlalchemy
+from pqueue import InvalidTransition, QueueBusy, QueueError
+from pqueue_connections import parse_url
+from pqueue_sqlalchemy import PersistentQSQLAlchemy
+from test_pqueue import wait_until
+
+
+@pytest.fixture
+def admin(database):
+    with psycopg.connect(database, autocommit=True) as admin:
+        yield admin
+
+
+@pytest.fixture
+def queue(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        yield queue
+
+
+def connections(admin):
+    sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pqueue' AND datname = current_database()"
+    return admin.execute(sql).fetchone()[0]
+
+
+# How many there are
+
+
+def test_idle_consumer_has_one_connection_and_one_in_a_transaction_two(admin, queue):
+    assert queue.dequeue("w") is None
+    for _ in range(3):
+        queue.wait(0, consumer="w")
+        queue.dequeue("w")
+        queue.heartbeat("w")
+        assert connections(admin) == 1
+    queue.enqueue("t")
+    job = queue.dequeue("w")
+    extended = threading.Thread(target=queue.extend, args=(job, 60))
+    with queue.transaction():
+        queue.complete(job) if False else queue.enqueue("follow-up")
+        extended.start()
+        extended.join()
+        assert connections(admin) == 2
+    queue.complete(job)
+
+
+def test_thread_that_is_idle_holds_no_connection(admin, queue):
+    free, done = threading.Event(), []
+
+    def put(number):
+        queue.enqueue("t", number)
+        done.append(number)
+        free.wait(30)
+
+    threads = [threading.Thread(target=put, args=(number,)) for number in range(57)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(done) == 57, 60)
+    assert connections(admin) <= pqueue_connections.MAX_CONNECTIONS
+    free.set()
+    for thread in threads:
+        thread.join()
+    with mock.patch.object(pqueue_connections, "IDLE_SECONDS", 0):
+        for _ in range(3):
+            queue.stats()
+    wait_until(lambda: connections(admin) <= 1)
+
+
+def test_thread_waits_for_a_connection_and_then_raises_queue_busy(database):
+    with closing(PersistentQSQLAlchemy(with_query(database, max_connections="2"), busy_seconds=1)) as queue:
+        inside, over, told = threading.Barrier(3), threading.Event(), []
+
+        def hold():
+            with queue.transaction():
+                inside.wait(10)
+                over.wait(30)
+
+        holders = [threading.Thread(target=hold) for _ in range(2)]
+        for each in holders:
+            each.start()
+        inside.wait(10)
+        with pytest.raises(QueueBusy, match="2 connections of this process are in use, of at most 2") as refused:
+            queue.enqueue("t")
+        assert "max_connections" in str(refused.value)
+        waiting = threading.Thread(target=lambda: told.append(queue.enqueue("t")))
+        waiting.start()
+        over.set()
+        for each in (*holders, waiting):
+            each.join()
+        assert told
+
+
+def test_forked_child_and_parent_each_have_connections_of_their_own(admin, queue):
+    queue.enqueue_many("t", range(4))
+    job = queue.dequeue("w")
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        with suppress(BaseException):
+            queue.complete(queue.dequeue("child"))
+            queue.close()
+            code = 0
+        os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+    queue.complete(job)
+    assert queue.stats()["states"]["completed"] == 2
+
+
+# At the limit
+
+
+def limited(roles, number):
+    url = roles.add("limited", "ALTER ROLE {role} SUPERUSER")
+    role = sqlalchemy.make_url(url).username
+    roles.admin.execute(f"ALTER ROLE {role} NOSUPERUSER CONNECTION LIMIT {number}")
+    for grant in ("ALL ON SCHEMA pqueue", "ALL ON ALL TABLES IN SCHEMA pqueue"):
+        roles.admin.execute(f"GRANT {grant} TO {role}")
+    return url
+
+
+def test_consumer_at_the_limit_keeps_the_lease_of_its_job(place, database, roles, queue):
+    """Two consumers with as few connections as they need, and a job that lasts longer than its lease."""
+    url = limited(roles, 4)
+    place.write(
+        "slow.py", "import time\nfrom pqueue import Job, task\n@task()\ndef slow(job: Job):\n    time.sleep(7)\n"
+    )
+    environment = {"PQUEUE_URL": url, "PYTHONPATH": str(place.folder)}
+    queue.enqueue("slow", {})
+    for number in range(2):
+        place.start("consumer.py", "--import", "slow", "--name", f"w{number}", "--lease-seconds", "2", **environment)
+    wait_until(lambda: queue.list_jobs(state="completed"), 40)
+    (job,) = queue.list_jobs()
+    assert job.attempts == 1
+    assert [event["event"] for event in queue.history(job.id)] == []
+    assert not any(" lost " in child.out.read_text() for child in place.children)
+
+
+def test_consumer_that_finds_no_connection_is_refused_before_it_takes_a_job(roles, queue):
+    url = limited(roles, 2)
+    queue.enqueue("t")
+    with psycopg.connect(url), ExitStack() as undo:
+        other = undo.enter_context(closing(pqueue.open_queue(url)))
+        with pytest.raises(QueueBusy, match="too many connections for role"):
+            other.dequeue("w")
+        assert queue.list_jobs()[0].state == "pending"
+
+
+def test_thread_at_the_limit_waits_for_the_connection_of_another(roles, queue):
+    with closing(pqueue.open_queue(limited(roles, 1))) as other:
+        threads, done = [], []
+        for number in range(6):
+            threads.append(threading.Thread(target=lambda n=number: done.append(other.enqueue("t", n))))
+            threads[-1].start()
+        for thread in threads:
+            thread.join()
+        assert len(done) == 6
+
+
+def test_connection_that_listens_is_lent_and_still_hears(queue, database):
+    with closing(PersistentQSQLAlchemy(database)) as other:
+        assert queue.dequeue("w") is None
+        for _ in range(30):
+            other.enqueue("t")
+            began = time.monotonic()
+            queue.stats()  # the notification may arrive along with an answer
+            while not (job := queue.dequeue("w")):
+                assert queue.wait(10, consumer="w")
+            assert time.monotonic() - began < 9
+            queue.complete(job)
+
+
+# The first job of a queue
+
+
+def test_first_job_of_a_queue_in_an_open_transaction_blocks_no_other(queue, database):
+    with closing(PersistentQSQLAlchemy(database)) as other:
+        for name, first in (("mails", "enqueue"), ("letters", "enqueue_many")):
+            with queue.transaction():
+                getattr(queue, first)("t", [1], queue=name)
+                assert other.enqueue("t", queue=name)
+                assert other.enqueue_many("t", [2], queue=name)
+        with suppress(ZeroDivisionError), queue.transaction():
+            queue.enqueue("t", queue="undone")
+            raise ZeroDivisionError
+        assert [job.queue for job in queue.list_jobs(queue="undone")] == []
+
+
+# A schema that is altered
+
+
+ALTERATIONS = [
+    "ALTER TABLE pqueue.jobs ALTER COLUMN priority TYPE bigint",
+    "ALTER TABLE pqueue.jobs ADD COLUMN more text",
+    "ALTER TABLE pqueue.jobs ALTER COLUMN attempts TYPE bigint",
+    "ALTER TABLE pqueue.queues ALTER COLUMN paused TYPE bigint",
+]
+
+
+@pytest.mark.parametrize("step_by_step", [False, True])
+def test_statements_are_prepared_anew_after_the_schema_is_altered(admin, queue, step_by_step):
+    def use():
+        queue._dead_checked_at = -float("inf") if step_by_step else float("inf")
+        job_id = queue.enqueue("t", key="k")
+        queue.enqueue("t", key="k")
+        queue.enqueue_many("t", range(2))
+        assert queue.get(job_id).id == job_id
+        queue.list_jobs()
+        queue.stats()
+        jobs = queue.dequeue_many("w", 2)
+        queue.fail(jobs[0], "no", retry_in_seconds=0)
+        queue.complete_and_dequeue([(job, None) for job in jobs[1:]], "w", 1)
+        with suppress(InvalidTransition):
+            queue.cancel(job_id)
+        with suppress(QueueBusy), queue.transaction():
+            queue.get(job_id)
+            queue.enqueue("t")
+
+    for _ in range(8):
+        use()
+    for alteration in ALTERATIONS:
+        admin.execute(alteration)
+        use()
+
+
+def test_statement_that_is_altered_within_a_transaction_works_the_next_time(admin, queue):
+    for _ in range(8):
+        with queue.transaction():
+            queue.enqueue("t")
+            queue.get(1)
+    admin.execute(ALTERATIONS[0])
+    with suppress(QueueBusy), queue.transaction():
+        queue.enqueue("t")
+        queue.get(1)
+    with queue.transaction():
+        queue.enqueue("t")
+        queue.get(1)
+
+
+# What a failure to connect says
+
+
+@pytest.fixture
+def strict(tmp_path):
+    """A server that asks for a password over TCP."""
+    tmp_path.chmod(0o755)
+    strict = Server(tmp_path / "strict").create()
+    with (strict.data / "pg_hba.conf").open("w") as rules:
+        rules.write("local all all trust\nhost all all 127.0.0.1/32 scram-sha-256\n")
+    strict.start()
+    yield strict
+    strict.kill()
+
+
+def opening(url, **environment):
+    with mock.patch.dict(os.environ, environment), pytest.raises((QueueError, ValueError)) as caught:
+        pqueue.open_queue(url)
+    assert "\n" not in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"sslmode": "bogus"}, 'invalid sslmode value: "bogus"'),
+        ({"options": "-cnosuch=1"}, "nosuch"),
+        ({"options": "-cwork_mem=x"}, "work_mem"),
+        ({"gssencmode": "bogus"}, "gssencmode"),
+        ({"target_session_attrs": "bogus"}, "target_session_attrs"),
+        ({"channel_binding": "bogus"}, "channel_binding"),
+        ({"connect_timeout": "x"}, "connect_timeout"),
+        ({"service": "nosuch"}, "service"),
+    ],
+)
+def test_option_that_can_never_work_is_an_error_that_says_so(database, parameters, message):
+    error = opening(with_query(database, **parameters))
+    assert not isinstance(error, QueueBusy), error
+    assert re.search(message, str(error)), error
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("postgresql://u:hunter2@h/d?sslmod=require", "parameter of libpq, or schema or max_connections, .*'sslmod'"),
+        ("postgresql+psycopg2://u:hunter2@h/d", "got the driver 'psycopg2'"),
+        ("postgresql+asyncpg://u:hunter2@h/d", "got the driver 'asyncpg'"),
+        ("postgresql://u:hunter2@h/d?max_connections=x", "max_connections of at least 2, got 'x'"),
+        ("postgresql://u:hunter2@h/d?max_connections=1", "max_connections of at least 2"),
+        ("host=127.0.0.1 dbname=shop password=hunter2", "expected a path or a URL .* got a connection string of libpq"),
+        ("dbname=shop", "connection string of libpq"),
+    ],
+)
+def test_url_that_can_never_work_is_an_error_that_says_so(url, message):
+    error = opening(url)
+    assert isinstance(error, ValueError)
+    assert re.search(message, str(error)), error
+
+
+@pytest.mark.parametrize("parameters", ["sslmode=require", "sslmode=verify-full&sslrootcert=/nosuch"])
+def test_server_without_tls_is_an_error_if_it_is_required(strict, parameters):
+    error = opening(f"postgresql://ann@127.0.0.1:{strict.port}/postgres?{parameters}")
+    assert not isinstance(error, QueueBusy)
+    assert re.search("SSL|certificate", str(error))
+
+
+def test_database_that_accepts_no_connections_is_an_error(server, database):
+    name = sqlalchemy.make_url(database).database
+    with psycopg.connect(server, autocommit=True) as other:
+        other.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+    error = opening(database)
+    assert not isinstance(error, QueueBusy)
+    assert "not currently accepting connections" in str(error)
+
+
+def test_role_that_may_not_log_in_is_an_error(roles):
+    url = roles.add("nologin", "ALTER ROLE {role} NOLOGIN")
+    error = opening(url)
+    assert not isinstance(error, QueueBusy)
+    assert "not permitted to log in" in str(error)
+
+
+def test_connections_that_are_used_up_are_busy(roles):
+    assert isinstance(opening(roles.add("full", "ALTER ROLE {role} CONNECTION LIMIT 0")), QueueBusy)
+
+
+def test_server_that_is_away_is_busy(tmp_path):
+    for url in (
+        f"postgresql://u:hunter2@127.0.0.1:{free_port()}/d",
+        f"postgresql://u:hunter2@/d?host={tmp_path}",
+        f"postgresql://u:hunter2@/d?host={tmp_path}/nosuch",
+    ):
+        assert isinstance(opening(url), QueueBusy)
+
+
+def test_wrong_and_missing_passwords_are_different_errors(strict):
+    strict.ask("CREATE ROLE ann LOGIN PASSWORD 'right'")
+    wrong = opening(f"postgresql://ann:hunter2@127.0.0.1:{strict.port}/postgres")
+    assert not isinstance(wrong, QueueBusy)
+    assert "user or password refused" in str(wrong)
+    missing = opening(f"postgresql://ann@127.0.0.1:{strict.port}/postgres", PGPASSFILE="/dev/null")
+    assert not isinstance(missing, QueueBusy)
+    assert "none was found: set PGPASSWORD" in str(missing)
+    for text, error in (("wrong", wrong), ("missing", missing)):
+        assert text and f"port {strict.port}" in str(error) or "PGPASSWORD" in str(error)
+
+
+def test_each_host_is_reported_with_its_answer_and_port(strict):
+    strict.ask("CREATE ROLE ann LOGIN PASSWORD 'right'")
+    strict.ask("ALTER SYSTEM SET default_transaction_read_only = on")
+    strict.ask("SELECT pg_reload_conf()")
+    away, hosts = free_port(), "127.0.0.1,127.0.0.1"
+    url = f"postgresql://ann:right@/postgres?host={hosts}&port={away},{strict.port}&target_session_attrs=read-write"
+    error = opening(url)
+    assert isinstance(error, QueueBusy)
+    assert re.search(
+        rf"port {away} failed: Connection refused; .*port {strict.port} failed: session is read-only", str(error)
+    )
+
+
+def test_queue_of_a_service_is_named_by_it(tmp_path, database, monkeypatch):
+    place = psycopg.conninfo.conninfo_to_dict(database)
+    file = tmp_path / "services"
+    file.write_text("[shop]\n" + "".join(f"{name}={value}\n" for name, value in place.items()))
+    monkeypatch.setenv("PGSERVICEFILE", str(file))
+    with closing(pqueue.open_queue("postgresql://?service=shop")) as queue:
+        assert queue.name == f"{place['host']}/{place['dbname']}"
+    monkeypatch.setenv("PGSERVICE", "shop")
+    with closing(pqueue.open_queue("postgresql://")) as queue:
+        assert queue.name == f"{place['host']}/{place['dbname']}"
+
+
+# At the start
+
+
+@pytest.fixture
+def primary(tmp_path):
+    server = Server(tmp_path / "primary").create()
+    yield server
+    server.kill()
+
+
+def test_programs_that_begin_before_the_server_wait_for_it(place, primary):
+    url = {"PQUEUE_URL": primary.url}
+    producer = place.start("producer.py", "--interval", "0.05", "--count", "5", **url)
+    consumer = place.start("consumer.py", **url)
+    wait_until(lambda: all(" waiting " in child.out.read_text() for child in (producer, consumer)), 30)
+    primary.start()
+    assert producer.wait(60) == 0
+    with closing(pqueue.open_queue(primary.url)) as queue:
+        wait_until(lambda: queue.stats()["states"]["completed"] == 5, 60)
+    assert consumer.poll() is None
+
+
+@pytest.mark.parametrize("program", [("producer.py",), ("consumer.py",)])
+def test_program_that_waits_for_the_server_is_stopped_by_a_signal(place, program):
+    child = place.start(*program, PQUEUE_URL=f"postgresql://postgres@127.0.0.1:{free_port()}/postgres")
+    wait_until(lambda: " waiting " in child.out.read_text(), 30)
+    child.terminate()
+    assert child.wait(30) == 0
+
+
+@pytest.mark.parametrize("command", [("consumer.py", "--drain"), ("admin.py", "stats"), ("admin.py", "doctor")])
+def test_command_gives_up_after_a_few_seconds_and_says_why(place, command):
+    done = place.run(*command, PQUEUE_URL=f"postgresql://postgres@127.0.0.1:{free_port()}/postgres")
+    assert done.returncode == 1, done
+    assert re.fullmatch(r"\S+: cannot reach 127.0.0.1/postgres: .*Connection refused\n", done.stderr), done.stderr
+    assert done.stdout == ""
