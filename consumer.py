@@ -62,7 +62,10 @@ class ProgressBar:
 
 def main(arguments: list[str] | None = None) -> int:
     escape_unencodable()
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.wait is not None and not options.drain:
+        parser.error("expected --drain with --wait")
     try:
         expect_posix()
         queue = open_soon() if options.drain else open_waiting(consumer=options.name)
@@ -130,7 +133,15 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--directory", type=folder, default=file_task.files_directory, help="folder of job files (default: %(default)s)"
     )
-    add("--drain", action="store_true", help="stop when no job is pending")
+    add("--drain", action="store_true", help="stop when no job is pending; the exit code is 1 if jobs failed")
+    add(
+        "--wait",
+        type=seconds(0),
+        nargs="?",
+        const=float("inf"),
+        metavar="S",
+        help="with --drain, also wait for retries and other jobs that fall due within S seconds (default: at any time)",
+    )
     add("--max-jobs", type=whole_number(1), metavar="N", help="start a new worker process after N jobs")
     add("--max-rss", type=whole_number(1), metavar="MB", help="start a new worker process when it uses more memory")
     add(

@@ -37,6 +37,8 @@ The guarantees, each with a test of its number in test_pqueue.py:
 8. `lease_token` and `lease_expires_at` are set exactly while a job is `processing`.
 9. A task cannot break its consumer (consumer.py): `timeout_seconds` and `memory_mb` end it, a healthy task keeps its
    lease, an operator's cancel reaches it within a second, and what it leaves behind does not affect the next job.
+10. A consumer that names its tasks gets only their jobs, and any number of others costs it nothing. `consumer.py` names
+   those that it has imported.
 
 All times are Unix seconds, UTC, as float; all durations are seconds. Every method that reads the clock takes `now`.
 """
@@ -52,6 +54,8 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
@@ -60,6 +64,7 @@ from pqueue_backend import Registration, Session
 from pqueue_move import Moving
 from pqueue_schema import (
     ADD_QUEUE,
+    ADD_TASK,
     ASSIGN,
     CANCEL,
     CLAIM,
@@ -79,6 +84,7 @@ from pqueue_schema import (
     MARK_DEAD,
     MARK_FAILED,
     NEXT_ATTEMPTS,
+    NEXT_DUE,
     NEXT_EVENT,
     ORPHANED,
     OVERDUE,
@@ -94,6 +100,7 @@ from pqueue_schema import (
     RUNNING,
     SET_MAX_PENDING,
     SET_PAUSED,
+    SNOOZED_AGAIN,
     STATES,
     UNFINISHED,
     UNREGISTER,
@@ -115,8 +122,11 @@ from pqueue_values import (
     QueueBusy,
     QueueError,
     QueueFull,
+    Retry,
     SchemaMismatch,
+    Snooze,
     command_line,
+    duration,
     encode_json,
     encode_payloads,
     encode_result,
@@ -152,6 +162,8 @@ __all__ = [  # noqa: RUF022 - by use: opening a queue and working with it, error
     "SchemaMismatch",
     "DatabaseReplaced",
     "DoNotRetry",
+    "Retry",
+    "Snooze",
     "Task",
     "TASKS",
     "run_task",
@@ -264,13 +276,13 @@ class PersistentQInterface(Reading, Moving):
 
     def _store(self, sql: str, row: Params) -> list[int]:
         """Insert jobs; return their ids, or that of the job that has the key. This is a single statement, its own
-        transaction, unless the key is taken, or the queue is new or full."""
+        transaction, unless the key is taken, the queue is new or full, or the task is new in it."""
         session = self._transaction()
         if session.depth == 0 and (ids := session.insert(sql, row)):
             return ids
         with session:
             ids = session.insert(sql, row) or [found[0] for found in session.run(WITH_KEY, row)]
-            if not ids and self._add_queue(session, row):
+            if not ids and self._add_queue(session, row) + session.change(ADD_TASK, row):
                 ids = session.insert(sql, row)
             if ids:
                 return ids
@@ -312,6 +324,7 @@ class PersistentQInterface(Reading, Moving):
         consumer: str,
         *,
         queues: Sequence[str] | None = None,
+        tasks: Sequence[str] | None = None,
         lease_seconds: float = LEASE_SECONDS,
         prefetch: bool = False,
         now: float | None = None,
@@ -320,13 +333,16 @@ class PersistentQInterface(Reading, Moving):
 
         consumer: a name for the caller. Its first use registers a consumer: see `leave`.
         queues: the queues to take jobs from; None: all.
+        tasks: the names of the tasks whose jobs to take; None: all. Others cost this consumer nothing, however many.
         lease_seconds: when the lease expires, unless `extend` renews it.
         prefetch: see `complete_and_dequeue`.
 
         This counts as an attempt: if this process dies, the job is delivered again while attempts are left. A job with
         `max_attempts=1` therefore runs at most once, even if the power fails.
         """
-        jobs = self.dequeue_many(consumer, 1, queues=queues, lease_seconds=lease_seconds, prefetch=prefetch, now=now)
+        jobs = self.dequeue_many(
+            consumer, 1, queues=queues, tasks=tasks, lease_seconds=lease_seconds, prefetch=prefetch, now=now
+        )
         return jobs[0] if jobs else None
 
     def dequeue_many(
@@ -335,6 +351,7 @@ class PersistentQInterface(Reading, Moving):
         limit: int,
         *,
         queues: Sequence[str] | None = None,
+        tasks: Sequence[str] | None = None,
         lease_seconds: float = LEASE_SECONDS,
         prefetch: bool = False,
         now: float | None = None,
@@ -345,7 +362,7 @@ class PersistentQInterface(Reading, Moving):
         set.
         """
         return self.complete_and_dequeue(
-            (), consumer, limit, queues=queues, lease_seconds=lease_seconds, prefetch=prefetch, now=now
+            (), consumer, limit, queues=queues, tasks=tasks, lease_seconds=lease_seconds, prefetch=prefetch, now=now
         )[0]
 
     def complete_and_dequeue(
@@ -355,6 +372,7 @@ class PersistentQInterface(Reading, Moving):
         limit: int = 1,
         *,
         queues: Sequence[str] | None = None,
+        tasks: Sequence[str] | None = None,
         lease_seconds: float = LEASE_SECONDS,
         prefetch: bool = False,
         now: float | None = None,
@@ -363,7 +381,7 @@ class PersistentQInterface(Reading, Moving):
 
         finished: pairs of a job and its result.
         limit: as for `dequeue_many`; with 0, only complete.
-        queues, lease_seconds: as for `dequeue`.
+        queues, tasks, lease_seconds: as for `dequeue`.
         prefetch: the caller calls `begin` before it runs each job, and the attempt counts only then (on SQLite): if
             this process dies, jobs that it had not begun are delivered again without losing an attempt.
 
@@ -371,10 +389,12 @@ class PersistentQInterface(Reading, Moving):
         `transaction()`, raise LeaseLost for these instead.
         """
         completions = [(job, encode_result(result)) for job, result in finished]
-        me = self._registered(consumer, queues, now)
+        me = self._registered(consumer, queues, tasks, now)
         me.prefetches = prefetch and self._publish_begun(me)
         valid_int("limit", 0, limit)
-        return self._complete_and_claim(completions, me, limit, queues, lease_seconds, now)
+        return self._complete_and_claim(
+            completions, me, limit, _claim_filter(me.name, queues, tasks), lease_seconds, now
+        )
 
     def begin(self, job: Job, *, now: float | None = None) -> None:
         """Record that a job leased with `prefetch` is about to run. Raises LeaseLost if its lease has expired."""
@@ -404,7 +424,7 @@ class PersistentQInterface(Reading, Moving):
         completions: list[tuple[Job, str | None]],
         me: Registration,
         limit: int,
-        queues: Sequence[str] | None,
+        wanted: Params,
         lease_seconds: float,
         now: float | None,
     ) -> tuple[list[Job], list[Job]]:
@@ -417,7 +437,7 @@ class PersistentQInterface(Reading, Moving):
                 if lost and nested:
                     _refuse(session, "complete", lost[0])
                 self._reclaim(session, dead, at)
-                jobs = _claim(session, me, limit, queues, lease_seconds, at) if limit else []
+                jobs = self._claim(session, claim_params(me, limit, wanted, lease_seconds, at), me) if limit else []
                 # guard: a claim of the last attempt is synced
                 if not durable and any(job.attempts == job.max_attempts for job in jobs):
                     raise UnsyncedLastAttempt
@@ -428,6 +448,16 @@ class PersistentQInterface(Reading, Moving):
             return exchange(durable=bool(completions) or nested)
         except UnsyncedLastAttempt:  # a power cut must not add an attempt: claim again, and sync
             return exchange(durable=True)
+
+    def _claim(self, session: Session, params: Params, me: Registration) -> list[Job]:
+        one = params["limit"] == 1
+        rows = session.run(CLAIM_ONE, params) if one else self._claim_many(session, params, me.prefetches)
+        return claimed_jobs(session, rows, params)
+
+    def _claim_many(self, session: Session, params: Params, prefetches: bool) -> list[Any]:
+        """Lease up to :limit jobs, and return their rows."""
+        number = batch_size(session.run(NEXT_ATTEMPTS, params), prefetches)
+        return session.run(CLAIM, {**params, "limit": number})
 
     def _complete_all(self, session: Session, completions: list[tuple[Job, str | None]], now: float) -> list[Job]:
         """Complete these jobs, and return those whose lease was lost."""
@@ -465,16 +495,24 @@ class PersistentQInterface(Reading, Moving):
         self._with_lease("fail", RETRY if again else FAIL, job, params, event="failed", durable=True)
         return "scheduled" if again else "failed"
 
-    def release(self, job: Job, *, now: float | None = None) -> None:
-        """Make a `processing` job `pending` again; the attempt does not count. Raises LeaseLost."""
+    def release(self, job: Job, *, delay_seconds: float | timedelta = 0, now: float | None = None) -> None:
+        """Make a `processing` job `pending` again, or `scheduled` after a delay; the attempt does not count.
+
+        Raises LeaseLost.
+        """
+        delay, now = duration("delay_seconds", delay_seconds), self._time(now)
         with self._transaction(durable=False) as session:
-            if not self._release(session, job, self._time(now)):
+            if not self._release(session, job, now, now + delay if delay > 0 else None):
                 _refuse(session, "release", job)
 
-    def _release(self, session: Session, job: Job, now: float) -> bool:
-        """Make a job pending again without counting this delivery; record it if it had begun."""
-        params = {"id": job.id, "token": job.lease_token, "now": now, "error": None}
-        if job.lease_token and self._has_begun(session, job):
+    def _release(self, session: Session, job: Job, now: float, run_at: float | None = None) -> bool:
+        """Make a job pending again, or schedule it for run_at, without counting this delivery; record it if it had
+        begun. The history keeps the last of several delays only."""
+        params = {"id": job.id, "token": job.lease_token, "now": now, "error": None, "run_at": run_at}
+        if run_at is not None:
+            if not session.change(SNOOZED_AGAIN, {**params, "actor": job.consumer}):
+                session.change(RECORD, {**params, "event": "snoozed", "actor": job.consumer})
+        elif job.lease_token and self._has_begun(session, job):
             session.change(RECORD, {**params, "event": "released", "actor": job.consumer})
         session.wakes = True
         return bool(session.change(RELEASE, params))
@@ -646,16 +684,16 @@ class PersistentQInterface(Reading, Moving):
     def consumers(self) -> list[dict[str, Any]]:
         """Return the consumers, most recently started first, including ended ones until `prune` deletes them.
 
-        Each is a dict: "name", "token", "host", "pid"; "queues", a list (None: all); "tasks", a list of the tasks that
-        its program registered; "started_at" and "last_seen_at", Unix seconds; "state": running, stopped or dead;
-        "completed" jobs and "failed" attempts, as of its last heartbeat; "job_ids", a list of the jobs it holds.
+        Each is a dict: "name", "token", "host", "pid"; "queues" and "tasks" that it serves and knows, lists (None:
+        all); "started_at" and "last_seen_at", Unix seconds; "state": running, stopped or dead; "completed" jobs and
+        "failed" attempts, as of its last heartbeat; "job_ids", a list of the jobs it holds.
         """
         columns = "name, token, host, pid, slot, queues, tasks, started_at, last_seen_at, state, completed, failed"
         found = self._dicts(columns, f"SELECT {columns} FROM consumers ORDER BY id DESC", {})
         own_tokens = {me.token for me in self._registry.values()}
         for each in found:
             each["queues"] = each["queues"] and json.loads(each["queues"])
-            each["tasks"] = json.loads(each["tasks"])
+            each["tasks"] = each["tasks"] and json.loads(each["tasks"])
             if each["state"] == "running" and each["token"] not in own_tokens and not self._is_alive(each["slot"]):
                 each["state"] = "dead"
             del each["slot"]
@@ -665,14 +703,20 @@ class PersistentQInterface(Reading, Moving):
         return [{**each, "job_ids": sorted(held.get(each["token"], []))} for each in found]
 
     def wait(
-        self, timeout_seconds: float, *, consumer: str, queues: Sequence[str] | None = None, now: float | None = None
+        self,
+        timeout_seconds: float,
+        *,
+        consumer: str,
+        queues: Sequence[str] | None = None,
+        tasks: Sequence[str] | None = None,
+        now: float | None = None,
     ) -> bool:
         """Sleep until a job may be available to this consumer and return True, or until the timeout and return False.
 
         It sleeps for at most one second, whatever the timeout: call it in a loop with `dequeue`.
         """
-        me = self._registered(consumer, queues, now)
-        params = _claim_filter(consumer, queues, 1)
+        me = self._registered(consumer, queues, tasks, now)
+        params = {**_claim_filter(consumer, queues, tasks), "limit": 1}
 
         def due_in() -> float:
             at = self._read(NEXT_EVENT, params)[0][0]
@@ -680,14 +724,26 @@ class PersistentQInterface(Reading, Moving):
 
         return self._sleep(me, min(timeout_seconds, WAIT_SECONDS), due_in) or due_in() <= 0
 
+    def next_due(
+        self, consumer: str, *, queues: Sequence[str] | None = None, tasks: Sequence[str] | None = None
+    ) -> float | None:
+        """Return when the first scheduled job that this consumer may take is due, in Unix seconds; None: there is none.
+
+        The options are those of `dequeue`.
+        """
+        rows = self._read(NEXT_DUE, _claim_filter(valid_name("consumer", consumer), queues, tasks))
+        return rows[0][0] if rows else None
+
     def heartbeat(self, consumer: str, *, completed: int = 0, failed: int = 0, now: float | None = None) -> None:
         """Record that this consumer is alive, and add to its numbers of completed jobs and failed attempts."""
-        me = self._registered(consumer, None, now)
+        me = self._registered(consumer, None, None, now)
         params = {"token": me.token, "completed": completed, "failed": failed, "now": self._time(now)}
         with self._transaction(durable=False) as session:
             session.change(HEARTBEAT, params)
 
-    def _register(self, name: str, queues: Sequence[str] | None, now: float | None) -> Registration:
+    def _register(
+        self, name: str, queues: Sequence[str] | None, tasks: Sequence[str] | None, now: float | None
+    ) -> Registration:
         valid_name("consumer", name)
         if self.in_transaction:
             raise QueueError(
@@ -704,15 +760,17 @@ class PersistentQInterface(Reading, Moving):
             me = Registration(name, self._take_slot())
             if me.slot:
                 undo.callback(me.slot.close)
-            self._announce(me, os.getpid(), queues, now)
+            self._announce(me, os.getpid(), queues, tasks, now)
             undo.pop_all()
             self._registry = {**self._registry, name: me}
             return me
 
-    def _announce(self, me: Registration, pid: int, queues: Sequence[str] | None, now: float | None) -> None:
+    def _announce(
+        self, me: Registration, pid: int, queues: Sequence[str] | None, tasks: Sequence[str] | None, now: float | None
+    ) -> None:
         params = {"name": me.name, "token": me.token, "host": socket.gethostname(), "pid": pid}
         params |= {"slot": me.slot and me.slot.number, "queues": _queue_list(queues), "now": self._time(None)}
-        params["tasks"] = json.dumps(sorted(TASKS))
+        params["tasks"] = None if tasks is None else json.dumps(sorted(tasks))
         with self._transaction(durable=False) as session:
             if session.change(MARK_DEAD, params):
                 # guard: a consumer that takes a dead consumer's slot reclaims its jobs first
@@ -730,10 +788,17 @@ class PersistentQInterface(Reading, Moving):
         self._registry = {**self._registry, consumer: me}
         return me
 
-    def adopt(self, shared: Registration, *, queues: Sequence[str] | None = None, now: float | None = None) -> None:
+    def adopt(
+        self,
+        shared: Registration,
+        *,
+        queues: Sequence[str] | None = None,
+        tasks: Sequence[str] | None = None,
+        now: float | None = None,
+    ) -> None:
         """Register, in a child forked for this, the consumer that its parent shares."""
         me = shared.adopted(self._adopt_slot(shared.slot))
-        self._announce(me, os.getppid(), queues, now)
+        self._announce(me, os.getppid(), queues, tasks, now)
         self._registry = {**self._registry, me.name: me}
 
     def _share_slot(self) -> Any:
@@ -753,10 +818,14 @@ class PersistentQInterface(Reading, Moving):
         """Return whether this delivery still holds the job's lease; unlike `extend`, this writes nothing."""
         return bool(self._read(HOLDS, {"id": job.id, "token": job.lease_token}))
 
-    def _registered(self, name: str, queues: Sequence[str] | None, now: float | None) -> Registration:
+    def _registered(
+        self, name: str, queues: Sequence[str] | None, tasks: Sequence[str] | None, now: float | None
+    ) -> Registration:
         if isinstance(queues, str):
             raise ValueError(f"expected a list of queues, got {queues!r}")
-        return (isinstance(name, str) and self._registry.get(name)) or self._register(name, queues, now)
+        if isinstance(tasks, str):
+            raise ValueError(f"expected a list of tasks, got {tasks!r}")
+        return (isinstance(name, str) and self._registry.get(name)) or self._register(name, queues, tasks, now)
 
     def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> None:
         """Promote scheduled jobs that are due, and end deliveries that expired or whose consumer died."""
@@ -831,20 +900,8 @@ def _complete(session: Session, job: Job, result: str | None, now: float) -> int
     return session.change(COMPLETE, {"id": job.id, "token": job.lease_token, "result": result, "now": now})
 
 
-def _claim(
-    session: Session, me: Registration, limit: int, queues: Sequence[str] | None, lease_seconds: float, now: float
-) -> list[Job]:
-    params = claim_params(me, limit, queues, lease_seconds, now)
-    if limit > 1:
-        limit = params["limit"] = _batch_size(session.run(NEXT_ATTEMPTS, params), me.prefetches)
-    return claimed_jobs(session, session.run(CLAIM if limit > 1 else CLAIM_ONE, params), params)
-
-
-def claim_params(
-    me: Registration, limit: int, queues: Sequence[str] | None, lease_seconds: float, now: float
-) -> Params:
-    params = _claim_filter(me.name, queues, limit)
-    params["now"] = now
+def claim_params(me: Registration, limit: int, wanted: Params, lease_seconds: float, now: float) -> Params:
+    params = {**wanted, "limit": limit, "now": now}
     params["lease_expires_at"] = now + valid_lease(lease_seconds)
     # guard: each claim has its own number
     params["token"] = f"{me.token}.{next(me.claims)}"
@@ -870,7 +927,7 @@ def _fail_unreadable(session: Session, job: Job, now: float) -> bool:
     return True
 
 
-def _batch_size(attempts: list[tuple[int, int]], prefetches: bool) -> int:
+def batch_size(attempts: list[tuple[int, int]], prefetches: bool) -> int:
     """Return how many of the next jobs to claim, given their (attempts, max_attempts).
 
     A job that was delivered before is claimed alone: if it kills its consumer again, no other job is affected. So is a
@@ -914,8 +971,15 @@ def _queue_full(verb: str, queue: str, max_pending: int, jobs: int = 1) -> Queue
     return QueueFull(f"cannot {verb}: queue {queue!r} {room} its limit of {max_pending} pending jobs")
 
 
-def _claim_filter(consumer: str, queues: Sequence[str] | None, limit: int) -> Params:
-    return {"consumer": consumer, "limit": limit, "queues": _queue_list(queues)}
+def _claim_filter(consumer: str, queues: Sequence[str] | None, tasks: Sequence[str] | None) -> Params:
+    known = None if tasks is None else _between_newlines(tuple(tasks))
+    return {"consumer": consumer, "queues": _queue_list(queues), "tasks": known}
+
+
+@lru_cache(maxsize=64)
+def _between_newlines(tasks: tuple[str, ...]) -> str:
+    """Return the names of the tasks as KNOWN expects them."""
+    return "\n".join(["", *(valid_name("task", task) for task in tasks), ""])
 
 
 def _queue_list(queues: Sequence[str] | None) -> str | None:

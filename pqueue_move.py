@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 from pqueue_backend import Backend, Session
-from pqueue_schema import ADD_QUEUE, COLUMNS, LIMITED, MOVES, UNFINISHED
+from pqueue_schema import ADD_QUEUE, ADD_TASK, COLUMNS, LIMITED, MOVES, UNFINISHED
 from pqueue_values import InvalidTransition, Job, Params, QueueError, command_line, operator_name
 
 # A move is marked in history by a row with job_id 0 and JSON in `error`. In the source: 'moving' while it waits for
@@ -222,6 +222,7 @@ def _copy_rows(source: Session, copy: Session, progress: Callable[[int], None] |
                 progress(sum(copied.values()))
         if sorted(read) != sorted(_digest(row) for rows in _pages(copy, table, columns) for row in rows):
             raise QueueError(f"cannot copy {table}: what was read back is not what was written")
+    copy.change("INSERT INTO queue_tasks SELECT DISTINCT queue, task FROM jobs WHERE true ON CONFLICT DO NOTHING")
     return copied
 
 
@@ -266,6 +267,7 @@ def _copy_new_jobs(source: Session, copy: Session, mark: Params, attempt: int) -
 
 def _copy_job(source: Session, copy: Session, job: Params) -> bool:
     copy.change(ADD_QUEUE, {"queue": job["queue"]})
+    copy.change(ADD_TASK, {"queue": job["queue"], "task": job["task"]})
     for (job_id,) in copy.run(COPY_JOB, job):
         for row in source.run(HISTORY_OF, {"id": job["id"]}):
             copy.change(COPY_HISTORY, {"id": job_id, **dict(zip(HISTORY_COLUMNS, row, strict=True))})

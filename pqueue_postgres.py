@@ -10,7 +10,7 @@ import zlib
 from functools import lru_cache
 
 import pqueue_schema
-from pqueue_schema import COLUMNS, NO_LEASE, ORDER, UNFINISHED
+from pqueue_schema import COLUMNS, IS_LISTED, NO_LEASE, ORDER, UNFINISHED
 
 # `translated` replaces these three in the text of a statement.
 SCHEMA = "{schema}"
@@ -150,6 +150,7 @@ START_COUNTING = [
 
 LOCK = "FOR UPDATE SKIP LOCKED"  # skip rows that other transactions have locked
 NOTIFY = f"pg_notify('{CHANNEL}', '')"
+KNOWN = "(CAST(:tasks AS text) IS NULL OR {task} = ANY (string_to_array(CAST(:tasks AS text), chr(10))))"
 SERVED = "(CAST(:queues AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST(:queues AS json))))"
 # The first row of an index. The plan is made once, perhaps with few jobs, and must never read all jobs of a state.
 FIRST_DUE = "(SELECT run_at FROM jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1)"
@@ -172,13 +173,14 @@ PENDING_UNLOCKED = f"(SELECT {COUNTED} FROM pending_counts c WHERE c.queue = nam
 
 def _candidates(lock: str = "") -> str:
     return f"""
-SELECT jobs.id, priority, run_at, attempts, max_attempts FROM queues q CROSS JOIN LATERAL
-    (SELECT * FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL
+SELECT jobs.id, priority, run_at, attempts, max_attempts FROM queues q JOIN queue_tasks t ON t.queue = q.name
+CROSS JOIN LATERAL
+    (SELECT * FROM jobs WHERE queue = t.queue AND task = t.task AND state = 'pending' AND assigned_to IS NULL
      ORDER BY {ORDER} LIMIT :limit {lock}) jobs
-WHERE q.paused = 0 AND {SERVED}
+WHERE q.paused = 0 AND {SERVED} AND {KNOWN.format(task="t.task")}
 UNION ALL
 SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
-               WHERE state = 'pending' AND assigned_to = :consumer
+               WHERE state = 'pending' AND assigned_to = :consumer AND {KNOWN.format(task="task")}
                AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)
                ORDER BY {ORDER} LIMIT :limit {lock}) assigned"""
 
@@ -203,7 +205,7 @@ def _enqueue(has_room: str) -> str:
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
 SELECT name, :task, :payload, :state, :priority, :run_at, :max_attempts, :key, :assigned_to, :now
 FROM queues
-WHERE name = :queue AND CASE WHEN max_pending IS NULL THEN true {has_room} END
+WHERE name = :queue AND {IS_LISTED} AND CASE WHEN max_pending IS NULL THEN true {has_room} END
 ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING
 RETURNING id"""
 
@@ -212,7 +214,7 @@ def _enqueue_many(has_room: str) -> str:
     return f"""
 WITH open AS MATERIALIZED (
     SELECT name FROM queues
-    WHERE name = :queue AND CASE WHEN max_pending IS NULL THEN true {has_room} END)
+    WHERE name = :queue AND {IS_LISTED} AND CASE WHEN max_pending IS NULL THEN true {has_room} END)
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, created_at)
 SELECT name, :task, substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2), :state, :priority, :run_at,
     :max_attempts, :assigned_to, :now
@@ -243,17 +245,23 @@ UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NUL
     pqueue_schema.CLAIM: _claim(),
     # differs because of concurrent claims, like CLAIM
     pqueue_schema.CLAIM_ONE: _claim(),
-    # differs because a subquery for each queue is LATERAL
+    # differs because a subquery for each task is LATERAL
     pqueue_schema.NEXT_ATTEMPTS: f"""
 SELECT attempts, max_attempts FROM ({_candidates()}) candidates ORDER BY {ORDER} LIMIT :limit""",
     # differs because min() may be planned as a scan of all jobs of a state
     pqueue_schema.OVERDUE: OVERDUE,
-    # differs because a subquery for each queue is LATERAL, and min() as in OVERDUE
+    # differs because a subquery for each task is LATERAL, and min() as in OVERDUE
     pqueue_schema.NEXT_EVENT: f"""
 SELECT min(at) FROM (
     SELECT 0.0 AS at WHERE EXISTS ({_candidates()})
     UNION ALL SELECT {FIRST_DUE}
     UNION ALL SELECT {FIRST_EXPIRY}) events""",
+    # differs because of the JSON functions
+    pqueue_schema.NEXT_DUE: f"""
+SELECT run_at FROM jobs
+WHERE state = 'scheduled' AND {SERVED.replace("q.name", "queue")}
+    AND {KNOWN.format(task="task")} AND (assigned_to IS NULL OR assigned_to = :consumer)
+    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY run_at LIMIT 1""",
     # differs because others may promote at the same time
     pqueue_schema.PROMOTE: f"""
 UPDATE jobs SET state = 'pending' WHERE id = ANY (ARRAY(

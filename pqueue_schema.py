@@ -67,6 +67,13 @@ CREATE TABLE queues (
 )
 {sqlite} STRICT""",
         """
+CREATE TABLE queue_tasks (  -- the tasks of each queue: a claim looks at the first jobs of each
+    queue TEXT NOT NULL,  -- queues.name
+    task  TEXT NOT NULL,
+    PRIMARY KEY (queue, task)
+)
+{sqlite} WITHOUT ROWID, STRICT""",
+        """
 CREATE TABLE consumers (
     id           {id},
     name         TEXT NOT NULL,  -- chosen by the caller; reused after a restart
@@ -75,13 +82,13 @@ CREATE TABLE consumers (
     pid          INTEGER NOT NULL,
     slot         INTEGER,        -- number of its lock and wake-up pipe; NULL: not available on this platform
     queues       TEXT,           -- JSON list of the queues it serves; NULL: all
-    tasks        TEXT NOT NULL,  -- JSON list of the tasks its program registered
+    tasks        TEXT,           -- JSON list of the tasks it knows; NULL: all
     started_at   {float} NOT NULL,    -- Unix seconds
     last_seen_at {float} NOT NULL,    -- last heartbeat, Unix seconds
     state        TEXT NOT NULL,  -- running, stopped or dead
     completed    INTEGER NOT NULL DEFAULT 0,  -- number of jobs, as of the last heartbeat
     failed       INTEGER NOT NULL DEFAULT 0,  -- number of attempts, as of the last heartbeat
-    {sqlite} CHECK (queues IS NULL OR json_valid(queues)), CHECK (json_valid(tasks)),
+    {sqlite} CHECK (queues IS NULL OR json_valid(queues)), CHECK (tasks IS NULL OR json_valid(tasks)),
     CHECK (state IN ('running', 'stopped', 'dead'))
 )
 {sqlite} STRICT""",
@@ -96,7 +103,7 @@ CREATE TABLE history (
     error   TEXT                 -- NULL: none
 )
 {sqlite} STRICT""",
-        """CREATE INDEX jobs_claim ON jobs (queue, priority DESC, run_at, id)
+        """CREATE INDEX jobs_claim ON jobs (queue, task, priority DESC, run_at, id)
            WHERE state = 'pending' AND assigned_to IS NULL""",
         """CREATE INDEX jobs_assigned ON jobs (assigned_to, priority DESC, run_at, id)
            WHERE state = 'pending' AND assigned_to IS NOT NULL""",
@@ -122,6 +129,9 @@ HELD = "id = :id AND lease_token = :token"
 PENDING_IN_QUEUE = "queue = :queue AND state = 'pending' AND assigned_to IS NULL"
 # guard: a full queue refuses a job
 HAS_ROOM = "(max_pending IS NULL OR max_pending > pending)"
+IS_LISTED = "EXISTS (SELECT 1 FROM queue_tasks WHERE queue = :queue AND task = :task)"
+# :tasks are the names of tasks, each between newlines; NULL: all.
+KNOWN = "(:tasks IS NULL OR instr(:tasks, char(10) || {task} || char(10)))"
 # guard: order: priority first
 # guard: order: then the due time
 # guard: order: then the id
@@ -130,23 +140,23 @@ MOVES = "('moving', 'moved')"
 
 # Statements, with :named parameters. Those that differ on PostgreSQL are in pqueue_postgres.POSTGRES.
 
-# Insert a job, unless its queue is unknown or full, or an unfinished job has its key.
+# Insert a job, unless its queue is unknown or full, its task is new in the queue, or an unfinished job has its key.
 # guard: one unfinished job per key
 ENQUEUE = f"""
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
 SELECT name, :task, :payload, :state, :priority, :run_at, :max_attempts, :key, :assigned_to, :now
 FROM queues
-WHERE name = :queue AND {HAS_ROOM}
+WHERE name = :queue AND {IS_LISTED} AND {HAS_ROOM}
 ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING"""
 
-# Insert a job per payload, unless the queue is unknown or has no room for all. :payloads is a JSON array of [payload],
-# which preserves the text of each.
+# Insert a job per payload, unless the queue is unknown or has no room for all, or the task is new in the queue.
+# :payloads is a JSON array of [payload], which preserves the text of each.
 # guard: a full queue refuses a batch
-ENQUEUE_MANY = """
+ENQUEUE_MANY = f"""
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, created_at)
 SELECT name, :task, substr(value, 2, length(value) - 2), :state, :priority, :run_at, :max_attempts, :assigned_to, :now
 FROM queues CROSS JOIN json_each(:payloads)
-WHERE name = :queue AND (max_pending IS NULL OR max_pending - pending >= :number)"""
+WHERE name = :queue AND {IS_LISTED} AND (max_pending IS NULL OR max_pending - pending >= :number)"""
 
 # Return how many more pending jobs the queue accepts (NULL: any number), and its limit.
 ROOM = "SELECT max_pending - pending AS room, max_pending FROM queues WHERE name = :queue"
@@ -165,32 +175,47 @@ INSERT INTO queues (name, paused)
 SELECT :queue, CASE WHEN EXISTS (SELECT 1 FROM history WHERE job_id = 0 AND event IN {MOVES}) THEN 2 ELSE 0 END
 WHERE true ON CONFLICT DO NOTHING"""
 
+# List the task among those of the queue.
+ADD_TASK = "INSERT INTO queue_tasks (queue, task) VALUES (:queue, :task) ON CONFLICT DO NOTHING"
 
-# The first :limit jobs of each queue, and of those assigned to the consumer. :queues is a JSON array of the queues that
-# it serves; NULL: all. Jobs of other or paused queues, or assigned to others, are never read. CROSS JOIN makes SQLite
-# keep q in the outer loop. match: "IN", or "=" if :limit is 1, which is faster on SQLite.
+
+# Where a consumer may take jobs from: the tasks that it knows in the queues that it serves. :queues is a JSON array;
+# NULL: all. A job of another task or queue is never read: however many there are, a claim costs the same. CROSS JOIN
+# makes SQLite keep q and t in the outer loops.
 # guard: a paused queue delivers nothing
-# guard: a paused queue delivers no assigned job
 # guard: a consumer gets jobs of its queues only
+# guard: a consumer gets jobs of its tasks only
+PLACES = f"""FROM queues q CROSS JOIN queue_tasks t CROSS JOIN jobs
+WHERE q.paused = 0 AND (:queues IS NULL OR q.name IN (SELECT value FROM json_each(:queues)))
+    AND t.queue = q.name AND {KNOWN.format(task="t.task")}"""
 # guard: a job assigned to a consumer is not for others
+PENDING_OF_TASK = "queue = t.queue AND task = t.task AND state = 'pending' AND assigned_to IS NULL"
 # guard: a consumer gets only its own assigned jobs
+# guard: a paused queue delivers no assigned job
+# guard: a consumer gets only assigned jobs of its tasks
+ASSIGNED = f"""assigned_to = :consumer AND {KNOWN.format(task="task")}
+    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)"""
+
+
+# The first :limit jobs of each task in each queue, and of those assigned to the consumer. match: "IN", or "=" if :limit
+# is 1, which is faster on SQLite.
 def _candidates(match: str) -> str:
     return f"""
-SELECT jobs.id, priority, run_at, attempts, max_attempts FROM queues q CROSS JOIN jobs
-WHERE q.paused = 0 AND (:queues IS NULL OR q.name IN (SELECT value FROM json_each(:queues))) AND jobs.id {match}
-    (SELECT id FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL
-     ORDER BY {ORDER} LIMIT :limit)
+SELECT jobs.id, priority, run_at, attempts, max_attempts {PLACES} AND jobs.id {match}
+    (SELECT id FROM jobs WHERE {PENDING_OF_TASK} ORDER BY {ORDER} LIMIT :limit)
 UNION ALL
 SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
-               WHERE state = 'pending' AND assigned_to = :consumer
-               AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY {ORDER} LIMIT :limit) assigned"""
+               WHERE state = 'pending' AND {ASSIGNED} ORDER BY {ORDER} LIMIT :limit) assigned"""
 
 
 # guard: an attempt counts when it is claimed
+LEASED = """state = 'processing', attempts = attempts + 1, consumer = :consumer, lease_token = :token,
+    lease_expires_at = :lease_expires_at, started_at = :now"""
+
+
 def _claim(match: str) -> str:
     return f"""
-UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = :consumer, lease_token = :token,
-    lease_expires_at = :lease_expires_at, started_at = :now
+UPDATE jobs SET {LEASED}
 WHERE id {match} (SELECT id FROM ({_candidates(match)}) candidates ORDER BY {ORDER} LIMIT :limit)
 RETURNING {COLUMNS}"""
 
@@ -212,9 +237,16 @@ SELECT (SELECT min(run_at) FROM jobs WHERE state = 'scheduled') <= :now AS due,
 # Return when the next job may be available to the consumer; 0: now.
 NEXT_EVENT = f"""
 SELECT min(at) FROM (
-    SELECT 0.0 AS at WHERE EXISTS ({_candidates("IN")})
+    SELECT 0.0 AS at WHERE EXISTS ({_candidates("=")})
     UNION ALL SELECT min(run_at) FROM jobs WHERE state = 'scheduled'
     UNION ALL SELECT min(lease_expires_at) FROM jobs WHERE state = 'processing') events"""
+
+# Return when the first scheduled job that the consumer may take is due.
+NEXT_DUE = f"""
+SELECT run_at FROM jobs
+WHERE state = 'scheduled' AND (:queues IS NULL OR queue IN (SELECT value FROM json_each(:queues)))
+    AND {KNOWN.format(task="task")} AND (assigned_to IS NULL OR assigned_to = :consumer)
+    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY run_at LIMIT 1"""
 
 # Make scheduled jobs that are due pending.
 # guard: a job is not promoted before it is due
@@ -248,9 +280,16 @@ FAIL = f"UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, {
 # Schedule the next attempt of a job for :run_at.
 RETRY = f"UPDATE jobs SET state = 'scheduled', run_at = :run_at, error = :error, {NO_LEASE} WHERE {HELD}"
 
-# Make a job pending again, as if it had not been claimed.
+# Make a job pending again, as if it had not been claimed, or schedule it for :run_at unless that is NULL.
 # guard: a released attempt does not count
-RELEASE = f"UPDATE jobs SET state = 'pending', attempts = attempts - 1, {NO_LEASE} WHERE {HELD}"
+RELEASE = f"""
+UPDATE jobs SET state = CASE WHEN CAST(:run_at AS double precision) IS NULL THEN 'pending' ELSE 'scheduled' END,
+    run_at = coalesce(:run_at, run_at), attempts = attempts - 1, {NO_LEASE} WHERE {HELD}"""
+
+# Update the time of a job's last event if that was a delay, too.
+SNOOZED_AGAIN = """
+UPDATE history SET at = :now, actor = :actor
+WHERE event = 'snoozed' AND id = (SELECT max(id) FROM history WHERE job_id = :id)"""
 
 # Renew a lease.
 EXTEND = f"UPDATE jobs SET lease_expires_at = :lease_expires_at WHERE {HELD}"
@@ -378,6 +417,10 @@ SELECT finished_at, run_at, started_at FROM queues q CROSS JOIN jobs WHERE jobs.
     (SELECT id FROM jobs WHERE state = 'completed' AND queue = q.name AND finished_at >= :start AND finished_at < :end
      ORDER BY finished_at DESC LIMIT :limit)"""
 
+# Count the pending jobs that are not assigned by queue and task.
+PENDING_TASKS = """
+SELECT queue, task, count(*) FROM jobs WHERE state = 'pending' AND assigned_to IS NULL GROUP BY queue, task"""
+
 # Return the first id, and the last id + 1.
 ID_RANGE = "SELECT coalesce((SELECT min(id) FROM jobs), 0), coalesce((SELECT max(id) FROM jobs), -1) + 1"
 
@@ -388,4 +431,4 @@ SELECT task, error, count(*), max(id) FROM
     (SELECT task, substr(error, 1, {FAILURE_CHARS}) AS error, id FROM jobs WHERE state = 'failed' LIMIT {MAX_ID}) failed
 GROUP BY task, error ORDER BY count(*) DESC, max(id) DESC LIMIT {MAX_GROUPS}"""
 
-TABLES = ("jobs", "queues", "consumers", "history")
+TABLES = ("jobs", "queues", "queue_tasks", "consumers", "history")

@@ -18,6 +18,7 @@ from pqueue_schema import (
     ID_RANGE,
     INDEXED,
     LATEST_COMPLETED,
+    PENDING_TASKS,
     STATES,
     UNFINISHED_IDS,
 )
@@ -149,6 +150,10 @@ class Reading(Backend):
             "wait": [max(0.0, started - due) for _, due, started in latest],
             "run": [finished - started for finished, _, started in latest],
         }
+
+    def pending_tasks(self) -> dict[tuple[str, str], int]:
+        """Return the numbers of pending jobs that are not assigned, by queue and task."""
+        return {(queue, name): jobs for queue, name, jobs in self._read(PENDING_TASKS)}
 
     def failures(self) -> list[dict[str, Any]]:
         """Return the failed jobs grouped by task and first line of the error, the largest group first.

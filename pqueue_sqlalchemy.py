@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from itertools import islice
 from operator import attrgetter
@@ -831,6 +831,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             with suppress(QueueBusy):  # no other connection is to be had
                 with PostgresSession(self) as other:
                     other.change(pqueue_schema.ADD_QUEUE, row)
+                    other.change(pqueue_schema.ADD_TASK, row)
                 return 1
         return super()._add_queue(session, row)
 
@@ -870,7 +871,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         completions: list[tuple[Job, str | None]],
         me: pqueue_backend.Registration,
         limit: int,
-        queues: Sequence[str] | None,
+        wanted: Params,
         lease_seconds: float,
         now: float | None,
     ) -> tuple[list[Job], list[Job]]:
@@ -883,9 +884,9 @@ class OnPostgres(PersistentQSQLAlchemy):
             with self._transaction(durable=False) as session:
                 session.run(MERGE_CHANGES)
         if limit == 0 or looks or self.in_transaction or len(tokens) < len(completions):
-            return self._step_by_step(completions, me, limit, queues, lease_seconds, now)
+            return self._step_by_step(completions, me, limit, wanted, lease_seconds, now)
         now = self._time(now)
-        claim = pqueue.claim_params(me, limit, queues, lease_seconds, now)
+        claim = pqueue.claim_params(me, limit, wanted, lease_seconds, now)
         sql = COMPLETE_AND_CLAIM if completions else CLAIM_ALONE
         done = {"number": len(tokens), "ids": list(tokens), "tokens": list(tokens.values())}
         session = self._transaction()
@@ -893,7 +894,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         jobs = pqueue.claimed_jobs(session, [row[1:] for row in rows if row[1] is not None], claim)
         lost = [job for job, _ in completions if rows[0][0] is not None and job.id not in rows[0][0]]
         with suppress(QueueBusy) if completions else nullcontext():  # an error must not hide what was completed
-            jobs = jobs or self._step_by_step([], me, limit, queues, lease_seconds, now)[0]
+            jobs = jobs or self._step_by_step([], me, limit, wanted, lease_seconds, now)[0]
         return jobs, lost
 
     def _step_by_step(self, *arguments: Any) -> tuple[list[Job], list[Job]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shlex
 import shutil
@@ -17,7 +18,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, cast
 
-from pqueue import BUSY_SECONDS, POLL_SECONDS, PersistentQInterface
+from pqueue import BUSY_SECONDS, POLL_SECONDS, PersistentQInterface, batch_size
 from pqueue_backend import Registration, Session
 from pqueue_files import (
     LOCAL_FILE_SYSTEMS,
@@ -45,7 +46,21 @@ from pqueue_files import (
 )
 from pqueue_locks import ConsumerLock, ConsumerLocks, WriterLock, boot_id
 from pqueue_move import COPIED, arrival, count_running
-from pqueue_schema import APPLICATION_ID, LIMITED, MIGRATIONS, NO_LEASE, PENDING_IN_QUEUE, SQLITE_TYPES, TABLES
+from pqueue_schema import (
+    APPLICATION_ID,
+    ASSIGNED,
+    COLUMNS,
+    LEASED,
+    LIMITED,
+    MIGRATIONS,
+    NO_LEASE,
+    ORDER,
+    PENDING_IN_QUEUE,
+    PENDING_OF_TASK,
+    PLACES,
+    SQLITE_TYPES,
+    TABLES,
+)
 from pqueue_values import (
     NO_PARAMS,
     DatabaseReplaced,
@@ -80,6 +95,30 @@ COMPLETE_MANY = f"""
 UPDATE jobs SET state = 'completed', finished_at = :now, result = json_extract(value, '$[2]'), error = NULL, {NO_LEASE}
 FROM json_each(:completions) WHERE jobs.id = json_extract(value, '$[0]') AND lease_token = json_extract(value, '$[1]')
 RETURNING jobs.id"""
+
+
+# Return the first job of each task in each queue that a consumer may take from, in order: the jobs' order, then queue
+# and task.
+FIRST_JOBS = f"""
+SELECT -priority, run_at, jobs.id, t.queue, t.task {PLACES} AND jobs.id =
+    (SELECT id FROM jobs WHERE {PENDING_OF_TASK} ORDER BY {ORDER} LIMIT 1)
+ORDER BY {ORDER} LIMIT :limit"""
+
+# Return the first jobs of a task in a queue, in order.
+NEXT_OF_TASK = f"""
+SELECT -priority, run_at, id FROM jobs
+WHERE {PENDING_IN_QUEUE} AND task = :task ORDER BY {ORDER} LIMIT :limit"""
+
+# Return the first jobs assigned to a consumer, in order.
+NEXT_ASSIGNED = f"""
+SELECT -priority, run_at, id FROM jobs WHERE state = 'pending' AND {ASSIGNED} ORDER BY {ORDER} LIMIT :limit"""
+
+# Return the attempts of these jobs. :ids is a JSON array.
+ATTEMPTS_OF = "SELECT id, attempts, max_attempts FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
+
+# Lease these jobs to the consumer. :ids is a JSON array.
+CLAIM_THESE = f"""
+UPDATE jobs SET {LEASED} WHERE state = 'pending' AND id IN (SELECT value FROM json_each(:ids)) RETURNING {COLUMNS}"""
 
 # Return the number of a consumer's lock.
 SLOT_OF = "SELECT slot FROM consumers WHERE token = :token"
@@ -633,6 +672,12 @@ class PersistentQSQLite(PersistentQInterface):
     def _read(self, sql: str, params: Params = NO_PARAMS) -> list[Any]:
         return self._session().read(sql, params)
 
+    def _claim_many(self, session: Session, params: Params, prefetches: bool) -> list[Any]:
+        ids = _first_ids(session, params)
+        attempts = {row[0]: row[1:] for row in session.run(ATTEMPTS_OF, {"ids": to_json(ids)})}
+        number = batch_size([attempts[job_id] for job_id in ids], prefetches)
+        return session.run(CLAIM_THESE, {**params, "ids": to_json(ids[:number])})
+
     def _complete_all(self, session: Session, completions: list[tuple[Job, str | None]], now: float) -> list[Job]:
         ids = {job.id for job, _ in completions}
         if len(completions) < 2 or len(ids) < len(completions):
@@ -892,6 +937,33 @@ class PersistentQSQLite(PersistentQInterface):
         os.register_at_fork(
             before=_before_fork, after_in_parent=_release_after_fork, after_in_child=_after_fork_in_child
         )
+
+
+def _first_ids(session: Session, params: Params) -> list[int]:
+    """Return the ids of the first :limit jobs that a consumer may take, in order."""
+    heads, limit = session.run(FIRST_JOBS, params), params["limit"]
+    assigned = session.run(NEXT_ASSIGNED, params)
+    found, is_cut = _merge(session, assigned, heads, 2 * limit // max(1, len(heads)) + 1)
+    if is_cut and len(found) < limit:  # few of the tasks have most of the first jobs
+        found, _ = _merge(session, assigned, heads, limit)
+    return [row[2] for row in found[:limit]]
+
+
+def _merge(session: Session, assigned: list[Any], heads: list[Any], share: int) -> tuple[list[Any], bool]:
+    """Merge the first `share` jobs of each task, given the first of each; return whether some were left out.
+
+    What comes after the last job that was read of some task may belong behind its next one.
+    """
+    found, last = list(assigned), (math.inf,)
+    for *head, queue, task in heads:
+        if tuple(head) > last:
+            break
+        rows = session.run(NEXT_OF_TASK, {"queue": queue, "task": task, "limit": share})
+        if len(rows) == share:
+            # guard: a batch ends where another job may come first
+            last = min(last, rows[-1])
+        found += rows
+    return sorted(row for row in found if row <= last), len(last) > 1
 
 
 def _schema(*, has_limit: bool) -> set[tuple[str, str, str]]:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +56,25 @@ class DatabaseReplaced(QueueError):
 
 class DoNotRetry(Exception):
     """Raise this in a task if another attempt would fail, too: the job becomes `failed` at once."""
+
+
+class Retry(Exception):
+    """Raise this in a task to end the attempt and to choose the delay before the next, whatever its `retry_on` says.
+
+    in_seconds: the delay, also a timedelta; None: the backoff of the task.
+    """
+
+    def __init__(self, in_seconds: float | timedelta | None = None, message: str = "") -> None:
+        self.in_seconds = None if in_seconds is None else _delay("in_seconds", in_seconds)
+        super().__init__(message or ("" if in_seconds is None else f"in {self.in_seconds:g} s"))
+
+
+class Snooze(Exception):
+    """Raise this in a task to run its job again after this many seconds (or timedelta); the attempt does not count."""
+
+    def __init__(self, seconds: float | timedelta, message: str = "") -> None:
+        self.seconds = _delay("seconds", seconds)
+        super().__init__(message or f"for {self.seconds:g} s")
 
 
 class Job(NamedTuple):
@@ -202,6 +222,15 @@ def finite(what: str, value: float) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
     raise ValueError(f"expected {what} to be a finite number of seconds, got {short(value)}")
+
+
+def duration(what: str, value: float | timedelta) -> float:
+    """Return a number of seconds."""
+    return finite(what, value.total_seconds() if isinstance(value, timedelta) else value)
+
+
+def _delay(what: str, value: float | timedelta) -> float:
+    return max(0.0, duration(what, value))
 
 
 def valid_lease(seconds: float) -> float:

@@ -5,11 +5,13 @@ python3 test_pqueue.py
 
 from __future__ import annotations
 
+import functools
 import gc
 import getpass
 import inspect
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -26,6 +28,7 @@ import time
 import unicodedata
 import unittest
 from contextlib import ExitStack, closing, contextmanager, suppress
+from datetime import timedelta
 from multiprocessing import resource_tracker
 from pathlib import Path
 from unittest import mock
@@ -491,6 +494,23 @@ class QueueContract:
         self.assertEqual(self.queue.fail(job, "bang", now=NOW + 10), "failed")
         self.assertEqual([event["error"] for event in self.queue.history(job.id)], ["boom", "bang"])
 
+    def test_job_released_with_a_delay_is_scheduled_and_the_attempt_does_not_count(self):
+        job = self.taken(max_attempts=1)
+        for number in range(1, 4):
+            self.queue.release(job, delay_seconds=timedelta(seconds=30), now=NOW + 100 * number)
+            row = self.queue.get(job.id)
+            self.assertEqual((row.state, row.attempts, row.run_at), ("scheduled", 0, NOW + 100 * number + 30))
+            (event,) = self.queue.history(job.id)  # of several delays, the last
+            self.assertEqual((event["event"], event["at"], event["actor"]), ("snoozed", NOW + 100 * number, "worker"))
+            self.assertIsNone(self.queue.dequeue("worker", now=NOW + 100 * number + 29))
+            job = self.queue.dequeue("worker", now=NOW + 100 * number + 30)
+        with self.assertRaises(LeaseLost):
+            self.queue.release(job._replace(lease_token="old"), delay_seconds=5, now=NOW)
+        self.assertEqual(len(self.queue.history(job.id)), 1)
+        for broken in ("5", None, math.nan):
+            with self.subTest(broken), self.assertRaisesRegex(ValueError, "expected delay_seconds"):
+                self.queue.release(job, delay_seconds=broken)
+
     def test_released_attempt_does_not_count(self):
         job = self.taken(max_attempts=1)
         self.queue.release(job, now=NOW)
@@ -517,6 +537,70 @@ class QueueContract:
         self.assertIsNone(self.queue.dequeue("w", queues=[], now=NOW))
         self.assertEqual(self.queue.dequeue("w", queues=["c", "b"], now=NOW).queue, "b")
         self.assertEqual(self.queue.dequeue("w", now=NOW).queue, "a")
+
+    def test_guarantee_10_consumer_gets_only_the_tasks_it_names(self):
+        for task in ("a", "b", "a b", "c"):
+            self.queue.enqueue(task, now=NOW)
+        for tasks in ([], ["d"], ["A"], ["a b c"], ["%"]):
+            self.assertIsNone(self.queue.dequeue("w", tasks=tasks, now=NOW))
+        self.assertEqual(self.queue.dequeue("w", tasks=["b", "a"], now=NOW).task, "a")
+        self.assertEqual(self.queue.dequeue("w", tasks=("b", "a"), queues=["default"], now=NOW).task, "b")
+        self.assertIsNone(self.queue.dequeue("w", tasks=["a", "b"], now=NOW))
+        self.assertEqual([job.task for job in self.queue.dequeue_many("w", 5, tasks=["c", "d"], now=NOW)], ["c"])
+        self.assertEqual(self.queue.complete_and_dequeue([], "w", 5, tasks=["d"], now=NOW), ([], []))
+        self.assertEqual(self.queue.dequeue("w", now=NOW).task, "a b")
+
+    def test_consumer_gets_an_assigned_job_only_of_a_task_it_names(self):
+        self.queue.enqueue("t", assigned_to="w", now=NOW)
+        self.assertIsNone(self.queue.dequeue("w", tasks=["u"], now=NOW))
+        self.assertEqual(self.queue.dequeue_many("w", 5, tasks=["u"], now=NOW), [])
+        self.assertEqual(self.queue.dequeue("w", tasks=["u", "t"], now=NOW).task, "t")
+
+    def test_guarantee_10_job_of_a_task_that_no_consumer_knows_waits_as_it_was(self):
+        job_id = self.queue.enqueue("new", now=NOW)
+        for number in range(3):
+            for _ in range(5):
+                self.assertIsNone(self.queue.dequeue(f"old {number}", tasks=["t"], now=NOW))
+        job = self.queue.get(job_id)
+        self.assertEqual((job.state, job.attempts, self.queue.history(job_id)), ("pending", 0, []))
+        self.assertEqual(self.queue.dequeue("new", tasks=["t", "new"], now=NOW).id, job_id)
+
+    def test_guarantee_6_batch_has_the_first_jobs_of_all_tasks_and_queues_in_order(self):
+        """Tasks that take turns, and one that has most of the first jobs."""
+        chance = random.Random(17)
+        for tasks, weights in ((1, [1]), (3, [1, 1, 1]), (9, [90, *range(1, 9)])):
+            for number in chance.choices(range(tasks), weights, k=120):
+                place = {"queue": f"q{number % 3}", "assigned_to": chance.choice([None] * 9 + ["w"])}
+                priority, run_at = chance.randint(0, 1), NOW - chance.randint(0, 5)
+                self.queue.enqueue(f"t{number}", priority=priority, run_at=run_at, now=NOW, **place)
+            jobs = self.queue.list_jobs(state="pending", limit=1000)
+            jobs.sort(key=lambda job: (-job.priority, job.run_at, job.id))
+            expected = [job.id for job in jobs if job.task != "t1"]
+            while expected:
+                limit = chance.choice([1, 2, 5, 48])
+                known = [f"t{n}" for n in range(9) if n != 1]
+                got = self.queue.dequeue_many("w", limit, tasks=known, now=NOW)
+                self.assertEqual([job.id for job in got], expected[:limit])
+                del expected[:limit]
+                for job in got:
+                    self.queue.complete(job, now=NOW)
+            self.queue.delete_jobs()
+
+    def test_consumers_names_of_tasks_are_checked(self):
+        for tasks, told in (
+            ("t", "expected a list of tasks"),
+            ([""], "expected a task name"),
+            ([5], "expected a task"),
+        ):
+            with self.subTest(tasks=tasks), self.assertRaisesRegex(ValueError, told):
+                self.queue.dequeue("w", tasks=tasks)
+
+    def test_pending_jobs_are_counted_by_task(self):
+        for task, queue, number in (("a", "p", 2), ("a", "q", 1), ("b", "q", 3)):
+            self.queue.enqueue_many(task, range(number), queue=queue, now=NOW)
+        self.queue.enqueue("c", delay_seconds=9, now=NOW)
+        self.queue.dequeue("w", tasks=["b"], now=NOW)
+        self.assertEqual(self.queue.pending_tasks(), {("p", "a"): 2, ("q", "a"): 1, ("q", "b"): 2})
 
     def test_paused_queue_delivers_nothing_until_resumed(self):
         self.queue.enqueue("t", now=NOW)
@@ -1468,9 +1552,10 @@ class QueueContract:
 
     def test_registry_shows_which_consumer_holds_which_jobs(self):
         job_id = self.queue.enqueue("t", queue="q")
-        self.queue.dequeue("w", queues=["q"])
+        self.queue.dequeue("w", queues=["q"], tasks=["u", "t"])
         self.queue.heartbeat("w", completed=4, failed=1, now=NOW)
         (me,) = self.queue.consumers()
+        self.assertEqual(me["tasks"], ["t", "u"])
         self.assertEqual((me["name"], me["pid"], me["queues"]), ("w", os.getpid(), ["q"]))
         self.assertEqual((me["completed"], me["failed"], me["last_seen_at"]), (4, 1, NOW))
         self.assertEqual((me["state"], me["job_ids"]), ("running", [job_id]))
@@ -1632,7 +1717,8 @@ class QueueContract:
         self.queue.enqueue("t", assigned_to="other")
         self.queue.pause("paused")
         self.queue.enqueue("t", queue="paused")
-        self.assertFalse(self.queue.wait(0.02, consumer="w", queues=["mine", "paused"]))
+        self.queue.enqueue("new", queue="mine")
+        self.assertFalse(self.queue.wait(0.02, consumer="w", queues=["mine", "paused"], tasks=["t"]))
         self.assertTrue(self.queue.wait(1, consumer="other", queues=["mine"]))
 
     # Threads
@@ -2427,7 +2513,7 @@ queue._writer_lock.acquire(in_batch=sys.argv[3] == "1")
 
     def test_enqueue_goes_before_a_consumer_that_came_first_when_another_consumer_leaves(self):
         producer, consumer, taken = self.open(), self.open(), []
-        producer.enqueue("first")
+        producer.enqueue("t")
         consumer.dequeue("w")
         calls = [lambda: taken.append(consumer.dequeue("w")), lambda: producer.enqueue("t")]
         self.let_through(calls, in_batch=True)
@@ -2435,7 +2521,7 @@ queue._writer_lock.acquire(in_batch=sys.argv[3] == "1")
 
     def test_consumer_goes_before_an_enqueue_that_came_first_when_another_producer_leaves(self):
         producer, consumer, taken = self.open(), self.open(), []
-        producer.enqueue("first")
+        producer.enqueue("t")
         consumer.dequeue("w")
         self.let_through([lambda: producer.enqueue("t"), lambda: taken.append(consumer.dequeue("w"))])
         self.assertEqual(taken, [None])
@@ -2856,8 +2942,24 @@ class Files(SQLiteCase):
                         )  # max(id) is found without an index
                         others = "" if name == "DELETE_CONSUMERS" else "|consumers"
                         self.assertNotRegex(plan, rf"({read}) (jobs|history{others})\b(?! USING)")
-                        if name in ("CLAIM", "NEXT_EVENT"):
+                        if name in ("CLAIM_ONE", "NEXT_EVENT", "FIRST_JOBS", "NEXT_OF_TASK"):
                             self.assertIn("USING INDEX jobs_claim", plan.replace("COVERING ", ""))
+
+    def test_guarantee_10_claim_takes_as_many_steps_before_many_jobs_of_other_tasks(self):
+        queue, steps = self.open(durability="normal"), []
+        queue.dequeue("w", tasks=["t", "u"])
+        for number in (1, 20_000):
+            queue.enqueue_many("unknown", [None] * number, priority=1)
+            queue.enqueue_many("t", range(200))
+            for limit in (1, 48):
+                with queue.transaction() as db:
+                    counted = itertools.count()
+                    db.set_progress_handler(lambda counted=counted: next(counted) and 0, 10)
+                    self.assertEqual(len(queue.dequeue_many("w", limit, tasks=["t", "u"], prefetch=True)), limit)
+                    db.set_progress_handler(None, 0)
+                steps.append(next(counted))
+        self.assertLess(steps[2], 1.2 * steps[0] + 10)
+        self.assertLess(steps[3], 1.2 * steps[1] + 10)
 
     def test_queue_that_moves_to_a_file_takes_the_application_tables_along(self):
         queue, target = self.open(), self.folder / "new" / "queue.db"
@@ -3368,10 +3470,88 @@ class Tasks(unittest.TestCase):
 
         self.assertEqual(mail("letter"), "letter")
         self.assertEqual((pqueue.TASKS["mail"], mail.max_attempts), (mail, 7))
-        with self.assertRaisesRegex(ValueError, "the name is taken"):
+        with self.assertRaisesRegex(ValueError, "two functions have the name: .*mail and builtins.print"):
             pqueue.task("mail")(print)
         with self.assertRaisesRegex(ValueError, "expected max_attempts"):
             pqueue.task("other", max_attempts=0)(print)
+
+    def test_task_is_registered_without_parentheses_and_again_when_its_module_is_reloaded(self):
+        for _ in range(2):
+
+            @pqueue.task
+            def mail(job):
+                return job
+
+        self.assertIs(pqueue.TASKS["mail"], mail)
+        self.assertEqual((mail.max_attempts, mail("letter")), (3, "letter"))
+
+    def test_options_of_a_task_are_checked_when_it_is_decorated(self):
+        for options in (
+            {"max_attempts": 0},
+            {"max_attempts": "3"},
+            {"timeout_seconds": 0},
+            {"timeout_seconds": "5"},
+            {"timeout_seconds": math.inf},
+            {"memory_mb": -1},
+            {"memory_mb": True},
+            {"retry_on": "ValueError"},
+            {"retry_on": [ValueError]},
+            {"retry_on": (ValueError, 5)},
+            {"retry_on": int},
+            {"backoff": "5"},
+            {"backoff": []},
+            {"backoff": [1, None]},
+            {"backoff": -1},
+            {"max_backoff_seconds": 0},
+            {"name": ""},
+        ):
+            with self.subTest(options), self.assertRaisesRegex(ValueError, f"expected .*{[*options][0]}"):
+                pqueue.task(**options)
+        self.assertEqual(pqueue.TASKS, {})
+
+    def test_task_takes_a_timedelta_as_its_timeout(self):
+        entry = pqueue.task("t", timeout_seconds=timedelta(minutes=5), backoff=timedelta(seconds=2))(print)
+        self.assertEqual((entry.timeout_seconds, entry.retry_in_seconds(1)), (300.0, 2.0))
+
+    def test_functions_that_do_not_run_when_they_are_called_are_refused(self):
+        def generator(job):
+            yield job
+
+        async def coroutine(job):
+            return job
+
+        async def both(job):
+            yield job
+
+        for function in (generator, coroutine, both, functools.partial(generator), 5, None, Path):
+            with self.subTest(function), self.assertRaisesRegex(ValueError, "expected .*function"):
+                pqueue.task("t")(function)
+        for function in (generator, coroutine, both):
+            with self.subTest(function), self.assertRaisesRegex(ValueError, "expected an ordinary function"):
+                pqueue.task(function)
+        self.assertEqual(pqueue.TASKS, {})
+
+    def test_backoff_is_a_number_a_list_or_a_function_up_to_its_cap(self):
+        def delays(**options):
+            entry = pqueue.task("t", **options)(print)
+            return [entry.retry_in_seconds(attempts) for attempts in (1, 2, 3, 4)]
+
+        self.assertEqual(delays(backoff=7), [7.0] * 4)
+        self.assertEqual(delays(backoff=0), [0.0] * 4)
+        self.assertEqual(delays(backoff=[1, 2, 30]), [1.0, 2.0, 30.0, 30.0])
+        self.assertEqual(delays(backoff=[1, 2, 30], max_backoff_seconds=9), [1.0, 2.0, 9.0, 9.0])
+        self.assertEqual(delays(backoff=lambda attempts: attempts - 2), [0.0, 0.0, 1.0, 2.0])
+        for broken in (lambda attempts: attempts / 0, lambda attempts: "x", lambda attempts: math.nan):
+            self.assertTrue(all(2.5 <= delay <= 40 for delay in delays(backoff=broken)))
+        self.assertTrue(all(2 <= delay <= 4 for delay in delays(max_backoff_seconds=4)))
+
+    def test_retry_and_snooze_take_seconds_or_a_timedelta(self):
+        self.assertEqual(pqueue.Retry(timedelta(minutes=1)).in_seconds, 60.0)
+        self.assertEqual((pqueue.Retry().in_seconds, pqueue.Retry(-3).in_seconds), (None, 0.0))
+        self.assertEqual((pqueue.Snooze(5).seconds, str(pqueue.Snooze(5))), (5.0, "for 5 s"))
+        for broken in ("5", None, math.nan, True):
+            with self.subTest(broken), self.assertRaisesRegex(ValueError, "expected seconds"):
+                pqueue.Snooze(broken)
 
     def test_job_gets_its_tasks_attempts(self):
         pqueue.task("t", max_attempts=9)(print)

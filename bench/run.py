@@ -264,6 +264,7 @@ def fill(queue: Any, rows: int, **columns: object) -> None:
     with queue.transaction() as db:
         execute = db.exec_driver_sql if SERVER in os.environ else db.execute
         execute("INSERT INTO queues (name) VALUES ('default') ON CONFLICT DO NOTHING")
+        execute("INSERT INTO queue_tasks (queue, task) VALUES ('default', 'noop') ON CONFLICT DO NOTHING")
         execute(
             f"""WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {rows})
                 INSERT INTO jobs ({", ".join(values)}) SELECT {", ".join(map(str, values.values()))} FROM n"""

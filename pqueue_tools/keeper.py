@@ -76,9 +76,15 @@ class Keeper:
     def run(self) -> int:
         """Run workers until told to stop, or until the queue is drained; return the exit code."""
         self.shared = self.queue.share(self.name)
+        failed = self._count_failed()
         with self._resources():
             outcome = self._run_workers()
-        return int(outcome == fields.REFUSED)
+        # guard: a drain whose jobs failed says so
+        return int(outcome == fields.REFUSED or self._count_failed() > failed)
+
+    def _count_failed(self) -> int:
+        """Return the number of failed jobs whose last consumer has this name, for the exit code of a drain."""
+        return self.queue.count_jobs(state="failed", consumer=self.name) if self.options.drain else 0
 
     @contextmanager
     def _resources(self) -> Iterator[None]:
@@ -291,7 +297,7 @@ class Keeper:
             return
         error, _, trace = (self.record.error(run) or self._error(run, reason)).partition("\n")
         text = "\n".join([error, trace or "\n".join(self._traceback())]).rstrip()
-        delay = pqueue.backoff_seconds(job.attempts, run.backoff_base_seconds or 5.0)
+        delay = run.retry_in_seconds or pqueue.backoff_seconds(job.attempts)
         # guard: a job that kills its worker loses an attempt
         state = self.queue.fail(job, text, retry=reason != fields.TOLD_TO_STOP, retry_in_seconds=delay)
         self.leases.failed += 1

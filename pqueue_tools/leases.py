@@ -117,11 +117,22 @@ class Leases:
     def _is_settled(self, job_id: int) -> bool:
         """Return whether the task itself settled its job, so that the lease was not taken away."""
         with suppress(QueueError):
-            if self.queue.get(job_id).state == "completed":
-                return True
-            last = (self.queue.history(job_id) or [{}])[-1]
-            return (last.get("actor"), last.get("event")) in ((self.name, "failed"), (self.name, "released"))
+            return self.queue.get(job_id).state == "completed" or self._last_event(job_id) is not None
         return False
+
+    def settled_as(self, job: Job) -> str | None:
+        """Return how the task itself has settled this delivery: completed, failed, released or snoozed; None: not."""
+        with suppress(QueueError):
+            now = self.queue.get(job.id)
+            if (now.state, now.consumer, now.attempts) == ("completed", self.name, job.attempts):
+                return "completed"
+            return self._last_event(job.id, job.attempts)
+        return None
+
+    def _last_event(self, job_id: int, attempt: int | None = None) -> str | None:
+        last = (self.queue.history(job_id) or [{"event": None}])[-1]
+        mine = last["event"] in ("failed", "released", "snoozed") and last["actor"] == self.name
+        return last["event"] if mine and attempt in (None, last["attempt"]) else None
 
     def beat(self, *, at_once: bool = False) -> None:
         """Send a heartbeat if one is due."""

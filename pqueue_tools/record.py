@@ -46,7 +46,7 @@ class Run(NamedTuple):
     timeout_seconds: float | None
     memory_mb: float | None
     base_mb: float  # used when it started, measured if memory_mb is set
-    backoff_base_seconds: float
+    retry_in_seconds: float  # if the worker dies; 0: the default
 
 
 class Record:

@@ -56,6 +56,7 @@ def findings(
         *_lost_jobs(consumers),
         *_no_consumers(stats, consumers, alive, now),
         *_unserved_queues(stats, alive),
+        *_unknown_tasks(queue, stats, alive),
         *_duplicate_names(alive),
         *_expired_leases(queue, now),
         *_queue_findings(queue, stats, now),
@@ -136,8 +137,30 @@ def _unserved_queues(stats: dict[str, Any], alive: list[dict[str, Any]]) -> Iter
             yield Finding("critical", text, start, "queues")
 
 
+def _unknown_tasks(
+    queue: PersistentQInterface, stats: dict[str, Any], alive: list[dict[str, Any]]
+) -> Iterator[Finding]:
+    """Report pending jobs of tasks that no running consumer of their queue knows."""
+    unknown: dict[str, int] = {}
+    for (name, task), jobs in queue.pending_tasks().items() if alive and stats["states"]["pending"] else ():
+        serving = [each for each in alive if _serves(each, name)]
+        if (
+            serving
+            and not stats["queues"].get(name, {}).get("paused")
+            and not any(_knows(one, task) for one in serving)
+        ):
+            unknown[task] = unknown.get(task, 0) + jobs
+    for task, jobs in unknown.items():
+        text = f"task {task!r}: {count(jobs, 'job')} pending and no running consumer knows this task"
+        yield Finding("critical", text, f"run {command_line('consumer')} --import MODULE", "queues")
+
+
 def _serves(consumer: dict[str, Any], queue: str) -> bool:
     return consumer["queues"] is None or queue in consumer["queues"]
+
+
+def _knows(consumer: dict[str, Any], task: str) -> bool:
+    return consumer["tasks"] is None or task in consumer["tasks"]
 
 
 def _duplicate_names(alive: list[dict[str, Any]]) -> Iterator[Finding]:
@@ -249,16 +272,18 @@ def _why_pending(queue: PersistentQInterface, job: Job, stats: dict[str, Any]) -
         return f"its queue {job.queue} is paused: {_move(queue) or _resume(job.queue)}"
     if job.assigned_to is not None:
         alive = [each for each in alive if each["name"] == job.assigned_to]
-        if not alive:
-            return f"it is assigned to {job.assigned_to}, which is not alive: assign it elsewhere, or to any"
+        if not any(_knows(each, job.task) for each in alive):
+            why = f"does not know its task {job.task}" if alive else "is not alive"
+            return f"it is assigned to {job.assigned_to}, which {why}: assign it elsewhere, or to any"
     elif not alive:
         return f"no consumer is alive: run {command_line('consumer')}"
     else:
         alive = [each for each in alive if _serves(each, job.queue)]
         if not alive:
             return f"no live consumer serves its queue {job.queue}"
-    if all(each["tasks"] and job.task not in each["tasks"] for each in alive):
-        return f"no live consumer that may run it knows its task {job.task}: start one with --import MODULE"
+    if not any(_knows(each, job.task) for each in alive):
+        start = f"run {command_line('consumer')} --import MODULE"
+        return f"no running consumer knows this task, {job.task}: {start}"
     return f"it is waiting: {count(stats['pending'], 'job')} pending in queue {job.queue}, {_busy(alive)}"
 
 

@@ -19,18 +19,19 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import pqueue
 import pqueue_values
-from pqueue import DoNotRetry, Job, LeaseLost, PersistentQInterface, QueueBusy, QueueError
+from pqueue import Job, LeaseLost, PersistentQInterface, QueueBusy, QueueError
 from pqueue_backend import Registration
 from pqueue_tools import file_task, leases, processes, termination
 from pqueue_tools import record as fields
 from pqueue_tools.masking import masked_text
+from pqueue_tools.outcome import Outcome, Unstorable, error_text, outcome_of
 from pqueue_tools.process import T, log, log_completed, on_termination, print_error, retry_while_busy
 from pqueue_tools.record import Record
 
 if TYPE_CHECKING:
     from pqueue_tools.leftovers import ProcessState
 
-NONE = (0.0, 0.0, 0.0)  # limits of an unknown task
+NONE = (0.0, 0.0, None)  # limits of an unknown task
 BATCH_SECONDS = 0.03  # target run time of a batch of jobs; a slower job is taken alone
 
 
@@ -49,6 +50,8 @@ class Consumer:
     task: timeout_seconds and memory_mb have no effect, and a cancelled job runs to its end. A second thread extends the
     leases. `consumer.py` runs it in a process of its own, where none of this holds.
 
+    drain: return when no job is pending, and with `wait`, none is scheduled for the next so many seconds.
+    tasks: the names of the tasks to run; None: all that are registered now.
     record: shared with the keeper, which extends the leases; None: in an application.
     """
 
@@ -58,16 +61,20 @@ class Consumer:
         name: str,
         *,
         queues: list[str] | None = None,
+        tasks: list[str] | None = None,
         lease_seconds: float = pqueue.LEASE_SECONDS,
         drain: bool = False,
+        wait: float | None = None,
         max_jobs: int | None = None,
         max_rss: int | None = None,
         quiet: bool = False,
         record: Record | None = None,
     ) -> None:
         self.queue, self.name, self.quiet = queue, name, quiet
-        self.options: dict[str, Any] = {"queues": queues, "lease_seconds": lease_seconds, "prefetch": True}
+        self.wanted: dict[str, Any] = {"queues": queues, "tasks": sorted(pqueue.TASKS) if tasks is None else tasks}
+        self.options: dict[str, Any] = {**self.wanted, "lease_seconds": lease_seconds, "prefetch": True}
         self.lease_seconds, self.drain, self.max_jobs, self.max_rss = lease_seconds, drain, max_jobs, max_rss
+        self.wait_until = time.time() if wait is None else time.time() + wait  # for what falls due, when draining
         self.is_embedded = record is None
         self.record = record or Record()
         self._leases = leases.Leases(queue, self.record, name, lease_seconds, quiet=quiet)
@@ -79,7 +86,7 @@ class Consumer:
         self._finished: list[tuple[Job, Any]] = []
         self._job: Job | None = None  # the last one run
         self._claim: tuple[str | None, int] = None, 0  # a lease token, and the number of its claim
-        self._known_limits: dict[str, tuple[float, float, float]] = {}  # by task
+        self._known_limits: dict[str, tuple[float, float, pqueue.Task | None]] = {}  # by task
         self._can_wake = False  # waiting for jobs: a signal handler may raise
         self._must_end = False  # this process must be replaced
         self._run_seconds = BATCH_SECONDS  # estimate for one job; the initial value allows one job at a time
@@ -137,10 +144,17 @@ class Consumer:
                 self._waiting.extend(jobs)
                 self.taken += len(jobs)
                 return True
-            if limit == 0 or (self.drain and jobs == []):
+            if limit == 0 or (self.drain and jobs == [] and not self._may_fall_due()):
                 return False
             if jobs is not None:
                 self._sleep()
+
+    def _may_fall_due(self) -> bool:
+        """Return whether a drain must wait for a scheduled job."""
+        if self.wait_until <= time.time():
+            return False
+        due = self.queue.next_due(self.name, **self.wanted)
+        return due is not None and due <= self.wait_until
 
     def _limit(self) -> int:
         if self._stops or self._ends_early:
@@ -179,7 +193,7 @@ class Consumer:
                 self._fields[fields.IDLE] = 1
                 self._can_wake = True
                 if not self._stops:
-                    self.queue.wait(pqueue.WAIT_SECONDS, consumer=self.name, queues=self.options["queues"])
+                    self.queue.wait(pqueue.WAIT_SECONDS, consumer=self.name, **self.wanted)
             finally:
                 self._can_wake = False
                 self._fields[fields.IDLE] = 0
@@ -208,7 +222,7 @@ class Consumer:
                     self._fields[fields.ASLEEP] = 0
                     self.wake_keeper()
                 result = copy_context().run(pqueue.run_task, self.queue, job)
-                encoded = None if result is None else pqueue_values.encode_json("result", result)
+                encoded = None if result is None else _encoded(result)
             finally:
                 self._fields[fields.RUNNING] = 0
                 self._end_child()
@@ -231,15 +245,17 @@ class Consumer:
         self.record.end()
 
     def _limits(self, job: Job) -> tuple[float, float, float, float]:
-        """Return the timeout, the memory limit, the memory in use now if it is limited, and the base of the backoff."""
+        """Return the timeout, the memory limit, the memory in use now if it is limited, and the delay before another
+        attempt if this process dies; 0: none, and the default of that."""
         limits = self._known_limits.get(job.task)
         if limits is None:
             entry = pqueue.TASKS.get(job.task)
-            limits = (
-                (entry.timeout_seconds or 0.0, entry.memory_mb or 0.0, entry.backoff_base_seconds) if entry else NONE
-            )
+            own = entry if entry and entry.backoff is not None else None
+            limits = (entry.timeout_seconds or 0.0, entry.memory_mb or 0.0, own) if entry else NONE
             self._known_limits[job.task] = limits
-        return limits[0], limits[1], processes.resident_mb("self") if limits[1] else 0.0, limits[2]
+        timeout, memory, own = limits
+        used = processes.resident_mb("self") if memory else 0.0
+        return timeout, memory, used, own.retry_in_seconds(job.attempts) if own else 0.0
 
     def _claim_number(self, job: Job) -> int:
         if job.lease_token != self._claim[0]:
@@ -251,9 +267,9 @@ class Consumer:
         if isinstance(error, Interrupt):
             self._end_interrupted(job, error.args[0])
         elif isinstance(error, LeaseLost):
-            log("lost", consumer=self.name, job=job.id, reason=error)
+            self._log_lost(job, error)
         else:
-            self._fail(job, error, retry=not isinstance(error, DoNotRetry))
+            self._apply(job, error, outcome_of(error, job))
 
     def _report(self, job: Job, left: list[str]) -> None:
         """Say what a task has left behind in the process."""
@@ -266,7 +282,7 @@ class Consumer:
         if error is None:
             self.record.add_result(job.id, claim, encoded)
         else:
-            self.record.add_error(job.id, claim, _error_text(error))
+            self.record.add_error(job.id, claim, error_text(error))
         self._fields[fields.OUTCOME] = fields.BROKEN
         os._exit(1)
 
@@ -284,30 +300,43 @@ class Consumer:
 
     def _end_interrupted(self, job: Job, reason: Exception) -> None:
         if self._stops > 1 and job.max_attempts == 1:
-            self._fail(job, Stopped("stopped while it ran; not run again because max_attempts is 1"), retry=False)
+            stopped = Stopped("stopped while it ran; not run again because max_attempts is 1")
+            self._apply(job, stopped, Outcome("fail", retry=False, delay_seconds=0.0))
         elif self._stops > 1:
             self._release(job)
         elif isinstance(reason, LeaseLost):
+            self._log_lost(job, reason)
+        else:
+            self._apply(job, reason, outcome_of(reason, job, is_limit=True))
+
+    def _apply(self, job: Job, error: BaseException, outcome: Outcome) -> None:
+        """Settle a job, unless its task has done so itself."""
+        text, delay = error_text(error), outcome.delay_seconds
+
+        def settle() -> str:
+            if outcome.verb == "fail":
+                return self.queue.fail(job, text, retry=outcome.retry, retry_in_seconds=delay)
+            self.queue.release(job, delay_seconds=delay)
+            return "scheduled" if delay else "pending"
+
+        try:
+            state = self._retry_while_busy([(job, None)], settle)
+        except LeaseLost as lost:
+            self._log_lost(job, lost)
+            return
+        if state is None:
+            return  # already logged: the lease will expire
+        self._fields[fields.FAILED] += outcome.verb == "fail"
+        event = "failed" if outcome.verb == "fail" else "snoozed"
+        first = text.partition("\n")[0]
+        log(event, consumer=self.name, job=job.id, task=job.task, attempt=job.attempts, now=state, error=first)
+
+    def _log_lost(self, job: Job, reason: Exception) -> None:
+        settled = self._leases.settled_as(job)
+        if settled is None:
             log("lost", consumer=self.name, job=job.id, reason=reason)
         else:
-            self._fail(job, reason, retry=True)
-
-    def _fail(self, job: Job, error: BaseException, *, retry: bool) -> None:
-        entry = pqueue.TASKS.get(job.task)
-        delay = pqueue.backoff_seconds(job.attempts, entry.backoff_base_seconds) if entry else None
-        text = _error_text(error)
-        summary = text.partition("\n")[0]
-        try:
-            state = self._retry_while_busy(
-                [(job, None)], lambda: self.queue.fail(job, text, retry=retry, retry_in_seconds=delay)
-            )
-        except LeaseLost as lost:
-            log("lost", consumer=self.name, job=job.id, reason=lost)
-        else:
-            if state is None:
-                return  # already logged: the lease will expire
-            self._fields[fields.FAILED] += 1
-            log("failed", consumer=self.name, job=job.id, task=job.task, attempt=job.attempts, now=state, error=summary)
+            log("settled by the task", consumer=self.name, job=job.id, task=job.task, now=settled)
 
     # Completing
 
@@ -316,16 +345,15 @@ class Consumer:
         return finished
 
     def _log_completed(self, jobs: list[Job], lost: list[Job]) -> None:
-        gone = [job for job in lost if not self._was_completed_by_task(job)] if lost else []
-        self._fields[fields.COMPLETED] += len(jobs) - len(gone)
-        log_completed(self.name, [job for job in jobs if job not in gone] if gone else jobs, gone, quiet=self.quiet)
-
-    def _was_completed_by_task(self, job: Job) -> bool:
-        """Return whether the lease is gone because the task itself completed the job, in its own transaction."""
-        with suppress(QueueError):
-            now = self.queue.get(job.id)
-            return (now.state, now.consumer, now.attempts) == ("completed", self.name, job.attempts)
-        return False
+        settled = {job.id: self._leases.settled_as(job) for job in lost}
+        gone = [job for job in lost if settled[job.id] is None]
+        others = [job for job in lost if settled[job.id] not in (None, "completed")]
+        done = [job for job in jobs if job not in gone and job not in others] if lost else jobs
+        self._fields[fields.COMPLETED] += len(done)
+        self._fields[fields.FAILED] += sum(1 for job in others if settled[job.id] == "failed")
+        log_completed(self.name, done, gone, quiet=self.quiet)
+        for job in others:
+            log("settled by the task", consumer=self.name, job=job.id, task=job.task, now=settled[job.id])
 
     def _return_jobs(self) -> None:
         """Before the end, complete the finished jobs and release those that were not started."""
@@ -363,12 +391,11 @@ class Consumer:
         return leases.limit_error(reason, run)
 
 
-def _error_text(error: BaseException) -> str:
+def _encoded(result: Any) -> str:
     try:
-        message = str(error)[: pqueue_values.MAX_ERROR_CHARS]
-    except BaseException:
-        message = "(its message cannot be shown)"
-    return "\n".join([f"{type(error).__name__}: {message}", *traceback.format_tb(error.__traceback__)])
+        return pqueue_values.encode_json("result", result)
+    except ValueError as error:
+        raise Unstorable(f"{error}; the task had ended, and is not run again") from None
 
 
 # The process ##########################################################################################################
@@ -400,10 +427,12 @@ def _run(
     queue: PersistentQInterface, shared: Registration, record: Record, options: Namespace, pipe: int, dump: int
 ) -> int:
     file_task.files_directory = options.directory
-    import_modules(options.modules)
+    tasks = known_tasks(options.modules)
     record.fields[fields.READY] = 1
     retry_while_busy(
-        lambda: queue.adopt(shared, queues=options.queues), lambda s: _pause(s, record), consumer=options.name
+        lambda: queue.adopt(shared, queues=options.queues, tasks=tasks),
+        lambda s: _pause(s, record),
+        consumer=options.name,
     )
     if record.fields[fields.STOP]:
         return 0
@@ -416,6 +445,7 @@ def _run(
         queues=options.queues,
         lease_seconds=options.lease_seconds,
         drain=options.drain,
+        wait=options.wait,
         max_jobs=options.max_jobs,
         max_rss=options.max_rss,
         quiet=options.quiet,
@@ -489,6 +519,20 @@ def _reset_signals_in_children() -> None:
     os.register_at_fork(
         before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, numbers), after_in_parent=unblock, after_in_child=reset
     )
+
+
+def known_tasks(modules: list[str]) -> list[str]:
+    """Import the modules and return the names of their tasks; without modules, that of the built-in task.
+
+    Raises ValueError if a module cannot be imported, or none has a task.
+    """
+    if modules and file_task.__name__ not in modules:
+        # guard: the built-in task is known only without --import
+        del pqueue.TASKS[file_task.prepend_timestamp.name]
+    import_modules(modules)
+    if not pqueue.TASKS:
+        raise ValueError(f"expected a module with tasks, got {', '.join(modules)}, without a function marked @task")
+    return sorted(pqueue.TASKS)
 
 
 def import_modules(modules: list[str]) -> None:

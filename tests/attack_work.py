@@ -68,7 +68,7 @@ def recorded(job: Job) -> Iterator[None]:
     record("ended", **run, at=time.time())
 
 
-@task(max_attempts=MANY, backoff_base_seconds=0.05)
+@task(max_attempts=MANY, backoff=0.05)
 def quick(job: Job) -> None:
     with recorded(job):
         time.sleep(job.payload["seconds"])
@@ -81,7 +81,7 @@ def once(job: Job) -> None:
         time.sleep(job.payload["seconds"])
 
 
-@task(max_attempts=MANY, backoff_base_seconds=0.05)
+@task(max_attempts=MANY, backoff=0.05)
 def effect(job: Job) -> None:
     """Write a row in the transaction that completes the job: it must be there exactly once."""
     queue, asked = current_queue(), time.time()
@@ -95,7 +95,7 @@ def effect(job: Job) -> None:
     record("effect", uid=job.payload["uid"], asked=asked, acked=time.time())
 
 
-@task(max_attempts=MANY, backoff_base_seconds=0.05)
+@task(max_attempts=MANY, backoff=0.05)
 def copies(job: Job) -> None:
     with recorded(job):
         drop_locks()
@@ -113,7 +113,7 @@ def flaky(job: Job) -> None:
             raise RuntimeError("not yet")
 
 
-@task(max_attempts=MANY, backoff_base_seconds=0.05)
+@task(max_attempts=MANY, backoff=0.05)
 def deadly(job: Job) -> None:
     """Kill the consumer, with whatever else it has taken."""
     with recorded(job):
@@ -121,7 +121,7 @@ def deadly(job: Job) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-@task(max_attempts=MANY, backoff_base_seconds=0.05)
+@task(max_attempts=MANY, backoff=0.05)
 def sleepy(job: Job) -> None:
     """Stop the consumer, with whatever else it has taken, for longer than a lease."""
     with recorded(job):

@@ -19,7 +19,7 @@ import consumer
 import pqueue
 import pqueue_files
 import producer
-from pqueue_tools import file_task
+from pqueue_tools import file_task, report
 from pqueue_tools import worker as worker_module
 
 TASKS = """
@@ -104,15 +104,44 @@ def test_consumer_does_right_by_all_jobs_whatever_their_handlers_do(tasks):
         "leave": "SystemExit: leaving",
         "boom": "ValueError: no x",
         "hopeless": "DoNotRetry: never",
-        "unstorable": "ValueError: expected a result that JSON can hold, got a set: "
-        "Object of type set is not JSON serializable",
+        "unstorable": "expected a result that JSON can hold, got a set: Object of type set is not JSON serializable; "
+        "the task had ended, and is not run again",
         "hang": "TimeoutError: timed out after 0.2 s",
-        "unknown": "LookupError: unknown task 'unknown'; this consumer knows boom, chain, die, hang, hopeless, leave, "
-        "patient, pid, prepend_timestamp, quick, slow, unstorable: give it --import MODULE",
     }
+    assert (jobs["unknown"].state, jobs["unknown"].attempts) == ("pending", 0)
     assert jobs["chain"].result == "chained"
     assert len(queue.list_jobs(task="quick", state="completed")) == 51
     assert "raise ValueError" in jobs["boom"].error
+
+
+def test_jobs_of_a_new_task_wait_for_the_first_consumer_that_knows_it(tasks):
+    """Producers are deployed first: old consumers leave the jobs as they are."""
+    tasks.write("new_tasks.py", "from pqueue import task\n@task()\ndef new(job): return job.payload\n")
+    queue = tasks.queue()
+    old = [tasks.start("consumer.py", "--import", "my_tasks", "--name", f"old{number}") for number in range(3)]
+    wait_until(lambda: len(queue.consumers()) == 3)
+    ids = queue.enqueue_many("new", range(1000), priority=1)
+    quick = queue.enqueue("quick")
+    wait_until(lambda: queue.get(quick).state == "completed")
+    assert {(job.state, job.attempts) for job in queue.list_jobs(task="new", limit=2000)} == {("pending", 0)}
+    assert "no running consumer knows this task, new" in report.why(queue, ids[0])
+    found = [str(each) for each in report.findings(queue) if "knows this task" in str(each)]
+    assert len(found) == 1
+    assert found[0].startswith("task 'new': 1,000 jobs pending and no running consumer knows this task")
+    tasks.start("consumer.py", "--import", "new_tasks", "--name", "new")
+    wait_until(lambda: queue.count_jobs(task="new", state="completed") == 1000)
+    assert {(job.consumer, job.attempts) for job in queue.list_jobs(task="new", limit=2000)} == {("new", 1)}
+    assert [queue.history(job_id) for job_id in ids] == [[]] * 1000
+    assert all(child.poll() is None for child in old)
+
+
+def test_consumer_whose_modules_have_no_task_is_refused(tasks):
+    tasks.write("empty.py", "def task_without_decorator(job): return None\n")
+    done = tasks.run("consumer.py", "--import", "empty")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "consumer.py: expected a module with tasks, got empty, without a function marked @task\n",
+    )
 
 
 def test_job_that_kills_its_process_is_set_aside_and_the_others_complete(tasks):

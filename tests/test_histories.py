@@ -8,6 +8,7 @@ model of a job gives every result that was seen: linearizability, job by job (Wi
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -73,6 +74,7 @@ class Actor:
         return None if error else result
 
     def enqueue(self) -> None:
+        task = self.chance.choice("ttu")
         options = {
             "queue": self.chance.choice("ab"),
             "priority": self.chance.randint(-1, 1),
@@ -83,7 +85,11 @@ class Actor:
         }
         payload = f"{self.name} {self.calls + 1}"
         job_id = self.call(
-            "enqueue", lambda: self.queue.enqueue("t", payload, now=self.clock, **options), payload=payload, **options
+            "enqueue",
+            lambda: self.queue.enqueue(task, payload, now=self.clock, **options),
+            payload=payload,
+            task=task,
+            **options,
         )
         if job_id:
             self.ids.append(job_id)
@@ -91,7 +97,8 @@ class Actor:
     def dequeue(self) -> None:
         self.queue._dead_checked_at = -math.inf if self.chance.random() < 0.3 else math.inf  # by no clock
         queues = self.chance.choice([None, None, ["a"], ["b", "a"]])
-        options = {"queues": queues, "lease_seconds": LEASE, "now": self.clock}
+        tasks = self.chance.choice([None, None, ["t"], ["u", "t"]])
+        options = {"queues": queues, "tasks": tasks, "lease_seconds": LEASE, "now": self.clock}
         if self.held and self.chance.random() < 0.5:
             job = self.chance.choice(self.held[-4:])
             answered = self.call(
@@ -100,11 +107,13 @@ class Actor:
                 job=job.id,
                 token=job.lease_token,
                 queues=queues,
+                tasks=tasks,
             )
             jobs = answered[0] if answered else []
         else:
             limit = self.chance.randint(1, 3)
-            jobs = self.call("dequeue", lambda: self.queue.dequeue_many(self.name, limit, **options), queues=queues)
+            take = functools.partial(self.queue.dequeue_many, self.name, limit, **options)
+            jobs = self.call("dequeue", take, queues=queues, tasks=tasks)
         self.held += jobs or []
         self.ids += [job.id for job in jobs or []]
 
@@ -160,7 +169,10 @@ class Actor:
             if job.assigned_to and job.state in UNFINISHED:
                 self.call("assign", lambda: self.queue.assign(job.id, None, now=LATER), job=job.id, to=None)  # noqa: B023
         while jobs := self.call(
-            "dequeue", lambda: self.queue.dequeue_many(self.name, 1, lease_seconds=LEASE, now=LATER), queues=None
+            "dequeue",
+            lambda: self.queue.dequeue_many(self.name, 1, lease_seconds=LEASE, now=LATER),
+            queues=None,
+            tasks=None,
         ):
             job = jobs[0]
             self.call("complete", lambda: self.queue.complete(job, now=LATER), job=job.id, token=job.lease_token)  # noqa: B023
@@ -178,7 +190,18 @@ def answer(verb: str, result: Any) -> Call:
 
 
 def row(job: pqueue.Job) -> dict[str, Any]:
-    fields = ("id", "queue", "payload", "state", "priority", "run_at", "attempts", "max_attempts", "assigned_to")
+    fields = (
+        "id",
+        "queue",
+        "task",
+        "payload",
+        "state",
+        "priority",
+        "run_at",
+        "attempts",
+        "max_attempts",
+        "assigned_to",
+    )
     return {name: getattr(job, name) for name in (*fields, "lease_token", "lease_expires_at")}
 
 
@@ -333,6 +356,8 @@ class Checker:
             if event["row"] is not None:
                 if each.assigned_to is None and event["queues"] and event["row"]["queue"] not in event["queues"]:
                     return
+                if event["tasks"] is not None and event["row"]["task"] not in event["tasks"]:
+                    return
                 taken = replace(taken, token=event["row"]["lease_token"])
                 if not agrees(taken, event["row"]):
                     return
@@ -375,14 +400,15 @@ class Checker:
             made = next((event for event in events if event["verb"] == "enqueue"), None)
             if made and made["ended"] and made["run_at"] <= made["now"] and made["assigned_to"] is None:
                 touched = min(e["began"] for e in events if e["verb"] not in ("enqueue", "get", "same key"))
-                untouched.append((made["queue"], (-made["priority"], made["run_at"], made["result"]), made, touched))
+                untouched.append((made, (-made["priority"], made["run_at"], made["result"]), touched))
         pauses = [call for call in self.calls if call["verb"] in ("pause", "resume")]
         for claim in self.claims:
             if claim["ended"] is None or not claim["jobs"]:
                 continue
             last = max((-job["priority"], job["run_at"], job["id"]) for job in claim["jobs"])
-            for queue, rank, made, touched in untouched:
-                served = queue == "a" and (claim["queues"] is None or queue in claim["queues"])
+            for made, rank, touched in untouched:
+                served = made["queue"] == "a" and (claim["queues"] is None or "a" in claim["queues"])
+                served = served and (claim["tasks"] is None or made["task"] in claim["tasks"])
                 if served and made["ended"] < claim["began"] and touched > claim["ended"] and rank < last:
                     yield f"job {made['result']} was passed over for job {last[2]}"
             if self._paused(pauses, claim) and any(job["queue"] == "b" for job in claim["jobs"]):

@@ -117,6 +117,7 @@ class Stage:
             "DELETE FROM jobs; DELETE FROM history; DELETE FROM queues; ALTER SEQUENCE jobs_id_seq RESTART;"
             "DELETE FROM pending_changes; UPDATE pending_counts SET pending = 0;"
             f"INSERT INTO queues (name, max_pending) VALUES ('default', {self.max_pending or 'NULL'});"
+            "INSERT INTO queue_tasks (queue, task) VALUES ('default', 't') ON CONFLICT DO NOTHING;"
             f"DELETE FROM consumers WHERE token = '{ANNA}';"
             "INSERT INTO consumers (name, token, host, pid, slot, tasks, started_at, last_seen_at, state) "
             f"VALUES ('anna', '{ANNA}', '', 1, 1, '[]', 0, 0, 'running')"

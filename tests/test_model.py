@@ -19,6 +19,7 @@ UNFINISHED = ("scheduled", "pending", "processing")
 
 @dataclass
 class Entry:
+    task: str
     queue: str
     priority: int
     run_at: float
@@ -48,6 +49,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.folder.cleanup()
 
     @rule(
+        task=st.sampled_from("ttu"),
         queue=st.sampled_from("ab"),
         priority=st.integers(-1, 1),
         delay=st.sampled_from([0, 0, 0, 30, 90]),
@@ -55,16 +57,16 @@ class QueueMachine(RuleBasedStateMachine):
         key=st.sampled_from([None, None, "k", "l"]),
         assigned_to=st.sampled_from([None, None, "x", "y"]),
     )
-    def enqueue(self, queue, priority, delay, max_attempts, key, assigned_to):
+    def enqueue(self, task, queue, priority, delay, max_attempts, key, assigned_to):
         options = {"queue": queue, "priority": priority, "max_attempts": max_attempts, "key": key}
-        job_id = self.queue.enqueue("t", delay_seconds=delay, assigned_to=assigned_to, now=self.now, **options)
+        job_id = self.queue.enqueue(task, delay_seconds=delay, assigned_to=assigned_to, now=self.now, **options)
         same = self.with_key(queue, key)
         if same is not None:
             assert job_id == same
             return
         assert job_id not in self.entries
         state = "scheduled" if delay else "pending"
-        self.entries[job_id] = Entry(**options, run_at=self.now + delay, assigned_to=assigned_to, state=state)
+        self.entries[job_id] = Entry(task, **options, run_at=self.now + delay, assigned_to=assigned_to, state=state)
 
     def with_key(self, queue, key):
         for job_id, entry in self.entries.items():
@@ -79,12 +81,14 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(
         consumer=st.sampled_from("xyz"),
         queues=st.sampled_from([None, ["a"], ["b"], ["b", "a"]]),
+        tasks=st.sampled_from([None, None, ["t"], ["u", "t"], []]),
         limit=st.integers(1, 4),
     )
-    def dequeue(self, consumer, queues, limit):
-        jobs = self.queue.dequeue_many(consumer, limit, queues=queues, lease_seconds=LEASE, now=self.now)
+    def dequeue(self, consumer, queues, tasks, limit):
+        options = {"queues": queues, "tasks": tasks, "lease_seconds": LEASE, "now": self.now}
+        jobs = self.queue.dequeue_many(consumer, limit, **options)
         self.recover()
-        expected = self.next(consumer, queues, limit)
+        expected = self.next(consumer, queues, tasks, limit)
         assert [job.id for job in jobs] == expected
         for job in jobs:
             entry = self.entries[job.id]
@@ -101,12 +105,13 @@ class QueueMachine(RuleBasedStateMachine):
                 entry.state = "pending" if entry.attempts < entry.max_attempts else "failed"
                 entry.holder = None
 
-    def next(self, consumer, queues, limit):
+    def next(self, consumer, queues, tasks, limit):
         able = [
             (-entry.priority, entry.run_at, job_id)
             for job_id, entry in self.entries.items()
             if entry.state == "pending"
             and entry.queue not in self.paused
+            and (tasks is None or entry.task in tasks)
             and (entry.assigned_to == consumer if entry.assigned_to else queues is None or entry.queue in queues)
         ]
         ids = [job_id for _, _, job_id in sorted(able)[:limit]]

@@ -205,8 +205,8 @@ def test_manager_adds_and_removes_consumers_while_others_run(system):
     wait_until(lambda: set(states_of(queue)) == names)
 
     def all_have_worked():
-        queue.enqueue_many("unknown", range(30), max_attempts=1)
-        return {job.consumer for job in unknown_jobs(queue)} >= names
+        queue.enqueue_many("prepend_timestamp", [{"file": "absent"}] * 30, max_attempts=1)
+        return {job.consumer for job in failing_jobs(queue)} >= names
 
     wait_until(all_have_worked)
     assert {tuple(each["queues"] or ()) for each in queue.consumers()} == {(), ("default", "50% off")}
@@ -214,7 +214,7 @@ def test_manager_adds_and_removes_consumers_while_others_run(system):
     done = manage(system, "--remove", "consumer2")
     assert (done.returncode, done.stdout) == (0, "removed consumer2\n")
     assert running(system) == first
-    wait_until(lambda: {(job.state, job.attempts) for job in unknown_jobs(queue)} == {("failed", 1)})
+    wait_until(lambda: {(job.state, job.attempts) for job in failing_jobs(queue)} == {("failed", 1)})
     assert [path.name for path in (system.folder / "var/supervisor.d").iterdir()] == []
 
 
@@ -288,8 +288,8 @@ def test_manager_writes_a_configuration_for_tasks_of_the_users_own(system):
     mine.close()
 
 
-def unknown_jobs(queue):
-    return queue.list_jobs(task="unknown", limit=1_000_000)
+def failing_jobs(queue):
+    return queue.list_jobs(text="absent", limit=1_000_000)
 
 
 def test_added_group_is_there_again_after_a_restart_of_supervisor(system):

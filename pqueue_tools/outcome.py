@@ -1,0 +1,105 @@
+"""What the exception of a task means for its job, and the text of it that is stored and logged."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from dataclasses import dataclass
+from functools import lru_cache
+
+import pqueue
+from pqueue import DoNotRetry, Job, Retry, Snooze
+from pqueue_values import MAX_ERROR_CHARS
+
+MAX_SUMMARY_CHARS = 1000  # of the first line
+LAST_CHARS = 6000  # of a text that is cut: it ends with the innermost frames
+OURS = ("pqueue_tasks", "pqueue_tools.worker", "pqueue_tools.keeper")  # modules whose frames tell a user nothing
+
+
+class Unstorable(Exception):
+    """The task has returned what cannot be stored as its result. It did its work, so it must not run again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How to settle a job: release it, not counting the attempt, or fail it; after which delay; with which error."""
+
+    verb: str
+    retry: bool
+    delay_seconds: float
+
+
+def outcome_of(error: BaseException, job: Job, *, is_limit: bool = False) -> Outcome:
+    """Return how to settle a job whose task ended with this exception.
+
+    is_limit: the consumer interrupted the task, so that `retry_on` does not apply.
+    """
+    entry = pqueue.TASKS.get(job.task)
+    if isinstance(error, Snooze):
+        return Outcome("release", retry=True, delay_seconds=error.seconds)
+    delay = entry.retry_in_seconds(job.attempts) if entry else pqueue.backoff_seconds(job.attempts)
+    if isinstance(error, Retry):
+        return Outcome("fail", retry=True, delay_seconds=delay if error.in_seconds is None else error.in_seconds)
+    # guard: an error that retry_on does not name is final
+    is_final = entry is not None and not is_limit and not isinstance(error, entry.retry_on)
+    # guard: a result that cannot be stored is final
+    is_final = is_final or isinstance(error, (DoNotRetry, Unstorable))
+    return Outcome("fail", retry=not is_final, delay_seconds=delay)
+
+
+def error_text(error: BaseException) -> str:
+    """Return the type and the message in one line, then the tracebacks, of the error and of what caused it.
+
+    It has at most MAX_ERROR_CHARS characters; what is too long is cut in its middle. Never raises an exception of the
+    error's own code.
+    """
+    if isinstance(error, Unstorable):
+        return summary(error)
+    try:
+        found = traceback.TracebackException.from_exception(error, compact=True)
+        _without_our_frames(found)
+        trace = "".join(found.format())
+    except Exception as broken:
+        trace = f"(its traceback cannot be shown: {type(broken).__name__})\n"
+    first = summary(error)
+    return cut(f"{first}\n{trace}".rstrip(), MAX_ERROR_CHARS)
+
+
+def summary(error: BaseException) -> str:
+    """Return the type and the message of an error; the first line of it identifies the error in lists."""
+    name = type(error).__name__
+    try:
+        message = str(error)
+    except BaseException as broken:
+        message = f"(its message cannot be shown: __str__ raised {type(broken).__name__})"
+    kind = "" if isinstance(error, Unstorable) else f"{name}: "
+    return cut(f"{kind}{message}", MAX_SUMMARY_CHARS)
+
+
+def cut(text: str, most: int) -> str:
+    """Return the text, without some of its middle if it is longer than `most` characters."""
+    if len(text) <= most:
+        return text
+    mark = (
+        f"\n… {len(text) - most:,} more characters …\n" if "\n" in text[:most] else f" … {len(text) - most:,} more … "
+    )
+    last = min(LAST_CHARS, most // 2)
+    return f"{text[: most - last - len(mark)]}{mark}{text[-last:]}"
+
+
+def _without_our_frames(found: traceback.TracebackException) -> None:
+    """Remove our frames from a traceback, from those of its causes, and from those of the members of a group."""
+    left, seen = [found], set[int]()
+    while left:
+        each = left.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        each.stack = traceback.StackSummary.from_list([frame for frame in each.stack if frame.filename not in _ours()])
+        inner = [each.__cause__, each.__context__, *(getattr(each, "exceptions", None) or ())]
+        left += [other for other in inner if other is not None]
+
+
+@lru_cache
+def _ours() -> frozenset[str]:
+    return frozenset(str(sys.modules[name].__file__) for name in OURS if name in sys.modules)
