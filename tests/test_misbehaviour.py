@@ -311,7 +311,7 @@ def test_next_job_finds_the_process_as_the_first_one_did(tasks, name):
     first, bad, second = queue.enqueue("look"), queue.enqueue("leave", name), queue.enqueue("look")
     slow = queue.enqueue("run_on", "sleep", max_attempts=1)  # which a timer left behind would end
     done = drain(tasks)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
     assert queue.get(bad).error is None
     assert queue.get(second).result == queue.get(first).result
     assert queue.get(slow).error.startswith("TimeoutError: timed out after 2 s"), done
@@ -324,7 +324,7 @@ def test_leftovers_of_a_task_that_fails_are_found_as_well(tasks):
                 " os.umask(0); os.closerange(3, 100); raise ValueError('the reason')\n")  # fmt: skip
     queue = tasks.queue()
     ids = [queue.enqueue("both", max_attempts=1), queue.enqueue("good")]
-    assert drain(tasks, "--import", "more").returncode == 0
+    assert drain(tasks, "--import", "more").returncode == 1
     assert queue.get(ids[0]).error.startswith("ValueError: the reason\n")
     assert queue.get(ids[1]).state == "completed"
 
@@ -367,7 +367,7 @@ def test_job_fails_with_the_true_reason_and_the_next_one_runs(tasks, kind, name,
     queue = tasks.queue()
     bad, after = queue.enqueue(kind, name, max_attempts=1), queue.enqueue("good")
     done = drain(tasks)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
     job = queue.get(bad)
     assert (job.state, job.attempts) == ("failed", 1)
     assert re.match(error, job.error), job.error
@@ -396,7 +396,7 @@ def test_jobs_that_finished_before_their_worker_died_do_not_run_again(tasks):
     for _ in range(3):
         queue.enqueue("end", "kill", max_attempts=1)
         queue.enqueue_many("good", range(100))
-    assert drain(tasks).returncode == 0
+    assert drain(tasks).returncode == 1
     ran = read(tasks, "good").split()
     assert len(ran) == len(set(ran)) == 600
     assert queue.stats()["states"] == {**dict.fromkeys(queue.stats()["states"], 0), "completed": 600, "failed": 3}
