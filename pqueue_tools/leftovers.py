@@ -1,12 +1,13 @@
 """What tasks leave behind in their process: found after each, and undone where that is possible.
 
 docs/tasks.md lists it. Everything is looked at after a task that took long or has rarely run, and at least ten times a
-second; after the others, only what harms the next task most: signal handlers, the alarm, threads and streams.
+second; after the others, only what costs little: signal handlers, threads and sys.stdout.
 """
 
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
+import _thread
 import builtins
 import fcntl
 import gc
@@ -73,7 +74,7 @@ class ProcessState:
         self._trusted: set[str] = set()
         self._full_at = 0.0  # monotonic seconds
         self._threads = set(threading.enumerate())
-        self._thread_count = len(self._threads)
+        self._thread_count = _thread._count()
         self._children = set(processes.children(os.getpid()))
         self._copies = [_high_copy(number) for number in range(3)]
         self._folder = _open_folder()
@@ -139,8 +140,7 @@ class ProcessState:
     def _seems_clean(self) -> bool:
         return (
             list(map(_signal.getsignal, COMMON_SIGNALS)) == self._common_handlers
-            and _signal.getitimer(0)[0] == 0.0
-            and threading.active_count() <= self._thread_count
+            and _thread._count() <= self._thread_count
             and sys.stdout is self._streams[1]
             and not (sys.stdout and sys.stdout.closed)
         )

@@ -680,3 +680,27 @@ def registered(name, function):
         yield
     finally:
         del pqueue.TASKS[name]
+
+
+ORPHANS = """
+import subprocess
+from pqueue import task
+
+@task()
+def orphan(job):
+    subprocess.run(["sh", "-c", "for _ in 1 2 3 4 5; do sleep 0.1 & done"], check=True)
+"""
+
+
+def test_consumer_that_is_the_first_process_of_a_container_reaps_orphans(tasks):
+    tasks.write("more.py", ORPHANS)
+    queue = tasks.queue()
+    ids = queue.enqueue_many("orphan", range(3))
+    command = tasks.command("consumer.py", "--import", "more")
+    unshare = ["unshare", "--map-root-user", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    outer = tasks.start_command([*unshare, *command])
+    wait_until(lambda: all(queue.get(each).state == "completed" for each in ids))
+    (keeper,) = processes.children(outer.pid)
+    wait_until(lambda: len(processes.children(keeper)) == 1)  # the worker
+    os.kill(keeper, signal.SIGTERM)
+    assert outer.wait(60) == 0
