@@ -297,12 +297,11 @@ class PostgresFiles(PostgresCase):
                     self.assertLess(looked_at, 1.1 * ROWS, plan)
                 self.assertNotRegex(str(plan), "Seq Scan.*'Relation Name': 'jobs'")
 
-    def test_producers_that_begin_a_queue_at_the_same_moment_both_enqueue(self):
+    def test_first_job_of_a_queue_in_an_open_transaction_blocks_no_other_producer(self):
         queue, other = self.open(), self.open()
-        ids = []
-        with self.waiting_for(queue, lambda: ids.append(other.enqueue("t", queue="new"))):
-            ids.append(queue.enqueue("t", queue="new"))
-        self.assertEqual(len(ids), 2)
+        with queue.transaction():
+            ids = [queue.enqueue("t", queue="new"), other.enqueue("t", queue="new")]
+        self.assertEqual([job.id for job in self.open().list_jobs(queue="new")], sorted(ids, reverse=True))
 
     @contextmanager
     def waiting_for(self, queue, do, then=lambda: None):
