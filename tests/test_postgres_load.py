@@ -79,7 +79,15 @@ def test_consumer_skips_exactly_what_another_has_locked(queue, queues, database)
 def test_claim_locks_hardly_more_rows_than_it_takes(queue, queues, limit):
     for number in range(queues):
         queue.enqueue_many("t", range(3000 // queues), queue=f"q{number}")
-    params = {"consumer": "w", "limit": limit, "queues": None, "token": "t.1", "now": 2e9, "lease_expires_at": 3e9}
+    params = {
+        "consumer": "w",
+        "limit": limit,
+        "queues": None,
+        "tasks": None,
+        "token": "t.1",
+        "now": 2e9,
+        "lease_expires_at": 3e9,
+    }
     for width in pqueue_postgres.WIDTHS:
         sql, names = pqueue_postgres.translated(pqueue_postgres.claim_alone(width))
         with driver_of(queue) as driver:
