@@ -366,8 +366,9 @@ def stamped(place, payload, **options):
     queue = place.queue()
     job_id = queue.enqueue("prepend_timestamp", payload, **options)
     drained = place.run("consumer.py", "--drain")
-    assert drained.returncode == 0, drained.stderr
-    return queue.get(job_id)
+    job = queue.get(job_id)
+    assert drained.returncode == (job.state == "failed"), drained.stderr
+    return job
 
 
 def test_each_line_of_the_file_gets_the_same_timestamp(place):
