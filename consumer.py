@@ -99,7 +99,7 @@ def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
     if bar:
         bar.draw(*counts)
         print(file=sys.stderr)
-    if code == 0:
+    if not keeper.is_refused:
         log("stopped", consumer=options.name, completed=counts[0], failed=counts[1])
     return code
 

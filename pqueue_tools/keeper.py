@@ -73,14 +73,17 @@ class Keeper:
         self._pipe = self._wakeup = self._dump = -1
         self._others = set(processes.children(os.getpid()))
 
+    is_refused = False  # the worker could not start or go on
+
     def run(self) -> int:
         """Run workers until told to stop, or until the queue is drained; return the exit code."""
         self.shared = self.queue.share(self.name)
         failed = self._count_failed()
         with self._resources():
             outcome = self._run_workers()
+        self.is_refused = outcome == fields.REFUSED
         # guard: a drain whose jobs failed says so
-        return int(outcome == fields.REFUSED or self._count_failed() > failed)
+        return int(self.is_refused or self._count_failed() > failed)
 
     def _count_failed(self) -> int:
         """Return the number of failed jobs whose last consumer has this name, for the exit code of a drain."""

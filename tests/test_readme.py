@@ -30,7 +30,7 @@ SCRIPTS = {"pqueue": "admin.py"} | {
     f"pqueue-{name}": f"{name}.py" for name in ("producer", "consumer", "manager", "ops")
 }
 BLOCK = re.compile(r"^```([^\n]+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-VARIES = re.compile(r"[0-9-]+T[0-9:.]+Z|consumer=\S+|pid=\d+")
+VARIES = re.compile(r'[0-9-]+T[0-9:.]+Z|consumer=\S+|pid=\d+|database=\S+|traceback="(?:[^"\\]|\\.)*"')
 
 
 @dataclass(frozen=True)
