@@ -119,8 +119,8 @@ BEGIN
     END IF;
     RETURN NULL;
 END $$""",
-    # Dropping a trigger waits for readers and blocks new ones, so give up soon. A remaining trigger costs little, and
-    # the next change of a limit tries again.
+    # Dropping a trigger waits for readers and blocks new ones, so give up soon, and also if a reader waits to write. A
+    # remaining trigger costs little, and the next change of a limit tries again.
     f"""
 CREATE FUNCTION {SCHEMA}.stop_counting() RETURNS VOID LANGUAGE plpgsql SET lock_timeout = '100ms' AS $$
 BEGIN
@@ -128,7 +128,7 @@ BEGIN
     DROP TRIGGER IF EXISTS pending_update ON {SCHEMA}.jobs;
     DROP TRIGGER IF EXISTS pending_delete ON {SCHEMA}.jobs;
     DROP TRIGGER IF EXISTS pending_truncate ON {SCHEMA}.jobs;
-EXCEPTION WHEN lock_not_available THEN
+EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
     NULL;
 END $$""",
 ]

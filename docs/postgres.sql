@@ -184,7 +184,7 @@ BEGIN
     DROP TRIGGER IF EXISTS pending_update ON pqueue.jobs;
     DROP TRIGGER IF EXISTS pending_delete ON pqueue.jobs;
     DROP TRIGGER IF EXISTS pending_truncate ON pqueue.jobs;
-EXCEPTION WHEN lock_not_available THEN
+EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
     NULL;
 END $$;
 

@@ -793,7 +793,8 @@ def test_thread_that_looks_while_another_asks_for_the_clock_gets_the_time(databa
 
 
 def test_lock_of_an_application_is_not_taken_for_that_of_a_consumer(database):
-    of_64_bits = pqueue_postgres.LOCK_CLASS << 32 | 5
+    names = pqueue_postgres.names_in(pqueue_postgres.DEFAULT_SCHEMA)
+    of_64_bits = int(names[pqueue_postgres.LOCK_CLASS]) << 32 | 5
     with PersistentQSQLAlchemy(database) as queue, psycopg.connect(database) as application:
         application.execute("SELECT pg_advisory_lock(1, 5), pg_advisory_lock(%s)", [of_64_bits])
         assert queue._read(pqueue_postgres.LOCKED_SLOTS) == []
@@ -817,10 +818,10 @@ def test_consumer_that_reconnects_revives_no_other_and_none_that_has_left(databa
 
 def test_operator_who_pauses_waits_for_writers_of_jobs_only(database):
     with PersistentQSQLAlchemy(database) as queue, psycopg.connect(database) as other:
-        other.execute(f"SELECT 1 FROM {pqueue_postgres.SCHEMA}.jobs")
-        other.execute(f"LOCK TABLE {pqueue_postgres.SCHEMA}.queues IN ROW EXCLUSIVE MODE")
+        other.execute("SELECT 1 FROM pqueue.jobs")
+        other.execute("LOCK TABLE pqueue.queues IN ROW EXCLUSIVE MODE")
         assert queue._read(pqueue_postgres.WRITERS) == []
-        other.execute(f"LOCK TABLE {pqueue_postgres.SCHEMA}.jobs IN ROW EXCLUSIVE MODE")
+        other.execute("LOCK TABLE pqueue.jobs IN ROW EXCLUSIVE MODE")
         assert len(queue._read(pqueue_postgres.WRITERS)) == 1
 
 
@@ -1458,7 +1459,7 @@ def test_role_that_may_only_insert_enqueues_into_a_queue_with_a_limit(database, 
             db.exec_driver_sql(f"CREATE ROLE {role} LOGIN")
             db.exec_driver_sql(f"GRANT USAGE ON SCHEMA pqueue TO {role}")
             db.exec_driver_sql(f"GRANT SELECT ON ALL TABLES IN SCHEMA pqueue TO {role}")
-            db.exec_driver_sql(f"GRANT INSERT ON pqueue.jobs, pqueue.queues TO {role}")
+            db.exec_driver_sql(f"GRANT INSERT ON pqueue.jobs, pqueue.queues, pqueue.queue_tasks TO {role}")
         undo.callback(drop_role, database, role)
         url = sqlalchemy.make_url(database).set(username=role).render_as_string(hide_password=False)
         with closing(PersistentQSQLAlchemy(url)) as weak:
