@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pqueue
+import pqueue_tasks
 from pqueue import Job, LeaseLost, PersistentQInterface, QueueError
 from pqueue_files import is_stopped
 from pqueue_tools import processes, worker
@@ -321,8 +322,9 @@ class Keeper:
         """Yield the lines of the traceback that the worker wrote, without our own frames."""
         with suppress(OSError):
             text = os.pread(self._dump, 65536, 0).decode(errors="replace")
-            ours = str(Path(__file__).parent)
-            yield from (line for line in text.splitlines() if f'"{ours}' not in line)
+            program = getattr(sys.modules["__main__"], "__file__", None)
+            ours = [f'"{path}' for path in (Path(__file__).parent, pqueue_tasks.__file__, program, sys.argv[0]) if path]
+            yield from (line for line in text.splitlines() if not any(path in line for path in ours))
 
     # Signals
 

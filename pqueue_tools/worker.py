@@ -270,7 +270,7 @@ class Consumer:
     def _settle(self, job: Job, error: BaseException) -> None:
         """Settle a job whose task ended with this exception."""
         if isinstance(error, Interrupt):
-            self._end_interrupted(job, error.args[0])
+            self._end_interrupted(job, error.args[0].with_traceback(error.__traceback__))
         elif isinstance(error, LeaseLost):
             self._log_lost(job, error)
         else:
