@@ -275,11 +275,10 @@ class SQLiteSession(Session):
         try:
             if not self.has_ended:
                 self._roll_back()
-        except BaseException:  # raised by a signal handler; an open transaction would block all writers
-            # guard: an interrupted call is rolled back
-            self._roll_back()
-            raise
         finally:
+            if not self.has_ended:  # a signal handler interrupted it; an open transaction would block all writers
+                # guard: an interrupted call is rolled back
+                self._roll_back()
             self.busy = False
             self._release()
             if self._has_lock:
