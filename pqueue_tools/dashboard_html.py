@@ -91,6 +91,8 @@ FILES = {
     "/icon.svg": ("image/svg+xml", ICON),
 }
 
+CONTROLS = {number: f"&#{number};" for number in (*range(1, 32), 127)}  # as references: a parser changes CR
+
 
 # The main page ########################################################################################################
 
@@ -220,9 +222,9 @@ def _hidden(fields: dict[str, Any], token: str, back: str) -> str:
 
 
 def _inputs(form: dashboard.Form) -> str:
-    """Return hidden fields that return the values unchanged."""
+    """Return hidden fields that return the values unchanged, control characters included."""
     return "".join(
-        f'<input type="hidden" name="{name}" value="{html.escape(value)}">'
+        f'<input type="hidden" name="{name}" value="{html.escape(value).translate(CONTROLS)}">'
         for name, values in form.items()
         for value in values
     )

@@ -307,9 +307,10 @@ def test_environment_may_say_anything(folder, monkeypatch, name):
     [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"TZ": "x/:"}],
 )
 def test_terminal_that_cannot_show_a_name_stops_no_program(place, variables):
+    place.write("my_tasks.py", "from pqueue import task\n\n@task('t\\xe4sk\\u2026')\ndef run(job): pass\n")
     with closing(place.queue()) as queue:
         queue.enqueue("täsk…", {"text": "日本"}, queue="日本")
-    drained = place.run("consumer.py", "--drain", **variables)
+    drained = place.run("consumer.py", "--import", "my_tasks", "--drain", **variables)
     assert (drained.returncode, drained.stderr) == (0, "")
     assert "task=" in drained.stdout
     for arguments in (["list-jobs"], ["show", "1"], ["list-jobs", "--json"], ["stats"], ["monitor", "--once"]):
