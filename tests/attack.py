@@ -136,7 +136,7 @@ class System:
         config.read(ROOT / "supervisord.conf")
         for old, new in {
             "python3 producer.py": "python3 producer.py --interval 0.3",
-            "python3 consumer.py": f"python3 consumer.py --import attack_work --lease-seconds {LEASE_SECONDS}",
+            "python3 consumer.py": f"python3 consumer.py --import attack_work --import pqueue_tools.file_task --lease-seconds {LEASE_SECONDS}",
             "python3 ops.py --streamlit": f"python3 ops.py --port {self.port}",
         }.items():
             changed = [name for name in config if old in config[name].get("command", "")]
