@@ -778,7 +778,7 @@ def _known_values(metavar: str) -> Iterable[str]:
             jobs = queue.list_jobs(limit=JOBS_COMPLETED, excerpt=0)
             if metavar == "JOB_ID":
                 return [str(job.id) for job in jobs]
-            return {job.task for job in jobs} | {task for each in queue.consumers() for task in each["tasks"]}
+            return {job.task for job in jobs} | {task for each in queue.consumers() for task in each["tasks"] or ()}
     return ()
 
 

@@ -39,6 +39,7 @@ import pqueue
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+IMPORTS = "--import attack_work --import pqueue_tools.file_task"
 LEASE_SECONDS = 5.0
 SIGNAL_SECONDS = 0.7  # between two signals, on average
 ACT_SECONDS = 0.4  # between two acts, on average
@@ -136,7 +137,7 @@ class System:
         config.read(ROOT / "supervisord.conf")
         for old, new in {
             "python3 producer.py": "python3 producer.py --interval 0.3",
-            "python3 consumer.py": f"python3 consumer.py --import attack_work --import pqueue_tools.file_task --lease-seconds {LEASE_SECONDS}",
+            "python3 consumer.py": f"python3 consumer.py {IMPORTS} --lease-seconds {LEASE_SECONDS}",
             "python3 ops.py --streamlit": f"python3 ops.py --port {self.port}",
         }.items():
             changed = [name for name in config if old in config[name].get("command", "")]
