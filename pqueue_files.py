@@ -65,7 +65,7 @@ class FileLocks:
         if not cls.AVAILABLE:
             return None
         cls.close_unused()
-        key = _identity(path)
+        key = identity(path)
         locks = cls._open[key] = cls._open.get(key) or cls(path)
         locks._users += 1
         # guard: locks survive a copy of the database
@@ -85,7 +85,7 @@ class FileLocks:
         SQLite would start a new log with the index of the old one. Format: https://sqlite.org/walformat.html
         """
         index = Path(f"{path}-shm")
-        if not FileLocks.AVAILABLE or not index.exists() or _has_open(_identity(index), ()):
+        if not FileLocks.AVAILABLE or not index.exists() or _has_open(identity(index), ()):
             return False
         with closing_file(os.open(index, os.O_RDONLY | os.O_NOFOLLOW)) as file:
             held = struct.unpack(
@@ -134,7 +134,7 @@ def _flock(kind: int, where: tuple[int, int]) -> bytes:
     return struct.pack(FLOCK, kind, os.SEEK_SET, *where, 0)
 
 
-def _identity(path: str | bytes | os.PathLike[str]) -> tuple[int, int]:
+def identity(path: str | bytes | os.PathLike[str]) -> tuple[int, int]:
     return os.stat(path)[1:3]
 
 
@@ -162,10 +162,6 @@ class DatabaseFiles:
         self._changed_ns = 0  # st_mtime of the folder when all files were last found in place
         self._folder_identity: tuple[int, ...] = ()
 
-    @property
-    def database(self) -> tuple[int, int] | None:
-        return self._opened[0]
-
     def expect_in_place(self) -> None:
         """Raise DatabaseReplaced unless all are in place. One stat suffices while the folder is unchanged."""
         try:
@@ -183,7 +179,7 @@ class DatabaseFiles:
         found: list[tuple[int, int] | None] = []
         for name in self._names:
             try:
-                found.append(_identity(name))
+                found.append(identity(name))
             except OSError:
                 found.append(None)
         return found

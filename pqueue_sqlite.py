@@ -34,6 +34,7 @@ from pqueue_files import (
     file_system,
     group_number,
     has_locks,
+    identity,
     is_on_read_only,
     make_folder,
     move_into_place,
@@ -415,6 +416,7 @@ class PersistentQSQLite(PersistentQInterface):
                 self._expect_matching_log()
             with _opening_lock, self._sqlite_errors(), closing(self._connect()) as connection:
                 self._prepare(connection)
+                self._database = identity(self.path)
                 if records_log:
                     self._record_log(connection)
         except BaseException:
@@ -641,15 +643,19 @@ class PersistentQSQLite(PersistentQInterface):
                 for other in self._sessions:  # they may have replaced files open
                     # guard: a new connection opens the same files as the others
                     other.files.expect_in_place()
+                self._expect_same_file()  # before SQLite would apply the log of the old one
                 session = self._new_session()
-                self._database = self._database or session.files.database
-                if self._database != session.files.database:
-                    raise replaced(self.path) from None
+                self._expect_same_file()
                 if has_locks() and not self.is_read_only:
                     self._record_log(session.connection)  # SQLite may have started another log
                 self._local.session = session
                 self._sessions.add(session)
         return session
+
+    def _expect_same_file(self) -> None:
+        # guard: a queue that was opened stays with its file
+        if not self.path.exists() or identity(self.path) != self._database:
+            raise replaced(self.path)
 
     def _new_session(self) -> SQLiteSession:
         with ExitStack() as undo:

@@ -3080,6 +3080,16 @@ class Replaced(SQLiteCase):
     def sibling(self, suffix):
         return Path(f"{self.path}{suffix}")
 
+    def test_queue_that_is_replaced_before_its_first_use_leaves_the_replacement_alone(self):
+        self.started()
+        unused = self.open()
+        replacement = (self.folder / "backup.db").read_bytes()
+        (self.folder / "backup.db").replace(self.path)
+        for use in (unused.stats, lambda: unused.enqueue("t")):
+            with self.assertRaises(pqueue.DatabaseReplaced):
+                use()
+        self.assertEqual(self.path.read_bytes(), replacement)
+
     def assert_locks_kept(self, queue, act):
         """No job that was acknowledged to either process is lost, or given an id twice."""
         ids = [job.id for job in queue.list_jobs()]

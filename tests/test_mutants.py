@@ -181,6 +181,7 @@ MUTANTS = [
     Mutant("a fork waits for threads inside SQLite", "test_processes.py: fork_during_calls", "timeout=max(0, until - time.monotonic())", "blocking=False"),
     Mutant("another program's file is refused", "contract: another_program", "owner != APPLICATION_ID", "False"),
     Mutant("a replaced database is not written", "contract: pulled_away"),
+    Mutant("a queue that was opened stays with its file", "contract: replaced_before_its_first_use"),
     Mutant("a new connection opens the same files as the others", "contract: pulled_away"),
     Mutant("locks survive a copy of the database", "contract: copies_its_database"),
     Mutant("a transaction that lost its lock is rolled back", "contract: lost_its_lock"),
