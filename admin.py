@@ -249,7 +249,7 @@ def logs(_: None, options: argparse.Namespace) -> CommandResult:
 
 
 def _log_lines(directory: Path, job_id: int) -> Iterator[dict[str, Any]]:
-    about = re.compile(rb"\bjob=%d(?= |$)" % job_id)
+    about = re.compile(rb'\bjob=%d(?= |$)|"job": %d\b' % (job_id, job_id))  # in text and in JSON
     for path in sorted(directory.glob("*.log*")):  # also those that were rotated
         try:
             with path.open("rb") as file:

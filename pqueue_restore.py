@@ -113,12 +113,22 @@ def _users(path: Path) -> str:
     """Return the programs that have this file open, as far as /proc shows."""
     found = set()
     for link in Path("/proc").glob("[1-9]*/fd/*"):
-        process = link.parent.parent
         with suppress(OSError):
-            if os.readlink(link) == str(path) and process.name != str(os.getpid()):
-                words = (process / "cmdline").read_bytes().split(b"\0")[:2]  # others may contain a password
-                found.add(" ".join([*(Path(os.fsdecode(word)).name for word in words), f"(pid {process.name})"]))
+            if os.readlink(link) == str(path) and link.parts[2] != str(os.getpid()):
+                pid = _parent_of_same_program(link.parts[2])
+                words = _command(pid).split(b"\0")[:2]  # others may contain a password
+                found.add(" ".join([*(Path(os.fsdecode(word)).name for word in words), f"(pid {pid})"]))
     return ", ".join(sorted(found))
+
+
+def _parent_of_same_program(pid: str) -> str:
+    """Return the process to stop for this one to end: the parent that forked it, if both run the same command."""
+    parent = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1].decode()
+    return _parent_of_same_program(parent) if parent != "0" and _command(parent) == _command(pid) else pid
+
+
+def _command(pid: str) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def _preserve(path: Path, file: int | None) -> Path | None:
