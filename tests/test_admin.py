@@ -220,6 +220,8 @@ def test_operator_reads_what_was_logged_about_a_job(front, folder, run):
         "consumer_00.log",
     ]
     assert run("logs", "8")[::2] == (1, "admin.py: no line about job 8 in var/log\n")
+    (logs / "consumer_02.log").write_text('{"event": "completed", "job": 91}\n{"event": "completed", "job": 9}\n')
+    assert run("logs", "9")[:2] == (0, '{"event": "completed", "job": 9}\n')
 
 
 def test_operator_whose_folder_has_no_queue_creates_none(front, folder, run):
