@@ -68,7 +68,6 @@ from pqueue_schema import (
     ASSIGN,
     CANCEL,
     CLAIM,
-    CLAIM_ONE,
     COMPLETE,
     DELETE_CONSUMERS,
     DELETE_HISTORY,
@@ -85,7 +84,6 @@ from pqueue_schema import (
     LOST_BY,
     MARK_DEAD,
     MARK_FAILED,
-    NEXT_ATTEMPTS,
     NEXT_DUE,
     NEXT_EVENT,
     ORPHANED,
@@ -440,7 +438,8 @@ class PersistentQInterface(Reading, Moving):
                 if lost and nested:
                     _refuse(session, "complete", lost[0])
                 self._reclaim(session, dead, at)
-                jobs = self._claim(session, claim_params(me, limit, wanted, lease_seconds, at), me) if limit else []
+                params = claim_params(me, limit, wanted, lease_seconds, at)
+                jobs = claimed_jobs(session, self._claim(session, params, me.prefetches), params) if limit else []
                 # guard: a claim of the last attempt is synced
                 if not durable and any(job.attempts == job.max_attempts for job in jobs):
                     raise UnsyncedLastAttempt
@@ -452,15 +451,9 @@ class PersistentQInterface(Reading, Moving):
         except UnsyncedLastAttempt:  # a power cut must not add an attempt: claim again, and sync
             return exchange(durable=True)
 
-    def _claim(self, session: Session, params: Params, me: Registration) -> list[Job]:
-        one = params["limit"] == 1
-        rows = session.run(CLAIM_ONE, params) if one else self._claim_many(session, params, me.prefetches)
-        return claimed_jobs(session, rows, params)
-
-    def _claim_many(self, session: Session, params: Params, prefetches: bool) -> list[Any]:
+    def _claim(self, session: Session, params: Params, prefetches: bool) -> list[Any]:  # noqa: ARG002
         """Lease up to :limit jobs, and return their rows."""
-        number = batch_size(session.run(NEXT_ATTEMPTS, params), prefetches)
-        return session.run(CLAIM, {**params, "limit": number})
+        return session.run(CLAIM, params)
 
     def _complete_all(self, session: Session, completions: list[tuple[Job, str | None]], now: float) -> list[Job]:
         """Complete these jobs, and return those whose lease was lost."""
@@ -937,18 +930,6 @@ def _fail_unreadable(session: Session, job: Job, now: float) -> bool:
         session.change(RECORD, {**params, "event": "failed", "actor": job.consumer})
         session.change(FAIL, params)
     return True
-
-
-def batch_size(attempts: list[tuple[int, int]], prefetches: bool) -> int:
-    """Return how many of the next jobs to claim, given their (attempts, max_attempts).
-
-    A job that was delivered before is claimed alone: if it kills its consumer again, no other job is affected. So is a
-    job with a single attempt, unless the attempt counts only when the job begins.
-    """
-    # guard: a job with one attempt is claimed alone
-    alone = (n for n, (made, most) in enumerate(attempts) if made or (most == 1 and not prefetches))
-    # guard: a redelivered job is claimed alone
-    return max(1, next(alone, len(attempts)))
 
 
 def _last_loss_error(job: Job, consumers: list[str], error: str) -> str:

@@ -298,7 +298,7 @@ class Link:
 
 
 class ListenLink(Link):
-    """The connection that listens. Notifications that arrive on it are read, whoever uses it."""
+    """The connection that listens. Every user of it reads the notifications that arrive."""
 
     def is_usable(self) -> bool:
         with suppress(psycopg.Error):

@@ -287,11 +287,6 @@ UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NUL
                     WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN {UNFINISHED})""",
     # differs because of concurrent claims: rows are locked before their attempts are read
     pqueue_schema.CLAIM: f"{_with_tasks(WIDTH)}{_claim(WIDTH)}",
-    # differs because of concurrent claims, like CLAIM
-    pqueue_schema.CLAIM_ONE: f"{_with_tasks(WIDTH)}{_claim(WIDTH)}",
-    # differs because it must return what CLAIM takes
-    pqueue_schema.NEXT_ATTEMPTS: f"""
-SELECT attempts, max_attempts FROM ({_with_tasks(WIDTH)}{_in_order(WIDTH)}) candidates LIMIT :limit""",
     # differs because min() may be planned as a scan of all jobs of a state
     pqueue_schema.OVERDUE: OVERDUE,
     # differs because a subquery for each task is LATERAL, and min() as in OVERDUE
@@ -516,7 +511,7 @@ FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_datab
 
 # Return tables with many dead rows.
 DEAD_ROWS = f"""
-SELECT format('table %s has %s dead rows beside %s: vacuum cannot keep up; look for old transactions', relname,
+SELECT format('table %s has %s dead rows and %s live ones: vacuum cannot keep up; look for old transactions', relname,
     n_dead_tup, n_live_tup)
 FROM pg_stat_user_tables WHERE schemaname = {THIS_SCHEMA} AND n_dead_tup > {MANY_DEAD_ROWS} + 2 * n_live_tup"""
 

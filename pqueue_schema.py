@@ -178,7 +178,6 @@ WHERE true ON CONFLICT DO NOTHING"""
 # List the task among those of the queue.
 ADD_TASK = "INSERT INTO queue_tasks (queue, task) VALUES (:queue, :task) ON CONFLICT DO NOTHING"
 
-
 # Where a consumer may take jobs from: the tasks that it knows in the queues that it serves. :queues is a JSON array;
 # NULL: all. A job of another task or queue is never read: however many there are, a claim costs the same. CROSS JOIN
 # makes SQLite keep q and t in the outer loops.
@@ -197,37 +196,22 @@ ASSIGNED = f"""assigned_to = :consumer AND {KNOWN.format(task="task")}
     AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)"""
 
 
-# The first :limit jobs of each task in each queue, and of those assigned to the consumer. match: "IN", or "=" if :limit
-# is 1, which is faster on SQLite.
-def _candidates(match: str) -> str:
-    return f"""
-SELECT jobs.id, priority, run_at, attempts, max_attempts {PLACES} AND jobs.id {match}
+# The first job of each task in each queue, and the first of those assigned to the consumer. :limit is 1.
+_CANDIDATES = f"""
+SELECT jobs.id, priority, run_at {PLACES} AND jobs.id =
     (SELECT id FROM jobs WHERE {PENDING_OF_TASK} ORDER BY {ORDER} LIMIT :limit)
 UNION ALL
-SELECT * FROM (SELECT id, priority, run_at, attempts, max_attempts FROM jobs
+SELECT * FROM (SELECT id, priority, run_at FROM jobs
                WHERE state = 'pending' AND {ASSIGNED} ORDER BY {ORDER} LIMIT :limit) assigned"""
-
 
 # guard: an attempt counts when it is claimed
 LEASED = """state = 'processing', attempts = attempts + 1, consumer = :consumer, lease_token = :token,
     lease_expires_at = :lease_expires_at, started_at = :now"""
 
-
-def _claim(match: str) -> str:
-    return f"""
-UPDATE jobs SET {LEASED}
-WHERE id {match} (SELECT id FROM ({_candidates(match)}) candidates ORDER BY {ORDER} LIMIT :limit)
+# Lease the first job to the consumer; on PostgreSQL, the first :limit jobs.
+CLAIM = f"""
+UPDATE jobs SET {LEASED} WHERE id = (SELECT id FROM ({_CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit)
 RETURNING {COLUMNS}"""
-
-
-# Lease the first :limit jobs to the consumer.
-CLAIM = _claim("IN")
-
-# Lease the first job to the consumer; :limit is 1.
-CLAIM_ONE = _claim("=")
-
-# Return the attempts of the jobs that CLAIM would lease, in order.
-NEXT_ATTEMPTS = f"SELECT attempts, max_attempts FROM ({_candidates('IN')}) candidates ORDER BY {ORDER} LIMIT :limit"
 
 # Return whether a scheduled job is due, and whether a lease has expired.
 OVERDUE = """
@@ -237,7 +221,7 @@ SELECT (SELECT min(run_at) FROM jobs WHERE state = 'scheduled') <= :now AS due,
 # Return when the next job may be available to the consumer; 0: now.
 NEXT_EVENT = f"""
 SELECT min(at) FROM (
-    SELECT 0.0 AS at WHERE EXISTS ({_candidates("=")})
+    SELECT 0.0 AS at WHERE EXISTS ({_CANDIDATES})
     UNION ALL SELECT min(run_at) FROM jobs WHERE state = 'scheduled'
     UNION ALL SELECT min(lease_expires_at) FROM jobs WHERE state = 'processing') events"""
 

@@ -236,7 +236,7 @@ class PostgresSession(Session):
         try:
             return read(link.cursor.execute(text, values))
         except PLAN_LOST:
-            link.has_lost_plans = True  # which cannot be mended within the transaction
+            link.has_lost_plans = True  # which cannot be fixed within the transaction
             raise
 
     def _begin_now(self) -> Link:
@@ -635,7 +635,7 @@ def _wrap(connection: sqlite3.Connection) -> sqlalchemy.Connection:
 
 
 class OnPostgres(PersistentQSQLAlchemy):
-    """The queue in a PostgreSQL database, in a schema of its own.
+    """The queue in a schema of a PostgreSQL database.
 
     url: postgresql://USER@HOST:PORT/DATABASE, with parameters of libpq and two of ours: schema=NAME (default: pqueue)
         holds the queue, so that a database can hold several; max_connections=N (default: 20) is how many connections
@@ -816,12 +816,12 @@ class OnPostgres(PersistentQSQLAlchemy):
                 sql = f"SELECT has_{kind}_privilege(%s, %s), current_user::text"
                 has, role = self._ask(sql, f'"{self.schema}".{name}' if kind == "table" else name, right)
                 missing += [] if has else [right]
-            hint = f", or a schema of its own: CREATE SCHEMA {self.schema} AUTHORIZATION {role}"
+            hint = f": grant it, or run CREATE SCHEMA {self.schema} AUTHORIZATION {role}"
             return f": role {role} lacks {', '.join(missing)} on {kind} {shown}{hint if kind == 'database' else ''}"
         return ""
 
     def _ask(self, sql: str, *values: Any) -> Any:
-        """Return a row, read on a connection of its own: that of this thread may be in a failed transaction."""
+        """Return a row, read on a separate connection: that of this thread may be in a failed transaction."""
         link = self._pool.take()
         try:
             return link.driver.execute(sql, values).fetchone()
@@ -877,7 +877,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         raise NotStored
 
     def _add_queue(self, session: Session, row: Params) -> int:
-        """Do it in a transaction of its own: until that of the application ends, other producers would wait."""
+        """Do it in a separate transaction: until that of the application ends, other producers would wait."""
         if self._session().for_application:
             with suppress(QueueBusy):  # no other connection is to be had
                 with PostgresSession(self) as other:

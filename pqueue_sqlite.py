@@ -18,7 +18,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, cast
 
-from pqueue import BUSY_SECONDS, POLL_SECONDS, PersistentQInterface, batch_size
+from pqueue import BUSY_SECONDS, POLL_SECONDS, PersistentQInterface
 from pqueue_backend import Registration, Session
 from pqueue_files import (
     LOCAL_FILE_SYSTEMS,
@@ -97,7 +97,6 @@ UPDATE jobs SET state = 'completed', finished_at = :now, result = json_extract(v
 FROM json_each(:completions) WHERE jobs.id = json_extract(value, '$[0]') AND lease_token = json_extract(value, '$[1]')
 RETURNING jobs.id"""
 
-
 # Return the first job of each task in each queue that a consumer may take from, in order: the jobs' order, then queue
 # and task.
 FIRST_JOBS = f"""
@@ -118,8 +117,7 @@ SELECT -priority, run_at, id FROM jobs WHERE state = 'pending' AND {ASSIGNED} OR
 ATTEMPTS_OF = "SELECT id, attempts, max_attempts FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
 
 # Lease these jobs to the consumer. :ids is a JSON array.
-CLAIM_THESE = f"""
-UPDATE jobs SET {LEASED} WHERE state = 'pending' AND id IN (SELECT value FROM json_each(:ids)) RETURNING {COLUMNS}"""
+CLAIM_THESE = f"UPDATE jobs SET {LEASED} WHERE id IN (SELECT value FROM json_each(:ids)) RETURNING {COLUMNS}"
 
 # Return the number of a consumer's lock.
 SLOT_OF = "SELECT slot FROM consumers WHERE token = :token"
@@ -495,16 +493,8 @@ class PersistentQSQLite(PersistentQInterface):
             self._consumer_locks = ConsumerLocks(folder)
 
     def _expect_matching_log(self) -> None:
-        """Refuse a database next to the log of another one, which SQLite would apply to it.
-
-        Also refuse one whose log was deleted while other processes have it open.
-        """
-        # guard: a deleted log is not recreated
-        if FileLocks.is_log_missing(self.path):
-            raise DatabaseReplaced(
-                f"cannot use {self.path}: its log was deleted while other programs have it open: "
-                "wait until they have ended"
-            )
+        """Refuse a database next to the log of another one, which SQLite would apply to it."""
+        self._expect_log()
         with self._log_record() as record:
             database, log = (file_number(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal"))
             known, version = os.pread(record, len(database + log), 0), os.pread(record, 20, 40)
@@ -515,6 +505,14 @@ class PersistentQSQLite(PersistentQInterface):
                     f"{self.path}-wal belongs: stop all programs and move the log away; to replace "
                     f"a queue, use {command_line()} restore"
                 )
+
+    def _expect_log(self) -> None:
+        # guard: a deleted log is not recreated
+        if FileLocks.is_log_missing(self.path):
+            raise DatabaseReplaced(
+                f"cannot use {self.path}: its log was deleted while other programs have it open: "
+                "wait until they have ended"
+            )
 
     def _fits_log(self, known: int) -> bool:
         """Return whether the database is undamaged with this log; change neither.
@@ -643,7 +641,8 @@ class PersistentQSQLite(PersistentQInterface):
                 for other in self._sessions:  # they may have replaced files open
                     # guard: a new connection opens the same files as the others
                     other.files.expect_in_place()
-                self._expect_same_file()  # before SQLite would apply the log of the old one
+                self._expect_same_file()  # before SQLite would apply the log of the old one, or create a log
+                self._expect_log()
                 session = self._new_session()
                 self._expect_same_file()
                 if has_locks() and not self.is_read_only:
@@ -677,10 +676,12 @@ class PersistentQSQLite(PersistentQInterface):
     def _read(self, sql: str, params: Params = NO_PARAMS) -> list[Any]:
         return self._session().read(sql, params)
 
-    def _claim_many(self, session: Session, params: Params, prefetches: bool) -> list[Any]:
+    def _claim(self, session: Session, params: Params, prefetches: bool) -> list[Any]:
+        if params["limit"] == 1:
+            return super()._claim(session, params, prefetches)
         ids = _first_ids(session, params)
         attempts = {row[0]: row[1:] for row in session.run(ATTEMPTS_OF, {"ids": to_json(ids)})}
-        number = batch_size([attempts[job_id] for job_id in ids], prefetches)
+        number = _batch_size([attempts[job_id] for job_id in ids], prefetches)
         return session.run(CLAIM_THESE, {**params, "ids": to_json(ids[:number])})
 
     def _complete_all(self, session: Session, completions: list[tuple[Job, str | None]], now: float) -> list[Job]:
@@ -942,6 +943,18 @@ class PersistentQSQLite(PersistentQInterface):
         os.register_at_fork(
             before=_before_fork, after_in_parent=_release_after_fork, after_in_child=_after_fork_in_child
         )
+
+
+def _batch_size(attempts: list[tuple[int, int]], prefetches: bool) -> int:
+    """Return how many of the next jobs to claim, given their (attempts, max_attempts).
+
+    A job that was delivered before is claimed alone: if it kills its consumer again, no other job is affected. So is a
+    job with a single attempt, unless the attempt counts only when the job begins.
+    """
+    # guard: a job with one attempt is claimed alone
+    alone = (n for n, (made, most) in enumerate(attempts) if made or (most == 1 and not prefetches))
+    # guard: a redelivered job is claimed alone
+    return max(1, next(alone, len(attempts)))
 
 
 def _first_ids(session: Session, params: Params) -> list[int]:

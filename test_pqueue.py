@@ -2973,7 +2973,7 @@ class Files(SQLiteCase):
                         )  # max(id) is found without an index
                         others = "" if name == "DELETE_CONSUMERS" else "|consumers"
                         self.assertNotRegex(plan, rf"({read}) (jobs|history{others})\b(?! USING)")
-                        if name in ("CLAIM_ONE", "NEXT_EVENT", "FIRST_JOBS", "NEXT_OF_TASK"):
+                        if name in ("CLAIM", "NEXT_EVENT", "FIRST_JOBS", "NEXT_OF_TASK"):
                             self.assertIn("USING INDEX jobs_claim", plan.replace("COVERING ", ""))
 
     def test_guarantee_10_claim_takes_as_many_steps_before_many_jobs_of_other_tasks(self):
@@ -3284,13 +3284,13 @@ class Replaced(SQLiteCase):
         code = "import pqueue, time\nq = pqueue.PersistentQSQLite(sys.argv[1])\nq.enqueue_many('t', range(9))\n"
         with python(f"{code}print('ready', flush=True)\ntime.sleep(600)", self.path) as child:
             self.assertEqual(child.stdout.readline(), "ready\n")
-            self.open().close()
+            unused = self.open()
             self.sibling("-wal").unlink()
-            for _ in range(2):
+            for use in (self.open, unused.stats, self.open, lambda: unused.enqueue("t")):
                 with self.assertRaisesRegex(
                     pqueue.DatabaseReplaced, "log was deleted while other programs have it open"
                 ):
-                    self.open()
+                    use()
                 self.sibling("-wal").touch()  # as a plain reader would
             child.kill()
             child.wait()

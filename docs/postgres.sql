@@ -270,7 +270,7 @@ WHERE true ON CONFLICT DO NOTHING;
 INSERT INTO pqueue.queue_tasks (queue, task) VALUES ($1, $2) ON CONFLICT DO NOTHING;
 
 -- CLAIM
--- Lease the first :limit jobs to the consumer.
+-- Lease the first job to the consumer; on PostgreSQL, the first :limit jobs.
 -- differs because of concurrent claims: rows are locked before their attempts are read
 -- $1 queues, $2 tasks, $3 consumer, $4 token, $5 lease_expires_at, $6 now, $7 limit
 WITH heads AS MATERIALIZED (
@@ -311,81 +311,6 @@ WHERE  state = 'pending' AND ctid = ANY (ARRAY(
             ORDER BY best.priority DESC, best.run_at, best.id LIMIT $7 FOR UPDATE OF jobs SKIP LOCKED) locked
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
 RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error;
-
--- CLAIM_ONE
--- Lease the first job to the consumer; :limit is 1.
--- differs because of concurrent claims, like CLAIM
--- $1 queues, $2 tasks, $3 consumer, $4 token, $5 lease_expires_at, $6 now, $7 limit
-WITH heads AS MATERIALIZED (
-    SELECT t.queue, t.task, head.* FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
-        (SELECT ctid, priority, run_at, id, attempts, max_attempts FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) head
-    WHERE q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10)))) ORDER BY priority DESC, run_at, id LIMIT 17),
-first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tasks FROM heads)
-UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, consumer = $3, lease_token = $4,
-    lease_expires_at = $5, started_at = $6
-WHERE  state = 'pending' AND ctid = ANY (ARRAY(
-    SELECT ctid FROM (
-        SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
-        FROM (
-            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= jobs.max_attempts AS alone
-            FROM (
-        SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[1] FROM first) AND task = (SELECT tasks[1] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[2] FROM first) AND task = (SELECT tasks[2] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[3] FROM first) AND task = (SELECT tasks[3] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[4] FROM first) AND task = (SELECT tasks[4] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[5] FROM first) AND task = (SELECT tasks[5] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[6] FROM first) AND task = (SELECT tasks[6] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[7] FROM first) AND task = (SELECT tasks[7] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[8] FROM first) AND task = (SELECT tasks[8] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[9] FROM first) AND task = (SELECT tasks[9] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[10] FROM first) AND task = (SELECT tasks[10] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[11] FROM first) AND task = (SELECT tasks[11] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[12] FROM first) AND task = (SELECT tasks[12] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[13] FROM first) AND task = (SELECT tasks[13] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[14] FROM first) AND task = (SELECT tasks[14] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[15] FROM first) AND task = (SELECT tasks[15] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[16] FROM first) AND task = (SELECT tasks[16] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $3 AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10))))
-    AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0) ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 16)
-        ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
-            ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
-            ORDER BY best.priority DESC, best.run_at, best.id LIMIT $7 FOR UPDATE OF jobs SKIP LOCKED) locked
-    ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
-RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error;
-
--- NEXT_ATTEMPTS
--- Return the attempts of the jobs that CLAIM would lease, in order.
--- differs because it must return what CLAIM takes
--- $1 queues, $2 tasks, $3 consumer, $4 limit
-SELECT attempts, max_attempts FROM (
-WITH heads AS MATERIALIZED (
-    SELECT t.queue, t.task, head.* FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
-        (SELECT ctid, priority, run_at, id, attempts, max_attempts FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) head
-    WHERE q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10)))) ORDER BY priority DESC, run_at, id LIMIT 17),
-first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tasks FROM heads)
-        SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[1] FROM first) AND task = (SELECT tasks[1] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[2] FROM first) AND task = (SELECT tasks[2] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[3] FROM first) AND task = (SELECT tasks[3] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[4] FROM first) AND task = (SELECT tasks[4] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[5] FROM first) AND task = (SELECT tasks[5] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[6] FROM first) AND task = (SELECT tasks[6] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[7] FROM first) AND task = (SELECT tasks[7] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[8] FROM first) AND task = (SELECT tasks[8] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[9] FROM first) AND task = (SELECT tasks[9] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[10] FROM first) AND task = (SELECT tasks[10] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[11] FROM first) AND task = (SELECT tasks[11] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[12] FROM first) AND task = (SELECT tasks[12] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[13] FROM first) AND task = (SELECT tasks[13] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[14] FROM first) AND task = (SELECT tasks[14] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[15] FROM first) AND task = (SELECT tasks[15] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[16] FROM first) AND task = (SELECT tasks[16] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $3 AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10))))
-    AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0) ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 16)
-        ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id) candidates LIMIT $4;
 
 -- OVERDUE
 -- Return whether a scheduled job is due, and whether a lease has expired.
@@ -888,7 +813,7 @@ FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_datab
 
 -- DEAD_ROWS
 -- Return tables with many dead rows.
-SELECT format('table %s has %s dead rows beside %s: vacuum cannot keep up; look for old transactions', relname,
+SELECT format('table %s has %s dead rows and %s live ones: vacuum cannot keep up; look for old transactions', relname,
     n_dead_tup, n_live_tup)
 FROM pg_stat_user_tables WHERE schemaname = (SELECT nspname FROM pg_namespace WHERE oid = 'pqueue'::regnamespace) AND n_dead_tup > 100000 + 2 * n_live_tup;
 

@@ -23,7 +23,7 @@ def script(program: str) -> str:
 
 
 def complete(commands: Mapping[str, Command], words: list[str], lookup: Lookup) -> list[str]:
-    """Return what may stand for the last of the words, which bash splits at = and : too, quoted for the shell."""
+    """Return the completions, quoted for the shell, of the last word. Bash splits words at = and :, too."""
     *before, word = words or [""]
     before, word, prefix = _rejoined(before, word)
     if not before:

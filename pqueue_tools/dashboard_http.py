@@ -198,7 +198,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(HTTPStatus.UNAUTHORIZED, "expected the password, with any user name")
 
     def _is_probe(self) -> bool:
-        """Return whether this is a probe of liveness or readiness, which needs no password and is told no details."""
+        """Return whether this is a probe of liveness or readiness, which needs no password and shows no details."""
         return dashboard.without_prefix(urlsplit(self.path).path) in PROBES
 
     def _has_password(self, password: str) -> bool:

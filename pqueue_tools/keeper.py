@@ -33,10 +33,10 @@ GRACE_SECONDS = {  # from the interrupt of a task to the end of its process, by 
     fields.TIMED_OUT: 5.0,
     fields.OUT_OF_MEMORY: 1.0,
     fields.LOST: 0.5,
-    fields.TOLD_TO_STOP: 5.0,
+    fields.STOP_REQUESTED: 5.0,
     fields.EXECUTED: -1.0,  # at once
 }
-REPEAT_SECONDS = 1.0  # how often a task that goes on after the interrupt is interrupted again
+REPEAT_SECONDS = 1.0  # how often a task that continues after an interrupt is interrupted again
 DUMP_SECONDS = 0.5  # the longest wait for the traceback of a task that hangs
 CLOSE_SECONDS = 5.0  # how long a worker may take to exit
 RESTART_SECONDS = 1.0  # before the next worker, if one died without running a job
@@ -74,10 +74,10 @@ class Keeper:
         self._pipe = self._wakeup = self._dump = -1
         self._others = set(processes.children(os.getpid()))
 
-    is_refused = False  # the worker could not start or go on
+    is_refused = False  # the worker could not start or continue
 
     def run(self) -> int:
-        """Run workers until told to stop, or until the queue is drained; return the exit code."""
+        """Run workers until asked to stop, or until the queue is drained; return the exit code."""
         self.shared = self.queue.share(self.name)
         failed = self._count_failed()
         with self._resources():
@@ -190,7 +190,7 @@ class Keeper:
             log("left to its lease", consumer=self.name, reason=str(error) or "out of memory")
 
     def _end_late_worker(self) -> None:
-        """Kill a worker that is told to stop while it imports, or that does not exit."""
+        """Kill a worker that is asked to stop while it imports, or that does not exit."""
         is_closing = self._fields[fields.OUTCOME] != 0
         if is_closing and not self._closing_at:
             self._closing_at = time.monotonic()
@@ -216,7 +216,7 @@ class Keeper:
 
     def _reason_to_end(self, run: Run) -> int:
         if self._fields[fields.STOP] > 1:
-            return fields.TOLD_TO_STOP
+            return fields.STOP_REQUESTED
         if self.leases.lost:
             return fields.LOST
         # guard: a task that runs too long is ended
@@ -296,14 +296,14 @@ class Keeper:
         if job is None:
             return
         reason = self._reason if self._run == run.number else 0
-        if reason == fields.TOLD_TO_STOP and job.max_attempts > 1:
+        if reason == fields.STOP_REQUESTED and job.max_attempts > 1:
             self.leases.release(job)
             return
         error, _, trace = (self.record.error(run) or self._error(run, reason)).partition("\n")
         text = "\n".join([error, trace or "\n".join(self._traceback())]).rstrip()
         delay = run.retry_in_seconds or pqueue.backoff_seconds(job.attempts)
         # guard: a job that kills its worker loses an attempt
-        state = self.queue.fail(job, text, retry=reason != fields.TOLD_TO_STOP, retry_in_seconds=delay)
+        state = self.queue.fail(job, text, retry=reason != fields.STOP_REQUESTED, retry_in_seconds=delay)
         self.leases.failed += 1
         log("failed", consumer=self.name, job=job.id, task=job.task, attempt=job.attempts, now=state, error=error)
 
@@ -311,7 +311,7 @@ class Keeper:
         """Return why the job ended with its worker, in one line."""
         if reason == fields.EXECUTED:
             return "WorkerDied: the task replaced its process by another program"
-        if reason == fields.TOLD_TO_STOP:
+        if reason == fields.STOP_REQUESTED:
             return "Stopped: stopped while it ran; not run again because max_attempts is 1"
         if reason in (fields.TIMED_OUT, fields.OUT_OF_MEMORY) and self._killed:
             error = limit_error(reason, run)

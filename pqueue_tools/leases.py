@@ -73,7 +73,7 @@ class Leases:
         """Complete the held jobs that have results, and release the others but the running one; return that.
 
         Jobs are identified by their id and the number of the claim.
-        claim: only its jobs, as the worker goes on and may have claimed others; None: all.
+        claim: only its jobs, as the worker continues and may have claimed others; None: all.
         """
         held = {(job.id, claim_number(job)): job for job in self.queue.held_jobs(self.name)}
         # guard: jobs of a later claim are not taken back

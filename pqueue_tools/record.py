@@ -29,7 +29,7 @@ ASLEEP = 21  # the keeper waits until it is woken
 FIELDS = 22
 
 DRAINED, STOPPED, REPLACE, REFUSED, BROKEN = range(1, 6)  # outcomes; 0: it died
-TIMED_OUT, OUT_OF_MEMORY, LOST, TOLD_TO_STOP, EXECUTED = range(1, 6)  # reasons
+TIMED_OUT, OUT_OF_MEMORY, LOST, STOP_REQUESTED, EXECUTED = range(1, 6)  # reasons
 
 RESULTS_BYTES = 1 << 18
 MAX_ERROR_CHARS = 10_000

@@ -48,7 +48,7 @@ class Consumer:
 
     In an application, call `run` in any thread, and `stop` to end it. It uses no signals, so it cannot interrupt a
     task: timeout_seconds and memory_mb have no effect, and a cancelled job runs to its end. A second thread extends the
-    leases. `consumer.py` runs it in a process of its own, where none of this holds.
+    leases. `consumer.py` runs it in a separate process, where none of this holds.
 
     drain: return when no job is pending, and with `wait`, none is scheduled for the next so many seconds.
     tasks: the names of the tasks to run; None: all that are registered now.
@@ -334,8 +334,8 @@ class Consumer:
         self._fields[fields.FAILED] += outcome.verb == "fail"
         event = "failed" if outcome.verb == "fail" else "snoozed"
         first, _, trace = text.partition("\n")
-        told = {"error": first, **({"traceback": trace} if trace and outcome.verb == "fail" else {})}
-        log(event, consumer=self.name, job=job.id, task=job.task, attempt=job.attempts, now=state, **told)
+        shown = {"error": first, **({"traceback": trace} if trace and outcome.verb == "fail" else {})}
+        log(event, consumer=self.name, job=job.id, task=job.task, attempt=job.attempts, now=state, **shown)
 
     def _log_lost(self, job: Job, reason: Exception) -> None:
         settled = self._leases.settled_as(job)
@@ -392,7 +392,7 @@ class Consumer:
         reason = self._fields[fields.REASON]
         if reason == fields.LOST:
             return LeaseLost(f"the lease of {self.name} was lost")
-        if reason == fields.TOLD_TO_STOP or run is None:
+        if reason == fields.STOP_REQUESTED or run is None:
             return Stopped()
         return leases.limit_error(reason, run)
 
@@ -445,26 +445,17 @@ def _run(
         return 0
     if shared.children == 1:
         file_task.remove_copies()
+        served = ",".join(options.queues or ["all"])
         log(
             "started",
             consumer=options.name,
             pid=os.getppid(),
             database=queue.name,
-            queues=",".join(options.queues or ["all"]),
+            queues=served,
             tasks=",".join(tasks),
         )
-    consumer = Consumer(
-        queue,
-        options.name,
-        queues=options.queues,
-        lease_seconds=options.lease_seconds,
-        drain=options.drain,
-        wait=options.wait,
-        max_jobs=options.max_jobs,
-        max_rss=options.max_rss,
-        quiet=options.quiet,
-        record=record,
-    )
+    names = ("queues", "lease_seconds", "drain", "wait", "max_jobs", "max_rss", "quiet")
+    consumer = Consumer(queue, options.name, record=record, **{name: getattr(options, name) for name in names})
     consumer.task_log = task_log
     signal.signal(leases.INTERRUPT_SIGNAL, consumer.interrupt)
     consumer.wake_keeper = lambda: wake(pipe)

@@ -40,7 +40,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "--as
 ON_SQLITE = ["test_pqueue.py", "tests/test_model.py", "-knot AtNormalDurability and not killed_anywhere"]
 ON_POSTGRES = ["tests/test_postgres.py", "-kPostgresContract"]
 OF_POSTGRES = {"pqueue_postgres.py", "pqueue_sqlalchemy.py"}
-EXTRA_SECONDS = 30  # which a mutant's tests may take, beside twice as long as before, until it counts as noticed
+EXTRA_SECONDS = 30  # in addition to twice the time its tests took before, after which a mutant counts as noticed
 
 # Loaded by every Python that the tests start, and by pytest as a plugin: writes each test, its duration, and its lines.
 RECORDER = """

@@ -1,4 +1,4 @@
-"""Tasks that do to their process whatever they can: the consumer and the next jobs go on as if nothing had happened."""
+"""Tasks that do to their process whatever they can: neither the consumer nor the next jobs are affected."""
 
 from __future__ import annotations
 
@@ -454,7 +454,7 @@ def test_job_that_holds_the_gil_for_ten_lease_periods_is_delivered_once(tasks):
 
 @pytest.mark.parametrize("task", ["patient", "hog"])
 @pytest.mark.parametrize("verb", ["cancel", "mark_failed", "assign"])
-def test_operator_ends_a_task_at_once_whoever_holds_the_gil(tasks, verb, task):
+def test_operator_ends_a_task_at_once_even_if_it_holds_the_gil(tasks, verb, task):
     queue = tasks.queue()
     job_id = queue.enqueue(task)
     child = consumer(tasks, "--name", "w")

@@ -360,7 +360,7 @@ def test_queues_in_two_schemas_of_a_database_know_nothing_of_each_other(database
 
 
 class OtherSchemaContract(QueueContract, PostgresCase):
-    """Beside another queue in the same database."""
+    """With another queue in the same database."""
 
     @pytest.fixture(autouse=True)
     def _schema(self, database):
@@ -465,7 +465,7 @@ def test_documented_grants_suffice_and_no_more_is_possible(roles):
 @pytest.mark.parametrize(
     ("grants", "message"),
     [
-        ((), r"lacks CREATE on database test_\w+, or a schema of its own: CREATE SCHEMA pqueue AUTHORIZATION weak_"),
+        ((), r"lacks CREATE on database test_\w+: grant it, or run CREATE SCHEMA pqueue AUTHORIZATION weak_"),
         (("CREATE SCHEMA pqueue",), r"role weak_\w+ lacks USAGE, CREATE on schema pqueue"),
         (("CREATE SCHEMA pqueue", "GRANT USAGE ON SCHEMA pqueue TO {role}"), r"role weak_\w+ lacks CREATE on schema"),
     ],

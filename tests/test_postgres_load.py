@@ -270,7 +270,7 @@ def test_check_names_who_holds_a_lock_that_others_wait_for(queue, database, monk
 @pytest.mark.parametrize(
     ("statement", "condition", "problem"),
     [
-        ("DEAD_ROWS", "n_dead_tup > 100000 + 2 * n_live_tup", "table jobs has [0-9]+ dead rows beside"),
+        ("DEAD_ROWS", "n_dead_tup > 100000 + 2 * n_live_tup", "table jobs has [0-9]+ dead rows and [0-9]+ live"),
         ("FEW_CONNECTIONS", "used > 0.9 * most", "[0-9]+ of [0-9]+ connections are in use"),
         ("NOTIFY_QUEUE_FULL", "pg_notification_queue_usage() > 0.5", "the NOTIFY queue of the server is 0 % full"),
     ],
