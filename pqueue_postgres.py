@@ -359,7 +359,7 @@ NONE_OVERDUE = f"NOT EXISTS (SELECT FROM ({OVERDUE}) overdue WHERE due OR expire
 @lru_cache
 def claim_alone(width: int) -> str:
     """Lease jobs, unless there are any to promote or reclaim. Synced only for a last attempt, which must not be
-    repeated. The second column is the number of queues that have jobs, at most `width` + 1."""
+    repeated. The second column is the number of tasks, counted per queue, that have jobs, at most `width` + 1."""
     return f"""{_with_tasks(width)},
 taken AS ({_claim(width, NONE_OVERDUE)})
 SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN current_setting('synchronous_commit')
@@ -381,10 +381,10 @@ SELECT CASE WHEN (SELECT count(*) FROM done) < :number THEN ARRAY(SELECT id FROM
 FROM (SELECT) one LEFT JOIN taken ON true"""
 
 
-# What claim_alone returns for one queue.
+# What claim_alone returns for one task.
 CLAIM_ALONE = claim_alone(1)
 
-# What complete_and_claim returns for one queue.
+# What complete_and_claim returns for one task.
 COMPLETE_AND_CLAIM = complete_and_claim(1)
 
 # Statements that only PostgreSQL has

@@ -941,7 +941,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         done = {"number": len(tokens), "ids": list(tokens), "tokens": list(tokens.values())}
         session = self._transaction()
         rows = session.alone(sql, {**claim, **done, "results": [result for _, result in completions]})
-        # Locked by others, the jobs of one queue may not suffice.
+        # Not only the tasks that this claim took from: others may have locked their jobs.
         self._width = next((width for width in WIDTHS if width >= min(rows[0][1], limit + WIDTHS[1])), WIDTHS[-1])
         jobs = pqueue.claimed_jobs(session, [row[2:] for row in rows if row[2] is not None], claim)
         lost = [job for job, _ in completions if rows[0][0] is not None and job.id not in rows[0][0]]

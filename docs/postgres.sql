@@ -635,7 +635,7 @@ FROM open CROSS JOIN json_array_elements(CAST($10 AS json)) WITH ORDINALITY AS p
 RETURNING id;
 
 -- CLAIM_ALONE
--- What claim_alone returns for one queue.
+-- What claim_alone returns for one task.
 -- $1 queues, $2 tasks, $3 consumer, $4 token, $5 lease_expires_at, $6 now, $7 limit
 WITH heads AS MATERIALIZED (
     SELECT t.queue, t.task, head.* FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
@@ -665,7 +665,7 @@ SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN 
     ELSE 'off' END, true), (SELECT count(*) FROM heads), taken.* FROM (SELECT) one LEFT JOIN taken ON true;
 
 -- COMPLETE_AND_CLAIM
--- What complete_and_claim returns for one queue.
+-- What complete_and_claim returns for one task.
 -- $1 queues, $2 tasks, $3 now, $4 ids, $5 tokens, $6 results, $7 consumer, $8 token, $9 lease_expires_at, $10 limit,
 -- $11 number
 WITH heads AS MATERIALIZED (
