@@ -85,13 +85,18 @@ class FileLocks:
         SQLite would start a new log with the index of the old one. Format: https://sqlite.org/walformat.html
         """
         index = Path(f"{path}-shm")
-        if not FileLocks.AVAILABLE or not index.exists() or _has_open(identity(index), ()):
+        if not FileLocks.AVAILABLE:
             return False
-        with closing_file(os.open(index, os.O_RDONLY | os.O_NOFOLLOW)) as file:
-            held = struct.unpack(
-                FLOCK, fcntl.fcntl(file, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, FileLocks.INDEX_IN_USE))
-            )
-            is_set, page_bytes, frames = struct.unpack("12xBxHI", os.pread(file, 20, 0).ljust(20, b"\0"))
+        try:
+            if _has_open(identity(index), ()):
+                return False
+            with closing_file(os.open(index, os.O_RDONLY | os.O_NOFOLLOW)) as file:
+                held = struct.unpack(
+                    FLOCK, fcntl.fcntl(file, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, FileLocks.INDEX_IN_USE))
+                )
+                is_set, page_bytes, frames = struct.unpack("12xBxHI", os.pread(file, 20, 0).ljust(20, b"\0"))
+        except FileNotFoundError:  # no process has the database open
+            return False
         expected = 32 + frames * (24 + (page_bytes if page_bytes > 1 else 65536))
         return bool(held[0] != fcntl.F_UNLCK and is_set and frames and file_size(Path(f"{path}-wal")) < expected)
 
@@ -110,10 +115,11 @@ class FileLocks:
     def close_unused(cls) -> None:
         """Close unused descriptors, unless another descriptor of the same file would lose its POSIX locks."""
         for key, locks in list(cls._open.items()):
-            # guard: locks of other connections are kept
-            if not locks._users and not _has_open(key, locks._files):
-                locks.close()
-                del cls._open[key]
+            with suppress(OSError):  # no descriptor is free to look: keep them
+                # guard: locks of other connections are kept
+                if not locks._users and not _has_open(key, locks._files):
+                    locks.close()
+                    del cls._open[key]
 
     @classmethod
     def abandon(cls) -> None:

@@ -507,8 +507,12 @@ class PersistentQSQLite(PersistentQInterface):
                 )
 
     def _expect_log(self) -> None:
+        try:
+            is_missing = FileLocks.is_log_missing(self.path)
+        except OSError as error:
+            raise QueueError(f"cannot open {self.path}: {error_reason(error, self.path)}") from error
         # guard: a deleted log is not recreated
-        if FileLocks.is_log_missing(self.path):
+        if is_missing:
             raise DatabaseReplaced(
                 f"cannot use {self.path}: its log was deleted while other programs have it open: "
                 "wait until they have ended"
