@@ -86,7 +86,7 @@ from pqueue_postgres import (
     translated,
 )
 from pqueue_sqlite import SQLiteSession
-from pqueue_values import Params
+from pqueue_values import JobId, Params
 
 log = logging.getLogger("pqueue")
 
@@ -867,7 +867,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             self._clock = (ended, ahead)  # one assignment: other threads read it
         return time.monotonic() + ahead
 
-    def _store(self, sql: str, row: Params) -> list[int]:
+    def _store(self, sql: str, row: Params) -> list[JobId[Any]]:
         """Store jobs; try again while concurrent transactions use and free the key."""
         for _ in range(ENQUEUE_TRIES):
             with suppress(NotStored):
