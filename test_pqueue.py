@@ -1420,6 +1420,14 @@ class QueueContract:
         self.assertEqual(groups, [("a", "ValueError: x", 2), ("a", "by hand", 1), ("b", "ValueError: x", 1)])
         self.assertEqual(self.queue.failures()[1]["last_id"], last)
 
+    def test_groups_of_failures_are_complete_though_their_errors_go_on_differently(self):
+        errors = [f"{line}\n  line {n}" for n in range(3) for line in ("x" * 79, "x" * 80, "x" * 81, "")] + ["", "x" * 79]
+        self.queue.enqueue_many("t", errors)
+        for error in errors:
+            self.queue.fail(self.queue.dequeue("w"), error, retry=False)
+        groups = [(each["error"], each["jobs"], each["last_id"]) for each in self.queue.failures()]
+        self.assertEqual(groups, [("x" * 80, 6, 11), ("x" * 79, 4, 14), ("", 4, 13)])
+
     def test_operator_sees_what_happened_between_two_moments(self):
         for at in (100, 110, 120, 130, 140):
             self.queue.enqueue("a", now=at)
