@@ -417,6 +417,7 @@ SELECT queue, task, count(*) FROM jobs WHERE state = 'pending' AND assigned_to I
 # Return the first id, and the last id + 1.
 ID_RANGE = "SELECT coalesce((SELECT min(id) FROM jobs), 0), coalesce((SELECT max(id) FROM jobs), -1) + 1"
 
+
 def failures(first_line: str) -> str:
     """Count failed jobs by task and first line of the error. The LIMIT, larger than any table, keeps SQLite before 3.41
     from flattening the subquery, and so from reading the rows instead of the index."""

@@ -1421,7 +1421,10 @@ class QueueContract:
         self.assertEqual(self.queue.failures()[1]["last_id"], last)
 
     def test_groups_of_failures_are_complete_though_their_errors_go_on_differently(self):
-        errors = [f"{line}\n  line {n}" for n in range(3) for line in ("x" * 79, "x" * 80, "x" * 81, "")] + ["", "x" * 79]
+        errors = [f"{line}\n  line {n}" for n in range(3) for line in ("x" * 79, "x" * 80, "x" * 81, "")] + [
+            "",
+            "x" * 79,
+        ]
         self.queue.enqueue_many("t", errors)
         for error in errors:
             self.queue.fail(self.queue.dequeue("w"), error, retry=False)

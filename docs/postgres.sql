@@ -565,11 +565,12 @@ SELECT queue, task, count(*) FROM pqueue.jobs WHERE state = 'pending' AND assign
 SELECT coalesce((SELECT min(id) FROM pqueue.jobs), 0), coalesce((SELECT max(id) FROM pqueue.jobs), -1) + 1;
 
 -- FAILURES
--- Count failed jobs by task and error. The LIMIT, larger than any table, keeps SQLite before 3.41 from flattening the
--- subquery, and so from reading the rows instead of the index.
-SELECT task, error, count(*), max(id) FROM
-    (SELECT task, substr(error, 1, 80) AS error, id FROM pqueue.jobs WHERE state = 'failed' LIMIT 9223372036854775807) failed
-GROUP BY task, error ORDER BY count(*) DESC, max(id) DESC LIMIT 10000;
+-- Return the largest groups of failed jobs.
+-- differs because a text is searched in another way
+SELECT task, split_part(error, chr(10), 1) AS line, count(*), max(id) FROM (
+    SELECT task, coalesce(substr(error, 1, 80), '') AS error, id FROM pqueue.jobs WHERE state = 'failed'
+    LIMIT 9223372036854775807) failed
+GROUP BY task, line ORDER BY count(*) DESC, max(id) DESC LIMIT 10000;
 
 -- MARK
 -- A move is marked in history by a row with job_id 0 and JSON in `error`. In the source: 'moving' while it waits for
