@@ -279,6 +279,18 @@ class QueueContract:
         self.assertEqual(self.queue.get(stale.id), holder)
         self.assertEqual(self.queue.get(own.id).result, "done")
 
+    def test_guarantee_3_stale_consumer_cannot_settle_a_reclaimed_job_of_its_batch(self):
+        self.queue.enqueue_many("t", [1, 2, 3], now=NOW)
+        stale, *own = self.queue.dequeue_many("worker", 3, now=NOW)
+        for job in own:
+            self.queue.extend(job, 600, now=NOW)
+        holder = self.queue.dequeue("other", now=NOW + 61)
+        finished = [(job, f"result of {job.payload}") for job in (own[0], stale, own[1])]
+        settled = self.queue.complete_and_dequeue(finished, "worker", 0, now=NOW + 61)
+        self.assertEqual(settled, ([], [stale]))
+        self.assertEqual(self.queue.get(stale.id), holder)
+        self.assertEqual([self.queue.get(job.id).result for job in own], ["result of 2", "result of 3"])
+
     def test_guarantee_3_late_completion_is_accepted_while_nobody_took_the_job(self):
         job = self.taken()
         self.queue.complete(job, "late", now=NOW + 1000)
