@@ -117,6 +117,7 @@ from pqueue_values import (
     Excerpt,
     InvalidTransition,
     Job,
+    JobId,
     JobNotFound,
     LeaseLost,
     Params,
@@ -152,6 +153,7 @@ __all__ = [  # noqa: RUF022 - by use: opening a queue and working with it, error
     "open_queue",
     "task",
     "Job",
+    "JobId",
     "PersistentQInterface",
     "PersistentQSQLite",
     "QueueError",
@@ -257,7 +259,7 @@ class PersistentQInterface(Reading, Moving):
         key: str | None = None,
         assigned_to: str | None = None,
         now: float | None = None,
-    ) -> int:
+    ) -> JobId[Any]:
         """Store a job and return its id.
 
         task: a `Task`, or the name of one, which this program need not have registered.
@@ -266,7 +268,8 @@ class PersistentQInterface(Reading, Moving):
         priority: jobs with a higher priority run first.
         delay_seconds, run_at: the earliest time to run the job: relative to now, or absolute.
         max_attempts: the number of deliveries before the job is `failed`; None: that of the task.
-        key: if an unfinished job of the queue has this key, store nothing and return that job's id.
+        key: if an unfinished job of the queue has this key, store nothing and return that job's id, whose
+            `is_new` is False.
         assigned_to: the only consumer that may run the job; None: any.
 
         Raises QueueFull when the queue holds `max_pending` pending jobs: see `limit`.
@@ -275,18 +278,21 @@ class PersistentQInterface(Reading, Moving):
         row["payload"] = encode_json("payload", payload)
         return self._store(ENQUEUE, row)[0]
 
-    def _store(self, sql: str, row: Params) -> list[int]:
+    def _store(self, sql: str, row: Params) -> list[JobId[Any]]:
         """Insert jobs; return their ids, or that of the job that has the key. This is a single statement, its own
         transaction, unless the key is taken, the queue is new or full, or the task is new in it."""
         session = self._transaction()
         if session.depth == 0 and (ids := session.insert(sql, row)):
-            return ids
+            return JobId.of_queue(self, ids)
         with session:
-            ids = session.insert(sql, row) or [found[0] for found in session.run(WITH_KEY, row)]
+            ids = session.insert(sql, row)
+            if not ids and (found := session.run(WITH_KEY, row)):
+                # guard: the id of a job that was there is not new
+                return JobId.of_queue(self, found[0], is_new=False)
             if not ids and self._add_queue(session, row):
                 ids = session.insert(sql, row)
             if ids:
-                return ids
+                return JobId.of_queue(self, ids)
             room, max_pending = session.run(ROOM, row)[0]
             if room is not None and room < row["number"]:
                 raise _queue_full("enqueue", row["queue"], max_pending, row["number"])
@@ -308,7 +314,7 @@ class PersistentQInterface(Reading, Moving):
         max_attempts: int | None = None,
         assigned_to: str | None = None,
         now: float | None = None,
-    ) -> list[int]:
+    ) -> list[JobId[Any]]:
         """Store one job per payload, all or none, and return their ids in order; the options are those of `enqueue`.
 
         Raises QueueFull, or ValueError for more jobs than the queue's limit.

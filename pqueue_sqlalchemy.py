@@ -86,7 +86,7 @@ from pqueue_postgres import (
     translated,
 )
 from pqueue_sqlite import SQLiteSession
-from pqueue_values import Params
+from pqueue_values import JobId, Params
 
 log = logging.getLogger("pqueue")
 
@@ -867,7 +867,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             self._clock = (ended, ahead)  # one assignment: other threads read it
         return time.monotonic() + ahead
 
-    def _store(self, sql: str, row: Params) -> list[int]:
+    def _store(self, sql: str, row: Params) -> list[JobId[Any]]:
         """Store jobs; try again while concurrent transactions use and free the key."""
         for _ in range(ENQUEUE_TRIES):
             with suppress(NotStored):
@@ -897,16 +897,16 @@ class OnPostgres(PersistentQSQLAlchemy):
         with self._transaction() as session:
             self._lock_out_writers(session)
             super().limit(queue, max_pending)
+        if not self.in_transaction and self._read(IS_COUNTED) and not self._read(pqueue_schema.LIMITED):
+            session.alone(STOP_COUNTING, {})
 
     def _count_pending(self, session: Session, queues: Iterable[str]) -> None:  # noqa: ARG002 - counts all queues
-        """Recount all queues while writers are locked out; keep the triggers only while a queue has a limit."""
+        """Recount all queues while writers are locked out; create the triggers if a queue has a limit."""
         for statement in RECOUNT:
             session.change(statement)
-        is_limited, is_counted = session.run(pqueue_schema.LIMITED), session.run(IS_COUNTED)
-        if is_counted and not is_limited:
-            session.run(STOP_COUNTING)
-        for statement in START_COUNTING if is_limited and not is_counted else ():
-            session.change(statement)
+        if session.run(pqueue_schema.LIMITED) and not session.run(IS_COUNTED):
+            for statement in START_COUNTING:
+                session.change(statement)
 
     def pause(self, queue: str) -> None:
         """See the base class. Waits for claims that began before."""

@@ -11,7 +11,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    from pqueue import PersistentQInterface
 
 MAX_ID = 2**63 - 1
 MAX_PAYLOAD_BYTES = 1_048_576
@@ -107,6 +110,33 @@ class Job(NamedTuple):
     progress: float | None
     result: Any
     error: str | None
+
+
+R = TypeVar("R")  # the result of a job
+
+
+class JobId(int, Generic[R]):
+    """The id of a job, as `enqueue` returns it: an int that knows its queue. Pickled or copied, it is a plain int.
+
+    `is_new` is False if `enqueue` stored nothing because an unfinished job has the key.
+    """
+
+    is_new: bool = True
+    _queue: PersistentQInterface  # a strong reference: `open_queue().enqueue(…)` keeps its queue
+
+    @classmethod
+    def of_queue(cls, queue: PersistentQInterface, ids: Sequence[int], *, is_new: bool = True) -> list[JobId[Any]]:
+        found: list[JobId[Any]] = []
+        for number in ids:
+            job_id: JobId[Any] = cls(number)  # without __init__, which would cost more
+            job_id._queue = queue
+            if not is_new:
+                job_id.is_new = False
+            found.append(job_id)
+        return found
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        return int, (int(self),)
 
 
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode

@@ -5,6 +5,7 @@ python3 test_pqueue.py
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import getpass
@@ -14,6 +15,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import shutil
@@ -660,6 +662,24 @@ class QueueContract:
         self.assertEqual(self.queue.enqueue("t", key="k", now=NOW), second)
         with self.assertRaisesRegex(InvalidTransition, "has its key 'k'"):
             self.queue.resubmit(first)
+
+    def test_enqueue_says_whether_it_stored_the_job(self):
+        q = self.queue
+        first, again = q.enqueue("t", key="k"), q.enqueue("t", key="k")
+        self.assertEqual((first.is_new, again.is_new, q.enqueue("t", key="k", queue="b").is_new), (True, False, True))
+        with q.transaction():
+            inside = [q.enqueue("t", key=key, queue="c").is_new for key in "kkl"]
+        self.assertEqual(inside, [True, False, True])
+        self.assertEqual([each.is_new for each in q.enqueue_many("t", [1, 2])], [True, True])
+        q.cancel(first)
+        self.assertTrue(q.enqueue("t", key="k").is_new)
+
+    def test_id_of_a_job_is_an_int(self):
+        job_id = self.queue.enqueue("t")
+        self.assertEqual((str(job_id), repr(job_id), f"{job_id:03}", json.dumps([job_id])), ("1", "1", "001", "[1]"))
+        self.assertEqual((job_id, {1: "one"}[job_id], self.queue.get(job_id).id), (1, "one", 1))
+        for other in (pickle.loads(pickle.dumps(job_id)), copy.deepcopy(job_id)):  # noqa: S301
+            self.assertEqual((type(other), other), (int, 1))  # the queue belongs to this process
 
     def test_key_holds_within_its_queue_only(self):
         first, other, again, other_again = (self.queue.enqueue("t", key="k", queue=name) for name in "abab")

@@ -178,13 +178,16 @@ BEGIN
     RETURN NULL;
 END $$;
 
-CREATE FUNCTION pqueue.stop_counting() RETURNS VOID LANGUAGE plpgsql SET lock_timeout = '100ms' AS $$
+CREATE FUNCTION pqueue.stop_counting() RETURNS VOID LANGUAGE plpgsql VOLATILE SET lock_timeout = '100ms' AS $$
 BEGIN
-    DROP TRIGGER IF EXISTS pending_insert ON pqueue.jobs;
-    DROP TRIGGER IF EXISTS pending_update ON pqueue.jobs;
-    DROP TRIGGER IF EXISTS pending_delete ON pqueue.jobs;
-    DROP TRIGGER IF EXISTS pending_truncate ON pqueue.jobs;
-EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+    LOCK TABLE pqueue.jobs IN ACCESS EXCLUSIVE MODE;
+    IF NOT EXISTS (SELECT 1 FROM pqueue.queues WHERE max_pending IS NOT NULL) THEN
+        DROP TRIGGER IF EXISTS pending_insert ON pqueue.jobs;
+        DROP TRIGGER IF EXISTS pending_update ON pqueue.jobs;
+        DROP TRIGGER IF EXISTS pending_delete ON pqueue.jobs;
+        DROP TRIGGER IF EXISTS pending_truncate ON pqueue.jobs;
+    END IF;
+EXCEPTION WHEN lock_not_available THEN
     NULL;
 END $$;
 
@@ -749,7 +752,7 @@ SELECT 1 FROM pg_trigger WHERE tgrelid = 'pqueue.jobs'::regclass AND tgname = 'p
 LOCK TABLE pqueue.jobs IN ROW EXCLUSIVE MODE;
 
 -- STOP_COUNTING
--- Drop the triggers. The CAST gives the result a type that the driver can decode.
+-- Drop the triggers if no queue has a limit. The CAST gives the result a type that the driver can decode.
 SELECT CAST(pqueue.stop_counting() AS text);
 
 -- MERGE_CHANGES

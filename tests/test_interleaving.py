@@ -273,3 +273,28 @@ def test_verbs_at_once_with_a_producer_keep_a_queue_within_its_limit(stage, monk
             if state == "processing" or not {first, second} & HOLDERS
         )
         assert differing(stage, plays) == []
+
+
+def test_removal_of_the_last_limit_deadlocks_with_nothing(stage, monkeypatch):
+    """Even if the server looks for deadlocks at once, and so would end whichever of the two waits first."""
+    name = stage.db.info.dbname
+    stage.db.execute(f"ALTER DATABASE {name} SET deadlock_timeout = '1ms'")
+    stage.db.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND "
+        "pid <> pg_backend_pid()"
+    )
+
+    def limit_and_unlimit(queue, me, job):
+        queue.limit("default", 9)
+        queue.limit("default", None)
+
+    def read_and_write(queue, me, job):
+        with queue.transaction():
+            return [queue.count_jobs(state="failed"), queue.enqueue("t", now=NOW)]
+
+    monkeypatch.setitem(VERBS, "limit and unlimit", limit_and_unlimit)
+    monkeypatch.setitem(VERBS, "read and write", read_and_write)
+    others = ("claim", "claim step by step", "recover", "exchange", "enqueue", "cancel", "read and write")
+    plays = product(("pending", "processing"), product(others, ["limit and unlimit"]))
+    both = ((state, *order) for state, pair in plays for order in (pair, pair[::-1]))
+    assert differing(stage, (play for play in both if play[1] != "exchange")) == []

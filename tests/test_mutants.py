@@ -137,6 +137,7 @@ MUTANTS = [
     Mutant("prune keeps the newest", "contract: no_id_is_given_twice", "AND id < (SELECT max(id) FROM jobs) ", ""),
     # producing
     Mutant("one unfinished job per key", HISTORY, "\nON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING", ""),
+    Mutant("the id of a job that was there is not new", "contract: whether_it_stored", "is_new=False", "is_new=True"),
     Mutant("a key holds within its queue", HISTORY, "queue = :queue AND ", ""),
     Mutant("a full queue refuses a job", "contract: queue_at_its_limit", "max_pending IS NULL", "1"),
     Mutant("a full queue refuses a resubmit", "contract: after_every_verb", "    AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND NOT {HAS_ROOM})\n", ""),

@@ -92,8 +92,9 @@ def test_modules_import_each_other_in_one_direction():
 
 
 def defined(scope):
-    """Return the attributes of self that a class defines."""
+    """Return the attributes that a class defines, in its body or through self."""
     names = {each.name for each in ast.walk(scope) if isinstance(each, FUNCTION[:2])}
+    names |= {each.target.id for each in scope.body if isinstance(each, ast.AnnAssign)}
     targets = [each for each in ast.walk(scope) if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store)]
     return names | {each.attr for each in targets if ast.unparse(each.value) == "self"}
 

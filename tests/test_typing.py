@@ -10,7 +10,9 @@ import pytest
 from conftest import ROOT
 
 PROGRAM = """\
-from pqueue import Filters, Job, LeaseLost, PersistentQSQLAlchemy, PersistentQSQLite, open_queue, task
+from typing import Any
+
+from pqueue import Filters, Job, JobId, LeaseLost, PersistentQSQLAlchemy, PersistentQSQLite, open_queue, task
 
 
 @task(max_attempts=5)
@@ -20,7 +22,7 @@ def greet(job: Job) -> str:
 
 queue = open_queue("queue.db", durability="normal")
 first: int = queue.enqueue(greet, {"name": "Ada"}, priority=5, delay_seconds=1.5, key="ada")
-rest: list[int] = queue.enqueue_many("greet", [1, 2], queue="greetings")
+rest: list[JobId[Any]] = queue.enqueue_many("greet", [1, 2], queue="greetings")
 job: Job | None = queue.dequeue("worker", queues=["greetings"], lease_seconds=30)
 jobs: list[Job] = queue.dequeue_many("worker", 10, prefetch=True)
 taken, lost = queue.complete_and_dequeue([(job, "done") for job in jobs], "worker", now=1.0)
