@@ -205,8 +205,15 @@ SELECT * FROM (SELECT id, priority, run_at FROM jobs
                WHERE state = 'pending' AND {ASSIGNED} ORDER BY {ORDER} LIMIT :limit) assigned"""
 
 # guard: an attempt counts when it is claimed
-LEASED = """state = 'processing', attempts = attempts + 1, consumer = :consumer, lease_token = :token,
-    lease_expires_at = :lease_expires_at, started_at = :now"""
+LEASE = {
+    "state": "'processing'",
+    "attempts": "attempts + 1",
+    "consumer": ":consumer",
+    "lease_token": ":token",
+    "lease_expires_at": ":lease_expires_at",
+    "started_at": ":now",
+}
+LEASED = ", ".join(f"{column} = {value}" for column, value in LEASE.items())
 
 # Lease the first job to the consumer; on PostgreSQL, the first :limit jobs.
 CLAIM = f"""

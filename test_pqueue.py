@@ -5,6 +5,7 @@ python3 test_pqueue.py
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import functools
 import gc
@@ -42,6 +43,7 @@ import pqueue_move
 import pqueue_schema
 import pqueue_search
 import pqueue_sqlite
+import pqueue_tasks
 import pqueue_values
 from pqueue import (
     InvalidTransition,
@@ -280,6 +282,18 @@ class QueueContract:
         self.assertEqual(settled, ([], [stale]))
         self.assertEqual(self.queue.get(stale.id), holder)
         self.assertEqual(self.queue.get(own.id).result, "done")
+
+    def test_guarantee_3_stale_consumer_cannot_settle_a_reclaimed_job_of_its_batch(self):
+        self.queue.enqueue_many("t", [1, 2, 3], now=NOW)
+        stale, *own = self.queue.dequeue_many("worker", 3, now=NOW)
+        for job in own:
+            self.queue.extend(job, 600, now=NOW)
+        holder = self.queue.dequeue("other", now=NOW + 61)
+        finished = [(job, f"result of {job.payload}") for job in (own[0], stale, own[1])]
+        settled = self.queue.complete_and_dequeue(finished, "worker", 0, now=NOW + 61)
+        self.assertEqual(settled, ([], [stale]))
+        self.assertEqual(self.queue.get(stale.id), holder)
+        self.assertEqual([self.queue.get(job.id).result for job in own], ["result of 2", "result of 3"])
 
     def test_guarantee_3_late_completion_is_accepted_while_nobody_took_the_job(self):
         job = self.taken()
@@ -3610,17 +3624,14 @@ class Tasks(unittest.TestCase):
         def generator(job):
             yield job
 
-        async def coroutine(job):
-            return job
-
         async def both(job):
             yield job
 
-        for function in (generator, coroutine, both, functools.partial(generator), 5, None, Path):
+        for function in (generator, both, functools.partial(generator), 5, None, Path):
             with self.subTest(function), self.assertRaisesRegex(ValueError, "expected .*function"):
                 pqueue.task("t")(function)
-        for function in (generator, coroutine, both):
-            with self.subTest(function), self.assertRaisesRegex(ValueError, "expected an ordinary function"):
+        for function in (generator, both):
+            with self.subTest(function), self.assertRaisesRegex(ValueError, "expected an ordinary or async function"):
                 pqueue.task(function)
         self.assertEqual(pqueue.TASKS, {})
 
@@ -3669,6 +3680,24 @@ class Tasks(unittest.TestCase):
                 pqueue.current_queue()
             with self.assertRaisesRegex(LookupError, "unknown task 'u'; this consumer knows t: give it --import"):
                 pqueue.run_task(queue, job._replace(task="u"))
+
+    def test_async_task_has_its_queue_at_hand_while_it_runs_and_so_do_tasks_that_it_starts(self):
+        async def look():
+            await asyncio.sleep(0)
+            return pqueue.current_queue(), pqueue_tasks.current_job()
+
+        class Callable:
+            async def __call__(self, job):
+                return [await look(), *await asyncio.gather(look(), look())]
+
+        with tempfile.TemporaryDirectory() as folder, open_queue(f"{folder}/q.db") as queue:
+            queue.enqueue("t", 1)
+            job = queue.dequeue("w")
+            for function in (Callable(), functools.partial(Callable.__call__, None)):
+                with mock.patch.dict(pqueue.TASKS, clear=True):
+                    self.assertTrue(pqueue.task("t")(function).is_async)
+                    self.assertEqual(pqueue.run_task(queue, job), [(queue, job)] * 3)
+            self.assertIsNone(pqueue_tasks.current_job())
 
     def test_current_queue_is_for_tasks_only(self):
         with self.assertRaisesRegex(QueueError, "no task runs in this thread"):
