@@ -62,6 +62,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from pqueue_backend import Registration, Session
 from pqueue_move import Moving, count_running
+from pqueue_schedules import Schedule, Scheduling
 from pqueue_schema import (
     ADD_QUEUE,
     ADD_TASK,
@@ -187,6 +188,7 @@ __all__ = [  # noqa: RUF022 - by use: opening a queue and working with it, error
     "FINISHED",
     "Filters",
     "Excerpt",
+    "Schedule",
     "MAX_PAYLOAD_BYTES",
     "is_postgres",
     "sqlite_path",
@@ -229,7 +231,7 @@ class UnsyncedLastAttempt(Exception):
 Self = TypeVar("Self", bound="PersistentQInterface")  # typing.Self needs Python 3.11
 
 
-class PersistentQInterface(Reading, Moving):
+class PersistentQInterface(Reading, Moving, Scheduling):
     """A queue: its operations, in SQL that SQLite and PostgreSQL share.
 
     An object may be used by several threads, and in a forked child. Close it with `close()`, or use it in a `with`
@@ -748,12 +750,13 @@ class PersistentQInterface(Reading, Moving):
     def next_due(
         self, consumer: str, *, queues: Sequence[str] | None = None, tasks: Sequence[str] | None = None
     ) -> float | None:
-        """Return when the first scheduled job that this consumer may take is due, in Unix seconds; None: there is none.
+        """Return when the next job of this consumer will be due, in Unix seconds; None: none is scheduled.
 
         The options are those of `dequeue`.
         """
-        rows = self._read(NEXT_DUE, _claim_filter(valid_name("consumer", consumer), queues, tasks))
-        return rows[0][0] if rows else None
+        return cast(
+            "float | None", self._read(NEXT_DUE, _claim_filter(valid_name("consumer", consumer), queues, tasks))[0][0]
+        )
 
     def heartbeat(self, consumer: str, *, completed: int = 0, failed: int = 0, now: float | None = None) -> None:
         """Record that this consumer is alive, and add to its numbers of completed jobs and failed attempts."""
@@ -856,6 +859,7 @@ class PersistentQInterface(Reading, Moving):
         if due:
             session.change(PROMOTE, params)
             session.wakes = True
+            self._fire_schedules(session, now)
         # guard: expired leases are reclaimed
         if expired:
             for row in session.run(EXPIRED, params):

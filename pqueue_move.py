@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 from pqueue_backend import Backend, Session
+from pqueue_schedules import COLUMNS as SCHEDULE_COLUMNS
 from pqueue_schema import ADD_QUEUE, ADD_TASK, COLUMNS, LIMITED, MOVES, UNFINISHED
 from pqueue_values import InvalidTransition, Job, Params, QueueError, command_line, operator_name
 
@@ -38,6 +39,7 @@ COPIED = {
     "queues": "name, paused, max_pending",
     "jobs": COLUMNS,
     "history": "id, job_id, at, event, actor, attempt, error",
+    "schedules": SCHEDULE_COLUMNS,
 }
 
 
@@ -210,7 +212,8 @@ class Moving(Backend):
 
 def _copy_rows(source: Session, copy: Session, progress: Callable[[int], None] | None) -> dict[str, int]:
     """Copy and compare the tables; return the number of rows of each."""
-    copy.change("DELETE FROM queues")
+    for table in ("queues", "schedules"):
+        copy.change(f"DELETE FROM {table}")
     copied: dict[str, int] = {}
     for table, columns in COPIED.items():
         insert = f"INSERT INTO {table} ({columns}) VALUES (:{columns.replace(', ', ', :')})"

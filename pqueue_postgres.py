@@ -9,6 +9,7 @@ import re
 import zlib
 from functools import lru_cache
 
+import pqueue_schedules
 import pqueue_schema
 from pqueue_schema import COLUMNS, IS_LISTED, NO_LEASE, ORDER, UNFINISHED
 
@@ -159,10 +160,14 @@ PG_NOTIFY = f"pg_notify('{CHANNEL}', '')"  # in a RETURNING clause
 THESE = "ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST(:ids AS json)) AS bigint)))"
 KNOWN = "(CAST(:tasks AS text) IS NULL OR {task} = ANY (string_to_array(CAST(:tasks AS text), chr(10))))"
 SERVED = "(CAST(:queues AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST(:queues AS json))))"
+OF_QUEUES = f"""{SERVED.replace("q.name", "queue")}
+    AND {KNOWN.format(task="task")} AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)"""
 # The first row of an index. The plan is made once, perhaps with few jobs, and must never read all jobs of a state.
 FIRST_DUE = "(SELECT run_at FROM jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1)"
 FIRST_EXPIRY = "(SELECT lease_expires_at FROM jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1)"
-OVERDUE = f"SELECT {FIRST_DUE} <= :now AS due, {FIRST_EXPIRY} <= :now AS expired"
+FIRST_SCHEDULE = "(SELECT min(next_at) FROM schedules WHERE paused = 0)"
+OVERDUE = f"""
+SELECT {FIRST_DUE} <= :now OR {FIRST_SCHEDULE} <= :now AS due, {FIRST_EXPIRY} <= :now AS expired"""
 # pg_locks lists all databases of the server, perhaps including a copy of this one with consumers of its own.
 IN_THIS_DATABASE = "database = (SELECT oid FROM pg_database WHERE datname = current_database())"
 # Return the slots of living consumers: the numbers of the locks that they hold.
@@ -299,13 +304,17 @@ SELECT min(at) FROM (
     SELECT 0.0 AS at WHERE EXISTS ({_heads(1)})
         OR EXISTS (SELECT 1 FROM jobs WHERE {OF_CONSUMER} LIMIT :limit)
     UNION ALL SELECT {FIRST_DUE}
+    UNION ALL SELECT {FIRST_SCHEDULE}
     UNION ALL SELECT {FIRST_EXPIRY}) events""",
     # differs because of the JSON functions
     pqueue_schema.NEXT_DUE: f"""
-SELECT run_at FROM jobs
-WHERE state = 'scheduled' AND {SERVED.replace("q.name", "queue")}
-    AND {KNOWN.format(task="task")} AND (assigned_to IS NULL OR assigned_to = :consumer)
-    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY run_at LIMIT 1""",
+SELECT min(at) FROM (
+    SELECT * FROM (SELECT run_at AS at FROM jobs
+        WHERE state = 'scheduled' AND {OF_QUEUES} AND (assigned_to IS NULL OR assigned_to = :consumer)
+        ORDER BY run_at LIMIT 1) first
+    UNION ALL SELECT min(next_at) FROM schedules WHERE paused = 0 AND {OF_QUEUES}) events""",
+    # differs because others may fire at the same time; a claim does not wait for them
+    pqueue_schedules.DUE_SCHEDULES: f"{pqueue_schedules.DUE_SCHEDULES} {LOCK}",
     # differs because others may promote at the same time
     pqueue_schema.PROMOTE: f"""
 UPDATE jobs SET state = 'pending' WHERE id = ANY (ARRAY(

@@ -103,6 +103,31 @@ CREATE TABLE history (
     error   TEXT                 -- NULL: none
 )
 {sqlite} STRICT""",
+        """
+CREATE TABLE schedules (  -- see pqueue_schedules.Schedule
+    name          TEXT PRIMARY KEY,
+    task          TEXT NOT NULL,
+    payload       TEXT NOT NULL,     -- JSON
+    queue         TEXT NOT NULL,
+    priority      INTEGER NOT NULL,
+    cron          TEXT,              -- NULL: every_seconds
+    zone          TEXT NOT NULL,     -- of cron
+    every_seconds {float},           -- NULL: cron
+    on_missed     TEXT NOT NULL,     -- once, skip or all
+    overlap       INTEGER NOT NULL,  -- 1: also while the previous job is unfinished
+    origin        TEXT NOT NULL,     -- task, removed or schedule
+    paused        INTEGER NOT NULL DEFAULT 0,
+    next_at       {float} NOT NULL,  -- Unix seconds
+    last_at       {float},           -- Unix seconds; NULL: no job yet
+    last_job_id   {bigint},
+    skipped       INTEGER NOT NULL DEFAULT 0,
+    {sqlite} CHECK (json_valid(payload)),
+    CHECK ((cron IS NULL) <> (every_seconds IS NULL)),
+    CHECK (on_missed IN ('once', 'skip', 'all')),
+    CHECK (origin IN ('task', 'removed', 'schedule'))
+)
+{sqlite} STRICT""",
+        "CREATE INDEX schedules_due ON schedules (next_at) WHERE paused = 0",
         """CREATE INDEX jobs_claim ON jobs (queue, task, priority DESC, run_at, id)
            WHERE state = 'pending' AND assigned_to IS NULL""",
         """CREATE INDEX jobs_assigned ON jobs (assigned_to, priority DESC, run_at, id)
@@ -189,6 +214,9 @@ WHERE q.paused = 0 AND (:queues IS NULL OR q.name IN (SELECT value FROM json_eac
     AND t.queue = q.name AND {KNOWN.format(task="t.task")}"""
 # guard: a job assigned to a consumer is not for others
 PENDING_OF_TASK = "queue = t.queue AND task = t.task AND state = 'pending' AND assigned_to IS NULL"
+# Of jobs and schedules.
+SERVED = f"""(:queues IS NULL OR queue IN (SELECT value FROM json_each(:queues)))
+    AND {KNOWN.format(task="task")} AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)"""
 # guard: a consumer gets only its own assigned jobs
 # guard: a paused queue delivers no assigned job
 # guard: a consumer gets only assigned jobs of its tasks
@@ -220,9 +248,10 @@ CLAIM = f"""
 UPDATE jobs SET {LEASED} WHERE id = (SELECT id FROM ({_CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit)
 RETURNING {COLUMNS}"""
 
-# Return whether a scheduled job is due, and whether a lease has expired.
+# Return whether a scheduled job or a schedule is due, and whether a lease has expired.
 OVERDUE = """
-SELECT (SELECT min(run_at) FROM jobs WHERE state = 'scheduled') <= :now AS due,
+SELECT (SELECT min(run_at) FROM jobs WHERE state = 'scheduled') <= :now
+           OR (SELECT min(next_at) FROM schedules WHERE paused = 0) <= :now AS due,
        (SELECT min(lease_expires_at) FROM jobs WHERE state = 'processing') <= :now AS expired"""
 
 # Return when the next job may be available to the consumer; 0: now.
@@ -230,14 +259,16 @@ NEXT_EVENT = f"""
 SELECT min(at) FROM (
     SELECT 0.0 AS at WHERE EXISTS ({_CANDIDATES})
     UNION ALL SELECT min(run_at) FROM jobs WHERE state = 'scheduled'
+    UNION ALL SELECT min(next_at) FROM schedules WHERE paused = 0
     UNION ALL SELECT min(lease_expires_at) FROM jobs WHERE state = 'processing') events"""
 
-# Return when the first scheduled job that the consumer may take is due.
+# Return when the first scheduled job that the consumer may take is due, or the first schedule of one; NULL: none.
 NEXT_DUE = f"""
-SELECT run_at FROM jobs
-WHERE state = 'scheduled' AND (:queues IS NULL OR queue IN (SELECT value FROM json_each(:queues)))
-    AND {KNOWN.format(task="task")} AND (assigned_to IS NULL OR assigned_to = :consumer)
-    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY run_at LIMIT 1"""
+SELECT min(at) FROM (
+    SELECT * FROM (SELECT run_at AS at FROM jobs
+        WHERE state = 'scheduled' AND {SERVED} AND (assigned_to IS NULL OR assigned_to = :consumer)
+        ORDER BY run_at LIMIT 1) first
+    UNION ALL SELECT min(next_at) FROM schedules WHERE paused = 0 AND {SERVED}) events"""
 
 # Make scheduled jobs that are due pending.
 # guard: a job is not promoted before it is due
@@ -438,4 +469,4 @@ GROUP BY task, line ORDER BY count(*) DESC, max(id) DESC LIMIT {MAX_GROUPS}"""
 # Return the largest groups of failed jobs.
 FAILURES = failures("substr(error, 1, instr(error || char(10), char(10)) - 1)")
 
-TABLES = ("jobs", "queues", "queue_tasks", "consumers", "history")
+TABLES = ("jobs", "queues", "queue_tasks", "consumers", "history", "schedules")

@@ -30,6 +30,7 @@ import threading
 import time
 import unicodedata
 import unittest
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
 from multiprocessing import resource_tracker
@@ -40,6 +41,7 @@ import pqueue
 import pqueue_files
 import pqueue_locks
 import pqueue_move
+import pqueue_schedules
 import pqueue_schema
 import pqueue_search
 import pqueue_sqlite
@@ -886,7 +888,7 @@ class QueueContract:
         self.queue.pause("b")
         target, progress = self.target(), []
         copied = self.queue.copy_to(target, progress.append)
-        self.assertEqual(copied, {"queues": 2, "jobs": 7, "history": 2})
+        self.assertEqual(copied, {"queues": 2, "jobs": 7, "history": 2, "schedules": 0})
         self.assertEqual((progress, sum(copied.values())), (sorted(progress), progress[-1]))
         self.assertEqual(target.list_jobs(), self.queue.list_jobs())
         self.assertEqual(target.stats(), self.queue.stats())
@@ -908,7 +910,7 @@ class QueueContract:
         queue.enqueue("new", queue="new")
         self.assertIsNone(queue.dequeue("w"))
         queue.complete(running)
-        self.assertEqual(queue.move_to(target), {"queues": 3, "jobs": 3, "history": 1})
+        self.assertEqual(queue.move_to(target), {"queues": 3, "jobs": 3, "history": 1, "schedules": 0})
         self.assertEqual((queue.move_status()["event"], queue.move_status()["to"]), ("moved", target.name))
         self.assertTrue(queue.has_moved_to(target))
         self.assertIsNone(target.move_status())
@@ -1781,6 +1783,193 @@ class QueueContract:
         self.queue.enqueue("new", queue="mine")
         self.assertFalse(self.queue.wait(0.02, consumer="w", queues=["mine", "paused"], tasks=["t"]))
         self.assertTrue(self.queue.wait(1, consumer="other", queues=["mine"]))
+
+    # Schedules
+
+    def fired(self, *moments, consumer="worker"):
+        """Dequeue at these moments and complete what comes; return the times of the jobs."""
+        times = []
+        for moment in moments:
+            job = self.queue.dequeue(consumer, now=NOW + moment)
+            times.append(job and job.run_at - NOW)
+            if job:
+                self.queue.complete(job, now=NOW + moment)
+        return times
+
+    def test_schedule_enqueues_a_job_for_each_time(self):
+        self.queue.schedule("tick", "t", {"a": 1}, every_seconds=10, queue="q", priority=3, now=NOW)
+        self.assertIsNone(self.queue.dequeue("worker", now=NOW + 9.9))
+        job = self.queue.dequeue("worker", now=NOW + 10.5)
+        self.assertEqual((job.task, job.payload, job.queue, job.priority), ("t", {"a": 1}, "q", 3))
+        self.assertEqual((job.run_at, job.created_at), (NOW + 10, NOW + 10.5))
+        self.queue.complete(job, now=NOW + 11)
+        self.assertEqual(self.fired(12, 20, 25, 31), [None, 20, None, 30])
+        (found,) = self.queue.schedules()
+        self.assertEqual((found.next_at, found.last_at, found.skipped), (NOW + 40, NOW + 30, 0))
+        self.assertEqual(self.queue.get(found.last_job_id).run_at, NOW + 30)
+
+    def test_schedule_makes_up_for_missed_times_as_it_says(self):
+        for on_missed, expected in (
+            ("once", [300, None, None, None]),
+            ("skip", [None, None, None, None]),
+            ("all", [100, 200, 300, None]),
+        ):
+            with self.subTest(on_missed):
+                self.queue.schedule("tick", "t", every_seconds=100, on_missed=on_missed, now=NOW)
+                self.assertEqual(self.fired(399, 399, 399, 399), expected)
+                self.assertEqual(self.fired(400), [400])
+                self.queue.unschedule("tick")
+
+    def test_schedule_that_skips_takes_the_last_minute(self):
+        self.queue.schedule("hourly", "t", every_seconds=3600, on_missed="skip", now=NOW)
+        self.assertEqual(self.fired(3659), [3600])
+        self.assertEqual(self.fired(7260), [None])
+        self.assertEqual(self.fired(10_800), [10_800])
+
+    def test_schedule_that_missed_many_times_catches_up_in_steps(self):
+        self.queue.schedule("tick", "t", every_seconds=1, on_missed="all", now=NOW)
+        for done in (100, 200, 250, 250):
+            self.queue.dequeue("worker", now=NOW + 250)
+            self.assertEqual(self.queue.count_jobs(), done)
+        self.assertEqual(sorted(job.run_at - NOW for job in self.queue.list_jobs(limit=300)), list(range(1, 251)))
+
+    def test_schedule_skips_times_while_its_job_is_unfinished(self):
+        self.queue.schedule("tick", "t", every_seconds=10, now=NOW)
+        first = self.queue.dequeue("worker", now=NOW + 10)
+        self.assertIsNone(self.queue.dequeue("worker", now=NOW + 20))
+        self.assertEqual(self.queue.schedules()[0].skipped, 1)
+        self.queue.fail(first, "no", retry=False, now=NOW + 25)
+        self.assertEqual(self.fired(30), [30])
+
+    def test_schedule_that_may_overlap_enqueues_each_job(self):
+        self.queue.schedule("tick", "t", every_seconds=10, overlap=True, now=NOW)
+        jobs = [self.queue.dequeue("worker", now=NOW + at) for at in (10, 20, 30)]
+        self.assertEqual([job.run_at - NOW for job in jobs], [10, 20, 30])
+
+    def test_schedule_of_a_full_queue_skips_the_time(self):
+        self.queue.schedule("tick", "t", every_seconds=10, queue="full", now=NOW)
+        self.queue.enqueue("other", queue="full", now=NOW)
+        self.queue.limit("full", 1)
+        self.assertIsNone(self.queue.dequeue("worker", tasks=["t"], now=NOW + 10))
+        self.assertEqual((self.queue.count_jobs(), self.queue.schedules()[0].skipped), (1, 1))
+
+    def test_schedule_that_is_saved_again_keeps_its_next_time_unless_the_times_change(self):
+        self.queue.schedule("tick", "t", every_seconds=10, now=NOW)
+        self.queue.schedule("tick", "t", every_seconds=10, now=NOW + 5)
+        self.assertEqual(self.queue.schedules()[0].next_at, NOW + 10)
+        self.queue.schedule("tick", "other", every_seconds=10, on_missed="all", now=NOW + 5)
+        self.assertEqual(self.queue.schedules()[0][1], "other")
+        self.assertEqual(self.queue.schedules()[0].next_at, NOW + 10)
+        self.queue.schedule("tick", "other", every_seconds=20, now=NOW + 5)
+        self.assertEqual(self.queue.schedules()[0].next_at, NOW + 25)
+        self.queue.schedule("tick", "other", cron="0 0 * * *", zone="Asia/Tokyo", now=NOW + 5)
+        self.assertEqual(self.queue.schedules()[0].next_at % 86400, 15 * 3600)
+
+    def test_schedule_that_is_paused_makes_up_for_nothing(self):
+        self.queue.schedule("tick", "t", every_seconds=10, on_missed="all", now=NOW)
+        self.queue.pause_schedule("tick")
+        self.assertEqual(self.fired(10, 20, 35), [None] * 3)
+        self.queue.resume_schedule("tick", now=NOW + 35)
+        self.assertEqual(self.fired(44, 45), [None, 45])
+        self.queue.resume_schedule("tick", now=NOW + 46)  # which was not paused
+        self.assertEqual(self.fired(55), [55])
+
+    def test_schedule_that_is_deleted_leaves_its_jobs(self):
+        self.queue.schedule("tick", "t", every_seconds=10, now=NOW)
+        job = self.queue.dequeue("worker", now=NOW + 10)
+        self.assertTrue(self.queue.unschedule("tick"))
+        self.assertFalse(self.queue.unschedule("tick"))
+        self.queue.complete(job, now=NOW + 11)
+        self.assertEqual((self.fired(100), self.queue.schedules()), ([None], []))
+
+    def test_schedule_that_does_not_exist_cannot_be_paused(self):
+        for call in (self.queue.pause_schedule, self.queue.resume_schedule):
+            with self.assertRaisesRegex(QueueError, "cannot find schedule 'tick'"):
+                call("tick")
+
+    def test_schedule_that_is_invalid_is_refused(self):
+        for options, reason in (
+            ({}, "either cron or every_seconds"),
+            ({"cron": "* * * * *", "every_seconds": 5}, "either cron or every_seconds"),
+            ({"every_seconds": 0}, "every_seconds above 0"),
+            ({"cron": "* * * *"}, "five fields"),
+            ({"cron": "0 0 31 2 *"}, "matches some day"),
+            ({"cron": "* * * * *", "zone": "Nowhere/Land"}, "time zone"),
+            ({"every_seconds": 5, "on_missed": "never"}, "on_missed to be one of"),
+            ({"every_seconds": 5, "queue": ""}, "queue name"),
+            ({"every_seconds": 5, "payload": {1: 2}}, "keys are all strings"),
+        ):
+            with self.subTest(options), self.assertRaisesRegex(ValueError, reason):
+                self.queue.schedule("tick", "t", **options)
+        with self.assertRaisesRegex(ValueError, "schedule name"):
+            self.queue.schedule("", "t", every_seconds=5)
+        self.assertEqual(self.queue.schedules(), [])
+
+    def test_schedule_wakes_its_consumer_in_time(self):
+        self.queue.schedule("soon", "t", every_seconds=0.2)
+        began = time.monotonic()
+        while not (job := self.queue.dequeue("worker")):
+            self.queue.wait(30, consumer="worker")
+        self.assertLess(time.monotonic() - began, 10)
+        self.assertLess(job.run_at, time.time())
+
+    def test_schedule_counts_as_next_due_for_its_task_and_queue(self):
+        self.queue.schedule("tick", "t", every_seconds=10, queue="q", now=NOW)
+        self.assertEqual(self.queue.next_due("worker"), NOW + 10)
+        self.assertEqual(self.queue.next_due("worker", queues=["q"], tasks=["t"]), NOW + 10)
+        self.assertIsNone(self.queue.next_due("worker", queues=["other"]))
+        self.assertIsNone(self.queue.next_due("worker", tasks=["other"]))
+        self.queue.pause_schedule("tick")
+        self.assertIsNone(self.queue.next_due("worker"))
+
+    def test_schedule_fires_again_if_its_transaction_was_rolled_back(self):
+        self.queue.schedule("tick", "t", every_seconds=10, now=NOW)
+        self.queue.dequeue("worker", now=NOW)
+        with self.assertRaises(ZeroDivisionError), self.queue.transaction():
+            self.assertEqual(self.queue.dequeue("worker", now=NOW + 10).run_at, NOW + 10)
+            raise ZeroDivisionError
+        self.assertEqual(self.fired(10), [10])
+
+    def test_schedule_fires_once_for_each_time_whoever_dequeues(self):
+        self.queue.schedule("tick", "t", every_seconds=1, on_missed="all", now=NOW)
+        self.queue.schedule("tock", "t", every_seconds=2, on_missed="all", now=NOW)
+        queues = [self.reopen() for _ in range(4)]
+
+        def work(number):
+            for at in range(1, 31):
+                queues[number].dequeue(f"worker {number}", now=NOW + at)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+        times = sorted(job.run_at - NOW for job in self.queue.list_jobs(limit=100))
+        self.assertEqual(times, sorted([*range(1, 31), *range(2, 31, 2)]))
+
+    def test_schedule_whose_zone_this_host_does_not_know_leaves_others_alone(self):
+        self.queue.schedule("tick", "t", every_seconds=10, now=NOW)
+        self.queue.schedule("nightly", "t", cron="* * * * *", zone="Asia/Tokyo", now=NOW)
+        with mock.patch.object(pqueue_schedules, "_timing", self.without_zones(pqueue_schedules._timing)):
+            self.assertEqual(self.fired(61, 62), [60, None])
+        self.assertEqual(self.fired(120), [120])
+
+    @staticmethod
+    def without_zones(timing):
+        def known(cron, zone, every_seconds):
+            if cron:
+                raise ValueError(zone)
+            return timing(cron, zone, every_seconds)
+
+        return known
+
+    def test_queue_that_is_moved_takes_its_schedules_along(self):
+        self.queue.schedule("tick", "t", every_seconds=10, now=NOW)
+        target = self.target()
+        self.queue.begin_move(target.name, now=NOW)
+        self.assertIsNone(self.queue.dequeue("worker", now=NOW + 10))
+        self.queue.move_to(target, now=NOW)
+        self.assertIsNone(self.queue.dequeue("worker", now=NOW + 10))
+        self.assertEqual(target.schedules(), self.queue.schedules())
+        self.assertEqual(target.dequeue("worker", now=NOW + 10).run_at, NOW + 10)
+        self.assertEqual(self.queue.count_jobs(), 0)
 
     # Threads
 
@@ -3054,7 +3243,9 @@ class Files(SQLiteCase):
         self.assertIsNone(queue.move_to_file(target))  # a job runs
         queue.leave("w")
         progress = []
-        self.assertEqual(queue.move_to_file(target, progress=progress.append), {"queues": 1, "jobs": 1, "history": 2})
+        self.assertEqual(
+            queue.move_to_file(target, progress=progress.append), {"queues": 1, "jobs": 1, "history": 2, "schedules": 0}
+        )
         self.assertTrue(progress)
         with self.assertRaisesRegex(QueueError, "cannot move to .*: File exists"):
             queue.move_to_file(target)

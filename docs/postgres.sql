@@ -82,6 +82,32 @@ CREATE TABLE pqueue.history (
 )
 -- STRICT;
 
+CREATE TABLE pqueue.schedules (  -- see pqueue_schedules.Schedule
+    name          TEXT PRIMARY KEY,
+    task          TEXT NOT NULL,
+    payload       TEXT NOT NULL,     -- JSON
+    queue         TEXT NOT NULL,
+    priority      INTEGER NOT NULL,
+    cron          TEXT,              -- NULL: every_seconds
+    zone          TEXT NOT NULL,     -- of cron
+    every_seconds DOUBLE PRECISION,           -- NULL: cron
+    on_missed     TEXT NOT NULL,     -- once, skip or all
+    overlap       INTEGER NOT NULL,  -- 1: also while the previous job is unfinished
+    origin        TEXT NOT NULL,     -- task, removed or schedule
+    paused        INTEGER NOT NULL DEFAULT 0,
+    next_at       DOUBLE PRECISION NOT NULL,  -- Unix seconds
+    last_at       DOUBLE PRECISION,           -- Unix seconds; NULL: no job yet
+    last_job_id   BIGINT,
+    skipped       INTEGER NOT NULL DEFAULT 0,
+    -- CHECK (json_valid(payload)),
+    CHECK ((cron IS NULL) <> (every_seconds IS NULL)),
+    CHECK (on_missed IN ('once', 'skip', 'all')),
+    CHECK (origin IN ('task', 'removed', 'schedule'))
+)
+-- STRICT;
+
+CREATE INDEX schedules_due ON pqueue.schedules (next_at) WHERE paused = 0;
+
 CREATE INDEX jobs_claim ON pqueue.jobs (queue, task, priority DESC, run_at, id)
            WHERE state = 'pending' AND assigned_to IS NULL;
 
@@ -316,10 +342,10 @@ WHERE  state = 'pending' AND ctid = ANY (ARRAY(
 RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error;
 
 -- OVERDUE
--- Return whether a scheduled job is due, and whether a lease has expired.
+-- Return whether a scheduled job or a schedule is due, and whether a lease has expired.
 -- differs because min() may be planned as a scan of all jobs of a state
 -- $1 now
-SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $1 AS due, (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $1 AS expired;
+SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $1 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $1 AS due, (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $1 AS expired;
 
 -- NEXT_EVENT
 -- Return when the next job may be available to the consumer; 0: now.
@@ -333,16 +359,20 @@ SELECT min(at) FROM (
         OR EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $3 AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10))))
     AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0) LIMIT $4)
     UNION ALL SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1)
+    UNION ALL SELECT (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0)
     UNION ALL SELECT (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1)) events;
 
 -- NEXT_DUE
--- Return when the first scheduled job that the consumer may take is due.
+-- Return when the first scheduled job that the consumer may take is due, or the first schedule of one; NULL: none.
 -- differs because of the JSON functions
 -- $1 queues, $2 tasks, $3 consumer
-SELECT run_at FROM pqueue.jobs
-WHERE state = 'scheduled' AND (CAST($1 AS json) IS NULL OR queue IN (SELECT json_array_elements_text(CAST($1 AS json))))
-    AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10)))) AND (assigned_to IS NULL OR assigned_to = $3)
-    AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0) ORDER BY run_at LIMIT 1;
+SELECT min(at) FROM (
+    SELECT * FROM (SELECT run_at AS at FROM pqueue.jobs
+        WHERE state = 'scheduled' AND (CAST($1 AS json) IS NULL OR queue IN (SELECT json_array_elements_text(CAST($1 AS json))))
+    AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10)))) AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0) AND (assigned_to IS NULL OR assigned_to = $3)
+        ORDER BY run_at LIMIT 1) first
+    UNION ALL SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0 AND (CAST($1 AS json) IS NULL OR queue IN (SELECT json_array_elements_text(CAST($1 AS json))))
+    AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10)))) AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0)) events;
 
 -- PROMOTE
 -- Make scheduled jobs that are due pending.
@@ -609,6 +639,60 @@ SELECT at, event, actor, attempt, error FROM pqueue.history WHERE job_id = $1 OR
 -- $1 id, $2 at, $3 event, $4 actor, $5 attempt, $6 error
 INSERT INTO pqueue.history (job_id, at, event, actor, attempt, error) VALUES ($1, $2, $3, $4, $5, $6);
 
+-- SAVE_SCHEDULE
+-- Add a schedule, or change it; its next time stays the same unless :is_retimed.
+-- $1 name, $2 task, $3 payload, $4 queue, $5 priority, $6 cron, $7 zone, $8 every_seconds, $9 on_missed, $10 overlap,
+-- $11 origin, $12 next_at, $13 is_retimed
+INSERT INTO pqueue.schedules (name, task, payload, queue, priority, cron, zone, every_seconds, on_missed, overlap, origin, next_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)
+ON CONFLICT (name) DO UPDATE SET task = $2, payload = $3, queue = $4, priority = $5, cron = $6, zone = $7, every_seconds = $8, on_missed = $9, overlap = $10, origin = $11, next_at = CASE WHEN $13 THEN $12 ELSE schedules.next_at END;
+
+-- SCHEDULES
+-- Return the schedules.
+SELECT name, task, payload, queue, priority, cron, zone, every_seconds, on_missed, overlap, origin, paused, next_at, last_at, last_job_id, skipped FROM pqueue.schedules ORDER BY name;
+
+-- SCHEDULE_NAMED
+-- Return a schedule.
+-- $1 name
+SELECT name, task, payload, queue, priority, cron, zone, every_seconds, on_missed, overlap, origin, paused, next_at, last_at, last_job_id, skipped FROM pqueue.schedules WHERE name = $1;
+
+-- DUE_SCHEDULES
+-- Return the schedules that are due. While the queue is moved, none is: they are due in the target.
+-- differs because others may fire at the same time; a claim does not wait for them
+-- $1 now, $2 limit
+SELECT name, task, payload, queue, priority, cron, zone, every_seconds, on_missed, overlap, origin, paused, next_at, last_at, last_job_id, skipped FROM pqueue.schedules WHERE paused = 0 AND next_at <= $1
+    AND NOT EXISTS (SELECT 1 FROM pqueue.history WHERE job_id = 0 AND event IN ('moving', 'moved'))
+ORDER BY next_at, name LIMIT $2 FOR UPDATE SKIP LOCKED;
+
+-- ADVANCE
+-- Advance a schedule, unless another transaction has.
+-- $1 next_at, $2 name, $3 at
+UPDATE pqueue.schedules SET next_at = $1 WHERE name = $2 AND next_at = $3;
+
+-- FIRED
+-- Record the last job of a schedule.
+-- $1 at, $2 job_id, $3 name
+UPDATE pqueue.schedules SET last_at = $1, last_job_id = $2 WHERE name = $3;
+
+-- SKIPPED
+-- Count a time without a job.
+-- $1 name
+UPDATE pqueue.schedules SET skipped = skipped + 1 WHERE name = $1;
+
+-- SET_SCHEDULE_PAUSED
+-- Pause or resume a schedule; its next time stays the same if :next_at is NULL.
+-- $1 paused, $2 next_at, $3 name
+UPDATE pqueue.schedules SET paused = $1, next_at = coalesce($2, next_at) WHERE name = $3;
+
+-- MARK_REMOVED
+-- Mark the schedule of a task that no longer has one.
+-- $1 name
+UPDATE pqueue.schedules SET origin = 'removed' WHERE name = $1 AND origin = 'task';
+
+-- DELETE_SCHEDULE
+-- Delete a schedule.
+-- $1 name
+DELETE FROM pqueue.schedules WHERE name = $1;
+
 -- Statements that only PostgreSQL has
 
 -- LOCKED_SLOTS
@@ -649,7 +733,8 @@ first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tas
 taken AS (
 UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, consumer = $3, lease_token = $4,
     lease_expires_at = $5, started_at = $6
-WHERE NOT EXISTS (SELECT FROM (SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $6 AS due, (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $6 AS expired) overdue WHERE due OR expired) AND state = 'pending' AND ctid = ANY (ARRAY(
+WHERE NOT EXISTS (SELECT FROM (
+SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $6 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $6 AS due, (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $6 AS expired) overdue WHERE due OR expired) AND state = 'pending' AND ctid = ANY (ARRAY(
     SELECT ctid FROM (
         SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
         FROM (
@@ -684,7 +769,8 @@ done AS (
 taken AS (
 UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, consumer = $7, lease_token = $8,
     lease_expires_at = $9, started_at = $3
-WHERE NOT EXISTS (SELECT FROM (SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $3 AS due, (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $3 AS expired) overdue WHERE due OR expired) AND state = 'pending' AND ctid = ANY (ARRAY(
+WHERE NOT EXISTS (SELECT FROM (
+SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $3 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $3 AS due, (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $3 AS expired) overdue WHERE due OR expired) AND state = 'pending' AND ctid = ANY (ARRAY(
     SELECT ctid FROM (
         SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
         FROM (
@@ -779,7 +865,7 @@ WHERE coalesce(last_value, 0) < highest AND has_sequence_privilege('pqueue.' || 
 -- Return indexes that are missing or invalid.
 SELECT CASE WHEN indexrelid IS NULL THEN format('index %s is missing: create it as docs/postgres.sql shows', name)
     ELSE format('index %s is invalid: run REINDEX INDEX pqueue.%s', name, name) END
-FROM unnest(ARRAY['jobs_pkey', 'queues_pkey', 'consumers_pkey', 'consumers_token_key', 'history_pkey', 'jobs_claim', 'jobs_assigned', 'jobs_scheduled', 'jobs_processing', 'jobs_finished', 'jobs_failed', 'jobs_key', 'history_job', 'consumers_running']) AS name LEFT JOIN pg_index ON indexrelid = to_regclass('pqueue.' || name)
+FROM unnest(ARRAY['jobs_pkey', 'queues_pkey', 'consumers_pkey', 'consumers_token_key', 'history_pkey', 'schedules_due', 'jobs_claim', 'jobs_assigned', 'jobs_scheduled', 'jobs_processing', 'jobs_finished', 'jobs_failed', 'jobs_key', 'history_job', 'consumers_running']) AS name LEFT JOIN pg_index ON indexrelid = to_regclass('pqueue.' || name)
 WHERE indexrelid IS NULL OR NOT (indisvalid AND indisready AND indislive);
 
 -- COLLATION_CHANGED

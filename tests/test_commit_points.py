@@ -134,6 +134,12 @@ def dequeue(at: float, look_for_dead: bool = False, limit: int = 2) -> Callable[
     return act
 
 
+def scheduled(queue: PersistentQSQLite) -> None:
+    take(queue, limit=0)
+    queue.schedule("tick", "t", every_seconds=10, on_missed="all", now=NOW)
+    queue.schedule("tock", "new", queue="new", every_seconds=30, now=NOW)
+
+
 def at_that_time(queue: PersistentQSQLite, call: Callable[[], None]) -> None:
     with mock.patch.object(queue, "_time", lambda _: NOW):
         call()
@@ -201,6 +207,12 @@ OPERATIONS = {
     "limit": Operation(lambda q, _: q.limit("default", 500)),
     "limit that is removed": Operation(lambda q, _: q.limit("default", None), lambda q: q.limit("default", 500)),
     "enqueue at a limit": Operation(lambda q, _: q.enqueue("t", now=NOW), lambda q: q.limit("default", 99)),
+    "schedule": Operation(lambda q, _: q.schedule("new", "t", [1], cron="@daily", now=NOW)),
+    "schedule that is changed": Operation(lambda q, _: q.schedule("tick", "t", every_seconds=7, now=NOW), scheduled),
+    "unschedule": Operation(lambda q, _: q.unschedule("tick"), scheduled),
+    "pause_schedule": Operation(lambda q, _: q.pause_schedule("tick"), scheduled),
+    "resume_schedule": Operation(lambda q, _: q.resume_schedule("tick", now=NOW + 50), scheduled),
+    "dequeue that fires schedules": Operation(dequeue(NOW + 35, limit=9), scheduled),
     "begin_move": Operation(lambda q, _: q.begin_move("elsewhere", by="ann", now=NOW)),
     "cancel_move": Operation(lambda q, _: q.cancel_move(), lambda q: q.begin_move("elsewhere", by="ann", now=NOW)),
     "prune": Operation(lambda q, _: q.prune(0, now=NOW + 1), states=4),
@@ -316,6 +328,8 @@ def sweep(path: Path) -> None:
             if job.assigned_to and job.state in pqueue.UNFINISHED:
                 queue.assign(job.id, None, now=NOW)
         queue.resume("default")
+        for schedule in queue.schedules():
+            queue.unschedule(schedule.name)
         done = []
         while job := queue.dequeue("sweeper", now=LATER):
             assert jobs[job.id].state in pqueue.UNFINISHED

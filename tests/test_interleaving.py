@@ -35,7 +35,8 @@ def claim(queue, me, *, limit=1, now=NOW, settled=(), dead=None):
     if me in STARVED:
         limit, now, dead = 0, NOW, None
     queue._dead_checked_at = math.inf if dead is None else -math.inf
-    with mock.patch.object(queue, "_find_dead", lambda: dead):
+    fire = (lambda *_: None) if me in LATE else queue._fire_schedules
+    with mock.patch.object(queue, "_find_dead", lambda: dead), mock.patch.object(queue, "_fire_schedules", fire):
         return queue.complete_and_dequeue(settled, me, limit, now=now)
 
 
@@ -48,6 +49,7 @@ def together(*verbs: Verb) -> Verb:
 
 
 STARVED: set[str] = set()  # whose claims and prunes find nothing
+LATE: set[str] = set()  # whose claims find no schedule that is due
 ANNA = "a" * 16  # the token of a consumer that holds the job
 
 VERBS: dict[str, Verb] = {
@@ -103,6 +105,7 @@ class Stage:
     """A queue for each of two callers, who have a thread each, and what they find before each play."""
 
     max_pending: int | None = None
+    is_scheduled = False
 
     def __init__(self, url: str, undo: ExitStack) -> None:
         self.db = undo.enter_context(psycopg.connect(url, autocommit=True, options="-c search_path=pqueue,public"))
@@ -122,6 +125,12 @@ class Stage:
             "INSERT INTO consumers (name, token, host, pid, slot, tasks, started_at, last_seen_at, state) "
             f"VALUES ('anna', '{ANNA}', '', 1, 1, '[]', 0, 0, 'running')"
         )
+        if self.is_scheduled:
+            self.db.execute(
+                "DELETE FROM schedules; INSERT INTO schedules "
+                "(name, task, payload, queue, priority, zone, every_seconds, on_missed, overlap, origin, next_at) "
+                f"VALUES ('tick', 't', '3', 'default', 0, 'UTC', 10, 'once', 0, 'schedule', {NOW - 5})"
+            )
         columns = "task, payload, priority, max_attempts, created_at, queue, key, state, run_at, attempts, finished_at"
         self.db.execute(
             f"INSERT INTO jobs ({columns}, lease_token, lease_expires_at) VALUES "
@@ -148,7 +157,8 @@ class Stage:
         jobs += "lease_expires_at, assigned_to, run_at, error, progress, result, finished_at FROM jobs ORDER BY id"
         history = "event, actor, attempt, error FROM history ORDER BY id"
         wrong = f"* FROM ({MISCOUNTED}) wrong"  # how many are pending in a queue that has a limit
-        return str([self.db.execute(f"SELECT {what}").fetchall() for what in (jobs, history, wrong)])
+        schedules = "name, paused, next_at, last_at, skipped FROM schedules ORDER BY name"
+        return str([self.db.execute(f"SELECT {what}").fetchall() for what in (jobs, history, wrong, schedules)])
 
     def someone_waits(self) -> bool:
         return bool(self.db.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchall())
@@ -192,8 +202,9 @@ def stopping(method):
 
 def in_turn(stage: Stage, state: str, verbs: dict[str, Verb]) -> Iterator[tuple[Any, ...]]:
     """Yield what may come of it, what is likely first."""
-    for starved in (set(), {"first"}, {"second"}):
-        with mock.patch(f"{__name__}.STARVED", starved):
+    nobody_or_one = (set(), {"first"}, {"second"})
+    for starved, late in product(nobody_or_one, nobody_or_one[: 3 if stage.is_scheduled else 1]):
+        with mock.patch(f"{__name__}.STARVED", starved), mock.patch(f"{__name__}.LATE", late):
             yield stage.in_turn(state, verbs, ("first", "second"))
             yield stage.in_turn(state, verbs, ("second", "first"))
 
@@ -273,6 +284,27 @@ def test_verbs_at_once_with_a_producer_keep_a_queue_within_its_limit(stage, monk
             if state == "processing" or not {first, second} & HOLDERS
         )
         assert differing(stage, plays) == []
+
+
+def test_schedule_that_is_due_gets_one_job_whatever_happens_at_once(stage, monkeypatch):
+    changes = {
+        "save": lambda queue, me, job: queue.schedule("tick", "t", 4, every_seconds=20, now=NOW),
+        "save again": lambda queue, me, job: queue.schedule("tick", "t", 3, every_seconds=10, now=NOW),
+        "pause schedule": lambda queue, me, job: queue.pause_schedule("tick"),
+        "resume schedule": lambda queue, me, job: queue.resume_schedule("tick", now=NOW),
+        "unschedule": lambda queue, me, job: queue.unschedule("tick"),
+    }
+    for name, verb in changes.items():
+        monkeypatch.setitem(VERBS, name, verb)
+    stage.is_scheduled = True
+    claims = ("claim", "claim step by step")
+    plays = (
+        (state, *order)
+        for state, claim in product(("pending", "failed"), claims)
+        for other in (*claims, *changes, "cancel", "delete all")
+        for order in ((claim, other), (other, claim))
+    )
+    assert differing(stage, plays) == []
 
 
 def test_removal_of_the_last_limit_deadlocks_with_nothing(stage, monkeypatch):

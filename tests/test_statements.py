@@ -11,6 +11,7 @@ import pytest
 
 import pqueue_move
 import pqueue_postgres
+import pqueue_schedules
 import pqueue_schema
 from pqueue_postgres import NAMED, POSTGRES, translated
 
@@ -31,13 +32,13 @@ def statements(module: ModuleType) -> dict[str, str]:
 def comments(module: ModuleType) -> dict[str, str]:
     """Return the comment above each constant, and each entry of a table, of a module by name."""
     source = Path(str(module.__file__)).read_text()
-    found = re.findall(r"((?:^ *# .*\n)+)^ *(?:pqueue_schema\.)?([A-Z_]+)(?: =|:) ", source, re.MULTILINE)
+    found = re.findall(r"((?:^ *# .*\n)+)^ *(?:pqueue_sche\w+\.)?([A-Z_]+)(?: =|:) ", source, re.MULTILINE)
     lines = {name: re.findall(r"# (?!guard: )(.*)", above) for above, name in found}
     return {name: " ".join(each) for name, each in lines.items() if each}
 
 
-SHARED = {**statements(pqueue_schema), **statements(pqueue_move)}
-ABOUT = {**comments(pqueue_schema), **comments(pqueue_move)}
+SHARED = {**statements(pqueue_schema), **statements(pqueue_move), **statements(pqueue_schedules)}
+ABOUT = {**comments(pqueue_schema), **comments(pqueue_move), **comments(pqueue_schedules)}
 RETURNS = re.compile(r"; returns (the new id|their ids)$")  # in the comment of a statement: on PostgreSQL alone
 OWN = {name: sql for name, sql in statements(pqueue_postgres).items() if sql not in POSTGRES.values()}
 DIFFERING = [name for name in SHARED if SHARED[name] in POSTGRES]

@@ -1,0 +1,272 @@
+"""Schedules: jobs that are enqueued at certain times.
+
+A schedule is a row with the time of its next job. When a consumer dequeues after that time, the job is inserted and the
+time advanced in one transaction, provided that the time is still the same. So each time gets one job, however many
+consumers there are, and whenever one is killed.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from pqueue_backend import Backend, Session
+from pqueue_cron import Cron, Every, due_times
+from pqueue_schema import MOVES, ROOM
+from pqueue_tasks import Task
+from pqueue_tasks import _above_0 as above_0
+from pqueue_values import JobId, Params, QueueError, encode_json, read_json, short, valid_int, valid_name
+
+MAX_FIRED = 100  # schedules, and times of one of them, per dequeue
+ON_MISSED = ("once", "skip", "all")
+
+
+class Schedule(NamedTuple):
+    """A schedule. Times are Unix seconds.
+
+    cron, zone: when it is due; without them, every_seconds. on_missed, overlap: see `schedule`. next_at, last_at: the
+    times of the next and the last job; last_job_id: the id of the last; None: none yet. skipped: how often it was due
+    while the previous job was unfinished or the queue full. origin: "task", for a schedule from `@task`, "removed", if
+    that is gone, or "schedule".
+    """
+
+    name: str
+    task: str
+    payload: Any
+    queue: str
+    priority: int
+    cron: str | None
+    zone: str
+    every_seconds: float | None
+    on_missed: str
+    overlap: bool
+    origin: str
+    paused: bool
+    next_at: float
+    last_at: float | None
+    last_job_id: int | None
+    skipped: int
+
+
+COLUMNS = ", ".join(Schedule._fields)
+DEFINED = Schedule._fields[:11]  # the columns that `schedule` sets
+TIMED = slice(5, 8)  # those of them that say when it is due
+_CHANGES = ", ".join(f"{column} = :{column}" for column in DEFINED[1:])
+
+# Add a schedule, or change it; its next time stays the same unless :is_retimed.
+SAVE_SCHEDULE = f"""
+INSERT INTO schedules ({", ".join(DEFINED)}, next_at) VALUES ({", ".join(f":{column}" for column in DEFINED)}, :next_at)
+ON CONFLICT (name) DO UPDATE SET {_CHANGES}, next_at = CASE WHEN :is_retimed THEN :next_at ELSE schedules.next_at END"""
+
+# Return the schedules.
+SCHEDULES = f"SELECT {COLUMNS} FROM schedules ORDER BY name"
+
+# Return a schedule.
+SCHEDULE_NAMED = f"SELECT {COLUMNS} FROM schedules WHERE name = :name"
+
+# Return the schedules that are due. While the queue is moved, none is: they are due in the target.
+# guard: a queue that is moved fires no schedule
+DUE_SCHEDULES = f"""
+SELECT {COLUMNS} FROM schedules WHERE paused = 0 AND next_at <= :now
+    AND NOT EXISTS (SELECT 1 FROM history WHERE job_id = 0 AND event IN {MOVES})
+ORDER BY next_at, name LIMIT :limit"""
+
+# Advance a schedule, unless another transaction has.
+# guard: a schedule fires once for each time
+ADVANCE = "UPDATE schedules SET next_at = :next_at WHERE name = :name AND next_at = :at"
+
+# Record the last job of a schedule.
+FIRED = "UPDATE schedules SET last_at = :at, last_job_id = :job_id WHERE name = :name"
+
+# Count a time without a job.
+SKIPPED = "UPDATE schedules SET skipped = skipped + 1 WHERE name = :name"
+
+# Pause or resume a schedule; its next time stays the same if :next_at is NULL.
+SET_SCHEDULE_PAUSED = "UPDATE schedules SET paused = :paused, next_at = coalesce(:next_at, next_at) WHERE name = :name"
+
+# Mark the schedule of a task that no longer has one.
+MARK_REMOVED = "UPDATE schedules SET origin = 'removed' WHERE name = :name AND origin = 'task'"
+
+# Delete a schedule.
+DELETE_SCHEDULE = "DELETE FROM schedules WHERE name = :name"
+
+
+class Scheduling(Backend):
+    """The operations on schedules."""
+
+    @abstractmethod
+    def enqueue(
+        self,
+        task: str | Task,
+        payload: Any = None,
+        *,
+        queue: str = "default",
+        priority: int = 0,
+        run_at: float | None = None,
+        key: str | None = None,
+        now: float | None = None,
+    ) -> JobId[Any]: ...
+
+    def schedule(
+        self,
+        name: str,
+        task: str | Task,
+        payload: Any = None,
+        *,
+        cron: str | None = None,
+        zone: str = "UTC",
+        every_seconds: float | timedelta | None = None,
+        on_missed: str = "once",
+        overlap: bool = False,
+        queue: str = "default",
+        priority: int = 0,
+        now: float | None = None,
+    ) -> None:
+        """Enqueue a job of a task whenever the schedule is due, from now on. A schedule of this name is changed.
+
+        task, payload, queue, priority: as for `enqueue`. The job's `run_at` is the time for which it was enqueued.
+        cron: see `pqueue_cron.Cron`; zone: the time zone, a name such as "Europe/Berlin".
+        every_seconds: instead of cron, the interval; the first job is due one interval from now.
+        on_missed: what to do about times that passed while no consumer was running: "once" enqueues one job for the
+            last of them, "skip" none for times more than a minute ago, "all" one for each, which may run side by side.
+        overlap: also enqueue a job while the previous one is unfinished; otherwise that time is skipped.
+
+        Raises ValueError.
+        """
+        values = _definition(
+            name, task, payload, queue, priority, cron, zone, every_seconds, on_missed, overlap=overlap
+        )
+        self._save_schedule(values, now)
+
+    def declare_schedules(self, tasks: Iterable[Task], *, now: float | None = None) -> None:
+        """Save the schedules that `@task` gives to these tasks; mark those as removed that their tasks gave before."""
+        known = {task.name: task for task in tasks}
+        for task in known.values():
+            if task.schedule:
+                values = _definition(task.name, task, None, queue="default", priority=0, **task.schedule)
+                self._save_schedule({**values, "origin": "task"}, now)
+        for found in self.schedules():
+            # guard: a schedule that its task does not declare any more is marked
+            if found.origin == "task" and found.task in known and not known[found.task].schedule:
+                with self._transaction() as session:
+                    session.change(MARK_REMOVED, {"name": found.name})
+
+    def _save_schedule(self, values: Params, now: float | None) -> None:
+        timing = _timing(values["cron"], values["zone"], values["every_seconds"])
+        defined = tuple(values[column] for column in DEFINED)
+        with self._transaction() as session:
+            before = [tuple(row[: len(DEFINED)]) for row in session.run(SCHEDULE_NAMED, values)]
+            if before != [defined]:
+                # guard: a schedule keeps its next time unless that is what changes
+                is_retimed = not before or before[0][TIMED] != defined[TIMED]
+                next_at = timing.next(self._time(now))
+                session.change(SAVE_SCHEDULE, {**values, "is_retimed": is_retimed, "next_at": next_at})
+                session.wakes = True
+
+    def unschedule(self, name: str) -> bool:
+        """Delete a schedule; return whether there was one. Jobs that it has enqueued stay."""
+        with self._transaction() as session:
+            return session.change(DELETE_SCHEDULE, {"name": valid_name("schedule", name)}) > 0
+
+    def pause_schedule(self, name: str) -> None:
+        """Enqueue no jobs of this schedule until `resume_schedule`. Raises QueueError if there is none."""
+        self._set_schedule_paused(name, 1, None)
+
+    def resume_schedule(self, name: str, *, now: float | None = None) -> None:
+        """Enqueue jobs of this schedule again, from its next time on. Raises QueueError if there is none."""
+        self._set_schedule_paused(name, 0, now)
+
+    def _set_schedule_paused(self, name: str, paused: int, now: float | None) -> None:
+        with self._transaction() as session:
+            rows = session.run(SCHEDULE_NAMED, {"name": valid_name("schedule", name)})
+            if not rows:
+                raise QueueError(f"cannot find schedule {name!r}: expected one of schedules()")
+            found, next_at = _schedule(rows[0]), None
+            # guard: times while a schedule was paused are not made up for
+            if found.paused and not paused and found.next_at <= self._time(now):
+                next_at = _timing(found.cron, found.zone, found.every_seconds).next(self._time(now))
+            session.change(SET_SCHEDULE_PAUSED, {"name": name, "paused": paused, "next_at": next_at})
+            session.wakes = True
+
+    def schedules(self) -> list[Schedule]:
+        """Return the schedules by name."""
+        return [_schedule(row) for row in self._read(SCHEDULES)]
+
+    def _fire_schedules(self, session: Session, now: float) -> None:
+        """Enqueue the jobs of schedules that are due."""
+        for found in map(_schedule, session.run(DUE_SCHEDULES, {"now": now, "limit": MAX_FIRED})):
+            try:
+                timing = _timing(found.cron, found.zone, found.every_seconds)
+            except ValueError:  # this host does not know the time zone: leave it to others
+                continue
+            times, next_at = due_times(timing, found.next_at, found.on_missed, now, MAX_FIRED)
+            if session.change(ADVANCE, {"name": found.name, "at": found.next_at, "next_at": next_at}):
+                for at in times:
+                    self._fire(session, found, at, now)
+
+    def _fire(self, session: Session, schedule: Schedule, at: float, now: float) -> None:
+        # guard: runs of a schedule do not overlap
+        key = None if schedule.overlap or schedule.on_missed == "all" else _key(schedule.name)
+        task, payload, queue, priority = schedule.task, schedule.payload, schedule.queue, schedule.priority
+        rooms = session.run(ROOM, {"queue": queue})
+        if not (rooms and rooms[0][0] is not None and rooms[0][0] < 1):
+            job_id = self.enqueue(task, payload, queue=queue, priority=priority, run_at=at, key=key, now=now)
+            if job_id.is_new:
+                session.change(FIRED, {"name": schedule.name, "at": at, "job_id": job_id})
+                return
+        session.change(SKIPPED, {"name": schedule.name})
+
+
+def _definition(
+    name: str,
+    task: str | Task,
+    payload: Any,
+    queue: str,
+    priority: int,
+    cron: str | None = None,
+    zone: str = "UTC",
+    every_seconds: float | timedelta | None = None,
+    on_missed: str = "once",
+    *,
+    overlap: bool = False,
+) -> Params:
+    """Return the columns of a schedule. Raises ValueError."""
+    if (cron is None) == (every_seconds is None):
+        raise ValueError(f"expected either cron or every_seconds for schedule {short(name)}")
+    if on_missed not in ON_MISSED:
+        raise ValueError(f"expected on_missed to be one of {', '.join(ON_MISSED)}, got {short(on_missed)}")
+    valid_name("key", _key(valid_name("schedule", name)))
+    seconds = None if every_seconds is None else above_0("every_seconds", every_seconds)
+    _timing(cron, zone, seconds)
+    return {
+        "name": name,
+        "task": valid_name("task", task.name if isinstance(task, Task) else task),
+        "payload": encode_json("payload", payload),
+        "queue": valid_name("queue", queue),
+        "priority": valid_int("priority", -(2**31), priority),
+        "cron": cron,
+        "zone": zone,
+        "every_seconds": seconds,
+        "on_missed": on_missed,
+        "overlap": int(overlap),
+        "origin": "schedule",
+    }
+
+
+def _key(name: str) -> str:
+    """Return the key of a schedule's unfinished job."""
+    return f"schedule:{name}"
+
+
+@lru_cache(maxsize=1024)
+def _timing(cron: str | None, zone: str, every_seconds: float | None) -> Cron | Every:
+    return Every(every_seconds or math.inf) if cron is None else Cron(cron, zone)
+
+
+def _schedule(row: Sequence[Any]) -> Schedule:
+    found = Schedule(*row)
+    return found._replace(payload=read_json(row[2]), overlap=bool(found.overlap), paused=bool(found.paused))
