@@ -109,7 +109,17 @@ from pqueue_schema import (
     WITH_KEY,
 )
 from pqueue_search import Filters, Reading
-from pqueue_tasks import DEFAULT_MAX_ATTEMPTS, TASKS, Task, backoff_seconds, current_queue, run_task, task
+from pqueue_tasks import (
+    DEFAULT_MAX_ATTEMPTS,
+    TASKS,
+    Task,
+    backoff_seconds,
+    current_job,
+    current_queue,
+    run_task,
+    task,
+    task_name,
+)
 from pqueue_values import (
     MAX_PAYLOAD_BYTES,
     DatabaseReplaced,
@@ -227,7 +237,7 @@ class PersistentQInterface(Reading, Moving):
 
     Invalid arguments raise ValueError. Every method may raise QueueBusy, or QueueFull if the disk is full. After an
     error nothing has changed. Times are Unix seconds. `now` replaces the clock in tests. `by` is the operator to record
-    in the job's history; None: the user who runs this process.
+    in the job's history; None: the user who runs this process or, inside a task, that task.
 
     A backend implements the abstract methods (sessions, wake-up, liveness, backup and check); it must keep the
     guarantees above and pass `QueueContract` in test_pqueue.py.
@@ -596,7 +606,7 @@ class PersistentQInterface(Reading, Moving):
     ) -> None:
         params = {"error": None, **values, "id": valid_id(job_id), "now": self._time(now)}
         with self._transaction() as session:
-            session.change(RECORD, {**params, "event": event, "actor": operator_name(by)})
+            session.change(RECORD, {**params, "event": event, "actor": _actor(by)})
             # guard: a refused operator verb raises
             if not session.change(sql, params):
                 raise _refusal(session, verb, job_id, allowed)
@@ -917,6 +927,12 @@ def claim_params(me: Registration, limit: int, wanted: Params, lease_seconds: fl
     # guard: each claim has its own number
     params["token"] = f"{me.token}.{next(me.claims)}"
     return params
+
+
+def _actor(by: str | None) -> str:
+    """Return whom to record for an operator's action: without a name, the task that acts, or this process's user."""
+    job = None if by else current_job()
+    return operator_name(by) if job is None else task_name(job.consumer)
 
 
 def claimed_jobs(session: Session, rows: list[Any], params: Params) -> list[Job]:

@@ -421,14 +421,34 @@ SELECT finished_at, run_at, started_at FROM queues q CROSS JOIN jobs WHERE jobs.
 PENDING_TASKS = """
 SELECT queue, task, count(*) FROM jobs WHERE state = 'pending' AND assigned_to IS NULL GROUP BY queue, task"""
 
+# Return what PENDING_TASKS does, of the queues where a job was due before :before and none was started or ended since.
+# Of the events, the last 100 suffice: an attempt that failed and is repeated is among them, if only such end.
+STALLED = """
+SELECT queue, task, jobs FROM (
+    SELECT queue, task, count(*) AS jobs, min(run_at) AS oldest FROM jobs
+    WHERE state = 'pending' AND assigned_to IS NULL GROUP BY queue, task) waiting
+WHERE oldest < :before AND NOT EXISTS
+    (SELECT 1 FROM jobs WHERE state = 'completed' AND queue = waiting.queue AND finished_at >= :before)
+AND NOT EXISTS (SELECT 1 FROM jobs WHERE state = 'failed' AND queue = waiting.queue AND finished_at >= :before)
+AND NOT EXISTS (SELECT 1 FROM jobs WHERE state = 'processing' AND queue = waiting.queue AND started_at >= :before)
+AND NOT EXISTS (SELECT 1 FROM history JOIN jobs ON jobs.id = job_id
+    WHERE history.id > (SELECT max(id) FROM history) - 100 AND at >= :before AND queue = waiting.queue)"""
+
 # Return the first id, and the last id + 1.
 ID_RANGE = "SELECT coalesce((SELECT min(id) FROM jobs), 0), coalesce((SELECT max(id) FROM jobs), -1) + 1"
 
-# Count failed jobs by task and error. The LIMIT, larger than any table, keeps SQLite before 3.41 from flattening the
-# subquery, and so from reading the rows instead of the index.
-FAILURES = f"""
-SELECT task, error, count(*), max(id) FROM
-    (SELECT task, substr(error, 1, {FAILURE_CHARS}) AS error, id FROM jobs WHERE state = 'failed' LIMIT {MAX_ID}) failed
-GROUP BY task, error ORDER BY count(*) DESC, max(id) DESC LIMIT {MAX_GROUPS}"""
+
+def failures(first_line: str) -> str:
+    """Count failed jobs by task and first line of the error. The LIMIT, larger than any table, keeps SQLite before 3.41
+    from flattening the subquery, and so from reading the rows instead of the index."""
+    return f"""
+SELECT task, {first_line} AS line, count(*), max(id) FROM (
+    SELECT task, coalesce(substr(error, 1, {FAILURE_CHARS}), '') AS error, id FROM jobs WHERE state = 'failed'
+    LIMIT {MAX_ID}) failed
+GROUP BY task, line ORDER BY count(*) DESC, max(id) DESC LIMIT {MAX_GROUPS}"""
+
+
+# Return the largest groups of failed jobs.
+FAILURES = failures("substr(error, 1, instr(error || char(10), char(10)) - 1)")
 
 TABLES = ("jobs", "queues", "queue_tasks", "consumers", "history")

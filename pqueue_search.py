@@ -19,6 +19,7 @@ from pqueue_schema import (
     INDEXED,
     LATEST_COMPLETED,
     PENDING_TASKS,
+    STALLED,
     STATES,
     UNFINISHED_IDS,
 )
@@ -155,18 +156,19 @@ class Reading(Backend):
         """Return the numbers of pending jobs that are not assigned, by queue and task."""
         return {(queue, name): jobs for queue, name, jobs in self._read(PENDING_TASKS)}
 
+    def stalled(self, since: float) -> dict[tuple[str, str], int]:
+        """Return what `pending_tasks` does, of the queues that make no progress: a job has been due, and none was
+        started or finished, since this time, in Unix seconds."""
+        rows = self._read(STALLED, {"before": finite("since", since)})
+        return {(queue, name): jobs for queue, name, jobs in rows}
+
     def failures(self) -> list[dict[str, Any]]:
-        """Return the failed jobs grouped by task and first line of the error, the largest group first.
+        """Return the failed jobs grouped by task and first line of the error, the largest group first, then the newest.
 
         Each group is a dict: "task"; "error", the line; "jobs", their number; "last_id", the highest id.
         """
-        groups: dict[tuple[str, str], dict[str, Any]] = {}
-        for name, error, jobs, last_id in self._read(FAILURES):
-            line = (error or "").split("\n", 1)[0]
-            group = groups.setdefault((name, line), {"task": name, "error": line, "jobs": 0, "last_id": 0})
-            group["jobs"] += jobs
-            group["last_id"] = max(group["last_id"], last_id)
-        return sorted(groups.values(), key=lambda group: (-group["jobs"], group["task"], group["error"]))
+        keys = ("task", "error", "jobs", "last_id")
+        return [dict(zip(keys, row, strict=True)) for row in self._read(FAILURES)]
 
     def list_jobs(
         self,

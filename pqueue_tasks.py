@@ -295,6 +295,11 @@ def current_job() -> Job | None:
     return current and current[1]
 
 
+def task_name(consumer: str | None) -> str:
+    """Return the name by which a task that acts as an operator is recorded."""
+    return f"task of {consumer}"
+
+
 def call_task(queue: PersistentQInterface, job: Job) -> Any:
     """Call the job's task in this context; return its result, which is a coroutine if the task is async.
 

@@ -560,16 +560,31 @@ SELECT finished_at, run_at, started_at FROM pqueue.queues q CROSS JOIN LATERAL
 -- Count the pending jobs that are not assigned by queue and task.
 SELECT queue, task, count(*) FROM pqueue.jobs WHERE state = 'pending' AND assigned_to IS NULL GROUP BY queue, task;
 
+-- STALLED
+-- Return what PENDING_TASKS does, of the queues where a job was due before :before and none was started or ended since.
+-- Of the events, the last 100 suffice: an attempt that failed and is repeated is among them, if only such end.
+-- $1 before
+SELECT queue, task, jobs FROM (
+    SELECT queue, task, count(*) AS jobs, min(run_at) AS oldest FROM pqueue.jobs
+    WHERE state = 'pending' AND assigned_to IS NULL GROUP BY queue, task) waiting
+WHERE oldest < $1 AND NOT EXISTS
+    (SELECT 1 FROM pqueue.jobs WHERE state = 'completed' AND queue = waiting.queue AND finished_at >= $1)
+AND NOT EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'failed' AND queue = waiting.queue AND finished_at >= $1)
+AND NOT EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'processing' AND queue = waiting.queue AND started_at >= $1)
+AND NOT EXISTS (SELECT 1 FROM pqueue.history JOIN pqueue.jobs ON jobs.id = job_id
+    WHERE history.id > (SELECT max(id) FROM pqueue.history) - 100 AND at >= $1 AND queue = waiting.queue);
+
 -- ID_RANGE
 -- Return the first id, and the last id + 1.
 SELECT coalesce((SELECT min(id) FROM pqueue.jobs), 0), coalesce((SELECT max(id) FROM pqueue.jobs), -1) + 1;
 
 -- FAILURES
--- Count failed jobs by task and error. The LIMIT, larger than any table, keeps SQLite before 3.41 from flattening the
--- subquery, and so from reading the rows instead of the index.
-SELECT task, error, count(*), max(id) FROM
-    (SELECT task, substr(error, 1, 80) AS error, id FROM pqueue.jobs WHERE state = 'failed' LIMIT 9223372036854775807) failed
-GROUP BY task, error ORDER BY count(*) DESC, max(id) DESC LIMIT 10000;
+-- Return the largest groups of failed jobs.
+-- differs because a text is searched in another way
+SELECT task, split_part(error, chr(10), 1) AS line, count(*), max(id) FROM (
+    SELECT task, coalesce(substr(error, 1, 80), '') AS error, id FROM pqueue.jobs WHERE state = 'failed'
+    LIMIT 9223372036854775807) failed
+GROUP BY task, line ORDER BY count(*) DESC, max(id) DESC LIMIT 10000;
 
 -- MARK
 -- A move is marked in history by a row with job_id 0 and JSON in `error`. In the source: 'moving' while it waits for
