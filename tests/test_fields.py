@@ -184,7 +184,7 @@ STORED = [
     (list[Point | None], [None, Point(1)], [None, {"x": 1, "y": 0}]),
     (Union[str, Path], "a", "a"),
     ("date", date(2026, 1, 2), "2026-01-02"),
-    ("Optional[list['Point']]", [Point(1)], [{"x": 1, "y": 0}]),
+    ("Optional[list[Point]]", [Point(1)], [{"x": 1, "y": 0}]),
 ]
 
 
@@ -482,7 +482,7 @@ def test_functions_whose_arguments_a_payload_cannot_name_are_refused():
         (kwargs, r"parameters have names, got .*, with \*\*options"),
         (A.method, "a method without its object"),
         (A.__dict__["of"], "expected a function"),
-        (print, "parameters have names"),
+        (print, "expected a"),
         (int, "expected a function"),
         (max, "expected a function with a signature"),
     ):
