@@ -258,7 +258,7 @@ class PersistentQInterface(Reading, Moving):
 
     def enqueue(
         self,
-        task: str | Task,
+        task: str | Task[..., Any],
         payload: Any = None,
         *,
         queue: str = "default",
@@ -314,7 +314,7 @@ class PersistentQInterface(Reading, Moving):
 
     def enqueue_many(
         self,
-        task: str | Task,
+        task: str | Task[..., Any],
         payloads: Iterable[Any],
         *,
         queue: str = "default",
@@ -1002,7 +1002,7 @@ def _queue_list(queues: Sequence[str] | None) -> str | None:
 
 
 def _new_job(
-    task: str | Task,
+    task: str | Task[..., Any],
     queue: str,
     priority: int,
     delay_seconds: float,
