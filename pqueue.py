@@ -260,7 +260,7 @@ class PersistentQInterface(Reading, Moving, Scheduling):
 
     def enqueue(
         self,
-        task: str | Task,
+        task: str | Task[..., Any],
         payload: Any = None,
         *,
         queue: str = "default",
@@ -316,7 +316,7 @@ class PersistentQInterface(Reading, Moving, Scheduling):
 
     def enqueue_many(
         self,
-        task: str | Task,
+        task: str | Task[..., Any],
         payloads: Iterable[Any],
         *,
         queue: str = "default",
@@ -1006,7 +1006,7 @@ def _queue_list(queues: Sequence[str] | None) -> str | None:
 
 
 def _new_job(
-    task: str | Task,
+    task: str | Task[..., Any],
     queue: str,
     priority: int,
     delay_seconds: float,
