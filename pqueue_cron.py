@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from datetime import date, datetime, timedelta, timezone, tzinfo
+from functools import lru_cache
 from itertools import product
-from zoneinfo import ZoneInfo
+from typing import Any
 
-from pqueue_values import short
+from pqueue_values import above_0, short
 
 NICKNAMES = {
     "@yearly": "0 0 1 1 *",
@@ -27,6 +29,7 @@ FIELDS = {  # name: least, most, and the names of values
     "month": (1, 12, MONTHS),
     "weekday": (0, 7, WEEKDAYS),
 }
+ON_MISSED = ("once", "skip", "all")
 MISSED_SECONDS = 60.0  # after which a time counts as missed
 LONGEST_FOLD = timedelta(hours=24)  # by which clocks are set back
 LONGEST_CYCLE = timedelta(days=40 * 366)  # of 29 February on a certain weekday, across a year like 2100
@@ -132,6 +135,26 @@ class Every:
         return since + (until - since) // self.seconds * self.seconds
 
 
+@lru_cache(maxsize=1024)
+def timing(cron: str | None, zone: str, every_seconds: float | None) -> Cron | Every:
+    return Every(every_seconds or math.inf) if cron is None else Cron(cron, zone)
+
+
+def valid_times(
+    cron: str | None, zone: str, every_seconds: float | timedelta | None, on_missed: str, overlap: bool
+) -> dict[str, Any]:
+    """Return these options of a schedule as they are stored. Raises ValueError."""
+    if (cron is None) == (every_seconds is None):
+        raise ValueError(f"expected either cron or every_seconds, got {short(cron)} and {short(every_seconds)}")
+    if on_missed not in ON_MISSED:
+        raise ValueError(f"expected on_missed to be one of {', '.join(ON_MISSED)}, got {short(on_missed)}")
+    seconds = None if every_seconds is None else above_0("every_seconds", every_seconds)
+    if cron is not None:
+        Cron(cron, zone)
+    given = {"cron": cron, "zone": zone, "every_seconds": seconds}
+    return {**given, "on_missed": on_missed, "overlap": int(overlap)}
+
+
 def due_times(timing: Cron | Every, at: float, on_missed: str, now: float, limit: int) -> tuple[list[float], float]:
     """Return the times for which a schedule that was due `at` gets jobs now, and when it is due next."""
     if on_missed == "all":
@@ -152,6 +175,8 @@ def _offset(at: datetime) -> timedelta:
 def _zone(name: str) -> tzinfo:
     if name == "UTC":  # also where no time zones are installed
         return timezone.utc
+    from zoneinfo import ZoneInfo
+
     try:
         return ZoneInfo(name)
     except (LookupError, ValueError, OSError, TypeError):

@@ -7,22 +7,18 @@ consumers there are, and whenever one is killed.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from pqueue_backend import Backend, Session
-from pqueue_cron import Cron, Every, due_times
+from pqueue_cron import due_times, timing, valid_times
 from pqueue_schema import MOVES, ROOM
 from pqueue_tasks import Task
-from pqueue_tasks import _above_0 as above_0
-from pqueue_values import JobId, Params, QueueError, encode_json, read_json, short, valid_int, valid_name
+from pqueue_values import JobId, Params, QueueError, encode_json, read_json, valid_int, valid_name
 
 MAX_FIRED = 100  # schedules, and times of one of them, per dequeue
-ON_MISSED = ("once", "skip", "all")
 
 
 class Schedule(NamedTuple):
@@ -101,7 +97,7 @@ class Scheduling(Backend):
     @abstractmethod
     def enqueue(
         self,
-        task: str | Task,
+        task: str | Task[..., Any],
         payload: Any = None,
         *,
         queue: str = "default",
@@ -114,7 +110,7 @@ class Scheduling(Backend):
     def schedule(
         self,
         name: str,
-        task: str | Task,
+        task: str | Task[..., Any],
         payload: Any = None,
         *,
         cron: str | None = None,
@@ -137,18 +133,19 @@ class Scheduling(Backend):
 
         Raises ValueError.
         """
-        values = _definition(
-            name, task, payload, queue, priority, cron, zone, every_seconds, on_missed, overlap=overlap
-        )
-        self._save_schedule(values, now)
+        times = valid_times(cron, zone, every_seconds, on_missed, overlap)
+        self._save_schedule(_definition(name, task, payload, queue, priority, times, "schedule"), now)
 
-    def declare_schedules(self, tasks: Iterable[Task], *, now: float | None = None) -> None:
-        """Save the schedules that `@task` gives to these tasks; mark those as removed that their tasks gave before."""
+    def declare_schedules(self, tasks: Iterable[Task[..., Any]], *, now: float | None = None) -> None:
+        """Save the schedules that `@task` gives to these tasks; mark those as removed that their tasks gave before.
+
+        Raises ValueError for a task that cannot be called without arguments.
+        """
         known = {task.name: task for task in tasks}
         for task in known.values():
             if task.schedule:
-                values = _definition(task.name, task, None, queue="default", priority=0, **task.schedule)
-                self._save_schedule({**values, "origin": "task"}, now)
+                values = _definition(task.name, task, _no_arguments(task), "default", 0, task.schedule, "task")
+                self._save_schedule(values, now)
         for found in self.schedules():
             # guard: a schedule that its task does not declare any more is marked
             if found.origin == "task" and found.task in known and not known[found.task].schedule:
@@ -156,14 +153,14 @@ class Scheduling(Backend):
                     session.change(MARK_REMOVED, {"name": found.name})
 
     def _save_schedule(self, values: Params, now: float | None) -> None:
-        timing = _timing(values["cron"], values["zone"], values["every_seconds"])
+        times = timing(values["cron"], values["zone"], values["every_seconds"])
         defined = tuple(values[column] for column in DEFINED)
         with self._transaction() as session:
             before = [tuple(row[: len(DEFINED)]) for row in session.run(SCHEDULE_NAMED, values)]
             if before != [defined]:
                 # guard: a schedule keeps its next time unless that is what changes
                 is_retimed = not before or before[0][TIMED] != defined[TIMED]
-                next_at = timing.next(self._time(now))
+                next_at = times.next(self._time(now))
                 session.change(SAVE_SCHEDULE, {**values, "is_retimed": is_retimed, "next_at": next_at})
                 session.wakes = True
 
@@ -188,7 +185,7 @@ class Scheduling(Backend):
             found, next_at = _schedule(rows[0]), None
             # guard: times while a schedule was paused are not made up for
             if found.paused and not paused and found.next_at <= self._time(now):
-                next_at = _timing(found.cron, found.zone, found.every_seconds).next(self._time(now))
+                next_at = timing(found.cron, found.zone, found.every_seconds).next(self._time(now))
             session.change(SET_SCHEDULE_PAUSED, {"name": name, "paused": paused, "next_at": next_at})
             session.wakes = True
 
@@ -200,10 +197,10 @@ class Scheduling(Backend):
         """Enqueue the jobs of schedules that are due."""
         for found in map(_schedule, session.run(DUE_SCHEDULES, {"now": now, "limit": MAX_FIRED})):
             try:
-                timing = _timing(found.cron, found.zone, found.every_seconds)
+                times_of = timing(found.cron, found.zone, found.every_seconds)
             except ValueError:  # this host does not know the time zone: leave it to others
                 continue
-            times, next_at = due_times(timing, found.next_at, found.on_missed, now, MAX_FIRED)
+            times, next_at = due_times(times_of, found.next_at, found.on_missed, now, MAX_FIRED)
             if session.change(ADVANCE, {"name": found.name, "at": found.next_at, "next_at": next_at}):
                 for at in times:
                     self._fire(session, found, at, now)
@@ -222,49 +219,31 @@ class Scheduling(Backend):
 
 
 def _definition(
-    name: str,
-    task: str | Task,
-    payload: Any,
-    queue: str,
-    priority: int,
-    cron: str | None = None,
-    zone: str = "UTC",
-    every_seconds: float | timedelta | None = None,
-    on_missed: str = "once",
-    *,
-    overlap: bool = False,
+    name: str, task: str | Task[..., Any], payload: Any, queue: str, priority: int, times: Params, origin: str
 ) -> Params:
     """Return the columns of a schedule. Raises ValueError."""
-    if (cron is None) == (every_seconds is None):
-        raise ValueError(f"expected either cron or every_seconds for schedule {short(name)}")
-    if on_missed not in ON_MISSED:
-        raise ValueError(f"expected on_missed to be one of {', '.join(ON_MISSED)}, got {short(on_missed)}")
     valid_name("key", _key(valid_name("schedule", name)))
-    seconds = None if every_seconds is None else above_0("every_seconds", every_seconds)
-    _timing(cron, zone, seconds)
     return {
         "name": name,
         "task": valid_name("task", task.name if isinstance(task, Task) else task),
         "payload": encode_json("payload", payload),
         "queue": valid_name("queue", queue),
         "priority": valid_int("priority", -(2**31), priority),
-        "cron": cron,
-        "zone": zone,
-        "every_seconds": seconds,
-        "on_missed": on_missed,
-        "overlap": int(overlap),
-        "origin": "schedule",
+        **times,
+        "origin": origin,
     }
+
+
+def _no_arguments(task: Task[..., Any]) -> Any:
+    try:
+        return task.parameters.payload((), {})
+    except TypeError as error:
+        raise ValueError(f"cannot schedule a call without arguments: {error}") from None
 
 
 def _key(name: str) -> str:
     """Return the key of a schedule's unfinished job."""
     return f"schedule:{name}"
-
-
-@lru_cache(maxsize=1024)
-def _timing(cron: str | None, zone: str, every_seconds: float | None) -> Cron | Every:
-    return Every(every_seconds or math.inf) if cron is None else Cron(cron, zone)
 
 
 def _schedule(row: Sequence[Any]) -> Schedule:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
 from types import CoroutineType
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol
 if TYPE_CHECKING:
     from pqueue import PersistentQInterface
 
+from pqueue_cron import valid_times
 from pqueue_fields import Parameters, signature
-from pqueue_values import NO_PARAMS, Job, JobId, Params, QueueError, R, duration, short, valid_int, valid_name
+from pqueue_values import NO_PARAMS, Job, JobId, Params, QueueError, R, above_0, duration, short, valid_int, valid_name
 
 P = ParamSpec("P")
 Q = ParamSpec("Q")
@@ -101,6 +102,7 @@ class Task(Caller[P, R]):
     backoff: Callable[[int], float] | None = None
     max_backoff_seconds: float = MAX_BACKOFF_SECONDS
     is_async: bool = False  # a call returns a coroutine
+    schedule: Params | None = field(default=None, compare=False)  # when consumers that know it enqueue it
 
     @overload
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
@@ -167,6 +169,11 @@ def task(
     retry_on: Exceptions = BaseException,
     backoff: Backoff | None = None,
     max_backoff_seconds: float | timedelta = MAX_BACKOFF_SECONDS,
+    cron: str | None = None,
+    zone: str = "UTC",
+    every_seconds: float | timedelta | None = None,
+    on_missed: str = "once",
+    overlap: bool = False,
 ) -> Decorator: ...
 def task(
     name: str | Callable[..., Any] | None = None,
@@ -177,6 +184,11 @@ def task(
     retry_on: Exceptions = BaseException,
     backoff: Backoff | None = None,
     max_backoff_seconds: float | timedelta = MAX_BACKOFF_SECONDS,
+    cron: str | None = None,
+    zone: str = "UTC",
+    every_seconds: float | timedelta | None = None,
+    on_missed: str = "once",
+    overlap: bool = False,
 ) -> Any:
     """Register a function as a task, and replace it with the `Task`: `@task`, or `@task(…)` with options.
 
@@ -188,18 +200,23 @@ def task(
     backoff: the delay before the next attempt: a number of seconds, a list of those after the first, second … attempt
         (the last one repeats), or a function of the number of attempts; None: see `backoff_seconds`.
     max_backoff_seconds: the longest such delay.
+    cron, zone, every_seconds, on_missed, overlap: when to enqueue a job without arguments; those of the queue's
+        `schedule`. A consumer that knows the task saves the schedule, under the task's name, when it starts.
 
     The function may be an `async def`. Raises ValueError for an invalid option, for a generator function, or if another
     function has the name.
     """
     options: dict[str, Any] = {
         "max_attempts": valid_int("max_attempts", 1, max_attempts),
-        "timeout_seconds": None if timeout_seconds is None else _above_0("timeout_seconds", timeout_seconds),
-        "memory_mb": None if memory_mb is None else _above_0("memory_mb", memory_mb),
+        "timeout_seconds": None if timeout_seconds is None else above_0("timeout_seconds", timeout_seconds),
+        "memory_mb": None if memory_mb is None else above_0("memory_mb", memory_mb),
         "retry_on": _exceptions(retry_on),
         "backoff": None if backoff is None else _delays(backoff),
-        "max_backoff_seconds": _above_0("max_backoff_seconds", max_backoff_seconds),
+        "max_backoff_seconds": above_0("max_backoff_seconds", max_backoff_seconds),
     }
+    times = (cron, zone, every_seconds, on_missed, overlap)
+    if times != (None, "UTC", None, "once", False):
+        options["schedule"] = valid_times(*times)
     if callable(name):
         return _register(None, name, options)
     given = None if name is None else valid_name("task", name)
@@ -227,12 +244,6 @@ def _register(name: str | None, function: Callable[..., Any], options: dict[str,
 def _place(function: Callable[..., Any]) -> tuple[str, str]:
     """Return what is the same for a function whose module was reloaded."""
     return getattr(function, "__module__", ""), getattr(function, "__qualname__", short(function))
-
-
-def _above_0(what: str, value: float | timedelta) -> float:
-    if (number := duration(what, value)) > 0:
-        return number
-    raise ValueError(f"expected {what} above 0, got {short(value)}")
 
 
 def _exceptions(kinds: Exceptions) -> tuple[type[BaseException], ...]:

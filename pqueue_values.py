@@ -289,6 +289,13 @@ def valid_lease(seconds: float) -> float:
     raise ValueError(f"expected lease_seconds above 0, got {seconds!r}")
 
 
+def above_0(what: str, value: float | timedelta) -> float:
+    """Return a number of seconds."""
+    if (number := duration(what, value)) > 0:
+        return number
+    raise ValueError(f"expected {what} above 0, got {short(value)}")
+
+
 def valid_id(job_id: int) -> int:
     return valid_int("job id", 0, job_id, MAX_ID)
 

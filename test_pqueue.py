@@ -1994,6 +1994,27 @@ class QueueContract:
             self.queue.schedule("", "t", every_seconds=5)
         self.assertEqual(self.queue.schedules(), [])
 
+    def test_schedule_of_a_task_follows_its_decorator(self):
+        def declared(**options):
+            with mock.patch.dict(pqueue.TASKS, clear=True):
+                pqueue.task("nightly", **options)(lambda: None)
+                self.queue.declare_schedules(pqueue.TASKS.values(), now=NOW)
+            return [(each.cron, each.every_seconds, each.on_missed, each.origin) for each in self.queue.schedules()]
+
+        self.assertEqual(declared(), [])
+        self.assertEqual(declared(cron="@daily"), [("@daily", None, "once", "task")])
+        self.assertEqual(declared(every_seconds=timedelta(hours=1)), [(None, 3600.0, "once", "task")])
+        self.assertEqual(declared(every_seconds=60, on_missed="all"), [(None, 60.0, "all", "task")])
+        self.queue.schedule("own", "nightly", cron="@hourly", now=NOW)
+        self.assertEqual([origin for *_, origin in declared()], ["removed", "schedule"])
+        self.assertEqual([origin for *_, origin in declared(cron="@daily")], ["task", "schedule"])
+
+    def test_schedule_of_a_task_that_needs_arguments_is_refused(self):
+        with mock.patch.dict(pqueue.TASKS, clear=True):
+            pqueue.task("nightly", cron="@daily")(lambda path: path)
+            with self.assertRaisesRegex(ValueError, "cannot schedule a call without arguments: .*path"):
+                self.queue.declare_schedules(pqueue.TASKS.values())
+
     def test_schedule_wakes_its_consumer_in_time(self):
         self.queue.schedule("soon", "t", every_seconds=0.2)
         began = time.monotonic()
@@ -2036,7 +2057,7 @@ class QueueContract:
     def test_schedule_whose_zone_this_host_does_not_know_leaves_others_alone(self):
         self.queue.schedule("tick", "t", every_seconds=10, now=NOW)
         self.queue.schedule("nightly", "t", cron="* * * * *", zone="Asia/Tokyo", now=NOW)
-        with mock.patch.object(pqueue_schedules, "_timing", self.without_zones(pqueue_schedules._timing)):
+        with mock.patch.object(pqueue_schedules, "timing", self.without_zones(pqueue_schedules.timing)):
             self.assertEqual(self.fired(61, 62), [60, None])
         self.assertEqual(self.fired(120), [120])
 

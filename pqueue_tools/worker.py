@@ -104,7 +104,12 @@ class Consumer:
         return self._leases.counts()[1]
 
     def run(self) -> int:
-        """Run jobs until stopped, until the queue is drained, or until the process must be replaced; return which."""
+        """Run jobs until stopped, until the queue is drained, or until the process must be replaced; return which.
+
+        First save the schedules of the tasks. Raises ValueError for one whose task needs arguments.
+        """
+        tasks = [pqueue.TASKS[name] for name in self.wanted["tasks"] if name in pqueue.TASKS]
+        self._retry_while_busy([], lambda: self.queue.declare_schedules(tasks))
         if self.is_embedded:
             with leases.in_thread(self._leases):
                 return self._run()
