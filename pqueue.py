@@ -62,6 +62,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from pqueue_backend import Registration, Session
 from pqueue_move import Moving, count_running
+from pqueue_results import Waiting, Waits
 from pqueue_schema import (
     ADD_QUEUE,
     ADD_TASK,
@@ -108,7 +109,7 @@ from pqueue_schema import (
     UPDATE,
     WITH_KEY,
 )
-from pqueue_search import Filters, Reading
+from pqueue_search import Filters
 from pqueue_tasks import DEFAULT_MAX_ATTEMPTS, TASKS, Task, backoff_seconds, current_queue, run_task, task
 from pqueue_values import (
     MAX_PAYLOAD_BYTES,
@@ -117,6 +118,7 @@ from pqueue_values import (
     Excerpt,
     InvalidTransition,
     Job,
+    JobFailed,
     JobId,
     JobNotFound,
     LeaseLost,
@@ -159,6 +161,7 @@ __all__ = [  # noqa: RUF022 - by use: opening a queue and working with it, error
     "QueueError",
     "LeaseLost",
     "JobNotFound",
+    "JobFailed",
     "InvalidTransition",
     "QueueBusy",
     "QueueFull",
@@ -219,7 +222,7 @@ class UnsyncedLastAttempt(Exception):
 Self = TypeVar("Self", bound="PersistentQInterface")  # typing.Self needs Python 3.11
 
 
-class PersistentQInterface(Reading, Moving):
+class PersistentQInterface(Waiting, Moving):
     """A queue: its operations, in SQL that SQLite and PostgreSQL share.
 
     An object may be used by several threads, and in a forked child. Close it with `close()`, or use it in a `with`
@@ -236,6 +239,7 @@ class PersistentQInterface(Reading, Moving):
     def __init__(self) -> None:
         self._registry: dict[str, Registration] = {}  # replaced, never modified: other threads iterate over it
         self._registering = threading.Lock()
+        self._waits = Waits()
         self._dead_checked_at = -math.inf
 
     def __enter__(self: Self) -> Self:
@@ -546,6 +550,8 @@ class PersistentQInterface(Reading, Moving):
             # guard: fail, release, extend, update need a held lease
             if not session.change(sql, params):
                 _refuse(session, verb, job)
+            if sql is FAIL:
+                session.finished.append(job.id)
 
     # Operating
 
@@ -601,6 +607,7 @@ class PersistentQInterface(Reading, Moving):
             if not session.change(sql, params):
                 raise _refusal(session, verb, job_id, allowed)
             session.wakes = True
+            session.finished.append(job_id)  # if it did not: waiters look
 
     @contextmanager
     def exclusive(self, job_ids: Sequence[int] | None = None) -> Iterator[None]:
@@ -870,6 +877,7 @@ class PersistentQInterface(Reading, Moving):
             consumers = [row[0] for row in session.run(LOST_BY, params)][-job.attempts :]
             params["error"] = _last_loss_error(job, consumers, params["error"])
             session.change(FAIL, params)
+            session.finished.append(job.id)
         session.wakes = True
 
     def _find_dead(self) -> list[str] | None:
@@ -908,6 +916,7 @@ class PersistentQInterface(Reading, Moving):
 
 
 def _complete(session: Session, job: Job, result: str | None, now: float) -> int:
+    session.finished.append(job.id)
     return session.change(COMPLETE, {"id": job.id, "token": job.lease_token, "result": result, "now": now})
 
 
@@ -935,6 +944,7 @@ def _fail_unreadable(session: Session, job: Job, now: float) -> bool:
     with session:
         session.change(RECORD, {**params, "event": "failed", "actor": job.consumer})
         session.change(FAIL, params)
+        session.finished.append(job.id)
     return True
 
 
