@@ -721,13 +721,14 @@ def metrics_command(queue: PersistentQInterface, options: argparse.Namespace) ->
     opens=False,
 )
 def torture(_: None, options: argparse.Namespace) -> CommandResult:
-    """Kill producers and consumers at random, on a temporary database next to the real one, and verify that no job
-    was lost or done twice."""
+    """Kill producers and consumers at random, on a temporary database next to the real one (on PostgreSQL: in a
+    temporary schema), and verify that no job was lost or done twice."""
     expect_posix()
-    parent = pqueue.sqlite_path().parent
-    if not parent.is_dir():
+    server = os.environ["PQUEUE_URL"] if pqueue.is_postgres() else None
+    parent = None if server else pqueue.sqlite_path().parent
+    if parent and not parent.is_dir():
         raise Problem(f"no folder {parent}: create it, or set PQUEUE_URL")
-    found = Torture(parent, options.durability).run(options.seconds)
+    found = Torture(parent, options.durability, server).run(options.seconds)
     lines = [f"{key:24}  {for_people(key, value, 0)}" for key, value in found.items() if key != "problems"]
     lines += [f"problem: {each}" for each in found["problems"]] or ["nothing was lost, nothing was done twice"]
     return CommandResult([found], "\n".join(lines), int(bool(found["problems"])))

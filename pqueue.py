@@ -110,7 +110,17 @@ from pqueue_schema import (
     WITH_KEY,
 )
 from pqueue_search import Filters
-from pqueue_tasks import DEFAULT_MAX_ATTEMPTS, TASKS, Task, backoff_seconds, current_queue, run_task, task
+from pqueue_tasks import (
+    DEFAULT_MAX_ATTEMPTS,
+    TASKS,
+    Task,
+    backoff_seconds,
+    current_job,
+    current_queue,
+    run_task,
+    task,
+    task_name,
+)
 from pqueue_values import (
     MAX_PAYLOAD_BYTES,
     DatabaseReplaced,
@@ -230,7 +240,7 @@ class PersistentQInterface(Waiting, Moving):
 
     Invalid arguments raise ValueError. Every method may raise QueueBusy, or QueueFull if the disk is full. After an
     error nothing has changed. Times are Unix seconds. `now` replaces the clock in tests. `by` is the operator to record
-    in the job's history; None: the user who runs this process.
+    in the job's history; None: the user who runs this process or, inside a task, that task.
 
     A backend implements the abstract methods (sessions, wake-up, liveness, backup and check); it must keep the
     guarantees above and pass `QueueContract` in test_pqueue.py.
@@ -447,6 +457,7 @@ class PersistentQInterface(Waiting, Moving):
                 lost = self._complete_all(session, completions, at)
                 if lost and nested:
                     _refuse(session, "complete", lost[0])
+                session.finished += [job.id for job, _ in completions]
                 self._reclaim(session, dead, at)
                 params = claim_params(me, limit, wanted, lease_seconds, at)
                 jobs = claimed_jobs(session, self._claim(session, params, me.prefetches), params) if limit else []
@@ -477,6 +488,7 @@ class PersistentQInterface(Waiting, Moving):
             # guard: complete needs a held lease
             if not _complete(session, job, encoded, self._time(now)):
                 _refuse(session, "complete", job)
+            session.finished.append(job.id)
 
     def fail(
         self,
@@ -602,7 +614,7 @@ class PersistentQInterface(Waiting, Moving):
     ) -> None:
         params = {"error": None, **values, "id": valid_id(job_id), "now": self._time(now)}
         with self._transaction() as session:
-            session.change(RECORD, {**params, "event": event, "actor": operator_name(by)})
+            session.change(RECORD, {**params, "event": event, "actor": _actor(by)})
             # guard: a refused operator verb raises
             if not session.change(sql, params):
                 raise _refusal(session, verb, job_id, allowed)
@@ -916,7 +928,6 @@ class PersistentQInterface(Waiting, Moving):
 
 
 def _complete(session: Session, job: Job, result: str | None, now: float) -> int:
-    session.finished.append(job.id)
     return session.change(COMPLETE, {"id": job.id, "token": job.lease_token, "result": result, "now": now})
 
 
@@ -926,6 +937,12 @@ def claim_params(me: Registration, limit: int, wanted: Params, lease_seconds: fl
     # guard: each claim has its own number
     params["token"] = f"{me.token}.{next(me.claims)}"
     return params
+
+
+def _actor(by: str | None) -> str:
+    """Return whom to record for an operator's action: without a name, the task that acts, or this process's user."""
+    job = None if by else current_job()
+    return operator_name(by) if job is None else task_name(job.consumer)
 
 
 def claimed_jobs(session: Session, rows: list[Any], params: Params) -> list[Job]:

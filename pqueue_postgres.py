@@ -338,6 +338,8 @@ SELECT jobs.id FROM queues q CROSS JOIN LATERAL
 SELECT finished_at, run_at, started_at FROM queues q CROSS JOIN LATERAL
     (SELECT * FROM jobs WHERE state = 'completed' AND queue = q.name AND finished_at >= :start AND finished_at < :end
      ORDER BY finished_at DESC LIMIT :limit) jobs""",
+    # differs because a text is searched in another way
+    pqueue_schema.FAILURES: pqueue_schema.failures("split_part(error, chr(10), 1)"),
 }
 
 # Operations in one statement, and so in one round trip

@@ -206,8 +206,15 @@ SELECT * FROM (SELECT id, priority, run_at FROM jobs
                WHERE state = 'pending' AND {ASSIGNED} ORDER BY {ORDER} LIMIT :limit) assigned"""
 
 # guard: an attempt counts when it is claimed
-LEASED = """state = 'processing', attempts = attempts + 1, consumer = :consumer, lease_token = :token,
-    lease_expires_at = :lease_expires_at, started_at = :now"""
+LEASE = {
+    "state": "'processing'",
+    "attempts": "attempts + 1",
+    "consumer": ":consumer",
+    "lease_token": ":token",
+    "lease_expires_at": ":lease_expires_at",
+    "started_at": ":now",
+}
+LEASED = ", ".join(f"{column} = {value}" for column, value in LEASE.items())
 
 # Lease the first job to the consumer; on PostgreSQL, the first :limit jobs.
 CLAIM = f"""
@@ -420,11 +427,18 @@ SELECT queue, task, count(*) FROM jobs WHERE state = 'pending' AND assigned_to I
 # Return the first id, and the last id + 1.
 ID_RANGE = "SELECT coalesce((SELECT min(id) FROM jobs), 0), coalesce((SELECT max(id) FROM jobs), -1) + 1"
 
-# Count failed jobs by task and error. The LIMIT, larger than any table, keeps SQLite before 3.41 from flattening the
-# subquery, and so from reading the rows instead of the index.
-FAILURES = f"""
-SELECT task, error, count(*), max(id) FROM
-    (SELECT task, substr(error, 1, {FAILURE_CHARS}) AS error, id FROM jobs WHERE state = 'failed' LIMIT {MAX_ID}) failed
-GROUP BY task, error ORDER BY count(*) DESC, max(id) DESC LIMIT {MAX_GROUPS}"""
+
+def failures(first_line: str) -> str:
+    """Count failed jobs by task and first line of the error. The LIMIT, larger than any table, keeps SQLite before 3.41
+    from flattening the subquery, and so from reading the rows instead of the index."""
+    return f"""
+SELECT task, {first_line} AS line, count(*), max(id) FROM (
+    SELECT task, coalesce(substr(error, 1, {FAILURE_CHARS}), '') AS error, id FROM jobs WHERE state = 'failed'
+    LIMIT {MAX_ID}) failed
+GROUP BY task, line ORDER BY count(*) DESC, max(id) DESC LIMIT {MAX_GROUPS}"""
+
+
+# Return the largest groups of failed jobs.
+FAILURES = failures("substr(error, 1, instr(error || char(10), char(10)) - 1)")
 
 TABLES = ("jobs", "queues", "queue_tasks", "consumers", "history")

@@ -156,17 +156,12 @@ class Reading(Backend):
         return {(queue, name): jobs for queue, name, jobs in self._read(PENDING_TASKS)}
 
     def failures(self) -> list[dict[str, Any]]:
-        """Return the failed jobs grouped by task and first line of the error, the largest group first.
+        """Return the failed jobs grouped by task and first line of the error, the largest group first, then the newest.
 
         Each group is a dict: "task"; "error", the line; "jobs", their number; "last_id", the highest id.
         """
-        groups: dict[tuple[str, str], dict[str, Any]] = {}
-        for name, error, jobs, last_id in self._read(FAILURES):
-            line = (error or "").split("\n", 1)[0]
-            group = groups.setdefault((name, line), {"task": name, "error": line, "jobs": 0, "last_id": 0})
-            group["jobs"] += jobs
-            group["last_id"] = max(group["last_id"], last_id)
-        return sorted(groups.values(), key=lambda group: (-group["jobs"], group["task"], group["error"]))
+        keys = ("task", "error", "jobs", "last_id")
+        return [dict(zip(keys, row, strict=True)) for row in self._read(FAILURES)]
 
     def list_jobs(
         self,

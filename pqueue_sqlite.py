@@ -51,8 +51,8 @@ from pqueue_results import Polling
 from pqueue_schema import (
     APPLICATION_ID,
     ASSIGNED,
-    COLUMNS,
     COMPLETED,
+    LEASE,
     LEASED,
     LIMITED,
     MIGRATIONS,
@@ -67,6 +67,7 @@ from pqueue_values import (
     NO_PARAMS,
     DatabaseReplaced,
     Job,
+    LeaseLost,
     Params,
     QueueBusy,
     QueueError,
@@ -91,12 +92,11 @@ SELECT name FROM queues q WHERE max_pending IS NOT NULL AND pending <>
 
 # Statements that only SQLite has
 
-# Finish jobs with their results. :completions is a JSON array of [id, lease token, result].
-# guard: a batch completes under its tokens only
+# Complete jobs of a claim. :results is a JSON object of their ids and results.
+# guard: a batch completes under its token only
 COMPLETE_MANY = f"""
-UPDATE jobs SET {COMPLETED}, result = json_extract(value, '$[2]')
-FROM json_each(:completions) WHERE jobs.id = json_extract(value, '$[0]') AND lease_token = json_extract(value, '$[1]')
-RETURNING jobs.id"""
+UPDATE jobs SET {COMPLETED}, result = value
+FROM json_each(:results) results WHERE jobs.id = CAST(results.key AS INTEGER) AND lease_token = :token"""
 
 # Return the first job of each task in each queue that a consumer may take from, in order: the jobs' order, then queue
 # and task.
@@ -114,11 +114,13 @@ WHERE {PENDING_IN_QUEUE} AND task = :task ORDER BY {ORDER} LIMIT :limit"""
 NEXT_ASSIGNED = f"""
 SELECT -priority, run_at, id FROM jobs WHERE state = 'pending' AND {ASSIGNED} ORDER BY {ORDER} LIMIT :limit"""
 
-# Return the attempts of these jobs. :ids is a JSON array.
-ATTEMPTS_OF = "SELECT id, attempts, max_attempts FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
+# Return these jobs as they will be after LEASE_THESE, which takes half as long as RETURNING. :ids is a JSON array.
+AS_LEASED = f"""
+SELECT {", ".join(LEASE.get(column, column) for column in Job._fields)} FROM jobs
+WHERE id IN (SELECT value FROM json_each(:ids))"""
 
 # Lease these jobs to the consumer. :ids is a JSON array.
-CLAIM_THESE = f"UPDATE jobs SET {LEASED} WHERE id IN (SELECT value FROM json_each(:ids)) RETURNING {COLUMNS}"
+LEASE_THESE = f"UPDATE jobs SET {LEASED} WHERE id IN (SELECT value FROM json_each(:ids))"
 
 # Return the number of a consumer's lock.
 SLOT_OF = "SELECT slot FROM consumers WHERE token = :token"
@@ -693,18 +695,23 @@ class PersistentQSQLite(PersistentQInterface):
         if params["limit"] == 1:
             return super()._claim(session, params, prefetches)
         ids = _first_ids(session, params)
-        attempts = {row[0]: row[1:] for row in session.run(ATTEMPTS_OF, {"ids": to_json(ids)})}
-        number = _batch_size([attempts[job_id] for job_id in ids], prefetches)
-        return session.run(CLAIM_THESE, {**params, "ids": to_json(ids[:number])})
+        found = {row[0]: row for row in session.run(AS_LEASED, {**params, "ids": to_json(ids)})}
+        rows = [found[job_id] for job_id in ids]
+        rows = rows[: _batch_size([row[7:9] for row in rows], prefetches)]
+        session.change(LEASE_THESE, {**params, "ids": to_json([row[0] for row in rows])})
+        return rows
 
     def _complete_all(self, session: Session, completions: list[tuple[Job, str | None]], now: float) -> list[Job]:
-        ids = {job.id for job, _ in completions}
-        if len(completions) < 2 or len(ids) < len(completions):
-            return super()._complete_all(session, completions, now)
-        rows = [(job.id, job.lease_token, result) for job, result in completions]
-        done = {row[0] for row in session.run(COMPLETE_MANY, {"completions": to_json(rows), "now": now})}
-        session.finished += done
-        return [job for job, _ in completions if job.id not in done]
+        tokens = {job.lease_token for job, _ in completions}
+        if len(completions) > 1 and len(tokens) == 1:  # of one claim
+            results = {job.id: result for job, result in completions}
+            params = {"results": to_json(results), "token": tokens.pop(), "now": now}
+            with suppress(LeaseLost), session:
+                # guard: complete_and_dequeue reports a lost lease in a batch
+                if session.change(COMPLETE_MANY, params) < len(completions):
+                    raise LeaseLost  # roll back, and find out which
+                return []
+        return super()._complete_all(session, completions, now)
 
     def _count_pending(self, session: Session, queues: Iterable[str]) -> None:
         is_limited = bool(session.run(LIMITED))
@@ -966,13 +973,13 @@ class PersistentQSQLite(PersistentQInterface):
 
 
 def _batch_size(attempts: list[tuple[int, int]], prefetches: bool) -> int:
-    """Return how many of the next jobs to claim, given their (attempts, max_attempts).
+    """Return how many of the next jobs to claim, given their (attempts with this one, max_attempts).
 
     A job that was delivered before is claimed alone: if it kills its consumer again, no other job is affected. So is a
     job with a single attempt, unless the attempt counts only when the job begins.
     """
     # guard: a job with one attempt is claimed alone
-    alone = (n for n, (made, most) in enumerate(attempts) if made or (most == 1 and not prefetches))
+    alone = (n for n, (made, most) in enumerate(attempts) if made > 1 or (most == 1 and not prefetches))
     # guard: a redelivered job is claimed alone
     return max(1, next(alone, len(attempts)))
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import random
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Task:
     retry_on: tuple[type[BaseException], ...] = (BaseException,)
     backoff: Callable[[int], float] | None = None
     max_backoff_seconds: float = MAX_BACKOFF_SECONDS
+    is_async: bool = False  # a call returns a coroutine
 
     def __call__(self, job: Job) -> Any:
         return self.function(job)
@@ -88,7 +90,8 @@ def task(
         (the last one repeats), or a function of the number of attempts; None: see `backoff_seconds`.
     max_backoff_seconds: the longest such delay.
 
-    Raises ValueError for an invalid option, for a generator or async function, or if another function has the name.
+    The function may be an `async def`. Raises ValueError for an invalid option, for a generator function, or if another
+    function has the name.
     """
     options: dict[str, Any] = {
         "max_attempts": valid_int("max_attempts", 1, max_attempts),
@@ -105,12 +108,13 @@ def task(
 
 
 def _register(name: str | None, function: Callable[[Job], Any], options: dict[str, Any]) -> Task:
-    is_generator = inspect.isgeneratorfunction(function)
-    if is_generator or inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        kind = "a generator function, which runs nothing when it is called" if is_generator else "an async function"
-        raise ValueError(f"expected an ordinary function as a task, got {short(function)}, {kind}")
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        kind = "a generator function, which runs nothing when it is called"
+        raise ValueError(f"expected an ordinary or async function as a task, got {short(function)}, {kind}")
     if not callable(function) or inspect.isclass(function):
         raise ValueError(f"expected a function as a task, got {short(function)}")
+    is_async = any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None))))  # noqa: B004
+    options["is_async"] = is_async
     entry = Task(name or valid_name("task", str(getattr(function, "__name__", ""))), function, **options)
     other = TASKS.get(entry.name)
     if other is not None and _place(other.function) != _place(function):
@@ -151,30 +155,65 @@ def _delays(backoff: Backoff) -> Callable[[int], float]:
     return lambda attempts: delays[min(attempts, len(delays)) - 1]
 
 
-_current = threading.local()
+# The queue and the job of the task that runs in this context: a thread, or an asyncio task
+_current: ContextVar[tuple[PersistentQInterface, Job] | None] = ContextVar("pqueue_current", default=None)
 
 
 def current_queue() -> PersistentQInterface:
-    """Return the queue of the job that this thread is running.
+    """Return the queue of the job that this thread or asyncio task is running.
 
     Raises QueueError outside a task.
     """
-    queue: PersistentQInterface | None = getattr(_current, "queue", None)
-    if queue is None:
+    current = _current.get()
+    if current is None:
         raise QueueError("no task runs in this thread: open a queue of your own")
-    return queue
+    return current[0]
 
 
-def run_task(queue: PersistentQInterface, job: Job) -> Any:
-    """Run the job's task and return its result. Raises what the task raises, or LookupError for an unknown task."""
+def current_job() -> Job | None:
+    """Return the job that this thread or asyncio task is running, as it was when it was taken; None: none."""
+    current = _current.get()
+    return current and current[1]
+
+
+def task_name(consumer: str | None) -> str:
+    """Return the name by which a task that acts as an operator is recorded."""
+    return f"task of {consumer}"
+
+
+def call_task(queue: PersistentQInterface, job: Job) -> Any:
+    """Call the job's task in this context; return its result, which is a coroutine if the task is async.
+
+    Raises what the task raises, or LookupError for an unknown task.
+    """
     if job.task not in TASKS:
         known = ", ".join(sorted(TASKS)) or "none"
         raise LookupError(f"unknown task {job.task!r}; this consumer knows {known}: give it --import MODULE")
-    _current.queue = queue
+    _current.set((queue, job))
+    return TASKS[job.task](job)
+
+
+def run_task(
+    queue: PersistentQInterface, job: Job, *, run_coroutine: Callable[[Coroutine[Any, Any, Any]], Any] | None = None
+) -> Any:
+    """Run the job's task and return its result. Raises what the task raises, or LookupError for an unknown task.
+
+    run_coroutine: runs an async task; None: asyncio.run.
+    """
+    before = _current.get()
     try:
-        return TASKS[job.task](job)
+        result = call_task(queue, job)
+        if type(result) is not CoroutineType:
+            return result
+        return run_coroutine(result) if run_coroutine else _run_coroutine(result)
     finally:
-        _current.queue = None
+        _current.set(before)
+
+
+def _run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    import asyncio  # only for async tasks: it takes 30 ms
+
+    return asyncio.run(coroutine)
 
 
 def backoff_seconds(attempts: int, base_seconds: float = 5.0, cap_seconds: float = MAX_BACKOFF_SECONDS) -> float:

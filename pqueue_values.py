@@ -221,7 +221,7 @@ def _depth(value: Any) -> int:
     return depth
 
 
-_from_json = json.JSONDecoder().decode
+_decoder = json.JSONDecoder()
 
 
 class Excerpt(str):
@@ -240,7 +240,15 @@ def read_json(text: str) -> Any:
         value = _from_json(text)
     except (ValueError, RecursionError):  # a number of more than 4,300 digits; nested too deep
         return Excerpt(text)
-    return Excerpt(text) if _is_too_deep(text, value) else value
+    return Excerpt(text) if len(text) > 2 * MAX_JSON_DEPTH and _is_too_deep(text, value) else value
+
+
+def _from_json(text: str) -> Any:
+    try:
+        value, end = _decoder.raw_decode(text)  # takes half as long as decode, and accepts no spaces around
+    except ValueError:
+        end = -1
+    return value if end == len(text) else _decoder.decode(text)
 
 
 def to_job(row: Sequence[Any], read: Callable[[str], Any] = read_json) -> Job:
@@ -248,7 +256,7 @@ def to_job(row: Sequence[Any], read: Callable[[str], Any] = read_json) -> Job:
     fields[3] = read(row[3])
     if row[18] is not None:
         fields[18] = read(row[18])
-    return Job._make(fields)
+    return Job(*fields)
 
 
 def to_excerpt(row: Sequence[Any], most: int | None) -> Job:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from pqueue import Job, LeaseLost, PersistentQInterface, QueueError
+from pqueue_tasks import task_name
 from pqueue_tools import record as fields
 from pqueue_tools.process import log, log_completed
 from pqueue_tools.record import Record, Run
@@ -121,7 +122,7 @@ class Leases:
         return False
 
     def settled_as(self, job: Job) -> str | None:
-        """Return how the task itself has settled this delivery: completed, failed, released or snoozed; None: not."""
+        """Return how the task itself has settled this delivery: completed, or the event in its history; None: not."""
         with suppress(QueueError):
             now = self.queue.get(job.id)
             if (now.state, now.consumer, now.attempts) == ("completed", self.name, job.attempts):
@@ -130,8 +131,9 @@ class Leases:
         return None
 
     def _last_event(self, job_id: int, attempt: int | None = None) -> str | None:
-        last = (self.queue.history(job_id) or [{"event": None}])[-1]
-        mine = last["event"] in ("failed", "released", "snoozed") and last["actor"] == self.name
+        last = (self.queue.history(job_id) or [{"event": None, "actor": None}])[-1]
+        mine = last["actor"] == task_name(self.name)
+        mine = mine or (last["event"] in ("failed", "released", "snoozed") and last["actor"] == self.name)
         return last["event"] if mine and attempt in (None, last["attempt"]) else None
 
     def beat(self, *, at_once: bool = False) -> None:

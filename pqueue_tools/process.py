@@ -149,7 +149,7 @@ def log_completed(name: str, jobs: list[Job], lost: list[Job], *, quiet: bool = 
 
 def quoted(value: Any) -> str:
     text = _field(value)
-    plain = text and text.isprintable() and not any(mark in text for mark in ' "=')
+    plain = text and text.isprintable() and not (" " in text or '"' in text or "=" in text)
     return text if plain else '"' + text.encode("unicode_escape").decode().replace('"', '\\"') + '"'
 
 

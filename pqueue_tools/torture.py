@@ -9,18 +9,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import secrets
 import shutil
 import signal
-import sqlite3
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import closing, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
 
-from pqueue import LeaseLost, PersistentQSQLite, QueueBusy
+from pqueue import Job, LeaseLost, PersistentQInterface, QueueBusy, is_postgres, open_queue
 from pqueue_tools.process import blocked_signals
 
 PRODUCERS = 2
@@ -31,12 +32,26 @@ START_SECONDS = 60.0  # how long to wait for the first job
 LATE_EVERY = 20  # one delivery in this many lets its lease expire
 MAX_ATTEMPTS = 10_000  # so that no job fails because its consumers were killed
 
-EFFECT = "INSERT INTO effects SELECT id, lease_token IS NOT ? FROM jobs WHERE id = ?"
+
+def execute(db: Any, sql: str) -> Any:
+    """Execute a statement on the connection that `transaction` yields, of either backend."""
+    return (getattr(db, "exec_driver_sql", None) or db.execute)(sql)
 
 
-def produce(folder: Path, durability: str, name: str) -> None:
+def schema(queue: PersistentQInterface) -> str:
+    """Return the schema of the queue's tables."""
+    return f'"{getattr(queue, "schema", "main")}"'
+
+
+def _insert_effect(queue: PersistentQInterface, db: Any, job: Job) -> None:
+    stale = f"CASE WHEN lease_token = '{job.lease_token}' THEN 0 ELSE 1 END"
+    jobs, effects = f"{schema(queue)}.jobs", f"{schema(queue)}.effects"
+    execute(db, f"INSERT INTO {effects} SELECT id, {stale} FROM {jobs} WHERE id = {job.id}")
+
+
+def produce(folder: Path, url: str, durability: str, name: str) -> None:
     """Enqueue jobs forever, and record each job when `enqueue` has returned."""
-    queue = PersistentQSQLite(folder / "queue.db", durability=durability)
+    queue = open_queue(url, durability=durability)
     _started_file(folder, name).touch()
     with (folder / f"{name}.acknowledged").open("a") as acknowledged:
         while True:
@@ -47,9 +62,9 @@ def produce(folder: Path, durability: str, name: str) -> None:
                 time.sleep(0.002)
 
 
-def consume(folder: Path, durability: str, name: str, drain: bool = False) -> None:
+def consume(folder: Path, url: str, durability: str, name: str, drain: bool = False) -> None:
     """Complete jobs, each with its effect in the same transaction; with `drain`, until none is left."""
-    queue = PersistentQSQLite(folder / "queue.db", durability=durability)
+    queue = open_queue(url, durability=durability)
     _started_file(folder, name).touch()
     while True:
         with suppress(QueueBusy):
@@ -65,7 +80,7 @@ def consume(folder: Path, durability: str, name: str, drain: bool = False) -> No
                 time.sleep(LEASE_SECONDS * 1.7)
             try:
                 with queue.transaction() as db:
-                    db.execute(EFFECT, [job.lease_token, job.id])
+                    _insert_effect(queue, db, job)
                     queue.complete(job)
             except LeaseLost:
                 with (folder / f"{name}.refused").open("a") as refused:
@@ -83,24 +98,39 @@ def _start_with_blocked_signals(child: BaseProcess) -> None:
         child.start()
 
 
-class Torture:
-    """One run, in a temporary folder in `parent`, on the same disk as the real database."""
+def _in_schema_of_its_own(url: str) -> str:
+    place, _, query = url.partition("?")
+    kept = [each for each in query.split("&") if each and not each.startswith("schema=")]
+    return f"{place}?{'&'.join([*kept, f'schema=torture_{secrets.token_hex(4)}'])}"
 
-    def __init__(self, parent: Path, durability: str) -> None:
+
+class Torture:
+    """One run, on a temporary database in `parent`, on the same disk as the real one; or, if `server` is given, in a
+    temporary schema of this database of PostgreSQL."""
+
+    def __init__(self, parent: Path | None, durability: str, server: str | None = None) -> None:
         self.durability = durability
         self.folder = Path(tempfile.mkdtemp(prefix="torture-", dir=parent))
+        self.url = str(self.folder / "queue.db") if server is None else _in_schema_of_its_own(server)
         self.kills = self.stops = 0
         self._context = multiprocessing.get_context("spawn")
         self._children: dict[str, BaseProcess] = {}
         self._stopped: dict[str, float] = {}
-        queue = PersistentQSQLite(self.folder / "queue.db", durability=durability)
-        with queue.transaction() as db:
-            db.execute("CREATE TABLE effects (job_id INTEGER NOT NULL, stale INTEGER NOT NULL)")
-        queue.close()
+
+    def _create(self) -> None:
+        with closing(open_queue(self.url, durability=self.durability)) as queue, queue.transaction() as db:
+            execute(db, f"CREATE TABLE {schema(queue)}.effects (job_id BIGINT NOT NULL, stale INTEGER NOT NULL)")
+
+    def _delete(self) -> None:
+        shutil.rmtree(self.folder)
+        if is_postgres(self.url):
+            with closing(open_queue(self.url)) as queue, queue.transaction() as db:
+                execute(db, f"DROP SCHEMA {schema(queue)} CASCADE")
 
     def run(self, seconds: float) -> dict[str, Any]:
         """Return the results; "problems" has a sentence for each violated guarantee."""
         try:
+            self._create()
             for name in self._names():
                 self._start(name)
             self._wait_for_job()
@@ -114,7 +144,7 @@ class Torture:
             return {"seconds": round(time.monotonic() - began, 1), "durability": self.durability, **self._verify()}
         finally:
             self._end()
-            shutil.rmtree(self.folder)
+            self._delete()
 
     def _wait_for_job(self) -> None:
         """Wait until the processes have started: on a busy machine this takes longer than a short run."""
@@ -128,7 +158,7 @@ class Torture:
     def _start(self, name: str) -> None:
         work = produce if name.startswith("producer") else consume
         _started_file(self.folder, name).unlink(missing_ok=True)
-        self._children[name] = self._context.Process(target=work, args=(self.folder, self.durability, name))
+        self._children[name] = self._context.Process(target=work, args=(self.folder, self.url, self.durability, name))
         _start_with_blocked_signals(self._children[name])
 
     def _disturb(self, name: str) -> None:
@@ -161,7 +191,7 @@ class Torture:
         self._children.clear()
 
     def _drain(self) -> None:
-        drainer = self._context.Process(target=consume, args=(self.folder, self.durability, "drainer", True))
+        drainer = self._context.Process(target=consume, args=(self.folder, self.url, self.durability, "drainer", True))
         self._children["drainer"] = drainer  # so that it is killed if this process is interrupted
         _start_with_blocked_signals(drainer)
         drainer.join()
@@ -179,29 +209,29 @@ class Torture:
         if sys.stderr.isatty():
             print(file=sys.stderr)
         acknowledged, refused = set(self._recorded("acknowledged")), self._recorded("refused")
-        with closing(sqlite3.connect(self.folder / "queue.db")) as db:
-            states = dict(db.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
-            stored = {row[0] for row in db.execute("SELECT id FROM jobs")}
-            effects = dict(db.execute("SELECT job_id, count(*) FROM effects GROUP BY job_id").fetchall())
-            stale = db.execute("SELECT count(*) FROM effects WHERE stale").fetchone()[0]
-            deliveries = db.execute("SELECT coalesce(sum(attempts), 0) FROM jobs").fetchone()[0]
-            integrity = db.execute("PRAGMA integrity_check").fetchone()[0]
-        completed = states.get("completed", 0)
+        with closing(open_queue(self.url, create=False)) as queue:
+            with queue.transaction() as db:
+                jobs = execute(db, f"SELECT id, state, attempts FROM {schema(queue)}.jobs").fetchall()
+                done = execute(db, f"SELECT job_id, stale FROM {schema(queue)}.effects").fetchall()
+            damage = [] if is_postgres(self.url) else queue.check()["problems"]
+        stored = {job_id for job_id, _, _ in jobs}
+        effects = Counter(job_id for job_id, _ in done)
+        completed = sum(1 for _, state, _ in jobs if state == "completed")
         checks = {
             "acknowledged jobs are lost": len(acknowledged - stored),
             "jobs are not completed": len(stored) - completed,
             "jobs have more than one effect": sum(1 for number in effects.values() if number > 1),
             "jobs have no effect": len(stored - effects.keys()),
-            "effects were committed under a stale token": stale,
+            "effects were committed under a stale token": sum(stale for _, stale in done),
             "effects have no job": len(effects.keys() - stored),
         }
         problems = [f"{number} {what}" for what, number in checks.items() if number]
-        problems += [] if integrity == "ok" else [f"the database is damaged: {integrity}"]
+        problems += [f"the database is damaged: {each}" for each in damage]
         problems += [] if acknowledged and self.kills else ["nothing was tested: allow more seconds"]
         return {
             "acknowledged": len(acknowledged),
             "completed": completed,
-            "deliveries": deliveries,
+            "deliveries": sum(attempts for _, _, attempts in jobs),
             "killed": self.kills,
             "stopped": self.stops,
             "late completions refused": len(refused),

@@ -1,6 +1,6 @@
 """Put millions of jobs through the queue while it is pruned; see that none is lost and that nothing grows.
 
-    PYTHONPATH=. python tests/soak.py --jobs 10000000
+    PYTHONPATH=. python tests/soak.py --jobs 10000000 [--max-jobs 1000]
 
 Each job is a number, which its consumer marks in a map of its own. Files, memory and rates are sampled every second,
 written to soak.csv and, where matplotlib is installed, drawn in soak.png. Exit code 1 if a promise was broken.
@@ -98,8 +98,9 @@ def prune(url: str) -> None:
 
 
 class Soak:
-    def __init__(self, folder: Path, jobs: int) -> None:
+    def __init__(self, folder: Path, jobs: int, max_jobs: int | None = None) -> None:
         self.folder, self.jobs, self.url = folder, jobs, str(folder / "queue.db")
+        self.options = [] if max_jobs is None else ["--max-jobs", str(max_jobs)]  # of the consumers
         self.queue = pqueue.open_queue(self.url)
         self.queue.limit("default", MAX_PENDING)
         self.samples: list[Sample] = []
@@ -138,6 +139,7 @@ class Soak:
 
     def _consumer(self, number: int) -> subprocess.Popen[bytes]:
         command = [sys.executable, str(ROOT / "consumer.py"), "--import", "soak", "--name", f"consumer_{number}"]
+        command += self.options
         here = {"PQUEUE_URL": self.url, "SOAK_FOLDER": str(self.folder), "SOAK_JOBS": str(self.jobs)}
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         return subprocess.Popen(command, env={**os.environ, **here, "PYTHONPATH": path}, stdout=subprocess.DEVNULL)
@@ -279,10 +281,11 @@ def draw(samples: list[Sample], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--jobs", type=int, default=10_000_000, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--max-jobs", type=int, metavar="N", help="replace each worker after N jobs (default: never)")
     parser.add_argument("--to", type=Path, default=Path("docs"), metavar="FOLDER", help="(default: %(default)s)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-", dir=ROOT / "var") as folder:
-        soak = Soak(Path(folder), options.jobs)
+        soak = Soak(Path(folder), options.jobs, options.max_jobs)
         problems = soak.run()
     write(soak.samples, options.to)
     last = soak.samples[-1]

@@ -4,10 +4,16 @@
 
 from __future__ import annotations
 
+import json
+
+import psycopg
 import pytest
 from test_admin import *
 from test_admin import folder as plain_folder
+from test_admin import test_torture_finds_a_queue_without_its_token_guard as find_missing_guard
 from test_postgres import database, server
+
+import pqueue
 
 del (
     test_operator_whose_folder_has_no_queue_creates_none,  # noqa: F821
@@ -15,7 +21,6 @@ del (
     test_doctor_finds_a_log_that_a_reader_keeps_from_shrinking,  # noqa: F821
     test_doctor_reports_each_problem,  # noqa: F821
     test_torture_finds_a_queue_without_its_token_guard,  # noqa: F821
-    test_torture_proves_that_nothing_is_lost,  # noqa: F821
 )
 
 
@@ -23,3 +28,19 @@ del (
 def folder(plain_folder, database, monkeypatch):
     monkeypatch.setenv("PQUEUE_URL", database)
     return plain_folder
+
+
+def test_torture_uses_a_schema_of_its_own_and_drops_it(folder, run, database, monkeypatch):
+    pqueue.open_queue(database).close()
+    monkeypatch.setenv("PQUEUE_URL", f"{database}&schema=other" if "?" in database else f"{database}?schema=other")
+    code, out, _ = run("torture", "--seconds", "5", "--json")
+    found = json.loads(out)
+    assert (code, found["problems"]) == (0, [])
+    assert min(found["acknowledged"], found["killed"], found["completed"]) > 0
+    with psycopg.connect(database) as db:
+        names = db.execute("SELECT nspname::text FROM pg_namespace WHERE nspname !~ '^(pg_|information)'").fetchall()
+    assert sorted(names) == [("pqueue",), ("public",)]
+
+
+def test_torture_finds_a_queue_on_the_server_without_its_token_guard(folder, tmp_path_factory):
+    find_missing_guard(tmp_path_factory.mktemp("broken"))

@@ -47,6 +47,9 @@ def settles(job):
     if job.payload == "fail": queue.fail(job, "by hand", retry_in_seconds=400)
     if job.payload == "release": queue.release(job, delay_seconds=500)
     if job.payload == "complete": queue.complete(job, "by hand")
+    if job.payload == "cancel": queue.cancel(job.id); time.sleep(1)
+    if job.payload == "mark_failed": queue.mark_failed(job.id, "by hand")
+    if job.payload == "assign": queue.assign(job.id, "another")
     if job.payload == "and raise": queue.fail(job, "by hand"); raise KeyError("afterwards")
 
 class Broken(Exception):
@@ -134,7 +137,10 @@ def test_result_that_cannot_be_stored_fails_the_job_at_once(tasks):
 
 @pytest.mark.parametrize(
     ("verb", "state"),
-    [("complete", "completed"), ("fail", "scheduled"), ("release", "scheduled"), ("and raise", "scheduled")],
+    [
+        *(("complete", "completed"), ("fail", "scheduled"), ("release", "scheduled"), ("and raise", "scheduled")),
+        *(("cancel", "cancelled"), ("mark_failed", "failed"), ("assign", "pending")),
+    ],
 )
 def test_job_that_its_task_settles_is_not_called_lost(tasks, verb, state):
     jobs, log = run(tasks, settles=verb)
