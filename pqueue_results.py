@@ -169,6 +169,7 @@ class Waiting(Reading):
         return _result_of(job)
 
     def _wait_for(self, job_id: int) -> Done:
+        # guard: a wait inside a transaction is refused
         if self.in_transaction:
             raise QueueError(
                 f"cannot wait for job {job_id} inside a transaction, which keeps it from running: wait after it"

@@ -176,19 +176,20 @@ class QueueContract:
             "mark_failed": lambda job: q.mark_failed(job.id, now=NOW),
             "cancel": lambda job: q.cancel(job.id, now=NOW),
             "assign": lambda job: q.assign(job.id, "w2", now=NOW),
+            "result": lambda job: q.result(job.id, timeout_seconds=0),
             "dequeue": lambda _: q.dequeue("worker", now=NOW),
             "dequeue when due": lambda _: q.dequeue("worker", now=NOW + 2000),
         }
-        lost, bad = LeaseLost, InvalidTransition
+        lost, bad, late, ended = LeaseLost, InvalidTransition, TimeoutError, JobFailed
         table = {  # state: new state or error, in the order of the verbs above
-            "scheduled": [bad] * 6 + [bad, "failed", "cancelled", "scheduled", "scheduled", "processing"],
-            "pending": [bad] * 6 + [bad, "failed", "cancelled", "pending", "processing", "processing"],
+            "scheduled": [bad] * 6 + [bad, "failed", "cancelled", "scheduled", late, "scheduled", "processing"],
+            "pending": [bad] * 6 + [bad, "failed", "cancelled", "pending", late, "processing", "processing"],
             "processing": ["completed", "scheduled", "failed", "pending", "processing", "processing"]
-            + [bad, "failed", "cancelled", "pending", "processing", "processing"],
-            "stolen": [lost] * 6 + [bad, "failed", "cancelled", "pending", "processing", "processing"],
-            "completed": [lost] * 6 + ["pending", bad, bad, bad, "completed", "completed"],
-            "failed": [lost] * 6 + ["pending", bad, bad, bad, "failed", "failed"],
-            "cancelled": [lost] * 6 + ["pending", bad, bad, bad, "cancelled", "cancelled"],
+            + [bad, "failed", "cancelled", "pending", late, "processing", "processing"],
+            "stolen": [lost] * 6 + [bad, "failed", "cancelled", "pending", late, "processing", "processing"],
+            "completed": [lost] * 6 + ["pending", bad, bad, bad, "completed", "completed", "completed"],
+            "failed": [lost] * 6 + ["pending", bad, bad, bad, ended, "failed", "failed"],
+            "cancelled": [lost] * 6 + ["pending", bad, bad, bad, ended, "cancelled", "cancelled"],
         }
         for state, row in table.items():
             for (verb, call), expected in zip(verbs.items(), row, strict=True):
@@ -551,7 +552,7 @@ class QueueContract:
 
         def wait():
             try:
-                outcomes.append(self.queue.result(job_id, timeout_seconds=20))
+                outcomes.append(self.queue.result(job_id, timeout_seconds=10))
             except (QueueError, TimeoutError) as error:
                 outcomes.append(error)
 
@@ -658,7 +659,7 @@ class QueueContract:
             with self.subTest(wrong), self.assertRaisesRegex(ValueError, "expected timeout_seconds"):
                 job_id.result(timeout_seconds=wrong)
         with self.assertRaisesRegex(QueueError, "inside a transaction"), self.queue.transaction():
-            self.queue.enqueue("t").result()
+            self.queue.enqueue("t").result(timeout_seconds=0.01)
         outcomes = self.waiting(job_id)
         self.reopen().delete_jobs([job_id])
         self.assertIsInstance(wait_until(lambda: outcomes)[0], JobNotFound)
