@@ -424,6 +424,19 @@ SELECT finished_at, run_at, started_at FROM queues q CROSS JOIN jobs WHERE jobs.
 PENDING_TASKS = """
 SELECT queue, task, count(*) FROM jobs WHERE state = 'pending' AND assigned_to IS NULL GROUP BY queue, task"""
 
+# Return what PENDING_TASKS does, of the queues where a job was due before :before and none was started or ended since.
+# Of the events, the last 100 suffice: an attempt that failed and is repeated is among them, if only such end.
+STALLED = """
+SELECT queue, task, jobs FROM (
+    SELECT queue, task, count(*) AS jobs, min(run_at) AS oldest FROM jobs
+    WHERE state = 'pending' AND assigned_to IS NULL GROUP BY queue, task) waiting
+WHERE oldest < :before AND NOT EXISTS
+    (SELECT 1 FROM jobs WHERE state = 'completed' AND queue = waiting.queue AND finished_at >= :before)
+AND NOT EXISTS (SELECT 1 FROM jobs WHERE state = 'failed' AND queue = waiting.queue AND finished_at >= :before)
+AND NOT EXISTS (SELECT 1 FROM jobs WHERE state = 'processing' AND queue = waiting.queue AND started_at >= :before)
+AND NOT EXISTS (SELECT 1 FROM history JOIN jobs ON jobs.id = job_id
+    WHERE history.id > (SELECT max(id) FROM history) - 100 AND at >= :before AND queue = waiting.queue)"""
+
 # Return the first id, and the last id + 1.
 ID_RANGE = "SELECT coalesce((SELECT min(id) FROM jobs), 0), coalesce((SELECT max(id) FROM jobs), -1) + 1"
 

@@ -19,6 +19,7 @@ from pqueue_schema import (
     INDEXED,
     LATEST_COMPLETED,
     PENDING_TASKS,
+    STALLED,
     STATES,
     UNFINISHED_IDS,
 )
@@ -154,6 +155,12 @@ class Reading(Backend):
     def pending_tasks(self) -> dict[tuple[str, str], int]:
         """Return the numbers of pending jobs that are not assigned, by queue and task."""
         return {(queue, name): jobs for queue, name, jobs in self._read(PENDING_TASKS)}
+
+    def stalled(self, since: float) -> dict[tuple[str, str], int]:
+        """Return what `pending_tasks` does, of the queues that make no progress: a job has been due, and none was
+        started or finished, since this time, in Unix seconds."""
+        rows = self._read(STALLED, {"before": finite("since", since)})
+        return {(queue, name): jobs for queue, name, jobs in rows}
 
     def failures(self) -> list[dict[str, Any]]:
         """Return the failed jobs grouped by task and first line of the error, the largest group first, then the newest.

@@ -53,7 +53,7 @@ from bench.postgres import SCALE, SERVER, PostgresLimit, milliseconds
 from pqueue_tools.process import OneLineParser, expect_posix, whole_number
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = "one round of a tenth of the work, without idle and depth, and other queues' workers only at full"
+QUICK = "one round of a tenth of the work, without the columns that take long, and other queues' workers only at full"
 QUICK_SCALE = 0.1  # of the work, passed to the measuring processes
 PUT_MANY = 100
 LEFT_OUT = "BENCH_WITHOUT"  # tells the measuring processes and their consumers which optimization to disable
@@ -61,12 +61,20 @@ LEFT_OUT = "BENCH_WITHOUT"  # tells the measuring processes and their consumers 
 QUEUES = {
     f"{queues} queues, {workers} workers": (queues, workers) for workers in (1, WORKERS) for queues in (1, 30, 200)
 }
-COLUMNS = [*SIMPLE, "program", "share", "put under load", *ALONGSIDE, "pickup", "idle", "depth", *QUEUES]
+ON_SERVER = ("prune over 0.5 ms", "connections")  # columns that need --url
+SLOW = ("depth", "idle", *QUEUES, *ON_SERVER)  # left out by --quick
+COLUMNS = [*SIMPLE, "program", "share", "put under load", *ALONGSIDE, "pickup", "prune", *SLOW]
 
 
 @pqueue.task()
 def noop(_: pqueue.Job) -> None:
     """Do nothing."""
+
+
+@pqueue.task()
+def nap(_: pqueue.Job) -> None:
+    """Run for two seconds."""
+    time.sleep(2)
 
 
 @pqueue.task()
@@ -230,6 +238,74 @@ def measure_alongside(ours: Ours, number: int) -> dict[str, float]:
     return measure_put_alongside(ours, number, jobs)
 
 
+def measure_prune(ours: Ours, jobs: int = int(60_000 * SCALE), queues: int = 30) -> dict[str, float]:
+    """Prune completed jobs, a third of which have an event in their history."""
+    for number in range(queues):
+        ours.queue.enqueue("noop", queue=f"q{number}")
+        fill(ours.queue, max(3, jobs // queues), queue=f"'q{number}'", state="completed", finished_at="1.0 + i")
+    with transaction(ours.queue) as execute:
+        columns = "history (job_id, at, event, actor, attempt)"
+        execute(f"INSERT INTO {columns} SELECT id, 1.0, 'failed', 'c', 1 FROM jobs WHERE mod(id, 3) = 0")
+    began = time.perf_counter()
+    return {"jobs/s": ours.queue.prune(0, states=["completed"]) / (time.perf_counter() - began)}
+
+
+def measure_prune_far(ours: Ours) -> dict[str, float]:
+    """Prune through a proxy that delays each piece by 0.25 ms, in both directions."""
+    import psycopg  # noqa: PLC0415
+
+    url = urlsplit(ours.url)
+    with psycopg.connect(ours.url) as near:
+        server = [near.info.host, str(near.info.port)]
+    command = [sys.executable, "-m", "bench.delaying_proxy", *server, "0.00025"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as proxy:
+        assert proxy.stdin is not None
+        assert proxy.stdout is not None
+        user = f"{url.username}@" if url.username else ""
+        place = f"{user}127.0.0.1:{int(proxy.stdout.readline())}"
+        ours.queue.close()
+        ours.queue = pqueue.open_queue(urlunsplit(url._replace(netloc=place, query="")), durability=ours.durability)
+        figures = measure_prune(ours)
+        ours.queue.close()
+        proxy.stdin.close()
+    return figures
+
+
+def measure_connections(ours: Ours) -> dict[str, float]:
+    """Count the connections of each program."""
+    import psycopg  # noqa: PLC0415
+
+    figures: dict[str, float] = {}
+    environment = {**os.environ, "PQUEUE_URL": ours.url, "PQUEUE_DURABILITY": ours.durability}
+    with psycopg.connect(ours.url, autocommit=True) as db:
+        mine = "application_name = 'pqueue' AND datname = current_database()"
+        own = {pid for (pid,) in db.execute(f"SELECT pid FROM pg_stat_activity WHERE {mine}")}
+
+        def now() -> int:
+            return len({pid for (pid,) in db.execute(f"SELECT pid FROM pg_stat_activity WHERE {mine}")} - own)
+
+        def most(seconds: float) -> int:
+            wait_until(lambda: now() > 0)
+            until, found = time.monotonic() + seconds, [0]
+            while time.monotonic() < until:
+                found.append(now())
+                time.sleep(0.02)
+            return max(found)
+
+        with consumers(ours, 1, "--lease-seconds", "1"):
+            time.sleep(1)
+            figures["idle consumer"] = most(1)
+            ours.queue.enqueue("nap")
+            figures["consumer at work"] = most(2)
+        for name, arguments in {"producer": ["producer.py"], "dashboard": ["ops.py", "--port", "0"]}.items():
+            command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
+            child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, cwd=ours.folder)
+            figures[name] = most(1)
+            child.terminate()
+            child.wait()
+    return figures
+
+
 def measure_idle(ours: Ours, seconds: float = 10.0) -> dict[str, float]:
     with consumers(ours, 1) as (child,):
         time.sleep(1)
@@ -261,6 +337,9 @@ MEASURES: dict[str, Callable[..., dict[str, float]]] = {
     "put under load": measure_put_under_load,
     **{name: partial(measure_alongside, number=number) for name, number in ALONGSIDE.items()},
     "pickup": measure_pickup,
+    "prune": measure_prune,
+    "prune over 0.5 ms": measure_prune_far,
+    "connections": measure_connections,
     "idle": measure_idle,
     "depth": measure_depth,
     **{name: partial(measure_queues, queues=queues, workers=workers) for name, (queues, workers) in QUEUES.items()},
@@ -272,13 +351,21 @@ def took(jobs: list[pqueue.Job]) -> float:
     return max(job.finished_at or 0 for job in jobs) - min(job.started_at or 0 for job in jobs)
 
 
+@contextlib.contextmanager
+def transaction(queue: Any) -> Iterator[Callable[[str], Any]]:
+    """Yield a function that executes SQL on the queue's tables."""
+    with queue.transaction() as db:
+        if SERVER in os.environ:
+            db.exec_driver_sql("SET LOCAL search_path = pqueue")
+        yield db.exec_driver_sql if SERVER in os.environ else db.execute
+
+
 def fill(queue: Any, rows: int, /, **columns: object) -> None:
     """Insert rows directly with SQL, before the measurement starts."""
     values = {"queue": "'default'", "task": "'noop'", "payload": "'null'", "state": "'pending'", "priority": 0}
     values |= {"run_at": 1.0, "max_attempts": 3, "created_at": 1.0}
     values |= {name: f"'{value}'" if name == "state" else value for name, value in columns.items()}
-    with queue.transaction() as db:
-        execute = db.exec_driver_sql if SERVER in os.environ else db.execute
+    with transaction(queue) as execute:
         execute("INSERT INTO queues (name) VALUES ('default') ON CONFLICT DO NOTHING")
         execute("INSERT INTO queue_tasks (queue, task) VALUES ('default', 'noop') ON CONFLICT DO NOTHING")
         execute(
@@ -350,7 +437,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(why(options.rounds))
         return 0
     columns = options.only or (
-        [c for c in COLUMNS if c not in ("depth", "idle", *QUEUES)] if options.quick else COLUMNS
+        [c for c in COLUMNS if not (options.quick and c in SLOW) and (options.url or c not in ON_SERVER)]
     )
     if options.quick:
         os.environ.setdefault("BENCH_SCALE", str(QUICK_SCALE))
@@ -369,6 +456,8 @@ def check_needs(options: argparse.Namespace) -> None:
     """Refuse before anything is measured what would fail afterwards."""
     if (options.why or options.redis) and (options.only or options.url or options.json or options.plot):
         parser().error("expected no option but --rounds with --why and --redis, got another option")
+    if not options.url and set(options.only or ()) & set(ON_SERVER):
+        parser().error(f"expected --url with {', '.join(ON_SERVER)}, got none")
     if options.plot and not importlib.util.find_spec("matplotlib"):
         sys.exit("bench: --plot needs matplotlib: pip install matplotlib")
     if options.url and not (importlib.util.find_spec("psycopg") and importlib.util.find_spec("sqlalchemy")):

@@ -566,6 +566,20 @@ SELECT finished_at, run_at, started_at FROM pqueue.queues q CROSS JOIN LATERAL
 -- Count the pending jobs that are not assigned by queue and task.
 SELECT queue, task, count(*) FROM pqueue.jobs WHERE state = 'pending' AND assigned_to IS NULL GROUP BY queue, task;
 
+-- STALLED
+-- Return what PENDING_TASKS does, of the queues where a job was due before :before and none was started or ended since.
+-- Of the events, the last 100 suffice: an attempt that failed and is repeated is among them, if only such end.
+-- $1 before
+SELECT queue, task, jobs FROM (
+    SELECT queue, task, count(*) AS jobs, min(run_at) AS oldest FROM pqueue.jobs
+    WHERE state = 'pending' AND assigned_to IS NULL GROUP BY queue, task) waiting
+WHERE oldest < $1 AND NOT EXISTS
+    (SELECT 1 FROM pqueue.jobs WHERE state = 'completed' AND queue = waiting.queue AND finished_at >= $1)
+AND NOT EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'failed' AND queue = waiting.queue AND finished_at >= $1)
+AND NOT EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'processing' AND queue = waiting.queue AND started_at >= $1)
+AND NOT EXISTS (SELECT 1 FROM pqueue.history JOIN pqueue.jobs ON jobs.id = job_id
+    WHERE history.id > (SELECT max(id) FROM pqueue.history) - 100 AND at >= $1 AND queue = waiting.queue);
+
 -- ID_RANGE
 -- Return the first id, and the last id + 1.
 SELECT coalesce((SELECT min(id) FROM pqueue.jobs), 0), coalesce((SELECT max(id) FROM pqueue.jobs), -1) + 1;

@@ -17,6 +17,7 @@ from pqueue_tools.masking import masked, masked_error, masked_job, masked_text
 from pqueue_values import command_line
 
 LONG_WAIT_SECONDS = 600.0  # a pending job that has waited longer is reported
+STALL_SECONDS = 60.0  # a queue in which jobs are due, and none has begun or ended for longer, is reported
 LATE_SECONDS = 5.0  # a job whose lease expired longer ago is reported
 SEVERITIES = ("info", "warning", "critical")
 NO_FINDINGS = "no problem found"
@@ -72,6 +73,7 @@ def findings(
         *_no_consumers(stats, consumers, alive, now),
         *_unserved_queues(stats, alive),
         *_unknown_tasks(queue, stats, alive),
+        *_stalled_queues(queue, stats, alive, now),
         *_duplicate_names(alive),
         *_expired_leases(queue, now),
         *_queue_findings(queue, stats, now),
@@ -168,6 +170,29 @@ def _unknown_tasks(
     for task, jobs in unknown.items():
         text = f"task {task!r}: {count(jobs, 'job')} pending and no running consumer knows this task"
         yield Finding("critical", text, f"run {command_line('consumer')} --import MODULE", "queues")
+
+
+def _stalled_queues(
+    queue: PersistentQInterface, stats: dict[str, Any], alive: list[dict[str, Any]], now: float
+) -> Iterator[Finding]:
+    """Report queues that make no progress although jobs are due that an idle consumer should run."""
+    before = now - STALL_SECONDS
+    idle = [each for each in alive if not each["job_ids"]]
+    waiting = [name for name, each in stats["queues"].items() if not each["paused"] and _is_due(each, before)]
+    jobs: dict[str, int] = {}
+    names: dict[str, str] = {}
+    for (name, task), number in queue.stalled(before).items() if idle and waiting else ():
+        free = [each["name"] for each in idle if _serves(each, name) and _knows(each, task)]
+        if free and name in waiting:
+            jobs[name], names[name] = jobs.get(name, 0) + number, free[0]
+    for name, number in jobs.items():
+        due = f"{count(number, 'job')} due, none begun or ended for {span(STALL_SECONDS)}"
+        text = f"queue {name!r} makes no progress: {due}"
+        yield Finding("critical", text, f"read the log of {names[name]}, which is idle, and restart it", "queues")
+
+
+def _is_due(queue: dict[str, Any], before: float) -> bool:
+    return queue["oldest_pending_at"] is not None and queue["oldest_pending_at"] < before
 
 
 def _serves(consumer: dict[str, Any], queue: str) -> bool:

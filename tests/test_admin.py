@@ -618,6 +618,20 @@ def test_pause_is_information_however_long_jobs_wait(front, queue, run):
     assert "'default': the oldest" not in out
 
 
+def test_doctor_finds_a_queue_that_makes_no_progress_though_a_consumer_is_idle(queue):
+    now = time.time()
+    queue.dequeue("w", tasks=["t"])
+    queue.enqueue_many("t", range(2), queue="mail", now=now - 120)
+    queue.enqueue("u", now=now - 120)
+    found = [str(each) for each in report.findings(queue) if "makes no progress" in str(each)]
+    text = "queue 'mail' makes no progress: 2 jobs due, none begun or ended for 1 m"
+    assert found == [f"{text}: read the log of w, which is idle, and restart it"]
+    for change in (lambda: queue.pause("mail"), lambda: queue.resume("mail") or queue.dequeue("w", tasks=["t"])):
+        change()
+        assert "makes no progress" not in str(report.findings(queue))
+    assert "makes no progress" not in str(report.findings(queue, now + 90))  # it is busy
+
+
 def test_doctor_finds_a_queue_that_no_consumer_serves(queue):
     queue.enqueue_many("t", range(2), queue="mail")
     queue.dequeue("w", queues=["images"])

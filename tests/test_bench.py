@@ -91,6 +91,7 @@ def test_bench_reports_missing_requirements_before_it_measures(bench, arguments,
     [
         (["--only", "nonsense"], "invalid choice: 'nonsense'"),
         (["--rounds", "0"], "argument --rounds: expected"),
+        (["--only", "connections"], "expected --url with prune over 0.5 ms, connections, got none"),
         (["--why", "--only", "put"], "expected no option but --rounds with --why and --redis, got another option"),
     ],
 )
@@ -110,6 +111,14 @@ def test_bench_says_that_it_cannot_reach_the_server(place):
 
 def test_bench_measures_workers_of_many_queues(bench, place):
     done = bench("--quick", "--only", "30 queues, 4 workers", "--json", "found.json")
+    assert (done.returncode, done.stderr) == (0, "")
+    results = json.loads((place.folder / "found.json").read_text())["results"]
+    assert [row["contestant"] for row in results] == ["pqueue", "pqueue"]
+    assert all(row["figures"]["jobs/s"][0] > 0 for row in results)
+
+
+def test_bench_measures_how_fast_old_jobs_are_pruned(bench, place):
+    done = bench("--quick", "--only", "prune", "--json", "found.json")
     assert (done.returncode, done.stderr) == (0, "")
     results = json.loads((place.folder / "found.json").read_text())["results"]
     assert [row["contestant"] for row in results] == ["pqueue", "pqueue"]

@@ -287,6 +287,7 @@ class PostgresFiles(PostgresCase):
             queue.list_jobs(state=state, limit=50, queue="default", task="t")
         queue.stats()
         queue.failures()
+        queue.stalled(1e12)
         queue.activity(0, 1e9)
         queue.timings()
         queue.consumers()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import threading
@@ -11,11 +12,12 @@ import postgres_server
 import psycopg
 import pytest
 import sqlalchemy
-from delaying_proxy import DelayingProxy
+from conftest import ROOT
 from test_postgres import database, driver_of, server  # noqa: F401 - fixtures
 
 import pqueue
 import pqueue_postgres
+from bench.delaying_proxy import DelayingProxy
 from pqueue import PersistentQSQLite
 from test_pqueue import wait_until
 
@@ -202,6 +204,17 @@ def test_verbs_work_over_a_slow_network(far):
         done.set()
         consumer.join()
         assert queue.prune(-100) == len(ids) - 1
+
+
+def test_bench_measures_the_network_and_counts_connections(database, place):  # noqa: F811
+    columns = ("--only", "prune over 0.5 ms", "--only", "connections")
+    command = ("--quick", *columns, "--json", "found.json", "--url", database)
+    done = place.run("-m", "bench", *command, PYTHONPATH=str(ROOT), BENCH_SCALE="0.01")
+    assert (done.returncode, done.stderr) == (0, "")
+    results = json.loads((place.folder / "found.json").read_text())["results"]
+    found = {row["column"]: row["figures"] for row in results}
+    assert found["prune over 0.5 ms"]["jobs/s"][0] > 0
+    assert found["connections"] == {"idle consumer": [2], "consumer at work": [2], "producer": [1], "dashboard": [1]}
 
 
 def test_check_of_a_sound_queue_finds_nothing(queue):

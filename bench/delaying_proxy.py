@@ -1,12 +1,18 @@
-"""A TCP proxy that delays what it passes on, as a network between client and server does."""
+"""A TCP proxy that delays what it passes on, as a network between client and server does.
+
+python -m bench.delaying_proxy HOST PORT SECONDS      # prints its port, and runs until its standard input ends
+"""
 
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
+from typing import Any
 
 
 class DelayingProxy:
@@ -22,7 +28,7 @@ class DelayingProxy:
         self._sockets: list[socket.socket] = [self._listening]
         self._threads = [self._start(self._accept)]
 
-    def _start(self, target, *arguments) -> threading.Thread:
+    def _start(self, target: Callable[..., None], *arguments: Any) -> threading.Thread:
         thread = threading.Thread(target=target, args=arguments, daemon=True)
         thread.start()
         return thread
@@ -72,3 +78,10 @@ class DelayingProxy:
             each.close()
         for thread in self._threads:
             thread.join(5)
+
+
+if __name__ == "__main__":
+    proxy = DelayingProxy(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))
+    print(proxy.port, flush=True)
+    sys.stdin.read()
+    proxy.close()
