@@ -262,7 +262,7 @@ class PersistentQInterface(Waiting, Moving):
 
     def enqueue(
         self,
-        task: str | Task,
+        task: str | Task[..., Any],
         payload: Any = None,
         *,
         queue: str = "default",
@@ -318,7 +318,7 @@ class PersistentQInterface(Waiting, Moving):
 
     def enqueue_many(
         self,
-        task: str | Task,
+        task: str | Task[..., Any],
         payloads: Iterable[Any],
         *,
         queue: str = "default",
@@ -1013,7 +1013,7 @@ def _queue_list(queues: Sequence[str] | None) -> str | None:
 
 
 def _new_job(
-    task: str | Task,
+    task: str | Task[..., Any],
     queue: str,
     priority: int,
     delay_seconds: float,

@@ -91,6 +91,8 @@ from pqueue_sqlite import SQLiteSession
 from pqueue_values import JobId, Params
 
 log = logging.getLogger("pqueue")
+# The driver raises the error of a lost connection, and then logs that it cannot end its pipeline.
+logging.getLogger("psycopg").addFilter(lambda record: not record.getMessage().startswith("error ignored terminating"))
 
 WAITING = "waiting"  # the NOTIFY of a process that waits for a result
 AWAITED_SECONDS = 4.0  # how long those that finish jobs then send NOTIFY, too
@@ -773,6 +775,12 @@ class OnPostgres(PersistentQSQLAlchemy):
         )
         connection.prepare_threshold = None if self.pooled else 3
         self._settings = Settings(self.durability, self._milliseconds, connection.info.server_version)
+        if self._is_open:  # another program may have migrated the tables while the connection was lost
+            with ExitStack() as undo:
+                undo.callback(connection.close)
+                with self._db_errors(), connection.cursor() as cursor:
+                    self._expect_known(cursor.execute(self._sql("SELECT number FROM version")).fetchall()[0][0])
+                undo.pop_all()
         return connection
 
     def _new_link(self) -> Link:
@@ -797,16 +805,19 @@ class OnPostgres(PersistentQSQLAlchemy):
         version = self._version()
         if version is None and not create:
             raise QueueError(f"no queue at {self.name}: a producer or a consumer creates it")
-        if version is not None and version > len(pqueue_schema.MIGRATIONS):
-            raise pqueue.SchemaMismatch(
-                f"cannot use {self.name}: expected schema {len(pqueue_schema.MIGRATIONS)} or older, got {version}: "
-                "use the pqueue that wrote it, or a newer one"
-            )
+        self._expect_known(version or 0)
         if version != len(pqueue_schema.MIGRATIONS):
             self._migrate()
         unsafe = ", ".join(row[0] for row in self._read(UNSAFE)) if self.durability == "full" else ""
         if unsafe:
             log.warning("%s: a crash of the server may lose jobs: %s is off there", self.name, unsafe)
+
+    def _expect_known(self, version: int) -> None:
+        if version > len(pqueue_schema.MIGRATIONS):
+            raise pqueue.SchemaMismatch(
+                f"cannot use {self.name}: expected schema {len(pqueue_schema.MIGRATIONS)} or older, got {version}: "
+                "use the pqueue that wrote it, or a newer one"
+            )
 
     def _version(self) -> int | None:
         found = self._read(f"SELECT to_regclass('{SCHEMA}.version')::text")

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, overload
 
 if TYPE_CHECKING:
     from pqueue import PersistentQInterface
 
-from pqueue_values import Job, QueueError, duration, short, valid_int, valid_name
+from pqueue_fields import Parameters, signature
+from pqueue_values import NO_PARAMS, Job, JobId, Params, QueueError, R, duration, short, valid_int, valid_name
+
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+T = TypeVar("T")
 
 DEFAULT_MAX_ATTEMPTS = 3
 MAX_BACKOFF_SECONDS = 3600.0
@@ -24,12 +30,70 @@ Backoff = float | timedelta | Sequence[float] | Callable[[int], float]
 Exceptions = type[BaseException] | tuple[type[BaseException], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A named function that takes a `Job` and returns a JSON-serializable result, with the options of `task`."""
+class Caller(Generic[P, R]):
+    """Enqueues calls of a task: a `Task`, or what its `using` and `on` return."""
+
+    _task: Task[P, R]
+    _queue: PersistentQInterface | None = None
+    _options: Params = NO_PARAMS
+
+    @overload  # the result of an async function is that of its coroutine
+    def enqueue(self: Caller[Q, Coroutine[Any, Any, T]], *args: Q.args, **kwargs: Q.kwargs) -> JobId[T]: ...
+    @overload
+    def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> JobId[R]: ...
+    def enqueue(self, *args: Any, **kwargs: Any) -> JobId[Any]:
+        """Store a job that calls the function with these arguments, and return its id.
+
+        The queue is that given by `on`; else, inside a task, the current queue, in its transaction if there is one;
+        else the one that `open_queue()` opens, once for each process.
+
+        Raises TypeError for arguments that the function does not take, and what the queue's `enqueue` raises.
+        """
+        task = self._task
+        queue = self._queue or queue_in_use()
+        return queue.enqueue(task, task.parameters.payload(args, kwargs), **self._options)
+
+    def enqueue_many(self, calls: Iterable[tuple[Any, ...] | dict[str, Any]]) -> list[JobId[R]]:
+        """Store one job per call, all or none, and return their ids in order; a call is a tuple of positional arguments
+        or a dict of those with names."""
+        task = self._task
+        payloads = [
+            task.parameters.payload((), each) if isinstance(each, dict) else task.parameters.payload(each, {})
+            for each in calls
+        ]
+        return (self._queue or queue_in_use()).enqueue_many(task, payloads, **self._options)
+
+    def using(
+        self,
+        *,
+        queue: str | None = None,
+        priority: int | None = None,
+        delay_seconds: float | None = None,
+        run_at: float | None = None,
+        max_attempts: int | None = None,
+        key: str | None = None,
+        assigned_to: str | None = None,
+    ) -> Caller[P, R]:
+        """Return an object whose `enqueue` passes these options, which are those of the queue's `enqueue`."""
+        given = {name: value for name, value in locals().items() if name != "self" and value is not None}
+        return _BoundCaller(self._task, self._queue, {**self._options, **given})
+
+    def on(self, queue: PersistentQInterface) -> Caller[P, R]:
+        """Return an object whose `enqueue` stores in this queue."""
+        return _BoundCaller(self._task, queue, self._options)
+
+
+class _BoundCaller(Caller[P, R]):
+    def __init__(self, task: Task[P, R], queue: PersistentQInterface | None, options: Params) -> None:
+        self._task, self._queue, self._options = task, queue, options
+
+
+@dataclass(frozen=True)
+class Task(Caller[P, R]):
+    """A function with a name, which jobs refer to, and the options of `task`. Called, it calls the function."""
 
     name: str
-    function: Callable[[Job], Any]
+    function: Callable[..., R]
     max_attempts: int = DEFAULT_MAX_ATTEMPTS
     timeout_seconds: float | None = None
     memory_mb: float | None = None
@@ -38,8 +102,27 @@ class Task:
     max_backoff_seconds: float = MAX_BACKOFF_SECONDS
     is_async: bool = False  # a call returns a coroutine
 
-    def __call__(self, job: Job) -> Any:
-        return self.function(job)
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+    @overload
+    def __call__(self, job: Job, /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> R:  # type: ignore[misc]
+        return self.function(*args, **kwargs)
+
+    @cached_property
+    def _task(self) -> Task[P, R]:  # type: ignore[override]
+        return self
+
+    # Only when first used: annotations may name what the module defines below the function.
+    @cached_property
+    def parameters(self) -> Parameters:
+        """How arguments become a payload and back. Raises TypeError for an annotation that cannot be stored."""
+        return Parameters(self.name, self.function)
+
+    @cached_property
+    def run(self) -> Callable[[Job], Any]:
+        """Runs a job: calls the function with the fields of the payload."""
+        return self.parameters.runner()
 
     def retry_in_seconds(self, attempts: int) -> float:
         """Return the delay after this many attempts."""
@@ -49,13 +132,31 @@ class Task:
         return backoff_seconds(attempts, cap_seconds=self.max_backoff_seconds)
 
 
-TASKS: dict[str, Task] = {}
+TASKS: dict[str, Task[..., Any]] = {}
+
+
+class Anything:
+    """No object is of this class. A function whose first parameter accepts it also accepts any other."""
+
+
+class Decorator(Protocol):
+    """Makes a task of a function. Its first parameter, if of the class `Job`, is no argument of `enqueue`; if it
+    accepts any object, it may be either, and calls are not checked."""
+
+    @overload
+    def __call__(self, function: Callable[Concatenate[Anything, P], R], /) -> Task[..., R]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[Job, P], R], /) -> Task[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> Task[P, R]: ...
 
 
 @overload
-def task(name: Callable[[Job], Any], /) -> Task: ...
-
-
+def task(name: Callable[Concatenate[Anything, P], R], /) -> Task[..., R]: ...
+@overload
+def task(name: Callable[Concatenate[Job, P], R], /) -> Task[P, R]: ...
+@overload
+def task(name: Callable[P, R], /) -> Task[P, R]: ...
 @overload
 def task(
     name: str | None = None,
@@ -66,11 +167,9 @@ def task(
     retry_on: Exceptions = BaseException,
     backoff: Backoff | None = None,
     max_backoff_seconds: float | timedelta = MAX_BACKOFF_SECONDS,
-) -> Callable[[Callable[[Job], Any]], Task]: ...
-
-
+) -> Decorator: ...
 def task(
-    name: str | Callable[[Job], Any] | None = None,
+    name: str | Callable[..., Any] | None = None,
     *,
     max_attempts: int = DEFAULT_MAX_ATTEMPTS,
     timeout_seconds: float | timedelta | None = None,
@@ -78,7 +177,7 @@ def task(
     retry_on: Exceptions = BaseException,
     backoff: Backoff | None = None,
     max_backoff_seconds: float | timedelta = MAX_BACKOFF_SECONDS,
-) -> Task | Callable[[Callable[[Job], Any]], Task]:
+) -> Any:
     """Register a function as a task, and replace it with the `Task`: `@task`, or `@task(…)` with options.
 
     name: the name of the task; None: that of the function.
@@ -107,15 +206,16 @@ def task(
     return lambda function: _register(given, function, options)
 
 
-def _register(name: str | None, function: Callable[[Job], Any], options: dict[str, Any]) -> Task:
+def _register(name: str | None, function: Callable[..., Any], options: dict[str, Any]) -> Task[..., Any]:
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         kind = "a generator function, which runs nothing when it is called"
         raise ValueError(f"expected an ordinary or async function as a task, got {short(function)}, {kind}")
     if not callable(function) or inspect.isclass(function):
         raise ValueError(f"expected a function as a task, got {short(function)}")
+    signature(function)
     is_async = any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None))))  # noqa: B004
-    options["is_async"] = is_async
-    entry = Task(name or valid_name("task", str(getattr(function, "__name__", ""))), function, **options)
+    own_name = name or valid_name("task", str(getattr(function, "__name__", "")))
+    entry: Task[..., Any] = Task(own_name, function, is_async=is_async, **options)
     other = TASKS.get(entry.name)
     if other is not None and _place(other.function) != _place(function):
         places = f"{'.'.join(_place(other.function))} and {'.'.join(_place(function))}"
@@ -124,7 +224,7 @@ def _register(name: str | None, function: Callable[[Job], Any], options: dict[st
     return entry
 
 
-def _place(function: Callable[[Job], Any]) -> tuple[str, str]:
+def _place(function: Callable[..., Any]) -> tuple[str, str]:
     """Return what is the same for a function whose module was reloaded."""
     return getattr(function, "__module__", ""), getattr(function, "__qualname__", short(function))
 
@@ -170,6 +270,25 @@ def current_queue() -> PersistentQInterface:
     return current[0]
 
 
+_opened: dict[str, PersistentQInterface] = {}
+
+
+def queue_in_use() -> PersistentQInterface:
+    """Return the queue of the job that runs here or, outside a task, the default queue of this process: the one that
+    `open_queue()` opened when it was first needed."""
+    if current := _current.get():
+        return current[0]
+    if "default" not in _opened:
+        from pqueue import open_queue
+
+        mine = open_queue()
+        # Without a lock, which a fork could leave locked: the first of several threads wins.
+        # guard: a process has one default queue
+        if _opened.setdefault("default", mine) is not mine:
+            mine.close()
+    return _opened["default"]
+
+
 def current_job() -> Job | None:
     """Return the job that this thread or asyncio task is running, as it was when it was taken; None: none."""
     current = _current.get()
@@ -190,7 +309,7 @@ def call_task(queue: PersistentQInterface, job: Job) -> Any:
         known = ", ".join(sorted(TASKS)) or "none"
         raise LookupError(f"unknown task {job.task!r}; this consumer knows {known}: give it --import MODULE")
     _current.set((queue, job))
-    return TASKS[job.task](job)
+    return TASKS[job.task].run(job)
 
 
 def run_task(

@@ -97,19 +97,11 @@ class Snooze(Exception):
         super().__init__(message or f"for {self.seconds:g} s")
 
 
-class Job(NamedTuple):
-    """A job, as of when it was read.
-
-    `payload` and `result` are decoded JSON. Fields named `..._at` are Unix seconds; `progress` is 0 to 1. `consumer` is
-    the current or last consumer of the job; `assigned_to` the only one that may run it; `error` that of the last failed
-    attempt. The lease is None unless the state is "processing", `started_at` until the first attempt, and `finished_at`
-    until the job is completed, failed or cancelled.
-    """
-
+class _Job(NamedTuple):
     id: int
     queue: str
     task: str
-    payload: Any
+    payload: object
     state: str
     priority: int
     run_at: float
@@ -124,11 +116,30 @@ class Job(NamedTuple):
     started_at: float | None
     finished_at: float | None
     progress: float | None
-    result: Any
+    result: object
     error: str | None
 
 
-R = TypeVar("R")  # the result of a job
+class Job(_Job):
+    """A job, as of when it was read.
+
+    `payload` and `result` are decoded JSON. Fields named `..._at` are Unix seconds; `progress` is 0 to 1. `consumer` is
+    the current or last consumer of the job; `assigned_to` the only one that may run it; `error` that of the last failed
+    attempt. The lease is None unless the state is "processing", `started_at` until the first attempt, and `finished_at`
+    until the job is completed, failed or cancelled.
+    """
+
+    __slots__ = ()
+    if TYPE_CHECKING:  # With Any in the tuple itself, mypy would not choose among overloads for functions of a Job.
+
+        @property
+        def payload(self) -> Any: ...
+
+        @property
+        def result(self) -> Any: ...
+
+
+R = TypeVar("R", covariant=True)  # noqa: PLC0105 - the result of a job
 
 
 class JobId(int, Generic[R]):

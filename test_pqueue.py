@@ -870,6 +870,75 @@ class QueueContract:
         for other in (pickle.loads(pickle.dumps(job_id)), copy.deepcopy(job_id)):  # noqa: S301
             self.assertEqual((type(other), other), (int, 1))  # the queue belongs to this process
 
+    def test_call_of_a_task_is_stored_as_a_job(self):
+        with mock.patch.dict(pqueue.TASKS, clear=True):
+            resize = pqueue.task(max_attempts=7)(resized).on(self.queue)
+            job_id = resize.enqueue("a.png", width=100)
+            job = self.queue.get(job_id)
+            self.assertEqual(
+                (job.task, job.payload, job.queue), ("resized", {"path": "a.png", "width": 100}, "default")
+            )
+            self.assertEqual(
+                self.queue.get(self.queue.enqueue("resized", {"path": "b"})).max_attempts, job.max_attempts
+            )
+            self.assertEqual(pqueue.run_task(self.queue, self.queue.dequeue("w")), {"a.png": 100})
+            self.assertEqual(pqueue.run_task(self.queue, self.queue.dequeue("w")), {"b": 200})
+            with self.assertRaisesRegex(TypeError, r"^resized\(\) missing a required argument: 'path'$"):
+                resize.enqueue(width=5)
+            self.assertEqual(resize.enqueue_many([]), [])
+            many = resize.enqueue_many([("c",), {"path": "d", "width": 5}])
+            self.assertEqual(
+                [self.queue.get(each).payload for each in many], [{"path": "c"}, {"path": "d", "width": 5}]
+            )
+            with self.assertRaises(TypeError):
+                resize.enqueue_many([("c",), ()])
+            self.assertEqual(self.queue.count_jobs(), 4)
+
+    def test_call_of_a_task_takes_the_options_of_enqueue(self):
+        with mock.patch.dict(pqueue.TASKS, clear=True):
+            resize = pqueue.task(resized)
+            options = {
+                "queue": "images",
+                "priority": 5,
+                "run_at": 5.0,
+                "key": "k",
+                "max_attempts": 2,
+                "assigned_to": "w",
+            }
+            later = resize.using(delay_seconds=60).on(self.queue)
+            call = later.using(**options)
+            first, again = call.enqueue("a"), call.enqueue("b")
+            self.assertEqual((first, first.is_new, again.is_new), (again, True, False))
+            job = self.queue.get(first)
+            self.assertEqual({name: getattr(job, name) for name in options}, options)
+            self.assertEqual(self.queue.get(later.enqueue("a")).state, "scheduled")
+            self.assertEqual(self.queue.get(later.using(delay_seconds=0, priority=0).enqueue("a")).state, "pending")
+            self.assertEqual(self.queue.get(resize.on(self.queue).enqueue("a")).state, "pending")  # unchanged
+            for broken in ({"priority": "5"}, {"queue": ""}, {"max_attempts": 0}):
+                with self.assertRaisesRegex(ValueError, "^expected"):
+                    later.using(**broken).enqueue("a")
+
+    def test_call_within_a_task_is_stored_in_its_queue_and_transaction(self):
+        with mock.patch.dict(pqueue.TASKS, clear=True):
+            resize = pqueue.task(resized)
+
+            @pqueue.task
+            def caller(fails: bool):
+                with pqueue.current_queue().transaction():
+                    ids.append(resize.enqueue("a"))
+                    ids.extend(resize.using(queue="other").enqueue_many([("b",)]))
+                    if fails:
+                        raise ValueError
+
+            ids = []
+            caller.on(self.queue).enqueue(fails=True)
+            with self.assertRaises(ValueError):
+                pqueue.run_task(self.queue, self.queue.dequeue("w"))
+            self.assertEqual((len(ids), self.queue.count_jobs()), (2, 1))
+            caller.on(self.queue).enqueue(fails=False)
+            pqueue.run_task(self.queue, self.queue.dequeue("w"))
+            self.assertEqual([self.queue.get(each).queue for each in ids[2:]], ["default", "other"])
+
     def test_key_holds_within_its_queue_only(self):
         first, other, again, other_again = (self.queue.enqueue("t", key="k", queue=name) for name in "abab")
         self.assertNotEqual(first, other)
@@ -3771,6 +3840,14 @@ class Interface(unittest.TestCase):
             self.assertEqual(child.communicate()[0].split(), ["open_queue", "Job"])
 
 
+def resized(path: str, width: int = 200):
+    return {path: width}
+
+
+def take(job):
+    """Do nothing, as the function of a task."""
+
+
 class Tasks(unittest.TestCase):
     def setUp(self):
         patch = mock.patch.dict(pqueue.TASKS, clear=True)
@@ -3784,10 +3861,10 @@ class Tasks(unittest.TestCase):
 
         self.assertEqual(mail("letter"), "letter")
         self.assertEqual((pqueue.TASKS["mail"], mail.max_attempts), (mail, 7))
-        with self.assertRaisesRegex(ValueError, "two functions have the name: .*mail and builtins.print"):
-            pqueue.task("mail")(print)
+        with self.assertRaisesRegex(ValueError, "two functions have the name: .*mail and .*take"):
+            pqueue.task("mail")(take)
         with self.assertRaisesRegex(ValueError, "expected max_attempts"):
-            pqueue.task("other", max_attempts=0)(print)
+            pqueue.task("other", max_attempts=0)(take)
 
     def test_task_is_registered_without_parentheses_and_again_when_its_module_is_reloaded(self):
         for _ in range(2):
@@ -3824,7 +3901,7 @@ class Tasks(unittest.TestCase):
         self.assertEqual(pqueue.TASKS, {})
 
     def test_task_takes_a_timedelta_as_its_timeout(self):
-        entry = pqueue.task("t", timeout_seconds=timedelta(minutes=5), backoff=timedelta(seconds=2))(print)
+        entry = pqueue.task("t", timeout_seconds=timedelta(minutes=5), backoff=timedelta(seconds=2))(take)
         self.assertEqual((entry.timeout_seconds, entry.retry_in_seconds(1)), (300.0, 2.0))
 
     def test_functions_that_do_not_run_when_they_are_called_are_refused(self):
@@ -3844,7 +3921,7 @@ class Tasks(unittest.TestCase):
 
     def test_backoff_is_a_number_a_list_or_a_function_up_to_its_cap(self):
         def delays(**options):
-            entry = pqueue.task("t", **options)(print)
+            entry = pqueue.task("t", **options)(take)
             return [entry.retry_in_seconds(attempts) for attempts in (1, 2, 3, 4)]
 
         self.assertEqual(delays(backoff=7), [7.0] * 4)
@@ -3865,7 +3942,7 @@ class Tasks(unittest.TestCase):
                 pqueue.Snooze(broken)
 
     def test_job_gets_its_tasks_attempts(self):
-        pqueue.task("t", max_attempts=9)(print)
+        pqueue.task("t", max_attempts=9)(take)
         with tempfile.TemporaryDirectory() as folder, open_queue(f"{folder}/q.db") as queue:
             self.assertEqual(queue.get(queue.enqueue("t")).max_attempts, 9)
             self.assertEqual(queue.get(queue.enqueue(pqueue.TASKS["t"])).max_attempts, 9)
@@ -3876,6 +3953,44 @@ class Tasks(unittest.TestCase):
             delays = [pqueue.backoff_seconds(attempts) for _ in range(200)]
             self.assertTrue(all(whole / 2 <= delay <= whole for delay in delays))
             self.assertGreater(len(set(delays)), 1)
+
+    def test_process_has_one_default_queue_which_its_children_use(self):
+        program = """if True:
+            import os, sys, threading, pqueue
+            @pqueue.task
+            def note(number: int): ...
+            assert not os.path.exists("q.db")
+            opened, closed, ready = [], [], threading.Barrier(8)
+            real = pqueue.open_queue
+            def slowly():
+                queue = real()
+                queue.close = lambda: closed.append(1)
+                opened.append(queue)
+                ready.wait(60)  # until each thread has opened one
+                return queue
+            pqueue.open_queue = slowly
+            ids = []
+            threads = [threading.Thread(target=lambda: ids.append(note.enqueue(1))) for _ in range(8)]
+            [each.start() for each in threads]
+            [each.join() for each in threads]
+            assert len({id(each._queue) for each in ids}) == 1
+            if not (child := os.fork()):
+                note.enqueue(2)
+                os._exit(0)
+            os.waitpid(child, 0)
+            note.enqueue(3)
+            print(ids[0]._queue.count_jobs(), len(opened), len(closed))
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            environment = {**os.environ, "PQUEUE_URL": f"{folder}/q.db", "PYTHONPATH": str(HERE)}
+            done = subprocess.run(
+                [sys.executable, "-W", "error", "-c", program],
+                env=environment,
+                cwd=folder,
+                capture_output=True,
+                text=True,
+            )
+        self.assertEqual((done.stderr, done.stdout), ("", "10 8 7\n"))
 
     def test_task_has_its_queue_at_hand_while_it_runs(self):
         pqueue.task("t")(lambda job: (job.payload, pqueue.current_queue()))

@@ -13,7 +13,12 @@ from pqueue_values import MAX_ERROR_CHARS
 
 MAX_SUMMARY_CHARS = 1000  # of the first line
 LAST_CHARS = 6000  # of a text that is cut: it ends with the innermost frames
-OURS = ("pqueue_tasks", "pqueue_tools.worker", "pqueue_tools.keeper")  # modules whose frames tell a user nothing
+OURS = (
+    "pqueue_fields",
+    "pqueue_tasks",
+    "pqueue_tools.worker",
+    "pqueue_tools.keeper",
+)  # modules whose frames tell a user nothing
 
 
 class Unstorable(Exception):

@@ -87,7 +87,7 @@ class Consumer:
         self._finished: list[tuple[Job, Any]] = []
         self._job: Job | None = None  # the last one run
         self._claim: tuple[str | None, int] = None, 0  # a lease token, and the number of its claim
-        self._known_limits: dict[str, tuple[float, float, pqueue.Task | None]] = {}  # by task
+        self._known_limits: dict[str, tuple[float, float, pqueue.Task[..., Any] | None]] = {}  # by task
         self._can_wake = False  # waiting for jobs: a signal handler may raise
         self._must_end = False  # this process must be replaced
         self._run_seconds = BATCH_SECONDS  # estimate for one job; the initial value allows one job at a time
@@ -530,7 +530,7 @@ def _reset_signals_in_children() -> None:
 def known_tasks(modules: list[str]) -> list[str]:
     """Import the modules and return the names of their tasks; without modules, that of the built-in task.
 
-    Raises ValueError if a module cannot be imported, or none has a task.
+    Raises ValueError if a module cannot be imported, none has a task, or an annotation of a task cannot be used.
     """
     if modules and file_task.__name__ not in modules:
         # guard: the built-in task is known only without --import
@@ -538,7 +538,10 @@ def known_tasks(modules: list[str]) -> list[str]:
     import_modules(modules)
     if not pqueue.TASKS:
         raise ValueError(f"expected a module with tasks, got {', '.join(modules)}, without a function marked @task")
-    return sorted(pqueue.TASKS)
+    try:
+        return sorted(entry.parameters.name for entry in pqueue.TASKS.values())
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def import_modules(modules: list[str]) -> None:

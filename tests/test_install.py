@@ -25,7 +25,7 @@ def sum_up(job: Job) -> int:
 """
 TYPED = """\
 from contextlib import closing
-from pqueue import PersistentQInterface, open_queue, task
+from pqueue import JobId, PersistentQInterface, open_queue, task
 from pqueue_sqlite import PersistentQSQLite
 
 with closing(open_queue()) as queue:
@@ -38,6 +38,16 @@ with closing(PersistentQSQLite("queue.db", durabillity="full")) as other:
     other.check(now="today")
     other.dequeue(consumer="w", lease_second=3)
     other.list_jobs(status="failed")
+
+@task(max_attempts=5)
+async def resize(path: str, *, width: int = 200) -> list[int]:
+    return [width]
+
+resize.enqueue(5)
+resize.using(priority=5).enqueue("a.png", widht=5)
+text: JobId[str] = resize.enqueue("a.png")
+resize.using(prioritty=5)
+sizes: JobId[list[int]] = resize.enqueue("a.png", width=100)
 """
 FAULTS = {
     6: 'Unexpected keyword argument "prioritty"',
@@ -49,6 +59,10 @@ FAULTS = {
     12: 'Unexpected keyword argument "now"',
     13: 'Unexpected keyword argument "lease_second"',
     14: 'Unexpected keyword argument "status"',
+    20: 'No overload variant of "enqueue"',
+    21: 'No overload variant of "enqueue"',
+    22: "Incompatible types in assignment",
+    23: 'Unexpected keyword argument "prioritty"',
 }
 
 

@@ -1,8 +1,10 @@
-"""mypy checks a user's program against the queue's signatures."""
+"""mypy, and pyright if it is installed, check a user's program against the signatures of the queue and its tasks."""
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -80,3 +82,93 @@ def test_program_with_a_misspelled_option_gets_one_error_that_names_it(errors, o
     assert line == PROGRAM[: right.start()].count("\n") + 1
     assert [each for _, each in others if not each.startswith("error: Untyped decorator makes ")] == []
     assert text.startswith(f'error: Unexpected keyword argument "{MISSPELLED[option]}" for ')
+
+
+# Calls of tasks: each line that is wrong says so.
+CALLS = """\
+from collections.abc import Sequence
+from datetime import date
+from typing import Any
+
+from pqueue import Job, JobId, open_queue, task
+
+
+@task
+def resize(path: str, width: int = 200) -> dict[str, int]:
+    return {"width": width}
+
+
+@task(max_attempts=5)
+def report(job: Job, day: date, *, full: bool = False) -> str:
+    return f"{job.id} {day} {full}"
+
+
+@task
+async def fetch(url: str, headers: dict[str, Any]) -> bytes:
+    return url.encode()
+
+
+@task()
+async def follow(job: Job, url: str) -> int:
+    return len(url)
+
+
+@task
+def old(job: Job) -> dict[str, Any]:
+    return {"payload": job.payload}
+
+
+@task
+def anything(data: Any) -> None: ...
+
+
+async def call(job: Job) -> int:
+    text: bytes = await fetch("x", {})
+    return len(text) + await follow(job, "x")
+
+
+queue = open_queue()
+size: JobId[dict[str, int]] = resize.enqueue("a.png", width=3)
+size = resize.using(queue="images", priority=5, key="a").on(queue).enqueue(path="a.png")
+sizes: Sequence[JobId[dict[str, int]]] = resize.enqueue_many([("a.png",), {"path": "b.png"}])
+text: JobId[str] = report.enqueue(date.today(), full=True)
+data: JobId[bytes] = fetch.enqueue("x", {})
+number: JobId[int] = follow.enqueue("x")
+old.enqueue()
+anything.enqueue(5)
+anything.enqueue(data=5)
+width: int = resize("a.png")["width"]
+queue.enqueue(resize, {"path": "a.png"})
+plain: int = resize.enqueue("a.png")
+resize.enqueue(5)  # wrong
+resize.enqueue("a.png", widht=5)  # wrong
+resize.enqueue()  # wrong
+text = resize.enqueue("a.png")  # wrong
+text = resize.using(priority=5).enqueue("a.png")  # wrong
+resize.using(prioritty=5)  # wrong
+resize(5)  # wrong
+report.enqueue("today")  # wrong
+text = follow.enqueue("x")  # wrong
+follow.enqueue(5)  # wrong
+fetch.using(priority=1).on(queue).enqueue(5, {})  # wrong
+old.enqueue("x")  # wrong, which mypy does not see: it cannot choose an overload for a function of a Job and of Any
+resize.on("queue.db")  # wrong
+"""
+
+
+def wrong_lines(mark):
+    return [number for number, line in enumerate(CALLS.splitlines(), 1) if re.search(mark, line)]
+
+
+def test_mypy_finds_each_wrong_call_of_a_task_and_no_other(errors):
+    assert sorted({line for line, _ in errors(CALLS)}) == wrong_lines("# wrong$")
+
+
+@pytest.mark.skipif(shutil.which("pyright") is None, reason="pyright is not installed: it needs Node.js")
+def test_pyright_finds_each_wrong_call_of_a_task_and_no_other(tmp_path):
+    (tmp_path / "calls.py").write_text(CALLS)
+    settings = {"extraPaths": [str(ROOT)], "typeCheckingMode": "strict", "pythonVersion": "3.10"}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    done = subprocess.run(["pyright", "--outputjson"], cwd=tmp_path, capture_output=True, text=True)
+    found = json.loads(done.stdout)["generalDiagnostics"]
+    assert sorted({each["range"]["start"]["line"] + 1 for each in found}) == wrong_lines("# wrong"), done.stdout
