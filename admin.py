@@ -68,6 +68,8 @@ from pqueue_tools.report import (
     now_shown,
     printable,
     problems,
+    schedule_object,
+    schedule_row,
     verdict,
     why,
 )
@@ -106,6 +108,7 @@ YES = Parameter("--yes", "do not ask for confirmation", flag=True)
 JOB_ID = Parameter("job_id", "id of the job", whole_number(0), metavar="JOB_ID")
 JOB_IDS = Parameter("job_ids", "ids of jobs; or use a filter", whole_number(0), metavar="JOB_ID", many=True)
 QUEUE = Parameter("queue", "name of the queue", metavar="QUEUE")
+SCHEDULE = Parameter("schedule", "name of the schedule", metavar="SCHEDULE")
 MATCHING = (
     Parameter("--queue", "jobs of this queue", metavar="QUEUE"),
     Parameter("--task", "jobs of this task", metavar="TASK"),
@@ -450,6 +453,41 @@ def _set_queue(
     return CommandResult([{"queue": options.queue, "done": done}], f"queue {options.queue} {done}")
 
 
+@command(INSPECT, "schedules")
+def schedules(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """List the schedules, when each is due next, and its last job."""
+    row = schedule_object if options.output == "json" else schedule_row
+    return CommandResult([row(each) for each in queue.schedules()])
+
+
+@command(QUEUES, "pause-schedule", SCHEDULE, examples="pause-schedule nightly")
+def pause_schedule(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Enqueue no jobs of a schedule until it is resumed."""
+    return _change_schedule(queue, options, queue.pause_schedule, "paused")
+
+
+@command(QUEUES, "resume-schedule", SCHEDULE, examples="resume-schedule nightly")
+def resume_schedule(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Enqueue jobs of a paused schedule again, from its next time on."""
+    return _change_schedule(queue, options, queue.resume_schedule, "resumed")
+
+
+@command(QUEUES, "unschedule", SCHEDULE, examples="unschedule nightly")
+def unschedule(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Delete a schedule; its jobs stay. One that a task declares is saved again when a consumer starts."""
+    return _change_schedule(queue, options, queue.unschedule, "deleted")
+
+
+def _change_schedule(
+    queue: PersistentQInterface, options: argparse.Namespace, act: Callable[[str], object], done: str
+) -> CommandResult:
+    known = [each.name for each in queue.schedules()]
+    if options.schedule not in known:
+        raise Problem(f"no schedule {options.schedule!r}; there are: {', '.join(known) or 'none'}")
+    act(options.schedule)
+    return CommandResult([{"schedule": options.schedule, "done": done}], f"schedule {options.schedule} {done}")
+
+
 @command(INSPECT, "consumers", Parameter("--all", "include stopped and dead consumers", flag=True))
 def consumers(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """List the consumers and their jobs."""
@@ -773,6 +811,8 @@ def _known_values(metavar: str) -> Iterable[str]:
     with suppress(QueueError, ValueError), pqueue.open_queue(create=False) as queue:
         if metavar == "QUEUE":
             return list(queue.stats()["queues"])
+        if metavar == "SCHEDULE":
+            return [each.name for each in queue.schedules()]
         if metavar in ("CONSUMER", "CONSUMER_ID"):
             return {each["name"] for each in queue.consumers()}
         if metavar in ("TASK", "JOB_ID"):

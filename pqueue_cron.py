@@ -50,7 +50,8 @@ class Cron:
 
     def __init__(self, expression: str, zone: str = "UTC") -> None:
         self.expression, self.zone = expression, _zone(zone)
-        fields = NICKNAMES.get(expression, expression).lower().split() if isinstance(expression, str) else []
+        text = expression.lower() if isinstance(expression, str) else ""
+        fields = NICKNAMES.get(text, text).split()
         if len(fields) != len(FIELDS):
             raise ValueError(
                 f"expected a cron expression of five fields, such as '30 2 * * mon-fri', got {short(expression)}"
@@ -61,7 +62,7 @@ class Cron:
         self._times = sorted(product(hours, minutes))
         self._weekdays = {number % 7 for number in weekdays}
         self._either_day = not (fields[2].startswith("*") or fields[4].startswith("*"))
-        self._every_hour = fields[1] == "*"
+        self._every_hour = fields[1] in ("*", "*/1")
         self.next(0.0)
 
     def next(self, after: float) -> float:

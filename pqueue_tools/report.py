@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import pqueue
 import pqueue_schema
-from pqueue import Job, PersistentQInterface
+from pqueue import Job, PersistentQInterface, Schedule
 from pqueue_tools.masking import masked, masked_error, masked_job, masked_text
 from pqueue_values import command_line
 
 LONG_WAIT_SECONDS = 600.0  # a pending job that has waited longer is reported
-STALL_SECONDS = 60.0  # a queue in which jobs are due, and none has begun or ended for longer, is reported
+STALL_SECONDS = 60.0  # a queue in which jobs are due, and none has begun or ended for longer, is reported; so are
+# schedules that are later
 LATE_SECONDS = 5.0  # a job whose lease expired longer ago is reported
 SEVERITIES = ("info", "warning", "critical")
 NO_FINDINGS = "no problem found"
@@ -77,6 +78,7 @@ def findings(
         *_duplicate_names(alive),
         *_expired_leases(queue, now),
         *_queue_findings(queue, stats, now),
+        *_schedule_findings(queue, now),
         *_clock_findings(queue, now),
     ]
     return by_severity(found)
@@ -235,6 +237,20 @@ def _queue_findings(queue: PersistentQInterface, stats: dict[str, Any], now: flo
         elif oldest is not None and now - oldest > LONG_WAIT_SECONDS and not each["paused"]:
             text = f"queue {name!r}: the oldest pending job has waited for {span(now - oldest)}"
             yield Finding("warning", text, part="queues")
+
+
+def _schedule_findings(queue: PersistentQInterface, now: float) -> Iterator[Finding]:
+    """Report schedules that are late, that their tasks no longer declare, or that are paused."""
+    for each in queue.schedules():
+        command = f"{command_line('admin')} {{}} {shlex.quote(each.name)}"
+        if each.origin == "removed":
+            text = f"schedule {each.name!r}: its task no longer declares it"
+            yield Finding("warning", text, f"run {command.format('unschedule')}, or save it with queue.schedule")
+        if each.paused:
+            yield Finding("info", f"schedule {each.name!r} is paused", f"run {command.format('resume-schedule')}")
+        elif now - each.next_at > STALL_SECONDS and not queue.move_status():
+            text = f"schedule {each.name!r} is {span(now - each.next_at)} late"
+            yield Finding("warning", text, "start a consumer; schedules are due when one takes jobs")
 
 
 def _clock_findings(queue: PersistentQInterface, now: float) -> Iterator[Finding]:
@@ -477,6 +493,18 @@ def consumer_row(each: dict[str, Any]) -> dict[str, Any]:
     keys = ("name", "state", "host", "pid", "started_at", "last_seen_at", "completed", "failed")
     queues, held = ", ".join(each["queues"] or ["all"]), ", ".join(map(str, each["job_ids"]))
     return {**{key: each[key] for key in keys}, "queues": queues, "jobs": held}
+
+
+def schedule_row(each: Schedule) -> dict[str, Any]:
+    """Return a schedule as a row of a table."""
+    due = f"every {span(each.every_seconds)}" if each.every_seconds else f"{each.cron} {each.zone}"
+    keys = ("task", "queue", "next_at", "last_at", "last_job_id", "skipped", "paused")
+    return {"name": each.name, "due": due, **{key: getattr(each, key) for key in keys}}
+
+
+def schedule_object(each: Schedule) -> dict[str, Any]:
+    """Return a schedule for JSON, with secrets in its payload masked."""
+    return {**each._asdict(), "payload": masked(each.payload)}
 
 
 def count(number: int, noun: str) -> str:

@@ -111,6 +111,13 @@ MUTANTS = [
     Mutant("order: priority first", HISTORY, "priority DESC, ", ""),
     Mutant("order: then the due time", HISTORY, "run_at, ", ""),
     Mutant("order: then the id", "contract: by_priority_then_due", "id", "-id"),
+    # schedules
+    Mutant("a schedule fires once for each time", "contract: fires_once_for_each_time", " AND next_at = :at", ""),
+    Mutant("a queue that is moved fires no schedule", "contract: takes_its_schedules_along", "{MOVES}", "('')"),
+    Mutant("a schedule keeps its next time unless that is what changes", "contract: keeps_its_next_time", "not before or before[0][TIMED] != defined[TIMED]", "True"),
+    Mutant("a schedule that its task does not declare any more is marked", "contract: follows_its_decorator"),
+    Mutant("times while a schedule was paused are not made up for", "contract: makes_up_for_nothing"),
+    Mutant("runs of a schedule do not overlap", "contract: while_its_job_is_unfinished", "_key(schedule.name)", "None"),
     # time and death
     Mutant("a lease is not reclaimed before it expires", HISTORY, " AND lease_expires_at <= :now", ""),
     Mutant("a job is not promoted before it is due", HISTORY, " AND run_at <= :now", ""),
