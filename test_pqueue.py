@@ -752,6 +752,20 @@ class QueueContract:
             pqueue.run_task(self.queue, self.queue.dequeue("w"))
             self.assertEqual([self.queue.get(each).queue for each in ids[2:]], ["default", "other"])
 
+    def test_jobs_run_in_the_process_of_a_test(self):
+        from pqueue_tools import testing
+
+        with mock.patch.dict(pqueue.TASKS, clear=True):
+            resize = pqueue.task(resized)
+            resize.on(self.queue).enqueue("a")
+            resize.using(run_at=NOW).on(self.queue).enqueue("b")
+            self.assertEqual([job.result for job in testing.drain(self.queue)], [{"a": 200}])
+            self.assertEqual([job.result for job in testing.drain(self.queue, now=NOW)], [{"b": 200}])
+            with testing.inline(self.queue), self.queue.transaction():
+                resize.on(self.queue).enqueue("c")
+                self.assertEqual(testing.enqueued(self.queue, resize)[-1].state, "pending")
+            self.assertEqual([job.state for job in testing.enqueued(self.queue, resize)], ["completed"] * 3)
+
     def test_key_holds_within_its_queue_only(self):
         first, other, again, other_again = (self.queue.enqueue("t", key="k", queue=name) for name in "abab")
         self.assertNotEqual(first, other)
