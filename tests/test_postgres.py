@@ -408,6 +408,42 @@ class PostgresFiles(PostgresCase):
             self.assertEqual(other.dequeue("w").task, "another")
         self.assertEqual(other.dequeue("w").id, job_id)
 
+    def test_names_and_keys_of_the_longest_characters_are_stored(self):
+        rng = random.Random(1)
+        name, task, key, consumer = (
+            "".join(chr(rng.randrange(0x10000, 0x10FFFF)) for _ in range(255)) for _ in range(4)
+        )
+        queue = self.open()
+        with self.assertRaises(ValueError):  # not all are printable
+            queue.enqueue(task, queue=name, key=key, assigned_to=consumer)
+        name, task, key, consumer = (
+            "".join(chr(rng.randrange(0x20000, 0x2A6DF)) for _ in range(255)) for _ in range(4)
+        )
+        job_id = queue.enqueue(task, queue=name, key=key, assigned_to=consumer)
+        self.assertEqual(queue.enqueue(task, queue=name, key=key), job_id)
+        self.assertEqual([job.id for job in queue.list_jobs(key=key, queue=name, task=task)], [job_id])
+        self.assertEqual(queue.dequeue(consumer).id, job_id)
+
+    def test_transactions_that_use_keys_crosswise_end_though_one_must_be_repeated(self):
+        queue, other, ends = self.open(), self.open(), []
+
+        def enqueue_both(queue, *keys):
+            try:
+                with queue.transaction():
+                    queue.enqueue("t", key=keys[0])
+                    both.wait(10)
+                    queue.enqueue("t", key=keys[1])
+            except QueueBusy:
+                ends.append(keys)
+
+        both = threading.Barrier(2)
+        first = threading.Thread(target=enqueue_both, args=(queue, "a", "b"))
+        first.start()
+        enqueue_both(other, "b", "a")
+        first.join()
+        self.assertEqual(len(ends), 1)
+        self.assertEqual(sorted(job.key for job in queue.list_jobs()), ["a", "b"])
+
     def test_newer_schema_is_refused(self):
         with self.open().transaction() as db:
             db.execute(sqlalchemy.text("UPDATE pqueue.version SET number = 99"))

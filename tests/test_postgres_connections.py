@@ -274,6 +274,55 @@ def test_statement_that_is_altered_within_a_transaction_works_the_next_time(admi
         queue.get(1)
 
 
+def test_running_program_stops_when_it_connects_to_a_newer_schema(admin, queue):
+    queue.enqueue("t")
+    assert queue.dequeue("w")
+    admin.execute("UPDATE pqueue.version SET number = 99")
+    assert any("expected user_version 1, got 99" in each for each in queue.check()["problems"])
+    lose_connections(admin)
+    for verb in (lambda: queue.enqueue("t"), lambda: queue.dequeue("w"), queue.stats):
+        with pytest.raises(
+            pqueue.SchemaMismatch, match="expected schema 1 or older, got 99: use the pqueue that wrote it"
+        ):
+            until_connected(verb)
+    admin.execute("UPDATE pqueue.version SET number = 1")
+    until_connected(lambda: queue.enqueue("t"))
+
+
+def lose_connections(admin):
+    admin.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() "
+        "AND pid <> pg_backend_pid()"
+    )
+
+
+def until_connected(verb):
+    """Repeat the verb while the connections that were lost are busy."""
+    for _ in range(20):
+        with suppress(QueueBusy):
+            return verb()
+    raise AssertionError("still busy")
+
+
+def test_connection_lost_at_any_moment_is_one_error_and_nothing_in_the_log(admin, queue, caplog):
+    caplog.set_level(0)
+
+    def transaction():
+        with queue.transaction():
+            queue.enqueue("t")
+
+    def chained():
+        queue.complete_and_dequeue([(queue.dequeue("w"), None)], "w")
+
+    for verb in (transaction, chained, lambda: queue.cancel(queue.enqueue("t")), lambda: queue.enqueue("t", key="k")):
+        queue.enqueue("t")
+        lose_connections(admin)
+        with suppress(QueueBusy), mock.patch.object(pqueue_connections.Link, "is_usable", lambda _: True):
+            verb()
+        until_connected(lambda: queue.enqueue("t"))
+    assert [each.getMessage() for each in caplog.records if each.name.startswith(("psycopg", "sqlalchemy"))] == []
+
+
 # What a failure to connect says
 
 

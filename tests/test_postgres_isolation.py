@@ -462,6 +462,20 @@ def test_documented_grants_suffice_and_no_more_is_possible(roles):
         assert "cannot use" in str(refused.value)
 
 
+def test_policy_of_the_database_holds_in_every_verb(admin, roles):
+    with closing(pqueue.open_queue(roles.add("owner", *documented("owner")))) as queue:
+        queue.enqueue("t", queue="theirs")
+        ours = queue.enqueue("t", queue="ours")
+    worker = roles.add("worker", *documented("worker"))
+    admin.execute("ALTER TABLE pqueue.jobs ENABLE ROW LEVEL SECURITY")
+    admin.execute("CREATE POLICY ours ON pqueue.jobs USING (queue = 'ours')")
+    with closing(pqueue.open_queue(worker)) as queue:
+        assert [job.id for job in queue.list_jobs()] == [ours]
+        with pytest.raises(QueueError, match="row-level security"):
+            queue.enqueue("t", queue="theirs")
+        assert [job.id for job in queue.dequeue_many("w", 9)] == [ours]
+
+
 @pytest.mark.parametrize(
     ("grants", "message"),
     [
