@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from pqueue_values import NO_PARAMS, LeaseLost, Params, QueueError, finite
 
+SomeBackend = TypeVar("SomeBackend", bound="Backend")
 SomeSession = TypeVar("SomeSession", bound="Session")
 
 
@@ -208,6 +209,21 @@ class Backend(ABC):
 
         It commits at the end of the block and rolls back on an exception. If a lease was lost in the block, it rolls
         back and raises LeaseLost, even if the block caught that error. Nested, it is a savepoint of the outer one.
+        """
+
+    @abstractmethod
+    def join(self: SomeBackend, connection: Any) -> AbstractContextManager[SomeBackend]:
+        """Let all calls on this queue in this thread, within the block, take part in a transaction of the application.
+
+        connection: the application's: an `sqlite3.Connection` to the queue's file, a `psycopg.Connection` to its
+            database, or a Session or Connection of SQLAlchemy on one of these. If no transaction has begun, it begins.
+
+        The application commits, which makes new jobs visible, or rolls back, which removes them. Consumers are woken
+        by the commit on PostgreSQL; on SQLite they look every 10 ms for a second, and then every second.
+
+        Raises ValueError for another object, and QueueError for a connection to another database, or one that is closed
+        or read-only, or commits each statement by itself. If the queue's durability is "full", its commit is synced; on
+        SQLite, QueueError is raised if the connection's `synchronous` is below FULL.
         """
 
     @abstractmethod

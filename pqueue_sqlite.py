@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from pqueue import BUSY_SECONDS, POLL_SECONDS, PersistentQInterface
 from pqueue_backend import Registration, Session, Watch
@@ -45,6 +45,7 @@ from pqueue_files import (
     replaced,
     sync,
 )
+from pqueue_join import JoinedSQLite, driver_connection
 from pqueue_locks import ConsumerLock, ConsumerLocks, ResultLocks, ResultWatch, WriterLock, boot_id
 from pqueue_move import COPIED, arrival, count_running
 from pqueue_results import Polling
@@ -148,6 +149,9 @@ COUNTERS = {
 }
 
 TRIGGERS = f"SELECT name, tbl_name FROM sqlite_master WHERE type = 'trigger' AND tbl_name IN {TABLES} ORDER BY name"
+
+
+SomeQueue = TypeVar("SomeQueue", bound="PersistentQSQLite")
 
 
 class SQLiteSession(Session):
@@ -778,6 +782,23 @@ class PersistentQSQLite(PersistentQInterface):
                 yield session.connection
             finally:
                 session.connection.row_factory, session.connection.text_factory = None, str  # as the queue expects
+
+    @contextmanager
+    def join(self: SomeQueue, connection: Any) -> Iterator[SomeQueue]:
+        if self.in_transaction:
+            raise QueueError("cannot join a connection inside a transaction of this queue")
+        own = self._session()
+        own.files.expect_in_place()
+        joined = JoinedSQLite(driver_connection(connection), self._error)
+        joined.begin(self.path, self._database, self.durability)
+        self._local.session = joined
+        try:
+            yield self
+        finally:
+            self._local.session = own
+            if self._consumer_locks and joined.wakes:
+                self._consumer_locks.expect_joined()
+        joined.end()
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         target = file_path(path)

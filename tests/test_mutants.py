@@ -27,6 +27,7 @@ TESTS = (
     "test_commit_points.py",
     "test_histories.py",
     "test_power_loss.py",
+    "test_join.py",
     "test_move.py",
     "test_outcome.py",
     "test_processes.py",
@@ -71,6 +72,12 @@ MUTANTS = [
     Mutant("a finished job wakes up those that wait for it", "contract: waiter_is_woken"),
     Mutant("a wait inside a transaction is refused", "contract: nothing_to_wait_for"),
     Mutant("only a completed job has a result", "contract: waiter_is_woken"),
+    # joined transactions
+    Mutant("a connection to another file is not joined", "contract: sqlite_connection_that_would"),
+    Mutant("a joined enqueue is synced", "contract: sqlite_connection_that_would"),
+    Mutant("a job is not committed before its transaction", "contract: sqlite_connection_that_would"),
+    Mutant("consumers look for the jobs of a joined transaction", "contract: consumer_sees_a_joined"),
+    Mutant("SQLAlchemy knows of a joined transaction", "test_join.py: connection_of_sqlalchemy and sqlite"),
     # attempts
     Mutant("an attempt counts when it is claimed", HISTORY, '"attempts": "attempts + 1"', '"attempts": "attempts"'),
     Mutant("no attempt after the last", HISTORY, " and job.attempts < job.max_attempts", ""),
