@@ -296,7 +296,7 @@ class Keeper:
         if job is None:
             return
         reason = self._reason if self._run == run.number else 0
-        if reason == fields.STOP_REQUESTED and job.max_attempts > 1:
+        if reason == fields.STOP_REQUESTED and job.max_attempts != 1:
             self.leases.release(job)
             return
         error, _, trace = (self.record.error(run) or self._error(run, reason)).partition("\n")
