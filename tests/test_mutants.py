@@ -69,6 +69,10 @@ MUTANTS = [
     Mutant("extend_all renews the leases of one consumer", "contract: extend_all", "{HELD_BY_CONSUMER}", "state = 'processing'"),
     Mutant("each claim has its own number", HISTORY, "{next(me.claims)}", "0"),
     Mutant("a lost lease dooms its transaction", "contract: lost_lease_undoes_the_transaction", " and self.lost is None", ""),
+    # results
+    Mutant("a finished job wakes up those that wait for it", "contract: waiter_is_woken"),
+    Mutant("a wait inside a transaction is refused", "contract: nothing_to_wait_for"),
+    Mutant("only a completed job has a result", "contract: waiter_is_woken"),
     # attempts
     Mutant("an attempt counts when it is claimed", HISTORY, '"attempts": "attempts + 1"', '"attempts": "attempts"'),
     Mutant("no attempt after the last", HISTORY, " and job.attempts < job.max_attempts", ""),

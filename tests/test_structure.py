@@ -30,7 +30,7 @@ PRIVATE_USES = {
     # A session and its queue are one thing in two classes, and a fork resets both.
     "pqueue_sqlalchemy": {
         *("_db_errors", "_transaction", "_connect_raw", "_mark_running", "_busy_seconds", "_after_fork"),
-        *("_pool", "_settings", "_sql", "_wrap"),
+        *("_pool", "_settings", "_sql", "_wrap", "_wake_waiters"),
     },
 }
 
