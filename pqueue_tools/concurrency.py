@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from queue import SimpleQueue
 from types import coroutine
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import asyncio  # otherwise imported with the first async task: it takes 30 ms
@@ -93,6 +93,9 @@ class ConcurrentConsumer(Consumer):
     def _work(self) -> None:
         with self._helper_threads():
             while not self._has_ended():
+                # guard: the database is not written through another file's descriptor
+                if self.state and self.state.has_lost_descriptors():
+                    self._break_off_all("closed descriptors")
                 self._start_alone()
                 limit = self._limit()
                 if self._done or (limit and self._may_find):
@@ -212,9 +215,12 @@ class ConcurrentConsumer(Consumer):
         self._looked_at, self._has_run = time.monotonic(), False
         if left := self.state.left_behind("", float("inf")):
             self._report_left(left)
-            if self.state.is_broken:
-                self._fields[fields.OUTCOME] = fields.BROKEN
-                os._exit(1)
+
+    def _break_off_all(self, what: str) -> NoReturn:
+        """End the process without using the database. The keeper settles the jobs."""
+        log("left behind", consumer=self.name, what=what, then="the worker is replaced")
+        self._fields[fields.OUTCOME] = fields.BROKEN
+        os._exit(1)
 
     # Waiting for jobs
 

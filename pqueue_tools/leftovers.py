@@ -136,6 +136,10 @@ class ProcessState:
             self._trusted.discard(task)
         return left
 
+    def has_lost_descriptors(self) -> bool:
+        """Return whether a task has closed a descriptor of this process, or put another file in its place."""
+        return any(_identity(number) != before for number, before in self._descriptors.items() if number > 2)
+
     def _seems_clean(self) -> bool:
         return (
             list(map(_signal.getsignal, COMMON_SIGNALS)) == self._common_handlers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import wait_until
-from test_misbehaviour import registered
+from test_misbehaviour import SOAK, registered
 
 import pqueue
 from consumer import Consumer
@@ -179,7 +180,10 @@ def fork(job):
 async def afork(job): return fork(job)
 
 @task(max_attempts=1)
-def close_all(job): os.closerange(3, 100)
+def close_all(job):
+    os.closerange(3, 60)
+    kept = [open(f"reused-{number}", "wb", buffering=0) for number in range(60)]
+    time.sleep(0.2)
 
 @task(memory_mb=100, max_attempts=1)
 def eat(job):
@@ -206,12 +210,12 @@ def follow(job):
 @task()
 def snooze(job): raise Snooze(1000)
 
-@task()
+@task(backoff=0.1)
 def good(job):
     note("good", job.id)
     return job.id
 
-@task()
+@task(backoff=0.1)
 async def agood(job):
     await asyncio.sleep(0.001)
     note("good", job.id)
@@ -579,6 +583,22 @@ def test_child_that_a_task_forks_runs_no_other_job(tasks, task):
     assert sorted(map(int, read(tasks, "good").split())) == [*good, *after]
 
 
+def test_task_that_closes_the_files_of_the_consumer_costs_the_process_and_damages_none(tasks):
+    queue = tasks.queue()
+    good = queue.enqueue_many("agood", range(20))
+    child = consumer(tasks)
+    completed(queue, *good)
+    running = queue.enqueue_many("patient_thread", range(2))
+    began(tasks, 2)
+    queue.enqueue("close_all", max_attempts=1)
+    wait_until(lambda: 'what="closed descriptors"' in child.out.read_text())
+    (tasks.folder / "go-on").touch()
+    later = queue.enqueue("pid")
+    completed(queue, later, *running)
+    assert {each.name: each.stat().st_size for each in tasks.folder.glob("reused-*") if each.stat().st_size} == {}
+    assert queue.check()["problems"] == []
+
+
 def test_leftovers_are_found_when_the_consumer_is_idle(tasks):
     queue = tasks.queue()
     child = consumer(tasks)
@@ -680,6 +700,52 @@ def test_concurrency_out_of_its_bounds_is_refused(tasks, number):
     if number != "x":
         with pytest.raises(ValueError, match="concurrency"):
             Consumer(tasks.queue(), "w", concurrency=int(number))
+
+
+# All of it at once
+
+BAD = {  # how the error of each begins
+    "leave": "WorkerDied: the task's process exited with code 3",
+    "aleave": "WorkerDied: the task's process exited with code 3",
+    "fault": "WorkerDied: the task's process was killed by signal 11 (SIGSEGV)",
+    "hang": "TimeoutError: timed out after 0.3 s",
+    "hang_in_python": "TimeoutError: timed out after 0.3 s",
+    "hang_in_c": "TimeoutError: timed out after 0.3 s",
+    "swallow": "TimeoutError: timed out after 0.3 s",
+    "block": "TimeoutError: timed out after 0.3 s",
+    "hold_gil": "TimeoutError: timed out after 0.3 s",
+    "fall": "SystemExit: leaving",
+    "fall_in_a_task": "SystemExit: leaving",
+    "cancel_itself": "CancelledError",
+    "await_in_transaction": "QueueError: cannot await inside transaction()",
+}
+
+
+def test_good_jobs_complete_among_bad_ones_that_run_at_the_same_time(tasks):
+    """PQUEUE_SOAK=10 for more. A bad job may also be ended by another one before it does its own harm."""
+    chosen = random.Random(SOAK)
+    names = (
+        ["good", "agood"] * 150 * SOAK + [*BAD] * SOAK + ["return_late", "fork", "group", "leave_signal_mask"] * SOAK
+    )
+    chosen.shuffle(names)
+    queue = tasks.queue()
+    ids = {queue.enqueue(name, 1, max_attempts=1 if name in BAD else 3): name for name in names}
+    children = [consumer(tasks, "--name", f"w{number}") for number in range(2)]
+    wait_until(lambda: not any(queue.count_jobs(state=state) for state in pqueue.UNFINISHED), seconds=300 * SOAK)
+    jobs = {job.id: job for job in queue.list_jobs(limit=100_000)}
+    good = [job_id for job_id, name in ids.items() if name not in BAD]
+    assert {jobs[each].state for each in good} == {"completed"}, [jobs[each] for each in good]
+    assert {jobs[each].result for each in good if "good" in ids[each]} == {each for each in good if "good" in ids[each]}
+    logged = re.findall(r" completed consumer=\S+ job=(\d+)", "".join(child.out.read_text() for child in children))
+    assert len(logged) == len(set(logged)) >= len(good)
+    for job_id in set(ids) - set(good):
+        job = jobs[job_id]
+        expected = (BAD[job.task], "WorkerDied: ")
+        assert (job.state, job.attempts, job.error.startswith(expected)) == ("failed", 1, True), job
+    assert [child.poll() for child in children] == [None] * 2
+    for child in children:
+        child.send_signal(signal.SIGTERM)
+    assert [child.wait(60) for child in children] == [0] * 2
 
 
 # In an application
