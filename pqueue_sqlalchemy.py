@@ -65,7 +65,7 @@ from pqueue_postgres import (
     IS_FULL,
     LOCK_AS_WRITER,
     LOCK_CLASS,
-    LOCK_UNFINISHED,
+    LOCK_HOLDER,
     LOCKED_SLOTS,
     MARK_RUNNING,
     MERGE_CHANGES,
@@ -948,7 +948,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         for _ in range(ENQUEUE_TRIES):
             with suppress(NotStored):
                 ids = super()._store(sql, row)
-                if not (self.in_transaction and row["key"]) or self._read(LOCK_UNFINISHED, {"id": ids[0]}):
+                if not (self.in_transaction and row["key"]) or self._read(LOCK_HOLDER, {"id": ids[0]}):
                     return ids
         raise NotStored
 

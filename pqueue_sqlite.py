@@ -649,9 +649,9 @@ class PersistentQSQLite(PersistentQInterface):
         try:
             session: SQLiteSession = self._local.session
         except AttributeError:
-            if self._closed:
-                raise QueueError(f"cannot use {self.path}: this queue object is closed") from None
             with _opening_lock:
+                if self._closed:  # looked at under the lock: `close` closes the sessions that exist afterwards
+                    raise QueueError(f"cannot use {self.path}: this queue object is closed") from None
                 for other in self._sessions:  # they may have replaced files open
                     # guard: a new connection opens the same files as the others
                     other.files.expect_in_place()

@@ -31,7 +31,7 @@ import time
 import unicodedata
 import unittest
 from contextlib import ExitStack, closing, contextmanager, suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from multiprocessing import resource_tracker
 from pathlib import Path
 from unittest import mock
@@ -894,6 +894,126 @@ class QueueContract:
         for other in (pickle.loads(pickle.dumps(job_id)), copy.deepcopy(job_id)):  # noqa: S301
             self.assertEqual((type(other), other), (int, 1))  # the queue belongs to this process
 
+    def test_key_holds_within_its_task_only(self):
+        first, other, again, other_again = (self.queue.enqueue(name, key="k") for name in ("t", "u", "t", "u"))
+        self.assertNotEqual(first, other)
+        self.assertEqual((first, other), (again, other_again))
+        self.queue.cancel(first)
+        self.queue.resubmit(first)
+        self.assertEqual([job.id for job in self.queue.list_jobs(key="k")], [other, first])
+
+    def test_key_until_started_is_free_from_the_first_delivery_on(self):
+        q = self.queue
+        options = {"key": "k", "key_until": "started", "now": NOW}
+        first, same = q.enqueue("t", 1, **options), q.enqueue("t", 2, **options)
+        self.assertEqual((first, first.is_new, same.is_new), (same, True, False))
+        job = q.dequeue("w", now=NOW)
+        second = q.enqueue("t", 3, **options)
+        self.assertEqual((second.is_new, q.enqueue("t", **options)), (True, second))
+        q.release(job, now=NOW)  # two jobs with the key, of which the second holds it
+        self.assertEqual(q.enqueue("t", **options), second)
+        q.cancel(second)
+        third = q.enqueue("t", **options)
+        self.assertTrue(third.is_new)
+        with self.assertRaisesRegex(InvalidTransition, "another job has its key 'k'"):
+            q.resubmit(second)
+        for job in q.dequeue_many("w", 1, now=NOW), q.dequeue_many("w", 9, now=NOW):
+            q.fail(job[0], "no", retry_in_seconds=0, now=NOW)  # both are scheduled again, neither holds the key
+        self.assertTrue(q.enqueue("t", **options).is_new)
+
+    def test_key_with_a_time_is_held_until_then_whether_or_not_its_job_is_finished(self):
+        q = self.queue
+        enqueue = functools.partial(q.enqueue, "t", key="k", key_seconds=timedelta(minutes=1))
+        first = enqueue(now=NOW)
+        self.assertEqual((q.get(first).key_until, q.get(first).key_expires_at), (None, NOW + 60))
+        q.complete(q.dequeue("w", now=NOW), now=NOW)
+        self.assertEqual((enqueue(now=NOW + 59.9), q.enqueue("t", key="k", now=NOW + 59.9)), (first, first))
+        second = enqueue(now=NOW + 60)
+        self.assertEqual((second.is_new, q.get(second).key_expires_at), (True, NOW + 120))
+        self.assertEqual(enqueue(now=NOW + 119), second)
+        third = q.enqueue("t", key="k", now=NOW + 120)  # although the second is pending
+        self.assertEqual((third.is_new, q.get(second).state), (True, "pending"))
+        self.assertEqual([job.id for job in q.list_jobs(key="k")], [third, second, first])
+        q.resubmit(first, now=NOW + 120)  # holds no key any more
+        q.cancel(third)
+        self.assertTrue(enqueue(now=NOW + 130).is_new)
+
+    def test_job_is_not_resubmitted_while_the_time_of_another_with_its_key_runs(self):
+        q = self.queue
+        first = q.enqueue("t", key="k", now=NOW)
+        q.cancel(first, now=NOW)
+        second = q.enqueue("t", key="k", key_seconds=60, now=NOW)
+        q.complete(q.dequeue("w", now=NOW), now=NOW)
+        with self.assertRaisesRegex(InvalidTransition, "another job has its key 'k'"):
+            q.resubmit(first, now=NOW + 59)
+        q.resubmit(second, now=NOW + 59)  # has its key
+        q.cancel(second, now=NOW + 59)
+        q.resubmit(first, now=NOW + 60)
+        self.assertEqual(q.enqueue("t", key="k", now=NOW + 60), first)
+
+    def test_prune_keeps_a_job_while_it_holds_its_key(self):
+        q = self.queue
+        first = q.enqueue("t", key="k", key_seconds=1000, now=NOW)
+        q.complete(q.dequeue("w", now=NOW), now=NOW)
+        q.enqueue("t", now=NOW)  # the newest is never pruned
+        self.assertEqual(q.prune(100, now=NOW + 999), 0)
+        self.assertEqual(q.enqueue("t", key="k", now=NOW + 999), first)
+        self.assertEqual(q.prune(100, now=NOW + 1000), 1)
+        second = q.enqueue("t", key="k", key_seconds=1000, now=NOW)
+        q.cancel(second, now=NOW)
+        q.delete_jobs([second])  # frees its key
+        self.assertTrue(q.enqueue("t", key="k", now=NOW).is_new)
+
+    def test_job_not_yet_taken_is_replaced_on_demand(self):
+        q = self.queue
+        first = q.enqueue("t", 1, key="k", delay_seconds=10, now=NOW)
+        again = q.enqueue("t", 2, key="k", delay_seconds=10, priority=5, on_conflict="replace", now=NOW + 9)
+        job = q.get(first)
+        self.assertEqual((again, again.is_new), (first, False))
+        self.assertEqual((job.payload, job.priority, job.run_at, job.state), (2, 5, NOW + 19, "scheduled"))
+        self.assertIsNone(q.dequeue("w", now=NOW + 11))
+        q.enqueue("t", 3, key="k", on_conflict="replace", now=NOW + 11)
+        self.assertEqual((q.get(first).payload, q.get(first).state, q.get(first).created_at), (3, "pending", NOW))
+        job = q.dequeue("w", now=NOW + 11)
+        kept = q.enqueue("t", 4, key="k", on_conflict="replace", now=NOW + 12)
+        self.assertEqual((kept, kept.is_new, q.get(first).payload), (first, False, 3))
+        q.complete(job, now=NOW + 12)
+        new = q.enqueue("t", 5, key="k", on_conflict="replace", now=NOW + 12)
+        self.assertTrue(new.is_new)
+
+    def test_many_jobs_have_a_key_each(self):
+        q = self.queue
+        there = q.enqueue("t", 0, key="b", now=NOW)
+        ids = q.enqueue_many("t", [1, 2, 3, 4], keys=["a", "b", "c", "a"], now=NOW)
+        self.assertEqual([each.is_new for each in ids], [True, False, True, False])
+        self.assertEqual((ids[1], ids[3]), (there, ids[0]))
+        self.assertEqual([q.get(each).payload for each in ids], [1, 0, 3, 1])
+        q.enqueue_many("t", [5, 6], keys=["a", "a"], on_conflict="replace", now=NOW)
+        self.assertEqual(q.get(ids[0]).payload, 6)
+        q.limit("default", 4)
+        with self.assertRaises(pqueue.QueueFull):
+            q.enqueue_many("t", [1, 2, 3], keys=["d", "e", "a"], now=NOW)
+        self.assertEqual((q.stats()["states"]["pending"], q.enqueue_many("t", [], keys=[])), (3, []))
+        self.assertEqual([each.is_new for each in q.enqueue_many("t", [1, 2], keys=["d", "a"])], [True, False])
+
+    def test_enqueued_job_has_the_attempts_of_its_task_from_the_first_delivery_on(self):
+        q = self.queue
+        with mock.patch.dict(pqueue.TASKS, clear=True):
+            odd = 'a"b\\c ü %'
+            ids = q.enqueue_many("once", [1, 2]) + [q.enqueue(each) for each in (odd, "unknown")]
+            ids.append(q.enqueue("once", max_attempts=7))
+            self.assertEqual([q.get(each).max_attempts for each in ids], [None] * 4 + [7])
+            for name, most in (("once", 1), (odd, 99)):
+                pqueue.task(name, max_attempts=most)(take)
+            first, second = q.dequeue("w"), q.dequeue_many("w", 9)
+            self.assertEqual((first.max_attempts, [job.max_attempts for job in second]), (1, [1]))
+            self.assertEqual(
+                {job.task: job.max_attempts for job in q.dequeue_many("w", 9)}, {odd: 99, "unknown": 3, "once": 7}
+            )
+            pqueue.TASKS.clear()
+            self.assertEqual([q.get(each).max_attempts for each in ids], [1, 1, 99, 3, 7])
+            self.assertEqual(q.fail(first, "no"), "failed")
+
     def test_call_of_a_task_is_stored_as_a_job(self):
         with mock.patch.dict(pqueue.TASKS, clear=True):
             resize = pqueue.task(max_attempts=7)(resized).on(self.queue)
@@ -962,6 +1082,20 @@ class QueueContract:
             caller.on(self.queue).enqueue(fails=False)
             pqueue.run_task(self.queue, self.queue.dequeue("w"))
             self.assertEqual([self.queue.get(each).queue for each in ids[2:]], ["default", "other"])
+
+    def test_jobs_run_in_the_process_of_a_test(self):
+        from pqueue_tools import testing
+
+        with mock.patch.dict(pqueue.TASKS, clear=True):
+            resize = pqueue.task(resized)
+            resize.on(self.queue).enqueue("a")
+            resize.using(run_at=NOW).on(self.queue).enqueue("b")
+            self.assertEqual([job.result for job in testing.drain(self.queue)], [{"a": 200}])
+            self.assertEqual([job.result for job in testing.drain(self.queue, now=NOW)], [{"b": 200}])
+            with testing.inline(self.queue), self.queue.transaction():
+                resize.on(self.queue).enqueue("c")
+                self.assertEqual(testing.enqueued(self.queue, resize)[-1].state, "pending")
+            self.assertEqual([job.state for job in testing.enqueued(self.queue, resize)], ["completed"] * 3)
 
     def test_key_holds_within_its_queue_only(self):
         first, other, again, other_again = (self.queue.enqueue("t", key="k", queue=name) for name in "abab")
@@ -1193,14 +1327,14 @@ class QueueContract:
         self.assertTrue(queue.has_moved_to(target))
         self.assertIsNone(target.move_status())
         for key in "lk":
-            queue.enqueue("late", key=key)
+            queue.enqueue("late", {"key": key}, key=key)
         queue.mark_failed(queue.enqueue("gone"), "by hand")
-        target.enqueue("known", queue="default", key="k")
+        target.enqueue("late", queue="default", key="k")
         target.enqueue("t", queue="another")
         self.assertEqual(queue.finish_move(target), {"carried": 2, "known": 1, "deleted": 6})
         self.assertEqual(queue.finish_move(target), {"carried": 0, "known": 0, "deleted": 0})
         tasks = [job.task for job in target.dequeue_many("w", 9)]
-        self.assertEqual(sorted(tasks), ["known", "late", "new", "t"])
+        self.assertEqual(sorted(tasks), ["late", "late", "new", "t"])
         (gone,) = target.list_jobs(task="gone")
         self.assertEqual([event["error"] for event in target.history(gone.id)], ["by hand"])
         self.assertEqual({name for name, each in target.stats()["queues"].items() if each["paused"]}, {"held"})
@@ -1301,6 +1435,23 @@ class QueueContract:
             (lambda: q.enqueue("a\nb"), "expected a task name"),
             (lambda: q.enqueue("t", queue="x" * 256), "expected a queue name"),
             (lambda: q.enqueue("t", key=""), "expected a key name"),
+            (
+                lambda: q.enqueue("t", key="k", key_until="begun"),
+                "key_until to be 'finished' or 'started', got 'begun'",
+            ),
+            (lambda: q.enqueue("t", key="k", key_until="started", key_seconds=1), "key_until or key_seconds, got both"),
+            (lambda: q.enqueue("t", key="k", key_seconds=0), "expected key_seconds above 0"),
+            (lambda: q.enqueue("t", key="k", key_seconds="1h"), "expected key_seconds to be a finite number"),
+            (lambda: q.enqueue("t", key="k", on_conflict="ignore"), "on_conflict to be 'keep' or 'replace'"),
+            (lambda: q.enqueue("t", key_seconds=5), "expected a key together with"),
+            (lambda: q.enqueue("t", key_until="finished"), "expected a key together with"),
+            (lambda: q.enqueue("t", on_conflict="replace"), "expected a key together with"),
+            (lambda: q.enqueue_many("t", [1], key_seconds=5), "expected keys together with"),
+            (lambda: q.enqueue_many("t", [1, 2], keys=["a"]), "expected a list of 2 keys, one per payload"),
+            (lambda: q.enqueue_many("t", [1, 2], keys="ab"), "expected a list of 2 keys, one per payload"),
+            (lambda: q.enqueue_many("t", [1, 2], keys=["a", ""]), "expected a key name"),
+            (lambda: q.enqueue("t", run_at=datetime(2026, 1, 1)), "expected run_at with a time zone"),  # noqa: DTZ001
+            (lambda: q.enqueue("t", run_at="tomorrow"), "expected run_at to be a finite number"),
             (lambda: q.enqueue("t", assigned_to=7), "expected a consumer name"),
             (lambda: q.enqueue("t", priority=1.5), "expected priority to be a whole number"),
             (lambda: q.enqueue("t", max_attempts=0), "expected max_attempts to be a whole number from 1"),
@@ -3377,7 +3528,7 @@ class Files(SQLiteCase):
             "jobs_processing": ("state = 'processing'",),
             "jobs_finished": ("finished_at IS NOT NULL",),
             "jobs_failed": ("state = 'failed'",),
-            "jobs_key": ("key IS NOT NULL", "state IN ('scheduled', 'pending', 'processing')"),
+            "jobs_key": tuple(pqueue_schema.HOLDS_KEY.split(" AND ", 1)),
             "consumers_running": ("state = 'running'",),
         }
         with self.sqlite() as db:
@@ -3965,13 +4116,6 @@ class Tasks(unittest.TestCase):
         for broken in ("5", None, math.nan, True):
             with self.subTest(broken), self.assertRaisesRegex(ValueError, "expected seconds"):
                 pqueue.Snooze(broken)
-
-    def test_job_gets_its_tasks_attempts(self):
-        pqueue.task("t", max_attempts=9)(take)
-        with tempfile.TemporaryDirectory() as folder, open_queue(f"{folder}/q.db") as queue:
-            self.assertEqual(queue.get(queue.enqueue("t")).max_attempts, 9)
-            self.assertEqual(queue.get(queue.enqueue(pqueue.TASKS["t"])).max_attempts, 9)
-            self.assertEqual(queue.get(queue.enqueue("unknown")).max_attempts, 3)
 
     def test_backoff_doubles_up_to_its_cap_with_half_of_it_random(self):
         for attempts, whole in ((1, 5), (2, 10), (4, 40), (99, 3600), (10**6, 3600)):

@@ -366,7 +366,7 @@ class Keeper:
     def _settle_running(self, number: int, run: Run, job: Job, blamed: list[int]) -> None:
         """Settle a job that ran when the worker died."""
         reason, is_blamed = self._reason(number, run), number in blamed
-        if (not is_blamed or reason == fields.STOP_REQUESTED) and job.max_attempts > 1:
+        if (not is_blamed or reason == fields.STOP_REQUESTED) and job.max_attempts != 1:
             # guard: a job that another one took down loses no attempt
             self.leases.release(job)
             return

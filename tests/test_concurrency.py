@@ -758,7 +758,7 @@ def test_consumer_in_a_thread_runs_jobs_at_the_same_time(place):
     async def later(job):
         return job.payload
 
-    with registered("together", lambda _: barrier.wait(10)), registered("later", later):
+    with registered("together", lambda job: barrier.wait(10)), registered("later", later):
         runner = Consumer(queue, "embedded", concurrency=5, lease_seconds=0.6)
         thread = threading.Thread(target=runner.run)
         thread.start()

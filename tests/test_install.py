@@ -47,7 +47,8 @@ resize.enqueue(5)
 resize.using(priority=5).enqueue("a.png", widht=5)
 text: JobId[str] = resize.enqueue("a.png")
 resize.using(prioritty=5)
-sizes: JobId[list[int]] = resize.enqueue("a.png", width=100)
+sizes: list[int] = resize.enqueue("a.png", width=100).result(timeout_seconds=10)
+size: int = resize.enqueue("a.png", width=100).result()
 """
 FAULTS = {
     6: 'Unexpected keyword argument "prioritty"',
@@ -63,6 +64,7 @@ FAULTS = {
     21: 'No overload variant of "enqueue"',
     22: "Incompatible types in assignment",
     23: 'Unexpected keyword argument "prioritty"',
+    25: "Incompatible types in assignment",
 }
 
 
@@ -149,6 +151,14 @@ def test_project_uses_the_queue_with_its_own_modules(project):
     child.send_signal(signal.SIGINT)
     assert child.wait(30) == 0, child.out.read_text()
     assert "Traceback" not in child.out.read_text()
+
+
+def test_pytest_finds_the_fixtures_of_an_installed_copy(installed):
+    """The plugin is registered; tests/test_testing.py runs its fixtures."""
+    program = "from importlib.metadata import entry_points as e; print(*e(group='pytest11', name='pqueue'))"
+    done = subprocess.run([installed / "python", "-c", program], check=True, capture_output=True, text=True)
+    assert "'pqueue_tools.pytest_plugin'" in done.stdout
+    subprocess.run([installed / "python", "-c", "import pqueue_tools.testing, pqueue_fields"], check=True)
 
 
 def test_messages_of_an_installed_copy_name_its_commands(project):
