@@ -1034,8 +1034,11 @@ class QueueContract:
             self.assertEqual(
                 [self.queue.get(each).payload for each in many], [{"path": "c"}, {"path": "d", "width": 5}]
             )
-            with self.assertRaises(TypeError):
-                resize.enqueue_many([("c",), ()])
+            for broken in ((), "e", {"paht": "e"}):
+                with self.assertRaisesRegex(TypeError, "^resized|^expected a tuple or a dict"):
+                    resize.enqueue_many([("c",), broken])
+            with self.assertRaisesRegex(ValueError, "^expected keys, one for each job"):
+                resize.using(key="k").enqueue_many([("c",)])
             self.assertEqual(self.queue.count_jobs(), 4)
 
     def test_call_of_a_task_takes_the_options_of_enqueue(self):
