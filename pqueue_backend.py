@@ -24,6 +24,7 @@ class Session(ABC):
     lost: LeaseLost | None = None  # a lease was lost: the outermost transaction must roll back
     depth = 0  # nesting depth of transactions
     misnested = False  # a block ended before one inside it: likewise
+    thread = 0  # that uses it
 
     @abstractmethod
     def run(self, sql: str, params: Params = NO_PARAMS) -> list[Any]:
@@ -202,6 +203,10 @@ class Backend(ABC):
     @abstractmethod
     def in_transaction(self) -> bool:
         """Whether this thread is inside a transaction, where a signal handler must not raise."""
+
+    @abstractmethod
+    def uses_database(self, thread: int) -> bool:
+        """Return whether this thread is inside a transaction or a statement, where nothing may raise in it."""
 
     @abstractmethod
     def transaction(self) -> AbstractContextManager[Any]:

@@ -971,6 +971,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         session: PostgresSession | None = getattr(self._local, "session", None)
         if session is None:
             session = self._local.session = PostgresSession(self)
+            session.thread = threading.get_ident()
             self._sessions.add(session)
         return session
 
@@ -1181,6 +1182,12 @@ class OnPostgres(PersistentQSQLAlchemy):
     def in_transaction(self) -> bool:
         session: PostgresSession | None = getattr(self._local, "session", None)
         return session is not None and (session.busy or session.is_working)
+
+    def uses_database(self, thread: int) -> bool:
+        try:
+            return any(each.busy or each.is_working for each in self._sessions if each.thread == thread)
+        except RuntimeError:  # another thread has begun to use the queue: ask again
+            return True
 
     @contextmanager
     def transaction(self) -> Iterator[sqlalchemy.Connection]:

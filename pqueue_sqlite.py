@@ -665,6 +665,7 @@ class PersistentQSQLite(PersistentQInterface):
                 self._expect_same_file()
                 if has_locks() and not self.is_read_only:
                     self._record_log(session.connection)  # SQLite may have started another log
+                session.thread = threading.get_ident()
                 self._local.session = session
                 self._sessions.add(session)
         return session
@@ -772,6 +773,10 @@ class PersistentQSQLite(PersistentQInterface):
     @property
     def in_transaction(self) -> bool:
         return self._session().busy
+
+    def uses_database(self, thread: int) -> bool:
+        with _opening_lock:
+            return any(each.busy for each in self._sessions if each.thread == thread)
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:

@@ -843,6 +843,30 @@ class QueueContract:
         self.assertEqual(self.queue.dequeue("worker", now=NOW).attempts, 1)
         self.assertEqual([event["event"] for event in self.queue.history(job.id)], ["released"])
 
+    def test_extend_all_renews_the_leases_of_one_consumer_whatever_their_claim(self):
+        self.queue.enqueue_many("t", range(5), now=NOW)
+        mine = [*self.queue.dequeue_many("worker", 2, now=NOW), self.queue.dequeue("worker", now=NOW)]
+        other = self.queue.dequeue("other", now=NOW)
+        self.queue.complete(mine.pop(), now=NOW)
+        self.assertEqual(self.queue.extend_all("worker", 100, now=NOW + 50), 2)
+        leases = {job.id: job.lease_expires_at for job in self.queue.list_jobs(state="processing")}
+        self.assertEqual(leases, {**{job.id: NOW + 150 for job in mine}, other.id: NOW + 60})
+        self.assertEqual(sorted(self.queue.held_leases("worker")), [(job.id, job.lease_token) for job in mine])
+        self.assertEqual((self.queue.extend_all("nobody"), self.queue.held_leases("nobody")), (0, []))
+        with self.assertRaisesRegex(ValueError, "lease_seconds"):
+            self.queue.extend_all("worker", 0)
+
+    def test_extend_all_changes_only_jobs_that_its_consumer_holds(self):
+        for state in ("scheduled", "pending", "processing", "stolen", "completed", "failed", "cancelled"):
+            with self.subTest(state=state):
+                self.queue.delete_jobs(force=True)
+                before = self.queue.get(self.in_state(state).id)
+                self.queue.heartbeat("worker")
+                is_held = state == "processing"
+                self.assertEqual(self.queue.extend_all("worker", 70, now=NOW), int(is_held))
+                expected = before._replace(lease_expires_at=NOW + 70) if is_held else before
+                self.assertEqual(self.queue.get(before.id), expected)
+
     def test_extended_lease_outlives_the_first_one(self):
         job = self.taken()
         self.queue.extend(job, 100, now=NOW + 50)
@@ -2604,6 +2628,7 @@ class SQLiteGuarantees(SQLiteCase):
                 "dequeue": lambda _: q.dequeue("w"),
                 "release": q.release,
                 "extend": q.extend,
+                "extend_all": lambda _: q.extend_all("w"),
                 "update of progress": lambda job: q.update(job, progress=1),
                 "first wait of a consumer": lambda _: q.wait(0, consumer="new"),
                 "heartbeat": lambda _: q.heartbeat("w"),

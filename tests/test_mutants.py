@@ -34,6 +34,7 @@ TESTS = (
     "test_consumer.py",
     "test_fields.py",
     "test_misbehaviour.py",
+    "test_concurrency.py",
     "test_restore.py",
     "record_writes.c",
 )
@@ -66,6 +67,7 @@ MUTANTS = [
     Mutant("a batch completes under its token only", "contract: reclaimed_job_of_its_batch", " AND lease_token = :token", ""),
     Mutant("complete_and_dequeue reports a lost lease in a batch", "contract: reclaimed_job_of_its_batch"),
     Mutant("fail, release, extend, update need a held lease", HISTORY, "not session.change(sql, params)", "session.change(sql, params) < 0"),
+    Mutant("extend_all renews the leases of one consumer", "contract: extend_all", "{HELD_BY_CONSUMER}", "state = 'processing'"),
     Mutant("each claim has its own number", HISTORY, "{next(me.claims)}", "0"),
     Mutant("a lost lease dooms its transaction", "contract: lost_lease_undoes_the_transaction", " and self.lost is None", ""),
     # results
@@ -102,6 +104,10 @@ MUTANTS = [
     Mutant("jobs of a later claim are not taken back", "test_misbehaviour.py: later_claim", " if claim in (None, key[1])", ""),
     Mutant("no process of a task is left", "test_misbehaviour.py: killed_with_its_consumer"),
     Mutant("a job that kills its worker loses an attempt", "test_misbehaviour.py: true_reason and end-kill"),
+    Mutant("a job that another one took down loses no attempt", "test_concurrency.py: only_its_own_job_an_attempt and hang_in_c"),
+    Mutant("the last attempt of a job that may have ended its process is made alone", "test_concurrency.py: last_attempt", "bool(is_last)", "False"),
+    Mutant("the database is not written through another file's descriptor", "test_concurrency.py: closes_the_files"),
+    Mutant("no transaction is open across an await", "test_concurrency.py: awaits_inside and a_tasks"),
     # who may claim, and what
     Mutant("a paused queue delivers nothing", HISTORY, "q.paused = 0", "1 = 1"),
     Mutant("a paused queue delivers no assigned job", "contract: paused_queue", " AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)", ""),

@@ -21,6 +21,7 @@ FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}  # which are public
 PRIVATE_USES = {
     # Functions of os and atexit, for a process that was forked.
+    "pqueue_tools.concurrency": {"_exit"},
     "pqueue_tools.leftovers": {"_count"},  # of threads
     "pqueue_tools.processes": {"_exit"},
     "pqueue_tools.worker": {"_exit", "_clear", "_run_exitfuncs"},
