@@ -78,6 +78,7 @@ from pqueue_schema import (
     ENQUEUE_MANY,
     EXPIRED,
     EXTEND,
+    EXTEND_ALL,
     FAIL,
     FINISHED,
     FREE_KEY,
@@ -85,6 +86,7 @@ from pqueue_schema import (
     HEARTBEAT,
     HELD_BY,
     HOLDS,
+    LEASES,
     LOST_BY,
     MARK_DEAD,
     MARK_FAILED,
@@ -583,6 +585,16 @@ class PersistentQInterface(Waiting, Moving, Scheduling):
             "extend", EXTEND, job, {"lease_expires_at": self._time(now) + above_0("lease_seconds", lease_seconds)}
         )
 
+    def extend_all(self, consumer: str, lease_seconds: float = LEASE_SECONDS, *, now: float | None = None) -> int:
+        """Renew the leases of all jobs that this consumer of this object holds, in one commit; return how many.
+
+        They expire this many seconds from now. On PostgreSQL, jobs that other transactions are changing are left out.
+        """
+        expires_at = self._time(now) + above_0("lease_seconds", lease_seconds)
+        me = self._registry.get(valid_name("consumer", consumer))
+        with self._transaction(durable=False) as session:
+            return session.change(EXTEND_ALL, {"token": me.token, "lease_expires_at": expires_at}) if me else 0
+
     def update(self, job: Job, *, progress: float | None = None, result: Any = None) -> None:
         """Store the progress (0 to 1) or a partial result of a `processing` job; None: leave it unchanged.
 
@@ -894,6 +906,11 @@ class PersistentQInterface(Waiting, Moving, Scheduling):
         """Return the jobs that this consumer of this object holds."""
         me = self._registry.get(consumer)
         return [to_job(row) for row in self._read(HELD_BY, {"token": me.token})] if me else []
+
+    def held_leases(self, consumer: str) -> list[tuple[int, str]]:
+        """Return the ids and lease tokens of the jobs that this consumer of this object holds."""
+        me = self._registry.get(consumer)
+        return self._read(LEASES, {"token": me.token}) if me else []
 
     def holds(self, job: Job) -> bool:
         """Return whether this delivery still holds the job's lease; unlike `extend`, this writes nothing."""

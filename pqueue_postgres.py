@@ -14,6 +14,7 @@ import pqueue_schema
 from pqueue_schema import (
     COLUMNS,
     COMPLETED,
+    HELD_BY_CONSUMER,
     HOLDS_KEY,
     IS_LISTED,
     KEY_IS_FREE,
@@ -334,6 +335,10 @@ SELECT min(at) FROM (
     pqueue_schema.PROMOTE: f"""
 UPDATE jobs SET state = 'pending' WHERE id = ANY (ARRAY(
     SELECT id FROM jobs WHERE state = 'scheduled' AND run_at <= :now ORDER BY run_at LIMIT :limit {LOCK}))""",
+    # differs because a job that another transaction has locked must not delay the others: it is extended next time
+    pqueue_schema.EXTEND_ALL: f"""
+UPDATE jobs SET lease_expires_at = :lease_expires_at
+WHERE id = ANY (ARRAY(SELECT id FROM jobs WHERE {HELD_BY_CONSUMER} {LOCK}))""",
     # differs because the rows must stay as they are until they are reclaimed
     pqueue_schema.EXPIRED: f"{pqueue_schema.EXPIRED} {LOCK}",
     # differs because the rows must stay as they are until they are reclaimed

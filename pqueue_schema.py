@@ -159,6 +159,7 @@ COMPLETED = f"state = 'completed', finished_at = :now, progress = 1.0, error = N
 # Only a processing job has a token: see the CHECK above.
 # guard: a verb under a lease needs the current token
 HELD = "id = :id AND lease_token = :token"
+HELD_BY_CONSUMER = "state = 'processing' AND substr(lease_token, 1, 16) = :token"
 PENDING_IN_QUEUE = "queue = :queue AND state = 'pending' AND assigned_to IS NULL"
 # guard: a full queue refuses a job
 HAS_ROOM = "(max_pending IS NULL OR max_pending > pending)"
@@ -359,6 +360,10 @@ WHERE event = 'snoozed' AND id = (SELECT max(id) FROM history WHERE job_id = :id
 # Renew a lease.
 EXTEND = f"UPDATE jobs SET lease_expires_at = :lease_expires_at WHERE {HELD}"
 
+# Renew the leases of a consumer.
+# guard: extend_all renews the leases of one consumer
+EXTEND_ALL = f"UPDATE jobs SET lease_expires_at = :lease_expires_at WHERE {HELD_BY_CONSUMER}"
+
 # Store progress or a partial result; NULL leaves a value unchanged.
 UPDATE = f"""
 UPDATE jobs SET progress = coalesce(:progress, progress), result = coalesce(:result, result) WHERE {HELD}"""
@@ -404,7 +409,10 @@ SELECT actor FROM history WHERE job_id = :id AND event IN ('expired', 'died')
 AND id > (SELECT coalesce(max(id), 0) FROM history WHERE job_id = :id AND event = 'resubmitted') ORDER BY id"""
 
 # Return the jobs that a consumer holds.
-HELD_BY = f"SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND substr(lease_token, 1, 16) = :token"
+HELD_BY = f"SELECT {COLUMNS} FROM jobs WHERE {HELD_BY_CONSUMER}"
+
+# Return the leases that a consumer holds.
+LEASES = f"SELECT id, lease_token FROM jobs WHERE {HELD_BY_CONSUMER}"
 
 # Return whether a delivery still holds its lease.
 HOLDS = f"SELECT 1 FROM jobs WHERE {HELD}"

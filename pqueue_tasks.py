@@ -36,6 +36,7 @@ from pqueue_values import (
 P = ParamSpec("P")
 Q = ParamSpec("Q")
 T = TypeVar("T")
+Call = tuple[Any, ...] | dict[str, Any]
 
 MAX_BACKOFF_SECONDS = 3600.0
 
@@ -66,19 +67,22 @@ class Caller(Generic[P, R]):
         queue = self._queue or queue_in_use()
         return queue.enqueue(task, task.parameters.payload(args, kwargs), **self._options)
 
+    @overload
     def enqueue_many(
-        self, calls: Iterable[tuple[Any, ...] | dict[str, Any]], *, keys: Sequence[str] | None = None
-    ) -> list[JobId[R]]:
+        self: Caller[Q, Coroutine[Any, Any, T]], calls: Iterable[Call], *, keys: Sequence[str] | None = None
+    ) -> list[JobId[T]]: ...
+    @overload
+    def enqueue_many(self, calls: Iterable[Call], *, keys: Sequence[str] | None = None) -> list[JobId[R]]: ...
+    def enqueue_many(self, calls: Iterable[Call], *, keys: Sequence[str] | None = None) -> list[JobId[Any]]:
         """Store one job per call, all or none, and return their ids in order; a call is a tuple of positional arguments
         or a dict of those with names.
 
         keys: the key of each job, in the order of the calls.
         """
+        if "key" in self._options:
+            raise ValueError("expected keys, one for each job, got a single key for enqueue_many")
         task = self._task
-        payloads = [
-            task.parameters.payload((), each) if isinstance(each, dict) else task.parameters.payload(each, {})
-            for each in calls
-        ]
+        payloads = [task.parameters.payload(*_arguments(each)) for each in calls]
         return (self._queue or queue_in_use()).enqueue_many(task, payloads, keys=keys, **self._options)
 
     def using(
@@ -102,6 +106,14 @@ class Caller(Generic[P, R]):
     def on(self, queue: PersistentQInterface) -> Caller[P, R]:
         """Return an object whose `enqueue` stores in this queue."""
         return _BoundCaller(self._task, queue, self._options)
+
+
+def _arguments(call: Call) -> tuple[Sequence[Any], dict[str, Any]]:
+    if isinstance(call, dict):
+        return (), call
+    if isinstance(call, (tuple, list)):
+        return call, {}
+    raise TypeError(f"expected a tuple or a dict with the arguments of each job, got {short(call)}")
 
 
 class _BoundCaller(Caller[P, R]):

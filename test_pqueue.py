@@ -537,6 +537,123 @@ class QueueContract:
             with self.subTest(broken), self.assertRaisesRegex(ValueError, "expected delay_seconds"):
                 self.queue.release(job, delay_seconds=broken)
 
+    # Joined transactions
+
+    @contextmanager
+    def application(self):
+        """A connection of the application's own to the database of the queue."""
+        conninfo = getattr(self.queue, "_conninfo", None)
+        if conninfo is None:
+            connection = sqlite3.connect(self.queue.path)
+        else:
+            import psycopg
+
+            connection = psycopg.connect(**conninfo)
+        with closing(connection):
+            yield connection
+
+    def test_joined_enqueue_is_committed_with_the_transaction_of_the_application(self):
+        q, other = self.queue, self.reopen()
+        other.enqueue("t", key="taken")
+        with self.application() as connection:
+            connection.execute("CREATE TABLE orders (number INTEGER)")
+            connection.execute("INSERT INTO orders VALUES (7)")
+            with q.join(connection) as joined:
+                self.assertIs(joined, q)
+                first = q.enqueue("new task", {"n": 1}, queue="new queue", key="k")
+                again = q.enqueue("new task", {"n": 2}, queue="new queue", key="k")
+                self.assertEqual((again, first.is_new, again.is_new), (first, True, False))
+                self.assertFalse(q.enqueue("t", key="taken").is_new)
+                many = q.enqueue_many("t", range(3))
+                self.assertEqual(q.get(first).payload, {"n": 1})
+                q.cancel(many[0])
+            self.assertEqual(other.count_jobs(), 1)
+            connection.commit()
+            self.assertEqual(connection.execute("SELECT count(*) FROM orders").fetchone(), (1,))
+        self.assertEqual(
+            [other.get(number).state for number in (first, *many)], ["pending", "cancelled"] + ["pending"] * 2
+        )
+        self.assertEqual(other.dequeue("w", queues=["new queue"]).id, first)
+
+    def test_joined_jobs_are_removed_by_the_rollback_of_the_application(self):
+        q = self.queue
+        q.enqueue("t")
+        with self.application() as connection:
+            with self.assertRaises(ZeroDivisionError), q.join(connection):
+                q.enqueue("t", {"n": 1}, queue="other")
+                raise ZeroDivisionError
+            connection.rollback()
+            with q.join(connection):
+                q.enqueue("t")
+        self.assertEqual(q.count_jobs(), 1)  # the application closed it without a commit
+
+    def test_consumer_sees_a_joined_job_soon_after_the_commit(self):
+        self.without_timers()
+        other = self.reopen()
+        self.queue.enqueue("t")
+        other.dequeue("w")
+        found = threading.Event()
+
+        def consume():
+            while not (other.wait(60, consumer="w") and other.dequeue("w")):
+                pass
+            found.set()
+
+        consumer = threading.Thread(target=consume, daemon=True)
+        with self.application() as connection:
+            consumer.start()
+            with self.queue.join(connection):
+                self.queue.enqueue("t")
+            self.assertFalse(found.wait(0.05))
+            connection.commit()
+        self.assertTrue(found.wait(20))
+        consumer.join()
+
+    def test_joined_limit_and_leases_hold(self):
+        q = self.queue
+        q.limit("few", 2)
+        lost = self.in_state("stolen")
+        with self.application() as connection:
+            with q.join(connection):
+                q.enqueue_many("t", range(2), queue="few")
+                with self.assertRaises(QueueFull):
+                    q.enqueue("t", queue="few")
+            connection.rollback()
+            with self.assertRaises(LeaseLost), q.join(connection):
+                with suppress(LeaseLost):
+                    q.complete(lost, now=NOW)
+            connection.rollback()
+            held = q.get(q.enqueue("t", queue="held", now=NOW))
+            held = q.dequeue("worker", queues=["held"], now=NOW)
+            with q.join(connection):
+                q.complete(held, "done", now=NOW)
+            self.assertEqual(q.get(held.id).state, "processing")
+            connection.commit()
+        self.assertEqual(q.result(held.id), "done")
+
+    def test_connection_that_would_lose_or_misplace_jobs_is_not_joined(self):
+        q = self.queue
+        for wrong in (None, "connection", q, object()):
+            with self.subTest(wrong), self.assertRaisesRegex(ValueError, "^expected a"), q.join(wrong):
+                pass
+        with self.application() as connection:
+            with self.assertRaisesRegex(QueueError, "inside a transaction"), q.transaction(), q.join(connection):
+                pass
+            with q.join(connection), self.assertRaisesRegex(QueueError, "inside a transaction"), q.join(connection):
+                pass
+            with q.join(connection), self.assertRaisesRegex(QueueError, "in a joined one"), q.transaction():
+                pass
+            with q.join(connection), self.assertRaisesRegex(QueueError, "inside a transaction"):
+                q.enqueue("t").result(timeout_seconds=0)
+            with q.join(connection):
+                connection.commit()
+                with self.assertRaises(QueueError):
+                    q.enqueue("t")
+            connection.rollback()
+        with self.assertRaises(QueueError), q.join(connection):
+            pass
+        self.assertEqual(q.count_jobs(), 1)  # that of the commit in the block
+
     # Results
 
     def without_timers(self):
@@ -727,6 +844,30 @@ class QueueContract:
         self.queue.release(job, now=NOW)
         self.assertEqual(self.queue.dequeue("worker", now=NOW).attempts, 1)
         self.assertEqual([event["event"] for event in self.queue.history(job.id)], ["released"])
+
+    def test_extend_all_renews_the_leases_of_one_consumer_whatever_their_claim(self):
+        self.queue.enqueue_many("t", range(5), now=NOW)
+        mine = [*self.queue.dequeue_many("worker", 2, now=NOW), self.queue.dequeue("worker", now=NOW)]
+        other = self.queue.dequeue("other", now=NOW)
+        self.queue.complete(mine.pop(), now=NOW)
+        self.assertEqual(self.queue.extend_all("worker", 100, now=NOW + 50), 2)
+        leases = {job.id: job.lease_expires_at for job in self.queue.list_jobs(state="processing")}
+        self.assertEqual(leases, {**{job.id: NOW + 150 for job in mine}, other.id: NOW + 60})
+        self.assertEqual(sorted(self.queue.held_leases("worker")), [(job.id, job.lease_token) for job in mine])
+        self.assertEqual((self.queue.extend_all("nobody"), self.queue.held_leases("nobody")), (0, []))
+        with self.assertRaisesRegex(ValueError, "lease_seconds"):
+            self.queue.extend_all("worker", 0)
+
+    def test_extend_all_changes_only_jobs_that_its_consumer_holds(self):
+        for state in ("scheduled", "pending", "processing", "stolen", "completed", "failed", "cancelled"):
+            with self.subTest(state=state):
+                self.queue.delete_jobs(force=True)
+                before = self.queue.get(self.in_state(state).id)
+                self.queue.heartbeat("worker")
+                is_held = state == "processing"
+                self.assertEqual(self.queue.extend_all("worker", 70, now=NOW), int(is_held))
+                expected = before._replace(lease_expires_at=NOW + 70) if is_held else before
+                self.assertEqual(self.queue.get(before.id), expected)
 
     def test_extended_lease_outlives_the_first_one(self):
         job = self.taken()
@@ -1012,8 +1153,11 @@ class QueueContract:
             self.assertEqual(
                 [self.queue.get(each).payload for each in many], [{"path": "c"}, {"path": "d", "width": 5}]
             )
-            with self.assertRaises(TypeError):
-                resize.enqueue_many([("c",), ()])
+            for broken in ((), "e", {"paht": "e"}):
+                with self.assertRaisesRegex(TypeError, "^resized|^expected a tuple or a dict"):
+                    resize.enqueue_many([("c",), broken])
+            with self.assertRaisesRegex(ValueError, "^expected keys, one for each job"):
+                resize.using(key="k").enqueue_many([("c",)])
             self.assertEqual(self.queue.count_jobs(), 4)
 
     def test_call_of_a_task_takes_the_options_of_enqueue(self):
@@ -2608,6 +2752,38 @@ os._exit(0)
         self.reopen().dequeue_many("other", 0, now=NOW + 60)
         self.assertEqual({job.attempts for job in self.queue.list_jobs(limit=1000)}, {1})
 
+    def test_sqlite_connection_that_would_lose_or_misplace_jobs_is_not_joined(self):
+        q, elsewhere = self.queue, self.folder / "other.db"
+        refusals = [
+            ("to memory", ":memory:", {}, []),
+            ("other.db", elsewhere, {}, []),
+            ("execute BEGIN first", self.path, {"isolation_level": None}, []),
+            ("temporary table 'jobs'", self.path, {}, ["CREATE TEMP TABLE jobs (id)"]),
+            ("readonly", self.path, {}, ["PRAGMA query_only = 1"]),
+            ("readonly", f"{self.path.resolve().as_uri()}?mode=ro", {"uri": True}, []),
+        ]
+        if q.durability == "full":
+            refusals.append(("PRAGMA synchronous = FULL", self.path, {}, ["PRAGMA synchronous = NORMAL"]))
+        for message, path, options, statements in refusals:
+            with self.subTest(message), closing(sqlite3.connect(path, **options)) as connection:
+                for statement in statements:
+                    connection.execute(statement)
+                connection.commit()
+                with self.assertRaisesRegex(QueueError, message), q.join(connection):
+                    pass
+        self.assertEqual(q.count_jobs(), 0)
+
+    def test_joined_connection_keeps_its_factories(self):
+        with closing(sqlite3.connect(self.path, isolation_level=None)) as connection:
+            connection.row_factory, connection.text_factory = sqlite3.Row, bytes
+            connection.execute("BEGIN")
+            with self.queue.join(connection):
+                job_id = self.queue.enqueue("t", "text", key="k")
+                self.assertEqual(self.queue.get(job_id).payload, "text")
+                self.assertEqual(connection.execute("SELECT key FROM jobs").fetchone()["key"], b"k")
+            connection.execute("COMMIT")
+        self.assertEqual(self.queue.get(job_id).key, "k")
+
 
 class SQLiteContractAtNormalDurability(SQLiteContract):
     def open(self, **options):
@@ -2662,6 +2838,7 @@ class SQLiteGuarantees(SQLiteCase):
                 "dequeue": lambda _: q.dequeue("w"),
                 "release": q.release,
                 "extend": q.extend,
+                "extend_all": lambda _: q.extend_all("w"),
                 "update of progress": lambda job: q.update(job, progress=1),
                 "first wait of a consumer": lambda _: q.wait(0, consumer="new"),
                 "heartbeat": lambda _: q.heartbeat("w"),

@@ -460,6 +460,13 @@ WHERE event = 'snoozed' AND id = (SELECT max(id) FROM pqueue.history WHERE job_i
 -- $1 lease_expires_at, $2 id, $3 token
 UPDATE pqueue.jobs SET lease_expires_at = $1 WHERE id = $2 AND lease_token = $3;
 
+-- EXTEND_ALL
+-- Renew the leases of a consumer.
+-- differs because a job that another transaction has locked must not delay the others: it is extended next time
+-- $1 lease_expires_at, $2 token
+UPDATE pqueue.jobs SET lease_expires_at = $1
+WHERE id = ANY (ARRAY(SELECT id FROM pqueue.jobs WHERE state = 'processing' AND substr(lease_token, 1, 16) = $2 FOR UPDATE SKIP LOCKED));
+
 -- UPDATE
 -- Store progress or a partial result; NULL leaves a value unchanged.
 -- $1 progress, $2 result, $3 id, $4 token
@@ -512,6 +519,11 @@ AND id > (SELECT coalesce(max(id), 0) FROM pqueue.history WHERE job_id = $1 AND 
 -- Return the jobs that a consumer holds.
 -- $1 token
 SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error FROM pqueue.jobs WHERE state = 'processing' AND substr(lease_token, 1, 16) = $1;
+
+-- LEASES
+-- Return the leases that a consumer holds.
+-- $1 token
+SELECT id, lease_token FROM pqueue.jobs WHERE state = 'processing' AND substr(lease_token, 1, 16) = $1;
 
 -- HOLDS
 -- Return whether a delivery still holds its lease.

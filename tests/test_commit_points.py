@@ -207,6 +207,7 @@ OPERATIONS = {
     "fail under a lost lease": Operation(lambda q, jobs: lost(lambda: q.fail(jobs[0], "no")), take_and_lose, 1),
     "release": Operation(lambda q, jobs: q.release(jobs[0], now=NOW), take),
     "extend": Operation(lambda q, jobs: q.extend(jobs[0], 500, now=NOW), take),
+    "extend_all": Operation(lambda q, _: q.extend_all("w", 500, now=NOW), take),
     "update": Operation(lambda q, jobs: q.update(jobs[0], progress=0.5, result={"page": 1}), take),
     "assign": Operation(lambda q, jobs: q.assign(jobs[0].id, "w2", by="ann", now=NOW), take),
     "resubmit": Operation(lambda q, _: q.resubmit(FAILED, by="ann", now=NOW)),

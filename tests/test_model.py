@@ -113,6 +113,16 @@ class QueueMachine(RuleBasedStateMachine):
             assert (job.attempts, job.max_attempts) == (entry.attempts, entry.max_attempts)
             self.deliveries.append(job)
 
+    @rule(consumer=st.sampled_from("xyz"))
+    def extend_all(self, consumer):
+        held = [each for each in self.entries.values() if self.holder(each) == consumer]
+        assert self.queue.extend_all(consumer, LEASE, now=self.now) == len(held)
+        for entry in held:
+            entry.expires = self.now + LEASE
+
+    def holder(self, entry):
+        return None if entry.holder is None else self.deliveries[entry.holder].consumer
+
     def recover(self):
         for entry in self.entries.values():
             if entry.state == "scheduled" and entry.run_at <= self.now:
