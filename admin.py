@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import pqueue
+import pqueue_cron
 import pqueue_restore
 from pqueue import JobNotFound, PersistentQInterface, QueueError
 from pqueue_tools import monitor as live
@@ -465,6 +466,42 @@ def schedules(queue: PersistentQInterface, options: argparse.Namespace) -> Comma
     """List the schedules, when each is due next, and its last job."""
     row = schedule_object if options.output == "json" else schedule_row
     return CommandResult([row(each) for each in queue.schedules()])
+
+
+@command(
+    QUEUES,
+    "schedule",
+    SCHEDULE,
+    Parameter("task", "name of the task", metavar="TASK"),
+    Parameter("payload", "JSON for the task", json_value, metavar="JSON", optional=True),
+    Parameter("--cron", "minute, hour, day, month and weekday; or @daily, for example", metavar="CRON"),
+    Parameter("--zone", "time zone of the cron expression", default="UTC", metavar="ZONE"),
+    Parameter("--every", "an interval instead: 90s, 15m, 12h, 7d", duration, metavar="DURATION"),
+    Parameter(
+        "--on-missed", "what to make up for", one_of(*pqueue_cron.ON_MISSED), "once", "|".join(pqueue_cron.ON_MISSED)
+    ),
+    Parameter("--overlap", "also while the previous job is unfinished", flag=True),
+    Parameter("--queue", "queue of the jobs", default="default", metavar="QUEUE"),
+    Parameter("--priority", "higher runs first", whole_number(-(2**31)), "0", "N"),
+    examples="""
+    schedule nightly clean_up --cron '30 2 * * *' --zone Europe/Berlin
+    schedule pulse check '{"host": "db"}' --every 5m""",
+)
+def schedule(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Enqueue a job of a task at certain times, or change when."""
+    queue.schedule(
+        options.schedule,
+        options.task,
+        options.payload,
+        cron=options.cron,
+        zone=options.zone,
+        every_seconds=options.every,
+        on_missed=options.on_missed,
+        overlap=options.overlap,
+        queue=options.queue,
+        priority=options.priority,
+    )
+    return CommandResult([{"schedule": options.schedule, "done": "saved"}], f"schedule {options.schedule} saved")
 
 
 @command(QUEUES, "pause-schedule", SCHEDULE, examples="pause-schedule nightly")
