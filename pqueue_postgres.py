@@ -202,6 +202,8 @@ PENDING_UNLOCKED = f"(SELECT {COUNTED} FROM pending_counts c WHERE c.queue = nam
 OF_TASK = "queue = {} AND task = {} AND state = 'pending' AND assigned_to IS NULL"
 OF_CONSUMER = f"""state = 'pending' AND assigned_to = :consumer AND {KNOWN.format(task="task")}
     AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)"""
+# Scheduled jobs that a consumer may take
+TO_COME = f"state = 'scheduled' AND {OF_QUEUES} AND (assigned_to IS NULL OR assigned_to = :consumer)"
 # Numbers of tasks, counted per queue, of which a claim may take more than one job; each costs about 20 us
 WIDTHS = (1, 8, 32, 64)
 WIDTH = 16  # where it is not adapted to the number of tasks that have jobs
@@ -325,12 +327,19 @@ SELECT min(at) FROM (
     # differs because of the JSON functions
     pqueue_schema.NEXT_DUE: f"""
 SELECT min(at) FROM (
-    SELECT * FROM (SELECT run_at AS at FROM jobs
-        WHERE state = 'scheduled' AND {OF_QUEUES} AND (assigned_to IS NULL OR assigned_to = :consumer)
-        ORDER BY run_at LIMIT 1) first
+    SELECT * FROM (SELECT run_at AS at FROM jobs WHERE {TO_COME} ORDER BY run_at LIMIT 1) first
     UNION ALL SELECT min(next_at) FROM schedules WHERE paused = 0 AND {OF_QUEUES}) events""",
     # differs because others may fire at the same time; a claim does not wait for them
     pqueue_schedules.DUE_SCHEDULES: f"{pqueue_schedules.DUE_SCHEDULES} {LOCK}",
+    # differs because a subquery for each task is LATERAL, and because of the JSON functions
+    pqueue_schema.PEEK: f"""
+SELECT {COLUMNS} FROM jobs WHERE id IN (
+    SELECT head.id FROM queues q JOIN queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
+        (SELECT id FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")} ORDER BY {ORDER} LIMIT :limit) head
+    WHERE q.paused = 0 AND {SERVED} AND {KNOWN.format(task="t.task")}
+    UNION ALL (SELECT id FROM jobs WHERE {OF_CONSUMER} ORDER BY {ORDER} LIMIT :limit)
+    UNION ALL (SELECT id FROM jobs WHERE {TO_COME} AND run_at <= :now ORDER BY {ORDER} LIMIT :limit))
+ORDER BY {ORDER} LIMIT :limit""",
     # differs because others may promote at the same time
     pqueue_schema.PROMOTE: f"""
 UPDATE jobs SET state = 'pending' WHERE id = ANY (ARRAY(
@@ -493,7 +502,7 @@ THIS_SCHEMA = f"(SELECT nspname FROM pg_namespace WHERE oid = '{SCHEMA}'::regnam
 LONG_TRANSACTION_SECONDS = 60
 LONG_WAIT_SECONDS = 5
 MANY_DEAD_ROWS = 100_000
-INDEXES = ["jobs_pkey", "queues_pkey", "consumers_pkey", "consumers_token_key", "history_pkey"]
+INDEXES = ["jobs_pkey", "queues_pkey", "consumers_pkey", "consumers_token_key", "history_pkey", "schedules_pkey"]
 INDEXES += [name for each in pqueue_schema.MIGRATIONS for sql in each for name in re.findall(r" INDEX (\w+) ON ", sql)]
 QUERY = "left(regexp_replace(query, '\\s+', ' ', 'g'), 60)"
 
