@@ -120,6 +120,7 @@ from pqueue_search import Filters
 from pqueue_tasks import (
     TASKS,
     Task,
+    around,
     backoff_seconds,
     current_job,
     current_queue,
@@ -191,6 +192,7 @@ __all__ = [  # noqa: RUF022 - by use: opening a queue and working with it, error
     "Task",
     "TASKS",
     "run_task",
+    "around",
     "current_queue",
     "backoff_seconds",
     "STATES",

@@ -4322,9 +4322,10 @@ def take(job):
 
 class Tasks(unittest.TestCase):
     def setUp(self):
-        patch = mock.patch.dict(pqueue.TASKS, clear=True)
-        patch.start()
-        self.addCleanup(patch.stop)
+        for registered in (pqueue.TASKS, pqueue_tasks._HOOKS):
+            patch = mock.patch.dict(registered, clear=True)
+            patch.start()
+            self.addCleanup(patch.stop)
 
     def test_task_is_registered_under_its_name_once(self):
         @pqueue.task(max_attempts=7, timeout_seconds=5)
@@ -4337,6 +4338,58 @@ class Tasks(unittest.TestCase):
             pqueue.task("mail")(take)
         with self.assertRaisesRegex(ValueError, "expected max_attempts"):
             pqueue.task("other", max_attempts=0)(take)
+
+    def test_hooks_surround_each_job_whatever_becomes_of_it(self):
+        events, queue = [], mock.Mock()
+
+        @pqueue.around
+        def outer(job):
+            events.append(f"begin {job.task}")
+            try:
+                yield
+            except ValueError as error:
+                events.append(repr(error))
+                raise
+            finally:
+                events.append("end")
+
+        @pqueue.around
+        def inner(job):
+            if job.payload == {"n": 0}:
+                raise ValueError("hook")
+            with suppress(KeyError):
+                yield
+
+        @pqueue.task
+        def divide(n: int):
+            events.append("task")
+            if n == 1:
+                raise ValueError("task")
+            return {2: 2}[n]
+
+        @pqueue.task
+        async def halve(n: int):
+            await asyncio.sleep(0)
+            return divide(n)
+
+        def run(task, payload):
+            job = pqueue.Job(**{**dict.fromkeys(pqueue.Job._fields), "task": task, "payload": payload})
+            events.clear()
+            try:
+                return pqueue.run_task(queue, job), list(events)
+            except (ValueError, pqueue.DoNotRetry) as error:
+                return repr(error), list(events)
+
+        for task in ("divide", "halve"):
+            with self.subTest(task):
+                first = f"begin {task}"
+                self.assertEqual(run(task, {"n": 2}), (2, [first, "task", "end"]))
+                self.assertEqual(run(task, {"n": 3}), (None, [first, "task", "end"]))  # the hook ends the KeyError
+                for number, text, middle in ((1, "ValueError('task')", ["task"]), (0, "ValueError('hook')", [])):
+                    self.assertEqual(run(task, {"n": number}), (text, [first, *middle, text, "end"]))
+        self.assertEqual(run("divide", {"m": 1})[1], ["begin divide", "end"])  # the payload does not fit
+        with self.assertRaisesRegex(ValueError, "^expected a generator function"):
+            pqueue.around(take)
 
     def test_task_is_registered_without_parentheses_and_again_when_its_module_is_reloaded(self):
         for _ in range(2):
