@@ -167,7 +167,7 @@ MUTANTS = [
     Mutant("a key holds within its task", "contract: within_its_task", "task = :task AND ", ""),
     Mutant("a key until started is free from the first delivery on", "contract: until_started", " AND started_at IS NULL", ""),
     Mutant("a key is free when its time is over", "contract: key_with_a_time", "\n    AND (key_expires_at IS NULL OR key_expires_at > :now)", ""),
-    Mutant("a key is held until its time is over", "contract: key_with_a_time", " AND key_expires_at <= :now", ""),
+    Mutant("a key is held until its time is over", "contract: rules_of_the_new_queue", " AND key_expires_at <= :now", ""),
     Mutant("a job that was taken is not replaced", "contract: replaced_on_demand", "\nWHERE id = :id AND state IN {UNTAKEN}", "\nWHERE id = :id"),
     Mutant("an empty name is no path", "contract: not_meant_as_a_path"),
     Mutant("a time has a zone", "contract: wrong_arguments"),
