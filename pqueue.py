@@ -62,6 +62,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from pqueue_backend import Registration, Session
 from pqueue_move import Moving, count_running
+from pqueue_results import Waiting, Waits
 from pqueue_schema import (
     ADD_QUEUE,
     ADD_TASK,
@@ -108,7 +109,7 @@ from pqueue_schema import (
     UPDATE,
     WITH_KEY,
 )
-from pqueue_search import Filters, Reading
+from pqueue_search import Filters
 from pqueue_tasks import (
     DEFAULT_MAX_ATTEMPTS,
     TASKS,
@@ -127,6 +128,7 @@ from pqueue_values import (
     Excerpt,
     InvalidTransition,
     Job,
+    JobFailed,
     JobId,
     JobNotFound,
     LeaseLost,
@@ -169,6 +171,7 @@ __all__ = [  # noqa: RUF022 - by use: opening a queue and working with it, error
     "QueueError",
     "LeaseLost",
     "JobNotFound",
+    "JobFailed",
     "InvalidTransition",
     "QueueBusy",
     "QueueFull",
@@ -229,7 +232,7 @@ class UnsyncedLastAttempt(Exception):
 Self = TypeVar("Self", bound="PersistentQInterface")  # typing.Self needs Python 3.11
 
 
-class PersistentQInterface(Reading, Moving):
+class PersistentQInterface(Waiting, Moving):
     """A queue: its operations, in SQL that SQLite and PostgreSQL share.
 
     An object may be used by several threads, and in a forked child. Close it with `close()`, or use it in a `with`
@@ -246,6 +249,7 @@ class PersistentQInterface(Reading, Moving):
     def __init__(self) -> None:
         self._registry: dict[str, Registration] = {}  # replaced, never modified: other threads iterate over it
         self._registering = threading.Lock()
+        self._waits = Waits()
         self._dead_checked_at = -math.inf
 
     def __enter__(self: Self) -> Self:
@@ -453,6 +457,7 @@ class PersistentQInterface(Reading, Moving):
                 lost = self._complete_all(session, completions, at)
                 if lost and nested:
                     _refuse(session, "complete", lost[0])
+                session.finished += [job.id for job, _ in completions]
                 self._reclaim(session, dead, at)
                 params = claim_params(me, limit, wanted, lease_seconds, at)
                 jobs = claimed_jobs(session, self._claim(session, params, me.prefetches), params) if limit else []
@@ -483,6 +488,7 @@ class PersistentQInterface(Reading, Moving):
             # guard: complete needs a held lease
             if not _complete(session, job, encoded, self._time(now)):
                 _refuse(session, "complete", job)
+            session.finished.append(job.id)
 
     def fail(
         self,
@@ -556,6 +562,8 @@ class PersistentQInterface(Reading, Moving):
             # guard: fail, release, extend, update need a held lease
             if not session.change(sql, params):
                 _refuse(session, verb, job)
+            if sql is FAIL:
+                session.finished.append(job.id)
 
     # Operating
 
@@ -611,6 +619,7 @@ class PersistentQInterface(Reading, Moving):
             if not session.change(sql, params):
                 raise _refusal(session, verb, job_id, allowed)
             session.wakes = True
+            session.finished.append(job_id)  # if it did not: waiters look
 
     @contextmanager
     def exclusive(self, job_ids: Sequence[int] | None = None) -> Iterator[None]:
@@ -880,6 +889,7 @@ class PersistentQInterface(Reading, Moving):
             consumers = [row[0] for row in session.run(LOST_BY, params)][-job.attempts :]
             params["error"] = _last_loss_error(job, consumers, params["error"])
             session.change(FAIL, params)
+            session.finished.append(job.id)
         session.wakes = True
 
     def _find_dead(self) -> list[str] | None:
@@ -951,6 +961,7 @@ def _fail_unreadable(session: Session, job: Job, now: float) -> bool:
     with session:
         session.change(RECORD, {**params, "event": "failed", "actor": job.consumer})
         session.change(FAIL, params)
+        session.finished.append(job.id)
     return True
 
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pqueue_values import NO_PARAMS, LeaseLost, Params, QueueError, finite
 
@@ -19,6 +19,7 @@ class Session(ABC):
     """One thread's connection. As a context manager it is a transaction or, inside one, a savepoint."""
 
     wakes = False  # a job became pending or scheduled: wake consumers after the commit
+    finished: list[int]  # jobs that finished: wake those who wait for their results after the commit
     lost: LeaseLost | None = None  # a lease was lost: the outermost transaction must roll back
     depth = 0  # nesting depth of transactions
     misnested = False  # a block ended before one inside it: likewise
@@ -60,10 +61,14 @@ class Session(ABC):
     def _wake(self) -> None:
         """Wake consumers after a commit that made jobs pending or scheduled."""
 
+    @abstractmethod
+    def _wake_waiters(self) -> None:
+        """Wake those who wait for the results of the jobs that finished."""
+
     def __enter__(self: SomeSession) -> SomeSession:
         if self.depth == 0:
             self._begin()
-            self.wakes, self.lost, self.misnested = False, None, False
+            self.wakes, self.lost, self.misnested, self.finished = False, None, False, []
         elif self.has_ended:
             raise QueueError("cannot continue in a transaction that has ended; leave its block")
         else:
@@ -97,6 +102,8 @@ class Session(ABC):
             raise self.lost
         if error is None and self.wakes:
             self._wake()
+        if error is None and self.finished:
+            self._wake_waiters()
 
     def _expect_to_go_on(self) -> None:
         if self.has_ended:
@@ -138,6 +145,22 @@ class Registration:
         return me
 
 
+class Watch(Protocol):
+    """How a backend learns that a job has finished."""
+
+    def wait(self, job_ids: list[int], find: Callable[[], bool]) -> None:
+        """Return at once if `find` finds a job that has finished, else when one may have, or after a while.
+
+        Must not miss one that finishes after `find` was called.
+        """
+
+    def interrupt(self) -> None:
+        """Let `wait`, called by another thread, return."""
+
+    def close(self) -> None:
+        """Release what it holds."""
+
+
 class Backend(ABC):
     """The part of a queue that depends on its database."""
 
@@ -169,6 +192,10 @@ class Backend(ABC):
 
         Must not lose a wake-up that arrives after `due_in` was called.
         """
+
+    @abstractmethod
+    def _open_watch(self) -> Watch:
+        """Return what tells a thread that jobs have finished."""
 
     @property
     @abstractmethod

@@ -16,7 +16,7 @@ from contextlib import ExitStack, closing, suppress
 from functools import lru_cache
 from pathlib import Path
 
-from pqueue import POLL_SECONDS
+from pqueue import POLL_SECONDS, WAIT_SECONDS
 from pqueue_files import closing_file, is_stopped, open_private, share_as_folder, try_lock, unlock
 from pqueue_values import Job, QueueError
 
@@ -236,19 +236,20 @@ class ConsumerLocks:
     """Numbered locks of consumers: each has a lock file, a wake-up pipe, and a byte that is 1 while it waits."""
 
     COUNT = 4096
+    PREFIX = ""  # of its files
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        with closing_file(open_private(folder / "waiting")) as file:
+        with closing_file(open_private(folder / f"{self.PREFIX}waiting")) as file:
             self.waiting = _map_file(file, self.COUNT)
 
     def acquire(self) -> ConsumerLock:
         for number in range(self.COUNT):
             with ExitStack() as undo:
-                lock = open_private(self._folder / f"{number}.lock")
+                lock = open_private(self._folder / f"{self.PREFIX}{number}.lock")
                 undo.callback(os.close, lock)
                 if try_lock(lock):
-                    pipe = self._folder / f"{number}.wakeup"
+                    pipe = self._folder / f"{self.PREFIX}{number}.wakeup"
                     pipe.unlink(missing_ok=True)  # a former owner's may hold a wake-up
                     slot = ConsumerLock(number, lock, _open_pipe(pipe))
                     undo.pop_all()
@@ -271,11 +272,14 @@ class ConsumerLocks:
         """Wake up all waiting consumers, except dead ones."""
         number = self.waiting.find(b"\1")
         while number >= 0:
-            self.waiting[number] = 0
-            path = self._folder / f"{number}.wakeup"
-            with suppress(OSError), closing_file(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)) as pipe:
-                os.write(pipe, b"!")
+            self._wake_one(number)
             number = self.waiting.find(b"\1", number + 1)
+
+    def _wake_one(self, number: int) -> None:
+        self.waiting[number] = 0
+        path = self._folder / f"{self.PREFIX}{number}.wakeup"
+        with suppress(OSError), closing_file(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)) as pipe:
+            os.write(pipe, b"!")
 
     def wait(self, slot: ConsumerLock, seconds: float, due_in: Callable[[], float]) -> bool:
         self.waiting[slot.number] = 1
@@ -284,6 +288,47 @@ class ConsumerLocks:
         finally:
             self.waiting[slot.number] = 0
         return woken
+
+
+class ResultLocks(ConsumerLocks):
+    """Numbered locks of processes that wait for results: each also has the id of the job, or 0 for several."""
+
+    PREFIX = "result-"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        with closing_file(open_private(folder / "result-jobs")) as file:
+            self._jobs = memoryview(_map_file(file, 8 * self.COUNT)).cast("Q")
+
+    def wake_for(self, finished: Sequence[int]) -> None:
+        """Wake up those that wait for one of these jobs."""
+        number = self.waiting.find(b"\1")
+        wanted = {0, *finished} if number >= 0 else set()
+        while number >= 0:
+            # guard: a finished job wakes up those that wait for it
+            if self._jobs[number] in wanted:
+                self._wake_one(number)
+            number = self.waiting.find(b"\1", number + 1)
+
+    def publish(self, slot: ConsumerLock, job_ids: Sequence[int]) -> None:
+        self._jobs[slot.number] = job_ids[0] if len(job_ids) == 1 else 0
+
+
+class ResultWatch:
+    """Waits for jobs to finish at the wake-up pipe of a lock."""
+
+    def __init__(self, locks: ResultLocks) -> None:
+        self._locks, self._slot = locks, locks.acquire()
+
+    def wait(self, job_ids: list[int], find: Callable[[], bool]) -> None:
+        self._locks.publish(self._slot, job_ids)
+        self._locks.wait(self._slot, WAIT_SECONDS, lambda: 0.0 if find() else math.inf)
+
+    def interrupt(self) -> None:
+        self._slot.interrupt()
+
+    def close(self) -> None:
+        self._slot.close()
 
 
 class BegunJobs:
@@ -347,6 +392,10 @@ class ConsumerLock:
 
     def poll(self, seconds: float) -> bool:
         return _wait_for(self._pipe, seconds)
+
+    def interrupt(self) -> None:
+        """Wake up this process, which may wait in another thread."""
+        wake_up(self._pipe)
 
     def is_linked(self) -> bool:
         """Return False if the lock file was deleted, so that it no longer shows that the consumer is alive."""

@@ -10,7 +10,7 @@ import zlib
 from functools import lru_cache
 
 import pqueue_schema
-from pqueue_schema import COLUMNS, IS_LISTED, NO_LEASE, ORDER, UNFINISHED
+from pqueue_schema import COLUMNS, COMPLETED, IS_LISTED, ORDER, UNFINISHED
 
 # `translated` replaces these three in the text of a statement.
 SCHEMA = "{schema}"
@@ -156,6 +156,7 @@ START_COUNTING = [
 
 LOCK = "FOR UPDATE SKIP LOCKED"  # skip rows that other transactions have locked
 PG_NOTIFY = f"pg_notify('{CHANNEL}', '')"  # in a RETURNING clause
+PG_NOTIFY_JOBS = f"CAST(pg_notify('{CHANNEL}', :ids) AS text)"
 THESE = "ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST(:ids AS json)) AS bigint)))"
 KNOWN = "(CAST(:tasks AS text) IS NULL OR {task} = ANY (string_to_array(CAST(:tasks AS text), chr(10))))"
 SERVED = "(CAST(:queues AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST(:queues AS json))))"
@@ -325,6 +326,8 @@ UPDATE jobs SET state = 'pending' WHERE id = ANY (ARRAY(
     pqueue_schema.DELETE_JOBS: f"DELETE FROM jobs WHERE id = {THESE}",
     # differs because JSON is read in another way
     pqueue_schema.RUNNING_JOBS: f"SELECT id FROM jobs WHERE state = 'processing' AND id = {THESE}",
+    # differs because JSON is read in another way
+    pqueue_schema.STATES_OF: f"SELECT id, state FROM jobs WHERE id = {THESE}",
     # differs because a subquery for each queue is LATERAL, and others may prune at the same time
     pqueue_schema.PRUNABLE: f"""
 SELECT jobs.id FROM queues q CROSS JOIN LATERAL
@@ -378,7 +381,7 @@ def complete_and_claim(width: int) -> str:
     all."""
     return f"""{_with_tasks(width)},
 done AS (
-    UPDATE jobs SET state = 'completed', finished_at = :now, result = done.result, error = NULL, {NO_LEASE}
+    UPDATE jobs SET {COMPLETED}, result = done.result
     FROM unnest(CAST(:ids AS bigint[]), CAST(:tokens AS text[]), CAST(:results AS text[])) AS done (id, token, result)
     WHERE jobs.id = done.id AND lease_token = done.token RETURNING jobs.id),
 taken AS ({_claim(width, NONE_OVERDUE)})

@@ -123,6 +123,7 @@ CREATE TABLE history (
 
 COLUMNS = ", ".join(Job._fields)
 NO_LEASE = "lease_token = NULL, lease_expires_at = NULL"
+COMPLETED = f"state = 'completed', finished_at = :now, progress = 1.0, error = NULL, {NO_LEASE}"
 # Only a processing job has a token: see the CHECK above.
 # guard: a verb under a lease needs the current token
 HELD = "id = :id AND lease_token = :token"
@@ -262,8 +263,7 @@ SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND EXISTS
 REDELIVER = f"UPDATE jobs SET state = 'pending', error = :error, {NO_LEASE} WHERE {HELD} AND attempts < max_attempts"
 
 # Complete a job with its result.
-COMPLETE = f"""
-UPDATE jobs SET state = 'completed', finished_at = :now, result = :result, error = NULL, {NO_LEASE} WHERE {HELD}"""
+COMPLETE = f"UPDATE jobs SET {COMPLETED}, result = :result WHERE {HELD}"
 
 # Make a job failed.
 FAIL = f"UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, {NO_LEASE} WHERE {HELD}"
@@ -383,6 +383,9 @@ DELETE_JOBS = "DELETE FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
 
 # Return which of these jobs are processing. :ids is a JSON array.
 RUNNING_JOBS = "SELECT id FROM jobs WHERE state = 'processing' AND id IN (SELECT value FROM json_each(:ids))"
+
+# Return the states of these jobs. :ids is a JSON array.
+STATES_OF = "SELECT id, state FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
 
 # The conditions by which an index finds the jobs of a state.
 INDEXED = {state: [f"state = '{state}'"] for state in ("scheduled", "processing")}

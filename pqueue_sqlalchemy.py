@@ -71,6 +71,7 @@ from pqueue_postgres import (
     MERGE_CHANGES,
     MISCOUNTED,
     PG_NOTIFY,
+    PG_NOTIFY_JOBS,
     PRUNE,
     RECOUNT,
     SCHEMA,
@@ -85,6 +86,7 @@ from pqueue_postgres import (
     definitions,
     translated,
 )
+from pqueue_results import Polling
 from pqueue_sqlite import SQLiteSession
 from pqueue_values import JobId, Params
 
@@ -92,6 +94,9 @@ log = logging.getLogger("pqueue")
 # The driver raises the error of a lost connection, and then logs that it cannot end its pipeline.
 logging.getLogger("psycopg").addFilter(lambda record: not record.getMessage().startswith("error ignored terminating"))
 
+WAITING = "waiting"  # the NOTIFY of a process that waits for a result
+AWAITED_SECONDS = 4.0  # how long those that finish jobs then send NOTIFY, too
+FIRST_LOOK_SECONDS = 0.005  # after which a waiter looks again, then four times as late each time
 CLOCK_SECONDS = 30.0  # how often the server's clock is read
 ENQUEUE_TRIES = 100  # while other transactions use and free the key
 RETRY_SECONDS = 0.5  # between the listener's attempts to connect
@@ -309,6 +314,12 @@ class PostgresSession(Session):
             with suppress(QueueError):  # removes what no listener needs, which NOTIFY does only while it has room
                 self.run("SELECT pg_notification_queue_usage()")
 
+    def _wake_waiters(self) -> None:
+        """Wake those who wait for results, if any: they look once a second anyway."""
+        if self._queue.is_awaited:
+            with suppress(QueueError):
+                self.run(f"SELECT {PG_NOTIFY_JOBS}", {"ids": ",".join(map(str, self.finished))})
+
     def _cleanup(self) -> None:
         if self._link is None:
             return
@@ -360,6 +371,8 @@ class ListenConnection:
         self._poll.register(self._interrupt_reader, select.POLLIN)
         self._lost_at = self._made_at = -math.inf  # monotonic seconds
         self._is_new = False  # the connection is new: the consumers must be marked as running
+        self.watch: ResultWatch | None = None
+        self._awaited_until = math.inf  # monotonic seconds: whether anybody waits for a result
         self.gets_notify = True  # False: connected through a pooler, which keeps neither NOTIFY nor locks
         self._thread = threading.Thread()
 
@@ -481,9 +494,10 @@ class ListenConnection:
             driver.execute(setting(timeout_settings(LISTENER_TIMEOUT_MS, LISTENER_KEEPALIVES), for_good=True))
             for number in list(self._numbers):
                 link.cursor.execute(self._queue._sql(LOCK_SLOT), [number])
-            driver.add_notify_handler(lambda _: self._wake_waiters())
+            driver.add_notify_handler(self._receive_notify)
             driver.execute(self._queue._sql(LISTEN))
             undo.pop_all()
+        self._awaited_until = time.monotonic() + AWAITED_SECONDS  # it may have been announced before
         return link
 
     def _serve(self) -> None:
@@ -550,10 +564,60 @@ class ListenConnection:
             finally:
                 pool.give_back(link)
 
+    def _receive_notify(self, notify: psycopg.Notify) -> None:
+        if notify.payload == WAITING:
+            self._awaited_until = time.monotonic() + AWAITED_SECONDS
+        elif not notify.payload:
+            self._wake_waiters()
+        elif self.watch:
+            self.watch.wake_for(notify.payload)
+
     def _wake_waiters(self) -> None:
         with self._changed:
             self._wakeups += 1
             self._changed.notify_all()
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a process may wait for the result of a job."""
+        return time.monotonic() < self._awaited_until
+
+    @property
+    def is_announced(self) -> bool:
+        """Whether consumers will know for a while longer that a process waits for a result."""
+        return time.monotonic() < self._awaited_until - AWAITED_SECONDS / 2
+
+
+class ResultWatch:
+    """Waits for NOTIFY with the ids of finished jobs, and keeps the processes that finish jobs sending it."""
+
+    def __init__(self, queue: OnPostgres, listener: ListenConnection) -> None:
+        self._queue, self._listener = queue, listener
+        self._woken = threading.Event()
+        self._job_ids: set[str] = set()
+        self._seconds = FIRST_LOOK_SECONDS
+        listener.watch = self
+
+    def wait(self, job_ids: list[int], find: Callable[[], bool]) -> None:
+        self._job_ids = set(map(str, job_ids))
+        if not self._listener.is_announced:
+            self._queue.announce_wait()
+        if find() or self._woken.wait(self._seconds):
+            self._woken.clear()
+            self._seconds = FIRST_LOOK_SECONDS
+        else:  # at first, a process that finishes a job may not have received the announcement
+            self._seconds = min(pqueue.WAIT_SECONDS, 4 * self._seconds)
+
+    def wake_for(self, finished: str) -> None:
+        if not self._job_ids.isdisjoint(finished.split(",")):
+            self._woken.set()
+
+    def interrupt(self) -> None:
+        self._woken.set()
+
+    def close(self) -> None:
+        if self._listener.watch is self:
+            self._listener.watch = None
 
 
 class ConsumerLock:
@@ -956,6 +1020,9 @@ class OnPostgres(PersistentQSQLAlchemy):
         self._width = next((width for width in WIDTHS if width >= min(rows[0][1], limit + WIDTHS[1])), WIDTHS[-1])
         jobs = pqueue.claimed_jobs(session, [row[2:] for row in rows if row[2] is not None], claim)
         lost = [job for job, _ in completions if rows[0][0] is not None and job.id not in rows[0][0]]
+        if completions and self.is_awaited:
+            session.finished = list(tokens)
+            session._wake_waiters()
         with suppress(QueueBusy) if completions else nullcontext():  # an error must not hide what was completed
             jobs = jobs or self._step_by_step([], me, limit, wanted, lease_seconds, now)[0]
         return jobs, lost
@@ -1004,6 +1071,20 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     def _adopt_slot(self, slot: ReservedNumber) -> ConsumerLock | None:
         return self._take_slot(slot.number)
+
+    def _open_watch(self) -> pqueue_backend.Watch:
+        listener = self._open_listener()
+        return ResultWatch(self, listener) if listener.gets_notify else Polling()
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a process may wait for the result of a job; without a listener that is unknown."""
+        return self._listener is None or self._listener.is_awaited
+
+    def announce_wait(self) -> None:
+        """Tell the processes that finish jobs that this one waits for a result."""
+        with suppress(QueueError):
+            self._session().change(f"{NOTIFY}, '{WAITING}'")
 
     def _is_alive(self, slot: int | None) -> bool:
         """Return False if the lock has been missing for `GRACE_SECONDS`: the consumer may only be reconnecting."""
@@ -1112,6 +1193,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         return facts
 
     def close(self) -> None:
+        self._waits.close()
         if self._listener is not None:
             self._listener.stop_listening()
         if self._registry and not self._closed:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from pqueue import BUSY_SECONDS, POLL_SECONDS, PersistentQInterface
-from pqueue_backend import Registration, Session
+from pqueue_backend import Registration, Session, Watch
 from pqueue_files import (
     LOCAL_FILE_SYSTEMS,
     SHARED_FILE_SYSTEMS,
@@ -45,16 +45,17 @@ from pqueue_files import (
     replaced,
     sync,
 )
-from pqueue_locks import ConsumerLock, ConsumerLocks, WriterLock, boot_id
+from pqueue_locks import ConsumerLock, ConsumerLocks, ResultLocks, ResultWatch, WriterLock, boot_id
 from pqueue_move import COPIED, arrival, count_running
+from pqueue_results import Polling
 from pqueue_schema import (
     APPLICATION_ID,
     ASSIGNED,
+    COMPLETED,
     LEASE,
     LEASED,
     LIMITED,
     MIGRATIONS,
-    NO_LEASE,
     ORDER,
     PENDING_IN_QUEUE,
     PENDING_OF_TASK,
@@ -94,7 +95,7 @@ SELECT name FROM queues q WHERE max_pending IS NOT NULL AND pending <>
 # Complete jobs of a claim. :results is a JSON object of their ids and results.
 # guard: a batch completes under its token only
 COMPLETE_MANY = f"""
-UPDATE jobs SET state = 'completed', finished_at = :now, result = value, error = NULL, {NO_LEASE}
+UPDATE jobs SET {COMPLETED}, result = value
 FROM json_each(:results) results WHERE jobs.id = CAST(results.key AS INTEGER) AND lease_token = :token"""
 
 # Return the first job of each task in each queue that a consumer may take from, in order: the jobs' order, then queue
@@ -158,10 +159,11 @@ class SQLiteSession(Session):
         connection: sqlite3.Connection,
         writer_lock: WriterLock,
         consumer_locks: ConsumerLocks | None,
+        result_locks: ResultLocks | None,
         queue_error: Callable[[sqlite3.Error], QueueError],
     ) -> None:
         self._path, self.connection, self._error = path, connection, queue_error
-        self._writer_lock, self._consumer_locks = writer_lock, consumer_locks
+        self._writer_lock, self._consumer_locks, self._result_locks = writer_lock, consumer_locks, result_locks
         self._has_lock = False
         self.busy = self._closed = False
         self._synchronous = ""
@@ -263,6 +265,10 @@ class SQLiteSession(Session):
     def _wake(self) -> None:
         if self._consumer_locks:
             self._consumer_locks.wake()
+
+    def _wake_waiters(self) -> None:
+        if self._result_locks:
+            self._result_locks.wake_for(self.finished)
 
     def _expect_lock(self) -> None:
         """Raise QueueError if the write lock was lost, so that another process may have written."""
@@ -404,6 +410,7 @@ class PersistentQSQLite(PersistentQInterface):
         self._local = threading.local()
         self._writer_lock = WriterLock(None)
         self._consumer_locks: ConsumerLocks | None = None
+        self._result_locks: ResultLocks | None = None
         self.is_read_only = False  # the file system is
         self._database: tuple[int, int] | None = None  # device and inode of the open file
         self._closed = False
@@ -493,6 +500,7 @@ class PersistentQSQLite(PersistentQInterface):
             make_folder(folder)
             self._writer_lock = WriterLock(folder)
             self._consumer_locks = ConsumerLocks(folder)
+            self._result_locks = ResultLocks(folder)
 
     def _expect_matching_log(self) -> None:
         """Refuse a database next to the log of another one, which SQLite would apply to it."""
@@ -665,7 +673,8 @@ class PersistentQSQLite(PersistentQInterface):
     def _new_session(self) -> SQLiteSession:
         with ExitStack() as undo:
             connection = undo.enter_context(closing(self._connect()))
-            session = SQLiteSession(self.path, connection, self._writer_lock, self._consumer_locks, self._error)
+            locks = self._writer_lock, self._consumer_locks, self._result_locks
+            session = SQLiteSession(self.path, connection, *locks, self._error)
             session.open_files(is_read_only=self.is_read_only)
             undo.pop_all()
         return session
@@ -751,6 +760,10 @@ class PersistentQSQLite(PersistentQInterface):
             return locks.wait(me.slot, seconds, due_in)
         time.sleep(max(0.0, min(seconds, due_in(), POLL_SECONDS)))
         return False
+
+    def _open_watch(self) -> Watch:
+        with self._folder_errors():
+            return ResultWatch(locks) if (locks := self._result_locks) else Polling()
 
     @property
     def in_transaction(self) -> bool:
@@ -901,6 +914,7 @@ class PersistentQSQLite(PersistentQInterface):
         self._close()
 
     def _close(self) -> None:
+        self._waits.close()
         self._closed = True
         _queues.discard(self)
         for me in self._registry.values():
@@ -916,7 +930,7 @@ class PersistentQSQLite(PersistentQInterface):
         with _opening_lock:
             FileLocks.close_unused()
         self._writer_lock.close()
-        self._consumer_locks = None  # the writer lock closes itself when its holder releases it
+        self._consumer_locks = self._result_locks = None  # the writer lock closes itself when its holder releases it
 
     @staticmethod
     def _before_fork() -> None:
@@ -943,9 +957,10 @@ class PersistentQSQLite(PersistentQInterface):
             if not me.is_shared:
                 me.slot.close()
         self._writer_lock.abandon()
+        self._waits.abandon()
         PersistentQInterface.__init__(self)
         self._sessions, self._local = weakref.WeakSet(), threading.local()
-        self._consumer_locks = None
+        self._consumer_locks = self._result_locks = None
         try:
             self._open_folder()
         except QueueError:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
 if TYPE_CHECKING:
     from pqueue import PersistentQInterface
@@ -36,6 +36,22 @@ class LeaseLost(QueueError):
 
 class JobNotFound(QueueError):
     """There is no job with this id: it was pruned, deleted, or never enqueued."""
+
+
+class JobFailed(QueueError):
+    """The job whose result was asked for is failed or cancelled.
+
+    job: the `Job`. state: "failed" or "cancelled". error: that of the last failed attempt, or None.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.state, self.error = job, job.state, job.error
+        what = "was cancelled" if job.state == "cancelled" else job.state
+        lines = (job.error or "").strip().splitlines()
+        super().__init__(f"job {job.id} ({job.task}) {what}{': ' * bool(lines)}{''.join(lines[:1])}")
+
+    def __reduce__(self) -> tuple[type[JobFailed], tuple[Job]]:
+        return JobFailed, (self.job,)
 
 
 class InvalidTransition(QueueError):
@@ -145,6 +161,14 @@ class JobId(int, Generic[R]):
                 job_id.is_new = False
             found.append(job_id)
         return found
+
+    def result(self, *, timeout_seconds: float | timedelta | None = None) -> R:
+        """Wait until the job has finished, and return its result: see `PersistentQInterface.result`."""
+        return cast(R, self._queue.result(self, timeout_seconds=timeout_seconds))
+
+    async def aresult(self, *, timeout_seconds: float | timedelta | None = None) -> R:
+        """Do what `result` does, without blocking the event loop."""
+        return cast(R, await self._queue.aresult(self, timeout_seconds=timeout_seconds))
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (int(self),)

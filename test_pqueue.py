@@ -47,6 +47,7 @@ import pqueue_tasks
 import pqueue_values
 from pqueue import (
     InvalidTransition,
+    JobFailed,
     JobNotFound,
     LeaseLost,
     QueueBusy,
@@ -175,19 +176,20 @@ class QueueContract:
             "mark_failed": lambda job: q.mark_failed(job.id, now=NOW),
             "cancel": lambda job: q.cancel(job.id, now=NOW),
             "assign": lambda job: q.assign(job.id, "w2", now=NOW),
+            "result": lambda job: q.result(job.id, timeout_seconds=0),
             "dequeue": lambda _: q.dequeue("worker", now=NOW),
             "dequeue when due": lambda _: q.dequeue("worker", now=NOW + 2000),
         }
-        lost, bad = LeaseLost, InvalidTransition
+        lost, bad, late, ended = LeaseLost, InvalidTransition, TimeoutError, JobFailed
         table = {  # state: new state or error, in the order of the verbs above
-            "scheduled": [bad] * 6 + [bad, "failed", "cancelled", "scheduled", "scheduled", "processing"],
-            "pending": [bad] * 6 + [bad, "failed", "cancelled", "pending", "processing", "processing"],
+            "scheduled": [bad] * 6 + [bad, "failed", "cancelled", "scheduled", late, "scheduled", "processing"],
+            "pending": [bad] * 6 + [bad, "failed", "cancelled", "pending", late, "processing", "processing"],
             "processing": ["completed", "scheduled", "failed", "pending", "processing", "processing"]
-            + [bad, "failed", "cancelled", "pending", "processing", "processing"],
-            "stolen": [lost] * 6 + [bad, "failed", "cancelled", "pending", "processing", "processing"],
-            "completed": [lost] * 6 + ["pending", bad, bad, bad, "completed", "completed"],
-            "failed": [lost] * 6 + ["pending", bad, bad, bad, "failed", "failed"],
-            "cancelled": [lost] * 6 + ["pending", bad, bad, bad, "cancelled", "cancelled"],
+            + [bad, "failed", "cancelled", "pending", late, "processing", "processing"],
+            "stolen": [lost] * 6 + [bad, "failed", "cancelled", "pending", late, "processing", "processing"],
+            "completed": [lost] * 6 + ["pending", bad, bad, bad, "completed", "completed", "completed"],
+            "failed": [lost] * 6 + ["pending", bad, bad, bad, ended, "failed", "failed"],
+            "cancelled": [lost] * 6 + ["pending", bad, bad, bad, ended, "cancelled", "cancelled"],
         }
         for state, row in table.items():
             for (verb, call), expected in zip(verbs.items(), row, strict=True):
@@ -533,6 +535,191 @@ class QueueContract:
             with self.subTest(broken), self.assertRaisesRegex(ValueError, "expected delay_seconds"):
                 self.queue.release(job, delay_seconds=broken)
 
+    # Results
+
+    def without_timers(self):
+        """Let nothing but a wake-up end a wait for a result, where there are wake-ups."""
+        for module in [pqueue, pqueue_locks, sys.modules.get("pqueue_sqlalchemy")]:
+            for name in ("WAIT_SECONDS", "FIRST_LOOK_SECONDS"):
+                if hasattr(module, name) and not self.polls:
+                    patch = mock.patch.object(module, name, 1000.0)
+                    patch.start()
+                    self.addCleanup(patch.stop)
+
+    def waiting(self, job_id, number=1):
+        """Start threads that wait for a job; return their outcomes, once all wait."""
+        outcomes = []
+
+        def wait():
+            try:
+                outcomes.append(self.queue.result(job_id, timeout_seconds=10))
+            except (QueueError, TimeoutError) as error:
+                outcomes.append(error)
+
+        threads = [threading.Thread(target=wait) for _ in range(number)]
+        for thread in threads:
+            thread.start()
+            self.addCleanup(thread.join)
+        wait_until(lambda: len(self.queue._waits._waiting.get(job_id, ())) == number or outcomes)
+        self.let_watch_begin()
+        return outcomes
+
+    def let_watch_begin(self):
+        """Wait until the thread that serves the waiters has read the states of all their jobs."""
+        waits, done = self.queue._waits, threading.Event()
+
+        def settle(*arguments):
+            found = type(waits)._settle(waits, *arguments)
+            done.set()
+            return found
+
+        with mock.patch.object(waits, "_settle", settle):
+            with waits._changed:
+                waits._notify()
+            self.assertTrue(done.wait(20))
+
+    def test_waiter_is_woken_by_whatever_finishes_the_job(self):
+        self.without_timers()
+        q, other = self.queue, self.reopen()
+
+        def settle_as_last_loss(job):
+            return other.dequeue("thief", now=NOW + 61)
+
+        finishes = {
+            "complete": lambda job: other.complete(job, {"n": 1}, now=NOW),
+            "fused": lambda job: other.complete_and_dequeue([(job, {"n": 1})], "worker", 0, now=NOW),
+            "fused with a claim": lambda job: other.complete_and_dequeue([(job, {"n": 1})], "worker", now=NOW),
+            "fail": lambda job: other.fail(job, "no\nwhy", retry=False, now=NOW),
+            "mark_failed": lambda job: other.mark_failed(job.id, "no", now=NOW),
+            "cancel": lambda job: other.cancel(job.id, now=NOW),
+            "lease of the last attempt": settle_as_last_loss,
+        }
+        for verb, finish in finishes.items():
+            with self.subTest(verb):
+                q.enqueue("t", max_attempts=1, now=NOW)
+                job = other.dequeue("worker", now=NOW)
+                outcomes = self.waiting(job.id)
+                finish(job)
+                (outcome,) = wait_until(lambda outcomes=outcomes: outcomes)
+                if outcome == {"n": 1}:
+                    self.assertEqual(q.get(job.id).state, "completed")
+                    continue
+                self.assertIsInstance(outcome, JobFailed, outcome)
+                self.assertEqual((outcome.job, outcome.state), (q.get(job.id), q.get(job.id).state))
+                self.assertEqual(outcome.error, q.get(job.id).error)
+
+    def test_waiter_for_one_of_a_batch_is_woken(self):
+        self.without_timers()
+        other = self.reopen()
+        self.queue.enqueue_many("t", range(8), now=NOW)
+        jobs = other.dequeue_many("worker", 8, now=NOW)
+        outcomes = self.waiting(jobs[5].id)
+        other.complete_and_dequeue([(job, job.payload) for job in jobs], "worker", 0, now=NOW)
+        self.assertEqual(wait_until(lambda: outcomes), [5])
+
+    def test_finished_job_gives_its_result_at_once_and_to_anyone(self):
+        job_id = self.queue.enqueue("t", now=NOW)
+        self.queue.complete(self.queue.dequeue("w", now=NOW), [1], now=NOW)
+        self.assertEqual(job_id.result(timeout_seconds=0), [1])
+        self.assertEqual(self.reopen().result(int(job_id), timeout_seconds=timedelta(0)), [1])
+        with self.queue.transaction():
+            self.assertEqual(job_id.result(), [1])
+
+    def test_error_of_a_failed_job_says_which_and_why_and_can_be_pickled(self):
+        job_id = self.queue.enqueue("resize", now=NOW)
+        self.queue.fail(self.queue.dequeue("w", now=NOW), "ValueError: no\nTraceback", retry=False, now=NOW)
+        with self.assertRaises(JobFailed) as caught:
+            job_id.result()
+        self.assertEqual(str(caught.exception), f"job {job_id} (resize) failed: ValueError: no")
+        self.assertEqual(caught.exception.error, "ValueError: no\nTraceback")
+        loaded = pickle.loads(pickle.dumps(caught.exception))  # noqa: S301
+        self.assertEqual((loaded.job, str(loaded)), (caught.exception.job, str(caught.exception)))
+
+    def test_waiter_waits_on_through_a_retry_and_a_resubmission(self):
+        job = self.taken()
+        outcomes = self.waiting(job.id, number=3)
+        self.queue.fail(job, "once", retry_in_seconds=1, now=NOW)
+        job = self.queue.dequeue("worker", now=NOW + 2)
+        self.let_watch_begin()
+        self.assertEqual(outcomes, [])
+        self.queue.complete(job, "at last", now=NOW + 2)
+        wait_until(lambda: len(outcomes) == 3)
+        self.assertEqual(outcomes, ["at last"] * 3)
+        self.queue.resubmit(job.id, now=NOW + 3)
+        with self.assertRaises(TimeoutError):
+            self.queue.result(job.id, timeout_seconds=0.01)
+
+    def test_wait_ends_with_an_error_when_there_is_nothing_to_wait_for(self):
+        job_id = self.queue.enqueue("t")
+        with self.assertRaisesRegex(TimeoutError, f"^job {job_id} has not finished within 0.01 s$"):
+            job_id.result(timeout_seconds=0.01)
+        with self.assertRaises(JobNotFound):
+            self.queue.result(job_id + 1000)
+        for wrong in ("1", math.nan, True):
+            with self.subTest(wrong), self.assertRaisesRegex(ValueError, "expected timeout_seconds"):
+                job_id.result(timeout_seconds=wrong)
+        with self.assertRaisesRegex(QueueError, "inside a transaction"), self.queue.transaction():
+            self.queue.enqueue("t").result(timeout_seconds=0.01)
+        outcomes = self.waiting(job_id)
+        self.reopen().delete_jobs([job_id])
+        self.assertIsInstance(wait_until(lambda: outcomes)[0], JobNotFound)
+        outcomes = self.waiting(self.queue.enqueue("t"), number=2)
+        self.queue.close()
+        wait_until(lambda: len(outcomes) == 2)
+        self.assertRegex(str(outcomes[0]), "the queue object was closed")
+        with self.assertRaisesRegex(QueueError, "closed"):
+            self.queue.result(1)
+
+    def test_hundred_waiters_each_get_their_result(self):
+        other, outcomes = self.reopen(), {}
+        ids = self.queue.enqueue_many("t", range(100))
+
+        def wait(job_id):
+            outcomes[job_id] = self.queue.result(job_id, timeout_seconds=60)
+
+        threads = [threading.Thread(target=wait, args=(job_id,)) for job_id in ids]
+        for thread in threads:
+            thread.start()
+        while job := other.dequeue("w"):
+            other.complete(job, job.payload)
+        for thread in threads:
+            thread.join()
+        self.assertEqual(outcomes, dict(zip(ids, range(100), strict=True)))
+
+    def test_coroutine_awaits_a_result_while_its_loop_runs_on(self):
+        other = self.reopen()
+        first, second = self.queue.enqueue_many("t", [1, 2])
+
+        async def work():
+            waits = asyncio.gather(first.aresult(), self.queue.aresult(second, timeout_seconds=60))
+            impatient = asyncio.ensure_future(first.aresult(timeout_seconds=60))
+            await asyncio.sleep(0)
+            impatient.cancel()
+            with self.assertRaises(asyncio.CancelledError):
+                await impatient
+            with self.assertRaises(TimeoutError):
+                await first.aresult(timeout_seconds=0.01)
+            while job := await asyncio.to_thread(other.dequeue, "w"):
+                await asyncio.to_thread(other.complete, job, job.payload * 10)
+            self.assertEqual(await waits, [10, 20])
+            self.assertEqual(await first.aresult(timeout_seconds=60), 10)
+            with self.assertRaises(JobNotFound):
+                await self.queue.aresult(second + 1000)
+            with self.assertRaises(QueueError), self.queue.transaction():
+                await second.aresult()
+
+        asyncio.run(work())
+
+    def test_progress_of_a_completed_job_is_one(self):
+        jobs = [self.taken() for _ in range(4)]
+        self.queue.update(jobs[0], progress=0.5)
+        self.queue.complete(jobs[0], now=NOW)
+        self.queue.complete_and_dequeue([(jobs[1], None)], "worker", now=NOW)
+        self.queue.complete_and_dequeue([(jobs[2], None), (jobs[3], None)], "worker", 0, now=NOW)
+        self.assertEqual([self.queue.get(job.id).progress for job in jobs], [1.0] * 4)
+        self.queue.resubmit(jobs[0].id, now=NOW)
+        self.assertIsNone(self.queue.get(jobs[0].id).progress)
+
     def test_released_attempt_does_not_count(self):
         job = self.taken(max_attempts=1)
         self.queue.release(job, now=NOW)
@@ -751,6 +938,20 @@ class QueueContract:
             caller.on(self.queue).enqueue(fails=False)
             pqueue.run_task(self.queue, self.queue.dequeue("w"))
             self.assertEqual([self.queue.get(each).queue for each in ids[2:]], ["default", "other"])
+
+    def test_jobs_run_in_the_process_of_a_test(self):
+        from pqueue_tools import testing
+
+        with mock.patch.dict(pqueue.TASKS, clear=True):
+            resize = pqueue.task(resized)
+            resize.on(self.queue).enqueue("a")
+            resize.using(run_at=NOW).on(self.queue).enqueue("b")
+            self.assertEqual([job.result for job in testing.drain(self.queue)], [{"a": 200}])
+            self.assertEqual([job.result for job in testing.drain(self.queue, now=NOW)], [{"b": 200}])
+            with testing.inline(self.queue), self.queue.transaction():
+                resize.on(self.queue).enqueue("c")
+                self.assertEqual(testing.enqueued(self.queue, resize)[-1].state, "pending")
+            self.assertEqual([job.state for job in testing.enqueued(self.queue, resize)], ["completed"] * 3)
 
     def test_key_holds_within_its_queue_only(self):
         first, other, again, other_again = (self.queue.enqueue("t", key="k", queue=name) for name in "abab")

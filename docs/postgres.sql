@@ -373,7 +373,7 @@ UPDATE pqueue.jobs SET state = 'pending', error = $1, lease_token = NULL, lease_
 -- COMPLETE
 -- Complete a job with its result.
 -- $1 now, $2 result, $3 id, $4 token
-UPDATE pqueue.jobs SET state = 'completed', finished_at = $1, result = $2, error = NULL, lease_token = NULL, lease_expires_at = NULL WHERE id = $3 AND lease_token = $4;
+UPDATE pqueue.jobs SET state = 'completed', finished_at = $1, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = $2 WHERE id = $3 AND lease_token = $4;
 
 -- FAIL
 -- Make a job failed.
@@ -529,6 +529,12 @@ DELETE FROM pqueue.jobs WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_te
 -- differs because JSON is read in another way
 -- $1 ids
 SELECT id FROM pqueue.jobs WHERE state = 'processing' AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)));
+
+-- STATES_OF
+-- Return the states of these jobs. :ids is a JSON array.
+-- differs because JSON is read in another way
+-- $1 ids
+SELECT id, state FROM pqueue.jobs WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)));
 
 -- COUNTS
 -- Count jobs by queue and state through indexes (a million jobs in 50 ms). One statement, so that each job is counted
@@ -709,7 +715,7 @@ WITH heads AS MATERIALIZED (
     WHERE q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10)))) ORDER BY priority DESC, run_at, id LIMIT 2),
 first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tasks FROM heads),
 done AS (
-    UPDATE pqueue.jobs SET state = 'completed', finished_at = $3, result = done.result, error = NULL, lease_token = NULL, lease_expires_at = NULL
+    UPDATE pqueue.jobs SET state = 'completed', finished_at = $3, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = done.result
     FROM unnest(CAST($4 AS bigint[]), CAST($5 AS text[]), CAST($6 AS text[])) AS done (id, token, result)
     WHERE jobs.id = done.id AND lease_token = done.token RETURNING jobs.id),
 taken AS (

@@ -151,6 +151,14 @@ def test_project_uses_the_queue_with_its_own_modules(project):
     assert "Traceback" not in child.out.read_text()
 
 
+def test_pytest_finds_the_fixtures_of_an_installed_copy(installed):
+    """The plugin is registered; tests/test_testing.py runs its fixtures."""
+    program = "from importlib.metadata import entry_points as e; print(*e(group='pytest11', name='pqueue'))"
+    done = subprocess.run([installed / "python", "-c", program], check=True, capture_output=True, text=True)
+    assert "'pqueue_tools.pytest_plugin'" in done.stdout
+    subprocess.run([installed / "python", "-c", "import pqueue_tools.testing, pqueue_fields"], check=True)
+
+
 def test_messages_of_an_installed_copy_name_its_commands(project):
     project.run("pqueue-producer", "--count", 1, "--interval", 0)
     assert project.run("pqueue", "why", 1).stdout == "job 1: no consumer is alive: run pqueue-consumer\n"

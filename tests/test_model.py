@@ -194,6 +194,19 @@ class QueueMachine(RuleBasedStateMachine):
             entry.state = {"cancel": "cancelled", "mark_failed": "failed"}[verb]
         entry.holder = None
 
+    @precondition(lambda self: self.entries)
+    @rule(data=st.data())
+    def ask_for_the_result(self, data):
+        job_id = data.draw(st.sampled_from(sorted(self.entries)))
+        state = self.entries[job_id].state
+        try:
+            assert self.queue.result(job_id, timeout_seconds=0) is None
+            assert state == "completed"
+        except pqueue.JobFailed as error:
+            assert error.state == state in ("failed", "cancelled")
+        except TimeoutError:
+            assert state in UNFINISHED
+
     @rule(queue=st.sampled_from("ab"), paused=st.booleans())
     def pause_or_resume(self, queue, paused):
         (self.queue.pause if paused else self.queue.resume)(queue)

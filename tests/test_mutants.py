@@ -67,6 +67,10 @@ MUTANTS = [
     Mutant("fail, release, extend, update need a held lease", HISTORY, "not session.change(sql, params)", "session.change(sql, params) < 0"),
     Mutant("each claim has its own number", HISTORY, "{next(me.claims)}", "0"),
     Mutant("a lost lease dooms its transaction", "contract: lost_lease_undoes_the_transaction", " and self.lost is None", ""),
+    # results
+    Mutant("a finished job wakes up those that wait for it", "contract: waiter_is_woken"),
+    Mutant("a wait inside a transaction is refused", "contract: nothing_to_wait_for"),
+    Mutant("only a completed job has a result", "contract: waiter_is_woken"),
     # attempts
     Mutant("an attempt counts when it is claimed", HISTORY, '"attempts": "attempts + 1"', '"attempts": "attempts"'),
     Mutant("no attempt after the last", HISTORY, " and job.attempts < job.max_attempts", ""),

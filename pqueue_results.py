@@ -1,0 +1,207 @@
+"""Waiting for the results of jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterable
+from concurrent import futures
+from contextlib import closing, suppress
+from datetime import timedelta
+from typing import Any
+
+from pqueue_backend import Watch
+from pqueue_schema import STATES_OF, UNFINISHED
+from pqueue_search import Reading
+from pqueue_values import Job, JobFailed, JobNotFound, QueueBusy, QueueError, duration, to_json, valid_id
+
+LINGER_SECONDS = 1.0  # how long the thread stays for the next call of `result`
+FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.002, 0.05  # between reads of the states, where nothing wakes a waiter
+
+Done = futures.Future[Job]
+Finished = Callable[[list[int]], dict[int, Job | JobNotFound]]
+
+
+class Polling:
+    """Reads the states again and again, where nothing tells that a job has finished."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._seconds = FIRST_POLL_SECONDS
+
+    def wait(self, _: list[int], find: Callable[[], bool]) -> None:
+        if find() or self._event.wait(self._seconds):
+            self._event.clear()
+            self._seconds = FIRST_POLL_SECONDS
+        else:
+            self._seconds = min(LAST_POLL_SECONDS, self._seconds * 1.05)
+
+    def interrupt(self) -> None:
+        self._event.set()
+
+    def close(self) -> None:
+        """Do nothing: it holds nothing."""
+
+
+class Waits:
+    """All waits for results of a queue object. While there are any, one thread reads the states of their jobs."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: dict[int, list[Done]] = {}  # by job
+        self._thread: threading.Thread | None = None
+        self._watch: Watch | None = None
+        self._closed = False
+
+    def add(self, job_id: int, open_watch: Callable[[], Watch], finished: Finished) -> Done:
+        """Return a future of the job when it has finished; the other two are methods of the queue."""
+        done: Done = futures.Future()
+        with self._changed:
+            self._waiting.setdefault(job_id, []).append(done)
+            if self._thread is None:
+                arguments = (open_watch, finished)
+                self._thread = threading.Thread(target=self._serve, args=arguments, name="pqueue-results", daemon=True)
+                self._thread.start()
+            self._notify()
+        return done
+
+    def close(self) -> None:
+        """End all waits with QueueError, and the thread."""
+        with self._changed:
+            self._closed, thread = True, self._thread
+            self._notify()
+        if thread and thread is not threading.current_thread():
+            thread.join()
+
+    def abandon(self) -> None:
+        """Release in a forked child what the parent's thread holds."""
+        if self._watch:
+            self._watch.close()
+
+    def _notify(self) -> None:
+        self._changed.notify_all()
+        if self._watch:
+            self._watch.interrupt()
+
+    def _serve(self, open_watch: Callable[[], Watch], finished: Finished) -> None:
+        try:
+            with closing(open_watch()) as watch:
+                self._watch = watch
+                while job_ids := self._awaited():
+                    watch.wait(job_ids, lambda: self._settle(job_ids, finished))
+        except BaseException as error:  # each waiter raises it
+            with self._changed:
+                self._thread = self._watch = None
+                self._fail(error)
+
+    def _awaited(self) -> list[int]:
+        """Return the jobs that are waited for; none: the thread must end."""
+        with self._changed:
+            for job_id, waits in list(self._waiting.items()):
+                waits[:] = [done for done in waits if not done.cancelled()]
+                if not waits:
+                    del self._waiting[job_id]
+            self._changed.wait_for(lambda: self._waiting or self._closed, LINGER_SECONDS)
+            if self._closed:
+                self._fail(QueueError("cannot wait for a result: the queue object was closed"))
+            if not self._waiting:
+                self._thread = self._watch = None
+            return list(self._waiting)
+
+    def _fail(self, error: BaseException) -> None:
+        for job_id in list(self._waiting):
+            self._end(job_id, error)
+
+    def _settle(self, job_ids: list[int], finished: Finished) -> bool:
+        """End the waits for the jobs that have finished; return whether there were any."""
+        found: dict[int, Job | JobNotFound] = {}
+        with suppress(QueueBusy):  # it reads again later
+            found = finished(job_ids)
+        with self._changed:
+            for job_id, outcome in found.items():
+                self._end(job_id, outcome)
+        return bool(found)
+
+    def _end(self, job_id: int, outcome: Job | BaseException) -> None:
+        for done in self._waiting.pop(job_id, []):
+            if not done.set_running_or_notify_cancel():
+                continue
+            if isinstance(outcome, BaseException):
+                done.set_exception(outcome)
+            else:
+                done.set_result(outcome)
+
+
+class Waiting(Reading):
+    """The waits of a queue for results."""
+
+    _waits: Waits
+
+    def result(self, job_id: int, *, timeout_seconds: float | timedelta | None = None) -> Any:
+        """Wait until the job has finished, and return its result.
+
+        timeout_seconds: how long to wait at most; None: as long as it takes.
+
+        Raises JobFailed if the job is failed or cancelled, TimeoutError after the timeout, JobNotFound if there is no
+        such job or it is deleted meanwhile, and QueueError inside a transaction, which would keep the job from running.
+        A task must not wait for a job that only its own consumer could run.
+        """
+        seconds = _timeout(timeout_seconds)
+        job = self.get(job_id)
+        if job.state in UNFINISHED:
+            done = self._wait_for(job_id)
+            try:
+                job = done.result(seconds)
+            except futures.TimeoutError:
+                raise self._timeout_error(job_id, seconds) from None
+            finally:
+                done.cancel()
+        return _result_of(job)
+
+    async def aresult(self, job_id: int, *, timeout_seconds: float | timedelta | None = None) -> Any:
+        """Do what `result` does, without blocking the event loop."""
+        seconds = _timeout(timeout_seconds)
+        done = self._wait_for(valid_id(job_id))
+        try:
+            job = await asyncio.wait_for(asyncio.wrap_future(done), seconds)
+        except (TimeoutError, asyncio.TimeoutError):
+            raise self._timeout_error(job_id, seconds) from None
+        return _result_of(job)
+
+    def _wait_for(self, job_id: int) -> Done:
+        # guard: a wait inside a transaction is refused
+        if self.in_transaction:
+            raise QueueError(
+                f"cannot wait for job {job_id} inside a transaction, which keeps it from running: wait after it"
+            )
+        return self._waits.add(job_id, self._open_watch, self._finished)
+
+    def _finished(self, job_ids: Iterable[int]) -> dict[int, Job | JobNotFound]:
+        """Return those of these jobs that have finished, or the error for those that do not exist."""
+        job_ids = list(job_ids)
+        states = dict(self._read(STATES_OF, {"ids": to_json(job_ids)}))
+        found: dict[int, Job | JobNotFound] = {}
+        for job_id in job_ids:
+            if states.get(job_id) not in UNFINISHED:
+                try:
+                    job = self.get(job_id)
+                except JobNotFound as error:
+                    found[job_id] = error
+                else:
+                    if job.state not in UNFINISHED:  # resubmitted at this moment
+                        found[job_id] = job
+        return found
+
+    def _timeout_error(self, job_id: int, seconds: float | None) -> TimeoutError:
+        return TimeoutError(f"job {job_id} has not finished within {seconds:g} s")
+
+
+def _timeout(timeout_seconds: float | timedelta | None) -> float | None:
+    return None if timeout_seconds is None else max(0.0, duration("timeout_seconds", timeout_seconds))
+
+
+def _result_of(job: Job) -> Any:
+    # guard: only a completed job has a result
+    if job.state != "completed":
+        raise JobFailed(job)
+    return job.result

@@ -1,0 +1,139 @@
+"""Helpers for tests of an application: a queue of its own for each test, and jobs that run in the test's process.
+
+pytest has the fixtures of pqueue_tools/pytest_plugin.py when pqueue is installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import tempfile
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from contextvars import copy_context
+from typing import Any
+from unittest import mock
+
+from pqueue import TASKS, Job, LeaseLost, PersistentQInterface, Task, open_queue, run_task
+from pqueue_tasks import _current, _opened
+from pqueue_tools.outcome import Unstorable, error_text, outcome_of
+
+_numbers = itertools.count(1)
+
+
+@contextmanager
+def temporary_queue() -> Iterator[PersistentQInterface]:
+    """Open a queue in a temporary folder. Within the block it is the default queue, and what PQUEUE_URL names."""
+    with tempfile.TemporaryDirectory() as folder:
+        url = f"{folder}/queue.db"
+        with (
+            mock.patch.dict(os.environ, PQUEUE_URL=url),
+            open_queue(url, durability="normal") as queue,
+            mock.patch.dict(_opened, default=queue),
+        ):
+            yield queue
+
+
+def enqueued(queue: PersistentQInterface, task: str | Task[..., Any] | None = None) -> list[Job]:
+    """Return the jobs of a task, or of all tasks, in the order in which they were enqueued, whatever their state."""
+    name = task.name if isinstance(task, Task) else task
+    return queue.list_jobs(task=name, limit=2**31 - 1)[::-1]
+
+
+def drain(queue: PersistentQInterface, *, now: float | None = None) -> list[Job]:
+    """Run each job that is due, and those that these enqueue, in this thread; return them as they are afterwards.
+
+    now: the time for the queue, Unix seconds: `time.time() + 3600` also runs what is scheduled for the next hour.
+
+    An exception of a task fails its job as in a consumer, and is not raised here: look at `error`. A job that is
+    scheduled again at or before `now` runs again. Time and memory limits do not apply. Jobs of tasks that this process
+    has not imported are left.
+    """
+    return [job for job, _ in _run_due(queue, now)]
+
+
+@contextmanager
+def inline(queue: PersistentQInterface) -> Iterator[None]:
+    """Within the block, run each job that is due as soon as it has been enqueued or, in a transaction, committed.
+
+    An exception of a task fails its job, and is then raised by the call that enqueued it.
+    """
+
+    def run() -> None:
+        if not queue.in_transaction:
+            for _, error in _run_due(queue, None):
+                if error is not None:
+                    raise error
+
+    def then_run(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found = method(*args, **kwargs)
+            run()
+            return found
+
+        return call
+
+    transaction = queue.transaction
+
+    @contextmanager
+    def transaction_then_run() -> Iterator[Any]:
+        with transaction() as connection:
+            yield connection
+        run()
+
+    methods: dict[str, Any] = {name: then_run(getattr(queue, name)) for name in ("enqueue", "enqueue_many")}
+    with mock.patch.multiple(queue, transaction=transaction_then_run, **methods):
+        yield
+
+
+@contextmanager
+def running(queue: PersistentQInterface, job: Job | None = None) -> Iterator[None]:
+    """Within the block, `current_queue()` and `current_job()` return these, as if a task ran: call its function."""
+    token = _current.set((queue, job))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def _run_due(queue: PersistentQInterface, now: float | None) -> Iterator[tuple[Job, Exception | None]]:
+    """Run jobs; yield each as it is afterwards, and its error."""
+    name = f"test-{next(_numbers)}"  # one for each, as jobs of inline calls run inside each other
+    try:
+        while job := queue.dequeue(name, tasks=sorted(TASKS), now=now):
+            error = _run(queue, job, now)
+            yield queue.get(job.id), error
+    finally:
+        queue.leave(name)
+
+
+def _run(queue: PersistentQInterface, job: Job, now: float | None) -> Exception | None:
+    try:
+        result = copy_context().run(run_task, queue, job, run_coroutine=_run_coroutine)
+    except Exception as error:
+        outcome = outcome_of(error, job)
+        with suppress(LeaseLost):  # the task has settled its job
+            if outcome.verb == "release":
+                queue.release(job, delay_seconds=outcome.delay_seconds, now=now)
+                return None
+            delay = outcome.delay_seconds
+            queue.fail(job, error_text(error), retry=outcome.retry, retry_in_seconds=delay, now=now)
+        return error
+    try:
+        with suppress(LeaseLost):
+            queue.complete(job, result, now=now)
+    except ValueError as error:
+        queue.fail(job, error_text(Unstorable(str(error))), retry=False, now=now)
+        return error
+    return None
+
+
+def _run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run it in a thread, as the test itself may run in an event loop."""
+    import asyncio
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(copy_context().run, asyncio.run, coroutine).result()
