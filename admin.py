@@ -283,11 +283,15 @@ def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     Parameter("--priority", "higher runs first", whole_number(-(2**31)), "0", "N"),
     Parameter("--delay", "do not run before this delay: 90s, 15m, 12h, 7d", duration, "0s", "DURATION"),
     Parameter("--max-attempts", "maximum number of attempts", whole_number(1), metavar="N"),
-    Parameter("--key", "do nothing if an unfinished job of the queue has this key", metavar="KEY"),
+    Parameter("--key", "do nothing if another job of the queue and task holds this key", metavar="KEY"),
+    Parameter("--key-until", "hold the key until the job has finished (default) or started", metavar="STATE"),
+    Parameter("--key-for", "hold the key for this long instead: 90s, 15m, 12h, 7d", duration, metavar="DURATION"),
+    Parameter("--replace", "give the job that holds the key this payload, priority and delay", flag=True),
     Parameter("--assign-to", "only this consumer may run it", metavar="CONSUMER"),
     examples="""
     enqueue send_mail '{"to": "ada@example.org"}'
-    enqueue send_mail '{"to": "ada@example.org"}' --delay 1h --key ada""",
+    enqueue send_mail '{"to": "ada@example.org"}' --delay 1h --key ada
+    enqueue report --key nightly --key-for 20h""",
 )
 def enqueue(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Enqueue a job and print its id."""
@@ -299,6 +303,9 @@ def enqueue(queue: PersistentQInterface, options: argparse.Namespace) -> Command
         delay_seconds=options.delay,
         max_attempts=options.max_attempts,
         key=options.key,
+        key_until=options.key_until,
+        key_seconds=options.key_for,
+        on_conflict="replace" if options.replace else "keep",
         assigned_to=options.assign_to,
     )
     return CommandResult([{"job": job_id}], str(job_id))

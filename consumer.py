@@ -42,6 +42,7 @@ from pqueue_tools.process import (
     set_log,
     whole_number,
 )
+from pqueue_tools.record import MAX_CONCURRENCY
 from pqueue_tools.worker import Consumer as Consumer  # noqa: PLC0414 - for applications
 from pqueue_values import program_name
 
@@ -150,6 +151,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="with --drain, also wait for retries and other jobs that fall due within S seconds (default: at any time)",
     )
+    text = "run up to N jobs at the same time: async tasks in an event loop, others in threads (default: %(default)s)"
+    add("--concurrency", type=whole_number(1, MAX_CONCURRENCY), default=1, metavar="N", help=text)
     add("--max-jobs", type=whole_number(1), metavar="N", help="start a new worker process after N jobs")
     add("--max-rss", type=whole_number(1), metavar="MB", help="start a new worker process when it uses more memory")
     add(

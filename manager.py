@@ -19,6 +19,7 @@ import argparse
 import sys
 
 from pqueue_tools.process import OneLineParser, module_name, print_error, whole_number
+from pqueue_tools.record import MAX_CONCURRENCY
 from pqueue_tools.supervisor import (
     CONFIGURATION,
     GROUP_SIZE,
@@ -47,11 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _act(options: argparse.Namespace) -> None:
     if options.init:
-        write_configuration(options.queues, options.modules)
+        write_configuration(options.queues, options.modules, options.concurrency)
         print(f"wrote {CONFIGURATION}; start it with: supervisord -n -c {CONFIGURATION}")
     elif options.count:
         for _ in range(options.count):
-            group = add_group(options.size, options.queues, options.modules)
+            group = add_group(options.size, options.queues, options.modules, options.concurrency)
             print(f"added {group}: {options.size} consumers", flush=True)
     elif options.remove:
         if options.remove in added_groups():
@@ -91,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
         help="consumers in a group (default: %(default)s)",
     )
     add("--queue", dest="queues", action="append", metavar="QUEUE", help="serve this queue; repeatable (default: all)")
+    text = "how many jobs each consumer runs at the same time (default: %(default)s)"
+    add("--concurrency", type=whole_number(1, MAX_CONCURRENCY), default=1, metavar="N", help=text)
     text = "a module with tasks; repeatable"
     add("--import", dest="modules", action="append", type=module_name, metavar="MODULE", help=text)
     return parser

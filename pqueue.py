@@ -54,7 +54,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -77,11 +77,15 @@ from pqueue_schema import (
     ENQUEUE_MANY,
     EXPIRED,
     EXTEND,
+    EXTEND_ALL,
     FAIL,
     FINISHED,
+    FREE_KEY,
+    FREE_KEY_FOR,
     HEARTBEAT,
     HELD_BY,
     HOLDS,
+    LEASES,
     LOST_BY,
     MARK_DEAD,
     MARK_FAILED,
@@ -95,6 +99,7 @@ from pqueue_schema import (
     REDELIVER,
     REGISTER,
     RELEASE,
+    REPLACE,
     RESUBMIT,
     RETRY,
     ROOM,
@@ -111,12 +116,12 @@ from pqueue_schema import (
 )
 from pqueue_search import Filters
 from pqueue_tasks import (
-    DEFAULT_MAX_ATTEMPTS,
     TASKS,
     Task,
     backoff_seconds,
     current_job,
     current_queue,
+    known_attempts,
     run_task,
     task,
     task_name,
@@ -139,6 +144,7 @@ from pqueue_values import (
     Retry,
     SchemaMismatch,
     Snooze,
+    above_0,
     command_line,
     duration,
     encode_json,
@@ -149,10 +155,10 @@ from pqueue_values import (
     finite,
     operator_name,
     short,
+    time_of,
     to_job,
     valid_id,
     valid_int,
-    valid_lease,
     valid_name,
     valid_state,
 )
@@ -267,10 +273,13 @@ class PersistentQInterface(Waiting, Moving):
         *,
         queue: str = "default",
         priority: int = 0,
-        delay_seconds: float = 0,
-        run_at: float | None = None,
+        delay_seconds: float | timedelta = 0,
+        run_at: float | datetime | None = None,
         max_attempts: int | None = None,
         key: str | None = None,
+        key_until: str | None = None,
+        key_seconds: float | timedelta | None = None,
+        on_conflict: str = "keep",
         assigned_to: str | None = None,
         now: float | None = None,
     ) -> JobId[Any]:
@@ -280,15 +289,23 @@ class PersistentQInterface(Waiting, Moving):
         payload: a JSON-serializable value of at most `MAX_PAYLOAD_BYTES`, nested at most 100 deep, with string keys.
         queue: created by its first job.
         priority: jobs with a higher priority run first.
-        delay_seconds, run_at: the earliest time to run the job: relative to now, or absolute.
-        max_attempts: the number of deliveries before the job is `failed`; None: that of the task.
-        key: if an unfinished job of the queue has this key, store nothing and return that job's id, whose
+        delay_seconds, run_at: the earliest time to run the job: relative to now (also a timedelta), or absolute (Unix
+            seconds, or a datetime with a time zone).
+        max_attempts: the number of deliveries before the job is `failed`; None: that of the task, as known to the
+            consumer that takes the job first.
+        key: if another job of the queue and task holds this key, store nothing and return that job's id, whose
             `is_new` is False.
+        key_until: when the job frees its key: "finished", the default, or "started": when it is first delivered.
+        key_seconds: free the key this long after the enqueue instead, whether or not the job is finished.
+        on_conflict: "replace" gives the job that holds the key this payload, priority and time, if it is `scheduled` or
+            `pending`; with "keep" it stays as it is.
         assigned_to: the only consumer that may run the job; None: any.
 
         Raises QueueFull when the queue holds `max_pending` pending jobs: see `limit`.
         """
-        row = _new_job(task, queue, priority, delay_seconds, run_at, max_attempts, key, assigned_to, self._time(now))
+        row = _new_job(task, queue, priority, delay_seconds, run_at, max_attempts, assigned_to, self._time(now))
+        if (key, key_until, key_seconds, on_conflict) != NO_KEY:
+            row |= _key_options(key, key_until, key_seconds, on_conflict, row["now"])
         row["payload"] = encode_json("payload", payload)
         return self._store(ENQUEUE, row)[0]
 
@@ -300,10 +317,10 @@ class PersistentQInterface(Waiting, Moving):
             return JobId.of_queue(self, ids)
         with session:
             ids = session.insert(sql, row)
-            if not ids and (found := session.run(WITH_KEY, row)):
+            if not ids and (found := self._holder(session, row)):
                 # guard: the id of a job that was there is not new
-                return JobId.of_queue(self, found[0], is_new=False)
-            if not ids and self._add_queue(session, row):
+                return JobId.of_queue(self, found, is_new=False)
+            if not ids and ((row["key"] and session.change(FREE_KEY, row)) or self._add_queue(session, row)):
                 ids = session.insert(sql, row)
             if ids:
                 return JobId.of_queue(self, ids)
@@ -311,6 +328,15 @@ class PersistentQInterface(Waiting, Moving):
             if room is not None and room < row["number"]:
                 raise _queue_full("enqueue", row["queue"], max_pending, row["number"])
             raise NotStored
+
+    def _holder(self, session: Session, row: Params) -> list[int]:
+        """Return the id of the job that holds the key, if any; replace that job if it shall be and can be."""
+        found = session.run(WITH_KEY, row) if row["key"] else []
+        if found and row["replaces"]:
+            session.wakes = True
+            if not session.change(REPLACE, {**row, "id": found[0][0]}):
+                found = session.run(WITH_KEY, row)  # on PostgreSQL, it may have been taken in between
+        return [job_id for (job_id,) in found]
 
     def _add_queue(self, session: Session, row: Params) -> int:
         """Create the queue of a new job unless it exists, and list the task there; return how many rows this added."""
@@ -323,20 +349,36 @@ class PersistentQInterface(Waiting, Moving):
         *,
         queue: str = "default",
         priority: int = 0,
-        delay_seconds: float = 0,
-        run_at: float | None = None,
+        delay_seconds: float | timedelta = 0,
+        run_at: float | datetime | None = None,
         max_attempts: int | None = None,
+        keys: Sequence[str] | None = None,
+        key_until: str | None = None,
+        key_seconds: float | timedelta | None = None,
+        on_conflict: str = "keep",
         assigned_to: str | None = None,
         now: float | None = None,
     ) -> list[JobId[Any]]:
         """Store one job per payload, all or none, and return their ids in order; the options are those of `enqueue`.
 
+        keys: the key of each job, in the order of the payloads; a key may occur more than once.
+
         Raises QueueFull, or ValueError for more jobs than the queue's limit.
         """
-        row = _new_job(task, queue, priority, delay_seconds, run_at, max_attempts, None, assigned_to, self._time(now))
+        row = _new_job(task, queue, priority, delay_seconds, run_at, max_attempts, assigned_to, self._time(now))
         found = list(payloads)
-        row |= {"payloads": encode_payloads(found), "number": len(found)}
-        return self._store(ENQUEUE_MANY, row) if found else []
+        if keys is None:
+            if (key_until, key_seconds, on_conflict) != NO_KEY[1:]:
+                raise ValueError("expected keys together with key_until, key_seconds or on_conflict")
+            row |= {"payloads": encode_payloads(found), "number": len(found)}
+            return self._store(ENQUEUE_MANY, row) if found else []
+        if isinstance(keys, str) or len(keys) != len(found):
+            raise ValueError(f"expected a list of {len(found)} keys, one per payload, got {short(keys)}")
+        rows = [{**row, **_key_options(key, key_until, key_seconds, on_conflict, row["now"])} for key in keys]
+        for each, payload in zip(rows, found, strict=True):
+            each["payload"] = encode_json("payload", payload)
+        with self._transaction():
+            return [self._store(ENQUEUE, each)[0] for each in rows]
 
     # Working
 
@@ -507,7 +549,7 @@ class PersistentQInterface(Waiting, Moving):
         now = self._time(now)
         delay = backoff_seconds(job.attempts) if retry_in_seconds is None else retry_in_seconds
         # guard: no attempt after the last
-        again = retry and job.attempts < job.max_attempts
+        again = retry and job.attempts < (job.max_attempts or 0)  # None: it was never delivered
         params = {"now": now, "run_at": now + finite("retry_in_seconds", delay), "error": error_text(error)}
         # guard: fail is synced
         self._with_lease("fail", RETRY if again else FAIL, job, params, event="failed", durable=True)
@@ -537,7 +579,19 @@ class PersistentQInterface(Waiting, Moving):
 
     def extend(self, job: Job, lease_seconds: float = LEASE_SECONDS, *, now: float | None = None) -> None:
         """Renew the lease; it expires this many seconds from now. Raises LeaseLost."""
-        self._with_lease("extend", EXTEND, job, {"lease_expires_at": self._time(now) + valid_lease(lease_seconds)})
+        self._with_lease(
+            "extend", EXTEND, job, {"lease_expires_at": self._time(now) + above_0("lease_seconds", lease_seconds)}
+        )
+
+    def extend_all(self, consumer: str, lease_seconds: float = LEASE_SECONDS, *, now: float | None = None) -> int:
+        """Renew the leases of all jobs that this consumer of this object holds, in one commit; return how many.
+
+        They expire this many seconds from now. On PostgreSQL, jobs that other transactions are changing are left out.
+        """
+        expires_at = self._time(now) + above_0("lease_seconds", lease_seconds)
+        me = self._registry.get(valid_name("consumer", consumer))
+        with self._transaction(durable=False) as session:
+            return session.change(EXTEND_ALL, {"token": me.token, "lease_expires_at": expires_at}) if me else 0
 
     def update(self, job: Job, *, progress: float | None = None, result: Any = None) -> None:
         """Store the progress (0 to 1) or a partial result of a `processing` job; None: leave it unchanged.
@@ -570,7 +624,7 @@ class PersistentQInterface(Waiting, Moving):
     def resubmit(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
         """Make a finished job `pending` again, with a fresh attempt budget.
 
-        Raises JobNotFound, QueueFull, or InvalidTransition if the job is not finished or another one has its key.
+        Raises JobNotFound, QueueFull, or InvalidTransition if the job is not finished or another one holds its key.
         """
         self._operator_verb("resubmit", "resubmitted", RESUBMIT, job_id, by, now, allowed=FINISHED)
 
@@ -615,8 +669,12 @@ class PersistentQInterface(Waiting, Moving):
         params = {"error": None, **values, "id": valid_id(job_id), "now": self._time(now)}
         with self._transaction() as session:
             session.change(RECORD, {**params, "event": event, "actor": _actor(by)})
+            done = session.change(sql, params)
+            # guard: resubmit takes a key whose time is over
+            if not done and allowed and session.change(FREE_KEY_FOR, params):
+                done = session.change(sql, params)
             # guard: a refused operator verb raises
-            if not session.change(sql, params):
+            if not done:
                 raise _refusal(session, verb, job_id, allowed)
             session.wakes = True
             session.finished.append(job_id)  # if it did not: waiters look
@@ -679,7 +737,7 @@ class PersistentQInterface(Waiting, Moving):
 
     def prune(
         self,
-        older_than_seconds: float,
+        older_than_seconds: float | timedelta,
         *,
         states: Sequence[str] = FINISHED,
         progress: Callable[[int], None] | None = None,
@@ -687,10 +745,12 @@ class PersistentQInterface(Waiting, Moving):
     ) -> int:
         """Delete jobs of these states that finished longer ago than this, and return how many.
 
+        A job enqueued with `key_seconds` is kept until that time is over.
         Uses short transactions, so as not to block other writers. Also deletes consumers that ended as long ago.
         `progress` is called after each with the number of jobs deleted so far.
         """
-        before = self._time(now) - finite("older_than_seconds", older_than_seconds)
+        now = self._time(now)
+        before = now - duration("older_than_seconds", older_than_seconds)
         with self._transaction(durable=False) as session:
             session.change(DELETE_CONSUMERS, {"before": before})
         pruned = 0
@@ -698,7 +758,7 @@ class PersistentQInterface(Waiting, Moving):
             batch = PRUNE_BATCH
             while batch == PRUNE_BATCH:
                 with self._transaction(durable=False) as session:
-                    batch = self._prune(session, {"state": state, "before": before, "limit": PRUNE_BATCH})
+                    batch = self._prune(session, {"state": state, "before": before, "now": now, "limit": PRUNE_BATCH})
                 pruned += batch
                 if progress:
                     progress(pruned)
@@ -844,6 +904,11 @@ class PersistentQInterface(Waiting, Moving):
         me = self._registry.get(consumer)
         return [to_job(row) for row in self._read(HELD_BY, {"token": me.token})] if me else []
 
+    def held_leases(self, consumer: str) -> list[tuple[int, str]]:
+        """Return the ids and lease tokens of the jobs that this consumer of this object holds."""
+        me = self._registry.get(consumer)
+        return self._read(LEASES, {"token": me.token}) if me else []
+
     def holds(self, job: Job) -> bool:
         """Return whether this delivery still holds the job's lease; unlike `extend`, this writes nothing."""
         return bool(self._read(HOLDS, {"id": job.id, "token": job.lease_token}))
@@ -932,8 +997,8 @@ def _complete(session: Session, job: Job, result: str | None, now: float) -> int
 
 
 def claim_params(me: Registration, limit: int, wanted: Params, lease_seconds: float, now: float) -> Params:
-    params = {**wanted, "limit": limit, "now": now}
-    params["lease_expires_at"] = now + valid_lease(lease_seconds)
+    params = {**wanted, "limit": limit, "now": now, "known_attempts": known_attempts()}
+    params["lease_expires_at"] = now + above_0("lease_seconds", lease_seconds)
     # guard: each claim has its own number
     params["token"] = f"{me.token}.{next(me.claims)}"
     return params
@@ -986,7 +1051,7 @@ def _refusal(session: Session, verb: str, job_id: int, allowed: Sequence[str] = 
         for room, max_pending in session.run(ROOM, {"queue": queue}):
             if room is not None and room <= 0:
                 return _queue_full(f"{verb} job {job_id}", queue, max_pending)
-        return InvalidTransition(f"cannot {verb} job {job_id}: another unfinished job has its key {key!r}")
+        return InvalidTransition(f"cannot {verb} job {job_id}: another job has its key {key!r}")
     return JobNotFound(f"cannot {verb} job {job_id}: no such job")
 
 
@@ -1016,29 +1081,49 @@ def _new_job(
     task: str | Task[..., Any],
     queue: str,
     priority: int,
-    delay_seconds: float,
-    run_at: float | None,
+    delay_seconds: float | timedelta,
+    run_at: float | datetime | None,
     max_attempts: int | None,
-    key: str | None,
     assigned_to: str | None,
     now: float,
 ) -> Params:
-    name = valid_name("task", task.name if isinstance(task, Task) else task)
-    entry = task if isinstance(task, Task) else TASKS.get(name)
-    if max_attempts is None:
-        max_attempts = entry.max_attempts if entry else DEFAULT_MAX_ATTEMPTS
-    due = now + finite("delay_seconds", delay_seconds) if run_at is None else finite("run_at", run_at)
+    due = now + duration("delay_seconds", delay_seconds) if run_at is None else time_of("run_at", run_at)
     return {
-        "task": name,
+        "task": valid_name("task", task.name if isinstance(task, Task) else task),
         "queue": valid_name("queue", queue),
         "state": "scheduled" if due > now else "pending",
         "priority": valid_int("priority", -(2**31), priority),
         "run_at": due,
-        "max_attempts": valid_int("max_attempts", 1, max_attempts),
-        "key": None if key is None else valid_name("key", key),
+        "max_attempts": None if max_attempts is None else valid_int("max_attempts", 1, max_attempts),
+        "key": None,
+        "key_until": None,
+        "key_expires_at": None,
+        "replaces": False,
         "assigned_to": None if assigned_to is None else valid_name("consumer", assigned_to),
         "now": now,
         "number": 1,
+    }
+
+
+NO_KEY = (None, None, None, "keep")  # the defaults of key, key_until, key_seconds and on_conflict
+
+
+def _key_options(
+    key: str | None, until: str | None, seconds: float | timedelta | None, on_conflict: str, now: float
+) -> Params:
+    if key is None:
+        raise ValueError("expected a key together with key_until, key_seconds or on_conflict")
+    if until is not None and seconds is not None:
+        raise ValueError("expected key_until or key_seconds, got both")
+    if until not in (None, "finished", "started"):
+        raise ValueError(f"expected key_until to be 'finished' or 'started', got {short(until)}")
+    if on_conflict not in ("keep", "replace"):
+        raise ValueError(f"expected on_conflict to be 'keep' or 'replace', got {short(on_conflict)}")
+    return {
+        "key": valid_name("key", key),
+        "key_until": until or "finished" if seconds is None else None,
+        "key_expires_at": None if seconds is None else now + above_0("key_seconds", seconds),
+        "replaces": on_conflict == "replace",
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from pqueue_values import NO_PARAMS, LeaseLost, Params, QueueError, finite
 
+SomeBackend = TypeVar("SomeBackend", bound="Backend")
 SomeSession = TypeVar("SomeSession", bound="Session")
 
 
@@ -23,6 +24,7 @@ class Session(ABC):
     lost: LeaseLost | None = None  # a lease was lost: the outermost transaction must roll back
     depth = 0  # nesting depth of transactions
     misnested = False  # a block ended before one inside it: likewise
+    thread = 0  # that uses it
 
     @abstractmethod
     def run(self, sql: str, params: Params = NO_PARAMS) -> list[Any]:
@@ -203,11 +205,30 @@ class Backend(ABC):
         """Whether this thread is inside a transaction, where a signal handler must not raise."""
 
     @abstractmethod
+    def uses_database(self, thread: int) -> bool:
+        """Return whether this thread is inside a transaction or a statement, where nothing may raise in it."""
+
+    @abstractmethod
     def transaction(self) -> AbstractContextManager[Any]:
         """Open a transaction that all calls on this queue in this thread join; yield its connection.
 
         It commits at the end of the block and rolls back on an exception. If a lease was lost in the block, it rolls
         back and raises LeaseLost, even if the block caught that error. Nested, it is a savepoint of the outer one.
+        """
+
+    @abstractmethod
+    def join(self: SomeBackend, connection: Any) -> AbstractContextManager[SomeBackend]:
+        """Let all calls on this queue in this thread, within the block, take part in a transaction of the application.
+
+        connection: the application's: an `sqlite3.Connection` to the queue's file, a `psycopg.Connection` to its
+            database, or a Session or Connection of SQLAlchemy on one of these. If no transaction has begun, it begins.
+
+        The application commits, which makes new jobs visible, or rolls back, which removes them. Consumers are woken
+        by the commit on PostgreSQL; on SQLite they look every 10 ms for a second, and then every second.
+
+        Raises ValueError for another object, and QueueError for a connection to another database, or one that is closed
+        or read-only, or commits each statement by itself. If the queue's durability is "full", its commit is synced; on
+        SQLite, QueueError is raised if the connection's `synchronous` is below FULL.
         """
 
     @abstractmethod

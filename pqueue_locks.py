@@ -24,6 +24,7 @@ LOCK_TIMEOUT_SECONDS = 1.0  # the longest wait for a lock; a process that holds 
 LINES = ("others", "consumers")  # in which writers wait: consumers for their batches, and all others
 REPEAT_SECONDS = 0.001  # how long one process may keep acquiring the lock while a waiter is waking up
 OVERTAKE_SECONDS = 0.005  # how long a waiter may be overtaken by any processes
+LOOK_SECONDS = 0.01  # between looks for the jobs of a joined transaction
 HANDOVER_SECONDS = 0.01  # how long the lock is then reserved for the waiter, which may have died
 
 
@@ -242,6 +243,8 @@ class ConsumerLocks:
         self._folder = folder
         with closing_file(open_private(folder / f"{self.PREFIX}waiting")) as file:
             self.waiting = _map_file(file, self.COUNT)
+        with closing_file(open_private(folder / "joined")) as file:
+            self._joined_until = memoryview(_map_file(file, 8)).cast("d")  # monotonic seconds
 
     def acquire(self) -> ConsumerLock:
         for number in range(self.COUNT):
@@ -282,12 +285,25 @@ class ConsumerLocks:
             os.write(pipe, b"!")
 
     def wait(self, slot: ConsumerLock, seconds: float, due_in: Callable[[], float]) -> bool:
-        self.waiting[slot.number] = 1
+        until = time.monotonic() + seconds
         try:
-            woken = slot.poll(min(seconds, due_in()))
+            while True:
+                self.waiting[slot.number] = 1
+                left = min(until - time.monotonic(), due_in())
+                woken = slot.poll(min(left, LOOK_SECONDS) if self._is_joined() else left)
+                if left <= 0 or not self._is_joined():
+                    return woken
         finally:
             self.waiting[slot.number] = 0
-        return woken
+
+    def expect_joined(self) -> None:
+        """Let consumers look often for a while: nothing will tell when a joined transaction has committed."""
+        # guard: consumers look for the jobs of a joined transaction
+        self._joined_until[0] = time.monotonic() + WAIT_SECONDS
+        self.wake()
+
+    def _is_joined(self) -> bool:
+        return 0 < self._joined_until[0] - time.monotonic() <= WAIT_SECONDS
 
 
 class ResultLocks(ConsumerLocks):

@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any, cast
 
 from pqueue_backend import Backend, Session
-from pqueue_schema import ADD_QUEUE, ADD_TASK, COLUMNS, LIMITED, MOVES, UNFINISHED
+from pqueue_schema import ADD_QUEUE, ADD_TASK, COLUMNS, FINISHED, FREE_KEY, LIMITED, MOVES, UNLESS_HELD
 from pqueue_values import MAX_ID, InvalidTransition, Job, Params, QueueError, command_line, operator_name
 
 # A move is marked in history by a row with job_id 0 and JSON in `error`. In the source: 'moving' while it waits for
@@ -27,7 +27,7 @@ RESUME_ALL = "UPDATE queues SET paused = 0 WHERE paused = 2"
 NEW_JOB_COLUMNS = ", ".join(Job._fields[1:])
 COPY_JOB = f"""
 INSERT INTO jobs ({NEW_JOB_COLUMNS}) VALUES (:{NEW_JOB_COLUMNS.replace(", ", ", :")})
-ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING RETURNING id"""
+{UNLESS_HELD} RETURNING id"""
 HISTORY_COLUMNS = ("at", "event", "actor", "attempt", "error")
 HISTORY_OF = f"SELECT {', '.join(HISTORY_COLUMNS)} FROM history WHERE job_id = :id ORDER BY id"
 COPY_HISTORY = """
@@ -47,7 +47,10 @@ PARTIAL = "SELECT 1 FROM history WHERE id = -1"
 MARK_PARTIAL = "INSERT INTO history (id, job_id, at, event, actor, attempt) VALUES (-1, 0, 0, 'copying', '', 0)"
 UNMARK_PARTIAL = "DELETE FROM history WHERE id = -1"
 IS_USED = "SELECT 1 FROM queue_tasks LIMIT 1"  # a job was enqueued; a partial copy has no tasks
-FINISHED_JOBS = f"SELECT {COLUMNS} FROM jobs WHERE id > :after AND finished_at IS NOT NULL ORDER BY id LIMIT {PAGE}"
+# Without those that hold a key for a time: another job may have it before they are copied.
+FINISHED_JOBS = f"""
+SELECT {COLUMNS} FROM jobs WHERE id > :after AND finished_at IS NOT NULL AND key_expires_at IS NULL
+ORDER BY id LIMIT {PAGE}"""
 
 
 class Moving(Backend):
@@ -222,11 +225,11 @@ class Moving(Backend):
             session.change(UNMARK)
             session.wakes = True
 
-    def finish_move(self, target: Moving) -> dict[str, int]:
+    def finish_move(self, target: Moving, *, now: float | None = None) -> dict[str, int]:
         """Copy jobs enqueued here since `move_to` to the target, under new ids; delete all jobs here.
 
         Call it again if a producer still enqueues here. Return a dict of numbers of jobs: "carried", those copied;
-        "known", those not copied, as an unfinished job in the target has their key; "deleted", those deleted here.
+        "known", those not copied, as another job in the target holds their key; "deleted", those deleted here.
 
         Raises QueueError, or InvalidTransition if jobs are `processing` here.
         """
@@ -242,7 +245,7 @@ class Moving(Backend):
                 )
             with target._transaction() as copy:
                 target._lock_out_writers(copy)
-                carried, known = _copy_new_jobs(source, copy, json.loads(rows[0][4]), rows[0][3])
+                carried, known = _copy_new_jobs(source, copy, json.loads(rows[0][4]), rows[0][3], self._time(now))
             # The target has recorded what it copied, so that after a crash here this can be called again.
             deleted = self.delete_jobs()
             source.change("UPDATE history SET attempt = attempt + 1 WHERE id = :id", {"id": rows[0][0]})
@@ -337,7 +340,7 @@ def arrival(mark: Params) -> list[tuple[str, Params]]:
     return [(UNMARK, {}), (ADD_MARK, mark), (RESUME_ALL, {})]
 
 
-def _copy_new_jobs(source: Session, copy: Session, mark: Params, attempt: int) -> tuple[int, int]:
+def _copy_new_jobs(source: Session, copy: Session, mark: Params, attempt: int, now: float) -> tuple[int, int]:
     """Copy new jobs to the target, under new ids; return how many, and how many were skipped by key."""
     here = [(row, known) for row in copy.run(MARKS_HERE) if (known := json.loads(row[2]))["token"] == mark["token"]]
     if not here:
@@ -348,7 +351,7 @@ def _copy_new_jobs(source: Session, copy: Session, mark: Params, attempt: int) -
     last_id = known["last_id"] if at_attempt == attempt else 0  # after a --finish, ids may start at 1 again
     for rows in _pages(source, "jobs", COLUMNS, after=last_id):
         for row in rows:
-            if _copy_job(source, copy, dict(zip(Job._fields, row, strict=True))):
+            if _copy_job(source, copy, dict(zip(Job._fields, row, strict=True)), now):
                 carried += 1
             else:
                 doubles += 1
@@ -362,10 +365,17 @@ def _copy_new_jobs(source: Session, copy: Session, mark: Params, attempt: int) -
     return carried, doubles
 
 
-def _copy_job(source: Session, copy: Session, job: Params) -> bool:
+def _copy_job(source: Session, copy: Session, job: Params, now: float) -> bool:
+    """Copy a job unless another one holds its key; a finished one does not need its key."""
     copy.change(ADD_QUEUE, {"queue": job["queue"]})
     copy.change(ADD_TASK, {"queue": job["queue"], "task": job["task"]})
-    for (job_id,) in copy.run(COPY_JOB, job):
+    copy.change(FREE_KEY, {**job, "now": now})
+    keyless = {**job, "key_expires_at": None}
+    is_over = job["key_expires_at"] is not None and job["key_expires_at"] <= now
+    found = copy.run(COPY_JOB, keyless if is_over else job)
+    if not found and job["state"] in FINISHED:
+        found = copy.run(COPY_JOB, keyless)
+    for (job_id,) in found:
         for row in source.run(HISTORY_OF, {"id": job["id"]}):
             copy.change(COPY_HISTORY, {"id": job_id, **dict(zip(HISTORY_COLUMNS, row, strict=True))})
         return True

@@ -10,7 +10,19 @@ import zlib
 from functools import lru_cache
 
 import pqueue_schema
-from pqueue_schema import COLUMNS, COMPLETED, IS_LISTED, ORDER, UNFINISHED
+from pqueue_schema import (
+    COLUMNS,
+    COMPLETED,
+    HELD_BY_CONSUMER,
+    HOLDS_KEY,
+    IS_LISTED,
+    KEY_IS_FREE,
+    KEY_IS_OVER,
+    NEW_JOB,
+    ORDER,
+    UNLESS_HELD,
+)
+from pqueue_values import DEFAULT_MAX_ATTEMPTS
 
 # `translated` replaces these three in the text of a statement.
 SCHEMA = "{schema}"
@@ -189,7 +201,10 @@ OF_CONSUMER = f"""state = 'pending' AND assigned_to = :consumer AND {KNOWN.forma
 WIDTHS = (1, 8, 32, 64)
 WIDTH = 16  # where it is not adapted to the number of tasks that have jobs
 ROW = f"ctid, {ORDER.replace(' DESC', '')}, attempts, max_attempts"
-IS_ALONE = "attempts > 0 OR attempts + 1 >= max_attempts"
+AFTER_TASK = "split_part(CAST(:known_attempts AS text), chr(10) || jobs.task || chr(9), 2)"
+OF_KNOWN_TASK = f"CAST(nullif(split_part({AFTER_TASK}, chr(10), 1), '') AS integer)"
+MOST_ATTEMPTS = f"coalesce(jobs.max_attempts, {OF_KNOWN_TASK}, {DEFAULT_MAX_ATTEMPTS})"
+IS_ALONE = f"jobs.attempts > 0 OR jobs.attempts + 1 >= {MOST_ATTEMPTS}"
 PREVIOUS = "ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING"
 
 
@@ -235,13 +250,13 @@ def _claim(width: int, condition: str = "") -> str:
     dead consumer had begun. A row that was changed since the statement began has another ctid, and is not leased.
     """
     return f"""
-UPDATE jobs SET state = 'processing', attempts = attempts + 1, consumer = :consumer, lease_token = :token,
-    lease_expires_at = :lease_expires_at, started_at = :now
+UPDATE jobs SET state = 'processing', attempts = attempts + 1, max_attempts = {MOST_ATTEMPTS}, consumer = :consumer,
+    lease_token = :token, lease_expires_at = :lease_expires_at, started_at = :now
 WHERE {condition} state = 'pending' AND ctid = ANY (ARRAY(
     SELECT ctid FROM (
         SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER ({PREVIOUS}) AS after
         FROM (
-            SELECT jobs.ctid, {IS_ALONE.replace("attempts", "jobs.attempts").replace("max_jobs.", "jobs.max_")} AS alone
+            SELECT jobs.ctid, {IS_ALONE} AS alone
             FROM ({_in_order(width)}
             ) best JOIN jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
             ORDER BY best.priority DESC, best.run_at, best.id LIMIT :limit FOR UPDATE OF jobs SKIP LOCKED) locked
@@ -251,11 +266,12 @@ RETURNING {COLUMNS}"""
 
 def _enqueue(has_room: str) -> str:
     return f"""
-INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
-SELECT name, :task, :payload, :state, :priority, :run_at, :max_attempts, :key, :assigned_to, :now
+INSERT INTO jobs ({NEW_JOB})
+SELECT name, :task, :payload, :state, :priority, :run_at, :max_attempts, :key, :key_until, :key_expires_at,
+    :assigned_to, :now
 FROM queues
 WHERE name = :queue AND {IS_LISTED} AND CASE WHEN max_pending IS NULL THEN true {has_room} END
-ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING
+{UNLESS_HELD}
 RETURNING id"""
 
 
@@ -288,8 +304,7 @@ UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NUL
     error = NULL WHERE id = :id AND state IN {pqueue_schema.FINISHED}
     AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue
                     AND NOT CASE WHEN max_pending IS NULL THEN true ELSE max_pending > {PENDING_LOCKED} END)
-    AND NOT EXISTS (SELECT 1 FROM jobs o
-                    WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN {UNFINISHED})""",
+    AND {KEY_IS_FREE}""",
     # differs because of concurrent claims: rows are locked before their attempts are read
     pqueue_schema.CLAIM: f"{_with_tasks(WIDTH)}{_claim(WIDTH)}",
     # differs because min() may be planned as a scan of all jobs of a state
@@ -311,6 +326,10 @@ WHERE state = 'scheduled' AND {SERVED.replace("q.name", "queue")}
     pqueue_schema.PROMOTE: f"""
 UPDATE jobs SET state = 'pending' WHERE id = ANY (ARRAY(
     SELECT id FROM jobs WHERE state = 'scheduled' AND run_at <= :now ORDER BY run_at LIMIT :limit {LOCK}))""",
+    # differs because a job that another transaction has locked must not delay the others: it is extended next time
+    pqueue_schema.EXTEND_ALL: f"""
+UPDATE jobs SET lease_expires_at = :lease_expires_at
+WHERE id = ANY (ARRAY(SELECT id FROM jobs WHERE {HELD_BY_CONSUMER} {LOCK}))""",
     # differs because the rows must stay as they are until they are reclaimed
     pqueue_schema.EXPIRED: f"{pqueue_schema.EXPIRED} {LOCK}",
     # differs because the rows must stay as they are until they are reclaimed
@@ -331,7 +350,7 @@ UPDATE jobs SET state = 'pending' WHERE id = ANY (ARRAY(
     # differs because a subquery for each queue is LATERAL, and others may prune at the same time
     pqueue_schema.PRUNABLE: f"""
 SELECT jobs.id FROM queues q CROSS JOIN LATERAL
-    (SELECT id FROM jobs WHERE state = :state AND queue = q.name AND finished_at < :before
+    (SELECT id FROM jobs WHERE state = :state AND queue = q.name AND finished_at < :before AND {KEY_IS_OVER}
      AND id < (SELECT max(id) FROM jobs) ORDER BY finished_at LIMIT :limit {LOCK}) jobs LIMIT :limit""",
     # differs because a subquery for each queue is LATERAL
     pqueue_schema.LATEST_COMPLETED: """
@@ -405,9 +424,9 @@ events AS (DELETE FROM history WHERE job_id = ANY (ARRAY(SELECT id FROM old))),
 deleted AS (DELETE FROM jobs WHERE id = ANY (ARRAY(SELECT id FROM old)) RETURNING 1)
 SELECT count(*) FROM deleted"""
 
-# Lock the unfinished job that has the key: it must not be delivered or finished before the transaction, which may write
-# data for it, ends.
-LOCK_UNFINISHED = f"SELECT 1 FROM jobs WHERE id = :id AND state IN {UNFINISHED} FOR SHARE"
+# Lock the job that holds the key: it must not be delivered or finished before the transaction, which may write data for
+# it, ends.
+LOCK_HOLDER = f"SELECT 1 FROM jobs WHERE id = :id AND {HOLDS_KEY} FOR SHARE"
 
 # Mark a consumer as running that others may have marked as dead.
 MARK_RUNNING = "UPDATE consumers SET state = 'running', last_seen_at = :now WHERE token = :token AND state <> 'stopped'"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pqueue_values import MAX_ID, Job
+from pqueue_values import DEFAULT_MAX_ATTEMPTS, MAX_ID, Job
 
 MAX_GROUPS = 10_000  # groups of failed jobs
 FAILURE_CHARS = 80  # indexed characters of an error, by which failed jobs are grouped
@@ -11,7 +11,13 @@ APPLICATION_ID = 0x70717565  # "pque", in the header of an SQLite file
 UNFINISHED = ("scheduled", "pending", "processing")
 FINISHED = ("completed", "failed", "cancelled")
 STATES = UNFINISHED + FINISHED
+UNTAKEN = ("scheduled", "pending")
 
+# A job holds its key until key_expires_at, which the first enqueue after that time sets to NULL; without one, until the
+# job has finished, or was delivered for the first time. A job that holds a key is the only one of its queue and task.
+# guard: a key until started is free from the first delivery on
+HOLDS_KEY = f"""key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN {UNFINISHED}
+    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL))"""
 
 # {id}, {bigint} and {float} are types. Lines that begin with {sqlite} are for SQLite only, which checks the types of
 # values only in STRICT tables. PostgreSQL always does, and would parse the JSON again at every update of the row.
@@ -34,8 +40,10 @@ CREATE TABLE jobs (
     priority         INTEGER NOT NULL,    -- higher first
     run_at           {float} NOT NULL,    -- when it is due, Unix seconds; later after each retry
     attempts         INTEGER NOT NULL DEFAULT 0,  -- deliveries so far, including the current one
-    max_attempts     INTEGER NOT NULL,    -- deliveries before it is failed
-    key              TEXT,           -- unique per queue among unfinished jobs; NULL: none
+    max_attempts     INTEGER,        -- deliveries before it is failed; NULL: that of the task, until first delivered
+    key              TEXT,           -- NULL: none
+    key_until        TEXT,           -- the job holds the key until it has 'finished' or 'started'; else NULL
+    key_expires_at   {float},        -- or until then, Unix seconds; else NULL
     assigned_to      TEXT,           -- the only consumer that may run it; NULL: any
     consumer         TEXT,           -- current or last consumer; NULL: never delivered
     lease_token      TEXT,           -- consumers.token, '.', number of the claim; NULL unless processing
@@ -49,7 +57,7 @@ CREATE TABLE jobs (
     CHECK (CASE state
         WHEN 'pending'    THEN attempts < max_attempts AND lease_token IS NULL AND finished_at IS NULL
         WHEN 'scheduled'  THEN attempts < max_attempts AND lease_token IS NULL AND finished_at IS NULL
-        WHEN 'processing' THEN attempts <= max_attempts AND lease_token IS NOT NULL AND finished_at IS NULL
+        WHEN 'processing' THEN attempts <= coalesce(max_attempts, 0) AND lease_token IS NOT NULL AND finished_at IS NULL
         WHEN 'completed'  THEN attempts <= max_attempts AND lease_token IS NULL AND finished_at IS NOT NULL
         WHEN 'failed'     THEN attempts <= max_attempts AND lease_token IS NULL AND finished_at IS NOT NULL
         WHEN 'cancelled'  THEN attempts <= max_attempts AND lease_token IS NULL AND finished_at IS NOT NULL
@@ -111,8 +119,7 @@ CREATE TABLE history (
         "CREATE INDEX jobs_processing ON jobs (lease_expires_at) WHERE state = 'processing'",
         "CREATE INDEX jobs_finished ON jobs (state, queue, finished_at) WHERE finished_at IS NOT NULL",
         "CREATE INDEX jobs_failed ON jobs (task, substr(error, 1, 80), id) WHERE state = 'failed'",
-        """CREATE UNIQUE INDEX jobs_key ON jobs (queue, key)
-           WHERE key IS NOT NULL AND state IN ('scheduled', 'pending', 'processing')""",
+        f"CREATE UNIQUE INDEX jobs_key ON jobs (queue, task, key) WHERE {HOLDS_KEY}",
         "CREATE INDEX history_job ON history (job_id)",
         "CREATE INDEX consumers_running ON consumers (id) WHERE state = 'running'",
     ]
@@ -127,6 +134,7 @@ COMPLETED = f"state = 'completed', finished_at = :now, progress = 1.0, error = N
 # Only a processing job has a token: see the CHECK above.
 # guard: a verb under a lease needs the current token
 HELD = "id = :id AND lease_token = :token"
+HELD_BY_CONSUMER = "state = 'processing' AND substr(lease_token, 1, 16) = :token"
 PENDING_IN_QUEUE = "queue = :queue AND state = 'pending' AND assigned_to IS NULL"
 # guard: a full queue refuses a job
 HAS_ROOM = "(max_pending IS NULL OR max_pending > pending)"
@@ -137,18 +145,26 @@ KNOWN = "(:tasks IS NULL OR instr(:tasks, char(10) || {task} || char(10)))"
 # guard: order: then the due time
 # guard: order: then the id
 ORDER = "priority DESC, run_at, id"
+KEY_IS_OVER = "(key_expires_at IS NULL OR key_expires_at <= :now)"
 MOVES = "('moving', 'moved')"
+NEW_JOB = """queue, task, payload, state, priority, run_at, max_attempts, key, key_until, key_expires_at, assigned_to,
+    created_at"""
+# guard: resubmit respects the key
+KEY_IS_FREE = f"""(key_until IS NULL OR NOT EXISTS (SELECT 1 FROM jobs o
+        WHERE o.queue = jobs.queue AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id AND {HOLDS_KEY}))"""
+UNLESS_HELD = f"ON CONFLICT (queue, task, key) WHERE {HOLDS_KEY} DO NOTHING"
 
 # Statements, with :named parameters. Those that differ on PostgreSQL are in pqueue_postgres.POSTGRES.
 
-# Insert a job, unless its queue is unknown or full, its task is new in the queue, or an unfinished job has its key.
-# guard: one unfinished job per key
+# Insert a job, unless its queue is unknown or full, its task is new in the queue, or another job holds its key.
+# guard: one job holds a key
 ENQUEUE = f"""
-INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
-SELECT name, :task, :payload, :state, :priority, :run_at, :max_attempts, :key, :assigned_to, :now
+INSERT INTO jobs ({NEW_JOB})
+SELECT name, :task, :payload, :state, :priority, :run_at, :max_attempts, :key, :key_until, :key_expires_at,
+    :assigned_to, :now
 FROM queues
 WHERE name = :queue AND {IS_LISTED} AND {HAS_ROOM}
-ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN {UNFINISHED} DO NOTHING"""
+{UNLESS_HELD}"""
 
 # Insert a job per payload, unless the queue is unknown or has no room for all, or the task is new in the queue.
 # :payloads is a JSON array of [payload], which preserves the text of each.
@@ -165,9 +181,30 @@ ROOM = "SELECT max_pending - pending AS room, max_pending FROM queues WHERE name
 # Return the queues that have a limit.
 LIMITED = "SELECT name FROM queues WHERE max_pending IS NOT NULL"
 
-# Find the unfinished job that has the key.
+# Find the job that holds the key.
 # guard: a key holds within its queue
-WITH_KEY = f"SELECT id FROM jobs WHERE queue = :queue AND key = :key AND state IN {UNFINISHED}"
+# guard: a key holds within its task
+# guard: a key is free when its time is over
+WITH_KEY = f"""
+SELECT id FROM jobs WHERE queue = :queue AND task = :task AND key = :key AND {HOLDS_KEY}
+    AND (key_expires_at IS NULL OR key_expires_at > :now)"""
+
+# Take the key from a job whose time is over.
+# guard: a key is held until its time is over
+FREE_KEY = f"""
+UPDATE jobs SET key_expires_at = NULL
+WHERE queue = :queue AND task = :task AND key = :key AND {HOLDS_KEY} AND key_expires_at <= :now"""
+
+# Take the key of this finished job from another one whose time is over.
+FREE_KEY_FOR = f"""
+UPDATE jobs SET key_expires_at = NULL WHERE {HOLDS_KEY} AND key_expires_at <= :now
+    AND (queue, task, key) = (SELECT queue, task, key FROM jobs WHERE id = :id)"""
+
+# Replace a job that no consumer has taken.
+# guard: a job that was taken is not replaced
+REPLACE = f"""
+UPDATE jobs SET payload = :payload, priority = :priority, run_at = :run_at, state = :state
+WHERE id = :id AND state IN {UNTAKEN}"""
 
 # Create the queue unless it exists.
 # guard: a queue that is created during a move is paused
@@ -205,10 +242,17 @@ UNION ALL
 SELECT * FROM (SELECT id, priority, run_at FROM jobs
                WHERE state = 'pending' AND {ASSIGNED} ORDER BY {ORDER} LIMIT :limit) assigned"""
 
+# The maximum of a job's attempts. :known_attempts has those of tasks, unless they are the default: see pqueue_tasks.
+# guard: the task of the consumer limits the attempts
+MOST_ATTEMPTS = f"""coalesce(max_attempts, CASE WHEN :known_attempts IS NOT NULL THEN
+    CAST(substr(:known_attempts, nullif(instr(:known_attempts, char(10) || task || char(9)), 0) + length(task) + 2)
+         AS INTEGER) END, {DEFAULT_MAX_ATTEMPTS})"""
+
 # guard: an attempt counts when it is claimed
 LEASE = {
     "state": "'processing'",
     "attempts": "attempts + 1",
+    "max_attempts": MOST_ATTEMPTS,
     "consumer": ":consumer",
     "lease_token": ":token",
     "lease_expires_at": ":lease_expires_at",
@@ -285,20 +329,23 @@ WHERE event = 'snoozed' AND id = (SELECT max(id) FROM history WHERE job_id = :id
 # Renew a lease.
 EXTEND = f"UPDATE jobs SET lease_expires_at = :lease_expires_at WHERE {HELD}"
 
+# Renew the leases of a consumer.
+# guard: extend_all renews the leases of one consumer
+EXTEND_ALL = f"UPDATE jobs SET lease_expires_at = :lease_expires_at WHERE {HELD_BY_CONSUMER}"
+
 # Store progress or a partial result; NULL leaves a value unchanged.
 UPDATE = f"""
 UPDATE jobs SET progress = coalesce(:progress, progress), result = coalesce(:result, result) WHERE {HELD}"""
 
-# Make a finished job pending again, unless its queue is full or an unfinished job has its key.
+# Make a finished job pending again, unless its queue is full or another job holds its key.
 # guard: a resubmitted job has all its attempts
 # guard: resubmit takes finished jobs
-# guard: resubmit respects the key
 # guard: a full queue refuses a resubmit
 RESUBMIT = f"""
 UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL,
     error = NULL WHERE id = :id AND state IN {FINISHED}
     AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND NOT {HAS_ROOM})
-    AND NOT EXISTS (SELECT 1 FROM jobs o WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN {UNFINISHED})"""
+    AND {KEY_IS_FREE}"""
 
 # Make an unfinished job failed.
 # guard: mark_failed takes unfinished jobs
@@ -331,7 +378,10 @@ SELECT actor FROM history WHERE job_id = :id AND event IN ('expired', 'died')
 AND id > (SELECT coalesce(max(id), 0) FROM history WHERE job_id = :id AND event = 'resubmitted') ORDER BY id"""
 
 # Return the jobs that a consumer holds.
-HELD_BY = f"SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND substr(lease_token, 1, 16) = :token"
+HELD_BY = f"SELECT {COLUMNS} FROM jobs WHERE {HELD_BY_CONSUMER}"
+
+# Return the leases that a consumer holds.
+LEASES = f"SELECT id, lease_token FROM jobs WHERE {HELD_BY_CONSUMER}"
 
 # Return whether a delivery still holds its lease.
 HOLDS = f"SELECT 1 FROM jobs WHERE {HELD}"
@@ -367,12 +417,13 @@ INSERT INTO queues (name, paused) VALUES (:queue, :value) ON CONFLICT (name) DO 
 SET_MAX_PENDING = """
 INSERT INTO queues (name, max_pending) VALUES (:queue, :value) ON CONFLICT (name) DO UPDATE SET max_pending = :value"""
 
-# Return jobs that finished long ago. Never the newest: SQLite would reuse its id.
+# Return jobs that finished long ago and hold no key. Never the newest: SQLite would reuse its id.
 # guard: prune takes old jobs only
 # guard: prune keeps the newest
-PRUNABLE = """
+# guard: prune keeps a job that holds its key
+PRUNABLE = f"""
 SELECT jobs.id FROM queues q CROSS JOIN jobs WHERE jobs.id IN
-    (SELECT id FROM jobs WHERE state = :state AND queue = q.name AND finished_at < :before
+    (SELECT id FROM jobs WHERE state = :state AND queue = q.name AND finished_at < :before AND {KEY_IS_OVER}
      AND id < (SELECT max(id) FROM jobs) ORDER BY finished_at LIMIT :limit) LIMIT :limit"""
 
 # Delete the history of these jobs. :ids is a JSON array.

@@ -26,7 +26,7 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import psycopg
 import sqlalchemy
@@ -54,6 +54,7 @@ from pqueue_connections import (
     setting,
     timeout_settings,
 )
+from pqueue_join import Joined, driver_connection
 from pqueue_postgres import (
     ALONE,
     CHANNEL,
@@ -65,7 +66,7 @@ from pqueue_postgres import (
     IS_FULL,
     LOCK_AS_WRITER,
     LOCK_CLASS,
-    LOCK_UNFINISHED,
+    LOCK_HOLDER,
     LOCKED_SLOTS,
     MARK_RUNNING,
     MERGE_CHANGES,
@@ -112,11 +113,21 @@ UNLOCK_SLOT = f"SELECT pg_advisory_unlock_shared({LOCK_CLASS}, $1::int)"
 # Return the settings of the server without which "full" holds for no job.
 UNSAFE = """
 SELECT name FROM (VALUES ('fsync'), ('full_page_writes')) needed (name) WHERE current_setting(name) = 'off'"""
+# Return what no two databases have in common.
+SAME_DATABASE = f"""
+SELECT (SELECT oid FROM pg_database WHERE datname = current_database())::text, pg_postmaster_start_time()::text,
+    to_regclass('{SCHEMA}.jobs')::oid::text"""
+TRANSACTION_SETTINGS = """
+SELECT current_setting('transaction_read_only'), current_setting('synchronous_commit'),
+    current_setting('transaction_isolation')"""
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # a pooler's session may have another default
 BEGIN_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 SLOW_COMMIT_SECONDS = 0.002  # much longer than a round trip
 # A prepared statement is of no more use: its table was altered, or the application deallocated it.
 PLAN_LOST = (psycopg.errors.FeatureNotSupported, psycopg.errors.InvalidSqlStatementName)
+
+
+SomePostgres = TypeVar("SomePostgres", bound="OnPostgres")
 
 
 class NoRoom(QueueFull):
@@ -144,6 +155,7 @@ class PostgresSession(Session):
         self.is_working = False  # a statement outside a transaction is under way
         self.durable = True
         self.for_application = False  # the transaction is the application's
+        self.is_snapshot = False  # it sees nothing that others commit
 
     @property
     def busy(self) -> bool:
@@ -349,6 +361,51 @@ class PostgresSession(Session):
 
 def _is_notify_queue_full(error: QueueError) -> bool:
     return getattr(error.__cause__, "sqlstate", None) == "54000"
+
+
+class JoinedPostgres(Joined, PostgresSession):
+    """A session within a transaction of a `psycopg.Connection`."""
+
+    for_application = True
+
+    def __init__(self, queue: OnPostgres, driver: Any) -> None:
+        PostgresSession.__init__(self, queue)
+        if not isinstance(driver, psycopg.Connection):
+            raise ValueError(
+                "expected a psycopg.Connection, or a Session or Connection of SQLAlchemy on one, "
+                f"got {pqueue_values.short(driver)}"
+            )
+        if driver.closed:
+            raise QueueError("cannot join: the connection is closed")
+        self._link = Link(driver, queue._settings, pooled=True)  # whose settings stay as they are
+        self._link.cursor.row_factory = psycopg.rows.tuple_row
+        self._link.cursor.adapters.register_dumper(int, Int8Dumper)
+        self.for_application, self.finished = True, []
+
+    def begin(self, durability: str) -> None:
+        """Expect a connection to this database that can write, and whose transaction has begun or will."""
+        link = cast(Link, self._link)
+        if link.status == TransactionStatus.IDLE and link.driver.autocommit:
+            raise QueueError("cannot join: the connection commits each statement by itself: open a transaction first")
+        if link.status not in (TransactionStatus.IDLE, TransactionStatus.INTRANS):
+            raise QueueError("cannot join: the transaction of the connection has failed, or a statement is under way")
+        (ours,), (theirs,) = self._queue._read(SAME_DATABASE), self.run(SAME_DATABASE)
+        if ours != theirs:
+            raise QueueError(f"cannot join: expected a connection to {self._queue.name}, got one to another database")
+        ((read_only, synced, isolation),) = self.run(TRANSACTION_SETTINGS)
+        if read_only == "on":
+            raise QueueError("cannot join: the transaction of the connection is read-only")
+        if durability == "full" and synced == "off":
+            self.run("SELECT set_config('synchronous_commit', 'on', true)")  # for this transaction
+        self.is_snapshot = isolation != "read committed"  # which sees no queue that another transaction creates
+
+    def end(self) -> None:
+        """Let the commit of the application send NOTIFY."""
+        super().end()
+        if self.wakes:
+            self.change(NOTIFY)
+        if self.finished:
+            self._wake_waiters()
 
 
 class ListenConnection:
@@ -682,7 +739,7 @@ class OnSQLite(PersistentQSQLAlchemy, PersistentQSQLite):
     @contextmanager
     def transaction(self) -> Iterator[sqlalchemy.Connection]:  # type: ignore[override]
         session = self._transaction()
-        if session not in self._wrapped:
+        if session not in self._wrapped and not isinstance(session, Joined):  # which refuses it below
             self._wrapped[session] = _wrap(session.connection)
         try:
             with session.user_transaction():
@@ -914,6 +971,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         session: PostgresSession | None = getattr(self._local, "session", None)
         if session is None:
             session = self._local.session = PostgresSession(self)
+            session.thread = threading.get_ident()
             self._sessions.add(session)
         return session
 
@@ -947,13 +1005,14 @@ class OnPostgres(PersistentQSQLAlchemy):
         for _ in range(ENQUEUE_TRIES):
             with suppress(NotStored):
                 ids = super()._store(sql, row)
-                if not (self.in_transaction and row["key"]) or self._read(LOCK_UNFINISHED, {"id": ids[0]}):
+                if not (self.in_transaction and row["key"]) or self._read(LOCK_HOLDER, {"id": ids[0]}):
                     return ids
         raise NotStored
 
     def _add_queue(self, session: Session, row: Params) -> int:
         """Do it in a separate transaction: until that of the application ends, other producers would wait."""
-        if self._session().for_application:
+        application = self._session()
+        if application.for_application and not application.is_snapshot:
             with suppress(QueueBusy):  # no other connection is to be had
                 with PostgresSession(self) as other:
                     super()._add_queue(other, row)
@@ -1124,6 +1183,12 @@ class OnPostgres(PersistentQSQLAlchemy):
         session: PostgresSession | None = getattr(self._local, "session", None)
         return session is not None and (session.busy or session.is_working)
 
+    def uses_database(self, thread: int) -> bool:
+        try:
+            return any(each.busy or each.is_working for each in self._sessions if each.thread == thread)
+        except RuntimeError:  # another thread has begun to use the queue: ask again
+            return True
+
     @contextmanager
     def transaction(self) -> Iterator[sqlalchemy.Connection]:
         session = self._transaction()
@@ -1133,6 +1198,21 @@ class OnPostgres(PersistentQSQLAlchemy):
             if is_outermost:
                 session.as_application()
             yield session.connection
+
+    @contextmanager
+    def join(self: SomePostgres, connection: Any) -> Iterator[SomePostgres]:
+        if self.in_transaction:
+            raise QueueError("cannot join a connection inside a transaction of this queue")
+        own = self._session()
+        with self._db_errors():
+            joined = JoinedPostgres(self, driver_connection(connection))
+            joined.begin(self.durability)
+        self._local.session = joined
+        try:
+            yield self
+            joined.end()
+        finally:
+            self._local.session = own
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Write a consistent copy as a queue on SQLite: `open_queue(path)` opens it."""

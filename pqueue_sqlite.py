@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from pqueue import BUSY_SECONDS, POLL_SECONDS, PersistentQInterface
 from pqueue_backend import Registration, Session, Watch
@@ -45,6 +45,7 @@ from pqueue_files import (
     replaced,
     sync,
 )
+from pqueue_join import JoinedSQLite, driver_connection
 from pqueue_locks import ConsumerLock, ConsumerLocks, ResultLocks, ResultWatch, WriterLock, boot_id
 from pqueue_move import COPIED, arrival, count_running
 from pqueue_results import Polling
@@ -148,6 +149,9 @@ COUNTERS = {
 }
 
 TRIGGERS = f"SELECT name, tbl_name FROM sqlite_master WHERE type = 'trigger' AND tbl_name IN {TABLES} ORDER BY name"
+
+
+SomeQueue = TypeVar("SomeQueue", bound="PersistentQSQLite")
 
 
 class SQLiteSession(Session):
@@ -649,9 +653,9 @@ class PersistentQSQLite(PersistentQInterface):
         try:
             session: SQLiteSession = self._local.session
         except AttributeError:
-            if self._closed:
-                raise QueueError(f"cannot use {self.path}: this queue object is closed") from None
             with _opening_lock:
+                if self._closed:  # looked at under the lock: `close` closes the sessions that exist afterwards
+                    raise QueueError(f"cannot use {self.path}: this queue object is closed") from None
                 for other in self._sessions:  # they may have replaced files open
                     # guard: a new connection opens the same files as the others
                     other.files.expect_in_place()
@@ -661,6 +665,7 @@ class PersistentQSQLite(PersistentQInterface):
                 self._expect_same_file()
                 if has_locks() and not self.is_read_only:
                     self._record_log(session.connection)  # SQLite may have started another log
+                session.thread = threading.get_ident()
                 self._local.session = session
                 self._sessions.add(session)
         return session
@@ -769,6 +774,10 @@ class PersistentQSQLite(PersistentQInterface):
     def in_transaction(self) -> bool:
         return self._session().busy
 
+    def uses_database(self, thread: int) -> bool:
+        with _opening_lock:
+            return any(each.busy for each in self._sessions if each.thread == thread)
+
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         session = self._transaction()
@@ -778,6 +787,23 @@ class PersistentQSQLite(PersistentQInterface):
                 yield session.connection
             finally:
                 session.connection.row_factory, session.connection.text_factory = None, str  # as the queue expects
+
+    @contextmanager
+    def join(self: SomeQueue, connection: Any) -> Iterator[SomeQueue]:
+        if self.in_transaction:
+            raise QueueError("cannot join a connection inside a transaction of this queue")
+        own = self._session()
+        own.files.expect_in_place()
+        joined = JoinedSQLite(driver_connection(connection), self._error)
+        joined.begin(self.path, self._database, self.durability)
+        self._local.session = joined
+        try:
+            yield self
+        finally:
+            self._local.session = own
+            if self._consumer_locks and joined.wakes:
+                self._consumer_locks.expect_joined()
+        joined.end()
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         target = file_path(path)

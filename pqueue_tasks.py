@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import cached_property
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, overload
@@ -17,13 +17,26 @@ if TYPE_CHECKING:
     from pqueue import PersistentQInterface
 
 from pqueue_fields import Parameters, signature
-from pqueue_values import NO_PARAMS, Job, JobId, Params, QueueError, R, duration, short, valid_int, valid_name
+from pqueue_values import (
+    DEFAULT_MAX_ATTEMPTS,
+    NO_PARAMS,
+    Job,
+    JobId,
+    Params,
+    QueueError,
+    R,
+    above_0,
+    duration,
+    short,
+    valid_int,
+    valid_name,
+)
 
 P = ParamSpec("P")
 Q = ParamSpec("Q")
 T = TypeVar("T")
+Call = tuple[Any, ...] | dict[str, Any]
 
-DEFAULT_MAX_ATTEMPTS = 3
 MAX_BACKOFF_SECONDS = 3600.0
 
 Backoff = float | timedelta | Sequence[float] | Callable[[int], float]
@@ -53,25 +66,36 @@ class Caller(Generic[P, R]):
         queue = self._queue or queue_in_use()
         return queue.enqueue(task, task.parameters.payload(args, kwargs), **self._options)
 
-    def enqueue_many(self, calls: Iterable[tuple[Any, ...] | dict[str, Any]]) -> list[JobId[R]]:
+    @overload
+    def enqueue_many(
+        self: Caller[Q, Coroutine[Any, Any, T]], calls: Iterable[Call], *, keys: Sequence[str] | None = None
+    ) -> list[JobId[T]]: ...
+    @overload
+    def enqueue_many(self, calls: Iterable[Call], *, keys: Sequence[str] | None = None) -> list[JobId[R]]: ...
+    def enqueue_many(self, calls: Iterable[Call], *, keys: Sequence[str] | None = None) -> list[JobId[Any]]:
         """Store one job per call, all or none, and return their ids in order; a call is a tuple of positional arguments
-        or a dict of those with names."""
+        or a dict of those with names.
+
+        keys: the key of each job, in the order of the calls.
+        """
+        if "key" in self._options:
+            raise ValueError("expected keys, one for each job, got a single key for enqueue_many")
         task = self._task
-        payloads = [
-            task.parameters.payload((), each) if isinstance(each, dict) else task.parameters.payload(each, {})
-            for each in calls
-        ]
-        return (self._queue or queue_in_use()).enqueue_many(task, payloads, **self._options)
+        payloads = [task.parameters.payload(*_arguments(each)) for each in calls]
+        return (self._queue or queue_in_use()).enqueue_many(task, payloads, keys=keys, **self._options)
 
     def using(
         self,
         *,
         queue: str | None = None,
         priority: int | None = None,
-        delay_seconds: float | None = None,
-        run_at: float | None = None,
+        delay_seconds: float | timedelta | None = None,
+        run_at: float | datetime | None = None,
         max_attempts: int | None = None,
         key: str | None = None,
+        key_until: str | None = None,
+        key_seconds: float | timedelta | None = None,
+        on_conflict: str | None = None,
         assigned_to: str | None = None,
     ) -> Caller[P, R]:
         """Return an object whose `enqueue` passes these options, which are those of the queue's `enqueue`."""
@@ -81,6 +105,14 @@ class Caller(Generic[P, R]):
     def on(self, queue: PersistentQInterface) -> Caller[P, R]:
         """Return an object whose `enqueue` stores in this queue."""
         return _BoundCaller(self._task, queue, self._options)
+
+
+def _arguments(call: Call) -> tuple[Sequence[Any], dict[str, Any]]:
+    if isinstance(call, dict):
+        return (), call
+    if isinstance(call, (tuple, list)):
+        return call, {}
+    raise TypeError(f"expected a tuple or a dict with the arguments of each job, got {short(call)}")
 
 
 class _BoundCaller(Caller[P, R]):
@@ -151,6 +183,22 @@ class Decorator(Protocol):
     def __call__(self, function: Callable[P, R], /) -> Task[P, R]: ...
 
 
+_known: tuple[list[Task[..., Any]], str | None] = ([], None)  # what `known_attempts` returned for these
+
+
+def known_attempts() -> str | None:
+    """Return a line of name, tab and `max_attempts` for each registered task that has not the default; None: all do.
+
+    This is what the statement MOST_ATTEMPTS expects.
+    """
+    global _known
+    tasks = list(TASKS.values())
+    if tasks != _known[0]:
+        most = [f"{each.name}\t{each.max_attempts}" for each in tasks if each.max_attempts != DEFAULT_MAX_ATTEMPTS]
+        _known = tasks, "\n".join(["", *most, ""]) if most else None
+    return _known[1]
+
+
 @overload
 def task(name: Callable[Concatenate[Anything, P], R], /) -> Task[..., R]: ...
 @overload
@@ -181,7 +229,7 @@ def task(
     """Register a function as a task, and replace it with the `Task`: `@task`, or `@task(…)` with options.
 
     name: the name of the task; None: that of the function.
-    max_attempts: the default for jobs enqueued by a program that has registered this task.
+    max_attempts: how often a job may be delivered, unless it was enqueued with a number of its own.
     timeout_seconds: the time limit of an attempt in a consumer, also a timedelta; None: no limit.
     memory_mb: how many MB of memory an attempt may add to its process, with its subprocesses; None: no limit.
     retry_on: an exception class or a tuple of them; after any other exception, the job is `failed` at once.
@@ -194,11 +242,11 @@ def task(
     """
     options: dict[str, Any] = {
         "max_attempts": valid_int("max_attempts", 1, max_attempts),
-        "timeout_seconds": None if timeout_seconds is None else _above_0("timeout_seconds", timeout_seconds),
-        "memory_mb": None if memory_mb is None else _above_0("memory_mb", memory_mb),
+        "timeout_seconds": None if timeout_seconds is None else above_0("timeout_seconds", timeout_seconds),
+        "memory_mb": None if memory_mb is None else above_0("memory_mb", memory_mb),
         "retry_on": _exceptions(retry_on),
         "backoff": None if backoff is None else _delays(backoff),
-        "max_backoff_seconds": _above_0("max_backoff_seconds", max_backoff_seconds),
+        "max_backoff_seconds": above_0("max_backoff_seconds", max_backoff_seconds),
     }
     if callable(name):
         return _register(None, name, options)
@@ -227,12 +275,6 @@ def _register(name: str | None, function: Callable[..., Any], options: dict[str,
 def _place(function: Callable[..., Any]) -> tuple[str, str]:
     """Return what is the same for a function whose module was reloaded."""
     return getattr(function, "__module__", ""), getattr(function, "__qualname__", short(function))
-
-
-def _above_0(what: str, value: float | timedelta) -> float:
-    if (number := duration(what, value)) > 0:
-        return number
-    raise ValueError(f"expected {what} above 0, got {short(value)}")
 
 
 def _exceptions(kinds: Exceptions) -> tuple[type[BaseException], ...]:

@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pqueue import PersistentQInterface
 
 MAX_ID = 2**63 - 1
+DEFAULT_MAX_ATTEMPTS = 3
 MAX_PAYLOAD_BYTES = 1_048_576
 MAX_JSON_DEPTH = 100  # Python's parser fails near 1000, less the depth of the call stack
 MAX_ERROR_CHARS = 10_000
@@ -106,8 +107,10 @@ class _Job(NamedTuple):
     priority: int
     run_at: float
     attempts: int
-    max_attempts: int
+    max_attempts: int | None
     key: str | None
+    key_until: str | None
+    key_expires_at: float | None
     assigned_to: str | None
     consumer: str | None
     lease_token: str | None
@@ -125,8 +128,10 @@ class Job(_Job):
 
     `payload` and `result` are decoded JSON. Fields named `..._at` are Unix seconds; `progress` is 0 to 1. `consumer` is
     the current or last consumer of the job; `assigned_to` the only one that may run it; `error` that of the last failed
-    attempt. The lease is None unless the state is "processing", `started_at` until the first attempt, and `finished_at`
-    until the job is completed, failed or cancelled.
+    attempt. `max_attempts` is None, that of the task, until the first delivery of a job that was enqueued without it.
+    `key_until` and `key_expires_at` say how long the job holds its key: see `enqueue`. The lease is None unless the
+    state is "processing", `started_at` until the first attempt, and `finished_at` until the job is completed, failed or
+    cancelled.
     """
 
     __slots__ = ()
@@ -145,7 +150,7 @@ R = TypeVar("R", covariant=True)  # noqa: PLC0105 - the result of a job
 class JobId(int, Generic[R]):
     """The id of a job, as `enqueue` returns it: an int that knows its queue. Pickled or copied, it is a plain int.
 
-    `is_new` is False if `enqueue` stored nothing because an unfinished job has the key.
+    `is_new` is False if `enqueue` stored no job because another one holds the key.
     """
 
     is_new: bool = True
@@ -173,6 +178,8 @@ class JobId(int, Generic[R]):
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (int(self),)
 
+
+PAYLOAD, RESULT = Job._fields.index("payload"), Job._fields.index("result")
 
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
@@ -264,9 +271,9 @@ def _from_json(text: str) -> Any:
 
 def to_job(row: Sequence[Any], read: Callable[[str], Any] = read_json) -> Job:
     fields = list(row)
-    fields[3] = read(row[3])
-    if row[18] is not None:
-        fields[18] = read(row[18])
+    fields[PAYLOAD] = read(row[PAYLOAD])
+    if row[RESULT] is not None:
+        fields[RESULT] = read(row[RESULT])
     return Job(*fields)
 
 
@@ -307,10 +314,21 @@ def _delay(what: str, value: float | timedelta) -> float:
     return max(0.0, duration(what, value))
 
 
-def valid_lease(seconds: float) -> float:
-    if finite("lease_seconds", seconds) > 0:
-        return seconds
-    raise ValueError(f"expected lease_seconds above 0, got {seconds!r}")
+def above_0(what: str, value: float | timedelta) -> float:
+    """Return a number of seconds."""
+    if (number := duration(what, value)) > 0:
+        return number
+    raise ValueError(f"expected {what} above 0, got {short(value)}")
+
+
+def time_of(what: str, value: float | datetime) -> float:
+    """Return a time as Unix seconds."""
+    if not isinstance(value, datetime):
+        return finite(what, value)
+    # guard: a time has a zone
+    if value.utcoffset() is None:
+        raise ValueError(f"expected {what} with a time zone, such as datetime.now(timezone.utc), got {short(value)}")
+    return value.timestamp()
 
 
 def valid_id(job_id: int) -> int:

@@ -31,7 +31,7 @@ import time
 import unicodedata
 import unittest
 from contextlib import ExitStack, closing, contextmanager, suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from multiprocessing import resource_tracker
 from pathlib import Path
 from unittest import mock
@@ -535,6 +535,123 @@ class QueueContract:
             with self.subTest(broken), self.assertRaisesRegex(ValueError, "expected delay_seconds"):
                 self.queue.release(job, delay_seconds=broken)
 
+    # Joined transactions
+
+    @contextmanager
+    def application(self):
+        """A connection of the application's own to the database of the queue."""
+        conninfo = getattr(self.queue, "_conninfo", None)
+        if conninfo is None:
+            connection = sqlite3.connect(self.queue.path)
+        else:
+            import psycopg
+
+            connection = psycopg.connect(**conninfo)
+        with closing(connection):
+            yield connection
+
+    def test_joined_enqueue_is_committed_with_the_transaction_of_the_application(self):
+        q, other = self.queue, self.reopen()
+        other.enqueue("t", key="taken")
+        with self.application() as connection:
+            connection.execute("CREATE TABLE orders (number INTEGER)")
+            connection.execute("INSERT INTO orders VALUES (7)")
+            with q.join(connection) as joined:
+                self.assertIs(joined, q)
+                first = q.enqueue("new task", {"n": 1}, queue="new queue", key="k")
+                again = q.enqueue("new task", {"n": 2}, queue="new queue", key="k")
+                self.assertEqual((again, first.is_new, again.is_new), (first, True, False))
+                self.assertFalse(q.enqueue("t", key="taken").is_new)
+                many = q.enqueue_many("t", range(3))
+                self.assertEqual(q.get(first).payload, {"n": 1})
+                q.cancel(many[0])
+            self.assertEqual(other.count_jobs(), 1)
+            connection.commit()
+            self.assertEqual(connection.execute("SELECT count(*) FROM orders").fetchone(), (1,))
+        self.assertEqual(
+            [other.get(number).state for number in (first, *many)], ["pending", "cancelled"] + ["pending"] * 2
+        )
+        self.assertEqual(other.dequeue("w", queues=["new queue"]).id, first)
+
+    def test_joined_jobs_are_removed_by_the_rollback_of_the_application(self):
+        q = self.queue
+        q.enqueue("t")
+        with self.application() as connection:
+            with self.assertRaises(ZeroDivisionError), q.join(connection):
+                q.enqueue("t", {"n": 1}, queue="other")
+                raise ZeroDivisionError
+            connection.rollback()
+            with q.join(connection):
+                q.enqueue("t")
+        self.assertEqual(q.count_jobs(), 1)  # the application closed it without a commit
+
+    def test_consumer_sees_a_joined_job_soon_after_the_commit(self):
+        self.without_timers()
+        other = self.reopen()
+        self.queue.enqueue("t")
+        other.dequeue("w")
+        found = threading.Event()
+
+        def consume():
+            while not (other.wait(60, consumer="w") and other.dequeue("w")):
+                pass
+            found.set()
+
+        consumer = threading.Thread(target=consume, daemon=True)
+        with self.application() as connection:
+            consumer.start()
+            with self.queue.join(connection):
+                self.queue.enqueue("t")
+            self.assertFalse(found.wait(0.05))
+            connection.commit()
+        self.assertTrue(found.wait(20))
+        consumer.join()
+
+    def test_joined_limit_and_leases_hold(self):
+        q = self.queue
+        q.limit("few", 2)
+        lost = self.in_state("stolen")
+        with self.application() as connection:
+            with q.join(connection):
+                q.enqueue_many("t", range(2), queue="few")
+                with self.assertRaises(QueueFull):
+                    q.enqueue("t", queue="few")
+            connection.rollback()
+            with self.assertRaises(LeaseLost), q.join(connection):
+                with suppress(LeaseLost):
+                    q.complete(lost, now=NOW)
+            connection.rollback()
+            held = q.get(q.enqueue("t", queue="held", now=NOW))
+            held = q.dequeue("worker", queues=["held"], now=NOW)
+            with q.join(connection):
+                q.complete(held, "done", now=NOW)
+            self.assertEqual(q.get(held.id).state, "processing")
+            connection.commit()
+        self.assertEqual(q.result(held.id), "done")
+
+    def test_connection_that_would_lose_or_misplace_jobs_is_not_joined(self):
+        q = self.queue
+        for wrong in (None, "connection", q, object()):
+            with self.subTest(wrong), self.assertRaisesRegex(ValueError, "^expected a"), q.join(wrong):
+                pass
+        with self.application() as connection:
+            with self.assertRaisesRegex(QueueError, "inside a transaction"), q.transaction(), q.join(connection):
+                pass
+            with q.join(connection), self.assertRaisesRegex(QueueError, "inside a transaction"), q.join(connection):
+                pass
+            with q.join(connection), self.assertRaisesRegex(QueueError, "in a joined one"), q.transaction():
+                pass
+            with q.join(connection), self.assertRaisesRegex(QueueError, "inside a transaction"):
+                q.enqueue("t").result(timeout_seconds=0)
+            with q.join(connection):
+                connection.commit()
+                with self.assertRaises(QueueError):
+                    q.enqueue("t")
+            connection.rollback()
+        with self.assertRaises(QueueError), q.join(connection):
+            pass
+        self.assertEqual(q.count_jobs(), 1)  # that of the commit in the block
+
     # Results
 
     def without_timers(self):
@@ -726,6 +843,30 @@ class QueueContract:
         self.assertEqual(self.queue.dequeue("worker", now=NOW).attempts, 1)
         self.assertEqual([event["event"] for event in self.queue.history(job.id)], ["released"])
 
+    def test_extend_all_renews_the_leases_of_one_consumer_whatever_their_claim(self):
+        self.queue.enqueue_many("t", range(5), now=NOW)
+        mine = [*self.queue.dequeue_many("worker", 2, now=NOW), self.queue.dequeue("worker", now=NOW)]
+        other = self.queue.dequeue("other", now=NOW)
+        self.queue.complete(mine.pop(), now=NOW)
+        self.assertEqual(self.queue.extend_all("worker", 100, now=NOW + 50), 2)
+        leases = {job.id: job.lease_expires_at for job in self.queue.list_jobs(state="processing")}
+        self.assertEqual(leases, {**{job.id: NOW + 150 for job in mine}, other.id: NOW + 60})
+        self.assertEqual(sorted(self.queue.held_leases("worker")), [(job.id, job.lease_token) for job in mine])
+        self.assertEqual((self.queue.extend_all("nobody"), self.queue.held_leases("nobody")), (0, []))
+        with self.assertRaisesRegex(ValueError, "lease_seconds"):
+            self.queue.extend_all("worker", 0)
+
+    def test_extend_all_changes_only_jobs_that_its_consumer_holds(self):
+        for state in ("scheduled", "pending", "processing", "stolen", "completed", "failed", "cancelled"):
+            with self.subTest(state=state):
+                self.queue.delete_jobs(force=True)
+                before = self.queue.get(self.in_state(state).id)
+                self.queue.heartbeat("worker")
+                is_held = state == "processing"
+                self.assertEqual(self.queue.extend_all("worker", 70, now=NOW), int(is_held))
+                expected = before._replace(lease_expires_at=NOW + 70) if is_held else before
+                self.assertEqual(self.queue.get(before.id), expected)
+
     def test_extended_lease_outlives_the_first_one(self):
         job = self.taken()
         self.queue.extend(job, 100, now=NOW + 50)
@@ -870,6 +1011,126 @@ class QueueContract:
         for other in (pickle.loads(pickle.dumps(job_id)), copy.deepcopy(job_id)):  # noqa: S301
             self.assertEqual((type(other), other), (int, 1))  # the queue belongs to this process
 
+    def test_key_holds_within_its_task_only(self):
+        first, other, again, other_again = (self.queue.enqueue(name, key="k") for name in ("t", "u", "t", "u"))
+        self.assertNotEqual(first, other)
+        self.assertEqual((first, other), (again, other_again))
+        self.queue.cancel(first)
+        self.queue.resubmit(first)
+        self.assertEqual([job.id for job in self.queue.list_jobs(key="k")], [other, first])
+
+    def test_key_until_started_is_free_from_the_first_delivery_on(self):
+        q = self.queue
+        options = {"key": "k", "key_until": "started", "now": NOW}
+        first, same = q.enqueue("t", 1, **options), q.enqueue("t", 2, **options)
+        self.assertEqual((first, first.is_new, same.is_new), (same, True, False))
+        job = q.dequeue("w", now=NOW)
+        second = q.enqueue("t", 3, **options)
+        self.assertEqual((second.is_new, q.enqueue("t", **options)), (True, second))
+        q.release(job, now=NOW)  # two jobs with the key, of which the second holds it
+        self.assertEqual(q.enqueue("t", **options), second)
+        q.cancel(second)
+        third = q.enqueue("t", **options)
+        self.assertTrue(third.is_new)
+        with self.assertRaisesRegex(InvalidTransition, "another job has its key 'k'"):
+            q.resubmit(second)
+        for job in q.dequeue_many("w", 1, now=NOW), q.dequeue_many("w", 9, now=NOW):
+            q.fail(job[0], "no", retry_in_seconds=0, now=NOW)  # both are scheduled again, neither holds the key
+        self.assertTrue(q.enqueue("t", **options).is_new)
+
+    def test_key_with_a_time_is_held_until_then_whether_or_not_its_job_is_finished(self):
+        q = self.queue
+        enqueue = functools.partial(q.enqueue, "t", key="k", key_seconds=timedelta(minutes=1))
+        first = enqueue(now=NOW)
+        self.assertEqual((q.get(first).key_until, q.get(first).key_expires_at), (None, NOW + 60))
+        q.complete(q.dequeue("w", now=NOW), now=NOW)
+        self.assertEqual((enqueue(now=NOW + 59.9), q.enqueue("t", key="k", now=NOW + 59.9)), (first, first))
+        second = enqueue(now=NOW + 60)
+        self.assertEqual((second.is_new, q.get(second).key_expires_at), (True, NOW + 120))
+        self.assertEqual(enqueue(now=NOW + 119), second)
+        third = q.enqueue("t", key="k", now=NOW + 120)  # although the second is pending
+        self.assertEqual((third.is_new, q.get(second).state), (True, "pending"))
+        self.assertEqual([job.id for job in q.list_jobs(key="k")], [third, second, first])
+        q.resubmit(first, now=NOW + 120)  # holds no key any more
+        q.cancel(third)
+        self.assertTrue(enqueue(now=NOW + 130).is_new)
+
+    def test_job_is_not_resubmitted_while_the_time_of_another_with_its_key_runs(self):
+        q = self.queue
+        first = q.enqueue("t", key="k", now=NOW)
+        q.cancel(first, now=NOW)
+        second = q.enqueue("t", key="k", key_seconds=60, now=NOW)
+        q.complete(q.dequeue("w", now=NOW), now=NOW)
+        with self.assertRaisesRegex(InvalidTransition, "another job has its key 'k'"):
+            q.resubmit(first, now=NOW + 59)
+        q.resubmit(second, now=NOW + 59)  # has its key
+        q.cancel(second, now=NOW + 59)
+        q.resubmit(first, now=NOW + 60)
+        self.assertEqual(q.enqueue("t", key="k", now=NOW + 60), first)
+
+    def test_prune_keeps_a_job_while_it_holds_its_key(self):
+        q = self.queue
+        first = q.enqueue("t", key="k", key_seconds=1000, now=NOW)
+        q.complete(q.dequeue("w", now=NOW), now=NOW)
+        q.enqueue("t", now=NOW)  # the newest is never pruned
+        self.assertEqual(q.prune(100, now=NOW + 999), 0)
+        self.assertEqual(q.enqueue("t", key="k", now=NOW + 999), first)
+        self.assertEqual(q.prune(100, now=NOW + 1000), 1)
+        second = q.enqueue("t", key="k", key_seconds=1000, now=NOW)
+        q.cancel(second, now=NOW)
+        q.delete_jobs([second])  # frees its key
+        self.assertTrue(q.enqueue("t", key="k", now=NOW).is_new)
+
+    def test_job_not_yet_taken_is_replaced_on_demand(self):
+        q = self.queue
+        first = q.enqueue("t", 1, key="k", delay_seconds=10, now=NOW)
+        again = q.enqueue("t", 2, key="k", delay_seconds=10, priority=5, on_conflict="replace", now=NOW + 9)
+        job = q.get(first)
+        self.assertEqual((again, again.is_new), (first, False))
+        self.assertEqual((job.payload, job.priority, job.run_at, job.state), (2, 5, NOW + 19, "scheduled"))
+        self.assertIsNone(q.dequeue("w", now=NOW + 11))
+        q.enqueue("t", 3, key="k", on_conflict="replace", now=NOW + 11)
+        self.assertEqual((q.get(first).payload, q.get(first).state, q.get(first).created_at), (3, "pending", NOW))
+        job = q.dequeue("w", now=NOW + 11)
+        kept = q.enqueue("t", 4, key="k", on_conflict="replace", now=NOW + 12)
+        self.assertEqual((kept, kept.is_new, q.get(first).payload), (first, False, 3))
+        q.complete(job, now=NOW + 12)
+        new = q.enqueue("t", 5, key="k", on_conflict="replace", now=NOW + 12)
+        self.assertTrue(new.is_new)
+
+    def test_many_jobs_have_a_key_each(self):
+        q = self.queue
+        there = q.enqueue("t", 0, key="b", now=NOW)
+        ids = q.enqueue_many("t", [1, 2, 3, 4], keys=["a", "b", "c", "a"], now=NOW)
+        self.assertEqual([each.is_new for each in ids], [True, False, True, False])
+        self.assertEqual((ids[1], ids[3]), (there, ids[0]))
+        self.assertEqual([q.get(each).payload for each in ids], [1, 0, 3, 1])
+        q.enqueue_many("t", [5, 6], keys=["a", "a"], on_conflict="replace", now=NOW)
+        self.assertEqual(q.get(ids[0]).payload, 6)
+        q.limit("default", 4)
+        with self.assertRaises(pqueue.QueueFull):
+            q.enqueue_many("t", [1, 2, 3], keys=["d", "e", "a"], now=NOW)
+        self.assertEqual((q.stats()["states"]["pending"], q.enqueue_many("t", [], keys=[])), (3, []))
+        self.assertEqual([each.is_new for each in q.enqueue_many("t", [1, 2], keys=["d", "a"])], [True, False])
+
+    def test_enqueued_job_has_the_attempts_of_its_task_from_the_first_delivery_on(self):
+        q = self.queue
+        with mock.patch.dict(pqueue.TASKS, clear=True):
+            odd = 'a"b\\c ü %'
+            ids = q.enqueue_many("once", [1, 2]) + [q.enqueue(each) for each in (odd, "unknown")]
+            ids.append(q.enqueue("once", max_attempts=7))
+            self.assertEqual([q.get(each).max_attempts for each in ids], [None] * 4 + [7])
+            for name, most in (("once", 1), (odd, 99)):
+                pqueue.task(name, max_attempts=most)(take)
+            first, second = q.dequeue("w"), q.dequeue_many("w", 9)
+            self.assertEqual((first.max_attempts, [job.max_attempts for job in second]), (1, [1]))
+            self.assertEqual(
+                {job.task: job.max_attempts for job in q.dequeue_many("w", 9)}, {odd: 99, "unknown": 3, "once": 7}
+            )
+            pqueue.TASKS.clear()
+            self.assertEqual([q.get(each).max_attempts for each in ids], [1, 1, 99, 3, 7])
+            self.assertEqual(q.fail(first, "no"), "failed")
+
     def test_call_of_a_task_is_stored_as_a_job(self):
         with mock.patch.dict(pqueue.TASKS, clear=True):
             resize = pqueue.task(max_attempts=7)(resized).on(self.queue)
@@ -890,8 +1151,11 @@ class QueueContract:
             self.assertEqual(
                 [self.queue.get(each).payload for each in many], [{"path": "c"}, {"path": "d", "width": 5}]
             )
-            with self.assertRaises(TypeError):
-                resize.enqueue_many([("c",), ()])
+            for broken in ((), "e", {"paht": "e"}):
+                with self.assertRaisesRegex(TypeError, "^resized|^expected a tuple or a dict"):
+                    resize.enqueue_many([("c",), broken])
+            with self.assertRaisesRegex(ValueError, "^expected keys, one for each job"):
+                resize.using(key="k").enqueue_many([("c",)])
             self.assertEqual(self.queue.count_jobs(), 4)
 
     def test_call_of_a_task_takes_the_options_of_enqueue(self):
@@ -1183,14 +1447,14 @@ class QueueContract:
         self.assertTrue(queue.has_moved_to(target))
         self.assertIsNone(target.move_status())
         for key in "lk":
-            queue.enqueue("late", key=key)
+            queue.enqueue("late", {"key": key}, key=key)
         queue.mark_failed(queue.enqueue("gone"), "by hand")
-        target.enqueue("known", queue="default", key="k")
+        target.enqueue("late", queue="default", key="k")
         target.enqueue("t", queue="another")
         self.assertEqual(queue.finish_move(target), {"carried": 2, "known": 1, "deleted": 6})
         self.assertEqual(queue.finish_move(target), {"carried": 0, "known": 0, "deleted": 0})
         tasks = [job.task for job in target.dequeue_many("w", 9)]
-        self.assertEqual(sorted(tasks), ["known", "late", "new", "t"])
+        self.assertEqual(sorted(tasks), ["late", "late", "new", "t"])
         (gone,) = target.list_jobs(task="gone")
         self.assertEqual([event["error"] for event in target.history(gone.id)], ["by hand"])
         self.assertEqual({name for name, each in target.stats()["queues"].items() if each["paused"]}, {"held"})
@@ -1232,6 +1496,16 @@ class QueueContract:
         self.assertEqual(target.enqueue("t"), late + 1)
         self.assertEqual([job.queue for job in target.dequeue_many("w", 9)].count("pending"), 2)
         self.assertEqual(queue.finish_move(target)["carried"], 0)
+
+    def test_partial_copy_leaves_keys_that_are_held_for_a_time_to_the_move(self):
+        queue, target = self.queue, self.target()
+        queue.cancel(queue.enqueue("t", key="k", key_seconds=1000))
+        queue.cancel(queue.enqueue("t", key="l"))
+        self.assertEqual(queue.copy_finished_to(target), 1)
+        queue.begin_move(target.name)
+        queue.move_to(target)
+        self.assertEqual(target.list_jobs(), queue.list_jobs())
+        self.assertEqual(target.enqueue("t", key="k"), 1)
 
     def test_partial_copy_is_continued_and_forgotten(self):
         queue, target = self.queue, self.target()
@@ -1350,6 +1624,23 @@ class QueueContract:
             (lambda: q.enqueue("a\nb"), "expected a task name"),
             (lambda: q.enqueue("t", queue="x" * 256), "expected a queue name"),
             (lambda: q.enqueue("t", key=""), "expected a key name"),
+            (
+                lambda: q.enqueue("t", key="k", key_until="begun"),
+                "key_until to be 'finished' or 'started', got 'begun'",
+            ),
+            (lambda: q.enqueue("t", key="k", key_until="started", key_seconds=1), "key_until or key_seconds, got both"),
+            (lambda: q.enqueue("t", key="k", key_seconds=0), "expected key_seconds above 0"),
+            (lambda: q.enqueue("t", key="k", key_seconds="1h"), "expected key_seconds to be a finite number"),
+            (lambda: q.enqueue("t", key="k", on_conflict="ignore"), "on_conflict to be 'keep' or 'replace'"),
+            (lambda: q.enqueue("t", key_seconds=5), "expected a key together with"),
+            (lambda: q.enqueue("t", key_until="finished"), "expected a key together with"),
+            (lambda: q.enqueue("t", on_conflict="replace"), "expected a key together with"),
+            (lambda: q.enqueue_many("t", [1], key_seconds=5), "expected keys together with"),
+            (lambda: q.enqueue_many("t", [1, 2], keys=["a"]), "expected a list of 2 keys, one per payload"),
+            (lambda: q.enqueue_many("t", [1, 2], keys="ab"), "expected a list of 2 keys, one per payload"),
+            (lambda: q.enqueue_many("t", [1, 2], keys=["a", ""]), "expected a key name"),
+            (lambda: q.enqueue("t", run_at=datetime(2026, 1, 1)), "expected run_at with a time zone"),  # noqa: DTZ001
+            (lambda: q.enqueue("t", run_at="tomorrow"), "expected run_at to be a finite number"),
             (lambda: q.enqueue("t", assigned_to=7), "expected a consumer name"),
             (lambda: q.enqueue("t", priority=1.5), "expected priority to be a whole number"),
             (lambda: q.enqueue("t", max_attempts=0), "expected max_attempts to be a whole number from 1"),
@@ -2320,6 +2611,38 @@ os._exit(0)
         self.reopen().dequeue_many("other", 0, now=NOW + 60)
         self.assertEqual({job.attempts for job in self.queue.list_jobs(limit=1000)}, {1})
 
+    def test_sqlite_connection_that_would_lose_or_misplace_jobs_is_not_joined(self):
+        q, elsewhere = self.queue, self.folder / "other.db"
+        refusals = [
+            ("to memory", ":memory:", {}, []),
+            ("other.db", elsewhere, {}, []),
+            ("execute BEGIN first", self.path, {"isolation_level": None}, []),
+            ("temporary table 'jobs'", self.path, {}, ["CREATE TEMP TABLE jobs (id)"]),
+            ("readonly", self.path, {}, ["PRAGMA query_only = 1"]),
+            ("readonly", f"{self.path.resolve().as_uri()}?mode=ro", {"uri": True}, []),
+        ]
+        if q.durability == "full":
+            refusals.append(("PRAGMA synchronous = FULL", self.path, {}, ["PRAGMA synchronous = NORMAL"]))
+        for message, path, options, statements in refusals:
+            with self.subTest(message), closing(sqlite3.connect(path, **options)) as connection:
+                for statement in statements:
+                    connection.execute(statement)
+                connection.commit()
+                with self.assertRaisesRegex(QueueError, message), q.join(connection):
+                    pass
+        self.assertEqual(q.count_jobs(), 0)
+
+    def test_joined_connection_keeps_its_factories(self):
+        with closing(sqlite3.connect(self.path, isolation_level=None)) as connection:
+            connection.row_factory, connection.text_factory = sqlite3.Row, bytes
+            connection.execute("BEGIN")
+            with self.queue.join(connection):
+                job_id = self.queue.enqueue("t", "text", key="k")
+                self.assertEqual(self.queue.get(job_id).payload, "text")
+                self.assertEqual(connection.execute("SELECT key FROM jobs").fetchone()["key"], b"k")
+            connection.execute("COMMIT")
+        self.assertEqual(self.queue.get(job_id).key, "k")
+
 
 class SQLiteContractAtNormalDurability(SQLiteContract):
     def open(self, **options):
@@ -2374,6 +2697,7 @@ class SQLiteGuarantees(SQLiteCase):
                 "dequeue": lambda _: q.dequeue("w"),
                 "release": q.release,
                 "extend": q.extend,
+                "extend_all": lambda _: q.extend_all("w"),
                 "update of progress": lambda job: q.update(job, progress=1),
                 "first wait of a consumer": lambda _: q.wait(0, consumer="new"),
                 "heartbeat": lambda _: q.heartbeat("w"),
@@ -3425,7 +3749,7 @@ class Files(SQLiteCase):
             "jobs_processing": ("state = 'processing'",),
             "jobs_finished": ("finished_at IS NOT NULL",),
             "jobs_failed": ("state = 'failed'",),
-            "jobs_key": ("key IS NOT NULL", "state IN ('scheduled', 'pending', 'processing')"),
+            "jobs_key": tuple(pqueue_schema.HOLDS_KEY.split(" AND ", 1)),
             "consumers_running": ("state = 'running'",),
         }
         with self.sqlite() as db:
@@ -4013,13 +4337,6 @@ class Tasks(unittest.TestCase):
         for broken in ("5", None, math.nan, True):
             with self.subTest(broken), self.assertRaisesRegex(ValueError, "expected seconds"):
                 pqueue.Snooze(broken)
-
-    def test_job_gets_its_tasks_attempts(self):
-        pqueue.task("t", max_attempts=9)(take)
-        with tempfile.TemporaryDirectory() as folder, open_queue(f"{folder}/q.db") as queue:
-            self.assertEqual(queue.get(queue.enqueue("t")).max_attempts, 9)
-            self.assertEqual(queue.get(queue.enqueue(pqueue.TASKS["t"])).max_attempts, 9)
-            self.assertEqual(queue.get(queue.enqueue("unknown")).max_attempts, 3)
 
     def test_backoff_doubles_up_to_its_cap_with_half_of_it_random(self):
         for attempts, whole in ((1, 5), (2, 10), (4, 40), (99, 3600), (10**6, 3600)):

@@ -12,8 +12,10 @@ CREATE TABLE pqueue.jobs (
     priority         INTEGER NOT NULL,    -- higher first
     run_at           DOUBLE PRECISION NOT NULL,    -- when it is due, Unix seconds; later after each retry
     attempts         INTEGER NOT NULL DEFAULT 0,  -- deliveries so far, including the current one
-    max_attempts     INTEGER NOT NULL,    -- deliveries before it is failed
-    key              TEXT,           -- unique per queue among unfinished jobs; NULL: none
+    max_attempts     INTEGER,        -- deliveries before it is failed; NULL: that of the task, until first delivered
+    key              TEXT,           -- NULL: none
+    key_until        TEXT,           -- the job holds the key until it has 'finished' or 'started'; else NULL
+    key_expires_at   DOUBLE PRECISION,        -- or until then, Unix seconds; else NULL
     assigned_to      TEXT,           -- the only consumer that may run it; NULL: any
     consumer         TEXT,           -- current or last consumer; NULL: never delivered
     lease_token      TEXT,           -- consumers.token, '.', number of the claim; NULL unless processing
@@ -27,7 +29,7 @@ CREATE TABLE pqueue.jobs (
     CHECK (CASE state
         WHEN 'pending'    THEN attempts < max_attempts AND lease_token IS NULL AND finished_at IS NULL
         WHEN 'scheduled'  THEN attempts < max_attempts AND lease_token IS NULL AND finished_at IS NULL
-        WHEN 'processing' THEN attempts <= max_attempts AND lease_token IS NOT NULL AND finished_at IS NULL
+        WHEN 'processing' THEN attempts <= coalesce(max_attempts, 0) AND lease_token IS NOT NULL AND finished_at IS NULL
         WHEN 'completed'  THEN attempts <= max_attempts AND lease_token IS NULL AND finished_at IS NOT NULL
         WHEN 'failed'     THEN attempts <= max_attempts AND lease_token IS NULL AND finished_at IS NOT NULL
         WHEN 'cancelled'  THEN attempts <= max_attempts AND lease_token IS NULL AND finished_at IS NOT NULL
@@ -96,8 +98,8 @@ CREATE INDEX jobs_finished ON pqueue.jobs (state, queue, finished_at) WHERE fini
 
 CREATE INDEX jobs_failed ON pqueue.jobs (task, substr(error, 1, 80), id) WHERE state = 'failed';
 
-CREATE UNIQUE INDEX jobs_key ON pqueue.jobs (queue, key)
-           WHERE key IS NOT NULL AND state IN ('scheduled', 'pending', 'processing');
+CREATE UNIQUE INDEX jobs_key ON pqueue.jobs (queue, task, key) WHERE key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('scheduled', 'pending', 'processing')
+    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL));
 
 CREATE INDEX history_job ON pqueue.history (job_id);
 
@@ -220,14 +222,18 @@ FROM pqueue.queues WHERE max_pending IS NOT NULL;
 -- Statements that all backends share
 
 -- ENQUEUE
--- Insert a job, unless its queue is unknown or full, its task is new in the queue, or an unfinished job has its key.
+-- Insert a job, unless its queue is unknown or full, its task is new in the queue, or another job holds its key.
 -- differs because the count of pending jobs is locked before the job and its key are inserted; returns the new id
--- $1 task, $2 payload, $3 state, $4 priority, $5 run_at, $6 max_attempts, $7 key, $8 assigned_to, $9 now, $10 queue
-INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
-SELECT name, $1, $2, $3, $4, $5, $6, $7, $8, $9
+-- $1 task, $2 payload, $3 state, $4 priority, $5 run_at, $6 max_attempts, $7 key, $8 key_until, $9 key_expires_at, $10
+-- assigned_to, $11 now, $12 queue
+INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, max_attempts, key, key_until, key_expires_at, assigned_to,
+    created_at)
+SELECT name, $1, $2, $3, $4, $5, $6, $7, $8, $9,
+    $10, $11
 FROM pqueue.queues
-WHERE name = $10 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $10 AND task = $1) AND CASE WHEN max_pending IS NULL THEN true ELSE max_pending > pqueue.count_pending(name) END
-ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN ('scheduled', 'pending', 'processing') DO NOTHING
+WHERE name = $12 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $12 AND task = $1) AND CASE WHEN max_pending IS NULL THEN true ELSE max_pending > pqueue.count_pending(name) END
+ON CONFLICT (queue, task, key) WHERE key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('scheduled', 'pending', 'processing')
+    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) DO NOTHING
 RETURNING id;
 
 -- ENQUEUE_MANY
@@ -256,9 +262,31 @@ FROM pqueue.queues WHERE name = $1;
 SELECT name FROM pqueue.queues WHERE max_pending IS NOT NULL;
 
 -- WITH_KEY
--- Find the unfinished job that has the key.
--- $1 queue, $2 key
-SELECT id FROM pqueue.jobs WHERE queue = $1 AND key = $2 AND state IN ('scheduled', 'pending', 'processing');
+-- Find the job that holds the key.
+-- $1 queue, $2 task, $3 key, $4 now
+SELECT id FROM pqueue.jobs WHERE queue = $1 AND task = $2 AND key = $3 AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('scheduled', 'pending', 'processing')
+    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL))
+    AND (key_expires_at IS NULL OR key_expires_at > $4);
+
+-- FREE_KEY
+-- Take the key from a job whose time is over.
+-- $1 queue, $2 task, $3 key, $4 now
+UPDATE pqueue.jobs SET key_expires_at = NULL
+WHERE queue = $1 AND task = $2 AND key = $3 AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('scheduled', 'pending', 'processing')
+    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) AND key_expires_at <= $4;
+
+-- FREE_KEY_FOR
+-- Take the key of this finished job from another one whose time is over.
+-- $1 now, $2 id
+UPDATE pqueue.jobs SET key_expires_at = NULL WHERE key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('scheduled', 'pending', 'processing')
+    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) AND key_expires_at <= $1
+    AND (queue, task, key) = (SELECT queue, task, key FROM pqueue.jobs WHERE id = $2);
+
+-- REPLACE
+-- Replace a job that no consumer has taken.
+-- $1 payload, $2 priority, $3 run_at, $4 state, $5 id
+UPDATE pqueue.jobs SET payload = $1, priority = $2, run_at = $3, state = $4
+WHERE id = $5 AND state IN ('scheduled', 'pending');
 
 -- ADD_QUEUE
 -- Create the queue unless it exists.
@@ -275,19 +303,19 @@ INSERT INTO pqueue.queue_tasks (queue, task) VALUES ($1, $2) ON CONFLICT DO NOTH
 -- CLAIM
 -- Lease the first job to the consumer; on PostgreSQL, the first :limit jobs.
 -- differs because of concurrent claims: rows are locked before their attempts are read
--- $1 queues, $2 tasks, $3 consumer, $4 token, $5 lease_expires_at, $6 now, $7 limit
+-- $1 queues, $2 tasks, $3 known_attempts, $4 consumer, $5 token, $6 lease_expires_at, $7 now, $8 limit
 WITH heads AS MATERIALIZED (
     SELECT t.queue, t.task, head.* FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
         (SELECT ctid, priority, run_at, id, attempts, max_attempts FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) head
     WHERE q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10)))) ORDER BY priority DESC, run_at, id LIMIT 17),
 first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tasks FROM heads)
-UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, consumer = $3, lease_token = $4,
-    lease_expires_at = $5, started_at = $6
+UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4,
+    lease_token = $5, lease_expires_at = $6, started_at = $7
 WHERE  state = 'pending' AND ctid = ANY (ARRAY(
     SELECT ctid FROM (
         SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
         FROM (
-            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= jobs.max_attempts AS alone
+            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS alone
             FROM (
         SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[1] FROM first) AND task = (SELECT tasks[1] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
@@ -306,14 +334,14 @@ WHERE  state = 'pending' AND ctid = ANY (ARRAY(
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[14] FROM first) AND task = (SELECT tasks[14] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[15] FROM first) AND task = (SELECT tasks[15] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[16] FROM first) AND task = (SELECT tasks[16] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $3 AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10))))
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4 AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10))))
     AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0) ORDER BY priority DESC, run_at, id) UNION ALL
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 16)
         ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
             ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
-            ORDER BY best.priority DESC, best.run_at, best.id LIMIT $7 FOR UPDATE OF jobs SKIP LOCKED) locked
+            ORDER BY best.priority DESC, best.run_at, best.id LIMIT $8 FOR UPDATE OF jobs SKIP LOCKED) locked
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
-RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error;
+RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error;
 
 -- OVERDUE
 -- Return whether a scheduled job is due, and whether a lease has expired.
@@ -355,14 +383,14 @@ UPDATE pqueue.jobs SET state = 'pending' WHERE id = ANY (ARRAY(
 -- Return jobs whose lease has expired.
 -- differs because the rows must stay as they are until they are reclaimed
 -- $1 now, $2 limit
-SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error FROM pqueue.jobs WHERE state = 'processing' AND lease_expires_at <= $1
+SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error FROM pqueue.jobs WHERE state = 'processing' AND lease_expires_at <= $1
 ORDER BY lease_expires_at LIMIT $2 FOR UPDATE SKIP LOCKED;
 
 -- ORPHANED
 -- Return processing jobs whose consumer has ended.
 -- differs because the rows must stay as they are until they are reclaimed
 -- $1 limit
-SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error FROM pqueue.jobs WHERE state = 'processing' AND EXISTS
+SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error FROM pqueue.jobs WHERE state = 'processing' AND EXISTS
     (SELECT 1 FROM pqueue.consumers WHERE token = substr(lease_token, 1, 16) AND consumers.state <> 'running') LIMIT $1 FOR UPDATE SKIP LOCKED;
 
 -- REDELIVER
@@ -402,21 +430,29 @@ WHERE event = 'snoozed' AND id = (SELECT max(id) FROM pqueue.history WHERE job_i
 -- $1 lease_expires_at, $2 id, $3 token
 UPDATE pqueue.jobs SET lease_expires_at = $1 WHERE id = $2 AND lease_token = $3;
 
+-- EXTEND_ALL
+-- Renew the leases of a consumer.
+-- differs because a job that another transaction has locked must not delay the others: it is extended next time
+-- $1 lease_expires_at, $2 token
+UPDATE pqueue.jobs SET lease_expires_at = $1
+WHERE id = ANY (ARRAY(SELECT id FROM pqueue.jobs WHERE state = 'processing' AND substr(lease_token, 1, 16) = $2 FOR UPDATE SKIP LOCKED));
+
 -- UPDATE
 -- Store progress or a partial result; NULL leaves a value unchanged.
 -- $1 progress, $2 result, $3 id, $4 token
 UPDATE pqueue.jobs SET progress = coalesce($1, progress), result = coalesce($2, result) WHERE id = $3 AND lease_token = $4;
 
 -- RESUBMIT
--- Make a finished job pending again, unless its queue is full or an unfinished job has its key.
+-- Make a finished job pending again, unless its queue is full or another job holds its key.
 -- differs because the count is in separate tables
 -- $1 now, $2 id
 UPDATE pqueue.jobs SET state = 'pending', run_at = $1, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL,
     error = NULL WHERE id = $2 AND state IN ('completed', 'failed', 'cancelled')
     AND NOT EXISTS (SELECT 1 FROM pqueue.queues WHERE name = jobs.queue
                     AND NOT CASE WHEN max_pending IS NULL THEN true ELSE max_pending > pqueue.count_pending(name) END)
-    AND NOT EXISTS (SELECT 1 FROM pqueue.jobs o
-                    WHERE o.queue = jobs.queue AND o.key = jobs.key AND o.state IN ('scheduled', 'pending', 'processing'));
+    AND (key_until IS NULL OR NOT EXISTS (SELECT 1 FROM pqueue.jobs o
+        WHERE o.queue = jobs.queue AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('scheduled', 'pending', 'processing')
+    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL))));
 
 -- MARK_FAILED
 -- Make an unfinished job failed.
@@ -452,7 +488,12 @@ AND id > (SELECT coalesce(max(id), 0) FROM pqueue.history WHERE job_id = $1 AND 
 -- HELD_BY
 -- Return the jobs that a consumer holds.
 -- $1 token
-SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error FROM pqueue.jobs WHERE state = 'processing' AND substr(lease_token, 1, 16) = $1;
+SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error FROM pqueue.jobs WHERE state = 'processing' AND substr(lease_token, 1, 16) = $1;
+
+-- LEASES
+-- Return the leases that a consumer holds.
+-- $1 token
+SELECT id, lease_token FROM pqueue.jobs WHERE state = 'processing' AND substr(lease_token, 1, 16) = $1;
 
 -- HOLDS
 -- Return whether a delivery still holds its lease.
@@ -505,12 +546,12 @@ INSERT INTO pqueue.queues (name, paused) VALUES ($1, $2) ON CONFLICT (name) DO U
 INSERT INTO pqueue.queues (name, max_pending) VALUES ($1, $2) ON CONFLICT (name) DO UPDATE SET max_pending = $2;
 
 -- PRUNABLE
--- Return jobs that finished long ago. Never the newest: SQLite would reuse its id.
+-- Return jobs that finished long ago and hold no key. Never the newest: SQLite would reuse its id.
 -- differs because a subquery for each queue is LATERAL, and others may prune at the same time
--- $1 state, $2 before, $3 limit
+-- $1 state, $2 before, $3 now, $4 limit
 SELECT jobs.id FROM pqueue.queues q CROSS JOIN LATERAL
-    (SELECT id FROM pqueue.jobs WHERE state = $1 AND queue = q.name AND finished_at < $2
-     AND id < (SELECT max(id) FROM pqueue.jobs) ORDER BY finished_at LIMIT $3 FOR UPDATE SKIP LOCKED) jobs LIMIT $3;
+    (SELECT id FROM pqueue.jobs WHERE state = $1 AND queue = q.name AND finished_at < $2 AND (key_expires_at IS NULL OR key_expires_at <= $3)
+     AND id < (SELECT max(id) FROM pqueue.jobs) ORDER BY finished_at LIMIT $4 FOR UPDATE SKIP LOCKED) jobs LIMIT $4;
 
 -- DELETE_HISTORY
 -- Delete the history of these jobs. :ids is a JSON array.
@@ -615,11 +656,12 @@ UPDATE pqueue.queues SET paused = 2 WHERE paused = 0;
 UPDATE pqueue.queues SET paused = 0 WHERE paused = 2;
 
 -- COPY_JOB
--- $1 queue, $2 task, $3 payload, $4 state, $5 priority, $6 run_at, $7 attempts, $8 max_attempts, $9 key, $10
--- assigned_to, $11 consumer, $12 lease_token, $13 lease_expires_at, $14 created_at, $15 started_at, $16 finished_at,
--- $17 progress, $18 result, $19 error
-INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)
-ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN ('scheduled', 'pending', 'processing') DO NOTHING RETURNING id;
+-- $1 queue, $2 task, $3 payload, $4 state, $5 priority, $6 run_at, $7 attempts, $8 max_attempts, $9 key, $10 key_until,
+-- $11 key_expires_at, $12 assigned_to, $13 consumer, $14 lease_token, $15 lease_expires_at, $16 created_at, $17
+-- started_at, $18 finished_at, $19 progress, $20 result, $21 error
+INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21)
+ON CONFLICT (queue, task, key) WHERE key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('scheduled', 'pending', 'processing')
+    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) DO NOTHING RETURNING id;
 
 -- HISTORY_OF
 -- $1 id
@@ -643,8 +685,10 @@ DELETE FROM pqueue.history WHERE id = -1;
 SELECT 1 FROM pqueue.queue_tasks LIMIT 1;
 
 -- FINISHED_JOBS
+-- Without those that hold a key for a time: another job may have it before they are copied.
 -- $1 after
-SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error FROM pqueue.jobs WHERE id > $1 AND finished_at IS NOT NULL ORDER BY id LIMIT 1000;
+SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error FROM pqueue.jobs WHERE id > $1 AND finished_at IS NOT NULL AND key_expires_at IS NULL
+ORDER BY id LIMIT 1000;
 
 -- Statements that only PostgreSQL has
 
@@ -655,12 +699,16 @@ SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = 27234830 AN
 
 -- ENQUEUE_ALONE
 -- Do what ENQUEUE does. The trigger enforces the limit for a pending job without a key.
--- $1 task, $2 payload, $3 state, $4 priority, $5 run_at, $6 max_attempts, $7 key, $8 assigned_to, $9 now, $10 queue
-INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, max_attempts, key, assigned_to, created_at)
-SELECT name, $1, $2, $3, $4, $5, $6, $7, $8, $9
+-- $1 task, $2 payload, $3 state, $4 priority, $5 run_at, $6 max_attempts, $7 key, $8 key_until, $9 key_expires_at, $10
+-- assigned_to, $11 now, $12 queue
+INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, max_attempts, key, key_until, key_expires_at, assigned_to,
+    created_at)
+SELECT name, $1, $2, $3, $4, $5, $6, $7, $8, $9,
+    $10, $11
 FROM pqueue.queues
-WHERE name = $10 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $10 AND task = $1) AND CASE WHEN max_pending IS NULL THEN true WHEN CAST($3 AS text) = 'pending' AND CAST($8 AS text) IS NULL AND CAST($7 AS text) IS NULL THEN max_pending > (SELECT pending + (SELECT coalesce(sum(delta), 0) FROM pqueue.pending_changes d WHERE d.queue = c.queue) FROM pqueue.pending_counts c WHERE c.queue = name) ELSE max_pending > pqueue.count_pending(name) END
-ON CONFLICT (queue, key) WHERE key IS NOT NULL AND state IN ('scheduled', 'pending', 'processing') DO NOTHING
+WHERE name = $12 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $12 AND task = $1) AND CASE WHEN max_pending IS NULL THEN true WHEN CAST($3 AS text) = 'pending' AND CAST($10 AS text) IS NULL AND CAST($7 AS text) IS NULL THEN max_pending > (SELECT pending + (SELECT coalesce(sum(delta), 0) FROM pqueue.pending_changes d WHERE d.queue = c.queue) FROM pqueue.pending_counts c WHERE c.queue = name) ELSE max_pending > pqueue.count_pending(name) END
+ON CONFLICT (queue, task, key) WHERE key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('scheduled', 'pending', 'processing')
+    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) DO NOTHING
 RETURNING id;
 
 -- ENQUEUE_MANY_ALONE
@@ -677,38 +725,38 @@ RETURNING id;
 
 -- CLAIM_ALONE
 -- What claim_alone returns for one task.
--- $1 queues, $2 tasks, $3 consumer, $4 token, $5 lease_expires_at, $6 now, $7 limit
+-- $1 queues, $2 tasks, $3 known_attempts, $4 consumer, $5 token, $6 lease_expires_at, $7 now, $8 limit
 WITH heads AS MATERIALIZED (
     SELECT t.queue, t.task, head.* FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
         (SELECT ctid, priority, run_at, id, attempts, max_attempts FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) head
     WHERE q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10)))) ORDER BY priority DESC, run_at, id LIMIT 2),
 first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tasks FROM heads),
 taken AS (
-UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, consumer = $3, lease_token = $4,
-    lease_expires_at = $5, started_at = $6
-WHERE NOT EXISTS (SELECT FROM (SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $6 AS due, (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $6 AS expired) overdue WHERE due OR expired) AND state = 'pending' AND ctid = ANY (ARRAY(
+UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4,
+    lease_token = $5, lease_expires_at = $6, started_at = $7
+WHERE NOT EXISTS (SELECT FROM (SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $7 AS due, (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $7 AS expired) overdue WHERE due OR expired) AND state = 'pending' AND ctid = ANY (ARRAY(
     SELECT ctid FROM (
         SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
         FROM (
-            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= jobs.max_attempts AS alone
+            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS alone
             FROM (
         SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[1] FROM first) AND task = (SELECT tasks[1] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $3 AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10))))
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4 AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10))))
     AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0) ORDER BY priority DESC, run_at, id) UNION ALL
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 1)
         ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
             ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
-            ORDER BY best.priority DESC, best.run_at, best.id LIMIT $7 FOR UPDATE OF jobs SKIP LOCKED) locked
+            ORDER BY best.priority DESC, best.run_at, best.id LIMIT $8 FOR UPDATE OF jobs SKIP LOCKED) locked
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
-RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error)
+RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error)
 SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN current_setting('synchronous_commit')
     ELSE 'off' END, true), (SELECT count(*) FROM heads), taken.* FROM (SELECT) one LEFT JOIN taken ON true;
 
 -- COMPLETE_AND_CLAIM
 -- What complete_and_claim returns for one task.
--- $1 queues, $2 tasks, $3 now, $4 ids, $5 tokens, $6 results, $7 consumer, $8 token, $9 lease_expires_at, $10 limit,
--- $11 number
+-- $1 queues, $2 tasks, $3 now, $4 ids, $5 tokens, $6 results, $7 known_attempts, $8 consumer, $9 token, $10
+-- lease_expires_at, $11 limit, $12 number
 WITH heads AS MATERIALIZED (
     SELECT t.queue, t.task, head.* FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
         (SELECT ctid, priority, run_at, id, attempts, max_attempts FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) head
@@ -719,44 +767,45 @@ done AS (
     FROM unnest(CAST($4 AS bigint[]), CAST($5 AS text[]), CAST($6 AS text[])) AS done (id, token, result)
     WHERE jobs.id = done.id AND lease_token = done.token RETURNING jobs.id),
 taken AS (
-UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, consumer = $7, lease_token = $8,
-    lease_expires_at = $9, started_at = $3
+UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($7 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $8,
+    lease_token = $9, lease_expires_at = $10, started_at = $3
 WHERE NOT EXISTS (SELECT FROM (SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $3 AS due, (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $3 AS expired) overdue WHERE due OR expired) AND state = 'pending' AND ctid = ANY (ARRAY(
     SELECT ctid FROM (
         SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
         FROM (
-            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= jobs.max_attempts AS alone
+            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($7 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS alone
             FROM (
         SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[1] FROM first) AND task = (SELECT tasks[1] FROM first) AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $7 AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10))))
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $8 AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10))))
     AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0) ORDER BY priority DESC, run_at, id) UNION ALL
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 1)
         ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
             ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
-            ORDER BY best.priority DESC, best.run_at, best.id LIMIT $10 FOR UPDATE OF jobs SKIP LOCKED) locked
+            ORDER BY best.priority DESC, best.run_at, best.id LIMIT $11 FOR UPDATE OF jobs SKIP LOCKED) locked
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
-RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error)
-SELECT CASE WHEN (SELECT count(*) FROM done) < $11 THEN ARRAY(SELECT id FROM done) END,
+RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error)
+SELECT CASE WHEN (SELECT count(*) FROM done) < $12 THEN ARRAY(SELECT id FROM done) END,
     (SELECT count(*) FROM heads), taken.*
 FROM (SELECT) one LEFT JOIN taken ON true;
 
 -- PRUNE
 -- Delete the jobs that PRUNABLE returns, and their history; return how many.
--- $1 state, $2 before, $3 limit
+-- $1 state, $2 before, $3 now, $4 limit
 WITH old AS MATERIALIZED (
 SELECT jobs.id FROM pqueue.queues q CROSS JOIN LATERAL
-    (SELECT id FROM pqueue.jobs WHERE state = $1 AND queue = q.name AND finished_at < $2
-     AND id < (SELECT max(id) FROM pqueue.jobs) ORDER BY finished_at LIMIT $3 FOR UPDATE SKIP LOCKED) jobs LIMIT $3),
+    (SELECT id FROM pqueue.jobs WHERE state = $1 AND queue = q.name AND finished_at < $2 AND (key_expires_at IS NULL OR key_expires_at <= $3)
+     AND id < (SELECT max(id) FROM pqueue.jobs) ORDER BY finished_at LIMIT $4 FOR UPDATE SKIP LOCKED) jobs LIMIT $4),
 events AS (DELETE FROM pqueue.history WHERE job_id = ANY (ARRAY(SELECT id FROM old))),
 deleted AS (DELETE FROM pqueue.jobs WHERE id = ANY (ARRAY(SELECT id FROM old)) RETURNING 1)
 SELECT count(*) FROM deleted;
 
--- LOCK_UNFINISHED
--- Lock the unfinished job that has the key: it must not be delivered or finished before the transaction, which may
--- write data for it, ends.
+-- LOCK_HOLDER
+-- Lock the job that holds the key: it must not be delivered or finished before the transaction, which may write data
+-- for it, ends.
 -- $1 id
-SELECT 1 FROM pqueue.jobs WHERE id = $1 AND state IN ('scheduled', 'pending', 'processing') FOR SHARE;
+SELECT 1 FROM pqueue.jobs WHERE id = $1 AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('scheduled', 'pending', 'processing')
+    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) FOR SHARE;
 
 -- MARK_RUNNING
 -- Mark a consumer as running that others may have marked as dead.

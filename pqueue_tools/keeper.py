@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import select
 import signal
 import sys
@@ -15,6 +16,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from pqueue_tools import processes, worker
 from pqueue_tools import record as fields
 from pqueue_tools.leases import DUMP_SIGNAL, INTERRUPT_SIGNAL, TICK_SECONDS, Leases, limit_error
 from pqueue_tools.process import is_orphaned, log, on_termination, print_error, retry_while_busy
-from pqueue_tools.record import Record, Run
+from pqueue_tools.record import Record, Run, Slot
 
 IDLE_SECONDS = 1.0  # how often an idle keeper looks around
 GRACE_SECONDS = {  # from the interrupt of a task to the end of its process, by reason
@@ -39,6 +41,8 @@ GRACE_SECONDS = {  # from the interrupt of a task to the end of its process, by 
 REPEAT_SECONDS = 1.0  # how often a task that continues after an interrupt is interrupted again
 DUMP_SECONDS = 0.5  # the longest wait for the traceback of a task that hangs
 CLOSE_SECONDS = 5.0  # how long a worker may take to exit
+BLOCKED_SECONDS = 1.0  # after which a task that blocks the event loop is reported, then after 2, 4, 8 times as long
+NEIGHBOUR = "WorkerDied: another job ended the process; not run again because max_attempts is 1"
 RESTART_SECONDS = 1.0  # before the next worker, if one died without running a job
 
 
@@ -52,6 +56,16 @@ class KeptLeases(Leases):
         return not is_stopped(self.pid)
 
 
+@dataclass
+class Interruption:
+    """An interrupted run of a slot. Times are monotonic seconds."""
+
+    number: int = 0  # of the run
+    reason: int = 0
+    at: float = 0.0
+    sent_at: float = 0.0
+
+
 class Keeper:
     """Runs the consumer that these options describe, in workers.
 
@@ -62,14 +76,14 @@ class Keeper:
         self, queue: PersistentQInterface, options: Namespace, draw: Callable[[int, int], object] | None = None
     ) -> None:
         self.queue, self.options, self.name, self._draw = queue, options, options.name, draw
-        self.record = Record()
+        self.record = Record(options.concurrency)
         self.leases = KeptLeases(queue, self.record, self.name, options.lease_seconds, quiet=options.quiet)
         self._fields = self.record.fields
         self._pid = 0  # of the worker; 0: none
         self._status: int | None = None  # with which it ended
-        self._run = 0  # the number of the run that was interrupted
-        self._reason = 0  # why
-        self._interrupted_at = self._sent_at = self._closing_at = 0.0  # monotonic seconds
+        self._interrupted: dict[int, Interruption] = {}  # by slot
+        self._closing_at = 0.0  # monotonic seconds
+        self._blocked = 0, BLOCKED_SECONDS  # when the last step of an async task began; when to report it
         self._killed = False  # by this process
         self._pipe = self._wakeup = self._dump = -1
         self._others = set(processes.children(os.getpid()))
@@ -111,7 +125,7 @@ class Keeper:
 
     def _run_workers(self) -> int:
         while True:
-            began, runs = time.monotonic(), self._fields[fields.RUN]
+            began, runs = time.monotonic(), self._count_runs()
             self._start()
             while not self._has_ended():
                 self._look()
@@ -120,19 +134,25 @@ class Keeper:
             outcome = self._settle()
             if outcome in (fields.REFUSED, fields.DRAINED) or self._fields[fields.STOP]:
                 return outcome
-            if runs == self._fields[fields.RUN] and time.monotonic() - began < RESTART_SECONDS and outcome == 0:
+            if runs == self._count_runs() and time.monotonic() - began < RESTART_SECONDS and outcome == 0:
                 time.sleep(RESTART_SECONDS)
+
+    def _count_runs(self) -> int:
+        """Return how many tasks workers have begun to run."""
+        return sum(slot.fields[fields.RUN] for slot in self.record.slots)
 
     # The worker
 
     def _start(self) -> None:
         """Fork a worker."""
-        for field in (fields.RUNNING, fields.JOB, fields.STORED, fields.READY, fields.IDLE, fields.OUTCOME):
+        for field in (fields.STORED, fields.READY, fields.IDLE, fields.OUTCOME, fields.WITHDRAW):
             self._fields[field] = 0
-        self._fields[fields.WITHDRAW] = self._fields[fields.INTERRUPT] = 0
-        self._run = self._reason = 0
+        self._fields[fields.LOOP] = self._fields[fields.STEPPING] = 0
+        for slot in self.record.slots:
+            slot.clear()
+        self._interrupted.clear()
         self._closing_at, self._killed, self._status = 0.0, False, None
-        os.ftruncate(self._dump, 0)
+        self._empty_dump()
         self.shared.children += 1
         for stream in (sys.stdout, sys.stderr):
             with suppress(AttributeError, OSError, ValueError):  # there is none, or it was closed
@@ -180,14 +200,32 @@ class Keeper:
         if self._draw:
             self._draw(*self.leases.counts())
         self._end_late_worker()
-        run = self.record.run()
+        self._report_blocked_loop()
+        runs = self.leases.running()
         try:
-            if run and self.leases.is_due(run):
-                self._enforce(run)
-                self.leases.check(run)
+            for slot, run in runs:
+                self._enforce(slot, run)
+            self.leases.check([run for _, run in runs])
             self.leases.beat()
         except (QueueError, MemoryError) as error:
             log("left to its lease", consumer=self.name, reason=str(error) or "out of memory")
+
+    def _report_blocked_loop(self) -> None:
+        """Say where an async task has not given up the event loop for long."""
+        stepping, since = self._fields[fields.STEPPING], self._fields[fields.STEPPED_AT]
+        seconds = (time.monotonic_ns() - since) / 1e9 if stepping else 0.0
+        if since != self._blocked[0]:
+            self._blocked = since, BLOCKED_SECONDS
+        if self._killed or seconds < self._blocked[1]:
+            return
+        self._blocked = since, 2 * self._blocked[1]
+        slot = self.record.slots[stepping - 1]
+        self._write_traceback()
+        places = [
+            re.sub(r'.*"(.*)", line (\d+) in .*', r"\1:\2", line) for line in self._traceback(slot) if "File" in line
+        ]
+        place, job = (places or ["a place unknown"])[0], slot.fields[fields.JOB]
+        log("blocked", consumer=self.name, job=job, reason=f"the event loop was blocked for {seconds:.0f} s in {place}")
 
     def _end_late_worker(self) -> None:
         """Kill a worker that is asked to stop while it imports, or that does not exit."""
@@ -198,26 +236,27 @@ class Keeper:
         if late or (self._fields[fields.STOP] and not self._fields[fields.READY]):
             self._kill()
 
-    def _enforce(self, run: Run) -> None:
+    def _enforce(self, slot: Slot, run: Run) -> None:
         """Interrupt the task if it must end; kill its process if it does not."""
-        if self._fields[fields.RUNNING] != run.number:  # it has ended, and its job is being settled
+        if slot.fields[fields.RUNNING] != run.number:  # it has ended, and its job is being settled
             return
-        now = time.monotonic()
-        if run.number != self._run and (reason := self._reason_to_end(run)):
-            self._run, self._reason, self._interrupted_at, self._sent_at = run.number, reason, now, 0.0
-            self._fields[fields.REASON], self._fields[fields.INTERRUPT] = reason, run.number
-        if run.number != self._run or self._killed:
+        now, found = time.monotonic(), self._interrupted.get(slot.number)
+        if (found is None or found.number != run.number) and (reason := self._reason_to_end(run)):
+            self._interrupted[slot.number] = found = Interruption(run.number, reason, now)
+            slot.fields[fields.REASON], slot.fields[fields.INTERRUPT] = reason, run.number
+        if found is None or found.number != run.number or self._killed:
             return
-        if now - self._interrupted_at > GRACE_SECONDS[self._reason]:
+        if now - found.at > GRACE_SECONDS[found.reason]:
             self._kill(dump=True)
-        elif self._fields[fields.INTERRUPTED] != run.number or now - self._sent_at > REPEAT_SECONDS:
-            self._sent_at = now
+        elif slot.fields[fields.INTERRUPTED] != run.number or now - found.sent_at > REPEAT_SECONDS:
+            found.sent_at = now
+            slot.fields[fields.INTERRUPT] = run.number  # again
             self._signal(INTERRUPT_SIGNAL)
 
     def _reason_to_end(self, run: Run) -> int:
         if self._fields[fields.STOP] > 1:
             return fields.STOP_REQUESTED
-        if self.leases.lost:
+        if self.leases.has_lost(run):
             return fields.LOST
         # guard: a task that runs too long is ended
         if run.timeout_seconds and time.monotonic() - run.started > run.timeout_seconds:
@@ -243,11 +282,16 @@ class Keeper:
 
     def _write_traceback(self) -> None:
         """Let the worker write where it is, in a C function that needs no GIL."""
+        self._empty_dump()
         self._signal(DUMP_SIGNAL)
         until, size = time.monotonic() + DUMP_SECONDS, -1
         while time.monotonic() < until and (size <= 0 or size != self._dump_size()):
             size = self._dump_size()
             time.sleep(0.02)
+
+    def _empty_dump(self) -> None:
+        os.ftruncate(self._dump, 0)
+        os.lseek(self._dump, 0, os.SEEK_SET)  # also for the worker
 
     def _dump_size(self) -> int:
         return os.fstat(self._dump).st_size
@@ -264,67 +308,118 @@ class Keeper:
 
     def _settle(self) -> int:
         """Settle what a worker held when it died; return how it ended."""
-        outcome, run = self._fields[fields.OUTCOME], self.record.run()
+        outcome, left = self._fields[fields.OUTCOME], [slot for slot in self.record.slots if slot.run()]
         if outcome == fields.REFUSED or (not self._fields[fields.READY] and self._fields[fields.STOP]):
             return outcome
         if not self._fields[fields.READY]:
             print_error("consumer", f"the worker {processes.end_text(self._status or 0)} while it imported the tasks")
             return fields.REFUSED
         if outcome in (0, fields.BROKEN):
-            if run is None and outcome == 0:
+            if not left and outcome == 0:
                 log("worker died", consumer=self.name, reason=processes.end_text(self._status or 0))
             until = time.monotonic() + self.options.lease_seconds
             with suppress(QueueError):
-                retry_while_busy(lambda: self._settle_held(run), lambda s: _pause(s, until), consumer=self.name)
+                retry_while_busy(lambda: self._settle_held(left), lambda s: _pause(s, until), consumer=self.name)
         return outcome
 
-    def _settle_held(self, run: Run | None) -> None:
+    def _settle_held(self, left: list[Slot]) -> None:
+        """Settle the jobs of the dead worker; remove from the list the slots whose jobs are settled."""
         results = self.record.results()
-        running = (run.job_id, run.claim) if run and (run.job_id, run.claim) not in results else None
-        job = self.leases.return_held(results, running)
-        if run is None or running is None:
-            return
-        try:
-            self._settle_running(run, job)
-        except LeaseLost:
-            job = None
-        if job is None:
-            log("lost", consumer=self.name, job=run.job_id, reason=f"the lease of {self.name} was lost")
+        runs = {slot.number: run for slot in left if (run := slot.run()) and run.key not in results}
+        held = self.leases.return_held(results, [run.key for run in runs.values()])
+        blamed = self._blamed(runs)
+        while left:
+            run = runs.get(left[-1].number)
+            job = held.get(run.key) if run else None
+            try:
+                if run and job:
+                    self._settle_running(left[-1].number, run, job, blamed)
+            except LeaseLost:
+                job = None
+            if run and job is None:
+                log("lost", consumer=self.name, job=run.job_id, reason=f"the lease of {self.name} was lost")
+            left.pop()
 
-    def _settle_running(self, run: Run, job: Job | None) -> None:
-        """Settle the job that ran when the worker died."""
-        if job is None:
-            return
-        reason = self._reason if self._run == run.number else 0
-        if reason == fields.STOP_REQUESTED and job.max_attempts > 1:
+    def _blamed(self, runs: dict[int, Run]) -> list[int]:
+        """Return the slots of the runs that may have ended the worker, which are one if possible."""
+        asked = [number for number, run in runs.items() if self._reason(number, run) not in (0, fields.EXECUTED)]
+        if self._killed and asked:
+            return asked
+        threads = {number: self._thread(self.record.slots[number]) for number in runs}
+        if found := [number for number, thread in threads.items() if thread == self._faulty_thread()]:
+            return found
+        # The event loop runs one task at a time
+        are_async = not any(self.record.slots[number].fields[fields.THREAD] for number in runs)
+        now = [number for number, thread in threads.items() if thread == self._fields[fields.LOOP]]
+        return now if are_async and now else list(runs)
+
+    def _thread(self, slot: Slot) -> int:
+        """Return the thread that runs a slot's task now; 0: the only one; -1: none, as it is async and waits."""
+        thread, loop = slot.fields[fields.THREAD], self._fields[fields.LOOP]
+        return thread if thread or not loop else loop if self._fields[fields.STEPPING] == slot.number + 1 else -1
+
+    def _reason(self, number: int, run: Run) -> int:
+        """Return why the run of a slot was interrupted; 0: it was not."""
+        found = self._interrupted.get(number)
+        return found.reason if found and found.number == run.number else 0
+
+    def _settle_running(self, number: int, run: Run, job: Job, blamed: list[int]) -> None:
+        """Settle a job that ran when the worker died."""
+        reason, is_blamed = self._reason(number, run), number in blamed
+        if (not is_blamed or reason == fields.STOP_REQUESTED) and job.max_attempts != 1:
+            # guard: a job that another one took down loses no attempt
             self.leases.release(job)
             return
-        error, _, trace = (self.record.error(run) or self._error(run, reason)).partition("\n")
-        text = "\n".join([error, trace or "\n".join(self._traceback())]).rstrip()
-        delay = run.retry_in_seconds or pqueue.backoff_seconds(job.attempts)
+        error, _, trace = NEIGHBOUR.partition("\n")
+        if is_blamed:
+            error, _, trace = (self.record.error(run) or self._error(run, reason, len(blamed))).partition("\n")
+            trace = trace or "\n".join(self._traceback(self.record.slots[number]))
+        delay, retry = run.retry_in_seconds or pqueue.backoff_seconds(job.attempts), reason != fields.STOP_REQUESTED
         # guard: a job that kills its worker loses an attempt
-        state = self.queue.fail(job, text, retry=reason != fields.STOP_REQUESTED, retry_in_seconds=delay)
+        state = self.queue.fail(job, f"{error}\n{trace}".rstrip(), retry=is_blamed and retry, retry_in_seconds=delay)
         self.leases.failed += 1
         log("failed", consumer=self.name, job=job.id, task=job.task, attempt=job.attempts, now=state, error=error)
 
-    def _error(self, run: Run, reason: int) -> str:
-        """Return why the job ended with its worker, in one line."""
-        if reason == fields.EXECUTED:
-            return "WorkerDied: the task replaced its process by another program"
+    def _error(self, run: Run, reason: int, blamed: int) -> str:
+        """Return why the job ended with its worker, in one line. blamed: how many jobs may have ended it."""
         if reason == fields.STOP_REQUESTED:
             return "Stopped: stopped while it ran; not run again because max_attempts is 1"
         if reason in (fields.TIMED_OUT, fields.OUT_OF_MEMORY) and self._killed:
             error = limit_error(reason, run)
             return f"{type(error).__name__}: {error}, and was killed, as it did not end when it was interrupted"
-        return f"WorkerDied: the task's process {processes.end_text(self._status or 0)}"
+        others = f", while {blamed} jobs ran in it" if blamed > 1 else ""
+        if reason == fields.EXECUTED:
+            return f"WorkerDied: the task replaced its process by another program{others}"
+        return f"WorkerDied: the task's process {processes.end_text(self._status or 0)}{others}"
 
-    def _traceback(self) -> Iterator[str]:
-        """Yield the lines of the traceback that the worker wrote, without our own frames."""
+    def _traceback(self, slot: Slot) -> Iterator[str]:
+        """Yield the lines of the traceback of a slot's thread that the worker wrote, without our own frames."""
+        program = getattr(sys.modules["__main__"], "__file__", None)
+        ours = [f'"{path}' for path in (Path(__file__).parent, pqueue_tasks.__file__, program, sys.argv[0]) if path]
+        of_slot = self._thread(slot)
+        for thread, lines in self._threads():
+            if of_slot in (0, thread):
+                yield from (line for line in lines if not any(path in line for path in ours))
+
+    def _threads(self) -> Iterator[tuple[int, list[str]]]:
+        """Yield the threads in the traceback that the worker wrote, with their lines; 0: the text before them."""
         with suppress(OSError):
-            text = os.pread(self._dump, 65536, 0).decode(errors="replace")
-            program = getattr(sys.modules["__main__"], "__file__", None)
-            ours = [f'"{path}' for path in (Path(__file__).parent, pqueue_tasks.__file__, program, sys.argv[0]) if path]
-            yield from (line for line in text.splitlines() if not any(path in line for path in ours))
+            text = os.pread(self._dump, 1 << 20, 0).decode(errors="replace").rstrip("\0\n")
+            number, lines = 0, list[str]()
+            for line in text.splitlines():
+                if head := re.match("(Current thread|Thread) 0x([0-9a-f]+)", line):
+                    yield number, lines
+                    number, lines = int(head[2], 16), []
+                lines.append(line)
+            yield number, lines
+
+    def _faulty_thread(self) -> int | None:
+        """Return the thread in which a fault has ended the worker; None: unknown."""
+        with suppress(OSError):
+            text = os.pread(self._dump, 1 << 20, 0).decode(errors="replace")
+            if found := re.search("Fatal Python error(?s:.*?)Current thread 0x([0-9a-f]+)", text):
+                return int(found[1], 16)
+        return None
 
     # Signals
 

@@ -1,11 +1,11 @@
-"""Keeping the lease of the job that a consumer runs, without the help of the thread that runs it."""
+"""Keeping the leases of the jobs that a consumer runs, without the help of the threads that run them."""
 
 from __future__ import annotations
 
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -13,10 +13,10 @@ from pqueue import Job, LeaseLost, PersistentQInterface, QueueError
 from pqueue_tasks import task_name
 from pqueue_tools import record as fields
 from pqueue_tools.process import log, log_completed
-from pqueue_tools.record import Record, Run
+from pqueue_tools.record import Record, Run, Slot
 
-TICK_SECONDS = 0.05  # how often the running job is checked
-CHECK_SECONDS = 0.25  # how often the database is asked whether it still belongs to this consumer
+TICK_SECONDS = 0.05  # how often the running jobs are checked
+CHECK_SECONDS = 0.25  # how often the database is asked whether they still belong to this consumer
 HEARTBEAT_SECONDS = 10.0
 # Signals to the worker, which tasks and libraries are unlikely to use
 INTERRUPT_SIGNAL = getattr(signal, "SIGRTMIN", getattr(signal, "SIGUSR1", 0)) + hasattr(signal, "SIGRTMIN")
@@ -24,28 +24,63 @@ DUMP_SIGNAL = getattr(signal, "SIGRTMIN", getattr(signal, "SIGUSR2", 0)) + 2 * h
 
 
 class Leases:
-    """Extends the lease of the running job, notices its loss, and takes back the jobs that wait behind a slow one."""
+    """Extends the leases of the running jobs, notices their loss, and takes back jobs that wait behind a slow one."""
 
     def __init__(
         self, queue: PersistentQInterface, record: Record, name: str, lease_seconds: float, *, quiet: bool = False
     ) -> None:
         self.queue, self.record, self.name, self.lease_seconds = queue, record, name, lease_seconds
         self.quiet = quiet
-        self.job: Job | None = None  # that runs, if it has run for a tick
-        self.lost = False  # its lease was lost
+        self.job: Job | None = None  # that runs, if it has run for a tick and is the only one
         self.completed = self.failed = 0  # jobs, and attempts, that this object ended
+        self._lost: set[tuple[int, int]] = set()  # the runs whose lease was lost, by their keys
         self._number = 0  # of the run
         self._results: dict[tuple[int, int], Any] | None = None  # of the jobs taken back
         self._extended = self._checked = 0.0  # monotonic seconds
         self._beat_at = time.monotonic() + HEARTBEAT_SECONDS
         self._reported = (0, 0)  # completed and failed jobs, at the last heartbeat
 
-    def check(self, run: Run) -> None:
-        """Do what is due for a run that has lasted for a tick. Raises QueueError; then call it again."""
+    def check(self, runs: Sequence[Run]) -> None:
+        """Do what is due for the runs that have lasted for a tick. Raises QueueError; then call it again."""
+        if len(self.record.slots) > 1:
+            self._check_all(runs)
+        elif runs:
+            self._check_one(runs[0])
+
+    def has_lost(self, run: Run) -> bool:
+        return run.key in self._lost
+
+    def running(self) -> list[tuple[Slot, Run]]:
+        """Return the runs that have lasted for a tick, with their slots."""
+        before = time.monotonic() - TICK_SECONDS
+        return [(slot, run) for slot in self.record.slots if (run := slot.run()) and run.started <= before]
+
+    def _check_all(self, runs: Sequence[Run]) -> None:
+        """Extend the leases of all held jobs in one commit, and notice which of these runs have lost theirs."""
+        if not runs:
+            self._lost.clear()
+            return
+        now = time.monotonic()
+        if now - self._extended > self.lease_seconds / 3 and self._may_extend():
+            self._extended = now
+            try:
+                self.queue.extend_all(self.name, self.lease_seconds)
+            except QueueError as error:
+                self._extended -= self.lease_seconds / 6  # retry soon
+                log("waiting", consumer=self.name, reason=error)
+        if now - self._checked > CHECK_SECONDS:
+            self._checked = now
+            held = {(job_id, claim_number(token)) for job_id, token in self.queue.held_leases(self.name)}
+            still = {run.key for slot in self.record.slots if slot.fields[fields.RUNNING] and (run := slot.run())}
+            gone = still.intersection(run.key for run in runs) - held
+            self._lost = {key for key in gone if key in self._lost or not self._is_settled(key[0])}
+
+    def _check_one(self, run: Run) -> None:
         if run.number != self._number:
             self._number, self._extended, self._checked = run.number, run.started, run.started
-            self.job, self.lost, self._results = None, False, None
-        if self.lost:
+            self.job, self._results = None, None
+            self._lost.clear()
+        if self.has_lost(run):
             return
         if self.job is None:
             self._take_back(run)
@@ -57,29 +92,27 @@ class Leases:
             if not self.queue.holds(self.job):
                 self._lose(self.job)
 
-    def is_due(self, run: Run) -> bool:
-        return time.monotonic() - run.started >= TICK_SECONDS
-
     def _take_back(self, run: Run) -> None:
         """Complete the jobs that finished before a slow one, and release those that wait behind it."""
         if self._results is None:
             self._results = self.record.withdraw(run)
         if self._results is not None:
-            self.job = self.return_held(self._results, (run.job_id, run.claim), claim=run.claim)
-            self.lost = self.job is None and not self._is_settled(run.job_id)
+            self.job = self.return_held(self._results, [run.key], claim=run.claim).get(run.key)
+            if self.job is None and not self._is_settled(run.job_id):
+                self._lost.add(run.key)
 
     def return_held(
-        self, results: dict[tuple[int, int], Any], running: tuple[int, int] | None, claim: int | None = None
-    ) -> Job | None:
-        """Complete the held jobs that have results, and release the others but the running one; return that.
+        self, results: dict[tuple[int, int], Any], running: Collection[tuple[int, int]], claim: int | None = None
+    ) -> dict[tuple[int, int], Job]:
+        """Complete the held jobs that have results, and release the others but the running ones; return those.
 
         Jobs are identified by their id and the number of the claim.
         claim: only its jobs, as the worker continues and may have claimed others; None: all.
         """
-        held = {(job.id, claim_number(job)): job for job in self.queue.held_jobs(self.name)}
+        held = {(job.id, claim_number(str(job.lease_token))): job for job in self.queue.held_jobs(self.name)}
         # guard: jobs of a later claim are not taken back
         held = {key: job for key, job in held.items() if claim in (None, key[1])}
-        job = held.pop(running, None) if running else None
+        kept = {key: held.pop(key) for key in running if key in held}
         finished = [(held.pop(key), results[key]) for key in results if key in held]
         if finished:
             _, lost = self.queue.complete_and_dequeue(finished, self.name, 0)
@@ -87,7 +120,7 @@ class Leases:
             log_completed(self.name, [each for each, _ in finished if each not in lost], lost, quiet=self.quiet)
         for other in held.values():
             self.release(other)
-        return job
+        return kept
 
     def release(self, job: Job) -> None:
         with suppress(LeaseLost):
@@ -107,13 +140,15 @@ class Leases:
             log("waiting", consumer=self.name, job=job.id, reason=error)
 
     def _may_extend(self) -> bool:
-        """Return whether the process that runs the job is not stopped."""
+        """Return whether the process that runs the jobs is not stopped."""
         return True
 
     def _lose(self, job: Job) -> None:
         self.job = None
-        self.lost = not self._is_settled(job.id)
-        self._number = self._number if self.lost else -1
+        if self._is_settled(job.id):
+            self._number = -1
+        else:
+            self._lost.add((job.id, claim_number(str(job.lease_token))))
 
     def _is_settled(self, job_id: int) -> bool:
         """Return whether the task itself settled its job, so that the lease was not taken away."""
@@ -153,8 +188,8 @@ class Leases:
         return done[fields.COMPLETED] + self.completed, done[fields.FAILED] + self.failed
 
 
-def claim_number(job: Job) -> int:
-    return int(str(job.lease_token).partition(".")[2])
+def claim_number(lease_token: str) -> int:
+    return int(lease_token.partition(".")[2])
 
 
 def limit_error(reason: int, run: Run) -> Exception:
@@ -172,8 +207,7 @@ def in_thread(leases: Leases) -> Iterator[None]:
         while not stopped.wait(CHECK_SECONDS if leases.record.fields[fields.IDLE] else TICK_SECONDS):
             try:
                 leases.beat()
-                if (run := leases.record.run()) and leases.is_due(run):
-                    leases.check(run)
+                leases.check([run for _, run in leases.running()])
             except (QueueError, MemoryError) as error:
                 log("left to its lease", consumer=leases.name, reason=str(error) or "out of memory")
 

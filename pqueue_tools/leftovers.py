@@ -41,7 +41,6 @@ COMMON_SIGNALS = [
 ]
 TIMERS = [getattr(signal, name) for name in ("ITIMER_REAL", "ITIMER_VIRTUAL", "ITIMER_PROF")]
 LIMITS = sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")})
-OUR_THREAD = "pqueue-listener"
 
 
 class Setting:
@@ -63,11 +62,11 @@ class Setting:
 class ProcessState:
     """The state of the process that tasks must not change, as it was before the first one.
 
-    arm: sets up what cannot be compared, after each look.
+    arm: sets up what cannot be compared, after each look. ours: how the names of threads begin that may run.
     """
 
-    def __init__(self, arm: Callable[[], object]) -> None:
-        self._arm = arm
+    def __init__(self, arm: Callable[[], object], ours: tuple[str, ...]) -> None:
+        self._arm, self._ours = arm, ours
         self.must_end = False  # this process cannot be restored
         self.is_broken = False  # and must not use the database any more
         self._clean = Counter[str]()  # runs of each task that left nothing
@@ -137,6 +136,10 @@ class ProcessState:
             self._trusted.discard(task)
         return left
 
+    def has_lost_descriptors(self) -> bool:
+        """Return whether a task has closed a descriptor of this process, or put another file in its place."""
+        return any(_identity(number) != before for number, before in self._descriptors.items() if number > 2)
+
     def _seems_clean(self) -> bool:
         return (
             list(map(_signal.getsignal, COMMON_SIGNALS)) == self._common_handlers
@@ -156,7 +159,7 @@ class ProcessState:
                 self.must_end = not setting.undo() or self.must_end
                 yield setting.name
         for thread in set(threading.enumerate()) - self._threads:
-            if thread.name != OUR_THREAD:
+            if not thread.name.startswith(self._ours):
                 self.must_end = True
                 yield f"the thread {thread.name!r}"
         for pid in self._new_children():

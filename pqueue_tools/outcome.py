@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import traceback
 from dataclasses import dataclass
-from functools import lru_cache
 
 import pqueue
 from pqueue import DoNotRetry, Job, Retry, Snooze
@@ -13,12 +12,10 @@ from pqueue_values import MAX_ERROR_CHARS
 
 MAX_SUMMARY_CHARS = 1000  # of the first line
 LAST_CHARS = 6000  # of a text that is cut: it ends with the innermost frames
-OURS = (
-    "pqueue_fields",
-    "pqueue_tasks",
-    "pqueue_tools.worker",
-    "pqueue_tools.keeper",
-)  # modules whose frames tell a user nothing
+OURS = (  # modules whose frames tell a user nothing
+    *("pqueue_fields", "pqueue_tasks", "pqueue_tools.worker", "pqueue_tools.keeper", "pqueue_tools.concurrency"),
+    *("asyncio.runners", "asyncio.base_events"),
+)
 
 
 class Unstorable(Exception):
@@ -94,17 +91,16 @@ def cut(text: str, most: int) -> str:
 
 def _without_our_frames(found: traceback.TracebackException) -> None:
     """Remove our frames from a traceback, from those of its causes, and from those of the members of a group."""
-    left, seen = [found], set[int]()
+    left, seen, ours = [found], set[int](), _ours()
     while left:
         each = left.pop()
         if id(each) in seen:
             continue
         seen.add(id(each))
-        each.stack = traceback.StackSummary.from_list([frame for frame in each.stack if frame.filename not in _ours()])
+        each.stack = traceback.StackSummary.from_list([frame for frame in each.stack if frame.filename not in ours])
         inner = [each.__cause__, each.__context__, *(getattr(each, "exceptions", None) or ())]
         left += [other for other in inner if other is not None]
 
 
-@lru_cache
 def _ours() -> frozenset[str]:
     return frozenset(str(sys.modules[name].__file__) for name in OURS if name in sys.modules)

@@ -21,6 +21,7 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import pqueue
 from pqueue import Job, PersistentQInterface, QueueBusy, QueueError, QueueFull
+from pqueue_tasks import current_job
 from pqueue_tools import termination
 from pqueue_tools.masking import masked_text
 from pqueue_tools.report import iso, printable
@@ -62,7 +63,7 @@ def print_error(program: str, error: object) -> None:
 
 LEVELS = ("debug", "info", "warning", "error")
 EVENT_LEVELS = {  # of others: info
-    **dict.fromkeys(("lost", "left behind", "left to its lease", "waiting"), "warning"),
+    **dict.fromkeys(("lost", "left behind", "left to its lease", "waiting", "blocked"), "warning"),
     **dict.fromkeys(("failed", "worker died"), "error"),
 }
 MAX_FIELD_CHARS = 8000
@@ -95,7 +96,8 @@ class TaskLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            job = {} if self.job is None else {"job": self.job.id, "task": self.job.task}
+            running = self.job or current_job()
+            job = {} if running is None else {"job": running.id, "task": running.task}
             text = record.getMessage()
             trace = {"traceback": logging.Formatter().formatException(record.exc_info)} if record.exc_info else {}
             level = LEVELS[min(3, max(0, record.levelno // 10 - 1))]

@@ -14,30 +14,37 @@ from typing import Any, NamedTuple
 
 from pqueue_values import read_json
 
-# Fields that the worker writes
+# Fields of the whole record that the worker writes
+STORED = 0  # bytes of results
+READY, IDLE, OUTCOME = 1, 2, 3  # has imported its modules; waits for jobs; how it ended
+COMPLETED, FAILED = 4, 5  # numbers of jobs and attempts, of all workers
+LOOP = 6  # the thread of the event loop for async tasks, if several jobs may run at the same time
+STEPPING, STEPPED_AT = 7, 8  # 1 + the slot whose async task the loop runs now, since when (monotonic ns); 0: none
+# Fields of the whole record that the keeper writes
+STOP = 9  # 1: finish the current jobs; 2: interrupt them
+WITHDRAW, WITHDRAWN = 10, 11  # number of the run whose waiting jobs the keeper wants, or has taken
+ASLEEP = 12  # the keeper waits until it is woken
+FIELDS = 13
+# Fields of a slot that the worker writes
 RUNNING = 0  # number of the run whose task may be interrupted; 0: none
 RUN, JOB, CLAIM, STARTED, TIMEOUT, MEMORY, BASE, BACKOFF = range(1, 9)  # of a run; JOB is 0 between runs
 INTERRUPTED = 9  # number of the run in which the interrupt was raised
-STORED = 10  # bytes of results
-READY, IDLE, OUTCOME = 11, 12, 13  # has imported its modules; waits for jobs; how it ended
-COMPLETED, FAILED = 14, 15  # numbers of jobs and attempts, of all workers
-# Fields that the keeper writes
-STOP = 16  # 1: finish the current jobs; 2: interrupt them
-INTERRUPT, REASON = 17, 18  # number of the run to interrupt, and why
-WITHDRAW, WITHDRAWN = 19, 20  # number of the run whose waiting jobs the keeper wants, or has taken
-ASLEEP = 21  # the keeper waits until it is woken
-FIELDS = 22
+THREAD = 10  # that runs the task; 0: the only one, or that of the event loop
+# Fields of a slot that the keeper writes
+INTERRUPT, REASON = 11, 12  # number of the run to interrupt (the worker resets it), and why
+SLOT_FIELDS = 13
 
 DRAINED, STOPPED, REPLACE, REFUSED, BROKEN = range(1, 6)  # outcomes; 0: it died
 TIMED_OUT, OUT_OF_MEMORY, LOST, STOP_REQUESTED, EXECUTED = range(1, 6)  # reasons
 
+MAX_CONCURRENCY = 1000  # slots
 RESULTS_BYTES = 1 << 18
 MAX_ERROR_CHARS = 10_000
 SETTLE_SECONDS = 0.001  # after which a write of one process is certainly visible to the other
 
 
 class Run(NamedTuple):
-    """The current run of a task. Limits are None if there are none; times are monotonic seconds."""
+    """A run of a task. Limits are None if there are none; times are monotonic seconds."""
 
     number: int
     job_id: int
@@ -48,22 +55,25 @@ class Run(NamedTuple):
     base_mb: float  # used when it started, measured if memory_mb is set
     retry_in_seconds: float  # if the worker dies; 0: the default
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """The delivery of the job."""
+        return self.job_id, self.claim
 
-class Record:
-    """The shared memory of a consumer. Embedded in an application, both sides are threads of one process."""
+
+class Slot:
+    """A place for one run of a task: as many run at the same time as there are slots."""
 
     _BEGIN = struct.Struct("=qqqddddd")  # RUN to BACKOFF
-    _RESULT = struct.Struct("=qqii")  # id, claim, kind, length
-    _NONE, _JSON, _ERROR = range(3)  # kinds of results
 
-    def __init__(self) -> None:
-        self._map = mmap.mmap(-1, 8 * FIELDS + RESULTS_BYTES)
-        self.fields = memoryview(self._map)[: 8 * FIELDS].cast("q")
+    def __init__(self, number: int, shared: mmap.mmap, at: int) -> None:
+        self.number, self._map, self._at = number, shared, at + 8 * RUN
+        self.fields = memoryview(shared)[at : at + 8 * SLOT_FIELDS].cast("q")
 
     def begin(self, job_id: int, claim: int, timeout: float, memory_mb: float, base_mb: float, backoff: float) -> float:
         """Publish that a task starts to run, and return when, in monotonic seconds. A limit of 0 is none."""
         number, started = self.fields[RUN] + 1, time.monotonic()
-        self._BEGIN.pack_into(self._map, 8 * RUN, number, job_id, claim, started, timeout, memory_mb, base_mb, backoff)
+        self._BEGIN.pack_into(self._map, self._at, number, job_id, claim, started, timeout, memory_mb, base_mb, backoff)
         self.fields[RUNNING] = number
         return started
 
@@ -73,8 +83,30 @@ class Record:
 
     def run(self) -> Run | None:
         """Return the current run."""
-        number, job_id, claim, started, timeout, memory, *others = self._BEGIN.unpack_from(self._map, 8 * RUN)
+        if not self.fields[JOB]:
+            return None
+        number, job_id, claim, started, timeout, memory, *others = self._BEGIN.unpack_from(self._map, self._at)
         return Run(number, job_id, claim, started, timeout or None, memory or None, *others) if job_id else None
+
+    def clear(self) -> None:
+        """Forget the run of a worker that has ended."""
+        self.fields[RUNNING] = self.fields[JOB] = self.fields[INTERRUPT] = 0
+
+
+class Record:
+    """The shared memory of a consumer. Embedded in an application, both sides are threads of one process.
+
+    slots: as many as jobs may run at the same time.
+    """
+
+    _RESULT = struct.Struct("=qqii")  # id, claim, kind, length
+    _NONE, _JSON, _ERROR = range(3)  # kinds of results
+
+    def __init__(self, slots: int = 1) -> None:
+        self._results_at = 8 * (FIELDS + SLOT_FIELDS * slots)
+        self._map = mmap.mmap(-1, self._results_at + RESULTS_BYTES)
+        self.fields = memoryview(self._map)[: 8 * FIELDS].cast("q")
+        self.slots = [Slot(number, self._map, 8 * (FIELDS + SLOT_FIELDS * number)) for number in range(slots)]
 
     # Results that are not committed yet
 
@@ -97,9 +129,9 @@ class Record:
         end = at + size + len(data)
         if end > RESULTS_BYTES:
             return False
-        self._RESULT.pack_into(self._map, 8 * FIELDS + at, job_id, claim, kind, len(data))
+        self._RESULT.pack_into(self._map, self._results_at + at, job_id, claim, kind, len(data))
         if data:
-            self._map[8 * FIELDS + at + size : 8 * FIELDS + end] = data
+            self._map[self._results_at + at + size : self._results_at + end] = data
         self.fields[STORED] = end
         return True
 
@@ -113,11 +145,11 @@ class Record:
 
     def error(self, run: Run) -> str | None:
         """Return the error that `add_error` stored for a run."""
-        found = [data for key, kind, data in self._stored() if kind == self._ERROR and key == (run.job_id, run.claim)]
+        found = [data for key, kind, data in self._stored() if kind == self._ERROR and key == run.key]
         return found[-1].decode(errors="replace") if found else None
 
     def _stored(self) -> Iterator[tuple[tuple[int, int], int, bytes]]:
-        at, end = 8 * FIELDS, 8 * FIELDS + min(self.fields[STORED], RESULTS_BYTES)
+        at, end = self._results_at, self._results_at + min(self.fields[STORED], RESULTS_BYTES)
         while at + self._RESULT.size <= end:
             job_id, claim, kind, length = self._RESULT.unpack_from(self._map, at)
             at += self._RESULT.size
@@ -126,7 +158,7 @@ class Record:
             yield (job_id, claim), kind, self._map[at : at + length]
             at += length
 
-    # Taking back the jobs that wait behind a slow one
+    # Taking back the jobs that wait behind a slow one, if there is one slot
 
     def withdraw(self, run: Run) -> dict[tuple[int, int], Any] | None:
         """Take over the jobs that the worker holds besides this run; return those with results, or None if it is over.
@@ -136,7 +168,7 @@ class Record:
         """
         self.fields[WITHDRAW] = run.number
         time.sleep(SETTLE_SECONDS)
-        current = self.run()
+        current = self.slots[0].run()
         if current is None or current.number != run.number:
             self.fields[WITHDRAW] = 0
             return None

@@ -289,8 +289,8 @@ def _why_finished(job: Job, now: float) -> str:
         return f"it was completed by {job.consumer} {when}"
     if job.state == "cancelled":
         return f"it was cancelled {when}; resubmit it to run it"
-    last = f"after {job.attempts} of {count(job.max_attempts, 'attempt')}"
-    return f"it failed permanently {when}, {last}: {first_line(job.error)}; resubmit it to try again"
+    most = "no attempt" if job.max_attempts is None else f"{job.attempts} of {count(job.max_attempts, 'attempt')}"
+    return f"it failed permanently {when}, after {most}: {first_line(job.error)}; resubmit it to try again"
 
 
 def _why_processing(queue: PersistentQInterface, job: Job, now: float) -> str:

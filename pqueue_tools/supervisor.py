@@ -121,7 +121,9 @@ def added_groups() -> list[str]:
     return sorted(path.stem for path in INCLUDED.glob("consumer*.conf") if path.stem.removeprefix("consumer").isdigit())
 
 
-def write_configuration(queues: list[str] | None = None, modules: list[str] | None = None) -> None:
+def write_configuration(
+    queues: list[str] | None = None, modules: list[str] | None = None, concurrency: int = 1
+) -> None:
     """Write supervisord.conf and create its folders in the current folder, to run this copy of the programs.
 
     With modules, the consumers run their tasks instead of the built-in one, and no producer is configured. Raises
@@ -130,7 +132,7 @@ def write_configuration(queues: list[str] | None = None, modules: list[str] | No
     sections = _shipped("supervisord.conf").read_text(encoding="utf-8").split("\n\n")
     text = "\n\n".join(each for each in sections if not (modules and "[program:producer]" in each))
     for name in ("producer", "consumer", "ops"):
-        options = _options(queues, modules) if name == "consumer" else []
+        options = _options(queues, modules, concurrency) if name == "consumer" else []
         command = _in_configuration(_command(name) + options).replace("\\", r"\\").replace('"', r"\"")
         text = text.replace(f"python3 {name}.py", command)
     text = text.replace(PYTHON_NOTE, "")
@@ -140,12 +142,14 @@ def write_configuration(queues: list[str] | None = None, modules: list[str] | No
         raise ManagerError(f"cannot write {CONFIGURATION}: it already exists; remove it first")
 
 
-def add_group(size: int = GROUP_SIZE, queues: list[str] | None = None, modules: list[str] | None = None) -> str:
+def add_group(
+    size: int = GROUP_SIZE, queues: list[str] | None = None, modules: list[str] | None = None, concurrency: int = 1
+) -> str:
     """Add a group of this many consumers, wait until all are running, and return its name.
 
     If this fails, remove the group again. Raises ManagerError.
     """
-    command = _in_configuration(_command("consumer") + _options(queues, modules))
+    command = _in_configuration(_command("consumer") + _options(queues, modules, concurrency))
     used = {each["group"] for each in processes()}
     make_folder(INCLUDED)
     values = {"command": command, "size": size, "manager": command_line("manager")}
@@ -240,8 +244,9 @@ def _command(program: str) -> list[str]:
     return [sys.executable, *(["-m", f"pqueue_tools.{program}"] if path.parent == HERE else [str(path)])]
 
 
-def _options(queues: list[str] | None, modules: list[str] | None) -> list[str]:
+def _options(queues: list[str] | None, modules: list[str] | None, concurrency: int) -> list[str]:
     words = [word for queue in queues or () for word in ("--queue", queue)]
+    words += ["--concurrency", str(concurrency)] if concurrency > 1 else []
     return words + [word for module in modules or () for word in ("--import", module)]
 
 

@@ -66,7 +66,7 @@ class Table:
 
 
 def _attempts(job: Job) -> str:
-    return f"{job.attempts} of {job.max_attempts}"
+    return f"{job.attempts} of {job.max_attempts}" if job.max_attempts is not None else str(job.attempts)
 
 
 def _span_since(at: float | None) -> str:
@@ -216,6 +216,8 @@ FACTS = (  # of what `FigureCache.job` returns
     Column("priority", lambda found: found["job"].priority),
     Column("attempts", lambda found: _attempts(found["job"])),
     Column("key", lambda found: found["job"].key),
+    Column("key until", lambda found: found["job"].key_until),
+    Column("key expires", lambda found: found["job"].key_expires_at, "time"),
     Column("assigned to", lambda found: found["job"].assigned_to),
     Column("consumer", lambda found: found["job"].consumer),
     Column("enqueued", lambda found: found["job"].created_at, "time"),

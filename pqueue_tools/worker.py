@@ -12,7 +12,7 @@ import time
 import traceback
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -26,7 +26,7 @@ from pqueue_tools import record as fields
 from pqueue_tools.masking import masked_text
 from pqueue_tools.outcome import Outcome, Unstorable, error_text, outcome_of
 from pqueue_tools.process import T, TaskLog, log, log_completed, on_termination, print_error, retry_while_busy
-from pqueue_tools.record import Record
+from pqueue_tools.record import MAX_CONCURRENCY, Record, Slot
 
 if TYPE_CHECKING:
     from pqueue_tools.leftovers import ProcessState
@@ -52,8 +52,16 @@ class Consumer:
 
     drain: return when no job is pending, and with `wait`, none is scheduled for the next so many seconds.
     tasks: the names of the tasks to run; None: all that are registered now.
+    concurrency: how many jobs may run at the same time: async tasks in an event loop, others in threads.
     record: shared with the keeper, which extends the leases; None: in an application.
     """
+
+    def __new__(cls, *_: Any, concurrency: int = 1, **__: Any) -> Consumer:
+        if cls is Consumer and concurrency != 1:
+            from pqueue_tools.concurrency import ConcurrentConsumer
+
+            return super().__new__(ConcurrentConsumer)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -68,27 +76,33 @@ class Consumer:
         max_jobs: int | None = None,
         max_rss: int | None = None,
         quiet: bool = False,
+        concurrency: int = 1,
         record: Record | None = None,
     ) -> None:
+        if pqueue_values.valid_int("concurrency", 1, concurrency) > MAX_CONCURRENCY:
+            raise ValueError(f"expected a concurrency from 1 to {MAX_CONCURRENCY}, got {concurrency}")
         self.queue, self.name, self.quiet = queue, name, quiet
         self.wanted: dict[str, Any] = {"queues": queues, "tasks": sorted(pqueue.TASKS) if tasks is None else tasks}
         self.options: dict[str, Any] = {**self.wanted, "lease_seconds": lease_seconds, "prefetch": True}
         self.lease_seconds, self.drain, self.max_jobs, self.max_rss = lease_seconds, drain, max_jobs, max_rss
         self.wait_until = time.time() if wait is None else time.time() + wait  # for what falls due, when draining
         self.is_embedded = record is None
-        self.record = record or Record()
+        self.record = record or Record(concurrency)
         self._leases = leases.Leases(queue, self.record, name, lease_seconds, quiet=quiet)
         self.state: ProcessState | None = None  # of the process, which tasks must not change
         self.task_log: TaskLog | None = None
         self.wake_keeper: Callable[[], object] = bool
         self.taken = 0
         self._fields = self.record.fields
+        self._slot = self.record.slots[0]
         self._waiting: deque[Job] = deque()
         self._finished: list[tuple[Job, Any]] = []
         self._job: Job | None = None  # the last one run
         self._claim: tuple[str | None, int] = None, 0  # a lease token, and the number of its claim
         self._known_limits: dict[str, tuple[float, float, pqueue.Task[..., Any] | None]] = {}  # by task
         self._can_wake = False  # waiting for jobs: a signal handler may raise
+        self._cancel: Callable[[Exception], object] | None = None  # cancels the async task that runs
+        self._interrupted: Exception | None = None  # why the last interrupt came
         self._must_end = False  # this process must be replaced
         self._run_seconds = BATCH_SECONDS  # estimate for one job; the initial value allows one job at a time
         self._pid = os.getpid()
@@ -112,12 +126,15 @@ class Consumer:
 
     def _run(self) -> int:
         try:
-            while self._complete_and_take():
-                while job := self._next():
-                    self._run_one(job)
+            self._work()
         finally:
             self._return_jobs()
         return fields.STOPPED if self._stops else fields.REPLACE if self._ends_early else fields.DRAINED
+
+    def _work(self) -> None:
+        while self._complete_and_take():
+            while job := self._next():
+                self._run_one(job)
 
     def stop(self) -> None:
         """Let `run` return when the current job has ended; if it waits for one, within a second."""
@@ -218,19 +235,20 @@ class Consumer:
         try:
             try:
                 self.queue.begin(job)
-                started = self.record.begin(job.id, claim, *limits)
+                started = self._slot.begin(job.id, claim, *limits)
                 if self._fields[fields.ASLEEP]:
                     self._fields[fields.ASLEEP] = 0
                     self.wake_keeper()
                 if self.task_log:
                     self.task_log.job = job
-                result = copy_context().run(pqueue.run_task, self.queue, job)
-                encoded = None if result is None else _encoded(result)
+                run_coroutine = self._run_coroutine
+                result = copy_context().run(pqueue.run_task, self.queue, job, run_coroutine=run_coroutine)
+                encoded = None if result is None else encoded_result(result)
             finally:
-                self._fields[fields.RUNNING] = 0
+                self._slot.fields[fields.RUNNING] = 0
                 self._end_child()
         except BaseException as caught:
-            self._fields[fields.RUNNING] = 0  # again: an interrupt may have come before it was set
+            self._slot.fields[fields.RUNNING] = 0  # again: an interrupt may have come before it was set
             traceback.clear_frames(caught.__traceback__)  # free the task's objects, which may use all memory
             error = caught
         took = time.monotonic() - started
@@ -247,7 +265,31 @@ class Consumer:
             self._settle(job, error)
         if self.task_log:
             self.task_log.job = None
-        self.record.end()
+        self._slot.end()
+
+    def _run_coroutine(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run an async task in an event loop of its own. An interrupt cancels it; a second one ends the loop."""
+        import asyncio  # only for async tasks: it takes 30 ms
+
+        from pqueue_tools.concurrency import open_transaction, watch_tasks
+
+        async def main() -> Any:
+            loop = asyncio.get_running_loop()
+            watch_tasks(loop, bool, lambda: open_transaction(self.queue))
+            task = loop.create_task(coroutine)
+            self._cancel = lambda reason: loop.call_soon_threadsafe(task.cancel, str(reason))
+            try:
+                return await task
+            finally:
+                self._cancel = None
+
+        self._interrupted = None
+        try:
+            return asyncio.run(main())
+        except asyncio.CancelledError as error:
+            if self._interrupted is None:
+                raise
+            raise Interrupt(self._interrupted).with_traceback(error.__traceback__) from None
 
     def _limits(self, job: Job) -> tuple[float, float, float, float]:
         """Return the timeout, the memory limit, the memory in use now if it is limited, and the delay before another
@@ -264,7 +306,7 @@ class Consumer:
 
     def _claim_number(self, job: Job) -> int:
         if job.lease_token != self._claim[0]:
-            self._claim = job.lease_token, leases.claim_number(job)
+            self._claim = job.lease_token, leases.claim_number(str(job.lease_token))
         return self._claim[1]
 
     def _settle(self, job: Job, error: BaseException) -> None:
@@ -278,9 +320,12 @@ class Consumer:
 
     def _report(self, job: Job, left: list[str]) -> None:
         """Say what a task has left behind in the process."""
+        self._report_left(left, job=job.id, task=job.task)
+
+    def _report_left(self, left: list[str], **by: Any) -> None:
         self._must_end = self._must_end or bool(self.state and self.state.must_end)
         then = "the worker is replaced" if self._must_end else "restored"
-        log("left behind", consumer=self.name, job=job.id, task=job.task, what=", ".join(left), then=then)
+        log("left behind", consumer=self.name, **by, what=", ".join(left), then=then)
 
     def _break_off(self, job: Job, claim: int, error: BaseException | None, encoded: str | None) -> NoReturn:
         """End the process without using the database: a descriptor of it may be that of another file by now."""
@@ -382,14 +427,19 @@ class Consumer:
         if self._can_wake:
             self._can_wake = False
             raise InterruptedError
-        number = self._fields[fields.RUNNING]
-        if number and self._fields[fields.INTERRUPT] == number and not self.queue.in_transaction:
-            self._fields[fields.INTERRUPTED] = number
-            raise Interrupt(self._reason())
+        slot = self._slot.fields
+        number = slot[fields.RUNNING]
+        if number and slot[fields.INTERRUPT] == number and not self.queue.in_transaction:
+            slot[fields.INTERRUPTED], slot[fields.INTERRUPT] = number, 0
+            self._interrupted = self._reason(self._slot)
+            if (cancel := self._cancel) is None:
+                raise Interrupt(self._interrupted)
+            self._cancel = None
+            cancel(self._interrupted)
 
-    def _reason(self) -> Exception:
-        run = self.record.run()
-        reason = self._fields[fields.REASON]
+    def _reason(self, slot: Slot) -> Exception:
+        """Return why the keeper interrupts a run."""
+        run, reason = slot.run(), slot.fields[fields.REASON]
         if reason == fields.LOST:
             return LeaseLost(f"the lease of {self.name} was lost")
         if reason == fields.STOP_REQUESTED or run is None:
@@ -397,7 +447,7 @@ class Consumer:
         return leases.limit_error(reason, run)
 
 
-def _encoded(result: Any) -> str:
+def encoded_result(result: Any) -> str:
     try:
         return pqueue_values.encode_json("result", result)
     except ValueError as error:
@@ -454,14 +504,16 @@ def _run(
             queues=served,
             tasks=",".join(tasks),
         )
-    names = ("queues", "lease_seconds", "drain", "wait", "max_jobs", "max_rss", "quiet")
+    names = ("queues", "lease_seconds", "drain", "wait", "max_jobs", "max_rss", "quiet", "concurrency")
     consumer = Consumer(queue, options.name, record=record, **{name: getattr(options, name) for name in names})
     consumer.task_log = task_log
     signal.signal(leases.INTERRUPT_SIGNAL, consumer.interrupt)
     consumer.wake_keeper = lambda: wake(pipe)
     from pqueue_tools.leftovers import ProcessState  # not available on Windows, which has no forks either
 
-    consumer.state = ProcessState(lambda: _arm(dump))
+    consumer.state = ProcessState(
+        lambda: _arm(dump), ours=("pqueue-", "asyncio_") if options.concurrency > 1 else ("pqueue-",)
+    )
     _arm(dump)
     record.fields[fields.OUTCOME] = consumer.run()
     queue.close()

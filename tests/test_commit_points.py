@@ -171,6 +171,15 @@ OPERATIONS = {
     "enqueue to a new queue": Operation(lambda q, _: q.enqueue("t", queue="new", now=NOW)),
     "enqueue later": Operation(lambda q, _: q.enqueue("t", delay_seconds=5, now=NOW)),
     "enqueue with a taken key": Operation(lambda q, _: q.enqueue("t", key="k", now=NOW), states=1),
+    "enqueue that replaces": Operation(lambda q, _: q.enqueue("t", 9, key="k", on_conflict="replace", now=NOW)),
+    "enqueue whose key is free again": Operation(
+        lambda q, _: q.enqueue("t", key="k", key_until="started", now=NOW + 60),
+        lambda q: (
+            q.cancel(q.enqueue("t", key="k", now=NOW), now=NOW),
+            q.enqueue("t", key="k", key_seconds=60, now=NOW),
+        ),
+    ),
+    "enqueue_many with keys": Operation(lambda q, _: q.enqueue_many("t", range(3), keys=["a", "k", "a"], now=NOW)),
     "enqueue_many": Operation(lambda q, _: q.enqueue_many("t", range(5), now=NOW)),
     "enqueue_many to a new queue": Operation(lambda q, _: q.enqueue_many("t", range(5), queue="new", now=NOW)),
     "dequeue": Operation(dequeue(NOW), lambda q: take(q, limit=0)),
@@ -192,6 +201,7 @@ OPERATIONS = {
     "fail under a lost lease": Operation(lambda q, jobs: lost(lambda: q.fail(jobs[0], "no")), take_and_lose, 1),
     "release": Operation(lambda q, jobs: q.release(jobs[0], now=NOW), take),
     "extend": Operation(lambda q, jobs: q.extend(jobs[0], 500, now=NOW), take),
+    "extend_all": Operation(lambda q, _: q.extend_all("w", 500, now=NOW), take),
     "update": Operation(lambda q, jobs: q.update(jobs[0], progress=0.5, result={"page": 1}), take),
     "assign": Operation(lambda q, jobs: q.assign(jobs[0].id, "w2", by="ann", now=NOW), take),
     "resubmit": Operation(lambda q, _: q.resubmit(FAILED, by="ann", now=NOW)),
@@ -237,7 +247,7 @@ def build(path: Path) -> None:
         assert queue.dequeue("victim", lease_seconds=150, now=NOW - 90)
     for number, priority in enumerate((0, 5, 0, -5, 5)):
         add("work", number, priority=priority, run_at=NOW - number, now=NOW)
-    add("keyed", key="k", priority=-9, now=NOW)
+    add("t", key="k", priority=-9, now=NOW)
     add("due soon", delay_seconds=20, priority=7, now=NOW)
     add("due late", delay_seconds=2000, now=NOW)
     add("elsewhere", assigned_to="w2", now=NOW)
@@ -312,7 +322,7 @@ def sweep(path: Path) -> None:
         jobs = {job.id: job for job in queue.list_jobs(limit=1000)}
         for job in jobs.values():
             assert (job.state == "processing") == (job.lease_token is not None) == (job.lease_expires_at is not None)
-            assert job.attempts <= job.max_attempts
+            assert job.attempts <= (3 if job.max_attempts is None else job.max_attempts)
             if job.assigned_to and job.state in pqueue.UNFINISHED:
                 queue.assign(job.id, None, now=NOW)
         queue.resume("default")

@@ -78,11 +78,13 @@ class Actor:
         options = {
             "queue": self.chance.choice("ab"),
             "priority": self.chance.randint(-1, 1),
-            "max_attempts": self.chance.randint(1, 3),
-            "key": self.chance.choice([None, None, None, "k"]),
+            "max_attempts": self.chance.choice([1, 2, 3, None]),
             "assigned_to": self.chance.choice([None, None, None, None, self.name]),
             "run_at": self.clock + self.chance.choice([-1, 0, 0, 15]),
         }
+        if self.chance.random() < 0.25:
+            holds = self.chance.choice([{}, {"key_until": "started"}, {"key_seconds": 500.0}])
+            options |= {"key": "k", **holds}
         payload = f"{self.name} {self.calls + 1}"
         job_id = self.call(
             "enqueue",
@@ -212,13 +214,21 @@ def row(job: pqueue.Job) -> dict[str, Any]:
 class Model:
     state: str
     attempts: int
-    max_attempts: int
+    max_attempts: int | None
     run_at: float
     assigned_to: str | None
+    key_until: str | None
+    key_expires_at: float
     token: str | None = None
     expires: float = 0.0
     holder: str | None = None
+    was_taken: bool = False
     since: int = 0  # when it came into this state at the earliest
+
+    def holds_key(self, now: float) -> bool:
+        if self.key_until is None:
+            return now < self.key_expires_at
+        return self.state in UNFINISHED and not (self.key_until == "started" and self.was_taken)
 
 
 class Checker:
@@ -273,7 +283,7 @@ class Checker:
                 if job_id not in payloads.values():
                     yield f"job {job_id} was lost"
                 new = payloads.get(call["payload"]) == job_id
-                if (not new and call["key"] is None) or queues.get(job_id) != call["queue"]:
+                if (not new and "key" not in call) or queues.get(job_id) != call["queue"]:
                     yield f"job {job_id} is not what was enqueued"
                 self._add(job_id, {**call, "verb": "enqueue" if new else "same key"})
             elif verb in ("dequeue", "fused", "list", "get"):
@@ -327,9 +337,10 @@ class Checker:
         if model is None or verb == "enqueue":
             if model is None and verb == "enqueue":
                 state = "scheduled" if event["run_at"] > now else "pending"
-                yield Model(
-                    state, 0, event["max_attempts"], event["run_at"], event["assigned_to"], since=event["began"]
-                )
+                until = None if "key_seconds" in event else event.get("key_until", "finished")
+                keys = {"key_until": until, "key_expires_at": now + event.get("key_seconds", 0)}
+                most, due, to = (event[name] for name in ("max_attempts", "run_at", "assigned_to"))
+                yield Model(state, 0, most, due, to, **keys, since=event["began"])
             return
         for each in self._recovered(model, event):
             yield from self._answered(each, event, verb, error, now)
@@ -343,15 +354,15 @@ class Checker:
             held = each.state == "processing" and each.holder == event["actor"]
             yield settled(each, event, "release", now) if held else each
         elif verb == "same key":
-            if each.state in UNFINISHED:
+            if each.holds_key(now):
                 yield each
         elif verb == "claim":
             taken = replace(
                 each, state="processing", attempts=each.attempts + 1, token="?", holder=event["actor"], since=since,
-                expires=now + LEASE,
+                expires=now + LEASE, max_attempts=each.max_attempts or 3, was_taken=True,
             )  # fmt: skip
             mine = each.assigned_to in (None, event["actor"])
-            if each.state != "pending" or taken.attempts > each.max_attempts or not mine:
+            if each.state != "pending" or taken.attempts > taken.max_attempts or not mine:
                 return
             if event["row"] is not None:
                 if each.assigned_to is None and event["queues"] and event["row"]["queue"] not in event["queues"]:
@@ -450,7 +461,7 @@ def settled(model: Model, event: Call, verb: str, now: float) -> Model:
 def operated(model: Model, event: Call, verb: str, now: float) -> Model:
     ended = replace(model, token=None, holder=None, expires=0.0, since=event["began"])
     if verb == "resubmit":
-        return replace(ended, state="pending", attempts=0, run_at=now)
+        return replace(ended, state="pending", attempts=0, run_at=now, was_taken=False)
     if verb == "assign":
         running = model.state == "processing"
         state = "pending" if running else model.state

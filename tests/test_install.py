@@ -47,7 +47,8 @@ resize.enqueue(5)
 resize.using(priority=5).enqueue("a.png", widht=5)
 text: JobId[str] = resize.enqueue("a.png")
 resize.using(prioritty=5)
-sizes: JobId[list[int]] = resize.enqueue("a.png", width=100)
+sizes: list[int] = resize.enqueue("a.png", width=100).result(timeout_seconds=10)
+size: int = resize.enqueue("a.png", width=100).result()
 """
 FAULTS = {
     6: 'Unexpected keyword argument "prioritty"',
@@ -63,6 +64,7 @@ FAULTS = {
     21: 'No overload variant of "enqueue"',
     22: "Incompatible types in assignment",
     23: 'Unexpected keyword argument "prioritty"',
+    25: "Incompatible types in assignment",
 }
 
 

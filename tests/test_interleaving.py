@@ -122,14 +122,15 @@ class Stage:
             "INSERT INTO consumers (name, token, host, pid, slot, tasks, started_at, last_seen_at, state) "
             f"VALUES ('anna', '{ANNA}', '', 1, 1, '[]', 0, 0, 'running')"
         )
-        columns = "task, payload, priority, max_attempts, created_at, queue, key, state, run_at, attempts, finished_at"
+        columns = "task, payload, priority, max_attempts, created_at, queue, key, key_until, "
+        columns += "state, run_at, attempts, finished_at"
         self.db.execute(
             f"INSERT INTO jobs ({columns}, lease_token, lease_expires_at) VALUES "
-            "('t', '1', 0, 2, 1, 'default', 'k', %s, %s, %s, %s, %s, %s)",
+            "('t', '1', 0, 2, 1, 'default', 'k', 'finished', %s, %s, %s, %s, %s, %s)",
             (state, NOW + 100 * (state == "scheduled"), attempts, finished, token, token and NOW + 60),
         )
         self.db.execute(  # which is never pruned
-            f"INSERT INTO jobs ({columns}) VALUES ('t', '2', 0, 2, 1, 'default', NULL, 'completed', 1, 1, 1)"
+            f"INSERT INTO jobs ({columns}) VALUES ('t', '2', 0, 2, 1, 'default', NULL, NULL, 'completed', 1, 1, 1)"
         )
         return self.queues["first"].get(1)
 

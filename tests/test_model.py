@@ -25,11 +25,19 @@ class Entry:
     run_at: float
     max_attempts: int
     key: str | None
+    key_until: str | None
+    key_expires_at: float
     assigned_to: str | None
     state: str
     attempts: int = 0
     holder: int | None = None  # number of the delivery that holds it
     expires: float = 0.0
+    was_taken: bool = False
+
+    def holds_key(self, now: float) -> bool:
+        if self.key_until is None:
+            return now < self.key_expires_at
+        return self.state in UNFINISHED and not (self.key_until == "started" and self.was_taken)
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -53,24 +61,32 @@ class QueueMachine(RuleBasedStateMachine):
         queue=st.sampled_from("ab"),
         priority=st.integers(-1, 1),
         delay=st.sampled_from([0, 0, 0, 30, 90]),
-        max_attempts=st.integers(1, 3),
+        max_attempts=st.sampled_from([1, 2, 3, None]),
         key=st.sampled_from([None, None, "k", "l"]),
+        holds=st.sampled_from([{}, {"key_until": "finished"}, {"key_until": "started"}, {"key_seconds": 60}]),
+        on_conflict=st.sampled_from(["keep", "replace"]),
         assigned_to=st.sampled_from([None, None, "x", "y"]),
     )
-    def enqueue(self, task, queue, priority, delay, max_attempts, key, assigned_to):
-        options = {"queue": queue, "priority": priority, "max_attempts": max_attempts, "key": key}
-        job_id = self.queue.enqueue(task, delay_seconds=delay, assigned_to=assigned_to, now=self.now, **options)
-        same = self.with_key(queue, key)
-        if same is not None:
-            assert job_id == same
+    def enqueue(self, task, queue, priority, delay, max_attempts, key, holds, on_conflict, assigned_to):
+        options = {"queue": queue, "priority": priority, "max_attempts": max_attempts, "assigned_to": assigned_to}
+        options |= {"key": key, "on_conflict": on_conflict, **holds} if key else {}
+        job_id = self.queue.enqueue(task, delay_seconds=delay, now=self.now, **options)
+        state, run_at = "scheduled" if delay else "pending", self.now + delay
+        same = self.with_key(queue, task, key)
+        assert job_id.is_new == (same is None) == (job_id not in self.entries)
+        if same is None:
+            until = None if "key_seconds" in holds else holds.get("key_until", "finished")
+            self.entries[job_id] = Entry(
+                task, queue, priority, run_at, max_attempts or 3, key, until, self.now + 60, assigned_to, state
+            )
             return
-        assert job_id not in self.entries
-        state = "scheduled" if delay else "pending"
-        self.entries[job_id] = Entry(task, **options, run_at=self.now + delay, assigned_to=assigned_to, state=state)
+        assert job_id == same
+        if on_conflict == "replace" and (entry := self.entries[same]).state in ("scheduled", "pending"):
+            entry.priority, entry.run_at, entry.state = priority, run_at, state
 
-    def with_key(self, queue, key):
+    def with_key(self, queue, task, key):
         for job_id, entry in self.entries.items():
-            if key is not None and (entry.queue, entry.key) == (queue, key) and entry.state in UNFINISHED:
+            if key and (entry.queue, entry.task, entry.key) == (queue, task, key) and entry.holds_key(self.now):
                 return job_id
         return None
 
@@ -93,9 +109,19 @@ class QueueMachine(RuleBasedStateMachine):
         for job in jobs:
             entry = self.entries[job.id]
             entry.state, entry.attempts, entry.expires = "processing", entry.attempts + 1, self.now + LEASE
-            entry.holder = len(self.deliveries)
-            assert job.attempts == entry.attempts
+            entry.holder, entry.was_taken = len(self.deliveries), True
+            assert (job.attempts, job.max_attempts) == (entry.attempts, entry.max_attempts)
             self.deliveries.append(job)
+
+    @rule(consumer=st.sampled_from("xyz"))
+    def extend_all(self, consumer):
+        held = [each for each in self.entries.values() if self.holder(each) == consumer]
+        assert self.queue.extend_all(consumer, LEASE, now=self.now) == len(held)
+        for entry in held:
+            entry.expires = self.now + LEASE
+
+    def holder(self, entry):
+        return None if entry.holder is None else self.deliveries[entry.holder].consumer
 
     def recover(self):
         for entry in self.entries.values():
@@ -177,7 +203,8 @@ class QueueMachine(RuleBasedStateMachine):
         arguments = [job_id, consumer] if verb == "assign" else [job_id]
         allowed = entry.state in UNFINISHED
         if verb == "resubmit":
-            allowed = not allowed and self.with_key(entry.queue, entry.key) is None
+            is_free = entry.key_until is None or self.with_key(entry.queue, entry.task, entry.key) is None
+            allowed = not allowed and is_free
         try:
             getattr(self.queue, verb)(*arguments, now=self.now)
         except pqueue.InvalidTransition:
@@ -185,7 +212,7 @@ class QueueMachine(RuleBasedStateMachine):
             return
         assert allowed
         if verb == "resubmit":
-            entry.state, entry.attempts, entry.run_at = "pending", 0, self.now
+            entry.state, entry.attempts, entry.run_at, entry.was_taken = "pending", 0, self.now, False
         elif verb == "assign":
             if entry.state == "processing":
                 entry.state, entry.attempts = "pending", entry.attempts - 1
@@ -215,8 +242,8 @@ class QueueMachine(RuleBasedStateMachine):
     @invariant()
     def rows_equal_the_model(self):
         rows = {job.id: job for job in self.queue.list_jobs(limit=1000)}
-        assert {i: (j.state, j.attempts, j.assigned_to) for i, j in rows.items()} == {
-            i: (e.state, e.attempts, e.assigned_to) for i, e in self.entries.items()
+        assert {i: (j.state, j.attempts, j.priority, j.run_at, j.assigned_to) for i, j in rows.items()} == {
+            i: (e.state, e.attempts, e.priority, e.run_at, e.assigned_to) for i, e in self.entries.items()
         }
         for job_id, job in rows.items():
             holder = self.entries[job_id].holder

@@ -16,14 +16,20 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock, patch
+from urllib.error import HTTPError
 
 import pytest
 from conftest import ROOT, Place, wait_until
 
 import admin
+import pqueue
+from pqueue_tools.testing import drain, temporary_queue
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = {"pqueue": "admin.py"} | {
@@ -197,6 +203,36 @@ def test_every_variable_is_in_the_docs():
 def test_diagram_is_the_modules():
     diagram = re.search(r"```text\n( +enqueue  .*?)```", (ROOT / "docs/tasks.md").read_text(), re.DOTALL)[1]
     assert diagram in (ROOT / "pqueue.py").read_text()
+
+
+def programs() -> list[Block]:
+    text = (ROOT / "docs/tasks.md").read_text()
+    section = text[text.index("\n## Programs\n") : text.index("\n## Test a task\n")]
+    return [Block(*info.partition(" ")[::2], code) for info, code in BLOCK.findall(section)]
+
+
+def test_everyday_programs_are_short():
+    lines = [line for block in programs() if block.language == "python" for line in block.code.splitlines()]
+    assert len([line for line in lines if line and not line.startswith(("import ", "from "))]) <= 110
+
+
+def test_program_that_fetches_retries_as_the_server_asks(monkeypatch):
+    """The one program that the document cannot run: it has no server."""
+    names: dict[str, Any] = {"__name__": "programs"}
+    (code,) = (block.code for block in programs() if block.info == "programs.py")
+    with patch.dict(pqueue.TASKS, clear=True), temporary_queue() as queue:
+        exec(code, names)  # noqa: S102
+        answers = [HTTPError("u", code, "no", {"Retry-After": "60"}, None) for code in (429, 503, 404)]
+        monkeypatch.setitem(names, "urlopen", Mock(side_effect=answers))
+        job_id, now = names["fetch"].enqueue("http://localhost"), time.time()
+        assert [drain(queue, now=now + delay) != [] for delay in (0, 59, 60, 61, 70)] == [
+            True,
+            False,
+            True,
+            False,
+            True,
+        ]
+        assert queue.get(job_id).error.startswith("DoNotRetry: http://localhost: HTTP Error 404")
 
 
 def test_readme_is_short():

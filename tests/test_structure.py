@@ -21,6 +21,7 @@ FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}  # which are public
 PRIVATE_USES = {
     # Functions of os and atexit, for a process that was forked.
+    "pqueue_tools.concurrency": {"_exit"},
     "pqueue_tools.leftovers": {"_count"},  # of threads
     "pqueue_tools.processes": {"_exit"},
     "pqueue_tools.worker": {"_exit", "_clear", "_run_exitfuncs"},
@@ -29,7 +30,7 @@ PRIVATE_USES = {
     # A session and its queue are one thing in two classes, and a fork resets both.
     "pqueue_sqlalchemy": {
         *("_db_errors", "_transaction", "_connect_raw", "_mark_running", "_busy_seconds", "_after_fork"),
-        *("_pool", "_settings", "_sql", "_wrap", "_wake_waiters"),
+        *("_pool", "_settings", "_sql", "_wrap", "_wake_waiters", "_read"),
     },
 }
 

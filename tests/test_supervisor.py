@@ -271,10 +271,11 @@ def test_manager_writes_a_configuration_for_tasks_of_the_users_own(system):
     mine = Place(folder)
     program = str(system.folder / "manager.py")
     name = 'it\'s 50% "off" \\ $HOME `pwd`'
-    done = mine.run(program, "--init", "--import", "tasks", "--queue", name)
+    done = mine.run(program, "--init", "--import", "tasks", "--queue", name, "--concurrency", 4)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     text = (folder / "supervisord.conf").read_text()
     assert (text.count(sys.executable), "looked up on PATH" in text) == (2, False)
+    assert text.count("--concurrency 4") == 1
     done = mine.run(program, "--init")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "it already exists" in done.stderr

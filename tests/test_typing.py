@@ -132,12 +132,15 @@ size: JobId[dict[str, int]] = resize.enqueue("a.png", width=3)
 size = resize.using(queue="images", priority=5, key="a").on(queue).enqueue(path="a.png")
 sizes: Sequence[JobId[dict[str, int]]] = resize.enqueue_many([("a.png",), {"path": "b.png"}])
 text: JobId[str] = report.enqueue(date.today(), full=True)
+numbers: list[JobId[int]] = follow.enqueue_many([("x",)], keys=["x"])
 data: JobId[bytes] = fetch.enqueue("x", {})
 number: JobId[int] = follow.enqueue("x")
 old.enqueue()
 anything.enqueue(5)
 anything.enqueue(data=5)
 width: int = resize("a.png")["width"]
+width = resize.enqueue("a.png").result(timeout_seconds=1)["width"]
+follow.enqueue("x").result().bit_length()
 queue.enqueue(resize, {"path": "a.png"})
 plain: int = resize.enqueue("a.png")
 resize.enqueue(5)  # wrong
@@ -145,6 +148,8 @@ resize.enqueue("a.png", widht=5)  # wrong
 resize.enqueue()  # wrong
 text = resize.enqueue("a.png")  # wrong
 text = resize.using(priority=5).enqueue("a.png")  # wrong
+name: str = resize.enqueue("a.png").result()  # wrong
+name = follow.enqueue("x").result()  # wrong
 resize.using(prioritty=5)  # wrong
 resize(5)  # wrong
 report.enqueue("today")  # wrong

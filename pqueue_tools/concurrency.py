@@ -1,0 +1,422 @@
+"""Running several jobs at the same time: async tasks in an event loop, ordinary functions in threads.
+
+The thread that calls `run` claims and settles jobs and runs none, so it works while a task blocks the event loop. Other
+threads: one for the event loop, one that waits for new jobs, and one for each ordinary function, which ends with it.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import ctypes
+import inspect
+import os
+import re
+import threading
+import time
+import traceback
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from queue import SimpleQueue
+from types import coroutine
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import asyncio  # otherwise imported with the first async task: it takes 30 ms
+
+import pqueue
+from pqueue import Job, PersistentQInterface, QueueError
+from pqueue_tasks import call_task
+from pqueue_tools import record as fields
+from pqueue_tools.leases import claim_number
+from pqueue_tools.process import log
+from pqueue_tools.record import Slot
+from pqueue_tools.worker import Consumer, Interrupt, encoded_result
+
+LOOK_SECONDS = 0.1  # how often an idle consumer looks for what tasks have left behind
+CLOSE_SECONDS = 1.0  # how long asyncio tasks that were left behind may take to end
+LOST_ITS_WORKER = re.compile("WorkerDied: |consumer ")  # the error of such a job
+
+
+class ActiveRun:
+    """A job that runs, or has run and is not settled."""
+
+    def __init__(self, job: Job, slot: Slot, claim: int, *, is_alone: bool) -> None:
+        self.job, self.slot, self.claim, self.is_alone = job, slot, claim, is_alone
+        self.thread = 0  # that runs an ordinary function
+        self.task: asyncio.Task[None] | None = None
+        self.lock = threading.RLock()  # held while the thread is interrupted, or leaves the task
+        self.reason: Exception | None = None  # why it was interrupted
+        self.result: Any = None
+        self.encoded: str | None = None
+        self.error: BaseException | None = None
+        self.has_completed = False
+
+    @property
+    def may_be_interrupted(self) -> bool:
+        number = self.slot.fields[fields.RUNNING]
+        return bool(number) and self.slot.fields[fields.INTERRUPT] == number
+
+    def leave(self) -> None:
+        """Let nothing interrupt the run any more."""
+        with self.lock:
+            self.slot.fields[fields.RUNNING] = 0
+            if self.thread:
+                _raise_in(self.thread, None)
+
+
+class ConcurrentConsumer(Consumer):
+    """Runs as many jobs at the same time as its record has slots."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.options["prefetch"] = False  # every job that is claimed begins at once
+        self._free = list(self.record.slots)
+        self._runs: dict[int, ActiveRun] = {}  # by slot
+        self._done: list[ActiveRun] = []  # to be completed
+        self._events = SimpleQueue[Any]()  # a run that has ended; True: there may be jobs; False: look around
+        self._asked = SimpleQueue[bool]()  # True: wait for jobs; False: end
+        self._is_waiting = False  # for jobs
+        self._may_find = True  # a claim may find jobs
+        self._adding = threading.Lock()  # of results to the record
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_thread: threading.Thread | None = None
+        self._failure: BaseException | None = None  # of the event loop
+        self._looked_at, self._has_run = 0.0, False  # since then
+
+    def stop(self) -> None:
+        super().stop()
+        self._events.put(False)
+
+    # The thread that calls `run`
+
+    def _work(self) -> None:
+        with self._helper_threads():
+            while not self._has_ended():
+                # guard: the database is not written through another file's descriptor
+                if self.state and self.state.has_lost_descriptors():
+                    self._break_off_all("closed descriptors")
+                self._start_alone()
+                limit = self._limit()
+                if self._done or (limit and self._may_find):
+                    self._complete_and_start(limit)
+                else:
+                    self._wait(limit)
+
+    def _has_ended(self) -> bool:
+        if self._failure:
+            raise self._failure
+        if self._runs or (self._waiting and not self._stops):
+            return False
+        return bool(self._stops) or self._ends_early or (self.drain and not self._may_find and not self._may_fall_due())
+
+    def _limit(self) -> int:
+        """Return how many jobs may be claimed: as many as can begin at once."""
+        if self._stops or self._ends_early or self._waiting or any(run.is_alone for run in self._runs.values()):
+            return 0
+        left = len(self._free) if self.max_jobs is None else self.max_jobs - self.taken
+        return min(len(self._free), left, self.queue.max_batch)
+
+    def _complete_and_start(self, limit: int) -> None:
+        done, self._done = self._done[: self.queue.max_batch], self._done[self.queue.max_batch :]
+        jobs = self._complete_and_dequeue([(run.job, run.result) for run in done], limit)
+        for run in done:
+            self._free_slot(run)
+        self._publish_results()
+        if jobs is None:  # the database is locked
+            return
+        self._may_find = bool(jobs) or (self._may_find and not limit)
+        self.taken += len(jobs)
+        for job in jobs:
+            if self._must_run_alone(job):
+                self._waiting.append(job)
+            else:
+                self._start(job)
+
+    def _must_run_alone(self, job: Job) -> bool:
+        """Return whether a job's effect on the process is measured, or may be fatal for others or blamed on it."""
+        task = pqueue.TASKS.get(job.task)
+        is_last = job.attempts == job.max_attempts and LOST_ITS_WORKER.match(job.error or "")
+        # guard: the last attempt of a job that may have ended its process is made alone
+        return bool(task and task.memory_mb) or bool(is_last)
+
+    def _start_alone(self) -> None:
+        if self._waiting and not self._runs and not self._stops:
+            job = self._waiting.popleft()
+            if self.queue.holds(job):
+                self._start(job, is_alone=True)
+            else:
+                log("lost", consumer=self.name, job=job.id, reason=f"the lease of {self.name} was lost")
+
+    def _start(self, job: Job, *, is_alone: bool = False) -> None:
+        run = ActiveRun(job, self._free.pop(), claim_number(str(job.lease_token)), is_alone=is_alone)
+        self._runs[run.slot.number], self._has_run = run, True
+        task = pqueue.TASKS.get(job.task)
+        try:
+            if task and task.is_async:
+                self._open_loop().call_soon_threadsafe(self._start_async, run, context=contextvars.Context())
+            else:
+                threading.Thread(target=self._run_in_thread, args=[run], name=f"pqueue-{job.id}", daemon=True).start()
+        except RuntimeError as error:  # the system has no more threads
+            run.error = error
+            self._events.put(run)
+        if self._fields[fields.ASLEEP]:
+            self._fields[fields.ASLEEP] = 0
+            self.wake_keeper()
+
+    def _wait(self, limit: int) -> None:
+        """Wait until a run has ended or, if one may be taken, there may be a job; settle the runs that have ended."""
+        if not self._runs:
+            self._look_for_leftovers()
+        if limit and not self._is_waiting:
+            self._is_waiting = True
+            self._asked.put(True)
+        self._fields[fields.IDLE] = int(not self._runs)
+        try:
+            event = self._events.get()
+        finally:
+            self._fields[fields.IDLE] = 0
+        self._handle(event)
+        while not self._events.empty():
+            self._handle(self._events.get())
+
+    def _handle(self, event: Any) -> None:
+        if event is True:
+            self._is_waiting, self._may_find = False, True
+        elif event is not False:
+            self._may_find = True  # it may have enqueued others
+            self._settle_run(event)
+
+    def _settle_run(self, run: ActiveRun) -> None:
+        if run.error is None:
+            self._done.append(run)
+            return
+        traceback.clear_frames(run.error.__traceback__)
+        self._settle(run.job, run.error)
+        self._free_slot(run)
+
+    def _free_slot(self, run: ActiveRun) -> None:
+        run.slot.end()
+        del self._runs[run.slot.number]
+        self._free.append(run.slot)
+
+    def _publish_results(self) -> None:
+        """Store in the record the results that are not committed."""
+        with self._adding:
+            self.record.clear_results()
+            for run in self._runs.values():
+                if run.has_completed:
+                    self.record.add_result(run.job.id, run.claim, run.encoded)
+
+    def _look_for_leftovers(self) -> None:
+        """Between jobs, look for what they have left behind in the process: no one job can be named."""
+        if not self.state or not self._has_run or time.monotonic() - self._looked_at < LOOK_SECONDS:
+            return
+        self._looked_at, self._has_run = time.monotonic(), False
+        if left := self.state.left_behind("", float("inf")):
+            self._report_left(left)
+
+    def _break_off_all(self, what: str) -> NoReturn:
+        """End the process without using the database. The keeper settles the jobs."""
+        log("left behind", consumer=self.name, what=what, then="the worker is replaced")
+        self._fields[fields.OUTCOME] = fields.BROKEN
+        os._exit(1)
+
+    # Waiting for jobs
+
+    @contextmanager
+    def _helper_threads(self) -> Iterator[None]:
+        waiter = threading.Thread(target=self._wait_for_jobs, name="pqueue-waiter", daemon=True)
+        waiter.start()
+        try:
+            yield
+        finally:
+            self._asked.put(False)
+            self._close_loop()
+            if self.is_embedded:
+                waiter.join()
+
+    def _wait_for_jobs(self) -> None:
+        """Wait for jobs whenever asked, while other threads run some."""
+        while self._asked.get():
+            try:
+                self.queue.wait(pqueue.WAIT_SECONDS, consumer=self.name, **self.wanted)
+            except Exception:  # the next claim reports it, unless the queue is closed
+                time.sleep(LOOK_SECONDS)
+            self._events.put(True)
+
+    # Ordinary functions
+
+    def _run_in_thread(self, run: ActiveRun) -> None:
+        run.thread = run.slot.fields[fields.THREAD] = threading.get_ident()
+        try:
+            try:
+                self._begin(run)
+                run.result = pqueue.run_task(self.queue, run.job)
+                run.encoded = None if run.result is None else encoded_result(run.result)
+            finally:
+                run.leave()
+                self._end_child()
+        except BaseException as error:
+            run.leave()  # again: an interrupt may have come before
+            run.error = error
+        self._end(run)
+
+    def _begin(self, run: ActiveRun) -> None:
+        run.slot.begin(run.job.id, run.claim, *self._limits(run.job))
+
+    def _end(self, run: ActiveRun) -> None:
+        """Publish the result, and hand the run over to the thread that settles it."""
+        if run.error is None:
+            with self._adding:
+                run.has_completed = True
+                self.record.add_result(run.job.id, run.claim, run.encoded)
+        elif run.reason and type(run.error).__name__ in ("Interrupt", "CancelledError"):
+            run.error = Interrupt(run.reason).with_traceback(run.error.__traceback__)
+        self._events.put(run)
+
+    # Async tasks
+
+    def _open_loop(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            import asyncio
+
+            self._loop = asyncio.new_event_loop()
+            watch_tasks(self._loop, self._enter, self._leave)
+            self._loop_thread = threading.Thread(target=self._run_loop, name="pqueue-loop", daemon=True)
+            self._loop_thread.start()
+        return self._loop
+
+    def _run_loop(self) -> None:
+        import asyncio
+
+        self._fields[fields.LOOP] = threading.get_ident()
+        loop, tasks = self._open_loop(), set[Any]()
+        asyncio.set_event_loop(loop)
+        try:
+            while not self._asked_to_close:
+                with suppress(SystemExit, KeyboardInterrupt):  # of an asyncio task that a task has started
+                    loop.run_forever()
+            tasks = asyncio.all_tasks(loop)
+            for task in tasks:
+                task.cancel()
+            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+        except BaseException as error:  # a task has closed its descriptors, for example
+            self._failure = error
+            self._events.put(False)
+
+    _asked_to_close = False
+
+    def _close_loop(self) -> None:
+        self._asked_to_close = True
+        if self._loop and self._loop_thread:
+            with suppress(RuntimeError):  # it has failed
+                self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop_thread.join(CLOSE_SECONDS)
+
+    def _start_async(self, run: ActiveRun) -> None:
+        run.slot.fields[fields.THREAD] = 0
+        self._begin(run)
+        _running.set(run)
+        run.task = self._open_loop().create_task(self._run_async(run))
+
+    async def _run_async(self, run: ActiveRun) -> None:
+        try:
+            try:
+                result = call_task(self.queue, run.job)
+                run.result = await result if inspect.isawaitable(result) else result
+                run.encoded = None if run.result is None else encoded_result(run.result)
+            finally:
+                run.leave()
+        except BaseException as error:
+            run.error = error
+        self._end(run)
+
+    def _enter(self) -> None:
+        if run := _running.get():
+            self._fields[fields.STEPPED_AT] = time.monotonic_ns()
+            self._fields[fields.STEPPING] = run.slot.number + 1
+
+    def _leave(self) -> QueueError | None:
+        self._fields[fields.STEPPING] = 0
+        self._end_child()
+        return open_transaction(self.queue)
+
+    # Signals
+
+    def interrupt(self, *_: Any) -> None:
+        """Handle the keeper's signal: interrupt the tasks that must end, unless they are in a transaction of the queue;
+        the keeper repeats the signal."""
+        for run in list(self._runs.values()):
+            with run.lock:
+                if run.may_be_interrupted and not (run.thread and self.queue.uses_database(run.thread)):
+                    run.reason = run.reason or self._reason(run.slot)
+                    run.slot.fields[fields.INTERRUPTED] = run.slot.fields[fields.RUNNING]
+                    run.slot.fields[fields.INTERRUPT] = 0
+                    self._interrupt(run)
+        self._events.put(False)
+
+    def _interrupt(self, run: ActiveRun) -> None:
+        if run.thread:
+            _raise_in(run.thread, Interrupt)
+        elif run.task and self._loop:
+            with suppress(RuntimeError):  # it has failed
+                self._loop.call_soon_threadsafe(run.task.cancel, str(run.reason))
+
+
+_running: contextvars.ContextVar[ActiveRun | None] = contextvars.ContextVar("pqueue_running", default=None)
+
+
+def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
+    """Raise an exception in another thread, when it executes Python code again; None: take that back."""
+    error = ctypes.py_object() if kind is None else ctypes.py_object(kind)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)
+
+
+def watch_tasks(
+    loop: asyncio.AbstractEventLoop, enter: Callable[[], object], leave: Callable[[], QueueError | None]
+) -> None:
+    """Call `enter` before each step of the tasks of a loop, and `leave` after it, whose error is raised in the task."""
+    import asyncio
+
+    async def in_steps(inner: Coroutine[Any, Any, Any]) -> Any:
+        return await _steps(inner, enter, leave)
+
+    def new_task(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
+        return asyncio.Task(in_steps(work) if inspect.iscoroutine(work) else work, loop=loop, **options)
+
+    loop.set_task_factory(new_task)
+
+
+@coroutine
+def _steps(
+    inner: Coroutine[Any, Any, Any], enter: Callable[[], object], leave: Callable[[], QueueError | None]
+) -> Generator[Any, Any, Any]:
+    resume = partial(inner.send, None)
+    while True:
+        enter()
+        try:
+            awaited = resume()
+        except StopIteration as end:
+            return end.value
+        finally:
+            problem = leave()
+        if problem is not None:
+            resume = partial(inner.throw, problem)
+            continue
+        try:
+            resume = partial(inner.send, (yield awaited))
+        except BaseException as error:  # it is cancelled or closed
+            resume = partial(inner.throw, error)
+
+
+def open_transaction(queue: PersistentQInterface) -> QueueError | None:
+    """Return an error if an async task awaits while its transaction of the queue is open."""
+    # guard: no transaction is open across an await
+    if queue.in_transaction:
+        return QueueError(
+            "cannot await inside transaction(): other tasks of the event loop would join it; end it first"
+        )
+    return None

@@ -1,0 +1,120 @@
+"""Enqueueing in a transaction of the application, whose connection is of SQLAlchemy or psycopg."""
+
+# ruff: noqa: F401, F811 - pytest finds fixtures by their names
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import psycopg
+import pytest
+import sqlalchemy
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from test_postgres import database, server
+
+import pqueue
+from pqueue import QueueError
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Order(Base):
+    __tablename__ = "orders"
+    number: Mapped[int] = mapped_column(primary_key=True)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def queue(request, tmp_path):
+    url = tmp_path / "q.db" if request.param == "sqlite" else request.getfixturevalue("database")
+    with pqueue.open_queue(url) as queue:
+        yield queue
+
+
+@pytest.fixture
+def engine(queue):
+    if isinstance(queue, pqueue.PersistentQSQLite):
+        engine = sqlalchemy.create_engine(f"sqlite:///{queue.path}")
+    else:
+        conninfo = dict(queue._conninfo)
+        engine = sqlalchemy.create_engine("postgresql+psycopg://", creator=lambda: psycopg.connect(**conninfo))
+    Base.metadata.create_all(engine)
+    yield engine
+    engine.dispose()
+
+
+def test_session_of_sqlalchemy_commits_and_rolls_back_its_jobs(queue, engine):
+    with Session(engine) as session, session.begin():
+        session.add(Order(number=7))
+        with queue.join(session):
+            job_id = queue.enqueue("book", {"number": 7})
+    with pytest.raises(ZeroDivisionError), Session(engine) as session, session.begin():
+        session.add(Order(number=8))
+        with queue.join(session):
+            queue.enqueue("book", {"number": 8})
+        raise ZeroDivisionError
+    with Session(engine) as session:
+        assert session.scalars(sqlalchemy.select(Order.number)).all() == [7]
+    assert [job.id for job in queue.list_jobs()] == [job_id]
+
+
+def test_connection_of_sqlalchemy_commits_and_rolls_back_its_jobs(queue, engine):
+    with engine.connect() as connection:
+        with queue.join(connection):  # the first use of the connection
+            job_id = queue.enqueue("book")
+        connection.commit()
+        with queue.join(connection):
+            queue.enqueue("book")
+        connection.rollback()
+    assert [job.id for job in queue.list_jobs()] == [job_id]
+
+
+def test_connection_of_sqlalchemy_that_commits_each_statement_or_is_closed_is_not_joined(queue, engine):
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        with pytest.raises(QueueError, match="commits each statement by itself"), queue.join(connection):
+            pass
+    with pytest.raises(QueueError, match="closed"), queue.join(connection):
+        pass
+    assert queue.count_jobs() == 0
+
+
+@pytest.mark.parametrize("queue", ["postgres"], indirect=True)
+def test_connection_of_psycopg_takes_part_in_its_transaction_only(queue, database):
+    with closing(psycopg.connect(database, autocommit=True)) as connection:
+        with pytest.raises(QueueError, match="commits each statement by itself"), queue.join(connection):
+            pass
+        with connection.transaction(), queue.join(connection):
+            queue.enqueue("t")
+        with connection.transaction():
+            connection.execute("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE")
+            connection.execute("SELECT 1")
+            with queue.join(connection):
+                queue.enqueue("another", queue="new")
+        with pytest.raises(QueueError, match="read-only"), connection.transaction():
+            connection.execute("SET TRANSACTION READ ONLY")
+            with queue.join(connection):
+                pass
+        with pytest.raises(psycopg.errors.DivisionByZero), connection.transaction():
+            try:
+                connection.execute("SELECT 1 / 0")
+            finally:
+                with pytest.raises(QueueError, match="has failed"), queue.join(connection):
+                    pass
+        connection.execute("SET synchronous_commit = off")
+        with connection.transaction():
+            with queue.join(connection):
+                queue.enqueue("t")
+            assert connection.execute("SHOW synchronous_commit").fetchone() == ("on",)
+        assert connection.execute("SHOW synchronous_commit").fetchone() == ("off",)
+    assert queue.count_jobs() == 3
+
+
+@pytest.mark.parametrize("queue", ["postgres"], indirect=True)
+def test_connection_to_another_database_is_not_joined(queue, server):
+    with closing(psycopg.connect(server)) as connection:
+        with pytest.raises(QueueError, match="got one to another database"), queue.join(connection):
+            pass
+        connection.rollback()
+    with pytest.raises(QueueError, match="closed"), queue.join(connection):
+        pass
