@@ -31,7 +31,6 @@ import pqueue_restore
 from pqueue import JobNotFound, PersistentQInterface, QueueError
 from pqueue_tools import monitor as live
 from pqueue_tools import supervisor
-from pqueue_tools.actions import act_on_matching
 from pqueue_tools.commands import (
     Ago,
     Command,
@@ -330,7 +329,8 @@ def _act(
         return CommandResult([{"done": done, "jobs": 0, "refused": 0}], "no job matches")
     if not _agreed(options, f"{verb} {count(number, 'job')}"):
         return CommandResult(text="nothing done", code=1)
-    changed, refused = act_on_matching(queue, filters, act)
+    changed = queue.act_where(act, **filters, shown=masked_job)
+    refused = changed.refused
     text = f"{done} {count(changed, 'job')}" + (f", {refused:,} not: their state does not allow it" if refused else "")
     return CommandResult([{"done": done, "jobs": changed, "refused": refused}], text, int(changed == 0 and refused > 0))
 
@@ -383,6 +383,49 @@ def mark_failed(queue: PersistentQInterface, options: argparse.Namespace) -> Com
 def cancel(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Cancel unfinished jobs; a running job loses its lease."""
     return _act(queue, options, "cancel", "cancelled", queue.cancel)
+
+
+@command(
+    JOBS,
+    "run-now",
+    JOB_IDS,
+    *FILTER_OPTIONS,
+    YES,
+    examples="""
+    run-now 17
+    run-now --queue newsletter""",
+)
+def run_now(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Make scheduled jobs pending, whenever they are due."""
+    return _act(queue, options, "run-now", "made pending", queue.run_now)
+
+
+@command(
+    JOBS,
+    "change",
+    JOB_ID,
+    Parameter("--payload", "new payload, JSON", json_value, metavar="JSON"),
+    Parameter("--priority", "new priority", whole_number(-(2**31)), metavar="N"),
+    Parameter("--delay", "new delay, from now: 90s, 15m, 12h, 7d", duration, metavar="DURATION"),
+    Parameter("--to-queue", "the queue to move it to", metavar="QUEUE"),
+    Parameter("--max-attempts", "new maximum number of attempts", whole_number(1), metavar="N"),
+    examples="""
+    change 17 --priority 5 --delay 10m
+    change 17 --to-queue slow""",
+)
+def change(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Change a job that no consumer has taken."""
+    given = {
+        "payload": options.payload,
+        "priority": options.priority,
+        "delay_seconds": options.delay,
+        "queue": options.to_queue,
+        "max_attempts": options.max_attempts,
+    }
+    if not (given := {name: value for name, value in given.items() if value is not None}):
+        raise UsageError("change: expected an option such as --priority; see --help")
+    queue.change(options.job_id, **given)
+    return CommandResult([{"job": options.job_id, "done": "changed"}], f"changed job {options.job_id}")
 
 
 @command(

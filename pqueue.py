@@ -62,6 +62,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from pqueue_backend import Registration, Session
 from pqueue_move import Moving, count_running
+from pqueue_operating import Operating
 from pqueue_results import Waiting, Waits
 from pqueue_schema import (
     ADD_QUEUE,
@@ -93,6 +94,7 @@ from pqueue_schema import (
     NEXT_EVENT,
     ORPHANED,
     OVERDUE,
+    PEEK,
     PROMOTE,
     PRUNABLE,
     RECORD,
@@ -118,6 +120,7 @@ from pqueue_search import Filters
 from pqueue_tasks import (
     TASKS,
     Task,
+    around,
     backoff_seconds,
     current_job,
     current_queue,
@@ -189,6 +192,7 @@ __all__ = [  # noqa: RUF022 - by use: opening a queue and working with it, error
     "Task",
     "TASKS",
     "run_task",
+    "around",
     "current_queue",
     "backoff_seconds",
     "STATES",
@@ -238,7 +242,7 @@ class UnsyncedLastAttempt(Exception):
 Self = TypeVar("Self", bound="PersistentQInterface")  # typing.Self needs Python 3.11
 
 
-class PersistentQInterface(Waiting, Moving):
+class PersistentQInterface(Waiting, Operating, Moving):
     """A queue: its operations, in SQL that SQLite and PostgreSQL share.
 
     An object may be used by several threads, and in a forked child. Close it with `close()`, or use it in a `with`
@@ -679,6 +683,11 @@ class PersistentQInterface(Waiting, Moving):
             session.wakes = True
             session.finished.append(job_id)  # if it did not: waiters look
 
+    def _expect_room(self, session: Session, verb: str, queue: str) -> None:
+        room, max_pending = session.run(ROOM, {"queue": queue})[0]
+        if room is not None and room <= 0:
+            raise _queue_full(verb, queue, max_pending)
+
     @contextmanager
     def exclusive(self, job_ids: Sequence[int] | None = None) -> Iterator[None]:
         """Open a transaction that locks these jobs (None: all jobs, and enqueueing).
@@ -823,6 +832,23 @@ class PersistentQInterface(Waiting, Moving):
         """
         rows = self._read(NEXT_DUE, _claim_filter(valid_name("consumer", consumer), queues, tasks))
         return rows[0][0] if rows else None
+
+    def peek(
+        self,
+        limit: int = 10,
+        *,
+        queues: Sequence[str] | None = None,
+        tasks: Sequence[str] | None = None,
+        consumer: str | None = None,
+        now: float | None = None,
+    ) -> list[Job]:
+        """Return up to `limit` jobs in the order in which they would be delivered, without taking them.
+
+        queues, tasks: as for `dequeue`.
+        consumer: include the jobs assigned to this consumer.
+        """
+        params = {**_claim_filter(consumer, queues, tasks), "limit": valid_int("limit", 1, limit)}
+        return [to_job(row) for row in self._read(PEEK, {**params, "now": self._time(now)})]
 
     def heartbeat(self, consumer: str, *, completed: int = 0, failed: int = 0, now: float | None = None) -> None:
         """Record that this consumer is alive, and add to its numbers of completed jobs and failed attempts."""
@@ -1048,7 +1074,7 @@ def _refusal(session: Session, verb: str, job_id: int, allowed: Sequence[str] = 
     for state, key, queue in session.run("SELECT state, key, queue FROM jobs WHERE id = :id", {"id": job_id}):
         if state not in allowed:
             return InvalidTransition(f"cannot {verb} job {job_id}: it is {state}")
-        for room, max_pending in session.run(ROOM, {"queue": queue}):
+        for room, max_pending in session.run(ROOM, {"queue": queue}) if state in FINISHED else ():
             if room is not None and room <= 0:
                 return _queue_full(f"{verb} job {job_id}", queue, max_pending)
         return InvalidTransition(f"cannot {verb} job {job_id}: another job has its key {key!r}")
@@ -1062,7 +1088,7 @@ def _queue_full(verb: str, queue: str, max_pending: int, jobs: int = 1) -> Queue
     return QueueFull(f"cannot {verb}: queue {queue!r} {room} its limit of {max_pending} pending jobs")
 
 
-def _claim_filter(consumer: str, queues: Sequence[str] | None, tasks: Sequence[str] | None) -> Params:
+def _claim_filter(consumer: str | None, queues: Sequence[str] | None, tasks: Sequence[str] | None) -> Params:
     known = None if tasks is None else _between_newlines(tuple(tasks))
     return {"consumer": consumer, "queues": _queue_list(queues), "tasks": known}
 

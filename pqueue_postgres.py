@@ -197,6 +197,10 @@ PENDING_UNLOCKED = f"(SELECT {COUNTED} FROM pending_counts c WHERE c.queue = nam
 OF_TASK = "queue = {} AND task = {} AND state = 'pending' AND assigned_to IS NULL"
 OF_CONSUMER = f"""state = 'pending' AND assigned_to = :consumer AND {KNOWN.format(task="task")}
     AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)"""
+# Scheduled jobs that a consumer may take
+TO_COME = f"""state = 'scheduled' AND {SERVED.replace("q.name", "queue")}
+    AND {KNOWN.format(task="task")} AND (assigned_to IS NULL OR assigned_to = :consumer)
+    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)"""
 # Numbers of tasks, counted per queue, of which a claim may take more than one job; each costs about 20 us
 WIDTHS = (1, 8, 32, 64)
 WIDTH = 16  # where it is not adapted to the number of tasks that have jobs
@@ -317,11 +321,16 @@ SELECT min(at) FROM (
     UNION ALL SELECT {FIRST_DUE}
     UNION ALL SELECT {FIRST_EXPIRY}) events""",
     # differs because of the JSON functions
-    pqueue_schema.NEXT_DUE: f"""
-SELECT run_at FROM jobs
-WHERE state = 'scheduled' AND {SERVED.replace("q.name", "queue")}
-    AND {KNOWN.format(task="task")} AND (assigned_to IS NULL OR assigned_to = :consumer)
-    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY run_at LIMIT 1""",
+    pqueue_schema.NEXT_DUE: f"SELECT run_at FROM jobs WHERE {TO_COME} ORDER BY run_at LIMIT 1",
+    # differs because a subquery for each task is LATERAL, and because of the JSON functions
+    pqueue_schema.PEEK: f"""
+SELECT {COLUMNS} FROM jobs WHERE id IN (
+    SELECT head.id FROM queues q JOIN queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
+        (SELECT id FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")} ORDER BY {ORDER} LIMIT :limit) head
+    WHERE q.paused = 0 AND {SERVED} AND {KNOWN.format(task="t.task")}
+    UNION ALL (SELECT id FROM jobs WHERE {OF_CONSUMER} ORDER BY {ORDER} LIMIT :limit)
+    UNION ALL (SELECT id FROM jobs WHERE {TO_COME} AND run_at <= :now ORDER BY {ORDER} LIMIT :limit))
+ORDER BY {ORDER} LIMIT :limit""",
     # differs because others may promote at the same time
     pqueue_schema.PROMOTE: f"""
 UPDATE jobs SET state = 'pending' WHERE id = ANY (ARRAY(

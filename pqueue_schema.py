@@ -277,12 +277,25 @@ SELECT min(at) FROM (
     UNION ALL SELECT min(run_at) FROM jobs WHERE state = 'scheduled'
     UNION ALL SELECT min(lease_expires_at) FROM jobs WHERE state = 'processing') events"""
 
-# Return when the first scheduled job that the consumer may take is due.
-NEXT_DUE = f"""
-SELECT run_at FROM jobs
-WHERE state = 'scheduled' AND (:queues IS NULL OR queue IN (SELECT value FROM json_each(:queues)))
+# Scheduled jobs that the consumer may take.
+TO_COME = f"""state = 'scheduled' AND (:queues IS NULL OR queue IN (SELECT value FROM json_each(:queues)))
     AND {KNOWN.format(task="task")} AND (assigned_to IS NULL OR assigned_to = :consumer)
-    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0) ORDER BY run_at LIMIT 1"""
+    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)"""
+
+# Return when the first scheduled job that the consumer may take is due.
+NEXT_DUE = f"SELECT run_at FROM jobs WHERE {TO_COME} ORDER BY run_at LIMIT 1"
+
+# Return the jobs that would be delivered next, in order: those of each task in each queue, those assigned to the
+# consumer, and those that are due.
+PEEK = f"""
+SELECT {COLUMNS} FROM jobs WHERE id IN (
+    SELECT jobs.id {PLACES}
+        AND jobs.id IN (SELECT id FROM jobs WHERE {PENDING_OF_TASK} ORDER BY {ORDER} LIMIT :limit)
+    UNION ALL SELECT id FROM (
+        SELECT id FROM jobs WHERE state = 'pending' AND {ASSIGNED} ORDER BY {ORDER} LIMIT :limit) assigned
+    UNION ALL SELECT id FROM (
+        SELECT id FROM jobs WHERE {TO_COME} AND run_at <= :now ORDER BY {ORDER} LIMIT :limit) due)
+ORDER BY {ORDER} LIMIT :limit"""
 
 # Make scheduled jobs that are due pending.
 # guard: a job is not promoted before it is due
@@ -346,6 +359,22 @@ UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NUL
     error = NULL WHERE id = :id AND state IN {FINISHED}
     AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND NOT {HAS_ROOM})
     AND {KEY_IS_FREE}"""
+
+# Change a job that no consumer has taken; NULL leaves a value unchanged.
+# guard: change takes jobs that no consumer has taken
+# guard: change respects the key in another queue
+CHANGE = f"""
+UPDATE jobs SET payload = coalesce(:payload, payload), priority = coalesce(:priority, priority),
+    queue = coalesce(:queue, queue), max_attempts = coalesce(:max_attempts, max_attempts),
+    run_at = coalesce(:run_at, run_at), state = CASE WHEN CAST(:run_at AS double precision) IS NULL THEN state
+        WHEN CAST(:run_at AS double precision) > :now THEN 'scheduled' ELSE 'pending' END
+WHERE id = :id AND state IN {UNTAKEN} AND (({HOLDS_KEY}) IS NOT TRUE OR NOT EXISTS (SELECT 1 FROM jobs o
+    WHERE o.queue = CAST(:queue AS text) AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id
+        AND {HOLDS_KEY}))"""
+
+# Make a scheduled job pending.
+# guard: run_now takes scheduled jobs
+RUN_NOW = "UPDATE jobs SET state = 'pending', run_at = :now WHERE id = :id AND state = 'scheduled'"
 
 # Make an unfinished job failed.
 # guard: mark_failed takes unfinished jobs

@@ -1019,12 +1019,12 @@ class OnPostgres(PersistentQSQLAlchemy):
                 return 1
         return super()._add_queue(session, row)
 
-    def resubmit(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
+    def _operator_verb(self, *arguments: Any, **values: Any) -> None:
         """See the base class. On a conflict with a concurrent enqueue, the second call sees which job has the key."""
         try:
-            super().resubmit(job_id, by=by, now=now)
+            super()._operator_verb(*arguments, **values)
         except KeyTaken:
-            super().resubmit(job_id, by=by, now=now)
+            super()._operator_verb(*arguments, **values)
 
     def limit(self, queue: str, max_pending: int | None) -> None:
         """See the base class. Locks out writers, to count the pending jobs."""

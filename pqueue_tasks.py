@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 if TYPE_CHECKING:
     from pqueue import PersistentQInterface
@@ -351,7 +351,48 @@ def call_task(queue: PersistentQInterface, job: Job) -> Any:
         known = ", ".join(sorted(TASKS)) or "none"
         raise LookupError(f"unknown task {job.task!r}; this consumer knows {known}: give it --import MODULE")
     _current.set((queue, job))
-    return TASKS[job.task].run(job)
+    entry = TASKS[job.task]
+    if not _HOOKS:
+        return entry.run(job)
+    return _run_async_in_hooks(entry, job) if entry.is_async else _run_in_hooks(entry, job)
+
+
+Hook = TypeVar("Hook", bound=Callable[[Job], Iterator[None]])
+_HOOKS: dict[tuple[str, str], Callable[[Job], AbstractContextManager[None]]] = {}  # by place
+
+
+def around(hook: Hook) -> Hook:
+    """Run each job inside this generator function, which takes the `Job` and yields once; return it.
+
+    The first one registered is the outermost. What it raises counts as raised by the task, and it sees, where it
+    yields, what the task raises; if it does not raise that again, the job is completed without a result.
+    """
+    if not inspect.isgeneratorfunction(cast(Any, hook)):
+        raise ValueError(f"expected a generator function that yields once, got {short(hook)}")
+    _HOOKS[_place(hook)] = contextmanager(hook)
+    return hook
+
+
+@contextmanager
+def _hooks(job: Job) -> Iterator[None]:
+    with ExitStack() as stack:
+        for hook in _HOOKS.values():
+            stack.enter_context(hook(job))
+        yield
+
+
+def _run_in_hooks(entry: Task[..., Any], job: Job) -> Any:
+    result = None  # of a task whose exception a hook ended
+    with _hooks(job):
+        result = entry.run(job)
+    return result  # noqa: RET504 - a hook may end an exception, which ruff does not see
+
+
+async def _run_async_in_hooks(entry: Task[..., Any], job: Job) -> Any:
+    result = None
+    with _hooks(job):
+        result = await entry.run(job)
+    return result  # noqa: RET504
 
 
 def run_task(

@@ -31,7 +31,7 @@ import time
 import unicodedata
 import unittest
 from contextlib import ExitStack, closing, contextmanager, suppress
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from multiprocessing import resource_tracker
 from pathlib import Path
 from unittest import mock
@@ -176,20 +176,37 @@ class QueueContract:
             "mark_failed": lambda job: q.mark_failed(job.id, now=NOW),
             "cancel": lambda job: q.cancel(job.id, now=NOW),
             "assign": lambda job: q.assign(job.id, "w2", now=NOW),
+            "change": lambda job: q.change(job.id, payload=[1], delay_seconds=0, now=NOW),
+            "change its time": lambda job: q.change(job.id, delay_seconds=50, now=NOW),
+            "run_now": lambda job: q.run_now(job.id, now=NOW),
             "result": lambda job: q.result(job.id, timeout_seconds=0),
             "dequeue": lambda _: q.dequeue("worker", now=NOW),
             "dequeue when due": lambda _: q.dequeue("worker", now=NOW + 2000),
         }
         lost, bad, late, ended = LeaseLost, InvalidTransition, TimeoutError, JobFailed
         table = {  # state: new state or error, in the order of the verbs above
-            "scheduled": [bad] * 6 + [bad, "failed", "cancelled", "scheduled", late, "scheduled", "processing"],
-            "pending": [bad] * 6 + [bad, "failed", "cancelled", "pending", late, "processing", "processing"],
+            "scheduled": [bad] * 6
+            + [
+                bad,
+                "failed",
+                "cancelled",
+                "scheduled",
+                "pending",
+                "scheduled",
+                "pending",
+                late,
+                "scheduled",
+                "processing",
+            ],
+            "pending": [bad] * 6
+            + [bad, "failed", "cancelled", "pending", "pending", "scheduled", bad, late, "processing", "processing"],
             "processing": ["completed", "scheduled", "failed", "pending", "processing", "processing"]
-            + [bad, "failed", "cancelled", "pending", late, "processing", "processing"],
-            "stolen": [lost] * 6 + [bad, "failed", "cancelled", "pending", late, "processing", "processing"],
-            "completed": [lost] * 6 + ["pending", bad, bad, bad, "completed", "completed", "completed"],
-            "failed": [lost] * 6 + ["pending", bad, bad, bad, ended, "failed", "failed"],
-            "cancelled": [lost] * 6 + ["pending", bad, bad, bad, ended, "cancelled", "cancelled"],
+            + [bad, "failed", "cancelled", "pending", bad, bad, bad, late, "processing", "processing"],
+            "stolen": [lost] * 6
+            + [bad, "failed", "cancelled", "pending", bad, bad, bad, late, "processing", "processing"],
+            "completed": [lost] * 6 + ["pending", *[bad] * 6, "completed", "completed", "completed"],
+            "failed": [lost] * 6 + ["pending", *[bad] * 6, ended, "failed", "failed"],
+            "cancelled": [lost] * 6 + ["pending", *[bad] * 6, ended, "cancelled", "cancelled"],
         }
         for state, row in table.items():
             for (verb, call), expected in zip(verbs.items(), row, strict=True):
@@ -220,6 +237,8 @@ class QueueContract:
             "assign": lambda job: q.assign(job.id, "w2", now=NOW),
             "delete": lambda job: q.delete_jobs([job.id], force=True),
             "resubmit": lambda job: (q.cancel(job.id, now=NOW), q.resubmit(job.id, now=NOW)),
+            "change": lambda job: (q.release(job, now=NOW), q.change(job.id, payload=7, queue="new", now=NOW)),
+            "run_now": lambda job: (q.release(job, delay_seconds=9, now=NOW), q.run_now(job.id, now=NOW)),
         }
 
         def others(job):
@@ -243,13 +262,19 @@ class QueueContract:
             f"cannot mark as failed job {finished}: it is completed": lambda: q.mark_failed(finished),
             f"cannot assign job {finished}: it is completed": lambda: q.assign(finished, "w"),
             f"cannot resubmit job {running}: it is processing": lambda: q.resubmit(running),
+            f"cannot change job {running}: it is processing": lambda: q.change(running, priority=1),
+            f"cannot advance job {finished}: it is completed": lambda: q.run_now(finished),
         }.items():
             with self.assertRaisesRegex(InvalidTransition, f"^{message}$"):
                 verb()
 
     def test_verbs_on_an_unknown_job_raise_job_not_found(self):
         self.queue.enqueue("t")
-        for verb in (self.queue.get, self.queue.resubmit, self.queue.mark_failed, self.queue.cancel):
+        change = functools.partial(self.queue.change, queue="other", max_attempts=2, payload=None)
+        with self.assertRaises(JobNotFound):
+            change(12345)
+        verbs = (self.queue.get, self.queue.resubmit, self.queue.mark_failed, self.queue.cancel, self.queue.run_now)
+        for verb in verbs:
             with self.subTest(verb=verb.__name__), self.assertRaises(JobNotFound):
                 verb(12345)
         with self.assertRaises(JobNotFound):
@@ -1098,6 +1123,111 @@ class QueueContract:
         new = q.enqueue("t", 5, key="k", on_conflict="replace", now=NOW + 12)
         self.assertTrue(new.is_new)
 
+    def test_job_is_changed_in_what_is_given(self):
+        q = self.queue
+        job_id = q.enqueue("t", {"a": 1}, priority=3, key="k", now=NOW)
+        before = q.get(job_id)
+        q.change(job_id, payload=None, by="ann", now=NOW)
+        self.assertEqual(q.get(job_id), before._replace(payload=None))
+        later = datetime.fromtimestamp(NOW + 50, timezone.utc)
+        q.change(job_id, payload=[2], priority=-1, run_at=later, queue="new", max_attempts=9, by="ann", now=NOW)
+        changed = {"payload": [2], "priority": -1, "run_at": NOW + 50, "queue": "new", "max_attempts": 9}
+        self.assertEqual(q.get(job_id), before._replace(**changed, state="scheduled"))
+        events = [(event["event"], event["actor"]) for event in q.history(job_id)]
+        self.assertEqual(
+            events, [("changed payload", "ann"), ("changed payload, priority, time, queue, max_attempts", "ann")]
+        )
+        self.assertIsNone(q.dequeue("w", now=NOW))
+        q.run_now(job_id, by="ann", now=NOW + 1)
+        self.assertEqual((q.get(job_id).run_at, q.history(job_id)[-1]["event"]), (NOW + 1, "run now"))
+        self.assertEqual(q.dequeue("w", queues=["new"], tasks=["t"], now=NOW + 1).payload, [2])
+
+    def test_change_keeps_the_rules_of_the_new_queue(self):
+        q = self.queue
+        here, there = q.enqueue("t", key="k", now=NOW), q.enqueue("t", key="k", queue="b", now=NOW)
+        with self.assertRaisesRegex(InvalidTransition, "^cannot change job 1: another job has its key 'k'$"):
+            q.change(here, queue="b", now=NOW)
+        q.change(here, queue="default", priority=1, now=NOW)  # where it is
+        q.cancel(there, now=NOW)
+        q.enqueue("t", key="k", key_seconds=60, queue="b", now=NOW)
+        with self.assertRaisesRegex(InvalidTransition, "another job has its key 'k'"):
+            q.change(here, queue="b", now=NOW + 59)
+        q.change(here, queue="b", now=NOW + 60)
+        self.assertEqual(q.enqueue("t", key="k", queue="b", now=NOW + 60), here)
+        self.assertTrue(q.enqueue("t", key="k", now=NOW + 60).is_new)
+        q.limit("full", 1)
+        q.enqueue("t", queue="full")
+        with self.assertRaisesRegex(pqueue.QueueFull, "^cannot move job 1: queue 'full' is at its limit"):
+            q.change(here, queue="full")
+        self.assertEqual(q.get(here).queue, "b")
+        q.limit("b", 9)
+        q.change(here, queue="c")
+        self.assertEqual([problem for problem in q.check()["problems"] if "count" in problem], [])
+
+    def test_change_leaves_the_job_an_attempt(self):
+        q = self.queue
+        job_id = q.enqueue("t", max_attempts=3, now=NOW)
+        q.fail(q.dequeue("w", now=NOW), "no", now=NOW)
+        with self.assertRaisesRegex(ValueError, "^expected max_attempts above 1, which job 1 has had, got 1$"):
+            q.change(job_id, max_attempts=1)
+        q.change(job_id, max_attempts=2)
+        self.assertEqual((q.get(job_id).max_attempts, q.get(job_id).state), (2, "scheduled"))
+
+    def test_operator_acts_on_all_jobs_that_match(self):
+        q = self.queue
+        with mock.patch("pqueue_operating.BATCH", 3):
+            ids = q.enqueue_many("a", range(8), now=NOW) + q.enqueue_many("b", range(2), now=NOW)
+            running = q.dequeue("w", now=NOW)
+            done = q.cancel_where(task="a", by="ann", now=NOW)
+            self.assertEqual((done, done.refused, q.stats()["states"]["cancelled"]), (8, 0, 8))
+            self.assertEqual([event["actor"] for event in q.history(ids[3])], ["ann"])
+            self.assertFalse(q.holds(running))
+            done = q.resubmit_where(ids=ids[5:], now=NOW)
+            self.assertEqual((done, done.refused), (3, 2))
+            self.assertEqual(q.mark_failed_where("no", task="b", state="pending", now=NOW), 2)
+            self.assertEqual({job.error for job in q.list_jobs(task="b")}, {"no"})
+            q.enqueue_many("c", range(5), delay_seconds=50, queue="later", now=NOW)
+            self.assertEqual(q.run_now_where(queue="later", created_from=NOW, now=NOW), 5)
+            q.dequeue("w", queues=["later"], now=NOW)
+            done = q.delete_where(queue="later")
+            self.assertEqual((done, done.refused, q.count_jobs()), (4, 1, 11))
+            q.enqueue("d", delay_seconds=50, queue="later", now=NOW)
+            q.enqueue("d", queue="later", now=NOW)
+            self.assertEqual((q.clear("later", by="ann"), q.clear("later"), q.clear("unknown")), (2, 0, 0))
+            self.assertEqual(q.stats()["queues"]["later"]["processing"], 1)
+
+    def test_verb_for_all_that_match_needs_a_filter(self):
+        q = self.queue
+        q.enqueue("t")
+        for verb in (q.resubmit_where, q.run_now_where, q.mark_failed_where, q.cancel_where, q.delete_where):
+            for filters in ({}, {"queue": None}, {"shown": lambda job: job}):
+                with self.subTest(verb.__name__, **filters), self.assertRaisesRegex(ValueError, "expected a filter"):
+                    verb(**filters)
+            with self.assertRaisesRegex(TypeError, "expected the filters state, queue, .*, got status"):
+                verb(status="failed", queue="default")
+        self.assertEqual(q.count_jobs(state="pending"), 1)
+
+    def test_peek_shows_what_is_delivered_next(self):
+        q = self.queue
+        for number in range(12):
+            options = {"queue": "ab"[number % 2], "priority": number % 3, "assigned_to": "w" if number == 7 else None}
+            q.enqueue("tu"[number % 4 // 2], number, delay_seconds=5 * (number % 5 == 0), now=NOW, **options)
+        q.enqueue("t", delay_seconds=500, priority=9, now=NOW)
+        q.enqueue("t", queue="paused", priority=9, now=NOW)
+        q.pause("paused")
+        self.assertEqual(len(q.peek(99, now=NOW)), 8)  # three are due later, one is for a consumer
+        for options in ({}, {"queues": ["a"]}, {"tasks": ["u"]}, {"queues": ["b"], "tasks": ["t"]}):
+            with self.subTest(**options):
+                now = NOW + 5
+                seen = [job.id for job in q.peek(99, consumer="w", now=now, **options)]
+                self.assertEqual([job.id for job in q.peek(2, consumer="w", now=now, **options)], seen[:2])
+                jobs = list(iter(lambda: q.dequeue("w", now=NOW + 5, **options), None))  # noqa: B023
+                self.assertEqual([job.id for job in jobs], seen)
+                self.assertTrue(seen)
+                for job in jobs:
+                    q.release(job, now=NOW + 5)
+        self.assertNotIn(7, [job.payload for job in q.peek(99, now=NOW + 5)])
+
     def test_many_jobs_have_a_key_each(self):
         q = self.queue
         there = q.enqueue("t", 0, key="b", now=NOW)
@@ -1640,6 +1770,17 @@ class QueueContract:
             (lambda: q.enqueue_many("t", [1, 2], keys="ab"), "expected a list of 2 keys, one per payload"),
             (lambda: q.enqueue_many("t", [1, 2], keys=["a", ""]), "expected a key name"),
             (lambda: q.enqueue("t", run_at=datetime(2026, 1, 1)), "expected run_at with a time zone"),  # noqa: DTZ001
+            (
+                lambda: q.change(1),
+                "expected a change of payload, priority, run_at, queue, max_attempts or delay_seconds",
+            ),
+            (lambda: q.change(1, delay_seconds=1, run_at=1), "expected delay_seconds or run_at, got both"),
+            (lambda: q.change(1, payload={1: 2}), "expected a payload"),
+            (lambda: q.change(1, priority="high"), "expected priority to be a whole number"),
+            (lambda: q.change(1, queue=""), "expected a queue name"),
+            (lambda: q.change("1", queue="b"), "expected job id"),
+            (lambda: q.peek(0), "expected limit"),
+            (lambda: q.clear(""), "expected a queue name"),
             (lambda: q.enqueue("t", run_at="tomorrow"), "expected run_at to be a finite number"),
             (lambda: q.enqueue("t", assigned_to=7), "expected a consumer name"),
             (lambda: q.enqueue("t", priority=1.5), "expected priority to be a whole number"),
@@ -4227,7 +4368,8 @@ class Interface(unittest.TestCase):
             for name, method in inspect.getmembers(owner, inspect.isfunction):
                 if not name.startswith("_"):
                     with self.subTest(method=name):
-                        kinds = {each.kind for each in inspect.signature(method).parameters.values()}
+                        options = inspect.signature(method).parameters.values()  # listed by the TypedDict: filters
+                        kinds = {each.kind for each in options if each.annotation != "Unpack[Matching]"}
                         self.assertFalse(kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL})
                         self.assertTrue(inspect.getdoc(method))
 
@@ -4247,9 +4389,10 @@ def take(job):
 
 class Tasks(unittest.TestCase):
     def setUp(self):
-        patch = mock.patch.dict(pqueue.TASKS, clear=True)
-        patch.start()
-        self.addCleanup(patch.stop)
+        for registered in (pqueue.TASKS, pqueue_tasks._HOOKS):
+            patch = mock.patch.dict(registered, clear=True)
+            patch.start()
+            self.addCleanup(patch.stop)
 
     def test_task_is_registered_under_its_name_once(self):
         @pqueue.task(max_attempts=7, timeout_seconds=5)
@@ -4262,6 +4405,58 @@ class Tasks(unittest.TestCase):
             pqueue.task("mail")(take)
         with self.assertRaisesRegex(ValueError, "expected max_attempts"):
             pqueue.task("other", max_attempts=0)(take)
+
+    def test_hooks_surround_each_job_whatever_becomes_of_it(self):
+        events, queue = [], mock.Mock()
+
+        @pqueue.around
+        def outer(job):
+            events.append(f"begin {job.task}")
+            try:
+                yield
+            except ValueError as error:
+                events.append(repr(error))
+                raise
+            finally:
+                events.append("end")
+
+        @pqueue.around
+        def inner(job):
+            if job.payload == {"n": 0}:
+                raise ValueError("hook")
+            with suppress(KeyError):
+                yield
+
+        @pqueue.task
+        def divide(n: int):
+            events.append("task")
+            if n == 1:
+                raise ValueError("task")
+            return {2: 2}[n]
+
+        @pqueue.task
+        async def halve(n: int):
+            await asyncio.sleep(0)
+            return divide(n)
+
+        def run(task, payload):
+            job = pqueue.Job(**{**dict.fromkeys(pqueue.Job._fields), "task": task, "payload": payload})
+            events.clear()
+            try:
+                return pqueue.run_task(queue, job), list(events)
+            except (ValueError, pqueue.DoNotRetry) as error:
+                return repr(error), list(events)
+
+        for task in ("divide", "halve"):
+            with self.subTest(task):
+                first = f"begin {task}"
+                self.assertEqual(run(task, {"n": 2}), (2, [first, "task", "end"]))
+                self.assertEqual(run(task, {"n": 3}), (None, [first, "task", "end"]))  # the hook ends the KeyError
+                for number, text, middle in ((1, "ValueError('task')", ["task"]), (0, "ValueError('hook')", [])):
+                    self.assertEqual(run(task, {"n": number}), (text, [first, *middle, text, "end"]))
+        self.assertEqual(run("divide", {"m": 1})[1], ["begin divide", "end"])  # the payload does not fit
+        with self.assertRaisesRegex(ValueError, "^expected a generator function"):
+            pqueue.around(take)
 
     def test_task_is_registered_without_parentheses_and_again_when_its_module_is_reloaded(self):
         for _ in range(2):

@@ -367,10 +367,25 @@ SELECT min(at) FROM (
 -- Return when the first scheduled job that the consumer may take is due.
 -- differs because of the JSON functions
 -- $1 queues, $2 tasks, $3 consumer
-SELECT run_at FROM pqueue.jobs
-WHERE state = 'scheduled' AND (CAST($1 AS json) IS NULL OR queue IN (SELECT json_array_elements_text(CAST($1 AS json))))
+SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' AND (CAST($1 AS json) IS NULL OR queue IN (SELECT json_array_elements_text(CAST($1 AS json))))
     AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10)))) AND (assigned_to IS NULL OR assigned_to = $3)
     AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0) ORDER BY run_at LIMIT 1;
+
+-- PEEK
+-- Return the jobs that would be delivered next, in order: those of each task in each queue, those assigned to the
+-- consumer, and those that are due.
+-- differs because a subquery for each task is LATERAL, and because of the JSON functions
+-- $1 limit, $2 queues, $3 tasks, $4 consumer, $5 now
+SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error FROM pqueue.jobs WHERE id IN (
+    SELECT head.id FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
+        (SELECT id FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT $1) head
+    WHERE q.paused = 0 AND (CAST($2 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS json)))) AND (CAST($3 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($3 AS text), chr(10))))
+    UNION ALL (SELECT id FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4 AND (CAST($3 AS text) IS NULL OR task = ANY (string_to_array(CAST($3 AS text), chr(10))))
+    AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0) ORDER BY priority DESC, run_at, id LIMIT $1)
+    UNION ALL (SELECT id FROM pqueue.jobs WHERE state = 'scheduled' AND (CAST($2 AS json) IS NULL OR queue IN (SELECT json_array_elements_text(CAST($2 AS json))))
+    AND (CAST($3 AS text) IS NULL OR task = ANY (string_to_array(CAST($3 AS text), chr(10)))) AND (assigned_to IS NULL OR assigned_to = $4)
+    AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0) AND run_at <= $5 ORDER BY priority DESC, run_at, id LIMIT $1))
+ORDER BY priority DESC, run_at, id LIMIT $1;
 
 -- PROMOTE
 -- Make scheduled jobs that are due pending.
@@ -453,6 +468,24 @@ UPDATE pqueue.jobs SET state = 'pending', run_at = $1, attempts = 0, started_at 
     AND (key_until IS NULL OR NOT EXISTS (SELECT 1 FROM pqueue.jobs o
         WHERE o.queue = jobs.queue AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('scheduled', 'pending', 'processing')
     AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL))));
+
+-- CHANGE
+-- Change a job that no consumer has taken; NULL leaves a value unchanged.
+-- $1 payload, $2 priority, $3 queue, $4 max_attempts, $5 run_at, $6 now, $7 id
+UPDATE pqueue.jobs SET payload = coalesce($1, payload), priority = coalesce($2, priority),
+    queue = coalesce($3, queue), max_attempts = coalesce($4, max_attempts),
+    run_at = coalesce($5, run_at), state = CASE WHEN CAST($5 AS double precision) IS NULL THEN state
+        WHEN CAST($5 AS double precision) > $6 THEN 'scheduled' ELSE 'pending' END
+WHERE id = $7 AND state IN ('scheduled', 'pending') AND ((key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('scheduled', 'pending', 'processing')
+    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL))) IS NOT TRUE OR NOT EXISTS (SELECT 1 FROM pqueue.jobs o
+    WHERE o.queue = CAST($3 AS text) AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id
+        AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('scheduled', 'pending', 'processing')
+    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL))));
+
+-- RUN_NOW
+-- Make a scheduled job pending.
+-- $1 now, $2 id
+UPDATE pqueue.jobs SET state = 'pending', run_at = $1 WHERE id = $2 AND state = 'scheduled';
 
 -- MARK_FAILED
 -- Make an unfinished job failed.

@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 import pqueue
 from pqueue import DoNotRetry, Job, PersistentQInterface, QueueError
 from pqueue_tools import file_task, report, supervisor
-from pqueue_tools.actions import act_on_matching
 from pqueue_tools.masking import masked_job
 from pqueue_tools.process import whole_number
 
@@ -412,7 +411,8 @@ def _jobs_action(verb: str, done: str) -> Callable[[PersistentQInterface, Form],
     def act(queue: PersistentQInterface, form: Form) -> str:
         method = getattr(queue, verb)
         if filters := _filters(form):
-            changed, refused = act_on_matching(queue, filters, method)
+            done_to = queue.act_where(method, **filters, shown=masked_job)
+            changed, refused = int(done_to), done_to.refused
         else:
             changed, refused = _act_on_each(_ids(form), method)
         if not changed:
@@ -494,7 +494,7 @@ def _resubmit_group(queue: PersistentQInterface, form: Form) -> str:
             raise pqueue.InvalidTransition("in another group")
         queue.resubmit(job_id)
 
-    changed, _ = act_on_matching(queue, {"state": "failed", "task": task}, resubmit)
+    changed = queue.act_where(resubmit, state="failed", task=task)
     if not changed:
         raise ValueError("no job was resubmitted: none is failed with this error any more")
     return f"resubmitted {report.count(changed, 'job')}"
@@ -513,6 +513,7 @@ ACTIONS: dict[str, Callable[[PersistentQInterface, Form], str]] = {
     "resubmit": _jobs_action("resubmit", "resubmitted"),
     "mark_failed": _jobs_action("mark_failed", "marked as failed"),
     "cancel": _jobs_action("cancel", "cancelled"),
+    "run_now": _jobs_action("run_now", "made pending"),
     "assign": _assign,
     "resubmit_group": _resubmit_group,
     "pause": _queue_action("pause", "paused"),

@@ -20,9 +20,10 @@ from conftest import ROOT, wait_until
 
 import admin
 import pqueue
+import pqueue_operating
 import pqueue_sqlite
 import pqueue_values
-from pqueue_tools import actions, report, supervisor
+from pqueue_tools import report, supervisor
 
 
 @pytest.fixture(params=["argparse", "typer"])
@@ -309,7 +310,7 @@ def test_operator_cannot_open_a_file_that_is_no_queue(front, folder, run, monkey
 
 
 def test_operator_resubmits_all_that_match_in_batches(front, queue, run, monkeypatch):
-    monkeypatch.setattr(actions, "BATCH", 7)
+    monkeypatch.setattr(pqueue_operating, "BATCH", 7)
     for number in range(20):
         queue.enqueue("even" if number % 2 == 0 else "odd", max_attempts=1)
         queue.fail(queue.dequeue("w"), "no")
@@ -852,3 +853,33 @@ def test_torture_finds_a_queue_without_its_token_guard(tmp_path):
     )
     assert done.returncode == 1
     assert "committed under a stale token" in done.stdout
+
+
+def test_operator_runs_a_scheduled_job_now_and_changes_a_waiting_one(front, queue, run):
+    first, second = queue.enqueue("work", {"n": 1}, delay_seconds=500), queue.enqueue("work", delay_seconds=500)
+    assert run("run-now", first)[:2] == (0, f"made pending job {first}\n")
+    assert run("run-now", "--task", "work", "--yes")[:2] == (
+        0,
+        "made pending 1 job, 1 not: their state does not allow it\n",
+    )
+    code, out, _ = run("change", first, "--payload", '{"n": 2}', "--priority", 7, "--to-queue", "slow", "--delay", "1h")
+    assert (code, out) == (0, f"changed job {first}\n")
+    job = queue.get(first)
+    assert (job.payload, job.priority, job.queue, job.state) == ({"n": 2}, 7, "slow", "scheduled")
+    assert queue.history(first)[-1]["event"] == "changed payload, priority, time, queue"
+    assert run("change", second)[0] == 2
+    assert run("change", second, "--max-attempts", 0)[0] == 2
+    queue.cancel(second)
+    code, _, err = run("change", second, "--priority", 1)
+    assert (code, f"cannot change job {second}: it is cancelled" in err) == (1, True)
+
+
+def test_operator_enqueues_with_a_key_for_a_while(front, queue, run):
+    first = run("enqueue", "work", "1", "--key", "k", "--key-for", "1h")[1]
+    queue.cancel(int(first))
+    assert run("enqueue", "work", "2", "--key", "k", "--replace")[1] == first
+    assert queue.get(int(first)).payload == 1
+    second = run("enqueue", "work", "1", "--key", "l", "--key-until", "started")[1]
+    assert run("enqueue", "work", "2", "--key", "l", "--replace")[1] == second
+    assert (queue.get(int(second)).payload, queue.get(int(second)).key_until) == (2, "started")
+    assert run("enqueue", "work", "--key-for", "1h")[0] == 2

@@ -207,6 +207,11 @@ OPERATIONS = {
     "resubmit": Operation(lambda q, _: q.resubmit(FAILED, by="ann", now=NOW)),
     "mark_failed": Operation(lambda q, jobs: q.mark_failed(jobs[0].id, by="ann", now=NOW), take),
     "cancel": Operation(lambda q, jobs: q.cancel(jobs[0].id, by="ann", now=NOW), take),
+    "change": Operation(lambda q, _: q.change(KEYED, payload=[9], delay_seconds=9, queue="other", by="ann", now=NOW)),
+    "run_now": Operation(lambda q, _: q.run_now(DUE_SOON, by="ann", now=NOW)),
+    "cancel_where": Operation(lambda q, _: q.cancel_where(task="work", by="ann", now=NOW)),
+    "delete_where": Operation(lambda q, _: q.delete_where(task="finish")),
+    "clear": Operation(lambda q, _: q.clear("default", by="ann", now=NOW), states=3),
     "pause": Operation(lambda q, _: q.pause("default")),
     "limit": Operation(lambda q, _: q.limit("default", 500)),
     "limit that is removed": Operation(lambda q, _: q.limit("default", None), lambda q: q.limit("default", 500)),
@@ -226,7 +231,7 @@ OPERATIONS = {
     "first opening, which builds the schema": Operation(lambda *_: None, opens=True),
     "opening that migrates to a newer schema": Operation(lambda *_: None, opens=True),
 }
-FAILED = 3
+FAILED, KEYED, DUE_SOON = 3, 11, 12
 NEXT_MIGRATION = ["ALTER TABLE jobs ADD COLUMN color TEXT", "CREATE INDEX jobs_color ON jobs (color)"]
 
 

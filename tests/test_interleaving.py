@@ -66,6 +66,14 @@ VERBS: dict[str, Verb] = {
     "mark failed": lambda queue, me, job: queue.mark_failed(job.id, by=me, now=NOW),
     "cancel": lambda queue, me, job: queue.cancel(job.id, by=me, now=NOW),
     "assign": lambda queue, me, job: queue.assign(job.id, me, by=me, now=NOW),
+    "change": lambda queue, me, job: queue.change(job.id, payload=3, delay_seconds=5, by=me, now=NOW),
+    "change the queue": lambda queue, me, job: queue.change(job.id, queue="other", by=me, now=NOW),
+    "run now": lambda queue, me, job: queue.run_now(job.id, by=me, now=NOW),
+    "enqueue for a while": lambda queue, me, job: queue.enqueue(
+        "t", key="k", key_seconds=60, on_conflict="replace", now=NOW
+    ),
+    "enqueue until started": lambda queue, me, job: queue.enqueue("t", key="k", key_until="started", now=NOW),
+    "enqueue many": lambda queue, me, job: queue.enqueue_many("t", [1, 2], keys=["k", "l"], now=NOW),
     "prune": lambda queue, me, job: 0 if me in STARVED else queue.prune(100, now=NOW),
     "delete": lambda queue, me, job: queue.delete_jobs([job.id]),
     "delete all": lambda queue, me, job: queue.delete_jobs(force=True),

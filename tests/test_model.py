@@ -195,6 +195,50 @@ class QueueMachine(RuleBasedStateMachine):
             entry.state = "failed"
 
     @precondition(lambda self: self.entries)
+    @rule(
+        data=st.data(),
+        priority=st.sampled_from([None, 2]),
+        delay=st.sampled_from([None, 0, 30]),
+        queue=st.sampled_from([None, "a", "b"]),
+        most=st.sampled_from([None, 3, 4]),
+    )
+    def change(self, data, priority, delay, queue, most):
+        job_id = data.draw(st.sampled_from(sorted(self.entries)))
+        entry = self.entries[job_id]
+        options = {"priority": priority, "delay_seconds": delay, "queue": queue, "max_attempts": most}
+        has_attempt = most is None or most > entry.attempts
+        holder = self.with_key(queue, entry.task, entry.key)
+        is_free = holder in (None, job_id) or not entry.holds_key(self.now)
+        try:
+            self.queue.change(job_id, **options, now=self.now)
+        except (pqueue.InvalidTransition, ValueError):
+            assert not (
+                has_attempt
+                and is_free
+                and entry.state in ("scheduled", "pending")
+                and any(value is not None for value in options.values())
+            )
+            return
+        assert has_attempt and is_free and entry.state in ("scheduled", "pending")
+        entry.priority = entry.priority if priority is None else priority
+        entry.queue, entry.max_attempts = queue or entry.queue, most or entry.max_attempts
+        if delay is not None:
+            entry.run_at, entry.state = self.now + delay, "scheduled" if delay else "pending"
+
+    @precondition(lambda self: self.entries)
+    @rule(data=st.data())
+    def run_now(self, data):
+        job_id = data.draw(st.sampled_from(sorted(self.entries)))
+        entry = self.entries[job_id]
+        try:
+            self.queue.run_now(job_id, now=self.now)
+        except pqueue.InvalidTransition:
+            assert entry.state != "scheduled"
+            return
+        assert entry.state == "scheduled"
+        entry.state, entry.run_at = "pending", self.now
+
+    @precondition(lambda self: self.entries)
     @rule(data=st.data(), verb=st.sampled_from(["resubmit", "cancel", "mark_failed", "assign"]))
     def operate(self, data, verb):
         job_id = data.draw(st.sampled_from(sorted(self.entries)))

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 PROGRAM = """\
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from pqueue import Filters, Job, JobId, LeaseLost, PersistentQSQLAlchemy, PersistentQSQLite, open_queue, task
@@ -31,6 +32,9 @@ taken, lost = queue.complete_and_dequeue([(job, "done") for job in jobs], "worke
 failed: list[Job] = queue.list_jobs(state="failed", limit=10)
 found, before_id = queue.search_jobs(Filters(text="ada"), seconds=0.5)
 number: int = queue.count_jobs(task="greet", created_from=1.0)
+queue.change(first, payload=[1], run_at=datetime.now(timezone.utc), by="ann")
+queue.enqueue("greet", key_seconds=timedelta(hours=1))
+cancelled: int = queue.cancel_where(consumer="worker", ids=rest)
 payloads = list(queue.unfinished_payloads())
 queue.close()
 """
@@ -46,6 +50,9 @@ MISSPELLED = {
     "text": "words",
     "seconds": "timeout",
     "created_from": "created_after",
+    "run_at": "at_time",
+    "key_seconds": "key_for",
+    "consumer": "worker",
 }
 
 

@@ -1,0 +1,216 @@
+"""Changing jobs before they run, and acting on all jobs that match a filter."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, TypedDict
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+from pqueue_backend import Session
+from pqueue_schema import CHANGE, FREE_KEY, RUN_NOW, UNTAKEN
+from pqueue_search import Reading
+from pqueue_values import (
+    InvalidTransition,
+    Job,
+    JobNotFound,
+    Params,
+    duration,
+    encode_json,
+    time_of,
+    valid_int,
+    valid_name,
+)
+
+BATCH = 500  # jobs changed in one transaction
+
+
+class Matching(TypedDict, total=False):
+    """The filters of a verb that acts on all matching jobs: see `list_jobs`."""
+
+    state: str
+    queue: str
+    task: str
+    key: str
+    consumer: str
+    text: str
+    created_from: float
+    created_before: float
+    ids: Sequence[int]
+    shown: Callable[[Job], Job]
+
+
+class Changed(int):
+    """The number of jobs changed; `refused` is that of jobs that matched, but whose state does not allow the change."""
+
+    refused: int = 0
+
+
+class Operating(Reading):
+    """The verbs of an operator, built on those for a single job."""
+
+    @abstractmethod
+    def resubmit(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None: ...
+
+    @abstractmethod
+    def mark_failed(
+        self, job_id: int, error: str = "marked as failed", *, by: str | None = None, now: float | None = None
+    ) -> None: ...
+
+    @abstractmethod
+    def cancel(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None: ...
+
+    @abstractmethod
+    def delete_jobs(self, job_ids: Iterable[int] | None = None, *, force: bool = False) -> int: ...
+
+    @abstractmethod
+    def exclusive(self, job_ids: Sequence[int] | None = None) -> AbstractContextManager[None]: ...
+
+    @abstractmethod
+    def _add_queue(self, session: Session, row: Params) -> int: ...
+
+    @abstractmethod
+    def _expect_room(self, session: Session, verb: str, queue: str) -> None: ...
+
+    @abstractmethod
+    def _operator_verb(
+        self,
+        verb: str,
+        event: str,
+        sql: str,
+        job_id: int,
+        by: str | None,
+        now: float | None,
+        allowed: Sequence[str] = (),
+        **values: Any,
+    ) -> None: ...
+
+    def change(
+        self,
+        job_id: int,
+        *,
+        payload: Any = ...,
+        priority: int | None = None,
+        delay_seconds: float | timedelta | None = None,
+        run_at: float | datetime | None = None,
+        queue: str | None = None,
+        max_attempts: int | None = None,
+        by: str | None = None,
+        now: float | None = None,
+    ) -> None:
+        """Change a `scheduled` or `pending` job. What is not given stays as it is; the options are those of `enqueue`.
+
+        delay_seconds, run_at: a new time makes the job `scheduled`, or `pending` if it has come.
+        queue: the queue to move the job to; it is created if it does not exist.
+        max_attempts: more than the job has had.
+
+        Raises JobNotFound; InvalidTransition if the job is in another state, or another one holds its key in the new
+        queue; QueueFull if the new queue is at its limit.
+        """
+        now = self._time(now)
+        if delay_seconds is not None and run_at is not None:
+            raise ValueError("expected delay_seconds or run_at, got both")
+        due = None if delay_seconds is None else now + duration("delay_seconds", delay_seconds)
+        values: Params = {
+            "payload": None if payload is ... else encode_json("payload", payload),
+            "priority": None if priority is None else valid_int("priority", -(2**31), priority),
+            "run_at": due if run_at is None else time_of("run_at", run_at),
+            "queue": None if queue is None else valid_name("queue", queue),
+            "max_attempts": None if max_attempts is None else valid_int("max_attempts", 1, max_attempts),
+        }
+        changed = ", ".join(name.replace("run_at", "time") for name, value in values.items() if value is not None)
+        if not changed:
+            raise ValueError(f"expected a change of {', '.join(values)} or delay_seconds, got none")
+        with self.exclusive([job_id]), self._transaction() as session:
+            # guard: a changed job has an attempt left
+            self._expect_attempt_left(session, job_id, max_attempts)
+            if queue is not None:
+                self._expect_place(session, job_id, queue, now)
+            self._operator_verb("change", f"changed {changed}", CHANGE, job_id, by, now, allowed=UNTAKEN, **values)
+
+    def _expect_attempt_left(self, session: Session, job_id: int, most: int | None) -> None:
+        for (made,) in session.run("SELECT attempts FROM jobs WHERE id = :id", {"id": job_id}):
+            if most is not None and most <= made:
+                raise ValueError(f"expected max_attempts above {made}, which job {job_id} has had, got {most}")
+
+    def _expect_place(self, session: Session, job_id: int, queue: str, now: float) -> None:
+        """Prepare a queue for a job from another one. Raises QueueFull."""
+        elsewhere = "SELECT task, key FROM jobs WHERE id = :id AND queue <> :queue"
+        for task, key in session.run(elsewhere, {"id": job_id, "queue": queue}):
+            self._add_queue(session, {"queue": queue, "task": task})
+            # guard: a full queue refuses a job of another queue
+            self._expect_room(session, f"move job {job_id}", queue)
+            session.change(FREE_KEY, {"queue": queue, "task": task, "key": key, "now": now})
+
+    def run_now(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
+        """Make a `scheduled` job `pending`. Raises JobNotFound, or InvalidTransition if it is in another state."""
+        self._operator_verb("advance", "run now", RUN_NOW, job_id, by, now)
+
+    # All jobs that match
+
+    def resubmit_where(
+        self, *, by: str | None = None, now: float | None = None, **filters: Unpack[Matching]
+    ) -> Changed:
+        """Do what `resubmit` does with all jobs that match; return how many were changed.
+
+        The filters are those of `list_jobs`, of which one at least is needed. The jobs are changed in short
+        transactions, so as not to block other writers: an error such as QueueFull does not undo earlier ones.
+        """
+        return self.act_where(lambda job_id: self.resubmit(job_id, by=by, now=now), **filters)
+
+    def run_now_where(self, *, by: str | None = None, now: float | None = None, **filters: Unpack[Matching]) -> Changed:
+        """Do what `run_now` does with all jobs that match, as `resubmit_where` does."""
+        return self.act_where(lambda job_id: self.run_now(job_id, by=by, now=now), **filters)
+
+    def mark_failed_where(
+        self,
+        error: str = "marked as failed",
+        *,
+        by: str | None = None,
+        now: float | None = None,
+        **filters: Unpack[Matching],
+    ) -> Changed:
+        """Do what `mark_failed` does with all jobs that match, as `resubmit_where` does."""
+        return self.act_where(lambda job_id: self.mark_failed(job_id, error, by=by, now=now), **filters)
+
+    def cancel_where(self, *, by: str | None = None, now: float | None = None, **filters: Unpack[Matching]) -> Changed:
+        """Do what `cancel` does with all jobs that match, as `resubmit_where` does."""
+        return self.act_where(lambda job_id: self.cancel(job_id, by=by, now=now), **filters)
+
+    def delete_where(self, **filters: Unpack[Matching]) -> Changed:
+        """Delete all jobs that match, and their history, as `resubmit_where` does; those `processing` are refused."""
+        return self.act_where(lambda job_id: self.delete_jobs([job_id]), **filters)
+
+    def clear(self, queue: str, *, by: str | None = None, now: float | None = None) -> int:
+        """Cancel all `scheduled` and `pending` jobs of a queue, and return how many. Running jobs continue."""
+        valid_name("queue", queue)
+        return sum(self.cancel_where(queue=queue, state=state, by=by, now=now) for state in UNTAKEN)
+
+    def act_where(self, act: Callable[[int], Any], **filters: Unpack[Matching]) -> Changed:
+        """Call act with the id of each job that matches, as `resubmit_where` does; a job that it refuses by raising
+        InvalidTransition or JobNotFound is counted as refused."""
+        if unknown := set(filters) - Matching.__annotations__.keys():
+            raise TypeError(f"expected the filters {', '.join(Matching.__annotations__)}, got {', '.join(unknown)}")
+        # guard: a verb for all jobs that match needs a filter
+        if all(value is None for name, value in filters.items() if name != "shown"):
+            raise ValueError("expected a filter, such as state or queue, got none")
+        changed = refused = 0
+        before = None
+        while jobs := self.list_jobs(**filters, before_id=before, limit=BATCH, excerpt=0):
+            ids = [job.id for job in jobs]
+            with self.exclusive(ids):
+                again: Any = {**filters, "ids": ids}
+                for job in reversed(self.list_jobs(**again, limit=BATCH, excerpt=0)):  # a job may no longer match
+                    try:
+                        act(job.id)
+                        changed += 1
+                    except (InvalidTransition, JobNotFound):
+                        refused += 1
+            before = jobs[-1].id
+        result = Changed(changed)
+        result.refused = refused
+        return result
