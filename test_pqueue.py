@@ -3558,6 +3558,8 @@ class Files(SQLiteCase):
             "file::memory:",
         ]
         wrong += [
+            "",
+            " ",
             "sqlite:queue.db",
             "sqlite://",
             "sqlite:///",
@@ -3568,7 +3570,7 @@ class Files(SQLiteCase):
         for url in [*wrong, *map(Path, wrong[:7]), b"queue.db", 7, True]:
             with self.subTest(url=url), self.assertRaisesRegex(ValueError, "^expected .*, got [^\n]*$"):
                 open_queue(url)
-        for path in (*wrong[:7], b"queue.db", None):
+        for path in (*wrong[:9], b"queue.db", None):
             with self.subTest(path=path), self.assertRaisesRegex(ValueError, "^expected a path"):
                 pqueue.PersistentQSQLite(path)
         self.assertEqual(list(self.folder.iterdir()), [])

@@ -169,6 +169,7 @@ MUTANTS = [
     Mutant("a key is free when its time is over", "contract: key_with_a_time", "\n    AND (key_expires_at IS NULL OR key_expires_at > :now)", ""),
     Mutant("a key is held until its time is over", "contract: key_with_a_time", " AND key_expires_at <= :now", ""),
     Mutant("a job that was taken is not replaced", "contract: replaced_on_demand", "\nWHERE id = :id AND state IN {UNTAKEN}", "\nWHERE id = :id"),
+    Mutant("an empty name is no path", "contract: not_meant_as_a_path"),
     Mutant("a time has a zone", "contract: wrong_arguments"),
     Mutant("the id of a job that was there is not new", "contract: whether_it_stored", "is_new=False", "is_new=True"),
     Mutant("a call fits the signature", "contract: stored_as_a_job", "self._signature.bind(*args, **kwargs)", "pass"),
