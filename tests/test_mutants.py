@@ -183,6 +183,8 @@ MUTANTS = [
     Mutant("a job that is pending again counts towards the limit", "contract: after_every_verb", '("UPDATE", "OF state, assigned_to, queue", "NEW", "+"),', ""),
     Mutant("a deleted job stops counting towards the limit", "contract: after_every_verb", '("DELETE", "", "OLD", "-"),', ""),
     Mutant("a copy counts what is pending", "contract: copy_counts"),
+    Mutant("a partial copy that is used is left alone", "contract: partial_copy_in_which"),
+    Mutant("a job that changed is copied again", "contract: partial_copy_brings", "there.get(row[0]) == tuple(row)", "row[0] in there"),
     Mutant("a key is a string", "contract: keys_are_no_strings"),
     Mutant("a full queue refuses a batch", "contract: queue_at_its_limit", "max_pending IS NULL", "1"),
     # the disk
