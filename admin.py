@@ -570,6 +570,7 @@ def move(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRes
     queue.expect_other_tables(options.without)
     with pqueue.open_queue(options.to, durability="full") as target:  # --finish depends on it
         _expect_empty(queue, target)
+        queue.copy_finished_to(target, lambda n: _progress(f"{n:,} finished jobs copied"))
         return _move(
             queue,
             target.name,
@@ -598,7 +599,7 @@ def _expect_empty(queue: PersistentQInterface, target: PersistentQInterface) -> 
             "cannot move: the target holds jobs, which were moved from here; start everything with the new URL, then "
             "give --finish"
         )
-    if target.count_jobs():
+    if target.count_jobs() and not target.is_partial_copy():
         raise Problem("cannot move: the target holds jobs; expected an empty one")
 
 

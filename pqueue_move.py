@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shlex
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, cast
 
 from pqueue_backend import Backend, Session
 from pqueue_schema import ADD_QUEUE, ADD_TASK, COLUMNS, FINISHED, FREE_KEY, LIMITED, MOVES, UNLESS_HELD
-from pqueue_values import InvalidTransition, Job, Params, QueueError, command_line, operator_name
+from pqueue_values import MAX_ID, InvalidTransition, Job, Params, QueueError, command_line, operator_name
 
 # A move is marked in history by a row with job_id 0 and JSON in `error`. In the source: 'moving' while it waits for
 # running jobs, then 'moved', with {"token", "to"}; `attempt` is the number of calls of `finish_move`. In the target:
@@ -39,6 +39,18 @@ COPIED = {
     "jobs": COLUMNS,
     "history": "id, job_id, at, event, actor, attempt, error",
 }
+PAGE = 1000  # rows
+# What tells whether a job has changed since it was copied: all but the long columns, which do not change alone
+OUTLINE = ", ".join(name for name in Job._fields if name not in ("payload", "result", "error"))
+# A row in the history of a target that `copy_finished_to` has begun to fill, and whose jobs may be replaced.
+PARTIAL = "SELECT 1 FROM history WHERE id = -1"
+MARK_PARTIAL = "INSERT INTO history (id, job_id, at, event, actor, attempt) VALUES (-1, 0, 0, 'copying', '', 0)"
+UNMARK_PARTIAL = "DELETE FROM history WHERE id = -1"
+IS_USED = "SELECT 1 FROM queue_tasks LIMIT 1"  # a job was enqueued; a partial copy has no tasks
+# Without those that hold a key for a time: another job may have it before they are copied.
+FINISHED_JOBS = f"""
+SELECT {COLUMNS} FROM jobs WHERE id > :after AND finished_at IS NOT NULL AND key_expires_at IS NULL
+ORDER BY id LIMIT {PAGE}"""
 
 
 class Moving(Backend):
@@ -69,13 +81,46 @@ class Moving(Backend):
 
     def _fill(self, copy: Session, source: Session, progress: Callable[[int], None] | None) -> dict[str, int]:
         """Copy all rows of the source into this queue, whose session is `copy`."""
-        if copy.run("SELECT 1 FROM jobs LIMIT 1"):
-            raise QueueError("cannot copy: expected a target without jobs")
+        _expect_unused(copy)
         copied = _copy_rows(source, copy, progress)
         self._reset_ids(copy)
         # guard: a copy counts what is pending
         self._count_pending(copy, [row[0] for row in copy.run(LIMITED)])
         return copied
+
+    def copy_finished_to(self, target: Moving, progress: Callable[[int], None] | None = None) -> int:
+        """Copy finished jobs and their history into a queue that has no jobs, while both queues are in use; return how
+        many. `move_to` and `copy_to` then copy only what is missing or has changed, and lock out writers for less long.
+
+        Each step of 1,000 jobs is a transaction. If interrupted, call it again, or forget it: nothing depends on it
+        here, and the target has no job to run. `progress` is called with the number of jobs copied so far.
+
+        Raises QueueError if the target has other jobs, or is this queue.
+        """
+        _expect_elsewhere(self.name, target.name)
+        with target._transaction() as copy:
+            target._lock_out_writers(copy)
+            _expect_unused(copy)
+            if not copy.run(PARTIAL):
+                copy.change("DELETE FROM queue_tasks")
+                copy.change(MARK_PARTIAL)
+            last, copied = copy.run("SELECT coalesce(max(id), -1) FROM jobs")[0][0], 0
+        while rows := self._read(FINISHED_JOBS, {"after": last}):
+            last = rows[-1][0]
+            with target._transaction(durable=False) as copy:
+                # guard: a partial copy that is used is left alone
+                _expect_unused(copy)
+                _write(copy, "jobs", rows)
+                _write(copy, "history", self._read(_select("history", "job_id", [row[0] for row in rows])))
+                target._reset_ids(copy)  # if somebody uses it
+            copied += len(rows)
+            if progress:
+                progress(copied)
+        return copied
+
+    def is_partial_copy(self) -> bool:
+        """Return whether this queue has no other jobs than those that `copy_finished_to` has copied."""
+        return bool(self._read(PARTIAL)) and not self._read(IS_USED)
 
     # Moving: `begin_move` until nothing runs, then `move_to`, and `finish_move` when all programs use the target
 
@@ -94,8 +139,7 @@ class Moving(Backend):
 
         Raises QueueError if this queue was moved elsewhere, or is the target.
         """
-        if to == self.name:
-            raise QueueError("cannot move: the target is this queue itself")
+        _expect_elsewhere(self.name, to)
         dead = self._find_dead()
         with self._transaction() as session:
             self._lock_out_writers(session)
@@ -208,23 +252,78 @@ class Moving(Backend):
         return {"carried": carried, "known": known, "deleted": deleted}
 
 
+def _expect_elsewhere(here: str, to: str) -> None:
+    if to == here:
+        raise QueueError("cannot move: the target is this queue itself")
+
+
+def _expect_unused(copy: Session) -> None:
+    if copy.run("SELECT 1 FROM jobs LIMIT 1") and (not copy.run(PARTIAL) or copy.run(IS_USED)):
+        raise QueueError("cannot copy: expected a target without jobs")
+
+
 def _copy_rows(source: Session, copy: Session, progress: Callable[[int], None] | None) -> dict[str, int]:
     """Copy and compare the tables; return the number of rows of each."""
     copy.change("DELETE FROM queues")
-    copied: dict[str, int] = {}
+    missing = _update_partial_copy(source, copy) if copy.run(PARTIAL) else None
+    copy.change(UNMARK_PARTIAL)
+    done = 0
     for table, columns in COPIED.items():
-        insert = f"INSERT INTO {table} ({columns}) VALUES (:{columns.replace(', ', ', :')})"
-        copied[table], read = 0, list[bytes]()
-        for rows in _pages(source, table, columns):
-            copy.change_many(insert, [dict(zip(columns.split(", "), row, strict=True)) for row in rows])
-            read += map(_digest, rows)
-            copied[table] = len(read)
+        pages = _pages(source, table, columns)
+        if missing is not None and table != "queues":
+            pages = _pages_of(source, table, missing)
+        for rows in pages:
+            _write(copy, table, rows)
+            done += len(rows)
             if progress:
-                progress(sum(copied.values()))
-        if sorted(read) != sorted(_digest(row) for rows in _pages(copy, table, columns) for row in rows):
-            raise QueueError(f"cannot copy {table}: what was read back is not what was written")
+                progress(done)
     copy.change("INSERT INTO queue_tasks SELECT DISTINCT queue, task FROM jobs WHERE true ON CONFLICT DO NOTHING")
-    return copied
+    return {table: copy.run(f"SELECT count(*) FROM {table}")[0][0] for table in COPIED}
+
+
+def _write(copy: Session, table: str, rows: list[Any]) -> None:
+    """Insert rows, read them back, and compare them."""
+    columns = COPIED[table]
+    insert = f"INSERT INTO {table} ({columns}) VALUES (:{columns.replace(', ', ', :')})"
+    copy.change_many(insert, [dict(zip(columns.split(", "), row, strict=True)) for row in rows])
+    which = f"SELECT {columns} FROM queues" if table == "queues" else _select(table, "id", [row[0] for row in rows])
+    written = {row[0]: repr(tuple(row)) for row in copy.run(which)}
+    if any(written.get(row[0]) != repr(tuple(row)) for row in rows):
+        raise QueueError(f"cannot copy {table}: what was read back is not what was written")
+
+
+def _select(table: str, column: str, ids: Iterable[int]) -> str:
+    return f"SELECT {COPIED[table]} FROM {table} WHERE {column} IN ({', '.join(map(str, ids)) or 'NULL'})"
+
+
+def _update_partial_copy(source: Session, copy: Session) -> list[int]:
+    """Delete from the copy the jobs that are not in the source, or have changed there; return the ids of those that the
+    copy lacks."""
+    missing: list[int] = []
+    low = -1
+    for rows in chain(_pages(source, "jobs", OUTLINE), [[]]):
+        high = rows[-1][0] if rows else MAX_ID
+        sql = f"SELECT {OUTLINE} FROM jobs WHERE id > :low AND id <= :high"
+        there = {row[0]: tuple(row) for row in copy.run(sql, {"low": low, "high": high})}
+        # guard: a job that changed is copied again
+        same = {row[0] for row in rows if there.get(row[0]) == tuple(row)}
+        for ids in _in_pages(sorted(there.keys() - same)):
+            for table, column in (("history", "job_id"), ("jobs", "id")):
+                copy.change(f"DELETE FROM {table} WHERE {column} IN ({', '.join(map(str, ids))})")
+        missing += [row[0] for row in rows if row[0] not in same]
+        low = high
+    return missing
+
+
+def _pages_of(source: Session, table: str, job_ids: list[int]) -> Iterator[list[Any]]:
+    """Yield the rows of these jobs in a table, and the history that is of no job."""
+    column, ids = ("id", job_ids) if table == "jobs" else ("job_id", [0, *job_ids])
+    for page in _in_pages(ids):
+        yield source.run(_select(table, column, page))
+
+
+def _in_pages(ids: list[int]) -> Iterator[list[int]]:
+    return (ids[start : start + PAGE] for start in range(0, len(ids), PAGE))
 
 
 def count_running(session: Session) -> int:
@@ -286,11 +385,7 @@ def _copy_job(source: Session, copy: Session, job: Params, now: float) -> bool:
 def _pages(session: Session, table: str, columns: str, after: Any = None) -> Iterator[list[Any]]:
     key = columns.split(", ", 1)[0]
     after = ("" if key == "name" else -1) if after is None else after
-    sql = f"SELECT {columns} FROM {table} WHERE {key} > :after ORDER BY {key} LIMIT 1000"
+    sql = f"SELECT {columns} FROM {table} WHERE {key} > :after ORDER BY {key} LIMIT {PAGE}"
     while rows := session.run(sql, {"after": after}):
         yield rows
         after = rows[-1][0]
-
-
-def _digest(row: Sequence[Any]) -> bytes:
-    return hashlib.sha256(repr(tuple(row)).encode()).digest()

@@ -382,6 +382,8 @@ def file_path(path: str | os.PathLike[str]) -> Path:
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):
         raise ValueError(f"expected a path as str or Path, got {short(path)}")
+    if not text.strip():
+        raise ValueError(f"expected a path, got {text!r}")
     if text == ":memory:":
         raise ValueError(
             "expected a path, got ':memory:': a queue is a file; for a test, use one in a temporary folder"

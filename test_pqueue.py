@@ -1594,6 +1594,75 @@ class QueueContract:
         target.cancel_move()
         self.assertTrue(queue.has_moved_to(target))
 
+    def fill_with_finished_jobs(self, number):
+        ids = self.queue.enqueue_many("t", range(number))
+        for job_id in ids:
+            (self.queue.cancel if job_id % 3 else self.queue.mark_failed)(job_id)
+        return ids
+
+    def test_move_after_a_partial_copy_brings_what_is_here_now(self):
+        queue, target = self.queue, self.target()
+        with mock.patch("pqueue_move.FINISHED_JOBS", pqueue_move.FINISHED_JOBS.replace("LIMIT 1000", "LIMIT 3")):
+            self.fill_with_finished_jobs(20)
+            queue.enqueue_many("t", range(3), queue="pending")
+            told = []
+            self.assertEqual(queue.copy_finished_to(target, told.append), 20)
+        self.assertEqual(told, [3, 6, 9, 12, 15, 18, 20])
+        self.assertEqual((target.count_jobs(), target.is_partial_copy(), queue.is_partial_copy()), (20, True, False))
+        self.assertIsNone(target.dequeue("w"))
+        for job_id in (1, 2, 3):
+            queue.resubmit(job_id)
+        queue.complete(queue.dequeue("w", queues=["default"]))
+        queue.cancel(2)
+        queue.delete_jobs([4, 5, 20])
+        queue.complete(queue.dequeue("w", queues=["pending"]))
+        late = queue.enqueue("t", queue="late")
+        queue.begin_move(target.name)
+        copied = queue.move_to(target)
+        self.assertEqual(copied["jobs"], queue.count_jobs())
+        self.assertEqual(target.list_jobs(), queue.list_jobs())
+        for job_id in range(1, 30):
+            self.assertEqual(target.history(job_id), queue.history(job_id))
+        self.assertFalse(target.is_partial_copy())
+        self.assertEqual(target.enqueue("t"), late + 1)
+        self.assertEqual([job.queue for job in target.dequeue_many("w", 9)].count("pending"), 2)
+        self.assertEqual(queue.finish_move(target)["carried"], 0)
+
+    def test_partial_copy_leaves_keys_that_are_held_for_a_time_to_the_move(self):
+        queue, target = self.queue, self.target()
+        queue.cancel(queue.enqueue("t", key="k", key_seconds=1000))
+        queue.cancel(queue.enqueue("t", key="l"))
+        self.assertEqual(queue.copy_finished_to(target), 1)
+        queue.begin_move(target.name)
+        queue.move_to(target)
+        self.assertEqual(target.list_jobs(), queue.list_jobs())
+        self.assertEqual(target.enqueue("t", key="k"), 1)
+
+    def test_partial_copy_is_continued_and_forgotten(self):
+        queue, target = self.queue, self.target()
+        self.fill_with_finished_jobs(5)
+        self.assertEqual(queue.copy_finished_to(target), 5)
+        self.fill_with_finished_jobs(2)
+        self.assertEqual(queue.copy_finished_to(target), 2)
+        with self.assertRaisesRegex(QueueError, "cannot move: the target is this queue itself"):
+            queue.copy_finished_to(queue)
+        queue.delete_jobs()
+        self.assertEqual(queue.copy_to(target)["jobs"], 0)
+        self.assertEqual((target.count_jobs(), target.history(1)), (0, []))
+
+    def test_partial_copy_in_which_somebody_enqueues_is_left_alone(self):
+        queue, target = self.queue, self.target()
+        self.fill_with_finished_jobs(5)
+        with mock.patch("pqueue_move.FINISHED_JOBS", pqueue_move.FINISHED_JOBS.replace("LIMIT 1000", "LIMIT 3")):
+            with self.assertRaisesRegex(QueueError, "expected a target without jobs"):
+                queue.copy_finished_to(target, lambda _: target.enqueue("own"))
+        self.assertFalse(target.is_partial_copy())
+        target.cancel(4)
+        for attempt in (queue.copy_finished_to, queue.copy_to, queue.move_to):
+            with self.assertRaisesRegex(QueueError, "expected a target without jobs"):
+                attempt(target)
+        self.assertEqual([job.task for job in target.list_jobs(state="cancelled")][:1], ["own"])
+
     def test_queue_that_moved_on_still_knows_what_it_has_of_its_first_place(self):
         first, second, third = self.queue, self.target(), self.target()
         first.enqueue("t")
@@ -3490,6 +3559,8 @@ class Files(SQLiteCase):
             "file::memory:",
         ]
         wrong += [
+            "",
+            " ",
             "sqlite:queue.db",
             "sqlite://",
             "sqlite:///",
@@ -3500,7 +3571,7 @@ class Files(SQLiteCase):
         for url in [*wrong, *map(Path, wrong[:7]), b"queue.db", 7, True]:
             with self.subTest(url=url), self.assertRaisesRegex(ValueError, "^expected .*, got [^\n]*$"):
                 open_queue(url)
-        for path in (*wrong[:7], b"queue.db", None):
+        for path in (*wrong[:9], b"queue.db", None):
             with self.subTest(path=path), self.assertRaisesRegex(ValueError, "^expected a path"):
                 pqueue.PersistentQSQLite(path)
         self.assertEqual(list(self.folder.iterdir()), [])

@@ -704,6 +704,25 @@ SELECT at, event, actor, attempt, error FROM pqueue.history WHERE job_id = $1 OR
 -- $1 id, $2 at, $3 event, $4 actor, $5 attempt, $6 error
 INSERT INTO pqueue.history (job_id, at, event, actor, attempt, error) VALUES ($1, $2, $3, $4, $5, $6);
 
+-- PARTIAL
+-- A row in the history of a target that `copy_finished_to` has begun to fill, and whose jobs may be replaced.
+SELECT 1 FROM pqueue.history WHERE id = -1;
+
+-- MARK_PARTIAL
+INSERT INTO pqueue.history (id, job_id, at, event, actor, attempt) VALUES (-1, 0, 0, 'copying', '', 0);
+
+-- UNMARK_PARTIAL
+DELETE FROM pqueue.history WHERE id = -1;
+
+-- IS_USED
+SELECT 1 FROM pqueue.queue_tasks LIMIT 1;
+
+-- FINISHED_JOBS
+-- Without those that hold a key for a time: another job may have it before they are copied.
+-- $1 after
+SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error FROM pqueue.jobs WHERE id > $1 AND finished_at IS NOT NULL AND key_expires_at IS NULL
+ORDER BY id LIMIT 1000;
+
 -- Statements that only PostgreSQL has
 
 -- LOCKED_SLOTS

@@ -38,8 +38,7 @@ from run import memory
 ROOT = Path(__file__).resolve().parent.parent
 PYTEST = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "--assert=plain"]
 ON_SQLITE = ["test_pqueue.py", "tests/test_model.py", "-knot AtNormalDurability and not killed_anywhere"]
-ON_POSTGRES = ["tests/test_postgres.py", "tests/test_postgres_load.py"]
-ON_POSTGRES += ["-kPostgresContract or postgres_load and not bench"]
+ON_POSTGRES = ["tests/test_postgres.py", "-kPostgresContract"]
 OF_POSTGRES = {"pqueue_postgres.py", "pqueue_sqlalchemy.py"}
 EXTRA_SECONDS = 30  # in addition to twice the time its tests took before, after which a mutant counts as noticed
 

@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, wait_until
 
 import pqueue
+import pqueue_move
 import pqueue_schema
 import pqueue_sqlite
 from pqueue import QueueError
@@ -381,6 +382,45 @@ def test_move_that_is_killed_anywhere_is_continued_or_given_up(path, new, monkey
     assert seen == {True, False}
     assert number > 150
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_move_in_steps_that_is_killed_anywhere_is_continued_or_given_up(path, new, monkeypatch):
+    filled(path)
+    with closing(pqueue.open_queue(path)) as queue:
+        for job_id in range(6, 12):
+            queue.cancel(job_id)
+    before = state(path)
+    files = {each.name: each.read_bytes() for each in path.parent.iterdir() if each.is_file()}
+    monkeypatch.setattr(pqueue_move, "FINISHED_JOBS", pqueue_move.FINISHED_JOBS.replace("LIMIT 1000", "LIMIT 2"))
+
+    def move():
+        with closing(pqueue.open_queue(path)) as queue, closing(pqueue.open_queue(new)) as target:
+            if not queue.has_moved_to(target):
+                queue.copy_finished_to(target)
+                assert queue.begin_move(target.name) == 0
+                queue.move_to(target)
+
+    number, was_killed, seen = 0, True, set()
+    while was_killed:
+        start_anew(path, new, files)
+        was_killed = killed_at_line(number, move)
+        with closing(pqueue.open_queue(path)) as queue, closing(pqueue.open_queue(new)) as target:
+            status, copied = queue.move_status(), target.count_jobs()
+            seen.add((status and status["event"], target.is_partial_copy()))
+            if number % 2 and not queue.has_moved_to(target):
+                assert target.dequeue("w") is None
+                queue.cancel_move()
+                assert state(path) == before
+        if not number % 2:
+            move()
+            assert state(new) == before
+            with closing(pqueue.open_queue(path)) as queue, closing(pqueue.open_queue(new)) as target:
+                assert queue.finish_move(target)["carried"] == 0
+            assert state(new) == before
+        number += 29
+    assert copied == 23
+    assert seen >= {(None, False), (None, True), ("moving", True), ("moved", False)}
+    assert number > 500
 
 
 def test_finish_that_is_killed_anywhere_carries_each_job_over_once(path, new, monkeypatch, capsys):

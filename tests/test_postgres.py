@@ -798,12 +798,16 @@ def test_move_that_ends_between_the_two_commits_is_continued(place, database, di
 def test_copy_that_fails_leaves_both_as_they_were(place, database):
     queue, target = place.queue(), pqueue.open_queue(database)
     queue.enqueue_many("t", range(10))
-    with (
-        mock.patch("pqueue_move._digest", side_effect=lambda _: os.urandom(8)),
-        pytest.raises(QueueError, match="read back"),
-    ):
-        queue.copy_to(target)
-    assert (queue.count_jobs(), target.count_jobs()) == (10, 0)
+    with psycopg.connect(database, autocommit=True) as admin:
+        spoil = "CREATE FUNCTION pqueue.spoil() RETURNS TRIGGER LANGUAGE plpgsql AS"
+        admin.execute(f"{spoil} $$ BEGIN NEW.payload := '0'; RETURN NEW; END $$")
+        admin.execute("CREATE TRIGGER spoil BEFORE INSERT ON pqueue.jobs FOR EACH ROW EXECUTE FUNCTION pqueue.spoil()")
+        for copy in (queue.copy_to, queue.copy_finished_to):
+            with pytest.raises(QueueError, match="read back"):
+                copy(target)
+            assert (queue.count_jobs(), target.count_jobs()) == (10, 0)
+            queue.cancel(2) if queue.get(2).state == "pending" else None
+        admin.execute("DROP TRIGGER spoil ON pqueue.jobs")
     target.enqueue("own")
     with pytest.raises(QueueError, match="expected a target without jobs"):
         queue.copy_to(target)
