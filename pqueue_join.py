@@ -22,7 +22,6 @@ def driver_connection(connection: Any) -> Any:
             connection = connection.connection()
         if not callable(getattr(connection, "exec_driver_sql", None)):
             return connection
-        # guard: SQLAlchemy knows of a joined transaction
         if not connection.in_transaction():
             connection.begin()  # otherwise its commit would do nothing
         return connection.connection.driver_connection

@@ -620,7 +620,7 @@ class QueueContract:
         found = threading.Event()
 
         def consume():
-            while not (other.wait(60, consumer="w") and other.dequeue("w")):
+            while not other.wait(60, consumer="w"):
                 pass
             found.set()
 
@@ -633,6 +633,7 @@ class QueueContract:
             connection.commit()
         self.assertTrue(found.wait(20))
         consumer.join()
+        self.assertIsNotNone(other.dequeue("w"))
 
     def test_joined_limit_and_leases_hold(self):
         q = self.queue

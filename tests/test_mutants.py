@@ -27,7 +27,6 @@ TESTS = (
     "test_commit_points.py",
     "test_histories.py",
     "test_power_loss.py",
-    "test_join.py",
     "test_move.py",
     "test_outcome.py",
     "test_processes.py",
@@ -79,7 +78,6 @@ MUTANTS = [
     Mutant("a joined enqueue is synced", "contract: sqlite_connection_that_would"),
     Mutant("a job is not committed before its transaction", "contract: sqlite_connection_that_would"),
     Mutant("consumers look for the jobs of a joined transaction", "contract: consumer_sees_a_joined"),
-    Mutant("SQLAlchemy knows of a joined transaction", "test_join.py: connection_of_sqlalchemy and sqlite"),
     # attempts
     Mutant("an attempt counts when it is claimed", HISTORY, '"attempts": "attempts + 1"', '"attempts": "attempts"'),
     Mutant("no attempt after the last", HISTORY, " and job.attempts < (job.max_attempts or 0)", ""),
