@@ -156,7 +156,6 @@ from pqueue_values import (
     encode_result,
     error_text,
     file_path,
-    finite,
     operator_name,
     short,
     time_of,
@@ -394,7 +393,7 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling):
         *,
         queues: Sequence[str] | None = None,
         tasks: Sequence[str] | None = None,
-        lease_seconds: float = LEASE_SECONDS,
+        lease_seconds: float | timedelta = LEASE_SECONDS,
         prefetch: bool = False,
         now: float | None = None,
     ) -> Job | None:
@@ -421,7 +420,7 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling):
         *,
         queues: Sequence[str] | None = None,
         tasks: Sequence[str] | None = None,
-        lease_seconds: float = LEASE_SECONDS,
+        lease_seconds: float | timedelta = LEASE_SECONDS,
         prefetch: bool = False,
         now: float | None = None,
     ) -> list[Job]:
@@ -442,7 +441,7 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling):
         *,
         queues: Sequence[str] | None = None,
         tasks: Sequence[str] | None = None,
-        lease_seconds: float = LEASE_SECONDS,
+        lease_seconds: float | timedelta = LEASE_SECONDS,
         prefetch: bool = False,
         now: float | None = None,
     ) -> tuple[list[Job], list[Job]]:
@@ -494,7 +493,7 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling):
         me: Registration,
         limit: int,
         wanted: Params,
-        lease_seconds: float,
+        lease_seconds: float | timedelta,
         now: float | None,
     ) -> tuple[list[Job], list[Job]]:
         dead, nested = self._find_dead(), self.in_transaction
@@ -544,7 +543,7 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling):
         error: str,
         *,
         retry: bool = True,
-        retry_in_seconds: float | None = None,
+        retry_in_seconds: float | timedelta | None = None,
         now: float | None = None,
     ) -> str:
         """End the attempt with an error, and return the job's new state, "scheduled" or "failed". Raises LeaseLost.
@@ -556,7 +555,7 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling):
         delay = backoff_seconds(job.attempts) if retry_in_seconds is None else retry_in_seconds
         # guard: no attempt after the last
         again = retry and job.attempts < (job.max_attempts or 0)  # None: it was never delivered
-        params = {"now": now, "run_at": now + finite("retry_in_seconds", delay), "error": error_text(error)}
+        params = {"now": now, "run_at": now + duration("retry_in_seconds", delay), "error": error_text(error)}
         # guard: fail is synced
         self._with_lease("fail", RETRY if again else FAIL, job, params, event="failed", durable=True)
         return "scheduled" if again else "failed"
@@ -583,13 +582,15 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling):
         session.wakes = True
         return bool(session.change(RELEASE, params))
 
-    def extend(self, job: Job, lease_seconds: float = LEASE_SECONDS, *, now: float | None = None) -> None:
+    def extend(self, job: Job, lease_seconds: float | timedelta = LEASE_SECONDS, *, now: float | None = None) -> None:
         """Renew the lease; it expires this many seconds from now. Raises LeaseLost."""
         self._with_lease(
             "extend", EXTEND, job, {"lease_expires_at": self._time(now) + above_0("lease_seconds", lease_seconds)}
         )
 
-    def extend_all(self, consumer: str, lease_seconds: float = LEASE_SECONDS, *, now: float | None = None) -> int:
+    def extend_all(
+        self, consumer: str, lease_seconds: float | timedelta = LEASE_SECONDS, *, now: float | None = None
+    ) -> int:
         """Renew the leases of all jobs that this consumer of this object holds, in one commit; return how many.
 
         They expire this many seconds from now. On PostgreSQL, jobs that other transactions are changing are left out.
@@ -805,7 +806,7 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling):
 
     def wait(
         self,
-        timeout_seconds: float,
+        timeout_seconds: float | timedelta,
         *,
         consumer: str,
         queues: Sequence[str] | None = None,
@@ -823,7 +824,7 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling):
             at = self._read(NEXT_EVENT, params)[0][0]
             return math.inf if at is None else cast(float, at) - self._time(now)
 
-        return self._sleep(me, min(timeout_seconds, WAIT_SECONDS), due_in) or due_in() <= 0
+        return self._sleep(me, min(duration("timeout_seconds", timeout_seconds), WAIT_SECONDS), due_in) or due_in() <= 0
 
     def next_due(
         self, consumer: str, *, queues: Sequence[str] | None = None, tasks: Sequence[str] | None = None
@@ -1026,7 +1027,7 @@ def _complete(session: Session, job: Job, result: str | None, now: float) -> int
     return session.change(COMPLETE, {"id": job.id, "token": job.lease_token, "result": result, "now": now})
 
 
-def claim_params(me: Registration, limit: int, wanted: Params, lease_seconds: float, now: float) -> Params:
+def claim_params(me: Registration, limit: int, wanted: Params, lease_seconds: float | timedelta, now: float) -> Params:
     params = {**wanted, "limit": limit, "now": now, "known_attempts": known_attempts()}
     params["lease_expires_at"] = now + above_0("lease_seconds", lease_seconds)
     # guard: each claim has its own number
@@ -1117,7 +1118,12 @@ def _new_job(
     assigned_to: str | None,
     now: float,
 ) -> Params:
-    due = now + duration("delay_seconds", delay_seconds) if run_at is None else time_of("run_at", run_at)
+    if run_at is None:
+        due = now + duration("delay_seconds", delay_seconds)
+    elif delay_seconds:
+        raise ValueError(f"expected delay_seconds or run_at, got both: {short(delay_seconds)} and {short(run_at)}")
+    else:
+        due = time_of("run_at", run_at)
     return {
         "task": valid_name("task", task.name if isinstance(task, Task) else task),
         "queue": valid_name("queue", queue),

@@ -137,7 +137,7 @@ class Waiting(Reading):
 
     _waits: Waits
 
-    def result(self, job_id: int, *, timeout_seconds: float | timedelta | None = None) -> Any:
+    def result(self, job_id: int, timeout_seconds: float | timedelta | None = None) -> Any:
         """Wait until the job has finished, and return its result.
 
         timeout_seconds: how long to wait at most; None: as long as it takes.
@@ -158,7 +158,7 @@ class Waiting(Reading):
                 done.cancel()
         return _result_of(job)
 
-    async def aresult(self, job_id: int, *, timeout_seconds: float | timedelta | None = None) -> Any:
+    async def aresult(self, job_id: int, timeout_seconds: float | timedelta | None = None) -> Any:
         """Do what `result` does, without blocking the event loop."""
         seconds = _timeout(timeout_seconds)
         done = self._wait_for(valid_id(job_id))

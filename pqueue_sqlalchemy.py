@@ -23,6 +23,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from datetime import timedelta
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
@@ -1056,7 +1057,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         me: pqueue_backend.Registration,
         limit: int,
         wanted: Params,
-        lease_seconds: float,
+        lease_seconds: float | timedelta,
         now: float | None,
     ) -> tuple[list[Job], list[Job]]:
         """Do it in one round trip unless it is time to check for dead consumers, or there are jobs to reclaim."""

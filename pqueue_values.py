@@ -167,11 +167,11 @@ class JobId(int, Generic[R]):
             found.append(job_id)
         return found
 
-    def result(self, *, timeout_seconds: float | timedelta | None = None) -> R:
+    def result(self, timeout_seconds: float | timedelta | None = None) -> R:
         """Wait until the job has finished, and return its result: see `PersistentQInterface.result`."""
         return cast(R, self._queue.result(self, timeout_seconds=timeout_seconds))
 
-    async def aresult(self, *, timeout_seconds: float | timedelta | None = None) -> R:
+    async def aresult(self, timeout_seconds: float | timedelta | None = None) -> R:
         """Do what `result` does, without blocking the event loop."""
         return cast(R, await self._queue.aresult(self, timeout_seconds=timeout_seconds))
 
@@ -192,7 +192,7 @@ def encode_json(what: str, value: Any) -> str:
     """Return the JSON text to store. Raises ValueError, which names `what`."""
     try:
         text = to_json(value)
-        size = len(text.encode())
+        size = len(text) if text.isascii() else len(text.encode())
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"expected a {what} that JSON can hold, got a {type(value).__name__}: {error}") from None
     if size > MAX_PAYLOAD_BYTES:
@@ -228,6 +228,8 @@ def encode_payloads(payloads: list[Any]) -> str:
 
 
 def _is_too_deep(text: str, value: Any) -> bool:
+    if len(text) <= 2 * MAX_JSON_DEPTH:  # each level has two brackets
+        return False
     return text.count("[") + text.count("{") > MAX_JSON_DEPTH and _depth(value) > MAX_JSON_DEPTH
 
 
@@ -258,7 +260,7 @@ def read_json(text: str) -> Any:
         value = _from_json(text)
     except (ValueError, RecursionError):  # a number of more than 4,300 digits; nested too deep
         return Excerpt(text)
-    return Excerpt(text) if len(text) > 2 * MAX_JSON_DEPTH and _is_too_deep(text, value) else value
+    return Excerpt(text) if _is_too_deep(text, value) else value
 
 
 def _from_json(text: str) -> Any:

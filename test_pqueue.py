@@ -1303,7 +1303,7 @@ class QueueContract:
                 "assigned_to": "w",
             }
             later = resize.using(delay_seconds=60).on(self.queue)
-            call = later.using(**options)
+            call = resize.using(**options).on(self.queue)
             first, again = call.enqueue("a"), call.enqueue("b")
             self.assertEqual((first, first.is_new, again.is_new), (again, True, False))
             job = self.queue.get(first)
@@ -1311,9 +1311,20 @@ class QueueContract:
             self.assertEqual(self.queue.get(later.enqueue("a")).state, "scheduled")
             self.assertEqual(self.queue.get(later.using(delay_seconds=0, priority=0).enqueue("a")).state, "pending")
             self.assertEqual(self.queue.get(resize.on(self.queue).enqueue("a")).state, "pending")  # unchanged
-            for broken in ({"priority": "5"}, {"queue": ""}, {"max_attempts": 0}):
+            for broken in ({"priority": "5"}, {"queue": ""}, {"max_attempts": 0}, {"run_at": 5.0}):
                 with self.assertRaisesRegex(ValueError, "^expected"):
                     later.using(**broken).enqueue("a")
+
+    def test_durations_may_be_timedeltas(self):
+        minute = timedelta(minutes=1)
+        self.queue.enqueue("t", delay_seconds=minute, now=NOW)
+        job = self.queue.dequeue("worker", lease_seconds=minute, now=NOW + 60)
+        self.assertEqual((job.run_at, job.lease_expires_at), (NOW + 60, NOW + 120))
+        self.queue.extend(job, minute, now=NOW + 70)
+        self.assertEqual(self.queue.get(job.id).lease_expires_at, NOW + 130)
+        self.queue.fail(job, "no", retry_in_seconds=minute, now=NOW + 70)
+        self.assertEqual(self.queue.get(job.id).run_at, NOW + 130)
+        self.assertFalse(self.queue.wait(timedelta(0), consumer="worker", now=NOW))
 
     def test_call_within_a_task_is_stored_in_its_queue_and_transaction(self):
         with mock.patch.dict(pqueue.TASKS, clear=True):
