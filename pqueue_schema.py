@@ -20,8 +20,9 @@ HOLDS_KEY = f"""key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN {UNF
     AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL))"""
 
 # {id}, {bigint} and {float} are types. Lines that begin with {sqlite} are for SQLite only, which checks the types of
-# values only in STRICT tables. PostgreSQL always does, and would parse the JSON again at every update of the row.
-SQLITE_TYPES = {"id": "INTEGER PRIMARY KEY", "bigint": "INTEGER", "float": "REAL", "sqlite": ""}
+# values only in STRICT tables. PostgreSQL always does, and would parse the JSON again at every update of the row. {task}
+# is the task in an index: there a hash, as three names of 255 characters may exceed an index row of PostgreSQL.
+SQLITE_TYPES = {"id": "INTEGER PRIMARY KEY", "bigint": "INTEGER", "float": "REAL", "sqlite": "", "task": "task"}
 
 # A migration is a list of statements; user_version is the number of migrations applied to a file. Once 0.1 is released,
 # change the schema by adding migrations, never by editing them.
@@ -144,7 +145,7 @@ CREATE TABLE schedules (  -- see pqueue_schedules.Schedule
         "CREATE INDEX jobs_processing ON jobs (lease_expires_at) WHERE state = 'processing'",
         "CREATE INDEX jobs_finished ON jobs (state, queue, finished_at) WHERE finished_at IS NOT NULL",
         "CREATE INDEX jobs_failed ON jobs (task, substr(error, 1, 80), id) WHERE state = 'failed'",
-        f"CREATE UNIQUE INDEX jobs_key ON jobs (queue, task, key) WHERE {HOLDS_KEY}",
+        f"CREATE UNIQUE INDEX jobs_key ON jobs (queue, key, {{task}}) WHERE {HOLDS_KEY}",
         "CREATE INDEX history_job ON history (job_id)",
         "CREATE INDEX consumers_running ON consumers (id) WHERE state = 'running'",
     ]
@@ -177,7 +178,7 @@ NEW_JOB = """queue, task, payload, state, priority, run_at, max_attempts, key, k
 # guard: resubmit respects the key
 KEY_IS_FREE = f"""(key_until IS NULL OR NOT EXISTS (SELECT 1 FROM jobs o
         WHERE o.queue = jobs.queue AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id AND {HOLDS_KEY}))"""
-UNLESS_HELD = f"ON CONFLICT (queue, task, key) WHERE {HOLDS_KEY} DO NOTHING"
+UNLESS_HELD = "ON CONFLICT DO NOTHING"
 
 # Statements, with :named parameters. Those that differ on PostgreSQL are in pqueue_postgres.POSTGRES.
 

@@ -124,7 +124,7 @@ CREATE INDEX jobs_finished ON pqueue.jobs (state, queue, finished_at) WHERE fini
 
 CREATE INDEX jobs_failed ON pqueue.jobs (task, substr(error, 1, 80), id) WHERE state = 'failed';
 
-CREATE UNIQUE INDEX jobs_key ON pqueue.jobs (queue, task, key) WHERE key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('scheduled', 'pending', 'processing')
+CREATE UNIQUE INDEX jobs_key ON pqueue.jobs (queue, key, hashtextextended(task, 0)) WHERE key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('scheduled', 'pending', 'processing')
     AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL));
 
 CREATE INDEX history_job ON pqueue.history (job_id);
@@ -258,8 +258,7 @@ SELECT name, $1, $2, $3, $4, $5, $6, $7, $8, $9,
     $10, $11
 FROM pqueue.queues
 WHERE name = $12 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $12 AND task = $1) AND CASE WHEN max_pending IS NULL THEN true ELSE max_pending > pqueue.count_pending(name) END
-ON CONFLICT (queue, task, key) WHERE key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('scheduled', 'pending', 'processing')
-    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) DO NOTHING
+ON CONFLICT DO NOTHING
 RETURNING id;
 
 -- ENQUEUE_MANY
@@ -721,8 +720,7 @@ UPDATE pqueue.queues SET paused = 0 WHERE paused = 2;
 -- $11 key_expires_at, $12 assigned_to, $13 consumer, $14 lease_token, $15 lease_expires_at, $16 created_at, $17
 -- started_at, $18 finished_at, $19 progress, $20 result, $21 error
 INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21)
-ON CONFLICT (queue, task, key) WHERE key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('scheduled', 'pending', 'processing')
-    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) DO NOTHING RETURNING id;
+ON CONFLICT DO NOTHING RETURNING id;
 
 -- HISTORY_OF
 -- $1 id
@@ -822,8 +820,7 @@ SELECT name, $1, $2, $3, $4, $5, $6, $7, $8, $9,
     $10, $11
 FROM pqueue.queues
 WHERE name = $12 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $12 AND task = $1) AND CASE WHEN max_pending IS NULL THEN true WHEN CAST($3 AS text) = 'pending' AND CAST($10 AS text) IS NULL AND CAST($7 AS text) IS NULL THEN max_pending > (SELECT pending + (SELECT coalesce(sum(delta), 0) FROM pqueue.pending_changes d WHERE d.queue = c.queue) FROM pqueue.pending_counts c WHERE c.queue = name) ELSE max_pending > pqueue.count_pending(name) END
-ON CONFLICT (queue, task, key) WHERE key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('scheduled', 'pending', 'processing')
-    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) DO NOTHING
+ON CONFLICT DO NOTHING
 RETURNING id;
 
 -- ENQUEUE_MANY_ALONE
