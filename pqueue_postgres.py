@@ -276,7 +276,7 @@ def _enqueue(has_room: str) -> str:
     return f"""
 INSERT INTO jobs ({NEW_JOB})
 SELECT name, :task, :payload, :state, :priority, :run_at, :max_attempts, :key, :key_until, :key_expires_at,
-    :assigned_to, :now
+    :assigned_to, :meta, :now
 FROM queues
 WHERE name = :queue AND {IS_LISTED} AND CASE WHEN max_pending IS NULL THEN true {has_room} END
 {UNLESS_HELD}
@@ -288,9 +288,9 @@ def _enqueue_many(has_room: str) -> str:
 WITH open AS MATERIALIZED (
     SELECT name FROM queues
     WHERE name = :queue AND {IS_LISTED} AND CASE WHEN max_pending IS NULL THEN true {has_room} END)
-INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, created_at)
+INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, meta, created_at)
 SELECT name, :task, substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2), :state, :priority, :run_at,
-    :max_attempts, :assigned_to, :now
+    :max_attempts, :assigned_to, :meta, :now
 FROM open CROSS JOIN json_array_elements(CAST(:payloads AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n
 RETURNING id"""
 

@@ -20,8 +20,8 @@ HOLDS_KEY = f"""key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN {UNF
     AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL))"""
 
 # {id}, {bigint} and {float} are types. Lines that begin with {sqlite} are for SQLite only, which checks the types of
-# values only in STRICT tables. PostgreSQL always does, and would parse the JSON again at every update of the row. {task}
-# is the task in an index: there a hash, as three names of 255 characters may exceed an index row of PostgreSQL.
+# values only in STRICT tables. PostgreSQL always does, and would parse the JSON again at every update of the row.
+# {task} is the task in an index: there a hash, as three names of 255 characters may exceed an index row of PostgreSQL.
 SQLITE_TYPES = {"id": "INTEGER PRIMARY KEY", "bigint": "INTEGER", "float": "REAL", "sqlite": "", "task": "task"}
 
 # A migration is a list of statements; user_version is the number of migrations applied to a file. Once 0.1 is released,
@@ -55,6 +55,7 @@ CREATE TABLE jobs (
     progress         {float},        -- 0 to 1, as stored by the task; NULL: none
     result           TEXT,           -- JSON; until completed, the partial result of `update`, if any; NULL: none
     error            TEXT,           -- of the last failed attempt; NULL: none
+    meta             TEXT,           -- JSON object of what @metadata returned; NULL: none
     CHECK (CASE state
         WHEN 'pending'    THEN attempts < max_attempts AND lease_token IS NULL AND finished_at IS NULL
         WHEN 'scheduled'  THEN attempts < max_attempts AND lease_token IS NULL AND finished_at IS NULL
@@ -64,6 +65,7 @@ CREATE TABLE jobs (
         WHEN 'cancelled'  THEN attempts <= max_attempts AND lease_token IS NULL AND finished_at IS NOT NULL
         ELSE FALSE END),
     {sqlite} CHECK (json_valid(payload)), CHECK (result IS NULL OR json_valid(result)),
+    {sqlite} CHECK (meta IS NULL OR json_valid(meta)),
     CHECK ((lease_token IS NULL) = (lease_expires_at IS NULL))
 )
 {sqlite} STRICT""",
@@ -174,7 +176,7 @@ ORDER = "priority DESC, run_at, id"
 KEY_IS_OVER = "(key_expires_at IS NULL OR key_expires_at <= :now)"
 MOVES = "('moving', 'moved')"
 NEW_JOB = """queue, task, payload, state, priority, run_at, max_attempts, key, key_until, key_expires_at, assigned_to,
-    created_at"""
+    meta, created_at"""
 # guard: resubmit respects the key
 KEY_IS_FREE = f"""(key_until IS NULL OR NOT EXISTS (SELECT 1 FROM jobs o
         WHERE o.queue = jobs.queue AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id AND {HOLDS_KEY}))"""
@@ -187,7 +189,7 @@ UNLESS_HELD = "ON CONFLICT DO NOTHING"
 ENQUEUE = f"""
 INSERT INTO jobs ({NEW_JOB})
 SELECT name, :task, :payload, :state, :priority, :run_at, :max_attempts, :key, :key_until, :key_expires_at,
-    :assigned_to, :now
+    :assigned_to, :meta, :now
 FROM queues
 WHERE name = :queue AND {IS_LISTED} AND {HAS_ROOM}
 {UNLESS_HELD}"""
@@ -196,8 +198,9 @@ WHERE name = :queue AND {IS_LISTED} AND {HAS_ROOM}
 # :payloads is a JSON array of [payload], which preserves the text of each.
 # guard: a full queue refuses a batch
 ENQUEUE_MANY = f"""
-INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, created_at)
-SELECT name, :task, substr(value, 2, length(value) - 2), :state, :priority, :run_at, :max_attempts, :assigned_to, :now
+INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, meta, created_at)
+SELECT name, :task, substr(value, 2, length(value) - 2), :state, :priority, :run_at, :max_attempts, :assigned_to,
+    :meta, :now
 FROM queues CROSS JOIN json_each(:payloads)
 WHERE name = :queue AND {IS_LISTED} AND (max_pending IS NULL OR max_pending - pending >= :number)"""
 

@@ -28,6 +28,7 @@ from pqueue_values import (
     R,
     above_0,
     duration,
+    encode_json,
     short,
     valid_int,
     valid_name,
@@ -388,6 +389,31 @@ def around(hook: Hook) -> Hook:
         raise ValueError(f"expected a generator function that yields once, got {short(hook)}")
     _HOOKS[_place(hook)] = contextmanager(hook)
     return hook
+
+
+Metadata = TypeVar("Metadata", bound=Callable[[], dict[str, Any]])
+_METADATA: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {}  # by place
+
+
+def metadata(function: Metadata) -> Metadata:
+    """Store what this function returns, a dict, in the `meta` of each job that this process enqueues; return it.
+
+    It is called once for each call of `enqueue` or `enqueue_many`, which raises what it raises. A job that is enqueued
+    by a task also has the `meta` of that task's job, except for keys that the function returns.
+    """
+    _METADATA[_place(function)] = function
+    return function
+
+
+def new_meta() -> str | None:
+    """Return the `meta` of a new job as JSON; None: nothing."""
+    current = _current.get()
+    if current is None and not _METADATA:
+        return None
+    found = dict(current[1].meta or {}) if current else {}
+    for function in _METADATA.values():
+        found.update(function())
+    return encode_json("meta", found) if found else None
 
 
 @contextmanager

@@ -121,6 +121,7 @@ class _Job(NamedTuple):
     progress: float | None
     result: object
     error: str | None
+    meta: object
 
 
 class Job(_Job):
@@ -131,7 +132,7 @@ class Job(_Job):
     attempt. `max_attempts` is None, that of the task, until the first delivery of a job that was enqueued without it.
     `key_until` and `key_expires_at` say how long the job holds its key: see `enqueue`. The lease is None unless the
     state is "processing", `started_at` until the first attempt, and `finished_at` until the job is completed, failed or
-    cancelled.
+    cancelled. `meta` is a dict of what functions marked `@metadata` returned when it was enqueued; None: nothing.
     """
 
     __slots__ = ()
@@ -142,6 +143,9 @@ class Job(_Job):
 
         @property
         def result(self) -> Any: ...
+
+        @property
+        def meta(self) -> dict[str, Any] | None: ...
 
 
 R = TypeVar("R", covariant=True)  # noqa: PLC0105 - the result of a job
@@ -179,7 +183,7 @@ class JobId(int, Generic[R]):
         return int, (int(self),)
 
 
-PAYLOAD, RESULT = Job._fields.index("payload"), Job._fields.index("result")
+PAYLOAD, RESULT, META = (Job._fields.index(name) for name in ("payload", "result", "meta"))
 
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
@@ -276,6 +280,8 @@ def to_job(row: Sequence[Any], read: Callable[[str], Any] = read_json) -> Job:
     fields[PAYLOAD] = read(row[PAYLOAD])
     if row[RESULT] is not None:
         fields[RESULT] = read(row[RESULT])
+    if row[META] is not None:
+        fields[META] = read_json(row[META])
     return Job(*fields)
 
 

@@ -1315,6 +1315,61 @@ class QueueContract:
                 with self.assertRaisesRegex(ValueError, "^expected"):
                     later.using(**broken).enqueue("a")
 
+    def with_metadata(self, *functions):
+        """Register these functions during a test."""
+        patch = mock.patch.dict(pqueue_tasks._METADATA, clear=True)
+        patch.start()
+        self.addCleanup(patch.stop)
+        for function in functions:
+            pqueue.metadata(function)
+
+    def test_job_has_the_metadata_of_its_producer(self):
+        self.assertIsNone(self.queue.get(self.queue.enqueue("t")).meta)
+        calls = iter(range(9))
+
+        def trace():
+            return {"trace": next(calls), "who": "Ada"}
+
+        def who():
+            return {"who": "Bob"}
+
+        self.with_metadata(trace, who)
+        self.assertEqual(self.queue.get(self.queue.enqueue("t")).meta, {"trace": 0, "who": "Bob"})
+        ids = self.queue.enqueue_many("t", [1, 2])
+        self.assertEqual([self.queue.get(each).meta for each in ids], [{"trace": 1, "who": "Bob"}] * 2)
+        self.assertEqual(self.queue.list_jobs(excerpt=1)[0].meta, {"trace": 1, "who": "Bob"})
+
+    def test_job_keeps_its_metadata_through_its_life(self):
+        self.with_metadata(lambda: {"trace": "7"})
+        job_id = self.queue.enqueue("t", max_attempts=1, now=NOW)
+        job = self.queue.dequeue("worker", now=NOW)
+        self.queue.fail(job, "no", now=NOW)
+        self.queue.resubmit(job_id, now=NOW)
+        (again,) = self.queue.dequeue_many("worker", 5, now=NOW)
+        self.assertEqual((job.meta, again.meta), ({"trace": "7"}, {"trace": "7"}))
+        target = self.target()
+        self.queue.copy_to(target)
+        self.assertEqual(target.get(job_id).meta, {"trace": "7"})
+
+    def test_follow_up_job_inherits_the_metadata_of_the_job_that_enqueues_it(self):
+        self.with_metadata(lambda: {"trace": "7", "step": 1})
+        self.queue.enqueue("parent")
+        self.with_metadata(lambda: {"step": 2})
+        with mock.patch.dict(pqueue.TASKS, clear=True):
+            pqueue.task("parent")(lambda job: pqueue.current_queue().enqueue("child"))
+            child = pqueue.run_task(self.queue, self.queue.dequeue("worker"))
+        self.assertEqual(self.queue.get(child).meta, {"trace": "7", "step": 2})
+
+    def test_metadata_that_cannot_be_stored_is_refused(self):
+        for value, reason in (({"at": {1}}, "expected a meta that JSON can hold"), ({1: 2}, "keys are all strings")):
+            self.with_metadata(lambda value=value: value)
+            with self.assertRaisesRegex(ValueError, reason):
+                self.queue.enqueue("t")
+        self.with_metadata(lambda: 1 / 0)
+        with self.assertRaises(ZeroDivisionError):
+            self.queue.enqueue("t")
+        self.assertEqual(self.queue.count_jobs(), 0)
+
     def test_durations_may_be_timedeltas(self):
         minute = timedelta(minutes=1)
         self.queue.enqueue("t", delay_seconds=minute, now=NOW)

@@ -26,6 +26,7 @@ CREATE TABLE pqueue.jobs (
     progress         DOUBLE PRECISION,        -- 0 to 1, as stored by the task; NULL: none
     result           TEXT,           -- JSON; until completed, the partial result of `update`, if any; NULL: none
     error            TEXT,           -- of the last failed attempt; NULL: none
+    meta             TEXT,           -- JSON object of what @metadata returned; NULL: none
     CHECK (CASE state
         WHEN 'pending'    THEN attempts < max_attempts AND lease_token IS NULL AND finished_at IS NULL
         WHEN 'scheduled'  THEN attempts < max_attempts AND lease_token IS NULL AND finished_at IS NULL
@@ -35,6 +36,7 @@ CREATE TABLE pqueue.jobs (
         WHEN 'cancelled'  THEN attempts <= max_attempts AND lease_token IS NULL AND finished_at IS NOT NULL
         ELSE FALSE END),
     -- CHECK (json_valid(payload)), CHECK (result IS NULL OR json_valid(result)),
+    -- CHECK (meta IS NULL OR json_valid(meta)),
     CHECK ((lease_token IS NULL) = (lease_expires_at IS NULL))
 )
 -- STRICT;
@@ -251,13 +253,13 @@ FROM pqueue.queues WHERE max_pending IS NOT NULL;
 -- Insert a job, unless its queue is unknown or full, its task is new in the queue, or another job holds its key.
 -- differs because the count of pending jobs is locked before the job and its key are inserted; returns the new id
 -- $1 task, $2 payload, $3 state, $4 priority, $5 run_at, $6 max_attempts, $7 key, $8 key_until, $9 key_expires_at, $10
--- assigned_to, $11 now, $12 queue
+-- assigned_to, $11 meta, $12 now, $13 queue
 INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, max_attempts, key, key_until, key_expires_at, assigned_to,
-    created_at)
+    meta, created_at)
 SELECT name, $1, $2, $3, $4, $5, $6, $7, $8, $9,
-    $10, $11
+    $10, $11, $12
 FROM pqueue.queues
-WHERE name = $12 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $12 AND task = $1) AND CASE WHEN max_pending IS NULL THEN true ELSE max_pending > pqueue.count_pending(name) END
+WHERE name = $13 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $13 AND task = $1) AND CASE WHEN max_pending IS NULL THEN true ELSE max_pending > pqueue.count_pending(name) END
 ON CONFLICT DO NOTHING
 RETURNING id;
 
@@ -265,14 +267,15 @@ RETURNING id;
 -- Insert a job per payload, unless the queue is unknown or has no room for all, or the task is new in the queue.
 -- :payloads is a JSON array of [payload], which preserves the text of each.
 -- differs because the count of pending jobs is locked before jobs are inserted; returns their ids
--- $1 queue, $2 task, $3 number, $4 state, $5 priority, $6 run_at, $7 max_attempts, $8 assigned_to, $9 now, $10 payloads
+-- $1 queue, $2 task, $3 number, $4 state, $5 priority, $6 run_at, $7 max_attempts, $8 assigned_to, $9 meta, $10 now,
+-- $11 payloads
 WITH open AS MATERIALIZED (
     SELECT name FROM pqueue.queues
     WHERE name = $1 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $1 AND task = $2) AND CASE WHEN max_pending IS NULL THEN true ELSE max_pending - $3 >= pqueue.count_pending(name) END)
-INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, created_at)
+INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, meta, created_at)
 SELECT name, $2, substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2), $4, $5, $6,
-    $7, $8, $9
-FROM open CROSS JOIN json_array_elements(CAST($10 AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n
+    $7, $8, $9, $10
+FROM open CROSS JOIN json_array_elements(CAST($11 AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n
 RETURNING id;
 
 -- ROOM
@@ -366,7 +369,7 @@ WHERE  state = 'pending' AND ctid = ANY (ARRAY(
             ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
             ORDER BY best.priority DESC, best.run_at, best.id LIMIT $8 FOR UPDATE OF jobs SKIP LOCKED) locked
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
-RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error;
+RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta;
 
 -- OVERDUE
 -- Return whether a scheduled job or a schedule is due, and whether a lease has expired.
@@ -404,7 +407,7 @@ SELECT min(at) FROM (
 -- consumer, and those that are due.
 -- differs because a subquery for each task is LATERAL, and because of the JSON functions
 -- $1 limit, $2 queues, $3 tasks, $4 consumer, $5 now
-SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error FROM pqueue.jobs WHERE id IN (
+SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta FROM pqueue.jobs WHERE id IN (
     SELECT head.id FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
         (SELECT id FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT $1) head
     WHERE q.paused = 0 AND (CAST($2 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS json)))) AND (CAST($3 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($3 AS text), chr(10))))
@@ -425,14 +428,14 @@ UPDATE pqueue.jobs SET state = 'pending' WHERE id = ANY (ARRAY(
 -- Return jobs whose lease has expired.
 -- differs because the rows must stay as they are until they are reclaimed
 -- $1 now, $2 limit
-SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error FROM pqueue.jobs WHERE state = 'processing' AND lease_expires_at <= $1
+SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta FROM pqueue.jobs WHERE state = 'processing' AND lease_expires_at <= $1
 ORDER BY lease_expires_at LIMIT $2 FOR UPDATE SKIP LOCKED;
 
 -- ORPHANED
 -- Return processing jobs whose consumer has ended.
 -- differs because the rows must stay as they are until they are reclaimed
 -- $1 limit
-SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error FROM pqueue.jobs WHERE state = 'processing' AND EXISTS
+SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta FROM pqueue.jobs WHERE state = 'processing' AND EXISTS
     (SELECT 1 FROM pqueue.consumers WHERE token = substr(lease_token, 1, 16) AND consumers.state <> 'running') LIMIT $1 FOR UPDATE SKIP LOCKED;
 
 -- REDELIVER
@@ -548,7 +551,7 @@ AND id > (SELECT coalesce(max(id), 0) FROM pqueue.history WHERE job_id = $1 AND 
 -- HELD_BY
 -- Return the jobs that a consumer holds.
 -- $1 token
-SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error FROM pqueue.jobs WHERE state = 'processing' AND substr(lease_token, 1, 16) = $1;
+SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta FROM pqueue.jobs WHERE state = 'processing' AND substr(lease_token, 1, 16) = $1;
 
 -- LEASES
 -- Return the leases that a consumer holds.
@@ -718,8 +721,8 @@ UPDATE pqueue.queues SET paused = 0 WHERE paused = 2;
 -- COPY_JOB
 -- $1 queue, $2 task, $3 payload, $4 state, $5 priority, $6 run_at, $7 attempts, $8 max_attempts, $9 key, $10 key_until,
 -- $11 key_expires_at, $12 assigned_to, $13 consumer, $14 lease_token, $15 lease_expires_at, $16 created_at, $17
--- started_at, $18 finished_at, $19 progress, $20 result, $21 error
-INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21)
+-- started_at, $18 finished_at, $19 progress, $20 result, $21 error, $22 meta
+INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22)
 ON CONFLICT DO NOTHING RETURNING id;
 
 -- HISTORY_OF
@@ -746,7 +749,7 @@ SELECT 1 FROM pqueue.queue_tasks LIMIT 1;
 -- FINISHED_JOBS
 -- Without those that hold a key for a time: another job may have it before they are copied.
 -- $1 after
-SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error FROM pqueue.jobs WHERE id > $1 AND finished_at IS NOT NULL AND key_expires_at IS NULL
+SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta FROM pqueue.jobs WHERE id > $1 AND finished_at IS NOT NULL AND key_expires_at IS NULL
 ORDER BY id LIMIT 1000;
 
 -- SAVE_SCHEDULE
@@ -813,26 +816,27 @@ SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = 27234830 AN
 -- ENQUEUE_ALONE
 -- Do what ENQUEUE does. The trigger enforces the limit for a pending job without a key.
 -- $1 task, $2 payload, $3 state, $4 priority, $5 run_at, $6 max_attempts, $7 key, $8 key_until, $9 key_expires_at, $10
--- assigned_to, $11 now, $12 queue
+-- assigned_to, $11 meta, $12 now, $13 queue
 INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, max_attempts, key, key_until, key_expires_at, assigned_to,
-    created_at)
+    meta, created_at)
 SELECT name, $1, $2, $3, $4, $5, $6, $7, $8, $9,
-    $10, $11
+    $10, $11, $12
 FROM pqueue.queues
-WHERE name = $12 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $12 AND task = $1) AND CASE WHEN max_pending IS NULL THEN true WHEN CAST($3 AS text) = 'pending' AND CAST($10 AS text) IS NULL AND CAST($7 AS text) IS NULL THEN max_pending > (SELECT pending + (SELECT coalesce(sum(delta), 0) FROM pqueue.pending_changes d WHERE d.queue = c.queue) FROM pqueue.pending_counts c WHERE c.queue = name) ELSE max_pending > pqueue.count_pending(name) END
+WHERE name = $13 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $13 AND task = $1) AND CASE WHEN max_pending IS NULL THEN true WHEN CAST($3 AS text) = 'pending' AND CAST($10 AS text) IS NULL AND CAST($7 AS text) IS NULL THEN max_pending > (SELECT pending + (SELECT coalesce(sum(delta), 0) FROM pqueue.pending_changes d WHERE d.queue = c.queue) FROM pqueue.pending_counts c WHERE c.queue = name) ELSE max_pending > pqueue.count_pending(name) END
 ON CONFLICT DO NOTHING
 RETURNING id;
 
 -- ENQUEUE_MANY_ALONE
 -- Do what ENQUEUE_MANY does.
--- $1 queue, $2 task, $3 state, $4 assigned_to, $5 number, $6 priority, $7 run_at, $8 max_attempts, $9 now, $10 payloads
+-- $1 queue, $2 task, $3 state, $4 assigned_to, $5 number, $6 priority, $7 run_at, $8 max_attempts, $9 meta, $10 now,
+-- $11 payloads
 WITH open AS MATERIALIZED (
     SELECT name FROM pqueue.queues
     WHERE name = $1 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $1 AND task = $2) AND CASE WHEN max_pending IS NULL THEN true WHEN CAST($3 AS text) = 'pending' AND CAST($4 AS text) IS NULL THEN max_pending - $5 >= (SELECT pending + (SELECT coalesce(sum(delta), 0) FROM pqueue.pending_changes d WHERE d.queue = c.queue) FROM pqueue.pending_counts c WHERE c.queue = name) ELSE max_pending - $5 >= pqueue.count_pending(name) END)
-INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, created_at)
+INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, meta, created_at)
 SELECT name, $2, substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2), $3, $6, $7,
-    $8, $4, $9
-FROM open CROSS JOIN json_array_elements(CAST($10 AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n
+    $8, $4, $9, $10
+FROM open CROSS JOIN json_array_elements(CAST($11 AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n
 RETURNING id;
 
 -- CLAIM_ALONE
@@ -862,7 +866,7 @@ SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at
             ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
             ORDER BY best.priority DESC, best.run_at, best.id LIMIT $8 FOR UPDATE OF jobs SKIP LOCKED) locked
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
-RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error)
+RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta)
 SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN current_setting('synchronous_commit')
     ELSE 'off' END, true), (SELECT count(*) FROM heads), taken.* FROM (SELECT) one LEFT JOIN taken ON true;
 
@@ -898,7 +902,7 @@ SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at
             ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
             ORDER BY best.priority DESC, best.run_at, best.id LIMIT $11 FOR UPDATE OF jobs SKIP LOCKED) locked
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
-RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error)
+RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta)
 SELECT CASE WHEN (SELECT count(*) FROM done) < $12 THEN ARRAY(SELECT id FROM done) END,
     (SELECT count(*) FROM heads), taken.*
 FROM (SELECT) one LEFT JOIN taken ON true;

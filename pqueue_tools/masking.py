@@ -70,7 +70,8 @@ def masked_text(text: str) -> str:
 
 def masked_job(job: Job) -> Job:
     """Return the job with secrets masked."""
-    return job._replace(payload=masked(job.payload), result=masked(job.result), error=masked_error(job.error))
+    long = {"payload": masked(job.payload), "result": masked(job.result), "error": masked_error(job.error)}
+    return job._replace(**long, meta=masked(job.meta))
 
 
 def masked_error(error: str | None) -> str | None:
