@@ -1,8 +1,8 @@
 """Schedules: jobs that are enqueued at certain times.
 
-A schedule is a row with the time of its next job. When a consumer dequeues after that time, the job is inserted and the
-time advanced in one transaction, provided that the time is still the same. So each time gets one job, however many
-consumers there are, and whenever one is killed.
+A schedule is a row with the time of its next job. When a consumer dequeues after that time, it inserts the job and
+advances the time in one transaction, which holds the write lock (on PostgreSQL, a lock of the row). So each time gets
+one job, however many consumers there are, and whenever one is killed.
 """
 
 from __future__ import annotations
@@ -71,9 +71,8 @@ SELECT {COLUMNS} FROM schedules WHERE paused = 0 AND next_at <= :now
     AND NOT EXISTS (SELECT 1 FROM history WHERE job_id = 0 AND event IN {MOVES})
 ORDER BY next_at, name LIMIT :limit"""
 
-# Advance a schedule, unless another transaction has.
-# guard: a schedule fires once for each time
-ADVANCE = "UPDATE schedules SET next_at = :next_at WHERE name = :name AND next_at = :at"
+# Advance a schedule.
+ADVANCE = "UPDATE schedules SET next_at = :next_at WHERE name = :name"
 
 # Record the last job of a schedule.
 FIRED = "UPDATE schedules SET last_at = :at, last_job_id = :job_id WHERE name = :name"
@@ -201,9 +200,10 @@ class Scheduling(Backend):
             except ValueError:  # this host does not know the time zone: leave it to others
                 continue
             times, next_at = due_times(times_of, found.next_at, found.on_missed, now, MAX_FIRED)
-            if session.change(ADVANCE, {"name": found.name, "at": found.next_at, "next_at": next_at}):
-                for at in times:
-                    self._fire(session, found, at, now)
+            # guard: a schedule fires once for each time
+            session.change(ADVANCE, {"name": found.name, "next_at": next_at})
+            for at in times:
+                self._fire(session, found, at, now)
 
     def _fire(self, session: Session, schedule: Schedule, at: float, now: float) -> None:
         # guard: runs of a schedule do not overlap

@@ -777,9 +777,9 @@ SELECT name, task, payload, queue, priority, cron, zone, every_seconds, on_misse
 ORDER BY next_at, name LIMIT $2 FOR UPDATE SKIP LOCKED;
 
 -- ADVANCE
--- Advance a schedule, unless another transaction has.
--- $1 next_at, $2 name, $3 at
-UPDATE pqueue.schedules SET next_at = $1 WHERE name = $2 AND next_at = $3;
+-- Advance a schedule.
+-- $1 next_at, $2 name
+UPDATE pqueue.schedules SET next_at = $1 WHERE name = $2;
 
 -- FIRED
 -- Record the last job of a schedule.
