@@ -114,6 +114,17 @@ READING = [
         "--key",
         "k",
     ],
+    ["change", "5", "--priority", "3", "--json"],
+    ["run-now", "6"],
+    ["schedule", "nightly", "work", "[1]", "--cron", "@daily", "--zone", "Asia/Tokyo", "--on-missed", "all"],
+    ["schedule", "pulse", "work", "--every", "5m", "--overlap", "--json"],
+    ["schedule", "wrong", "work", "--cron", "* * *"],
+    ["schedules"],
+    ["schedules", "-o", "json"],
+    ["pause-schedule", "pulse"],
+    ["resume-schedule", "pulse"],
+    ["unschedule", "pulse", "--json"],
+    ["unschedule", "pulse"],
     ["resubmit", "2"],
     ["resubmit", "--status", "failed", "--yes"],
     ["mark-failed", "5", "--error", "by hand"],
@@ -227,6 +238,7 @@ def test_operator_reads_what_was_logged_about_a_job(front, folder, run):
 
 def test_operator_whose_folder_has_no_queue_creates_none(front, folder, run):
     values = {"job_id": "1", "task": "t", "queue": "default", "max_pending": "5", "consumer": "c", "file": "x.db"}
+    values["schedule"] = "nightly"
     for name in sorted(set(admin.COMMANDS) - {"torture", "monitor", "restore", "logs", "completion"}):
         required = [each for each in admin.COMMANDS[name].parameters if not each.is_option]
         code, _, err = run(name, *[values[each.key] for each in required if each.key in values])
