@@ -639,7 +639,7 @@ def test_consumer_in_a_thread_works_without_signals_and_stops_when_asked(place):
     queue = place.queue()
     before = [signal.getsignal(number) for number in range(1, 65) if number not in (32, 33)]
     go_on = place.folder / "go-on"
-    with registered("slow", lambda _: wait_until(go_on.exists)), registered("quick", lambda job: job.payload):
+    with registered("slow", lambda: wait_until(go_on.exists)), registered("quick", lambda job: job.payload):
         runner = Consumer(queue, "embedded", lease_seconds=0.6)
         thread = threading.Thread(target=runner.run)
         thread.start()
@@ -660,7 +660,7 @@ def test_consumer_in_a_thread_works_without_signals_and_stops_when_asked(place):
 def test_consumer_in_a_thread_never_ends_the_application(place, error):
     queue = place.queue()
 
-    def fall(_):
+    def fall():
         raise error
 
     def cancelled(job):
