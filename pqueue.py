@@ -328,7 +328,7 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling):
             if not ids and (found := self._holder(session, row)):
                 # guard: the id of a job that was there is not new
                 return JobId.of_queue(self, found, is_new=False)
-            if not ids and ((row["key"] and session.change(FREE_KEY, row)) or self._add_queue(session, row)):
+            if not ids and (self._add_queue(session, row) or (row["key"] and session.change(FREE_KEY, row))):
                 ids = session.insert(sql, row)
             if ids:
                 return JobId.of_queue(self, ids)

@@ -439,6 +439,8 @@ def test_documented_grants_suffice_and_no_more_is_possible(roles):
     with closing(pqueue.open_queue(producer)) as queue:
         queue.enqueue("t", key="k")
         queue.enqueue("t", key="k")
+        queue.enqueue("t", key="hourly", key_seconds=3600, now=1.0)
+        assert queue.enqueue("t", key="hourly", key_seconds=3600).is_new
         queue.enqueue_many("t", range(3), queue="new")
         queue.enqueue("t", queue="limited")
         with pytest.raises(QueueError, match=r"role producer_\w+ lacks INSERT, UPDATE, DELETE on table pqueue.history"):
