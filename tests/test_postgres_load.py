@@ -89,6 +89,7 @@ def test_claim_locks_hardly_more_rows_than_it_takes(queue, queues, limit):
         "token": "t.1",
         "now": 2e9,
         "lease_expires_at": 3e9,
+        "known_attempts": None,
     }
     for width in pqueue_postgres.WIDTHS:
         sql, names = pqueue_postgres.translated(pqueue_postgres.claim_alone(width))
