@@ -172,6 +172,17 @@ def back_up(queue: PersistentQSQLite, _: Any) -> None:
     assert facts(target) == facts(queue.path)
 
 
+def enqueue_joined(queue: PersistentQSQLite, _: Any) -> None:
+    """Enqueue in a transaction of the application's own connection."""
+    with closing(sqlite3.connect(queue.path)) as own:
+        own.execute("PRAGMA synchronous = FULL -- for business")
+        with own:
+            own.execute("INSERT INTO business VALUES (2)")
+            with queue.join(own):
+                queue.enqueue("t", [2], now=NOW)
+                queue.enqueue_many("new", range(3), queue="new", now=NOW)
+
+
 OPERATIONS = {
     "enqueue": Operation(lambda q, _: q.enqueue("t", {"n": 1}, now=NOW)),
     "enqueue to a new queue": Operation(lambda q, _: q.enqueue("t", queue="new", now=NOW)),
@@ -235,6 +246,7 @@ OPERATIONS = {
     "delete all jobs": Operation(lambda q, _: q.delete_jobs(force=True), states=2),
     "heartbeat": Operation(lambda q, _: q.heartbeat("w", completed=3, now=NOW), take),
     "transaction": Operation(transact, take),
+    "join": Operation(enqueue_joined),
     "leave": Operation(lambda q, _: q.leave("w", now=NOW), take),
     "close, which takes leave": Operation(lambda q, _: at_that_time(q, q.close), take),
     "backup": Operation(back_up, states=1),
