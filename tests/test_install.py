@@ -30,7 +30,7 @@ from pqueue_sqlite import PersistentQSQLite
 
 with closing(open_queue()) as queue:
     queue.enqueue("sum_up", [1], prioritty=3)
-    queue.peek()
+    queue.glance()
     job: int = queue.dequeue("w")
     queue.pause(["default"])
     queue.change_everything()
@@ -52,7 +52,7 @@ size: int = resize.enqueue("a.png", width=100).result()
 """
 FAULTS = {
     6: 'Unexpected keyword argument "prioritty"',
-    7: 'has no attribute "peek"',
+    7: 'has no attribute "glance"',
     8: "Incompatible types in assignment",
     9: 'has incompatible type "list[str]"',
     10: 'has no attribute "change_everything"',
