@@ -407,10 +407,10 @@ def metadata(function: Metadata) -> Metadata:
 
 def new_meta() -> str | None:
     """Return the `meta` of a new job as JSON; None: nothing."""
-    current = _current.get()
-    if current is None and not _METADATA:
+    job = current_job()
+    if job is None and not _METADATA:
         return None
-    found = dict(current[1].meta or {}) if current else {}
+    found = dict((job and job.meta) or {})
     for function in _METADATA.values():
         found.update(function())
     return encode_json("meta", found) if found else None

@@ -581,8 +581,9 @@ def test_no_escape_of_a_job_reaches_a_log(place):
         queue.enqueue("odd", {"file": ESCAPES}, max_attempts=1)
         queue.enqueue("prepend_timestamp", {"file": f"x{ESCAPES}"}, max_attempts=1)
         with queue.transaction() as db:
-            db.execute("INSERT INTO jobs SELECT 9, queue, ?, payload, state, 0, run_at, 0, 1, NULL, NULL, NULL, NULL, NULL, "
-                       "created_at, NULL, NULL, NULL, NULL, NULL FROM jobs WHERE id = 1", [ESCAPES])  # fmt: skip
+            columns = "queue, payload, state, priority, run_at, max_attempts, created_at"
+            row = f"INSERT INTO jobs (id, task, {columns}) SELECT 9, ?, {columns} FROM jobs WHERE id = 1"
+            db.execute(row, [ESCAPES])
         done = place.run("consumer.py", "--import", "my_tasks", "--import", "pqueue_tools.file_task", "--drain")
         assert queue.stats()["states"]["failed"] == 2
     assert (done.returncode, is_harmless(done.stdout + done.stderr)) == (1, True)
