@@ -408,7 +408,7 @@ def run_now(queue: PersistentQInterface, options: argparse.Namespace) -> Command
     JOBS,
     "change",
     JOB_ID,
-    Parameter("--payload", "new payload, JSON", json_value, metavar="JSON"),
+    Parameter("--payload", "new payload, JSON", lambda text: [json_value(text)], metavar="JSON"),
     Parameter("--priority", "new priority", whole_number(-(2**31)), metavar="N"),
     Parameter("--delay", "new delay, from now: 90s, 15m, 12h, 7d", duration, metavar="DURATION"),
     Parameter("--to-queue", "the queue to move it to", metavar="QUEUE"),
@@ -420,13 +420,15 @@ def run_now(queue: PersistentQInterface, options: argparse.Namespace) -> Command
 def change(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Change a job that no consumer has taken."""
     given = {
-        "payload": options.payload,
         "priority": options.priority,
         "delay_seconds": options.delay,
         "queue": options.to_queue,
         "max_attempts": options.max_attempts,
     }
-    if not (given := {name: value for name, value in given.items() if value is not None}):
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.payload is not None:  # a list, as the payload may be null
+        given["payload"] = options.payload[0]
+    if not given:
         raise UsageError("change: expected an option such as --priority; see --help")
     queue.change(options.job_id, **given)
     return CommandResult([{"job": options.job_id, "done": "changed"}], f"changed job {options.job_id}")
@@ -497,11 +499,14 @@ def limit(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
 def _set_queue(
     queue: PersistentQInterface, options: argparse.Namespace, act: Callable[[str], None], done: str
 ) -> CommandResult:
-    known = queue.stats()["queues"]
-    if options.queue not in known:
-        raise Problem(f"no queue {options.queue!r}; there are: {', '.join(known) or 'none'}")
-    act(options.queue)
-    return CommandResult([{"queue": options.queue, "done": done}], f"queue {options.queue} {done}")
+    return _change("queue", options.queue, queue.stats()["queues"], act, done)
+
+
+def _change(kind: str, name: str, known: Iterable[str], act: Callable[[str], object], done: str) -> CommandResult:
+    if name not in known:
+        raise Problem(f"no {kind} {name!r}; there are: {', '.join(known) or 'none'}")
+    act(name)
+    return CommandResult([{kind: name, "done": done}], f"{kind} {name} {done}")
 
 
 @command(INSPECT, "schedules")
@@ -521,7 +526,11 @@ def schedules(queue: PersistentQInterface, options: argparse.Namespace) -> Comma
     Parameter("--zone", "time zone of the cron expression", default="UTC", metavar="ZONE"),
     Parameter("--every", "an interval instead: 90s, 15m, 12h, 7d", duration, metavar="DURATION"),
     Parameter(
-        "--on-missed", "what to make up for", one_of(*pqueue_cron.ON_MISSED), "once", "|".join(pqueue_cron.ON_MISSED)
+        "--on-missed",
+        "which missed times get a job",
+        one_of(*pqueue_cron.ON_MISSED),
+        "once",
+        "|".join(pqueue_cron.ON_MISSED),
     ),
     Parameter("--overlap", "also while the previous job is unfinished", flag=True),
     Parameter("--queue", "queue of the jobs", default="default", metavar="QUEUE"),
@@ -568,11 +577,7 @@ def unschedule(queue: PersistentQInterface, options: argparse.Namespace) -> Comm
 def _change_schedule(
     queue: PersistentQInterface, options: argparse.Namespace, act: Callable[[str], object], done: str
 ) -> CommandResult:
-    known = [each.name for each in queue.schedules()]
-    if options.schedule not in known:
-        raise Problem(f"no schedule {options.schedule!r}; there are: {', '.join(known) or 'none'}")
-    act(options.schedule)
-    return CommandResult([{"schedule": options.schedule, "done": done}], f"schedule {options.schedule} {done}")
+    return _change("schedule", options.schedule, [each.name for each in queue.schedules()], act, done)
 
 
 @command(INSPECT, "consumers", Parameter("--all", "include stopped and dead consumers", flag=True))

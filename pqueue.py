@@ -1226,7 +1226,7 @@ def _url(url: str | os.PathLike[str] | None) -> str:
         raise ValueError(f"expected a path or a URL as str or Path, got {short(url)}")
     # guard: an empty name is no path
     if text is not None and not text.strip():
-        raise ValueError(f"expected a path or a URL, got {text!r}; None stands for $PQUEUE_URL or {DEFAULT_URL}")
+        raise ValueError(f"expected a path or a URL, got {text!r}; None means $PQUEUE_URL or {DEFAULT_URL}")
     if isinstance(url, str) and re.match(r"\s*(host|hostaddr|port|dbname|user|password|service|sslmode)\s*=", url):
         raise ValueError(
             "expected a path or a URL such as postgresql://USER@HOST:PORT/DATABASE, got a connection string of libpq"

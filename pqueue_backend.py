@@ -197,7 +197,7 @@ class Backend(ABC):
 
     @abstractmethod
     def _open_watch(self) -> Watch:
-        """Return what tells a thread that jobs have finished."""
+        """Return the means by which a thread learns that jobs have finished."""
 
     @property
     @abstractmethod

@@ -43,7 +43,7 @@ class Cron:
     matches, as in crontab(5). `@hourly`, `@daily`, `@weekly`, `@monthly` and `@yearly` are abbreviations.
 
     A local time that is skipped when clocks are set forward is due at the end of the gap, once. One that is repeated
-    when they are set back is due the first time only. With `*` as the hour, the schedule goes on by elapsed time.
+    when they are set back is due the first time only. With `*` as the hour, the schedule continues by elapsed time.
 
     Raises ValueError for an invalid expression, or one that never matches.
     """

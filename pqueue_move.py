@@ -43,7 +43,7 @@ COPIED = {
 }
 NAMED_TABLES = ("queues", "schedules")  # small ones whose key is a name
 PAGE = 1000  # rows
-# What tells whether a job has changed since it was copied: all but the long columns, which do not change alone
+# The columns by which a job is compared with its copy: all but the long ones, which do not change alone
 OUTLINE = ", ".join(name for name in Job._fields if name not in ("payload", "result", "error"))
 # A row in the history of a target that `copy_finished_to` has begun to fill, and whose jobs may be replaced.
 PARTIAL = "SELECT 1 FROM history WHERE id = -1"

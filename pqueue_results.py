@@ -23,7 +23,7 @@ Finished = Callable[[list[int]], dict[int, Job | JobNotFound]]
 
 
 class Polling:
-    """Reads the states again and again, where nothing tells that a job has finished."""
+    """Reads the states again and again, where there is no notification of finished jobs."""
 
     def __init__(self) -> None:
         self._event = threading.Event()

@@ -127,7 +127,7 @@ class Scheduling(Backend):
         cron: see `pqueue_cron.Cron`; zone: the time zone, a name such as "Europe/Berlin".
         every_seconds: instead of cron, the interval; the first job is due one interval from now.
         on_missed: what to do about times that passed while no consumer was running: "once" enqueues one job for the
-            last of them, "skip" none for times more than a minute ago, "all" one for each, which may run side by side.
+            last of them, "skip" none for times more than a minute ago, "all" one for each; these may run at once.
         overlap: also enqueue a job while the previous one is unfinished; otherwise that time is skipped.
 
         Raises ValueError.
@@ -182,7 +182,7 @@ class Scheduling(Backend):
             if not rows:
                 raise QueueError(f"cannot find schedule {name!r}: expected one of schedules()")
             found, next_at = _schedule(rows[0]), None
-            # guard: times while a schedule was paused are not made up for
+            # guard: a time while a schedule was paused gets no job
             if found.paused and not paused and found.next_at <= self._time(now):
                 next_at = timing(found.cron, found.zone, found.every_seconds).next(self._time(now))
             session.change(SET_SCHEDULE_PAUSED, {"name": name, "paused": paused, "next_at": next_at})

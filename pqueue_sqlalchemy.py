@@ -1231,8 +1231,7 @@ class OnPostgres(PersistentQSQLAlchemy):
     def other_tables(self) -> list[str]:
         """Return the names of the tables and views in the queue's schema that are not ours."""
         sql = "SELECT table_name::text FROM information_schema.tables WHERE table_schema = :schema ORDER BY 1"
-        ours = TABLES
-        return [row[0] for row in self._read(sql, {"schema": self.schema}) if row[0] not in ours]
+        return [row[0] for row in self._read(sql, {"schema": self.schema}) if row[0] not in TABLES]
 
     def _lock_out_writers(self, session: Session) -> None:
         session.run(setting({COPYING: "on"}, for_good=False))

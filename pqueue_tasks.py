@@ -242,7 +242,7 @@ def task(
     """Register a function as a task, and replace it with the `Task`: `@task`, or `@task(…)` with options.
 
     name: the name of the task; None: that of the function.
-    max_attempts: how often a job may be delivered, unless it was enqueued with a number of its own.
+    max_attempts: how often a job may be delivered, unless it was enqueued with another number.
     timeout_seconds: the time limit of an attempt in a consumer, also a timedelta; None: no limit.
     memory_mb: how many MB of memory an attempt may add to its process, with its subprocesses; None: no limit.
     retry_on: an exception class or a tuple of them; after any other exception, the job is `failed` at once.
@@ -383,7 +383,8 @@ def around(hook: Hook) -> Hook:
     """Run each job inside this generator function, which takes the `Job` and yields once; return it.
 
     The first one registered is the outermost. What it raises counts as raised by the task, and it sees, where it
-    yields, what the task raises; if it does not raise that again, the job is completed without a result.
+    yields, what the task raises; if it does not raise that again, the job is completed without a result. Another
+    function of the same module and qualified name replaces it, as when the module is reloaded.
     """
     if not inspect.isgeneratorfunction(cast(Any, hook)):
         raise ValueError(f"expected a generator function that yields once, got {short(hook)}")
@@ -399,7 +400,8 @@ def metadata(function: Metadata) -> Metadata:
     """Store what this function returns, a dict, in the `meta` of each job that this process enqueues; return it.
 
     It is called once for each call of `enqueue` or `enqueue_many`, which raises what it raises. A job that is enqueued
-    by a task also has the `meta` of that task's job, except for keys that the function returns.
+    by a task also has the `meta` of that task's job, except for keys that the function returns. Another function of the
+    same module and qualified name replaces it, as when the module is reloaded.
     """
     _METADATA[_place(function)] = function
     return function

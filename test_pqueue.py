@@ -1673,9 +1673,9 @@ class QueueContract:
         with mock.patch("pqueue_move.FINISHED_JOBS", pqueue_move.FINISHED_JOBS.replace("LIMIT 1000", "LIMIT 3")):
             self.fill_with_finished_jobs(20)
             queue.enqueue_many("t", range(3), queue="pending")
-            told = []
-            self.assertEqual(queue.copy_finished_to(target, told.append), 20)
-        self.assertEqual(told, [3, 6, 9, 12, 15, 18, 20])
+            progress = []
+            self.assertEqual(queue.copy_finished_to(target, progress.append), 20)
+        self.assertEqual(progress, [3, 6, 9, 12, 15, 18, 20])
         self.assertEqual((target.count_jobs(), target.is_partial_copy(), queue.is_partial_copy()), (20, True, False))
         self.assertIsNone(target.dequeue("w"))
         for job_id in (1, 2, 3):
@@ -2656,7 +2656,7 @@ class QueueContract:
         self.assertEqual((found.next_at, found.last_at, found.skipped), (NOW + 40, NOW + 30, 0))
         self.assertEqual(self.queue.get(found.last_job_id).run_at, NOW + 30)
 
-    def test_schedule_makes_up_for_missed_times_as_it_says(self):
+    def test_schedule_enqueues_jobs_for_missed_times_as_it_says(self):
         for on_missed, expected in (
             ("once", [300, None, None, None]),
             ("skip", [None, None, None, None]),
@@ -2713,7 +2713,7 @@ class QueueContract:
         self.queue.schedule("tick", "other", cron="0 0 * * *", zone="Asia/Tokyo", now=NOW + 5)
         self.assertEqual(self.queue.schedules()[0].next_at % 86400, 15 * 3600)
 
-    def test_schedule_that_is_paused_makes_up_for_nothing(self):
+    def test_schedule_that_is_paused_gets_no_job_for_that_time(self):
         self.queue.schedule("tick", "t", every_seconds=10, on_missed="all", now=NOW)
         self.queue.pause_schedule("tick")
         self.assertEqual(self.fired(10, 20, 35), [None] * 3)
@@ -2799,7 +2799,7 @@ class QueueContract:
             raise ZeroDivisionError
         self.assertEqual(self.fired(10), [10])
 
-    def test_schedule_fires_once_for_each_time_whoever_dequeues(self):
+    def test_schedule_fires_once_for_each_time_with_several_consumers(self):
         self.queue.schedule("tick", "t", every_seconds=1, on_missed="all", now=NOW)
         self.queue.schedule("tock", "t", every_seconds=2, on_missed="all", now=NOW)
         queues = [self.reopen() for _ in range(4)]

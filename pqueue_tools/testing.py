@@ -1,4 +1,4 @@
-"""Helpers for tests of an application: a queue of its own for each test, and jobs that run in the test's process.
+"""Helpers for tests of an application: a new queue for each test, and jobs that run in the test's process.
 
 pytest has the fixtures of pqueue_tools/pytest_plugin.py when pqueue is installed.
 """

@@ -273,7 +273,7 @@ class Consumer:
         self._slot.end()
 
     def _run_coroutine(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """Run an async task in an event loop of its own. An interrupt cancels it; a second one ends the loop."""
+        """Run an async task in a separate event loop. An interrupt cancels it; a second one ends the loop."""
         import asyncio  # only for async tasks: it takes 30 ms
 
         from pqueue_tools.concurrency import open_transaction, watch_tasks

@@ -879,6 +879,9 @@ def test_operator_runs_a_scheduled_job_now_and_changes_a_waiting_one(front, queu
     job = queue.get(first)
     assert (job.payload, job.priority, job.queue, job.state) == ({"n": 2}, 7, "slow", "scheduled")
     assert queue.history(first)[-1]["event"] == "changed payload, priority, time, queue"
+    assert run("change", first, "--payload", "null")[0] == 0
+    assert queue.get(first).payload is None
+    assert run("change", first, "--payload", "{")[0] == 2
     assert run("change", second)[0] == 2
     assert run("change", second, "--max-attempts", 0)[0] == 2
     queue.cancel(second)

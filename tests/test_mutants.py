@@ -128,7 +128,7 @@ MUTANTS = [
     Mutant("a queue that is moved fires no schedule", "contract: takes_its_schedules_along", "{MOVES}", "('')"),
     Mutant("a schedule keeps its next time unless that is what changes", "contract: keeps_its_next_time", "not before or before[0][TIMED] != defined[TIMED]", "True"),
     Mutant("a schedule that its task does not declare any more is marked", "contract: follows_its_decorator"),
-    Mutant("times while a schedule was paused are not made up for", "contract: makes_up_for_nothing"),
+    Mutant("a time while a schedule was paused gets no job", "contract: paused_gets_no_job"),
     Mutant("runs of a schedule do not overlap", "contract: while_its_job_is_unfinished", "_key(schedule.name)", "None"),
     # time and death
     Mutant("a lease is not reclaimed before it expires", HISTORY, " AND lease_expires_at <= :now", ""),

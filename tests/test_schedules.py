@@ -40,7 +40,7 @@ def declare(url):
 
 
 @pytest.mark.parametrize("backend", ["sqlite", "postgres"])
-def test_each_time_of_a_schedule_gets_one_job_whoever_is_killed(place, backend, request):
+def test_each_time_of_a_schedule_gets_one_job_although_processes_are_killed(place, backend, request):
     url = str(place.folder / "queue.db") if backend == "sqlite" else request.getfixturevalue("database")
     fork = multiprocessing.get_context("fork")
     with closing(pqueue.open_queue(url)) as queue:
