@@ -30,6 +30,7 @@ import pqueue
 import pqueue_cron
 import pqueue_restore
 from pqueue import JobNotFound, PersistentQInterface, QueueError
+from pqueue_search import fingerprint
 from pqueue_tools import monitor as live
 from pqueue_tools import supervisor
 from pqueue_tools.commands import (
@@ -54,8 +55,6 @@ from pqueue_tools.report import (
     consumer_row,
     count,
     detail,
-    failure,
-    failures,
     findings,
     first_line,
     follow_clock,
@@ -183,7 +182,7 @@ def failedjobs(queue: PersistentQInterface, options: argparse.Namespace) -> Comm
     if options.all or filters or options.before_id is not None:
         options.status = "failed"
         return _listed(queue, options)
-    groups = failures(queue)[: options.limit]
+    groups = queue.failures()[: options.limit]
     return CommandResult(
         [
             {**{key: each[key] for key in ("jobs", "task", "last_id")}, "error": _whole_error(queue, each)}
@@ -196,7 +195,7 @@ def _whole_error(queue: PersistentQInterface, group: dict[str, Any]) -> str:
     """Return the first line of the last error of a group; the groups have its beginning only."""
     with suppress(JobNotFound):
         line = first_line(queue.get(group["last_id"]).error)
-        if failure(line) == group["error"]:
+        if fingerprint(line) == group["error"]:
             return line
     return str(group["error"])
 

@@ -32,12 +32,13 @@ BATCH = 500  # jobs changed in one transaction
 class Matching(TypedDict, total=False):
     """The filters of a verb that acts on all matching jobs: see `list_jobs`."""
 
-    state: str
+    state: str | Sequence[str]
     queue: str
     task: str
     key: str
     consumer: str
     text: str
+    fingerprint: str
     created_from: float
     created_before: float
     ids: Sequence[int]

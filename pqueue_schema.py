@@ -5,7 +5,7 @@ from __future__ import annotations
 from pqueue_values import DEFAULT_MAX_ATTEMPTS, MAX_ID, Job
 
 MAX_GROUPS = 10_000  # groups of failed jobs
-FAILURE_CHARS = 80  # indexed characters of an error, by which failed jobs are grouped
+FAILURE_CHARS = 200  # indexed characters of an error, by which failed jobs are grouped
 APPLICATION_ID = 0x70717565  # "pque", in the header of an SQLite file
 
 UNFINISHED = ("scheduled", "pending", "processing")
@@ -146,7 +146,8 @@ CREATE TABLE schedules (  -- see pqueue_schedules.Schedule
         "CREATE INDEX jobs_scheduled ON jobs (run_at) WHERE state = 'scheduled'",
         "CREATE INDEX jobs_processing ON jobs (lease_expires_at) WHERE state = 'processing'",
         "CREATE INDEX jobs_finished ON jobs (state, queue, finished_at) WHERE finished_at IS NOT NULL",
-        "CREATE INDEX jobs_failed ON jobs (task, substr(error, 1, 80), id) WHERE state = 'failed'",
+        f"""CREATE INDEX jobs_failed ON jobs (task, substr(error, 1, {FAILURE_CHARS}), id, finished_at)
+           WHERE state = 'failed'""",
         f"CREATE UNIQUE INDEX jobs_key ON jobs (queue, key, {{task}}) WHERE {HOLDS_KEY}",
         "CREATE INDEX history_job ON history (job_id)",
         "CREATE INDEX consumers_running ON consumers (id) WHERE state = 'running'",
@@ -557,16 +558,20 @@ ID_RANGE = "SELECT coalesce((SELECT min(id) FROM jobs), 0), coalesce((SELECT max
 
 
 def failures(first_line: str) -> str:
-    """Count failed jobs by task and first line of the error. The LIMIT, larger than any table, keeps SQLite before 3.41
-    from flattening the subquery, and so from reading the rows instead of the index."""
+    """Count failed jobs by task and first line of the error, its digits replaced by 0: `failures` folds the rest. The
+    LIMIT, larger than any table, keeps SQLite before 3.41 from flattening the subquery, and so from reading the rows
+    instead of the index."""
+    for digit in "123456789":
+        first_line = f"replace({first_line}, '{digit}', '0')"
     return f"""
-SELECT task, {first_line} AS line, count(*), max(id) FROM (
-    SELECT task, coalesce(substr(error, 1, {FAILURE_CHARS}), '') AS error, id FROM jobs WHERE state = 'failed'
-    LIMIT {MAX_ID}) failed
-GROUP BY task, line ORDER BY count(*) DESC, max(id) DESC LIMIT {MAX_GROUPS}"""
+SELECT task, {first_line} AS line, count(*), sum(CASE WHEN finished_at >= :since THEN 1 ELSE 0 END), max(id),
+    min(finished_at), max(finished_at) FROM (
+    SELECT task, coalesce(substr(error, 1, {FAILURE_CHARS}), '') AS error, id, finished_at FROM jobs
+    WHERE state = 'failed' LIMIT {MAX_ID}) failed
+GROUP BY task, line ORDER BY max(finished_at) DESC, max(id) DESC LIMIT {MAX_GROUPS}"""
 
 
-# Return the largest groups of failed jobs.
+# Return the groups of failed jobs that were last to fail.
 FAILURES = failures("substr(error, 1, instr(error || char(10), char(10)) - 1)")
 
 TABLES = ("jobs", "queues", "queue_tasks", "consumers", "history", "schedules")

@@ -13,6 +13,7 @@ from pqueue_backend import Backend
 from pqueue_schema import (
     COLUMNS,
     COUNTS,
+    FAILURE_CHARS,
     FAILURES,
     FINISHED_BETWEEN,
     ID_RANGE,
@@ -49,12 +50,13 @@ TEXT_SCAN_IDS = ", ".join(f":id{n}" for n in range(TEXT_SCAN_JOBS))
 class Filters(NamedTuple):
     """Filters of a search; None matches any job."""
 
-    state: str | None = None  # one of STATES
+    state: str | Sequence[str] | None = None  # one of STATES, or several
     queue: str | None = None
     task: str | None = None
     key: str | None = None
     consumer: str | None = None  # the current or last one
     text: str | None = None  # see `list_jobs`
+    fingerprint: str | None = None  # of the error
     created_from: float | None = None  # Unix seconds
     created_before: float | None = None  # Unix seconds
     ids: Sequence[int] | None = None  # only these jobs
@@ -163,22 +165,34 @@ class Reading(Backend):
         return {(queue, name): jobs for queue, name, jobs in rows}
 
     def failures(self) -> list[dict[str, Any]]:
-        """Return the failed jobs grouped by task and first line of the error, the largest group first, then the newest.
+        """Return the failed jobs grouped by task and `fingerprint` of the error, the last to fail first.
 
-        Each group is a dict: "task"; "error", the line; "jobs", their number; "last_id", the highest id.
+        Each group is a dict: "task"; "error", the fingerprint; "jobs", their number; "last_hour", those that failed
+        within an hour; "last_id", the highest id; "first_at" and "last_at", when they failed, in Unix seconds.
         """
-        keys = ("task", "error", "jobs", "last_id")
-        return [dict(zip(keys, row, strict=True)) for row in self._read(FAILURES)]
+        groups: dict[tuple[str, str], dict[str, Any]] = {}
+        for task, line, jobs, last_hour, last_id, first_at, last_at in self._read(
+            FAILURES, {"since": self.now() - 3600}
+        ):
+            error = fingerprint(line)
+            empty = {"task": task, "error": error, "jobs": 0, "last_hour": 0, "last_id": last_id}
+            group = groups.setdefault((task, error), {**empty, "first_at": first_at, "last_at": last_at})
+            group["jobs"] += jobs
+            group["last_hour"] += last_hour
+            group["last_id"] = max(group["last_id"], last_id)
+            group["first_at"] = min(group["first_at"], first_at)
+        return list(groups.values())
 
     def list_jobs(
         self,
         *,
-        state: str | None = None,
+        state: str | Sequence[str] | None = None,
         queue: str | None = None,
         task: str | None = None,
         key: str | None = None,
         consumer: str | None = None,
         text: str | None = None,
+        fingerprint: str | None = None,
         created_from: float | None = None,
         created_before: float | None = None,
         ids: Sequence[int] | None = None,
@@ -189,9 +203,11 @@ class Reading(Backend):
     ) -> list[Job]:
         """Return up to `limit` jobs that match all filters given, newest first.
 
-        state, queue, task, key, consumer: equal to the job's; the consumer is the current or last one.
+        state, queue, task, key, consumer: equal to the job's; the consumer is the current or last one. Several states
+            may be given.
         text: contained in the payload, result, error or key, regardless of case and Unicode form. Strings in the
             payload or result match with or without JSON escapes.
+        fingerprint: that of the job's error, the "error" of a group in `failures`.
         created_from, created_before: enqueued in [created_from, created_before), Unix seconds.
         ids: only these jobs.
         before_id: only jobs with a smaller id. For the next page, pass the id of the last job of this one.
@@ -201,7 +217,7 @@ class Reading(Backend):
 
         Raises ValueError for a filter of the wrong type or length.
         """
-        filters = Filters(state, queue, task, key, consumer, text, created_from, created_before, ids)
+        filters = Filters(state, queue, task, key, consumer, text, fingerprint, created_from, created_before, ids)
         return self.search_jobs(
             filters, before_id=before_id, limit=limit, seconds=math.inf, excerpt=excerpt, shown=shown
         )[0]
@@ -225,7 +241,7 @@ class Reading(Backend):
         params["limit"] = valid_int("limit", 1, limit)
         most = None if excerpt is None else valid_int("excerpt", 0, excerpt)
         ends_at = time.monotonic() + seconds
-        if "text" not in params:
+        if not _is_read(params):
             rows, before = self._find(excerpt_columns(most), where, params, ends_at)
             return [to_excerpt(row, most) for row in rows], before
         jobs: list[Job] = []
@@ -239,21 +255,22 @@ class Reading(Backend):
     def count_jobs(
         self,
         *,
-        state: str | None = None,
+        state: str | Sequence[str] | None = None,
         queue: str | None = None,
         task: str | None = None,
         key: str | None = None,
         consumer: str | None = None,
         text: str | None = None,
+        fingerprint: str | None = None,
         created_from: float | None = None,
         created_before: float | None = None,
         ids: Sequence[int] | None = None,
         shown: Callable[[Job], Job] | None = None,
     ) -> int:
         """Return the number of jobs that match; the options are those of `list_jobs`."""
-        filters = Filters(state, queue, task, key, consumer, text, created_from, created_before, ids)
+        filters = Filters(state, queue, task, key, consumer, text, fingerprint, created_from, created_before, ids)
         where, params = self._matching(filters)
-        if "text" in params:
+        if _is_read(params):
             params |= {"before_id": MAX_ID, "limit": WALK_IDS}
             return sum(1 for _, row in self._with_text(shown, where, params, math.inf) if row is not None)
         places = index_conditions(params) or ["1 = 1"]
@@ -266,7 +283,7 @@ class Reading(Backend):
         """Yield the ids of jobs that may contain the text, newest first, each with its row if it does, else None."""
         load = f"SELECT {COLUMNS} FROM jobs WHERE id IN ({TEXT_SCAN_IDS}) AND {where}"
         # guard: a job that left its state is not found
-        load += " AND state = :state" if "state" in params else ""
+        load += f" AND {_in_states(params)}"
         before: int | None = params["before_id"]
         while before is not None:
             span = {**params, "before_id": before, "limit": min(params["limit"], WALK_IDS)}
@@ -274,9 +291,7 @@ class Reading(Backend):
             for start in range(0, len(rows), TEXT_SCAN_JOBS):
                 ids = [row[0] for row in rows[start : start + TEXT_SCAN_JOBS]]
                 named = {f"id{n}": ids[min(n, len(ids) - 1)] for n in range(TEXT_SCAN_JOBS)}
-                found = {
-                    row[0]: row for row in self._read(load, {**params, **named}) if _holds(row, params["text"], shown)
-                }
+                found = {row[0]: row for row in self._read(load, {**params, **named}) if _holds(row, params, shown)}
                 yield from ((job_id, found.get(job_id)) for job_id in ids)
             if before is not None:
                 yield before, None
@@ -286,8 +301,8 @@ class Reading(Backend):
         places = index_conditions(params)
         if not places:
             return self._walk(columns, where, params, ends_at)
-        if not self._are_few(places, INDEX_SCAN_JOBS // 10 if "text" in params else INDEX_SCAN_JOBS):
-            return self._walk(columns, f"{where} AND state = :state", params, ends_at)
+        if not self._are_few(places, INDEX_SCAN_JOBS // 10 if _is_read(params) else INDEX_SCAN_JOBS):
+            return self._walk(columns, f"{where} AND {_in_states(params)}", params, ends_at)
         rows = self._newest(columns, "+id", places, where, params)  # +: do not use the primary key
         return rows, rows[-1][0] if len(rows) == params["limit"] else None
 
@@ -324,7 +339,15 @@ class Reading(Backend):
         params: Params = {name: valid_filter(name, value, 255) for name, value in equal.items() if value is not None}
         where = ["1 = 1", *(f"{name} = :{name}" for name in params)]
         if filters.state is not None:
-            params["state"] = valid_state(STATES, filters.state)
+            given = [filters.state] if isinstance(filters.state, str) else filters.state
+            if not given:
+                raise ValueError("expected one state at least, got none")
+            params["state"] = ",".join(sorted({valid_state(STATES, each) for each in given}))
+        if filters.fingerprint is not None:
+            params["fingerprint"] = valid_filter("fingerprint", filters.fingerprint, FAILURE_CHARS)
+            escaped = re.sub("([!%_])", r"!\1", params["fingerprint"])
+            params["like"] = re.sub("[… ]+", "%", f"…{escaped}…")
+            where.append(f"coalesce(substr(error, 1, {FAILURE_CHARS}), '') LIKE :like ESCAPE '!'")
         if filters.text is not None:
             params["text"] = _folded(valid_filter("text", filters.text, MAX_TEXT_CHARS))
             if run := max(ASCII_RUN.findall(params["text"]), key=len, default=""):
@@ -352,10 +375,36 @@ class Reading(Backend):
 
 
 def index_conditions(filters: Params) -> list[str]:
-    """Return the conditions by which an index finds the jobs of the state; none without a state."""
+    """Return the conditions by which an index finds the jobs of the states; none without a state."""
     if filters.get("state") == "failed" and "task" in filters:
         return ["state = 'failed'"]  # the index that has the task
-    return INDEXED.get(filters.get("state", ""), [])
+    return [place for state in filters.get("state", "").split(",") for place in INDEXED.get(state, [])]
+
+
+def _in_states(filters: Params) -> str:
+    given = filters.get("state", "")
+    return "state IN ('{}')".format(given.replace(",", "', '")) if given else "1 = 1"
+
+
+def _is_read(filters: Params) -> bool:
+    """Return whether the search must read the jobs: SQL only finds those that may match."""
+    return "text" in filters or "fingerprint" in filters
+
+
+# What differs between errors of one kind: quoted text, URLs, paths, values after =, hexadecimal and other numbers. With
+# these, a fingerprint contains no password.
+VARIABLE = re.compile(
+    r"""(?<!\w)(["'`])(?:(?!\1).)*(?:\1|$)|\S*://\S*|(?<==)[^\s,;&]+|(?<![\w.])(?:~|\.\.?)?/[^\s'"]+|[\w.-]+[/\\][\w.-]+[/\\.][^\s'"]*"""
+    r"""|\b[A-Za-z]:\\[^\s'"]+|\b(?:0x[0-9a-f]+|(?=[a-f-]*\d)[0-9a-f-]{8,})\b|\d+(?:[.,:]\d+)*""",
+    re.IGNORECASE,
+)
+
+
+def fingerprint(error: str | None) -> str:
+    """Return the first line of an error, with numbers, quoted text, paths and other variable parts replaced by …"""
+    line = (error or "")[:FAILURE_CHARS].split("\n", 1)[0]
+    line = VARIABLE.sub("…", "".join(mark if mark.isprintable() else " " for mark in line))
+    return re.sub("…+", "…", " ".join(line.split())[: FAILURE_CHARS // 2]) or "…"
 
 
 def excerpt_columns(most: int | None) -> str:
@@ -381,11 +430,17 @@ def _folded(text: str) -> str:
 _show_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
-def _holds(row: Sequence[Any], needle: str, shown: Callable[[Job], Job] | None) -> bool:
-    """Return whether the job contains the text: in the JSON of its payload or result, in one of their strings, in its
-    error or in its key."""
+def _holds(row: Sequence[Any], filters: Params, shown: Callable[[Job], Job] | None) -> bool:
+    """Return whether the job has the error, and contains the text: in the JSON of its payload or result, in one of
+    their strings, in its error or in its key."""
+    job, needle = to_job(row), filters.get("text")
+    # guard: a search by error finds one group
+    if "fingerprint" in filters and fingerprint(job.error) != filters["fingerprint"]:
+        return False
+    if needle is None:
+        return True
     # guard: a search matches only the displayed text
-    job = to_job(row) if shown is None else shown(to_job(row))
+    job = job if shown is None else shown(job)
     for value in (job.payload, *([] if job.result is None else [job.result])):
         if needle in _folded(_show_json(value)):
             return True

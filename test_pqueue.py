@@ -2281,19 +2281,65 @@ class QueueContract:
         self.queue.mark_failed(last, "by hand")
         self.queue.fail(self.another(), "by hand")  # it is tried again
         groups = [(each["task"], each["error"], each["jobs"]) for each in self.queue.failures()]
-        self.assertEqual(groups, [("a", "ValueError: x", 2), ("a", "by hand", 1), ("b", "ValueError: x", 1)])
-        self.assertEqual(self.queue.failures()[1]["last_id"], last)
+        self.assertEqual(groups, [("a", "by hand", 1), ("b", "ValueError: x", 1), ("a", "ValueError: x", 2)])
+        self.assertEqual(self.queue.failures()[0]["last_id"], last)
 
-    def test_groups_of_failures_are_complete_though_their_errors_go_on_differently(self):
-        errors = [f"{line}\n  line {n}" for n in range(3) for line in ("x" * 79, "x" * 80, "x" * 81, "")] + [
-            "",
-            "x" * 79,
+    def test_operator_sees_when_a_group_failed_first_and_last(self):
+        now = self.queue.now()
+        for age in (7200, 60, 600, 7000):
+            self.queue.mark_failed(self.queue.enqueue("t", now=now - 9000), f"order {age} is gone", now=now - age)
+        (group,) = self.queue.failures()
+        shown = {"task": "t", "error": "order … is gone", "jobs": 4, "last_hour": 2, "last_id": 4}
+        self.assertEqual(group, {**shown, "first_at": now - 7200, "last_at": now - 60})
+
+    def test_errors_that_differ_in_variable_parts_only_are_one_group(self):
+        groups = [
+            ("order … declined (…) again", "order 228 declined (1) again"),
+            ("KeyError: …", "KeyError: 'ann'", 'KeyError: "it\'s"', "KeyError: 'cut"),
+            ("order … declined (…)", "order 228 declined (1.5)", "order 7 declined (12:30:01)"),
+            ("no file … at …", "no file /tmp/a b.txt at x/y.z".replace(" b", "b"), "no file ~/c at ../d"),
+            ("no page …", "no page https://example.org/1?a=b", "no page postgres://u:secret@h/db"),
+            ("id … is gone", "id 3f2a9c1d-0000-4000-8000-123456789abc is gone", "id 0xDEAD is gone"),
+            (
+                "can't read I/O state: retry=… later",
+                "can't read I/O state: retry=no later",
+                "can't read I/O state: retry=yes later\n  line 2",
+            ),
+            ("x" * 100, "x" * 99 + "x", "x" * 101, "x" * 300),
+            ("…", "", "7", "\n  line 2", "\t"),
         ]
-        self.queue.enqueue_many("t", errors)
-        for error in errors:
-            self.queue.fail(self.queue.dequeue("w"), error, retry=False)
-        groups = [(each["error"], each["jobs"], each["last_id"]) for each in self.queue.failures()]
-        self.assertEqual(groups, [("x" * 80, 6, 11), ("x" * 79, 4, 14), ("", 4, 13)])
+        ids: dict[str, list[int]] = {}
+        for error, *members in groups:
+            for member in members:
+                ids.setdefault(error, []).append(self.queue.enqueue("t"))
+                self.queue.mark_failed(ids[error][-1], member)
+            self.queue.mark_failed(self.queue.enqueue("other"), members[0])
+        found = {each["error"]: each["jobs"] for each in self.queue.failures() if each["task"] == "t"}
+        self.assertEqual(found, {error: len(members) for error, members in ids.items()})
+        for error, members in ids.items():
+            self.assertEqual([job.id for job in self.queue.list_jobs(task="t", fingerprint=error)], members[::-1])
+            self.assertEqual(self.queue.count_jobs(state="failed", fingerprint=error), len(members) + 1)
+        error, members = next(iter(ids.items()))
+        self.assertEqual(self.queue.resubmit_where(state="failed", task="t", fingerprint=error), len(members))
+        self.assertEqual({job.id for job in self.queue.list_jobs(state="pending")}, set(members))
+
+    def test_search_finds_jobs_in_any_of_several_states(self):
+        ids = self.queue.enqueue_many("t", range(4))
+        self.queue.cancel(ids[0])
+        self.queue.mark_failed(ids[1])
+        self.queue.dequeue("w")
+        for states, found in [
+            (["failed"], ids[1:2]),
+            (["failed", "cancelled"], ids[:2]),
+            (("pending", "failed", "failed"), [ids[1], ids[3]]),
+            (pqueue.STATES, ids),
+        ]:
+            self.assertEqual([job.id for job in self.queue.list_jobs(state=states)], found[::-1])
+            self.assertEqual([job.id for job in self.queue.list_jobs(state=states, text="")], found[::-1])
+            self.assertEqual(self.queue.count_jobs(state=states, task="t"), len(found))
+        for wrong in ([], ["failed", "nosuch"], "failed,pending", [7]):
+            with self.assertRaises(ValueError):
+                self.queue.list_jobs(state=wrong)
 
     def test_operator_sees_what_happened_between_two_moments(self):
         for at in (100, 110, 120, 130, 140):

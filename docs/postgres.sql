@@ -124,7 +124,8 @@ CREATE INDEX jobs_processing ON pqueue.jobs (lease_expires_at) WHERE state = 'pr
 
 CREATE INDEX jobs_finished ON pqueue.jobs (state, queue, finished_at) WHERE finished_at IS NOT NULL;
 
-CREATE INDEX jobs_failed ON pqueue.jobs (task, substr(error, 1, 80), id) WHERE state = 'failed';
+CREATE INDEX jobs_failed ON pqueue.jobs (task, substr(error, 1, 200), id, finished_at)
+           WHERE state = 'failed';
 
 CREATE UNIQUE INDEX jobs_key ON pqueue.jobs (queue, key, hashtextextended(task, 0)) WHERE key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('scheduled', 'pending', 'processing')
     AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL));
@@ -689,12 +690,14 @@ AND NOT EXISTS (SELECT 1 FROM pqueue.history JOIN pqueue.jobs ON jobs.id = job_i
 SELECT coalesce((SELECT min(id) FROM pqueue.jobs), 0), coalesce((SELECT max(id) FROM pqueue.jobs), -1) + 1;
 
 -- FAILURES
--- Return the largest groups of failed jobs.
+-- Return the groups of failed jobs that were last to fail.
 -- differs because a text is searched in another way
-SELECT task, split_part(error, chr(10), 1) AS line, count(*), max(id) FROM (
-    SELECT task, coalesce(substr(error, 1, 80), '') AS error, id FROM pqueue.jobs WHERE state = 'failed'
-    LIMIT 9223372036854775807) failed
-GROUP BY task, line ORDER BY count(*) DESC, max(id) DESC LIMIT 10000;
+-- $1 since
+SELECT task, replace(replace(replace(replace(replace(replace(replace(replace(replace(split_part(error, chr(10), 1), '1', '0'), '2', '0'), '3', '0'), '4', '0'), '5', '0'), '6', '0'), '7', '0'), '8', '0'), '9', '0') AS line, count(*), sum(CASE WHEN finished_at >= $1 THEN 1 ELSE 0 END), max(id),
+    min(finished_at), max(finished_at) FROM (
+    SELECT task, coalesce(substr(error, 1, 200), '') AS error, id, finished_at FROM pqueue.jobs
+    WHERE state = 'failed' LIMIT 9223372036854775807) failed
+GROUP BY task, line ORDER BY max(finished_at) DESC, max(id) DESC LIMIT 10000;
 
 -- MARK
 -- A move is marked in history by a row with job_id 0 and JSON in `error`. In the source: 'moving' while it waits for

@@ -40,7 +40,7 @@ FILE_BYTES_SHOWN = 65_536  # of a job's file
 STATES_SHOWN = ("pending", "scheduled", "processing", "completed", "failed")
 OTHER_HOST = "refused: this is not a host name of the dashboard; PQUEUE_OPS_HOSTS can list more"
 OTHER_SITE = "refused: the request comes from another site"
-FILTERS = ("state", "queue", "task", "consumer", "text")
+FILTERS = ("state", "queue", "task", "consumer", "fingerprint", "text")
 FORM_FIELDS = ("scope", "id", "back", "confirmed")  # of an action on many jobs, apart from the filters
 CHART_COLOURS: dict[str, str] = {  # for light and dark pages
     "enqueued": "#8a94a6",
@@ -149,7 +149,7 @@ class FigureCache:
             "overview": _overview,
             "minutes": self._hour,
             "processing": _processing,
-            "failures": report.failures,
+            "failures": PersistentQInterface.failures,
             "consumers": _consumers,
             "processes": lambda _: supervisor.known_processes(),
         }
@@ -487,14 +487,7 @@ def _limit(queue: PersistentQInterface, form: Form) -> str:
 
 def _resubmit_group(queue: PersistentQInterface, form: Form) -> str:
     """Resubmit the failed jobs of a task that are shown with this error."""
-    task, error = _one(form, "task"), _one(form, "error")
-
-    def resubmit(job_id: int) -> None:
-        if report.failure(queue.get(job_id).error) != error:
-            raise pqueue.InvalidTransition("in another group")
-        queue.resubmit(job_id)
-
-    changed = queue.act_where(resubmit, state="failed", task=task)
+    changed = queue.resubmit_where(state="failed", task=_one(form, "task"), fingerprint=_one(form, "fingerprint"))
     if not changed:
         raise ValueError("no job was resubmitted: none is failed with this error any more")
     return f"resubmitted {report.count(changed, 'job')}"

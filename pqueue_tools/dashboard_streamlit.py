@@ -187,7 +187,7 @@ def _buttons(buttons: list[Button]) -> None:
 
 
 def _jobs() -> None:
-    places = st.container(key="filters").columns(5)
+    places = st.container(key="filters").columns(len(dashboard.FILTERS))
     state = places[0].selectbox("state", pqueue.STATES, index=None, placeholder="any state", key="filter-state")
     filters: dict[str, str] = {"state": state or ""}
     for place, name in zip(places[1:], dashboard.FILTERS[1:], strict=True):

@@ -11,9 +11,8 @@ from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
 import pqueue
-import pqueue_schema
 from pqueue import Job, PersistentQInterface, Schedule
-from pqueue_tools.masking import masked, masked_error, masked_job, masked_text
+from pqueue_tools.masking import masked, masked_error, masked_job
 from pqueue_values import command_line
 
 LONG_WAIT_SECONDS = 600.0  # a pending job that has waited longer is reported
@@ -451,24 +450,6 @@ def first_line(error: str | None) -> str:
 
 def cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def failure(error: str | None) -> str:
-    """Return the error that identifies a group of failed jobs: its first line, cut, masked and printable, so that a
-    form returns it unchanged."""
-    line = (error or "").split("\n", 1)[0][: pqueue_schema.FAILURE_CHARS]
-    return printable(masked_text(line + "…" if len(line) == pqueue_schema.FAILURE_CHARS else line))
-
-
-def failures(queue: PersistentQInterface) -> list[dict[str, Any]]:
-    """Return what the queue's `failures` returns, grouped by the masked errors."""
-    groups: dict[tuple[str, str], dict[str, Any]] = {}
-    for each in queue.failures():
-        error = failure(each["error"])
-        group = groups.setdefault((each["task"], error), {**each, "error": error, "jobs": 0})
-        group["jobs"] += each["jobs"]
-        group["last_id"] = max(group["last_id"], each["last_id"])
-    return sorted(groups.values(), key=lambda group: (-group["jobs"], group["task"], group["error"]))
 
 
 def history(queue: PersistentQInterface, job_id: int, **options: int) -> list[dict[str, Any]]:

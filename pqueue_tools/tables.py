@@ -109,7 +109,7 @@ JOBS = Table(
 
 
 def _failed_buttons(group: dict[str, Any]) -> list[Button]:
-    fields = {"task": group["task"], "error": group["error"]}
+    fields = {"task": group["task"], "fingerprint": group["error"]}
     return [Button("resubmit_group", "resubmit all", fields, f"resubmit {report.count(group['jobs'], 'job')}")]
 
 
@@ -120,7 +120,10 @@ FAILED = Table(
         Column("task", itemgetter("task")),
         Column("last", itemgetter("last_id"), "job", on_phone=False),
         Column(
-            "error", itemgetter("error"), width="cut", filters=lambda group: {"state": "failed", "task": group["task"]}
+            "error",
+            itemgetter("error"),
+            width="cut",
+            filters=lambda group: {"state": "failed", "task": group["task"], "fingerprint": group["error"]},
         ),
     ),
     "no job has failed",

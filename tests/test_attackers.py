@@ -446,8 +446,8 @@ def test_secrets_are_not_found_letter_by_letter(queue, folder, capsys):
             assert secret not in out
             assert "postgres://u:…@h" in out
         assert secret not in site.ask("/api/jobs/1")[1] + site.ask("/live")[1]
-        group = report.failures(queue)[0]
-        site.act("resubmit_group", task=group["task"], error=group["error"])
+        group = queue.failures()[0]
+        site.act("resubmit_group", task=group["task"], fingerprint=group["error"])
         assert queue.get(1).state == "pending"
     finally:
         site.close()
@@ -471,8 +471,8 @@ def test_failures_whose_long_errors_differ_in_a_password_are_one_group(queue):
     for number in range(3):
         queue.enqueue("t", max_attempts=1)
         queue.fail(queue.dequeue("w"), "ConnectionError: " + "x" * 45 + f" db://user:password-{number}@host")
-    (group,) = report.failures(queue)
-    assert (group["jobs"], group["error"]) == (3, "ConnectionError: " + "x" * 45 + " db://user:…")
+    (group,) = queue.failures()
+    assert (group["jobs"], group["error"]) == (3, "ConnectionError: " + "x" * 45 + " …")
 
 
 def test_secrets_of_payloads_and_results_are_shown_nowhere(queue, folder, capsys):

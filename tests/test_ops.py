@@ -283,7 +283,7 @@ def test_operator_mends_jobs_and_queues(queue, site):
     assert (status, headers["Location"].partition("?said=")[0]) == (303, f"/job/{one}")
     assert "resubmitted 1 job" in site.ask(headers["Location"])[1]
     assert queue.get(one).state == "pending"
-    assert site.act("resubmit_group", task="work", error="ValueError: no")[0] == 303
+    assert site.act("resubmit_group", task="work", fingerprint="ValueError: no")[0] == 303
     assert queue.get(two).state == "pending"
     site.act("mark_failed", id=two)
     assert queue.get(two).state == "failed"
@@ -361,7 +361,7 @@ def test_action_that_changes_nothing_is_no_success(queue, site):
     job_id = failed(queue)
     queue.resubmit(job_id)
     for action, form in (
-        ("resubmit_group", {"task": "work", "error": "ValueError: no"}),
+        ("resubmit_group", {"task": "work", "fingerprint": "ValueError: no"}),
         ("resubmit", {"scope": "matching", "task": "work"}),
         ("resubmit", {"id": [job_id, 99]}),
         ("cancel", {"scope": "matching", "task": "nosuch"}),
