@@ -30,6 +30,7 @@ import pqueue
 import pqueue_cron
 import pqueue_restore
 from pqueue import JobNotFound, PersistentQInterface, QueueError
+from pqueue_files import file_size
 from pqueue_search import fingerprint
 from pqueue_tools import monitor as live
 from pqueue_tools import supervisor
@@ -663,7 +664,7 @@ def _move_to_file(queue: pqueue.PersistentQSQLite, options: argparse.Namespace) 
     path = pqueue.sqlite_path(options.to).resolve()
     if path == queue.path:
         raise Problem("cannot move: the target is this queue itself")
-    if path.exists() and path.stat().st_size:
+    if file_size(path):
         with pqueue.open_queue(path, create=False) as target:
             _expect_empty(queue, target)
         raise Problem(f"cannot move: {path} exists; delete that empty queue, or choose another name")

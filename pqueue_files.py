@@ -144,6 +144,14 @@ def identity(path: str | bytes | os.PathLike[str]) -> tuple[int, int]:
     return os.stat(path)[1:3]
 
 
+def status(path: str | os.PathLike[str], *, follow_symlinks: bool = True) -> os.stat_result | None:
+    """Return the status of a file, or None if there is none: SQLite in another process deletes logs at any moment."""
+    try:
+        return os.stat(path, follow_symlinks=follow_symlinks)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def _has_open(identity: tuple[int, int], excluded: Sequence[int]) -> bool:
     """Return whether this process has another descriptor of a file; False where /proc does not show it."""
     with suppress(FileNotFoundError):
@@ -299,7 +307,7 @@ def sync(path: Path) -> None:
 
 
 def file_number(path: Path) -> bytes:
-    return b"%20d" % (path.stat().st_ino if path.exists() else 0)
+    return b"%20d" % (found.st_ino if (found := status(path)) else 0)
 
 
 def sync_file(file: int) -> None:
@@ -327,7 +335,7 @@ def make_folder(folder: Path, group: int | None = None) -> None:
 
 
 def file_size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    return found.st_size if (found := status(path)) else 0
 
 
 def has_locks() -> bool:

@@ -43,6 +43,7 @@ from pqueue_files import (
     real_path,
     rename,
     replaced,
+    status,
     sync,
 )
 from pqueue_join import JoinedSQLite, driver_connection
@@ -170,6 +171,7 @@ class SQLiteSession(Session):
         self._writer_lock, self._consumer_locks, self._result_locks = writer_lock, consumer_locks, result_locks
         self._has_lock = False
         self.busy = self._closed = False
+        self.is_open = True
         self._synchronous = ""
         self.wanted = "FULL"
         self.in_batch = False
@@ -315,6 +317,7 @@ class SQLiteSession(Session):
     def _disconnect(self) -> None:
         """Close the connection. If its files were replaced, do not write its log back."""
         with _opening_lock:
+            self.is_open = False
             locks, self._locks = self._locks, None
             try:
                 self.files.expect_in_place()
@@ -442,7 +445,7 @@ class PersistentQSQLite(PersistentQInterface):
         if sqlite3.sqlite_version_info < MINIMUM_SQLITE:
             raise QueueError(f"expected SQLite 3.37 or newer, got {sqlite3.sqlite_version}: use a newer Python")
         try:
-            found = self.path.stat() if self.path.exists() else None
+            found = status(self.path)
             if found:
                 self._expect_database_file(found)
             self._expect_regular_files()
@@ -486,7 +489,8 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _expect_regular_files(self) -> None:
         for path in (Path(f"{self.path}{suffix}") for suffix in ("-wal", "-shm", "-journal")):
-            if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+            found = status(path, follow_symlinks=False)
+            if found and not stat.S_ISREG(found.st_mode):
                 raise QueueError(f"cannot use {path}: expected a file of SQLite, got a folder, a pipe or a link")
 
     def _expect_readable_log(self) -> None:
@@ -658,7 +662,8 @@ class PersistentQSQLite(PersistentQInterface):
                     raise QueueError(f"cannot use {self.path}: this queue object is closed") from None
                 for other in self._sessions:  # they may have replaced files open
                     # guard: a new connection opens the same files as the others
-                    other.files.expect_in_place()
+                    if other.is_open:  # that of a thread which is ending is still listed
+                        other.files.expect_in_place()
                 self._expect_same_file()  # before SQLite would apply the log of the old one, or create a log
                 self._expect_log()
                 session = self._new_session()
@@ -672,7 +677,7 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _expect_same_file(self) -> None:
         # guard: a queue that was opened stays with its file
-        if not self.path.exists() or identity(self.path) != self._database:
+        if not (found := status(self.path)) or found[1:3] != self._database:
             raise replaced(self.path)
 
     def _new_session(self) -> SQLiteSession:
@@ -839,7 +844,7 @@ class PersistentQSQLite(PersistentQInterface):
         """
         target = real_path(path)
         try:
-            if target.exists() and target.stat().st_size:
+            if file_size(target):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             make_folder(target.parent)
             with part_of(target) as part:
@@ -903,7 +908,7 @@ class PersistentQSQLite(PersistentQInterface):
                 f"the file system {facts['file_system']} is not known to be local: several processes may damage the "
                 "database on one that is shared; use a local disk"
             )
-        if hasattr(os, "getuid") and self.path.stat().st_mode & 0o007:
+        if hasattr(os, "getuid") and (file := status(self.path)) and file.st_mode & 0o007:
             found.append(f"every account of this machine may use it: run chmod o= {shlex.quote(str(self.path))}")
         if self.is_read_only:
             found.append("its file system is read-only: no job can be enqueued, run or changed")

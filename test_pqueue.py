@@ -4375,6 +4375,27 @@ class Replaced(SQLiteCase):
             "the folder moved, a copy in its place": lambda: move_folder(copy=True),
         }
 
+    def test_thread_may_begin_while_the_last_one_that_used_the_queue_ends(self):
+        queue, begun = self.open(), []
+
+        def use():
+            begun.append(queue.enqueue("t"))
+
+        disconnect = pqueue_sqlite.SQLiteSession._disconnect
+
+        def then_another_thread(session):
+            disconnect(session)  # the last connection: SQLite deletes the log
+            if len(begun) == 1:
+                thread = threading.Thread(target=use)
+                thread.start()
+                thread.join()
+
+        use()
+        with mock.patch.object(pqueue_sqlite.SQLiteSession, "_disconnect", then_another_thread):
+            del queue._local.session  # as when its thread ends
+        self.assertEqual([job.id for job in queue.list_jobs()], sorted(begun, reverse=True))
+        self.assertEqual(len(begun), 2)
+
     def test_write_to_a_database_that_was_pulled_away_is_refused(self):
         for name in self.acts():
             with self.subTest(name):
@@ -4489,6 +4510,24 @@ class Replaced(SQLiteCase):
         backup.replace(self.path)
         with self.assertRaisesRegex(SchemaMismatch, "took the place of another database"):
             self.open()
+
+    def test_queue_opens_while_another_process_deletes_the_log(self):
+        self.open().close()
+        real = os.stat
+
+        def last_look(path, **options):
+            found = real(path, **options)
+            if str(path).endswith(("-wal", "-shm")) and not found.st_size:
+                os.unlink(path)
+            return found
+
+        for suffix in ("-wal", "-shm"):
+            self.sibling(suffix).touch()
+        with (
+            mock.patch.object(os, "stat", last_look),
+            mock.patch.object(os, "lstat", lambda path: last_look(path, follow_symlinks=False)),
+        ):
+            self.assertEqual(self.open().count_jobs(), 0)
 
     def test_copy_of_a_whole_folder_is_opened_with_its_log(self):
         self.started()
