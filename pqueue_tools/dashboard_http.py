@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from http import HTTPStatus
@@ -143,7 +143,7 @@ class Server(ThreadingHTTPServer):
         if not self._drawing.acquire(timeout=RENDER_WAIT_SECONDS):
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the dashboard is busy: try again")
         try:
-            answer = self._renderer.submit(draw, *arguments).result()
+            answer = self._submit(draw, *arguments).result()
             large = len(answer[2]) > LARGE_ANSWER_BYTES
             if large and not self._large.acquire(blocking=False):
                 raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "too many large responses are being sent: try again")
@@ -154,6 +154,12 @@ class Server(ThreadingHTTPServer):
         finally:
             if large:
                 self._large.release()
+
+    def _submit(self, draw: Callable[..., Answer], *arguments: Any) -> Future[Answer]:
+        try:
+            return self._renderer.submit(draw, *arguments)
+        except RuntimeError:  # after `server_close`
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the dashboard is being stopped") from None
 
     def server_close(self) -> None:
         super().server_close()

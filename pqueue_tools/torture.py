@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import closing, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
@@ -94,6 +95,7 @@ def _started_file(folder: Path, name: str) -> Path:
 
 def _start_with_blocked_signals(child: BaseProcess) -> None:
     """Start a process that ignores Ctrl-C on the terminal; it is killed at the end."""
+    resource_tracker.ensure_running()  # otherwise started by the first child, which then has no signal blocked
     with blocked_signals():
         child.start()
 

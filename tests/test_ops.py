@@ -102,6 +102,17 @@ def site(folder):
     site.close()
 
 
+def test_request_during_shutdown_is_refused(folder, capsys):
+    site = Site()
+    site.server._renderer.shutdown()  # by `server_close`, while a request is being read
+    try:
+        status, text, _ = site.ask("/job/1")
+    finally:
+        site.close()
+    assert (status, capsys.readouterr().err) == (503, ""), text
+    assert "the dashboard is being stopped" in text
+
+
 def failed(on, /, error="ValueError: no", task="work", **options):
     job_id = on.enqueue(task, options.pop("payload", None), max_attempts=1, **options)
     on.mark_failed(job_id, error)

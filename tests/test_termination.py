@@ -109,6 +109,19 @@ def test_interrupted_torture_leaves_neither_process_nor_folder(begun):
     wait_until(lambda: not is_group(child.pid))
 
 
+def test_first_process_of_torture_ignores_ctrl_c():
+    program = """if True:
+        import multiprocessing, re, time
+        from pqueue_tools.torture import _start_with_blocked_signals
+        child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+        _start_with_blocked_signals(child)
+        print(re.search(r"SigBlk:\\s(.*)", open(f"/proc/{child.pid}/status").read())[1])
+        child.kill()
+    """
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout, 16) >> (signal.SIGINT - 1) & 1, (done.stdout, done.stderr)
+
+
 def is_group(number):
     try:
         os.killpg(number, 0)
