@@ -7,6 +7,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import date, datetime
 from decimal import Decimal
 from enum import Enum
@@ -344,6 +345,7 @@ class Parameters(Fields):
         self._positional = [each.name for each in fields if each.kind is not each.KEYWORD_ONLY]
         self._without_names = [each for each in parameters if each.kind is POSITIONAL_ONLY]
         self._shapes: dict[tuple[Any, ...], list[str]] = {}
+        self._result = _codec_of_result(function)
 
     def payload(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """Return the payload for a call. Raises TypeError if the function cannot be called so."""
@@ -367,9 +369,30 @@ class Parameters(Fields):
 
     def runner(self) -> Callable[[Job], Any]:
         """Return a function that runs a job. It raises DoNotRetry if the payload does not fit."""
-        if not self.codecs and len(self._jobs) == 1 and self._jobs[0].kind is not inspect.Parameter.KEYWORD_ONLY:
-            return self._function
-        return self._run
+        takes_job = not self.codecs and len(self._jobs) == 1
+        takes_job = takes_job and self._jobs[0].kind is not inspect.Parameter.KEYWORD_ONLY
+        run = self._function if takes_job else self._run
+        if self._result is ANYTHING:
+            return run
+        if is_async(self._function):
+
+            async def run_async(job: Job) -> Any:
+                return self._stored(await run(job))
+
+            return run_async
+        return lambda job: self._stored(run(job))
+
+    def _stored(self, result: Any) -> Any:
+        """Return what is stored for a result; the result itself if it is not of the type that is annotated."""
+        with suppress(Misfit):
+            return self._result.encode(result)
+        return result
+
+    def restored(self, result: Any) -> Any:
+        """Return a stored result as the type that the function is annotated to return, if it fits."""
+        with suppress(Misfit):
+            return self._result.decode(result)
+        return result
 
     def _run(self, job: Job) -> Any:
         try:
@@ -380,6 +403,11 @@ class Parameters(Fields):
         values.update((each.name, job) for each in self._jobs)
         args = [values.pop(each.name, each.default) for each in self._without_names]
         return self._function(*args, **values)
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Return whether a call returns a coroutine."""
+    return any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None))))  # noqa: B004
 
 
 def signature(function: Callable[..., Any]) -> inspect.Signature:
@@ -416,6 +444,22 @@ def _resolved(task: str, parameter: inspect.Parameter, namespace: dict[str, Any]
     elif hint is not Job and parameter.default is None:
         hint = Union[hint, None]  # noqa: UP007 - not every hint has |
     return parameter.replace(annotation=hint)
+
+
+def _codec_of_result(function: Callable[..., Any]) -> Codec:
+    """Return the conversions of a result; none for an annotation that is unknown or cannot be stored."""
+    hint = signature(function).return_annotation
+    with suppress(Exception):  # of names that are imported for type checkers only
+        hint = get_type_hints(SimpleNamespace(__annotations__={"hint": hint}), _namespace(function))["hint"]
+        return ANYTHING if _is_json(hint) else codec(hint)
+    return ANYTHING
+
+
+def _is_json(hint: Any) -> bool:
+    """Return whether JSON holds values of this type as they are."""
+    if get_origin(hint) in (list, dict, Union, UnionType):
+        return all(map(_is_json, get_args(hint)))
+    return hint in (Any, NoneType, bool, int, float, str, list, dict)
 
 
 def _codec_of(task: str, parameter: inspect.Parameter) -> Codec:

@@ -13,6 +13,7 @@ from typing import Any
 from pqueue_backend import Watch
 from pqueue_schema import STATES_OF, UNFINISHED
 from pqueue_search import Reading
+from pqueue_tasks import TASKS
 from pqueue_values import Job, JobFailed, JobNotFound, QueueBusy, QueueError, duration, to_json, valid_id
 
 LINGER_SECONDS = 1.0  # how long the thread stays for the next call of `result`
@@ -138,7 +139,8 @@ class Waiting(Reading):
     _waits: Waits
 
     def result(self, job_id: int, timeout_seconds: float | timedelta | None = None) -> Any:
-        """Wait until the job has finished, and return its result.
+        """Wait until the job has finished, and return its result: as the type that its task is annotated to return, if
+        this program has registered the task, else as JSON.
 
         timeout_seconds: how long to wait at most; None: as long as it takes.
 
@@ -204,4 +206,5 @@ def _result_of(job: Job) -> Any:
     # guard: only a completed job has a result
     if job.state != "completed":
         raise JobFailed(job)
-    return job.result
+    task = TASKS.get(job.task)
+    return task.parameters.restored(job.result) if task else job.result

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pqueue import PersistentQInterface
 
 from pqueue_cron import valid_times
-from pqueue_fields import Parameters, signature
+from pqueue_fields import Parameters, is_async, signature
 from pqueue_values import (
     DEFAULT_MAX_ATTEMPTS,
     NO_PARAMS,
@@ -279,9 +279,8 @@ def _register(name: str | None, function: Callable[..., Any], options: dict[str,
     if not callable(function) or inspect.isclass(function):
         raise ValueError(f"expected a function as a task, got {short(function)}")
     signature(function)
-    is_async = any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None))))  # noqa: B004
     own_name = name or valid_name("task", str(getattr(function, "__name__", "")))
-    entry: Task[..., Any] = Task(own_name, function, is_async=is_async, **options)
+    entry: Task[..., Any] = Task(own_name, function, is_async=is_async(function), **options)
     other = TASKS.get(entry.name)
     if other is not None and _place(other.function) != _place(function):
         places = f"{'.'.join(_place(other.function))} and {'.'.join(_place(function))}"
@@ -443,7 +442,9 @@ async def _run_async_in_hooks(entry: Task[..., Any], job: Job) -> Any:
 def run_task(
     queue: PersistentQInterface, job: Job, *, run_coroutine: Callable[[Coroutine[Any, Any, Any]], Any] | None = None
 ) -> Any:
-    """Run the job's task and return its result. Raises what the task raises, or LookupError for an unknown task.
+    """Run the job's task and return its result, for `complete`: of a type that JSON does not have, what stands for it.
+
+    Raises what the task raises, or LookupError for an unknown task.
 
     run_coroutine: runs an async task; None: asyncio.run.
     """

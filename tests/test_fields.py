@@ -2,6 +2,7 @@
 
 # ruff: noqa: UP006, UP007, UP035, UP045, E501 - annotations of each form, in tables
 
+import asyncio
 import functools
 import json
 import subprocess
@@ -525,3 +526,61 @@ def test_payload_is_readable_json(queue):
 
     job_id = f.on(queue).enqueue(Path("a"), [Point(1)])
     assert json.dumps(queue.get(job_id).payload) == '{"path": "a", "sizes": [{"x": 1, "y": 0}]}'
+
+
+def returning(annotation, value, *, is_async=False):
+    async def coroutine():
+        return value
+
+    def function():
+        return value
+
+    made = coroutine if is_async else function
+    made.__annotations__["return"] = annotation
+    return task("function")(made)
+
+
+def done(queue, entry):
+    """Run a job of this task; return its stored result and that of `result`."""
+    job_id = entry.on(queue).enqueue()
+    job = queue.dequeue("w")
+    queue.complete(job, run_task(queue, job))
+    return queue.get(job_id).result, job_id.result()
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(("annotation", "value", "stored"), STORED, ids=str)
+def test_result_is_stored_as_json_and_restored_as_annotated(queue, annotation, value, stored, is_async):
+    found, restored = done(queue, returning(annotation, value, is_async=is_async))
+    assert (found, restored) == (stored, value)
+    assert annotation is str or type(restored) is type(value)
+
+
+def test_result_is_json_where_the_task_is_unknown(queue):
+    job_id = returning(date, date(2026, 1, 2)).on(queue).enqueue()
+    job = queue.dequeue("w")
+    queue.complete(job, run_task(queue, job))
+    pqueue.TASKS.clear()
+    assert job_id.result() == "2026-01-02"
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value"),
+    [(date, "soon"), (list[Point], [1]), ("Missing", 5), (bytes, "b"), (Color, None), (UUID, 7), (int, "5")],
+    ids=str,
+)
+def test_result_that_is_not_as_annotated_is_stored_as_it_is(queue, annotation, value):
+    assert done(queue, returning(annotation, value)) == (value, value)
+
+
+def test_result_without_annotation_is_not_converted(queue):
+    entry = task("function")(lambda: Point(1))
+    with pytest.raises(ValueError, match="expected a result that JSON can hold, got a Point"):
+        done(queue, entry)
+
+
+def test_coroutine_awaits_a_result_as_annotated(queue):
+    job_id = returning(Point, Point(1)).on(queue).enqueue()
+    job = queue.dequeue("w")
+    queue.complete(job, run_task(queue, job))
+    assert asyncio.run(job_id.aresult()) == Point(1)
