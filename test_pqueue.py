@@ -753,6 +753,27 @@ class QueueContract:
                 self.assertEqual((outcome.job, outcome.state), (q.get(job.id), q.get(job.id).state))
                 self.assertEqual(outcome.error, q.get(job.id).error)
 
+    def test_waiter_gets_the_result_of_a_job_that_finishes_at_any_moment_of_its_call(self):
+        self.without_timers()
+        other = self.reopen()
+        moments = [(name, when) for name in ("get", "_open_watch", "_finished") for when in ("before", "after")]
+        for name, when in moments:
+            with self.subTest(f"{when} {name}"):
+                queue = self.reopen()
+                job_id = queue.enqueue("t", now=NOW)
+                job = other.dequeue("w", now=NOW)
+                method, finish = getattr(queue, name), [lambda job=job: other.complete(job, 7, now=NOW)]
+
+                def at_this_moment(*arguments, method=method, when=when, finish=finish):
+                    found = method(*arguments) if when == "after" else None
+                    for act in finish[:1]:
+                        finish.clear()
+                        act()
+                    return found if when == "after" else method(*arguments)
+
+                with mock.patch.object(queue, name, at_this_moment):
+                    self.assertEqual(job_id.result(timeout_seconds=20), 7)
+
     def test_waiter_for_one_of_a_batch_is_woken(self):
         self.without_timers()
         other = self.reopen()

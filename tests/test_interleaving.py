@@ -295,6 +295,24 @@ def test_verbs_at_once_with_a_producer_keep_a_queue_within_its_limit(stage, monk
         assert differing(stage, plays) == []
 
 
+def test_application_enqueues_in_its_transaction_at_once_with_any_verb(stage, database, monkeypatch):
+    def join(queue, me, job):
+        stop = queue._session().stop
+        with psycopg.connect(database) as own:
+            with queue.join(own):
+                queue._session().stop = stop
+                job_id = queue.enqueue("t", key="k", now=NOW)
+            if stop:
+                stop.pass_by()  # before the application's COMMIT
+        return job_id
+
+    others = [name for name in VERBS if name not in HOLDERS]
+    monkeypatch.setitem(VERBS, "join", join)
+    plays = [(state, *order) for state in STATES for other in others for order in (("join", other), (other, "join"))]
+    plays += [("processing", "join", other) for other in ("complete", "fail", "release")]
+    assert differing(stage, plays) == []
+
+
 def test_schedule_that_is_due_gets_one_job_whatever_happens_at_once(stage, monkeypatch):
     changes = {
         "save": lambda queue, me, job: queue.schedule("tick", "t", 4, every_seconds=20, now=NOW),
