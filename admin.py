@@ -45,11 +45,12 @@ from pqueue_tools.commands import (
     json_value,
     moment,
     one_of,
+    test_file,
 )
 from pqueue_tools.completion import complete, script
 from pqueue_tools.masking import masked_job
 from pqueue_tools.output import OPTIONS, CommandResult, table, wants_rows, width, write
-from pqueue_tools.process import escape_unencodable, expect_posix, open_soon, print_error, whole_number
+from pqueue_tools.process import escape_unencodable, expect_posix, module_name, open_soon, print_error, whole_number
 from pqueue_tools.report import (
     ago,
     clock,
@@ -462,6 +463,29 @@ def assign_job(queue: PersistentQInterface, options: argparse.Namespace) -> Comm
         queue.assign(job.id, options.consumer)
     done = f"assigned to {options.consumer or 'any consumer'}"
     return CommandResult([{"job": job.id, "done": done}], f"job {job.id} {done}")
+
+
+@command(
+    JOBS,
+    "replay",
+    JOB_ID,
+    Parameter("--import", "a module with tasks; repeatable", module_name, metavar="MODULE", many=True),
+    Parameter("--timeout", "interrupt the task after this time", duration_between("0.1s", "1d"), "60s", "DURATION"),
+    Parameter("--pdb", "if the task raises, start the debugger where it did", flag=True),
+    Parameter("--save", "write a test that runs the payload again, test_NAME.py", test_file, metavar="FILE"),
+    examples="""
+    replay 17 --import tasks
+    replay 17 --import tasks --pdb
+    replay 17 --import tasks --save test_job_17.py""",
+)
+def replay(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Run the task of a finished job here, and show what it would change. Nothing changes in the queue; other effects
+    of the task are real. On SQLite it works on a copy of the database, on PostgreSQL in a transaction that is rolled
+    back. The exit code is 1 if the task raises."""
+    expect_posix()
+    from pqueue_tools import replay as tool  # it imports what only programs that run tasks need
+
+    return tool.command(queue, options)
 
 
 @command(QUEUES, "pause", QUEUE, examples="pause newsletter")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import keyword
 import re
 import shutil
 import textwrap
@@ -13,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from pqueue_tools.process import OneLineParser
@@ -49,7 +51,8 @@ class Parameter:
 
     @property
     def key(self) -> str:
-        return self.name.lstrip("-").replace("-", "_")
+        key = self.name.lstrip("-").replace("-", "_")
+        return f"{key}_" if keyword.iskeyword(key) else key
 
     def value(self, raw: Any) -> Any:
         """Return the parsed value of what the front end passed. Raises UsageError."""
@@ -129,6 +132,13 @@ def json_value(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON, got {text[:60]!r}: {error}") from None
+
+
+def test_file(text: str) -> Path:
+    """Return the path of a file in which test programs find tests."""
+    if re.fullmatch(r"test_\w+\.py", Path(text).name):
+        return Path(text)
+    raise ValueError(f"expected a file such as test_job.py, got {text!r}")
 
 
 @dataclass(frozen=True)
@@ -229,7 +239,7 @@ def _add_argument(parser: argparse.ArgumentParser, each: Parameter) -> None:
     if each.flag:
         parser.add_argument(each.name, action="store_true", help=text)
     elif each.is_option and each.many:
-        parser.add_argument(each.name, action="append", metavar=each.metavar, help=text)
+        parser.add_argument(each.name, dest=each.key, action="append", metavar=each.metavar, help=text)
     elif each.is_option:
         parser.add_argument(*each.names, default=each.default, metavar=each.metavar, help=text)
     else:

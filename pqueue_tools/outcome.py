@@ -14,6 +14,7 @@ MAX_SUMMARY_CHARS = 1000  # of the first line
 LAST_CHARS = 6000  # of a text that is cut: it ends with the innermost frames
 OURS = (  # modules whose frames tell a user nothing
     *("pqueue_fields", "pqueue_tasks", "pqueue_tools.worker", "pqueue_tools.keeper", "pqueue_tools.concurrency"),
+    "pqueue_tools.replay",
     *("asyncio.runners", "asyncio.base_events"),
 )
 
