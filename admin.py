@@ -40,7 +40,6 @@ from pqueue_tools.commands import (
     Parameter,
     UsageError,
     dispatch,
-    duration,
     duration_between,
     json_value,
     moment,
@@ -71,11 +70,13 @@ from pqueue_tools.report import (
     problems,
     schedule_object,
     schedule_row,
+    span,
     verdict,
     why,
 )
 from pqueue_tools.torture import Torture
 from pqueue_values import program_name
+from pqueue_values import seconds_in as duration
 
 FILES_PER_TRANSACTION = 5000  # job files deleted in one
 JOBS_COMPLETED = 200  # newest jobs whose ids and tasks completion knows
@@ -520,6 +521,40 @@ def limit(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     return _set_queue(queue, options, lambda name: queue.limit(name, most), done)
 
 
+def _duration_or_forever(text: str) -> list[float | None]:
+    return [None if text == "forever" else duration(text)]  # a list, as the value may be None
+
+
+KEPT = "DURATION|forever"
+
+
+@command(
+    QUEUES,
+    "keep",
+    QUEUE,
+    Parameter("--completed", "how long to keep completed jobs: 12h, 7d, forever", _duration_or_forever, metavar=KEPT),
+    Parameter("--failed", "how long to keep failed jobs", _duration_or_forever, metavar=KEPT),
+    Parameter("--cancelled", "how long to keep cancelled jobs", _duration_or_forever, metavar=KEPT),
+    examples="""
+    keep newsletter --completed 1h --failed 7d
+    keep orders --completed forever""",
+)
+def keep(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Say how long a queue keeps its finished jobs, which consumers then delete."""
+    given = {state: getattr(options, state) for state in pqueue.FINISHED if getattr(options, state)}
+    if not given:
+        raise UsageError("keep: expected --completed, --failed or --cancelled, such as --completed 7d")
+    times = {state: value for state, (value,) in given.items()}
+    shown = [f"{state} jobs {'for ever' if value is None else f'for {span(value)}'}" for state, value in times.items()]
+    return _set_queue(queue, options, lambda name: queue.keep(name, **times), f"keeps {', '.join(shown)}")
+
+
+@command(INSPECT, "retention")
+def retention(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Show how long finished jobs are kept, how many are added and will be deleted per hour, and when the next is."""
+    return CommandResult(queue.retention())
+
+
 def _set_queue(
     queue: PersistentQInterface, options: argparse.Namespace, act: Callable[[str], None], done: str
 ) -> CommandResult:
@@ -855,6 +890,10 @@ def doctor(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
     del facts["problems"]
     facts |= {"consumers_alive": sum(1 for each in queue.consumers() if each["state"] == "running")}
     facts |= {"oldest_pending_at": stats["oldest_pending_at"]}
+    kept = queue.retention()
+    facts |= {"finished_jobs": sum(stats["states"][state] for state in pqueue.FINISHED)}
+    facts |= {"added_in_last_hour": sum(each["added"] for each in kept)}
+    facts |= {"deleted_in_next_hour": sum(each["expiring"] for each in kept)}
     now = now_shown()
     lines = [f"{key.replace('_', ' '):18} {for_people(key, v, now)}" for key, v in facts.items() if v is not None]
     facts["findings"] = [each._asdict() for each in found]

@@ -52,7 +52,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -64,6 +64,7 @@ from pqueue_backend import Registration, Session
 from pqueue_move import Moving, count_running
 from pqueue_operating import Operating
 from pqueue_results import Waiting, Waits
+from pqueue_retention import Retaining
 from pqueue_schedules import Schedule, Scheduling
 from pqueue_schema import (
     ADD_QUEUE,
@@ -72,7 +73,6 @@ from pqueue_schema import (
     CANCEL,
     CLAIM,
     COMPLETE,
-    DELETE_CONSUMERS,
     DELETE_HISTORY,
     DELETE_JOBS,
     ENQUEUE,
@@ -97,7 +97,6 @@ from pqueue_schema import (
     OVERDUE,
     PEEK,
     PROMOTE,
-    PRUNABLE,
     RECORD,
     REDELIVER,
     REGISTER,
@@ -165,7 +164,6 @@ from pqueue_values import (
     valid_id,
     valid_int,
     valid_name,
-    valid_state,
 )
 
 if TYPE_CHECKING:
@@ -219,7 +217,6 @@ MAX_CONSUMERS = 256  # of one queue object; each has two descriptors
 BUSY_SECONDS = 5.0  # how long a write waits for other writers before it raises QueueBusy
 DEAD_CHECK_SECONDS = 1.0  # how often a dequeue looks for dead consumers
 RECLAIM_BATCH = 1000  # jobs promoted or reclaimed per dequeue, to keep it short
-PRUNE_BATCH = 1000
 WAIT_SECONDS = 1.0  # the longest sleep of `wait`; bounds the cost of a missed wake-up or a dead consumer
 POLL_SECONDS = 0.1  # the polling interval where wake-ups are not available
 
@@ -246,7 +243,7 @@ class UnsyncedLastAttempt(Exception):
 Self = TypeVar("Self", bound="PersistentQInterface")  # typing.Self needs Python 3.11
 
 
-class PersistentQInterface(Waiting, Operating, Moving, Scheduling):
+class PersistentQInterface(Waiting, Operating, Moving, Scheduling, Retaining):
     """A queue: its operations, in SQL that SQLite and PostgreSQL share.
 
     An object may be used by several threads, and in a forked child. Close it with `close()`, or use it in a `with`
@@ -749,40 +746,6 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling):
                 return session.change("DELETE FROM jobs")
             session.change(DELETE_HISTORY, params)
             return session.change(DELETE_JOBS, params)
-
-    def prune(
-        self,
-        older_than_seconds: float | timedelta,
-        *,
-        states: Sequence[str] = FINISHED,
-        progress: Callable[[int], None] | None = None,
-        now: float | None = None,
-    ) -> int:
-        """Delete jobs of these states that finished longer ago than this, and return how many.
-
-        A job enqueued with `key_seconds` is kept until that time is over.
-        Uses short transactions, so as not to block other writers. Also deletes consumers that ended as long ago.
-        `progress` is called after each with the number of jobs deleted so far.
-        """
-        now = self._time(now)
-        before = now - duration("older_than_seconds", older_than_seconds)
-        with self._transaction(durable=False) as session:
-            session.change(DELETE_CONSUMERS, {"before": before})
-        pruned = 0
-        for state in [valid_state(FINISHED, state) for state in states]:
-            batch = PRUNE_BATCH
-            while batch == PRUNE_BATCH:
-                with self._transaction(durable=False) as session:
-                    batch = self._prune(session, {"state": state, "before": before, "now": now, "limit": PRUNE_BATCH})
-                pruned += batch
-                if progress:
-                    progress(pruned)
-        return pruned
-
-    def _prune(self, session: Session, params: Params) -> int:
-        these = {"ids": json.dumps([row[0] for row in session.run(PRUNABLE, params)])}
-        session.change(DELETE_HISTORY, these)
-        return session.change(DELETE_JOBS, these)
 
     # Consumers
 

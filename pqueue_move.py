@@ -36,7 +36,7 @@ INSERT INTO history (job_id, at, event, actor, attempt, error) VALUES (:id, :at,
 
 # The tables and columns to copy; the first column is the key. Consumers are not copied: they are local processes.
 COPIED = {
-    "queues": "name, paused, max_pending",
+    "queues": "name, paused, max_pending, keep_completed_seconds, keep_failed_seconds, keep_cancelled_seconds",
     "jobs": COLUMNS,
     "history": "id, job_id, at, event, actor, attempt, error",
     "schedules": SCHEDULE_COLUMNS,

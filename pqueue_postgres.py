@@ -18,7 +18,6 @@ from pqueue_schema import (
     HOLDS_KEY,
     IS_LISTED,
     KEY_IS_FREE,
-    KEY_IS_OVER,
     NEW_JOB,
     ORDER,
     UNLESS_HELD,
@@ -369,8 +368,12 @@ WHERE id = ANY (ARRAY(SELECT id FROM jobs WHERE {HELD_BY_CONSUMER} {LOCK}))""",
     # differs because a subquery for each queue is LATERAL, and others may prune at the same time
     pqueue_schema.PRUNABLE: f"""
 SELECT jobs.id FROM queues q CROSS JOIN LATERAL
-    (SELECT id FROM jobs WHERE state = :state AND queue = q.name AND finished_at < :before AND {KEY_IS_OVER}
-     AND id < (SELECT max(id) FROM jobs) ORDER BY finished_at LIMIT :limit {LOCK}) jobs LIMIT :limit""",
+    (SELECT id FROM jobs WHERE {pqueue_schema.OLD} ORDER BY finished_at LIMIT :limit {LOCK}) jobs
+WHERE CAST(:queue AS text) IS NULL OR q.name = :queue LIMIT :limit""",
+    # differs because another consumer, which locks the queue, must not be waited for
+    pqueue_schema.MARK_PRUNED: """
+UPDATE queues SET pruned_at = :now WHERE name =
+    (SELECT name FROM queues WHERE name = :queue AND pruned_at NOT BETWEEN :since AND :now FOR UPDATE SKIP LOCKED)""",
     # differs because a subquery for each queue is LATERAL
     pqueue_schema.LATEST_COMPLETED: """
 SELECT finished_at, run_at, started_at FROM queues q CROSS JOIN LATERAL

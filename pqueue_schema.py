@@ -74,7 +74,11 @@ CREATE TABLE queues (
     name        TEXT PRIMARY KEY,
     paused      INTEGER NOT NULL DEFAULT 0,  -- 1: by an operator, 2: by a move; 0: not paused
     max_pending INTEGER,                     -- limit of pending jobs; NULL: no limit
-    pending     INTEGER NOT NULL DEFAULT 0   -- unassigned pending jobs, counted while max_pending is set
+    pending     INTEGER NOT NULL DEFAULT 0,  -- unassigned pending jobs, counted while max_pending is set
+    keep_completed_seconds {float} DEFAULT 604800,   -- how long finished jobs are kept; NULL: for ever
+    keep_failed_seconds    {float} DEFAULT 2592000,
+    keep_cancelled_seconds {float} DEFAULT 2592000,
+    pruned_at   {float} NOT NULL DEFAULT 0   -- when a consumer last deleted jobs that are kept no longer, Unix seconds
 )
 {sqlite} STRICT""",
         """
@@ -482,14 +486,53 @@ INSERT INTO queues (name, paused) VALUES (:queue, :value) ON CONFLICT (name) DO 
 SET_MAX_PENDING = """
 INSERT INTO queues (name, max_pending) VALUES (:queue, :value) ON CONFLICT (name) DO UPDATE SET max_pending = :value"""
 
-# Return jobs that finished long ago and hold no key. Never the newest: SQLite would reuse its id.
-# guard: prune takes old jobs only
+# Jobs that nothing needs. The newest is needed: SQLite would reuse its id.
 # guard: prune keeps the newest
 # guard: prune keeps a job that holds its key
+# guard: prune keeps the last job of a schedule
+UNNEEDED = f"""{KEY_IS_OVER} AND id < (SELECT max(id) FROM jobs)
+    AND id NOT IN (SELECT last_job_id FROM schedules WHERE last_job_id IS NOT NULL)"""
+_KEPT = " ".join(f"WHEN '{state}' THEN keep_{state}_seconds" for state in FINISHED)
+# guard: prune takes old jobs only
+OLD = f"""state = :state AND queue = q.name
+    AND finished_at < coalesce(CAST(:before AS double precision), :now - CASE :state {_KEPT} END) AND {UNNEEDED}"""
+
+# Return jobs that finished long ago and that nothing needs: before :before, or if that is NULL, before what their queue
+# keeps. :queue is NULL for all queues.
 PRUNABLE = f"""
-SELECT jobs.id FROM queues q CROSS JOIN jobs WHERE jobs.id IN
-    (SELECT id FROM jobs WHERE state = :state AND queue = q.name AND finished_at < :before AND {KEY_IS_OVER}
-     AND id < (SELECT max(id) FROM jobs) ORDER BY finished_at LIMIT :limit) LIMIT :limit"""
+SELECT jobs.id FROM queues q CROSS JOIN jobs WHERE (CAST(:queue AS text) IS NULL OR q.name = :queue) AND jobs.id IN
+    (SELECT id FROM jobs WHERE {OLD} ORDER BY finished_at LIMIT :limit) LIMIT :limit"""
+
+_HAS_OLD = " OR ".join(
+    f"""
+    EXISTS (SELECT 1 FROM jobs WHERE state = '{state}' AND queue = q.name AND finished_at < :now - keep_{state}_seconds
+        AND {UNNEEDED})"""
+    for state in FINISHED
+)
+
+# Return the queues with jobs that they keep no longer, unless some were deleted since :since. (NOT BETWEEN: a clock may
+# have been ahead.)
+OUTDATED = f"""
+SELECT name FROM queues q WHERE pruned_at NOT BETWEEN :since AND :now AND ({_HAS_OLD})
+ORDER BY pruned_at, name"""
+
+# Record that jobs of the queue are deleted now, unless some were since :since.
+MARK_PRUNED = "UPDATE queues SET pruned_at = :now WHERE name = :queue AND pruned_at NOT BETWEEN :since AND :now"
+
+# Keep finished jobs of a state for this long; NULL: for ever.
+SET_KEEP = {state: f"UPDATE queues SET keep_{state}_seconds = :seconds WHERE name = :queue" for state in FINISHED}
+
+_RETENTION = """
+SELECT name AS queue, '{state}' AS state, keep_{state}_seconds AS keep_seconds,
+    (SELECT count(*) FROM jobs WHERE state = '{state}' AND queue = q.name AND finished_at > :now - :seconds) AS added,
+    (SELECT count(*) FROM jobs WHERE state = '{state}' AND queue = q.name
+        AND finished_at < :now + :seconds - keep_{state}_seconds) AS expiring,
+    (SELECT finished_at FROM jobs WHERE state = '{state}' AND queue = q.name AND finished_at IS NOT NULL AND {unneeded}
+        ORDER BY finished_at LIMIT 1) + keep_{state}_seconds AS deleted_at
+FROM queues q"""
+
+# Return what each queue keeps, how many jobs finished in the last :seconds and are to be deleted in the next, and when.
+RETENTION = " UNION ALL ".join(_RETENTION.format(state=state, unneeded=UNNEEDED) for state in FINISHED)
 
 # Delete the history of these jobs. :ids is a JSON array.
 DELETE_HISTORY = "DELETE FROM history WHERE job_id IN (SELECT value FROM json_each(:ids))"

@@ -1097,6 +1097,9 @@ class OnPostgres(PersistentQSQLAlchemy):
         session.change(LOCK_AS_WRITER)
         super()._reclaim(session, dead, now)
 
+    def _begin_pruning(self, session: Session) -> None:
+        session.change(LOCK_AS_WRITER)
+
     def _prune(self, session: Session, params: Params) -> int:
         return cast(int, session.run(PRUNE, params)[0][0])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,9 @@ MAX_PAYLOAD_BYTES = 1_048_576
 MAX_JSON_DEPTH = 100  # Python's parser fails near 1000, less the depth of the call stack
 MAX_ERROR_CHARS = 10_000
 MAX_TEXT_CHARS = 1000  # of the text of a search
+
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|w)")
 
 Params = dict[str, Any]
 NO_PARAMS: Params = {}
@@ -316,6 +320,21 @@ def finite(what: str, value: float) -> float:
 def duration(what: str, value: float | timedelta) -> float:
     """Return a number of seconds."""
     return finite(what, value.total_seconds() if isinstance(value, timedelta) else value)
+
+
+def seconds_in(text: str) -> float:
+    """Parse 90s, 15m, 12h, 7d or 2w into seconds. Raises ValueError."""
+    if match := DURATION.fullmatch(text.strip()):
+        return finite("a duration", float(match[1]) * UNITS[match[2]])
+    raise ValueError(f"expected a duration such as 90s, 15m, 12h, 7d or 2w, got {short(text)}")
+
+
+def long_duration(what: str, value: str | float | timedelta) -> float:
+    """Return a number of seconds; also of a text such as "7d"."""
+    seconds = seconds_in(value) if isinstance(value, str) else duration(what, value)
+    if seconds >= 0:
+        return seconds
+    raise ValueError(f"expected {what} to be a duration of 0 or more, got {short(value)}")
 
 
 def _delay(what: str, value: float | timedelta) -> float:

@@ -61,6 +61,7 @@ from pqueue import (
 
 HERE = Path(__file__).resolve().parent
 NOW = 1_800_000_000.0
+DAY = 86400.0
 
 
 def wait_until(condition, seconds=60.0):
@@ -2019,9 +2020,136 @@ class QueueContract:
         for name in "abaaa":
             self.queue.cancel(self.queue.enqueue("t", queue=name, now=NOW), now=NOW)
         self.queue.enqueue("t", now=NOW)
-        with mock.patch("pqueue.PRUNE_BATCH", 2):
+        with mock.patch("pqueue_retention.PRUNE_BATCH", 2):
             self.assertEqual(self.queue.prune(10, now=NOW + 10), 0)
             self.assertEqual(self.queue.prune(10, now=NOW + 11), 5)
+
+    # Retention
+
+    def finished(self, state, queue="default", at=0):
+        """Return the id of a job that came into this state at NOW + at."""
+        job_id = self.queue.enqueue("t", queue=queue, now=NOW + at)
+        if state == "completed":
+            self.queue.complete(self.queue.dequeue("worker", queues=[queue], now=NOW + at), now=NOW + at)
+        else:
+            {"failed": self.queue.mark_failed, "cancelled": self.queue.cancel}[state](job_id, now=NOW + at)
+        return job_id
+
+    def ids(self):
+        return {job.id for job in self.queue.list_jobs()}
+
+    def test_queue_keeps_finished_jobs_of_each_state_as_long_as_it_says(self):
+        self.queue.keep("default", completed="90s", failed=timedelta(hours=1))
+        self.queue.keep("default", cancelled=None)
+        done, dead, gone, other = (
+            self.finished("completed"),
+            self.finished("failed"),
+            self.finished("cancelled"),
+            self.finished("completed", "other"),
+        )
+        last = self.queue.enqueue("t", now=NOW)
+        for seconds, kept in (
+            (90, {done, dead, gone, other}),
+            (91, {dead, gone, other}),
+            (3601, {gone, other}),
+            (7 * DAY, {gone, other}),
+            (7 * DAY + 1, {gone}),
+            (1e9, {gone}),
+        ):
+            self.assertFalse(self.queue.prune_kept(now=NOW + seconds))
+            self.assertEqual(self.ids(), {*kept, last}, seconds)
+        self.assertEqual(self.queue.history(dead), [])
+
+    def test_new_queue_keeps_completed_jobs_a_week_and_others_a_month(self):
+        self.queue.enqueue("t", now=NOW)
+        kept = {each["state"]: each["keep_seconds"] for each in self.queue.retention(now=NOW)}
+        self.assertEqual(kept, {"completed": 7 * DAY, "failed": 30 * DAY, "cancelled": 30 * DAY})
+
+    def test_queue_keeps_finished_jobs_that_are_still_needed(self):
+        self.queue.keep("default", completed=0, failed=0, cancelled=0)
+        keyed = self.queue.enqueue("t", key="k", key_seconds=1000, now=NOW)
+        self.queue.cancel(keyed, now=NOW)
+        self.queue.schedule("tick", "t", every_seconds=500, now=NOW)
+        job = self.queue.dequeue("worker", now=NOW + 500)
+        self.queue.complete(job, now=NOW + 500)
+        self.finished("cancelled", at=600)
+        newest = self.finished("cancelled", at=600)
+        self.queue.prune_kept(now=NOW + 999)
+        self.assertEqual(self.queue.prune(0, now=NOW + 999), 0)
+        self.assertEqual(self.ids(), {keyed, job.id, newest})
+        again = self.queue.dequeue("worker", now=NOW + 1000)
+        self.queue.prune_kept(now=NOW + 1001)
+        self.assertEqual(self.ids(), {again.id})
+
+    def test_jobs_kept_no_longer_are_deleted_by_one_consumer_a_few_at_a_time(self):
+        other = self.reopen()
+        for name in ("a", "b"):
+            self.queue.keep(name, cancelled=0)
+            for _ in range(5):
+                self.finished("cancelled", name)
+        self.queue.enqueue("t", now=NOW)
+        with mock.patch("pqueue_retention.KEEP_BATCH", 2), mock.patch("pqueue_retention.KEEP_WORK_SECONDS", 0):
+            self.assertTrue(self.queue.prune_kept(now=NOW + 10))
+            self.assertEqual(self.queue.count_jobs(state="cancelled"), 6)
+            self.assertFalse(other.prune_kept(now=NOW + 11))  # a moment ago, another one did
+            self.assertEqual(self.queue.count_jobs(state="cancelled"), 6)
+            self.assertTrue(other.prune_kept(now=NOW + 12))
+            self.assertFalse(self.queue.prune_kept(now=NOW + 14))
+        self.assertEqual(self.queue.count_jobs(state="cancelled"), 0)
+
+    def test_jobs_kept_no_longer_are_deleted_while_there_is_time(self):
+        self.queue.keep("a", cancelled=0)
+        for _ in range(7):
+            self.finished("cancelled", "a")
+        self.queue.enqueue("t", now=NOW)
+        with mock.patch("pqueue_retention.KEEP_BATCH", 2), mock.patch("pqueue_retention.KEEP_WORK_SECONDS", 60):
+            self.assertFalse(self.queue.prune_kept(now=NOW + 10))
+        self.assertEqual(self.queue.count_jobs(state="cancelled"), 0)
+
+    def test_jobs_kept_no_longer_are_deleted_although_a_clock_was_ahead(self):
+        self.queue.keep("default", cancelled=0)
+        for at in (0, 1e6, 1e6):
+            self.finished("cancelled", at=at)
+        self.queue.prune_kept(now=NOW + 2e6)
+        job_id = self.finished("cancelled", at=5)
+        self.queue.enqueue("t", now=NOW)
+        self.queue.prune_kept(now=NOW + 10)
+        self.assertNotIn(job_id, self.ids())
+
+    def test_operator_sees_what_queues_keep_and_how_they_grow(self):
+        self.queue.keep("default", completed="2h", cancelled=None)
+        for at in (0, 5000, 5100):
+            self.finished("completed", at=at)
+        self.finished("cancelled", at=5200)
+        self.queue.enqueue("t", now=NOW)
+        found = {each["state"]: each for each in self.queue.retention(now=NOW + 5400)}
+        self.assertEqual(
+            found["completed"],
+            {
+                "queue": "default",
+                "state": "completed",
+                "keep_seconds": 7200,
+                "added": 2,
+                "expiring": 1,
+                "deleted_at": NOW + 7200,
+            },
+        )
+        self.assertEqual([found["cancelled"][name] for name in ("added", "expiring", "deleted_at")], [1, 0, None])
+        self.assertEqual(found["failed"]["deleted_at"], None)
+
+    def test_time_to_keep_jobs_that_is_none_is_refused(self):
+        for value, message in (
+            ("7y", "expected a duration such as 90s, 15m, 12h, 7d or 2w, got '7y'"),
+            (-1, "expected completed to be a duration of 0 or more, got -1"),
+            (True, "expected completed to be a finite number of seconds, got True"),
+            ("9" * 400 + "d", "expected a duration to be a finite number of seconds"),
+        ):
+            with self.subTest(value=value), self.assertRaises(ValueError) as caught:
+                self.queue.keep("default", completed=value)
+            self.assertIn(message, str(caught.exception))
+        with self.assertRaisesRegex(ValueError, "how long to keep completed, failed, cancelled jobs, got none"):
+            self.queue.keep("default")
+        self.assertEqual(self.queue.stats()["queues"], {})
 
     def test_operator_sees_each_finished_job_counted_once(self):
         for name in "ab":

@@ -45,7 +45,11 @@ CREATE TABLE pqueue.queues (
     name        TEXT PRIMARY KEY,
     paused      INTEGER NOT NULL DEFAULT 0,  -- 1: by an operator, 2: by a move; 0: not paused
     max_pending INTEGER,                     -- limit of pending jobs; NULL: no limit
-    pending     INTEGER NOT NULL DEFAULT 0   -- unassigned pending jobs, counted while max_pending is set
+    pending     INTEGER NOT NULL DEFAULT 0,  -- unassigned pending jobs, counted while max_pending is set
+    keep_completed_seconds DOUBLE PRECISION DEFAULT 604800,   -- how long finished jobs are kept; NULL: for ever
+    keep_failed_seconds    DOUBLE PRECISION DEFAULT 2592000,
+    keep_cancelled_seconds DOUBLE PRECISION DEFAULT 2592000,
+    pruned_at   DOUBLE PRECISION NOT NULL DEFAULT 0   -- when a consumer last deleted jobs that are kept no longer, Unix seconds
 )
 -- STRICT;
 
@@ -610,12 +614,67 @@ INSERT INTO pqueue.queues (name, paused) VALUES ($1, $2) ON CONFLICT (name) DO U
 INSERT INTO pqueue.queues (name, max_pending) VALUES ($1, $2) ON CONFLICT (name) DO UPDATE SET max_pending = $2;
 
 -- PRUNABLE
--- Return jobs that finished long ago and hold no key. Never the newest: SQLite would reuse its id.
+-- Return jobs that finished long ago and that nothing needs: before :before, or if that is NULL, before what their
+-- queue keeps. :queue is NULL for all queues.
 -- differs because a subquery for each queue is LATERAL, and others may prune at the same time
--- $1 state, $2 before, $3 now, $4 limit
+-- $1 state, $2 before, $3 now, $4 limit, $5 queue
 SELECT jobs.id FROM pqueue.queues q CROSS JOIN LATERAL
-    (SELECT id FROM pqueue.jobs WHERE state = $1 AND queue = q.name AND finished_at < $2 AND (key_expires_at IS NULL OR key_expires_at <= $3)
-     AND id < (SELECT max(id) FROM pqueue.jobs) ORDER BY finished_at LIMIT $4 FOR UPDATE SKIP LOCKED) jobs LIMIT $4;
+    (SELECT id FROM pqueue.jobs WHERE state = $1 AND queue = q.name
+    AND finished_at < coalesce(CAST($2 AS double precision), $3 - CASE $1 WHEN 'completed' THEN keep_completed_seconds WHEN 'failed' THEN keep_failed_seconds WHEN 'cancelled' THEN keep_cancelled_seconds END) AND (key_expires_at IS NULL OR key_expires_at <= $3) AND id < (SELECT max(id) FROM pqueue.jobs)
+    AND id NOT IN (SELECT last_job_id FROM pqueue.schedules WHERE last_job_id IS NOT NULL) ORDER BY finished_at LIMIT $4 FOR UPDATE SKIP LOCKED) jobs
+WHERE CAST($5 AS text) IS NULL OR q.name = $5 LIMIT $4;
+
+-- OUTDATED
+-- Return the queues with jobs that they keep no longer, unless some were deleted since :since. (NOT BETWEEN: a clock
+-- may have been ahead.)
+-- $1 since, $2 now
+SELECT name FROM pqueue.queues q WHERE pruned_at NOT BETWEEN $1 AND $2 AND (
+    EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'completed' AND queue = q.name AND finished_at < $2 - keep_completed_seconds
+        AND (key_expires_at IS NULL OR key_expires_at <= $2) AND id < (SELECT max(id) FROM pqueue.jobs)
+    AND id NOT IN (SELECT last_job_id FROM pqueue.schedules WHERE last_job_id IS NOT NULL)) OR 
+    EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'failed' AND queue = q.name AND finished_at < $2 - keep_failed_seconds
+        AND (key_expires_at IS NULL OR key_expires_at <= $2) AND id < (SELECT max(id) FROM pqueue.jobs)
+    AND id NOT IN (SELECT last_job_id FROM pqueue.schedules WHERE last_job_id IS NOT NULL)) OR 
+    EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'cancelled' AND queue = q.name AND finished_at < $2 - keep_cancelled_seconds
+        AND (key_expires_at IS NULL OR key_expires_at <= $2) AND id < (SELECT max(id) FROM pqueue.jobs)
+    AND id NOT IN (SELECT last_job_id FROM pqueue.schedules WHERE last_job_id IS NOT NULL)))
+ORDER BY pruned_at, name;
+
+-- MARK_PRUNED
+-- Record that jobs of the queue are deleted now, unless some were since :since.
+-- differs because another consumer, which locks the queue, must not be waited for
+-- $1 now, $2 queue, $3 since
+UPDATE pqueue.queues SET pruned_at = $1 WHERE name =
+    (SELECT name FROM pqueue.queues WHERE name = $2 AND pruned_at NOT BETWEEN $3 AND $1 FOR UPDATE SKIP LOCKED);
+
+-- RETENTION
+-- Return what each queue keeps, how many jobs finished in the last :seconds and are to be deleted in the next, and
+-- when.
+-- $1 now, $2 seconds
+SELECT name AS queue, 'completed' AS state, keep_completed_seconds AS keep_seconds,
+    (SELECT count(*) FROM pqueue.jobs WHERE state = 'completed' AND queue = q.name AND finished_at > $1 - $2) AS added,
+    (SELECT count(*) FROM pqueue.jobs WHERE state = 'completed' AND queue = q.name
+        AND finished_at < $1 + $2 - keep_completed_seconds) AS expiring,
+    (SELECT finished_at FROM pqueue.jobs WHERE state = 'completed' AND queue = q.name AND finished_at IS NOT NULL AND (key_expires_at IS NULL OR key_expires_at <= $1) AND id < (SELECT max(id) FROM pqueue.jobs)
+    AND id NOT IN (SELECT last_job_id FROM pqueue.schedules WHERE last_job_id IS NOT NULL)
+        ORDER BY finished_at LIMIT 1) + keep_completed_seconds AS deleted_at
+FROM pqueue.queues q UNION ALL 
+SELECT name AS queue, 'failed' AS state, keep_failed_seconds AS keep_seconds,
+    (SELECT count(*) FROM pqueue.jobs WHERE state = 'failed' AND queue = q.name AND finished_at > $1 - $2) AS added,
+    (SELECT count(*) FROM pqueue.jobs WHERE state = 'failed' AND queue = q.name
+        AND finished_at < $1 + $2 - keep_failed_seconds) AS expiring,
+    (SELECT finished_at FROM pqueue.jobs WHERE state = 'failed' AND queue = q.name AND finished_at IS NOT NULL AND (key_expires_at IS NULL OR key_expires_at <= $1) AND id < (SELECT max(id) FROM pqueue.jobs)
+    AND id NOT IN (SELECT last_job_id FROM pqueue.schedules WHERE last_job_id IS NOT NULL)
+        ORDER BY finished_at LIMIT 1) + keep_failed_seconds AS deleted_at
+FROM pqueue.queues q UNION ALL 
+SELECT name AS queue, 'cancelled' AS state, keep_cancelled_seconds AS keep_seconds,
+    (SELECT count(*) FROM pqueue.jobs WHERE state = 'cancelled' AND queue = q.name AND finished_at > $1 - $2) AS added,
+    (SELECT count(*) FROM pqueue.jobs WHERE state = 'cancelled' AND queue = q.name
+        AND finished_at < $1 + $2 - keep_cancelled_seconds) AS expiring,
+    (SELECT finished_at FROM pqueue.jobs WHERE state = 'cancelled' AND queue = q.name AND finished_at IS NOT NULL AND (key_expires_at IS NULL OR key_expires_at <= $1) AND id < (SELECT max(id) FROM pqueue.jobs)
+    AND id NOT IN (SELECT last_job_id FROM pqueue.schedules WHERE last_job_id IS NOT NULL)
+        ORDER BY finished_at LIMIT 1) + keep_cancelled_seconds AS deleted_at
+FROM pqueue.queues q;
 
 -- DELETE_HISTORY
 -- Delete the history of these jobs. :ids is a JSON array.
@@ -912,11 +971,13 @@ FROM (SELECT) one LEFT JOIN taken ON true;
 
 -- PRUNE
 -- Delete the jobs that PRUNABLE returns, and their history; return how many.
--- $1 state, $2 before, $3 now, $4 limit
+-- $1 state, $2 before, $3 now, $4 limit, $5 queue
 WITH old AS MATERIALIZED (
 SELECT jobs.id FROM pqueue.queues q CROSS JOIN LATERAL
-    (SELECT id FROM pqueue.jobs WHERE state = $1 AND queue = q.name AND finished_at < $2 AND (key_expires_at IS NULL OR key_expires_at <= $3)
-     AND id < (SELECT max(id) FROM pqueue.jobs) ORDER BY finished_at LIMIT $4 FOR UPDATE SKIP LOCKED) jobs LIMIT $4),
+    (SELECT id FROM pqueue.jobs WHERE state = $1 AND queue = q.name
+    AND finished_at < coalesce(CAST($2 AS double precision), $3 - CASE $1 WHEN 'completed' THEN keep_completed_seconds WHEN 'failed' THEN keep_failed_seconds WHEN 'cancelled' THEN keep_cancelled_seconds END) AND (key_expires_at IS NULL OR key_expires_at <= $3) AND id < (SELECT max(id) FROM pqueue.jobs)
+    AND id NOT IN (SELECT last_job_id FROM pqueue.schedules WHERE last_job_id IS NOT NULL) ORDER BY finished_at LIMIT $4 FOR UPDATE SKIP LOCKED) jobs
+WHERE CAST($5 AS text) IS NULL OR q.name = $5 LIMIT $4),
 events AS (DELETE FROM pqueue.history WHERE job_id = ANY (ARRAY(SELECT id FROM old))),
 deleted AS (DELETE FROM pqueue.jobs WHERE id = ANY (ARRAY(SELECT id FROM old)) RETURNING 1)
 SELECT count(*) FROM deleted;

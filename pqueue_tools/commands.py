@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pqueue_tools.process import OneLineParser
-from pqueue_tools.report import UNITS
-
-DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|w)")
+from pqueue_values import seconds_in as duration
 
 
 class UsageError(Exception):
@@ -94,14 +92,6 @@ Run = Callable[[Command, argparse.Namespace], int]  # returns the exit code
 
 
 # Values ###############################################################################################################
-
-
-def duration(text: str) -> float:
-    """Parse 90s, 15m, 12h, 7d or 2w into seconds."""
-    match = DURATION.fullmatch(text.strip())
-    if not match:
-        raise ValueError(f"expected a duration such as 90s, 15m, 12h, 7d or 2w, got {text!r}")
-    return float(match[1]) * UNITS[match[2]]
 
 
 def duration_between(least: str, most: str) -> Callable[[str], float]:

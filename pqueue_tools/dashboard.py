@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import math
 import os
 import re
 import threading
@@ -152,6 +153,7 @@ class FigureCache:
             "failures": PersistentQInterface.failures,
             "consumers": _consumers,
             "processes": lambda _: supervisor.known_processes(),
+            "growth": _growth,
         }
         self._computed: dict[str, tuple[float, Any]] = {}  # expiry time, and the figures or a QueueError
         self._stale_at: dict[str, float] = {}
@@ -212,7 +214,7 @@ class FigureCache:
         and run, each (p50, p95) in seconds or None; minutes: at (the start), enqueued, completed, failed, wait and run
         of each minute of the last hour, including the current one; processing: the running jobs; failures: groups of
         failed jobs; consumers: those alive or with jobs, and those that ended within the last hour; processes: those of
-        supervisord, or a sentence that says why there are none.
+        supervisord, or a sentence that says why there are none; growth: of each queue, grows_by and deleted_at.
         """
         queue = self.queue()
         with self._lock:
@@ -329,6 +331,17 @@ def _overview(queue: PersistentQInterface) -> dict[str, Any]:
 def _minute(queue: PersistentQInterface, at: float) -> dict[str, Any]:
     times = queue.timings(JOBS_SAMPLED, start=at, end=at + 60)
     return {"at": at, **queue.activity(at, at + 60), **_percentiles(times)}
+
+
+def _growth(queue: PersistentQInterface) -> dict[str, dict[str, Any]]:
+    """Return of each queue by how many finished jobs it grows in an hour, and when the next one is deleted, or None."""
+    found: dict[str, dict[str, Any]] = {}
+    for each in queue.retention():
+        growth = found.setdefault(each["queue"], {"grows_by": 0, "deleted_at": None})
+        growth["grows_by"] += each["added"] - each["expiring"]
+        if each["deleted_at"] is not None:
+            growth["deleted_at"] = min(each["deleted_at"], growth["deleted_at"] or math.inf)
+    return found
 
 
 def _processing(queue: PersistentQInterface) -> list[Job]:

@@ -207,6 +207,7 @@ class Keeper:
                 self._enforce(slot, run)
             self.leases.check([run for _, run in runs])
             self.leases.beat()
+            self.leases.prune()
         except (QueueError, MemoryError) as error:
             log("left to its lease", consumer=self.name, reason=str(error) or "out of memory")
 

@@ -18,6 +18,8 @@ from pqueue_tools.record import Record, Run, Slot
 TICK_SECONDS = 0.05  # how often the running jobs are checked
 CHECK_SECONDS = 0.25  # how often the database is asked whether they still belong to this consumer
 HEARTBEAT_SECONDS = 10.0
+PRUNE_SECONDS = 60.0  # how often finished jobs are deleted that are kept no longer
+PRUNE_AGAIN_SECONDS = 1.0  # the same, while there are many
 # Signals to the worker, which tasks and libraries are unlikely to use
 INTERRUPT_SIGNAL = getattr(signal, "SIGRTMIN", getattr(signal, "SIGUSR1", 0)) + hasattr(signal, "SIGRTMIN")
 DUMP_SIGNAL = getattr(signal, "SIGRTMIN", getattr(signal, "SIGUSR2", 0)) + 2 * hasattr(signal, "SIGRTMIN")
@@ -39,6 +41,7 @@ class Leases:
         self._extended = self._checked = 0.0  # monotonic seconds
         self._beat_at = time.monotonic() + HEARTBEAT_SECONDS
         self._reported = (0, 0)  # completed and failed jobs, at the last heartbeat
+        self._prune_at = time.monotonic() + PRUNE_AGAIN_SECONDS
 
     def check(self, runs: Sequence[Run]) -> None:
         """Do what is due for the runs that have lasted for a tick. Raises QueueError; then call it again."""
@@ -182,6 +185,15 @@ class Leases:
             self.queue.heartbeat(self.name, completed=completed, failed=failed)
             self._reported = counts
 
+    def prune(self) -> None:
+        """Delete some of the jobs that their queues keep no longer, now and then."""
+        if time.monotonic() < self._prune_at:
+            return
+        self._prune_at = time.monotonic() + PRUNE_SECONDS
+        with suppress(QueueError):
+            if self.queue.prune_kept():
+                self._prune_at = time.monotonic() + PRUNE_AGAIN_SECONDS
+
     def counts(self) -> tuple[int, int]:
         """Return the numbers of completed jobs and failed attempts."""
         done = self.record.fields
@@ -208,6 +220,7 @@ def in_thread(leases: Leases) -> Iterator[None]:
             try:
                 leases.beat()
                 leases.check([run for _, run in leases.running()])
+                leases.prune()
             except (QueueError, MemoryError) as error:
                 log("left to its lease", consumer=leases.name, reason=str(error) or "out of memory")
 

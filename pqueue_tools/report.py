@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pqueue
 from pqueue import Job, PersistentQInterface, Schedule
 from pqueue_tools.masking import masked, masked_error, masked_job
-from pqueue_values import command_line
+from pqueue_values import UNITS, command_line
 
 LONG_WAIT_SECONDS = 600.0  # a pending job that has waited longer is reported
 STALL_SECONDS = 60.0  # a queue in which jobs are due, and none has begun or ended for longer, is reported; so are
@@ -22,7 +22,8 @@ LATE_SECONDS = 5.0  # a job whose lease expired longer ago is reported
 SEVERITIES = ("info", "warning", "critical")
 NO_FINDINGS = "no problem found"
 CLOCK_SECONDS = 5.0  # a larger difference between this host's clock and the server's is reported
-UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+MANY_KEPT = 100_000  # finished jobs of a queue; if so many are kept for ever, this is reported
+LATE_PRUNE_SECONDS = 3600.0  # a job that should have been deleted longer ago is reported
 
 
 class Finding(NamedTuple):
@@ -78,6 +79,7 @@ def findings(
         *_expired_leases(queue, now),
         *_queue_findings(queue, stats, now),
         *_schedule_findings(queue, now),
+        *_retention_findings(queue, stats, alive, now),
         *_clock_findings(queue, now),
     ]
     return by_severity(found)
@@ -250,6 +252,21 @@ def _schedule_findings(queue: PersistentQInterface, now: float) -> Iterator[Find
         elif now - each.next_at > STALL_SECONDS and not queue.move_status():
             text = f"schedule {each.name!r} is {span(now - each.next_at)} late"
             yield Finding("warning", text, "start a consumer; schedules are due when one takes jobs")
+
+
+def _retention_findings(
+    queue: PersistentQInterface, stats: dict[str, Any], alive: list[dict[str, Any]], now: float
+) -> Iterator[Finding]:
+    """Report many jobs that are kept for ever, and jobs that consumers should have deleted."""
+    for each in queue.retention(within_seconds=60, now=now):
+        name, state, at = each["queue"], each["state"], each["deleted_at"]
+        jobs = stats["queues"].get(name, {}).get(state, 0)
+        if each["keep_seconds"] is None and jobs >= MANY_KEPT:
+            text = f"queue {name!r} keeps its {jobs:,} {state} jobs for ever; {each['added']:,} were added in a minute"
+            yield Finding("info", text, f"run {command_line('admin')} keep {shlex.quote(name)} --{state} 7d", "queues")
+        elif alive and at is not None and now - at > LATE_PRUNE_SECONDS:
+            text = f"queue {name!r}: {state} jobs were to be deleted {ago(at, now)}"
+            yield Finding("warning", text, f"run {command_line('consumer')}, which deletes them", "queues")
 
 
 def _clock_findings(queue: PersistentQInterface, now: float) -> Iterator[Finding]:

@@ -177,8 +177,12 @@ GROUPS = Table(
 ADD_GROUP = Button("add_group", f"add {supervisor.GROUP_SIZE} consumers")
 
 
+NO_GROWTH = {"grows_by": 0, "deleted_at": None}
+
+
 def _queues(figures: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{"name": name, **each} for name, each in figures["overview"]["queues"].items()]
+    queues, growth = figures["overview"]["queues"], figures["growth"]
+    return [{"name": name, **each, **growth.get(name, NO_GROWTH)} for name, each in queues.items()]
 
 
 def _queue_buttons(queue: dict[str, Any]) -> list[Button]:
@@ -197,6 +201,8 @@ QUEUES = Table(
         ),
         Column("oldest", lambda queue: _span_since(queue["oldest_pending_at"]), "number", on_phone=False),
         Column("limit", lambda queue: _number(queue["max_pending"]), "number", on_phone=False),
+        Column("growth per hour", lambda queue: f"{queue['grows_by']:+,}", "number", on_phone=False),
+        Column("deletes next", itemgetter("deleted_at"), "time", on_phone=False),
         Column("", lambda queue: "paused" if queue["paused"] else "", "state"),
     ),
     "no queue yet",

@@ -132,6 +132,9 @@ READING = [
     ["cancel", "6", "--json"],
     ["assign-job", "5", "anna"],
     ["assign-job", "5", "--any"],
+    ["keep", "slow", "--completed", "1h", "--failed", "forever"],
+    ["retention"],
+    ["retention", "-o", "json"],
     ["prune", "--older-than", "7d"],
     ["backup", "copy.db"],
     ["restore", "copy.db"],
@@ -278,6 +281,9 @@ def test_operator_whose_folder_has_no_queue_creates_none(front, folder, run):
         (["enqueue", "t", "--delay", "5"], 2, "expected a duration such as 90s"),
         (["enqueue", ""], 2, "expected a task name"),
         (["prune"], 2, "--older-than"),
+        (["keep", "slow"], 2, "expected --completed, --failed or --cancelled, such as --completed 7d"),
+        (["keep", "slow", "--failed", "7y"], 2, "expected a duration such as 90s"),
+        (["keep", "nosuch", "--failed", "7d"], 1, "no queue 'nosuch'; there are: default, slow"),
         (["prune", "--older-than", "7y"], 2, "expected a duration"),
         (["resubmit"], 2, "expected job ids or a filter"),
         (["resubmit", "2", "--status", "failed"], 2, "expected job ids or a filter"),
@@ -709,6 +715,28 @@ def test_doctor_finds_a_log_that_a_reader_keeps_from_shrinking(queue, monkeypatc
         queue.enqueue("t", "x" * 100_000)
     assert any("write-ahead log has grown" in each.text for each in report.findings(queue))
     reader.close()
+
+
+def test_doctor_finds_jobs_that_are_kept_for_ever_or_too_long(queue, run, monkeypatch):
+    monkeypatch.setattr(report, "MANY_KEPT", 2)
+    now = time.time()
+    for at in (now - 9000, now - 9000, now):
+        queue.cancel(queue.enqueue("t", queue="mail", now=at), now=at)
+    queue.dequeue("w")
+    assert run("doctor")[0] == 0
+    queue.keep("mail", cancelled=None)
+    (found,) = report.findings(queue)
+    text = "queue 'mail' keeps its 3 cancelled jobs for ever; 1 were added in a minute"
+    assert (found.severity, str(found)) == ("info", f"{text}: run python admin.py keep mail --cancelled 7d")
+    queue.keep("mail", cancelled=60)
+    (found,) = report.findings(queue)
+    text = "queue 'mail': cancelled jobs were to be deleted 2 h ago"
+    assert (found.severity, str(found)) == ("warning", f"{text}: run python consumer.py, which deletes them")
+    code, out, _ = run("doctor")
+    assert code == 1
+    assert re.search(r"finished jobs +3\nadded in last hour +1\ndeleted in next hour +3\n", out)
+    assert not queue.prune_kept()
+    assert report.findings(queue) == []
 
 
 def test_doctor_finds_a_dead_consumer_that_holds_jobs(queue):

@@ -579,3 +579,15 @@ def test_producer_that_lost_the_answer_enqueues_a_file_once(place):
     with mock.patch.object(queue, "enqueue", answer_lost):
         made = maker.produce()
     assert [job.id for job in queue.list_jobs()] == [made]
+
+
+def test_consumer_deletes_jobs_that_their_queue_keeps_no_longer(tasks):
+    queue = tasks.queue()
+    queue.keep("default", cancelled=60)
+    old, young = queue.enqueue("quick", now=100), queue.enqueue("quick")
+    queue.cancel(old, now=100)
+    queue.cancel(young)
+    queue.enqueue("quick")
+    tasks.start("consumer.py", "--import", "my_tasks")
+    wait_until(lambda: old not in {job.id for job in queue.list_jobs()})
+    assert queue.get(young).state == "cancelled"

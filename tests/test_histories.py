@@ -151,7 +151,10 @@ class Actor:
         self.call(verb, lambda: getattr(self.queue, verb)("b"))
 
     def prune(self) -> None:
-        self.call("prune", lambda: self.queue.prune(100_000, now=self.clock))
+        if self.chance.random() < 0.5:
+            self.call("prune", lambda: self.queue.prune(100_000, now=self.clock))
+        else:
+            self.call("prune_kept", lambda: self.queue.prune_kept(now=self.clock))
 
     def leave(self) -> None:
         held = sorted({job.id for job in self.held})

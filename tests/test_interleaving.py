@@ -334,6 +334,25 @@ def test_schedule_that_is_due_gets_one_job_whatever_happens_at_once(stage, monke
     assert differing(stage, plays) == []
 
 
+def test_consumer_that_prunes_a_queue_has_a_serial_outcome_with_what_happens_at_once(stage, monkeypatch):
+    month = 40 * 86400
+    others = {
+        "prune kept": lambda queue, me, job: 0 if me in STARVED else queue.prune_kept(now=NOW + month) * 0,
+        "keep": lambda queue, me, job: queue.keep("default", failed=None),
+        "limit": lambda queue, me, job: queue.limit("default", 5),
+        "begin a move": lambda queue, me, job: queue.begin_move("elsewhere", by=me, now=NOW),
+    }
+    for name, verb in others.items():
+        monkeypatch.setitem(VERBS, name, verb)
+    others |= dict.fromkeys(("prune", "delete", "delete all", "resubmit", "claim", "claim step by step"))
+    plays = (
+        (state, *order)
+        for state, other in product(("failed", "pending"), others)
+        for order in (("prune kept", other), (other, "prune kept"))
+    )
+    assert differing(stage, plays) == []
+
+
 def test_removal_of_the_last_limit_deadlocks_with_nothing(stage, monkeypatch):
     """Even if the server looks for deadlocks at once, and so would end whichever of the two waits first."""
     name = stage.db.info.dbname

@@ -33,6 +33,7 @@ class Entry:
     holder: int | None = None  # number of the delivery that holds it
     expires: float = 0.0
     was_taken: bool = False
+    finished_at: float = 0.0
 
     def holds_key(self, now: float) -> bool:
         if self.key_until is None:
@@ -51,6 +52,9 @@ class QueueMachine(RuleBasedStateMachine):
         self.entries: dict[int, Entry] = {}
         self.paused: set[str] = set()
         self.deliveries: list[pqueue.Job] = []
+        self.gone: dict[int, Entry] = {}  # pruned
+        self.kept = {(queue, state): 7 * 86400.0 for queue in "ab" for state in ("completed", "failed", "cancelled")}
+        self.pruned_at = dict.fromkeys("ab", 0.0)
 
     def teardown(self):
         self.queue.close()
@@ -129,7 +133,7 @@ class QueueMachine(RuleBasedStateMachine):
                 entry.state = "pending"
             if entry.state == "processing" and entry.expires <= self.now:
                 entry.state = "pending" if entry.attempts < entry.max_attempts else "failed"
-                entry.holder = None
+                entry.holder, entry.finished_at = None, self.now
 
     def next(self, consumer, queues, tasks, limit):
         able = [
@@ -150,7 +154,7 @@ class QueueMachine(RuleBasedStateMachine):
     def settle(self, data, verb):
         number = data.draw(st.integers(0, len(self.deliveries) - 1))
         job = self.deliveries[number]
-        entry = self.entries[job.id]
+        entry = self.entries.get(job.id) or self.gone[job.id]
         try:
             self.call(verb, job)
         except pqueue.LeaseLost:
@@ -184,7 +188,7 @@ class QueueMachine(RuleBasedStateMachine):
         if verb == "extend":
             entry.expires = self.now + LEASE
             return
-        entry.holder = None
+        entry.holder, entry.finished_at = None, self.now
         if verb in ("complete", "fused"):
             entry.state = "completed"
         elif verb == "release":
@@ -262,7 +266,7 @@ class QueueMachine(RuleBasedStateMachine):
                 entry.state, entry.attempts = "pending", entry.attempts - 1
             entry.assigned_to = consumer
         else:
-            entry.state = {"cancel": "cancelled", "mark_failed": "failed"}[verb]
+            entry.state, entry.finished_at = {"cancel": "cancelled", "mark_failed": "failed"}[verb], self.now
         entry.holder = None
 
     @precondition(lambda self: self.entries)
@@ -282,6 +286,26 @@ class QueueMachine(RuleBasedStateMachine):
     def pause_or_resume(self, queue, paused):
         (self.queue.pause if paused else self.queue.resume)(queue)
         (self.paused.add if paused else self.paused.discard)(queue)
+
+    @rule(queue=st.sampled_from("ab"), seconds=st.sampled_from([30, 60, 60, None]))
+    def keep(self, queue, seconds):
+        self.queue.keep(queue, completed=seconds, cancelled=seconds)
+        self.kept |= {(queue, "completed"): seconds, (queue, "cancelled"): seconds}
+
+    @rule()
+    def prune_kept(self):
+        assert not self.queue.prune_kept(now=self.now)
+        for queue, at in self.pruned_at.items():
+            old = [job_id for job_id, entry in self.entries.items() if entry.queue == queue and self.is_old(job_id)]
+            if old and at < self.now - 1:
+                self.pruned_at[queue] = self.now
+                self.gone |= {job_id: self.entries.pop(job_id) for job_id in old}
+
+    def is_old(self, job_id):
+        entry = self.entries[job_id]
+        seconds = self.kept.get((entry.queue, entry.state))
+        is_over = entry.state not in UNFINISHED and seconds is not None and entry.finished_at < self.now - seconds
+        return is_over and not entry.holds_key(self.now) and job_id < max(self.entries)
 
     @invariant()
     def rows_equal_the_model(self):

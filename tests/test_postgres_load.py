@@ -17,6 +17,7 @@ from test_postgres import database, driver_of, server  # noqa: F401 - fixtures
 
 import pqueue
 import pqueue_postgres
+import pqueue_retention
 from bench.delaying_proxy import DelayingProxy
 from pqueue import PersistentQSQLite
 from test_pqueue import wait_until
@@ -160,7 +161,7 @@ def test_deleting_chosen_jobs_stops_nobody(queue, database):  # noqa: F811
 
 @pytest.mark.parametrize("batch", [1000, 7])
 def test_prune_asks_once_for_each_batch(queue, monkeypatch, batch):
-    monkeypatch.setattr(pqueue, "PRUNE_BATCH", batch)
+    monkeypatch.setattr(pqueue_retention, "PRUNE_BATCH", batch)
     for job_id in queue.enqueue_many("t", range(50)):
         queue.cancel(job_id, now=1)
     last = queue.enqueue("t")

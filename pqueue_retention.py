@@ -1,0 +1,136 @@
+"""Retention: how long each queue keeps its finished jobs, and the deletion of those that it keeps no longer."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from types import EllipsisType
+from typing import Any
+
+from pqueue_backend import Backend, Session
+from pqueue_schema import (
+    ADD_QUEUE,
+    DELETE_CONSUMERS,
+    DELETE_HISTORY,
+    DELETE_JOBS,
+    FINISHED,
+    MARK_PRUNED,
+    OUTDATED,
+    PRUNABLE,
+    RETENTION,
+    SET_KEEP,
+)
+from pqueue_values import Params, duration, long_duration, valid_name, valid_state
+
+PRUNE_BATCH = 1000  # jobs deleted in one transaction of `prune`
+KEEP_BATCH = 250  # jobs of each state that a consumer deletes in one transaction
+KEEP_SECONDS = 1.0  # consumers delete jobs of a queue no more often
+KEEP_WORK_SECONDS = 0.05  # for which a consumer goes on at once if there are more
+CONSUMERS_KEPT_SECONDS = 30 * 86400.0
+
+Keep = str | float | timedelta | None | EllipsisType
+
+
+class Retaining(Backend):
+    """The operations that delete finished jobs."""
+
+    def keep(self, queue: str, *, completed: Keep = ..., failed: Keep = ..., cancelled: Keep = ...) -> None:
+        """Say how long a queue keeps its finished jobs before consumers delete them, with their history.
+
+        completed, failed, cancelled: a text such as "90s", "15m", "12h", "7d" or "2w", a number of seconds, or a
+            timedelta; None: for ever; not given: as before. A new queue keeps completed jobs for 7 days, and failed and
+            cancelled ones for 30.
+
+        A job is kept while another part of the queue needs it: see `prune`. Raises ValueError.
+        """
+        given = {"completed": completed, "failed": failed, "cancelled": cancelled}
+        times = {
+            state: None if value is None else long_duration(state, value)
+            for state, value in given.items()
+            if not isinstance(value, EllipsisType)
+        }
+        if not times:
+            raise ValueError(f"expected how long to keep {', '.join(given)} jobs, got none of these")
+        with self._transaction() as session:
+            session.change(ADD_QUEUE, {"queue": valid_name("queue", queue)})
+            for state, seconds in times.items():
+                session.change(SET_KEEP[state], {"queue": queue, "seconds": seconds})
+
+    def retention(self, *, within_seconds: float = 3600.0, now: float | None = None) -> list[dict[str, Any]]:
+        """Return what each queue keeps, and how it grows: three dicts for each, one for each finished state.
+
+        Each has: "queue", "state"; "keep_seconds", None: for ever; "added", the number of jobs that finished within the
+        last hour (or other time); "expiring", the number to be deleted within the next; "deleted_at", when the first of
+        them is to be deleted, in Unix seconds; None: none is.
+        """
+        columns = "queue, state, keep_seconds, added, expiring, deleted_at"
+        params = {"now": self._time(now), "seconds": duration("within_seconds", within_seconds)}
+        return [dict(zip(columns.split(", "), row, strict=True)) for row in self._read(RETENTION, params)]
+
+    def prune(
+        self,
+        older_than_seconds: float | timedelta,
+        *,
+        states: Sequence[str] = FINISHED,
+        progress: Callable[[int], None] | None = None,
+        now: float | None = None,
+    ) -> int:
+        """Delete jobs of these states that finished longer ago than this, and return how many.
+
+        A job enqueued with `key_seconds` is kept until that time is over, the last job of a schedule until its next,
+        and the newest of all jobs.
+        Uses short transactions, so as not to block other writers. Also deletes consumers that ended as long ago.
+        `progress` is called after each with the number of jobs deleted so far.
+        """
+        now = self._time(now)
+        before = now - duration("older_than_seconds", older_than_seconds)
+        with self._transaction(durable=False) as session:
+            session.change(DELETE_CONSUMERS, {"before": before})
+        pruned = 0
+        for state in [valid_state(FINISHED, state) for state in states]:
+            params = {"state": state, "queue": None, "before": before, "now": now, "limit": PRUNE_BATCH}
+            batch = PRUNE_BATCH
+            while batch == PRUNE_BATCH:
+                with self._transaction(durable=False) as session:
+                    batch = self._prune(session, params)
+                pruned += batch
+                if progress:
+                    progress(pruned)
+        return pruned
+
+    def prune_kept(self, *, now: float | None = None) -> bool:
+        """Delete some of the finished jobs that their queues keep no longer; return whether there may be more.
+
+        Consumers call this now and then. Of each queue, one consumer deletes, once a second at most, in transactions of
+        a few hundred jobs.
+        """
+        now = self._time(now)
+        until, has_more = time.monotonic() + KEEP_WORK_SECONDS, False
+        params: Params = {"now": now, "since": now - KEEP_SECONDS, "before": None, "limit": KEEP_BATCH}
+        for (queue,) in self._read(OUTDATED, params):
+            is_full = self._prune_queue({**params, "queue": queue}, is_first=True)
+            while is_full and time.monotonic() < until:
+                is_full = self._prune_queue({**params, "queue": queue})
+            has_more = has_more or is_full
+        return has_more
+
+    def _prune_queue(self, params: Params, *, is_first: bool = False) -> bool:
+        """Delete a batch of each state, the first one unless another consumer has; return whether one was full."""
+        with self._transaction(durable=False, in_batch=True) as session:
+            self._begin_pruning(session)
+            # guard: one consumer at a time prunes a queue
+            if is_first and not session.change(MARK_PRUNED, params):
+                return False
+            session.change(DELETE_CONSUMERS, {"before": params["now"] - CONSUMERS_KEPT_SECONDS})
+            batches = [self._prune(session, {**params, "state": state}) for state in FINISHED]
+        return max(batches) == KEEP_BATCH
+
+    def _begin_pruning(self, session: Session) -> None:
+        """Lock what must be locked before the queue; SQLite needs nothing."""
+
+    def _prune(self, session: Session, params: Params) -> int:
+        these = {"ids": json.dumps([row[0] for row in session.run(PRUNABLE, params)])}
+        session.change(DELETE_HISTORY, these)
+        return session.change(DELETE_JOBS, these)
