@@ -70,6 +70,7 @@ from pqueue_tools.report import (
     problems,
     schedule_object,
     schedule_row,
+    size,
     span,
     verdict,
     why,
@@ -789,6 +790,16 @@ def _finish_move(queue: PersistentQInterface, options: argparse.Namespace) -> Co
     carried = f"carried over {count(done['carried'], 'job')} enqueued since; " if done["carried"] else ""
     known = f"{count(done['known'], 'job')} not, as the key has an unfinished job there; " if done["known"] else ""
     return CommandResult([done], f"{carried}{known}deleted {count(done['deleted'], 'job')} of the old queue")
+
+
+@command(DATA, "compact", examples="compact")
+def compact(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Give the space of deleted jobs back to the disk, in short steps while other programs use the database."""
+    freed = queue.compact(progress=lambda n: _progress(f"{size(n)} left"))
+    _progress("")
+    return CommandResult(
+        [{"freed_bytes": freed}], f"the database is {size(freed)} smaller" if freed else "nothing to free"
+    )
 
 
 @command(DATA, "delete-db-jobs", Parameter("--force", "even while jobs are processing", flag=True), YES)

@@ -236,6 +236,16 @@ class Backend(ABC):
         """Write a consistent, verified copy to a new file, while the queue is in use."""
 
     @abstractmethod
+    def compact(self, *, progress: Callable[[int], None] | None = None) -> int:
+        """Give free space in the database back to the disk while others use it; return by how many bytes it shrank.
+
+        On SQLite this moves pages in short transactions, and the file shrinks when no reader needs the old pages. On
+        PostgreSQL it is VACUUM, which needs the owner of the tables and frees space at their ends only. progress is
+        called with the number of free bytes that are left (SQLite), or of the database, between the steps.
+        Raises QueueError in a transaction, and for an SQLite file that was not created to be compacted.
+        """
+
+    @abstractmethod
     def check(self, *, thorough: bool = True) -> dict[str, Any]:
         """Return a dict of facts about the database; "problems" is a list of sentences.
 

@@ -118,6 +118,10 @@ SELECT name FROM (VALUES ('fsync'), ('full_page_writes')) needed (name) WHERE cu
 SAME_DATABASE = f"""
 SELECT (SELECT oid FROM pg_database WHERE datname = current_database())::text, pg_postmaster_start_time()::text,
     to_regclass('{SCHEMA}.jobs')::oid::text"""
+# Return the size of the queue's tables in bytes, and whether this role owns them.
+SIZE = f"""
+SELECT sum(pg_total_relation_size(oid))::bigint, bool_and(pg_has_role(relowner, 'USAGE')) FROM pg_class
+WHERE relkind = 'r' AND relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = to_regclass('{SCHEMA}.jobs'))"""
 TRANSACTION_SETTINGS = """
 SELECT current_setting('transaction_read_only'), current_setting('synchronous_commit'),
     current_setting('transaction_isolation')"""
@@ -1230,6 +1234,18 @@ class OnPostgres(PersistentQSQLAlchemy):
                 copy.backup(target)
         except OSError as error:
             raise QueueError(f"cannot back up to {target}: {error.strerror}") from error
+
+    def compact(self, *, progress: Callable[[int], None] | None = None) -> int:
+        if self.in_transaction:
+            raise QueueError("cannot compact in a transaction")
+        (before, is_owner), *_ = self._read(SIZE)
+        if not is_owner:  # VACUUM would only warn
+            raise QueueError(f"cannot compact {self.name}: expected the owner of the tables")
+        for table in TABLES:
+            self._session().change(f"VACUUM {SCHEMA}.{table}")
+            if progress:
+                progress(int(self._read(SIZE)[0][0]))
+        return max(0, int(before - self._read(SIZE)[0][0]))
 
     def other_tables(self) -> list[str]:
         """Return the names of the tables and views in the queue's schema that are not ours."""

@@ -82,6 +82,7 @@ from pqueue_values import (
 )
 
 WAL_BYTES = 67_108_864  # the write-ahead log is truncated to this size when no reader needs more
+COMPACTED_PAGES = 25  # moved in one transaction of `compact`
 LEAST_FREE_BYTES = 268_435_456  # `check` warns below this much free disk space
 
 SYNCHRONOUS = ("off", "normal", "full", "extra")
@@ -608,6 +609,8 @@ class PersistentQSQLite(PersistentQInterface):
         try:
             _adopt_dump(connection)
             version = schema_version(connection, self.path)
+            if version == 0:
+                connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # for `compact`; has an effect on an empty file
             if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
                 connection.execute("PRAGMA journal_mode = WAL")
             if version < len(MIGRATIONS):
@@ -829,6 +832,23 @@ class PersistentQSQLite(PersistentQInterface):
             raise QueueError(f"cannot back up to {target}: {error.strerror}") from error
         except sqlite3.Error as error:
             raise self._error(error) from error
+
+    def compact(self, *, progress: Callable[[int], None] | None = None) -> int:
+        if self.in_transaction:
+            raise QueueError("cannot compact in a transaction")
+        if self._read("PRAGMA auto_vacuum") == [(0,)]:
+            raise QueueError(
+                f"cannot compact {self.path}: it was made by another program; move the queue to a new file"
+            )
+        page_bytes, free, before = self._read("PRAGMA page_size")[0][0], 1, file_size(self.path)
+        while free:
+            with self._transaction(durable=False, in_batch=True) as session:
+                session.run(f"PRAGMA incremental_vacuum({COMPACTED_PAGES})")
+                free = session.run("PRAGMA freelist_count")[0][0]
+            if progress:
+                progress(free * page_bytes)
+        self._read("PRAGMA wal_checkpoint")  # without waiting for others
+        return max(0, before - file_size(self.path))
 
     def move_to_file(
         self,

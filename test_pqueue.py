@@ -2006,6 +2006,19 @@ class QueueContract:
         self.assertEqual(self.queue.delete_jobs([other]), 1)
         self.assertEqual(self.queue.delete_jobs(force=True), 1)
 
+    def test_compact_leaves_all_jobs_and_is_refused_in_a_transaction(self):
+        queue = self.open()
+        queue.enqueue_many("t", [{"n": n, "text": "x" * 1000} for n in range(500)])
+        kept = queue.enqueue("t", "kept")
+        queue.delete_jobs(range(1, kept))
+        told: list[int] = []
+        self.assertGreaterEqual(queue.compact(progress=told.append), 0)
+        self.assertGreater(len(told), 1)
+        self.assertEqual([job.payload for job in queue.list_jobs()], ["kept"])
+        with self.assertRaisesRegex(QueueError, "cannot compact in a transaction"), queue.transaction():
+            queue.compact()
+        self.assertEqual(queue.enqueue("t"), kept + 1)
+
     def test_prune_deletes_old_finished_jobs_with_their_history(self):
         old, failed, young, last = (self.queue.enqueue("t", now=NOW) for _ in range(4))
         self.queue.cancel(old, now=NOW)
@@ -4218,6 +4231,26 @@ class Files(SQLiteCase):
             self.assertEqual(restored.check()["problems"], [])
         with self.assertRaisesRegex(QueueError, "File exists"):
             queue.backup(copy)
+
+    def test_compact_shrinks_the_file_in_transactions_that_let_others_write(self):
+        queue = self.open()
+        queue.enqueue_many("t", ["x" * 1000] * 2000)
+        queue.delete_jobs()
+        before = os.path.getsize(queue.path)
+        with self.open() as other:
+            freed = queue.compact(progress=lambda left: other.enqueue("t", left))
+        self.assertGreater(freed, 1_500_000)
+        self.assertEqual(os.path.getsize(queue.path), before - freed)
+        self.assertEqual(queue.check()["problems"], [])
+        self.assertEqual(queue.list_jobs()[0].payload, 0)
+        self.assertGreater(len(queue.list_jobs(limit=1000)), 10)
+
+    def test_compact_is_refused_for_a_file_that_was_not_created_for_it(self):
+        path = self.folder / "restored.db"
+        with self.open() as queue, closing(sqlite3.connect(path)) as copy, self.sqlite() as db:
+            copy.executescript("\n".join(db.iterdump()))
+        with open_queue(path) as queue, self.assertRaisesRegex(QueueError, "cannot compact .*move the queue to a new"):
+            queue.compact()
 
     def test_check_names_each_problem(self):
         queue = self.open()

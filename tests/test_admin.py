@@ -136,6 +136,7 @@ READING = [
     ["retention"],
     ["retention", "-o", "json"],
     ["prune", "--older-than", "7d"],
+    ["compact"],
     ["backup", "copy.db"],
     ["restore", "copy.db"],
     ["restore", "copy.db", "--yes"],

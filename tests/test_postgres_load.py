@@ -19,7 +19,7 @@ import pqueue
 import pqueue_postgres
 import pqueue_retention
 from bench.delaying_proxy import DelayingProxy
-from pqueue import PersistentQSQLite
+from pqueue import PersistentQSQLite, QueueError
 from test_pqueue import wait_until
 
 
@@ -104,6 +104,25 @@ def test_claim_locks_hardly_more_rows_than_it_takes(queue, queues, limit):
         records = int(re.search(r"LockRows.*?\n.*?WAL: records=(\d+)", plan, re.DOTALL)[1])
         assert taken >= min(limit, width), plan
         assert records <= 2 * taken, plan
+
+
+def test_compact_empties_the_table_and_is_for_its_owner(queue, database):  # noqa: F811
+    queue.enqueue_many("t", ["x" * 1000] * 1000)
+    queue.delete_jobs()
+    role = f"worker_{random.randrange(10**9)}"
+    with psycopg.connect(database, autocommit=True) as admin:
+        admin.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'secret'")
+        admin.execute(f"GRANT USAGE ON SCHEMA pqueue TO {role}")
+        admin.execute(f"GRANT ALL ON ALL TABLES IN SCHEMA pqueue TO {role}")
+    url = sqlalchemy.make_url(database).set(username=role, password="secret")
+    with closing(pqueue.open_queue(url.render_as_string(hide_password=False), create=False)) as worker:
+        with pytest.raises(QueueError, match="expected the owner of the tables"):
+            worker.compact()
+    queue.compact()
+    with psycopg.connect(database, autocommit=True) as admin:
+        assert admin.execute("SELECT pg_relation_size('pqueue.jobs')").fetchone() == (0,)
+        admin.execute(f"DROP OWNED BY {role}")
+        admin.execute(f"DROP ROLE {role}")
 
 
 def test_backup_of_a_role_that_may_only_read_is_whole(queue, database, tmp_path):  # noqa: F811
