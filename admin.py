@@ -143,6 +143,7 @@ def _filters(options: argparse.Namespace) -> dict[str, Any]:
 
 
 JOB_COLUMNS = ("id", "state", "queue", "task", "attempts", "consumer", "created_at", "detail")
+FAILED_COLUMNS = ("id", "queue", "task", "attempts", "consumer", "finished_at", "detail")
 
 
 @command(
@@ -158,14 +159,14 @@ JOB_COLUMNS = ("id", "state", "queue", "task", "attempts", "consumer", "created_
 )
 def list_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """List jobs, newest first."""
-    return _listed(queue, options)
+    return _listed(queue, options, JOB_COLUMNS)
 
 
-def _listed(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+def _listed(queue: PersistentQInterface, options: argparse.Namespace, columns: tuple[str, ...]) -> CommandResult:
     jobs = queue.list_jobs(**_filters(options), limit=options.limit, before_id=options.before_id, shown=masked_job)
     extra = [] if options.output == "json" and not options.columns else ["detail"]
     return CommandResult(
-        [{**job_object(job), **{name: detail(job) for name in extra}} for job in jobs], columns=JOB_COLUMNS
+        [{**job_object(job), **{name: detail(job) for name in extra}} for job in jobs], columns=columns
     )
 
 
@@ -185,7 +186,7 @@ def failedjobs(queue: PersistentQInterface, options: argparse.Namespace) -> Comm
     filters = _filters(options)
     if options.all or filters or options.before_id is not None:
         options.status = "failed"
-        return _listed(queue, options)
+        return _listed(queue, options, FAILED_COLUMNS)
     groups = queue.failures()[: options.limit]
     return CommandResult(
         [
@@ -277,7 +278,7 @@ def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     per_minute = ", ".join(f"{count:,} {name}" for name, count in recent.items())
     total = {"queue": "all", **found["states"], "oldest_pending_at": found["oldest_pending_at"]}
     rows += [{**dict.fromkeys(rows[0]), **total}] if len(rows) > 1 else []
-    return CommandResult(text=f"{table(rows, width())}\n\nin the last minute: {per_minute}")
+    return CommandResult(text=f"{table(rows, width()) or 'no queues'}\n\nin the last minute: {per_minute}")
 
 
 @command(

@@ -61,7 +61,7 @@ VERBS = (  # of which the report lists the calls by the task
     *("enqueue", "enqueue_many", "complete", "fail", "release", "update", "complete_and_dequeue"),
     *("dequeue", "dequeue_many", "resubmit", "mark_failed", "cancel", "assign", "change", "run_now", "delete_jobs"),
     *("resubmit_where", "mark_failed_where", "cancel_where", "run_now_where", "delete_where", "act_where", "clear"),
-    *("prune", "pause", "resume", "limit", "schedule", "unschedule", "pause_schedule", "resume_schedule"),
+    *("keep", "prune", "pause", "resume", "limit", "schedule", "unschedule", "pause_schedule", "resume_schedule"),
 )
 WRITES = re.compile(
     r"\s*(INSERT|UPDATE|DELETE|REPLACE|MERGE|CREATE|ALTER|DROP|TRUNCATE|COPY|WITH\b.*\b(INSERT|UPDATE|DELETE))\b",

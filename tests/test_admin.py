@@ -222,6 +222,17 @@ def test_examples_of_each_command_are_valid_and_shown(front, capsys, monkeypatch
     assert len(ran) > 20
 
 
+def test_operator_sees_when_a_job_failed_and_that_a_new_database_has_no_queues(front, queue, run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(admin, "wants_rows", lambda _: False)
+        assert run("stats")[1].startswith("no queues\n\nin the last minute")
+    queue.enqueue("t", max_attempts=1, now=time.time() - 3600)
+    queue.fail(queue.dequeue("w"), "no")
+    header, row = run("failed", "--all")[1].splitlines()
+    assert header.split("\t")[5] == "finished_at"
+    assert row.split("\t")[5] > time.strftime("%Y-%m-%dT%H:%M", time.gmtime(time.time() - 60))
+
+
 def test_operator_reads_what_was_logged_about_a_job(front, folder, run):
     logs = folder / "var/log"
     logs.mkdir(parents=True)
