@@ -49,7 +49,15 @@ from pqueue_tools.commands import (
 from pqueue_tools.completion import complete, script
 from pqueue_tools.masking import masked_job
 from pqueue_tools.output import OPTIONS, CommandResult, table, wants_rows, width, write
-from pqueue_tools.process import escape_unencodable, expect_posix, module_name, open_soon, print_error, whole_number
+from pqueue_tools.process import (
+    escape_unencodable,
+    expect_posix,
+    id_list,
+    module_name,
+    open_soon,
+    print_error,
+    whole_number,
+)
 from pqueue_tools.report import (
     ago,
     clock,
@@ -209,12 +217,14 @@ def _whole_error(queue: PersistentQInterface, group: dict[str, Any]) -> str:
 def show(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Show all about a job, with its history."""
     job, events = queue.get(options.job_id), history(queue, options.job_id)
-    facts = {**job_object(job), "why": why(queue, job.id)}
+    after = [parent.id for parent in queue.dependencies(job.id, excerpt=0)] or None
+    facts = {**job_object(job), "after": after, "why": why(queue, job.id)}
     if wants_rows(options) and (options.output or options.columns):
         return CommandResult(
             [{**facts, "history": [{key: for_machines(key, v) for key, v in each.items()} for each in events]}]
         )
-    del facts["lease_token"]
+    del facts["lease_token"], facts["has_dependents"]
+    facts["waits_for"] = facts["waits_for"] or None
     now = now_shown()
     lines = [f"{key:17} {_shown(key, value, now)}" for key, value in facts.items() if value is not None]
     if events:
@@ -295,10 +305,18 @@ def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     Parameter("--key-for", "hold the key for this long instead: 90s, 15m, 12h, 7d", duration, metavar="DURATION"),
     Parameter("--replace", "give the job that holds the key this payload, priority and delay", flag=True),
     Parameter("--assign-to", "only this consumer may run it", metavar="CONSUMER"),
+    Parameter("--after", "run it after these jobs have finished: 17,18", id_list, metavar="IDS"),
+    Parameter(
+        "--after-failed",
+        "if one of them fails: fail it, too (default), or run it",
+        one_of("fail", "run"),
+        metavar="WHAT",
+    ),
     examples="""
     enqueue send_mail '{"to": "ada@example.org"}'
     enqueue send_mail '{"to": "ada@example.org"}' --delay 1h --key ada
-    enqueue report --key nightly --key-for 20h""",
+    enqueue report --key nightly --key-for 20h
+    enqueue album --after 17,18""",
 )
 def enqueue(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Enqueue a job and print its id."""
@@ -314,6 +332,8 @@ def enqueue(queue: PersistentQInterface, options: argparse.Namespace) -> Command
         key_seconds=options.key_for,
         on_conflict="replace" if options.replace else "keep",
         assigned_to=options.assign_to,
+        after=options.after or (),
+        after_failed=options.after_failed or "fail",
     )
     return CommandResult([{"job": job_id}], str(job_id))
 
@@ -404,7 +424,7 @@ def cancel(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
     run-now --queue newsletter""",
 )
 def run_now(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
-    """Make scheduled jobs pending, whenever they are due."""
+    """Make scheduled and waiting jobs pending, whenever they are due and whatever they wait for."""
     return _act(queue, options, "run-now", "made pending", queue.run_now)
 
 

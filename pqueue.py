@@ -13,9 +13,11 @@ the function that runs the jobs of a name; `consumer.py` calls it. All errors of
     (due later) │ (now)            ┌─────────► processing ───────────► completed
         ▼       ▼                  │             │  │  │
     scheduled ─────► pending ──────┘   release   │  │  │ fail, no attempt left; mark_failed
-        ▲      due      ▲  ▲    lease over, dead │  │  └─────────────► failed
-        │               │  └─────────────────────┘  │ cancel
-        │               │                           └────────────────► cancelled
+        ▲      due    ▲ ▲  ▲    lease over, dead │  │  └─────────────► failed
+        │             │ │  └─────────────────────┘  │ cancel             ▲
+        │ parents done│ │                           └────────────► cancelled
+        ├── waiting ──┘ │                                                │
+        │      └────────┼─────────────── a parent failed ────────────────┘
         └─ fail, backoff┼────────────── processing
                         └── resubmit ── failed, cancelled, completed
 
@@ -53,7 +55,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta
 from functools import lru_cache
 from importlib import import_module
@@ -61,6 +63,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from pqueue_backend import Registration, Session
+from pqueue_dependencies import NEEDED, Depending
 from pqueue_move import Moving, count_running
 from pqueue_operating import Operating
 from pqueue_results import Waiting, Waits
@@ -73,6 +76,8 @@ from pqueue_schema import (
     CANCEL,
     CLAIM,
     COMPLETE,
+    COMPLETE_PARENT,
+    DELETE_DEPENDENCIES,
     DELETE_HISTORY,
     DELETE_JOBS,
     ENQUEUE,
@@ -243,7 +248,7 @@ class UnsyncedLastAttempt(Exception):
 Self = TypeVar("Self", bound="PersistentQInterface")  # typing.Self needs Python 3.11
 
 
-class PersistentQInterface(Waiting, Operating, Moving, Scheduling, Retaining):
+class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Retaining):
     """A queue: its operations, in SQL that SQLite and PostgreSQL share.
 
     An object may be used by several threads, and in a forked child. Close it with `close()`, or use it in a `with`
@@ -286,6 +291,8 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling, Retaining):
         key_seconds: float | timedelta | None = None,
         on_conflict: str = "keep",
         assigned_to: str | None = None,
+        after: Iterable[int] = (),
+        after_failed: str = "fail",
         now: float | None = None,
     ) -> JobId[Any]:
         """Store a job and return its id.
@@ -302,17 +309,23 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling, Retaining):
             `is_new` is False.
         key_until: when the job frees its key: "finished", the default, or "started": when it is first delivered.
         key_seconds: free the key this long after the enqueue instead, whether or not the job is finished.
-        on_conflict: "replace" gives the job that holds the key this payload, priority and time, if it is `scheduled` or
-            `pending`; with "keep" it stays as it is.
+        on_conflict: "replace" gives the job that holds the key this payload, priority and time, if no consumer has
+            taken it; with "keep" it stays as it is.
         assigned_to: the only consumer that may run the job; None: any.
+        after: the ids of jobs after which this one runs: it is `waiting` until all have finished. Inside the task,
+            `job.results` has their results.
+        after_failed: what happens if one of them is failed or cancelled: "fail" makes this job `failed`, too, until
+            that one is resubmitted; "run" runs it all the same.
 
-        Raises QueueFull when the queue holds `max_pending` pending jobs: see `limit`.
+        Raises QueueFull when the queue holds `max_pending` pending jobs: see `limit`; JobNotFound for a job of `after`.
         """
         row = _new_job(task, queue, priority, delay_seconds, run_at, max_attempts, assigned_to, self._time(now))
         if (key, key_until, key_seconds, on_conflict) != NO_KEY:
             row |= _key_options(key, key_until, key_seconds, on_conflict, row["now"])
         row["payload"] = encode_json("payload", payload)
-        return self._store(ENQUEUE, row)[0]
+        if (after, after_failed) == NO_PARENTS:
+            return self._store(ENQUEUE, row)[0]
+        return self._store_after(ENQUEUE, [row], after, after_failed)[0]
 
     def _store(self, sql: str, row: Params) -> list[JobId[Any]]:
         """Insert jobs; return their ids, or that of the job that has the key. This is a single statement, its own
@@ -362,6 +375,8 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling, Retaining):
         key_seconds: float | timedelta | None = None,
         on_conflict: str = "keep",
         assigned_to: str | None = None,
+        after: Iterable[int] = (),
+        after_failed: str = "fail",
         now: float | None = None,
     ) -> list[JobId[Any]]:
         """Store one job per payload, all or none, and return their ids in order; the options are those of `enqueue`.
@@ -376,14 +391,13 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling, Retaining):
             if (key_until, key_seconds, on_conflict) != NO_KEY[1:]:
                 raise ValueError("expected keys together with key_until, key_seconds or on_conflict")
             row |= {"payloads": encode_payloads(found), "number": len(found)}
-            return self._store(ENQUEUE_MANY, row) if found else []
+            return self._store_after(ENQUEUE_MANY, [row], after, after_failed) if found else []
         if isinstance(keys, str) or len(keys) != len(found):
             raise ValueError(f"expected a list of {len(found)} keys, one per payload, got {short(keys)}")
         rows = [{**row, **_key_options(key, key_until, key_seconds, on_conflict, row["now"])} for key in keys]
         for each, payload in zip(rows, found, strict=True):
             each["payload"] = encode_json("payload", payload)
-        with self._transaction():
-            return [self._store(ENQUEUE, each)[0] for each in rows]
+        return self._store_after(ENQUEUE, rows, after, after_failed) if rows else []
 
     # Working
 
@@ -507,7 +521,7 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling, Retaining):
                 session.finished += [job.id for job, _ in completions]
                 self._reclaim(session, dead, at)
                 params = claim_params(me, limit, wanted, lease_seconds, at)
-                jobs = claimed_jobs(session, self._claim(session, params, me.prefetches), params) if limit else []
+                jobs = self._claimed_jobs(session, self._claim(session, params, me.prefetches), params) if limit else []
                 # guard: a claim of the last attempt is synced
                 if not durable and any(job.attempts == job.max_attempts for job in jobs):
                     raise UnsyncedLastAttempt
@@ -519,21 +533,54 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling, Retaining):
         except UnsyncedLastAttempt:  # a power cut must not add an attempt: claim again, and sync
             return exchange(durable=True)
 
+    def _claimed_jobs(self, session: Session, rows: list[Any], params: Params) -> list[Job]:
+        """Return the jobs of the rows that a claim returned, in order, without unreadable ones."""
+        jobs = [to_job(row) for row in rows]
+        if len(jobs) > 1:
+            jobs.sort(key=lambda job: (-job.priority, job.run_at, job.id))
+        return [job for job in jobs if not self._fail_unreadable(session, job, params["now"])]
+
+    def _fail_unreadable(self, session: Session, job: Job, now: float) -> bool:
+        """Fail a job that Python's JSON parser cannot read, so that it does not block the queue."""
+        if not isinstance(job.payload, Excerpt) and not isinstance(job.result, Excerpt):
+            return False
+        params = {"id": job.id, "token": job.lease_token, "now": now, "error": UNREADABLE}
+        with session:
+            session.change(RECORD, {**params, "event": "failed", "actor": job.consumer})
+            session.change(FAIL, params)
+            # guard: a job that cannot be read is followed up
+            self._job_ended(session, job.id, now)
+        return True
+
     def _claim(self, session: Session, params: Params, prefetches: bool) -> list[Any]:  # noqa: ARG002
         """Lease up to :limit jobs, and return their rows."""
         return session.run(CLAIM, params)
 
     def _complete_all(self, session: Session, completions: list[tuple[Job, str | None]], now: float) -> list[Job]:
         """Complete these jobs, and return those whose lease was lost."""
-        # guard: complete_and_dequeue reports a lost lease
-        return [job for job, result in completions if not _complete(session, job, result, now)]
+        lost: list[Job] = []
+        parents: list[int] = []
+        for job, result in completions:
+            params = {"id": job.id, "token": job.lease_token, "result": result, "now": now}
+            # guard: complete_and_dequeue reports a lost lease
+            if session.change(COMPLETE, params):
+                continue
+            if session.change(COMPLETE_PARENT, params):
+                parents.append(job.id)
+            else:
+                lost.append(job)
+        # guard: completed jobs promote those that wait for them
+        self._follow_up(session, parents, now)
+        return lost
 
     def complete(self, job: Job, result: Any = None, *, now: float | None = None) -> None:
         """Make a `processing` job `completed`, with a JSON-serializable result. Raises LeaseLost."""
         encoded = encode_result(result)
         with self._transaction(in_batch=True) as session:
+            at = self._time(now)
+            params = {"id": job.id, "token": job.lease_token, "result": encoded, "now": at}
             # guard: complete needs a held lease
-            if not _complete(session, job, encoded, self._time(now)):
+            if not session.change(COMPLETE, params) and self._complete_all(session, [(job, encoded)], at):
                 _refuse(session, "complete", job)
             session.finished.append(job.id)
 
@@ -555,7 +602,7 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling, Retaining):
         delay = backoff_seconds(job.attempts) if retry_in_seconds is None else retry_in_seconds
         # guard: no attempt after the last
         again = retry and job.attempts < (job.max_attempts or 0)  # None: it was never delivered
-        params = {"now": now, "run_at": now + duration("retry_in_seconds", delay), "error": error_text(error)}
+        params: Params = {"now": now, "run_at": now + duration("retry_in_seconds", delay), "error": error_text(error)}
         # guard: fail is synced
         self._with_lease("fail", RETRY if again else FAIL, job, params, event="failed", durable=True)
         return "scheduled" if again else "failed"
@@ -623,13 +670,14 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling, Retaining):
             # guard: fail, release, extend, update need a held lease
             if not session.change(sql, params):
                 _refuse(session, verb, job)
+            # guard: a failed attempt that was the last is followed up
             if sql is FAIL:
-                session.finished.append(job.id)
+                self._job_ended(session, job.id, params["now"])
 
     # Operating
 
     def resubmit(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
-        """Make a finished job `pending` again, with a fresh attempt budget.
+        """Make a finished job `pending` again, with a fresh attempt budget; jobs that failed with it wait for it again.
 
         Raises JobNotFound, QueueFull, or InvalidTransition if the job is not finished or another one holds its key.
         """
@@ -684,7 +732,11 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling, Retaining):
             if not done:
                 raise _refusal(session, verb, job_id, allowed)
             session.wakes = True
-            session.finished.append(job_id)  # if it did not: waiters look
+            if sql is RESUBMIT:
+                self._restore(session, job_id, params["now"])
+            # guard: a job that an operator ended is followed up
+            if sql in (MARK_FAILED, CANCEL):
+                self._job_ended(session, job_id, params["now"])
 
     def _expect_room(self, session: Session, verb: str, queue: str) -> None:
         room, max_pending = session.run(ROOM, {"queue": queue})[0]
@@ -731,8 +783,8 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling, Retaining):
     def delete_jobs(self, job_ids: Iterable[int] | None = None, *, force: bool = False) -> int:
         """Delete these jobs (None: all) and their history, all or none; return how many were deleted.
 
-        Raises InvalidTransition if one of them is `processing`, unless `force` is set. On SQLite, the next job may get
-        the id of the newest one deleted.
+        Raises InvalidTransition if one of them is `processing`, or an unfinished job runs after it, unless `force` is
+        set, which cancels a job for those after it. On SQLite, the next job may get the id of the newest one deleted.
         """
         ids = None if job_ids is None else [valid_id(job_id) for job_id in job_ids]
         params = {"ids": json.dumps(ids)}
@@ -741,10 +793,18 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling, Retaining):
             # guard: running jobs are not deleted
             if running and not force:
                 raise InvalidTransition(f"cannot delete jobs: {running} of them are processing")
+            for job_id, dependent in session.run(NEEDED, params) if ids is not None else ():
+                # guard: a job that another one needs is not deleted
+                if not force:
+                    raise InvalidTransition(f"cannot delete job {job_id}: job {dependent} runs after it")
+                with suppress(InvalidTransition):
+                    self.cancel(job_id)
             if ids is None:
+                session.change("DELETE FROM dependencies")
                 session.change("DELETE FROM history WHERE job_id <> 0")  # 0: the mark of a move
                 return session.change("DELETE FROM jobs")
             session.change(DELETE_HISTORY, params)
+            session.change(DELETE_DEPENDENCIES, params)
             return session.change(DELETE_JOBS, params)
 
     # Consumers
@@ -951,7 +1011,8 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling, Retaining):
             consumers = [row[0] for row in session.run(LOST_BY, params)][-job.attempts :]
             params["error"] = _last_loss_error(job, consumers, params["error"])
             session.change(FAIL, params)
-            session.finished.append(job.id)
+            # guard: a job that was lost for good is followed up
+            self._job_ended(session, job.id, now)
         session.wakes = True
 
     def _find_dead(self) -> list[str] | None:
@@ -989,10 +1050,6 @@ class PersistentQInterface(Waiting, Operating, Moving, Scheduling, Retaining):
             self._release(session, to_job(row), self._time(now))
 
 
-def _complete(session: Session, job: Job, result: str | None, now: float) -> int:
-    return session.change(COMPLETE, {"id": job.id, "token": job.lease_token, "result": result, "now": now})
-
-
 def claim_params(me: Registration, limit: int, wanted: Params, lease_seconds: float | timedelta, now: float) -> Params:
     params = {**wanted, "limit": limit, "now": now, "known_attempts": known_attempts()}
     params["lease_expires_at"] = now + above_0("lease_seconds", lease_seconds)
@@ -1005,26 +1062,6 @@ def _actor(by: str | None) -> str:
     """Return whom to record for an operator's action: without a name, the task that acts, or this process's user."""
     job = None if by else current_job()
     return operator_name(by) if job is None else task_name(job.consumer)
-
-
-def claimed_jobs(session: Session, rows: list[Any], params: Params) -> list[Job]:
-    """Return the jobs of the rows that a claim returned, in order, without unreadable ones."""
-    jobs = [to_job(row) for row in rows]
-    if len(jobs) > 1:
-        jobs.sort(key=lambda job: (-job.priority, job.run_at, job.id))
-    return [job for job in jobs if not _fail_unreadable(session, job, params["now"])]
-
-
-def _fail_unreadable(session: Session, job: Job, now: float) -> bool:
-    """Fail a job that Python's JSON parser cannot read, so that it does not block the queue."""
-    if not isinstance(job.payload, Excerpt) and not isinstance(job.result, Excerpt):
-        return False
-    params = {"id": job.id, "token": job.lease_token, "now": now, "error": UNREADABLE}
-    with session:
-        session.change(RECORD, {**params, "event": "failed", "actor": job.consumer})
-        session.change(FAIL, params)
-        session.finished.append(job.id)
-    return True
 
 
 def _last_loss_error(job: Job, consumers: list[str], error: str) -> str:
@@ -1108,6 +1145,7 @@ def _new_job(
     }
 
 
+NO_PARENTS = ((), "fail")  # the defaults of after and after_failed
 NO_KEY = (None, None, None, "keep")  # the defaults of key, key_until, key_seconds and on_conflict
 
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from pqueue_backend import Backend, Session
 from pqueue_schedules import COLUMNS as SCHEDULE_COLUMNS
-from pqueue_schema import ADD_QUEUE, ADD_TASK, COLUMNS, FINISHED, FREE_KEY, LIMITED, MOVES, UNLESS_HELD
+from pqueue_schema import ADD_QUEUE, ADD_TASK, COLUMNS, FINISHED, FREE_KEY, LIMITED, MOVES, STATES_OF, UNLESS_HELD
 from pqueue_values import MAX_ID, InvalidTransition, Job, Params, QueueError, command_line, operator_name
 
 # A move is marked in history by a row with job_id 0 and JSON in `error`. In the source: 'moving' while it waits for
@@ -40,9 +40,12 @@ COPIED = {
     "jobs": COLUMNS,
     "history": "id, job_id, at, event, actor, attempt, error",
     "schedules": SCHEDULE_COLUMNS,
+    "dependencies": "id, job_id, parent_id, after_failed",
 }
+BY_JOB = ("history", "dependencies")  # tables with rows of jobs
 NAMED_TABLES = ("queues", "schedules")  # small ones whose key is a name
 PAGE = 1000  # rows
+Attach = Callable[[Session, list[int], list[int], str, float], None]  # see Depending
 # The columns by which a job is compared with its copy: all but the long ones, which do not change alone
 OUTLINE = ", ".join(name for name in Job._fields if name not in ("payload", "result", "error"))
 # A row in the history of a target that `copy_finished_to` has begun to fill, and whose jobs may be replaced.
@@ -61,6 +64,11 @@ class Moving(Backend):
 
     @abstractmethod
     def delete_jobs(self, job_ids: Iterable[int] | None = None, *, force: bool = False) -> int: ...
+
+    @abstractmethod
+    def _attach(
+        self, session: Session, job_ids: list[int], parents: list[int], after_failed: str, now: float
+    ) -> None: ...
 
     @abstractmethod
     def _find_dead(self) -> list[str] | None: ...
@@ -114,7 +122,8 @@ class Moving(Backend):
                 # guard: a partial copy that is used is left alone
                 _expect_unused(copy)
                 _write(copy, "jobs", rows)
-                _write(copy, "history", self._read(_select("history", "job_id", [row[0] for row in rows])))
+                for table in BY_JOB:
+                    _write(copy, table, self._read(_select(table, "job_id", [row[0] for row in rows])))
                 target._reset_ids(copy)  # if somebody uses it
             copied += len(rows)
             if progress:
@@ -248,7 +257,8 @@ class Moving(Backend):
                 )
             with target._transaction() as copy:
                 target._lock_out_writers(copy)
-                carried, known = _copy_new_jobs(source, copy, json.loads(rows[0][4]), rows[0][3], self._time(now))
+                mark, attempt = json.loads(rows[0][4]), rows[0][3]
+                carried, known = _copy_new_jobs(source, copy, target._attach, mark, attempt, self._time(now))
             # The target has recorded what it copied, so that after a crash here this can be called again.
             deleted = self.delete_jobs()
             source.change("UPDATE history SET attempt = attempt + 1 WHERE id = :id", {"id": rows[0][0]})
@@ -314,7 +324,7 @@ def _update_partial_copy(source: Session, copy: Session) -> list[int]:
         # guard: a job that changed is copied again
         same = {row[0] for row in rows if there.get(row[0]) == tuple(row)}
         for ids in _in_pages(sorted(there.keys() - same)):
-            for table, column in (("history", "job_id"), ("jobs", "id")):
+            for table, column in (*((table, "job_id") for table in BY_JOB), ("jobs", "id")):
                 copy.change(f"DELETE FROM {table} WHERE {column} IN ({', '.join(map(str, ids))})")
         missing += [row[0] for row in rows if row[0] not in same]
         low = high
@@ -346,21 +356,27 @@ def arrival(mark: Params) -> list[tuple[str, Params]]:
     return [(UNMARK, {}), (ADD_MARK, mark), (RESUME_ALL, {})]
 
 
-def _copy_new_jobs(source: Session, copy: Session, mark: Params, attempt: int, now: float) -> tuple[int, int]:
+def _copy_new_jobs(
+    source: Session, copy: Session, attach: Attach, mark: Params, attempt: int, now: float
+) -> tuple[int, int]:
     """Copy new jobs to the target, under new ids; return how many, and how many were skipped by key."""
     here = [(row, known) for row in copy.run(MARKS_HERE) if (known := json.loads(row[2]))["token"] == mark["token"]]
     if not here:
         raise QueueError(f"cannot finish: expected the target to be {mark['to']}, to which this queue was moved")
     (mark_id, at_attempt, _), known = here[0]
-    carried = doubles = 0
+    new_ids: dict[int, int] = {}
+    doubles = 0
     # guard: ids may restart after a finished move
     last_id = known["last_id"] if at_attempt == attempt else 0  # after a --finish, ids may start at 1 again
     for rows in _pages(source, "jobs", COLUMNS, after=last_id):
         for row in rows:
-            if _copy_job(source, copy, dict(zip(Job._fields, row, strict=True)), now):
-                carried += 1
-            else:
+            job = dict(zip(Job._fields, row, strict=True))
+            new_id = _copy_job(source, copy, job, now)
+            if new_id is None:
                 doubles += 1
+            else:
+                new_ids[job["id"]] = new_id
+                _copy_dependencies(source, copy, attach, job, new_ids, now)
         last_id = rows[-1][0]
     error = json.dumps({**known, "last_id": last_id})
     copy.change(
@@ -368,11 +384,24 @@ def _copy_new_jobs(source: Session, copy: Session, mark: Params, attempt: int, n
         {"id": mark_id, "attempt": attempt, "error": error},
     )
     copy.wakes = True
-    return carried, doubles
+    return len(new_ids), doubles
 
 
-def _copy_job(source: Session, copy: Session, job: Params, now: float) -> bool:
-    """Copy a job unless another one holds its key; a finished one does not need its key."""
+def _copy_dependencies(
+    source: Session, copy: Session, attach: Attach, job: Params, new_ids: dict[int, int], now: float
+) -> None:
+    """Let the copy of a job run after the copies of its parents, as far as they exist."""
+    rows = source.run("SELECT parent_id, after_failed FROM dependencies WHERE job_id = :id", {"id": job["id"]})
+    parents = sorted(new_ids.get(parent, parent) for parent, _ in rows)
+    if parents := [each for (each, _) in copy.run(STATES_OF, {"ids": json.dumps(parents)})]:
+        # guard: a job carried to the target waits for its parents there
+        attach(copy, [new_ids[job["id"]]], parents, rows[0][1], now)
+
+
+def _copy_job(source: Session, copy: Session, job: Params, now: float) -> int | None:
+    """Copy a job unless another one holds its key, and return its id; a finished one does not need its key."""
+    if job["state"] == "waiting":
+        job = {**job, "state": "scheduled", "waits_for": 0}
     copy.change(ADD_QUEUE, {"queue": job["queue"]})
     copy.change(ADD_TASK, {"queue": job["queue"], "task": job["task"]})
     copy.change(FREE_KEY, {**job, "now": now})
@@ -384,8 +413,8 @@ def _copy_job(source: Session, copy: Session, job: Params, now: float) -> bool:
     for (job_id,) in found:
         for row in source.run(HISTORY_OF, {"id": job["id"]}):
             copy.change(COPY_HISTORY, {"id": job_id, **dict(zip(HISTORY_COLUMNS, row, strict=True))})
-        return True
-    return False
+        return cast(int, job_id)
+    return None
 
 
 def _pages(session: Session, table: str, columns: str, after: Any = None) -> Iterator[list[Any]]:

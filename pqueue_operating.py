@@ -103,9 +103,9 @@ class Operating(Reading):
         by: str | None = None,
         now: float | None = None,
     ) -> None:
-        """Change a `scheduled` or `pending` job. What is not given stays as it is; the options are those of `enqueue`.
+        """Change a job that no consumer has taken. What is not given stays as it is; the options are those of enqueue.
 
-        delay_seconds, run_at: a new time makes the job `scheduled`, or `pending` if it has come.
+        delay_seconds, run_at: a new time makes the job `scheduled`, or `pending` if it has come; it waits all the same.
         queue: the queue to move the job to; it is created if it does not exist.
         max_attempts: more than the job has had.
 
@@ -148,7 +148,10 @@ class Operating(Reading):
             session.change(FREE_KEY, {"queue": queue, "task": task, "key": key, "now": now})
 
     def run_now(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
-        """Make a `scheduled` job `pending`. Raises JobNotFound, or InvalidTransition if it is in another state."""
+        """Make a `scheduled` or `waiting` job `pending`.
+
+        Raises JobNotFound, or InvalidTransition if it is in another state.
+        """
         self._operator_verb("advance", "run now", RUN_NOW, job_id, by, now)
 
     # All jobs that match
@@ -187,7 +190,7 @@ class Operating(Reading):
         return self.act_where(lambda job_id: self.delete_jobs([job_id]), **filters)
 
     def clear(self, queue: str, *, by: str | None = None, now: float | None = None) -> int:
-        """Cancel all `scheduled` and `pending` jobs of a queue, and return how many. Running jobs continue."""
+        """Cancel all jobs of a queue that no consumer has taken, and return how many. Running jobs continue."""
         valid_name("queue", queue)
         return sum(self.cancel_where(queue=queue, state=state, by=by, now=now) for state in UNTAKEN)
 

@@ -9,6 +9,7 @@ import re
 import zlib
 from functools import lru_cache
 
+import pqueue_dependencies
 import pqueue_schedules
 import pqueue_schema
 from pqueue_schema import (
@@ -308,7 +309,7 @@ FROM queues WHERE name = :queue""",
     # differs because the count is in separate tables
     pqueue_schema.RESUBMIT: f"""
 UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL,
-    error = NULL WHERE id = :id AND state IN {pqueue_schema.FINISHED}
+    error = NULL, waits_for = 0 WHERE id = :id AND state IN {pqueue_schema.FINISHED}
     AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue
                     AND NOT CASE WHEN max_pending IS NULL THEN true ELSE max_pending > {PENDING_LOCKED} END)
     AND {KEY_IS_FREE}""",
@@ -360,6 +361,8 @@ WHERE id = ANY (ARRAY(SELECT id FROM jobs WHERE {HELD_BY_CONSUMER} {LOCK}))""",
     # differs because JSON is read in another way
     pqueue_schema.DELETE_HISTORY: f"DELETE FROM history WHERE job_id = {THESE}",
     # differs because JSON is read in another way
+    pqueue_schema.DELETE_DEPENDENCIES: f"DELETE FROM dependencies WHERE job_id = {THESE} OR parent_id = {THESE}",
+    # differs because JSON is read in another way
     pqueue_schema.DELETE_JOBS: f"DELETE FROM jobs WHERE id = {THESE}",
     # differs because JSON is read in another way
     pqueue_schema.RUNNING_JOBS: f"SELECT id FROM jobs WHERE state = 'processing' AND id = {THESE}",
@@ -381,6 +384,28 @@ SELECT finished_at, run_at, started_at FROM queues q CROSS JOIN LATERAL
      ORDER BY finished_at DESC LIMIT :limit) jobs""",
     # differs because a text is searched in another way
     pqueue_schema.FAILURES: pqueue_schema.failures("split_part(error, chr(10), 1)"),
+    # differs because JSON is read in another way
+    pqueue_dependencies.ADD_DEPENDENCIES: """
+INSERT INTO dependencies (job_id, parent_id, after_failed)
+SELECT CAST(c.value AS bigint), CAST(p.value AS bigint), :after_failed
+FROM json_array_elements_text(CAST(:ids AS json)) c CROSS JOIN json_array_elements_text(CAST(:parents AS json)) p""",
+}
+# differ because JSON is read in another way
+POSTGRES |= {
+    statement(pqueue_dependencies.THESE): statement(f"= {THESE}")
+    for statement in (
+        pqueue_dependencies.mark_parents,
+        pqueue_dependencies.make_wait,
+        pqueue_dependencies.dependents,
+        pqueue_dependencies.fail_dependents,
+        pqueue_dependencies.count_down,
+        pqueue_dependencies.record_failures,
+        pqueue_dependencies.family,
+        pqueue_dependencies.free_keys,
+        pqueue_dependencies.restore,
+        pqueue_dependencies.recount_parents,
+        pqueue_dependencies.needed,
+    )
 }
 
 # Operations in one statement, and so in one round trip
@@ -418,18 +443,24 @@ SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN 
 
 @lru_cache
 def complete_and_claim(width: int) -> str:
-    """Complete jobs, and lease others as `claim_alone` does. The first column lists the completed ids, or is NULL for
-    all."""
+    """Complete jobs that no others depend on, and lease others as `claim_alone` does if that was all of them. The first
+    column lists the completed ids, or is NULL for all."""
     return f"""{_with_tasks(width)},
 done AS (
     UPDATE jobs SET {COMPLETED}, result = done.result
     FROM unnest(CAST(:ids AS bigint[]), CAST(:tokens AS text[]), CAST(:results AS text[])) AS done (id, token, result)
-    WHERE jobs.id = done.id AND lease_token = done.token RETURNING jobs.id),
-taken AS ({_claim(width, NONE_OVERDUE)})
+    WHERE jobs.id = done.id AND lease_token = done.token AND has_dependents = 0 RETURNING jobs.id),
+taken AS ({_claim(width, f"(SELECT count(*) FROM done) = :number AND {NONE_OVERDUE}")})
 SELECT CASE WHEN (SELECT count(*) FROM done) < :number THEN ARRAY(SELECT id FROM done) END,
     (SELECT count(*) FROM heads), taken.*
 FROM (SELECT) one LEFT JOIN taken ON true"""
 
+
+# Complete jobs; return their ids, and whether others may depend on them.
+COMPLETE_ALL = f"""
+UPDATE jobs SET {COMPLETED}, result = done.result
+FROM unnest(CAST(:ids AS bigint[]), CAST(:tokens AS text[]), CAST(:results AS text[])) AS done (id, token, result)
+WHERE jobs.id = done.id AND lease_token = done.token RETURNING jobs.id, has_dependents"""
 
 # What claim_alone returns for one task.
 CLAIM_ALONE = claim_alone(1)
@@ -443,6 +474,8 @@ COMPLETE_AND_CLAIM = complete_and_claim(1)
 PRUNE = f"""
 WITH old AS MATERIALIZED ({POSTGRES[pqueue_schema.PRUNABLE]}),
 events AS (DELETE FROM history WHERE job_id = ANY (ARRAY(SELECT id FROM old))),
+edges AS (DELETE FROM dependencies
+    WHERE job_id = ANY (ARRAY(SELECT id FROM old)) OR parent_id = ANY (ARRAY(SELECT id FROM old))),
 deleted AS (DELETE FROM jobs WHERE id = ANY (ARRAY(SELECT id FROM old)) RETURNING 1)
 SELECT count(*) FROM deleted"""
 

@@ -13,6 +13,7 @@ from pqueue_backend import Backend, Session
 from pqueue_schema import (
     ADD_QUEUE,
     DELETE_CONSUMERS,
+    DELETE_DEPENDENCIES,
     DELETE_HISTORY,
     DELETE_JOBS,
     FINISHED,
@@ -80,7 +81,7 @@ class Retaining(Backend):
         """Delete jobs of these states that finished longer ago than this, and return how many.
 
         A job enqueued with `key_seconds` is kept until that time is over, the last job of a schedule until its next,
-        and the newest of all jobs.
+        one that others run after until these have finished, and the newest of all jobs.
         Uses short transactions, so as not to block other writers. Also deletes consumers that ended as long ago.
         `progress` is called after each with the number of jobs deleted so far.
         """
@@ -133,4 +134,5 @@ class Retaining(Backend):
     def _prune(self, session: Session, params: Params) -> int:
         these = {"ids": json.dumps([row[0] for row in session.run(PRUNABLE, params)])}
         session.change(DELETE_HISTORY, these)
+        session.change(DELETE_DEPENDENCIES, these)
         return session.change(DELETE_JOBS, these)

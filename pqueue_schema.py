@@ -8,10 +8,10 @@ MAX_GROUPS = 10_000  # groups of failed jobs
 FAILURE_CHARS = 200  # indexed characters of an error, by which failed jobs are grouped
 APPLICATION_ID = 0x70717565  # "pque", in the header of an SQLite file
 
-UNFINISHED = ("scheduled", "pending", "processing")
+UNFINISHED = ("waiting", "scheduled", "pending", "processing")
 FINISHED = ("completed", "failed", "cancelled")
 STATES = UNFINISHED + FINISHED
-UNTAKEN = ("scheduled", "pending")
+UNTAKEN = ("waiting", "scheduled", "pending")
 
 # A job holds its key until key_expires_at, which the first enqueue after that time sets to NULL; without one, until the
 # job has finished, or was delivered for the first time. A job that holds a key is the only one of its queue and task.
@@ -56,6 +56,8 @@ CREATE TABLE jobs (
     result           TEXT,           -- JSON; until completed, the partial result of `update`, if any; NULL: none
     error            TEXT,           -- of the last failed attempt; NULL: none
     meta             TEXT,           -- JSON object of what @metadata returned; NULL: none
+    waits_for        INTEGER NOT NULL DEFAULT 0,  -- unfinished jobs it waits for; above 0 if it failed with one of them
+    has_dependents   INTEGER NOT NULL DEFAULT 0,  -- 1: it may be the parent in a row of dependencies
     CHECK (CASE state
         WHEN 'pending'    THEN attempts < max_attempts AND lease_token IS NULL AND finished_at IS NULL
         WHEN 'scheduled'  THEN attempts < max_attempts AND lease_token IS NULL AND finished_at IS NULL
@@ -63,6 +65,7 @@ CREATE TABLE jobs (
         WHEN 'completed'  THEN attempts <= max_attempts AND lease_token IS NULL AND finished_at IS NOT NULL
         WHEN 'failed'     THEN attempts <= max_attempts AND lease_token IS NULL AND finished_at IS NOT NULL
         WHEN 'cancelled'  THEN attempts <= max_attempts AND lease_token IS NULL AND finished_at IS NOT NULL
+        WHEN 'waiting'    THEN waits_for > 0 AND lease_token IS NULL AND finished_at IS NULL
         ELSE FALSE END),
     {sqlite} CHECK (json_valid(payload)), CHECK (result IS NULL OR json_valid(result)),
     {sqlite} CHECK (meta IS NULL OR json_valid(meta)),
@@ -119,6 +122,16 @@ CREATE TABLE history (
 )
 {sqlite} STRICT""",
         """
+CREATE TABLE dependencies (  -- see pqueue_dependencies
+    id           {id},
+    job_id       {bigint} NOT NULL,  -- jobs.id
+    parent_id    {bigint} NOT NULL,  -- jobs.id: the job runs after this one
+    after_failed TEXT NOT NULL,      -- if the parent fails: 'fail' the job, too, or 'run' it
+    UNIQUE (parent_id, job_id),
+    CHECK (after_failed IN ('fail', 'run'))
+)
+{sqlite} STRICT""",
+        """
 CREATE TABLE schedules (  -- see pqueue_schedules.Schedule
     name          TEXT PRIMARY KEY,
     task          TEXT NOT NULL,
@@ -147,6 +160,7 @@ CREATE TABLE schedules (  -- see pqueue_schedules.Schedule
            WHERE state = 'pending' AND assigned_to IS NULL""",
         """CREATE INDEX jobs_assigned ON jobs (assigned_to, priority DESC, run_at, id)
            WHERE state = 'pending' AND assigned_to IS NOT NULL""",
+        "CREATE INDEX jobs_waiting ON jobs (queue, run_at) WHERE state = 'waiting'",
         "CREATE INDEX jobs_scheduled ON jobs (run_at) WHERE state = 'scheduled'",
         "CREATE INDEX jobs_processing ON jobs (lease_expires_at) WHERE state = 'processing'",
         "CREATE INDEX jobs_finished ON jobs (state, queue, finished_at) WHERE finished_at IS NOT NULL",
@@ -154,6 +168,7 @@ CREATE TABLE schedules (  -- see pqueue_schedules.Schedule
            WHERE state = 'failed'""",
         f"CREATE UNIQUE INDEX jobs_key ON jobs (queue, key, {{task}}) WHERE {HOLDS_KEY}",
         "CREATE INDEX history_job ON history (job_id)",
+        "CREATE INDEX dependencies_job ON dependencies (job_id)",
         "CREATE INDEX consumers_running ON consumers (id) WHERE state = 'running'",
     ]
 ]
@@ -237,7 +252,8 @@ UPDATE jobs SET key_expires_at = NULL WHERE {HOLDS_KEY} AND key_expires_at <= :n
 # Replace a job that no consumer has taken.
 # guard: a job that was taken is not replaced
 REPLACE = f"""
-UPDATE jobs SET payload = :payload, priority = :priority, run_at = :run_at, state = :state
+UPDATE jobs SET payload = :payload, priority = :priority, run_at = :run_at,
+    state = CASE state WHEN 'waiting' THEN state ELSE :state END
 WHERE id = :id AND state IN {UNTAKEN}"""
 
 # Create the queue unless it exists.
@@ -360,7 +376,11 @@ SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND EXISTS
 REDELIVER = f"UPDATE jobs SET state = 'pending', error = :error, {NO_LEASE} WHERE {HELD} AND attempts < max_attempts"
 
 # Complete a job with its result.
-COMPLETE = f"UPDATE jobs SET {COMPLETED}, result = :result WHERE {HELD}"
+COMPLETE_PARENT = f"UPDATE jobs SET {COMPLETED}, result = :result WHERE {HELD}"
+
+# Complete a job with its result, unless others may depend on it.
+# guard: a job that others wait for is completed with them
+COMPLETE = f"{COMPLETE_PARENT} AND has_dependents = 0"
 
 # Make a job failed.
 FAIL = f"UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, {NO_LEASE} WHERE {HELD}"
@@ -396,7 +416,7 @@ UPDATE jobs SET progress = coalesce(:progress, progress), result = coalesce(:res
 # guard: a full queue refuses a resubmit
 RESUBMIT = f"""
 UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL,
-    error = NULL WHERE id = :id AND state IN {FINISHED}
+    error = NULL, waits_for = 0 WHERE id = :id AND state IN {FINISHED}
     AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND NOT {HAS_ROOM})
     AND {KEY_IS_FREE}"""
 
@@ -406,26 +426,29 @@ UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NUL
 CHANGE = f"""
 UPDATE jobs SET payload = coalesce(:payload, payload), priority = coalesce(:priority, priority),
     queue = coalesce(:queue, queue), max_attempts = coalesce(:max_attempts, max_attempts),
-    run_at = coalesce(:run_at, run_at), state = CASE WHEN CAST(:run_at AS double precision) IS NULL THEN state
+    run_at = coalesce(:run_at, run_at),
+    state = CASE WHEN CAST(:run_at AS double precision) IS NULL OR state = 'waiting' THEN state
         WHEN CAST(:run_at AS double precision) > :now THEN 'scheduled' ELSE 'pending' END
 WHERE id = :id AND state IN {UNTAKEN} AND (({HOLDS_KEY}) IS NOT TRUE OR NOT EXISTS (SELECT 1 FROM jobs o
     WHERE o.queue = CAST(:queue AS text) AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id
         AND {HOLDS_KEY}))"""
 
-# Make a scheduled job pending.
-# guard: run_now takes scheduled jobs
-RUN_NOW = "UPDATE jobs SET state = 'pending', run_at = :now WHERE id = :id AND state = 'scheduled'"
+# Make a scheduled or waiting job pending.
+# guard: run_now takes scheduled and waiting jobs
+RUN_NOW = """
+UPDATE jobs SET state = 'pending', run_at = :now, waits_for = 0 WHERE id = :id AND state IN ('scheduled', 'waiting')"""
 
 # Make an unfinished job failed.
 # guard: mark_failed takes unfinished jobs
 MARK_FAILED = f"""
-UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, {NO_LEASE}
+UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, waits_for = 0, {NO_LEASE}
 WHERE id = :id AND state IN {UNFINISHED}"""
 
 # Cancel an unfinished job.
 # guard: cancel takes unfinished jobs
 CANCEL = f"""
-UPDATE jobs SET state = 'cancelled', finished_at = :now, {NO_LEASE} WHERE id = :id AND state IN {UNFINISHED}"""
+UPDATE jobs SET state = 'cancelled', finished_at = :now, waits_for = 0, {NO_LEASE}
+WHERE id = :id AND state IN {UNFINISHED}"""
 
 # Assign an unfinished job to a consumer; NULL: to any.
 # guard: an attempt that an operator ended does not count
@@ -487,11 +510,14 @@ SET_MAX_PENDING = """
 INSERT INTO queues (name, max_pending) VALUES (:queue, :value) ON CONFLICT (name) DO UPDATE SET max_pending = :value"""
 
 # Jobs that nothing needs. The newest is needed: SQLite would reuse its id.
+# guard: a job that another one needs is kept
 # guard: prune keeps the newest
 # guard: prune keeps a job that holds its key
 # guard: prune keeps the last job of a schedule
 UNNEEDED = f"""{KEY_IS_OVER} AND id < (SELECT max(id) FROM jobs)
-    AND id NOT IN (SELECT last_job_id FROM schedules WHERE last_job_id IS NOT NULL)"""
+    AND id NOT IN (SELECT last_job_id FROM schedules WHERE last_job_id IS NOT NULL)
+    AND (has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM dependencies d JOIN jobs c ON c.id = d.job_id
+        WHERE d.parent_id = jobs.id AND c.finished_at IS NULL))"""
 _KEPT = " ".join(f"WHEN '{state}' THEN keep_{state}_seconds" for state in FINISHED)
 # guard: prune takes old jobs only
 OLD = f"""state = :state AND queue = q.name
@@ -537,6 +563,11 @@ RETENTION = " UNION ALL ".join(_RETENTION.format(state=state, unneeded=UNNEEDED)
 # Delete the history of these jobs. :ids is a JSON array.
 DELETE_HISTORY = "DELETE FROM history WHERE job_id IN (SELECT value FROM json_each(:ids))"
 
+# Delete the dependencies of these jobs and on them. :ids is a JSON array.
+DELETE_DEPENDENCIES = """
+DELETE FROM dependencies WHERE job_id IN (SELECT value FROM json_each(:ids))
+    OR parent_id IN (SELECT value FROM json_each(:ids))"""
+
 # Delete these jobs. :ids is a JSON array.
 DELETE_JOBS = "DELETE FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
 
@@ -547,7 +578,7 @@ RUNNING_JOBS = "SELECT id FROM jobs WHERE state = 'processing' AND id IN (SELECT
 STATES_OF = "SELECT id, state FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
 
 # The conditions by which an index finds the jobs of a state.
-INDEXED = {state: [f"state = '{state}'"] for state in ("scheduled", "processing")}
+INDEXED = {state: [f"state = '{state}'"] for state in ("waiting", "scheduled", "processing")}
 INDEXED["pending"] = [f"state = 'pending' AND assigned_to IS {null}" for null in ("NULL", "NOT NULL")]
 INDEXED |= {state: [f"state = '{state}' AND finished_at IS NOT NULL"] for state in FINISHED}
 
@@ -617,4 +648,4 @@ GROUP BY task, line ORDER BY max(finished_at) DESC, max(id) DESC LIMIT {MAX_GROU
 # Return the groups of failed jobs that were last to fail.
 FAILURES = failures("substr(error, 1, instr(error || char(10), char(10)) - 1)")
 
-TABLES = ("jobs", "queues", "queue_tasks", "consumers", "history", "schedules")
+TABLES = ("jobs", "queues", "queue_tasks", "consumers", "history", "schedules", "dependencies")

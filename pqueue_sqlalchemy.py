@@ -59,6 +59,7 @@ from pqueue_join import Joined, driver_connection
 from pqueue_postgres import (
     ALONE,
     CHANNEL,
+    COMPLETE_ALL,
     COPYING,
     COUNTING,
     GRACE_SECONDS,
@@ -1082,20 +1083,33 @@ class OnPostgres(PersistentQSQLAlchemy):
         rows = session.alone(sql, {**claim, **done, "results": [result for _, result in completions]})
         # Not only the tasks that this claim took from: others may have locked their jobs.
         self._width = next((width for width in WIDTHS if width >= min(rows[0][1], limit + WIDTHS[1])), WIDTHS[-1])
-        jobs = pqueue.claimed_jobs(session, [row[2:] for row in rows if row[2] is not None], claim)
-        lost = [job for job, _ in completions if rows[0][0] is not None and job.id not in rows[0][0]]
+        jobs = self._claimed_jobs(session, [row[2:] for row in rows if row[2] is not None], claim)
+        # Those whose lease was lost, or that others wait for. If there are any, nothing was claimed.
+        left = [each for each in completions if rows[0][0] is not None and each[0].id not in rows[0][0]]
         if completions and self.is_awaited:
             session.finished = list(tokens)
             session._wake_waiters()
+        if left:
+            return self._step_by_step(left, me, limit, wanted, lease_seconds, now)
         with suppress(QueueBusy) if completions else nullcontext():  # an error must not hide what was completed
             jobs = jobs or self._step_by_step([], me, limit, wanted, lease_seconds, now)[0]
-        return jobs, lost
+        return jobs, []
 
     def _step_by_step(self, *arguments: Any) -> tuple[list[Job], list[Job]]:
         """Do it in several statements; once more if the tables were altered since they were prepared."""
         with suppress(PlanLost) if not self.in_transaction else nullcontext():
             return super()._complete_and_claim(*arguments)
         return super()._complete_and_claim(*arguments)
+
+    def _complete_all(self, session: Session, completions: list[tuple[Job, str | None]], now: float) -> list[Job]:
+        """Do it in one statement."""
+        tokens = {job.id: job.lease_token for job, _ in completions}
+        if len(tokens) < len(completions):
+            return super()._complete_all(session, completions, now)
+        params = {"ids": list(tokens), "tokens": list(tokens.values()), "results": [each for _, each in completions]}
+        done = dict(session.run(COMPLETE_ALL, {**params, "now": now})) if completions else {}
+        self._follow_up(session, [job_id for job_id, has_dependents in done.items() if has_dependents], now)
+        return [job for job, _ in completions if job.id not in done]
 
     def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> None:
         session.change(LOCK_AS_WRITER)
@@ -1264,7 +1278,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         session.run(sql, {"ids": job_ids})
 
     def _reset_ids(self, session: Session) -> None:
-        for table in ("jobs", "history"):
+        for table in ("jobs", "history", "dependencies"):
             sequence = f"pg_get_serial_sequence('{SCHEMA}.{table}', 'id')"
             session.run(f"SELECT setval({sequence}, coalesce(max(id), 1), max(id) IS NOT NULL) FROM {table}")
 

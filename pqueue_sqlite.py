@@ -99,7 +99,8 @@ SELECT name FROM queues q WHERE max_pending IS NOT NULL AND pending <>
 # guard: a batch completes under its token only
 COMPLETE_MANY = f"""
 UPDATE jobs SET {COMPLETED}, result = value
-FROM json_each(:results) results WHERE jobs.id = CAST(results.key AS INTEGER) AND lease_token = :token"""
+FROM json_each(:results) results WHERE jobs.id = CAST(results.key AS INTEGER) AND lease_token = :token
+    AND has_dependents = 0"""
 
 # Return the first job of each task in each queue that a consumer may take from, in order: the jobs' order, then queue
 # and task.

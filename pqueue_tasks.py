@@ -99,6 +99,8 @@ class Caller(Generic[P, R]):
         key_seconds: float | timedelta | None = None,
         on_conflict: str | None = None,
         assigned_to: str | None = None,
+        after: Iterable[int] | None = None,
+        after_failed: str | None = None,
     ) -> Caller[P, R]:
         """Return an object whose `enqueue` passes these options, which are those of the queue's `enqueue`."""
         given = {name: value for name, value in locals().items() if name != "self" and value is not None}

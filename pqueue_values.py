@@ -126,6 +126,8 @@ class _Job(NamedTuple):
     result: object
     error: str | None
     meta: object
+    waits_for: int
+    has_dependents: int
 
 
 class Job(_Job):
@@ -137,6 +139,8 @@ class Job(_Job):
     `key_until` and `key_expires_at` say how long the job holds its key: see `enqueue`. The lease is None unless the
     state is "processing", `started_at` until the first attempt, and `finished_at` until the job is completed, failed or
     cancelled. `meta` is a dict of what functions marked `@metadata` returned when it was enqueued; None: nothing.
+    `waits_for` is the number of unfinished jobs for which it waits; `has_dependents` is 1 if jobs were enqueued that
+    run after it, else 0.
     """
 
     __slots__ = ()
@@ -150,6 +154,17 @@ class Job(_Job):
 
         @property
         def meta(self) -> dict[str, Any] | None: ...
+
+    @property
+    def results(self) -> dict[int, Any]:
+        """The results of the completed jobs that this one runs after, by id. Each use reads them.
+
+        Only for its own task, while that runs: elsewhere, it raises QueueError; see the queue's `dependencies`.
+        """
+        from pqueue_tasks import current_queue
+
+        found = current_queue().dependencies(self.id)
+        return {job.id: job.result for job in found if job.state == "completed"}
 
 
 R = TypeVar("R", covariant=True)  # noqa: PLC0105 - the result of a job

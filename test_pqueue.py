@@ -152,6 +152,8 @@ class QueueContract:
         queue = self.queue
         if state == "scheduled":
             return queue.get(queue.enqueue("t", run_at=NOW + 1000, now=NOW))
+        if state == "waiting":
+            return queue.get(queue.enqueue("t", after=[queue.enqueue("t", run_at=NOW + 9999, now=NOW)], now=NOW))
         job = queue.get(queue.enqueue("t", now=NOW))
         if state == "pending":
             return job
@@ -201,6 +203,8 @@ class QueueContract:
                 "scheduled",
                 "processing",
             ],
+            "waiting": [bad] * 7
+            + ["failed", "cancelled", "waiting", "waiting", "waiting", "pending", late, "waiting", "waiting"],
             "pending": [bad] * 6
             + [bad, "failed", "cancelled", "pending", "pending", "scheduled", bad, late, "processing", "processing"],
             "processing": ["completed", "scheduled", "failed", "pending", "processing", "processing"]
@@ -282,6 +286,257 @@ class QueueContract:
                 verb(12345)
         with self.assertRaises(JobNotFound):
             self.queue.assign(12345, "w")
+
+    # Dependencies
+
+    def states(self, *job_ids):
+        return [self.queue.get(job_id).state for job_id in job_ids]
+
+    def test_job_waits_until_all_its_parents_have_finished_and_reads_their_results(self):
+        q = self.queue
+        parents = [q.enqueue("t", n, now=NOW) for n in range(3)]
+        child = q.enqueue("t", after=parents, now=NOW)
+        self.assertEqual((q.get(child).state, q.get(child).waits_for), ("waiting", 3))
+        jobs = q.dequeue_many("w", 5, now=NOW)
+        self.assertEqual([job.id for job in jobs], parents)
+        q.complete(jobs[0], "first", now=NOW)
+        self.assertEqual((q.get(child).state, q.get(child).waits_for), ("waiting", 2))
+        [taken], lost = q.complete_and_dequeue([(job, job.payload) for job in jobs[1:]], "w", 5, now=NOW)
+        self.assertEqual((taken.id, taken.waits_for, lost), (child, 0, []))
+        self.assertEqual(
+            [(job.id, job.result) for job in q.dependencies(child)], list(zip(parents, ["first", 1, 2], strict=True))
+        )
+        with self.assertRaisesRegex(QueueError, "no task runs"):
+            _ = taken.results
+
+    def test_parent_that_finishes_in_any_way_settles_its_dependents_in_the_same_commit(self):
+        q = self.queue
+        ends = {
+            "complete": lambda job: q.complete(job, now=NOW),
+            "batch": lambda job: q.complete_and_dequeue([(job, None)], "w", 0, now=NOW),
+            "fail": lambda job: q.fail(job, "no", retry=False, now=NOW),
+            "lease": lambda _: q.dequeue("w", tasks=["none"], now=NOW + 61),
+            "mark_failed": lambda job: q.mark_failed(job.id, now=NOW),
+            "cancel": lambda job: q.cancel(job.id, now=NOW),
+        }
+        for name, end in ends.items():
+            with self.subTest(end=name):
+                q.delete_jobs(force=True)
+                parent = q.enqueue("t", max_attempts=1, now=NOW)
+                child = q.enqueue("u", after=[parent], now=NOW)
+                anyway = q.enqueue("u", after=[parent], after_failed="run", run_at=NOW + 100, now=NOW)
+                grandchild = q.enqueue("u", after=[child], now=NOW)
+                job = q.dequeue("w", now=NOW)
+                with self.assertRaises(ZeroDivisionError), q.transaction():
+                    end(job)
+                    raise ZeroDivisionError
+                self.assertEqual(self.states(child, anyway, grandchild), ["waiting"] * 3)
+                end(job)
+                if q.get(parent).state == "completed":
+                    self.assertEqual(self.states(child, anyway, grandchild), ["pending", "scheduled", "waiting"])
+                else:
+                    how = "was cancelled" if name == "cancel" else "failed"
+                    self.assertEqual(self.states(child, anyway, grandchild), ["failed", "scheduled", "failed"])
+                    self.assertEqual(q.get(child).error, f"job {parent} {how}")
+                    self.assertEqual(q.get(grandchild).error, f"job {child} failed")
+                    self.assertEqual(
+                        [(each["event"], each["error"]) for each in q.history(child)],
+                        [("failed", f"job {parent} {how}")],
+                    )
+                    with self.assertRaises(JobFailed):
+                        q.result(grandchild, timeout_seconds=1)
+
+    def test_resubmitted_parent_restores_the_jobs_that_failed_with_it(self):
+        q = self.queue
+        first, second = q.enqueue("t", now=NOW), q.enqueue("t", now=NOW)
+        child = q.enqueue("t", after=[first, second], now=NOW)
+        grandchild = q.enqueue("t", after=[child], now=NOW)
+        both = q.enqueue("t", after=[second, child], after_failed="run", now=NOW)
+        marked = q.enqueue("t", after=[first], now=NOW)
+        q.mark_failed(marked, now=NOW)
+        q.mark_failed(first, now=NOW)
+        q.cancel(second, now=NOW)
+        self.assertEqual(self.states(child, grandchild, both), ["failed", "failed", "pending"])
+        q.resubmit(second, now=NOW)
+        self.assertEqual(self.states(child, grandchild), ["failed", "failed"])  # first is still failed
+        q.resubmit(first, now=NOW)
+        self.assertEqual(self.states(child, grandchild, marked), ["waiting", "waiting", "failed"])
+        self.assertEqual((q.get(child).waits_for, q.get(child).error), (2, None))
+        for job in q.dequeue_many("w", 5, now=NOW):
+            q.complete(job, now=NOW)
+        self.assertEqual(self.states(child, grandchild), ["pending", "waiting"])
+
+    def test_waiting_job_waits_again_for_a_parent_that_is_resubmitted(self):
+        q = self.queue
+        first, second = q.enqueue("t", now=NOW), q.enqueue("t", now=NOW)
+        child = q.enqueue("t", after=[first, second], now=NOW)
+        jobs = q.dequeue_many("w", 2, now=NOW)
+        q.complete(jobs[0], now=NOW)
+        q.resubmit(first, now=NOW)
+        self.assertEqual(q.get(child).waits_for, 2)
+        q.complete(jobs[1], now=NOW)
+        self.assertEqual(self.states(child), ["waiting"])
+        q.complete(q.dequeue("w", now=NOW), now=NOW)
+        self.assertEqual(self.states(child), ["pending"])
+
+    def test_restored_job_does_not_take_a_key_that_another_job_holds(self):
+        q = self.queue
+        parent = q.enqueue("t", now=NOW)
+        child = q.enqueue("t", after=[parent], key="k", now=NOW)
+        self.assertEqual(q.enqueue("t", key="k", now=NOW), child)
+        q.cancel(parent, now=NOW)
+        other = q.enqueue("t", key="k", now=NOW)
+        q.resubmit(parent, now=NOW)
+        self.assertEqual(self.states(child, other), ["failed", "pending"])
+
+    def test_job_enqueued_after_finished_jobs_is_pending_or_fails_at_once(self):
+        q = self.queue
+        done, failed = self.in_state("completed").id, self.in_state("failed").id
+        self.assertEqual(self.states(q.enqueue("t", after=[done])), ["pending"])
+        self.assertEqual(self.states(q.enqueue("t", after=[done], delay_seconds=99)), ["scheduled"])
+        self.assertEqual(self.states(q.enqueue("t", after=[done, failed], after_failed="run")), ["pending"])
+        lost = q.enqueue("t", after=[done, failed])
+        self.assertEqual((self.states(lost), q.get(lost).error), (["failed"], f"job {failed} failed"))
+        q.resubmit(failed)
+        self.assertEqual((self.states(lost), q.get(lost).waits_for), (["waiting"], 1))
+
+    def test_invalid_dependency_is_refused_and_stores_nothing(self):
+        q, parent = self.queue, self.queue.enqueue("t")
+        with self.assertRaisesRegex(JobNotFound, "cannot enqueue after job 12345: no such job"):
+            q.enqueue("t", after=[parent, 12345])
+        for options in (
+            {"after": parent},
+            {"after": "1"},
+            {"after": ["1"]},
+            {"after": [True]},
+            {"after": [parent], "after_failed": "skip"},
+            {"after_failed": "skip"},
+            {"after": None},
+            {"after": [parent], "key": "k", "on_conflict": "replace"},
+        ):
+            with self.subTest(**options), self.assertRaises(ValueError):
+                q.enqueue("t", **options)
+        self.assertEqual(len(q.list_jobs()), 1)
+
+    def test_many_jobs_wait_for_one_and_one_for_many(self):
+        q = self.queue
+        first = q.enqueue("t", now=NOW)
+        middle = q.enqueue_many("t", range(100), after=[first], now=NOW)
+        keyed = q.enqueue_many("t", [1, 2, 3], keys=["a", "b", "a"], after=[first, first], now=NOW)
+        self.assertEqual(len(set(keyed)), 2)
+        last = q.enqueue("last", after=iter([*middle, *keyed]), now=NOW)
+        self.assertEqual(q.get(last).waits_for, 102)
+        q.complete(q.dequeue("w", now=NOW), now=NOW)
+        self.assertEqual(q.stats()["states"]["pending"], 102)
+        jobs = q.dequeue_many("w", 48, tasks=["t"], now=NOW)
+        while jobs:
+            self.assertEqual(self.states(last), ["waiting"])
+            jobs, _ = q.complete_and_dequeue([(job, None) for job in jobs], "w", 48, tasks=["t"], now=NOW)
+        self.assertEqual(self.states(last), ["pending"])
+
+    def test_chain_completes_one_after_the_other_and_fails_as_a_whole(self):
+        q = self.queue
+        chain = [q.enqueue("t", now=NOW)]
+        for _ in range(30):
+            chain.append(q.enqueue("t", after=chain[-1:], now=NOW))
+        jobs = q.dequeue_many("w", 9, now=NOW)
+        for job_id in chain[:20]:
+            self.assertEqual([job.id for job in jobs], [job_id])
+            jobs, _ = q.complete_and_dequeue([(jobs[0], None)], "w", 9, now=NOW)
+        q.fail(jobs[0], "no", retry=False, now=NOW)
+        self.assertEqual(self.states(*chain), ["completed"] * 20 + ["failed"] * 11)
+        q.resubmit(chain[20], now=NOW)
+        self.assertEqual(self.states(*chain), ["completed"] * 20 + ["pending"] + ["waiting"] * 10)
+
+    def test_diamond_runs_its_last_job_once(self):
+        q = self.queue
+        top = q.enqueue("t", now=NOW)
+        sides = q.enqueue_many("t", [1, 2], after=[top], now=NOW)
+        bottom = q.enqueue("t", after=[top, *sides], now=NOW)
+        order = []
+        while job := q.dequeue("w", now=NOW):
+            order.append(job.id)
+            q.complete(job, now=NOW)
+        self.assertEqual(order, [top, *sides, bottom])
+
+    def test_job_that_an_unfinished_one_runs_after_is_neither_pruned_nor_deleted(self):
+        q = self.queue
+        parent = q.enqueue("t", now=NOW)
+        child = q.enqueue("t", after=[parent], now=NOW)
+        with self.assertRaisesRegex(InvalidTransition, f"^cannot delete job {parent}: job {child} runs after it$"):
+            q.delete_jobs([parent])
+        q.complete(q.dequeue("w", now=NOW), 7, now=NOW)
+        job = q.dequeue("w", now=NOW)
+        q.enqueue("t", run_at=NOW + 10**6, now=NOW)
+        self.assertEqual(q.prune(0, now=NOW + 50), 0)
+        q.complete(job, now=NOW + 50)
+        self.assertEqual(q.prune(0, now=NOW + 100), 2)
+        self.assertEqual(q.dependencies(child), [])
+        with self.queue.transaction() as db:
+            self.assertEqual(self.execute(db, "SELECT count(*) FROM dependencies").fetchall()[0][0], 0)
+
+    def test_job_deleted_by_force_is_cancelled_for_those_that_wait_for_it(self):
+        q = self.queue
+        parent = q.enqueue("t", now=NOW)
+        child = q.enqueue("t", after=[parent], now=NOW)
+        other, dependent = q.enqueue("t", now=NOW), 0
+        dependent = q.enqueue("t", after=[other], now=NOW)
+        self.assertEqual(q.delete_jobs([parent], force=True), 1)
+        self.assertEqual((self.states(child), q.get(child).error), (["failed"], f"job {parent} was cancelled"))
+        self.assertEqual(q.delete_jobs([other, dependent]), 2)  # together
+
+    def test_waiting_job_keeps_waiting_when_it_is_changed_replaced_or_assigned(self):
+        q = self.queue
+        parent = q.enqueue("t", now=NOW)
+        child = q.enqueue("t", after=[parent], key="k", now=NOW)
+        q.change(child, run_at=NOW + 50, payload=5, now=NOW)
+        q.assign(child, "w", now=NOW)
+        self.assertEqual(self.states(child), ["waiting"])
+        q.enqueue("t", 6, key="k", on_conflict="replace", now=NOW)
+        self.assertEqual((self.states(child), q.get(child).payload), (["waiting"], 6))
+        q.complete(q.dequeue("w", now=NOW), now=NOW)
+        self.assertEqual(q.dequeue("w", now=NOW).id, child)
+
+    def test_job_that_runs_now_does_not_wait_and_is_left_alone_by_its_parents(self):
+        q = self.queue
+        parent = q.enqueue("t", now=NOW)
+        child = q.enqueue("t", priority=1, after=[parent], now=NOW)
+        q.run_now(child, by="ann", now=NOW)
+        self.assertEqual((q.get(child).waits_for, q.history(child)[0]["event"]), (0, "run now"))
+        q.complete(q.dequeue("w", now=NOW), "done", now=NOW)
+        q.cancel(parent, now=NOW)
+        q.resubmit(parent, now=NOW)
+        self.assertEqual((self.states(child), q.get(child).result), (["completed"], "done"))
+
+    def test_copy_of_a_queue_has_its_dependencies(self):
+        q = self.queue
+        parents = [self.in_state("completed").id, q.enqueue("t", now=NOW)]
+        child = q.enqueue("t", after=parents, now=NOW)
+        with tempfile.TemporaryDirectory() as folder, pqueue.PersistentQSQLite(f"{folder}/copy.db") as copy:
+            self.assertEqual(q.copy_to(copy)["dependencies"], 2)
+            self.assertEqual([job.id for job in copy.dependencies(child)], parents)
+            copy.complete(copy.dequeue("w", now=NOW), now=NOW)
+            self.assertEqual(copy.get(child).state, "pending")
+
+    def test_jobs_enqueued_during_a_move_wait_for_their_parents_in_the_target(self):
+        q = self.queue
+        moved = q.enqueue_many("t", range(2), now=NOW)
+        with tempfile.TemporaryDirectory() as folder, pqueue.PersistentQSQLite(f"{folder}/copy.db") as target:
+            q.begin_move(target.name, now=NOW)
+            q.move_to(target, without=q.other_tables(), now=NOW)
+            target.complete(target.dequeue("w", now=NOW), now=NOW)
+            for _ in range(3):
+                target.enqueue("other", now=NOW)  # takes the ids
+            late = q.enqueue("late", now=NOW)
+            q.enqueue("ready", after=moved[:1], now=NOW)
+            q.enqueue("waits", after=[*moved, late], now=NOW)
+            q.finish_move(target, now=NOW)
+            jobs = {job.task: job for job in target.list_jobs()}
+            target.dequeue("x", tasks=["none"], now=NOW)
+            self.assertEqual(target.get(jobs["ready"].id).state, "pending")
+            self.assertEqual((jobs["waits"].state, jobs["waits"].waits_for), ("waiting", 2))
+            parents = [moved[0], moved[1], jobs["late"].id]
+            self.assertEqual([job.id for job in target.dependencies(jobs["waits"].id)], parents)
 
     # The guarantees, by number
 
@@ -1641,7 +1896,7 @@ class QueueContract:
         self.queue.pause("b")
         target, progress = self.target(), []
         copied = self.queue.copy_to(target, progress.append)
-        self.assertEqual(copied, {"queues": 2, "jobs": 7, "history": 2, "schedules": 0})
+        self.assertEqual(copied, {"queues": 2, "jobs": 7, "history": 2, "schedules": 0, "dependencies": 0})
         self.assertEqual((progress, sum(copied.values())), (sorted(progress), progress[-1]))
         self.assertEqual(target.list_jobs(), self.queue.list_jobs())
         self.assertEqual(target.stats(), self.queue.stats())
@@ -1663,7 +1918,9 @@ class QueueContract:
         queue.enqueue("new", queue="new")
         self.assertIsNone(queue.dequeue("w"))
         queue.complete(running)
-        self.assertEqual(queue.move_to(target), {"queues": 3, "jobs": 3, "history": 1, "schedules": 0})
+        self.assertEqual(
+            queue.move_to(target), {"queues": 3, "jobs": 3, "history": 1, "schedules": 0, "dependencies": 0}
+        )
         self.assertEqual((queue.move_status()["event"], queue.move_status()["to"]), ("moved", target.name))
         self.assertTrue(queue.has_moved_to(target))
         self.assertIsNone(target.move_status())
@@ -1884,7 +2141,7 @@ class QueueContract:
             (lambda: q.complete(job, object()), "expected a result that JSON can hold"),
             (lambda: q.update(job, progress=1.5), "expected progress between 0 and 1"),
             (lambda: q.get("5"), "expected job id to be a whole number"),
-            (lambda: q.list_jobs(state="done"), "expected a state of scheduled, pending"),
+            (lambda: q.list_jobs(state="done"), "expected a state of waiting, scheduled, pending"),
             (lambda: q.prune(1, states=["pending"]), "expected a state of completed, failed, cancelled"),
             (lambda: q.enqueue(["x"]), "expected a task name"),
             (lambda: q.dequeue(["x"]), "expected a consumer name"),
@@ -2236,6 +2493,15 @@ class QueueContract:
                 self.assertIn("nested too deep", job.error)
                 (event,) = self.queue.history(unreadable)
                 self.assertEqual((event["event"], event["actor"]), ("failed", "w"))
+
+    def test_job_that_cannot_be_read_fails_its_dependents(self):
+        parent = self.queue.enqueue("t")
+        child = self.queue.enqueue("t", after=[parent])
+        with self.queue.transaction() as db:
+            text = "[" * 1000 + "]" * 1000
+            self.execute(db, "UPDATE jobs SET payload = :text WHERE id = :id", text=text, id=parent)
+        self.assertIsNone(self.queue.dequeue("w"))
+        self.assertEqual(self.queue.get(child).error, f"job {parent} failed")
 
     def test_operator_finds_jobs_by_text_and_time(self):
         first = self.queue.enqueue("mail", {"to": "Ada"}, now=100)
@@ -4376,7 +4642,8 @@ class Files(SQLiteCase):
         queue.leave("w")
         progress = []
         self.assertEqual(
-            queue.move_to_file(target, progress=progress.append), {"queues": 1, "jobs": 1, "history": 2, "schedules": 0}
+            queue.move_to_file(target, progress=progress.append),
+            {"queues": 1, "jobs": 1, "history": 2, "schedules": 0, "dependencies": 0},
         )
         self.assertTrue(progress)
         with self.assertRaisesRegex(QueueError, "cannot move to .*: File exists"):

@@ -23,7 +23,7 @@ STYLE = f"""<style>{dashboard_summary.STYLE}
 h5 {{ padding: 0 0 0.3rem !important }}
 @media (max-width: 640px) {{ .st-key-filters [data-testid=stColumn] {{ min-width: 42% !important; flex: 1 1 42% }} }}
 </style>"""
-STATE_COLOURS = dict(zip(dashboard.STATES_SHOWN, ("orange", "violet", "blue", "green", "red"), strict=True))
+STATE_COLOURS = dict(zip(dashboard.STATES_SHOWN, ("orange", "violet", "gray", "blue", "green", "red"), strict=True))
 
 
 @st.cache_resource

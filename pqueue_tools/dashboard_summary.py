@@ -37,7 +37,8 @@ STYLE: str = (
 .pqueue .failed, .pqueue .dead, .pqueue .critical { color: var(--failed) }
 .pqueue .warning, .pqueue .paused { color: var(--pending) } .pqueue .info { color: var(--soft) }
 .pqueue .processing { color: var(--processing) } .pqueue .pending { color: var(--pending) }
-.pqueue .scheduled { color: var(--scheduled) } .pqueue .cancelled, .pqueue .stopped { color: var(--soft) }
+.pqueue .scheduled, .pqueue .waiting { color: var(--scheduled) }
+.pqueue .cancelled, .pqueue .stopped { color: var(--soft) }
 .pqueue .two { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 12px 28px; margin-top: 16px }
 .pqueue figure { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 2px 8px; margin: 0 }
 .pqueue figure > * { grid-column: 2 }

@@ -35,7 +35,15 @@ DROPPED = (
     "queue",
 )
 LEAST_CELLS = 3  # of a column that is cut because dropping others was not enough
-COLOURS = {"completed": 32, "processing": 36, "pending": 33, "scheduled": 34, "failed": 31, "cancelled": 35}
+COLOURS = {
+    "completed": 32,
+    "processing": 36,
+    "pending": 33,
+    "scheduled": 34,
+    "waiting": 34,
+    "failed": 31,
+    "cancelled": 35,
+}
 COLOURS |= {"running": 32, "RUNNING": 32, "dead": 31, "FATAL": 31, "stopped": 90, "STOPPED": 90}
 COLOURS |= {"critical": 31, "warning": 33, "info": 90}
 

@@ -248,6 +248,11 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+def id_list(text: str) -> list[int]:
+    """Parse ids of jobs that are separated by commas. Raises BadArgument."""
+    return [whole_number(0)(part) for part in text.split(",")]
+
+
 def seconds(least: float) -> Callable[[str], float]:
     """Return a function that parses a number of seconds of at least this, or raises BadArgument."""
 

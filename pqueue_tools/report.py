@@ -19,6 +19,7 @@ LONG_WAIT_SECONDS = 600.0  # a pending job that has waited longer is reported
 STALL_SECONDS = 60.0  # a queue in which jobs are due, and none has begun or ended for longer, is reported; so are
 # schedules that are later
 LATE_SECONDS = 5.0  # a job whose lease expired longer ago is reported
+MAX_NAMED = 5  # jobs that a waiting job waits for
 SEVERITIES = ("info", "warning", "critical")
 NO_FINDINGS = "no problem found"
 CLOCK_SECONDS = 5.0  # a larger difference between this host's clock and the server's is reported
@@ -307,6 +308,8 @@ def why(
         return _why_finished(job, now)
     if job.state == "processing":
         return _why_processing(queue, job, now)
+    if job.state == "waiting":
+        return _why_waiting(queue, job)
     if job.run_at > now and job.state == "scheduled":
         return _why_scheduled(job, now)
     if stats is None or job.queue not in stats["queues"]:
@@ -336,6 +339,13 @@ def _why_processing(queue: PersistentQInterface, job: Job, now: float) -> str:
         f"it has been running on {job.consumer} for {span(now - (job.started_at or now))}; "
         f"its lease expires at {clock(expires)} and is extended while it runs"
     )
+
+
+def _why_waiting(queue: PersistentQInterface, job: Job) -> str:
+    parents = [each for each in queue.dependencies(job.id, excerpt=0) if each.state not in pqueue.FINISHED]
+    names = [f"{each.id} ({each.task}, {each.state})" for each in parents[:MAX_NAMED]]
+    more = f" and {len(parents) - MAX_NAMED:,} more" if len(parents) > MAX_NAMED else ""
+    return f"it runs after {'jobs' if len(parents) > 1 else 'job'} {', '.join(names)}{more}"
 
 
 def _why_scheduled(job: Job, now: float) -> str:

@@ -253,7 +253,7 @@ def job_buttons(job: Job) -> list[Button]:
     if job.state in pqueue.FINISHED:
         return [Button("resubmit", "resubmit", {"id": job.id})]
     assign = Button("assign", "assign", {"id": job.id}, "", "consumer", "any consumer", job.assigned_to or "")
-    verbs = ("run_now",) * (job.state == "scheduled") + ("mark_failed", "cancel")
+    verbs = ("run_now",) * (job.state in ("scheduled", "waiting")) + ("mark_failed", "cancel")
     return [*(Button(verb, label(verb), {"id": job.id}) for verb in verbs), assign]
 
 

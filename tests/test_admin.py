@@ -285,7 +285,7 @@ def test_operator_whose_folder_has_no_queue_creates_none(front, folder, run):
         (["completion"], 1, "cannot complete admin.py: install the package"),
         ([], 2, ""),
         (["list-jobs", "--colour", "red"], 2, "--colour"),
-        (["list-jobs", "--status", "done"], 2, "expected one of scheduled, pending"),
+        (["list-jobs", "--status", "done"], 2, "expected one of waiting, scheduled, pending"),
         (["list-jobs", "--since", "soon"], 2, "expected a duration such as 15m, or a time"),
         (["list-jobs", "--limit", "0"], 2, "expected a whole number of at least 1"),
         (["enqueue", "t", "{bad"], 2, "expected JSON, got '{bad'"),
@@ -559,6 +559,27 @@ def test_operator_takes_no_running_job_over_unasked(queue, run, monkeypatch):
 def test_operator_sees_why_a_job_does_not_run(queue, state, sentence):
     ids = populate(queue)
     assert sentence in report.why(queue, ids[state])
+
+
+def test_operator_enqueues_after_other_jobs_and_sees_for_which_a_job_waits(front, queue, run):
+    parents = [int(run("enqueue", "work", number)[1]) for number in range(7)]
+    child = int(run("enqueue", "album", "--after", ",".join(map(str, parents)), "--after-failed", "run")[1])
+    queue.complete(queue.dequeue("anna"))
+    queue.dequeue("anna")
+    names = [f"{parents[1]} (work, processing)", *(f"{job_id} (work, pending)" for job_id in parents[2:6])]
+    sentence = f"it runs after jobs {', '.join(names)} and 1 more"
+    assert report.why(queue, child) == sentence
+    _, out, _ = run("show", child)
+    assert sentence in out
+    assert "after" in out
+    assert "waits_for         6" in out
+    assert json.loads(run("show", child, "--json")[1])["after"] == parents
+    assert f"\n{child}\twaiting\t" in run("list-jobs", "--status", "waiting", "-o", "tsv")[1]
+    assert run("run-now", child)[0] == 0
+    assert queue.get(child).state == "pending"
+    assert "after" not in run("show", parents[0])[1]
+    assert run("enqueue", "album", "--after", "12345")[::2] == (1, "cannot enqueue after job 12345: no such job\n")
+    assert run("enqueue", "album", "--after", "1,x")[0] == run("enqueue", "a", "--after-failed", "skip")[0] == 2
 
 
 def test_operator_sees_what_delays_a_pending_job(queue):

@@ -145,6 +145,18 @@ def at_that_time(queue: PersistentQSQLite, call: Callable[[], None]) -> None:
         call()
 
 
+def family(queue: PersistentQSQLite, *, is_failed: bool = False) -> list[pqueue.Job]:
+    """Take the parent of two jobs, one of which has a dependent, too."""
+    parent = queue.enqueue("parent", priority=99, now=NOW)
+    child = queue.enqueue("child", after=[parent], now=NOW)
+    queue.enqueue("child", after=[parent], after_failed="run", run_at=NOW + 50, now=NOW)
+    queue.enqueue("grandchild", after=[child], now=NOW)
+    jobs = take(queue, limit=1)
+    if is_failed:
+        queue.mark_failed(parent, now=NOW)
+    return jobs
+
+
 def once_only(queue: PersistentQSQLite) -> None:
     queue.enqueue("once", max_attempts=1, priority=99, now=NOW)
     take(queue, limit=0)
@@ -199,6 +211,21 @@ OPERATIONS = {
     "enqueue_many with keys": Operation(lambda q, _: q.enqueue_many("t", range(3), keys=["a", "k", "a"], now=NOW)),
     "enqueue_many": Operation(lambda q, _: q.enqueue_many("t", range(5), now=NOW)),
     "enqueue_many to a new queue": Operation(lambda q, _: q.enqueue_many("t", range(5), queue="new", now=NOW)),
+    "enqueue after others": Operation(lambda q, _: q.enqueue("t", after=[FAILED, KEYED], after_failed="run", now=NOW)),
+    "enqueue after a failed one": Operation(lambda q, _: q.enqueue_many("t", [1, 2], after=[FAILED, KEYED], now=NOW)),
+    "complete a parent": Operation(lambda q, jobs: q.complete(jobs[0], 1, now=NOW), family),
+    "complete_and_dequeue with a parent": Operation(
+        lambda q, jobs: q.complete_and_dequeue([(jobs[0], 1)], "w", 2, now=NOW), family
+    ),
+    "fail a parent for good": Operation(lambda q, jobs: q.fail(jobs[0], "no", retry=False, now=NOW), family),
+    "cancel a parent": Operation(lambda q, jobs: q.cancel(jobs[0].id, now=NOW), family),
+    "resubmit a parent": Operation(
+        lambda q, jobs: q.resubmit(jobs[0].id, now=NOW), lambda q: family(q, is_failed=True)
+    ),
+    "delete a parent by force": Operation(
+        lambda q, jobs: at_that_time(q, lambda: q.delete_jobs([jobs[0].id], force=True)), family
+    ),
+    "run_now of a waiting job": Operation(lambda q, jobs: q.run_now(jobs[0].id + 1, now=NOW), family),
     "dequeue": Operation(dequeue(NOW), lambda q: take(q, limit=0)),
     "first dequeue, which registers the consumer": Operation(dequeue(NOW), states=3),
     "dequeue of a last attempt": Operation(lambda q, _: take(q, limit=1), once_only),
@@ -365,7 +392,9 @@ def sweep(path: Path) -> None:
             assert jobs[job.id].state in pqueue.UNFINISHED
             assert job.attempts <= job.max_attempts
             done.append((-job.priority, job.run_at, job.id))
+            assert all(parent.state in pqueue.FINISHED for parent in queue.dependencies(job.id))
             queue.complete(job, now=LATER)
+        done = [each for each in done if jobs[each[2]].state != "waiting"]
         assert done == sorted(set(done))
         for job in jobs.values():
             after = queue.get(job.id)

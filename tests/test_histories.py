@@ -34,7 +34,7 @@ MEMORY_BYTES = 1 << 30
 BASE = 1_800_000_000.0
 LATER = BASE + 1_000_000
 LEASE, RETRY = 30.0, 20.0
-UNFINISHED = ("scheduled", "pending", "processing")
+UNFINISHED = ("waiting", "scheduled", "pending", "processing")
 Call = dict[str, Any]  # actor, verb, now, began, ended, and the arguments and the answer of the verb
 
 
@@ -85,6 +85,9 @@ class Actor:
         if self.chance.random() < 0.25:
             holds = self.chance.choice([{}, {"key_until": "started"}, {"key_seconds": 500.0}])
             options |= {"key": "k", **holds}
+        if self.ids and self.chance.random() < 0.2:
+            parents = self.chance.sample(self.ids[-5:], min(len(self.ids), self.chance.randint(1, 2)))
+            options |= {"after": sorted(set(parents)), "after_failed": self.chance.choice(["fail", "run"])}
         payload = f"{self.name} {self.calls + 1}"
         job_id = self.call(
             "enqueue",
@@ -227,6 +230,7 @@ class Model:
     holder: str | None = None
     was_taken: bool = False
     since: int = 0  # when it came into this state at the earliest
+    after_failed: str | None = None  # of a job that runs after others
 
     def holds_key(self, now: float) -> bool:
         if self.key_until is None:
@@ -254,6 +258,7 @@ class Checker:
             if not self._explained(events):
                 yield f"job {job_id}: no order of its {len(events)} calls explains their results"
         yield from self._order()
+        yield from self._waits()
 
     def _errors(self) -> Iterator[str]:
         for call in self.calls:
@@ -343,7 +348,14 @@ class Checker:
                 until = None if "key_seconds" in event else event.get("key_until", "finished")
                 keys = {"key_until": until, "key_expires_at": now + event.get("key_seconds", 0)}
                 most, due, to = (event[name] for name in ("max_attempts", "run_at", "assigned_to"))
-                yield Model(state, 0, most, due, to, **keys, since=event["began"])
+                first = Model(state, 0, most, due, to, **keys, since=event["began"])
+                if "after" not in event:
+                    yield first
+                    return
+                first = replace(first, after_failed=event["after_failed"])  # the parents' states decide
+                yield from (first, replace(first, state="waiting"))
+                if event["after_failed"] == "fail":
+                    yield replace(first, state="failed")
             return
         for each in self._recovered(model, event):
             yield from self._answered(each, event, verb, error, now)
@@ -392,6 +404,8 @@ class Checker:
     def _recovered(self, model: Model, event: Call) -> Iterator[Model]:
         """Yield the model, and what a dequeue that was under way may have made of it."""
         yield model
+        if model.after_failed and event["verb"] != "enqueue":
+            yield from self._resolved(model)
         due = model.run_at if model.state == "scheduled" else model.expires
         dead = self.died.get(model.holder or "", math.inf) <= (event["ended"] or math.inf)
         if model.state not in ("scheduled", "processing") or event["verb"] == "enqueue":
@@ -407,12 +421,42 @@ class Checker:
                 yield replace(model, state=state, token=None, holder=None, expires=0.0)
                 return
 
+    @staticmethod
+    def _resolved(model: Model) -> Iterator[Model]:
+        """Yield what the end of its parents, or a resubmission of one, may have made of a job that was not taken."""
+        if model.state == "waiting":
+            yield replace(model, state="scheduled")
+            yield replace(model, state="pending")
+        if model.after_failed == "fail" and model.state in ("waiting", "failed"):
+            yield replace(model, state="failed" if model.state == "waiting" else "waiting")
+
+    def _waits(self) -> Iterator[str]:
+        """Look for jobs delivered before a parent can have ended."""
+        ends = ("complete", "fail", "cancel", "mark_failed", "claim", "leave")
+        made = {job_id: e for job_id, events in self.events.items() for e in events if e["verb"] == "enqueue"}
+        for job_id, events in self.events.items():
+            after = made[job_id].get("after", ()) if job_id in made else ()
+            parents = [
+                parent for parent in after if "after" not in made.get(parent, {})
+            ]  # others may fail by themselves
+            first = min((e["ended"] or math.inf for e in events if e["verb"] == "claim" and e["row"]), default=math.inf)
+            for parent in parents:
+                ended = (e["began"] for e in self.events.get(parent, ()) if e["verb"] in ends and not e.get("error"))
+                if min(ended, default=math.inf) > first:
+                    yield f"job {job_id} was delivered before job {parent}, which it waits for, ended"
+
     def _order(self) -> Iterator[str]:
         """Look for jobs passed over: pending since before the dequeue, touched by nobody until after it."""
         untouched = []
         for events in self.events.values():
             made = next((event for event in events if event["verb"] == "enqueue"), None)
-            if made and made["ended"] and made["run_at"] <= made["now"] and made["assigned_to"] is None:
+            if (
+                made
+                and made["ended"]
+                and "after" not in made
+                and made["run_at"] <= made["now"]
+                and made["assigned_to"] is None
+            ):
                 touched = min(e["began"] for e in events if e["verb"] not in ("enqueue", "get", "same key"))
                 untouched.append((made, (-made["priority"], made["run_at"], made["result"]), touched))
         pauses = [call for call in self.calls if call["verb"] in ("pause", "resume")]

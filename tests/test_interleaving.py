@@ -125,7 +125,8 @@ class Stage:
     def set(self, state: str) -> Job:
         attempts, token, finished = STATES[state]
         self.db.execute(
-            "DELETE FROM jobs; DELETE FROM history; DELETE FROM queues; ALTER SEQUENCE jobs_id_seq RESTART;"
+            "DELETE FROM jobs; DELETE FROM history; DELETE FROM dependencies; DELETE FROM queues;"
+            "ALTER SEQUENCE jobs_id_seq RESTART;"
             "DELETE FROM pending_changes; UPDATE pending_counts SET pending = 0;"
             f"INSERT INTO queues (name, max_pending) VALUES ('default', {self.max_pending or 'NULL'});"
             "INSERT INTO queue_tasks (queue, task) VALUES ('default', 't') ON CONFLICT DO NOTHING;"
@@ -163,7 +164,8 @@ class Stage:
 
     def found(self) -> str:
         jobs = "least(id, 3), state, attempts, consumer, substr(lease_token, 1, 16),"
-        jobs += "lease_expires_at, assigned_to, run_at, error, progress, result, finished_at FROM jobs ORDER BY id"
+        jobs += "lease_expires_at, assigned_to, run_at, error, progress, result, finished_at, waits_for FROM jobs "
+        jobs += "ORDER BY least(id, 3), state"
         history = "event, actor, attempt, error FROM history ORDER BY id"
         wrong = f"* FROM ({MISCOUNTED}) wrong"  # how many are pending in a queue that has a limit
         schedules = "name, paused, next_at, last_at, skipped FROM schedules ORDER BY name"
@@ -330,6 +332,18 @@ def test_schedule_that_is_due_gets_one_job_whatever_happens_at_once(stage, monke
         for state, claim in product(("pending", "failed"), claims)
         for other in (*claims, *changes, "cancel", "delete all")
         for order in ((claim, other), (other, claim))
+    )
+    assert differing(stage, plays) == []
+
+
+def test_job_enqueued_after_one_that_changes_at_once_does_not_wait_forever(stage, monkeypatch):
+    monkeypatch.setitem(VERBS, "enqueue after it", lambda queue, me, job: queue.enqueue("t", after=[job.id], now=NOW))
+    others = ("complete", "fail", "reclaim", "claim", "mark failed", "resubmit", "run now", "delete", "delete all")
+    plays = (
+        (state, *order)
+        for state, other in product(("pending", "processing", "failed"), (*others, "enqueue after it"))
+        for order in {("enqueue after it", other), (other, "enqueue after it")}
+        if state == "processing" or other not in HOLDERS
     )
     assert differing(stage, plays) == []
 

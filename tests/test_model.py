@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -14,7 +14,7 @@ import pqueue
 
 SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
 LEASE = 60
-UNFINISHED = ("scheduled", "pending", "processing")
+UNFINISHED = ("waiting", "scheduled", "pending", "processing")
 
 
 @dataclass
@@ -33,6 +33,9 @@ class Entry:
     holder: int | None = None  # number of the delivery that holds it
     expires: float = 0.0
     was_taken: bool = False
+    parents: list[int] = field(default_factory=list)
+    after_failed: str = "fail"
+    failed_with_parent: bool = False
     finished_at: float = 0.0
 
     def holds_key(self, now: float) -> bool:
@@ -70,10 +73,19 @@ class QueueMachine(RuleBasedStateMachine):
         holds=st.sampled_from([{}, {"key_until": "finished"}, {"key_until": "started"}, {"key_seconds": 60}]),
         on_conflict=st.sampled_from(["keep", "replace"]),
         assigned_to=st.sampled_from([None, None, "x", "y"]),
+        parents=st.one_of(st.just([]), st.lists(st.integers(0, 9), max_size=3)),
+        after_failed=st.sampled_from(["fail", "fail", "run"]),
     )
-    def enqueue(self, task, queue, priority, delay, max_attempts, key, holds, on_conflict, assigned_to):
+    def enqueue(
+        self, task, queue, priority, delay, max_attempts, key, holds, on_conflict, assigned_to, parents, after_failed
+    ):
         options = {"queue": queue, "priority": priority, "max_attempts": max_attempts, "assigned_to": assigned_to}
         options |= {"key": key, "on_conflict": on_conflict, **holds} if key else {}
+        parents = sorted({sorted(self.entries)[-1 - n] for n in parents if n < len(self.entries)})
+        if parents and not (key and on_conflict == "replace"):
+            options |= {"after": parents, "after_failed": after_failed}
+        else:
+            parents = []
         job_id = self.queue.enqueue(task, delay_seconds=delay, now=self.now, **options)
         state, run_at = "scheduled" if delay else "pending", self.now + delay
         same = self.with_key(queue, task, key)
@@ -81,12 +93,50 @@ class QueueMachine(RuleBasedStateMachine):
         if same is None:
             until = None if "key_seconds" in holds else holds.get("key_until", "finished")
             self.entries[job_id] = Entry(
-                task, queue, priority, run_at, max_attempts or 3, key, until, self.now + 60, assigned_to, state
-            )
+                task, queue, priority, run_at, max_attempts or 3, key, until, self.now + 60, assigned_to, state,
+                parents=parents, after_failed=after_failed,
+            )  # fmt: skip
+            if parents:
+                self.entries[job_id].state = "waiting"
+                self.reconsider(job_id)
             return
         assert job_id == same
-        if on_conflict == "replace" and (entry := self.entries[same]).state in ("scheduled", "pending"):
-            entry.priority, entry.run_at, entry.state = priority, run_at, state
+        if on_conflict == "replace" and (entry := self.entries[same]).state in ("waiting", "scheduled", "pending"):
+            entry.priority, entry.run_at = priority, run_at
+            entry.state = "waiting" if entry.state == "waiting" else state
+
+    def reconsider(self, job_id):
+        """Let a waiting job fail with a parent, or go on when all have finished."""
+        entry = self.entries[job_id]
+        states = self.parent_states(entry)
+        if entry.state != "waiting":
+            return
+        if entry.after_failed == "fail" and ("failed" in states or "cancelled" in states):
+            entry.failed_with_parent = True
+            self.finish(job_id, "failed")
+        elif not any(state in UNFINISHED for state in states):
+            entry.state = "scheduled" if entry.run_at > self.now else "pending"
+
+    def parent_states(self, entry):
+        return [self.entries[parent].state for parent in entry.parents if parent in self.entries]
+
+    def finish(self, job_id, state):
+        self.entries[job_id].state, self.entries[job_id].finished_at = state, self.now
+        for other, entry in self.entries.items():
+            if job_id in entry.parents:
+                self.reconsider(other)
+
+    def restore(self, job_id):
+        for other, entry in self.entries.items():
+            states = self.parent_states(entry)
+            if job_id in entry.parents and entry.state == "failed" and entry.failed_with_parent:
+                is_failed = entry.after_failed == "fail" and ("failed" in states or "cancelled" in states)
+                if not is_failed and self.key_is_free(entry):
+                    entry.state, entry.failed_with_parent = "waiting", False
+                    self.restore(other)
+
+    def key_is_free(self, entry):
+        return entry.key_until is None or self.with_key(entry.queue, entry.task, entry.key) is None
 
     def with_key(self, queue, task, key):
         for job_id, entry in self.entries.items():
@@ -128,12 +178,13 @@ class QueueMachine(RuleBasedStateMachine):
         return None if entry.holder is None else self.deliveries[entry.holder].consumer
 
     def recover(self):
-        for entry in self.entries.values():
+        for job_id, entry in self.entries.items():
             if entry.state == "scheduled" and entry.run_at <= self.now:
                 entry.state = "pending"
             if entry.state == "processing" and entry.expires <= self.now:
-                entry.state = "pending" if entry.attempts < entry.max_attempts else "failed"
-                entry.holder, entry.finished_at = None, self.now
+                entry.state, entry.holder = "pending", None
+                if entry.attempts >= entry.max_attempts:
+                    self.finish(job_id, "failed")
 
     def next(self, consumer, queues, tasks, limit):
         able = [
@@ -161,7 +212,7 @@ class QueueMachine(RuleBasedStateMachine):
             assert entry.holder != number
             return
         assert entry.holder == number
-        self.settled(verb, entry)
+        self.settled(verb, entry, job.id)
 
     def call(self, verb, job):
         if verb == "complete":
@@ -184,19 +235,19 @@ class QueueMachine(RuleBasedStateMachine):
         self.entries[job.id].expires = float("inf")
         self.recover()
 
-    def settled(self, verb, entry):
+    def settled(self, verb, entry, job_id):
         if verb == "extend":
             entry.expires = self.now + LEASE
             return
         entry.holder, entry.finished_at = None, self.now
         if verb in ("complete", "fused"):
-            entry.state = "completed"
+            self.finish(job_id, "completed")
         elif verb == "release":
             entry.state, entry.attempts = "pending", entry.attempts - 1
         elif verb == "fail" and entry.attempts < entry.max_attempts:
             entry.state, entry.run_at = "scheduled", self.now + 20
         else:
-            entry.state = "failed"
+            self.finish(job_id, "failed")
 
     @precondition(lambda self: self.entries)
     @rule(
@@ -219,15 +270,16 @@ class QueueMachine(RuleBasedStateMachine):
             assert not (
                 has_attempt
                 and is_free
-                and entry.state in ("scheduled", "pending")
+                and entry.state in ("waiting", "scheduled", "pending")
                 and any(value is not None for value in options.values())
             )
             return
-        assert has_attempt and is_free and entry.state in ("scheduled", "pending")
+        assert has_attempt and is_free and entry.state in ("waiting", "scheduled", "pending")
         entry.priority = entry.priority if priority is None else priority
         entry.queue, entry.max_attempts = queue or entry.queue, most or entry.max_attempts
         if delay is not None:
-            entry.run_at, entry.state = self.now + delay, "scheduled" if delay else "pending"
+            entry.run_at = self.now + delay
+            entry.state = entry.state if entry.state == "waiting" else "scheduled" if delay else "pending"
 
     @precondition(lambda self: self.entries)
     @rule(data=st.data())
@@ -237,9 +289,9 @@ class QueueMachine(RuleBasedStateMachine):
         try:
             self.queue.run_now(job_id, now=self.now)
         except pqueue.InvalidTransition:
-            assert entry.state != "scheduled"
+            assert entry.state not in ("waiting", "scheduled")
             return
-        assert entry.state == "scheduled"
+        assert entry.state in ("waiting", "scheduled")
         entry.state, entry.run_at = "pending", self.now
 
     @precondition(lambda self: self.entries)
@@ -251,8 +303,7 @@ class QueueMachine(RuleBasedStateMachine):
         arguments = [job_id, consumer] if verb == "assign" else [job_id]
         allowed = entry.state in UNFINISHED
         if verb == "resubmit":
-            is_free = entry.key_until is None or self.with_key(entry.queue, entry.task, entry.key) is None
-            allowed = not allowed and is_free
+            allowed = not allowed and self.key_is_free(entry)
         try:
             getattr(self.queue, verb)(*arguments, now=self.now)
         except pqueue.InvalidTransition:
@@ -261,12 +312,14 @@ class QueueMachine(RuleBasedStateMachine):
         assert allowed
         if verb == "resubmit":
             entry.state, entry.attempts, entry.run_at, entry.was_taken = "pending", 0, self.now, False
+            entry.failed_with_parent = False
+            self.restore(job_id)
         elif verb == "assign":
             if entry.state == "processing":
                 entry.state, entry.attempts = "pending", entry.attempts - 1
             entry.assigned_to = consumer
         else:
-            entry.state, entry.finished_at = {"cancel": "cancelled", "mark_failed": "failed"}[verb], self.now
+            self.finish(job_id, {"cancel": "cancelled", "mark_failed": "failed"}[verb])
         entry.holder = None
 
     @precondition(lambda self: self.entries)
@@ -305,7 +358,8 @@ class QueueMachine(RuleBasedStateMachine):
         entry = self.entries[job_id]
         seconds = self.kept.get((entry.queue, entry.state))
         is_over = entry.state not in UNFINISHED and seconds is not None and entry.finished_at < self.now - seconds
-        return is_over and not entry.holds_key(self.now) and job_id < max(self.entries)
+        needed = any(job_id in each.parents and each.state in UNFINISHED for each in self.entries.values())
+        return is_over and not needed and not entry.holds_key(self.now) and job_id < max(self.entries)
 
     @invariant()
     def rows_equal_the_model(self):
@@ -314,6 +368,9 @@ class QueueMachine(RuleBasedStateMachine):
             i: (e.state, e.attempts, e.priority, e.run_at, e.assigned_to) for i, e in self.entries.items()
         }
         for job_id, job in rows.items():
+            if job.state == "waiting":
+                states = self.parent_states(self.entries[job_id])
+                assert job.waits_for == sum(state in UNFINISHED for state in states) > 0
             holder = self.entries[job_id].holder
             assert job.lease_token == (None if holder is None else self.deliveries[holder].lease_token)
 

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+import pqueue_dependencies
 import pqueue_move
 import pqueue_postgres
 import pqueue_schedules
@@ -32,13 +33,25 @@ def statements(module: ModuleType) -> dict[str, str]:
 def comments(module: ModuleType) -> dict[str, str]:
     """Return the comment above each constant, and each entry of a table, of a module by name."""
     source = Path(str(module.__file__)).read_text()
-    found = re.findall(r"((?:^ *# .*\n)+)^ *(?:pqueue_sche\w+\.)?([A-Z_]+)(?: =|:) ", source, re.MULTILINE)
+    found = re.findall(r"((?:^ *# .*\n)+)^ *(?:pqueue_(?:sche|dep)\w+\.)?([A-Z_]+)(?: =|:) ", source, re.MULTILINE)
     lines = {name: re.findall(r"# (?!guard: )(.*)", above) for above, name in found}
     return {name: " ".join(each) for name, each in lines.items() if each}
 
 
-SHARED = {**statements(pqueue_schema), **statements(pqueue_move), **statements(pqueue_schedules)}
-ABOUT = {**comments(pqueue_schema), **comments(pqueue_move), **comments(pqueue_schedules)}
+def why() -> dict[str, str]:
+    """Return why each statement differs."""
+    return {**dict.fromkeys(WRITTEN, "differs because JSON is read in another way"), **comments(pqueue_postgres)}
+
+
+# Those that a function of the same name writes, for both
+WRITTEN = {
+    name: str(getattr(pqueue_dependencies, name.lower()).__doc__)
+    for name in statements(pqueue_dependencies)
+    if hasattr(pqueue_dependencies, name.lower())
+}
+MODULES = (pqueue_schema, pqueue_move, pqueue_schedules, pqueue_dependencies)
+SHARED = {name: sql for module in MODULES for name, sql in statements(module).items()}
+ABOUT = {**{name: about for module in MODULES for name, about in comments(module).items()}, **WRITTEN}
 RETURNS = re.compile(r"; returns (the new id|their ids)$")  # in the comment of a statement: on PostgreSQL alone
 OWN = {name: sql for name, sql in statements(pqueue_postgres).items() if sql not in POSTGRES.values()}
 DIFFERING = [name for name in SHARED if SHARED[name] in POSTGRES]
@@ -52,12 +65,12 @@ def page() -> str:
     parts += [sent(sql) for sql in pqueue_postgres.COUNTING]
     parts.append("-- While a queue has a limit\n")
     parts += [sent(sql) for sql in (*pqueue_postgres.START_COUNTING, *pqueue_postgres.RECOUNT)]
-    why = comments(pqueue_postgres)
+    reasons = why()
     parts.append("-- Statements that all backends share\n")
     for name, sql in SHARED.items():
-        parts.append(shown(name, [ABOUT.get(name, ""), why[name] if sql in POSTGRES else ""], sql))
+        parts.append(shown(name, [ABOUT.get(name, ""), reasons[name] if sql in POSTGRES else ""], sql))
     parts.append("-- Statements that only PostgreSQL has\n")
-    parts += [shown(name, [why.get(name, "")], sql) for name, sql in OWN.items()]
+    parts += [shown(name, [reasons.get(name, "")], sql) for name, sql in OWN.items()]
     return "\n".join(parts)
 
 
@@ -107,12 +120,12 @@ def test_table_holds_shared_statements_that_differ():
 def test_statement_for_postgresql_has_the_parameters_and_columns_of_the_shared_one(name):
     ours, shared = POSTGRES[SHARED[name]], SHARED[name]
     assert set(NAMED.findall(ours)) == set(NAMED.findall(shared))
-    assert columns(ours) == (["id"] if RETURNS.search(comments(pqueue_postgres)[name]) else columns(shared))
+    assert columns(ours) == (["id"] if RETURNS.search(why()[name]) else columns(shared))
 
 
 def test_statement_for_postgresql_says_why_it_differs():
-    why = comments(pqueue_postgres)
-    assert [name for name in DIFFERING if not why[name].startswith("differs because ")] == []
+    reasons = why()
+    assert [name for name in DIFFERING if not reasons[name].startswith("differs because ")] == []
 
 
 @pytest.mark.parametrize("module", [pqueue_schema, pqueue_postgres], ids=lambda module: module.__name__)

@@ -1,0 +1,212 @@
+"""Dependencies: jobs that run after other jobs, their parents.
+
+A job with unfinished parents is `waiting`, and `waits_for` counts them. Whatever finishes a parent counts down in the
+same commit; at 0 the job becomes `pending` or `scheduled`. If a parent failed or was cancelled, the job fails with it,
+and so do those that wait for it, unless it was enqueued with after_failed="run". Jobs are locked in the order of their
+ids, in which parents come first.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+from pqueue_backend import Session
+from pqueue_schema import HOLDS_KEY, KEY_IS_FREE, STATES_OF, UNFINISHED
+from pqueue_search import Reading, excerpt_columns
+from pqueue_values import Job, JobId, JobNotFound, Params, short, to_excerpt, to_json, valid_id, valid_int
+
+# Statements. :ids is a JSON array of jobs, whose elements `these` selects; it differs on PostgreSQL.
+
+THESE = "IN (SELECT value FROM json_each(:ids))"
+UNSUCCESSFUL = "p.state IN ('failed', 'cancelled')"
+_PARENTS = "FROM dependencies d JOIN jobs p ON p.id = d.parent_id WHERE"
+
+
+def mark_parents(these: str) -> str:
+    """Make the completion of these jobs look for dependents."""
+    return f"UPDATE jobs SET has_dependents = 1 WHERE has_dependents = 0 AND id {these}"
+
+
+def make_wait(these: str) -> str:
+    """Make new jobs wait for :waits_for others."""
+    return f"UPDATE jobs SET state = 'waiting', waits_for = :waits_for WHERE finished_at IS NULL AND id {these}"
+
+
+def dependents(these: str) -> str:
+    """Return the jobs that wait for one of these."""
+    return f"""
+SELECT id FROM jobs WHERE state = 'waiting' AND id IN (SELECT job_id FROM dependencies WHERE parent_id {these})
+ORDER BY id"""
+
+
+# guard: a job fails with the job that it waits for
+# guard: a job that asked for it runs after a failed one
+def fail_dependents(these: str) -> str:
+    """Make the jobs failed that wait for one of these, which failed; return their ids."""
+    which = f"d.parent_id {these} AND d.after_failed = 'fail' AND {UNSUCCESSFUL}"
+    return f"""
+UPDATE jobs SET state = 'failed', finished_at = :now, error =
+    (SELECT 'job ' || min(p.id) || CASE min(p.state) WHEN 'failed' THEN ' failed' ELSE ' was cancelled' END
+     {_PARENTS} d.job_id = jobs.id AND {which})
+WHERE state = 'waiting' AND id IN (SELECT d.job_id {_PARENTS} {which}) RETURNING id"""
+
+
+# guard: a job waits for all its parents
+# guard: a job that waited is scheduled if it is not due
+def count_down(these: str) -> str:
+    """Promote the jobs that wait for no others than these, which finished."""
+    return f"""
+UPDATE jobs SET waits_for = waits_for - finished.number, state = CASE WHEN waits_for > finished.number THEN 'waiting'
+    WHEN run_at > :now THEN 'scheduled' ELSE 'pending' END
+FROM (SELECT job_id, count(*) AS number FROM dependencies WHERE parent_id {these} GROUP BY job_id) finished
+WHERE jobs.id = finished.job_id AND state = 'waiting'"""
+
+
+def record_failures(these: str) -> str:
+    """Record that these jobs failed with a parent."""
+    return f"""
+INSERT INTO history (job_id, at, event, actor, attempt, error)
+SELECT id, :now, 'failed', 'dependency', attempts, error FROM jobs WHERE id {these} ORDER BY id"""
+
+
+def family(these: str) -> str:
+    """Return the dependents of these jobs, and all parents of those."""
+    return f"""
+SELECT job_id FROM dependencies WHERE parent_id {these} UNION
+SELECT parent_id FROM dependencies WHERE job_id IN (SELECT job_id FROM dependencies WHERE parent_id {these})"""
+
+
+def free_keys(these: str) -> str:
+    """Take the keys whose time is over from the jobs that hold those of the dependents of these jobs."""
+    return f"""
+UPDATE jobs SET key_expires_at = NULL WHERE {HOLDS_KEY} AND key_expires_at <= :now AND (queue, task, key) IN
+    (SELECT queue, task, key FROM jobs
+     WHERE state = 'failed' AND waits_for > 0 AND id IN (SELECT job_id FROM dependencies WHERE parent_id {these}))"""
+
+
+# guard: a job that failed with its parent is restored with it
+# guard: a job is restored when no parent of it is failed
+# guard: restoring a job respects its key
+def restore(these: str) -> str:
+    """Let the jobs wait again that failed with these, which were resubmitted; return their ids."""
+    return f"""
+UPDATE jobs SET state = 'waiting', finished_at = NULL, error = NULL
+WHERE id IN (SELECT job_id FROM dependencies WHERE parent_id {these}) AND state = 'failed' AND waits_for > 0
+    AND NOT EXISTS (SELECT 1 {_PARENTS} d.job_id = jobs.id AND d.after_failed = 'fail' AND {UNSUCCESSFUL})
+    AND {KEY_IS_FREE} RETURNING id"""
+
+
+# guard: a job that waits for others also waits for a resubmitted parent
+def recount_parents(these: str) -> str:
+    """Count anew for how many others the dependents of these jobs wait."""
+    return f"""
+UPDATE jobs SET waits_for = (SELECT count(*) {_PARENTS} d.job_id = jobs.id AND p.finished_at IS NULL)
+WHERE state = 'waiting' AND id IN (SELECT job_id FROM dependencies WHERE parent_id {these})"""
+
+
+def needed(these: str) -> str:
+    """Return these jobs that unfinished others run after, each with one of those."""
+    return f"""
+SELECT d.parent_id, min(d.job_id) FROM dependencies d JOIN jobs c ON c.id = d.job_id
+WHERE d.parent_id {these} AND c.finished_at IS NULL AND NOT c.id {these} GROUP BY d.parent_id ORDER BY d.parent_id"""
+
+
+MARK_PARENTS, MAKE_WAIT, DEPENDENTS = mark_parents(THESE), make_wait(THESE), dependents(THESE)
+FAIL_DEPENDENTS, COUNT_DOWN, RECORD_FAILURES = fail_dependents(THESE), count_down(THESE), record_failures(THESE)
+FREE_KEYS = free_keys(THESE)
+FAMILY, RESTORE, RECOUNT_PARENTS, NEEDED = family(THESE), restore(THESE), recount_parents(THESE), needed(THESE)
+
+# Let each of the jobs :ids run after each of :parents.
+ADD_DEPENDENCIES = """
+INSERT INTO dependencies (job_id, parent_id, after_failed)
+SELECT c.value, p.value, :after_failed FROM json_each(:ids) c CROSS JOIN json_each(:parents) p"""
+
+
+class Depending(Reading):
+    """What follows when a job finishes or is resubmitted."""
+
+    @abstractmethod
+    def _store(self, sql: str, row: Params) -> list[JobId[Any]]: ...
+
+    def dependencies(self, job_id: int, *, excerpt: int | None = None) -> list[Job]:
+        """Return the jobs that this one runs after, in the order of their ids, as far as they are not deleted.
+
+        excerpt: as for `list_jobs`.
+        """
+        most = None if excerpt is None else valid_int("excerpt", 0, excerpt)
+        parents = "SELECT parent_id FROM dependencies WHERE job_id = :id"
+        sql = f"SELECT {excerpt_columns(most)} FROM jobs WHERE id IN ({parents}) ORDER BY id"
+        return [to_excerpt(row, most) for row in self._read(sql, {"id": valid_id(job_id)})]
+
+    def _store_after(self, sql: str, rows: list[Params], after: Iterable[int], after_failed: str) -> list[JobId[Any]]:
+        """Do what `_store` does for each row, in one transaction; let the new jobs run after the others."""
+        parents = _parents(after, after_failed)
+        if parents and rows[0]["replaces"]:
+            raise ValueError("expected after or on_conflict='replace', got both")
+        with self._transaction() as session:
+            ids = [job_id for row in rows for job_id in self._store(sql, row)]
+            if parents and (new := [int(job_id) for job_id in ids if job_id.is_new]):
+                self._attach(session, new, parents, after_failed, rows[0]["now"])
+        return ids
+
+    def _attach(self, session: Session, job_ids: list[int], parents: list[int], after_failed: str, now: float) -> None:
+        """Let new jobs run after others. Raises JobNotFound."""
+        these = {"ids": to_json(parents)}
+        # On PostgreSQL, none of them finishes until this transaction ends.
+        self._lock_jobs(session, parents)
+        states = dict(session.run(STATES_OF, these))
+        if missing := [each for each in parents if each not in states]:
+            raise JobNotFound(f"cannot enqueue after job {missing[0]}: no such job")
+        session.change(MARK_PARENTS, these)
+        new = {"ids": to_json(job_ids), "parents": to_json(parents), "after_failed": after_failed}
+        session.change(ADD_DEPENDENCIES, new)
+        lost = [each for each in parents if states[each] in ("failed", "cancelled") and after_failed == "fail"]
+        waits_for = len(lost) + sum(state in UNFINISHED for state in states.values())
+        if waits_for:
+            session.change(MAKE_WAIT, {"ids": new["ids"], "waits_for": waits_for})
+        # guard: a job after a failed one fails at once
+        if lost:
+            self._follow_up(session, lost, now)
+
+    def _job_ended(self, session: Session, job_id: int, now: float) -> None:
+        """Do in the same commit what follows when a job has become failed or cancelled."""
+        session.finished.append(job_id)
+        self._follow_up(session, [job_id], now)
+
+    def _follow_up(self, session: Session, job_ids: list[int], now: float) -> None:
+        """Do in the same commit what follows when these jobs finish: promote or fail those that wait for them."""
+        while job_ids:
+            params = {"ids": to_json(job_ids), "now": now}
+            waiting = [job_id for (job_id,) in session.run(DEPENDENTS, params)]
+            if not waiting:
+                return
+            self._lock_jobs(session, waiting)
+            job_ids = [job_id for (job_id,) in session.run(FAIL_DEPENDENTS, params)]
+            session.change(COUNT_DOWN, params)
+            if job_ids:
+                session.change(RECORD_FAILURES, {**params, "ids": to_json(job_ids)})
+            session.finished += job_ids
+            session.wakes = True
+
+    def _restore(self, session: Session, job_id: int, now: float) -> None:
+        """Let the jobs that failed with this one, which was resubmitted, wait for it again."""
+        job_ids = [job_id]
+        while job_ids:
+            params = {"ids": to_json(job_ids), "now": now}
+            related = [each for (each,) in session.run(FAMILY, params)]
+            if not related:
+                return
+            self._lock_jobs(session, sorted(related))
+            session.change(FREE_KEYS, params)
+            job_ids = [each for (each,) in session.run(RESTORE, params)]
+            session.change(RECOUNT_PARENTS, params)
+
+
+def _parents(after: Iterable[int], after_failed: str) -> list[int]:
+    if after_failed not in ("fail", "run"):
+        raise ValueError(f"expected after_failed to be 'fail' or 'run', got {short(after_failed)}")
+    if isinstance(after, str) or not isinstance(after, Iterable):
+        raise ValueError(f"expected a list of job ids as after, got {short(after)}")
+    return sorted({int(valid_id(job_id)) for job_id in after})
