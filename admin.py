@@ -31,6 +31,7 @@ import pqueue_cron
 import pqueue_restore
 from pqueue import JobNotFound, PersistentQInterface, QueueError
 from pqueue_files import file_size
+from pqueue_outcomes import EVENTS
 from pqueue_search import fingerprint
 from pqueue_tools import monitor as live
 from pqueue_tools import supervisor
@@ -76,6 +77,7 @@ from pqueue_tools.report import (
     now_shown,
     printable,
     problems,
+    recent,
     schedule_object,
     schedule_row,
     size,
@@ -284,11 +286,13 @@ def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     if wants_rows(options):
         return CommandResult(rows)
     now = now_shown()
-    recent = queue.activity(now - 60, now)
-    per_minute = ", ".join(f"{count:,} {name}" for name, count in recent.items())
+    last = recent(queue, now)
+    numbers = ", ".join(f"{getattr(last, name):,} {name}" for name in EVENTS if getattr(last, name))
     total = {"queue": "all", **found["states"], "oldest_pending_at": found["oldest_pending_at"]}
     rows += [{**dict.fromkeys(rows[0]), **total}] if len(rows) > 1 else []
-    return CommandResult(text=f"{table(rows, width()) or 'no queues'}\n\nin the last minute: {per_minute}")
+    return CommandResult(
+        text=f"{table(rows, width()) or 'no queues'}\n\nsince {clock(last.at)}: {numbers or 'nothing happened'}"
+    )
 
 
 @command(

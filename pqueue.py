@@ -66,6 +66,7 @@ from pqueue_backend import Registration, Session
 from pqueue_dependencies import NEEDED, Depending
 from pqueue_move import Moving, count_running
 from pqueue_operating import Operating
+from pqueue_outcomes import ROLL_UP_JOBS, Counting, Outcomes, count, count_attempts, count_job
 from pqueue_results import Waiting, Waits
 from pqueue_retention import Retaining
 from pqueue_schedules import Schedule, Scheduling
@@ -207,6 +208,7 @@ __all__ = [  # noqa: RUF022 - by use: opening a queue and working with it, error
     "Filters",
     "Excerpt",
     "Schedule",
+    "Outcomes",
     "MAX_PAYLOAD_BYTES",
     "is_postgres",
     "sqlite_path",
@@ -224,6 +226,8 @@ DEAD_CHECK_SECONDS = 1.0  # how often a dequeue looks for dead consumers
 RECLAIM_BATCH = 1000  # jobs promoted or reclaimed per dequeue, to keep it short
 WAIT_SECONDS = 1.0  # the longest sleep of `wait`; bounds the cost of a missed wake-up or a dead consumer
 POLL_SECONDS = 0.1  # the polling interval where wake-ups are not available
+
+COUNTED = {MARK_FAILED: "failed", CANCEL: "cancelled"}  # verbs of an operator that end a job
 
 UNREADABLE = "cannot read the payload or the result: its JSON is nested too deep, or has too long a number, for Python"
 
@@ -248,7 +252,7 @@ class UnsyncedLastAttempt(Exception):
 Self = TypeVar("Self", bound="PersistentQInterface")  # typing.Self needs Python 3.11
 
 
-class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Retaining):
+class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Retaining, Counting):
     """A queue: its operations, in SQL that SQLite and PostgreSQL share.
 
     An object may be used by several threads, and in a forked child. Close it with `close()`, or use it in a `with`
@@ -332,6 +336,9 @@ class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Re
         transaction, unless the key is taken, the queue is new or full, or the task is new in it."""
         session = self._transaction()
         if session.depth == 0 and (ids := session.insert(sql, row)):
+            if ids[-1] % ROLL_UP_JOBS == 0:
+                with suppress(QueueError):  # the job is stored
+                    self._roll_up(row["now"])
             return JobId.of_queue(self, ids)
         with session:
             ids = session.insert(sql, row)
@@ -518,6 +525,9 @@ class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Re
                 lost = self._complete_all(session, completions, at)
                 if lost and nested:
                     _refuse(session, "complete", lost[0])
+                # guard: completed jobs are counted
+                if done := [job for job, _ in completions if job not in lost]:
+                    self._count_completed(session, done, at)
                 session.finished += [job.id for job, _ in completions]
                 self._reclaim(session, dead, at)
                 params = claim_params(me, limit, wanted, lease_seconds, at)
@@ -548,6 +558,7 @@ class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Re
         with session:
             session.change(RECORD, {**params, "event": "failed", "actor": job.consumer})
             session.change(FAIL, params)
+            count(session, job.queue, job.task, "failed", now)
             # guard: a job that cannot be read is followed up
             self._job_ended(session, job.id, now)
         return True
@@ -582,6 +593,8 @@ class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Re
             # guard: complete needs a held lease
             if not session.change(COMPLETE, params) and self._complete_all(session, [(job, encoded)], at):
                 _refuse(session, "complete", job)
+            # guard: a completed job is counted
+            self._count_completed(session, [job], at)
             session.finished.append(job.id)
 
     def fail(
@@ -621,13 +634,19 @@ class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Re
         """Make a job pending again, or schedule it for run_at, without counting this delivery; record it if it had
         begun. The history keeps the last of several delays only."""
         params = {"id": job.id, "token": job.lease_token, "now": now, "error": None, "run_at": run_at}
+        has_begun = run_at is not None or bool(job.lease_token and self._has_begun(session, job))
         if run_at is not None:
             if not session.change(SNOOZED_AGAIN, {**params, "actor": job.consumer}):
                 session.change(RECORD, {**params, "event": "snoozed", "actor": job.consumer})
-        elif job.lease_token and self._has_begun(session, job):
+        elif has_begun:
             session.change(RECORD, {**params, "event": "released", "actor": job.consumer})
         session.wakes = True
-        return bool(session.change(RELEASE, params))
+        if not session.change(RELEASE, params):
+            return False
+        # guard: a released attempt is counted
+        if has_begun:
+            count(session, job.queue, job.task, "released", now)
+        return True
 
     def extend(self, job: Job, lease_seconds: float | timedelta = LEASE_SECONDS, *, now: float | None = None) -> None:
         """Renew the lease; it expires this many seconds from now. Raises LeaseLost."""
@@ -670,6 +689,9 @@ class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Re
             # guard: fail, release, extend, update need a held lease
             if not session.change(sql, params):
                 _refuse(session, verb, job)
+            # guard: a failed attempt is counted
+            if event:
+                count_attempts(session, [job], "failed" if sql is FAIL else "retried", params["now"])
             # guard: a failed attempt that was the last is followed up
             if sql is FAIL:
                 self._job_ended(session, job.id, params["now"])
@@ -724,6 +746,9 @@ class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Re
         params = {"error": None, **values, "id": valid_id(job_id), "now": self._time(now)}
         with self._transaction() as session:
             session.change(RECORD, {**params, "event": event, "actor": _actor(by)})
+            # guard: a job that an operator ends is counted
+            if sql in COUNTED:
+                count_job(session, job_id, COUNTED[sql], params["now"])
             done = session.change(sql, params)
             # guard: resubmit takes a key whose time is over
             if not done and allowed and session.change(FREE_KEY_FOR, params):
@@ -789,6 +814,8 @@ class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Re
         ids = None if job_ids is None else [valid_id(job_id) for job_id in job_ids]
         params = {"ids": json.dumps(ids)}
         with self.exclusive(ids), self._transaction() as session:
+            # guard: a job that is deleted was counted
+            self._count_enqueued(session)
             running = count_running(session) if ids is None else len(session.run(RUNNING_JOBS, params))
             # guard: running jobs are not deleted
             if running and not force:
@@ -802,10 +829,13 @@ class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Re
             if ids is None:
                 session.change("DELETE FROM dependencies")
                 session.change("DELETE FROM history WHERE job_id <> 0")  # 0: the mark of a move
-                return session.change("DELETE FROM jobs")
-            session.change(DELETE_HISTORY, params)
-            session.change(DELETE_DEPENDENCIES, params)
-            return session.change(DELETE_JOBS, params)
+                deleted = session.change("DELETE FROM jobs")
+            else:
+                session.change(DELETE_HISTORY, params)
+                session.change(DELETE_DEPENDENCIES, params)
+                deleted = session.change(DELETE_JOBS, params)
+            self._count_enqueued(session)  # from the last id left
+            return deleted
 
     # Consumers
 
@@ -883,9 +913,10 @@ class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Re
     def heartbeat(self, consumer: str, *, completed: int = 0, failed: int = 0, now: float | None = None) -> None:
         """Record that this consumer is alive, and add to its numbers of completed jobs and failed attempts."""
         me = self._registered(consumer, None, None, now)
-        params = {"token": me.token, "completed": completed, "failed": failed, "now": self._time(now)}
+        now = self._time(now)
         with self._transaction(durable=False) as session:
-            session.change(HEARTBEAT, params)
+            session.change(HEARTBEAT, {"token": me.token, "completed": completed, "failed": failed, "now": now})
+            self._roll_up(now)
 
     def _register(
         self, name: str, queues: Sequence[str] | None, tasks: Sequence[str] | None, now: float | None
@@ -1007,7 +1038,11 @@ class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Re
         params: Params = {"id": job.id, "token": job.lease_token, "now": now}
         params["error"] = f"consumer {job.consumer} {what} in attempt {job.attempts} of {job.max_attempts}"
         session.change(RECORD, {**params, "event": event, "actor": job.consumer})
-        if not session.change(REDELIVER, params):
+        is_last = not session.change(REDELIVER, params)
+        # guard: a lost delivery is counted
+        for each in (event, "failed" if is_last else "retried"):
+            count(session, job.queue, job.task, each, now)
+        if is_last:
             consumers = [row[0] for row in session.run(LOST_BY, params)][-job.attempts :]
             params["error"] = _last_loss_error(job, consumers, params["error"])
             session.change(FAIL, params)

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pqueue_backend import Session
+from pqueue_outcomes import count_job
 from pqueue_schema import HOLDS_KEY, KEY_IS_FREE, STATES_OF, UNFINISHED
 from pqueue_search import Reading, excerpt_columns
 from pqueue_values import Job, JobId, JobNotFound, Params, short, to_excerpt, to_json, valid_id, valid_int
@@ -187,6 +188,9 @@ class Depending(Reading):
             session.change(COUNT_DOWN, params)
             if job_ids:
                 session.change(RECORD_FAILURES, {**params, "ids": to_json(job_ids)})
+            for job_id in job_ids:
+                # guard: a job that fails with a parent is counted
+                count_job(session, job_id, "failed", now)
             session.finished += job_ids
             session.wakes = True
 

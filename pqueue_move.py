@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, cast
 
-from pqueue_backend import Backend, Session
+from pqueue_backend import Session
+from pqueue_outcomes import COLUMNS as COUNT_COLUMNS
+from pqueue_outcomes import HOUR, Counting
 from pqueue_schedules import COLUMNS as SCHEDULE_COLUMNS
 from pqueue_schema import ADD_QUEUE, ADD_TASK, COLUMNS, FINISHED, FREE_KEY, LIMITED, MOVES, STATES_OF, UNLESS_HELD
 from pqueue_values import MAX_ID, InvalidTransition, Job, Params, QueueError, command_line, operator_name
@@ -41,7 +43,9 @@ COPIED = {
     "history": "id, job_id, at, event, actor, attempt, error",
     "schedules": SCHEDULE_COLUMNS,
     "dependencies": "id, job_id, parent_id, after_failed",
+    "outcomes": COUNT_COLUMNS,
 }
+COPIED_ROWS = tuple(table for table in COPIED if table != "outcomes")  # that are worth reporting
 BY_JOB = ("history", "dependencies")  # tables with rows of jobs
 NAMED_TABLES = ("queues", "schedules")  # small ones whose key is a name
 PAGE = 1000  # rows
@@ -59,7 +63,7 @@ SELECT {COLUMNS} FROM jobs WHERE id > :after AND finished_at IS NOT NULL AND key
 ORDER BY id LIMIT {PAGE}"""
 
 
-class Moving(Backend):
+class Moving(Counting):
     """The operations that copy or move a queue to another backend."""
 
     @abstractmethod
@@ -87,6 +91,7 @@ class Moving(Backend):
         """
         with self._transaction() as source, target._transaction() as copy:
             self._begin_snapshot(source)
+            self._count_enqueued(source)
             target._lock_out_writers(copy)
             return target._fill(copy, source, progress)
 
@@ -189,6 +194,7 @@ class Moving(Backend):
             self._lock_out_writers(source)
             if count_running(source):
                 return None
+            self._count_enqueued(source)
             copied = target._fill(copy, source, progress)
             mark = self._mark_moved(source, target.name, by, now)
             for sql, params in arrival(mark):
@@ -277,22 +283,22 @@ def _expect_unused(copy: Session) -> None:
 
 def _copy_rows(source: Session, copy: Session, progress: Callable[[int], None] | None) -> dict[str, int]:
     """Copy and compare the tables; return the number of rows of each."""
-    for table in NAMED_TABLES:
+    for table in (*NAMED_TABLES, "outcomes"):
         copy.change(f"DELETE FROM {table}")
     missing = _update_partial_copy(source, copy) if copy.run(PARTIAL) else None
     copy.change(UNMARK_PARTIAL)
     done = 0
     for table, columns in COPIED.items():
-        pages = _pages(source, table, columns)
-        if missing is not None and table not in NAMED_TABLES:
+        pages = _pages_of_counts(source) if table == "outcomes" else _pages(source, table, columns)
+        if missing is not None and table in ("jobs", "history"):
             pages = _pages_of(source, table, missing)
         for rows in pages:
             _write(copy, table, rows)
-            done += len(rows)
+            done += len(rows) * (table in COPIED_ROWS)
             if progress:
                 progress(done)
     copy.change("INSERT INTO queue_tasks SELECT DISTINCT queue, task FROM jobs WHERE true ON CONFLICT DO NOTHING")
-    return {table: copy.run(f"SELECT count(*) FROM {table}")[0][0] for table in COPIED}
+    return {table: copy.run(f"SELECT count(*) FROM {table}")[0][0] for table in COPIED_ROWS}
 
 
 def _write(copy: Session, table: str, rows: list[Any]) -> None:
@@ -300,11 +306,15 @@ def _write(copy: Session, table: str, rows: list[Any]) -> None:
     columns = COPIED[table]
     insert = f"INSERT INTO {table} ({columns}) VALUES (:{columns.replace(', ', ', :')})"
     copy.change_many(insert, [dict(zip(columns.split(", "), row, strict=True)) for row in rows])
-    which = (
-        f"SELECT {columns} FROM {table}" if table in NAMED_TABLES else _select(table, "id", [row[0] for row in rows])
-    )
-    written = {row[0]: repr(tuple(row)) for row in copy.run(which)}
-    if any(written.get(row[0]) != repr(tuple(row)) for row in rows):
+    if table == "outcomes":
+        which = (
+            f"SELECT {columns} FROM outcomes WHERE period = {rows[0][0]} AND at BETWEEN {rows[0][1]} AND {rows[-1][1]}"
+        )
+    elif table in NAMED_TABLES:
+        which = f"SELECT {columns} FROM {table}"
+    else:
+        which = _select(table, "id", [row[0] for row in rows])
+    if not {repr(tuple(row)) for row in rows} <= {repr(tuple(row)) for row in copy.run(which)}:
         raise QueueError(f"cannot copy {table}: what was read back is not what was written")
 
 
@@ -336,6 +346,17 @@ def _pages_of(source: Session, table: str, job_ids: list[int]) -> Iterator[list[
     column, ids = ("id", job_ids) if table == "jobs" else ("job_id", [0, *job_ids])
     for page in _in_pages(ids):
         yield source.run(_select(table, column, page))
+
+
+def _pages_of_counts(source: Session) -> Iterator[list[Any]]:
+    """Yield the counts, those of an hour or more at a time."""
+    columns = f"SELECT {COPIED['outcomes']} FROM outcomes WHERE event <> 'counted'"
+    times = source.run("SELECT DISTINCT period, at FROM outcomes WHERE event <> 'counted' ORDER BY period, at")
+    while times:
+        period, at = times[0]
+        which = f"period = {period} AND at >= {at} AND at < {at + HOUR} ORDER BY at"
+        yield source.run(f"{columns} AND {which}")
+        times = [each for each in times if each[0] != period or each[1] >= at + HOUR]
 
 
 def _in_pages(ids: list[int]) -> Iterator[list[int]]:

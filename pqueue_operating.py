@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 from pqueue_backend import Session
+from pqueue_outcomes import Counting
 from pqueue_schema import CHANGE, FREE_KEY, RUN_NOW, UNTAKEN
 from pqueue_search import Reading
 from pqueue_values import (
@@ -51,7 +52,7 @@ class Changed(int):
     refused: int = 0
 
 
-class Operating(Reading):
+class Operating(Reading, Counting):
     """The verbs of an operator, built on those for a single job."""
 
     @abstractmethod
@@ -130,6 +131,7 @@ class Operating(Reading):
             # guard: a changed job has an attempt left
             self._expect_attempt_left(session, job_id, max_attempts)
             if queue is not None:
+                self._count_enqueued(session)
                 self._expect_place(session, job_id, queue, now)
             self._operator_verb("change", f"changed {changed}", CHANGE, job_id, by, now, allowed=UNTAKEN, **values)
 

@@ -9,7 +9,8 @@ from datetime import timedelta
 from types import EllipsisType
 from typing import Any
 
-from pqueue_backend import Backend, Session
+from pqueue_backend import Session
+from pqueue_outcomes import Counting
 from pqueue_schema import (
     ADD_QUEUE,
     DELETE_CONSUMERS,
@@ -34,7 +35,7 @@ CONSUMERS_KEPT_SECONDS = 30 * 86400.0
 Keep = str | float | timedelta | None | EllipsisType
 
 
-class Retaining(Backend):
+class Retaining(Counting):
     """The operations that delete finished jobs."""
 
     def keep(self, queue: str, *, completed: Keep = ..., failed: Keep = ..., cancelled: Keep = ...) -> None:
@@ -89,6 +90,7 @@ class Retaining(Backend):
         before = now - duration("older_than_seconds", older_than_seconds)
         with self._transaction(durable=False) as session:
             session.change(DELETE_CONSUMERS, {"before": before})
+            self._roll_up(now)
         pruned = 0
         for state in [valid_state(FINISHED, state) for state in states]:
             params = {"state": state, "queue": None, "before": before, "now": now, "limit": PRUNE_BATCH}
@@ -132,6 +134,7 @@ class Retaining(Backend):
         """Lock what must be locked before the queue; SQLite needs nothing."""
 
     def _prune(self, session: Session, params: Params) -> int:
+        self._count_enqueued(session)
         these = {"ids": json.dumps([row[0] for row in session.run(PRUNABLE, params)])}
         session.change(DELETE_HISTORY, these)
         session.change(DELETE_DEPENDENCIES, these)

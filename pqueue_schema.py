@@ -22,7 +22,14 @@ HOLDS_KEY = f"""key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN {UNF
 # {id}, {bigint} and {float} are types. Lines that begin with {sqlite} are for SQLite only, which checks the types of
 # values only in STRICT tables. PostgreSQL always does, and would parse the JSON again at every update of the row.
 # {task} is the task in an index: there a hash, as three names of 255 characters may exceed an index row of PostgreSQL.
-SQLITE_TYPES = {"id": "INTEGER PRIMARY KEY", "bigint": "INTEGER", "float": "REAL", "sqlite": "", "task": "task"}
+SQLITE_TYPES = {
+    "id": "INTEGER PRIMARY KEY",
+    "bigint": "INTEGER",
+    "float": "REAL",
+    "sqlite": "",
+    "task": "task",
+    "shard": "0",
+}
 
 # A migration is a list of statements; user_version is the number of migrations applied to a file. Once 0.1 is released,
 # change the schema by adding migrations, never by editing them.
@@ -155,6 +162,23 @@ CREATE TABLE schedules (  -- see pqueue_schedules.Schedule
     CHECK (origin IN ('task', 'removed', 'schedule'))
 )
 {sqlite} STRICT""",
+        """
+CREATE TABLE outcomes (  -- see pqueue_outcomes
+    period  INTEGER NOT NULL,  -- its length: 60 or 3600 seconds; 0: all that was before
+    at      {bigint} NOT NULL, -- when it began, Unix seconds; 0: all that was before
+    queue   TEXT NOT NULL,
+    task    TEXT NOT NULL,
+    event   TEXT NOT NULL,     -- one of pqueue_outcomes.EVENTS, or counted: the last job counted as enqueued
+    run     INTEGER NOT NULL,  -- bucket of the run time; -1: without a time
+    wait    INTEGER NOT NULL,  -- bucket of the waiting time; -1: without a time
+    shard   {bigint} NOT NULL DEFAULT {shard},  -- on PostgreSQL the connection, so that no other waits for the row
+    number  {bigint} NOT NULL,
+    run_seconds  {float} NOT NULL,  -- the sum of the run times
+    wait_seconds {float} NOT NULL,  -- the sum of the waiting times
+    PRIMARY KEY (period, at, queue, task, event, run, wait, shard)
+)
+{sqlite} WITHOUT ROWID, STRICT""",
+        "CREATE INDEX outcomes_shards ON outcomes (at) WHERE shard <> 0",
         "CREATE INDEX schedules_due ON schedules (next_at) WHERE paused = 0",
         """CREATE INDEX jobs_claim ON jobs (queue, task, priority DESC, run_at, id)
            WHERE state = 'pending' AND assigned_to IS NULL""",
@@ -599,17 +623,6 @@ UNFINISHED_IDS = " UNION ALL ".join(
     f"SELECT id FROM jobs WHERE {place}" for state in UNFINISHED for place in INDEXED[state]
 )
 
-# Count the jobs of a state that finished in [:start, :end).
-FINISHED_BETWEEN = """
-SELECT count(*) FROM queues q CROSS JOIN jobs
-WHERE state = :state AND queue = q.name AND finished_at >= :start AND finished_at < :end"""
-
-# Return when the last completed jobs finished, were due, and started.
-LATEST_COMPLETED = """
-SELECT finished_at, run_at, started_at FROM queues q CROSS JOIN jobs WHERE jobs.id IN
-    (SELECT id FROM jobs WHERE state = 'completed' AND queue = q.name AND finished_at >= :start AND finished_at < :end
-     ORDER BY finished_at DESC LIMIT :limit)"""
-
 # Count the pending jobs that are not assigned by queue and task.
 PENDING_TASKS = """
 SELECT queue, task, count(*) FROM jobs WHERE state = 'pending' AND assigned_to IS NULL GROUP BY queue, task"""
@@ -626,9 +639,6 @@ AND NOT EXISTS (SELECT 1 FROM jobs WHERE state = 'failed' AND queue = waiting.qu
 AND NOT EXISTS (SELECT 1 FROM jobs WHERE state = 'processing' AND queue = waiting.queue AND started_at >= :before)
 AND NOT EXISTS (SELECT 1 FROM history JOIN jobs ON jobs.id = job_id
     WHERE history.id > (SELECT max(id) FROM history) - 100 AND at >= :before AND queue = waiting.queue)"""
-
-# Return the first id, and the last id + 1.
-ID_RANGE = "SELECT coalesce((SELECT min(id) FROM jobs), 0), coalesce((SELECT max(id) FROM jobs), -1) + 1"
 
 
 def failures(first_line: str) -> str:
@@ -648,4 +658,4 @@ GROUP BY task, line ORDER BY max(finished_at) DESC, max(id) DESC LIMIT {MAX_GROU
 # Return the groups of failed jobs that were last to fail.
 FAILURES = failures("substr(error, 1, instr(error || char(10), char(10)) - 1)")
 
-TABLES = ("jobs", "queues", "queue_tasks", "consumers", "history", "schedules", "dependencies")
+TABLES = ("jobs", "queues", "queue_tasks", "consumers", "history", "schedules", "dependencies", "outcomes")

@@ -15,10 +15,7 @@ from pqueue_schema import (
     COUNTS,
     FAILURE_CHARS,
     FAILURES,
-    FINISHED_BETWEEN,
-    ID_RANGE,
     INDEXED,
-    LATEST_COMPLETED,
     PENDING_TASKS,
     STALLED,
     STATES,
@@ -117,42 +114,6 @@ class Reading(Backend):
                 queue["oldest_pending_at"] = min(oldest, queue["oldest_pending_at"] or oldest)
         states = {state: sum(queue[state] for queue in queues.values()) for state in STATES}
         return {"states": states, "queues": queues, "oldest_pending_at": min(waiting, default=None)}
-
-    def activity(self, start: float, end: float) -> dict[str, int]:
-        """Return {"enqueued": n, "completed": n, "failed": n}: the numbers of jobs in [start, end), Unix seconds.
-
-        Only jobs in the state `failed` count as failed. A job that was deleted since still counts as enqueued, at the
-        time of the next job.
-        """
-        counts = {"enqueued": self._first_id(end) - self._first_id(start)}
-        for state in ("completed", "failed"):
-            params = {"state": state, "start": finite("start", start), "end": finite("end", end)}
-            counts[state] = self._read(FINISHED_BETWEEN, params)[0][0]
-        return counts
-
-    def _first_id(self, at: float) -> Any:
-        """Return the id of the first job enqueued at or after this time. Binary search: ids increase with time."""
-        low, high = self._read(ID_RANGE)[0]
-        while low < high:
-            middle = (low + high) // 2
-            rows = self._read("SELECT id, created_at FROM jobs WHERE id >= :id ORDER BY id LIMIT 1", {"id": middle})
-            if rows and rows[0][1] < at:
-                low = rows[0][0] + 1
-            else:
-                high = middle
-        return low
-
-    def timings(self, jobs: int = 500, *, start: float = 0.0, end: float = 1e12) -> dict[str, list[float]]:
-        """Return {"wait": [seconds], "run": [seconds]} of the last `jobs` jobs completed in [start, end), oldest first.
-
-        The wait is from the due time to the start of the last attempt, the run from there to completion.
-        """
-        between = {"start": finite("start", start), "end": finite("end", end)}
-        latest = sorted(self._read(LATEST_COMPLETED, {**between, "limit": valid_int("jobs", 1, jobs)}))[-jobs:]
-        return {
-            "wait": [max(0.0, started - due) for _, due, started in latest],
-            "run": [finished - started for finished, _, started in latest],
-        }
 
     def pending_tasks(self) -> dict[tuple[str, str], int]:
         """Return the numbers of pending jobs that are not assigned, by queue and task."""

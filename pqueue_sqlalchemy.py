@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from itertools import islice
@@ -56,6 +56,7 @@ from pqueue_connections import (
     timeout_settings,
 )
 from pqueue_join import Joined, driver_connection
+from pqueue_outcomes import MINUTE, SHARD_SECONDS, minute
 from pqueue_postgres import (
     ALONE,
     CHANNEL,
@@ -72,6 +73,7 @@ from pqueue_postgres import (
     LOCKED_SLOTS,
     MARK_RUNNING,
     MERGE_CHANGES,
+    MERGE_SHARDS,
     MISCOUNTED,
     PG_NOTIFY,
     PG_NOTIFY_JOBS,
@@ -1276,6 +1278,15 @@ class OnPostgres(PersistentQSQLAlchemy):
     def _lock_jobs(self, session: Session, job_ids: list[int]) -> None:
         sql = "SELECT id FROM jobs WHERE id = ANY (CAST(:ids AS bigint[])) ORDER BY id FOR UPDATE"
         session.run(sql, {"ids": job_ids})
+
+    def _count_completed(self, session: Session, jobs: Sequence[Job], now: float) -> None:
+        """Do nothing: the statement that completes a job counts it."""
+
+    def _roll_up(self, now: float) -> None:
+        params = {"period": MINUTE, "longer": MINUTE, "width": MINUTE, "before": minute(now) - SHARD_SECONDS}
+        with self._transaction(durable=False) as session:
+            session.change(MERGE_SHARDS, params)
+            super()._roll_up(now)
 
     def _reset_ids(self, session: Session) -> None:
         for table in ("jobs", "history", "dependencies"):

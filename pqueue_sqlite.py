@@ -48,12 +48,14 @@ from pqueue_files import (
 )
 from pqueue_join import JoinedSQLite, driver_connection
 from pqueue_locks import ConsumerLock, ConsumerLocks, ResultLocks, ResultWatch, WriterLock, boot_id
-from pqueue_move import COPIED, arrival, count_running
+from pqueue_move import COPIED_ROWS, arrival, count_running
+from pqueue_outcomes import COUNT, KEY, LAST_COUNTED, MINUTE_OF_JOB, NEW, SUM, UNTIMED, counted, minute
 from pqueue_results import Polling
 from pqueue_schema import (
     APPLICATION_ID,
     ASSIGNED,
     COMPLETED,
+    ENQUEUE,
     LEASE,
     LEASED,
     LIMITED,
@@ -69,6 +71,7 @@ from pqueue_values import (
     NO_PARAMS,
     DatabaseReplaced,
     Job,
+    JobId,
     LeaseLost,
     Params,
     QueueBusy,
@@ -125,6 +128,21 @@ WHERE id IN (SELECT value FROM json_each(:ids))"""
 
 # Lease these jobs to the consumer. :ids is a JSON array.
 LEASE_THESE = f"UPDATE jobs SET {LEASED} WHERE id IN (SELECT value FROM json_each(:ids))"
+
+# Return the id of the last job that was counted, and that of the newest one.
+COUNTED = f"SELECT {LAST_COUNTED}, coalesce((SELECT max(id) FROM jobs), 0)"
+
+# Count the jobs that were not counted yet.
+COUNT_NEW = f"""
+INSERT INTO outcomes ({NEW})
+SELECT 60, {MINUTE_OF_JOB}, queue, task, 'enqueued', {UNTIMED}, {UNTIMED}, count(*), 0, 0 FROM jobs
+WHERE id > {LAST_COUNTED} GROUP BY 2, 3, 4
+{SUM}"""
+
+# Record the last job that was counted.
+SET_COUNTED = f"""
+INSERT INTO outcomes ({NEW}) VALUES (0, 0, '', '', 'counted', {UNTIMED}, {UNTIMED}, :id, 0, 0)
+ON CONFLICT ({KEY}) DO UPDATE SET number = :id"""
 
 # Return the number of a consumer's lock.
 SLOT_OF = "SELECT slot FROM consumers WHERE token = :token"
@@ -727,6 +745,29 @@ class PersistentQSQLite(PersistentQInterface):
                 return []
         return super()._complete_all(session, completions, now)
 
+    def _store(self, sql: str, row: Params) -> list[JobId[Any]]:
+        if sql is ENQUEUE:
+            return super()._store(sql, row)
+        with self._transaction() as session:  # count a batch while its size is known
+            self._count_enqueued(session)
+            ids = super()._store(sql, row)
+            session.change(COUNT, counted(minute(row["now"]), row["queue"], row["task"], "enqueued", len(ids)))
+            session.change(SET_COUNTED, {"id": ids[-1]})
+            return ids
+
+    def _count_enqueued(self, session: Session) -> None:
+        last, newest = session.run(COUNTED)[0]
+        if last < newest:
+            # guard: new jobs are counted
+            session.change(COUNT_NEW)
+        if last != newest:  # or the newest one was deleted, and the next job gets its id
+            # guard: a job is counted once
+            session.change(SET_COUNTED, {"id": newest})
+
+    def _reset_ids(self, session: Session) -> None:
+        """Do not count jobs that were copied: their counts are copied, too."""
+        session.change(SET_COUNTED, {"id": session.run(COUNTED)[0][1]})
+
     def _count_pending(self, session: Session, queues: Iterable[str]) -> None:
         is_limited = bool(session.run(LIMITED))
         for name, statement in COUNTERS.items():
@@ -1126,7 +1167,7 @@ def _copy_database(
             raise QueueError(f"cannot copy: what was read back by {sql} is not what was written")
     if (damage := copy.execute("PRAGMA integrity_check(1)").fetchone()[0]) != b"ok":
         raise QueueError(f"cannot copy: the copy is damaged: {damage.decode()}")
-    return {table: copy.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in COPIED}
+    return {table: copy.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in COPIED_ROWS}
 
 
 def _quoted(name: str) -> str:

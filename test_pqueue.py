@@ -41,6 +41,7 @@ import pqueue
 import pqueue_files
 import pqueue_locks
 import pqueue_move
+import pqueue_outcomes
 import pqueue_schedules
 import pqueue_schema
 import pqueue_search
@@ -2428,8 +2429,7 @@ class QueueContract:
         stats = self.queue.stats()
         self.assertEqual(stats["states"]["completed"], 2)
         self.assertEqual([stats["queues"][name]["completed"] for name in "ab"], [1, 1])
-        self.assertEqual(self.queue.activity(0, 1000), {"enqueued": 2, "completed": 2, "failed": 0})
-        self.assertEqual(self.queue.timings(), {"wait": [10.0, 10.0], "run": [20.0, 20.0]})
+        self.assertEqual([each.completed for each in self.queue.outcomes()], [1, 1])
 
     def test_jobs_are_listed_newest_first_by_filter_and_page(self):
         ids = self.queue.enqueue_many("a", range(5), queue="q", now=NOW)
@@ -2769,20 +2769,141 @@ class QueueContract:
             with self.assertRaises(ValueError):
                 self.queue.list_jobs(state=wrong)
 
-    def test_operator_sees_what_happened_between_two_moments(self):
-        for at in (100, 110, 120, 130, 140):
-            self.queue.enqueue("a", now=at)
-        self.queue.delete_jobs([2])
-        for at in (150, 160):
-            self.queue.complete(self.queue.dequeue("w", now=at - 2), now=at)
-        self.queue.fail(self.queue.dequeue("w"), "no", retry=False, now=170)
-        self.assertEqual(self.queue.activity(0, 1000), {"enqueued": 5, "completed": 2, "failed": 1})
-        self.assertEqual(self.queue.activity(110, 160), {"enqueued": 4, "completed": 1, "failed": 0})
-        self.assertEqual(self.queue.activity(155, 175), {"enqueued": 0, "completed": 1, "failed": 1})
-        self.assertEqual(self.queue.timings(), {"wait": [48.0, 38.0], "run": [2.0, 2.0]})
-        self.assertEqual(self.queue.timings(1), {"wait": [38.0], "run": [2.0]})
-        self.assertEqual(self.queue.timings(start=150, end=160), {"wait": [48.0], "run": [2.0]})
-        self.assertEqual(self.queue.timings(start=151, end=161), {"wait": [38.0], "run": [2.0]})
+    def counted(self, *when, **options):
+        """Return the numbers that are not 0, by period, queue and task."""
+        found = self.queue.outcomes(*when, **options)
+        return {
+            (each.at, each.queue, each.task): {name: n for name in pqueue_outcomes.EVENTS if (n := getattr(each, name))}
+            for each in found
+        }
+
+    def test_outcome_is_counted_in_its_minute_by_queue_and_task(self):
+        queue = self.queue
+        queue.enqueue("a", now=100)
+        queue.enqueue_many("a", range(3), now=130)
+        queue.enqueue("b", queue="other", max_attempts=2, now=130)
+        queue.complete(queue.dequeue("w", now=110), now=112)
+        jobs = queue.dequeue_many("w", 9, queues=["default"], now=190)
+        queue.complete_and_dequeue([(job, None) for job in jobs], "w", 0, now=190.5)
+        queue.fail(queue.dequeue("w", now=200), "no", retry_in_seconds=1, now=201)
+        queue.fail(queue.dequeue("w", now=250), "no", now=260)
+        by_minute = {
+            (60.0, "default", "a"): {"enqueued": 1, "completed": 1},
+            (120.0, "default", "a"): {"enqueued": 3},
+            (120.0, "other", "b"): {"enqueued": 1},
+            (180.0, "default", "a"): {"completed": 3},
+            (180.0, "other", "b"): {"retried": 1},
+            (240.0, "other", "b"): {"failed": 1},
+        }
+        self.assertEqual(self.counted(step_seconds=60), by_minute)
+        self.assertEqual(self.counted(119, 240, step_seconds=60).keys(), set(list(by_minute)[:5]))
+        whole = {(0.0, "default", "a"): {"enqueued": 4, "completed": 4}}
+        whole[0.0, "other", "b"] = {"enqueued": 1, "failed": 1, "retried": 1}
+        self.assertEqual(self.counted(), whole)
+        one, other = queue.outcomes()
+        self.assertEqual((one.wait.number, one.wait.seconds, one.run.number, one.run.seconds), (4, 190, 4, 3.5))
+        self.assertEqual((other.wait.number, other.wait.seconds, other.run.number), (2, 118, 0))
+        self.assertEqual((one.failed_share, other.failed_share), (0, 1))
+        for wrong in (0, 59, 90):
+            with self.assertRaisesRegex(ValueError, f"expected step_seconds to be a multiple of 60, got {wrong}"):
+                queue.outcomes(step_seconds=wrong)
+
+    def test_time_is_counted_in_the_first_bucket_that_holds_it(self):
+        for run, wait in ((0.001, 0), (0.0011, 3), (3.1, 3000), (4000, 3001)):
+            self.queue.enqueue("t", now=1000)
+            self.queue.complete(self.queue.dequeue("w", now=1000 + wait, lease_seconds=9999), now=1000 + wait + run)
+        (found,) = self.queue.outcomes()
+        self.assertEqual(found.run.counts, (1, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1))
+        self.assertEqual(found.wait.counts, (1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1))
+        self.assertEqual((found.run.quantile(0.5), found.wait.quantile(1)), (0.003, 3000))
+        self.assertIsNone(pqueue.Outcomes(0, "", "").run.quantile(0.5))
+
+    def test_batch_of_unlike_jobs_is_counted_by_task_and_time(self):
+        queue = self.queue
+        for task, at in (("t", 100), ("t", 160), ("u", 170), ("t", 180)):
+            queue.enqueue(task, now=at)
+        jobs = queue.dequeue_many("w", 9, now=180)
+        queue.complete_and_dequeue([(job, None) for job in jobs], "w", 0, now=181)
+        found = {each.task: (each.completed, each.wait, each.run.seconds) for each in queue.outcomes()}
+        wait = pqueue_outcomes.Times((1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0), 100.0)
+        self.assertEqual(found["t"], (3, wait, 3.0))
+        self.assertEqual(found["u"][0], 1)
+
+    def test_every_end_of_an_attempt_and_of_a_job_is_counted(self):
+        queue = self.queue
+        queue.release(self.taken(), now=NOW)
+        queue.release(queue.dequeue("worker", now=NOW), delay_seconds=5, now=NOW)
+        queue.dequeue("worker", now=NOW + 5)
+        queue.mark_failed(queue.dequeue("worker", now=NOW + 70).id, now=NOW + 70)  # its lease ran out
+        queue.cancel(queue.enqueue("t", now=NOW), now=NOW)
+        self.taken(max_attempts=1)
+        self.assertIsNone(queue.dequeue("worker", now=NOW + 70))  # likewise
+        with self.assertRaises(InvalidTransition):
+            queue.cancel(1, now=NOW)
+        queue.enqueue("t", after=[queue.enqueue("t", now=NOW, max_attempts=1, priority=9)], now=NOW)
+        queue.fail(queue.dequeue("worker", now=NOW + 70), "no", now=NOW + 70)  # and so does the other
+        whole = {"enqueued": 5, "failed": 4, "retried": 1, "released": 2, "expired": 2, "cancelled": 1}
+        self.assertEqual(self.counted()[0.0, "default", "t"], whole)
+
+    def test_resubmit_prune_delete_and_rollback_change_no_count(self):
+        queue = self.queue
+        for n in range(4):
+            queue.enqueue("t", now=NOW)
+            job = queue.dequeue("w", now=NOW)
+            queue.complete(job, now=NOW) if n % 2 else queue.fail(job, "no", retry=False, now=NOW)
+        before = self.counted(step_seconds=60)
+        self.assertEqual(list(before.values()), [{"enqueued": 4, "completed": 2, "failed": 2}])
+        with suppress(ZeroDivisionError), queue.transaction():
+            queue.enqueue("t", now=NOW)
+            queue.complete(queue.dequeue("w", now=NOW), now=NOW)
+            raise ZeroDivisionError
+        queue.enqueue("keep", queue="keep", now=NOW)
+        queue.resubmit(1, now=NOW)
+        queue.resubmit(2, now=NOW)
+        queue.prune(0, now=NOW + 1)
+        queue.delete_jobs([2])
+        queue.enqueue("keep", queue="keep", now=NOW)
+        queue.delete_jobs(force=True)
+        after = self.counted(step_seconds=60)
+        self.assertEqual(after.pop((NOW, "keep", "keep")), {"enqueued": 2})
+        self.assertEqual(after, before)
+        queue.enqueue("t", now=NOW)  # on SQLite under an id that was used before
+        self.assertEqual(self.counted()[0.0, "default", "t"]["enqueued"], 5)
+
+    def test_job_that_changes_its_queue_stays_counted_where_it_was_enqueued(self):
+        job = self.queue.enqueue("t", now=NOW)
+        self.queue.change(job, queue="other", now=NOW)
+        self.queue.complete(self.queue.dequeue("w", now=NOW), now=NOW)
+        found = {(0.0, "default", "t"): {"enqueued": 1}, (0.0, "other", "t"): {"completed": 1}}
+        self.assertEqual(self.counted(), found)
+
+    def test_counts_are_added_up_to_hours_after_72_hours_and_to_a_total_after_90_days(self):
+        queue, start = self.queue, 1_800_003_600.0 - 1_800_003_600.0 % 3600
+        for minute in (0, 1, 59, 60):
+            queue.enqueue("t", now=start + 60 * minute)
+            queue.complete(queue.dequeue("w", now=start + 60 * minute), now=start + 60 * minute)
+        minutes = self.counted(step_seconds=60)
+        queue.heartbeat("w", now=start + 72 * 3600)
+        self.assertEqual(self.counted(step_seconds=60), minutes)
+        for later in (73 * 3600, 74 * 3600):
+            queue.heartbeat("w", now=start + later)
+        hours = {(start + at, "default", "t"): {"enqueued": n, "completed": n} for at, n in ((0, 3), (3600, 1))}
+        self.assertEqual(self.counted(step_seconds=60), hours)
+        self.assertEqual(self.counted(start, step_seconds=3600), hours)
+        for _ in range(2):
+            queue.prune(0, now=start + 91 * 86400)
+        self.assertEqual(self.counted(start), {})
+        self.assertEqual(self.counted(), {(0.0, "default", "t"): {"enqueued": 4, "completed": 4}})
+
+    def test_counts_are_copied_and_go_on_in_the_copy(self):
+        queue = self.queue
+        queue.complete(self.taken(), now=NOW)
+        queue.enqueue("t", now=NOW + 60)
+        target = self.target()
+        queue.copy_to(target)
+        self.assertEqual(target.outcomes(step_seconds=60), queue.outcomes(step_seconds=60))
+        target.enqueue("t", now=NOW + 60)
+        self.assertEqual(target.outcomes()[0].enqueued, 3)
 
     def before_each_read(self, act):
         """Act before whatever the queue reads by itself from now on."""

@@ -199,7 +199,7 @@ def measure_share(ours: Ours, jobs: int = int(100_000 * SCALE)) -> dict[str, flo
     ours.queue.pause("default")
     with consumers(ours, WORKERS):
         ours.queue.resume("default")
-        wait_until(lambda: ours.queue.timings(1)["run"] != [] and ours.queue.get(jobs).state == "completed")
+        wait_until(lambda: bool(ours.queue.outcomes()) and ours.queue.get(jobs).state == "completed")
         wait_until(lambda: ours.queue.stats()["states"]["completed"] == jobs)
     done = ours.queue.list_jobs(limit=jobs)
     shares = Counter(job.consumer for job in done).values()

@@ -127,6 +127,24 @@ CREATE TABLE pqueue.schedules (  -- see pqueue_schedules.Schedule
 )
 -- STRICT;
 
+CREATE TABLE pqueue.outcomes (  -- see pqueue_outcomes
+    period  INTEGER NOT NULL,  -- its length: 60 or 3600 seconds; 0: all that was before
+    at      BIGINT NOT NULL, -- when it began, Unix seconds; 0: all that was before
+    queue   TEXT NOT NULL,
+    task    TEXT NOT NULL,
+    event   TEXT NOT NULL,     -- one of pqueue_outcomes.EVENTS, or counted: the last job counted as enqueued
+    run     INTEGER NOT NULL,  -- bucket of the run time; -1: without a time
+    wait    INTEGER NOT NULL,  -- bucket of the waiting time; -1: without a time
+    shard   BIGINT NOT NULL DEFAULT pg_backend_pid(),  -- on PostgreSQL the connection, so that no other waits for the row
+    number  BIGINT NOT NULL,
+    run_seconds  DOUBLE PRECISION NOT NULL,  -- the sum of the run times
+    wait_seconds DOUBLE PRECISION NOT NULL,  -- the sum of the waiting times
+    PRIMARY KEY (period, at, queue, task, event, run, wait, shard)
+)
+-- WITHOUT ROWID, STRICT;
+
+CREATE INDEX outcomes_shards ON pqueue.outcomes (at) WHERE shard <> 0;
+
 CREATE INDEX schedules_due ON pqueue.schedules (next_at) WHERE paused = 0;
 
 CREATE INDEX jobs_claim ON pqueue.jobs (queue, task, priority DESC, run_at, id)
@@ -276,6 +294,7 @@ FROM pqueue.queues WHERE max_pending IS NOT NULL;
 -- differs because the count of pending jobs is locked before the job and its key are inserted; returns the new id
 -- $1 task, $2 payload, $3 state, $4 priority, $5 run_at, $6 max_attempts, $7 key, $8 key_until, $9 key_expires_at, $10
 -- assigned_to, $11 meta, $12 now, $13 queue
+WITH added AS (
 INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, max_attempts, key, key_until, key_expires_at, assigned_to,
     meta, created_at)
 SELECT name, $1, $2, $3, $4, $5, $6, $7, $8, $9,
@@ -283,7 +302,15 @@ SELECT name, $1, $2, $3, $4, $5, $6, $7, $8, $9,
 FROM pqueue.queues
 WHERE name = $13 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $13 AND task = $1) AND CASE WHEN max_pending IS NULL THEN true ELSE max_pending > pqueue.count_pending(name) END
 ON CONFLICT DO NOTHING
-RETURNING id;
+RETURNING id),
+counted AS (
+INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
+SELECT 60, CAST(floor(least(greatest($12, 0), 1000000000000000.0) / 60) * 60 AS bigint), $13, $1, 'enqueued', -1, -1, count(*), 0, 0 FROM added HAVING count(*) > 0
+
+ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
+    run_seconds = outcomes.run_seconds + excluded.run_seconds,
+    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds)
+SELECT id FROM added;
 
 -- ENQUEUE_MANY
 -- Insert a job per payload, unless the queue is unknown or has no room for all, or the task is new in the queue.
@@ -293,12 +320,21 @@ RETURNING id;
 -- $11 payloads
 WITH open AS MATERIALIZED (
     SELECT name FROM pqueue.queues
-    WHERE name = $1 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $1 AND task = $2) AND CASE WHEN max_pending IS NULL THEN true ELSE max_pending - $3 >= pqueue.count_pending(name) END)
+    WHERE name = $1 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $1 AND task = $2) AND CASE WHEN max_pending IS NULL THEN true ELSE max_pending - $3 >= pqueue.count_pending(name) END),
+added AS (
 INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, meta, created_at)
 SELECT name, $2, substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2), $4, $5, $6,
     $7, $8, $9, $10
 FROM open CROSS JOIN json_array_elements(CAST($11 AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n
-RETURNING id;
+RETURNING id),
+counted AS (
+INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
+SELECT 60, CAST(floor(least(greatest($10, 0), 1000000000000000.0) / 60) * 60 AS bigint), $1, $2, 'enqueued', -1, -1, count(*), 0, 0 FROM added HAVING count(*) > 0
+
+ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
+    run_seconds = outcomes.run_seconds + excluded.run_seconds,
+    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds)
+SELECT id FROM added;
 
 -- ROOM
 -- Return how many more pending jobs the queue accepts (NULL: any number), and its limit.
@@ -468,13 +504,35 @@ UPDATE pqueue.jobs SET state = 'pending', error = $1, lease_token = NULL, lease_
 
 -- COMPLETE_PARENT
 -- Complete a job with its result.
+-- differs because it is counted in the same round trip
 -- $1 now, $2 result, $3 id, $4 token
-UPDATE pqueue.jobs SET state = 'completed', finished_at = $1, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = $2 WHERE id = $3 AND lease_token = $4;
+WITH done AS (UPDATE pqueue.jobs SET state = 'completed', finished_at = $1, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = $2 WHERE id = $3 AND lease_token = $4 RETURNING queue, task, run_at, started_at, finished_at),
+counted AS (
+INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
+SELECT 60, CAST(floor(least(greatest($1, 0), 1000000000000000.0) / 60) * 60 AS bigint), queue, task, 'completed', 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]),
+    count(*), sum(greatest(0, finished_at - started_at)), sum(greatest(0, started_at - run_at))
+FROM done GROUP BY queue, task, 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001])
+
+ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
+    run_seconds = outcomes.run_seconds + excluded.run_seconds,
+    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds)
+SELECT FROM done;
 
 -- COMPLETE
 -- Complete a job with its result, unless others may depend on it.
+-- differs because it is counted in the same round trip
 -- $1 now, $2 result, $3 id, $4 token
-UPDATE pqueue.jobs SET state = 'completed', finished_at = $1, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = $2 WHERE id = $3 AND lease_token = $4 AND has_dependents = 0;
+WITH done AS (UPDATE pqueue.jobs SET state = 'completed', finished_at = $1, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = $2 WHERE id = $3 AND lease_token = $4 AND has_dependents = 0 RETURNING queue, task, run_at, started_at, finished_at),
+counted AS (
+INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
+SELECT 60, CAST(floor(least(greatest($1, 0), 1000000000000000.0) / 60) * 60 AS bigint), queue, task, 'completed', 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]),
+    count(*), sum(greatest(0, finished_at - started_at)), sum(greatest(0, started_at - run_at))
+FROM done GROUP BY queue, task, 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001])
+
+ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
+    run_seconds = outcomes.run_seconds + excluded.run_seconds,
+    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds)
+SELECT FROM done;
 
 -- FAIL
 -- Make a job failed.
@@ -757,20 +815,6 @@ SELECT name, 'cancelled', (SELECT count(*) FROM pqueue.jobs WHERE state = 'cance
 -- Return the unfinished jobs.
 SELECT id FROM pqueue.jobs WHERE state = 'waiting' UNION ALL SELECT id FROM pqueue.jobs WHERE state = 'scheduled' UNION ALL SELECT id FROM pqueue.jobs WHERE state = 'pending' AND assigned_to IS NULL UNION ALL SELECT id FROM pqueue.jobs WHERE state = 'pending' AND assigned_to IS NOT NULL UNION ALL SELECT id FROM pqueue.jobs WHERE state = 'processing';
 
--- FINISHED_BETWEEN
--- Count the jobs of a state that finished in [:start, :end).
--- $1 state, $2 start, $3 end
-SELECT count(*) FROM pqueue.queues q CROSS JOIN pqueue.jobs
-WHERE state = $1 AND queue = q.name AND finished_at >= $2 AND finished_at < $3;
-
--- LATEST_COMPLETED
--- Return when the last completed jobs finished, were due, and started.
--- differs because a subquery for each queue is LATERAL
--- $1 start, $2 end, $3 limit
-SELECT finished_at, run_at, started_at FROM pqueue.queues q CROSS JOIN LATERAL
-    (SELECT * FROM pqueue.jobs WHERE state = 'completed' AND queue = q.name AND finished_at >= $1 AND finished_at < $2
-     ORDER BY finished_at DESC LIMIT $3) jobs;
-
 -- PENDING_TASKS
 -- Count the pending jobs that are not assigned by queue and task.
 SELECT queue, task, count(*) FROM pqueue.jobs WHERE state = 'pending' AND assigned_to IS NULL GROUP BY queue, task;
@@ -788,10 +832,6 @@ AND NOT EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'failed' AND queue = wai
 AND NOT EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'processing' AND queue = waiting.queue AND started_at >= $1)
 AND NOT EXISTS (SELECT 1 FROM pqueue.history JOIN pqueue.jobs ON jobs.id = job_id
     WHERE history.id > (SELECT max(id) FROM pqueue.history) - 100 AND at >= $1 AND queue = waiting.queue);
-
--- ID_RANGE
--- Return the first id, and the last id + 1.
-SELECT coalesce((SELECT min(id) FROM pqueue.jobs), 0), coalesce((SELECT max(id) FROM pqueue.jobs), -1) + 1;
 
 -- FAILURES
 -- Return the groups of failed jobs that were last to fail.
@@ -826,11 +866,21 @@ UPDATE pqueue.queues SET paused = 2 WHERE paused = 0;
 UPDATE pqueue.queues SET paused = 0 WHERE paused = 2;
 
 -- COPY_JOB
+-- differs because new jobs are counted when they are inserted
 -- $1 queue, $2 task, $3 payload, $4 state, $5 priority, $6 run_at, $7 attempts, $8 max_attempts, $9 key, $10 key_until,
 -- $11 key_expires_at, $12 assigned_to, $13 consumer, $14 lease_token, $15 lease_expires_at, $16 created_at, $17
 -- started_at, $18 finished_at, $19 progress, $20 result, $21 error, $22 meta, $23 waits_for, $24 has_dependents
+WITH added AS (
 INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, waits_for, has_dependents) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24)
-ON CONFLICT DO NOTHING RETURNING id;
+ON CONFLICT DO NOTHING RETURNING id),
+counted AS (
+INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
+SELECT 60, CAST(floor(least(greatest($16, 0), 1000000000000000.0) / 60) * 60 AS bigint), $1, $2, 'enqueued', -1, -1, count(*), 0, 0 FROM added HAVING count(*) > 0
+
+ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
+    run_seconds = outcomes.run_seconds + excluded.run_seconds,
+    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds)
+SELECT id FROM added;
 
 -- HISTORY_OF
 -- $1 id
@@ -1006,6 +1056,64 @@ INSERT INTO pqueue.dependencies (job_id, parent_id, after_failed)
 SELECT CAST(c.value AS bigint), CAST(p.value AS bigint), $1
 FROM json_array_elements_text(CAST($2 AS json)) c CROSS JOIN json_array_elements_text(CAST($3 AS json)) p;
 
+-- COUNT
+-- Count events of a task in a queue.
+-- $1 at, $2 queue, $3 task, $4 event, $5 run, $6 wait, $7 number, $8 run_seconds, $9 wait_seconds
+INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
+VALUES (60, $1, $2, $3, $4, $5, $6, $7, $8, $9)
+
+ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
+    run_seconds = outcomes.run_seconds + excluded.run_seconds,
+    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds;
+
+-- COUNT_JOB
+-- Count an event of a job.
+-- $1 at, $2 event, $3 id
+INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
+SELECT 60, $1, queue, task, $2, -1, -1, 1, 0, 0 FROM pqueue.jobs WHERE id = $3
+
+ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
+    run_seconds = outcomes.run_seconds + excluded.run_seconds,
+    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds;
+
+-- OUTCOMES
+-- Return the counts by task, and by :step seconds, in [:since, :until).
+-- differs because new jobs are counted when they are inserted
+-- $1 step, $2 since, $3 until
+SELECT at - at % $1 AS step, queue, task, event, run, wait, CAST(sum(number) AS bigint) AS number,
+    sum(run_seconds) AS run_seconds, sum(wait_seconds) AS wait_seconds FROM (
+    SELECT at, queue, task, event, run, wait, number, run_seconds, wait_seconds FROM pqueue.outcomes
+    WHERE period IN (0, 60, 3600) AND at >= $2 AND at < $3 AND event <> 'counted') counts
+GROUP BY at - at % $1, queue, task, event, run, wait ORDER BY 1, 2, 3;
+
+-- FIRST_PERIOD
+-- Return the first period that is counted by itself.
+-- $1 period
+SELECT min(at) FROM pqueue.outcomes WHERE period = $1;
+
+-- ADD_UP
+-- Add the counts of periods before :before up to longer ones of :width seconds.
+-- differs because others may add them up at the same time: this also deletes them
+-- $1 period, $2 before, $3 longer, $4 width
+WITH old AS (
+    DELETE FROM pqueue.outcomes WHERE ctid = ANY (ARRAY(
+        SELECT ctid FROM pqueue.outcomes WHERE period = $1 AND at < $2 
+        ORDER BY period, at, queue, task, event, run, wait, shard FOR UPDATE SKIP LOCKED))
+    RETURNING *)
+INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, shard, number, run_seconds, wait_seconds)
+SELECT $3, at - at % $4, queue, task, event, run, wait, 0, sum(number), sum(run_seconds), sum(wait_seconds) FROM old
+GROUP BY at - at % $4, queue, task, event, run, wait ORDER BY 2, 3, 4, 5, 6, 7
+
+ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
+    run_seconds = outcomes.run_seconds + excluded.run_seconds,
+    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds;
+
+-- DELETE_PERIODS
+-- Delete the counts of periods before :before.
+-- differs because ADD_UP has deleted them
+-- $1 period, $2 before
+SELECT FROM (SELECT) none WHERE CAST($1 AS integer) IS NULL AND CAST($2 AS bigint) IS NULL;
+
 -- Statements that only PostgreSQL has
 
 -- LOCKED_SLOTS
@@ -1017,6 +1125,7 @@ SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = 27234830 AN
 -- Do what ENQUEUE does. The trigger enforces the limit for a pending job without a key.
 -- $1 task, $2 payload, $3 state, $4 priority, $5 run_at, $6 max_attempts, $7 key, $8 key_until, $9 key_expires_at, $10
 -- assigned_to, $11 meta, $12 now, $13 queue
+WITH added AS (
 INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, max_attempts, key, key_until, key_expires_at, assigned_to,
     meta, created_at)
 SELECT name, $1, $2, $3, $4, $5, $6, $7, $8, $9,
@@ -1024,7 +1133,15 @@ SELECT name, $1, $2, $3, $4, $5, $6, $7, $8, $9,
 FROM pqueue.queues
 WHERE name = $13 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $13 AND task = $1) AND CASE WHEN max_pending IS NULL THEN true WHEN CAST($3 AS text) = 'pending' AND CAST($10 AS text) IS NULL AND CAST($7 AS text) IS NULL THEN max_pending > (SELECT pending + (SELECT coalesce(sum(delta), 0) FROM pqueue.pending_changes d WHERE d.queue = c.queue) FROM pqueue.pending_counts c WHERE c.queue = name) ELSE max_pending > pqueue.count_pending(name) END
 ON CONFLICT DO NOTHING
-RETURNING id;
+RETURNING id),
+counted AS (
+INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
+SELECT 60, CAST(floor(least(greatest($12, 0), 1000000000000000.0) / 60) * 60 AS bigint), $13, $1, 'enqueued', -1, -1, count(*), 0, 0 FROM added HAVING count(*) > 0
+
+ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
+    run_seconds = outcomes.run_seconds + excluded.run_seconds,
+    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds)
+SELECT id FROM added;
 
 -- ENQUEUE_MANY_ALONE
 -- Do what ENQUEUE_MANY does.
@@ -1032,19 +1149,40 @@ RETURNING id;
 -- $11 payloads
 WITH open AS MATERIALIZED (
     SELECT name FROM pqueue.queues
-    WHERE name = $1 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $1 AND task = $2) AND CASE WHEN max_pending IS NULL THEN true WHEN CAST($3 AS text) = 'pending' AND CAST($4 AS text) IS NULL THEN max_pending - $5 >= (SELECT pending + (SELECT coalesce(sum(delta), 0) FROM pqueue.pending_changes d WHERE d.queue = c.queue) FROM pqueue.pending_counts c WHERE c.queue = name) ELSE max_pending - $5 >= pqueue.count_pending(name) END)
+    WHERE name = $1 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $1 AND task = $2) AND CASE WHEN max_pending IS NULL THEN true WHEN CAST($3 AS text) = 'pending' AND CAST($4 AS text) IS NULL THEN max_pending - $5 >= (SELECT pending + (SELECT coalesce(sum(delta), 0) FROM pqueue.pending_changes d WHERE d.queue = c.queue) FROM pqueue.pending_counts c WHERE c.queue = name) ELSE max_pending - $5 >= pqueue.count_pending(name) END),
+added AS (
 INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, meta, created_at)
 SELECT name, $2, substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2), $3, $6, $7,
     $8, $4, $9, $10
 FROM open CROSS JOIN json_array_elements(CAST($11 AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n
-RETURNING id;
+RETURNING id),
+counted AS (
+INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
+SELECT 60, CAST(floor(least(greatest($10, 0), 1000000000000000.0) / 60) * 60 AS bigint), $1, $2, 'enqueued', -1, -1, count(*), 0, 0 FROM added HAVING count(*) > 0
+
+ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
+    run_seconds = outcomes.run_seconds + excluded.run_seconds,
+    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds)
+SELECT id FROM added;
 
 -- COMPLETE_ALL
 -- Complete jobs; return their ids, and whether others may depend on them.
 -- $1 now, $2 ids, $3 tokens, $4 results
-UPDATE pqueue.jobs SET state = 'completed', finished_at = $1, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = done.result
-FROM unnest(CAST($2 AS bigint[]), CAST($3 AS text[]), CAST($4 AS text[])) AS done (id, token, result)
-WHERE jobs.id = done.id AND lease_token = done.token RETURNING jobs.id, has_dependents;
+WITH done AS (
+    UPDATE pqueue.jobs SET state = 'completed', finished_at = $1, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = done.result
+    FROM unnest(CAST($2 AS bigint[]), CAST($3 AS text[]), CAST($4 AS text[])) AS done (id, token, result)
+    WHERE jobs.id = done.id AND lease_token = done.token
+    RETURNING jobs.id, has_dependents, queue, task, run_at, started_at, finished_at),
+counted AS (
+INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
+SELECT 60, CAST(floor(least(greatest($1, 0), 1000000000000000.0) / 60) * 60 AS bigint), queue, task, 'completed', 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]),
+    count(*), sum(greatest(0, finished_at - started_at)), sum(greatest(0, started_at - run_at))
+FROM done GROUP BY queue, task, 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001])
+
+ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
+    run_seconds = outcomes.run_seconds + excluded.run_seconds,
+    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds)
+SELECT id, has_dependents FROM done;
 
 -- CLAIM_ALONE
 -- What claim_alone returns for one task.
@@ -1089,7 +1227,17 @@ first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tas
 done AS (
     UPDATE pqueue.jobs SET state = 'completed', finished_at = $3, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = done.result
     FROM unnest(CAST($4 AS bigint[]), CAST($5 AS text[]), CAST($6 AS text[])) AS done (id, token, result)
-    WHERE jobs.id = done.id AND lease_token = done.token AND has_dependents = 0 RETURNING jobs.id),
+    WHERE jobs.id = done.id AND lease_token = done.token AND has_dependents = 0
+    RETURNING jobs.id, queue, task, run_at, started_at, finished_at),
+counted AS (
+INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
+SELECT 60, CAST(floor(least(greatest($3, 0), 1000000000000000.0) / 60) * 60 AS bigint), queue, task, 'completed', 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]),
+    count(*), sum(greatest(0, finished_at - started_at)), sum(greatest(0, started_at - run_at))
+FROM done GROUP BY queue, task, 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001])
+
+ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
+    run_seconds = outcomes.run_seconds + excluded.run_seconds,
+    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds),
 taken AS (
 UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($7 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $8,
     lease_token = $9, lease_expires_at = $10, started_at = $3
@@ -1142,6 +1290,22 @@ SELECT 1 FROM pqueue.jobs WHERE id = $1 AND key IS NOT NULL AND (key_expires_at 
 -- Mark a consumer as running that others may have marked as dead.
 -- $1 now, $2 token
 UPDATE pqueue.consumers SET state = 'running', last_seen_at = $1 WHERE token = $2 AND state <> 'stopped';
+
+-- MERGE_SHARDS
+-- Merge the rows that several connections wrote for a minute.
+-- $1 period, $2 before, $3 longer, $4 width
+WITH old AS (
+    DELETE FROM pqueue.outcomes WHERE ctid = ANY (ARRAY(
+        SELECT ctid FROM pqueue.outcomes WHERE period = $1 AND at < $2 AND shard <> 0
+        ORDER BY period, at, queue, task, event, run, wait, shard FOR UPDATE SKIP LOCKED))
+    RETURNING *)
+INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, shard, number, run_seconds, wait_seconds)
+SELECT $3, at - at % $4, queue, task, event, run, wait, 0, sum(number), sum(run_seconds), sum(wait_seconds) FROM old
+GROUP BY at - at % $4, queue, task, event, run, wait ORDER BY 2, 3, 4, 5, 6, 7
+
+ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
+    run_seconds = outcomes.run_seconds + excluded.run_seconds,
+    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds;
 
 -- WRITERS
 -- Return the transactions that have written jobs.
@@ -1196,7 +1360,7 @@ WHERE coalesce(last_value, 0) < highest AND has_sequence_privilege('pqueue.' || 
 -- Return indexes that are missing or invalid.
 SELECT CASE WHEN indexrelid IS NULL THEN format('index %s is missing: create it as docs/postgres.sql shows', name)
     ELSE format('index %s is invalid: run REINDEX INDEX pqueue.%s', name, name) END
-FROM unnest(ARRAY['jobs_pkey', 'queues_pkey', 'consumers_pkey', 'consumers_token_key', 'history_pkey', 'schedules_pkey', 'schedules_due', 'jobs_claim', 'jobs_assigned', 'jobs_waiting', 'jobs_scheduled', 'jobs_processing', 'jobs_finished', 'jobs_failed', 'jobs_key', 'history_job', 'dependencies_job', 'consumers_running']) AS name LEFT JOIN pg_index ON indexrelid = to_regclass('pqueue.' || name)
+FROM unnest(ARRAY['jobs_pkey', 'queues_pkey', 'consumers_pkey', 'consumers_token_key', 'history_pkey', 'schedules_pkey', 'outcomes_shards', 'schedules_due', 'jobs_claim', 'jobs_assigned', 'jobs_waiting', 'jobs_scheduled', 'jobs_processing', 'jobs_finished', 'jobs_failed', 'jobs_key', 'history_job', 'dependencies_job', 'consumers_running']) AS name LEFT JOIN pg_index ON indexrelid = to_regclass('pqueue.' || name)
 WHERE indexrelid IS NULL OR NOT (indisvalid AND indisready AND indislive);
 
 -- COLLATION_CHANGED

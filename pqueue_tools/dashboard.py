@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from statistics import quantiles
 from typing import Any
 from urllib.parse import urlsplit
 
 import pqueue
 from pqueue import DoNotRetry, Job, PersistentQInterface, QueueError
+from pqueue_outcomes import Outcomes, Times, minute, total
 from pqueue_tools import file_task, report, supervisor
 from pqueue_tools.masking import masked_job
 from pqueue_tools.process import whole_number
@@ -34,7 +34,7 @@ TEXT_CHARS_SHOWN = 65_536  # of a payload, result and error on the page of a job
 EVENTS_SHOWN = 200  # latest events of a job
 REFRESH_SECONDS = 2
 MINUTES = 60
-JOBS_SAMPLED = 100  # per minute, for the wait and run times
+COUNTED = ("enqueued", "completed", "failed", "retried")
 FAILED_GROUPS_SHOWN = 20
 CONSUMERS_SHOWN = 100
 FILE_BYTES_SHOWN = 65_536  # of a job's file
@@ -148,7 +148,7 @@ class FigureCache:
         self._worker = ThreadPoolExecutor(1, "pqueue-figures")
         self._parts: dict[str, Callable[[PersistentQInterface], Any]] = {
             "overview": _overview,
-            "minutes": self._hour,
+            "minutes": _hour,
             "processing": _processing,
             "failures": PersistentQInterface.failures,
             "consumers": _consumers,
@@ -159,7 +159,6 @@ class FigureCache:
         self._stale_at: dict[str, float] = {}
         self._running: dict[str, Future[None]] = {}
         self._searches: dict[str, tuple[float, JobPage | None]] = {}
-        self._minutes: dict[int, dict[str, Any]] = {}
 
     def queue(self) -> PersistentQInterface:
         """Return the open queue. It is opened again if its file was replaced."""
@@ -187,7 +186,7 @@ class FigureCache:
                 with suppress(QueueError):
                     self._queue.close()
             self._queue = None
-            self._computed, self._minutes = {}, {}
+            self._computed = {}
             self.expire()
 
     def close(self) -> None:
@@ -211,8 +210,8 @@ class FigureCache:
         PAGE_WAIT_SECONDS):
 
         overview: states, queues and path of the queue, per_minute, oldest_seconds, alive, wal_bytes, findings, and wait
-        and run, each (p50, p95) in seconds or None; minutes: at (the start), enqueued, completed, failed, wait and run
-        of each minute of the last hour, including the current one; processing: the running jobs; failures: groups of
+        and run, each (p50, p95) in seconds or None; minutes: at (the start), the numbers COUNTED, wait and run of each
+        minute of the last hour, including the current one; processing: the running jobs; failures: groups of
         failed jobs; consumers: those alive or with jobs, and those that ended within the last hour; processes: those of
         supervisord, or a sentence that says why there are none; growth: of each queue, grows_by and deleted_at.
         """
@@ -250,19 +249,6 @@ class FigureCache:
                 self._stale_at[part] = _stale_at(began)
                 self._computed[part] = self._stale_at[part] + MAX_STALE_SECONDS, found
                 del running[part]
-
-    def _hour(self, queue: PersistentQInterface) -> list[dict[str, Any]]:
-        kept, current = (
-            self._minutes,
-            int(report.now_shown() // 60),
-        )  # `forget` replaces the dict when the queue changes
-        minutes = {
-            number: kept.get(number) or _minute(queue, number * 60.0)
-            for number in range(current - MINUTES + 1, current + 1)
-        }
-        kept.clear()
-        kept.update((number, each) for number, each in minutes.items() if number < current - 1)
-        return list(minutes.values())
 
     def jobs(self, query: dict[str, str]) -> JobPage:
         """Return a page of the jobs that match the query's filters and are older than its before_id, newest first, or
@@ -314,23 +300,32 @@ def _overview(queue: PersistentQInterface) -> dict[str, Any]:
     report.follow_clock(queue)
     now = report.now_shown()
     stats, facts = queue.stats(), queue.check(thorough=False)
-    oldest = stats["oldest_pending_at"]
+    oldest, recent = stats["oldest_pending_at"], report.recent(queue, now)
     return {
         "states": stats["states"],
         "queues": stats["queues"],
         "path": facts["path"],
-        "per_minute": queue.activity(now - 60, now),
+        "per_minute": {name: round(60 * report.per_second(recent, getattr(recent, name), now)) for name in COUNTED},
         "oldest_seconds": None if oldest is None else max(0.0, now - oldest),
         "alive": sum(1 for each in queue.consumers() if each["state"] == "running"),
         "wal_bytes": facts.get("wal_bytes"),
         "findings": report.findings(queue, now, stats=stats, facts=facts),
-        **_percentiles(queue.timings()),
+        "wait": _percentiles(recent.wait),
+        "run": _percentiles(recent.run),
     }
 
 
-def _minute(queue: PersistentQInterface, at: float) -> dict[str, Any]:
-    times = queue.timings(JOBS_SAMPLED, start=at, end=at + 60)
-    return {"at": at, **queue.activity(at, at + 60), **_percentiles(times)}
+def _hour(queue: PersistentQInterface) -> list[dict[str, Any]]:
+    last = minute(report.now_shown())
+    found: dict[float, list[Outcomes]] = {}
+    for each in queue.outcomes(last - 60 * (MINUTES - 1), step_seconds=60):
+        found.setdefault(each.at, []).append(each)
+    return [_minute(total(found.get(at, []), at)) for at in (last - 60.0 * ago for ago in range(MINUTES - 1, -1, -1))]
+
+
+def _minute(each: Outcomes) -> dict[str, Any]:
+    counts = {name: getattr(each, name) for name in COUNTED}
+    return {"at": each.at, **counts, "wait": _percentiles(each.wait), "run": _percentiles(each.run)}
 
 
 def _growth(queue: PersistentQInterface) -> dict[str, dict[str, Any]]:
@@ -354,15 +349,9 @@ def _consumers(queue: PersistentQInterface) -> list[dict[str, Any]]:
     return sorted(found, key=lambda each: (each["state"] != "running", each["name"]))
 
 
-def _percentiles(times: dict[str, list[float]]) -> dict[str, Percentiles | None]:
-    return {name: _percentiles_of(seconds) for name, seconds in times.items()}
-
-
-def _percentiles_of(seconds: list[float]) -> Percentiles | None:
-    if not seconds:
-        return None
-    cuts = quantiles(seconds, n=20, method="inclusive") if len(seconds) > 1 else seconds * 19
-    return cuts[9], cuts[18]
+def _percentiles(times: Times) -> Percentiles | None:
+    p50, p95 = times.quantile(0.5), times.quantile(0.95)
+    return None if p50 is None or p95 is None else (p50, p95)
 
 
 def expect_query(query: Form, names: tuple[str, ...]) -> None:

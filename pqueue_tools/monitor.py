@@ -25,15 +25,17 @@ from pqueue_tools.report import (
     first_line,
     follow_clock,
     now_shown,
+    per_second,
     printable,
     problems,
+    recent,
     verdict,
 )
 
 FAILURES_SHOWN = 5
 FAILURES_SEARCHED = 100  # newest failed jobs, of which the last to fail are shown
 EXCERPT_CHARS = 500
-RATE_SECONDS = 10.0  # over which jobs per second are counted
+RATES = ("enqueued", "completed", "failed", "retried")
 KEYS = re.compile(rb"\x1b[\[O][0-9;]*[A-Za-z~]|.", re.DOTALL)
 SCROLL = {b"\x1b[A": -1, b"\x1bOA": -1, b"k": -1, b"\x1b[B": 1, b"\x1bOB": 1, b"j": 1}  # in lines
 TURN = {b"\x1b[5~": -1, b"\x1b[6~": 1, b" ": 1}  # in screens
@@ -56,8 +58,9 @@ def snapshot(reading: Reading) -> dict[str, Any]:
             follow_clock(queue)
             seen["at"] = now = now_shown()
             found = findings(queue, now, processes=seen["processes"])
-            activity = queue.activity(now - RATE_SECONDS, now)
-            seen |= {"findings": found, "per_second": {name: jobs / RATE_SECONDS for name, jobs in activity.items()}}
+            last = recent(queue, now)
+            rates = {name: per_second(last, getattr(last, name), now) for name in RATES}
+            seen |= {"findings": found, "per_second": rates}
             seen |= {"stats": queue.stats(), "consumers": queue.consumers(), "failed": _failures(queue)}
     except (QueueError, ValueError) as error:
         seen["database"] = str(error)

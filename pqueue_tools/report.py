@@ -8,10 +8,12 @@ import shlex
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import pqueue
 from pqueue import Job, PersistentQInterface, Schedule
+from pqueue_outcomes import BOUNDS, Outcomes, Times, minute, total
 from pqueue_tools.masking import masked, masked_error, masked_job
 from pqueue_values import UNITS, command_line
 
@@ -297,6 +299,17 @@ def _move(queue: PersistentQInterface) -> str | None:
     return f"the queue was moved to {found['to']}: start everything with that URL, then run {finish}"
 
 
+def recent(queue: PersistentQInterface, now: float) -> Outcomes:
+    """Return what happened since the beginning of the last full minute, 60 to 120 seconds ago."""
+    since = minute(now - 60)
+    return total(queue.outcomes(since), float(since))
+
+
+def per_second(found: Outcomes, number: int, now: float) -> float:
+    """Return the average rate of what `recent` has found this number of."""
+    return number / max(1.0, now - found.at)
+
+
 def why(
     queue: PersistentQInterface, job_id: int, now: float | None = None, *, stats: dict[str, Any] | None = None
 ) -> str:
@@ -379,44 +392,90 @@ def _busy(alive: list[dict[str, Any]]) -> str:
     return f"{busy} of {count(len(alive), 'consumer')} busy"
 
 
+COUNTERS = {  # an event of pqueue_outcomes, and the help of its counter
+    "enqueued": "Jobs enqueued",
+    "completed": "Jobs completed",
+    "failed": "Jobs that failed for good, because no attempt was left or an operator decided so",
+    "retried": "Attempts that failed and are repeated",
+    "released": "Attempts that did not count, as those of a consumer that stopped",
+    "died": "Attempts whose consumer died; they are also counted as retried or failed",
+    "expired": "Attempts whose lease ran out; they are also counted as retried or failed",
+    "cancelled": "Jobs cancelled",
+}
+
+
 def metrics(
     queue: PersistentQInterface, found: list[Finding], now: float | None = None, *, stats: dict[str, Any] | None = None
 ) -> str:
     """Return metrics in the text format of Prometheus. `found` are recent `findings`; `stats` is as in `why`."""
     now = queue.now() if now is None else now
-    stats, facts = queue.stats() if stats is None else stats, queue.check(thorough=False)
+    stats = queue.stats() if stats is None else stats
     samples = _Samples()
     for name, each in stats["queues"].items():
-        for state in pqueue.STATES:
-            samples.add("pqueue_jobs", "Jobs by queue and state", each[state], queue=name, state=state)
-        age = 0.0 if each["oldest_pending_at"] is None else max(0.0, now - each["oldest_pending_at"])
-        samples.add(
-            "pqueue_oldest_pending_age_seconds", "Time since the oldest pending job became due", age, queue=name
-        )
-        samples.add("pqueue_paused", "1 if the queue is paused", int(each["paused"]), queue=name)
-    consumers = queue.consumers()
-    for state in ("running", "stopped", "dead"):
-        known = sum(1 for each in consumers if each["state"] == state)
-        samples.add("pqueue_consumers", "Consumers by state, until pruned", known, state=state)
-    for name, jobs in queue.activity(now - 60, now).items():
-        samples.add(f"pqueue_{name}_last_minute", f"Jobs {name} in the last 60 seconds", jobs)
-    for name in ("file_bytes", "wal_bytes", "disk_free_bytes"):
+        _add_queue(samples, name, each, now)
+    _add_consumers(samples, queue.consumers())
+    for outcomes in queue.outcomes():
+        place = {"queue": outcomes.queue, "task": outcomes.task}
+        for name, text in COUNTERS.items():
+            samples.add(f"pqueue_{name}_total", text, getattr(outcomes, name), kind="counter", **place)
+        waited = "Seconds from the due time of an attempt to its start, of attempts that completed or failed"
+        samples.add_times("pqueue_wait_seconds", waited, outcomes.wait, place)
+        samples.add_times("pqueue_run_seconds", "Seconds from start to completion of a job", outcomes.run, place)
+    for schedule in queue.schedules():
+        late = 0.0 if schedule.paused else max(0.0, now - schedule.next_at)
+        text = "Seconds since the schedule became due, while no consumer has enqueued its job"
+        samples.add("pqueue_schedule_delay_seconds", text, late, schedule=schedule.name)
+    facts = queue.check(thorough=False)
+    for name, text in FILES.items():
         if name in facts:
-            samples.add(f"pqueue_{name}", name.replace("_", " "), facts[name])
+            samples.add(f"pqueue_{name}", text, facts[name])
     for severity in SEVERITIES:
         number = sum(1 for each in found if each.severity == severity)
         samples.add("pqueue_findings", "Findings of pqueue doctor by severity", number, severity=severity)
     return str(samples)
 
 
+FILES = {
+    "file_bytes": "Size of the database file",
+    "wal_bytes": "Size of the write-ahead log of SQLite",
+    "disk_free_bytes": "Free space on the disk of the database",
+}
+
+
+def _add_queue(samples: _Samples, name: str, stats: dict[str, Any], now: float) -> None:
+    for state in pqueue.STATES:
+        samples.add("pqueue_jobs", "Jobs in the database by queue and state", stats[state], queue=name, state=state)
+    age = 0.0 if stats["oldest_pending_at"] is None else max(0.0, now - stats["oldest_pending_at"])
+    text = "Seconds since the oldest pending job of the queue became due; 0 if none is pending"
+    samples.add("pqueue_oldest_pending_age_seconds", text, age, queue=name)
+    samples.add("pqueue_paused", "1 if an operator has paused the queue, else 0", int(stats["paused"]), queue=name)
+
+
+def _add_consumers(samples: _Samples, consumers: list[dict[str, Any]]) -> None:
+    for state in ("running", "stopped", "dead"):
+        known = sum(1 for each in consumers if each["state"] == state)
+        samples.add("pqueue_consumers", "Consumers by state; those that ended until pruned", known, state=state)
+    alive = [bool(each["job_ids"]) for each in consumers if each["state"] == "running"]
+    samples.add("pqueue_consumers_busy", "Running consumers that have jobs", sum(alive))
+    samples.add("pqueue_consumers_idle", "Running consumers that have no job", len(alive) - sum(alive))
+
+
 class _Samples:
     def __init__(self) -> None:
         self.lines: dict[str, list[str]] = {}
 
-    def add(self, name: str, text: str, value: float, **labels: str) -> None:
-        lines = self.lines.setdefault(name, [f"# HELP {name} {text}.", f"# TYPE {name} gauge"])
+    def add(self, name: str, text: str, value: float, *, kind: str = "gauge", part: str = "", **labels: str) -> None:
+        """Add a sample of a metric; its name ends with part."""
+        lines = self.lines.setdefault(name, [f"# HELP {name} {text}.", f"# TYPE {name} {kind}"])
         quoted = ",".join(f'{key}="{self._escaped(label)}"' for key, label in labels.items())
-        lines.append(f"{name}{{{quoted}}} {value}" if quoted else f"{name} {value}")
+        lines.append(f"{name}{part}{{{quoted}}} {value}" if quoted else f"{name}{part} {value}")
+
+    def add_times(self, name: str, text: str, times: Times, labels: dict[str, str]) -> None:
+        """Add a histogram."""
+        for bound, number in zip((*BOUNDS, "+Inf"), accumulate(times.counts), strict=True):
+            self.add(name, text, number, kind="histogram", part="_bucket", **labels, le=str(bound))
+        self.add(name, text, times.seconds, kind="histogram", part="_sum", **labels)
+        self.add(name, text, times.number, kind="histogram", part="_count", **labels)
 
     @staticmethod
     def _escaped(label: str) -> str:

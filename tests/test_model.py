@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, field
 
 from hypothesis import HealthCheck, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import pqueue
+from pqueue_outcomes import EVENTS
 
 SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
 LEASE = 60
@@ -58,6 +60,10 @@ class QueueMachine(RuleBasedStateMachine):
         self.gone: dict[int, Entry] = {}  # pruned
         self.kept = {(queue, state): 7 * 86400.0 for queue in "ab" for state in ("completed", "failed", "cancelled")}
         self.pruned_at = dict.fromkeys("ab", 0.0)
+        self.counts: Counter[tuple[str, str, str]] = Counter()
+
+    def count(self, entry, *events):
+        self.counts.update((entry.queue, entry.task, event) for event in events)
 
     def teardown(self):
         self.queue.close()
@@ -96,6 +102,7 @@ class QueueMachine(RuleBasedStateMachine):
                 task, queue, priority, run_at, max_attempts or 3, key, until, self.now + 60, assigned_to, state,
                 parents=parents, after_failed=after_failed,
             )  # fmt: skip
+            self.count(self.entries[job_id], "enqueued")
             if parents:
                 self.entries[job_id].state = "waiting"
                 self.reconsider(job_id)
@@ -122,6 +129,8 @@ class QueueMachine(RuleBasedStateMachine):
 
     def finish(self, job_id, state):
         self.entries[job_id].state, self.entries[job_id].finished_at = state, self.now
+        if state != "completed":
+            self.count(self.entries[job_id], state)
         for other, entry in self.entries.items():
             if job_id in entry.parents:
                 self.reconsider(other)
@@ -183,6 +192,8 @@ class QueueMachine(RuleBasedStateMachine):
                 entry.state = "pending"
             if entry.state == "processing" and entry.expires <= self.now:
                 entry.state, entry.holder = "pending", None
+                again = entry.attempts < entry.max_attempts
+                self.count(entry, "expired", *["retried"] * again)
                 if entry.attempts >= entry.max_attempts:
                     self.finish(job_id, "failed")
 
@@ -240,11 +251,14 @@ class QueueMachine(RuleBasedStateMachine):
             entry.expires = self.now + LEASE
             return
         entry.holder, entry.finished_at = None, self.now
+        if event := {"complete": "completed", "fused": "completed", "release": "released"}.get(verb):
+            self.count(entry, event)
         if verb in ("complete", "fused"):
             self.finish(job_id, "completed")
         elif verb == "release":
             entry.state, entry.attempts = "pending", entry.attempts - 1
         elif verb == "fail" and entry.attempts < entry.max_attempts:
+            self.count(entry, "retried")
             entry.state, entry.run_at = "scheduled", self.now + 20
         else:
             self.finish(job_id, "failed")
@@ -373,6 +387,8 @@ class QueueMachine(RuleBasedStateMachine):
                 assert job.waits_for == sum(state in UNFINISHED for state in states) > 0
             holder = self.entries[job_id].holder
             assert job.lease_token == (None if holder is None else self.deliveries[holder].lease_token)
+        counts = {(o.queue, o.task, name): getattr(o, name) for o in self.queue.outcomes() for name in EVENTS}
+        assert {key: number for key, number in counts.items() if number} == self.counts
 
 
 QueueMachine.TestCase.settings = settings(

@@ -69,6 +69,18 @@ MUTANTS = [
     Mutant("extend_all renews the leases of one consumer", "contract: extend_all", "{HELD_BY_CONSUMER}", "state = 'processing'"),
     Mutant("each claim has its own number", HISTORY, "{next(me.claims)}", "0"),
     Mutant("a lost lease dooms its transaction", "contract: lost_lease_undoes_the_transaction", " and self.lost is None", ""),
+    # counts
+    Mutant("completed jobs are counted", "contract: outcome_is_counted_in", "done := [job for job, _ in completions if job not in lost]", "done := []"),
+    Mutant("a completed job is counted", "contract: outcome_is_counted_in"),
+    Mutant("a failed attempt is counted", "contract: outcome_is_counted_in", "if event:", "if not event:"),
+    Mutant("a released attempt is counted", "contract: end_of_an_attempt"),
+    Mutant("a lost delivery is counted", "contract: end_of_an_attempt", '(event, "failed" if is_last else "retried")', "(event,)"),
+    Mutant("a job that an operator ends is counted", "contract: end_of_an_attempt", "sql in COUNTED", "False"),
+    Mutant("a job that is deleted was counted", "contract: prune_delete_and_rollback"),
+    Mutant("a job that fails with a parent is counted", "contract: end_of_an_attempt"),
+    Mutant("new jobs are counted", "contract: prune_delete_and_rollback"),
+    Mutant("a job is counted once", "contract: counts_are_added_up"),
+    Mutant("recent counts stay as they are", "contract: counts_are_added_up", " - KEPT_SECONDS[period]", ""),
     # results
     Mutant("a finished job wakes up those that wait for it", "contract: waiter_is_woken"),
     Mutant("a wait inside a transaction is refused", "contract: nothing_to_wait_for"),

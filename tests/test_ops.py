@@ -23,6 +23,7 @@ from populate import populate
 
 import ops
 import pqueue
+import pqueue_outcomes
 import pqueue_search
 from pqueue_tools import dashboard, dashboard_http, dashboard_streamlit, dashboard_summary, supervisor, tables
 
@@ -130,7 +131,8 @@ def test_figures_on_the_page_are_the_databases(queue, site):
         assert f'<span>{state}</span><b class="{state}">{states[state]:,}</b>' in text
     shown = json.loads(site.ask("/api/stats")[1])
     assert shown["states"] == states
-    of_the_hour = queue.activity(shown["minutes"][0]["at"], 1e12)
+    hour = pqueue_outcomes.total(queue.outcomes(shown["minutes"][0]["at"]))
+    of_the_hour = {name: getattr(hour, name) for name in dashboard.COUNTED}
     assert {name: sum(each[name] for each in shown["minutes"]) for name in of_the_hour} == of_the_hour
     assert of_the_hour["completed"] > 300
     with sqlite3.connect(queue.path) as db:
@@ -199,22 +201,6 @@ def test_page_comes_back_after_figures_could_not_be_computed(queue, site, monkey
         broken.setattr(pqueue.PersistentQSQLite, "check", lambda *_, **__: os.stat("nosuch"))
         assert "cannot count the jobs: [Errno 2] No such file" in site.ask("/")[1]
     assert site.ask("/")[0] == 200
-
-
-def test_minutes_of_a_queue_that_was_replaced_are_not_kept(queue, monkeypatch):
-    cache, marks = dashboard.FigureCache(), []
-
-    def minute(_, at):
-        mark = "old" if len(marks) < dashboard.MINUTES else "new"
-        marks.append(mark)
-        if len(marks) == dashboard.MINUTES:
-            cache.forget()
-        return {"at": at, "mark": mark}
-
-    monkeypatch.setattr(dashboard, "_minute", minute)
-    with pytest.raises(pqueue.QueueError):
-        cache.figures()
-    assert {each["mark"] for each in cache.figures()["minutes"]} == {"new"}
 
 
 def test_page_does_not_wait_for_a_supervisord_that_hangs(queue, site, monkeypatch):

@@ -288,8 +288,7 @@ class PostgresFiles(PostgresCase):
         queue.stats()
         queue.failures()
         queue.stalled(1e12)
-        queue.activity(0, 1e9)
-        queue.timings()
+        queue.outcomes(0, 1e9, step_seconds=60)
         queue.consumers()
         for sql, params in dict(recorded).items():
             with self.subTest(sql=sql):
@@ -1501,6 +1500,7 @@ def test_role_that_may_only_insert_enqueues_into_a_queue_with_a_limit(database, 
             db.exec_driver_sql(f"GRANT USAGE ON SCHEMA pqueue TO {role}")
             db.exec_driver_sql(f"GRANT SELECT ON ALL TABLES IN SCHEMA pqueue TO {role}")
             db.exec_driver_sql(f"GRANT INSERT ON pqueue.jobs, pqueue.queues, pqueue.queue_tasks TO {role}")
+            db.exec_driver_sql(f"GRANT INSERT, UPDATE ON pqueue.outcomes TO {role}")
         undo.callback(drop_role, database, role)
         url = sqlalchemy.make_url(database).set(username=role).render_as_string(hide_password=False)
         with closing(PersistentQSQLAlchemy(url)) as weak:

@@ -11,6 +11,7 @@ import pytest
 
 import pqueue_dependencies
 import pqueue_move
+import pqueue_outcomes
 import pqueue_postgres
 import pqueue_schedules
 import pqueue_schema
@@ -33,7 +34,8 @@ def statements(module: ModuleType) -> dict[str, str]:
 def comments(module: ModuleType) -> dict[str, str]:
     """Return the comment above each constant, and each entry of a table, of a module by name."""
     source = Path(str(module.__file__)).read_text()
-    found = re.findall(r"((?:^ *# .*\n)+)^ *(?:pqueue_(?:sche|dep)\w+\.)?([A-Z_]+)(?: =|:) ", source, re.MULTILINE)
+    module_of_statement = r"(?:pqueue_(?:sche\w+|dep\w+|move|outcomes)\.)?"
+    found = re.findall(rf"((?:^ *# .*\n)+)^ *{module_of_statement}([A-Z_]+)(?: =|:) ", source, re.MULTILINE)
     lines = {name: re.findall(r"# (?!guard: )(.*)", above) for above, name in found}
     return {name: " ".join(each) for name, each in lines.items() if each}
 
@@ -49,7 +51,7 @@ WRITTEN = {
     for name in statements(pqueue_dependencies)
     if hasattr(pqueue_dependencies, name.lower())
 }
-MODULES = (pqueue_schema, pqueue_move, pqueue_schedules, pqueue_dependencies)
+MODULES = (pqueue_schema, pqueue_move, pqueue_schedules, pqueue_dependencies, pqueue_outcomes)
 SHARED = {name: sql for module in MODULES for name, sql in statements(module).items()}
 ABOUT = {**{name: about for module in MODULES for name, about in comments(module).items()}, **WRITTEN}
 RETURNS = re.compile(r"; returns (the new id|their ids)$")  # in the comment of a statement: on PostgreSQL alone
@@ -91,6 +93,12 @@ def numbered(names: list[str]) -> str:
 def columns(sql: str) -> list[str]:
     """Return the names of the columns that a statement returns; of an expression without a name, its text."""
     text = " ".join(sql.split())
+    if text.startswith("WITH "):  # what its last statement returns
+        if len(outside(text, " INSERT INTO ")) > 1:
+            return []
+        text = f"SELECT {outside(text, ' SELECT ')[-1]}"
+    if text.startswith("SELECT FROM "):
+        return []
     if " RETURNING " in text:
         found = text.rpartition(" RETURNING ")[2]
     elif text.startswith("SELECT "):

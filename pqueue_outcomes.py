@@ -1,0 +1,300 @@
+"""Counts of what happened to jobs, by minute, queue and task, written in the commits in which it happens.
+
+A row of the table counts the events of one kind in a period. An attempt that has ended is counted by the buckets of its
+run and waiting time, so that the rows are histograms. Resubmitting, pruning and deleting jobs changes no count. After
+72 hours minutes are added up to hours, after 90 days hours to a total.
+
+SQLite counts new jobs later, as a put would take a fifth longer if it wrote another page. Ids increase with every job:
+those above the last one counted, whose id is the `number` of the event `counted`, are counted by those who read, by
+`enqueue` every 256 jobs, and before jobs are deleted. On PostgreSQL the statement that inserts a job counts it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from pqueue_backend import Backend, Session
+from pqueue_values import Job, Params, time_of
+
+BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)  # seconds, inclusive
+UNTIMED = -1  # the bucket of an event without a time
+MINUTE, HOUR, EVER = 60, 3600, 0  # periods, in seconds
+KEPT_SECONDS = {MINUTE: 72 * HOUR, HOUR: 90 * 24 * HOUR}
+SHARD_SECONDS = 2 * MINUTE  # after which the rows that several connections wrote for a minute are merged
+MAX_TIME = 1e15
+FOREVER = 2**60  # a period that contains all times
+ROLL_UP_JOBS = 256  # new jobs between counts of them
+EVENTS = ("enqueued", "completed", "failed", "retried", "released", "died", "expired", "cancelled")
+
+KEY = "period, at, queue, task, event, run, wait, shard"
+SUMS = "number, run_seconds, wait_seconds"
+COLUMNS = f"{KEY}, {SUMS}"
+NEW = f"{KEY.removesuffix(', shard')}, {SUMS}"  # by whatever connection
+SUM = f"""
+ON CONFLICT ({KEY}) DO UPDATE SET number = outcomes.number + excluded.number,
+    run_seconds = outcomes.run_seconds + excluded.run_seconds,
+    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds"""
+
+# Count events of a task in a queue.
+COUNT = f"""
+INSERT INTO outcomes ({NEW})
+VALUES (60, :at, :queue, :task, :event, :run, :wait, :number, :run_seconds, :wait_seconds)
+{SUM}"""
+
+# Count an event of a job.
+COUNT_JOB = f"""
+INSERT INTO outcomes ({NEW})
+SELECT 60, :at, queue, task, :event, {UNTIMED}, {UNTIMED}, 1, 0, 0 FROM jobs WHERE id = :id
+{SUM}"""
+
+# The id of the last job that SQLite has counted
+LAST_COUNTED = """coalesce((SELECT number FROM outcomes
+    WHERE period = 0 AND at = 0 AND queue = '' AND task = '' AND event = 'counted'), 0)"""
+MINUTE_OF_JOB = f"CAST(max(0.0, min(created_at, {MAX_TIME})) / 60 AS INTEGER) * 60"
+
+
+def totals(new_jobs: str) -> str:
+    return f"""
+SELECT at - at % :step AS step, queue, task, event, run, wait, CAST(sum(number) AS bigint) AS number,
+    sum(run_seconds) AS run_seconds, sum(wait_seconds) AS wait_seconds FROM (
+    SELECT at, queue, task, event, run, wait, number, run_seconds, wait_seconds FROM outcomes
+    WHERE period IN (0, 60, 3600) AND at >= :since AND at < :until AND event <> 'counted'{new_jobs}) counts
+GROUP BY at - at % :step, queue, task, event, run, wait ORDER BY 1, 2, 3"""
+
+
+# Return the counts by task, and by :step seconds, in [:since, :until).
+OUTCOMES = totals(f"""
+    UNION ALL SELECT * FROM (SELECT {MINUTE_OF_JOB} AS at, queue, task, 'enqueued', {UNTIMED}, {UNTIMED}, 1, 0.0, 0.0
+        FROM jobs WHERE id > {LAST_COUNTED}) new WHERE at >= :since AND at < :until""")
+
+# Return the first period that is counted by itself.
+FIRST_PERIOD = "SELECT min(at) FROM outcomes WHERE period = :period"
+
+ALL_SUMS = "sum(number), sum(run_seconds), sum(wait_seconds)"
+
+# Add the counts of periods before :before up to longer ones of :width seconds.
+ADD_UP = f"""
+INSERT INTO outcomes ({COLUMNS})
+SELECT :longer, at - at % :width, queue, task, event, run, wait, 0, {ALL_SUMS} FROM outcomes
+WHERE period = :period AND at < :before GROUP BY at - at % :width, queue, task, event, run, wait
+{SUM}"""
+
+# Delete the counts of periods before :before.
+DELETE_PERIODS = "DELETE FROM outcomes WHERE period = :period AND at < :before"
+
+
+class Times(NamedTuple):
+    """A histogram of durations: how many were at most each of BOUNDS, or longer, and their sum in seconds."""
+
+    counts: tuple[int, ...] = (0,) * (len(BOUNDS) + 1)
+    seconds: float = 0.0
+
+    @property
+    def number(self) -> int:
+        """The number of durations."""
+        return sum(self.counts)
+
+    def quantile(self, share: float) -> float | None:
+        """Return an estimate of the duration that this share of them does not exceed; None: there are none."""
+        left = share * self.number
+        for bucket, number in enumerate(self.counts):
+            if number and left <= number:
+                low, high = (BOUNDS[bucket - 1] if bucket else 0.0), BOUNDS[min(bucket, len(BOUNDS) - 1)]
+                return low + (high - low) * left / number
+            left -= number
+        return None
+
+    def plus(self, other: Times) -> Times:
+        """Return the histogram of both."""
+        return Times(tuple(map(sum, zip(self.counts, other.counts, strict=True))), self.seconds + other.seconds)
+
+
+class Outcomes(NamedTuple):
+    """What happened to the jobs of a task in a queue, in a period that begins at `at`, in Unix seconds.
+
+    enqueued: new jobs. completed: jobs. failed: jobs that failed for good, of which no attempt was left or an operator
+    decided so. retried: attempts that failed and are repeated. released: attempts that do not count, as those of a
+    consumer that stopped, and snoozes. died, expired: attempts whose consumer died or whose lease ran out, which are
+    also in failed or retried. cancelled: jobs.
+    wait: from the due time to the start, of attempts that completed or failed. run: of attempts that completed.
+    """
+
+    at: float
+    queue: str
+    task: str
+    enqueued: int = 0
+    completed: int = 0
+    failed: int = 0
+    retried: int = 0
+    released: int = 0
+    died: int = 0
+    expired: int = 0
+    cancelled: int = 0
+    wait: Times = Times()
+    run: Times = Times()
+
+    @property
+    def failed_share(self) -> float:
+        """The share of attempts that failed, of those that completed or failed; 0 if there are none."""
+        failed = self.failed + self.retried
+        return failed / (failed + self.completed) if failed else 0.0
+
+    def plus(self, other: Outcomes) -> Outcomes:
+        """Return the sum of both, for the period, queue and task of this one."""
+        numbers = {name: getattr(self, name) + getattr(other, name) for name in EVENTS}
+        return self._replace(wait=self.wait.plus(other.wait), run=self.run.plus(other.run), **numbers)
+
+
+def total(found: Iterable[Outcomes], at: float = 0.0, queue: str = "", task: str = "") -> Outcomes:
+    """Return the sum of all."""
+    result = Outcomes(at, queue, task)
+    for each in found:
+        result = result.plus(each)
+    return result
+
+
+def minute(at: float) -> int:
+    """Return when the minute of this time began."""
+    return int(min(max(at, 0.0), MAX_TIME) // MINUTE) * MINUTE
+
+
+class Counting(Backend):
+    """The operations on counts."""
+
+    def outcomes(
+        self,
+        since: float | datetime | None = None,
+        until: float | datetime | None = None,
+        *,
+        step_seconds: int | None = None,
+    ) -> list[Outcomes]:
+        """Return what happened to jobs since a time and until another, for each queue and task, the earliest first.
+
+        since, until: Unix seconds, or datetimes with a time zone; None: from the first job on, to now. The minutes that
+            begin in [since, until) are counted, the one of `since` included, and hours instead where it was more than
+            72 hours ago. What happened more than 90 days ago is only part of a total, without `since`.
+        step_seconds: a multiple of 60: return periods of this length, those in which something happened. None: one.
+        """
+        first = 0 if since is None else minute(time_of("since", since))
+        if step_seconds is not None and (step_seconds < MINUTE or step_seconds % MINUTE):
+            raise ValueError(f"expected step_seconds to be a multiple of 60, got {step_seconds!r}")
+        params = {"since": first, "until": FOREVER if until is None else time_of("until", until)}
+        rows = self._read(OUTCOMES, {**params, "step": step_seconds or FOREVER})
+        return list(_outcomes(rows, None if step_seconds else float(first)))
+
+    def _count_completed(self, session: Session, jobs: Sequence[Job], now: float) -> None:
+        """Count jobs that were completed."""
+        count_attempts(session, jobs, "completed", now)
+
+    def _count_enqueued(self, session: Session) -> None:
+        """Count the new jobs that were not counted yet; must run before jobs are deleted or change their queue."""
+
+    def _roll_up(self, now: float) -> None:
+        """Count new jobs, and add old counts up."""
+        with self._transaction(durable=False) as session:
+            self._count_enqueued(session)
+            for period, longer in ((MINUTE, HOUR), (HOUR, EVER)):
+                first = session.run(FIRST_PERIOD, {"period": period})[0][0]
+                # guard: recent counts stay as they are
+                before = minute(now) - KEPT_SECONDS[period]
+                if first is not None and first < before:
+                    an_hour = first - first % HOUR + HOUR  # at a time, to keep it short
+                    self._add_up(session, period, longer, min(before, an_hour))
+
+    def _add_up(self, session: Session, period: int, longer: int, before: int) -> None:
+        """Add the counts of periods before a time up to longer ones."""
+        params = {"period": period, "before": before}
+        session.change(ADD_UP, {**params, "longer": longer, "width": longer or FOREVER})
+        session.change(DELETE_PERIODS, params)
+
+
+def count(session: Session, queue: str, task: str, event: str, now: float) -> None:
+    """Count an event without a time; event is one of EVENTS."""
+    session.change(COUNT, counted(minute(now), queue, task, event))
+
+
+def count_job(session: Session, job_id: int, event: str, now: float) -> None:
+    """Count an event of a job without a time; event is one of EVENTS."""
+    session.change(COUNT_JOB, {"at": minute(now), "id": job_id, "event": event})
+
+
+def count_attempts(session: Session, jobs: Sequence[Job], event: str, now: float) -> None:
+    """Count attempts that ended now, with their times; event is one of EVENTS."""
+    for params in _ended(jobs, event, now):
+        session.change(COUNT, params)
+
+
+QUEUE, TASK, RUN_AT, STARTED_AT = map(Job._fields.index, ("queue", "task", "run_at", "started_at"))
+
+
+def _ended(jobs: Sequence[Job], event: str, now: float) -> Iterator[Params]:
+    """Yield the counts of attempts that ended now. The jobs of a batch are mostly alike: see that with few steps."""
+    rows: Sequence[tuple[Any, ...]] = jobs
+    queues, tasks = {job[QUEUE] for job in rows}, {job[TASK] for job in rows}
+    starts, due = {job[STARTED_AT] for job in rows}, [job[RUN_AT] for job in rows]
+    if len(queues) == len(tasks) == len(starts) == 1:
+        start, number = starts.pop() or now, len(jobs)
+        longest, wait = _bucket(start - min(due)), _bucket(start - max(due))
+        if longest == wait:
+            run_seconds, wait_seconds = number * max(0.0, now - start), max(0.0, number * start - sum(due))
+            at, run = minute(now), _bucket(now - start)
+            yield counted(at, queues.pop(), tasks.pop(), event, number, run, wait, run_seconds, wait_seconds)
+            return
+    if len(jobs) > 1:
+        groups: dict[tuple[Any, ...], list[Job]] = {}
+        for job in jobs:
+            wait = _bucket((job.started_at or now) - job.run_at)
+            groups.setdefault((job.queue, job.task, job.started_at, wait), []).append(job)
+        for group in groups.values():
+            yield from _ended(group, event, now)
+
+
+def _bucket(seconds: float) -> int:
+    return bisect_left(BOUNDS, seconds)
+
+
+def counted(
+    at: int,
+    queue: str,
+    task: str,
+    event: str,
+    number: int = 1,
+    run: int = UNTIMED,
+    wait: int = UNTIMED,
+    run_seconds: float = 0.0,
+    wait_seconds: float = 0.0,
+) -> Params:
+    """Return the parameters of COUNT."""
+    return {
+        "at": at,
+        "queue": queue,
+        "task": task,
+        "event": event,
+        "run": run,
+        "wait": wait,
+        "number": number,
+        "run_seconds": run_seconds,
+        "wait_seconds": wait_seconds,
+    }
+
+
+def _outcomes(rows: Iterable[Sequence[Any]], at: float | None) -> Iterator[Outcomes]:
+    """Yield the counts of each period, queue and task; `at` replaces the beginnings of the periods."""
+    for (step, queue, task), group in groupby(rows, lambda row: tuple(row[:3])):
+        numbers = dict.fromkeys(EVENTS, 0)
+        runs, waits = [0] * (len(BOUNDS) + 1), [0] * (len(BOUNDS) + 1)
+        run_seconds = wait_seconds = 0.0
+        for _, _, _, event, run, wait, number, ran, waited in group:
+            numbers[event] += number
+            if wait != UNTIMED:
+                waits[wait] += number
+                wait_seconds += waited
+            if event == "completed":
+                runs[run] += number
+                run_seconds += ran
+        times = Times(tuple(waits), wait_seconds), Times(tuple(runs), run_seconds)
+        yield Outcomes._make([float(step) if at is None else at, queue, task, *numbers.values(), *times])
