@@ -1,0 +1,208 @@
+"""Metrics, alert rules and the Grafana dashboard, judged by a real Prometheus; and that all figures agree."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import threading
+import time
+from collections import Counter
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+import pytest
+
+import admin
+import pqueue
+from pqueue_outcomes import EVENTS, total
+from pqueue_tools import dashboard, report
+from test_pqueue import wait_until
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    monkeypatch.setenv("PQUEUE_URL", str(tmp_path / "queue.db"))
+    with closing(pqueue.open_queue()) as opened:
+        yield opened
+
+
+def work(queue):
+    """Let something of everything happen."""
+    for name in ("good", "bad", 'odd "name\\'):
+        queue.enqueue_many(name, range(4), max_attempts=2)
+    while job := queue.dequeue("w"):
+        if job.task == "bad":
+            queue.fail(job, "no", retry_in_seconds=0)
+        else:
+            queue.complete(job)
+    queue.cancel(queue.enqueue("good"))
+    queue.enqueue("good", queue="other")
+    queue.release(queue.dequeue("w", queues=["other"]))
+    queue.schedule("nightly", "good", cron="@daily")
+
+
+def promtool(*arguments, **options):
+    done = subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True, check=False, **options)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_prometheus_has_no_complaint_about_the_metrics(queue):
+    assert promtool("check", "metrics", input=report.metrics(queue, [])) == (0, "")
+    work(queue)
+    assert promtool("check", "metrics", input=report.metrics(queue, report.findings(queue))) == (0, "")
+
+
+def series(name, values, **labels):
+    quoted = ",".join(f'{key}="{value}"' for key, value in labels.items())
+    return {"series": f"{name}{{{quoted}}}", "values": values}
+
+
+PLACE = {"queue": "q", "task": "t"}
+ALERTS = {  # series of one value a minute that make the alert fire, and others with which it stays silent
+    "PqueueCritical": (
+        [series("pqueue_findings", "2x30", severity="critical")],
+        [series("pqueue_findings", "2x30", severity="warning"), series("pqueue_findings", "0x30", severity="critical")],
+    ),
+    "PqueueDown": ([series("up", "0x30", job="pqueue")], [series("up", "1x30", job="pqueue")]),
+    "PqueueNoConsumer": (
+        [series("pqueue_consumers", "0x30", state="running"), series("pqueue_jobs", "3x30", state="pending")],
+        [series("pqueue_consumers", "0x30", state="running"), series("pqueue_jobs", "3x30", state="completed")],
+    ),
+    "PqueueAttemptsFail": (
+        [
+            series("pqueue_failed_total", "0+1x30", **PLACE),
+            series("pqueue_retried_total", "0+2x30", **PLACE),
+            series("pqueue_completed_total", "0+9x30", **PLACE),
+        ],
+        [
+            series("pqueue_failed_total", "50+0x30", **PLACE),
+            series("pqueue_retried_total", "0+1x30", **PLACE),
+            series("pqueue_completed_total", "0+9x30", **PLACE),
+        ],
+    ),
+    "PqueueJobsWait": (
+        [series("pqueue_oldest_pending_age_seconds", "700x30", queue="q"), series("pqueue_paused", "0x30", queue="q")],
+        [series("pqueue_oldest_pending_age_seconds", "700x30", queue="q"), series("pqueue_paused", "1x30", queue="q")],
+    ),
+    "PqueueScheduleLate": (
+        [series("pqueue_schedule_delay_seconds", "400x30", schedule="s")],
+        [series("pqueue_schedule_delay_seconds", "20x30", schedule="s")],
+    ),
+    "PqueueDiskFull": (
+        [series("pqueue_disk_free_bytes", "900000000x30")],
+        [series("pqueue_disk_free_bytes", "9000000000x30")],
+    ),
+}
+
+
+def test_alert_fires_when_it_should_and_is_silent_otherwise(tmp_path):
+    """What fires is found by asking for ALERTS, which Prometheus keeps for each."""
+    tests = [
+        {
+            "interval": "1m",
+            "input_series": given,
+            "promql_expr_test": [
+                {
+                    "expr": f'count(ALERTS{{alertname="{name}",alertstate="firing"}})',
+                    "eval_time": "25m",
+                    "exp_samples": [{"labels": "{}", "value": 1}] if fires else [],
+                }
+            ],
+        }
+        for name, cases in ALERTS.items()
+        for given, fires in zip(cases, (True, False), strict=True)
+    ]
+    rules = tmp_path / "tests.yml"  # JSON is YAML
+    rules.write_text(
+        json.dumps({"rule_files": [str(DOCS / "alerts.yml")], "evaluation_interval": "1m", "tests": tests})
+    )
+    assert set(re.findall(r"alert: (\w+)", (DOCS / "alerts.yml").read_text())) == ALERTS.keys()
+    code, said = promtool("test", "rules", rules)
+    assert code == 0, said
+
+
+@contextmanager
+def prometheus(queue, folder):
+    """Run Prometheus, which reads the queue's metrics every second; yield its address."""
+
+    class Metrics(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(report.metrics(queue, []).encode())
+
+        def log_message(self, *_):
+            """Be quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Metrics) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        config = {"static_configs": [{"targets": [f"127.0.0.1:{server.server_port}"]}], "job_name": "pqueue"}
+        scrape = {"global": {"scrape_interval": "1s"}, "scrape_configs": [config]}
+        (folder / "prometheus.yml").write_text(json.dumps(scrape))
+        with (folder / "log").open("w") as log:
+            options = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+            program = subprocess.Popen(
+                ["prometheus", *options, "--web.listen-address=127.0.0.1:0"], stderr=log, stdout=log
+            )
+            try:
+                pattern = re.compile(r'Listening on"? address=(\S+)|msg="?Listening on"?.*address=(\S+)')
+                found = wait_until(lambda: pattern.search((folder / "log").read_text()))
+                yield f"http://{found[1] or found[2]}"
+            finally:
+                program.terminate()
+                program.wait()
+                server.shutdown()
+
+
+def test_grafana_shows_each_expression_over_a_scraped_run(queue, tmp_path):
+    panels = json.loads((DOCS / "grafana.json").read_text())["panels"]
+    queries = [target["expr"] for panel in panels for target in panel["targets"]]
+    queries = [
+        each.replace("$__rate_interval", "1m").replace("$queue", ".*").replace("$task", ".*") for each in queries
+    ]
+    with prometheus(queue, tmp_path) as address:
+
+        def is_shown(query):
+            work(queue)
+            with urlopen(f"{address}/api/v1/query?{urlencode({'query': query})}") as answer:
+                found = json.loads(answer.read())
+            assert found["status"] == "success"
+            return any(sample["value"][1] != "NaN" for sample in found["data"]["result"])
+
+        for query in queries:
+            wait_until(lambda query=query: is_shown(query) or time.sleep(0.3))
+
+
+def test_figures_agree_after_resubmits_prunes_and_restarts(queue, capsys, monkeypatch):
+    monkeypatch.setattr(admin, "wants_rows", lambda _: False)  # as on a terminal
+    for turn in (1, 2):
+        work(queue)
+        queue.resubmit_where(state="failed")
+        queue.resubmit_where(state="completed", task="good")
+        while job := queue.dequeue("w", queues=["default"]):
+            queue.complete(job)
+        queue.prune(0, now=time.time() + 1)
+        with closing(pqueue.open_queue()) as restarted:
+            whole = Counter({name: getattr(total(restarted.outcomes()), name) for name in EVENTS})
+            for name, number in {"enqueued": 14, "failed": 4, "retried": 4, "cancelled": 1}.items():
+                assert whole[name] == number * turn
+            samples = re.findall(r"^pqueue_(\w+)_total\{.*\} (\d+)$", report.metrics(restarted, []), re.MULTILINE)
+        metrics: Counter[str] = Counter()
+        for name, number in samples:
+            metrics[name] += int(number)
+        assert dict(metrics) == dict(whole)
+        minutes = dashboard._hour(queue)
+        assert {name: sum(each[name] for each in minutes) for name in dashboard.COUNTED} == {
+            name: whole[name] for name in dashboard.COUNTED
+        }
+        recent = report.recent(queue, time.time())
+        admin.main(["stats"])
+        line = capsys.readouterr().out.splitlines()[-1]
+        shown = {name: int(number) for number, name in re.findall(r"(\d+) (\w+)", line.partition(": ")[2])}
+        assert shown == {name: getattr(recent, name) for name in EVENTS if getattr(recent, name)}
