@@ -104,6 +104,7 @@ from pqueue_schema import (
     PEEK,
     PROMOTE,
     RECORD,
+    RECORD_OPERATION,
     REDELIVER,
     REGISTER,
     RELEASE,
@@ -167,6 +168,7 @@ from pqueue_values import (
     short,
     time_of,
     to_job,
+    valid_filter,
     valid_id,
     valid_int,
     valid_name,
@@ -763,6 +765,12 @@ class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Re
             if sql in (MARK_FAILED, CANCEL):
                 self._job_ended(session, job_id, params["now"])
 
+    def record(self, event: str, *, by: str | None = None, now: float | None = None) -> None:
+        """Record an operator's action that concerns no job; see `operations`. The verbs do it themselves."""
+        with self._transaction() as session:
+            params = {"event": valid_filter("event", event, 1000), "actor": _actor(by), "now": self._time(now)}
+            session.change(RECORD_OPERATION, params)
+
     def _expect_room(self, session: Session, verb: str, queue: str) -> None:
         room, max_pending = session.run(ROOM, {"queue": queue})[0]
         if room is not None and room <= 0:
@@ -781,28 +789,29 @@ class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Re
                 self._lock_jobs(session, sorted(valid_id(job_id) for job_id in job_ids))
             yield
 
-    def pause(self, queue: str) -> None:
+    def pause(self, queue: str, *, by: str | None = None) -> None:
         """Stop delivering jobs of this queue until `resume`. Running jobs continue."""
-        self._set_queue(SET_PAUSED, queue, 1)
+        self._set_queue(SET_PAUSED, queue, 1, f"paused queue {queue}", by)
 
-    def resume(self, queue: str) -> None:
+    def resume(self, queue: str, *, by: str | None = None) -> None:
         """Deliver jobs of this queue again."""
-        self._set_queue(SET_PAUSED, queue, 0)
+        self._set_queue(SET_PAUSED, queue, 0, f"resumed queue {queue}", by)
 
-    def limit(self, queue: str, max_pending: int | None) -> None:
+    def limit(self, queue: str, max_pending: int | None, *, by: str | None = None) -> None:
         """Refuse to enqueue or resubmit while the queue has this many pending jobs; None: no limit.
 
         Jobs that are scheduled, or assigned to a consumer, do not count.
         """
         most = None if max_pending is None else valid_int("max_pending", 1, max_pending)
         with self._transaction() as session:
-            self._set_queue(SET_MAX_PENDING, queue, most)
+            self._set_queue(SET_MAX_PENDING, queue, most, f"limited queue {queue} to {most or 'any number'}", by)
             self._count_pending(session, [queue])
 
-    def _set_queue(self, sql: str, queue: str, value: int | None) -> None:
+    def _set_queue(self, sql: str, queue: str, value: int | None, event: str, by: str | None) -> None:
         with self._transaction() as session:
             session.change(ADD_QUEUE, {"queue": valid_name("queue", queue)})
             session.change(sql, {"queue": queue, "value": value})
+            self.record(event, by=by)
             session.wakes = True
 
     def delete_jobs(self, job_ids: Iterable[int] | None = None, *, force: bool = False) -> int:

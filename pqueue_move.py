@@ -31,16 +31,17 @@ NEW_JOB_COLUMNS = ", ".join(Job._fields[1:])
 COPY_JOB = f"""
 INSERT INTO jobs ({NEW_JOB_COLUMNS}) VALUES (:{NEW_JOB_COLUMNS.replace(", ", ", :")})
 {UNLESS_HELD} RETURNING id"""
-HISTORY_COLUMNS = ("at", "event", "actor", "attempt", "error")
+HISTORY_COLUMNS = ("at", "event", "actor", "attempt", "error", "started_at")
 HISTORY_OF = f"SELECT {', '.join(HISTORY_COLUMNS)} FROM history WHERE job_id = :id ORDER BY id"
 COPY_HISTORY = """
-INSERT INTO history (job_id, at, event, actor, attempt, error) VALUES (:id, :at, :event, :actor, :attempt, :error)"""
+INSERT INTO history (job_id, at, event, actor, attempt, error, started_at)
+VALUES (:id, :at, :event, :actor, :attempt, :error, :started_at)"""
 
 # The tables and columns to copy; the first column is the key. Consumers are not copied: they are local processes.
 COPIED = {
     "queues": "name, paused, max_pending, keep_completed_seconds, keep_failed_seconds, keep_cancelled_seconds",
     "jobs": COLUMNS,
-    "history": "id, job_id, at, event, actor, attempt, error",
+    "history": "id, job_id, at, event, actor, attempt, error, started_at",
     "schedules": SCHEDULE_COLUMNS,
     "dependencies": "id, job_id, parent_id, after_failed",
     "outcomes": COUNT_COLUMNS,
@@ -56,6 +57,7 @@ OUTLINE = ", ".join(name for name in Job._fields if name not in ("payload", "res
 PARTIAL = "SELECT 1 FROM history WHERE id = -1"
 MARK_PARTIAL = "INSERT INTO history (id, job_id, at, event, actor, attempt) VALUES (-1, 0, 0, 'copying', '', 0)"
 UNMARK_PARTIAL = "DELETE FROM history WHERE id = -1"
+FORGET_OPERATIONS = "DELETE FROM history WHERE job_id = 0 AND id > 0"  # in a target, whose ids they would take
 IS_USED = "SELECT 1 FROM queue_tasks LIMIT 1"  # a job was enqueued; a partial copy has no tasks
 # Without those that hold a key for a time: another job may have it before they are copied.
 FINISHED_JOBS = f"""
@@ -119,6 +121,7 @@ class Moving(Counting):
             _expect_unused(copy)
             if not copy.run(PARTIAL):
                 copy.change("DELETE FROM queue_tasks")
+                copy.change(FORGET_OPERATIONS)
                 copy.change(MARK_PARTIAL)
             last, copied = copy.run("SELECT coalesce(max(id), -1) FROM jobs")[0][0], 0
         while rows := self._read(FINISHED_JOBS, {"after": last}):
@@ -285,6 +288,7 @@ def _copy_rows(source: Session, copy: Session, progress: Callable[[int], None] |
     """Copy and compare the tables; return the number of rows of each."""
     for table in (*NAMED_TABLES, "outcomes"):
         copy.change(f"DELETE FROM {table}")
+    copy.change(FORGET_OPERATIONS)
     missing = _update_partial_copy(source, copy) if copy.run(PARTIAL) else None
     copy.change(UNMARK_PARTIAL)
     done = 0

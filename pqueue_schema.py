@@ -13,6 +13,8 @@ FINISHED = ("completed", "failed", "cancelled")
 STATES = UNFINISHED + FINISHED
 UNTAKEN = ("waiting", "scheduled", "pending")
 
+ENDS = ("failed", "expired", "died", "released", "snoozed")  # events that end an attempt; others are of operators
+
 # A job holds its key until key_expires_at, which the first enqueue after that time sets to NULL; without one, until the
 # job has finished, or was delivered for the first time. A job that holds a key is the only one of its queue and task.
 # guard: a key until started is free from the first delivery on
@@ -120,12 +122,13 @@ CREATE TABLE consumers (
         """
 CREATE TABLE history (
     id      {id},
-    job_id  {bigint} NOT NULL,   -- jobs.id
+    job_id  {bigint} NOT NULL,   -- jobs.id; 0: none
     at      {float} NOT NULL,    -- Unix seconds
     event   TEXT NOT NULL,       -- failed, expired, died, released; by an operator: resubmitted, marked failed …
     actor   TEXT NOT NULL,       -- name of the consumer or the operator
     attempt INTEGER NOT NULL,    -- jobs.attempts at that time
-    error   TEXT                 -- NULL: none
+    error   TEXT,                -- NULL: none
+    started_at {float}           -- start of the attempt that ended, Unix seconds; NULL: none did
 )
 {sqlite} STRICT""",
         """
@@ -193,6 +196,7 @@ CREATE TABLE outcomes (  -- see pqueue_outcomes
         f"CREATE UNIQUE INDEX jobs_key ON jobs (queue, key, {{task}}) WHERE {HOLDS_KEY}",
         "CREATE INDEX history_job ON history (job_id)",
         "CREATE INDEX dependencies_job ON dependencies (job_id)",
+        f"CREATE INDEX history_operations ON history (id) WHERE event NOT IN {ENDS}",
         "CREATE INDEX consumers_running ON consumers (id) WHERE state = 'running'",
     ]
 ]
@@ -485,8 +489,19 @@ WHERE id = :id AND state IN {UNFINISHED}"""
 
 # Record an event of a job. Must run before the transition, while the row still describes the attempt.
 RECORD = """
-INSERT INTO history (job_id, at, event, actor, attempt, error)
-SELECT id, :now, :event, :actor, attempts, :error FROM jobs WHERE id = :id"""
+INSERT INTO history (job_id, at, event, actor, attempt, error, started_at)
+SELECT id, :now, :event, :actor, attempts, :error, CASE state WHEN 'processing' THEN started_at END
+FROM jobs WHERE id = :id"""
+
+# Record an operator's action that concerns no job.
+RECORD_OPERATION = """
+INSERT INTO history (job_id, at, event, actor, attempt) VALUES (0, :now, :event, :actor, 0)"""
+
+# Return the latest operations: the rows with one time, actor and event.
+OPERATIONS = f"""
+SELECT at, actor, event, sum(CASE job_id WHEN 0 THEN 0 ELSE 1 END), min(job_id) FROM (
+    SELECT * FROM history WHERE event NOT IN {ENDS} ORDER BY id DESC LIMIT :rows) latest
+GROUP BY at, actor, event ORDER BY at DESC, max(id) DESC LIMIT :limit"""
 
 # Return the consumers that lost the job since it was last resubmitted.
 LOST_BY = """

@@ -16,6 +16,7 @@ from pqueue_schema import (
     FAILURE_CHARS,
     FAILURES,
     INDEXED,
+    OPERATIONS,
     PENDING_TASKS,
     STALLED,
     STATES,
@@ -38,6 +39,7 @@ from pqueue_values import (
 )
 
 INDEX_SCAN_JOBS = 100_000  # rows of a state to sort through its index; if it has more, walking by id is faster
+OPERATION_ROWS = 10_000  # of the history that `operations` reads
 WALK_IDS = 1000  # ids scanned between checks of the deadline
 TEXT_SCAN_JOBS = 8  # jobs that a text search reads at once: each may have 2 MiB
 LONG_COLUMNS = ("payload", "result", "error")
@@ -74,11 +76,21 @@ class Reading(Backend):
 
         Each is a dict: "event", how an attempt ended (failed, expired, died or released) or what an operator did; "at",
         Unix seconds; "actor", the consumer or the operator; "attempt", its number; "error", or None. The attempt that
-        completes the job is not recorded.
+        completes the job is not recorded. "started_at" is when the attempt began, or None if the event ended none.
         """
-        columns = "at, event, actor, attempt, error"
+        columns = "at, event, actor, attempt, error, started_at"
         last = f"SELECT {columns} FROM history WHERE job_id = :id ORDER BY id DESC LIMIT :limit"
         return self._dicts(columns, last, {"id": valid_id(job_id), "limit": valid_int("limit", 1, limit)})[::-1]
+
+    def operations(self, *, limit: int = 100) -> list[dict[str, Any]]:
+        """Return the latest actions of operators, newest first. What one call changed is one action, also if it changed
+        many jobs.
+
+        Each is a dict: "at", Unix seconds; "actor", the operator; "event", what was done; "jobs", how many were
+        changed; "job_id", the first of them, or 0 for none. Of very many jobs, the latest are counted.
+        """
+        params = {"limit": valid_int("limit", 1, limit), "rows": OPERATION_ROWS}
+        return self._dicts("at, actor, event, jobs, job_id", OPERATIONS, params)
 
     def _dicts(self, columns: str, sql: str, params: Params) -> list[dict[str, Any]]:
         return [dict(zip(columns.split(", "), row, strict=True)) for row in self._read(sql, params)]

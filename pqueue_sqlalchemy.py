@@ -1034,11 +1034,11 @@ class OnPostgres(PersistentQSQLAlchemy):
         except KeyTaken:
             super()._operator_verb(*arguments, **values)
 
-    def limit(self, queue: str, max_pending: int | None) -> None:
+    def limit(self, queue: str, max_pending: int | None, *, by: str | None = None) -> None:
         """See the base class. Locks out writers, to count the pending jobs."""
         with self._transaction() as session:
             self._lock_out_writers(session)
-            super().limit(queue, max_pending)
+            super().limit(queue, max_pending, by=by)
         if not self.in_transaction and self._read(IS_COUNTED) and not self._read(pqueue_schema.LIMITED):
             session.alone(STOP_COUNTING, {})
 
@@ -1050,9 +1050,9 @@ class OnPostgres(PersistentQSQLAlchemy):
             for statement in START_COUNTING:
                 session.change(statement)
 
-    def pause(self, queue: str) -> None:
+    def pause(self, queue: str, *, by: str | None = None) -> None:
         """See the base class. Waits for claims that began before."""
-        super().pause(queue)
+        super().pause(queue, by=by)
         until = time.monotonic() + self._busy_seconds * (not self.in_transaction)
         under_way = set(self._read(WRITERS))
         while (under_way := under_way.intersection(self._read(WRITERS))) and time.monotonic() < until:

@@ -1898,6 +1898,7 @@ class QueueContract:
         target, progress = self.target(), []
         copied = self.queue.copy_to(target, progress.append)
         self.assertEqual(copied, {"queues": 2, "jobs": 7, "history": 2, "schedules": 0, "dependencies": 0})
+        self.assertEqual(copied, {"queues": 2, "jobs": 7, "history": 3, "schedules": 0})
         self.assertEqual((progress, sum(copied.values())), (sorted(progress), progress[-1]))
         self.assertEqual(target.list_jobs(), self.queue.list_jobs())
         self.assertEqual(target.stats(), self.queue.stats())
@@ -1922,6 +1923,7 @@ class QueueContract:
         self.assertEqual(
             queue.move_to(target), {"queues": 3, "jobs": 3, "history": 1, "schedules": 0, "dependencies": 0}
         )
+        self.assertEqual(queue.move_to(target), {"queues": 3, "jobs": 3, "history": 2, "schedules": 0})
         self.assertEqual((queue.move_status()["event"], queue.move_status()["to"]), ("moved", target.name))
         self.assertTrue(queue.has_moved_to(target))
         self.assertIsNone(target.move_status())
@@ -2711,6 +2713,58 @@ class QueueContract:
         groups = [(each["task"], each["error"], each["jobs"]) for each in self.queue.failures()]
         self.assertEqual(groups, [("a", "by hand", 1), ("b", "ValueError: x", 1), ("a", "ValueError: x", 2)])
         self.assertEqual(self.queue.failures()[0]["last_id"], last)
+
+    def test_operations_are_recorded_with_who_did_what_when_and_to_how_many_jobs(self):
+        q, now = self.queue, self.queue.now()
+        ids = q.enqueue_many("t", range(5))
+        q.release(q.dequeue("w"))
+        q.fail(q.dequeue("w"), "no")
+        q.pause("default", by="ann")
+        q.limit("default", 7, by="bob")
+        q.limit("default", None)
+        q.resume("default", by="ann")
+        q.record("added consumers", by="eve", now=now + 50)
+        q.cancel_where(ids=ids[:3], by="eve", now=now + 60)
+        q.resubmit(ids[0], by="eve", now=now + 60)
+        found = [(each["event"], each["actor"], each["jobs"], each["job_id"]) for each in q.operations()]
+        self.assertEqual(
+            found[:3],
+            [("resubmitted", "eve", 1, ids[0]), ("cancelled", "eve", 3, ids[0]), ("added consumers", "eve", 0, 0)],
+        )
+        self.assertEqual(
+            [each[:2] for each in found[3:]],
+            [
+                ("resumed queue default", "ann"),
+                ("limited queue default to any number", pqueue_values.operator_name(None)),
+                ("limited queue default to 7", "bob"),
+                ("paused queue default", "ann"),
+            ],
+        )
+        self.assertEqual([each["at"] for each in q.operations(limit=2)], [now + 60] * 2)
+        q.pause("q" * 255, by="b" * 255)
+        for wrong in ({"event": "x" * 2000}, {"event": "x", "by": ""}, {"event": 7}):
+            with self.assertRaises(ValueError):
+                q.record(**wrong)
+
+    def test_copy_replaces_the_operations_of_its_target(self):
+        target = self.target()
+        for by in ("ann", "bob"):
+            target.pause("old", by=by)
+        job_id = self.queue.enqueue("t")
+        self.queue.cancel(job_id, by="eve")
+        self.queue.pause("default", by="eve")
+        self.queue.copy_finished_to(target)
+        self.queue.copy_to(target)
+        self.assertEqual(target.operations(), self.queue.operations())
+
+    def test_history_says_when_each_attempt_began(self):
+        job_id = self.queue.enqueue("t", now=NOW)
+        self.queue.fail(self.queue.dequeue("w", now=NOW + 1), "no", retry_in_seconds=0, now=NOW + 3)
+        self.queue.dequeue("w", now=NOW + 4)
+        self.queue.cancel(job_id, now=NOW + 6)
+        self.queue.resubmit(job_id, now=NOW + 7)
+        began = [(each["started_at"], each["at"]) for each in self.queue.history(job_id)]
+        self.assertEqual(began, [(NOW + 1, NOW + 3), (NOW + 4, NOW + 6), (None, NOW + 7)])
 
     def test_operator_sees_when_a_group_failed_first_and_last(self):
         now = self.queue.now()
