@@ -195,8 +195,8 @@ CREATE TABLE outcomes (  -- see pqueue_outcomes
            WHERE state = 'failed'""",
         f"CREATE UNIQUE INDEX jobs_key ON jobs (queue, key, {{task}}) WHERE {HOLDS_KEY}",
         "CREATE INDEX history_job ON history (job_id)",
-        "CREATE INDEX dependencies_job ON dependencies (job_id)",
         f"CREATE INDEX history_operations ON history (id) WHERE event NOT IN {ENDS}",
+        "CREATE INDEX dependencies_job ON dependencies (job_id)",
         "CREATE INDEX consumers_running ON consumers (id) WHERE state = 'running'",
     ]
 ]

@@ -1897,8 +1897,7 @@ class QueueContract:
         self.queue.pause("b")
         target, progress = self.target(), []
         copied = self.queue.copy_to(target, progress.append)
-        self.assertEqual(copied, {"queues": 2, "jobs": 7, "history": 2, "schedules": 0, "dependencies": 0})
-        self.assertEqual(copied, {"queues": 2, "jobs": 7, "history": 3, "schedules": 0})
+        self.assertEqual(copied, {"queues": 2, "jobs": 7, "history": 3, "schedules": 0, "dependencies": 0})
         self.assertEqual((progress, sum(copied.values())), (sorted(progress), progress[-1]))
         self.assertEqual(target.list_jobs(), self.queue.list_jobs())
         self.assertEqual(target.stats(), self.queue.stats())
@@ -1921,9 +1920,8 @@ class QueueContract:
         self.assertIsNone(queue.dequeue("w"))
         queue.complete(running)
         self.assertEqual(
-            queue.move_to(target), {"queues": 3, "jobs": 3, "history": 1, "schedules": 0, "dependencies": 0}
+            queue.move_to(target), {"queues": 3, "jobs": 3, "history": 2, "schedules": 0, "dependencies": 0}
         )
-        self.assertEqual(queue.move_to(target), {"queues": 3, "jobs": 3, "history": 2, "schedules": 0})
         self.assertEqual((queue.move_status()["event"], queue.move_status()["to"]), ("moved", target.name))
         self.assertTrue(queue.has_moved_to(target))
         self.assertIsNone(target.move_status())

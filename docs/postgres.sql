@@ -170,8 +170,9 @@ CREATE UNIQUE INDEX jobs_key ON pqueue.jobs (queue, key, hashtextextended(task, 
 
 CREATE INDEX history_job ON pqueue.history (job_id);
 
-CREATE INDEX dependencies_job ON pqueue.dependencies (job_id);
 CREATE INDEX history_operations ON pqueue.history (id) WHERE event NOT IN ('failed', 'expired', 'died', 'released', 'snoozed');
+
+CREATE INDEX dependencies_job ON pqueue.dependencies (job_id);
 
 CREATE INDEX consumers_running ON pqueue.consumers (id) WHERE state = 'running';
 
@@ -1379,8 +1380,7 @@ WHERE coalesce(last_value, 0) < highest AND has_sequence_privilege('pqueue.' || 
 -- Return indexes that are missing or invalid.
 SELECT CASE WHEN indexrelid IS NULL THEN format('index %s is missing: create it as docs/postgres.sql shows', name)
     ELSE format('index %s is invalid: run REINDEX INDEX pqueue.%s', name, name) END
-FROM unnest(ARRAY['jobs_pkey', 'queues_pkey', 'consumers_pkey', 'consumers_token_key', 'history_pkey', 'schedules_pkey', 'outcomes_shards', 'schedules_due', 'jobs_claim', 'jobs_assigned', 'jobs_waiting', 'jobs_scheduled', 'jobs_processing', 'jobs_finished', 'jobs_failed', 'jobs_key', 'history_job', 'dependencies_job', 'consumers_running']) AS name LEFT JOIN pg_index ON indexrelid = to_regclass('pqueue.' || name)
-FROM unnest(ARRAY['jobs_pkey', 'queues_pkey', 'consumers_pkey', 'consumers_token_key', 'history_pkey', 'schedules_pkey', 'schedules_due', 'jobs_claim', 'jobs_assigned', 'jobs_scheduled', 'jobs_processing', 'jobs_finished', 'jobs_failed', 'jobs_key', 'history_job', 'history_operations', 'consumers_running']) AS name LEFT JOIN pg_index ON indexrelid = to_regclass('pqueue.' || name)
+FROM unnest(ARRAY['jobs_pkey', 'queues_pkey', 'consumers_pkey', 'consumers_token_key', 'history_pkey', 'schedules_pkey', 'outcomes_shards', 'schedules_due', 'jobs_claim', 'jobs_assigned', 'jobs_waiting', 'jobs_scheduled', 'jobs_processing', 'jobs_finished', 'jobs_failed', 'jobs_key', 'history_job', 'history_operations', 'dependencies_job', 'consumers_running']) AS name LEFT JOIN pg_index ON indexrelid = to_regclass('pqueue.' || name)
 WHERE indexrelid IS NULL OR NOT (indisvalid AND indisready AND indislive);
 
 -- COLLATION_CHANGED

@@ -19,6 +19,7 @@ import pqueue
 from pqueue import DoNotRetry, Job, PersistentQInterface, QueueError
 from pqueue_outcomes import Outcomes, Times, minute, total
 from pqueue_tools import file_task, report, supervisor
+from pqueue_tools.commands import Ago, moment
 from pqueue_tools.masking import masked_job
 from pqueue_tools.process import whole_number
 
@@ -37,21 +38,22 @@ MINUTES = 60
 COUNTED = ("enqueued", "completed", "failed", "retried")
 FAILED_GROUPS_SHOWN = 20
 CONSUMERS_SHOWN = 100
+OPERATIONS_SHOWN = 100
 FILE_BYTES_SHOWN = 65_536  # of a job's file
 STATES_SHOWN = ("pending", "scheduled", "waiting", "processing", "completed", "failed")
 OTHER_HOST = "refused: this is not a host name of the dashboard; PQUEUE_OPS_HOSTS can list more"
 OTHER_SITE = "refused: the request comes from another site"
-FILTERS = ("state", "queue", "task", "consumer", "fingerprint", "text")
-FORM_FIELDS = ("scope", "id", "back", "confirmed")  # of an action on many jobs, apart from the filters
-CHART_COLOURS: dict[str, str] = {  # for light and dark pages
+FILTERS = ("state", "queue", "task", "consumer", "key", "text", "since", "until", "fingerprint")
+CHART_COLOURS: dict[str, str] = {  # for light and dark pages; apart for all kinds of colour vision
     "enqueued": "#8a94a6",
-    "completed": "#2aa36b",
-    "failed": "#e5484d",
-    "wait": "#b97d10",
-    "run": "#2f80d8",
+    "completed": "#3b82d6",
+    "failed": "#d9600b",
+    "wait": "#d9600b",
+    "run": "#3b82d6",
 }
 
 Form = dict[str, list[str]]
+Query = dict[str, list[str]]  # of an address
 JobPage = tuple[list[Job], "int | None"]  # a page of jobs, and the id before which to continue
 Percentiles = tuple[float, float]  # p50 and p95, seconds
 
@@ -152,10 +154,13 @@ class FigureCache:
             "processing": _processing,
             "failures": PersistentQInterface.failures,
             "consumers": _consumers,
+            "schedules": lambda queue: [report.schedule_row(each) for each in queue.schedules()],
+            "activity": lambda queue: queue.operations(limit=OPERATIONS_SHOWN),
             "processes": lambda _: supervisor.known_processes(),
             "growth": _growth,
         }
         self._computed: dict[str, tuple[float, Any]] = {}  # expiry time, and the figures or a QueueError
+        self._began: dict[str, float] = {}  # when the computation of each began
         self._stale_at: dict[str, float] = {}
         self._running: dict[str, Future[None]] = {}
         self._searches: dict[str, tuple[float, JobPage | None]] = {}
@@ -226,6 +231,7 @@ class FigureCache:
         with self._lock:
             now = time.monotonic()
             computed = {part: found for part, (until, found) in self._computed.items() if until > now}
+            age = max((now - self._began[part] for part in computed), default=0.0)
         for found in computed.values():
             if isinstance(found, Exception):
                 raise found
@@ -233,7 +239,7 @@ class FigureCache:
             raise QueueError("counting the jobs …")
         overview = computed["overview"]
         found = report.by_severity(overview["findings"] + report.program_findings(computed["processes"]))
-        return {**computed, "overview": {**overview, "findings": found}}
+        return {**computed, "overview": {**overview, "findings": found}, "age": age}
 
     def _compute(self, part: str, queue: PersistentQInterface, running: dict[str, Future[None]]) -> None:
         began = time.monotonic()
@@ -246,15 +252,15 @@ class FigureCache:
             found = QueueError(f"cannot count the jobs: {error}")
         with self._lock:
             if self._running is running:  # otherwise the result is already out of date
-                self._stale_at[part] = _stale_at(began)
+                self._stale_at[part], self._began[part] = _stale_at(began), began
                 self._computed[part] = self._stale_at[part] + MAX_STALE_SECONDS, found
                 del running[part]
 
-    def jobs(self, query: dict[str, str]) -> JobPage:
+    def jobs(self, query: Query) -> JobPage:
         """Return a page of the jobs that match the query's filters and are older than its before_id, newest first, or
         what was found of it in SEARCH_SECONDS; and the id before which to continue, or None at the end. Payloads,
         results and errors are excerpts."""
-        queue, given, before = self.queue(), _given(query), query.get("before_id")
+        queue, given, before = self.queue(), filters_of(query), one(query, "before_id")
         before_id = whole_number(0)(before) if before else None
         search = json.dumps([given, before_id])
         with self._reading:
@@ -279,16 +285,18 @@ class FigureCache:
         return found
 
     def job(self, job_id: int) -> dict[str, Any]:
-        """Return job and history, masked; why; and file: its text, an error message, or None for a job without a
-        file."""
+        """Return job and history, masked; is_masked, whether the payload has hidden values; why; and file: its text, an
+        error message, or None for a job without a file."""
         queue, stats = self.queue(), None
         with suppress(QueueError):
             stats = self.figures()["overview"]
         with self._reading:
             why = report.why(queue, job_id, stats=stats)
-            job = masked_job(queue.get(job_id))
+            whole = queue.get(job_id)
+            job = masked_job(whole)
         history = report.history(queue, job_id, limit=EVENTS_SHOWN)
-        return {"job": job, "history": history, "why": why, "file": _file_text(job.payload)}
+        is_masked = job.payload is not whole.payload
+        return {"job": job, "history": history, "why": why, "file": _file_text(job.payload), "is_masked": is_masked}
 
 
 def _stale_at(began: float) -> float:
@@ -354,18 +362,36 @@ def _percentiles(times: Times) -> Percentiles | None:
     return None if p50 is None or p95 is None else (p50, p95)
 
 
-def expect_query(query: Form, names: tuple[str, ...]) -> None:
+def expect_query(query: Query, names: tuple[str, ...]) -> None:
     """Raise ValueError unless a program's query consists of these names, each with one value that is not empty: with an
     ignored filter, the answer would contain other jobs than the program takes it for."""
     for name, values in query.items():
         if name not in names:
             raise ValueError(f"expected {', '.join(names) or 'no parameter'}, got {report.cut(name, 40)!r}")
-        if len(values) > 1 or not values[0]:
+        if (len(values) > 1 and name != "state") or not all(values):
             raise ValueError(f"expected one value of {name}, got {report.cut(', '.join(values), 40)!r}")
 
 
-def _given(filters: dict[str, str]) -> dict[str, Any]:
-    return {name: value for name, value in filters.items() if name in FILTERS and value}
+def one(query: Query, name: str) -> str:
+    return (query.get(name) or [""])[0]
+
+
+def given(query: Query) -> Query:
+    """Return the filters of an address that are not empty."""
+    found = {name: [each for each in query.get(name, []) if each] for name in FILTERS}
+    return {name: values for name, values in found.items() if values}
+
+
+def filters_of(query: Query) -> dict[str, Any]:
+    """Return the filters of an address as options of `list_jobs`. Raises ValueError."""
+    filters: dict[str, Any] = {name: values[0] for name, values in given(query).items()}
+    if "state" in filters:
+        filters["state"] = query["state"]
+    for name, option in (("since", "created_from"), ("until", "created_before")):
+        if name in filters:
+            at = moment(filters.pop(name))
+            filters[option] = report.now_shown() - at if isinstance(at, Ago) else at
+    return filters
 
 
 def _file_text(payload: Any) -> str | None:
@@ -402,134 +428,3 @@ def times(pair: Percentiles | None) -> str:
 
 def _seconds(value: float) -> tuple[str, str]:
     return (f"{value * 1000:,.0f}", "ms") if value < 1 else (f"{value:,.1f}", "s")
-
-
-# Actions ##############################################################################################################
-
-
-def _jobs_action(verb: str, done: str) -> Callable[[PersistentQInterface, Form], str]:
-    """Act on the jobs of the form's `id` fields or, with `scope` = matching, on all that match its filters."""
-
-    def act(queue: PersistentQInterface, form: Form) -> str:
-        method = getattr(queue, verb)
-        if filters := _filters(form):
-            done_to = queue.act_where(method, **filters, shown=masked_job)
-            changed, refused = int(done_to), done_to.refused
-        else:
-            changed, refused = _act_on_each(_ids(form), method)
-        if not changed:
-            raise ValueError(f"no job was {done}: {report.count(refused, 'job')} found, and no state allows it")
-        return f"{done} {report.count(changed, 'job')}" + (
-            f"; {refused:,} not changed because of their state" if refused else ""
-        )
-
-    return act
-
-
-def _filters(form: Form) -> dict[str, Any]:
-    """Return the filters of an action on all jobs that match, or {} if the form lists jobs. Raises ValueError."""
-    if _one(form, "scope") != "matching":
-        return {}
-    if unknown := set(form) - {*FILTERS, *FORM_FIELDS}:
-        raise ValueError(f"expected the filters {', '.join(FILTERS)}, got {', '.join(sorted(unknown))}")
-    filters = _given({name: _one(form, name) for name in FILTERS})
-    if not filters:
-        raise ValueError("expected a filter; to act on all jobs, use the command line")
-    return filters
-
-
-def _ids(form: Form) -> list[int]:
-    if not form.get("id"):
-        raise ValueError("expected at least one selected job")
-    return sorted({whole_number(0)(each) for each in form["id"]})
-
-
-def question(cache: FigureCache, name: str, form: Form) -> str:
-    """Return what an action on many jobs would do, with their number: cancel 12 jobs. Raises QueueError, ValueError."""
-    filters = _filters(form)
-    number = cache.queue().count_jobs(**filters, shown=masked_job) if filters else len(_ids(form))
-    if not number:
-        raise ValueError("no job matches the filter")
-    return f"{name.replace('_', ' ')} {report.count(number, 'job')}"
-
-
-def _act_on_each(numbers: list[int], method: Callable[[int], None]) -> tuple[int, int]:
-    if len(numbers) == 1:
-        method(numbers[0])
-        return 1, 0
-    refused = 0
-    for number in numbers:
-        try:
-            method(number)
-        except (pqueue.InvalidTransition, pqueue.JobNotFound):
-            refused += 1
-    return len(numbers) - refused, refused
-
-
-def _assign(queue: PersistentQInterface, form: Form) -> str:
-    name = _one(form, "consumer")
-    queue.assign(whole_number(0)(_one(form, "id")), name or None)
-    return f"assigned to {name or 'any consumer'}"
-
-
-def _queue_action(verb: str, done: str) -> Callable[[PersistentQInterface, Form], str]:
-    def act(queue: PersistentQInterface, form: Form) -> str:
-        getattr(queue, verb)(_one(form, "queue"))
-        return f"queue {_one(form, 'queue')} {done}"
-
-    return act
-
-
-def _limit(queue: PersistentQInterface, form: Form) -> str:
-    name, given = _one(form, "queue"), _one(form, "max_pending")
-    most = whole_number(0)(given) if given else None
-    queue.limit(name, most)
-    return f"queue {name} " + ("has no limit" if most is None else f"limited to {report.count(most, 'pending job')}")
-
-
-def _resubmit_group(queue: PersistentQInterface, form: Form) -> str:
-    """Resubmit the failed jobs of a task that are shown with this error."""
-    changed = queue.resubmit_where(state="failed", task=_one(form, "task"), fingerprint=_one(form, "fingerprint"))
-    if not changed:
-        raise ValueError("no job was resubmitted: none is failed with this error any more")
-    return f"resubmitted {report.count(changed, 'job')}"
-
-
-def _add_group(_: PersistentQInterface, __: Form) -> str:
-    return f"added {supervisor.add_group()}: {supervisor.GROUP_SIZE} consumers"
-
-
-def _remove_group(_: PersistentQInterface, form: Form) -> str:
-    supervisor.remove_group(_one(form, "group"))
-    return f"removed {_one(form, 'group')}"
-
-
-ACTIONS: dict[str, Callable[[PersistentQInterface, Form], str]] = {
-    "resubmit": _jobs_action("resubmit", "resubmitted"),
-    "mark_failed": _jobs_action("mark_failed", "marked as failed"),
-    "cancel": _jobs_action("cancel", "cancelled"),
-    "run_now": _jobs_action("run_now", "made pending"),
-    "assign": _assign,
-    "resubmit_group": _resubmit_group,
-    "pause": _queue_action("pause", "paused"),
-    "resume": _queue_action("resume", "resumed"),
-    "limit": _limit,
-    "add_group": _add_group,
-    "remove_group": _remove_group,
-}
-
-
-def act(cache: FigureCache, name: str, form: Form) -> tuple[bool, str]:
-    """Perform an action. Return whether it succeeded, and a message."""
-    if read_only():
-        return False, "refused: this dashboard is read-only"
-    try:
-        done = ACTIONS[name](cache.queue(), form)
-    except (QueueError, supervisor.ManagerError, ValueError) as error:
-        return False, str(error)
-    cache.expire()
-    return True, done
-
-
-def _one(form: Form, name: str) -> str:
-    return (form.get(name) or [""])[0]

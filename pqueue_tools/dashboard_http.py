@@ -1,4 +1,4 @@
-"""The dashboard's HTTP server, on the standard library: pages, fragments of the live parts, JSON, metrics and actions.
+"""The dashboard's HTTP server, on the standard library: pages, JSON, metrics and actions.
 
 By default it listens on loopback. Any other address requires a password, PQUEUE_OPS_PASSWORD, and should be behind a
 proxy with TLS. The proxy's Host header must be the server's address, nginx's default, or a name in PQUEUE_OPS_HOSTS.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import errno
+import gzip
+import hashlib
 import hmac
 import json
 import os
@@ -26,9 +28,10 @@ from typing import Any
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 from pqueue import JobNotFound, QueueError
-from pqueue_tools import dashboard, dashboard_html, dashboard_summary, report, termination
+from pqueue_tools import dashboard, dashboard_actions, dashboard_html, report, tables, termination
 from pqueue_tools.masking import is_cut
 from pqueue_tools.process import print_error
+from pqueue_values import operator_name
 
 MAX_BODY_BYTES = 100_000
 MAX_CONNECTIONS = 256  # beyond this, the connection whose request has been incomplete longest is closed
@@ -41,6 +44,7 @@ RENDER_WAIT_SECONDS = 10.0  # how long a response waits for earlier ones to be r
 LARGE_ANSWER_BYTES = 100_000
 MAX_LARGE_ANSWERS = 8  # at a time: each stays in memory until its client has read it
 RETRY_SECONDS = 2
+GZIP_BYTES = 1000  # shorter answers are not compressed
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
     "img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -186,11 +190,18 @@ class Handler(BaseHTTPRequestHandler):
             self._check()
             respond()
         except Refused as refused:
-            self._send(refused.status, TEXT, f"{refused}\n")
+            self._refuse(refused.status, str(refused))
         except JobNotFound as error:
-            self._send(HTTPStatus.NOT_FOUND, TEXT, f"{error}\n")
+            self._refuse(HTTPStatus.NOT_FOUND, str(error))
         except ValueError as error:  # from the queue, urlsplit or parse_qs
-            self._send(HTTPStatus.BAD_REQUEST, TEXT, f"{error}\n")
+            self._refuse(HTTPStatus.BAD_REQUEST, str(error))
+
+    def _refuse(self, status: HTTPStatus, sentence: str) -> None:
+        """Answer a browser with a page, and a program with a line."""
+        if "text/html" in self.headers.get("Accept", ""):
+            self._send(status, HTML, dashboard_html.refusal(sentence))
+        else:
+            self._send(status, TEXT, f"{sentence}\n")
 
     def _check(self) -> None:
         hosts = self.headers.get_all("Host", [])
@@ -208,12 +219,23 @@ class Handler(BaseHTTPRequestHandler):
         return dashboard.without_prefix(urlsplit(self.path).path) in PROBES
 
     def _has_password(self, password: str) -> bool:
+        return hmac.compare_digest(self._login()[1], os.fsencode(password))
+
+    def _login(self) -> tuple[bytes, bytes]:
+        """Return the user name and the password that were given, or empty ones."""
         scheme, _, given = self.headers.get("Authorization", "").partition(" ")
         try:
-            text = base64.b64decode(given, validate=True).partition(b":")[2] if scheme.lower() == "basic" else b""
+            name, _, password = base64.b64decode(given, validate=True).partition(b":")
         except ValueError:
-            return False
-        return hmac.compare_digest(text, os.fsencode(password))
+            name = password = b""
+        return (name, password) if scheme.lower() == "basic" else (b"", b"")
+
+    def _operator(self) -> str:
+        """Return who acts: the name that the proxy passes on, or that was given with the password, or this process's
+        user."""
+        header = os.environ.get("PQUEUE_OPS_USER_HEADER")
+        name = self.headers.get(header, "") if header else self._login()[0].decode("utf-8", "replace")
+        return f"{operator_name(name.strip() or None)} (dashboard)"
 
     # Reading
 
@@ -221,7 +243,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.request_complete(self.connection)
         url = urlsplit(self.path)
         url = url._replace(path=dashboard.without_prefix(url.path))
-        query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        query = parse_qs(url.query)
         if url.path.startswith("/api/"):
             names = (*dashboard.FILTERS, "before_id") if url.path == "/api/jobs" else ()
             dashboard.expect_query(parse_qs(url.query, keep_blank_values=True), names)
@@ -232,7 +254,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             figures = self._figures(url.path)  # may wait, so not under the lock of rendering
             with self.server.rendered(self._render, url.path, query, figures) as answer:
-                self._send(*answer)
+                self._send(*answer, age=figures.get("age", 0.0))
         except JobNotFound:
             raise
         except QueueError as error:
@@ -245,17 +267,16 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(HTTPStatus.FORBIDDEN, dashboard.OTHER_SITE)
 
     def _figures(self, path: str) -> dict[str, Any]:
-        if path in ("/", "/live"):
+        if _page(path) or path.startswith("/job/"):
             return self.server.cache.figures()
         return self.server.cache.figures(FIGURES_WAIT_SECONDS) if path in ("/metrics", "/healthz", "/api/stats") else {}
 
-    def _render(self, path: str, query: dict[str, str], figures: dict[str, Any]) -> Answer:
+    def _render(self, path: str, query: dashboard.Query, figures: dict[str, Any]) -> Answer:
         cache = self.server.cache
-        if path == "/":
-            parts = dashboard_html.sections(figures, cache.jobs(query), query, self._token())
-            return HTTPStatus.OK, HTML, _encoded(dashboard_html.index(parts, query, self._message(query)))
-        if path == "/live":
-            return HTTPStatus.OK, JSON, _json(dashboard_html.sections(figures, cache.jobs(query), query, self._token()))
+        if page := _page(path):
+            jobs = cache.jobs(tables.query_of(page, query)) if "search" in page.parts else None
+            shown = dashboard_html.page(page, figures, jobs, query, self._message(query), self._token())
+            return HTTPStatus.OK, HTML, _encoded(shown)
         if path == "/metrics":
             seen = figures["overview"]
             return HTTPStatus.OK, METRICS, _encoded(report.metrics(cache.queue(), seen["findings"], stats=seen))
@@ -269,14 +290,14 @@ class Handler(BaseHTTPRequestHandler):
                 JSON,
                 _json({**figures["overview"], "findings": listed, "minutes": figures["minutes"]}),
             )
-        return HTTPStatus.OK, JSON if _is_data(path) else HTML, self._jobs(path, query)
+        return HTTPStatus.OK, JSON if _is_data(path) else HTML, self._jobs(path, query, figures)
 
     @staticmethod
     def _health(found: list[report.Finding]) -> Answer:
         status = HTTPStatus.SERVICE_UNAVAILABLE if report.problems(found) else HTTPStatus.OK
         return status, TEXT, _encoded("\n".join(report.verdict(found)) + "\n")
 
-    def _jobs(self, path: str, query: dict[str, str]) -> bytes:
+    def _jobs(self, path: str, query: dashboard.Query, figures: dict[str, Any]) -> bytes:
         cache = self.server.cache
         parent, _, number = path.rpartition("/")
         if path == "/api/jobs":
@@ -285,14 +306,15 @@ class Handler(BaseHTTPRequestHandler):
             return _json({"jobs": listed, "before_id": before})
         if number.isascii() and number.isdigit() and len(number) < 19:
             if parent == "/job":
-                return _encoded(dashboard_html.job(cache.job(int(number)), self._message(query), self._token()))
+                seen, found = figures["overview"], cache.job(int(number))
+                return _encoded(dashboard_html.job(found, self._message(query), self._token(), seen))
             if parent == "/api/jobs":
                 found = cache.job(int(number))
                 return _json({**found, "job": {**found["job"]._asdict(), "lease_token": None}})
         raise Refused(HTTPStatus.NOT_FOUND, "no such page")
 
-    def _message(self, query: dict[str, str]) -> str:
-        return self.server.pop_message(query.get("said", ""))
+    def _message(self, query: dashboard.Query) -> str:
+        return self.server.pop_message(dashboard.one(query, "said"))
 
     def _trouble(self, path: str, sentence: str) -> tuple[str, bytes]:
         if path in PROBES:
@@ -301,8 +323,6 @@ class Handler(BaseHTTPRequestHandler):
             return TEXT, _encoded(sentence + "\n")
         if path.startswith("/api/"):
             return JSON, _json({"error": sentence})
-        if path == "/live":
-            return JSON, _json({"health": dashboard_summary.trouble(sentence)})
         return HTML, _encoded(dashboard_html.without_queue(sentence))
 
     # Acting
@@ -316,12 +336,12 @@ class Handler(BaseHTTPRequestHandler):
         name = dashboard.without_prefix(urlsplit(self.path).path).removeprefix("/act/")
         is_bulk = name == "jobs"
         name = (form.pop("action", None) or [name])[0] if is_bulk else name
-        if name not in dashboard.ACTIONS:
+        if name not in dashboard_actions.ACTIONS:
             raise Refused(HTTPStatus.NOT_FOUND, "no such action")
         if is_bulk and "confirmed" not in form:
             self._ask(name, form)
             return
-        done, sentence = dashboard.act(self.server.cache, name, form)
+        done, sentence = dashboard_actions.act(self.server.cache, name, form, self._operator())
         if not done:
             raise Refused(HTTPStatus.CONFLICT, sentence)
         self._redirect((form.get("back") or ["/"])[0], sentence)
@@ -329,7 +349,7 @@ class Handler(BaseHTTPRequestHandler):
     def _ask(self, name: str, form: dashboard.Form) -> None:
         """Ask for confirmation of an action on many jobs."""
         try:
-            question = dashboard.question(self.server.cache, name, form)
+            question = dashboard_actions.question(self.server.cache, name, form)
         except (QueueError, ValueError) as error:
             raise Refused(HTTPStatus.CONFLICT, str(error)) from None
         self._send(HTTPStatus.OK, HTML, dashboard_html.question(question, name, form, self._token()))
@@ -358,22 +378,30 @@ class Handler(BaseHTTPRequestHandler):
 
     def _redirect(self, back: str, sentence: str) -> None:
         """Redirect to a page of the dashboard that shows the message."""
-        url = urlsplit(back if back.startswith(("/?", "/job/")) else "/")
-        page = url.path if url.path.startswith("/job/") else "/"
-        query = {name: values[0] for name, values in parse_qs(url.query).items() if name in dashboard.FILTERS}
+        url = urlsplit(back if dashboard_html.is_back(back) else "/")
+        query = {**dashboard.given(parse_qs(url.query)), "said": self.server.keep_message(sentence)}
         self.send_response(HTTPStatus.SEE_OTHER)
-        query["said"] = self.server.keep_message(sentence)
-        self.send_header("Location", f"{dashboard.prefix()}{quote(page)}?{urlencode(query)}")
+        self.send_header("Location", f"{dashboard.prefix()}{quote(url.path)}?{urlencode(query, doseq=True)}")
         self.send_header("Content-Length", "0")
         self.end_headers()
 
     def _token(self) -> str:
         return "" if dashboard.read_only() else self.server.token
 
-    def _send(self, status: HTTPStatus, kind: str, content: str | bytes) -> None:
+    def _send(self, status: HTTPStatus, kind: str, content: str | bytes, age: float = 0.0) -> None:
+        """Send an answer; `age` is that of the figures in it, in seconds. A page that the reader has is not sent."""
         body = _encoded(content) if isinstance(content, str) else content
+        headers = {"Content-Type": kind, **HEADERS, "X-Age": f"{age:.1f}", "X-Now": f"{report.now_shown():.3f}"}
+        if kind == HTML and status == HTTPStatus.OK:
+            headers["ETag"] = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+            if self.headers.get("If-None-Match") == headers["ETag"]:
+                status, body = HTTPStatus.NOT_MODIFIED, b""
+        # The size of a compressed page could tell another site, which chooses what it searches for, something about it.
+        if len(body) >= GZIP_BYTES and "gzip" in self.headers.get("Accept-Encoding", "") and self._is_ours():
+            headers["Content-Encoding"] = "gzip"
+            body = gzip.compress(body, 5)
         self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **HEADERS}.items():
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         if status == HTTPStatus.UNAUTHORIZED:
             self.send_header("WWW-Authenticate", 'Basic realm="pqueue"')
@@ -388,7 +416,11 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _is_data(path: str) -> bool:
-    return path.startswith(("/api/", "/live", "/metrics", "/healthz", "/readyz"))
+    return path.startswith(("/api/", "/metrics", "/healthz", "/readyz"))
+
+
+def _page(path: str) -> tables.Page | None:
+    return tables.PAGES.get(path[1:]) if path.startswith("/") else None
 
 
 def _encoded(text: str) -> bytes:

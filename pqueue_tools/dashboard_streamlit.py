@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from datetime import datetime
 from functools import partial
 from itertools import cycle
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import streamlit as st
 
 import pqueue
-from pqueue_tools import dashboard, dashboard_summary, report, tables
-from pqueue_tools.tables import Button, Column, Table
+from pqueue_tools import dashboard, dashboard_actions, dashboard_summary, report, tables
+from pqueue_tools.process import whole_number
+from pqueue_tools.tables import OVERVIEW_ROWS, Button, Column, Page, Table
+from pqueue_values import operator_name
 
 STYLE = f"""<style>{dashboard_summary.STYLE}
 .stApp {{ --card: transparent }} .block-container {{ padding: 1.2rem 1rem 3rem; max-width: 1312px }}
@@ -39,9 +44,32 @@ def page() -> None:
         return
     if message := st.session_state.pop("message", None):
         st.toast(_escaped(message))
-    _section("", _overview)
-    for table in (tables.PROCESSING, tables.JOBS, tables.FAILED, tables.CONSUMERS, tables.QUEUES):
-        _section(table.title, _jobs if table is tables.JOBS else partial(_figures, table))
+    _section("", _health)
+    if job_id := st.query_params.get("job", ""):
+        st.link_button("to the overview", "?")
+        _section("job", partial(_job, whole_number(0)(job_id)))
+        return
+    which = _chosen_page()
+    for part in which.parts:
+        if isinstance(part, tables.Table):
+            _section(part.key, partial(_figures, part, None if which.name else OVERVIEW_ROWS), part.title)
+        elif part == "search":
+            _section(part, partial(_search, which), "Jobs")
+        elif part != "findings":
+            _section(part, {"tiles": _tiles, "charts": _charts}[part])
+
+
+def _chosen_page() -> Page:
+    """Draw the names of the pages, and return the one that was chosen."""
+    titles = {each.title: each for each in tables.PAGES.values()}
+    if "page" not in st.session_state:
+        named = tables.PAGES.get(st.query_params.get("page", ""), tables.PAGES[""])
+        st.session_state["page"] = named.title
+    title = st.segmented_control("page", titles, key="page", label_visibility="collapsed")
+    which = titles.get(title or "", tables.PAGES[""])
+    if st.query_params.get("page", "") != which.name:
+        st.query_params["page"] = which.name
+    return which
 
 
 def _refusal() -> str | None:
@@ -63,18 +91,18 @@ def _refusal() -> str | None:
     return None
 
 
-def _section(title: str, part: Callable[[], None]) -> None:
+def _section(key: str, part: Callable[[], None], title: str = "") -> None:
     """Draw a part. If the queue cannot be opened, only the first part shows the error."""
 
     def draw() -> None:
         try:
             part()
         except (pqueue.QueueError, ValueError) as error:
-            st.caption("this part reloads automatically") if title else st.html(
+            st.caption("this part reloads automatically") if key else st.html(
                 _html(dashboard_summary.trouble(str(error)))
             )
 
-    draw.__qualname__ = title
+    draw.__qualname__ = key
     with st.container(border=True):
         if title:
             st.markdown(f"##### {title}")
@@ -86,7 +114,10 @@ def _html(body: str) -> str:
 
 
 def _act(name: str, **fields: Any) -> None:
-    done, sentence = dashboard.act(cache(), name, _form(fields))
+    header = os.environ.get("PQUEUE_OPS_USER_HEADER")
+    user = st.context.headers.get(header) if header else None
+    by = f"{operator_name(user or None)} (dashboard)"
+    done, sentence = dashboard_actions.act(cache(), name, _form(fields), by)
     st.session_state["message"] = sentence if done else f"not done: {sentence}"
     st.rerun()
 
@@ -103,56 +134,89 @@ def _escaped(value: str) -> str:
 # Parts ################################################################################################################
 
 
-def _overview() -> None:
-    figures = cache().figures()
-    seen = figures["overview"]
+def _health() -> None:
+    seen = cache().figures()["overview"]
     path = f'<span class="path">{dashboard_summary.text(seen["path"])}</span>'
-    title = f'<div class="title"><b>pqueue</b><div>{dashboard_summary.health(seen["findings"])}</div>{path}</div>'
-    st.html(_html(title + dashboard_summary.tiles(seen)))
-    st.markdown(_html(dashboard_summary.charts(figures["minutes"])), unsafe_allow_html=True)  # st.html drops SVG
+    mode = '<span class="health info">read-only</span>' if dashboard.read_only() else ""
+    zone = f'<span class="path">times in {dashboard_summary.text(_zone())}</span>'
+    found = dashboard_summary.findings(seen["findings"], lambda part: f"?page={tables.page_of(part)}")
+    st.html(_html(f'<div class="title"><b>pqueue</b>{mode}{path}{zone}</div>{found}'))
 
 
-def _figures(table: Table) -> None:
+def _zone() -> str:
+    """Return the name of the reader's time zone."""
+    return st.context.timezone or "UTC"
+
+
+def _clock(at: float) -> str:
+    return f"{datetime.fromtimestamp(at, ZoneInfo(_zone())):%Y-%m-%d %H:%M:%S}"
+
+
+def _tiles() -> None:
+    st.html(_html(dashboard_summary.tiles(cache().figures()["overview"], lambda state: f"?page=jobs&state={state}")))
+
+
+def _charts() -> None:
+    charts = dashboard_summary.charts(cache().figures()["minutes"], lambda at: _clock(at)[11:16])
+    st.markdown(_html(charts), unsafe_allow_html=True)  # st.html drops SVG
+
+
+def _figures(table: Table, most: int | None) -> None:
     figures = cache().figures()
-    _table(table, figures)
-    if table is not tables.CONSUMERS:
-        return
-    if isinstance(figures["processes"], str):
+    if table is tables.GROUPS and isinstance(figures["processes"], str):
         st.caption(_escaped(figures["processes"]))
         return
-    st.markdown(f"##### {tables.GROUPS.title}")
-    _table(tables.GROUPS, figures)
-    _buttons([tables.ADD_GROUP])
+    _table(table, table.rows(figures), most)
+    if table is tables.GROUPS:
+        _buttons([tables.ADD_GROUP])
 
 
-def _table(table: Table, figures: dict[str, Any]) -> None:
+def _table(table: Table, rows: list[Any], most: int | None) -> None:
     """Draw a table, and below it the buttons of a row that the operator chooses."""
-    rows = table.rows(figures)
     if not rows:
         st.caption(_escaped(table.empty))
         return
-    st.dataframe(_cells(table, rows), hide_index=True, column_config=_config(table))
-    if hidden := table.hidden(rows):
-        st.caption(hidden)
-    named = {table.name(row): row for row in rows[: table.most] if table.buttons(row)}
+    shown = rows[: most or table.most]
+    st.dataframe(_cells(table, shown), hide_index=True, column_config=_config(table))
+    if len(rows) > len(shown):
+        st.caption(f"and {report.count(len(rows) - len(shown), table.noun or 'row')} more")
+    named = {table.name(row): row for row in shown if table.buttons(row)}
     if named and not dashboard.read_only():
         with st.container(horizontal=True):
             key = f"row of {table.title}"
             name = st.selectbox(key, sorted(named), label_visibility="collapsed", key=key, width=480) or ""
             for each in table.buttons(named[name]):
                 _button(each)
+            _show_jobs(table, named[name])
+
+
+def _show_jobs(table: Table, row: Any) -> None:
+    """Draw the button that finds the jobs of a row."""
+    if links := [each.link(row) for each in table.columns if each.link]:
+        page, filters = links[0]
+        if st.button("show jobs", key=f"show {table.key}"):
+            st.query_params.from_dict({"page": page, **filters})
+            for key in [each for each in st.session_state if each == "page" or str(each).startswith("filter-")]:
+                del st.session_state[key]  # they are in the address
+            st.rerun()
 
 
 def _cells(table: Table, rows: list[Any]) -> list[dict[str, Any]]:
-    return [{each.heading: _cell(each, row) for each in table.columns} for row in rows[: table.most]]
+    return [{each.heading: _cell(each, row) for each in table.columns} for row in rows]
 
 
-def _cell(column: Column, row: Any) -> Any:
+def _cell(column: Column, row: Any) -> Any:  # noqa: PLR0911 - one for each kind
     value = column.cell(row)
     if value is None and column.kind != "progress":
         return ""
     if column.kind == "time":
         return report.ago(value, report.now_shown())
+    if column.kind == "clock":
+        return _clock(value)
+    if column.kind in ("since", "until"):
+        return report.span(abs(report.now_shown() - value))
+    if column.kind == "long":
+        return report.printable(report.first_line(value))
     if isinstance(value, list):
         shown = value[: tables.JOBS_OF_CONSUMER_SHOWN]
         return ", ".join(map(str, shown)) + " …" * (len(shown) < len(value))
@@ -174,7 +238,8 @@ def _button(button: Button) -> None:
     with st.popover(button.label):
         fields = dict(button.fields)
         if name := button.asks_for:
-            fields[name] = st.text_input(name, button.value, placeholder=button.hint, key=f"{name} of {key}")
+            ask = st.text_area if button.is_long else st.text_input
+            fields[name] = ask(name, button.value, placeholder=button.hint, key=f"{name} of {key}")
         if st.button(button.confirmation, key=f"yes, {key}"):
             _act(button.action, **fields)
 
@@ -186,15 +251,10 @@ def _buttons(buttons: list[Button]) -> None:
                 _button(each)
 
 
-def _jobs() -> None:
-    places = st.container(key="filters").columns(len(dashboard.FILTERS))
-    state = places[0].selectbox("state", pqueue.STATES, index=None, placeholder="any state", key="filter-state")
-    filters: dict[str, str] = {"state": state or ""}
-    for place, name in zip(places[1:], dashboard.FILTERS[1:], strict=True):
-        filters[name] = place.text_input(name, key=f"filter-{name}")
-    before = st.session_state.get("before", "") if st.session_state.get("before-of") == filters else ""
-    query = {**filters, "before_id": str(before)}
-    key, page = _shown(query)
+def _search(which: Page) -> None:
+    query = _query(which)
+    asked = tables.query_of(which, query)
+    key, page = _shown(asked)
     ids: list[int] = []
     if page[0]:
         rows = _cells(tables.JOBS, page[0])
@@ -202,14 +262,37 @@ def _jobs() -> None:
         ids = [page[0][row].id for row in chosen["selection"]["rows"] if row < len(page[0])]
     else:
         st.caption(_escaped(tables.none_found(query, page[1])))
-    _pages(query, filters, page)
+    _pages(query, page)
     if page[0]:
-        _bulk(ids, filters, tables.matching(query, page))
+        _bulk(ids, dashboard.given(asked), tables.matching(asked, page))
     if len(ids) == 1:
         _job(ids[0])
 
 
-def _shown(query: dict[str, str]) -> tuple[str, dashboard.JobPage]:
+def _query(which: Page) -> dashboard.Query:
+    """Draw the filters, which the address keeps, and return them with the id before which the list begins."""
+    for name in dashboard.FILTERS:
+        if (key := f"filter-{name}") not in st.session_state:
+            found = st.query_params.get_all(name)
+            st.session_state[key] = (
+                [each for each in found if each in pqueue.STATES] if name == "state" else "".join(found[:1])
+            )
+    query: dashboard.Query = {}
+    names = dashboard.FILTERS[which.name == "failed" :]
+    places = cycle(st.container(key="filters").columns(4))
+    for name, place in zip(names, places, strict=False):
+        if name == "state":
+            query[name] = place.multiselect(name, pqueue.STATES, placeholder="any state", key=f"filter-{name}")
+        else:
+            query[name] = [place.text_input(name, key=f"filter-{name}")]
+    given = dashboard.given(query)
+    if dashboard.given({name: st.query_params.get_all(name) for name in names}) != given:
+        st.query_params.from_dict({"page": which.name, **given})
+    before = st.session_state.get("before", "") if st.session_state.get("before-of") == given else ""
+    return {**given, "before_id": [str(before)]} if before else given
+
+
+def _shown(query: dashboard.Query) -> tuple[str, dashboard.JobPage]:
     """Return the table's key and its jobs, unchanged while rows are selected: a selection stores row numbers."""
     state = st.session_state
     table = f"jobs-{state.get('tables', 0)}"
@@ -221,21 +304,21 @@ def _shown(query: dict[str, str]) -> tuple[str, dashboard.JobPage]:
     return table, state["shown"]
 
 
-def _pages(query: dict[str, str], filters: dict[str, str], page: dashboard.JobPage) -> None:
+def _pages(query: dashboard.Query, page: dashboard.JobPage) -> None:
     with st.container(key="pages"):
-        if query["before_id"] and st.button("newest jobs"):
+        if "before_id" in query and st.button("newest jobs"):
             st.session_state["before"] = ""
             st.rerun(scope="fragment")
         if page[1] is not None and st.button(tables.older_jobs(page)):
-            st.session_state["before"], st.session_state["before-of"] = page[1], filters
+            st.session_state["before"], st.session_state["before-of"] = page[1], dashboard.given(query)
             st.rerun(scope="fragment")
 
 
-def _bulk(ids: list[int], filters: dict[str, str], matching: str) -> None:
+def _bulk(ids: list[int], filters: dashboard.Query, matching: str) -> None:
     if dashboard.read_only():
         return
     these = ", ".join(map(str, ids[:5])) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
-    scopes = [f"the selected: {these}"] * bool(ids) + [matching] * any(filters.values())
+    scopes = [f"the selected: {these}"] * bool(ids) + [matching] * bool(filters)
     if not scopes:
         st.caption("select jobs, or filter, to change them")
         return
@@ -244,9 +327,11 @@ def _bulk(ids: list[int], filters: dict[str, str], matching: str) -> None:
         fields: dict[str, Any] = {"id": [str(job_id) for job_id in ids]}
         if scope == matching:
             fields = {"scope": "matching", **filters}
-        for action in tables.BULK_ACTIONS:
+        fields["when"] = st.text_input("when to retry", "10m", key="bulk-when")
+        for action in tables.bulk_actions(filters):
             if st.button(tables.label(action), key=f"bulk-{action}"):
-                st.session_state["asked"] = action, fields, dashboard.question(cache(), action, _form(fields))
+                what = dashboard_actions.question(cache(), action, _form(fields))
+                st.session_state["asked"] = action, fields, what
         action, asked, what = st.session_state.get("asked", ("", {}, ""))
         if asked == fields:
             st.warning(f"{what}? Jobs whose state does not allow it are left unchanged.")
@@ -262,10 +347,14 @@ def _job(job_id: int) -> None:
     facts = {each.heading: _escaped(str(_cell(each, found))) for each in tables.FACTS}
     facts["state"] = f":{STATE_COLOURS.get(one.state, 'gray')}[{facts['state']}]"
     st.markdown(" · ".join(f":gray[{heading}] {fact}" for heading, fact in facts.items() if fact))
-    _buttons(tables.job_buttons(one))
+    _buttons(tables.job_buttons(found))
     for place, (title, text, is_cut) in zip(cycle(st.columns(2)), tables.texts(found), strict=False):
         place.caption(f"{title}: the first {dashboard.TEXT_CHARS_SHOWN:,} characters" if is_cut else title)
         shown = "\n".join(report.printable(line) for line in text.split("\n"))
         place.code(shown, language=None, wrap_lines=True, height=400 if len(shown) > 2000 else "content")
     st.caption(tables.HISTORY.title)
-    _table(tables.HISTORY, found)
+    _table(tables.HISTORY, tables.HISTORY.rows(found), None)
+    for event in tables.HISTORY.rows(found):
+        if event["error"] and "\n" in event["error"]:
+            with st.expander(f"error of attempt {event['attempt']}"):
+                st.code("\n".join(map(report.printable, event["error"].split("\n"))), language=None, wrap_lines=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import math
-import time
+import re
+from collections.abc import Callable
 from typing import Any
 
 from pqueue_tools import dashboard, report
@@ -14,7 +15,7 @@ STYLE: str = (
 :root { color-scheme: light dark }
 .pqueue { --page: light-dark(#f5f6f8, #0f1318); --card: light-dark(#fff, #171c23);
   --ink: light-dark(#1b2330, #e6eaf1); --soft: light-dark(#5b6678, #98a4b5); --line: light-dark(#e2e6ec, #2a323d);
-  --completed: light-dark(#157a4c, #43cf93); --failed: light-dark(#c62f2f, #ff7575);
+  --completed: light-dark(#157a4c, #43cf93); --failed: light-dark(#b93a00, #ff8a5c);
   --processing: light-dark(#1669b2, #62b5ff); --pending: light-dark(#8a5a00, #e9b650);
   --scheduled: light-dark(#5e4fc4, #ab9eff); --cancelled: var(--soft) }
 """
@@ -27,8 +28,10 @@ STYLE: str = (
 .pqueue .keys i.line { height: 2px; vertical-align: 4px }
 .pqueue .health { display: inline-block; margin: 0 6px 6px 0; padding: 2px 10px; border: 1px solid currentColor;
   border-radius: 12px; font-size: 13px; line-height: 1.45 }
-.pqueue .health a { color: inherit }
+.pqueue a.health { text-decoration: none }
+.pqueue .finding { margin: 3px 0 } .pqueue .finding b { display: inline-block; min-width: 62px }
 .pqueue .tiles { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: 8px }
+.pqueue a.tile { text-decoration: none } .pqueue a.tile:hover { border-color: var(--processing) }
 .pqueue .tile { border: 1px solid var(--line); border-radius: 8px; padding: 7px 12px; background: var(--card) }
 .pqueue .tile b { display: block; font-size: 20px; font-weight: 600; line-height: 1.35; white-space: nowrap;
   font-variant-numeric: tabular-nums }
@@ -47,7 +50,8 @@ STYLE: str = (
 .pqueue .plot .grid { stroke: var(--line) } .pqueue .plot * { vector-effect: non-scaling-stroke }
 .pqueue .axis { display: flex; justify-content: space-between; color: var(--soft); font-size: 11.5px; line-height: 1;
   font-variant-numeric: tabular-nums }
-.pqueue .axis.up { flex-direction: column; text-align: right; grid-column: 1; margin: -5px 0 }
+.pqueue figure svg.up { grid-column: 1; width: 52px; height: 120px; overflow: visible; font-size: 11.5px;
+  text-anchor: end; fill: var(--soft) } .pqueue .up svg { overflow: visible }
 @media (max-width: 900px) { .pqueue .tiles { grid-template-columns: repeat(4, minmax(0, 1fr)) }
   .pqueue .two { grid-template-columns: minmax(0, 1fr) } }
 @media (max-width: 600px) { .pqueue .tiles { grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 6px }
@@ -65,36 +69,50 @@ def trouble(sentence: str) -> str:
     return f'<p class="health critical">{text(sentence)}</p>'
 
 
-def health(found: list[report.Finding]) -> str:
-    """Return each finding with its remedy, or a link to the part of the page that has the remedy."""
+def findings(found: list[report.Finding], address: Callable[[str], str]) -> str:
+    """Return each finding with its remedy and a link to the page that shows it; `address` returns that of a part."""
     if not found:
-        return f'<p class="health completed">{report.NO_FINDINGS}</p>'
-    return "".join(f'<p class="health {each.severity}">{each.severity}: {_finding(each)}</p>' for each in found)
+        return f'<p class="finding"><b class="completed">{report.NO_FINDINGS}</b></p>'
+    return "".join(
+        f'<p class="finding"><b class="{each.severity}">{each.severity}</b> {_linked(each, address)}{_remedy(each)}</p>'
+        for each in found
+    )
 
 
-def _finding(each: report.Finding) -> str:
-    return f'<a href="#{each.part}">{text(each.text)}</a>' if each.part else text(each)
+def _linked(each: report.Finding, address: Callable[[str], str]) -> str:
+    return f'<a href="{text(address(each.part))}">{text(each.text)}</a>' if each.part else text(each.text)
 
 
-def tiles(seen: dict[str, Any]) -> str:
-    return f"""<div class="tiles">{
-        "".join(
-            f'<div class="tile"><span>{text(label)}</span><b class="{state}">{text(value)}</b></div>'
-            for label, value, state in dashboard.tiles(seen)
-        )
-    }</div>"""
+def _remedy(each: report.Finding) -> str:
+    return f'<span class="soft">: {text(each.remedy)}</span>' if each.remedy else ""
+
+
+def tiles(seen: dict[str, Any], address: Callable[[str], str]) -> str:
+    """Return the overview; the number of jobs in a state leads to `address` of the state."""
+    return f"""<div class="tiles">{"".join(_tile(*each, address) for each in dashboard.tiles(seen))}</div>"""
+
+
+def _tile(label: str, value: str, state: str, address: Callable[[str], str]) -> str:
+    inside = f'<span>{text(label)}</span><b class="{state}">{text(value)}</b>'
+    return f'<a class="tile" href="{address(state)}">{inside}</a>' if state else f'<div class="tile">{inside}</div>'
+
+
+def _clock(at: float) -> str:
+    return f'<time datetime="{report.iso(at)}" data-kind="minute">{report.utc(at)[11:16]}</time>'
 
 
 # Charts: the text of the axes in HTML, around an SVG that stretches ###################################################
 
 WIDTH, HEIGHT = 600.0, 100.0
 Minutes = list[dict[str, Any]]
+Clock = Callable[[float], str]
 TIMES_KEYS = """<div class="keys"><b>Wait and run time</b><span><i class="wait line"></i>wait</span>
 <span><i class="run line"></i>run</span><span>solid p50, dashed p95</span></div>"""
 
 
-def charts(minutes: Minutes) -> str:
-    return f'<div class="two">{_jobs_chart(minutes)}{_times_chart(minutes)}</div>'
+def charts(minutes: Minutes, clock: Clock = _clock) -> str:
+    """Return the charts of these minutes; `clock` returns a time as a label of the axis."""
+    return f'<div class="two">{_jobs_chart(minutes, clock)}{_times_chart(minutes, clock)}</div>'
 
 
 def _jobs_keys(minutes: Minutes) -> str:
@@ -105,27 +123,30 @@ def _jobs_keys(minutes: Minutes) -> str:
 <span><i class="enqueued line"></i>{total["enqueued"]}</span></div>"""
 
 
-def _jobs_chart(minutes: Minutes) -> str:
-    """Draw the last hour: bars of completed and failed jobs, and a line of enqueued jobs. The last bar is partial."""
-    top = _ceiling(max(2, *(max(each["enqueued"], each["completed"] + each["failed"]) for each in minutes)))
-    step = WIDTH / len(minutes)
+def _jobs_chart(minutes: Minutes, clock: Clock) -> str:
+    """Draw the last hour: bars of completed jobs, below the axis those of failed jobs, and a line of enqueued jobs. The
+    last bar is partial."""
+    top = _ceiling(max(2, *(max(each["enqueued"], each["completed"]) for each in minutes)))
+    low = max(each["failed"] for each in minutes)
+    low = _ceiling(max(2, low)) if low else 0.0
+    step, zero = WIDTH / len(minutes), HEIGHT * top / (top + low)
     marks = []
     for number, each in enumerate(minutes):
-        y, going_on = HEIGHT, ' opacity="0.5"' if number == len(minutes) - 1 else ""
+        going_on = ' opacity="0.5"' if number == len(minutes) - 1 else ""
         for name in ("completed", "failed"):
-            tall = each[name] / top * HEIGHT
-            y -= tall
-            if tall:
+            if tall := each[name] / (top + low) * HEIGHT:
+                y = zero - tall if name == "completed" else zero
                 marks.append(
                     f'<rect x="{number * step + 1:.1f}" y="{y:.1f}" width="{step - 2:.1f}" height="{tall:.1f}" '
                     f'fill="{dashboard.CHART_COLOURS[name]}"{going_on}/>'
                 )
-    marks += _line([each["enqueued"] for each in minutes[:-1]], top, step, "enqueued")
+    marks += _line([each["enqueued"] + low for each in minutes[:-1]], top + low, step, "enqueued")
     tips = [", ".join(f"{each[name]:,} {name}" for name in ("enqueued", "completed", "failed")) for each in minutes]
-    return _frame(_jobs_keys(minutes), [f"{top:,.0f}", f"{top / 2:,.0f}", "0"], marks, tips, minutes)
+    scale = [(f"{top:,.0f}", 0.0), ("0", zero), *([(f"{low:,.0f}", HEIGHT)] if low else [])]
+    return _frame(_jobs_keys(minutes), scale, marks, tips, minutes, clock)
 
 
-def _times_chart(minutes: Minutes) -> str:
+def _times_chart(minutes: Minutes, clock: Clock) -> str:
     """Draw the wait and run times of the last hour on a logarithmic scale: solid p50, dashed p95."""
     values = [max(each, 0.001) for minute in minutes[:-1] for name in ("wait", "run") for each in minute[name] or ()]
     low = math.floor(math.log10(min(values, default=0.01)))
@@ -138,24 +159,28 @@ def _times_chart(minutes: Minutes) -> str:
     tips = [
         ", ".join(f"{name} p50 / p95 {dashboard.times(each[name])}" for name in ("wait", "run")) for each in minutes
     ]
-    scale = [_seconds(10.0**power) for power in range(high, low - 1, -1)]
-    return _frame(TIMES_KEYS, scale, marks, tips, minutes)
+    powers = range(high, low - 1, -1)
+    scale = [(_seconds(10.0**power), HEIGHT * (high - power) / (high - low)) for power in powers]
+    return _frame(TIMES_KEYS, scale, marks, tips, minutes, clock)
 
 
-def _frame(keys: str, scale: list[str], marks: list[str], tips: list[str], minutes: Minutes) -> str:
+def _frame(
+    keys: str, scale: list[tuple[str, float]], marks: list[str], tips: list[str], minutes: Minutes, clock: Clock
+) -> str:
     """Return the marks with axes, and a tooltip for each minute."""
     step = WIDTH / len(minutes)
-    lines = [HEIGHT * number / (len(scale) - 1) for number in range(len(scale))]
-    grid = "".join(f'<path class="grid" d="M0 {y:.1f}H{WIDTH:.0f}"/>' for y in lines)
+    grid = "".join(f'<path class="grid" d="M0 {y:.1f}H{WIDTH:.0f}"/>' for _, y in scale)
+    labels = "".join(f'<svg y="{y:.0f}%"><text x="100%" dy="4">{label}</text></svg>' for label, y in scale)
     shapes = "".join(
         f'<rect x="{number * step:.1f}" width="{step:.1f}" height="{HEIGHT:.0f}" fill="transparent">'
-        f"<title>{_clock(each['at'])}: {tip}</title></rect>"
+        f'<title data-at="{each["at"]:.0f}" data-text="{tip}">{report.utc(each["at"])}: {tip}</title></rect>'
         for number, (each, tip) in enumerate(zip(minutes, tips, strict=True))
     )
-    quarters = [_clock(minutes[len(minutes) * quarter // 4]["at"]) for quarter in range(4)]
+    quarters = [clock(minutes[len(minutes) * quarter // 4]["at"]) for quarter in range(4)]
+    summary = text(re.sub("<[^>]*>", " ", keys))
     return f"""<figure><figcaption>{keys}</figcaption>
-<div class="axis up">{"".join(f"<span>{each}</span>" for each in scale)}</div>
-<svg class="plot" viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" preserveAspectRatio="none" aria-hidden="true">
+<svg class="up" aria-hidden="true">{labels}</svg>
+<svg class="plot" viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" preserveAspectRatio="none" role="img" aria-label="{summary}">
 {grid}{"".join(marks)}{shapes}</svg>
 <div class="axis">{"".join(f"<span>{each}</span>" for each in [*quarters, "now"])}</div></figure>"""
 
@@ -182,7 +207,3 @@ def _ceiling(value: float) -> float:
 
 def _seconds(value: float) -> str:
     return f"{value:g} s" if value >= 1 else f"{value * 1000:g} ms"
-
-
-def _clock(at: float) -> str:
-    return time.strftime("%H:%M", time.localtime(at))

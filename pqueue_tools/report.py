@@ -4,6 +4,7 @@ Prometheus, and the formatting of times and values."""
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import time
 from collections.abc import Iterator
@@ -519,6 +520,11 @@ def clock(at: float) -> str:
     except (OverflowError, ValueError, OSError):  # out of range for a date
         return f"{at:g}"
     return f"{then:%H:%M:%S}" if then.date() == datetime.now().date() else f"{then:%Y-%m-%d %H:%M:%S}"
+
+
+def utc(at: float) -> str:
+    """Return a time for readers without a script: 2026-11-26 13:45:00 UTC."""
+    return re.sub(r"T([0-9:]{8}).*", r" \1 UTC", iso(at))
 
 
 def iso(at: float) -> str:

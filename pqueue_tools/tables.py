@@ -9,13 +9,15 @@ from operator import itemgetter
 from typing import Any
 
 import pqueue
+import pqueue_schema
 from pqueue import Job
 from pqueue_tools import dashboard, report, supervisor
 from pqueue_values import command_line
 
 JOBS_OF_CONSUMER_SHOWN = 3
 JOBS_ASKED_FOR = 20  # of the selected jobs that the question before an action lists
-BULK_ACTIONS = ("resubmit", "mark_failed", "cancel")
+OVERVIEW_ROWS = 6  # of each table on the overview
+EXAMPLES = 12  # queues and tasks that a filter suggests
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Button:
     asks_for: str = ""  # the field that the operator fills in
     hint: str = ""  # meaning of an empty value
     value: str = ""
+    is_long: bool = False  # whether the value has several lines
 
     @property
     def confirmation(self) -> str:
@@ -37,19 +40,20 @@ class Button:
 
 @dataclass(frozen=True)
 class Column:
-    """What a cell returns depends on the kind: text, number, time (Unix seconds), state (which has a colour), job (an
-    id, or a list of ids), or progress (0 to 1)."""
+    """What a cell returns depends on the kind: text, number, time, since or until (Unix seconds, shown as an age or a
+    span), state (which has a colour), job (an id, or a list of ids), long (text that unfolds), or progress (0 to 1)."""
 
     heading: str
     cell: Callable[[Any], Any]
     kind: str = "text"
     width: str = ""  # "cut": use the remaining width and cut the text; "wrap": use it and wrap
     on_phone: bool = True
-    filters: Callable[[Any], dict[str, str]] | None = None  # filters of the search that a cell links to
+    link: Callable[[Any], tuple[str, dict[str, str]]] | None = None  # page and filters that the cell leads to
 
 
 @dataclass(frozen=True)
 class Table:
+    key: str  # identifies the table on its pages
     title: str
     columns: tuple[Column, ...]
     empty: str
@@ -57,42 +61,35 @@ class Table:
     most: int | None = None  # maximum number of rows shown
     rows: Callable[[dict[str, Any]], list[Any]] = list  # takes them from the figures of the dashboard
     buttons: Callable[[Any], list[Button]] = lambda _: []  # of a row
-    name: Callable[[Any], str] = itemgetter("name")  # identifies a row with buttons
-
-    def hidden(self, rows: list[Any]) -> str:
-        """Return how many rows are not shown, or "" for none."""
-        number = len(rows) - len(rows[: self.most])
-        return f"and {report.count(number, self.noun)} more" if number else ""
+    name: Callable[[Any], str] = itemgetter("name")  # identifies a row
 
 
 def _attempts(job: Job) -> str:
     return f"{job.attempts} of {job.max_attempts}" if job.max_attempts is not None else str(job.attempts)
 
 
-def _span_since(at: float | None) -> str:
-    return "" if at is None else report.span(max(0.0, report.now_shown() - at))
-
-
-def _lease_left(job: Job) -> str:
-    now = report.now_shown()
-    return report.span(max(0.0, (job.lease_expires_at or now) - now))
+def _job_id(job: Job) -> str:
+    return str(job.id)
 
 
 PROCESSING = Table(
+    "processing",
     "Processing now",
     (
         Column("job", lambda job: job.id, "job"),
         Column("task", lambda job: job.task),
         Column("consumer", lambda job: job.consumer, on_phone=False),
-        Column("elapsed", lambda job: _span_since(job.started_at), "number"),
-        Column("lease left", _lease_left, "number", on_phone=False),
+        Column("elapsed", lambda job: job.started_at, "since"),
+        Column("lease left", lambda job: job.lease_expires_at, "until", on_phone=False),
         Column("attempt", _attempts, on_phone=False),
         Column("progress", lambda job: job.progress, "progress", width="cut"),
     ),
     "nothing is running",
     rows=itemgetter("processing"),
+    name=_job_id,
 )
 JOBS = Table(
+    "jobs",
     "Jobs",
     (
         Column("job", lambda job: job.id, "job"),
@@ -101,30 +98,36 @@ JOBS = Table(
         Column("task", lambda job: job.task),
         Column("attempt", _attempts, on_phone=False),
         Column("consumer", lambda job: job.consumer, on_phone=False),
+        Column("ended", lambda job: job.finished_at, "time", on_phone=False),
         Column("enqueued", lambda job: job.created_at, "time", on_phone=False),
         Column("detail", lambda job: report.cut(report.detail(job), 200), width="cut"),
     ),
     f"no jobs yet: run {command_line('producer')}",
+    name=_job_id,
 )
 
 
+def _of_group(group: dict[str, Any]) -> dict[str, str]:
+    """Return the filters that find the jobs of a group of failures."""
+    return {"state": "failed", "task": group["task"], "fingerprint": group["error"]}
+
+
 def _failed_buttons(group: dict[str, Any]) -> list[Button]:
-    fields = {"task": group["task"], "fingerprint": group["error"]}
-    return [Button("resubmit_group", "resubmit all", fields, f"resubmit {report.count(group['jobs'], 'job')}")]
+    number = report.count(group["jobs"], "job")
+    return [Button("resubmit", "resubmit all", {"scope": "matching", **_of_group(group)}, f"resubmit {number}")]
 
 
 FAILED = Table(
-    "Failed",
+    "failed",
+    "Failures",
     (
-        Column("jobs", itemgetter("jobs"), "number"),
+        Column("jobs", itemgetter("jobs"), "number", link=lambda group: ("failed", _of_group(group))),
         Column("task", itemgetter("task")),
-        Column("last", itemgetter("last_id"), "job", on_phone=False),
-        Column(
-            "error",
-            itemgetter("error"),
-            width="cut",
-            filters=lambda group: {"state": "failed", "task": group["task"], "fingerprint": group["error"]},
-        ),
+        Column("error", itemgetter("error"), width="wrap", link=lambda group: ("failed", _of_group(group))),
+        Column("last hour", itemgetter("last_hour"), "number", on_phone=False),
+        Column("first", itemgetter("first_at"), "time", on_phone=False),
+        Column("last", itemgetter("last_at"), "time"),
+        Column("newest", itemgetter("last_id"), "job"),
     ),
     "no job has failed",
     "group",
@@ -134,6 +137,7 @@ FAILED = Table(
     lambda group: f"{group['task']}: {group['error']}",
 )
 CONSUMERS = Table(
+    "consumers",
     "Consumers",
     (
         Column("consumer", itemgetter("name")),
@@ -148,6 +152,7 @@ CONSUMERS = Table(
     "consumer",
     dashboard.CONSUMERS_SHOWN,
     itemgetter("consumers"),
+    name=itemgetter("token"),
 )
 
 
@@ -165,6 +170,7 @@ def _group_buttons(group: dict[str, Any]) -> list[Button]:
 
 
 GROUPS = Table(
+    "supervisor",
     "Supervisor",
     (
         Column("group", itemgetter("name")),
@@ -191,19 +197,27 @@ def _queue_buttons(queue: dict[str, Any]) -> list[Button]:
     return [Button(verb, verb, {"queue": name}), limit]
 
 
+def _jobs_in(state: str) -> Column:
+    return Column(
+        state,
+        itemgetter(state),
+        "number",
+        on_phone=state in ("pending", "failed"),
+        link=lambda queue: ("jobs", {"queue": queue["name"], "state": state}),
+    )
+
+
 QUEUES = Table(
+    "queues",
     "Queues",
     (
-        Column("queue", itemgetter("name"), filters=lambda queue: {"queue": queue["name"]}),
-        *(
-            Column(state, itemgetter(state), "number", on_phone=state in ("pending", "failed"))
-            for state in dashboard.STATES_SHOWN
-        ),
-        Column("oldest", lambda queue: _span_since(queue["oldest_pending_at"]), "number", on_phone=False),
+        Column("queue", itemgetter("name"), link=lambda queue: ("jobs", {"queue": queue["name"]})),
+        Column("is", lambda queue: "paused" if queue["paused"] else "active", "state"),
+        *map(_jobs_in, dashboard.STATES_SHOWN),
+        Column("oldest", itemgetter("oldest_pending_at"), "since", on_phone=False),
         Column("limit", lambda queue: _number(queue["max_pending"]), "number", on_phone=False),
         Column("growth per hour", lambda queue: f"{queue['grows_by']:+,}", "number", on_phone=False),
         Column("deletes next", itemgetter("deleted_at"), "time", on_phone=False),
-        Column("", lambda queue: "paused" if queue["paused"] else "", "state"),
     ),
     "no queue yet",
     rows=_queues,
@@ -235,26 +249,79 @@ FACTS = (  # of what `FigureCache.job` returns
     Column("finished", lambda found: found["job"].finished_at, "time"),
     Column("progress", lambda found: None if found["job"].progress is None else f"{found['job'].progress:.0%}"),
 )
+
+
+def timeline(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what happened to a job, the latest first: its history, and the attempt that runs or completed it."""
+    job, events = found["job"], [{**each, "number": number} for number, each in enumerate(found["history"])]
+    if job.state in ("processing", "completed") and job.started_at is not None:
+        current = {"event": "running" if job.state == "processing" else "completed", "at": job.finished_at}
+        last = {"actor": job.consumer, "attempt": job.attempts, "error": None, "started_at": job.started_at}
+        events.append({**current, **last, "number": len(events)})
+    return events[::-1]
+
+
+def _duration(event: dict[str, Any]) -> str:
+    began, ended = event["started_at"], event["at"]
+    return "" if began is None or ended is None else report.span(max(0.0, ended - began))
+
+
 HISTORY = Table(
-    "History",
+    "timeline",
+    "Timeline",
     (
-        Column("when", itemgetter("at"), "time"),
-        Column("event", itemgetter("event")),
+        Column("event", itemgetter("event"), "state"),
+        Column("attempt", lambda event: event["attempt"] or "", "number", on_phone=False),
         Column("who", itemgetter("actor")),
-        Column("attempt", itemgetter("attempt"), "number", on_phone=False),
-        Column("error", lambda event: report.cut(report.first_line(event["error"]), 300), width="wrap"),
+        Column("started", itemgetter("started_at"), "clock", on_phone=False),
+        Column("ended", itemgetter("at"), "clock"),
+        Column("took", _duration, "number"),
+        Column("error", itemgetter("error"), "long", width="wrap"),
     ),
     "no event yet",
-    rows=itemgetter("history"),
+    rows=timeline,
+    name=lambda event: str(event["number"]),
 )
 
 
-def job_buttons(job: Job) -> list[Button]:
+def job_buttons(found: dict[str, Any]) -> list[Button]:
+    job, one = found["job"], {"id": found["job"].id}
+    retry = Button("retry", "retry at", one, "", "when", "30m or 2026-12-24T08:00", "10m")
+    clone = Button("clone", "clone", one, "enqueue a copy")
     if job.state in pqueue.FINISHED:
-        return [Button("resubmit", "resubmit", {"id": job.id})]
-    assign = Button("assign", "assign", {"id": job.id}, "", "consumer", "any consumer", job.assigned_to or "")
-    verbs = ("run_now",) * (job.state in ("scheduled", "waiting")) + ("mark_failed", "cancel")
-    return [*(Button(verb, label(verb), {"id": job.id}) for verb in verbs), assign]
+        change = _edit(found, "edit and resubmit")
+        return [Button("resubmit", "resubmit", one), *change, retry, clone, Button("delete", "delete", one)]
+    change = _edit(found, "edit payload") if job.state != "processing" else []
+    assign = Button("assign", "assign", one, "", "consumer", "any consumer", job.assigned_to or "")
+    ends = [Button(verb, label(verb), one) for verb in ("mark_failed", "cancel")]
+    run_now = [Button("run_now", "run now", one)] if job.state in ("scheduled", "waiting") else []
+    retries = [retry] if job.state in ("scheduled", "pending") else []
+    return [*run_now, *change, *retries, *ends, assign, clone]
+
+
+def _edit(found: dict[str, Any], name: str) -> list[Button]:
+    """Return a button that changes the payload, unless that is too long or has hidden values."""
+    pretty = _pretty(found["job"].payload)
+    text = "".join(mark if mark.isprintable() or mark == "\n" else json.dumps(mark)[1:-1] for mark in pretty)
+    if found["is_masked"] or len(text) > dashboard.TEXT_CHARS_SHOWN:
+        return []
+    return [Button("edit", name, {"id": found["job"].id}, "", "payload", "JSON", text, is_long=True)]
+
+
+BULK_ACTIONS = {  # the states in which each is possible
+    "resubmit": pqueue.FINISHED,
+    "run_now": ("scheduled", "waiting"),
+    "retry": ("scheduled", "pending", *pqueue.FINISHED),
+    "mark_failed": pqueue.UNFINISHED,
+    "cancel": pqueue.UNFINISHED,
+    "delete": (*pqueue_schema.UNTAKEN, *pqueue.FINISHED),
+}
+
+
+def bulk_actions(query: dashboard.Query) -> list[str]:
+    """Return the actions that are possible in one of the states of the filter at least."""
+    states = query.get("state") or pqueue.STATES
+    return [name for name, possible in BULK_ACTIONS.items() if set(states) & set(possible)]
 
 
 def label(action: str) -> str:
@@ -291,25 +358,108 @@ def _pretty(value: Any) -> str:
 # The search ###########################################################################################################
 
 
-def none_found(query: dict[str, str], before: int | None) -> str:
+def none_found(query: dashboard.Query, before: int | None) -> str:
     """Return the text for an empty page of jobs; `before` is as returned by `FigureCache.jobs`."""
     if before is not None:
         return "no job found so far"
-    return "no job matches" if any(query.get(name) for name in (*dashboard.FILTERS, "before_id")) else JOBS.empty
+    return "no job matches" if dashboard.given(query) or query.get("before_id") else JOBS.empty
 
 
-def matching(query: dict[str, str], shown: dashboard.JobPage) -> str:
-    """Return the label of "all that match the filter", with their number if the page shows all of them."""
+def matching(query: dashboard.Query, shown: dashboard.JobPage) -> str:
+    """Return the label of "all that match", with their number if the page shows all of them."""
     known = len(shown[0]) if shown[1] is None and not query.get("before_id") else None
-    return "all that match the filter" if known is None else f"all {known} that match the filter"
+    return "all that match" if known is None else f"all {known} that match"
 
 
 def filters_as_text(form: dashboard.Form) -> str:
     """Return the filters of a form: state failed, task mail."""
-    return ", ".join(f"{name} {form[name][0]}" for name in dashboard.FILTERS if form.get(name, [""])[0])
+    return ", ".join(f"{name} {' or '.join(values)}" for name, values in dashboard.given(form).items())
 
 
 def older_jobs(shown: dashboard.JobPage) -> str:
     """Return the label of the link to the next page."""
     jobs, before = shown
     return "older jobs" if len(jobs) == dashboard.JOBS_PER_PAGE else f"searched back to job {before:,}: continue"
+
+
+# The pages ############################################################################################################
+
+SCHEDULES = Table(
+    "schedules",
+    "Schedules",
+    (
+        Column("schedule", itemgetter("name")),
+        Column("is", lambda each: "paused" if each["paused"] else "active", "state"),
+        Column("due", itemgetter("due")),
+        Column("task", itemgetter("task"), on_phone=False),
+        Column("queue", itemgetter("queue"), on_phone=False),
+        Column("next", itemgetter("next_at"), "time"),
+        Column("last", itemgetter("last_at"), "time", on_phone=False),
+        Column("last job", itemgetter("last_job_id"), "job", on_phone=False),
+        Column("skipped", itemgetter("skipped"), "number", on_phone=False),
+    ),
+    "no schedule: declare one with @task(cron=…), or queue.schedule(…)",
+    rows=itemgetter("schedules"),
+    buttons=lambda each: [_schedule_button(each["name"], "resume" if each["paused"] else "pause")],
+)
+
+
+def _schedule_button(name: str, verb: str) -> Button:
+    return Button(f"{verb}_schedule", verb, {"schedule": name}, f"{verb} {name}")
+
+
+ACTIVITY = Table(
+    "activity",
+    "Activity of operators",
+    (
+        Column("when", itemgetter("at"), "time"),
+        Column("who", itemgetter("actor")),
+        Column("what", itemgetter("event"), width="wrap"),
+        Column("jobs", lambda each: each["jobs"] or "", "number"),
+        Column("first job", lambda each: each["job_id"] or None, "job"),
+    ),
+    "no operator has changed anything",
+    rows=itemgetter("activity"),
+    name=lambda each: f"{each['at']} {each['event']}",
+)
+
+
+@dataclass(frozen=True)
+class Page:
+    name: str  # in its address
+    title: str
+    parts: tuple[Table | str, ...]  # tables, and by name: findings, tiles, charts, search
+
+
+PAGES = {
+    each.name: each
+    for each in (
+        Page("", "Overview", ("findings", FAILED, "tiles", "charts", QUEUES, PROCESSING, CONSUMERS)),
+        Page("jobs", "Jobs", ("search",)),
+        Page("failed", "Failed", (FAILED, "search")),
+        Page("queues", "Queues", (QUEUES,)),
+        Page("schedules", "Schedules", (SCHEDULES,)),
+        Page("consumers", "Consumers", (CONSUMERS, PROCESSING, GROUPS)),
+        Page("activity", "Activity", (ACTIVITY,)),
+    )
+}
+PAGE_OF = {"processing": "consumers"}  # of the part that a finding names, unless a page has its name
+
+
+def page_of(part: str) -> str:
+    return part if part in PAGES else PAGE_OF.get(part, "")
+
+
+def query_of(page: Page, query: dashboard.Query) -> dashboard.Query:
+    """Return the query of a page's search: the page of failures finds failed jobs."""
+    return {"state": ["failed"], **query} if page.name == "failed" else query
+
+
+def suggestions(figures: dict[str, Any]) -> dict[str, list[str]]:
+    """Return what the filters of a search suggest."""
+    queues, consumers = figures["overview"]["queues"], figures["consumers"]
+    tasks = {task for each in consumers for task in each["tasks"] or ()} | {
+        each["task"] for each in figures["failures"]
+    }
+    found = {"queue": queues, "task": sorted(tasks), "consumer": sorted({each["name"] for each in consumers})}
+    return {name: list(values)[:EXAMPLES] for name, values in found.items()}

@@ -431,7 +431,7 @@ def test_secrets_are_not_found_letter_by_letter(queue, folder, capsys):
         for text in (secret, secret[:1] + secret[1], f'"password": "{secret[0]}', f"u:{secret[0]}", secret[1:4]):
             query = urlencode({"text": text})
             assert json.loads(site.ask(f"/api/jobs?{query}")[1])["jobs"] == []
-            assert "no job matches" in site.ask(f"/?{query}")[1]
+            assert "no job matches" in site.ask(f"/jobs?{query}")[1]
             for confirmed in ({}, {"confirmed": "1"}):
                 assert site.act("jobs", action="cancel", scope="matching", text=text, **confirmed)[0] == 409
             for arguments in (["list-jobs"], ["failedjobs"], ["failedjobs", "--json"], ["cancel", "--yes"]):
@@ -445,9 +445,9 @@ def test_secrets_are_not_found_letter_by_letter(queue, folder, capsys):
             out = capsys.readouterr().out
             assert secret not in out
             assert "postgres://u:…@h" in out
-        assert secret not in site.ask("/api/jobs/1")[1] + site.ask("/live")[1]
+        assert secret not in site.ask("/api/jobs/1")[1] + site.ask("/failed")[1]
         group = queue.failures()[0]
-        site.act("resubmit_group", task=group["task"], fingerprint=group["error"])
+        site.act("resubmit", scope="matching", task=group["task"], fingerprint=group["error"])
         assert queue.get(1).state == "pending"
     finally:
         site.close()
@@ -503,7 +503,7 @@ def test_secrets_of_payloads_and_results_are_shown_nowhere(queue, folder, capsys
     assert '"user": "ada"' in capsys.readouterr().out
     site = Site()
     try:
-        for path in ("/", "/live", "/job/1", "/job/2", "/api/jobs", "/api/jobs/1", "/api/stats", "/metrics"):
+        for path in ("/", "/jobs", "/job/1", "/job/2", "/api/jobs", "/api/jobs/1", "/api/stats", "/metrics"):
             assert SECRET not in site.ask(path)[1], path
     finally:
         site.close()

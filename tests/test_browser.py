@@ -24,6 +24,10 @@ def mail(job):
     if not Path("repaired").exists():
         raise DoNotRetry("the server is down")
 
+@task(max_attempts=1)
+def charge(job):
+    return round(job.payload["amount"] * 100)
+
 @task
 def patient(job):
     while not Path("go").exists():
@@ -76,20 +80,35 @@ class StandardLibrary:
     def count(self, state):
         return self.page.locator(f".tile:has(span:text-is('{state}')) b")
 
+    def go(self, title):
+        self.page.get_by_label("pages").get_by_role("link", name=title, exact=True).click()
+        expect(self.page.locator("nav [aria-current]")).to_have_text(title)
+
     def said(self, sentence):
-        expect(self.page.locator(".said")).to_have_text(sentence)
+        expect(self.page.locator("#said")).to_have_text(sentence)
 
     def filter(self, state):
-        self.page.locator("select[name=state]").select_option(state)
+        self.go("Jobs")
+        self.page.get_by_label(state, exact=True).check()
         self.page.get_by_role("button", name="filter").click()
+        self.page.wait_for_url(f"**state={state}**")
 
     def shows_jobs(self, ids):
-        links = self.page.locator("#jobs tbody a")
+        links = self.page.locator("#search tbody a")
         expect(links).to_have_text([str(job_id) for job_id in ids])
 
     def open(self, job_id):
-        self.page.locator("#jobs").get_by_role("link", name=str(job_id), exact=True).click()
+        self.page.locator("#search").get_by_role("link", name=str(job_id), exact=True).click()
         expect(self.page.locator("h2").first).to_have_text(f"Job {job_id}")
+
+    def open_newest_failure(self):
+        """Click from the overview to the job that failed last."""
+        self.page.locator("#failed tbody tr").first.locator("td a").last.click()
+
+    def edit_and_resubmit(self, payload):
+        self.page.get_by_text("edit and resubmit …").click()
+        self.page.get_by_label("payload").fill(payload)
+        self.page.get_by_role("button", name="save").click()
 
     def texts(self):
         return self.page.locator("pre")
@@ -98,11 +117,10 @@ class StandardLibrary:
         self.page.goto(self.url)
 
     def act_on_job(self, verb):
-        self.page.get_by_text(f"{verb} …").click()
+        self.page.get_by_text(f"{verb} …", exact=True).click()
         self.page.get_by_role("button", name=f"yes, {verb}").click()
 
     def act_on_all_that_match(self, verb):
-        self.page.get_by_text("change jobs …").click()
         self.page.get_by_label("which jobs").select_option("matching")
         self.page.get_by_role("button", name=verb, exact=True).click()
         self.page.get_by_role("button", name=f"yes, {verb}").click()
@@ -111,7 +129,6 @@ class StandardLibrary:
         self.page.locator(f"input[name=id][value='{job_id}']").check()
 
     def act_on_ticked(self, verb):
-        self.page.get_by_text("change jobs …").click()
         self.page.get_by_role("button", name=verb, exact=True).click()
         self.page.get_by_role("button", name=f"yes, {verb}").click()
 
@@ -144,6 +161,7 @@ class Streamlit(StandardLibrary):
         self.page.wait_for_function("sentence => toasts.some(each => each.includes(sentence))", arg=sentence)
 
     def filter(self, state):
+        self.go("Jobs")
         before = re.search(r"st-key-jobs-\d+", self.page.locator("[class*=st-key-jobs]").get_attribute("class"))[0]
         chosen = self.page.locator(".st-key-filter-state input")
         chosen.click()
@@ -164,12 +182,25 @@ class Streamlit(StandardLibrary):
         table.click(position={"x": 15, "y": 52})  # when it has come to rest
         expect(self.page.get_by_text(f"Job {job_id}", exact=True)).to_be_visible()
 
+    def open_newest_failure(self):
+        self.page.get_by_role("button", name="show jobs").first.click()
+        expect(self._cell(0)).to_have_text(re.compile(r"\d+"))
+        self.page.locator("[class*=st-key-jobs] [data-testid=stDataFrame]").click(position={"x": 15, "y": 52})
+
+    def edit_and_resubmit(self, payload):
+        self.page.get_by_role("button", name="edit and resubmit", exact=True).click()
+        self.page.get_by_label("payload").fill(payload)
+        self.page.get_by_role("button", name="yes, edit and resubmit", exact=True).click()
+
     def texts(self):
         return self.page.locator("[data-testid=stCode]")
 
     def act_on_job(self, verb):
         self.page.get_by_role("button", name=verb, exact=True).click()
         self.page.get_by_role("button", name=f"yes, {verb}", exact=True).click()
+
+    def go(self, title):
+        self.page.locator(".st-key-page").get_by_role("radio", name=title, exact=True).click()
 
     tick = open
 
@@ -243,6 +274,20 @@ def test_operator_sees_jobs_move_and_resubmits_failed_ones(system, page, front):
 
 
 @both
+def test_operator_on_call_is_at_the_newest_traceback_in_two_clicks_and_repairs_the_job_in_three(system, page, front):
+    queue = system.queue()
+    ids = queue.enqueue_many("charge", [{"amount": "seven"}, {"amount": "eight"}])
+    wait_until(lambda: queue.stats()["states"]["failed"] == 2)
+    site = front(system, page)
+    site.open_newest_failure()
+    expect(site.texts().filter(has_text="in charge").first).to_be_visible()
+    site.edit_and_resubmit('{"amount": 8}')
+    site.said("changed 1 job")
+    wait_until(lambda: queue.get(ids[-1]).state == "completed")
+    assert (queue.get(ids[-1]).result, queue.get(ids[0]).state) == (800, "failed")
+
+
+@both
 def test_operator_sets_jobs_aside_and_pauses_a_queue(system, page, front):
     queue = system.queue()
     late = queue.enqueue("mail", delay_seconds=3600)
@@ -265,6 +310,7 @@ def test_operator_sets_jobs_aside_and_pauses_a_queue(system, page, front):
     site.shows_jobs([*many[::-1], late])
     site.act_on_all_that_match("cancel")
     site.said("cancelled 7 jobs")
+    site.close()
     expect(site.count("scheduled")).to_have_text("0")
     assert queue.stats()["states"] == {**dict.fromkeys(pqueue.STATES, 0), "failed": 1, "cancelled": 7}
     site.act_on_queue("resume")
@@ -277,9 +323,9 @@ def test_job_that_was_ticked_is_the_one_that_is_changed(system, page, front):
     queue.pause("default")
     ticked = queue.enqueue("mail")
     site = front(system, page)
+    site.go("Jobs")
     site.tick(ticked)
     newer = queue.enqueue("mail")
-    expect(site.count("pending")).to_have_text("2")
     site.act_on_ticked("cancel")
     site.said("cancelled 1 job")
     assert [queue.get(job_id).state for job_id in (ticked, newer)] == ["cancelled", "pending"]
@@ -320,12 +366,17 @@ def test_operator_with_a_phone_sees_every_control_whole(system, page):
     queue.enqueue("prepend_timestamp", {"file": "a" * 50}, delay_seconds=60)
     page.set_viewport_size({"width": 390, "height": 2600})
     site = StandardLibrary(system, page)
-    expect(page.locator("#jobs tbody tr")).to_have_count(2)
-    for summary in page.locator("summary").all():
-        summary.click()
-    for cut in ("html", "section", "td:has(form)", "td:has(progress)"):
-        found = f"[...document.querySelectorAll('{cut}')].filter(each => each.scrollWidth > each.clientWidth).length"
-        assert page.evaluate(found) == 0, cut
+    site.go("Jobs")
+    expect(page.locator("#search tbody tr")).to_have_count(2)
+    for title in ("Jobs", "Failed", "Schedules", "Consumers", "Activity", "Queues"):
+        site.go(title)
+        for summary in page.locator("summary").all():
+            summary.click()
+        for cut in ("html", "section", "td:has(form)", "td:has(progress)"):
+            found = (
+                f"[...document.querySelectorAll('{cut}')].filter(each => each.scrollWidth > each.clientWidth).length"
+            )
+            assert page.evaluate(found) == 0, (title, cut)
     page.get_by_placeholder("none").fill("7")
     page.get_by_role("button", name="set").click()
     site.said("queue default limited to 7 pending jobs")
@@ -335,10 +386,12 @@ def test_page_keeps_typed_text_while_it_refreshes(system, page):
     queue = system.queue()
     system.write("repaired", "")
     site = StandardLibrary(system, page)
+    site.go("Jobs")
     page.locator("input[name=text]").fill("half a wor")
     queue.enqueue_many("mail", range(4))
-    expect(site.count("completed")).to_have_text("4")
-    expect(page.locator("#jobs tbody tr")).to_have_count(4)
+    expect(page.locator("#age")).to_contain_text("paused while you type")
+    page.locator("input[name=text]").blur()
+    expect(page.locator("#search tbody tr")).to_have_count(4)
     assert page.locator("input[name=text]").input_value() == "half a wor"
 
 

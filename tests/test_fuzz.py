@@ -37,7 +37,7 @@ import pqueue
 import pqueue_sqlalchemy
 import producer
 from bench import run as bench
-from pqueue_tools import dashboard, dashboard_http, file_task, supervisor
+from pqueue_tools import dashboard, dashboard_actions, dashboard_http, file_task, supervisor
 
 SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
 SECONDS = 30  # in which every single input must be done with
@@ -354,8 +354,8 @@ TOKEN = st.sampled_from(
 )
 TARGET = st.sampled_from(
     [
-        "/", "/live", "/job/1", "/job/0", "/api/jobs", "/api/jobs/1", "/api/stats", "/metrics", "/healthz", "/act/cancel",
-        "http://[", "//[", "*", "/job/" + "1" * 400, "/%00", "/\xff", "/job/%2e%2e/1", "/act/../live", "/?" + "&" * 900,
+        "/", "/jobs", "/job/1", "/job/0", "/api/jobs", "/api/jobs/1", "/api/stats", "/metrics", "/healthz", "/act/cancel",
+        "http://[", "//[", "*", "/job/" + "1" * 400, "/%00", "/\xff", "/job/%2e%2e/1", "/act/../jobs", "/?" + "&" * 900,
     ]
 )  # fmt: skip
 FIELD = st.sampled_from(
@@ -413,7 +413,7 @@ def test_server_survives_any_bytes_and_keeps_serving(site):
 def test_server_refuses_a_form_with_anything_in_it_in_a_sentence(site):
     @fuzz(250)
     @given(
-        st.sampled_from([*dashboard.ACTIONS, "jobs", "x"]),
+        st.sampled_from([*dashboard_actions.ACTIONS, "jobs", "x"]),
         st.dictionaries(FIELD | st.just("action"), ARGUMENT, max_size=5),
     )
     def check(action, fields):
@@ -677,7 +677,7 @@ def test_dashboard_bears_hostile_databases(folder, sound, site):
         with closing(sqlite3.connect(path, isolation_level=None)) as db:
             for statement in statements:
                 db.execute(statement)
-        for page in ("/", "/live", "/job/5", "/api/jobs", "/api/jobs/5", "/api/stats", "/metrics", "/healthz"):
+        for page in ("/", "/jobs", "/job/5", "/api/jobs", "/api/jobs/5", "/api/stats", "/metrics", "/healthz"):
             status, text, _ = site.ask(page)
             assert status in (200, 503), page
             assert "\x1b" not in text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import getpass
+import gzip
 import http.client
 import json
 import os
@@ -25,7 +27,7 @@ import ops
 import pqueue
 import pqueue_outcomes
 import pqueue_search
-from pqueue_tools import dashboard, dashboard_http, dashboard_streamlit, dashboard_summary, supervisor, tables
+from pqueue_tools import dashboard, dashboard_http, dashboard_streamlit, dashboard_summary, report, supervisor, tables
 
 PATIENCE_SECONDS = 90  # after which something is wrong
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)>" & \x00\x1b[31m\u202e😀' + "x" * 5000
@@ -107,7 +109,7 @@ def test_request_during_shutdown_is_refused(folder, capsys):
     site = Site()
     site.server._renderer.shutdown()  # by `server_close`, while a request is being read
     try:
-        status, text, _ = site.ask("/job/1")
+        status, text, _ = site.ask("/api/jobs/1")
     finally:
         site.close()
     assert (status, capsys.readouterr().err) == (503, ""), text
@@ -155,11 +157,11 @@ def test_reader_filters_and_pages(queue, site):
     first = found("task=many")
     assert [job["id"] for job in first["jobs"]] == ids[::-1][: dashboard.JOBS_PER_PAGE]
     assert found(f"task=many&before_id={ids[3]}") == {"jobs": found("task=many&before_id=4")["jobs"], "before_id": None}
-    page = site.ask("/?task=many")[1]
-    older = re.search(r'href="(/\?[^"]*before_id=\d+)#jobs"', page)[1].replace("&amp;", "&")
+    page = site.ask("/jobs?task=many")[1]
+    older = re.search(r'href="(/jobs\?[^"]*before_id=\d+)"', page)[1].replace("&amp;", "&")
     assert older.endswith(f"before_id={first['before_id']}")
     assert f'href="/job/{ids[::-1][dashboard.JOBS_PER_PAGE]}"' in site.ask(older)[1]
-    assert "no job matches" in site.ask("/?task=nosuch")[1]
+    assert "no job matches" in site.ask("/jobs?task=nosuch")[1]
 
 
 def test_search_that_takes_too_long_says_how_far_it_came(queue, site, monkeypatch):
@@ -167,10 +169,10 @@ def test_search_that_takes_too_long_says_how_far_it_came(queue, site, monkeypatc
     monkeypatch.setattr(pqueue_search, "WALK_IDS", 10)
     old = queue.enqueue("rare")
     ids = queue.enqueue_many("many", range(15))
-    text = site.ask("/?task=rare")[1]
+    text = site.ask("/jobs?task=rare")[1]
     assert "no job found so far" in text
     assert f"searched back to job {ids[5]}: continue" in text
-    text = site.ask(f"/?task=rare&before_id={ids[5]}")[1]
+    text = site.ask(f"/jobs?task=rare&before_id={ids[5]}")[1]
     assert f'href="/job/{old}"' in text
     assert "newest jobs" in text
 
@@ -205,17 +207,23 @@ def test_page_comes_back_after_figures_could_not_be_computed(queue, site, monkey
 
 def test_page_does_not_wait_for_a_supervisord_that_hangs(queue, site, monkeypatch):
     monkeypatch.setattr(supervisor, "STATUS_SECONDS", 0.2)
-    assert "supervisord is not running here" in site.ask("/")[1]
+    assert "supervisord is not running here" in site.ask("/consumers")[1]
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(supervisor.SOCKET))
         silent.listen()
-        assert "no supervisord answers at" in site.ask("/")[1]
+        assert "no supervisord answers at" in site.ask("/consumers")[1]
 
 
 def test_empty_dashboard_says_what_to_do(queue, site):
-    text = site.ask("/")[1]
-    assert tables.JOBS.empty in text
-    assert "run python consumer.py" in text
+    assert tables.JOBS.empty in site.ask("/jobs")[1]
+    for page in tables.PAGES.values():
+        text = site.ask(f"/{page.name}")[1]
+        assert all(
+            part.empty in unescape(text)
+            for part in page.parts
+            if isinstance(part, tables.Table) and part.empty != "no process"
+        )
+    assert "run python consumer.py" in site.ask("/")[1]
 
 
 def test_job_page_tells_its_story(queue, site, folder, monkeypatch):
@@ -256,13 +264,20 @@ def test_hostile_text_is_shown_as_text(queue, site):
     queue.enqueue("t", {"file": HOSTILE}, key="k" + printable)
     queue.dequeue("c" + printable)
     pages = [
-        site.ask(path)[1] for path in ("/", "/job/1", "/job/2", "/?" + urlencode({"text": '"><script>', "task": "<b>"}))
+        site.ask(path)[1]
+        for path in (
+            *(f"/{name}" for name in tables.PAGES),
+            "/job/1",
+            "/job/2",
+            "/jobs?" + urlencode({"text": '"><script>', "task": "<b>"}),
+        )
     ]
-    live = json.loads(site.ask("/live")[1])
-    for text in [*pages, *live.values()]:
+    for text in pages:
         bare = re.sub(r'<script src="/script.js"></script>', "", text)
         assert not re.search(
-            r"<script|<img|<b>(?!\w)|onerror=alert\(2\)>\"", bare.replace('<b class="', ""), re.IGNORECASE
+            r"<script|<img|<b>(?!\w)|onerror=alert\(2\)>\"",
+            re.sub('<b class="|<b>(Jobs|Wait)', "", bare),
+            re.IGNORECASE,
         )
         assert "\x1b" not in text
         assert "\0" not in text
@@ -280,7 +295,7 @@ def test_operator_mends_jobs_and_queues(queue, site):
     assert (status, headers["Location"].partition("?said=")[0]) == (303, f"/job/{one}")
     assert "resubmitted 1 job" in site.ask(headers["Location"])[1]
     assert queue.get(one).state == "pending"
-    assert site.act("resubmit_group", task="work", fingerprint="ValueError: no")[0] == 303
+    assert site.act("resubmit", scope="matching", state="failed", task="work", fingerprint="ValueError: no")[0] == 303
     assert queue.get(two).state == "pending"
     site.act("mark_failed", id=two)
     assert queue.get(two).state == "failed"
@@ -312,14 +327,14 @@ def test_operator_acts_on_the_ticked_or_on_all_that_match(queue, site):
 def confirmed(site, question, which, /, **form):
     """Perform an action on many jobs as the page does: it asks first, and names their number."""
     before = json.loads(site.ask("/api/jobs")[1])
-    status, text, _ = site.act("jobs", back="/?task=a", **form)
+    status, text, _ = site.act("jobs", back="/jobs?task=a", **form)
     assert status == 200
     assert f"{question}?" in text
     assert which in text
     assert json.loads(site.ask("/api/jobs")[1]) == before
     fields = [tuple(map(unescape, each)) for each in re.findall(r'name="([^"]*)" value="([^"]*)"', text)]
     status, _, headers = site.ask("/act/jobs", fields)
-    assert (status, headers["Location"].partition("&said=")[0]) == (303, "/?task=a")
+    assert (status, headers["Location"].partition("&said=")[0]) == (303, "/jobs?task=a")
 
 
 ERRORS = [
@@ -350,7 +365,7 @@ def test_operator_resubmits_all_jobs_of_a_group_whatever_its_error_is(queue, sit
     other = failed(queue, "another")
     (form,) = [each for each in site.ask("/")[1].split("<form") if "yes, resubmit 2 jobs" in each]
     fields = [tuple(map(unescape, each)) for each in re.findall(r'name="([^"]*)" value="([^"]*)"', form)]
-    assert site.ask("/act/resubmit_group", fields)[0] == 303
+    assert site.ask("/act/resubmit", fields)[0] == 303
     assert [queue.get(job_id).state for job_id in (*ids, other)] == ["pending", "pending", "failed"]
 
 
@@ -358,7 +373,7 @@ def test_action_that_changes_nothing_is_no_success(queue, site):
     job_id = failed(queue)
     queue.resubmit(job_id)
     for action, form in (
-        ("resubmit_group", {"task": "work", "fingerprint": "ValueError: no"}),
+        ("resubmit", {"scope": "matching", "state": "failed", "task": "work", "fingerprint": "ValueError: no"}),
         ("resubmit", {"scope": "matching", "task": "work"}),
         ("resubmit", {"id": [job_id, 99]}),
         ("cancel", {"scope": "matching", "task": "nosuch"}),
@@ -374,12 +389,14 @@ def test_action_that_changes_nothing_is_no_success(queue, site):
 @pytest.mark.parametrize(
     "path",
     [
-        "/api/jobs?key=x",
+        "/api/jobs?kye=x",
         "/api/jobs?created_from=0",
         "/api/jobs?State=failed",
         "/api/jobs?state=",
         "/api/jobs?task",
-        "/api/jobs?state=failed&state=pending",
+        "/api/jobs?task=a&task=b",
+        "/api/jobs?state=failed&state=nosuch",
+        "/api/jobs?since=never",
         "/api/jobs?state=nosuch",
         "/api/jobs?before_id=x",
         "/api/jobs/1?state=failed",
@@ -421,9 +438,147 @@ def test_read_only_dashboard_offers_and_does_nothing(queue, site, monkeypatch):
     for path in ("/", f"/job/{job_id}"):
         assert 'method="post"' not in site.ask(path)[1]
         assert site.server.token not in site.ask(path)[1]
+        assert ">read-only</span>" in site.ask(path)[1]
     status, text, _ = site.act("resubmit", id=job_id)
     assert (status, "read-only" in text) == (409, True)
     assert queue.get(job_id).state == "failed"
+
+
+def test_operator_changes_one_job_in_every_way(queue, site):
+    job_id = failed(queue, payload={"to": "ada"})
+    text = site.ask(f"/job/{job_id}")[1]
+    for label in ("resubmit", "edit and resubmit", "retry at", "clone", "delete"):
+        assert f"<summary>{label} …</summary>" in text
+    site.act("edit", id=job_id, payload='{"to": "grace"}')
+    assert (queue.get(job_id).state, queue.get(job_id).payload) == ("pending", {"to": "grace"})
+    site.act("retry", id=job_id, when="2h")
+    assert queue.get(job_id).state == "scheduled"
+    assert abs(queue.get(job_id).run_at - time.time() - 7200) < 60
+    assert "<summary>run now …</summary>" in site.ask(f"/job/{job_id}")[1]
+    site.act("run_now", id=job_id)
+    location = site.act("clone", id=job_id)[2]["Location"]
+    assert "a copy of job 1" in site.ask(location)[1]
+    assert queue.get(2)._replace(id=1, created_at=0.0, run_at=0.0) == queue.get(1)._replace(
+        created_at=0.0, run_at=0.0, max_attempts=1
+    )
+    site.act("delete", id=job_id, back="/jobs")
+    assert queue.count_jobs() == 1
+    assert queue.operations()[0]["event"] == "deleted 1 job"
+    secret = queue.enqueue("work", {"password": "hunter2"})
+    assert "edit payload" not in site.ask(f"/job/{secret}")[1]
+    for action, form, message in (
+        ("edit", {"id": secret, "payload": "{}"}, "hidden values"),
+        ("edit", {"id": 2, "payload": "{"}, "expected JSON"),
+        ("retry", {"id": 2, "when": "soon"}, "expected a duration"),
+        ("clone", {"id": 99}, "no job 99"),
+        ("delete", {"id": 99}, "no job 99"),
+    ):
+        status, text, _ = site.act(action, **form)
+        assert (status, message in text) == (409, True), (action, text)
+    queue.dequeue("w", tasks=["work"])
+    text = site.ask("/job/2")[1]
+    assert "edit payload" not in text
+    assert re.search(r'class="state running">running</span>', text)
+
+
+def test_link_of_a_group_shows_the_jobs_that_its_action_changes(queue, site):
+    ids = [failed(queue, f"KeyError: {number}") for number in range(3)]
+    failed(queue, "ValueError: 7")
+    failed(queue, "KeyError: 7", task="other")
+    (link,) = set(re.findall(r'href="(/failed\?[^"]*task=work[^"]*KeyError[^"]*)"', site.ask("/")[1]))
+    text = site.ask(unescape(link))[1]
+    assert re.findall(r'name="id" value="(\d+)"', text) == [str(each) for each in ids[::-1]]
+    assert "all 3 that match" in text
+
+
+def test_search_takes_several_states_a_key_and_a_time(queue, site):
+    queue.enqueue("old", key="k", now=time.time() - 7200)
+    queue.cancel(queue.enqueue("new"))
+    failed(queue)
+
+    def found(query):
+        return [each["id"] for each in json.loads(site.ask(f"/api/jobs?{query}")[1])["jobs"]]
+
+    assert found("state=failed&state=cancelled") == [3, 2]
+    assert found("key=k") == [1]
+    assert found("since=1h") == [3, 2]
+    assert found("until=1h") == [1]
+    assert found("since=2020-01-01&until=2020-01-02T12:00Z") == []
+    page = site.ask("/jobs?state=failed&state=cancelled")[1]
+    assert len(re.findall(r' name="state" value="(?:failed|cancelled)" checked', page)) == 2
+    confirmed(
+        site,
+        "delete 2 jobs",
+        "state failed or cancelled",
+        action="delete",
+        scope="matching",
+        state=["failed", "cancelled"],
+    )
+    assert found("") == [1]
+
+
+def test_page_that_has_not_changed_is_not_sent_again_and_a_large_one_is_compressed(queue, site):
+    populate(queue, jobs=400)
+    for path in ("/", "/jobs", "/failed", "/consumers"):
+        status, text, headers = site.ask(path)
+        assert float(headers["X-Now"]) == pytest.approx(time.time(), abs=60)
+        status, body, again = site.ask(path, If_None_Match=headers["ETag"])
+        assert (status, body) == (304, "") or again["ETag"] != headers["ETag"]  # the next minute has begun
+        connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=PATIENCE_SECONDS)
+        connection.request("GET", path, headers={"Accept-Encoding": "gzip"})
+        answer = connection.getresponse()
+        body = answer.read()
+        connection.close()
+        assert answer.headers["Content-Encoding"] == "gzip"
+        assert len(body) < 10_000
+        assert b"</html>" in gzip.decompress(body)
+    assert "Content-Encoding" not in site.ask("/", Accept_Encoding="gzip", Origin="null")[2]
+
+
+def test_browser_is_refused_with_a_page_that_leads_back(queue, site):
+    for path in ("/nosuch", "/job/99", "/jobs?state=nosuch"):
+        status, text, headers = site.ask(path, Accept="text/html")
+        assert (status in (400, 404), headers["Content-Type"]) == (True, dashboard_http.HTML)
+        assert '<a href="/">to the overview</a>' in text
+
+
+# Who did it
+
+
+def test_action_is_recorded_under_the_name_given_at_the_password_prompt(queue, folder):
+    site = Site(password="secret")
+    try:
+        for name, recorded in (("anna", "anna"), ("", getpass.getuser())):
+            login = {"Authorization": "Basic " + base64.b64encode(f"{name}:secret".encode()).decode()}
+            form = {"token": site.server.token, "queue": "default"}
+            assert site.ask("/act/pause", form, **login)[0] == 303
+            assert queue.operations(limit=1)[0]["actor"] == f"{recorded} (dashboard)"
+            assert f'<td class="">{recorded} (dashboard)</td>' in site.ask("/activity", **login)[1]
+        login = {"Authorization": "Basic " + base64.b64encode(b"an\x00na:secret").decode()}
+        assert site.ask("/act/resume", form, **login)[0] == 400
+        assert is_paused(queue)
+    finally:
+        site.close()
+
+
+def is_paused(queue):
+    return queue.stats()["queues"]["default"]["paused"]
+
+
+def test_name_of_the_user_comes_from_a_header_only_if_that_is_configured(queue, site, monkeypatch):
+    form = {"token": site.server.token, "queue": "default"}
+    site.ask("/act/pause", form, X_Remote_User="eve")
+    assert "eve" not in queue.operations()[0]["actor"]
+    monkeypatch.setenv("PQUEUE_OPS_USER_HEADER", "X-Remote-User")
+    site.ask("/act/pause", form, X_Remote_User="bob", Authorization="Basic " + base64.b64encode(b"eve:x").decode())
+    assert queue.operations()[0]["actor"] == "bob (dashboard)"
+
+
+def test_one_action_on_many_jobs_is_one_line_of_the_activity(queue, site):
+    ids = queue.enqueue_many("t", range(700))
+    confirmed(site, "cancel 700 jobs", "task t", action="cancel", scope="matching", task="t")
+    (operation,) = queue.operations()
+    assert (operation["event"], operation["jobs"], operation["job_id"]) == ("cancelled", 700, ids[0])
 
 
 # What it refuses
@@ -525,8 +680,8 @@ def test_operator_reaches_it_by_the_names_that_are_allowed(queue, folder, monkey
 def test_page_elsewhere_loads_nothing_but_a_link_to_a_page_works(queue, site):
     job_id = queue.enqueue("t")
     data, shown = (
-        ("/api/jobs", f"/api/jobs/{job_id}", "/api/stats", "/live", "/metrics", "/healthz"),
-        ("/", f"/job/{job_id}"),
+        ("/api/jobs", f"/api/jobs/{job_id}", "/api/stats", "/metrics", "/healthz"),
+        ("/", "/jobs", f"/job/{job_id}"),
     )
     for other in ("cross-site", "same-site", "anything"):
         for path in (*data, *shown):
@@ -602,7 +757,7 @@ def test_dashboard_stays_small_with_any_payloads_and_without_readers(place):
         queue.fail(job, "<&>" * 3000, retry=False)
     address = place.dashboard()
     port, pid = int(address.rpartition(":")[2]), place.children[-1].pid
-    paths = ("/api/jobs", "/api/jobs/1", "/job/2", "/", "/live", "/api/jobs?text=xyz", "/?text=yy")
+    paths = ("/api/jobs", "/api/jobs/1", "/job/2", "/", "/jobs", "/api/jobs?text=xyz", "/jobs?text=yy")
     deaf = []
     for number in range(300):
         connection = socket.socket()
@@ -625,19 +780,22 @@ def test_dashboard_stays_small_with_any_payloads_and_without_readers(place):
 def test_filter_that_is_too_long_is_refused(queue, site):
     queue.enqueue("t")
     for name, most in (("text", "1,000"), ("task", "255"), ("queue", "255"), ("consumer", "255")):
-        for path in ("/", "/live", "/api/jobs"):
+        for path in ("/jobs", "/failed", "/api/jobs"):
             status, text, _ = site.ask(f"{path}?{name}=" + "x" * 60_000)
             assert (status, text) == (400, f"expected {name} to be at most {most} characters, got 60,000\n")
         status, text, _ = site.act("jobs", action="cancel", scope="matching", **{name: "x" * 60_000})
         assert (status, "got 60,000" in text) == (409, True)
-    assert site.ask("/?state=" + "x" * 60_000)[0] == site.ask("/?before_id=" + "1" * 60_000)[0] == 400
+    assert site.ask("/jobs?state=" + "x" * 60_000)[0] == site.ask("/jobs?before_id=" + "1" * 60_000)[0] == 400
     assert queue.count_jobs(state="pending") == 1
 
 
 def test_malformed_request_is_refused_and_changes_nothing(queue, site):
     job_id = failed(queue)
     good = {"token": site.server.token, "id": job_id}
-    assert site.ask("/?state=nosuch")[:2] == (400, f"expected a state of {', '.join(pqueue.STATES)}, got 'nosuch'\n")
+    assert site.ask("/jobs?state=nosuch")[:2] == (
+        400,
+        f"expected a state of {', '.join(pqueue.STATES)}, got 'nosuch'\n",
+    )
     assert site.ask("/api/jobs?before_id=x")[:2] == (400, "expected a whole number of at least 0, got 'x'\n")
     assert site.ask("http://[/")[0] == 400
     assert site.ask("/act/resubmit", good, Origin="http://[")[0] == 400
@@ -649,21 +807,21 @@ def test_malformed_request_is_refused_and_changes_nothing(queue, site):
 
 
 def test_only_the_dashboard_itself_tells_of_an_action_and_once(queue, site):
-    location = site.act("resubmit", id=failed(queue), task="work", back="/?task=work")[2]["Location"]
-    assert 'class="said">resubmitted 1 job<' in site.ask(location)[1]
-    for link in (location, "/?said=all+is+lost", "/job/1?said=all+is+lost"):
+    location = site.act("resubmit", id=failed(queue), task="work", back="/jobs?task=work")[2]["Location"]
+    assert ">resubmitted 1 job<" in site.ask(location)[1]
+    for link in (location, "/?said=all+is+lost", "/jobs?said=all+is+lost", "/job/1?said=all+is+lost"):
         status, page, _ = site.ask(link)
         assert status == 200
-        assert 'class="said"' not in page
+        assert 'role="status"></p>' in page
         assert "all is lost" not in page
 
 
 def test_sentence_of_an_action_waits_for_a_page_that_can_show_it(queue, site, monkeypatch):
-    location = site.act("resubmit", id=failed(queue), back="/?task=work")[2]["Location"]
+    location = site.act("resubmit", id=failed(queue), back="/jobs?task=work")[2]["Location"]
     with monkeypatch.context() as broken:
         broken.setattr(pqueue.PersistentQSQLite, "check", lambda *_, **__: os.stat("nosuch"))
         assert site.ask(location)[0] == 503
-    assert 'class="said">resubmitted 1 job<' in site.ask(location)[1]
+    assert ">resubmitted 1 job<" in site.ask(location)[1]
 
 
 @pytest.mark.parametrize("header", ["Host", "Origin", "Cookie", "X"])
@@ -803,17 +961,17 @@ def test_missing_database_is_reported_and_found_when_it_returns(folder, site):
     status, text, _ = site.ask("/")
     assert (status, "no queue at" in text) == (503, True)
     assert site.ask("/healthz")[0] == 503
-    assert "no queue at" in json.loads(site.ask("/live")[1])["health"]
+    assert "no queue at" in json.loads(site.ask("/api/stats")[1])["error"]
     queue = pqueue.open_queue()
     queue.enqueue("first")
-    assert "first" in site.ask("/")[1]
+    assert "first" in site.ask("/jobs")[1]
     queue.close()
     for path in (folder / "var").glob("queue.db*"):
         if path.is_file():
             path.unlink()
     other = pqueue.open_queue()
     other.enqueue("second")
-    text = site.ask("/")[1]
+    text = site.ask("/jobs")[1]
     assert "second" in text
     assert "first" not in text
     with other.transaction() as db:
@@ -838,7 +996,7 @@ def test_locked_database_is_reported_and_read_when_it_is_free(queue, site, monke
         db.execute("BEGIN EXCLUSIVE")
         status, text, _ = site.ask("/")
         assert (status, "another writer held it" in text) == (503, True)
-        assert "another writer held it" in json.loads(site.ask("/live")[1])["health"]
+        assert "another writer held it" in json.loads(site.ask("/api/stats")[1])["error"]
         db.execute("ROLLBACK")
     db.close()
     assert site.ask("/")[0] == 200
@@ -870,7 +1028,8 @@ def test_paused_queue_is_shown_and_leaves_the_dashboard_healthy(queue, site):
     paused = "info: queue &#x27;default&#x27; is paused, with 1 job pending"
     status, text, _ = site.ask("/healthz")
     assert (status, text) == (200, f"{unescape(paused)}: run python admin.py resume default\n")
-    assert re.search(r'<p class="health info">info: <a href="#queues">queue .* is paused', site.ask("/")[1])
+    assert re.search(r'<b class="info">info</b> <a href="/queues">queue .* is paused', site.ask("/")[1])
+    assert f'<a class="health completed" href="/">{report.NO_FINDINGS}</a>' in site.ask("/jobs")[1]
     assert 'pqueue_findings{severity="info"} 1\n' in site.ask("/metrics")[1]
 
 
@@ -911,15 +1070,14 @@ def test_page_under_a_prefix_leads_only_there(queue, site, monkeypatch, removed)
         return site.ask(path.removeprefix("/a/queue") if removed else path, form)
 
     ids = [failed(queue) for _ in range(dashboard.JOBS_PER_PAGE + 1)]
-    pages = [ask("/a/queue/?state=failed")[1], ask(f"/a/queue/job/{ids[0]}")[1]]
+    pages = [ask("/a/queue/jobs?state=failed")[1], ask(f"/a/queue/job/{ids[0]}")[1]]
     links = {unescape(each) for page in pages for each in re.findall(r'(?:href|src|action)="([^"#]+)', page)}
     assert {"/a/queue/style.css", "/a/queue/script.js", "/a/queue/act/jobs", f"/a/queue/job/{ids[1]}"} <= links
     for link in links:
         assert ask(link)[0] == (404 if "/act/" in link else 200), link
-    assert 'data-prefix="/a/queue"' in pages[0]
     form = {"token": site.server.token, "back": f"/job/{ids[0]}", "id": ids[0]}
     status, text, _ = ask("/a/queue/act/jobs", {**form, "action": "resubmit"})
-    assert (status, f'<a href="/a/queue/job/{ids[0]}">no</a>' in text) == (200, True)
+    assert (status, f'href="/a/queue/job/{ids[0]}">no</a>' in text) == (200, True)
     status, _, headers = ask("/a/queue/act/jobs", {**form, "action": "resubmit", "confirmed": "1"})
     assert (status, queue.get(ids[0]).state) == (303, "pending")
     assert "resubmitted 1 job" in ask(headers["Location"])[1]
@@ -937,12 +1095,14 @@ def test_prefix_that_is_no_path_is_refused(folder, monkeypatch, capsys, prefix):
 # Streamlit
 
 
-def streamlit():
+def streamlit(**query):
     from streamlit.testing.v1 import AppTest
 
     page = AppTest.from_string(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pqueue_tools import dashboard_streamlit as o; o.page()"
     )
+    for name, value in query.items():
+        page.query_params[name] = value
     return page.run(timeout=PATIENCE_SECONDS)
 
 
@@ -960,30 +1120,37 @@ def test_streamlit_page_shows_the_same_figures(queue):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_both_front_ends_show_the_same_tables(queue, site, monkeypatch):
+@pytest.mark.parametrize("name", tables.PAGES, ids=lambda name: name or "overview")
+def test_both_front_ends_show_the_same_tables(queue, site, monkeypatch, name):
     populate(queue, jobs=400)
+    queue.schedule("nightly", "build_report", cron="@daily")
+    queue.pause("mail", by="ada")
     names = ["consumer_00", "consumer_01", "dashboard"]
     running = [{"group": name.partition("_")[0], "name": name, "state": "RUNNING"} for name in names]
     monkeypatch.setattr(supervisor, "processes", lambda: running)
     monkeypatch.setattr(supervisor, "added_groups", lambda: ["consumer"])
     supervisor.SOCKET.touch()
-    html, page = site.ask("/")[1], streamlit()
+    html, page = site.ask(f"/{name}")[1], streamlit(page=name)
     assert not page.exception
     frames = [each.value.fillna("").astype(str).to_dict("split") for each in page.dataframe]
-    shown = [tables.PROCESSING, tables.JOBS, tables.FAILED, tables.CONSUMERS, tables.GROUPS, tables.QUEUES]
+    shown = [tables.JOBS if part == "search" else part for part in tables.PAGES[name].parts]
+    shown = [part for part in shown if isinstance(part, tables.Table)]
     assert [frame["columns"] for frame in frames] == [[each.heading for each in table.columns] for table in shown]
-    assert "consumer_00 running, consumer_01 running" in str(frames) + html
     for table, frame in zip(shown, frames, strict=True):
-        part = html[html.index(f"<h2>{table.title}</h2>") :]
+        part = html[
+            html.index("<h2>Failed jobs" if name == "failed" and table is tables.JOBS else f"<h2>{table.title}") :
+        ]
         cells = re.findall(r"<td[^>]*>(.*?)</td>", part[: part.index("</table>")])
         assert frame["data"]
-        for column, value in zip(frame["columns"] * len(frame["data"]), sum(frame["data"], []), strict=True):
-            if column not in ("enqueued", "seen", "elapsed", "lease left", "oldest", "progress"):  # as of now
-                value = f"{int(value):,}" if value.isdigit() and column != "job" else value
-                assert value in map(unescaped, cells), (table.title, column)
-    for label in ("remove consumer", "add 3 consumers"):
-        assert f"<summary>{label} …</summary>" in html
-        assert f"yes, {label}" in [button.label for button in page.button]
+        kinds = [each.kind for each in table.columns]
+        for kind, value in zip(kinds * len(frame["data"]), sum(frame["data"], []), strict=True):
+            if kind not in ("time", "since", "until", "progress"):  # as of now
+                value = f"{int(value):,}" if value.isdigit() and kind != "job" else value
+                assert value in map(unescaped, cells), table.title
+    if name == "consumers":
+        for label in ("remove consumer", "add 3 consumers"):
+            assert f"<summary>{label} …</summary>" in html
+            assert f"yes, {label}" in [button.label for button in page.button]
 
 
 def unescaped(cell):
@@ -1035,7 +1202,7 @@ def test_streamlit_page_pauses_a_queue(queue):
 @pytest.mark.filterwarnings("ignore")
 def test_streamlit_page_names_the_number_and_asks_before_it_changes_many_jobs(queue):
     ids = queue.enqueue_many("many", range(70))
-    page = streamlit()
+    page = streamlit(page="jobs")
     page.text_input(key="filter-task").input("many").run(timeout=PATIENCE_SECONDS)
     page.button(key="bulk-cancel").click().run(timeout=PATIENCE_SECONDS)
     assert not page.exception
@@ -1061,8 +1228,8 @@ def test_chart_of_times_draws_a_wait_of_zero(wait):
 def test_streamlit_page_filters(queue):
     queue.enqueue_many("many", range(3))
     failed(queue, task="odd", priority=1)
-    page = streamlit()
-    page.selectbox(key="filter-state").select("failed").run(timeout=PATIENCE_SECONDS)
+    page = streamlit(page="jobs")
+    page.multiselect(key="filter-state").select("failed").run(timeout=PATIENCE_SECONDS)
     assert not page.exception
     assert [list(each.value["task"]) for each in page.dataframe if "detail" in each.value] == [["odd"]]
 
@@ -1072,10 +1239,10 @@ def test_streamlit_page_resubmits_the_group_that_was_chosen_whatever_fails_meanw
     for task in ("b", "c"):
         failed(queue, task=task)
     page = streamlit()
-    page.selectbox(key="row of Failed").select("c: ValueError: no").run(timeout=PATIENCE_SECONDS)
+    page.selectbox(key="row of Failures").select("c: ValueError: no").run(timeout=PATIENCE_SECONDS)
     for _ in range(3):
         failed(queue, task="a")
     page.run(timeout=PATIENCE_SECONDS)
-    assert page.selectbox(key="row of Failed").value == "c: ValueError: no"
-    page.button(key="yes, resubmit all c ValueError: no").click().run(timeout=PATIENCE_SECONDS)
+    assert page.selectbox(key="row of Failures").value == "c: ValueError: no"
+    page.button(key="yes, resubmit all matching failed c ValueError: no").click().run(timeout=PATIENCE_SECONDS)
     assert [job.task for job in queue.list_jobs(state="pending")] == ["c"]

@@ -1,0 +1,204 @@
+"""The actions of the dashboard, shared by both front ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pqueue
+from pqueue import PersistentQInterface, QueueError
+from pqueue_schema import FINISHED
+from pqueue_tools import dashboard, report, supervisor
+from pqueue_tools.commands import Ago, json_value, moment
+from pqueue_tools.dashboard import FILTERS, FigureCache, Form, one
+from pqueue_tools.masking import masked, masked_job
+from pqueue_tools.process import whole_number
+from pqueue_values import MAX_ID
+
+FORM_FIELDS = ("scope", "id", "back", "confirmed", "when")  # of an action on many jobs, apart from the filters
+Act = Callable[[PersistentQInterface, Form, str | None], str]
+JobVerb = Callable[..., Any]  # called with the queue, the job's id, and who acts
+
+
+def _jobs_action(act: JobVerb, done: str) -> Act:
+    """Act on the jobs of the form's `id` fields or, with `scope` = matching, on all that match its filters."""
+
+    def perform(queue: PersistentQInterface, form: Form, by: str | None) -> str:
+        # One time for all, by which they are one operation.
+        verb = partial(act, queue, form=form, by=by, now=queue.now())
+        if filters := _filters(form):
+            done_to = queue.act_where(verb, **filters, shown=masked_job)
+            changed, refused = int(done_to), done_to.refused
+        else:
+            changed, refused = _act_on_each(_ids(form), verb)
+        if changed and act is _delete:  # and with the jobs their history
+            queue.record(f"deleted {report.count(changed, 'job')}", by=by)
+        if not changed:
+            raise ValueError(f"no job was {done}: {report.count(refused, 'job')} found, and no state allows it")
+        return f"{done} {report.count(changed, 'job')}" + (
+            f"; {refused:,} not changed because of their state" if refused else ""
+        )
+
+    return perform
+
+
+def _verb(name: str) -> JobVerb:
+    return lambda queue, job_id, *, form, by, now: getattr(queue, name)(job_id, by=by, now=now)  # noqa: ARG005
+
+
+def _delete(queue: PersistentQInterface, job_id: int, **_: Any) -> None:
+    if not queue.delete_jobs([job_id]):
+        raise pqueue.JobNotFound(f"no job {job_id}")
+
+
+def _retry(queue: PersistentQInterface, job_id: int, *, form: Form, by: str | None, now: float) -> None:
+    """Schedule a job for the time in the form, also if it has finished."""
+    at = _when(one(form, "when"), now)
+    with queue.exclusive([job_id]):
+        if queue.get(job_id).state in FINISHED:
+            queue.resubmit(job_id, by=by, now=now)
+        queue.change(job_id, run_at=at, by=by, now=now)
+
+
+def _when(text: str, now: float) -> float:
+    """Return the time that a duration from now, or an ISO 8601 time, stands for. Raises ValueError."""
+    at = moment(text)
+    return now + at if isinstance(at, Ago) else at
+
+
+def _edit(queue: PersistentQInterface, job_id: int, *, form: Form, by: str | None, now: float) -> None:
+    """Change the payload of a job; one that has finished is resubmitted."""
+    payload = json_value(one(form, "payload"))
+    with queue.exclusive([job_id]):
+        job = queue.get(job_id)
+        if masked(job.payload) is not job.payload:
+            raise ValueError("the payload contains hidden values, which this would overwrite")
+        if job.state in FINISHED:
+            queue.resubmit(job_id, by=by, now=now)
+        queue.change(job_id, payload=payload, by=by, now=now)
+
+
+def _clone(queue: PersistentQInterface, form: Form, by: str | None) -> str:
+    job = queue.get(whole_number(0)(one(form, "id")))
+    options: dict[str, Any] = {"queue": job.queue, "priority": job.priority, "assigned_to": job.assigned_to}
+    new = queue.enqueue(job.task, job.payload, max_attempts=job.max_attempts, **options)
+    queue.record(f"enqueued job {new}, a copy of job {job.id}", by=by)
+    return f"enqueued job {new}, a copy of job {job.id}"
+
+
+def _filters(form: Form) -> dict[str, Any]:
+    """Return the filters of an action on all jobs that match, or {} if the form lists jobs. Raises ValueError."""
+    if one(form, "scope") != "matching":
+        return {}
+    if unknown := set(form) - {*FILTERS, *FORM_FIELDS}:
+        raise ValueError(f"expected the filters {', '.join(FILTERS)}, got {', '.join(sorted(unknown))}")
+    filters = dashboard.filters_of(form)
+    if not filters:
+        raise ValueError("expected a filter; to act on all jobs, use the command line")
+    return filters
+
+
+def _ids(form: Form) -> list[int]:
+    if not form.get("id"):
+        raise ValueError("expected at least one selected job")
+    return sorted({whole_number(0, MAX_ID)(each) for each in form["id"]})
+
+
+def question(cache: FigureCache, name: str, form: Form) -> str:
+    """Return what an action on many jobs would do, with their number: cancel 12 jobs. Raises QueueError, ValueError."""
+    filters = _filters(form)
+    if name == "retry":
+        _when(one(form, "when"), 0.0)
+    number = cache.queue().count_jobs(**filters, shown=masked_job) if filters else len(_ids(form))
+    if not number:
+        raise ValueError("no job matches the filter")
+    later = f" in {one(form, 'when')}" if name == "retry" else ""
+    return f"{name.replace('_', ' ')} {report.count(number, 'job')}{later}"
+
+
+def _act_on_each(numbers: list[int], act: Callable[[int], Any]) -> tuple[int, int]:
+    if len(numbers) == 1:
+        act(numbers[0])
+        return 1, 0
+    refused = 0
+    for number in numbers:
+        try:
+            act(number)
+        except (pqueue.InvalidTransition, pqueue.JobNotFound):
+            refused += 1
+    return len(numbers) - refused, refused
+
+
+def _assign(queue: PersistentQInterface, form: Form, by: str | None) -> str:
+    name = one(form, "consumer")
+    queue.assign(whole_number(0)(one(form, "id")), name or None, by=by)
+    return f"assigned to {name or 'any consumer'}"
+
+
+def _queue_action(verb: str, done: str) -> Act:
+    def act(queue: PersistentQInterface, form: Form, by: str | None) -> str:
+        getattr(queue, verb)(one(form, "queue"), by=by)
+        return f"queue {one(form, 'queue')} {done}"
+
+    return act
+
+
+def _schedule_action(verb: str, done: str) -> Act:
+    def act(queue: PersistentQInterface, form: Form, by: str | None) -> str:
+        getattr(queue, verb)(one(form, "schedule"))
+        queue.record(f"{done} schedule {one(form, 'schedule')}", by=by)
+        return f"{done} schedule {one(form, 'schedule')}"
+
+    return act
+
+
+def _limit(queue: PersistentQInterface, form: Form, by: str | None) -> str:
+    name, given = one(form, "queue"), one(form, "max_pending")
+    most = whole_number(0)(given) if given else None
+    queue.limit(name, most, by=by)
+    return f"queue {name} " + ("has no limit" if most is None else f"limited to {report.count(most, 'pending job')}")
+
+
+def _add_group(queue: PersistentQInterface, _: Form, by: str | None) -> str:
+    name = supervisor.add_group()
+    queue.record(f"added consumers {name}", by=by)
+    return f"added {name}: {supervisor.GROUP_SIZE} consumers"
+
+
+def _remove_group(queue: PersistentQInterface, form: Form, by: str | None) -> str:
+    supervisor.remove_group(one(form, "group"))
+    queue.record(f"removed consumers {one(form, 'group')}", by=by)
+    return f"removed {one(form, 'group')}"
+
+
+ACTIONS: dict[str, Act] = {
+    "resubmit": _jobs_action(_verb("resubmit"), "resubmitted"),
+    "retry": _jobs_action(_retry, "scheduled"),
+    "edit": _jobs_action(_edit, "changed"),
+    "clone": _clone,
+    "mark_failed": _jobs_action(_verb("mark_failed"), "marked as failed"),
+    "cancel": _jobs_action(_verb("cancel"), "cancelled"),
+    "delete": _jobs_action(_delete, "deleted"),
+    "run_now": _jobs_action(_verb("run_now"), "made pending"),
+    "assign": _assign,
+    "pause": _queue_action("pause", "paused"),
+    "resume": _queue_action("resume", "resumed"),
+    "limit": _limit,
+    "pause_schedule": _schedule_action("pause_schedule", "paused"),
+    "resume_schedule": _schedule_action("resume_schedule", "resumed"),
+    "add_group": _add_group,
+    "remove_group": _remove_group,
+}
+
+
+def act(cache: FigureCache, name: str, form: Form, by: str | None = None) -> tuple[bool, str]:
+    """Perform an action in the name of `by` (None: this process's user). Return whether it succeeded, and a message."""
+    if dashboard.read_only():
+        return False, "refused: this dashboard is read-only"
+    try:
+        done = ACTIONS[name](cache.queue(), form, by)
+    except (QueueError, supervisor.ManagerError, ValueError) as error:
+        return False, str(error)
+    cache.expire()
+    return True, done
