@@ -20,7 +20,6 @@ import os
 import re
 import stat
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,15 +29,15 @@ import pqueue
 import pqueue_cron
 import pqueue_restore
 from pqueue import JobNotFound, PersistentQInterface, QueueError
-from pqueue_files import file_size
 from pqueue_outcomes import EVENTS
 from pqueue_search import fingerprint
 from pqueue_tools import monitor as live
-from pqueue_tools import supervisor
+from pqueue_tools import moving, supervisor
 from pqueue_tools.commands import (
     Ago,
     Command,
     Parameter,
+    Problem,
     UsageError,
     dispatch,
     duration_between,
@@ -49,7 +48,7 @@ from pqueue_tools.commands import (
 )
 from pqueue_tools.completion import complete, script
 from pqueue_tools.masking import masked_job
-from pqueue_tools.output import OPTIONS, CommandResult, table, wants_rows, width, write
+from pqueue_tools.output import OPTIONS, CommandResult, agreed, show_progress, table, wants_rows, width, write
 from pqueue_tools.process import (
     escape_unencodable,
     expect_posix,
@@ -92,10 +91,6 @@ from pqueue_values import seconds_in as duration
 FILES_PER_TRANSACTION = 5000  # job files deleted in one
 JOBS_COMPLETED = 200  # newest jobs whose ids and tasks completion knows
 VERSION = f"pqueue {pqueue.__version__}"
-
-
-class Problem(Exception):
-    """The command failed: exit code 1."""
 
 
 COMMANDS: dict[str, Command] = {}
@@ -359,7 +354,7 @@ def _act(
     number = queue.count_jobs(**filters, shown=masked_job)
     if not number:
         return CommandResult([{"done": done, "jobs": 0, "refused": 0}], "no job matches")
-    if not _agreed(options, f"{verb} {count(number, 'job')}"):
+    if not agreed(options, f"{verb} {count(number, 'job')}"):
         return CommandResult(text="nothing done", code=1)
     changed = queue.act_where(act, **filters, shown=masked_job)
     refused = changed.refused
@@ -479,7 +474,7 @@ def assign_job(queue: PersistentQInterface, options: argparse.Namespace) -> Comm
         raise UsageError("assign-job: expected a CONSUMER_ID, or --any")
     job = queue.get(options.job_id)
     running = f"take job {job.id} from {job.consumer}, which runs it, and assign it"
-    if job.state == "processing" and not _agreed(options, running):
+    if job.state == "processing" and not agreed(options, running):
         return CommandResult(text="nothing done", code=1)
     if options.consumer and options.consumer not in {each["name"] for each in queue.consumers()}:
         print_error("admin", f"note: no consumer named {options.consumer!r} has connected yet")
@@ -686,8 +681,8 @@ def prune(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     if options.older_than is None:
         raise UsageError("prune: expected --older-than DURATION, such as --older-than 7d")
     states = [options.status] if options.status else pqueue.FINISHED
-    pruned = queue.prune(options.older_than, states=states, progress=lambda n: _progress(f"{n:,} jobs pruned"))
-    _progress("")
+    pruned = queue.prune(options.older_than, states=states, progress=lambda n: show_progress(f"{n:,} jobs pruned"))
+    show_progress("")
     return CommandResult([{"pruned": pruned}], f"pruned {count(pruned, 'job')}")
 
 
@@ -703,7 +698,7 @@ def backup(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
 @command(DATA, "restore", Parameter("file", "the backup", Path, metavar="FILE"), YES, opens=False)
 def restore(_: None, options: argparse.Namespace) -> CommandResult:
     """Replace the database by a backup; the old one is kept under another name. Stop all programs first."""
-    if not _agreed(options, f"replace the queue by {options.file}"):
+    if not agreed(options, f"replace the queue by {options.file}"):
         return CommandResult(text="nothing done", code=1)
     kept = pqueue_restore.restore(options.file)
     text = f"restored {options.file}, verified" + (f"; the replaced database is {kept}" if kept else "")
@@ -724,104 +719,14 @@ def restore(_: None, options: argparse.Namespace) -> CommandResult:
 )
 def move(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Copy a live queue into an empty one of any backend. The old one is paused; --finish deletes its jobs."""
-    if bool(options.to) == options.cancel or (options.finish and options.cancel):
-        raise UsageError("move: expected --to URL, then --to URL --finish; or --cancel")
-    if options.cancel:
-        return _cancel_move(queue, options)
-    if options.finish:
-        return _finish_move(queue, options)
-    if isinstance(queue, pqueue.PersistentQSQLite) and not pqueue.is_postgres(options.to):
-        return _move_to_file(queue, options)
-    queue.expect_other_tables(options.without)
-    with pqueue.open_queue(options.to, durability="full") as target:  # --finish depends on it
-        _expect_empty(queue, target)
-        queue.copy_finished_to(target, lambda n: _progress(f"{n:,} finished jobs copied"))
-        return _move(
-            queue,
-            target.name,
-            lambda: queue.move_to(target, without=options.without, progress=lambda n: _progress(f"{n:,} rows copied")),
-        )
-
-
-def _move_to_file(queue: pqueue.PersistentQSQLite, options: argparse.Namespace) -> CommandResult:
-    if options.without:
-        raise UsageError("move: --without is for a move to another kind of database; into an SQLite file all is copied")
-    path = pqueue.sqlite_path(options.to).resolve()
-    if path == queue.path:
-        raise Problem("cannot move: the target is this queue itself")
-    if file_size(path):
-        with pqueue.open_queue(path, create=False) as target:
-            _expect_empty(queue, target)
-        raise Problem(f"cannot move: {path} exists; delete that empty queue, or choose another name")
-    return _move(
-        queue, str(path), lambda: queue.move_to_file(path, progress=lambda n: _progress(f"{n:,} pages copied"))
-    )
-
-
-def _expect_empty(queue: PersistentQInterface, target: PersistentQInterface) -> None:
-    if queue.has_moved_to(target):
-        raise Problem(
-            "cannot move: the target holds jobs, which were moved from here; start everything with the new URL, then "
-            "give --finish"
-        )
-    if target.count_jobs() and not target.is_partial_copy():
-        raise Problem("cannot move: the target holds jobs; expected an empty one")
-
-
-def _move(queue: PersistentQInterface, to: str, copy: Callable[[], dict[str, int] | None]) -> CommandResult:
-    try:
-        while (held := queue.begin_move(to)) or (copied := copy()) is None:
-            _progress(f"waiting for {count(held, 'running job')}")
-            time.sleep(0.5)
-    except BaseException:
-        _cancel_failed_move(queue)
-        raise
-    _progress("")
-    text = f"moved {count(copied['jobs'], 'job')}, verified; the old queue is paused. Start everything with the new URL"
-    return CommandResult([copied], f"{text}, then give --finish")
-
-
-def _cancel_failed_move(queue: PersistentQInterface) -> None:
-    """After an error, resume the old queue, unless it may have been copied."""
-    with suppress(QueueError):
-        found = queue.move_status()
-        if found and found["event"] == "moving":
-            queue.cancel_move()
-            return
-    print_error("admin", "note: the old queue remains paused; repeat the command, or use --cancel")
-
-
-def _progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-def _cancel_move(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
-    found = queue.move_status()
-    if found is None:
-        raise Problem("cannot cancel: this queue is not being moved")
-    again = f"deliver from the old queue again, although it was moved to {found['to']}, where its jobs may run, too"
-    if found["event"] == "moved" and not _agreed(options, again):
-        return CommandResult(text="nothing done", code=1)
-    queue.cancel_move()
-    return CommandResult([{"done": "cancelled"}], "the move is cancelled; the old queue delivers jobs again")
-
-
-def _finish_move(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
-    with pqueue.open_queue(options.to, create=False, durability="full") as target:
-        if not _agreed(options, f"delete all {count(queue.count_jobs(), 'job')} of the old queue"):
-            return CommandResult(text="nothing done", code=1)
-        done = queue.finish_move(target)
-    carried = f"carried over {count(done['carried'], 'job')} enqueued since; " if done["carried"] else ""
-    known = f"{count(done['known'], 'job')} not, as the key has an unfinished job there; " if done["known"] else ""
-    return CommandResult([done], f"{carried}{known}deleted {count(done['deleted'], 'job')} of the old queue")
+    return moving.move(queue, options)
 
 
 @command(DATA, "compact", examples="compact")
 def compact(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Give the space of deleted jobs back to the disk, in short steps while other programs use the database."""
-    freed = queue.compact(progress=lambda n: _progress(f"{size(n)} left"))
-    _progress("")
+    freed = queue.compact(progress=lambda n: show_progress(f"{size(n)} left"))
+    show_progress("")
     return CommandResult(
         [{"freed_bytes": freed}], f"the database is {size(freed)} smaller" if freed else "nothing to free"
     )
@@ -830,7 +735,7 @@ def compact(queue: PersistentQInterface, options: argparse.Namespace) -> Command
 @command(DATA, "delete-db-jobs", Parameter("--force", "even while jobs are processing", flag=True), YES)
 def delete_db_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Delete all jobs from the database in one transaction."""
-    if not _agreed(options, f"delete all {count(queue.count_jobs(), 'job')}"):
+    if not agreed(options, f"delete all {count(queue.count_jobs(), 'job')}"):
         return CommandResult(text="nothing done", code=1)
     deleted = queue.delete_jobs(force=options.force)
     return CommandResult([{"deleted": deleted}], f"deleted {count(deleted, 'job')}")
@@ -854,7 +759,7 @@ def delete_job_files(queue: PersistentQInterface, options: argparse.Namespace) -
     if options.dry_run or not doomed:
         kept = len(names) - len(doomed)
         return CommandResult([{"file": name} for name in doomed], None if doomed else f"nothing to delete{_kept(kept)}")
-    if not _agreed(options, f"delete {count(len(doomed), 'file')} in {options.directory}"):
+    if not agreed(options, f"delete {count(len(doomed), 'file')} in {options.directory}"):
         return CommandResult(text="nothing done", code=1)
     batches = [doomed[start : start + FILES_PER_TRANSACTION] for start in range(0, len(doomed), FILES_PER_TRANSACTION)]
     deleted = sum(_delete_files(queue, options, batch) for batch in batches)
@@ -906,16 +811,6 @@ def _unlink(directory: Path, names: list[str]) -> int:
     except OSError as error:
         raise Problem(f"cannot delete in {directory}: {error.strerror}") from None
     return len(names)
-
-
-def _agreed(options: argparse.Namespace, what: str) -> bool:
-    """Ask for confirmation on the terminal. Without a terminal, require --yes."""
-    if options.yes:
-        return True
-    if not sys.stdin.isatty():
-        raise UsageError(f"expected --yes to {what} without a terminal")
-    print(f"{what}? [y/N] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 @command(SYSTEM, "doctor", examples="doctor -o json")

@@ -25,6 +25,10 @@ class UsageError(Exception):
     """The command line is invalid."""
 
 
+class Problem(Exception):
+    """The command failed: exit code 1."""
+
+
 @dataclass(frozen=True)
 class Parameter:
     """An option (--name) or an argument (name) of a command; `parse` raises ValueError with what was expected."""

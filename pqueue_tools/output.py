@@ -129,6 +129,22 @@ def painted(text: str, name: str) -> str:
     return f"\x1b[{COLOURS[name]}m{text}\x1b[0m" if name in COLOURS else text
 
 
+def agreed(options: argparse.Namespace, what: str) -> bool:
+    """Ask for confirmation on the terminal. Without a terminal, require --yes."""
+    if options.yes:
+        return True
+    if not sys.stdin.isatty():
+        raise UsageError(f"expected --yes to {what} without a terminal")
+    print(f"{what}? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def show_progress(text: str) -> None:
+    """Replace the last line of the terminal."""
+    if sys.stderr.isatty():
+        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+
+
 # Cells of the terminal ################################################################################################
 
 

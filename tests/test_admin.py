@@ -464,7 +464,7 @@ def test_operator_keeps_the_file_of_a_job_that_is_resubmitted_meanwhile(queue, r
         queue.resubmit(1) if act == "resubmit" else queue.enqueue("prepend_timestamp", {"file": "job_again.txt"})
         return True
 
-    monkeypatch.setattr(admin, "_agreed", answer)
+    monkeypatch.setattr(admin, "agreed", answer)
     code, out, _ = run("delete-job-files", "--directory", files)
     assert (code, out) == (0, "deleted 1 file, 1 file kept for unfinished jobs\n")
     assert [path.name for path in files.iterdir()] == ["job_again.txt"]

@@ -335,7 +335,7 @@ def killed_at_line(number, call):
         lines = iter(range(10**6))
 
         def trace(frame, event, _):
-            if not Path(frame.f_code.co_filename).name.startswith(("pqueue", "admin")):
+            if not Path(frame.f_code.co_filename).name.startswith(("pqueue", "admin", "moving")):
                 return None
             if event == "line" and next(lines) == number:
                 os.kill(os.getpid(), signal.SIGKILL)
