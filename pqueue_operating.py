@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 from pqueue_backend import Session
 from pqueue_outcomes import Counting
-from pqueue_schema import CHANGE, FREE_KEY, RUN_NOW, UNTAKEN
+from pqueue_schema import CHANGE, FINISHED, FREE_KEY, LEASE_AGAIN, RUN_NOW, UNTAKEN
 from pqueue_search import Reading
 from pqueue_values import (
     InvalidTransition,
@@ -28,6 +29,7 @@ from pqueue_values import (
 )
 
 BATCH = 500  # jobs changed in one transaction
+REPLAY_SECONDS = 86_400.0  # the lease of a replay, which is never renewed
 
 
 class Matching(TypedDict, total=False):
@@ -155,6 +157,20 @@ class Operating(Reading, Counting):
         Raises JobNotFound, or InvalidTransition if it is in another state.
         """
         self._operator_verb("advance", "run now", RUN_NOW, job_id, by, now)
+
+    def lease_again(self, job_id: int, consumer: str, *, max_attempts: int, now: float | None = None) -> Job:
+        """Make a finished job `processing` again, as in its last attempt, and return it.
+
+        Only for a copy of the database, or in a transaction that is rolled back: `pqueue replay` runs its task there.
+        max_attempts: that of its task, for a job that was never delivered. The job holds no key.
+
+        Raises JobNotFound, or InvalidTransition if the job is not finished.
+        """
+        now = self._time(now)
+        values = {"token": f"{os.urandom(8).hex()}.1", "lease_expires_at": now + REPLAY_SECONDS}
+        values |= {"consumer": valid_name("consumer", consumer), "max_attempts": max_attempts}
+        self._operator_verb("replay", "replayed", LEASE_AGAIN, job_id, None, now, allowed=FINISHED, **values)
+        return self.get(job_id)
 
     # All jobs that match
 

@@ -448,6 +448,14 @@ UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NUL
     AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND NOT {HAS_ROOM})
     AND {KEY_IS_FREE}"""
 
+# Lease a finished job again, as in its last attempt, with its partial result, but without its key.
+LEASE_AGAIN = f"""
+UPDATE jobs SET state = 'processing', attempts = CASE attempts WHEN 0 THEN 1 ELSE attempts END,
+    max_attempts = coalesce(max_attempts, :max_attempts), consumer = :consumer, lease_token = :token,
+    lease_expires_at = :lease_expires_at, started_at = :now, finished_at = NULL, progress = NULL, waits_for = 0,
+    key_until = NULL, result = CASE state WHEN 'completed' THEN NULL ELSE result END
+WHERE id = :id AND state IN {FINISHED}"""
+
 # Change a job that no consumer has taken; NULL leaves a value unchanged.
 # guard: change takes jobs that no consumer has taken
 # guard: change respects the key in another queue

@@ -119,6 +119,10 @@ def python(code, *arguments):
             child.kill()
 
 
+class RolledBack(Exception):
+    """Ends a transaction."""
+
+
 class QueueContract:
     """What any backend must do. The other base class says how to `open` a queue; two calls see the same jobs."""
 
@@ -2263,6 +2267,29 @@ class QueueContract:
         self.assertEqual(len(self.queue.list_jobs()), 2)
         self.assertEqual(self.queue.delete_jobs([other]), 1)
         self.assertEqual(self.queue.delete_jobs(force=True), 1)
+
+    def test_replay_leases_a_finished_job_as_in_its_last_attempt(self):
+        queue = self.open()
+        failed = queue.enqueue("t", 1, key="k", max_attempts=2)
+        job = queue.dequeue("w")
+        queue.update(job, result="partial")
+        queue.fail(job, "no", retry=False)
+        holder = queue.enqueue("t", key="k")
+        with self.assertRaises(RolledBack), queue.transaction():
+            job = queue.lease_again(failed, "replay", max_attempts=9)
+            self.assertEqual((job.state, job.attempts, job.max_attempts), ("processing", 1, 2))
+            self.assertEqual((job.payload, job.result, job.error, job.consumer), (1, "partial", "no", "replay"))
+            self.assertFalse(queue.enqueue("t", key="k").is_new)
+            queue.complete(job, "done")
+            raise RolledBack
+        self.assertEqual((queue.get(failed).state, queue.get(failed).error), ("failed", "no"))
+        with self.assertRaisesRegex(InvalidTransition, f"cannot replay job {holder}: it is pending"):
+            queue.lease_again(holder, "replay", max_attempts=9)
+        queue.cancel(holder)
+        job = queue.lease_again(holder, "replay", max_attempts=9)
+        self.assertEqual((job.attempts, job.max_attempts), (1, 9))
+        with self.assertRaises(JobNotFound):
+            queue.lease_again(99, "replay", max_attempts=9)
 
     def test_compact_leaves_all_jobs_and_is_refused_in_a_transaction(self):
         queue = self.open()

@@ -588,6 +588,15 @@ UPDATE pqueue.jobs SET state = 'pending', run_at = $1, attempts = 0, started_at 
         WHERE o.queue = jobs.queue AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
     AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL))));
 
+-- LEASE_AGAIN
+-- Lease a finished job again, as in its last attempt, with its partial result, but without its key.
+-- $1 max_attempts, $2 consumer, $3 token, $4 lease_expires_at, $5 now, $6 id
+UPDATE pqueue.jobs SET state = 'processing', attempts = CASE attempts WHEN 0 THEN 1 ELSE attempts END,
+    max_attempts = coalesce(max_attempts, $1), consumer = $2, lease_token = $3,
+    lease_expires_at = $4, started_at = $5, finished_at = NULL, progress = NULL, waits_for = 0,
+    key_until = NULL, result = CASE state WHEN 'completed' THEN NULL ELSE result END
+WHERE id = $6 AND state IN ('completed', 'failed', 'cancelled');
+
 -- CHANGE
 -- Change a job that no consumer has taken; NULL leaves a value unchanged.
 -- $1 payload, $2 priority, $3 queue, $4 max_attempts, $5 run_at, $6 now, $7 id

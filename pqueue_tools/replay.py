@@ -24,7 +24,6 @@ from contextvars import copy_context
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pqueue
 from pqueue import (
@@ -46,22 +45,24 @@ from pqueue_tools.output import CommandResult
 from pqueue_tools.process import print_error, utc_now
 from pqueue_tools.report import ago, first_line, json_text, printable, span
 
-LEASE_SECONDS = 86_400.0  # longer than any replay
 CONSUMER = "replay"
 NEW = ("task", "queue", "payload", "state", "priority", "run_at", "max_attempts", "key", "assigned_to", "meta")
-# Lease a finished job to the replay, as in its last attempt, with its partial result. It does not hold its key, which
-# another job may have by now.
-LEASE = f"""
-UPDATE {{jobs}} SET state = 'processing', attempts = CASE attempts WHEN 0 THEN 1 ELSE attempts END,
-    max_attempts = coalesce(max_attempts, {{most}}), consumer = '{CONSUMER}', lease_token = '{{token}}',
-    lease_expires_at = {{now}} + {LEASE_SECONDS}, started_at = {{now}}, finished_at = NULL, progress = NULL,
-    key_until = NULL, result = CASE state WHEN 'completed' THEN NULL ELSE result END
-WHERE id = {{id}} AND state IN {FINISHED}"""
 VERBS = (  # of which the report lists the calls by the task
     *("enqueue", "enqueue_many", "complete", "fail", "release", "update", "complete_and_dequeue"),
     *("dequeue", "dequeue_many", "resubmit", "mark_failed", "cancel", "assign", "change", "run_now", "delete_jobs"),
     *("resubmit_where", "mark_failed_where", "cancel_where", "run_now_where", "delete_where", "act_where", "clear"),
-    *("keep", "prune", "pause", "resume", "limit", "schedule", "unschedule", "pause_schedule", "resume_schedule"),
+    *(
+        "lease_again",
+        "keep",
+        "prune",
+        "pause",
+        "resume",
+        "limit",
+        "schedule",
+        "unschedule",
+        "pause_schedule",
+        "resume_schedule",
+    ),
 )
 WRITES = re.compile(
     r"\s*(INSERT|UPDATE|DELETE|REPLACE|MERGE|CREATE|ALTER|DROP|TRUNCATE|COPY|WITH\b.*\b(INSERT|UPDATE|DELETE))\b",
@@ -110,19 +111,19 @@ class Record:
             self.executed.append(masked_text(" ".join(sql.split())))
 
 
-def replay(mine: PersistentQInterface, job_id: int, timeout_seconds: float, *, is_alone: bool) -> Replayed:
+def replay(mine: PersistentQInterface, job: Job, timeout_seconds: float, *, is_alone: bool) -> Replayed:
     """Run the task of a finished job of a `rehearsal` in this thread; what it prints goes to stderr.
 
     is_alone: only this thread is inside the transaction that is rolled back. An exception of the task is not raised.
     """
-    job = _leased(mine, job_id)
+    job = mine.lease_again(job.id, CONSUMER, max_attempts=TASKS[job.task].max_attempts)
     began = time.monotonic()
     with _recorded(mine, is_alone=is_alone) as record, _time_limit(timeout_seconds):
         error, result = _run(mine, job)
     seconds, after = time.monotonic() - began, job
     if not isinstance(error, TimeLimit):  # which may have broken off a statement of the queue
         error = _settle(mine, job, error, result)
-        after = mine.get(job_id)
+        after = mine.get(job.id)
     return Replayed(job, after, error, seconds, _stored(mine, record.ids), record.called, record.executed)
 
 
@@ -150,13 +151,30 @@ def rehearsal(queue: PersistentQInterface) -> Iterator[PersistentQInterface]:
                 queue.backup(copy)
             except QueueFull:
                 raise QueueFull(f"cannot copy the database to {folder}: no room; set TMPDIR to another disk") from None
-            theirs = mock.patch.dict(os.environ, PQUEUE_URL=str(copy))  # for programs that the task starts
-            with pqueue.open_queue(copy, durability="normal") as mine, _in_place_of(queue, mine), theirs:
-                yield mine
+            with pqueue.open_queue(copy, durability="normal") as mine, _in_place_of(queue, mine):
+                url = os.environ.get("PQUEUE_URL")
+                os.environ["PQUEUE_URL"] = str(copy)  # for programs that the task starts
+                try:
+                    yield mine
+                finally:
+                    os.environ.pop("PQUEUE_URL") if url is None else os.environ.update(PQUEUE_URL=url)
         else:
             with _in_place_of(queue, queue), queue.transaction():
                 yield queue
                 raise RolledBack
+
+
+@contextmanager
+def _replaced(target: Any, **values: Any) -> Iterator[None]:
+    """Within the block, let attributes have other values."""
+    before = {name: getattr(target, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(target, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)
 
 
 @contextmanager
@@ -171,25 +189,12 @@ def _in_place_of(queue: PersistentQInterface, mine: PersistentQInterface) -> Ite
             is_same = url is None or (not pqueue.is_postgres(url) and pqueue.sqlite_path(url).resolve() == queue.path)
         return mine if is_same else open_queue(url, **options)
 
-    with (
-        mock.patch.object(pqueue, "open_queue", open_mine),
-        mock.patch.object(mine, "close"),  # the task may close what it opened
-        mock.patch.dict(_opened, default=mine),
-    ):
-        yield
-
-
-def _leased(mine: PersistentQInterface, job_id: int) -> Job:
-    """Make the job one that runs."""
-    jobs = f'"{getattr(mine, "schema", "main")}".jobs'
-    most, token = TASKS[mine.get(job_id).task].max_attempts, f"{os.urandom(8).hex()}.1"
-    sql = LEASE.format(jobs=jobs, most=most, now=mine.now(), token=token, id=job_id)
-    with mine.transaction() as connection:
-        (getattr(connection, "exec_driver_sql", None) or connection.execute)(sql)
-    job = mine.get(job_id)
-    if job.lease_token != token:
-        raise QueueError(f"cannot replay job {job_id}: it has just become {job.state}")
-    return job
+    with _replaced(pqueue, open_queue=open_mine), _replaced(mine, close=lambda: None):  # a task closes what it opens
+        _opened["default"] = mine
+        try:
+            yield
+        finally:
+            del _opened["default"]
 
 
 def _run(mine: PersistentQInterface, job: Job) -> tuple[BaseException | None, Any]:
@@ -265,7 +270,7 @@ def _recorded(mine: PersistentQInterface, *, is_alone: bool) -> Iterator[Record]
             yield connection
 
     methods: dict[str, Any] = {name: recording(name, getattr(mine, name)) for name in VERBS}
-    with mock.patch.multiple(mine, transaction=recorded_transaction, **methods):
+    with _replaced(mine, transaction=recorded_transaction, **methods):
         yield record
 
 
@@ -330,9 +335,9 @@ def command(queue: PersistentQInterface, options: argparse.Namespace) -> Command
         worker.known_tasks(options.import_)
         _expect_known(job)
         if options.save:
-            save_test(job, options.import_, options.save)
+            save_test(queue, job, options.import_, options.save)
         print_error("admin", "warning: what the task does outside the queue's database is real: files, requests, mails")
-        found = replay(mine, job.id, options.timeout, is_alone=mine is queue)
+        found = replay(mine, job, options.timeout, is_alone=mine is queue)
     if found.error is not None and found.failed:
         print(masked_text(error_text(found.error).partition("\n")[2]), file=sys.stderr)
         if options.pdb:
@@ -389,11 +394,16 @@ from pqueue_tools.testing import temporary_queue
 
 PAYLOAD = {payload}
 FIELDS = {fields}  # of the job, apart from those of a new one
+RESULTS = {results}  # of the jobs that it ran after
 
 
 def test_job_{id}():
 {error}    with temporary_queue() as queue:
-        queue.enqueue({task!r}, PAYLOAD)
+        parents = []
+        for result in RESULTS:
+            parents.append(queue.enqueue("parent"))
+            queue.complete(queue.dequeue("test"), result)
+        queue.enqueue({task!r}, PAYLOAD, after=parents)
         job = queue.dequeue("test")
         run_task(queue, job._replace(**FIELDS))
 
@@ -403,10 +413,10 @@ if __name__ == "__main__":
 '''
 
 
-def save_test(job: Job, modules: list[str], path: Path) -> None:
+def save_test(queue: PersistentQInterface, job: Job, modules: list[str], path: Path) -> None:
     """Write a test that runs the task with the payload of this job. Raises QueueError, also if the file exists."""
     fields = {"meta": job.meta, "result": None if job.state == "completed" else job.result}
-    error = f"    # It failed: {printable(first_line(job.error))}\n" if job.error else ""
+    failure = f"    # It failed: {printable(first_line(job.error))}\n" if job.error else ""
     text = TEST.format(
         id=job.id,
         task=job.task,
@@ -414,7 +424,8 @@ def save_test(job: Job, modules: list[str], path: Path) -> None:
         imports="\n".join(f"import {name}  # noqa: F401 - has tasks" for name in modules or [file_task.__name__]),
         payload=_literal(job.payload),
         fields=_literal({name: value for name, value in fields.items() if value is not None}),
-        error=error,
+        results=_literal([each.result for each in queue.dependencies(job.id) if each.state == "completed"]),
+        error=failure,
     )
     try:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:

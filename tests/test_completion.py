@@ -46,7 +46,10 @@ def complete(capsys):
         (["job"], ["jobs"]),
         (["jobs", "--status", "fa"], ["failed"]),
         (["jobs", "--status", "=", "p"], ["pending", "processing"]),
-        (["jobs", "--status", "="], ["cancelled", "completed", "failed", "pending", "processing", "scheduled"]),
+        (
+            ["jobs", "--status", "="],
+            ["cancelled", "completed", "failed", "pending", "processing", "scheduled", "waiting"],
+        ),
         (["jobs", "--state", "s"], ["scheduled"]),
         (["jobs", "-o", ""], ["json", "table", "tsv", "wide"]),
         (["jobs", "--queue", "n"], ["newsletter"]),

@@ -57,6 +57,12 @@ async def fetch(ends: str) -> object:
     return object() if ends == "unstorable" else {"is": ends}
 
 @task
+def add(job: Job) -> int:
+    if len(job.results) != 2:
+        raise ValueError(job.results)
+    return sum(job.results.values())
+
+@task
 def slow(seconds: float) -> None:
     with current_queue().transaction() as db:
         execute(db, "INSERT INTO orders VALUES (1, 'slow')")
@@ -237,6 +243,22 @@ def test_saved_test_fails_as_the_job_did_until_its_task_is_fixed(queue, replay, 
     again = replay(job_id, "--import", "tasks", "--save", "test_saved.py")
     assert (again.returncode, again.stderr.count("\n")) == (1, 1)
     assert "cannot save test_saved.py: File exists" in again.stderr
+
+
+def test_replay_and_its_saved_test_have_the_results_of_the_jobs_it_ran_after(queue, replay, place):
+    parents = [queue.enqueue("other") for _ in range(2)]
+    job_id = queue.enqueue("add", after=parents)
+    for result in (20, 22):
+        queue.complete(queue.dequeue("w"), result)
+    queue.fail(queue.dequeue("w"), "no", retry=False)
+    child = queue.enqueue("mail", after=[job_id], after_failed="run")
+    done = replay(job_id, "--import", "tasks", "--save", "test_add.py", "-o", "json")
+    assert (done.returncode, json.loads(done.stdout)["result"]) == (0, 42), done.stderr
+    assert queue.get(child).state == "pending"
+    ran = subprocess.run(
+        [sys.executable, "test_add.py"], cwd=place.folder, env=place.environment(PYTHONPATH=str(ROOT)), check=False
+    )
+    assert ran.returncode == 0
 
 
 def test_replay_starts_the_debugger_where_the_task_raised(queue, replay):
