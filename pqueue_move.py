@@ -39,7 +39,8 @@ VALUES (:id, :at, :event, :actor, :attempt, :error, :started_at)"""
 
 # The tables and columns to copy; the first column is the key. Consumers are not copied: they are local processes.
 COPIED = {
-    "queues": "name, paused, max_pending, keep_completed_seconds, keep_failed_seconds, keep_cancelled_seconds",
+    "queues": "name, paused, max_pending, keep_completed_seconds, keep_failed_seconds, keep_cancelled_seconds, "
+    "max_wait_seconds, max_failed_share",
     "jobs": COLUMNS,
     "history": "id, job_id, at, event, actor, attempt, error, started_at",
     "schedules": SCHEDULE_COLUMNS,

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import groupby
 from typing import Any, NamedTuple
 
 from pqueue_backend import Backend, Session
-from pqueue_values import Job, Params, time_of
+from pqueue_schema import ADD_QUEUE
+from pqueue_values import Job, Params, above_0, finite, time_of, valid_name
 
 BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)  # seconds, inclusive
 UNTIMED = -1  # the bucket of an event without a time
@@ -71,6 +72,13 @@ OUTCOMES = totals(f"""
     UNION ALL SELECT * FROM (SELECT {MINUTE_OF_JOB} AS at, queue, task, 'enqueued', {UNTIMED}, {UNTIMED}, 1, 0.0, 0.0
         FROM jobs WHERE id > {LAST_COUNTED}) new WHERE at >= :since AND at < :until""")
 
+# Return what is expected of the queues.
+EXPECTATIONS = "SELECT name, max_wait_seconds, max_failed_share FROM queues ORDER BY name"
+
+# Set what is expected of a queue.
+EXPECT = """
+UPDATE queues SET max_wait_seconds = :max_wait_seconds, max_failed_share = :max_failed_share WHERE name = :queue"""
+
 # Return the first period that is counted by itself.
 FIRST_PERIOD = "SELECT min(at) FROM outcomes WHERE period = :period"
 
@@ -85,6 +93,17 @@ WHERE period = :period AND at < :before GROUP BY at - at % :width, queue, task, 
 
 # Delete the counts of periods before :before.
 DELETE_PERIODS = "DELETE FROM outcomes WHERE period = :period AND at < :before"
+
+
+MAX_WAIT_SECONDS = 600.0  # expected of a queue by default: how long a due job may wait
+MAX_FAILED_SHARE = 0.2  # of the attempts of a task
+
+
+class Expectation(NamedTuple):
+    """What is expected of a queue; see `expect`."""
+
+    max_wait_seconds: float = MAX_WAIT_SECONDS
+    max_failed_share: float = MAX_FAILED_SHARE
 
 
 class Times(NamedTuple):
@@ -185,6 +204,30 @@ class Counting(Backend):
         params = {"since": first, "until": FOREVER if until is None else time_of("until", until)}
         rows = self._read(OUTCOMES, {**params, "step": step_seconds or FOREVER})
         return list(_outcomes(rows, None if step_seconds else float(first)))
+
+    def expect(
+        self, queue: str, *, max_wait_seconds: float | timedelta | None = None, max_failed_share: float | None = None
+    ) -> None:
+        """Say from which values on `pqueue doctor` and the dashboard report a queue.
+
+        max_wait_seconds: how long a due job may wait; None: 600.
+        max_failed_share: from 0 to 1, the share of failed attempts of a task within the last 15 minutes; None: 0.2.
+        """
+        wait = None if max_wait_seconds is None else above_0("max_wait_seconds", max_wait_seconds)
+        # guard: an expected share is one
+        if max_failed_share is not None and not 0 <= finite("max_failed_share", max_failed_share) <= 1:
+            raise ValueError(f"expected max_failed_share between 0 and 1, got {max_failed_share!r}")
+        params = {"queue": valid_name("queue", queue), "max_wait_seconds": wait, "max_failed_share": max_failed_share}
+        with self._transaction() as session:
+            session.change(ADD_QUEUE, params)
+            session.change(EXPECT, params)
+
+    def expectations(self) -> dict[str, Expectation]:
+        """Return what is expected of each queue."""
+        return {
+            name: Expectation(MAX_WAIT_SECONDS if wait is None else wait, MAX_FAILED_SHARE if share is None else share)
+            for name, wait, share in self._read(EXPECTATIONS)
+        }
 
     def _count_completed(self, session: Session, jobs: Sequence[Job], now: float) -> None:
         """Count jobs that were completed."""

@@ -90,6 +90,8 @@ CREATE TABLE queues (
     keep_completed_seconds {float} DEFAULT 604800,   -- how long finished jobs are kept; NULL: for ever
     keep_failed_seconds    {float} DEFAULT 2592000,
     keep_cancelled_seconds {float} DEFAULT 2592000,
+    max_wait_seconds {float},                -- expected wait of a due job; NULL: see pqueue_outcomes.MAX_WAIT_SECONDS
+    max_failed_share {float},                -- expected share of failed attempts; NULL: see there, MAX_FAILED_SHARE
     pruned_at   {float} NOT NULL DEFAULT 0   -- when a consumer last deleted jobs that are kept no longer, Unix seconds
 )
 {sqlite} STRICT""",

@@ -2984,6 +2984,21 @@ class QueueContract:
         target.enqueue("t", now=NOW + 60)
         self.assertEqual(target.outcomes()[0].enqueued, 3)
 
+    def test_operator_says_what_is_expected_of_a_queue(self):
+        queue = self.queue
+        queue.expect("slow", max_wait_seconds=timedelta(hours=1), max_failed_share=0.5)
+        queue.enqueue("t", now=NOW)
+        expected = {"default": (600, 0.2), "slow": (3600, 0.5)}
+        self.assertEqual(queue.expectations(), expected)
+        target = self.target()
+        queue.copy_to(target)
+        self.assertEqual(target.expectations(), expected)
+        queue.expect("slow")
+        self.assertEqual(queue.expectations()["slow"], (600, 0.2))
+        for wrong in ({"max_wait_seconds": 0}, {"max_failed_share": 1.1}, {"max_failed_share": float("nan")}):
+            with self.assertRaisesRegex(ValueError, f"expected {next(iter(wrong))}"):
+                queue.expect("slow", **wrong)
+
     def before_each_read(self, act):
         """Act before whatever the queue reads by itself from now on."""
         queue, read = self.queue, type(self.queue)._read

@@ -52,6 +52,8 @@ CREATE TABLE pqueue.queues (
     keep_completed_seconds DOUBLE PRECISION DEFAULT 604800,   -- how long finished jobs are kept; NULL: for ever
     keep_failed_seconds    DOUBLE PRECISION DEFAULT 2592000,
     keep_cancelled_seconds DOUBLE PRECISION DEFAULT 2592000,
+    max_wait_seconds DOUBLE PRECISION,                -- expected wait of a due job; NULL: see pqueue_outcomes.MAX_WAIT_SECONDS
+    max_failed_share DOUBLE PRECISION,                -- expected share of failed attempts; NULL: see there, MAX_FAILED_SHARE
     pruned_at   DOUBLE PRECISION NOT NULL DEFAULT 0   -- when a consumer last deleted jobs that are kept no longer, Unix seconds
 )
 -- STRICT;
@@ -1114,6 +1116,15 @@ SELECT at - at % $1 AS step, queue, task, event, run, wait, CAST(sum(number) AS 
     SELECT at, queue, task, event, run, wait, number, run_seconds, wait_seconds FROM pqueue.outcomes
     WHERE period IN (0, 60, 3600) AND at >= $2 AND at < $3 AND event <> 'counted') counts
 GROUP BY at - at % $1, queue, task, event, run, wait ORDER BY 1, 2, 3;
+
+-- EXPECTATIONS
+-- Return what is expected of the queues.
+SELECT name, max_wait_seconds, max_failed_share FROM pqueue.queues ORDER BY name;
+
+-- EXPECT
+-- Set what is expected of a queue.
+-- $1 max_wait_seconds, $2 max_failed_share, $3 queue
+UPDATE pqueue.queues SET max_wait_seconds = $1, max_failed_share = $2 WHERE name = $3;
 
 -- FIRST_PERIOD
 -- Return the first period that is counted by itself.

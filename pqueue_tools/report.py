@@ -18,11 +18,14 @@ from pqueue_outcomes import BOUNDS, Outcomes, Times, minute, total
 from pqueue_tools.masking import masked, masked_error, masked_job
 from pqueue_values import UNITS, command_line
 
-LONG_WAIT_SECONDS = 600.0  # a pending job that has waited longer is reported
+FAILED_SECONDS = 900.0  # within which the failed attempts of a task are compared with what is expected of its queue
+FEW_FAILED = 10  # failed attempts of a task within that time that are not reported, whatever their share
+SILENT_SECONDS = 60.0  # a running consumer whose last heartbeat is longer ago is reported
 STALL_SECONDS = 60.0  # a queue in which jobs are due, and none has begun or ended for longer, is reported; so are
 # schedules that are later
 LATE_SECONDS = 5.0  # a job whose lease expired longer ago is reported
 MAX_NAMED = 5  # jobs that a waiting job waits for
+NEARLY_ALL = 0.9  # of the attempts of a task: it does not work at all
 SEVERITIES = ("info", "warning", "critical")
 NO_FINDINGS = "no problem found"
 CLOCK_SECONDS = 5.0  # a larger difference between this host's clock and the server's is reported
@@ -80,6 +83,8 @@ def findings(
         *_unknown_tasks(queue, stats, alive),
         *_stalled_queues(queue, stats, alive, now),
         *_duplicate_names(alive),
+        *_silent_consumers(alive, now),
+        *_failing_tasks(queue, now),
         *_expired_leases(queue, now),
         *_queue_findings(queue, stats, now),
         *_schedule_findings(queue, now),
@@ -222,6 +227,34 @@ def _duplicate_names(alive: list[dict[str, Any]]) -> Iterator[Finding]:
             yield Finding("warning", text, "stop all but one", "consumers")
 
 
+def _silent_consumers(alive: list[dict[str, Any]], now: float) -> Iterator[Finding]:
+    """Report consumers that sent heartbeats and stopped doing so, all in one finding; some never send any."""
+    silent = [
+        each
+        for each in alive
+        if each["last_seen_at"] > each["started_at"] and now - each["last_seen_at"] > SILENT_SECONDS
+    ]
+    if silent:
+        names = ", ".join(each["name"] for each in silent[:3]) + (" …" if len(silent) > 3 else "")
+        last = ago(max(each["last_seen_at"] for each in silent), now)
+        text = f"{count(len(silent), 'consumer')} sent no heartbeat for a while, the last {last} ({names})"
+        yield Finding("warning", text, "read the log: the process may be stopped or wait for the database", "consumers")
+
+
+def _failing_tasks(queue: PersistentQInterface, now: float) -> Iterator[Finding]:
+    """Report tasks of whose attempts more fail than expected; as critical, if nearly all do."""
+    expected = queue.expectations()
+    for each in queue.outcomes(now - FAILED_SECONDS):
+        failed = each.failed + each.retried
+        share = expected[each.queue].max_failed_share if each.queue in expected else 1.0
+        if failed > FEW_FAILED and each.failed_share > share:
+            attempts = count(failed + each.completed, "attempt")
+            what = f"{failed:,} of {attempts} failed in the last {span(FAILED_SECONDS)}"
+            severity = "critical" if each.failed_share > NEARLY_ALL else "warning"
+            text = f"task {each.task!r} in queue {each.queue!r}: {what}"
+            yield Finding(severity, text, f"run {command_line('admin')} failedjobs", "failed")
+
+
 def _expired_leases(queue: PersistentQInterface, now: float) -> Iterator[Finding]:
     jobs = queue.list_jobs(state="processing", limit=10_000, excerpt=0)
     if expired := sum(1 for job in jobs if (job.lease_expires_at or now) < now - LATE_SECONDS):
@@ -231,7 +264,7 @@ def _expired_leases(queue: PersistentQInterface, now: float) -> Iterator[Finding
 
 def _queue_findings(queue: PersistentQInterface, stats: dict[str, Any], now: float) -> Iterator[Finding]:
     """Report a move, paused queues, and long waits in the others. A pause is information: somebody decided on it."""
-    move = _move(queue)
+    move, expected = _move(queue), queue.expectations()
     if move:
         yield Finding("warning", *move.split(": ", 1))
     for name, each in stats["queues"].items():
@@ -239,7 +272,7 @@ def _queue_findings(queue: PersistentQInterface, stats: dict[str, Any], now: flo
         if each["paused"] and not move:
             text = f"queue {name!r} is paused, with {count(each['pending'], 'job')} pending"
             yield Finding("info", text, f"run {_resume(name)}", "queues")
-        elif oldest is not None and now - oldest > LONG_WAIT_SECONDS and not each["paused"]:
+        elif oldest is not None and now - oldest > expected[name].max_wait_seconds and not each["paused"]:
             text = f"queue {name!r}: the oldest pending job has waited for {span(now - oldest)}"
             yield Finding("warning", text, part="queues")
 

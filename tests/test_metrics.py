@@ -58,6 +58,45 @@ def test_prometheus_has_no_complaint_about_the_metrics(queue):
     assert promtool("check", "metrics", input=report.metrics(queue, report.findings(queue))) == (0, "")
 
 
+def test_task_whose_attempts_fail_is_reported_as_is_expected_of_its_queue(queue):
+    def severities():
+        return [each.severity for each in report.findings(queue) if "attempts failed" in each.text]
+
+    queue.enqueue_many("t", range(24), max_attempts=2)
+    jobs = queue.dequeue_many("w", 12)
+    for job in jobs[:10]:
+        queue.fail(job, "no")
+    assert severities() == []
+    queue.fail(jobs[10], "no")
+    assert severities() == ["critical"]
+    for job in [jobs[11], *queue.dequeue_many("w", 2)]:
+        queue.complete(job)
+    assert severities() == ["warning"]
+    queue.expect("default", max_failed_share=0.8)
+    assert severities() == []
+
+
+def test_consumer_that_stopped_sending_heartbeats_is_reported(queue):
+    now = time.time()
+    for name, at in (("a", now), ("b", now + 5), ("never", None)):
+        queue.dequeue(name)
+        if at:
+            queue.heartbeat(name, now=at + 10)
+    sentences = [each.text for each in report.findings(queue, now + 130) if "heartbeat" in each.text]
+    assert sentences == ["2 consumers sent no heartbeat for a while, the last 2 m ago (b, a)"]
+    assert "heartbeat" not in str(report.findings(queue, now + 60))
+
+
+def test_job_that_waits_is_reported_as_is_expected_of_its_queue(queue):
+    queue.dequeue("w")
+    queue.enqueue("t", now=(now := time.time()))
+    waits = "has waited for"
+    assert waits not in str(report.findings(queue, now + 590))
+    assert waits in str(report.findings(queue, now + 610))
+    queue.expect("default", max_wait_seconds=3600)
+    assert waits not in str(report.findings(queue, now + 3500))
+
+
 def series(name, values, **labels):
     quoted = ",".join(f'{key}="{value}"' for key, value in labels.items())
     return {"series": f"{name}{{{quoted}}}", "values": values}
