@@ -117,6 +117,9 @@ JOB_ID = Parameter("job_id", "id of the job", whole_number(0), metavar="JOB_ID")
 JOB_IDS = Parameter("job_ids", "ids of jobs; or use a filter", whole_number(0), metavar="JOB_ID", many=True)
 QUEUE = Parameter("queue", "name of the queue", metavar="QUEUE")
 SCHEDULE = Parameter("schedule", "name of the schedule", metavar="SCHEDULE")
+EXPIRE = Parameter(
+    "--expire", "cancel it unless it starts within this time after it is due: 15m", duration, metavar="DURATION"
+)
 MATCHING = (
     Parameter("--queue", "jobs of this queue", metavar="QUEUE"),
     Parameter("--task", "jobs of this task", metavar="TASK"),
@@ -299,6 +302,7 @@ def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     Parameter("--priority", "higher runs first", whole_number(-(2**31)), "0", "N"),
     Parameter("--delay", "do not run before this delay: 90s, 15m, 12h, 7d", duration, "0s", "DURATION"),
     Parameter("--max-attempts", "maximum number of attempts", whole_number(1), metavar="N"),
+    EXPIRE,
     Parameter("--key", "do nothing if another job of the queue and task holds this key", metavar="KEY"),
     Parameter("--key-until", "hold the key until the job has finished (default) or started", metavar="STATE"),
     Parameter("--key-for", "hold the key for this long instead: 90s, 15m, 12h, 7d", duration, metavar="DURATION"),
@@ -326,6 +330,7 @@ def enqueue(queue: PersistentQInterface, options: argparse.Namespace) -> Command
         priority=options.priority,
         delay_seconds=options.delay,
         max_attempts=options.max_attempts,
+        expire_seconds=options.expire,
         key=options.key,
         key_until=options.key_until,
         key_seconds=options.key_for,
@@ -436,6 +441,7 @@ def run_now(queue: PersistentQInterface, options: argparse.Namespace) -> Command
     Parameter("--delay", "new delay, from now: 90s, 15m, 12h, 7d", duration, metavar="DURATION"),
     Parameter("--to-queue", "the queue to move it to", metavar="QUEUE"),
     Parameter("--max-attempts", "new maximum number of attempts", whole_number(1), metavar="N"),
+    EXPIRE,
     examples="""
     change 17 --priority 5 --delay 10m
     change 17 --to-queue slow""",
@@ -447,6 +453,7 @@ def change(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
         "delay_seconds": options.delay,
         "queue": options.to_queue,
         "max_attempts": options.max_attempts,
+        "expire_seconds": options.expire,
     }
     given = {name: value for name, value in given.items() if value is not None}
     if options.payload is not None:  # a list, as the payload may be null
@@ -612,6 +619,7 @@ def schedules(queue: PersistentQInterface, options: argparse.Namespace) -> Comma
         "once",
         "|".join(pqueue_cron.ON_MISSED),
     ),
+    EXPIRE,
     Parameter("--overlap", "also while the previous job is unfinished", flag=True),
     Parameter("--queue", "queue of the jobs", default="default", metavar="QUEUE"),
     Parameter("--priority", "higher runs first", whole_number(-(2**31)), "0", "N"),
@@ -630,6 +638,7 @@ def schedule(queue: PersistentQInterface, options: argparse.Namespace) -> Comman
         every_seconds=options.every,
         on_missed=options.on_missed,
         overlap=options.overlap,
+        expire_seconds=options.expire,
         queue=options.queue,
         priority=options.priority,
     )

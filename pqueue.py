@@ -251,6 +251,10 @@ class UnsyncedLastAttempt(Exception):
     """Roll back a claim that includes a last attempt, so that it is repeated with a sync."""
 
 
+class ExpiredClaimed(Exception):
+    """Roll back a claim that includes an expired job, so that it is repeated when all such jobs are cancelled."""
+
+
 Self = TypeVar("Self", bound="PersistentQInterface")  # typing.Self needs Python 3.11
 
 
@@ -292,6 +296,8 @@ class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Re
         delay_seconds: float | timedelta = 0,
         run_at: float | datetime | None = None,
         max_attempts: int | None = None,
+        expires_at: float | datetime | None = None,
+        expire_seconds: float | timedelta | None = None,
         key: str | None = None,
         key_until: str | None = None,
         key_seconds: float | timedelta | None = None,
@@ -311,6 +317,9 @@ class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Re
             seconds, or a datetime with a time zone).
         max_attempts: the number of deliveries before the job is `failed`; None: that of the task, as known to the
             consumer that takes the job first.
+        expires_at, expire_seconds: cancel the job unless it starts before this time: absolute, as `run_at`, or relative
+            to when the job is due; None: the `expire_seconds` of the `Task`, if one is given. Further attempts, too,
+            must start before it.
         key: if another job of the queue and task holds this key, store nothing and return that job's id, whose
             `is_new` is False.
         key_until: when the job frees its key: "finished", the default, or "started": when it is first delivered.
@@ -326,6 +335,8 @@ class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Re
         Raises QueueFull when the queue holds `max_pending` pending jobs: see `limit`; JobNotFound for a job of `after`.
         """
         row = _new_job(task, queue, priority, delay_seconds, run_at, max_attempts, assigned_to, self._time(now))
+        if expires_at is not None or expire_seconds is not None:
+            row["expires_at"] = _expiry(expires_at, expire_seconds, row["run_at"])
         if (key, key_until, key_seconds, on_conflict) != NO_KEY:
             row |= _key_options(key, key_until, key_seconds, on_conflict, row["now"])
         row["payload"] = encode_json("payload", payload)
@@ -379,6 +390,8 @@ class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Re
         delay_seconds: float | timedelta = 0,
         run_at: float | datetime | None = None,
         max_attempts: int | None = None,
+        expires_at: float | datetime | None = None,
+        expire_seconds: float | timedelta | None = None,
         keys: Sequence[str] | None = None,
         key_until: str | None = None,
         key_seconds: float | timedelta | None = None,
@@ -395,6 +408,8 @@ class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Re
         Raises QueueFull, or ValueError for more jobs than the queue's limit.
         """
         row = _new_job(task, queue, priority, delay_seconds, run_at, max_attempts, assigned_to, self._time(now))
+        if expires_at is not None or expire_seconds is not None:
+            row["expires_at"] = _expiry(expires_at, expire_seconds, row["run_at"])
         found = list(payloads)
         if keys is None:
             if (key_until, key_seconds, on_conflict) != NO_KEY[1:]:
@@ -534,6 +549,9 @@ class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Re
                 self._reclaim(session, dead, at)
                 params = claim_params(me, limit, wanted, lease_seconds, at)
                 jobs = self._claimed_jobs(session, self._claim(session, params, me.prefetches), params) if limit else []
+                # guard: a job that has expired is not delivered
+                if any(job.expires_at is not None and job.expires_at <= at for job in jobs):
+                    raise ExpiredClaimed
                 # guard: a claim of the last attempt is synced
                 if not durable and any(job.attempts == job.max_attempts for job in jobs):
                     raise UnsyncedLastAttempt
@@ -544,6 +562,9 @@ class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Re
             return exchange(durable=bool(completions) or nested)
         except UnsyncedLastAttempt:  # a power cut must not add an attempt: claim again, and sync
             return exchange(durable=True)
+        except ExpiredClaimed:
+            self._cancel_all_expired(dead, self._time(now))
+            return self._complete_and_claim(completions, me, limit, wanted, lease_seconds, now)
 
     def _claimed_jobs(self, session: Session, rows: list[Any], params: Params) -> list[Job]:
         """Return the jobs of the rows that a claim returned, in order, without unreadable ones."""
@@ -1037,6 +1058,9 @@ class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Re
                 session.change(UNREGISTER, {"token": token, "state": "dead"})
             for row in session.run(ORPHANED, params):
                 self._end_lost_delivery(session, to_job(row), "died", now)
+        # guard: jobs that have expired are cancelled
+        if due or expired or dead:  # last: a delivery that was lost may have left one
+            self._cancel_expired(session, now)
 
     def _end_lost_delivery(self, session: Session, job: Job, event: str, now: float) -> None:
         # guard: an attempt counts when the job begins
@@ -1177,6 +1201,7 @@ def _new_job(
         "state": "scheduled" if due > now else "pending",
         "priority": valid_int("priority", -(2**31), priority),
         "run_at": due,
+        "expires_at": due + task.expire_seconds if isinstance(task, Task) and task.expire_seconds else None,
         "max_attempts": None if max_attempts is None else valid_int("max_attempts", 1, max_attempts),
         "key": None,
         "key_until": None,
@@ -1187,6 +1212,12 @@ def _new_job(
         "now": now,
         "number": 1,
     }
+
+
+def _expiry(at: float | datetime | None, seconds: float | timedelta | None, due: float) -> float:
+    if at is not None and seconds is not None:
+        raise ValueError(f"expected expires_at or expire_seconds, got both: {short(at)} and {short(seconds)}")
+    return time_of("expires_at", at) if at is not None else due + above_0("expire_seconds", seconds or 0)
 
 
 NO_PARENTS = ((), "fail")  # the defaults of after and after_failed

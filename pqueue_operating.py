@@ -21,6 +21,7 @@ from pqueue_values import (
     Job,
     JobNotFound,
     Params,
+    above_0,
     duration,
     encode_json,
     time_of,
@@ -28,6 +29,7 @@ from pqueue_values import (
     valid_name,
 )
 
+CHANGED = {"run_at": "time", "expires_at": "expiry", "expire_seconds": "expiry"}  # in the history
 BATCH = 500  # jobs changed in one transaction
 REPLAY_SECONDS = 86_400.0  # the lease of a replay, which is never renewed
 
@@ -103,6 +105,8 @@ class Operating(Reading, Counting):
         run_at: float | datetime | None = None,
         queue: str | None = None,
         max_attempts: int | None = None,
+        expires_at: float | datetime | None = None,
+        expire_seconds: float | timedelta | None = None,
         by: str | None = None,
         now: float | None = None,
     ) -> None:
@@ -118,6 +122,8 @@ class Operating(Reading, Counting):
         now = self._time(now)
         if delay_seconds is not None and run_at is not None:
             raise ValueError("expected delay_seconds or run_at, got both")
+        if expires_at is not None and expire_seconds is not None:
+            raise ValueError("expected expires_at or expire_seconds, got both")
         due = None if delay_seconds is None else now + duration("delay_seconds", delay_seconds)
         values: Params = {
             "payload": None if payload is ... else encode_json("payload", payload),
@@ -125,8 +131,10 @@ class Operating(Reading, Counting):
             "run_at": due if run_at is None else time_of("run_at", run_at),
             "queue": None if queue is None else valid_name("queue", queue),
             "max_attempts": None if max_attempts is None else valid_int("max_attempts", 1, max_attempts),
+            "expires_at": None if expires_at is None else time_of("expires_at", expires_at),
+            "expire_seconds": None if expire_seconds is None else above_0("expire_seconds", expire_seconds),
         }
-        changed = ", ".join(name.replace("run_at", "time") for name, value in values.items() if value is not None)
+        changed = ", ".join(CHANGED.get(name, name) for name, value in values.items() if value is not None)
         if not changed:
             raise ValueError(f"expected a change of {', '.join(values)} or delay_seconds, got none")
         with self.exclusive([job_id]), self._transaction() as session:

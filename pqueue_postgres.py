@@ -183,9 +183,11 @@ OF_QUEUES = f"""{SERVED.replace("q.name", "queue")}
 # The first row of an index. The plan is made once, perhaps with few jobs, and must never read all jobs of a state.
 FIRST_DUE = "(SELECT run_at FROM jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1)"
 FIRST_EXPIRY = "(SELECT lease_expires_at FROM jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1)"
+FIRST_EXPIRING = f"(SELECT expires_at FROM jobs WHERE {pqueue_schema.EXPIRES} ORDER BY expires_at LIMIT 1)"
 FIRST_SCHEDULE = "(SELECT min(next_at) FROM schedules WHERE paused = 0)"
 OVERDUE = f"""
-SELECT {FIRST_DUE} <= :now OR {FIRST_SCHEDULE} <= :now AS due, {FIRST_EXPIRY} <= :now AS expired"""
+SELECT {FIRST_DUE} <= :now OR {FIRST_SCHEDULE} <= :now OR {FIRST_EXPIRING} <= :now AS due,
+    {FIRST_EXPIRY} <= :now AS expired"""
 # pg_locks lists all databases of the server, perhaps including a copy of this one with consumers of its own.
 IN_THIS_DATABASE = "database = (SELECT oid FROM pg_database WHERE datname = current_database())"
 # Return the slots of living consumers: the numbers of the locks that they hold.
@@ -296,8 +298,8 @@ def _enqueue(has_room: str) -> str:
     return f"""
 WITH added AS (
 INSERT INTO jobs ({NEW_JOB})
-SELECT name, :task, :payload, :state, :priority, :run_at, :max_attempts, :key, :key_until, :key_expires_at,
-    :assigned_to, :meta, :now
+SELECT name, :task, :payload, :state, :priority, :run_at, :expires_at, :max_attempts, :key, :key_until,
+    :key_expires_at, :assigned_to, :meta, :now
 FROM queues
 WHERE name = :queue AND {IS_LISTED} AND CASE WHEN max_pending IS NULL THEN true {has_room} END
 {UNLESS_HELD}
@@ -312,9 +314,10 @@ WITH open AS MATERIALIZED (
     SELECT name FROM queues
     WHERE name = :queue AND {IS_LISTED} AND CASE WHEN max_pending IS NULL THEN true {has_room} END),
 added AS (
-INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, meta, created_at)
+INSERT INTO jobs (queue, task, payload, state, priority, run_at, expires_at, max_attempts, assigned_to, meta,
+    created_at)
 SELECT name, :task, substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2), :state, :priority, :run_at,
-    :max_attempts, :assigned_to, :meta, :now
+    :expires_at, :max_attempts, :assigned_to, :meta, :now
 FROM open CROSS JOIN json_array_elements(CAST(:payloads AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n
 RETURNING id),
 counted AS ({_COUNT_ENQUEUED})
@@ -348,8 +351,9 @@ SELECT CASE WHEN max_pending IS NOT NULL THEN max_pending - {PENDING_LOCKED} END
 FROM queues WHERE name = :queue""",
     # differs because the count is in separate tables
     pqueue_schema.RESUBMIT: f"""
-UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL,
-    error = NULL, waits_for = 0 WHERE id = :id AND state IN {pqueue_schema.FINISHED}
+UPDATE jobs SET state = 'pending', run_at = :now, expires_at = NULL, attempts = 0, started_at = NULL,
+    finished_at = NULL, progress = NULL, error = NULL, waits_for = 0
+WHERE id = :id AND state IN {pqueue_schema.FINISHED}
     AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue
                     AND NOT CASE WHEN max_pending IS NULL THEN true ELSE max_pending > {PENDING_LOCKED} END)
     AND {KEY_IS_FREE}""",
@@ -389,6 +393,8 @@ UPDATE jobs SET state = 'pending' WHERE id = ANY (ARRAY(
     pqueue_schema.EXTEND_ALL: f"""
 UPDATE jobs SET lease_expires_at = :lease_expires_at
 WHERE id = ANY (ARRAY(SELECT id FROM jobs WHERE {HELD_BY_CONSUMER} {LOCK}))""",
+    # differs because the rows must stay as they are until they are cancelled
+    pqueue_schema.EXPIRING: f"{pqueue_schema.EXPIRING} {LOCK}",
     # differs because the rows must stay as they are until they are reclaimed
     pqueue_schema.EXPIRED: f"{pqueue_schema.EXPIRED} {LOCK}",
     # differs because the rows must stay as they are until they are reclaimed

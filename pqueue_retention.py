@@ -1,42 +1,74 @@
-"""Retention: how long each queue keeps its finished jobs, and the deletion of those that it keeps no longer."""
+"""Cancelling jobs that are not worth running any more, and deleting finished jobs that are kept no longer."""
 
 from __future__ import annotations
 
 import json
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from types import EllipsisType
 from typing import Any
 
 from pqueue_backend import Session
-from pqueue_outcomes import Counting
+from pqueue_outcomes import Counting, count_job
 from pqueue_schema import (
     ADD_QUEUE,
     DELETE_CONSUMERS,
     DELETE_DEPENDENCIES,
     DELETE_HISTORY,
     DELETE_JOBS,
+    EXPIRE,
+    EXPIRING,
     FINISHED,
     MARK_PRUNED,
     OUTDATED,
     PRUNABLE,
+    RECORD,
     RETENTION,
     SET_KEEP,
 )
-from pqueue_values import Params, duration, long_duration, valid_name, valid_state
+from pqueue_values import EXPIRED, Params, duration, error_text, long_duration, valid_name, valid_state
 
 PRUNE_BATCH = 1000  # jobs deleted in one transaction of `prune`
 KEEP_BATCH = 250  # jobs of each state that a consumer deletes in one transaction
 KEEP_SECONDS = 1.0  # consumers delete jobs of a queue no more often
 KEEP_WORK_SECONDS = 0.05  # for which a consumer goes on at once if there are more
+EXPIRE_BATCH = 1000  # expired jobs cancelled in one transaction
 CONSUMERS_KEPT_SECONDS = 30 * 86400.0
 
 Keep = str | float | timedelta | None | EllipsisType
 
 
 class Retaining(Counting):
-    """The operations that delete finished jobs."""
+    """The operations that cancel expired jobs and delete finished ones."""
+
+    @abstractmethod
+    def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> None: ...
+
+    @abstractmethod
+    def _job_ended(self, session: Session, job_id: int, now: float) -> None: ...
+
+    def _cancel_all_expired(self, dead: list[str] | None, now: float) -> None:
+        """Cancel the jobs that have expired, in short transactions, also those whose deliveries were lost."""
+        batch = EXPIRE_BATCH
+        while batch == EXPIRE_BATCH:
+            with self._transaction(durable=False) as session:
+                self._reclaim(session, dead, now)
+                batch = self._cancel_expired(session, now)
+
+    def _cancel_expired(self, session: Session, now: float) -> int:
+        """Cancel jobs that have expired; return how many."""
+        expired = session.run(EXPIRING, {"now": now, "limit": EXPIRE_BATCH})
+        for job_id, at, error in expired:
+            params = {"id": job_id, "now": now, "event": "cancelled", "actor": "expires_at"}
+            params["error"] = _expiry_error(at, error)
+            if session.change(EXPIRE, params):  # it may have failed with one that it waits for
+                session.change(RECORD, params)
+                count_job(session, job_id, "cancelled", now)
+                # guard: a job that has expired is followed up
+                self._job_ended(session, job_id, now)
+        return len(expired)
 
     def keep(self, queue: str, *, completed: Keep = ..., failed: Keep = ..., cancelled: Keep = ...) -> None:
         """Say how long a queue keeps its finished jobs before consumers delete them, with their history.
@@ -139,3 +171,12 @@ class Retaining(Counting):
         session.change(DELETE_HISTORY, these)
         session.change(DELETE_DEPENDENCIES, these)
         return session.change(DELETE_JOBS, these)
+
+
+def _expiry_error(at: float, error: str | None) -> str:
+    """Return why a job was cancelled, and the error of its last attempt, if any."""
+    try:
+        shown = datetime.fromtimestamp(at, timezone.utc).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        shown = f"{at:g}"
+    return error_text(f"{EXPIRED}: it was to start before {shown}{f'; its last attempt: {error}' if error else ''}")

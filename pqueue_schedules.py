@@ -16,7 +16,7 @@ from pqueue_backend import Backend, Session
 from pqueue_cron import due_times, timing, valid_times
 from pqueue_schema import MOVES, ROOM
 from pqueue_tasks import Task
-from pqueue_values import JobId, Params, QueueError, encode_json, read_json, valid_int, valid_name
+from pqueue_values import JobId, Params, QueueError, above_0, encode_json, read_json, valid_int, valid_name
 
 MAX_FIRED = 100  # schedules, and times of one of them, per dequeue
 
@@ -26,8 +26,8 @@ class Schedule(NamedTuple):
 
     cron, zone: when it is due; without them, every_seconds. on_missed, overlap: see `schedule`. next_at, last_at: the
     times of the next and the last job; last_job_id: the id of the last; None: none yet. skipped: how often it was due
-    while the previous job was unfinished or the queue full. origin: "task", for a schedule from `@task`, "removed", if
-    that is gone, or "schedule".
+    while the previous job was unfinished or the queue full. expire_seconds: see `enqueue`. origin: "task", for a
+    schedule from `@task`, "removed", if that is gone, or "schedule".
     """
 
     name: str
@@ -40,6 +40,7 @@ class Schedule(NamedTuple):
     every_seconds: float | None
     on_missed: str
     overlap: bool
+    expire_seconds: float | None
     origin: str
     paused: bool
     next_at: float
@@ -49,7 +50,7 @@ class Schedule(NamedTuple):
 
 
 COLUMNS = ", ".join(Schedule._fields)
-DEFINED = Schedule._fields[:11]  # the columns that `schedule` sets
+DEFINED = Schedule._fields[:12]  # the columns that `schedule` sets
 TIMED = slice(5, 8)  # those of them that say when it is due
 _CHANGES = ", ".join(f"{column} = :{column}" for column in DEFINED[1:])
 
@@ -102,6 +103,7 @@ class Scheduling(Backend):
         queue: str = "default",
         priority: int = 0,
         run_at: float | None = None,
+        expire_seconds: float | timedelta | None = None,
         key: str | None = None,
         now: float | None = None,
     ) -> JobId[Any]: ...
@@ -119,11 +121,13 @@ class Scheduling(Backend):
         overlap: bool = False,
         queue: str = "default",
         priority: int = 0,
+        expire_seconds: float | timedelta | None = None,
         now: float | None = None,
     ) -> None:
         """Enqueue a job of a task whenever the schedule is due, from now on. A schedule of this name is changed.
 
-        task, payload, queue, priority: as for `enqueue`. The job's `run_at` is the time for which it was enqueued.
+        task, payload, queue, priority, expire_seconds: as for `enqueue`. The job's `run_at` is the time of the schedule
+            for which it was enqueued.
         cron: see `pqueue_cron.Cron`; zone: the time zone, a name such as "Europe/Berlin".
         every_seconds: instead of cron, the interval; the first job is due one interval from now.
         on_missed: what to do about times that passed while no consumer was running: "once" enqueues one job for the
@@ -133,7 +137,10 @@ class Scheduling(Backend):
         Raises ValueError.
         """
         times = valid_times(cron, zone, every_seconds, on_missed, overlap)
-        self._save_schedule(_definition(name, task, payload, queue, priority, times, "schedule"), now)
+        values = _definition(name, task, payload, queue, priority, times, "schedule")
+        if expire_seconds is not None:
+            values["expire_seconds"] = above_0("expire_seconds", expire_seconds)
+        self._save_schedule(values, now)
 
     def declare_schedules(self, tasks: Iterable[Task[..., Any]], *, now: float | None = None) -> None:
         """Save the schedules that `@task` gives to these tasks; mark those as removed that their tasks gave before.
@@ -211,7 +218,8 @@ class Scheduling(Backend):
         task, payload, queue, priority = schedule.task, schedule.payload, schedule.queue, schedule.priority
         rooms = session.run(ROOM, {"queue": queue})
         if not (rooms and rooms[0][0] is not None and rooms[0][0] < 1):
-            job_id = self.enqueue(task, payload, queue=queue, priority=priority, run_at=at, key=key, now=now)
+            options: Params = {"run_at": at, "expire_seconds": schedule.expire_seconds, "key": key, "now": now}
+            job_id = self.enqueue(task, payload, queue=queue, priority=priority, **options)
             if job_id.is_new:
                 session.change(FIRED, {"name": schedule.name, "at": at, "job_id": job_id})
                 return
@@ -230,6 +238,7 @@ def _definition(
         "queue": valid_name("queue", queue),
         "priority": valid_int("priority", -(2**31), priority),
         **times,
+        "expire_seconds": task.expire_seconds if isinstance(task, Task) else None,
         "origin": origin,
     }
 

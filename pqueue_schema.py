@@ -21,6 +21,9 @@ ENDS = ("failed", "expired", "died", "released", "snoozed")  # events that end a
 HOLDS_KEY = f"""key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN {UNFINISHED}
     AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL))"""
 
+# A job that is cancelled if it does not start in time.
+EXPIRES = f"expires_at IS NOT NULL AND state IN {UNTAKEN}"
+
 # {id}, {bigint} and {float} are types. Lines that begin with {sqlite} are for SQLite only, which checks the types of
 # values only in STRICT tables. PostgreSQL always does, and would parse the JSON again at every update of the row.
 # {task} is the task in an index: there a hash, as three names of 255 characters may exceed an index row of PostgreSQL.
@@ -49,6 +52,7 @@ CREATE TABLE jobs (
     state            TEXT NOT NULL,  -- see the CHECK below
     priority         INTEGER NOT NULL,    -- higher first
     run_at           {float} NOT NULL,    -- when it is due, Unix seconds; later after each retry
+    expires_at       {float},        -- it is cancelled if it does not start before, Unix seconds; NULL: never
     attempts         INTEGER NOT NULL DEFAULT 0,  -- deliveries so far, including the current one
     max_attempts     INTEGER,        -- deliveries before it is failed; NULL: that of the task, until first delivered
     key              TEXT,           -- NULL: none
@@ -155,6 +159,7 @@ CREATE TABLE schedules (  -- see pqueue_schedules.Schedule
     every_seconds {float},           -- NULL: cron
     on_missed     TEXT NOT NULL,     -- once, skip or all
     overlap       INTEGER NOT NULL,  -- 1: also while the previous job is unfinished
+    expire_seconds {float},          -- how long after its time a job may start; NULL: at any time
     origin        TEXT NOT NULL,     -- task, removed or schedule
     paused        INTEGER NOT NULL DEFAULT 0,
     next_at       {float} NOT NULL,  -- Unix seconds
@@ -191,6 +196,7 @@ CREATE TABLE outcomes (  -- see pqueue_outcomes
            WHERE state = 'pending' AND assigned_to IS NOT NULL""",
         "CREATE INDEX jobs_waiting ON jobs (queue, run_at) WHERE state = 'waiting'",
         "CREATE INDEX jobs_scheduled ON jobs (run_at) WHERE state = 'scheduled'",
+        f"CREATE INDEX jobs_expiring ON jobs (expires_at) WHERE {EXPIRES}",
         "CREATE INDEX jobs_processing ON jobs (lease_expires_at) WHERE state = 'processing'",
         "CREATE INDEX jobs_finished ON jobs (state, queue, finished_at) WHERE finished_at IS NOT NULL",
         f"""CREATE INDEX jobs_failed ON jobs (task, substr(error, 1, {FAILURE_CHARS}), id, finished_at)
@@ -225,8 +231,8 @@ KNOWN = "(:tasks IS NULL OR instr(:tasks, char(10) || {task} || char(10)))"
 ORDER = "priority DESC, run_at, id"
 KEY_IS_OVER = "(key_expires_at IS NULL OR key_expires_at <= :now)"
 MOVES = "('moving', 'moved')"
-NEW_JOB = """queue, task, payload, state, priority, run_at, max_attempts, key, key_until, key_expires_at, assigned_to,
-    meta, created_at"""
+NEW_JOB = """queue, task, payload, state, priority, run_at, expires_at, max_attempts, key, key_until, key_expires_at,
+    assigned_to, meta, created_at"""
 # guard: resubmit respects the key
 KEY_IS_FREE = f"""(key_until IS NULL OR NOT EXISTS (SELECT 1 FROM jobs o
         WHERE o.queue = jobs.queue AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id AND {HOLDS_KEY}))"""
@@ -238,8 +244,8 @@ UNLESS_HELD = "ON CONFLICT DO NOTHING"
 # guard: one job holds a key
 ENQUEUE = f"""
 INSERT INTO jobs ({NEW_JOB})
-SELECT name, :task, :payload, :state, :priority, :run_at, :max_attempts, :key, :key_until, :key_expires_at,
-    :assigned_to, :meta, :now
+SELECT name, :task, :payload, :state, :priority, :run_at, :expires_at, :max_attempts, :key, :key_until,
+    :key_expires_at, :assigned_to, :meta, :now
 FROM queues
 WHERE name = :queue AND {IS_LISTED} AND {HAS_ROOM}
 {UNLESS_HELD}"""
@@ -248,9 +254,10 @@ WHERE name = :queue AND {IS_LISTED} AND {HAS_ROOM}
 # :payloads is a JSON array of [payload], which preserves the text of each.
 # guard: a full queue refuses a batch
 ENQUEUE_MANY = f"""
-INSERT INTO jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, meta, created_at)
-SELECT name, :task, substr(value, 2, length(value) - 2), :state, :priority, :run_at, :max_attempts, :assigned_to,
-    :meta, :now
+INSERT INTO jobs (queue, task, payload, state, priority, run_at, expires_at, max_attempts, assigned_to, meta,
+    created_at)
+SELECT name, :task, substr(value, 2, length(value) - 2), :state, :priority, :run_at, :expires_at, :max_attempts,
+    :assigned_to, :meta, :now
 FROM queues CROSS JOIN json_each(:payloads)
 WHERE name = :queue AND {IS_LISTED} AND (max_pending IS NULL OR max_pending - pending >= :number)"""
 
@@ -282,7 +289,7 @@ UPDATE jobs SET key_expires_at = NULL WHERE {HOLDS_KEY} AND key_expires_at <= :n
 # Replace a job that no consumer has taken.
 # guard: a job that was taken is not replaced
 REPLACE = f"""
-UPDATE jobs SET payload = :payload, priority = :priority, run_at = :run_at,
+UPDATE jobs SET payload = :payload, priority = :priority, run_at = :run_at, expires_at = :expires_at,
     state = CASE state WHEN 'waiting' THEN state ELSE :state END
 WHERE id = :id AND state IN {UNTAKEN}"""
 
@@ -348,10 +355,11 @@ CLAIM = f"""
 UPDATE jobs SET {LEASED} WHERE id = (SELECT id FROM ({_CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit)
 RETURNING {COLUMNS}"""
 
-# Return whether a scheduled job or a schedule is due, and whether a lease has expired.
-OVERDUE = """
+# Return whether a scheduled job or a schedule is due or a job has expired, and whether a lease has expired.
+OVERDUE = f"""
 SELECT (SELECT min(run_at) FROM jobs WHERE state = 'scheduled') <= :now
-           OR (SELECT min(next_at) FROM schedules WHERE paused = 0) <= :now AS due,
+           OR (SELECT min(next_at) FROM schedules WHERE paused = 0) <= :now
+           OR (SELECT min(expires_at) FROM jobs WHERE {EXPIRES}) <= :now AS due,
        (SELECT min(lease_expires_at) FROM jobs WHERE state = 'processing') <= :now AS expired"""
 
 # Return when the next job may be available to the consumer; 0: now.
@@ -388,6 +396,15 @@ ORDER BY {ORDER} LIMIT :limit"""
 PROMOTE = """
 UPDATE jobs SET state = 'pending' WHERE id IN
     (SELECT id FROM jobs WHERE state = 'scheduled' AND run_at <= :now ORDER BY run_at LIMIT :limit)"""
+
+# Return jobs that were not started in time.
+EXPIRING = f"""
+SELECT id, expires_at, error FROM jobs WHERE {EXPIRES} AND expires_at <= :now ORDER BY expires_at, id LIMIT :limit"""
+
+# Cancel a job that was not started in time.
+EXPIRE = (
+    f"UPDATE jobs SET state = 'cancelled', finished_at = :now, error = :error WHERE id = :id AND state IN {UNTAKEN}"
+)
 
 # Return jobs whose lease has expired.
 # guard: a lease is not reclaimed before it expires
@@ -445,8 +462,8 @@ UPDATE jobs SET progress = coalesce(:progress, progress), result = coalesce(:res
 # guard: resubmit takes finished jobs
 # guard: a full queue refuses a resubmit
 RESUBMIT = f"""
-UPDATE jobs SET state = 'pending', run_at = :now, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL,
-    error = NULL, waits_for = 0 WHERE id = :id AND state IN {FINISHED}
+UPDATE jobs SET state = 'pending', run_at = :now, expires_at = NULL, attempts = 0, started_at = NULL,
+    finished_at = NULL, progress = NULL, error = NULL, waits_for = 0 WHERE id = :id AND state IN {FINISHED}
     AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND NOT {HAS_ROOM})
     AND {KEY_IS_FREE}"""
 
@@ -464,6 +481,7 @@ WHERE id = :id AND state IN {FINISHED}"""
 CHANGE = f"""
 UPDATE jobs SET payload = coalesce(:payload, payload), priority = coalesce(:priority, priority),
     queue = coalesce(:queue, queue), max_attempts = coalesce(:max_attempts, max_attempts),
+    expires_at = coalesce(:expires_at, coalesce(:run_at, run_at) + :expire_seconds, expires_at),
     run_at = coalesce(:run_at, run_at),
     state = CASE WHEN CAST(:run_at AS double precision) IS NULL OR state = 'waiting' THEN state
         WHEN CAST(:run_at AS double precision) > :now THEN 'scheduled' ELSE 'pending' END

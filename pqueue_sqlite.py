@@ -88,6 +88,7 @@ WAL_BYTES = 67_108_864  # the write-ahead log is truncated to this size when no 
 COMPACTED_PAGES = 25  # moved in one transaction of `compact`
 LEAST_FREE_BYTES = 268_435_456  # `check` warns below this much free disk space
 
+ATTEMPTS = Job._fields.index("attempts")  # followed by max_attempts
 SYNCHRONOUS = ("off", "normal", "full", "extra")
 MINIMUM_SQLITE = (3, 37)  # STRICT tables
 OUR_TABLES = f"SELECT sql LIKE '%STRICT' FROM sqlite_master WHERE type = 'table' AND name IN {TABLES}"
@@ -729,7 +730,7 @@ class PersistentQSQLite(PersistentQInterface):
         ids = _first_ids(session, params)
         found = {row[0]: row for row in session.run(AS_LEASED, {**params, "ids": to_json(ids)})}
         rows = [found[job_id] for job_id in ids]
-        rows = rows[: _batch_size([row[7:9] for row in rows], prefetches)]
+        rows = rows[: _batch_size([row[ATTEMPTS : ATTEMPTS + 2] for row in rows], prefetches)]
         session.change(LEASE_THESE, {**params, "ids": to_json([row[0] for row in rows])})
         return rows
 

@@ -97,6 +97,8 @@ class Caller(Generic[P, R]):
         key: str | None = None,
         key_until: str | None = None,
         key_seconds: float | timedelta | None = None,
+        expires_at: float | datetime | None = None,
+        expire_seconds: float | timedelta | None = None,
         on_conflict: str | None = None,
         assigned_to: str | None = None,
         after: Iterable[int] | None = None,
@@ -137,6 +139,7 @@ class Task(Caller[P, R]):
     backoff: Callable[[int], float] | None = None
     max_backoff_seconds: float = MAX_BACKOFF_SECONDS
     is_async: bool = False  # a call returns a coroutine
+    expire_seconds: float | None = None  # after it is due, a job is cancelled unless it has started
     schedule: Params | None = field(default=None, compare=False)  # when consumers that know it enqueue it
 
     @overload
@@ -225,6 +228,7 @@ def task(
     every_seconds: float | timedelta | None = None,
     on_missed: str = "once",
     overlap: bool = False,
+    expire_seconds: float | timedelta | None = None,
 ) -> Decorator: ...
 def task(
     name: str | Callable[..., Any] | None = None,
@@ -240,6 +244,7 @@ def task(
     every_seconds: float | timedelta | None = None,
     on_missed: str = "once",
     overlap: bool = False,
+    expire_seconds: float | timedelta | None = None,
 ) -> Any:
     """Register a function as a task, and replace it with the `Task`: `@task`, or `@task(…)` with options.
 
@@ -253,6 +258,8 @@ def task(
     max_backoff_seconds: the longest such delay.
     cron, zone, every_seconds, on_missed, overlap: when to enqueue a job without arguments; those of the queue's
         `schedule`. A consumer that knows the task saves the schedule, under the task's name, when it starts.
+    expire_seconds: see `enqueue`; for jobs that are enqueued without one, by the schedule or a program that has the
+        function.
 
     The function may be an `async def`. Raises ValueError for an invalid option, for a generator function, or if another
     function has the name.
@@ -264,6 +271,7 @@ def task(
         "retry_on": _exceptions(retry_on),
         "backoff": None if backoff is None else _delays(backoff),
         "max_backoff_seconds": above_0("max_backoff_seconds", max_backoff_seconds),
+        "expire_seconds": None if expire_seconds is None else above_0("expire_seconds", expire_seconds),
     }
     times = (cron, zone, every_seconds, on_missed, overlap)
     if times != (None, "UTC", None, "once", False):

@@ -27,6 +27,8 @@ MAX_TEXT_CHARS = 1000  # of the text of a search
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|w)")
 
+EXPIRED = "expired"  # how the error of a job begins that was not started in time
+
 Params = dict[str, Any]
 NO_PARAMS: Params = {}
 
@@ -110,6 +112,7 @@ class _Job(NamedTuple):
     state: str
     priority: int
     run_at: float
+    expires_at: float | None
     attempts: int
     max_attempts: int | None
     key: str | None
@@ -136,11 +139,11 @@ class Job(_Job):
     `payload` and `result` are decoded JSON. Fields named `..._at` are Unix seconds; `progress` is 0 to 1. `consumer` is
     the current or last consumer of the job; `assigned_to` the only one that may run it; `error` that of the last failed
     attempt. `max_attempts` is None, that of the task, until the first delivery of a job that was enqueued without it.
-    `key_until` and `key_expires_at` say how long the job holds its key: see `enqueue`. The lease is None unless the
-    state is "processing", `started_at` until the first attempt, and `finished_at` until the job is completed, failed or
-    cancelled. `meta` is a dict of what functions marked `@metadata` returned when it was enqueued; None: nothing.
-    `waits_for` is the number of unfinished jobs for which it waits; `has_dependents` is 1 if jobs were enqueued that
-    run after it, else 0.
+    A job that does not start before `expires_at` is cancelled. `key_until` and `key_expires_at` say how long the job
+    holds its key: see `enqueue`. The lease is None unless the state is "processing", `started_at` until the first
+    attempt, and `finished_at` until the job is completed, failed or cancelled. `meta` is a dict of what functions
+    marked `@metadata` returned when it was enqueued; None: nothing. `waits_for` is the number of unfinished jobs for
+    which it waits; `has_dependents` is 1 if jobs were enqueued that run after it, else 0.
     """
 
     __slots__ = ()

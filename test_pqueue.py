@@ -2125,7 +2125,7 @@ class QueueContract:
             (lambda: q.enqueue("t", run_at=datetime(2026, 1, 1)), "expected run_at with a time zone"),  # noqa: DTZ001
             (
                 lambda: q.change(1),
-                "expected a change of payload, priority, run_at, queue, max_attempts or delay_seconds",
+                "expected a change of payload, priority, run_at, queue, max_attempts, expires_at, expire_",
             ),
             (lambda: q.change(1, delay_seconds=1, run_at=1), "expected delay_seconds or run_at, got both"),
             (lambda: q.change(1, payload={1: 2}), "expected a payload"),
@@ -2321,6 +2321,123 @@ class QueueContract:
         with mock.patch("pqueue_retention.PRUNE_BATCH", 2):
             self.assertEqual(self.queue.prune(10, now=NOW + 10), 0)
             self.assertEqual(self.queue.prune(10, now=NOW + 11), 5)
+
+    # Expiry
+
+    def test_job_that_does_not_start_in_time_is_cancelled(self):
+        q = self.queue
+        soon = q.enqueue("t", expires_at=NOW + 10, now=NOW)
+        later = q.enqueue("t", delay_seconds=50, expire_seconds=timedelta(seconds=20), now=NOW)
+        at = datetime.fromtimestamp(NOW + 10, timezone.utc)
+        many = q.enqueue_many("t", [1, 2], queue="other", expires_at=at, now=NOW)
+        self.assertEqual(q.get(later).expires_at, NOW + 70)
+        q.pause("other")
+        self.assertEqual(q.dequeue("w", now=NOW + 9).id, soon)
+        self.assertIsNone(q.dequeue("w", now=NOW + 10))
+        self.assertEqual(
+            [q.get(each).state for each in (soon, later, *many)], ["processing", "scheduled"] + ["cancelled"] * 2
+        )
+        self.assertIsNone(q.dequeue("w2", now=NOW + 70))  # the first one's lease is over, too
+        job = q.get(later)
+        self.assertEqual((job.state, job.finished_at, job.attempts), ("cancelled", NOW + 70, 0))
+        self.assertEqual(job.error, "expired: it was to start before 2027-01-15T08:01:10+00:00")
+        (event,) = q.history(later)
+        self.assertEqual((event["event"], event["actor"], event["error"]), ("cancelled", "expires_at", job.error))
+        with self.assertRaisesRegex(JobFailed, "was cancelled: expired: it was to start before"):
+            q.result(later, timeout_seconds=0)
+        self.assertIsNone(q.dequeue("w2", now=NOW + 1e6))
+        self.assertIn("expired: it was to start before 2027-01-15T08:00:10+00:00; its last", q.get(soon).error)
+
+    def test_job_whose_attempt_failed_is_cancelled_unless_another_starts_in_time(self):
+        q = self.queue
+        job = self.taken(expire_seconds=10)
+        q.fail(job, "broken", retry_in_seconds=30, now=NOW + 50)  # it may run for as long as it takes
+        self.assertIsNone(q.dequeue("worker", now=NOW + 80))
+        found = q.get(job.id)
+        self.assertEqual((found.state, found.attempts), ("cancelled", 1))
+        self.assertTrue(found.error.endswith("; its last attempt: broken"))
+        job = self.taken(expire_seconds=10)
+        q.release(job, now=NOW + 10)
+        self.assertIsNone(q.dequeue("worker", now=NOW + 10))
+
+    def test_jobs_that_expired_are_cancelled_however_many_before_one_is_delivered(self):
+        q = self.queue
+        with mock.patch("pqueue_retention.EXPIRE_BATCH", 3):
+            q.enqueue_many("t", range(10), expire_seconds=5, now=NOW)
+            last = q.enqueue("t", now=NOW)
+            self.assertEqual([job.id for job in q.dequeue_many("w", 4, now=NOW + 6)], [last])
+            self.assertEqual(q.count_jobs(state="cancelled"), 10)
+            q.enqueue_many("t", range(10), expire_seconds=5, now=NOW)
+            job_id = q.enqueue("t", now=NOW)
+            done, lost = q.complete_and_dequeue([(q.get(last), 1)], "w", now=NOW + 7)
+            self.assertEqual(([job.id for job in done], lost, q.get(last).state), ([job_id], [], "completed"))
+            q.enqueue_many("t", range(10), expire_seconds=5, now=NOW)
+            with q.transaction():
+                self.assertIsNone(q.dequeue("w", now=NOW + 6))
+        self.assertEqual(q.count_jobs(state="cancelled"), 30)
+
+    def test_expired_job_frees_its_key(self):
+        self.queue.enqueue("t", key="k", expire_seconds=5, now=NOW)
+        self.assertIsNone(self.queue.dequeue("w", now=NOW + 5))
+        self.assertTrue(self.queue.enqueue("t", key="k", now=NOW + 5).is_new)
+
+    def test_job_after_one_that_expires_fails_or_runs_as_it_says_and_may_expire_itself(self):
+        q = self.queue
+        first = q.enqueue("t", expire_seconds=5, now=NOW)
+        fails, runs = (q.enqueue("u", after=[first], after_failed=how, now=NOW) for how in ("fail", "run"))
+        waits = q.enqueue("u", after=[runs], expire_seconds=20, now=NOW)
+        self.assertEqual(q.dequeue("w", now=NOW + 5).id, runs)
+        self.assertEqual([q.get(each).state for each in (first, fails, waits)], ["cancelled", "failed", "waiting"])
+        q.dequeue("w", now=NOW + 20)
+        self.assertEqual((q.get(waits).state, len(q.history(waits))), ("cancelled", 1))
+
+    def test_job_that_replaces_another_has_its_own_expiry(self):
+        job_id = self.queue.enqueue("t", key="k", expire_seconds=5, now=NOW)
+        self.queue.enqueue("t", key="k", expire_seconds=50, on_conflict="replace", now=NOW + 3)
+        self.assertEqual(self.queue.get(job_id).expires_at, NOW + 53)
+        self.queue.enqueue("t", key="k", on_conflict="replace", now=NOW + 3)
+        self.assertIsNone(self.queue.get(job_id).expires_at)
+
+    def test_operator_changes_when_a_job_expires(self):
+        q = self.queue
+        job_id = q.enqueue("t", now=NOW)
+        q.change(job_id, expires_at=NOW + 5, now=NOW)
+        self.assertEqual(q.get(job_id).expires_at, NOW + 5)
+        q.change(job_id, delay_seconds=100, expire_seconds=5, by="ann", now=NOW)
+        self.assertEqual((q.get(job_id).run_at, q.get(job_id).expires_at), (NOW + 100, NOW + 105))
+        self.assertEqual(q.history(job_id)[-1]["event"], "changed time, expiry")
+        with self.assertRaisesRegex(ValueError, "expected expires_at or expire_seconds, got both"):
+            q.change(job_id, expires_at=NOW, expire_seconds=1)
+        q.cancel(job_id, now=NOW)
+        q.resubmit(job_id, now=NOW + 500)
+        self.assertEqual(q.dequeue("w", now=NOW + 500).expires_at, None)
+
+    def test_expiry_that_is_none_is_refused(self):
+        for options, message in (
+            ({"expires_at": NOW, "expire_seconds": 1}, "expected expires_at or expire_seconds, got both"),
+            ({"expire_seconds": 0}, "expected expire_seconds above 0, got 0"),
+            ({"expires_at": datetime(2027, 1, 1)}, "expected expires_at with a time zone"),
+            ({"expires_at": math.inf}, "expected expires_at to be a finite number"),
+        ):
+            with self.subTest(options=options), self.assertRaisesRegex(ValueError, message):
+                self.queue.enqueue("t", **options)
+
+    def test_task_and_schedule_say_when_their_jobs_expire(self):
+        q = self.queue
+        with mock.patch.dict(pqueue.TASKS, clear=True):
+            brief = pqueue.task("brief", expire_seconds=timedelta(minutes=1))(lambda: None)
+            self.assertEqual(q.get(brief.on(q).enqueue()).expires_at - q.get(1).run_at, 60)
+            self.assertEqual(q.get(q.enqueue(brief, {}, delay_seconds=9, now=NOW)).expires_at, NOW + 69)
+            found = q.get(brief.using(expire_seconds=5, delay_seconds=7).on(q).enqueue())
+            self.assertEqual(found.expires_at, found.run_at + 5)
+            self.assertIsNone(q.get(q.enqueue("brief", {})).expires_at)
+            q.delete_jobs()
+            q.schedule("tick", brief, every_seconds=100, on_missed="all", now=NOW)
+            q.schedule("tock", "t", every_seconds=100, expire_seconds=30, on_missed="all", now=NOW)
+            self.assertEqual({each.expire_seconds for each in q.schedules()}, {60, 30})
+            jobs = q.dequeue_many("w", 9, now=NOW + 350)
+            self.assertEqual([(job.task, job.run_at - NOW) for job in jobs], [("brief", 300)])
+            self.assertEqual(q.count_jobs(state="cancelled"), 5)
 
     # Retention
 

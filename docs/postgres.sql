@@ -11,6 +11,7 @@ CREATE TABLE pqueue.jobs (
     state            TEXT NOT NULL,  -- see the CHECK below
     priority         INTEGER NOT NULL,    -- higher first
     run_at           DOUBLE PRECISION NOT NULL,    -- when it is due, Unix seconds; later after each retry
+    expires_at       DOUBLE PRECISION,        -- it is cancelled if it does not start before, Unix seconds; NULL: never
     attempts         INTEGER NOT NULL DEFAULT 0,  -- deliveries so far, including the current one
     max_attempts     INTEGER,        -- deliveries before it is failed; NULL: that of the task, until first delivered
     key              TEXT,           -- NULL: none
@@ -117,6 +118,7 @@ CREATE TABLE pqueue.schedules (  -- see pqueue_schedules.Schedule
     every_seconds DOUBLE PRECISION,           -- NULL: cron
     on_missed     TEXT NOT NULL,     -- once, skip or all
     overlap       INTEGER NOT NULL,  -- 1: also while the previous job is unfinished
+    expire_seconds DOUBLE PRECISION,          -- how long after its time a job may start; NULL: at any time
     origin        TEXT NOT NULL,     -- task, removed or schedule
     paused        INTEGER NOT NULL DEFAULT 0,
     next_at       DOUBLE PRECISION NOT NULL,  -- Unix seconds
@@ -159,6 +161,8 @@ CREATE INDEX jobs_assigned ON pqueue.jobs (assigned_to, priority DESC, run_at, i
 CREATE INDEX jobs_waiting ON pqueue.jobs (queue, run_at) WHERE state = 'waiting';
 
 CREATE INDEX jobs_scheduled ON pqueue.jobs (run_at) WHERE state = 'scheduled';
+
+CREATE INDEX jobs_expiring ON pqueue.jobs (expires_at) WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending');
 
 CREATE INDEX jobs_processing ON pqueue.jobs (lease_expires_at) WHERE state = 'processing';
 
@@ -297,20 +301,20 @@ FROM pqueue.queues WHERE max_pending IS NOT NULL;
 -- ENQUEUE
 -- Insert a job, unless its queue is unknown or full, its task is new in the queue, or another job holds its key.
 -- differs because the count of pending jobs is locked before the job and its key are inserted; returns the new id
--- $1 task, $2 payload, $3 state, $4 priority, $5 run_at, $6 max_attempts, $7 key, $8 key_until, $9 key_expires_at, $10
--- assigned_to, $11 meta, $12 now, $13 queue
+-- $1 task, $2 payload, $3 state, $4 priority, $5 run_at, $6 expires_at, $7 max_attempts, $8 key, $9 key_until, $10
+-- key_expires_at, $11 assigned_to, $12 meta, $13 now, $14 queue
 WITH added AS (
-INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, max_attempts, key, key_until, key_expires_at, assigned_to,
-    meta, created_at)
+INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, expires_at, max_attempts, key, key_until, key_expires_at,
+    assigned_to, meta, created_at)
 SELECT name, $1, $2, $3, $4, $5, $6, $7, $8, $9,
-    $10, $11, $12
+    $10, $11, $12, $13
 FROM pqueue.queues
-WHERE name = $13 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $13 AND task = $1) AND CASE WHEN max_pending IS NULL THEN true ELSE max_pending > pqueue.count_pending(name) END
+WHERE name = $14 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $14 AND task = $1) AND CASE WHEN max_pending IS NULL THEN true ELSE max_pending > pqueue.count_pending(name) END
 ON CONFLICT DO NOTHING
 RETURNING id),
 counted AS (
 INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
-SELECT 60, CAST(floor(least(greatest($12, 0), 1000000000000000.0) / 60) * 60 AS bigint), $13, $1, 'enqueued', -1, -1, count(*), 0, 0 FROM added HAVING count(*) > 0
+SELECT 60, CAST(floor(least(greatest($13, 0), 1000000000000000.0) / 60) * 60 AS bigint), $14, $1, 'enqueued', -1, -1, count(*), 0, 0 FROM added HAVING count(*) > 0
 
 ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
     run_seconds = outcomes.run_seconds + excluded.run_seconds,
@@ -321,20 +325,21 @@ SELECT id FROM added;
 -- Insert a job per payload, unless the queue is unknown or has no room for all, or the task is new in the queue.
 -- :payloads is a JSON array of [payload], which preserves the text of each.
 -- differs because the count of pending jobs is locked before jobs are inserted; returns their ids
--- $1 queue, $2 task, $3 number, $4 state, $5 priority, $6 run_at, $7 max_attempts, $8 assigned_to, $9 meta, $10 now,
--- $11 payloads
+-- $1 queue, $2 task, $3 number, $4 state, $5 priority, $6 run_at, $7 expires_at, $8 max_attempts, $9 assigned_to, $10
+-- meta, $11 now, $12 payloads
 WITH open AS MATERIALIZED (
     SELECT name FROM pqueue.queues
     WHERE name = $1 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $1 AND task = $2) AND CASE WHEN max_pending IS NULL THEN true ELSE max_pending - $3 >= pqueue.count_pending(name) END),
 added AS (
-INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, meta, created_at)
+INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, expires_at, max_attempts, assigned_to, meta,
+    created_at)
 SELECT name, $2, substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2), $4, $5, $6,
-    $7, $8, $9, $10
-FROM open CROSS JOIN json_array_elements(CAST($11 AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n
+    $7, $8, $9, $10, $11
+FROM open CROSS JOIN json_array_elements(CAST($12 AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n
 RETURNING id),
 counted AS (
 INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
-SELECT 60, CAST(floor(least(greatest($10, 0), 1000000000000000.0) / 60) * 60 AS bigint), $1, $2, 'enqueued', -1, -1, count(*), 0, 0 FROM added HAVING count(*) > 0
+SELECT 60, CAST(floor(least(greatest($11, 0), 1000000000000000.0) / 60) * 60 AS bigint), $1, $2, 'enqueued', -1, -1, count(*), 0, 0 FROM added HAVING count(*) > 0
 
 ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
     run_seconds = outcomes.run_seconds + excluded.run_seconds,
@@ -375,10 +380,10 @@ UPDATE pqueue.jobs SET key_expires_at = NULL WHERE key IS NOT NULL AND (key_expi
 
 -- REPLACE
 -- Replace a job that no consumer has taken.
--- $1 payload, $2 priority, $3 run_at, $4 state, $5 id
-UPDATE pqueue.jobs SET payload = $1, priority = $2, run_at = $3,
-    state = CASE state WHEN 'waiting' THEN state ELSE $4 END
-WHERE id = $5 AND state IN ('waiting', 'scheduled', 'pending');
+-- $1 payload, $2 priority, $3 run_at, $4 expires_at, $5 state, $6 id
+UPDATE pqueue.jobs SET payload = $1, priority = $2, run_at = $3, expires_at = $4,
+    state = CASE state WHEN 'waiting' THEN state ELSE $5 END
+WHERE id = $6 AND state IN ('waiting', 'scheduled', 'pending');
 
 -- ADD_QUEUE
 -- Create the queue unless it exists.
@@ -433,13 +438,14 @@ WHERE  state = 'pending' AND ctid = ANY (ARRAY(
             ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
             ORDER BY best.priority DESC, best.run_at, best.id LIMIT $8 FOR UPDATE OF jobs SKIP LOCKED) locked
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
-RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, waits_for, has_dependents;
+RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, waits_for, has_dependents;
 
 -- OVERDUE
--- Return whether a scheduled job or a schedule is due, and whether a lease has expired.
+-- Return whether a scheduled job or a schedule is due or a job has expired, and whether a lease has expired.
 -- differs because min() may be planned as a scan of all jobs of a state
 -- $1 now
-SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $1 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $1 AS due, (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $1 AS expired;
+SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $1 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $1 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $1 AS due,
+    (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $1 AS expired;
 
 -- NEXT_EVENT
 -- Return when the next job may be available to the consumer; 0: now.
@@ -471,7 +477,7 @@ SELECT min(at) FROM (
 -- consumer, and those that are due.
 -- differs because a subquery for each task is LATERAL, and because of the JSON functions
 -- $1 limit, $2 queues, $3 tasks, $4 consumer, $5 now
-SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, waits_for, has_dependents FROM pqueue.jobs WHERE id IN (
+SELECT id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, waits_for, has_dependents FROM pqueue.jobs WHERE id IN (
     SELECT head.id FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
         (SELECT id FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT $1) head
     WHERE q.paused = 0 AND (CAST($2 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS json)))) AND (CAST($3 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($3 AS text), chr(10))))
@@ -488,18 +494,29 @@ ORDER BY priority DESC, run_at, id LIMIT $1;
 UPDATE pqueue.jobs SET state = 'pending' WHERE id = ANY (ARRAY(
     SELECT id FROM pqueue.jobs WHERE state = 'scheduled' AND run_at <= $1 ORDER BY run_at LIMIT $2 FOR UPDATE SKIP LOCKED));
 
+-- EXPIRING
+-- Return jobs that were not started in time.
+-- differs because the rows must stay as they are until they are cancelled
+-- $1 now, $2 limit
+SELECT id, expires_at, error FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') AND expires_at <= $1 ORDER BY expires_at, id LIMIT $2 FOR UPDATE SKIP LOCKED;
+
+-- EXPIRE
+-- Cancel a job that was not started in time.
+-- $1 now, $2 error, $3 id
+UPDATE pqueue.jobs SET state = 'cancelled', finished_at = $1, error = $2 WHERE id = $3 AND state IN ('waiting', 'scheduled', 'pending');
+
 -- EXPIRED
 -- Return jobs whose lease has expired.
 -- differs because the rows must stay as they are until they are reclaimed
 -- $1 now, $2 limit
-SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, waits_for, has_dependents FROM pqueue.jobs WHERE state = 'processing' AND lease_expires_at <= $1
+SELECT id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, waits_for, has_dependents FROM pqueue.jobs WHERE state = 'processing' AND lease_expires_at <= $1
 ORDER BY lease_expires_at LIMIT $2 FOR UPDATE SKIP LOCKED;
 
 -- ORPHANED
 -- Return processing jobs whose consumer has ended.
 -- differs because the rows must stay as they are until they are reclaimed
 -- $1 limit
-SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, waits_for, has_dependents FROM pqueue.jobs WHERE state = 'processing' AND EXISTS
+SELECT id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, waits_for, has_dependents FROM pqueue.jobs WHERE state = 'processing' AND EXISTS
     (SELECT 1 FROM pqueue.consumers WHERE token = substr(lease_token, 1, 16) AND consumers.state <> 'running') LIMIT $1 FOR UPDATE SKIP LOCKED;
 
 -- REDELIVER
@@ -582,8 +599,9 @@ UPDATE pqueue.jobs SET progress = coalesce($1, progress), result = coalesce($2, 
 -- Make a finished job pending again, unless its queue is full or another job holds its key.
 -- differs because the count is in separate tables
 -- $1 now, $2 id
-UPDATE pqueue.jobs SET state = 'pending', run_at = $1, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL,
-    error = NULL, waits_for = 0 WHERE id = $2 AND state IN ('completed', 'failed', 'cancelled')
+UPDATE pqueue.jobs SET state = 'pending', run_at = $1, expires_at = NULL, attempts = 0, started_at = NULL,
+    finished_at = NULL, progress = NULL, error = NULL, waits_for = 0
+WHERE id = $2 AND state IN ('completed', 'failed', 'cancelled')
     AND NOT EXISTS (SELECT 1 FROM pqueue.queues WHERE name = jobs.queue
                     AND NOT CASE WHEN max_pending IS NULL THEN true ELSE max_pending > pqueue.count_pending(name) END)
     AND (key_until IS NULL OR NOT EXISTS (SELECT 1 FROM pqueue.jobs o
@@ -601,13 +619,14 @@ WHERE id = $6 AND state IN ('completed', 'failed', 'cancelled');
 
 -- CHANGE
 -- Change a job that no consumer has taken; NULL leaves a value unchanged.
--- $1 payload, $2 priority, $3 queue, $4 max_attempts, $5 run_at, $6 now, $7 id
+-- $1 payload, $2 priority, $3 queue, $4 max_attempts, $5 expires_at, $6 run_at, $7 expire_seconds, $8 now, $9 id
 UPDATE pqueue.jobs SET payload = coalesce($1, payload), priority = coalesce($2, priority),
     queue = coalesce($3, queue), max_attempts = coalesce($4, max_attempts),
-    run_at = coalesce($5, run_at),
-    state = CASE WHEN CAST($5 AS double precision) IS NULL OR state = 'waiting' THEN state
-        WHEN CAST($5 AS double precision) > $6 THEN 'scheduled' ELSE 'pending' END
-WHERE id = $7 AND state IN ('waiting', 'scheduled', 'pending') AND ((key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
+    expires_at = coalesce($5, coalesce($6, run_at) + $7, expires_at),
+    run_at = coalesce($6, run_at),
+    state = CASE WHEN CAST($6 AS double precision) IS NULL OR state = 'waiting' THEN state
+        WHEN CAST($6 AS double precision) > $8 THEN 'scheduled' ELSE 'pending' END
+WHERE id = $9 AND state IN ('waiting', 'scheduled', 'pending') AND ((key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
     AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL))) IS NOT TRUE OR NOT EXISTS (SELECT 1 FROM pqueue.jobs o
     WHERE o.queue = CAST($3 AS text) AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id
         AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
@@ -666,7 +685,7 @@ AND id > (SELECT coalesce(max(id), 0) FROM pqueue.history WHERE job_id = $1 AND 
 -- HELD_BY
 -- Return the jobs that a consumer holds.
 -- $1 token
-SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, waits_for, has_dependents FROM pqueue.jobs WHERE state = 'processing' AND substr(lease_token, 1, 16) = $1;
+SELECT id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, waits_for, has_dependents FROM pqueue.jobs WHERE state = 'processing' AND substr(lease_token, 1, 16) = $1;
 
 -- LEASES
 -- Return the leases that a consumer holds.
@@ -894,15 +913,16 @@ UPDATE pqueue.queues SET paused = 0 WHERE paused = 2;
 
 -- COPY_JOB
 -- differs because new jobs are counted when they are inserted
--- $1 queue, $2 task, $3 payload, $4 state, $5 priority, $6 run_at, $7 attempts, $8 max_attempts, $9 key, $10 key_until,
--- $11 key_expires_at, $12 assigned_to, $13 consumer, $14 lease_token, $15 lease_expires_at, $16 created_at, $17
--- started_at, $18 finished_at, $19 progress, $20 result, $21 error, $22 meta, $23 waits_for, $24 has_dependents
+-- $1 queue, $2 task, $3 payload, $4 state, $5 priority, $6 run_at, $7 expires_at, $8 attempts, $9 max_attempts, $10
+-- key, $11 key_until, $12 key_expires_at, $13 assigned_to, $14 consumer, $15 lease_token, $16 lease_expires_at, $17
+-- created_at, $18 started_at, $19 finished_at, $20 progress, $21 result, $22 error, $23 meta, $24 waits_for, $25
+-- has_dependents
 WITH added AS (
-INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, waits_for, has_dependents) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24)
+INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, waits_for, has_dependents) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24, $25)
 ON CONFLICT DO NOTHING RETURNING id),
 counted AS (
 INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
-SELECT 60, CAST(floor(least(greatest($16, 0), 1000000000000000.0) / 60) * 60 AS bigint), $1, $2, 'enqueued', -1, -1, count(*), 0, 0 FROM added HAVING count(*) > 0
+SELECT 60, CAST(floor(least(greatest($17, 0), 1000000000000000.0) / 60) * 60 AS bigint), $1, $2, 'enqueued', -1, -1, count(*), 0, 0 FROM added HAVING count(*) > 0
 
 ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
     run_seconds = outcomes.run_seconds + excluded.run_seconds,
@@ -937,30 +957,30 @@ SELECT 1 FROM pqueue.queue_tasks LIMIT 1;
 -- FINISHED_JOBS
 -- Without those that hold a key for a time: another job may have it before they are copied.
 -- $1 after
-SELECT id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, waits_for, has_dependents FROM pqueue.jobs WHERE id > $1 AND finished_at IS NOT NULL AND key_expires_at IS NULL
+SELECT id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, waits_for, has_dependents FROM pqueue.jobs WHERE id > $1 AND finished_at IS NOT NULL AND key_expires_at IS NULL
 ORDER BY id LIMIT 1000;
 
 -- SAVE_SCHEDULE
 -- Add a schedule, or change it; its next time stays the same unless :is_retimed.
 -- $1 name, $2 task, $3 payload, $4 queue, $5 priority, $6 cron, $7 zone, $8 every_seconds, $9 on_missed, $10 overlap,
--- $11 origin, $12 next_at, $13 is_retimed
-INSERT INTO pqueue.schedules (name, task, payload, queue, priority, cron, zone, every_seconds, on_missed, overlap, origin, next_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)
-ON CONFLICT (name) DO UPDATE SET task = $2, payload = $3, queue = $4, priority = $5, cron = $6, zone = $7, every_seconds = $8, on_missed = $9, overlap = $10, origin = $11, next_at = CASE WHEN $13 THEN $12 ELSE schedules.next_at END;
+-- $11 expire_seconds, $12 origin, $13 next_at, $14 is_retimed
+INSERT INTO pqueue.schedules (name, task, payload, queue, priority, cron, zone, every_seconds, on_missed, overlap, expire_seconds, origin, next_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
+ON CONFLICT (name) DO UPDATE SET task = $2, payload = $3, queue = $4, priority = $5, cron = $6, zone = $7, every_seconds = $8, on_missed = $9, overlap = $10, expire_seconds = $11, origin = $12, next_at = CASE WHEN $14 THEN $13 ELSE schedules.next_at END;
 
 -- SCHEDULES
 -- Return the schedules.
-SELECT name, task, payload, queue, priority, cron, zone, every_seconds, on_missed, overlap, origin, paused, next_at, last_at, last_job_id, skipped FROM pqueue.schedules ORDER BY name;
+SELECT name, task, payload, queue, priority, cron, zone, every_seconds, on_missed, overlap, expire_seconds, origin, paused, next_at, last_at, last_job_id, skipped FROM pqueue.schedules ORDER BY name;
 
 -- SCHEDULE_NAMED
 -- Return a schedule.
 -- $1 name
-SELECT name, task, payload, queue, priority, cron, zone, every_seconds, on_missed, overlap, origin, paused, next_at, last_at, last_job_id, skipped FROM pqueue.schedules WHERE name = $1;
+SELECT name, task, payload, queue, priority, cron, zone, every_seconds, on_missed, overlap, expire_seconds, origin, paused, next_at, last_at, last_job_id, skipped FROM pqueue.schedules WHERE name = $1;
 
 -- DUE_SCHEDULES
 -- Return the schedules that are due. While the queue is moved, none is: they are due in the target.
 -- differs because others may fire at the same time; a claim does not wait for them
 -- $1 now, $2 limit
-SELECT name, task, payload, queue, priority, cron, zone, every_seconds, on_missed, overlap, origin, paused, next_at, last_at, last_job_id, skipped FROM pqueue.schedules WHERE paused = 0 AND next_at <= $1
+SELECT name, task, payload, queue, priority, cron, zone, every_seconds, on_missed, overlap, expire_seconds, origin, paused, next_at, last_at, last_job_id, skipped FROM pqueue.schedules WHERE paused = 0 AND next_at <= $1
     AND NOT EXISTS (SELECT 1 FROM pqueue.history WHERE job_id = 0 AND event IN ('moving', 'moved'))
 ORDER BY next_at, name LIMIT $2 FOR UPDATE SKIP LOCKED;
 
@@ -1163,20 +1183,20 @@ SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = 27234830 AN
 
 -- ENQUEUE_ALONE
 -- Do what ENQUEUE does. The trigger enforces the limit for a pending job without a key.
--- $1 task, $2 payload, $3 state, $4 priority, $5 run_at, $6 max_attempts, $7 key, $8 key_until, $9 key_expires_at, $10
--- assigned_to, $11 meta, $12 now, $13 queue
+-- $1 task, $2 payload, $3 state, $4 priority, $5 run_at, $6 expires_at, $7 max_attempts, $8 key, $9 key_until, $10
+-- key_expires_at, $11 assigned_to, $12 meta, $13 now, $14 queue
 WITH added AS (
-INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, max_attempts, key, key_until, key_expires_at, assigned_to,
-    meta, created_at)
+INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, expires_at, max_attempts, key, key_until, key_expires_at,
+    assigned_to, meta, created_at)
 SELECT name, $1, $2, $3, $4, $5, $6, $7, $8, $9,
-    $10, $11, $12
+    $10, $11, $12, $13
 FROM pqueue.queues
-WHERE name = $13 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $13 AND task = $1) AND CASE WHEN max_pending IS NULL THEN true WHEN CAST($3 AS text) = 'pending' AND CAST($10 AS text) IS NULL AND CAST($7 AS text) IS NULL THEN max_pending > (SELECT pending + (SELECT coalesce(sum(delta), 0) FROM pqueue.pending_changes d WHERE d.queue = c.queue) FROM pqueue.pending_counts c WHERE c.queue = name) ELSE max_pending > pqueue.count_pending(name) END
+WHERE name = $14 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $14 AND task = $1) AND CASE WHEN max_pending IS NULL THEN true WHEN CAST($3 AS text) = 'pending' AND CAST($11 AS text) IS NULL AND CAST($8 AS text) IS NULL THEN max_pending > (SELECT pending + (SELECT coalesce(sum(delta), 0) FROM pqueue.pending_changes d WHERE d.queue = c.queue) FROM pqueue.pending_counts c WHERE c.queue = name) ELSE max_pending > pqueue.count_pending(name) END
 ON CONFLICT DO NOTHING
 RETURNING id),
 counted AS (
 INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
-SELECT 60, CAST(floor(least(greatest($12, 0), 1000000000000000.0) / 60) * 60 AS bigint), $13, $1, 'enqueued', -1, -1, count(*), 0, 0 FROM added HAVING count(*) > 0
+SELECT 60, CAST(floor(least(greatest($13, 0), 1000000000000000.0) / 60) * 60 AS bigint), $14, $1, 'enqueued', -1, -1, count(*), 0, 0 FROM added HAVING count(*) > 0
 
 ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
     run_seconds = outcomes.run_seconds + excluded.run_seconds,
@@ -1185,20 +1205,21 @@ SELECT id FROM added;
 
 -- ENQUEUE_MANY_ALONE
 -- Do what ENQUEUE_MANY does.
--- $1 queue, $2 task, $3 state, $4 assigned_to, $5 number, $6 priority, $7 run_at, $8 max_attempts, $9 meta, $10 now,
--- $11 payloads
+-- $1 queue, $2 task, $3 state, $4 assigned_to, $5 number, $6 priority, $7 run_at, $8 expires_at, $9 max_attempts, $10
+-- meta, $11 now, $12 payloads
 WITH open AS MATERIALIZED (
     SELECT name FROM pqueue.queues
     WHERE name = $1 AND EXISTS (SELECT 1 FROM pqueue.queue_tasks WHERE queue = $1 AND task = $2) AND CASE WHEN max_pending IS NULL THEN true WHEN CAST($3 AS text) = 'pending' AND CAST($4 AS text) IS NULL THEN max_pending - $5 >= (SELECT pending + (SELECT coalesce(sum(delta), 0) FROM pqueue.pending_changes d WHERE d.queue = c.queue) FROM pqueue.pending_counts c WHERE c.queue = name) ELSE max_pending - $5 >= pqueue.count_pending(name) END),
 added AS (
-INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, max_attempts, assigned_to, meta, created_at)
+INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, expires_at, max_attempts, assigned_to, meta,
+    created_at)
 SELECT name, $2, substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2), $3, $6, $7,
-    $8, $4, $9, $10
-FROM open CROSS JOIN json_array_elements(CAST($11 AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n
+    $8, $9, $4, $10, $11
+FROM open CROSS JOIN json_array_elements(CAST($12 AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n
 RETURNING id),
 counted AS (
 INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
-SELECT 60, CAST(floor(least(greatest($10, 0), 1000000000000000.0) / 60) * 60 AS bigint), $1, $2, 'enqueued', -1, -1, count(*), 0, 0 FROM added HAVING count(*) > 0
+SELECT 60, CAST(floor(least(greatest($11, 0), 1000000000000000.0) / 60) * 60 AS bigint), $1, $2, 'enqueued', -1, -1, count(*), 0, 0 FROM added HAVING count(*) > 0
 
 ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
     run_seconds = outcomes.run_seconds + excluded.run_seconds,
@@ -1236,7 +1257,8 @@ taken AS (
 UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4,
     lease_token = $5, lease_expires_at = $6, started_at = $7
 WHERE NOT EXISTS (SELECT FROM (
-SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $7 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $7 AS due, (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $7 AS expired) overdue WHERE due OR expired) AND state = 'pending' AND ctid = ANY (ARRAY(
+SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $7 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $7 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $7 AS due,
+    (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $7 AS expired) overdue WHERE due OR expired) AND state = 'pending' AND ctid = ANY (ARRAY(
     SELECT ctid FROM (
         SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
         FROM (
@@ -1251,7 +1273,7 @@ SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at
             ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
             ORDER BY best.priority DESC, best.run_at, best.id LIMIT $8 FOR UPDATE OF jobs SKIP LOCKED) locked
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
-RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, waits_for, has_dependents)
+RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, waits_for, has_dependents)
 SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN current_setting('synchronous_commit')
     ELSE 'off' END, true), (SELECT count(*) FROM heads), taken.* FROM (SELECT) one LEFT JOIN taken ON true;
 
@@ -1282,7 +1304,8 @@ taken AS (
 UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($7 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $8,
     lease_token = $9, lease_expires_at = $10, started_at = $3
 WHERE (SELECT count(*) FROM done) = $11 AND NOT EXISTS (SELECT FROM (
-SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $3 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $3 AS due, (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $3 AS expired) overdue WHERE due OR expired) AND state = 'pending' AND ctid = ANY (ARRAY(
+SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $3 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $3 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $3 AS due,
+    (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $3 AS expired) overdue WHERE due OR expired) AND state = 'pending' AND ctid = ANY (ARRAY(
     SELECT ctid FROM (
         SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
         FROM (
@@ -1297,7 +1320,7 @@ SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at
             ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
             ORDER BY best.priority DESC, best.run_at, best.id LIMIT $12 FOR UPDATE OF jobs SKIP LOCKED) locked
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
-RETURNING id, queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, waits_for, has_dependents)
+RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, waits_for, has_dependents)
 SELECT CASE WHEN (SELECT count(*) FROM done) < $11 THEN ARRAY(SELECT id FROM done) END,
     (SELECT count(*) FROM heads), taken.*
 FROM (SELECT) one LEFT JOIN taken ON true;
@@ -1400,7 +1423,7 @@ WHERE coalesce(last_value, 0) < highest AND has_sequence_privilege('pqueue.' || 
 -- Return indexes that are missing or invalid.
 SELECT CASE WHEN indexrelid IS NULL THEN format('index %s is missing: create it as docs/postgres.sql shows', name)
     ELSE format('index %s is invalid: run REINDEX INDEX pqueue.%s', name, name) END
-FROM unnest(ARRAY['jobs_pkey', 'queues_pkey', 'consumers_pkey', 'consumers_token_key', 'history_pkey', 'schedules_pkey', 'outcomes_shards', 'schedules_due', 'jobs_claim', 'jobs_assigned', 'jobs_waiting', 'jobs_scheduled', 'jobs_processing', 'jobs_finished', 'jobs_failed', 'jobs_key', 'history_job', 'history_operations', 'dependencies_job', 'consumers_running']) AS name LEFT JOIN pg_index ON indexrelid = to_regclass('pqueue.' || name)
+FROM unnest(ARRAY['jobs_pkey', 'queues_pkey', 'consumers_pkey', 'consumers_token_key', 'history_pkey', 'schedules_pkey', 'outcomes_shards', 'schedules_due', 'jobs_claim', 'jobs_assigned', 'jobs_waiting', 'jobs_scheduled', 'jobs_expiring', 'jobs_processing', 'jobs_finished', 'jobs_failed', 'jobs_key', 'history_job', 'history_operations', 'dependencies_job', 'consumers_running']) AS name LEFT JOIN pg_index ON indexrelid = to_regclass('pqueue.' || name)
 WHERE indexrelid IS NULL OR NOT (indisvalid AND indisready AND indislive);
 
 -- COLLATION_CHANGED

@@ -16,7 +16,7 @@ import pqueue
 from pqueue import Job, PersistentQInterface, Schedule
 from pqueue_outcomes import BOUNDS, Outcomes, Times, minute, total
 from pqueue_tools.masking import masked, masked_error, masked_job
-from pqueue_values import UNITS, command_line
+from pqueue_values import EXPIRED, UNITS, command_line
 
 FAILED_SECONDS = 900.0  # within which the failed attempts of a task are compared with what is expected of its queue
 FEW_FAILED = 10  # failed attempts of a task within that time that are not reported, whatever their share
@@ -355,6 +355,17 @@ def why(
         return _why_finished(job, now)
     if job.state == "processing":
         return _why_processing(queue, job, now)
+    if job.expires_at is not None and job.expires_at <= now:
+        return f"it expired {ago(job.expires_at, now)}: the next consumer that takes jobs cancels it"
+    return _why_not_started(queue, job, now, stats) + _expiry(job, now)
+
+
+def _expiry(job: Job, now: float) -> str:
+    at = job.expires_at
+    return "" if at is None else f"; it is cancelled unless it starts before {clock(at)}, {ago(at, now)}"
+
+
+def _why_not_started(queue: PersistentQInterface, job: Job, now: float, stats: dict[str, Any] | None) -> str:
     if job.state == "waiting":
         return _why_waiting(queue, job)
     if job.run_at > now and job.state == "scheduled":
@@ -370,7 +381,8 @@ def _why_finished(job: Job, now: float) -> str:
     if job.state == "completed":
         return f"it was completed by {job.consumer} {when}"
     if job.state == "cancelled":
-        return f"it was cancelled {when}; resubmit it to run it"
+        expired = f": {first_line(job.error)}" if (job.error or "").startswith(EXPIRED) else ""
+        return f"it was cancelled {when}{expired}; resubmit it to run it"
     most = "no attempt" if job.max_attempts is None else f"{job.attempts} of {count(job.max_attempts, 'attempt')}"
     return f"it failed permanently {when}, after {most}: {first_line(job.error)}; resubmit it to try again"
 

@@ -245,6 +245,7 @@ FACTS = (  # of what `FigureCache.job` returns
     Column("consumer", lambda found: found["job"].consumer),
     Column("enqueued", lambda found: found["job"].created_at, "time"),
     Column("due", lambda found: found["job"].run_at, "time"),
+    Column("expires", lambda found: found["job"].expires_at, "time"),
     Column("started", lambda found: found["job"].started_at, "time"),
     Column("finished", lambda found: found["job"].finished_at, "time"),
     Column("progress", lambda found: None if found["job"].progress is None else f"{found['job'].progress:.0%}"),

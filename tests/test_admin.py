@@ -293,6 +293,7 @@ def test_operator_whose_folder_has_no_queue_creates_none(front, folder, run):
         (["enqueue", "t", "--delay", "5"], 2, "expected a duration such as 90s"),
         (["enqueue", ""], 2, "expected a task name"),
         (["prune"], 2, "--older-than"),
+        (["enqueue", "t", "--expire", "5"], 2, "expected a duration such as 90s"),
         (["keep", "slow"], 2, "expected --completed, --failed or --cancelled, such as --completed 7d"),
         (["keep", "slow", "--failed", "7y"], 2, "expected a duration such as 90s"),
         (["keep", "nosuch", "--failed", "7d"], 1, "no queue 'nosuch'; there are: default, slow"),
@@ -748,6 +749,25 @@ def test_doctor_finds_a_log_that_a_reader_keeps_from_shrinking(queue, monkeypatc
         queue.enqueue("t", "x" * 100_000)
     assert any("write-ahead log has grown" in each.text for each in report.findings(queue))
     reader.close()
+
+
+def test_operator_sees_when_a_job_expires_and_that_it_did(queue, run):
+    code, out, _ = run("enqueue", "t", "--expire", "1h")
+    job_id = int(out)
+    due, now = queue.get(job_id).run_at, time.time()
+    assert queue.get(job_id).expires_at == due + 3600
+    assert re.search(r"; it is cancelled unless it starts before [^,]+, in 1 h$", report.why(queue, job_id, now))
+    expired = "it expired 2 m ago: the next consumer that takes jobs cancels it"
+    assert report.why(queue, job_id, due + 3720) == expired
+    assert run("change", str(job_id), "--expire", "2h")[0] == 0
+    assert queue.get(job_id).expires_at == due + 7200
+    queue.dequeue("w", now=due + 7200)
+    found = report.why(queue, job_id, due + 7260)
+    assert re.match(
+        r"it was cancelled \S+ \w ago: expired: it was to start before 20\S+; resubmit it to run it$", found
+    )
+    assert run("schedule", "tick", "t", "--every", "1h", "--expire", "5m")[0] == 0
+    assert queue.schedules()[0].expire_seconds == 300
 
 
 def test_doctor_finds_jobs_that_are_kept_for_ever_or_too_long(queue, run, monkeypatch):

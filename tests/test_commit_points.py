@@ -199,6 +199,7 @@ OPERATIONS = {
     "enqueue": Operation(lambda q, _: q.enqueue("t", {"n": 1}, now=NOW)),
     "enqueue to a new queue": Operation(lambda q, _: q.enqueue("t", queue="new", now=NOW)),
     "enqueue later": Operation(lambda q, _: q.enqueue("t", delay_seconds=5, now=NOW)),
+    "enqueue that expires": Operation(lambda q, _: q.enqueue("t", expire_seconds=5, now=NOW)),
     "enqueue with a taken key": Operation(lambda q, _: q.enqueue("t", key="k", now=NOW), states=1),
     "enqueue that replaces": Operation(lambda q, _: q.enqueue("t", 9, key="k", on_conflict="replace", now=NOW)),
     "enqueue whose key is free again": Operation(
@@ -231,6 +232,10 @@ OPERATIONS = {
     "dequeue of a last attempt": Operation(lambda q, _: take(q, limit=1), once_only),
     "dequeue that promotes what is due": Operation(dequeue(NOW + 30, limit=9), lambda q: take(q, limit=0)),
     "dequeue that takes expired leases back": Operation(dequeue(NOW + 100), lambda q: take(q, limit=0)),
+    "dequeue that cancels expired jobs": Operation(
+        dequeue(NOW + 5),
+        lambda q: (take(q, limit=0), q.enqueue_many("t", range(3), expire_seconds=5, priority=50, now=NOW)),
+    ),
     "dequeue that recovers from dead consumers": Operation(dequeue(NOW, True), lambda q: take(q, limit=0)),
     "complete": Operation(lambda q, jobs: q.complete(jobs[0], [1], now=NOW), take),
     "complete under a lost lease": Operation(lambda q, jobs: lost(lambda: q.complete(jobs[0])), take_and_lose, 1),

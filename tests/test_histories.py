@@ -82,6 +82,8 @@ class Actor:
             "assigned_to": self.chance.choice([None, None, None, None, self.name]),
             "run_at": self.clock + self.chance.choice([-1, 0, 0, 15]),
         }
+        if self.chance.random() < 0.2:
+            options["expires_at"] = options["run_at"] + self.chance.choice([5, 20, 60])
         if self.chance.random() < 0.25:
             holds = self.chance.choice([{}, {"key_until": "started"}, {"key_seconds": 500.0}])
             options |= {"key": "k", **holds}
@@ -229,6 +231,7 @@ class Model:
     expires: float = 0.0
     holder: str | None = None
     was_taken: bool = False
+    expires_at: float = math.inf
     since: int = 0  # when it came into this state at the earliest
     after_failed: str | None = None  # of a job that runs after others
 
@@ -347,6 +350,7 @@ class Checker:
                 state = "scheduled" if event["run_at"] > now else "pending"
                 until = None if "key_seconds" in event else event.get("key_until", "finished")
                 keys = {"key_until": until, "key_expires_at": now + event.get("key_seconds", 0)}
+                keys["expires_at"] = event.get("expires_at", math.inf)
                 most, due, to = (event[name] for name in ("max_attempts", "run_at", "assigned_to"))
                 first = Model(state, 0, most, due, to, **keys, since=event["began"])
                 if "after" not in event:
@@ -377,7 +381,7 @@ class Checker:
                 expires=now + LEASE, max_attempts=each.max_attempts or 3, was_taken=True,
             )  # fmt: skip
             mine = each.assigned_to in (None, event["actor"])
-            if each.state != "pending" or taken.attempts > taken.max_attempts or not mine:
+            if each.state != "pending" or taken.attempts > taken.max_attempts or not mine or now >= each.expires_at:
                 return
             if event["row"] is not None:
                 if each.assigned_to is None and event["queues"] and event["row"]["queue"] not in event["queues"]:
@@ -402,24 +406,40 @@ class Checker:
                 yield operated(each, event, verb, now)
 
     def _recovered(self, model: Model, event: Call) -> Iterator[Model]:
-        """Yield the model, and what a dequeue that was under way may have made of it."""
+        """Yield the model, and what dequeues that were under way may have made of it."""
         yield model
-        if model.after_failed and event["verb"] != "enqueue":
-            yield from self._resolved(model)
-        due = model.run_at if model.state == "scheduled" else model.expires
-        dead = self.died.get(model.holder or "", math.inf) <= (event["ended"] or math.inf)
-        if model.state not in ("scheduled", "processing") or event["verb"] == "enqueue":
+        if event["verb"] == "enqueue":
             return
+        found = [model, *self._returned(model, event)]
+        if model.after_failed:
+            found += self._resolved(model)
+        yield from found[1:]
+        for each in found:
+            if each.state in ("waiting", "scheduled", "pending") and self._was_dequeued(each, event, each.expires_at):
+                yield replace(each, state="cancelled")
+                return
+
+    def _returned(self, model: Model, event: Call) -> Iterator[Model]:
+        """Yield the model of a job that has fallen due, or whose delivery was lost."""
+        due = model.run_at if model.state == "scheduled" else model.expires
+        is_dead = model.state == "processing" and self.died.get(model.holder or "", math.inf) <= (
+            event["ended"] or math.inf
+        )
+        if model.state in ("scheduled", "processing") and self._was_dequeued(
+            model, event, -math.inf if is_dead else due
+        ):
+            out_of_attempts = model.state == "processing" and model.attempts >= model.max_attempts
+            state = "failed" if out_of_attempts else "pending"
+            yield replace(model, state=state, token=None, holder=None, expires=0.0)
+
+    def _was_dequeued(self, model: Model, event: Call, at: float) -> bool:
+        """Return whether a dequeue at this time or later may have come before the event."""
         for claim in self.claims:
             if claim["began"] > (event["ended"] or math.inf):
-                return
-            if (claim["ended"] or math.inf) >= model.since and (
-                claim["now"] >= due or (dead and model.state == "processing")
-            ):
-                out_of_attempts = model.state == "processing" and model.attempts >= model.max_attempts
-                state = "failed" if out_of_attempts else "pending"
-                yield replace(model, state=state, token=None, holder=None, expires=0.0)
-                return
+                return False
+            if (claim["ended"] or math.inf) >= model.since and claim["now"] >= at:
+                return True
+        return False
 
     @staticmethod
     def _resolved(model: Model) -> Iterator[Model]:
@@ -436,8 +456,10 @@ class Checker:
         made = {job_id: e for job_id, events in self.events.items() for e in events if e["verb"] == "enqueue"}
         for job_id, events in self.events.items():
             after = made[job_id].get("after", ()) if job_id in made else ()
+            if any(e["verb"] == "resubmit" and not e.get("error") for e in events):  # which waits for nobody
+                continue
             parents = [
-                parent for parent in after if "after" not in made.get(parent, {})
+                parent for parent in after if not {"after", "expires_at"} & made.get(parent, {}).keys()
             ]  # others may fail by themselves
             first = min((e["ended"] or math.inf for e in events if e["verb"] == "claim" and e["row"]), default=math.inf)
             for parent in parents:
@@ -453,9 +475,10 @@ class Checker:
             if (
                 made
                 and made["ended"]
-                and "after" not in made
                 and made["run_at"] <= made["now"]
                 and made["assigned_to"] is None
+                and "expires_at" not in made
+                and "after" not in made
             ):
                 touched = min(e["began"] for e in events if e["verb"] not in ("enqueue", "get", "same key"))
                 untouched.append((made, (-made["priority"], made["run_at"], made["result"]), touched))
@@ -508,7 +531,7 @@ def settled(model: Model, event: Call, verb: str, now: float) -> Model:
 def operated(model: Model, event: Call, verb: str, now: float) -> Model:
     ended = replace(model, token=None, holder=None, expires=0.0, since=event["began"])
     if verb == "resubmit":
-        return replace(ended, state="pending", attempts=0, run_at=now, was_taken=False)
+        return replace(ended, state="pending", attempts=0, run_at=now, was_taken=False, expires_at=math.inf)
     if verb == "assign":
         running = model.state == "processing"
         state = "pending" if running else model.state

@@ -35,8 +35,8 @@ def claim(queue, me, *, limit=1, now=NOW, settled=(), dead=None):
     if me in STARVED:
         limit, now, dead = 0, NOW, None
     queue._dead_checked_at = math.inf if dead is None else -math.inf
-    fire = (lambda *_: None) if me in LATE else queue._fire_schedules
-    with mock.patch.object(queue, "_find_dead", lambda: dead), mock.patch.object(queue, "_fire_schedules", fire):
+    late = {name: lambda *_: 0 for name in ("_fire_schedules", "_cancel_expired") if me in LATE}
+    with mock.patch.object(queue, "_find_dead", lambda: dead), mock.patch.multiple(queue, **late):
         return queue.complete_and_dequeue(settled, me, limit, now=now)
 
 
@@ -49,7 +49,7 @@ def together(*verbs: Verb) -> Verb:
 
 
 STARVED: set[str] = set()  # whose claims and prunes find nothing
-LATE: set[str] = set()  # whose claims find no schedule that is due
+LATE: set[str] = set()  # whose claims find no schedule that is due, and cancel no job
 ANNA = "a" * 16  # the token of a consumer that holds the job
 
 VERBS: dict[str, Verb] = {
@@ -114,6 +114,7 @@ class Stage:
 
     max_pending: int | None = None
     is_scheduled = False
+    expires_at: float | None = None
 
     def __init__(self, url: str, undo: ExitStack) -> None:
         self.db = undo.enter_context(psycopg.connect(url, autocommit=True, options="-c search_path=pqueue,public"))
@@ -147,6 +148,7 @@ class Stage:
             "('t', '1', 0, 2, 1, 'default', 'k', 'finished', %s, %s, %s, %s, %s, %s)",
             (state, NOW + 100 * (state == "scheduled"), attempts, finished, token, token and NOW + 60),
         )
+        self.db.execute("UPDATE jobs SET expires_at = %s", (self.expires_at,))
         self.db.execute(  # which is never pruned
             f"INSERT INTO jobs ({columns}) VALUES ('t', '2', 0, 2, 1, 'default', NULL, NULL, 'completed', 1, 1, 1)"
         )
@@ -214,7 +216,7 @@ def stopping(method):
 def in_turn(stage: Stage, state: str, verbs: dict[str, Verb]) -> Iterator[tuple[Any, ...]]:
     """Yield what may come of it, what is likely first."""
     nobody_or_one = (set(), {"first"}, {"second"})
-    for starved, late in product(nobody_or_one, nobody_or_one[: 3 if stage.is_scheduled else 1]):
+    for starved, late in product(nobody_or_one, nobody_or_one[: 3 if stage.is_scheduled or stage.expires_at else 1]):
         with mock.patch(f"{__name__}.STARVED", starved), mock.patch(f"{__name__}.LATE", late):
             yield stage.in_turn(state, verbs, ("first", "second"))
             yield stage.in_turn(state, verbs, ("second", "first"))
@@ -363,6 +365,20 @@ def test_consumer_that_prunes_a_queue_has_a_serial_outcome_with_what_happens_at_
         (state, *order)
         for state, other in product(("failed", "pending"), others)
         for order in (("prune kept", other), (other, "prune kept"))
+    )
+    assert differing(stage, plays) == []
+
+
+def test_job_that_has_expired_does_not_start_whatever_happens_at_once(stage, monkeypatch):
+    put_off = {"put off": lambda queue, me, job: queue.change(job.id, expires_at=NOW + 1000, by=me, now=NOW)}
+    monkeypatch.setitem(VERBS, *put_off.popitem())
+    stage.expires_at = NOW - 5
+    claims = ("claim", "claim step by step")
+    plays = (
+        (state, *order)
+        for state, claim in product(("scheduled", "pending"), claims)
+        for other in (*claims, "cancel", "assign", "put off", "run now", "delete all", "enqueue")
+        for order in ((claim, other), (other, claim))
     )
     assert differing(stage, plays) == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections import Counter
@@ -17,6 +18,9 @@ from pqueue_outcomes import EVENTS
 SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
 LEASE = 60
 UNFINISHED = ("waiting", "scheduled", "pending", "processing")
+
+
+UNTAKEN = ("waiting", "scheduled", "pending")
 
 
 @dataclass
@@ -39,11 +43,21 @@ class Entry:
     after_failed: str = "fail"
     failed_with_parent: bool = False
     finished_at: float = 0.0
+    expires_at: float = math.inf
 
     def holds_key(self, now: float) -> bool:
         if self.key_until is None:
             return now < self.key_expires_at
         return self.state in UNFINISHED and not (self.key_until == "started" and self.was_taken)
+
+
+@dataclass
+class Tick:
+    """The schedule."""
+
+    every: int
+    next_at: float
+    paused: bool = False
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -60,6 +74,8 @@ class QueueMachine(RuleBasedStateMachine):
         self.gone: dict[int, Entry] = {}  # pruned
         self.kept = {(queue, state): 7 * 86400.0 for queue in "ab" for state in ("completed", "failed", "cancelled")}
         self.pruned_at = dict.fromkeys("ab", 0.0)
+        self.tick: Tick | None = None
+        self.last_tick = 0  # the last job of the schedule
         self.counts: Counter[tuple[str, str, str]] = Counter()
 
     def count(self, entry, *events):
@@ -81,11 +97,14 @@ class QueueMachine(RuleBasedStateMachine):
         assigned_to=st.sampled_from([None, None, "x", "y"]),
         parents=st.one_of(st.just([]), st.lists(st.integers(0, 9), max_size=3)),
         after_failed=st.sampled_from(["fail", "fail", "run"]),
+        expire=st.sampled_from([None, None, None, 20, 80]),
     )
     def enqueue(
-        self, task, queue, priority, delay, max_attempts, key, holds, on_conflict, assigned_to, parents, after_failed
-    ):
+        self, task, queue, priority, delay, max_attempts, key, holds, on_conflict, assigned_to, parents, after_failed,
+        expire,
+    ):  # fmt: skip
         options = {"queue": queue, "priority": priority, "max_attempts": max_attempts, "assigned_to": assigned_to}
+        options["expire_seconds"] = expire
         options |= {"key": key, "on_conflict": on_conflict, **holds} if key else {}
         parents = sorted({sorted(self.entries)[-1 - n] for n in parents if n < len(self.entries)})
         if parents and not (key and on_conflict == "replace"):
@@ -94,13 +113,14 @@ class QueueMachine(RuleBasedStateMachine):
             parents = []
         job_id = self.queue.enqueue(task, delay_seconds=delay, now=self.now, **options)
         state, run_at = "scheduled" if delay else "pending", self.now + delay
+        expires_at = math.inf if expire is None else run_at + expire
         same = self.with_key(queue, task, key)
         assert job_id.is_new == (same is None) == (job_id not in self.entries)
         if same is None:
             until = None if "key_seconds" in holds else holds.get("key_until", "finished")
             self.entries[job_id] = Entry(
                 task, queue, priority, run_at, max_attempts or 3, key, until, self.now + 60, assigned_to, state,
-                parents=parents, after_failed=after_failed,
+                parents=parents, after_failed=after_failed, expires_at=expires_at,
             )  # fmt: skip
             self.count(self.entries[job_id], "enqueued")
             if parents:
@@ -109,7 +129,7 @@ class QueueMachine(RuleBasedStateMachine):
             return
         assert job_id == same
         if on_conflict == "replace" and (entry := self.entries[same]).state in ("waiting", "scheduled", "pending"):
-            entry.priority, entry.run_at = priority, run_at
+            entry.priority, entry.run_at, entry.expires_at = priority, run_at, expires_at
             entry.state = "waiting" if entry.state == "waiting" else state
 
     def reconsider(self, job_id):
@@ -187,6 +207,7 @@ class QueueMachine(RuleBasedStateMachine):
         return None if entry.holder is None else self.deliveries[entry.holder].consumer
 
     def recover(self):
+        self.fire()
         for job_id, entry in self.entries.items():
             if entry.state == "scheduled" and entry.run_at <= self.now:
                 entry.state = "pending"
@@ -196,6 +217,14 @@ class QueueMachine(RuleBasedStateMachine):
                 self.count(entry, "expired", *["retried"] * again)
                 if entry.attempts >= entry.max_attempts:
                     self.finish(job_id, "failed")
+        expired = [
+            (entry.expires_at, job_id)
+            for job_id, entry in self.entries.items()
+            if entry.state in UNTAKEN and entry.expires_at <= self.now
+        ]
+        for _, job_id in sorted(expired):
+            if self.entries[job_id].state in UNTAKEN:
+                self.finish(job_id, "cancelled")
 
     def next(self, consumer, queues, tasks, limit):
         able = [
@@ -270,11 +299,13 @@ class QueueMachine(RuleBasedStateMachine):
         delay=st.sampled_from([None, 0, 30]),
         queue=st.sampled_from([None, "a", "b"]),
         most=st.sampled_from([None, 3, 4]),
+        expire=st.sampled_from([None, None, 25]),
     )
-    def change(self, data, priority, delay, queue, most):
+    def change(self, data, priority, delay, queue, most, expire):
         job_id = data.draw(st.sampled_from(sorted(self.entries)))
         entry = self.entries[job_id]
         options = {"priority": priority, "delay_seconds": delay, "queue": queue, "max_attempts": most}
+        options["expire_seconds"] = expire
         has_attempt = most is None or most > entry.attempts
         holder = self.with_key(queue, entry.task, entry.key)
         is_free = holder in (None, job_id) or not entry.holds_key(self.now)
@@ -294,6 +325,8 @@ class QueueMachine(RuleBasedStateMachine):
         if delay is not None:
             entry.run_at = self.now + delay
             entry.state = entry.state if entry.state == "waiting" else "scheduled" if delay else "pending"
+        if expire is not None:
+            entry.expires_at = entry.run_at + expire
 
     @precondition(lambda self: self.entries)
     @rule(data=st.data())
@@ -326,7 +359,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert allowed
         if verb == "resubmit":
             entry.state, entry.attempts, entry.run_at, entry.was_taken = "pending", 0, self.now, False
-            entry.failed_with_parent = False
+            entry.failed_with_parent, entry.expires_at = False, math.inf
             self.restore(job_id)
         elif verb == "assign":
             if entry.state == "processing":
@@ -354,6 +387,41 @@ class QueueMachine(RuleBasedStateMachine):
         (self.queue.pause if paused else self.queue.resume)(queue)
         (self.paused.add if paused else self.paused.discard)(queue)
 
+    @rule(every=st.sampled_from([15, 40]))
+    def schedule(self, every):
+        self.queue.schedule("tick", "t", every_seconds=every, queue="a", priority=1, now=self.now)
+        if self.tick is None or self.tick.every != every:
+            self.last_tick = self.last_tick if self.tick else 0
+            self.tick = Tick(every, self.now + every, bool(self.tick and self.tick.paused))
+
+    @precondition(lambda self: self.tick)
+    @rule(verb=st.sampled_from(["pause", "resume", "resume", "unschedule"]))
+    def change_schedule(self, verb):
+        if verb == "unschedule":
+            assert self.queue.unschedule("tick")
+            self.tick = None
+        elif verb == "pause":
+            self.queue.pause_schedule("tick")
+            self.tick.paused = True
+        else:
+            self.queue.resume_schedule("tick", now=self.now)
+            if self.tick.paused and self.tick.next_at <= self.now:
+                self.tick.next_at = self.now + self.tick.every
+            self.tick.paused = False
+
+    def fire(self):
+        """Enqueue a job for the last time that has passed, unless the previous job is unfinished."""
+        if self.tick is None or self.tick.paused or self.tick.next_at > self.now:
+            return
+        missed = (self.now - self.tick.next_at) // self.tick.every
+        at = self.tick.next_at + missed * self.tick.every
+        self.tick.next_at = at + self.tick.every
+        if self.with_key("a", "t", "schedule:tick") is None:
+            entry = Entry("t", "a", 1, at, 3, "schedule:tick", "finished", 0.0, None, "pending")
+            self.entries[max(self.entries, default=0) + 1] = entry
+            self.last_tick = max(self.entries)
+            self.count(entry, "enqueued")
+
     @rule(queue=st.sampled_from("ab"), seconds=st.sampled_from([30, 60, 60, None]))
     def keep(self, queue, seconds):
         self.queue.keep(queue, completed=seconds, cancelled=seconds)
@@ -373,7 +441,8 @@ class QueueMachine(RuleBasedStateMachine):
         seconds = self.kept.get((entry.queue, entry.state))
         is_over = entry.state not in UNFINISHED and seconds is not None and entry.finished_at < self.now - seconds
         needed = any(job_id in each.parents and each.state in UNFINISHED for each in self.entries.values())
-        return is_over and not needed and not entry.holds_key(self.now) and job_id < max(self.entries)
+        is_needed = needed or entry.holds_key(self.now) or (self.tick and job_id == self.last_tick)
+        return is_over and not is_needed and job_id < max(self.entries)
 
     @invariant()
     def rows_equal_the_model(self):

@@ -143,6 +143,10 @@ MUTANTS = [
     Mutant("a schedule that its task does not declare any more is marked", "contract: follows_its_decorator"),
     Mutant("a time while a schedule was paused gets no job", "contract: paused_gets_no_job"),
     Mutant("runs of a schedule do not overlap", "contract: while_its_job_is_unfinished", "_key(schedule.name)", "None"),
+    # expiry
+    Mutant("jobs that have expired are cancelled", "contract: does_not_start_in_time"),
+    Mutant("a job that has expired is followed up", "contract: after_one_that_expires"),
+    Mutant("a job that has expired is not delivered", "contract: expired_are_cancelled_however_many"),
     # dependencies
     Mutant("a job that others wait for is completed with them", "contract: waits_until_all", " AND has_dependents = 0", ""),
     Mutant("completed jobs promote those that wait for them", "contract: waits_until_all"),
