@@ -62,6 +62,7 @@ QUEUES = {
     f"{queues} queues, {workers} workers": (queues, workers) for workers in (1, WORKERS) for queues in (1, 30, 200)
 }
 ON_SERVER = ("prune over 0.5 ms", "connections")  # columns that need --url
+SCHEDULES = 1000  # in the column "depth"
 SLOW = ("depth", "idle", *QUEUES, *ON_SERVER)  # left out by --quick
 COLUMNS = [*SIMPLE, "program", "share", "put under load", *ALONGSIDE, "pickup", "prune", *SLOW]
 
@@ -323,6 +324,10 @@ def measure_depth(ours: Ours, rows: int = 1_000_000) -> dict[str, float]:
     fill(ours.queue, rows * 4 // 5, state="scheduled", run_at=4e9)
     fill(ours.queue, rows // 5, state="scheduled", run_at=4e9, priority=9)
     fill(ours.queue, rows // 10, assigned_to="'absent'")
+    fill(ours.queue, rows // 10, state="scheduled", run_at=4e9, expires_at=5e9)
+    with ours.queue.transaction():
+        for number in range(SCHEDULES):
+            ours.queue.schedule(f"schedule {number}", noop, every_seconds=1e8)
     steps = ours.process()
     deep = rate(lambda: next(steps))
     return {"jobs/s": deep, "deep/empty": deep / empty}

@@ -10,6 +10,7 @@ import time
 from contextlib import closing
 
 import pytest
+import soak_schedule
 from conftest import wait_until
 from test_postgres import database, server
 
@@ -73,3 +74,9 @@ def test_each_time_of_a_schedule_gets_one_job_although_processes_are_killed(plac
     gaps = {round((after - before) / EVERY_SECONDS, 3) for before, after in zip(times, times[1:], strict=False)}
     print(f"\n{len(times)} jobs, {kills} kills")
     assert gaps == {1.0}
+
+
+def test_schedule_misses_no_second_although_consumers_under_supervisor_are_killed(tmp_path):
+    problems, figures = soak_schedule.run(tmp_path, 8)
+    assert problems == []
+    assert figures["ticks"] >= 8 and figures["kills"] > 0
