@@ -81,6 +81,7 @@ from pqueue_tools.report import (
     schedule_row,
     size,
     span,
+    task_rows,
     verdict,
     why,
 )
@@ -146,11 +147,16 @@ FILTER_NAMES = {"status": "state", "since": "created_from", "until": "created_be
 
 def _filters(options: argparse.Namespace) -> dict[str, Any]:
     chosen = {each.key: getattr(options, each.key, None) for each in FILTER_OPTIONS}
-    chosen = {key: now_shown() - value if isinstance(value, Ago) else value for key, value in chosen.items()}
+    chosen = {key: _time(value) for key, value in chosen.items()}
     return {FILTER_NAMES.get(key, key): value for key, value in chosen.items() if value is not None}
 
 
+def _time(value: Any) -> Any:
+    return now_shown() - value if isinstance(value, Ago) else value
+
+
 JOB_COLUMNS = ("id", "state", "queue", "task", "attempts", "consumer", "created_at", "detail")
+BY = ("queue", "task")
 FAILED_COLUMNS = ("id", "queue", "task", "attempts", "consumer", "finished_at", "detail")
 
 
@@ -276,9 +282,23 @@ def _log_lines(directory: Path, job_id: int) -> Iterator[dict[str, Any]]:
         yield from ({"file": path.name, "line": line.decode(errors="replace")} for line in lines)
 
 
-@command(INSPECT, "stats", examples="stats -o json")
+@command(
+    INSPECT,
+    "stats",
+    Parameter(
+        "--by", "queue: jobs by state; task: what happened to the jobs of each", one_of(*BY), BY[0], "|".join(BY)
+    ),
+    Parameter("--since", "with --by task, since then: 15m, 7d, or an ISO 8601 time", moment, metavar="TIME"),
+    examples="""
+    stats -o json
+    stats --by task --since 1h""",
+)
 def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
-    """Count jobs by queue and state."""
+    """Count jobs by queue and state, or by task what happened to them."""
+    if options.by == "task":
+        return CommandResult(task_rows(queue, _time(options.since)))
+    if options.since is not None:
+        raise UsageError("stats: expected --by task with --since")
     found = queue.stats()
     rows = [{"queue": name, **each} for name, each in found["queues"].items()]
     if wants_rows(options):

@@ -339,6 +339,20 @@ def recent(queue: PersistentQInterface, now: float) -> Outcomes:
     return total(queue.outcomes(since), float(since))
 
 
+def task_rows(queue: PersistentQInterface, since: float | None) -> list[dict[str, Any]]:
+    """Return what happened to the jobs of each task since a time (None: ever), those that failed most often first."""
+    found = sorted(queue.outcomes(since), key=lambda each: (-each.failed_share, each.queue, each.task))
+    return [
+        {
+            "queue": each.queue,
+            **{name: getattr(each, name) for name in ("task", "enqueued", "completed", "failed", "retried")},
+            "failed_share": round(each.failed_share, 4),
+            **{f"{name}_seconds": each.run.quantile(share) for name, share in (("p50", 0.5), ("p95", 0.95))},
+        }
+        for each in found
+    ]
+
+
 def per_second(found: Outcomes, number: int, now: float) -> float:
     """Return the average rate of what `recent` has found this number of."""
     return number / max(1.0, now - found.at)

@@ -94,6 +94,9 @@ READING = [
     ["why", "1", "--json"],
     ["stats", "--json"],
     ["stats"],
+    ["stats", "--by", "task"],
+    ["stats", "--by", "task", "--since", "1h", "--json"],
+    ["stats", "--since", "1h"],
     ["consumers", "--json"],
     ["consumers", "--all"],
     ["pause", "slow"],
@@ -225,12 +228,30 @@ def test_examples_of_each_command_are_valid_and_shown(front, capsys, monkeypatch
 def test_operator_sees_when_a_job_failed_and_that_a_new_database_has_no_queues(front, queue, run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(admin, "wants_rows", lambda _: False)
-        assert run("stats")[1].startswith("no queues\n\nin the last minute")
+        assert run("stats")[1].startswith("no queues\n\nsince ")
     queue.enqueue("t", max_attempts=1, now=time.time() - 3600)
     queue.fail(queue.dequeue("w"), "no")
     header, row = run("failed", "--all")[1].splitlines()
     assert header.split("\t")[5] == "finished_at"
     assert row.split("\t")[5] > time.strftime("%Y-%m-%dT%H:%M", time.gmtime(time.time() - 60))
+
+
+def test_operator_sees_which_task_fails_however_its_jobs_were_deleted(front, queue, run):
+    for number in range(4):
+        queue.enqueue("well", queue="a")
+        queue.complete(queue.dequeue("w", tasks=["well"]))
+        queue.enqueue("badly", max_attempts=2)
+        queue.fail(queue.dequeue("w", tasks=["badly"]), "no", retry=number > 0)
+    queue.delete_jobs()
+    rows = [json.loads(line) for line in run("stats", "--by", "task", "-o", "json")[1].splitlines()]
+    assert [list(row.values())[:7] for row in rows] == [
+        ["default", "badly", 4, 0, 1, 3, 1.0],
+        ["a", "well", 4, 4, 0, 0, 0],
+    ]
+    assert (rows[0]["p50_seconds"], rows[1]["p95_seconds"] < 60) == (None, True)
+    assert run("stats", "--by", "task", "--since", "2100-01-01")[1] == ""
+    assert "expected one of queue, task" in run("stats", "--by", "day")[2]
+    assert run("stats", "--since", "1h")[::2] == (2, "admin.py: stats: expected --by task with --since\n")
 
 
 def test_operator_reads_what_was_logged_about_a_job(front, folder, run):

@@ -245,3 +245,7 @@ def test_figures_agree_after_resubmits_prunes_and_restarts(queue, capsys, monkey
         line = capsys.readouterr().out.splitlines()[-1]
         shown = {name: int(number) for number, name in re.findall(r"(\d+) (\w+)", line.partition(": ")[2])}
         assert shown == {name: getattr(recent, name) for name in EVENTS if getattr(recent, name)}
+        admin.main(["stats", "--by", "task", "-o", "json"])
+        rows = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
+        for name in ("enqueued", "completed", "failed", "retried"):
+            assert sum(row[name] for row in rows) == whole[name]
