@@ -64,6 +64,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from pqueue_backend import Registration, Session
 from pqueue_dependencies import NEEDED, Depending
+from pqueue_handlers import Handling
 from pqueue_move import Moving, count_running
 from pqueue_operating import Operating
 from pqueue_outcomes import ROLL_UP_JOBS, Counting, Outcomes, count, count_attempts, count_job
@@ -258,7 +259,7 @@ class ExpiredClaimed(Exception):
 Self = TypeVar("Self", bound="PersistentQInterface")  # typing.Self needs Python 3.11
 
 
-class PersistentQInterface(Waiting, Operating, Depending, Moving, Scheduling, Retaining, Counting):
+class PersistentQInterface(Waiting, Operating, Handling, Depending, Moving, Scheduling, Retaining, Counting):
     """A queue: its operations, in SQL that SQLite and PostgreSQL share.
 
     An object may be used by several threads, and in a forked child. Close it with `close()`, or use it in a `with`

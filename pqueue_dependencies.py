@@ -129,6 +129,9 @@ class Depending(Reading):
     """What follows when a job finishes or is resubmitted."""
 
     @abstractmethod
+    def _handle_failures(self, session: Session, job_ids: list[int], now: float) -> None: ...
+
+    @abstractmethod
     def _store(self, sql: str, row: Params) -> list[JobId[Any]]: ...
 
     def dependencies(self, job_id: int, *, excerpt: int | None = None) -> list[Job]:
@@ -175,6 +178,8 @@ class Depending(Reading):
         """Do in the same commit what follows when a job has become failed or cancelled."""
         session.finished.append(job_id)
         self._follow_up(session, [job_id], now)
+        # guard: a failed job is handled
+        self._handle_failures(session, [job_id], now)
 
     def _follow_up(self, session: Session, job_ids: list[int], now: float) -> None:
         """Do in the same commit what follows when these jobs finish: promote or fail those that wait for them."""
@@ -192,6 +197,8 @@ class Depending(Reading):
                 # guard: a job that fails with a parent is counted
                 count_job(session, job_id, "failed", now)
             session.finished += job_ids
+            # guard: a job that failed with another one is handled
+            self._handle_failures(session, job_ids, now)
             session.wakes = True
 
     def _restore(self, session: Session, job_id: int, now: float) -> None:

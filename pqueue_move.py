@@ -44,12 +44,13 @@ COPIED = {
     "jobs": COLUMNS,
     "history": "id, job_id, at, event, actor, attempt, error, started_at",
     "schedules": SCHEDULE_COLUMNS,
+    "handlers": "name, task",
     "dependencies": "id, job_id, parent_id, after_failed",
     "outcomes": COUNT_COLUMNS,
 }
 COPIED_ROWS = tuple(table for table in COPIED if table != "outcomes")  # that are worth reporting
 BY_JOB = ("history", "dependencies")  # tables with rows of jobs
-NAMED_TABLES = ("queues", "schedules")  # small ones whose key is a name
+NAMED_TABLES = ("queues", "schedules", "handlers")  # small ones whose key is a name
 PAGE = 1000  # rows
 Attach = Callable[[Session, list[int], list[int], str, float], None]  # see Depending
 # The columns by which a job is compared with its copy: all but the long ones, which do not change alone

@@ -10,6 +10,7 @@ import zlib
 from functools import lru_cache
 
 import pqueue_dependencies
+import pqueue_handlers
 import pqueue_move
 import pqueue_outcomes
 import pqueue_schedules
@@ -440,6 +441,11 @@ SELECT FROM done""",
 WITH added AS ({pqueue_move.COPY_JOB}),
 counted AS ({_COUNT_ENQUEUED.replace(":now", ":created_at")})
 SELECT id FROM added""",
+    # differs because new jobs are counted when they are inserted
+    pqueue_handlers.ADD_HANDLER_JOB: f"""
+WITH added AS ({pqueue_handlers.ADD_HANDLER_JOB}),
+counted AS ({_COUNT_ENQUEUED})
+SELECT id FROM added""",
     # differs because others may add them up at the same time: this also deletes them
     pqueue_outcomes.ADD_UP: _add_up(""),
     # differs because ADD_UP has deleted them
@@ -468,6 +474,7 @@ POSTGRES |= {
         pqueue_dependencies.restore,
         pqueue_dependencies.recount_parents,
         pqueue_dependencies.needed,
+        pqueue_handlers.unhandled,
     )
 }
 

@@ -142,9 +142,15 @@ CREATE TABLE dependencies (  -- see pqueue_dependencies
     id           {id},
     job_id       {bigint} NOT NULL,  -- jobs.id
     parent_id    {bigint} NOT NULL,  -- jobs.id: the job runs after this one
-    after_failed TEXT NOT NULL,      -- if the parent fails: 'fail' the job, too, or 'run' it
+    after_failed TEXT NOT NULL,      -- if the parent fails: 'fail' the job, too, or 'run' it; 'handle': it has failed
     UNIQUE (parent_id, job_id),
-    CHECK (after_failed IN ('fail', 'run'))
+    CHECK (after_failed IN ('fail', 'run', 'handle'))
+)
+{sqlite} STRICT""",
+        """
+CREATE TABLE handlers (  -- see pqueue_handlers
+    name TEXT PRIMARY KEY,  -- 'queue:' and the name of a queue, or 'task:' and that of a task
+    task TEXT NOT NULL      -- that gets a job for each of its jobs that fails
 )
 {sqlite} STRICT""",
         """
@@ -701,4 +707,4 @@ GROUP BY task, line ORDER BY max(finished_at) DESC, max(id) DESC LIMIT {MAX_GROU
 # Return the groups of failed jobs that were last to fail.
 FAILURES = failures("substr(error, 1, instr(error || char(10), char(10)) - 1)")
 
-TABLES = ("jobs", "queues", "queue_tasks", "consumers", "history", "schedules", "dependencies", "outcomes")
+TABLES = ("jobs", "queues", "queue_tasks", "consumers", "history", "schedules", "dependencies", "handlers", "outcomes")

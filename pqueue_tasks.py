@@ -141,6 +141,7 @@ class Task(Caller[P, R]):
     is_async: bool = False  # a call returns a coroutine
     expire_seconds: float | None = None  # after it is due, a job is cancelled unless it has started
     schedule: Params | None = field(default=None, compare=False)  # when consumers that know it enqueue it
+    on_failed: str | None = None  # the task that gets a job for each failed one
 
     @overload
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
@@ -229,6 +230,7 @@ def task(
     on_missed: str = "once",
     overlap: bool = False,
     expire_seconds: float | timedelta | None = None,
+    on_failed: str | Task[..., Any] | None = None,
 ) -> Decorator: ...
 def task(
     name: str | Callable[..., Any] | None = None,
@@ -245,6 +247,7 @@ def task(
     on_missed: str = "once",
     overlap: bool = False,
     expire_seconds: float | timedelta | None = None,
+    on_failed: str | Task[..., Any] | None = None,
 ) -> Any:
     """Register a function as a task, and replace it with the `Task`: `@task`, or `@task(…)` with options.
 
@@ -260,6 +263,8 @@ def task(
         `schedule`. A consumer that knows the task saves the schedule, under the task's name, when it starts.
     expire_seconds: see `enqueue`; for jobs that are enqueued without one, by the schedule or a program that has the
         function.
+    on_failed: the task, or its name, that gets a job for each job of this one that becomes `failed`: see the queue's
+        `on_failed`. A consumer that knows this task saves it when it starts.
 
     The function may be an `async def`. Raises ValueError for an invalid option, for a generator function, or if another
     function has the name.
@@ -273,6 +278,8 @@ def task(
         "max_backoff_seconds": above_0("max_backoff_seconds", max_backoff_seconds),
         "expire_seconds": None if expire_seconds is None else above_0("expire_seconds", expire_seconds),
     }
+    if on_failed is not None:
+        options["on_failed"] = valid_name("task", on_failed.name if isinstance(on_failed, Task) else on_failed)
     times = (cron, zone, every_seconds, on_missed, overlap)
     if times != (None, "UTC", None, "once", False):
         options["schedule"] = valid_times(*times)

@@ -543,6 +543,88 @@ class QueueContract:
             parents = [moved[0], moved[1], jobs["late"].id]
             self.assertEqual([job.id for job in target.dependencies(jobs["waits"].id)], parents)
 
+    # Failure handlers
+
+    def test_failed_job_gets_one_job_of_its_handler_in_the_same_commit_whatever_the_cause(self):
+        q = self.queue
+        q.on_failed("default", "notify")
+        ends = {
+            "fail": lambda job: q.fail(job, "no", retry=False, now=NOW),
+            "last attempt": lambda job: q.fail(job, "no", now=NOW),
+            "lease": lambda _: q.dequeue("w", tasks=["none"], now=NOW + 61),
+            "mark_failed": lambda job: q.mark_failed(job.id, "no", now=NOW),
+        }
+        for name, end in ends.items():
+            with self.subTest(end=name):
+                q.delete_jobs(force=True)
+                failed = q.enqueue("t", max_attempts=1, now=NOW)
+                child = q.enqueue("u", after=[failed], now=NOW)
+                job = q.dequeue("w", now=NOW)
+                with self.assertRaises(ZeroDivisionError), q.transaction():
+                    end(job)
+                    raise ZeroDivisionError
+                self.assertEqual(len(q.list_jobs()), 2)
+                end(job)
+                self.assertEqual(q.get(failed).state, "failed")
+                jobs = q.dequeue_many("other", 9, tasks=["notify"], now=NOW + 99)
+                found = {job.payload["failed"]["id"]: job.payload["failed"] for job in jobs}
+                self.assertEqual((sorted(found), len(jobs)), ([failed, child], 2))
+                expected = {"id": failed, "queue": "default", "task": "t", "error": q.get(failed).error}
+                self.assertEqual(found[failed], {**expected, "attempts": 1, "consumer": "w"})
+                self.assertEqual([job.id for job in q.dependencies(jobs[0].id)], [jobs[0].payload["failed"]["id"]])
+
+    def test_handler_has_no_handler_and_other_ends_of_a_job_have_none(self):
+        q = self.queue
+        q.on_failed("default", "notify")
+        q.fail(self.taken(), "no", now=NOW, retry_in_seconds=9)
+        q.cancel(q.enqueue("t", now=NOW), now=NOW)
+        q.complete(q.dequeue("worker", now=NOW + 10), now=NOW)
+        self.assertEqual(q.count_jobs(task="notify"), 0)
+        q.fail(self.taken(), "no", retry=False, now=NOW)
+        q.fail(q.dequeue("w", now=NOW), "no", retry=False, now=NOW)
+        self.assertEqual([job.state for job in q.list_jobs(task="notify")], ["failed"])
+        q.on_failed("default", None)
+        q.fail(self.taken(), "no", retry=False, now=NOW)
+        self.assertEqual((q.count_jobs(task="notify"), q.handlers()), (1, {}))
+
+    def test_handler_of_a_task_goes_before_that_of_its_queue_and_follows_its_decorator(self):
+        q = self.queue
+        with mock.patch.dict(pqueue.TASKS, clear=True):
+            notify = pqueue.task("notify")(lambda failed: None)
+            pqueue.task("t", on_failed=notify)(lambda: None)
+            q.declare_handlers(pqueue.TASKS.values())
+            q.on_failed("default", "other")
+            self.assertEqual(q.handlers(), {"queue:default": "other", "task:t": "notify"})
+            q.fail(self.taken(), "no", retry=False, now=NOW)
+            self.assertEqual((q.count_jobs(task="notify"), q.count_jobs(task="other")), (1, 0))
+            pqueue.TASKS.clear()
+            pqueue.task("t")(lambda: None)
+            q.declare_handlers(pqueue.TASKS.values())
+        self.assertEqual(q.handlers(), {"queue:default": "other"})
+        for wrong in ("", 5):
+            with self.assertRaises(ValueError):
+                q.on_failed("default", wrong)
+            with self.assertRaises(ValueError):
+                pqueue.task("wrong", on_failed=wrong)
+
+    def test_full_queue_takes_the_job_of_a_handler_and_keeps_the_failed_one_until_it_ran(self):
+        q = self.queue
+        q.on_failed("default", "notify")
+        job = self.taken()
+        q.limit("default", 1)
+        q.enqueue("t", priority=-1, now=NOW)
+        q.fail(job, "no", retry=False, now=NOW)
+        self.assertEqual(q.prune(0, now=NOW + 10), 0)
+        q.complete(q.dequeue("w", now=NOW + 10), now=NOW + 10)
+        q.enqueue("t", run_at=NOW + 9999, queue="other", now=NOW)
+        self.assertEqual(q.prune(0, now=NOW + 20), 2)
+
+    def test_copy_of_a_queue_has_its_handlers(self):
+        self.queue.on_failed("default", "notify")
+        with tempfile.TemporaryDirectory() as folder, pqueue.PersistentQSQLite(f"{folder}/copy.db") as copy:
+            self.queue.copy_to(copy)
+            self.assertEqual(copy.handlers(), {"queue:default": "notify"})
+
     # The guarantees, by number
 
     def test_guarantee_2_job_comes_again_when_its_consumer_did_not_finish(self):
@@ -1901,7 +1983,9 @@ class QueueContract:
         self.queue.pause("b")
         target, progress = self.target(), []
         copied = self.queue.copy_to(target, progress.append)
-        self.assertEqual(copied, {"queues": 2, "jobs": 7, "history": 3, "schedules": 0, "dependencies": 0})
+        self.assertEqual(
+            copied, {"queues": 2, "jobs": 7, "history": 3, "schedules": 0, "handlers": 0, "dependencies": 0}
+        )
         self.assertEqual((progress, sum(copied.values())), (sorted(progress), progress[-1]))
         self.assertEqual(target.list_jobs(), self.queue.list_jobs())
         self.assertEqual(target.stats(), self.queue.stats())
@@ -1924,7 +2008,8 @@ class QueueContract:
         self.assertIsNone(queue.dequeue("w"))
         queue.complete(running)
         self.assertEqual(
-            queue.move_to(target), {"queues": 3, "jobs": 3, "history": 2, "schedules": 0, "dependencies": 0}
+            queue.move_to(target),
+            {"queues": 3, "jobs": 3, "history": 2, "schedules": 0, "handlers": 0, "dependencies": 0},
         )
         self.assertEqual((queue.move_status()["event"], queue.move_status()["to"]), ("moved", target.name))
         self.assertTrue(queue.has_moved_to(target))
@@ -4975,7 +5060,7 @@ class Files(SQLiteCase):
         progress = []
         self.assertEqual(
             queue.move_to_file(target, progress=progress.append),
-            {"queues": 1, "jobs": 1, "history": 2, "schedules": 0, "dependencies": 0},
+            {"queues": 1, "jobs": 1, "history": 2, "schedules": 0, "handlers": 0, "dependencies": 0},
         )
         self.assertTrue(progress)
         with self.assertRaisesRegex(QueueError, "cannot move to .*: File exists"):

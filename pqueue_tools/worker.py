@@ -124,6 +124,7 @@ class Consumer:
         """
         tasks = [pqueue.TASKS[name] for name in self.wanted["tasks"] if name in pqueue.TASKS]
         self._retry_while_busy([], lambda: self.queue.declare_schedules(tasks))
+        self._retry_while_busy([], lambda: self.queue.declare_handlers(tasks))
         if self.is_embedded:
             with leases.in_thread(self._leases):
                 return self._run()

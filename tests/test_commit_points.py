@@ -219,6 +219,14 @@ OPERATIONS = {
         lambda q, jobs: q.complete_and_dequeue([(jobs[0], 1)], "w", 2, now=NOW), family
     ),
     "fail a parent for good": Operation(lambda q, jobs: q.fail(jobs[0], "no", retry=False, now=NOW), family),
+    "fail a job with a handler": Operation(
+        lambda q, jobs: q.fail(jobs[0], "no", retry=False, now=NOW),
+        lambda q: (q.on_failed("default", "notify"), family(q))[1],
+    ),
+    "on_failed": Operation(lambda q, _: q.on_failed("default", "notify")),
+    "on_failed that is removed": Operation(
+        lambda q, _: q.on_failed("default", None), lambda q: q.on_failed("default", "notify")
+    ),
     "cancel a parent": Operation(lambda q, jobs: q.cancel(jobs[0].id, now=NOW), family),
     "resubmit a parent": Operation(
         lambda q, jobs: q.resubmit(jobs[0].id, now=NOW), lambda q: family(q, is_failed=True)
@@ -390,6 +398,7 @@ def sweep(path: Path) -> None:
             if job.assigned_to and job.state in pqueue.UNFINISHED:
                 queue.assign(job.id, None, now=NOW)
         queue.resume("default")
+        queue.on_failed("default", None)
         for schedule in queue.schedules():
             queue.unschedule(schedule.name)
         done = []

@@ -166,6 +166,11 @@ MUTANTS = [
     Mutant("a job that another one needs is kept", "contract: neither_pruned_nor_deleted", "c.finished_at IS NULL", "FALSE"),
     Mutant("a job that another one needs is not deleted", "contract: neither_pruned_nor_deleted"),
     Mutant("a job carried to the target waits for its parents there", "contract: wait_for_their_parents_in_the_target"),
+    # failure handlers
+    Mutant("a failed job is handled", "contract: gets_one_job_of_its_handler"),
+    Mutant("a job that failed with another one is handled", "contract: gets_one_job_of_its_handler"),
+    Mutant("the job of a handler has no handler", "contract: has_no_handler", " AND after_failed = 'handle'", " AND after_failed = 'none'"),
+    Mutant("a cancelled job has no handler", "contract: has_no_handler", " AND state = 'failed'", ""),
     # time and death
     Mutant("a lease is not reclaimed before it expires", HISTORY, " AND lease_expires_at <= :now", ""),
     Mutant("a job is not promoted before it is due", HISTORY, " AND run_at <= :now", ""),

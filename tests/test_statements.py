@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 import pqueue_dependencies
+import pqueue_handlers
 import pqueue_move
 import pqueue_outcomes
 import pqueue_postgres
@@ -34,7 +35,7 @@ def statements(module: ModuleType) -> dict[str, str]:
 def comments(module: ModuleType) -> dict[str, str]:
     """Return the comment above each constant, and each entry of a table, of a module by name."""
     source = Path(str(module.__file__)).read_text()
-    module_of_statement = r"(?:pqueue_(?:sche\w+|dep\w+|move|outcomes)\.)?"
+    module_of_statement = r"(?:pqueue_(?:sche\w+|dep\w+|handlers|move|outcomes)\.)?"
     found = re.findall(rf"((?:^ *# .*\n)+)^ *{module_of_statement}([A-Z_]+)(?: =|:) ", source, re.MULTILINE)
     lines = {name: re.findall(r"# (?!guard: )(.*)", above) for above, name in found}
     return {name: " ".join(each) for name, each in lines.items() if each}
@@ -47,11 +48,12 @@ def why() -> dict[str, str]:
 
 # Those that a function of the same name writes, for both
 WRITTEN = {
-    name: str(getattr(pqueue_dependencies, name.lower()).__doc__)
-    for name in statements(pqueue_dependencies)
-    if hasattr(pqueue_dependencies, name.lower())
+    name: str(getattr(module, name.lower()).__doc__)
+    for module in (pqueue_dependencies, pqueue_handlers)
+    for name in statements(module)
+    if hasattr(module, name.lower())
 }
-MODULES = (pqueue_schema, pqueue_move, pqueue_schedules, pqueue_dependencies, pqueue_outcomes)
+MODULES = (pqueue_schema, pqueue_move, pqueue_schedules, pqueue_dependencies, pqueue_handlers, pqueue_outcomes)
 SHARED = {name: sql for module in MODULES for name, sql in statements(module).items()}
 ABOUT = {**{name: about for module in MODULES for name, about in comments(module).items()}, **WRITTEN}
 RETURNS = re.compile(r"; returns (the new id|their ids)$")  # in the comment of a statement: on PostgreSQL alone

@@ -1,0 +1,97 @@
+"""Failure handlers: a task that gets a job for each job of a queue, or of another task, that becomes `failed`.
+
+The commit that makes a job `failed`, whatever the cause, inserts the job for the handler, which runs after the failed
+one: see `dependencies.after_failed`. So each failure is handled once, and the failed job is kept until then. The job of
+a handler has no handler itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from pqueue_backend import Backend, Session
+from pqueue_schema import ADD_TASK
+from pqueue_tasks import Task
+from pqueue_values import encode_json, to_json, valid_name
+
+# Set the handler of a queue ("queue:NAME") or a task ("task:NAME").
+SET_HANDLER = """
+INSERT INTO handlers (name, task) VALUES (:name, :task) ON CONFLICT (name) DO UPDATE SET task = excluded.task"""
+
+# Delete a handler.
+DELETE_HANDLER = "DELETE FROM handlers WHERE name = :name"
+
+# Return the handlers.
+HANDLERS = "SELECT name, task FROM handlers ORDER BY name"
+
+
+# guard: the job of a handler has no handler
+# guard: a cancelled job has no handler
+def unhandled(these: str) -> str:
+    """Return those of these jobs that failed and have a handler; that of the task goes before that of the queue."""
+    return f"""
+SELECT id, queue, jobs.task, error, attempts, consumer, coalesce(t.task, q.task) AS handler FROM jobs
+LEFT JOIN handlers t ON t.name = 'task:' || jobs.task LEFT JOIN handlers q ON q.name = 'queue:' || queue
+WHERE id {these} AND state = 'failed' AND coalesce(t.task, q.task) IS NOT NULL
+    AND NOT EXISTS (SELECT 1 FROM dependencies WHERE job_id = jobs.id AND after_failed = 'handle')
+ORDER BY id"""
+
+
+UNHANDLED = unhandled("IN (SELECT value FROM json_each(:ids))")
+
+# Insert the job of a handler, whatever the limit of the queue: `scheduled`, so that the next dequeue promotes it.
+ADD_HANDLER_JOB = """
+INSERT INTO jobs (queue, task, payload, state, priority, run_at, created_at)
+VALUES (:queue, :task, :payload, 'scheduled', 0, :now, :now) RETURNING id"""
+
+# Let the job of a handler run after the failed one.
+ADD_HANDLED = "INSERT INTO dependencies (job_id, parent_id, after_failed) VALUES (:id, :parent, 'handle')"
+
+# Keep the failed job while the job of its handler is unfinished.
+MARK_HANDLED = "UPDATE jobs SET has_dependents = 1 WHERE id = :parent"
+
+
+class Handling(Backend):
+    """The operations on failure handlers."""
+
+    def on_failed(self, queue: str, task: str | Task[..., Any] | None) -> None:
+        """Enqueue a job of this task for each job of the queue that becomes `failed` from now on; None: no longer.
+
+        The task is called with `failed`, a dict: "id", "queue", "task" and "error" of the failed job, its number of
+        "attempts", and its last "consumer", or None. Its job is enqueued in the same queue, whatever the limit of that.
+        The handler that `@task(on_failed=…)` gives to a task goes before that of the queue. A job that a handler's own
+        task failed to do has no handler.
+        """
+        handler = None if task is None else task.name if isinstance(task, Task) else task
+        self._set_handler(f"queue:{valid_name('queue', queue)}", handler)
+
+    def declare_handlers(self, tasks: Iterable[Task[..., Any]]) -> None:
+        """Save the handlers that `@task` gives to these tasks; delete those that their tasks gave before."""
+        known, saved = {f"task:{each.name}": each.on_failed for each in tasks}, self.handlers()
+        for name, handler in known.items():
+            if saved.get(name) != handler:
+                self._set_handler(name, handler)
+
+    def handlers(self) -> dict[str, str]:
+        """Return the task that handles failures, by "queue:NAME" and "task:NAME"."""
+        return dict(self._read(HANDLERS))
+
+    def _set_handler(self, name: str, task: str | None) -> None:
+        with self._transaction() as session:
+            if task is None:
+                session.change(DELETE_HANDLER, {"name": name})
+            else:
+                session.change(SET_HANDLER, {"name": name, "task": valid_name("task", task)})
+
+    def _handle_failures(self, session: Session, job_ids: list[int], now: float) -> None:
+        """Enqueue the jobs of the handlers of these jobs, as far as they failed."""
+        for *job, handler in session.run(UNHANDLED, {"ids": to_json(job_ids)}):
+            facts = dict(zip(("id", "queue", "task", "error", "attempts", "consumer"), job, strict=True))
+            params = {"queue": facts["queue"], "task": handler, "now": now, "parent": facts["id"]}
+            session.change(ADD_TASK, params)
+            params["payload"] = encode_json("payload", {"failed": facts})
+            ((params["id"],),) = session.run(ADD_HANDLER_JOB, params)
+            session.change(ADD_HANDLED, params)
+            session.change(MARK_HANDLED, params)
+            session.wakes = True
