@@ -413,8 +413,6 @@ def tiles(seen: dict[str, Any]) -> list[tuple[str, str, str]]:
     found += [("oldest pending", oldest, "")]
     found += [("consumers alive", str(seen["alive"]), "")]
     found += [(f"{name} p50 / p95", times(seen[name]), "") for name in ("wait", "run")]
-    if seen["wal_bytes"] is not None:
-        found.append(("write-ahead log", f"{seen['wal_bytes'] / 1e6:,.1f} MB", ""))
     return found
 
 

@@ -18,7 +18,7 @@ h1 { font-size: 18px; margin: 0 } h1 a { color: inherit; text-decoration: none }
 h2 { font-size: 14px; font-weight: 600; margin: 0 0 8px }
 main:focus { outline: none } .stale main { opacity: 0.45 }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px;
-  margin: 10px 0; overflow-x: auto }
+  margin: 10px 0; overflow-x: auto; position: relative }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th { text-align: left; font-weight: 500; color: var(--soft); font-size: 12.5px }
 th, td { padding: 5px 16px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap }
@@ -62,6 +62,7 @@ progress { width: 90px; height: 10px; accent-color: var(--processing) }
   table:has(td.wrap) thead { position: absolute; clip-path: inset(50%) }
   tr:has(td.wrap) { display: flex; flex-wrap: wrap; border-bottom: 1px solid var(--line) }
   tr:has(td.wrap) td { border: 0 }
+  td:has(details) { white-space: normal } details { margin: 0 }
   td.wrap { flex: 1 0 100%; order: -1; padding-right: 0 }
   td a, summary { display: inline-block; min-height: 24px; min-width: 24px } progress { width: 70px }
   input:not([type=checkbox]), select, button { min-height: 32px }

@@ -29,7 +29,7 @@ STYLE: str = (
 .pqueue .health { display: inline-block; margin: 0 6px 6px 0; padding: 2px 10px; border: 1px solid currentColor;
   border-radius: 12px; font-size: 13px; line-height: 1.45 }
 .pqueue a.health { text-decoration: none }
-.pqueue .finding { margin: 3px 0 } .pqueue .finding b { display: inline-block; min-width: 62px }
+.pqueue .finding { margin: 3px 0 } .pqueue .finding b { display: inline-block; min-width: 76px }
 .pqueue .tiles { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: 8px }
 .pqueue a.tile { text-decoration: none } .pqueue a.tile:hover { border-color: var(--processing) }
 .pqueue .tile { border: 1px solid var(--line); border-radius: 8px; padding: 7px 12px; background: var(--card) }
@@ -115,33 +115,40 @@ def charts(minutes: Minutes, clock: Clock = _clock) -> str:
     return f'<div class="two">{_jobs_chart(minutes, clock)}{_times_chart(minutes, clock)}</div>'
 
 
+def _failed(minute: dict[str, Any]) -> int:
+    """Return the number of failed attempts, also of those that are repeated."""
+    return int(minute["failed"] + minute["retried"])
+
+
 def _jobs_keys(minutes: Minutes) -> str:
     """Return the caption of the chart of jobs, with the sums over the hour."""
-    total = {name: f"{name} {sum(each[name] for each in minutes):,}" for name in ("completed", "failed", "enqueued")}
+    total = {name: f"{name} {sum(each[name] for each in minutes):,}" for name in ("completed", "enqueued")}
+    total["failed"] = f"failed attempts {sum(map(_failed, minutes)):,}"
     return f"""<div class="keys"><b>Jobs per minute</b><span><i class="completed"></i>{total["completed"]}</span>
 <span><i class="failed"></i>{total["failed"]}</span>
 <span><i class="enqueued line"></i>{total["enqueued"]}</span></div>"""
 
 
 def _jobs_chart(minutes: Minutes, clock: Clock) -> str:
-    """Draw the last hour: bars of completed jobs, below the axis those of failed jobs, and a line of enqueued jobs. The
-    last bar is partial."""
+    """Draw the last hour: bars of completed jobs, below the axis those of failed attempts, and a line of enqueued jobs.
+    The last bar is partial."""
     top = _ceiling(max(2, *(max(each["enqueued"], each["completed"]) for each in minutes)))
-    low = max(each["failed"] for each in minutes)
-    low = _ceiling(max(2, low)) if low else 0.0
+    failed = max(map(_failed, minutes))
+    low = _ceiling(max(2, failed)) if failed else 0.0
     step, zero = WIDTH / len(minutes), HEIGHT * top / (top + low)
     marks = []
     for number, each in enumerate(minutes):
         going_on = ' opacity="0.5"' if number == len(minutes) - 1 else ""
         for name in ("completed", "failed"):
-            if tall := each[name] / (top + low) * HEIGHT:
+            number_of = each[name] if name == "completed" else _failed(each)
+            if tall := number_of / (top + low) * HEIGHT:
                 y = zero - tall if name == "completed" else zero
                 marks.append(
                     f'<rect x="{number * step + 1:.1f}" y="{y:.1f}" width="{step - 2:.1f}" height="{tall:.1f}" '
                     f'fill="{dashboard.CHART_COLOURS[name]}"{going_on}/>'
                 )
     marks += _line([each["enqueued"] + low for each in minutes[:-1]], top + low, step, "enqueued")
-    tips = [", ".join(f"{each[name]:,} {name}" for name in ("enqueued", "completed", "failed")) for each in minutes]
+    tips = [", ".join(f"{each[name]:,} {name}" for name in dashboard.COUNTED) for each in minutes]
     scale = [(f"{top:,.0f}", 0.0), ("0", zero), *([(f"{low:,.0f}", HEIGHT)] if low else [])]
     return _frame(_jobs_keys(minutes), scale, marks, tips, minutes, clock)
 

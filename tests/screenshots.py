@@ -38,6 +38,8 @@ def main(target: Path, pictures: dict[str, tuple[str, str, str]]) -> None:
         url = f"{folder}/queue.db"
         queue = pqueue.open_queue(url)
         populate(queue)
+        queue.pause("reports", by="ada")
+        queue.enqueue_many("send_newsletter", range(40), queue="newsletter", now=time.time() - 1500)
         browser = player.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
         for front, command in FRONTS.items():
             child = subprocess.Popen([*command, str(PORT)], cwd=ROOT, env={**os.environ, "PQUEUE_URL": url})
@@ -57,7 +59,7 @@ def take(browser: Browser, path: Path, shape: str, scheme: str) -> None:
     width, height = SHAPES[shape]
     page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
     page.goto(f"http://127.0.0.1:{PORT}")
-    page.wait_for_selector("text=write-ahead log")
+    page.wait_for_selector("text=consumers alive")
     page.wait_for_timeout(6000 if page.locator(".stApp").count() else 300)
     page.screenshot(path=path)
     page.close()

@@ -166,6 +166,7 @@ class Streamlit(StandardLibrary):
         chosen = self.page.locator(".st-key-filter-state input")
         chosen.click()
         self.page.get_by_role("option", name=state, exact=True).click()
+        self.page.keyboard.press("Escape")
         expect(self.page.locator(f".{before}")).to_have_count(0)
 
     def shows_jobs(self, ids):

@@ -1215,7 +1215,15 @@ def test_streamlit_page_names_the_number_and_asks_before_it_changes_many_jobs(qu
 
 @pytest.mark.parametrize("wait", [0.0, -1.0, 1e-9, 1e9])
 def test_chart_of_times_draws_a_wait_of_zero(wait):
-    minute = {"at": 0.0, "enqueued": 0, "completed": 0, "failed": 0, "wait": (wait, wait), "run": (0.001, 0.2)}
+    minute = {
+        "at": 0.0,
+        "enqueued": 0,
+        "completed": 0,
+        "failed": 0,
+        "retried": 0,
+        "wait": (wait, wait),
+        "run": (0.001, 0.2),
+    }
     minutes = [{**minute, "at": n * 60.0} for n in range(60)]
     for shown in (minutes, [{**each, "wait": None, "run": None} for each in minutes]):
         lines = re.findall(r'<path d="([^"]*)"', dashboard_summary.charts(shown))
