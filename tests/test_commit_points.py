@@ -45,6 +45,8 @@ class Wired(sqlite3.Connection):
     def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
         Wired.at_point(self, "before", sql)
         cursor = super().execute(sql, *parameters)
+        if sql.startswith("PRAGMA journal_mode ="):  # holds a lock until its row, which nobody needs, is read
+            cursor.fetchall()
         with self.dropped(cursor):
             Wired.at_point(self, "after", sql)
         return cursor
