@@ -600,7 +600,10 @@ def test_operator_enqueues_after_other_jobs_and_sees_for_which_a_job_waits(front
     assert run("run-now", child)[0] == 0
     assert queue.get(child).state == "pending"
     assert "after" not in run("show", parents[0])[1]
-    assert run("enqueue", "album", "--after", "12345")[::2] == (1, "cannot enqueue after job 12345: no such job\n")
+    assert run("enqueue", "album", "--after", "12345")[::2] == (
+        1,
+        "admin.py: cannot enqueue after job 12345: no such job\n",
+    )
     assert run("enqueue", "album", "--after", "1,x")[0] == run("enqueue", "a", "--after-failed", "skip")[0] == 2
 
 
