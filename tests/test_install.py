@@ -147,7 +147,7 @@ def test_project_uses_the_queue_with_its_own_modules(project):
     assert jobs["sum_up"].result == 7
     child = project.start("pqueue-ops", "--port", 0)
     address = wait_until(lambda: re.search(r"dashboard at (\S+)\n", child.out.read_text()))[1]
-    assert b"sum_up" in urllib.request.urlopen(address, timeout=30).read()
+    assert b"sum_up" in urllib.request.urlopen(f"{address}/jobs", timeout=30).read()
     child.send_signal(signal.SIGINT)
     assert child.wait(30) == 0, child.out.read_text()
     assert "Traceback" not in child.out.read_text()
