@@ -301,6 +301,9 @@ def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
         raise UsageError("stats: expected --by task with --since")
     found = queue.stats()
     rows = [{"queue": name, **each} for name, each in found["queues"].items()]
+    unused = [name for name in ("max_running", "rate") if all(row[name] is None for row in rows)]
+    if options.output != "json":
+        rows = [{name: value for name, value in row.items() if name not in unused} for row in rows]
     if wants_rows(options):
         return CommandResult(rows)
     now = now_shown()
@@ -319,6 +322,7 @@ def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     Parameter("task", "name of the task", metavar="TASK"),
     Parameter("payload", "JSON for the task", json_value, metavar="JSON", optional=True),
     Parameter("--queue", "queue of the job", default="default", metavar="QUEUE"),
+    Parameter("--group", "its group: the groups of a queue take turns", metavar="GROUP"),
     Parameter("--priority", "higher runs first", whole_number(-(2**31)), "0", "N"),
     Parameter("--delay", "do not run before this delay: 90s, 15m, 12h, 7d", duration, "0s", "DURATION"),
     Parameter("--max-attempts", "maximum number of attempts", whole_number(1), metavar="N"),
@@ -347,6 +351,7 @@ def enqueue(queue: PersistentQInterface, options: argparse.Namespace) -> Command
         options.task,
         options.payload,
         queue=options.queue,
+        group=options.group,
         priority=options.priority,
         delay_seconds=options.delay,
         max_attempts=options.max_attempts,
@@ -460,6 +465,8 @@ def run_now(queue: PersistentQInterface, options: argparse.Namespace) -> Command
     Parameter("--priority", "new priority", whole_number(-(2**31)), metavar="N"),
     Parameter("--delay", "new delay, from now: 90s, 15m, 12h, 7d", duration, metavar="DURATION"),
     Parameter("--to-queue", "the queue to move it to", metavar="QUEUE"),
+    Parameter("--group", "new group", metavar="GROUP"),
+    Parameter("--no-group", "remove it from its group", flag=True),
     Parameter("--max-attempts", "new maximum number of attempts", whole_number(1), metavar="N"),
     EXPIRE,
     examples="""
@@ -478,6 +485,8 @@ def change(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
     given = {name: value for name, value in given.items() if value is not None}
     if options.payload is not None:  # a list, as the payload may be null
         given["payload"] = options.payload[0]
+    if options.group is not None or options.no_group:
+        given["group"] = options.group
     if not given:
         raise UsageError("change: expected an option such as --priority; see --help")
     queue.change(options.job_id, **given)
@@ -549,24 +558,69 @@ def resume(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
     return _set_queue(queue, options, queue.resume, "resumed")
 
 
-def _whole_number_or_none(text: str) -> int | None:
-    return None if text == "none" else whole_number(1)(text)
+def _limit(text: str) -> int:
+    """Parse a limit; 0: none."""
+    return 0 if text == "none" else whole_number(1)(text)
+
+
+def _weight(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"expected a number such as 2 or 0.5, got {text!r}") from None
+
+
+def _rate(text: str) -> tuple[int, float] | tuple[()]:
+    """Parse a number of jobs and a duration; (): none."""
+    if text == "none":
+        return ()
+    jobs, slash, seconds = text.partition("/")
+    if not slash:
+        raise ValueError(f"expected JOBS/DURATION, such as 10/1s, or none, got {text!r}")
+    return whole_number(1)(jobs), duration(seconds)
 
 
 @command(
     QUEUES,
     "limit",
     QUEUE,
-    Parameter("max_pending", "maximum number of pending jobs, or none", _whole_number_or_none, metavar="N|none"),
+    Parameter("max_pending", "maximum number of pending jobs, or none", _limit, metavar="N|none", optional=True),
+    Parameter("--running", "maximum number of running jobs of each group, or none", _limit, metavar="N|none"),
+    Parameter("--rate", "maximum of jobs begun in a time, of each group, or none", _rate, metavar="N/DURATION|none"),
     examples="""
     limit newsletter 100000
-    limit newsletter none""",
+    limit newsletter none
+    limit sync --running 2
+    limit api --rate 10/1s""",
 )
 def limit(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
-    """Refuse new jobs while this many are pending in a queue."""
-    most = options.max_pending
-    done = "has no limit" if most is None else f"limited to {count(most, 'pending job')}"
-    return _set_queue(queue, options, lambda name: queue.limit(name, most), done)
+    """Refuse new jobs while this many are pending in a queue, or limit the running jobs of each of its groups."""
+    given = {name: getattr(options, name) for name in ("max_pending", "running", "rate")}
+    given = {name: value or None for name, value in given.items() if value is not None}
+    if not given:
+        raise UsageError("limit: expected a number of pending jobs or none, --running or --rate; see --help")
+    texts: dict[str, Callable[[Any], str]] = {
+        "max_pending": lambda most: count(most, "pending job"),
+        "running": lambda most: f"{count(most, 'running job')} of each group",
+        "rate": lambda rate: f"{count(rate[0], 'job')} of each group in {for_people('rate_seconds', rate[1], 0)}",
+    }
+    limits = [text(given[name]) for name, text in texts.items() if given.get(name)]
+    done = f"limited to {', '.join(limits)}" if limits else "has no limit"
+    return _set_queue(queue, options, lambda name: queue.limit(name, **given), done)
+
+
+@command(
+    QUEUES,
+    "weigh",
+    QUEUE,
+    Parameter("group", "name of the group", metavar="GROUP"),
+    Parameter("weight", "its share, relative to the others, which have 1", _weight, metavar="WEIGHT"),
+    examples="weigh sync customer-7 2",
+)
+def weigh(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Give a group of a queue a larger or smaller share."""
+    done = f"gives group {options.group} the weight {options.weight:g}"
+    return _set_queue(queue, options, lambda name: queue.weigh(name, options.group, options.weight), done)
 
 
 def _duration_or_forever(text: str) -> list[float | None]:

@@ -33,7 +33,8 @@ The guarantees, each with a test of its number in test_pqueue.py:
 4. Exactly once for everything written in one `transaction()`: rows of the application, follow-up jobs, the completion.
 5. A job that kills its consumers is `failed` after `max_attempts` deliveries, and its error names them. Deliveries
    that were released, or not begun when the consumer died, do not count.
-6. Dequeue order: priority (higher first), then due time, then id.
+6. Dequeue order: priority (higher first), then due time, then id. The groups of a queue get fair shares; then this
+   order holds within each. With `limit`, a group never has more jobs running, or more deliveries in a time, than that.
 7. A database on a network drive, of a newer schema or of another program is refused. If it is replaced or moved, or
    its log deleted, while a process has it open, the next write raises DatabaseReplaced.
 8. `lease_token` and `lease_expires_at` are set exactly while a job is `processing`.
@@ -57,13 +58,13 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta
-from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from pqueue_backend import Registration, Session
 from pqueue_dependencies import NEEDED, Depending
+from pqueue_groups import Grouping, claim_filter, queue_list, valid_group
 from pqueue_handlers import Handling
 from pqueue_move import Moving, count_running
 from pqueue_operating import Operating
@@ -102,7 +103,6 @@ from pqueue_schema import (
     NEXT_EVENT,
     ORPHANED,
     OVERDUE,
-    PEEK,
     PROMOTE,
     RECORD,
     RECORD_OPERATION,
@@ -115,7 +115,6 @@ from pqueue_schema import (
     ROOM,
     RUNNING,
     RUNNING_JOBS,
-    SET_MAX_PENDING,
     SET_PAUSED,
     SNOOZED_AGAIN,
     STATES,
@@ -259,7 +258,7 @@ class ExpiredClaimed(Exception):
 Self = TypeVar("Self", bound="PersistentQInterface")  # typing.Self needs Python 3.11
 
 
-class PersistentQInterface(Waiting, Operating, Handling, Depending, Moving, Scheduling, Retaining, Counting):
+class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Moving, Scheduling, Retaining, Counting):
     """A queue: its operations, in SQL that SQLite and PostgreSQL share.
 
     An object may be used by several threads, and in a forked child. Close it with `close()`, or use it in a `with`
@@ -293,6 +292,7 @@ class PersistentQInterface(Waiting, Operating, Handling, Depending, Moving, Sche
         payload: Any = None,
         *,
         queue: str = "default",
+        group: str | None = None,
         priority: int = 0,
         delay_seconds: float | timedelta = 0,
         run_at: float | datetime | None = None,
@@ -313,6 +313,8 @@ class PersistentQInterface(Waiting, Operating, Handling, Depending, Moving, Sche
         task: a `Task`, or the name of one, which this program need not have registered.
         payload: a JSON-serializable value of at most `MAX_PAYLOAD_BYTES`, nested at most 100 deep, with string keys.
         queue: created by its first job.
+        group: the groups of a queue get equal shares, unless `weigh` gives them others; see also `limit`. None: the job
+            is among those without a group.
         priority: jobs with a higher priority run first.
         delay_seconds, run_at: the earliest time to run the job: relative to now (also a timedelta), or absolute (Unix
             seconds, or a datetime with a time zone).
@@ -335,7 +337,7 @@ class PersistentQInterface(Waiting, Operating, Handling, Depending, Moving, Sche
 
         Raises QueueFull when the queue holds `max_pending` pending jobs: see `limit`; JobNotFound for a job of `after`.
         """
-        row = _new_job(task, queue, priority, delay_seconds, run_at, max_attempts, assigned_to, self._time(now))
+        row = _new_job(task, queue, group, priority, delay_seconds, run_at, max_attempts, assigned_to, self._time(now))
         if expires_at is not None or expire_seconds is not None:
             row["expires_at"] = _expiry(expires_at, expire_seconds, row["run_at"])
         if (key, key_until, key_seconds, on_conflict) != NO_KEY:
@@ -379,7 +381,8 @@ class PersistentQInterface(Waiting, Operating, Handling, Depending, Moving, Sche
 
     def _add_queue(self, session: Session, row: Params) -> int:
         """Create the queue of a new job unless it exists, and list the task there; return how many rows this added."""
-        return session.change(ADD_QUEUE, row) + session.change(ADD_TASK, row)
+        added = session.change(ADD_QUEUE, row) + session.change(ADD_TASK, row)
+        return added + (self._let_groups_take_turns(session, row["queue"]) if row["group"] else 0)
 
     def enqueue_many(
         self,
@@ -387,6 +390,7 @@ class PersistentQInterface(Waiting, Operating, Handling, Depending, Moving, Sche
         payloads: Iterable[Any],
         *,
         queue: str = "default",
+        group: str | None = None,
         priority: int = 0,
         delay_seconds: float | timedelta = 0,
         run_at: float | datetime | None = None,
@@ -408,7 +412,7 @@ class PersistentQInterface(Waiting, Operating, Handling, Depending, Moving, Sche
 
         Raises QueueFull, or ValueError for more jobs than the queue's limit.
         """
-        row = _new_job(task, queue, priority, delay_seconds, run_at, max_attempts, assigned_to, self._time(now))
+        row = _new_job(task, queue, group, priority, delay_seconds, run_at, max_attempts, assigned_to, self._time(now))
         if expires_at is not None or expire_seconds is not None:
             row["expires_at"] = _expiry(expires_at, expire_seconds, row["run_at"])
         found = list(payloads)
@@ -500,7 +504,7 @@ class PersistentQInterface(Waiting, Operating, Handling, Depending, Moving, Sche
         me.prefetches = prefetch and self._publish_begun(me)
         valid_int("limit", 0, limit)
         return self._complete_and_claim(
-            completions, me, limit, _claim_filter(me.name, queues, tasks), lease_seconds, now
+            completions, me, limit, claim_filter(me.name, queues, tasks), lease_seconds, now
         )
 
     def begin(self, job: Job, *, now: float | None = None) -> None:
@@ -547,9 +551,17 @@ class PersistentQInterface(Waiting, Operating, Handling, Depending, Moving, Sche
                 if done := [job for job, _ in completions if job not in lost]:
                     self._count_completed(session, done, at)
                 session.finished += [job.id for job, _ in completions]
-                self._reclaim(session, dead, at)
+                grouped = self._reclaim(session, dead, at)
                 params = claim_params(me, limit, wanted, lease_seconds, at)
-                jobs = self._claimed_jobs(session, self._claim(session, params, me.prefetches), params) if limit else []
+                in_turn = self._claim_in_turn(session, params, me.prefetches) if limit and grouped else None
+                if in_turn is not None:
+                    jobs = self._claimed_jobs(session, in_turn, params, in_order=True)
+                else:
+                    jobs = (
+                        self._claimed_jobs(session, self._claim(session, params, me.prefetches), params)
+                        if limit
+                        else []
+                    )
                 # guard: a job that has expired is not delivered
                 if any(job.expires_at is not None and job.expires_at <= at for job in jobs):
                     raise ExpiredClaimed
@@ -567,10 +579,10 @@ class PersistentQInterface(Waiting, Operating, Handling, Depending, Moving, Sche
             self._cancel_all_expired(dead, self._time(now))
             return self._complete_and_claim(completions, me, limit, wanted, lease_seconds, now)
 
-    def _claimed_jobs(self, session: Session, rows: list[Any], params: Params) -> list[Job]:
+    def _claimed_jobs(self, session: Session, rows: list[Any], params: Params, *, in_order: bool = False) -> list[Job]:
         """Return the jobs of the rows that a claim returned, in order, without unreadable ones."""
         jobs = [to_job(row) for row in rows]
-        if len(jobs) > 1:
+        if len(jobs) > 1 and not in_order:
             jobs.sort(key=lambda job: (-job.priority, job.run_at, job.id))
         return [job for job in jobs if not self._fail_unreadable(session, job, params["now"])]
 
@@ -813,26 +825,16 @@ class PersistentQInterface(Waiting, Operating, Handling, Depending, Moving, Sche
 
     def pause(self, queue: str, *, by: str | None = None) -> None:
         """Stop delivering jobs of this queue until `resume`. Running jobs continue."""
-        self._set_queue(SET_PAUSED, queue, 1, f"paused queue {queue}", by)
+        self._set_queue(SET_PAUSED, queue, f"paused queue {queue}", by, value=1)
 
     def resume(self, queue: str, *, by: str | None = None) -> None:
         """Deliver jobs of this queue again."""
-        self._set_queue(SET_PAUSED, queue, 0, f"resumed queue {queue}", by)
+        self._set_queue(SET_PAUSED, queue, f"resumed queue {queue}", by, value=0)
 
-    def limit(self, queue: str, max_pending: int | None, *, by: str | None = None) -> None:
-        """Refuse to enqueue or resubmit while the queue has this many pending jobs; None: no limit.
-
-        Jobs that are scheduled, or assigned to a consumer, do not count.
-        """
-        most = None if max_pending is None else valid_int("max_pending", 1, max_pending)
-        with self._transaction() as session:
-            self._set_queue(SET_MAX_PENDING, queue, most, f"limited queue {queue} to {most or 'any number'}", by)
-            self._count_pending(session, [queue])
-
-    def _set_queue(self, sql: str, queue: str, value: int | None, event: str, by: str | None) -> None:
+    def _set_queue(self, sql: str, queue: str, event: str, by: str | None, **values: float | None) -> None:
         with self._transaction() as session:
             session.change(ADD_QUEUE, {"queue": valid_name("queue", queue)})
-            session.change(sql, {"queue": queue, "value": value})
+            session.change(sql, {"queue": queue, **values})
             self.record(event, by=by)
             session.wakes = True
 
@@ -905,7 +907,7 @@ class PersistentQInterface(Waiting, Operating, Handling, Depending, Moving, Sche
         It sleeps for at most one second, whatever the timeout: call it in a loop with `dequeue`.
         """
         me = self._registered(consumer, queues, tasks, now)
-        params = {**_claim_filter(consumer, queues, tasks), "limit": 1}
+        params = {**claim_filter(consumer, queues, tasks), "limit": 1}
 
         def due_in() -> float:
             at = self._read(NEXT_EVENT, params)[0][0]
@@ -921,25 +923,8 @@ class PersistentQInterface(Waiting, Operating, Handling, Depending, Moving, Sche
         The options are those of `dequeue`.
         """
         return cast(
-            "float | None", self._read(NEXT_DUE, _claim_filter(valid_name("consumer", consumer), queues, tasks))[0][0]
+            "float | None", self._read(NEXT_DUE, claim_filter(valid_name("consumer", consumer), queues, tasks))[0][0]
         )
-
-    def peek(
-        self,
-        limit: int = 10,
-        *,
-        queues: Sequence[str] | None = None,
-        tasks: Sequence[str] | None = None,
-        consumer: str | None = None,
-        now: float | None = None,
-    ) -> list[Job]:
-        """Return up to `limit` jobs in the order in which they would be delivered, without taking them.
-
-        queues, tasks: as for `dequeue`.
-        consumer: include the jobs assigned to this consumer.
-        """
-        params = {**_claim_filter(consumer, queues, tasks), "limit": valid_int("limit", 1, limit)}
-        return [to_job(row) for row in self._read(PEEK, {**params, "now": self._time(now)})]
 
     def heartbeat(self, consumer: str, *, completed: int = 0, failed: int = 0, now: float | None = None) -> None:
         """Record that this consumer is alive, and add to its numbers of completed jobs and failed attempts."""
@@ -977,7 +962,7 @@ class PersistentQInterface(Waiting, Operating, Handling, Depending, Moving, Sche
         self, me: Registration, pid: int, queues: Sequence[str] | None, tasks: Sequence[str] | None, now: float | None
     ) -> None:
         params = {"name": me.name, "token": me.token, "host": socket.gethostname(), "pid": pid}
-        params |= {"slot": me.slot and me.slot.number, "queues": _queue_list(queues), "now": self._time(None)}
+        params |= {"slot": me.slot and me.slot.number, "queues": queue_list(queues), "now": self._time(None)}
         params["tasks"] = None if tasks is None else json.dumps(sorted(tasks))
         with self._transaction(durable=False) as session:
             if session.change(MARK_DEAD, params):
@@ -1040,10 +1025,11 @@ class PersistentQInterface(Waiting, Operating, Handling, Depending, Moving, Sche
             raise ValueError(f"expected a list of tasks, got {tasks!r}")
         return (isinstance(name, str) and self._registry.get(name)) or self._register(name, queues, tasks, now)
 
-    def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> None:
-        """Promote scheduled jobs that are due, and end deliveries that expired or whose consumer died."""
+    def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> bool:
+        """Promote scheduled jobs that are due, and end deliveries that expired or whose consumer died. Return whether
+        the groups of some queue take turns."""
         params = {"now": now, "limit": RECLAIM_BATCH}
-        due, expired = session.run(OVERDUE, params)[0]
+        due, expired, grouped = session.run(OVERDUE, params)[0]
         # guard: jobs that are due are promoted
         if due:
             session.change(PROMOTE, params)
@@ -1062,6 +1048,7 @@ class PersistentQInterface(Waiting, Operating, Handling, Depending, Moving, Sche
         # guard: jobs that have expired are cancelled
         if due or expired or dead:  # last: a delivery that was lost may have left one
             self._cancel_expired(session, now)
+        return bool(grouped)
 
     def _end_lost_delivery(self, session: Session, job: Job, event: str, now: float) -> None:
         # guard: an attempt counts when the job begins
@@ -1165,24 +1152,10 @@ def _queue_full(verb: str, queue: str, max_pending: int, jobs: int = 1) -> Queue
     return QueueFull(f"cannot {verb}: queue {queue!r} {room} its limit of {max_pending} pending jobs")
 
 
-def _claim_filter(consumer: str | None, queues: Sequence[str] | None, tasks: Sequence[str] | None) -> Params:
-    known = None if tasks is None else _between_newlines(tuple(tasks))
-    return {"consumer": consumer, "queues": _queue_list(queues), "tasks": known}
-
-
-@lru_cache(maxsize=64)
-def _between_newlines(tasks: tuple[str, ...]) -> str:
-    """Return the names of the tasks as KNOWN expects them."""
-    return "\n".join(["", *(valid_name("task", task) for task in tasks), ""])
-
-
-def _queue_list(queues: Sequence[str] | None) -> str | None:
-    return None if queues is None else json.dumps([valid_name("queue", queue) for queue in queues])
-
-
 def _new_job(
     task: str | Task[..., Any],
     queue: str,
+    group: str | None,
     priority: int,
     delay_seconds: float | timedelta,
     run_at: float | datetime | None,
@@ -1199,6 +1172,7 @@ def _new_job(
     return {
         "task": valid_name("task", task.name if isinstance(task, Task) else task),
         "queue": valid_name("queue", queue),
+        "group": "" if group is None else valid_group(group),
         "state": "scheduled" if due > now else "pending",
         "priority": valid_int("priority", -(2**31), priority),
         "run_at": due,

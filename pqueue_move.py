@@ -11,10 +11,22 @@ from itertools import chain
 from typing import Any, cast
 
 from pqueue_backend import Session
+from pqueue_groups import COUNT_ALL_RUNNING, LIST_GROUPS
 from pqueue_outcomes import COLUMNS as COUNT_COLUMNS
 from pqueue_outcomes import HOUR, Counting
 from pqueue_schedules import COLUMNS as SCHEDULE_COLUMNS
-from pqueue_schema import ADD_QUEUE, ADD_TASK, COLUMNS, FINISHED, FREE_KEY, LIMITED, MOVES, STATES_OF, UNLESS_HELD
+from pqueue_schema import (
+    ADD_QUEUE,
+    ADD_TASK,
+    COLUMN_OF,
+    COLUMNS,
+    FINISHED,
+    FREE_KEY,
+    LIMITED,
+    MOVES,
+    STATES_OF,
+    UNLESS_HELD,
+)
 from pqueue_values import MAX_ID, InvalidTransition, Job, Params, QueueError, command_line, operator_name
 
 # A move is marked in history by a row with job_id 0 and JSON in `error`. In the source: 'moving' while it waits for
@@ -27,9 +39,8 @@ INSERT INTO history (job_id, at, event, actor, attempt, error) VALUES (0, :now, 
 UNMARK = f"DELETE FROM history WHERE job_id = 0 AND event IN {MOVES}"
 PAUSE_ALL = "UPDATE queues SET paused = 2 WHERE paused = 0"
 RESUME_ALL = "UPDATE queues SET paused = 0 WHERE paused = 2"
-NEW_JOB_COLUMNS = ", ".join(Job._fields[1:])
 COPY_JOB = f"""
-INSERT INTO jobs ({NEW_JOB_COLUMNS}) VALUES (:{NEW_JOB_COLUMNS.replace(", ", ", :")})
+INSERT INTO jobs ({COLUMNS.removeprefix("id, ")}) VALUES (:{", :".join(Job._fields[1:])})
 {UNLESS_HELD} RETURNING id"""
 HISTORY_COLUMNS = ("at", "event", "actor", "attempt", "error", "started_at")
 HISTORY_OF = f"SELECT {', '.join(HISTORY_COLUMNS)} FROM history WHERE job_id = :id ORDER BY id"
@@ -40,6 +51,7 @@ VALUES (:id, :at, :event, :actor, :attempt, :error, :started_at)"""
 # The tables and columns to copy; the first column is the key. Consumers are not copied: they are local processes.
 COPIED = {
     "queues": "name, paused, max_pending, keep_completed_seconds, keep_failed_seconds, keep_cancelled_seconds, "
+    "grouped, max_running, rate_jobs, rate_seconds, turn, unnamed_turn, "
     "max_wait_seconds, max_failed_share",
     "jobs": COLUMNS,
     "history": "id, job_id, at, event, actor, attempt, error, started_at",
@@ -48,13 +60,17 @@ COPIED = {
     "dependencies": "id, job_id, parent_id, after_failed",
     "outcomes": COUNT_COLUMNS,
 }
+COPIED_GROUPS = {
+    "queue_groups": "queue, name, task, turn",
+    "group_weights": "queue, name, weight",
+    "group_starts": "queue, name, n, at",
+}
 COPIED_ROWS = tuple(table for table in COPIED if table != "outcomes")  # that are worth reporting
 BY_JOB = ("history", "dependencies")  # tables with rows of jobs
 NAMED_TABLES = ("queues", "schedules", "handlers")  # small ones whose key is a name
 PAGE = 1000  # rows
-Attach = Callable[[Session, list[int], list[int], str, float], None]  # see Depending
 # The columns by which a job is compared with its copy: all but the long ones, which do not change alone
-OUTLINE = ", ".join(name for name in Job._fields if name not in ("payload", "result", "error"))
+OUTLINE = ", ".join(column for column in COLUMN_OF.values() if column not in ("payload", "result", "error"))
 # A row in the history of a target that `copy_finished_to` has begun to fill, and whose jobs may be replaced.
 PARTIAL = "SELECT 1 FROM history WHERE id = -1"
 MARK_PARTIAL = "INSERT INTO history (id, job_id, at, event, actor, attempt) VALUES (-1, 0, 0, 'copying', '', 0)"
@@ -74,6 +90,12 @@ class Moving(Counting):
     def delete_jobs(self, job_ids: Iterable[int] | None = None, *, force: bool = False) -> int: ...
 
     @abstractmethod
+    def _let_groups_take_turns(self, session: Session, queue: str) -> int: ...
+
+    @abstractmethod
+    def _start_groups(self, session: Session) -> None: ...
+
+    @abstractmethod
     def _attach(
         self, session: Session, job_ids: list[int], parents: list[int], after_failed: str, now: float
     ) -> None: ...
@@ -82,7 +104,7 @@ class Moving(Counting):
     def _find_dead(self) -> list[str] | None: ...
 
     @abstractmethod
-    def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> None: ...
+    def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> bool: ...
 
     def copy_to(self, target: Moving, progress: Callable[[int], None] | None = None) -> dict[str, int]:
         """Copy queues, jobs and history into a queue of any backend that has no jobs.
@@ -103,6 +125,8 @@ class Moving(Counting):
         """Copy all rows of the source into this queue, whose session is `copy`."""
         _expect_unused(copy)
         copied = _copy_rows(source, copy, progress)
+        if copy.run("SELECT 1 FROM queues WHERE grouped = 1 LIMIT 1"):
+            self._start_groups(copy)
         self._reset_ids(copy)
         # guard: a copy counts what is pending
         self._count_pending(copy, [row[0] for row in copy.run(LIMITED)])
@@ -269,7 +293,7 @@ class Moving(Counting):
             with target._transaction() as copy:
                 target._lock_out_writers(copy)
                 mark, attempt = json.loads(rows[0][4]), rows[0][3]
-                carried, known = _copy_new_jobs(source, copy, target._attach, mark, attempt, self._time(now))
+                carried, known = _copy_new_jobs(source, copy, target, mark, attempt, self._time(now))
             # The target has recorded what it copied, so that after a crash here this can be called again.
             deleted = self.delete_jobs()
             source.change("UPDATE history SET attempt = attempt + 1 WHERE id = :id", {"id": rows[0][0]})
@@ -304,14 +328,24 @@ def _copy_rows(source: Session, copy: Session, progress: Callable[[int], None] |
             if progress:
                 progress(done)
     copy.change("INSERT INTO queue_tasks SELECT DISTINCT queue, task FROM jobs WHERE true ON CONFLICT DO NOTHING")
+    _copy_groups(source, copy)
     return {table: copy.run(f"SELECT count(*) FROM {table}")[0][0] for table in COPIED_ROWS}
+
+
+def _copy_groups(source: Session, copy: Session) -> None:
+    """Copy the turns, weights and last deliveries of all groups."""
+    for table, columns in COPIED_GROUPS.items():
+        copy.change(f"DELETE FROM {table}")
+        rows = source.run(f"SELECT {columns} FROM {table}")
+        copy.change_many(_insert(table, columns), [dict(zip(_names(columns), row, strict=True)) for row in rows])
+    copy.change(LIST_GROUPS)
+    copy.change(COUNT_ALL_RUNNING)
 
 
 def _write(copy: Session, table: str, rows: list[Any]) -> None:
     """Insert rows, read them back, and compare them."""
     columns = COPIED[table]
-    insert = f"INSERT INTO {table} ({columns}) VALUES (:{columns.replace(', ', ', :')})"
-    copy.change_many(insert, [dict(zip(columns.split(", "), row, strict=True)) for row in rows])
+    copy.change_many(_insert(table, columns), [dict(zip(_names(columns), row, strict=True)) for row in rows])
     if table == "outcomes":
         which = (
             f"SELECT {columns} FROM outcomes WHERE period = {rows[0][0]} AND at BETWEEN {rows[0][1]} AND {rows[-1][1]}"
@@ -322,6 +356,14 @@ def _write(copy: Session, table: str, rows: list[Any]) -> None:
         which = _select(table, "id", [row[0] for row in rows])
     if not {repr(tuple(row)) for row in rows} <= {repr(tuple(row)) for row in copy.run(which)}:
         raise QueueError(f"cannot copy {table}: what was read back is not what was written")
+
+
+def _names(columns: str) -> list[str]:
+    return columns.replace('"', "").split(", ")
+
+
+def _insert(table: str, columns: str) -> str:
+    return f"INSERT INTO {table} ({columns}) VALUES (:{', :'.join(_names(columns))})"
 
 
 def _select(table: str, column: str, ids: Iterable[int]) -> str:
@@ -384,7 +426,7 @@ def arrival(mark: Params) -> list[tuple[str, Params]]:
 
 
 def _copy_new_jobs(
-    source: Session, copy: Session, attach: Attach, mark: Params, attempt: int, now: float
+    source: Session, copy: Session, target: Moving, mark: Params, attempt: int, now: float
 ) -> tuple[int, int]:
     """Copy new jobs to the target, under new ids; return how many, and how many were skipped by key."""
     here = [(row, known) for row in copy.run(MARKS_HERE) if (known := json.loads(row[2]))["token"] == mark["token"]]
@@ -398,12 +440,12 @@ def _copy_new_jobs(
     for rows in _pages(source, "jobs", COLUMNS, after=last_id):
         for row in rows:
             job = dict(zip(Job._fields, row, strict=True))
-            new_id = _copy_job(source, copy, job, now)
+            new_id = _copy_job(source, copy, target, job, now)
             if new_id is None:
                 doubles += 1
             else:
                 new_ids[job["id"]] = new_id
-                _copy_dependencies(source, copy, attach, job, new_ids, now)
+                _copy_dependencies(source, copy, target, job, new_ids, now)
         last_id = rows[-1][0]
     error = json.dumps({**known, "last_id": last_id})
     copy.change(
@@ -415,22 +457,24 @@ def _copy_new_jobs(
 
 
 def _copy_dependencies(
-    source: Session, copy: Session, attach: Attach, job: Params, new_ids: dict[int, int], now: float
+    source: Session, copy: Session, target: Moving, job: Params, new_ids: dict[int, int], now: float
 ) -> None:
     """Let the copy of a job run after the copies of its parents, as far as they exist."""
     rows = source.run("SELECT parent_id, after_failed FROM dependencies WHERE job_id = :id", {"id": job["id"]})
     parents = sorted(new_ids.get(parent, parent) for parent, _ in rows)
     if parents := [each for (each, _) in copy.run(STATES_OF, {"ids": json.dumps(parents)})]:
         # guard: a job carried to the target waits for its parents there
-        attach(copy, [new_ids[job["id"]]], parents, rows[0][1], now)
+        target._attach(copy, [new_ids[job["id"]]], parents, rows[0][1], now)
 
 
-def _copy_job(source: Session, copy: Session, job: Params, now: float) -> int | None:
+def _copy_job(source: Session, copy: Session, target: Moving, job: Params, now: float) -> int | None:
     """Copy a job unless another one holds its key, and return its id; a finished one does not need its key."""
     if job["state"] == "waiting":
         job = {**job, "state": "scheduled", "waits_for": 0}
     copy.change(ADD_QUEUE, {"queue": job["queue"]})
     copy.change(ADD_TASK, {"queue": job["queue"], "task": job["task"]})
+    if job["group"]:
+        target._let_groups_take_turns(copy, job["queue"])
     copy.change(FREE_KEY, {**job, "now": now})
     keyless = {**job, "key_expires_at": None}
     is_over = job["key_expires_at"] is not None and job["key_expires_at"] <= now

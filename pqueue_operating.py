@@ -7,12 +7,14 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime, timedelta
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 from pqueue_backend import Session
+from pqueue_groups import valid_group
 from pqueue_outcomes import Counting
 from pqueue_schema import CHANGE, FINISHED, FREE_KEY, LEASE_AGAIN, RUN_NOW, UNTAKEN
 from pqueue_search import Reading
@@ -83,6 +85,9 @@ class Operating(Reading, Counting):
     def _expect_room(self, session: Session, verb: str, queue: str) -> None: ...
 
     @abstractmethod
+    def _let_groups_take_turns(self, session: Session, queue: str) -> int: ...
+
+    @abstractmethod
     def _operator_verb(
         self,
         verb: str,
@@ -104,6 +109,7 @@ class Operating(Reading, Counting):
         delay_seconds: float | timedelta | None = None,
         run_at: float | datetime | None = None,
         queue: str | None = None,
+        group: str | EllipsisType | None = ...,
         max_attempts: int | None = None,
         expires_at: float | datetime | None = None,
         expire_seconds: float | timedelta | None = None,
@@ -114,6 +120,7 @@ class Operating(Reading, Counting):
 
         delay_seconds, run_at: a new time makes the job `scheduled`, or `pending` if it has come; it waits all the same.
         queue: the queue to move the job to; it is created if it does not exist.
+        group: its new group; None: none.
         max_attempts: more than the job has had.
 
         Raises JobNotFound; InvalidTransition if the job is in another state, or another one holds its key in the new
@@ -130,6 +137,7 @@ class Operating(Reading, Counting):
             "priority": None if priority is None else valid_int("priority", -(2**31), priority),
             "run_at": due if run_at is None else time_of("run_at", run_at),
             "queue": None if queue is None else valid_name("queue", queue),
+            "group": None if group is ... else "" if group is None else valid_group(group),
             "max_attempts": None if max_attempts is None else valid_int("max_attempts", 1, max_attempts),
             "expires_at": None if expires_at is None else time_of("expires_at", expires_at),
             "expire_seconds": None if expire_seconds is None else above_0("expire_seconds", expire_seconds),
@@ -143,6 +151,7 @@ class Operating(Reading, Counting):
             if queue is not None:
                 self._count_enqueued(session)
                 self._expect_place(session, job_id, queue, now)
+            self._expect_turns(session, job_id, values)
             self._operator_verb("change", f"changed {changed}", CHANGE, job_id, by, now, allowed=UNTAKEN, **values)
 
     def _expect_attempt_left(self, session: Session, job_id: int, most: int | None) -> None:
@@ -154,10 +163,17 @@ class Operating(Reading, Counting):
         """Prepare a queue for a job from another one. Raises QueueFull."""
         elsewhere = "SELECT task, key FROM jobs WHERE id = :id AND queue <> :queue"
         for task, key in session.run(elsewhere, {"id": job_id, "queue": queue}):
-            self._add_queue(session, {"queue": queue, "task": task})
+            self._add_queue(session, {"queue": queue, "task": task, "group": ""})
             # guard: a full queue refuses a job of another queue
             self._expect_room(session, f"move job {job_id}", queue)
             session.change(FREE_KEY, {"queue": queue, "task": task, "key": key, "now": now})
+
+    def _expect_turns(self, session: Session, job_id: int, values: Params) -> None:
+        """Let the groups of the job's queue take turns if the job will have a group."""
+        for queue, group in session.run('SELECT queue, "group" FROM jobs WHERE id = :id', {"id": job_id}):
+            # guard: a job that gets a group is delivered
+            if group if values["group"] is None else values["group"]:
+                self._let_groups_take_turns(session, values["queue"] or queue)
 
     def run_now(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
         """Make a `scheduled` or `waiting` job `pending`.

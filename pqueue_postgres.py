@@ -10,6 +10,7 @@ import zlib
 from functools import lru_cache
 
 import pqueue_dependencies
+import pqueue_groups
 import pqueue_handlers
 import pqueue_move
 import pqueue_outcomes
@@ -18,12 +19,16 @@ import pqueue_schema
 from pqueue_outcomes import ALL_SUMS, BOUNDS, KEY, MAX_TIME, NEW, SUM, UNTIMED
 from pqueue_outcomes import COLUMNS as COLUMNS_OF_COUNTS
 from pqueue_schema import (
+    COLUMN_OF,
     COLUMNS,
     COMPLETED,
+    HAS_LIMITS,
     HELD_BY_CONSUMER,
     HOLDS_KEY,
+    IN_TURN,
     IS_LISTED,
     KEY_IS_FREE,
+    LEASE,
     NEW_JOB,
     ORDER,
     UNLESS_HELD,
@@ -171,6 +176,51 @@ START_COUNTING = [
     )
 ]
 
+# A claim from a queue with groups locks the queue's row, and alone changes its groups. Triggers therefore insert an
+# event for a task of a group that has a new pending job, or for a group (task NULL) of which a job has ended. The claim
+# merges them into queue_groups. For jobs without a group, no trigger fires.
+_BECOMES_PENDING = """NEW."group" <> '' AND NEW.state = 'pending'"""
+_WAS_RUNNING = """OLD."group" <> '' AND OLD.state = 'processing'"""
+GROUPING = [
+    f"""
+CREATE TABLE {SCHEMA}.group_events (
+    queue TEXT NOT NULL,
+    name TEXT NOT NULL,
+    task TEXT
+) WITH ({AUTOVACUUM})""",
+    f"CREATE INDEX group_events_queue ON {SCHEMA}.group_events (queue)",
+    f"ALTER TABLE {SCHEMA}.queue_groups SET ({AUTOVACUUM})",
+    f"""
+CREATE FUNCTION {SCHEMA}.note_group() RETURNS TRIGGER {FUNCTION} AS $$
+BEGIN
+    IF TG_OP <> 'INSERT' THEN
+        IF OLD.state = 'processing' THEN
+            INSERT INTO {SCHEMA}.group_events VALUES (OLD.queue, OLD."group", NULL);
+        END IF;
+    END IF;
+    IF TG_OP <> 'DELETE' THEN
+        IF NEW.state = 'pending' THEN
+            INSERT INTO {SCHEMA}.group_events VALUES (NEW.queue, NEW."group", NEW.task);
+        END IF;
+    END IF;
+    RETURN NULL;
+END $$""",
+    *(
+        statement
+        for name, event, when in (
+            ("insert", "INSERT", _BECOMES_PENDING),
+            ("pending", 'UPDATE OF state, assigned_to, queue, "group"', _BECOMES_PENDING),
+            ("ended", "UPDATE OF state", f"{_WAS_RUNNING} AND NEW.state <> 'pending'"),
+            ("delete", "DELETE", _WAS_RUNNING),
+        )
+        for statement in (
+            f"CREATE TRIGGER group_{name} AFTER {event} ON {SCHEMA}.jobs FOR EACH ROW WHEN ({when}) "
+            f"EXECUTE FUNCTION {SCHEMA}.note_group()",
+            f"ALTER TABLE {SCHEMA}.jobs ENABLE ALWAYS TRIGGER group_{name}",  # as above
+        )
+    ),
+]
+
 # Parts of statements
 
 LOCK = "FOR UPDATE SKIP LOCKED"  # skip rows that other transactions have locked
@@ -188,7 +238,8 @@ FIRST_EXPIRING = f"(SELECT expires_at FROM jobs WHERE {pqueue_schema.EXPIRES} OR
 FIRST_SCHEDULE = "(SELECT min(next_at) FROM schedules WHERE paused = 0)"
 OVERDUE = f"""
 SELECT {FIRST_DUE} <= :now OR {FIRST_SCHEDULE} <= :now OR {FIRST_EXPIRING} <= :now AS due,
-    {FIRST_EXPIRY} <= :now AS expired"""
+    {FIRST_EXPIRY} <= :now AS expired,
+    EXISTS (SELECT 1 FROM queues WHERE grouped = 1) AS grouped"""
 # pg_locks lists all databases of the server, perhaps including a copy of this one with consumers of its own.
 IN_THIS_DATABASE = "database = (SELECT oid FROM pg_database WHERE datname = current_database())"
 # Return the slots of living consumers: the numbers of the locks that they hold.
@@ -207,9 +258,12 @@ PENDING_UNLOCKED = f"(SELECT {COUNTED} FROM pending_counts c WHERE c.queue = nam
 # A claim
 
 # Jobs that a consumer may claim: those of a task in a queue, and those that are assigned to it
-OF_TASK = "queue = {} AND task = {} AND state = 'pending' AND assigned_to IS NULL"
+OF_TASK = """queue = {} AND task = {} AND "group" = '' AND state = 'pending' AND assigned_to IS NULL"""
 OF_CONSUMER = f"""state = 'pending' AND assigned_to = :consumer AND {KNOWN.format(task="task")}
-    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)"""
+    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0 OR {HAS_LIMITS})"""
+# Queues whose groups take turns, from which the consumer may take jobs
+GROUPED_HERE = f"""FROM queues q WHERE grouped = 1 AND paused = 0 AND ({SERVED} OR name IN
+    (SELECT queue FROM jobs WHERE state = 'pending' AND assigned_to = :consumer))"""
 # Scheduled jobs that a consumer may take
 TO_COME = f"state = 'scheduled' AND {OF_QUEUES} AND (assigned_to IS NULL OR assigned_to = :consumer)"
 # Numbers of tasks, counted per queue, of which a claim may take more than one job; each costs about 20 us
@@ -223,12 +277,22 @@ IS_ALONE = f"jobs.attempts > 0 OR jobs.attempts + 1 >= {MOST_ATTEMPTS}"
 PREVIOUS = "ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING"
 
 
+GROUP_PLACES = f"q.grouped = 1 AND q.paused = 0 AND {SERVED} AND {KNOWN.format(task='t.task')}"
+EVENTS_HERE = f"""queue IN (SELECT name FROM queues q WHERE q.paused = 0 AND {SERVED})
+    AND (task IS NULL OR {KNOWN.format(task="task")})"""
+LEASED_AS = {**LEASE, "max_attempts": MOST_ATTEMPTS}
+LEASED = ", ".join(f"{name} = {value}" for name, value in LEASED_AS.items())
+AS_LEASED = {name: f"{value} AS {name}" for name, value in LEASED_AS.items()}
+AS_LEASED |= {name: f"CAST({LEASE[name]} AS double precision) AS {name}" for name in ("lease_expires_at", "started_at")}
+
+
 def _heads(number: int) -> str:
     """Return the first jobs in order of which each is the first of a task in a queue."""
     return f"""
     SELECT t.queue, t.task, head.* FROM queues q JOIN queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
         (SELECT {ROW} FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")} ORDER BY {ORDER} LIMIT 1) head
-    WHERE q.paused = 0 AND {SERVED} AND {KNOWN.format(task="t.task")} ORDER BY {ORDER} LIMIT {number}"""
+    WHERE q.grouped = 0 AND q.paused = 0 AND {SERVED} AND {KNOWN.format(task="t.task")}
+    ORDER BY {ORDER} LIMIT {number}"""
 
 
 def _with_tasks(width: int) -> str:
@@ -300,9 +364,9 @@ def _enqueue(has_room: str) -> str:
 WITH added AS (
 INSERT INTO jobs ({NEW_JOB})
 SELECT name, :task, :payload, :state, :priority, :run_at, :expires_at, :max_attempts, :key, :key_until,
-    :key_expires_at, :assigned_to, :meta, :now
+    :key_expires_at, :assigned_to, :meta, :group, :now
 FROM queues
-WHERE name = :queue AND {IS_LISTED} AND CASE WHEN max_pending IS NULL THEN true {has_room} END
+WHERE name = :queue AND {IS_LISTED} AND {IN_TURN} AND CASE WHEN max_pending IS NULL THEN true {has_room} END
 {UNLESS_HELD}
 RETURNING id),
 counted AS ({_COUNT_ENQUEUED})
@@ -313,12 +377,12 @@ def _enqueue_many(has_room: str) -> str:
     return f"""
 WITH open AS MATERIALIZED (
     SELECT name FROM queues
-    WHERE name = :queue AND {IS_LISTED} AND CASE WHEN max_pending IS NULL THEN true {has_room} END),
+    WHERE name = :queue AND {IS_LISTED} AND {IN_TURN} AND CASE WHEN max_pending IS NULL THEN true {has_room} END),
 added AS (
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, expires_at, max_attempts, assigned_to, meta,
-    created_at)
+    "group", created_at)
 SELECT name, :task, substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2), :state, :priority, :run_at,
-    :expires_at, :max_attempts, :assigned_to, :meta, :now
+    :expires_at, :max_attempts, :assigned_to, :meta, :group, :now
 FROM open CROSS JOIN json_array_elements(CAST(:payloads AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n
 RETURNING id),
 counted AS ({_COUNT_ENQUEUED})
@@ -367,6 +431,14 @@ WHERE id = :id AND state IN {pqueue_schema.FINISHED}
 SELECT min(at) FROM (
     SELECT 0.0 AS at WHERE EXISTS ({_heads(1)})
         OR EXISTS (SELECT 1 FROM jobs WHERE {OF_CONSUMER} LIMIT :limit)
+        OR EXISTS (SELECT 1 FROM queues q JOIN queue_tasks t ON t.queue = q.name JOIN queue_groups g
+            ON g.queue = t.queue AND g.task = t.task WHERE {GROUP_PLACES} AND g.next_at = 0)
+        OR EXISTS (SELECT 1 FROM group_events WHERE {EVENTS_HERE})
+    UNION ALL (SELECT next_at FROM queue_groups WHERE next_at > 0 AND {OF_QUEUES} ORDER BY next_at LIMIT 1)
+    UNION ALL SELECT {pqueue_schema.RATE_AT} FROM queues q JOIN queue_tasks t ON t.queue = q.name
+    WHERE {GROUP_PLACES} AND EXISTS (SELECT 1 FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")}) AND
+        (q.max_running IS NULL OR q.max_running > (SELECT count(*) FROM jobs
+         WHERE queue = q.name AND "group" = '' AND state = 'processing' AND counted = 1))
     UNION ALL SELECT {FIRST_DUE}
     UNION ALL SELECT {FIRST_SCHEDULE}
     UNION ALL SELECT {FIRST_EXPIRY}) events""",
@@ -382,10 +454,46 @@ SELECT min(at) FROM (
 SELECT {COLUMNS} FROM jobs WHERE id IN (
     SELECT head.id FROM queues q JOIN queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
         (SELECT id FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")} ORDER BY {ORDER} LIMIT :limit) head
-    WHERE q.paused = 0 AND {SERVED} AND {KNOWN.format(task="t.task")}
+    WHERE q.grouped = 0 AND q.paused = 0 AND {SERVED} AND {KNOWN.format(task="t.task")}
     UNION ALL (SELECT id FROM jobs WHERE {OF_CONSUMER} ORDER BY {ORDER} LIMIT :limit)
     UNION ALL (SELECT id FROM jobs WHERE {TO_COME} AND run_at <= :now ORDER BY {ORDER} LIMIT :limit))
 ORDER BY {ORDER} LIMIT :limit""",
+    # differs because a claim from another queue may do it at the same time
+    pqueue_groups.WAKE_DELAYED: f"""
+UPDATE queue_groups SET next_at = 0
+WHERE id = ANY (ARRAY(SELECT id FROM queue_groups WHERE next_at > 0 AND next_at <= :now {LOCK}))""",
+    # differs because a claim must neither wait nor be waited for
+    pqueue_groups.FORGET_GROUPS: f"""
+DELETE FROM queue_groups WHERE id = ANY (ARRAY(
+    SELECT id FROM queue_groups g WHERE next_at < 0 AND turn <= (SELECT turn FROM queues WHERE name = g.queue)
+    AND NOT EXISTS (SELECT 1 FROM jobs WHERE queue = g.queue AND task = g.task AND "group" = g.name
+        AND state = 'pending' AND assigned_to IS NULL) LIMIT :limit {LOCK}))""",
+    # differs because a subquery for each task is LATERAL
+    pqueue_groups.READY: f"""
+SELECT q.name, t.task, g.name, g.turn,
+    (SELECT weight FROM group_weights w WHERE w.queue = g.queue AND w.name = g.name),
+    q.turn, q.unnamed_turn, {HAS_LIMITS}, EXISTS (SELECT 1 FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")})
+FROM queues q JOIN queue_tasks t ON t.queue = q.name LEFT JOIN LATERAL
+    (SELECT * FROM queue_groups WHERE queue = t.queue AND task = t.task AND next_at = 0
+     ORDER BY turn, id LIMIT :width) g ON true
+WHERE {GROUP_PLACES}""",
+    # differs because a text is searched in another way
+    pqueue_groups.ASSIGNED_IN_GROUPS: f"""
+SELECT -priority, run_at, id, queue, "group" FROM jobs WHERE state = 'pending' AND assigned_to = :consumer
+    AND {KNOWN.format(task="task")} AND queue IN (SELECT name FROM queues WHERE paused = 0 AND ({HAS_LIMITS}))
+ORDER BY {ORDER} LIMIT :limit""",
+    # differs because a text is searched in another way, and others may have claimed the jobs since
+    pqueue_groups.AS_LEASED: f"""
+SELECT {", ".join(AS_LEASED.get(name, column) for name, column in COLUMN_OF.items())} FROM jobs
+WHERE id = {THESE} AND state = 'pending' {LOCK}""",
+    # differs because a text is searched in another way
+    pqueue_groups.LEASE_THESE: f"UPDATE jobs SET {LEASED}, counted = :counted WHERE id = {THESE}",
+    # differs because a text is searched in another way, and others may have claimed the job since
+    pqueue_groups.LEASE_ONE: f"""
+UPDATE jobs SET {LEASED}, counted = :counted
+WHERE id = (SELECT id FROM jobs WHERE id = :id AND state = 'pending' {LOCK}) RETURNING {COLUMNS}""",
+    # differs because JSON is read in another way
+    pqueue_groups.THESE_JOBS: f"SELECT {COLUMNS} FROM jobs WHERE id = {THESE}",
     # differs because others may promote at the same time
     pqueue_schema.PROMOTE: f"""
 UPDATE jobs SET state = 'pending' WHERE id = ANY (ARRAY(
@@ -498,7 +606,8 @@ ENQUEUE_MANY_ALONE = _enqueue_many(HAVE_ROOM)
 # Statements that are their own transaction
 ALONE = {pqueue_schema.ENQUEUE: ENQUEUE_ALONE, pqueue_schema.ENQUEUE_MANY: ENQUEUE_MANY_ALONE}
 
-NONE_OVERDUE = f"NOT EXISTS (SELECT FROM ({OVERDUE}) overdue WHERE due OR expired) AND"
+NONE_OVERDUE = f"""NOT EXISTS (SELECT FROM ({OVERDUE}) overdue WHERE due OR expired OR
+    grouped AND EXISTS (SELECT 1 {GROUPED_HERE})) AND"""
 
 
 @lru_cache
@@ -545,6 +654,32 @@ CLAIM_ALONE = claim_alone(1)
 COMPLETE_AND_CLAIM = complete_and_claim(1)
 
 # Statements that only PostgreSQL has
+
+# Lock the queues whose groups take turns, as their turns and their running jobs must not change.
+LOCK_QUEUES = f"SELECT name {GROUPED_HERE} ORDER BY name FOR NO KEY UPDATE"
+
+# Merge the events of these queues into their groups.
+MERGE_EVENTS = """
+WITH events AS (DELETE FROM group_events WHERE queue = ANY (CAST(:locked AS text[])) RETURNING queue, name, task)
+INSERT INTO queue_groups (queue, name, task)
+SELECT DISTINCT e.queue, e.name, coalesce(e.task, g.task) FROM events e
+LEFT JOIN queue_groups g ON e.task IS NULL AND g.queue = e.queue AND g.name = e.name AND g.next_at IS NULL
+WHERE coalesce(e.task, g.task) IS NOT NULL
+ON CONFLICT (queue, name, task) DO UPDATE SET next_at = 0
+WHERE queue_groups.next_at IS NULL OR queue_groups.next_at < 0"""
+
+# Return the first jobs that the consumer may take from queues without groups, in order.
+FIRST_JOBS = f"{_with_tasks(WIDTH)}\nSELECT -priority, run_at, id FROM ({_in_order(WIDTH)}) jobs LIMIT :limit"
+
+# Do what NEXT_OF_GROUP does, for several tasks of groups.
+NEXT_OF_GROUPS = f"""
+SELECT jobs.* FROM unnest(CAST(:at_queues AS text[]), CAST(:at_names AS text[]), CAST(:at_tasks AS text[]))
+    AS p (queue, name, task) CROSS JOIN LATERAL (
+    SELECT -priority, run_at, id, queue, "group", task FROM jobs WHERE queue = p.queue AND task = p.task
+        AND "group" = p.name AND state = 'pending' AND assigned_to IS NULL ORDER BY {ORDER} LIMIT :share) jobs"""
+
+# Do what ROOM_OF_GROUP does, for several groups.
+ROOM_OF_GROUPS = pqueue_groups.rooms("unnest(CAST(:at_queues AS text[]), CAST(:at_names AS text[])) AS g (queue, name)")
 
 # Delete the jobs that PRUNABLE returns, and their history; return how many.
 PRUNE = f"""
@@ -704,7 +839,7 @@ HEALTH = (
 )
 
 NAMED = re.compile(r"(?<!:):([a-z_]\w*)")
-TABLES = (*pqueue_schema.TABLES, "version", "pending_counts", "pending_changes")
+TABLES = (*pqueue_schema.TABLES, "version", "pending_counts", "pending_changes", "group_events")
 # A name of a table where a statement says which table it uses. The application's search_path must not decide that.
 USED_TABLE = re.compile(rf"\b(FROM|JOIN|INTO|UPDATE|TABLE|EXISTS|ON) ({'|'.join(TABLES)})\b(?!\.)")
 

@@ -11,6 +11,7 @@ from types import EllipsisType
 from typing import Any
 
 from pqueue_backend import Session
+from pqueue_groups import FORGET_GROUPS
 from pqueue_outcomes import Counting, count_job
 from pqueue_schema import (
     ADD_QUEUE,
@@ -44,7 +45,7 @@ class Retaining(Counting):
     """The operations that cancel expired jobs and delete finished ones."""
 
     @abstractmethod
-    def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> None: ...
+    def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> bool: ...
 
     @abstractmethod
     def _job_ended(self, session: Session, job_id: int, now: float) -> None: ...
@@ -122,6 +123,7 @@ class Retaining(Counting):
         before = now - duration("older_than_seconds", older_than_seconds)
         with self._transaction(durable=False) as session:
             session.change(DELETE_CONSUMERS, {"before": before})
+            session.change(FORGET_GROUPS, {"limit": PRUNE_BATCH})
             self._roll_up(now)
         pruned = 0
         for state in [valid_state(FINISHED, state) for state in states]:
@@ -159,6 +161,8 @@ class Retaining(Counting):
             if is_first and not session.change(MARK_PRUNED, params):
                 return False
             session.change(DELETE_CONSUMERS, {"before": params["now"] - CONSUMERS_KEPT_SECONDS})
+            if is_first:
+                session.change(FORGET_GROUPS, params)
             batches = [self._prune(session, {**params, "state": state}) for state in FINISHED]
         return max(batches) == KEEP_BATCH
 

@@ -69,6 +69,8 @@ CREATE TABLE jobs (
     result           TEXT,           -- JSON; until completed, the partial result of `update`, if any; NULL: none
     error            TEXT,           -- of the last failed attempt; NULL: none
     meta             TEXT,           -- JSON object of what @metadata returned; NULL: none
+    "group"          TEXT NOT NULL DEFAULT '',  -- its group within the queue; '': none
+    counted          INTEGER,        -- 1: its last delivery counts towards queues.max_running
     waits_for        INTEGER NOT NULL DEFAULT 0,  -- unfinished jobs it waits for; above 0 if it failed with one of them
     has_dependents   INTEGER NOT NULL DEFAULT 0,  -- 1: it may be the parent in a row of dependencies
     CHECK (CASE state
@@ -87,10 +89,16 @@ CREATE TABLE jobs (
 {sqlite} STRICT""",
         """
 CREATE TABLE queues (
-    name        TEXT PRIMARY KEY,
-    paused      INTEGER NOT NULL DEFAULT 0,  -- 1: by an operator, 2: by a move; 0: not paused
-    max_pending INTEGER,                     -- limit of pending jobs; NULL: no limit
-    pending     INTEGER NOT NULL DEFAULT 0,  -- unassigned pending jobs, counted while max_pending is set
+    name         TEXT PRIMARY KEY,
+    paused       INTEGER NOT NULL DEFAULT 0,  -- 1: by an operator, 2: by a move; 0: not paused
+    max_pending  INTEGER,                     -- limit of pending jobs; NULL: no limit
+    pending      INTEGER NOT NULL DEFAULT 0,  -- unassigned pending jobs, counted while max_pending is set
+    grouped      INTEGER NOT NULL DEFAULT 0,  -- 1: its groups take turns, see pqueue_groups
+    max_running  INTEGER,                     -- limit of processing jobs of each group; NULL: no limit
+    rate_jobs    INTEGER,                     -- limit of deliveries of each group ...
+    rate_seconds {float},                     -- ... in any time of this length; NULL: no limit
+    turn         {float} NOT NULL DEFAULT 0,  -- of the group that was served last
+    unnamed_turn {float} NOT NULL DEFAULT 0,  -- of the jobs without a group
     keep_completed_seconds {float} DEFAULT 604800,   -- how long finished jobs are kept; NULL: for ever
     keep_failed_seconds    {float} DEFAULT 2592000,
     keep_cancelled_seconds {float} DEFAULT 2592000,
@@ -104,6 +112,35 @@ CREATE TABLE queue_tasks (  -- the tasks of each queue: a claim looks at the fir
     queue TEXT NOT NULL,  -- queues.name
     task  TEXT NOT NULL,
     PRIMARY KEY (queue, task)
+)
+{sqlite} WITHOUT ROWID, STRICT""",
+        """
+CREATE TABLE queue_groups (  -- the tasks of each group of a queue, those without a group excepted
+    id      {id},
+    queue   TEXT NOT NULL,  -- queues.name
+    name    TEXT NOT NULL,
+    task    TEXT NOT NULL,
+    turn    {float} NOT NULL DEFAULT 0,  -- increases with each job; the lowest is next
+    next_at {float} DEFAULT 0,           -- 0: may have a job to claim; -1: none; NULL: max_running are processing;
+                                         -- else when the rate allows the next, Unix seconds
+    UNIQUE (queue, name, task)
+)
+{sqlite} STRICT""",
+        """
+CREATE TABLE group_weights (  -- those other than 1
+    queue  TEXT NOT NULL,
+    name   TEXT NOT NULL,
+    weight {float} NOT NULL,
+    PRIMARY KEY (queue, name)
+)
+{sqlite} WITHOUT ROWID, STRICT""",
+        """
+CREATE TABLE group_starts (  -- the last deliveries of each group whose queue has a rate, at most rate_jobs
+    queue TEXT NOT NULL,
+    name  TEXT NOT NULL,
+    n     {bigint} NOT NULL,  -- increases by 1
+    at    {float} NOT NULL,   -- Unix seconds
+    PRIMARY KEY (queue, name, n)
 )
 {sqlite} WITHOUT ROWID, STRICT""",
         """
@@ -196,7 +233,7 @@ CREATE TABLE outcomes (  -- see pqueue_outcomes
 {sqlite} WITHOUT ROWID, STRICT""",
         "CREATE INDEX outcomes_shards ON outcomes (at) WHERE shard <> 0",
         "CREATE INDEX schedules_due ON schedules (next_at) WHERE paused = 0",
-        """CREATE INDEX jobs_claim ON jobs (queue, task, priority DESC, run_at, id)
+        """CREATE INDEX jobs_claim ON jobs (queue, task, "group", priority DESC, run_at, id)
            WHERE state = 'pending' AND assigned_to IS NULL""",
         """CREATE INDEX jobs_assigned ON jobs (assigned_to, priority DESC, run_at, id)
            WHERE state = 'pending' AND assigned_to IS NOT NULL""",
@@ -204,6 +241,10 @@ CREATE TABLE outcomes (  -- see pqueue_outcomes
         "CREATE INDEX jobs_scheduled ON jobs (run_at) WHERE state = 'scheduled'",
         f"CREATE INDEX jobs_expiring ON jobs (expires_at) WHERE {EXPIRES}",
         "CREATE INDEX jobs_processing ON jobs (lease_expires_at) WHERE state = 'processing'",
+        """CREATE INDEX jobs_counted ON jobs (queue, "group") WHERE state = 'processing' AND counted = 1""",
+        "CREATE INDEX queues_grouped ON queues (name) WHERE grouped = 1",
+        "CREATE INDEX queue_groups_ready ON queue_groups (queue, task, turn, id) WHERE next_at = 0",
+        "CREATE INDEX queue_groups_delayed ON queue_groups (next_at) WHERE next_at > 0",
         "CREATE INDEX jobs_finished ON jobs (state, queue, finished_at) WHERE finished_at IS NOT NULL",
         f"""CREATE INDEX jobs_failed ON jobs (task, substr(error, 1, {FAILURE_CHARS}), id, finished_at)
            WHERE state = 'failed'""",
@@ -218,7 +259,9 @@ CREATE TABLE outcomes (  -- see pqueue_outcomes
 
 # Parts of statements
 
-COLUMNS = ", ".join(Job._fields)
+# The column of a field of Job
+COLUMN_OF = {name: '"group"' if name == "group" else name for name in Job._fields}
+COLUMNS = ", ".join(COLUMN_OF.values())
 NO_LEASE = "lease_token = NULL, lease_expires_at = NULL"
 COMPLETED = f"state = 'completed', finished_at = :now, progress = 1.0, error = NULL, {NO_LEASE}"
 # Only a processing job has a token: see the CHECK above.
@@ -228,6 +271,9 @@ HELD_BY_CONSUMER = "state = 'processing' AND substr(lease_token, 1, 16) = :token
 PENDING_IN_QUEUE = "queue = :queue AND state = 'pending' AND assigned_to IS NULL"
 # guard: a full queue refuses a job
 HAS_ROOM = "(max_pending IS NULL OR max_pending > pending)"
+# A job with a group is delivered only from a queue whose groups take turns.
+# guard: a queue with a group has its groups take turns
+IN_TURN = "(:group = '' OR grouped = 1)"
 IS_LISTED = "EXISTS (SELECT 1 FROM queue_tasks WHERE queue = :queue AND task = :task)"
 # :tasks are the names of tasks, each between newlines; NULL: all.
 KNOWN = "(:tasks IS NULL OR instr(:tasks, char(10) || {task} || char(10)))"
@@ -238,7 +284,7 @@ ORDER = "priority DESC, run_at, id"
 KEY_IS_OVER = "(key_expires_at IS NULL OR key_expires_at <= :now)"
 MOVES = "('moving', 'moved')"
 NEW_JOB = """queue, task, payload, state, priority, run_at, expires_at, max_attempts, key, key_until, key_expires_at,
-    assigned_to, meta, created_at"""
+    assigned_to, meta, "group", created_at"""
 # guard: resubmit respects the key
 KEY_IS_FREE = f"""(key_until IS NULL OR NOT EXISTS (SELECT 1 FROM jobs o
         WHERE o.queue = jobs.queue AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id AND {HOLDS_KEY}))"""
@@ -251,9 +297,9 @@ UNLESS_HELD = "ON CONFLICT DO NOTHING"
 ENQUEUE = f"""
 INSERT INTO jobs ({NEW_JOB})
 SELECT name, :task, :payload, :state, :priority, :run_at, :expires_at, :max_attempts, :key, :key_until,
-    :key_expires_at, :assigned_to, :meta, :now
+    :key_expires_at, :assigned_to, :meta, :group, :now
 FROM queues
-WHERE name = :queue AND {IS_LISTED} AND {HAS_ROOM}
+WHERE name = :queue AND {IS_LISTED} AND {HAS_ROOM} AND {IN_TURN}
 {UNLESS_HELD}"""
 
 # Insert a job per payload, unless the queue is unknown or has no room for all, or the task is new in the queue.
@@ -261,11 +307,11 @@ WHERE name = :queue AND {IS_LISTED} AND {HAS_ROOM}
 # guard: a full queue refuses a batch
 ENQUEUE_MANY = f"""
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, expires_at, max_attempts, assigned_to, meta,
-    created_at)
+    "group", created_at)
 SELECT name, :task, substr(value, 2, length(value) - 2), :state, :priority, :run_at, :expires_at, :max_attempts,
-    :assigned_to, :meta, :now
+    :assigned_to, :meta, :group, :now
 FROM queues CROSS JOIN json_each(:payloads)
-WHERE name = :queue AND {IS_LISTED} AND (max_pending IS NULL OR max_pending - pending >= :number)"""
+WHERE name = :queue AND {IS_LISTED} AND {IN_TURN} AND (max_pending IS NULL OR max_pending - pending >= :number)"""
 
 # Return how many more pending jobs the queue accepts (NULL: any number), and its limit.
 ROOM = "SELECT max_pending - pending AS room, max_pending FROM queues WHERE name = :queue"
@@ -311,15 +357,18 @@ ADD_TASK = "INSERT INTO queue_tasks (queue, task) VALUES (:queue, :task) ON CONF
 
 # Where a consumer may take jobs from: the tasks that it knows in the queues that it serves. :queues is a JSON array;
 # NULL: all. A job of another task or queue is never read: however many there are, a claim costs the same. CROSS JOIN
-# makes SQLite keep q and t in the outer loops.
+# makes SQLite keep q and t in the outer loops. Queues whose groups take turns: see pqueue_groups.
 # guard: a paused queue delivers nothing
 # guard: a consumer gets jobs of its queues only
 # guard: a consumer gets jobs of its tasks only
 PLACES = f"""FROM queues q CROSS JOIN queue_tasks t CROSS JOIN jobs
-WHERE q.paused = 0 AND (:queues IS NULL OR q.name IN (SELECT value FROM json_each(:queues)))
+WHERE q.grouped = 0 AND q.paused = 0 AND (:queues IS NULL OR q.name IN (SELECT value FROM json_each(:queues)))
     AND t.queue = q.name AND {KNOWN.format(task="t.task")}"""
 # guard: a job assigned to a consumer is not for others
-PENDING_OF_TASK = "queue = t.queue AND task = t.task AND state = 'pending' AND assigned_to IS NULL"
+PENDING_OF_TASK = """queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL"""
+# Whether the groups of a queue have limits: then claims take assigned jobs, too, as in pqueue_groups.
+# guard: an assigned job counts towards the limits of its group
+HAS_LIMITS = "max_running IS NOT NULL OR rate_jobs IS NOT NULL"
 # Of jobs and schedules.
 SERVED = f"""(:queues IS NULL OR queue IN (SELECT value FROM json_each(:queues)))
     AND {KNOWN.format(task="task")} AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)"""
@@ -327,7 +376,7 @@ SERVED = f"""(:queues IS NULL OR queue IN (SELECT value FROM json_each(:queues))
 # guard: a paused queue delivers no assigned job
 # guard: a consumer gets only assigned jobs of its tasks
 ASSIGNED = f"""assigned_to = :consumer AND {KNOWN.format(task="task")}
-    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)"""
+    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0 OR {HAS_LIMITS})"""
 
 
 # The first job of each task in each queue, and the first of those assigned to the consumer. :limit is 1.
@@ -361,17 +410,39 @@ CLAIM = f"""
 UPDATE jobs SET {LEASED} WHERE id = (SELECT id FROM ({_CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit)
 RETURNING {COLUMNS}"""
 
-# Return whether a scheduled job or a schedule is due or a job has expired, and whether a lease has expired.
+# Return whether a scheduled job or a schedule is due or a job has expired, whether a lease has expired, and
+# whether groups take turns.
 OVERDUE = f"""
 SELECT (SELECT min(run_at) FROM jobs WHERE state = 'scheduled') <= :now
            OR (SELECT min(next_at) FROM schedules WHERE paused = 0) <= :now
            OR (SELECT min(expires_at) FROM jobs WHERE {EXPIRES}) <= :now AS due,
-       (SELECT min(lease_expires_at) FROM jobs WHERE state = 'processing') <= :now AS expired"""
+       (SELECT min(lease_expires_at) FROM jobs WHERE state = 'processing') <= :now AS expired,
+       EXISTS (SELECT 1 FROM queues WHERE grouped = 1) AS grouped"""
+
+# Where a consumer may take jobs from groups.
+GROUP_PLACES = f"""q.grouped = 1 AND q.paused = 0
+    AND (:queues IS NULL OR q.name IN (SELECT value FROM json_each(:queues)))
+    AND t.queue = q.name AND {KNOWN.format(task="t.task")}"""
+RATE_AT = """
+    coalesce((SELECT at FROM group_starts s WHERE s.queue = q.name AND s.name = '' AND n = q.rate_jobs * -1 + 1 +
+        (SELECT max(n) FROM group_starts WHERE queue = q.name AND name = '')) + q.rate_seconds, 0.0)"""
+# When the consumer may take a job without a group; the other groups are ready at queue_groups.next_at.
+# guard: a waiting consumer sleeps while the jobs without a group are at their limit
+_UNNAMED_AT = f"""
+SELECT {RATE_AT} AS at FROM queues q CROSS JOIN queue_tasks t
+WHERE {GROUP_PLACES} AND EXISTS (SELECT 1 FROM jobs WHERE {PENDING_OF_TASK})
+    AND (q.max_running IS NULL OR q.max_running > (
+        SELECT count(*) FROM jobs WHERE queue = q.name AND "group" = '' AND state = 'processing' AND counted = 1))"""
 
 # Return when the next job may be available to the consumer; 0: now.
 NEXT_EVENT = f"""
 SELECT min(at) FROM (
     SELECT 0.0 AS at WHERE EXISTS ({_CANDIDATES})
+    UNION ALL SELECT 0.0 WHERE EXISTS (SELECT 1 FROM queues q CROSS JOIN queue_tasks t CROSS JOIN queue_groups g
+        WHERE {GROUP_PLACES} AND g.queue = t.queue AND g.task = t.task AND g.next_at = 0)
+    UNION ALL SELECT * FROM (
+        SELECT next_at FROM queue_groups WHERE next_at > 0 AND {SERVED} ORDER BY next_at LIMIT 1) delayed
+    UNION ALL {_UNNAMED_AT}
     UNION ALL SELECT min(run_at) FROM jobs WHERE state = 'scheduled'
     UNION ALL SELECT min(next_at) FROM schedules WHERE paused = 0
     UNION ALL SELECT min(lease_expires_at) FROM jobs WHERE state = 'processing') events"""
@@ -487,6 +558,7 @@ WHERE id = :id AND state IN {FINISHED}"""
 CHANGE = f"""
 UPDATE jobs SET payload = coalesce(:payload, payload), priority = coalesce(:priority, priority),
     queue = coalesce(:queue, queue), max_attempts = coalesce(:max_attempts, max_attempts),
+    "group" = coalesce(:group, "group"),
     expires_at = coalesce(:expires_at, coalesce(:run_at, run_at) + :expire_seconds, expires_at),
     run_at = coalesce(:run_at, run_at),
     state = CASE WHEN CAST(:run_at AS double precision) IS NULL OR state = 'waiting' THEN state
@@ -707,4 +779,16 @@ GROUP BY task, line ORDER BY max(finished_at) DESC, max(id) DESC LIMIT {MAX_GROU
 # Return the groups of failed jobs that were last to fail.
 FAILURES = failures("substr(error, 1, instr(error || char(10), char(10)) - 1)")
 
-TABLES = ("jobs", "queues", "queue_tasks", "consumers", "history", "schedules", "dependencies", "handlers", "outcomes")
+GROUP_TABLES = ("queue_groups", "group_weights", "group_starts")
+TABLES = (
+    "jobs",
+    "queues",
+    "queue_tasks",
+    *GROUP_TABLES,
+    "consumers",
+    "history",
+    "schedules",
+    "dependencies",
+    "handlers",
+    "outcomes",
+)

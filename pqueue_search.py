@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 from pqueue_backend import Backend
 from pqueue_schema import (
+    COLUMN_OF,
     COLUMNS,
     COUNTS,
     FAILURE_CHARS,
@@ -107,15 +108,20 @@ class Reading(Backend):
         """Return the numbers of jobs, as a dict:
 
         "states": a dict from each state to its number of jobs.
-        "queues": a dict from each queue to a dict with these numbers, "paused" (bool), "max_pending" (int or None), and
-            "oldest_pending_at": when its oldest pending job was due, in Unix seconds, or None.
+        "queues": a dict from each queue to a dict with these numbers, "paused" (bool), "max_pending" and "max_running"
+            (int or None), "rate" ((jobs, seconds) or None), and "oldest_pending_at": when its oldest pending job was
+            due, in Unix seconds, or None.
         "oldest_pending_at": the minimum over all queues, or None.
         """
         counts = self._read(COUNTS)
-        empty = {**dict.fromkeys(STATES, 0), "paused": False, "max_pending": None, "oldest_pending_at": None}
+        limits = {"max_pending": None, "max_running": None, "rate": None}
+        empty = {**dict.fromkeys(STATES, 0), "paused": False, **limits, "oldest_pending_at": None}
+        columns = "name, paused, max_pending, max_running, rate_jobs, rate_seconds"
         queues = {  # read last, so that no queue of `counts` is missing
-            name: {**empty, "paused": bool(paused), "max_pending": most}
-            for name, paused, most in self._read("SELECT name, paused, max_pending FROM queues ORDER BY name")
+            name: empty
+            | {"paused": bool(paused), "max_pending": most, "max_running": running}
+            | {"rate": None if jobs is None else (jobs, seconds)}
+            for name, paused, most, running, jobs, seconds in self._read(f"SELECT {columns} FROM queues ORDER BY name")
         }
         waiting = []
         for name, state, jobs, oldest in counts:
@@ -384,7 +390,7 @@ def excerpt_columns(most: int | None) -> str:
     if most is None:
         return COLUMNS
     part = f"substr({{0}}, 1, {most + 1})" if most else "NULL"  # one more shows whether it was cut
-    return ", ".join(part.format(name) if name in LONG_COLUMNS else name for name in Job._fields)
+    return ", ".join(part.format(name) if name in LONG_COLUMNS else name for name in COLUMN_OF.values())
 
 
 # Characters that JSON never escapes and that have one Unicode form; spaces only occur within strings.

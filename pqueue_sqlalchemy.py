@@ -55,6 +55,7 @@ from pqueue_connections import (
     setting,
     timeout_settings,
 )
+from pqueue_groups import Group
 from pqueue_join import Joined, driver_connection
 from pqueue_outcomes import MINUTE, SHARD_SECONDS, minute
 from pqueue_postgres import (
@@ -63,22 +64,28 @@ from pqueue_postgres import (
     COMPLETE_ALL,
     COPYING,
     COUNTING,
+    FIRST_JOBS,
     GRACE_SECONDS,
+    GROUPING,
     HEALTH,
     IS_COUNTED,
     IS_FULL,
     LOCK_AS_WRITER,
     LOCK_CLASS,
     LOCK_HOLDER,
+    LOCK_QUEUES,
     LOCKED_SLOTS,
     MARK_RUNNING,
     MERGE_CHANGES,
+    MERGE_EVENTS,
     MERGE_SHARDS,
     MISCOUNTED,
+    NEXT_OF_GROUPS,
     PG_NOTIFY,
     PG_NOTIFY_JOBS,
     PRUNE,
     RECOUNT,
+    ROOM_OF_GROUPS,
     SCHEMA,
     START_COUNTING,
     STOP_COUNTING,
@@ -803,6 +810,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         self._reset_connections()
         self.commit_seconds = 0.0  # a moving average
         self._width = WIDTHS[0]  # of which a claim takes more than one job
+        self._takes_turns = False  # the last claim was from queues with groups, which takes several statements
         self._closed = False
         self.pooled = False  # connected through a pooler, which does not keep our settings between transactions
         self._is_open = False
@@ -900,7 +908,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             for migration in islice(pqueue_schema.MIGRATIONS, done[0][0] if done else 0, None):
                 for statement in definitions(migration):
                     session.change(statement)
-            for statement in () if done else COUNTING:
+            for statement in () if done else (*COUNTING, *GROUPING):
                 session.change(statement)
             session.change("DELETE FROM version")
             session.change("INSERT INTO version VALUES (:number)", {"number": len(pqueue_schema.MIGRATIONS)})
@@ -1034,11 +1042,11 @@ class OnPostgres(PersistentQSQLAlchemy):
         except KeyTaken:
             super()._operator_verb(*arguments, **values)
 
-    def limit(self, queue: str, max_pending: int | None, *, by: str | None = None) -> None:
-        """See the base class. Locks out writers, to count the pending jobs."""
+    def limit(self, *arguments: Any, **options: Any) -> None:
+        """See the base class. Locks out writers, to count the pending jobs, or those that are processing."""
         with self._transaction() as session:
             self._lock_out_writers(session)
-            super().limit(queue, max_pending, by=by)
+            super().limit(*arguments, **options)
         if not self.in_transaction and self._read(IS_COUNTED) and not self._read(pqueue_schema.LIMITED):
             session.alone(STOP_COUNTING, {})
 
@@ -1075,7 +1083,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             self._open_listener()  # restarts its thread if it died
             with self._transaction(durable=False) as session:
                 session.run(MERGE_CHANGES)
-        if limit == 0 or looks or self.in_transaction or len(tokens) < len(completions):
+        if limit == 0 or looks or self._takes_turns or self.in_transaction or len(tokens) < len(completions):
             return self._step_by_step(completions, me, limit, wanted, lease_seconds, now)
         now = self._time(now)
         claim = pqueue.claim_params(me, limit, wanted, lease_seconds, now)
@@ -1113,9 +1121,30 @@ class OnPostgres(PersistentQSQLAlchemy):
         self._follow_up(session, [job_id for job_id, has_dependents in done.items() if has_dependents], now)
         return [job for job, _ in completions if job.id not in done]
 
-    def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> None:
+    def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> bool:
         session.change(LOCK_AS_WRITER)
-        super()._reclaim(session, dead, now)
+        return super()._reclaim(session, dead, now)
+
+    def _begin_turns(self, session: Session, params: Params) -> bool:
+        found = session.run(LOCK_QUEUES, params)
+        self._takes_turns = bool(found)
+        if found:
+            params["locked"] = [row[0] for row in found]
+            session.change(MERGE_EVENTS, params)
+            super()._begin_turns(session, params)
+        return self._takes_turns
+
+    def _first_jobs(self, session: Session, params: Params) -> list[Any]:
+        return session.run(FIRST_JOBS, params)
+
+    def _next_of_groups(self, session: Session, groups: list[Group], share: int) -> list[Any]:
+        places = [(group.queue, group.name, task) for group in groups for task in group.tasks]
+        at = {name: [place[n] for place in places] for n, name in enumerate(("at_queues", "at_names", "at_tasks"))}
+        return session.run(NEXT_OF_GROUPS, {**at, "share": share}) if places else []
+
+    def _rooms(self, session: Session, params: Params, groups: list[Group]) -> list[Any]:
+        at = {"at_queues": [group.queue for group in groups], "at_names": [group.name for group in groups]}
+        return session.run(ROOM_OF_GROUPS, {**params, **at})
 
     def _begin_pruning(self, session: Session) -> None:
         session.change(LOCK_AS_WRITER)

@@ -56,8 +56,6 @@ from pqueue_schema import (
     ASSIGNED,
     COMPLETED,
     ENQUEUE,
-    LEASE,
-    LEASED,
     LIMITED,
     MIGRATIONS,
     ORDER,
@@ -88,10 +86,10 @@ WAL_BYTES = 67_108_864  # the write-ahead log is truncated to this size when no 
 COMPACTED_PAGES = 25  # moved in one transaction of `compact`
 LEAST_FREE_BYTES = 268_435_456  # `check` warns below this much free disk space
 
-ATTEMPTS = Job._fields.index("attempts")  # followed by max_attempts
 SYNCHRONOUS = ("off", "normal", "full", "extra")
 MINIMUM_SQLITE = (3, 37)  # STRICT tables
 OUR_TABLES = f"SELECT sql LIKE '%STRICT' FROM sqlite_master WHERE type = 'table' AND name IN {TABLES}"
+GROUPED = "SELECT 1 FROM queues WHERE grouped = 1 LIMIT 1"
 SCHEMA = "SELECT type, name, sql FROM sqlite_master"
 MISCOUNTED = """
 SELECT name FROM queues q WHERE max_pending IS NOT NULL AND pending <>
@@ -116,19 +114,11 @@ ORDER BY {ORDER} LIMIT :limit"""
 # Return the first jobs of a task in a queue, in order.
 NEXT_OF_TASK = f"""
 SELECT -priority, run_at, id FROM jobs
-WHERE {PENDING_IN_QUEUE} AND task = :task ORDER BY {ORDER} LIMIT :limit"""
+WHERE {PENDING_IN_QUEUE} AND task = :task AND "group" = '' ORDER BY {ORDER} LIMIT :limit"""
 
 # Return the first jobs assigned to a consumer, in order.
 NEXT_ASSIGNED = f"""
 SELECT -priority, run_at, id FROM jobs WHERE state = 'pending' AND {ASSIGNED} ORDER BY {ORDER} LIMIT :limit"""
-
-# Return these jobs as they will be after LEASE_THESE, which takes half as long as RETURNING. :ids is a JSON array.
-AS_LEASED = f"""
-SELECT {", ".join(LEASE.get(column, column) for column in Job._fields)} FROM jobs
-WHERE id IN (SELECT value FROM json_each(:ids))"""
-
-# Lease these jobs to the consumer. :ids is a JSON array.
-LEASE_THESE = f"UPDATE jobs SET {LEASED} WHERE id IN (SELECT value FROM json_each(:ids))"
 
 # Return the id of the last job that was counted, and that of the newest one.
 COUNTED = f"SELECT {LAST_COUNTED}, coalesce((SELECT max(id) FROM jobs), 0)"
@@ -167,6 +157,28 @@ COUNTERS = {
         ("UPDATE", "OF state, assigned_to, queue", "OLD", "-"),
         ("UPDATE", "OF state, assigned_to, queue", "NEW", "+"),
         ("DELETE", "", "OLD", "-"),
+    )
+}
+
+# Triggers that maintain queue_groups. They exist only while a queue has groups.
+HAS_GROUP = "{row}.\"group\" <> ''"
+_WAKE_TASK = """
+INSERT INTO queue_groups (queue, name, task) VALUES (NEW.queue, NEW."group", NEW.task)
+ON CONFLICT (queue, name, task) DO UPDATE SET next_at = 0 WHERE next_at IS NULL OR next_at < 0"""
+_WAKE_GROUP = """
+UPDATE queue_groups SET next_at = 0 WHERE queue = OLD.queue AND name = OLD."group" AND next_at IS NULL"""
+BECOMES_PENDING = f"{HAS_GROUP.format(row='NEW')} AND {IS_PENDING.format(row='NEW')}"
+WAS_RUNNING = f"{HAS_GROUP.format(row='OLD')} AND OLD.state = 'processing'"
+# guard: a group with a new job is looked at
+# guard: a group with a job that is pending again is looked at
+# guard: a group of which a job ended is looked at
+GROUPERS = {
+    f"groups_{name}": f"CREATE TRIGGER groups_{name} AFTER {event} ON jobs WHEN {when} BEGIN {action}; END"
+    for name, event, when, action in (
+        ("added", "INSERT", BECOMES_PENDING, _WAKE_TASK),
+        ("pending", 'UPDATE OF state, assigned_to, queue, "group"', BECOMES_PENDING, _WAKE_TASK),
+        ("ended", "UPDATE OF state", f"{WAS_RUNNING} AND NEW.state <> 'processing'", _WAKE_GROUP),
+        ("deleted", "DELETE", WAS_RUNNING, _WAKE_GROUP),
     )
 }
 
@@ -727,12 +739,11 @@ class PersistentQSQLite(PersistentQInterface):
     def _claim(self, session: Session, params: Params, prefetches: bool) -> list[Any]:
         if params["limit"] == 1:
             return super()._claim(session, params, prefetches)
-        ids = _first_ids(session, params)
-        found = {row[0]: row for row in session.run(AS_LEASED, {**params, "ids": to_json(ids)})}
-        rows = [found[job_id] for job_id in ids]
-        rows = rows[: _batch_size([row[ATTEMPTS : ATTEMPTS + 2] for row in rows], prefetches)]
-        session.change(LEASE_THESE, {**params, "ids": to_json([row[0] for row in rows])})
-        return rows
+        ids = [row[2] for row in self._first_jobs(session, params)]
+        return self._lease(session, {**params, "counted": None}, ids, prefetches)
+
+    def _first_jobs(self, session: Session, params: Params) -> list[Any]:
+        return _first_jobs(session, params)
 
     def _complete_all(self, session: Session, completions: list[tuple[Job, str | None]], now: float) -> list[Job]:
         tokens = {job.lease_token for job, _ in completions}
@@ -779,6 +790,10 @@ class PersistentQSQLite(PersistentQInterface):
                 session.change(f"DROP TRIGGER {name}")
         for queue in queues:
             session.change(COUNT_PENDING, {"queue": queue})
+
+    def _start_groups(self, session: Session) -> None:
+        for statement in GROUPERS.values():
+            session.change(statement.replace("CREATE TRIGGER", "CREATE TRIGGER IF NOT EXISTS"))
 
     def _take_slot(self) -> ConsumerLock | None:
         with self._folder_errors():
@@ -928,7 +943,7 @@ class PersistentQSQLite(PersistentQInterface):
     def other_tables(self) -> list[str]:
         """Return the names of the application's tables and views, and of its indexes and triggers on the queue's."""
         shadows = {row[1] for row in self._read("PRAGMA table_list") if row[2] == "shadow"}  # of a virtual table
-        ours = {name for _, name, _ in _schema(has_limit=True)}
+        ours = {name for _, name, _ in _schema(COUNTERS, GROUPERS)}
         sql = f"""
             SELECT name FROM sqlite_master WHERE (type IN ('table', 'view') OR tbl_name IN {TABLES})
             AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY name"""
@@ -983,13 +998,16 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _schema_problems(self) -> list[str]:
         with self._sqlite_errors():
-            missing = _schema(has_limit=bool(self._read(LIMITED))) - set(self._read(SCHEMA))
+            triggers = [COUNTERS] * bool(self._read(LIMITED)) + [GROUPERS] * bool(self._read(GROUPED))
+            missing = _schema(*triggers) - set(self._read(SCHEMA))
         changed = [f"{kind} {name!r} is not as this version makes it" for kind, name, _ in sorted(missing)]
         changed += [
             f"queue {name!r} counts its pending jobs wrong: set its limit again" for (name,) in self._read(MISCOUNTED)
         ]
         return changed + [
-            f"trigger {name!r} on {table} is not ours" for name, table in self._read(TRIGGERS) if name not in COUNTERS
+            f"trigger {name!r} on {table} is not ours"
+            for name, table in self._read(TRIGGERS)
+            if name not in COUNTERS | GROUPERS
         ]
 
     def close(self) -> None:
@@ -1066,26 +1084,14 @@ class PersistentQSQLite(PersistentQInterface):
         )
 
 
-def _batch_size(attempts: list[tuple[int, int]], prefetches: bool) -> int:
-    """Return how many of the next jobs to claim, given their (attempts with this one, max_attempts).
-
-    A job that was delivered before is claimed alone: if it kills its consumer again, no other job is affected. So is a
-    job with a single attempt, unless the attempt counts only when the job begins.
-    """
-    # guard: a job with one attempt is claimed alone
-    alone = (n for n, (made, most) in enumerate(attempts) if made > 1 or (most == 1 and not prefetches))
-    # guard: a redelivered job is claimed alone
-    return max(1, next(alone, len(attempts)))
-
-
-def _first_ids(session: Session, params: Params) -> list[int]:
-    """Return the ids of the first :limit jobs that a consumer may take, in order."""
+def _first_jobs(session: Session, params: Params) -> list[Any]:
+    """Return the order of the first :limit jobs that a consumer may take."""
     heads, limit = session.run(FIRST_JOBS, params), params["limit"]
     assigned = session.run(NEXT_ASSIGNED, params)
     found, is_cut = _merge(session, assigned, heads, 2 * limit // max(1, len(heads)) + 1)
     if is_cut and len(found) < limit:  # few of the tasks have most of the first jobs
         found, _ = _merge(session, assigned, heads, limit)
-    return [row[2] for row in found[:limit]]
+    return found[:limit]
 
 
 def _merge(session: Session, assigned: list[Any], heads: list[Any], share: int) -> tuple[list[Any], bool]:
@@ -1105,10 +1111,10 @@ def _merge(session: Session, assigned: list[Any], heads: list[Any], share: int) 
     return sorted(row for row in found if row <= last), len(last) > 1
 
 
-def _schema(*, has_limit: bool) -> set[tuple[str, str, str]]:
-    """Return the schema of a new queue as SQLite reports it: types, names and statements."""
+def _schema(*triggers: dict[str, str]) -> set[tuple[str, str, str]]:
+    """Return the schema of a queue with these triggers as SQLite reports it: types, names and statements."""
     with closing(sqlite3.connect(":memory:")) as model:
-        for statement in chain(*MIGRATIONS, COUNTERS.values() if has_limit else ()):
+        for statement in chain(*MIGRATIONS, *(each.values() for each in triggers)):
             model.execute(statement.format_map(SQLITE_TYPES))
         return set(model.execute(SCHEMA))
 
@@ -1116,7 +1122,7 @@ def _schema(*, has_limit: bool) -> set[tuple[str, str, str]]:
 def _adopt_dump(connection: sqlite3.Connection) -> None:
     """Set the application id and the schema version of a queue restored from the output of .dump, which omits them."""
     marks = connection.execute("SELECT * FROM pragma_application_id, pragma_user_version").fetchone()
-    if marks == (0, 0) and _schema(has_limit=False) <= set(connection.execute(SCHEMA)):
+    if marks == (0, 0) and _schema() <= set(connection.execute(SCHEMA)):
         connection.execute("BEGIN IMMEDIATE")
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")

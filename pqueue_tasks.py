@@ -90,6 +90,7 @@ class Caller(Generic[P, R]):
         self,
         *,
         queue: str | None = None,
+        group: str | None = None,
         priority: int | None = None,
         delay_seconds: float | timedelta | None = None,
         run_at: float | datetime | None = None,

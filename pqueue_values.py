@@ -22,6 +22,7 @@ DEFAULT_MAX_ATTEMPTS = 3
 MAX_PAYLOAD_BYTES = 1_048_576
 MAX_JSON_DEPTH = 100  # Python's parser fails near 1000, less the depth of the call stack
 MAX_ERROR_CHARS = 10_000
+MAX_GROUP_CHARS = 128
 MAX_TEXT_CHARS = 1000  # of the text of a search
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
@@ -129,6 +130,7 @@ class _Job(NamedTuple):
     result: object
     error: str | None
     meta: object
+    group: str | None
     waits_for: int
     has_dependents: int
 
@@ -142,8 +144,9 @@ class Job(_Job):
     A job that does not start before `expires_at` is cancelled. `key_until` and `key_expires_at` say how long the job
     holds its key: see `enqueue`. The lease is None unless the state is "processing", `started_at` until the first
     attempt, and `finished_at` until the job is completed, failed or cancelled. `meta` is a dict of what functions
-    marked `@metadata` returned when it was enqueued; None: nothing. `waits_for` is the number of unfinished jobs for
-    which it waits; `has_dependents` is 1 if jobs were enqueued that run after it, else 0.
+    marked `@metadata` returned when it was enqueued; None: nothing. `group` is its group within the queue; None: none.
+    `waits_for` is the number of unfinished jobs for which it waits; `has_dependents` is 1 if jobs were enqueued that
+    run after it, else 0.
     """
 
     __slots__ = ()
@@ -205,7 +208,7 @@ class JobId(int, Generic[R]):
         return int, (int(self),)
 
 
-PAYLOAD, RESULT, META = (Job._fields.index(name) for name in ("payload", "result", "meta"))
+PAYLOAD, RESULT, META, GROUP = (Job._fields.index(name) for name in ("payload", "result", "meta", "group"))
 
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
@@ -304,6 +307,7 @@ def to_job(row: Sequence[Any], read: Callable[[str], Any] = read_json) -> Job:
         fields[RESULT] = read(row[RESULT])
     if row[META] is not None:
         fields[META] = read_json(row[META])
+    fields[GROUP] = row[GROUP] or None
     return Job(*fields)
 
 
@@ -316,11 +320,11 @@ def to_excerpt(row: Sequence[Any], most: int | None) -> Job:
     return job._replace(error=Excerpt(job.error[:most])) if job.error and len(job.error) > most else job
 
 
-def valid_name(what: str, value: str) -> str:
-    if isinstance(value, str) and 0 < len(value) <= 255 and value.isprintable():
+def valid_name(what: str, value: str, most: int = 255) -> str:
+    if isinstance(value, str) and 0 < len(value) <= most and value.isprintable():
         return value
     article = "an" if what == "operator" else "a"
-    raise ValueError(f"expected {article} {what} name of 1 to 255 printable characters, got {short(value)}")
+    raise ValueError(f"expected {article} {what} name of 1 to {most} printable characters, got {short(value)}")
 
 
 def valid_int(what: str, least: int, value: int, most: int = 2**31 - 1) -> int:

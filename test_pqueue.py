@@ -39,6 +39,7 @@ from unittest import mock
 
 import pqueue
 import pqueue_files
+import pqueue_groups
 import pqueue_locks
 import pqueue_move
 import pqueue_outcomes
@@ -727,6 +728,266 @@ class QueueContract:
             self.queue.release(job, now=NOW)
         together = self.queue.dequeue_many("w", 10, now=NOW + 6)
         self.assertEqual([job.task for job in together], ["due then", *expected])
+
+    # Groups
+
+    def groups(self, number, **options):
+        """Return the groups of the jobs of `number` claims of one job each."""
+        jobs = [self.queue.dequeue("w", now=NOW, **options) for _ in range(number)]
+        return [job and job.group for job in jobs]
+
+    def test_guarantee_6_groups_take_turns_from_the_first_claim(self):
+        q = self.queue
+        q.enqueue_many("t", range(300), group="a", now=NOW - 9)
+        q.enqueue_many("t", range(5), group="b", priority=-1, now=NOW)
+        self.assertEqual(self.groups(12), ["a", "b"] * 5 + ["a", "a"])
+        q.enqueue_many("t", range(2), group="b", now=NOW)
+        self.assertEqual([job.group for job in q.dequeue_many("w", 6, now=NOW)], ["b", "a", "b", "a", "a", "a"])
+
+    def test_guarantee_6_jobs_without_a_group_are_one(self):
+        q = self.queue
+        q.enqueue_many("t", range(9), now=NOW - 9)
+        self.assertEqual(self.groups(2), [None, None])
+        q.enqueue_many("t", range(3), group="a", now=NOW)
+        q.enqueue("u", group="b", now=NOW)
+        self.assertEqual(sorted(map(str, self.groups(3))), ["None", "a", "b"])
+        self.assertEqual(sorted(map(str, self.groups(4))), ["None", "None", "a", "a"])
+
+    def test_guarantee_6_order_holds_within_a_group(self):
+        q = self.queue
+        for payload, options in enumerate(({}, {"priority": 2}, {"run_at": NOW - 5}, {"priority": 2}, {})):
+            q.enqueue("tu"[payload % 2], payload, group="a", now=NOW, **options)
+        q.enqueue("t", "b", group="b", now=NOW)
+        found = q.dequeue_many("w", 9, now=NOW)
+        self.assertEqual([job.payload for job in found if job.group == "a"], [1, 3, 2, 0, 4])
+        for job in reversed(found):
+            q.release(job, now=NOW)
+        self.assertEqual([job.payload for job in q.peek(9, now=NOW) if job.group == "a"], [1, 3, 2, 0, 4])
+        one_by_one = [q.dequeue("w", now=NOW) for _ in range(6)]
+        self.assertEqual([job.payload for job in one_by_one if job.group == "a"], [1, 3, 2, 0, 4])
+        for task, at in (("first", NOW - 2), ("second", NOW - 1)):
+            q.enqueue_many(task, range(12), group="a", queue="b", now=at)
+        for number in range(5):
+            q.enqueue("first", group=f"g{number}", queue="b", now=NOW)
+        found = q.dequeue_many("w", 12, queues=["b"], now=NOW)
+        self.assertEqual([job.payload for job in found if job.group == "a" and job.task == "first"], list(range(7)))
+
+    def test_guarantee_6_queues_with_and_without_groups_are_served_by_their_first_jobs(self):
+        q = self.queue
+        q.enqueue_many("t", [1, 4], queue="plain", now=NOW - 5)
+        q.enqueue("t", 0, queue="fair", group="a", priority=1, now=NOW)
+        q.enqueue("t", 3, queue="fair", group="b", now=NOW - 6)
+        self.assertEqual([job.payload for job in q.peek(9, now=NOW)], [0, 3, 1, 4])
+        self.assertEqual([job.payload for job in q.dequeue_many("w", 9, now=NOW)], [0, 3, 1, 4])
+        self.assertIsNone(q.dequeue("w", now=NOW))
+
+    def test_weights_of_groups_set_their_shares(self):
+        q = self.queue
+        q.weigh("default", "heavy", 3)
+        for group in ("light", "heavy"):
+            q.enqueue_many("t", range(100), group=group, now=NOW)
+        found = self.groups(40)
+        self.assertEqual((found.count("heavy"), found.count("light")), (30, 10))
+        batch = [job.group for job in q.dequeue_many("w", 40, now=NOW)]
+        self.assertEqual((batch.count("heavy"), batch.count("light")), (30, 10))
+
+    def test_group_that_was_idle_does_not_catch_up(self):
+        q = self.queue
+        q.enqueue_many("t", range(50), group="a", now=NOW)
+        q.enqueue("t", group="b", now=NOW)
+        self.groups(20)
+        for group in ("b", "new"):
+            q.enqueue_many("t", range(50), group=group, now=NOW)
+        found = self.groups(30)
+        self.assertTrue(all(9 <= found.count(group) <= 11 for group in ("a", "b", "new")), found)
+
+    def test_consumer_gets_the_groups_of_its_tasks_and_queues(self):
+        q = self.queue
+        q.enqueue_many("unknown", range(30), group="a", now=NOW)
+        q.enqueue_many("t", range(2), group="b", now=NOW)
+        q.enqueue("t", group="c", queue="other", now=NOW)
+        self.assertEqual(self.groups(3, tasks=["t"], queues=["default"]), ["b", "b", None])
+        self.assertEqual(self.groups(2, tasks=["t"]), ["c", None])
+        q.pause("default")
+        self.assertEqual(self.groups(1), [None])
+        q.resume("default")
+        self.assertEqual(len(q.dequeue_many("w", 50, now=NOW)), 30)
+
+    def test_group_never_has_more_jobs_running_than_the_limit(self):
+        q = self.queue
+        q.limit("default", running=2)
+        q.enqueue_many("t", range(4), now=NOW)
+        for group in "ab":
+            q.enqueue_many("t", range(20), group=group, now=NOW)
+        jobs = q.dequeue_many("w", 50, now=NOW)
+        self.assertEqual(sorted(str(job.group) for job in jobs), ["None", "None", "a", "a", "b", "b"])
+        self.assertEqual(self.groups(1), [None])
+        self.assertFalse(q.wait(0, consumer="w", now=NOW) and q.wait(0, consumer="w", now=NOW))
+        ends = [
+            lambda job: q.complete(job, now=NOW),
+            lambda job: q.complete_and_dequeue([(job, None)], "w", 0, now=NOW),
+            lambda job: q.fail(job, "no", retry_in_seconds=9, now=NOW),
+            lambda job: q.release(job, delay_seconds=9, now=NOW),
+            lambda job: q.cancel(job.id, now=NOW),
+            lambda job: q.mark_failed(job.id, now=NOW),
+            lambda job: q.assign(job.id, "other", now=NOW),
+            lambda job: q.delete_jobs([job.id], force=True),
+        ]
+        for number, end in enumerate(ends):
+            with self.subTest(number=number):
+                mine = next(job for job in jobs if job.group == "ab"[number % 2])
+                jobs.remove(mine)
+                end(mine)
+                found = q.dequeue_many("w", 9, now=NOW)
+                self.assertEqual([job.group for job in found], [mine.group])
+                jobs += found
+        self.assertEqual(q.limits("default", "a")["running"], 2)
+
+    def test_limit_counts_the_jobs_that_run_when_it_is_set(self):
+        q = self.queue
+        q.enqueue_many("t", range(5), now=NOW)
+        first = q.dequeue_many("w", 2, now=NOW)
+        q.limit("default", running=2)
+        self.assertIsNone(q.dequeue("w", now=NOW))
+        self.assertEqual(q.limits("default"), {"running": 2, "max_running": 2, "rate": None, "next_at": None})
+        q.complete(first[0], now=NOW)
+        self.assertEqual(len(q.dequeue_many("w", 5, now=NOW)), 1)
+        q.limit("default", running=None)
+        self.assertEqual(len(q.dequeue_many("w", 5, now=NOW)), 2)
+
+    def test_limit_is_derived_from_rows_when_consumers_have_died(self):
+        q = self.queue
+        q.limit("default", running=1)
+        q.enqueue_many("t", range(4), group="a", max_attempts=2, now=NOW)
+        lost = q.dequeue("w", lease_seconds=10, now=NOW)
+        self.assertIsNone(q.dequeue("w", now=NOW + 9))
+        again = q.dequeue("w", lease_seconds=10, now=NOW + 10)
+        self.assertEqual((again.id, again.attempts), (lost.id, 2))
+        self.assertNotEqual(q.dequeue("w", now=NOW + 30).id, lost.id)
+        self.assertEqual(q.get(lost.id).state, "failed")
+        self.assertIsNone(q.dequeue("w", now=NOW + 30))
+
+    def test_claim_looks_behind_groups_that_are_full(self):
+        q = self.queue
+        q.limit("default", running=1)
+        for number in range(40):
+            q.enqueue_many("t", range(2), group=f"full {number}", now=NOW)
+        self.assertEqual(len(q.dequeue_many("w", 99, now=NOW)), 40)
+        q.enqueue_many("t", range(4), group="last", now=NOW)
+        for _ in range(3):
+            q.complete(q.dequeue("w", now=NOW), now=NOW)
+        for number in range(40):
+            q.enqueue("t", group=f"full {number}", now=NOW)
+        self.assertEqual(q.dequeue("w", now=NOW).group, "last")
+        self.assertIsNone(q.dequeue("w", now=NOW))
+
+    def test_group_never_has_more_deliveries_than_its_rate(self):
+        q = self.queue
+        q.limit("default", rate=(3, 1.0))
+        for group in ("a", None):
+            q.enqueue_many("t", range(40), group=group, now=NOW)
+        begun = {"a": [], None: []}
+        for step in range(60):
+            now = NOW + step * 0.1
+            for job in q.dequeue_many("w", step % 3 + 1, now=now):
+                begun[job.group].append(job.started_at)
+                (q.complete if step % 2 else q.release)(job, now=now)
+        for times in begun.values():
+            self.assertGreaterEqual(len(times), 17)
+            self.assertTrue(all(later - at >= 1.0 for at, later in zip(times, times[3:], strict=False)), times)
+
+    def test_waiting_consumer_knows_when_the_rate_allows_the_next_job(self):
+        q = self.queue
+        q.limit("default", rate=(2, 60))
+        q.enqueue_many("t", range(3), group="a", now=NOW)
+        q.enqueue_many("t", range(3), now=NOW)
+        self.assertEqual(len(q.dequeue_many("w", 9, lease_seconds=999, now=NOW + 5)), 4)
+        self.assertEqual(q.dequeue_many("w", 9, now=NOW + 64), [])
+        params = {"consumer": "w", "queues": None, "tasks": None, "limit": 1}
+        self.assertEqual(q._read(pqueue_schema.NEXT_EVENT, params)[0][0], NOW + 65)
+        expected = {"running": None, "max_running": None, "rate": (2, 60.0), "next_at": NOW + 65}
+        self.assertEqual(q.limits("default", "a", now=NOW + 64), expected)
+        self.assertEqual(q.limits("default", now=NOW + 64), expected)
+        self.assertEqual(len(q.dequeue_many("w", 9, now=NOW + 65)), 2)
+
+    def test_assigned_job_counts_towards_the_limits_of_its_group(self):
+        q = self.queue
+        q.limit("default", running=1)
+        q.enqueue("t", "mine", assigned_to="w", group="a", now=NOW)
+        q.enqueue("t", "any", group="a", priority=-1, now=NOW)
+        q.enqueue("t", "free", assigned_to="w", now=NOW)
+        jobs = q.dequeue_many("w", 9, now=NOW)
+        self.assertEqual([job.payload for job in jobs], ["mine", "free"])
+        self.assertIsNone(q.dequeue("w", now=NOW))
+        q.complete(jobs[0], now=NOW)
+        self.assertEqual(q.dequeue("w", now=NOW).payload, "any")
+
+    def test_changed_job_is_delivered_from_its_new_group_and_queue(self):
+        q = self.queue
+        first, second, third = q.enqueue_many("t", range(3), now=NOW)
+        q.change(first, group="a", now=NOW)
+        q.change(second, queue="other", group="b", now=NOW)
+        q.change(third, queue="third", now=NOW)
+        q.change(third, group="c", now=NOW)
+        q.change(third, group=None, now=NOW)
+        jobs = q.dequeue_many("w", 9, now=NOW)
+        self.assertEqual(
+            {(job.id, job.queue, job.group) for job in jobs},
+            {(first, "default", "a"), (second, "other", "b"), (third, "third", None)},
+        )
+        q.release(next(job for job in jobs if job.id == second), now=NOW)
+        q.change(second, queue="fourth", now=NOW)
+        self.assertEqual(q.dequeue("w", now=NOW).queue, "fourth")
+
+    def test_job_with_a_group_keeps_its_key_its_room_and_its_time(self):
+        q = self.queue
+        job_id = q.enqueue("t", 1, group="a", key="k", now=NOW)
+        self.assertEqual(q.enqueue("t", 2, group="b", key="k", on_conflict="replace", now=NOW), job_id)
+        self.assertEqual((q.get(job_id).payload, q.get(job_id).group), (2, "a"))
+        q.limit("new", 1)
+        q.enqueue("t", group="a", queue="new", now=NOW)
+        with self.assertRaises(QueueFull):
+            q.enqueue("t", group="b", queue="new", now=NOW)
+        later = q.enqueue("t", group="a", delay_seconds=5, now=NOW)
+        self.assertEqual({job.id for job in q.dequeue_many("w", 9, queues=["default"], now=NOW)}, {job_id})
+        self.assertEqual(q.peek(1, queues=["default"], now=NOW + 5)[0].id, later)
+        self.assertEqual(q.dequeue("w", queues=["default"], now=NOW + 5).id, later)
+
+    def test_transaction_that_is_rolled_back_leaves_no_group_behind(self):
+        q = self.queue
+        with self.assertRaises(ZeroDivisionError), q.transaction():
+            q.enqueue("t", group="a", now=NOW)
+            raise ZeroDivisionError
+        q.enqueue("t", group="a", now=NOW)
+        self.assertEqual(self.groups(2), ["a", None])
+
+    def test_prune_forgets_groups_without_jobs_and_they_can_come_again(self):
+        q = self.queue
+        for number in range(9):
+            q.enqueue("t", group=f"g{number}", now=NOW)
+        q.enqueue("t", group="busy", now=NOW)
+        for _ in range(9):
+            q.complete(q.dequeue("w", now=NOW), now=NOW)
+        q.enqueue_many("t", range(3), group="busy", now=NOW)
+        self.assertEqual(self.groups(2)[1], "busy")
+        q.prune(0, now=NOW + 9)
+        self.assertLess(q._read("SELECT count(*) FROM queue_groups")[0][0], 9)
+        q.enqueue("t", group="g0", now=NOW)
+        self.assertEqual(sorted(map(str, self.groups(4))), ["None", "busy", "busy", "g0"])
+
+    def test_copy_of_a_queue_keeps_its_groups_and_limits(self):
+        q = self.queue
+        q.limit("default", running=2, rate=(3, 50))
+        q.weigh("default", "a", 2)
+        for group in ("a", "b", None):
+            q.enqueue_many("t", range(9), group=group, now=NOW)
+        self.assertEqual(len(q.dequeue_many("w", 1, now=NOW)), 1)
+        with tempfile.TemporaryDirectory() as folder, pqueue.PersistentQSQLite(f"{folder}/copy.db") as copy:
+            q.copy_to(copy)
+            self.assertEqual(copy.check()["problems"], [])
+            self.assertEqual(copy.limits("default", "a"), {**q.limits("default", "a")})
+            found = [job.group for job in copy.dequeue_many("w", 50, now=NOW + 1)]
+            self.assertEqual(sorted(map(str, found)), sorted(map(str, self.groups(5))))
 
     def test_guarantee_5_names_are_those_since_the_last_resubmission(self):
         job_id = self.queue.enqueue("t", max_attempts=2, now=NOW)
@@ -2210,7 +2471,7 @@ class QueueContract:
             (lambda: q.enqueue("t", run_at=datetime(2026, 1, 1)), "expected run_at with a time zone"),  # noqa: DTZ001
             (
                 lambda: q.change(1),
-                "expected a change of payload, priority, run_at, queue, max_attempts, expires_at, expire_",
+                "expected a change of payload, priority, run_at, queue, group, max_attempts, expires_at, expire_",
             ),
             (lambda: q.change(1, delay_seconds=1, run_at=1), "expected delay_seconds or run_at, got both"),
             (lambda: q.change(1, payload={1: 2}), "expected a payload"),
@@ -2248,6 +2509,20 @@ class QueueContract:
             (lambda: q.list_jobs(before_id=2**70), "expected before_id to be a whole number"),
             (lambda: q.cancel(job.id, by="\ud800"), "expected an operator name"),
             (lambda: q.limit("default", 0), "expected max_pending to be a whole number from 1"),
+            (lambda: q.limit("default"), "expected max_pending, running or rate, got none"),
+            (lambda: q.limit("default", running=0), "expected running to be a whole number from 1"),
+            (lambda: q.limit("default", running=True), "expected running to be a whole number from 1"),
+            (lambda: q.limit("default", rate=5), "expected rate to be .jobs, seconds., such as .10, 1.0., got 5"),
+            (lambda: q.limit("default", rate=(0, 1)), "expected the jobs of rate to be a whole number from 1"),
+            (lambda: q.limit("default", rate=(1, 0)), "expected the seconds of rate above 0"),
+            (lambda: q.enqueue("t", group=""), "expected a group name of 1 to 128 printable characters"),
+            (lambda: q.enqueue("t", group="x" * 129), "expected a group name of 1 to 128 printable characters"),
+            (lambda: q.enqueue_many("t", [1], group=7), "expected a group name"),
+            (lambda: q.change(1, group=""), "expected a group name"),
+            (lambda: q.weigh("default", "a", 0), "expected a weight from 0.001 to 1000, got 0"),
+            (lambda: q.weigh("default", "a", float("nan")), "expected a weight from 0.001 to 1000, got nan"),
+            (lambda: q.weigh("default", "", 1), "expected a group name"),
+            (lambda: q.limits("default", ""), "expected a group name"),
         ]
         before = q.list_jobs()
         for call, message in bad:
@@ -5010,7 +5285,8 @@ class Files(SQLiteCase):
 
     def test_statement_finds_its_jobs_and_events_by_an_index(self):
         queue = self.open()
-        for name, statement in {**vars(pqueue_schema), **vars(pqueue_move), **vars(pqueue_sqlite)}.items():
+        modules = (pqueue_schema, pqueue_move, pqueue_groups, pqueue_sqlite)
+        for name, statement in [each for module in modules for each in vars(module).items() if each[0][0] != "_"]:
             if re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE)\b[^{]*$", str(statement)):
                 for queues in (None, '["default"]'):
                     params = {**dict.fromkeys(re.findall(r":(\w+)", statement), 1), "queues": queues, "payloads": "[]"}

@@ -386,7 +386,7 @@ def _why_not_started(queue: PersistentQInterface, job: Job, now: float, stats: d
         return _why_scheduled(job, now)
     if stats is None or job.queue not in stats["queues"]:
         stats = queue.stats()
-    pending = _why_pending(queue, job, stats["queues"][job.queue])
+    pending = _why_pending(queue, job, stats["queues"][job.queue], now)
     return pending if job.state == "pending" else f"it has been due for {span(now - job.run_at)}: {pending}"
 
 
@@ -426,7 +426,7 @@ def _why_scheduled(job: Job, now: float) -> str:
     return f"it is due {ago(job.run_at, now)}, at {clock(job.run_at)}{attempt if job.attempts else ''}"
 
 
-def _why_pending(queue: PersistentQInterface, job: Job, stats: dict[str, Any]) -> str:
+def _why_pending(queue: PersistentQInterface, job: Job, stats: dict[str, Any], now: float) -> str:
     alive = [each for each in queue.consumers() if each["state"] == "running"]
     if stats["paused"]:
         return f"its queue {job.queue} is paused: {_move(queue) or _resume(job.queue)}"
@@ -444,7 +444,21 @@ def _why_pending(queue: PersistentQInterface, job: Job, stats: dict[str, Any]) -
     if not any(_knows(each, job.task) for each in alive):
         start = f"run {command_line('consumer')} --import MODULE"
         return f"no running consumer knows this task, {job.task}: {start}"
-    return f"it is waiting: {count(stats['pending'], 'job')} pending in queue {job.queue}, {_busy(alive)}"
+    waiting = f"it is waiting: {count(stats['pending'], 'job')} pending in queue {job.queue}, {_busy(alive)}"
+    return _why_limited(queue, job, now) or waiting
+
+
+def _why_limited(queue: PersistentQInterface, job: Job, now: float) -> str | None:
+    """Return which limit of its group prevents the job, if any."""
+    found = queue.limits(job.queue, job.group, now=now)
+    group = f"group {job.group}" if job.group else f"queue {job.queue}"
+    if found["max_running"] is not None and found["running"] >= found["max_running"]:
+        return f"{group} has {found['running']} of {count(found['max_running'], 'job')} running"
+    if found["next_at"] is not None and found["next_at"] > now:
+        jobs, seconds = found["rate"]
+        next_one = f"its rate allows the next one {ago(found['next_at'], now)}, at {clock(found['next_at'])}"
+        return f"{group} has begun {count(jobs, 'job')} within {span(seconds)}: {next_one}"
+    return None
 
 
 def _busy(alive: list[dict[str, Any]]) -> str:

@@ -123,6 +123,7 @@ READING = [
     ["schedule", "nightly", "work", "[1]", "--cron", "@daily", "--zone", "Asia/Tokyo", "--on-missed", "all"],
     ["schedule", "pulse", "work", "--every", "5m", "--overlap", "--json"],
     ["schedule", "wrong", "work", "--cron", "* * *"],
+    ["weigh", "default", "a", "2"],
     ["schedules"],
     ["schedules", "-o", "json"],
     ["pause-schedule", "pulse"],
@@ -274,7 +275,16 @@ def test_operator_reads_what_was_logged_about_a_job(front, folder, run):
 
 
 def test_operator_whose_folder_has_no_queue_creates_none(front, folder, run):
-    values = {"job_id": "1", "task": "t", "queue": "default", "max_pending": "5", "consumer": "c", "file": "x.db"}
+    values = {
+        "job_id": "1",
+        "task": "t",
+        "queue": "default",
+        "max_pending": "5",
+        "group": "a",
+        "weight": "2",
+        "consumer": "c",
+        "file": "x.db",
+    }
     values["schedule"] = "nightly"
     for name in sorted(set(admin.COMMANDS) - {"torture", "monitor", "restore", "logs", "completion"}):
         required = [each for each in admin.COMMANDS[name].parameters if not each.is_option]

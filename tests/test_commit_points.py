@@ -142,6 +142,18 @@ def scheduled(queue: PersistentQSQLite) -> None:
     queue.schedule("tock", "new", queue="new", every_seconds=30, now=NOW)
 
 
+def grouped(queue: PersistentQSQLite) -> None:
+    take(queue, limit=0)
+    for group in "ab":
+        queue.enqueue_many("t", range(3), group=group, now=NOW)
+    queue.limit("default", running=2, rate=(999, 60))
+
+
+def take_from_groups(queue: PersistentQSQLite) -> list[pqueue.Job]:
+    grouped(queue)
+    return queue.dequeue_many("w", 9, now=NOW)
+
+
 def at_that_time(queue: PersistentQSQLite, call: Callable[[], None]) -> None:
     with mock.patch.object(queue, "_time", lambda _: NOW):
         call()
@@ -275,6 +287,17 @@ OPERATIONS = {
     "limit": Operation(lambda q, _: q.limit("default", 500)),
     "limit that is removed": Operation(lambda q, _: q.limit("default", None), lambda q: q.limit("default", 500)),
     "enqueue at a limit": Operation(lambda q, _: q.enqueue("t", now=NOW), lambda q: q.limit("default", 99)),
+    "limit of groups": Operation(lambda q, _: q.limit("default", running=2, rate=(999, 60))),
+    "weigh": Operation(lambda q, _: q.weigh("default", "a", 2)),
+    "first enqueue to a group": Operation(lambda q, _: q.enqueue("t", group="a", now=NOW)),
+    "enqueue_many to a group": Operation(lambda q, _: q.enqueue_many("t", range(3), group="a", now=NOW), grouped),
+    "dequeue from groups": Operation(dequeue(NOW, limit=9), grouped),
+    "complete_and_dequeue from groups": Operation(
+        lambda q, jobs: q.complete_and_dequeue([(job, 1) for job in jobs], "w", 9, now=NOW + 40), take_from_groups
+    ),
+    "complete in a full group": Operation(lambda q, jobs: q.complete(jobs[0], now=NOW), take_from_groups),
+    "release in a full group": Operation(lambda q, jobs: q.release(jobs[0], now=NOW), take_from_groups),
+    "change of the group": Operation(lambda q, _: q.change(KEYED, group="b", by="ann", now=NOW), grouped),
     "schedule": Operation(lambda q, _: q.schedule("new", "t", [1], cron="@daily", now=NOW)),
     "schedule that is changed": Operation(lambda q, _: q.schedule("tick", "t", every_seconds=7, now=NOW), scheduled),
     "unschedule": Operation(lambda q, _: q.unschedule("tick"), scheduled),
@@ -405,15 +428,16 @@ def sweep(path: Path) -> None:
         queue.on_failed("default", None)
         for schedule in queue.schedules():
             queue.unschedule(schedule.name)
-        done = []
+        done: dict[str | None, list[Any]] = {}
         while job := queue.dequeue("sweeper", now=LATER):
             assert jobs[job.id].state in pqueue.UNFINISHED
             assert job.attempts <= job.max_attempts
-            done.append((-job.priority, job.run_at, job.id))
+            done.setdefault(job.group, []).append((-job.priority, job.run_at, job.id))
             assert all(parent.state in pqueue.FINISHED for parent in queue.dependencies(job.id))
             queue.complete(job, now=LATER)
-        done = [each for each in done if jobs[each[2]].state != "waiting"]
-        assert done == sorted(set(done))
+        for of_group in done.values():
+            in_order = [each for each in of_group if jobs[each[2]].state != "waiting"]
+            assert in_order == sorted(set(in_order))
         for job in jobs.values():
             after = queue.get(job.id)
             assert after.state in pqueue.FINISHED

@@ -114,6 +114,7 @@ class Stage:
 
     max_pending: int | None = None
     is_scheduled = False
+    is_grouped = False  # job 1 and another, pending one are of a group that may have one job running
     expires_at: float | None = None
 
     def __init__(self, url: str, undo: ExitStack) -> None:
@@ -152,6 +153,15 @@ class Stage:
         self.db.execute(  # which is never pruned
             f"INSERT INTO jobs ({columns}) VALUES ('t', '2', 0, 2, 1, 'default', NULL, NULL, 'completed', 1, 1, 1)"
         )
+        if self.is_grouped:
+            self.db.execute(
+                "DELETE FROM queue_groups; UPDATE queues SET grouped = 1, max_running = 1;"
+                """UPDATE jobs SET "group" = 'a', counted = 1 WHERE id = 1;"""
+                f"""INSERT INTO jobs ("group", {columns}) VALUES
+                    ('a', 't', '3', 0, 2, 1, 'default', NULL, NULL, 'pending', 1, 0, NULL);"""
+                "DELETE FROM group_events; INSERT INTO queue_groups (queue, name, task, next_at) "
+                f"VALUES ('default', 'a', 't', {'NULL' if token else '0'})"
+            )
         return self.queues["first"].get(1)
 
     def call(self, me: str, verb: Verb, job: Job, stop: Stop | None = None) -> Future[Any]:
@@ -406,3 +416,40 @@ def test_removal_of_the_last_limit_deadlocks_with_nothing(stage, monkeypatch):
     plays = product(("pending", "processing"), product(others, ["limit and unlimit"]))
     both = ((state, *order) for state, pair in plays for order in (pair, pair[::-1]))
     assert differing(stage, (play for play in both if play[1] != "exchange")) == []
+
+
+def test_claims_at_once_with_a_verb_keep_a_group_at_its_limit_and_forget_no_job(stage, monkeypatch):
+    """A group with a pending job has one job running when all are done, whatever came in between."""
+    stage.is_grouped = True
+    names = (
+        "claim",
+        "claim step by step",
+        "exchange",
+        "recover",
+        "complete",
+        "fail",
+        "release",
+        "mark failed",
+        "cancel",
+    )
+    verbs = {name: VERBS[name] for name in (*names, "assign", "change the queue", "delete")}
+    verbs["enqueue"] = lambda queue, me, job: queue.enqueue("t", group="a", now=NOW)
+    verbs["limit"] = lambda queue, me, job: queue.limit("default", running=1)
+    of_group = """SELECT count(*) FILTER (WHERE state = 'processing'),
+        count(*) FILTER (WHERE state = 'pending' AND assigned_to IS NULL)
+        FROM jobs WHERE "group" = 'a' AND queue = 'default'"""
+    wrong, played = [], 0
+    claims = ("claim", "claim step by step")
+    pairs = [*product(verbs, claims), *product(claims, verbs)]
+    for state, (first, second) in product(("pending", "processing"), pairs):
+        if state == "pending" and {first, second} & HOLDERS:
+            continue
+        for _ in stage.at_once(state, {"first": verbs[first], "second": verbs[second]}):
+            running = stage.db.execute(of_group).fetchone()[0]
+            stage.call("first", lambda queue, me, job: queue.dequeue_many(me, 2, now=NOW), None).result()
+            after, pending = stage.db.execute(of_group).fetchone()
+            played += 1
+            if max(running, after) > 1 or (pending and not after):
+                wrong.append((state, first, second, running, after, pending))
+    print(f"\n{played} interleavings")
+    assert wrong == []

@@ -1453,7 +1453,8 @@ def test_changes_are_added_up_by_a_consumer(database):
 
 def test_triggers_are_there_only_while_a_queue_has_a_limit(database):
     with closing(PersistentQSQLAlchemy(database)) as queue:
-        triggers = "SELECT count(*) FROM pg_trigger WHERE tgrelid = 'pqueue.jobs'::regclass"
+        triggers = """
+            SELECT count(*) FROM pg_trigger WHERE tgrelid = 'pqueue.jobs'::regclass AND tgname LIKE 'pending%'"""
         queue.limit("a", 5)
         queue.limit("b", 5)
         queue.limit("a", None)

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 import pqueue_dependencies
+import pqueue_groups
 import pqueue_handlers
 import pqueue_move
 import pqueue_outcomes
@@ -35,8 +36,7 @@ def statements(module: ModuleType) -> dict[str, str]:
 def comments(module: ModuleType) -> dict[str, str]:
     """Return the comment above each constant, and each entry of a table, of a module by name."""
     source = Path(str(module.__file__)).read_text()
-    module_of_statement = r"(?:pqueue_(?:sche\w+|dep\w+|handlers|move|outcomes)\.)?"
-    found = re.findall(rf"((?:^ *# .*\n)+)^ *{module_of_statement}([A-Z_]+)(?: =|:) ", source, re.MULTILINE)
+    found = re.findall(r"((?:^ *# .*\n)+)^ *(?:pqueue_\w+\.)?([A-Z_]+)(?: =|:) ", source, re.MULTILINE)
     lines = {name: re.findall(r"# (?!guard: )(.*)", above) for above, name in found}
     return {name: " ".join(each) for name, each in lines.items() if each}
 
@@ -53,7 +53,15 @@ WRITTEN = {
     for name in statements(module)
     if hasattr(module, name.lower())
 }
-MODULES = (pqueue_schema, pqueue_move, pqueue_schedules, pqueue_dependencies, pqueue_handlers, pqueue_outcomes)
+MODULES = (
+    pqueue_schema,
+    pqueue_move,
+    pqueue_schedules,
+    pqueue_dependencies,
+    pqueue_handlers,
+    pqueue_outcomes,
+    pqueue_groups,
+)
 SHARED = {name: sql for module in MODULES for name, sql in statements(module).items()}
 ABOUT = {**{name: about for module in MODULES for name, about in comments(module).items()}, **WRITTEN}
 RETURNS = re.compile(r"; returns (the new id|their ids)$")  # in the comment of a statement: on PostgreSQL alone
@@ -66,7 +74,7 @@ def page() -> str:
     parts = [HEAD, "-- The schema\n"]
     for sql in [*(sql for each in pqueue_schema.MIGRATIONS for sql in pqueue_postgres.definitions(each))]:
         parts.append(sent(sql))
-    parts += [sent(sql) for sql in pqueue_postgres.COUNTING]
+    parts += [sent(sql) for sql in (*pqueue_postgres.COUNTING, *pqueue_postgres.GROUPING)]
     parts.append("-- While a queue has a limit\n")
     parts += [sent(sql) for sql in (*pqueue_postgres.START_COUNTING, *pqueue_postgres.RECOUNT)]
     reasons = why()

@@ -26,7 +26,15 @@ PRIVATE_USES = {
     "pqueue_tools.processes": {"_exit"},
     "pqueue_tools.worker": {"_exit", "_clear", "_run_exitfuncs"},
     # A queue fills another one.
-    "pqueue_move": {"_transaction", "_lock_out_writers", "_reset_ids", "_count_pending", "_read"},
+    "pqueue_move": {
+        "_transaction",
+        "_lock_out_writers",
+        "_reset_ids",
+        "_count_pending",
+        "_read",
+        "_let_groups_take_turns",
+        "_attach",
+    },
     # A session and its queue are one thing in two classes, and a fork resets both.
     "pqueue_sqlalchemy": {
         *("_db_errors", "_transaction", "_connect_raw", "_mark_running", "_busy_seconds", "_after_fork"),

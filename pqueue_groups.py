@@ -1,0 +1,631 @@
+"""Groups of a queue: fair share between them, and limits of each.
+
+A claim takes the next job of the group with the lowest turn, which then increases by 1 / weight (stride scheduling). A
+group that had no jobs meanwhile continues at the turn of the queue, so that it does not catch up. Jobs without a group
+are a group, too. Within a group, jobs are ordered by priority, due time and id.
+
+Limits are derived from rows: the processing jobs of a group, and its last deliveries. Both are written by the claim
+itself, which holds the write lock (on PostgreSQL, a lock of the queue's row), so no crash leaves them wrong.
+
+`queue_groups` lists where jobs may be claimed. Triggers on `jobs` mark a group when a job of it becomes pending or
+ends; a claim that finds it without jobs, or at a limit, clears the mark. Thus a claim costs the same however many are
+waiting. Queues without groups and limits use none of this.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+from abc import abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import lru_cache
+from operator import itemgetter
+from types import EllipsisType
+from typing import Any, NamedTuple
+
+from pqueue_backend import Backend, Session
+from pqueue_schema import (
+    COLUMN_OF,
+    COLUMNS,
+    GROUP_PLACES,
+    HAS_LIMITS,
+    KNOWN,
+    LEASE,
+    LEASED,
+    ORDER,
+    OVERDUE,
+    PEEK,
+    PENDING_OF_TASK,
+    PROMOTE,
+    SET_MAX_PENDING,
+)
+from pqueue_values import MAX_GROUP_CHARS, Job, Params, above_0, short, to_job, to_json, valid_int, valid_name
+
+MAX_RATE = 100_000  # jobs
+MAX_WEIGHT = 1_000.0
+ATTEMPTS = Job._fields.index("attempts")
+MAX_PROMOTED = 1000  # jobs, by `peek`
+
+# Let the groups of a queue take turns.
+SET_GROUPED = "UPDATE queues SET grouped = 1 WHERE name = :queue AND grouped = 0"
+
+# Limit each group of a queue; NULL: no limit.
+SET_MAX_RUNNING = "UPDATE queues SET max_running = :value WHERE name = :queue"
+SET_RATE = "UPDATE queues SET rate_jobs = :jobs, rate_seconds = :seconds WHERE name = :queue"
+
+# Count the jobs of a queue that are processing when it gets a limit.
+# guard: a job that runs when its queue gets a limit counts
+COUNT_RUNNING = "UPDATE jobs SET counted = 1 WHERE state = 'processing' AND queue = :queue"
+
+# Count the jobs that are processing in all queues.
+COUNT_ALL_RUNNING = "UPDATE jobs SET counted = 1 WHERE state = 'processing'"
+
+# Set the weight of a group.
+SET_WEIGHT = """
+INSERT INTO group_weights (queue, name, weight) VALUES (:queue, :name, :weight)
+ON CONFLICT (queue, name) DO UPDATE SET weight = :weight"""
+
+# Let claims look at all groups of a queue again, as when its limits have changed.
+WAKE_GROUPS = "UPDATE queue_groups SET next_at = 0 WHERE queue = :queue"
+
+# List the groups of all queues that have pending jobs.
+LIST_GROUPS = """
+INSERT INTO queue_groups (queue, name, task)
+SELECT DISTINCT queue, "group", task FROM jobs WHERE state = 'pending' AND assigned_to IS NULL AND "group" <> ''
+ON CONFLICT DO NOTHING"""
+
+# A claim
+
+# Return whether some groups wait for a time that has come, whether jobs are assigned to the consumer, and whether some
+# queue has no groups.
+OUTLOOK = """
+SELECT (SELECT min(next_at) FROM queue_groups WHERE next_at > 0) <= :now,
+    EXISTS (SELECT 1 FROM jobs WHERE state = 'pending' AND assigned_to = :consumer),
+    EXISTS (SELECT 1 FROM queues WHERE grouped = 0)"""
+
+# Mark the groups whose rate allows the next job now.
+WAKE_DELAYED = "UPDATE queue_groups SET next_at = 0 WHERE next_at > 0 AND next_at <= :now"
+
+# Return the tasks of each queue whose groups take turns, each with the :width groups that are next (NULL: none), and
+# whether there are jobs without a group.
+READY = f"""
+SELECT q.name, t.task, g.name, g.turn,
+    (SELECT weight FROM group_weights w WHERE w.queue = g.queue AND w.name = g.name),
+    q.turn, q.unnamed_turn, {HAS_LIMITS}, EXISTS (SELECT 1 FROM jobs WHERE {PENDING_OF_TASK})
+FROM queues q CROSS JOIN queue_tasks t LEFT JOIN queue_groups g ON g.id IN
+    (SELECT id FROM queue_groups WHERE queue = t.queue AND task = t.task AND next_at = 0 ORDER BY turn, id LIMIT :width)
+WHERE {GROUP_PLACES}"""
+
+# Return the first jobs of a task in a group, in order.
+NEXT_OF_GROUP = f"""
+SELECT -priority, run_at, id, queue, "group", task FROM jobs WHERE queue = :queue AND task = :task AND "group" = :name
+    AND state = 'pending' AND assigned_to IS NULL ORDER BY {ORDER} LIMIT :share"""
+
+# Return the first jobs that are assigned to the consumer, in queues with limits, in order.
+ASSIGNED_IN_GROUPS = f"""
+SELECT -priority, run_at, id, queue, "group" FROM jobs WHERE state = 'pending' AND assigned_to = :consumer
+    AND {KNOWN.format(task="task")} AND queue IN (SELECT name FROM queues WHERE paused = 0 AND ({HAS_LIMITS}))
+ORDER BY {ORDER} LIMIT :limit"""
+
+
+def rooms(groups: str) -> str:
+    """Return how many more jobs of each of these groups may run (NULL: any number), its rate, its last delivery, how
+    many of the next :limit deliveries the rate does not allow yet, and the delivery on which the first of them waits.
+
+    The delivery number n is allowed rate_seconds after number n - rate_jobs: so there are never more than rate_jobs
+    within rate_seconds, wherever these begin.
+    """
+    starts = "FROM group_starts s WHERE s.queue = last.queue AND s.name = last.name AND"
+    # guard: a group never has more jobs running than its limit
+    # guard: a group never has more deliveries in any time than its rate
+    return f"""
+SELECT queue, name, room, rate_jobs, rate_seconds, coalesce(n, 0),
+    (SELECT at {starts} s.n = last.n),
+    (SELECT count(*) {starts} s.n > last.n - rate_jobs AND s.n <= last.n - rate_jobs + :limit
+        AND :now - s.at < rate_seconds),
+    (SELECT at {starts} s.n = last.n - rate_jobs + 1), max_running
+FROM (SELECT g.queue, g.name, max_running, rate_jobs, rate_seconds, max_running - (SELECT count(*) FROM jobs
+          WHERE jobs.queue = g.queue AND "group" = g.name AND state = 'processing' AND counted = 1) AS room,
+          (SELECT max(n) FROM group_starts s WHERE s.queue = g.queue AND s.name = g.name) AS n
+      FROM {groups} JOIN queues q ON q.name = g.queue) last"""
+
+
+# What `rooms` returns for one group.
+ROOM_OF_GROUP = rooms("(SELECT :queue AS queue, :name AS name) g")
+
+# Return these jobs as they will be after LEASE_THESE, which takes half as long as RETURNING. :ids is a JSON array.
+AS_LEASED = f"""
+SELECT {", ".join(f"{LEASE[name]} AS {name}" if name in LEASE else COLUMN_OF[name] for name in COLUMN_OF)} FROM jobs
+WHERE id IN (SELECT value FROM json_each(:ids))"""
+
+# Lease these jobs to the consumer. :ids is a JSON array; :counted is 1 in queues whose groups take turns, else NULL.
+LEASE_THESE = f"UPDATE jobs SET {LEASED}, counted = :counted WHERE id IN (SELECT value FROM json_each(:ids))"
+
+# Do both for a single job.
+LEASE_ONE = f"UPDATE jobs SET {LEASED}, counted = :counted WHERE id = :id RETURNING {COLUMNS}"
+
+# Advance a group.
+SET_TURN = "UPDATE queue_groups SET turn = :turn WHERE queue = :queue AND name = :name"
+
+# Advance a queue.
+SET_QUEUE_TURN = """
+UPDATE queues SET turn = :turn, unnamed_turn = coalesce(:unnamed_turn, unnamed_turn) WHERE name = :queue"""
+
+# Return these jobs. :ids is a JSON array.
+THESE_JOBS = f"SELECT {COLUMNS} FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
+
+# Let claims pass over a task of a group, until a job of it becomes pending.
+REST_TASK = "UPDATE queue_groups SET next_at = -1 WHERE queue = :queue AND name = :name AND task = :task"
+
+# Let claims pass over a group until :next_at or, if that is NULL, until a job of it ends.
+REST_GROUP = """
+UPDATE queue_groups SET next_at = :next_at WHERE queue = :queue AND name = :name AND next_at >= 0"""
+
+# Record a delivery of a group whose queue has a rate.
+ADD_START = "INSERT INTO group_starts (queue, name, n, at) VALUES (:queue, :name, :n, :at)"
+
+# Delete the deliveries of a group that do not matter any more.
+DELETE_STARTS = "DELETE FROM group_starts WHERE queue = :queue AND name = :name AND n <= :n"
+
+# Delete groups that have no pending job, and would continue at the turn of their queue in any case.
+FORGET_GROUPS = """
+DELETE FROM queue_groups WHERE id IN (
+    SELECT id FROM queue_groups g WHERE next_at < 0 AND turn <= (SELECT turn FROM queues WHERE name = g.queue)
+    AND NOT EXISTS (SELECT 1 FROM jobs WHERE queue = g.queue AND task = g.task AND "group" = g.name
+        AND state = 'pending' AND assigned_to IS NULL) LIMIT :limit)"""
+
+Row = Any  # a row of the database
+
+
+class Room:
+    """How many more jobs of a group may be claimed now."""
+
+    queue = name = ""
+    left: float = math.inf  # jobs
+    running: int | None = None  # by max_running alone; None: no limit
+    rate_jobs: int | None = None
+    last = 0  # number of the last delivery
+    last_at = -math.inf
+    next_at: float | None = None  # when the rate allows the next job; None: there are as many running as may be
+
+    def __init__(self, row: Row = None, limit: int = 0) -> None:
+        if row is None:
+            return
+        self.queue, self.name, self.running, self.rate_jobs, seconds, self.last, last_at, blocked, first_at, _ = row
+        self.left = math.inf if self.running is None else self.running
+        if self.rate_jobs is not None:
+            self.last_at = self.last_at if last_at is None else last_at
+            if self.left > 0 and blocked == min(self.rate_jobs, limit):
+                self.next_at = first_at + seconds
+            self.left = min(self.left, min(self.rate_jobs, limit) - blocked)
+
+
+UNLIMITED = Room()
+
+
+class Group:
+    """A group of a queue, as a claim sees it."""
+
+    def __init__(self, queue: str, name: str, turn: float = 0.0, weight: float | None = None) -> None:
+        self.queue, self.name, self.turn, self.weight = queue, name, turn, weight or 1.0
+        self.tasks: list[str] = []
+        self.room = UNLIMITED
+        self.jobs: deque[Row] = deque()  # the first ones, in order
+        self.left: dict[str, int] = {}  # how many jobs of each task are left; not those of which there may be more
+        self.taken = 0
+        self.is_cut = False  # there may be more jobs
+
+    def fill(self, rows: list[Row], share: int) -> None:
+        """Take over its first `share` jobs of each task. What comes after the last one that was read of some task may
+        belong behind the next."""
+        last: tuple[Any, ...] = (math.inf,)
+        for task in self.tasks:
+            found = [row for row in rows if row[5] == task]
+            if len(found) < share:
+                self.left[task] = len(found)
+            else:
+                # guard: a claim takes no job of a group before one that it has not read
+                last = min(last, tuple(found[-1][:3]))
+        self.is_cut = len(last) > 1
+        self.jobs = deque(row for row in sorted(rows) if tuple(row[:3]) <= last)
+
+
+class Pick(NamedTuple):
+    """A job that a claim has chosen, and the turns of its group and its queue when it is claimed."""
+
+    id: int
+    task: str
+    room: Room
+    group: Group | None = None  # None: not in turn
+    turn: float = 0.0
+    queue_turn: float = 0.0
+
+
+class Line:
+    """The groups of a queue, in turn."""
+
+    def __init__(self, queue: str, turn: float, is_limited: bool) -> None:
+        self.queue, self.turn, self.is_limited = queue, turn, is_limited
+        self.groups: dict[str, Group] = {}
+        self.heap: list[tuple[float, str]] = []  # of the groups that have jobs
+
+    def group(self, name: str, turn: float, weight: float | None) -> Group:
+        if name not in self.groups:
+            self.groups[name] = Group(self.queue, name, turn, weight)
+        return self.groups[name]
+
+    def begin(self) -> None:
+        self.heap = sorted((group.turn, name) for name, group in self.groups.items() if group.jobs)
+
+    def head(self, refill: Callable[[Group], None]) -> Row:
+        """Return the next job, or None."""
+        while self.heap:
+            group = self.groups[self.heap[0][1]]
+            if group.room.left > 0 and not group.jobs and group.is_cut:
+                refill(group)
+            if group.room.left > 0 and group.jobs:
+                return group.jobs[0]
+            heapq.heappop(self.heap)
+        return None
+
+    def take(self) -> Pick:
+        """Take the job that `head` has returned."""
+        turn, name = heapq.heappop(self.heap)
+        group = self.groups[name]
+        row = group.jobs.popleft()
+        # guard: a group that had no jobs does not catch up
+        self.turn = max(turn, self.turn)
+        # guard: the groups of a queue take turns
+        turn = self.turn + 1 / group.weight
+        group.room.left -= 1
+        group.taken += 1
+        heapq.heappush(self.heap, (turn, name))
+        return Pick(row[2], row[5], group.room, group, turn, self.turn)
+
+
+class Others:
+    """The jobs that are claimed in their own order, each with the room of its group."""
+
+    def __init__(self, jobs: list[tuple[Row, Room]]) -> None:
+        self.jobs = deque(sorted(jobs, key=lambda job: tuple(job[0][:3])))
+
+    def head(self, _: Callable[[Group], None]) -> Row:
+        while self.jobs and self.jobs[0][1].left <= 0:
+            self.jobs.popleft()
+        return self.jobs[0][0] if self.jobs else None
+
+    def take(self) -> Pick:
+        row, room = self.jobs.popleft()
+        room.left -= 1
+        return Pick(row[2], "", room)
+
+
+class Grouping(Backend):
+    """The operations on groups, and claims from queues that have them."""
+
+    @abstractmethod
+    def _set_queue(self, sql: str, queue: str, event: str, by: str | None, **values: float | None) -> None: ...
+
+    @abstractmethod
+    def _first_jobs(self, session: Session, params: Params) -> list[Row]:
+        """Return rows that begin with -priority, run_at and id: the first :limit jobs that the consumer may take from
+        queues without groups, or that are assigned to it, in order."""
+
+    def limit(
+        self,
+        queue: str,
+        max_pending: int | EllipsisType | None = ...,
+        *,
+        running: int | EllipsisType | None = ...,
+        rate: tuple[int, float | timedelta] | EllipsisType | None = ...,
+        by: str | None = None,
+    ) -> None:
+        """Limit a queue. What is not given stays as it is; None: no limit.
+
+        max_pending: refuse to enqueue or resubmit while the queue has this many pending jobs. Those that are scheduled,
+            or assigned to a consumer, do not count.
+        running: deliver no job of a group while this many of it are `processing`. Jobs without a group are one.
+        rate: (jobs, seconds), the latter also a timedelta: deliver at most so many jobs of a group in any time of this
+            length.
+        """
+        most = max_pending if max_pending in (None, ...) else valid_int("max_pending", 1, max_pending)
+        at_once = running if running in (None, ...) else valid_int("running", 1, running)
+        jobs, seconds = (None, None) if rate in (None, ...) else _valid_rate(rate)
+        if (most, at_once, rate) == (..., ..., ...):
+            raise ValueError("expected max_pending, running or rate, got none")
+        to = f"limited queue {queue} to"
+        with self._transaction() as session:
+            if most is not ...:
+                self._set_queue(SET_MAX_PENDING, queue, f"{to} {most or 'any number'}", by, value=most)
+                self._count_pending(session, [queue])
+            if at_once is not ...:
+                self._set_queue(SET_MAX_RUNNING, queue, f"{to} {at_once or 'any number'} running", by, value=at_once)
+                session.change(COUNT_RUNNING, {"queue": queue})
+            if rate is not ...:
+                most_in = f"{jobs} in {seconds:g} s" if jobs else "any rate"
+                self._set_queue(SET_RATE, queue, f"{to} {most_in}", by, jobs=jobs, seconds=seconds)
+            if at_once is not ... or rate is not ...:
+                self._let_groups_take_turns(session, queue)
+                session.change(WAKE_GROUPS, {"queue": queue})
+
+    def weigh(self, queue: str, group: str, weight: float, *, by: str | None = None) -> None:
+        """Give a group of a queue this share, relative to the others, which have 1."""
+        if (
+            not isinstance(weight, (int, float))
+            or isinstance(weight, bool)
+            or not 1 / MAX_WEIGHT <= weight <= MAX_WEIGHT
+        ):
+            raise ValueError(f"expected a weight from {1 / MAX_WEIGHT} to {MAX_WEIGHT:g}, got {short(weight)}")
+        params = {"queue": queue, "name": valid_group(group), "weight": float(weight)}
+        with self._transaction() as session:
+            self._set_queue(SET_GROUPED, queue, f"gave group {group} of queue {queue} the weight {weight:g}", by)
+            self._start_groups(session)
+            session.change(SET_WEIGHT, params)
+
+    def limits(self, queue: str, group: str | None = None, *, now: float | None = None) -> dict[str, Any]:
+        """Return what limits a group of a queue (None: its jobs without a group) now.
+
+        It is a dict: "running", the number of its jobs that count towards "max_running", or None without that limit;
+        "rate", (jobs, seconds) or None; "next_at", when that allows the next job, in Unix seconds; None: now.
+        """
+        name = "" if group is None else valid_group(group)
+        params = {"queue": valid_name("queue", queue), "name": name, "now": self._time(now), "limit": 1}
+        found: dict[str, Any] = {"running": None, "max_running": None, "rate": None, "next_at": None}
+        for row in self._read(ROOM_OF_GROUP, params):
+            _, _, room, jobs, seconds, _, _, blocked, first_at, most = row
+            found |= {"max_running": most, "running": None if most is None else most - room}
+            if jobs is not None:
+                found |= {"rate": (jobs, seconds), "next_at": first_at + seconds if blocked else None}
+        return found
+
+    def _let_groups_take_turns(self, session: Session, queue: str) -> int:
+        """Let them; return 1 if they did not before."""
+        if changed := session.change(SET_GROUPED, {"queue": queue}):
+            self._start_groups(session)
+        return changed
+
+    def _start_groups(self, session: Session) -> None:
+        """Keep `queue_groups` from now on; on PostgreSQL, that is always done."""
+
+    # A claim
+
+    def _claim_in_turn(self, session: Session, params: Params, prefetches: bool) -> list[Row] | None:
+        """Lease up to :limit jobs to the consumer, and return their rows; None if it serves no queue with groups."""
+        lines = self._lines(session, params)
+        if lines is None:
+            return None
+        picks = {pick.id: pick for pick in self._picks(session, params, lines)}
+        # The deliveries of a group are in order, though another server's clock may have been read before they were.
+        at = max([params["now"], *(pick.room.last_at for pick in picks.values())])
+        rows = self._lease(session, {**params, "now": at, "counted": 1}, list(picks), prefetches)
+        self._advance(session, [picks[row[0]] for row in rows], at)
+        return rows
+
+    def _lease(self, session: Session, params: Params, ids: list[int], prefetches: bool) -> list[Row]:
+        """Lease the first of these jobs, as many as are delivered together; return their rows."""
+        if len(ids) < 2:
+            return [row for job_id in ids for row in session.run(LEASE_ONE, {**params, "id": job_id})]
+        found = {row[0]: row for row in session.run(AS_LEASED, {**params, "ids": to_json(ids)})}
+        rows = [found[job_id] for job_id in ids if job_id in found]
+        rows = rows[: batch_size([row[ATTEMPTS : ATTEMPTS + 2] for row in rows], prefetches)]
+        session.change(LEASE_THESE, {**params, "ids": to_json([row[0] for row in rows])})
+        return rows
+
+    def _lines(self, session: Session, params: Params) -> list[Line] | None:
+        """Return the queues whose groups take turns, each with the groups that are next; None if there are none, and no
+        job that is assigned in one with limits."""
+        limit = width = params["limit"]
+        if not self._begin_turns(session, params):
+            return None
+        while True:
+            rows = session.run(READY, {**params, "width": width})
+            if not rows and not params["has_assigned"]:
+                return None
+            lines = _lines_of(rows)
+            self._read_rooms(
+                session, params, [each for line in lines if line.is_limited for each in line.groups.values()]
+            )
+            groups = [each for line in lines for each in line.groups.values()]
+            ready = [each for each in groups if each.room.left > 0]
+            self._read_jobs(session, ready, 2 * limit // max(1, len(ready)) + 1)
+            rest = self._rest(session, groups)
+            is_cut = len(rows) >= width  # of some task, perhaps
+            # guard: a claim looks behind the groups that are at a limit
+            if not (rest and is_cut and sum(min(len(each.jobs), each.room.left) for each in ready) < limit):
+                return lines
+            width *= 8
+
+    def _begin_turns(self, session: Session, params: Params) -> bool:
+        """Let no other transaction change the turns, and update which groups may have a job to claim. Return False if
+        the consumer certainly has no queue with groups."""
+        is_due, params["has_assigned"], params["has_others"] = session.run(OUTLOOK, params)[0]
+        if is_due:
+            session.change(WAKE_DELAYED, params)
+        return True
+
+    def _read_rooms(self, session: Session, params: Params, groups: list[Group]) -> None:
+        """Find out how many jobs of these groups may be claimed."""
+        rooms = {(row[0], row[1]): row for row in self._rooms(session, params, groups)} if groups else {}
+        for group in groups:
+            group.room = Room(rooms[group.queue, group.name], params["limit"])
+
+    def _rooms(self, session: Session, params: Params, groups: list[Group]) -> list[Row]:
+        """Return the rows of ROOM_OF_GROUP for these groups."""
+        return [
+            row
+            for group in groups
+            for row in session.run(ROOM_OF_GROUP, {**params, "queue": group.queue, "name": group.name})
+        ]
+
+    def _read_jobs(self, session: Session, groups: list[Group], share: int) -> None:
+        """Read the first `share` jobs of each task of these groups."""
+        rows: dict[Group, list[Row]] = {group: [] for group in groups}
+        by_name = {(group.queue, group.name): group for group in groups}
+        for row in self._next_of_groups(session, groups, share):
+            rows[by_name[row[3], row[4]]].append(row)
+        for group in groups:
+            group.fill(rows[group], share)
+
+    def _next_of_groups(self, session: Session, groups: list[Group], share: int) -> list[Row]:
+        """Return the rows of NEXT_OF_GROUP for each task of these groups."""
+        found: list[Row] = []
+        for group in groups:
+            for task in group.tasks:
+                place = {"queue": group.queue, "name": group.name, "task": task, "share": share}
+                found += session.run(NEXT_OF_GROUP, place)
+        return found
+
+    def _rest(self, session: Session, groups: list[Group]) -> bool:
+        """Let later claims pass over groups that have no job, or are at a limit; return whether there are any."""
+        named = [group for group in groups if group.name]
+        full = [_place(group, next_at=group.room.next_at) for group in named if group.room.left <= 0]
+        empty = [_place(group, task=task) for group in named for task, left in group.left.items() if not left]
+        for sql, places in ((REST_GROUP, full), (REST_TASK, empty)):
+            if places:
+                session.change_many(sql, places)
+        return bool(full or empty)
+
+    def _picks(self, session: Session, params: Params, lines: list[Line]) -> list[Pick]:
+        """Return the first :limit jobs that the consumer may take, in order."""
+
+        def refill(group: Group) -> None:
+            self._read_jobs(session, [group], group.taken + params["limit"])
+            for _ in range(group.taken):
+                group.jobs.popleft()
+
+        others: list[tuple[Row, Room]] = []
+        if params["has_others"] or params["has_assigned"]:
+            others += [(row, UNLIMITED) for row in self._first_jobs(session, params)]
+        if params["has_assigned"]:
+            others += self._assigned(session, params, lines)
+        streams: list[Line | Others] = [*lines, Others(others)]
+        for line in lines:
+            line.begin()
+        picks: list[Pick] = []
+        while len(picks) < params["limit"]:
+            heads = [(tuple(row[:3]), stream) for stream in streams if (row := stream.head(refill))]
+            if not heads:
+                break
+            picks.append(min(heads, key=itemgetter(0))[1].take())
+        return picks
+
+    def _assigned(self, session: Session, params: Params, lines: list[Line]) -> list[tuple[Row, Room]]:
+        """Return the jobs that are assigned to the consumer in queues with limits, with what these leave."""
+        rows = session.run(ASSIGNED_IN_GROUPS, params)
+        known = {(line.queue, name): group for line in lines for name, group in line.groups.items()}
+        new = {place: Group(*place) for row in rows if (place := (row[3], row[4])) not in known}
+        self._read_rooms(session, params, list(new.values()))
+        known |= new
+        return [(row, known[row[3], row[4]].room) for row in rows]
+
+    def _advance(self, session: Session, picks: list[Pick], at: float) -> None:
+        """Record that these jobs were claimed: advance their groups, and let later claims pass over those without jobs,
+        or at a limit."""
+        last = {pick.group: pick for pick in picks if pick.group}  # of each group
+        queues = {group.queue: {"queue": group.queue, "turn": pick.queue_turn} for group, pick in last.items()}
+        unnamed = {group.queue: pick.turn for group, pick in last.items() if not group.name}
+        named = {group: pick for group, pick in last.items() if group.name}
+        taken = Counter((pick.group, pick.task) for pick in picks)
+        by_room = Counter(pick.room for pick in picks)
+        started = {room: number for room, number in by_room.items() if room.rate_jobs is not None}
+        numbers = [(room, room.last + number) for room, n in started.items() for number in range(1, n + 1)]
+        changes = {
+            SET_QUEUE_TURN: [{**each, "unnamed_turn": unnamed.get(queue)} for queue, each in queues.items()],
+            SET_TURN: [_place(group, turn=pick.turn) for group, pick in named.items()],
+            REST_TASK: [
+                _place(group, task=task)
+                for (group, task), n in taken.items()
+                if group in named and group.left.get(task) == n
+            ],
+            REST_GROUP: [_place(group, next_at=None) for group in named if by_room[group.room] == group.room.running],
+            ADD_START: [_place(room, n=number, at=at) for room, number in numbers],
+            DELETE_STARTS: [_place(room, n=room.last + n - (room.rate_jobs or 0)) for room, n in started.items()],
+        }
+        for sql, rows in changes.items():
+            if rows:
+                session.change_many(sql, rows)
+
+    def peek(
+        self,
+        limit: int = 10,
+        *,
+        queues: Sequence[str] | None = None,
+        tasks: Sequence[str] | None = None,
+        consumer: str | None = None,
+        now: float | None = None,
+    ) -> list[Job]:
+        """Return up to `limit` jobs in the order in which they would be delivered, without taking them.
+
+        queues, tasks: as for `dequeue`.
+        consumer: include the jobs assigned to this consumer.
+        """
+        params = {
+            **claim_filter(consumer, queues, tasks),
+            "limit": valid_int("limit", 1, limit),
+            "now": self._time(now),
+        }
+        if self._read(OVERDUE, params)[0][2]:
+            with self._transaction(durable=False) as session:
+                session.change(PROMOTE, {**params, "limit": MAX_PROMOTED})
+                lines = self._lines(session, params)
+                if lines is not None:
+                    ids = [pick.id for pick in self._picks(session, params, lines)]
+                    found = {row[0]: row for row in session.run(THESE_JOBS, {"ids": to_json(ids)})}
+                    return [to_job(found[job_id]) for job_id in ids]
+        return [to_job(row) for row in self._read(PEEK, params)]
+
+
+def _lines_of(rows: list[Row]) -> list[Line]:
+    """Return the queues of the rows of READY, with their groups."""
+    lines: dict[str, Line] = {}
+    for queue, task, name, turn, weight, queue_turn, unnamed_turn, is_limited, has_unnamed in rows:
+        line = lines.get(queue) or lines.setdefault(queue, Line(queue, queue_turn, bool(is_limited)))
+        if name is not None:
+            line.group(name, turn, weight).tasks.append(task)
+        if has_unnamed and task not in (unnamed := line.group("", unnamed_turn, None)).tasks:
+            unnamed.tasks.append(task)
+    return list(lines.values())
+
+
+def _place(of: Group | Room, **values: Any) -> Params:
+    return {"queue": of.queue, "name": of.name, **values}
+
+
+def batch_size(attempts: list[tuple[int, int]], prefetches: bool) -> int:
+    """Return how many of the next jobs to claim, given their (attempts with this one, max_attempts).
+
+    A job that was delivered before is claimed alone: if it kills its consumer again, no other job is affected. So is a
+    job with a single attempt, unless the attempt counts only when the job begins.
+    """
+    # guard: a job with one attempt is claimed alone
+    alone = (n for n, (made, most) in enumerate(attempts) if made > 1 or (most == 1 and not prefetches))
+    # guard: a redelivered job is claimed alone
+    return max(1, next(alone, len(attempts)))
+
+
+def claim_filter(consumer: str | None, queues: Sequence[str] | None, tasks: Sequence[str] | None) -> Params:
+    known = None if tasks is None else _between_newlines(tuple(tasks))
+    return {"consumer": consumer, "queues": queue_list(queues), "tasks": known}
+
+
+@lru_cache(maxsize=64)
+def _between_newlines(tasks: tuple[str, ...]) -> str:
+    """Return the names of the tasks as KNOWN expects them."""
+    return "\n".join(["", *(valid_name("task", task) for task in tasks), ""])
+
+
+def queue_list(queues: Sequence[str] | None) -> str | None:
+    return None if queues is None else json.dumps([valid_name("queue", queue) for queue in queues])
+
+
+def valid_group(group: str) -> str:
+    return valid_name("group", group, MAX_GROUP_CHARS)
+
+
+def _valid_rate(rate: Any) -> tuple[int, float]:
+    if not (isinstance(rate, (tuple, list)) and len(rate) == 2):
+        raise ValueError(f"expected rate to be (jobs, seconds), such as (10, 1.0), got {short(rate)}")
+    return valid_int("the jobs of rate", 1, rate[0], MAX_RATE), above_0("the seconds of rate", rate[1])
