@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import secrets
-import select
 import sqlite3
 import tempfile
 import threading
@@ -38,6 +37,7 @@ from sqlalchemy.pool import NullPool, StaticPool
 
 import pqueue
 import pqueue_backend
+import pqueue_listener
 import pqueue_schema
 import pqueue_values
 from pqueue import Job, NotStored, PersistentQInterface, PersistentQSQLite, QueueBusy, QueueError, QueueFull
@@ -47,20 +47,26 @@ from pqueue_connections import (
     RESTORE,
     UNLOCK_ALL,
     Link,
-    ListenLink,
     Pool,
     Settings,
     connection_error,
     parse_url,
     setting,
-    timeout_settings,
 )
 from pqueue_groups import Group
 from pqueue_join import Joined, driver_connection
+from pqueue_listener import (
+    NOTIFY,
+    WAITING,
+    ConsumerLock,
+    ListenConnection,
+    ReservedNumber,
+    ResultWatch,
+    is_notify_queue_full,
+)
 from pqueue_outcomes import MINUTE, SHARD_SECONDS, minute
 from pqueue_postgres import (
     ALONE,
-    CHANNEL,
     COMPLETE_ALL,
     COPYING,
     COUNTING,
@@ -106,21 +112,8 @@ log = logging.getLogger("pqueue")
 # The driver raises the error of a lost connection, and then logs that it cannot end its pipeline.
 logging.getLogger("psycopg").addFilter(lambda record: not record.getMessage().startswith("error ignored terminating"))
 
-WAITING = "waiting"  # the NOTIFY of a process that waits for a result
-AWAITED_SECONDS = 4.0  # how long those that finish jobs then send NOTIFY, too
-FIRST_LOOK_SECONDS = 0.005  # after which a waiter looks again, then four times as late each time
 CLOCK_SECONDS = 30.0  # how often the server's clock is read
 ENQUEUE_TRIES = 100  # while other transactions use and free the key
-RETRY_SECONDS = 0.5  # between the listener's attempts to connect
-PAUSE_SECONDS = 0.05  # before reconnecting after a connection that was lost at once
-RESTART_SECONDS = 10.0  # after a server restart, while consumers reconnect, none is considered dead
-# How long the server keeps the connection of an unreachable host: its consumers still have their leases.
-LISTENER_KEEPALIVES = {"keepalives_idle": 60, "keepalives_interval": 15, "keepalives_count": 4}
-LISTENER_TIMEOUT_MS = 120_000
-LISTEN = f'LISTEN "{CHANNEL}"'
-NOTIFY = f'NOTIFY "{CHANNEL}"'
-LOCK_SLOT = f"SELECT pg_advisory_lock_shared({LOCK_CLASS}, $1::int)"
-UNLOCK_SLOT = f"SELECT pg_advisory_unlock_shared({LOCK_CLASS}, $1::int)"
 # Return the settings of the server without which "full" holds for no job.
 UNSAFE = """
 SELECT name FROM (VALUES ('fsync'), ('full_page_writes')) needed (name) WHERE current_setting(name) = 'off'"""
@@ -206,7 +199,7 @@ class PostgresSession(Session):
         try:
             rows = self.alone(f"{sql}, {PG_NOTIFY}" if with_commit else sql, params)
         except QueueError as error:
-            if not _is_notify_queue_full(error):
+            if not is_notify_queue_full(error):
                 raise
             rows, with_commit = self.alone(sql, params), False
         self._queue.commit_seconds += (time.monotonic() - began - self._queue.commit_seconds) / 8
@@ -374,10 +367,6 @@ class PostgresSession(Session):
             self._link.driver.close()
 
 
-def _is_notify_queue_full(error: QueueError) -> bool:
-    return getattr(error.__cause__, "sqlstate", None) == "54000"
-
-
 class JoinedPostgres(Joined, PostgresSession):
     """A session within a transaction of a `psycopg.Connection`."""
 
@@ -421,296 +410,6 @@ class JoinedPostgres(Joined, PostgresSession):
             self.change(NOTIFY)
         if self.finished:
             self._wake_waiters()
-
-
-class ListenConnection:
-    """A process's connection that listens for NOTIFY, and holds the locks of the consumers of this process.
-
-    Where epoll is available, the pool lends it for other statements. Its thread does not look at it meanwhile.
-    """
-
-    def __init__(self, queue: OnPostgres) -> None:
-        self._queue = queue
-        self._changed = threading.Condition()
-        self._connecting = threading.Lock()  # held while the connection or the numbers change
-        self._wakeups = 0
-        self._numbers: set[int] = set()  # of the locks to hold
-        self._link: ListenLink | None = None
-        self._stopped = False
-        self._poll: Any = getattr(select, "epoll", select.poll)()
-        self._lends = hasattr(select, "epoll")  # others can change what poll() looks at only when it is called
-        self._interrupt_reader, self._interrupt_writer = os.pipe()  # wakes the thread
-        self._poll.register(self._interrupt_reader, select.POLLIN)
-        self._lost_at = self._made_at = -math.inf  # monotonic seconds
-        self._is_new = False  # the connection is new: the consumers must be marked as running
-        self.watch: ResultWatch | None = None
-        self._awaited_until = math.inf  # monotonic seconds: whether anybody waits for a result
-        self.gets_notify = True  # False: connected through a pooler, which keeps neither NOTIFY nor locks
-        self._thread = threading.Thread()
-
-    @property
-    def _connection(self) -> psycopg.Connection[Any] | None:
-        return None if self._link is None else self._link.driver
-
-    def start(self) -> None:
-        self.gets_notify = not self._queue.pooled and self._receives_notify()
-        if self.gets_notify:
-            self._serve()
-            self.keep_listening()
-            self._queue._pool.close_idle(0)  # an idle consumer needs no other
-            return
-        if self._link is not None:
-            self._link.close()
-        log.warning(
-            "%s passes on no NOTIFY: consumers poll every %g s, and crashes are noticed only when leases expire",
-            self._queue.name,
-            pqueue.WAIT_SECONDS,
-        )
-
-    def keep_listening(self) -> None:
-        """Start the listener, or restart it if it died: the consumers depend on it."""
-        if self.gets_notify and not self._stopped and not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._listen, name="pqueue-listener", daemon=True)
-            self._thread.start()
-
-    def _receives_notify(self) -> bool:
-        self._link = self._connect()
-        before = self._wakeups
-        try:
-            with self._queue._transaction(durable=False) as session:
-                session.change(NOTIFY)
-        except QueueError as error:
-            if not _is_notify_queue_full(error):
-                raise
-            return True
-        self._link.driver.execute("SELECT 1")  # the server sends pending notifications before its answer
-        return self._wakeups != before
-
-    def acquire(self, number: int) -> None:
-        """Acquire a lock, now and after each reconnection."""
-        with self._connecting:
-            self._numbers.add(number)
-            self._run_if_connected(LOCK_SLOT, number)
-        self._wake_waiters()
-
-    def release(self, number: int) -> None:
-        with self._connecting:
-            self._numbers.discard(number)
-            self._run_if_connected(UNLOCK_SLOT, number)
-        self._wake_waiters()  # for notifications received meanwhile
-
-    def _run_if_connected(self, sql: str, number: int) -> None:
-        """Execute the statement unless the connection is lost: the listener will reconnect."""
-        link = self._link
-        if link is None:
-            return
-        with suppress(psycopg.Error, QueueError), self._taken(link):
-            link.cursor.execute(self._queue._sql(sql), [number])
-
-    @contextmanager
-    def _taken(self, link: Link) -> Iterator[None]:
-        """Use the connection alone."""
-        if self._lends:
-            self._queue._pool.take(only=link)
-        try:
-            yield
-        finally:
-            if self._lends:
-                self._queue._pool.give_back(link)
-
-    # Called by the pool
-
-    def on_loan(self, link: Link) -> None:
-        self._poll.unregister(link.driver.fileno())
-
-    def on_return(self, link: Link) -> None:
-        link.dispatch()
-        self._poll.register(link.driver.fileno(), select.POLLIN)
-
-    def on_loss(self) -> None:
-        self._interrupt()
-
-    def wait(self, seconds: float, due_in: Callable[[], float]) -> bool:
-        with self._changed:
-            before = self._wakeups
-        until = min(seconds, due_in())
-        with self._changed:
-            return self._changed.wait_for(lambda: self._wakeups != before, max(0.0, until))
-
-    def _interrupt(self) -> None:
-        with suppress(OSError):
-            os.write(self._interrupt_writer, b"!")
-
-    def stop_listening(self) -> None:
-        """Stop the listener, which would otherwise reconnect and mark the consumers as running."""
-        self._stopped = True
-        self._interrupt()
-        if self._thread.is_alive():
-            self._thread.join(2 * self._queue._busy_seconds + 2)  # it may be connecting
-
-    def close(self) -> None:
-        self.stop_listening()
-        self._queue._pool.recall()
-        if self._link is not None:
-            self._link.close()
-        if self._lends:
-            self._poll.close()
-        for file in (self._interrupt_reader, self._interrupt_writer):
-            os.close(file)
-
-    def _connect(self) -> ListenLink:
-        with ExitStack() as undo:
-            driver = self._queue._connect_raw()
-            undo.callback(driver.close)
-            link = ListenLink(driver, self._queue._settings, pooled=self._queue.pooled)
-            driver.execute(setting(timeout_settings(LISTENER_TIMEOUT_MS, LISTENER_KEEPALIVES), for_good=True))
-            for number in list(self._numbers):
-                link.cursor.execute(self._queue._sql(LOCK_SLOT), [number])
-            driver.add_notify_handler(self._receive_notify)
-            driver.execute(self._queue._sql(LISTEN))
-            undo.pop_all()
-        self._awaited_until = time.monotonic() + AWAITED_SECONDS  # it may have been announced before
-        return link
-
-    def _serve(self) -> None:
-        """Listen on the new connection, and lend it."""
-        link = cast(ListenLink, self._link)
-        self._poll.register(link.driver.fileno(), select.POLLIN)
-        if self._lends:
-            self._queue._pool.lend(link, self)
-
-    def was_lost_recently(self) -> bool:
-        """Return whether the connection was lost a moment ago; other consumers may not have reconnected yet."""
-        return time.monotonic() - self._lost_at < RESTART_SECONDS
-
-    def _listen(self) -> None:
-        while not self._stopped:
-            try:
-                self._receive(self._link or self._reconnect())
-            except Exception as error:
-                self._drop(error)
-
-    def _reconnect(self) -> ListenLink:
-        with self._connecting:
-            self._link = self._connect()
-            self._is_new, self._made_at = True, time.monotonic()
-            self._serve()
-        return self._link
-
-    def _drop(self, error: Exception) -> None:
-        """Drop a failed connection; wait before the next one if this one never worked."""
-        with self._connecting:
-            lost, self._link = self._link, None
-            self._queue._pool.recall()
-        self._lost_at = time.monotonic()
-        if not isinstance(error, (psycopg.Error, QueueError, OSError)):
-            log.error("%s: the listener failed and reconnects: %r", self._queue.name, error)
-        if lost is None:
-            time.sleep(RETRY_SECONDS)
-            return
-        with suppress(Exception):
-            self._poll.unregister(lost.driver.fileno())
-        with suppress(Exception):
-            lost.close()
-        if self._lost_at - self._made_at < RETRY_SECONDS:
-            time.sleep(PAUSE_SECONDS)
-
-    def _receive(self, link: ListenLink) -> None:
-        if self._is_new:
-            with suppress(QueueError):  # tries again in a second
-                self._queue._mark_running()
-                self._is_new = False
-        for file, _ in self._poll.poll(1.0 if self._lends else 1000):  # seconds, milliseconds
-            if file == self._interrupt_reader:
-                os.read(file, 100)
-        pool = self._queue._pool
-        if self._stopped:
-            return
-        if self._lends and pool.listening is not link:
-            raise QueueBusy("the connection was lost")
-        if not self._lends:
-            link.receive()
-        elif pool.take_if_free(link):
-            try:
-                link.receive()
-            finally:
-                pool.give_back(link)
-
-    def _receive_notify(self, notify: psycopg.Notify) -> None:
-        if notify.payload == WAITING:
-            self._awaited_until = time.monotonic() + AWAITED_SECONDS
-        elif not notify.payload:
-            self._wake_waiters()
-        elif self.watch:
-            self.watch.wake_for(notify.payload)
-
-    def _wake_waiters(self) -> None:
-        with self._changed:
-            self._wakeups += 1
-            self._changed.notify_all()
-
-    @property
-    def is_awaited(self) -> bool:
-        """Whether a process may wait for the result of a job."""
-        return time.monotonic() < self._awaited_until
-
-    @property
-    def is_announced(self) -> bool:
-        """Whether consumers will know for a while longer that a process waits for a result."""
-        return time.monotonic() < self._awaited_until - AWAITED_SECONDS / 2
-
-
-class ResultWatch:
-    """Waits for NOTIFY with the ids of finished jobs, and keeps the processes that finish jobs sending it."""
-
-    def __init__(self, queue: OnPostgres, listener: ListenConnection) -> None:
-        self._queue, self._listener = queue, listener
-        self._woken = threading.Event()
-        self._job_ids: set[str] = set()
-        self._seconds = FIRST_LOOK_SECONDS
-        listener.watch = self
-
-    def wait(self, job_ids: list[int], find: Callable[[], bool]) -> None:
-        self._job_ids = set(map(str, job_ids))
-        if not self._listener.is_announced:
-            self._queue.announce_wait()
-        if find() or self._woken.wait(self._seconds):
-            self._woken.clear()
-            self._seconds = FIRST_LOOK_SECONDS
-        else:  # at first, a process that finishes a job may not have received the announcement
-            self._seconds = min(pqueue.WAIT_SECONDS, 4 * self._seconds)
-
-    def wake_for(self, finished: str) -> None:
-        if not self._job_ids.isdisjoint(finished.split(",")):
-            self._woken.set()
-
-    def interrupt(self) -> None:
-        self._woken.set()
-
-    def close(self) -> None:
-        if self._listener.watch is self:
-            self._listener.watch = None
-
-
-class ConsumerLock:
-    """The advisory lock that shows that a consumer is alive."""
-
-    def __init__(self, listener: ListenConnection, number: int) -> None:
-        self.number = number
-        self._listener = listener
-
-    def close(self) -> None:
-        self._listener.release(self.number)
-
-
-class ReservedNumber:
-    """The number of an advisory lock that a child will hold: the parent has no thread to hold one through outages."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def close(self) -> None:
-        """Do nothing: this process does not hold the lock."""
 
 
 _queues: weakref.WeakSet[OnPostgres] = weakref.WeakSet()
@@ -1212,7 +911,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         """Read which consumers hold their locks (None: unknown), and since when others are missing."""
         started = float(self._read(UPTIME, {})[0][0])
         living = {int(row[0]) for row in self._read(LOCKED_SLOTS)}
-        recently = started < RESTART_SECONDS or (self._listener and self._listener.was_lost_recently())
+        recently = started < pqueue_listener.RESTART_SECONDS or (self._listener and self._listener.was_lost_recently())
         self._missing = {} if recently else {slot: at for slot, at in self._missing.items() if slot not in living}
         self._liveness_at, self._living = time.monotonic(), None if recently else living
 

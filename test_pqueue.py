@@ -1288,7 +1288,7 @@ class QueueContract:
 
     def without_timers(self):
         """Let nothing but a wake-up end a wait for a result, where there are wake-ups."""
-        for module in [pqueue, pqueue_locks, sys.modules.get("pqueue_sqlalchemy")]:
+        for module in [pqueue, pqueue_locks, sys.modules.get("pqueue_listener")]:
             for name in ("WAIT_SECONDS", "FIRST_LOOK_SECONDS"):
                 if hasattr(module, name) and not self.polls:
                     patch = mock.patch.object(module, name, 1000.0)

@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTEST = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "--assert=plain"]
 ON_SQLITE = ["test_pqueue.py", "tests/test_model.py", "-knot AtNormalDurability and not killed_anywhere"]
 ON_POSTGRES = ["tests/test_postgres.py", "-kPostgresContract"]
-OF_POSTGRES = {"pqueue_postgres.py", "pqueue_sqlalchemy.py"}
+OF_POSTGRES = {"pqueue_listener.py", "pqueue_postgres.py", "pqueue_sqlalchemy.py"}
 EXTRA_SECONDS = 30  # in addition to twice the time its tests took before, after which a mutant counts as noticed
 
 # Loaded by every Python that the tests start, and by pytest as a plugin: writes each test, its duration, and its lines.

@@ -14,8 +14,8 @@ import pytest
 from postgres_server import Server
 
 import pqueue
+import pqueue_listener
 import pqueue_postgres
-import pqueue_sqlalchemy
 from test_pqueue import wait_until
 
 LEASE_SECONDS = 8  # longer than a session waits for an answer
@@ -126,7 +126,7 @@ def test_jobs_of_a_lost_host_are_done_once_by_others(place, network, server, cap
     start_consumers("one", 1, 2)
     start_consumers("two", 1, 2)
     start("maker", "maker", sys.executable, "-c", PRODUCER)
-    wait_until(lambda: queue._read(pqueue_postgres.UPTIME)[0][0] > pqueue_sqlalchemy.RESTART_SECONDS, 60)
+    wait_until(lambda: queue._read(pqueue_postgres.UPTIME)[0][0] > pqueue_listener.RESTART_SECONDS, 60)
 
     held, killed_at = wait_until(lambda: held_by(queue, "two")), time.time()
     network.kill("two")

@@ -12,7 +12,7 @@ import pytest
 from postgres_server import Server
 
 import pqueue
-import pqueue_sqlalchemy
+import pqueue_listener
 from test_pqueue import wait_until
 
 
@@ -112,7 +112,7 @@ def test_server_that_is_slow_to_pass_on_a_notify_is_not_taken_for_a_pooler(prima
         def run(sql, *params, **options):
             os.kill(pid, signal.SIGCONT)
             done = execute(sql, *params, **options)
-            if sql == queue._sql(pqueue_sqlalchemy.LISTEN):
+            if sql == queue._sql(pqueue_listener.LISTEN):
                 os.kill(pid, signal.SIGSTOP)
                 stops.append(pid)
             return done

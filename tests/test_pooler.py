@@ -20,7 +20,7 @@ from test_outage import Load
 from test_postgres import database, execute_on_tables, server
 
 import pqueue
-import pqueue_sqlalchemy
+import pqueue_listener
 from pqueue import LeaseLost, QueueBusy
 from pqueue_sqlalchemy import PersistentQSQLAlchemy
 from test_pqueue import QueueContract, wait_until
@@ -97,7 +97,7 @@ def queue(pooler):
 @pytest.fixture
 def direct(database, queue):
     """The same queue without the pooler; it considers any consumer without a lock dead at once."""
-    with mock.patch("pqueue_sqlalchemy.RESTART_SECONDS", 0), mock.patch("pqueue.DEAD_CHECK_SECONDS", 0):
+    with mock.patch("pqueue_listener.RESTART_SECONDS", 0), mock.patch("pqueue.DEAD_CHECK_SECONDS", 0):
         queue = pqueue.open_queue(database)
         yield queue
         queue.close()
@@ -170,7 +170,7 @@ def test_consumer_behind_it_is_never_taken_for_dead_before_its_lease_is_over(poo
 
 
 def test_consumer_that_dies_before_the_server_is_seen_from_behind_it(queue, direct, monkeypatch):
-    monkeypatch.setattr(pqueue_sqlalchemy, "RESTART_SECONDS", 0)
+    monkeypatch.setattr(pqueue_listener, "RESTART_SECONDS", 0)
     direct.enqueue("t")
     job = direct.dequeue("anna")
     direct._listener._stopped = True  # as the kernel does for a process that was killed

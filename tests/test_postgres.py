@@ -25,6 +25,7 @@ from conftest import ROOT
 from test_histories import SOAK, Checker, at_once, in_turn
 
 import pqueue
+import pqueue_listener
 import pqueue_postgres
 import pqueue_schema
 import pqueue_search
@@ -241,7 +242,7 @@ class PostgresFiles(PostgresCase):
 
     def test_pooler_without_notify_is_reported_once_and_consumers_poll(self):
         queue, other = self.open(), self.open()
-        with mock.patch("pqueue_sqlalchemy.LISTEN", "SELECT 1"), self.assertLogs("pqueue", "WARNING") as logs:
+        with mock.patch("pqueue_listener.LISTEN", "SELECT 1"), self.assertLogs("pqueue", "WARNING") as logs:
             self.assertIsNone(queue.dequeue("anna"))
             self.assertIsNone(queue.dequeue("berta"))
         self.assertEqual(len(logs.output), 1, logs.output)
@@ -362,7 +363,7 @@ class PostgresFiles(PostgresCase):
         def wait(_listener, _seconds, due_in):
             asked.append(due_in())
 
-        with queue.transaction(), mock.patch("pqueue_sqlalchemy.ListenConnection.wait", wait):
+        with queue.transaction(), mock.patch("pqueue_listener.ListenConnection.wait", wait):
             queue.cancel(job_id)
             for _ in range(4):
                 self.assertIsNone(other.dequeue("w"))
@@ -607,7 +608,7 @@ class PostgresProcesses(PostgresCase):
     def test_killed_consumers_job_is_back_before_its_lease_is_over(self):
         queue = self.open()
         job_id = queue.enqueue("t")
-        with mock.patch("pqueue_sqlalchemy.RESTART_SECONDS", 0):
+        with mock.patch("pqueue_listener.RESTART_SECONDS", 0):
             child = self.child("print(queue.dequeue('anna').id, flush=True); time.sleep(600)")
             self.assertEqual(child.stdout.readline(), f"{job_id}\n")
             self.assertIsNone(queue.dequeue("berta"))
@@ -866,7 +867,7 @@ def test_operator_who_pauses_waits_for_writers_of_jobs_only(database):
 
 
 def test_consumer_that_has_just_begun_is_not_taken_for_dead(database, monkeypatch):
-    monkeypatch.setattr(pqueue_sqlalchemy, "RESTART_SECONDS", 0.0)
+    monkeypatch.setattr(pqueue_listener, "RESTART_SECONDS", 0.0)
     with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
         queue.dequeue("old")
         assert {each["state"] for each in other.consumers()} == {"running"}
@@ -892,7 +893,7 @@ def test_consumer_that_reconnects_within_the_grace_period_keeps_its_job(database
 
 @pytest.mark.parametrize("seed", range(5 * SOAK))
 def test_actors_taking_turns_see_only_what_the_model_allows(database, monkeypatch, seed):
-    monkeypatch.setattr(pqueue_sqlalchemy, "RESTART_SECONDS", 0.0)
+    monkeypatch.setattr(pqueue_listener, "RESTART_SECONDS", 0.0)
     checker = Checker(in_turn(seed, database))
     assert list(checker.problems()) == []
     print(f"\n{checker.operations} operations")
@@ -901,7 +902,7 @@ def test_actors_taking_turns_see_only_what_the_model_allows(database, monkeypatc
 @pytest.mark.parametrize("seed", range(3 * SOAK))
 def test_processes_at_once_see_only_what_the_model_allows(database, monkeypatch, tmp_path, seed):
     """But for the order, as a claim passes over what another one that is under way has locked."""
-    monkeypatch.setattr(pqueue_sqlalchemy, "RESTART_SECONDS", 0.0)
+    monkeypatch.setattr(pqueue_listener, "RESTART_SECONDS", 0.0)
     checker = Checker(at_once(seed, database, tmp_path, steps=150, deaths=0))
     assert [problem for problem in checker.problems() if "was passed over" not in problem] == []
     print(f"\n{checker.operations} operations")
@@ -910,7 +911,7 @@ def test_processes_at_once_see_only_what_the_model_allows(database, monkeypatch,
 @pytest.fixture
 def consumers(database, monkeypatch):
     """Two queue objects, of a consumer that has a job with one attempt and of an heir, long after the server began."""
-    monkeypatch.setattr(pqueue_sqlalchemy, "RESTART_SECONDS", 0.0)
+    monkeypatch.setattr(pqueue_listener, "RESTART_SECONDS", 0.0)
     with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
         queue.enqueue("t", max_attempts=1)
         assert other.dequeue("heir", queues=["none"]) is None
@@ -960,7 +961,7 @@ def test_consumer_whose_sessions_are_ended_again_and_again_keeps_its_job(consume
 
 
 def test_consumer_whose_session_is_ended_connects_again_at_once(consumers, monkeypatch):
-    monkeypatch.setattr(pqueue_sqlalchemy, "RETRY_SECONDS", 600.0)
+    monkeypatch.setattr(pqueue_listener, "RETRY_SECONDS", 600.0)
     queue, other = consumers
     queue.dequeue("anna")
     queue._listener._made_at = -math.inf
@@ -1001,7 +1002,7 @@ def test_consumer_that_reconnected_gets_a_new_grace_period(consumers):
 def test_listener_that_fails_for_whatever_reason_is_there_again(consumers, error):
     queue, other = consumers
     queue.dequeue("anna")
-    with mock.patch.object(pqueue_sqlalchemy.ListenConnection, "_receive", side_effect=error):
+    with mock.patch.object(pqueue_listener.ListenConnection, "_receive", side_effect=error):
         wait_until(lambda: queue._listener._connection is None or not queue._listener._thread.is_alive())
     queue._dead_checked_at = -math.inf
     queue.dequeue("anna")
@@ -1037,7 +1038,7 @@ def test_consumer_that_begins_while_the_line_connects_has_its_lock(consumers):
 
 
 def test_copy_of_the_database_on_the_same_server_has_its_own_consumers(database, server, monkeypatch):
-    monkeypatch.setattr(pqueue_sqlalchemy, "RESTART_SECONDS", 0.0)
+    monkeypatch.setattr(pqueue_listener, "RESTART_SECONDS", 0.0)
     monkeypatch.setattr(pqueue_sqlalchemy, "GRACE_SECONDS", 0.0)
     url = sqlalchemy.make_url(database)
     with closing(PersistentQSQLAlchemy(database)) as queue, ExitStack() as undo:

@@ -23,7 +23,7 @@ from test_postgres_isolation import Roles, roles, with_query
 
 import pqueue
 import pqueue_connections
-import pqueue_sqlalchemy
+import pqueue_listener
 from pqueue import InvalidTransition, QueueBusy, QueueError
 from pqueue_connections import parse_url
 from pqueue_sqlalchemy import PersistentQSQLAlchemy
@@ -194,7 +194,7 @@ def test_connection_that_listens_is_lent_and_still_hears(queue, database):
 
 
 def test_consumer_is_woken_where_the_connection_that_listens_cannot_be_lent(admin, database, monkeypatch):
-    monkeypatch.delattr(pqueue_sqlalchemy.select, "epoll")  # as on macOS
+    monkeypatch.delattr(pqueue_listener.select, "epoll")  # as on macOS
     with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
         assert queue.dequeue("w") is None
         for _ in range(10):

@@ -16,6 +16,7 @@ PRODUCT = {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(pat
 CORE = {name for name in PRODUCT if name.startswith("pqueue") and "." not in name} - {
     "pqueue_sqlalchemy",
     "pqueue_connections",
+    "pqueue_listener",
 }
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}  # which are public
@@ -35,10 +36,12 @@ PRIVATE_USES = {
         "_let_groups_take_turns",
         "_attach",
     },
-    # A session and its queue are one thing in two classes, and a fork resets both.
+    # A queue is one thing with its session and its listener, and a fork resets all.
     "pqueue_sqlalchemy": {
-        *("_db_errors", "_transaction", "_connect_raw", "_mark_running", "_busy_seconds", "_after_fork"),
-        *("_pool", "_settings", "_sql", "_wrap", "_wake_waiters", "_read"),
+        *("_db_errors", "_busy_seconds", "_after_fork", "_pool", "_settings", "_sql", "_wrap", "_wake_waiters", "_read")
+    },
+    "pqueue_listener": {
+        *("_transaction", "_connect_raw", "_mark_running", "_busy_seconds", "_pool", "_settings", "_sql")
     },
 }
 
