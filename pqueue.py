@@ -609,12 +609,12 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
         parents: list[int] = []
         for job, result in completions:
             params = {"id": job.id, "token": job.lease_token, "result": result, "now": now}
-            # guard: complete_and_dequeue reports a lost lease
             if session.change(COMPLETE, params):
                 continue
             if session.change(COMPLETE_PARENT, params):
                 parents.append(job.id)
             else:
+                # guard: complete_and_dequeue reports a lost lease
                 lost.append(job)
         # guard: completed jobs promote those that wait for them
         self._follow_up(session, parents, now)

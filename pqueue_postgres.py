@@ -436,7 +436,7 @@ SELECT min(at) FROM (
         OR EXISTS (SELECT 1 FROM group_events WHERE {EVENTS_HERE})
     UNION ALL (SELECT next_at FROM queue_groups WHERE next_at > 0 AND {OF_QUEUES} ORDER BY next_at LIMIT 1)
     UNION ALL SELECT {pqueue_schema.RATE_AT} FROM queues q JOIN queue_tasks t ON t.queue = q.name
-    WHERE {GROUP_PLACES} AND EXISTS (SELECT 1 FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")}) AND
+    WHERE {GROUP_PLACES} AND EXISTS (SELECT 1 FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")} LIMIT :limit) AND
         (q.max_running IS NULL OR q.max_running > (SELECT count(*) FROM jobs
          WHERE queue = q.name AND "group" = '' AND state = 'processing' AND counted = 1))
     UNION ALL SELECT {FIRST_DUE}

@@ -563,7 +563,7 @@ SELECT min(at) FROM (
     UNION ALL SELECT 
     coalesce((SELECT at FROM pqueue.group_starts s WHERE s.queue = q.name AND s.name = '' AND n = q.rate_jobs * -1 + 1 +
         (SELECT max(n) FROM pqueue.group_starts WHERE queue = q.name AND name = '')) + q.rate_seconds, 0.0) FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name
-    WHERE q.grouped = 1 AND q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10)))) AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL) AND
+    WHERE q.grouped = 1 AND q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10)))) AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL LIMIT $4) AND
         (q.max_running IS NULL OR q.max_running > (SELECT count(*) FROM pqueue.jobs
          WHERE queue = q.name AND "group" = '' AND state = 'processing' AND counted = 1))
     UNION ALL SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1)
@@ -1150,8 +1150,7 @@ UPDATE pqueue.jobs SET state = 'waiting', waits_for = $1 WHERE finished_at IS NU
 -- Return the jobs that wait for one of these.
 -- differs because JSON is read in another way
 -- $1 ids
-SELECT id FROM pqueue.jobs WHERE state = 'waiting' AND id IN (SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))))
-ORDER BY id;
+SELECT id FROM pqueue.jobs WHERE state = 'waiting' AND id IN (SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))));
 
 -- FAIL_DEPENDENTS
 -- Make the jobs failed that wait for one of these, which failed; return their ids.

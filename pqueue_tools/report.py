@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pqueue
 from pqueue import Job, PersistentQInterface, Schedule
-from pqueue_outcomes import BOUNDS, Outcomes, Times, minute, total
+from pqueue_outcomes import BOUNDS, Expectation, Outcomes, Times, minute, total
 from pqueue_tools.masking import masked, masked_error, masked_job
 from pqueue_values import EXPIRED, UNITS, command_line
 
@@ -272,7 +272,11 @@ def _queue_findings(queue: PersistentQInterface, stats: dict[str, Any], now: flo
         if each["paused"] and not move:
             text = f"queue {name!r} is paused, with {count(each['pending'], 'job')} pending"
             yield Finding("info", text, f"run {_resume(name)}", "queues")
-        elif oldest is not None and now - oldest > expected[name].max_wait_seconds and not each["paused"]:
+        elif (
+            oldest is not None
+            and now - oldest > expected.get(name, Expectation()).max_wait_seconds
+            and not each["paused"]
+        ):
             text = f"queue {name!r}: the oldest pending job has waited for {span(now - oldest)}"
             yield Finding("warning", text, part="queues")
 

@@ -366,7 +366,7 @@ def copies_after_losses(shim: Path, place: Path, code: str) -> Iterator[tuple[Pa
         disk.play(record)
         returned = returned or record.kind == "M"
         for _ in range(OUTCOMES):
-            path = restore(place, disk.after_power_loss(chance))
+            path = restore(place, disk.after_power_loss(chance), linked=False)
             copy = path.with_name(f"{path.name}.copy")
             assert copy.exists() or not returned
             yield copy, returned
