@@ -9,7 +9,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any
@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import pqueue
 from pqueue import DoNotRetry, Job, PersistentQInterface, QueueError
-from pqueue_outcomes import Outcomes, Times, minute, total
+from pqueue_outcomes import Outcomes, Times, total
 from pqueue_tools import file_task, report, supervisor
 from pqueue_tools.commands import Ago, moment
 from pqueue_tools.masking import masked_job
@@ -34,7 +34,8 @@ EXCERPT_CHARS = 1000  # of a payload, result and error that a list of jobs reads
 TEXT_CHARS_SHOWN = 65_536  # of a payload, result and error on the page of a job
 EVENTS_SHOWN = 200  # latest events of a job
 REFRESH_SECONDS = 2
-MINUTES = 60
+PERIODS = 60  # of each chart: minutes of an hour, or longer ones of DAYS
+DAYS = {"24 h": 24 * 60, "72 h": 72 * 60}  # seconds of a period of the charts; each divides the next
 COUNTED = ("enqueued", "completed", "failed", "retried")
 FAILED_GROUPS_SHOWN = 20
 CONSUMERS_SHOWN = 100
@@ -151,6 +152,7 @@ class FigureCache:
         self._parts: dict[str, Callable[[PersistentQInterface], Any]] = {
             "overview": _overview,
             "minutes": _hour,
+            "days": _days,
             "processing": _processing,
             "failures": PersistentQInterface.failures,
             "consumers": _consumers,
@@ -216,9 +218,11 @@ class FigureCache:
 
         overview: states, queues and path of the queue, per_minute, oldest_seconds, alive, wal_bytes, findings, and wait
         and run, each (p50, p95) in seconds or None; minutes: at (the start), the numbers COUNTED, wait and run of each
-        minute of the last hour, including the current one; processing: the running jobs; failures: groups of
-        failed jobs; consumers: those alive or with jobs, and those that ended within the last hour; processes: those of
-        supervisord, or a sentence that says why there are none; growth: of each queue, grows_by and deleted_at.
+        minute of the last hour, including the current one; days: the same for each of DAYS, and tasks: what happened to
+        the jobs of each task within 24 hours, as row, and trend: (completed, failed) attempts of each period;
+        processing: the running jobs; failures: groups of failed jobs; consumers: those alive or with jobs, and those
+        that ended within the last hour; processes: those of supervisord, or a sentence that says why there are none;
+        growth: of each queue, grows_by and deleted_at.
         """
         queue = self.queue()
         with self._lock:
@@ -318,22 +322,56 @@ def _overview(queue: PersistentQInterface) -> dict[str, Any]:
         "alive": sum(1 for each in queue.consumers() if each["state"] == "running"),
         "wal_bytes": facts.get("wal_bytes"),
         "findings": report.findings(queue, now, stats=stats, facts=facts),
-        "wait": _percentiles(recent.wait),
-        "run": _percentiles(recent.run),
+        "wait": percentiles(recent.wait),
+        "run": percentiles(recent.run),
     }
 
 
 def _hour(queue: PersistentQInterface) -> list[dict[str, Any]]:
-    last = minute(report.now_shown())
-    found: dict[float, list[Outcomes]] = {}
-    for each in queue.outcomes(last - 60 * (MINUTES - 1), step_seconds=60):
-        found.setdefault(each.at, []).append(each)
-    return [_minute(total(found.get(at, []), at)) for at in (last - 60.0 * ago for ago in range(MINUTES - 1, -1, -1))]
+    starts = _starts(60)
+    return _series(queue.outcomes(starts[0], step_seconds=60), starts)
 
 
-def _minute(each: Outcomes) -> dict[str, Any]:
+def _starts(step: int) -> list[float]:
+    """Return when the last periods of this length began, including the current one."""
+    last = int(report.now_shown()) // step * step
+    return [float(last - step * ago) for ago in range(PERIODS - 1, -1, -1)]
+
+
+def _series(found: Iterable[Outcomes], starts: list[float]) -> list[dict[str, Any]]:
+    """Return the sums of the periods that begin at these times."""
+    step = starts[1] - starts[0]
+    periods: dict[float, list[Outcomes]] = {at: [] for at in starts}
+    for each in found:
+        if (at := each.at // step * step) in periods:
+            periods[at].append(each)
+    return [_period(total(those, at)) for at, those in periods.items()]
+
+
+def _days(queue: PersistentQInterface) -> dict[str, list[dict[str, Any]]]:
+    step, since = min(DAYS.values()), _starts(max(DAYS.values()))[0]
+    found = queue.outcomes(since, step_seconds=step)
+    return {
+        **{name: _series(found, _starts(each)) for name, each in DAYS.items()},
+        "tasks": _tasks(found, _starts(step)),
+    }
+
+
+def _tasks(found: Iterable[Outcomes], starts: list[float]) -> list[dict[str, Any]]:
+    tasks: dict[tuple[str, str], list[Outcomes]] = {}
+    for each in found:
+        if each.at >= starts[0]:
+            tasks.setdefault((each.queue, each.task), []).append(each)
+    rows = []
+    for (queue, task), those in tasks.items():
+        trend = [(each["completed"], each["failed"] + each["retried"]) for each in _series(those, starts)]
+        rows.append({"row": total(those, starts[0], queue, task), "trend": trend})
+    return sorted(rows, key=lambda each: (-each["row"].failed_share, each["row"].queue, each["row"].task))
+
+
+def _period(each: Outcomes) -> dict[str, Any]:
     counts = {name: getattr(each, name) for name in COUNTED}
-    return {"at": each.at, **counts, "wait": _percentiles(each.wait), "run": _percentiles(each.run)}
+    return {"at": each.at, **counts, "wait": percentiles(each.wait), "run": percentiles(each.run)}
 
 
 def _growth(queue: PersistentQInterface) -> dict[str, dict[str, Any]]:
@@ -357,7 +395,7 @@ def _consumers(queue: PersistentQInterface) -> list[dict[str, Any]]:
     return sorted(found, key=lambda each: (each["state"] != "running", each["name"]))
 
 
-def _percentiles(times: Times) -> Percentiles | None:
+def percentiles(times: Times) -> Percentiles | None:
     p50, p95 = times.quantile(0.5), times.quantile(0.95)
     return None if p50 is None or p95 is None else (p50, p95)
 

@@ -10,7 +10,7 @@ import pqueue
 from pqueue_tools import dashboard, dashboard_summary, report, tables
 from pqueue_tools.dashboard import FILTERS, Query, one, prefix
 from pqueue_tools.dashboard_page import SCRIPT, STYLE
-from pqueue_tools.dashboard_summary import charts, findings, text, tiles
+from pqueue_tools.dashboard_summary import charts, findings, text, tiles, trend
 from pqueue_tools.tables import OVERVIEW_ROWS, PAGES, Button, Column, Page, Table
 from pqueue_values import command_line
 
@@ -47,7 +47,7 @@ def _part(
     elif part == "tiles":
         shown = tiles(figures["overview"], lambda state: _address("jobs", {"state": state}))
     elif part == "charts":
-        shown = charts(figures["minutes"])
+        shown = _charts(figures, one(query, "last"))
     elif part == "search":
         shown = _search(which, figures, jobs, query, token)
     elif part is tables.GROUPS and isinstance(figures["processes"], str):
@@ -57,6 +57,18 @@ def _part(
         shown += _buttons([tables.ADD_GROUP], token, back) if part is tables.GROUPS else ""
     key = part if isinstance(part, str) else part.key
     return f'<section id="{key}">{shown}</section>'
+
+
+def _charts(figures: dict[str, Any], last: str) -> str:
+    """Return the charts of a range, one of DAYS or else an hour, and links to the others."""
+    days = figures["days"]
+    chosen = last if last in dashboard.DAYS else "1 h"
+    current = {chosen: ' aria-current="true"'}
+    links = " ".join(
+        f'<a class="range" href="{_address("", {"last": name})}"{current.get(name, "")}>{name}</a>'
+        for name in ("1 h", *dashboard.DAYS)
+    )
+    return f'<p class="ranges">last {links}</p>{charts(days.get(chosen, figures["minutes"]))}'
 
 
 def _frame(
@@ -184,6 +196,8 @@ def _cell(column: Column, row: Any) -> str:  # noqa: PLR0911 - one for each kind
         return " ".join(links) + " …" * (len(links) < len(jobs))
     if column.kind in ("time", "since", "until", "clock"):
         return f'<time datetime="{report.iso(value)}" data-kind="{column.kind}">{report.utc(value)}</time>'
+    if column.kind == "trend":
+        return trend(value)
     if column.kind == "state":
         return f'<span class="state {text(value)}">{text(value)}</span>'
     if column.kind == "progress":

@@ -54,6 +54,8 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--page); b
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 4px 16px; margin: 8px 0 0 }
 dt { color: var(--soft) } dd { margin: 0; overflow-wrap: anywhere }
 progress { width: 90px; height: 10px; accent-color: var(--processing) }
+.ranges { margin: 0; color: var(--soft); font-size: 12.5px } .range { padding: 3px 8px; border-radius: 6px }
+.range[aria-current] { outline: 1px solid var(--line); color: var(--ink); font-weight: 600; text-decoration: none }
 .bulk { display: flex; gap: 6px; flex-wrap: wrap; align-items: center; margin-bottom: 8px }
 @media (max-width: 600px) { header, main, nav { padding: 0 10px } header { padding-top: 10px }
   nav a { padding: 8px 8px } #live { margin: 0; width: 100% }
@@ -85,9 +87,9 @@ function span(s) {
   return (s / 86400).toFixed(0) + ' d';
 }
 const pad = n => String(n).padStart(2, '0');
-function clock(at) {
+function clock(at, dated) {
   const time = [at.getHours(), at.getMinutes(), at.getSeconds()].map(pad).join(':');
-  if (at.toDateString() === new Date().toDateString()) return time;
+  if (!dated && at.toDateString() === new Date().toDateString()) return time;
   return [at.getFullYear(), pad(at.getMonth() + 1), pad(at.getDate())].join('-') + ' ' + time;
 }
 function say(element, text) { if (element.textContent !== text) element.textContent = text; }
@@ -97,7 +99,8 @@ function ages() {
     const at = new Date(each.dateTime), age = (Date.now() + ahead - at) / 1000, kind = each.dataset.kind;
     if (isNaN(at)) continue;
     each.title = clock(at);
-    say(each, kind === 'clock' ? clock(at) : kind === 'minute' ? clock(at).slice(-8, -3) : kind === 'since' ? span(age)
+    say(each, kind === 'clock' ? clock(at) : kind === 'minute' ? clock(at).slice(-8, -3)
+      : kind === 'day' ? clock(at, true).slice(5, -3) : kind === 'since' ? span(age)
       : kind === 'until' ? span(-age) : age < 0 ? 'in ' + span(-age) : span(age) + ' ago');
   }
   for (const each of document.querySelectorAll('title[data-at]')) {

@@ -157,7 +157,10 @@ def _tiles() -> None:
 
 
 def _charts() -> None:
-    charts = dashboard_summary.charts(cache().figures()["minutes"], lambda at: _clock(at)[11:16])
+    figures = cache().figures()
+    last = st.segmented_control("last", ["1 h", *dashboard.DAYS], default="1 h", label_visibility="collapsed")
+    series = figures["days"].get(last, figures["minutes"])
+    charts = dashboard_summary.charts(series, lambda at, *, has_day: _clock(at)[5 if has_day else 11 : 16])
     st.markdown(_html(charts), unsafe_allow_html=True)  # st.html drops SVG
 
 
@@ -215,6 +218,8 @@ def _cell(column: Column, row: Any) -> Any:  # noqa: PLR0911 - one for each kind
         return _clock(value)
     if column.kind in ("since", "until"):
         return report.span(abs(report.now_shown() - value))
+    if column.kind == "trend":
+        return [completed + failed for completed, failed in value]
     if column.kind == "long":
         return report.printable(report.first_line(value))
     if isinstance(value, list):
@@ -228,6 +233,8 @@ def _config(table: Table) -> dict[str, Any]:
     for each in table.columns:
         if each.kind == "progress":
             config[each.heading] = st.column_config.ProgressColumn(min_value=0, max_value=1)
+        elif each.kind == "trend":
+            config[each.heading] = st.column_config.LineChartColumn(y_min=0)
         elif each.width:
             config[each.heading] = st.column_config.TextColumn(width="large")
     return config

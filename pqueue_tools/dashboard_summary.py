@@ -6,7 +6,7 @@ import html
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from pqueue_tools import dashboard, report
 
@@ -47,6 +47,7 @@ STYLE: str = (
 .pqueue figure > * { grid-column: 2 }
 .pqueue figcaption { grid-column: 1 / 3 }
 .pqueue figure svg.plot { width: 100%; height: 120px; display: block }
+.pqueue svg.trend { width: 140px; height: 20px; display: block }
 .pqueue .plot .grid { stroke: var(--line) } .pqueue .plot * { vector-effect: non-scaling-stroke }
 .pqueue .axis { display: flex; justify-content: space-between; color: var(--soft); font-size: 11.5px; line-height: 1;
   font-variant-numeric: tabular-nums }
@@ -97,15 +98,23 @@ def _tile(label: str, value: str, state: str, address: Callable[[str], str]) -> 
     return f'<a class="tile" href="{address(state)}">{inside}</a>' if state else f'<div class="tile">{inside}</div>'
 
 
-def _clock(at: float) -> str:
-    return f'<time datetime="{report.iso(at)}" data-kind="minute">{report.utc(at)[11:16]}</time>'
+def _clock(at: float, *, has_day: bool) -> str:
+    kind, shown = ("day", report.utc(at)[5:16]) if has_day else ("minute", report.utc(at)[11:16])
+    return f'<time datetime="{report.iso(at)}" data-kind="{kind}">{shown}</time>'
 
 
 # Charts: the text of the axes in HTML, around an SVG that stretches ###################################################
 
 WIDTH, HEIGHT = 600.0, 100.0
 Minutes = list[dict[str, Any]]
-Clock = Callable[[float], str]
+
+
+class Clock(Protocol):
+    """Returns a time as a label of an axis, with the day if the axis is longer than an hour."""
+
+    def __call__(self, at: float, *, has_day: bool) -> str: ...
+
+
 TIMES_KEYS = """<div class="keys"><b>Wait and run time</b><span><i class="wait line"></i>wait</span>
 <span><i class="run line"></i>run</span><span>solid p50, dashed p95</span></div>"""
 
@@ -115,26 +124,48 @@ def charts(minutes: Minutes, clock: Clock = _clock) -> str:
     return f'<div class="two">{_jobs_chart(minutes, clock)}{_times_chart(minutes, clock)}</div>'
 
 
+def _length(minutes: Minutes) -> str:
+    number = round((minutes[1]["at"] - minutes[0]["at"]) / 60)
+    return "minute" if number == 1 else f"{number} minutes"
+
+
+def trend(counts: list[tuple[int, int]]) -> str:
+    """Return lines of the completed and the failed attempts of each period."""
+    top = float(max(1, *map(max, counts)))
+    lines = [
+        line
+        for place, name in enumerate(("completed", "failed"))
+        for line in _line([each[place] for each in counts], top, WIDTH / len(counts), name)
+        if any(each[place] for each in counts)
+    ]
+    said = f"{sum(each[0] for each in counts):,} completed, {sum(each[1] for each in counts):,} failed attempts"
+    return f"""<svg class="plot trend" viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" preserveAspectRatio="none" role="img"
+aria-label="{said}">{"".join(lines)}</svg>"""
+
+
 def _failed(minute: dict[str, Any]) -> int:
     """Return the number of failed attempts, also of those that are repeated."""
     return int(minute["failed"] + minute["retried"])
 
 
 def _jobs_keys(minutes: Minutes) -> str:
-    """Return the caption of the chart of jobs, with the sums over the hour."""
+    """Return the caption of the chart of jobs, with their sums."""
     total = {name: f"{name} {sum(each[name] for each in minutes):,}" for name in ("completed", "enqueued")}
     total["failed"] = f"failed attempts {sum(map(_failed, minutes)):,}"
-    return f"""<div class="keys"><b>Jobs per minute</b><span><i class="completed"></i>{total["completed"]}</span>
+    return f"""<div class="keys"><b>Jobs per {_length(minutes)}</b>
+<span><i class="completed"></i>{total["completed"]}</span>
 <span><i class="failed"></i>{total["failed"]}</span>
 <span><i class="enqueued line"></i>{total["enqueued"]}</span></div>"""
 
 
 def _jobs_chart(minutes: Minutes, clock: Clock) -> str:
-    """Draw the last hour: bars of completed jobs, below the axis those of failed attempts, and a line of enqueued jobs.
-    The last bar is partial."""
+    """Draw bars of completed jobs, below the axis those of failed attempts, and a line of enqueued jobs.
+
+    The last bar is partial.
+    """
     top = _ceiling(max(2, *(max(each["enqueued"], each["completed"]) for each in minutes)))
     failed = max(map(_failed, minutes))
-    low = _ceiling(max(2, failed)) if failed else 0.0
+    low = _ceiling(max(2, failed, top / 8)) if failed else 0.0  # so that the numbers beside the axis do not overlap
     step, zero = WIDTH / len(minutes), HEIGHT * top / (top + low)
     marks = []
     for number, each in enumerate(minutes):
@@ -154,7 +185,7 @@ def _jobs_chart(minutes: Minutes, clock: Clock) -> str:
 
 
 def _times_chart(minutes: Minutes, clock: Clock) -> str:
-    """Draw the wait and run times of the last hour on a logarithmic scale: solid p50, dashed p95."""
+    """Draw the wait and run times on a logarithmic scale: solid p50, dashed p95."""
     values = [max(each, 0.001) for minute in minutes[:-1] for name in ("wait", "run") for each in minute[name] or ()]
     low = math.floor(math.log10(min(values, default=0.01)))
     high = max(low + 2, math.ceil(math.log10(max(values, default=1))))
@@ -183,7 +214,8 @@ def _frame(
         f'<title data-at="{each["at"]:.0f}" data-text="{tip}">{report.utc(each["at"])}: {tip}</title></rect>'
         for number, (each, tip) in enumerate(zip(minutes, tips, strict=True))
     )
-    quarters = [clock(minutes[len(minutes) * quarter // 4]["at"]) for quarter in range(4)]
+    has_day = minutes[1]["at"] - minutes[0]["at"] > 60
+    quarters = [clock(minutes[len(minutes) * quarter // 4]["at"], has_day=has_day) for quarter in range(4)]
     summary = text(re.sub("<[^>]*>", " ", keys))
     return f"""<figure><figcaption>{keys}</figcaption>
 <svg class="up" aria-hidden="true">{labels}</svg>

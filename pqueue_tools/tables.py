@@ -16,6 +16,7 @@ from pqueue_values import command_line
 
 JOBS_OF_CONSUMER_SHOWN = 3
 JOBS_ASKED_FOR = 20  # of the selected jobs that the question before an action lists
+TASKS_SHOWN = 200
 OVERVIEW_ROWS = 6  # of each table on the overview
 EXAMPLES = 12  # queues and tasks that a filter suggests
 
@@ -41,7 +42,8 @@ class Button:
 @dataclass(frozen=True)
 class Column:
     """What a cell returns depends on the kind: text, number, time, since or until (Unix seconds, shown as an age or a
-    span), state (which has a colour), job (an id, or a list of ids), long (text that unfolds), or progress (0 to 1)."""
+    span), state (which has a colour), job (an id, or a list of ids), long (text that unfolds), progress (0 to 1), or
+    trend (numbers of completed and failed attempts)."""
 
     heading: str
     cell: Callable[[Any], Any]
@@ -222,6 +224,46 @@ QUEUES = Table(
     "no queue yet",
     rows=_queues,
     buttons=_queue_buttons,
+)
+
+
+def _task_filters(task: dict[str, Any]) -> dict[str, str]:
+    return {"queue": task["row"].queue, "task": task["row"].task}
+
+
+def _outcome(name: str, *, page: str = "") -> Column:
+    """Return a column of a number, which leads to the jobs of the task on this page, if any."""
+    link = (lambda task: (page, _task_filters(task))) if page else None
+    return Column(name, lambda task: getattr(task["row"], name), "number", link=link, on_phone=bool(page))
+
+
+def _times(name: str) -> Column:
+    def cell(task: dict[str, Any]) -> str:
+        return dashboard.times(dashboard.percentiles(getattr(task["row"], name)))
+
+    return Column(f"{name} p50 / p95", cell, "number", on_phone=False)
+
+
+TASKS = Table(
+    "tasks",
+    "Tasks within 24 hours",
+    (
+        Column("task", lambda task: task["row"].task, link=lambda task: ("jobs", _task_filters(task))),
+        Column("queue", lambda task: task["row"].queue, on_phone=False),
+        _outcome("enqueued"),
+        _outcome("completed"),
+        _outcome("failed", page="failed"),
+        _outcome("retried"),
+        Column("failed attempts", lambda task: f"{task['row'].failed_share:.1%}", "number"),
+        _times("run"),
+        _times("wait"),
+        Column("trend", itemgetter("trend"), "trend", on_phone=False),
+    ),
+    "no job was enqueued or has ended within 24 hours",
+    "task",
+    TASKS_SHOWN,
+    lambda figures: figures["days"]["tasks"],
+    name=lambda task: f"{task['row'].queue} {task['row'].task}",
 )
 
 
@@ -438,6 +480,7 @@ PAGES = {
         Page("", "Overview", ("findings", FAILED, "tiles", "charts", QUEUES, PROCESSING, CONSUMERS)),
         Page("jobs", "Jobs", ("search",)),
         Page("failed", "Failed", (FAILED, "search")),
+        Page("tasks", "Tasks", (TASKS,)),
         Page("queues", "Queues", (QUEUES,)),
         Page("schedules", "Schedules", (SCHEDULES,)),
         Page("consumers", "Consumers", (CONSUMERS, PROCESSING, GROUPS)),

@@ -226,6 +226,40 @@ def test_empty_dashboard_says_what_to_do(queue, site):
     assert "run python consumer.py" in site.ask("/")[1]
 
 
+def test_page_of_tasks_says_how_often_each_fails_and_leads_to_its_jobs(queue, site):
+    for number in range(4):
+        queue.enqueue("mail", number, queue="out", max_attempts=2)
+    for act in (queue.complete, queue.fail, queue.complete, queue.complete):
+        act(queue.dequeue("w", queues=["out"]), "no")
+    queue.enqueue("report")
+    long_ago = time.time() - 30 * 3600
+    queue.enqueue("old", now=long_ago)
+    queue.complete(queue.dequeue("w", tasks=["old"], now=long_ago), now=long_ago + 5)
+    text = site.ask("/tasks")[1]
+    first, second = re.findall(r"<tr data-key=\"(.*?)\".*?</tr>", text, re.DOTALL)
+    assert (first, second) == ("out mail", "default report")
+    row = text[text.index('data-key="out mail"') : text.index('data-key="default report"')]
+    assert [unescaped(each) for each in re.findall(r"<td[^>]*>(.*?)</td>", row)][:7] == [
+        *("mail", "out", "4", "3", "0", "1", "25.0%")
+    ]
+    assert 'aria-label="3 completed, 1 failed attempts"' in row
+    assert 'href="/jobs?queue=out&amp;task=mail"' in row
+    assert 'href="/failed?queue=out&amp;task=mail"' in row
+
+
+def test_charts_show_the_last_hour_day_or_three_days(queue, site, monkeypatch):
+    now = 1_800_000_000.0
+    monkeypatch.setattr(dashboard.report, "now_shown", lambda: now)
+    for hours in (0.5, 2, 23, 25, 71, 73):
+        queue.enqueue("t", now=now - 3600 * hours)
+        queue.complete(queue.dequeue("w", now=now - 3600 * hours), now=now - 3600 * hours)
+    for last, period, number in (("", "minute", 1), ("24 h", "24 minutes", 3), ("72 h", "72 minutes", 5)):
+        text = site.ask(f"/?{urlencode({'last': last})}")[1]
+        assert f"<b>Jobs per {period}</b>" in text
+        assert f"completed {number}</span>" in text
+        assert f'aria-current="true">{last or "1 h"}</a>' in text
+
+
 def test_job_page_tells_its_story(queue, site, folder, monkeypatch):
     monkeypatch.setattr("pqueue_tools.file_task.files_directory", folder / "files")
     (folder / "files").mkdir()
@@ -1144,7 +1178,7 @@ def test_both_front_ends_show_the_same_tables(queue, site, monkeypatch, name):
         assert frame["data"]
         kinds = [each.kind for each in table.columns]
         for kind, value in zip(kinds * len(frame["data"]), sum(frame["data"], []), strict=True):
-            if kind not in ("time", "since", "until", "progress"):  # as of now
+            if kind not in ("time", "since", "until", "progress", "trend"):  # as of now, or a drawing
                 value = f"{int(value):,}" if value.isdigit() and kind != "job" else value
                 assert value in map(unescaped, cells), table.title
     if name == "consumers":
