@@ -301,9 +301,6 @@ def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
         raise UsageError("stats: expected --by task with --since")
     found = queue.stats()
     rows = [{"queue": name, **each} for name, each in found["queues"].items()]
-    unused = [name for name in ("max_running", "rate") if all(row[name] is None for row in rows)]
-    if options.output != "json":
-        rows = [{name: value for name, value in row.items() if name not in unused} for row in rows]
     if wants_rows(options):
         return CommandResult(rows)
     now = now_shown()

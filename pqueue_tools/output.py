@@ -25,7 +25,10 @@ LAST_COLUMN_CELLS = 30  # of the last column, which holds the message; other col
 DROPPED = (
     "host",
     "started_at",
+    "max_running",
+    "rate",
     "max_pending",
+    "waiting",
     "attempts",
     "consumer",
     "pid",

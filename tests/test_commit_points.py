@@ -399,6 +399,8 @@ def facts(path: Path) -> dict[str, Any]:
         assert version == 0
         return {}
     names = {row[2]: row[1] for row in found["consumers"]}
+    # Operations on queues are recorded with the real time.
+    found["history"] = [(*row[:2], row[2] if row[1] else None, *row[3:]) for row in found["history"]]
     found["consumers"] = [(row[1], row[6], row[7], *row[10:]) for row in found["consumers"]]
     token = pqueue.Job._fields.index("lease_token")
     found["jobs"] = [(*row[:token], known(names, row[token]), *row[token + 1 :]) for row in found["jobs"]]

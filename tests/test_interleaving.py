@@ -178,7 +178,7 @@ class Stage:
         jobs = "least(id, 3), state, attempts, consumer, substr(lease_token, 1, 16),"
         jobs += "lease_expires_at, assigned_to, run_at, error, progress, result, finished_at, waits_for FROM jobs "
         jobs += "ORDER BY least(id, 3), state"
-        history = "event, actor, attempt, error FROM history ORDER BY id"
+        history = "event, actor, attempt, error FROM history ORDER BY job_id, id"  # 0: operations, such as a limit
         wrong = f"* FROM ({MISCOUNTED}) wrong"  # how many are pending in a queue that has a limit
         schedules = "name, paused, next_at, last_at, skipped FROM schedules ORDER BY name"
         return str([self.db.execute(f"SELECT {what}").fetchall() for what in (jobs, history, wrong, schedules)])

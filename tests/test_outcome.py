@@ -349,7 +349,7 @@ def test_text_that_is_cut_has_the_length_allowed(most):
 def test_outcome_names_verb_and_delay(monkeypatch):
     monkeypatch.setattr(pqueue, "TASKS", pqueue.TASKS)
     monkeypatch.setitem(pqueue.TASKS, "t", pqueue.Task("t", print, backoff=lambda attempts: 10.0 * attempts))
-    job = pqueue.Job._make([1, "q", "t", None, "processing", 0, 0.0, 2, 3, *[None] * (len(pqueue.Job._fields) - 9)])
+    job = pqueue.Job(**{**dict.fromkeys(pqueue.Job._fields), "id": 1, "task": "t", "attempts": 2, "max_attempts": 3})
     for error, expected in (
         (Snooze(5), ("release", True, 5.0)),
         (Retry(7), ("fail", True, 7.0)),

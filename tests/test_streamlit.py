@@ -39,7 +39,7 @@ class Streamlit:
             return urllib.request.urlopen(f"http://127.0.0.1:{self.port}/_stcore/health", timeout=5).status == 200
         return False
 
-    def visit(self, host, origin=None, press=None):
+    def visit(self, host, origin=None, press=None, page="jobs"):
         """Return all messages of a run of the page, none where the handshake is refused; press a widget, if one is
         given by its id, in a second run."""
         host = host.replace("PORT", str(self.port))
@@ -50,7 +50,7 @@ class Streamlit:
             with connect(f"ws://{host}/_stcore/stream", sock=wire, origin=origin, subprotocols=["streamlit"]) as server:
                 for pressed in [None] if press is None else [None, press]:
                     request = BackMsg()
-                    request.rerun_script.query_string = ""
+                    request.rerun_script.query_string = f"page={page}"
                     if pressed is not None:
                         state = request.rerun_script.widget_states.widgets.add()
                         state.id, state.trigger_value = pressed, True
@@ -111,13 +111,13 @@ def test_attacker_at_the_websocket_reads_and_presses_nothing(place, queue):
     server = Streamlit(place, "--server.address=127.0.0.1")
     for host, origin in OURS:
         assert WORD in text_of(server.visit(host, origin)), (host, origin)
-    pause = buttons(server.visit("localhost:PORT", "http://localhost:PORT"))["yes, pause"]
+    pause = buttons(server.visit("localhost:PORT", "http://localhost:PORT", page="queues"))["yes, pause"]
     for host, origin in FOREIGN:
-        messages = server.visit(host, origin, press=pause)
+        messages = server.visit(host, origin) + server.visit(host, origin, press=pause, page="queues")
         assert WORD not in text_of(messages), (host, origin)
         assert not buttons(messages)
         assert not is_paused(queue), (host, origin)
-    server.visit("localhost:PORT", "http://localhost:PORT", press=pause)
+    server.visit("localhost:PORT", "http://localhost:PORT", press=pause, page="queues")
     assert is_paused(queue)
 
 
