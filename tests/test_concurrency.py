@@ -539,7 +539,7 @@ def test_task_that_ends_its_process_is_found_if_possible(tasks, task, error, oth
 def test_last_attempt_of_a_job_that_lost_its_process_is_made_alone(tasks):
     tasks.write("more.py", "from my_tasks import *\n@task(backoff=0, max_attempts=2)\n"
                 "def leave_twice(job): note('began', job.attempts); time.sleep(2); os._exit(3)\n"
-                "@task(backoff=0)\ndef other(job): note('began', 'x'); time.sleep(3)\n")  # fmt: skip
+                "@task(backoff=0)\ndef other(job): note('began', 'x'); time.sleep(8)\n")  # fmt: skip
     queue = tasks.queue()
     bad, *good = queue.enqueue("leave_twice", max_attempts=2), *queue.enqueue_many("other", range(3), max_attempts=2)
     drain(tasks, "--import", "more", "--wait")
