@@ -553,15 +553,11 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
                 session.finished += [job.id for job, _ in completions]
                 grouped = self._reclaim(session, dead, at)
                 params = claim_params(me, limit, wanted, lease_seconds, at)
-                in_turn = self._claim_in_turn(session, params, me.prefetches) if limit and grouped else None
-                if in_turn is not None:
-                    jobs = self._claimed_jobs(session, in_turn, params, in_order=True)
-                else:
-                    jobs = (
-                        self._claimed_jobs(session, self._claim(session, params, me.prefetches), params)
-                        if limit
-                        else []
-                    )
+                rows = self._claim_in_turn(session, params, me.prefetches) if limit and grouped else None
+                in_order = rows is not None
+                if rows is None:
+                    rows = self._claim(session, params, me.prefetches) if limit else []
+                jobs = self._claimed_jobs(session, rows, params, in_order=in_order)
                 # guard: a job that has expired is not delivered
                 if any(job.expires_at is not None and job.expires_at <= at for job in jobs):
                     raise ExpiredClaimed
@@ -823,19 +819,21 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
                 self._lock_jobs(session, sorted(valid_id(job_id) for job_id in job_ids))
             yield
 
-    def pause(self, queue: str, *, by: str | None = None) -> None:
+    def pause(self, queue: str, *, by: str | None = None, now: float | None = None) -> None:
         """Stop delivering jobs of this queue until `resume`. Running jobs continue."""
-        self._set_queue(SET_PAUSED, queue, f"paused queue {queue}", by, value=1)
+        self._set_queue(SET_PAUSED, queue, f"paused queue {queue}", by, now, value=1)
 
-    def resume(self, queue: str, *, by: str | None = None) -> None:
+    def resume(self, queue: str, *, by: str | None = None, now: float | None = None) -> None:
         """Deliver jobs of this queue again."""
-        self._set_queue(SET_PAUSED, queue, f"resumed queue {queue}", by, value=0)
+        self._set_queue(SET_PAUSED, queue, f"resumed queue {queue}", by, now, value=0)
 
-    def _set_queue(self, sql: str, queue: str, event: str, by: str | None, **values: float | None) -> None:
+    def _set_queue(
+        self, sql: str, queue: str, event: str, by: str | None, now: float | None, **values: float | None
+    ) -> None:
         with self._transaction() as session:
             session.change(ADD_QUEUE, {"queue": valid_name("queue", queue)})
             session.change(sql, {"queue": queue, **values})
-            self.record(event, by=by)
+            self.record(event, by=by, now=now)
             session.wakes = True
 
     def delete_jobs(self, job_ids: Iterable[int] | None = None, *, force: bool = False) -> int:

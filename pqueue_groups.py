@@ -307,7 +307,9 @@ class Grouping(Backend):
     """The operations on groups, and claims from queues that have them."""
 
     @abstractmethod
-    def _set_queue(self, sql: str, queue: str, event: str, by: str | None, **values: float | None) -> None: ...
+    def _set_queue(
+        self, sql: str, queue: str, event: str, by: str | None, now: float | None, **values: float | None
+    ) -> None: ...
 
     @abstractmethod
     def _first_jobs(self, session: Session, params: Params) -> list[Row]:
@@ -322,6 +324,7 @@ class Grouping(Backend):
         running: int | EllipsisType | None = ...,
         rate: tuple[int, float | timedelta] | EllipsisType | None = ...,
         by: str | None = None,
+        now: float | None = None,
     ) -> None:
         """Limit a queue. What is not given stays as it is; None: no limit.
 
@@ -339,19 +342,21 @@ class Grouping(Backend):
         to = f"limited queue {queue} to"
         with self._transaction() as session:
             if most is not ...:
-                self._set_queue(SET_MAX_PENDING, queue, f"{to} {most or 'any number'}", by, value=most)
+                self._set_queue(SET_MAX_PENDING, queue, f"{to} {most or 'any number'}", by, now, value=most)
                 self._count_pending(session, [queue])
             if at_once is not ...:
-                self._set_queue(SET_MAX_RUNNING, queue, f"{to} {at_once or 'any number'} running", by, value=at_once)
+                self._set_queue(
+                    SET_MAX_RUNNING, queue, f"{to} {at_once or 'any number'} running", by, now, value=at_once
+                )
                 session.change(COUNT_RUNNING, {"queue": queue})
             if rate is not ...:
                 most_in = f"{jobs} in {seconds:g} s" if jobs else "any rate"
-                self._set_queue(SET_RATE, queue, f"{to} {most_in}", by, jobs=jobs, seconds=seconds)
+                self._set_queue(SET_RATE, queue, f"{to} {most_in}", by, now, jobs=jobs, seconds=seconds)
             if at_once is not ... or rate is not ...:
                 self._let_groups_take_turns(session, queue)
                 session.change(WAKE_GROUPS, {"queue": queue})
 
-    def weigh(self, queue: str, group: str, weight: float, *, by: str | None = None) -> None:
+    def weigh(self, queue: str, group: str, weight: float, *, by: str | None = None, now: float | None = None) -> None:
         """Give a group of a queue this share, relative to the others, which have 1."""
         if (
             not isinstance(weight, (int, float))
@@ -361,7 +366,7 @@ class Grouping(Backend):
             raise ValueError(f"expected a weight from {1 / MAX_WEIGHT} to {MAX_WEIGHT:g}, got {short(weight)}")
         params = {"queue": queue, "name": valid_group(group), "weight": float(weight)}
         with self._transaction() as session:
-            self._set_queue(SET_GROUPED, queue, f"gave group {group} of queue {queue} the weight {weight:g}", by)
+            self._set_queue(SET_GROUPED, queue, f"gave group {group} of queue {queue} the weight {weight:g}", by, now)
             self._start_groups(session)
             session.change(SET_WEIGHT, params)
 

@@ -757,9 +757,9 @@ class OnPostgres(PersistentQSQLAlchemy):
             for statement in START_COUNTING:
                 session.change(statement)
 
-    def pause(self, queue: str, *, by: str | None = None) -> None:
+    def pause(self, queue: str, *, by: str | None = None, now: float | None = None) -> None:
         """See the base class. Waits for claims that began before."""
-        super().pause(queue, by=by)
+        super().pause(queue, by=by, now=now)
         until = time.monotonic() + self._busy_seconds * (not self.in_transaction)
         under_way = set(self._read(WRITERS))
         while (under_way := under_way.intersection(self._read(WRITERS))) and time.monotonic() < until:

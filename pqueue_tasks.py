@@ -333,7 +333,7 @@ def _delays(backoff: Backoff) -> Callable[[int], float]:
 
 
 # The queue and the job of the task that runs in this context: a thread, or an asyncio task
-_current: ContextVar[tuple[PersistentQInterface, Job] | None] = ContextVar("pqueue_current", default=None)
+_current: ContextVar[tuple[PersistentQInterface, Job | None] | None] = ContextVar("pqueue_current", default=None)
 
 
 def current_queue() -> PersistentQInterface:
@@ -364,6 +364,29 @@ def queue_in_use() -> PersistentQInterface:
         if _opened.setdefault("default", mine) is not mine:
             mine.close()
     return _opened["default"]
+
+
+@contextmanager
+def default_queue(queue: PersistentQInterface) -> Iterator[None]:
+    """Within the block, let this be the default queue of this process."""
+    before = _opened.get("default")
+    _opened["default"] = queue
+    try:
+        yield
+    finally:
+        del _opened["default"]
+        if before is not None:
+            _opened["default"] = before
+
+
+@contextmanager
+def as_current(queue: PersistentQInterface, job: Job | None) -> Iterator[None]:
+    """Within the block, let this queue and job be the current ones of this context."""
+    token = _current.set((queue, job))
+    try:
+        yield
+    finally:
+        _current.reset(token)
 
 
 def current_job() -> Job | None:

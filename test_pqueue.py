@@ -3243,6 +3243,9 @@ class QueueContract:
             ],
         )
         self.assertEqual([each["at"] for each in q.operations(limit=2)], [now + 60] * 2)
+        for verb in (q.pause, q.resume, lambda *a, **o: q.limit(*a, 7, **o), lambda *a, **o: q.weigh(*a, "a", 2, **o)):
+            verb("default", now=now + 70)
+        self.assertEqual([each["at"] for each in q.operations(limit=4)], [now + 70] * 4)
         q.pause("q" * 255, by="b" * 255)
         for wrong in ({"event": "x" * 2000}, {"event": "x", "by": ""}, {"event": 7}):
             with self.assertRaises(ValueError):

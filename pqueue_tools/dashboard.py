@@ -212,25 +212,26 @@ class FigureCache:
             return facts.st_dev, facts.st_ino
         return None
 
-    def figures(self, wait_seconds: float | None = None) -> dict[str, Any]:
+    def figures(self, wait_seconds: float | None = None, *, days: bool = False) -> dict[str, Any]:
         """Return the current figures, or the previous ones if computing takes longer than wait_seconds (None:
         PAGE_WAIT_SECONDS):
 
         overview: states, queues and path of the queue, per_minute, oldest_seconds, alive, wal_bytes, findings, and wait
         and run, each (p50, p95) in seconds or None; minutes: at (the start), the numbers COUNTED, wait and run of each
-        minute of the last hour, including the current one; days: the same for each of DAYS, and tasks: what happened to
-        the jobs of each task within 24 hours, as row, and trend: (completed, failed) attempts of each period;
-        processing: the running jobs; failures: groups of failed jobs; consumers: those alive or with jobs, and those
-        that ended within the last hour; processes: those of supervisord, or a sentence that says why there are none;
-        growth: of each queue, grows_by and deleted_at.
+        minute of the last hour, including the current one; days, if asked for: the same for each of DAYS, and tasks:
+        what happened to the jobs of each task within 24 hours, as row, and trend: (completed, failed) attempts of each
+        period; processing: the running jobs; failures: groups of failed jobs; consumers: those alive or with jobs, and
+        those that ended within the last hour; processes: those of supervisord, or a sentence that says why there are
+        none; growth: of each queue, grows_by and deleted_at.
         """
         queue = self.queue()
         with self._lock:
             now = time.monotonic()
-            for part in self._parts:
+            wanted = [part for part in self._parts if days or part != "days"]  # which takes long
+            for part in wanted:
                 if part not in self._running and now >= self._stale_at.get(part, 0.0):
                     self._running[part] = self._worker.submit(self._compute, part, queue, self._running)
-            running = list(self._running.values())
+            running = [self._running[part] for part in wanted if part in self._running]
         wait(running, PAGE_WAIT_SECONDS if wait_seconds is None else wait_seconds)
         with self._lock:
             now = time.monotonic()
@@ -239,7 +240,7 @@ class FigureCache:
         for found in computed.values():
             if isinstance(found, Exception):
                 raise found
-        if len(computed) < len(self._parts):
+        if not computed.keys() >= set(wanted):
             raise QueueError("counting the jobs …")
         overview = computed["overview"]
         found = report.by_severity(overview["findings"] + report.program_findings(computed["processes"]))
@@ -366,7 +367,7 @@ def _tasks(found: Iterable[Outcomes], starts: list[float]) -> list[dict[str, Any
     for (queue, task), those in tasks.items():
         trend = [(each["completed"], each["failed"] + each["retried"]) for each in _series(those, starts)]
         rows.append({"row": total(those, starts[0], queue, task), "trend": trend})
-    return sorted(rows, key=lambda each: (-each["row"].failed_share, each["row"].queue, each["row"].task))
+    return sorted(rows, key=lambda each: report.failing_first(each["row"]))
 
 
 def _period(each: Outcomes) -> dict[str, Any]:

@@ -61,14 +61,14 @@ def _part(
 
 def _charts(figures: dict[str, Any], last: str) -> str:
     """Return the charts of a range, one of DAYS or else an hour, and links to the others."""
-    days = figures["days"]
     chosen = last if last in dashboard.DAYS else "1 h"
     current = {chosen: ' aria-current="true"'}
     links = " ".join(
         f'<a class="range" href="{_address("", {"last": name})}"{current.get(name, "")}>{name}</a>'
         for name in ("1 h", *dashboard.DAYS)
     )
-    return f'<p class="ranges">last {links}</p>{charts(days.get(chosen, figures["minutes"]))}'
+    periods = figures["days"][chosen] if chosen in dashboard.DAYS else figures["minutes"]
+    return f'<p class="ranges">last {links}</p>{charts(periods)}'
 
 
 def _frame(

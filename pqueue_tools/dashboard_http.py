@@ -252,7 +252,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         self._expect_no_other_site(url.path)
         try:
-            figures = self._figures(url.path)  # may wait, so not under the lock of rendering
+            figures = self._figures(url.path, query)  # may wait, so not under the lock of rendering
             with self.server.rendered(self._render, url.path, query, figures) as answer:
                 self._send(*answer, age=figures.get("age", 0.0))
         except JobNotFound:
@@ -266,9 +266,9 @@ class Handler(BaseHTTPRequestHandler):
         if not self._is_ours() and (_is_data(path) or fetch != ("navigate", "document")):
             raise Refused(HTTPStatus.FORBIDDEN, dashboard.OTHER_SITE)
 
-    def _figures(self, path: str) -> dict[str, Any]:
+    def _figures(self, path: str, query: dashboard.Query) -> dict[str, Any]:
         if _page(path) or path.startswith("/job/"):
-            return self.server.cache.figures()
+            return self.server.cache.figures(days=tables.needs_days(_page(path), query))
         return self.server.cache.figures(FIGURES_WAIT_SECONDS) if path in ("/metrics", "/healthz", "/api/stats") else {}
 
     def _render(self, path: str, query: dashboard.Query, figures: dict[str, Any]) -> Answer:

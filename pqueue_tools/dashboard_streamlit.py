@@ -157,15 +157,16 @@ def _tiles() -> None:
 
 
 def _charts() -> None:
-    figures = cache().figures()
     last = st.segmented_control("last", ["1 h", *dashboard.DAYS], default="1 h", label_visibility="collapsed")
-    series = figures["days"].get(last, figures["minutes"])
+    is_long = last in dashboard.DAYS
+    figures = cache().figures(days=is_long)
+    series = figures["days"][last] if is_long else figures["minutes"]
     charts = dashboard_summary.charts(series, lambda at, *, has_day: _clock(at)[5 if has_day else 11 : 16])
     st.markdown(_html(charts), unsafe_allow_html=True)  # st.html drops SVG
 
 
 def _figures(table: Table, most: int | None) -> None:
-    figures = cache().figures()
+    figures = cache().figures(days=table is tables.TASKS)
     if table is tables.GROUPS and isinstance(figures["processes"], str):
         st.caption(_escaped(figures["processes"]))
         return

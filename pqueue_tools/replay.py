@@ -37,7 +37,7 @@ from pqueue import (
     QueueFull,
     Snooze,
 )
-from pqueue_tasks import _opened
+from pqueue_tasks import default_queue
 from pqueue_tools import file_task, termination, worker
 from pqueue_tools.masking import masked_job, masked_text
 from pqueue_tools.outcome import Unstorable, error_text, outcome_of, summary
@@ -47,23 +47,18 @@ from pqueue_tools.report import ago, first_line, json_text, printable, span
 
 CONSUMER = "replay"
 NEW = ("task", "queue", "payload", "state", "priority", "run_at", "max_attempts", "key", "assigned_to", "meta")
-VERBS = (  # of which the report lists the calls by the task
-    *("enqueue", "enqueue_many", "complete", "fail", "release", "update", "complete_and_dequeue"),
-    *("dequeue", "dequeue_many", "resubmit", "mark_failed", "cancel", "assign", "change", "run_now", "delete_jobs"),
-    *("resubmit_where", "mark_failed_where", "cancel_where", "run_now_where", "delete_where", "act_where", "clear"),
-    *(
-        "lease_again",
-        "keep",
-        "prune",
-        "pause",
-        "resume",
-        "limit",
-        "schedule",
-        "unschedule",
-        "pause_schedule",
-        "resume_schedule",
-    ),
-)
+READS = {  # methods of a queue whose calls by the task the report does not list
+    *("aresult", "check", "consumers", "count_jobs", "dependencies", "expectations", "failures", "get", "handlers"),
+    *("has_moved_to", "held_jobs", "held_leases", "history", "holds", "is_partial_copy", "limits", "list_jobs"),
+    *("move_status", "next_due", "now", "operations", "other_tables", "outcomes", "peek", "pending_tasks", "result"),
+    *("retention", "schedules", "search_jobs", "stalled", "stats", "unfinished_payloads", "uses_database", "wait"),
+    *("close", "exclusive", "expect_other_tables", "join", "transaction"),  # they change nothing themselves
+}
+VERBS = [
+    name
+    for name in dir(PersistentQInterface)
+    if callable(getattr(PersistentQInterface, name)) and not name.startswith("_") and name not in READS
+]
 WRITES = re.compile(
     r"\s*(INSERT|UPDATE|DELETE|REPLACE|MERGE|CREATE|ALTER|DROP|TRUNCATE|COPY|WITH\b.*\b(INSERT|UPDATE|DELETE))\b",
     re.IGNORECASE | re.DOTALL,
@@ -189,12 +184,9 @@ def _in_place_of(queue: PersistentQInterface, mine: PersistentQInterface) -> Ite
             is_same = url is None or (not pqueue.is_postgres(url) and pqueue.sqlite_path(url).resolve() == queue.path)
         return mine if is_same else open_queue(url, **options)
 
-    with _replaced(pqueue, open_queue=open_mine), _replaced(mine, close=lambda: None):  # a task closes what it opens
-        _opened["default"] = mine
-        try:
-            yield
-        finally:
-            del _opened["default"]
+    closes = _replaced(mine, close=lambda: None)  # a task closes what it opens
+    with _replaced(pqueue, open_queue=open_mine), closes, default_queue(mine):
+        yield
 
 
 def _run(mine: PersistentQInterface, job: Job) -> tuple[BaseException | None, Any]:

@@ -246,13 +246,16 @@ def _failing_tasks(queue: PersistentQInterface, now: float) -> Iterator[Finding]
     expected = queue.expectations()
     for each in queue.outcomes(now - FAILED_SECONDS):
         failed = each.failed + each.retried
-        share = expected[each.queue].max_failed_share if each.queue in expected else 1.0
-        if failed > FEW_FAILED and each.failed_share > share:
+        if failed > FEW_FAILED and each.failed_share > expected.get(each.queue, Expectation()).max_failed_share:
             attempts = count(failed + each.completed, "attempt")
             what = f"{failed:,} of {attempts} failed in the last {span(FAILED_SECONDS)}"
             severity = "critical" if each.failed_share > NEARLY_ALL else "warning"
             text = f"task {each.task!r} in queue {each.queue!r}: {what}"
-            yield Finding(severity, text, f"run {command_line('admin')} failedjobs", "failed")
+            # Attempts that are repeated are not failed jobs.
+            command, part = ("failedjobs", "failed") if each.failed else ("list-jobs --status scheduled", "tasks")
+            yield Finding(
+                severity, text, f"run {command_line('admin')} {command} --task {shlex.quote(each.task)}", part
+            )
 
 
 def _expired_leases(queue: PersistentQInterface, now: float) -> Iterator[Finding]:
@@ -343,18 +346,28 @@ def recent(queue: PersistentQInterface, now: float) -> Outcomes:
     return total(queue.outcomes(since), float(since))
 
 
+def failing_first(each: Outcomes) -> Any:
+    """Sort tasks by their share of failed attempts."""
+    return -each.failed_share, each.queue, each.task
+
+
 def task_rows(queue: PersistentQInterface, since: float | None) -> list[dict[str, Any]]:
     """Return what happened to the jobs of each task since a time (None: ever), those that failed most often first."""
-    found = sorted(queue.outcomes(since), key=lambda each: (-each.failed_share, each.queue, each.task))
+    found = sorted(queue.outcomes(since), key=failing_first)
     return [
         {
             "queue": each.queue,
             **{name: getattr(each, name) for name in ("task", "enqueued", "completed", "failed", "retried")},
             "failed_share": round(each.failed_share, 4),
-            **{f"{name}_seconds": each.run.quantile(share) for name, share in (("p50", 0.5), ("p95", 0.95))},
+            "p50_seconds": _rounded(each.run.quantile(0.5)),
+            "p95_seconds": _rounded(each.run.quantile(0.95)),
         }
         for each in found
     ]
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 4)
 
 
 def per_second(found: Outcomes, number: int, now: float) -> float:

@@ -490,6 +490,12 @@ PAGES = {
 PAGE_OF = {"processing": "consumers"}  # of the part that a finding names, unless a page has its name
 
 
+def needs_days(page: Page | None, query: dashboard.Query) -> bool:
+    """Return whether a page with this address shows figures of more than an hour."""
+    is_long = page is not None and "charts" in page.parts and dashboard.one(query, "last") in dashboard.DAYS
+    return is_long or (page is not None and TASKS in page.parts)
+
+
 def page_of(part: str) -> str:
     return part if part in PAGES else PAGE_OF.get(part, "")
 

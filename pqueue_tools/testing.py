@@ -17,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 from pqueue import TASKS, Job, LeaseLost, PersistentQInterface, Task, open_queue, run_task
-from pqueue_tasks import _current, _opened
+from pqueue_tasks import as_current, default_queue
 from pqueue_tools.outcome import Unstorable, error_text, outcome_of
 
 _numbers = itertools.count(1)
@@ -31,7 +31,7 @@ def temporary_queue() -> Iterator[PersistentQInterface]:
         with (
             mock.patch.dict(os.environ, PQUEUE_URL=url),
             open_queue(url, durability="normal") as queue,
-            mock.patch.dict(_opened, default=queue),
+            default_queue(queue),
         ):
             yield queue
 
@@ -92,11 +92,8 @@ def inline(queue: PersistentQInterface) -> Iterator[None]:
 @contextmanager
 def running(queue: PersistentQInterface, job: Job | None = None) -> Iterator[None]:
     """Within the block, `current_queue()` and `current_job()` return these, as if a task ran: call its function."""
-    token = _current.set((queue, job))  # type: ignore[arg-type]
-    try:
+    with as_current(queue, job):
         yield
-    finally:
-        _current.reset(token)
 
 
 def _run_due(queue: PersistentQInterface, now: float | None) -> Iterator[tuple[Job, Exception | None]]:

@@ -146,7 +146,7 @@ def grouped(queue: PersistentQSQLite) -> None:
     take(queue, limit=0)
     for group in "ab":
         queue.enqueue_many("t", range(3), group=group, now=NOW)
-    queue.limit("default", running=2, rate=(999, 60))
+    queue.limit("default", running=2, rate=(999, 60), now=NOW)
 
 
 def take_from_groups(queue: PersistentQSQLite) -> list[pqueue.Job]:
@@ -283,12 +283,14 @@ OPERATIONS = {
     "cancel_where": Operation(lambda q, _: q.cancel_where(task="work", by="ann", now=NOW)),
     "delete_where": Operation(lambda q, _: q.delete_where(task="finish")),
     "clear": Operation(lambda q, _: q.clear("default", by="ann", now=NOW), states=3),
-    "pause": Operation(lambda q, _: q.pause("default")),
-    "limit": Operation(lambda q, _: q.limit("default", 500)),
-    "limit that is removed": Operation(lambda q, _: q.limit("default", None), lambda q: q.limit("default", 500)),
-    "enqueue at a limit": Operation(lambda q, _: q.enqueue("t", now=NOW), lambda q: q.limit("default", 99)),
-    "limit of groups": Operation(lambda q, _: q.limit("default", running=2, rate=(999, 60))),
-    "weigh": Operation(lambda q, _: q.weigh("default", "a", 2)),
+    "pause": Operation(lambda q, _: q.pause("default", now=NOW)),
+    "limit": Operation(lambda q, _: q.limit("default", 500, now=NOW)),
+    "limit that is removed": Operation(
+        lambda q, _: q.limit("default", None, now=NOW), lambda q: q.limit("default", 500, now=NOW)
+    ),
+    "enqueue at a limit": Operation(lambda q, _: q.enqueue("t", now=NOW), lambda q: q.limit("default", 99, now=NOW)),
+    "limit of groups": Operation(lambda q, _: q.limit("default", running=2, rate=(999, 60), now=NOW)),
+    "weigh": Operation(lambda q, _: q.weigh("default", "a", 2, now=NOW)),
     "first enqueue to a group": Operation(lambda q, _: q.enqueue("t", group="a", now=NOW)),
     "enqueue_many to a group": Operation(lambda q, _: q.enqueue_many("t", range(3), group="a", now=NOW), grouped),
     "dequeue from groups": Operation(dequeue(NOW, limit=9), grouped),
@@ -399,8 +401,6 @@ def facts(path: Path) -> dict[str, Any]:
         assert version == 0
         return {}
     names = {row[2]: row[1] for row in found["consumers"]}
-    # Operations on queues are recorded with the real time.
-    found["history"] = [(*row[:2], row[2] if row[1] else None, *row[3:]) for row in found["history"]]
     found["consumers"] = [(row[1], row[6], row[7], *row[10:]) for row in found["consumers"]]
     token = pqueue.Job._fields.index("lease_token")
     found["jobs"] = [(*row[:token], known(names, row[token]), *row[token + 1 :]) for row in found["jobs"]]

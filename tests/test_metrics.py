@@ -76,6 +76,19 @@ def test_task_whose_attempts_fail_is_reported_as_is_expected_of_its_queue(queue)
     assert severities() == []
 
 
+def test_remedy_for_a_failing_task_finds_its_attempts_also_those_repeated(queue):
+    def found():
+        (each,) = [each for each in report.findings(queue) if "attempts failed" in each.text]
+        return each.remedy.partition("admin.py ")[2], each.part
+
+    jobs = [queue.dequeue("w") for _ in queue.enqueue_many("t", range(12), max_attempts=2)]
+    for job in jobs[:11]:
+        queue.fail(job, "no")
+    assert found() == ("list-jobs --status scheduled --task t", "tasks")
+    queue.fail(jobs[11], "no", retry=False)
+    assert found() == ("failedjobs --task t", "failed")
+
+
 def test_consumer_that_stopped_sending_heartbeats_is_reported(queue):
     now = time.time()
     for name, at in (("a", now), ("b", now + 5), ("never", None)):

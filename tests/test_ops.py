@@ -260,6 +260,18 @@ def test_charts_show_the_last_hour_day_or_three_days(queue, site, monkeypatch):
         assert f'aria-current="true">{last or "1 h"}</a>' in text
 
 
+def test_figures_of_days_are_computed_only_for_a_page_that_shows_them(queue, site):
+    asked = []
+    site.server.cache._parts["days"] = lambda queue: asked.append(1) or dashboard._days(queue)
+    for path in ("/", "/jobs", "/queues", "/healthz", "/?last=1+h"):
+        site.ask(path)
+    assert not asked
+    for path in ("/tasks", "/?last=24+h"):
+        site.server.cache.expire()
+        site.ask(path)
+    assert len(asked) == 2
+
+
 def test_job_page_tells_its_story(queue, site, folder, monkeypatch):
     monkeypatch.setattr("pqueue_tools.file_task.files_directory", folder / "files")
     (folder / "files").mkdir()

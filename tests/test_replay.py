@@ -34,6 +34,8 @@ def charge(job: Job, order: int, card: str) -> dict[str, int]:
         queue.enqueue("mail", {"password": "hunter2"}, delay_seconds=300, key="k")
     queue.update(job, progress=0.5)
     queue.cancel(mine.enqueue("charge", {"order": 0, "card": "x"}))
+    queue.weigh("default", "a", 2)
+    queue.on_failed("orders", "mail")
     with open_queue() as other:
         other.enqueue("other")
     try:
@@ -148,6 +150,8 @@ def test_replay_reports_what_a_failed_job_does_and_changes_nothing(queue, replay
         "enqueued: other null in queue default",
         f"called: update({job_id}, progress=0.5)",
         "called: cancel(…)",
+        "called: weigh('default', 'a', 2)",
+        "called: on_failed('orders', 'mail')",
         "executed: INSERT INTO orders VALUES (-7, 'c')",
         "executed: DELETE FROM orders WHERE id = 0",
         "nothing was changed in the queue",

@@ -122,6 +122,20 @@ def private_uses(tree):
                 yield node.attr
 
 
+def test_private_names_are_not_imported_by_another_module():
+    found = {
+        name: [
+            each.name
+            for node in nodes(tree, in_functions=True)
+            if isinstance(node, ast.ImportFrom)
+            for each in node.names
+            if each.name.startswith("_")
+        ]
+        for name, tree in PRODUCT.items()
+    }
+    assert {name: names for name, names in found.items() if names} == {}
+
+
 def test_private_attributes_stay_within_their_class():
     uses = {name: set(private_uses(tree)) - PRIVATE_USES.get(name, set()) for name, tree in PRODUCT.items()}
     assert {name: found for name, found in uses.items() if found} == {}
