@@ -108,6 +108,9 @@ class Scheduling(Backend):
         now: float | None = None,
     ) -> JobId[Any]: ...
 
+    @abstractmethod
+    def record(self, event: str, *, by: str | None = None, now: float | None = None) -> None: ...
+
     def schedule(
         self,
         name: str,
@@ -170,20 +173,23 @@ class Scheduling(Backend):
                 session.change(SAVE_SCHEDULE, {**values, "is_retimed": is_retimed, "next_at": next_at})
                 session.wakes = True
 
-    def unschedule(self, name: str) -> bool:
+    def unschedule(self, name: str, *, by: str | None = None, now: float | None = None) -> bool:
         """Delete a schedule; return whether there was one. Jobs that it has enqueued stay."""
         with self._transaction() as session:
-            return session.change(DELETE_SCHEDULE, {"name": valid_name("schedule", name)}) > 0
+            deleted = session.change(DELETE_SCHEDULE, {"name": valid_name("schedule", name)}) > 0
+            if deleted:
+                self.record(f"deleted schedule {name}", by=by, now=now)
+            return deleted
 
-    def pause_schedule(self, name: str) -> None:
+    def pause_schedule(self, name: str, *, by: str | None = None, now: float | None = None) -> None:
         """Enqueue no jobs of this schedule until `resume_schedule`. Raises QueueError if there is none."""
-        self._set_schedule_paused(name, 1, None)
+        self._set_schedule_paused(name, 1, f"paused schedule {name}", by, now)
 
-    def resume_schedule(self, name: str, *, now: float | None = None) -> None:
+    def resume_schedule(self, name: str, *, by: str | None = None, now: float | None = None) -> None:
         """Enqueue jobs of this schedule again, from its next time on. Raises QueueError if there is none."""
-        self._set_schedule_paused(name, 0, now)
+        self._set_schedule_paused(name, 0, f"resumed schedule {name}", by, now)
 
-    def _set_schedule_paused(self, name: str, paused: int, now: float | None) -> None:
+    def _set_schedule_paused(self, name: str, paused: int, event: str, by: str | None, now: float | None) -> None:
         with self._transaction() as session:
             rows = session.run(SCHEDULE_NAMED, {"name": valid_name("schedule", name)})
             if not rows:
@@ -193,6 +199,7 @@ class Scheduling(Backend):
             if found.paused and not paused and found.next_at <= self._time(now):
                 next_at = timing(found.cron, found.zone, found.every_seconds).next(self._time(now))
             session.change(SET_SCHEDULE_PAUSED, {"name": name, "paused": paused, "next_at": next_at})
+            self.record(event, by=by, now=now)
             session.wakes = True
 
     def schedules(self) -> list[Schedule]:

@@ -3243,6 +3243,10 @@ class QueueContract:
             ],
         )
         self.assertEqual([each["at"] for each in q.operations(limit=2)], [now + 60] * 2)
+        q.schedule("default", "t", every_seconds=60)
+        for verb in (q.pause_schedule, q.resume_schedule, q.unschedule):
+            verb("default", by="ann", now=now + 65)
+        self.assertEqual({(each["actor"], each["at"]) for each in q.operations(limit=3)}, {("ann", now + 65)})
         for verb in (q.pause, q.resume, lambda *a, **o: q.limit(*a, 7, **o), lambda *a, **o: q.weigh(*a, "a", 2, **o)):
             verb("default", now=now + 70)
         self.assertEqual([each["at"] for each in q.operations(limit=4)], [now + 70] * 4)

@@ -81,7 +81,8 @@ def _edit(queue: PersistentQInterface, job_id: int, *, form: Form, by: str | Non
 
 def _clone(queue: PersistentQInterface, form: Form, by: str | None) -> str:
     job = queue.get(whole_number(0)(one(form, "id")))
-    options: dict[str, Any] = {"queue": job.queue, "priority": job.priority, "assigned_to": job.assigned_to}
+    options: dict[str, Any] = {"queue": job.queue, "group": job.group, "priority": job.priority}
+    options["assigned_to"] = job.assigned_to
     new = queue.enqueue(job.task, job.payload, max_attempts=job.max_attempts, **options)
     queue.record(f"enqueued job {new}, a copy of job {job.id}", by=by)
     return f"enqueued job {new}, a copy of job {job.id}"
@@ -136,19 +137,12 @@ def _assign(queue: PersistentQInterface, form: Form, by: str | None) -> str:
     return f"assigned to {name or 'any consumer'}"
 
 
-def _queue_action(verb: str, done: str) -> Act:
+def _named(verb: str, kind: str, done: str) -> Act:
+    """Act on the queue or the schedule that the form names."""
+
     def act(queue: PersistentQInterface, form: Form, by: str | None) -> str:
-        getattr(queue, verb)(one(form, "queue"), by=by)
-        return f"queue {one(form, 'queue')} {done}"
-
-    return act
-
-
-def _schedule_action(verb: str, done: str) -> Act:
-    def act(queue: PersistentQInterface, form: Form, by: str | None) -> str:
-        getattr(queue, verb)(one(form, "schedule"))
-        queue.record(f"{done} schedule {one(form, 'schedule')}", by=by)
-        return f"{done} schedule {one(form, 'schedule')}"
+        getattr(queue, verb)(one(form, kind), by=by)
+        return f"{kind} {one(form, kind)} {done}"
 
     return act
 
@@ -182,11 +176,11 @@ ACTIONS: dict[str, Act] = {
     "delete": _jobs_action(_delete, "deleted"),
     "run_now": _jobs_action(_verb("run_now"), "made pending"),
     "assign": _assign,
-    "pause": _queue_action("pause", "paused"),
-    "resume": _queue_action("resume", "resumed"),
+    "pause": _named("pause", "queue", "paused"),
+    "resume": _named("resume", "queue", "resumed"),
     "limit": _limit,
-    "pause_schedule": _schedule_action("pause_schedule", "paused"),
-    "resume_schedule": _schedule_action("resume_schedule", "resumed"),
+    "pause_schedule": _named("pause_schedule", "schedule", "paused"),
+    "resume_schedule": _named("resume_schedule", "schedule", "resumed"),
     "add_group": _add_group,
     "remove_group": _remove_group,
 }

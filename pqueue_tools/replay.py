@@ -46,7 +46,10 @@ from pqueue_tools.process import print_error, utc_now
 from pqueue_tools.report import ago, first_line, json_text, printable, span
 
 CONSUMER = "replay"
-NEW = ("task", "queue", "payload", "state", "priority", "run_at", "max_attempts", "key", "assigned_to", "meta")
+NEW = (
+    *("task", "queue", "group", "payload", "state", "priority", "run_at", "expires_at"),
+    *("max_attempts", "key", "assigned_to", "meta"),
+)
 READS = {  # methods of a queue whose calls by the task the report does not list
     *("aresult", "check", "consumers", "count_jobs", "dependencies", "expectations", "failures", "get", "handlers"),
     *("has_moved_to", "held_jobs", "held_leases", "history", "holds", "is_partial_copy", "limits", "list_jobs"),
