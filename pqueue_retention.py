@@ -34,7 +34,7 @@ from pqueue_values import EXPIRED, Params, duration, error_text, long_duration, 
 PRUNE_BATCH = 1000  # jobs deleted in one transaction of `prune`
 KEEP_BATCH = 250  # jobs of each state that a consumer deletes in one transaction
 KEEP_SECONDS = 1.0  # consumers delete jobs of a queue no more often
-KEEP_WORK_SECONDS = 0.05  # for which a consumer goes on at once if there are more
+KEEP_WORK_SECONDS = 0.05  # how long a consumer deletes without a pause if there are more
 EXPIRE_BATCH = 1000  # expired jobs cancelled in one transaction
 CONSUMERS_KEPT_SECONDS = 30 * 86400.0
 

@@ -743,7 +743,12 @@ class PersistentQSQLite(PersistentQInterface):
         return self._lease(session, {**params, "counted": None}, ids, prefetches)
 
     def _first_jobs(self, session: Session, params: Params) -> list[Any]:
-        return _first_jobs(session, params)
+        heads, limit = session.run(FIRST_JOBS, params), params["limit"]
+        assigned = session.run(NEXT_ASSIGNED, params)
+        found, is_cut = _merge(session, assigned, heads, 2 * limit // max(1, len(heads)) + 1)
+        if is_cut and len(found) < limit:  # few of the tasks have most of the first jobs
+            found, _ = _merge(session, assigned, heads, limit)
+        return found[:limit]
 
     def _complete_all(self, session: Session, completions: list[tuple[Job, str | None]], now: float) -> list[Job]:
         tokens = {job.lease_token for job, _ in completions}
@@ -1082,16 +1087,6 @@ class PersistentQSQLite(PersistentQInterface):
         os.register_at_fork(
             before=_before_fork, after_in_parent=_release_after_fork, after_in_child=_after_fork_in_child
         )
-
-
-def _first_jobs(session: Session, params: Params) -> list[Any]:
-    """Return the order of the first :limit jobs that a consumer may take."""
-    heads, limit = session.run(FIRST_JOBS, params), params["limit"]
-    assigned = session.run(NEXT_ASSIGNED, params)
-    found, is_cut = _merge(session, assigned, heads, 2 * limit // max(1, len(heads)) + 1)
-    if is_cut and len(found) < limit:  # few of the tasks have most of the first jobs
-        found, _ = _merge(session, assigned, heads, limit)
-    return found[:limit]
 
 
 def _merge(session: Session, assigned: list[Any], heads: list[Any], share: int) -> tuple[list[Any], bool]:

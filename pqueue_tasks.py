@@ -483,7 +483,7 @@ async def _run_async_in_hooks(entry: Task[..., Any], job: Job) -> Any:
 def run_task(
     queue: PersistentQInterface, job: Job, *, run_coroutine: Callable[[Coroutine[Any, Any, Any]], Any] | None = None
 ) -> Any:
-    """Run the job's task and return its result, for `complete`: of a type that JSON does not have, what stands for it.
+    """Run the job's task and return its result as `complete` takes it: as JSON values, if its type is annotated.
 
     Raises what the task raises, or LookupError for an unknown task.
 

@@ -2656,9 +2656,9 @@ class QueueContract:
         queue.enqueue_many("t", [{"n": n, "text": "x" * 1000} for n in range(500)])
         kept = queue.enqueue("t", "kept")
         queue.delete_jobs(range(1, kept))
-        told: list[int] = []
-        self.assertGreaterEqual(queue.compact(progress=told.append), 0)
-        self.assertGreater(len(told), 1)
+        reported: list[int] = []
+        self.assertGreaterEqual(queue.compact(progress=reported.append), 0)
+        self.assertGreater(len(reported), 1)
         self.assertEqual([job.payload for job in queue.list_jobs()], ["kept"])
         with self.assertRaisesRegex(QueueError, "cannot compact in a transaction"), queue.transaction():
             queue.compact()

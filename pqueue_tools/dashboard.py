@@ -290,8 +290,8 @@ class FigureCache:
         return found
 
     def job(self, job_id: int) -> dict[str, Any]:
-        """Return job and history, masked; is_masked, whether the payload has hidden values; why; and file: its text, an
-        error message, or None for a job without a file."""
+        """Return job and history, masked; is_masked, whether the payload has hidden values; why; after: the ids of the
+        jobs that it runs after; and file: its text, an error message, or None for a job without a file."""
         queue, stats = self.queue(), None
         with suppress(QueueError):
             stats = self.figures()["overview"]
@@ -301,7 +301,9 @@ class FigureCache:
             job = masked_job(whole)
         history = report.history(queue, job_id, limit=EVENTS_SHOWN)
         is_masked = job.payload is not whole.payload
-        return {"job": job, "history": history, "why": why, "file": _file_text(job.payload), "is_masked": is_masked}
+        after = [each.id for each in queue.dependencies(job_id, excerpt=0)]
+        found = {"job": job, "history": history, "why": why, "after": after, "is_masked": is_masked}
+        return {**found, "file": _file_text(job.payload)}
 
 
 def _stale_at(began: float) -> float:

@@ -62,7 +62,7 @@ def _retry(queue: PersistentQInterface, job_id: int, *, form: Form, by: str | No
 
 
 def _when(text: str, now: float) -> float:
-    """Return the time that a duration from now, or an ISO 8601 time, stands for. Raises ValueError."""
+    """Parse a duration from now, or an ISO 8601 time, into Unix seconds. Raises ValueError."""
     at = moment(text)
     return now + at if isinstance(at, Ago) else at
 

@@ -165,7 +165,7 @@ def _jobs_chart(minutes: Minutes, clock: Clock) -> str:
     """
     top = _ceiling(max(2, *(max(each["enqueued"], each["completed"]) for each in minutes)))
     failed = max(map(_failed, minutes))
-    low = _ceiling(max(2, failed, top / 8)) if failed else 0.0  # so that the numbers beside the axis do not overlap
+    low = _ceiling(max(2, failed, top / 8)) if failed else 0.0  # so that the labels do not overlap
     step, zero = WIDTH / len(minutes), HEIGHT * top / (top + low)
     marks = []
     for number, each in enumerate(minutes):

@@ -1,7 +1,7 @@
 """Run the task of a finished job once more, in this process, without changing the queue.
 
 On SQLite the task works on a private copy of the database, so that a slow task holds no lock. On PostgreSQL it runs in
-a transaction that is rolled back: until then, whoever changes a row that the task has changed waits.
+a transaction that is rolled back: until then, others wait to change a row that the task has changed.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ class QueueMachine(RuleBasedStateMachine):
             entry.state = "waiting" if entry.state == "waiting" else state
 
     def reconsider(self, job_id):
-        """Let a waiting job fail with a parent, or go on when all have finished."""
+        """Let a waiting job fail with a parent, or become pending when all have finished."""
         entry = self.entries[job_id]
         states = self.parent_states(entry)
         if entry.state != "waiting":

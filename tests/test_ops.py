@@ -272,6 +272,16 @@ def test_figures_of_days_are_computed_only_for_a_page_that_shows_them(queue, sit
     assert len(asked) == 2
 
 
+def test_job_page_names_the_group_and_leads_to_the_jobs_it_runs_after(queue, site):
+    parents = queue.enqueue_many("part", range(2))
+    job_id = queue.enqueue("total", after=parents, group="customer-7")
+    text = site.ask(f"/job/{job_id}")[1]
+    assert "<dt>group</dt><dd>customer-7</dd>" in text
+    assert '<dt>runs after</dt><dd><a href="/job/1">1</a> <a href="/job/2">2</a></dd>' in text
+    assert "runs after" not in site.ask("/job/1")[1]
+    assert json.loads(site.ask(f"/api/jobs/{job_id}")[1])["after"] == parents
+
+
 def test_job_page_tells_its_story(queue, site, folder, monkeypatch):
     monkeypatch.setattr("pqueue_tools.file_task.files_directory", folder / "files")
     (folder / "files").mkdir()
