@@ -836,7 +836,9 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
             self.record(event, by=by, now=now)
             session.wakes = True
 
-    def delete_jobs(self, job_ids: Iterable[int] | None = None, *, force: bool = False) -> int:
+    def delete_jobs(
+        self, job_ids: Iterable[int] | None = None, *, force: bool = False, now: float | None = None
+    ) -> int:
         """Delete these jobs (None: all) and their history, all or none; return how many were deleted.
 
         Raises InvalidTransition if one of them is `processing`, or an unfinished job runs after it, unless `force` is
@@ -856,7 +858,7 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
                 if not force:
                     raise InvalidTransition(f"cannot delete job {job_id}: job {dependent} runs after it")
                 with suppress(InvalidTransition):
-                    self.cancel(job_id)
+                    self.cancel(job_id, now=now)
             if ids is None:
                 session.change("DELETE FROM dependencies")
                 session.change("DELETE FROM history WHERE job_id <> 0")  # 0: the mark of a move

@@ -87,7 +87,9 @@ class Moving(Counting):
     """The operations that copy or move a queue to another backend."""
 
     @abstractmethod
-    def delete_jobs(self, job_ids: Iterable[int] | None = None, *, force: bool = False) -> int: ...
+    def delete_jobs(
+        self, job_ids: Iterable[int] | None = None, *, force: bool = False, now: float | None = None
+    ) -> int: ...
 
     @abstractmethod
     def _let_groups_take_turns(self, session: Session, queue: str) -> int: ...

@@ -143,7 +143,7 @@ class Reading(Backend):
         rows = self._read(STALLED, {"before": finite("since", since)})
         return {(queue, name): jobs for queue, name, jobs in rows}
 
-    def failures(self) -> list[dict[str, Any]]:
+    def failures(self, *, now: float | None = None) -> list[dict[str, Any]]:
         """Return the failed jobs grouped by task and `fingerprint` of the error, the last to fail first.
 
         Each group is a dict: "task"; "error", the fingerprint; "jobs", their number; "last_hour", those that failed
@@ -151,7 +151,7 @@ class Reading(Backend):
         """
         groups: dict[tuple[str, str], dict[str, Any]] = {}
         for task, line, jobs, last_hour, last_id, first_at, last_at in self._read(
-            FAILURES, {"since": self.now() - 3600}
+            FAILURES, {"since": self._time(now) - 3600}
         ):
             error = fingerprint(line)
             empty = {"task": task, "error": error, "jobs": 0, "last_hour": 0, "last_id": last_id}

@@ -3215,6 +3215,9 @@ class QueueContract:
         groups = [(each["task"], each["error"], each["jobs"]) for each in self.queue.failures()]
         self.assertEqual(groups, [("a", "by hand", 1), ("b", "ValueError: x", 1), ("a", "ValueError: x", 2)])
         self.assertEqual(self.queue.failures()[0]["last_id"], last)
+        self.assertEqual([each["last_hour"] for each in self.queue.failures()], [1, 1, 2])
+        later = self.queue.now() + 3700
+        self.assertEqual([each["last_hour"] for each in self.queue.failures(now=later)], [0, 0, 0])
 
     def test_operations_are_recorded_with_who_did_what_when_and_to_how_many_jobs(self):
         q, now = self.queue, self.queue.now()
