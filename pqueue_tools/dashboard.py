@@ -39,6 +39,7 @@ DAYS = {"24 h": 24 * 60, "72 h": 72 * 60}  # seconds of a period of the charts; 
 COUNTED = ("enqueued", "completed", "failed", "retried")
 FAILED_GROUPS_SHOWN = 20
 CONSUMERS_SHOWN = 100
+NEWEST_SHOWN = 10  # failed jobs of a task
 OPERATIONS_SHOWN = 100
 FILE_BYTES_SHOWN = 65_536  # of a job's file
 STATES_SHOWN = ("pending", "scheduled", "waiting", "processing", "completed", "failed")
@@ -151,11 +152,12 @@ class FigureCache:
         self._worker = ThreadPoolExecutor(1, "pqueue-figures")
         self._parts: dict[str, Callable[[PersistentQInterface], Any]] = {
             "overview": _overview,
-            "minutes": _hour,
+            "hour": _hour,
             "days": _days,
             "processing": _processing,
             "failures": PersistentQInterface.failures,
             "consumers": _consumers,
+            "handlers": PersistentQInterface.handlers,
             "schedules": lambda queue: [report.schedule_row(each) for each in queue.schedules()],
             "activity": lambda queue: queue.operations(limit=OPERATIONS_SHOWN),
             "processes": lambda _: supervisor.known_processes(),
@@ -220,9 +222,10 @@ class FigureCache:
         and run, each (p50, p95) in seconds or None; minutes: at (the start), the numbers COUNTED, wait and run of each
         minute of the last hour, including the current one; days, if asked for: the same for each of DAYS, and tasks:
         what happened to the jobs of each task within 24 hours, as row, and trend: (completed, failed) attempts of each
-        period; processing: the running jobs; failures: groups of failed jobs; consumers: those alive or with jobs, and
-        those that ended within the last hour; processes: those of supervisord, or a sentence that says why there are
-        none; growth: of each queue, grows_by and deleted_at.
+        period, and found: the counts of 72 hours by task; hour: likewise; handlers; processing: the running jobs;
+        failures: groups of failed jobs; consumers: those alive or with jobs, and those that ended within the last hour;
+        processes: those of supervisord, or a sentence that says why there are none; growth: of each queue, grows_by and
+        deleted_at.
         """
         queue = self.queue()
         with self._lock:
@@ -244,7 +247,39 @@ class FigureCache:
             raise QueueError("counting the jobs …")
         overview = computed["overview"]
         found = report.by_severity(overview["findings"] + report.program_findings(computed["processes"]))
-        return {**computed, "overview": {**overview, "findings": found}, "age": age}
+        return {
+            **computed,
+            "minutes": computed["hour"]["minutes"],
+            "overview": {**overview, "findings": found},
+            "age": age,
+        }
+
+    def of_task(self, figures: dict[str, Any], query: Query) -> dict[str, Any]:
+        """Return the figures as far as they concern the task of the query, within its `last`, one of DAYS or else an
+        hour; also total: what happened to its jobs, and newest: the last ones that failed. Raises ValueError."""
+        task, last = one(query, "task"), one(query, "last")
+        if not task:
+            raise ValueError("expected a task, as in /task?task=send_mail, got none")
+        step = DAYS.get(last, 60)
+        found = figures["days" if last in DAYS else "hour"]["found"]
+        found = [each for each in found if each.task == task]
+        starts = _starts(step)
+        series = _series(found, starts)
+        known = {each.queue for each in found} | {
+            each["queue"] for each in figures["schedules"] if each["task"] == task
+        }
+        queues = {name: each for name, each in figures["overview"]["queues"].items() if name in known}
+        return {
+            **figures,
+            "minutes": series,
+            "days": {last: series},
+            "total": total((each for each in found if each.at >= starts[0]), starts[0], task=task),
+            "failures": [each for each in figures["failures"] if each["task"] == task],
+            "newest": self.jobs(newest_query(query))[0][:NEWEST_SHOWN],
+            "schedules": [each for each in figures["schedules"] if each["task"] == task],
+            "handler": figures["handlers"].get(f"task:{task}"),
+            "overview": {**figures["overview"], "queues": queues},
+        }
 
     def _compute(self, part: str, queue: PersistentQInterface, running: dict[str, Future[None]]) -> None:
         began = time.monotonic()
@@ -330,9 +365,10 @@ def _overview(queue: PersistentQInterface) -> dict[str, Any]:
     }
 
 
-def _hour(queue: PersistentQInterface) -> list[dict[str, Any]]:
+def _hour(queue: PersistentQInterface) -> dict[str, list[Any]]:
     starts = _starts(60)
-    return _series(queue.outcomes(starts[0], step_seconds=60), starts)
+    found = queue.outcomes(starts[0], step_seconds=60)
+    return {"minutes": _series(found, starts), "found": found}
 
 
 def _starts(step: int) -> list[float]:
@@ -351,12 +387,13 @@ def _series(found: Iterable[Outcomes], starts: list[float]) -> list[dict[str, An
     return [_period(total(those, at)) for at, those in periods.items()]
 
 
-def _days(queue: PersistentQInterface) -> dict[str, list[dict[str, Any]]]:
+def _days(queue: PersistentQInterface) -> dict[str, list[Any]]:
     step, since = min(DAYS.values()), _starts(max(DAYS.values()))[0]
     found = queue.outcomes(since, step_seconds=step)
     return {
         **{name: _series(found, _starts(each)) for name, each in DAYS.items()},
         "tasks": _tasks(found, _starts(step)),
+        "found": found,
     }
 
 
@@ -423,6 +460,11 @@ def given(query: Query) -> Query:
     return {name: values for name, values in found.items() if values}
 
 
+def newest_query(query: Query) -> Query:
+    """Return the filters that find the failed jobs of the task of an address."""
+    return {"state": ["failed"], "task": [one(query, "task")]}
+
+
 def filters_of(query: Query) -> dict[str, Any]:
     """Return the filters of an address as options of `list_jobs`. Raises ValueError."""
     filters: dict[str, Any] = {name: values[0] for name, values in given(query).items()}
@@ -455,6 +497,14 @@ def tiles(seen: dict[str, Any]) -> list[tuple[str, str, str]]:
     found += [("consumers alive", str(seen["alive"]), "")]
     found += [(f"{name} p50 / p95", times(seen[name]), "") for name in ("wait", "run")]
     return found
+
+
+def task_tiles(found: Outcomes) -> list[tuple[str, str, str]]:
+    """Return what happened to the jobs of a task, as `tiles` does the overview."""
+    tiles = [("enqueued", f"{found.enqueued:,}", "")]
+    tiles += [(name, f"{getattr(found, name):,}", name) for name in ("completed", "failed")]
+    tiles += [("failed attempts", f"{found.failed + found.retried:,} ({found.failed_share:.1%})", "")]
+    return tiles + [(f"{name} p50 / p95", times(percentiles(getattr(found, name))), "") for name in ("wait", "run")]
 
 
 def times(pair: Percentiles | None) -> str:

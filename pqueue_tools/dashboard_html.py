@@ -35,8 +35,9 @@ def page(
 ) -> str:
     """Return a page of PAGES; `jobs` are those that its search found."""
     back = f"/{which.name}" + (f"?{urlencode(dashboard.given(query), doseq=True)}" if dashboard.given(query) else "")
-    body = "".join(_part(each, which, figures, jobs, query, token, back) for each in which.parts)
-    return _frame(which.title, body, message, figures["overview"], which.name)
+    body = "".join(_part(each, which, figures, jobs, query, token, back) for each in tables.parts_of(which, figures))
+    title = tables.task_title(query) if which.name == "task" else which.title
+    return _frame(title, body, message, figures["overview"], which.name if which.under is None else which.under)
 
 
 def _part(
@@ -45,9 +46,11 @@ def _part(
     if part == "findings":
         shown = findings(figures["overview"]["findings"], lambda name: f"{prefix()}/{tables.page_of(name)}")
     elif part == "tiles":
-        shown = tiles(figures["overview"], lambda state: _address("jobs", {"state": state}))
+        shown = tiles(dashboard.tiles(figures["overview"]), lambda state: _address("jobs", {"state": state}))
     elif part == "charts":
-        shown = _charts(figures, one(query, "last"))
+        shown = _charts(which, figures, query)
+    elif part == "task":
+        shown = _task(which, figures, query)
     elif part == "search":
         shown = _search(which, figures, jobs, query, token)
     elif part is tables.GROUPS and isinstance(figures["processes"], str):
@@ -59,16 +62,34 @@ def _part(
     return f'<section id="{key}">{shown}</section>'
 
 
-def _charts(figures: dict[str, Any], last: str) -> str:
+def _charts(which: Page, figures: dict[str, Any], query: Query) -> str:
     """Return the charts of a range, one of DAYS or else an hour, and links to the others."""
-    chosen = last if last in dashboard.DAYS else "1 h"
-    current = {chosen: ' aria-current="true"'}
+    return _ranges(which, query) + charts(_periods(figures, query))
+
+
+def _ranges(which: Page, query: Query) -> str:
+    last = one(query, "last")
+    current = {last if last in dashboard.DAYS else "1 h": ' aria-current="true"'}
     links = " ".join(
-        f'<a class="range" href="{_address("", {"last": name})}"{current.get(name, "")}>{name}</a>'
+        f'<a class="range" href="{_address(which.name, {**dashboard.given(query), "last": name})}"'
+        f"{current.get(name, '')}>{name}</a>"
         for name in ("1 h", *dashboard.DAYS)
     )
-    periods = figures["days"][chosen] if chosen in dashboard.DAYS else figures["minutes"]
-    return f'<p class="ranges">last {links}</p>{charts(periods)}'
+    return f'<p class="ranges">last {links}</p>'
+
+
+def _periods(figures: dict[str, Any], query: Query) -> list[dict[str, Any]]:
+    last = one(query, "last")
+    periods: list[dict[str, Any]] = figures["days"][last] if last in dashboard.DAYS else figures["minutes"]
+    return periods
+
+
+def _task(which: Page, figures: dict[str, Any], query: Query) -> str:
+    """Return what happened to the jobs of a task within a range."""
+    handler = tables.handled_by(figures)
+    return f"""<h2>{text(tables.task_title(query))}</h2>{_ranges(which, query)}
+{tiles(dashboard.task_tiles(figures["total"]), lambda state: _address("jobs", tables.task_jobs(query, state)))}
+{charts(_periods(figures, query))}{f'<p class="soft">{text(handler)}</p>' if handler else ""}"""
 
 
 def _frame(
@@ -78,7 +99,7 @@ def _frame(
     found = report.problems(seen["findings"]) if seen else []
     current = {name: ' aria-current="page"'}
     links = "".join(
-        f'<a href="{prefix()}/{each.name}"{current.get(each.name, "")}>{each.title}</a>' for each in PAGES.values()
+        f'<a href="{prefix()}/{each.name}"{current.get(each.name, "")}>{each.title}</a>' for each in tables.MENU
     )
     verdict = f'<a class="health {found[0].severity if found else "completed"}" href="{prefix()}/">'
     verdict += f"{report.count(len(found), 'problem') if found else report.NO_FINDINGS}</a>"

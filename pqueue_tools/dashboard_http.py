@@ -275,6 +275,7 @@ class Handler(BaseHTTPRequestHandler):
         cache = self.server.cache
         if page := _page(path):
             jobs = cache.jobs(tables.query_of(page, query)) if "search" in page.parts else None
+            figures = cache.of_task(figures, query) if page.name == "task" else figures
             shown = dashboard_html.page(page, figures, jobs, query, self._message(query), self._token())
             return HTTPStatus.OK, HTML, _encoded(shown)
         if path == "/metrics":

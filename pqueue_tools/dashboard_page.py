@@ -54,7 +54,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--page); b
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 4px 16px; margin: 8px 0 0 }
 dt { color: var(--soft) } dd { margin: 0; overflow-wrap: anywhere }
 progress { width: 90px; height: 10px; accent-color: var(--processing) }
-.ranges { margin: 0; color: var(--soft); font-size: 12.5px } .range { padding: 3px 8px; border-radius: 6px }
+.ranges { margin: 0 0 6px; color: var(--soft); font-size: 12.5px } .range { padding: 3px 8px; border-radius: 6px }
 .range[aria-current] { outline: 1px solid var(--line); color: var(--ink); font-weight: 600; text-decoration: none }
 .bulk { display: flex; gap: 6px; flex-wrap: wrap; align-items: center; margin-bottom: 8px }
 @media (max-width: 600px) { header, main, nav { padding: 0 10px } header { padding-top: 10px }

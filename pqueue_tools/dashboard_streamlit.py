@@ -8,6 +8,7 @@ from datetime import datetime
 from functools import partial
 from itertools import cycle
 from typing import Any
+from urllib.parse import urlencode
 from zoneinfo import ZoneInfo
 
 import streamlit as st
@@ -28,6 +29,7 @@ STYLE = f"""<style>{dashboard_summary.STYLE}
 h5 {{ padding: 0 0 0.3rem !important }}
 @media (max-width: 640px) {{ .st-key-filters [data-testid=stColumn] {{ min-width: 42% !important; flex: 1 1 42% }} }}
 </style>"""
+KEPT = ("page", "last")  # widgets whose value the address keeps, apart from the filters
 STATE_COLOURS = dict(zip(dashboard.STATES_SHOWN, ("orange", "violet", "gray", "blue", "green", "red"), strict=True))
 
 
@@ -52,21 +54,23 @@ def page() -> None:
     which = _chosen_page()
     for part in which.parts:
         if isinstance(part, tables.Table):
-            _section(part.key, partial(_figures, part, None if which.name else OVERVIEW_ROWS), part.title)
+            _section(part.key, partial(_table_of, which, part), part.title)
         elif part == "search":
             _section(part, partial(_search, which), "Jobs")
         elif part != "findings":
-            _section(part, {"tiles": _tiles, "charts": _charts}[part])
+            _section(part, {"tiles": _tiles, "charts": _charts, "task": _charts_of_task}[part])
 
 
 def _chosen_page() -> Page:
     """Draw the names of the pages, and return the one that was chosen."""
-    titles = {each.title: each for each in tables.PAGES.values()}
+    titles = {each.title: each for each in tables.MENU}
+    named = tables.PAGES.get(st.query_params.get("page", ""), tables.PAGES[""])
     if "page" not in st.session_state:
-        named = tables.PAGES.get(st.query_params.get("page", ""), tables.PAGES[""])
-        st.session_state["page"] = named.title
+        st.session_state["page"] = named.title if named.under is None else tables.PAGES[named.under].title
     title = st.segmented_control("page", titles, key="page", label_visibility="collapsed")
     which = titles.get(title or "", tables.PAGES[""])
+    if named.under == which.name:
+        return named
     if st.query_params.get("page", "") != which.name:
         st.query_params["page"] = which.name
     return which
@@ -153,24 +157,65 @@ def _clock(at: float) -> str:
 
 
 def _tiles() -> None:
-    st.html(_html(dashboard_summary.tiles(cache().figures()["overview"], lambda state: f"?page=jobs&state={state}")))
+    shown = dashboard.tiles(cache().figures()["overview"])
+    st.html(_html(dashboard_summary.tiles(shown, lambda state: f"?page=jobs&state={state}")))
 
 
 def _charts() -> None:
-    last = st.segmented_control("last", ["1 h", *dashboard.DAYS], default="1 h", label_visibility="collapsed")
-    is_long = last in dashboard.DAYS
-    figures = cache().figures(days=is_long)
-    series = figures["days"][last] if is_long else figures["minutes"]
+    _draw_charts(cache().figures(days=_last() in dashboard.DAYS))
+
+
+def _last() -> str:
+    """Draw the ranges of the charts, and return the chosen one, which the address keeps."""
+    ranges = ["1 h", *dashboard.DAYS]
+    if "last" not in st.session_state:
+        given = st.query_params.get("last", "")
+        st.session_state["last"] = given if given in ranges else ranges[0]
+    last = st.segmented_control("last", ranges, key="last", label_visibility="collapsed") or ranges[0]
+    if st.query_params.get("last", ranges[0]) != last:
+        st.query_params["last"] = last
+    return str(last)
+
+
+def _draw_charts(figures: dict[str, Any]) -> None:
+    last = st.session_state["last"]
+    series = figures["days"][last] if last in dashboard.DAYS else figures["minutes"]
     charts = dashboard_summary.charts(series, lambda at, *, has_day: _clock(at)[5 if has_day else 11 : 16])
     st.markdown(_html(charts), unsafe_allow_html=True)  # st.html drops SVG
 
 
-def _figures(table: Table, most: int | None) -> None:
-    figures = cache().figures(days=table is tables.TASKS)
+def _address() -> dashboard.Query:
+    return {name: st.query_params.get_all(name) for name in st.query_params}
+
+
+def _charts_of_task() -> None:
+    query = _address()
+    st.link_button("all tasks", "?page=tasks")
+    st.markdown(f"#### {_escaped(tables.task_title(query))}")
+    figures = cache().of_task(cache().figures(days=_last() in dashboard.DAYS), query)
+    shown = dashboard.task_tiles(figures["total"])
+    st.html(_html(dashboard_summary.tiles(shown, lambda state: _link("jobs", tables.task_jobs(query, state)))))
+    _draw_charts(figures)
+    st.caption(_escaped(tables.handled_by(figures)))
+
+
+def _link(page: str, filters: dict[str, str]) -> str:
+    """Return the address of a page, as an attribute in HTML."""
+    return dashboard_summary.text(f"?{urlencode({'page': page, **filters})}")
+
+
+def _table_of(which: Page, table: Table) -> None:
+    query = _address()
+    figures = cache().figures(days=tables.needs_days(which, query))
+    if which.name == "task":
+        figures = cache().of_task(figures, query)
+    if table is tables.NEWEST:
+        _newest(query)
+        return
     if table is tables.GROUPS and isinstance(figures["processes"], str):
         st.caption(_escaped(figures["processes"]))
         return
-    _table(table, table.rows(figures), most)
+    _table(table, table.rows(figures), None if which.name else OVERVIEW_ROWS)
     if table is tables.GROUPS:
         _buttons([tables.ADD_GROUP])
 
@@ -184,12 +229,12 @@ def _table(table: Table, rows: list[Any], most: int | None) -> None:
     st.dataframe(_cells(table, shown), hide_index=True, column_config=_config(table))
     if len(rows) > len(shown):
         st.caption(f"and {report.count(len(rows) - len(shown), table.noun or 'row')} more")
-    named = {table.name(row): row for row in shown if table.buttons(row)}
-    if named and not dashboard.read_only():
+    named = {table.name(row): row for row in shown if table.buttons(row) or table.columns[0].link}
+    if named:
         with st.container(horizontal=True):
             key = f"row of {table.title}"
             name = st.selectbox(key, sorted(named), label_visibility="collapsed", key=key, width=480) or ""
-            for each in table.buttons(named[name]):
+            for each in [] if dashboard.read_only() else table.buttons(named[name]):
                 _button(each)
             _show_jobs(table, named[name])
 
@@ -198,9 +243,9 @@ def _show_jobs(table: Table, row: Any) -> None:
     """Draw the button that finds the jobs of a row."""
     if links := [each.link(row) for each in table.columns if each.link]:
         page, filters = links[0]
-        if st.button("show jobs", key=f"show {table.key}"):
+        if st.button(f"show {'task' if page == 'task' else 'jobs'}", key=f"show {table.key}"):
             st.query_params.from_dict({"page": page, **filters})
-            for key in [each for each in st.session_state if each == "page" or str(each).startswith("filter-")]:
+            for key in [each for each in st.session_state if each in KEPT or str(each).startswith("filter-")]:
                 del st.session_state[key]  # they are in the address
             st.rerun()
 
@@ -265,9 +310,7 @@ def _search(which: Page) -> None:
     key, page = _shown(asked)
     ids: list[int] = []
     if page[0]:
-        rows = _cells(tables.JOBS, page[0])
-        chosen = st.dataframe(rows, hide_index=True, on_select="rerun", selection_mode="multi-row", key=key)
-        ids = [page[0][row].id for row in chosen["selection"]["rows"] if row < len(page[0])]
+        ids = _choose(tables.JOBS, page[0], "multi-row", key)
     else:
         st.caption(_escaped(tables.none_found(query, page[1])))
     _pages(query, page)
@@ -275,6 +318,23 @@ def _search(which: Page) -> None:
         _bulk(ids, dashboard.given(asked), tables.matching(asked, page))
     if len(ids) == 1:
         _job(ids[0])
+
+
+def _newest(query: dashboard.Query) -> None:
+    """Draw the newest failed jobs of a task, and the one that the reader chooses."""
+    key, page = _shown(dashboard.newest_query(query))
+    if jobs := page[0][: dashboard.NEWEST_SHOWN]:
+        for job_id in _choose(tables.NEWEST, jobs, "single-row", key):
+            _job(job_id)
+    else:
+        st.caption(_escaped(tables.NEWEST.empty))
+
+
+def _choose(table: Table, jobs: list[pqueue.Job], mode: Any, key: str) -> list[int]:
+    """Draw a table of jobs, and return the ids of those that the reader chooses."""
+    rows = _cells(table, jobs)
+    chosen = st.dataframe(rows, hide_index=True, on_select="rerun", selection_mode=mode, key=key)
+    return [jobs[row].id for row in chosen["selection"]["rows"] if row < len(jobs)]
 
 
 def _query(which: Page) -> dashboard.Query:

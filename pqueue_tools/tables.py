@@ -124,7 +124,7 @@ FAILED = Table(
     "Failures",
     (
         Column("jobs", itemgetter("jobs"), "number", link=lambda group: ("failed", _of_group(group))),
-        Column("task", itemgetter("task")),
+        Column("task", itemgetter("task"), link=lambda group: ("task", {"task": group["task"]})),
         Column("error", itemgetter("error"), width="wrap", link=lambda group: ("failed", _of_group(group))),
         Column("last hour", itemgetter("last_hour"), "number", on_phone=False),
         Column("first", itemgetter("first_at"), "time", on_phone=False),
@@ -231,10 +231,14 @@ def _task_filters(task: dict[str, Any]) -> dict[str, str]:
     return {"queue": task["row"].queue, "task": task["row"].task}
 
 
+def _task_page(task: dict[str, Any]) -> dict[str, str]:
+    return {"task": task["row"].task, "last": next(iter(dashboard.DAYS))}
+
+
 def _outcome(name: str, *, page: str = "") -> Column:
     """Return a column of a number, which leads to the jobs of the task on this page, if any."""
     link = (lambda task: (page, _task_filters(task))) if page else None
-    return Column(name, lambda task: getattr(task["row"], name), "number", link=link, on_phone=bool(page))
+    return Column(name, lambda task: getattr(task["row"], name), "number", link=link, on_phone=name == "failed")
 
 
 def _times(name: str) -> Column:
@@ -248,9 +252,9 @@ TASKS = Table(
     "tasks",
     "Tasks within 24 hours",
     (
-        Column("task", lambda task: task["row"].task, link=lambda task: ("jobs", _task_filters(task))),
+        Column("task", lambda task: task["row"].task, link=lambda task: ("task", _task_page(task))),
         Column("queue", lambda task: task["row"].queue, on_phone=False),
-        _outcome("enqueued"),
+        _outcome("enqueued", page="jobs"),
         _outcome("completed"),
         _outcome("failed", page="failed"),
         _outcome("retried"),
@@ -265,6 +269,30 @@ TASKS = Table(
     lambda figures: figures["days"]["tasks"],
     name=lambda task: f"{task['row'].queue} {task['row'].task}",
 )
+
+
+NEWEST = Table(
+    "newest",
+    "Newest failed jobs",
+    tuple(each for each in JOBS.columns if each.heading not in ("state", "task", "enqueued")),
+    "no job has failed",
+    rows=itemgetter("newest"),
+    name=_job_id,
+)
+
+
+def task_title(query: dashboard.Query) -> str:
+    return f"Task {dashboard.one(query, 'task')}"
+
+
+def task_jobs(query: dashboard.Query, state: str) -> dict[str, str]:
+    """Return the filters that find the jobs of a task in a state."""
+    return {"task": dashboard.one(query, "task"), "state": state}
+
+
+def handled_by(figures: dict[str, Any]) -> str:
+    """Return a sentence about the handler of a task, or ""."""
+    return f"each failed job is handled by the task {figures['handler']}" if figures["handler"] else ""
 
 
 def _number(value: int | None) -> str:
@@ -473,7 +501,8 @@ ACTIVITY = Table(
 class Page:
     name: str  # in its address
     title: str
-    parts: tuple[Table | str, ...]  # tables, and by name: findings, tiles, charts, search
+    parts: tuple[Table | str, ...]  # tables, and by name: findings, tiles, charts, task, search
+    under: str | None = None  # the page of the menu that leads to it; None: it is in the menu itself
 
 
 PAGES = {
@@ -483,18 +512,26 @@ PAGES = {
         Page("jobs", "Jobs", ("search",)),
         Page("failed", "Failed", (FAILED, "search")),
         Page("tasks", "Tasks", (TASKS,)),
+        Page("task", "Task", ("task", FAILED, NEWEST, SCHEDULES, QUEUES), under="tasks"),
         Page("queues", "Queues", (QUEUES,)),
         Page("schedules", "Schedules", (SCHEDULES,)),
         Page("consumers", "Consumers", (CONSUMERS, PROCESSING, GROUPS)),
         Page("activity", "Activity", (ACTIVITY,)),
     )
 }
+MENU = [each for each in PAGES.values() if each.under is None]
 PAGE_OF = {"processing": "consumers"}  # of the part that a finding names, unless a page has its name
+
+
+def parts_of(page: Page, figures: dict[str, Any]) -> list[Table | str]:
+    """Return the parts of a page; most tasks have no schedule."""
+    return [each for each in page.parts if page.under is None or each is not SCHEDULES or SCHEDULES.rows(figures)]
 
 
 def needs_days(page: Page | None, query: dashboard.Query) -> bool:
     """Return whether a page with this address shows figures of more than an hour."""
-    is_long = page is not None and "charts" in page.parts and dashboard.one(query, "last") in dashboard.DAYS
+    has_range = page is not None and ("charts" in page.parts or "task" in page.parts)
+    is_long = has_range and dashboard.one(query, "last") in dashboard.DAYS
     return is_long or (page is not None and TASKS in page.parts)
 
 

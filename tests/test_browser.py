@@ -105,6 +105,12 @@ class StandardLibrary:
         """Click from the overview to the job that failed last."""
         self.page.locator("#failed tbody tr").first.locator("td a").last.click()
 
+    def open_task(self, task):
+        self.page.locator("#tasks").get_by_role("link", name=task, exact=True).click()
+
+    def open_newest_of_task(self, job_id):
+        self.page.locator("#newest").get_by_role("link", name=str(job_id), exact=True).click()
+
     def edit_and_resubmit(self, payload):
         self.page.get_by_text("edit and resubmit …").click()
         self.page.get_by_label("payload").fill(payload)
@@ -187,6 +193,13 @@ class Streamlit(StandardLibrary):
         self.page.get_by_role("button", name="show jobs").first.click()
         expect(self._cell(0)).to_have_text(re.compile(r"\d+"))
         self.page.locator("[class*=st-key-jobs] [data-testid=stDataFrame]").click(position={"x": 15, "y": 52})
+
+    def open_task(self, task):
+        self.page.get_by_role("combobox", name="row of").click()
+        self.page.get_by_role("option", name=f"default {task}").click()
+        self.page.get_by_role("button", name="show task").click()
+
+    open_newest_of_task = open
 
     def edit_and_resubmit(self, payload):
         self.page.get_by_role("button", name="edit and resubmit", exact=True).click()
@@ -279,13 +292,32 @@ def test_operator_on_call_is_at_the_newest_traceback_in_two_clicks_and_repairs_t
     queue = system.queue()
     ids = queue.enqueue_many("charge", [{"amount": "seven"}, {"amount": "eight"}])
     wait_until(lambda: queue.stats()["states"]["failed"] == 2)
+    clicks = []
+    page.expose_function("clicked", lambda: clicks.append(1))
+    page.add_init_script("addEventListener('click', event => event.detail && clicked(), true)")
     site = front(system, page)
     site.open_newest_failure()
     expect(site.texts().filter(has_text="in charge").first).to_be_visible()
+    assert len(clicks) <= 2
     site.edit_and_resubmit('{"amount": 8}')
     site.said("changed 1 job")
+    assert 3 <= len(clicks) <= 5
     wait_until(lambda: queue.get(ids[-1]).state == "completed")
     assert (queue.get(ids[-1]).result, queue.get(ids[0]).state) == (800, "failed")
+
+
+@both
+def test_page_of_a_task_leads_to_its_newest_traceback(system, page, front):
+    queue = system.queue()
+    queue.enqueue_many("charge", [{"amount": "seven"}, {"amount": "eight"}])
+    queue.enqueue("mail")
+    wait_until(lambda: queue.stats()["states"]["failed"] == 3)
+    site = front(system, page)
+    site.go("Tasks")
+    site.open_task("charge")
+    expect(site.count("failed")).to_have_text("2")
+    site.open_newest_of_task(2)
+    expect(site.texts().filter(has_text="in charge").first).to_be_visible()
 
 
 @both

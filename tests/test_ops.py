@@ -216,7 +216,7 @@ def test_page_does_not_wait_for_a_supervisord_that_hangs(queue, site, monkeypatc
 
 def test_empty_dashboard_says_what_to_do(queue, site):
     assert tables.JOBS.empty in site.ask("/jobs")[1]
-    for page in tables.PAGES.values():
+    for page in tables.MENU:
         text = site.ask(f"/{page.name}")[1]
         assert all(
             part.empty in unescape(text)
@@ -243,8 +243,36 @@ def test_page_of_tasks_says_how_often_each_fails_and_leads_to_its_jobs(queue, si
         *("mail", "out", "4", "3", "0", "1", "25.0%")
     ]
     assert 'aria-label="3 completed, 1 failed attempts"' in row
+    assert 'href="/task?task=mail&amp;last=24+h"' in row
     assert 'href="/jobs?queue=out&amp;task=mail"' in row
     assert 'href="/failed?queue=out&amp;task=mail"' in row
+
+
+def test_page_of_a_task_shows_its_counts_failures_and_schedule_within_the_range(queue, site):
+    now = time.time()
+    for ago, task in ((30, "mail"), (7200, "mail"), (30, "other")):
+        queue.mark_failed(queue.enqueue(task, now=now - ago), f"{task} no {ago}", now=now - ago)
+    queue.enqueue("mail", queue="out")
+    queue.complete(queue.dequeue("w", queues=["out"]))
+    queue.enqueue("other", queue="apart")
+    queue.schedule("nightly", "mail", cron="@daily", queue="quiet")
+    with queue.transaction() as db:
+        db.execute("INSERT INTO handlers (name, task) VALUES ('task:mail', 'tell')")
+    for last, completed, failures in (("", 1, "1 (50.0%)"), ("24 h", 1, "2 (66.7%)")):
+        text = site.ask(f"/task?{urlencode({'task': 'mail', 'last': last})}")[1]
+        assert f'<span>completed</span><b class="completed">{completed}</b>' in text
+        assert f'<span>failed attempts</span><b class="">{failures}</b>' in text
+        assert re.findall(r'<tr data-key="([^"]*)"', text) == [
+            *("mail: mail no …", "2", "1", "nightly", "default", "out")
+        ]
+        assert 'href="/jobs?task=mail&amp;state=failed"' in text
+        assert 'href="/task?task=mail&amp;last=72+h"' in text
+        assert "each failed job is handled by the task tell" in text
+        assert '<a href="/tasks" aria-current="page">' in text
+    text = site.ask("/task?task=unheard+of")[1]
+    assert "no job has failed" in text
+    assert "Schedules" not in text[text.index("<main") :]
+    assert site.ask("/task")[::2][0] == 400
 
 
 def test_charts_show_the_last_hour_day_or_three_days(queue, site, monkeypatch):
@@ -1187,11 +1215,12 @@ def test_both_front_ends_show_the_same_tables(queue, site, monkeypatch, name):
     monkeypatch.setattr(supervisor, "processes", lambda: running)
     monkeypatch.setattr(supervisor, "added_groups", lambda: ["consumer"])
     supervisor.SOCKET.touch()
-    html, page = site.ask(f"/{name}")[1], streamlit(page=name)
+    query = {"task": "send_mail"} if name == "task" else {}
+    html, page = site.ask(f"/{name}?{urlencode(query)}")[1], streamlit(page=name, **query)
     assert not page.exception
     frames = [each.value.fillna("").astype(str).to_dict("split") for each in page.dataframe]
     shown = [tables.JOBS if part == "search" else part for part in tables.PAGES[name].parts]
-    shown = [part for part in shown if isinstance(part, tables.Table)]
+    shown = [part for part in shown if isinstance(part, tables.Table) and not (query and part is tables.SCHEDULES)]
     assert [frame["columns"] for frame in frames] == [[each.heading for each in table.columns] for table in shown]
     for table, frame in zip(shown, frames, strict=True):
         part = html[
