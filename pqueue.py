@@ -171,6 +171,7 @@ from pqueue_values import (
     valid_filter,
     valid_id,
     valid_int,
+    valid_list,
     valid_name,
 )
 
@@ -415,18 +416,18 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
         row = _new_job(task, queue, group, priority, delay_seconds, run_at, max_attempts, assigned_to, self._time(now))
         if expires_at is not None or expire_seconds is not None:
             row["expires_at"] = _expiry(expires_at, expire_seconds, row["run_at"])
-        found = list(payloads)
+        found = valid_list("payloads", payloads)
         if keys is None:
             if (key_until, key_seconds, on_conflict) != NO_KEY[1:]:
                 raise ValueError("expected keys together with key_until, key_seconds or on_conflict")
             row |= {"payloads": encode_payloads(found), "number": len(found)}
-            return self._store_after(ENQUEUE_MANY, [row], after, after_failed) if found else []
-        if isinstance(keys, str) or len(keys) != len(found):
+            return self._store_after(ENQUEUE_MANY, [row] if found else [], after, after_failed)
+        if isinstance(keys, str) or not isinstance(keys, Sequence) or len(keys) != len(found):
             raise ValueError(f"expected a list of {len(found)} keys, one per payload, got {short(keys)}")
         rows = [{**row, **_key_options(key, key_until, key_seconds, on_conflict, row["now"])} for key in keys]
         for each, payload in zip(rows, found, strict=True):
             each["payload"] = encode_json("payload", payload)
-        return self._store_after(ENQUEUE, rows, after, after_failed) if rows else []
+        return self._store_after(ENQUEUE, rows, after, after_failed)
 
     # Working
 
@@ -816,7 +817,7 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
             if job_ids is None:
                 self._lock_out_writers(session)
             else:
-                self._lock_jobs(session, sorted(valid_id(job_id) for job_id in job_ids))
+                self._lock_jobs(session, sorted(valid_id(job_id) for job_id in valid_list("job ids", job_ids)))
             yield
 
     def pause(self, queue: str, *, by: str | None = None, now: float | None = None) -> None:
@@ -844,7 +845,7 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
         Raises InvalidTransition if one of them is `processing`, or an unfinished job runs after it, unless `force` is
         set, which cancels a job for those after it. On SQLite, the next job may get the id of the newest one deleted.
         """
-        ids = None if job_ids is None else [valid_id(job_id) for job_id in job_ids]
+        ids = None if job_ids is None else [valid_id(job_id) for job_id in valid_list("job ids", job_ids)]
         params = {"ids": json.dumps(ids)}
         with self.exclusive(ids), self._transaction() as session:
             # guard: a job that is deleted was counted
@@ -911,7 +912,9 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
 
         def due_in() -> float:
             at = self._read(NEXT_EVENT, params)[0][0]
-            return math.inf if at is None else cast(float, at) - self._time(now)
+            left = math.inf if at is None else cast(float, at) - self._time(now)
+            # guard: a schedule that cannot be fired here keeps no consumer awake
+            return max(left, POLL_SECONDS) if self._is_unfit else left
 
         return self._sleep(me, min(duration("timeout_seconds", timeout_seconds), WAIT_SECONDS), due_in) or due_in() <= 0
 

@@ -33,6 +33,8 @@ ON_MISSED = ("once", "skip", "all")
 MISSED_SECONDS = 60.0  # after which a time counts as missed
 LONGEST_FOLD = timedelta(hours=24)  # by which clocks are set back
 LONGEST_CYCLE = timedelta(days=40 * 366)  # of 29 February on a certain weekday, across a year like 2100
+LEAST_SECONDS = 0.001  # of an interval: a float of Unix seconds can be advanced by as much
+EARLIEST, LATEST = -6.2e10, 2.5e11  # Unix seconds, within the years that Python's dates have
 
 
 class Cron:
@@ -66,7 +68,9 @@ class Cron:
         self.next(0.0)
 
     def next(self, after: float) -> float:
-        """Return the first time after this one when it is due; both in Unix seconds."""
+        """Return the first time after this one when it is due; both in Unix seconds. Raises ValueError."""
+        if not EARLIEST <= after <= LATEST:
+            raise ValueError(f"expected a time of the years 6 to 9891, in Unix seconds, got {after:g}")
         now = datetime.fromtimestamp(after, self.zone)
         repeated = _offset(now) - _offset(datetime.fromtimestamp(after + LONGEST_FOLD.total_seconds(), self.zone))
         found = None
@@ -146,12 +150,19 @@ def valid_times(
 ) -> dict[str, Any]:
     """Return these options of a schedule as they are stored. Raises ValueError."""
     if (cron is None) == (every_seconds is None):
-        raise ValueError(f"expected either cron or every_seconds, got {short(cron)} and {short(every_seconds)}")
+        raise ValueError(f"expected either cron or every_seconds, got {'neither' if cron is None else 'both'}")
     if on_missed not in ON_MISSED:
         raise ValueError(f"expected on_missed to be one of {', '.join(ON_MISSED)}, got {short(on_missed)}")
+    if not isinstance(overlap, bool):
+        raise ValueError(f"expected overlap to be True or False, got {short(overlap)}")
     seconds = None if every_seconds is None else above_0("every_seconds", every_seconds)
+    # guard: an interval advances the time
+    if seconds is not None and seconds < LEAST_SECONDS:
+        raise ValueError(f"expected every_seconds of at least {LEAST_SECONDS}, got {short(every_seconds)}")
     if cron is not None:
         Cron(cron, zone)
+    elif zone != "UTC":
+        raise ValueError(f"expected cron together with zone, got zone {short(zone)} alone")
     given = {"cron": cron, "zone": zone, "every_seconds": seconds}
     return {**given, "on_missed": on_missed, "overlap": int(overlap)}
 

@@ -16,7 +16,7 @@ from pqueue_backend import Session
 from pqueue_outcomes import count_job
 from pqueue_schema import HOLDS_KEY, KEY_IS_FREE, STATES_OF, UNFINISHED
 from pqueue_search import Reading, excerpt_columns
-from pqueue_values import Job, JobId, JobNotFound, Params, short, to_excerpt, to_json, valid_id, valid_int
+from pqueue_values import Job, JobId, JobNotFound, Params, short, to_excerpt, to_json, valid_id, valid_int, valid_list
 
 # Statements. :ids is a JSON array of jobs, whose elements `these` selects; it differs on PostgreSQL.
 
@@ -146,6 +146,8 @@ class Depending(Reading):
     def _store_after(self, sql: str, rows: list[Params], after: Iterable[int], after_failed: str) -> list[JobId[Any]]:
         """Do what `_store` does for each row, in one transaction; let the new jobs run after the others."""
         parents = _parents(after, after_failed)
+        if not rows:
+            return []
         if parents and rows[0]["replaces"]:
             raise ValueError("expected after or on_conflict='replace', got both")
         with self._transaction() as session:
@@ -217,6 +219,4 @@ class Depending(Reading):
 def _parents(after: Iterable[int], after_failed: str) -> list[int]:
     if after_failed not in ("fail", "run"):
         raise ValueError(f"expected after_failed to be 'fail' or 'run', got {short(after_failed)}")
-    if isinstance(after, str) or not isinstance(after, Iterable):
-        raise ValueError(f"expected a list of job ids as after, got {short(after)}")
-    return sorted({int(valid_id(job_id)) for job_id in after})
+    return sorted({int(valid_id(job_id)) for job_id in valid_list("job ids as after", after)})

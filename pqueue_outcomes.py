@@ -199,7 +199,7 @@ class Counting(Backend):
         step_seconds: a multiple of 60: return periods of this length, those in which something happened. None: one.
         """
         first = 0 if since is None else minute(time_of("since", since))
-        if step_seconds is not None and (step_seconds < MINUTE or step_seconds % MINUTE):
+        if step_seconds is not None and (finite("step_seconds", step_seconds) < MINUTE or step_seconds % MINUTE):
             raise ValueError(f"expected step_seconds to be a multiple of 60, got {step_seconds!r}")
         params = {"since": first, "until": FOREVER if until is None else time_of("until", until)}
         rows = self._read(OUTCOMES, {**params, "step": step_seconds or FOREVER})

@@ -29,7 +29,17 @@ from pqueue_schema import (
     RETENTION,
     SET_KEEP,
 )
-from pqueue_values import EXPIRED, Params, duration, error_text, long_duration, valid_name, valid_state
+from pqueue_values import (
+    EXPIRED,
+    Params,
+    above_0,
+    duration,
+    error_text,
+    long_duration,
+    valid_list,
+    valid_name,
+    valid_state,
+)
 
 PRUNE_BATCH = 1000  # jobs deleted in one transaction of `prune`
 KEEP_BATCH = 250  # jobs of each state that a consumer deletes in one transaction
@@ -101,7 +111,7 @@ class Retaining(Counting):
         them is to be deleted, in Unix seconds; None: none is.
         """
         columns = "queue, state, keep_seconds, added, expiring, deleted_at"
-        params = {"now": self._time(now), "seconds": duration("within_seconds", within_seconds)}
+        params = {"now": self._time(now), "seconds": above_0("within_seconds", within_seconds)}
         return [dict(zip(columns.split(", "), row, strict=True)) for row in self._read(RETENTION, params)]
 
     def prune(
@@ -121,12 +131,13 @@ class Retaining(Counting):
         """
         now = self._time(now)
         before = now - duration("older_than_seconds", older_than_seconds)
+        chosen = [valid_state(FINISHED, state) for state in valid_list("states", states)]
         with self._transaction(durable=False) as session:
             session.change(DELETE_CONSUMERS, {"before": before})
             session.change(FORGET_GROUPS, {"limit": PRUNE_BATCH})
             self._roll_up(now)
         pruned = 0
-        for state in [valid_state(FINISHED, state) for state in states]:
+        for state in chosen:
             params = {"state": state, "queue": None, "before": before, "now": now, "limit": PRUNE_BATCH}
             batch = PRUNE_BATCH
             while batch == PRUNE_BATCH:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from pqueue_backend import Backend, Session
 from pqueue_cron import due_times, timing, valid_times
-from pqueue_schema import MOVES, ROOM
-from pqueue_tasks import Task
-from pqueue_values import JobId, Params, QueueError, above_0, encode_json, read_json, valid_int, valid_name
+from pqueue_schema import MOVES
+from pqueue_tasks import Task, without_metadata
+from pqueue_values import JobId, Params, QueueError, QueueFull, above_0, encode_json, read_json, valid_int, valid_name
 
 MAX_FIRED = 100  # schedules, and times of one of them, per dequeue
 
@@ -94,6 +94,8 @@ DELETE_SCHEDULE = "DELETE FROM schedules WHERE name = :name"
 class Scheduling(Backend):
     """The operations on schedules."""
 
+    _is_unfit = False  # a schedule is due that this host cannot fire, as it does not know its time zone
+
     @abstractmethod
     def enqueue(
         self,
@@ -132,7 +134,7 @@ class Scheduling(Backend):
         task, payload, queue, priority, expire_seconds: as for `enqueue`. The job's `run_at` is the time of the schedule
             for which it was enqueued.
         cron: see `pqueue_cron.Cron`; zone: the time zone, a name such as "Europe/Berlin".
-        every_seconds: instead of cron, the interval; the first job is due one interval from now.
+        every_seconds: instead of cron, the interval, at least 0.001; the first job is due one interval from now.
         on_missed: what to do about times that passed while no consumer was running: "once" enqueues one job for the
             last of them, "skip" none for times more than a minute ago, "all" one for each; these may run at once.
         overlap: also enqueue a job while the previous one is unfinished; otherwise that time is skipped.
@@ -162,14 +164,14 @@ class Scheduling(Backend):
                     session.change(MARK_REMOVED, {"name": found.name})
 
     def _save_schedule(self, values: Params, now: float | None) -> None:
-        times = timing(values["cron"], values["zone"], values["every_seconds"])
+        times, now = timing(values["cron"], values["zone"], values["every_seconds"]), self._time(now)
         defined = tuple(values[column] for column in DEFINED)
         with self._transaction() as session:
             before = [tuple(row[: len(DEFINED)]) for row in session.run(SCHEDULE_NAMED, values)]
             if before != [defined]:
                 # guard: a schedule keeps its next time unless that is what changes
                 is_retimed = not before or before[0][TIMED] != defined[TIMED]
-                next_at = times.next(self._time(now))
+                next_at = times.next(now)
                 session.change(SAVE_SCHEDULE, {**values, "is_retimed": is_retimed, "next_at": next_at})
                 session.wakes = True
 
@@ -208,10 +210,12 @@ class Scheduling(Backend):
 
     def _fire_schedules(self, session: Session, now: float) -> None:
         """Enqueue the jobs of schedules that are due."""
+        self._is_unfit = False
         for found in map(_schedule, session.run(DUE_SCHEDULES, {"now": now, "limit": MAX_FIRED})):
             try:
                 times_of = timing(found.cron, found.zone, found.every_seconds)
             except ValueError:  # this host does not know the time zone: leave it to others
+                self._is_unfit = True
                 continue
             times, next_at = due_times(times_of, found.next_at, found.on_missed, now, MAX_FIRED)
             # guard: a schedule fires once for each time
@@ -223,10 +227,14 @@ class Scheduling(Backend):
         # guard: runs of a schedule do not overlap
         key = None if schedule.overlap or schedule.on_missed == "all" else _key(schedule.name)
         task, payload, queue, priority = schedule.task, schedule.payload, schedule.queue, schedule.priority
-        rooms = session.run(ROOM, {"queue": queue})
-        if not (rooms and rooms[0][0] is not None and rooms[0][0] < 1):
-            options: Params = {"run_at": at, "expire_seconds": schedule.expire_seconds, "key": key, "now": now}
-            job_id = self.enqueue(task, payload, queue=queue, priority=priority, **options)
+        options: Params = {"run_at": at, "expire_seconds": schedule.expire_seconds, "key": key, "now": now}
+        try:
+            with without_metadata():
+                job_id = self.enqueue(task, payload, queue=queue, priority=priority, **options)
+        except QueueFull:
+            if session.has_ended:  # the disk is full, not the queue
+                raise
+        else:
             if job_id.is_new:
                 session.change(FIRED, {"name": schedule.name, "at": at, "job_id": job_id})
                 return

@@ -36,6 +36,7 @@ from pqueue_values import (
     valid_filter,
     valid_id,
     valid_int,
+    valid_list,
     valid_state,
 )
 
@@ -318,7 +319,7 @@ class Reading(Backend):
         params: Params = {name: valid_filter(name, value, 255) for name, value in equal.items() if value is not None}
         where = ["1 = 1", *(f"{name} = :{name}" for name in params)]
         if filters.state is not None:
-            given = [filters.state] if isinstance(filters.state, str) else filters.state
+            given = [filters.state] if isinstance(filters.state, str) else valid_list("states", filters.state)
             if not given:
                 raise ValueError("expected one state at least, got none")
             params["state"] = ",".join(sorted({valid_state(STATES, each) for each in given}))
@@ -337,7 +338,8 @@ class Reading(Backend):
                 params[name] = finite(name, value)
                 where.append(f"created_at {sign} :{name}")
         if filters.ids is not None:
-            where.append(f"id IN ({', '.join(str(valid_id(job_id)) for job_id in filters.ids) or 'NULL'})")
+            ids = valid_list("job ids", filters.ids)
+            where.append(f"id IN ({', '.join(str(valid_id(job_id)) for job_id in ids) or 'NULL'})")
         return " AND ".join(where), params
 
     def _may_hold(self, column: str) -> str:

@@ -440,17 +440,32 @@ def metadata(function: Metadata) -> Metadata:
     """Store what this function returns, a dict, in the `meta` of each job that this process enqueues; return it.
 
     It is called once for each call of `enqueue` or `enqueue_many`, which raises what it raises. A job that is enqueued
-    by a task also has the `meta` of that task's job, except for keys that the function returns. Another function of the
-    same module and qualified name replaces it, as when the module is reloaded.
+    by a task also has the `meta` of that task's job, except for keys that the function returns. Jobs of schedules and
+    failure handlers have no `meta`. Another function of the same module and qualified name replaces it, as when the
+    module is reloaded.
     """
     _METADATA[_place(function)] = function
     return function
 
 
+_has_metadata: ContextVar[bool] = ContextVar("pqueue_has_metadata", default=True)
+
+
+@contextmanager
+def without_metadata() -> Iterator[None]:
+    """Give no `meta` to new jobs: what an application's function raises must not fail a claim, nor delay it."""
+    token = _has_metadata.set(False)
+    try:
+        yield
+    finally:
+        _has_metadata.reset(token)
+
+
 def new_meta() -> str | None:
     """Return the `meta` of a new job as JSON; None: nothing."""
     job = current_job()
-    if job is None and not _METADATA:
+    # guard: metadata of the application is no part of a claim
+    if (job is None and not _METADATA) or not _has_metadata.get():
         return None
     found = dict((job and job.meta) or {})
     for function in _METADATA.values():

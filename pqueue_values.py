@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -173,6 +173,7 @@ class Job(_Job):
         return {job.id: job.result for job in found if job.state == "completed"}
 
 
+T = TypeVar("T")
 R = TypeVar("R", covariant=True)  # noqa: PLC0105 - the result of a job
 
 
@@ -325,6 +326,13 @@ def valid_name(what: str, value: str, most: int = 255) -> str:
         return value
     article = "an" if what == "operator" else "a"
     raise ValueError(f"expected {article} {what} name of 1 to {most} printable characters, got {short(value)}")
+
+
+def valid_list(what: str, values: Iterable[T]) -> list[T]:
+    """Return the elements. Raises ValueError also for a text, whose elements would be its characters."""
+    if isinstance(values, Iterable) and not isinstance(values, (str, bytes)):
+        return list(values)
+    raise ValueError(f"expected a list of {what}, got {short(values)}")
 
 
 def valid_int(what: str, least: int, value: int, most: int = 2**31 - 1) -> int:

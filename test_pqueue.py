@@ -38,6 +38,7 @@ from pathlib import Path
 from unittest import mock
 
 import pqueue
+import pqueue_cron
 import pqueue_files
 import pqueue_groups
 import pqueue_locks
@@ -422,7 +423,28 @@ class QueueContract:
         ):
             with self.subTest(**options), self.assertRaises(ValueError):
                 q.enqueue("t", **options)
+            if "key" not in options:
+                with self.subTest("no payloads", **options), self.assertRaises(ValueError):
+                    q.enqueue_many("t", [], **options)
         self.assertEqual(len(q.list_jobs()), 1)
+
+    def test_argument_that_is_no_list_is_refused(self):
+        q = self.queue
+        for value in (1, 1.5, "1", b"1", object()):
+            for name, call in {
+                "after": lambda value: q.enqueue("t", after=value),
+                "payloads": lambda value: q.enqueue_many("t", value),
+                "keys": lambda value: q.enqueue_many("t", [1], keys=value),
+                "ids": lambda value: q.list_jobs(ids=value),
+                "ids of all that match": lambda value: q.delete_where(ids=value),
+                "state": lambda value: q.count_jobs(state=value),
+                "states": lambda value: q.prune(1, states=value),
+                "job ids": q.delete_jobs,
+                "jobs to lock": lambda value: q.exclusive(value).__enter__(),
+            }.items():
+                with self.subTest(name, value=value), self.assertRaisesRegex(ValueError, "expected a "):
+                    call(value)
+        self.assertEqual(q.list_jobs(), [])
 
     def test_many_jobs_wait_for_one_and_one_for_many(self):
         q = self.queue
@@ -3913,9 +3935,16 @@ class QueueContract:
 
     def test_schedule_that_is_invalid_is_refused(self):
         for options, reason in (
-            ({}, "either cron or every_seconds"),
-            ({"cron": "* * * * *", "every_seconds": 5}, "either cron or every_seconds"),
+            ({}, "either cron or every_seconds, got neither"),
+            ({"cron": "* * * * *", "every_seconds": 5}, "either cron or every_seconds, got both"),
             ({"every_seconds": 0}, "every_seconds above 0"),
+            ({"every_seconds": 1e-320}, "every_seconds of at least 0.001"),
+            ({"every_seconds": 5, "zone": "Europe/Berlin"}, "expected cron together with zone"),
+            ({"every_seconds": 5, "zone": None}, "expected cron together with zone"),
+            ({"every_seconds": 5, "overlap": "no"}, "overlap to be True or False"),
+            ({"cron": "* * * * *", "now": 1e12}, "a time of the years"),
+            ({"cron": "* * * * *", "now": -1e308}, "a time of the years"),
+            ({"cron": "* * * * *", "now": "now"}, "finite number"),
             ({"cron": "* * * *"}, "five fields"),
             ({"cron": "0 0 31 2 *"}, "matches some day"),
             ({"cron": "* * * * *", "zone": "Nowhere/Land"}, "time zone"),
@@ -3928,6 +3957,33 @@ class QueueContract:
         with self.assertRaisesRegex(ValueError, "schedule name"):
             self.queue.schedule("", "t", every_seconds=5)
         self.assertEqual(self.queue.schedules(), [])
+
+    def test_schedule_that_was_saved_is_refused_with_an_invalid_time(self):
+        self.queue.schedule("tick", "t", every_seconds=5, now=NOW)
+        with self.assertRaisesRegex(ValueError, "finite number"):
+            self.queue.schedule("tick", "t", every_seconds=5, now=math.nan)
+
+    def test_schedule_of_an_unknown_zone_leaves_consumers_asleep_and_others_on_time(self):
+        q = self.queue
+        q.schedule("strange", "t", cron="* * * * *", zone="Europe/Berlin", now=NOW)
+        q.schedule("tick", "t", every_seconds=10, now=NOW)
+        with mock.patch("pqueue_cron._zone", side_effect=ValueError):
+            pqueue_cron.timing.cache_clear()
+            self.assertEqual(q.dequeue("w", now=NOW + 100).run_at, NOW + 100)
+            self.assertIsNone(q.dequeue("w", now=NOW + 100))
+            self.assertFalse(q.wait(0.01, consumer="w", now=NOW + 100))
+        pqueue_cron.timing.cache_clear()
+        self.assertEqual(q.dequeue("w", now=NOW + 105).key, "schedule:strange")
+        q.enqueue("t", now=NOW)
+        self.assertTrue(q.wait(0.01, consumer="w", now=NOW + 105))
+
+    def test_schedule_fires_whatever_the_metadata_of_the_application(self):
+        self.queue.schedule("tick", "t", every_seconds=10, now=NOW)
+        with mock.patch.dict(pqueue_tasks._METADATA, clear=True):
+            pqueue.metadata(lambda: {}["request"])
+            self.assertIsNone(self.queue.dequeue("w", now=NOW + 10).meta)
+            with self.assertRaises(KeyError):
+                self.queue.enqueue("t")
 
     def test_schedule_of_a_task_follows_its_decorator(self):
         def declared(**options):

@@ -158,6 +158,9 @@ MUTANTS = [
     Mutant("a schedule that its task does not declare any more is marked", "contract: follows_its_decorator"),
     Mutant("a time while a schedule was paused gets no job", "contract: paused_gets_no_job"),
     Mutant("runs of a schedule do not overlap", "contract: while_its_job_is_unfinished", "_key(schedule.name)", "None"),
+    Mutant("an interval advances the time", "contract: schedule_that_is_invalid"),
+    Mutant("a schedule that cannot be fired here keeps no consumer awake", "contract: unknown_zone", "max(left, POLL_SECONDS) if self._is_unfit else left", "left"),
+    Mutant("metadata of the application is no part of a claim", "contract: whatever_the_metadata", "or not _has_metadata.get()", ""),
     # expiry
     Mutant("jobs that have expired are cancelled", "contract: does_not_start_in_time"),
     Mutant("a job that has expired is followed up", "contract: after_one_that_expires"),
