@@ -44,6 +44,7 @@ from pqueue_tools.commands import (
     json_value,
     moment,
     one_of,
+    several_of,
     test_file,
 )
 from pqueue_tools.completion import complete, script
@@ -126,15 +127,18 @@ MATCHING = (
     Parameter("--task", "jobs of this task", metavar="TASK"),
     Parameter("--key", "jobs enqueued with this key", metavar="KEY"),
     Parameter("--consumer", "jobs that this consumer took last", metavar="CONSUMER"),
-    Parameter("--text", "jobs whose payload, result, error or key contains this text", metavar="TEXT"),
+    Parameter("--text", "jobs whose task, payload, result, error or key contains this text", metavar="TEXT"),
+    Parameter(
+        "--payload", "jobs with this value in the payload: customer=7, address.city=Berlin", metavar="PATH=VALUE"
+    ),
     Parameter("--since", "jobs enqueued since: 15m, 7d, or an ISO 8601 time", moment, metavar="TIME"),
     Parameter("--until", "jobs enqueued before this time", moment, metavar="TIME"),
 )
 STATUS = Parameter(
     "--status",
-    f"jobs in this state: {', '.join(pqueue.STATES)}",
-    one_of(*pqueue.STATES),
-    metavar="STATE",
+    f"jobs in this state, or one of several: {', '.join(pqueue.STATES)}",
+    several_of(*pqueue.STATES),
+    metavar="STATE,...",
     short="--state",
 )
 FILTER_OPTIONS = (STATUS, *MATCHING)
@@ -169,6 +173,7 @@ FAILED_COLUMNS = ("id", "queue", "task", "attempts", "consumer", "finished_at", 
     examples="""
     jobs --status failed --since 1h
     jobs --task send_mail --text ada@example.org
+    jobs --status failed,cancelled --payload customer=7
     jobs --status pending -o json --columns id,queue,payload""",
 )
 def list_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:

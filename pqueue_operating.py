@@ -45,6 +45,7 @@ class Matching(TypedDict, total=False):
     key: str
     consumer: str
     text: str
+    payload: str
     fingerprint: str
     created_from: float
     created_before: float

@@ -31,6 +31,7 @@ from pqueue_values import (
     Params,
     finite,
     read_json,
+    short,
     to_excerpt,
     to_job,
     valid_filter,
@@ -45,6 +46,7 @@ OPERATION_ROWS = 10_000  # of the history that `operations` reads
 WALK_IDS = 1000  # ids scanned between checks of the deadline
 TEXT_SCAN_JOBS = 8  # jobs that a text search reads at once: each may have 2 MiB
 LONG_COLUMNS = ("payload", "result", "error")
+PAYLOAD = Job._fields.index("payload")
 TEXT_SCAN_IDS = ", ".join(f":id{n}" for n in range(TEXT_SCAN_JOBS))
 
 
@@ -57,6 +59,7 @@ class Filters(NamedTuple):
     key: str | None = None
     consumer: str | None = None  # the current or last one
     text: str | None = None  # see `list_jobs`
+    payload: str | None = None  # a path in the payload and its value: "customer=7"; see `list_jobs`
     fingerprint: str | None = None  # of the error
     created_from: float | None = None  # Unix seconds
     created_before: float | None = None  # Unix seconds
@@ -172,6 +175,7 @@ class Reading(Backend):
         key: str | None = None,
         consumer: str | None = None,
         text: str | None = None,
+        payload: str | None = None,
         fingerprint: str | None = None,
         created_from: float | None = None,
         created_before: float | None = None,
@@ -185,8 +189,10 @@ class Reading(Backend):
 
         state, queue, task, key, consumer: equal to the job's; the consumer is the current or last one. Several states
             may be given.
-        text: contained in the payload, result, error or key, regardless of case and Unicode form. Strings in the
+        text: contained in the task, payload, result, error or key, regardless of case and Unicode form. Strings in the
             payload or result match with or without JSON escapes.
+        payload: a path in the payload and the value there: "customer=7", "address.city=Berlin" or "items.0.id=12". The
+            value is compared as JSON, a string also without its quotes.
         fingerprint: that of the job's error, the "error" of a group in `failures`.
         created_from, created_before: enqueued in [created_from, created_before), Unix seconds.
         ids: only these jobs.
@@ -197,7 +203,9 @@ class Reading(Backend):
 
         Raises ValueError for a filter of the wrong type or length.
         """
-        filters = Filters(state, queue, task, key, consumer, text, fingerprint, created_from, created_before, ids)
+        filters = Filters(
+            state, queue, task, key, consumer, text, payload, fingerprint, created_from, created_before, ids
+        )
         return self.search_jobs(
             filters, before_id=before_id, limit=limit, seconds=math.inf, excerpt=excerpt, shown=shown
         )[0]
@@ -241,6 +249,7 @@ class Reading(Backend):
         key: str | None = None,
         consumer: str | None = None,
         text: str | None = None,
+        payload: str | None = None,
         fingerprint: str | None = None,
         created_from: float | None = None,
         created_before: float | None = None,
@@ -248,7 +257,9 @@ class Reading(Backend):
         shown: Callable[[Job], Job] | None = None,
     ) -> int:
         """Return the number of jobs that match; the options are those of `list_jobs`."""
-        filters = Filters(state, queue, task, key, consumer, text, fingerprint, created_from, created_before, ids)
+        filters = Filters(
+            state, queue, task, key, consumer, text, payload, fingerprint, created_from, created_before, ids
+        )
         where, params = self._matching(filters)
         if _is_read(params):
             params |= {"before_id": MAX_ID, "limit": WALK_IDS}
@@ -332,7 +343,13 @@ class Reading(Backend):
             params["text"] = _folded(valid_filter("text", filters.text, MAX_TEXT_CHARS))
             if run := max(ASCII_RUN.findall(params["text"]), key=len, default=""):
                 params |= {"run": f"%{run.replace('_', '!_')}%", "escaped": "%\\u%"}
-                where.append(f"({' OR '.join(map(self._may_hold, ('payload', 'result', 'error', 'key')))})")
+                where.append(f"({' OR '.join(map(self._may_hold, ('task', 'payload', 'result', 'error', 'key')))})")
+        if filters.payload is not None:
+            params["path"], params["value"] = path_and_value(filters.payload)
+            keys = [each for each in params["path"].split(".") if not each.isdecimal()]
+            runs = [run for each in [*keys, params["value"]] for run in ASCII_RUN.findall(_folded(each))]
+            params |= {"inside": f"%{'%'.join(runs).replace('_', '!_')}%", "escaped": "%\\u%"}
+            where.append(f"({self._may_hold('payload', 'inside')})")
         for name, sign in (("created_from", ">="), ("created_before", "<")):
             if (value := getattr(filters, name)) is not None:
                 params[name] = finite(name, value)
@@ -342,15 +359,15 @@ class Reading(Backend):
             where.append(f"id IN ({', '.join(str(valid_id(job_id)) for job_id in ids) or 'NULL'})")
         return " AND ".join(where), params
 
-    def _may_hold(self, column: str) -> str:
-        """Return a condition that is true of every text that may contain the ASCII part of the search.
+    def _may_hold(self, column: str, parts: str = "run") -> str:
+        """Return a condition that is true of every text that may contain the ASCII parts of the search.
 
         Text with other characters or JSON escapes always passes: `_holds` compares it.
         """
         # guard: a search covers text beyond ASCII
         # guard: a search covers JSON escapes
         return (
-            f"{column} {self._LIKE} :run ESCAPE '!' OR {column} LIKE :escaped ESCAPE '!' "
+            f"{column} {self._LIKE} :{parts} ESCAPE '!' OR {column} LIKE :escaped ESCAPE '!' "
             f"OR {self._BYTES.format(column)} <> length({column})"
         )
 
@@ -369,7 +386,7 @@ def _in_states(filters: Params) -> str:
 
 def _is_read(filters: Params) -> bool:
     """Return whether the search must read the jobs: SQL only finds those that may match."""
-    return "text" in filters or "fingerprint" in filters
+    return not filters.keys().isdisjoint(("text", "path", "fingerprint"))
 
 
 # What differs between errors of one kind: quoted text, URLs, paths, values after =, hexadecimal and other numbers. With
@@ -412,22 +429,52 @@ _show_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
 def _holds(row: Sequence[Any], filters: Params, shown: Callable[[Job], Job] | None) -> bool:
-    """Return whether the job has the error, and contains the text: in the JSON of its payload or result, in one of
-    their strings, in its error or in its key."""
+    """Return whether the job has the error and the value in its payload, and contains the text."""
+    if "path" in filters and not _has(read_json(row[PAYLOAD]), filters["path"], filters["value"]):
+        return False  # soon: most have it not
     job, needle = to_job(row), filters.get("text")
     # guard: a search by error finds one group
     if "fingerprint" in filters and fingerprint(job.error) != filters["fingerprint"]:
         return False
-    if needle is None:
+    if filters.keys().isdisjoint(("text", "path")):
         return True
     # guard: a search matches only the displayed text
     job = job if shown is None else shown(job)
+    # guard: a search by a path compares the value there
+    if "path" in filters and not _has(job.payload, filters["path"], filters["value"]):
+        return False
+    return needle is None or _contains(job, needle)
+
+
+def _contains(job: Job, needle: str) -> bool:
+    """Return whether the text is in the JSON of the payload or result, in one of their strings, or in another field."""
     for value in (job.payload, *([] if job.result is None else [job.result])):
         if needle in _folded(_show_json(value)):
             return True
         if ESCAPED.search(needle) and any(needle in _folded(each) for each in _strings(value)):
             return True
-    return any(needle in _folded(str(each)) for each in (job.error, job.key) if each is not None)
+    return any(needle in _folded(str(each)) for each in (job.task, job.error, job.key) if each is not None)
+
+
+def path_and_value(given: str) -> tuple[str, str]:
+    """Split the filter `payload` of `list_jobs`. Raises ValueError."""
+    path, equals, value = valid_filter("payload", given, MAX_TEXT_CHARS).partition("=")
+    if not (path and equals):
+        raise ValueError(f"expected a path in the payload and a value, such as customer=7, got {short(given)}")
+    return path, value
+
+
+def _has(value: Any, path: str, wanted: str) -> bool:
+    """Return whether the value at this path is the wanted one. A key that contains dots is found in the end."""
+    head, _, rest = path.partition(".")
+    if isinstance(value, dict) and path in value:
+        return wanted in (value[path], _show_json(value[path]))
+    if isinstance(value, dict) and rest and head in value:
+        return _has(value[head], rest, wanted)
+    if isinstance(value, list) and head.isdecimal() and int(head) < len(value):
+        inner = value[int(head)]
+        return _has(inner, rest, wanted) if rest else wanted in (inner, _show_json(inner))
+    return False
 
 
 ESCAPED = re.compile(r'["\\\x00-\x1f]')  # characters that JSON escapes

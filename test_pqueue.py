@@ -3093,6 +3093,65 @@ class QueueContract:
             self.assertEqual(len(self.find(needle)), found + (needle == "\\") * 2, needle)  # JSON shows some as \n
         self.assertEqual(len(self.find("")), 16)
 
+    def test_search_finds_the_task(self):
+        ids = [self.queue.enqueue(task) for task in ("send_mail", "Mailing", "other")]
+        self.assertEqual(self.find("MAIL"), ids[1::-1])
+
+    def test_search_finds_a_value_at_a_path(self):
+        payloads = [
+            {"customer": 7, "address": {"city": "Berlin"}},
+            {"customer": "7", "items": [{"id": 12}, {"id": 1.5}]},
+            {"customer": 77, "a.b": {"c": None}, "x": {"customer": 7}},
+            {"customer": True, "address": {"city": "München"}, "items": []},
+            [{"customer": 7}],
+            {"list": [1, "two"], "quoted": 'say "hi"', "equal": "a=b", "": 0, "under_score": "50%_off"},
+            "customer=7",
+            None,
+        ]
+        ids = self.queue.enqueue_many("t", payloads)
+        for given, places in {
+            "customer=7": [0, 1],
+            'customer="7"': [1],
+            "customer=77": [2],
+            "x.customer=7": [2],
+            "customer=true": [3],
+            "customer=True": [],
+            "address.city=Berlin": [0],
+            "address.city=berlin": [],
+            "address.city=München": [3],
+            'address={"city": "Berlin"}': [0],
+            "items.0.id=12": [1],
+            "items.1.id=1.5": [1],
+            "items.2.id=12": [],
+            "items.x.id=12": [],
+            "items=[]": [3],
+            "a.b.c=null": [],
+            'a.b={"c": null}': [2],
+            "0.customer=7": [4],
+            'list=[1, "two"]': [5],
+            "list.1=two": [5],
+            'quoted=say "hi"': [5],
+            "equal=a=b": [5],
+            "under_score=50%_off": [5],
+            "underxscore=50%_off": [],
+            "customer.a.b=7": [],
+            "nosuch=7": [],
+            "customer=": [],
+        }.items():
+            with self.subTest(given):
+                expected = [ids[place] for place in places]
+                self.assertEqual([job.id for job in self.queue.list_jobs(payload=given)], expected[::-1])
+                self.assertEqual(self.queue.count_jobs(payload=given, state="pending", text=""), len(places))
+        secret = self.queue.list_jobs(payload="customer=77", shown=lambda job: job._replace(payload={"customer": "…"}))
+        self.assertEqual(secret, [])
+        self.assertEqual(self.queue.cancel_where(payload="customer=7"), 2)
+        for wrong in ("customer", "=7", "", "customer 7"):
+            with self.assertRaisesRegex(ValueError, "expected a path in the payload and a value, such as customer=7"):
+                self.queue.list_jobs(payload=wrong)
+        for wrong in (7, "x" * 2000):
+            with self.assertRaisesRegex(ValueError, "expected payload to be"):
+                self.queue.list_jobs(payload=wrong)
+
     def test_search_finds_the_same_jobs_as_a_plain_comparison(self):
         letters = 'aAkKiIsS1üÜßİı\u212aſ\ufb01"\\\n%_ …'
         draw = random.Random(7)

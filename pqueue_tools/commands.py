@@ -151,6 +151,18 @@ def one_of(*names: str) -> OneOf:
     return OneOf(names)
 
 
+@dataclass(frozen=True)
+class SeveralOf(OneOf):
+    """Parses a list of these names, with commas."""
+
+    def __call__(self, text: str) -> Any:
+        return [super(SeveralOf, self).__call__(each) for each in text.split(",")]
+
+
+def several_of(*names: str) -> SeveralOf:
+    return SeveralOf(names)
+
+
 # The front ends #######################################################################################################
 
 

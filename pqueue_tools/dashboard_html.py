@@ -299,10 +299,9 @@ def _filter_form(which: Page, figures: dict[str, Any], query: Query) -> str:
         f'<datalist id="of-{name}">{"".join(f"<option>{text(each)}</option>" for each in values)}</datalist>'
         for name, values in suggested.items()
     )
-    hints = {"since": "since: 2h or a date", "until": "until", "fingerprint": "error"}
     suggest = {name: f'list="of-{name}"' for name in suggested}
     fields = "".join(
-        f'<input name="{name}" placeholder="{hints.get(name, name)}" aria-label="{name}" size="12" '
+        f'<input name="{name}" placeholder="{tables.HINTS.get(name, name)}" aria-label="{name}" size="12" '
         f'value="{text(one(query, name))}" {suggest.get(name, "")}>'
         for name in FILTERS
         if name != "state"

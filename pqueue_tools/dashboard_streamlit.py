@@ -101,16 +101,20 @@ def _section(key: str, part: Callable[[], None], title: str = "") -> None:
     def draw() -> None:
         try:
             part()
-        except (pqueue.QueueError, ValueError) as error:
-            st.caption("this part reloads automatically") if key else st.html(
-                _html(dashboard_summary.trouble(str(error)))
-            )
+        except pqueue.QueueError as error:
+            st.caption("this part reloads automatically") if key else _trouble(str(error))
+        except ValueError as error:  # from a filter or an address
+            _trouble(str(error))
 
     draw.__qualname__ = key
     with st.container(border=True):
         if title:
             st.markdown(f"##### {title}")
         st.fragment(draw, run_every=dashboard.REFRESH_SECONDS)()
+
+
+def _trouble(sentence: str) -> None:
+    st.html(_html(dashboard_summary.trouble(sentence)))
 
 
 def _html(body: str) -> str:
@@ -342,17 +346,21 @@ def _query(which: Page) -> dashboard.Query:
     for name in dashboard.FILTERS:
         if (key := f"filter-{name}") not in st.session_state:
             found = st.query_params.get_all(name)
-            st.session_state[key] = (
-                [each for each in found if each in pqueue.STATES] if name == "state" else "".join(found[:1])
-            )
+            states = [each for each in found if each in pqueue.STATES]
+            st.session_state[key] = states if name == "state" else "".join(found[:1]) or None
     query: dashboard.Query = {}
+    suggested = tables.suggestions(cache().figures())
     names = dashboard.FILTERS[which.name == "failed" :]
     places = cycle(st.container(key="filters").columns(4))
     for name, place in zip(names, places, strict=False):
+        key = f"filter-{name}"
         if name == "state":
-            query[name] = place.multiselect(name, pqueue.STATES, placeholder="any state", key=f"filter-{name}")
+            query[name] = place.multiselect(name, pqueue.STATES, placeholder="any state", key=key)
+        elif name in suggested:
+            known = sorted({*suggested[name], st.session_state[key]} - {None})
+            query[name] = [place.selectbox(name, known, placeholder="any", accept_new_options=True, key=key) or ""]
         else:
-            query[name] = [place.text_input(name, key=f"filter-{name}")]
+            query[name] = [place.text_input(name, placeholder=tables.HINTS.get(name, ""), key=key) or ""]
     given = dashboard.given(query)
     if dashboard.given({name: st.query_params.get_all(name) for name in names}) != given:
         st.query_params.from_dict({"page": which.name, **given})

@@ -18,7 +18,7 @@ JOBS_OF_CONSUMER_SHOWN = 3
 JOBS_ASKED_FOR = 20  # of the selected jobs that the question before an action lists
 TASKS_SHOWN = 200
 OVERVIEW_ROWS = 6  # of each table on the overview
-EXAMPLES = 12  # queues and tasks that a filter suggests
+EXAMPLES = 30  # queues and tasks that a filter suggests
 
 
 @dataclass(frozen=True)
@@ -544,11 +544,17 @@ def query_of(page: Page, query: dashboard.Query) -> dashboard.Query:
     return {"state": ["failed"], **query} if page.name == "failed" else query
 
 
+HINTS = {  # what to write into a filter
+    "since": "since: 2h or a date",
+    "payload": "payload: customer=7",
+    "fingerprint": "error",
+}
+
+
 def suggestions(figures: dict[str, Any]) -> dict[str, list[str]]:
     """Return what the filters of a search suggest."""
     queues, consumers = figures["overview"]["queues"], figures["consumers"]
-    tasks = {task for each in consumers for task in each["tasks"] or ()} | {
-        each["task"] for each in figures["failures"]
-    }
+    tasks = {task for each in consumers for task in each["tasks"] or ()}
+    tasks |= {each["task"] for each in figures["failures"]} | {each.task for each in figures["hour"]["found"]}
     found = {"queue": queues, "task": sorted(tasks), "consumer": sorted({each["name"] for each in consumers})}
     return {name: list(values)[:EXAMPLES] for name, values in found.items()}

@@ -85,6 +85,7 @@ READING = [
     ["list-jobs"],
     ["list-jobs", "--json"],
     ["list-jobs", "--status", "failed", "--queue", "default", "--task", "work", "--consumer", "anna", "--json"],
+    ["list-jobs", "--status", "failed,pending", "--payload", "a=b", "--limit", "3"],
     ["list-jobs", "--text", "value", "--since", "1h", "--until", "2100-01-01", "--limit", "3", "--before-id", "90"],
     ["failedjobs"],
     ["failedjobs", "--all"],

@@ -576,6 +576,28 @@ def test_link_of_a_group_shows_the_jobs_that_its_action_changes(queue, site):
     assert "all 3 that match" in text
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_search_takes_a_path_in_the_payload_and_suggests_tasks(queue, site):
+    ids = [queue.enqueue("mail", {"customer": number, "password": "hunter2"}) for number in (7, 8)]
+    for path in ("/jobs?payload=customer%3D7", "/jobs?payload=customer%3D7&text=MAI&state=pending&state=failed"):
+        text = site.ask(path)[1]
+        assert re.findall(r'name="id" value="(\d+)"', text) == [str(ids[0])]
+        assert 'value="customer=7"' in text
+        assert "<option>mail</option>" in text
+    listed = json.loads(site.ask("/api/jobs?payload=customer%3D7")[1])["jobs"]
+    assert [each["id"] for each in listed] == ids[:1]
+    assert json.loads(site.ask("/api/jobs?payload=password%3Dhunter2")[1])["jobs"] == []
+    for path in ("/jobs", "/api/jobs"):
+        status, text, _ = site.ask(f"{path}?payload=customer")
+        assert status == 400
+        assert "expected a path in the payload and a value, such as customer=7, got 'customer'" in text
+    page = streamlit(page="jobs", payload="customer=8", task="mail")
+    assert [list(each.value["job"]) for each in page.dataframe] == [ids[1:]]
+    assert page.selectbox(key="filter-task").options == ["mail"]
+    page.text_input(key="filter-payload").input("customer").run(timeout=PATIENCE_SECONDS)
+    assert "expected a path in the payload" in "".join(each.proto.body for each in page.get("html"))
+
+
 def test_search_takes_several_states_a_key_and_a_time(queue, site):
     queue.enqueue("old", key="k", now=time.time() - 7200)
     queue.cancel(queue.enqueue("new"))
@@ -1289,7 +1311,7 @@ def test_streamlit_page_pauses_a_queue(queue):
 def test_streamlit_page_names_the_number_and_asks_before_it_changes_many_jobs(queue):
     ids = queue.enqueue_many("many", range(70))
     page = streamlit(page="jobs")
-    page.text_input(key="filter-task").input("many").run(timeout=PATIENCE_SECONDS)
+    page.selectbox(key="filter-task").select("many").run(timeout=PATIENCE_SECONDS)
     page.button(key="bulk-cancel").click().run(timeout=PATIENCE_SECONDS)
     assert not page.exception
     assert page.warning[0].value.startswith("cancel 70 jobs?")
