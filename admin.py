@@ -370,15 +370,21 @@ def enqueue(queue: PersistentQInterface, options: argparse.Namespace) -> Command
 
 
 def _act(
-    queue: PersistentQInterface, options: argparse.Namespace, verb: str, done: str, act: Callable[[int], None]
+    queue: PersistentQInterface,
+    options: argparse.Namespace,
+    verb: str,
+    done: str,
+    act: Callable[[int], None],
+    *,
+    parents_first: bool = False,
 ) -> CommandResult:
     """Act on the given jobs, all or none; or after confirmation, in batches, on all that match the filter."""
     filters = _filters(options)
     if bool(filters) == bool(options.job_ids):
         raise UsageError(f"{verb}: expected job ids or a filter such as --status failed; see --help")
     if not filters:
-        with queue.transaction():
-            for job_id in sorted(options.job_ids):  # in a fixed order, to prevent deadlocks
+        with queue.exclusive(options.job_ids):
+            for job_id in sorted(options.job_ids, reverse=not parents_first):
                 act(job_id)
         return CommandResult(
             [{"job": job_id, "done": done} for job_id in options.job_ids], f"{done} {_ids(options.job_ids)}"
@@ -388,7 +394,7 @@ def _act(
         return CommandResult([{"done": done, "jobs": 0, "refused": 0}], "no job matches")
     if not agreed(options, f"{verb} {count(number, 'job')}"):
         return CommandResult(text="nothing done", code=1)
-    changed = queue.act_where(act, **filters, shown=masked_job)
+    changed = queue.act_where(act, **filters, shown=masked_job, parents_first=parents_first)
     refused = changed.refused
     text = f"{done} {count(changed, 'job')}" + (f", {refused:,} not: their state does not allow it" if refused else "")
     return CommandResult([{"done": done, "jobs": changed, "refused": refused}], text, int(changed == 0 and refused > 0))
@@ -410,7 +416,7 @@ def _ids(job_ids: list[int]) -> str:
 )
 def resubmit(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Make finished jobs pending again, with a full number of attempts."""
-    return _act(queue, options, "resubmit", "resubmitted", queue.resubmit)
+    return _act(queue, options, "resubmit", "resubmitted", queue.resubmit, parents_first=True)
 
 
 @command(

@@ -209,7 +209,7 @@ class Operating(Reading, Counting):
         The filters are those of `list_jobs`, of which one at least is needed. The jobs are changed in short
         transactions, so as not to block other writers: an error such as QueueFull does not undo earlier ones.
         """
-        return self.act_where(lambda job_id: self.resubmit(job_id, by=by, now=now), **filters)
+        return self.act_where(lambda job_id: self.resubmit(job_id, by=by, now=now), parents_first=True, **filters)
 
     def run_now_where(self, *, by: str | None = None, now: float | None = None, **filters: Unpack[Matching]) -> Changed:
         """Do what `run_now` does with all jobs that match, as `resubmit_where` does."""
@@ -239,27 +239,37 @@ class Operating(Reading, Counting):
         valid_name("queue", queue)
         return sum(self.cancel_where(queue=queue, state=state, by=by, now=now) for state in UNTAKEN)
 
-    def act_where(self, act: Callable[[int], Any], **filters: Unpack[Matching]) -> Changed:
+    def act_where(
+        self, act: Callable[[int], Any], *, parents_first: bool = False, **filters: Unpack[Matching]
+    ) -> Changed:
         """Call act with the id of each job that matches, as `resubmit_where` does; a job that it refuses by raising
-        InvalidTransition or JobNotFound is counted as refused."""
+        InvalidTransition or JobNotFound is counted as refused.
+
+        parents_first: whether jobs precede those that run after them, as they must to be resubmitted. To be ended or
+            deleted, they must follow.
+        """
         if unknown := set(filters) - Matching.__annotations__.keys():
             raise TypeError(f"expected the filters {', '.join(Matching.__annotations__)}, got {', '.join(unknown)}")
         # guard: a verb for all jobs that match needs a filter
         if all(value is None for name, value in filters.items() if name != "shown"):
             raise ValueError("expected a filter, such as state or queue, got none")
+        found: list[int] = []
+        while jobs := self.list_jobs(**filters, before_id=found[-1] if found else None, limit=BATCH, excerpt=0):
+            found += [job.id for job in jobs]
+        if parents_first:  # parents have lower ids
+            found.reverse()
         changed = refused = 0
-        before = None
-        while jobs := self.list_jobs(**filters, before_id=before, limit=BATCH, excerpt=0):
-            ids = [job.id for job in jobs]
-            with self.exclusive(ids):
-                again: Any = {**filters, "ids": ids}
-                for job in reversed(self.list_jobs(**again, limit=BATCH, excerpt=0)):  # a job may no longer match
+        for start in range(0, len(found), BATCH):
+            again: Any = {**filters, "ids": found[start : start + BATCH]}
+            with self.exclusive(again["ids"]):
+                jobs = self.list_jobs(**again, limit=BATCH, excerpt=0)  # a job may no longer match
+                # guard: a verb for all that match acts in the order of dependencies
+                for job_id in sorted((job.id for job in jobs), reverse=not parents_first):
                     try:
-                        act(job.id)
+                        act(job_id)
                         changed += 1
                     except (InvalidTransition, JobNotFound):
                         refused += 1
-            before = jobs[-1].id
         result = Changed(changed)
         result.refused = refused
         return result

@@ -681,9 +681,11 @@ SELECT jobs.* FROM unnest(CAST(:at_queues AS text[]), CAST(:at_names AS text[]),
 # Do what ROOM_OF_GROUP does, for several groups.
 ROOM_OF_GROUPS = pqueue_groups.rooms("unnest(CAST(:at_queues AS text[]), CAST(:at_names AS text[])) AS g (queue, name)")
 
-# Delete the jobs that PRUNABLE returns, and their history; return how many.
+# Delete the jobs that PRUNABLE has locked, and their history; return how many. One that was locked after a transaction
+# that let another job run after it is seen to be needed only by a later statement than PRUNABLE.
 PRUNE = f"""
-WITH old AS MATERIALIZED ({POSTGRES[pqueue_schema.PRUNABLE]}),
+WITH old AS MATERIALIZED (
+    SELECT id FROM jobs WHERE id = ANY (CAST(:ids AS bigint[])) AND {pqueue_schema.NO_DEPENDENTS}),
 events AS (DELETE FROM history WHERE job_id = ANY (ARRAY(SELECT id FROM old))),
 edges AS (DELETE FROM dependencies
     WHERE job_id = ANY (ARRAY(SELECT id FROM old)) OR parent_id = ANY (ARRAY(SELECT id FROM old))),

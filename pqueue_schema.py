@@ -654,15 +654,18 @@ INSERT INTO queues (name, paused) VALUES (:queue, :value) ON CONFLICT (name) DO 
 SET_MAX_PENDING = """
 INSERT INTO queues (name, max_pending) VALUES (:queue, :value) ON CONFLICT (name) DO UPDATE SET max_pending = :value"""
 
-# Jobs that nothing needs. The newest is needed: SQLite would reuse its id.
+# Jobs that no unfinished others run after.
 # guard: a job that another one needs is kept
+NO_DEPENDENTS = """(has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM dependencies d JOIN jobs c ON c.id = d.job_id
+        WHERE d.parent_id = jobs.id AND c.finished_at IS NULL))"""
+
+# Jobs that nothing needs. The newest is needed: SQLite would reuse its id.
 # guard: prune keeps the newest
 # guard: prune keeps a job that holds its key
 # guard: prune keeps the last job of a schedule
 UNNEEDED = f"""{KEY_IS_OVER} AND id < (SELECT max(id) FROM jobs)
     AND id NOT IN (SELECT last_job_id FROM schedules WHERE last_job_id IS NOT NULL)
-    AND (has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM dependencies d JOIN jobs c ON c.id = d.job_id
-        WHERE d.parent_id = jobs.id AND c.finished_at IS NULL))"""
+    AND {NO_DEPENDENTS}"""
 _KEPT = " ".join(f"WHEN '{state}' THEN keep_{state}_seconds" for state in FINISHED)
 # guard: prune takes old jobs only
 OLD = f"""state = :state AND queue = q.name

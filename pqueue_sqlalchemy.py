@@ -849,7 +849,8 @@ class OnPostgres(PersistentQSQLAlchemy):
         session.change(LOCK_AS_WRITER)
 
     def _prune(self, session: Session, params: Params) -> int:
-        return cast(int, session.run(PRUNE, params)[0][0])
+        locked = [row[0] for row in session.run(pqueue_schema.PRUNABLE, params)]
+        return cast(int, session.run(PRUNE, {"ids": locked})[0][0]) if locked else 0
 
     def _release_held(self, session: Session, me: pqueue_backend.Registration, now: float | None) -> None:
         session.change(LOCK_AS_WRITER)

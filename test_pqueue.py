@@ -1846,6 +1846,35 @@ class QueueContract:
             self.assertEqual((q.clear("later", by="ann"), q.clear("later"), q.clear("unknown")), (2, 0, 0))
             self.assertEqual(q.stats()["queues"]["later"]["processing"], 1)
 
+    def test_verb_for_all_that_match_acts_in_the_order_of_dependencies(self):
+        """Also if a job and one that runs after it are not in the same transaction."""
+        q = self.queue
+        for batch in (1, 2, 500):
+            with self.subTest(batch=batch), mock.patch("pqueue_operating.BATCH", batch):
+                q.delete_jobs()
+                q.on_failed("default", "h")
+                first = q.enqueue("t", now=NOW)
+                ids = [first, *q.enqueue_many("t", [1, 2], after=[first], now=NOW)]
+                ids.append(q.enqueue("t", after=ids, now=NOW))
+                done = q.cancel_where(task="t", now=NOW)
+                self.assertEqual((done, done.refused, self.states(*ids)), (4, 0, ["cancelled"] * 4))
+                self.assertEqual(q.count_jobs(), 4)  # none failed with another, so that its handler would get a job
+                q.on_failed("default", None)
+                q.delete_jobs(ids[1:])
+                ids[1:] = [q.enqueue("t", after=[first], now=NOW)]
+                self.assertEqual(self.states(*ids), ["cancelled", "failed"])
+                q.resubmit_where(task="t", now=NOW)
+                self.assertEqual(self.states(*ids), ["pending", "waiting"])
+                self.assertEqual(q.mark_failed_where("no", task="t", now=NOW), 2)
+                self.assertEqual({job.error for job in q.list_jobs()}, {"no"})
+                q.resubmit_where(task="t", now=NOW)
+                last = q.enqueue("t", after=ids, now=NOW)
+                q.enqueue("other", after=[last], now=NOW)
+                done = q.delete_where(task="t")
+                self.assertEqual((done, done.refused), (0, 3))
+                done = q.delete_where(queue="default")
+                self.assertEqual((done, done.refused, q.count_jobs()), (4, 0, 0))
+
     def test_verb_for_all_that_match_needs_a_filter(self):
         q = self.queue
         q.enqueue("t")

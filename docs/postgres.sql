@@ -1723,16 +1723,12 @@ FROM (SELECT g.queue, g.name, max_running, rate_jobs, rate_seconds, max_running 
       FROM unnest(CAST($3 AS text[]), CAST($4 AS text[])) AS g (queue, name) JOIN pqueue.queues q ON q.name = g.queue) last;
 
 -- PRUNE
--- Delete the jobs that PRUNABLE returns, and their history; return how many.
--- $1 state, $2 before, $3 now, $4 limit, $5 queue
+-- Delete the jobs that PRUNABLE has locked, and their history; return how many. One that was locked after a transaction
+-- that let another job run after it is seen to be needed only by a later statement than PRUNABLE.
+-- $1 ids
 WITH old AS MATERIALIZED (
-SELECT jobs.id FROM pqueue.queues q CROSS JOIN LATERAL
-    (SELECT id FROM pqueue.jobs WHERE state = $1 AND queue = q.name
-    AND finished_at < coalesce(CAST($2 AS double precision), $3 - CASE $1 WHEN 'completed' THEN keep_completed_seconds WHEN 'failed' THEN keep_failed_seconds WHEN 'cancelled' THEN keep_cancelled_seconds END) AND (key_expires_at IS NULL OR key_expires_at <= $3) AND id < (SELECT max(id) FROM pqueue.jobs)
-    AND id NOT IN (SELECT last_job_id FROM pqueue.schedules WHERE last_job_id IS NOT NULL)
-    AND (has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM pqueue.dependencies d JOIN pqueue.jobs c ON c.id = d.job_id
-        WHERE d.parent_id = jobs.id AND c.finished_at IS NULL)) ORDER BY finished_at LIMIT $4 FOR UPDATE SKIP LOCKED) jobs
-WHERE CAST($5 AS text) IS NULL OR q.name = $5 LIMIT $4),
+    SELECT id FROM pqueue.jobs WHERE id = ANY (CAST($1 AS bigint[])) AND (has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM pqueue.dependencies d JOIN pqueue.jobs c ON c.id = d.job_id
+        WHERE d.parent_id = jobs.id AND c.finished_at IS NULL))),
 events AS (DELETE FROM pqueue.history WHERE job_id = ANY (ARRAY(SELECT id FROM old))),
 edges AS (DELETE FROM pqueue.dependencies
     WHERE job_id = ANY (ARRAY(SELECT id FROM old)) OR parent_id = ANY (ARRAY(SELECT id FROM old))),

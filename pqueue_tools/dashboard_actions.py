@@ -21,17 +21,17 @@ Act = Callable[[PersistentQInterface, Form, str | None], str]
 JobVerb = Callable[..., Any]  # called with the queue, the job's id, and who acts
 
 
-def _jobs_action(act: JobVerb, done: str) -> Act:
+def _jobs_action(act: JobVerb, done: str, *, parents_first: bool = False) -> Act:
     """Act on the jobs of the form's `id` fields or, with `scope` = matching, on all that match its filters."""
 
     def perform(queue: PersistentQInterface, form: Form, by: str | None) -> str:
         # One time for all, by which they are one operation.
         verb = partial(act, queue, form=form, by=by, now=queue.now())
         if filters := _filters(form):
-            done_to = queue.act_where(verb, **filters, shown=masked_job)
+            done_to = queue.act_where(verb, **filters, shown=masked_job, parents_first=parents_first)
             changed, refused = int(done_to), done_to.refused
         else:
-            changed, refused = _act_on_each(_ids(form), verb)
+            changed, refused = _act_on_each(sorted(_ids(form), reverse=not parents_first), verb)
         if changed and act is _delete:  # and with the jobs their history
             queue.record(f"deleted {report.count(changed, 'job')}", by=by)
         if not changed:

@@ -6,13 +6,18 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from unittest import mock
 
+import psycopg
 import pytest
+from conftest import wait_until
 from test_postgres import database, server
 
 import pqueue
+import pqueue_postgres
+import pqueue_schema
 from pqueue import Job, QueueError, task
 from pqueue_sqlalchemy import PostgresSession
 from pqueue_tools import testing
@@ -133,6 +138,29 @@ def test_job_enqueued_while_its_parent_ends_does_not_wait_forever(queue, url, ve
         assert not has_ended.wait(0.3)
     other.join()
     assert queue.get(child).state == ("failed" if verb == "cancel" else "pending")
+
+
+@pytest.mark.parametrize("url", ["postgres"], indirect=True)
+def test_job_enqueued_after_one_while_that_is_pruned_finds_its_result(queue, url, monkeypatch):
+    """The prune waits within its first statement, which does not see what is committed meanwhile."""
+    first, lock = "WHERE CAST(:queue AS text) IS NULL OR q.name = :queue", "pg_advisory_xact_lock(7)"
+    waiting = f"WHERE (SELECT {lock}::text IS NOT NULL) AND (CAST(:queue AS text) IS NULL OR q.name = :queue)"
+    assert first in pqueue_postgres.POSTGRES[pqueue_schema.PRUNABLE]
+    statement = pqueue_postgres.POSTGRES[pqueue_schema.PRUNABLE].replace(first, waiting)
+    monkeypatch.setitem(pqueue_postgres.POSTGRES, pqueue_schema.PRUNABLE, statement)
+    pqueue_postgres.translated.cache_clear()
+    parents = [queue.enqueue("t", now=NOW) for _ in range(2)]
+    queue.complete_and_dequeue([(job, 5) for job in queue.dequeue_many("w", 2, now=NOW)], "w", now=NOW)
+    queue.enqueue("newest", now=NOW)
+    with psycopg.connect(url) as gate, ThreadPoolExecutor(1) as thread:
+        gate.execute(f"SELECT {lock}")
+        pruned = thread.submit(queue.prune, 10, now=NOW + 100)
+        wait_until(lambda: gate.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchall())
+        child = queue.enqueue("child", after=parents[:1], now=NOW)
+        gate.rollback()
+        assert pruned.result() == 1
+    pqueue_postgres.translated.cache_clear()
+    assert [job.result for job in queue.dependencies(child)] == [5]
 
 
 @pytest.mark.parametrize("url", ["sqlite"], indirect=True)

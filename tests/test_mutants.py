@@ -217,6 +217,7 @@ MUTANTS = [
     Mutant("a full queue refuses a job of another queue", "contract: rules_of_the_new_queue"),
     Mutant("run_now takes scheduled and waiting jobs", "contract: table_of_states", " AND state IN ('scheduled', 'waiting')", ""),
     Mutant("a verb for all jobs that match needs a filter", "contract: needs_a_filter"),
+    Mutant("a verb for all that match acts in the order of dependencies", "contract: order_of_dependencies", "not parents_first", "parents_first"),
     Mutant("mark_failed takes unfinished jobs", HISTORY, " AND state IN {UNFINISHED}", ""),
     Mutant("cancel takes unfinished jobs", HISTORY, " AND state IN {UNFINISHED}", ""),
     Mutant("assign takes unfinished jobs", HISTORY, " AND state IN {UNFINISHED}", ""),

@@ -18,6 +18,7 @@ from test_postgres import database, driver_of, server  # noqa: F401 - fixtures
 import pqueue
 import pqueue_postgres
 import pqueue_retention
+import pqueue_schema
 from bench.delaying_proxy import DelayingProxy
 from pqueue import PersistentQSQLite, QueueError
 from test_pqueue import wait_until
@@ -179,7 +180,7 @@ def test_deleting_chosen_jobs_stops_nobody(queue, database):  # noqa: F811
 
 
 @pytest.mark.parametrize("batch", [1000, 7])
-def test_prune_asks_once_for_each_batch(queue, monkeypatch, batch):
+def test_prune_asks_twice_for_each_batch(queue, monkeypatch, batch):
     monkeypatch.setattr(pqueue_retention, "PRUNE_BATCH", batch)
     for job_id in queue.enqueue_many("t", range(50)):
         queue.cancel(job_id, now=1)
@@ -191,8 +192,8 @@ def test_prune_asks_once_for_each_batch(queue, monkeypatch, batch):
     )
     assert queue.prune(0, states=["cancelled"], progress=told.append) == 50
     batches = 50 // batch + 1
-    assert asked.count(pqueue_postgres.PRUNE) == batches
-    assert len(asked) < batches + 15  # the others once: consumers, groups, and the counts
+    assert asked.count(pqueue_schema.PRUNABLE) == asked.count(pqueue_postgres.PRUNE) == batches
+    assert len(asked) < 2 * batches + 15  # the others once: consumers, groups, and the counts
     assert told == [min(50, batch * (n + 1)) for n in range(batches)]
     assert [job.id for job in queue.list_jobs()] == [last]
     assert queue._read("SELECT count(*) FROM history")[0][0] == 0
