@@ -18,7 +18,7 @@ import heapq
 import json
 import math
 from abc import abstractmethod
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import lru_cache
@@ -79,6 +79,8 @@ ON CONFLICT DO NOTHING"""
 
 # A claim
 
+OF_GROUP = """queue = g.queue AND task = g.task AND "group" = g.name AND state = 'pending' AND assigned_to IS NULL"""
+
 # Return whether some groups wait for a time that has come, whether jobs are assigned to the consumer, and whether some
 # queue has no groups.
 OUTLOOK = """
@@ -96,7 +98,25 @@ SELECT q.name, t.task, g.name, g.turn,
     (SELECT weight FROM group_weights w WHERE w.queue = g.queue AND w.name = g.name),
     q.turn, q.unnamed_turn, {HAS_LIMITS}, EXISTS (SELECT 1 FROM jobs WHERE {PENDING_OF_TASK})
 FROM queues q CROSS JOIN queue_tasks t LEFT JOIN queue_groups g ON g.id IN
-    (SELECT id FROM queue_groups WHERE queue = t.queue AND task = t.task AND next_at = 0 ORDER BY turn, id LIMIT :width)
+    (SELECT id FROM queue_groups WHERE queue = t.queue AND task = t.task AND next_at = 0
+     ORDER BY turn, name LIMIT :width)
+WHERE {GROUP_PLACES}"""
+
+# Return for each task of each queue whose groups take turns the group that is next, and for the jobs without a group,
+# the first job and whether there is another; 0 for a group without jobs.
+NEXT_IN_TURN = f"""
+SELECT q.name, g.turn, g.name, coalesce(-priority, 0), coalesce(run_at, 0.0), coalesce(j.id, 0), t.task,
+    (SELECT weight FROM group_weights w WHERE w.queue = g.queue AND w.name = g.name), q.turn, {HAS_LIMITS},
+    EXISTS (SELECT 1 FROM jobs WHERE {OF_GROUP} LIMIT 1 OFFSET 1)
+FROM queues q CROSS JOIN queue_tasks t CROSS JOIN queue_groups g ON g.id =
+    (SELECT id FROM queue_groups WHERE queue = t.queue AND task = t.task AND next_at = 0
+     ORDER BY turn, name LIMIT 1)
+LEFT JOIN jobs j ON j.id = (SELECT id FROM jobs WHERE {OF_GROUP} ORDER BY {ORDER} LIMIT 1)
+WHERE {GROUP_PLACES}
+UNION ALL
+SELECT q.name, q.unnamed_turn, '', -priority, run_at, j.id, t.task, NULL, q.turn, {HAS_LIMITS}, 1
+FROM queues q CROSS JOIN queue_tasks t CROSS JOIN jobs j ON j.id =
+    (SELECT id FROM jobs WHERE {PENDING_OF_TASK} ORDER BY {ORDER} LIMIT 1)
 WHERE {GROUP_PLACES}"""
 
 # Return the first jobs of a task in a group, in order.
@@ -141,7 +161,7 @@ AS_LEASED = f"""
 SELECT {", ".join(f"{LEASE[name]} AS {name}" if name in LEASE else COLUMN_OF[name] for name in COLUMN_OF)} FROM jobs
 WHERE id IN (SELECT value FROM json_each(:ids))"""
 
-# Lease these jobs to the consumer. :ids is a JSON array; :counted is 1 in queues whose groups take turns, else NULL.
+# Lease these jobs to the consumer. :ids is a JSON array; :counted is 1 in queues with limits, else NULL.
 LEASE_THESE = f"UPDATE jobs SET {LEASED}, counted = :counted WHERE id IN (SELECT value FROM json_each(:ids))"
 
 # Do both for a single job.
@@ -150,9 +170,10 @@ LEASE_ONE = f"UPDATE jobs SET {LEASED}, counted = :counted WHERE id = :id RETURN
 # Advance a group.
 SET_TURN = "UPDATE queue_groups SET turn = :turn WHERE queue = :queue AND name = :name"
 
-# Advance a queue.
+# Advance a queue; NULL: as before.
 SET_QUEUE_TURN = """
-UPDATE queues SET turn = :turn, unnamed_turn = coalesce(:unnamed_turn, unnamed_turn) WHERE name = :queue"""
+UPDATE queues SET turn = coalesce(:turn, turn), unnamed_turn = coalesce(:unnamed_turn, unnamed_turn)
+WHERE name = :queue"""
 
 # Return these jobs. :ids is a JSON array.
 THESE_JOBS = f"SELECT {COLUMNS} FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
@@ -234,14 +255,14 @@ class Group:
 
 
 class Pick(NamedTuple):
-    """A job that a claim has chosen, and the turns of its group and its queue when it is claimed."""
+    """A job that a claim has chosen, and the turns of its group and its queue (None: unchanged) when it is claimed."""
 
     id: int
     task: str
     room: Room
     group: Group | None = None  # None: not in turn
     turn: float = 0.0
-    queue_turn: float = 0.0
+    queue_turn: float | None = None
 
 
 class Line:
@@ -276,6 +297,7 @@ class Line:
         turn, name = heapq.heappop(self.heap)
         group = self.groups[name]
         row = group.jobs.popleft()
+        before = self.turn
         # guard: a group that had no jobs does not catch up
         self.turn = max(turn, self.turn)
         # guard: the groups of a queue take turns
@@ -283,7 +305,7 @@ class Line:
         group.room.left -= 1
         group.taken += 1
         heapq.heappush(self.heap, (turn, name))
-        return Pick(row[2], row[5], group.room, group, turn, self.turn)
+        return Pick(row[2], row[5], group.room, group, turn, self.turn if self.turn > before else None)
 
 
 class Others:
@@ -399,15 +421,47 @@ class Grouping(Backend):
 
     def _claim_in_turn(self, session: Session, params: Params, prefetches: bool) -> list[Row] | None:
         """Lease up to :limit jobs to the consumer, and return their rows; None if it serves no queue with groups."""
-        lines = self._lines(session, params)
-        if lines is None:
+        if not self._begin_turns(session, params):
             return None
-        picks = {pick.id: pick for pick in self._picks(session, params, lines)}
+        found = self._pick_one(session, params) if params["limit"] == 1 and not params["has_assigned"] else None
+        if found is None:
+            lines = self._lines(session, params)
+            if lines is None:
+                return None
+            found = self._picks(session, params, lines)
+        elif not found and params["has_others"]:
+            return None
+        picks = {pick.id: pick for pick in found}
         # The deliveries of a group are in order, though another server's clock may have been read before they were.
         at = max([params["now"], *(pick.room.last_at for pick in picks.values())])
-        rows = self._lease(session, {**params, "now": at, "counted": 1}, list(picks), prefetches)
+        # guard: a job that is claimed in a queue with limits counts
+        counted = 1 if any(pick.room is not UNLIMITED for pick in found) else None
+        rows = self._lease(session, {**params, "now": at, "counted": counted}, list(picks), prefetches)
         self._advance(session, [picks[row[0]] for row in rows], at)
         return rows
+
+    def _pick_one(self, session: Session, params: Params) -> list[Pick] | None:
+        """Return what `_picks` does if it is one job; None: there may be another behind the groups that are next."""
+        heads: dict[str, Row] = {}  # of each queue
+        for row in sorted(session.run(NEXT_IN_TURN, params)):
+            heads.setdefault(row[0], row)
+        first = min(heads.values(), key=itemgetter(3, 4, 5), default=None)
+        if first is None:
+            return []
+        queue, turn, name, *job, task, weight, queue_turn, is_limited, has_more = first
+        line = Line(queue, queue_turn, bool(is_limited))
+        group = line.group(name, turn, weight)
+        if is_limited:
+            self._read_rooms(session, params, [group])
+        if group.room.left <= 0 or not all(head[5] for head in heads.values()):
+            return None
+        for row in self._first_jobs(session, params)[:1] if params["has_others"] else []:
+            if tuple(row[:3]) < tuple(job):
+                return [Pick(row[2], "", UNLIMITED)]
+        group.jobs.append((*job, queue, name, task))
+        group.left = {} if has_more else {task: 1}
+        line.begin()
+        return [line.take()]
 
     def _lease(self, session: Session, params: Params, ids: list[int], prefetches: bool) -> list[Row]:
         """Lease the first of these jobs, as many as are delivered together; return their rows."""
@@ -423,8 +477,6 @@ class Grouping(Backend):
         """Return the queues whose groups take turns, each with the groups that are next; None if there are none, and no
         job that is assigned in one with limits."""
         limit = width = params["limit"]
-        if not self._begin_turns(session, params):
-            return None
         while True:
             rows = session.run(READY, {**params, "width": width})
             if not rows and not params["has_assigned"]:
@@ -485,13 +537,12 @@ class Grouping(Backend):
 
     def _rest(self, session: Session, groups: list[Group]) -> bool:
         """Let later claims pass over groups that have no job, or are at a limit; return whether there are any."""
-        named = [group for group in groups if group.name]
-        full = [_place(group, next_at=group.room.next_at) for group in named if group.room.left <= 0]
-        empty = [_place(group, task=task) for group in named for task, left in group.left.items() if not left]
-        for sql, places in ((REST_GROUP, full), (REST_TASK, empty)):
-            if places:
-                session.change_many(sql, places)
-        return bool(full or empty)
+        changes: dict[str, list[Params]] = {}
+        for group in groups:
+            _add_rest(changes, group, group.room.left <= 0, group.room.next_at)
+        for sql, places in changes.items():
+            session.change_many(sql, places)
+        return bool(changes)
 
     def _picks(self, session: Session, params: Params, lines: list[Line]) -> list[Pick]:
         """Return the first :limit jobs that the consumer may take, in order."""
@@ -529,29 +580,33 @@ class Grouping(Backend):
     def _advance(self, session: Session, picks: list[Pick], at: float) -> None:
         """Record that these jobs were claimed: advance their groups, and let later claims pass over those without jobs,
         or at a limit."""
-        last = {pick.group: pick for pick in picks if pick.group}  # of each group
-        queues = {group.queue: {"queue": group.queue, "turn": pick.queue_turn} for group, pick in last.items()}
-        unnamed = {group.queue: pick.turn for group, pick in last.items() if not group.name}
-        named = {group: pick for group, pick in last.items() if group.name}
-        taken = Counter((pick.group, pick.task) for pick in picks)
-        by_room = Counter(pick.room for pick in picks)
-        started = {room: number for room, number in by_room.items() if room.rate_jobs is not None}
-        numbers = [(room, room.last + number) for room, n in started.items() for number in range(1, n + 1)]
-        changes = {
-            SET_QUEUE_TURN: [{**each, "unnamed_turn": unnamed.get(queue)} for queue, each in queues.items()],
-            SET_TURN: [_place(group, turn=pick.turn) for group, pick in named.items()],
-            REST_TASK: [
-                _place(group, task=task)
-                for (group, task), n in taken.items()
-                if group in named and group.left.get(task) == n
-            ],
-            REST_GROUP: [_place(group, next_at=None) for group in named if by_room[group.room] == group.room.running],
-            ADD_START: [_place(room, n=number, at=at) for room, number in numbers],
-            DELETE_STARTS: [_place(room, n=room.last + n - (room.rate_jobs or 0)) for room, n in started.items()],
-        }
+        turns: dict[str, Params] = {}  # of queues
+        last: dict[Group, Pick] = {}  # of each group
+        rooms: dict[Room, int] = {}  # how many jobs were claimed of each
+        for pick in picks:
+            rooms[pick.room] = rooms.get(pick.room, 0) + 1
+            if group := pick.group:
+                last[group] = pick
+                if pick.task in group.left:
+                    group.left[pick.task] -= 1
+                if pick.queue_turn is not None:
+                    turns.setdefault(group.queue, {})["turn"] = pick.queue_turn
+                if not group.name:
+                    turns.setdefault(group.queue, {})["unnamed_turn"] = pick.turn
+        for queue, changed in turns.items():
+            session.change(SET_QUEUE_TURN, {"queue": queue, "turn": None, "unnamed_turn": None, **changed})
+        changes: dict[str, list[Params]] = {}
+        for group, pick in last.items():
+            if group.name:
+                _add(changes, SET_TURN, group, turn=pick.turn)
+            _add_rest(changes, group, rooms[group.room] == group.room.running)
+        for room, number in rooms.items():
+            if room.rate_jobs is not None:
+                for n in range(room.last + 1, room.last + number + 1):
+                    _add(changes, ADD_START, room, n=n, at=at)
+                _add(changes, DELETE_STARTS, room, n=room.last + number - room.rate_jobs)
         for sql, rows in changes.items():
-            if rows:
-                session.change_many(sql, rows)
+            session.change_many(sql, rows)
 
     def peek(
         self,
@@ -575,7 +630,7 @@ class Grouping(Backend):
         if self._read(OVERDUE, params)[0][2]:
             with self._transaction(durable=False) as session:
                 session.change(PROMOTE, {**params, "limit": MAX_PROMOTED})
-                lines = self._lines(session, params)
+                lines = self._lines(session, params) if self._begin_turns(session, params) else None
                 if lines is not None:
                     ids = [pick.id for pick in self._picks(session, params, lines)]
                     found = {row[0]: row for row in session.run(THESE_JOBS, {"ids": to_json(ids)})}
@@ -595,8 +650,17 @@ def _lines_of(rows: list[Row]) -> list[Line]:
     return list(lines.values())
 
 
-def _place(of: Group | Room, **values: Any) -> Params:
-    return {"queue": of.queue, "name": of.name, **values}
+def _add_rest(changes: dict[str, list[Params]], group: Group, is_full: bool, next_at: float | None = None) -> None:
+    """Let later claims pass over a group with a name that is at a limit, or over those of its tasks without jobs."""
+    if group.name:
+        if is_full:
+            _add(changes, REST_GROUP, group, next_at=next_at)
+        for task in [task for task, left in group.left.items() if not left]:
+            _add(changes, REST_TASK, group, task=task)
+
+
+def _add(changes: dict[str, list[Params]], sql: str, of: Group | Room, **values: Any) -> None:
+    changes.setdefault(sql, []).append({"queue": of.queue, "name": of.name, **values})
 
 
 def batch_size(attempts: list[tuple[int, int]], prefetches: bool) -> int:

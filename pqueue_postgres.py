@@ -475,7 +475,22 @@ SELECT q.name, t.task, g.name, g.turn,
     q.turn, q.unnamed_turn, {HAS_LIMITS}, EXISTS (SELECT 1 FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")})
 FROM queues q JOIN queue_tasks t ON t.queue = q.name LEFT JOIN LATERAL
     (SELECT * FROM queue_groups WHERE queue = t.queue AND task = t.task AND next_at = 0
-     ORDER BY turn, id LIMIT :width) g ON true
+     ORDER BY turn, name LIMIT :width) g ON true
+WHERE {GROUP_PLACES}""",
+    # differs because a subquery for each task is LATERAL
+    pqueue_groups.NEXT_IN_TURN: f"""
+SELECT q.name, g.turn, g.name, coalesce(-priority, 0), coalesce(run_at, 0.0), coalesce(j.id, 0), t.task,
+    (SELECT weight FROM group_weights w WHERE w.queue = g.queue AND w.name = g.name), q.turn, {HAS_LIMITS},
+    EXISTS (SELECT 1 FROM jobs WHERE {pqueue_groups.OF_GROUP} LIMIT 1 OFFSET 1)
+FROM queues q JOIN queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
+    (SELECT * FROM queue_groups WHERE queue = t.queue AND task = t.task AND next_at = 0
+     ORDER BY turn, name LIMIT 1) g LEFT JOIN LATERAL
+    (SELECT id, priority, run_at FROM jobs WHERE {pqueue_groups.OF_GROUP} ORDER BY {ORDER} LIMIT 1) j ON true
+WHERE {GROUP_PLACES}
+UNION ALL
+SELECT q.name, q.unnamed_turn, '', -priority, run_at, j.id, t.task, NULL, q.turn, {HAS_LIMITS}, true
+FROM queues q JOIN queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
+    (SELECT id, priority, run_at FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")} ORDER BY {ORDER} LIMIT 1) j
 WHERE {GROUP_PLACES}""",
     # differs because a text is searched in another way
     pqueue_groups.ASSIGNED_IN_GROUPS: f"""

@@ -243,7 +243,7 @@ CREATE TABLE outcomes (  -- see pqueue_outcomes
         "CREATE INDEX jobs_processing ON jobs (lease_expires_at) WHERE state = 'processing'",
         """CREATE INDEX jobs_counted ON jobs (queue, "group") WHERE state = 'processing' AND counted = 1""",
         "CREATE INDEX queues_grouped ON queues (name) WHERE grouped = 1",
-        "CREATE INDEX queue_groups_ready ON queue_groups (queue, task, turn, id) WHERE next_at = 0",
+        "CREATE INDEX queue_groups_ready ON queue_groups (queue, task, turn, name) WHERE next_at = 0",
         "CREATE INDEX queue_groups_delayed ON queue_groups (next_at) WHERE next_at > 0",
         "CREATE INDEX jobs_finished ON jobs (state, queue, finished_at) WHERE finished_at IS NOT NULL",
         f"""CREATE INDEX jobs_failed ON jobs (task, substr(error, 1, {FAILURE_CHARS}), id, finished_at)

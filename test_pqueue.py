@@ -5471,6 +5471,25 @@ class Files(SQLiteCase):
         self.assertLess(steps[2], 1.2 * steps[0] + 10)
         self.assertLess(steps[3], 1.2 * steps[1] + 10)
 
+    def test_guarantee_10_claim_takes_as_many_steps_with_many_groups(self):
+        queue, steps = self.open(durability="normal"), []
+        queue.limit("default", running=1)
+        queue.dequeue("w")
+        for groups in (10, 2000):
+            for group in range(groups):
+                queue.enqueue_many("t", range(2), group=f"{groups} {group}", priority=1)
+            for number in (1, groups - 1, 1):  # the first, the others, and one that finds all groups at their limit
+                with queue.transaction() as db:
+                    counted = itertools.count()
+                    db.set_progress_handler(lambda counted=counted: next(counted) and 0, 10)
+                    jobs = queue.dequeue_many("w", number)
+                    db.set_progress_handler(None, 0)
+                steps.append((len(jobs), next(counted)))
+        first, _, none, first_of_many, _, none_of_many = steps
+        self.assertEqual([each[0] for each in steps], [1, 9, 0, 1, 1999, 0])
+        self.assertLess(first_of_many[1], 1.2 * first[1] + 10)
+        self.assertLess(none_of_many[1], 1.2 * none[1] + 10)
+
     def test_queue_that_moves_to_a_file_takes_the_application_tables_along(self):
         queue, target = self.open(), self.folder / "new" / "queue.db"
         job_id = queue.enqueue("t", [1])

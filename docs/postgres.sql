@@ -213,7 +213,7 @@ CREATE INDEX jobs_counted ON pqueue.jobs (queue, "group") WHERE state = 'process
 
 CREATE INDEX queues_grouped ON pqueue.queues (name) WHERE grouped = 1;
 
-CREATE INDEX queue_groups_ready ON pqueue.queue_groups (queue, task, turn, id) WHERE next_at = 0;
+CREATE INDEX queue_groups_ready ON pqueue.queue_groups (queue, task, turn, name) WHERE next_at = 0;
 
 CREATE INDEX queue_groups_delayed ON pqueue.queue_groups (next_at) WHERE next_at > 0;
 
@@ -1398,8 +1398,27 @@ SELECT q.name, t.task, g.name, g.turn,
     q.turn, q.unnamed_turn, max_running IS NOT NULL OR rate_jobs IS NOT NULL, EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL)
 FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name LEFT JOIN LATERAL
     (SELECT * FROM pqueue.queue_groups WHERE queue = t.queue AND task = t.task AND next_at = 0
-     ORDER BY turn, id LIMIT $1) g ON true
+     ORDER BY turn, name LIMIT $1) g ON true
 WHERE q.grouped = 1 AND q.paused = 0 AND (CAST($2 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS json)))) AND (CAST($3 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($3 AS text), chr(10))));
+
+-- NEXT_IN_TURN
+-- Return for each task of each queue whose groups take turns the group that is next, and for the jobs without a group,
+-- the first job and whether there is another; 0 for a group without jobs.
+-- differs because a subquery for each task is LATERAL
+-- $1 queues, $2 tasks
+SELECT q.name, g.turn, g.name, coalesce(-priority, 0), coalesce(run_at, 0.0), coalesce(j.id, 0), t.task,
+    (SELECT weight FROM pqueue.group_weights w WHERE w.queue = g.queue AND w.name = g.name), q.turn, max_running IS NOT NULL OR rate_jobs IS NOT NULL,
+    EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = g.queue AND task = g.task AND "group" = g.name AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 1)
+FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
+    (SELECT * FROM pqueue.queue_groups WHERE queue = t.queue AND task = t.task AND next_at = 0
+     ORDER BY turn, name LIMIT 1) g LEFT JOIN LATERAL
+    (SELECT id, priority, run_at FROM pqueue.jobs WHERE queue = g.queue AND task = g.task AND "group" = g.name AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) j ON true
+WHERE q.grouped = 1 AND q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10))))
+UNION ALL
+SELECT q.name, q.unnamed_turn, '', -priority, run_at, j.id, t.task, NULL, q.turn, max_running IS NOT NULL OR rate_jobs IS NOT NULL, true
+FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
+    (SELECT id, priority, run_at FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) j
+WHERE q.grouped = 1 AND q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10))));
 
 -- NEXT_OF_GROUP
 -- Return the first jobs of a task in a group, in order.
@@ -1436,7 +1455,7 @@ SELECT id, queue, task, payload, 'processing' AS state, priority, run_at, expire
 WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($6 AS json)) AS bigint))) AND state = 'pending' FOR UPDATE SKIP LOCKED;
 
 -- LEASE_THESE
--- Lease these jobs to the consumer. :ids is a JSON array; :counted is 1 in queues whose groups take turns, else NULL.
+-- Lease these jobs to the consumer. :ids is a JSON array; :counted is 1 in queues with limits, else NULL.
 -- differs because a text is searched in another way
 -- $1 known_attempts, $2 consumer, $3 token, $4 lease_expires_at, $5 now, $6 counted, $7 ids
 UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($1 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $2, lease_token = $3, lease_expires_at = $4, started_at = $5, counted = $6 WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($7 AS json)) AS bigint)));
@@ -1454,9 +1473,10 @@ WHERE id = (SELECT id FROM pqueue.jobs WHERE id = $7 AND state = 'pending' FOR U
 UPDATE pqueue.queue_groups SET turn = $1 WHERE queue = $2 AND name = $3;
 
 -- SET_QUEUE_TURN
--- Advance a queue.
+-- Advance a queue; NULL: as before.
 -- $1 turn, $2 unnamed_turn, $3 queue
-UPDATE pqueue.queues SET turn = $1, unnamed_turn = coalesce($2, unnamed_turn) WHERE name = $3;
+UPDATE pqueue.queues SET turn = coalesce($1, turn), unnamed_turn = coalesce($2, unnamed_turn)
+WHERE name = $3;
 
 -- THESE_JOBS
 -- Return these jobs. :ids is a JSON array.

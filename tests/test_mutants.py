@@ -149,6 +149,7 @@ MUTANTS = [
     Mutant("a group never has more jobs running than its limit", "contract: running_than_the_limit", "state = 'processing' AND counted = 1", "state = 'none'"),
     Mutant("a group never has more deliveries in any time than its rate", "contract: deliveries_than_its_rate", ":now - s.at < rate_seconds", ":now < s.at"),
     Mutant("a job that runs when its queue gets a limit counts", "contract: run_when_it_is_set", "counted = 1", "counted = 0"),
+    Mutant("a job that is claimed in a queue with limits counts", "contract: running_than_the_limit", "counted = 1 if", "counted = None if"),
     Mutant("an assigned job counts towards the limits of its group", "contract: assigned_job_counts", "max_running IS NOT NULL OR rate_jobs IS NOT NULL", "1 = 0"),
     Mutant("a waiting consumer sleeps while the jobs without a group are at their limit", "contract: running_than_the_limit", "q.max_running IS NULL", "1 = 1"),
     # schedules
