@@ -124,6 +124,7 @@ EXPIRE = Parameter(
 )
 MATCHING = (
     Parameter("--queue", "jobs of this queue", metavar="QUEUE"),
+    Parameter("--group", "jobs of this group", metavar="GROUP"),
     Parameter("--task", "jobs of this task", metavar="TASK"),
     Parameter("--key", "jobs enqueued with this key", metavar="KEY"),
     Parameter("--consumer", "jobs that this consumer took last", metavar="CONSUMER"),
@@ -704,6 +705,7 @@ def schedules(queue: PersistentQInterface, options: argparse.Namespace) -> Comma
     EXPIRE,
     Parameter("--overlap", "also while the previous job is unfinished", flag=True),
     Parameter("--queue", "queue of the jobs", default="default", metavar="QUEUE"),
+    Parameter("--group", "group of the jobs", metavar="GROUP"),
     Parameter("--priority", "higher runs first", whole_number(-(2**31)), "0", "N"),
     examples="""
     schedule nightly clean_up --cron '30 2 * * *' --zone Europe/Berlin
@@ -722,6 +724,7 @@ def schedule(queue: PersistentQInterface, options: argparse.Namespace) -> Comman
         overlap=options.overlap,
         expire_seconds=options.expire,
         queue=options.queue,
+        group=options.group,
         priority=options.priority,
     )
     return CommandResult([{"schedule": options.schedule, "done": "saved"}], f"schedule {options.schedule} saved")

@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
-from pqueue_values import above_0, short
+from pqueue_values import MAX_GROUP_CHARS, above_0, short, valid_name
 
 NICKNAMES = {
     "@yearly": "0 0 1 1 *",
@@ -146,7 +146,12 @@ def timing(cron: str | None, zone: str, every_seconds: float | None) -> Cron | E
 
 
 def valid_times(
-    cron: str | None, zone: str, every_seconds: float | timedelta | None, on_missed: str, overlap: bool
+    cron: str | None,
+    zone: str,
+    every_seconds: float | timedelta | None,
+    on_missed: str,
+    overlap: bool,
+    group: str | None,
 ) -> dict[str, Any]:
     """Return these options of a schedule as they are stored. Raises ValueError."""
     if (cron is None) == (every_seconds is None):
@@ -163,7 +168,8 @@ def valid_times(
         Cron(cron, zone)
     elif zone != "UTC":
         raise ValueError(f"expected cron together with zone, got zone {short(zone)} alone")
-    given = {"cron": cron, "zone": zone, "every_seconds": seconds}
+    of_group = None if group is None else valid_name("group", group, MAX_GROUP_CHARS)
+    given = {"cron": cron, "zone": zone, "every_seconds": seconds, "group": of_group}
     return {**given, "on_missed": on_missed, "overlap": int(overlap)}
 
 

@@ -41,6 +41,7 @@ class Matching(TypedDict, total=False):
 
     state: str | Sequence[str]
     queue: str
+    group: str
     task: str
     key: str
     consumer: str

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from pqueue_backend import Backend, Session
 from pqueue_cron import due_times, timing, valid_times
-from pqueue_schema import MOVES
+from pqueue_schema import COLUMN_OF, MOVES
 from pqueue_tasks import Task, without_metadata
 from pqueue_values import JobId, Params, QueueError, QueueFull, above_0, encode_json, read_json, valid_int, valid_name
 
@@ -24,10 +24,10 @@ MAX_FIRED = 100  # schedules, and times of one of them, per dequeue
 class Schedule(NamedTuple):
     """A schedule. Times are Unix seconds.
 
-    cron, zone: when it is due; without them, every_seconds. on_missed, overlap: see `schedule`. next_at, last_at: the
-    times of the next and the last job; last_job_id: the id of the last; None: none yet. skipped: how often it was due
-    while the previous job was unfinished or the queue full. expire_seconds: see `enqueue`. origin: "task", for a
-    schedule from `@task`, "removed", if that is gone, or "schedule".
+    cron, zone: when it is due; without them, every_seconds. group, on_missed, overlap: see `schedule`. next_at,
+    last_at: the times of the next and the last job; last_job_id: the id of the last; None: none yet. skipped: how
+    often it was due while the previous job was unfinished or the queue full. expire_seconds: see `enqueue`. origin:
+    "task", for a schedule from `@task`, "removed", if that is gone, or "schedule".
     """
 
     name: str
@@ -35,6 +35,7 @@ class Schedule(NamedTuple):
     payload: Any
     queue: str
     priority: int
+    group: str | None
     cron: str | None
     zone: str
     every_seconds: float | None
@@ -49,14 +50,15 @@ class Schedule(NamedTuple):
     skipped: int
 
 
-COLUMNS = ", ".join(Schedule._fields)
-DEFINED = Schedule._fields[:12]  # the columns that `schedule` sets
-TIMED = slice(5, 8)  # those of them that say when it is due
-_CHANGES = ", ".join(f"{column} = :{column}" for column in DEFINED[1:])
+COLUMNS = ", ".join(COLUMN_OF.get(name, name) for name in Schedule._fields)
+DEFINED = Schedule._fields[:13]  # what `schedule` sets
+TIMED = slice(6, 9)  # that part of it which says when it is due
+_CHANGES = ", ".join(f"{COLUMN_OF.get(name, name)} = :{name}" for name in DEFINED[1:])
 
 # Add a schedule, or change it; its next time stays the same unless :is_retimed.
 SAVE_SCHEDULE = f"""
-INSERT INTO schedules ({", ".join(DEFINED)}, next_at) VALUES ({", ".join(f":{column}" for column in DEFINED)}, :next_at)
+INSERT INTO schedules ({", ".join(COLUMN_OF.get(name, name) for name in DEFINED)}, next_at)
+VALUES ({", ".join(f":{name}" for name in DEFINED)}, :next_at)
 ON CONFLICT (name) DO UPDATE SET {_CHANGES}, next_at = CASE WHEN :is_retimed THEN :next_at ELSE schedules.next_at END"""
 
 # Return the schedules.
@@ -103,6 +105,7 @@ class Scheduling(Backend):
         payload: Any = None,
         *,
         queue: str = "default",
+        group: str | None = None,
         priority: int = 0,
         run_at: float | None = None,
         expire_seconds: float | timedelta | None = None,
@@ -125,14 +128,15 @@ class Scheduling(Backend):
         on_missed: str = "once",
         overlap: bool = False,
         queue: str = "default",
+        group: str | None = None,
         priority: int = 0,
         expire_seconds: float | timedelta | None = None,
         now: float | None = None,
     ) -> None:
         """Enqueue a job of a task whenever the schedule is due, from now on. A schedule of this name is changed.
 
-        task, payload, queue, priority, expire_seconds: as for `enqueue`. The job's `run_at` is the time of the schedule
-            for which it was enqueued.
+        task, payload, queue, group, priority, expire_seconds: as for `enqueue`. The job's `run_at` is the time of the
+            schedule for which it was enqueued.
         cron: see `pqueue_cron.Cron`; zone: the time zone, a name such as "Europe/Berlin".
         every_seconds: instead of cron, the interval, at least 0.001; the first job is due one interval from now.
         on_missed: what to do about times that passed while no consumer was running: "once" enqueues one job for the
@@ -141,7 +145,7 @@ class Scheduling(Backend):
 
         Raises ValueError.
         """
-        times = valid_times(cron, zone, every_seconds, on_missed, overlap)
+        times = valid_times(cron, zone, every_seconds, on_missed, overlap, group)
         values = _definition(name, task, payload, queue, priority, times, "schedule")
         if expire_seconds is not None:
             values["expire_seconds"] = above_0("expire_seconds", expire_seconds)
@@ -230,7 +234,7 @@ class Scheduling(Backend):
         options: Params = {"run_at": at, "expire_seconds": schedule.expire_seconds, "key": key, "now": now}
         try:
             with without_metadata():
-                job_id = self.enqueue(task, payload, queue=queue, priority=priority, **options)
+                job_id = self.enqueue(task, payload, queue=queue, group=schedule.group, priority=priority, **options)
         except QueueFull:
             if session.has_ended:  # the disk is full, not the queue
                 raise

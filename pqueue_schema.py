@@ -197,6 +197,7 @@ CREATE TABLE schedules (  -- see pqueue_schedules.Schedule
     payload       TEXT NOT NULL,     -- JSON
     queue         TEXT NOT NULL,
     priority      INTEGER NOT NULL,
+    "group"       TEXT,              -- NULL: none
     cron          TEXT,              -- NULL: every_seconds
     zone          TEXT NOT NULL,     -- of cron
     every_seconds {float},           -- NULL: cron

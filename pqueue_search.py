@@ -55,6 +55,7 @@ class Filters(NamedTuple):
 
     state: str | Sequence[str] | None = None  # one of STATES, or several
     queue: str | None = None
+    group: str | None = None
     task: str | None = None
     key: str | None = None
     consumer: str | None = None  # the current or last one
@@ -171,6 +172,7 @@ class Reading(Backend):
         *,
         state: str | Sequence[str] | None = None,
         queue: str | None = None,
+        group: str | None = None,
         task: str | None = None,
         key: str | None = None,
         consumer: str | None = None,
@@ -187,8 +189,8 @@ class Reading(Backend):
     ) -> list[Job]:
         """Return up to `limit` jobs that match all filters given, newest first.
 
-        state, queue, task, key, consumer: equal to the job's; the consumer is the current or last one. Several states
-            may be given.
+        state, queue, group, task, key, consumer: equal to the job's; the consumer is the current or last one. Several
+            states may be given.
         text: contained in the task, payload, result, error or key, regardless of case and Unicode form. Strings in the
             payload or result match with or without JSON escapes.
         payload: a path in the payload and the value there: "customer=7", "address.city=Berlin" or "items.0.id=12". The
@@ -204,7 +206,7 @@ class Reading(Backend):
         Raises ValueError for a filter of the wrong type or length.
         """
         filters = Filters(
-            state, queue, task, key, consumer, text, payload, fingerprint, created_from, created_before, ids
+            state, queue, group, task, key, consumer, text, payload, fingerprint, created_from, created_before, ids
         )
         return self.search_jobs(
             filters, before_id=before_id, limit=limit, seconds=math.inf, excerpt=excerpt, shown=shown
@@ -245,6 +247,7 @@ class Reading(Backend):
         *,
         state: str | Sequence[str] | None = None,
         queue: str | None = None,
+        group: str | None = None,
         task: str | None = None,
         key: str | None = None,
         consumer: str | None = None,
@@ -258,7 +261,7 @@ class Reading(Backend):
     ) -> int:
         """Return the number of jobs that match; the options are those of `list_jobs`."""
         filters = Filters(
-            state, queue, task, key, consumer, text, payload, fingerprint, created_from, created_before, ids
+            state, queue, group, task, key, consumer, text, payload, fingerprint, created_from, created_before, ids
         )
         where, params = self._matching(filters)
         if _is_read(params):
@@ -326,9 +329,9 @@ class Reading(Backend):
 
     def _matching(self, filters: Filters) -> tuple[str, Params]:
         """Return the condition of all filters but the state, and the parameters of all filters."""
-        equal = {name: getattr(filters, name) for name in ("queue", "task", "key", "consumer")}
+        equal = {name: getattr(filters, name) for name in ("queue", "group", "task", "key", "consumer")}
         params: Params = {name: valid_filter(name, value, 255) for name, value in equal.items() if value is not None}
-        where = ["1 = 1", *(f"{name} = :{name}" for name in params)]
+        where = ["1 = 1", *(f"{COLUMN_OF[name]} = :{name}" for name in params)]
         if filters.state is not None:
             given = [filters.state] if isinstance(filters.state, str) else valid_list("states", filters.state)
             if not given:

@@ -230,6 +230,7 @@ def task(
     every_seconds: float | timedelta | None = None,
     on_missed: str = "once",
     overlap: bool = False,
+    group: str | None = None,
     expire_seconds: float | timedelta | None = None,
     on_failed: str | Task[..., Any] | None = None,
 ) -> Decorator: ...
@@ -247,6 +248,7 @@ def task(
     every_seconds: float | timedelta | None = None,
     on_missed: str = "once",
     overlap: bool = False,
+    group: str | None = None,
     expire_seconds: float | timedelta | None = None,
     on_failed: str | Task[..., Any] | None = None,
 ) -> Any:
@@ -260,8 +262,9 @@ def task(
     backoff: the delay before the next attempt: a number of seconds, a list of those after the first, second … attempt
         (the last one repeats), or a function of the number of attempts; None: see `backoff_seconds`.
     max_backoff_seconds: the longest such delay.
-    cron, zone, every_seconds, on_missed, overlap: when to enqueue a job without arguments; those of the queue's
-        `schedule`. A consumer that knows the task saves the schedule, under the task's name, when it starts.
+    cron, zone, every_seconds, on_missed, overlap, group: when to enqueue a job without arguments, and in which group;
+        those of the queue's `schedule`. A consumer that knows the task saves the schedule, under the task's name, when
+        it starts.
     expire_seconds: see `enqueue`; for jobs that are enqueued without one, by the schedule or a program that has the
         function.
     on_failed: the task, or its name, that gets a job for each job of this one that becomes `failed`: see the queue's
@@ -281,8 +284,8 @@ def task(
     }
     if on_failed is not None:
         options["on_failed"] = valid_name("task", on_failed.name if isinstance(on_failed, Task) else on_failed)
-    times = (cron, zone, every_seconds, on_missed, overlap)
-    if times != (None, "UTC", None, "once", False):
+    times = (cron, zone, every_seconds, on_missed, overlap, group)
+    if times != (None, "UTC", None, "once", False, None):
         options["schedule"] = valid_times(*times)
     if callable(name):
         return _register(None, name, options)

@@ -156,6 +156,7 @@ CREATE TABLE pqueue.schedules (  -- see pqueue_schedules.Schedule
     payload       TEXT NOT NULL,     -- JSON
     queue         TEXT NOT NULL,
     priority      INTEGER NOT NULL,
+    "group"       TEXT,              -- NULL: none
     cron          TEXT,              -- NULL: every_seconds
     zone          TEXT NOT NULL,     -- of cron
     every_seconds DOUBLE PRECISION,           -- NULL: cron
@@ -1082,25 +1083,26 @@ ORDER BY id LIMIT 1000;
 
 -- SAVE_SCHEDULE
 -- Add a schedule, or change it; its next time stays the same unless :is_retimed.
--- $1 name, $2 task, $3 payload, $4 queue, $5 priority, $6 cron, $7 zone, $8 every_seconds, $9 on_missed, $10 overlap,
--- $11 expire_seconds, $12 origin, $13 next_at, $14 is_retimed
-INSERT INTO pqueue.schedules (name, task, payload, queue, priority, cron, zone, every_seconds, on_missed, overlap, expire_seconds, origin, next_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
-ON CONFLICT (name) DO UPDATE SET task = $2, payload = $3, queue = $4, priority = $5, cron = $6, zone = $7, every_seconds = $8, on_missed = $9, overlap = $10, expire_seconds = $11, origin = $12, next_at = CASE WHEN $14 THEN $13 ELSE schedules.next_at END;
+-- $1 name, $2 task, $3 payload, $4 queue, $5 priority, $6 group, $7 cron, $8 zone, $9 every_seconds, $10 on_missed, $11
+-- overlap, $12 expire_seconds, $13 origin, $14 next_at, $15 is_retimed
+INSERT INTO pqueue.schedules (name, task, payload, queue, priority, "group", cron, zone, every_seconds, on_missed, overlap, expire_seconds, origin, next_at)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
+ON CONFLICT (name) DO UPDATE SET task = $2, payload = $3, queue = $4, priority = $5, "group" = $6, cron = $7, zone = $8, every_seconds = $9, on_missed = $10, overlap = $11, expire_seconds = $12, origin = $13, next_at = CASE WHEN $15 THEN $14 ELSE schedules.next_at END;
 
 -- SCHEDULES
 -- Return the schedules.
-SELECT name, task, payload, queue, priority, cron, zone, every_seconds, on_missed, overlap, expire_seconds, origin, paused, next_at, last_at, last_job_id, skipped FROM pqueue.schedules ORDER BY name;
+SELECT name, task, payload, queue, priority, "group", cron, zone, every_seconds, on_missed, overlap, expire_seconds, origin, paused, next_at, last_at, last_job_id, skipped FROM pqueue.schedules ORDER BY name;
 
 -- SCHEDULE_NAMED
 -- Return a schedule.
 -- $1 name
-SELECT name, task, payload, queue, priority, cron, zone, every_seconds, on_missed, overlap, expire_seconds, origin, paused, next_at, last_at, last_job_id, skipped FROM pqueue.schedules WHERE name = $1;
+SELECT name, task, payload, queue, priority, "group", cron, zone, every_seconds, on_missed, overlap, expire_seconds, origin, paused, next_at, last_at, last_job_id, skipped FROM pqueue.schedules WHERE name = $1;
 
 -- DUE_SCHEDULES
 -- Return the schedules that are due. While the queue is moved, none is: they are due in the target.
 -- differs because others may fire at the same time; a claim does not wait for them
 -- $1 now, $2 limit
-SELECT name, task, payload, queue, priority, cron, zone, every_seconds, on_missed, overlap, expire_seconds, origin, paused, next_at, last_at, last_job_id, skipped FROM pqueue.schedules WHERE paused = 0 AND next_at <= $1
+SELECT name, task, payload, queue, priority, "group", cron, zone, every_seconds, on_missed, overlap, expire_seconds, origin, paused, next_at, last_at, last_job_id, skipped FROM pqueue.schedules WHERE paused = 0 AND next_at <= $1
     AND NOT EXISTS (SELECT 1 FROM pqueue.history WHERE job_id = 0 AND event IN ('moving', 'moved'))
 ORDER BY next_at, name LIMIT $2 FOR UPDATE SKIP LOCKED;
 

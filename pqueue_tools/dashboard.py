@@ -45,7 +45,7 @@ FILE_BYTES_SHOWN = 65_536  # of a job's file
 STATES_SHOWN = ("pending", "scheduled", "waiting", "processing", "completed", "failed")
 OTHER_HOST = "refused: this is not a host name of the dashboard; PQUEUE_OPS_HOSTS can list more"
 OTHER_SITE = "refused: the request comes from another site"
-FILTERS = ("state", "queue", "task", "consumer", "key", "text", "payload", "since", "until", "fingerprint")
+FILTERS = ("state", "queue", "group", "task", "consumer", "key", "text", "payload", "since", "until", "fingerprint")
 CHART_COLOURS: dict[str, str] = {  # for light and dark pages; apart for all kinds of colour vision
     "enqueued": "#8a94a6",
     "completed": "#3b82d6",

@@ -661,7 +661,7 @@ def consumer_row(each: dict[str, Any]) -> dict[str, Any]:
 def schedule_row(each: Schedule) -> dict[str, Any]:
     """Return a schedule as a row of a table."""
     due = f"every {span(each.every_seconds)}" if each.every_seconds else f"{each.cron} {each.zone}"
-    keys = ("task", "queue", "next_at", "last_at", "last_job_id", "skipped", "paused")
+    keys = ("task", "queue", "group", "next_at", "last_at", "last_job_id", "skipped", "paused")
     return {"name": each.name, "due": due, **{key: getattr(each, key) for key in keys}}
 
 

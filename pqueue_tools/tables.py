@@ -466,6 +466,7 @@ SCHEDULES = Table(
         Column("due", itemgetter("due")),
         Column("task", itemgetter("task"), on_phone=False),
         Column("queue", itemgetter("queue"), on_phone=False),
+        Column("group", itemgetter("group"), on_phone=False),
         Column("next", itemgetter("next_at"), "time"),
         Column("last", itemgetter("last_at"), "time", on_phone=False),
         Column("last job", itemgetter("last_job_id"), "job", on_phone=False),

@@ -86,6 +86,7 @@ READING = [
     ["list-jobs", "--json"],
     ["list-jobs", "--status", "failed", "--queue", "default", "--task", "work", "--consumer", "anna", "--json"],
     ["list-jobs", "--status", "failed,pending", "--payload", "a=b", "--limit", "3"],
+    ["list-jobs", "--group", "a", "--json"],
     ["list-jobs", "--text", "value", "--since", "1h", "--until", "2100-01-01", "--limit", "3", "--before-id", "90"],
     ["failedjobs"],
     ["failedjobs", "--all"],
@@ -122,7 +123,7 @@ READING = [
     ["run-now", "6"],
     ["replay", "2"],
     ["schedule", "nightly", "work", "[1]", "--cron", "@daily", "--zone", "Asia/Tokyo", "--on-missed", "all"],
-    ["schedule", "pulse", "work", "--every", "5m", "--overlap", "--json"],
+    ["schedule", "pulse", "work", "--every", "5m", "--overlap", "--group", "a", "--json"],
     ["schedule", "wrong", "work", "--cron", "* * *"],
     ["weigh", "default", "a", "2"],
     ["schedules"],
@@ -803,6 +804,17 @@ def test_operator_sees_when_a_job_expires_and_that_it_did(queue, run):
     )
     assert run("schedule", "tick", "t", "--every", "1h", "--expire", "5m")[0] == 0
     assert queue.schedules()[0].expire_seconds == 300
+
+
+def test_operator_uses_groups_of_schedules_and_lists_their_jobs(queue, run):
+    assert run("schedule", "tick", "t", "--every", "1h", "--group", "customer-7")[0] == 0
+    assert json.loads(run("schedules", "-o", "json")[1])["group"] == "customer-7"
+    assert "customer-7" in run("schedules")[1]
+    job_id = queue.enqueue("t", group="customer-7")
+    queue.enqueue("t", group="customer-8")
+    assert json.loads(run("list-jobs", "--group", "customer-7", "-o", "json")[1])["id"] == job_id
+    assert run("cancel", "--group", "customer-8", "--yes")[0] == 0
+    assert [job.group for job in queue.list_jobs(state="cancelled")] == ["customer-8"]
 
 
 def test_doctor_finds_jobs_that_are_kept_for_ever_or_too_long(queue, run, monkeypatch):

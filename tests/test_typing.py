@@ -29,7 +29,7 @@ job: Job | None = queue.dequeue("worker", queues=["greetings"], lease_seconds=30
 jobs: list[Job] = queue.dequeue_many("worker", 10, prefetch=True)
 taken, lost = queue.complete_and_dequeue([(job, "done") for job in jobs], "worker", now=1.0)
 failed: list[Job] = queue.list_jobs(state="failed", limit=10)
-found, before_id = queue.search_jobs(Filters(text="ada"), seconds=0.5)
+found, before_id = queue.search_jobs(Filters(text="ada", group="a"), seconds=0.5)
 number: int = queue.count_jobs(task="greet", created_from=1.0)
 queue.change(first, payload=[1], run_at=datetime.now(timezone.utc), by="ann")
 queue.enqueue("greet", key_seconds=timedelta(hours=1))
