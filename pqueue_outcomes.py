@@ -2,7 +2,10 @@
 
 A row of the table counts the events of one kind in a period. An attempt that has ended is counted by the buckets of its
 run and waiting time, so that the rows are histograms. Resubmitting, pruning and deleting jobs changes no count. After
-72 hours minutes are added up to hours, after 90 days hours to a total.
+72 hours minutes are added up to hours, which are deleted after 90 days.
+
+The rows of period 0 are the total of all others, those deleted included, except the ones that are too recent: whose
+`shard` is not 0. After two minutes these are added to the total, and merged with those of other connections.
 
 SQLite counts new jobs later, as a put would take a fifth longer if it wrote another page. Ids increase with every job:
 those above the last one counted, whose id is the `number` of the event `counted`, are counted by those who read, by
@@ -23,9 +26,9 @@ from pqueue_values import Job, Params, above_0, finite, time_of, valid_name
 
 BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)  # seconds, inclusive
 UNTIMED = -1  # the bucket of an event without a time
-MINUTE, HOUR, EVER = 60, 3600, 0  # periods, in seconds
+MINUTE, HOUR = 60, 3600  # periods, in seconds
 KEPT_SECONDS = {MINUTE: 72 * HOUR, HOUR: 90 * 24 * HOUR}
-SHARD_SECONDS = 2 * MINUTE  # after which the rows that several connections wrote for a minute are merged
+RECENT_SECONDS = 2 * MINUTE  # after which a minute is added to the total
 MAX_TIME = 1e15
 FOREVER = 2**60  # a period that contains all times
 ROLL_UP_JOBS = 256  # new jobs between counts of them
@@ -58,19 +61,37 @@ LAST_COUNTED = """coalesce((SELECT number FROM outcomes
 MINUTE_OF_JOB = f"CAST(max(0.0, min(created_at, {MAX_TIME})) / 60 AS INTEGER) * 60"
 
 
-def totals(new_jobs: str) -> str:
+# New jobs that SQLite has not counted yet
+NEW_JOBS = f"""
+    UNION ALL SELECT * FROM (SELECT {MINUTE_OF_JOB} AS at, queue, task, 'enqueued', {UNTIMED}, {UNTIMED}, 1, 0.0, 0.0
+        FROM jobs WHERE id > {LAST_COUNTED}) new WHERE at < :until"""
+EVENT = "queue, task, event, run, wait"
+ALL_SUMS = "sum(number), sum(run_seconds), sum(wait_seconds)"
+MINUTES_AND_HOURS = "FROM outcomes WHERE period IN (60, 3600) AND at >="
+
+
+def periods(new_jobs: str) -> str:
     return f"""
-SELECT at - at % :step AS step, queue, task, event, run, wait, CAST(sum(number) AS bigint) AS number,
-    sum(run_seconds) AS run_seconds, sum(wait_seconds) AS wait_seconds FROM (
-    SELECT at, queue, task, event, run, wait, number, run_seconds, wait_seconds FROM outcomes
-    WHERE period IN (0, 60, 3600) AND at >= :since AND at < :until AND event <> 'counted'{new_jobs}) counts
-GROUP BY at - at % :step, queue, task, event, run, wait ORDER BY 1, 2, 3"""
+SELECT at - at % :step AS step, {EVENT}, CAST(sum(number) AS bigint), sum(run_seconds), sum(wait_seconds) FROM (
+    SELECT at, {EVENT}, {SUMS} {MINUTES_AND_HOURS} :since AND at < :until{new_jobs}) counts
+GROUP BY at - at % :step, {EVENT} ORDER BY 1, 2, 3"""
+
+
+def whole(new_jobs: str) -> str:
+    return f"""
+SELECT 0 AS step, {EVENT}, CAST(sum(number) AS bigint), sum(run_seconds), sum(wait_seconds) FROM (
+    SELECT at, {EVENT}, {SUMS} FROM outcomes WHERE period = 0 AND event <> 'counted'
+    UNION ALL SELECT at, {EVENT}, {SUMS} FROM outcomes WHERE shard <> 0 AND period = 60 AND at < :until
+    UNION ALL SELECT at, {EVENT}, -number, -run_seconds, -wait_seconds {MINUTES_AND_HOURS} :until
+        AND shard = 0{new_jobs}) counts
+GROUP BY {EVENT} HAVING sum(number) <> 0 ORDER BY 2, 3"""
 
 
 # Return the counts by task, and by :step seconds, in [:since, :until).
-OUTCOMES = totals(f"""
-    UNION ALL SELECT * FROM (SELECT {MINUTE_OF_JOB} AS at, queue, task, 'enqueued', {UNTIMED}, {UNTIMED}, 1, 0.0, 0.0
-        FROM jobs WHERE id > {LAST_COUNTED}) new WHERE at >= :since AND at < :until""")
+OUTCOMES = periods(f"{NEW_JOBS} AND at >= :since")
+
+# Return the counts by task before :until: the total, and what is not in it yet, without what came later.
+TOTAL = whole(NEW_JOBS)
 
 # Return what is expected of the queues.
 EXPECTATIONS = "SELECT name, max_wait_seconds, max_failed_share FROM queues ORDER BY name"
@@ -82,17 +103,33 @@ UPDATE queues SET max_wait_seconds = :max_wait_seconds, max_failed_share = :max_
 # Return the first period that is counted by itself.
 FIRST_PERIOD = "SELECT min(at) FROM outcomes WHERE period = :period"
 
-ALL_SUMS = "sum(number), sum(run_seconds), sum(wait_seconds)"
+# Return whether there are minutes before :before that are not in the total.
+RECENT = "FROM outcomes WHERE shard <> 0 AND period = 60 AND at < :before"
+HAS_RECENT = f"SELECT EXISTS (SELECT 1 {RECENT})"
 
-# Add the counts of periods before :before up to longer ones of :width seconds.
-ADD_UP = f"""
-INSERT INTO outcomes ({COLUMNS})
-SELECT :longer, at - at % :width, queue, task, event, run, wait, 0, {ALL_SUMS} FROM outcomes
-WHERE period = :period AND at < :before GROUP BY at - at % :width, queue, task, event, run, wait
+# Add these minutes to the total.
+ADD_TO_TOTAL = f"""
+INSERT INTO outcomes ({COLUMNS}) SELECT 0, 0, {EVENT}, 0, {ALL_SUMS} {RECENT} GROUP BY {EVENT}
 {SUM}"""
 
-# Delete the counts of periods before :before.
-DELETE_PERIODS = "DELETE FROM outcomes WHERE period = :period AND at < :before"
+# Mark them as added.
+MERGE = f"""
+INSERT INTO outcomes ({COLUMNS}) SELECT 60, at, {EVENT}, 0, {SUMS} {RECENT}
+{SUM}"""
+DELETE_RECENT = f"DELETE {RECENT}"
+
+# Add minutes before :before up to hours.
+ADD_UP = f"""
+INSERT INTO outcomes ({COLUMNS})
+SELECT 3600, at - at % 3600, {EVENT}, 0, {ALL_SUMS} FROM outcomes
+WHERE period = 60 AND at < :before AND shard = 0 GROUP BY at - at % 3600, {EVENT}
+{SUM}"""
+
+# Delete these minutes.
+DELETE_MINUTES = "DELETE FROM outcomes WHERE period = 60 AND at < :before AND shard = 0"
+
+# Delete hours before :before.
+DELETE_HOURS = "DELETE FROM outcomes WHERE period = 3600 AND at < :before"
 
 
 MAX_WAIT_SECONDS = 600.0  # expected of a queue by default: how long a due job may wait
@@ -202,6 +239,8 @@ class Counting(Backend):
         if step_seconds is not None and (finite("step_seconds", step_seconds) < MINUTE or step_seconds % MINUTE):
             raise ValueError(f"expected step_seconds to be a multiple of 60, got {step_seconds!r}")
         params = {"since": first, "until": FOREVER if until is None else time_of("until", until)}
+        if since is None and step_seconds is None:
+            return list(_outcomes(self._read(TOTAL, params), 0.0))
         rows = self._read(OUTCOMES, {**params, "step": step_seconds or FOREVER})
         return list(_outcomes(rows, None if step_seconds else float(first)))
 
@@ -237,22 +276,25 @@ class Counting(Backend):
         """Count the new jobs that were not counted yet; must run before jobs are deleted or change their queue."""
 
     def _roll_up(self, now: float) -> None:
-        """Count new jobs, and add old counts up."""
+        """Count new jobs, add minutes to the total, add old ones up to hours, and delete old hours."""
         with self._transaction(durable=False) as session:
             self._count_enqueued(session)
-            for period, longer in ((MINUTE, HOUR), (HOUR, EVER)):
+            before = {"before": minute(now) - RECENT_SECONDS}
+            if session.run(HAS_RECENT, before)[0][0]:
+                self._add_to_total(session, before)
+            for period, statements in ((MINUTE, (ADD_UP, DELETE_MINUTES)), (HOUR, (DELETE_HOURS,))):
                 first = session.run(FIRST_PERIOD, {"period": period})[0][0]
                 # guard: recent counts stay as they are
-                before = minute(now) - KEPT_SECONDS[period]
-                if first is not None and first < before:
+                kept = minute(now) - KEPT_SECONDS[period]
+                if first is not None and first < kept:
                     an_hour = first - first % HOUR + HOUR  # at a time, to keep it short
-                    self._add_up(session, period, longer, min(before, an_hour))
+                    for sql in statements:
+                        session.change(sql, {"before": min(kept, an_hour)})
 
-    def _add_up(self, session: Session, period: int, longer: int, before: int) -> None:
-        """Add the counts of periods before a time up to longer ones."""
-        params = {"period": period, "before": before}
-        session.change(ADD_UP, {**params, "longer": longer, "width": longer or FOREVER})
-        session.change(DELETE_PERIODS, params)
+    def _add_to_total(self, session: Session, before: Params) -> None:
+        """Add the minutes before a time to the total, and mark them as added."""
+        for sql in (ADD_TO_TOTAL, MERGE, DELETE_RECENT):
+            session.change(sql, before)
 
 
 def count(session: Session, queue: str, task: str, event: str, now: float) -> None:

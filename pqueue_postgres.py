@@ -16,7 +16,7 @@ import pqueue_move
 import pqueue_outcomes
 import pqueue_schedules
 import pqueue_schema
-from pqueue_outcomes import ALL_SUMS, BOUNDS, KEY, MAX_TIME, NEW, SUM, UNTIMED
+from pqueue_outcomes import ALL_SUMS, BOUNDS, EVENT, KEY, MAX_TIME, NEW, SUM, UNTIMED
 from pqueue_outcomes import COLUMNS as COLUMNS_OF_COUNTS
 from pqueue_schema import (
     COLUMN_OF,
@@ -389,18 +389,12 @@ counted AS ({_COUNT_ENQUEUED})
 SELECT id FROM added"""
 
 
-def _add_up(condition: str) -> str:
-    """Replace counts by sums. The rows are locked in order, as others may do the same."""
+def _taken(rows: str) -> str:
+    """Delete counts and return them. They are locked in order, as others may do the same."""
     return f"""
 WITH old AS (
-    DELETE FROM outcomes WHERE ctid = ANY (ARRAY(
-        SELECT ctid FROM outcomes WHERE period = :period AND at < :before {condition}
-        ORDER BY {KEY} {LOCK}))
-    RETURNING *)
-INSERT INTO outcomes ({COLUMNS_OF_COUNTS})
-SELECT :longer, at - at % :width, queue, task, event, run, wait, 0, {ALL_SUMS} FROM old
-GROUP BY at - at % :width, queue, task, event, run, wait ORDER BY 2, 3, 4, 5, 6, 7
-{SUM}"""
+    DELETE FROM outcomes WHERE ctid = ANY (ARRAY(SELECT ctid {rows} ORDER BY {KEY} {LOCK}))
+    RETURNING *)"""
 
 
 # The statements of pqueue_schema that differ on PostgreSQL. Each has the same parameters and returns the same columns,
@@ -558,7 +552,9 @@ WITH done AS ({pqueue_schema.COMPLETE_PARENT} RETURNING queue, task, run_at, sta
 counted AS ({_COUNT_COMPLETED})
 SELECT FROM done""",
     # differs because new jobs are counted when they are inserted
-    pqueue_outcomes.OUTCOMES: pqueue_outcomes.totals(""),
+    pqueue_outcomes.OUTCOMES: pqueue_outcomes.periods(""),
+    # differs because new jobs are counted when they are inserted
+    pqueue_outcomes.TOTAL: pqueue_outcomes.whole(""),
     # differs because new jobs are counted when they are inserted
     pqueue_move.COPY_JOB: f"""
 WITH added AS ({pqueue_move.COPY_JOB}),
@@ -570,10 +566,13 @@ WITH added AS ({pqueue_handlers.ADD_HANDLER_JOB}),
 counted AS ({_COUNT_ENQUEUED})
 SELECT id FROM added""",
     # differs because others may add them up at the same time: this also deletes them
-    pqueue_outcomes.ADD_UP: _add_up(""),
+    pqueue_outcomes.ADD_UP: f"""{_taken("FROM outcomes WHERE period = 60 AND at < :before AND shard = 0")}
+INSERT INTO outcomes ({COLUMNS_OF_COUNTS})
+SELECT 3600, at - at % 3600, {EVENT}, 0, {ALL_SUMS} FROM old
+GROUP BY at - at % 3600, {EVENT} ORDER BY 2, 3, 4, 5, 6, 7
+{SUM}""",
     # differs because ADD_UP has deleted them
-    pqueue_outcomes.DELETE_PERIODS: """
-SELECT FROM (SELECT) none WHERE CAST(:period AS integer) IS NULL AND CAST(:before AS bigint) IS NULL""",
+    pqueue_outcomes.DELETE_MINUTES: "SELECT FROM (SELECT) none WHERE CAST(:before AS bigint) IS NULL",
     # differs because a text is searched in another way
     pqueue_schema.FAILURES: pqueue_schema.failures("split_part(error, chr(10), 1)"),
     # differs because JSON is read in another way
@@ -714,8 +713,15 @@ LOCK_HOLDER = f"SELECT 1 FROM jobs WHERE id = :id AND {HOLDS_KEY} FOR SHARE"
 # Mark a consumer as running that others may have marked as dead.
 MARK_RUNNING = "UPDATE consumers SET state = 'running', last_seen_at = :now WHERE token = :token AND state <> 'stopped'"
 
-# Merge the rows that several connections wrote for a minute.
-MERGE_SHARDS = _add_up("AND shard <> 0")
+# Add minutes to the total, and merge the rows that several connections wrote for them.
+ADD_TO_TOTAL = f"""{_taken(pqueue_outcomes.RECENT)},
+merged AS (
+    INSERT INTO outcomes ({COLUMNS_OF_COUNTS})
+    SELECT 60, at, {EVENT}, 0, {ALL_SUMS} FROM old GROUP BY at, {EVENT} ORDER BY 2, 3, 4, 5, 6, 7
+    {SUM})
+INSERT INTO outcomes ({COLUMNS_OF_COUNTS})
+SELECT 0, 0, {EVENT}, 0, {ALL_SUMS} FROM old GROUP BY {EVENT} ORDER BY 3, 4, 5, 6, 7
+{SUM}"""
 
 # Return the transactions that have written jobs.
 WRITERS = f"""

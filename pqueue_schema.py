@@ -33,7 +33,7 @@ SQLITE_TYPES = {
     "float": "REAL",
     "sqlite": "",
     "task": "task",
-    "shard": "0",
+    "shard": "1",
 }
 
 # A migration is a list of statements; user_version is the number of migrations applied to a file. Once 0.1 is released,
@@ -218,14 +218,15 @@ CREATE TABLE schedules (  -- see pqueue_schedules.Schedule
 {sqlite} STRICT""",
         """
 CREATE TABLE outcomes (  -- see pqueue_outcomes
-    period  INTEGER NOT NULL,  -- its length: 60 or 3600 seconds; 0: all that was before
-    at      {bigint} NOT NULL, -- when it began, Unix seconds; 0: all that was before
+    period  INTEGER NOT NULL,  -- its length: 60 or 3600 seconds; 0: the total
+    at      {bigint} NOT NULL, -- when it began, Unix seconds; 0: the total
     queue   TEXT NOT NULL,
     task    TEXT NOT NULL,
     event   TEXT NOT NULL,     -- one of pqueue_outcomes.EVENTS, or counted: the last job counted as enqueued
     run     INTEGER NOT NULL,  -- bucket of the run time; -1: without a time
     wait    INTEGER NOT NULL,  -- bucket of the waiting time; -1: without a time
-    shard   {bigint} NOT NULL DEFAULT {shard},  -- on PostgreSQL the connection, so that no other waits for the row
+    shard   {bigint} NOT NULL DEFAULT {shard},  -- 0: it is in the total; else it is not yet, and was written by this
+                                                -- connection of PostgreSQL: so none waits for the row of another
     number  {bigint} NOT NULL,
     run_seconds  {float} NOT NULL,  -- the sum of the run times
     wait_seconds {float} NOT NULL,  -- the sum of the waiting times

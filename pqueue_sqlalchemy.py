@@ -64,8 +64,8 @@ from pqueue_listener import (
     ResultWatch,
     is_notify_queue_full,
 )
-from pqueue_outcomes import MINUTE, SHARD_SECONDS, minute
 from pqueue_postgres import (
+    ADD_TO_TOTAL,
     ALONE,
     COMPLETE_ALL,
     COPYING,
@@ -84,7 +84,6 @@ from pqueue_postgres import (
     MARK_RUNNING,
     MERGE_CHANGES,
     MERGE_EVENTS,
-    MERGE_SHARDS,
     MISCOUNTED,
     NEXT_OF_GROUPS,
     PG_NOTIFY,
@@ -1011,11 +1010,8 @@ class OnPostgres(PersistentQSQLAlchemy):
     def _count_completed(self, session: Session, jobs: Sequence[Job], now: float) -> None:
         """Do nothing: the statement that completes a job counts it."""
 
-    def _roll_up(self, now: float) -> None:
-        params = {"period": MINUTE, "longer": MINUTE, "width": MINUTE, "before": minute(now) - SHARD_SECONDS}
-        with self._transaction(durable=False) as session:
-            session.change(MERGE_SHARDS, params)
-            super()._roll_up(now)
+    def _add_to_total(self, session: Session, before: Params) -> None:
+        session.change(ADD_TO_TOTAL, before)
 
     def _reset_ids(self, session: Session) -> None:
         for table in ("jobs", "history", "dependencies"):

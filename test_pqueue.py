@@ -3553,7 +3553,7 @@ class QueueContract:
         found = {(0.0, "default", "t"): {"enqueued": 1}, (0.0, "other", "t"): {"completed": 1}}
         self.assertEqual(self.counted(), found)
 
-    def test_counts_are_added_up_to_hours_after_72_hours_and_to_a_total_after_90_days(self):
+    def test_counts_are_added_up_to_hours_after_72_hours_which_are_deleted_after_90_days(self):
         queue, start = self.queue, 1_800_003_600.0 - 1_800_003_600.0 % 3600
         for minute in (0, 1, 59, 60):
             queue.enqueue("t", now=start + 60 * minute)
@@ -3570,6 +3570,48 @@ class QueueContract:
             queue.prune(0, now=start + 91 * 86400)
         self.assertEqual(self.counted(start), {})
         self.assertEqual(self.counted(), {(0.0, "default", "t"): {"enqueued": 4, "completed": 4}})
+
+    def test_total_is_that_of_its_minutes_however_late_they_are_counted(self):
+        queue, start = self.queue, NOW - NOW % 3600
+
+        def work(at):
+            queue.enqueue_many("t", range(2), max_attempts=1, now=at)
+            queue.complete(queue.dequeue("w", now=at + 1), now=at + 2)
+            queue.fail(queue.dequeue("w", now=at + 1), "no", now=at + 3)
+
+        def agree():
+            for until in (None, start, start + 60, start + 3600, start + 9000):
+                whole = pqueue_outcomes.total(queue.outcomes(0, until))
+                self.assertEqual(pqueue_outcomes.total(queue.outcomes(until=until)), whole)
+            return whole.completed
+
+        for number, at in enumerate((0, 30, 3600, 60, 7200, 0), 1):  # some after later minutes were added to the total
+            work(start + at)
+            self.assertEqual(agree(), number)
+            queue.heartbeat("w", now=start + at + 300)
+            self.assertEqual(agree(), number)
+        for _ in range(4):
+            queue.heartbeat("w", now=start + 90 * 3600)
+        self.assertEqual({each.at % 3600 for each in queue.outcomes(0, step_seconds=60)}, {0})
+        self.assertEqual(agree(), 6)
+        work(start)
+        queue.heartbeat("w", now=start + 90 * 3600)
+        self.assertEqual(agree(), 7)
+        target = self.target()
+        queue.copy_to(target)
+        target.heartbeat("w", now=start + 90 * 3600)
+        self.assertEqual(target.outcomes(), queue.outcomes())
+
+    def test_total_is_read_without_its_minutes(self):
+        queue = self.queue
+        for n in range(5):
+            queue.enqueue("t", now=NOW + 60 * n)
+            queue.complete(queue.dequeue("w", now=NOW + 60 * n), now=NOW + 60 * n)
+        queue.heartbeat("w", now=NOW + 600)
+        with queue._transaction() as session:
+            session.change("DELETE FROM outcomes WHERE period = 60")
+            (found,) = queue.outcomes()
+        self.assertEqual((found.enqueued, found.completed, found.run.number), (5, 5, 5))
 
     def test_counts_are_copied_and_go_on_in_the_copy(self):
         queue = self.queue

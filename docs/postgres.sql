@@ -177,14 +177,15 @@ CREATE TABLE pqueue.schedules (  -- see pqueue_schedules.Schedule
 -- STRICT;
 
 CREATE TABLE pqueue.outcomes (  -- see pqueue_outcomes
-    period  INTEGER NOT NULL,  -- its length: 60 or 3600 seconds; 0: all that was before
-    at      BIGINT NOT NULL, -- when it began, Unix seconds; 0: all that was before
+    period  INTEGER NOT NULL,  -- its length: 60 or 3600 seconds; 0: the total
+    at      BIGINT NOT NULL, -- when it began, Unix seconds; 0: the total
     queue   TEXT NOT NULL,
     task    TEXT NOT NULL,
     event   TEXT NOT NULL,     -- one of pqueue_outcomes.EVENTS, or counted: the last job counted as enqueued
     run     INTEGER NOT NULL,  -- bucket of the run time; -1: without a time
     wait    INTEGER NOT NULL,  -- bucket of the waiting time; -1: without a time
-    shard   BIGINT NOT NULL DEFAULT pg_backend_pid(),  -- on PostgreSQL the connection, so that no other waits for the row
+    shard   BIGINT NOT NULL DEFAULT pg_backend_pid(),  -- 0: it is in the total; else it is not yet, and was written by this
+                                                -- connection of PostgreSQL: so none waits for the row of another
     number  BIGINT NOT NULL,
     run_seconds  DOUBLE PRECISION NOT NULL,  -- the sum of the run times
     wait_seconds DOUBLE PRECISION NOT NULL,  -- the sum of the waiting times
@@ -1302,11 +1303,20 @@ ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET num
 -- Return the counts by task, and by :step seconds, in [:since, :until).
 -- differs because new jobs are counted when they are inserted
 -- $1 step, $2 since, $3 until
-SELECT at - at % $1 AS step, queue, task, event, run, wait, CAST(sum(number) AS bigint) AS number,
-    sum(run_seconds) AS run_seconds, sum(wait_seconds) AS wait_seconds FROM (
-    SELECT at, queue, task, event, run, wait, number, run_seconds, wait_seconds FROM pqueue.outcomes
-    WHERE period IN (0, 60, 3600) AND at >= $2 AND at < $3 AND event <> 'counted') counts
+SELECT at - at % $1 AS step, queue, task, event, run, wait, CAST(sum(number) AS bigint), sum(run_seconds), sum(wait_seconds) FROM (
+    SELECT at, queue, task, event, run, wait, number, run_seconds, wait_seconds FROM pqueue.outcomes WHERE period IN (60, 3600) AND at >= $2 AND at < $3) counts
 GROUP BY at - at % $1, queue, task, event, run, wait ORDER BY 1, 2, 3;
+
+-- TOTAL
+-- Return the counts by task before :until: the total, and what is not in it yet, without what came later.
+-- differs because new jobs are counted when they are inserted
+-- $1 until
+SELECT 0 AS step, queue, task, event, run, wait, CAST(sum(number) AS bigint), sum(run_seconds), sum(wait_seconds) FROM (
+    SELECT at, queue, task, event, run, wait, number, run_seconds, wait_seconds FROM pqueue.outcomes WHERE period = 0 AND event <> 'counted'
+    UNION ALL SELECT at, queue, task, event, run, wait, number, run_seconds, wait_seconds FROM pqueue.outcomes WHERE shard <> 0 AND period = 60 AND at < $1
+    UNION ALL SELECT at, queue, task, event, run, wait, -number, -run_seconds, -wait_seconds FROM pqueue.outcomes WHERE period IN (60, 3600) AND at >= $1
+        AND shard = 0) counts
+GROUP BY queue, task, event, run, wait HAVING sum(number) <> 0 ORDER BY 2, 3;
 
 -- EXPECTATIONS
 -- Return what is expected of the queues.
@@ -1322,28 +1332,57 @@ UPDATE pqueue.queues SET max_wait_seconds = $1, max_failed_share = $2 WHERE name
 -- $1 period
 SELECT min(at) FROM pqueue.outcomes WHERE period = $1;
 
--- ADD_UP
--- Add the counts of periods before :before up to longer ones of :width seconds.
--- differs because others may add them up at the same time: this also deletes them
--- $1 period, $2 before, $3 longer, $4 width
-WITH old AS (
-    DELETE FROM pqueue.outcomes WHERE ctid = ANY (ARRAY(
-        SELECT ctid FROM pqueue.outcomes WHERE period = $1 AND at < $2 
-        ORDER BY period, at, queue, task, event, run, wait, shard FOR UPDATE SKIP LOCKED))
-    RETURNING *)
-INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, shard, number, run_seconds, wait_seconds)
-SELECT $3, at - at % $4, queue, task, event, run, wait, 0, sum(number), sum(run_seconds), sum(wait_seconds) FROM old
-GROUP BY at - at % $4, queue, task, event, run, wait ORDER BY 2, 3, 4, 5, 6, 7
+-- HAS_RECENT
+-- $1 before
+SELECT EXISTS (SELECT 1 FROM pqueue.outcomes WHERE shard <> 0 AND period = 60 AND at < $1);
+
+-- ADD_TO_TOTAL
+-- Add these minutes to the total.
+-- $1 before
+INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, shard, number, run_seconds, wait_seconds) SELECT 0, 0, queue, task, event, run, wait, 0, sum(number), sum(run_seconds), sum(wait_seconds) FROM pqueue.outcomes WHERE shard <> 0 AND period = 60 AND at < $1 GROUP BY queue, task, event, run, wait
 
 ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
     run_seconds = outcomes.run_seconds + excluded.run_seconds,
     wait_seconds = outcomes.wait_seconds + excluded.wait_seconds;
 
--- DELETE_PERIODS
--- Delete the counts of periods before :before.
+-- MERGE
+-- Mark them as added.
+-- $1 before
+INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, shard, number, run_seconds, wait_seconds) SELECT 60, at, queue, task, event, run, wait, 0, number, run_seconds, wait_seconds FROM pqueue.outcomes WHERE shard <> 0 AND period = 60 AND at < $1
+
+ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
+    run_seconds = outcomes.run_seconds + excluded.run_seconds,
+    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds;
+
+-- DELETE_RECENT
+-- $1 before
+DELETE FROM pqueue.outcomes WHERE shard <> 0 AND period = 60 AND at < $1;
+
+-- ADD_UP
+-- Add minutes before :before up to hours.
+-- differs because others may add them up at the same time: this also deletes them
+-- $1 before
+WITH old AS (
+    DELETE FROM pqueue.outcomes WHERE ctid = ANY (ARRAY(SELECT ctid FROM pqueue.outcomes WHERE period = 60 AND at < $1 AND shard = 0 ORDER BY period, at, queue, task, event, run, wait, shard FOR UPDATE SKIP LOCKED))
+    RETURNING *)
+INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, shard, number, run_seconds, wait_seconds)
+SELECT 3600, at - at % 3600, queue, task, event, run, wait, 0, sum(number), sum(run_seconds), sum(wait_seconds) FROM old
+GROUP BY at - at % 3600, queue, task, event, run, wait ORDER BY 2, 3, 4, 5, 6, 7
+
+ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
+    run_seconds = outcomes.run_seconds + excluded.run_seconds,
+    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds;
+
+-- DELETE_MINUTES
+-- Delete these minutes.
 -- differs because ADD_UP has deleted them
--- $1 period, $2 before
-SELECT FROM (SELECT) none WHERE CAST($1 AS integer) IS NULL AND CAST($2 AS bigint) IS NULL;
+-- $1 before
+SELECT FROM (SELECT) none WHERE CAST($1 AS bigint) IS NULL;
+
+-- DELETE_HOURS
+-- Delete hours before :before.
+-- $1 before
+DELETE FROM pqueue.outcomes WHERE period = 3600 AND at < $1;
 
 -- SET_GROUPED
 -- Let the groups of a queue take turns.
@@ -1769,17 +1808,21 @@ SELECT 1 FROM pqueue.jobs WHERE id = $1 AND key IS NOT NULL AND (key_expires_at 
 -- $1 now, $2 token
 UPDATE pqueue.consumers SET state = 'running', last_seen_at = $1 WHERE token = $2 AND state <> 'stopped';
 
--- MERGE_SHARDS
--- Merge the rows that several connections wrote for a minute.
--- $1 period, $2 before, $3 longer, $4 width
+-- ADD_TO_TOTAL
+-- Add minutes to the total, and merge the rows that several connections wrote for them.
+-- $1 before
 WITH old AS (
-    DELETE FROM pqueue.outcomes WHERE ctid = ANY (ARRAY(
-        SELECT ctid FROM pqueue.outcomes WHERE period = $1 AND at < $2 AND shard <> 0
-        ORDER BY period, at, queue, task, event, run, wait, shard FOR UPDATE SKIP LOCKED))
-    RETURNING *)
+    DELETE FROM pqueue.outcomes WHERE ctid = ANY (ARRAY(SELECT ctid FROM pqueue.outcomes WHERE shard <> 0 AND period = 60 AND at < $1 ORDER BY period, at, queue, task, event, run, wait, shard FOR UPDATE SKIP LOCKED))
+    RETURNING *),
+merged AS (
+    INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, shard, number, run_seconds, wait_seconds)
+    SELECT 60, at, queue, task, event, run, wait, 0, sum(number), sum(run_seconds), sum(wait_seconds) FROM old GROUP BY at, queue, task, event, run, wait ORDER BY 2, 3, 4, 5, 6, 7
+    
+ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
+    run_seconds = outcomes.run_seconds + excluded.run_seconds,
+    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds)
 INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, shard, number, run_seconds, wait_seconds)
-SELECT $3, at - at % $4, queue, task, event, run, wait, 0, sum(number), sum(run_seconds), sum(wait_seconds) FROM old
-GROUP BY at - at % $4, queue, task, event, run, wait ORDER BY 2, 3, 4, 5, 6, 7
+SELECT 0, 0, queue, task, event, run, wait, 0, sum(number), sum(run_seconds), sum(wait_seconds) FROM old GROUP BY queue, task, event, run, wait ORDER BY 3, 4, 5, 6, 7
 
 ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
     run_seconds = outcomes.run_seconds + excluded.run_seconds,
