@@ -77,6 +77,20 @@ INSERT INTO queue_groups (queue, name, task)
 SELECT DISTINCT queue, "group", task FROM jobs WHERE state = 'pending' AND assigned_to IS NULL AND "group" <> ''
 ON CONFLICT DO NOTHING"""
 
+LISTED = "queue_groups g WHERE g.queue = q.name AND (next_at >= 0 OR next_at IS NULL)"
+
+# Return, of the queues whose groups take turns: how many groups have pending jobs, whether jobs without a group are
+# pending, how many groups have max_running jobs processing, and how many wait for their rate.
+COUNT_GROUPS = f"""
+SELECT q.name,
+    (SELECT count(DISTINCT name) FROM (SELECT name FROM {LISTED}) listed) AS pending,
+    EXISTS (SELECT 1 FROM queue_tasks t
+        WHERE t.queue = q.name AND EXISTS (SELECT 1 FROM jobs WHERE {PENDING_OF_TASK})) AS has_unnamed,
+    (SELECT count(*) FROM (SELECT 1 FROM jobs WHERE queue = q.name AND state = 'processing' AND counted = 1
+        GROUP BY "group" HAVING count(*) >= q.max_running) full_ones) AS at_max_running,
+    (SELECT count(DISTINCT g.name) FROM queue_groups g WHERE g.queue = q.name AND next_at > :now) AS at_rate
+FROM queues q WHERE grouped = 1 ORDER BY 1"""
+
 # A claim
 
 OF_GROUP = """queue = g.queue AND task = g.task AND "group" = g.name AND state = 'pending' AND assigned_to IS NULL"""
@@ -406,6 +420,18 @@ class Grouping(Backend):
             found |= {"max_running": most, "running": None if most is None else most - room}
             if jobs is not None:
                 found |= {"rate": (jobs, seconds), "next_at": first_at + seconds if blocked else None}
+        return found
+
+    def count_groups(self, *, now: float | None = None) -> dict[str, dict[str, int]]:
+        """Return the numbers of groups of each queue that has some, or limits each; jobs without a group are one.
+
+        They are "pending", the groups that have such jobs; "at_max_running", those with as many jobs `processing` as
+        the queue allows; and "at_rate", those with pending jobs of which the rate allows none now.
+        """
+        now, found = self._time(now), {}
+        for queue, named, has_unnamed, full, waiting in self._read(COUNT_GROUPS, {"now": now}):
+            waits = has_unnamed and self.limits(queue, now=now)["next_at"] is not None
+            found[queue] = {"pending": named + has_unnamed, "at_max_running": full, "at_rate": waiting + waits}
         return found
 
     def _let_groups_take_turns(self, session: Session, queue: str) -> int:

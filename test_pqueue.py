@@ -865,6 +865,32 @@ class QueueContract:
                 jobs += found
         self.assertEqual(q.limits("default", "a")["running"], 2)
 
+    def test_operator_sees_how_many_groups_are_at_a_limit(self):
+        q = self.queue
+
+        def counts(now=NOW):
+            found = q.count_groups(now=now)
+            return {name: tuple(each.values()) for name, each in found.items()}
+
+        q.enqueue("t", now=NOW)
+        self.assertEqual(counts(), {})
+        q.limit("run", running=2)
+        q.limit("rate", rate=(1, 10.0))
+        self.assertEqual(counts(), {"rate": (0, 0, 0), "run": (0, 0, 0)})
+        for name in ("run", "rate"):
+            for group in ("a", "b", None):
+                for task in "tu":
+                    q.enqueue_many(task, range(2), queue=name, group=group, now=NOW)
+        self.assertEqual(counts(), {"rate": (3, 0, 0), "run": (3, 0, 0)})
+        run, _ = (q.dequeue_many("w", 9, queues=[name], now=NOW) for name in ("run", "rate"))
+        self.assertIsNone(q.dequeue("w", queues=["run", "rate"], now=NOW))
+        self.assertEqual(counts(), {"rate": (3, 0, 3), "run": (3, 3, 0)})
+        self.assertEqual(counts(NOW + 10), {"rate": (3, 0, 0), "run": (3, 3, 0)})
+        q.complete(run[0], now=NOW)
+        self.assertEqual(counts()["run"], (3, 2, 0))
+        q.limit("run", running=None)
+        self.assertEqual(counts()["run"], (3, 0, 0))
+
     def test_limit_counts_the_jobs_that_run_when_it_is_set(self):
         q = self.queue
         q.enqueue_many("t", range(5), now=NOW)

@@ -1414,6 +1414,20 @@ ON CONFLICT (queue, name) DO UPDATE SET weight = $3;
 -- $1 queue
 UPDATE pqueue.queue_groups SET next_at = 0 WHERE queue = $1;
 
+-- COUNT_GROUPS
+-- Return, of the queues whose groups take turns: how many groups have pending jobs, whether jobs without a group are
+-- pending, how many groups have max_running jobs processing, and how many wait for their rate.
+-- differs because the next claim lists groups that have new jobs
+-- $1 now
+SELECT q.name,
+    (SELECT count(DISTINCT name) FROM (SELECT name FROM pqueue.queue_groups g WHERE g.queue = q.name AND (next_at >= 0 OR next_at IS NULL) UNION SELECT name FROM pqueue.group_events e WHERE e.queue = q.name AND task IS NOT NULL) listed) AS pending,
+    EXISTS (SELECT 1 FROM pqueue.queue_tasks t
+        WHERE t.queue = q.name AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL)) AS has_unnamed,
+    (SELECT count(*) FROM (SELECT 1 FROM pqueue.jobs WHERE queue = q.name AND state = 'processing' AND counted = 1
+        GROUP BY "group" HAVING count(*) >= q.max_running) full_ones) AS at_max_running,
+    (SELECT count(DISTINCT g.name) FROM pqueue.queue_groups g WHERE g.queue = q.name AND next_at > $1) AS at_rate
+FROM pqueue.queues q WHERE grouped = 1 ORDER BY 1;
+
 -- OUTLOOK
 -- Return whether some groups wait for a time that has come, whether jobs are assigned to the consumer, and whether some
 -- queue has no groups.

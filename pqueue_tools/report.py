@@ -504,6 +504,9 @@ def metrics(
     samples = _Samples()
     for name, each in stats["queues"].items():
         _add_queue(samples, name, each, now)
+    for name, groups in queue.count_groups(now=now).items():
+        for state, text in GROUPS.items():
+            samples.add(f"pqueue_groups_{state}", text, groups[state], queue=name)
     _add_consumers(samples, queue.consumers())
     for outcomes in queue.outcomes():
         place = {"queue": outcomes.queue, "task": outcomes.task}
@@ -526,6 +529,11 @@ def metrics(
     return str(samples)
 
 
+GROUPS = {
+    "pending": "Groups of the queue that have pending jobs; those without a group are one",
+    "at_max_running": "Groups of the queue that have as many jobs running as it allows",
+    "at_rate": "Groups of the queue whose pending jobs wait for its rate",
+}
 FILES = {
     "file_bytes": "Size of the database file",
     "wal_bytes": "Size of the write-ahead log of SQLite",
@@ -539,6 +547,14 @@ def _add_queue(samples: _Samples, name: str, stats: dict[str, Any], now: float) 
     age = 0.0 if stats["oldest_pending_at"] is None else max(0.0, now - stats["oldest_pending_at"])
     text = "Seconds since the oldest pending job of the queue became due; 0 if none is pending"
     samples.add("pqueue_oldest_pending_age_seconds", text, age, queue=name)
+    rate = None if stats["rate"] is None else stats["rate"][0] / stats["rate"][1]
+    for limit, most, text in (
+        ("pending_jobs", stats["max_pending"], "Pending jobs that the queue takes at most"),
+        ("running_jobs", stats["max_running"], "Jobs of each group of the queue that run at most at the same time"),
+        ("rate_jobs_per_second", rate, "Jobs of each group of the queue that begin at most, on average"),
+    ):
+        if most is not None:
+            samples.add(f"pqueue_limit_{limit}", text, most, queue=name)
     samples.add("pqueue_paused", "1 if an operator has paused the queue, else 0", int(stats["paused"]), queue=name)
 
 

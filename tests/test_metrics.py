@@ -45,6 +45,8 @@ def work(queue):
     queue.enqueue("good", queue="other")
     queue.release(queue.dequeue("w", queues=["other"]))
     queue.schedule("nightly", "good", cron="@daily")
+    queue.limit("limited", max_pending=9999, running=1, rate=(5, 1.0))
+    queue.enqueue("good", queue="limited", group="customer-7")
 
 
 def promtool(*arguments, **options):
@@ -56,6 +58,25 @@ def test_prometheus_has_no_complaint_about_the_metrics(queue):
     assert promtool("check", "metrics", input=report.metrics(queue, [])) == (0, "")
     work(queue)
     assert promtool("check", "metrics", input=report.metrics(queue, report.findings(queue))) == (0, "")
+
+
+def test_metrics_count_the_groups_that_are_at_a_limit(queue):
+    queue.limit("q", running=1, rate=(9, 60), max_pending=99)
+    for group in "abc":
+        queue.enqueue_many("t", range(2), queue="q", group=group)
+    while queue.dequeue("w", queues=["q"]):
+        pass
+    queue.enqueue("t")
+    text = report.metrics(queue, [])
+    for name, value in {
+        "limit_pending_jobs": 99,
+        "limit_running_jobs": 1,
+        "limit_rate_jobs_per_second": 0.15,
+        "groups_pending": 3,
+        "groups_at_max_running": 3,
+        "groups_at_rate": 0,
+    }.items():
+        assert re.findall(rf"^pqueue_{name}\{{.*", text, re.MULTILINE) == [f'pqueue_{name}{{queue="q"}} {value}']
 
 
 def test_task_whose_attempts_fail_is_reported_as_is_expected_of_its_queue(queue):
@@ -141,6 +162,18 @@ ALERTS = {  # series of one value a minute that make the alert fire, and others 
     "PqueueJobsWait": (
         [series("pqueue_oldest_pending_age_seconds", "700x30", queue="q"), series("pqueue_paused", "0x30", queue="q")],
         [series("pqueue_oldest_pending_age_seconds", "700x30", queue="q"), series("pqueue_paused", "1x30", queue="q")],
+    ),
+    "PqueueQueueFull": (
+        [
+            series("pqueue_jobs", "9x30", queue="q", state="pending"),
+            series("pqueue_limit_pending_jobs", "9x30", queue="q"),
+        ],
+        [
+            series("pqueue_jobs", "8x30", queue="q", state="pending"),
+            series("pqueue_jobs", "9x30", queue="q", state="completed"),
+            series("pqueue_jobs", "9x30", queue="other", state="pending"),
+            series("pqueue_limit_pending_jobs", "9x30", queue="q"),
+        ],
     ),
     "PqueueScheduleLate": (
         [series("pqueue_schedule_delay_seconds", "400x30", schedule="s")],
@@ -242,7 +275,7 @@ def test_figures_agree_after_resubmits_prunes_and_restarts(queue, capsys, monkey
         queue.prune(0, now=time.time() + 1)
         with closing(pqueue.open_queue()) as restarted:
             whole = Counter({name: getattr(total(restarted.outcomes()), name) for name in EVENTS})
-            for name, number in {"enqueued": 14, "failed": 4, "retried": 4, "cancelled": 1}.items():
+            for name, number in {"enqueued": 15, "failed": 4, "retried": 4, "cancelled": 1}.items():
                 assert whole[name] == number * turn
             samples = re.findall(r"^pqueue_(\w+)_total\{.*\} (\d+)$", report.metrics(restarted, []), re.MULTILINE)
         metrics: Counter[str] = Counter()
