@@ -974,6 +974,10 @@ class PersistentQSQLite(PersistentQInterface):
         facts["file_system"] = file_system(self.path.parent)
         facts["durability"] = self.durability
         facts |= {"file_bytes": file_size(self.path), "wal_bytes": file_size(Path(f"{self.path}-wal"))}
+        page_bytes, pages, free = (
+            self._read(f"PRAGMA {name}")[0][0] for name in ("page_size", "page_count", "freelist_count")
+        )
+        facts |= {"used_bytes": page_bytes * (pages - free), "free_bytes": page_bytes * free}
         facts["disk_free_bytes"] = shutil.disk_usage(self.path.parent).free
         facts["problems"] = [
             f"expected {name} {value}, got {facts[name]}" for name, value in expected.items() if facts[name] != value

@@ -4,9 +4,11 @@ Prometheus, and the formatting of times and values."""
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import time
+from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from itertools import accumulate
@@ -29,7 +31,11 @@ NEARLY_ALL = 0.9  # of the attempts of a task: it does not work at all
 SEVERITIES = ("info", "warning", "critical")
 NO_FINDINGS = "no problem found"
 CLOCK_SECONDS = 5.0  # a larger difference between this host's clock and the server's is reported
-MANY_KEPT = 100_000  # finished jobs of a queue; if so many are kept for ever, this is reported
+MANY_KEPT = (
+    100_000  # finished jobs of a queue; if so many are kept for ever, this is reported; as a warning if, as fast
+)
+FULL_SECONDS = 7 * 86400.0  # as they become more, the disk is full within this time
+MANY_FREE_BYTES = 100_000_000  # of the file; so many, and more than half of it, are reported
 LATE_PRUNE_SECONDS = 3600.0  # a job that should have been deleted longer ago is reported
 
 
@@ -88,7 +94,8 @@ def findings(
         *_expired_leases(queue, now),
         *_queue_findings(queue, stats, now),
         *_schedule_findings(queue, now),
-        *_retention_findings(queue, stats, alive, now),
+        *_retention_findings(queue, stats, facts, alive, now),
+        *_file_findings(facts),
         *_clock_findings(queue, now),
     ]
     return by_severity(found)
@@ -272,6 +279,10 @@ def _queue_findings(queue: PersistentQInterface, stats: dict[str, Any], now: flo
         yield Finding("warning", *move.split(": ", 1))
     for name, each in stats["queues"].items():
         oldest = each["oldest_pending_at"]
+        if each["max_pending"] is not None and each["pending"] >= each["max_pending"]:
+            text = f"queue {name!r} is full, with {count(each['pending'], 'job')} pending, and refuses more"
+            again = f"wait for consumers, or run {command_line('admin')} limit {shlex.quote(name)} N"
+            yield Finding("info", text, again, "queues")
         if each["paused"] and not move:
             text = f"queue {name!r} is paused, with {count(each['pending'], 'job')} pending"
             yield Finding("info", text, f"run {_resume(name)}", "queues")
@@ -299,18 +310,46 @@ def _schedule_findings(queue: PersistentQInterface, now: float) -> Iterator[Find
 
 
 def _retention_findings(
-    queue: PersistentQInterface, stats: dict[str, Any], alive: list[dict[str, Any]], now: float
+    queue: PersistentQInterface, stats: dict[str, Any], facts: dict[str, Any], alive: list[dict[str, Any]], now: float
 ) -> Iterator[Finding]:
     """Report many jobs that are kept for ever, and jobs that consumers should have deleted."""
+    added: Counter[tuple[str, str]] = Counter()
+    for outcomes in queue.outcomes(now - 3600):
+        added.update({(outcomes.queue, state): getattr(outcomes, state) for state in pqueue.FINISHED})
     for each in queue.retention(within_seconds=60, now=now):
         name, state, at = each["queue"], each["state"], each["deleted_at"]
-        jobs = stats["queues"].get(name, {}).get(state, 0)
+        jobs, more = stats["queues"].get(name, {}).get(state, 0), added[name, state]
         if each["keep_seconds"] is None and jobs >= MANY_KEPT:
-            text = f"queue {name!r} keeps its {jobs:,} {state} jobs for ever; {each['added']:,} were added in a minute"
-            yield Finding("info", text, f"run {command_line('admin')} keep {shlex.quote(name)} --{state} 7d", "queues")
+            left = _seconds_until_full(stats, facts, more)
+            # Not if they are less than those of a day: something else deletes them.
+            is_soon = left < FULL_SECONDS and jobs > 24 * more
+            full = f", and so fast the disk is full in {span(left)}" if is_soon else ""
+            text = (
+                f"queue {name!r} keeps its {jobs:,} {state} jobs for ever; {more:,} were added in the last hour{full}"
+            )
+            keep = f"run {command_line('admin')} keep {shlex.quote(name)} --{state} 7d"
+            yield Finding("warning" if is_soon else "info", text, keep, "queues")
         elif alive and at is not None and now - at > LATE_PRUNE_SECONDS:
             text = f"queue {name!r}: {state} jobs were to be deleted {ago(at, now)}"
             yield Finding("warning", text, f"run {command_line('consumer')}, which deletes them", "queues")
+
+
+def _seconds_until_full(stats: dict[str, Any], facts: dict[str, Any], jobs_per_hour: int) -> float:
+    """Return after how many seconds so many more jobs fill the disk; without an end, if that is not known."""
+    jobs = sum(stats["states"].values())
+    if not (jobs and jobs_per_hour and "disk_free_bytes" in facts):
+        return math.inf
+    bytes_per_hour = facts["used_bytes"] / jobs * jobs_per_hour
+    return float(facts["disk_free_bytes"] / bytes_per_hour * 3600)
+
+
+def _file_findings(facts: dict[str, Any]) -> Iterator[Finding]:
+    """Report a file that has become much larger than what is in it."""
+    free = facts.get("free_bytes", 0)
+    if free > MANY_FREE_BYTES and free > facts["used_bytes"]:
+        used = size(facts["used_bytes"])
+        text = f"{size(free)} of the database file are free, and used for new jobs; its jobs need {used}"
+        yield Finding("info", text, f"to give them back to the disk, run {command_line('admin')} compact")
 
 
 def _clock_findings(queue: PersistentQInterface, now: float) -> Iterator[Finding]:
@@ -536,6 +575,8 @@ GROUPS = {
 }
 FILES = {
     "file_bytes": "Size of the database file",
+    "used_bytes": "Part of the database file that is in use",
+    "free_bytes": "Part of the database file that is free for new jobs",
     "wal_bytes": "Size of the write-ahead log of SQLite",
     "disk_free_bytes": "Free space on the disk of the database",
 }

@@ -826,7 +826,7 @@ def test_doctor_finds_jobs_that_are_kept_for_ever_or_too_long(queue, run, monkey
     assert run("doctor")[0] == 0
     queue.keep("mail", cancelled=None)
     (found,) = report.findings(queue)
-    text = "queue 'mail' keeps its 3 cancelled jobs for ever; 1 were added in a minute"
+    text = "queue 'mail' keeps its 3 cancelled jobs for ever; 1 were added in the last hour"
     assert (found.severity, str(found)) == ("info", f"{text}: run python admin.py keep mail --cancelled 7d")
     queue.keep("mail", cancelled=60)
     (found,) = report.findings(queue)
@@ -836,6 +836,53 @@ def test_doctor_finds_jobs_that_are_kept_for_ever_or_too_long(queue, run, monkey
     assert code == 1
     assert re.search(r"finished jobs +3\nadded in last hour +1\ndeleted in next hour +3\n", out)
     assert not queue.prune_kept()
+    assert report.findings(queue) == []
+
+
+def test_doctor_says_when_jobs_that_are_kept_for_ever_fill_the_disk(queue, monkeypatch):
+    monkeypatch.setattr(report, "MANY_KEPT", 2)
+    queue.keep("default", cancelled=None)
+    now = time.time()
+    for number in range(30):
+        at = now - 4000 * (number > 0)
+        queue.cancel(queue.enqueue("t", now=at), now=at)
+    facts = queue.check(thorough=False)
+    job_bytes = facts["used_bytes"] / 30
+
+    def found(free):
+        (each,) = report.findings(queue, facts={**facts, "disk_free_bytes": free, "problems": []})
+        return each.severity, each.text.partition("; ")[2]
+
+    assert found(1000 * job_bytes) == ("info", "1 were added in the last hour")
+    assert found(100 * job_bytes) == ("warning", "1 were added in the last hour, and so fast the disk is full in 4 d")
+    for _ in range(9):  # these are more than a day's: something deletes them
+        queue.cancel(queue.enqueue("t"))
+    assert found(100 * job_bytes) == ("info", "10 were added in the last hour")
+
+
+def test_doctor_says_how_to_shrink_a_file_that_is_mostly_free(queue, run, monkeypatch):
+    monkeypatch.setattr(report, "MANY_FREE_BYTES", 100_000)
+    queue.enqueue_many("t", ["x" * 5000] * 300)
+    assert run("doctor")[0] == 1  # no consumer
+    queue.delete_jobs(force=True)
+    (found,) = report.findings(queue)
+    assert found.severity == "info"
+    assert re.match(
+        r"1.\d MB of the database file are free, and used for new jobs; its jobs need \d+ kB: "
+        "to give them back to the disk, run python admin.py compact$",
+        str(found),
+    )
+    assert run("compact")[0] == 0
+    assert report.findings(queue) == []
+
+
+def test_doctor_says_that_a_queue_is_full(queue, run):
+    queue.limit("default", 1)
+    queue.dequeue("w")
+    queue.enqueue("t")
+    (found,) = report.findings(queue)
+    assert (found.severity, found.text) == ("info", "queue 'default' is full, with 1 job pending, and refuses more")
+    assert run("limit", "default", "2")[0] == 0
     assert report.findings(queue) == []
 
 
@@ -854,7 +901,7 @@ def test_doctor_finds_a_dead_consumer_that_holds_jobs(queue):
     assert report.findings(queue) == []
     child.kill()
     child.communicate()
-    found = report.findings(queue)
+    found = report.findings(queue, queue.consumers()[0]["last_seen_at"])
     assert [(each.severity, each.text) for each in found] == [
         ("warning", "consumer anna is dead and holds 1 job"),
         ("warning", "no consumer is alive: 1 died, the last was seen 0.0 s ago"),
