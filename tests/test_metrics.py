@@ -282,10 +282,18 @@ def test_figures_agree_after_resubmits_prunes_and_restarts(queue, capsys, monkey
         for name, number in samples:
             metrics[name] += int(number)
         assert dict(metrics) == dict(whole)
-        minutes = dashboard._hour(queue)
-        assert {name: sum(each[name] for each in minutes) for name in dashboard.COUNTED} == {
-            name: whole[name] for name in dashboard.COUNTED
-        }
+        days = dashboard._days(queue)
+        for periods in (dashboard._hour(queue)["minutes"], *(days[name] for name in dashboard.DAYS)):
+            assert {name: sum(each[name] for each in periods) for name in dashboard.COUNTED} == {
+                name: whole[name] for name in dashboard.COUNTED
+            }
+        for name in EVENTS:
+            assert sum(getattr(each["row"], name) for each in days["tasks"]) == whole[name]
+        trends = [numbers for each in days["tasks"] for numbers in each["trend"]]
+        assert [sum(each) for each in zip(*trends, strict=True)] == [
+            whole["completed"],
+            whole["failed"] + whole["retried"],
+        ]
         recent = report.recent(queue, time.time())
         admin.main(["stats"])
         line = capsys.readouterr().out.splitlines()[-1]
@@ -295,3 +303,4 @@ def test_figures_agree_after_resubmits_prunes_and_restarts(queue, capsys, monkey
         rows = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
         for name in ("enqueued", "completed", "failed", "retried"):
             assert sum(row[name] for row in rows) == whole[name]
+        queue.heartbeat("w", now=time.time() + 300)  # adds the minute to the total
