@@ -21,6 +21,7 @@ from pqueue_tools.masking import masked, masked_error, masked_job
 from pqueue_values import EXPIRED, UNITS, command_line
 
 FAILED_SECONDS = 900.0  # within which the failed attempts of a task are compared with what is expected of its queue
+DAY_SECONDS = 24 * 3600.0  # within which a task that had a failed job and completed none is reported
 FEW_FAILED = 10  # failed attempts of a task within that time that are not reported, whatever their share
 SILENT_SECONDS = 60.0  # a running consumer whose last heartbeat is longer ago is reported
 STALL_SECONDS = 60.0  # a queue in which jobs are due, and none has begun or ended for longer, is reported; so are
@@ -90,7 +91,7 @@ def findings(
         *_stalled_queues(queue, stats, alive, now),
         *_duplicate_names(alive),
         *_silent_consumers(alive, now),
-        *_failing_tasks(queue, now),
+        *_failing_tasks(queue, stats, now),
         *_expired_leases(queue, now),
         *_queue_findings(queue, stats, now),
         *_schedule_findings(queue, now),
@@ -248,21 +249,34 @@ def _silent_consumers(alive: list[dict[str, Any]], now: float) -> Iterator[Findi
         yield Finding("warning", text, "read the log: the process may be stopped or wait for the database", "consumers")
 
 
-def _failing_tasks(queue: PersistentQInterface, now: float) -> Iterator[Finding]:
-    """Report tasks of whose attempts more fail than expected; as critical, if nearly all do."""
+def _failing_tasks(queue: PersistentQInterface, stats: dict[str, Any], now: float) -> Iterator[Finding]:
+    """Report tasks of whose attempts more fail than expected, as critical if nearly all do; and those that run rarely,
+    and failed each time."""
     expected = queue.expectations()
+    reported = set()
     for each in queue.outcomes(now - FAILED_SECONDS):
-        failed = each.failed + each.retried
-        if failed > FEW_FAILED and each.failed_share > expected.get(each.queue, Expectation()).max_failed_share:
-            attempts = count(failed + each.completed, "attempt")
-            what = f"{failed:,} of {attempts} failed in the last {span(FAILED_SECONDS)}"
-            severity = "critical" if each.failed_share > NEARLY_ALL else "warning"
-            text = f"task {each.task!r} in queue {each.queue!r}: {what}"
-            # Attempts that are repeated are not failed jobs.
-            command, part = ("failedjobs", "failed") if each.failed else ("list-jobs --status scheduled", "tasks")
-            yield Finding(
-                severity, text, f"run {command_line('admin')} {command} --task {shlex.quote(each.task)}", part
-            )
+        if each.failed + each.retried > FEW_FAILED and each.failed_share > _expected_share(expected, each):
+            reported.add((each.queue, each.task))
+            yield _failing_task(each, "critical" if each.failed_share > NEARLY_ALL else "warning", FAILED_SECONDS)
+    for each in queue.outcomes(now - DAY_SECONDS) if stats["states"]["failed"] else ():
+        is_new = (each.queue, each.task) not in reported and _expected_share(expected, each) < 1
+        # Not once its failed jobs are deleted or resubmitted.
+        jobs: dict[str, Any] = {"state": "failed", "queue": each.queue, "task": each.task}
+        if is_new and each.failed and not each.completed and queue.list_jobs(**jobs, limit=1, excerpt=0):
+            yield _failing_task(each, "warning", DAY_SECONDS)
+
+
+def _expected_share(expected: dict[str, Expectation], of: Outcomes) -> float:
+    return expected.get(of.queue, Expectation()).max_failed_share
+
+
+def _failing_task(each: Outcomes, severity: str, seconds: float) -> Finding:
+    failed = each.failed + each.retried
+    what = f"{failed:,} of {count(failed + each.completed, 'attempt')} failed in the last {span(seconds)}"
+    # Attempts that are repeated are not failed jobs.
+    command, part = ("failedjobs", "failed") if each.failed else ("list-jobs --status scheduled", "tasks")
+    run = f"run {command_line('admin')} {command} --task {shlex.quote(each.task)}"
+    return Finding(severity, f"task {each.task!r} in queue {each.queue!r}: {what}", run, part)
 
 
 def _expired_leases(queue: PersistentQInterface, now: float) -> Iterator[Finding]:
@@ -292,7 +306,8 @@ def _queue_findings(queue: PersistentQInterface, stats: dict[str, Any], now: flo
             and not each["paused"]
         ):
             text = f"queue {name!r}: the oldest pending job has waited for {span(now - oldest)}"
-            yield Finding("warning", text, part="queues")
+            jobs = f"{command_line('admin')} list-jobs --status pending --queue {shlex.quote(name)}"
+            yield Finding("warning", text, f"run {jobs}, and ask with why JOB; perhaps add consumers", "queues")
 
 
 def _schedule_findings(queue: PersistentQInterface, now: float) -> Iterator[Finding]:

@@ -97,6 +97,29 @@ def test_task_whose_attempts_fail_is_reported_as_is_expected_of_its_queue(queue)
     assert severities() == []
 
 
+def test_task_that_runs_rarely_and_failed_each_time_is_reported(queue):
+    def found(at):
+        return [(each.severity, each.text) for each in report.findings(queue, at) if "failed" in each.text]
+
+    now = time.time()
+    job_id = queue.enqueue("nightly", max_attempts=2, now=now)
+    for _ in range(2):
+        assert found(now) == []
+        queue.fail(queue.dequeue("w", now=now), "no", retry_in_seconds=0, now=now)
+    expected = [("warning", "task 'nightly' in queue 'default': 2 of 2 attempts failed in the last 1 d")]
+    assert (found(now), found(now + 80_000), found(now + 90_000)) == (expected, expected, [])
+    queue.resubmit(job_id, now=now)
+    assert found(now) == []
+    queue.fail(queue.dequeue("w", now=now), "no", retry=False, now=now)
+    assert len(found(now)) == 1
+    queue.expect("default", max_failed_share=1)
+    assert found(now) == []
+    queue.expect("default")
+    queue.enqueue("nightly", now=now)
+    queue.complete(queue.dequeue("w", now=now), now=now)
+    assert found(now) == []
+
+
 def test_remedy_for_a_failing_task_finds_its_attempts_also_those_repeated(queue):
     def found():
         (each,) = [each for each in report.findings(queue) if "attempts failed" in each.text]
