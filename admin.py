@@ -29,7 +29,7 @@ import pqueue
 import pqueue_cron
 import pqueue_restore
 from pqueue import JobNotFound, PersistentQInterface, QueueError
-from pqueue_outcomes import EVENTS
+from pqueue_outcomes import EVENTS, Expectation
 from pqueue_search import fingerprint
 from pqueue_tools import monitor as live
 from pqueue_tools import moving, supervisor
@@ -658,6 +658,65 @@ def keep(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRes
     times = {state: value for state, (value,) in given.items()}
     shown = [f"{state} jobs {'for ever' if value is None else f'for {span(value)}'}" for state, value in times.items()]
     return _set_queue(queue, options, lambda name: queue.keep(name, **times), f"keeps {', '.join(shown)}")
+
+
+@command(
+    QUEUES,
+    "on-failed",
+    Parameter("queue", "name of the queue", metavar="QUEUE", optional=True),
+    Parameter("task", "name of the task", metavar="TASK", optional=True),
+    Parameter("--none", "enqueue none any more", flag=True),
+    examples="""
+    on-failed
+    on-failed orders webhook
+    on-failed orders --none""",
+)
+def on_failed(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Enqueue a job of a task for each job of a queue that fails; without arguments, list these tasks."""
+    if options.queue is None and not options.none:
+        rows = [
+            dict(zip(("of", "name"), key.split(":", 1), strict=True), task=task)
+            for key, task in queue.handlers().items()
+        ]
+        return CommandResult(rows, None if rows else "no queue or task has a failure handler")
+    if options.queue is None or bool(options.task) == options.none:
+        raise UsageError("on-failed: expected QUEUE TASK, QUEUE --none, or no arguments")
+    done = f"has the failure handler {options.task}" if options.task else "has no failure handler"
+    return _set_queue(queue, options, lambda name: queue.on_failed(name, options.task), done)
+
+
+def _share(text: str) -> float:
+    """Parse a share such as 0.2 or 20%."""
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise ValueError(f"expected a share such as 0.2 or 20%, got {text!r}") from None
+
+
+@command(
+    QUEUES,
+    "expect",
+    Parameter("queue", "name of the queue", metavar="QUEUE", optional=True),
+    Parameter("--max-wait", "how long a due job may wait: 90s, 15m", duration, metavar="DURATION"),
+    Parameter("--max-failed", "share of failed attempts of a task in 15 minutes: 0.2, 20%", _share, metavar="SHARE"),
+    Parameter("--default", "the defaults: 10m and 20%", flag=True),
+    examples="""
+    expect
+    expect newsletter --max-wait 2h --max-failed 50%
+    expect newsletter --default""",
+)
+def expect(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
+    """Say from which values on doctor and the dashboard report a queue; without arguments, list these."""
+    known, given = queue.expectations(), {"max_wait_seconds": options.max_wait, "max_failed_share": options.max_failed}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.queue is None and not given and not options.default:
+        return CommandResult([{"queue": name, **each._asdict()} for name, each in known.items()])
+    if options.queue is None or options.default == bool(given):
+        raise UsageError("expect: expected QUEUE with --max-wait and --max-failed, or --default; or no arguments")
+    values = {} if options.default else {**known.get(options.queue, Expectation())._asdict(), **given}
+    wait, share = Expectation(**values)
+    done = f"is reported from a wait of {span(wait)} on, or {share:.0%} of attempts failed"
+    return _set_queue(queue, options, lambda name: queue.expect(name, **values), done)
 
 
 @command(INSPECT, "retention")

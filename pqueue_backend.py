@@ -181,6 +181,10 @@ class Backend(ABC):
         """Return all rows without blocking writers."""
 
     @abstractmethod
+    def record(self, event: str, *, by: str | None = None, now: float | None = None) -> None:
+        """Record an operator's action that concerns no job; see `operations`. The verbs do it themselves."""
+
+    @abstractmethod
     def _take_slot(self) -> Any:
         """Acquire a lock that shows that this consumer is alive; return it, with `number` and `close()`."""
 

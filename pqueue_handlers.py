@@ -55,7 +55,9 @@ MARK_HANDLED = "UPDATE jobs SET has_dependents = 1 WHERE id = :parent"
 class Handling(Backend):
     """The operations on failure handlers."""
 
-    def on_failed(self, queue: str, task: str | Task[..., Any] | None) -> None:
+    def on_failed(
+        self, queue: str, task: str | Task[..., Any] | None, *, by: str | None = None, now: float | None = None
+    ) -> None:
         """Enqueue a job of this task for each job of the queue that becomes `failed` from now on; None: no longer.
 
         The task is called with `failed`, a dict: "id", "queue", "task" and "error" of the failed job, its number of
@@ -64,21 +66,23 @@ class Handling(Backend):
         task failed to do has no handler.
         """
         handler = None if task is None else task.name if isinstance(task, Task) else task
-        self._set_handler(f"queue:{valid_name('queue', queue)}", handler)
+        self._set_handler(f"queue:{valid_name('queue', queue)}", handler, by, now)
 
-    def declare_handlers(self, tasks: Iterable[Task[..., Any]]) -> None:
+    def declare_handlers(self, tasks: Iterable[Task[..., Any]], *, now: float | None = None) -> None:
         """Save the handlers that `@task` gives to these tasks; delete those that their tasks gave before."""
         known, saved = {f"task:{each.name}": each.on_failed for each in tasks}, self.handlers()
         for name, handler in known.items():
             if saved.get(name) != handler:
-                self._set_handler(name, handler)
+                self._set_handler(name, handler, None, now)
 
     def handlers(self) -> dict[str, str]:
         """Return the task that handles failures, by "queue:NAME" and "task:NAME"."""
         return dict(self._read(HANDLERS))
 
-    def _set_handler(self, name: str, task: str | None) -> None:
+    def _set_handler(self, name: str, task: str | None, by: str | None, now: float | None) -> None:
+        place = name.replace(":", " ", 1)
         with self._transaction() as session:
+            self.record(f"set failure handler of {place}: {task or 'none'}", by=by, now=now)
             if task is None:
                 session.change(DELETE_HANDLER, {"name": name})
             else:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from pqueue_backend import Backend, Session
 from pqueue_schema import ADD_QUEUE
-from pqueue_values import Job, Params, above_0, finite, time_of, valid_name
+from pqueue_values import Job, Params, above_0, finite, short, time_of, valid_name
 
 BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)  # seconds, inclusive
 UNTIMED = -1  # the bucket of an event without a time
@@ -245,7 +245,13 @@ class Counting(Backend):
         return list(_outcomes(rows, None if step_seconds else float(first)))
 
     def expect(
-        self, queue: str, *, max_wait_seconds: float | timedelta | None = None, max_failed_share: float | None = None
+        self,
+        queue: str,
+        *,
+        max_wait_seconds: float | timedelta | None = None,
+        max_failed_share: float | None = None,
+        by: str | None = None,
+        now: float | None = None,
     ) -> None:
         """Say from which values on `pqueue doctor` and the dashboard report a queue.
 
@@ -254,12 +260,15 @@ class Counting(Backend):
         """
         wait = None if max_wait_seconds is None else above_0("max_wait_seconds", max_wait_seconds)
         # guard: an expected share is one
-        if max_failed_share is not None and not 0 <= finite("max_failed_share", max_failed_share) <= 1:
-            raise ValueError(f"expected max_failed_share between 0 and 1, got {max_failed_share!r}")
+        if max_failed_share is not None and not _is_share(max_failed_share):
+            raise ValueError(f"expected max_failed_share between 0 and 1, got {short(max_failed_share)}")
         params = {"queue": valid_name("queue", queue), "max_wait_seconds": wait, "max_failed_share": max_failed_share}
         with self._transaction() as session:
             session.change(ADD_QUEUE, params)
             session.change(EXPECT, params)
+            share = "default" if max_failed_share is None else f"{max_failed_share:g}"
+            limits = f"max_wait_seconds {'default' if wait is None else f'{wait:g}'}, max_failed_share {share}"
+            self.record(f"set thresholds of queue {queue}: {limits}", by=by, now=now)
 
     def expectations(self) -> dict[str, Expectation]:
         """Return what is expected of each queue."""
@@ -295,6 +304,10 @@ class Counting(Backend):
         """Add the minutes before a time to the total, and mark them as added."""
         for sql in (ADD_TO_TOTAL, MERGE, DELETE_RECENT):
             session.change(sql, before)
+
+
+def _is_share(value: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def count(session: Session, queue: str, task: str, event: str, now: float) -> None:

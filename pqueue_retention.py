@@ -81,7 +81,16 @@ class Retaining(Counting):
                 self._job_ended(session, job_id, now)
         return len(expired)
 
-    def keep(self, queue: str, *, completed: Keep = ..., failed: Keep = ..., cancelled: Keep = ...) -> None:
+    def keep(
+        self,
+        queue: str,
+        *,
+        completed: Keep = ...,
+        failed: Keep = ...,
+        cancelled: Keep = ...,
+        by: str | None = None,
+        now: float | None = None,
+    ) -> None:
         """Say how long a queue keeps its finished jobs before consumers delete them, with their history.
 
         completed, failed, cancelled: a text such as "90s", "15m", "12h", "7d" or "2w", a number of seconds, or a
@@ -102,6 +111,8 @@ class Retaining(Counting):
             session.change(ADD_QUEUE, {"queue": valid_name("queue", queue)})
             for state, seconds in times.items():
                 session.change(SET_KEEP[state], {"queue": queue, "seconds": seconds})
+            kept = [f"{state} {'for ever' if each is None else f'{each:g} s'}" for state, each in times.items()]
+            self.record(f"set retention of queue {queue}: {', '.join(kept)}", by=by, now=now)
 
     def retention(self, *, within_seconds: float = 3600.0, now: float | None = None) -> list[dict[str, Any]]:
         """Return what each queue keeps, and how it grows: three dicts for each, one for each finished state.

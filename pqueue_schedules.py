@@ -113,9 +113,6 @@ class Scheduling(Backend):
         now: float | None = None,
     ) -> JobId[Any]: ...
 
-    @abstractmethod
-    def record(self, event: str, *, by: str | None = None, now: float | None = None) -> None: ...
-
     def schedule(
         self,
         name: str,
@@ -131,6 +128,7 @@ class Scheduling(Backend):
         group: str | None = None,
         priority: int = 0,
         expire_seconds: float | timedelta | None = None,
+        by: str | None = None,
         now: float | None = None,
     ) -> None:
         """Enqueue a job of a task whenever the schedule is due, from now on. A schedule of this name is changed.
@@ -149,7 +147,7 @@ class Scheduling(Backend):
         values = _definition(name, task, payload, queue, priority, times, "schedule")
         if expire_seconds is not None:
             values["expire_seconds"] = above_0("expire_seconds", expire_seconds)
-        self._save_schedule(values, now)
+        self._save_schedule(values, by, now)
 
     def declare_schedules(self, tasks: Iterable[Task[..., Any]], *, now: float | None = None) -> None:
         """Save the schedules that `@task` gives to these tasks; mark those as removed that their tasks gave before.
@@ -160,14 +158,14 @@ class Scheduling(Backend):
         for task in known.values():
             if task.schedule:
                 values = _definition(task.name, task, _no_arguments(task), "default", 0, task.schedule, "task")
-                self._save_schedule(values, now)
+                self._save_schedule(values, None, now)
         for found in self.schedules():
             # guard: a schedule that its task does not declare any more is marked
             if found.origin == "task" and found.task in known and not known[found.task].schedule:
                 with self._transaction() as session:
                     session.change(MARK_REMOVED, {"name": found.name})
 
-    def _save_schedule(self, values: Params, now: float | None) -> None:
+    def _save_schedule(self, values: Params, by: str | None, now: float | None) -> None:
         times, now = timing(values["cron"], values["zone"], values["every_seconds"]), self._time(now)
         defined = tuple(values[column] for column in DEFINED)
         with self._transaction() as session:
@@ -177,6 +175,7 @@ class Scheduling(Backend):
                 is_retimed = not before or before[0][TIMED] != defined[TIMED]
                 next_at = times.next(now)
                 session.change(SAVE_SCHEDULE, {**values, "is_retimed": is_retimed, "next_at": next_at})
+                self.record(f"saved schedule {values['name']}", by=by, now=now)
                 session.wakes = True
 
     def unschedule(self, name: str, *, by: str | None = None, now: float | None = None) -> bool:

@@ -3389,6 +3389,21 @@ class QueueContract:
         for verb in (q.pause, q.resume, lambda *a, **o: q.limit(*a, 7, **o), lambda *a, **o: q.weigh(*a, "a", 2, **o)):
             verb("default", now=now + 70)
         self.assertEqual([each["at"] for each in q.operations(limit=4)], [now + 70] * 4)
+        who = {"by": "ann", "now": now + 80}
+        q.on_failed("default", "notify", **who)
+        q.on_failed("default", None, **who)
+        q.keep("default", completed="1h", failed=None, **who)
+        q.expect("default", max_failed_share=0.5, **who)
+        for _ in range(2):
+            q.schedule("tick", "t", every_seconds=60, **who)
+        found = [(each["event"], each["actor"], each["at"]) for each in q.operations(limit=5)]
+        expected = [
+            "saved schedule tick",
+            "set thresholds of queue default: max_wait_seconds default, max_failed_share 0.5",
+        ]
+        expected.append("set retention of queue default: completed 3600 s, failed for ever")
+        expected += [f"set failure handler of queue default: {each}" for each in ("none", "notify")]
+        self.assertEqual(found, [(event, "ann", now + 80) for event in expected])
         q.pause("q" * 255, by="b" * 255)
         for wrong in ({"event": "x" * 2000}, {"event": "x", "by": ""}, {"event": 7}):
             with self.assertRaises(ValueError):

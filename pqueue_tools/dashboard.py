@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import pqueue
 from pqueue import DoNotRetry, Job, PersistentQInterface, QueueError
-from pqueue_outcomes import Outcomes, Times, total
+from pqueue_outcomes import Expectation, Outcomes, Times, total
 from pqueue_tools import file_task, report, supervisor
 from pqueue_tools.commands import Ago, moment
 from pqueue_tools.masking import masked_job
@@ -161,7 +161,7 @@ class FigureCache:
             "schedules": lambda queue: [report.schedule_row(each) for each in queue.schedules()],
             "activity": lambda queue: queue.operations(limit=OPERATIONS_SHOWN),
             "processes": lambda _: supervisor.known_processes(),
-            "growth": _growth,
+            "settings": _settings,
         }
         self._computed: dict[str, tuple[float, Any]] = {}  # expiry time, and the figures or a QueueError
         self._began: dict[str, float] = {}  # when the computation of each began
@@ -414,14 +414,19 @@ def _period(each: Outcomes) -> dict[str, Any]:
     return {"at": each.at, **counts, "wait": percentiles(each.wait), "run": percentiles(each.run)}
 
 
-def _growth(queue: PersistentQInterface) -> dict[str, dict[str, Any]]:
-    """Return of each queue by how many finished jobs it grows in an hour, and when the next one is deleted, or None."""
+def _settings(queue: PersistentQInterface) -> dict[str, dict[str, Any]]:
+    """Return of each queue its failure handler and thresholds, how long it keeps jobs of each state, by how many it
+    grows in an hour, and when the next one is deleted, or None."""
+    handlers, expected = queue.handlers(), queue.expectations()
     found: dict[str, dict[str, Any]] = {}
     for each in queue.retention():
-        growth = found.setdefault(each["queue"], {"grows_by": 0, "deleted_at": None})
-        growth["grows_by"] += each["added"] - each["expiring"]
+        name = each["queue"]
+        new: dict[str, Any] = {"grows_by": 0, "deleted_at": None, "keeps": [], "handler": handlers.get(f"queue:{name}")}
+        settings = found.setdefault(name, {**new, "expects": expected.get(name, Expectation())})
+        settings["keeps"].append(each["keep_seconds"])
+        settings["grows_by"] += each["added"] - each["expiring"]
         if each["deleted_at"] is not None:
-            growth["deleted_at"] = min(each["deleted_at"], growth["deleted_at"] or math.inf)
+            settings["deleted_at"] = min(each["deleted_at"], settings["deleted_at"] or math.inf)
     return found
 
 

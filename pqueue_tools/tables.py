@@ -11,6 +11,7 @@ from typing import Any
 import pqueue
 import pqueue_schema
 from pqueue import Job
+from pqueue_outcomes import Expectation
 from pqueue_tools import dashboard, report, supervisor
 from pqueue_values import command_line
 
@@ -185,12 +186,22 @@ GROUPS = Table(
 ADD_GROUP = Button("add_group", f"add {supervisor.GROUP_SIZE} consumers")
 
 
-NO_GROWTH = {"grows_by": 0, "deleted_at": None}
+NEW_QUEUE: dict[str, Any] = {"grows_by": 0, "deleted_at": None, "keeps": [], "handler": None, "expects": Expectation()}
 
 
 def _queues(figures: dict[str, Any]) -> list[dict[str, Any]]:
-    queues, growth = figures["overview"]["queues"], figures["growth"]
-    return [{"name": name, **each, **growth.get(name, NO_GROWTH)} for name, each in queues.items()]
+    queues, settings = figures["overview"]["queues"], figures["settings"]
+    return [{"name": name, **each, **settings.get(name, NEW_QUEUE)} for name, each in queues.items()]
+
+
+def _kept(queue: dict[str, Any]) -> str:
+    """Return how long a queue keeps completed, failed and cancelled jobs."""
+    return " / ".join("for ever" if each is None else report.span(each) for each in queue["keeps"])
+
+
+def _expected(queue: dict[str, Any]) -> str:
+    wait, share = queue["expects"]
+    return f"{report.span(wait)} / {share:.0%}"
 
 
 def _queue_buttons(queue: dict[str, Any]) -> list[Button]:
@@ -218,6 +229,9 @@ QUEUES = Table(
         *map(_jobs_in, dashboard.STATES_SHOWN),
         Column("oldest", itemgetter("oldest_pending_at"), "since", on_phone=False),
         Column("limit", lambda queue: _number(queue["max_pending"]), "number", on_phone=False),
+        Column("on failure", lambda queue: queue["handler"] or "", on_phone=False),
+        Column("reported from wait / failed", _expected, on_phone=False),
+        Column("keeps completed / failed / cancelled", _kept, on_phone=False),
         Column("growth per hour", lambda queue: f"{queue['grows_by']:+,}", "number", on_phone=False),
         Column("deletes next", itemgetter("deleted_at"), "time", on_phone=False),
     ),

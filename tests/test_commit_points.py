@@ -235,11 +235,11 @@ OPERATIONS = {
     "fail a parent for good": Operation(lambda q, jobs: q.fail(jobs[0], "no", retry=False, now=NOW), family),
     "fail a job with a handler": Operation(
         lambda q, jobs: q.fail(jobs[0], "no", retry=False, now=NOW),
-        lambda q: (q.on_failed("default", "notify"), family(q))[1],
+        lambda q: (q.on_failed("default", "notify", now=NOW), family(q))[1],
     ),
-    "on_failed": Operation(lambda q, _: q.on_failed("default", "notify")),
+    "on_failed": Operation(lambda q, _: q.on_failed("default", "notify", now=NOW)),
     "on_failed that is removed": Operation(
-        lambda q, _: q.on_failed("default", None), lambda q: q.on_failed("default", "notify")
+        lambda q, _: q.on_failed("default", None, now=NOW), lambda q: q.on_failed("default", "notify", now=NOW)
     ),
     "cancel a parent": Operation(lambda q, jobs: q.cancel(jobs[0].id, now=NOW), family),
     "resubmit a parent": Operation(
@@ -309,13 +309,15 @@ OPERATIONS = {
     "begin_move": Operation(lambda q, _: q.begin_move("elsewhere", by="ann", now=NOW)),
     "cancel_move": Operation(lambda q, _: q.cancel_move(), lambda q: q.begin_move("elsewhere", by="ann", now=NOW)),
     "prune": Operation(lambda q, _: q.prune(0, now=NOW + 1), states=5),
-    "keep": Operation(lambda q, _: q.keep("others", completed=5, failed=None)),
-    "keep in a new queue": Operation(lambda q, _: q.keep("new", completed="1h")),
-    "prune_kept": Operation(lambda q, _: q.prune_kept(now=NOW + 1), lambda q: q.keep("others", completed=5, failed=5)),
+    "keep": Operation(lambda q, _: q.keep("others", completed=5, failed=None, now=NOW)),
+    "keep in a new queue": Operation(lambda q, _: q.keep("new", completed="1h", now=NOW)),
+    "prune_kept": Operation(
+        lambda q, _: q.prune_kept(now=NOW + 1), lambda q: q.keep("others", completed=5, failed=5, now=NOW)
+    ),
     "delete_jobs": Operation(lambda q, _: q.delete_jobs([1, FAILED]), states=2),
     "delete all jobs": Operation(lambda q, _: q.delete_jobs(force=True), states=2),
     "heartbeat that adds counts up": Operation(lambda q, _: q.heartbeat("w", now=NOW + 80 * 3600), take),
-    "expect": Operation(lambda q, _: q.expect("new", max_wait_seconds=5, max_failed_share=0.5)),
+    "expect": Operation(lambda q, _: q.expect("new", max_wait_seconds=5, max_failed_share=0.5, now=NOW)),
     "heartbeat": Operation(lambda q, _: q.heartbeat("w", completed=3, now=NOW), take),
     "transaction": Operation(transact, take),
     "join": Operation(enqueue_joined),

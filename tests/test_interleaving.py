@@ -364,7 +364,7 @@ def test_consumer_that_prunes_a_queue_has_a_serial_outcome_with_what_happens_at_
     month = 40 * 86400
     others = {
         "prune kept": lambda queue, me, job: 0 if me in STARVED else queue.prune_kept(now=NOW + month) * 0,
-        "keep": lambda queue, me, job: queue.keep("default", failed=None),
+        "keep": lambda queue, me, job: queue.keep("default", failed=None, by=me, now=NOW),
         "limit": lambda queue, me, job: queue.limit("default", 5),
         "begin a move": lambda queue, me, job: queue.begin_move("elsewhere", by=me, now=NOW),
     }
