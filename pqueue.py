@@ -1050,7 +1050,10 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
                 self._end_lost_delivery(session, to_job(row), "died", now)
         # guard: jobs that have expired are cancelled
         if due or expired or dead:  # last: a delivery that was lost may have left one
-            self._cancel_expired(session, now)
+            cancelled = self._cancel_expired(session, now)
+            # guard: the job of a handler is delivered at once
+            if cancelled or expired or dead:
+                session.change(PROMOTE, params)
         return bool(grouped)
 
     def _end_lost_delivery(self, session: Session, job: Job, event: str, now: float) -> None:

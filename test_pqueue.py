@@ -610,6 +610,16 @@ class QueueContract:
         q.fail(self.taken(), "no", retry=False, now=NOW)
         self.assertEqual((q.count_jobs(task="notify"), q.handlers()), (1, {}))
 
+    def test_handler_of_a_lost_job_is_delivered_by_the_dequeue_that_finds_it(self):
+        q = self.queue
+        q.on_failed("default", "notify", now=NOW)
+        q.enqueue("t", max_attempts=1, now=NOW)
+        q.dequeue("w", lease_seconds=5, now=NOW)
+        self.assertEqual(q.dequeue("v", now=NOW + 6).task, "notify")
+        parent = q.enqueue("t", expire_seconds=5, delay_seconds=5, now=NOW)
+        q.enqueue("t", after=[parent], now=NOW)
+        self.assertEqual(q.dequeue("v", now=NOW + 20).task, "notify")
+
     def test_handler_of_a_task_goes_before_that_of_its_queue_and_follows_its_decorator(self):
         q = self.queue
         with mock.patch.dict(pqueue.TASKS, clear=True):
