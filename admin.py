@@ -29,6 +29,7 @@ import pqueue
 import pqueue_cron
 import pqueue_restore
 from pqueue import JobNotFound, PersistentQInterface, QueueError
+from pqueue_operating import spread
 from pqueue_outcomes import EVENTS, Expectation
 from pqueue_search import fingerprint
 from pqueue_tools import monitor as live
@@ -44,6 +45,7 @@ from pqueue_tools.commands import (
     json_value,
     moment,
     one_of,
+    rate,
     several_of,
     test_file,
 )
@@ -375,12 +377,16 @@ def _act(
     options: argparse.Namespace,
     verb: str,
     done: str,
-    act: Callable[[int], None],
+    act_at: Callable[[int, float], None],
     *,
     parents_first: bool = False,
 ) -> CommandResult:
     """Act on the given jobs, all or none; or after confirmation, in batches, on all that match the filter."""
-    filters = _filters(options)
+    filters, now = _filters(options), queue.now()
+
+    def act(job_id: int) -> None:
+        act_at(job_id, now)  # one time for all, by which they are one operation
+
     if bool(filters) == bool(options.job_ids):
         raise UsageError(f"{verb}: expected job ids or a filter such as --status failed; see --help")
     if not filters:
@@ -410,14 +416,27 @@ def _ids(job_ids: list[int]) -> str:
     "resubmit",
     JOB_IDS,
     *FILTER_OPTIONS,
+    Parameter("--delay", "run them after this delay: 90s, 15m, 12h, 7d", duration, "0s", "DURATION"),
+    Parameter("--rate", "spread them over time, so many in each: 10/1s", rate, metavar="N/DURATION"),
     YES,
+    aliases=("retry",),
     examples="""
     resubmit 17 18
-    resubmit --status failed --task send_mail --since 1d""",
+    resubmit --status failed --task send_mail --since 1d
+    resubmit --status failed --delay 10m --rate 10/1s""",
 )
 def resubmit(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
-    """Make finished jobs pending again, with a full number of attempts."""
-    return _act(queue, options, "resubmit", "resubmitted", queue.resubmit, parents_first=True)
+    """Run finished jobs again, with a full number of attempts: now, or at a rate."""
+    times = spread(queue.now() + options.delay, options.rate)
+    verb = f"resubmit{'' if options.rate is None else f' at {options.rate[0]}/{options.rate[1]:g}s'}"
+    return _act(
+        queue,
+        options,
+        verb,
+        "resubmitted",
+        lambda job_id, now: queue.resubmit(job_id, run_at=next(times), now=now),
+        parents_first=True,
+    )
 
 
 @command(
@@ -432,7 +451,11 @@ def resubmit(queue: PersistentQInterface, options: argparse.Namespace) -> Comman
 def mark_failed(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Mark unfinished jobs as failed; a running job loses its lease."""
     return _act(
-        queue, options, "mark-failed", "marked as failed", lambda job_id: queue.mark_failed(job_id, options.error)
+        queue,
+        options,
+        "mark-failed",
+        "marked as failed",
+        lambda job_id, now: queue.mark_failed(job_id, options.error, now=now),
     )
 
 
@@ -448,7 +471,7 @@ def mark_failed(queue: PersistentQInterface, options: argparse.Namespace) -> Com
 )
 def cancel(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Cancel unfinished jobs; a running job loses its lease."""
-    return _act(queue, options, "cancel", "cancelled", queue.cancel)
+    return _act(queue, options, "cancel", "cancelled", lambda job_id, now: queue.cancel(job_id, now=now))
 
 
 @command(
@@ -463,7 +486,7 @@ def cancel(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
 )
 def run_now(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Make scheduled and waiting jobs pending, whenever they are due and whatever they wait for."""
-    return _act(queue, options, "run-now", "made pending", queue.run_now)
+    return _act(queue, options, "run-now", "made pending", lambda job_id, now: queue.run_now(job_id, now=now))
 
 
 @command(
@@ -583,10 +606,7 @@ def _rate(text: str) -> tuple[int, float] | tuple[()]:
     """Parse a number of jobs and a duration; (): none."""
     if text == "none":
         return ()
-    jobs, slash, seconds = text.partition("/")
-    if not slash:
-        raise ValueError(f"expected JOBS/DURATION, such as 10/1s, or none, got {text!r}")
-    return whole_number(1)(jobs), duration(seconds)
+    return rate(text)
 
 
 @command(

@@ -731,12 +731,24 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
 
     # Operating
 
-    def resubmit(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
+    def resubmit(
+        self,
+        job_id: int,
+        *,
+        delay_seconds: float | timedelta = 0,
+        run_at: float | datetime | None = None,
+        by: str | None = None,
+        now: float | None = None,
+    ) -> None:
         """Make a finished job `pending` again, with a fresh attempt budget; jobs that failed with it wait for it again.
+
+        delay_seconds, run_at: when to run it, as for `enqueue`: later, it is `scheduled`.
 
         Raises JobNotFound, QueueFull, or InvalidTransition if the job is not finished or another one holds its key.
         """
-        self._operator_verb("resubmit", "resubmitted", RESUBMIT, job_id, by, now, allowed=FINISHED)
+        now = self._time(now)
+        due = _due(delay_seconds, run_at, now)
+        self._operator_verb("resubmit", "resubmitted", RESUBMIT, job_id, by, now, allowed=FINISHED, run_at=due)
 
     def mark_failed(
         self, job_id: int, error: str = "marked as failed", *, by: str | None = None, now: float | None = None
@@ -1158,6 +1170,14 @@ def _queue_full(verb: str, queue: str, max_pending: int, jobs: int = 1) -> Queue
     return QueueFull(f"cannot {verb}: queue {queue!r} {room} its limit of {max_pending} pending jobs")
 
 
+def _due(delay_seconds: float | timedelta, run_at: float | datetime | None, now: float) -> float:
+    if run_at is None:
+        return now + duration("delay_seconds", delay_seconds)
+    if delay_seconds:
+        raise ValueError(f"expected delay_seconds or run_at, got both: {short(delay_seconds)} and {short(run_at)}")
+    return time_of("run_at", run_at)
+
+
 def _new_job(
     task: str | Task[..., Any],
     queue: str,
@@ -1169,12 +1189,7 @@ def _new_job(
     assigned_to: str | None,
     now: float,
 ) -> Params:
-    if run_at is None:
-        due = now + duration("delay_seconds", delay_seconds)
-    elif delay_seconds:
-        raise ValueError(f"expected delay_seconds or run_at, got both: {short(delay_seconds)} and {short(run_at)}")
-    else:
-        due = time_of("run_at", run_at)
+    due = _due(delay_seconds, run_at, now)
     return {
         "task": valid_name("task", task.name if isinstance(task, Task) else task),
         "queue": valid_name("queue", queue),

@@ -372,7 +372,7 @@ class Grouping(Backend):
         """
         most = max_pending if max_pending in (None, ...) else valid_int("max_pending", 1, max_pending)
         at_once = running if running in (None, ...) else valid_int("running", 1, running)
-        jobs, seconds = (None, None) if rate in (None, ...) else _valid_rate(rate)
+        jobs, seconds = (None, None) if rate in (None, ...) else valid_rate(rate)
         if (most, at_once, rate) == (..., ..., ...):
             raise ValueError("expected max_pending, running or rate, got none")
         to = f"limited queue {queue} to"
@@ -720,7 +720,7 @@ def valid_group(group: str) -> str:
     return valid_name("group", group, MAX_GROUP_CHARS)
 
 
-def _valid_rate(rate: Any) -> tuple[int, float]:
+def valid_rate(rate: Any) -> tuple[int, float]:
     if not (isinstance(rate, (tuple, list)) and len(rate) == 2):
         raise ValueError(f"expected rate to be (jobs, seconds), such as (10, 1.0), got {short(rate)}")
     return valid_int("the jobs of rate", 1, rate[0], MAX_RATE), above_0("the seconds of rate", rate[1])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime, timedelta
+from itertools import count
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 from pqueue_backend import Session
-from pqueue_groups import valid_group
+from pqueue_groups import valid_group, valid_rate
 from pqueue_outcomes import Counting
 from pqueue_schema import CHANGE, FINISHED, FREE_KEY, LEASE_AGAIN, RUN_NOW, UNTAKEN
 from pqueue_search import Reading
@@ -60,11 +61,25 @@ class Changed(int):
     refused: int = 0
 
 
+def spread(start: float, rate: tuple[int, float | timedelta] | None) -> Iterator[float]:
+    """Return times from `start` on, at a rate of (jobs, seconds); None: always `start`. Raises ValueError."""
+    jobs, seconds = (1, 0.0) if rate is None else valid_rate(rate)
+    return (start + number * seconds / jobs for number in count())
+
+
 class Operating(Reading, Counting):
     """The verbs of an operator, built on those for a single job."""
 
     @abstractmethod
-    def resubmit(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None: ...
+    def resubmit(
+        self,
+        job_id: int,
+        *,
+        delay_seconds: float | timedelta = 0,
+        run_at: float | datetime | None = None,
+        by: str | None = None,
+        now: float | None = None,
+    ) -> None: ...
 
     @abstractmethod
     def mark_failed(
@@ -203,18 +218,34 @@ class Operating(Reading, Counting):
     # All jobs that match
 
     def resubmit_where(
-        self, *, by: str | None = None, now: float | None = None, **filters: Unpack[Matching]
+        self,
+        *,
+        delay_seconds: float | timedelta = 0,
+        rate: tuple[int, float | timedelta] | None = None,
+        by: str | None = None,
+        now: float | None = None,
+        **filters: Unpack[Matching],
     ) -> Changed:
         """Do what `resubmit` does with all jobs that match; return how many were changed.
+
+        rate: (jobs, seconds), the latter also a timedelta: spread the jobs over time, so that so many are due in such a
+            time, the oldest first; None: all are due after `delay_seconds`.
 
         The filters are those of `list_jobs`, of which one at least is needed. The jobs are changed in short
         transactions, so as not to block other writers: an error such as QueueFull does not undo earlier ones.
         """
-        return self.act_where(lambda job_id: self.resubmit(job_id, by=by, now=now), parents_first=True, **filters)
+        now = self._time(now)
+        times = spread(now + duration("delay_seconds", delay_seconds), rate)
+
+        def again(job_id: int) -> None:
+            self.resubmit(job_id, run_at=next(times), by=by, now=now)
+
+        return self.act_where(again, parents_first=True, **filters)
 
     def run_now_where(self, *, by: str | None = None, now: float | None = None, **filters: Unpack[Matching]) -> Changed:
         """Do what `run_now` does with all jobs that match, as `resubmit_where` does."""
-        return self.act_where(lambda job_id: self.run_now(job_id, by=by, now=now), **filters)
+        at = self._time(now)  # one time for all, by which they are one operation
+        return self.act_where(lambda job_id: self.run_now(job_id, by=by, now=at), **filters)
 
     def mark_failed_where(
         self,
@@ -225,11 +256,13 @@ class Operating(Reading, Counting):
         **filters: Unpack[Matching],
     ) -> Changed:
         """Do what `mark_failed` does with all jobs that match, as `resubmit_where` does."""
-        return self.act_where(lambda job_id: self.mark_failed(job_id, error, by=by, now=now), **filters)
+        at = self._time(now)
+        return self.act_where(lambda job_id: self.mark_failed(job_id, error, by=by, now=at), **filters)
 
     def cancel_where(self, *, by: str | None = None, now: float | None = None, **filters: Unpack[Matching]) -> Changed:
         """Do what `cancel` does with all jobs that match, as `resubmit_where` does."""
-        return self.act_where(lambda job_id: self.cancel(job_id, by=by, now=now), **filters)
+        at = self._time(now)
+        return self.act_where(lambda job_id: self.cancel(job_id, by=by, now=at), **filters)
 
     def delete_where(self, **filters: Unpack[Matching]) -> Changed:
         """Delete all jobs that match, and their history, as `resubmit_where` does; those `processing` are refused."""

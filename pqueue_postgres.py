@@ -410,8 +410,7 @@ SELECT CASE WHEN max_pending IS NOT NULL THEN max_pending - {PENDING_LOCKED} END
 FROM queues WHERE name = :queue""",
     # differs because the count is in separate tables
     pqueue_schema.RESUBMIT: f"""
-UPDATE jobs SET state = 'pending', run_at = :now, expires_at = NULL, attempts = 0, started_at = NULL,
-    finished_at = NULL, progress = NULL, error = NULL, waits_for = 0
+UPDATE jobs SET {pqueue_schema.RESUBMITTED}
 WHERE id = :id AND state IN {pqueue_schema.FINISHED}
     AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue
                     AND NOT CASE WHEN max_pending IS NULL THEN true ELSE max_pending > {PENDING_LOCKED} END)

@@ -536,13 +536,18 @@ EXTEND_ALL = f"UPDATE jobs SET lease_expires_at = :lease_expires_at WHERE {HELD_
 UPDATE = f"""
 UPDATE jobs SET progress = coalesce(:progress, progress), result = coalesce(:result, result) WHERE {HELD}"""
 
-# Make a finished job pending again, unless its queue is full or another job holds its key.
 # guard: a resubmitted job has all its attempts
+# guard: a resubmitted job waits for its time
+RESUBMITTED = """
+    state = CASE WHEN CAST(:run_at AS double precision) > :now THEN 'scheduled' ELSE 'pending' END, run_at = :run_at,
+    expires_at = NULL, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL, error = NULL,
+    waits_for = 0"""
+
+# Make a finished job pending again, or scheduled, unless its queue is full or another job holds its key.
 # guard: resubmit takes finished jobs
 # guard: a full queue refuses a resubmit
 RESUBMIT = f"""
-UPDATE jobs SET state = 'pending', run_at = :now, expires_at = NULL, attempts = 0, started_at = NULL,
-    finished_at = NULL, progress = NULL, error = NULL, waits_for = 0 WHERE id = :id AND state IN {FINISHED}
+UPDATE jobs SET {RESUBMITTED} WHERE id = :id AND state IN {FINISHED}
     AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND NOT {HAS_ROOM})
     AND {KEY_IS_FREE}"""
 

@@ -185,6 +185,7 @@ class QueueContract:
             "extend": lambda job: q.extend(job, 5, now=NOW),
             "update": lambda job: q.update(job, progress=0.5),
             "resubmit": lambda job: q.resubmit(job.id, now=NOW),
+            "resubmit for later": lambda job: q.resubmit(job.id, delay_seconds=50, now=NOW),
             "mark_failed": lambda job: q.mark_failed(job.id, now=NOW),
             "cancel": lambda job: q.cancel(job.id, now=NOW),
             "assign": lambda job: q.assign(job.id, "w2", now=NOW),
@@ -200,6 +201,7 @@ class QueueContract:
             "scheduled": [bad] * 6
             + [
                 bad,
+                bad,
                 "failed",
                 "cancelled",
                 "scheduled",
@@ -210,17 +212,29 @@ class QueueContract:
                 "scheduled",
                 "processing",
             ],
-            "waiting": [bad] * 7
+            "waiting": [bad] * 8
             + ["failed", "cancelled", "waiting", "waiting", "waiting", "pending", late, "waiting", "waiting"],
             "pending": [bad] * 6
-            + [bad, "failed", "cancelled", "pending", "pending", "scheduled", bad, late, "processing", "processing"],
+            + [
+                bad,
+                bad,
+                "failed",
+                "cancelled",
+                "pending",
+                "pending",
+                "scheduled",
+                bad,
+                late,
+                "processing",
+                "processing",
+            ],
             "processing": ["completed", "scheduled", "failed", "pending", "processing", "processing"]
-            + [bad, "failed", "cancelled", "pending", bad, bad, bad, late, "processing", "processing"],
+            + [bad, bad, "failed", "cancelled", "pending", bad, bad, bad, late, "processing", "processing"],
             "stolen": [lost] * 6
-            + [bad, "failed", "cancelled", "pending", bad, bad, bad, late, "processing", "processing"],
-            "completed": [lost] * 6 + ["pending", *[bad] * 6, "completed", "completed", "completed"],
-            "failed": [lost] * 6 + ["pending", *[bad] * 6, ended, "failed", "failed"],
-            "cancelled": [lost] * 6 + ["pending", *[bad] * 6, ended, "cancelled", "cancelled"],
+            + [bad, bad, "failed", "cancelled", "pending", bad, bad, bad, late, "processing", "processing"],
+            "completed": [lost] * 6 + ["pending", "scheduled", *[bad] * 6, "completed", "completed", "completed"],
+            "failed": [lost] * 6 + ["pending", "scheduled", *[bad] * 6, ended, "failed", "failed"],
+            "cancelled": [lost] * 6 + ["pending", "scheduled", *[bad] * 6, ended, "cancelled", "cancelled"],
         }
         for state, row in table.items():
             for (verb, call), expected in zip(verbs.items(), row, strict=True):
@@ -2703,6 +2717,41 @@ class QueueContract:
         self.queue.resubmit(job.id, now=NOW)
         again = self.queue.dequeue("w", now=NOW)
         self.assertEqual((again.id, again.attempts, again.error), (job.id, 1, None))
+
+    def test_resubmitted_job_waits_for_its_time(self):
+        job = self.taken(max_attempts=1)
+        self.queue.fail(job, "no", now=NOW)
+        self.queue.resubmit(job.id, delay_seconds=60, now=NOW)
+        self.assertEqual((self.queue.get(job.id).state, self.queue.get(job.id).run_at), ("scheduled", NOW + 60))
+        self.assertIsNone(self.queue.dequeue("w", now=NOW + 59))
+        self.assertEqual(self.queue.dequeue("w", now=NOW + 60).attempts, 1)
+        self.queue.cancel(job.id, now=NOW + 61)
+        self.queue.resubmit(job.id, run_at=datetime.fromtimestamp(NOW + 5, timezone.utc), now=NOW + 62)
+        self.assertEqual((self.queue.get(job.id).state, self.queue.get(job.id).run_at), ("pending", NOW + 5))
+        self.queue.cancel(job.id, now=NOW + 63)
+        with self.assertRaisesRegex(ValueError, "expected delay_seconds or run_at, got both"):
+            self.queue.resubmit(job.id, delay_seconds=5, run_at=NOW)
+        self.assertEqual(self.queue.get(job.id).state, "cancelled")
+
+    def test_jobs_are_resubmitted_at_a_rate_as_one_operation(self):
+        q = self.queue
+        with mock.patch("pqueue_operating.BATCH", 3):
+            ids = q.enqueue_many("a", range(7), now=NOW)
+            q.cancel_where(task="a", by="ann")
+            done = q.resubmit_where(task="a", delay_seconds=10, rate=(2, 1.0), by="ann", now=NOW + 100)
+        self.assertEqual(done, 7)
+        due = {job.id: job.run_at - NOW - 110 for job in q.list_jobs(state="scheduled")}
+        self.assertEqual([due[job_id] for job_id in ids], [0, 0.5, 1, 1.5, 2, 2.5, 3])
+        self.assertEqual(
+            sorted((each["event"], each["jobs"]) for each in q.operations()), [("cancelled", 7), ("resubmitted", 7)]
+        )
+        self.assertEqual(len(q.dequeue_many("w", 9, now=NOW + 111)), 3)
+        q.cancel_where(task="a", state="scheduled")
+        self.assertEqual(q.resubmit_where(state="cancelled", now=NOW + 200), 4)
+        self.assertEqual(q.resubmit_where(state="completed", rate=(1, timedelta(minutes=1))), 0)
+        for rate in (5, (0, 1.0), (1, 0), (1.5, 1.0), "10/1s"):
+            with self.assertRaisesRegex(ValueError, "rate"):
+                q.resubmit_where(state="cancelled", rate=rate)
 
     def test_running_jobs_are_not_deleted_unless_forced(self):
         job = self.taken()

@@ -706,12 +706,14 @@ WHERE id = ANY (ARRAY(SELECT id FROM pqueue.jobs WHERE state = 'processing' AND 
 UPDATE pqueue.jobs SET progress = coalesce($1, progress), result = coalesce($2, result) WHERE id = $3 AND lease_token = $4;
 
 -- RESUBMIT
--- Make a finished job pending again, unless its queue is full or another job holds its key.
+-- Make a finished job pending again, or scheduled, unless its queue is full or another job holds its key.
 -- differs because the count is in separate tables
--- $1 now, $2 id
-UPDATE pqueue.jobs SET state = 'pending', run_at = $1, expires_at = NULL, attempts = 0, started_at = NULL,
-    finished_at = NULL, progress = NULL, error = NULL, waits_for = 0
-WHERE id = $2 AND state IN ('completed', 'failed', 'cancelled')
+-- $1 run_at, $2 now, $3 id
+UPDATE pqueue.jobs SET 
+    state = CASE WHEN CAST($1 AS double precision) > $2 THEN 'scheduled' ELSE 'pending' END, run_at = $1,
+    expires_at = NULL, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL, error = NULL,
+    waits_for = 0
+WHERE id = $3 AND state IN ('completed', 'failed', 'cancelled')
     AND NOT EXISTS (SELECT 1 FROM pqueue.queues WHERE name = jobs.queue
                     AND NOT CASE WHEN max_pending IS NULL THEN true ELSE max_pending > pqueue.count_pending(name) END)
     AND (key_until IS NULL OR NOT EXISTS (SELECT 1 FROM pqueue.jobs o

@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pqueue_tools.process import OneLineParser
+from pqueue_tools.process import OneLineParser, whole_number
 from pqueue_values import seconds_in as duration
 
 
@@ -126,6 +126,14 @@ def json_value(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON, got {text[:60]!r}: {error}") from None
+
+
+def rate(text: str) -> tuple[int, float]:
+    """Parse 10/1s into a number of jobs and seconds."""
+    jobs, slash, seconds = text.partition("/")
+    if not slash:
+        raise ValueError(f"expected JOBS/DURATION, such as 10/1s, got {text!r}")
+    return whole_number(1)(jobs), duration(seconds)
 
 
 def test_file(text: str) -> Path:

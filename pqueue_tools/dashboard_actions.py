@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pqueue
 from pqueue import PersistentQInterface, QueueError
+from pqueue_operating import spread
 from pqueue_schema import FINISHED
 from pqueue_tools import dashboard, report, supervisor
-from pqueue_tools.commands import Ago, json_value, moment
+from pqueue_tools.commands import Ago, json_value, moment, rate
 from pqueue_tools.dashboard import FILTERS, FigureCache, Form, one
 from pqueue_tools.masking import masked, masked_job
 from pqueue_tools.process import whole_number
 from pqueue_values import MAX_ID
 
-FORM_FIELDS = ("scope", "id", "back", "confirmed", "when")  # of an action on many jobs, apart from the filters
+FORM_FIELDS = ("scope", "id", "back", "confirmed", "when", "rate")  # of an action on many jobs, apart from the filters
 Act = Callable[[PersistentQInterface, Form, str | None], str]
 JobVerb = Callable[..., Any]  # called with the queue, the job's id, and who acts
 
@@ -25,8 +26,8 @@ def _jobs_action(act: JobVerb, done: str, *, parents_first: bool = False) -> Act
     """Act on the jobs of the form's `id` fields or, with `scope` = matching, on all that match its filters."""
 
     def perform(queue: PersistentQInterface, form: Form, by: str | None) -> str:
-        # One time for all, by which they are one operation.
-        verb = partial(act, queue, form=form, by=by, now=queue.now())
+        now = queue.now()  # one time for all, by which they are one operation
+        verb = partial(act, queue, form=form, by=by, now=now, times=_times(form, now))
         if filters := _filters(form):
             done_to = queue.act_where(verb, **filters, shown=masked_job, parents_first=parents_first)
             changed, refused = int(done_to), done_to.refused
@@ -44,7 +45,7 @@ def _jobs_action(act: JobVerb, done: str, *, parents_first: bool = False) -> Act
 
 
 def _verb(name: str) -> JobVerb:
-    return lambda queue, job_id, *, form, by, now: getattr(queue, name)(job_id, by=by, now=now)  # noqa: ARG005
+    return lambda queue, job_id, *, by, now, **_: getattr(queue, name)(job_id, by=by, now=now)
 
 
 def _delete(queue: PersistentQInterface, job_id: int, **_: Any) -> None:
@@ -52,13 +53,19 @@ def _delete(queue: PersistentQInterface, job_id: int, **_: Any) -> None:
         raise pqueue.JobNotFound(f"no job {job_id}")
 
 
-def _retry(queue: PersistentQInterface, job_id: int, *, form: Form, by: str | None, now: float) -> None:
-    """Schedule a job for the time in the form, also if it has finished."""
-    at = _when(one(form, "when"), now)
+def _retry(
+    queue: PersistentQInterface, job_id: int, *, by: str | None, now: float, times: Iterator[float], **_: Any
+) -> None:
+    """Schedule a job for the next time, also if it has finished."""
+    at = next(times)
     with queue.exclusive([job_id]):
-        if queue.get(job_id).state in FINISHED:
-            queue.resubmit(job_id, by=by, now=now)
-        queue.change(job_id, run_at=at, by=by, now=now)
+        again = queue.resubmit if queue.get(job_id).state in FINISHED else queue.change
+        again(job_id, run_at=at, by=by, now=now)
+
+
+def _times(form: Form, now: float) -> Iterator[float]:
+    """Yield when the jobs are to run, by the time and the rate in the form. Raises ValueError."""
+    yield from spread(_when(one(form, "when"), now), rate(one(form, "rate")) if one(form, "rate") else None)
 
 
 def _when(text: str, now: float) -> float:
@@ -67,7 +74,7 @@ def _when(text: str, now: float) -> float:
     return now + at if isinstance(at, Ago) else at
 
 
-def _edit(queue: PersistentQInterface, job_id: int, *, form: Form, by: str | None, now: float) -> None:
+def _edit(queue: PersistentQInterface, job_id: int, *, form: Form, by: str | None, now: float, **_: Any) -> None:
     """Change the payload of a job; one that has finished is resubmitted."""
     payload = json_value(one(form, "payload"))
     with queue.exclusive([job_id]):
@@ -110,12 +117,23 @@ def question(cache: FigureCache, name: str, form: Form) -> str:
     """Return what an action on many jobs would do, with their number: cancel 12 jobs. Raises QueueError, ValueError."""
     filters = _filters(form)
     if name == "retry":
-        _when(one(form, "when"), 0.0)
+        next(_times(form, 0.0))
     number = cache.queue().count_jobs(**filters, shown=masked_job) if filters else len(_ids(form))
     if not number:
         raise ValueError("no job matches the filter")
-    later = f" in {one(form, 'when')}" if name == "retry" else ""
-    return f"{name.replace('_', ' ')} {report.count(number, 'job')}{later}"
+    return f"{name.replace('_', ' ')} {report.count(number, 'job')}{_later(form, number) if name == 'retry' else ''}"
+
+
+def _later(form: Form, number: int) -> str:
+    """Return when a number of jobs would run: in 10m, at 10/1s: for 10 m."""
+    when, given = one(form, "when"), one(form, "rate")
+    start = f" in {when}" if isinstance(moment(when), Ago) else f" at {when}"
+    if not given:
+        return start
+    jobs, seconds = rate(given)
+    return (
+        f"{start}, {report.count(jobs, 'job')} in {report.span(seconds)}, within {report.span(number / jobs * seconds)}"
+    )
 
 
 def _act_on_each(numbers: list[int], act: Callable[[int], Any]) -> tuple[int, int]:
@@ -167,8 +185,8 @@ def _remove_group(queue: PersistentQInterface, form: Form, by: str | None) -> st
 
 
 ACTIONS: dict[str, Act] = {
-    "resubmit": _jobs_action(_verb("resubmit"), "resubmitted"),
-    "retry": _jobs_action(_retry, "scheduled"),
+    "resubmit": _jobs_action(_verb("resubmit"), "resubmitted", parents_first=True),
+    "retry": _jobs_action(_retry, "scheduled", parents_first=True),
     "edit": _jobs_action(_edit, "changed"),
     "clone": _clone,
     "mark_failed": _jobs_action(_verb("mark_failed"), "marked as failed"),

@@ -311,11 +311,14 @@ def _filter_form(which: Page, figures: dict[str, Any], query: Query) -> str:
 <a href="{prefix()}/{which.name}">clear</a></form>"""
 
 
+_WHEN = """ <label>in <input name="when" value="10m" size="6"></label>
+<label>at <input name="rate" placeholder="any rate, or 10/1s" size="14" aria-label="rate"></label>"""
+
+
 def _bulk_form(table: str, which: Page, query: Query, matching: str, token: str) -> str:
     choice = f'<option value="matching">{matching}</option>' if matching else ""
     buttons = " ".join(
-        f'<button name="action" value="{each}">{tables.label(each)}</button>'
-        + (' <label>in <input name="when" value="10m" size="6"></label>' if each == "retry" else "")
+        f'<button name="action" value="{each}">{tables.label(each)}</button>' + (_WHEN if each == "retry" else "")
         for each in tables.bulk_actions(query)
     )
     given = dashboard.given(query)

@@ -404,6 +404,7 @@ def _bulk(ids: list[int], filters: dashboard.Query, matching: str) -> None:
         if scope == matching:
             fields = {"scope": "matching", **filters}
         fields["when"] = st.text_input("when to retry", "10m", key="bulk-when")
+        fields["rate"] = st.text_input("at which rate", placeholder="any rate, or 10/1s", key="bulk-rate")
         for action in tables.bulk_actions(filters):
             if st.button(tables.label(action), key=f"bulk-{action}"):
                 what = dashboard_actions.question(cache(), action, _form(fields))

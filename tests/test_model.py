@@ -348,17 +348,20 @@ class QueueMachine(RuleBasedStateMachine):
         consumer = data.draw(st.sampled_from([None, "x", "y"]))
         entry = self.entries[job_id]
         arguments = [job_id, consumer] if verb == "assign" else [job_id]
+        delay = data.draw(st.sampled_from([0, 0, 50])) if verb == "resubmit" else 0
+        options = {"delay_seconds": delay} if delay else {}
         allowed = entry.state in UNFINISHED
         if verb == "resubmit":
             allowed = not allowed and self.key_is_free(entry)
         try:
-            getattr(self.queue, verb)(*arguments, now=self.now)
+            getattr(self.queue, verb)(*arguments, now=self.now, **options)
         except pqueue.InvalidTransition:
             assert not allowed
             return
         assert allowed
         if verb == "resubmit":
-            entry.state, entry.attempts, entry.run_at, entry.was_taken = "pending", 0, self.now, False
+            entry.state, entry.attempts, entry.was_taken = "scheduled" if delay else "pending", 0, False
+            entry.run_at = self.now + delay
             entry.failed_with_parent, entry.expires_at = False, math.inf
             self.restore(job_id)
         elif verb == "assign":

@@ -98,6 +98,7 @@ MUTANTS = [
     Mutant("no delivery after the last attempt was lost", HISTORY, " AND attempts < max_attempts", ""),
     Mutant("a released attempt does not count", HISTORY, " attempts = attempts - 1,", ""),
     Mutant("an attempt that an operator ended does not count", HISTORY, "CASE state WHEN 'processing' THEN 1 ELSE 0 END", "0"),
+    Mutant("a resubmitted job waits for its time", "contract: waits_for_its_time", "CASE WHEN CAST(:run_at AS double precision) > :now THEN 'scheduled' ELSE 'pending' END", "'pending'"),
     Mutant("a resubmitted job has all its attempts", HISTORY, " attempts = 0,", ""),
     Mutant("a redelivered job is claimed alone", "contract: kills_costs_no_other", "next(alone, len(attempts))", "len(attempts)"),
     Mutant("a job with one attempt is claimed alone", "contract: one_attempt_is_claimed_alone", " or (most == 1 and not prefetches)", ""),

@@ -554,6 +554,8 @@ def test_operator_changes_one_job_in_every_way(queue, site):
         ("edit", {"id": secret, "payload": "{}"}, "hidden values"),
         ("edit", {"id": 2, "payload": "{"}, "expected JSON"),
         ("retry", {"id": 2, "when": "soon"}, "expected a duration"),
+        ("retry", {"id": 2, "when": "1m", "rate": "10"}, "expected JOBS/DURATION, such as 10/1s, got '10'"),
+        ("retry", {"id": 2, "when": "1m", "rate": "0/1s"}, "expected a whole number"),
         ("clone", {"id": 99}, "no job 99"),
         ("delete", {"id": 99}, "no job 99"),
     ):
@@ -686,6 +688,26 @@ def test_one_action_on_many_jobs_is_one_line_of_the_activity(queue, site):
     confirmed(site, "cancel 700 jobs", "task t", action="cancel", scope="matching", task="t")
     (operation,) = queue.operations()
     assert (operation["event"], operation["jobs"], operation["job_id"]) == ("cancelled", 700, ids[0])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_jobs_are_retried_at_a_rate(queue, site):
+    ids = [failed(queue) for _ in range(4)]
+    ids.append(queue.enqueue("work", delay_seconds=3600))
+    form = {"action": "retry", "scope": "matching", "task": "work", "when": "10m", "rate": "2/1m"}
+    now = time.time()
+    confirmed(site, "retry 5 jobs in 10m, 2 jobs in 1 m, within 2 m", "task work", **form)
+    due = [round((queue.get(job_id).run_at - now - 600) / 30) for job_id in ids]
+    assert (due, queue.stats()["states"]["scheduled"]) == ([0, 1, 2, 3, 4], 5)
+    assert [(each["event"], each["jobs"]) for each in queue.operations()[:2]] == [
+        *[("changed time", 1), ("resubmitted", 4)]
+    ]
+    status, text, _ = site.act("jobs", **{**form, "rate": "fast"})
+    assert (status, "expected JOBS/DURATION, such as 10/1s, got 'fast'" in text) == (409, True)
+    page = streamlit(page="jobs", task="work")
+    page.text_input(key="bulk-rate").input("1/1s").run(timeout=PATIENCE_SECONDS)
+    page.button(key="bulk-retry").click().run(timeout=PATIENCE_SECONDS)
+    assert page.warning[0].value.startswith("retry 5 jobs in 10m, 1 job in 1.0 s, within 5.0 s?")
 
 
 # What it refuses
