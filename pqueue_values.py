@@ -214,8 +214,14 @@ PAYLOAD, RESULT, META, GROUP = (Job._fields.index(name) for name in ("payload", 
 to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
+class Encoded(str):
+    """A result that has been encoded as JSON already."""
+
+    __slots__ = ()
+
+
 def encode_result(result: Any) -> str | None:
-    return None if result is None else encode_json("result", result)
+    return result if result is None or type(result) is Encoded else encode_json("result", result)
 
 
 def encode_json(what: str, value: Any) -> str:

@@ -29,9 +29,10 @@ from pqueue import Job, PersistentQInterface, QueueError
 from pqueue_tasks import call_task
 from pqueue_tools import record as fields
 from pqueue_tools.leases import claim_number
+from pqueue_tools.outcome import name_of, trace_of
 from pqueue_tools.process import log
 from pqueue_tools.record import Slot
-from pqueue_tools.worker import Consumer, Interrupt, encoded_result
+from pqueue_tools.worker import Consumer, Interrupt, Told, encoded_result
 
 LOOK_SECONDS = 0.1  # how often an idle consumer looks for what tasks have left behind
 CLOSE_SECONDS = 1.0  # how long asyncio tasks that were left behind may take to end
@@ -47,9 +48,9 @@ class ActiveRun:
         self.task: asyncio.Task[None] | None = None
         self.lock = threading.RLock()  # held while the thread is interrupted, or leaves the task
         self.reason: Exception | None = None  # why it was interrupted
-        self.result: Any = None
         self.encoded: str | None = None
         self.error: BaseException | None = None
+        self.told: Told | None = None  # text and outcome of the error
         self.has_completed = False
 
     @property
@@ -119,7 +120,7 @@ class ConcurrentConsumer(Consumer):
 
     def _complete_and_start(self, limit: int) -> None:
         done, self._done = self._done[: self.queue.max_batch], self._done[self.queue.max_batch :]
-        jobs = self._complete_and_dequeue([(run.job, run.result) for run in done], limit)
+        jobs = self._complete_and_dequeue([(run.job, run.encoded) for run in done], limit)
         for run in done:
             self._free_slot(run)
         self._publish_results()
@@ -191,8 +192,8 @@ class ConcurrentConsumer(Consumer):
         if run.error is None:
             self._done.append(run)
             return
-        traceback.clear_frames(run.error.__traceback__)
-        self._settle(run.job, run.error)
+        traceback.clear_frames(trace_of(run.error))
+        self._settle(run.job, run.error, run.told)
         self._free_slot(run)
 
     def _free_slot(self, run: ActiveRun) -> None:
@@ -252,8 +253,10 @@ class ConcurrentConsumer(Consumer):
         try:
             try:
                 self._begin(run)
-                run.result = pqueue.run_task(self.queue, run.job)
-                run.encoded = None if run.result is None else encoded_result(run.result)
+                run.encoded = encoded_result(pqueue.run_task(self.queue, run.job))
+            except BaseException as error:
+                run.told = self._tell(error, run.job)
+                raise
             finally:
                 run.leave()
                 self._end_child()
@@ -267,12 +270,18 @@ class ConcurrentConsumer(Consumer):
 
     def _end(self, run: ActiveRun) -> None:
         """Publish the result, and hand the run over to the thread that settles it."""
-        if run.error is None:
-            with self._adding:
+        if run.error and run.reason and name_of(run.error) in ("Interrupt", "CancelledError"):
+            run.error = Interrupt(run.reason).with_traceback(run.error.__traceback__)
+        with self._adding:
+            # here: another thread would wait for it
+            if self.queue.in_transaction:
+                try:
+                    self._break_off_in_transaction(run.job, run.claim, run.error)
+                except QueueError as error:
+                    self._failure = error
+            elif run.error is None:
                 run.has_completed = True
                 self.record.add_result(run.job.id, run.claim, run.encoded)
-        elif run.reason and type(run.error).__name__ in ("Interrupt", "CancelledError"):
-            run.error = Interrupt(run.reason).with_traceback(run.error.__traceback__)
         self._events.put(run)
 
     # Async tasks
@@ -326,12 +335,11 @@ class ConcurrentConsumer(Consumer):
         try:
             try:
                 result = call_task(self.queue, run.job)
-                run.result = await result if inspect.isawaitable(result) else result
-                run.encoded = None if run.result is None else encoded_result(run.result)
+                run.encoded = encoded_result(await result if inspect.isawaitable(result) else result)
             finally:
                 run.leave()
         except BaseException as error:
-            run.error = error
+            run.error, run.told = error, self._tell(error, run.job)
         self._end(run)
 
     def _enter(self) -> None:

@@ -169,6 +169,37 @@ class Keeper:
         self.leases.pid = self._pid
         with suppress(OSError):
             os.setpgid(self._pid, 0)  # whichever of both is first
+        self._start_watchdog(parent)
+
+    def _start_watchdog(self, keeper: int) -> None:
+        """Fork a process that kills the worker before its leases end, if this one is stopped and cannot extend them.
+
+        It belongs to the group of the worker, so what stops or kills the group of this process spares it.
+        """
+        self._fields[fields.LOOKED_AT] = time.monotonic_ns()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            if os.fork():
+                return
+            try:
+                processes.end_with_parent(keeper)
+                os.setpgid(0, self._pid)
+                os.closerange(0, 1 << 20)
+                self._watch(keeper)
+            finally:
+                os._exit(1)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _watch(self, keeper: int) -> None:
+        seconds = self.options.lease_seconds
+        # guard: the worker of a stopped keeper ends before its leases
+        while not (is_stopped(keeper) and self._looked_before() > seconds / 2):
+            time.sleep(seconds / 10)
+        self._kill()
+
+    def _looked_before(self) -> float:
+        return (time.monotonic_ns() - self._fields[fields.LOOKED_AT]) / 1e9
 
     def _has_ended(self) -> bool:
         """Reap children; return whether the worker was among them."""
@@ -195,6 +226,7 @@ class Keeper:
     # Watching
 
     def _look(self) -> None:
+        self._fields[fields.LOOKED_AT] = time.monotonic_ns()
         if is_orphaned() and not self._fields[fields.STOP]:
             self._stop()
         if self._draw:
@@ -315,7 +347,7 @@ class Keeper:
         if not self._fields[fields.READY]:
             print_error("consumer", f"the worker {processes.end_text(self._status or 0)} while it imported the tasks")
             return fields.REFUSED
-        if outcome in (0, fields.BROKEN):
+        if outcome in (0, fields.BROKEN, fields.BROKEN_BY_ONE):
             if not left and outcome == 0:
                 log("worker died", consumer=self.name, reason=processes.end_text(self._status or 0))
             until = time.monotonic() + self.options.lease_seconds
@@ -346,6 +378,8 @@ class Keeper:
         asked = [number for number, run in runs.items() if self._reason(number, run) not in (0, fields.EXECUTED)]
         if self._killed and asked:
             return asked
+        if self._fields[fields.OUTCOME] == fields.BROKEN_BY_ONE:
+            return [number for number, run in runs.items() if self.record.error(run) is not None]
         threads = {number: self._thread(self.record.slots[number]) for number in runs}
         if found := [number for number, thread in threads.items() if thread == self._faulty_thread()]:
             return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]
 import _thread
 import builtins
+import codecs
 import fcntl
 import gc
 import io
@@ -27,9 +28,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
+import pqueue
 from pqueue_tools import processes
 
-TRUSTED_RUNS = 100  # of a task that left nothing; then it is looked at in full only if it took long
+TRUSTED_RUNS = 20  # of a task that left nothing; then it is looked at in full only if it took long
 LONG_SECONDS = 0.005
 FULL_SECONDS = 0.1
 MAX_DESCRIPTORS = 100  # that tasks may leave open, such as connections
@@ -44,11 +46,27 @@ LIMITS = sorted({getattr(resource, name) for name in dir(resource) if name.start
 
 
 class Setting:
-    """A part of the process's state: its name, how to read it, and how to restore it (None: impossible)."""
+    """A part of the process's state: its name, how to read it, and how to restore it (None: impossible).
 
-    def __init__(self, name: str, read: Callable[[], Any], restore: Callable[[Any], object] | None = None) -> None:
-        self.name, self.read, self._restore = name, read, restore
+    is_fatal: where it has changed, the database cannot be used any more.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        read: Callable[[], Any],
+        restore: Callable[[Any], object] | None = None,
+        *,
+        is_fatal: bool = False,
+    ) -> None:
+        self.name, self.read, self._restore, self.is_fatal = name, read, restore, is_fatal
         self.before = read()
+
+    def has_changed(self) -> bool:
+        try:
+            return bool(self.read() != self.before)
+        except Exception:  # what a task has put there
+            return True
 
     def undo(self) -> bool:
         """Restore it; return whether that succeeded."""
@@ -56,7 +74,90 @@ class Setting:
             return False
         with suppress(Exception):
             self._restore(self.before)
-        return bool(self.read() == self.before)
+        return not self.has_changed()
+
+
+def kept(name: str, mapping: dict[Any, Any], wanted: Callable[[Any], bool] = bool) -> Setting:
+    """Return a setting: such values of this mapping; others may be added."""
+    before = {key: value for key, value in mapping.items() if wanted(value)}
+    return Setting(name, lambda: before.items() <= mapping.items(), lambda _: mapping.update(before))
+
+
+def _settings(folder: int | None) -> Iterator[Setting]:
+    """Yield what is compared. folder: a descriptor of the working directory."""
+    for module in (os, time, sys, signal, threading, warnings, logging):
+        # first: the code below calls them
+        yield kept(
+            f"functions of {module.__name__}", vars(module), lambda value: callable(value) or value is os.environ
+        )
+    yield Setting("the root directory or a namespace", lambda: (os.stat("/")[1:3], _namespaces()), is_fatal=True)
+    ids = [getattr(os, f"get{name}") for name in ("uid", "euid", "gid", "egid", "groups")]
+    yield Setting("the account", lambda: [get() for get in ids], is_fatal=True)
+    yield Setting("the working directory", _working_directory, lambda _: os.fchdir(folder or 0))
+    yield Setting("the umask", _umask, os.umask)
+    yield Setting("environment variables", _environment, _set_environment)
+    yield Setting("the locale", lambda: locale.setlocale(locale.LC_ALL), lambda to: locale.setlocale(locale.LC_ALL, to))
+    yield Setting("flags of the standard descriptors", _flags, _set_flags)
+    yield from _signal_settings()
+    yield from _interpreter_settings()
+    yield from _library_settings()
+    yield Setting("resource limits", lambda: [resource.getrlimit(limit) for limit in LIMITS], _set_limits)
+    priority = os.PRIO_PROCESS, 0
+    yield Setting("the priority", lambda: os.getpriority(*priority), lambda to: os.setpriority(*priority, to))
+    if hasattr(os, "sched_getaffinity"):
+        yield Setting("the processors", lambda: os.sched_getaffinity(0), lambda to: os.sched_setaffinity(0, to))
+        yield Setting("the scheduling policy", lambda: os.sched_getscheduler(0))
+    yield Setting("the process group", lambda: (os.getpgrp(), os.getsid(0)))
+    yield Setting("the weight for the OOM killer", lambda: _proc("oom_score_adj"), _set_oom_score)
+    yield Setting("attributes of prctl", processes.attributes, processes.set_attributes)
+
+
+def _signal_settings() -> Iterator[Setting]:
+    yield Setting("the signal mask", lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()), _set_mask)
+    yield Setting("signal handlers in C, capabilities or filters of system calls", _status)
+    yield Setting("timers of the system", lambda: _proc("timers"))
+
+
+def _interpreter_settings() -> Iterator[Setting]:
+    yield Setting("a trace function", sys.gettrace, sys.settrace)
+    yield Setting("a profile function", sys.getprofile, sys.setprofile)
+    yield Setting("a trace function of threads", lambda: _attributes(threading, *TRACES), _set_traces)
+    yield Setting("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit)
+    yield Setting("the switch interval", sys.getswitchinterval, sys.setswitchinterval)
+    yield Setting("the thread stack size", threading.stack_size, threading.stack_size)
+    yield Setting("garbage collection", _gc, _set_gc)
+    yield Setting(
+        "hooks of asynchronous generators", sys.get_asyncgen_hooks, lambda hooks: sys.set_asyncgen_hooks(*hooks)
+    )
+    track = sys.get_coroutine_origin_tracking_depth, sys.set_coroutine_origin_tracking_depth
+    yield Setting("the tracking of coroutines", *track)
+    if hasattr(sys, "get_int_max_str_digits"):
+        yield Setting("the digits of integers", sys.get_int_max_str_digits, sys.set_int_max_str_digits)
+    if monitoring := getattr(sys, "monitoring", None):
+        yield Setting("a tool of sys.monitoring", lambda: [monitoring.get_tool(number) for number in range(6)])
+    yield Setting("sys.path", lambda: list(sys.path), lambda path: sys.path.__setitem__(slice(None), path))
+    yield Setting("sys.argv", lambda: list(sys.argv), lambda argv: setattr(sys, "argv", argv))
+    yield Setting("sys.tracebacklimit", lambda: getattr(sys, "tracebacklimit", None), _set_traceback_limit)
+    yield Setting("sys.dont_write_bytecode", *_accessors(sys, "dont_write_bytecode"))
+    yield Setting("the flags of dlopen", sys.getdlopenflags, sys.setdlopenflags)
+    yield kept("sys.modules", sys.modules, lambda _: True)
+    yield Setting("builtins", lambda: dict(vars(builtins)), _set_builtins)
+    yield Setting("error handlers of codecs", lambda: list(map(codecs.lookup_error, CODEC_ERRORS)), _set_codec_errors)
+    yield kept("the registered tasks", pqueue.TASKS)
+
+
+def _library_settings() -> Iterator[Setting]:
+    yield Setting("warning filters", lambda: list(warnings.filters), _set_filters)
+    loggers = [logging.getLogger(), *map(logging.getLogger, sorted(logging.root.manager.loggerDict))]
+    yield Setting("logging", lambda: _logging(loggers), lambda before: _set_logging(loggers, before))
+    yield Setting("the event loop or its policy", _event_loop, _set_event_loop)
+    yield Setting("the start method of multiprocessing", _start_method, _set_start_method)
+    if socket := sys.modules.get("socket"):
+        yield Setting("the default timeout of sockets", socket.getdefaulttimeout, socket.setdefaulttimeout)
+    if tempfile := sys.modules.get("tempfile"):
+        yield Setting("tempfile.tempdir", *_accessors(tempfile, "tempdir"))
+    if decimal := sys.modules.get("decimal"):
+        yield Setting("decimal.DefaultContext", lambda: repr(decimal.DefaultContext))
 
 
 class ProcessState:
@@ -78,49 +179,12 @@ class ProcessState:
         self._copies = [_high_copy(number) for number in range(3)]
         self._folder = _open_folder()
         self._streams = [sys.stdin, sys.stdout, sys.stderr]
+        self._modes = list(map(_mode, self._streams))
         self._handlers = [_signal.getsignal(number) for number in SIGNALS]
         self._common_handlers = [_signal.getsignal(number) for number in COMMON_SIGNALS]
-        self._settings = [Setting(*each) for each in self._all_settings()]
+        self._raw_threads = _raw_threads()
+        self._settings = list(_settings(self._folder))
         self._descriptors = {number: _identity(number) for number in _descriptors() if not _is_socket(number)}
-
-    def _all_settings(self) -> Iterator[tuple[Any, ...]]:
-        yield "the signal mask", lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()), _set_mask
-        yield "the working directory", _working_directory, lambda _: os.fchdir(self._folder or 0)
-        yield "the umask", _umask, os.umask
-        yield "environment variables", _environment, _set_environment
-        yield "the locale", lambda: locale.setlocale(locale.LC_ALL), lambda text: locale.setlocale(locale.LC_ALL, text)
-        yield "a trace function", sys.gettrace, sys.settrace
-        yield "a profile function", sys.getprofile, sys.setprofile
-        yield "the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit
-        yield "the switch interval", sys.getswitchinterval, sys.setswitchinterval
-        yield "the thread stack size", threading.stack_size, threading.stack_size
-        yield "garbage collection", lambda: (gc.isenabled(), gc.get_threshold(), gc.get_debug()), _set_gc
-        yield "hooks of sys", lambda: [getattr(sys, name) for name in HOOKS], _set_hooks
-        yield "hooks of asynchronous generators", sys.get_asyncgen_hooks, lambda hooks: sys.set_asyncgen_hooks(*hooks)
-        yield "the hook of threading", lambda: threading.excepthook, lambda hook: setattr(threading, "excepthook", hook)
-        yield "sys.path", lambda: list(sys.path), lambda path: sys.path.__setitem__(slice(None), path)
-        yield "sys.argv", lambda: list(sys.argv), lambda argv: setattr(sys, "argv", argv)
-        yield "builtins", lambda: dict(vars(builtins)), _set_builtins
-        yield "warning filters", lambda: list(warnings.filters), _set_filters
-        yield "logging", _logging, _set_logging
-        if "socket" in sys.modules:
-            socket = sys.modules["socket"]
-            yield "the default timeout of sockets", socket.getdefaulttimeout, socket.setdefaulttimeout
-        if hasattr(sys, "get_int_max_str_digits"):
-            yield "the digits of integers", sys.get_int_max_str_digits, sys.set_int_max_str_digits
-        yield "resource limits", lambda: [resource.getrlimit(limit) for limit in LIMITS], _set_limits
-        yield (
-            "the priority",
-            lambda: os.getpriority(os.PRIO_PROCESS, 0),
-            lambda to: os.setpriority(os.PRIO_PROCESS, 0, to),
-        )
-        if hasattr(os, "sched_getaffinity"):
-            yield "the processors", lambda: os.sched_getaffinity(0), lambda to: os.sched_setaffinity(0, to)
-            yield "the scheduling policy", lambda: os.sched_getscheduler(0)
-        yield "the account", lambda: (os.getuid(), os.geteuid(), os.getgid(), os.getegid(), os.getgroups())
-        yield "the process group", lambda: (os.getpgrp(), os.getsid(0))
-        yield "the root directory", lambda: os.stat("/")[1:3]
-        yield "timers of the system", _posix_timers
 
     def left_behind(self, task: str, seconds: float) -> list[str]:
         """Undo what a task has changed, and return what that was. seconds: how long the task ran."""
@@ -128,7 +192,11 @@ class ProcessState:
         if is_short and task in self._trusted and self._seems_clean():
             return []
         self._full_at = time.monotonic()
-        left = list(self._look())
+        try:
+            left = list(self._look())
+        except Exception as error:  # what a task has put in place of functions that this uses
+            self.must_end = self.is_broken = True
+            left = [f"a state that cannot be read ({type(error).__name__})"]
         self._clean[task] = -(10**9) if left else self._clean[task] + 1
         if self._clean[task] == TRUSTED_RUNS:
             self._trusted.add(task)
@@ -145,7 +213,7 @@ class ProcessState:
             list(map(_signal.getsignal, COMMON_SIGNALS)) == self._common_handlers
             and _thread._count() <= self._thread_count
             and sys.stdout is self._streams[1]
-            and not (sys.stdout and sys.stdout.closed)
+            and (sys.stdout is None or _is_usable(sys.stdout))
         )
 
     def _look(self) -> Iterator[str]:
@@ -155,16 +223,25 @@ class ProcessState:
         yield from self._reset_descriptors()
         yield from self._reset_streams()
         for setting in self._settings:
-            if setting.read() != setting.before:
+            if setting.has_changed():
                 self.must_end = not setting.undo() or self.must_end
+                self.is_broken = self.is_broken or setting.is_fatal
                 yield setting.name
+        yield from self._new_threads()
+        for pid in self._new_children():
+            self.must_end = True
+            yield f"the process {pid} ({processes.name(pid)})"
+
+    def _new_threads(self) -> Iterator[str]:
+        if _raw_threads() > self._raw_threads:
+            time.sleep(0.01)  # one that ends is forgotten by `threading` first
+            if _raw_threads() > self._raw_threads:
+                self.must_end = True
+                yield "a thread"
         for thread in set(threading.enumerate()) - self._threads:
             if not thread.name.startswith(self._ours):
                 self.must_end = True
                 yield f"the thread {thread.name!r}"
-        for pid in self._new_children():
-            self.must_end = True
-            yield f"the process {pid} ({processes.name(pid)})"
 
     def _stop_timers(self) -> Iterator[str]:
         for timer in TIMERS:
@@ -195,19 +272,22 @@ class ProcessState:
 
     def _reset_streams(self) -> Iterator[str]:
         for number, (name, before) in enumerate(zip(("stdin", "stdout", "stderr"), self._streams, strict=True)):
-            if before is not None and before.closed:
+            if before is not None and not _is_usable(before):
                 self._streams[number] = self._reopened(number)
             if getattr(sys, name) is not self._streams[number]:
                 setattr(sys, name, self._streams[number])
                 setattr(sys, f"__{name}__", self._streams[number])
                 yield f"sys.{name}"
+            elif (mode := _mode(self._streams[number])) != self._modes[number]:
+                self._streams[number].reconfigure(**self._modes[number])  # type: ignore[union-attr]
+                yield f"the {', '.join(key for key in mode if mode[key] != self._modes[number][key])} of sys.{name}"
 
     def _reopened(self, number: int) -> Any:
         if (copy := self._copies[number]) is not None:
             os.dup2(copy, number)
         with suppress(OSError):
             file = open(number, "wb" if number else "rb", closefd=False)  # noqa: SIM115 - it replaces sys.stdout
-            return io.TextIOWrapper(file, errors="backslashreplace", line_buffering=True)
+            return io.TextIOWrapper(file, **{"errors": "backslashreplace", **self._modes[number]})
         return None
 
     def _new_children(self) -> list[int]:
@@ -218,7 +298,18 @@ class ProcessState:
         return [pid for pid in set(processes.children(os.getpid())) - self._children if processes.is_running(pid)]
 
 
-HOOKS = ("excepthook", "unraisablehook", "displayhook", "breakpointhook")
+OF_THREADS = 3 << 31  # signals 32 and 33, which the C library handles when a first thread starts
+TRACES = ("_trace_hook", "_profile_hook")
+CODEC_ERRORS = [
+    "strict",
+    "ignore",
+    "replace",
+    "backslashreplace",
+    "xmlcharrefreplace",
+    "namereplace",
+    "surrogateescape",
+    "surrogatepass",
+]
 
 
 def _high_copy(number: int) -> int | None:
@@ -273,29 +364,106 @@ def _set_mask(mask: set[signal.Signals]) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _environment() -> dict[Any, Any]:
+def _environment() -> tuple[dict[Any, Any], list[bytes], tuple[str, str]]:
     raw: dict[Any, Any] = vars(os.environ)["_data"]  # encoded: to decode it all would take 60 us
-    return dict(raw)
+    return dict(raw), processes.environment(), time.tzname
 
 
-def _set_environment(before: dict[Any, Any]) -> None:
-    for name in {*_environment(), *before}:
-        if name in before:
-            os.environ[os.fsdecode(name)] = os.fsdecode(before[name])
+def _set_environment(before: tuple[dict[Any, Any], list[bytes], tuple[str, str]]) -> None:
+    for name in {*_environment()[0], *before[0]}:
+        if name in before[0]:
+            os.environ[os.fsdecode(name)] = os.fsdecode(before[0][name])
         else:
             del os.environ[os.fsdecode(name)]
+    for each in processes.environment():  # set by os.putenv or C code
+        os.unsetenv(each.partition(b"=")[0])
+    for each in before[1]:
+        os.putenv(*each.split(b"=", 1))
     time.tzset()
 
 
-def _set_gc(before: tuple[bool, tuple[int, int, int], int]) -> None:
+def _flags() -> list[int | None]:
+    found: list[int | None] = [None, None, None]
+    for number in range(3):
+        with suppress(OSError):
+            found[number] = fcntl.fcntl(number, fcntl.F_GETFL)
+    return found
+
+
+def _set_flags(before: list[int | None]) -> None:
+    for number, flags in enumerate(before):
+        if flags is not None:
+            fcntl.fcntl(number, fcntl.F_SETFL, flags)
+
+
+def _namespaces() -> list[str]:
+    with suppress(OSError):
+        return [os.readlink(f"/proc/self/ns/{name}") for name in ("mnt", "net", "user", "ipc", "uts")]
+    return []
+
+
+def _proc(name: str) -> bytes:
+    with suppress(OSError):
+        file = os.open(f"/proc/self/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.read(file, 8192)
+        finally:
+            os.close(file)
+    return b""
+
+
+def _set_oom_score(before: bytes) -> None:
+    file = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(file, before)
+    finally:
+        os.close(file)
+
+
+def _status() -> list[bytes | int]:
+    found = list[bytes | int]()
+    for line in _proc("status").splitlines():
+        if line.startswith((b"SigIgn", b"SigCgt")):
+            found.append(int(line.split()[1], 16) & ~OF_THREADS)
+        elif line.startswith((b"Cap", b"NoNewPrivs", b"Seccomp")):
+            found.append(line)
+    return found
+
+
+def _raw_threads() -> int:
+    """Return the number of threads that `threading` does not know."""
+    return _thread._count() - sum(type(each).__name__ != "_DummyThread" for each in threading.enumerate())
+
+
+def _attributes(owner: Any, *names: str) -> list[Any]:
+    return [getattr(owner, name, None) for name in names]
+
+
+def _accessors(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
+    return lambda: getattr(owner, name), lambda value: setattr(owner, name, value)
+
+
+def _set_traces(before: list[Any]) -> None:
+    for name, function in zip(TRACES, before, strict=True):
+        setattr(threading, name, function)
+
+
+def _set_traceback_limit(before: int | None) -> None:
+    if before is None:
+        del sys.tracebacklimit
+    else:
+        sys.tracebacklimit = before
+
+
+def _gc() -> tuple[Any, ...]:
+    return gc.isenabled(), gc.get_threshold(), gc.get_debug(), list(gc.callbacks)
+
+
+def _set_gc(before: tuple[Any, ...]) -> None:
     (gc.enable if before[0] else gc.disable)()
     gc.set_threshold(*before[1])
     gc.set_debug(before[2])
-
-
-def _set_hooks(before: list[Any]) -> None:
-    for name, hook in zip(HOOKS, before, strict=True):
-        setattr(sys, name, hook)
+    gc.callbacks[:] = before[3]
 
 
 def _set_builtins(before: dict[str, Any]) -> None:
@@ -311,29 +479,67 @@ def _set_filters(before: list[Any]) -> None:
     warnings.filters[:] = before  # type: ignore[index]
 
 
-def _logging() -> tuple[int, int, list[logging.Handler]]:
-    root = logging.getLogger()
-    return root.manager.disable, root.level, list(root.handlers)
+def _logging(loggers: list[logging.Logger]) -> tuple[int, list[Any]]:
+    return logging.root.manager.disable, [
+        (each.level, each.disabled, each.propagate, [*each.handlers], [*each.filters]) for each in loggers
+    ]
 
 
-def _set_logging(before: tuple[int, int, list[logging.Handler]]) -> None:
-    root = logging.getLogger()
-    root.manager.disable = before[0]
-    root.setLevel(before[1])
-    root.handlers[:] = before[2]
+def _set_logging(loggers: list[logging.Logger], before: tuple[int, list[Any]]) -> None:
+    logging.root.manager.disable = before[0]
+    for each, (level, disabled, propagate, handlers, filters) in zip(loggers, before[1], strict=True):
+        each.setLevel(level)
+        each.disabled, each.propagate = disabled, propagate
+        each.handlers[:], each.filters[:] = handlers, filters
+
+
+def _event_loop() -> tuple[Any, Any]:
+    """Return the policy of asyncio if it is not the default, and the loop that seems to run."""
+    if (events := sys.modules.get("asyncio.events")) is None:
+        return None, None
+    policy = getattr(events, "_event_loop_policy", None)
+    is_default = policy is None or "Default" in type(policy).__name__
+    return None if is_default else policy, events._get_running_loop()
+
+
+def _set_event_loop(before: tuple[Any, Any]) -> None:
+    events: Any = sys.modules["asyncio.events"]
+    events._event_loop_policy = before[0]
+    events._set_running_loop(before[1])
+
+
+def _start_method() -> str | None:
+    """Return the start method of multiprocessing if it is not the default."""
+    if (multiprocessing := sys.modules.get("multiprocessing")) is None:
+        return None
+    method: str | None = multiprocessing.get_start_method(allow_none=True)
+    return None if method == multiprocessing.get_all_start_methods()[0] else method
+
+
+def _set_start_method(before: str | None) -> None:
+    multiprocessing: Any = sys.modules["multiprocessing"]
+    multiprocessing.set_start_method(before, force=True)
+
+
+def _set_codec_errors(before: list[Any]) -> None:
+    for name, handler in zip(CODEC_ERRORS, before, strict=True):
+        codecs.register_error(name, handler)
+
+
+def _is_usable(stream: Any) -> bool:
+    """Return whether a stream is neither closed nor detached."""
+    with suppress(ValueError):
+        return not stream.closed
+    return False
+
+
+def _mode(stream: Any) -> dict[str, Any]:
+    """Return what `reconfigure` may change in a stream."""
+    names = ("encoding", "errors", "line_buffering", "write_through")
+    return {name: getattr(stream, name) for name in names} if isinstance(stream, io.TextIOWrapper) else {}
 
 
 def _set_limits(before: list[tuple[int, int]]) -> None:
     for limit, values in zip(LIMITS, before, strict=True):
         if resource.getrlimit(limit) != values:
             resource.setrlimit(limit, values)
-
-
-def _posix_timers() -> bytes:
-    with suppress(OSError):
-        file = os.open("/proc/self/timers", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return os.read(file, 4096)
-        finally:
-            os.close(file)
-    return b""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import pqueue
 from pqueue import DoNotRetry, Job, Retry, Snooze
-from pqueue_values import MAX_ERROR_CHARS
+from pqueue_values import MAX_ERROR_CHARS, duration
 
 MAX_SUMMARY_CHARS = 1000  # of the first line
 LAST_CHARS = 6000  # of a text that is cut: it ends with the innermost frames
@@ -37,16 +39,18 @@ def outcome_of(error: BaseException, job: Job, *, is_limit: bool = False) -> Out
 
     is_limit: the consumer interrupted the task, so that `retry_on` does not apply.
     """
-    entry = pqueue.TASKS.get(job.task)
-    if isinstance(error, Snooze):
-        return Outcome("release", retry=True, delay_seconds=error.seconds)
+    entry, kind = pqueue.TASKS.get(job.task), type(error)  # isinstance may run code of the error
     delay = entry.retry_in_seconds(job.attempts) if entry else pqueue.backoff_seconds(job.attempts)
-    if isinstance(error, Retry):
-        return Outcome("fail", retry=True, delay_seconds=delay if error.in_seconds is None else error.in_seconds)
+    if issubclass(kind, (Snooze, Retry)):
+        is_snooze = issubclass(kind, Snooze)
+        with suppress(Exception):  # it is of a subclass that does not set it, or sets something else
+            chosen = error.seconds if is_snooze else error.in_seconds  # type: ignore[attr-defined]
+            delay = delay if chosen is None else duration("delay", chosen)
+        return Outcome("release" if is_snooze else "fail", retry=True, delay_seconds=delay)
     # guard: an error that retry_on does not name is final
-    is_final = entry is not None and not is_limit and not isinstance(error, entry.retry_on)
+    is_final = entry is not None and not is_limit and not issubclass(kind, entry.retry_on)
     # guard: a result that cannot be stored is final
-    is_final = is_final or isinstance(error, (DoNotRetry, Unstorable))
+    is_final = is_final or issubclass(kind, (DoNotRetry, Unstorable))
     return Outcome("fail", retry=not is_final, delay_seconds=delay)
 
 
@@ -56,27 +60,36 @@ def error_text(error: BaseException) -> str:
     It has at most MAX_ERROR_CHARS characters; what is too long is cut in its middle. Never raises an exception of the
     error's own code.
     """
-    if isinstance(error, Unstorable):
+    if type(error) is Unstorable:
         return summary(error)
     try:
         found = traceback.TracebackException.from_exception(error, compact=True)
         _without_our_frames(found)
         trace = "".join(found.format())
-    except Exception as broken:
-        trace = f"(its traceback cannot be shown: {type(broken).__name__})\n"
+    except BaseException as broken:
+        trace = f"(its traceback cannot be shown: {name_of(broken)})\n"
     first = summary(error)
     return cut(f"{first}\n{trace}".rstrip(), MAX_ERROR_CHARS)
 
 
 def summary(error: BaseException) -> str:
     """Return the type and the message of an error; the first line of it identifies the error in lists."""
-    name = type(error).__name__
     try:
         message = str(error)
     except BaseException as broken:
-        message = f"(its message cannot be shown: __str__ raised {type(broken).__name__})"
-    kind = "" if isinstance(error, Unstorable) else f"{name}: "
+        message = f"(its message cannot be shown: __str__ raised {name_of(broken)})"
+    kind = "" if type(error) is Unstorable else f"{name_of(error)}: "
     return cut(f"{kind}{message}", MAX_SUMMARY_CHARS)
+
+
+def trace_of(error: BaseException) -> Any:
+    """Return the traceback, also of an error that defines `__traceback__` otherwise."""
+    return vars(BaseException)["__traceback__"].__get__(error)
+
+
+def name_of(error: BaseException) -> str:
+    """Return the name of the type, also of one whose metaclass defines `__name__` otherwise."""
+    return str(vars(type)["__name__"].__get__(type(error)))
 
 
 def cut(text: str, most: int) -> str:

@@ -8,9 +8,14 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+PR_SET_PDEATHSIG, PR_GET_PDEATHSIG = 1, 2
+PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4
+PR_SET_TIMERSLACK, PR_GET_TIMERSLACK = 29, 30
+PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
 FORKED = 0x40  # PF_FORKNOEXEC: the process has not become another program
 
 
@@ -26,10 +31,41 @@ def adopt_orphans(wanted: bool) -> None:
     _prctl(PR_SET_CHILD_SUBREAPER, int(wanted))
 
 
-def _prctl(option: int, value: int) -> None:
+def attributes() -> tuple[int, ...]:
+    """Return the signal that comes when the parent ends, whether memory may be dumped, whether orphans are adopted, and
+    the slack of timers."""
+    at_end, adopts = ctypes.c_int(), ctypes.c_int()
+    _prctl(PR_GET_PDEATHSIG, ctypes.byref(at_end))
+    _prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(adopts))
+    return at_end.value, _prctl(PR_GET_DUMPABLE), adopts.value, _prctl(PR_GET_TIMERSLACK)
+
+
+def set_attributes(values: tuple[int, ...]) -> None:
+    options = PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_TIMERSLACK
+    for option, value in zip(options, values, strict=True):
+        _prctl(option, value)
+
+
+def _prctl(option: int, value: Any = 0) -> int:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+            return int(_libc().prctl(option, value, 0, 0, 0))
+    return 0
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+def environment() -> list[bytes]:
+    """Return the environment that programs inherit, as C code sees it; where that is unknown, nothing."""
+    with suppress(ValueError, OSError):
+        variables, found = ctypes.POINTER(ctypes.c_char_p).in_dll(_libc(), "environ"), list[bytes]()
+        while variables and (each := variables[len(found)]) is not None:
+            found.append(each)
+        return found
+    return []
 
 
 def children(pid: int) -> list[int]:

@@ -24,7 +24,8 @@ STEPPING, STEPPED_AT = 7, 8  # 1 + the slot whose async task the loop runs now, 
 STOP = 9  # 1: finish the current jobs; 2: interrupt them
 WITHDRAW, WITHDRAWN = 10, 11  # number of the run whose waiting jobs the keeper wants, or has taken
 ASLEEP = 12  # the keeper waits until it is woken
-FIELDS = 13
+LOOKED_AT = 13  # when the keeper last looked at the runs (monotonic ns)
+FIELDS = 14
 # Fields of a slot that the worker writes
 RUNNING = 0  # number of the run whose task may be interrupted; 0: none
 RUN, JOB, CLAIM, STARTED, TIMEOUT, MEMORY, BASE, BACKOFF = range(1, 9)  # of a run; JOB is 0 between runs
@@ -34,7 +35,8 @@ THREAD = 10  # that runs the task; 0: the only one, or that of the event loop
 INTERRUPT, REASON = 11, 12  # number of the run to interrupt (the worker resets it), and why
 SLOT_FIELDS = 13
 
-DRAINED, STOPPED, REPLACE, REFUSED, BROKEN = range(1, 6)  # outcomes; 0: it died
+DRAINED, STOPPED, REPLACE, REFUSED = range(1, 5)  # outcomes; 0: it died
+BROKEN, BROKEN_BY_ONE = 5, 6  # outcomes: by any of the jobs that ran; by one whose result or error is stored
 TIMED_OUT, OUT_OF_MEMORY, LOST, STOP_REQUESTED, EXECUTED = range(1, 6)  # reasons
 
 MAX_CONCURRENCY = 1000  # slots

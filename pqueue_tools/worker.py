@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import gc
 import importlib
 import os
 import signal
+import sqlite3
 import sys
 import time
 import traceback
@@ -24,14 +26,18 @@ from pqueue_backend import Registration
 from pqueue_tools import file_task, leases, processes, termination
 from pqueue_tools import record as fields
 from pqueue_tools.masking import masked_text
-from pqueue_tools.outcome import Outcome, Unstorable, error_text, outcome_of
+from pqueue_tools.outcome import Outcome, Unstorable, error_text, outcome_of, trace_of
 from pqueue_tools.process import T, TaskLog, log, log_completed, on_termination, print_error, retry_while_busy
 from pqueue_tools.record import MAX_CONCURRENCY, Record, Slot
+from pqueue_values import Encoded
 
 if TYPE_CHECKING:
     from pqueue_tools.leftovers import ProcessState
 
+Told = tuple[str, Outcome]  # the text of an error, and how to settle the job
+
 NONE = (0.0, 0.0, None)  # limits of an unknown task
+MAX_LEFT = 20  # leftovers that the log names
 BATCH_SECONDS = 0.03  # target run time of a batch of jobs; a slower job is taken alone
 
 
@@ -202,6 +208,7 @@ class Consumer:
         until = time.monotonic() + self.lease_seconds if held or self._stops else None
 
         def pause(seconds: float) -> bool:
+            self._expect_to_hold_no_lock()
             if (until and time.monotonic() > until) or (self._stops and not held) or self._stops > 1:
                 for job, _ in held:
                     log("left to its lease", consumer=self.name, job=job.id)
@@ -210,6 +217,16 @@ class Consumer:
             return False
 
         return retry_while_busy(call, pause, consumer=self.name)
+
+    def _expect_to_hold_no_lock(self) -> None:
+        """End a process in which a task has left a transaction of its own connection open, which may lock all out."""
+        is_running = any(slot.fields[fields.RUNNING] for slot in self.record.slots)
+        if self.is_embedded or is_running or not _other_transactions():
+            return
+        self._must_end = True
+        self._report_left(["an open transaction of another connection"])
+        self._fields[fields.OUTCOME] = fields.BROKEN
+        os._exit(1)
 
     def _sleep(self) -> None:
         with suppress(InterruptedError, QueueBusy):  # the next dequeue reports QueueBusy
@@ -237,7 +254,11 @@ class Consumer:
     def _run_one(self, job: Job) -> None:
         limits, claim = self._limits(job), self._claim_number(job)
         started = time.monotonic()
-        error, result, encoded = cast("BaseException | None", None), None, None
+        error, told, encoded = (
+            cast("BaseException | None", None),
+            cast("Told | None", None),
+            cast("Encoded | None", None),
+        )
         try:
             try:
                 self.queue.begin(job)
@@ -249,26 +270,32 @@ class Consumer:
                     self.task_log.job = job
                 run_coroutine = self._run_coroutine
                 result = copy_context().run(pqueue.run_task, self.queue, job, run_coroutine=run_coroutine)
-                encoded = None if result is None else encoded_result(result)
+                encoded = encoded_result(result)
+            except BaseException as caught:
+                told = self._tell(caught, job)
+                raise
             finally:
                 self._slot.fields[fields.RUNNING] = 0
                 self._end_child()
         except BaseException as caught:
             self._slot.fields[fields.RUNNING] = 0  # again: an interrupt may have come before it was set
-            traceback.clear_frames(caught.__traceback__)  # free the task's objects, which may use all memory
+            traceback.clear_frames(trace_of(caught))  # free the task's objects, which may use all memory
             error = caught
         took = time.monotonic() - started
+        # guard: nothing is written in a transaction that a task has left open
+        if self.queue.in_transaction:
+            self._break_off_in_transaction(job, claim, error)
         if self.state and (left := self.state.left_behind(job.task, took)):
             self._report(job, left)
             if self.state.is_broken:
                 self._break_off(job, claim, error, encoded)
         if error is None:
             self._run_seconds = max(took, 0.8 * self._run_seconds + 0.2 * took)
-            self._finished.append((job, result))
+            self._finished.append((job, encoded))
             if not self.record.add_result(job.id, claim, encoded):
                 self._complete_and_dequeue(self._take_finished(), 0)
         else:
-            self._settle(job, error)
+            self._settle(job, error, told)
         if self.task_log:
             self.task_log.job = None
         self._slot.end()
@@ -315,14 +342,22 @@ class Consumer:
             self._claim = job.lease_token, leases.claim_number(str(job.lease_token))
         return self._claim[1]
 
-    def _settle(self, job: Job, error: BaseException) -> None:
+    @staticmethod
+    def _tell(error: BaseException, job: Job) -> Told | None:
+        """Return the text and the outcome of an error of the task, whose code this runs: call it while that may be
+        interrupted. None: it is not the task's."""
+        if type(error) is Interrupt or issubclass(type(error), LeaseLost):
+            return None
+        return error_text(error), outcome_of(error, job)
+
+    def _settle(self, job: Job, error: BaseException, told: Told | None) -> None:
         """Settle a job whose task ended with this exception."""
-        if isinstance(error, Interrupt):
+        if type(error) is Interrupt:
             self._end_interrupted(job, error.args[0].with_traceback(error.__traceback__))
-        elif isinstance(error, LeaseLost):
+        elif issubclass(type(error), LeaseLost):
             self._log_lost(job, error)
         else:
-            self._apply(job, error, outcome_of(error, job))
+            self._apply(job, *(told or (error_text(error), outcome_of(error, job))))
 
     def _report(self, job: Job, left: list[str]) -> None:
         """Say what a task has left behind in the process."""
@@ -331,15 +366,27 @@ class Consumer:
     def _report_left(self, left: list[str], **by: Any) -> None:
         self._must_end = self._must_end or bool(self.state and self.state.must_end)
         then = "the worker is replaced" if self._must_end else "restored"
-        log("left behind", consumer=self.name, **by, what=", ".join(left), then=then)
+        more = [f"{len(left) - MAX_LEFT} more"] if len(left) > MAX_LEFT else []
+        log("left behind", consumer=self.name, **by, what=", ".join(left[:MAX_LEFT] + more), then=then)
+
+    def _break_off_in_transaction(self, job: Job, claim: int, error: BaseException | None) -> NoReturn:
+        """End the process, and with it a transaction that a job has left open; in an application, raise QueueError."""
+        error = error.args[0].with_traceback(error.__traceback__) if type(error) is Interrupt else error
+        error = error or QueueError("the task left a transaction() open, which was rolled back")
+        if self.is_embedded:
+            raise QueueError(f"cannot continue after job {job.id}, which left a transaction() open") from error
+        self._must_end = True
+        self._report(job, ["an open transaction"])
+        self._break_off(job, claim, error, None)
 
     def _break_off(self, job: Job, claim: int, error: BaseException | None, encoded: str | None) -> NoReturn:
-        """End the process without using the database: a descriptor of it may be that of another file by now."""
+        """End the process without using the database: a descriptor of it may be that of another file by now, or what
+        is written never committed."""
         if error is None:
             self.record.add_result(job.id, claim, encoded)
         else:
             self.record.add_error(job.id, claim, error_text(error))
-        self._fields[fields.OUTCOME] = fields.BROKEN
+        self._fields[fields.OUTCOME] = fields.BROKEN_BY_ONE
         os._exit(1)
 
     def _end_child(self) -> None:
@@ -357,17 +404,17 @@ class Consumer:
     def _end_interrupted(self, job: Job, reason: Exception) -> None:
         if self._stops > 1 and job.max_attempts == 1:
             stopped = Stopped("stopped while it ran; not run again because max_attempts is 1")
-            self._apply(job, stopped, Outcome("fail", retry=False, delay_seconds=0.0))
+            self._apply(job, error_text(stopped), Outcome("fail", retry=False, delay_seconds=0.0))
         elif self._stops > 1:
             self._release(job)
         elif isinstance(reason, LeaseLost):
             self._log_lost(job, reason)
         else:
-            self._apply(job, reason, outcome_of(reason, job, is_limit=True))
+            self._apply(job, error_text(reason), outcome_of(reason, job, is_limit=True))
 
-    def _apply(self, job: Job, error: BaseException, outcome: Outcome) -> None:
+    def _apply(self, job: Job, text: str, outcome: Outcome) -> None:
         """Settle a job, unless its task has done so itself."""
-        text, delay = error_text(error), outcome.delay_seconds
+        delay = outcome.delay_seconds
 
         def settle() -> str:
             if outcome.verb == "fail":
@@ -388,7 +435,7 @@ class Consumer:
         shown = {"error": first, **({"traceback": trace} if trace and outcome.verb == "fail" else {})}
         log(event, consumer=self.name, job=job.id, task=job.task, attempt=job.attempts, now=state, **shown)
 
-    def _log_lost(self, job: Job, reason: Exception) -> None:
+    def _log_lost(self, job: Job, reason: BaseException) -> None:
         settled = self._leases.settled_as(job)
         if settled is None:
             log("lost", consumer=self.name, job=job.id, reason=reason)
@@ -453,11 +500,21 @@ class Consumer:
         return leases.limit_error(reason, run)
 
 
-def encoded_result(result: Any) -> str:
+def encoded_result(result: Any) -> Encoded | None:
+    """Return the result as JSON at this moment: another task may change the object. Raises Unstorable."""
     try:
-        return pqueue_values.encode_json("result", result)
+        return None if result is None else Encoded(pqueue_values.encode_json("result", result))
     except ValueError as error:
         raise Unstorable(f"{error}; the task had ended, and is not run again") from None
+
+
+def _other_transactions() -> bool:
+    """Return whether an SQLite connection in this process is in a transaction."""
+    for each in gc.get_objects():
+        with suppress(Exception):
+            if issubclass(type(each), sqlite3.Connection) and each.in_transaction:
+                return True
+    return False
 
 
 # The process ##########################################################################################################
@@ -521,8 +578,10 @@ def _run(
         lambda: _arm(dump), ours=("pqueue-", "asyncio_") if options.concurrency > 1 else ("pqueue-",)
     )
     _arm(dump)
+    # A task that closes the queue, as at the end of `with current_queue()`, must not close the consumer's
+    close, queue.close = queue.close, bool  # type: ignore[method-assign, assignment]
     record.fields[fields.OUTCOME] = consumer.run()
-    queue.close()
+    close()
     return 0
 
 
@@ -560,6 +619,7 @@ def _set_signals(dump: int) -> None:
 def _arm(dump: int) -> None:
     """Let a fault, and the keeper's signal, write the traceback; undo what a task has set up instead."""
     faulthandler.cancel_dump_traceback_later()
+    faulthandler.unregister(leases.INTERRUPT_SIGNAL)
     with suppress(OSError, ValueError):  # a task has closed the file
         faulthandler.enable(dump)
         faulthandler.register(leases.DUMP_SIGNAL, dump)

@@ -23,10 +23,10 @@ from pqueue_tools.record import Record
 SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
 
 TASKS = r'''
-import asyncio, builtins, ctypes, decimal, faulthandler, gc, io, locale, logging, multiprocessing, os, random, re
-import resource, signal, socket, subprocess, sys, threading, time, warnings
+import _thread, asyncio, builtins, codecs, ctypes, decimal, faulthandler, fcntl, gc, io, locale, logging, logging.config
+import multiprocessing, os, random, re, resource, signal, socket, subprocess, sys, tempfile, threading, time, warnings
 from pathlib import Path
-from pqueue import DoNotRetry, current_queue, task
+from pqueue import DoNotRetry, Retry, Snooze, current_queue, task
 
 LIMIT = 2.0
 
@@ -100,6 +100,25 @@ def overflow():
     def deeper(): return "%s" % sorted([1], key=lambda _: deeper())
     deeper()
 
+C = ctypes.CDLL(None)
+LIBRARY = logging.getLogger("a.library")
+
+def leave_policy():
+    class Policy(asyncio.DefaultEventLoopPolicy):
+        def new_event_loop(self): raise RuntimeError("no loop")
+    asyncio.events._event_loop_policy = Policy()
+
+def leave_environment():
+    os.putenv("SNEAKY", "1")
+    before = os.environ.get("TZ")
+    os.environ["TZ"] = "Asia/Tokyo"
+    time.tzset()
+    if before is None: del os.environ["TZ"]
+    else: os.environ["TZ"] = before
+
+def leave_handler_in_c():
+    C.signal(int(signal.SIGTERM), ctypes.c_void_p(1))
+
 LEAVE = {  # what the next job must not find
     "nothing": nothing,
     "loop": leave_loop,
@@ -146,7 +165,39 @@ LEAVE = {  # what the next job must not find
     "priority": lambda: os.nice(1),
     "processors": lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}),
     "handlers of faults": faulthandler.disable,
+    "raw thread": lambda: (_thread.start_new_thread(time.sleep, (600,)), time.sleep(0.1)),
+    "waiting streams": lambda: [os.set_blocking(number, False) for number in (1, 2)],
+    "detached stream": lambda: globals().setdefault("kept", []).append(sys.stdout.detach()),
+    "encoding of a stream": lambda: sys.stdout.reconfigure(encoding="ascii", errors="strict"),
+    "policy": leave_policy,
+    "running loop": lambda: asyncio._set_running_loop(object()),
+    "modules": lambda: [sys.modules.pop(name) for name in ("json", "time")],
+    "codecs": lambda: codecs.register_error("strict", lambda error: ("?", error.end)),
+    "loggers": lambda: logging.config.dictConfig({"version": 1}),
+    "records": lambda: logging.setLogRecordFactory(nothing),
+    "captured warnings": lambda: logging.captureWarnings(True),
+    "clock": lambda: setattr(time, "monotonic", lambda: 1.0),
+    "functions": lambda: (setattr(os, "fstat", None), setattr(os, "environ", {})),
+    "hidden environment": leave_environment,
+    "namespace": lambda: C.unshare(0x04000000),
+    "tasks": lambda: sys.modules["pqueue"].TASKS.clear(),
+    "end of the parent": lambda: C.prctl(1, 0, 0, 0, 0),
+    "dumps": lambda: C.prctl(4, 0, 0, 0, 0),
+    "privileges": lambda: C.prctl(38, 1, 0, 0, 0),
+    "handler in C": leave_handler_in_c,
+    "faults of others": lambda: faulthandler.register(signal.SIGRTMIN + 1),
+    "collections": lambda: gc.callbacks.append(nothing),
+    "trace of threads": lambda: threading.settrace(nothing),
+    "traceback limit": lambda: setattr(sys, "tracebacklimit", 0),
+    "start method": lambda: multiprocessing.set_start_method("spawn", force=True),
+    "default decimals": lambda: setattr(decimal.DefaultContext, "prec", 3),
+    "temporary folder": lambda: setattr(tempfile, "tempdir", "/nowhere"),
+    "root": lambda: (os.mkdir("jail"), os.chroot("jail")),
+    "account": lambda: os.seteuid(65534),
 }
+
+def status(*names):
+    return [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(names)]
 
 def state():
     """Return the state of the process, as far as tasks are expected to leave it alone."""
@@ -163,7 +214,22 @@ def state():
         "limits": [resource.getrlimit(limit) for limit in range(16)],
         "interpreter": [sys.getrecursionlimit(), sys.getswitchinterval(), gc.isenabled(), gc.get_threshold()],
         "path": sys.path, "open": repr(open), "filters": len(warnings.filters),
-        "logging": [logging.root.manager.disable, logging.root.level],
+        "logging": [logging.root.manager.disable, logging.root.level, LIBRARY.disabled],
+        "records": logging.getLogRecordFactory().__name__,
+        "warnings": warnings.showwarning.__module__,
+        "flags": [fcntl.fcntl(number, fcntl.F_GETFL) for number in range(3)],
+        "encodings": [(stream.encoding, stream.errors) for stream in (sys.stdout, sys.stderr)],
+        "asyncio": [type(asyncio.events._event_loop_policy).__name__ == "Policy", asyncio._get_running_loop() is None],
+        "modules": [name in sys.modules for name in ("json", "time")],
+        "codecs": codecs.lookup_error("strict").__name__,
+        "functions": [time.monotonic() > 1, os.fstat(1)[1]],
+        "inherited": subprocess.run(["env"], capture_output=True, text=True).stdout,
+        "namespaces": [os.readlink(f"/proc/self/ns/{name}") for name in ("mnt", "net", "uts")],
+        "prctl": [C.prctl(3, 0, 0, 0, 0), *status("NoNewPrivs", "SigIgn", "Cap")],
+        "collections": len(gc.callbacks), "trace of threads": repr(threading._trace_hook),
+        "traceback limit": getattr(sys, "tracebacklimit", None),
+        "start method": multiprocessing.get_start_method(allow_none=True) == "spawn",
+        "default decimals": decimal.DefaultContext.prec, "temporary folder": tempfile.tempdir, "euid": os.geteuid(),
         "sockets": socket.getdefaulttimeout(), "decimals": decimal.getcontext().prec,
         "priority": [os.nice(0), len(os.sched_getaffinity(0))],
         "faults": faulthandler.is_enabled(),
@@ -193,6 +259,7 @@ def swallow():
 RUN_ON = {  # until the limit
     "loop": lambda: [None for _ in iter(int, 1)],
     "sleep": lambda: time.sleep(600),
+    "message": lambda: fail(Slow()),
     "expression": lambda: re.match(r"(a+)+$", "a" * 60 + "b"),
     "swallow": swallow,
     "subprocess": lambda: subprocess.run(["sleep", "600"]),
@@ -203,7 +270,32 @@ RUN_ON = {  # until the limit
 
 def fail(error): raise error
 
+class Evil(BaseException):
+    def __getattribute__(self, name): raise RuntimeError("evil")
+
+class Hidden(Exception):
+    __traceback__ = __cause__ = __context__ = property(lambda self: sys.exit("hidden"))
+
+class Nameless(type):
+    __name__ = property(lambda cls: sys.exit("no name"))
+
+class OfNameless(Exception, metaclass=Nameless): pass
+
+class Slow(Exception):
+    def __str__(self): time.sleep(600)
+
+class LongSnooze(Snooze):
+    def __init__(self): pass
+
+class OddRetry(Retry):
+    def __init__(self): self.in_seconds = "soon"
+
 RAISE = {
+    "evil": lambda: fail(Evil()),
+    "hidden": lambda: fail(Hidden("the reason")),
+    "nameless": lambda: fail(OfNameless("the reason")),
+    "retry": lambda: fail(OddRetry()),
+    "notes": lambda: (setattr(error := ValueError("the reason"), "__notes__", 3), fail(error)),
     "unprintable": lambda: fail(Unprintable("one")),
     "untruthful": lambda: fail(Untruthful()),
     "huge": lambda: fail(ValueError("x" * 20_000_000)),
@@ -305,18 +397,29 @@ def read(place, name):
 # A clean process for every task
 
 
-@pytest.mark.parametrize("name", names("LEAVE"))
-def test_next_job_finds_the_process_as_the_first_one_did(tasks, name):
+UNREPORTED = ("nothing", "decimals", "c alarm", "handlers of faults", "faults of others", "orphan")
+AS_ROOT = ("namespace", "root", "account")
+
+
+@pytest.mark.parametrize("part", range(6))
+def test_next_job_finds_the_process_as_the_first_one_did(tasks, part):
     queue = tasks.queue()
-    first, bad, second = queue.enqueue("look"), queue.enqueue("leave", name), queue.enqueue("look")
+    left = [name for name in names("LEAVE")[part::6] if os.geteuid() == 0 or name not in AS_ROOT]
+    first, *jobs = queue.enqueue("look"), *[(queue.enqueue("leave", name), queue.enqueue("look")) for name in left]
     slow = queue.enqueue("run_on", "sleep", max_attempts=1)  # which a timer left behind would end
     done = drain(tasks)
     assert done.returncode == 1, done.stderr
-    assert queue.get(bad).error is None
-    assert queue.get(second).result == queue.get(first).result
-    assert queue.get(slow).error.startswith("TimeoutError: timed out after 2 s"), done
-    reports = [line for line in done.stdout.splitlines() if "left behind" in line]
-    assert len(reports) == (name not in ("nothing", "decimals", "c alarm", "handlers of faults", "orphan")), done
+    expected = queue.get(first).result
+    for name, (bad, look) in zip(left, jobs, strict=True):
+        assert (name, queue.get(bad).error) == (name, None)
+        assert (name, queue.get(look).result, queue.get(look).attempts) == (name, expected, 1)
+        reports = [
+            line
+            for line in done.stdout.splitlines()
+            if f"left behind consumer={queue.get(bad).consumer} job={bad} " in line
+        ]
+        assert (name, len(reports)) == (name, name not in UNREPORTED), done
+    assert queue.get(slow).error.startswith("TimeoutError: timed out after 2 s\n"), done
 
 
 def test_leftovers_of_a_task_that_fails_are_found_as_well(tasks):
@@ -327,6 +430,96 @@ def test_leftovers_of_a_task_that_fails_are_found_as_well(tasks):
     assert drain(tasks, "--import", "more").returncode == 1
     assert queue.get(ids[0]).error.startswith("ValueError: the reason\n")
     assert queue.get(ids[1]).state == "completed"
+
+
+OPEN = """
+import asyncio, sqlite3, time
+from pqueue import current_queue, task
+kept = []
+
+def leave_open(block):
+    block.__enter__()
+    kept.append(block)
+
+@task(max_attempts=1)
+def begin(job):
+    leave_open(current_queue().transaction())
+    current_queue().enqueue("good")
+
+@task(max_attempts=1)
+def begin_and_raise(job):
+    leave_open(current_queue().transaction())
+    raise ValueError("the reason")
+
+@task(max_attempts=1)
+async def begin_in_loop(job): begin.function(job)
+
+@task(max_attempts=1)
+def join(job):
+    kept.append(sqlite3.connect("var/queue.db", isolation_level=None))
+    kept[-1].execute("BEGIN IMMEDIATE")
+    leave_open(current_queue().join(kept[-1]))
+
+@task
+def lock(job):
+    kept.append(sqlite3.connect("var/queue.db", isolation_level=None))
+    kept[-1].execute("BEGIN IMMEDIATE")
+
+@task
+def close(job):
+    with current_queue() as queue: return queue.name
+"""
+
+OPENED = "QueueError: the task left a transaction() open, which was rolled back"
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+@pytest.mark.parametrize(
+    ("task", "error"),
+    [
+        ("begin", OPENED),
+        ("begin_and_raise", "ValueError: the reason"),
+        ("begin_in_loop", OPENED),
+        ("join", OPENED),
+        ("lock", None),
+        ("close", None),
+    ],
+)
+def test_transaction_that_a_task_leaves_open_costs_its_job_only(tasks, task, error, concurrency):
+    tasks.write("more.py", OPEN)
+    queue = tasks.queue()
+    bad, *good = queue.enqueue(task), *queue.enqueue_many("good", range(5))
+    assert drain(tasks, "--import", "more", "--concurrency", concurrency).returncode == int(error is not None)
+    assert queue.get(bad).state == ("failed" if error else "completed")
+    assert error is None or queue.get(bad).error.partition("\n")[0] == error or "cannot await" in queue.get(bad).error
+    assert [(queue.get(each).state, queue.get(each).attempts) for each in good] == [("completed", 1)] * 5
+    assert queue.count_jobs() == 6
+
+
+SHARED = """
+from pqueue import current_job, task
+seen = []
+
+@task
+def collect(job):
+    seen.append(job.payload)
+    return seen
+
+@task
+def spoil(job): seen.append(object())
+"""
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_result_is_that_of_the_moment_when_the_task_returned(tasks, concurrency):
+    tasks.write("more.py", SHARED)
+    queue = tasks.queue()
+    ids = queue.enqueue_many("collect", range(20))
+    queue.enqueue("spoil")
+    drain(tasks, "--import", "more", "--concurrency", concurrency)
+    results = [queue.get(each).result for each in ids]
+    assert sorted(map(len, results)) == list(range(1, 21))
+    assert {(job.state, job.attempts) for job in queue.list_jobs()} == {("completed", 1)}
 
 
 # The end of the process
@@ -356,6 +549,12 @@ def test_leftovers_of_a_task_that_fails_are_found_as_well(tasks):
         ("run_on", "join", r"TimeoutError: timed out after 2 s(.|\n)*my_tasks.py"),
         ("run_on", "input", r"TimeoutError: timed out after 2 s(.|\n)*my_tasks.py"),
         ("eat", None, r"MemoryError: used more than 200 MB(.|\n)*my_tasks.py"),
+        ("run_on", "message", r"Slow: \(its message cannot be shown: __str__ raised Interrupt\)"),
+        ("fall", "evil", "Evil"),
+        ("fall", "hidden", "Hidden: the reason"),
+        ("fall", "nameless", "OfNameless: the reason"),
+        ("fall", "retry", "OddRetry"),
+        ("fall", "notes", r"ValueError: the reason(.|\n)*my_tasks.py"),
         ("fall", "exit", "SystemExit: leaving"),
         ("fall", "recursion", "RecursionError"),
         ("fall", "interrupt", "KeyboardInterrupt"),
@@ -414,6 +613,39 @@ def test_worker_dies_with_its_keeper_before_anybody_takes_the_job(tasks):
     job = wait_until(lambda: queue.dequeue("heir"), seconds=30)
     assert (job.id, job.attempts) == (job_id, 2)
     assert not processes.is_running(worker)
+
+
+@pytest.mark.parametrize("task", ["patient", "hog"])
+def test_worker_of_a_stopped_keeper_dies_before_anybody_takes_the_job(tasks, task):
+    queue = tasks.queue()
+    job_id = queue.enqueue(task, max_attempts=3)
+    child = consumer(tasks, "--lease-seconds", 3, "--name", "w")
+    worker = int(wait_until(lambda: read(tasks, "began")))
+    child.send_signal(signal.SIGSTOP)
+    wait_until(lambda: not processes.is_running(worker))
+    assert queue.get(job_id).consumer == "w"  # nobody else has taken it yet
+    job = wait_until(lambda: queue.dequeue("heir"), seconds=30)
+    assert (job.id, job.attempts) == (job_id, 2)
+    child.send_signal(signal.SIGCONT)
+    later = queue.enqueue("pid")
+    wait_until(lambda: queue.get(later).state == "completed")
+    queue.complete(job)
+    assert child.poll() is None
+
+
+def test_watchdog_spares_a_worker_whose_keeper_works(tasks):
+    queue = tasks.queue()
+    job_id = queue.enqueue("patient")
+    child = consumer(tasks, "--lease-seconds", 0.5)
+    worker = int(wait_until(lambda: read(tasks, "began")))
+    (watchdog,) = set(processes.children(child.pid)) - {worker}
+    expires_at = queue.get(job_id).lease_expires_at
+    wait_until(lambda: queue.get(job_id).lease_expires_at > expires_at + 2)
+    tasks.write("go-on", "")
+    wait_until(lambda: queue.get(job_id).state == "completed")
+    child.terminate()
+    assert child.wait(60) == 0
+    assert not processes.is_running(watchdog)
 
 
 def test_worker_that_cannot_import_the_tasks_ends_the_consumer(place):
@@ -602,6 +834,12 @@ EXPECTED = {
     "interrupt": "KeyboardInterrupt",
     "generator": "GeneratorExit",
     "surrogates": "ValueError",
+    "evil": "Evil",
+    "hidden": "Hidden: the reason",
+    "nameless": "OfNameless: the reason",
+    "retry": "OddRetry",
+    "notes": "ValueError: the reason",
+    "message": "Slow: (its message cannot be shown",
     "memory": "MemoryError",
 }
 
@@ -701,6 +939,6 @@ def test_consumer_that_is_the_first_process_of_a_container_reaps_orphans(tasks):
     outer = tasks.start_command([*unshare, *command])
     wait_until(lambda: all(queue.get(each).state == "completed" for each in ids))
     (keeper,) = processes.children(outer.pid)
-    wait_until(lambda: len(processes.children(keeper)) == 1)  # the worker
+    wait_until(lambda: len(processes.children(keeper)) == 2)  # the worker and its watchdog
     os.kill(keeper, signal.SIGTERM)
     assert outer.wait(60) == 0

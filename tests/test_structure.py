@@ -23,7 +23,9 @@ NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}  # which are public
 PRIVATE_USES = {
     # Functions of os and atexit, for a process that was forked.
     "pqueue_tools.concurrency": {"_exit"},
-    "pqueue_tools.leftovers": {"_count"},  # of threads
+    "pqueue_tools.keeper": {"_exit"},
+    # The number of threads, and the state of asyncio, which are not public.
+    "pqueue_tools.leftovers": {"_count", "_event_loop_policy", "_get_running_loop", "_set_running_loop"},
     "pqueue_tools.processes": {"_exit"},
     "pqueue_tools.worker": {"_exit", "_clear", "_run_exitfuncs"},
     # A queue fills another one.
