@@ -32,6 +32,7 @@ SEARCH_SECONDS = 0.1  # how long a search runs before the page offers to continu
 SEARCHES_KEPT = 20
 EXCERPT_CHARS = 1000  # of a payload, result and error that a list of jobs reads
 TEXT_CHARS_SHOWN = 65_536  # of a payload, result and error on the page of a job
+PARENTS_SHOWN = 200  # of a job
 EVENTS_SHOWN = 200  # latest events of a job
 REFRESH_SECONDS = 2
 PERIODS = 60  # of each chart: minutes of an hour, or longer ones of DAYS
@@ -326,7 +327,8 @@ class FigureCache:
 
     def job(self, job_id: int) -> dict[str, Any]:
         """Return job and history, masked; is_masked, whether the payload has hidden values; why; after: the ids of the
-        jobs that it runs after; and file: its text, an error message, or None for a job without a file."""
+        jobs that it runs after; parents: their id, state, task, result and error; and file: its text, an error message,
+        or None for a job without a file."""
         queue, stats = self.queue(), None
         with suppress(QueueError):
             stats = self.figures()["overview"]
@@ -337,8 +339,11 @@ class FigureCache:
         history = report.history(queue, job_id, limit=EVENTS_SHOWN)
         is_masked = job.payload is not whole.payload
         after = [each.id for each in queue.dependencies(job_id, excerpt=0)]
+        before = queue.list_jobs(ids=after[:PARENTS_SHOWN], limit=PARENTS_SHOWN, excerpt=EXCERPT_CHARS) if after else []
+        fields = ("id", "state", "task", "result", "error")
+        parents = [{name: getattr(masked_job(each), name) for name in fields} for each in reversed(before)]
         found = {"job": job, "history": history, "why": why, "after": after, "is_masked": is_masked}
-        return {**found, "file": _file_text(job.payload)}
+        return {**found, "parents": parents, "file": _file_text(job.payload)}
 
 
 def _stale_at(began: float) -> float:

@@ -340,7 +340,8 @@ def job(found: dict[str, Any], message: str, token: str, seen: dict[str, Any]) -
     timeline = _titled(tables.HISTORY, tables.HISTORY.rows(found), token, back, None)
     texts = {title.lower(): _text(one, title, value, is_cut) for title, value, is_cut in tables.texts(found)}
     parts = {"facts": f"<h2>Job {one.id}</h2>{buttons}<dl>{facts}</dl>", "error": texts.pop("error", "")}
-    parts |= {"timeline": timeline, **texts}
+    parents = _titled(tables.PARENTS, found["parents"], token, back, None) if found["parents"] else ""
+    parts |= {"parents": parents, "timeline": timeline, **texts}
     body = "".join(f'<section id="{key}">{part}</section>' for key, part in parts.items() if part)
     return _frame(f"job {one.id}", body, message, seen)
 

@@ -429,6 +429,9 @@ def _job(job_id: int) -> None:
         place.caption(f"{title}: the first {dashboard.TEXT_CHARS_SHOWN:,} characters" if is_cut else title)
         shown = "\n".join(report.printable(line) for line in text.split("\n"))
         place.code(shown, language=None, wrap_lines=True, height=400 if len(shown) > 2000 else "content")
+    if found["parents"]:
+        st.caption(tables.PARENTS.title)
+        _table(tables.PARENTS, found["parents"], None)
     st.caption(tables.HISTORY.title)
     _table(tables.HISTORY, tables.HISTORY.rows(found), None)
     for event in tables.HISTORY.rows(found):

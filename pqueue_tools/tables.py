@@ -338,6 +338,28 @@ FACTS = (  # of what `FigureCache.job` returns
 )
 
 
+def _outcome_of(parent: dict[str, Any]) -> str:
+    """Return the error or the result of a job in one line."""
+    if parent["state"] == "failed":
+        return report.cut(report.first_line(parent["error"]), 200)
+    return "" if parent["result"] is None else report.cut(report.json_text(parent["result"]), 200)
+
+
+PARENTS = Table(
+    "parents",
+    "Runs after",
+    (
+        Column("job", itemgetter("id"), "job"),
+        Column("state", itemgetter("state"), "state"),
+        Column("task", itemgetter("task")),
+        Column("result", _outcome_of, width="cut"),
+    ),
+    "no other job",
+    rows=itemgetter("parents"),
+    name=lambda parent: str(parent["id"]),
+)
+
+
 def timeline(found: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what happened to a job, the latest first: its history, and the attempt that runs or completed it."""
     job, events = found["job"], [{**each, "number": number} for number, each in enumerate(found["history"])]

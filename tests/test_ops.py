@@ -307,6 +307,14 @@ def test_job_page_names_the_group_and_leads_to_the_jobs_it_runs_after(queue, sit
     assert "<dt>group</dt><dd>customer-7</dd>" in text
     assert '<dt>runs after</dt><dd><a href="/job/1">1</a> <a href="/job/2">2</a></dd>' in text
     assert "runs after" not in site.ask("/job/1")[1]
+    queue.complete(queue.dequeue("w"), {"rows": 12, "password": "hunter2"})
+    queue.fail(queue.dequeue("w"), "ValueError: no\n  trace", retry=False)
+    text = site.ask(f"/job/{job_id}")[1]
+    table = text[text.index("<h2>Runs after") : text.index("<h2>Timeline")]
+    assert [unescaped(each) for each in re.findall(r"<td[^>]*>(.*?)</td>", table)] == [
+        *("1", "completed", "part", '{"rows": 12, "password": "…"}'),
+        *("2", "failed", "part", "ValueError: no"),
+    ]
     assert json.loads(site.ask(f"/api/jobs/{job_id}")[1])["after"] == parents
 
 
