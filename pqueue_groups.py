@@ -95,12 +95,15 @@ FROM queues q WHERE grouped = 1 ORDER BY 1"""
 
 OF_GROUP = """queue = g.queue AND task = g.task AND "group" = g.name AND state = 'pending' AND assigned_to IS NULL"""
 
-# Return whether some groups wait for a time that has come, whether jobs are assigned to the consumer, and whether some
-# queue has no groups.
-OUTLOOK = """
+# Return whether some groups wait for a time that has come, whether jobs are assigned to the consumer, whether some
+# queue has no groups, and whether some group may have a job to claim.
+OUTLOOK = f"""
 SELECT (SELECT min(next_at) FROM queue_groups WHERE next_at > 0) <= :now,
     EXISTS (SELECT 1 FROM jobs WHERE state = 'pending' AND assigned_to = :consumer),
-    EXISTS (SELECT 1 FROM queues WHERE grouped = 0)"""
+    EXISTS (SELECT 1 FROM queues WHERE grouped = 0),
+    EXISTS (SELECT 1 FROM queue_groups WHERE next_at = 0) OR EXISTS (
+        SELECT 1 FROM queues q CROSS JOIN queue_tasks t
+        WHERE q.grouped = 1 AND t.queue = q.name AND EXISTS (SELECT 1 FROM jobs WHERE {PENDING_OF_TASK}))"""
 
 # Mark the groups whose rate allows the next job now.
 WAKE_DELAYED = "UPDATE queue_groups SET next_at = 0 WHERE next_at > 0 AND next_at <= :now"
@@ -446,9 +449,10 @@ class Grouping(Backend):
     # A claim
 
     def _claim_in_turn(self, session: Session, params: Params, prefetches: bool) -> list[Row] | None:
-        """Lease up to :limit jobs to the consumer, and return their rows; None if it serves no queue with groups."""
+        """Lease up to :limit jobs to the consumer, and return their rows; None if it can have none from a queue with
+        groups."""
         if not self._begin_turns(session, params):
-            return None
+            return None if params.get("has_others", True) else []
         found = self._pick_one(session, params) if params["limit"] == 1 and not params["has_assigned"] else None
         if found is None:
             lines = self._lines(session, params)
@@ -523,11 +527,11 @@ class Grouping(Backend):
 
     def _begin_turns(self, session: Session, params: Params) -> bool:
         """Let no other transaction change the turns, and update which groups may have a job to claim. Return False if
-        the consumer certainly has no queue with groups."""
-        is_due, params["has_assigned"], params["has_others"] = session.run(OUTLOOK, params)[0]
+        there certainly is no such group."""
+        is_due, params["has_assigned"], params["has_others"], is_ready = session.run(OUTLOOK, params)[0]
         if is_due:
             session.change(WAKE_DELAYED, params)
-        return True
+        return bool(is_due or is_ready or params["has_assigned"])
 
     def _read_rooms(self, session: Session, params: Params, groups: list[Group]) -> None:
         """Find out how many jobs of these groups may be claimed."""

@@ -264,6 +264,12 @@ OF_CONSUMER = f"""state = 'pending' AND assigned_to = :consumer AND {KNOWN.forma
 # Queues whose groups take turns, from which the consumer may take jobs
 GROUPED_HERE = f"""FROM queues q WHERE grouped = 1 AND paused = 0 AND ({SERVED} OR name IN
     (SELECT queue FROM jobs WHERE state = 'pending' AND assigned_to = :consumer))"""
+# Whether some group may have a job to claim
+MAY_HAVE_JOB = f"""EXISTS (SELECT 1 FROM group_events) OR EXISTS (SELECT 1 FROM queue_groups WHERE next_at = 0)
+    OR (SELECT next_at FROM queue_groups WHERE next_at > 0 ORDER BY next_at LIMIT 1) <= :now
+    OR EXISTS (SELECT 1 FROM jobs WHERE state = 'pending' AND assigned_to = :consumer)
+    OR EXISTS (SELECT 1 FROM queues q JOIN queue_tasks t ON t.queue = q.name
+        WHERE q.grouped = 1 AND EXISTS (SELECT 1 FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")}))"""
 # Scheduled jobs that a consumer may take
 TO_COME = f"state = 'scheduled' AND {OF_QUEUES} AND (assigned_to IS NULL OR assigned_to = :consumer)"
 # Numbers of tasks, counted per queue, of which a claim may take more than one job; each costs about 20 us
@@ -625,7 +631,7 @@ ENQUEUE_MANY_ALONE = _enqueue_many(HAVE_ROOM)
 ALONE = {pqueue_schema.ENQUEUE: ENQUEUE_ALONE, pqueue_schema.ENQUEUE_MANY: ENQUEUE_MANY_ALONE}
 
 NONE_OVERDUE = f"""NOT EXISTS (SELECT FROM ({OVERDUE}) overdue WHERE due OR expired OR
-    grouped AND EXISTS (SELECT 1 {GROUPED_HERE})) AND"""
+    grouped AND EXISTS (SELECT 1 {GROUPED_HERE}) AND ({MAY_HAVE_JOB})) AND"""
 
 
 @lru_cache
@@ -640,16 +646,16 @@ SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN 
 
 @lru_cache
 def complete_and_claim(width: int) -> str:
-    """Complete jobs that no others depend on, and lease others as `claim_alone` does if that was all of them. The first
-    column lists the completed ids, or is NULL for all."""
+    """Complete jobs that no others depend on, and lease others as `claim_alone` does if that was all of them, and none
+    was of a group, which may have another job now. The first column lists the completed ids, or is NULL for all."""
     return f"""{_with_tasks(width)},
 done AS (
     UPDATE jobs SET {COMPLETED}, result = done.result
     FROM unnest(CAST(:ids AS bigint[]), CAST(:tokens AS text[]), CAST(:results AS text[])) AS done (id, token, result)
     WHERE jobs.id = done.id AND lease_token = done.token AND has_dependents = 0
-    RETURNING jobs.id, queue, task, run_at, started_at, finished_at),
+    RETURNING jobs.id, queue, task, "group" AS of_group, run_at, started_at, finished_at),
 counted AS ({_COUNT_COMPLETED}),
-taken AS ({_claim(width, f"(SELECT count(*) FROM done) = :number AND {NONE_OVERDUE}")})
+taken AS ({_claim(width, f"(SELECT count(*) FROM done WHERE of_group = '') = :number AND {NONE_OVERDUE}")})
 SELECT CASE WHEN (SELECT count(*) FROM done) < :number THEN ARRAY(SELECT id FROM done) END,
     (SELECT count(*) FROM heads), taken.*
 FROM (SELECT) one LEFT JOIN taken ON true"""

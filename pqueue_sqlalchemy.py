@@ -508,7 +508,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         self._reset_connections()
         self.commit_seconds = 0.0  # a moving average
         self._width = WIDTHS[0]  # of which a claim takes more than one job
-        self._takes_turns = False  # the last claim was from queues with groups, which takes several statements
+        self._takes_turns = False  # at the last claim, some group might have had a job; that takes several statements
         self._closed = False
         self.pooled = False  # connected through a pooler, which does not keep our settings between transactions
         self._is_open = False
@@ -825,11 +825,10 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     def _begin_turns(self, session: Session, params: Params) -> bool:
         found = session.run(LOCK_QUEUES, params)
-        self._takes_turns = bool(found)
         if found:
             params["locked"] = [row[0] for row in found]
             session.change(MERGE_EVENTS, params)
-            super()._begin_turns(session, params)
+        self._takes_turns = bool(found) and super()._begin_turns(session, params)
         return self._takes_turns
 
     def _first_jobs(self, session: Session, params: Params) -> list[Any]:

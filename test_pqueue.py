@@ -953,6 +953,22 @@ class QueueContract:
         self.assertEqual(q.dequeue("w", now=NOW).group, "last")
         self.assertIsNone(q.dequeue("w", now=NOW))
 
+    def test_consumer_of_full_groups_and_another_queue_gets_each_job_when_it_may(self):
+        q = self.queue
+        q.limit("fair", running=1)
+        q.enqueue_many("t", ["a1", "a2", "a3"], queue="fair", group="a", priority=5, now=NOW)
+        q.enqueue_many("t", range(8), queue="plain", now=NOW)
+        first = q.dequeue("w", now=NOW)
+        payloads = [q.dequeue("w", now=NOW).payload for _ in range(3)]
+        self.assertEqual([first.payload, *payloads], ["a1", 0, 1, 2])
+        (second,), _ = q.complete_and_dequeue([(first, None)], "w", now=NOW)
+        q.enqueue("t", "unnamed", queue="fair", priority=4, now=NOW)
+        q.enqueue("t", "mine", queue="fair", group="b", assigned_to="w", priority=3, now=NOW)
+        payloads = [q.dequeue("w", now=NOW).payload for _ in range(3)]
+        self.assertEqual([second.payload, *payloads], ["a2", "unnamed", "mine", 3])
+        q.limit("fair", running=None, rate=(1, 10))
+        self.assertEqual([q.dequeue("w", now=NOW + at).payload for at in (0, 1, 9, 1, 10)], ["a3", 4, 5, 6, 7])
+
     def test_group_never_has_more_deliveries_than_its_rate(self):
         q = self.queue
         q.limit("default", rate=(3, 1.0))

@@ -62,7 +62,7 @@ QUEUES = {
     f"{queues} queues, {workers} workers": (queues, workers) for workers in (1, WORKERS) for queues in (1, 30, 200)
 }
 ON_SERVER = ("prune over 0.5 ms", "connections")  # columns that need --url
-SCHEDULES = 1000  # in the column "depth"
+SCHEDULES = FULL_GROUPS = 1000  # in the column "depth"
 SLOW = ("depth", "idle", *QUEUES, *ON_SERVER)  # left out by --quick
 COLUMNS = [*SIMPLE, "program", "share", "put under load", *ALONGSIDE, "pickup", "prune", *SLOW]
 
@@ -325,12 +325,22 @@ def measure_depth(ours: Ours, rows: int = 1_000_000) -> dict[str, float]:
     fill(ours.queue, rows // 5, state="scheduled", run_at=4e9, priority=9)
     fill(ours.queue, rows // 10, assigned_to="'absent'")
     fill(ours.queue, rows // 10, state="scheduled", run_at=4e9, expires_at=5e9)
+    fill_groups(ours.queue, rows)
     with ours.queue.transaction():
         for number in range(SCHEDULES):
             ours.queue.schedule(f"schedule {number}", noop, every_seconds=1e8)
     steps = ours.process()
     deep = rate(lambda: next(steps))
     return {"jobs/s": deep, "deep/empty": deep / empty}
+
+
+def fill_groups(queue: Any, rows: int) -> None:
+    """Add jobs of groups that have as many running as they may."""
+    queue.limit("full", running=1)
+    queue.enqueue("noop", queue="full", group="0")
+    fill(queue, rows, queue="'full'", **{'"group"': f"CAST(mod(i, {FULL_GROUPS}) AS text)"})
+    while queue.dequeue_many("busy", FULL_GROUPS, queues=["full"], lease_seconds=1e6):
+        pass
 
 
 MEASURES: dict[str, Callable[..., dict[str, float]]] = {

@@ -1431,12 +1431,15 @@ SELECT q.name,
 FROM pqueue.queues q WHERE grouped = 1 ORDER BY 1;
 
 -- OUTLOOK
--- Return whether some groups wait for a time that has come, whether jobs are assigned to the consumer, and whether some
--- queue has no groups.
+-- Return whether some groups wait for a time that has come, whether jobs are assigned to the consumer, whether some
+-- queue has no groups, and whether some group may have a job to claim.
 -- $1 now, $2 consumer
 SELECT (SELECT min(next_at) FROM pqueue.queue_groups WHERE next_at > 0) <= $1,
     EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $2),
-    EXISTS (SELECT 1 FROM pqueue.queues WHERE grouped = 0);
+    EXISTS (SELECT 1 FROM pqueue.queues WHERE grouped = 0),
+    EXISTS (SELECT 1 FROM pqueue.queue_groups WHERE next_at = 0) OR EXISTS (
+        SELECT 1 FROM pqueue.queues q CROSS JOIN pqueue.queue_tasks t
+        WHERE q.grouped = 1 AND t.queue = q.name AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL));
 
 -- WAKE_DELAYED
 -- Mark the groups whose rate allows the next job now.
@@ -1658,7 +1661,11 @@ SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at
     (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $7 AS expired,
     EXISTS (SELECT 1 FROM pqueue.queues WHERE grouped = 1) AS grouped) overdue WHERE due OR expired OR
     grouped AND EXISTS (SELECT 1 FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) OR name IN
-    (SELECT queue FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4)))) AND state = 'pending' AND ctid = ANY (ARRAY(
+    (SELECT queue FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4))) AND (EXISTS (SELECT 1 FROM pqueue.group_events) OR EXISTS (SELECT 1 FROM pqueue.queue_groups WHERE next_at = 0)
+    OR (SELECT next_at FROM pqueue.queue_groups WHERE next_at > 0 ORDER BY next_at LIMIT 1) <= $7
+    OR EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4)
+    OR EXISTS (SELECT 1 FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name
+        WHERE q.grouped = 1 AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL)))) AND state = 'pending' AND ctid = ANY (ARRAY(
     SELECT ctid FROM (
         SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
         FROM (
@@ -1691,7 +1698,7 @@ done AS (
     UPDATE pqueue.jobs SET state = 'completed', finished_at = $3, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = done.result
     FROM unnest(CAST($4 AS bigint[]), CAST($5 AS text[]), CAST($6 AS text[])) AS done (id, token, result)
     WHERE jobs.id = done.id AND lease_token = done.token AND has_dependents = 0
-    RETURNING jobs.id, queue, task, run_at, started_at, finished_at),
+    RETURNING jobs.id, queue, task, "group" AS of_group, run_at, started_at, finished_at),
 counted AS (
 INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
 SELECT 60, CAST(floor(least(greatest($3, 0), 1000000000000000.0) / 60) * 60 AS bigint), queue, task, 'completed', 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]),
@@ -1704,12 +1711,16 @@ ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET num
 taken AS (
 UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($7 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $8,
     lease_token = $9, lease_expires_at = $10, started_at = $3
-WHERE (SELECT count(*) FROM done) = $11 AND NOT EXISTS (SELECT FROM (
+WHERE (SELECT count(*) FROM done WHERE of_group = '') = $11 AND NOT EXISTS (SELECT FROM (
 SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $3 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $3 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $3 AS due,
     (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $3 AS expired,
     EXISTS (SELECT 1 FROM pqueue.queues WHERE grouped = 1) AS grouped) overdue WHERE due OR expired OR
     grouped AND EXISTS (SELECT 1 FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) OR name IN
-    (SELECT queue FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $8)))) AND state = 'pending' AND ctid = ANY (ARRAY(
+    (SELECT queue FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $8))) AND (EXISTS (SELECT 1 FROM pqueue.group_events) OR EXISTS (SELECT 1 FROM pqueue.queue_groups WHERE next_at = 0)
+    OR (SELECT next_at FROM pqueue.queue_groups WHERE next_at > 0 ORDER BY next_at LIMIT 1) <= $3
+    OR EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $8)
+    OR EXISTS (SELECT 1 FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name
+        WHERE q.grouped = 1 AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL)))) AND state = 'pending' AND ctid = ANY (ARRAY(
     SELECT ctid FROM (
         SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
         FROM (
