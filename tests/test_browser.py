@@ -6,13 +6,17 @@ import re
 import shutil
 import sys
 import urllib.request
+from importlib.resources import files
 
 import pytest
 from conftest import ROOT, free_port, wait_until
 from playwright.sync_api import expect, sync_playwright
+from populate import populate
 
 import pqueue
+from pqueue_tools import tables
 
+AXE = (files("axe_playwright_python") / "axe.min.js").read_text()
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 TASKS = """
 import time
@@ -436,6 +440,31 @@ def test_page_comes_back_when_the_queue_does(place, page, front):
     queue.enqueue("mail", queue="post")
     expect(site.count("pending")).to_have_text("1")
     expect(page.get_by_text("no queue at")).to_have_count(0)
+
+
+def test_axe_finds_nothing_on_any_page(place, browser):
+    """The whole of axe in light; in dark, where the document is the same, its rules about colour."""
+    queue = place.queue()
+    populate(queue, jobs=60)
+    failed = queue.enqueue("send_mail", max_attempts=1)
+    queue.mark_failed(failed, "ConnectionRefusedError: no\n  traceback")
+    queue.schedule("nightly", "build_report", cron="@daily", queue="reports")
+    queue.pause("reports", by="ada")
+    url = place.dashboard()
+    found = []
+    for width in (1280, 390):
+        page = browser.new_page(viewport={"width": width, "height": 844}, bypass_csp=True)
+        page.set_default_timeout(PATIENCE)
+        for path in [*(f"/{name}?task=send_mail" for name in tables.PAGES), f"/job/{failed}"]:
+            page.goto(url + path)
+            page.click("#pause")  # stale figures are dimmed
+            page.evaluate(AXE)
+            for scheme, rules in (("light", "{}"), ("dark", "{runOnly: ['color-contrast']}")):
+                page.emulate_media(color_scheme=scheme)
+                seen = page.evaluate(f"axe.run({rules})")["violations"]
+                found += [(width, path, scheme, each["id"], each["nodes"][0]["html"]) for each in seen]
+        page.close()
+    assert found == []
 
 
 def test_page_works_without_its_script(system, browser):
