@@ -548,9 +548,6 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
                 lost = self._complete_all(session, completions, at)
                 if lost and nested:
                     _refuse(session, "complete", lost[0])
-                # guard: completed jobs are counted
-                if done := [job for job, _ in completions if job not in lost]:
-                    self._count_completed(session, done, at)
                 session.finished += [job.id for job, _ in completions]
                 grouped = self._reclaim(session, dead, at)
                 params = claim_params(me, limit, wanted, lease_seconds, at)
@@ -603,18 +600,21 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
     def _complete_all(self, session: Session, completions: list[tuple[Job, str | None]], now: float) -> list[Job]:
         """Complete these jobs, and return those whose lease was lost."""
         lost: list[Job] = []
-        parents: list[int] = []
+        others: list[Job] = []
         for job, result in completions:
             params = {"id": job.id, "token": job.lease_token, "result": result, "now": now}
             if session.change(COMPLETE, params):
                 continue
             if session.change(COMPLETE_PARENT, params):
-                parents.append(job.id)
+                others.append(job)
             else:
                 # guard: complete_and_dequeue reports a lost lease
                 lost.append(job)
-        # guard: completed jobs promote those that wait for them
-        self._follow_up(session, parents, now)
+        if others:
+            # guard: a completed job is counted
+            self._count_completed(session, others, now)
+            # guard: completed jobs promote those that wait for them
+            self._follow_up(session, [job.id for job in others], now)
         return lost
 
     def complete(self, job: Job, result: Any = None, *, now: float | None = None) -> None:
@@ -626,8 +626,8 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
             # guard: complete needs a held lease
             if not session.change(COMPLETE, params) and self._complete_all(session, [(job, encoded)], at):
                 _refuse(session, "complete", job)
-            # guard: a completed job is counted
-            self._count_completed(session, [job], at)
+            if job.id % ROLL_UP_JOBS == 0:
+                self._count_new(session)
             session.finished.append(job.id)
 
     def fail(
@@ -790,6 +790,9 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
     ) -> None:
         params = {"error": None, **values, "id": valid_id(job_id), "now": self._time(now)}
         with self._transaction() as session:
+            # guard: a job that is completed no longer was counted
+            if allowed == FINISHED:
+                self._count_new(session)
             session.change(RECORD, {**params, "event": event, "actor": _actor(by)})
             # guard: a job that an operator ends is counted
             if sql in COUNTED:
@@ -861,7 +864,7 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
         params = {"ids": json.dumps(ids)}
         with self.exclusive(ids), self._transaction() as session:
             # guard: a job that is deleted was counted
-            self._count_enqueued(session)
+            self._count_new(session)
             running = count_running(session) if ids is None else len(session.run(RUNNING_JOBS, params))
             # guard: running jobs are not deleted
             if running and not force:
@@ -880,7 +883,7 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
                 session.change(DELETE_HISTORY, params)
                 session.change(DELETE_DEPENDENCIES, params)
                 deleted = session.change(DELETE_JOBS, params)
-            self._count_enqueued(session)  # from the last id left
+            self._count_new(session)  # from the last id left
             return deleted
 
     # Consumers

@@ -119,7 +119,7 @@ class Moving(Counting):
         """
         with self._transaction() as source, target._transaction() as copy:
             self._begin_snapshot(source)
-            self._count_enqueued(source)
+            self._count_new(source)
             target._lock_out_writers(copy)
             return target._fill(copy, source, progress)
 
@@ -225,7 +225,7 @@ class Moving(Counting):
             self._lock_out_writers(source)
             if count_running(source):
                 return None
-            self._count_enqueued(source)
+            self._count_new(source)
             copied = target._fill(copy, source, progress)
             mark = self._mark_moved(source, target.name, by, now)
             for sql, params in arrival(mark):

@@ -168,7 +168,7 @@ class Operating(Reading, Counting):
             # guard: a changed job has an attempt left
             self._expect_attempt_left(session, job_id, max_attempts)
             if queue is not None:
-                self._count_enqueued(session)
+                self._count_new(session)
                 self._expect_place(session, job_id, queue, now)
             self._expect_turns(session, job_id, values)
             self._operator_verb("change", f"changed {changed}", CHANGE, job_id, by, now, allowed=UNTAKEN, **values)

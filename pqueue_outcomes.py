@@ -7,9 +7,11 @@ run and waiting time, so that the rows are histograms. Resubmitting, pruning and
 The rows of period 0 are the total of all others, those deleted included, except the ones that are too recent: whose
 `shard` is not 0. After two minutes these are added to the total, and merged with those of other connections.
 
-SQLite counts new jobs later, as a put would take a fifth longer if it wrote another page. Ids increase with every job:
-those above the last one counted, whose id is the `number` of the event `counted`, are counted by those who read, by
-`enqueue` every 256 jobs, and before jobs are deleted. On PostgreSQL the statement that inserts a job counts it.
+SQLite counts new jobs and most completions later, as a commit would take up to a fifth longer if it wrote another page.
+The row of the event `counted` says how far they are counted: jobs up to the id `number`, and completions up to the time
+`run_seconds`. Those after it are counted by those who read, every 256 jobs, and before jobs are deleted or resubmitted.
+A completion that is not after it, as when a clock was set back, and those of a large batch are counted at once. On
+PostgreSQL the statements that insert and complete jobs count them.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from pqueue_backend import Backend, Session
-from pqueue_schema import ADD_QUEUE
+from pqueue_schema import ADD_QUEUE, LAST_COMPLETION, LAST_COUNTED
 from pqueue_values import Job, Params, above_0, finite, short, time_of, valid_name
 
 BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)  # seconds, inclusive
@@ -55,16 +57,26 @@ INSERT INTO outcomes ({NEW})
 SELECT 60, :at, queue, task, :event, {UNTIMED}, {UNTIMED}, 1, 0, 0 FROM jobs WHERE id = :id
 {SUM}"""
 
-# The id of the last job that SQLite has counted
-LAST_COUNTED = """coalesce((SELECT number FROM outcomes
-    WHERE period = 0 AND at = 0 AND queue = '' AND task = '' AND event = 'counted'), 0)"""
-MINUTE_OF_JOB = f"CAST(max(0.0, min(created_at, {MAX_TIME})) / 60 AS INTEGER) * 60"
+
+def _minute_of(time: str) -> str:
+    return f"CAST(max(0.0, min({time}, {MAX_TIME})) / 60 AS INTEGER) * 60"
 
 
-# New jobs that SQLite has not counted yet
+def _bucket_of(seconds: str) -> str:
+    cases = " ".join(f"WHEN {seconds} <= {bound} THEN {bucket}" for bucket, bound in enumerate(BOUNDS))
+    return f"CASE {cases} ELSE {len(BOUNDS)} END"
+
+
+# The jobs and the completions that SQLite has not counted, each a row
 NEW_JOBS = f"""
-    UNION ALL SELECT * FROM (SELECT {MINUTE_OF_JOB} AS at, queue, task, 'enqueued', {UNTIMED}, {UNTIMED}, 1, 0.0, 0.0
-        FROM jobs WHERE id > {LAST_COUNTED}) new WHERE at < :until"""
+(SELECT {_minute_of("created_at")} AS at, queue, task, 'enqueued' AS event, {UNTIMED} AS run, {UNTIMED} AS wait,
+    1 AS number, 0.0 AS run_seconds, 0.0 AS wait_seconds FROM jobs WHERE id > {LAST_COUNTED})"""
+_RUN, _WAIT = "finished_at - coalesce(started_at, finished_at)", "coalesce(started_at, finished_at) - run_at"
+NEW_COMPLETIONS = f"""
+(SELECT {_minute_of("finished_at")} AS at, queue, task, 'completed' AS event, {_bucket_of(_RUN)} AS run,
+    {_bucket_of(_WAIT)} AS wait, 1 AS number, max(0.0, {_RUN}) AS run_seconds, max(0.0, {_WAIT}) AS wait_seconds
+FROM queues q CROSS JOIN jobs WHERE state = 'completed' AND queue = q.name AND finished_at > {LAST_COMPLETION})"""
+
 EVENT = "queue, task, event, run, wait"
 ALL_SUMS = "sum(number), sum(run_seconds), sum(wait_seconds)"
 MINUTES_AND_HOURS = "FROM outcomes WHERE period IN (60, 3600) AND at >="
@@ -87,11 +99,15 @@ SELECT 0 AS step, {EVENT}, CAST(sum(number) AS bigint), sum(run_seconds), sum(wa
 GROUP BY {EVENT} HAVING sum(number) <> 0 ORDER BY 2, 3"""
 
 
+def uncounted(condition: str) -> str:
+    return "".join(f"\n    UNION ALL SELECT * FROM {new} new WHERE {condition}" for new in (NEW_JOBS, NEW_COMPLETIONS))
+
+
 # Return the counts by task, and by :step seconds, in [:since, :until).
-OUTCOMES = periods(f"{NEW_JOBS} AND at >= :since")
+OUTCOMES = periods(uncounted("at >= :since AND at < :until"))
 
 # Return the counts by task before :until: the total, and what is not in it yet, without what came later.
-TOTAL = whole(NEW_JOBS)
+TOTAL = whole(uncounted("at < :until"))
 
 # Return what is expected of the queues.
 EXPECTATIONS = "SELECT name, max_wait_seconds, max_failed_share FROM queues ORDER BY name"
@@ -278,16 +294,19 @@ class Counting(Backend):
         }
 
     def _count_completed(self, session: Session, jobs: Sequence[Job], now: float) -> None:
-        """Count jobs that were completed."""
+        """Count jobs that COMPLETE_PARENT completed."""
         count_attempts(session, jobs, "completed", now)
 
-    def _count_enqueued(self, session: Session) -> None:
-        """Count the new jobs that were not counted yet; must run before jobs are deleted or change their queue."""
+    def _count_new(self, session: Session) -> None:
+        """Count the new jobs and the completions that were not counted yet.
+
+        Must run before jobs are deleted, change their queue, or are completed no longer.
+        """
 
     def _roll_up(self, now: float) -> None:
         """Count new jobs, add minutes to the total, add old ones up to hours, and delete old hours."""
         with self._transaction(durable=False) as session:
-            self._count_enqueued(session)
+            self._count_new(session)
             before = {"before": minute(now) - RECENT_SECONDS}
             if session.run(HAS_RECENT, before)[0][0]:
                 self._add_to_total(session, before)

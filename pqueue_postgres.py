@@ -365,6 +365,13 @@ FROM done GROUP BY queue, task, {BUCKET.format(RUN)}, {BUCKET.format(WAIT)}
 {SUM}"""
 
 
+def _and_count(complete: str) -> str:
+    return f"""
+WITH done AS ({complete} RETURNING queue, task, run_at, started_at, finished_at),
+counted AS ({_COUNT_COMPLETED})
+SELECT FROM done"""
+
+
 def _enqueue(has_room: str) -> str:
     return f"""
 WITH added AS (
@@ -547,15 +554,9 @@ WHERE CAST(:queue AS text) IS NULL OR q.name = :queue LIMIT :limit""",
 UPDATE queues SET pruned_at = :now WHERE name =
     (SELECT name FROM queues WHERE name = :queue AND pruned_at NOT BETWEEN :since AND :now FOR UPDATE SKIP LOCKED)""",
     # differs because it is counted in the same round trip
-    pqueue_schema.COMPLETE: f"""
-WITH done AS ({pqueue_schema.COMPLETE} RETURNING queue, task, run_at, started_at, finished_at),
-counted AS ({_COUNT_COMPLETED})
-SELECT FROM done""",
+    pqueue_schema.COMPLETE: _and_count(f"{pqueue_schema.COMPLETE_PARENT} AND has_dependents = 0"),
     # differs because it is counted in the same round trip
-    pqueue_schema.COMPLETE_PARENT: f"""
-WITH done AS ({pqueue_schema.COMPLETE_PARENT} RETURNING queue, task, run_at, started_at, finished_at),
-counted AS ({_COUNT_COMPLETED})
-SELECT FROM done""",
+    pqueue_schema.COMPLETE_PARENT: _and_count(pqueue_schema.COMPLETE_PARENT),
     # differs because new jobs are counted when they are inserted
     pqueue_outcomes.OUTCOMES: pqueue_outcomes.periods(""),
     # differs because new jobs are counted when they are inserted

@@ -192,7 +192,7 @@ class Retaining(Counting):
         """Lock what must be locked before the queue; SQLite needs nothing."""
 
     def _prune(self, session: Session, params: Params) -> int:
-        self._count_enqueued(session)
+        self._count_new(session)
         these = {"ids": json.dumps([row[0] for row in session.run(PRUNABLE, params)])}
         session.change(DELETE_HISTORY, these)
         session.change(DELETE_DEPENDENCIES, these)

@@ -264,6 +264,10 @@ CREATE TABLE outcomes (  -- see pqueue_outcomes
 # The column of a field of Job
 COLUMN_OF = {name: '"group"' if name == "group" else name for name in Job._fields}
 COLUMNS = ", ".join(COLUMN_OF.values())
+# The id of the last job that SQLite has counted, and the time of the last completion; see pqueue_outcomes
+_OF_COUNTED = "FROM outcomes WHERE period = 0 AND at = 0 AND queue = '' AND task = '' AND event = 'counted'"
+LAST_COUNTED = f"coalesce((SELECT number {_OF_COUNTED}), 0)"
+LAST_COMPLETION = f"coalesce((SELECT run_seconds {_OF_COUNTED}), 0.0)"
 NO_LEASE = "lease_token = NULL, lease_expires_at = NULL"
 COMPLETED = f"state = 'completed', finished_at = :now, progress = 1.0, error = NULL, {NO_LEASE}"
 # Only a processing job has a token: see the CHECK above.
@@ -504,9 +508,10 @@ REDELIVER = f"UPDATE jobs SET state = 'pending', error = :error, {NO_LEASE} WHER
 # Complete a job with its result.
 COMPLETE_PARENT = f"UPDATE jobs SET {COMPLETED}, result = :result WHERE {HELD}"
 
-# Complete a job with its result, unless others may depend on it.
+# Complete a job with its result, unless others may depend on it, or SQLite has counted later completions.
 # guard: a job that others wait for is completed with them
-COMPLETE = f"{COMPLETE_PARENT} AND has_dependents = 0"
+# guard: a completion is counted although later ones were
+COMPLETE = f"{COMPLETE_PARENT} AND has_dependents = 0 AND :now > {LAST_COMPLETION}"
 
 # Make a job failed.
 FAIL = f"UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, {NO_LEASE} WHERE {HELD}"

@@ -12,7 +12,7 @@ import stat
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -49,13 +49,28 @@ from pqueue_files import (
 from pqueue_join import JoinedSQLite, driver_connection
 from pqueue_locks import ConsumerLock, ConsumerLocks, ResultLocks, ResultWatch, WriterLock, boot_id
 from pqueue_move import COPIED_ROWS, arrival, count_running
-from pqueue_outcomes import COUNT, KEY, LAST_COUNTED, MINUTE_OF_JOB, NEW, SUM, UNTIMED, counted, minute
+from pqueue_outcomes import (
+    COUNT,
+    KEY,
+    NEW,
+    NEW_COMPLETIONS,
+    NEW_JOBS,
+    ROLL_UP_JOBS,
+    SUM,
+    UNTIMED,
+    count_attempts,
+    counted,
+    minute,
+)
 from pqueue_results import Polling
 from pqueue_schema import (
     APPLICATION_ID,
     ASSIGNED,
     COMPLETED,
     ENQUEUE,
+    INDEXED,
+    LAST_COMPLETION,
+    LAST_COUNTED,
     LIMITED,
     MIGRATIONS,
     ORDER,
@@ -83,6 +98,7 @@ from pqueue_values import (
 )
 
 WAL_BYTES = 67_108_864  # the write-ahead log is truncated to this size when no reader needs more
+MANY_COMPLETIONS = 32  # in one commit: counting them later would cost more
 COMPACTED_PAGES = 25  # moved in one transaction of `compact`
 LEAST_FREE_BYTES = 268_435_456  # `check` warns below this much free disk space
 
@@ -102,7 +118,7 @@ SELECT name FROM queues q WHERE max_pending IS NOT NULL AND pending <>
 COMPLETE_MANY = f"""
 UPDATE jobs SET {COMPLETED}, result = value
 FROM json_each(:results) results WHERE jobs.id = CAST(results.key AS INTEGER) AND lease_token = :token
-    AND has_dependents = 0"""
+    AND has_dependents = 0 AND :now > {LAST_COMPLETION}"""
 
 # Return the first job of each task in each queue that a consumer may take from, in order: the jobs' order, then queue
 # and task.
@@ -120,20 +136,31 @@ WHERE {PENDING_IN_QUEUE} AND task = :task AND "group" = '' ORDER BY {ORDER} LIMI
 NEXT_ASSIGNED = f"""
 SELECT -priority, run_at, id FROM jobs WHERE state = 'pending' AND {ASSIGNED} ORDER BY {ORDER} LIMIT :limit"""
 
-# Return the id of the last job that was counted, and that of the newest one.
-COUNTED = f"SELECT {LAST_COUNTED}, coalesce((SELECT max(id) FROM jobs), 0)"
+# Return the id of the last job that was counted and that of the newest one, and the time of the last completion that
+# was counted and that of the latest one.
+_COMPLETED = f"FROM jobs WHERE {INDEXED['completed'][0]} AND queue = q.name"
+COUNTED = f"""
+SELECT {LAST_COUNTED}, coalesce((SELECT max(id) FROM jobs), 0), {LAST_COMPLETION},
+    coalesce((SELECT max((SELECT max(finished_at) {_COMPLETED})) FROM queues q), 0.0)"""
 
-# Count the jobs that were not counted yet.
-COUNT_NEW = f"""
+# Count the jobs and completions that were not counted yet.
+COUNT_NEW_JOBS, COUNT_NEW_COMPLETIONS = (
+    f"""
 INSERT INTO outcomes ({NEW})
-SELECT 60, {MINUTE_OF_JOB}, queue, task, 'enqueued', {UNTIMED}, {UNTIMED}, count(*), 0, 0 FROM jobs
-WHERE id > {LAST_COUNTED} GROUP BY 2, 3, 4
+SELECT 60, at, queue, task, event, run, wait, count(*), sum(run_seconds), sum(wait_seconds) FROM {new} new
+WHERE true GROUP BY at, queue, task, run, wait
 {SUM}"""
+    for new in (NEW_JOBS, NEW_COMPLETIONS)
+)
 
-# Record the last job that was counted.
+# Return the time of the last completion that was counted.
+COUNTED_UNTIL = f"SELECT {LAST_COMPLETION}"
+
+# Record the last job and the time of the last completion that were counted; NULL leaves a value unchanged.
 SET_COUNTED = f"""
-INSERT INTO outcomes ({NEW}) VALUES (0, 0, '', '', 'counted', {UNTIMED}, {UNTIMED}, :id, 0, 0)
-ON CONFLICT ({KEY}) DO UPDATE SET number = :id"""
+INSERT INTO outcomes ({NEW})
+VALUES (0, 0, '', '', 'counted', {UNTIMED}, {UNTIMED}, coalesce(:id, 0), coalesce(:at, 0.0), 0)
+ON CONFLICT ({KEY}) DO UPDATE SET number = coalesce(:id, number), run_seconds = coalesce(:at, run_seconds)"""
 
 # Return the number of a consumer's lock.
 SLOT_OF = "SELECT slot FROM consumers WHERE token = :token"
@@ -751,6 +778,9 @@ class PersistentQSQLite(PersistentQInterface):
         return found[:limit]
 
     def _complete_all(self, session: Session, completions: list[tuple[Job, str | None]], now: float) -> list[Job]:
+        are_many = len(completions) >= MANY_COMPLETIONS
+        if are_many or any(job.id % ROLL_UP_JOBS == 0 for job, _ in completions):
+            self._count_new(session)
         tokens = {job.lease_token for job, _ in completions}
         if len(completions) > 1 and len(tokens) == 1:  # of one claim
             results = {job.id: result for job, result in completions}
@@ -759,6 +789,10 @@ class PersistentQSQLite(PersistentQInterface):
                 # guard: complete_and_dequeue reports a lost lease in a batch
                 if session.change(COMPLETE_MANY, params) < len(completions):
                     raise LeaseLost  # roll back, and find out which
+                if are_many:
+                    count_attempts(session, [job for job, _ in completions], "completed", now)
+                    # guard: many completions are counted once
+                    session.change(SET_COUNTED, {"id": None, "at": now})
                 return []
         return super()._complete_all(session, completions, now)
 
@@ -766,24 +800,33 @@ class PersistentQSQLite(PersistentQInterface):
         if sql is ENQUEUE:
             return super()._store(sql, row)
         with self._transaction() as session:  # count a batch while its size is known
-            self._count_enqueued(session)
+            self._count_new(session)
             ids = super()._store(sql, row)
             session.change(COUNT, counted(minute(row["now"]), row["queue"], row["task"], "enqueued", len(ids)))
-            session.change(SET_COUNTED, {"id": ids[-1]})
+            session.change(SET_COUNTED, {"id": ids[-1], "at": None})
             return ids
 
-    def _count_enqueued(self, session: Session) -> None:
-        last, newest = session.run(COUNTED)[0]
+    def _count_completed(self, session: Session, jobs: Sequence[Job], now: float) -> None:
+        # guard: a completion that is counted later is not counted now
+        if now <= session.run(COUNTED_UNTIL)[0][0]:
+            super()._count_completed(session, jobs, now)
+
+    def _count_new(self, session: Session) -> None:
+        last, newest, until, latest = session.run(COUNTED)[0]
         if last < newest:
             # guard: new jobs are counted
-            session.change(COUNT_NEW)
-        if last != newest:  # or the newest one was deleted, and the next job gets its id
+            session.change(COUNT_NEW_JOBS)
+        if until < latest:
+            # guard: completions are counted
+            session.change(COUNT_NEW_COMPLETIONS)
+        if (last, until) != (newest, latest):  # the newest may be lower: it was deleted, and the next gets its id
             # guard: a job is counted once
-            session.change(SET_COUNTED, {"id": newest})
+            session.change(SET_COUNTED, {"id": newest, "at": latest})
 
     def _reset_ids(self, session: Session) -> None:
         """Do not count jobs that were copied: their counts are copied, too."""
-        session.change(SET_COUNTED, {"id": session.run(COUNTED)[0][1]})
+        _, newest, _, latest = session.run(COUNTED)[0]
+        session.change(SET_COUNTED, {"id": newest, "at": latest})
 
     def _count_pending(self, session: Session, queues: Iterable[str]) -> None:
         is_limited = bool(session.run(LIMITED))

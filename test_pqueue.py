@@ -30,6 +30,7 @@ import threading
 import time
 import unicodedata
 import unittest
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime, timedelta, timezone
@@ -3661,6 +3662,29 @@ class QueueContract:
         self.assertEqual(after, before)
         queue.enqueue("t", now=NOW)  # on SQLite under an id that was used before
         self.assertEqual(self.counted()[0.0, "default", "t"]["enqueued"], 5)
+
+    def test_completion_is_counted_once_whatever_the_order_of_times_batches_and_resubmits(self):
+        queue, choice = self.queue, random.Random(7)
+        completed: Counter[float] = Counter()
+        ids = queue.enqueue_many("t", range(400), now=0)
+        for parent in ids[:110:7]:
+            queue.enqueue("u", queue="other", after=[parent], now=0)
+        for turn, number in enumerate((1, 40, 1, 33, 5, 31, 1, 60, 2, 90, 1, 1, 40, 8)):
+            at = NOW + 20 * turn - choice.choice((0, 0, 0, 10, 45, 100))
+            jobs = queue.dequeue_many("w", number, queues=["default"], now=at)
+            if number > 8:
+                queue.complete_and_dequeue([(job, None) for job in jobs], "w", 0, now=at)
+            for job in jobs if number <= 8 else ():
+                queue.complete(job, now=at)
+            completed[at // 60 * 60] += len(jobs)
+            done = [job.id for job in queue.list_jobs(state="completed", limit=1000)]
+            if turn == 6:
+                queue.delete_jobs(done, force=True)
+            elif turn % 2:
+                queue.resubmit(done[0], now=at)
+            found = self.counted(NOW - 60, step_seconds=60).items()
+            counts = {at: each["completed"] for (at, name, _), each in found if name == "default"}
+            self.assertEqual(counts, completed)
 
     def test_job_that_changes_its_queue_stays_counted_where_it_was_enqueued(self):
         job = self.queue.enqueue("t", now=NOW)

@@ -651,7 +651,7 @@ ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET num
 SELECT FROM done;
 
 -- COMPLETE
--- Complete a job with its result, unless others may depend on it.
+-- Complete a job with its result, unless others may depend on it, or SQLite has counted later completions.
 -- differs because it is counted in the same round trip
 -- $1 now, $2 result, $3 id, $4 token
 WITH done AS (UPDATE pqueue.jobs SET state = 'completed', finished_at = $1, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = $2 WHERE id = $3 AND lease_token = $4 AND has_dependents = 0 RETURNING queue, task, run_at, started_at, finished_at),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import pqueue
+import pqueue_sqlite
 from pqueue_outcomes import EVENTS
 
 SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
@@ -63,8 +64,9 @@ class Tick:
 class QueueMachine(RuleBasedStateMachine):
     """Consumers are alive throughout; time goes by and leases run out."""
 
-    @initialize()
-    def begin(self):
+    @initialize(count_after=st.sampled_from([2, 5]))
+    def begin(self, count_after):
+        pqueue_sqlite.ROLL_UP_JOBS = pqueue_sqlite.MANY_COMPLETIONS = count_after  # to see both ways of counting
         self.folder = tempfile.TemporaryDirectory()
         self.queue = pqueue.PersistentQSQLite(f"{self.folder.name}/q.db", durability="normal")
         self.now = 1_000.0
