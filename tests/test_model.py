@@ -72,6 +72,8 @@ class QueueMachine(RuleBasedStateMachine):
         self.now = 1_000.0
         self.entries: dict[int, Entry] = {}
         self.paused: set[str] = set()
+        self.queue.on_failed("a", "h", now=self.now)
+        self.handled = {"a"}  # queues that have a failure handler
         self.deliveries: list[pqueue.Job] = []
         self.gone: dict[int, Entry] = {}  # pruned
         self.kept = {(queue, state): 7 * 86400.0 for queue in "ab" for state in ("completed", "failed", "cancelled")}
@@ -127,7 +129,8 @@ class QueueMachine(RuleBasedStateMachine):
             self.count(self.entries[job_id], "enqueued")
             if parents:
                 self.entries[job_id].state = "waiting"
-                self.reconsider(job_id)
+                if self.reconsider(job_id):
+                    self.handle([job_id])
             return
         assert job_id == same
         if on_conflict == "replace" and (entry := self.entries[same]).state in ("waiting", "scheduled", "pending"):
@@ -135,27 +138,45 @@ class QueueMachine(RuleBasedStateMachine):
             entry.state = "waiting" if entry.state == "waiting" else state
 
     def reconsider(self, job_id):
-        """Let a waiting job fail with a parent, or become pending when all have finished."""
+        """Let a waiting job fail with a parent, or become pending when all have finished; return whether it failed."""
         entry = self.entries[job_id]
         states = self.parent_states(entry)
         if entry.state != "waiting":
-            return
+            return False
         if entry.after_failed == "fail" and ("failed" in states or "cancelled" in states):
             entry.failed_with_parent = True
-            self.finish(job_id, "failed")
-        elif not any(state in UNFINISHED for state in states):
+            self.end(job_id, "failed")
+            return True
+        if not any(state in UNFINISHED for state in states):
             entry.state = "scheduled" if entry.run_at > self.now else "pending"
+        return False
 
     def parent_states(self, entry):
         return [self.entries[parent].state for parent in entry.parents if parent in self.entries]
 
-    def finish(self, job_id, state):
+    def end(self, job_id, state):
         self.entries[job_id].state, self.entries[job_id].finished_at = state, self.now
         if state != "completed":
             self.count(self.entries[job_id], state)
-        for other, entry in self.entries.items():
-            if job_id in entry.parents:
-                self.reconsider(other)
+
+    def finish(self, job_id, state):
+        self.end(job_id, state)
+        ended = [job_id]
+        while ended:
+            after = sorted(other for other, entry in self.entries.items() if set(ended) & set(entry.parents))
+            ended = [other for other in after if self.reconsider(other)]
+            self.handle(ended)
+        self.handle([job_id])
+
+    def handle(self, job_ids):
+        """Enqueue the jobs of handlers of those that failed."""
+        for job_id in job_ids:
+            entry = self.entries[job_id]
+            if entry.state == "failed" and entry.queue in self.handled and entry.after_failed != "handle":
+                own = Entry("h", entry.queue, 0, self.now, 3, None, None, 0.0, None, "scheduled")
+                own.parents, own.after_failed = [job_id], "handle"
+                self.entries[max(self.entries) + 1] = own
+                self.count(own, "enqueued")
 
     def restore(self, job_id):
         for other, entry in self.entries.items():
@@ -182,7 +203,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(
         consumer=st.sampled_from("xyz"),
         queues=st.sampled_from([None, ["a"], ["b"], ["b", "a"]]),
-        tasks=st.sampled_from([None, None, ["t"], ["u", "t"], []]),
+        tasks=st.sampled_from([None, None, ["t", "h"], ["u", "t"], []]),
         limit=st.integers(1, 4),
     )
     def dequeue(self, consumer, queues, tasks, limit):
@@ -210,9 +231,8 @@ class QueueMachine(RuleBasedStateMachine):
 
     def recover(self):
         self.fire()
-        for job_id, entry in self.entries.items():
-            if entry.state == "scheduled" and entry.run_at <= self.now:
-                entry.state = "pending"
+        self.promote()
+        for job_id, entry in sorted(self.entries.items(), key=lambda item: (item[1].expires, item[0])):
             if entry.state == "processing" and entry.expires <= self.now:
                 entry.state, entry.holder = "pending", None
                 again = entry.attempts < entry.max_attempts
@@ -227,6 +247,12 @@ class QueueMachine(RuleBasedStateMachine):
         for _, job_id in sorted(expired):
             if self.entries[job_id].state in UNTAKEN:
                 self.finish(job_id, "cancelled")
+        self.promote()  # the jobs of handlers
+
+    def promote(self):
+        for entry in self.entries.values():
+            if entry.state == "scheduled" and entry.run_at <= self.now:
+                entry.state = "pending"
 
     def next(self, consumer, queues, tasks, limit):
         able = [
@@ -426,6 +452,11 @@ class QueueMachine(RuleBasedStateMachine):
             self.entries[max(self.entries, default=0) + 1] = entry
             self.last_tick = max(self.entries)
             self.count(entry, "enqueued")
+
+    @rule(queue=st.sampled_from("ab"), task=st.sampled_from(["h", "h", None]))
+    def on_failed(self, queue, task):
+        self.queue.on_failed(queue, task, now=self.now)
+        self.handled = self.handled - {queue} | ({queue} if task else set())
 
     @rule(queue=st.sampled_from("ab"), seconds=st.sampled_from([30, 60, 60, None]))
     def keep(self, queue, seconds):
