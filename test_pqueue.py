@@ -156,8 +156,14 @@ class QueueContract:
     # The state machine
 
     def in_state(self, state):
-        """Return a job in this state, as its consumer holds it; "stolen": its lease went to another consumer."""
+        """Return a job in this state, as its consumer holds it. "stolen": its lease went to another consumer;
+        "overdue": it was to start by now; "expired": it was cancelled for that."""
         queue = self.queue
+        if state in ("overdue", "expired"):
+            job = queue.get(queue.enqueue("t", expires_at=NOW, now=NOW - 10))
+            if state == "expired":
+                queue.dequeue("worker", now=NOW)
+            return queue.get(job.id)
         if state == "scheduled":
             return queue.get(queue.enqueue("t", run_at=NOW + 1000, now=NOW))
         if state == "waiting":
@@ -229,6 +235,9 @@ class QueueContract:
                 "processing",
                 "processing",
             ],
+            "overdue": [bad] * 8
+            + ["failed", "cancelled", "pending", "pending", "scheduled", bad, late, "cancelled", "cancelled"],
+            "expired": [bad] * 6 + ["pending", "scheduled", *[bad] * 6, ended, "cancelled", "cancelled"],
             "processing": ["completed", "scheduled", "failed", "pending", "processing", "processing"]
             + [bad, bad, "failed", "cancelled", "pending", bad, bad, bad, late, "processing", "processing"],
             "stolen": [lost] * 6
