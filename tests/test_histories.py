@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ if __name__ == "__main__":
     sys.path.insert(0, sys.argv[1])
 
 import pqueue
+from pqueue_outcomes import EVENTS, total
 
 SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
 MEMORY_BYTES = 1 << 30
@@ -156,10 +158,13 @@ class Actor:
         self.call(verb, lambda: getattr(self.queue, verb)("b"))
 
     def prune(self) -> None:
-        if self.chance.random() < 0.5:
-            self.call("prune", lambda: self.queue.prune(100_000, now=self.clock))
-        else:
-            self.call("prune_kept", lambda: self.queue.prune_kept(now=self.clock))
+        verbs: dict[str, Callable[[], Any]] = {
+            "prune": lambda: self.queue.prune(100_000, now=self.clock),  # also adds the counts to their total
+            "prune_kept": lambda: self.queue.prune_kept(now=self.clock),
+            "compact": self.queue.compact,
+        }
+        verb = self.chance.choice([*verbs])
+        self.call(verb, verbs[verb])
 
     def leave(self) -> None:
         held = sorted({job.id for job in self.held})
@@ -187,6 +192,7 @@ class Actor:
             job = jobs[0]
             self.call("complete", lambda: self.queue.complete(job, now=LATER), job=job.id, token=job.lease_token)  # noqa: B023
         self.call("list", lambda: self.queue.list_jobs(limit=1_000_000))
+        self.call("outcomes", self.queue.outcomes)
 
 
 def answer(verb: str, result: Any) -> Call:
@@ -196,6 +202,8 @@ def answer(verb: str, result: Any) -> Call:
         return {"jobs": [row(job) for job in result[0]] if result else [], "lost": bool(result and result[1])}
     if verb == "get":
         return {"jobs": [row(result)]} if result else {}
+    if verb == "outcomes":
+        return {"counts": {name: getattr(total(result), name) for name in EVENTS}}
     return {"result": result}
 
 
@@ -262,6 +270,7 @@ class Checker:
                 yield f"job {job_id}: no order of its {len(events)} calls explains their results"
         yield from self._order()
         yield from self._waits()
+        yield from self._counts()
 
     def _errors(self) -> Iterator[str]:
         for call in self.calls:
@@ -466,6 +475,32 @@ class Checker:
                 ended = (e["began"] for e in self.events.get(parent, ()) if e["verb"] in ends and not e.get("error"))
                 if min(ended, default=math.inf) > first:
                     yield f"job {job_id} was delivered before job {parent}, which it waits for, ended"
+
+    def _counts(self) -> Iterator[str]:
+        """Look for outcomes that were counted too rarely or too often. A call that was cut off may count."""
+        counts = self.calls[-1]["counts"]
+        jobs = [job for call in self.calls if call["verb"] == "list" for job in call["jobs"]]
+        done = Counter(call["verb"] for call in self.calls if call["ended"] and not call.get("error"))
+        cut_off = Counter(call["verb"] for call in self.calls if not call["ended"])
+        lost = sum(bool(call.get("lost")) for call in self.calls)
+        made = [call for call in self.calls if call["verb"] == "enqueue"]
+        children = sum("after" in call for call in made) * (1 + done["resubmit"] + cut_off["resubmit"])
+        for what, number, verbs, more in (
+            ("enqueued", counts["enqueued"] - len(jobs), (), 0),
+            ("completed", counts["completed"] + lost, ("complete", "fused"), 0),
+            ("cancelled", counts["cancelled"], ("cancel",), sum("expires_at" in call for call in made)),
+            ("released", counts["released"], ("release",), math.inf),
+            (
+                "failed",
+                counts["failed"] + counts["retried"] - counts["died"] - counts["expired"],
+                ("fail", "mark_failed"),
+                children,
+            ),
+        ):
+            least = sum(done[verb] for verb in verbs)
+            most = least + sum(cut_off[verb] for verb in verbs) + more
+            if not least <= number <= most:
+                yield f"expected {least} to {most} {what}, counted {number}"
 
     def _order(self) -> Iterator[str]:
         """Look for jobs passed over: pending since before the dequeue, touched by nobody until after it."""

@@ -472,6 +472,16 @@ class QueueMachine(RuleBasedStateMachine):
                 self.pruned_at[queue] = self.now
                 self.gone |= {job_id: self.entries.pop(job_id) for job_id in old}
 
+    @rule()
+    def compact(self):
+        """Nothing changes."""
+        self.queue.compact()
+
+    @rule(consumer=st.sampled_from("xy"))
+    def heartbeat(self, consumer):
+        """Counts are added to their total."""
+        self.queue.heartbeat(consumer, now=self.now)
+
     def is_old(self, job_id):
         entry = self.entries[job_id]
         seconds = self.kept.get((entry.queue, entry.state))
