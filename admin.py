@@ -999,9 +999,10 @@ def doctor(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
     facts |= {"added_in_last_hour": sum(each["added"] for each in kept)}
     facts |= {"deleted_in_next_hour": sum(each["expiring"] for each in kept)}
     now = now_shown()
-    lines = [f"{key.replace('_', ' '):18} {for_people(key, v, now)}" for key, v in facts.items() if v is not None]
+    names = {key: key.removesuffix("_bytes").removesuffix("_at").replace("_", " ") for key in facts}
+    lines = [f"{names[key]:20}  {for_people(key, v, now)}" for key, v in facts.items() if v is not None]
     facts["findings"] = [each._asdict() for each in found]
-    return CommandResult([facts], "\n".join(lines + verdict(found)), int(bool(problems(found))))
+    return CommandResult([facts], "\n".join([*verdict(found), "", *lines]), int(bool(problems(found))))
 
 
 @command(SYSTEM, "metrics")
