@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from contextvars import copy_context
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import pqueue
@@ -29,7 +30,7 @@ from pqueue_tools.masking import masked_text
 from pqueue_tools.outcome import Outcome, Unstorable, error_text, outcome_of, trace_of
 from pqueue_tools.process import T, TaskLog, log, log_completed, on_termination, print_error, retry_while_busy
 from pqueue_tools.record import MAX_CONCURRENCY, Record, Slot
-from pqueue_values import Encoded
+from pqueue_values import Encoded, duration
 
 if TYPE_CHECKING:
     from pqueue_tools.leftovers import ProcessState
@@ -76,9 +77,9 @@ class Consumer:
         *,
         queues: list[str] | None = None,
         tasks: list[str] | None = None,
-        lease_seconds: float = pqueue.LEASE_SECONDS,
+        lease_seconds: float | timedelta = pqueue.LEASE_SECONDS,
         drain: bool = False,
-        wait: float | None = None,
+        wait: float | timedelta | None = None,
         max_jobs: int | None = None,
         max_rss: int | None = None,
         quiet: bool = False,
@@ -87,11 +88,17 @@ class Consumer:
     ) -> None:
         if pqueue_values.valid_int("concurrency", 1, concurrency) > MAX_CONCURRENCY:
             raise ValueError(f"expected a concurrency from 1 to {MAX_CONCURRENCY}, got {concurrency}")
+        for option, value in (("max_jobs", max_jobs), ("max_rss", max_rss)):
+            if value is not None:
+                pqueue_values.valid_int(option, 1, value)
+        if (lease_seconds := duration("lease_seconds", lease_seconds)) <= 0:
+            raise ValueError(f"expected lease_seconds above 0, got {lease_seconds:g}")
         self.queue, self.name, self.quiet = queue, name, quiet
         self.wanted: dict[str, Any] = {"queues": queues, "tasks": sorted(pqueue.TASKS) if tasks is None else tasks}
         self.options: dict[str, Any] = {**self.wanted, "lease_seconds": lease_seconds, "prefetch": True}
         self.lease_seconds, self.drain, self.max_jobs, self.max_rss = lease_seconds, drain, max_jobs, max_rss
-        self.wait_until = time.time() if wait is None else time.time() + wait  # for what falls due, when draining
+        seconds = float("inf") if wait == float("inf") else duration("wait", 0.0 if wait is None else wait)
+        self.wait_until = time.time() + seconds  # for what falls due, when draining
         self.is_embedded = record is None
         self.record = record or Record(concurrency)
         self._leases = leases.Leases(queue, self.record, name, lease_seconds, quiet=quiet)

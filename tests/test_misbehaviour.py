@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 
 import pytest
 from conftest import parent, wait_until
@@ -909,6 +910,28 @@ def test_consumer_in_a_thread_never_ends_the_application(place, error):
         assert Consumer(queue, "embedded", drain=True).run()
     assert [queue.get(each).state for each in ids] == ["failed", "cancelled"]
     assert queue.get(ids[0]).error.startswith(type(error).__name__)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"wait": value} for value in ("x", float("nan"), True)),
+        *({"lease_seconds": value} for value in ("x", 0, -1, float("inf"), None)),
+        *({name: value} for name in ("max_jobs", "max_rss", "concurrency") for value in ("x", 0, -1, 1.5, True)),
+    ],
+)
+def test_consumer_refuses_an_option_when_it_is_created(place, options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"expected (a )?{name}"):
+        Consumer(place.queue(), "embedded", **options)
+
+
+def test_consumer_accepts_durations(place):
+    options = {"lease_seconds": timedelta(seconds=0.3), "wait": timedelta(0), "drain": True}
+    with registered("nap", lambda: time.sleep(0.7)):
+        job_id = place.queue().enqueue("nap")
+        assert Consumer(place.queue(), "embedded", **options).run()
+    assert (place.queue().get(job_id).state, place.queue().get(job_id).attempts) == ("completed", 1)
 
 
 @contextmanager
