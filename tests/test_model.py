@@ -506,7 +506,114 @@ class QueueMachine(RuleBasedStateMachine):
         assert {key: number for key, number in counts.items() if number} == self.counts
 
 
-QueueMachine.TestCase.settings = settings(
+@dataclass
+class Member:
+    """A job of a group."""
+
+    group: str
+    priority: int
+    run_at: float
+    attempts: int = 0
+    delivery: pqueue.Job | None = None
+
+
+class GroupMachine(RuleBasedStateMachine):
+    """The groups of a queue: whose job is next, with weights and limits."""
+
+    @initialize(rate=st.sampled_from([None, (1, 30), (3, 50)]), weight=st.sampled_from([0.5, 1, 3]))
+    def begin(self, rate, weight):
+        self.folder = tempfile.TemporaryDirectory()
+        self.queue = pqueue.PersistentQSQLite(f"{self.folder.name}/q.db", durability="normal")
+        self.now = 1_000.0
+        self.rate, self.running, self.weights = rate, None, {"b": weight}
+        self.queue.weigh("default", "b", weight)
+        self.queue.limit("default", rate=rate)
+        self.jobs: dict[int, Member] = {}
+        self.turn, self.turns = 0.0, dict.fromkeys(["", "a", "b"], 0.0)
+        self.starts: dict[str, list[float]] = {group: [] for group in self.turns}
+
+    def teardown(self):
+        self.queue.close()
+        self.folder.cleanup()
+
+    @rule(group=st.sampled_from(["", "a", "b"]), priority=st.integers(0, 1), number=st.integers(1, 4))
+    def enqueue(self, group, priority, number):
+        options = {"group": group or None, "priority": priority, "max_attempts": 99, "now": self.now}
+        for job_id in self.queue.enqueue_many("t", [None] * number, **options):
+            self.jobs[job_id] = Member(group, priority, self.now)
+
+    @rule(seconds=st.sampled_from([1, 29, 50]))
+    def time_goes_by(self, seconds):
+        self.now += seconds
+
+    @rule(running=st.sampled_from([None, 1, 2, 3]))
+    def limit(self, running):
+        self.queue.limit("default", running=running)
+        self.running = running
+
+    @rule(limit=st.sampled_from([1, 1, 2, 5]))
+    def dequeue(self, limit):
+        found = self.queue.dequeue_many("w", limit, lease_seconds=LEASE, now=self.now)
+        for member in self.jobs.values():
+            if member.delivery and member.delivery.lease_expires_at <= self.now:
+                member.delivery = None
+        assert [job.id for job in found] == self.next(limit)
+        for job in found:
+            member = self.jobs[job.id]
+            member.attempts, member.delivery = member.attempts + 1, job
+            self.turn = max(self.turn, self.turns[member.group])
+            self.turns[member.group] = self.turn + 1 / self.weights.get(member.group, 1)
+            self.starts[member.group].append(self.now)
+
+    def next(self, limit):
+        waiting = {group: [] for group in self.turns}
+        for job_id, each in sorted(self.jobs.items(), key=lambda job: (-job[1].priority, job[1].run_at, job[0])):
+            if each.delivery is None and each.run_at <= self.now:
+                waiting[each.group].append(job_id)
+        room = {group: min(self.room(group), len(ids)) for group, ids in waiting.items()}
+        turn, turns, found = self.turn, dict(self.turns), []
+        while len(found) < limit and any(room.values()):
+            group = min((each for each in turns if room[each]), key=lambda each: (turns[each], each))
+            found.append(waiting[group].pop(0))
+            room[group] -= 1
+            turn = max(turn, turns[group])
+            turns[group] = turn + 1 / self.weights.get(group, 1)
+        alone = [number for number, job_id in enumerate(found) if self.jobs[job_id].attempts]
+        return found[: max(1, alone[0])] if alone else found
+
+    def room(self, group):
+        running = sum(each.group == group and each.delivery is not None for each in self.jobs.values())
+        by_running = len(self.jobs) if self.running is None else max(0, self.running - running)
+        if self.rate is None:
+            return by_running
+        return min(by_running, self.rate[0] - sum(self.now - at < self.rate[1] for at in self.starts[group]))
+
+    @precondition(lambda self: any(each.delivery for each in self.jobs.values()))
+    @rule(data=st.data(), verb=st.sampled_from(["complete", "complete", "fused", "release", "fail", "cancel"]))
+    def settle(self, data, verb):
+        held = sorted(
+            each for each in self.jobs if (taken := self.jobs[each].delivery) and taken.lease_expires_at > self.now
+        )
+        if not held:
+            return
+        job_id = data.draw(st.sampled_from(held))
+        member = self.jobs[job_id]
+        job, member.delivery = member.delivery, None
+        if verb == "release":
+            self.queue.release(job, now=self.now)
+            member.attempts -= 1
+        elif verb == "fail":
+            self.queue.fail(job, "e", retry_in_seconds=20, now=self.now)
+            member.run_at = self.now + 20
+        else:
+            if verb == "fused":
+                self.queue.complete_and_dequeue([(job, None)], "w", 0, now=self.now)
+            else:
+                getattr(self.queue, verb)(job if verb == "complete" else job_id, now=self.now)
+            del self.jobs[job_id]
+
+
+GroupMachine.TestCase.settings = QueueMachine.TestCase.settings = settings(
     max_examples=60 * SOAK,
     stateful_step_count=40,
     deadline=None,
@@ -515,3 +622,4 @@ QueueMachine.TestCase.settings = settings(
     suppress_health_check=list(HealthCheck),
 )
 TestQueueMachine = QueueMachine.TestCase
+TestGroupMachine = GroupMachine.TestCase
