@@ -614,7 +614,7 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
             # guard: a completed job is counted
             self._count_completed(session, others, now)
             # guard: completed jobs promote those that wait for them
-            self._follow_up(session, [job.id for job in others], now)
+            self._follow_up(session, [job.id for job in others], now, completed=True)
         return lost
 
     def complete(self, job: Job, result: Any = None, *, now: float | None = None) -> None:

@@ -18,11 +18,14 @@ from pqueue_schema import HOLDS_KEY, KEY_IS_FREE, STATES_OF, UNFINISHED
 from pqueue_search import Reading, excerpt_columns
 from pqueue_values import Job, JobId, JobNotFound, Params, short, to_excerpt, to_json, valid_id, valid_int, valid_list
 
-# Statements. :ids is a JSON array of jobs, whose elements `these` selects; it differs on PostgreSQL.
+# Statements. :ids is a JSON array of jobs, whose elements `these` selects; it differs on PostgreSQL. So does how jobs
+# are chosen `among` others, and by their `state`: there, not by its index, which would find all jobs of that state.
 
+AMONG, STATE = "IN ({})", "state"
 THESE = "IN (SELECT value FROM json_each(:ids))"
 UNSUCCESSFUL = "p.state IN ('failed', 'cancelled')"
 _PARENTS = "FROM dependencies d JOIN jobs p ON p.id = d.parent_id WHERE"
+_CHILDREN = "SELECT job_id FROM dependencies WHERE parent_id"
 
 
 def mark_parents(these: str) -> str:
@@ -35,33 +38,34 @@ def make_wait(these: str) -> str:
     return f"UPDATE jobs SET state = 'waiting', waits_for = :waits_for WHERE finished_at IS NULL AND id {these}"
 
 
-def dependents(these: str) -> str:
-    """Return the jobs that wait for one of these."""
+def dependents(these: str, among: str = AMONG, state: str = STATE) -> str:
+    """Return the jobs that wait for one of these; on PostgreSQL, lock them."""
     return f"""
-SELECT id FROM jobs WHERE state = 'waiting' AND id IN (SELECT job_id FROM dependencies WHERE parent_id {these})"""
+SELECT id FROM jobs WHERE {state} = 'waiting' AND id {among.format(f"{_CHILDREN} {these}")}"""
 
 
 # guard: a job fails with the job that it waits for
 # guard: a job that asked for it runs after a failed one
-def fail_dependents(these: str) -> str:
+def fail_dependents(these: str, among: str = AMONG, state: str = STATE) -> str:
     """Make the jobs failed that wait for one of these, which failed; return their ids."""
-    which = f"d.parent_id {these} AND d.after_failed = 'fail' AND {UNSUCCESSFUL}"
+    failed = f"SELECT id FROM jobs p WHERE {UNSUCCESSFUL} AND id {these}"
+    which = f"d.after_failed = 'fail' AND d.parent_id {among.format(failed)}"
     return f"""
 UPDATE jobs SET state = 'failed', finished_at = :now, error =
-    (SELECT 'job ' || min(p.id) || CASE min(p.state) WHEN 'failed' THEN ' failed' ELSE ' was cancelled' END
-     {_PARENTS} d.job_id = jobs.id AND {which})
-WHERE state = 'waiting' AND id IN (SELECT d.job_id {_PARENTS} {which}) RETURNING id"""
+    (SELECT 'job ' || id || CASE p.state WHEN 'failed' THEN ' failed' ELSE ' was cancelled' END FROM jobs p
+     WHERE id = (SELECT min(parent_id) FROM dependencies d WHERE job_id = jobs.id AND {which}))
+WHERE {state} = 'waiting' AND id {among.format(f"SELECT job_id FROM dependencies d WHERE {which}")} RETURNING id"""
 
 
 # guard: a job waits for all its parents
 # guard: a job that waited is scheduled if it is not due
 def count_down(these: str) -> str:
-    """Promote the jobs that wait for no others than these, which finished."""
+    """Promote the jobs that wait for no others than these, which finished; return the new states."""
     return f"""
 UPDATE jobs SET waits_for = waits_for - finished.number, state = CASE WHEN waits_for > finished.number THEN 'waiting'
     WHEN run_at > :now THEN 'scheduled' ELSE 'pending' END
 FROM (SELECT job_id, count(*) AS number FROM dependencies WHERE parent_id {these} GROUP BY job_id) finished
-WHERE jobs.id = finished.job_id AND state = 'waiting'"""
+WHERE jobs.id = finished.job_id AND state = 'waiting' RETURNING state"""
 
 
 def record_failures(these: str) -> str:
@@ -78,32 +82,32 @@ SELECT job_id FROM dependencies WHERE parent_id {these} UNION
 SELECT parent_id FROM dependencies WHERE job_id IN (SELECT job_id FROM dependencies WHERE parent_id {these})"""
 
 
-def free_keys(these: str) -> str:
+def free_keys(these: str, among: str = AMONG, state: str = STATE) -> str:
     """Take the keys whose time is over from the jobs that hold those of the dependents of these jobs."""
     return f"""
 UPDATE jobs SET key_expires_at = NULL WHERE {HOLDS_KEY} AND key_expires_at <= :now AND (queue, task, key) IN
     (SELECT queue, task, key FROM jobs
-     WHERE state = 'failed' AND waits_for > 0 AND id IN (SELECT job_id FROM dependencies WHERE parent_id {these}))"""
+     WHERE waits_for > 0 AND {state} = 'failed' AND id {among.format(f"{_CHILDREN} {these}")})"""
 
 
 # guard: a job that failed with its parent is restored with it
 # guard: a job is restored when no parent of it is failed
 # guard: restoring a job respects its key
-def restore(these: str) -> str:
+def restore(these: str, among: str = AMONG, state: str = STATE) -> str:
     """Let the jobs wait again that failed with these, which were resubmitted; return their ids."""
     return f"""
 UPDATE jobs SET state = 'waiting', finished_at = NULL, error = NULL
-WHERE id IN (SELECT job_id FROM dependencies WHERE parent_id {these}) AND state = 'failed' AND waits_for > 0
+WHERE {state} = 'failed' AND id {among.format(f"{_CHILDREN} {these}")} AND waits_for > 0
     AND NOT EXISTS (SELECT 1 {_PARENTS} d.job_id = jobs.id AND d.after_failed = 'fail' AND {UNSUCCESSFUL})
     AND {KEY_IS_FREE} RETURNING id"""
 
 
 # guard: a job that waits for others also waits for a resubmitted parent
-def recount_parents(these: str) -> str:
+def recount_parents(these: str, among: str = AMONG, state: str = STATE) -> str:
     """Count anew for how many others the dependents of these jobs wait."""
     return f"""
 UPDATE jobs SET waits_for = (SELECT count(*) {_PARENTS} d.job_id = jobs.id AND p.finished_at IS NULL)
-WHERE state = 'waiting' AND id IN (SELECT job_id FROM dependencies WHERE parent_id {these})"""
+WHERE {state} = 'waiting' AND id {among.format(f"{_CHILDREN} {these}")}"""
 
 
 def needed(these: str) -> str:
@@ -182,25 +186,24 @@ class Depending(Reading):
         # guard: a failed job is handled
         self._handle_failures(session, [job_id], now)
 
-    def _follow_up(self, session: Session, job_ids: list[int], now: float) -> None:
+    def _follow_up(self, session: Session, job_ids: list[int], now: float, *, completed: bool = False) -> None:
         """Do in the same commit what follows when these jobs finish: promote or fail those that wait for them."""
         while job_ids:
             params = {"ids": to_json(job_ids), "now": now}
-            waiting = [job_id for (job_id,) in session.run(DEPENDENTS, params)]
-            if not waiting:
+            if not session.run(DEPENDENTS, params):
                 return
-            self._lock_jobs(session, waiting)
-            job_ids = [job_id for (job_id,) in session.run(FAIL_DEPENDENTS, params)]
-            session.change(COUNT_DOWN, params)
-            if job_ids:
-                session.change(RECORD_FAILURES, {**params, "ids": to_json(job_ids)})
+            job_ids = [] if completed else [job_id for (job_id,) in session.run(FAIL_DEPENDENTS, params)]
+            states = [state for (state,) in session.run(COUNT_DOWN, params)]
+            session.wakes = session.wakes or states.count("waiting") < len(states)
+            if not job_ids:
+                return
+            session.change(RECORD_FAILURES, {**params, "ids": to_json(job_ids)})
             for job_id in job_ids:
                 # guard: a job that fails with a parent is counted
                 count_job(session, job_id, "failed", now)
             session.finished += job_ids
             # guard: a job that failed with another one is handled
             self._handle_failures(session, job_ids, now)
-            session.wakes = True
 
     def _restore(self, session: Session, job_id: int, now: float) -> None:
         """Let the jobs that failed with this one, which was resubmitted, wait for it again."""

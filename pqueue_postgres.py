@@ -156,7 +156,7 @@ BEGIN
         DROP TRIGGER IF EXISTS pending_delete ON {SCHEMA}.jobs;
         DROP TRIGGER IF EXISTS pending_truncate ON {SCHEMA}.jobs;
     END IF;
-EXCEPTION WHEN lock_not_available THEN
+EXCEPTION WHEN lock_not_available OR insufficient_privilege THEN
     NULL;
 END $$""",
 ]
@@ -227,6 +227,10 @@ LOCK = "FOR UPDATE SKIP LOCKED"  # skip rows that other transactions have locked
 PG_NOTIFY = f"pg_notify('{CHANNEL}', '')"  # in a RETURNING clause
 PG_NOTIFY_JOBS = f"CAST(pg_notify('{CHANNEL}', :ids) AS text)"
 THESE = "ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST(:ids AS json)) AS bigint)))"
+AMONG = "= ANY (ARRAY({}))"
+STATE = "state || ''"  # for an expression, no index of the state is used
+BY_IDS = (f"= {THESE}", AMONG, STATE)
+FINISHED_PARENTS = "CAST((SELECT numbers FROM finished) ->> CAST(id AS text) AS integer)"
 KNOWN = "(CAST(:tasks AS text) IS NULL OR {task} = ANY (string_to_array(CAST(:tasks AS text), chr(10))))"
 SERVED = "(CAST(:queues AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST(:queues AS json))))"
 OF_QUEUES = f"""{SERVED.replace("q.name", "queue")}
@@ -272,8 +276,10 @@ MAY_HAVE_JOB = f"""EXISTS (SELECT 1 FROM group_events) OR EXISTS (SELECT 1 FROM 
         WHERE q.grouped = 1 AND EXISTS (SELECT 1 FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")}))"""
 # Scheduled jobs that a consumer may take
 TO_COME = f"state = 'scheduled' AND {OF_QUEUES} AND (assigned_to IS NULL OR assigned_to = :consumer)"
-# Numbers of tasks, counted per queue, of which a claim may take more than one job; each costs about 20 us
+# A claim reads the first :share jobs of each task, or merges those of a number of tasks lazily, each for about 20 us.
+SHARES = 0
 WIDTHS = (1, 8, 32, 64)
+MOST_TIMES, SUFFICED, LAZY_CLAIMS = 4, 64, 32  # see Reach
 WIDTH = 16  # where it is not adapted to the number of tasks that have jobs
 ROW = f"ctid, {ORDER.replace(' DESC', '')}, attempts, max_attempts"
 AFTER_TASK = "split_part(CAST(:known_attempts AS text), chr(10) || jobs.task || chr(9), 2)"
@@ -301,8 +307,24 @@ def _heads(number: int) -> str:
     ORDER BY {ORDER} LIMIT {number}"""
 
 
+_SHARES = f"""
+WITH heads AS MATERIALIZED (
+    SELECT first.* FROM queues q JOIN queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
+        (SELECT {ROW}, row_number() OVER () AS rank FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")}
+         ORDER BY {ORDER} LIMIT :share) first
+    WHERE q.grouped = 0 AND q.paused = 0 AND {SERVED} AND {KNOWN.format(task="t.task")}
+    UNION ALL
+        (SELECT {ROW}, row_number() OVER () AS rank FROM jobs WHERE {OF_CONSUMER} ORDER BY {ORDER} LIMIT :share))"""
+_OF_SHARES = f"""
+        SELECT {ROW} FROM (
+            SELECT *, count(CASE WHEN rank = :share THEN 1 END) OVER (ORDER BY {ORDER} {PREVIOUS}) AS beyond FROM heads
+        ) jobs WHERE beyond = 0 ORDER BY {ORDER}"""
+
+
 def _with_tasks(width: int) -> str:
     """Define the first `width` tasks, each in a queue, that have jobs. The plan of _in_order depends on the number."""
+    if width == SHARES:
+        return _SHARES
     return f"""
 WITH heads AS MATERIALIZED ({_heads(width + 1)}),
 first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tasks FROM heads)"""
@@ -311,8 +333,11 @@ first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tas
 def _in_order(width: int) -> str:
     """Return the consumer's jobs in order, up to the first job of a task that is not among the first `width`.
 
-    The plan is a lazy merge of index scans: it reads the first job of each task, and then those that are used.
+    The plan is a lazy merge of index scans: it reads the first job of each task, and then those that are used. For
+    SHARES: up to the last job of a share, beyond which there may be others of its task.
     """
+    if width == SHARES:
+        return _OF_SHARES
     tasks = [
         OF_TASK.format(f"(SELECT queues[{number}] FROM first)", f"(SELECT tasks[{number}] FROM first)")
         for number in range(1, width + 1)
@@ -586,6 +611,16 @@ GROUP BY at - at % 3600, {EVENT} ORDER BY 2, 3, 4, 5, 6, 7
     pqueue_outcomes.DELETE_MINUTES: "SELECT FROM (SELECT) none WHERE CAST(:before AS bigint) IS NULL",
     # differs because a text is searched in another way
     pqueue_schema.FAILURES: pqueue_schema.failures("split_part(error, chr(10), 1)"),
+    # differs because they must not change before they are promoted or failed, and all lock them in one order
+    pqueue_dependencies.DEPENDENTS: f"{pqueue_dependencies.dependents(*BY_IDS)} ORDER BY id FOR UPDATE",
+    # differs because a join could be planned as one of all jobs
+    pqueue_dependencies.COUNT_DOWN: f"""
+WITH finished AS MATERIALIZED (
+    SELECT array_agg(job_id) AS ids, jsonb_object_agg(job_id, number) AS numbers FROM (
+        SELECT job_id, count(*) AS number FROM dependencies WHERE parent_id = {THESE} GROUP BY job_id) each)
+UPDATE jobs SET waits_for = waits_for - {FINISHED_PARENTS}, state = CASE
+    WHEN waits_for > {FINISHED_PARENTS} THEN 'waiting' WHEN run_at > :now THEN 'scheduled' ELSE 'pending' END
+WHERE {STATE} = 'waiting' AND id {AMONG.format("SELECT unnest(ids) FROM finished")} RETURNING state""",
     # differs because JSON is read in another way
     pqueue_dependencies.ADD_DEPENDENCIES: """
 INSERT INTO dependencies (job_id, parent_id, after_failed)
@@ -598,16 +633,20 @@ POSTGRES |= {
     for statement in (
         pqueue_dependencies.mark_parents,
         pqueue_dependencies.make_wait,
-        pqueue_dependencies.dependents,
-        pqueue_dependencies.fail_dependents,
-        pqueue_dependencies.count_down,
         pqueue_dependencies.record_failures,
         pqueue_dependencies.family,
+        pqueue_dependencies.needed,
+        pqueue_handlers.unhandled,
+    )
+}
+
+POSTGRES |= {
+    statement(pqueue_dependencies.THESE): statement(*BY_IDS)
+    for statement in (
+        pqueue_dependencies.fail_dependents,
         pqueue_dependencies.free_keys,
         pqueue_dependencies.restore,
         pqueue_dependencies.recount_parents,
-        pqueue_dependencies.needed,
-        pqueue_handlers.unhandled,
     )
 }
 
@@ -635,20 +674,27 @@ NONE_OVERDUE = f"""NOT EXISTS (SELECT FROM ({OVERDUE}) overdue WHERE due OR expi
     grouped AND EXISTS (SELECT 1 {GROUPED_HERE}) AND ({MAY_HAVE_JOB})) AND"""
 
 
+def _seen(width: int) -> str:
+    tasks = f"(SELECT count(*) FROM heads{' WHERE rank = 1' if width == SHARES else ''})"
+    return f"{tasks}, {'(SELECT count(*) FROM heads)' if width == SHARES else 0}"
+
+
 @lru_cache
 def claim_alone(width: int) -> str:
     """Lease jobs, unless there are any to promote or reclaim. Synced only for a last attempt, which must not be
-    repeated. The second column is the number of tasks, counted per queue, that have jobs, at most `width` + 1."""
+    repeated. The second column is the number of tasks, counted per queue, that have jobs, for a `width` at most one
+    more; the third is the number of jobs that were looked at, of shares."""
     return f"""{_with_tasks(width)},
 taken AS ({_claim(width, NONE_OVERDUE)})
 SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN current_setting('synchronous_commit')
-    ELSE 'off' END, true), (SELECT count(*) FROM heads), taken.* FROM (SELECT) one LEFT JOIN taken ON true"""
+    ELSE 'off' END, true), {_seen(width)}, taken.* FROM (SELECT) one LEFT JOIN taken ON true"""
 
 
 @lru_cache
 def complete_and_claim(width: int) -> str:
     """Complete jobs that no others depend on, and lease others as `claim_alone` does if that was all of them, and none
-    was of a group, which may have another job now. The first column lists the completed ids, or is NULL for all."""
+    was of a group, which may have another job now. The first column lists the completed ids, or is NULL for all; the
+    others are as there."""
     return f"""{_with_tasks(width)},
 done AS (
     UPDATE jobs SET {COMPLETED}, result = done.result
@@ -658,7 +704,7 @@ done AS (
 counted AS ({_COUNT_COMPLETED}),
 taken AS ({_claim(width, f"(SELECT count(*) FROM done WHERE of_group = '') = :number AND {NONE_OVERDUE}")})
 SELECT CASE WHEN (SELECT count(*) FROM done) < :number THEN ARRAY(SELECT id FROM done) END,
-    (SELECT count(*) FROM heads), taken.*
+    {_seen(width)}, taken.*
 FROM (SELECT) one LEFT JOIN taken ON true"""
 
 
@@ -672,11 +718,48 @@ WITH done AS (
 counted AS ({_COUNT_COMPLETED})
 SELECT id, has_dependents FROM done"""
 
+
+class Reach:
+    """How the next claim looks for jobs, adapted to what the last ones saw.
+
+    For many tasks, shares are faster. They are enlarged if they do not suffice, as when the jobs of a few of the tasks
+    come first, or other consumers have locked them; then, a number of claims merges lazily.
+    """
+
+    def __init__(self) -> None:
+        self._tasks = 1  # tasks that have jobs, counted per queue
+        self._times = 1  # how large shares are
+        self._sufficed = self._lazily = 0  # numbers of claims: those whose shares sufficed, and those to merge lazily
+
+    def width(self) -> int:
+        if self._tasks > WIDTHS[1] and not self._lazily:
+            return SHARES
+        return next((width for width in WIDTHS if width >= self._tasks), WIDTHS[-1])
+
+    def share(self, limit: int) -> int:
+        return 1 + self._times + self._times * limit // self._tasks
+
+    def adapt(self, width: int, limit: int, *, tasks: int, looked_at: int, taken: int) -> None:
+        self._tasks = max(1, tasks)
+        if width != SHARES:
+            self._lazily = max(0, self._lazily - 1) if taken == limit else 0
+        elif taken < min(limit, looked_at):
+            self._sufficed, self._lazily = 0, LAZY_CLAIMS * (self._times == MOST_TIMES)
+            self._times = min(2 * self._times, MOST_TIMES)
+        else:
+            self._sufficed += 1
+            if self._sufficed % SUFFICED == 0:
+                self._times = max(1, self._times // 2)
+
+
 # What claim_alone returns for one task.
 CLAIM_ALONE = claim_alone(1)
 
 # What complete_and_claim returns for one task.
 COMPLETE_AND_CLAIM = complete_and_claim(1)
+
+# What complete_and_claim returns for shares of several tasks.
+COMPLETE_AND_CLAIM_SHARES = complete_and_claim(SHARES)
 
 # Statements that only PostgreSQL has
 

@@ -96,8 +96,8 @@ from pqueue_postgres import (
     STOP_COUNTING,
     TABLES,
     UPTIME,
-    WIDTHS,
     WRITERS,
+    Reach,
     claim_alone,
     complete_and_claim,
     definitions,
@@ -507,7 +507,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         self._clock = (-CLOCK_SECONDS, 0.0)  # when it was read (monotonic), and its offset, in seconds
         self._reset_connections()
         self.commit_seconds = 0.0  # a moving average
-        self._width = WIDTHS[0]  # of which a claim takes more than one job
+        self._reach = Reach()
         self._takes_turns = False  # at the last claim, some group might have had a job; that takes several statements
         self._closed = False
         self.pooled = False  # connected through a pooler, which does not keep our settings between transactions
@@ -662,6 +662,8 @@ class OnPostgres(PersistentQSQLAlchemy):
                 sql = f"SELECT has_{kind}_privilege(%s, %s), current_user::text"
                 has, role = self._ask(sql, f'"{self.schema}".{name}' if kind == "table" else name, right)
                 missing += [] if has else [right]
+            if not missing:  # such as a trigger, for which grants do not suffice
+                return f": role {role} does not own {kind} {shown}"
             hint = f": grant it, or run CREATE SCHEMA {self.schema} AUTHORIZATION {role}"
             return f": role {role} lacks {', '.join(missing)} on {kind} {shown}{hint if kind == 'database' else ''}"
         return ""
@@ -785,13 +787,17 @@ class OnPostgres(PersistentQSQLAlchemy):
             return self._step_by_step(completions, me, limit, wanted, lease_seconds, now)
         now = self._time(now)
         claim = pqueue.claim_params(me, limit, wanted, lease_seconds, now)
-        sql = complete_and_claim(self._width) if completions else claim_alone(self._width)
+        reach = self._reach
+        width = reach.width()
+        sql = complete_and_claim(width) if completions else claim_alone(width)
+        claim["share"] = reach.share(limit)
         done = {"number": len(tokens), "ids": list(tokens), "tokens": list(tokens.values())}
         session = self._transaction()
         rows = session.alone(sql, {**claim, **done, "results": [result for _, result in completions]})
-        # Not only the tasks that this claim took from: others may have locked their jobs.
-        self._width = next((width for width in WIDTHS if width >= min(rows[0][1], limit + WIDTHS[1])), WIDTHS[-1])
-        jobs = self._claimed_jobs(session, [row[2:] for row in rows if row[2] is not None], claim)
+        taken = [row[3:] for row in rows if row[3] is not None]
+        if taken:
+            reach.adapt(width, limit, tasks=rows[0][1], looked_at=rows[0][2], taken=len(taken))
+        jobs = self._claimed_jobs(session, taken, claim)
         # Those whose lease was lost, or that others wait for. If there are any, nothing was claimed.
         left = [each for each in completions if rows[0][0] is not None and each[0].id not in rows[0][0]]
         if completions and self.is_awaited:
@@ -816,7 +822,8 @@ class OnPostgres(PersistentQSQLAlchemy):
             return super()._complete_all(session, completions, now)
         params = {"ids": list(tokens), "tokens": list(tokens.values()), "results": [each for _, each in completions]}
         done = dict(session.run(COMPLETE_ALL, {**params, "now": now})) if completions else {}
-        self._follow_up(session, [job_id for job_id, has_dependents in done.items() if has_dependents], now)
+        parents = [job_id for job_id, has_dependents in done.items() if has_dependents]
+        self._follow_up(session, parents, now, completed=True)
         return [job for job, _ in completions if job.id not in done]
 
     def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> bool:

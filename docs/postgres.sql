@@ -319,7 +319,7 @@ BEGIN
         DROP TRIGGER IF EXISTS pending_delete ON pqueue.jobs;
         DROP TRIGGER IF EXISTS pending_truncate ON pqueue.jobs;
     END IF;
-EXCEPTION WHEN lock_not_available THEN
+EXCEPTION WHEN lock_not_available OR insufficient_privilege THEN
     NULL;
 END $$;
 
@@ -1152,28 +1152,30 @@ UPDATE pqueue.jobs SET has_dependents = 1 WHERE has_dependents = 0 AND id = ANY 
 UPDATE pqueue.jobs SET state = 'waiting', waits_for = $1 WHERE finished_at IS NULL AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint)));
 
 -- DEPENDENTS
--- Return the jobs that wait for one of these.
--- differs because JSON is read in another way
+-- Return the jobs that wait for one of these; on PostgreSQL, lock them.
+-- differs because they must not change before they are promoted or failed, and all lock them in one order
 -- $1 ids
-SELECT id FROM pqueue.jobs WHERE state = 'waiting' AND id IN (SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))));
+SELECT id FROM pqueue.jobs WHERE state || '' = 'waiting' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))))) ORDER BY id FOR UPDATE;
 
 -- FAIL_DEPENDENTS
 -- Make the jobs failed that wait for one of these, which failed; return their ids.
 -- differs because JSON is read in another way
 -- $1 now, $2 ids
 UPDATE pqueue.jobs SET state = 'failed', finished_at = $1, error =
-    (SELECT 'job ' || min(p.id) || CASE min(p.state) WHEN 'failed' THEN ' failed' ELSE ' was cancelled' END
-     FROM pqueue.dependencies d JOIN pqueue.jobs p ON p.id = d.parent_id WHERE d.job_id = jobs.id AND d.parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint))) AND d.after_failed = 'fail' AND p.state IN ('failed', 'cancelled'))
-WHERE state = 'waiting' AND id IN (SELECT d.job_id FROM pqueue.dependencies d JOIN pqueue.jobs p ON p.id = d.parent_id WHERE d.parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint))) AND d.after_failed = 'fail' AND p.state IN ('failed', 'cancelled')) RETURNING id;
+    (SELECT 'job ' || id || CASE p.state WHEN 'failed' THEN ' failed' ELSE ' was cancelled' END FROM pqueue.jobs p
+     WHERE id = (SELECT min(parent_id) FROM pqueue.dependencies d WHERE job_id = jobs.id AND d.after_failed = 'fail' AND d.parent_id = ANY (ARRAY(SELECT id FROM pqueue.jobs p WHERE p.state IN ('failed', 'cancelled') AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint)))))))
+WHERE state || '' = 'waiting' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies d WHERE d.after_failed = 'fail' AND d.parent_id = ANY (ARRAY(SELECT id FROM pqueue.jobs p WHERE p.state IN ('failed', 'cancelled') AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint))))))) RETURNING id;
 
 -- COUNT_DOWN
--- Promote the jobs that wait for no others than these, which finished.
--- differs because JSON is read in another way
--- $1 now, $2 ids
-UPDATE pqueue.jobs SET waits_for = waits_for - finished.number, state = CASE WHEN waits_for > finished.number THEN 'waiting'
-    WHEN run_at > $1 THEN 'scheduled' ELSE 'pending' END
-FROM (SELECT job_id, count(*) AS number FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint))) GROUP BY job_id) finished
-WHERE jobs.id = finished.job_id AND state = 'waiting';
+-- Promote the jobs that wait for no others than these, which finished; return the new states.
+-- differs because a join could be planned as one of all jobs
+-- $1 ids, $2 now
+WITH finished AS MATERIALIZED (
+    SELECT array_agg(job_id) AS ids, jsonb_object_agg(job_id, number) AS numbers FROM (
+        SELECT job_id, count(*) AS number FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))) GROUP BY job_id) each)
+UPDATE pqueue.jobs SET waits_for = waits_for - CAST((SELECT numbers FROM finished) ->> CAST(id AS text) AS integer), state = CASE
+    WHEN waits_for > CAST((SELECT numbers FROM finished) ->> CAST(id AS text) AS integer) THEN 'waiting' WHEN run_at > $2 THEN 'scheduled' ELSE 'pending' END
+WHERE state || '' = 'waiting' AND id = ANY (ARRAY(SELECT unnest(ids) FROM finished)) RETURNING state;
 
 -- RECORD_FAILURES
 -- Record that these jobs failed with a parent.
@@ -1189,7 +1191,7 @@ SELECT id, $1, 'failed', 'dependency', attempts, error FROM pqueue.jobs WHERE id
 UPDATE pqueue.jobs SET key_expires_at = NULL WHERE key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
     AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) AND key_expires_at <= $1 AND (queue, task, key) IN
     (SELECT queue, task, key FROM pqueue.jobs
-     WHERE state = 'failed' AND waits_for > 0 AND id IN (SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint)))));
+     WHERE waits_for > 0 AND state || '' = 'failed' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint))))));
 
 -- FAMILY
 -- Return the dependents of these jobs, and all parents of those.
@@ -1203,7 +1205,7 @@ SELECT parent_id FROM pqueue.dependencies WHERE job_id IN (SELECT job_id FROM pq
 -- differs because JSON is read in another way
 -- $1 ids
 UPDATE pqueue.jobs SET state = 'waiting', finished_at = NULL, error = NULL
-WHERE id IN (SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)))) AND state = 'failed' AND waits_for > 0
+WHERE state || '' = 'failed' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))))) AND waits_for > 0
     AND NOT EXISTS (SELECT 1 FROM pqueue.dependencies d JOIN pqueue.jobs p ON p.id = d.parent_id WHERE d.job_id = jobs.id AND d.after_failed = 'fail' AND p.state IN ('failed', 'cancelled'))
     AND (key_until IS NULL OR NOT EXISTS (SELECT 1 FROM pqueue.jobs o
         WHERE o.queue = jobs.queue AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
@@ -1214,7 +1216,7 @@ WHERE id IN (SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY
 -- differs because JSON is read in another way
 -- $1 ids
 UPDATE pqueue.jobs SET waits_for = (SELECT count(*) FROM pqueue.dependencies d JOIN pqueue.jobs p ON p.id = d.parent_id WHERE d.job_id = jobs.id AND p.finished_at IS NULL)
-WHERE state = 'waiting' AND id IN (SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))));
+WHERE state || '' = 'waiting' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)))));
 
 -- NEEDED
 -- Return these jobs that unfinished others run after, each with one of those.
@@ -1682,7 +1684,7 @@ SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
 RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents)
 SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN current_setting('synchronous_commit')
-    ELSE 'off' END, true), (SELECT count(*) FROM heads), taken.* FROM (SELECT) one LEFT JOIN taken ON true;
+    ELSE 'off' END, true), (SELECT count(*) FROM heads), 0, taken.* FROM (SELECT) one LEFT JOIN taken ON true;
 
 -- COMPLETE_AND_CLAIM
 -- What complete_and_claim returns for one task.
@@ -1737,7 +1739,62 @@ SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at
     ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
 RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents)
 SELECT CASE WHEN (SELECT count(*) FROM done) < $11 THEN ARRAY(SELECT id FROM done) END,
-    (SELECT count(*) FROM heads), taken.*
+    (SELECT count(*) FROM heads), 0, taken.*
+FROM (SELECT) one LEFT JOIN taken ON true;
+
+-- COMPLETE_AND_CLAIM_SHARES
+-- What complete_and_claim returns for shares of several tasks.
+-- $1 share, $2 queues, $3 tasks, $4 consumer, $5 now, $6 ids, $7 tokens, $8 results, $9 known_attempts, $10 token, $11
+-- lease_expires_at, $12 number, $13 limit
+WITH heads AS MATERIALIZED (
+    SELECT first.* FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
+        (SELECT ctid, priority, run_at, id, attempts, max_attempts, row_number() OVER () AS rank FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL
+         ORDER BY priority DESC, run_at, id LIMIT $1) first
+    WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($2 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS json)))) AND (CAST($3 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($3 AS text), chr(10))))
+    UNION ALL
+        (SELECT ctid, priority, run_at, id, attempts, max_attempts, row_number() OVER () AS rank FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4 AND (CAST($3 AS text) IS NULL OR task = ANY (string_to_array(CAST($3 AS text), chr(10))))
+    AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id LIMIT $1)),
+done AS (
+    UPDATE pqueue.jobs SET state = 'completed', finished_at = $5, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = done.result
+    FROM unnest(CAST($6 AS bigint[]), CAST($7 AS text[]), CAST($8 AS text[])) AS done (id, token, result)
+    WHERE jobs.id = done.id AND lease_token = done.token AND has_dependents = 0
+    RETURNING jobs.id, queue, task, "group" AS of_group, run_at, started_at, finished_at),
+counted AS (
+INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
+SELECT 60, CAST(floor(least(greatest($5, 0), 1000000000000000.0) / 60) * 60 AS bigint), queue, task, 'completed', 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]),
+    count(*), sum(greatest(0, finished_at - started_at)), sum(greatest(0, started_at - run_at))
+FROM done GROUP BY queue, task, 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001])
+
+ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
+    run_seconds = outcomes.run_seconds + excluded.run_seconds,
+    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds),
+taken AS (
+UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($9 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4,
+    lease_token = $10, lease_expires_at = $11, started_at = $5
+WHERE (SELECT count(*) FROM done WHERE of_group = '') = $12 AND NOT EXISTS (SELECT FROM (
+SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $5 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $5 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $5 AS due,
+    (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $5 AS expired,
+    EXISTS (SELECT 1 FROM pqueue.queues WHERE grouped = 1) AS grouped) overdue WHERE due OR expired OR
+    grouped AND EXISTS (SELECT 1 FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($2 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS json)))) OR name IN
+    (SELECT queue FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4))) AND (EXISTS (SELECT 1 FROM pqueue.group_events) OR EXISTS (SELECT 1 FROM pqueue.queue_groups WHERE next_at = 0)
+    OR (SELECT next_at FROM pqueue.queue_groups WHERE next_at > 0 ORDER BY next_at LIMIT 1) <= $5
+    OR EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4)
+    OR EXISTS (SELECT 1 FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name
+        WHERE q.grouped = 1 AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL)))) AND state = 'pending' AND ctid = ANY (ARRAY(
+    SELECT ctid FROM (
+        SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
+        FROM (
+            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($9 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS alone
+            FROM (
+        SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (
+            SELECT *, count(CASE WHEN rank = $1 THEN 1 END) OVER (ORDER BY priority DESC, run_at, id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM heads
+        ) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
+            ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
+            ORDER BY best.priority DESC, best.run_at, best.id LIMIT $13 FOR UPDATE OF jobs SKIP LOCKED) locked
+    ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
+RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents)
+SELECT CASE WHEN (SELECT count(*) FROM done) < $12 THEN ARRAY(SELECT id FROM done) END,
+    (SELECT count(*) FROM heads WHERE rank = 1), (SELECT count(*) FROM heads), taken.*
 FROM (SELECT) one LEFT JOIN taken ON true;
 
 -- LOCK_QUEUES

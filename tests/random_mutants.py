@@ -287,8 +287,7 @@ def is_noticed(folder: Path, text: str, change: Change, record: Record) -> bool 
 
 def failure(arguments: list[str], folder: Path, seconds: float, **variables: str) -> str | None:
     """Run tests until one fails, and return its name, "" if it is not known, or None if all passed."""
-    temporary = folder.with_name(f"{folder.name}t")
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}t", dir=folder.parent))
     with (temporary / "output").open("w+") as output:
         child = subprocess.Popen(
             [*PYTEST, *arguments],

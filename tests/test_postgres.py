@@ -525,13 +525,18 @@ def use(queue, priority):
     queue.heartbeat("w")
     queue.get(ids[0])
     queue.history(ids[0])
+    parent = queue.enqueue("t", priority=99)
+    queue.enqueue_many("t", range(3), after=[parent])
+    queue.fail(queue.dequeue("w"), "ValueError: no", retry=False)
+    queue.resubmit(parent)
+    queue.complete(queue.dequeue("w"))
 
 
 def add_many(queue):
     """Add many jobs of each state, none of which may affect the others."""
     columns = "queue, task, payload, priority, run_at, max_attempts, created_at, state"
     others = dict.fromkeys(("lease_token", "lease_expires_at", "started_at", "finished_at"), "NULL")
-    others |= dict.fromkeys(("error", "assigned_to", "key"), "NULL")
+    others |= {**dict.fromkeys(("error", "assigned_to", "key"), "NULL"), "waits_for": "0"}
     for jobs, state, values in (
         (ROWS, "completed", {"started_at": "n", "finished_at": "n"}),
         (ROWS // 2, "pending", {"key": "gen_random_uuid()"}),
@@ -539,6 +544,7 @@ def add_many(queue):
         (ROWS // 2, "scheduled", {}),
         (ROWS // 20, "failed", {"finished_at": "n", "error": "'ValueError: no'"}),
         (ROWS // 200, "processing", {"lease_token": "'other.' || n", "lease_expires_at": "4e9"}),
+        (ROWS // 2, "waiting", {"waits_for": "1"}),
     ):
         row = {**others, **values}
         run_at = "4e9" if state == "scheduled" else "1.0"
@@ -548,6 +554,11 @@ def add_many(queue):
                 f"INSERT INTO pqueue.jobs ({columns}, {', '.join(row)}) "
                 f"SELECT {fixed}, {', '.join(row.values())} FROM generate_series(1, {jobs}) n"
             )
+    with queue.transaction() as db:
+        db.exec_driver_sql(
+            "INSERT INTO pqueue.dependencies (job_id, parent_id, after_failed) "
+            "SELECT id, 1000000000 + mod(id, 100), 'fail' FROM pqueue.jobs WHERE state = 'waiting'"
+        )
 
 
 def analyze(queue):

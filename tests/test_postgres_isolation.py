@@ -430,6 +430,28 @@ def test_owner_of_the_schema_alone_creates_the_queue(roles):
         assert queue.check()["problems"] == []
 
 
+def use_what_others_add(queue):
+    """Use groups, dependencies, handlers, schedules, retention and expected outcomes."""
+    queue.enqueue("t", queue="groups", group="a")
+    queue.enqueue("t", queue="groups", group="b")
+    queue.weigh("groups", "a", 2)
+    queue.limit("groups", running=2, rate=(10, 60.0))
+    parent = queue.enqueue("t", queue="family")
+    queue.enqueue("t", queue="family", after=[parent])
+    queue.on_failed("family", "handler")
+    queue.fail(queue.dequeue("w", queues=["family"]), "ValueError: no", retry=False)
+    queue.complete(queue.dequeue("w", queues=["groups"]))
+    queue.resubmit(parent)
+    queue.schedule("hourly", "t", every_seconds=3600)
+    queue.pause_schedule("hourly")
+    queue.unschedule("hourly")
+    queue.keep("default", completed=1)
+    queue.expect("default", max_wait_seconds=60)
+    queue.enqueue("t", expires_at=1.0)
+    queue.dequeue("w", now=queue.now() + 60)
+    queue.prune_kept(now=queue.now() + 60)
+
+
 def test_documented_grants_suffice_and_no_more_is_possible(roles):
     owner = roles.add("owner", *documented("owner"))
     with closing(pqueue.open_queue(owner)) as queue:
@@ -443,25 +465,46 @@ def test_documented_grants_suffice_and_no_more_is_possible(roles):
         assert queue.enqueue("t", key="hourly", key_seconds=3600).is_new
         queue.enqueue_many("t", range(3), queue="new")
         queue.enqueue("t", queue="limited")
+        queue.enqueue("t", queue="grouped", group="a")
         with pytest.raises(QueueError, match=r"role producer_\w+ lacks INSERT, UPDATE, DELETE on table pqueue.history"):
             queue.cancel(1)
+        with pytest.raises(QueueError, match=r"role producer_\w+ lacks UPDATE, DELETE on table pqueue.jobs"):
+            queue.enqueue("t", after=[1])
     with closing(pqueue.open_queue(worker)) as queue:
         while job := queue.dequeue("w"):
             queue.complete(job)
         queue.enqueue("t")
+        use_what_others_add(queue)
         queue.pause("default")
         queue.cancel(queue.list_jobs(state="pending")[0].id)
         queue.prune(-10)
         assert queue.check()["problems"] == []
+        queue.limit("limited", None)
     with closing(pqueue.open_queue(reader, create=False)) as queue:
         queue.stats()
         queue.list_jobs()
         queue.consumers()
         queue.failures()
+        queue.outcomes()
+        queue.expectations()
+        queue.schedules()
+        queue.handlers()
+        queue.retention()
+        queue.limits("groups", "a")
+        queue.dependencies(1)
+        queue.operations()
         assert queue.check()["problems"] == []
         with pytest.raises(QueueError, match=r"lacks INSERT, UPDATE, DELETE on table pqueue.jobs") as refused:
             queue.enqueue("t")
         assert "cannot use" in str(refused.value)
+
+
+def test_worker_is_told_that_the_first_limit_is_set_by_the_owner(roles):
+    pqueue.open_queue(roles.add("owner", *documented("owner"))).close()
+    with closing(pqueue.open_queue(roles.add("worker", *documented("worker")))) as queue:
+        with pytest.raises(QueueError, match=r"role worker_\w+ does not own table pqueue.jobs"):
+            queue.limit("default", 5)
+        assert "default" not in queue.stats()["queues"]  # nothing was changed
 
 
 def test_policy_of_the_database_holds_in_every_verb(admin, roles):

@@ -78,6 +78,26 @@ def test_consumer_skips_exactly_what_another_has_locked(queue, queues, database)
     assert sorted(got) == sorted(expected)
 
 
+@pytest.mark.parametrize(
+    "run_at", ["j", "mod(abs(hashint4(100 * i + j)), 9999)", "100 * i + j"], ids=["turns", "random", "one by one"]
+)
+def test_consumer_of_many_queues_gets_full_batches(queue, run_at):
+    for number in range(100):
+        queue.enqueue("t", queue=f"q{number}", run_at=2e6)
+    with queue.transaction() as db:
+        db.exec_driver_sql(
+            f"""INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, max_attempts, created_at)
+                SELECT 'q' || i, 't', 'null', 'pending', 0, {run_at}, 3, 1
+                FROM generate_series(0, 99) i, generate_series(1, 40) j"""
+        )
+    expected, got, claims = [job.id for job in in_order(queue.list_jobs(limit=4100, state="pending"))], [], 0
+    while jobs := queue.dequeue_many("w", 64, now=1e6):
+        got += [job.id for job in jobs]
+        claims += 1
+    assert got == expected
+    assert claims < 1.5 * 4000 / 64
+
+
 @pytest.mark.parametrize("queues", [1, 30, 200])
 @pytest.mark.parametrize("limit", [1, 16, 128])
 def test_claim_locks_hardly_more_rows_than_it_takes(queue, queues, limit):
@@ -92,8 +112,9 @@ def test_claim_locks_hardly_more_rows_than_it_takes(queue, queues, limit):
         "now": 2e9,
         "lease_expires_at": 3e9,
         "known_attempts": None,
+        "share": 1 + limit // queues + 1,
     }
-    for width in pqueue_postgres.WIDTHS:
+    for width in (pqueue_postgres.SHARES, *pqueue_postgres.WIDTHS):
         sql, names = pqueue_postgres.translated(pqueue_postgres.claim_alone(width))
         with driver_of(queue) as driver:
             driver.execute("BEGIN")
