@@ -26,7 +26,7 @@ th:last-child, td:last-child { padding-right: 0 }
 tr:last-child td { border-bottom: 0 }
 td.cut, th.cut { width: 99%; min-width: 140px; max-width: 0; overflow: hidden; text-overflow: ellipsis }
 td.wrap { width: 99%; white-space: normal; overflow-wrap: anywhere }
-td.number, th.number { text-align: right }
+td.number, th.number { text-align: right } #queues th { white-space: normal; vertical-align: bottom }
 .soft { color: var(--soft) }
 .only, .skip:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
 .state { font-weight: 500 }
@@ -77,7 +77,7 @@ progress { width: 90px; height: 10px; accent-color: var(--processing) }
 SCRIPT = """'use strict';
 const $ = id => document.getElementById(id);
 const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
-let tag = '', ahead = 0, updated = Date.now(), stopped = false;
+let tag = '', ahead = 0, answered = Date.now(), updated = answered, stopped = false;
 
 function span(s) {
   if (s < 59.5) return (s >= 9.95 ? s.toFixed(0) : Math.max(0, s).toFixed(1)) + ' s';
@@ -108,7 +108,7 @@ function ages() {
   }
   const age = (Date.now() - updated) / 1000, why = stopped ? 'paused' : held();
   say($('age'), (why ? why + ', ' : '') + 'updated ' + span(age) + ' ago, times in ' + zone);
-  document.body.classList.toggle('stale', age > STALE && !why);
+  document.body.classList.toggle('stale', Date.now() - answered > STALE && !why);
 }
 
 function held() {
@@ -157,7 +157,8 @@ async function refresh() {
       const text = await answer.text();
       if (!held()) { tag = answer.headers.get('ETag') || ''; show(text); }
     }
-    updated = Date.now() - answer.headers.get('X-Age') * 1000;
+    answered = Date.now();
+    updated = answered - answer.headers.get('X-Age') * 1000;
   } catch (error) { /* the age shows it */ }
 }
 
@@ -206,4 +207,4 @@ prepare();
 setInterval(ages, 1000);
 setInterval(refresh, REFRESH);
 refresh();
-""".replace("REFRESH", str(dashboard.REFRESH_SECONDS * 1000)).replace("STALE", str(5 * dashboard.REFRESH_SECONDS))
+""".replace("REFRESH", str(dashboard.REFRESH_SECONDS * 1000)).replace("STALE", str(5000 * dashboard.REFRESH_SECONDS))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Any
 
@@ -239,6 +239,10 @@ QUEUES = Table(
     rows=_queues,
     buttons=_queue_buttons,
 )
+
+
+SETTINGS = ("on failure", "reported from wait / failed", "keeps completed / failed / cancelled", "deletes next")
+QUEUES_IN_SHORT = replace(QUEUES, columns=tuple(each for each in QUEUES.columns if each.heading not in SETTINGS))
 
 
 def _task_filters(task: dict[str, Any]) -> dict[str, str]:
@@ -545,7 +549,7 @@ class Page:
 PAGES = {
     each.name: each
     for each in (
-        Page("", "Overview", ("findings", FAILED, "tiles", "charts", QUEUES, PROCESSING, CONSUMERS)),
+        Page("", "Overview", ("findings", FAILED, "tiles", "charts", QUEUES_IN_SHORT, PROCESSING, CONSUMERS)),
         Page("jobs", "Jobs", ("search",)),
         Page("failed", "Failed", (FAILED, "search")),
         Page("tasks", "Tasks", (TASKS,)),

@@ -432,6 +432,29 @@ def test_page_keeps_typed_text_while_it_refreshes(system, page):
     assert page.locator("input[name=text]").input_value() == "half a wor"
 
 
+def test_page_is_dimmed_when_nobody_answers_and_not_while_figures_take_long(place, page):
+    place.queue()
+    url, answers = f"{place.dashboard()}/", [True]
+
+    def respond(route):
+        if not answers:
+            route.abort()
+            return
+        answer = route.fetch()
+        route.fulfill(response=answer, headers={**answer.headers, "x-age": "23.0"})  # seconds
+
+    page.clock.install()
+    page.route(url, respond)
+    page.goto(url)
+    expect(page.locator("#age")).to_have_text(re.compile("updated 2[3-9] s ago"))
+    page.clock.run_for(1000)
+    expect(page.locator("body")).not_to_have_class(re.compile("stale"))
+    answers.clear()
+    page.clock.run_for(12_000)
+    expect(page.locator("body")).to_have_class(re.compile("stale"))
+    page.unroute_all(behavior="ignoreErrors")
+
+
 @both
 def test_page_comes_back_when_the_queue_does(place, page, front):
     site = front(place, page)
