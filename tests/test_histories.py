@@ -452,11 +452,12 @@ class Checker:
 
     @staticmethod
     def _resolved(model: Model) -> Iterator[Model]:
-        """Yield what the end of its parents, or a resubmission of one, may have made of a job that was not taken."""
-        if model.state == "waiting":
+        """Yield what the ends of its parents, and resubmissions of some, may have made of a job that was not taken."""
+        may_fail = model.after_failed == "fail" and model.state in ("waiting", "failed")
+        if model.state == "waiting" or may_fail:  # failed, and restored when a parent was resubmitted
             yield replace(model, state="scheduled")
             yield replace(model, state="pending")
-        if model.after_failed == "fail" and model.state in ("waiting", "failed"):
+        if may_fail:
             yield replace(model, state="failed" if model.state == "waiting" else "waiting")
 
     def _waits(self) -> Iterator[str]:
