@@ -207,7 +207,7 @@ class Streamlit(StandardLibrary):
 
     def edit_and_resubmit(self, payload):
         self.page.get_by_role("button", name="edit and resubmit", exact=True).click()
-        self.page.get_by_label("payload").fill(payload)
+        self.page.locator("textarea").fill(payload)
         self.page.get_by_role("button", name="yes, edit and resubmit", exact=True).click()
 
     def texts(self):
