@@ -122,6 +122,11 @@ def take(queue: PersistentQSQLite, consumer: str = "w", limit: int = 2) -> list[
     return queue.dequeue_many(consumer, limit, now=NOW)
 
 
+def leave_free_pages(queue: PersistentQSQLite) -> None:
+    """Leave more of them than `compact` gives back in one transaction."""
+    queue.delete_jobs(queue.enqueue_many("t", ["x" * 5000] * 15, now=NOW))
+
+
 def take_and_lose(queue: PersistentQSQLite) -> list[pqueue.Job]:
     jobs = take(queue)
     queue.cancel(jobs[0].id, now=NOW)
@@ -308,6 +313,7 @@ OPERATIONS = {
     "dequeue that fires schedules": Operation(dequeue(NOW + 35, limit=9), scheduled),
     "begin_move": Operation(lambda q, _: q.begin_move("elsewhere", by="ann", now=NOW)),
     "cancel_move": Operation(lambda q, _: q.cancel_move(), lambda q: q.begin_move("elsewhere", by="ann", now=NOW)),
+    "compact": Operation(lambda q, _: q.compact(), leave_free_pages, states=1),
     "prune": Operation(lambda q, _: q.prune(0, now=NOW + 1), states=5),
     "keep": Operation(lambda q, _: q.keep("others", completed=5, failed=None, now=NOW)),
     "keep in a new queue": Operation(lambda q, _: q.keep("new", completed="1h", now=NOW)),
