@@ -743,6 +743,8 @@ class Reach:
         self._tasks = max(1, tasks)
         if width != SHARES:
             self._lazily = max(0, self._lazily - 1) if taken == limit else 0
+        elif taken == 0:
+            self._lazily = 1
         elif taken < min(limit, looked_at):
             self._sufficed, self._lazily = 0, LAZY_CLAIMS * (self._times == MOST_TIMES)
             self._times = min(2 * self._times, MOST_TIMES)

@@ -92,6 +92,7 @@ from pqueue_postgres import (
     RECOUNT,
     ROOM_OF_GROUPS,
     SCHEMA,
+    SHARES,
     START_COUNTING,
     STOP_COUNTING,
     TABLES,
@@ -795,8 +796,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         session = self._transaction()
         rows = session.alone(sql, {**claim, **done, "results": [result for _, result in completions]})
         taken = [row[3:] for row in rows if row[3] is not None]
-        if taken:
-            reach.adapt(width, limit, tasks=rows[0][1], looked_at=rows[0][2], taken=len(taken))
+        reach.adapt(width, limit, tasks=rows[0][1], looked_at=rows[0][2], taken=len(taken))
         jobs = self._claimed_jobs(session, taken, claim)
         # Those whose lease was lost, or that others wait for. If there are any, nothing was claimed.
         left = [each for each in completions if rows[0][0] is not None and each[0].id not in rows[0][0]]
@@ -805,8 +805,9 @@ class OnPostgres(PersistentQSQLAlchemy):
             session._wake_waiters()
         if left:
             return self._step_by_step(left, me, limit, wanted, lease_seconds, now)
+        again = self._complete_and_claim if width == SHARES else self._step_by_step
         with suppress(QueueBusy) if completions else nullcontext():  # an error must not hide what was completed
-            jobs = jobs or self._step_by_step([], me, limit, wanted, lease_seconds, now)[0]
+            jobs = jobs or again([], me, limit, wanted, lease_seconds, now)[0]
         return jobs, []
 
     def _step_by_step(self, *arguments: Any) -> tuple[list[Job], list[Job]]:
