@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from pqueue_backend import Backend, Session
 from pqueue_cron import due_times, timing, valid_times
-from pqueue_schema import COLUMN_OF, MOVES
+from pqueue_schema import COLUMN_OF, MOVES, ROOM
 from pqueue_tasks import Task, without_metadata
 from pqueue_values import JobId, Params, QueueError, QueueFull, above_0, encode_json, read_json, valid_int, valid_name
 
@@ -235,7 +235,8 @@ class Scheduling(Backend):
             with without_metadata():
                 job_id = self.enqueue(task, payload, queue=queue, group=schedule.group, priority=priority, **options)
         except QueueFull:
-            if session.has_ended:  # the disk is full, not the queue
+            rooms = [row[0] for row in session.run(ROOM, {"queue": queue})]
+            if not rooms or rooms[0] is None or rooms[0] > 0:  # the disk is full, not the queue
                 raise
         else:
             if job_id.is_new:
