@@ -87,18 +87,30 @@ class FileLocks:
         index = Path(f"{path}-shm")
         if not FileLocks.AVAILABLE:
             return False
+
+        def look() -> tuple[bool, bytes, int]:
+            """Return whether others have it open, the header of the index, and how many names the index has."""
+            asked = _flock(fcntl.F_WRLCK, FileLocks.INDEX_IN_USE)
+            kind = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked))[0]
+            return kind != fcntl.F_UNLCK, os.pread(file, 96, 0), os.fstat(file).st_nlink
+
         try:
             if _has_open(identity(index), ()):
                 return False
             with closing_file(os.open(index, os.O_RDONLY | os.O_NOFOLLOW)) as file:
-                held = struct.unpack(
-                    FLOCK, fcntl.fcntl(file, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, FileLocks.INDEX_IN_USE))
-                )
-                is_set, page_bytes, frames = struct.unpack("12xBxHI", os.pread(file, 20, 0).ljust(20, b"\0"))
+                for _ in range(100):  # others may write to it meanwhile
+                    before = is_open, header, _ = look()
+                    is_set, page_bytes, frames = struct.unpack("12xBxHI", header[:20].ljust(20, b"\0"))
+                    expected = 32 + frames * (24 + (page_bytes if page_bytes > 1 else 65536))
+                    is_short = file_size(Path(f"{path}-wal")) < expected
+                    if not (is_open and is_set and frames and is_short):
+                        return False
+                    # guard: a log that others truncate or delete in order is not missing
+                    if look() == before:
+                        break
+                return True
         except FileNotFoundError:  # no process has the database open
             return False
-        expected = 32 + frames * (24 + (page_bytes if page_bytes > 1 else 65536))
-        return bool(held[0] != fcntl.F_UNLCK and is_set and frames and file_size(Path(f"{path}-wal")) < expected)
 
     def hold_write_lock(self) -> bool:
         """Return whether this process still holds SQLite's write lock."""

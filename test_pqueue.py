@@ -115,7 +115,7 @@ def nothing_left():
 def python(code, *arguments):
     """Run a Python child with pqueue at hand; yield it, and see to it that it is gone."""
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(HERE)!r})\n{code}", *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         try:
             yield child
         finally:
@@ -6036,6 +6036,32 @@ class Replaced(SQLiteCase):
             child.kill()
             child.wait()
         self.assertEqual(self.open().enqueue("t"), 1)
+
+    @unittest.skipUnless(pqueue_files.FileLocks.AVAILABLE, "needs open file description locks")
+    def test_queue_opens_while_another_process_truncates_or_deletes_the_log(self):
+        code = """import pqueue
+q = pqueue.PersistentQSQLite(sys.argv[1])
+q.enqueue_many("t", range(9))
+print("ready", flush=True)
+for order in sys.stdin:
+    q._session().run("PRAGMA wal_checkpoint(TRUNCATE)") if order == "truncate\\n" else q.close()
+    print("done", flush=True)"""
+        size = pqueue_files.file_size
+        for order in ("truncate", "close"):
+            with self.subTest(order), python(code, self.path) as child:
+                self.assertEqual(child.stdout.readline(), "ready\n")
+
+                orders = [order]
+
+                def size_afterwards(path, child=child, orders=orders):
+                    if orders:
+                        print(orders.pop(), file=child.stdin, flush=True)
+                        self.assertEqual(child.stdout.readline(), "done\n")
+                    return size(path)
+
+                with mock.patch.object(pqueue_files, "file_size", size_afterwards):
+                    self.assertFalse(pqueue_files.FileLocks.is_log_missing(self.path))
+                self.assertEqual(orders, [])
 
     def test_damaged_database_is_not_opened_with_the_log_of_another(self):
         self.started()

@@ -307,6 +307,7 @@ MUTANTS = [
     Mutant("locks survive a copy of the database", "contract: copies_its_database"),
     Mutant("a transaction that lost its lock is rolled back", "contract: lost_its_lock"),
     Mutant("a deleted log is not written back", "contract: write_it_back", "_keep_log(self.connection)", "locks.release()"),
+    Mutant("a log that others truncate or delete in order is not missing", "contract: truncates_or_deletes_the_log", "look() == before", "True"),
     Mutant("a deleted log is not recreated", "contract: deleted_log_is_not_recreated"),
     Mutant("another database's log is refused", "contract: took_the_place"),
     Mutant("locks of other connections are kept", "contract: leaves_the_first_one", " and not _has_open(key, locks._files)", ""),
