@@ -528,9 +528,10 @@ def _set_codec_errors(before: list[Any]) -> None:
 
 def _is_usable(stream: Any) -> bool:
     """Return whether a stream is neither closed nor detached."""
-    with suppress(ValueError):
+    try:
         return not stream.closed
-    return False
+    except ValueError:
+        return False
 
 
 def _mode(stream: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from contextvars import copy_context
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pqueue
 import pqueue_values
@@ -261,11 +261,9 @@ class Consumer:
     def _run_one(self, job: Job) -> None:
         limits, claim = self._limits(job), self._claim_number(job)
         started = time.monotonic()
-        error, told, encoded = (
-            cast("BaseException | None", None),
-            cast("Told | None", None),
-            cast("Encoded | None", None),
-        )
+        error: BaseException | None = None
+        told: Told | None = None
+        encoded: Encoded | None = None
         try:
             try:
                 self.queue.begin(job)
