@@ -681,9 +681,10 @@ def plot(results: dict[Key, Figures], machine: dict[str, str], path: str) -> Non
     rows = len(panels) // 3 + 1
     figure, axes = pyplot.subplots(rows, 3, figsize=(9, 0.4 + 2.7 * rows), squeeze=False, facecolor="white")
     for axis, (column, shown, title) in zip(axes.flat, panels, strict=False):
-        draw_bars(axis, {k[1:]: statistics.median(f[shown]) for k, f in results.items() if k[0] == column})
+        values = {key[1:]: figures[shown] for key, figures in results.items() if key[0] == column}
+        draw_bars(axis, values)
         better = "longer is better" if shown.endswith("/s") else "shorter is better, log scale"
-        axis.set_title(f"{column}: {title}\n{better}", fontsize=8.5, loc="left")
+        axis.set_title(f"{column}: {comparison(values, shown)}\n{title}, {better}", fontsize=8, loc="left")
         axis.set_xscale("log" if "log" in better else "linear")
         axis.margins(x=0.35)
     for axis in axes.flat[len(panels) :]:
@@ -705,15 +706,31 @@ PANELS = [
 BLUES, GREYS = {"full": "#1f5fa8", "normal": "#86b6e8"}, {"full": "#8a8a8a", "normal": "#cccccc"}
 
 
-def draw_bars(axis: Any, medians: dict[tuple[str, str], float]) -> None:
-    """Draw a bar for each durability of each contestant: this queue in blue, the limit as an outline."""
-    names = list(dict.fromkeys(name for name, _ in medians))
-    for (name, durability), value in medians.items():
+def comparison(values: dict[tuple[str, str], list[float]], shown: str) -> str:
+    """Return how many times as good as the best of the others this queue is, at full and at normal durability."""
+    found = []
+    for durability in BLUES:
+        medians = {name: statistics.median(each) for (name, level), each in values.items() if level == durability}
+        ours = medians.pop("pqueue", None)
+        others = [value for name, value in medians.items() if name != "limit"]
+        if ours and others:
+            ratio = ours / max(others) if shown.endswith("/s") else min(others) / ours
+            found.append(f"{ratio:.2g}")
+    return f"{' / '.join(found)} times the best" if found else "no other was measured"
+
+
+def draw_bars(axis: Any, measured: dict[tuple[str, str], list[float]]) -> None:
+    """Draw a bar for the median of each durability of each contestant, and a dot for each round: this queue in blue,
+    the limit as an outline."""
+    names = list(dict.fromkeys(name for name, _ in measured))
+    for (name, durability), values in measured.items():
+        value = statistics.median(values)
         colours = BLUES if name == "pqueue" else GREYS
         face, edge = ("none", GREYS["full"]) if name == "limit" else (colours[durability], colours[durability])
         y = -names.index(name) + (0.2 if durability == "full" else -0.2)
-        drawn = axis.barh([y], [value], height=0.36, color=face, edgecolor=edge, linewidth=0.8)
-        axis.bar_label(drawn, labels=[f" {number(value)}"], fontsize=7)
+        axis.barh([y], [value], height=0.36, color=face, edgecolor=edge, linewidth=0.8)
+        axis.annotate(number(value), (max(values), y), (4, 0), textcoords="offset points", fontsize=7, va="center")
+        axis.plot(values, [y] * len(values), ".", color="black", markersize=2)
     axis.set_yticks([-place for place in range(len(names))], names, fontsize=8)
     for tick in axis.get_yticklabels():
         tick.set_fontweight("bold" if tick.get_text() == "pqueue" else "normal")
@@ -724,12 +741,16 @@ def draw_bars(axis: Any, medians: dict[tuple[str, str], float]) -> None:
 
 
 def draw_legend(axis: Any, machine: dict[str, str]) -> None:
+    from matplotlib.lines import Line2D  # noqa: PLC0415
     from matplotlib.patches import Patch  # noqa: PLC0415
 
     said = [(BLUES["full"], "pqueue, full"), (BLUES["normal"], "pqueue, normal")]
     said += [(GREYS["full"], "other queues, full"), (GREYS["normal"], "other queues, normal")]
     handles = [Patch(color=colour, label=text) for colour, text in said]
     handles.append(Patch(facecolor="none", edgecolor=GREYS["full"], label="limit: bare SQLite, full above normal"))
+    handles.append(
+        Line2D([], [], color="black", marker=".", markersize=2, linestyle="", label="one round; bars: medians")
+    )
     axis.legend(handles=handles, loc="upper left", fontsize=8, frameon=False, borderaxespad=0)
     text = "\n".join(f"{name}: {value}" for name, value in machine.items())
     axis.text(0.02, 0.02, text, fontsize=7, color="#555555", transform=axis.transAxes)

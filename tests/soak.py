@@ -241,7 +241,7 @@ def rate(samples: list[Sample]) -> float:
     return (last["ran"] - first["ran"]) / (last["seconds"] - first["seconds"])
 
 
-def write(samples: list[Sample], folder: Path) -> None:
+def write(samples: list[Sample], folder: Path, result: str) -> None:
     with (folder / "soak.csv").open("w", newline="") as file:
         rows = csv.DictWriter(file, samples[0])
         rows.writeheader()
@@ -252,28 +252,40 @@ def write(samples: list[Sample], folder: Path) -> None:
         print("no soak.png: pip install matplotlib")
         return
     matplotlib.use("Agg")
-    draw(samples, folder / "soak.png")
+    draw(samples, folder / "soak.png", result)
 
 
-def draw(samples: list[Sample], path: Path) -> None:
+def draw(samples: list[Sample], path: Path, result: str) -> None:
     from matplotlib import pyplot
 
     seconds = [sample["seconds"] for sample in samples]
-    per_second = [0.0, *(rate(list(pair)) for pair in pairwise(samples))]
-    memory = {name: [sample[name] or None for sample in samples] for name in samples[0] if name.endswith("_rss_mb")}
+    largest = {name: max(sample[name] for sample in samples) for name in samples[0]}
+    memory = [name for name in samples[0] if name.endswith("_rss_mb")]
+    programs = {name.split("_")[0]: [each for each in memory if each.startswith(name.split("_")[0])] for name in memory}
     panels: dict[str, dict[str, list[Any]]] = {
-        "jobs per second": {"run": per_second},
-        "jobs": {name: [sample[name] for sample in samples] for name in ("pending", "rows")},
-        "MB on disk": {name: [sample[f"{name}_mb"] for sample in samples] for name in ("file", "wal")},
-        "MB of memory": {name.removesuffix("_rss_mb"): values for name, values in memory.items()},
+        f"Jobs per second: {rate(samples):,.0f} on average": {
+            "run": [0.0, *(rate(list(pair)) for pair in pairwise(samples))]
+        },
+        f"Jobs: at most {largest['pending']:,.0f} pending and {largest['rows']:,.0f} rows": {
+            name: [sample[name] for sample in samples] for name in ("pending", "rows")
+        },
+        f"MB on disk: at most {largest['file_mb']:.0f} in the database and {largest['wal_mb']:.0f} in its log": {
+            name: [sample[f"{name}_mb"] for sample in samples] for name in ("file", "wal")
+        },
+        f"MB of memory: at most {max(largest[name] for name in memory):.0f} in the largest process of each program": {
+            program: [max(sample[name] for name in names) or None for sample in samples]
+            for program, names in programs.items()
+        },
     }
     figure, axes = pyplot.subplots(len(panels), 1, sharex=True, figsize=(9, 11), layout="constrained")
-    for axis, (label, lines) in zip(axes, panels.items(), strict=True):
+    figure.suptitle(result, x=0.01, ha="left", fontsize="medium", fontweight="bold")
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         for name, values in lines.items():
             axis.plot(seconds, values, label=name, linewidth=1)
-        axis.set_ylabel(label)
+        axis.set_title(title, loc="left", fontsize="medium")
         axis.set_ylim(bottom=0)
-        axis.legend(loc="lower right", ncols=3, fontsize="small")
+        if len(lines) > 1:
+            axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
     axes[-1].set_xlabel("seconds")
     figure.savefig(path, dpi=110)
 
@@ -287,8 +299,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="soak-", dir=ROOT / "var") as folder:
         soak = Soak(Path(folder), options.jobs, options.max_jobs)
         problems = soak.run()
-    write(soak.samples, options.to)
     last = soak.samples[-1]
+    result = "; ".join(problems) or "nothing was lost, nothing ran twice, nothing grew"
+    write(soak.samples, options.to, f"{options.jobs:,} jobs in {last['seconds']:,.0f} s: {result}")
     largest = {name: max(sample[name] for sample in soak.samples) for name in last}
     memory = max(value for name, value in largest.items() if name.endswith("_rss_mb"))
     print(
@@ -296,7 +309,7 @@ def main() -> int:
         f"{largest['rows']:,.0f} rows, {largest['file_mb']:.0f} MB of file, {largest['wal_mb']:.0f} MB of log, "
         f"{memory:.0f} MB of memory in one process"
     )
-    print("\n".join(problems) or "nothing was lost, nothing ran twice, nothing grew")
+    print(result.replace("; ", "\n"))
     return int(bool(problems))
 
 
