@@ -1037,10 +1037,10 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
     def _registered(
         self, name: str, queues: Sequence[str] | None, tasks: Sequence[str] | None, now: float | None
     ) -> Registration:
-        if isinstance(queues, str):
-            raise ValueError(f"expected a list of queues, got {queues!r}")
-        if isinstance(tasks, str):
-            raise ValueError(f"expected a list of tasks, got {tasks!r}")
+        if not (queues is None or isinstance(queues, (list, tuple))):
+            valid_list("queues", queues)
+        if not (tasks is None or isinstance(tasks, (list, tuple))):
+            valid_list("tasks", tasks)
         return (isinstance(name, str) and self._registry.get(name)) or self._register(name, queues, tasks, now)
 
     def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> bool:

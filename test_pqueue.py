@@ -2626,6 +2626,8 @@ class QueueContract:
             (lambda: q.dequeue_many("w", -1), "expected limit to be a whole number from 0"),
             (lambda: q.dequeue_many("w", "x"), "expected limit to be a whole number from 0"),
             (lambda: q.dequeue("w", queues="default"), "expected a list of queues, got 'default'"),
+            (lambda: q.dequeue("w", queues=5), "expected a list of queues, got 5"),
+            (lambda: q.dequeue("w", tasks=5), "expected a list of tasks, got 5"),
             (lambda: q.dequeue(job.consumer, queues=[5]), "expected a queue name"),
             (lambda: q.update(job, progress="x"), "expected progress between 0 and 1"),
             (lambda: q.enqueue("t", run_at=10**400), "expected run_at to be a finite number"),
