@@ -204,7 +204,7 @@ MUTANTS = [
     # time and death
     Mutant("a lease is not reclaimed before it expires", HISTORY, " AND lease_expires_at <= :now", ""),
     Mutant("a job is not promoted before it is due", HISTORY, " AND run_at <= :now", ""),
-    Mutant("jobs that are due are promoted", HISTORY),
+    Mutant("jobs that are due are promoted", "contract: promotes_only_jobs_that_are_due"),
     Mutant("expired leases are reclaimed", "contract: did_not_finish"),
     Mutant("jobs of dead consumers are reclaimed at once", "contract: killed_consumer"),
     Mutant("running consumers keep their jobs", HISTORY, " AND consumers.state <> 'running'", ""),
@@ -221,7 +221,7 @@ MUTANTS = [
     Mutant("only a live holder is reported for a lock", "contract: check_names_a_process"),
     # operators
     Mutant("resubmit takes finished jobs", HISTORY, " AND state IN {FINISHED}", ""),
-    Mutant("resubmit respects the key", HISTORY, "(key_until IS NULL OR", "(TRUE OR"),
+    Mutant("resubmit respects the key", "contract: resubmitted_while_the_time", "(key_until IS NULL OR", "(TRUE OR"),
     Mutant("resubmit takes a key whose time is over", "contract: while_the_time_of_another"),
     Mutant("change takes jobs that no consumer has taken", "contract: table_of_states", " AND state IN {UNTAKEN}", ""),
     Mutant("change respects the key in another queue", "contract: rules_of_the_new_queue", "IS NOT TRUE OR", "IS NOT TRUE OR TRUE OR"),
