@@ -79,7 +79,7 @@ class Keeper:
         self.record = Record(options.concurrency)
         self.leases = KeptLeases(queue, self.record, self.name, options.lease_seconds, quiet=options.quiet)
         self._fields = self.record.fields
-        self._pid = 0  # of the worker; 0: none
+        self._pid = self._watchdog = 0  # of the worker, and of what watches this process meanwhile; 0: none
         self._status: int | None = None  # with which it ended
         self._interrupted: dict[int, Interruption] = {}  # by slot
         self._closing_at = 0.0  # monotonic seconds
@@ -169,9 +169,9 @@ class Keeper:
         self.leases.pid = self._pid
         with suppress(OSError):
             os.setpgid(self._pid, 0)  # whichever of both is first
-        self._start_watchdog(parent)
+        self._watchdog = self._start_watchdog(parent)
 
-    def _start_watchdog(self, keeper: int) -> None:
+    def _start_watchdog(self, keeper: int) -> int:
         """Fork a process that kills the worker before its leases end, if this one is stopped and cannot extend them.
 
         It belongs to the group of the worker, so what stops or kills the group of this process spares it.
@@ -179,8 +179,8 @@ class Keeper:
         self._fields[fields.LOOKED_AT] = time.monotonic_ns()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            if os.fork():
-                return
+            if pid := os.fork():
+                return pid
             try:
                 processes.end_with_parent(keeper)
                 os.setpgid(0, self._pid)
@@ -337,6 +337,10 @@ class Keeper:
         if os.getpid() != 1:  # which adopts those of other programs, too
             for pid in set(processes.children(os.getpid())) - self._others - {self._pid}:
                 processes.kill(*processes.descendants(pid), pid)
+        with suppress(ChildProcessError):  # it has ended
+            if not os.waitpid(self._watchdog, os.WNOHANG)[0]:
+                os.kill(self._watchdog, signal.SIGKILL)
+                os.waitpid(self._watchdog, 0)
         self._has_ended()
 
     def _settle(self) -> int:

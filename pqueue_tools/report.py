@@ -260,9 +260,10 @@ def _failing_tasks(queue: PersistentQInterface, stats: dict[str, Any], now: floa
             yield _failing_task(each, "critical" if each.failed_share > NEARLY_ALL else "warning", FAILED_SECONDS)
     for each in queue.outcomes(now - DAY_SECONDS) if stats["states"]["failed"] else ():
         is_new = (each.queue, each.task) not in reported and _expected_share(expected, each) < 1
+        has_run = each.wait.number + each.died + each.expired > 0  # or an operator decided that it failed
         # Not once its failed jobs are deleted or resubmitted.
         jobs: dict[str, Any] = {"state": "failed", "queue": each.queue, "task": each.task}
-        if is_new and each.failed and not each.completed and queue.list_jobs(**jobs, limit=1, excerpt=0):
+        if is_new and has_run and each.failed and not each.completed and queue.list_jobs(**jobs, limit=1, excerpt=0):
             yield _failing_task(each, "warning", DAY_SECONDS)
 
 
