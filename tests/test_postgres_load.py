@@ -308,7 +308,29 @@ def test_check_names_the_transaction_that_keeps_dead_rows(queue, database, monke
         (problem,) = queue.check()["problems"]
         assert f"pid {reader.info.backend_pid} " in problem
         assert "SELECT 'a report'" in problem
-    assert queue.check()["problems"] == []
+    elsewhere = psycopg.conninfo.make_conninfo(database, dbname="postgres")
+    with psycopg.connect(elsewhere) as reader:  # which keeps no row of this database
+        reader.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        reader.execute("SELECT 1")
+        assert queue.check()["problems"] == []
+
+
+@pytest.mark.parametrize(
+    ("durability", "setting", "problems"),
+    [("full", "off", ["expected synchronous_commit on, got off"]), ("full", "local", []), ("normal", "off", [])],
+)
+def test_check_expects_synced_commits_only_where_the_queue_promises_them(
+    database,  # noqa: F811
+    monkeypatch,
+    durability,
+    setting,
+    problems,
+):
+    with closing(pqueue.open_queue(database, durability=durability)) as queue:
+        read = queue._read
+        shown = {"SHOW synchronous_commit": [(setting,)]}
+        monkeypatch.setattr(queue, "_read", lambda sql, *params: shown.get(sql) or read(sql, *params))
+        assert queue.check(thorough=False)["problems"] == problems
 
 
 def test_check_names_who_holds_a_lock_that_others_wait_for(queue, database, monkeypatch):  # noqa: F811
