@@ -604,9 +604,7 @@ def _weight(text: str) -> float:
 
 def _rate(text: str) -> tuple[int, float] | tuple[()]:
     """Parse a number of jobs and a duration; (): none."""
-    if text == "none":
-        return ()
-    return rate(text)
+    return () if text == "none" else rate(text)
 
 
 @command(

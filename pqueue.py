@@ -158,6 +158,7 @@ from pqueue_values import (
     Snooze,
     above_0,
     command_line,
+    due_time,
     duration,
     encode_json,
     encode_payloads,
@@ -551,11 +552,9 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
                 session.finished += [job.id for job, _ in completions]
                 grouped = self._reclaim(session, dead, at)
                 params = claim_params(me, limit, wanted, lease_seconds, at)
-                rows = self._claim_in_turn(session, params, me.prefetches) if limit and grouped else None
-                in_order = rows is not None
-                if rows is None:
-                    rows = self._claim(session, params, me.prefetches) if limit else []
-                jobs = self._claimed_jobs(session, rows, params, in_order=in_order)
+                in_turn = self._claim_in_turn(session, params, me.prefetches) if limit and grouped else None
+                rows = self._claim(session, params, me.prefetches) if limit and in_turn is None else in_turn or []
+                jobs = self._claimed_jobs(session, rows, params, in_order=in_turn is not None)
                 # guard: a job that has expired is not delivered
                 if any(job.expires_at is not None and job.expires_at <= at for job in jobs):
                     raise ExpiredClaimed
@@ -747,7 +746,7 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
         Raises JobNotFound, QueueFull, or InvalidTransition if the job is not finished or another one holds its key.
         """
         now = self._time(now)
-        due = _due(delay_seconds, run_at, now)
+        due = due_time(delay_seconds, run_at, now)
         self._operator_verb("resubmit", "resubmitted", RESUBMIT, job_id, by, now, allowed=FINISHED, run_at=due)
 
     def mark_failed(
@@ -981,7 +980,11 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
     ) -> None:
         params = {"name": me.name, "token": me.token, "host": socket.gethostname(), "pid": pid}
         params |= {"slot": me.slot and me.slot.number, "queues": queue_list(queues), "now": self._time(None)}
-        params["tasks"] = None if tasks is None else json.dumps(sorted(tasks))
+        params["tasks"] = (
+            None
+            if tasks is None
+            else json.dumps(sorted(valid_name("task", task) for task in valid_list("tasks", tasks)))
+        )
         with self._transaction(durable=False) as session:
             if session.change(MARK_DEAD, params):
                 # guard: a consumer that takes a dead consumer's slot reclaims its jobs first
@@ -1037,10 +1040,6 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
     def _registered(
         self, name: str, queues: Sequence[str] | None, tasks: Sequence[str] | None, now: float | None
     ) -> Registration:
-        if not (queues is None or isinstance(queues, (list, tuple))):
-            valid_list("queues", queues)
-        if not (tasks is None or isinstance(tasks, (list, tuple))):
-            valid_list("tasks", tasks)
         return (isinstance(name, str) and self._registry.get(name)) or self._register(name, queues, tasks, now)
 
     def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> bool:
@@ -1173,14 +1172,6 @@ def _queue_full(verb: str, queue: str, max_pending: int, jobs: int = 1) -> Queue
     return QueueFull(f"cannot {verb}: queue {queue!r} {room} its limit of {max_pending} pending jobs")
 
 
-def _due(delay_seconds: float | timedelta, run_at: float | datetime | None, now: float) -> float:
-    if run_at is None:
-        return now + duration("delay_seconds", delay_seconds)
-    if delay_seconds:
-        raise ValueError(f"expected delay_seconds or run_at, got both: {short(delay_seconds)} and {short(run_at)}")
-    return time_of("run_at", run_at)
-
-
 def _new_job(
     task: str | Task[..., Any],
     queue: str,
@@ -1192,7 +1183,7 @@ def _new_job(
     assigned_to: str | None,
     now: float,
 ) -> Params:
-    due = _due(delay_seconds, run_at, now)
+    due = due_time(delay_seconds, run_at, now)
     return {
         "task": valid_name("task", task.name if isinstance(task, Task) else task),
         "queue": valid_name("queue", queue),

@@ -42,7 +42,18 @@ from pqueue_schema import (
     PROMOTE,
     SET_MAX_PENDING,
 )
-from pqueue_values import MAX_GROUP_CHARS, Job, Params, above_0, short, to_job, to_json, valid_int, valid_name
+from pqueue_values import (
+    MAX_GROUP_CHARS,
+    Job,
+    Params,
+    above_0,
+    short,
+    to_job,
+    to_json,
+    valid_int,
+    valid_list,
+    valid_name,
+)
 
 MAX_RATE = 100_000  # jobs
 MAX_WEIGHT = 1_000.0
@@ -77,19 +88,23 @@ INSERT INTO queue_groups (queue, name, task)
 SELECT DISTINCT queue, "group", task FROM jobs WHERE state = 'pending' AND assigned_to IS NULL AND "group" <> ''
 ON CONFLICT DO NOTHING"""
 
-LISTED = "queue_groups g WHERE g.queue = q.name AND (next_at >= 0 OR next_at IS NULL)"
 
-# Return, of the queues whose groups take turns: how many groups have pending jobs, whether jobs without a group are
-# pending, how many groups have max_running jobs processing, and how many wait for their rate.
-COUNT_GROUPS = f"""
+def numbers_of_groups(new: str = "") -> str:
+    return f"""
 SELECT q.name,
-    (SELECT count(DISTINCT name) FROM (SELECT name FROM {LISTED}) listed) AS pending,
+    (SELECT count(DISTINCT name) FROM (SELECT name FROM queue_groups g
+        WHERE g.queue = q.name AND (next_at >= 0 OR next_at IS NULL){new}) listed) AS pending,
     EXISTS (SELECT 1 FROM queue_tasks t
         WHERE t.queue = q.name AND EXISTS (SELECT 1 FROM jobs WHERE {PENDING_OF_TASK})) AS has_unnamed,
     (SELECT count(*) FROM (SELECT 1 FROM jobs WHERE queue = q.name AND state = 'processing' AND counted = 1
         GROUP BY "group" HAVING count(*) >= q.max_running) full_ones) AS at_max_running,
     (SELECT count(DISTINCT g.name) FROM queue_groups g WHERE g.queue = q.name AND next_at > :now) AS at_rate
 FROM queues q WHERE grouped = 1 ORDER BY 1"""
+
+
+# Return, of the queues whose groups take turns: how many groups have pending jobs, whether jobs without a group are
+# pending, how many groups have max_running jobs processing, and how many wait for their rate.
+COUNT_GROUPS = numbers_of_groups()
 
 # A claim
 
@@ -706,7 +721,7 @@ def batch_size(attempts: list[tuple[int, int]], prefetches: bool) -> int:
 
 
 def claim_filter(consumer: str | None, queues: Sequence[str] | None, tasks: Sequence[str] | None) -> Params:
-    known = None if tasks is None else _between_newlines(tuple(tasks))
+    known = None if tasks is None else _between_newlines(tuple(valid_list("tasks", tasks)))
     return {"consumer": consumer, "queues": queue_list(queues), "tasks": known}
 
 
@@ -717,7 +732,9 @@ def _between_newlines(tasks: tuple[str, ...]) -> str:
 
 
 def queue_list(queues: Sequence[str] | None) -> str | None:
-    return None if queues is None else json.dumps([valid_name("queue", queue) for queue in queues])
+    return (
+        None if queues is None else json.dumps([valid_name("queue", queue) for queue in valid_list("queues", queues)])
+    )
 
 
 def valid_group(group: str) -> str:

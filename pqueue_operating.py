@@ -25,6 +25,7 @@ from pqueue_values import (
     JobNotFound,
     Params,
     above_0,
+    due_time,
     duration,
     encode_json,
     time_of,
@@ -146,15 +147,13 @@ class Operating(Reading, Counting):
         queue; QueueFull if the new queue is at its limit.
         """
         now = self._time(now)
-        if delay_seconds is not None and run_at is not None:
-            raise ValueError("expected delay_seconds or run_at, got both")
         if expires_at is not None and expire_seconds is not None:
             raise ValueError("expected expires_at or expire_seconds, got both")
-        due = None if delay_seconds is None else now + duration("delay_seconds", delay_seconds)
+        is_timed = delay_seconds is not None or run_at is not None
         values: Params = {
             "payload": None if payload is ... else encode_json("payload", payload),
             "priority": None if priority is None else valid_int("priority", -(2**31), priority),
-            "run_at": due if run_at is None else time_of("run_at", run_at),
+            "run_at": due_time(delay_seconds or 0, run_at, now) if is_timed else None,
             "queue": None if queue is None else valid_name("queue", queue),
             "group": None if group is ... else "" if group is None else valid_group(group),
             "max_attempts": None if max_attempts is None else valid_int("max_attempts", 1, max_attempts),

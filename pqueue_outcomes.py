@@ -33,7 +33,7 @@ KEPT_SECONDS = {MINUTE: 72 * HOUR, HOUR: 90 * 24 * HOUR}
 RECENT_SECONDS = 2 * MINUTE  # after which a minute is added to the total
 MAX_TIME = 1e15
 FOREVER = 2**60  # a period that contains all times
-ROLL_UP_JOBS = 256  # new jobs between counts of them
+ROLL_UP_JOBS = 256  # between counts of new jobs and completions
 EVENTS = ("enqueued", "completed", "failed", "retried", "released", "died", "expired", "cancelled")
 
 KEY = "period, at, queue, task, event, run, wait, shard"

@@ -597,9 +597,8 @@ WITH added AS ({pqueue_handlers.ADD_HANDLER_JOB}),
 counted AS ({_COUNT_ENQUEUED})
 SELECT id FROM added""",
     # differs because the next claim lists groups that have new jobs
-    pqueue_groups.COUNT_GROUPS: pqueue_groups.COUNT_GROUPS.replace(
-        pqueue_groups.LISTED,
-        f"{pqueue_groups.LISTED} UNION SELECT name FROM group_events e WHERE e.queue = q.name AND task IS NOT NULL",
+    pqueue_groups.COUNT_GROUPS: pqueue_groups.numbers_of_groups(
+        " UNION SELECT name FROM group_events e WHERE e.queue = q.name AND task IS NOT NULL"
     ),
     # differs because others may add them up at the same time: this also deletes them
     pqueue_outcomes.ADD_UP: f"""{_taken("FROM outcomes WHERE period = 60 AND at < :before AND shard = 0")}

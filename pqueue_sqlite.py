@@ -118,7 +118,7 @@ SELECT name FROM queues q WHERE max_pending IS NOT NULL AND pending <>
 COMPLETE_MANY = f"""
 UPDATE jobs SET {COMPLETED}, result = value
 FROM json_each(:results) results WHERE jobs.id = CAST(results.key AS INTEGER) AND lease_token = :token
-    AND has_dependents = 0 AND :now > {LAST_COMPLETION}"""
+    AND has_dependents = 0"""
 
 # Return the first job of each task in each queue that a consumer may take from, in order: the jobs' order, then queue
 # and task.
@@ -156,11 +156,12 @@ WHERE true GROUP BY at, queue, task, run, wait
 # Return the time of the last completion that was counted.
 COUNTED_UNTIL = f"SELECT {LAST_COMPLETION}"
 
-# Record the last job and the time of the last completion that were counted; NULL leaves a value unchanged.
+# Record that jobs are counted up to an id, and completions up to a time; NULL leaves a value unchanged.
 SET_COUNTED = f"""
 INSERT INTO outcomes ({NEW})
 VALUES (0, 0, '', '', 'counted', {UNTIMED}, {UNTIMED}, coalesce(:id, 0), coalesce(:at, 0.0), 0)
-ON CONFLICT ({KEY}) DO UPDATE SET number = coalesce(:id, number), run_seconds = coalesce(:at, run_seconds)"""
+ON CONFLICT ({KEY}) DO UPDATE
+SET number = coalesce(:id, number), run_seconds = max(run_seconds, coalesce(:at, run_seconds))"""
 
 # Return the number of a consumer's lock.
 SLOT_OF = "SELECT slot FROM consumers WHERE token = :token"
@@ -789,10 +790,14 @@ class PersistentQSQLite(PersistentQInterface):
                 # guard: complete_and_dequeue reports a lost lease in a batch
                 if session.change(COMPLETE_MANY, params) < len(completions):
                     raise LeaseLost  # roll back, and find out which
+                jobs = [job for job, _ in completions]
                 if are_many:
-                    count_attempts(session, [job for job, _ in completions], "completed", now)
+                    count_attempts(session, jobs, "completed", now)
                     # guard: many completions are counted once
                     session.change(SET_COUNTED, {"id": None, "at": now})
+                else:
+                    # guard: a few completions are counted although later ones were
+                    self._count_completed(session, jobs, now)
                 return []
         return super()._complete_all(session, completions, now)
 
@@ -819,7 +824,7 @@ class PersistentQSQLite(PersistentQInterface):
         if until < latest:
             # guard: completions are counted
             session.change(COUNT_NEW_COMPLETIONS)
-        if (last, until) != (newest, latest):  # the newest may be lower: it was deleted, and the next gets its id
+        if last != newest or until < latest:  # the newest may be lower: it was deleted, and the next gets its id
             # guard: a job is counted once
             session.change(SET_COUNTED, {"id": newest, "at": latest})
 

@@ -334,6 +334,15 @@ def valid_name(what: str, value: str, most: int = 255) -> str:
     raise ValueError(f"expected {article} {what} name of 1 to {most} printable characters, got {short(value)}")
 
 
+def due_time(delay_seconds: float | timedelta, run_at: float | datetime | None, now: float) -> float:
+    """Return when a job is due, in Unix seconds. Raises ValueError if both a delay and a time are given."""
+    if run_at is None:
+        return now + duration("delay_seconds", delay_seconds)
+    if delay_seconds:
+        raise ValueError(f"expected delay_seconds or run_at, got both: {short(delay_seconds)} and {short(run_at)}")
+    return time_of("run_at", run_at)
+
+
 def valid_list(what: str, values: Iterable[T]) -> list[T]:
     """Return the elements. Raises ValueError also for a text, whose elements would be its characters."""
     if isinstance(values, Iterable) and not isinstance(values, (str, bytes)):

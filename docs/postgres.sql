@@ -1424,7 +1424,8 @@ UPDATE pqueue.queue_groups SET next_at = 0 WHERE queue = $1;
 -- differs because the next claim lists groups that have new jobs
 -- $1 now
 SELECT q.name,
-    (SELECT count(DISTINCT name) FROM (SELECT name FROM pqueue.queue_groups g WHERE g.queue = q.name AND (next_at >= 0 OR next_at IS NULL) UNION SELECT name FROM pqueue.group_events e WHERE e.queue = q.name AND task IS NOT NULL) listed) AS pending,
+    (SELECT count(DISTINCT name) FROM (SELECT name FROM pqueue.queue_groups g
+        WHERE g.queue = q.name AND (next_at >= 0 OR next_at IS NULL) UNION SELECT name FROM pqueue.group_events e WHERE e.queue = q.name AND task IS NOT NULL) listed) AS pending,
     EXISTS (SELECT 1 FROM pqueue.queue_tasks t
         WHERE t.queue = q.name AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL)) AS has_unnamed,
     (SELECT count(*) FROM (SELECT 1 FROM pqueue.jobs WHERE queue = q.name AND state = 'processing' AND counted = 1

@@ -32,7 +32,7 @@ from pqueue_tools.leases import claim_number
 from pqueue_tools.outcome import name_of, trace_of
 from pqueue_tools.process import log
 from pqueue_tools.record import Slot
-from pqueue_tools.worker import Consumer, Interrupt, Told, encoded_result
+from pqueue_tools.worker import Consumer, Description, Interrupt, encoded_result
 
 LOOK_SECONDS = 0.1  # how often an idle consumer looks for what tasks have left behind
 CLOSE_SECONDS = 1.0  # how long asyncio tasks that were left behind may take to end
@@ -50,7 +50,7 @@ class ActiveRun:
         self.reason: Exception | None = None  # why it was interrupted
         self.encoded: str | None = None
         self.error: BaseException | None = None
-        self.told: Told | None = None  # text and outcome of the error
+        self.description: Description | None = None  # text and outcome of the error
         self.has_completed = False
 
     @property
@@ -193,7 +193,7 @@ class ConcurrentConsumer(Consumer):
             self._done.append(run)
             return
         traceback.clear_frames(trace_of(run.error))
-        self._settle(run.job, run.error, run.told)
+        self._settle(run.job, run.error, run.description)
         self._free_slot(run)
 
     def _free_slot(self, run: ActiveRun) -> None:
@@ -255,7 +255,7 @@ class ConcurrentConsumer(Consumer):
                 self._begin(run)
                 run.encoded = encoded_result(pqueue.run_task(self.queue, run.job))
             except BaseException as error:
-                run.told = self._tell(error, run.job)
+                run.description = self._describe(error, run.job)
                 raise
             finally:
                 run.leave()
@@ -339,7 +339,7 @@ class ConcurrentConsumer(Consumer):
             finally:
                 run.leave()
         except BaseException as error:
-            run.error, run.told = error, self._tell(error, run.job)
+            run.error, run.description = error, self._describe(error, run.job)
         self._end(run)
 
     def _enter(self) -> None:

@@ -223,10 +223,10 @@ class FigureCache:
         and run, each (p50, p95) in seconds or None; minutes: at (the start), the numbers COUNTED, wait and run of each
         minute of the last hour, including the current one; days, if asked for: the same for each of DAYS, and tasks:
         what happened to the jobs of each task within 24 hours, as row, and trend: (completed, failed) attempts of each
-        period, and found: the counts of 72 hours by task; hour: likewise; handlers; processing: the running jobs;
-        failures: groups of failed jobs; consumers: those alive or with jobs, and those that ended within the last hour;
-        processes: those of supervisord, or a sentence that says why there are none; growth: of each queue, grows_by and
-        deleted_at.
+        period, and found: the counts of 72 hours by task; hour: minutes, and found: the counts of the last hour;
+        handlers: those of failures; processing: the running jobs; failures: groups of failed jobs; consumers: those
+        alive or with jobs, and those that ended within the last hour; processes: those of supervisord, or a sentence
+        that says why there are none; settings: of each queue, see `_settings`.
         """
         queue = self.queue()
         with self._lock:

@@ -35,7 +35,7 @@ from pqueue_values import Encoded, duration
 if TYPE_CHECKING:
     from pqueue_tools.leftovers import ProcessState
 
-Told = tuple[str, Outcome]  # the text of an error, and how to settle the job
+Description = tuple[str, Outcome]  # the text of an error, and how to settle the job
 
 NONE = (0.0, 0.0, None)  # limits of an unknown task
 MAX_LEFT = 20  # leftovers that the log names
@@ -262,7 +262,7 @@ class Consumer:
         limits, claim = self._limits(job), self._claim_number(job)
         started = time.monotonic()
         error: BaseException | None = None
-        told: Told | None = None
+        description: Description | None = None
         encoded: Encoded | None = None
         try:
             try:
@@ -277,7 +277,7 @@ class Consumer:
                 result = copy_context().run(pqueue.run_task, self.queue, job, run_coroutine=run_coroutine)
                 encoded = encoded_result(result)
             except BaseException as caught:
-                told = self._tell(caught, job)
+                description = self._describe(caught, job)
                 raise
             finally:
                 self._slot.fields[fields.RUNNING] = 0
@@ -300,7 +300,7 @@ class Consumer:
             if not self.record.add_result(job.id, claim, encoded):
                 self._complete_and_dequeue(self._take_finished(), 0)
         else:
-            self._settle(job, error, told)
+            self._settle(job, error, description)
         if self.task_log:
             self.task_log.job = None
         self._slot.end()
@@ -348,21 +348,21 @@ class Consumer:
         return self._claim[1]
 
     @staticmethod
-    def _tell(error: BaseException, job: Job) -> Told | None:
+    def _describe(error: BaseException, job: Job) -> Description | None:
         """Return the text and the outcome of an error of the task, whose code this runs: call it while that may be
         interrupted. None: it is not the task's."""
         if type(error) is Interrupt or issubclass(type(error), LeaseLost):
             return None
         return error_text(error), outcome_of(error, job)
 
-    def _settle(self, job: Job, error: BaseException, told: Told | None) -> None:
+    def _settle(self, job: Job, error: BaseException, description: Description | None) -> None:
         """Settle a job whose task ended with this exception."""
         if type(error) is Interrupt:
             self._end_interrupted(job, error.args[0].with_traceback(error.__traceback__))
         elif issubclass(type(error), LeaseLost):
             self._log_lost(job, error)
         else:
-            self._apply(job, *(told or (error_text(error), outcome_of(error, job))))
+            self._apply(job, *(description or (error_text(error), outcome_of(error, job))))
 
     def _report(self, job: Job, left: list[str]) -> None:
         """Say what a task has left behind in the process."""

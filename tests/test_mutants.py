@@ -74,6 +74,7 @@ MUTANTS = [
     Mutant("completions are counted", "contract: completion_is_counted_once"),
     Mutant("a completion is counted although later ones were", "contract: completion_is_counted_once", " AND :now > {LAST_COMPLETION}", ""),
     Mutant("a completion that is counted later is not counted now", "contract: completion_is_counted_once", "now <= session.run(COUNTED_UNTIL)[0][0]", "True"),
+    Mutant("a few completions are counted although later ones were", "contract: completion_is_counted_once"),
     Mutant("many completions are counted once", "contract: completion_is_counted_once"),
     Mutant("a job that is completed no longer was counted", "contract: completion_is_counted_once"),
     Mutant("a failed attempt is counted", "contract: outcome_is_counted_in", "if event:", "if not event:"),
