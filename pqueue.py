@@ -563,14 +563,15 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
                     raise UnsyncedLastAttempt
             return jobs, lost
 
-        try:
-            # guard: complete_and_dequeue is synced
-            return exchange(durable=bool(completions) or nested)
-        except UnsyncedLastAttempt:  # a power cut must not add an attempt: claim again, and sync
-            return exchange(durable=True)
-        except ExpiredClaimed:
-            self._cancel_all_expired(dead, self._time(now))
-            return self._complete_and_claim(completions, me, limit, wanted, lease_seconds, now)
+        # guard: complete_and_dequeue is synced
+        durable = bool(completions) or nested
+        while True:
+            try:
+                return exchange(durable)
+            except UnsyncedLastAttempt:  # a power cut must not add an attempt: claim again, and sync
+                durable = True
+            except ExpiredClaimed:
+                self._cancel_all_expired(dead, self._time(now))
 
     def _claimed_jobs(self, session: Session, rows: list[Any], params: Params, *, in_order: bool = False) -> list[Job]:
         """Return the jobs of the rows that a claim returned, in order, without unreadable ones."""

@@ -2900,6 +2900,25 @@ class QueueContract:
                 self.assertIsNone(q.dequeue("w", now=NOW + 6))
         self.assertEqual(q.count_jobs(state="cancelled"), 30)
 
+    def test_jobs_that_expire_while_a_last_attempt_is_claimed_again_are_cancelled(self):
+        q = self.queue
+        q.enqueue_many("t", range(10), max_attempts=1, expire_seconds=5, now=NOW)
+        last = q.enqueue("t", max_attempts=1, now=NOW)
+        times = [NOW + 6, NOW + 4]  # the latter until a claim is rolled back, to be repeated with a sync
+
+        def claimed(*args, **options):
+            times[1:] = []
+            return claimed_jobs(*args, **options)
+
+        claimed_jobs = q._claimed_jobs
+        with (
+            mock.patch("pqueue_retention.EXPIRE_BATCH", 3),
+            mock.patch.object(q, "_time", lambda now: times[-1]),
+            mock.patch.object(q, "_claimed_jobs", claimed),
+        ):
+            self.assertEqual([job.id for job in q.dequeue_many("w", 2)], [last])
+        self.assertEqual((q.count_jobs(state="cancelled"), q.get(last).attempts), (10, 1))
+
     def test_expired_job_frees_its_key(self):
         self.queue.enqueue("t", key="k", expire_seconds=5, now=NOW)
         self.assertIsNone(self.queue.dequeue("w", now=NOW + 5))

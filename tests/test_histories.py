@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -647,8 +648,8 @@ def begin(name: str, url: str, seed: int, steps: int, folder: Path) -> tuple[str
         actor.leave()
         actor.call("die", actor.queue.close)
         os._exit(0)
-    except BaseException as error:
-        os.write(2, f"{error!r}\n".encode())
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
     finally:
         os._exit(1)
 
