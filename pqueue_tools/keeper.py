@@ -43,6 +43,16 @@ DUMP_SECONDS = 0.5  # the longest wait for the traceback of a task that hangs
 CLOSE_SECONDS = 5.0  # how long a worker may take to exit
 BLOCKED_SECONDS = 1.0  # after which a task that blocks the event loop is reported, then after 2, 4, 8 times as long
 NEIGHBOUR = "WorkerDied: another job ended the process; not run again because max_attempts is 1"
+# A shell takes a tenth of the memory of a forked interpreter. Arguments: the keeper, the worker, seconds between looks.
+WATCHDOG = """
+seen=0
+while [ $seen -lt 3 ]; do
+    sleep "$3" || exit
+    while read -r key state _ && [ "$key" != State: ]; do :; done < "/proc/$1/status" || exit
+    case $state in [Tt]) seen=$((seen + 1)) ;; *) seen=0 ;; esac
+done
+kill -9 "$2"
+"""
 RESTART_SECONDS = 1.0  # before the next worker, if one died without running a job
 
 
@@ -157,6 +167,7 @@ class Keeper:
         for stream in (sys.stdout, sys.stderr):
             with suppress(AttributeError, OSError, ValueError):  # there is none, or it was closed
                 stream.flush()
+        processes.share_memory()
         parent = os.getpid()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
@@ -172,12 +183,11 @@ class Keeper:
         self._watchdog = self._start_watchdog(parent)
 
     def _start_watchdog(self, keeper: int) -> int:
-        """Fork a process that kills the worker before its leases end, if this one is stopped and cannot extend them.
+        """Start a process that kills the worker before its leases end, if this one is stopped and cannot extend them.
 
         It belongs to the group of the worker, so what stops or kills the group of this process spares it.
         """
-        self._fields[fields.LOOKED_AT] = time.monotonic_ns()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGCHLD})
         try:
             if pid := os.fork():
                 return pid
@@ -185,21 +195,13 @@ class Keeper:
                 processes.end_with_parent(keeper)
                 os.setpgid(0, self._pid)
                 os.closerange(0, 1 << 20)
-                self._watch(keeper)
+                arguments = [str(keeper), str(self._pid), f"{self.options.lease_seconds / 8:f}"]
+                # guard: the worker of a stopped keeper ends before its leases
+                os.execv("/bin/sh", ["sh", "-c", WATCHDOG, "pqueue-watchdog", *arguments])
             finally:
                 os._exit(1)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    def _watch(self, keeper: int) -> None:
-        seconds = self.options.lease_seconds
-        # guard: the worker of a stopped keeper ends before its leases
-        while not (is_stopped(keeper) and self._looked_before() > seconds / 2):
-            time.sleep(seconds / 10)
-        self._kill()
-
-    def _looked_before(self) -> float:
-        return (time.monotonic_ns() - self._fields[fields.LOOKED_AT]) / 1e9
 
     def _has_ended(self) -> bool:
         """Reap children; return whether the worker was among them."""
@@ -226,7 +228,6 @@ class Keeper:
     # Watching
 
     def _look(self) -> None:
-        self._fields[fields.LOOKED_AT] = time.monotonic_ns()
         if is_orphaned() and not self._fields[fields.STOP]:
             self._stop()
         if self._draw:

@@ -25,7 +25,7 @@ from test_histories import memory
 import consumer
 import pqueue
 import pqueue_sqlite
-from pqueue_tools import report
+from pqueue_tools import processes, report
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk; CI is root")
 
@@ -291,6 +291,33 @@ def extended(queue, job_id, seconds):
     """Wait until the lease of a job that runs is good for so much longer than at first."""
     first = wait_until(lambda: queue.get(job_id).lease_expires_at)
     wait_until(lambda: queue.get(job_id).lease_expires_at > first + seconds)
+
+
+def memory_of(pid):
+    """Return the memory of a process and its descendants in MB; what several share is counted once."""
+    pids = [pid, *processes.descendants(pid)]
+    found = [Path(f"/proc/{each}/smaps_rollup").read_text() for each in pids]
+    return sum(int(text.partition("\nPss:")[2].split()[0]) for text in found) / 1024
+
+
+EMBEDDED = "import consumer, pqueue, my_tasks; consumer.Consumer(pqueue.open_queue(), 'e').run()"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="the system does not show shared memory")
+def test_consumer_takes_at_most_12_mb_more_than_one_in_an_application(place):
+    place.write(
+        "my_tasks.py", "from pqueue import task\n@task\ndef modules():\n import sys\n return list(sys.modules)\n"
+    )
+    queue, used = place.queue(), []
+    for arguments in (["-c", EMBEDDED], [str(ROOT / "consumer.py"), "--import", "my_tasks"]):
+        child = place.start_command([sys.executable, *arguments], PYTHONPATH=str(ROOT))
+        job_id = queue.enqueue("modules")
+        wait_until(lambda job_id=job_id: queue.get(job_id).state == "completed")
+        used.append(memory_of(child.pid))
+        child.kill()
+        child.wait()
+    assert used[1] < used[0] + 12, used
+    assert {"asyncio", "ssl"}.isdisjoint(queue.get(job_id).result)  # 5 MB
 
 
 def test_lease_outlives_a_job_that_takes_all_memory_for_longer(place):
