@@ -391,8 +391,8 @@ def _act(
         raise UsageError(f"{verb}: expected job ids or a filter such as --status failed; see --help")
     if not filters:
         with queue.exclusive(options.job_ids):
-            for job_id in sorted(options.job_ids, reverse=not parents_first):
-                act(job_id)
+            if errors := queue.act_on(options.job_ids, act, parents_first=parents_first):
+                raise errors[0]
         return CommandResult(
             [{"job": job_id, "done": done} for job_id in options.job_ids], f"{done} {_ids(options.job_ids)}"
         )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 from pqueue_backend import Session
 from pqueue_groups import valid_group, valid_rate
 from pqueue_outcomes import Counting
-from pqueue_schema import CHANGE, FINISHED, FREE_KEY, LEASE_AGAIN, RUN_NOW, UNTAKEN
+from pqueue_schema import CHANGE, FINISHED, FREE_KEY, LEASE_AGAIN, RUN_NOW, STATES_OF, UNTAKEN
 from pqueue_search import Reading
 from pqueue_values import (
     InvalidTransition,
@@ -29,6 +29,7 @@ from pqueue_values import (
     duration,
     encode_json,
     time_of,
+    to_json,
     valid_int,
     valid_name,
 )
@@ -296,13 +297,29 @@ class Operating(Reading, Counting):
             again: Any = {**filters, "ids": found[start : start + BATCH]}
             with self.exclusive(again["ids"]):
                 jobs = self.list_jobs(**again, limit=BATCH, excerpt=0)  # a job may no longer match
-                # guard: a verb for all that match acts in the order of dependencies
-                for job_id in sorted((job.id for job in jobs), reverse=not parents_first):
-                    try:
-                        act(job_id)
-                        changed += 1
-                    except (InvalidTransition, JobNotFound):
-                        refused += 1
+                errors = self.act_on([job.id for job in jobs], act, parents_first=parents_first)
+            changed, refused = changed + len(jobs) - len(errors), refused + len(errors)
         result = Changed(changed)
         result.refused = refused
         return result
+
+    def act_on(
+        self, job_ids: Iterable[int], act: Callable[[int], Any], *, parents_first: bool = False
+    ) -> list[InvalidTransition | JobNotFound]:
+        """Call act with each of these ids, as `act_where` does, in one transaction; return the errors of those refused.
+
+        A job that failed with another one, which this has resubmitted, is not refused: it waits again.
+        """
+        errors: list[InvalidTransition | JobNotFound] = []
+        ids = sorted(set(job_ids))
+        with self.exclusive(ids):
+            states = dict(self._read(STATES_OF, {"ids": to_json(ids)}))
+            # guard: a verb for all that match acts in the order of dependencies
+            for job_id in ids if parents_first else reversed(ids):
+                try:
+                    act(job_id)
+                except (InvalidTransition, JobNotFound) as error:
+                    # guard: a job that is restored with its parent is not refused
+                    if states.get(job_id) not in FINISHED or self.get(job_id).state in FINISHED:
+                        errors.append(error)
+        return errors

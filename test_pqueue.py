@@ -1951,6 +1951,25 @@ class QueueContract:
                 done = q.delete_where(queue="default")
                 self.assertEqual((done, done.refused, q.count_jobs()), (4, 0, 0))
 
+    def test_jobs_that_failed_with_another_are_resubmitted_with_it(self):
+        q = self.queue
+        first = q.enqueue("t", now=NOW)
+        child = q.enqueue("t", after=[first], now=NOW)
+        last = q.enqueue("t", after=[child], now=NOW)
+        key = q.enqueue("u", key="k", now=NOW)
+        ids = [last, first, child, first]
+        q.cancel(first, now=NOW)
+        self.assertEqual(q.act_on(ids, q.resubmit, parents_first=True), [])
+        self.assertEqual(self.states(first, child, last), ["pending", "waiting", "waiting"])
+        self.assertEqual(len(q.act_on(ids, q.resubmit, parents_first=True)), 3)  # they were not finished before
+        q.cancel(first, now=NOW)
+        done = q.resubmit_where(task="t", now=NOW)
+        self.assertEqual((done, done.refused), (3, 0))
+        q.cancel(key, now=NOW)
+        q.enqueue("u", key="k", now=NOW)
+        errors = q.act_on([key, 12345], q.resubmit, parents_first=True)
+        self.assertEqual([type(error) for error in errors], [pqueue.InvalidTransition, pqueue.JobNotFound])
+
     def test_verb_for_all_that_match_needs_a_filter(self):
         q = self.queue
         q.enqueue("t")

@@ -32,7 +32,11 @@ def _jobs_action(act: JobVerb, done: str, *, parents_first: bool = False) -> Act
             done_to = queue.act_where(verb, **filters, shown=masked_job, parents_first=parents_first)
             changed, refused = int(done_to), done_to.refused
         else:
-            changed, refused = _act_on_each(sorted(_ids(form), reverse=not parents_first), verb)
+            ids = _ids(form)
+            errors = queue.act_on(ids, verb, parents_first=parents_first)
+            if errors and len(ids) == 1:
+                raise errors[0]
+            changed, refused = len(ids) - len(errors), len(errors)
         if changed and act is _delete:  # and with the jobs their history
             queue.record(f"deleted {report.count(changed, 'job')}", by=by)
         if not changed:
@@ -134,19 +138,6 @@ def _later(form: Form, number: int) -> str:
     return (
         f"{start}, {report.count(jobs, 'job')} in {report.span(seconds)}, within {report.span(number / jobs * seconds)}"
     )
-
-
-def _act_on_each(numbers: list[int], act: Callable[[int], Any]) -> tuple[int, int]:
-    if len(numbers) == 1:
-        act(numbers[0])
-        return 1, 0
-    refused = 0
-    for number in numbers:
-        try:
-            act(number)
-        except (pqueue.InvalidTransition, pqueue.JobNotFound):
-            refused += 1
-    return len(numbers) - refused, refused
 
 
 def _assign(queue: PersistentQInterface, form: Form, by: str | None) -> str:

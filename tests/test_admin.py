@@ -591,6 +591,14 @@ def test_resubmit_of_failed_jobs_skips_those_completed_meanwhile(queue, run, mon
     other.close()
 
 
+def test_operator_resubmits_a_job_together_with_one_that_failed_with_it(queue, run):
+    parent = queue.enqueue("t")
+    child = queue.enqueue("t", after=[parent])
+    queue.mark_failed(parent)
+    assert run("resubmit", child, parent)[:2] == (0, f"resubmitted jobs {child}, {parent}\n")
+    assert [queue.get(job_id).state for job_id in (parent, child)] == ["pending", "waiting"]
+
+
 def test_operator_takes_no_running_job_over_unasked(queue, run, monkeypatch):
     job_id = queue.enqueue("t")
     look = type(queue).consumers
