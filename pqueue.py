@@ -267,8 +267,9 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
     statement, which closes it at the end.
 
     Invalid arguments raise ValueError. Every method may raise QueueBusy, or QueueFull if the disk is full. After an
-    error nothing has changed. Times are Unix seconds. `now` replaces the clock in tests. `by` is the operator to record
-    in the job's history; None: the user who runs this process or, inside a task, that task.
+    error nothing has changed. Times are Unix seconds; these and durations are at most 1e12. `now` replaces the clock in
+    tests. `by` is the operator to record in the job's history; None: the user who runs this process or, inside a task,
+    that task.
 
     A backend implements the abstract methods (sessions, wake-up, liveness, backup and check); it must keep the
     guarantees above and pass `QueueContract` in test_pqueue.py.

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from pqueue import PersistentQInterface
 
 MAX_ID = 2**63 - 1
+MAX_SECONDS = 1e12  # of a time or a duration: their sums are finite, and exact to a millisecond
 DEFAULT_MAX_ATTEMPTS = 3
 MAX_PAYLOAD_BYTES = 1_048_576
 MAX_JSON_DEPTH = 100  # Python's parser fails near 1000, less the depth of the call stack
@@ -357,9 +357,10 @@ def valid_int(what: str, least: int, value: int, most: int = 2**31 - 1) -> int:
 
 
 def finite(what: str, value: float) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+    # guard: a sum of times does not overflow
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_SECONDS:
         return float(value)
-    raise ValueError(f"expected {what} to be a finite number of seconds, got {short(value)}")
+    raise ValueError(f"expected {what} to be a finite number of seconds, at most {MAX_SECONDS:g}, got {short(value)}")
 
 
 def duration(what: str, value: float | timedelta) -> float:

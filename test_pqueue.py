@@ -3118,7 +3118,7 @@ class QueueContract:
         for value, message in (
             ("7y", "expected a duration such as 90s, 15m, 12h, 7d or 2w, got '7y'"),
             (-1, "expected completed to be a duration of 0 or more, got -1"),
-            (True, "expected completed to be a finite number of seconds, got True"),
+            (True, "expected completed to be a finite number of seconds, at most 1e+12, got True"),
             ("9" * 400 + "d", "expected a duration to be a finite number of seconds"),
         ):
             with self.subTest(value=value), self.assertRaises(ValueError) as caught:
@@ -4252,6 +4252,50 @@ class QueueContract:
             with self.assertRaisesRegex(QueueError, "cannot find schedule 'tick'"):
                 call("tick")
 
+    def test_durations_whose_sums_overflow_are_refused(self):
+        q = self.queue
+        job = self.taken()
+        finished = q.enqueue("t", now=NOW)
+        q.cancel(finished, now=NOW)
+        waiting = q.enqueue("t", run_at=NOW + 60, now=NOW)
+        delay = {"delay_seconds": 1e308}
+        for verb, *args in (
+            *((q.enqueue, "t", {name: 1e308}) for name in ("delay_seconds", "run_at", "expire_seconds", "expires_at")),
+            (q.enqueue, "t", {"key": "k", "key_seconds": 1e308}),
+            (q.enqueue, "t", {"now": 1e308, "expire_seconds": 1e308}),
+            (q.enqueue_many, "t", [1], delay),
+            *(
+                (q.change, waiting, {name: 1e308})
+                for name in ("delay_seconds", "run_at", "expire_seconds", "expires_at")
+            ),
+            (q.resubmit, finished, delay),
+            (q.resubmit_where, {"task": "t", **delay}),
+            (q.resubmit_where, {"task": "t", "rate": (1, 1e308)}),
+            (q.dequeue, "c", {"lease_seconds": 1e308}),
+            (q.complete_and_dequeue, [], "c", 1, {"lease_seconds": 1e308}),
+            (q.fail, job, "no", {"retry_in_seconds": 1e308}),
+            (q.release, job, delay),
+            (q.extend, job, 1e308, {}),
+            (q.extend_all, "c", 1e308, {}),
+            (q.schedule, "s", "t", {"every_seconds": 1e308}),
+            (q.schedule, "s", "t", {"every_seconds": 1, "now": 1e308}),
+            (q.limit, "default", {"rate": (1, 1e308)}),
+            *((q.keep, "default", {name: 1e308}) for name in ("completed", "failed", "cancelled")),
+            (q.prune, 1e308, {}),
+            (q.dequeue, "c", {"now": -1e308}),
+            (pqueue.task, {"name": "x", "expire_seconds": 1e308}),
+            (pqueue.task, {"name": "x", "backoff": 1e308}),
+            (pqueue.task, {"name": "x", "backoff": [1, 1e308]}),
+            (pqueue.task, {"name": "x", "max_backoff_seconds": 1e308}),
+            (pqueue.Retry, {"in_seconds": 1e308}),
+            (pqueue.Snooze, 1e308, {}),
+        ):
+            *args, options = args
+            with self.subTest(verb.__name__, options=options), self.assertRaisesRegex(ValueError, "seconds, at most"):
+                verb(*args, **options)
+        found = q.get(q.enqueue("t", delay_seconds=1e12, expire_seconds=1e12, now=1e12))
+        self.assertEqual((found.run_at, found.expires_at), (2e12, 3e12))
+
     def test_schedule_that_is_invalid_is_refused(self):
         for options, reason in (
             ({}, "either cron or every_seconds, got neither"),
@@ -4262,7 +4306,7 @@ class QueueContract:
             ({"every_seconds": 5, "zone": None}, "expected cron together with zone"),
             ({"every_seconds": 5, "overlap": "no"}, "overlap to be True or False"),
             ({"cron": "* * * * *", "now": 1e12}, "a time of the years"),
-            ({"cron": "* * * * *", "now": -1e308}, "a time of the years"),
+            ({"cron": "* * * * *", "now": -1e12}, "a time of the years"),
             ({"cron": "* * * * *", "now": "now"}, "finite number"),
             ({"cron": "* * * *"}, "five fields"),
             ({"cron": "0 0 31 2 *"}, "matches some day"),

@@ -25,7 +25,7 @@ from pqueue_tasks import current_job
 from pqueue_tools import termination
 from pqueue_tools.masking import masked_text
 from pqueue_tools.report import iso, printable
-from pqueue_values import program_name
+from pqueue_values import MAX_SECONDS, program_name
 
 RETRY_PAUSE_SECONDS = (0.1, 5.0)  # first and longest pause while the database is locked or full
 
@@ -258,9 +258,9 @@ def seconds(least: float) -> Callable[[str], float]:
 
     def parse(text: str) -> float:
         with suppress(ValueError):
-            if least <= float(text) < float("inf"):
+            if least <= float(text) <= MAX_SECONDS:
                 return float(text)
-        raise BadArgument(f"expected a number of seconds from {least:g}, got {text!r}")
+        raise BadArgument(f"expected a number of seconds from {least:g} to {MAX_SECONDS:g}, got {text!r}")
 
     return parse
 

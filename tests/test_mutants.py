@@ -251,6 +251,7 @@ MUTANTS = [
     Mutant("a key is held until its time is over", "contract: rules_of_the_new_queue", " AND key_expires_at <= :now", ""),
     Mutant("a job that was taken is not replaced", "contract: replaced_on_demand", "\nWHERE id = :id AND state IN {UNTAKEN}", "\nWHERE id = :id"),
     Mutant("an empty name is no path", "contract: not_meant_as_a_path"),
+    Mutant("a sum of times does not overflow", "contract: sums_overflow", "<= MAX_SECONDS", "<= 1.7e308"),
     Mutant("a time has a zone", "contract: wrong_arguments"),
     Mutant("the id of a job that was there is not new", "contract: whether_it_stored", "is_new=False", "is_new=True"),
     Mutant("a call fits the signature", "contract: stored_as_a_job", "self._signature.bind(*args, **kwargs)", "pass"),
