@@ -97,9 +97,10 @@ from pqueue_values import (
     to_json,
 )
 
+PAGE_BYTES = 2048  # of a new file: a commit writes a few pages, whole
 WAL_BYTES = 67_108_864  # the write-ahead log is truncated to this size when no reader needs more
 MANY_COMPLETIONS = 32  # in one commit: counting them later would cost more
-COMPACTED_PAGES = 25  # moved in one transaction of `compact`
+COMPACTED_PAGES = 50  # moved in one transaction of `compact`
 LEAST_FREE_BYTES = 268_435_456  # `check` warns below this much free disk space
 
 SYNCHRONOUS = ("off", "normal", "full", "extra")
@@ -670,7 +671,8 @@ class PersistentQSQLite(PersistentQInterface):
             _adopt_dump(connection)
             version = schema_version(connection, self.path)
             if version == 0:
-                connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # for `compact`; has an effect on an empty file
+                connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # like the next, has an effect on an empty file
+                connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # for `compact`
             if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
                 connection.execute("PRAGMA journal_mode = WAL")
             if version < len(MIGRATIONS):

@@ -34,6 +34,7 @@ from urllib.parse import urlsplit, urlunsplit
 import pqueue
 import pqueue_files
 import pqueue_locks
+import pqueue_sqlite
 from bench import peers, postgres, redis
 from bench.peers import (
     ALONGSIDE,
@@ -92,6 +93,7 @@ IDEAS = {
     "adaptive batches": [("program", "jobs/s")],
     "writer lock": [("share", "jobs/s"), ("share", "fewest/most"), ("put under load", "p99 ms")],
     "wake-up": [("pickup", "p50 ms")],
+    "small pages": [("put", "jobs/s"), ("process", "jobs/s"), ("program", "jobs/s")],
 }
 
 
@@ -111,6 +113,8 @@ def do_without(idea: str) -> None:
     elif idea == "wake-up":
         locks.ConsumerLocks.wake = lambda _: None
         core.WAIT_SECONDS = 0.1  # polling
+    elif idea == "small pages":
+        pqueue_sqlite.PAGE_BYTES = 4096  # SQLite's default
 
 
 complete_and_dequeue = pqueue.PersistentQInterface.complete_and_dequeue
@@ -330,6 +334,8 @@ def measure_depth(ours: Ours, rows: int = 1_000_000) -> dict[str, float]:
         for number in range(SCHEDULES):
             ours.queue.schedule(f"schedule {number}", noop, every_seconds=1e8)
     steps = ours.process()
+    for _ in range(1000):  # until what was inserted directly is counted
+        next(steps)
     deep = rate(lambda: next(steps))
     return {"jobs/s": deep, "deep/empty": deep / empty}
 

@@ -37,6 +37,7 @@ import pqueue
 import pqueue_sqlalchemy
 import producer
 from bench import run as bench
+from pqueue_sqlite import PAGE_BYTES
 from pqueue_tools import dashboard, dashboard_actions, dashboard_http, file_task, supervisor
 
 SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
@@ -601,12 +602,15 @@ def test_cut_overwritten_or_scrambled_database_is_reported_and_left_unchanged(fo
     )
     def check(at, junk, how):
         tried("damaged databases")
-        blank = bytes(min(4096, len(sound) - at))
+        blank = bytes(min(PAGE_BYTES, len(sound) - at))
         made = {
             "cut": sound[:at],
             "over": sound[:at] + junk + sound[at + len(junk) :],
             "zero": sound[:at] + blank + sound[at + len(blank) :],
-            "swap": sound[:4096] + sound[8192:12288] + sound[4096:8192] + sound[12288:],
+            "swap": sound[:PAGE_BYTES]
+            + sound[2 * PAGE_BYTES : 3 * PAGE_BYTES]
+            + sound[PAGE_BYTES : 2 * PAGE_BYTES]
+            + sound[3 * PAGE_BYTES :],
             "twice": sound + sound[at:],
         }
         use(lay(made[how]))
@@ -616,12 +620,12 @@ def test_cut_overwritten_or_scrambled_database_is_reported_and_left_unchanged(fo
 
 def test_doctor_says_of_a_broken_page_that_it_is_broken(folder, plainly, sound):
     reported = 0
-    for at in range(4096, len(sound), 4096):
+    for at in range(PAGE_BYTES, len(sound), PAGE_BYTES):
         tried("damaged databases")
-        lay(sound[:at] + b"\xa5" * 4096 + sound[at + 4096 :])
+        lay(sound[:at] + b"\xa5" * PAGE_BYTES + sound[at + PAGE_BYTES :])
         code, out, err = run(admin.main, ["doctor"])
         reported += code == 1 and bool(out + err)
-    assert reported == len(sound) // 4096 - 1
+    assert reported == len(sound) // PAGE_BYTES - 1
 
 
 HOSTILE = {

@@ -17,6 +17,7 @@ from conftest import ROOT, wait_until
 import pqueue
 import pqueue_restore
 from pqueue import QueueError, SchemaMismatch
+from pqueue_sqlite import PAGE_BYTES
 
 
 @pytest.fixture
@@ -229,7 +230,7 @@ def pragma(setting):
 
 def damage(file):
     data = bytearray(file.read_bytes())
-    data[4096 * 2 + 100 : 4096 * 3] = b"\xff" * (4096 - 100)
+    data[PAGE_BYTES * 2 + 100 : PAGE_BYTES * 3] = b"\xff" * (PAGE_BYTES - 100)
     file.write_bytes(data)
 
 
