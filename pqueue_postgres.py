@@ -81,6 +81,8 @@ CREATE TABLE {SCHEMA}.pending_changes (
     queue TEXT NOT NULL,
     delta INTEGER NOT NULL
 ) WITH ({AUTOVACUUM})""",
+    # A publication lets rows be deleted only if they are identified: without a primary key, by all their columns.
+    f"ALTER TABLE {SCHEMA}.pending_changes REPLICA IDENTITY FULL",
     f"CREATE INDEX pending_changes_queue ON {SCHEMA}.pending_changes (queue)",
     # Return the number of pending jobs, and lock it until the transaction ends.
     f"""
@@ -188,6 +190,7 @@ CREATE TABLE {SCHEMA}.group_events (
     name TEXT NOT NULL,
     task TEXT
 ) WITH ({AUTOVACUUM})""",
+    f"ALTER TABLE {SCHEMA}.group_events REPLICA IDENTITY FULL",  # as above
     f"CREATE INDEX group_events_queue ON {SCHEMA}.group_events (queue)",
     f"ALTER TABLE {SCHEMA}.queue_groups SET ({AUTOVACUUM})",
     f"""
@@ -871,16 +874,20 @@ THIS_SCHEMA = f"(SELECT nspname FROM pg_namespace WHERE oid = '{SCHEMA}'::regnam
 LONG_TRANSACTION_SECONDS = 60
 LONG_WAIT_SECONDS = 5
 MANY_DEAD_ROWS = 100_000
-INDEXES = ["jobs_pkey", "queues_pkey", "consumers_pkey", "consumers_token_key", "history_pkey", "schedules_pkey"]
-INDEXES += [name for each in pqueue_schema.MIGRATIONS for sql in each for name in re.findall(r" INDEX (\w+) ON ", sql)]
+WITH_ID = ("jobs", "queue_groups", "consumers", "history", "dependencies")  # tables whose ids come from a sequence
+DEFINITIONS = [*(sql for each in pqueue_schema.MIGRATIONS for sql in each), *COUNTING, *GROUPING]
+INDEXES = [f"{table}_pkey" for table in (*pqueue_schema.TABLES, "version", "pending_counts")]
+INDEXES += ["consumers_token_key", "dependencies_parent_id_job_id_key", "queue_groups_queue_name_task_key"]
+INDEXES += [name for sql in DEFINITIONS for name in re.findall(r" INDEX (\w+) ON ", sql)]
+TRIGGERS = [name for sql in (*GROUPING, *START_COUNTING) for name in re.findall(r"CREATE TRIGGER (\w+)", sql)]
+FUNCTIONS = [name for sql in DEFINITIONS for name in re.findall(r"CREATE FUNCTION {schema}\.(\w+)", sql)]
 QUERY = "left(regexp_replace(query, '\\s+', ' ', 'g'), 60)"
 
 # Return sequences that would give ids that are taken, as after a switch-over of logical replication.
 SEQUENCES_BEHIND = f"""
 SELECT format('the ids of %s continue at %s, but %s is taken: run SELECT setval(''{SCHEMA}.%s'', %s)',
     name, coalesce(last_value, 0) + 1, highest, sequencename, highest)
-FROM (SELECT 'jobs' AS name, max(id) AS highest FROM jobs UNION ALL SELECT 'history', max(id) FROM history
-    UNION ALL SELECT 'consumers', max(id) FROM consumers) each
+FROM ({" UNION ALL ".join(f"SELECT '{table}' AS name, max(id) AS highest FROM {table}" for table in WITH_ID)}) each
 JOIN pg_sequences ON schemaname = {THIS_SCHEMA} AND sequencename = name || '_id_seq'
 WHERE coalesce(last_value, 0) < highest AND has_sequence_privilege('{SCHEMA}.' || sequencename, 'SELECT')"""
 
@@ -890,6 +897,28 @@ SELECT CASE WHEN indexrelid IS NULL THEN format('index %s is missing: create it 
     ELSE format('index %s is invalid: run REINDEX INDEX {SCHEMA}.%s', name, name) END
 FROM unnest(ARRAY{INDEXES}) AS name LEFT JOIN pg_index ON indexrelid = to_regclass('{SCHEMA}.' || name)
 WHERE indexrelid IS NULL OR NOT (indisvalid AND indisready AND indislive)"""
+
+# Return triggers that are missing or disabled; those that count pending jobs are needed only if a queue has a limit.
+BAD_TRIGGERS = f"""
+SELECT CASE WHEN tgenabled IS NULL
+    THEN format('trigger %s of table jobs is missing: create it as docs/postgres.sql shows', name)
+    ELSE format('trigger %s is disabled: run ALTER TABLE {SCHEMA}.jobs ENABLE ALWAYS TRIGGER %s', name, name) END
+FROM unnest(ARRAY{TRIGGERS}) AS name LEFT JOIN pg_trigger ON tgname = name AND tgrelid = '{SCHEMA}.jobs'::regclass
+WHERE coalesce(tgenabled, 'D') NOT IN ('A', 'O')
+    AND (name LIKE 'group%' OR EXISTS (SELECT 1 FROM queues WHERE max_pending IS NOT NULL))"""
+
+# Return functions that are missing, or that change the tables of another schema, as after this one was renamed.
+BAD_FUNCTIONS = f"""
+SELECT CASE WHEN prosrc IS NULL THEN format('function %s is missing: create it as docs/postgres.sql shows', name)
+    ELSE format('function %s uses another schema than {SCHEMA}: a schema with a queue cannot be renamed', name) END
+FROM unnest(ARRAY{FUNCTIONS}) AS name
+LEFT JOIN pg_proc ON proname = name AND pronamespace = '{SCHEMA}'::regnamespace
+WHERE coalesce(position('{SCHEMA}.' IN prosrc), 0) = 0"""
+
+# Return the tables that the server empties after a crash.
+NOT_LOGGED = f"""
+SELECT format('table %s is UNLOGGED: run ALTER TABLE %s SET LOGGED', oid::regclass, oid::regclass)
+FROM pg_class WHERE relnamespace = '{SCHEMA}'::regnamespace AND relkind = 'r' AND relpersistence = 'u'"""
 
 # Return whether the collation changed, as after an upgrade of the operating system: its indexes may be wrong.
 COLLATION_CHANGED = """
@@ -947,6 +976,9 @@ WHERE pg_notification_queue_usage() > 0.5"""
 HEALTH = (
     SEQUENCES_BEHIND,
     BAD_INDEXES,
+    BAD_TRIGGERS,
+    BAD_FUNCTIONS,
+    NOT_LOGGED,
     COLLATION_CHANGED,
     NO_AUTOVACUUM,
     OLD_TRANSACTIONS,

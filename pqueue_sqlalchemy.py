@@ -86,6 +86,7 @@ from pqueue_postgres import (
     MERGE_EVENTS,
     MISCOUNTED,
     NEXT_OF_GROUPS,
+    NOT_LOGGED,
     PG_NOTIFY,
     PG_NOTIFY_JOBS,
     PRUNE,
@@ -114,9 +115,10 @@ logging.getLogger("psycopg").addFilter(lambda record: not record.getMessage().st
 
 CLOCK_SECONDS = 30.0  # how often the server's clock is read
 ENQUEUE_TRIES = 100  # while other transactions use and free the key
-# Return the settings of the server without which "full" holds for no job.
+# Return, of the settings of the server without which "full" holds for no job, those that are off.
 UNSAFE = """
-SELECT name FROM (VALUES ('fsync'), ('full_page_writes')) needed (name) WHERE current_setting(name) = 'off'"""
+SELECT name || ' is off' FROM (VALUES ('fsync'), ('full_page_writes')) needed (name)
+WHERE current_setting(name) = 'off'"""
 # Return what no two databases have in common.
 SAME_DATABASE = f"""
 SELECT (SELECT oid FROM pg_database WHERE datname = current_database())::text, pg_postmaster_start_time()::text,
@@ -131,6 +133,7 @@ SELECT current_setting('transaction_read_only'), current_setting('synchronous_co
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # a pooler's session may have another default
 BEGIN_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 SLOW_COMMIT_SECONDS = 0.002  # much longer than a round trip
+LASTING_STATES = ("54", "55")  # classes of SQLSTATE: a limit of the server, a state of a table
 # A prepared statement is of no more use: its table was altered, or the application deallocated it.
 PLAN_LOST = (psycopg.errors.FeatureNotSupported, psycopg.errors.InvalidSqlStatementName)
 
@@ -580,9 +583,9 @@ class OnPostgres(PersistentQSQLAlchemy):
         self._expect_known(version or 0)
         if version != len(pqueue_schema.MIGRATIONS):
             self._migrate()
-        unsafe = ", ".join(row[0] for row in self._read(UNSAFE)) if self.durability == "full" else ""
+        unsafe = [row[0] for sql in (UNSAFE, NOT_LOGGED) for row in self._read(sql) if self.durability == "full"]
         if unsafe:
-            log.warning("%s: a crash of the server may lose jobs: %s is off there", self.name, unsafe)
+            log.warning("%s: a crash of the server may lose jobs: %s", self.name, ", ".join(unsafe))
 
     def _expect_known(self, version: int) -> None:
         if version > len(pqueue_schema.MIGRATIONS):
@@ -602,7 +605,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             session.run(f"SELECT pg_advisory_xact_lock({LOCK_CLASS})")
             if session.run(f"SELECT to_regnamespace('{SCHEMA}')::text")[0][0] is None:
                 session.change(f"CREATE SCHEMA {SCHEMA}")  # even IF NOT EXISTS needs a right on the database
-            session.change("CREATE TABLE IF NOT EXISTS version (number INTEGER NOT NULL)")
+            session.change("CREATE TABLE IF NOT EXISTS version (number INTEGER PRIMARY KEY)")
             done = session.run("SELECT number FROM version")
             for migration in islice(pqueue_schema.MIGRATIONS, done[0][0] if done else 0, None):
                 for statement in definitions(migration):
@@ -638,7 +641,8 @@ class OnPostgres(PersistentQSQLAlchemy):
             return QueueError(f"cannot {'use' if self._is_open else 'open'} {self.name}: {text}{self._lacks(text)}")
         if isinstance(original, PLAN_LOST):
             return PlanLost(f"cannot use {self.name}: its tables were altered; try again ({text})")
-        if isinstance(error, (exc.OperationalError, exc.InterfaceError, psycopg.OperationalError)) or state[:2] == "57":
+        passes = isinstance(error, (exc.OperationalError, exc.InterfaceError, psycopg.OperationalError))
+        if state[:2] == "57" or (passes and state[:2] not in LASTING_STATES):
             return QueueBusy(f"cannot reach {self.name}: {text}")
         return QueueError(f"cannot use {self.name}: {text}")
 
@@ -1023,7 +1027,8 @@ class OnPostgres(PersistentQSQLAlchemy):
     def _reset_ids(self, session: Session) -> None:
         for table in ("jobs", "history", "dependencies"):
             sequence = f"pg_get_serial_sequence('{SCHEMA}.{table}', 'id')"
-            session.run(f"SELECT setval({sequence}, coalesce(max(id), 1), max(id) IS NOT NULL) FROM {table}")
+            # Only positive ids: a copy that is under way is marked by another one.
+            session.run(f"SELECT setval({sequence}, greatest(max(id), 1), coalesce(max(id) > 0, false)) FROM {table}")
 
     def check(self, *, thorough: bool = True) -> dict[str, Any]:
         expected: dict[str, Any] = {"fsync": "on", "full_page_writes": "on"}

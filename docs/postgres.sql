@@ -248,6 +248,8 @@ CREATE TABLE pqueue.pending_changes (
     delta INTEGER NOT NULL
 ) WITH (autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_cost_delay = 0);
 
+ALTER TABLE pqueue.pending_changes REPLICA IDENTITY FULL;
+
 CREATE INDEX pending_changes_queue ON pqueue.pending_changes (queue);
 
 CREATE FUNCTION pqueue.count_pending(which TEXT) RETURNS BIGINT LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog AS $$
@@ -328,6 +330,8 @@ CREATE TABLE pqueue.group_events (
     name TEXT NOT NULL,
     task TEXT
 ) WITH (autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_cost_delay = 0);
+
+ALTER TABLE pqueue.group_events REPLICA IDENTITY FULL;
 
 CREATE INDEX group_events_queue ON pqueue.group_events (queue);
 
@@ -1957,8 +1961,7 @@ SELECT pqueue.count_pending(queue) FROM (
 -- Return sequences that would give ids that are taken, as after a switch-over of logical replication.
 SELECT format('the ids of %s continue at %s, but %s is taken: run SELECT setval(''pqueue.%s'', %s)',
     name, coalesce(last_value, 0) + 1, highest, sequencename, highest)
-FROM (SELECT 'jobs' AS name, max(id) AS highest FROM pqueue.jobs UNION ALL SELECT 'history', max(id) FROM pqueue.history
-    UNION ALL SELECT 'consumers', max(id) FROM pqueue.consumers) each
+FROM (SELECT 'jobs' AS name, max(id) AS highest FROM pqueue.jobs UNION ALL SELECT 'queue_groups' AS name, max(id) AS highest FROM pqueue.queue_groups UNION ALL SELECT 'consumers' AS name, max(id) AS highest FROM pqueue.consumers UNION ALL SELECT 'history' AS name, max(id) AS highest FROM pqueue.history UNION ALL SELECT 'dependencies' AS name, max(id) AS highest FROM pqueue.dependencies) each
 JOIN pg_sequences ON schemaname = (SELECT nspname FROM pg_namespace WHERE oid = 'pqueue'::regnamespace) AND sequencename = name || '_id_seq'
 WHERE coalesce(last_value, 0) < highest AND has_sequence_privilege('pqueue.' || sequencename, 'SELECT');
 
@@ -1966,8 +1969,30 @@ WHERE coalesce(last_value, 0) < highest AND has_sequence_privilege('pqueue.' || 
 -- Return indexes that are missing or invalid.
 SELECT CASE WHEN indexrelid IS NULL THEN format('index %s is missing: create it as docs/postgres.sql shows', name)
     ELSE format('index %s is invalid: run REINDEX INDEX pqueue.%s', name, name) END
-FROM unnest(ARRAY['jobs_pkey', 'queues_pkey', 'consumers_pkey', 'consumers_token_key', 'history_pkey', 'schedules_pkey', 'outcomes_shards', 'schedules_due', 'jobs_claim', 'jobs_assigned', 'jobs_waiting', 'jobs_scheduled', 'jobs_expiring', 'jobs_processing', 'jobs_counted', 'queues_grouped', 'queue_groups_ready', 'queue_groups_delayed', 'jobs_finished', 'jobs_failed', 'jobs_key', 'history_job', 'history_operations', 'dependencies_job', 'consumers_running']) AS name LEFT JOIN pg_index ON indexrelid = to_regclass('pqueue.' || name)
+FROM unnest(ARRAY['jobs_pkey', 'queues_pkey', 'queue_tasks_pkey', 'queue_groups_pkey', 'group_weights_pkey', 'group_starts_pkey', 'consumers_pkey', 'history_pkey', 'schedules_pkey', 'dependencies_pkey', 'handlers_pkey', 'outcomes_pkey', 'version_pkey', 'pending_counts_pkey', 'consumers_token_key', 'dependencies_parent_id_job_id_key', 'queue_groups_queue_name_task_key', 'outcomes_shards', 'schedules_due', 'jobs_claim', 'jobs_assigned', 'jobs_waiting', 'jobs_scheduled', 'jobs_expiring', 'jobs_processing', 'jobs_counted', 'queues_grouped', 'queue_groups_ready', 'queue_groups_delayed', 'jobs_finished', 'jobs_failed', 'jobs_key', 'history_job', 'history_operations', 'dependencies_job', 'consumers_running', 'pending_changes_queue', 'group_events_queue']) AS name LEFT JOIN pg_index ON indexrelid = to_regclass('pqueue.' || name)
 WHERE indexrelid IS NULL OR NOT (indisvalid AND indisready AND indislive);
+
+-- BAD_TRIGGERS
+-- Return triggers that are missing or disabled; those that count pending jobs are needed only if a queue has a limit.
+SELECT CASE WHEN tgenabled IS NULL
+    THEN format('trigger %s of table jobs is missing: create it as docs/postgres.sql shows', name)
+    ELSE format('trigger %s is disabled: run ALTER TABLE pqueue.jobs ENABLE ALWAYS TRIGGER %s', name, name) END
+FROM unnest(ARRAY['group_insert', 'group_pending', 'group_ended', 'group_delete', 'pending_insert', 'pending_update', 'pending_delete', 'pending_truncate']) AS name LEFT JOIN pg_trigger ON tgname = name AND tgrelid = 'pqueue.jobs'::regclass
+WHERE coalesce(tgenabled, 'D') NOT IN ('A', 'O')
+    AND (name LIKE 'group%' OR EXISTS (SELECT 1 FROM pqueue.queues WHERE max_pending IS NOT NULL));
+
+-- BAD_FUNCTIONS
+-- Return functions that are missing, or that change the tables of another schema, as after this one was renamed.
+SELECT CASE WHEN prosrc IS NULL THEN format('function %s is missing: create it as docs/postgres.sql shows', name)
+    ELSE format('function %s uses another schema than pqueue: a schema with a queue cannot be renamed', name) END
+FROM unnest(ARRAY['count_pending', 'note_pending', 'stop_counting', 'note_group']) AS name
+LEFT JOIN pg_proc ON proname = name AND pronamespace = 'pqueue'::regnamespace
+WHERE coalesce(position('pqueue.' IN prosrc), 0) = 0;
+
+-- NOT_LOGGED
+-- Return the tables that the server empties after a crash.
+SELECT format('table %s is UNLOGGED: run ALTER TABLE %s SET LOGGED', oid::regclass, oid::regclass)
+FROM pg_class WHERE relnamespace = 'pqueue'::regnamespace AND relkind = 'r' AND relpersistence = 'u';
 
 -- COLLATION_CHANGED
 -- Return whether the collation changed, as after an upgrade of the operating system: its indexes may be wrong.

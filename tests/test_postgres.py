@@ -744,6 +744,22 @@ def test_operator_moves_a_live_queue(place, database, direction):
     target.close()
 
 
+@pytest.mark.parametrize("direction", ["to PostgreSQL", "to another schema", "to SQLite"])
+def test_operator_moves_a_queue_of_which_no_job_has_a_history(place, database, direction):
+    here, there = str(place.folder / "var/queue.db"), f"{database}&schema=new" if "?" in database else database
+    if direction != "to PostgreSQL":
+        here, there = database, there if direction == "to another schema" else here
+    with closing(pqueue.open_queue(here)) as queue:
+        ids = queue.enqueue_many("t", range(3))
+        queue.complete(queue.dequeue("w"))
+    done = place.run("admin.py", "move", "--to", there, PQUEUE_URL=here)
+    assert done.returncode == 0, done.stderr
+    with closing(pqueue.open_queue(there)) as target:
+        assert target.count_jobs(state="completed") == 1
+        assert target.enqueue("t") == max(ids) + 1
+        assert target.check()["problems"] == []
+
+
 def test_operator_who_moves_to_a_server_names_what_stays_behind(place, database):
     queue = place.queue()
     queue.enqueue("t")

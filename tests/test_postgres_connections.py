@@ -472,7 +472,15 @@ def test_server_that_syncs_nothing_is_told_when_the_queue_is_opened(primary, cap
     for durability in ("normal", "full"):
         pqueue.open_queue(primary.url, durability=durability).close()
     (record,) = caplog.records
-    assert record.message.endswith(f"a crash of the server may lose jobs: {setting} is off there")
+    assert record.message.endswith(f"a crash of the server may lose jobs: {setting} is off")
+
+
+def test_program_is_told_of_a_table_that_a_crash_empties(admin, queue, database, caplog):
+    admin.execute("ALTER TABLE pqueue.jobs SET UNLOGGED")
+    pqueue.open_queue(database).close()
+    (record,) = caplog.records
+    assert "a crash of the server may lose jobs: table pqueue.jobs is UNLOGGED" in record.message
+    admin.execute("ALTER TABLE pqueue.jobs SET LOGGED")
 
 
 def test_programs_that_begin_before_the_server_wait_for_it(place, primary):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import re
+import subprocess
 import threading
 from contextlib import closing
 
@@ -13,6 +15,7 @@ import psycopg
 import pytest
 import sqlalchemy
 from conftest import ROOT
+from postgres_server import BINARIES
 from test_postgres import database, driver_of, server  # noqa: F401 - fixtures
 
 import pqueue
@@ -22,6 +25,8 @@ import pqueue_schema
 from bench.delaying_proxy import DelayingProxy
 from pqueue import PersistentQSQLite, QueueError
 from test_pqueue import wait_until
+
+DOCS = ROOT / "docs/postgres.md"
 
 
 @pytest.fixture
@@ -277,15 +282,131 @@ def test_check_of_a_sound_queue_finds_nothing(queue):
         ),
         ("ALTER TABLE pqueue.jobs SET (autovacuum_enabled = false)", "autovacuum is off for table .*jobs: run ALTER"),
         ("UPDATE pqueue.version SET number = 2", "expected user_version 1, got 2"),
+        (
+            "ALTER TABLE pqueue.jobs SET UNLOGGED",
+            "table pqueue.jobs is UNLOGGED: run ALTER TABLE pqueue.jobs SET LOGGED",
+        ),
+        ("DROP TRIGGER group_ended ON pqueue.jobs", "trigger group_ended of table jobs is missing: create it as"),
+        (
+            "ALTER TABLE pqueue.jobs DISABLE TRIGGER pending_update",
+            "trigger pending_update is disabled: run ALTER TABLE pqueue.jobs ENABLE ALWAYS TRIGGER pending_update",
+        ),
+        ("DROP FUNCTION pqueue.stop_counting", "function stop_counting is missing: create it as"),
+        ("ALTER TABLE pqueue.outcomes DROP CONSTRAINT outcomes_pkey", "index outcomes_pkey is missing: create it as"),
     ],
 )
 def test_check_finds_what_makes_the_tables_unsound(queue, database, damage, problem):  # noqa: F811
     queue.enqueue_many("t", range(3))
+    queue.limit("default", 10)
     with psycopg.connect(database, autocommit=True) as admin:
         admin.execute(damage)
     problems = queue.check(thorough=False)["problems"]
     assert len(problems) == 1
     assert re.match(problem, problems[0]), problems
+
+
+def test_check_finds_each_index_trigger_and_function_that_is_missing(queue, database):  # noqa: F811
+    queue.limit("default", 10)
+    whose = "'pqueue'::regnamespace"
+    with psycopg.connect(database, autocommit=True) as admin:
+        for expected, sql in (
+            (pqueue_postgres.INDEXES, f"SELECT relname FROM pg_class WHERE relkind = 'i' AND relnamespace = {whose}"),
+            (pqueue_postgres.TRIGGERS, "SELECT tgname FROM pg_trigger WHERE tgrelid = 'pqueue.jobs'::regclass"),
+            (pqueue_postgres.FUNCTIONS, f"SELECT proname FROM pg_proc WHERE pronamespace = {whose}"),
+            (pqueue_postgres.WITH_ID, f"SELECT substr(relname, 1, length(relname) - 7) FROM pg_class "
+             f"WHERE relkind = 'S' AND relnamespace = {whose}"),
+        ):  # fmt: skip
+            assert sorted(row[0] for row in admin.execute(sql)) == sorted(expected)
+
+
+@pytest.mark.parametrize("table", pqueue_postgres.WITH_ID)
+def test_operator_is_told_how_to_set_the_sequence_of_each_table(queue, database, table):  # noqa: F811
+    """After a switch-over to a subscriber, which has the rows but not the sequences."""
+    for _ in range(2):
+        parent = queue.enqueue("t", group="g")
+        queue.enqueue("t", after=[parent], group="h")
+        queue.fail(queue.dequeue(f"w{parent}"), "no")
+    with psycopg.connect(database, autocommit=True) as admin:
+        admin.execute(f"SELECT setval('pqueue.{table}_id_seq', 1, false)")
+        (problem,) = queue.check()["problems"]
+        assert problem.startswith(f"the ids of {table} continue at 1, but ")
+        admin.execute(problem.partition(": run ")[2])
+    assert queue.check()["problems"] == []
+
+
+def test_operator_lists_groups_anew_that_changed_without_triggers(queue, database):  # noqa: F811
+    queue.limit("default", running=1)
+    first = queue.enqueue("t", group="old")
+    queue.enqueue("t", group="old")
+    job = queue.dequeue("w")
+    repair = re.search(r"^INSERT INTO pqueue.group_events.*?(?=\n```)", DOCS.read_text(), re.DOTALL | re.MULTILINE)[0]
+    with psycopg.connect(database, autocommit=True) as admin:
+        admin.execute("ALTER TABLE pqueue.jobs DISABLE TRIGGER USER")
+        queue.complete(job)
+        queue.enqueue("t", group="new")
+        assert (job.id, queue.dequeue("w")) == (first, None)
+        for trigger in pqueue_postgres.TRIGGERS:
+            if trigger.startswith("group"):
+                admin.execute(f"ALTER TABLE pqueue.jobs ENABLE ALWAYS TRIGGER {trigger}")
+        admin.execute(repair)
+    assert {queue.dequeue(f"w{number}").group for number in range(2)} == {"old", "new"}
+
+
+def test_schema_that_was_renamed_is_reported(queue, database):  # noqa: F811
+    queue.enqueue("t")
+    with psycopg.connect(database, autocommit=True) as admin:
+        admin.execute("ALTER SCHEMA pqueue RENAME TO other")
+    with closing(pqueue.open_queue(f"{database}{'&' if '?' in database else '?'}schema=other")) as renamed:
+        problems = renamed.check()["problems"]
+        assert [each.partition(": ")[2] for each in problems] == ["a schema with a queue cannot be renamed"] * 4
+
+
+def test_publication_of_all_tables_stops_no_verb(queue, database):  # noqa: F811
+    """A publication refuses to delete or update rows that it cannot identify."""
+    with psycopg.connect(database, autocommit=True) as admin:
+        admin.execute("CREATE PUBLICATION everything FOR ALL TABLES")
+        queue.limit("default", 100)
+        ids = [queue.enqueue("t", group=f"g{number % 3}") for number in range(70)]
+        jobs = [queue.dequeue("w") for _ in ids]
+        queue.fail(jobs[0], "no")
+        for job in jobs[1:]:
+            queue.complete(job)
+        queue.limit("default", max_pending=None)
+        assert queue.delete_jobs() == 70
+        tables = """SELECT relname FROM pg_class c WHERE relkind = 'r' AND relnamespace = 'pqueue'::regnamespace
+            AND relreplident <> 'f' AND NOT EXISTS (SELECT 1 FROM pg_index WHERE indrelid = c.oid AND indisprimary)"""
+        assert admin.execute(tables).fetchall() == []
+
+
+def test_restored_dump_is_a_working_queue(queue, database, tmp_path):  # noqa: F811
+    """Groups, limits, dependencies, keys, schedules and sequences, restored whole or the schema before the data."""
+    queue.limit("few", 20)
+    parent = queue.enqueue("t", queue="few", key="k")
+    queue.enqueue("t", after=[parent])
+    for number in range(6):
+        queue.enqueue("t", group=f"g{number % 2}")
+    queue.complete(queue.dequeue("w"))
+    queue.schedule("s", "t", cron="@daily")
+    run = functools.partial(subprocess.run, check=True, capture_output=True)
+    run([BINARIES / "pg_dump", "-Fc", "-f", tmp_path / "dump", database])
+    expected = {job.id: job.state for job in queue.list_jobs()}
+    for parts in ([[]], [["--section=pre-data"], ["--section=post-data"], ["--data-only"]]):
+        with psycopg.connect(database, autocommit=True) as admin:
+            admin.execute(f"CREATE DATABASE {(name := f'copy_{random.randrange(10**9)}')}")
+        copied = sqlalchemy.make_url(database).set(database=name).render_as_string(hide_password=False)
+        for options in parts:
+            run([BINARIES / "pg_restore", "--no-owner", *options, "-d", copied, tmp_path / "dump"])
+        with closing(pqueue.open_queue(copied)) as copy:
+            assert copy.check()["problems"] == []
+            assert {job.id: job.state for job in copy.list_jobs()} == expected
+            new = copy.enqueue("t", queue="few")
+            assert new == max(expected) + 1
+            while job := copy.dequeue("w"):
+                copy.complete(job)
+            assert {job.state for job in copy.list_jobs()} == {"completed"}
+            assert copy.check()["problems"] == []
+        with psycopg.connect(database, autocommit=True) as admin:
+            admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def test_check_finds_a_changed_collation(queue, database):  # noqa: F811
