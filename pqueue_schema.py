@@ -615,11 +615,14 @@ FROM jobs WHERE id = :id"""
 RECORD_OPERATION = """
 INSERT INTO history (job_id, at, event, actor, attempt) VALUES (0, :now, :event, :actor, 0)"""
 
-# Return the latest operations: the rows with one time, actor and event.
+# Return the latest operations: the rows with one time, actor and event. A retry at a time resubmits finished jobs and
+# changes the others.
 OPERATIONS = f"""
-SELECT at, actor, event, sum(CASE job_id WHEN 0 THEN 0 ELSE 1 END), min(job_id) FROM (
+SELECT at, actor, min(event) || CASE WHEN min(event) <> max(event) THEN ', ' || max(event) ELSE '' END,
+    count(DISTINCT nullif(job_id, 0)), min(job_id) FROM (
     SELECT * FROM history WHERE event NOT IN {ENDS} ORDER BY id DESC LIMIT :rows) latest
-GROUP BY at, actor, event ORDER BY at DESC, max(id) DESC LIMIT :limit"""
+GROUP BY at, actor, CASE WHEN event = 'resubmitted' OR event LIKE 'changed %' THEN '' ELSE event END
+ORDER BY at DESC, max(id) DESC LIMIT :limit"""
 
 # Return the consumers that lost the job since it was last resubmitted.
 LOST_BY = """

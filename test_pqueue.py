@@ -3507,6 +3507,13 @@ class QueueContract:
             ],
         )
         self.assertEqual([each["at"] for each in q.operations(limit=2)], [now + 60] * 2)
+        for job_id in ids[1:]:  # as a retry at a time and an edit of a finished job do
+            if q.get(job_id).state == "cancelled":
+                q.resubmit(job_id, by="eve", now=now + 62)
+            q.change(job_id, priority=1, by="eve", now=now + 62)
+        operation = q.operations(limit=1)[0]
+        expected = ("changed priority, resubmitted", 4, ids[1])
+        self.assertEqual((operation["event"], operation["jobs"], operation["job_id"]), expected)
         q.schedule("default", "t", every_seconds=60)
         for verb in (q.pause_schedule, q.resume_schedule, q.unschedule):
             verb("default", by="ann", now=now + 65)

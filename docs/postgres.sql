@@ -788,11 +788,14 @@ FROM pqueue.jobs WHERE id = $5 FOR UPDATE;
 INSERT INTO pqueue.history (job_id, at, event, actor, attempt) VALUES (0, $1, $2, $3, 0);
 
 -- OPERATIONS
--- Return the latest operations: the rows with one time, actor and event.
+-- Return the latest operations: the rows with one time, actor and event. A retry at a time resubmits finished jobs and
+-- changes the others.
 -- $1 rows, $2 limit
-SELECT at, actor, event, sum(CASE job_id WHEN 0 THEN 0 ELSE 1 END), min(job_id) FROM (
+SELECT at, actor, min(event) || CASE WHEN min(event) <> max(event) THEN ', ' || max(event) ELSE '' END,
+    count(DISTINCT nullif(job_id, 0)), min(job_id) FROM (
     SELECT * FROM pqueue.history WHERE event NOT IN ('failed', 'expired', 'died', 'released', 'snoozed') ORDER BY id DESC LIMIT $1) latest
-GROUP BY at, actor, event ORDER BY at DESC, max(id) DESC LIMIT $2;
+GROUP BY at, actor, CASE WHEN event = 'resubmitted' OR event LIKE 'changed %' THEN '' ELSE event END
+ORDER BY at DESC, max(id) DESC LIMIT $2;
 
 -- LOST_BY
 -- Return the consumers that lost the job since it was last resubmitted.
