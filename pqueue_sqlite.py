@@ -707,7 +707,7 @@ class PersistentQSQLite(PersistentQInterface):
         text = "".join(mark if mark.isprintable() else "?" for mark in str(error))  # it may quote names from the file
         if "locked" in text or "busy" in text:
             held = f"another writer held it for {self._busy_seconds:g} s"
-            return QueueBusy(f"cannot write to {self.path}: {'; '.join([held, *self._writer_lock.problems()])}")
+            return QueueBusy(f"cannot use {self.path}: {'; '.join([held, *self._writer_lock.problems()])}")
         if "disk is full" in text:
             return QueueFull(f"cannot write to {self.path}: its disk is full")
         if "not a database" in text:

@@ -5553,8 +5553,8 @@ class Files(SQLiteCase):
     def test_error_of_sqlite_is_a_queue_error_with_a_reason(self):
         queue = self.open()
         for message, expected in {
-            "database is locked": "QueueBusy: cannot write to .*: another writer held it for 5 s",
-            "database table is busy": "QueueBusy: cannot write to .*: another writer held it for 5 s",
+            "database is locked": "QueueBusy: cannot use .*: another writer held it for 5 s",
+            "database table is busy": "QueueBusy: cannot use .*: another writer held it for 5 s",
             "database or disk is full": "QueueFull: cannot write to .*: its disk is full",
             "file is not a database": "SchemaMismatch: cannot use .*: expected an SQLite database, got another file",
             "attempt to write a readonly database": "QueueError: cannot write to .*: no permission, no free descriptor",
