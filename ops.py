@@ -5,6 +5,7 @@
 
 PQUEUE_OPS_PORT is the port (default: 8501).
 PQUEUE_OPS_READONLY=1 disables all actions.
+PQUEUE_OPS_NAME is the name of this system in headings and titles, such as shop (staging).
 PQUEUE_OPS_PREFIX is the path under which a proxy offers the dashboard, such as /queue.
 PQUEUE_OPS_USER_HEADER names the header in which a trusted proxy passes on the name of the user.
 PQUEUE_OPS_HOSTS lists the host names and addresses that are accepted in addition to loopback.

@@ -27,6 +27,7 @@ JOBS_PER_PAGE = 50
 FRESH_SECONDS = 1.0  # minimum age of figures before they are computed again
 MAX_BUSY_SHARE = 0.05  # maximum share of time spent computing one kind of figures
 PAGE_WAIT_SECONDS = 0.12  # how long a page waits for new figures before it shows the previous ones
+FIRST_WAIT_SECONDS = 2.0  # how long it waits if there are no previous ones
 MAX_STALE_SECONDS = 30.0  # how long figures are shown after they became stale
 SEARCH_SECONDS = 0.1  # how long a search runs before the page offers to continue it
 SEARCHES_KEPT = 20
@@ -66,6 +67,11 @@ HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:/?#@\[\]\\,]+))(?::[0-9]{1,5})?")
 
 def read_only() -> bool:
     return os.environ.get("PQUEUE_OPS_READONLY", "") not in ("", "0")
+
+
+def site_name() -> str:
+    """Return PQUEUE_OPS_NAME, the name of this system in headings and titles: shop (staging)."""
+    return os.environ.get("PQUEUE_OPS_NAME", "").strip() or "pqueue"
 
 
 PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)*")
@@ -154,7 +160,7 @@ class FigureCache:
         self._parts: dict[str, Callable[[PersistentQInterface], Any]] = {
             "overview": _overview,
             "hour": _hour,
-            "days": _days,
+            "days": _Days(),
             "processing": _processing,
             "failures": PersistentQInterface.failures,
             "consumers": _consumers,
@@ -217,7 +223,7 @@ class FigureCache:
 
     def figures(self, wait_seconds: float | None = None, *, days: bool = False) -> dict[str, Any]:
         """Return the current figures, or the previous ones if computing takes longer than wait_seconds (None:
-        PAGE_WAIT_SECONDS):
+        PAGE_WAIT_SECONDS, or FIRST_WAIT_SECONDS if there are no previous ones):
 
         overview: states, queues and path of the queue, per_minute, oldest_seconds, alive, wal_bytes, findings, and wait
         and run, each (p50, p95) in seconds or None; minutes: at (the start), the numbers COUNTED, wait and run of each
@@ -236,10 +242,14 @@ class FigureCache:
                 if part not in self._running and now >= self._stale_at.get(part, 0.0):
                     self._running[part] = self._worker.submit(self._compute, part, queue, self._running)
             running = [self._running[part] for part in wanted if part in self._running]
-        wait(running, PAGE_WAIT_SECONDS if wait_seconds is None else wait_seconds)
+            has_all = self._computed.keys() >= set(wanted)
+        if wait_seconds is None:
+            wait_seconds = PAGE_WAIT_SECONDS if has_all else FIRST_WAIT_SECONDS
+        wait(running, wait_seconds)
         with self._lock:
             now = time.monotonic()
-            computed = {part: found for part, (until, found) in self._computed.items() if until > now}
+            known = {part: self._computed[part] for part in wanted if part in self._computed}
+            computed = {part: found for part, (until, found) in known.items() if until > now}
             age = max((now - self._began[part] for part in computed), default=0.0)
         for found in computed.values():
             if isinstance(found, Exception):
@@ -392,14 +402,27 @@ def _series(found: Iterable[Outcomes], starts: list[float]) -> list[dict[str, An
     return [_period(total(those, at)) for at, those in periods.items()]
 
 
-def _days(queue: PersistentQInterface) -> dict[str, list[Any]]:
-    step, since = min(DAYS.values()), _starts(max(DAYS.values()))[0]
-    found = queue.outcomes(since, step_seconds=step)
-    return {
-        **{name: _series(found, _starts(each)) for name, each in DAYS.items()},
-        "tasks": _tasks(found, _starts(step)),
-        "found": found,
-    }
+class _Days:
+    """Computes the figures of DAYS. Counts of the past rarely change, so most are read once an hour."""
+
+    def __init__(self) -> None:
+        self._source: PersistentQInterface | None = None
+        self._read_at = self._until = 0.0  # when _past was read, and up to which time
+        self._past: list[Outcomes] = []
+
+    def __call__(self, queue: PersistentQInterface) -> dict[str, list[Any]]:
+        step, since, now = min(DAYS.values()), _starts(max(DAYS.values()))[0], report.now_shown()
+        if queue is not self._source or not 0 <= now - self._read_at < 3600:
+            until = _starts(step)[-2]  # a long transaction may still add to the period before the current one
+            self._past = queue.outcomes(since, until, step_seconds=step)
+            self._source, self._read_at, self._until = queue, now, until
+        found = [each for each in self._past if each.at >= since]
+        found += queue.outcomes(max(since, self._until), step_seconds=step)
+        return {
+            **{name: _series(found, _starts(each)) for name, each in DAYS.items()},
+            "tasks": _tasks(found, _starts(step)),
+            "found": found,
+        }
 
 
 def _tasks(found: Iterable[Outcomes], starts: list[float]) -> list[dict[str, Any]]:
@@ -421,12 +444,13 @@ def _period(each: Outcomes) -> dict[str, Any]:
 
 def _settings(queue: PersistentQInterface) -> dict[str, dict[str, Any]]:
     """Return of each queue its failure handler and thresholds, how long it keeps jobs of each state, by how many it
-    grows in an hour, and when the next one is deleted, or None."""
-    handlers, expected = queue.handlers(), queue.expectations()
+    grows in an hour, when the next one is deleted, or None, and what `count_groups` counts."""
+    handlers, expected, groups = queue.handlers(), queue.expectations(), queue.count_groups()
     found: dict[str, dict[str, Any]] = {}
     for each in queue.retention():
         name = each["queue"]
         new: dict[str, Any] = {"grows_by": 0, "deleted_at": None, "keeps": [], "handler": handlers.get(f"queue:{name}")}
+        new["groups"] = groups.get(name, {})
         settings = found.setdefault(name, {**new, "expects": expected.get(name, Expectation())})
         settings["keeps"].append(each["keep_seconds"])
         settings["grows_by"] += each["added"] - each["expiring"]

@@ -12,7 +12,6 @@ from pqueue_tools.dashboard import FILTERS, Query, one, prefix
 from pqueue_tools.dashboard_page import SCRIPT, STYLE
 from pqueue_tools.dashboard_summary import charts, findings, text, tiles, trend
 from pqueue_tools.tables import OVERVIEW_ROWS, PAGES, Button, Column, Page, Table
-from pqueue_values import command_line
 
 ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">
 <rect width="16" height="16" rx="4" fill="#1669b2"/>
@@ -22,6 +21,7 @@ FILES = {
     "/style.css": ("text/css; charset=utf-8", dashboard_summary.STYLE + STYLE),
     "/script.js": ("text/javascript; charset=utf-8", SCRIPT),
     "/icon.svg": ("image/svg+xml", ICON),
+    "/icon-problem.svg": ("image/svg+xml", ICON.replace("#1669b2", "#b93a00")),
 }
 
 CONTROLS = {number: f"&#{number};" for number in (*range(1, 32), 127)}  # as references: a parser changes CR
@@ -104,12 +104,13 @@ def _frame(
     verdict = f'<a class="health {found[0].severity if found else "completed"}" href="{prefix()}/">'
     verdict += f"{report.count(len(found), 'problem') if found else report.NO_FINDINGS}</a>"
     mode = '<span class="health info">read-only</span>' if dashboard.read_only() else ""
-    heading = f"({len(found)}) {title}" if found else title
-    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{text(heading)} · pqueue</title>
+    heading, site = f"({len(found)}) {title}" if found else title, text(dashboard.site_name())
+    icon = "icon.svg" if seen and not found else "icon-problem.svg"
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{text(heading)} · {site}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="stylesheet" href="{prefix()}/style.css">
-<link rel="icon" href="{prefix()}/icon.svg"></head><body class="pqueue">
+<link rel="icon" id="icon" href="{prefix()}/{icon}"></head><body class="pqueue">
 <a class="skip" href="#main">skip to the content</a>
-<header><h1><a href="{prefix()}/">pqueue</a></h1>
+<header><h1><a href="{prefix()}/">{site}</a></h1>
 <div id="health">{verdict if seen else ""}{mode}</div>
 <span class="path" id="path">{text(seen["path"]) if seen else ""}</span>
 <span id="live"><span id="age">times in UTC</span>
@@ -126,11 +127,7 @@ def said(message: str, kind: str = "done") -> str:
 
 def without_queue(sentence: str) -> str:
     """Return the page that is shown while the queue is not available."""
-    start = f"The page returns when the queue does. A queue is created by {command_line('producer')} or "
-    start += f"{command_line('consumer')}; PQUEUE_URL names another one."
-    return _frame(
-        "no queue", f'<section id="trouble">{dashboard_summary.trouble(sentence)}<p>{text(start)}</p></section>'
-    )
+    return _frame("no queue", f'<section id="trouble">{dashboard_summary.without_queue(sentence)}</section>')
 
 
 def refusal(sentence: str) -> str:
@@ -215,7 +212,7 @@ def _cell(column: Column, row: Any) -> str:  # noqa: PLR0911 - one for each kind
         jobs = value if isinstance(value, list) else [value]
         links = [f'<a href="{prefix()}/job/{each}">{each}</a>' for each in jobs[: tables.JOBS_OF_CONSUMER_SHOWN]]
         return " ".join(links) + " …" * (len(links) < len(jobs))
-    if column.kind in ("time", "since", "until", "clock"):
+    if column.kind in ("time", "since", "until", "clock", "moment"):
         return f'<time datetime="{report.iso(value)}" data-kind="{column.kind}">{report.utc(value)}</time>'
     if column.kind == "trend":
         return trend(value)
@@ -301,8 +298,9 @@ def _filter_form(which: Page, figures: dict[str, Any], query: Query) -> str:
     )
     suggest = {name: f'list="of-{name}"' for name in suggested}
     fields = "".join(
-        f'<input name="{name}" placeholder="{tables.HINTS.get(name, name)}" aria-label="{name}" size="12" '
-        f'value="{text(one(query, name))}" {suggest.get(name, "")}>'
+        f'<input name="{name}" placeholder="{name}{f": {tables.HINTS[name]}" if name in tables.HINTS else ""}" '
+        f'aria-label="{name}" size="{18 if name in tables.HINTS else 12}" value="{text(one(query, name))}" '
+        f"{suggest.get(name, '')}{' class=less' if name in tables.RARE_FILTERS and not one(query, name) else ''}>"
         for name in FILTERS
         if name != "state"
     )
@@ -333,13 +331,12 @@ def _bulk_form(table: str, which: Page, query: Query, matching: str, token: str)
 
 def job(found: dict[str, Any], message: str, token: str, seen: dict[str, Any]) -> str:
     one: pqueue.Job = found["job"]
-    cells = {each.heading: _cell(each, found) for each in tables.FACTS}
-    facts = "".join(f"<dt>{heading}</dt><dd>{cell}</dd>" for heading, cell in cells.items() if cell)
+    facts = dashboard_summary.facts({each.heading: _cell(each, found) for each in tables.FACTS})
     back = f"/job/{one.id}"
     buttons = _buttons(tables.job_buttons(found), token, back)
     timeline = _titled(tables.HISTORY, tables.HISTORY.rows(found), token, back, None)
     texts = {title.lower(): _text(one, title, value, is_cut) for title, value, is_cut in tables.texts(found)}
-    parts = {"facts": f"<h2>Job {one.id}</h2>{buttons}<dl>{facts}</dl>", "error": texts.pop("error", "")}
+    parts = {"facts": f"<h2>Job {one.id}</h2>{buttons}{facts}", "error": texts.pop("error", "")}
     parents = _titled(tables.PARENTS, found["parents"], token, back, None) if found["parents"] else ""
     parts |= {"parents": parents, "timeline": timeline, **texts}
     body = "".join(f'<section id="{key}">{part}</section>' for key, part in parts.items() if part)

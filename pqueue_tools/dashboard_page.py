@@ -9,6 +9,7 @@ STYLE = """
 body { margin: 0; background: var(--page); color: var(--ink); font: 14px/1.45 system-ui, sans-serif }
 header, main, nav { max-width: 1280px; margin: 0 auto; padding: 0 16px }
 header { display: flex; gap: 4px 16px; align-items: center; flex-wrap: wrap; padding-top: 12px; min-height: 46px }
+#health .health { margin: 0 6px 0 0 }
 header .path { color: var(--soft); font-size: 12.5px; overflow-wrap: anywhere }
 #live { margin-left: auto; color: var(--soft); font-size: 12.5px; font-variant-numeric: tabular-nums }
 nav { display: flex; gap: 4px; flex-wrap: wrap; margin-top: 6px }
@@ -26,7 +27,8 @@ th:last-child, td:last-child { padding-right: 0 }
 tr:last-child td { border-bottom: 0 }
 td.cut, th.cut { width: 99%; min-width: 140px; max-width: 0; overflow: hidden; text-overflow: ellipsis }
 td.wrap { width: 99%; white-space: normal; overflow-wrap: anywhere }
-td.number, th.number { text-align: right } #queues th { white-space: normal; vertical-align: bottom }
+td.fold { white-space: normal; min-width: 90px }
+td.number, th.number { text-align: right } #queues th, #settings th { white-space: normal; vertical-align: bottom }
 .soft { color: var(--soft) }
 .only, .skip:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
 .state { font-weight: 500 }
@@ -51,8 +53,6 @@ details { display: inline-block; vertical-align: top; margin-right: 8px }
 summary { cursor: pointer; color: var(--processing) }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--page); border: 1px solid var(--line);
   border-radius: 6px; padding: 10px; margin: 4px 0; max-height: 420px; overflow-y: auto; font-size: 12.5px }
-dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 4px 16px; margin: 8px 0 0 }
-dt { color: var(--soft) } dd { margin: 0; overflow-wrap: anywhere }
 progress { width: 90px; height: 10px; accent-color: var(--processing) }
 .ranges { margin: 0 0 6px; color: var(--soft); font-size: 12.5px } .range { padding: 3px 8px; border-radius: 6px }
 .range[aria-current] { outline: 1px solid var(--line); color: var(--ink); font-weight: 600; text-decoration: none }
@@ -63,13 +63,13 @@ progress { width: 90px; height: 10px; accent-color: var(--processing) }
   th, td { padding-right: 8px } td.cut, th.cut { min-width: 76px }
   table:has(td.wrap) thead { position: absolute; clip-path: inset(50%) }
   tr:has(td.wrap) { display: flex; flex-wrap: wrap; border-bottom: 1px solid var(--line) }
-  tr:has(td.wrap) td { border: 0 }
+  tr:has(td.wrap) td { border: 0; text-align: left }
   td:has(details) { white-space: normal } details { margin: 0 }
   td.wrap { flex: 1 0 100%; order: -1; padding-right: 0 }
   td a, summary { display: inline-block; min-height: 24px; min-width: 24px } progress { width: 70px }
   input:not([type=checkbox]), select, button { min-height: 32px }
   input[type=checkbox] { width: 24px; height: 24px }
-  form.filter input:not([type=checkbox]), form.filter select { flex: 1 1 40%; min-width: 0 } }
+  form.filter input:not([type=checkbox]), form.filter select { flex: 1 1 45%; min-width: 0 } }
 """
 
 # The page fetches itself, and takes over what has changed, row by row; a form is sent in the same way. Nothing changes
@@ -101,7 +101,8 @@ function ages() {
     each.title = clock(at);
     say(each, kind === 'clock' ? clock(at) : kind === 'minute' ? clock(at).slice(-8, -3)
       : kind === 'day' ? clock(at, true).slice(5, -3) : kind === 'since' ? span(age)
-      : kind === 'until' ? span(-age) : age < 0 ? 'in ' + span(-age) : span(age) + ' ago');
+      : kind === 'until' ? span(-age) : (kind === 'moment' ? clock(at) + ', ' : '')
+      + (age < 0 ? 'in ' + span(-age) : span(age) + ' ago'));
   }
   for (const each of document.querySelectorAll('title[data-at]')) {
     say(each, clock(new Date(each.dataset.at * 1000)).slice(0, -3) + ': ' + each.dataset.text);
@@ -143,7 +144,7 @@ function show(text) {
   const next = new DOMParser().parseFromString(text, 'text/html');
   if (!!next.getElementById('trouble') !== !!$('trouble') && !next.getElementById('trouble')) return location.reload();
   document.title = next.title;
-  for (const part of ['health', 'path', 'main']) patch($(part), next.getElementById(part));
+  for (const part of ['icon', 'health', 'path', 'main']) patch($(part), next.getElementById(part));
   prepare();
 }
 
@@ -152,7 +153,10 @@ async function refresh() {
   try {
     const answer = await fetch(location.href, {headers: {'If-None-Match': tag, Accept: 'text/html'}});
     ahead = answer.headers.get('X-Now') * 1000 - Date.now();
-    if (answer.status === 503) return say($('age'), 'the queue is not available');
+    if (answer.status === 503) {
+      $('icon').href = $('icon').href.replace('icon.svg', 'icon-problem.svg');
+      return say($('age'), 'the queue is not available');
+    }
     if (answer.status !== 304) {
       const text = await answer.text();
       if (!held()) { tag = answer.headers.get('ETag') || ''; show(text); }

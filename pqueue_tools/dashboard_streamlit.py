@@ -30,7 +30,12 @@ h5 {{ padding: 0 0 0.3rem !important }}
 @media (max-width: 640px) {{ .st-key-filters [data-testid=stColumn] {{ min-width: 42% !important; flex: 1 1 42% }} }}
 </style>"""
 KEPT = ("page", "last")  # widgets whose value the address keeps, apart from the filters
-STATE_COLOURS = dict(zip(dashboard.STATES_SHOWN, ("orange", "violet", "gray", "blue", "green", "red"), strict=True))
+STATE_COLOURS = {
+    **dict(zip(dashboard.STATES_SHOWN, ("orange", "violet", "violet", "blue", "green", "red"), strict=True)),
+    "running": "green",
+    "dead": "red",
+    "paused": "orange",
+}
 
 
 @st.cache_resource
@@ -39,7 +44,7 @@ def cache() -> dashboard.FigureCache:
 
 
 def page() -> None:
-    st.set_page_config("pqueue", layout="wide")
+    st.set_page_config(dashboard.site_name(), layout="wide")
     st.html(STYLE)
     if refused := _refusal():
         st.container(border=True).html(_html(dashboard_summary.trouble(refused)))
@@ -47,6 +52,11 @@ def page() -> None:
     if message := st.session_state.pop("message", None):
         st.toast(_escaped(message))
     _section("", _health)
+    try:
+        cache().figures()
+    except pqueue.QueueError:
+        st.session_state["is away"] = True
+        return
     if job_id := st.query_params.get("job", ""):
         st.link_button("to the overview", "?")
         _section("job", partial(_job, whole_number(0)(job_id)))
@@ -102,7 +112,10 @@ def _section(key: str, part: Callable[[], None], title: str = "") -> None:
         try:
             part()
         except pqueue.QueueError as error:
-            st.caption("this part reloads automatically") if key else _trouble(str(error))
+            if key:
+                st.caption("this part reloads automatically")
+            else:
+                st.html(_html(dashboard_summary.without_queue(str(error))))
         except ValueError as error:  # from a filter or an address
             _trouble(str(error))
 
@@ -144,11 +157,17 @@ def _escaped(value: str) -> str:
 
 def _health() -> None:
     seen = cache().figures()["overview"]
+    if st.session_state.pop("is away", False):
+        st.rerun()
     path = f'<span class="path">{dashboard_summary.text(seen["path"])}</span>'
     mode = '<span class="health info">read-only</span>' if dashboard.read_only() else ""
     zone = f'<span class="path">times in {dashboard_summary.text(_zone())}</span>'
     found = dashboard_summary.findings(seen["findings"], lambda part: f"?page={tables.page_of(part)}")
-    st.html(_html(f'<div class="title"><b>pqueue</b>{mode}{path}{zone}</div>{found}'))
+    st.html(
+        _html(
+            f'<div class="title"><b>{dashboard_summary.text(dashboard.site_name())}</b>{mode}{path}{zone}</div>{found}'
+        )
+    )
 
 
 def _zone() -> str:
@@ -230,7 +249,8 @@ def _table(table: Table, rows: list[Any], most: int | None) -> None:
         st.caption(_escaped(table.empty))
         return
     shown = rows[: most or table.most]
-    st.dataframe(_cells(table, shown), hide_index=True, column_config=_config(table))
+    cells = _cells(table, shown)
+    st.dataframe(cells, hide_index=True, column_config=_config(table, cells))
     if len(rows) > len(shown):
         st.caption(f"and {report.count(len(rows) - len(shown), table.noun or 'row')} more")
     named = {table.name(row): row for row in shown if table.buttons(row) or table.columns[0].link}
@@ -255,7 +275,15 @@ def _show_jobs(table: Table, row: Any) -> None:
 
 
 def _cells(table: Table, rows: list[Any]) -> list[dict[str, Any]]:
-    return [{each.heading: _cell(each, row) for each in table.columns} for row in rows]
+    return [{each.heading: _table_cell(each, row) for each in table.columns} for row in rows]
+
+
+def _table_cell(column: Column, row: Any) -> Any:
+    """Return a cell as a table takes it, in which a job is a link and a state is a list."""
+    value = _cell(column, row)
+    if column.kind == "job" and isinstance(value, int):
+        return f"?job={value}"
+    return [value] if column.kind == "state" else value
 
 
 def _cell(column: Column, row: Any) -> Any:  # noqa: PLR0911 - one for each kind
@@ -266,6 +294,8 @@ def _cell(column: Column, row: Any) -> Any:  # noqa: PLR0911 - one for each kind
         return report.ago(value, report.now_shown())
     if column.kind == "clock":
         return _clock(value)
+    if column.kind == "moment":
+        return f"{_clock(value)}, {report.ago(value, report.now_shown())}"
     if column.kind in ("since", "until"):
         return report.span(abs(report.now_shown() - value))
     if column.kind == "trend":
@@ -278,14 +308,33 @@ def _cell(column: Column, row: Any) -> Any:  # noqa: PLR0911 - one for each kind
     return report.printable(value) if isinstance(value, str) else value
 
 
-def _config(table: Table) -> dict[str, Any]:
+def _fact(column: Column, found: Any) -> str:
+    shown = dashboard_summary.text(_cell(column, found))
+    return f'<b class="{shown}">{shown}</b>' if column.kind == "state" else shown
+
+
+def _config(table: Table, cells: list[dict[str, Any]]) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for each in table.columns:
+        values = [row[each.heading] for row in cells]
         if each.kind == "progress":
             config[each.heading] = st.column_config.ProgressColumn(min_value=0, max_value=1)
         elif each.kind == "trend":
             config[each.heading] = st.column_config.LineChartColumn(y_min=0)
-        elif each.width:
+        elif each.kind == "state":
+            shown = sorted({value for row in values for value in row})
+            colours = [STATE_COLOURS.get(value, "gray") for value in shown]
+            config[each.heading] = st.column_config.MultiselectColumn(options=shown, color=colours)
+        elif each.kind == "job" and not any(isinstance(value, str) and value[:1].isdigit() for value in values):
+            config[each.heading] = st.column_config.LinkColumn(display_text=r"job=(\d+)")
+        elif each.kind in ("number", "since", "until"):
+            is_number = all(isinstance(value, int) for value in values)
+            config[each.heading] = (
+                st.column_config.NumberColumn(format="localized")
+                if is_number
+                else st.column_config.TextColumn(alignment="right")
+            )
+        elif each.width in ("cut", "wrap"):
             config[each.heading] = st.column_config.TextColumn(width="large")
     return config
 
@@ -337,7 +386,8 @@ def _newest(query: dashboard.Query) -> None:
 def _choose(table: Table, jobs: list[pqueue.Job], mode: Any, key: str) -> list[int]:
     """Draw a table of jobs, and return the ids of those that the reader chooses."""
     rows = _cells(table, jobs)
-    chosen = st.dataframe(rows, hide_index=True, on_select="rerun", selection_mode=mode, key=key)
+    config = _config(table, rows)
+    chosen = st.dataframe(rows, hide_index=True, column_config=config, on_select="rerun", selection_mode=mode, key=key)
     return [jobs[row].id for row in chosen["selection"]["rows"] if row < len(jobs)]
 
 
@@ -351,7 +401,7 @@ def _query(which: Page) -> dashboard.Query:
     query: dashboard.Query = {}
     suggested = tables.suggestions(cache().figures())
     names = dashboard.FILTERS[which.name == "failed" :]
-    places = cycle(st.container(key="filters").columns(4))
+    places = cycle(st.container(key="filters").columns(6))
     for name, place in zip(names, places, strict=False):
         key = f"filter-{name}"
         if name == "state":
@@ -421,9 +471,7 @@ def _job(job_id: int) -> None:
     found = cache().job(job_id)
     one: pqueue.Job = found["job"]
     st.markdown(f"#### Job {one.id}")
-    facts = {each.heading: _escaped(str(_cell(each, found))) for each in tables.FACTS}
-    facts["state"] = f":{STATE_COLOURS.get(one.state, 'gray')}[{facts['state']}]"
-    st.markdown(" · ".join(f":gray[{heading}] {fact}" for heading, fact in facts.items() if fact))
+    st.html(_html(dashboard_summary.facts({each.heading: _fact(each, found) for each in tables.FACTS})))
     _buttons(tables.job_buttons(found))
     for place, (title, text, is_cut) in zip(cycle(st.columns(2)), tables.texts(found), strict=False):
         place.caption(f"{title}: the first {dashboard.TEXT_CHARS_SHOWN:,} characters" if is_cut else title)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from pqueue_tools import dashboard, report
+from pqueue_values import command_line
 
 STYLE: str = (
     """
@@ -36,6 +37,9 @@ STYLE: str = (
 .pqueue .tile b { display: block; font-size: 20px; font-weight: 600; line-height: 1.35; white-space: nowrap;
   font-variant-numeric: tabular-nums }
 .pqueue .tile span { color: var(--soft); font-size: 12.5px; white-space: nowrap }
+.pqueue dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 4px 16px; margin: 8px 0 0;
+  padding: 0 }
+.pqueue dt { color: var(--soft); margin: 0 } .pqueue dd { margin: 0; padding: 0; overflow-wrap: anywhere }
 .pqueue .completed, .pqueue .running { color: var(--completed) }
 .pqueue .failed, .pqueue .dead, .pqueue .critical { color: var(--failed) }
 .pqueue .warning, .pqueue .paused { color: var(--pending) } .pqueue .info { color: var(--soft) }
@@ -70,6 +74,15 @@ def trouble(sentence: str) -> str:
     return f'<p class="health critical">{text(sentence)}</p>'
 
 
+def without_queue(sentence: str) -> str:
+    """Return why the queue is not available, and what to do."""
+    start = "The page returns when the queue does."
+    if sentence.startswith("no queue"):
+        start += f" A queue is created by {command_line('producer')} or {command_line('consumer')}; "
+        start += "PQUEUE_URL names another one."
+    return f"{trouble(sentence)}<p>{text(start)}</p>"
+
+
 def findings(found: list[report.Finding], address: Callable[[str], str]) -> str:
     """Return each finding with its remedy and a link to the page that shows it; `address` returns that of a part."""
     if not found:
@@ -96,6 +109,11 @@ def tiles(shown: list[tuple[str, str, str]], address: Callable[[str], str]) -> s
 def _tile(label: str, value: str, state: str, address: Callable[[str], str]) -> str:
     inside = f'<span>{text(label)}</span><b class="{state}">{text(value)}</b>'
     return f'<a class="tile" href="{address(state)}">{inside}</a>' if state else f'<div class="tile">{inside}</div>'
+
+
+def facts(shown: dict[str, str]) -> str:
+    """Return the facts that there are, each with its heading; they are HTML."""
+    return f"<dl>{''.join(f'<dt>{heading}</dt><dd>{fact}</dd>' for heading, fact in shown.items() if fact)}</dl>"
 
 
 def _clock(at: float, *, has_day: bool) -> str:
@@ -186,13 +204,13 @@ def _jobs_chart(minutes: Minutes, clock: Clock) -> str:
 
 def _times_chart(minutes: Minutes, clock: Clock) -> str:
     """Draw the wait and run times on a logarithmic scale: solid p50, dashed p95."""
-    values = [max(each, 0.001) for minute in minutes[:-1] for name in ("wait", "run") for each in minute[name] or ()]
+    values = [max(each, 0.001) for minute in minutes for name in ("wait", "run") for each in minute[name] or ()]
     low = math.floor(math.log10(min(values, default=0.01)))
     high = max(low + 2, math.ceil(math.log10(max(values, default=1))))
     step, marks = WIDTH / len(minutes), []
     for name in ("wait", "run"):
         for place, dashes in ((1, "4 3"), (0, "")):
-            seconds = [each[name] and max(each[name][place], 0.001) for each in minutes[:-1]]
+            seconds = [each[name] and max(each[name][place], 0.001) for each in minutes]
             marks += _line([s and math.log10(s) - low for s in seconds], high - low, step, name, dashes)
     tips = [
         ", ".join(f"{name} p50 / p95 {dashboard.times(each[name])}" for name in ("wait", "run")) for each in minutes
@@ -225,13 +243,14 @@ def _frame(
 
 
 def _line(values: list[float | None], top: float, step: float, name: str, dashes: str = "") -> list[str]:
-    """Return a line through the middles of the minutes, with gaps for missing values; a single value is a dot."""
+    """Return a line through the middles of the minutes, with gaps for missing values; a single value is a dash."""
     path, pen = "", "M"
     for number, value in enumerate(values):
         if value is None:
             pen = "M"
         else:
-            path += f"{pen}{(number + 0.5) * step:.1f} {HEIGHT - value / top * HEIGHT:.1f}" + "h0" * (pen == "M")
+            x, y = (number + 0.5) * step, HEIGHT - value / top * HEIGHT
+            path += f"M{x - 0.3 * step:.1f} {y:.1f}H{x:.1f}" if pen == "M" else f"L{x:.1f} {y:.1f}"
             pen = "L"
     dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
     how = 'fill="none" stroke-width="1.5" stroke-linecap="round"'

@@ -35,6 +35,8 @@ DROPPED = (
     "cancelled",
     "queues",
     "created_at",
+    "retried",
+    "enqueued",
     "queue",
 )
 LEAST_CELLS = 3  # of a column that is cut because dropping others was not enough

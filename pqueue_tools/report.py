@@ -770,12 +770,16 @@ def for_people(column: str, value: Any, now: float) -> str:
         return "yes" if value else "no"
     if is_time(column):
         return ago(value, now)
-    for ending, shown in (("_seconds", span), ("_bytes", size)):
+    for ending, shown in (("_seconds", _short_span), ("_bytes", size), ("_share", "{:.1%}".format)):
         if column.endswith(ending):
             return shown(value)
     if isinstance(value, (dict, list)):
         return json_text(value)
     return f"{value:,}" if isinstance(value, int) and not column.endswith("id") else str(value)
+
+
+def _short_span(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if 0 < seconds < 1 else span(seconds)
 
 
 def printable(text: str) -> str:

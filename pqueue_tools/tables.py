@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
@@ -42,14 +42,14 @@ class Button:
 
 @dataclass(frozen=True)
 class Column:
-    """What a cell returns depends on the kind: text, number, time, since or until (Unix seconds, shown as an age or a
-    span), state (which has a colour), job (an id, or a list of ids), long (text that unfolds), progress (0 to 1), or
-    trend (numbers of completed and failed attempts)."""
+    """What a cell returns depends on the kind: text, number, time, since, until, clock or moment (Unix seconds, shown
+    as an age, a span, a time of day, or both), state (which has a colour), job (an id, or a list of ids), long (text
+    that unfolds), progress (0 to 1), or trend (numbers of completed and failed attempts)."""
 
     heading: str
     cell: Callable[[Any], Any]
     kind: str = "text"
-    width: str = ""  # "cut": use the remaining width and cut the text; "wrap": use it and wrap
+    width: str = ""  # "cut": use the remaining width and cut the text; "wrap": use it and wrap; "fold": wrap at commas
     on_phone: bool = True
     link: Callable[[Any], tuple[str, dict[str, str]]] | None = None  # page and filters that the cell leads to
 
@@ -75,6 +75,13 @@ def _job_id(job: Job) -> str:
     return str(job.id)
 
 
+def _ends_at(job: Job) -> float | None:
+    """Return when a job would end if its progress went on as it did so far."""
+    if not job.progress or job.started_at is None:
+        return None
+    return job.started_at + (report.now_shown() - job.started_at) / job.progress
+
+
 PROCESSING = Table(
     "processing",
     "Processing now",
@@ -85,6 +92,7 @@ PROCESSING = Table(
         Column("elapsed", lambda job: job.started_at, "since"),
         Column("lease left", lambda job: job.lease_expires_at, "until", on_phone=False),
         Column("attempt", _attempts, on_phone=False),
+        Column("left, estimated", _ends_at, "until", on_phone=False),
         Column("progress", lambda job: job.progress, "progress", width="cut"),
     ),
     "nothing is running",
@@ -186,7 +194,8 @@ GROUPS = Table(
 ADD_GROUP = Button("add_group", f"add {supervisor.GROUP_SIZE} consumers")
 
 
-NEW_QUEUE: dict[str, Any] = {"grows_by": 0, "deleted_at": None, "keeps": [], "handler": None, "expects": Expectation()}
+NEW_QUEUE: dict[str, Any] = {"grows_by": 0, "deleted_at": None, "keeps": [], "handler": None, "groups": {}}
+NEW_QUEUE["expects"] = Expectation()
 
 
 def _queues(figures: dict[str, Any]) -> list[dict[str, Any]]:
@@ -202,6 +211,22 @@ def _kept(queue: dict[str, Any]) -> str:
 def _expected(queue: dict[str, Any]) -> str:
     wait, share = queue["expects"]
     return f"{report.span(wait)} / {share:.0%}"
+
+
+def _limits(queue: dict[str, Any]) -> str:
+    """Return what a queue accepts and runs at most: 100 pending, 5 running, 10 in 1 s."""
+    found = [f"{queue[name]:,} {name[4:]}" for name in ("max_pending", "max_running") if queue[name] is not None]
+    if queue["rate"]:
+        found.append(f"{queue['rate'][0]:,} in {queue['rate'][1]:g} s")
+    return ", ".join(found)
+
+
+def _group_counts(queue: dict[str, Any]) -> str:
+    """Return how many groups have pending jobs, and how many are at a limit."""
+    counts = {"pending": 0, "at_max_running": 0, "at_rate": 0, **queue["groups"]}
+    limited = counts["at_max_running"] + counts["at_rate"]
+    shown = [f"{counts['pending']:,} pending"] * bool(counts["pending"]) + [f"{limited:,} at a limit"] * bool(limited)
+    return ", ".join(shown)
 
 
 def _queue_buttons(queue: dict[str, Any]) -> list[Button]:
@@ -228,21 +253,27 @@ QUEUES = Table(
         Column("is", lambda queue: "paused" if queue["paused"] else "active", "state"),
         *map(_jobs_in, dashboard.STATES_SHOWN),
         Column("oldest", itemgetter("oldest_pending_at"), "since", on_phone=False),
-        Column("limit", lambda queue: _number(queue["max_pending"]), "number", on_phone=False),
-        Column("on failure", lambda queue: queue["handler"] or "", on_phone=False),
-        Column("reported from wait / failed", _expected, on_phone=False),
-        Column("keeps completed / failed / cancelled", _kept, on_phone=False),
+        Column("limits", _limits, width="fold", on_phone=False),
+        Column("groups", _group_counts, width="fold", on_phone=False),
         Column("growth per hour", lambda queue: f"{queue['grows_by']:+,}", "number", on_phone=False),
-        Column("deletes next", itemgetter("deleted_at"), "time", on_phone=False),
     ),
     "no queue yet",
     rows=_queues,
     buttons=_queue_buttons,
 )
-
-
-SETTINGS = ("on failure", "reported from wait / failed", "keeps completed / failed / cancelled", "deletes next")
-QUEUES_IN_SHORT = replace(QUEUES, columns=tuple(each for each in QUEUES.columns if each.heading not in SETTINGS))
+SETTINGS = Table(
+    "settings",
+    "Settings of queues",
+    (
+        Column("queue", itemgetter("name")),
+        Column("reported from wait / failed", _expected),
+        Column("on failure", lambda queue: queue["handler"] or "nothing", on_phone=False),
+        Column("keeps completed / failed / cancelled", _kept),
+        Column("deletes next", itemgetter("deleted_at"), "time", on_phone=False),
+    ),
+    "no queue yet",
+    rows=_queues,
+)
 
 
 def _task_filters(task: dict[str, Any]) -> dict[str, str]:
@@ -313,10 +344,6 @@ def handled_by(figures: dict[str, Any]) -> str:
     return f"each failed job is handled by the task {figures['handler']}" if figures["handler"] else ""
 
 
-def _number(value: int | None) -> str:
-    return "" if value is None else f"{value:,}"
-
-
 # One job ##############################################################################################################
 
 FACTS = (  # of what `FigureCache.job` returns
@@ -330,14 +357,14 @@ FACTS = (  # of what `FigureCache.job` returns
     Column("attempts", lambda found: _attempts(found["job"])),
     Column("key", lambda found: found["job"].key),
     Column("key until", lambda found: found["job"].key_until),
-    Column("key expires", lambda found: found["job"].key_expires_at, "time"),
+    Column("key expires", lambda found: found["job"].key_expires_at, "moment"),
     Column("assigned to", lambda found: found["job"].assigned_to),
     Column("consumer", lambda found: found["job"].consumer),
-    Column("enqueued", lambda found: found["job"].created_at, "time"),
-    Column("due", lambda found: found["job"].run_at, "time"),
-    Column("expires", lambda found: found["job"].expires_at, "time"),
-    Column("started", lambda found: found["job"].started_at, "time"),
-    Column("finished", lambda found: found["job"].finished_at, "time"),
+    Column("enqueued", lambda found: found["job"].created_at, "moment"),
+    Column("due", lambda found: found["job"].run_at, "moment"),
+    Column("expires", lambda found: found["job"].expires_at, "moment"),
+    Column("started", lambda found: found["job"].started_at, "moment"),
+    Column("finished", lambda found: found["job"].finished_at, "moment"),
     Column("progress", lambda found: None if found["job"].progress is None else f"{found['job'].progress:.0%}"),
 )
 
@@ -549,12 +576,12 @@ class Page:
 PAGES = {
     each.name: each
     for each in (
-        Page("", "Overview", ("findings", FAILED, "tiles", "charts", QUEUES_IN_SHORT, PROCESSING, CONSUMERS)),
+        Page("", "Overview", ("findings", FAILED, "tiles", "charts", QUEUES, PROCESSING, CONSUMERS)),
         Page("jobs", "Jobs", ("search",)),
         Page("failed", "Failed", (FAILED, "search")),
         Page("tasks", "Tasks", (TASKS,)),
         Page("task", "Task", ("task", FAILED, NEWEST, SCHEDULES, QUEUES), under="tasks"),
-        Page("queues", "Queues", (QUEUES,)),
+        Page("queues", "Queues", (QUEUES, SETTINGS)),
         Page("schedules", "Schedules", (SCHEDULES,)),
         Page("consumers", "Consumers", (CONSUMERS, PROCESSING, GROUPS)),
         Page("activity", "Activity", (ACTIVITY,)),
@@ -586,10 +613,12 @@ def query_of(page: Page, query: dashboard.Query) -> dashboard.Query:
 
 
 HINTS = {  # what to write into a filter
-    "since": "since: 2h or a date",
-    "payload": "payload: customer=7",
-    "fingerprint": "error",
+    "since": "2h or a date",
+    "payload": "customer=7",
 }
+
+
+RARE_FILTERS = ("group", "consumer", "key", "until")  # which a phone leaves out
 
 
 def suggestions(figures: dict[str, Any]) -> dict[str, list[str]]:

@@ -181,14 +181,14 @@ class Streamlit(StandardLibrary):
 
     def shows_jobs(self, ids):
         for row, job_id in enumerate(ids):
-            expect(self._cell(row)).to_have_text(str(job_id))
+            expect(self._cell(row)).to_have_text(f"?job={job_id}")  # a link
         expect(self._cell(len(ids))).to_have_count(0)
 
     def _cell(self, row, column=1):
         return self.page.locator(f"[class*=st-key-jobs] [data-testid=glide-cell-{column}-{row}]")
 
     def open(self, job_id):
-        expect(self._cell(0)).to_have_text(str(job_id))
+        expect(self._cell(0)).to_have_text(f"?job={job_id}")
         table = self.page.locator("[class*=st-key-jobs] [data-testid=stDataFrame]")
         table.click(position={"x": 15, "y": 52})  # when it has come to rest
         expect(self.page.get_by_text(f"Job {job_id}", exact=True)).to_be_visible()

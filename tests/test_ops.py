@@ -14,7 +14,7 @@ import socket
 import sqlite3
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from html import unescape
 from pathlib import Path
 from urllib.parse import urlencode
@@ -290,7 +290,7 @@ def test_charts_show_the_last_hour_day_or_three_days(queue, site, monkeypatch):
 
 def test_figures_of_days_are_computed_only_for_a_page_that_shows_them(queue, site):
     asked = []
-    site.server.cache._parts["days"] = lambda queue: asked.append(1) or dashboard._days(queue)
+    site.server.cache._parts["days"] = lambda queue: asked.append(1) or dashboard._Days()(queue)
     for path in ("/", "/jobs", "/queues", "/healthz", "/?last=1+h"):
         site.ask(path)
     assert not asked
@@ -298,6 +298,66 @@ def test_figures_of_days_are_computed_only_for_a_page_that_shows_them(queue, sit
         site.server.cache.expire()
         site.ask(path)
     assert len(asked) == 2
+
+
+def test_figures_of_days_read_again_only_what_may_have_changed(queue, monkeypatch):
+    now, compute, asked = [1_800_000_000.0], dashboard._Days(), []
+    monkeypatch.setattr(dashboard.report, "now_shown", lambda: now[0])
+    read = queue.outcomes
+    monkeypatch.setattr(queue, "outcomes", lambda *span, **step: asked.append(span) or read(*span, **step))
+
+    def completed(*, ago):
+        queue.enqueue("t", now=now[0] - ago)
+        queue.complete(queue.dequeue("w", now=now[0] - ago), now=now[0] - ago)
+        return sum(each["completed"] for each in compute(queue)["72 h"])
+
+    assert [completed(ago=each) for each in (7200, 60, 1440)] == [1, 2, 3]
+    assert [len(span) for span in asked] == [2, 1, 1, 1]
+    assert all(span[0] > now[0] - 3 * 1440 for span in asked[1:])
+    now[0] += 3601
+    assert completed(ago=7200) == 4, "the past is read again after an hour"
+    now[0] -= 86400
+    assert completed(ago=0) == 1, "and after the clock was set back, from which on the rest is yet to come"
+    with closing(pqueue.open_queue("other.db")) as other:
+        assert not any(each["completed"] for each in compute(other)["72 h"])
+
+
+def test_title_and_icon_name_the_system_and_show_whether_it_has_a_problem(queue, site, monkeypatch):
+    def seen():
+        text = site.ask("/")[1]
+        return re.search("<title>(.*)</title>", text)[1], re.search('id="icon" href="/([^"]*)"', text)[1]
+
+    assert seen() == ("Overview · pqueue", "icon.svg")
+    queue.enqueue("t", now=time.time() - 3600)
+    assert seen() == ("(2) Overview · pqueue", "icon-problem.svg")
+    assert site.ask("/icon-problem.svg")[2]["Content-Type"] == "image/svg+xml"
+    monkeypatch.setenv("PQUEUE_OPS_NAME", "shop <staging>")
+    assert seen()[0] == "(2) Overview · shop &lt;staging&gt;"
+    assert "<b>shop &lt;staging&gt;</b>" in "".join(each.proto.body for each in streamlit().get("html"))
+
+
+def test_running_job_shows_when_it_will_end_if_it_goes_on_like_this(queue):
+    job = queue.enqueue("t") and queue.dequeue("w")
+    (left,) = [each.cell for each in tables.PROCESSING.columns if each.heading == "left, estimated"]
+    for progress in (None, 0.0):
+        assert left(job._replace(progress=progress)) is None
+    at = left(job._replace(progress=0.25, started_at=report.now_shown() - 10))
+    assert at - report.now_shown() == pytest.approx(30, abs=1)
+
+
+def test_page_of_queues_shows_every_limit_and_the_groups_that_it_stops(queue, site):
+    queue.enqueue_many("t", range(3), queue="mail", group="a")
+    queue.limit("mail", 1000, running=1, rate=(10, 60))
+    queue.dequeue("w", queues=["mail"])
+    row = re.search('<tr data-key="mail">.*?</tr>', site.ask("/queues")[1], re.DOTALL)[0]
+    assert '<td class="fold less">1,000 pending, 1 running, 10 in 60 s</td>' in row
+    assert '<td class="fold less">1 pending, 1 at a limit</td>' in row
+
+
+def test_age_of_a_page_is_that_of_the_figures_it_shows(queue, site):
+    site.ask("/tasks")
+    site.server.cache._began["days"] -= 20
+    assert float(site.ask("/")[2]["X-Age"]) < 15
 
 
 def test_job_page_names_the_group_and_leads_to_the_jobs_it_runs_after(queue, site):
@@ -602,7 +662,7 @@ def test_search_takes_a_path_in_the_payload_and_suggests_tasks(queue, site):
         assert status == 400
         assert "expected a path in the payload and a value, such as customer=7, got 'customer'" in text
     page = streamlit(page="jobs", payload="customer=8", task="mail")
-    assert [list(each.value["job"]) for each in page.dataframe] == [ids[1:]]
+    assert [list(each.value["job"]) for each in page.dataframe] == [[f"?job={ids[1]}"]]
     assert page.selectbox(key="filter-task").options == ["mail"]
     page.text_input(key="filter-payload").input("customer").run(timeout=PATIENCE_SECONDS)
     assert "expected a path in the payload" in "".join(each.proto.body for each in page.get("html"))
@@ -1132,7 +1192,7 @@ def test_locked_database_is_reported_and_read_when_it_is_free(queue, site, monke
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
         db.execute("BEGIN EXCLUSIVE")
         status, text, _ = site.ask("/")
-        assert (status, "another writer held it" in text) == (503, True)
+        assert (status, "another writer held it" in text, "A queue is created" in text) == (503, True, False)
         assert "another writer held it" in json.loads(site.ask("/api/stats")[1])["error"]
         db.execute("ROLLBACK")
     db.close()
@@ -1283,6 +1343,9 @@ def test_both_front_ends_show_the_same_tables(queue, site, monkeypatch, name):
         kinds = [each.kind for each in table.columns]
         for kind, value in zip(kinds * len(frame["data"]), sum(frame["data"], []), strict=True):
             if kind not in ("time", "since", "until", "progress", "trend"):  # as of now, or a drawing
+                value = (
+                    value.removeprefix("?job=") if kind == "job" else value.strip("[']") if kind == "state" else value
+                )
                 value = f"{int(value):,}" if value.isdigit() and kind != "job" else value
                 assert value in map(unescaped, cells), table.title
     if name == "consumers":
@@ -1300,6 +1363,8 @@ def test_streamlit_page_reports_a_missing_database(folder):
     page = streamlit()
     assert not page.exception
     assert "no queue at" in "".join(each.proto.body for each in page.get("html"))
+    assert "PQUEUE_URL names another one" in "".join(each.proto.body for each in page.get("html"))
+    assert "reloads automatically" not in "".join(each.value for each in page.caption)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -1365,9 +1430,11 @@ def test_chart_of_times_draws_a_wait_of_zero(wait):
     minutes = [{**minute, "at": n * 60.0} for n in range(60)]
     for shown in (minutes, [{**each, "wait": None, "run": None} for each in minutes]):
         lines = re.findall(r'<path d="([^"]*)"', dashboard_summary.charts(shown))
-        heights = [float(y) for line in lines for y in re.findall(r"[ML][\d.]+ (\S+?)(?=[ML]|h0|$)", line)]
+        heights = [float(y) for line in lines for y in re.findall(r"[ML][\d.]+ (\S+?)(?=[MLH]|$)", line)]
         assert all(0 <= y <= dashboard_summary.HEIGHT for y in heights), heights
-        assert len(heights) == (0 if shown is not minutes else 4 * 59) + 59
+        assert (
+            len(heights) == (0 if shown is not minutes else 4 * 60) + 59
+        )  # no jobs are enqueued in a part of a minute
 
 
 @pytest.mark.filterwarnings("ignore")
