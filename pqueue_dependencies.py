@@ -176,8 +176,8 @@ class Depending(Reading):
         if waits_for:
             session.change(MAKE_WAIT, {"ids": new["ids"], "waits_for": waits_for})
         # guard: a job after a failed one fails at once
-        if lost:
-            self._follow_up(session, lost, now)
+        if lost:  # others that wait for them have counted them
+            self._fail_dependents(session, lost, now)
 
     def _job_ended(self, session: Session, job_id: int, now: float) -> None:
         """Do in the same commit what follows when a job has become failed or cancelled."""
@@ -192,18 +192,23 @@ class Depending(Reading):
             params = {"ids": to_json(job_ids), "now": now}
             if not session.run(DEPENDENTS, params):
                 return
-            job_ids = [] if completed else [job_id for (job_id,) in session.run(FAIL_DEPENDENTS, params)]
+            job_ids = [] if completed else self._fail_dependents(session, job_ids, now)
             states = [state for (state,) in session.run(COUNT_DOWN, params)]
             session.wakes = session.wakes or states.count("waiting") < len(states)
-            if not job_ids:
-                return
-            session.change(RECORD_FAILURES, {**params, "ids": to_json(job_ids)})
-            for job_id in job_ids:
-                # guard: a job that fails with a parent is counted
-                count_job(session, job_id, "failed", now)
-            session.finished += job_ids
-            # guard: a job that failed with another one is handled
-            self._handle_failures(session, job_ids, now)
+
+    def _fail_dependents(self, session: Session, job_ids: list[int], now: float) -> list[int]:
+        """Make the jobs failed that wait for one of these, which failed; return their ids."""
+        lost = [each for (each,) in session.run(FAIL_DEPENDENTS, {"ids": to_json(job_ids), "now": now})]
+        if not lost:
+            return []
+        session.change(RECORD_FAILURES, {"ids": to_json(lost), "now": now})
+        for job_id in lost:
+            # guard: a job that fails with a parent is counted
+            count_job(session, job_id, "failed", now)
+        session.finished += lost
+        # guard: a job that failed with another one is handled
+        self._handle_failures(session, lost, now)
+        return lost
 
     def _restore(self, session: Session, job_id: int, now: float) -> None:
         """Let the jobs that failed with this one, which was resubmitted, wait for it again."""

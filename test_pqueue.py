@@ -431,6 +431,19 @@ class QueueContract:
         q.resubmit(failed)
         self.assertEqual((self.states(lost), q.get(lost).waits_for), (["waiting"], 1))
 
+    def test_job_enqueued_after_a_failed_one_changes_nothing_for_those_that_wait_for_others_too(self):
+        q = self.queue
+        failed, open_ones = q.enqueue("t"), q.enqueue_many("t", range(2))
+        waiting = q.enqueue("t", after=[failed, *open_ones], after_failed="run")
+        q.mark_failed(failed)
+        for _ in range(3):
+            self.assertEqual(self.states(q.enqueue("t", after=[failed])), ["failed"])
+            self.assertEqual((self.states(waiting), q.get(waiting).waits_for), (["waiting"], 2))
+        for _ in open_ones:
+            self.assertEqual(self.states(waiting), ["waiting"])
+            q.complete(q.dequeue("w"))
+        self.assertEqual(self.states(waiting), ["pending"])
+
     def test_invalid_dependency_is_refused_and_stores_nothing(self):
         q, parent = self.queue, self.queue.enqueue("t")
         with self.assertRaisesRegex(JobNotFound, "cannot enqueue after job 12345: no such job"):
