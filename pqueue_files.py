@@ -248,12 +248,21 @@ def create_file(path: Path, group: int | None = None) -> None:
             os.fchmod(file, 0o660)
 
 
+def group_of(path: Path) -> int | None:
+    """Return the group that may use a file; None: only its account may, or there is no file."""
+    found = status(path)
+    return found.st_gid if found and found.st_mode & 0o060 == 0o060 else None
+
+
 @contextmanager
-def part_of(target: Path) -> Iterator[Path]:
-    """Create a private file next to the target, to be renamed to it when complete; delete it if it was not."""
+def part_of(target: Path, group: int | None = None) -> Iterator[Path]:
+    """Create a file next to the target, to be renamed to it when complete; delete it if it was not.
+
+    Only this account may use it, or the group as well.
+    """
     # guard: a backup is complete before it gets its name
     part = target.with_name(f"{target.name}.{os.urandom(4).hex()}.part")
-    create_file(part)
+    create_file(part, group)
     try:
         yield part
     finally:

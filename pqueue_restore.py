@@ -14,12 +14,14 @@ from pqueue import is_postgres, sqlite_path
 from pqueue_files import (
     IN_RESTORE,
     LOGS,
+    group_of,
     has_locks,
     make_folder,
     move_into_place,
     open_private,
     part_of,
     real_path,
+    status,
     sync,
     try_lock,
     try_lock_bytes,
@@ -50,8 +52,11 @@ def restore(backup: str | os.PathLike[str], url: str | os.PathLike[str] | None =
         if target.exists() and source.samefile(target):
             raise QueueError(f"cannot restore {source}: it is the queue's file itself, not a backup of it")
         make_folder(target.parent)
-        with part_of(target) as part:
+        with part_of(target, group_of(target)) as part:
             _copy_pages(source, part)
+            if (replaced := status(target)) and replaced.st_uid != os.geteuid():
+                with suppress(PermissionError):  # only root may
+                    os.chown(part, replaced.st_uid, -1)
             sync(part)
             _apply_logs(target)
             with _exclusive_access(target) as file:
@@ -95,7 +100,7 @@ def _exclusive_access(path: Path) -> Iterator[int | None]:
         raise QueueError(f"cannot replace {path}: this process has it open")
     with ExitStack() as undo:
         folder, file = Path(f"{path}.d"), None
-        folder.mkdir(mode=0o700, exist_ok=True)
+        make_folder(folder)
         lock = open_private(folder / "writer")
         undo.callback(os.close, lock)
         is_free = try_lock(lock)

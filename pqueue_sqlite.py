@@ -33,6 +33,7 @@ from pqueue_files import (
     file_size,
     file_system,
     group_number,
+    group_of,
     has_locks,
     identity,
     is_on_read_only,
@@ -979,8 +980,8 @@ class PersistentQSQLite(PersistentQInterface):
         try:
             if file_size(target):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-            make_folder(target.parent)
-            with part_of(target) as part:
+            make_folder(target.parent, group := group_of(self.path))
+            with part_of(target, group) as part:
                 with self._transaction() as source:  # blocks other writers while the other connection reads
                     # guard: nothing is moved while a job runs
                     if count_running(source):

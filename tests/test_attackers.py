@@ -26,6 +26,7 @@ from test_supervisor import BIN, manage, running, system  # noqa: F401 - a fixtu
 import admin
 import consumer
 import pqueue
+import pqueue_restore
 from pqueue_tools import file_task, masking, report
 
 SECRET = "hunter2"  # never shown
@@ -185,6 +186,46 @@ def test_accounts_of_one_group_share_a_queue_that_was_made_for_it():
             assert stat.S_IMODE(kept.st_mode) == (0o2770 if file.is_dir() else 0o660), file
         refused = in_another_account(lambda: work(path, False), 1004)
         assert re.search("Permission denied: .*run this as", refused)
+
+
+def test_restored_or_moved_queue_stays_with_its_owner_and_group():
+    assert os.geteuid() == 0, "only root can become another account"
+    group = grp.getgrgid(60)
+
+    def work(path):
+        with closing(pqueue.PersistentQSQLite(path, group=group.gr_name)) as queue:
+            queue.enqueue("t")
+            queue.complete(queue.dequeue("w"))
+
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        path, backup, moved = (Path(name) / each for each in ("var/queue.db", "backup.db", "new/queue.db"))
+        assert in_another_account(lambda: work(path), 1001, [group.gr_gid]) is None
+        with closing(pqueue.PersistentQSQLite(path)) as queue:
+            queue.backup(backup)
+        pqueue_restore.restore(backup, path)
+        assert (path.stat().st_uid, path.stat().st_gid) == (1001, group.gr_gid)
+        (path.parent / "queue.db.d").rename(path.parent / "old")  # a restore makes this folder, too
+        backup.chmod(0o644)
+        restored = in_another_account(lambda: pqueue_restore.restore(backup, path), 1002, [group.gr_gid])
+        assert restored is None
+        assert in_another_account(lambda: work(path), 1003, [group.gr_gid]) is None
+        with closing(pqueue.PersistentQSQLite(path)) as queue:
+            queue.begin_move(str(moved))
+            assert queue.move_to_file(moved)
+        assert in_another_account(lambda: work(moved), 1003, [group.gr_gid]) is None
+        for user in (1002, 1004):
+            assert in_another_account(lambda: work(moved), user) is not None
+
+
+def test_private_queue_stays_private_when_it_is_restored_in_a_shared_folder(tmp_path):
+    os.chown(tmp_path, -1, 60)
+    tmp_path.chmod(0o2770)
+    path, backup = tmp_path / "queue.db", tmp_path / "backup.db"
+    with closing(pqueue.PersistentQSQLite(path)) as queue:
+        queue.backup(backup)
+    pqueue_restore.restore(backup, path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_queue_is_not_shared_by_halves():
