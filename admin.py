@@ -521,6 +521,8 @@ def change(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
         given["group"] = options.group
     if not given:
         raise UsageError("change: expected an option such as --priority; see --help")
+    if options.group is not None and options.no_group:
+        raise UsageError("change: expected --group or --no-group, got both")
     queue.change(options.job_id, **given)
     return CommandResult([{"job": options.job_id, "done": "changed"}], f"changed job {options.job_id}")
 

@@ -149,13 +149,22 @@ def _enum(kind: type[Enum]) -> Codec:
 
 def _literal(values: tuple[Any, ...]) -> Codec:
     expected = " | ".join(map(repr, values))
+    members = [(each, codec(type(each))) for each in values]
 
-    def check(value: Any) -> Any:
-        if any(value == each and type(value) is type(each) for each in values):
-            return value
+    def encode(value: Any) -> Any:
+        for each, member in members:
+            if value == each and type(value) is type(each):
+                return member.encode(value)
         raise Misfit(expected, short(value))
 
-    return Codec(expected, check, check)
+    def decode(value: Any) -> Any:
+        for each, member in members:
+            with suppress(Misfit):
+                if (found := member.decode(value)) == each and type(found) is type(each):
+                    return found
+        raise Misfit(expected, short(value))
+
+    return Codec(expected, encode, decode)
 
 
 def _union(args: tuple[Any, ...]) -> Codec:

@@ -134,7 +134,8 @@ class Reading(Backend):
             queue[state] += jobs
             if state == "pending":
                 waiting.append(oldest)
-                queue["oldest_pending_at"] = min(oldest, queue["oldest_pending_at"] or oldest)
+                known = queue["oldest_pending_at"]
+                queue["oldest_pending_at"] = oldest if known is None else min(oldest, known)
         states = {state: sum(queue[state] for queue in queues.values()) for state in STATES}
         return {"states": states, "queues": queues, "oldest_pending_at": min(waiting, default=None)}
 

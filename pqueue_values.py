@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import getpass
 import json
 import os
@@ -34,6 +35,11 @@ Params = dict[str, Any]
 NO_PARAMS: Params = {}
 
 
+def _reduced(error: Exception) -> tuple[Any, ...]:
+    """Let an exception be pickled and copied although its constructor takes other arguments than its message."""
+    return copyreg.__newobj__, (type(error), *error.args), vars(error)  # type: ignore[attr-defined]
+
+
 class QueueError(Exception):
     """The base class of the queue's errors."""
 
@@ -58,8 +64,7 @@ class JobFailed(QueueError):
         lines = (job.error or "").strip().splitlines()
         super().__init__(f"job {job.id} ({job.task}) {what}{': ' * bool(lines)}{''.join(lines[:1])}")
 
-    def __reduce__(self) -> tuple[type[JobFailed], tuple[Job]]:
-        return JobFailed, (self.job,)
+    __reduce__ = _reduced
 
 
 class InvalidTransition(QueueError):
@@ -96,6 +101,8 @@ class Retry(Exception):
         self.in_seconds = None if in_seconds is None else _delay("in_seconds", in_seconds)
         super().__init__(message or ("" if in_seconds is None else f"in {self.in_seconds:g} s"))
 
+    __reduce__ = _reduced
+
 
 class Snooze(Exception):
     """Raise this in a task to run its job again after this many seconds (or timedelta); the attempt does not count."""
@@ -103,6 +110,8 @@ class Snooze(Exception):
     def __init__(self, seconds: float | timedelta, message: str = "") -> None:
         self.seconds = _delay("seconds", seconds)
         super().__init__(message or f"for {self.seconds:g} s")
+
+    __reduce__ = _reduced
 
 
 class _Job(NamedTuple):

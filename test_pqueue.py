@@ -1516,6 +1516,23 @@ class QueueContract:
         loaded = pickle.loads(pickle.dumps(caught.exception))  # noqa: S301
         self.assertEqual((loaded.job, str(loaded)), (caught.exception.job, str(caught.exception)))
 
+    def test_exceptions_of_the_queue_and_of_tasks_can_be_pickled_and_copied(self):
+        job = self.queue.get(self.queue.enqueue("t", now=NOW))
+
+        class Later(pqueue.Snooze):
+            def __init__(self):
+                super().__init__(60, "later")
+
+        kinds = [
+            each for each in vars(pqueue_values).values() if isinstance(each, type) and issubclass(each, Exception)
+        ]
+        values = {JobFailed: job, pqueue.Snooze: 5, pqueue.Retry: timedelta(seconds=5)}
+        errors = [kind(values.get(kind, "why")) for kind in kinds]
+        for error in (*errors, pqueue.Retry(), pqueue.Retry(message="why"), Later()):
+            found = [copy.copy(error), *([] if type(error) is Later else [pickle.loads(pickle.dumps(error))])]  # noqa: S301
+            for each in found:
+                self.assertEqual((type(each), str(each), vars(each)), (type(error), str(error), vars(error)))
+
     def test_waiter_waits_on_through_a_retry_and_a_resubmission(self):
         job = self.taken()
         outcomes = self.waiting(job.id, number=3)
@@ -1583,7 +1600,8 @@ class QueueContract:
             while job := await asyncio.to_thread(other.dequeue, "w"):
                 await asyncio.to_thread(other.complete, job, job.payload * 10)
             self.assertEqual(await waits, [10, 20])
-            self.assertEqual(await first.aresult(timeout_seconds=60), 10)
+            for seconds in (60, 0):
+                self.assertEqual(await first.aresult(timeout_seconds=seconds), 10)
             with self.assertRaises(JobNotFound):
                 await self.queue.aresult(second + 1000)
             with self.assertRaises(QueueError), self.queue.transaction():
@@ -3997,6 +4015,12 @@ class QueueContract:
         self.assertEqual(stats["queues"]["a"]["processing"], 1)
         self.assertEqual(stats["queues"]["default"]["scheduled"], 1)
         self.assertEqual(stats["oldest_pending_at"], NOW - 7)
+
+    def test_stats_find_the_oldest_job_also_if_it_has_been_due_since_1970(self):
+        for assigned_to, at in ((None, 0), ("w", 5)):
+            self.queue.enqueue("t", run_at=at, assigned_to=assigned_to, now=NOW)
+        stats = self.queue.stats()
+        self.assertEqual((stats["oldest_pending_at"], stats["queues"]["default"]["oldest_pending_at"]), (0, 0))
 
     def test_registry_shows_which_consumer_holds_which_jobs(self):
         job_id = self.queue.enqueue("t", queue="q")

@@ -501,9 +501,7 @@ def newest_query(query: Query) -> Query:
 
 def filters_of(query: Query) -> dict[str, Any]:
     """Return the filters of an address as options of `list_jobs`. Raises ValueError."""
-    filters: dict[str, Any] = {name: values[0] for name, values in given(query).items()}
-    if "state" in filters:
-        filters["state"] = query["state"]
+    filters: dict[str, Any] = {name: values if name == "state" else values[0] for name, values in given(query).items()}
     for name, option in (("since", "created_from"), ("until", "created_before")):
         if name in filters:
             at = moment(filters.pop(name))

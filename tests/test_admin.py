@@ -403,6 +403,13 @@ def test_operator_cannot_open_a_file_that_is_no_queue(front, folder, run, monkey
         assert "secret" not in err
 
 
+def test_operator_may_name_a_job_twice(queue, run):
+    job_id = str(populate(queue)["failed"])
+    assert run("resubmit", job_id, job_id)[0] == 0
+    assert run("cancel", job_id, job_id, "--yes")[0] == 0
+    assert queue.get(int(job_id)).state == "cancelled"
+
+
 def test_operator_resubmits_all_that_match_in_batches(front, queue, run, monkeypatch):
     monkeypatch.setattr(pqueue_operating, "BATCH", 7)
     for number in range(20):

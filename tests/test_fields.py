@@ -150,6 +150,9 @@ STORED = [
     (Text, Text.A, "a"),
     (str, Text.A, "a"),
     (Literal["a", 1], 1, 1),
+    (Literal["a", Color.RED, Level.HIGH], Color.RED, "red"),
+    (Literal[Shape.LINE, None], Shape.LINE, "LINE"),
+    (Literal[Text.A], Text.A, "a"),
     (UserId, 7, 7),
     (Annotated[date, "of birth"], date(1815, 12, 10), "1815-12-10"),
     (Point, Point(1), {"x": 1, "y": 0}),
@@ -200,6 +203,7 @@ REFUSED = [
     (int, True), (int, "5"), (int, 5.0), (int, None), (bool, 1), (str, 5), (str, b"a"), (float, "1"), (float, True),
     (datetime, date(2026, 1, 1)), (datetime, "2026-01-01"), (date, datetime(2026, 1, 1)), (Decimal, 1.5), (UUID, "5"),
     (Path, "a"), (Color, "red"), (Level, 1), (Literal["a", 1], True), (Literal["a", 1], "b"), (Point, {"x": 1}),
+    (Literal[Text.A], "a"), (Literal[Color.RED], Color.BLUE),
     (Point, Point("1")), (Line, Line([{"x": 1}])), (list[int], [1, "a"]), (list[int], (1,)), (list, "ab"),
     (Sequence[str], "ab"), (tuple[int, str], (1,)), (tuple[int, str], ("a", 1)), (set[int], [1]), (dict[str, int], {1: 1}),
     (dict[str, int], {"a": "b"}), (Row, {"at": date(2026, 1, 1)}), (Row, {"at": 1, "tags": []}), (Optional[int], "a"),
@@ -219,7 +223,7 @@ MISFITS = [
     (int, "5"), (int, True), (int, 1.0), (bool, 1), (str, 1), (str, None), (float, "1"),
     (datetime, "tomorrow"), (datetime, 5), (date, "2026-01-01T00:00:00"), (date, "2026-02-30"), (Decimal, "1,5"), (Decimal, 1),
     (UUID, "5"), (Path, 5), (Color, "green"), (Color, "RED"), (Color, ["red"]), (Level, 3), (Level, True), (Level, 1.0),
-    (Access, 64), (Shape, "CIRCLE"), (Shape, 1), (Literal["a", 1], 1.0), (Point, [1]), (Point, {}), (Point, {"x": "1"}),
+    (Access, 64), (Shape, "CIRCLE"), (Shape, 1), (Literal["a", 1], 1.0), (Literal[Color.RED], "blue"), (Point, [1]), (Point, {}), (Point, {"x": "1"}),
     (Point, {"x": 1, "z": 1}), (Line, {"points": [{"x": 1}, {"x": None}]}), (Tree, {"value": 1, "children": [{}]}),
     (list[int], {"0": 1}), (list[int], "12"), (list[int], [1, None]), (tuple[int, str], [1]), (tuple[int, str], [1, 2]),
     (set[Any], [[1]]), (dict[str, int], [1]), (dict[str, int], {"a": None}), (dict, []), (list, {}),
@@ -493,7 +497,7 @@ def test_functions_whose_arguments_a_payload_cannot_name_are_refused():
 
 
 UNSUPPORTED = [bytes, complex, timedelta, type, Exception, Derived, dict[int, str], list[bytes], Optional[bytes], "Missing",
-    Point | bytes, set[bytes], functools.partial, "1 +", [int], Literal, tuple[bytes, ...], type[int]]  # fmt: skip
+    Literal[b"a"], Point | bytes, set[bytes], functools.partial, "1 +", [int], Literal, tuple[bytes, ...], type[int]]  # fmt: skip
 
 
 @pytest.mark.parametrize("annotation", UNSUPPORTED, ids=str)
