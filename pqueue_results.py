@@ -57,11 +57,12 @@ class Waits:
         """Return a future of the job when it has finished; the other two are methods of the queue."""
         done: Done = futures.Future()
         with self._changed:
-            self._waiting.setdefault(job_id, []).append(done)
             if self._thread is None:
                 arguments = (open_watch, finished)
-                self._thread = threading.Thread(target=self._serve, args=arguments, name="pqueue-results", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._serve, args=arguments, name="pqueue-results", daemon=True)
+                thread.start()  # fails if the system has no more threads
+                self._thread = thread
+            self._waiting.setdefault(job_id, []).append(done)
             self._notify()
         return done
 

@@ -1584,6 +1584,16 @@ class QueueContract:
             thread.join()
         self.assertEqual(outcomes, dict(zip(ids, range(100), strict=True)))
 
+    def test_waiter_for_whom_the_system_has_no_thread_is_told_and_the_next_one_waits(self):
+        job_id = self.queue.enqueue("t")
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+            for _ in range(2):
+                with self.assertRaisesRegex(RuntimeError, "new thread"):
+                    job_id.result(timeout_seconds=60)
+        outcomes = self.waiting(job_id)
+        self.queue.complete(self.queue.dequeue("w"), 5)
+        wait_until(lambda: outcomes == [5])
+
     def test_coroutine_awaits_a_result_while_its_loop_runs_on(self):
         other = self.reopen()
         first, second = self.queue.enqueue_many("t", [1, 2])

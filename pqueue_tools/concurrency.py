@@ -290,17 +290,22 @@ class ConcurrentConsumer(Consumer):
         if self._loop is None:
             import asyncio
 
-            self._loop = asyncio.new_event_loop()
-            watch_tasks(self._loop, self._enter, self._leave)
-            self._loop_thread = threading.Thread(target=self._run_loop, name="pqueue-loop", daemon=True)
-            self._loop_thread.start()
+            loop = asyncio.new_event_loop()
+            watch_tasks(loop, self._enter, self._leave)
+            thread = threading.Thread(target=self._run_loop, args=[loop], name="pqueue-loop", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # the system has no more threads
+                loop.close()
+                raise
+            self._loop, self._loop_thread = loop, thread
         return self._loop
 
-    def _run_loop(self) -> None:
+    def _run_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         import asyncio
 
         self._fields[fields.LOOP] = threading.get_ident()
-        loop, tasks = self._open_loop(), set[Any]()
+        tasks = set[Any]()
         asyncio.set_event_loop(loop)
         try:
             while not self._asked_to_close:

@@ -97,14 +97,21 @@ class Server(ThreadingHTTPServer):
                 self.shutdown_request(request)
                 return
         self._sending[request] = time.monotonic()
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # the system has no more threads
+            self._end(request)
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.request_complete(request)
-            self._connections.release()
+            self._end(request)
+
+    def _end(self, request: Any) -> None:
+        self.request_complete(request)
+        self._connections.release()
 
     def request_complete(self, request: Any) -> None:
         self._sending.pop(request, None)

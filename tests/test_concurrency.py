@@ -774,3 +774,25 @@ def test_consumer_in_a_thread_runs_jobs_at_the_same_time(place):
         assert not thread.is_alive()
     assert (runner.completed, runner.failed) == (25, 0)
     assert [each.name for each in threading.enumerate() if each.name.startswith("pqueue-")] == []
+
+
+def test_async_job_for_whose_loop_the_system_has_no_thread_runs_at_its_next_attempt(place, monkeypatch):
+    queue, start, refused = place.queue(), threading.Thread.start, []
+
+    def refuse_once(thread):
+        if thread.name == "pqueue-loop" and not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def later(job):
+        return job.payload
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_once)
+    monkeypatch.setattr(pqueue.Task, "retry_in_seconds", lambda *_: 0.0)
+    with registered("later", later):
+        runner = Consumer(queue, "embedded", concurrency=2, drain=True, wait=60)
+        job_id = queue.enqueue("later", 1)
+        runner.run()
+    job = queue.get(job_id)
+    assert (job.state, job.attempts, len(refused)) == ("completed", 2, 1)

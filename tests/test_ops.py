@@ -145,6 +145,21 @@ def test_figures_on_the_page_are_the_databases(queue, site):
     db.close()
 
 
+def test_connection_for_which_the_system_has_no_thread_is_closed_and_forgotten(queue, site, monkeypatch, capfd):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    start = threading.Thread.start
+    for _ in range(3):
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(OSError):  # noqa: PT011 - refused or closed
+            site.ask("/livez")
+        monkeypatch.setattr(threading.Thread, "start", start)
+    assert site.ask("/livez")[0] == 200
+    wait_until(lambda: site.server._connections._value == dashboard_http.MAX_CONNECTIONS)
+    assert site.server._sending == {}
+
+
 def test_reader_filters_and_pages(queue, site):
     ids = queue.enqueue_many("many", range(120))
     failed(queue, queue="rare", task="odd", priority=1)
