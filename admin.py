@@ -29,6 +29,7 @@ import pqueue
 import pqueue_cron
 import pqueue_restore
 from pqueue import JobNotFound, PersistentQInterface, QueueError
+from pqueue_files import closing_file
 from pqueue_operating import spread
 from pqueue_outcomes import EVENTS, Expectation
 from pqueue_search import fingerprint
@@ -973,14 +974,11 @@ def _delete_files(queue: PersistentQInterface, options: argparse.Namespace, name
 def _unlink(directory: Path, names: list[str]) -> int:
     """Delete those of these names that are regular files; return how many are gone."""
     try:
-        folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
+        with closing_file(os.open(directory, os.O_RDONLY | os.O_DIRECTORY)) as folder:
             for name in names:
                 with suppress(FileNotFoundError):
                     if stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
                         os.unlink(name, dir_fd=folder)
-        finally:
-            os.close(folder)
     except OSError as error:
         raise Problem(f"cannot delete in {directory}: {error.strerror}") from None
     return len(names)

@@ -180,6 +180,10 @@ class Backend(ABC):
     def _read(self, sql: str, params: Params = NO_PARAMS) -> list[Any]:
         """Return all rows without blocking writers."""
 
+    def _dicts(self, columns: str, sql: str, params: Params) -> list[dict[str, Any]]:
+        """Return all rows as dicts."""
+        return [dict(zip(columns.split(", "), row, strict=True)) for row in self._read(sql, params)]
+
     @abstractmethod
     def record(self, event: str, *, by: str | None = None, now: float | None = None) -> None:
         """Record an operator's action that concerns no job; see `operations`. The verbs do it themselves."""

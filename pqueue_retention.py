@@ -123,7 +123,7 @@ class Retaining(Counting):
         """
         columns = "queue, state, keep_seconds, added, expiring, deleted_at"
         params = {"now": self._time(now), "seconds": above_0("within_seconds", within_seconds)}
-        return [dict(zip(columns.split(", "), row, strict=True)) for row in self._read(RETENTION, params)]
+        return self._dicts(columns, RETENTION, params)
 
     def prune(
         self,

@@ -26,6 +26,7 @@ from pqueue_schema import (
 from pqueue_values import (
     MAX_ID,
     MAX_TEXT_CHARS,
+    PAYLOAD,
     Job,
     JobNotFound,
     Params,
@@ -46,7 +47,6 @@ OPERATION_ROWS = 10_000  # of the history that `operations` reads
 WALK_IDS = 1000  # ids scanned between checks of the deadline
 TEXT_SCAN_JOBS = 8  # jobs that a text search reads at once: each may have 2 MiB
 LONG_COLUMNS = ("payload", "result", "error")
-PAYLOAD = Job._fields.index("payload")
 TEXT_SCAN_IDS = ", ".join(f":id{n}" for n in range(TEXT_SCAN_JOBS))
 
 
@@ -97,9 +97,6 @@ class Reading(Backend):
         """
         params = {"limit": valid_int("limit", 1, limit), "rows": OPERATION_ROWS}
         return self._dicts("at, actor, event, jobs, job_id", OPERATIONS, params)
-
-    def _dicts(self, columns: str, sql: str, params: Params) -> list[dict[str, Any]]:
-        return [dict(zip(columns.split(", "), row, strict=True)) for row in self._read(sql, params)]
 
     def unfinished_payloads(self) -> Iterator[Any]:
         """Yield the payload of every job that is unfinished at the first `next`, reading 100 jobs at a time."""

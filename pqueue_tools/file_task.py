@@ -8,7 +8,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,14 +70,9 @@ def _file_name(payload: Any) -> str:
     return path.name
 
 
-@contextmanager
-def _open_directory() -> Iterator[int]:
+def _open_directory() -> AbstractContextManager[int]:
     expect_posix()
-    folder = os.open(files_directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield folder
-    finally:
-        os.close(folder)
+    return pqueue_files.closing_file(os.open(files_directory, os.O_RDONLY | os.O_DIRECTORY))
 
 
 def _open_file(name: str, folder: int) -> BinaryIO:
@@ -130,12 +125,10 @@ def remove_copies() -> None:
 
 
 def _remove_stale(copy: str, folder: int) -> None:
-    file = os.open(copy, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
-    try:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    with pqueue_files.closing_file(os.open(copy, flags, dir_fd=folder)) as file:
         if pqueue_files.try_lock(file):
             os.unlink(copy, dir_fd=folder)
-    finally:
-        os.close(file)
 
 
 def _create_copy(copy: str, folder: int) -> BinaryIO:

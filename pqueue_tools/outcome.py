@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pqueue
-from pqueue import DoNotRetry, Job, Retry, Snooze
+from pqueue import DoNotRetry, Job, PersistentQInterface, Retry, Snooze
 from pqueue_values import MAX_ERROR_CHARS, duration
 
 MAX_SUMMARY_CHARS = 1000  # of the first line
@@ -32,6 +32,13 @@ class Outcome:
     verb: str
     retry: bool
     delay_seconds: float
+
+    def settle(self, queue: PersistentQInterface, job: Job, error: str, *, now: float | None = None) -> str:
+        """Settle the job; return its new state. Raises LeaseLost, also if its task has settled it."""
+        if self.verb == "fail":
+            return queue.fail(job, error, retry=self.retry, retry_in_seconds=self.delay_seconds, now=now)
+        queue.release(job, delay_seconds=self.delay_seconds, now=now)
+        return "scheduled" if self.delay_seconds else "pending"
 
 
 def outcome_of(error: BaseException, job: Job, *, is_limit: bool = False) -> Outcome:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from pqueue_values import read_json
+from pqueue_values import MAX_ERROR_CHARS, read_json
 
 # Fields of the whole record that the worker writes
 STORED = 0  # bytes of results
@@ -40,7 +40,6 @@ TIMED_OUT, OUT_OF_MEMORY, LOST, STOP_REQUESTED, EXECUTED = range(1, 6)  # reason
 
 MAX_CONCURRENCY = 1000  # slots
 RESULTS_BYTES = 1 << 18
-MAX_ERROR_CHARS = 10_000
 SETTLE_SECONDS = 0.001  # after which a write of one process is certainly visible to the other
 
 

@@ -217,12 +217,7 @@ def _settle(mine: PersistentQInterface, job: Job, error: BaseException | None, r
         if error is None:
             mine.complete(job, result)
             return None
-        outcome = outcome_of(error, job)
-        if outcome.verb == "release":
-            mine.release(job, delay_seconds=outcome.delay_seconds)
-        else:
-            text = error_text(error)
-            mine.fail(job, text, retry=outcome.retry, retry_in_seconds=outcome.delay_seconds)
+        outcome_of(error, job).settle(mine, job, error_text(error))
     return error
 
 

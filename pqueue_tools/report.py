@@ -142,8 +142,12 @@ def _lost_jobs(consumers: list[dict[str, Any]]) -> Iterator[Finding]:
             "warning", f"consumer {ended[0]['name']} is {ended[0]['state']} and holds {held}", again, "consumers"
         )
     elif ended:
-        names = ", ".join(each["name"] for each in ended[:3]) + (" …" if len(ended) > 3 else "")
-        yield Finding("warning", f"{len(ended)} consumers ended and hold {held} ({names})", again, "consumers")
+        yield Finding("warning", f"{len(ended)} consumers ended and hold {held} ({_names(ended)})", again, "consumers")
+
+
+def _names(consumers: list[dict[str, Any]]) -> str:
+    """Return the names of the first three."""
+    return ", ".join(each["name"] for each in consumers[:3]) + " …" * (len(consumers) > 3)
 
 
 def _no_consumers(
@@ -243,9 +247,8 @@ def _silent_consumers(alive: list[dict[str, Any]], now: float) -> Iterator[Findi
         if each["last_seen_at"] > each["started_at"] and now - each["last_seen_at"] > SILENT_SECONDS
     ]
     if silent:
-        names = ", ".join(each["name"] for each in silent[:3]) + (" …" if len(silent) > 3 else "")
         last = ago(max(each["last_seen_at"] for each in silent), now)
-        text = f"{count(len(silent), 'consumer')} sent no heartbeat for a while, the last {last} ({names})"
+        text = f"{count(len(silent), 'consumer')} sent no heartbeat for a while, the last {last} ({_names(silent)})"
         yield Finding("warning", text, "read the log: the process may be stopped or wait for the database", "consumers")
 
 

@@ -113,12 +113,8 @@ def _run(queue: PersistentQInterface, job: Job, now: float | None) -> Exception 
     except Exception as error:
         outcome = outcome_of(error, job)
         with suppress(LeaseLost):  # the task has settled its job
-            if outcome.verb == "release":
-                queue.release(job, delay_seconds=outcome.delay_seconds, now=now)
-                return None
-            delay = outcome.delay_seconds
-            queue.fail(job, error_text(error), retry=outcome.retry, retry_in_seconds=delay, now=now)
-        return error
+            outcome.settle(queue, job, error_text(error), now=now)
+        return None if outcome.verb == "release" else error
     try:
         with suppress(LeaseLost):
             queue.complete(job, result, now=now)

@@ -21,7 +21,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pqueue
-import pqueue_values
 from pqueue import Job, LeaseLost, PersistentQInterface, QueueBusy, QueueError
 from pqueue_backend import Registration
 from pqueue_tools import file_task, leases, processes, termination
@@ -30,7 +29,7 @@ from pqueue_tools.masking import masked_text
 from pqueue_tools.outcome import Outcome, Unstorable, error_text, outcome_of, trace_of
 from pqueue_tools.process import T, TaskLog, log, log_completed, on_termination, print_error, retry_while_busy
 from pqueue_tools.record import MAX_CONCURRENCY, Record, Slot
-from pqueue_values import Encoded, duration
+from pqueue_values import Encoded, above_0, duration, encode_json, valid_int
 
 if TYPE_CHECKING:
     from pqueue_tools.leftovers import ProcessState
@@ -86,13 +85,11 @@ class Consumer:
         concurrency: int = 1,
         record: Record | None = None,
     ) -> None:
-        if pqueue_values.valid_int("concurrency", 1, concurrency) > MAX_CONCURRENCY:
-            raise ValueError(f"expected a concurrency from 1 to {MAX_CONCURRENCY}, got {concurrency}")
+        valid_int("concurrency", 1, concurrency, MAX_CONCURRENCY)
         for option, value in (("max_jobs", max_jobs), ("max_rss", max_rss)):
             if value is not None:
-                pqueue_values.valid_int(option, 1, value)
-        if (lease_seconds := duration("lease_seconds", lease_seconds)) <= 0:
-            raise ValueError(f"expected lease_seconds above 0, got {lease_seconds:g}")
+                valid_int(option, 1, value)
+        lease_seconds = above_0("lease_seconds", lease_seconds)
         self.queue, self.name, self.quiet = queue, name, quiet
         self.wanted: dict[str, Any] = {"queues": queues, "tasks": sorted(pqueue.TASKS) if tasks is None else tasks}
         self.options: dict[str, Any] = {**self.wanted, "lease_seconds": lease_seconds, "prefetch": True}
@@ -287,13 +284,7 @@ class Consumer:
             traceback.clear_frames(trace_of(caught))  # free the task's objects, which may use all memory
             error = caught
         took = time.monotonic() - started
-        # guard: nothing is written in a transaction that a task has left open
-        if self.queue.in_transaction:
-            self._break_off_in_transaction(job, claim, error)
-        if self.state and (left := self.state.left_behind(job.task, took)):
-            self._report(job, left)
-            if self.state.is_broken:
-                self._break_off(job, claim, error, encoded)
+        self._expect_usable_process(job, claim, took, error, encoded)
         if error is None:
             self._run_seconds = max(took, 0.8 * self._run_seconds + 0.2 * took)
             self._finished.append((job, encoded))
@@ -304,6 +295,18 @@ class Consumer:
         if self.task_log:
             self.task_log.job = None
         self._slot.end()
+
+    def _expect_usable_process(
+        self, job: Job, claim: int, took: float, error: BaseException | None, encoded: Encoded | None
+    ) -> None:
+        """Report what the task has left behind; end the process if the database cannot be used in it any more."""
+        # guard: nothing is written in a transaction that a task has left open
+        if self.queue.in_transaction:
+            self._break_off_in_transaction(job, claim, error)
+        if self.state and (left := self.state.left_behind(job.task, took)):
+            self._report_left(left, job=job.id, task=job.task)
+            if self.state.is_broken:
+                self._break_off(job, claim, error, encoded)
 
     def _run_coroutine(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run an async task in a separate event loop. An interrupt cancels it; a second one ends the loop."""
@@ -364,11 +367,8 @@ class Consumer:
         else:
             self._apply(job, *(description or (error_text(error), outcome_of(error, job))))
 
-    def _report(self, job: Job, left: list[str]) -> None:
-        """Say what a task has left behind in the process."""
-        self._report_left(left, job=job.id, task=job.task)
-
     def _report_left(self, left: list[str], **by: Any) -> None:
+        """Say what a task has left behind in the process."""
         self._must_end = self._must_end or bool(self.state and self.state.must_end)
         then = "the worker is replaced" if self._must_end else "restored"
         more = [f"{len(left) - MAX_LEFT} more"] if len(left) > MAX_LEFT else []
@@ -381,7 +381,7 @@ class Consumer:
         if self.is_embedded:
             raise QueueError(f"cannot continue after job {job.id}, which left a transaction() open") from error
         self._must_end = True
-        self._report(job, ["an open transaction"])
+        self._report_left(["an open transaction"], job=job.id, task=job.task)
         self._break_off(job, claim, error, None)
 
     def _break_off(self, job: Job, claim: int, error: BaseException | None, encoded: str | None) -> NoReturn:
@@ -419,16 +419,8 @@ class Consumer:
 
     def _apply(self, job: Job, text: str, outcome: Outcome) -> None:
         """Settle a job, unless its task has done so itself."""
-        delay = outcome.delay_seconds
-
-        def settle() -> str:
-            if outcome.verb == "fail":
-                return self.queue.fail(job, text, retry=outcome.retry, retry_in_seconds=delay)
-            self.queue.release(job, delay_seconds=delay)
-            return "scheduled" if delay else "pending"
-
         try:
-            state = self._retry_while_busy([(job, None)], settle)
+            state = self._retry_while_busy([(job, None)], lambda: outcome.settle(self.queue, job, text))
         except LeaseLost as lost:
             self._log_lost(job, lost)
             return
@@ -508,7 +500,7 @@ class Consumer:
 def encoded_result(result: Any) -> Encoded | None:
     """Return the result as JSON at this moment: another task may change the object. Raises Unstorable."""
     try:
-        return None if result is None else Encoded(pqueue_values.encode_json("result", result))
+        return None if result is None else Encoded(encode_json("result", result))
     except ValueError as error:
         raise Unstorable(f"{error}; the task had ended, and is not run again") from None
 
