@@ -418,7 +418,7 @@ def _ids(job_ids: list[int]) -> str:
     JOB_IDS,
     *FILTER_OPTIONS,
     Parameter("--delay", "run them after this delay: 90s, 15m, 12h, 7d", duration, "0s", "DURATION"),
-    Parameter("--rate", "spread them over time, so many in each: 10/1s", rate, metavar="N/DURATION"),
+    Parameter("--rate", "spread them over time: 10/1s runs 10 in each second", rate, metavar="N/DURATION"),
     YES,
     aliases=("retry",),
     examples="""
@@ -952,9 +952,8 @@ def _job_files(directory: Path) -> set[str]:
     except OSError as error:
         raise Problem(f"cannot read {directory.absolute()}: {error.strerror}") from None
     found = {name for name in names if re.fullmatch(r"job_.*\.txt", name)}
-    return {
-        name for name in found if not (directory / f".{name}.new").exists()
-    }  # a producer is about to enqueue the others
+    # A producer is about to enqueue the others.
+    return {name for name in found if not (directory / f".{name}.new").exists()}
 
 
 def _needed_files(queue: PersistentQInterface) -> set[str]:

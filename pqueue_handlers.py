@@ -29,7 +29,7 @@ HANDLERS = "SELECT name, task FROM handlers ORDER BY name"
 # guard: the job of a handler has no handler
 # guard: a cancelled job has no handler
 def unhandled(these: str) -> str:
-    """Return those of these jobs that failed and have a handler; that of the task goes before that of the queue."""
+    """Return those of these jobs that failed and have a handler; that of the task takes precedence."""
     return f"""
 SELECT id, queue, jobs.task, error, attempts, consumer, coalesce(t.task, q.task) AS handler FROM jobs
 LEFT JOIN handlers t ON t.name = 'task:' || jobs.task LEFT JOIN handlers q ON q.name = 'queue:' || queue
@@ -62,8 +62,8 @@ class Handling(Backend):
 
         The task is called with `failed`, a dict: "id", "queue", "task" and "error" of the failed job, its number of
         "attempts", and its last "consumer", or None. Its job is enqueued in the same queue, whatever the limit of that.
-        The handler that `@task(on_failed=…)` gives to a task goes before that of the queue. A job that a handler's own
-        task failed to do has no handler.
+        The handler that `@task(on_failed=…)` gives to a task takes precedence over that of the queue. The job of a
+        handler has no handler itself.
         """
         handler = None if task is None else task.name if isinstance(task, Task) else task
         self._set_handler(f"queue:{valid_name('queue', queue)}", handler, by, now)

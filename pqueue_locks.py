@@ -24,8 +24,8 @@ LOCK_TIMEOUT_SECONDS = 1.0  # the longest wait for a lock; a process that holds 
 LINES = ("others", "consumers")  # in which writers wait: consumers for their batches, and all others
 REPEAT_SECONDS = 0.001  # how long one process may keep acquiring the lock while a waiter is waking up
 OVERTAKE_SECONDS = 0.005  # how long a waiter may be overtaken by any processes
-LOOK_SECONDS = 0.01  # between looks for the jobs of a joined transaction
 HANDOVER_SECONDS = 0.01  # how long the lock is then reserved for the waiter, which may have died
+LOOK_SECONDS = 0.01  # how often a consumer looks for the jobs of a joined transaction
 
 
 class WriterLock:
@@ -161,9 +161,8 @@ class FairLock:
         began = time.monotonic()
         while True:
             self._shared[self.WAITING_SINCE + kind] = began
-            seconds = (
-                HANDOVER_SECONDS if self._is_reserved() else POLL_SECONDS
-            )  # asked first: the reservation may expire
+            # Asked first, as the reservation may expire.
+            seconds = HANDOVER_SECONDS if self._is_reserved() else POLL_SECONDS
             acquired, left = self.try_acquire(kind), until - time.monotonic()
             # guard: a stopped process is not waited for twice
             if acquired or left <= 0 or self._held_seconds() >= LOCK_TIMEOUT_SECONDS:

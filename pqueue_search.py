@@ -432,7 +432,7 @@ _show_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 def _holds(row: Sequence[Any], filters: Params, shown: Callable[[Job], Job] | None) -> bool:
     """Return whether the job has the error and the value in its payload, and contains the text."""
     if "path" in filters and not _has(read_json(row[PAYLOAD]), filters["path"], filters["value"]):
-        return False  # soon: most have it not
+        return False  # early: most jobs do not have it
     job, needle = to_job(row), filters.get("text")
     # guard: a search by error finds one group
     if "fingerprint" in filters and fingerprint(job.error) != filters["fingerprint"]:
@@ -466,7 +466,7 @@ def path_and_value(given: str) -> tuple[str, str]:
 
 
 def _has(value: Any, path: str, wanted: str) -> bool:
-    """Return whether the value at this path is the wanted one. A key that contains dots is found in the end."""
+    """Return whether the value at this path is the wanted one. Keys may contain dots."""
     head, _, rest = path.partition(".")
     if isinstance(value, dict) and path in value:
         return wanted in (value[path], _show_json(value[path]))

@@ -121,15 +121,15 @@ class Limit(Peer):
         )
         self.db.execute("CREATE INDEX IF NOT EXISTS pending ON jobs (id) WHERE state = 'pending'")
         with contextlib.suppress(FileExistsError):
-            os.mkfifo(self.folder / "bell")
-        self.bell = os.open(self.folder / "bell", os.O_RDWR)
+            os.mkfifo(self.folder / "wakeup")
+        self.pipe = os.open(self.folder / "wakeup", os.O_RDWR)
 
     def put(self, payload: str = NOTHING) -> None:
         self.db.execute("INSERT INTO jobs (state, payload) VALUES ('pending', ?)", (payload,))
 
     def put_and_wake(self, payload: str = NOTHING) -> None:
         self.put(payload)
-        os.write(self.bell, b"!")
+        os.write(self.pipe, b"!")
 
     def put_many(self, number: int) -> None:
         self.db.execute("BEGIN")
@@ -157,7 +157,7 @@ class Limit(Peer):
             for _, payload in held:
                 note(payload)
             if not held:
-                os.read(self.bell, mmap.PAGESIZE)
+                os.read(self.pipe, mmap.PAGESIZE)
 
 
 class Huey(Peer):

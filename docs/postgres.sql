@@ -1255,7 +1255,7 @@ DELETE FROM pqueue.handlers WHERE name = $1;
 SELECT name, task FROM pqueue.handlers ORDER BY name;
 
 -- UNHANDLED
--- Return those of these jobs that failed and have a handler; that of the task goes before that of the queue.
+-- Return those of these jobs that failed and have a handler; that of the task takes precedence.
 -- differs because JSON is read in another way
 -- $1 ids
 SELECT id, queue, jobs.task, error, attempts, consumer, coalesce(t.task, q.task) AS handler FROM pqueue.jobs

@@ -61,9 +61,8 @@ def _job_file(payload: Any) -> Iterator[tuple[str, int, BinaryIO]]:
 def _file_name(payload: Any) -> str:
     file = payload.get("file") if isinstance(payload, dict) else None
     if not isinstance(file, str) or not file or "\0" in file:
-        raise DoNotRetry(
-            'expected a payload {"file": NAME}, got another'
-        )  # the payload is omitted: it may contain secrets
+        # The payload is omitted, as it may contain secrets.
+        raise DoNotRetry('expected a payload {"file": NAME}, got another')
     path = Path(os.path.normpath(files_directory.absolute() / file))
     if path.parent != Path(os.path.normpath(files_directory.absolute())):
         raise DoNotRetry(f"expected a file directly in {files_directory}, got {file!r:.100}")

@@ -21,22 +21,21 @@ from pqueue_tools.masking import masked, masked_error, masked_job
 from pqueue_values import EXPIRED, UNITS, command_line
 
 FAILED_SECONDS = 900.0  # within which the failed attempts of a task are compared with what is expected of its queue
-DAY_SECONDS = 24 * 3600.0  # within which a task that had a failed job and completed none is reported
-FEW_FAILED = 10  # failed attempts of a task within that time that are not reported, whatever their share
+FEW_FAILED = 10  # failed attempts of a task within FAILED_SECONDS that are not reported, whatever their share
+DAY_SECONDS = 24 * 3600.0  # a task that had a failed job within this time, and completed none, is reported
 SILENT_SECONDS = 60.0  # a running consumer whose last heartbeat is longer ago is reported
-STALL_SECONDS = 60.0  # a queue in which jobs are due, and none has begun or ended for longer, is reported; so are
-# schedules that are later
+STALL_SECONDS = (
+    60.0  # reported: a queue with due jobs in which none began or ended for longer; a schedule that is later
+)
 LATE_SECONDS = 5.0  # a job whose lease expired longer ago is reported
 MAX_NAMED = 5  # jobs that a waiting job waits for
 NEARLY_ALL = 0.9  # of the attempts of a task: it does not work at all
 SEVERITIES = ("info", "warning", "critical")
 NO_FINDINGS = "no problem found"
 CLOCK_SECONDS = 5.0  # a larger difference between this host's clock and the server's is reported
-MANY_KEPT = (
-    100_000  # finished jobs of a queue; if so many are kept for ever, this is reported; as a warning if, as fast
-)
-FULL_SECONDS = 7 * 86400.0  # as they become more, the disk is full within this time
-MANY_FREE_BYTES = 100_000_000  # of the file; so many, and more than half of it, are reported
+MANY_KEPT = 100_000  # a queue that keeps more finished jobs for ever is reported
+FULL_SECONDS = 7 * 86400.0  # the same as a warning, if at its growth the disk is full within this time
+MANY_FREE_BYTES = 100_000_000  # a file of which more than this, and more than half, is free is reported
 LATE_PRUNE_SECONDS = 3600.0  # a job that should have been deleted longer ago is reported
 
 

@@ -484,9 +484,8 @@ def texts(found: dict[str, Any]) -> list[tuple[str, str, bool]]:
 def _pretty(value: Any) -> str:
     """Return indented JSON, up to somewhat more than TEXT_CHARS_SHOWN characters: indents make deep lists long."""
     parts, size = [], 0
-    encoder = json.JSONEncoder(
-        ensure_ascii=False, indent=2, check_circular=False
-    )  # the check would keep references to the value
+    # A check for cycles would keep references to the value.
+    encoder = json.JSONEncoder(ensure_ascii=False, indent=2, check_circular=False)
     for part in encoder.iterencode(value):
         parts.append(part)
         size += len(part)

@@ -8,6 +8,7 @@ import hmac
 import json
 import os
 import time
+from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
@@ -31,12 +32,12 @@ class _NoRedirect(HTTPRedirectHandler):
         return None
 
 
-@task(name="webhook", max_attempts=10, timeout_seconds=60, retry_on=OSError)
+@task(name="webhook", max_attempts=10, timeout_seconds=60, retry_on=(OSError, HTTPException))
 def webhook(failed: dict[str, Any]) -> int:
     """Post the failed job as JSON, with secrets masked, and return the status.
 
     The headers Pqueue-Timestamp, Unix seconds, and Pqueue-Signature, see `sign`, let the receiver check who sent it.
-    Answers of 500 or above, 408, 425 and 429 are tried again.
+    After errors of the network, and answers of 500 or above, 408, 425 and 429, it is tried again.
     """
     url, secret = os.environ.get("PQUEUE_WEBHOOK_URL", ""), os.environ.get("PQUEUE_WEBHOOK_SECRET", "")
     if urlsplit(url).scheme not in ("http", "https"):

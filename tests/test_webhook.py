@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from unittest import mock
@@ -62,6 +63,25 @@ def test_webhook_is_tried_again_while_the_receiver_may_recover(receiver, status,
     with pytest.raises(DoNotRetry if is_final else OSError, match=str(status)):
         webhook.webhook({"id": 1})
     assert len(receiver.received) == 1
+
+
+@pytest.mark.parametrize("answer", [b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\n" + b"x" * 70_000, b""])
+def test_webhook_is_tried_again_after_an_answer_that_was_garbled(monkeypatch, answer):
+    with socket.create_server(("127.0.0.1", 0)) as server, testing.temporary_queue() as queue:
+        monkeypatch.setenv("PQUEUE_WEBHOOK_URL", f"http://127.0.0.1:{server.getsockname()[1]}/")
+
+        def reply():
+            with server.accept()[0] as connection:
+                connection.recv(65536)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=reply)
+        thread.start()
+        with mock.patch.dict(pqueue.TASKS, {"webhook": webhook.webhook}, clear=True):
+            queue.enqueue("webhook", {"failed": {"id": 1}})
+            (job,) = testing.drain(queue)
+        thread.join()
+    assert (job.state, job.attempts) == ("scheduled", 1), job.error
 
 
 @pytest.mark.parametrize("url", ["", "file:///etc/passwd", "ftp://host/"])
