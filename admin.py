@@ -391,12 +391,11 @@ def _act(
     if bool(filters) == bool(options.job_ids):
         raise UsageError(f"{verb}: expected job ids or a filter such as --status failed; see --help")
     if not filters:
-        with queue.exclusive(options.job_ids):
-            if errors := queue.act_on(options.job_ids, act, parents_first=parents_first):
+        job_ids = list(dict.fromkeys(options.job_ids))
+        with queue.exclusive(job_ids):
+            if errors := queue.act_on(job_ids, act, parents_first=parents_first):
                 raise errors[0]
-        return CommandResult(
-            [{"job": job_id, "done": done} for job_id in options.job_ids], f"{done} {_ids(options.job_ids)}"
-        )
+        return CommandResult([{"job": job_id, "done": done} for job_id in job_ids], f"{done} {_ids(job_ids)}")
     number = queue.count_jobs(**filters, shown=masked_job)
     if not number:
         return CommandResult([{"done": done, "jobs": 0, "refused": 0}], "no job matches")

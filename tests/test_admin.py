@@ -405,7 +405,7 @@ def test_operator_cannot_open_a_file_that_is_no_queue(front, folder, run, monkey
 
 def test_operator_may_name_a_job_twice(queue, run):
     job_id = str(populate(queue)["failed"])
-    assert run("resubmit", job_id, job_id)[0] == 0
+    assert run("resubmit", job_id, job_id, "--json")[1].count("resubmitted") == 1
     assert run("cancel", job_id, job_id, "--yes")[0] == 0
     assert queue.get(int(job_id)).state == "cancelled"
 
