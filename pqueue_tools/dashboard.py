@@ -183,8 +183,7 @@ class FigureCache:
             if self._queue is not None and identity != self._identity:
                 self.forget()
             if self._queue is None:
-                self._queue = self._opened()
-                self._identity = self._file_identity()
+                self._queue, self._identity = self._opened(), identity  # of before: it may be replaced meanwhile
             return self._queue
 
     def _opened(self) -> PersistentQInterface:

@@ -17,6 +17,7 @@ import time
 from contextlib import closing, suppress
 from html import unescape
 from pathlib import Path
+from unittest import mock
 from urllib.parse import urlencode
 
 import pytest
@@ -143,6 +144,26 @@ def test_figures_on_the_page_are_the_databases(queue, site):
             **dict(db.execute("SELECT state, count(*) FROM jobs GROUP BY state")),
         }
     db.close()
+
+
+def test_queue_that_is_replaced_while_it_is_opened_is_opened_again(folder, monkeypatch):
+    path, cache = folder / "replaced.db", dashboard.FigureCache()
+    monkeypatch.setenv("PQUEUE_URL", str(path))
+    path.touch()
+
+    def opened():
+        (folder / "new.db").touch()
+        (folder / "new.db").replace(path)
+        return mock.Mock()
+
+    with closing(cache):
+        with monkeypatch.context() as patched:
+            patched.setattr(cache, "_opened", opened)
+            first = cache.queue()
+        monkeypatch.setattr(cache, "_opened", mock.Mock)
+        second = cache.queue()
+        assert first is not second
+        assert cache.queue() is second
 
 
 def test_connection_for_which_the_system_has_no_thread_is_closed_and_forgotten(queue, site, monkeypatch, capfd):
