@@ -169,10 +169,11 @@ class Waiting(Reading):
         try:
             job = await asyncio.wait_for(asyncio.wrap_future(done), seconds)
         except (TimeoutError, asyncio.TimeoutError):
-            # The timeout may have been too short for a first look.
-            job = await asyncio.to_thread(self.get, job_id)
-            if job.state in UNFINISHED:
-                raise self._timeout_error(job_id, seconds) from None
+            with suppress(QueueBusy):  # the timeout may have been too short for a first look
+                job = await asyncio.to_thread(self.get, job_id)
+                if job.state not in UNFINISHED:
+                    return _result_of(job)
+            raise self._timeout_error(job_id, seconds) from None
         return _result_of(job)
 
     def _wait_for(self, job_id: int) -> Done:

@@ -1607,6 +1607,9 @@ class QueueContract:
                 await impatient
             with self.assertRaises(TimeoutError):
                 await first.aresult(timeout_seconds=0.01)
+            busy = mock.patch.object(self.queue, "get", side_effect=QueueBusy)
+            with busy, self.assertRaises(TimeoutError):
+                await first.aresult(timeout_seconds=0.01)
             while job := await asyncio.to_thread(other.dequeue, "w"):
                 await asyncio.to_thread(other.complete, job, job.payload * 10)
             self.assertEqual(await waits, [10, 20])
