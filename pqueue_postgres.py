@@ -235,8 +235,9 @@ STATE = "state || ''"  # for an expression, no index of the state is used
 BY_IDS = (f"= {THESE}", AMONG, STATE)
 FINISHED_PARENTS = "CAST((SELECT numbers FROM finished) ->> CAST(id AS text) AS integer)"
 KNOWN = "(CAST(:tasks AS text) IS NULL OR {task} = ANY (string_to_array(CAST(:tasks AS text), chr(10))))"
-SERVED = "(CAST(:queues AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST(:queues AS json))))"
-OF_QUEUES = f"""{SERVED.replace("q.name", "queue")}
+_AMONG_SERVED = "(CAST(:queues AS json) IS NULL OR {} IN (SELECT json_array_elements_text(CAST(:queues AS json))))"
+SERVED = _AMONG_SERVED.format("q.name")
+OF_QUEUES = f"""{_AMONG_SERVED.format("queue")}
     AND {KNOWN.format(task="task")} AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)"""
 # The first row of an index. The plan is made once, perhaps with few jobs, and must never read all jobs of a state.
 FIRST_DUE = "(SELECT run_at FROM jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1)"
@@ -284,7 +285,7 @@ SHARES = 0
 WIDTHS = (1, 8, 32, 64)
 MOST_TIMES, SUFFICED, LAZY_CLAIMS = 4, 64, 32  # see Reach
 WIDTH = 16  # where it is not adapted to the number of tasks that have jobs
-ROW = f"ctid, {ORDER.replace(' DESC', '')}, attempts, max_attempts"
+ROW = "ctid, priority, run_at, id, attempts, max_attempts"
 AFTER_TASK = "split_part(CAST(:known_attempts AS text), chr(10) || jobs.task || chr(9), 2)"
 OF_KNOWN_TASK = f"CAST(nullif(split_part({AFTER_TASK}, chr(10), 1), '') AS integer)"
 MOST_ATTEMPTS = f"coalesce(jobs.max_attempts, {OF_KNOWN_TASK}, {DEFAULT_MAX_ATTEMPTS})"
@@ -378,11 +379,18 @@ RETURNING {COLUMNS}"""
 
 
 # Count rows of a WITH query. The row that it updates is this connection's own, so that nobody waits for it.
-MINUTE = f"CAST(floor(least(greatest(:now, 0), {MAX_TIME}) / 60) * 60 AS bigint)"
-_COUNT_ENQUEUED = f"""
+_MINUTE_OF = f"CAST(floor(least(greatest({{}}, 0), {MAX_TIME}) / 60) * 60 AS bigint)"
+MINUTE = _MINUTE_OF.format(":now")
+
+
+def _count_enqueued(now: str = ":now") -> str:
+    return f"""
 INSERT INTO outcomes ({NEW})
-SELECT 60, {MINUTE}, :queue, :task, 'enqueued', {UNTIMED}, {UNTIMED}, count(*), 0, 0 FROM added HAVING count(*) > 0
+SELECT 60, {_MINUTE_OF.format(now)}, :queue, :task, 'enqueued', {UNTIMED}, {UNTIMED}, count(*), 0, 0 FROM added
+HAVING count(*) > 0
 {SUM}"""
+
+
 BUCKET = f"{len(BOUNDS)} - width_bucket(-({{}}), ARRAY{[-each for each in reversed(BOUNDS)]})"
 RUN, WAIT = "finished_at - started_at", "started_at - run_at"
 _COUNT_COMPLETED = f"""
@@ -410,7 +418,7 @@ FROM queues
 WHERE name = :queue AND {IS_LISTED} AND {IN_TURN} AND CASE WHEN max_pending IS NULL THEN true {has_room} END
 {UNLESS_HELD}
 RETURNING id),
-counted AS ({_COUNT_ENQUEUED})
+counted AS ({_count_enqueued()})
 SELECT id FROM added"""
 
 
@@ -426,7 +434,7 @@ SELECT name, :task, substr(CAST(one AS text), 2, length(CAST(one AS text)) - 2),
     :expires_at, :max_attempts, :assigned_to, :meta, :group, :now
 FROM open CROSS JOIN json_array_elements(CAST(:payloads AS json)) WITH ORDINALITY AS p (one, n) ORDER BY n
 RETURNING id),
-counted AS ({_COUNT_ENQUEUED})
+counted AS ({_count_enqueued()})
 SELECT id FROM added"""
 
 
@@ -592,12 +600,12 @@ UPDATE queues SET pruned_at = :now WHERE name =
     # differs because new jobs are counted when they are inserted
     pqueue_move.COPY_JOB: f"""
 WITH added AS ({pqueue_move.COPY_JOB}),
-counted AS ({_COUNT_ENQUEUED.replace(":now", ":created_at")})
+counted AS ({_count_enqueued(":created_at")})
 SELECT id FROM added""",
     # differs because new jobs are counted when they are inserted
     pqueue_handlers.ADD_HANDLER_JOB: f"""
 WITH added AS ({pqueue_handlers.ADD_HANDLER_JOB}),
-counted AS ({_COUNT_ENQUEUED})
+counted AS ({_count_enqueued()})
 SELECT id FROM added""",
     # differs because the next claim lists groups that have new jobs
     pqueue_groups.COUNT_GROUPS: pqueue_groups.numbers_of_groups(

@@ -203,7 +203,8 @@ WAS_RUNNING = f"{HAS_GROUP.format(row='OLD')} AND OLD.state = 'processing'"
 # guard: a group with a job that is pending again is looked at
 # guard: a group of which a job ended is looked at
 GROUPERS = {
-    f"groups_{name}": f"CREATE TRIGGER groups_{name} AFTER {event} ON jobs WHEN {when} BEGIN {action}; END"
+    f"groups_{name}": f"""
+CREATE TRIGGER IF NOT EXISTS groups_{name} AFTER {event} ON jobs WHEN {when} BEGIN {action}; END"""
     for name, event, when, action in (
         ("added", "INSERT", BECOMES_PENDING, _WAKE_TASK),
         ("pending", 'UPDATE OF state, assigned_to, queue, "group"', BECOMES_PENDING, _WAKE_TASK),
@@ -849,7 +850,7 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _start_groups(self, session: Session) -> None:
         for statement in GROUPERS.values():
-            session.change(statement.replace("CREATE TRIGGER", "CREATE TRIGGER IF NOT EXISTS"))
+            session.change(statement)
 
     def _take_slot(self) -> ConsumerLock | None:
         with self._folder_errors():

@@ -412,7 +412,8 @@ ON CONFLICT DO NOTHING
 RETURNING id),
 counted AS (
 INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
-SELECT 60, CAST(floor(least(greatest($14, 0), 1000000000000000.0) / 60) * 60 AS bigint), $15, $1, 'enqueued', -1, -1, count(*), 0, 0 FROM added HAVING count(*) > 0
+SELECT 60, CAST(floor(least(greatest($14, 0), 1000000000000000.0) / 60) * 60 AS bigint), $15, $1, 'enqueued', -1, -1, count(*), 0, 0 FROM added
+HAVING count(*) > 0
 
 ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
     run_seconds = outcomes.run_seconds + excluded.run_seconds,
@@ -437,7 +438,8 @@ FROM open CROSS JOIN json_array_elements(CAST($13 AS json)) WITH ORDINALITY AS p
 RETURNING id),
 counted AS (
 INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
-SELECT 60, CAST(floor(least(greatest($12, 0), 1000000000000000.0) / 60) * 60 AS bigint), $1, $2, 'enqueued', -1, -1, count(*), 0, 0 FROM added HAVING count(*) > 0
+SELECT 60, CAST(floor(least(greatest($12, 0), 1000000000000000.0) / 60) * 60 AS bigint), $1, $2, 'enqueued', -1, -1, count(*), 0, 0 FROM added
+HAVING count(*) > 0
 
 ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
     run_seconds = outcomes.run_seconds + excluded.run_seconds,
@@ -1053,7 +1055,8 @@ INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, expires_
 ON CONFLICT DO NOTHING RETURNING id),
 counted AS (
 INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
-SELECT 60, CAST(floor(least(greatest($17, 0), 1000000000000000.0) / 60) * 60 AS bigint), $1, $2, 'enqueued', -1, -1, count(*), 0, 0 FROM added HAVING count(*) > 0
+SELECT 60, CAST(floor(least(greatest($17, 0), 1000000000000000.0) / 60) * 60 AS bigint), $1, $2, 'enqueued', -1, -1, count(*), 0, 0 FROM added
+HAVING count(*) > 0
 
 ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
     run_seconds = outcomes.run_seconds + excluded.run_seconds,
@@ -1273,7 +1276,8 @@ INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, created_
 VALUES ($1, $2, $3, 'scheduled', 0, $4, $4) RETURNING id),
 counted AS (
 INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
-SELECT 60, CAST(floor(least(greatest($4, 0), 1000000000000000.0) / 60) * 60 AS bigint), $1, $2, 'enqueued', -1, -1, count(*), 0, 0 FROM added HAVING count(*) > 0
+SELECT 60, CAST(floor(least(greatest($4, 0), 1000000000000000.0) / 60) * 60 AS bigint), $1, $2, 'enqueued', -1, -1, count(*), 0, 0 FROM added
+HAVING count(*) > 0
 
 ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
     run_seconds = outcomes.run_seconds + excluded.run_seconds,
@@ -1605,7 +1609,8 @@ ON CONFLICT DO NOTHING
 RETURNING id),
 counted AS (
 INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
-SELECT 60, CAST(floor(least(greatest($14, 0), 1000000000000000.0) / 60) * 60 AS bigint), $15, $1, 'enqueued', -1, -1, count(*), 0, 0 FROM added HAVING count(*) > 0
+SELECT 60, CAST(floor(least(greatest($14, 0), 1000000000000000.0) / 60) * 60 AS bigint), $15, $1, 'enqueued', -1, -1, count(*), 0, 0 FROM added
+HAVING count(*) > 0
 
 ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
     run_seconds = outcomes.run_seconds + excluded.run_seconds,
@@ -1628,7 +1633,8 @@ FROM open CROSS JOIN json_array_elements(CAST($13 AS json)) WITH ORDINALITY AS p
 RETURNING id),
 counted AS (
 INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
-SELECT 60, CAST(floor(least(greatest($12, 0), 1000000000000000.0) / 60) * 60 AS bigint), $1, $2, 'enqueued', -1, -1, count(*), 0, 0 FROM added HAVING count(*) > 0
+SELECT 60, CAST(floor(least(greatest($12, 0), 1000000000000000.0) / 60) * 60 AS bigint), $1, $2, 'enqueued', -1, -1, count(*), 0, 0 FROM added
+HAVING count(*) > 0
 
 ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
     run_seconds = outcomes.run_seconds + excluded.run_seconds,
