@@ -28,7 +28,7 @@ GROUP_SIZE = 3  # as in supervisord.conf
 PYTHON_NOTE = "; python3 is looked up on PATH: activate a virtual environment first if your tasks need one.\n"
 CALL_SECONDS = 120.0  # longer than stopwaitsecs: stopping a group waits for its running jobs
 STATUS_SECONDS = 5.0
-START_SECONDS = 60.0  # until a new group must be running; supervisord reports RUNNING after startsecs
+START_SECONDS = 120.0  # until the consumers of a new group must have imported their tasks
 
 PROGRAM = """\
 ; To remove this group: {manager} --remove {group}
@@ -145,7 +145,7 @@ def write_configuration(
 def add_group(
     size: int = GROUP_SIZE, queues: list[str] | None = None, modules: list[str] | None = None, concurrency: int = 1
 ) -> str:
-    """Add a group of this many consumers, wait until all are running, and return its name.
+    """Add a group of this many consumers, wait until all have started, and return its name.
 
     If this fails, remove the group again. Raises ManagerError.
     """
@@ -164,7 +164,7 @@ def add_group(
             )
         call("reloadConfig")
         call("addProcessGroup", group)
-        _expect_running(group, size)
+        _expect_started(group, size)
     except BaseException:
         if group:
             with suppress(ManagerError):
@@ -174,18 +174,34 @@ def add_group(
     return group
 
 
-def _expect_running(group: str, size: int) -> None:
-    deadline = time.monotonic() + START_SECONDS
+def _expect_started(group: str, size: int) -> None:
+    """Wait until all consumers of a new group say in their logs that they take jobs. Raises ManagerError.
+
+    RUNNING only says that a process has existed for startsecs, in which a busy machine may not get to the tasks.
+    """
+    deadline, pids, started = time.monotonic() + START_SECONDS, dict[str, int](), set[str]()
     while True:
-        states = {each["name"]: each["state"] for each in processes() if each["group"] == group}
-        if sorted(states.values()) == ["RUNNING"] * size:
-            return
-        for name, state in states.items():
-            if state in ("BACKOFF", "EXITED", "FATAL", "UNKNOWN"):
+        found = [each for each in processes() if each["group"] == group]
+        for name, state, pid in ((each["name"], each["state"], each["pid"]) for each in found):
+            was_restarted = pid != pids.setdefault(name, pid) if pid else False
+            if was_restarted or state in ("BACKOFF", "EXITED", "FATAL", "UNKNOWN"):
                 raise ManagerError(f"cannot add {group}, so removed it again: {name} ended: {_last_log_line(name)}")
+            if name not in started and _says_that_it_started(name, pid):
+                started.add(name)
+        if len(started) == size and all(each["state"] == "RUNNING" for each in found):
+            return
         if time.monotonic() > deadline:
-            raise ManagerError(f"cannot add {group}, so removed it again: not running after {START_SECONDS:g} s")
+            name = min({each["name"] for each in found} - started, default=group)
+            late = f"{name} has not started after {START_SECONDS:g} s: {_last_log_line(name)}"
+            raise ManagerError(f"cannot add {group}, so removed it again: {late}")
         time.sleep(0.1)
+
+
+def _says_that_it_started(name: str, pid: int) -> bool:
+    with suppress(OSError):
+        text = (LOGS / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+        return f" started consumer={name} pid={pid} " in text
+    return False
 
 
 def _last_log_line(name: str) -> str:

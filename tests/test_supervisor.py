@@ -226,6 +226,11 @@ def test_manager_removes_a_new_group_whose_consumers_do_not_run(system):
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert re.fullmatch(rf"manager.py: cannot add consumer2, .*: consumer2_0\d ended: {reason}\n", done.stderr)
 
+    system.write("late.py", "import time\ntime.sleep(5)\nimport no_such_module\n")  # when it has been RUNNING
+    done = manage(system, "--count", "1", "--size", "1", "--import", "late")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "consumer2_00 ended: consumer.py: cannot import 'late'" in done.stderr
+
     system.write("slow.py", "import time\ntime.sleep(600)\n")
     with subprocess.Popen(
         [sys.executable, "manager.py", "--count", "1", "--import", "slow"], cwd=system.folder
