@@ -53,6 +53,8 @@ while [ $seen -lt 3 ]; do
 done
 kill -9 "$2"
 """
+# Signals that a task may send to its parent, whatever for; they would end this process
+OF_USERS = [signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF]
 RESTART_SECONDS = 1.0  # before the next worker, if one died without running a job
 
 
@@ -125,7 +127,8 @@ class Keeper:
             self._dump = _unnamed_file()
             undo.callback(os.close, self._dump)
             undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False))
-            for number, handler in ((signal.SIGCHLD, _ignore), (signal.SIGTSTP, self._suspend)):
+            for number in (signal.SIGCHLD, signal.SIGTSTP, *OF_USERS):
+                handler = self._suspend if number == signal.SIGTSTP else _ignore
                 undo.callback(signal.signal, number, signal.signal(number, handler))
             on_termination(self._stop)
             processes.adopt_orphans(True)
@@ -207,7 +210,9 @@ class Keeper:
         """Reap children; return whether the worker was among them."""
         with suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                if ended[0] == self._pid:
+                if os.WIFSTOPPED(ended[1]):  # it has asked to be traced
+                    processes.stop_tracing(*ended)
+                elif ended[0] == self._pid:
                     self._status = ended[1]
         return self._status is not None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
 import _thread
+import _tracemalloc
 import builtins
 import codecs
 import fcntl
@@ -18,6 +19,7 @@ import logging
 import os
 import resource
 import signal
+import sqlite3
 import stat
 import sys
 import threading
@@ -48,7 +50,7 @@ LIMITS = sorted({getattr(resource, name) for name in dir(resource) if name.start
 class Setting:
     """A part of the process's state: its name, how to read it, and how to restore it (None: impossible).
 
-    is_fatal: where it has changed, the database cannot be used any more.
+    is_fatal: if it cannot be restored, the database cannot be used any more.
     """
 
     def __init__(
@@ -83,13 +85,17 @@ def kept(name: str, mapping: dict[Any, Any], wanted: Callable[[Any], bool] = boo
     return Setting(name, lambda: before.items() <= mapping.items(), lambda _: mapping.update(before))
 
 
+def _is_function(value: Any) -> bool:
+    return callable(value) or value is os.environ
+
+
 def _settings(folder: int | None) -> Iterator[Setting]:
     """Yield what is compared. folder: a descriptor of the working directory."""
     for module in (os, time, sys, signal, threading, warnings, logging):
         # first: the code below calls them
-        yield kept(
-            f"functions of {module.__name__}", vars(module), lambda value: callable(value) or value is os.environ
-        )
+        yield kept(f"functions of {module.__name__}", vars(module), _is_function)
+    for module in (os, sys, signal):
+        yield kept(f"constants of {module.__name__}", vars(module), lambda value: isinstance(value, (int, str)))
     yield Setting("the root directory or a namespace", lambda: (os.stat("/")[1:3], _namespaces()), is_fatal=True)
     ids = [getattr(os, f"get{name}") for name in ("uid", "euid", "gid", "egid", "groups")]
     yield Setting("the account", lambda: [get() for get in ids], is_fatal=True)
@@ -101,7 +107,7 @@ def _settings(folder: int | None) -> Iterator[Setting]:
     yield from _signal_settings()
     yield from _interpreter_settings()
     yield from _library_settings()
-    yield Setting("resource limits", lambda: [resource.getrlimit(limit) for limit in LIMITS], _set_limits)
+    yield Setting("resource limits", lambda: list(map(resource.getrlimit, LIMITS)), _set_limits, is_fatal=True)
     priority = os.PRIO_PROCESS, 0
     yield Setting("the priority", lambda: os.getpriority(*priority), lambda to: os.setpriority(*priority, to))
     if hasattr(os, "sched_getaffinity"):
@@ -136,9 +142,11 @@ def _interpreter_settings() -> Iterator[Setting]:
     if monitoring := getattr(sys, "monitoring", None):
         yield Setting("a tool of sys.monitoring", lambda: [monitoring.get_tool(number) for number in range(6)])
     yield Setting("sys.path", lambda: list(sys.path), lambda path: sys.path.__setitem__(slice(None), path))
+    hooks = list(sys.meta_path), list(sys.path_hooks)
+    yield Setting("import hooks", lambda: _finds_modules(hooks), lambda _: _set_import_hooks(hooks))
+    yield Setting("the tracing of memory", _tracemalloc.is_tracing, lambda _: _tracemalloc.stop())
     yield Setting("sys.argv", lambda: list(sys.argv), lambda argv: setattr(sys, "argv", argv))
     yield Setting("sys.tracebacklimit", lambda: getattr(sys, "tracebacklimit", None), _set_traceback_limit)
-    yield Setting("sys.dont_write_bytecode", *_accessors(sys, "dont_write_bytecode"))
     yield Setting("the flags of dlopen", sys.getdlopenflags, sys.setdlopenflags)
     yield kept("sys.modules", sys.modules, lambda _: True)
     yield Setting("builtins", lambda: dict(vars(builtins)), _set_builtins)
@@ -152,6 +160,7 @@ def _library_settings() -> Iterator[Setting]:
     yield Setting("logging", lambda: _logging(loggers), lambda before: _set_logging(loggers, before))
     yield Setting("the event loop or its policy", _event_loop, _set_event_loop)
     yield Setting("the start method of multiprocessing", _start_method, _set_start_method)
+    yield Setting("adapters of sqlite3", _adapters, _set_adapters)
     if socket := sys.modules.get("socket"):
         yield Setting("the default timeout of sockets", socket.getdefaulttimeout, socket.setdefaulttimeout)
     if tempfile := sys.modules.get("tempfile"):
@@ -224,8 +233,9 @@ class ProcessState:
         yield from self._reset_streams()
         for setting in self._settings:
             if setting.has_changed():
-                self.must_end = not setting.undo() or self.must_end
-                self.is_broken = self.is_broken or setting.is_fatal
+                is_left = not setting.undo()
+                self.must_end = self.must_end or is_left
+                self.is_broken = self.is_broken or (is_left and setting.is_fatal)
                 yield setting.name
         yield from self._new_threads()
         for pid in self._new_children():
@@ -274,7 +284,8 @@ class ProcessState:
         for number, (name, before) in enumerate(zip(("stdin", "stdout", "stderr"), self._streams, strict=True)):
             if before is not None and not _is_usable(before):
                 self._streams[number] = self._reopened(number)
-            if getattr(sys, name) is not self._streams[number]:
+            if (other := getattr(sys, name)) is not self._streams[number]:
+                _leave_buffer(other, before)
                 setattr(sys, name, self._streams[number])
                 setattr(sys, f"__{name}__", self._streams[number])
                 yield f"sys.{name}"
@@ -295,10 +306,15 @@ class ProcessState:
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
             return []
-        return [pid for pid in set(processes.children(os.getpid())) - self._children if processes.is_running(pid)]
+        new = set(processes.children(os.getpid())) - self._children
+        for pid in new:
+            with suppress(ChildProcessError):  # one that has ended; its status is lost, as subprocess expects
+                os.waitpid(pid, os.WNOHANG)
+        return [pid for pid in new if processes.is_running(pid)]
 
 
 OF_THREADS = 3 << 31  # signals 32 and 33, which the C library handles when a first thread starts
+NAMESPACES = ("mnt", "net", "user", "ipc", "uts", "cgroup", "pid_for_children")
 TRACES = ("_trace_hook", "_profile_hook")
 CODEC_ERRORS = [
     "strict",
@@ -398,7 +414,7 @@ def _set_flags(before: list[int | None]) -> None:
 
 def _namespaces() -> list[str]:
     with suppress(OSError):
-        return [os.readlink(f"/proc/self/ns/{name}") for name in ("mnt", "net", "user", "ipc", "uts")]
+        return [os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES]
     return []
 
 
@@ -521,9 +537,33 @@ def _set_start_method(before: str | None) -> None:
     multiprocessing.set_start_method(before, force=True)
 
 
+def _finds_modules(before: tuple[list[Any], list[Any]]) -> bool:
+    """Return whether modules are found as before; a library that a task imports may add hooks that work."""
+    if (sys.meta_path, sys.path_hooks) == before:
+        return True
+    is_whole = all(each in sys.meta_path for each in before[0]) and all(each in sys.path_hooks for each in before[1])
+    return is_whole and all(each.find_spec("pqueue_none", None, None) is None for each in sys.meta_path)
+
+
+def _set_import_hooks(before: tuple[list[Any], list[Any]]) -> None:
+    sys.meta_path[:], sys.path_hooks[:] = before
+    sys.path_importer_cache.clear()
+
+
 def _set_codec_errors(before: list[Any]) -> None:
     for name, handler in zip(CODEC_ERRORS, before, strict=True):
         codecs.register_error(name, handler)
+
+
+def _adapters() -> dict[Any, Any]:
+    """Return what converts values that the queue stores; a library that a task imports may add others."""
+    return {key: sqlite3.adapters[key] for key in sqlite3.adapters if key[0] in (int, float, str, bytes, type(None))}
+
+
+def _set_adapters(before: dict[Any, Any]) -> None:
+    for key in _adapters():
+        del sqlite3.adapters[key]
+    sqlite3.adapters.update(before)
 
 
 def _is_usable(stream: Any) -> bool:
@@ -532,6 +572,13 @@ def _is_usable(stream: Any) -> bool:
         return not stream.closed
     except ValueError:
         return False
+
+
+def _leave_buffer(other: Any, before: Any) -> None:
+    """Keep a stream that a task has put around the buffer of another one from closing it at the end of its life."""
+    with suppress(Exception):  # they may be anything
+        if other is not before and other.buffer is before.buffer:
+            other.detach()
 
 
 def _mode(stream: Any) -> dict[str, Any]:

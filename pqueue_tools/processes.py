@@ -17,6 +17,7 @@ PR_SET_PDEATHSIG, PR_GET_PDEATHSIG = 1, 2
 PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4
 PR_SET_TIMERSLACK, PR_GET_TIMERSLACK = 29, 30
 PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
+PTRACE_DETACH = 17
 FORKED = 0x40  # PF_FORKNOEXEC: the process has not become another program
 
 
@@ -45,6 +46,11 @@ def set_attributes(values: tuple[int, ...]) -> None:
     options = PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_TIMERSLACK
     for option, value in zip(options, values, strict=True):
         _prctl(option, value)
+
+
+def stop_tracing(pid: int, status: int) -> None:
+    """Let a child that was stopped as it is traced by this process continue, with the signal that stopped it."""
+    _libc().ptrace(PTRACE_DETACH, pid, 0, os.WSTOPSIG(status))
 
 
 def share_memory() -> None:

@@ -354,7 +354,7 @@ class Consumer:
     def _describe(error: BaseException, job: Job) -> Description | None:
         """Return the text and the outcome of an error of the task, whose code this runs: call it while that may be
         interrupted. None: it is not the task's."""
-        if type(error) is Interrupt or issubclass(type(error), LeaseLost):
+        if type(error) is Interrupt:
             return None
         return error_text(error), outcome_of(error, job)
 
@@ -362,8 +362,6 @@ class Consumer:
         """Settle a job whose task ended with this exception."""
         if type(error) is Interrupt:
             self._end_interrupted(job, error.args[0].with_traceback(error.__traceback__))
-        elif issubclass(type(error), LeaseLost):
-            self._log_lost(job, error)
         else:
             self._apply(job, *(description or (error_text(error), outcome_of(error, job))))
 
@@ -605,8 +603,9 @@ def _set_signals(dump: int) -> None:
     """Leave TERM, INT and HUP to the keeper, also if they reach this process; restore them in children of tasks."""
     signal.set_wakeup_fd(-1)
     on_termination(_ignore)
-    for number in (signal.SIGCHLD, signal.SIGTSTP, signal.SIGCONT):
-        signal.signal(number, signal.SIG_DFL)
+    for number in signal.valid_signals() - set(termination.SIGNALS):
+        if signal.getsignal(number) not in (signal.SIG_DFL, signal.SIG_IGN, None):  # the keeper's
+            signal.signal(number, signal.SIG_DFL)
     signal.signal(leases.INTERRUPT_SIGNAL, _ignore)
     _arm(dump)
     _reset_signals_in_children()

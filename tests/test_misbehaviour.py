@@ -25,7 +25,8 @@ SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
 
 TASKS = r'''
 import _thread, asyncio, builtins, codecs, ctypes, decimal, faulthandler, fcntl, gc, io, locale, logging, logging.config
-import multiprocessing, os, random, re, resource, signal, socket, subprocess, sys, tempfile, threading, time, warnings
+import multiprocessing, os, random, re, resource, signal, socket, sqlite3, subprocess, sys, tempfile, threading, time
+import tracemalloc, warnings
 from pathlib import Path
 from pqueue import DoNotRetry, Retry, Snooze, current_queue, task
 
@@ -120,6 +121,17 @@ def leave_environment():
 def leave_handler_in_c():
     C.signal(int(signal.SIGTERM), ctypes.c_void_p(1))
 
+class NoImports:
+    def find_spec(self, *_): raise RuntimeError("no imports")
+
+def leave_zombies():
+    for _ in range(3):
+        if (child := os.fork()) == 0: os._exit(0)
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+
+def signal_parent():
+    for name in ("USR1", "USR2", "ALRM", "VTALRM", "PROF"): os.kill(os.getppid(), getattr(signal, f"SIG{name}"))
+
 LEAVE = {  # what the next job must not find
     "nothing": nothing,
     "loop": leave_loop,
@@ -193,6 +205,17 @@ LEAVE = {  # what the next job must not find
     "start method": lambda: multiprocessing.set_start_method("spawn", force=True),
     "default decimals": lambda: setattr(decimal.DefaultContext, "prec", 3),
     "temporary folder": lambda: setattr(tempfile, "tempdir", "/nowhere"),
+    "wrapped stream": lambda: setattr(sys, "stdout", io.TextIOWrapper(sys.stdout.buffer)),
+    "zombies": leave_zombies,
+    "traced": lambda: C.ptrace(0, 0, 0, 0),
+    "signals to the parent": signal_parent,
+    "adapters": lambda: [sqlite3.register_adapter(kind, repr) for kind in (int, float, str)],
+    "import hook": lambda: sys.meta_path.insert(0, NoImports()),
+    "no import hooks": lambda: (sys.meta_path.clear(), sys.path_hooks.clear()),
+    "traced memory": tracemalloc.start,
+    "constants": lambda: (setattr(os, "O_CLOEXEC", 0), setattr(sys, "platform", "none")),
+    "hard limit": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
+    "namespace of processes": lambda: C.unshare(0x20000000),
     "root": lambda: (os.mkdir("jail"), os.chroot("jail")),
     "account": lambda: os.seteuid(65534),
 }
@@ -232,6 +255,8 @@ def state():
         "start method": multiprocessing.get_start_method(allow_none=True) == "spawn",
         "default decimals": decimal.DefaultContext.prec, "temporary folder": tempfile.tempdir, "euid": os.geteuid(),
         "sockets": socket.getdefaulttimeout(), "decimals": decimal.getcontext().prec,
+        "hooks of imports": [len(sys.meta_path), len(sys.path_hooks)], "traced": tracemalloc.is_tracing(),
+        "tracer": status("TracerPid"), "constants": [os.O_CLOEXEC, sys.platform],
         "priority": [os.nice(0), len(os.sched_getaffinity(0))],
         "faults": faulthandler.is_enabled(),
         "children": Path(f"/proc/self/task/{os.getpid()}/children").read_text(),
@@ -292,6 +317,7 @@ class OddRetry(Retry):
     def __init__(self): self.in_seconds = "soon"
 
 RAISE = {
+    "lost lease": lambda: fail(sys.modules["pqueue"].LeaseLost("of another queue")),
     "evil": lambda: fail(Evil()),
     "hidden": lambda: fail(Hidden("the reason")),
     "nameless": lambda: fail(OfNameless("the reason")),
@@ -398,8 +424,9 @@ def read(place, name):
 # A clean process for every task
 
 
-UNREPORTED = ("nothing", "decimals", "c alarm", "handlers of faults", "faults of others", "orphan")
-AS_ROOT = ("namespace", "root", "account")
+UNREPORTED = ("nothing", "decimals", "c alarm", "handlers of faults", "faults of others", "orphan", "zombies", "traced",
+              "signals to the parent")  # fmt: skip
+AS_ROOT = ("namespace", "namespace of processes", "root", "account")
 
 
 @pytest.mark.parametrize("part", range(6))
@@ -561,6 +588,7 @@ def test_result_is_that_of_the_moment_when_the_task_returned(tasks, concurrency)
         ("fall", "interrupt", "KeyboardInterrupt"),
         ("fall", "generator", "GeneratorExit"),
         ("fall", "memory", "MemoryError"),
+        ("fall", "lost lease", "LeaseLost: of another queue"),
     ],
 )  # fmt: skip
 def test_job_fails_with_the_true_reason_and_the_next_one_runs(tasks, kind, name, error):
@@ -842,6 +870,7 @@ EXPECTED = {
     "notes": "ValueError: the reason",
     "message": "Slow: (its message cannot be shown",
     "memory": "MemoryError",
+    "lost lease": "LeaseLost: of another queue",
 }
 
 
