@@ -190,7 +190,7 @@ def _titled(table: Table, rows: list[Any], token: str, back: str, most: int | No
     """Return a table with its title and, if it has more than `most` rows, a link to all of them."""
     shown, hidden = rows[: most or table.most], ""
     if len(rows) > len(shown):
-        more = f"and {report.count(len(rows) - len(shown), table.noun or 'row')} more"
+        more = tables.more(table, len(rows) - len(shown))
         hidden = (
             f'<p><a href="{prefix()}/{tables.page_of(table.key)}">{text(more)}</a></p>'
             if most
@@ -200,8 +200,8 @@ def _titled(table: Table, rows: list[Any], token: str, back: str, most: int | No
 
 
 def _classes(column: Column) -> str:
-    right = column.kind in ("number", "since", "until")
-    return " ".join(["number"] * right + [column.width] + ["less"] * (not column.on_phone)).strip()
+    kind = {"number": "number", "since": "number", "until": "number", "text": "" if column.width else "name"}
+    return " ".join([kind.get(column.kind, ""), column.width] + ["less"] * (not column.on_phone)).strip()
 
 
 def _cell(column: Column, row: Any) -> str:  # noqa: PLR0911 - one for each kind

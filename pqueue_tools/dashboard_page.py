@@ -27,7 +27,8 @@ th:last-child, td:last-child { padding-right: 0 }
 tr:last-child td { border-bottom: 0 }
 td.cut, th.cut { width: 99%; min-width: 140px; max-width: 0; overflow: hidden; text-overflow: ellipsis }
 td.wrap { width: 99%; white-space: normal; overflow-wrap: anywhere }
-td.fold { white-space: normal; min-width: 90px }
+td.name { max-width: 16vw; overflow: hidden; text-overflow: ellipsis } td.name a { outline-offset: -2px }
+td.fold { white-space: normal; overflow-wrap: anywhere; min-width: 90px }
 td.number, th.number { text-align: right } #queues th, #settings th { white-space: normal; vertical-align: bottom }
 .soft { color: var(--soft) }
 .only, .skip:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
@@ -59,7 +60,7 @@ progress { width: 90px; height: 10px; accent-color: var(--processing) }
 .bulk { display: flex; gap: 6px; flex-wrap: wrap; align-items: center; margin-bottom: 8px }
 @media (max-width: 600px) { header, main, nav { padding: 0 10px } header { padding-top: 10px }
   nav a { padding: 8px 8px } #live { margin: 0; width: 100% }
-  section { padding: 10px } .less { display: none } table { font-size: 13px }
+  td.name { max-width: 28vw } section { padding: 10px } .less { display: none } table { font-size: 13px }
   th, td { padding-right: 8px } td.cut, th.cut { min-width: 76px }
   table:has(td.wrap) thead { position: absolute; clip-path: inset(50%) }
   tr:has(td.wrap) { display: flex; flex-wrap: wrap; border-bottom: 1px solid var(--line) }

@@ -252,7 +252,7 @@ def _table(table: Table, rows: list[Any], most: int | None) -> None:
     cells = _cells(table, shown)
     st.dataframe(cells, hide_index=True, column_config=_config(table, cells))
     if len(rows) > len(shown):
-        st.caption(f"and {report.count(len(rows) - len(shown), table.noun or 'row')} more")
+        st.caption(tables.more(table, len(rows) - len(shown)))
     named = {table.name(row): row for row in shown if table.buttons(row) or table.columns[0].link}
     if named:
         with st.container(horizontal=True):

@@ -11,6 +11,9 @@ from typing import Any, Protocol
 from pqueue_tools import dashboard, report
 from pqueue_values import command_line
 
+FINDINGS_SHOWN = 6  # the others unfold
+QUOTED = re.compile("(&#x27;|&quot;)(.*?)\\1")  # a name, which may be written from right to left
+
 STYLE: str = (
     """
 :root { color-scheme: light dark }
@@ -30,7 +33,8 @@ STYLE: str = (
 .pqueue .health { display: inline-block; margin: 0 6px 6px 0; padding: 2px 10px; border: 1px solid currentColor;
   border-radius: 12px; font-size: 13px; line-height: 1.45 }
 .pqueue a.health { text-decoration: none }
-.pqueue .finding { margin: 3px 0 } .pqueue .finding b { display: inline-block; min-width: 76px }
+.pqueue .finding { margin: 3px 0; overflow-wrap: anywhere }
+.pqueue .finding b { display: inline-block; min-width: 76px }
 .pqueue .tiles { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: 8px }
 .pqueue a.tile { text-decoration: none } .pqueue a.tile:hover { border-color: var(--processing) }
 .pqueue .tile { border: 1px solid var(--line); border-radius: 8px; padding: 7px 12px; background: var(--card) }
@@ -87,14 +91,18 @@ def findings(found: list[report.Finding], address: Callable[[str], str]) -> str:
     """Return each finding with its remedy and a link to the page that shows it; `address` returns that of a part."""
     if not found:
         return f'<p class="finding"><b class="completed">{report.NO_FINDINGS}</b></p>'
-    return "".join(
+    lines = [
         f'<p class="finding"><b class="{each.severity}">{each.severity}</b> {_linked(each, address)}{_remedy(each)}</p>'
         for each in found
-    )
+    ]
+    rest = f"<details><summary>and {report.count(len(lines) - FINDINGS_SHOWN, 'more finding')}</summary>"
+    rest += f"{''.join(lines[FINDINGS_SHOWN:])}</details>"
+    return "".join(lines[:FINDINGS_SHOWN]) + (rest if lines[FINDINGS_SHOWN:] else "")
 
 
 def _linked(each: report.Finding, address: Callable[[str], str]) -> str:
-    return f'<a href="{text(address(each.part))}">{text(each.text)}</a>' if each.part else text(each.text)
+    said = QUOTED.sub(r"\1<bdi>\2</bdi>\1", text(each.text))
+    return f'<a href="{text(address(each.part))}">{said}</a>' if each.part else said
 
 
 def _remedy(each: report.Finding) -> str:

@@ -67,6 +67,11 @@ class Table:
     name: Callable[[Any], str] = itemgetter("name")  # identifies a row
 
 
+def more(table: Table, number: int) -> str:
+    """Return the text for rows that are not shown: and 4 more groups."""
+    return f"and {report.count(number, f'more {table.noun}' if table.noun else 'more row')}"
+
+
 def _attempts(job: Job) -> str:
     return f"{job.attempts} of {job.max_attempts}" if job.max_attempts is not None else str(job.attempts)
 
@@ -155,7 +160,7 @@ CONSUMERS = Table(
         Column("state", itemgetter("state"), "state"),
         Column("host / pid", lambda each: f"{each['host']} / {each['pid']}", on_phone=False),
         Column("jobs", itemgetter("job_ids"), "job"),
-        Column("done", itemgetter("completed"), "number"),
+        Column("done", itemgetter("completed"), "number", on_phone=False),
         Column("failed", itemgetter("failed"), "number"),
         Column("seen", itemgetter("last_seen_at"), "time", width="cut"),
     ),
@@ -529,7 +534,7 @@ SCHEDULES = Table(
     (
         Column("schedule", itemgetter("name")),
         Column("is", lambda each: "paused" if each["paused"] else "active", "state"),
-        Column("due", itemgetter("due")),
+        Column("due", itemgetter("due"), width="fold"),
         Column("task", itemgetter("task"), on_phone=False),
         Column("queue", itemgetter("queue"), on_phone=False),
         Column("group", itemgetter("group"), on_phone=False),

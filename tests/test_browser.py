@@ -419,6 +419,24 @@ def test_operator_with_a_phone_sees_every_control_whole(system, page):
     site.said("queue default limited to 7 pending jobs")
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_long_names_leave_the_other_columns_and_the_buttons_in_sight(place, page, width):
+    queue, name = place.queue(), "n" * 255
+    queue.schedule(name[:200], name, cron="30 2 * * mon-fri", zone="America/Argentina/Buenos_Aires")
+    for _ in range(2):
+        queue.enqueue(name, queue=name, group=name[:128])
+    queue.limit(name, 10**9, running=10**6, rate=(10, 0.5))
+    queue.fail(queue.dequeue(name), name, retry=False)
+    page.set_viewport_size({"width": width, "height": 800})
+    site = StandardLibrary(place, page)
+    for title in ("Overview", "Failed", "Tasks", "Queues", "Schedules", "Consumers", "Activity"):
+        site.go(title)
+        expect(page.locator("main section").first).to_be_visible()
+        for part in page.locator("main section").all():
+            wide = part.evaluate("part => part.scrollWidth - part.clientWidth")
+            assert wide <= 0, (title, part.get_attribute("id"), wide)
+
+
 def test_page_keeps_typed_text_while_it_refreshes(system, page):
     queue = system.queue()
     system.write("repaired", "")

@@ -390,6 +390,17 @@ def test_page_of_queues_shows_every_limit_and_the_groups_that_it_stops(queue, si
     assert '<td class="fold less">1 pending, 1 at a limit</td>' in row
 
 
+def test_overview_shows_the_worst_findings_and_unfolds_the_others(queue, site):
+    for name in ("שלום", *"abcdefg"):
+        queue.enqueue("t", queue=name)
+    queue.dequeue("w", queues=["other"])
+    text = site.ask("/")[1]
+    shown, _, rest = text[text.index('id="findings"') : text.index("<h2>Failures")].partition("<details>")
+    number = shown.count('class="finding"') + rest.count('class="finding"')
+    assert f"<summary>and {number - 6} more findings</summary>" in rest
+    assert "&#x27;<bdi>שלום</bdi>&#x27;" in text
+
+
 def test_age_of_a_page_is_that_of_the_figures_it_shows(queue, site):
     site.ask("/tasks")
     site.server.cache._began["days"] -= 20
