@@ -9,7 +9,8 @@ itself, which holds the write lock (on PostgreSQL, a lock of the queue's row), s
 
 `queue_groups` lists where jobs may be claimed. Triggers on `jobs` mark a group when a job of it becomes pending or
 ends; a claim that finds it without jobs, or at a limit, clears the mark. Thus a claim costs the same however many are
-waiting. Queues without groups and limits use none of this.
+waiting. Queues without groups and limits use none of this; when a consumer deletes old jobs, it finds those whose
+groups have no jobs any more, and a trigger those that have some again.
 """
 
 from __future__ import annotations
@@ -62,6 +63,21 @@ MAX_PROMOTED = 1000  # jobs, by `peek`
 
 # Let the groups of a queue take turns.
 SET_GROUPED = "UPDATE queues SET grouped = 1 WHERE name = :queue AND grouped = 0"
+
+
+# guard: a queue with a pending job of a group has its groups take turns
+def without_turns(new: str = "") -> str:
+    """Return the queues whose groups take turns although none has a job to claim, and there is no limit. A job with a
+    group that becomes pending lets them take turns again: see the triggers."""
+    return f"""
+SELECT name FROM queues q WHERE grouped = 1 AND max_running IS NULL AND rate_jobs IS NULL
+    AND NOT EXISTS (SELECT 1 FROM queue_groups g WHERE g.queue = q.name AND next_at = 0){new}"""
+
+
+WITHOUT_TURNS = without_turns()
+
+# Let the groups of a queue no longer take turns.
+SET_UNGROUPED = "UPDATE queues SET grouped = 0 WHERE name = :queue"
 
 # Limit each group of a queue; NULL: no limit.
 SET_MAX_RUNNING = "UPDATE queues SET max_running = :value WHERE name = :queue"
@@ -457,6 +473,13 @@ class Grouping(Backend):
         if changed := session.change(SET_GROUPED, {"queue": queue}):
             self._start_groups(session)
         return changed
+
+    def _end_turns(self) -> None:
+        """Let claims from queues whose groups have no jobs any more do without turns."""
+        if self._read(WITHOUT_TURNS):
+            with self._transaction(durable=False) as session:
+                self._lock_out_writers(session)
+                session.change_many(SET_UNGROUPED, [{"queue": name} for (name,) in session.run(WITHOUT_TURNS)])
 
     def _start_groups(self, session: Session) -> None:
         """Keep `queue_groups` from now on; on PostgreSQL, that is always done."""

@@ -127,7 +127,7 @@ class Moving(Counting):
         """Copy all rows of the source into this queue, whose session is `copy`."""
         _expect_unused(copy)
         copied = _copy_rows(source, copy, progress)
-        if copy.run("SELECT 1 FROM queues WHERE grouped = 1 LIMIT 1"):
+        if copy.run("""SELECT 1 FROM queues WHERE grouped = 1 OR EXISTS (SELECT 1 FROM jobs WHERE "group" <> '')"""):
             self._start_groups(copy)
         self._reset_ids(copy)
         # guard: a copy counts what is pending

@@ -204,6 +204,7 @@ BEGIN
     IF TG_OP <> 'DELETE' THEN
         IF NEW.state = 'pending' THEN
             INSERT INTO {SCHEMA}.group_events VALUES (NEW.queue, NEW."group", NEW.task);
+            UPDATE {SCHEMA}.queues SET grouped = 1 WHERE name = NEW.queue AND grouped = 0;
         END IF;
     END IF;
     RETURN NULL;
@@ -610,6 +611,10 @@ SELECT id FROM added""",
     # differs because the next claim lists groups that have new jobs
     pqueue_groups.COUNT_GROUPS: pqueue_groups.numbers_of_groups(
         " UNION SELECT name FROM group_events e WHERE e.queue = q.name AND task IS NOT NULL"
+    ),
+    # differs because the next claim lists groups that have new jobs
+    pqueue_groups.WITHOUT_TURNS: pqueue_groups.without_turns(
+        " AND NOT EXISTS (SELECT 1 FROM group_events e WHERE e.queue = q.name)"
     ),
     # differs because others may add them up at the same time: this also deletes them
     pqueue_outcomes.ADD_UP: f"""{_taken("FROM outcomes WHERE period = 60 AND at < :before AND shard = 0")}

@@ -60,6 +60,9 @@ class Retaining(Counting):
     @abstractmethod
     def _job_ended(self, session: Session, job_id: int, now: float) -> None: ...
 
+    @abstractmethod
+    def _end_turns(self) -> None: ...
+
     def _cancel_all_expired(self, dead: list[str] | None, now: float) -> None:
         """Cancel the jobs that have expired, in short transactions, also those whose deliveries were lost."""
         batch = EXPIRE_BATCH
@@ -147,6 +150,7 @@ class Retaining(Counting):
             session.change(DELETE_CONSUMERS, {"before": before})
             session.change(FORGET_GROUPS, {"limit": PRUNE_BATCH})
             self._roll_up(now)
+        self._end_turns()
         pruned = 0
         for state in chosen:
             params = {"state": state, "queue": None, "before": before, "now": now, "limit": PRUNE_BATCH}
@@ -173,6 +177,8 @@ class Retaining(Counting):
             while is_full and time.monotonic() < until:
                 is_full = self._prune_queue({**params, "queue": queue})
             has_more = has_more or is_full
+        # guard: a queue whose groups have no jobs any more is claimed from without turns
+        self._end_turns()
         return has_more
 
     def _prune_queue(self, params: Params, *, is_first: bool = False) -> bool:

@@ -194,7 +194,8 @@ COUNTERS = {
 HAS_GROUP = "{row}.\"group\" <> ''"
 _WAKE_TASK = """
 INSERT INTO queue_groups (queue, name, task) VALUES (NEW.queue, NEW."group", NEW.task)
-ON CONFLICT (queue, name, task) DO UPDATE SET next_at = 0 WHERE next_at IS NULL OR next_at < 0"""
+ON CONFLICT (queue, name, task) DO UPDATE SET next_at = 0 WHERE next_at IS NULL OR next_at < 0;
+UPDATE queues SET grouped = 1 WHERE name = NEW.queue AND grouped = 0"""
 _WAKE_GROUP = """
 UPDATE queue_groups SET next_at = 0 WHERE queue = OLD.queue AND name = OLD."group" AND next_at IS NULL"""
 BECOMES_PENDING = f"{HAS_GROUP.format(row='NEW')} AND {IS_PENDING.format(row='NEW')}"

@@ -1086,6 +1086,44 @@ class QueueContract:
         q.enqueue("t", group="g0", now=NOW)
         self.assertEqual(sorted(map(str, self.groups(4))), ["None", "busy", "busy", "g0"])
 
+    def test_queue_whose_groups_have_no_jobs_any_more_is_claimed_from_without_turns(self):
+        q = self.queue
+
+        def takes_turns():
+            q.prune_kept(now=NOW)
+            return q._read("SELECT grouped FROM queues WHERE name = 'default'") == [(1,)]
+
+        others = {"scheduled": q.enqueue("t", group="a", run_at=NOW + 9, now=NOW)}
+        job = q.get(q.enqueue("t", group="a", now=NOW))
+        for state in ("finished", "assigned", "waiting", "released"):
+            options = {"assigned_to": "w"} if state == "assigned" else {"after": [job.id]} if state == "waiting" else {}
+            others[state] = q.enqueue("t", group="a", now=NOW, **options)
+        q.enqueue_many("t", range(3), now=NOW)
+        self.assertTrue(takes_turns())
+        q.cancel(others["finished"], now=NOW)
+        held = q.dequeue_many("v", 2, now=NOW)
+        self.assertEqual({each.group for each in held}, {"a", None})
+        rest = q.dequeue_many("v", 9, now=NOW)
+        self.assertFalse(takes_turns())
+        self.assertIsNone(q.dequeue("v", now=NOW))
+        running = next(each for each in [*held, *rest] if each.id == job.id)
+        for back, do in {
+            "waiting": lambda: q.complete(running, now=NOW),
+            "finished": lambda: q.resubmit(others["finished"], now=NOW),
+            "assigned": lambda: q.assign(others["assigned"], None, now=NOW),
+            "released": lambda: q.release(next(each for each in rest if each.id == others["released"]), now=NOW),
+            "scheduled": lambda: q.run_now(others["scheduled"], now=NOW),
+        }.items():
+            with self.subTest(back):
+                do()
+                self.assertTrue(takes_turns())
+                found = q.dequeue("v", now=NOW)
+                self.assertEqual((found.id, found.group), (others[back], "a"))
+                self.assertIsNone(q.dequeue("v", now=NOW))
+                self.assertFalse(takes_turns())
+        q.limit("default", running=1)
+        self.assertTrue(takes_turns())
+
     def test_copy_of_a_queue_keeps_its_groups_and_limits(self):
         q = self.queue
         q.limit("default", running=2, rate=(3, 50))

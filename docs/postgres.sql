@@ -347,6 +347,7 @@ BEGIN
     IF TG_OP <> 'DELETE' THEN
         IF NEW.state = 'pending' THEN
             INSERT INTO pqueue.group_events VALUES (NEW.queue, NEW."group", NEW.task);
+            UPDATE pqueue.queues SET grouped = 1 WHERE name = NEW.queue AND grouped = 0;
         END IF;
     END IF;
     RETURN NULL;
@@ -1403,6 +1404,16 @@ DELETE FROM pqueue.outcomes WHERE period = 3600 AND at < $1;
 -- Let the groups of a queue take turns.
 -- $1 queue
 UPDATE pqueue.queues SET grouped = 1 WHERE name = $1 AND grouped = 0;
+
+-- WITHOUT_TURNS
+-- differs because the next claim lists groups that have new jobs
+SELECT name FROM pqueue.queues q WHERE grouped = 1 AND max_running IS NULL AND rate_jobs IS NULL
+    AND NOT EXISTS (SELECT 1 FROM pqueue.queue_groups g WHERE g.queue = q.name AND next_at = 0) AND NOT EXISTS (SELECT 1 FROM pqueue.group_events e WHERE e.queue = q.name);
+
+-- SET_UNGROUPED
+-- Let the groups of a queue no longer take turns.
+-- $1 queue
+UPDATE pqueue.queues SET grouped = 0 WHERE name = $1;
 
 -- SET_MAX_RUNNING
 -- Limit each group of a queue; NULL: no limit.
