@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import signal
 import subprocess
@@ -10,6 +12,7 @@ import time
 from contextlib import closing, suppress
 
 import pytest
+import test_feature_histories as feature_histories
 from conftest import ROOT, wait_until
 from test_postgres import database, server  # noqa: F401 - fixtures
 
@@ -30,6 +33,18 @@ with pqueue.open_queue(url, durability="normal") as queue:
             time.sleep(0.002)
             queue.complete(job)
         queue.wait(0.05, consumer=name)
+"""
+
+
+ACTOR = """
+import json, os, random, sys, time
+from test_feature_histories import Actor
+url, name, file = sys.argv[1:]
+notes = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+note = lambda seen: os.write(notes, f"{json.dumps(seen)}\\n".encode())
+actor = Actor(name, url, random.Random(name), time.time, note)
+while True:
+    actor.step()
 """
 
 
@@ -70,6 +85,31 @@ def test_groups_stay_within_their_limits_while_consumers_are_killed(url, tmp_pat
     for group, log in logs.items():
         times = sorted({float(line) for line in log.read_text().split("\n")[:-1] if line})
         assert all(later - at >= SECONDS for at, later in zip(times, times[RATE:], strict=False)), (group, times)
+
+
+def test_killed_actors_keep_limits_and_handle_each_failure_and_time_once(url, tmp_path):
+    chance, file, began, seconds, every = random.Random(3), tmp_path / "notes", time.time(), 0.2, 0.05
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    with closing(pqueue.open_queue(url)) as queue:
+        feature_histories.begin(queue, began, seconds, every)
+        actors: list[subprocess.Popen[bytes]] = []
+        try:
+            for number in range(6):
+                command = [sys.executable, "-c", ACTOR, url, f"actor {number}", str(file)]
+                actors.append(subprocess.Popen(command, env=environment))
+                if number > 2:
+                    done = file.stat().st_size
+                    wait_until(lambda done=done: file.stat().st_size > done + 1000)
+                    actors[chance.choice([number - 1, number])].kill()
+                else:
+                    wait_until(file.exists)
+        finally:
+            for each in actors:
+                each.kill()
+        for each in actors:
+            assert each.wait() == -signal.SIGKILL  # none failed
+        notes = [json.loads(line) for line in file.read_text().splitlines()]
+        assert list(feature_histories.problems(queue, notes, began, seconds, every)) == []
 
 
 def test_two_consumers_never_run_more_of_a_group_than_its_limit(url):

@@ -26,6 +26,7 @@ TESTS = (
     "conftest.py",
     "test_commit_points.py",
     "test_histories.py",
+    "test_feature_histories.py",
     "test_power_loss.py",
     "test_move.py",
     "test_outcome.py",
