@@ -401,9 +401,9 @@ def file_system(folder: Path) -> str:
         mounts = [line.split(b" ") for line in Path("/proc/self/mounts").read_bytes().splitlines()]
     except OSError:
         return "unknown"
-    real = folder.resolve()
+    real = f"{folder.resolve()}/"
     # guard: a network drive is recognized by its last mount
-    under = {len(mount[1]): mount[2] for mount in mounts if real.is_relative_to(_unescape(mount[1]))}
+    under = {len(mount[1]): mount[2] for mount in mounts if real.startswith(f"{_unescape(mount[1]).rstrip('/')}/")}
     return os.fsdecode(under[max(under)]) if under else "unknown"
 
 

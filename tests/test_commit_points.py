@@ -28,6 +28,7 @@ NOW = 1_800_000_000.0
 LATER = NOW + 1_000_000
 NEVER = float("inf")
 connect = sqlite3.connect
+pytestmark = pytest.mark.usefixtures("looks_at_itself_only")
 
 
 # Points: before and after every statement, and between the rows of executemany ########################################
@@ -43,6 +44,8 @@ class Wired(sqlite3.Connection):
     at_point: Callable[[sqlite3.Connection, str, str], None] = staticmethod(nothing)
 
     def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+        if Wired.at_point is nothing:
+            return super().execute(sql, *parameters)
         Wired.at_point(self, "before", sql)
         cursor = super().execute(sql, *parameters)
         if sql.startswith("PRAGMA journal_mode ="):  # holds a lock until its row, which nobody needs, is read
