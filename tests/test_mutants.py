@@ -341,10 +341,11 @@ MUTANTS = [
 def mutate(mutant: Mutant, folder: Path) -> None:
     (folder / "tests").mkdir()
     for each in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
-        shutil.copy(each, folder)
+        shutil.copy2(each, folder)  # and its time, by which Python finds the compiled code
     shutil.copytree(ROOT / "pqueue_tools", folder / "pqueue_tools")
     for name in TESTS:
-        shutil.copy(ROOT / "tests" / name, folder / "tests")
+        shutil.copy2(ROOT / "tests" / name, folder / "tests")
+    (folder / "__pycache__").symlink_to(ROOT / "__pycache__")
     if mutant.guard:
         (path,) = (path for path in _sources(folder) if _marks(mutant.guard, path.read_text()))
         path.write_text(without_guard(mutant, path.read_text()))
@@ -386,10 +387,13 @@ def judge(killer: str, folder: Path) -> subprocess.CompletedProcess[str]:
     if file == HISTORY:
         arguments = [str(folder / "tests" / "test_histories.py"), str(folder), str(HISTORIES)]
     elif file == "contract":
-        arguments = ["test_pqueue.py", "-f", *(f"-k{name.strip('()')}" for name in names.split(" or "))]
+        arguments = ["-m", "unittest", "test_pqueue", "-f", *(f"-k{name.strip('()')}" for name in names.split(" or "))]
     else:
         arguments = ["-m", "pytest", "-qx", f"tests/{file}", "-k", names]
-    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=900)
+    variables = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # the code of a mutant stays its own
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=variables, capture_output=True, text=True, timeout=900
+    )
 
 
 def kill(mutant: Mutant) -> subprocess.CompletedProcess[str]:
