@@ -13,6 +13,7 @@ from pqueue import DoNotRetry, Job, PersistentQInterface, Retry, Snooze
 from pqueue_values import MAX_ERROR_CHARS, duration
 
 MAX_SUMMARY_CHARS = 1000  # of the first line
+MAX_FRAMES = 2000  # of a traceback, the innermost ones: a million would take 20 s and 400 MB
 LAST_CHARS = 6000  # of a text that is cut: it ends with the innermost frames
 OURS = (  # modules whose frames tell a user nothing
     *("pqueue_fields", "pqueue_tasks", "pqueue_tools.worker", "pqueue_tools.keeper", "pqueue_tools.concurrency"),
@@ -70,7 +71,7 @@ def error_text(error: BaseException) -> str:
     if type(error) is Unstorable:
         return summary(error)
     try:
-        found = traceback.TracebackException.from_exception(error, compact=True)
+        found = traceback.TracebackException.from_exception(error, limit=-MAX_FRAMES, compact=True)
         _without_our_frames(found)
         trace = "".join(found.format())
     except BaseException as broken:

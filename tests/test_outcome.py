@@ -328,6 +328,26 @@ def test_error_of_a_deep_call_keeps_its_innermost_frames():
     assert 'raise KeyError("the innermost")' in text
 
 
+def test_error_of_a_deep_recursion_shows_its_innermost_frames():
+    def deeper(number):
+        if number == 0:
+            raise ValueError("the reason")
+        deeper(number - 1)
+
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(10_000)
+    try:
+        deeper(5000)
+    except ValueError as error:
+        text = outcome.error_text(error)
+    finally:
+        sys.setrecursionlimit(before)
+    assert text.startswith("ValueError: the reason\n")
+    assert text.endswith("ValueError: the reason")
+    assert "deeper(number - 1)" in text
+    assert f"Previous line repeated {outcome.MAX_FRAMES - 4} more times" in text
+
+
 def test_error_of_endless_causes_is_bounded():
     error = ValueError("first")
     for number in range(3000):
