@@ -1070,6 +1070,9 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
             # guard: the job of a handler is delivered at once
             if cancelled or expired or dead:
                 session.change(PROMOTE, params)
+        # guard: a job of a group that has fallen due is delivered at once
+        if due or expired or dead is not None:  # it may let the groups of its queue take turns again
+            grouped = session.run(OVERDUE, params)[0][2]
         return bool(grouped)
 
     def _end_lost_delivery(self, session: Session, job: Job, event: str, now: float) -> None:

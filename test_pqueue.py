@@ -1121,6 +1121,9 @@ class QueueContract:
                 self.assertEqual((found.id, found.group), (others[back], "a"))
                 self.assertIsNone(q.dequeue("v", now=NOW))
                 self.assertFalse(takes_turns())
+        q.enqueue("t", group="a", run_at=NOW + 20, now=NOW)
+        self.assertFalse(takes_turns())
+        self.assertEqual(q.dequeue("v", now=NOW + 20).group, "a")
         q.limit("default", running=1)
         self.assertTrue(takes_turns())
 

@@ -154,6 +154,7 @@ MUTANTS = [
     Mutant("a claim takes no job of a group before one that it has not read", "contract: order_holds_within"),
     Mutant("a claim looks behind the groups that are at a limit", "contract: looks_behind", "rest and", "False and"),
     Mutant("a queue with a pending job of a group has its groups take turns", "contract: no_jobs_any_more", "next_at = 0)", "next_at = 5)"),
+    Mutant("a job of a group that has fallen due is delivered at once", "contract: no_jobs_any_more"),
     Mutant("a queue whose groups have no jobs any more is claimed from without turns", "contract: no_jobs_any_more"),
     Mutant("a queue with a group has its groups take turns", "contract: without_a_group_are_one", "(:group = '' OR grouped = 1)", "1 = 1"),
     Mutant("a job that gets a group is delivered", "contract: from_its_new_group"),
