@@ -196,7 +196,7 @@ def _zone(name: str) -> tzinfo:
     from zoneinfo import ZoneInfo
 
     try:
-        return ZoneInfo(name)
+        return ZoneInfo(str(name))
     except (LookupError, ValueError, OSError, TypeError):
         raise ValueError(f"expected the name of a time zone, such as 'Europe/Berlin', got {short(name)}") from None
 

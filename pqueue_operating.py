@@ -30,7 +30,9 @@ from pqueue_values import (
     encode_json,
     time_of,
     to_json,
+    valid_id,
     valid_int,
+    valid_list,
     valid_name,
 )
 
@@ -311,7 +313,7 @@ class Operating(Reading, Counting):
         A job that failed with another one, which this has resubmitted, is not refused: it waits again.
         """
         errors: list[InvalidTransition | JobNotFound] = []
-        ids = sorted(set(job_ids))
+        ids = sorted({valid_id(job_id) for job_id in valid_list("job ids", job_ids)})
         with self.exclusive(ids):
             states = dict(self._read(STATES_OF, {"ids": to_json(ids)}))
             # guard: a verb for all that match acts in the order of dependencies

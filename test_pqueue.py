@@ -2054,6 +2054,9 @@ class QueueContract:
         q.enqueue("u", key="k", now=NOW)
         errors = q.act_on([key, 12345], q.resubmit, parents_first=True)
         self.assertEqual([type(error) for error in errors], [pqueue.InvalidTransition, pqueue.JobNotFound])
+        for job_ids in (5, "5", [[]], [-1]):
+            with self.subTest(job_ids), self.assertRaisesRegex(ValueError, "job id"):
+                q.act_on(job_ids, q.resubmit)
 
     def test_verb_for_all_that_match_needs_a_filter(self):
         q = self.queue
@@ -4409,6 +4412,7 @@ class QueueContract:
             ({"cron": "* * * *"}, "five fields"),
             ({"cron": "0 0 31 2 *"}, "matches some day"),
             ({"cron": "* * * * *", "zone": "Nowhere/Land"}, "time zone"),
+            ({"cron": "* * * * *", "zone": (0, 1)}, "time zone"),
             ({"every_seconds": 5, "on_missed": "never"}, "on_missed to be one of"),
             ({"every_seconds": 5, "queue": ""}, "queue name"),
             ({"every_seconds": 5, "group": ""}, "group name"),
