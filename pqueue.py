@@ -1285,9 +1285,7 @@ def sqlite_path(url: str | os.PathLike[str] | None = None) -> Path:
         server = "" if scheme.startswith("postgres") else ", or postgresql://… for a server"
         raise ValueError(f"expected a path or sqlite:///PATH{server}, got {scheme}://…")
     if separator and (rest in ("", "/") or "?" in rest):
-        raise ValueError(
-            f"expected sqlite:///PATH, without options, got {'one with options' if '?' in rest else 'none'}"
-        )
+        raise ValueError(f"expected sqlite:///PATH, without options, got {short(text)}")
     return file_path(rest.removeprefix("/") if separator else text)
 
 
