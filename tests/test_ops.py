@@ -777,7 +777,7 @@ def test_action_is_recorded_under_the_name_given_at_the_password_prompt(queue, f
             form = {"token": site.server.token, "queue": "default"}
             assert site.ask("/act/pause", form, **login)[0] == 303
             assert queue.operations(limit=1)[0]["actor"] == f"{recorded} (dashboard)"
-            assert f'<td class="">{recorded} (dashboard)</td>' in site.ask("/activity", **login)[1]
+            assert f'<td class="name">{recorded} (dashboard)</td>' in site.ask("/activity", **login)[1]
         login = {"Authorization": "Basic " + base64.b64encode(b"an\x00na:secret").decode()}
         assert site.ask("/act/resume", form, **login)[0] == 400
         assert is_paused(queue)
