@@ -149,6 +149,10 @@ class KeyTaken(QueueBusy):
     """A concurrent transaction has used the key for an unfinished job."""
 
 
+class Deadlock(QueueBusy):
+    """Another transaction and this one waited for each other."""
+
+
 class PlanLost(QueueBusy):
     """A prepared statement was of no more use, in the middle of a transaction."""
 
@@ -632,7 +636,9 @@ class OnPostgres(PersistentQSQLAlchemy):
         if state == IS_FULL:
             return NoRoom(f"cannot enqueue: {text}")
         if state in ("40P01", "40001", "55P03"):
-            return QueueBusy(f"cannot write to {self.name}: another writer held it ({text})")
+            return (Deadlock if state == "40P01" else QueueBusy)(
+                f"cannot write to {self.name}: another writer held it ({text})"
+            )
         if state == "53100":
             return QueueFull(f"cannot write to {self.name}: its disk is full")
         if state == "25006":
@@ -741,10 +747,13 @@ class OnPostgres(PersistentQSQLAlchemy):
         return super()._add_queue(session, row)
 
     def _operator_verb(self, *arguments: Any, **values: Any) -> None:
-        """See the base class. On a conflict with a concurrent enqueue, the second call sees which job has the key."""
+        """See the base class. On a conflict with a concurrent enqueue, the second call sees which job has the key.
+
+        Operators who resubmit two parents of a job at once may wait for each other: one of them tries again.
+        """
         try:
             super()._operator_verb(*arguments, **values)
-        except KeyTaken:
+        except (KeyTaken, Deadlock):
             super()._operator_verb(*arguments, **values)
 
     def limit(self, *arguments: Any, **options: Any) -> None:

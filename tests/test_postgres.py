@@ -918,6 +918,25 @@ def test_consumer_that_reconnects_within_the_grace_period_keeps_its_job(database
         queue.complete(job)
 
 
+def test_operator_who_resubmits_a_parent_while_another_resubmits_the_other_one_succeeds(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue, psycopg.connect(database) as other:
+        parents = queue.enqueue_many("t", range(2))
+        child = queue.enqueue("t", after=parents)
+        for parent in parents:
+            queue.mark_failed(parent)
+        lock = "SELECT 1 FROM pqueue.jobs WHERE id = %s FOR UPDATE"
+        other.execute(lock, (int(parents[0]),))
+        operator = threading.Thread(target=queue.resubmit, args=(parents[1],))
+        operator.start()
+        with psycopg.connect(database, autocommit=True) as admin:
+            waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            wait_until(lambda: admin.execute(waits).fetchone()[0])
+        other.execute(lock, (int(parents[1]),))  # the other one is told of the deadlock, as it has waited longer
+        other.rollback()
+        operator.join()
+        assert [queue.get(each).state for each in (*parents, child)] == ["failed", "pending", "failed"]
+
+
 @pytest.mark.parametrize("seed", range(5 * SOAK))
 def test_actors_taking_turns_see_only_what_the_model_allows(database, monkeypatch, seed):
     monkeypatch.setattr(pqueue_listener, "RESTART_SECONDS", 0.0)
