@@ -676,7 +676,10 @@ class PersistentQSQLite(PersistentQInterface):
             if version == 0:
                 connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # like the next, has an effect on an empty file
                 connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # for `compact`
-            if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+            mode = connection.execute("PRAGMA journal_mode").fetchone()
+            if version == 0 and mode == ("wal",):  # by a log that a power cut left, though the file may not say so
+                mode = connection.execute("PRAGMA journal_mode = DELETE").fetchone()
+            if mode != ("wal",):
                 connection.execute("PRAGMA journal_mode = WAL")
             if version < len(MIGRATIONS):
                 # guard: a migration is one transaction
