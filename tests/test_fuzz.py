@@ -178,7 +178,7 @@ def test_any_command_line_is_answered_in_one_line(folder, front):
 
 @pytest.fixture(autouse=True)
 def added_consumers_run(monkeypatch):
-    monkeypatch.setattr(supervisor, "_expect_running", lambda *_: None)
+    monkeypatch.setattr(supervisor, "_expect_started", lambda *_: None)
 
 
 PROGRAMS = {
