@@ -6,6 +6,7 @@ It has a single thread, imports none of the user's modules, and needs nothing fr
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import re
 import select
@@ -43,16 +44,18 @@ DUMP_SECONDS = 0.5  # the longest wait for the traceback of a task that hangs
 CLOSE_SECONDS = 5.0  # how long a worker may take to exit
 BLOCKED_SECONDS = 1.0  # after which a task that blocks the event loop is reported, then after 2, 4, 8 times as long
 NEIGHBOUR = "WorkerDied: another job ended the process; not run again because max_attempts is 1"
-# A shell takes a tenth of the memory of a forked interpreter. Arguments: the keeper, the worker, seconds between looks.
+# A shell takes a tenth of the memory of a forked interpreter. Arguments: the keeper, the worker, seconds between looks,
+# and how many that find the keeper stopped are needed.
 WATCHDOG = """
 seen=0
-while [ $seen -lt 3 ]; do
+while [ $seen -lt "$4" ]; do
     sleep "$3" || exit
     while read -r key state _ && [ "$key" != State: ]; do :; done < "/proc/$1/status" || exit
     case $state in [Tt]) seen=$((seen + 1)) ;; *) seen=0 ;; esac
 done
 kill -9 "$2"
 """
+LOOK_SECONDS = 10.0  # at most: so long may a sleep of the script outlive a keeper that is killed
 # Signals that a task may send to its parent, whatever for; they would end this process
 OF_USERS = [signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF]
 RESTART_SECONDS = 1.0  # before the next worker, if one died without running a job
@@ -198,7 +201,9 @@ class Keeper:
                 processes.end_with_parent(keeper)
                 os.setpgid(0, self._pid)
                 os.closerange(0, 1 << 20)
-                arguments = [str(keeper), str(self._pid), f"{self.options.lease_seconds / 8:f}"]
+                seconds = min(self.options.lease_seconds / 8, LOOK_SECONDS)
+                looks = math.ceil(self.options.lease_seconds * 3 / 8 / seconds)
+                arguments = [str(keeper), str(self._pid), f"{seconds:f}", str(looks)]
                 # guard: the worker of a stopped keeper ends before its leases
                 os.execv("/bin/sh", ["sh", "-c", WATCHDOG, "pqueue-watchdog", *arguments])
             finally:
@@ -337,6 +342,7 @@ class Keeper:
 
     def _end_processes(self) -> None:
         """Kill what the worker has started and left running."""
+        asleep = processes.children(self._watchdog)
         with suppress(OSError):
             os.killpg(self._pid, signal.SIGKILL)
         # guard: no process of a task is left
@@ -347,6 +353,8 @@ class Keeper:
             if not os.waitpid(self._watchdog, os.WNOHANG)[0]:
                 os.kill(self._watchdog, signal.SIGKILL)
                 os.waitpid(self._watchdog, 0)
+            for pid in asleep:  # which have become children of this process
+                os.waitpid(pid, 0)
         self._has_ended()
 
     def _settle(self) -> int:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import pytest
-from conftest import parent, wait_until
+from conftest import ROOT, parent, wait_until
 
 import pqueue
 from consumer import Consumer
@@ -675,6 +675,24 @@ def test_watchdog_spares_a_worker_whose_keeper_works(tasks):
     child.terminate()
     assert child.wait(60) == 0
     assert not processes.is_running(watchdog)
+
+
+IN_A_PROGRAM = """
+import os
+import consumer
+from pqueue_tools import processes
+
+for _ in range(40):
+    consumer.main(["--drain", "--quiet"])
+    left = processes.children(os.getpid())
+    assert not left, left
+"""
+
+
+def test_program_that_has_run_a_consumer_has_no_process_left(tasks):
+    tasks.write("program.py", IN_A_PROGRAM)
+    done = tasks.run("-m", "program", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done
 
 
 def test_worker_that_cannot_import_the_tasks_ends_the_consumer(place):
