@@ -46,9 +46,21 @@ WARNINGS = "error,ignore::ResourceWarning"
 ENDLESS_SECONDS = 0.8  # to look at the dashboard for
 
 
+SLOW_TO_IMPORT = """
+import time
+from pqueue import task
+
+time.sleep(0.1)
+
+@task()
+def nothing():
+    pass
+"""
+
+
 @pytest.fixture
 def begun(place):
-    place.write("slow_to_import.py", "import time\ntime.sleep(0.1)\n")
+    place.write("slow_to_import.py", SLOW_TO_IMPORT)
     assert place.run("producer.py", "--count", 1).returncode == 0
     return place
 
