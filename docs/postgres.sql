@@ -347,7 +347,9 @@ BEGIN
     IF TG_OP <> 'DELETE' THEN
         IF NEW.state = 'pending' THEN
             INSERT INTO pqueue.group_events VALUES (NEW.queue, NEW."group", NEW.task);
-            UPDATE pqueue.queues SET grouped = 1 WHERE name = NEW.queue AND grouped = 0;
+            -- Where the snapshot may be old, a change since then is an error, and not overlooked.
+            UPDATE pqueue.queues SET grouped = 1 WHERE name = NEW.queue
+                AND (grouped = 0 OR current_setting('transaction_isolation') <> 'read committed');
         END IF;
     END IF;
     RETURN NULL;

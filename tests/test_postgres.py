@@ -1199,6 +1199,23 @@ def test_threads_on_a_database_of_another_isolation_meet_no_conflict(server, dat
         assert errors == []
 
 
+def test_application_with_an_old_snapshot_leaves_no_job_of_a_group_behind(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue, psycopg.connect(database) as application:
+        queue.cancel(queue.enqueue("t", group="a"))
+        application.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        application.execute("SELECT 1 FROM pqueue.queues")
+        assert queue.dequeue("w") is None
+        queue.prune_kept()  # the groups of the queue have no jobs, and take turns no longer
+        assert queue._read("SELECT grouped FROM queues") == [(0,)]
+        with pytest.raises(QueueBusy), queue.join(application):
+            queue.enqueue("t", group="a")
+        application.rollback()
+        with queue.join(application):
+            job_id = queue.enqueue("t", group="a")
+        application.commit()
+        assert queue.dequeue("w").id == job_id
+
+
 # Jobs that had not begun
 
 
