@@ -64,7 +64,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from pqueue_backend import Registration, Session
 from pqueue_dependencies import NEEDED, Depending
-from pqueue_groups import Grouping, claim_filter, queue_list, valid_group
+from pqueue_groups import Grouping, claim_filter, name_list, valid_group
 from pqueue_handlers import Handling
 from pqueue_move import Moving, count_running
 from pqueue_operating import Operating
@@ -981,12 +981,8 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
         self, me: Registration, pid: int, queues: Sequence[str] | None, tasks: Sequence[str] | None, now: float | None
     ) -> None:
         params = {"name": me.name, "token": me.token, "host": socket.gethostname(), "pid": pid}
-        params |= {"slot": me.slot and me.slot.number, "queues": queue_list(queues), "now": self._time(None)}
-        params["tasks"] = (
-            None
-            if tasks is None
-            else json.dumps(sorted(valid_name("task", task) for task in valid_list("tasks", tasks)))
-        )
+        params |= {"slot": me.slot and me.slot.number, "now": self._time(None)}
+        params |= {"queues": name_list("queue", queues), "tasks": name_list("task", tasks)}
         with self._transaction(durable=False) as session:
             if session.change(MARK_DEAD, params):
                 # guard: a consumer that takes a dead consumer's slot reclaims its jobs first

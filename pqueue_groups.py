@@ -745,7 +745,7 @@ def batch_size(attempts: list[tuple[int, int]], prefetches: bool) -> int:
 
 def claim_filter(consumer: str | None, queues: Sequence[str] | None, tasks: Sequence[str] | None) -> Params:
     known = None if tasks is None else _between_newlines(tuple(valid_list("tasks", tasks)))
-    return {"consumer": consumer, "queues": queue_list(queues), "tasks": known}
+    return {"consumer": consumer, "queues": name_list("queue", queues), "tasks": known}
 
 
 @lru_cache(maxsize=64)
@@ -754,9 +754,10 @@ def _between_newlines(tasks: tuple[str, ...]) -> str:
     return "\n".join(["", *(valid_name("task", task) for task in tasks), ""])
 
 
-def queue_list(queues: Sequence[str] | None) -> str | None:
+def name_list(what: str, names: Sequence[str] | None) -> str | None:
+    """Return the names of queues or tasks as JSON, sorted."""
     return (
-        None if queues is None else json.dumps([valid_name("queue", queue) for queue in valid_list("queues", queues)])
+        None if names is None else json.dumps(sorted(valid_name(what, name) for name in valid_list(f"{what}s", names)))
     )
 
 

@@ -162,7 +162,7 @@ class Waiting(Reading):
 
     async def aresult(self, job_id: int, timeout_seconds: float | timedelta | None = None) -> Any:
         """Do what `result` does, without blocking the event loop."""
-        import asyncio  # here: it takes 5 MB and 30 ms, and whoever calls this has imported it
+        import asyncio  # here: it takes 5 MB and 30 ms, and an async program has imported it
 
         seconds = _timeout(timeout_seconds)
         done = self._wait_for(valid_id(job_id))

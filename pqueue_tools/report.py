@@ -24,9 +24,8 @@ FAILED_SECONDS = 900.0  # within which the failed attempts of a task are compare
 FEW_FAILED = 10  # failed attempts of a task within FAILED_SECONDS that are not reported, whatever their share
 DAY_SECONDS = 24 * 3600.0  # a task that had a failed job within this time, and completed none, is reported
 SILENT_SECONDS = 60.0  # a running consumer whose last heartbeat is longer ago is reported
-STALL_SECONDS = (
-    60.0  # reported: a queue with due jobs in which none began or ended for longer; a schedule that is later
-)
+# A queue with due jobs in which none began or ended for longer is reported, and so is a schedule that is later.
+STALL_SECONDS = 60.0
 LATE_SECONDS = 5.0  # a job whose lease expired longer ago is reported
 MAX_NAMED = 5  # jobs that a waiting job waits for
 NEARLY_ALL = 0.9  # of the attempts of a task: it does not work at all

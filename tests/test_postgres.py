@@ -931,7 +931,7 @@ def test_operator_who_resubmits_a_parent_while_another_resubmits_the_other_one_s
         with psycopg.connect(database, autocommit=True) as admin:
             waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
             wait_until(lambda: admin.execute(waits).fetchone()[0])
-        other.execute(lock, (int(parents[1]),))  # the other one is told of the deadlock, as it has waited longer
+        other.execute(lock, (int(parents[1]),))  # the operator gets the error, having waited longer
         other.rollback()
         operator.join()
         assert [queue.get(each).state for each in (*parents, child)] == ["failed", "pending", "failed"]
