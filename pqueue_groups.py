@@ -755,10 +755,8 @@ def _between_newlines(tasks: tuple[str, ...]) -> str:
 
 
 def name_list(what: str, names: Sequence[str] | None) -> str | None:
-    """Return the names of queues or tasks as JSON, sorted."""
-    return (
-        None if names is None else json.dumps(sorted(valid_name(what, name) for name in valid_list(f"{what}s", names)))
-    )
+    """Return the names of queues or tasks as JSON."""
+    return None if names is None else json.dumps([valid_name(what, name) for name in valid_list(f"{what}s", names)])
 
 
 def valid_group(group: str) -> str:

@@ -4084,7 +4084,7 @@ class QueueContract:
         self.queue.dequeue("w", queues=["q"], tasks=["u", "t"])
         self.queue.heartbeat("w", completed=4, failed=1, now=NOW)
         (me,) = self.queue.consumers()
-        self.assertEqual(me["tasks"], ["t", "u"])
+        self.assertEqual(me["tasks"], ["u", "t"])
         self.assertEqual((me["name"], me["pid"], me["queues"]), ("w", os.getpid(), ["q"]))
         self.assertEqual((me["completed"], me["failed"], me["last_seen_at"]), (4, 1, NOW))
         self.assertEqual((me["state"], me["job_ids"]), ("running", [job_id]))

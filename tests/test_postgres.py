@@ -919,21 +919,34 @@ def test_consumer_that_reconnects_within_the_grace_period_keeps_its_job(database
 
 
 def test_operator_who_resubmits_a_parent_while_another_resubmits_the_other_one_succeeds(database):
-    with closing(PersistentQSQLAlchemy(database)) as queue, psycopg.connect(database) as other:
+    lock = "SELECT 1 FROM pqueue.jobs WHERE id = %s FOR UPDATE"
+    waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    with (
+        closing(PersistentQSQLAlchemy(database)) as queue,
+        psycopg.connect(database) as other,
+        psycopg.connect(database, autocommit=True) as admin,
+    ):
         parents = queue.enqueue_many("t", range(2))
         child = queue.enqueue("t", after=parents)
-        for parent in parents:
-            queue.mark_failed(parent)
-        lock = "SELECT 1 FROM pqueue.jobs WHERE id = %s FOR UPDATE"
-        other.execute(lock, (int(parents[0]),))
-        operator = threading.Thread(target=queue.resubmit, args=(parents[1],))
-        operator.start()
-        with psycopg.connect(database, autocommit=True) as admin:
-            waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+
+        def operator_gets_the_error():
+            for parent in parents:
+                if queue.get(parent).state != "failed":
+                    queue.mark_failed(parent)
+            other.execute(lock, (int(parents[0]),))
+            operator = threading.Thread(target=queue.resubmit, args=(parents[1],))
+            operator.start()
             wait_until(lambda: admin.execute(waits).fetchone()[0])
-        other.execute(lock, (int(parents[1]),))  # the operator gets the error, having waited longer
-        other.rollback()
-        operator.join()
+            try:
+                other.execute(lock, (int(parents[1]),))
+                return True
+            except psycopg.errors.DeadlockDetected:  # the operator had waited for so long that it looked before
+                return False
+            finally:
+                other.rollback()
+                operator.join()
+
+        wait_until(operator_gets_the_error)
         assert [queue.get(each).state for each in (*parents, child)] == ["failed", "pending", "failed"]
 
 
