@@ -46,6 +46,7 @@ from pqueue_tools.commands import (
     json_value,
     moment,
     one_of,
+    or_word,
     rate,
     several_of,
     test_file,
@@ -230,7 +231,7 @@ def _whole_error(queue: PersistentQInterface, group: dict[str, Any]) -> str:
 
 @command(INSPECT, "show", JOB_ID, examples="show 17")
 def show(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
-    """Show all about a job, with its history."""
+    """Show everything about a job, including its history."""
     job, events = queue.get(options.job_id), history(queue, options.job_id)
     after = [parent.id for parent in queue.dependencies(job.id, excerpt=0)] or None
     facts = {**job_object(job), "after": after, "why": why(queue, job.id)}
@@ -389,7 +390,7 @@ def _act(
         act_at(job_id, now)  # one time for all, by which they are one operation
 
     if bool(filters) == bool(options.job_ids):
-        raise UsageError(f"{verb}: expected job ids or a filter such as --status failed; see --help")
+        raise UsageError(f"{verb}: expected job ids or a filter such as --status failed")
     if not filters:
         job_ids = list(dict.fromkeys(options.job_ids))
         with queue.exclusive(job_ids):
@@ -520,7 +521,7 @@ def change(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
     if options.group is not None or options.no_group:
         given["group"] = options.group
     if not given:
-        raise UsageError("change: expected an option such as --priority; see --help")
+        raise UsageError("change: expected an option such as --priority 5")
     if options.group is not None and options.no_group:
         raise UsageError("change: expected --group or --no-group, got both")
     queue.change(options.job_id, **given)
@@ -592,11 +593,6 @@ def resume(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
     return _set_queue(queue, options, queue.resume, "resumed")
 
 
-def _limit(text: str) -> int:
-    """Parse a limit; 0: none."""
-    return 0 if text == "none" else whole_number(1)(text)
-
-
 def _weight(text: str) -> float:
     try:
         return float(text)
@@ -604,9 +600,9 @@ def _weight(text: str) -> float:
         raise ValueError(f"expected a number such as 2 or 0.5, got {text!r}") from None
 
 
-def _rate(text: str) -> tuple[int, float] | tuple[()]:
-    """Parse a number of jobs and a duration; (): none."""
-    return () if text == "none" else rate(text)
+_limit = or_word("none", 0, whole_number(1))
+_rate = or_word("none", (), rate)
+_duration_or_forever = or_word("forever", [None], lambda text: [duration(text)])  # a list, as the value may be None
 
 
 @command(
@@ -615,7 +611,9 @@ def _rate(text: str) -> tuple[int, float] | tuple[()]:
     QUEUE,
     Parameter("max_pending", "maximum number of pending jobs, or none", _limit, metavar="N|none", optional=True),
     Parameter("--running", "maximum number of running jobs of each group, or none", _limit, metavar="N|none"),
-    Parameter("--rate", "maximum of jobs begun in a time, of each group, or none", _rate, metavar="N/DURATION|none"),
+    Parameter(
+        "--rate", "maximum number of jobs of each group that begin in a time, or none", _rate, metavar="N/DURATION|none"
+    ),
     examples="""
     limit newsletter 100000
     limit newsletter none
@@ -623,11 +621,11 @@ def _rate(text: str) -> tuple[int, float] | tuple[()]:
     limit api --rate 10/1s""",
 )
 def limit(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
-    """Refuse new jobs while this many are pending in a queue, or limit the running jobs of each of its groups."""
+    """Limit the pending jobs of a queue, or the running jobs or the rate of each of its groups."""
     given = {name: getattr(options, name) for name in ("max_pending", "running", "rate")}
     given = {name: value or None for name, value in given.items() if value is not None}
     if not given:
-        raise UsageError("limit: expected a number of pending jobs or none, --running or --rate; see --help")
+        raise UsageError("limit: expected a number of pending jobs or none, --running or --rate")
     texts: dict[str, Callable[[Any], str]] = {
         "max_pending": lambda most: count(most, "pending job"),
         "running": lambda most: f"{count(most, 'running job')} of each group",
@@ -652,10 +650,6 @@ def weigh(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     return _set_queue(queue, options, lambda name: queue.weigh(name, options.group, options.weight), done)
 
 
-def _duration_or_forever(text: str) -> list[float | None]:
-    return [None if text == "forever" else duration(text)]  # a list, as the value may be None
-
-
 KEPT = "DURATION|forever"
 
 
@@ -671,7 +665,7 @@ KEPT = "DURATION|forever"
     keep orders --completed forever""",
 )
 def keep(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
-    """Say how long a queue keeps its finished jobs, which consumers then delete."""
+    """Set how long a queue keeps its finished jobs; consumers then delete them."""
     given = {state: getattr(options, state) for state in pqueue.FINISHED if getattr(options, state)}
     if not given:
         raise UsageError("keep: expected --completed, --failed or --cancelled, such as --completed 7d")
@@ -685,14 +679,14 @@ def keep(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRes
     "on-failed",
     Parameter("queue", "name of the queue", metavar="QUEUE", optional=True),
     Parameter("task", "name of the task", metavar="TASK", optional=True),
-    Parameter("--none", "enqueue none any more", flag=True),
+    Parameter("--none", "remove the task", flag=True),
     examples="""
     on-failed
     on-failed orders webhook
     on-failed orders --none""",
 )
 def on_failed(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
-    """Enqueue a job of a task for each job of a queue that fails; without arguments, list these tasks."""
+    """Set the task that gets a job for each job of a queue that fails; without arguments, list these tasks."""
     if options.queue is None and not options.none:
         rows = [
             dict(zip(("of", "name"), key.split(":", 1), strict=True), task=task)
@@ -726,7 +720,7 @@ def _share(text: str) -> float:
     expect newsletter --default""",
 )
 def expect(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
-    """Say from which values on doctor and the dashboard report a queue; without arguments, list these."""
+    """Set the thresholds from which doctor and the dashboard report a queue; without arguments, list them."""
     known, given = queue.expectations(), {"max_wait_seconds": options.max_wait, "max_failed_share": options.max_failed}
     given = {name: value for name, value in given.items() if value is not None}
     if options.queue is None and not given and not options.default:
@@ -735,13 +729,13 @@ def expect(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
         raise UsageError("expect: expected QUEUE with --max-wait and --max-failed, or --default; or no arguments")
     values = {} if options.default else {**known.get(options.queue, Expectation())._asdict(), **given}
     wait, share = Expectation(**values)
-    done = f"is reported from a wait of {span(wait)} on, or {share:.0%} of attempts failed"
+    done = f"is reported when a job has waited for {span(wait)}, or {share:.0%} of attempts have failed"
     return _set_queue(queue, options, lambda name: queue.expect(name, **values), done)
 
 
 @command(INSPECT, "retention")
 def retention(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
-    """Show how long finished jobs are kept, how many are added and will be deleted per hour, and when the next is."""
+    """Show how long finished jobs are kept, how many are added and deleted per hour, and when the next is deleted."""
     return CommandResult(queue.retention())
 
 
@@ -1056,7 +1050,7 @@ def monitor(_: None, options: argparse.Namespace) -> CommandResult:
 
 @command(SYSTEM, "completion", opens=False, examples="completion")
 def completion(_: None, options: argparse.Namespace) -> CommandResult:
-    """Print the script that completes commands, options, states, queues, tasks, consumers and jobs in bash."""
+    """Print a bash script that completes commands, options, states, queues, tasks, consumers and jobs."""
     program = program_name("admin")
     if program.endswith(".py"):
         raise Problem(f"cannot complete {program}: install the package, and use its command pqueue")
@@ -1129,6 +1123,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        print_error("admin", error)
+        return 1
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from pqueue_tools.process import (
     on_termination,
     open_soon,
     open_waiting,
-    print_error,
+    report,
     seconds,
     set_log,
     whole_number,
@@ -73,8 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         expect_posix()
         queue = open_soon() if options.drain else open_waiting(consumer=options.name)
     except (QueueError, ValueError) as error:
-        print_error("consumer", error)
-        return 1
+        return report("consumer", error)
     if queue is None:  # stopped before the server answered
         return 0
     with _closing(queue):
@@ -94,8 +93,7 @@ def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
         keeper = Keeper(queue, options, bar.draw if bar else None)
         code = keeper.run()
     except (QueueError, ValueError, OSError) as error:
-        print_error("consumer", error)
-        return 1
+        return report("consumer", error)
     counts = keeper.leases.counts()
     if bar:
         bar.draw(*counts)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -16,6 +17,9 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
 if TYPE_CHECKING:
     from pqueue import PersistentQInterface
+
+if sys.version_info < (3, 10):  # noqa: UP036 - a copied file has no installer that looks at it
+    raise ImportError(f"pqueue: expected Python 3.10 or newer, got {sys.version.split()[0]}")
 
 MAX_ID = 2**63 - 1
 MAX_SECONDS = 1e12  # of a time or a duration: their sums are finite, and exact to a millisecond

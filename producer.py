@@ -38,6 +38,7 @@ from pqueue_tools.process import (
     on_termination,
     open_waiting,
     print_error,
+    report,
     retry_while_busy,
     seconds,
     whole_number,
@@ -156,8 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
             on_termination(producer.stop)
             producer.run(options.interval, options.count)
     except (QueueError, ValueError) as error:
-        print_error("producer", error)
-        return 1
+        return report("producer", error)
     except OSError as error:
         print_error("producer", f"cannot write to {options.directory}: {error.strerror or error}")
         return 1

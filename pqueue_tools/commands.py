@@ -136,6 +136,18 @@ def rate(text: str) -> tuple[int, float]:
     return whole_number(1)(jobs), duration(seconds)
 
 
+def or_word(word: str, value: Any, parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a function that parses this word as the value, and any other text by `parse`."""
+
+    def parse_either(text: str) -> Any:
+        try:
+            return value if text == word else parse(text)
+        except ValueError as error:
+            raise ValueError(str(error).replace(", got ", f", or {word}, got ", 1)) from None
+
+    return parse_either
+
+
 def test_file(text: str) -> Path:
     """Return the path of a file in which test programs find tests."""
     if re.fullmatch(r"test_\w+\.py", Path(text).name):

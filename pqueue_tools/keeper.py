@@ -112,8 +112,10 @@ class Keeper:
         with self._resources():
             outcome = self._run_workers()
         self.is_refused = outcome == fields.REFUSED
+        if self.is_refused:
+            return 2 if self._status == 2 << 8 else 1
         # guard: a drain whose jobs failed says so
-        return int(self.is_refused or self._count_failed() > failed)
+        return int(self._count_failed() > failed)
 
     def _count_failed(self) -> int:
         """Return the number of failed jobs whose last consumer has this name, for the exit code of a drain."""

@@ -58,7 +58,15 @@ def expect_posix() -> None:
 
 
 def print_error(program: str, error: object) -> None:
+    if isinstance(error, OSError) and error.filename:
+        error = f"cannot use {error.filename}: {error.strerror}"
     print(f"{program_name(program)}: {printable(str(error))}", file=sys.stderr)
+
+
+def report(program: str, error: Exception) -> int:
+    """Print the error; return the exit code: 2 for a wrong argument or setting, else 1."""
+    print_error(program, error)
+    return 2 if isinstance(error, ValueError) else 1
 
 
 LEVELS = ("debug", "info", "warning", "error")

@@ -215,7 +215,7 @@ def remove_group(group: str) -> None:
     """Stop a group that was added, after its consumers have finished their jobs, and delete its configuration."""
     if group not in added_groups():
         known = ", ".join(added_groups()) or "none"
-        raise ManagerError(f"expected an added group ({known}), got {group!r}")
+        raise ManagerError(f"expected an added group, got {group!r}; there are: {known}")
     _stop_group(group)
     _delete_configuration(group)
     call("reloadConfig")

@@ -27,7 +27,7 @@ from pqueue_tools import file_task, leases, processes, termination
 from pqueue_tools import record as fields
 from pqueue_tools.masking import masked_text
 from pqueue_tools.outcome import Outcome, Unstorable, error_text, outcome_of, trace_of
-from pqueue_tools.process import T, TaskLog, log, log_completed, on_termination, print_error, retry_while_busy
+from pqueue_tools.process import T, TaskLog, log, log_completed, on_termination, report, retry_while_busy
 from pqueue_tools.record import MAX_CONCURRENCY, Record, Slot
 from pqueue_values import Encoded, above_0, duration, encode_json, valid_int
 
@@ -529,7 +529,7 @@ def run_process(
         _set_signals(dump)
         code = _run(queue, shared, record, options, pipe, dump)
     except (QueueError, ValueError, OSError) as error:
-        print_error("consumer", error)
+        code = report("consumer", error)
         record.fields[fields.OUTCOME] = fields.REFUSED
     except BaseException:  # a signal handler of a task, for example
         traceback.print_exc()
@@ -663,5 +663,20 @@ def import_modules(modules: list[str]) -> None:
     for module in modules:
         try:
             importlib.import_module(module)
-        except (ImportError, SyntaxError) as error:
-            raise ValueError(f"cannot import {module!r}: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise ValueError(f"cannot import {module!r}: {_import_error(error)}") from error
+
+
+def _import_error(error: BaseException) -> str:
+    """Return what is wrong with a module, and in which of the user's lines."""
+    if isinstance(error, SyntaxError):
+        return str(error)  # with the line
+    frames = [each for each in traceback.extract_tb(error.__traceback__) if _is_users(each.filename)]
+    place = f" ({os.path.relpath(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
+    return ("" if isinstance(error, ImportError) else f"{type(error).__name__}: ") + str(error) + place
+
+
+def _is_users(path: str) -> bool:
+    """Return whether a file is below the current folder, and neither ours nor that of an installed package."""
+    here = os.getcwd() + os.sep
+    return path.startswith(here) and not path.startswith(here + "pqueue") and "site-packages" not in path

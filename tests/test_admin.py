@@ -305,6 +305,13 @@ def test_operator_whose_folder_has_no_queue_creates_none(front, folder, run):
     assert list(folder.iterdir()) == []
 
 
+def test_command_that_may_not_use_a_file_says_so_in_one_line(front, run, monkeypatch):
+    monkeypatch.setenv("PQUEUE_URL", "/proc/queue.db")  # where nobody may create a folder
+    code, out, error = run("torture", "--seconds", "1")
+    assert (code, out) == (1, "")
+    assert re.fullmatch(r"admin\.py: cannot use /proc/torture-\w+: No such file or directory\n", error)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -328,6 +335,10 @@ def test_operator_whose_folder_has_no_queue_creates_none(front, folder, run):
         ([], 2, ""),
         (["list-jobs", "--colour", "red"], 2, "--colour"),
         (["list-jobs", "--status", "done"], 2, "expected one of waiting, scheduled, pending"),
+        (["cancel"], 2, "cancel: expected job ids or a filter such as --status failed"),
+        (["limit", "default", "many"], 2, "max_pending: expected a whole number of at least 1, or none, got 'many'"),
+        (["limit", "default", "--rate", "10"], 2, "expected JOBS/DURATION, such as 10/1s, or none, got '10'"),
+        (["keep", "default", "--failed", "ever"], 2, "12h, 7d or 2w, or forever, got 'ever'"),
         (["list-jobs", "--since", "soon"], 2, "expected a duration such as 15m, or a time"),
         (["list-jobs", "--limit", "0"], 2, "expected a whole number of at least 1"),
         (["enqueue", "t", "{bad"], 2, "expected JSON, got '{bad'"),
@@ -364,7 +375,7 @@ def test_operator_whose_folder_has_no_queue_creates_none(front, folder, run):
         (["delete-db-jobs", "--yes"], 1, "1 of them are processing"),
         (["assign-job", "5"], 2, "expected a CONSUMER_ID, or --any"),
         (["pause", "nosuch"], 1, "no queue 'nosuch'; there are: default, slow"),
-        (["limit", "slow", "few"], 2, "expected a whole number of at least 1, got 'few'"),
+        (["limit", "slow", "few"], 2, "expected a whole number of at least 1, or none, got 'few'"),
         (["backup", "/nosuch/copy.db"], 1, "cannot back up to /nosuch/copy.db"),
         (["delete-job-files"], 2, "expected --directory DIR"),
         (["delete-job-files", "--directory", "/nosuch"], 1, "cannot read /nosuch"),

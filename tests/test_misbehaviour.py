@@ -696,11 +696,21 @@ def test_program_that_has_run_a_consumer_has_no_process_left(tasks):
 
 
 def test_worker_that_cannot_import_the_tasks_ends_the_consumer(place):
-    for name, text in (("dies", "import os; os.kill(os.getpid(), 11)"), ("raises", "1 / 0"), ("lacks", "import none")):
+    option = "from pqueue import task\n@task(max_atempts=3)\ndef f(): ..."
+    for name, text, code, message in (
+        ("dies", "import os; os.kill(os.getpid(), 11)", 1, "was killed by signal 11 (SIGSEGV) while it imported"),
+        ("raises", "1 / 0", 2, "ZeroDivisionError: division by zero (raises.py, line 1)"),
+        ("lacks", "import none", 2, "No module named 'none' (lacks.py, line 1)"),
+        ("leaves", "import sys\nsys.exit('no arguments')", 2, "SystemExit: no arguments (leaves.py, line 2)"),
+        ("wrong", "def f(:", 2, "invalid syntax (wrong.py, line 1)"),
+        ("option", option, 2, "unexpected keyword argument 'max_atempts'"),
+        ("value", "from pqueue import task\ntask(max_attempts=0)(len)", 2, "(value.py, line 2)"),
+    ):
         place.write(f"{name}.py", text)
         done = place.run("consumer.py", "--import", name)
-        assert done.returncode == 1, done
-        assert done.stderr.splitlines()[-1].startswith("consumer.py: "), done.stderr
+        assert (done.returncode, done.stderr.count("\n")) == (code, 1), done
+        assert done.stderr.startswith("consumer.py: "), done.stderr
+        assert message in done.stderr
 
 
 # Leases and operators

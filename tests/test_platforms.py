@@ -165,3 +165,17 @@ def test_dashboard_without_streamlit_says_what_to_install_and_serves_the_page(pl
     said = wait_until(lambda: (text := child.out.read_text()).count("\n") == 2 and text)
     assert "ops.py: Streamlit is not installed, so this is the page without it: pip install streamlit\n" in said
     assert "dashboard at http://127.0.0.1:" in said
+
+
+@pytest.mark.parametrize("program", ["admin", "consumer", "manager", "ops", "producer"])
+def test_program_says_in_one_line_that_python_is_too_old(program):
+    code = f"import runpy, sys; sys.version_info = (3, 9, 18); runpy.run_path({program + '.py'!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    version = sys.version.split()[0]
+    assert (done.returncode, done.stderr) == (1, f"pqueue: expected Python 3.10 or newer, got {version}\n")
+
+
+def test_library_says_that_python_is_too_old():
+    code = "import sys; sys.version_info = (3, 9, 18); import pqueue"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stderr.splitlines()[-1].startswith("ImportError: pqueue: expected Python 3.10 or newer, got ")

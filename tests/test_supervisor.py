@@ -320,7 +320,7 @@ def test_manager_reports_problems_in_one_line(system):
     started(system, "supervisord", "-n", "-c", "supervisord.conf")
     before = everything_runs(system, queue_of(system))
     for arguments, code, message in [
-        (["--remove", "consumer"], 1, "expected an added group (none), got 'consumer'"),
+        (["--remove", "consumer"], 1, "expected an added group, got 'consumer'; there are: none"),
         (["--remove", "../../etc"], 1, "expected an added group"),
         (["--stop", "nobody"], 1, "expected one of consumer:consumer_00"),
         (["--count", "1", "--queue", "a ;b"], 1, "without ; # or %("),
