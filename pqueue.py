@@ -266,10 +266,10 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
     An object may be used by several threads, and in a forked child. Close it with `close()`, or use it in a `with`
     statement, which closes it at the end.
 
-    Invalid arguments raise ValueError. Every method may raise QueueBusy, or QueueFull if the disk is full. After an
-    error nothing has changed. Times are Unix seconds; these and durations are at most 1e12. `now` replaces the clock in
-    tests. `by` is the operator to record in the job's history; None: the user who runs this process or, inside a task,
-    that task.
+    Invalid arguments raise ValueError; only a `Job` is not checked. Every method may raise QueueBusy, or QueueFull if
+    the disk is full. After an error nothing has changed. Times are Unix seconds; these and durations are at most 1e12.
+    `now` replaces the clock in tests. `by` is the operator to record in the job's history; None: the user who runs this
+    process or, inside a task, that task.
 
     A backend implements the abstract methods (sessions, wake-up, liveness, backup and check); it must keep the
     guarantees above and pass `QueueContract` in test_pqueue.py.
@@ -1105,7 +1105,7 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
 
         The next dequeue registers it again. Does nothing if this object has no consumer of this name.
         """
-        if me := self._registry.get(consumer):
+        if me := self._registry.get(valid_name("consumer", consumer)):
             self._unregister([me], now)
 
     def _unregister(self, leaving: Sequence[Registration], now: float | None = None) -> None:

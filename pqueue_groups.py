@@ -691,7 +691,7 @@ class Grouping(Backend):
         consumer: include the jobs assigned to this consumer.
         """
         params = {
-            **claim_filter(consumer, queues, tasks),
+            **claim_filter(consumer if consumer is None else valid_name("consumer", consumer), queues, tasks),
             "limit": valid_int("limit", 1, limit),
             "now": self._time(now),
         }

@@ -156,7 +156,7 @@ class Operating(Reading, Counting):
         values: Params = {
             "payload": None if payload is ... else encode_json("payload", payload),
             "priority": None if priority is None else valid_int("priority", -(2**31), priority),
-            "run_at": due_time(delay_seconds or 0, run_at, now) if is_timed else None,
+            "run_at": due_time(0 if delay_seconds is None else delay_seconds, run_at, now) if is_timed else None,
             "queue": None if queue is None else valid_name("queue", queue),
             "group": None if group is ... else "" if group is None else valid_group(group),
             "max_attempts": None if max_attempts is None else valid_int("max_attempts", 1, max_attempts),
