@@ -899,7 +899,8 @@ class PersistentQSQLite(PersistentQInterface):
 
     @property
     def in_transaction(self) -> bool:
-        return self._session().busy
+        session: SQLiteSession | None = getattr(self._local, "session", None)
+        return session is not None and session.busy
 
     def uses_database(self, thread: int) -> bool:
         with _opening_lock:
@@ -1078,7 +1079,7 @@ class PersistentQSQLite(PersistentQInterface):
     def close(self) -> None:
         if self._closed:
             return
-        if getattr(self._local, "session", None) and self.in_transaction:
+        if self.in_transaction:
             raise QueueError(f"cannot close {self.path} inside a transaction")
         try:
             if self._registry:
