@@ -293,7 +293,7 @@ class Keeper:
         if found is None or found.number != run.number or self._killed:
             return
         if now - found.at > GRACE_SECONDS[found.reason]:
-            self._kill(dump=True)
+            self._kill(dump=found.reason != fields.EXECUTED)
         elif slot.fields[fields.INTERRUPTED] != run.number or now - found.sent_at > REPEAT_SECONDS:
             found.sent_at = now
             slot.fields[fields.INTERRUPT] = run.number  # again
@@ -443,7 +443,7 @@ class Keeper:
             error = limit_error(reason, run)
             return f"{type(error).__name__}: {error}, and was killed, as it did not end when it was interrupted"
         others = f", while {blamed} jobs ran in it" if blamed > 1 else ""
-        if reason == fields.EXECUTED:
+        if any(each.reason == fields.EXECUTED for each in self._interrupted.values()):
             return f"WorkerDied: the task replaced its process by another program{others}"
         return f"WorkerDied: the task's process {processes.end_text(self._status or 0)}{others}"
 
