@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     import asyncio  # otherwise imported with the first async task: it takes 30 ms
 
+    from pqueue_tools.leftovers import Setting
+
 import pqueue
 from pqueue import Job, PersistentQInterface, QueueError
 from pqueue_tasks import call_task
@@ -52,6 +54,7 @@ class ActiveRun:
         self.error: BaseException | None = None
         self.description: Description | None = None  # text and outcome of the error
         self.has_completed = False
+        self.is_over = False  # handed over to be settled
 
     @property
     def may_be_interrupted(self) -> bool:
@@ -62,8 +65,8 @@ class ActiveRun:
         """Let nothing interrupt the run any more."""
         with self.lock:
             self.slot.fields[fields.RUNNING] = 0
-            if self.thread:
-                _raise_in(self.thread, None)
+            if self.thread and self.reason:
+                _catch_interrupt(self.thread)
 
 
 class ConcurrentConsumer(Consumer):
@@ -82,7 +85,9 @@ class ConcurrentConsumer(Consumer):
         self._adding = threading.Lock()  # of results to the record
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread: threading.Thread | None = None
-        self._failure: BaseException | None = None  # of the event loop
+        self._set_running_loop: Callable[[Any], object] = bool
+        self._loop_settings: list[Setting] = []  # of its thread
+        self._failure: BaseException | None = None  # of the event loop or another thread
         self._looked_at, self._has_run = 0.0, False  # since then
 
     def stop(self) -> None:
@@ -106,6 +111,8 @@ class ConcurrentConsumer(Consumer):
 
     def _has_ended(self) -> bool:
         if self._failure:
+            if not self.is_embedded:
+                self._break_off_all(f"an unusable thread or event loop ({type(self._failure).__name__})")
             raise self._failure
         if self._runs or (self._waiting and not self._stops):
             return False
@@ -242,7 +249,7 @@ class ConcurrentConsumer(Consumer):
         while self._asked.get():
             try:
                 self.queue.wait(pqueue.WAIT_SECONDS, consumer=self.name, **self.wanted)
-            except Exception:  # the next claim reports it, unless the queue is closed
+            except BaseException:  # the next claim reports it, unless the queue is closed or a task has raised it here
                 time.sleep(LOOK_SECONDS)
             self._events.put(True)
 
@@ -263,13 +270,21 @@ class ConcurrentConsumer(Consumer):
         except BaseException as error:
             run.leave()  # again: an interrupt may have come before
             run.error = error
-        self._end(run)
+        self._hand_over(run)
 
     def _begin(self, run: ActiveRun) -> None:
         run.slot.begin(run.job.id, run.claim, *self._limits(run.job))
 
-    def _end(self, run: ActiveRun) -> None:
+    def _hand_over(self, run: ActiveRun) -> None:
         """Publish the result, and hand the run over to the thread that settles it."""
+        run.is_over = True
+        try:
+            self._publish(run)
+        except BaseException as error:  # what a task has put in place of functions that this uses
+            self._failure = error
+        self._events.put(run)
+
+    def _publish(self, run: ActiveRun) -> None:
         if run.error and run.reason and name_of(run.error) in ("Interrupt", "CancelledError"):
             run.error = Interrupt(run.reason).with_traceback(run.error.__traceback__)
         with self._adding:
@@ -282,7 +297,6 @@ class ConcurrentConsumer(Consumer):
             elif run.error is None:
                 run.has_completed = True
                 self.record.add_result(run.job.id, run.claim, run.encoded)
-        self._events.put(run)
 
     # Async tasks
 
@@ -292,13 +306,13 @@ class ConcurrentConsumer(Consumer):
 
             loop = asyncio.new_event_loop()
             watch_tasks(loop, self._enter, self._leave)
-            thread = threading.Thread(target=self._run_loop, args=[loop], name="pqueue-loop", daemon=True)
+            self._loop_thread = threading.Thread(target=self._run_loop, args=[loop], name="pqueue-loop", daemon=True)
             try:
-                thread.start()
+                self._loop_thread.start()
             except RuntimeError:  # the system has no more threads
                 loop.close()
                 raise
-            self._loop, self._loop_thread = loop, thread
+            self._loop, self._set_running_loop = loop, asyncio._set_running_loop
         return self._loop
 
     def _run_loop(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -307,6 +321,7 @@ class ConcurrentConsumer(Consumer):
         self._fields[fields.LOOP] = threading.get_ident()
         tasks = set[Any]()
         asyncio.set_event_loop(loop)
+        loop.call_soon(self._remember_loop_thread)
         try:
             while not self._asked_to_close:
                 with suppress(SystemExit, KeyboardInterrupt):  # of an asyncio task that a task has started
@@ -331,21 +346,54 @@ class ConcurrentConsumer(Consumer):
             self._loop_thread.join(CLOSE_SECONDS)
 
     def _start_async(self, run: ActiveRun) -> None:
-        run.slot.fields[fields.THREAD] = 0
-        self._begin(run)
-        _running.set(run)
-        run.task = self._open_loop().create_task(self._run_async(run))
+        try:
+            run.slot.fields[fields.THREAD] = 0
+            self._begin(run)
+            _running.set(run)
+            run.task = self._open_loop().create_task(self._run_async(run))
+            run.task.add_done_callback(partial(self._expect_handed_over, run))
+        except BaseException as error:
+            run.leave()
+            run.error = error
+            self._hand_over(run)
 
     async def _run_async(self, run: ActiveRun) -> None:
         try:
             try:
                 result = call_task(self.queue, run.job)
                 run.encoded = encoded_result(await result if inspect.isawaitable(result) else result)
+            except BaseException as error:
+                run.description = self._describe(error, run.job)
+                raise
             finally:
                 run.leave()
         except BaseException as error:
-            run.error, run.description = error, self._describe(error, run.job)
-        self._end(run)
+            run.error = error
+        self._restore_loop_thread(run.job)
+        self._hand_over(run)
+
+    def _restore_loop_thread(self, job: Job) -> None:
+        """Undo what a task has changed in the thread of the event loop, for the tasks that continue in it."""
+        # guard: async tasks find the thread of the event loop as the first one did
+        if self.state and (left := list(self.state.undo(self._loop_settings))):
+            self._report_left(left, job=job.id, task=job.task)
+
+    def _remember_loop_thread(self) -> None:
+        if self.state:
+            from pqueue_tools.leftovers import thread_settings  # not available on Windows
+
+            self._loop_settings = list(thread_settings())
+
+    def _expect_handed_over(self, run: ActiveRun, task: asyncio.Task[None]) -> None:
+        """Hand over a run whose asyncio task ended before `_run_async` could, as it was cancelled before it began."""
+        if run.is_over:
+            return
+        run.leave()
+        try:
+            task.result()
+        except BaseException as error:
+            run.error = error
+        self._hand_over(run)
 
     def _enter(self) -> None:
         if run := _running.get():
@@ -355,6 +403,7 @@ class ConcurrentConsumer(Consumer):
     def _leave(self) -> QueueError | None:
         self._fields[fields.STEPPING] = 0
         self._end_child()
+        self._set_running_loop(self._loop)
         return open_transaction(self.queue)
 
     # Signals
@@ -382,10 +431,18 @@ class ConcurrentConsumer(Consumer):
 _running: contextvars.ContextVar[ActiveRun | None] = contextvars.ContextVar("pqueue_running", default=None)
 
 
-def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
-    """Raise an exception in another thread, when it executes Python code again; None: take that back."""
-    error = ctypes.py_object() if kind is None else ctypes.py_object(kind)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)
+def _raise_in(thread: int, kind: type[BaseException]) -> None:
+    """Raise an exception in another thread, when it executes Python code again."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind))
+
+
+def _catch_interrupt(thread: int) -> None:
+    """Let no Interrupt that was raised in this thread come after this. To take it back instead would make Python 3.11
+    loop for ever in a thread that has a trace or profile function."""
+    with suppress(Interrupt):
+        _raise_in(thread, Interrupt)
+        while True:
+            pass
 
 
 def watch_tasks(

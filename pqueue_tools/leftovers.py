@@ -104,6 +104,7 @@ def _settings(folder: int | None) -> Iterator[Setting]:
     yield Setting("environment variables", _environment, _set_environment)
     yield Setting("the locale", lambda: locale.setlocale(locale.LC_ALL), lambda to: locale.setlocale(locale.LC_ALL, to))
     yield Setting("flags of the standard descriptors", _flags, _set_flags)
+    yield from thread_settings()
     yield from _signal_settings()
     yield from _interpreter_settings()
     yield from _library_settings()
@@ -118,25 +119,29 @@ def _settings(folder: int | None) -> Iterator[Setting]:
     yield Setting("attributes of prctl", processes.attributes, processes.set_attributes)
 
 
-def _signal_settings() -> Iterator[Setting]:
+def thread_settings() -> Iterator[Setting]:
+    """Yield what each thread has of its own. To be called, compared and restored in that thread."""
     yield Setting("the signal mask", lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()), _set_mask)
-    yield Setting("signal handlers in C, capabilities or filters of system calls", _status)
-    yield Setting("timers of the system", lambda: _proc("timers"))
-
-
-def _interpreter_settings() -> Iterator[Setting]:
     yield Setting("a trace function", sys.gettrace, sys.settrace)
     yield Setting("a profile function", sys.getprofile, sys.setprofile)
-    yield Setting("a trace function of threads", lambda: _attributes(threading, *TRACES), _set_traces)
-    yield Setting("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit)
-    yield Setting("the switch interval", sys.getswitchinterval, sys.setswitchinterval)
-    yield Setting("the thread stack size", threading.stack_size, threading.stack_size)
-    yield Setting("garbage collection", _gc, _set_gc)
     yield Setting(
         "hooks of asynchronous generators", sys.get_asyncgen_hooks, lambda hooks: sys.set_asyncgen_hooks(*hooks)
     )
     track = sys.get_coroutine_origin_tracking_depth, sys.set_coroutine_origin_tracking_depth
     yield Setting("the tracking of coroutines", *track)
+
+
+def _signal_settings() -> Iterator[Setting]:
+    yield Setting("signal handlers in C, capabilities or filters of system calls", _status)
+    yield Setting("timers of the system", lambda: _proc("timers"))
+
+
+def _interpreter_settings() -> Iterator[Setting]:
+    yield Setting("a trace function of threads", lambda: _attributes(threading, *TRACES), _set_traces)
+    yield Setting("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit)
+    yield Setting("the switch interval", sys.getswitchinterval, sys.setswitchinterval)
+    yield Setting("the thread stack size", threading.stack_size, threading.stack_size)
+    yield Setting("garbage collection", _gc, _set_gc)
     if hasattr(sys, "get_int_max_str_digits"):
         yield Setting("the digits of integers", sys.get_int_max_str_digits, sys.set_int_max_str_digits)
     if monitoring := getattr(sys, "monitoring", None):
@@ -231,16 +236,20 @@ class ProcessState:
         yield from self._reset_handlers()
         yield from self._reset_descriptors()
         yield from self._reset_streams()
-        for setting in self._settings:
+        yield from self.undo(self._settings)
+        yield from self._new_threads()
+        for pid in self._new_children():
+            self.must_end = True
+            yield f"the process {pid} ({processes.name(pid)})"
+
+    def undo(self, settings: list[Setting]) -> Iterator[str]:
+        """Restore these settings one by one, and yield the names of those that had changed."""
+        for setting in settings:
             if setting.has_changed():
                 is_left = not setting.undo()
                 self.must_end = self.must_end or is_left
                 self.is_broken = self.is_broken or (is_left and setting.is_fatal)
                 yield setting.name
-        yield from self._new_threads()
-        for pid in self._new_children():
-            self.must_end = True
-            yield f"the process {pid} ({processes.name(pid)})"
 
     def _new_threads(self) -> Iterator[str]:
         if _raw_threads() > self._raw_threads:

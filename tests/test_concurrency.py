@@ -92,7 +92,8 @@ async def swallow(job):
 async def block(job): time.sleep(600)
 
 @task(max_attempts=1, timeout_seconds=0.3)
-async def hold_gil(job): ctypes.PyDLL(None).sleep(600)
+async def hold_gil(job):
+    while True: ctypes.PyDLL(None).sleep(600)  # a signal ends it
 
 @task(max_attempts=1)
 async def brief_block(job): time.sleep(2.5)
@@ -202,6 +203,52 @@ def leave_process(job): subprocess.Popen(["sleep", "600"])
 
 @task()
 async def leave_signal_mask(job): os.umask(0)
+
+@task()
+def trace(job): sys.settrace(lambda *_: None)
+
+@task()
+async def trace_loop(job): sys.settrace(lambda *_: None)
+
+@task()
+def profile(job): sys.setprofile(lambda *_: None)
+
+@task()
+async def profile_loop(job): sys.setprofile(lambda *_: None)
+
+@task()
+async def replace_loop(job): asyncio._set_running_loop(object())
+
+@task()
+async def block_signals(job): signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+
+@task()
+async def hook_generators(job): sys.set_asyncgen_hooks(lambda _: 1 / 0)
+
+@task()
+async def look_at_thread(job):
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    return repr([sys.gettrace(), sys.getprofile(), mask, sys.get_asyncgen_hooks()])
+
+@task()
+def use_up_descriptors(job):
+    import resource
+    resource.setrlimit(resource.RLIMIT_NOFILE, (20, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+@task(max_attempts=1)
+async def close_selector(job): asyncio.get_running_loop()._selector.close()
+
+@task(max_attempts=1)
+async def close_loops_files(job): os.closerange(3, 100)
+
+class Slow(Exception):
+    def __str__(self): time.sleep(600)
+
+@task(max_attempts=1, timeout_seconds=0.3)
+async def describe_slowly(job): raise Slow
+
+@task(max_attempts=1)
+def become(job): os.execvp("sleep", ["sleep", "600"])
 
 @task()
 def follow(job):
@@ -621,6 +668,30 @@ def test_leftovers_are_found_when_the_consumer_is_idle(tasks):
 # The end of the consumer
 
 
+@pytest.mark.parametrize(
+    "task",
+    [
+        *("trace", "trace_loop", "profile", "profile_loop", "replace_loop", "block_signals", "hook_generators"),
+        *("use_up_descriptors", "close_selector", "close_loops_files", "leave_signal_mask"),
+    ],
+)
+def test_task_that_spoils_its_thread_or_the_event_loop_harms_no_other_job(tasks, task):
+    queue = tasks.queue()
+    child = consumer(tasks, "--lease-seconds", 5)
+    completed(queue, first := queue.enqueue("look_at_thread"))
+    before = queue.enqueue_many("fetch", [1] * 2)  # which run meanwhile
+    wait_until(lambda: queue.count_jobs(state="processing") == 2)
+    bad = queue.enqueue(task, max_attempts=1)
+    wait_until(lambda: queue.get(bad).state in pqueue.FINISHED, seconds=30)
+    completed(queue, *before, *queue.enqueue_many("fetch", [0] * 5), *queue.enqueue_many("io", [0] * 5))
+    completed(queue, last := queue.enqueue("look_at_thread"))
+    is_new = task in ("close_selector", "close_loops_files")  # they cost the process, and this one has another loop
+    assert is_new or queue.get(last).result == queue.get(first).result
+    assert child.poll() is None
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(30) == 0, child.out.read_text()
+
+
 def test_drain_ends_when_jobs_and_those_that_they_enqueue_are_done(tasks):
     queue = tasks.queue()
     queue.enqueue_many("follow", [5] * 20)
@@ -722,6 +793,8 @@ BAD = {  # how the error of each begins
     "fall": "SystemExit: leaving",
     "fall_in_a_task": "SystemExit: leaving",
     "cancel_itself": "CancelledError",
+    "become": "WorkerDied: the task replaced its process by another program",
+    "describe_slowly": "TimeoutError: timed out after 0.3 s",
     "await_in_transaction": "QueueError: cannot await inside transaction()",
 }
 
@@ -746,7 +819,7 @@ def test_good_jobs_complete_among_bad_ones_that_run_at_the_same_time(tasks):
     for job_id in set(ids) - set(good):
         job = jobs[job_id]
         expected = (BAD[job.task], "WorkerDied: ")
-        assert (job.state, job.attempts, job.error.startswith(expected)) == ("failed", 1, True), job
+        assert (job.state, job.attempts, (job.error or "").startswith(expected)) == ("failed", 1, True), job
     assert [child.poll() for child in children] == [None] * 2
     for child in children:
         child.send_signal(signal.SIGTERM)
