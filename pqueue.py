@@ -706,7 +706,7 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
         A result is on disk when this returns, so that the task can rely on it; progress alone is not. Raises LeaseLost.
         """
         if progress is not None and not (isinstance(progress, (int, float)) and 0 <= progress <= 1):
-            raise ValueError(f"expected progress between 0 and 1, got {progress!r}")
+            raise ValueError(f"expected progress between 0 and 1, got {short(progress)}")
         params = {"progress": progress, "result": encode_result(result)}
         # guard: a result that a task stores is synced
         self._with_lease("update", UPDATE, job, params, durable=result is not None)
@@ -947,10 +947,10 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
 
     def heartbeat(self, consumer: str, *, completed: int = 0, failed: int = 0, now: float | None = None) -> None:
         """Record that this consumer is alive, and add to its numbers of completed jobs and failed attempts."""
-        me = self._registered(consumer, None, None, now)
-        now = self._time(now)
+        counts = {"completed": valid_int("completed", 0, completed), "failed": valid_int("failed", 0, failed)}
+        me, now = self._registered(consumer, None, None, now), self._time(now)
         with self._transaction(durable=False) as session:
-            session.change(HEARTBEAT, {"token": me.token, "completed": completed, "failed": failed, "now": now})
+            session.change(HEARTBEAT, {"token": me.token, **counts, "now": now})
             self._roll_up(now)
 
     def _register(

@@ -33,7 +33,7 @@ from pqueue_values import (
     EXPIRED,
     Params,
     above_0,
-    duration,
+    at_least_0,
     error_text,
     long_duration,
     valid_list,
@@ -144,7 +144,8 @@ class Retaining(Counting):
         `progress` is called after each with the number of jobs deleted so far.
         """
         now = self._time(now)
-        before = now - duration("older_than_seconds", older_than_seconds)
+        # guard: prune deletes no job that finishes later
+        before = now - at_least_0("older_than_seconds", older_than_seconds)
         chosen = [valid_state(FINISHED, state) for state in valid_list("states", states)]
         with self._transaction(durable=False) as session:
             session.change(DELETE_CONSUMERS, {"before": before})

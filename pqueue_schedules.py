@@ -249,9 +249,8 @@ def _definition(
     name: str, task: str | Task[..., Any], payload: Any, queue: str, priority: int, times: Params, origin: str
 ) -> Params:
     """Return the columns of a schedule. Raises ValueError."""
-    valid_name("key", _key(valid_name("schedule", name)))
     return {
-        "name": name,
+        "name": valid_name("schedule", name, MAX_SCHEDULE_NAME),
         "task": valid_name("task", task.name if isinstance(task, Task) else task),
         "payload": encode_json("payload", payload),
         "queue": valid_name("queue", queue),
@@ -272,6 +271,9 @@ def _no_arguments(task: Task[..., Any]) -> Any:
 def _key(name: str) -> str:
     """Return the key of a schedule's unfinished job."""
     return f"schedule:{name}"
+
+
+MAX_SCHEDULE_NAME = 255 - len(_key(""))
 
 
 def _schedule(row: Sequence[Any]) -> Schedule:

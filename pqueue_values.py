@@ -390,8 +390,12 @@ def seconds_in(text: str) -> float:
 
 def long_duration(what: str, value: str | float | timedelta) -> float:
     """Return a number of seconds; also of a text such as "7d"."""
-    seconds = seconds_in(value) if isinstance(value, str) else duration(what, value)
-    if seconds >= 0:
+    return seconds_in(value) if isinstance(value, str) else at_least_0(what, value)
+
+
+def at_least_0(what: str, value: float | timedelta) -> float:
+    """Return a number of seconds."""
+    if (seconds := duration(what, value)) >= 0:
         return seconds
     raise ValueError(f"expected {what} to be a duration of 0 or more, got {short(value)}")
 

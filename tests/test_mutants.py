@@ -244,6 +244,7 @@ MUTANTS = [
     Mutant("assign ends the running delivery", HISTORY, " - CASE state WHEN 'processing' THEN 1 ELSE 0 END, {NO_LEASE}", ""),
     Mutant("running jobs are not deleted", "contract: not_deleted_unless_forced"),
     Mutant("prune takes old jobs only", HISTORY, "finished_at < coalesce(CAST(:before AS double precision), :now - CASE :state {_KEPT} END)", "finished_at > 0"),
+    Mutant("prune deletes no job that finishes later", "contract: wrong_arguments_are_refused", "at_least_0(\"older_than_seconds\", older_than_seconds)", "older_than_seconds"),
     Mutant("prune keeps a job that holds its key", "contract: prune_keeps_a_job", "{KEY_IS_OVER} AND ", ""),
     Mutant("prune keeps the newest", "contract: no_id_is_given_twice", " AND id < (SELECT max(id) FROM jobs)", ""),
     Mutant("prune keeps the last job of a schedule", "contract: jobs_that_are_still_needed", "AND id NOT IN (SELECT last_job_id FROM schedules WHERE last_job_id IS NOT NULL)", ""),

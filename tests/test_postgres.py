@@ -1380,7 +1380,7 @@ def test_count_of_a_queue_with_a_limit_is_right_after_each_verb(database):
             lambda: queue.resubmit(job_id()),
             lambda: queue.assign(job_id(), chance.choice([None, "w"])),
             lambda: queue.delete_jobs([job_id()]),
-            lambda: queue.prune(-100, now=now),
+            lambda: queue.prune(0, now=now + 100),
             lambda: queue.limit("default", chance.choice([None, 10, 30])),
             lambda: queue.limit("third", chance.choice([None, 3])),
             undone,

@@ -279,7 +279,7 @@ def test_time_limit_of_the_role_does_not_take_its_job_from_a_consumer(server, da
         assert queue._listener._connection.info.backend_pid == pid
         queue.complete(job)
         assert len(queue.dequeue_many("w", 128)) == 128
-        queue.prune(-1)
+        queue.prune(0)
 
 
 def test_time_limit_of_the_role_holds_for_the_statements_of_the_application(server, database):
@@ -477,7 +477,7 @@ def test_documented_grants_suffice_and_no_more_is_possible(roles):
         use_what_others_add(queue)
         queue.pause("default")
         queue.cancel(queue.list_jobs(state="pending")[0].id)
-        queue.prune(-10)
+        queue.prune(0)
         assert queue.check()["problems"] == []
         queue.limit("limited", None)
     with closing(pqueue.open_queue(reader, create=False)) as queue:
