@@ -55,34 +55,26 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from pqueue_backend import Registration, Session
-from pqueue_dependencies import NEEDED, Depending
-from pqueue_groups import Grouping, claim_filter, name_list, valid_group
-from pqueue_handlers import Handling
-from pqueue_move import Moving, count_running
-from pqueue_operating import Operating
-from pqueue_outcomes import ROLL_UP_JOBS, Counting, Outcomes, count, count_attempts, count_job
+from pqueue_dependencies import parents_of
+from pqueue_groups import claim_filter, name_list, valid_group
+from pqueue_move import Moving
+from pqueue_operating import queue_full, refusal
+from pqueue_outcomes import ROLL_UP_JOBS, Outcomes, count, count_attempts
 from pqueue_results import Waiting, Waits
-from pqueue_retention import Retaining
+from pqueue_retention import EXPIRE_BATCH, Retaining
 from pqueue_schedules import Schedule, Scheduling
 from pqueue_schema import (
-    ADD_QUEUE,
-    ADD_TASK,
-    ASSIGN,
-    CANCEL,
     CLAIM,
     COMPLETE,
     COMPLETE_PARENT,
-    DELETE_DEPENDENCIES,
-    DELETE_HISTORY,
-    DELETE_JOBS,
     ENQUEUE,
     ENQUEUE_MANY,
     EXPIRED,
@@ -91,31 +83,25 @@ from pqueue_schema import (
     FAIL,
     FINISHED,
     FREE_KEY,
-    FREE_KEY_FOR,
     HEARTBEAT,
     HELD_BY,
     HOLDS,
     LEASES,
     LOST_BY,
     MARK_DEAD,
-    MARK_FAILED,
     NEXT_DUE,
     NEXT_EVENT,
     ORPHANED,
     OVERDUE,
     PROMOTE,
     RECORD,
-    RECORD_OPERATION,
     REDELIVER,
     REGISTER,
     RELEASE,
     REPLACE,
-    RESUBMIT,
     RETRY,
     ROOM,
     RUNNING,
-    RUNNING_JOBS,
-    SET_PAUSED,
     SNOOZED_AGAIN,
     STATES,
     UNFINISHED,
@@ -129,14 +115,12 @@ from pqueue_tasks import (
     Task,
     around,
     backoff_seconds,
-    current_job,
     current_queue,
     known_attempts,
     metadata,
     new_meta,
     run_task,
     task,
-    task_name,
 )
 from pqueue_values import (
     MAX_PAYLOAD_BYTES,
@@ -165,12 +149,9 @@ from pqueue_values import (
     encode_result,
     error_text,
     file_path,
-    operator_name,
     short,
     time_of,
     to_job,
-    valid_filter,
-    valid_id,
     valid_int,
     valid_list,
     valid_name,
@@ -231,8 +212,6 @@ RECLAIM_BATCH = 1000  # jobs promoted or reclaimed per dequeue, to keep it short
 WAIT_SECONDS = 1.0  # the longest sleep of `wait`; bounds the cost of a missed wake-up or a dead consumer
 POLL_SECONDS = 0.1  # the polling interval where wake-ups are not available
 
-COUNTED = {MARK_FAILED: "failed", CANCEL: "cancelled"}  # verbs of an operator that end a job
-
 UNREADABLE = "cannot read the payload or the result: its JSON is nested too deep, or has too long a number, for Python"
 
 
@@ -260,8 +239,8 @@ class ExpiredClaimed(Exception):
 Self = TypeVar("Self", bound="PersistentQInterface")  # typing.Self needs Python 3.11
 
 
-class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Moving, Scheduling, Retaining, Counting):
-    """A queue: its operations, in SQL that SQLite and PostgreSQL share.
+class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
+    """A queue: its operations, in SQL that SQLite and PostgreSQL share. Those of operators are in `pqueue_operating`.
 
     An object may be used by several threads, and in a forked child. Close it with `close()`, or use it in a `with`
     statement, which closes it at the end.
@@ -370,8 +349,21 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
                 return JobId.of_queue(self, ids)
             room, max_pending = session.run(ROOM, row)[0]
             if room is not None and room < row["number"]:
-                raise _queue_full("enqueue", row["queue"], max_pending, row["number"])
+                raise queue_full("enqueue", row["queue"], max_pending, row["number"])
             raise NotStored
+
+    def _store_after(self, sql: str, rows: list[Params], after: Iterable[int], after_failed: str) -> list[JobId[Any]]:
+        """Do what `_store` does for each row, in one transaction; let the new jobs run after the others."""
+        parents = parents_of(after, after_failed)
+        if not rows:
+            return []
+        if parents and rows[0]["replaces"]:
+            raise ValueError("expected after or on_conflict='replace', got both")
+        with self._transaction() as session:
+            ids = [job_id for row in rows for job_id in self._store(sql, row)]
+            if parents and (new := [int(job_id) for job_id in ids if job_id.is_new]):
+                self._attach(session, new, parents, after_failed, rows[0]["now"])
+        return ids
 
     def _holder(self, session: Session, row: Params) -> list[int]:
         """Return the id of the job that holds the key, if any; replace that job if it shall be and can be."""
@@ -381,11 +373,6 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
             if not session.change(REPLACE, {**row, "id": found[0][0]}):
                 found = session.run(WITH_KEY, row)  # on PostgreSQL, it may have been taken in between
         return [job_id for (job_id,) in found]
-
-    def _add_queue(self, session: Session, row: Params) -> int:
-        """Create the queue of a new job unless it exists, and list the task there; return how many rows this added."""
-        added = session.change(ADD_QUEUE, row) + session.change(ADD_TASK, row)
-        return added + (self._let_groups_take_turns(session, row["queue"]) if row["group"] else 0)
 
     def enqueue_many(
         self,
@@ -574,6 +561,14 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
             except ExpiredClaimed:
                 self._cancel_all_expired(dead, self._time(now))
 
+    def _cancel_all_expired(self, dead: list[str] | None, now: float) -> None:
+        """Cancel the jobs that have expired, in short transactions, also those whose deliveries were lost."""
+        batch = EXPIRE_BATCH
+        while batch == EXPIRE_BATCH:
+            with self._transaction(durable=False) as session:
+                self._reclaim(session, dead, now)
+                batch = self._cancel_expired(session, now)
+
     def _claimed_jobs(self, session: Session, rows: list[Any], params: Params, *, in_order: bool = False) -> list[Job]:
         """Return the jobs of the rows that a claim returned, in order, without unreadable ones."""
         jobs = [to_job(row) for row in rows]
@@ -729,163 +724,6 @@ class PersistentQInterface(Waiting, Grouping, Operating, Handling, Depending, Mo
             # guard: a failed attempt that was the last is followed up
             if sql is FAIL:
                 self._job_ended(session, job.id, params["now"])
-
-    # Operating
-
-    def resubmit(
-        self,
-        job_id: int,
-        *,
-        delay_seconds: float | timedelta = 0,
-        run_at: float | datetime | None = None,
-        by: str | None = None,
-        now: float | None = None,
-    ) -> None:
-        """Make a finished job `pending` again, with a fresh attempt budget; jobs that failed with it wait for it again.
-
-        delay_seconds, run_at: when to run it, as for `enqueue`: later, it is `scheduled`.
-
-        Raises JobNotFound, QueueFull, or InvalidTransition if the job is not finished or another one holds its key.
-        """
-        now = self._time(now)
-        due = due_time(delay_seconds, run_at, now)
-        self._operator_verb("resubmit", "resubmitted", RESUBMIT, job_id, by, now, allowed=FINISHED, run_at=due)
-
-    def mark_failed(
-        self, job_id: int, error: str = "marked as failed", *, by: str | None = None, now: float | None = None
-    ) -> None:
-        """Make an unfinished job `failed`, with this error; a consumer running it loses its lease.
-
-        Raises JobNotFound, or InvalidTransition if the job is finished.
-        """
-        self._operator_verb("mark as failed", "marked failed", MARK_FAILED, job_id, by, now, error=error_text(error))
-
-    def cancel(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
-        """Make an unfinished job `cancelled`; a consumer running it loses its lease.
-
-        Raises JobNotFound, or InvalidTransition if the job is finished.
-        """
-        self._operator_verb("cancel", "cancelled", CANCEL, job_id, by, now)
-
-    def assign(self, job_id: int, consumer: str | None, *, by: str | None = None, now: float | None = None) -> None:
-        """Reserve an unfinished job for this consumer, whichever queues it serves (None: for any consumer).
-
-        A consumer running it loses its lease, and that attempt does not count. Raises JobNotFound, or InvalidTransition
-        if the job is finished.
-        """
-        assigned_to = None if consumer is None else valid_name("consumer", consumer)
-        self._operator_verb(
-            "assign", f"assigned to {consumer or 'any'}", ASSIGN, job_id, by, now, assigned_to=assigned_to
-        )
-
-    def _operator_verb(
-        self,
-        verb: str,
-        event: str,
-        sql: str,
-        job_id: int,
-        by: str | None,
-        now: float | None,
-        allowed: Sequence[str] = (),
-        **values: Any,
-    ) -> None:
-        params = {"error": None, **values, "id": valid_id(job_id), "now": self._time(now)}
-        with self._transaction() as session:
-            # guard: a job that is completed no longer was counted
-            if allowed == FINISHED:
-                self._count_new(session)
-            session.change(RECORD, {**params, "event": event, "actor": _actor(by)})
-            # guard: a job that an operator ends is counted
-            if sql in COUNTED:
-                count_job(session, job_id, COUNTED[sql], params["now"])
-            done = session.change(sql, params)
-            # guard: resubmit takes a key whose time is over
-            if not done and allowed and session.change(FREE_KEY_FOR, params):
-                done = session.change(sql, params)
-            # guard: a refused operator verb raises
-            if not done:
-                raise _refusal(session, verb, job_id, allowed)
-            session.wakes = True
-            if sql is RESUBMIT:
-                self._restore(session, job_id, params["now"])
-            # guard: a job that an operator ended is followed up
-            if sql in (MARK_FAILED, CANCEL):
-                self._job_ended(session, job_id, params["now"])
-
-    def record(self, event: str, *, by: str | None = None, now: float | None = None) -> None:
-        """Record an operator's action that concerns no job; see `operations`. The verbs do it themselves."""
-        with self._transaction() as session:
-            params = {"event": valid_filter("event", event, 1000), "actor": _actor(by), "now": self._time(now)}
-            session.change(RECORD_OPERATION, params)
-
-    def _expect_room(self, session: Session, verb: str, queue: str) -> None:
-        room, max_pending = session.run(ROOM, {"queue": queue})[0]
-        if room is not None and room <= 0:
-            raise _queue_full(verb, queue, max_pending)
-
-    @contextmanager
-    def exclusive(self, job_ids: Sequence[int] | None = None) -> Iterator[None]:
-        """Open a transaction that locks these jobs (None: all jobs, and enqueueing).
-
-        What is read in the block stays true until its end. Keep it short: it blocks other writers.
-        """
-        with self._transaction() as session:
-            if job_ids is None:
-                self._lock_out_writers(session)
-            else:
-                self._lock_jobs(session, sorted(valid_id(job_id) for job_id in valid_list("job ids", job_ids)))
-            yield
-
-    def pause(self, queue: str, *, by: str | None = None, now: float | None = None) -> None:
-        """Stop delivering jobs of this queue until `resume`. Running jobs continue."""
-        self._set_queue(SET_PAUSED, queue, f"paused queue {queue}", by, now, value=1)
-
-    def resume(self, queue: str, *, by: str | None = None, now: float | None = None) -> None:
-        """Deliver jobs of this queue again."""
-        self._set_queue(SET_PAUSED, queue, f"resumed queue {queue}", by, now, value=0)
-
-    def _set_queue(
-        self, sql: str, queue: str, event: str, by: str | None, now: float | None, **values: float | None
-    ) -> None:
-        with self._transaction() as session:
-            session.change(ADD_QUEUE, {"queue": valid_name("queue", queue)})
-            session.change(sql, {"queue": queue, **values})
-            self.record(event, by=by, now=now)
-            session.wakes = True
-
-    def delete_jobs(
-        self, job_ids: Iterable[int] | None = None, *, force: bool = False, now: float | None = None
-    ) -> int:
-        """Delete these jobs (None: all) and their history, all or none; return how many were deleted.
-
-        Raises InvalidTransition if one of them is `processing`, or an unfinished job runs after it, unless `force` is
-        set, which cancels a job for those after it. On SQLite, the next job may get the id of the newest one deleted.
-        """
-        ids = None if job_ids is None else [valid_id(job_id) for job_id in valid_list("job ids", job_ids)]
-        params = {"ids": json.dumps(ids)}
-        with self.exclusive(ids), self._transaction() as session:
-            # guard: a job that is deleted was counted
-            self._count_new(session)
-            running = count_running(session) if ids is None else len(session.run(RUNNING_JOBS, params))
-            # guard: running jobs are not deleted
-            if running and not force:
-                raise InvalidTransition(f"cannot delete jobs: {running} of them are processing")
-            for job_id, dependent in session.run(NEEDED, params) if ids is not None else ():
-                # guard: a job that another one needs is not deleted
-                if not force:
-                    raise InvalidTransition(f"cannot delete job {job_id}: job {dependent} runs after it")
-                with suppress(InvalidTransition):
-                    self.cancel(job_id, now=now)
-            if ids is None:
-                session.change("DELETE FROM dependencies")
-                session.change("DELETE FROM history WHERE job_id <> 0")  # 0: the mark of a move
-                deleted = session.change("DELETE FROM jobs")
-            else:
-                session.change(DELETE_HISTORY, params)
-                session.change(DELETE_DEPENDENCIES, params)
-                deleted = session.change(DELETE_JOBS, params)
-            self._count_new(session)  # from the last id left
-            return deleted
 
     # Consumers
 
@@ -1135,12 +973,6 @@ def claim_params(me: Registration, limit: int, wanted: Params, lease_seconds: fl
     return params
 
 
-def _actor(by: str | None) -> str:
-    """Return whom to record for an operator's action: without a name, the task that acts, or this process's user."""
-    job = None if by else current_job()
-    return operator_name(by) if job is None else task_name(job.consumer)
-
-
 def _last_loss_error(job: Job, consumers: list[str], error: str) -> str:
     once = "; it may have done all its work, and is not run again, as its max_attempts is 1"
     number = f"{job.attempts} attempt{'' if job.attempts == 1 else 's'}"
@@ -1150,27 +982,8 @@ def _last_loss_error(job: Job, consumers: list[str], error: str) -> str:
 def _refuse(session: Session, verb: str, job: Job) -> NoReturn:
     """Raise the error for a job whose token is not the current one. A lost lease dooms the transaction."""
     if job.lease_token is None:
-        raise _refusal(session, verb, job.id)
+        raise refusal(session, verb, job.id)
     raise session.doom(LeaseLost(f"cannot {verb} job {job.id}: the lease of {job.consumer} on it was lost"))
-
-
-def _refusal(session: Session, verb: str, job_id: int, allowed: Sequence[str] = ()) -> QueueError | ValueError:
-    """Return the error for a job that was not changed. allowed: states in which only its key or a limit prevents it."""
-    for state, key, queue in session.run("SELECT state, key, queue FROM jobs WHERE id = :id", {"id": job_id}):
-        if state not in allowed:
-            return InvalidTransition(f"cannot {verb} job {job_id}: it is {state}")
-        for room, max_pending in session.run(ROOM, {"queue": queue}) if state in FINISHED else ():
-            if room is not None and room <= 0:
-                return _queue_full(f"{verb} job {job_id}", queue, max_pending)
-        return InvalidTransition(f"cannot {verb} job {job_id}: another job has its key {key!r}")
-    return JobNotFound(f"cannot {verb} job {job_id}: no such job")
-
-
-def _queue_full(verb: str, queue: str, max_pending: int, jobs: int = 1) -> QueueFull | ValueError:
-    if jobs > max_pending:
-        return ValueError(f"expected at most {max_pending} jobs, the limit of queue {queue!r}, got {jobs} at once")
-    room = "is at" if jobs == 1 else f"has no room for {jobs} jobs within"
-    return QueueFull(f"cannot {verb}: queue {queue!r} {room} its limit of {max_pending} pending jobs")
 
 
 def _new_job(

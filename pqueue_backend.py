@@ -1,4 +1,4 @@
-"""The abstract base of a backend: sessions, wake-up, liveness, backup and check."""
+"""The base of all backends: sessions, wake-up, liveness, backup and check, and recording what operators do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from typing import Any, Protocol, TypeVar
 
-from pqueue_values import NO_PARAMS, LeaseLost, Params, QueueError, finite
+from pqueue_schema import ADD_QUEUE, RECORD_OPERATION
+from pqueue_tasks import actor
+from pqueue_values import NO_PARAMS, LeaseLost, Params, QueueError, finite, valid_filter, valid_name
 
 SomeBackend = TypeVar("SomeBackend", bound="Backend")
 SomeSession = TypeVar("SomeSession", bound="Session")
@@ -185,10 +187,6 @@ class Backend(ABC):
         return [dict(zip(columns.split(", "), row, strict=True)) for row in self._read(sql, params)]
 
     @abstractmethod
-    def record(self, event: str, *, by: str | None = None, now: float | None = None) -> None:
-        """Record an operator's action that concerns no job; see `operations`. The verbs do it themselves."""
-
-    @abstractmethod
     def _take_slot(self) -> Any:
         """Acquire a lock that shows that this consumer is alive; return it, with `number` and `close()`."""
 
@@ -270,6 +268,22 @@ class Backend(ABC):
 
     def _time(self, now: float | None) -> float:
         return time.time() if now is None else finite("now", now)
+
+    def record(self, event: str, *, by: str | None = None, now: float | None = None) -> None:
+        """Record an operator's action that concerns no job; see `operations`. The verbs do it themselves."""
+        with self._transaction() as session:
+            params = {"event": valid_filter("event", event, 1000), "actor": actor(by), "now": self._time(now)}
+            session.change(RECORD_OPERATION, params)
+
+    def _set_queue(
+        self, sql: str, queue: str, event: str, by: str | None, now: float | None, **values: float | None
+    ) -> None:
+        """Change the settings of a queue, which is created if it does not exist, and record it."""
+        with self._transaction() as session:
+            session.change(ADD_QUEUE, {"queue": valid_name("queue", queue)})
+            session.change(sql, {"queue": queue, **values})
+            self.record(event, by=by, now=now)
+            session.wakes = True
 
     @abstractmethod
     def _count_pending(self, session: Session, queues: Iterable[str]) -> None:

@@ -8,15 +8,14 @@ ids, in which parents come first.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterable
-from typing import Any
 
 from pqueue_backend import Session
+from pqueue_handlers import Handling
 from pqueue_outcomes import count_job
 from pqueue_schema import HOLDS_KEY, KEY_IS_FREE, STATES_OF, UNFINISHED
 from pqueue_search import Reading, excerpt_columns
-from pqueue_values import Job, JobId, JobNotFound, Params, short, to_excerpt, to_json, valid_id, valid_int, valid_list
+from pqueue_values import Job, JobNotFound, short, to_excerpt, to_json, valid_id, valid_int, valid_list
 
 # Statements. :ids is a JSON array of jobs, whose elements `these` selects; it differs on PostgreSQL. So does how jobs
 # are chosen `among` others, and by their `state`: there, not by its index, which would find all jobs of that state.
@@ -128,14 +127,8 @@ INSERT INTO dependencies (job_id, parent_id, after_failed)
 SELECT c.value, p.value, :after_failed FROM json_each(:ids) c CROSS JOIN json_each(:parents) p"""
 
 
-class Depending(Reading):
+class Depending(Handling, Reading):
     """What follows when a job finishes or is resubmitted."""
-
-    @abstractmethod
-    def _handle_failures(self, session: Session, job_ids: list[int], now: float) -> None: ...
-
-    @abstractmethod
-    def _store(self, sql: str, row: Params) -> list[JobId[Any]]: ...
 
     def dependencies(self, job_id: int, *, excerpt: int | None = None) -> list[Job]:
         """Return the jobs that this one runs after, in the order of their ids, as far as they are not deleted.
@@ -146,19 +139,6 @@ class Depending(Reading):
         parents = "SELECT parent_id FROM dependencies WHERE job_id = :id"
         sql = f"SELECT {excerpt_columns(most)} FROM jobs WHERE id IN ({parents}) ORDER BY id"
         return [to_excerpt(row, most) for row in self._read(sql, {"id": valid_id(job_id)})]
-
-    def _store_after(self, sql: str, rows: list[Params], after: Iterable[int], after_failed: str) -> list[JobId[Any]]:
-        """Do what `_store` does for each row, in one transaction; let the new jobs run after the others."""
-        parents = _parents(after, after_failed)
-        if not rows:
-            return []
-        if parents and rows[0]["replaces"]:
-            raise ValueError("expected after or on_conflict='replace', got both")
-        with self._transaction() as session:
-            ids = [job_id for row in rows for job_id in self._store(sql, row)]
-            if parents and (new := [int(job_id) for job_id in ids if job_id.is_new]):
-                self._attach(session, new, parents, after_failed, rows[0]["now"])
-        return ids
 
     def _attach(self, session: Session, job_ids: list[int], parents: list[int], after_failed: str, now: float) -> None:
         """Let new jobs run after others. Raises JobNotFound."""
@@ -224,7 +204,8 @@ class Depending(Reading):
             session.change(RECOUNT_PARENTS, params)
 
 
-def _parents(after: Iterable[int], after_failed: str) -> list[int]:
+def parents_of(after: Iterable[int], after_failed: str) -> list[int]:
+    """Return the ids of `after`, in order. Raises ValueError."""
     if after_failed not in ("fail", "run"):
         raise ValueError(f"expected after_failed to be 'fail' or 'run', got {short(after_failed)}")
     return sorted({int(valid_id(job_id)) for job_id in valid_list("job ids as after", after)})

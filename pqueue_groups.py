@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 
 from pqueue_backend import Backend, Session
 from pqueue_schema import (
+    ADD_QUEUE,
+    ADD_TASK,
     COLUMN_OF,
     COLUMNS,
     GROUP_PLACES,
@@ -377,11 +379,6 @@ class Grouping(Backend):
     """The operations on groups, and claims from queues that have them."""
 
     @abstractmethod
-    def _set_queue(
-        self, sql: str, queue: str, event: str, by: str | None, now: float | None, **values: float | None
-    ) -> None: ...
-
-    @abstractmethod
     def _first_jobs(self, session: Session, params: Params) -> list[Row]:
         """Return rows that begin with -priority, run_at and id: the first :limit jobs that the consumer may take from
         queues without groups, or that are assigned to it, in order."""
@@ -467,6 +464,11 @@ class Grouping(Backend):
             waits = has_unnamed and self.limits(queue, now=now)["next_at"] is not None
             found[queue] = {"pending": named + has_unnamed, "at_max_running": full, "at_rate": waiting + waits}
         return found
+
+    def _add_queue(self, session: Session, row: Params) -> int:
+        """Create the queue of a new job unless it exists, and list the task there; return how many rows this added."""
+        added = session.change(ADD_QUEUE, row) + session.change(ADD_TASK, row)
+        return added + (self._let_groups_take_turns(session, row["queue"]) if row["group"] else 0)
 
     def _let_groups_take_turns(self, session: Session, queue: str) -> int:
         """Let them; return 1 if they did not before."""

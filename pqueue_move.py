@@ -12,8 +12,9 @@ from typing import Any, cast
 
 from pqueue_backend import Session
 from pqueue_groups import COUNT_ALL_RUNNING, LIST_GROUPS
+from pqueue_operating import Operating, count_running
 from pqueue_outcomes import COLUMNS as COUNT_COLUMNS
-from pqueue_outcomes import HOUR, Counting
+from pqueue_outcomes import HOUR
 from pqueue_schedules import COLUMNS as SCHEDULE_COLUMNS
 from pqueue_schema import (
     ADD_QUEUE,
@@ -83,24 +84,8 @@ SELECT {COLUMNS} FROM jobs WHERE id > :after AND finished_at IS NOT NULL AND key
 ORDER BY id LIMIT {PAGE}"""
 
 
-class Moving(Counting):
+class Moving(Operating):
     """The operations that copy or move a queue to another backend."""
-
-    @abstractmethod
-    def delete_jobs(
-        self, job_ids: Iterable[int] | None = None, *, force: bool = False, now: float | None = None
-    ) -> int: ...
-
-    @abstractmethod
-    def _let_groups_take_turns(self, session: Session, queue: str) -> int: ...
-
-    @abstractmethod
-    def _start_groups(self, session: Session) -> None: ...
-
-    @abstractmethod
-    def _attach(
-        self, session: Session, job_ids: list[int], parents: list[int], after_failed: str, now: float
-    ) -> None: ...
 
     @abstractmethod
     def _find_dead(self) -> list[str] | None: ...
@@ -411,10 +396,6 @@ def _pages_of_counts(source: Session) -> Iterator[list[Any]]:
 
 def _in_pages(ids: list[int]) -> Iterator[list[int]]:
     return (ids[start : start + PAGE] for start in range(0, len(ids), PAGE))
-
-
-def count_running(session: Session) -> int:
-    return cast(int, session.run("SELECT count(*) FROM jobs WHERE state = 'processing'")[0][0])
 
 
 def _mark(session: Session) -> tuple[str | None, Params]:

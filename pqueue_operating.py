@@ -1,33 +1,57 @@
-"""Changing jobs before they run, and acting on all jobs that match a filter."""
+"""The verbs of an operator: they change single jobs, all that match a filter, or queues."""
 
 from __future__ import annotations
 
+import json
 import os
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from itertools import count
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 from pqueue_backend import Session
-from pqueue_groups import valid_group, valid_rate
-from pqueue_outcomes import Counting
-from pqueue_schema import CHANGE, FINISHED, FREE_KEY, LEASE_AGAIN, RUN_NOW, STATES_OF, UNTAKEN
-from pqueue_search import Reading
+from pqueue_dependencies import NEEDED, Depending
+from pqueue_groups import Grouping, valid_group, valid_rate
+from pqueue_outcomes import Counting, count_job
+from pqueue_schema import (
+    ASSIGN,
+    CANCEL,
+    CHANGE,
+    DELETE_DEPENDENCIES,
+    DELETE_HISTORY,
+    DELETE_JOBS,
+    FINISHED,
+    FREE_KEY,
+    FREE_KEY_FOR,
+    LEASE_AGAIN,
+    MARK_FAILED,
+    RECORD,
+    RESUBMIT,
+    ROOM,
+    RUN_NOW,
+    RUNNING_JOBS,
+    SET_PAUSED,
+    STATES_OF,
+    UNTAKEN,
+)
+from pqueue_tasks import actor
 from pqueue_values import (
     InvalidTransition,
     Job,
     JobNotFound,
     Params,
+    QueueError,
+    QueueFull,
     above_0,
     due_time,
     duration,
     encode_json,
+    error_text,
     time_of,
     to_json,
     valid_id,
@@ -36,6 +60,7 @@ from pqueue_values import (
     valid_name,
 )
 
+COUNTED = {MARK_FAILED: "failed", CANCEL: "cancelled"}  # verbs that end a job
 CHANGED = {"run_at": "time", "expires_at": "expiry", "expire_seconds": "expiry"}  # in the history
 BATCH = 500  # jobs changed in one transaction
 REPLAY_SECONDS = 86_400.0  # the lease of a replay, which is never renewed
@@ -71,10 +96,11 @@ def spread(start: float, rate: tuple[int, float | timedelta] | None) -> Iterator
     return (start + number * seconds / jobs for number in count())
 
 
-class Operating(Reading, Counting):
-    """The verbs of an operator, built on those for a single job."""
+class Operating(Grouping, Depending, Counting):
+    """The verbs of an operator."""
 
-    @abstractmethod
+    # One job
+
     def resubmit(
         self,
         job_id: int,
@@ -83,34 +109,44 @@ class Operating(Reading, Counting):
         run_at: float | datetime | None = None,
         by: str | None = None,
         now: float | None = None,
-    ) -> None: ...
+    ) -> None:
+        """Make a finished job `pending` again, with a fresh attempt budget; jobs that failed with it wait for it again.
 
-    @abstractmethod
+        delay_seconds, run_at: when to run it, as for `enqueue`: later, it is `scheduled`.
+
+        Raises JobNotFound, QueueFull, or InvalidTransition if the job is not finished or another one holds its key.
+        """
+        now = self._time(now)
+        due = due_time(delay_seconds, run_at, now)
+        self._operator_verb("resubmit", "resubmitted", RESUBMIT, job_id, by, now, allowed=FINISHED, run_at=due)
+
     def mark_failed(
         self, job_id: int, error: str = "marked as failed", *, by: str | None = None, now: float | None = None
-    ) -> None: ...
+    ) -> None:
+        """Make an unfinished job `failed`, with this error; a consumer running it loses its lease.
 
-    @abstractmethod
-    def cancel(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None: ...
+        Raises JobNotFound, or InvalidTransition if the job is finished.
+        """
+        self._operator_verb("mark as failed", "marked failed", MARK_FAILED, job_id, by, now, error=error_text(error))
 
-    @abstractmethod
-    def delete_jobs(
-        self, job_ids: Iterable[int] | None = None, *, force: bool = False, now: float | None = None
-    ) -> int: ...
+    def cancel(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
+        """Make an unfinished job `cancelled`; a consumer running it loses its lease.
 
-    @abstractmethod
-    def exclusive(self, job_ids: Sequence[int] | None = None) -> AbstractContextManager[None]: ...
+        Raises JobNotFound, or InvalidTransition if the job is finished.
+        """
+        self._operator_verb("cancel", "cancelled", CANCEL, job_id, by, now)
 
-    @abstractmethod
-    def _add_queue(self, session: Session, row: Params) -> int: ...
+    def assign(self, job_id: int, consumer: str | None, *, by: str | None = None, now: float | None = None) -> None:
+        """Reserve an unfinished job for this consumer, whichever queues it serves (None: for any consumer).
 
-    @abstractmethod
-    def _expect_room(self, session: Session, verb: str, queue: str) -> None: ...
+        A consumer running it loses its lease, and that attempt does not count. Raises JobNotFound, or InvalidTransition
+        if the job is finished.
+        """
+        assigned_to = None if consumer is None else valid_name("consumer", consumer)
+        self._operator_verb(
+            "assign", f"assigned to {consumer or 'any'}", ASSIGN, job_id, by, now, assigned_to=assigned_to
+        )
 
-    @abstractmethod
-    def _let_groups_take_turns(self, session: Session, queue: str) -> int: ...
-
-    @abstractmethod
     def _operator_verb(
         self,
         verb: str,
@@ -121,7 +157,89 @@ class Operating(Reading, Counting):
         now: float | None,
         allowed: Sequence[str] = (),
         **values: Any,
-    ) -> None: ...
+    ) -> None:
+        params = {"error": None, **values, "id": valid_id(job_id), "now": self._time(now)}
+        with self._transaction() as session:
+            # guard: a job that is completed no longer was counted
+            if allowed == FINISHED:
+                self._count_new(session)
+            session.change(RECORD, {**params, "event": event, "actor": actor(by)})
+            # guard: a job that an operator ends is counted
+            if sql in COUNTED:
+                count_job(session, job_id, COUNTED[sql], params["now"])
+            done = session.change(sql, params)
+            # guard: resubmit takes a key whose time is over
+            if not done and allowed and session.change(FREE_KEY_FOR, params):
+                done = session.change(sql, params)
+            # guard: a refused operator verb raises
+            if not done:
+                raise refusal(session, verb, job_id, allowed)
+            session.wakes = True
+            if sql is RESUBMIT:
+                self._restore(session, job_id, params["now"])
+            # guard: a job that an operator ended is followed up
+            if sql in (MARK_FAILED, CANCEL):
+                self._job_ended(session, job_id, params["now"])
+
+    def _expect_room(self, session: Session, verb: str, queue: str) -> None:
+        room, max_pending = session.run(ROOM, {"queue": queue})[0]
+        if room is not None and room <= 0:
+            raise queue_full(verb, queue, max_pending)
+
+    @contextmanager
+    def exclusive(self, job_ids: Sequence[int] | None = None) -> Iterator[None]:
+        """Open a transaction that locks these jobs (None: all jobs, and enqueueing).
+
+        What is read in the block stays true until its end. Keep it short: it blocks other writers.
+        """
+        with self._transaction() as session:
+            if job_ids is None:
+                self._lock_out_writers(session)
+            else:
+                self._lock_jobs(session, sorted(valid_id(job_id) for job_id in valid_list("job ids", job_ids)))
+            yield
+
+    def pause(self, queue: str, *, by: str | None = None, now: float | None = None) -> None:
+        """Stop delivering jobs of this queue until `resume`. Running jobs continue."""
+        self._set_queue(SET_PAUSED, queue, f"paused queue {queue}", by, now, value=1)
+
+    def resume(self, queue: str, *, by: str | None = None, now: float | None = None) -> None:
+        """Deliver jobs of this queue again."""
+        self._set_queue(SET_PAUSED, queue, f"resumed queue {queue}", by, now, value=0)
+
+    def delete_jobs(
+        self, job_ids: Iterable[int] | None = None, *, force: bool = False, now: float | None = None
+    ) -> int:
+        """Delete these jobs (None: all) and their history, all or none; return how many were deleted.
+
+        Raises InvalidTransition if one of them is `processing`, or an unfinished job runs after it, unless `force` is
+        set, which cancels a job for those after it. On SQLite, the next job may get the id of the newest one deleted.
+        """
+        ids = None if job_ids is None else [valid_id(job_id) for job_id in valid_list("job ids", job_ids)]
+        params = {"ids": json.dumps(ids)}
+        with self.exclusive(ids), self._transaction() as session:
+            # guard: a job that is deleted was counted
+            self._count_new(session)
+            running = count_running(session) if ids is None else len(session.run(RUNNING_JOBS, params))
+            # guard: running jobs are not deleted
+            if running and not force:
+                raise InvalidTransition(f"cannot delete jobs: {running} of them are processing")
+            for job_id, dependent in session.run(NEEDED, params) if ids is not None else ():
+                # guard: a job that another one needs is not deleted
+                if not force:
+                    raise InvalidTransition(f"cannot delete job {job_id}: job {dependent} runs after it")
+                with suppress(InvalidTransition):
+                    self.cancel(job_id, now=now)
+            if ids is None:
+                session.change("DELETE FROM dependencies")
+                session.change("DELETE FROM history WHERE job_id <> 0")  # 0: the mark of a move
+                deleted = session.change("DELETE FROM jobs")
+            else:
+                session.change(DELETE_HISTORY, params)
+                session.change(DELETE_DEPENDENCIES, params)
+                deleted = session.change(DELETE_JOBS, params)
+            self._count_new(session)  # from the last id left
+            return deleted
 
     def change(
         self,
@@ -167,34 +285,27 @@ class Operating(Reading, Counting):
         if not changed:
             raise ValueError(f"expected a change of {', '.join(values)} or delay_seconds, got none")
         with self.exclusive([job_id]), self._transaction() as session:
-            # guard: a changed job has an attempt left
-            self._expect_attempt_left(session, job_id, max_attempts)
-            if queue is not None:
-                self._count_new(session)
-                self._expect_place(session, job_id, queue, now)
-            self._expect_turns(session, job_id, values)
+            self._prepare_change(session, job_id, values, now)
             self._operator_verb("change", f"changed {changed}", CHANGE, job_id, by, now, allowed=UNTAKEN, **values)
 
-    def _expect_attempt_left(self, session: Session, job_id: int, most: int | None) -> None:
-        for (made,) in session.run("SELECT attempts FROM jobs WHERE id = :id", {"id": job_id}):
-            if most is not None and most <= made:
-                raise ValueError(f"expected max_attempts above {made}, which job {job_id} has had, got {most}")
-
-    def _expect_place(self, session: Session, job_id: int, queue: str, now: float) -> None:
-        """Prepare a queue for a job from another one. Raises QueueFull."""
-        elsewhere = "SELECT task, key FROM jobs WHERE id = :id AND queue <> :queue"
-        for task, key in session.run(elsewhere, {"id": job_id, "queue": queue}):
-            self._add_queue(session, {"queue": queue, "task": task, "group": ""})
-            # guard: a full queue refuses a job of another queue
-            self._expect_room(session, f"move job {job_id}", queue)
-            session.change(FREE_KEY, {"queue": queue, "task": task, "key": key, "now": now})
-
-    def _expect_turns(self, session: Session, job_id: int, values: Params) -> None:
-        """Let the groups of the job's queue take turns if the job will have a group."""
-        for queue, group in session.run('SELECT queue, "group" FROM jobs WHERE id = :id', {"id": job_id}):
+    def _prepare_change(self, session: Session, job_id: int, values: Params, now: float) -> None:
+        """Refuse a change that leaves no attempt or that another queue has no room for; prepare that queue for the job,
+        and let its groups take turns if the job will have a group."""
+        sql = 'SELECT attempts, queue, "group", task, key FROM jobs WHERE id = :id'
+        for attempts, before, old_group, task, key in session.run(sql, {"id": job_id}):
+            most, queue, group = values["max_attempts"], values["queue"] or before, values["group"]
+            # guard: a changed job has an attempt left
+            if most is not None and most <= attempts:
+                raise ValueError(f"expected max_attempts above {attempts}, which job {job_id} has had, got {most}")
+            if queue != before:
+                self._count_new(session)
+                self._add_queue(session, {"queue": queue, "task": task, "group": ""})
+                # guard: a full queue refuses a job of another queue
+                self._expect_room(session, f"move job {job_id}", queue)
+                session.change(FREE_KEY, {"queue": queue, "task": task, "key": key, "now": now})
             # guard: a job that gets a group is delivered
-            if group if values["group"] is None else values["group"]:
-                self._let_groups_take_turns(session, values["queue"] or queue)
+            if old_group if group is None else group:
+                self._let_groups_take_turns(session, queue)
 
     def run_now(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
         """Make a `scheduled` or `waiting` job `pending`.
@@ -325,3 +436,26 @@ class Operating(Reading, Counting):
                     if states.get(job_id) not in FINISHED or self.get(job_id).state in FINISHED:
                         errors.append(error)
         return errors
+
+
+def refusal(session: Session, verb: str, job_id: int, allowed: Sequence[str] = ()) -> QueueError | ValueError:
+    """Return the error for a job that was not changed. allowed: states in which only its key or a limit prevents it."""
+    for state, key, queue in session.run("SELECT state, key, queue FROM jobs WHERE id = :id", {"id": job_id}):
+        if state not in allowed:
+            return InvalidTransition(f"cannot {verb} job {job_id}: it is {state}")
+        for room, max_pending in session.run(ROOM, {"queue": queue}) if state in FINISHED else ():
+            if room is not None and room <= 0:
+                return queue_full(f"{verb} job {job_id}", queue, max_pending)
+        return InvalidTransition(f"cannot {verb} job {job_id}: another job has its key {key!r}")
+    return JobNotFound(f"cannot {verb} job {job_id}: no such job")
+
+
+def queue_full(verb: str, queue: str, max_pending: int, jobs: int = 1) -> QueueFull | ValueError:
+    if jobs > max_pending:
+        return ValueError(f"expected at most {max_pending} jobs, the limit of queue {queue!r}, got {jobs} at once")
+    room = "is at" if jobs == 1 else f"has no room for {jobs} jobs within"
+    return QueueFull(f"cannot {verb}: queue {queue!r} {room} its limit of {max_pending} pending jobs")
+
+
+def count_running(session: Session) -> int:
+    return cast(int, session.run("SELECT count(*) FROM jobs WHERE state = 'processing'")[0][0])

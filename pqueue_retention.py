@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta, timezone
 from types import EllipsisType
 from typing import Any
 
 from pqueue_backend import Session
-from pqueue_groups import FORGET_GROUPS
+from pqueue_dependencies import Depending
+from pqueue_groups import FORGET_GROUPS, Grouping
 from pqueue_outcomes import Counting, count_job
 from pqueue_schema import (
     ADD_QUEUE,
@@ -51,25 +51,8 @@ CONSUMERS_KEPT_SECONDS = 30 * 86400.0
 Keep = str | float | timedelta | None | EllipsisType
 
 
-class Retaining(Counting):
+class Retaining(Grouping, Depending, Counting):
     """The operations that cancel expired jobs and delete finished ones."""
-
-    @abstractmethod
-    def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> bool: ...
-
-    @abstractmethod
-    def _job_ended(self, session: Session, job_id: int, now: float) -> None: ...
-
-    @abstractmethod
-    def _end_turns(self) -> None: ...
-
-    def _cancel_all_expired(self, dead: list[str] | None, now: float) -> None:
-        """Cancel the jobs that have expired, in short transactions, also those whose deliveries were lost."""
-        batch = EXPIRE_BATCH
-        while batch == EXPIRE_BATCH:
-            with self._transaction(durable=False) as session:
-                self._reclaim(session, dead, now)
-                batch = self._cancel_expired(session, now)
 
     def _cancel_expired(self, session: Session, now: float) -> int:
         """Cancel jobs that have expired; return how many."""

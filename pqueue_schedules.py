@@ -99,19 +99,7 @@ class Scheduling(Backend):
     _is_unfit = False  # a schedule is due that this host cannot fire, as it does not know its time zone
 
     @abstractmethod
-    def enqueue(
-        self,
-        task: str | Task[..., Any],
-        payload: Any = None,
-        *,
-        queue: str = "default",
-        group: str | None = None,
-        priority: int = 0,
-        run_at: float | None = None,
-        expire_seconds: float | timedelta | None = None,
-        key: str | None = None,
-        now: float | None = None,
-    ) -> JobId[Any]: ...
+    def enqueue(self, *arguments: Any, **options: Any) -> JobId[Any]: ...
 
     def schedule(
         self,

@@ -49,7 +49,8 @@ from pqueue_files import (
 )
 from pqueue_join import JoinedSQLite, driver_connection
 from pqueue_locks import ConsumerLock, ConsumerLocks, ResultLocks, ResultWatch, WriterLock, boot_id
-from pqueue_move import COPIED_ROWS, arrival, count_running
+from pqueue_move import COPIED_ROWS, arrival
+from pqueue_operating import count_running
 from pqueue_outcomes import (
     COUNT,
     KEY,

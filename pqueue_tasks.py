@@ -29,6 +29,7 @@ from pqueue_values import (
     above_0,
     duration,
     encode_json,
+    operator_name,
     short,
     valid_int,
     valid_name,
@@ -401,6 +402,12 @@ def current_job() -> Job | None:
 def task_name(consumer: str | None) -> str:
     """Return the name by which a task that acts as an operator is recorded."""
     return f"task of {consumer}"
+
+
+def actor(by: str | None) -> str:
+    """Return whom to record for an operator's action: without a name, the task that acts, or this process's user."""
+    job = None if by else current_job()
+    return operator_name(by) if job is None else task_name(job.consumer)
 
 
 def call_task(queue: PersistentQInterface, job: Job) -> Any:
