@@ -155,6 +155,7 @@ from pqueue_values import (
     valid_int,
     valid_list,
     valid_name,
+    valid_number,
 )
 
 if TYPE_CHECKING:
@@ -700,9 +701,8 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
 
         A result is on disk when this returns, so that the task can rely on it; progress alone is not. Raises LeaseLost.
         """
-        if progress is not None and not (isinstance(progress, (int, float)) and 0 <= progress <= 1):
-            raise ValueError(f"expected progress between 0 and 1, got {short(progress)}")
-        params = {"progress": progress, "result": encode_result(result)}
+        fraction = None if progress is None else valid_number("progress", 0, progress, 1)
+        params = {"progress": fraction, "result": encode_result(result)}
         # guard: a result that a task stores is synced
         self._with_lease("update", UPDATE, job, params, durable=result is not None)
 

@@ -19,7 +19,6 @@ except ImportError:  # Windows: no locks, no wake-up pipes; a dead consumer is n
 
 from pqueue_values import DatabaseReplaced, QueueError, file_path, short
 
-SHARED_BYTES = (510, 0x40000002)  # number and start: SQLite locks some of these while a connection is open
 # File systems by their type in /proc/self/mounts. SQLite needs locks and shared memory that all processes see.
 LOCAL_FILE_SYSTEMS = (
     *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "nilfs2", "reiserfs", "ufs", "hfsplus"),
@@ -377,8 +376,9 @@ def unlock(file: int) -> None:
 
 
 def try_lock_bytes(file: int) -> bool:
+    """Lock the bytes of a database of which SQLite locks some while a connection is open."""
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, *SHARED_BYTES)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, *reversed(FileLocks.IN_USE))
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             raise

@@ -56,6 +56,7 @@ from pqueue_values import (
     valid_int,
     valid_list,
     valid_name,
+    valid_number,
 )
 
 MAX_RATE = 100_000  # jobs
@@ -425,13 +426,8 @@ class Grouping(Backend):
 
     def weigh(self, queue: str, group: str, weight: float, *, by: str | None = None, now: float | None = None) -> None:
         """Give a group of a queue this share, relative to the others, which have 1."""
-        if (
-            not isinstance(weight, (int, float))
-            or isinstance(weight, bool)
-            or not 1 / MAX_WEIGHT <= weight <= MAX_WEIGHT
-        ):
-            raise ValueError(f"expected a weight from {1 / MAX_WEIGHT} to {MAX_WEIGHT:g}, got {short(weight)}")
-        params = {"queue": queue, "name": valid_group(group), "weight": float(weight)}
+        weight = float(valid_number("weight", 1 / MAX_WEIGHT, weight, MAX_WEIGHT))
+        params = {"queue": queue, "name": valid_group(group), "weight": weight}
         with self._transaction() as session:
             self._set_queue(SET_GROUPED, queue, f"gave group {group} of queue {queue} the weight {weight:g}", by, now)
             self._start_groups(session)

@@ -23,8 +23,8 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from pqueue_backend import Backend, Session
-from pqueue_schema import ADD_QUEUE, LAST_COMPLETION, LAST_COUNTED
-from pqueue_values import Job, Params, above_0, finite, short, time_of, valid_name
+from pqueue_schema import LAST_COMPLETION, LAST_COUNTED
+from pqueue_values import Job, Params, above_0, finite, time_of, valid_number
 
 BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)  # seconds, inclusive
 UNTIMED = -1  # the bucket of an event without a time
@@ -276,15 +276,10 @@ class Counting(Backend):
         """
         wait = None if max_wait_seconds is None else above_0("max_wait_seconds", max_wait_seconds)
         # guard: an expected share is one
-        if max_failed_share is not None and not _is_share(max_failed_share):
-            raise ValueError(f"expected max_failed_share between 0 and 1, got {short(max_failed_share)}")
-        params = {"queue": valid_name("queue", queue), "max_wait_seconds": wait, "max_failed_share": max_failed_share}
-        with self._transaction() as session:
-            session.change(ADD_QUEUE, params)
-            session.change(EXPECT, params)
-            share = "default" if max_failed_share is None else f"{max_failed_share:g}"
-            limits = f"max_wait_seconds {'default' if wait is None else f'{wait:g}'}, max_failed_share {share}"
-            self.record(f"set thresholds of queue {queue}: {limits}", by=by, now=now)
+        share = None if max_failed_share is None else valid_number("max_failed_share", 0, max_failed_share, 1)
+        values = {"max_wait_seconds": wait, "max_failed_share": share}
+        shown = [f"{name} {'default' if value is None else f'{value:g}'}" for name, value in values.items()]
+        self._set_queue(EXPECT, queue, f"set thresholds of queue {queue}: {', '.join(shown)}", by, now, **values)
 
     def expectations(self) -> dict[str, Expectation]:
         """Return what is expected of each queue."""
@@ -323,10 +318,6 @@ class Counting(Backend):
         """Add the minutes before a time to the total, and mark them as added."""
         for sql in (ADD_TO_TOTAL, MERGE, DELETE_RECENT):
             session.change(sql, before)
-
-
-def _is_share(value: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def count(session: Session, queue: str, task: str, event: str, now: float) -> None:

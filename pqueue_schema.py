@@ -662,12 +662,10 @@ WHERE token = :token"""
 DELETE_CONSUMERS = "DELETE FROM consumers WHERE state <> 'running' AND last_seen_at < :before"
 
 # Pause (1) or resume (0) a queue.
-SET_PAUSED = """
-INSERT INTO queues (name, paused) VALUES (:queue, :value) ON CONFLICT (name) DO UPDATE SET paused = :value"""
+SET_PAUSED = "UPDATE queues SET paused = :value WHERE name = :queue"
 
 # Limit the pending jobs of a queue; NULL: no limit.
-SET_MAX_PENDING = """
-INSERT INTO queues (name, max_pending) VALUES (:queue, :value) ON CONFLICT (name) DO UPDATE SET max_pending = :value"""
+SET_MAX_PENDING = "UPDATE queues SET max_pending = :value WHERE name = :queue"
 
 # Jobs that no unfinished others run after.
 # guard: a job that another one needs is kept

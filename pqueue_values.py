@@ -369,6 +369,12 @@ def valid_int(what: str, least: int, value: int, most: int = 2**31 - 1) -> int:
     raise ValueError(f"expected {what} to be a whole number from {least} to {most}, got {short(value)}")
 
 
+def valid_number(what: str, least: float, value: float, most: float) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most:
+        return value
+    raise ValueError(f"expected {what} between {least:g} and {most:g}, got {short(value)}")
+
+
 def finite(what: str, value: float) -> float:
     # guard: a sum of times does not overflow
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_SECONDS:

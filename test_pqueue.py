@@ -2763,8 +2763,8 @@ class QueueContract:
             (lambda: q.enqueue("t", group="x" * 129), "expected a group name of 1 to 128 printable characters"),
             (lambda: q.enqueue_many("t", [1], group=7), "expected a group name"),
             (lambda: q.change(1, group=""), "expected a group name"),
-            (lambda: q.weigh("default", "a", 0), "expected a weight from 0.001 to 1000, got 0"),
-            (lambda: q.weigh("default", "a", float("nan")), "expected a weight from 0.001 to 1000, got nan"),
+            (lambda: q.weigh("default", "a", 0), "expected weight between 0.001 and 1000, got 0"),
+            (lambda: q.weigh("default", "a", float("nan")), "expected weight between 0.001 and 1000, got nan"),
             (lambda: q.weigh("default", "", 1), "expected a group name"),
             (lambda: q.limits("default", ""), "expected a group name"),
         ]

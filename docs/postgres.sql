@@ -860,13 +860,13 @@ DELETE FROM pqueue.consumers WHERE state <> 'running' AND last_seen_at < $1;
 
 -- SET_PAUSED
 -- Pause (1) or resume (0) a queue.
--- $1 queue, $2 value
-INSERT INTO pqueue.queues (name, paused) VALUES ($1, $2) ON CONFLICT (name) DO UPDATE SET paused = $2;
+-- $1 value, $2 queue
+UPDATE pqueue.queues SET paused = $1 WHERE name = $2;
 
 -- SET_MAX_PENDING
 -- Limit the pending jobs of a queue; NULL: no limit.
--- $1 queue, $2 value
-INSERT INTO pqueue.queues (name, max_pending) VALUES ($1, $2) ON CONFLICT (name) DO UPDATE SET max_pending = $2;
+-- $1 value, $2 queue
+UPDATE pqueue.queues SET max_pending = $1 WHERE name = $2;
 
 -- PRUNABLE
 -- Return jobs that finished long ago and that nothing needs: before :before, or if that is NULL, before what their

@@ -84,7 +84,7 @@ MUTANTS = [
     Mutant("a job that an operator ends is counted", "contract: end_of_an_attempt", "sql in COUNTED", "False"),
     Mutant("a job that is deleted was counted", "contract: prune_delete_and_rollback"),
     Mutant("a job that fails with a parent is counted", "contract: end_of_an_attempt"),
-    Mutant("an expected share is one", "contract: expected_of_a_queue", " and not _is_share(max_failed_share)", " and False"),
+    Mutant("an expected share is one", "contract: expected_of_a_queue", 'valid_number("max_failed_share", 0, max_failed_share, 1)', "max_failed_share"),
     Mutant("new jobs are counted", "contract: prune_delete_and_rollback"),
     Mutant("a job is counted once", "contract: counts_are_added_up"),
     Mutant("recent counts stay as they are", "contract: counts_are_added_up", " - KEPT_SECONDS[period]", ""),
