@@ -38,17 +38,17 @@ from pqueue_tools import moving, supervisor
 from pqueue_tools.commands import (
     Ago,
     Command,
+    OneOf,
     Parameter,
     Problem,
+    SeveralOf,
     UsageError,
     dispatch,
     duration_between,
     json_value,
     moment,
-    one_of,
     or_word,
     rate,
-    several_of,
     test_file,
 )
 from pqueue_tools.completion import complete, script
@@ -142,7 +142,7 @@ MATCHING = (
 STATUS = Parameter(
     "--status",
     f"jobs in this state, or one of several: {', '.join(pqueue.STATES)}",
-    several_of(*pqueue.STATES),
+    SeveralOf(*pqueue.STATES),
     metavar="STATE,...",
     short="--state",
 )
@@ -295,9 +295,7 @@ def _log_lines(directory: Path, job_id: int) -> Iterator[dict[str, Any]]:
 @command(
     INSPECT,
     "stats",
-    Parameter(
-        "--by", "queue: jobs by state; task: what happened to the jobs of each", one_of(*BY), BY[0], "|".join(BY)
-    ),
+    Parameter("--by", "queue: jobs by state; task: what happened to the jobs of each", OneOf(*BY), BY[0], "|".join(BY)),
     Parameter("--since", "with --by task, since then: 15m, 7d, or an ISO 8601 time", moment, metavar="TIME"),
     examples="""
     stats -o json
@@ -343,7 +341,7 @@ def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     Parameter(
         "--after-failed",
         "if one of them fails: fail it, too (default), or run it",
-        one_of("fail", "run"),
+        OneOf("fail", "run"),
         metavar="WHAT",
     ),
     examples="""
@@ -771,7 +769,7 @@ def schedules(queue: PersistentQInterface, options: argparse.Namespace) -> Comma
     Parameter(
         "--on-missed",
         "which missed times get a job",
-        one_of(*pqueue_cron.ON_MISSED),
+        OneOf(*pqueue_cron.ON_MISSED),
         "once",
         "|".join(pqueue_cron.ON_MISSED),
     ),
@@ -840,7 +838,7 @@ def consumers(queue: PersistentQInterface, options: argparse.Namespace) -> Comma
     DATA,
     "prune",
     Parameter("--older-than", "minimum time since the job finished: 12h, 7d", duration, metavar="DURATION"),
-    Parameter("--status", "only jobs in this state", one_of(*pqueue.FINISHED), metavar="STATE", short="--state"),
+    Parameter("--status", "only jobs in this state", OneOf(*pqueue.FINISHED), metavar="STATE", short="--state"),
     examples="prune --older-than 7d --status completed",
 )
 def prune(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
@@ -1006,7 +1004,7 @@ def metrics_command(queue: PersistentQInterface, options: argparse.Namespace) ->
     SYSTEM,
     "torture",
     Parameter("--seconds", "duration of the test", whole_number(1), "30", "N"),
-    Parameter("--durability", "full or normal", one_of("full", "normal"), "full", "MODE"),
+    Parameter("--durability", "full or normal", OneOf("full", "normal"), "full", "MODE"),
     opens=False,
 )
 def torture(_: None, options: argparse.Namespace) -> CommandResult:

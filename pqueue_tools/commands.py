@@ -155,11 +155,11 @@ def test_file(text: str) -> Path:
     raise ValueError(f"expected a file such as test_job.py, got {text!r}")
 
 
-@dataclass(frozen=True)
 class OneOf:
     """Parses one of these names."""
 
-    names: tuple[str, ...]
+    def __init__(self, *names: str) -> None:
+        self.names = names
 
     def __call__(self, text: str) -> str:
         if text in self.names:
@@ -167,20 +167,11 @@ class OneOf:
         raise ValueError(f"expected one of {', '.join(self.names)}, got {text!r}")
 
 
-def one_of(*names: str) -> OneOf:
-    return OneOf(names)
-
-
-@dataclass(frozen=True)
 class SeveralOf(OneOf):
     """Parses a list of these names, with commas."""
 
     def __call__(self, text: str) -> Any:
         return [super(SeveralOf, self).__call__(each) for each in text.split(",")]
-
-
-def several_of(*names: str) -> SeveralOf:
-    return SeveralOf(names)
 
 
 # The front ends #######################################################################################################

@@ -31,6 +31,7 @@ from contextlib import suppress
 from typing import Any
 
 import pqueue
+from pqueue_files import closing_file
 from pqueue_tools import processes
 
 TRUSTED_RUNS = 20  # of a task that left nothing; then it is looked at in full only if it took long
@@ -345,12 +346,8 @@ def _high_copy(number: int) -> int | None:
 
 
 def _open_folder() -> int | None:
-    with suppress(OSError):
-        folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            return _high_copy(folder)
-        finally:
-            os.close(folder)
+    with suppress(OSError), closing_file(os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
+        return _high_copy(folder)
     return None
 
 
@@ -428,21 +425,14 @@ def _namespaces() -> list[str]:
 
 
 def _proc(name: str) -> bytes:
-    with suppress(OSError):
-        file = os.open(f"/proc/self/{name}", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return os.read(file, 8192)
-        finally:
-            os.close(file)
+    with suppress(OSError), closing_file(os.open(f"/proc/self/{name}", os.O_RDONLY | os.O_CLOEXEC)) as file:
+        return os.read(file, 8192)
     return b""
 
 
 def _set_oom_score(before: bytes) -> None:
-    file = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
-    try:
+    with closing_file(os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)) as file:
         os.write(file, before)
-    finally:
-        os.close(file)
 
 
 def _status() -> list[bytes | int]:

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pqueue_tools.commands import Parameter, UsageError, one_of
+from pqueue_tools.commands import OneOf, Parameter, UsageError
 from pqueue_tools.report import for_machines, for_people, is_time, json_text, now_shown, printable
 
 FORMATS = ("table", "wide", "tsv", "json")
 OPTIONS = (
-    Parameter("--output", "table, wide (a table that is not cut), tsv or json", one_of(*FORMATS), None, "FORMAT", "-o"),
+    Parameter("--output", "table, wide (a table that is not cut), tsv or json", OneOf(*FORMATS), None, "FORMAT", "-o"),
     Parameter("--json", "short for -o json: one JSON object per line", flag=True),
     Parameter("--columns", "names of the columns, separated by commas", metavar="NAMES"),
 )
