@@ -112,7 +112,7 @@ class Settings:
 # The URL ##############################################################################################################
 
 
-class Place(NamedTuple):
+class ParsedURL(NamedTuple):
     """What a URL says."""
 
     conninfo: dict[str, Any]  # libpq's connection parameters
@@ -144,7 +144,7 @@ def _service(conninfo: dict[str, Any]) -> dict[str, str]:
     return {"host": f"service {name}"}
 
 
-def parse_url(url: str) -> Place:
+def parse_url(url: str) -> ParsedURL:
     """Return what a postgresql:// URL says. Raises ValueError, without the URL, which may contain a password."""
     scheme, _, rest = url.partition("://")
     if scheme.startswith("postgresql+") and scheme != "postgresql+psycopg":
@@ -157,14 +157,12 @@ def parse_url(url: str) -> Place:
             own[name] = unquote(value)
         else:
             kept.append(part)
-    place = Place(_conninfo(scheme, rest + "?" * bool(kept) + "&".join(kept)), own["schema"], 0)
-    if not re.fullmatch("(?!pg_)[A-Za-z_][A-Za-z0-9_-]{0,62}", place.schema):
-        raise ValueError(
-            f"expected a schema of at most 63 letters, digits, _ and -, not pg_…, got {place.schema[:80]!r}"
-        )
-    if not re.fullmatch("[0-9]{1,5}", own["max_connections"]) or int(own["max_connections"]) < 2:
-        raise ValueError(f"expected max_connections of at least 2, got {own['max_connections'][:40]!r}")
-    return place._replace(max_connections=int(own["max_connections"]))
+    schema, most = own["schema"], own["max_connections"]
+    if not re.fullmatch("(?!pg_)[A-Za-z_][A-Za-z0-9_-]{0,62}", schema):
+        raise ValueError(f"expected a schema of at most 63 letters, digits, _ and -, not pg_…, got {schema[:80]!r}")
+    if not re.fullmatch("[0-9]{1,5}", most) or int(most) < 2:
+        raise ValueError(f"expected max_connections of at least 2, got {most[:40]!r}")
+    return ParsedURL(_conninfo(scheme, rest + "?" * bool(kept) + "&".join(kept)), schema, int(most))
 
 
 def _conninfo(scheme: str, rest: str) -> dict[str, Any]:

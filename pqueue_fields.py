@@ -25,15 +25,15 @@ SUPPORTED = "JSON types, datetime, date, Decimal, UUID, Path, Enum, dataclasses,
 
 
 class Misfit(Exception):
-    """A value is not what its annotation says. `place` is where, from the field inwards: such as ".points", "[2]"."""
+    """A value is not what its annotation says. `path` is where, from the field inwards: such as ".points", "[2]"."""
 
     def __init__(self, expected: str, got: str) -> None:
         super().__init__(expected, got)
-        self.expected, self.got, self.place = expected, got, ""
+        self.expected, self.got, self.path = expected, got, ""
 
     def __str__(self) -> str:
-        place = self.place.lstrip(".")
-        name, value = (f"{place}: ", f"{place}=") if place else ("", "")  # what follows password= is masked
+        path = self.path.lstrip(".")
+        name, value = (f"{path}: ", f"{path}=") if path else ("", "")  # what follows password= is masked
         return f"expected {name}{self.expected}, got {value}{self.got}"
 
 
@@ -253,11 +253,11 @@ def _dict(values: Codec) -> Codec:
     return Codec(expected, converter(values.encode), converter(values.decode))
 
 
-def _at(place: str, convert: Convert, value: Any) -> Any:
+def _at(path: str, convert: Convert, value: Any) -> Any:
     try:
         return convert(value)
     except Misfit as misfit:
-        misfit.place = place + misfit.place
+        misfit.path = path + misfit.path
         raise
 
 
@@ -319,7 +319,7 @@ class Fields:
             for name, value in values:
                 converted[name] = converters[name](value)
         except Misfit as misfit:
-            misfit.place = f".{name}{misfit.place}"
+            misfit.path = f".{name}{misfit.path}"
             raise
         return converted
 

@@ -80,9 +80,8 @@ class Handling(Backend):
         return dict(self._read(HANDLERS))
 
     def _set_handler(self, name: str, task: str | None, by: str | None, now: float | None) -> None:
-        place = name.replace(":", " ", 1)
         with self._transaction() as session:
-            self.record(f"set failure handler of {place}: {task or 'none'}", by=by, now=now)
+            self.record(f"set failure handler of {name.replace(':', ' ', 1)}: {task or 'none'}", by=by, now=now)
             if task is None:
                 session.change(DELETE_HANDLER, {"name": name})
             else:

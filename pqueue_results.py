@@ -89,7 +89,7 @@ class Waits:
             with closing(open_watch()) as watch:
                 self._watch = watch
                 while job_ids := self._awaited():
-                    watch.wait(job_ids, lambda: self._settle(job_ids, finished))
+                    watch.wait(job_ids, lambda: self._end_finished(job_ids, finished))
         except BaseException as error:  # each waiter raises it
             with self._changed:
                 self._thread = self._watch = None
@@ -113,7 +113,7 @@ class Waits:
         for job_id in list(self._waiting):
             self._end(job_id, error)
 
-    def _settle(self, job_ids: list[int], finished: Finished) -> bool:
+    def _end_finished(self, job_ids: list[int], finished: Finished) -> bool:
         """End the waits for the jobs that have finished; return whether there were any."""
         found: dict[int, Job | JobNotFound] = {}
         with suppress(QueueBusy):  # it reads again later

@@ -743,21 +743,21 @@ INDEXED = {state: [f"state = '{state}'"] for state in ("waiting", "scheduled", "
 INDEXED["pending"] = [f"state = 'pending' AND assigned_to IS {null}" for null in ("NULL", "NOT NULL")]
 INDEXED |= {state: [f"state = '{state}' AND finished_at IS NOT NULL"] for state in FINISHED}
 
-_COUNT_UNFINISHED = "SELECT queue, '{state}', count(*), min(run_at) FROM jobs WHERE {place} GROUP BY queue"
+_COUNT_UNFINISHED = "SELECT queue, '{state}', count(*), min(run_at) FROM jobs WHERE {condition} GROUP BY queue"
 _COUNT_FINISHED = """
-SELECT name, '{state}', (SELECT count(*) FROM jobs WHERE {place} AND queue = q.name), NULL FROM queues q"""
+SELECT name, '{state}', (SELECT count(*) FROM jobs WHERE {condition} AND queue = q.name), NULL FROM queues q"""
 
 # Count jobs by queue and state through indexes (a million jobs in 50 ms). One statement, so that each job is counted
 # exactly once.
 COUNTS = " UNION ALL ".join(
-    (_COUNT_UNFINISHED if state in UNFINISHED else _COUNT_FINISHED).format(state=state, place=place)
+    (_COUNT_UNFINISHED if state in UNFINISHED else _COUNT_FINISHED).format(state=state, condition=condition)
     for state in STATES
-    for place in INDEXED[state]
+    for condition in INDEXED[state]
 )
 
 # Return the unfinished jobs.
 UNFINISHED_IDS = " UNION ALL ".join(
-    f"SELECT id FROM jobs WHERE {place}" for state in UNFINISHED for place in INDEXED[state]
+    f"SELECT id FROM jobs WHERE {condition}" for state in UNFINISHED for condition in INDEXED[state]
 )
 
 # Count the pending jobs that are not assigned by queue and task.

@@ -229,7 +229,7 @@ class Reading(Backend):
         params["limit"] = valid_int("limit", 1, limit)
         most = None if excerpt is None else valid_int("excerpt", 0, excerpt)
         ends_at = time.monotonic() + seconds
-        if not _is_read(params):
+        if not _must_read_jobs(params):
             rows, before = self._find(excerpt_columns(most), where, params, ends_at)
             return [to_excerpt(row, most) for row in rows], before
         jobs: list[Job] = []
@@ -262,11 +262,11 @@ class Reading(Backend):
             state, queue, group, task, key, consumer, text, payload, fingerprint, created_from, created_before, ids
         )
         where, params = self._matching(filters)
-        if _is_read(params):
+        if _must_read_jobs(params):
             params |= {"before_id": MAX_ID, "limit": WALK_IDS}
             return sum(1 for _, row in self._with_text(shown, where, params, math.inf) if row is not None)
-        places = index_conditions(params) or ["1 = 1"]
-        counts = " + ".join(f"(SELECT count(*) FROM jobs WHERE {place} AND {where})" for place in places)
+        conditions = index_conditions(params) or ["1 = 1"]
+        counts = " + ".join(f"(SELECT count(*) FROM jobs WHERE {condition} AND {where})" for condition in conditions)
         return cast(int, self._read(f"SELECT {counts}", params)[0][0])
 
     def _with_text(
@@ -283,24 +283,24 @@ class Reading(Backend):
             for start in range(0, len(rows), TEXT_SCAN_JOBS):
                 ids = [row[0] for row in rows[start : start + TEXT_SCAN_JOBS]]
                 named = {f"id{n}": ids[min(n, len(ids) - 1)] for n in range(TEXT_SCAN_JOBS)}
-                found = {row[0]: row for row in self._read(load, {**params, **named}) if _holds(row, params, shown)}
+                found = {row[0]: row for row in self._read(load, {**params, **named}) if _matches(row, params, shown)}
                 yield from ((job_id, found.get(job_id)) for job_id in ids)
             if before is not None:
                 yield before, None
 
     def _find(self, columns: str, where: str, params: Params, ends_at: float) -> tuple[list[Any], int | None]:
         """Return the rows that match all filters but the text, and where to continue, as `search_jobs` does."""
-        places = index_conditions(params)
-        if not places:
+        conditions = index_conditions(params)
+        if not conditions:
             return self._walk(columns, where, params, ends_at)
-        if not self._are_few(places, INDEX_SCAN_JOBS // 10 if _is_read(params) else INDEX_SCAN_JOBS):
+        if not self._are_few(conditions, INDEX_SCAN_JOBS // 10 if _must_read_jobs(params) else INDEX_SCAN_JOBS):
             return self._walk(columns, f"{where} AND {_in_states(params)}", params, ends_at)
-        rows = self._newest(columns, "+id", places, where, params)  # +: do not use the primary key
+        rows = self._newest(columns, "+id", conditions, where, params)  # +: do not use the primary key
         return rows, rows[-1][0] if len(rows) == params["limit"] else None
 
-    def _are_few(self, places: list[str], limit: int) -> bool:
+    def _are_few(self, conditions: list[str], limit: int) -> bool:
         sql = "SELECT count(*) FROM (SELECT 1 FROM jobs WHERE {} LIMIT :limit) found"
-        found: int = sum(self._read(sql.format(place), {"limit": limit})[0][0] for place in places)
+        found: int = sum(self._read(sql.format(condition), {"limit": limit})[0][0] for condition in conditions)
         return found < limit
 
     def _walk(self, columns: str, where: str, params: Params, ends_at: float) -> tuple[list[Any], int | None]:
@@ -317,9 +317,9 @@ class Reading(Backend):
                 return rows, high
         return rows, None
 
-    def _newest(self, columns: str, by: str, places: list[str], where: str, params: Params) -> list[Any]:
+    def _newest(self, columns: str, by: str, conditions: list[str], where: str, params: Params) -> list[Any]:
         ids = " UNION ALL ".join(
-            f"SELECT id FROM jobs WHERE {place} AND {where} AND {by} < :before_id" for place in places
+            f"SELECT id FROM jobs WHERE {condition} AND {where} AND {by} < :before_id" for condition in conditions
         )
         newest = f"SELECT id FROM ({ids}) found ORDER BY {by} DESC LIMIT :limit"
         rows = self._read(f"SELECT {columns} FROM ({newest}) newest JOIN jobs USING (id)", params)
@@ -344,13 +344,13 @@ class Reading(Backend):
             params["text"] = _folded(valid_filter("text", filters.text, MAX_TEXT_CHARS))
             if run := max(ASCII_RUN.findall(params["text"]), key=len, default=""):
                 params |= {"run": f"%{run.replace('_', '!_')}%", "escaped": "%\\u%"}
-                where.append(f"({' OR '.join(map(self._may_hold, ('task', 'payload', 'result', 'error', 'key')))})")
+                where.append(f"({' OR '.join(map(self._may_contain, ('task', 'payload', 'result', 'error', 'key')))})")
         if filters.payload is not None:
             params["path"], params["value"] = path_and_value(filters.payload)
             keys = [each for each in params["path"].split(".") if not each.isdecimal()]
             runs = [run for each in [*keys, params["value"]] for run in ASCII_RUN.findall(_folded(each))]
             params |= {"inside": f"%{'%'.join(runs).replace('_', '!_')}%", "escaped": "%\\u%"}
-            where.append(f"({self._may_hold('payload', 'inside')})")
+            where.append(f"({self._may_contain('payload', 'inside')})")
         for name, sign in (("created_from", ">="), ("created_before", "<")):
             if (value := getattr(filters, name)) is not None:
                 params[name] = finite(name, value)
@@ -360,10 +360,10 @@ class Reading(Backend):
             where.append(f"id IN ({', '.join(str(valid_id(job_id)) for job_id in ids) or 'NULL'})")
         return " AND ".join(where), params
 
-    def _may_hold(self, column: str, parts: str = "run") -> str:
+    def _may_contain(self, column: str, parts: str = "run") -> str:
         """Return a condition that is true of every text that may contain the ASCII parts of the search.
 
-        Text with other characters or JSON escapes always passes: `_holds` compares it.
+        Text with other characters or JSON escapes always passes: `_matches` compares it.
         """
         # guard: a search covers text beyond ASCII
         # guard: a search covers JSON escapes
@@ -377,7 +377,7 @@ def index_conditions(filters: Params) -> list[str]:
     """Return the conditions by which an index finds the jobs of the states; none without a state."""
     if filters.get("state") == "failed" and "task" in filters:
         return ["state = 'failed'"]  # the index that has the task
-    return [place for state in filters.get("state", "").split(",") for place in INDEXED.get(state, [])]
+    return [condition for state in filters.get("state", "").split(",") for condition in INDEXED.get(state, [])]
 
 
 def _in_states(filters: Params) -> str:
@@ -385,7 +385,7 @@ def _in_states(filters: Params) -> str:
     return "state IN ('{}')".format(given.replace(",", "', '")) if given else "1 = 1"
 
 
-def _is_read(filters: Params) -> bool:
+def _must_read_jobs(filters: Params) -> bool:
     """Return whether the search must read the jobs: SQL only finds those that may match."""
     return not filters.keys().isdisjoint(("text", "path", "fingerprint"))
 
@@ -429,7 +429,7 @@ def _folded(text: str) -> str:
 _show_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
-def _holds(row: Sequence[Any], filters: Params, shown: Callable[[Job], Job] | None) -> bool:
+def _matches(row: Sequence[Any], filters: Params, shown: Callable[[Job], Job] | None) -> bool:
     """Return whether the job has the error and the value in its payload, and contains the text."""
     if "path" in filters and not _has(read_json(row[PAYLOAD]), filters["path"], filters["value"]):
         return False  # early: most jobs do not have it

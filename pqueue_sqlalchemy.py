@@ -501,9 +501,9 @@ class OnPostgres(PersistentQSQLAlchemy):
             raise ValueError(f"expected a durability of full or normal, got {durability!r}")
         self.durability, self._busy_seconds = durability, busy_seconds
         self._milliseconds = int(busy_seconds * 1000)
-        place = parse_url(url)
-        self._conninfo, self.schema, self.name = place.conninfo, place.schema, place.name
-        self._max_connections = place.max_connections
+        parsed = parse_url(url)
+        self._conninfo, self.schema, self.name = parsed.conninfo, parsed.schema, parsed.name
+        self._max_connections = parsed.max_connections
         self._engine = sqlalchemy.create_engine(
             "postgresql+psycopg://",
             creator=lambda: self._local.driver,

@@ -304,14 +304,14 @@ def _register(name: str | None, function: Callable[..., Any], options: dict[str,
     own_name = name or valid_name("task", str(getattr(function, "__name__", "")))
     entry: Task[..., Any] = Task(own_name, function, is_async=is_async(function), **options)
     other = TASKS.get(entry.name)
-    if other is not None and _place(other.function) != _place(function):
-        places = f"{'.'.join(_place(other.function))} and {'.'.join(_place(function))}"
-        raise ValueError(f"cannot register task {entry.name!r}: two functions have the name: {places}")
+    if other is not None and _qualified_name(other.function) != _qualified_name(function):
+        names = f"{'.'.join(_qualified_name(other.function))} and {'.'.join(_qualified_name(function))}"
+        raise ValueError(f"cannot register task {entry.name!r}: two functions have the name: {names}")
     TASKS[entry.name] = entry
     return entry
 
 
-def _place(function: Callable[..., Any]) -> tuple[str, str]:
+def _qualified_name(function: Callable[..., Any]) -> tuple[str, str]:
     """Return what is the same for a function whose module was reloaded."""
     return getattr(function, "__module__", ""), getattr(function, "__qualname__", short(function))
 
@@ -426,7 +426,7 @@ def call_task(queue: PersistentQInterface, job: Job) -> Any:
 
 
 Hook = TypeVar("Hook", bound=Callable[[Job], Iterator[None]])
-_HOOKS: dict[tuple[str, str], Callable[[Job], AbstractContextManager[None]]] = {}  # by place
+_HOOKS: dict[tuple[str, str], Callable[[Job], AbstractContextManager[None]]] = {}  # by qualified name
 
 
 def around(hook: Hook) -> Hook:
@@ -438,12 +438,12 @@ def around(hook: Hook) -> Hook:
     """
     if not inspect.isgeneratorfunction(cast(Any, hook)):
         raise ValueError(f"expected a generator function that yields once, got {short(hook)}")
-    _HOOKS[_place(hook)] = contextmanager(hook)
+    _HOOKS[_qualified_name(hook)] = contextmanager(hook)
     return hook
 
 
 Metadata = TypeVar("Metadata", bound=Callable[[], dict[str, Any]])
-_METADATA: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {}  # by place
+_METADATA: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {}  # by qualified name
 
 
 def metadata(function: Metadata) -> Metadata:
@@ -454,7 +454,7 @@ def metadata(function: Metadata) -> Metadata:
     failure handlers have no `meta`. Another function of the same module and qualified name replaces it, as when the
     module is reloaded.
     """
-    _METADATA[_place(function)] = function
+    _METADATA[_qualified_name(function)] = function
     return function
 
 

@@ -1470,11 +1470,11 @@ class QueueContract:
         waits, done = self.queue._waits, threading.Event()
 
         def settle(*arguments):
-            found = type(waits)._settle(waits, *arguments)
+            found = type(waits)._end_finished(waits, *arguments)
             done.set()
             return found
 
-        with mock.patch.object(waits, "_settle", settle):
+        with mock.patch.object(waits, "_end_finished", settle):
             with waits._changed:
                 waits._notify()
             self.assertTrue(done.wait(20))

@@ -565,12 +565,12 @@ def metrics(
             samples.add(f"pqueue_groups_{state}", text, groups[state], queue=name)
     _add_consumers(samples, queue.consumers())
     for outcomes in queue.outcomes():
-        place = {"queue": outcomes.queue, "task": outcomes.task}
+        labels = {"queue": outcomes.queue, "task": outcomes.task}
         for name, text in COUNTERS.items():
-            samples.add(f"pqueue_{name}_total", text, getattr(outcomes, name), kind="counter", **place)
+            samples.add(f"pqueue_{name}_total", text, getattr(outcomes, name), kind="counter", **labels)
         waited = "Seconds from the due time of an attempt to its start, of attempts that completed or failed"
-        samples.add_times("pqueue_wait_seconds", waited, outcomes.wait, place)
-        samples.add_times("pqueue_run_seconds", "Seconds from start to completion of a job", outcomes.run, place)
+        samples.add_times("pqueue_wait_seconds", waited, outcomes.wait, labels)
+        samples.add_times("pqueue_run_seconds", "Seconds from start to completion of a job", outcomes.run, labels)
     for schedule in queue.schedules():
         late = 0.0 if schedule.paused else max(0.0, now - schedule.next_at)
         text = "Seconds since the schedule became due, while no consumer has enqueued its job"
