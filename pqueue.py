@@ -864,10 +864,10 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         me = self._registry.get(consumer)
         return [to_job(row) for row in self._read(HELD_BY, {"token": me.token})] if me else []
 
-    def held_leases(self, consumer: str) -> list[tuple[int, str]]:
-        """Return the ids and lease tokens of the jobs that this consumer of this object holds."""
+    def held_leases(self, consumer: str, job_ids: Iterable[int]) -> list[tuple[int, str]]:
+        """Return the ids and lease tokens of those of these jobs that this consumer of this object holds."""
         me = self._registry.get(consumer)
-        return self._read(LEASES, {"token": me.token}) if me else []
+        return self._read(LEASES, {"token": me.token, "ids": json.dumps(list(job_ids))}) if me else []
 
     def holds(self, job: Job) -> bool:
         """Return whether this delivery still holds the job's lease; unlike `extend`, this writes nothing."""

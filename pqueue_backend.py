@@ -170,6 +170,7 @@ class Backend(ABC):
 
     name: str  # of the database, without the password
     max_batch = 48  # jobs per claim of a consumer: more would delay an enqueue by more than a few ms
+    _AMONG = "IN ({})"  # the comparison with what a query returns
     _LIKE = "LIKE"  # the comparison that ignores the case of ASCII letters
     _BYTES = "length(CAST({} AS BLOB))"  # of a text in UTF-8
 

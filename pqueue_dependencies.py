@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pqueue_backend import Session
 from pqueue_handlers import Handling
 from pqueue_outcomes import count_job
-from pqueue_schema import HOLDS_KEY, KEY_IS_FREE, STATES_OF, UNFINISHED
+from pqueue_schema import FOR_EACH, HOLDS_KEY, KEY_IS_FREE, STATES_OF, UNFINISHED
 from pqueue_search import Reading, excerpt_columns
 from pqueue_values import Job, JobNotFound, short, to_excerpt, to_json, valid_id, valid_int, valid_list
 
@@ -22,8 +22,8 @@ from pqueue_values import Job, JobNotFound, short, to_excerpt, to_json, valid_id
 
 AMONG, STATE = "IN ({})", "state"
 THESE = "IN (SELECT value FROM json_each(:ids))"
-UNSUCCESSFUL = "p.state IN ('failed', 'cancelled')"
-_PARENTS = "FROM dependencies d JOIN jobs p ON p.id = d.parent_id WHERE"
+UNSUCCESSFUL = "IN ('failed', 'cancelled')"
+_PARENT = "(SELECT state FROM jobs p WHERE p.id = d.parent_id)"
 _CHILDREN = "SELECT job_id FROM dependencies WHERE parent_id"
 
 
@@ -47,7 +47,7 @@ SELECT id FROM jobs WHERE {state} = 'waiting' AND id {among.format(f"{_CHILDREN}
 # guard: a job that asked for it runs after a failed one
 def fail_dependents(these: str, among: str = AMONG, state: str = STATE) -> str:
     """Make the jobs failed that wait for one of these, which failed; return their ids."""
-    failed = f"SELECT id FROM jobs p WHERE {UNSUCCESSFUL} AND id {these}"
+    failed = f"SELECT id FROM jobs p WHERE state {UNSUCCESSFUL} AND id {these}"
     which = f"d.after_failed = 'fail' AND d.parent_id {among.format(failed)}"
     return f"""
 UPDATE jobs SET state = 'failed', finished_at = :now, error =
@@ -74,19 +74,20 @@ INSERT INTO history (job_id, at, event, actor, attempt, error)
 SELECT id, :now, 'failed', 'dependency', attempts, error FROM jobs WHERE id {these} ORDER BY id"""
 
 
-def family(these: str) -> str:
+def family(these: str, among: str = AMONG, state: str = STATE) -> str:  # noqa: ARG001
     """Return the dependents of these jobs, and all parents of those."""
     return f"""
 SELECT job_id FROM dependencies WHERE parent_id {these} UNION
-SELECT parent_id FROM dependencies WHERE job_id IN (SELECT job_id FROM dependencies WHERE parent_id {these})"""
+SELECT parent_id FROM dependencies WHERE job_id {among.format(f"{_CHILDREN} {these}")}"""
 
 
 def free_keys(these: str, among: str = AMONG, state: str = STATE) -> str:
     """Take the keys whose time is over from the jobs that hold those of the dependents of these jobs."""
+    holder = f"SELECT id FROM jobs o WHERE (o.queue, o.task, o.key) = (c.queue, c.task, c.key) AND {HOLDS_KEY}"
+    which = f"c.waits_for > 0 AND {state} = 'failed' AND c.id {among.format(f'{_CHILDREN} {these}')}"
+    holders = f"SELECT ({holder} AND key_expires_at <= :now) FROM jobs c WHERE {which}"
     return f"""
-UPDATE jobs SET key_expires_at = NULL WHERE {HOLDS_KEY} AND key_expires_at <= :now AND (queue, task, key) IN
-    (SELECT queue, task, key FROM jobs
-     WHERE waits_for > 0 AND {state} = 'failed' AND id {among.format(f"{_CHILDREN} {these}")})"""
+UPDATE jobs SET key_expires_at = NULL WHERE id {among.format(holders)}"""
 
 
 # guard: a job that failed with its parent is restored with it
@@ -97,7 +98,8 @@ def restore(these: str, among: str = AMONG, state: str = STATE) -> str:
     return f"""
 UPDATE jobs SET state = 'waiting', finished_at = NULL, error = NULL
 WHERE {state} = 'failed' AND id {among.format(f"{_CHILDREN} {these}")} AND waits_for > 0
-    AND NOT EXISTS (SELECT 1 {_PARENTS} d.job_id = jobs.id AND d.after_failed = 'fail' AND {UNSUCCESSFUL})
+    AND NOT EXISTS (SELECT 1 FROM dependencies d
+        WHERE d.job_id = jobs.id AND d.after_failed = 'fail' AND {_PARENT} {UNSUCCESSFUL} {FOR_EACH})
     AND {KEY_IS_FREE} RETURNING id"""
 
 
@@ -105,15 +107,16 @@ WHERE {state} = 'failed' AND id {among.format(f"{_CHILDREN} {these}")} AND waits
 def recount_parents(these: str, among: str = AMONG, state: str = STATE) -> str:
     """Count anew for how many others the dependents of these jobs wait."""
     return f"""
-UPDATE jobs SET waits_for = (SELECT count(*) {_PARENTS} d.job_id = jobs.id AND p.finished_at IS NULL)
+UPDATE jobs SET waits_for =
+    (SELECT count(*) FROM dependencies d WHERE d.job_id = jobs.id AND {_PARENT} IN {UNFINISHED})
 WHERE {state} = 'waiting' AND id {among.format(f"{_CHILDREN} {these}")}"""
 
 
 def needed(these: str) -> str:
     """Return these jobs that unfinished others run after, each with one of those."""
     return f"""
-SELECT d.parent_id, min(d.job_id) FROM dependencies d JOIN jobs c ON c.id = d.job_id
-WHERE d.parent_id {these} AND c.finished_at IS NULL AND NOT c.id {these} GROUP BY d.parent_id ORDER BY d.parent_id"""
+SELECT d.parent_id, min(d.job_id) FROM dependencies d WHERE d.parent_id {these} AND NOT d.job_id {these}
+    AND (SELECT state FROM jobs c WHERE c.id = d.job_id) IN {UNFINISHED} GROUP BY d.parent_id ORDER BY d.parent_id"""
 
 
 MARK_PARENTS, MAKE_WAIT, DEPENDENTS = mark_parents(THESE), make_wait(THESE), dependents(THESE)
@@ -137,7 +140,7 @@ class Depending(Handling, Reading):
         """
         most = None if excerpt is None else valid_int("excerpt", 0, excerpt)
         parents = "SELECT parent_id FROM dependencies WHERE job_id = :id"
-        sql = f"SELECT {excerpt_columns(most)} FROM jobs WHERE id IN ({parents}) ORDER BY id"
+        sql = f"SELECT {excerpt_columns(most)} FROM jobs WHERE id {self._AMONG.format(parents)} ORDER BY id"
         return [to_excerpt(row, most) for row in self._read(sql, {"id": valid_id(job_id)})]
 
     def _attach(self, session: Session, job_ids: list[int], parents: list[int], after_failed: str, now: float) -> None:

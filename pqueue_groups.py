@@ -33,6 +33,7 @@ from pqueue_schema import (
     ADD_TASK,
     COLUMN_OF,
     COLUMNS,
+    FOR_EACH,
     GROUP_PLACES,
     HAS_LIMITS,
     KNOWN,
@@ -114,7 +115,7 @@ SELECT q.name,
     (SELECT count(DISTINCT name) FROM (SELECT name FROM queue_groups g
         WHERE g.queue = q.name AND (next_at >= 0 OR next_at IS NULL){new}) listed) AS pending,
     EXISTS (SELECT 1 FROM queue_tasks t
-        WHERE t.queue = q.name AND EXISTS (SELECT 1 FROM jobs WHERE {PENDING_OF_TASK})) AS has_unnamed,
+        WHERE t.queue = q.name AND EXISTS (SELECT 1 FROM jobs WHERE {PENDING_OF_TASK} {FOR_EACH})) AS has_unnamed,
     (SELECT count(*) FROM (SELECT 1 FROM jobs WHERE queue = q.name AND state = 'processing' AND counted = 1
         GROUP BY "group" HAVING count(*) >= q.max_running) full_ones) AS at_max_running,
     (SELECT count(DISTINCT g.name) FROM queue_groups g WHERE g.queue = q.name AND next_at > :now) AS at_rate
@@ -137,7 +138,7 @@ SELECT (SELECT min(next_at) FROM queue_groups WHERE next_at > 0) <= :now,
     EXISTS (SELECT 1 FROM queues WHERE grouped = 0),
     EXISTS (SELECT 1 FROM queue_groups WHERE next_at = 0) OR EXISTS (
         SELECT 1 FROM queues q CROSS JOIN queue_tasks t
-        WHERE q.grouped = 1 AND t.queue = q.name AND EXISTS (SELECT 1 FROM jobs WHERE {PENDING_OF_TASK}))"""
+        WHERE q.grouped = 1 AND t.queue = q.name AND EXISTS (SELECT 1 FROM jobs WHERE {PENDING_OF_TASK} {FOR_EACH}))"""
 
 # Mark the groups whose rate allows the next job now.
 WAKE_DELAYED = "UPDATE queue_groups SET next_at = 0 WHERE next_at > 0 AND next_at <= :now"
@@ -147,7 +148,7 @@ WAKE_DELAYED = "UPDATE queue_groups SET next_at = 0 WHERE next_at > 0 AND next_a
 READY = f"""
 SELECT q.name, t.task, g.name, g.turn,
     (SELECT weight FROM group_weights w WHERE w.queue = g.queue AND w.name = g.name),
-    q.turn, q.unnamed_turn, {HAS_LIMITS}, EXISTS (SELECT 1 FROM jobs WHERE {PENDING_OF_TASK})
+    q.turn, q.unnamed_turn, {HAS_LIMITS}, EXISTS (SELECT 1 FROM jobs WHERE {PENDING_OF_TASK} {FOR_EACH})
 FROM queues q CROSS JOIN queue_tasks t LEFT JOIN queue_groups g ON g.id IN
     (SELECT id FROM queue_groups WHERE queue = t.queue AND task = t.task AND next_at = 0
      ORDER BY turn, name LIMIT :width)
@@ -243,11 +244,11 @@ ADD_START = "INSERT INTO group_starts (queue, name, n, at) VALUES (:queue, :name
 DELETE_STARTS = "DELETE FROM group_starts WHERE queue = :queue AND name = :name AND n <= :n"
 
 # Delete groups that have no pending job, and would continue at the turn of their queue in any case.
-FORGET_GROUPS = """
+FORGET_GROUPS = f"""
 DELETE FROM queue_groups WHERE id IN (
     SELECT id FROM queue_groups g WHERE next_at < 0 AND turn <= (SELECT turn FROM queues WHERE name = g.queue)
     AND NOT EXISTS (SELECT 1 FROM jobs WHERE queue = g.queue AND task = g.task AND "group" = g.name
-        AND state = 'pending' AND assigned_to IS NULL) LIMIT :limit)"""
+        AND state = 'pending' AND assigned_to IS NULL {FOR_EACH}) LIMIT :limit)"""
 
 Row = Any  # a row of the database
 

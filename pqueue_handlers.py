@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pqueue_backend import Backend, Session
-from pqueue_schema import ADD_TASK
+from pqueue_schema import ADD_TASK, FOR_EACH
 from pqueue_tasks import Task
 from pqueue_values import encode_json, to_json, valid_name
 
@@ -34,7 +34,7 @@ def unhandled(these: str) -> str:
 SELECT id, queue, jobs.task, error, attempts, consumer, coalesce(t.task, q.task) AS handler FROM jobs
 LEFT JOIN handlers t ON t.name = 'task:' || jobs.task LEFT JOIN handlers q ON q.name = 'queue:' || queue
 WHERE id {these} AND state = 'failed' AND coalesce(t.task, q.task) IS NOT NULL
-    AND NOT EXISTS (SELECT 1 FROM dependencies WHERE job_id = jobs.id AND after_failed = 'handle')
+    AND NOT EXISTS (SELECT 1 FROM dependencies WHERE job_id = jobs.id AND after_failed = 'handle' {FOR_EACH})
 ORDER BY id"""
 
 

@@ -33,8 +33,8 @@ from pqueue_values import MAX_ID, InvalidTransition, Job, Params, QueueError, co
 # A move is marked in history by a row with job_id 0 and JSON in `error`. In the source: 'moving' while it waits for
 # running jobs, then 'moved', with {"token", "to"}; `attempt` is the number of calls of `finish_move`. In the target:
 # 'moved here', with {"token", "last_id"}: the last job of the source copied as of the call number `attempt`.
-MARK = f"SELECT id, at, event, attempt, error FROM history WHERE job_id = 0 AND event IN {MOVES} ORDER BY id DESC"
-MARKS_HERE = "SELECT id, attempt, error FROM history WHERE job_id = 0 AND event = 'moved here' ORDER BY id DESC"
+MARK = f"SELECT id, at, event, attempt, error FROM history WHERE job_id = 0 AND event IN {MOVES} ORDER BY +id DESC"
+MARKS_HERE = "SELECT id, attempt, error FROM history WHERE job_id = 0 AND event = 'moved here' ORDER BY +id DESC"
 ADD_MARK = """
 INSERT INTO history (job_id, at, event, actor, attempt, error) VALUES (0, :now, :event, :actor, :attempt, :error)"""
 UNMARK = f"DELETE FROM history WHERE job_id = 0 AND event IN {MOVES}"
@@ -44,7 +44,7 @@ COPY_JOB = f"""
 INSERT INTO jobs ({COLUMNS.removeprefix("id, ")}) VALUES (:{", :".join(Job._fields[1:])})
 {UNLESS_HELD} RETURNING id"""
 HISTORY_COLUMNS = ("at", "event", "actor", "attempt", "error", "started_at")
-HISTORY_OF = f"SELECT {', '.join(HISTORY_COLUMNS)} FROM history WHERE job_id = :id ORDER BY id"
+HISTORY_OF = f"SELECT {', '.join(HISTORY_COLUMNS)} FROM history WHERE job_id = :id ORDER BY +id"
 COPY_HISTORY = """
 INSERT INTO history (job_id, at, event, actor, attempt, error, started_at)
 VALUES (:id, :at, :event, :actor, :attempt, :error, :started_at)"""

@@ -93,7 +93,7 @@ def whole(new_jobs: str) -> str:
     return f"""
 SELECT 0 AS step, {EVENT}, CAST(sum(number) AS bigint), sum(run_seconds), sum(wait_seconds) FROM (
     SELECT at, {EVENT}, {SUMS} FROM outcomes WHERE period = 0 AND event <> 'counted'
-    UNION ALL SELECT at, {EVENT}, {SUMS} FROM outcomes WHERE shard <> 0 AND period = 60 AND at < :until
+    UNION ALL SELECT at, {EVENT}, {SUMS} FROM outcomes WHERE shard <> 0 AND +period = 60 AND at < :until
     UNION ALL SELECT at, {EVENT}, -number, -run_seconds, -wait_seconds {MINUTES_AND_HOURS} :until
         AND shard = 0{new_jobs}) counts
 GROUP BY {EVENT} HAVING sum(number) <> 0 ORDER BY 2, 3"""
@@ -120,7 +120,7 @@ UPDATE queues SET max_wait_seconds = :max_wait_seconds, max_failed_share = :max_
 FIRST_PERIOD = "SELECT min(at) FROM outcomes WHERE period = :period"
 
 # Return whether there are minutes before :before that are not in the total.
-RECENT = "FROM outcomes WHERE shard <> 0 AND period = 60 AND at < :before"
+RECENT = "FROM outcomes WHERE shard <> 0 AND +period = 60 AND at < :before"
 HAS_RECENT = f"SELECT EXISTS (SELECT 1 {RECENT})"
 
 # Add these minutes to the total.

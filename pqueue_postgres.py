@@ -22,6 +22,7 @@ from pqueue_schema import (
     COLUMN_OF,
     COLUMNS,
     COMPLETED,
+    FOR_EACH,
     HAS_LIMITS,
     HELD_BY_CONSUMER,
     HOLDS_KEY,
@@ -280,7 +281,7 @@ MAY_HAVE_JOB = f"""EXISTS (SELECT 1 FROM group_events) OR EXISTS (SELECT 1 FROM 
     OR (SELECT next_at FROM queue_groups WHERE next_at > 0 ORDER BY next_at LIMIT 1) <= :now
     OR EXISTS (SELECT 1 FROM jobs WHERE state = 'pending' AND assigned_to = :consumer)
     OR EXISTS (SELECT 1 FROM queues q JOIN queue_tasks t ON t.queue = q.name
-        WHERE q.grouped = 1 AND EXISTS (SELECT 1 FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")}))"""
+        WHERE q.grouped = 1 AND EXISTS (SELECT 1 FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")} {FOR_EACH}))"""
 # Scheduled jobs that a consumer may take
 TO_COME = f"state = 'scheduled' AND {OF_QUEUES} AND (assigned_to IS NULL OR assigned_to = :consumer)"
 # A claim reads the first :share jobs of each task, or merges those of a number of tasks lazily, each for about 20 us.
@@ -441,6 +442,12 @@ counted AS ({_count_enqueued()})
 SELECT id FROM added"""
 
 
+def _of_dependencies(these: str) -> str:
+    return f"""
+id = ANY (ARRAY(SELECT id FROM dependencies WHERE job_id = {these}
+    UNION ALL SELECT id FROM dependencies WHERE parent_id = {these}))"""
+
+
 def _taken(rows: str) -> str:
     """Delete counts and return them. They are locked in order, as others may do the same."""
     return f"""
@@ -496,12 +503,12 @@ SELECT min(at) FROM (
     pqueue_schedules.DUE_SCHEDULES: f"{pqueue_schedules.DUE_SCHEDULES} {LOCK}",
     # differs because a subquery for each task is LATERAL, and because of the JSON functions
     pqueue_schema.PEEK: f"""
-SELECT {COLUMNS} FROM jobs WHERE id IN (
+SELECT {COLUMNS} FROM jobs WHERE id = ANY (ARRAY(
     SELECT head.id FROM queues q JOIN queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
         (SELECT id FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")} ORDER BY {ORDER} LIMIT :limit) head
     WHERE q.grouped = 0 AND q.paused = 0 AND {SERVED} AND {KNOWN.format(task="t.task")}
     UNION ALL (SELECT id FROM jobs WHERE {OF_CONSUMER} ORDER BY {ORDER} LIMIT :limit)
-    UNION ALL (SELECT id FROM jobs WHERE {TO_COME} AND run_at <= :now ORDER BY {ORDER} LIMIT :limit))
+    UNION ALL (SELECT id FROM jobs WHERE {TO_COME} AND run_at <= :now ORDER BY {ORDER} LIMIT :limit)))
 ORDER BY {ORDER} LIMIT :limit""",
     # differs because a claim from another queue may do it at the same time
     pqueue_groups.WAKE_DELAYED: f"""
@@ -512,12 +519,13 @@ WHERE id = ANY (ARRAY(SELECT id FROM queue_groups WHERE next_at > 0 AND next_at 
 DELETE FROM queue_groups WHERE id = ANY (ARRAY(
     SELECT id FROM queue_groups g WHERE next_at < 0 AND turn <= (SELECT turn FROM queues WHERE name = g.queue)
     AND NOT EXISTS (SELECT 1 FROM jobs WHERE queue = g.queue AND task = g.task AND "group" = g.name
-        AND state = 'pending' AND assigned_to IS NULL) LIMIT :limit {LOCK}))""",
+        AND state = 'pending' AND assigned_to IS NULL {FOR_EACH}) LIMIT :limit {LOCK}))""",
     # differs because a subquery for each task is LATERAL
     pqueue_groups.READY: f"""
 SELECT q.name, t.task, g.name, g.turn,
     (SELECT weight FROM group_weights w WHERE w.queue = g.queue AND w.name = g.name),
-    q.turn, q.unnamed_turn, {HAS_LIMITS}, EXISTS (SELECT 1 FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")})
+    q.turn, q.unnamed_turn, {HAS_LIMITS},
+    EXISTS (SELECT 1 FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")} {FOR_EACH})
 FROM queues q JOIN queue_tasks t ON t.queue = q.name LEFT JOIN LATERAL
     (SELECT * FROM queue_groups WHERE queue = t.queue AND task = t.task AND next_at = 0
      ORDER BY turn, name LIMIT :width) g ON true
@@ -574,13 +582,16 @@ WHERE id = ANY (ARRAY(SELECT id FROM jobs WHERE {HELD_BY_CONSUMER} {LOCK}))""",
     pqueue_schema.UNREGISTER: f"""
 {pqueue_schema.UNREGISTER} AND (:state = 'stopped' OR slot NOT IN ({LOCKED_SLOTS}) AND {NOT_SEEN})""",
     # differs because JSON is read in another way
-    pqueue_schema.DELETE_HISTORY: f"DELETE FROM history WHERE job_id = {THESE}",
+    pqueue_schema.LEASES: f"""
+SELECT id, lease_token FROM jobs WHERE substr(lease_token, 1, 16) = :token AND id = {THESE}""",
     # differs because JSON is read in another way
-    pqueue_schema.DELETE_DEPENDENCIES: f"DELETE FROM dependencies WHERE job_id = {THESE} OR parent_id = {THESE}",
+    pqueue_schema.DELETE_HISTORY: f"DELETE FROM history WHERE job_id = {THESE}",
+    # differs because JSON is read in another way, and an OR could be planned as a scan of all dependencies
+    pqueue_schema.DELETE_DEPENDENCIES: f"DELETE FROM dependencies WHERE {_of_dependencies(THESE)}",
     # differs because JSON is read in another way
     pqueue_schema.DELETE_JOBS: f"DELETE FROM jobs WHERE id = {THESE}",
     # differs because JSON is read in another way
-    pqueue_schema.RUNNING_JOBS: f"SELECT id FROM jobs WHERE state = 'processing' AND id = {THESE}",
+    pqueue_schema.RUNNING_JOBS: f"SELECT id FROM jobs WHERE {STATE} = 'processing' AND id = {THESE}",
     # differs because JSON is read in another way
     pqueue_schema.STATES_OF: f"SELECT id, state FROM jobs WHERE id = {THESE}",
     # differs because a subquery for each queue is LATERAL, and others may prune at the same time
@@ -651,7 +662,6 @@ POSTGRES |= {
         pqueue_dependencies.mark_parents,
         pqueue_dependencies.make_wait,
         pqueue_dependencies.record_failures,
-        pqueue_dependencies.family,
         pqueue_dependencies.needed,
         pqueue_handlers.unhandled,
     )
@@ -661,6 +671,7 @@ POSTGRES |= {
     statement(pqueue_dependencies.THESE): statement(*BY_IDS)
     for statement in (
         pqueue_dependencies.fail_dependents,
+        pqueue_dependencies.family,
         pqueue_dependencies.free_keys,
         pqueue_dependencies.restore,
         pqueue_dependencies.recount_parents,
@@ -789,8 +800,8 @@ LOCK_QUEUES = f"SELECT name {GROUPED_HERE} ORDER BY name FOR NO KEY UPDATE"
 MERGE_EVENTS = """
 WITH events AS (DELETE FROM group_events WHERE queue = ANY (CAST(:locked AS text[])) RETURNING queue, name, task)
 INSERT INTO queue_groups (queue, name, task)
-SELECT DISTINCT e.queue, e.name, coalesce(e.task, g.task) FROM events e
-LEFT JOIN queue_groups g ON e.task IS NULL AND g.queue = e.queue AND g.name = e.name AND g.next_at IS NULL
+SELECT DISTINCT e.queue, e.name, coalesce(e.task, g.task) FROM events e LEFT JOIN LATERAL (SELECT task FROM queue_groups
+    WHERE e.task IS NULL AND queue = e.queue AND name = e.name AND next_at IS NULL OFFSET 0) g ON true
 WHERE coalesce(e.task, g.task) IS NOT NULL
 ON CONFLICT (queue, name, task) DO UPDATE SET next_at = 0
 WHERE queue_groups.next_at IS NULL OR queue_groups.next_at < 0"""
@@ -814,14 +825,13 @@ PRUNE = f"""
 WITH old AS MATERIALIZED (
     SELECT id FROM jobs WHERE id = ANY (CAST(:ids AS bigint[])) AND {pqueue_schema.NO_DEPENDENTS}),
 events AS (DELETE FROM history WHERE job_id = ANY (ARRAY(SELECT id FROM old))),
-edges AS (DELETE FROM dependencies
-    WHERE job_id = ANY (ARRAY(SELECT id FROM old)) OR parent_id = ANY (ARRAY(SELECT id FROM old))),
+edges AS (DELETE FROM dependencies WHERE {_of_dependencies("ANY (ARRAY(SELECT id FROM old))")}),
 deleted AS (DELETE FROM jobs WHERE id = ANY (ARRAY(SELECT id FROM old)) RETURNING 1)
 SELECT count(*) FROM deleted"""
 
 # Lock the job that holds the key: it must not be delivered or finished before the transaction, which may write data for
 # it, ends.
-LOCK_HOLDER = f"SELECT 1 FROM jobs WHERE id = :id AND {HOLDS_KEY} FOR SHARE"
+LOCK_HOLDER = f"SELECT 1 FROM jobs WHERE id = :id AND ({HOLDS_KEY}) IS TRUE FOR SHARE"
 
 # Mark a consumer as running that others may have marked as dead.
 MARK_RUNNING = "UPDATE consumers SET state = 'running', last_seen_at = :now WHERE token = :token AND state <> 'stopped'"

@@ -287,13 +287,15 @@ KNOWN = "(:tasks IS NULL OR instr(:tasks, char(10) || {task} || char(10)))"
 # guard: order: then the due time
 # guard: order: then the id
 ORDER = "priority DESC, run_at, id"
+# Ends an EXISTS or the like that concerns a row. The OFFSET keeps PostgreSQL from joining or hashing all rows instead.
+FOR_EACH = "LIMIT 1 OFFSET 0"
 KEY_IS_OVER = "(key_expires_at IS NULL OR key_expires_at <= :now)"
 MOVES = "('moving', 'moved')"
 NEW_JOB = """queue, task, payload, state, priority, run_at, expires_at, max_attempts, key, key_until, key_expires_at,
     assigned_to, meta, "group", created_at"""
 # guard: resubmit respects the key
-KEY_IS_FREE = f"""(key_until IS NULL OR NOT EXISTS (SELECT 1 FROM jobs o
-        WHERE o.queue = jobs.queue AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id AND {HOLDS_KEY}))"""
+KEY_IS_FREE = f"""(key_until IS NULL OR NOT EXISTS (SELECT 1 FROM jobs o WHERE o.queue = jobs.queue
+        AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id AND {HOLDS_KEY} {FOR_EACH}))"""
 UNLESS_HELD = "ON CONFLICT DO NOTHING"
 
 # Statements, with :named parameters. Those that differ on PostgreSQL are in pqueue_postgres.POSTGRES.
@@ -498,8 +500,8 @@ ORDER BY lease_expires_at LIMIT :limit"""
 # Return processing jobs whose consumer has ended.
 # guard: running consumers keep their jobs
 ORPHANED = f"""
-SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND EXISTS
-    (SELECT 1 FROM consumers WHERE token = substr(lease_token, 1, 16) AND consumers.state <> 'running') LIMIT :limit"""
+SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND EXISTS (SELECT 1 FROM consumers
+    WHERE token = substr(lease_token, 1, 16) AND consumers.state <> 'running' {FOR_EACH}) LIMIT :limit"""
 
 # Make a job whose delivery was lost pending again, if it has attempts left.
 # guard: no delivery after the last attempt was lost
@@ -528,7 +530,7 @@ UPDATE jobs SET state = CASE WHEN CAST(:run_at AS double precision) IS NULL THEN
 # Update the time of a job's last event if that was a delay, too.
 SNOOZED_AGAIN = """
 UPDATE history SET at = :now, actor = :actor
-WHERE event = 'snoozed' AND id = (SELECT max(id) FROM history WHERE job_id = :id)"""
+WHERE event = 'snoozed' AND id = (SELECT max(+id) FROM history WHERE job_id = :id)"""
 
 # Renew a lease.
 EXTEND = f"UPDATE jobs SET lease_expires_at = :lease_expires_at WHERE {HELD}"
@@ -577,7 +579,7 @@ UPDATE jobs SET payload = coalesce(:payload, payload), priority = coalesce(:prio
         WHEN CAST(:run_at AS double precision) > :now THEN 'scheduled' ELSE 'pending' END
 WHERE id = :id AND state IN {UNTAKEN} AND (({HOLDS_KEY}) IS NOT TRUE OR NOT EXISTS (SELECT 1 FROM jobs o
     WHERE o.queue = CAST(:queue AS text) AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id
-        AND {HOLDS_KEY}))"""
+        AND {HOLDS_KEY} {FOR_EACH}))"""
 
 # Make a scheduled or waiting job pending.
 # guard: run_now takes scheduled and waiting jobs
@@ -627,13 +629,15 @@ ORDER BY at DESC, max(id) DESC LIMIT :limit"""
 # Return the consumers that lost the job since it was last resubmitted.
 LOST_BY = """
 SELECT actor FROM history WHERE job_id = :id AND event IN ('expired', 'died')
-AND id > (SELECT coalesce(max(id), 0) FROM history WHERE job_id = :id AND event = 'resubmitted') ORDER BY id"""
+AND id > (SELECT coalesce(max(+id), 0) FROM history WHERE job_id = :id AND event = 'resubmitted') ORDER BY +id"""
 
 # Return the jobs that a consumer holds.
 HELD_BY = f"SELECT {COLUMNS} FROM jobs WHERE {HELD_BY_CONSUMER}"
 
-# Return the leases that a consumer holds.
-LEASES = f"SELECT id, lease_token FROM jobs WHERE {HELD_BY_CONSUMER}"
+# Return the leases of these jobs that a consumer holds. :ids is a JSON array.
+LEASES = """
+SELECT id, lease_token FROM jobs
+WHERE substr(lease_token, 1, 16) = :token AND id IN (SELECT value FROM json_each(:ids))"""
 
 # Return whether a delivery still holds its lease.
 HOLDS = f"SELECT 1 FROM jobs WHERE {HELD}"
@@ -669,14 +673,14 @@ SET_MAX_PENDING = "UPDATE queues SET max_pending = :value WHERE name = :queue"
 
 # Jobs that no unfinished others run after.
 # guard: a job that another one needs is kept
-NO_DEPENDENTS = """(has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM dependencies d JOIN jobs c ON c.id = d.job_id
-        WHERE d.parent_id = jobs.id AND c.finished_at IS NULL))"""
+NO_DEPENDENTS = f"""(has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM dependencies d WHERE d.parent_id = jobs.id
+        AND (SELECT state FROM jobs c WHERE c.id = d.job_id) IN {UNFINISHED} {FOR_EACH}))"""
 
 # Jobs that nothing needs. The newest is needed: SQLite would reuse its id.
 # guard: prune keeps the newest
 # guard: prune keeps a job that holds its key
 # guard: prune keeps the last job of a schedule
-UNNEEDED = f"""{KEY_IS_OVER} AND id < (SELECT max(id) FROM jobs)
+UNNEEDED = f"""{KEY_IS_OVER} AND +id < (SELECT max(id) FROM jobs)
     AND id NOT IN (SELECT last_job_id FROM schedules WHERE last_job_id IS NOT NULL)
     AND {NO_DEPENDENTS}"""
 _KEPT = " ".join(f"WHEN '{state}' THEN keep_{state}_seconds" for state in FINISHED)
@@ -693,7 +697,7 @@ SELECT jobs.id FROM queues q CROSS JOIN jobs WHERE (CAST(:queue AS text) IS NULL
 _HAS_OLD = " OR ".join(
     f"""
     EXISTS (SELECT 1 FROM jobs WHERE state = '{state}' AND queue = q.name AND finished_at < :now - keep_{state}_seconds
-        AND {UNNEEDED})"""
+        AND {UNNEEDED} {FOR_EACH})"""
     for state in FINISHED
 )
 
@@ -766,16 +770,17 @@ SELECT queue, task, count(*) FROM jobs WHERE state = 'pending' AND assigned_to I
 
 # Return what PENDING_TASKS does, of the queues where a job was due before :before and none was started or ended since.
 # Of the events, the last 100 suffice: an attempt that failed and is repeated is among them, if only such end.
-STALLED = """
+STALLED = f"""
 SELECT queue, task, jobs FROM (
     SELECT queue, task, count(*) AS jobs, min(run_at) AS oldest FROM jobs
     WHERE state = 'pending' AND assigned_to IS NULL GROUP BY queue, task) waiting
 WHERE oldest < :before AND NOT EXISTS
-    (SELECT 1 FROM jobs WHERE state = 'completed' AND queue = waiting.queue AND finished_at >= :before)
-AND NOT EXISTS (SELECT 1 FROM jobs WHERE state = 'failed' AND queue = waiting.queue AND finished_at >= :before)
-AND NOT EXISTS (SELECT 1 FROM jobs WHERE state = 'processing' AND queue = waiting.queue AND started_at >= :before)
-AND NOT EXISTS (SELECT 1 FROM history JOIN jobs ON jobs.id = job_id
-    WHERE history.id > (SELECT max(id) FROM history) - 100 AND at >= :before AND queue = waiting.queue)"""
+    (SELECT 1 FROM jobs WHERE state = 'completed' AND queue = waiting.queue AND finished_at >= :before {FOR_EACH})
+AND NOT EXISTS
+    (SELECT 1 FROM jobs WHERE state = 'failed' AND queue = waiting.queue AND finished_at >= :before {FOR_EACH})
+AND queue NOT IN (SELECT queue FROM jobs WHERE state = 'processing' AND started_at >= :before)
+AND queue NOT IN (SELECT coalesce((SELECT queue FROM jobs WHERE jobs.id = job_id), '') FROM history
+    WHERE history.id > (SELECT max(id) FROM history) - 100 AND at >= :before)"""
 
 
 def failures(first_line: str) -> str:

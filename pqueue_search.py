@@ -85,7 +85,7 @@ class Reading(Backend):
         completes the job is not recorded. "started_at" is when the attempt began, or None if the event ended none.
         """
         columns = "at, event, actor, attempt, error, started_at"
-        last = f"SELECT {columns} FROM history WHERE job_id = :id ORDER BY id DESC LIMIT :limit"
+        last = f"SELECT {columns} FROM history WHERE job_id = :id ORDER BY +id DESC LIMIT :limit"
         return self._dicts(columns, last, {"id": valid_id(job_id), "limit": valid_int("limit", 1, limit)})[::-1]
 
     def operations(self, *, limit: int = 100) -> list[dict[str, Any]]:

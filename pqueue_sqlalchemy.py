@@ -67,6 +67,7 @@ from pqueue_listener import (
 from pqueue_postgres import (
     ADD_TO_TOTAL,
     ALONE,
+    AMONG,
     COMPLETE_ALL,
     COPYING,
     COUNTING,
@@ -490,6 +491,7 @@ class OnPostgres(PersistentQSQLAlchemy):
     """
 
     max_batch = 128  # an enqueue does not wait for the rows that a claim locks
+    _AMONG = AMONG
     _LIKE = 'COLLATE "C" ILIKE'
     _BYTES = "octet_length(convert_to({}, 'UTF8'))"
 

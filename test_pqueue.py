@@ -1687,8 +1687,10 @@ class QueueContract:
         self.assertEqual(self.queue.extend_all("worker", 100, now=NOW + 50), 2)
         leases = {job.id: job.lease_expires_at for job in self.queue.list_jobs(state="processing")}
         self.assertEqual(leases, {**{job.id: NOW + 150 for job in mine}, other.id: NOW + 60})
-        self.assertEqual(sorted(self.queue.held_leases("worker")), [(job.id, job.lease_token) for job in mine])
-        self.assertEqual((self.queue.extend_all("nobody"), self.queue.held_leases("nobody")), (0, []))
+        every = [1, 2, 3, 4, 5, 99]
+        self.assertEqual(sorted(self.queue.held_leases("worker", every)), [(job.id, job.lease_token) for job in mine])
+        self.assertEqual(self.queue.held_leases("worker", [mine[0].id]), [(mine[0].id, mine[0].lease_token)])
+        self.assertEqual((self.queue.extend_all("nobody"), self.queue.held_leases("nobody", every)), (0, []))
         with self.assertRaisesRegex(ValueError, "lease_seconds"):
             self.queue.extend_all("worker", 0)
 

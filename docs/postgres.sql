@@ -596,14 +596,14 @@ SELECT min(at) FROM (
 -- consumer, and those that are due.
 -- differs because a subquery for each task is LATERAL, and because of the JSON functions
 -- $1 limit, $2 queues, $3 tasks, $4 consumer, $5 now
-SELECT id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents FROM pqueue.jobs WHERE id IN (
+SELECT id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents FROM pqueue.jobs WHERE id = ANY (ARRAY(
     SELECT head.id FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
         (SELECT id FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT $1) head
     WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($2 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS json)))) AND (CAST($3 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($3 AS text), chr(10))))
     UNION ALL (SELECT id FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4 AND (CAST($3 AS text) IS NULL OR task = ANY (string_to_array(CAST($3 AS text), chr(10))))
     AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id LIMIT $1)
     UNION ALL (SELECT id FROM pqueue.jobs WHERE state = 'scheduled' AND (CAST($2 AS json) IS NULL OR queue IN (SELECT json_array_elements_text(CAST($2 AS json))))
-    AND (CAST($3 AS text) IS NULL OR task = ANY (string_to_array(CAST($3 AS text), chr(10)))) AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0) AND (assigned_to IS NULL OR assigned_to = $4) AND run_at <= $5 ORDER BY priority DESC, run_at, id LIMIT $1))
+    AND (CAST($3 AS text) IS NULL OR task = ANY (string_to_array(CAST($3 AS text), chr(10)))) AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0) AND (assigned_to IS NULL OR assigned_to = $4) AND run_at <= $5 ORDER BY priority DESC, run_at, id LIMIT $1)))
 ORDER BY priority DESC, run_at, id LIMIT $1;
 
 -- PROMOTE
@@ -635,8 +635,8 @@ ORDER BY lease_expires_at LIMIT $2 FOR UPDATE SKIP LOCKED;
 -- Return processing jobs whose consumer has ended.
 -- differs because the rows must stay as they are until they are reclaimed
 -- $1 limit
-SELECT id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents FROM pqueue.jobs WHERE state = 'processing' AND EXISTS
-    (SELECT 1 FROM pqueue.consumers WHERE token = substr(lease_token, 1, 16) AND consumers.state <> 'running') LIMIT $1 FOR UPDATE SKIP LOCKED;
+SELECT id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents FROM pqueue.jobs WHERE state = 'processing' AND EXISTS (SELECT 1 FROM pqueue.consumers
+    WHERE token = substr(lease_token, 1, 16) AND consumers.state <> 'running' LIMIT 1 OFFSET 0) LIMIT $1 FOR UPDATE SKIP LOCKED;
 
 -- REDELIVER
 -- Make a job whose delivery was lost pending again, if it has attempts left.
@@ -695,7 +695,7 @@ UPDATE pqueue.jobs SET state = CASE WHEN CAST($1 AS double precision) IS NULL TH
 -- Update the time of a job's last event if that was a delay, too.
 -- $1 now, $2 actor, $3 id
 UPDATE pqueue.history SET at = $1, actor = $2
-WHERE event = 'snoozed' AND id = (SELECT max(id) FROM pqueue.history WHERE job_id = $3);
+WHERE event = 'snoozed' AND id = (SELECT max(+id) FROM pqueue.history WHERE job_id = $3);
 
 -- EXTEND
 -- Renew a lease.
@@ -725,9 +725,9 @@ UPDATE pqueue.jobs SET
 WHERE id = $3 AND state IN ('completed', 'failed', 'cancelled')
     AND NOT EXISTS (SELECT 1 FROM pqueue.queues WHERE name = jobs.queue
                     AND NOT CASE WHEN max_pending IS NULL THEN true ELSE max_pending > pqueue.count_pending(name) END)
-    AND (key_until IS NULL OR NOT EXISTS (SELECT 1 FROM pqueue.jobs o
-        WHERE o.queue = jobs.queue AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
-    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL))));
+    AND (key_until IS NULL OR NOT EXISTS (SELECT 1 FROM pqueue.jobs o WHERE o.queue = jobs.queue
+        AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
+    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) LIMIT 1 OFFSET 0));
 
 -- LEASE_AGAIN
 -- Lease a finished job again, as in its last attempt, with its partial result, but without its key.
@@ -753,7 +753,7 @@ WHERE id = $10 AND state IN ('waiting', 'scheduled', 'pending') AND ((key IS NOT
     AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL))) IS NOT TRUE OR NOT EXISTS (SELECT 1 FROM pqueue.jobs o
     WHERE o.queue = CAST($3 AS text) AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id
         AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
-    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL))));
+    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) LIMIT 1 OFFSET 0));
 
 -- RUN_NOW
 -- Make a scheduled or waiting job pending.
@@ -806,7 +806,7 @@ ORDER BY at DESC, max(id) DESC LIMIT $2;
 -- Return the consumers that lost the job since it was last resubmitted.
 -- $1 id
 SELECT actor FROM pqueue.history WHERE job_id = $1 AND event IN ('expired', 'died')
-AND id > (SELECT coalesce(max(id), 0) FROM pqueue.history WHERE job_id = $1 AND event = 'resubmitted') ORDER BY id;
+AND id > (SELECT coalesce(max(+id), 0) FROM pqueue.history WHERE job_id = $1 AND event = 'resubmitted') ORDER BY +id;
 
 -- HELD_BY
 -- Return the jobs that a consumer holds.
@@ -814,9 +814,10 @@ AND id > (SELECT coalesce(max(id), 0) FROM pqueue.history WHERE job_id = $1 AND 
 SELECT id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents FROM pqueue.jobs WHERE state = 'processing' AND substr(lease_token, 1, 16) = $1;
 
 -- LEASES
--- Return the leases that a consumer holds.
--- $1 token
-SELECT id, lease_token FROM pqueue.jobs WHERE state = 'processing' AND substr(lease_token, 1, 16) = $1;
+-- Return the leases of these jobs that a consumer holds. :ids is a JSON array.
+-- differs because JSON is read in another way
+-- $1 token, $2 ids
+SELECT id, lease_token FROM pqueue.jobs WHERE substr(lease_token, 1, 16) = $1 AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint)));
 
 -- HOLDS
 -- Return whether a delivery still holds its lease.
@@ -875,10 +876,10 @@ UPDATE pqueue.queues SET max_pending = $1 WHERE name = $2;
 -- $1 state, $2 before, $3 now, $4 limit, $5 queue
 SELECT jobs.id FROM pqueue.queues q CROSS JOIN LATERAL
     (SELECT id FROM pqueue.jobs WHERE state = $1 AND queue = q.name
-    AND finished_at < coalesce(CAST($2 AS double precision), $3 - CASE $1 WHEN 'completed' THEN keep_completed_seconds WHEN 'failed' THEN keep_failed_seconds WHEN 'cancelled' THEN keep_cancelled_seconds END) AND (key_expires_at IS NULL OR key_expires_at <= $3) AND id < (SELECT max(id) FROM pqueue.jobs)
+    AND finished_at < coalesce(CAST($2 AS double precision), $3 - CASE $1 WHEN 'completed' THEN keep_completed_seconds WHEN 'failed' THEN keep_failed_seconds WHEN 'cancelled' THEN keep_cancelled_seconds END) AND (key_expires_at IS NULL OR key_expires_at <= $3) AND +id < (SELECT max(id) FROM pqueue.jobs)
     AND id NOT IN (SELECT last_job_id FROM pqueue.schedules WHERE last_job_id IS NOT NULL)
-    AND (has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM pqueue.dependencies d JOIN pqueue.jobs c ON c.id = d.job_id
-        WHERE d.parent_id = jobs.id AND c.finished_at IS NULL)) ORDER BY finished_at LIMIT $4 FOR UPDATE SKIP LOCKED) jobs
+    AND (has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM pqueue.dependencies d WHERE d.parent_id = jobs.id
+        AND (SELECT state FROM pqueue.jobs c WHERE c.id = d.job_id) IN ('waiting', 'scheduled', 'pending', 'processing') LIMIT 1 OFFSET 0)) ORDER BY finished_at LIMIT $4 FOR UPDATE SKIP LOCKED) jobs
 WHERE CAST($5 AS text) IS NULL OR q.name = $5 LIMIT $4;
 
 -- OUTDATED
@@ -887,20 +888,20 @@ WHERE CAST($5 AS text) IS NULL OR q.name = $5 LIMIT $4;
 -- $1 since, $2 now
 SELECT name FROM pqueue.queues q WHERE pruned_at NOT BETWEEN $1 AND $2 AND (
     EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'completed' AND queue = q.name AND finished_at < $2 - keep_completed_seconds
-        AND (key_expires_at IS NULL OR key_expires_at <= $2) AND id < (SELECT max(id) FROM pqueue.jobs)
+        AND (key_expires_at IS NULL OR key_expires_at <= $2) AND +id < (SELECT max(id) FROM pqueue.jobs)
     AND id NOT IN (SELECT last_job_id FROM pqueue.schedules WHERE last_job_id IS NOT NULL)
-    AND (has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM pqueue.dependencies d JOIN pqueue.jobs c ON c.id = d.job_id
-        WHERE d.parent_id = jobs.id AND c.finished_at IS NULL))) OR 
+    AND (has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM pqueue.dependencies d WHERE d.parent_id = jobs.id
+        AND (SELECT state FROM pqueue.jobs c WHERE c.id = d.job_id) IN ('waiting', 'scheduled', 'pending', 'processing') LIMIT 1 OFFSET 0)) LIMIT 1 OFFSET 0) OR 
     EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'failed' AND queue = q.name AND finished_at < $2 - keep_failed_seconds
-        AND (key_expires_at IS NULL OR key_expires_at <= $2) AND id < (SELECT max(id) FROM pqueue.jobs)
+        AND (key_expires_at IS NULL OR key_expires_at <= $2) AND +id < (SELECT max(id) FROM pqueue.jobs)
     AND id NOT IN (SELECT last_job_id FROM pqueue.schedules WHERE last_job_id IS NOT NULL)
-    AND (has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM pqueue.dependencies d JOIN pqueue.jobs c ON c.id = d.job_id
-        WHERE d.parent_id = jobs.id AND c.finished_at IS NULL))) OR 
+    AND (has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM pqueue.dependencies d WHERE d.parent_id = jobs.id
+        AND (SELECT state FROM pqueue.jobs c WHERE c.id = d.job_id) IN ('waiting', 'scheduled', 'pending', 'processing') LIMIT 1 OFFSET 0)) LIMIT 1 OFFSET 0) OR 
     EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'cancelled' AND queue = q.name AND finished_at < $2 - keep_cancelled_seconds
-        AND (key_expires_at IS NULL OR key_expires_at <= $2) AND id < (SELECT max(id) FROM pqueue.jobs)
+        AND (key_expires_at IS NULL OR key_expires_at <= $2) AND +id < (SELECT max(id) FROM pqueue.jobs)
     AND id NOT IN (SELECT last_job_id FROM pqueue.schedules WHERE last_job_id IS NOT NULL)
-    AND (has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM pqueue.dependencies d JOIN pqueue.jobs c ON c.id = d.job_id
-        WHERE d.parent_id = jobs.id AND c.finished_at IS NULL))))
+    AND (has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM pqueue.dependencies d WHERE d.parent_id = jobs.id
+        AND (SELECT state FROM pqueue.jobs c WHERE c.id = d.job_id) IN ('waiting', 'scheduled', 'pending', 'processing') LIMIT 1 OFFSET 0)) LIMIT 1 OFFSET 0))
 ORDER BY pruned_at, name;
 
 -- MARK_PRUNED
@@ -918,30 +919,30 @@ SELECT name AS queue, 'completed' AS state, keep_completed_seconds AS keep_secon
     (SELECT count(*) FROM pqueue.jobs WHERE state = 'completed' AND queue = q.name AND finished_at > $1 - $2) AS added,
     (SELECT count(*) FROM pqueue.jobs WHERE state = 'completed' AND queue = q.name
         AND finished_at < $1 + $2 - keep_completed_seconds) AS expiring,
-    (SELECT finished_at FROM pqueue.jobs WHERE state = 'completed' AND queue = q.name AND finished_at IS NOT NULL AND (key_expires_at IS NULL OR key_expires_at <= $1) AND id < (SELECT max(id) FROM pqueue.jobs)
+    (SELECT finished_at FROM pqueue.jobs WHERE state = 'completed' AND queue = q.name AND finished_at IS NOT NULL AND (key_expires_at IS NULL OR key_expires_at <= $1) AND +id < (SELECT max(id) FROM pqueue.jobs)
     AND id NOT IN (SELECT last_job_id FROM pqueue.schedules WHERE last_job_id IS NOT NULL)
-    AND (has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM pqueue.dependencies d JOIN pqueue.jobs c ON c.id = d.job_id
-        WHERE d.parent_id = jobs.id AND c.finished_at IS NULL))
+    AND (has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM pqueue.dependencies d WHERE d.parent_id = jobs.id
+        AND (SELECT state FROM pqueue.jobs c WHERE c.id = d.job_id) IN ('waiting', 'scheduled', 'pending', 'processing') LIMIT 1 OFFSET 0))
         ORDER BY finished_at LIMIT 1) + keep_completed_seconds AS deleted_at
 FROM pqueue.queues q UNION ALL 
 SELECT name AS queue, 'failed' AS state, keep_failed_seconds AS keep_seconds,
     (SELECT count(*) FROM pqueue.jobs WHERE state = 'failed' AND queue = q.name AND finished_at > $1 - $2) AS added,
     (SELECT count(*) FROM pqueue.jobs WHERE state = 'failed' AND queue = q.name
         AND finished_at < $1 + $2 - keep_failed_seconds) AS expiring,
-    (SELECT finished_at FROM pqueue.jobs WHERE state = 'failed' AND queue = q.name AND finished_at IS NOT NULL AND (key_expires_at IS NULL OR key_expires_at <= $1) AND id < (SELECT max(id) FROM pqueue.jobs)
+    (SELECT finished_at FROM pqueue.jobs WHERE state = 'failed' AND queue = q.name AND finished_at IS NOT NULL AND (key_expires_at IS NULL OR key_expires_at <= $1) AND +id < (SELECT max(id) FROM pqueue.jobs)
     AND id NOT IN (SELECT last_job_id FROM pqueue.schedules WHERE last_job_id IS NOT NULL)
-    AND (has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM pqueue.dependencies d JOIN pqueue.jobs c ON c.id = d.job_id
-        WHERE d.parent_id = jobs.id AND c.finished_at IS NULL))
+    AND (has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM pqueue.dependencies d WHERE d.parent_id = jobs.id
+        AND (SELECT state FROM pqueue.jobs c WHERE c.id = d.job_id) IN ('waiting', 'scheduled', 'pending', 'processing') LIMIT 1 OFFSET 0))
         ORDER BY finished_at LIMIT 1) + keep_failed_seconds AS deleted_at
 FROM pqueue.queues q UNION ALL 
 SELECT name AS queue, 'cancelled' AS state, keep_cancelled_seconds AS keep_seconds,
     (SELECT count(*) FROM pqueue.jobs WHERE state = 'cancelled' AND queue = q.name AND finished_at > $1 - $2) AS added,
     (SELECT count(*) FROM pqueue.jobs WHERE state = 'cancelled' AND queue = q.name
         AND finished_at < $1 + $2 - keep_cancelled_seconds) AS expiring,
-    (SELECT finished_at FROM pqueue.jobs WHERE state = 'cancelled' AND queue = q.name AND finished_at IS NOT NULL AND (key_expires_at IS NULL OR key_expires_at <= $1) AND id < (SELECT max(id) FROM pqueue.jobs)
+    (SELECT finished_at FROM pqueue.jobs WHERE state = 'cancelled' AND queue = q.name AND finished_at IS NOT NULL AND (key_expires_at IS NULL OR key_expires_at <= $1) AND +id < (SELECT max(id) FROM pqueue.jobs)
     AND id NOT IN (SELECT last_job_id FROM pqueue.schedules WHERE last_job_id IS NOT NULL)
-    AND (has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM pqueue.dependencies d JOIN pqueue.jobs c ON c.id = d.job_id
-        WHERE d.parent_id = jobs.id AND c.finished_at IS NULL))
+    AND (has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM pqueue.dependencies d WHERE d.parent_id = jobs.id
+        AND (SELECT state FROM pqueue.jobs c WHERE c.id = d.job_id) IN ('waiting', 'scheduled', 'pending', 'processing') LIMIT 1 OFFSET 0))
         ORDER BY finished_at LIMIT 1) + keep_cancelled_seconds AS deleted_at
 FROM pqueue.queues q;
 
@@ -953,9 +954,11 @@ DELETE FROM pqueue.history WHERE job_id = ANY (ARRAY(SELECT CAST(json_array_elem
 
 -- DELETE_DEPENDENCIES
 -- Delete the dependencies of these jobs and on them. :ids is a JSON array.
--- differs because JSON is read in another way
+-- differs because JSON is read in another way, and an OR could be planned as a scan of all dependencies
 -- $1 ids
-DELETE FROM pqueue.dependencies WHERE job_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))) OR parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)));
+DELETE FROM pqueue.dependencies WHERE 
+id = ANY (ARRAY(SELECT id FROM pqueue.dependencies WHERE job_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)))
+    UNION ALL SELECT id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)))));
 
 -- DELETE_JOBS
 -- Delete these jobs. :ids is a JSON array.
@@ -967,7 +970,7 @@ DELETE FROM pqueue.jobs WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_te
 -- Return which of these jobs are processing. :ids is a JSON array.
 -- differs because JSON is read in another way
 -- $1 ids
-SELECT id FROM pqueue.jobs WHERE state = 'processing' AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)));
+SELECT id FROM pqueue.jobs WHERE state || '' = 'processing' AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)));
 
 -- STATES_OF
 -- Return the states of these jobs. :ids is a JSON array.
@@ -999,11 +1002,12 @@ SELECT queue, task, jobs FROM (
     SELECT queue, task, count(*) AS jobs, min(run_at) AS oldest FROM pqueue.jobs
     WHERE state = 'pending' AND assigned_to IS NULL GROUP BY queue, task) waiting
 WHERE oldest < $1 AND NOT EXISTS
-    (SELECT 1 FROM pqueue.jobs WHERE state = 'completed' AND queue = waiting.queue AND finished_at >= $1)
-AND NOT EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'failed' AND queue = waiting.queue AND finished_at >= $1)
-AND NOT EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'processing' AND queue = waiting.queue AND started_at >= $1)
-AND NOT EXISTS (SELECT 1 FROM pqueue.history JOIN pqueue.jobs ON jobs.id = job_id
-    WHERE history.id > (SELECT max(id) FROM pqueue.history) - 100 AND at >= $1 AND queue = waiting.queue);
+    (SELECT 1 FROM pqueue.jobs WHERE state = 'completed' AND queue = waiting.queue AND finished_at >= $1 LIMIT 1 OFFSET 0)
+AND NOT EXISTS
+    (SELECT 1 FROM pqueue.jobs WHERE state = 'failed' AND queue = waiting.queue AND finished_at >= $1 LIMIT 1 OFFSET 0)
+AND queue NOT IN (SELECT queue FROM pqueue.jobs WHERE state = 'processing' AND started_at >= $1)
+AND queue NOT IN (SELECT coalesce((SELECT queue FROM pqueue.jobs WHERE jobs.id = job_id), '') FROM pqueue.history
+    WHERE history.id > (SELECT max(id) FROM pqueue.history) - 100 AND at >= $1);
 
 -- FAILURES
 -- Return the groups of failed jobs that were last to fail.
@@ -1029,10 +1033,10 @@ ON CONFLICT DO NOTHING;
 -- A move is marked in history by a row with job_id 0 and JSON in `error`. In the source: 'moving' while it waits for
 -- running jobs, then 'moved', with {"token", "to"}; `attempt` is the number of calls of `finish_move`. In the target:
 -- 'moved here', with {"token", "last_id"}: the last job of the source copied as of the call number `attempt`.
-SELECT id, at, event, attempt, error FROM pqueue.history WHERE job_id = 0 AND event IN ('moving', 'moved') ORDER BY id DESC;
+SELECT id, at, event, attempt, error FROM pqueue.history WHERE job_id = 0 AND event IN ('moving', 'moved') ORDER BY +id DESC;
 
 -- MARKS_HERE
-SELECT id, attempt, error FROM pqueue.history WHERE job_id = 0 AND event = 'moved here' ORDER BY id DESC;
+SELECT id, attempt, error FROM pqueue.history WHERE job_id = 0 AND event = 'moved here' ORDER BY +id DESC;
 
 -- ADD_MARK
 -- $1 now, $2 event, $3 actor, $4 attempt, $5 error
@@ -1068,7 +1072,7 @@ SELECT id FROM added;
 
 -- HISTORY_OF
 -- $1 id
-SELECT at, event, actor, attempt, error, started_at FROM pqueue.history WHERE job_id = $1 ORDER BY id;
+SELECT at, event, actor, attempt, error, started_at FROM pqueue.history WHERE job_id = $1 ORDER BY +id;
 
 -- COPY_HISTORY
 -- $1 id, $2 at, $3 event, $4 actor, $5 attempt, $6 error, $7 started_at
@@ -1176,8 +1180,8 @@ SELECT id FROM pqueue.jobs WHERE state || '' = 'waiting' AND id = ANY (ARRAY(SEL
 -- $1 now, $2 ids
 UPDATE pqueue.jobs SET state = 'failed', finished_at = $1, error =
     (SELECT 'job ' || id || CASE p.state WHEN 'failed' THEN ' failed' ELSE ' was cancelled' END FROM pqueue.jobs p
-     WHERE id = (SELECT min(parent_id) FROM pqueue.dependencies d WHERE job_id = jobs.id AND d.after_failed = 'fail' AND d.parent_id = ANY (ARRAY(SELECT id FROM pqueue.jobs p WHERE p.state IN ('failed', 'cancelled') AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint)))))))
-WHERE state || '' = 'waiting' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies d WHERE d.after_failed = 'fail' AND d.parent_id = ANY (ARRAY(SELECT id FROM pqueue.jobs p WHERE p.state IN ('failed', 'cancelled') AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint))))))) RETURNING id;
+     WHERE id = (SELECT min(parent_id) FROM pqueue.dependencies d WHERE job_id = jobs.id AND d.after_failed = 'fail' AND d.parent_id = ANY (ARRAY(SELECT id FROM pqueue.jobs p WHERE state IN ('failed', 'cancelled') AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint)))))))
+WHERE state || '' = 'waiting' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies d WHERE d.after_failed = 'fail' AND d.parent_id = ANY (ARRAY(SELECT id FROM pqueue.jobs p WHERE state IN ('failed', 'cancelled') AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint))))))) RETURNING id;
 
 -- COUNT_DOWN
 -- Promote the jobs that wait for no others than these, which finished; return the new states.
@@ -1201,17 +1205,15 @@ SELECT id, $1, 'failed', 'dependency', attempts, error FROM pqueue.jobs WHERE id
 -- Take the keys whose time is over from the jobs that hold those of the dependents of these jobs.
 -- differs because JSON is read in another way
 -- $1 now, $2 ids
-UPDATE pqueue.jobs SET key_expires_at = NULL WHERE key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
-    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) AND key_expires_at <= $1 AND (queue, task, key) IN
-    (SELECT queue, task, key FROM pqueue.jobs
-     WHERE waits_for > 0 AND state || '' = 'failed' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint))))));
+UPDATE pqueue.jobs SET key_expires_at = NULL WHERE id = ANY (ARRAY(SELECT (SELECT id FROM pqueue.jobs o WHERE (o.queue, o.task, o.key) = (c.queue, c.task, c.key) AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
+    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) AND key_expires_at <= $1) FROM pqueue.jobs c WHERE c.waits_for > 0 AND state || '' = 'failed' AND c.id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint)))))));
 
 -- FAMILY
 -- Return the dependents of these jobs, and all parents of those.
 -- differs because JSON is read in another way
 -- $1 ids
 SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))) UNION
-SELECT parent_id FROM pqueue.dependencies WHERE job_id IN (SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))));
+SELECT parent_id FROM pqueue.dependencies WHERE job_id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)))));
 
 -- RESTORE
 -- Let the jobs wait again that failed with these, which were resubmitted; return their ids.
@@ -1219,24 +1221,26 @@ SELECT parent_id FROM pqueue.dependencies WHERE job_id IN (SELECT job_id FROM pq
 -- $1 ids
 UPDATE pqueue.jobs SET state = 'waiting', finished_at = NULL, error = NULL
 WHERE state || '' = 'failed' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))))) AND waits_for > 0
-    AND NOT EXISTS (SELECT 1 FROM pqueue.dependencies d JOIN pqueue.jobs p ON p.id = d.parent_id WHERE d.job_id = jobs.id AND d.after_failed = 'fail' AND p.state IN ('failed', 'cancelled'))
-    AND (key_until IS NULL OR NOT EXISTS (SELECT 1 FROM pqueue.jobs o
-        WHERE o.queue = jobs.queue AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
-    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)))) RETURNING id;
+    AND NOT EXISTS (SELECT 1 FROM pqueue.dependencies d
+        WHERE d.job_id = jobs.id AND d.after_failed = 'fail' AND (SELECT state FROM pqueue.jobs p WHERE p.id = d.parent_id) IN ('failed', 'cancelled') LIMIT 1 OFFSET 0)
+    AND (key_until IS NULL OR NOT EXISTS (SELECT 1 FROM pqueue.jobs o WHERE o.queue = jobs.queue
+        AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
+    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) LIMIT 1 OFFSET 0)) RETURNING id;
 
 -- RECOUNT_PARENTS
 -- Count anew for how many others the dependents of these jobs wait.
 -- differs because JSON is read in another way
 -- $1 ids
-UPDATE pqueue.jobs SET waits_for = (SELECT count(*) FROM pqueue.dependencies d JOIN pqueue.jobs p ON p.id = d.parent_id WHERE d.job_id = jobs.id AND p.finished_at IS NULL)
+UPDATE pqueue.jobs SET waits_for =
+    (SELECT count(*) FROM pqueue.dependencies d WHERE d.job_id = jobs.id AND (SELECT state FROM pqueue.jobs p WHERE p.id = d.parent_id) IN ('waiting', 'scheduled', 'pending', 'processing'))
 WHERE state || '' = 'waiting' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)))));
 
 -- NEEDED
 -- Return these jobs that unfinished others run after, each with one of those.
 -- differs because JSON is read in another way
 -- $1 ids
-SELECT d.parent_id, min(d.job_id) FROM pqueue.dependencies d JOIN pqueue.jobs c ON c.id = d.job_id
-WHERE d.parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))) AND c.finished_at IS NULL AND NOT c.id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))) GROUP BY d.parent_id ORDER BY d.parent_id;
+SELECT d.parent_id, min(d.job_id) FROM pqueue.dependencies d WHERE d.parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))) AND NOT d.job_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)))
+    AND (SELECT state FROM pqueue.jobs c WHERE c.id = d.job_id) IN ('waiting', 'scheduled', 'pending', 'processing') GROUP BY d.parent_id ORDER BY d.parent_id;
 
 -- ADD_DEPENDENCIES
 -- Let each of the jobs :ids run after each of :parents.
@@ -1267,7 +1271,7 @@ SELECT name, task FROM pqueue.handlers ORDER BY name;
 SELECT id, queue, jobs.task, error, attempts, consumer, coalesce(t.task, q.task) AS handler FROM pqueue.jobs
 LEFT JOIN pqueue.handlers t ON t.name = 'task:' || jobs.task LEFT JOIN pqueue.handlers q ON q.name = 'queue:' || queue
 WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))) AND state = 'failed' AND coalesce(t.task, q.task) IS NOT NULL
-    AND NOT EXISTS (SELECT 1 FROM pqueue.dependencies WHERE job_id = jobs.id AND after_failed = 'handle')
+    AND NOT EXISTS (SELECT 1 FROM pqueue.dependencies WHERE job_id = jobs.id AND after_failed = 'handle' LIMIT 1 OFFSET 0)
 ORDER BY id;
 
 -- ADD_HANDLER_JOB
@@ -1331,7 +1335,7 @@ GROUP BY at - at % $1, queue, task, event, run, wait ORDER BY 1, 2, 3;
 -- $1 until
 SELECT 0 AS step, queue, task, event, run, wait, CAST(sum(number) AS bigint), sum(run_seconds), sum(wait_seconds) FROM (
     SELECT at, queue, task, event, run, wait, number, run_seconds, wait_seconds FROM pqueue.outcomes WHERE period = 0 AND event <> 'counted'
-    UNION ALL SELECT at, queue, task, event, run, wait, number, run_seconds, wait_seconds FROM pqueue.outcomes WHERE shard <> 0 AND period = 60 AND at < $1
+    UNION ALL SELECT at, queue, task, event, run, wait, number, run_seconds, wait_seconds FROM pqueue.outcomes WHERE shard <> 0 AND +period = 60 AND at < $1
     UNION ALL SELECT at, queue, task, event, run, wait, -number, -run_seconds, -wait_seconds FROM pqueue.outcomes WHERE period IN (60, 3600) AND at >= $1
         AND shard = 0) counts
 GROUP BY queue, task, event, run, wait HAVING sum(number) <> 0 ORDER BY 2, 3;
@@ -1352,12 +1356,12 @@ SELECT min(at) FROM pqueue.outcomes WHERE period = $1;
 
 -- HAS_RECENT
 -- $1 before
-SELECT EXISTS (SELECT 1 FROM pqueue.outcomes WHERE shard <> 0 AND period = 60 AND at < $1);
+SELECT EXISTS (SELECT 1 FROM pqueue.outcomes WHERE shard <> 0 AND +period = 60 AND at < $1);
 
 -- ADD_TO_TOTAL
 -- Add these minutes to the total.
 -- $1 before
-INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, shard, number, run_seconds, wait_seconds) SELECT 0, 0, queue, task, event, run, wait, 0, sum(number), sum(run_seconds), sum(wait_seconds) FROM pqueue.outcomes WHERE shard <> 0 AND period = 60 AND at < $1 GROUP BY queue, task, event, run, wait
+INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, shard, number, run_seconds, wait_seconds) SELECT 0, 0, queue, task, event, run, wait, 0, sum(number), sum(run_seconds), sum(wait_seconds) FROM pqueue.outcomes WHERE shard <> 0 AND +period = 60 AND at < $1 GROUP BY queue, task, event, run, wait
 
 ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
     run_seconds = outcomes.run_seconds + excluded.run_seconds,
@@ -1366,7 +1370,7 @@ ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET num
 -- MERGE
 -- Mark them as added.
 -- $1 before
-INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, shard, number, run_seconds, wait_seconds) SELECT 60, at, queue, task, event, run, wait, 0, number, run_seconds, wait_seconds FROM pqueue.outcomes WHERE shard <> 0 AND period = 60 AND at < $1
+INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, shard, number, run_seconds, wait_seconds) SELECT 60, at, queue, task, event, run, wait, 0, number, run_seconds, wait_seconds FROM pqueue.outcomes WHERE shard <> 0 AND +period = 60 AND at < $1
 
 ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
     run_seconds = outcomes.run_seconds + excluded.run_seconds,
@@ -1374,7 +1378,7 @@ ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET num
 
 -- DELETE_RECENT
 -- $1 before
-DELETE FROM pqueue.outcomes WHERE shard <> 0 AND period = 60 AND at < $1;
+DELETE FROM pqueue.outcomes WHERE shard <> 0 AND +period = 60 AND at < $1;
 
 -- ADD_UP
 -- Add minutes before :before up to hours.
@@ -1451,7 +1455,7 @@ SELECT q.name,
     (SELECT count(DISTINCT name) FROM (SELECT name FROM pqueue.queue_groups g
         WHERE g.queue = q.name AND (next_at >= 0 OR next_at IS NULL) UNION SELECT name FROM pqueue.group_events e WHERE e.queue = q.name AND task IS NOT NULL) listed) AS pending,
     EXISTS (SELECT 1 FROM pqueue.queue_tasks t
-        WHERE t.queue = q.name AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL)) AS has_unnamed,
+        WHERE t.queue = q.name AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0)) AS has_unnamed,
     (SELECT count(*) FROM (SELECT 1 FROM pqueue.jobs WHERE queue = q.name AND state = 'processing' AND counted = 1
         GROUP BY "group" HAVING count(*) >= q.max_running) full_ones) AS at_max_running,
     (SELECT count(DISTINCT g.name) FROM pqueue.queue_groups g WHERE g.queue = q.name AND next_at > $1) AS at_rate
@@ -1466,7 +1470,7 @@ SELECT (SELECT min(next_at) FROM pqueue.queue_groups WHERE next_at > 0) <= $1,
     EXISTS (SELECT 1 FROM pqueue.queues WHERE grouped = 0),
     EXISTS (SELECT 1 FROM pqueue.queue_groups WHERE next_at = 0) OR EXISTS (
         SELECT 1 FROM pqueue.queues q CROSS JOIN pqueue.queue_tasks t
-        WHERE q.grouped = 1 AND t.queue = q.name AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL));
+        WHERE q.grouped = 1 AND t.queue = q.name AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0));
 
 -- WAKE_DELAYED
 -- Mark the groups whose rate allows the next job now.
@@ -1482,7 +1486,8 @@ WHERE id = ANY (ARRAY(SELECT id FROM pqueue.queue_groups WHERE next_at > 0 AND n
 -- $1 width, $2 queues, $3 tasks
 SELECT q.name, t.task, g.name, g.turn,
     (SELECT weight FROM pqueue.group_weights w WHERE w.queue = g.queue AND w.name = g.name),
-    q.turn, q.unnamed_turn, max_running IS NOT NULL OR rate_jobs IS NOT NULL, EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL)
+    q.turn, q.unnamed_turn, max_running IS NOT NULL OR rate_jobs IS NOT NULL,
+    EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0)
 FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name LEFT JOIN LATERAL
     (SELECT * FROM pqueue.queue_groups WHERE queue = t.queue AND task = t.task AND next_at = 0
      ORDER BY turn, name LIMIT $1) g ON true
@@ -1598,7 +1603,7 @@ DELETE FROM pqueue.group_starts WHERE queue = $1 AND name = $2 AND n <= $3;
 DELETE FROM pqueue.queue_groups WHERE id = ANY (ARRAY(
     SELECT id FROM pqueue.queue_groups g WHERE next_at < 0 AND turn <= (SELECT turn FROM pqueue.queues WHERE name = g.queue)
     AND NOT EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = g.queue AND task = g.task AND "group" = g.name
-        AND state = 'pending' AND assigned_to IS NULL) LIMIT $1 FOR UPDATE SKIP LOCKED));
+        AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0) LIMIT $1 FOR UPDATE SKIP LOCKED));
 
 -- Statements that only PostgreSQL has
 
@@ -1694,7 +1699,7 @@ SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at
     OR (SELECT next_at FROM pqueue.queue_groups WHERE next_at > 0 ORDER BY next_at LIMIT 1) <= $7
     OR EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4)
     OR EXISTS (SELECT 1 FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name
-        WHERE q.grouped = 1 AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL)))) AND state = 'pending' AND ctid = ANY (ARRAY(
+        WHERE q.grouped = 1 AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0)))) AND state = 'pending' AND ctid = ANY (ARRAY(
     SELECT ctid FROM (
         SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
         FROM (
@@ -1749,7 +1754,7 @@ SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at
     OR (SELECT next_at FROM pqueue.queue_groups WHERE next_at > 0 ORDER BY next_at LIMIT 1) <= $3
     OR EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $8)
     OR EXISTS (SELECT 1 FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name
-        WHERE q.grouped = 1 AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL)))) AND state = 'pending' AND ctid = ANY (ARRAY(
+        WHERE q.grouped = 1 AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0)))) AND state = 'pending' AND ctid = ANY (ARRAY(
     SELECT ctid FROM (
         SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
         FROM (
@@ -1807,7 +1812,7 @@ SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at
     OR (SELECT next_at FROM pqueue.queue_groups WHERE next_at > 0 ORDER BY next_at LIMIT 1) <= $5
     OR EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4)
     OR EXISTS (SELECT 1 FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name
-        WHERE q.grouped = 1 AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL)))) AND state = 'pending' AND ctid = ANY (ARRAY(
+        WHERE q.grouped = 1 AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0)))) AND state = 'pending' AND ctid = ANY (ARRAY(
     SELECT ctid FROM (
         SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
         FROM (
@@ -1835,8 +1840,8 @@ SELECT name FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($1 
 -- $1 locked
 WITH events AS (DELETE FROM pqueue.group_events WHERE queue = ANY (CAST($1 AS text[])) RETURNING queue, name, task)
 INSERT INTO pqueue.queue_groups (queue, name, task)
-SELECT DISTINCT e.queue, e.name, coalesce(e.task, g.task) FROM events e
-LEFT JOIN pqueue.queue_groups g ON e.task IS NULL AND g.queue = e.queue AND g.name = e.name AND g.next_at IS NULL
+SELECT DISTINCT e.queue, e.name, coalesce(e.task, g.task) FROM events e LEFT JOIN LATERAL (SELECT task FROM pqueue.queue_groups
+    WHERE e.task IS NULL AND queue = e.queue AND name = e.name AND next_at IS NULL OFFSET 0) g ON true
 WHERE coalesce(e.task, g.task) IS NOT NULL
 ON CONFLICT (queue, name, task) DO UPDATE SET next_at = 0
 WHERE queue_groups.next_at IS NULL OR queue_groups.next_at < 0;
@@ -1899,11 +1904,12 @@ FROM (SELECT g.queue, g.name, max_running, rate_jobs, rate_seconds, max_running 
 -- that let another job run after it is seen to be needed only by a later statement than PRUNABLE.
 -- $1 ids
 WITH old AS MATERIALIZED (
-    SELECT id FROM pqueue.jobs WHERE id = ANY (CAST($1 AS bigint[])) AND (has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM pqueue.dependencies d JOIN pqueue.jobs c ON c.id = d.job_id
-        WHERE d.parent_id = jobs.id AND c.finished_at IS NULL))),
+    SELECT id FROM pqueue.jobs WHERE id = ANY (CAST($1 AS bigint[])) AND (has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM pqueue.dependencies d WHERE d.parent_id = jobs.id
+        AND (SELECT state FROM pqueue.jobs c WHERE c.id = d.job_id) IN ('waiting', 'scheduled', 'pending', 'processing') LIMIT 1 OFFSET 0))),
 events AS (DELETE FROM pqueue.history WHERE job_id = ANY (ARRAY(SELECT id FROM old))),
-edges AS (DELETE FROM pqueue.dependencies
-    WHERE job_id = ANY (ARRAY(SELECT id FROM old)) OR parent_id = ANY (ARRAY(SELECT id FROM old))),
+edges AS (DELETE FROM pqueue.dependencies WHERE 
+id = ANY (ARRAY(SELECT id FROM pqueue.dependencies WHERE job_id = ANY (ARRAY(SELECT id FROM old))
+    UNION ALL SELECT id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT id FROM old))))),
 deleted AS (DELETE FROM pqueue.jobs WHERE id = ANY (ARRAY(SELECT id FROM old)) RETURNING 1)
 SELECT count(*) FROM deleted;
 
@@ -1911,8 +1917,8 @@ SELECT count(*) FROM deleted;
 -- Lock the job that holds the key: it must not be delivered or finished before the transaction, which may write data
 -- for it, ends.
 -- $1 id
-SELECT 1 FROM pqueue.jobs WHERE id = $1 AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
-    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) FOR SHARE;
+SELECT 1 FROM pqueue.jobs WHERE id = $1 AND (key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
+    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL))) IS TRUE FOR SHARE;
 
 -- MARK_RUNNING
 -- Mark a consumer as running that others may have marked as dead.
@@ -1923,7 +1929,7 @@ UPDATE pqueue.consumers SET state = 'running', last_seen_at = $1 WHERE token = $
 -- Add minutes to the total, and merge the rows that several connections wrote for them.
 -- $1 before
 WITH old AS (
-    DELETE FROM pqueue.outcomes WHERE ctid = ANY (ARRAY(SELECT ctid FROM pqueue.outcomes WHERE shard <> 0 AND period = 60 AND at < $1 ORDER BY period, at, queue, task, event, run, wait, shard FOR UPDATE SKIP LOCKED))
+    DELETE FROM pqueue.outcomes WHERE ctid = ANY (ARRAY(SELECT ctid FROM pqueue.outcomes WHERE shard <> 0 AND +period = 60 AND at < $1 ORDER BY period, at, queue, task, event, run, wait, shard FOR UPDATE SKIP LOCKED))
     RETURNING *),
 merged AS (
     INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, shard, number, run_seconds, wait_seconds)

@@ -73,7 +73,8 @@ class Leases:
                 log("waiting", consumer=self.name, reason=error)
         if now - self._checked > CHECK_SECONDS:
             self._checked = now
-            held = {(job_id, claim_number(token)) for job_id, token in self.queue.held_leases(self.name)}
+            leases = self.queue.held_leases(self.name, (run.job_id for run in runs))
+            held = {(job_id, claim_number(token)) for job_id, token in leases}
             still = {run.key for slot in self.record.slots if slot.fields[fields.RUNNING] and (run := slot.run())}
             gone = still.intersection(run.key for run in runs) - held
             self._lost = {key for key in gone if key in self._lost or not self._is_settled(key[0])}
