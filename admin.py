@@ -55,11 +55,11 @@ from pqueue_tools.completion import complete, script
 from pqueue_tools.masking import masked_job
 from pqueue_tools.output import OPTIONS, CommandResult, agreed, show_progress, table, wants_rows, width, write
 from pqueue_tools.process import (
-    escape_unencodable,
     expect_posix,
     id_list,
     module_name,
     open_soon,
+    prepare_streams,
     print_error,
     whole_number,
 )
@@ -1105,7 +1105,7 @@ def _reporting_damage(queue: PersistentQInterface) -> Iterator[None]:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    escape_unencodable()
+    prepare_streams()
     if arguments[:2] == ["complete", "--"]:  # of the script that `completion` prints
         for each in complete(COMMANDS, arguments[2:], _known_values):
             print(each)

@@ -29,7 +29,6 @@ from pqueue_tools import file_task
 from pqueue_tools.process import (
     LEVELS,
     OneLineParser,
-    escape_unencodable,
     expect_posix,
     folder,
     log,
@@ -37,6 +36,7 @@ from pqueue_tools.process import (
     on_termination,
     open_soon,
     open_waiting,
+    prepare_streams,
     report,
     seconds,
     set_log,
@@ -64,7 +64,7 @@ class ProgressBar:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    escape_unencodable()
+    prepare_streams()
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.wait is not None and not options.drain:

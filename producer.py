@@ -30,13 +30,13 @@ from pqueue import PersistentQInterface, QueueError
 from pqueue_tools import file_task
 from pqueue_tools.process import (
     OneLineParser,
-    escape_unencodable,
     expect_posix,
     folder,
     is_orphaned,
     log,
     on_termination,
     open_waiting,
+    prepare_streams,
     print_error,
     report,
     retry_while_busy,
@@ -145,7 +145,7 @@ def _random_lines() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    escape_unencodable()
+    prepare_streams()
     options = _parser().parse_args(arguments)
     try:
         expect_posix()

@@ -5,7 +5,6 @@ It has a single thread, imports none of the user's modules, and needs nothing fr
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import re
@@ -30,6 +29,7 @@ from pqueue_tools import record as fields
 from pqueue_tools.leases import DUMP_SIGNAL, INTERRUPT_SIGNAL, TICK_SECONDS, Leases, limit_error
 from pqueue_tools.process import is_orphaned, log, on_termination, print_error, retry_while_busy
 from pqueue_tools.record import Record, Run, Slot
+from pqueue_tools.task_output import TaskOutput, high_copy, outputs, redirect
 
 IDLE_SECONDS = 1.0  # how often an idle keeper looks around
 GRACE_SECONDS = {  # from the interrupt of a task to the end of its process, by reason
@@ -101,6 +101,7 @@ class Keeper:
         self._blocked = 0, BLOCKED_SECONDS  # when the last step of an async task began; when to report it
         self._killed = False  # by this process
         self._pipe = self._wakeup = self._dump = -1
+        self._outputs: list[TaskOutput] = []
         self._others = set(processes.children(os.getpid()))
 
     is_refused = False  # the worker could not start or continue
@@ -129,6 +130,9 @@ class Keeper:
             for each in (self._pipe, self._wakeup):
                 undo.callback(os.close, each)
                 os.set_blocking(each, False)
+            self._outputs = outputs(self.options)
+            for output in self._outputs:
+                undo.callback(output.close)
             self._dump = _unnamed_file()
             undo.callback(os.close, self._dump)
             undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False))
@@ -182,6 +186,7 @@ class Keeper:
             self._pid = os.fork()
             if self._pid == 0:
                 processes.end_with_parent(parent)
+                redirect(self._outputs)
                 worker.run_process(self.queue, self.shared, self.record, self.options, self._wakeup, self._dump)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -230,11 +235,18 @@ class Keeper:
         seconds = TICK_SECONDS if not self._fields[fields.IDLE] and self._fields[fields.READY] else IDLE_SECONDS
         if self._draw:
             seconds = min(seconds, 4 * TICK_SECONDS)
-        poller = select.poll()
-        poller.register(self._pipe, select.POLLIN)
-        if poller.poll(seconds * 1000):
-            with suppress(BlockingIOError):
-                os.read(self._pipe, 65536)
+        until, is_awake = time.monotonic() + seconds, False
+        while not is_awake and (left := until - time.monotonic()) > 0:
+            poller = select.poll()
+            poller.register(self._pipe, select.POLLIN)
+            for output in self._outputs:
+                output.register(poller)
+            ready = dict(poller.poll(left * 1000))
+            for output in self._outputs:
+                output.forward(ready)
+            if is_awake := self._pipe in ready:
+                with suppress(BlockingIOError):
+                    os.read(self._pipe, 65536)
         self._fields[fields.ASLEEP] = 0
 
     # Watching
@@ -358,6 +370,8 @@ class Keeper:
             for pid in asleep:  # which have become children of this process
                 os.waitpid(pid, 0)
         self._has_ended()
+        for output in self._outputs:
+            output.flush()
 
     def _settle(self) -> int:
         """Settle what a worker held when it died; return how it ended."""
@@ -496,9 +510,7 @@ class Keeper:
 def _unnamed_file() -> int:
     """Return a file for tracebacks, if possible out of the way of tasks that close low descriptors."""
     with tempfile.TemporaryFile() as file:
-        with suppress(OSError):  # the limit may be lower
-            return fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 100)
-        return os.dup(file.fileno())
+        return copy if (copy := high_copy(file.fileno())) is not None else os.dup(file.fileno())
 
 
 def _ignore(*_: object) -> None:

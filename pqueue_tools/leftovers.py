@@ -33,12 +33,12 @@ from typing import Any
 import pqueue
 from pqueue_files import closing_file
 from pqueue_tools import processes
+from pqueue_tools.task_output import high_copy
 
 TRUSTED_RUNS = 20  # of a task that left nothing; then it is looked at in full only if it took long
 LONG_SECONDS = 0.005
 FULL_SECONDS = 0.1
 MAX_DESCRIPTORS = 100  # that tasks may leave open, such as connections
-HIGH_DESCRIPTOR = 100  # ours are above, out of the way of tasks that close low ones
 SIGNALS = sorted(map(int, signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}))
 COMMON_SIGNALS = [
     int(getattr(signal, f"SIG{name}"))
@@ -191,7 +191,7 @@ class ProcessState:
         self._threads = set(threading.enumerate())
         self._thread_count = _thread._count()
         self._children = set(processes.children(os.getpid()))
-        self._copies = [_high_copy(number) for number in range(3)]
+        self._copies = [high_copy(number) for number in range(3)]
         self._folder = _open_folder()
         self._streams = [sys.stdin, sys.stdout, sys.stderr]
         self._modes = list(map(_mode, self._streams))
@@ -338,16 +338,9 @@ CODEC_ERRORS = [
 ]
 
 
-def _high_copy(number: int) -> int | None:
-    for least in (HIGH_DESCRIPTOR, 3):  # the limit may be lower
-        with suppress(OSError):
-            return fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, least)
-    return None
-
-
 def _open_folder() -> int | None:
     with suppress(OSError), closing_file(os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
-        return _high_copy(folder)
+        return high_copy(folder)
     return None
 
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import IO, Any, NoReturn, TypeVar, cast
 
 import pqueue
 from pqueue import Job, PersistentQInterface, QueueBusy, QueueError, QueueFull
@@ -77,6 +77,7 @@ EVENT_LEVELS = {  # of others: info
 MAX_FIELD_CHARS = 8000
 
 _log = {"level": "info", "format": "text"}
+_log_files = list[IO[str]]()  # instead of stdout: at most one
 
 
 def set_log(level: str, form: str) -> None:
@@ -91,6 +92,11 @@ def log(event: str, level: str | None = None, **fields: Any) -> None:
     # guard: an event below the level is not logged
     if LEVELS.index(level) >= LEVELS.index(_log["level"]):
         print_line(log_line(utc_now(), event, fields, level))
+
+
+def write_log_to(file: IO[str]) -> None:
+    """Write the log to a file from now on, until a task closes it."""
+    _log_files[:] = [file]
 
 
 class TaskLog(logging.Handler):
@@ -117,19 +123,29 @@ class TaskLog(logging.Handler):
 def print_line(text: str) -> None:
     """Print the text. Ignore a closed pipe or a full disk, so that the program continues."""
     try:
-        print(text, flush=True)
+        print(text, flush=True, file=_log_files[0] if _log_files else sys.stdout)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if _log_files and error.errno == errno.EBADF:  # closed by a task
+            _log_files.clear()
+            print_line(text)
+        elif error.errno != errno.ENOSPC:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), (_log_files[0] if _log_files else sys.stdout).fileno())
     except ValueError:
         """A task has closed sys.stdout."""
 
 
-def escape_unencodable() -> None:
-    """Escape characters that the encoding of stdout or stderr cannot represent."""
+def prepare_streams() -> None:
+    """Open those of stdin, stdout and stderr that are closed, lest a file gets their numbers; escape characters that
+    the encoding of stdout or stderr cannot represent."""
+    with suppress(OSError):
+        while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+            os.set_inheritable(number, True)
+        os.close(number)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 - it stays open
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            cast(TextIOWrapper, stream).reconfigure(errors="backslashreplace")
+        cast(TextIOWrapper, stream).reconfigure(errors="backslashreplace")
 
 
 def log_line(at: str, event: str, fields: dict[str, Any], level: str = "info") -> str:

@@ -1,0 +1,141 @@
+"""What tasks write to stdout and stderr: written on as whole lines, so that it shares no line with an event of the log.
+
+The keeper reads it from pipes, and never waits for whoever reads the log.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import sys
+from argparse import Namespace
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from io import TextIOWrapper
+
+from pqueue_tools.process import log_line, utc_now, write_log_to
+
+MAX_BYTES = select.PIPE_BUF  # of a write: a pipe that is ready takes so many without waiting, and does not mix them
+READ_BYTES = 1 << 16
+LAST_MS = 1000  # how long the last lines of a worker may wait for the reader of the log
+HIGH_DESCRIPTOR = 100  # ours are above, out of the way of tasks that close low ones
+STREAMS = {1: "stdout", 2: "stderr"}
+
+
+def outputs(options: Namespace) -> list[TaskOutput]:
+    """Return the pipes for the output of tasks. To a terminal they write themselves, unless the log is JSON."""
+    is_json = options.log_format == "json"
+    return [TaskOutput(number, options.name, is_json) for number in STREAMS if is_json or not os.isatty(number)]
+
+
+def redirect(pipes: list[TaskOutput]) -> None:
+    """In the worker: let its standard descriptors be the pipes, and the log go on to what stdout was."""
+    if (number := high_copy(1)) is not None:
+        write_log_to(os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace"))
+    for each in pipes:
+        each.redirect()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
+
+
+def high_copy(number: int) -> int | None:
+    """Return a copy of a descriptor, if possible out of the way of tasks; None: it is closed, or no other is free."""
+    for least in (HIGH_DESCRIPTOR, 3):  # the limit may be lower
+        with suppress(OSError):
+            return fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, least)
+    return None
+
+
+class TaskOutput:
+    """The pipe that stands for a standard descriptor in the worker."""
+
+    def __init__(self, number: int, consumer: str, is_json: bool) -> None:
+        self._number, self._consumer, self._is_json = number, consumer, is_json
+        self._source, self._end = os.pipe()
+        os.set_blocking(self._source, False)
+        self._begun = b""  # a line without its end
+        self._ready = deque[bytes]()  # to be written, each at once
+
+    def redirect(self) -> None:
+        """In the worker: let its descriptor be the pipe."""
+        os.dup2(self._end, self._number)
+        os.close(self._end)
+        os.close(self._source)
+
+    def close(self) -> None:
+        os.close(self._end)
+        os.close(self._source)
+
+    def register(self, poller: select.poll) -> None:
+        if self._ready:  # a log that nobody reads does not stop the keeper
+            poller.register(self._number, select.POLLOUT)
+        else:
+            poller.register(self._source, select.POLLIN)
+
+    def forward(self, ready: Mapping[int, int]) -> None:
+        """Read or write once, as the poller says that this does not wait."""
+        if self._ready and self._number in ready:
+            self._write()
+        elif not self._ready and self._source in ready:
+            self._read()
+
+    def flush(self) -> None:
+        """Write the rest, after the worker has ended; what nobody reads is dropped."""
+        poller = select.poll()
+        poller.register(self._number, select.POLLOUT)
+        while self._ready or self._read() or self._end_line():
+            if not poller.poll(LAST_MS):
+                self._ready.clear()
+            while self._ready and poller.poll(0):
+                self._write()
+
+    def _end_line(self) -> bool:
+        """End a line that has begun; return whether there was one."""
+        self._ready.extend(self._events(self._begun + b"\n" if self._begun else b""))
+        return bool(self._ready)
+
+    def _read(self) -> bool:
+        """Read what there is; return whether there is something to write."""
+        try:
+            data = os.read(self._source, READ_BYTES)
+        except BlockingIOError:
+            return False
+        self._ready.extend(self._events(self._begun + data))
+        return True
+
+    def _events(self, data: bytes) -> Iterator[bytes]:
+        """Yield what is to be written of complete lines; a longer one is cut."""
+        while (end := data.rfind(b"\n", 0, MAX_BYTES) + 1) or len(data) >= MAX_BYTES:
+            lines = data[: end or MAX_BYTES - 1]
+            data = data[len(lines) :]
+            if self._is_json:
+                for line in lines.removesuffix(b"\n").split(b"\n"):
+                    yield from self._json(line)
+            else:
+                yield lines if end else lines + b"\n"
+        self._begun = data
+
+    def _json(self, line: bytes) -> Iterator[bytes]:
+        """Yield an event with the line, or several with parts of it."""
+        fields = {"consumer": self._consumer, "stream": STREAMS[self._number]}
+        event = log_line(utc_now(), "output", {**fields, "text": line.decode(errors="backslashreplace")}) + "\n"
+        if len(event) > MAX_BYTES and len(line) > 1:
+            yield from self._json(line[: len(line) // 2])
+            yield from self._json(line[len(line) // 2 :])
+        else:
+            yield event.encode()
+
+    def _write(self) -> None:
+        data = self._ready.popleft()
+        with suppress(BlockingIOError):
+            try:
+                data = data[os.write(self._number, data) :]
+            except BlockingIOError:
+                raise
+            except OSError:  # the disk is full, or nobody reads the pipe any more
+                return
+        if data:
+            self._ready.appendleft(data)

@@ -1,0 +1,140 @@
+"""What tasks write to stdout and stderr shares no line with the log of their consumer."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+
+import pytest
+from conftest import wait_until
+from test_supervisor import started, system  # noqa: F401
+
+import pqueue
+
+TASKS = r"""
+import os, subprocess, sys
+from pqueue import task
+
+PARTS = [b"no end", b"\0", b"\xc3", b"\r\x1b[2J", b'{"event": "completed"', b"\xff" * 9000, b"a line\n", b"\n\n"]
+PARTS.append(b"x" * 70000)
+
+@task(max_attempts=1)
+def write(job):
+    for stream in (1, 2): os.write(stream, PARTS[job.payload % len(PARTS)])
+    print("printed", job.id, end="")
+    subprocess.run(["printf", "of a child"], check=True)
+    if job.payload % 20 == 7: os._exit(3)
+
+@task(max_attempts=1, timeout_seconds=0.5)
+def flood(job):
+    while True: os.write(1, b"y" * 60000)
+
+@task(max_attempts=1)
+def ask(job): return [os.isatty(1), os.isatty(2)]
+"""
+
+JOBS = 40
+
+
+@pytest.fixture
+def tasks(place):
+    place.write("my_tasks.py", TASKS)
+    return place
+
+
+def settled(lines):
+    """Return the events and jobs of the lines that begin as one that says how a job ended."""
+    found = [re.match(r"\d{4}-\S+Z (\w+) consumer=\S+ job=(\d+)", line) for line in lines]
+    return {(each[1], each[2]) for each in found if each and each[1] in pqueue.FINISHED}
+
+
+def run(tasks, form, concurrency=1):
+    """Run jobs that write whatever they can; return the lines of stdout and stderr, which are one file."""
+    queue = tasks.queue()
+    queue.enqueue_many("write", range(JOBS))
+    command = ("--import", "my_tasks", "--drain", "--log-format", form, "--concurrency", concurrency)
+    child = tasks.start("consumer.py", *command)
+    assert child.wait(60) == 1
+    text = child.out.read_bytes()
+    assert text.endswith(b"\n")
+    return queue, text.decode(errors="replace").split("\n")[:-1]
+
+
+def expected_events(queue):
+    return {(job.state, str(job.id)) for job in queue.list_jobs(task="write", limit=100)}
+
+
+def expect_all(found, queue, concurrency=1):
+    """With concurrency, a task may end the process when another job is completed and that is not logged."""
+    assert found <= expected_events(queue)
+    assert concurrency > 1 or found == expected_events(queue)
+    assert len(found) > JOBS / 4
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_log_has_one_json_object_a_line_whatever_tasks_write(tasks, concurrency):
+    queue, lines = run(tasks, "json", concurrency)
+    events = [json.loads(line) for line in lines]
+    found = {(each["event"], str(each["job"])) for each in events if each["event"] in pqueue.FINISHED}
+    expect_all(found, queue, concurrency)
+    assert max(map(len, lines)) < 4096  # a pipe does not mix them
+    texts = {
+        stream: "".join(each["text"] for each in events if each.get("stream") == stream)
+        for stream in ("stdout", "stderr")
+    }
+    for text in texts.values() if concurrency == 1 else ():
+        assert text.count("x") >= 70000 * len([number for number in range(JOBS) if number % 9 == 8])
+        assert text.count(r"\xff") >= 9000 * len([number for number in range(JOBS) if number % 9 == 5])
+    assert texts["stdout"].count("of a child") >= (JOBS if concurrency == 1 else JOBS / 4)
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_each_event_of_a_text_log_begins_its_line(tasks, concurrency):
+    queue, lines = run(tasks, "text", concurrency)
+    expect_all(settled(lines), queue, concurrency)
+    assert "".join(lines).count("of a child") >= (JOBS if concurrency == 1 else JOBS / 4)
+
+
+def test_consumer_whose_log_nobody_reads_enforces_limits_and_ends(tasks):
+    queue = tasks.queue()
+    job_id = queue.enqueue("flood")
+    reader, writer = os.pipe()
+    command = tasks.command("consumer.py", "--import", "my_tasks", "--drain")
+    with subprocess.Popen(command, cwd=tasks.folder, env=tasks.environment(), stdout=writer, stderr=writer) as child:
+        wait_until(lambda: queue.get(job_id).state == "failed")
+        os.close(writer)
+        while os.read(reader, 1 << 16):
+            pass
+        assert child.wait(60) == 1
+    os.close(reader)
+    assert queue.get(job_id).error.startswith("TimeoutError: timed out after 0.5 s")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_consumer_with_closed_standard_descriptors_runs_its_tasks(tasks, closed):
+    queue = tasks.queue()
+    ids = queue.enqueue_many("write", [6] * 5)
+    command = tasks.command("consumer.py", "--import", "my_tasks", "--drain")
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *command], cwd=tasks.folder, env=tasks.environment()
+    )
+    assert done.returncode == 0
+    assert {queue.get(each).state for each in ids} == {"completed"}
+    assert queue.check()["problems"] == []
+
+
+def test_log_under_supervisor_has_one_event_a_line(system):  # noqa: F811
+    system.write("my_tasks.py", TASKS)
+    shipped = system.folder / "supervisord.conf"
+    shipped.write_text(shipped.read_text().replace("python3 consumer.py", "python3 consumer.py --import my_tasks"))
+    queue = system.queue()
+    queue.enqueue_many("write", range(JOBS))
+    supervisor = started(system, "supervisord", "-n", "-c", "supervisord.conf")
+    wait_until(lambda: {state for state, _ in expected_events(queue)} <= {"completed", "failed"})
+    supervisor.send_signal(signal.SIGTERM)
+    assert supervisor.wait(60) == 0
+    logs = [path.read_text(errors="replace") for path in (system.folder / "var/log").glob("consumer*.log*")]
+    assert expected_events(queue) <= settled("".join(logs).split("\n"))
