@@ -764,15 +764,21 @@ class OnPostgres(PersistentQSQLAlchemy):
             self._lock_out_writers(session)
             super().limit(*arguments, **options)
         if not self.in_transaction and self._read(IS_COUNTED) and not self._read(pqueue_schema.LIMITED):
-            session.alone(STOP_COUNTING, {})
+            with suppress(QueueError):  # where an event trigger forbids it, say; the triggers do no harm
+                session.alone(STOP_COUNTING, {})
 
     def _count_pending(self, session: Session, queues: Iterable[str]) -> None:  # noqa: ARG002 - counts all queues
         """Recount all queues while writers are locked out; create the triggers if a queue has a limit."""
         for statement in RECOUNT:
             session.change(statement)
         if session.run(pqueue_schema.LIMITED) and not session.run(IS_COUNTED):
-            for statement in START_COUNTING:
-                session.change(statement)
+            try:
+                for statement in START_COUNTING:
+                    session.change(statement)
+            except QueueBusy:
+                raise
+            except QueueError as error:
+                raise QueueError(f"{error} (the first limit of pending jobs adds triggers to table jobs)") from error
 
     def pause(self, queue: str, *, by: str | None = None, now: float | None = None) -> None:
         """See the base class. Waits for claims that began before."""

@@ -507,6 +507,61 @@ def test_worker_is_told_that_the_first_limit_is_set_by_the_owner(roles):
         assert "default" not in queue.stats()["queues"]  # nothing was changed
 
 
+@pytest.fixture
+def forbid(admin):
+    """A function that lets an event trigger of the DBA refuse what changes tables, and one that ends that."""
+
+    def begin(event):
+        admin.execute(
+            "CREATE FUNCTION public.refuse() RETURNS event_trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN RAISE 'no changes of tables'; END $$"
+        )
+        admin.execute(f"CREATE EVENT TRIGGER refuse ON {event} EXECUTE FUNCTION public.refuse()")
+
+    def end():
+        admin.execute("DROP EVENT TRIGGER refuse")
+        admin.execute("DROP FUNCTION public.refuse")
+
+    return begin, end
+
+
+@pytest.mark.parametrize("event", ["ddl_command_start", "ddl_command_end", "sql_drop"])
+def test_operator_removes_limits_although_the_tables_may_not_be_changed(admin, queue, forbid, event):
+    triggers = "SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'pending%'"
+    begin, end = forbid
+    queue.limit("default", 1)
+    queue.enqueue("t")
+    begin(event)
+    queue.limit("other", 1)
+    queue.limit("other", None)
+    queue.limit("default", None)
+    queue.enqueue("t")
+    assert admin.execute(triggers).fetchone()[0] == 4  # which count nothing
+    queue.check()
+    queue.compact()
+    queue.clear("default")
+    end()
+    queue.limit("default", None)
+    assert admin.execute(triggers).fetchone()[0] == 0
+
+
+@pytest.mark.parametrize("event", ["ddl_command_start", "ddl_command_end"])
+def test_operator_is_told_that_the_first_limit_changes_the_tables(admin, queue, forbid, event):
+    begin, end = forbid
+    queue.enqueue("t")
+    begin(event)
+    expected = r"no changes of tables \(the first limit of pending jobs adds triggers to table jobs\)$"
+    with pytest.raises(QueueError, match=expected) as refused:
+        queue.limit("default", 1)
+    assert not isinstance(refused.value, QueueBusy)
+    queue.enqueue("t")  # nothing was changed
+    assert queue.operations() == []
+    end()
+    queue.limit("default", 2)
+    with pytest.raises(QueueError, match="limit"):
+        queue.enqueue("t")
+
+
 def test_policy_of_the_database_holds_in_every_verb(admin, roles):
     with closing(pqueue.open_queue(roles.add("owner", *documented("owner")))) as queue:
         queue.enqueue("t", queue="theirs")
