@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import secrets
 import shlex
 import socket
@@ -180,13 +181,14 @@ def _expect_started(group: str, size: int) -> None:
     RUNNING only says that a process has existed for startsecs, in which a busy machine may not get to the tasks.
     """
     deadline, pids, started = time.monotonic() + START_SECONDS, dict[str, int](), set[str]()
+    logs: dict[str, StartLog] = {}
     while True:
         found = [each for each in processes() if each["group"] == group]
         for name, state, pid in ((each["name"], each["state"], each["pid"]) for each in found):
             was_restarted = pid != pids.setdefault(name, pid) if pid else False
             if was_restarted or state in ("BACKOFF", "EXITED", "FATAL", "UNKNOWN"):
                 raise ManagerError(f"cannot add {group}, so removed it again: {name} ended: {_last_log_line(name)}")
-            if name not in started and _says_that_it_started(name, pid):
+            if name not in started and logs.setdefault(name, StartLog(name)).says_that_it_started(pid):
                 started.add(name)
         if len(started) == size and all(each["state"] == "RUNNING" for each in found):
             return
@@ -197,11 +199,24 @@ def _expect_started(group: str, size: int) -> None:
         time.sleep(0.1)
 
 
-def _says_that_it_started(name: str, pid: int) -> bool:
-    with suppress(OSError):
-        text = (LOGS / f"{name}.log").read_text(encoding="utf-8", errors="replace")
-        return f" started consumer={name} pid={pid} " in text
-    return False
+class StartLog:
+    """The log of a consumer, as far as it says which processes have started. Each part is read once."""
+
+    def __init__(self, name: str) -> None:
+        self._path = LOGS / f"{name}.log"
+        self._line = re.compile(rf" started consumer={re.escape(name)} pid=(\d+) ".encode())
+        self._read, self._started = 0, set[int]()
+
+    def says_that_it_started(self, pid: int) -> bool:
+        with suppress(OSError), self._path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < self._read:  # supervisord has begun another
+                self._read = 0
+            file.seek(self._read)
+            new = file.read()
+            lines = new[: new.rfind(b"\n") + 1]
+            self._read += len(lines)
+            self._started.update(map(int, self._line.findall(lines)))
+        return pid in self._started
 
 
 def _last_log_line(name: str) -> str:

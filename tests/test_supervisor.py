@@ -191,6 +191,21 @@ def manage(place, *arguments):
     )
 
 
+def test_manager_reads_each_part_of_a_log_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervisor, "LOGS", tmp_path)
+    path, log = tmp_path / "consumer2_00.log", supervisor.StartLog("consumer2_00")
+    assert not log.says_that_it_started(7)
+    path.write_text("2026 started consumer=consumer2_00 pid=6 database=/q.db\n" + "x" * 9000 + "\n2026 started consu")
+    assert (log.says_that_it_started(6), log.says_that_it_started(7)) == (True, False)
+    with path.open("r+") as file:  # what was read is not read again
+        file.write("y" * 9000)
+        file.seek(0, os.SEEK_END)
+        file.write("mer=consumer2_00 pid=7 database=/q.db\n")
+    assert (log.says_that_it_started(6), log.says_that_it_started(7)) == (True, True)
+    path.write_text("2026 started consumer=consumer2_00 pid=8 database=/q.db\n")  # supervisord has begun another
+    assert log.says_that_it_started(8)
+
+
 def test_manager_adds_and_removes_consumers_while_others_run(system):
     started(system, "supervisord", "-n", "-c", "supervisord.conf")
     queue = queue_of(system)
