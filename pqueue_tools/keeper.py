@@ -9,6 +9,7 @@ import math
 import os
 import re
 import select
+import shutil
 import signal
 import sys
 import tempfile
@@ -110,6 +111,9 @@ class Keeper:
         """Run workers until asked to stop, or until the queue is drained; return the exit code."""
         self.shared = self.queue.share(self.name)
         failed = self._count_failed()
+        if not can_watch():
+            risk = "if this process is stopped, its jobs may also run elsewhere: it needs /bin/sh, sleep and /proc"
+            log("no watchdog", consumer=self.name, reason=risk)
         with self._resources():
             outcome = self._run_workers()
         self.is_refused = outcome == fields.REFUSED
@@ -511,6 +515,11 @@ def _unnamed_file() -> int:
     """Return a file for tracebacks, if possible out of the way of tasks that close low descriptors."""
     with tempfile.TemporaryFile() as file:
         return copy if (copy := high_copy(file.fileno())) is not None else os.dup(file.fileno())
+
+
+def can_watch() -> bool:
+    """Return whether there is what the watchdog needs."""
+    return os.access("/bin/sh", os.X_OK) and shutil.which("sleep") is not None and os.path.exists("/proc/self/status")
 
 
 def _ignore(*_: object) -> None:

@@ -662,6 +662,15 @@ def test_worker_of_a_stopped_keeper_dies_before_anybody_takes_the_job(tasks, tas
     assert child.poll() is None
 
 
+def test_consumer_says_that_it_can_have_no_watchdog(tasks):
+    queue = tasks.queue()
+    queue.enqueue("good")
+    done = drain(tasks, PATH="/nowhere")
+    assert (done.returncode, done.stdout.count(" no watchdog ")) == (0, 1)
+    assert queue.count_jobs(state="completed") == 1
+    assert " no watchdog " not in drain(tasks).stdout
+
+
 def test_watchdog_spares_a_worker_whose_keeper_works(tasks):
     queue = tasks.queue()
     job_id = queue.enqueue("patient")
