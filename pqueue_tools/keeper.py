@@ -512,9 +512,17 @@ class Keeper:
 
 
 def _unnamed_file() -> int:
-    """Return a file for tracebacks, if possible out of the way of tasks that close low descriptors."""
-    with tempfile.TemporaryFile() as file:
-        return copy if (copy := high_copy(file.fileno())) is not None else os.dup(file.fileno())
+    """Return a file for tracebacks, if possible in memory, as a container may have no temporary folder, and out of the
+    way of tasks that close low descriptors."""
+    try:
+        file = os.memfd_create("pqueue-traceback")
+    except (AttributeError, OSError):  # not Linux, or not allowed
+        with tempfile.TemporaryFile() as temporary:
+            file = os.dup(temporary.fileno())
+    if (copy := high_copy(file)) is None:
+        return file
+    os.close(file)
+    return copy
 
 
 def can_watch() -> bool:

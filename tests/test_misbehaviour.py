@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from conftest import ROOT, parent, wait_until
 
 import pqueue
 from consumer import Consumer
-from pqueue_tools import processes
+from pqueue_tools import keeper, processes
 from pqueue_tools.leases import Leases, claim_number
 from pqueue_tools.record import Record
 
@@ -660,6 +661,14 @@ def test_worker_of_a_stopped_keeper_dies_before_anybody_takes_the_job(tasks, tas
     wait_until(lambda: queue.get(later).state == "completed")
     queue.complete(job)
     assert child.poll() is None
+
+
+def test_keeper_needs_no_temporary_folder(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    file = keeper._unnamed_file()
+    os.write(file, b"a traceback")
+    assert (os.fstat(file).st_size, file >= 100) == (11, True)
+    os.close(file)
 
 
 def test_consumer_says_that_it_can_have_no_watchdog(tasks):
