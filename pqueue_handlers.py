@@ -80,12 +80,14 @@ class Handling(Backend):
         return dict(self._read(HANDLERS))
 
     def _set_handler(self, name: str, task: str | None, by: str | None, now: float | None) -> None:
+        if task is not None:
+            valid_name("task", task)
         with self._transaction() as session:
             self.record(f"set failure handler of {name.replace(':', ' ', 1)}: {task or 'none'}", by=by, now=now)
             if task is None:
                 session.change(DELETE_HANDLER, {"name": name})
             else:
-                session.change(SET_HANDLER, {"name": name, "task": valid_name("task", task)})
+                session.change(SET_HANDLER, {"name": name, "task": task})
 
     def _handle_failures(self, session: Session, job_ids: list[int], now: float) -> None:
         """Enqueue the jobs of the handlers of these jobs, as far as they failed."""

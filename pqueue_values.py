@@ -436,8 +436,8 @@ def valid_filter(what: str, value: str, most: int) -> str:
         raise ValueError(f"expected {what} to be a text, got {short(value)}")
     if len(value) > most:
         raise ValueError(f"expected {what} to be at most {most:,} characters, got {len(value):,}")
-    if "\0" in value and what != "text":
-        raise ValueError(f"expected {what} to be printable, got {short(value)}")  # PostgreSQL cannot compare it
+    if what != "text" and re.search("[\0\ud800-\udfff]", value):
+        raise ValueError(f"expected {what} to be printable, got {short(value)}")  # no database can compare it
     return value
 
 

@@ -3530,12 +3530,22 @@ class QueueContract:
             ({"text": "ü" * 60_000}, "got 60,000"),
             ({"task": "x" * 60_000}, "expected task to be at most 255 characters, got 60,000"),
             ({"queue": "a\0b"}, "expected queue to be printable"),
+            *(
+                ({name: "a\ud800"}, f"expected {name} to be printable, got 'a\\ud800'")
+                for name in ("group", "fingerprint")
+            ),
             ({"key": 5}, "expected key to be a text, got 5"),
             ({"text": b"x"}, "expected text to be a text, got b'x'"),
         ):
             for look in (self.queue.list_jobs, self.queue.count_jobs):
                 with self.assertRaisesRegex(ValueError, re.escape(message)):
                     look(**filters)
+
+    def test_handler_that_is_no_name_of_a_task_is_refused(self):
+        for task in ("\ud800", "", 5):
+            with self.assertRaisesRegex(ValueError, "expected a task name of 1 to 255 printable characters, got"):
+                self.queue.on_failed("default", task)
+        self.assertEqual((self.queue.handlers(), self.queue.operations()), ({}, []))
 
     def test_misspelled_option_names_the_method(self):
         queue = self.queue
