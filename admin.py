@@ -32,7 +32,6 @@ from pqueue import JobNotFound, PersistentQInterface, QueueError
 from pqueue_files import closing_file
 from pqueue_operating import spread
 from pqueue_outcomes import EVENTS, Expectation
-from pqueue_search import fingerprint
 from pqueue_tools import monitor as live
 from pqueue_tools import moving, supervisor
 from pqueue_tools.commands import (
@@ -77,6 +76,7 @@ from pqueue_tools.report import (
     history,
     is_time,
     job_object,
+    last_error,
     metrics,
     now_shown,
     printable,
@@ -214,19 +214,17 @@ def failedjobs(queue: PersistentQInterface, options: argparse.Namespace) -> Comm
     groups = queue.failures()[: options.limit]
     return CommandResult(
         [
-            {**{key: each[key] for key in ("jobs", "task", "last_id")}, "error": _whole_error(queue, each)}
+            {**{key: each[key] for key in ("jobs", "task", "last_id")}, "error": _last_error(queue, each)}
             for each in groups
         ]
     )
 
 
-def _whole_error(queue: PersistentQInterface, group: dict[str, Any]) -> str:
-    """Return the first line of the last error of a group; the groups have its beginning only."""
+def _last_error(queue: PersistentQInterface, group: dict[str, Any]) -> str:
+    error = None
     with suppress(JobNotFound):
-        line = first_line(queue.get(group["last_id"]).error)
-        if fingerprint(line) == group["error"]:
-            return line
-    return str(group["error"])
+        error = queue.get(group["last_id"]).error
+    return last_error(group, error)
 
 
 @command(INSPECT, "show", JOB_ID, examples="show 17")

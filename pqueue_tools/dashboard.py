@@ -162,7 +162,7 @@ class FigureCache:
             "hour": _hour,
             "days": _Days(),
             "processing": _processing,
-            "failures": PersistentQInterface.failures,
+            "failures": _failures,
             "consumers": _consumers,
             "handlers": PersistentQInterface.handlers,
             "schedules": lambda queue: [report.schedule_row(each) for each in queue.schedules()],
@@ -441,6 +441,15 @@ def _period(each: Outcomes) -> dict[str, Any]:
     return {"at": each.at, **counts, "wait": percentiles(each.wait), "run": percentiles(each.run)}
 
 
+def _failures(queue: PersistentQInterface) -> list[dict[str, Any]]:
+    """Return the groups of failed jobs; those that are shown also have the first line of the last error."""
+    groups = queue.failures()
+    last = [each["last_id"] for each in groups[:FAILED_GROUPS_SHOWN]]
+    found = queue.list_jobs(ids=last, limit=len(last), excerpt=EXCERPT_CHARS, shown=masked_job) if last else []
+    errors = {job.id: job.error for job in found}
+    return [{**each, "line": report.last_error(each, errors.get(each["last_id"]))} for each in groups]
+
+
 def _settings(queue: PersistentQInterface) -> dict[str, dict[str, Any]]:
     """Return of each queue its failure handler and thresholds, how long it keeps jobs of each state, by how many it
     grows in an hour, when the next one is deleted, or None, and what `count_groups` counts."""
@@ -547,4 +556,4 @@ def times(pair: Percentiles | None) -> str:
 
 
 def _seconds(value: float) -> tuple[str, str]:
-    return (f"{value * 1000:,.0f}", "ms") if value < 1 else (f"{value:,.1f}", "s")
+    return (f"{value * 1000:,.0f}", "ms") if value < 1 else (f"{value:,.{int(value < 99.95)}f}", "s")

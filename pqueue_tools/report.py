@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pqueue
 from pqueue import Job, PersistentQInterface, Schedule
 from pqueue_outcomes import BOUNDS, Expectation, Outcomes, Times, minute, total
+from pqueue_search import fingerprint
 from pqueue_tools.masking import masked, masked_error, masked_job
 from pqueue_values import EXPIRED, UNITS, command_line
 
@@ -318,12 +319,16 @@ def _schedule_findings(queue: PersistentQInterface, now: float) -> Iterator[Find
         command = f"{command_line('admin')} {{}} {shlex.quote(each.name)}"
         if each.origin == "removed":
             text = f"schedule {each.name!r}: its task no longer declares it"
-            yield Finding("warning", text, f"run {command.format('unschedule')}, or save it with queue.schedule")
+            yield Finding(
+                "warning", text, f"run {command.format('unschedule')}, or save it with queue.schedule", "schedules"
+            )
         if each.paused:
-            yield Finding("info", f"schedule {each.name!r} is paused", f"run {command.format('resume-schedule')}")
+            yield Finding(
+                "info", f"schedule {each.name!r} is paused", f"run {command.format('resume-schedule')}", "schedules"
+            )
         elif now - each.next_at > STALL_SECONDS and not queue.move_status():
             text = f"schedule {each.name!r} is {span(now - each.next_at)} late"
-            yield Finding("warning", text, "start a consumer; schedules are due when one takes jobs")
+            yield Finding("warning", text, "start a consumer; schedules are due when one takes jobs", "schedules")
 
 
 def _retention_findings(
@@ -702,6 +707,12 @@ def iso(at: float) -> str:
 def first_line(error: str | None) -> str:
     """Return the first line of an error, masked."""
     return (masked_error(error) or "").split("\n", 1)[0]
+
+
+def last_error(group: dict[str, Any], error: str | None) -> str:
+    """Return the first line of the last error of a group of failures; the fingerprint if that has changed meanwhile."""
+    line = first_line(error)
+    return line if fingerprint(line) == group["error"] else str(group["error"])
 
 
 def cut(text: str, most: int) -> str:

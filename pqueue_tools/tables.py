@@ -139,7 +139,12 @@ FAILED = Table(
     (
         Column("jobs", itemgetter("jobs"), "number", link=lambda group: ("failed", _of_group(group))),
         Column("task", itemgetter("task"), link=lambda group: ("task", {"task": group["task"]})),
-        Column("error", itemgetter("error"), width="wrap", link=lambda group: ("failed", _of_group(group))),
+        Column(
+            "last error",
+            lambda group: report.cut(group["line"], 200),
+            width="wrap",
+            link=lambda group: ("failed", _of_group(group)),
+        ),
         Column("last hour", itemgetter("last_hour"), "number", on_phone=False),
         Column("first", itemgetter("first_at"), "time", on_phone=False),
         Column("last", itemgetter("last_at"), "time"),
@@ -271,7 +276,7 @@ SETTINGS = Table(
     "Settings of queues",
     (
         Column("queue", itemgetter("name")),
-        Column("reported from wait / failed", _expected),
+        Column("warns from wait / failed", _expected),
         Column("on failure", lambda queue: queue["handler"] or "nothing", on_phone=False),
         Column("keeps completed / failed / cancelled", _kept),
         Column("deletes next", itemgetter("deleted_at"), "time", on_phone=False),

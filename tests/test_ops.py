@@ -693,6 +693,30 @@ def test_link_of_a_group_shows_the_jobs_that_its_action_changes(queue, site):
     assert "all 3 that match" in text
 
 
+def test_operator_sees_the_whole_last_error_of_each_group(queue, site):
+    for number in (7, 8):
+        failed(queue, f"KeyError: 'currency' in order {number}\n  File x")
+    failed(queue, "ValueError: login failed, password=hunter2")
+    shown = re.findall(r'<td class="wrap"><a [^>]*>([^<]*)</a>', site.ask("/")[1])
+    assert sorted(map(unescape, shown)) == ["KeyError: 'currency' in order 8", "ValueError: login failed, password=…"]
+
+
+def test_finding_about_a_schedule_leads_to_the_schedules(queue, site):
+    queue.schedule("late", "t", every_seconds=60, now=time.time() - 7200)
+    queue.schedule("idle", "t", every_seconds=60)
+    queue.pause_schedule("idle")
+    links = re.findall(r'<a href="/schedules">schedule [^<]*<bdi>(\w+)', site.ask("/")[1])
+    assert links == ["late", "idle"]
+
+
+@pytest.mark.parametrize(
+    ("pair", "shown"),
+    [((0.7, 128.6), "700 ms / 129 s"), ((2.0, 99.94), "2.0 / 99.9 s"), ((99.96, 4321.0), "100 / 4,321 s")],
+)
+def test_long_times_have_no_decimals_so_that_they_fit_their_tile(pair, shown):
+    assert dashboard.times(pair) == shown
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_search_takes_a_path_in_the_payload_and_suggests_tasks(queue, site):
     ids = [queue.enqueue("mail", {"customer": number, "password": "hunter2"}) for number in (7, 8)]
