@@ -52,8 +52,7 @@ VALUES (:id, :at, :event, :actor, :attempt, :error, :started_at)"""
 # The tables and columns to copy; the first column is the key. Consumers are not copied: they are local processes.
 COPIED = {
     "queues": "name, paused, max_pending, keep_completed_seconds, keep_failed_seconds, keep_cancelled_seconds, "
-    "grouped, max_running, rate_jobs, rate_seconds, turn, unnamed_turn, "
-    "max_wait_seconds, max_failed_share",
+    "grouped, max_running, rate_jobs, rate_seconds, turn, unnamed_turn, max_wait_seconds, max_failed_share",
     "jobs": COLUMNS,
     "history": "id, job_id, at, event, actor, attempt, error, started_at",
     "schedules": SCHEDULE_COLUMNS,
@@ -334,9 +333,8 @@ def _write(copy: Session, table: str, rows: list[Any]) -> None:
     columns = COPIED[table]
     copy.change_many(_insert(table, columns), [dict(zip(_names(columns), row, strict=True)) for row in rows])
     if table == "outcomes":
-        which = (
-            f"SELECT {columns} FROM outcomes WHERE period = {rows[0][0]} AND at BETWEEN {rows[0][1]} AND {rows[-1][1]}"
-        )
+        (period, first, *_), (_, last, *_) = rows[0], rows[-1]
+        which = f"SELECT {columns} FROM outcomes WHERE period = {period} AND at BETWEEN {first} AND {last}"
     elif table in NAMED_TABLES:
         which = f"SELECT {columns} FROM {table}"
     else:

@@ -138,7 +138,9 @@ def _signal_settings() -> Iterator[Setting]:
 
 
 def _interpreter_settings() -> Iterator[Setting]:
-    yield Setting("a trace function of threads", lambda: _attributes(threading, *TRACES), _set_traces)
+    yield Setting(
+        "a trace function of threads", lambda: [getattr(threading, name, None) for name in TRACES], _set_traces
+    )
     yield Setting("the recursion limit", sys.getrecursionlimit, sys.setrecursionlimit)
     yield Setting("the switch interval", sys.getswitchinterval, sys.setswitchinterval)
     yield Setting("the thread stack size", threading.stack_size, threading.stack_size)
@@ -170,7 +172,7 @@ def _library_settings() -> Iterator[Setting]:
     if socket := sys.modules.get("socket"):
         yield Setting("the default timeout of sockets", socket.getdefaulttimeout, socket.setdefaulttimeout)
     if tempfile := sys.modules.get("tempfile"):
-        yield Setting("tempfile.tempdir", *_accessors(tempfile, "tempdir"))
+        yield Setting("tempfile.tempdir", lambda: tempfile.tempdir, lambda to: setattr(tempfile, "tempdir", to))
     if decimal := sys.modules.get("decimal"):
         yield Setting("decimal.DefaultContext", lambda: repr(decimal.DefaultContext))
 
@@ -441,14 +443,6 @@ def _status() -> list[bytes | int]:
 def _raw_threads() -> int:
     """Return the number of threads that `threading` does not know."""
     return _thread._count() - sum(type(each).__name__ != "_DummyThread" for each in threading.enumerate())
-
-
-def _attributes(owner: Any, *names: str) -> list[Any]:
-    return [getattr(owner, name, None) for name in names]
-
-
-def _accessors(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
-    return lambda: getattr(owner, name), lambda value: setattr(owner, name, value)
 
 
 def _set_traces(before: list[Any]) -> None:
