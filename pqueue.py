@@ -1105,8 +1105,10 @@ def _url(url: str | os.PathLike[str] | None) -> str:
     # guard: an empty name is no path
     if text is not None and not text.strip():
         raise ValueError(f"expected a path or a URL, got {text!r}; None means $PQUEUE_URL or {DEFAULT_URL}")
-    if isinstance(url, str) and re.match(r"\s*(host|hostaddr|port|dbname|user|password|service|sslmode)\s*=", url):
+    named = text or os.environ.get("PQUEUE_URL") or DEFAULT_URL
+    is_path = isinstance(url, os.PathLike)
+    if not is_path and re.match(r"\s*(host|hostaddr|port|dbname|user|password|service|sslmode)\s*=", named):
         raise ValueError(
             "expected a path or a URL such as postgresql://USER@HOST:PORT/DATABASE, got a connection string of libpq"
         )
-    return text or os.environ.get("PQUEUE_URL") or DEFAULT_URL
+    return named

@@ -383,6 +383,15 @@ def test_url_that_can_never_work_is_an_error_that_says_so(url, message):
     assert re.search(message, str(error)), error
 
 
+@pytest.mark.parametrize(
+    "program", [("producer.py", "--count", "1"), ("admin.py", "stats"), ("consumer.py", "--drain")]
+)
+def test_program_whose_environment_has_a_connection_string_is_refused(place, program):
+    done = place.run(*program, PQUEUE_URL="host=127.0.0.1 password=hunter2")
+    assert (done.returncode, done.stdout) == (2, ""), done
+    assert re.fullmatch(r"\S+: expected a path or a URL .*, got a connection string of libpq\n", done.stderr), done
+
+
 @pytest.mark.parametrize("parameters", ["sslmode=require", "sslmode=verify-full&sslrootcert=/nosuch"])
 def test_server_without_tls_is_an_error_if_it_is_required(strict, parameters):
     error = opening(f"postgresql://ann@127.0.0.1:{strict.port}/postgres?{parameters}")
