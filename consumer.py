@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--quiet", action="store_true", help="do not log completed jobs")
     add(
-        "--log-level", choices=LEVELS, default="info", help="log no less; also of what tasks log (default: %(default)s)"
+        "--log-level", choices=LEVELS, default="info", help="lowest level to log, also for tasks (default: %(default)s)"
     )
     add("--log-format", choices=("text", "json"), default="text", help="(default: %(default)s)")
     add("--drain", action="store_true", help="stop when no job is pending; the exit code is 1 if jobs failed")
