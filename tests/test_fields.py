@@ -283,7 +283,7 @@ def test_payload_that_does_not_fit_fails_its_job_at_once_with_one_line(place):
 def test_consumer_refuses_a_task_whose_annotation_cannot_be_used(place):
     place.write("typed.py", "from pqueue import task\n\n\n@task\ndef f(given: 'Later'): ...\n")
     done = place.run("consumer.py", "--import", "typed", "--drain")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "cannot resolve 'Later', the annotation of given of task 'f'" in done.stderr
     assert "Traceback" not in done.stderr
 
