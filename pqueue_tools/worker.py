@@ -143,6 +143,10 @@ class Consumer:
     def _run(self) -> int:
         try:
             self._work()
+        except QueueError as error:
+            # guard: a task that makes the database unusable costs its process only
+            self._expect_no_task_to_blame(error)
+            raise
         finally:
             self._return_jobs()
         return fields.STOPPED if self._stops else fields.REPLACE if self._ends_early else fields.DRAINED
@@ -307,6 +311,19 @@ class Consumer:
             self._report_left(left, job=job.id, task=job.task)
             if self.state.is_broken:
                 self._break_off(job, claim, error, encoded)
+
+    def _expect_no_task_to_blame(self, error: QueueError) -> None:
+        """End the process if a task may have made the database unusable in it. If it is not usable at all, the keeper
+        can settle no job either, and the next process says so before it runs one."""
+        if self.is_embedded or not self.taken:
+            return
+        log("left behind", consumer=self.name, what=f"an unusable database ({error})", then="the worker is replaced")
+        results = self.record.results()
+        for slot in self.record.slots:
+            if (run := slot.run()) and run.key not in results:
+                self.record.add_error(*run.key, f"WorkerDied: the task's process could not use the database: {error}")
+        self._fields[fields.OUTCOME] = fields.BROKEN_BY_ONE
+        os._exit(1)
 
     def _run_coroutine(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run an async task in a separate event loop. An interrupt cancels it; a second one ends the loop."""

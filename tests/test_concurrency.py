@@ -241,6 +241,22 @@ async def close_selector(job): asyncio.get_running_loop()._selector.close()
 @task(max_attempts=1)
 async def close_loops_files(job): os.closerange(3, 100)
 
+@task(max_attempts=1)
+def forbid_writing(job):
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+@task(max_attempts=1)
+def forbid_writing_for_long(job):
+    forbid_writing(job)
+    time.sleep(600)
+
+@task(max_attempts=1)
+async def close_connections(job):
+    import gc, sqlite3
+    for each in gc.get_objects():
+        if isinstance(each, sqlite3.Connection): each.close()
+
 class Slow(Exception):
     def __str__(self): time.sleep(600)
 
@@ -673,6 +689,7 @@ def test_leftovers_are_found_when_the_consumer_is_idle(tasks):
     [
         *("trace", "trace_loop", "profile", "profile_loop", "replace_loop", "block_signals", "hook_generators"),
         *("use_up_descriptors", "close_selector", "close_loops_files", "leave_signal_mask"),
+        *("forbid_writing", "forbid_writing_for_long", "close_connections"),
     ],
 )
 def test_task_that_spoils_its_thread_or_the_event_loop_harms_no_other_job(tasks, task):
@@ -685,7 +702,8 @@ def test_task_that_spoils_its_thread_or_the_event_loop_harms_no_other_job(tasks,
     wait_until(lambda: queue.get(bad).state in pqueue.FINISHED, seconds=30)
     completed(queue, *before, *queue.enqueue_many("fetch", [0] * 5), *queue.enqueue_many("io", [0] * 5))
     completed(queue, last := queue.enqueue("look_at_thread"))
-    is_new = task in ("close_selector", "close_loops_files")  # they cost the process, and this one has another loop
+    costly = ("close_selector", "close_loops_files", "forbid_writing", "forbid_writing_for_long", "close_connections")
+    is_new = task in costly  # they cost the process, and this one has another loop
     assert is_new or queue.get(last).result == queue.get(first).result
     assert child.poll() is None
     child.send_signal(signal.SIGTERM)

@@ -139,7 +139,7 @@ def test_consumer_whose_modules_have_no_task_is_refused(tasks):
     tasks.write("empty.py", "def task_without_decorator(job): return None\n")
     done = tasks.run("consumer.py", "--import", "empty")
     assert (done.returncode, done.stderr) == (
-        1,
+        2,
         "consumer.py: expected a module with tasks, got empty, without a function marked @task\n",
     )
 

@@ -525,6 +525,25 @@ def test_transaction_that_a_task_leaves_open_costs_its_job_only(tasks, task, err
     assert queue.count_jobs() == 6
 
 
+UNWRITABLE = """
+import resource
+from pqueue import task
+
+@task(max_attempts=1)
+def forbid_writing(job):
+    if job.payload: resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+"""
+
+
+def test_task_that_makes_the_database_unusable_costs_its_process_only(tasks):
+    tasks.write("more.py", UNWRITABLE)
+    queue = tasks.queue()
+    ids = queue.enqueue_many("forbid_writing", [*[False] * 100, True, *[False] * 10])  # trusted by then
+    done = drain(tasks, "--import", "more")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {(queue.get(each).state, queue.get(each).attempts) for each in ids} == {("completed", 1)}
+
+
 SHARED = """
 from pqueue import current_job, task
 seen = []

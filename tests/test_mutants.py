@@ -126,6 +126,7 @@ MUTANTS = [
         "nothing is written in a transaction that a task has left open",
         "test_misbehaviour.py: leaves_open and begin_and_raise and not 3",
     ),
+    Mutant("a task that makes the database unusable costs its process only", "test_misbehaviour.py: database_unusable"),
     Mutant("a job that kills its worker loses an attempt", "test_misbehaviour.py: true_reason and end-kill"),
     Mutant("a job that another one took down loses no attempt", "test_concurrency.py: only_its_own_job_an_attempt and hang_in_c"),
     Mutant("the last attempt of a job that may have ended its process is made alone", "test_concurrency.py: last_attempt", "bool(is_last)", "False"),

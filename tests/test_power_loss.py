@@ -65,7 +65,7 @@ def open_queue():
 def do(verb, *arguments, **options):
     mark(begin=verb)
     clock = {} if verb == "update" else {"now": NOW}
-    result = getattr(queue, verb)(*arguments, **clock, **options)
+    result = getattr(queue, verb)(*arguments, **{**clock, **options})
     jobs = queue._read("SELECT * FROM jobs ORDER BY id", {})
     mark(end=verb, synced=verb not in NORMAL or "result" in options, jobs=jobs)
     return result
@@ -87,7 +87,7 @@ for n in range(int(sys.argv[4])):
     do("cancel", last)
     do("resubmit", last)
     if n % 2:
-        do("prune", -1, states=["completed"])
+        do("prune", 0, states=["completed"], now=NOW + 1)
     do("leave", "w")
     queue.close()
     queue = open_queue()
