@@ -99,9 +99,6 @@ class ConcurrentConsumer(Consumer):
     def _work(self) -> None:
         with self._helper_threads():
             while not self._has_ended():
-                # guard: the database is not written through another file's descriptor
-                if self.state and self.state.has_lost_descriptors():
-                    self._break_off_all("closed descriptors")
                 self._start_alone()
                 limit = self._limit()
                 if self._done or (limit and self._may_find):
@@ -110,6 +107,9 @@ class ConcurrentConsumer(Consumer):
                     self._wait(limit)
 
     def _has_ended(self) -> bool:
+        # guard: the database is not written through another file's descriptor
+        if self.state and self.state.has_lost_descriptors():
+            self._break_off_all("closed descriptors")
         if self._failure:
             if not self.is_embedded:
                 self._break_off_all(f"an unusable thread or event loop ({type(self._failure).__name__})")

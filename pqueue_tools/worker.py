@@ -317,7 +317,9 @@ class Consumer:
         can settle no job either, and the next process says so before it runs one."""
         if self.is_embedded or not self.taken:
             return
-        log("left behind", consumer=self.name, what=f"an unusable database ({error})", then="the worker is replaced")
+        is_closed = self.state and self.state.has_lost_descriptors()
+        what = "closed descriptors" if is_closed else f"an unusable database ({error})"
+        log("left behind", consumer=self.name, what=what, then="the worker is replaced")
         results = self.record.results()
         for slot in self.record.slots:
             if (run := slot.run()) and run.key not in results:

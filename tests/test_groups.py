@@ -156,7 +156,7 @@ def test_operator_reads_which_limit_a_job_waits_for(tmp_path):
         (["change", "1", "--no-group"], "changed"),
         (["change", "1", "--group", "a", "--no-group"], "expected --group or --no-group, got both"),
         (["limit", "default"], "expected a number of pending jobs or none, --running or --rate"),
-        (["limit", "default", "--rate", "10"], "expected JOBS/DURATION, such as 10/1s, got '10'"),
+        (["limit", "default", "--rate", "10"], "expected JOBS/DURATION, such as 10/1s, or none, got '10'"),
         (["weigh", "default", "a", "much"], "expected a number such as 2 or 0.5, got 'much'"),
     ],
 )
