@@ -82,7 +82,11 @@ def wait_until(condition, seconds=60.0):
 
 def held():
     """Return what this process holds and a test might leave behind: descriptors, threads and children."""
-    found = {f"thread {thread.name} {thread.ident}" for thread in threading.enumerate()}
+    found = {
+        f"thread {thread.name} {thread.ident}"
+        for thread in threading.enumerate()
+        if not isinstance(thread, threading._DummyThread) or thread.ident in sys._current_frames()  # else it has ended
+    }
     with suppress(FileNotFoundError):  # no /proc
         for number in set(os.listdir("/proc/self/fd")) - {"0", "1", "2"}:
             with suppress(FileNotFoundError):

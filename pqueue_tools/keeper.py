@@ -190,7 +190,7 @@ class Keeper:
             self._pid = os.fork()
             if self._pid == 0:
                 processes.end_with_parent(parent)
-                redirect(self._outputs)
+                redirect(self._outputs, self.record)
                 worker.run_process(self.queue, self.shared, self.record, self.options, self._wakeup, self._dump)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -246,8 +246,10 @@ class Keeper:
             for output in self._outputs:
                 output.register(poller)
             ready = dict(poller.poll(left * 1000))
+            self._fields[fields.FORWARDING] = 1  # before it is read
             for output in self._outputs:
                 output.forward(ready)
+            self._fields[fields.FORWARDING] = any(output.is_behind for output in self._outputs)
             if is_awake := self._pipe in ready:
                 with suppress(BlockingIOError):
                     os.read(self._pipe, 65536)

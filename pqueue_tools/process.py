@@ -78,6 +78,7 @@ MAX_FIELD_CHARS = 8000
 
 _log = {"level": "info", "format": "text"}
 _log_files = list[IO[str]]()  # instead of stdout: at most one
+_before_lines = list[Callable[[], object]]()  # called before a line of the log: at most one
 
 
 def set_log(level: str, form: str) -> None:
@@ -94,9 +95,9 @@ def log(event: str, level: str | None = None, **fields: Any) -> None:
         print_line(log_line(utc_now(), event, fields, level))
 
 
-def write_log_to(file: IO[str]) -> None:
-    """Write the log to a file from now on, until a task closes it."""
-    _log_files[:] = [file]
+def write_log_to(file: IO[str], before_line: Callable[[], object]) -> None:
+    """Write the log to a file from now on, until a task closes it, and call `before_line` before each line."""
+    _log_files[:], _before_lines[:] = [file], [before_line]
 
 
 class TaskLog(logging.Handler):
@@ -122,6 +123,8 @@ class TaskLog(logging.Handler):
 
 def print_line(text: str) -> None:
     """Print the text. Ignore a closed pipe or a full disk, so that the program continues."""
+    for before_line in _before_lines:
+        before_line()
     try:
         print(text, flush=True, file=_log_files[0] if _log_files else sys.stdout)
     except OSError as error:

@@ -24,7 +24,8 @@ STEPPING, STEPPED_AT = 7, 8  # 1 + the slot whose async task the loop runs now, 
 STOP = 9  # 1: finish the current jobs; 2: interrupt them
 WITHDRAW, WITHDRAWN = 10, 11  # number of the run whose waiting jobs the keeper wants, or has taken
 ASLEEP = 12  # the keeper waits until it is woken
-FIELDS = 13
+FORWARDING = 13  # the keeper has read output of tasks, and not written it yet
+FIELDS = 14
 # Fields of a slot that the worker writes
 RUNNING = 0  # number of the run whose task may be interrupted; 0: none
 RUN, JOB, CLAIM, STARTED, TIMEOUT, MEMORY, BASE, BACKOFF = range(1, 9)  # of a run; JOB is 0 between runs

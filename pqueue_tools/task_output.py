@@ -9,6 +9,8 @@ import fcntl
 import os
 import select
 import sys
+import termios
+import time
 from argparse import Namespace
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -16,9 +18,11 @@ from contextlib import suppress
 from io import TextIOWrapper
 
 from pqueue_tools.process import log_line, utc_now, write_log_to
+from pqueue_tools.record import FORWARDING, Record
 
 MAX_BYTES = select.PIPE_BUF  # of a write: a pipe that is ready takes so many without waiting, and does not mix them
 READ_BYTES = 1 << 16
+ORDER_SECONDS = 0.1  # how long an event waits for the output of tasks before it
 LAST_MS = 1000  # how long the last lines of a worker may wait for the reader of the log
 HIGH_DESCRIPTOR = 100  # ours are above, out of the way of tasks that close low ones
 STREAMS = {1: "stdout", 2: "stderr"}
@@ -30,15 +34,29 @@ def outputs(options: Namespace) -> list[TaskOutput]:
     return [TaskOutput(number, options.name, is_json) for number in STREAMS if is_json or not os.isatty(number)]
 
 
-def redirect(pipes: list[TaskOutput]) -> None:
+def redirect(pipes: list[TaskOutput], record: Record) -> None:
     """In the worker: let its standard descriptors be the pipes, and the log go on to what stdout was."""
-    if (number := high_copy(1)) is not None:
-        write_log_to(os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace"))
-    for each in pipes:
-        each.redirect()
+    if pipes and (number := high_copy(1)) is not None:
+        log_file = os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace")
+        copies = [copy for each in pipes if (copy := each.redirect()) is not None]
+        write_log_to(log_file, lambda: _wait_until_written(copies, record))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(line_buffering=True)
+
+
+def _wait_until_written(pipes: list[int], record: Record) -> None:
+    """Wait, if not for long, until the keeper has written what tasks wrote before."""
+    until = time.monotonic() + ORDER_SECONDS
+    # guard: what a task wrote comes before its end in the log
+    while (any(map(_unread_bytes, pipes)) or record.fields[FORWARDING]) and time.monotonic() < until:
+        time.sleep(ORDER_SECONDS / 200)
+
+
+def _unread_bytes(pipe: int) -> int:
+    with suppress(OSError):  # a task has closed it
+        return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+    return 0
 
 
 def high_copy(number: int) -> int | None:
@@ -59,15 +77,21 @@ class TaskOutput:
         self._begun = b""  # a line without its end
         self._ready = deque[bytes]()  # to be written, each at once
 
-    def redirect(self) -> None:
-        """In the worker: let its descriptor be the pipe."""
+    def redirect(self) -> int | None:
+        """In the worker: let its descriptor be the pipe. Return a copy, if there is one."""
         os.dup2(self._end, self._number)
         os.close(self._end)
         os.close(self._source)
+        return high_copy(self._number)
 
     def close(self) -> None:
         os.close(self._end)
         os.close(self._source)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether something that was read is not written yet, other than the beginning of a line."""
+        return bool(self._ready)
 
     def register(self, poller: select.poll) -> None:
         if self._ready:  # a log that nobody reads does not stop the keeper

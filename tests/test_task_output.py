@@ -33,6 +33,12 @@ def flood(job):
     while True: os.write(1, b"y" * 60000)
 
 @task(max_attempts=1)
+def announce(job):
+    for stream, name in (sys.stdout, "out"), (sys.stderr, "err"):
+        print(*["x" * 3000] * 15, f"{name} {job.id}", sep="\n", file=stream)
+    if job.payload % 10 == 9: raise ValueError
+
+@task(max_attempts=1)
 def ask(job): return [os.isatty(1), os.isatty(2)]
 """
 
@@ -138,3 +144,20 @@ def test_log_under_supervisor_has_one_event_a_line(system):  # noqa: F811
     assert supervisor.wait(60) == 0
     logs = [path.read_text(errors="replace") for path in (system.folder / "var/log").glob("consumer*.log*")]
     assert expected_events(queue) <= settled("".join(logs).split("\n"))
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_what_a_task_writes_comes_before_its_end_in_the_log(tasks, form, concurrency):
+    ids = tasks.queue().enqueue_many("announce", range(100))
+    command = ("--import", "my_tasks", "--drain", "--log-format", form, "--concurrency", concurrency)
+    child = tasks.start("consumer.py", *command)
+    assert child.wait(60) == 1
+    lines = child.out.read_text().splitlines()
+    for job_id in ids:
+        ends = re.compile(rf'(completed|failed) consumer=\S+ job={job_id} |"job": {job_id}, .*"(completed|failed)"|'
+                          rf'"(completed|failed)".*"job": {job_id}[,}}]')  # fmt: skip
+        (end,) = [number for number, line in enumerate(lines) if ends.search(line)]
+        for stream in ("out", "err"):
+            (written,) = [number for number, line in enumerate(lines) if re.search(rf"\b{stream} {job_id}\b", line)]
+            assert written < end, "\n".join(lines)
