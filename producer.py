@@ -86,10 +86,9 @@ class Producer:
 
     def _write(self, name: str, new: Path) -> IO[str]:
         """Write the file durably under both names and return it, locked. On failure, delete it."""
-        file = os.fdopen(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8")
+        file = self._create(new)
         try:
             pqueue_files.share_as_folder(file.fileno(), self.directory)
-            pqueue_files.try_lock(file.fileno())
             file.write(_random_lines())
             file.flush()
             # guard: a job file is synced
@@ -106,6 +105,15 @@ class Producer:
             new.unlink()
             raise
         return file
+
+    def _create(self, new: Path) -> IO[str]:
+        """Create the file and lock it. A producer that starts meanwhile may lock it before, and delete it."""
+        while True:
+            with suppress(FileExistsError):
+                file = os.fdopen(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8")
+                if pqueue_files.try_lock(file.fileno()) and os.fstat(file.fileno()).st_nlink:
+                    return file
+                file.close()
 
     def recover(self) -> None:
         """Complete or undo what killed producers left. The files of running producers are locked."""

@@ -313,13 +313,19 @@ class Consumer:
                 self._break_off(job, claim, error, encoded)
 
     def _expect_no_task_to_blame(self, error: QueueError) -> None:
-        """End the process if a task may have made the database unusable in it. If it is not usable at all, the keeper
-        can settle no job either, and the next process says so before it runs one."""
-        if self.is_embedded or not self.taken:
+        """End the process if a task has left behind what may have made the database unusable in it."""
+        if self.is_embedded or not self.taken or not self.state:
             return
-        is_closed = self.state and self.state.has_lost_descriptors()
-        what = "closed descriptors" if is_closed else f"an unusable database ({error})"
-        log("left behind", consumer=self.name, what=what, then="the worker is replaced")
+        if self.state.has_lost_descriptors():
+            left = ["closed descriptors"]
+        elif "closed database" in str(error):
+            left = ["a closed connection of the queue"]
+        else:
+            left = self.state.left_behind("", float("inf"))
+        if not left:  # it is the database itself; perhaps its file was replaced, so no other process may go on with it
+            return
+        self._must_end = True
+        self._report_left(left, error=error)
         results = self.record.results()
         for slot in self.record.slots:
             if (run := slot.run()) and run.key not in results:

@@ -581,6 +581,23 @@ def test_producer_that_lost_the_answer_enqueues_a_file_once(place):
     assert [job.id for job in queue.list_jobs()] == [made]
 
 
+def test_producer_writes_its_file_again_if_one_that_starts_has_deleted_it(place):
+    queue = place.queue()
+    maker, starting = (producer.Producer(queue, place.folder / "var/files") for _ in range(2))
+    lock, calls = pqueue_files.try_lock, []
+
+    def late(file):
+        calls.append(file)
+        if len(calls) == 1:
+            starting.recover()  # which locks and deletes the new file
+        return lock(file)
+
+    with mock.patch.object(pqueue_files, "try_lock", late):
+        job = queue.get(maker.produce())
+    assert len(calls) == 3
+    assert [each.name for each in (place.folder / "var/files").iterdir()] == [job.payload["file"]]
+
+
 def test_consumer_deletes_jobs_that_their_queue_keeps_no_longer(tasks):
     queue = tasks.queue()
     queue.keep("default", cancelled=60)

@@ -146,7 +146,7 @@ MUTANTS = [
     Mutant("a batch ends where another job may come first", "contract: batch_has_the_first_jobs"),
     Mutant("the built-in task is known only without --import", "test_outcome.py: knows_the_built_in"),
     Mutant("an event below the level is not logged", "test_outcome.py: leave_out_what_is_less", "LEVELS.index(level) >= LEVELS.index(_log[\"level\"])", "True"),
-    Mutant("what a task wrote comes before its end in the log", "test_task_output.py: comes_before"),
+    Mutant("what a task wrote comes before its end in the log", "test_task_output.py: event_waits"),
     Mutant("a drain whose jobs failed says so", "test_outcome.py: exit_code", "self._count_failed() > failed", "0"),
     Mutant("an error that retry_on does not name is final", "test_outcome.py: chooses_when", "not issubclass(kind, entry.retry_on)", "False"),
     Mutant("a result that cannot be stored is final", "test_outcome.py: cannot_be_stored", "(DoNotRetry, Unstorable)", "DoNotRetry"),

@@ -7,12 +7,15 @@ import os
 import re
 import signal
 import subprocess
+import threading
 
 import pytest
 from conftest import wait_until
 from test_supervisor import started, system  # noqa: F401
 
 import pqueue
+from pqueue_tools import task_output
+from pqueue_tools.record import FORWARDING, Record
 
 TASKS = r"""
 import os, subprocess, sys
@@ -35,7 +38,7 @@ def flood(job):
 @task(max_attempts=1)
 def announce(job):
     for stream, name in (sys.stdout, "out"), (sys.stderr, "err"):
-        print(*["x" * 3000] * 15, f"{name} {job.id}", sep="\n", file=stream)
+        stream.write("\n".join(["x" * 3000] * 15 + [f"{name} {job.id}\n"]))
     if job.payload % 10 == 9: raise ValueError
 
 @task(max_attempts=1)
@@ -159,5 +162,25 @@ def test_what_a_task_writes_comes_before_its_end_in_the_log(tasks, form, concurr
                           rf'"(completed|failed)".*"job": {job_id}[,}}]')  # fmt: skip
         (end,) = [number for number, line in enumerate(lines) if ends.search(line)]
         for stream in ("out", "err"):
-            (written,) = [number for number, line in enumerate(lines) if re.search(rf"\b{stream} {job_id}\b", line)]
+            (written,) = [number for number, line in enumerate(lines) if re.search(rf"{stream} {job_id}\b", line)]
             assert written < end, "\n".join(lines)
+
+
+def test_event_waits_until_the_keeper_has_written_what_came_before(monkeypatch):
+    monkeypatch.setattr(task_output, "ORDER_SECONDS", 20.0)
+    record = Record(1)
+    source, end = os.pipe()
+    os.write(end, b"a line\n")
+    waiting = threading.Thread(target=task_output._wait_until_written, args=([end], record))
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    record.fields[FORWARDING] = 1
+    os.read(source, 99)
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    record.fields[FORWARDING] = 0
+    waiting.join(10)
+    assert not waiting.is_alive()
+    os.close(source)
+    os.close(end)
