@@ -121,7 +121,7 @@ def _settings(folder: int | None) -> Iterator[Setting]:
 
 
 def thread_settings() -> Iterator[Setting]:
-    """Yield what each thread has of its own. To be called, compared and restored in that thread."""
+    """Yield the settings of the calling thread, which must also compare and restore them."""
     yield Setting("the signal mask", lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()), _set_mask)
     yield Setting("a trace function", sys.gettrace, sys.settrace)
     yield Setting("a profile function", sys.getprofile, sys.setprofile)

@@ -1,6 +1,6 @@
-"""What tasks write to stdout and stderr: written on as whole lines, so that it shares no line with an event of the log.
+"""Write what tasks print as whole lines, so that none of it shares a line with an event of the log.
 
-The keeper reads it from pipes, and never waits for whoever reads the log.
+The keeper reads it from pipes, and does not block if nobody reads the log.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def outputs(options: Namespace) -> list[TaskOutput]:
 
 
 def redirect(pipes: list[TaskOutput], record: Record) -> None:
-    """In the worker: let its standard descriptors be the pipes, and the log go on to what stdout was."""
+    """In the worker: replace its standard descriptors by the pipes, and write the log to the original stdout."""
     if pipes and (number := high_copy(1)) is not None:
         log_file = os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace")
         copies = [copy for each in pipes if (copy := each.redirect()) is not None]
@@ -68,7 +68,7 @@ def high_copy(number: int) -> int | None:
 
 
 class TaskOutput:
-    """The pipe that stands for a standard descriptor in the worker."""
+    """The pipe that replaces a standard descriptor in the worker."""
 
     def __init__(self, number: int, consumer: str, is_json: bool) -> None:
         self._number, self._consumer, self._is_json = number, consumer, is_json
@@ -78,7 +78,7 @@ class TaskOutput:
         self._ready = deque[bytes]()  # to be written, each at once
 
     def redirect(self) -> int | None:
-        """In the worker: let its descriptor be the pipe. Return a copy, if there is one."""
+        """In the worker: replace its descriptor by the pipe. Return a copy, if there is one."""
         os.dup2(self._end, self._number)
         os.close(self._end)
         os.close(self._source)
@@ -154,12 +154,11 @@ class TaskOutput:
 
     def _write(self) -> None:
         data = self._ready.popleft()
-        with suppress(BlockingIOError):
-            try:
-                data = data[os.write(self._number, data) :]
-            except BlockingIOError:
-                raise
-            except OSError:  # the disk is full, or nobody reads the pipe any more
-                return
+        try:
+            data = data[os.write(self._number, data) :]
+        except BlockingIOError:
+            """Another process has filled the pipe."""
+        except OSError:  # the disk is full, or nobody reads the pipe any more
+            return
         if data:
             self._ready.appendleft(data)

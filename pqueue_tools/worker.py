@@ -322,7 +322,7 @@ class Consumer:
             left = ["a closed connection of the queue"]
         else:
             left = self.state.left_behind("", float("inf"))
-        if not left:  # it is the database itself; perhaps its file was replaced, so no other process may go on with it
+        if not left:  # the cause is the database: if its file was replaced, a new worker would open the other one
             return
         self._must_end = True
         self._report_left(left, error=error)

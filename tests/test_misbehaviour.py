@@ -525,20 +525,34 @@ def test_transaction_that_a_task_leaves_open_costs_its_job_only(tasks, task, err
     assert queue.count_jobs() == 6
 
 
-UNWRITABLE = """
-import resource
+UNUSABLE = """
+import gc, resource, sqlite3
 from pqueue import task
 
+def lower(limit, to): resource.setrlimit(limit, (to, resource.getrlimit(limit)[1]))
+
+def close_connections():
+    for each in gc.get_objects():
+        if isinstance(each, sqlite3.Connection): each.close()
+
+WAYS = {
+    "no writing": lambda: lower(resource.RLIMIT_FSIZE, 0),
+    "little writing": lambda: lower(resource.RLIMIT_FSIZE, 20000),
+    "no more files": lambda: lower(resource.RLIMIT_NOFILE, 0),
+    "closed connections": close_connections,
+}
+
 @task(max_attempts=1)
-def forbid_writing(job):
-    if job.payload: resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+def spoil(job):
+    if job.payload: WAYS[job.payload]()
 """
 
 
-def test_task_that_makes_the_database_unusable_costs_its_process_only(tasks):
-    tasks.write("more.py", UNWRITABLE)
+@pytest.mark.parametrize("way", ["no writing", "little writing", "no more files", "closed connections"])
+def test_task_that_makes_the_database_unusable_costs_its_process_only(tasks, way):
+    tasks.write("more.py", UNUSABLE)
     queue = tasks.queue()
-    ids = queue.enqueue_many("forbid_writing", [*[False] * 100, True, *[False] * 10])  # trusted by then
+    ids = queue.enqueue_many("spoil", [*[None] * 100, way, *[None] * 10])  # trusted by then
     done = drain(tasks, "--import", "more")
     assert done.returncode == 0, done.stdout + done.stderr
     assert {(queue.get(each).state, queue.get(each).attempts) for each in ids} == {("completed", 1)}
