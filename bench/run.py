@@ -60,7 +60,9 @@ PUT_MANY = 100
 LEFT_OUT = "BENCH_WITHOUT"  # tells the measuring processes and their consumers which optimization to disable
 # Columns with many queues: how many, and how many workers
 QUEUES = {
-    f"{queues} queues, {workers} workers": (queues, workers) for workers in (1, WORKERS) for queues in (1, 30, 200)
+    f"{queues} queue{'s'[: queues - 1]}, {workers} worker{'s'[: workers - 1]}": (queues, workers)
+    for workers in (1, WORKERS)
+    for queues in (1, 30, 200)
 }
 ON_SERVER = ("prune over 0.5 ms", "connections")  # columns that need --url
 SCHEDULES = FULL_GROUPS = 1000  # in the column "depth"
@@ -492,7 +494,8 @@ def check_needs(options: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     made = OneLineParser(prog="bench", description=(__doc__ or "").splitlines()[0])
     made.add_argument("--quick", action="store_true", help=QUICK)
-    made.add_argument("--only", action="append", choices=COLUMNS, metavar="COLUMN", help=f"of {', '.join(COLUMNS)}")
+    columns = "; ".join(COLUMNS)
+    made.add_argument("--only", nargs="+", action="extend", choices=COLUMNS, metavar="COLUMN", help=f"of {columns}")
     made.add_argument("--rounds", type=whole_number(1), default=3, help="(default: %(default)s)")
     made.add_argument("--url", help="a PostgreSQL server to measure on instead, with a database of its own per figure")
     made.add_argument("--json", metavar="FILE", help="write all figures")
@@ -697,7 +700,7 @@ def plot(results: dict[Key, Figures], machine: dict[str, str], path: str) -> Non
         axis.axis("off")
     draw_legend(axes.flat[len(panels)], machine)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 PANELS = [
@@ -721,7 +724,7 @@ def comparison(values: dict[tuple[str, str], list[float]], shown: str) -> str:
         others = [value for name, value in medians.items() if name != "limit"]
         if ours and others:
             ratio = ours / max(others) if shown.endswith("/s") else min(others) / ours
-            found.append(f"{ratio:.2g}")
+            found.append(f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}")
     return f"{' / '.join(found)} times the best" if found else "no other was measured"
 
 

@@ -109,17 +109,9 @@ def test_bench_says_that_it_cannot_reach_the_server(place):
     assert line.startswith("bench: cannot use the server of --url: ")
 
 
-def test_bench_measures_workers_of_many_queues(bench, place):
-    done = bench("--quick", "--only", "30 queues, 4 workers", "--json", "found.json")
+def test_bench_measures_the_columns_that_are_named(bench, place):
+    done = bench("--quick", "--only", "30 queues, 4 workers", "prune", "--json", "found.json")
     assert (done.returncode, done.stderr) == (0, "")
     results = json.loads((place.folder / "found.json").read_text())["results"]
-    assert [row["contestant"] for row in results] == ["pqueue", "pqueue"]
-    assert all(row["figures"]["jobs/s"][0] > 0 for row in results)
-
-
-def test_bench_measures_how_fast_old_jobs_are_pruned(bench, place):
-    done = bench("--quick", "--only", "prune", "--json", "found.json")
-    assert (done.returncode, done.stderr) == (0, "")
-    results = json.loads((place.folder / "found.json").read_text())["results"]
-    assert [row["contestant"] for row in results] == ["pqueue", "pqueue"]
-    assert all(row["figures"]["jobs/s"][0] > 0 for row in results)
+    assert [row["column"] for row in results] == ["30 queues, 4 workers"] * 2 + ["prune"] * 2
+    assert all(row["contestant"] == "pqueue" and row["figures"]["jobs/s"][0] > 0 for row in results)

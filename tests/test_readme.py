@@ -29,6 +29,7 @@ from conftest import ROOT, Place, wait_until
 
 import admin
 import pqueue
+from bench.run import parser
 from pqueue_tools.testing import drain, temporary_queue
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -254,3 +255,12 @@ def test_every_link_leads_somewhere():
 def _anchors(document: Path) -> set[str]:
     headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_commands_of_the_benchmark_are_ones_that_it_accepts():
+    texts = [path.read_text() for path in [*DOCUMENTS, ROOT / "bench/run.py"]]
+    pattern = re.compile(r"`python -m bench([^`]*)`|^ *python -m bench([^[\n#]*)(?:#.*)?$", re.MULTILINE)
+    found = ["".join(options) for text in texts for options in pattern.findall(text)]
+    assert len(found) > 10
+    for options in found:
+        parser().parse_args(shlex.split(options.replace("\n", " ")))
