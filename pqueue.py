@@ -7,7 +7,7 @@
     queue.complete(job)                               # or fail(job, error), release(job)
 
 `open_queue` returns a `PersistentQInterface`, whose methods change the state of a job as shown below. `task` registers
-the function that runs the jobs of a name; `consumer.py` calls it. All errors of the queue are a `QueueError`.
+the function that runs the jobs of a name; `consumer.py` calls it. All queue errors are subclasses of `QueueError`.
 
               enqueue                dequeue                complete
     (due later) │ (now)            ┌─────────► processing ───────────► completed
@@ -40,8 +40,8 @@ The guarantees, each with a test of its number in test_pqueue.py:
 8. `lease_token` and `lease_expires_at` are set exactly while a job is `processing`.
 9. A task cannot break its consumer (consumer.py): `timeout_seconds` and `memory_mb` end it, a healthy task keeps its
    lease, an operator's cancel reaches it within a second, and what it leaves behind does not affect the next job.
-10. A consumer that names its tasks gets only their jobs, and any number of others costs it nothing. `consumer.py` names
-   those that it has imported.
+10. A consumer that names its tasks gets only their jobs, and other jobs cost it nothing, however many there are.
+   `consumer.py` names those that it has imported.
 
 All times are Unix seconds, UTC, as float; all durations are seconds. Every method that reads the clock takes `now`.
 """
@@ -243,7 +243,7 @@ Self = TypeVar("Self", bound="PersistentQInterface")  # typing.Self needs Python
 
 
 class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
-    """A queue: its operations, in SQL that SQLite and PostgreSQL share. Those of operators are in `pqueue_operating`.
+    """A queue: its operations, in SQL that SQLite and PostgreSQL share. `pqueue_operating` has those of operators.
 
     An object may be used by several threads, and in a forked child. Close it with `close()`, or use it in a `with`
     statement, which closes it at the end.
@@ -298,16 +298,16 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         task: a `Task`, or the name of one, which this program need not have registered.
         payload: a JSON-serializable value of at most `MAX_PAYLOAD_BYTES`, nested at most 100 deep, with string keys.
         queue: created by its first job.
-        group: the groups of a queue get equal shares, unless `weigh` gives them others; see also `limit`. None: the job
-            is among those without a group.
+        group: the groups of a queue get equal shares, unless `weigh` gives them others; see also `limit`. None: no
+            group.
         priority: jobs with a higher priority run first.
         delay_seconds, run_at: the earliest time to run the job: relative to now (also a timedelta), or absolute (Unix
             seconds, or a datetime with a time zone).
         max_attempts: the number of deliveries before the job is `failed`; None: that of the task, as known to the
             consumer that takes the job first.
         expires_at, expire_seconds: cancel the job unless it starts before this time: absolute, as `run_at`, or relative
-            to when the job is due; None: the `expire_seconds` of the `Task`, if one is given. Further attempts, too,
-            must start before it.
+            to when the job is due; None: the `expire_seconds` of the `Task`, if one is given. Further attempts must
+            also start before it.
         key: if another job of the queue and task holds this key, store nothing and return that job's id, whose
             `is_new` is False.
         key_until: when the job frees its key: "finished", the default, or "started": when it is first delivered.
@@ -318,7 +318,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         after: the ids of jobs after which this one runs: it is `waiting` until all have finished. Inside the task,
             `job.results` has their results.
         after_failed: what happens if one of them is failed or cancelled: "fail" makes this job `failed`, too, until
-            that one is resubmitted; "run" runs it all the same.
+            that one is resubmitted; "run" runs it anyway.
 
         Raises QueueFull when the queue holds `max_pending` pending jobs: see `limit`; JobNotFound for a job of `after`.
         """
@@ -369,7 +369,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         return ids
 
     def _holder(self, session: Session, row: Params) -> list[int]:
-        """Return the id of the job that holds the key, if any; replace that job if it shall be and can be."""
+        """Return the id of the job that holds the key, if any; replace that job if requested and not taken."""
         found = session.run(WITH_KEY, row) if row["key"] else []
         if found and row["replaces"]:
             session.wakes = True

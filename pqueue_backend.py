@@ -25,7 +25,7 @@ class Session(ABC):
     finished: list[int]  # jobs that finished: wake those who wait for their results after the commit
     lost: LeaseLost | None = None  # a lease was lost: the outermost transaction must roll back
     depth = 0  # nesting depth of transactions
-    misnested = False  # a block ended before one inside it: likewise
+    misnested = False  # a block ended before one inside it: it must roll back, too
     thread = 0  # that uses it
 
     @abstractmethod
@@ -213,7 +213,7 @@ class Backend(ABC):
 
     @abstractmethod
     def uses_database(self, thread: int) -> bool:
-        """Return whether this thread is inside a transaction or a statement, where nothing may raise in it."""
+        """Return whether this thread is inside a transaction or a statement, where it must not be interrupted."""
 
     @abstractmethod
     def transaction(self) -> AbstractContextManager[Any]:

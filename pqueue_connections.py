@@ -25,7 +25,7 @@ from pqueue_values import QueueBusy, QueueError
 
 MAX_CONNECTIONS = 20  # of one queue object; see `max_connections` in a URL
 IDLE_SECONDS = 30.0  # an idle connection is closed after that, except the one that listens
-PATIENCE_SECONDS = 0.01  # wait so long for another thread's connection before opening one, which takes as long
+PATIENCE_SECONDS = 0.01  # how long to wait for another's connection: opening one takes as long
 
 # Settings of a session ################################################################################################
 
@@ -113,7 +113,7 @@ class Settings:
 
 
 class ParsedURL(NamedTuple):
-    """What a URL says."""
+    """The parts of a URL."""
 
     conninfo: dict[str, Any]  # libpq's connection parameters
     schema: str
@@ -129,7 +129,7 @@ class ParsedURL(NamedTuple):
 
 
 def _service(conninfo: dict[str, Any]) -> dict[str, str]:
-    """Return what the service of a connection, if it has one, says in the user's file or the system's."""
+    """Return the parameters of the connection's service, if any, from the user's or the system's file."""
     name = conninfo.get("service") or os.environ.get("PGSERVICE")
     folder = os.environ.get("PGSYSCONFDIR", "/etc/postgresql-common")
     files = [os.environ.get("PGSERVICEFILE") or os.path.expanduser("~/.pg_service.conf"), f"{folder}/pg_service.conf"]
@@ -145,7 +145,7 @@ def _service(conninfo: dict[str, Any]) -> dict[str, str]:
 
 
 def parse_url(url: str) -> ParsedURL:
-    """Return what a postgresql:// URL says. Raises ValueError, without the URL, which may contain a password."""
+    """Parse a postgresql:// URL. Raises ValueError, without the URL, which may contain a password."""
     scheme, _, rest = url.partition("://")
     if scheme.startswith("postgresql+") and scheme != "postgresql+psycopg":
         raise ValueError(f"expected postgresql:// or postgresql+psycopg://, got the driver {scheme[11:][:40]!r}")
@@ -207,7 +207,7 @@ def answers(error: psycopg.Error) -> list[str]:
 
 
 def connection_error(name: str, error: psycopg.Error) -> QueueError:
-    """Return the QueueBusy or, if trying again is of no use, the QueueError for a failure to connect."""
+    """Return the QueueBusy or, if another attempt cannot help, the QueueError for a failure to connect."""
     said = answers(error)
     text = "; ".join(dict.fromkeys(said)) or type(error).__name__
     if all(LASTING.search(each) and not PASSING.search(each) for each in said):
@@ -281,7 +281,7 @@ class Link:
             self.forget_plans()
 
     def forget_plans(self) -> None:
-        """Undo the transaction, if there is one, and prepare all statements anew."""
+        """Undo the transaction, if there is one, and prepare all statements again."""
         self.driver.rollback()
         self.driver.execute("DEALLOCATE ALL")
         self.has_lost_plans = False
@@ -307,7 +307,7 @@ class ListenLink(Link):
 
 
 class Lender(Protocol):
-    """Who listens on a connection that a pool lends. The pool calls these methods with its lock held."""
+    """The listener whose connection a pool lends. The pool calls these methods with its lock held."""
 
     def on_loan(self, link: Link) -> None: ...
 
@@ -346,7 +346,7 @@ class Pool:
             self._changed.notify_all()
 
     def recall(self) -> None:
-        """Lend the connection that listens no more."""
+        """Stop lending the connection that listens."""
         with self._changed:
             if self.listening is not None:
                 self.listening, self._open = None, self._open - (not self._is_lent)
@@ -420,7 +420,7 @@ class Pool:
         self._changed.wait((patience if now < patience else min(until, now + 0.1)) - now)
 
     def _new(self, until: float) -> Link | None:
-        """Open a connection. If the server has no more to give, but we have others, return None: wait for one."""
+        """Open a connection. If the server has none left, but we have others, return None: wait for one."""
         try:
             link = self._connect()
         except BaseException as error:
@@ -436,7 +436,7 @@ class Pool:
         return link
 
     def give_back(self, link: Link) -> None:
-        """Return a connection to the pool, or close it if it is of no more use."""
+        """Return a connection to the pool, or close it if it is not usable any more."""
         link.used_at = time.monotonic()
         if link.status != TransactionStatus.IDLE or self._closed:
             self.discard(link)
@@ -462,7 +462,7 @@ class Pool:
             self._changed.notify()
 
     def close_idle(self, seconds: float) -> None:
-        """Close the connections that no thread has used for so long."""
+        """Close the connections that no thread has used for this long."""
         before = time.monotonic() - seconds
         with self._changed:
             idle = [link for link in self._free if link.used_at <= before]
@@ -472,7 +472,7 @@ class Pool:
             link.close()
 
     def close(self) -> None:
-        """Close all connections, those in use too."""
+        """Close all connections, including those in use."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -480,7 +480,7 @@ class Pool:
             link.close()
 
     def disown(self) -> list[Any]:
-        """In a forked child: return all connections, to be neither used nor closed."""
+        """In a forked child: return all connections, which must be neither used nor closed."""
         kept: list[Any] = []
         for link in list(self._links):
             kept.append((link.connection, link.driver, link.cursor))

@@ -105,7 +105,7 @@ WHERE {state} = 'failed' AND id {among.format(f"{_CHILDREN} {these}")} AND waits
 
 # guard: a job that waits for others also waits for a resubmitted parent
 def recount_parents(these: str, among: str = AMONG, state: str = STATE) -> str:
-    """Count anew for how many others the dependents of these jobs wait."""
+    """Count again how many jobs each dependent of these jobs waits for."""
     return f"""
 UPDATE jobs SET waits_for =
     (SELECT count(*) FROM dependencies d WHERE d.job_id = jobs.id AND {_PARENT} IN {UNFINISHED})
@@ -134,7 +134,7 @@ class Depending(Handling, Reading):
     """What follows when a job finishes or is resubmitted."""
 
     def dependencies(self, job_id: int, *, excerpt: int | None = None) -> list[Job]:
-        """Return the jobs that this one runs after, in the order of their ids, as far as they are not deleted.
+        """Return the jobs that this one runs after, ordered by id, without deleted ones.
 
         excerpt: as for `list_jobs`.
         """

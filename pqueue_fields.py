@@ -341,7 +341,7 @@ class Parameters(Fields):
     """The parameters of a task's function: makes a payload of the arguments of a call, and a call of a payload.
 
     A parameter annotated `Job`, or named job without an annotation, receives the job. The others are the fields of the
-    payload. Raises TypeError if one cannot be.
+    payload. Raises TypeError if one cannot be stored.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
@@ -367,7 +367,7 @@ class Parameters(Fields):
             raise TypeError(f"cannot enqueue {self.name}{self._signature}: {misfit}") from None
 
     def _names(self, shape: tuple[Any, ...], args: Sequence[Any], kwargs: dict[str, Any]) -> list[str]:
-        """Return the names of the arguments of a call, and remember them for calls that pass as many and the same."""
+        """Return the names of a call's arguments; cache them by the shape of the call."""
         try:
             # guard: a call fits the signature
             self._signature.bind(*args, **kwargs)

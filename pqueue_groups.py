@@ -399,7 +399,7 @@ class Grouping(Backend):
 
         max_pending: refuse to enqueue or resubmit while the queue has this many pending jobs. Those that are scheduled,
             or assigned to a consumer, do not count.
-        running: deliver no job of a group while this many of it are `processing`. Jobs without a group are one.
+        running: deliver no job of a group while this many of it are `processing`. Jobs without a group count as one.
         rate: (jobs, seconds), the latter also a timedelta: deliver at most so many jobs of a group in any time of this
             length.
         """
@@ -435,7 +435,7 @@ class Grouping(Backend):
             session.change(SET_WEIGHT, params)
 
     def limits(self, queue: str, group: str | None = None, *, now: float | None = None) -> dict[str, Any]:
-        """Return what limits a group of a queue (None: its jobs without a group) now.
+        """Return the current limits of a group of a queue (None: its jobs without a group).
 
         It is a dict: "running", the number of its jobs that count towards "max_running", or None without that limit;
         "rate", (jobs, seconds) or None; "next_at", when that allows the next job, in Unix seconds; None: now.
@@ -451,7 +451,7 @@ class Grouping(Backend):
         return found
 
     def count_groups(self, *, now: float | None = None) -> dict[str, dict[str, int]]:
-        """Return the numbers of groups of each queue that has some, or limits each; jobs without a group are one.
+        """Return numbers of groups for each queue that has groups or limits; jobs without a group count as one.
 
         They are "pending", the groups that have such jobs; "at_max_running", those with as many jobs `processing` as
         the queue allows; and "at_rate", those with pending jobs of which the rate allows none now.
@@ -468,13 +468,13 @@ class Grouping(Backend):
         return added + (self._let_groups_take_turns(session, row["queue"]) if row["group"] else 0)
 
     def _let_groups_take_turns(self, session: Session, queue: str) -> int:
-        """Let them; return 1 if they did not before."""
+        """Let the groups of a queue take turns; return 1 if they did not before."""
         if changed := session.change(SET_GROUPED, {"queue": queue}):
             self._start_groups(session)
         return changed
 
     def _end_turns(self) -> None:
-        """Let claims from queues whose groups have no jobs any more do without turns."""
+        """End the turns of groups in the queues whose groups have no more jobs."""
         if self._read(WITHOUT_TURNS):
             with self._transaction(durable=False) as session:
                 self._lock_out_writers(session)

@@ -126,4 +126,4 @@ class JoinedSQLite(Joined):
         """Do nothing: the job is not visible yet."""
 
     def _wake_waiters(self) -> None:
-        """Do nothing: likewise."""
+        """Do nothing: the result is not visible yet."""

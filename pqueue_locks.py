@@ -296,7 +296,7 @@ class ConsumerLocks:
             self.waiting[slot.number] = 0
 
     def expect_joined(self) -> None:
-        """Let consumers look often for a while: nothing will tell when a joined transaction has committed."""
+        """Let consumers look often for a while: the commit of a joined transaction wakes nobody."""
         # guard: consumers look for the jobs of a joined transaction
         self._joined_until[0] = time.monotonic() + WAIT_SECONDS
         self.wake()

@@ -122,8 +122,8 @@ class Moving(Operating):
         """Copy finished jobs and their history into a queue that has no jobs, while both queues are in use; return how
         many. `move_to` and `copy_to` then copy only what is missing or has changed, and lock out writers for less long.
 
-        Each step of 1,000 jobs is a transaction. If interrupted, call it again, or forget it: nothing depends on it
-        here, and the target has no job to run. `progress` is called with the number of jobs copied so far.
+        Each step of 1,000 jobs is a transaction. If interrupted, call it again, or discard the target: this queue
+        does not depend on it, and it has no job to run. `progress` is called with the number of jobs copied so far.
 
         Raises QueueError if the target has other jobs, or is this queue.
         """

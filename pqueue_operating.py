@@ -110,9 +110,9 @@ class Operating(Grouping, Depending, Counting):
         by: str | None = None,
         now: float | None = None,
     ) -> None:
-        """Make a finished job `pending` again, with a fresh attempt budget; jobs that failed with it wait for it again.
+        """Make a finished job `pending` again, with all its attempts; jobs that failed with it wait for it again.
 
-        delay_seconds, run_at: when to run it, as for `enqueue`: later, it is `scheduled`.
+        delay_seconds, run_at: when to run it, as for `enqueue`; until then it is `scheduled`.
 
         Raises JobNotFound, QueueFull, or InvalidTransition if the job is not finished or another one holds its key.
         """
@@ -213,7 +213,8 @@ class Operating(Grouping, Depending, Counting):
         """Delete these jobs (None: all) and their history, all or none; return how many were deleted.
 
         Raises InvalidTransition if one of them is `processing`, or an unfinished job runs after it, unless `force` is
-        set, which cancels a job for those after it. On SQLite, the next job may get the id of the newest one deleted.
+        set: then the jobs that run after it fail, as if it had been cancelled. On SQLite, the next job may get the id
+        of the newest one deleted.
         """
         ids = None if job_ids is None else [valid_id(job_id) for job_id in valid_list("job ids", job_ids)]
         params = {"ids": json.dumps(ids)}
@@ -259,7 +260,7 @@ class Operating(Grouping, Depending, Counting):
     ) -> None:
         """Change a job that no consumer has taken. What is not given stays as it is; the options are those of enqueue.
 
-        delay_seconds, run_at: a new time makes the job `scheduled`, or `pending` if it has come; it waits all the same.
+        delay_seconds, run_at: a new time makes it `scheduled`, or `pending` if it has come; a waiting job still waits.
         queue: the queue to move the job to; it is created if it does not exist.
         group: its new group; None: none.
         max_attempts: more than the job has had.
@@ -341,8 +342,8 @@ class Operating(Grouping, Depending, Counting):
     ) -> Changed:
         """Do what `resubmit` does with all jobs that match; return how many were changed.
 
-        rate: (jobs, seconds), the latter also a timedelta: spread the jobs over time, so that so many are due in such a
-            time, the oldest first; None: all are due after `delay_seconds`.
+        rate: (jobs, seconds), the latter also a timedelta: make this many jobs due in each period of this length, the
+            oldest first; None: all are due after `delay_seconds`.
 
         The filters are those of `list_jobs`, of which one at least is needed. The jobs are changed in short
         transactions, so as not to block other writers: an error such as QueueFull does not undo earlier ones.

@@ -269,7 +269,7 @@ class Counting(Backend):
         by: str | None = None,
         now: float | None = None,
     ) -> None:
-        """Say from which values on `pqueue doctor` and the dashboard report a queue.
+        """Set the thresholds from which `pqueue doctor` and the dashboard report a queue.
 
         max_wait_seconds: how long a due job may wait; None: 600.
         max_failed_share: from 0 to 1, the share of failed attempts of a task within the last 15 minutes; None: 0.2.

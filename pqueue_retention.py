@@ -1,4 +1,4 @@
-"""Cancelling jobs that are not worth running any more, and deleting finished jobs that are kept no longer."""
+"""Cancelling expired jobs, and deleting finished jobs when the time to keep them is over."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Retaining(Grouping, Depending, Counting):
         by: str | None = None,
         now: float | None = None,
     ) -> None:
-        """Say how long a queue keeps its finished jobs before consumers delete them, with their history.
+        """Set how long a queue keeps its finished jobs before consumers delete them, with their history.
 
         completed, failed, cancelled: a text such as "90s", "15m", "12h", "7d" or "2w", a number of seconds, or a
             timedelta; None: for ever; not given: as before. A new queue keeps completed jobs for 7 days, and failed and

@@ -126,7 +126,7 @@ class Scheduling(Backend):
         cron: see `pqueue_cron.Cron`; zone: the time zone, a name such as "Europe/Berlin".
         every_seconds: instead of cron, the interval, at least 0.001; the first job is due one interval from now.
         on_missed: what to do about times that passed while no consumer was running: "once" enqueues one job for the
-            last of them, "skip" none for times more than a minute ago, "all" one for each; these may run at once.
+            last of them, "skip" none for times more than a minute ago, "all" one for each, which may overlap.
         overlap: also enqueue a job while the previous one is unfinished; otherwise that time is skipped.
 
         Raises ValueError.

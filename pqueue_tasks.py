@@ -266,8 +266,7 @@ def task(
     cron, zone, every_seconds, on_missed, overlap, group: when to enqueue a job without arguments, and in which group;
         those of the queue's `schedule`. A consumer that knows the task saves the schedule, under the task's name, when
         it starts.
-    expire_seconds: see `enqueue`; for jobs that are enqueued without one, by the schedule or a program that has the
-        function.
+    expire_seconds: see `enqueue`; for jobs that are enqueued without one, through the task or by its schedule.
     on_failed: the task, or its name, that gets a job for each job of this one that becomes `failed`: see the queue's
         `on_failed`. A consumer that knows this task saves it when it starts.
 
