@@ -135,7 +135,7 @@ BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # a pooler's session may have an
 BEGIN_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 SLOW_COMMIT_SECONDS = 0.002  # much longer than a round trip
 LASTING_STATES = ("54", "55")  # classes of SQLSTATE: a limit of the server, a state of a table
-# A prepared statement is of no more use: its table was altered, or the application deallocated it.
+# A prepared statement is invalid: its table was altered, or the application deallocated it.
 PLAN_LOST = (psycopg.errors.FeatureNotSupported, psycopg.errors.InvalidSqlStatementName)
 
 
@@ -155,7 +155,7 @@ class Deadlock(QueueBusy):
 
 
 class PlanLost(QueueBusy):
-    """A prepared statement was of no more use, in the middle of a transaction."""
+    """A prepared statement became invalid in the middle of a transaction."""
 
 
 class PostgresSession(Session):
@@ -585,7 +585,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         """Check the version of the schema, and migrate it."""
         version = self._version()
         if version is None and not create:
-            raise QueueError(f"no queue at {self.name}: a producer or a consumer creates it")
+            raise pqueue_values.no_queue(self.name)
         self._expect_known(version or 0)
         if version != len(pqueue_schema.MIGRATIONS):
             self._migrate()

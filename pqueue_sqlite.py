@@ -96,6 +96,7 @@ from pqueue_values import (
     command_line,
     file_path,
     ids_up_to,
+    no_queue,
     to_json,
 )
 
@@ -516,7 +517,7 @@ class PersistentQSQLite(PersistentQInterface):
                 self._expect_database_file(found)
             self._expect_regular_files()
             if not create and not (found and found.st_size):
-                raise QueueError(f"no queue at {self.path}: a producer or a consumer creates it")
+                raise no_queue(self.path)
             self.is_read_only = bool(found and is_on_read_only(self.path))
             if self.is_read_only:
                 self._expect_readable_log()

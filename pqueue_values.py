@@ -491,6 +491,10 @@ def file_path(path: str | os.PathLike[str]) -> Path:
     return Path(text).absolute()
 
 
+def no_queue(name: object) -> QueueError:
+    return QueueError(f"no queue at {name}: check the path or PQUEUE_URL; a producer or a consumer creates a new queue")
+
+
 def program_name(program: str) -> str:
     """Return the name of a program as the user calls it: consumer.py in a checkout, pqueue-consumer if installed."""
     if Path(__file__).with_name("pqueue_tools").exists():  # not in the wheel, which makes a package of this module

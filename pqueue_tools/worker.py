@@ -698,7 +698,9 @@ def _import_error(error: BaseException) -> str:
         return str(error)  # with the line
     frames = [each for each in traceback.extract_tb(error.__traceback__) if _is_users(each.filename)]
     place = f" ({os.path.relpath(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
-    return ("" if isinstance(error, ImportError) else f"{type(error).__name__}: ") + str(error) + place
+    missing = f": expected it in {os.getcwd()}, on PYTHONPATH, or installed for {sys.executable}"
+    name = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+    return f"{name}{error}{place}{missing if isinstance(error, ModuleNotFoundError) else ''}"
 
 
 def _is_users(path: str) -> bool:

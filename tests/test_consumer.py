@@ -328,7 +328,8 @@ def test_consumer_continues_when_its_log_is_not_read(tasks):
 @pytest.mark.parametrize(
     ("program", "arguments", "code", "message"),
     [
-        ("consumer.py", ["--import", "no_such_module"], 2, "cannot import 'no_such_module': No module named"),
+        ("consumer.py", ["--import", "no_such_module"], 2, "No module named 'no_such_module': expected it in "),
+        ("consumer.py", ["--import", "lacking"], 2, "No module named 'absent' (lacking.py, line 2): expected it in "),
         ("consumer.py", ["--import", "notes.py"], 2, "expected a module name such as tasks, without a folder and .py"),
         ("manager.py", ["--init", "--import", "./notes"], 2, "expected a module name such as tasks, without a folder"),
         ("consumer.py", ["--max-jobs", "0"], 2, "argument --max-jobs: expected a whole number of at least 1, got '0'"),
@@ -345,6 +346,7 @@ def test_consumer_continues_when_its_log_is_not_read(tasks):
 )
 def test_wrong_arguments_get_one_line(place, program, arguments, code, message):
     place.write("notes", "a file")
+    place.write("lacking.py", "import os\nimport absent\n")
     done = place.run(program, *arguments)
     assert done.returncode == code
     assert re.fullmatch(f"{program}: .*{re.escape(message)}.*\n", done.stderr)

@@ -169,7 +169,8 @@ def test_messages_of_an_installed_copy_name_its_commands(project):
         done = project.run(program, "--no-such-option")
         assert (done.returncode, done.stderr.split()[0]) == (2, f"{program}:")
     done = project.run("pqueue-consumer", "--import", "nowhere")
-    assert done.stderr == "pqueue-consumer: cannot import 'nowhere': No module named 'nowhere'\n"
+    where = f"expected it in {project.folder}, on PYTHONPATH, or installed for {project.commands / 'python'}"
+    assert done.stderr == f"pqueue-consumer: cannot import 'nowhere': No module named 'nowhere': {where}\n"
 
 
 def test_project_runs_under_supervisor_from_the_configuration_that_the_manager_writes(project, monkeypatch):

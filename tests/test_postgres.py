@@ -157,7 +157,7 @@ class PostgresFiles(PostgresCase):
         self.assertIsInstance(queue, PersistentQSQLAlchemy)
 
     def test_looking_creates_nothing(self):
-        with self.assertRaisesRegex(QueueError, "no queue at "):
+        with self.assertRaisesRegex(QueueError, "no queue at .*: check the path or PQUEUE_URL"):
             pqueue.open_queue(self.url, create=False)
 
     def test_copy_is_a_queue_on_sqlite(self):
