@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import os
 import re
@@ -12,7 +13,7 @@ from html import unescape
 from urllib.parse import urlencode
 
 import pytest
-from conftest import free_port, wait_until
+from conftest import ROOT, free_port, wait_until
 
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") or "nginx"
 CONFIGURATION = """
@@ -24,29 +25,30 @@ http {{
   server {{
     listen 127.0.0.1:{port} ssl;
     ssl_certificate {folder}/certificate.pem; ssl_certificate_key {folder}/key.pem;
-    location /queue/ {{
-      proxy_pass {upstream}{path};
-      proxy_set_header X-Remote-User $arg_user;
-      proxy_set_header Host {host};
-    }}
+    {location}
   }}
 }}
 """
+LOCATION = """location /queue/ {{
+      proxy_pass {upstream}{path};
+      proxy_set_header X-Remote-User $arg_user;
+      proxy_set_header Host {host};
+    }}"""
 
 
 class Proxy:
-    def __init__(self, place, port, **values):
-        make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=queue.example"]
+    def __init__(self, place, port, location):
+        make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=queue.example.org"]
         files = ["-keyout", str(place.folder / "key.pem"), "-out", str(place.folder / "certificate.pem")]
         subprocess.run([*make, *files], check=True, capture_output=True)
-        place.write("nginx.conf", CONFIGURATION.format(folder=place.folder, port=port, **values))
+        place.write("nginx.conf", CONFIGURATION.format(folder=place.folder, port=port, location=location))
         place.start_command([NGINX, "-p", str(place.folder), "-c", str(place.folder / "nginx.conf")])
-        self.port, self.host = port, "queue.example"
+        self.port, self.host = port, "queue.example.org"
         wait_until(lambda: self.answers("/queue/livez"))
 
     def answers(self, path):
         try:
-            return self.ask(path)[0] == 200
+            return self.ask(path)[0] in (200, 401)
         except OSError:
             return False
 
@@ -70,11 +72,12 @@ def test_operator_acts_behind_a_proxy_that_names_him(place, removes_prefix):
     queue = place.queue()
     job_id = queue.enqueue("work")
     queue.mark_failed(job_id)
-    settings = {"PQUEUE_OPS_PREFIX": "/queue", "PQUEUE_OPS_HOSTS": "queue.example, pqueue"}
+    settings = {"PQUEUE_OPS_PREFIX": "/queue", "PQUEUE_OPS_HOSTS": "queue.example.org, pqueue"}
     address = place.dashboard(**settings, PQUEUE_OPS_USER_HEADER="X-Remote-User")
     upstream = address.removesuffix("/queue")
     path = "/" if removes_prefix else ""
-    proxy = Proxy(place, free_port(), upstream=upstream, path=path, host="pqueue" if removes_prefix else "$host")
+    host = "pqueue" if removes_prefix else "$host"
+    proxy = Proxy(place, free_port(), LOCATION.format(upstream=upstream, path=path, host=host))
     status, page, _ = proxy.ask(f"/queue/job/{job_id}")
     assert status == 200
     links = {unescape(each) for each in re.findall(r'(?:href|src|action)="([^"#]+)', page)}
@@ -91,3 +94,25 @@ def test_operator_acts_behind_a_proxy_that_names_him(place, removes_prefix):
     assert queue.operations()[0]["actor"] == "ann (dashboard)"
     assert "ann (dashboard)" in proxy.ask("/queue/activity")[1]
     assert proxy.ask("/queue/metrics")[0] == 200
+
+
+def test_operator_acts_through_the_nginx_of_the_docs(place):
+    queue = place.queue()
+    job_id = queue.enqueue("work")
+    document = (ROOT / "docs/deployment.md").read_text()
+    location = re.search(r"```nginx [^\n]+\n(.*?)```", document, re.DOTALL)[1]
+    (variables,) = re.findall(r"^export (PQUEUE_OPS_HOSTS.*)$", document, re.MULTILINE)
+    upstream = place.dashboard(**dict(each.split("=") for each in variables.split())).removesuffix("/queue")
+    passwords = place.write("queue.htpasswd", "ann:{PLAIN}secret\n")
+    replaced = {"http://127.0.0.1:8501": upstream, "/etc/nginx/queue.htpasswd": str(passwords)}
+    for old, new in replaced.items():
+        assert old in location
+        location = location.replace(old, new)
+    proxy = Proxy(place, free_port(), location)
+    assert proxy.ask("/queue/")[0] == 401
+    ann = {"Authorization": f"Basic {base64.b64encode(b'ann:secret').decode()}"}
+    status, page, _ = proxy.ask(f"/queue/job/{job_id}", **ann)
+    assert status == 200
+    token = re.search(r'name="token" value="([^"]+)"', page)[1]
+    assert proxy.ask("/queue/act/cancel", {"token": token, "id": job_id, "back": "/"}, **ann)[0] == 303
+    assert [(each["event"], each["actor"]) for each in queue.operations()] == [("cancelled", "ann (dashboard)")]
