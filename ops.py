@@ -61,6 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog=program_name("ops"), description=(__doc__ or "").splitlines()[0])
     add, port = parser.add_argument, os.environ.get("PQUEUE_OPS_PORT") or "8501"
+    try:
+        whole_number(0, 65535)(port)
+    except ValueError as error:
+        parser.error(f"PQUEUE_OPS_PORT: {error}")
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=whole_number(0, 65535), default=port, help="(default: PQUEUE_OPS_PORT, or 8501)")
     add("--streamlit", action="store_true", help="use Streamlit, if it is installed")

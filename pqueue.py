@@ -1066,13 +1066,19 @@ def open_queue(
     Raises ValueError for an invalid url, such as ":memory:"; SchemaMismatch for a file that is not a queue of this
     version; QueueError if it cannot be opened.
     """
+    given = {"PQUEUE_URL": url, "PQUEUE_DURABILITY": durability, "PQUEUE_GROUP": group}
     durability = durability or os.environ.get("PQUEUE_DURABILITY") or "full"
-    if is_postgres(url):
-        return _on_postgres(_url(url), create, durability)
-    from pqueue_sqlite import PersistentQSQLite
+    try:
+        if is_postgres(url):
+            return _on_postgres(_url(url), create, durability)
+        from pqueue_sqlite import PersistentQSQLite
 
-    group = group or os.environ.get("PQUEUE_GROUP") or None
-    return PersistentQSQLite(sqlite_path(url), create=create, durability=durability, group=group)
+        group = group or os.environ.get("PQUEUE_GROUP") or None
+        return PersistentQSQLite(sqlite_path(url), create=create, durability=durability, group=group)
+    except ValueError as error:
+        if variables := [name for name, value in given.items() if value is None and os.environ.get(name)]:
+            raise ValueError(f"{error}; check {', '.join(variables)}") from None
+        raise
 
 
 def _on_postgres(url: str, create: bool, durability: str) -> PersistentQInterface:

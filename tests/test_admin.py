@@ -406,7 +406,7 @@ def test_operator_cannot_open_a_file_that_is_no_queue(front, folder, run, monkey
         (str(other), "another program's database"),
         (str(newer), "expected schema"),
         (str(folder), "got a folder"),
-        ("mysql://u:secret@h/d", "expected a path or sqlite"),
+        ("mysql://u:secret@h/d", "for a server, got mysql://…; check PQUEUE_URL"),
     ]:
         monkeypatch.setenv("PQUEUE_URL", url)
         code, _, err = run("stats")

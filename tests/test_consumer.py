@@ -352,6 +352,24 @@ def test_wrong_arguments_get_one_line(place, program, arguments, code, message):
     assert re.fullmatch(f"{program}: .*{re.escape(message)}.*\n", done.stderr)
 
 
+@pytest.mark.parametrize(
+    ("program", "variable", "value"),
+    [
+        ("consumer.py", "PQUEUE_URL", "mysql://h/d"),
+        ("producer.py", "PQUEUE_DURABILITY", "fast"),
+        ("consumer.py", "PQUEUE_GROUP", "no such group"),
+        ("ops.py", "PQUEUE_OPS_PORT", "x"),
+        ("ops.py", "PQUEUE_OPS_PREFIX", "queue"),
+        ("ops.py", "PQUEUE_OPS_HOSTS", "http://h"),
+    ],
+)
+def test_program_names_the_variable_whose_value_it_refuses(place, program, variable, value):
+    done = place.run(program, **{variable: value})
+    assert done.returncode == 2
+    assert re.fullmatch(rf"{program}: .*expected .*\n", done.stderr)
+    assert variable in done.stderr
+
+
 def test_programs_refuse_a_file_that_is_no_queue_in_one_line(place):
     place.write("var/queue.db", "this is a diary, and no database at all\n" * 100)
     for program in ("producer.py", "consumer.py"):

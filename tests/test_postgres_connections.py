@@ -389,7 +389,8 @@ def test_url_that_can_never_work_is_an_error_that_says_so(url, message):
 def test_program_whose_environment_has_a_connection_string_is_refused(place, program):
     done = place.run(*program, PQUEUE_URL="host=127.0.0.1 password=hunter2")
     assert (done.returncode, done.stdout) == (2, ""), done
-    assert re.fullmatch(r"\S+: expected a path or a URL .*, got a connection string of libpq\n", done.stderr), done
+    message = "expected a path or a URL .*, got a connection string of libpq; check PQUEUE_URL"
+    assert re.fullmatch(rf"\S+: {message}\n", done.stderr), done
 
 
 @pytest.mark.parametrize("parameters", ["sslmode=require", "sslmode=verify-full&sslrootcert=/nosuch"])
