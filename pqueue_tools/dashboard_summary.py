@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from pqueue_tools import dashboard, report
-from pqueue_values import command_line
 
 FINDINGS_SHOWN = 6  # the others unfold
 QUOTED = re.compile("(&#x27;|&quot;)(.*?)\\1")  # a name, which may be written from right to left
@@ -79,12 +78,8 @@ def trouble(sentence: str) -> str:
 
 
 def without_queue(sentence: str) -> str:
-    """Return why the queue is not available, and what to do."""
-    start = "The page returns when the queue does."
-    if sentence.startswith("no queue"):
-        start += f" A queue is created by {command_line('producer')} or {command_line('consumer')}; "
-        start += "PQUEUE_URL names another one."
-    return f"{trouble(sentence)}<p>{text(start)}</p>"
+    """Return why the queue is not available."""
+    return f"{trouble(sentence)}<p>The page returns when the queue does.</p>"
 
 
 def findings(found: list[report.Finding], address: Callable[[str], str]) -> str:
