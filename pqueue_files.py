@@ -17,7 +17,7 @@ try:
 except ImportError:  # Windows: no locks, no wake-up pipes; a dead consumer is noticed by its lease only
     fcntl = None  # type: ignore[assignment]
 
-from pqueue_values import DatabaseReplaced, QueueError, file_path, short
+from pqueue_values import DatabaseReplaced, QueueError, QueueFull, file_path, short
 
 # File systems by their type in /proc/self/mounts. SQLite needs locks and shared memory that all processes see.
 LOCAL_FILE_SYSTEMS = (
@@ -314,6 +314,12 @@ def error_reason(error: OSError, path: Path) -> str:
     return reason
 
 
+def opening_error(path: Path, error: OSError) -> QueueError:
+    # guard: a full disk is not the end of a program that waits for room
+    kind = QueueFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else QueueError
+    return kind(f"cannot open {path}: {error_reason(error, path)}")
+
+
 def is_on_read_only(path: Path) -> bool:
     return hasattr(os, "statvfs") and bool(os.statvfs(path).f_flag & os.ST_RDONLY)
 
@@ -397,14 +403,24 @@ def is_stopped(pid: object) -> bool:
 
 def file_system(folder: Path) -> str:
     """Return the type of the folder's file system, or "unknown" where /proc does not show it."""
+    real = f"{folder.resolve()}/"
+    # guard: a network drive is recognized by its last mount
+    under = {len(point): kind for point, kind in _mounts() if real.startswith(f"{point.rstrip('/')}/")}
+    return os.fsdecode(under[max(under)]) if under else "unknown"
+
+
+def is_mounted(path: Path) -> bool:
+    """Return whether this very file or folder is a mount point, as far as /proc shows."""
+    return any(point == str(path) for point, _ in _mounts())
+
+
+def _mounts() -> list[tuple[str, bytes]]:
+    """Return the mount points and the types of their file systems."""
     try:
         mounts = [line.split(b" ") for line in Path("/proc/self/mounts").read_bytes().splitlines()]
     except OSError:
-        return "unknown"
-    real = f"{folder.resolve()}/"
-    # guard: a network drive is recognized by its last mount
-    under = {len(mount[1]): mount[2] for mount in mounts if real.startswith(f"{_unescape(mount[1]).rstrip('/')}/")}
-    return os.fsdecode(under[max(under)]) if under else "unknown"
+        return []
+    return [(_unescape(mount[1]), mount[2]) for mount in mounts]
 
 
 def _unescape(mount_point: bytes) -> str:

@@ -425,8 +425,9 @@ class ConsumerLock:
 
 def _map_file(file: int, size: int) -> mmap.mmap:
     """Map the first bytes of a file. Allocate them first: writing to a hole on a full disk raises SIGBUS."""
-    if os.fstat(file).st_size < size:
-        os.write(file, bytes(size))
+    # guard: a file that was written in part is not mapped
+    if os.fstat(file).st_size < size and os.write(file, bytes(size)) < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return mmap.mmap(file, size)
 
 

@@ -28,7 +28,6 @@ from pqueue_files import (
     closing_file,
     create_file,
     deleted_but_open,
-    error_reason,
     file_number,
     file_size,
     file_system,
@@ -36,10 +35,12 @@ from pqueue_files import (
     group_of,
     has_locks,
     identity,
+    is_mounted,
     is_on_read_only,
     make_folder,
     move_into_place,
     open_private,
+    opening_error,
     part_of,
     real_path,
     rename,
@@ -255,7 +256,7 @@ class SQLiteSession(Session):
         except FileNotFoundError:
             raise replaced(self._path) from None
         except OSError as error:
-            raise QueueError(f"cannot open {self._path}: {error.strerror}") from error
+            raise opening_error(self._path, error) from error
 
     def run(self, sql: str, params: Params = NO_PARAMS) -> list[Any]:
         try:
@@ -536,7 +537,7 @@ class PersistentQSQLite(PersistentQInterface):
             if group is not None:
                 self._expect_shared(self.path, group, 0o660)
         except OSError as error:
-            raise QueueError(f"cannot open {self.path}: {error_reason(error, self.path)}") from error
+            raise opening_error(self.path, error) from error
 
     def _expect_shared(self, path: Path, group: int, mode: int) -> None:
         found = path.stat()
@@ -553,6 +554,11 @@ class PersistentQSQLite(PersistentQInterface):
         # guard: a file with two hard links is refused
         if found.st_nlink > 1:  # the log and the locks are found by name
             raise QueueError(f"cannot use {self.path}: expected a file of one name, got {found.st_nlink} hard links")
+        # guard: a file that is mounted without its folder is refused
+        if is_mounted(self.path):
+            raise QueueError(
+                f"cannot use {self.path}: its log and locks are next to it, but it is mounted alone: mount its folder"
+            )
 
     def _expect_regular_files(self) -> None:
         for path in (Path(f"{self.path}{suffix}") for suffix in ("-wal", "-shm", "-journal")):
@@ -595,7 +601,7 @@ class PersistentQSQLite(PersistentQInterface):
         try:
             is_missing = FileLocks.is_log_missing(self.path)
         except OSError as error:
-            raise QueueError(f"cannot open {self.path}: {error_reason(error, self.path)}") from error
+            raise opening_error(self.path, error) from error
         # guard: a deleted log is not recreated
         if is_missing:
             raise DatabaseReplaced(
@@ -634,8 +640,7 @@ class PersistentQSQLite(PersistentQInterface):
         try:
             yield
         except OSError as error:
-            folder = Path(f"{self.path}.d")
-            raise QueueError(f"cannot open {folder}: {error_reason(error, folder)}") from error
+            raise opening_error(Path(f"{self.path}.d"), error) from error
 
     def _connect(self) -> sqlite3.Connection:
         # guard: a child forked inside a transaction is refused
@@ -716,7 +721,8 @@ class PersistentQSQLite(PersistentQInterface):
         if "locked" in text or "busy" in text:
             held = f"another writer held it for {self._busy_seconds:g} s"
             return QueueBusy(f"cannot use {self.path}: {'; '.join([held, *self._writer_lock.problems()])}")
-        if "disk is full" in text:
+        cannot_grow = getattr(error, "sqlite_errorname", "") == "SQLITE_IOERR_SHMSIZE"  # the index of the log
+        if cannot_grow or "disk is full" in text:
             return QueueFull(f"cannot write to {self.path}: its disk is full")
         if "not a database" in text:
             return SchemaMismatch(f"cannot use {self.path}: expected an SQLite database, got another file")

@@ -4913,6 +4913,19 @@ class SQLiteGuarantees(SQLiteCase):
         with self.assertRaisesRegex(QueueError, "expected a file of one name, got 2 hard links"):
             pqueue.PersistentQSQLite(self.folder / "other.db")
 
+    def test_guarantee_7_database_mounted_without_its_folder_is_refused(self):
+        self.open().enqueue("t")
+        mounts = b"/dev/sda1 / ext4 rw 0 0\n/dev/sdb1 %s ext4 rw 0 0\n" % os.fsencode(self.path.resolve())
+        with mock.patch.object(Path, "read_bytes", return_value=mounts):
+            with self.assertRaisesRegex(QueueError, "but it is mounted alone: mount its folder"):
+                self.open()
+
+    def test_disk_that_is_full_within_a_lock_file_is_full(self):
+        self.open().close()
+        shutil.rmtree(f"{self.path}.d")
+        with mock.patch("os.write", return_value=1), self.assertRaisesRegex(QueueFull, "No space left"):
+            self.open()
+
     def test_guarantee_7_file_that_only_claims_to_be_a_queue_is_refused(self):
         with self.sqlite() as db:
             db.execute(f"PRAGMA application_id = {pqueue_schema.APPLICATION_ID}")

@@ -471,3 +471,14 @@ def test_life_does_not_hang_on_the_name_of_the_host(place):
     child.kill()
     job = wait_until(lambda: queue.dequeue("heir"), seconds=30)
     assert (job.id, job.error) == (job_id, "consumer w died in attempt 1 of 3")
+
+
+def test_database_that_is_mounted_without_its_folder_is_refused(place):
+    """Docker's `-v queue.db:/app/queue.db`: the log would stay in the container."""
+    place.queue().enqueue("slow")
+    place.write("app/queue.db", "")
+    mount = 'mount --bind var/queue.db app/queue.db && exec "$@"'
+    outer = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh"]
+    child = place.start_command([*outer, *place.command("admin.py", "stats")], PQUEUE_URL="app/queue.db")
+    assert child.wait() == 1
+    assert "but it is mounted alone: mount its folder" in child.out.read_text()

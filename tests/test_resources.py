@@ -119,6 +119,29 @@ print(queue.enqueue("after"), queue.check()["quick_check"])
     assert child.communicate("\n", timeout=60)[0] == "2 ok\n"
 
 
+@needs_root
+def test_queue_is_opened_or_the_disk_is_full_however_little_room_there_is(tmp_path):
+    """Files of several pages are written in part then."""
+    code = """
+import pqueue
+try:
+    with pqueue.open_queue("queue.db") as queue:
+        queue.dequeue("w")
+        try: queue.enqueue("t").result(0)
+        except TimeoutError: pass
+except pqueue.QueueFull: pass
+"""
+    command = [sys.executable, "-c", f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}"]
+    for kilobytes in range(0, 160, 8):
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", tmp_path], check=True)
+        try:
+            (tmp_path / "ballast").write_bytes(bytes((1024 - kilobytes) * 1024))
+            opened = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+            assert opened.stderr == "", kilobytes
+        finally:
+            subprocess.run(["umount", tmp_path], check=True)
+
+
 def script(place, code):
     """Start a program of its own on the queue of the place, with pipes to and from it."""
     path = place.write("script.py", f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}")
