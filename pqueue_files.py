@@ -307,10 +307,14 @@ def error_reason(error: OSError, path: Path) -> str:
         with suppress(OSError, ImportError, KeyError):
             import pwd
 
-            owner = pwd.getpwuid(each.stat().st_uid).pw_name
-            return (
-                f"{reason}: {each} belongs to {owner}; run this as {owner}, or create the queue with PQUEUE_GROUP=GROUP"
-            )
+            found = each.stat()
+            if found.st_uid == os.geteuid():
+                mode = stat.S_IMODE(found.st_mode)
+                return f"{reason}: {each} has mode {mode:04o}; change it with chmod, or choose another path"
+            owner = pwd.getpwuid(found.st_uid).pw_name
+            is_readable = each != path and os.access(each, os.X_OK)  # there is no queue yet
+            instead = "choose another path" if is_readable else "create the queue with PQUEUE_GROUP=GROUP"
+            return f"{reason}: {each} belongs to {owner}; run this as {owner}, or {instead}"
     return reason
 
 

@@ -5702,10 +5702,17 @@ class Files(SQLiteCase):
 
         denied = PermissionError(13, "Permission denied")
         owner = pwd.getpwuid(self.folder.stat().st_uid).pw_name
-        self.assertIn(f"Permission denied: {self.folder} belongs to {owner}; run this as {owner}",
-                      pqueue_files.error_reason(denied, self.path))  # fmt: skip
-        with mock.patch("pwd.getpwuid", side_effect=KeyError):
-            self.assertEqual(pqueue_files.error_reason(denied, self.path), "Permission denied")
+        folder = self.folder.stat()
+        said = f"Permission denied: {self.folder} has mode {stat.S_IMODE(folder.st_mode):04o}; change it with chmod"
+        self.assertIn(said, pqueue_files.error_reason(denied, self.path))
+        with mock.patch("os.geteuid", return_value=folder.st_uid + 1):
+            said = f"Permission denied: {self.folder} belongs to {owner}; run this as {owner}, or choose another path"
+            self.assertEqual(pqueue_files.error_reason(denied, self.path), said)
+            self.path.touch()
+            said = f"{self.path} belongs to {owner}; run this as {owner}, or create the queue with PQUEUE_GROUP=GROUP"
+            self.assertEqual(pqueue_files.error_reason(denied, self.path), f"Permission denied: {said}")
+            with mock.patch("pwd.getpwuid", side_effect=KeyError):
+                self.assertEqual(pqueue_files.error_reason(denied, self.path), "Permission denied")
         self.assertEqual(pqueue_files.error_reason(OSError(28, "No space left"), self.path), "No space left")
 
     def test_queue_without_the_locks_of_posix_polls_and_counts_every_attempt(self):
