@@ -1,8 +1,8 @@
 """The operator's command line: inspect, repair, monitor and clean up a queue.
 
-    python admin.py list-jobs --status failed
-    python admin.py why 17
-    python admin.py COMMAND --help
+    python3 admin.py list-jobs --status failed
+    python3 admin.py why 17
+    python3 admin.py COMMAND --help
 
 The output is a table on a terminal, tab-separated lines in a pipe, and one JSON object per line with --json. The exit
 code is 0, or 1 if a problem was found, or 2 for a usage error.

@@ -1,7 +1,7 @@
 """Run jobs: take them from the queue, call their tasks, and record the results, until stopped.
 
-    python consumer.py                       # all queues, the built-in task prepend_timestamp
-    python consumer.py --import my_tasks --queue mail --queue default
+    python3 consumer.py                       # all queues, the built-in task prepend_timestamp
+    python3 consumer.py --import my_tasks --queue mail --queue default
 
 On the first TERM, INT or HUP, the consumer finishes the jobs that it holds and exits; on the second, it returns them to
 the queue and exits. If the Supervisor that started it has exited, it stops as on a first TERM.

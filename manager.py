@@ -1,9 +1,9 @@
 """Write the configuration of supervisord, and add, list and remove groups of consumers while it runs.
 
-    python manager.py --init --import tasks  # write supervisord.conf, for consumers that run your tasks
-    python manager.py --count 1              # three more consumers
-    python manager.py --list
-    python manager.py --remove consumer2     # its consumers finish their jobs first
+    python3 manager.py --init --import tasks  # write supervisord.conf, for consumers that run your tasks
+    python3 manager.py --count 1              # three more consumers
+    python3 manager.py --list
+    python3 manager.py --remove consumer2     # its consumers finish their jobs first
 
 Each added group has a file in var/supervisor.d, so it survives a restart of supervisord.
 """

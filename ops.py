@@ -1,7 +1,7 @@
 """Serve the ops dashboard, which shows the queue live and offers the actions of an operator.
 
-    python ops.py                            # http://127.0.0.1:8501, standard library only
-    python ops.py --streamlit                # with Streamlit, if it is installed
+    python3 ops.py                            # http://127.0.0.1:8501, standard library only
+    python3 ops.py --streamlit                # with Streamlit, if it is installed
 
 PQUEUE_OPS_PORT is the port (default: 8501).
 PQUEUE_OPS_READONLY=1 disables all actions.

@@ -503,11 +503,11 @@ def program_name(program: str) -> str:
 
 
 def command_line(program: str = "admin") -> str:
-    """Return how to run a program from the current folder: python consumer.py, python PATH or pqueue-consumer."""
+    """Return how to run a program from the current folder: python3 consumer.py, python3 PATH or pqueue-consumer."""
     name = program_name(program)
     if not name.endswith(".py"):
         return name
-    return f"python {shlex.quote(_from_here(name))}"
+    return f"python3 {shlex.quote(_from_here(name))}"
 
 
 def _from_here(name: str) -> str:

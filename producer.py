@@ -1,7 +1,7 @@
 """Write a random file every 5 seconds and enqueue it as a job.
 
-    python producer.py                       # until stopped
-    python producer.py --count 5 --interval 0
+    python3 producer.py                       # until stopped
+    python3 producer.py --count 5 --interval 0
 
 TERM, INT or HUP stops it between two jobs.
 """

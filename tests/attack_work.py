@@ -1,6 +1,6 @@
 """The work under attack: tasks, writers and helpers that record outside the queue what they did.
 
-    python consumer.py --import attack_work          # the tasks
+    python3 consumer.py --import attack_work          # the tasks
     python attack_work.py write                      # enqueue, and record each job when it is acknowledged
     python attack_work.py files N                    # enqueue jobs with files that fail and run again
     python attack_work.py hold lock|transaction      # stop while holding the writers' lock

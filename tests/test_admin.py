@@ -674,7 +674,7 @@ def test_operator_enqueues_after_other_jobs_and_sees_for_which_a_job_waits(front
 
 def test_operator_sees_what_delays_a_pending_job(queue):
     job_id = queue.enqueue("mail", queue="post")
-    assert report.why(queue, job_id) == "no consumer is alive: run python consumer.py"
+    assert report.why(queue, job_id) == "no consumer is alive: run python3 consumer.py"
     queue.dequeue("anna", queues=["default"], tasks=["known"])
     assert report.why(queue, job_id) == "no live consumer serves its queue post"
     queue.assign(job_id, "berta")
@@ -682,7 +682,7 @@ def test_operator_sees_what_delays_a_pending_job(queue):
     queue.assign(job_id, "anna")
     assert report.why(queue, job_id).startswith("it is assigned to anna, which does not know its task mail")
     queue.pause("post")
-    assert report.why(queue, job_id) == "its queue post is paused: python admin.py resume post"
+    assert report.why(queue, job_id) == "its queue post is paused: python3 admin.py resume post"
 
 
 def test_hints_of_an_installed_copy_name_its_commands(queue, tmp_path, monkeypatch):
@@ -707,7 +707,7 @@ def test_hints_of_a_checkout_name_its_programs_from_any_folder(queue, tmp_path):
             text=True,
             timeout=60,
         )
-        assert done.stdout.endswith(f"no consumer is alive: run python {shown}\n"), done.stderr
+        assert done.stdout.endswith(f"no consumer is alive: run python3 {shown}\n"), done.stderr
 
 
 def test_suggested_command_quotes_names_for_the_shell(queue):
@@ -715,7 +715,7 @@ def test_suggested_command_quotes_names_for_the_shell(queue):
     job_id = queue.enqueue("mail", queue=name, now=1)
     queue.pause(name)
     for sentence in (report.why(queue, job_id), *map(str, report.findings(queue))):
-        assert sentence.endswith("python admin.py resume 'a; touch evil'") or "resume" not in sentence
+        assert sentence.endswith("python3 admin.py resume 'a; touch evil'") or "resume" not in sentence
 
 
 def test_doctor_is_content_with_a_healthy_queue(front, queue, run):
@@ -733,7 +733,7 @@ def test_doctor_reports_each_problem(queue, run, monkeypatch, folder):
 
     now = time.time()
     queue.enqueue("t", now=now - 3600)
-    assert "critical: 1 job pending and no consumer is alive: run python consumer.py" in found()
+    assert "critical: 1 job pending and no consumer is alive: run python3 consumer.py" in found()
     assert "warning: queue 'default': the oldest pending job has waited for 1 h" in found()
     job = queue.dequeue("anna", lease_seconds=1, now=now - 60)
     assert "1 lease ran out and no consumer took the jobs back" in found()
@@ -755,7 +755,7 @@ def test_pause_is_information_however_long_jobs_wait(front, queue, run):
     code, out, _ = run("doctor")
     assert code == 0
     assert out.splitlines()[0] == (
-        "info: queue 'default' is paused, with 1 job pending: run python admin.py resume default"
+        "info: queue 'default' is paused, with 1 job pending: run python3 admin.py resume default"
     )
     queue.enqueue("t", queue="other", now=time.time() - 7200)
     code, out, _ = run("doctor")
@@ -783,7 +783,7 @@ def test_doctor_finds_a_queue_that_no_consumer_serves(queue):
     queue.dequeue("w", queues=["images"])
     (found,) = report.findings(queue)
     assert str(found) == (
-        "queue 'mail': 2 jobs pending and no live consumer serves it: run python consumer.py --queue mail"
+        "queue 'mail': 2 jobs pending and no live consumer serves it: run python3 consumer.py --queue mail"
     )
     assert found.severity == "critical"
     queue.dequeue("any")
@@ -793,7 +793,7 @@ def test_doctor_finds_a_queue_that_no_consumer_serves(queue):
 def test_doctor_finds_that_all_consumers_have_died(queue):
     script = "import os, pqueue; pqueue.open_queue().dequeue('anna'); os._exit(0)"
     subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
-    found = r"no consumer is alive: 1 died, the last was seen \S+ s ago: run python consumer.py"
+    found = r"no consumer is alive: 1 died, the last was seen \S+ s ago: run python3 consumer.py"
     wait_until(lambda: re.fullmatch(found, "; ".join(map(str, report.findings(queue)))))  # PostgreSQL sees it later
     queue.dequeue("w")
     assert report.findings(queue) == []
@@ -814,7 +814,7 @@ def test_doctor_finds_a_program_that_supervisor_gave_up_on(queue, run, monkeypat
     code, out, _ = run("doctor")
     assert code == 1
     assert out.splitlines()[:2] == [
-        "critical: Supervisor gave up on consumer_00, which keeps ending: read its log, then run python manager.py "
+        "critical: Supervisor gave up on consumer_00, which keeps ending: read its log, then run python3 manager.py "
         "--start consumer_00",
         "warning: consumer_01 ended soon after its start; Supervisor tries again: read its log",
     ]
@@ -880,11 +880,11 @@ def test_doctor_finds_jobs_that_are_kept_for_ever_or_too_long(queue, run, monkey
     queue.keep("mail", cancelled=None)
     (found,) = report.findings(queue)
     text = "queue 'mail' keeps its 3 cancelled jobs for ever; 1 were added in the last hour"
-    assert (found.severity, str(found)) == ("info", f"{text}: run python admin.py keep mail --cancelled 7d")
+    assert (found.severity, str(found)) == ("info", f"{text}: run python3 admin.py keep mail --cancelled 7d")
     queue.keep("mail", cancelled=60)
     (found,) = report.findings(queue)
     text = "queue 'mail': cancelled jobs were to be deleted 2 h ago"
-    assert (found.severity, str(found)) == ("warning", f"{text}: run python consumer.py, which deletes them")
+    assert (found.severity, str(found)) == ("warning", f"{text}: run python3 consumer.py, which deletes them")
     code, out, _ = run("doctor")
     assert code == 1
     assert re.search(r"finished jobs +3\nadded in last hour +1\ndeleted in next hour +3\n", out)
@@ -922,7 +922,7 @@ def test_doctor_says_how_to_shrink_a_file_that_is_mostly_free(queue, run, monkey
     assert found.severity == "info"
     assert re.match(
         r"1.\d MB of the database file are free, and used for new jobs; its jobs need \d+ kB: "
-        "to give them back to the disk, run python admin.py compact$",
+        "to give them back to the disk, run python3 admin.py compact$",
         str(found),
     )
     assert run("compact")[0] == 0

@@ -75,7 +75,7 @@ def system(place):
 
 
 class StandardLibrary:
-    """What an operator does at the page of `python ops.py`."""
+    """What an operator does at the page of `python3 ops.py`."""
 
     def __init__(self, place, page, **variables):
         self.page, self.url = page, place.dashboard(**variables)

@@ -267,7 +267,7 @@ def test_queue_is_finished_only_into_where_it_went(path, new, tmp_path):
     with closing(moved(path, new)) as queue, closing(pqueue.open_queue(tmp_path / "other.db")) as other:
         with pytest.raises(QueueError, match=f"expected the target to be {new}"):
             queue.finish_move(other)
-        finish = "finish that with python admin.py move --to URL --finish, or cancel it"
+        finish = "finish that with python3 admin.py move --to URL --finish, or cancel it"
         with pytest.raises(QueueError, match=f"this queue was moved to {new}; {finish}"):
             queue.begin_move(str(tmp_path / "third.db"))
         queue.cancel_move()
@@ -296,7 +296,7 @@ def test_move_that_is_stopped_while_it_waits_leaves_a_way_on(place, path, new, s
     if sign == signal.SIGINT:  # it resumed what it had paused
         assert (state(path), queue.move_status()) == (before, None)
         return
-    cancel = f"python {ROOT}/admin.py move --cancel"
+    cancel = f"python3 {ROOT}/admin.py move --cancel"
     sentence = f"a move to {new} is in progress or was interrupted: repeat the command, or cancel it with {cancel}"
     assert sentence in place.run("admin.py", "doctor").stdout
     assert sentence in place.run("admin.py", "why", "7").stdout

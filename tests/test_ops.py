@@ -259,7 +259,7 @@ def test_empty_dashboard_says_what_to_do(queue, site):
             for part in page.parts
             if isinstance(part, tables.Table) and part.empty != "no process"
         )
-    assert "run python consumer.py" in site.ask("/")[1]
+    assert "run python3 consumer.py" in site.ask("/")[1]
 
 
 def test_page_of_tasks_says_how_often_each_fails_and_leads_to_its_jobs(queue, site):
@@ -1285,7 +1285,7 @@ def test_health_and_metrics_are_for_machines(queue, site):
 
     queue.enqueue("t")
     status, text, _ = site.ask("/healthz")
-    assert (status, text) == (503, "critical: 1 job pending and no consumer is alive: run python consumer.py\n")
+    assert (status, text) == (503, "critical: 1 job pending and no consumer is alive: run python3 consumer.py\n")
     names = {family.name for family in text_string_to_metric_families(site.ask("/metrics")[1])}
     assert {"pqueue_jobs", "pqueue_consumers", "pqueue_findings"} <= names
 
@@ -1295,7 +1295,7 @@ def test_paused_queue_is_shown_and_leaves_the_dashboard_healthy(queue, site):
     queue.pause("default")
     paused = "info: queue &#x27;default&#x27; is paused, with 1 job pending"
     status, text, _ = site.ask("/healthz")
-    assert (status, text) == (200, f"{unescape(paused)}: run python admin.py resume default\n")
+    assert (status, text) == (200, f"{unescape(paused)}: run python3 admin.py resume default\n")
     assert re.search(r'<b class="info">info</b> <a href="/queues">queue .* is paused', site.ask("/")[1])
     assert f'<a class="health completed" href="/">{report.NO_FINDINGS}</a>' in site.ask("/jobs")[1]
     assert 'pqueue_findings{severity="info"} 1\n' in site.ask("/metrics")[1]
