@@ -1200,7 +1200,8 @@ def schema_version(connection: sqlite3.Connection, path: Path) -> int:
     ).fetchone()
     # guard: another program's file is refused
     if owner != APPLICATION_ID and (owner or version or tables):
-        raise SchemaMismatch(f"cannot use {path}: expected a queue, got another program's database")
+        instead = "choose another path, or let the queue create the file before the other program"
+        raise SchemaMismatch(f"cannot use {path}: expected a queue, got another program's database; {instead}")
     # guard: a newer schema is refused
     if version > len(MIGRATIONS):
         raise SchemaMismatch(

@@ -4968,7 +4968,7 @@ class SQLiteGuarantees(SQLiteCase):
         with self.sqlite() as db:
             db.execute("CREATE TABLE theirs (x)")
         before = self.path.read_bytes()
-        with self.assertRaisesRegex(SchemaMismatch, "got another program's database"):
+        with self.assertRaisesRegex(SchemaMismatch, "got another program's database; choose another path"):
             self.open()
         self.assertEqual(self.path.read_bytes(), before)
 

@@ -119,7 +119,7 @@ settings.configure(
 )
 django.setup()
 
-from pqueue import open_queue, task
+from pqueue import task
 
 class Order(models.Model):
     customer = models.TextField()
@@ -128,7 +128,6 @@ class Order(models.Model):
 @task
 def send_receipt(order: int): ...
 
-queue = open_queue(sys.argv[1])
 with connection.schema_editor() as editor:
     editor.create_model(Order)
 
@@ -153,7 +152,8 @@ def test_django_view_enqueues_in_its_transaction(place):
     view = example(ROOT / "docs/deployment.md", "from django.db import connection, transaction")
     path = place.folder / "shop.db"
     pqueue.open_queue(path).close()
-    place.write("view.py", DJANGO + view + ORDERS)
-    child = place.start_command([sys.executable, "view.py", str(path)], PYTHONPATH=str(ROOT))
+    assert "\nfrom shop.tasks import send_receipt\n" in view
+    place.write("view.py", DJANGO + view.replace("from shop.tasks import send_receipt\n", "") + ORDERS)
+    child = place.start_command([sys.executable, "view.py", str(path)], PYTHONPATH=str(ROOT), PQUEUE_URL=str(path))
     assert child.wait(60) == 0, child.out.read_text()
     assert sqlite3.connect(path).execute("SELECT count(*) FROM shop_order").fetchone() == (1,)
