@@ -91,7 +91,7 @@ from pqueue_tools.report import (
     why,
 )
 from pqueue_tools.torture import Torture
-from pqueue_values import program_name
+from pqueue_values import program_name, short
 from pqueue_values import seconds_in as duration
 
 FILES_PER_TRANSACTION = 5000  # job files deleted in one
@@ -593,7 +593,7 @@ def _weight(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"expected a number such as 2 or 0.5, got {text!r}") from None
+        raise ValueError(f"expected a number such as 2 or 0.5, got {short(text)}") from None
 
 
 _limit = or_word("none", 0, whole_number(1))
@@ -700,7 +700,7 @@ def _share(text: str) -> float:
     try:
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
-        raise ValueError(f"expected a share such as 0.2 or 20%, got {text!r}") from None
+        raise ValueError(f"expected a share such as 0.2 or 20%, got {short(text)}") from None
 
 
 @command(

@@ -325,7 +325,10 @@ class Operating(Grouping, Depending, Counting):
         """
         now = self._time(now)
         values = {"token": f"{os.urandom(8).hex()}.1", "lease_expires_at": now + REPLAY_SECONDS}
-        values |= {"consumer": valid_name("consumer", consumer), "max_attempts": max_attempts}
+        values |= {
+            "consumer": valid_name("consumer", consumer),
+            "max_attempts": valid_int("max_attempts", 1, max_attempts),
+        }
         self._operator_verb("replay", "replayed", LEASE_AGAIN, job_id, None, now, allowed=FINISHED, **values)
         return self.get(job_id)
 

@@ -130,6 +130,20 @@ class RolledBack(Exception):
     """Ends a transaction."""
 
 
+REFUSED = (pqueue.QueueError, ValueError)
+
+
+def finish(done):
+    """Do what a method has returned as a coroutine, a generator or a context manager."""
+    if inspect.iscoroutine(done):
+        asyncio.run(done)
+    elif inspect.isgenerator(done):
+        list(done)
+    elif hasattr(done, "__enter__"):
+        with done:
+            pass
+
+
 class QueueContract:
     """What any backend must do. The other base class says how to `open` a queue; two calls see the same jobs."""
 
@@ -2780,6 +2794,37 @@ class QueueContract:
                 call()
             self.assertNotIn("\n", str(caught.exception))
         self.assertEqual(q.list_jobs(), before)
+
+    def test_number_that_no_database_holds_is_refused_by_every_method(self):
+        job, now, faults = self.taken(), self.queue.now(), []
+        self.queue.enqueue("t", run_at=now + 60)
+        known = {"job": job, "job_id": job.id, "error": "no", "jobs": [], "limit": 1, "payloads": [], "weight": 1}
+        known |= {"task": "t", "consumer": "w", "queue": "default", "name": "s", "group": "g", "event": "e"}
+        known |= {"finished": [(job, None)], "tasks": [], "filters": pqueue.Filters(task="t"), "names": []}
+        known |= {"target": self.queue, "shared": self.queue.share("adopted"), "thread": 1}
+        self.queue.schedule("s", "t", every_seconds=60)
+        self.queue.heartbeat("w")
+        for name, method in inspect.getmembers(type(self.queue), inspect.isfunction):
+            parameters = [] if name.startswith("_") else list(inspect.signature(method).parameters.values())[1:]
+            needed = [each.name for each in parameters if each.default is each.empty and each.kind != each.VAR_KEYWORD]
+            for each in parameters:
+                kind = str(each.annotation)
+                if not re.search(r"^(?!Callable).*\b(int|float)\b", kind) or (name, each.name) == (
+                    "search_jobs",
+                    "seconds",
+                ):
+                    continue  # that is only compared with a clock
+                for number in (10**400, 10**30, 2**63, -(2**63) - 1, -(10**30), 1e400, float("nan")):
+                    values = [(number, 1), (1, number)] if "tuple" in kind else [number]
+                    for value in [[number]] if re.search("Sequence|Iterable|list", kind) else values:
+                        given = {other: known.get(other, now) for other in needed} | {each.name: value}
+                        try:
+                            finish(method(self.queue, **given))
+                        except REFUSED as error:
+                            self.assertNotIn("\n", str(error))
+                        except Exception as error:
+                            faults.append((name, each.name, str(number)[:30], repr(error)))
+        self.assertFalse(faults, "\n".join(map(str, faults)))
 
     def test_long_error_is_cut_and_a_broken_one_is_made_storable(self):
         job = self.taken()

@@ -19,6 +19,7 @@ from typing import Any
 
 from pqueue_tools.process import OneLineParser, whole_number
 from pqueue_values import seconds_in as duration
+from pqueue_values import short
 
 
 class UsageError(Exception):
@@ -102,7 +103,7 @@ def duration_between(least: str, most: str) -> Callable[[str], float]:
     def parse(text: str) -> float:
         if duration(least) <= duration(text) <= duration(most):
             return duration(text)
-        raise ValueError(f"expected a duration from {least} to {most}, got {text!r}")
+        raise ValueError(f"expected a duration from {least} to {most}, got {short(text)}")
 
     return parse
 
@@ -118,7 +119,9 @@ def moment(text: str) -> float:
     try:
         return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
     except (ValueError, OverflowError):
-        raise ValueError(f"expected a duration such as 15m, or a time such as 2026-11-24T12:00, got {text!r}") from None
+        raise ValueError(
+            f"expected a duration such as 15m, or a time such as 2026-11-24T12:00, got {short(text)}"
+        ) from None
 
 
 def json_value(text: str) -> Any:
@@ -132,7 +135,7 @@ def rate(text: str) -> tuple[int, float]:
     """Parse 10/1s into a number of jobs and seconds."""
     jobs, slash, seconds = text.partition("/")
     if not slash:
-        raise ValueError(f"expected JOBS/DURATION, such as 10/1s, got {text!r}")
+        raise ValueError(f"expected JOBS/DURATION, such as 10/1s, got {short(text)}")
     return whole_number(1)(jobs), duration(seconds)
 
 
@@ -152,7 +155,7 @@ def test_file(text: str) -> Path:
     """Return the path of a file in which test programs find tests."""
     if re.fullmatch(r"test_\w+\.py", Path(text).name):
         return Path(text)
-    raise ValueError(f"expected a file such as test_job.py, got {text!r}")
+    raise ValueError(f"expected a file such as test_job.py, got {short(text)}")
 
 
 class OneOf:
@@ -164,7 +167,7 @@ class OneOf:
     def __call__(self, text: str) -> str:
         if text in self.names:
             return text
-        raise ValueError(f"expected one of {', '.join(self.names)}, got {text!r}")
+        raise ValueError(f"expected one of {', '.join(self.names)}, got {short(text)}")
 
 
 class SeveralOf(OneOf):

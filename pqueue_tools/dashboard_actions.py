@@ -15,7 +15,6 @@ from pqueue_tools.commands import Ago, json_value, moment, rate
 from pqueue_tools.dashboard import FILTERS, FigureCache, Form, one
 from pqueue_tools.masking import masked, masked_job
 from pqueue_tools.process import whole_number
-from pqueue_values import MAX_ID
 
 FORM_FIELDS = ("scope", "id", "back", "confirmed", "when", "rate")  # of an action on many jobs, apart from the filters
 Act = Callable[[PersistentQInterface, Form, str | None], str]
@@ -114,7 +113,7 @@ def _filters(form: Form) -> dict[str, Any]:
 def _ids(form: Form) -> list[int]:
     if not form.get("id"):
         raise ValueError("expected at least one selected job")
-    return sorted({whole_number(0, MAX_ID)(each) for each in form["id"]})
+    return sorted({whole_number(0)(each) for each in form["id"]})
 
 
 def question(cache: FigureCache, name: str, form: Form) -> str:

@@ -25,7 +25,7 @@ from pqueue_tasks import current_job
 from pqueue_tools import termination
 from pqueue_tools.masking import masked_text
 from pqueue_tools.report import iso, printable
-from pqueue_values import MAX_SECONDS, program_name
+from pqueue_values import MAX_ID, MAX_SECONDS, program_name, short
 
 RETRY_PAUSE_SECONDS = (0.1, 5.0)  # first and longest pause while the database is locked or full
 
@@ -263,13 +263,14 @@ class BadArgument(argparse.ArgumentTypeError, ValueError):
     """An invalid argument. argparse shows the message of an ArgumentTypeError, but not of a ValueError."""
 
 
-def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+def whole_number(least: int, most: int = MAX_ID) -> Callable[[str], int]:
     """Return a function that parses a whole number within these bounds, or raises BadArgument."""
 
     def parse(text: str) -> int:
-        if re.fullmatch(r"-?[0-9]{1,19}", text) and least <= int(text) and (most is None or int(text) <= most):
+        if re.fullmatch(r"-?0{0,100}[0-9]{1,19}", text) and least <= int(text) <= most:
             return int(text)
-        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        is_large = re.fullmatch(r"0*[1-9][0-9]{18,}", text)
+        bounds = f"from {least} to {most}" if is_large or most != MAX_ID else f"of at least {least}"
         raise BadArgument(f"expected a whole number {bounds}, got {text[:40]!r}")
 
     return parse
@@ -287,7 +288,7 @@ def seconds(least: float) -> Callable[[str], float]:
         with suppress(ValueError):
             if least <= float(text) <= MAX_SECONDS:
                 return float(text)
-        raise BadArgument(f"expected a number of seconds from {least:g} to {MAX_SECONDS:g}, got {text!r}")
+        raise BadArgument(f"expected a number of seconds from {least:g} to {MAX_SECONDS:g}, got {short(text)}")
 
     return parse
 
@@ -295,10 +296,10 @@ def seconds(least: float) -> Callable[[str], float]:
 def folder(text: str) -> Path:
     if os.path.isdir(text) or not os.path.exists(text):  # unlike the methods of Path, these accept any string
         return Path(text)
-    raise BadArgument(f"expected a folder, got {text!r}")
+    raise BadArgument(f"expected a folder, got {short(text)}")
 
 
 def module_name(text: str) -> str:
     if all(part.isidentifier() for part in text.split(".")) and not text.endswith(".py"):
         return text
-    raise BadArgument(f"expected a module name such as tasks, without a folder and .py, got {text!r}")
+    raise BadArgument(f"expected a module name such as tasks, without a folder and .py, got {short(text)}")

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, wait_until
@@ -24,6 +25,7 @@ import pqueue_operating
 import pqueue_sqlite
 import pqueue_values
 from pqueue_tools import report, supervisor
+from pqueue_tools.commands import OneOf
 
 
 @pytest.fixture(params=["argparse", "typer"])
@@ -312,6 +314,43 @@ def test_command_that_may_not_use_a_file_says_so_in_one_line(front, run, monkeyp
     assert re.fullmatch(r"admin\.py: cannot use /proc/torture-\w+: No such file or directory\n", error)
 
 
+NUMBERS = [
+    "9" * 20,
+    "9" * 5000,
+    "-" + "9" * 20,
+    str(2**31),
+    str(2**63),
+    "0",
+    "-1",
+    "1e400",
+    "nan",
+    "inf",
+    "0.5",
+    "9" * 400 + "w",
+]
+NUMBERS += [f"{'9' * 30}/1s", f"1/{'9' * 30}w", "1/1000000w", "9" * 400 + "%", "1e308%", "٣", "1_000"]
+
+
+@pytest.mark.parametrize("name", sorted(set(admin.COMMANDS) - {"torture", "completion"}))
+def test_operator_whose_number_is_impossible_is_told_in_one_line(queue, run, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.setattr(admin.live, "run", lambda *_: None)
+    populate(queue)
+    queue.schedule("nightly", "work", every_seconds=60)
+    known = {"job_id": "6", "job_ids": "6", "queue": "slow", "schedule": "nightly", "task": "work", "group": "a"}
+    parameters = admin.COMMANDS[name].parameters
+    for each in parameters:
+        if each.flag or each.parse in (str, Path) or isinstance(each.parse, OneOf):
+            continue
+        for number in NUMBERS:
+            option = [f"{each.name}={number}"] * each.is_option
+            given = [number if other is each else known.get(other.key) for other in parameters if not other.is_option]
+            code, _, err = run(name, *option, *["--", *filter(None, given)] * any(given))
+            assert code in (0, 1, 2)
+            assert len(err) < 400, err
+            assert "expected" in err or code != 2, err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -321,6 +360,9 @@ def test_command_that_may_not_use_a_file_says_so_in_one_line(front, run, monkeyp
         (["resubmit", "5"], 1, "cannot resubmit job 5: it is pending"),
         (["resubmit", "2", "5"], 1, "cannot resubmit job 5: it is pending"),
         (["show", "nine"], 2, "job_id: expected a whole number of at least 0, got 'nine'"),
+        (["show", "9" * 20], 2, "job_id: expected a whole number from 0 to 9223372036854775807, got '99999"),
+        (["show", str(2**63)], 2, "job_id: expected a whole number from 0 to 9223372036854775807, got '92233"),
+        (["show", "0" * 30 + "99"], 1, "no job 99"),
         (["show", "-3"], 2, ""),
         (["show"], 2, ""),
         (["bogus"], 2, "expected a command, got 'bogus'; see admin.py --help"),
