@@ -408,19 +408,18 @@ class Grouping(Backend):
         jobs, seconds = (None, None) if rate in (None, ...) else valid_rate(rate)
         if (most, at_once, rate) == (..., ..., ...):
             raise ValueError("expected max_pending, running or rate, got none")
-        to = f"limited queue {queue} to"
         with self._transaction() as session:
             if most is not ...:
-                self._set_queue(SET_MAX_PENDING, queue, f"{to} {most or 'any number'}", by, now, value=most)
+                to = f"set limit of pending jobs of queue {queue} to {most or 'none'}"
+                self._set_queue(SET_MAX_PENDING, queue, to, by, now, value=most)
                 self._count_pending(session, [queue])
             if at_once is not ...:
-                self._set_queue(
-                    SET_MAX_RUNNING, queue, f"{to} {at_once or 'any number'} running", by, now, value=at_once
-                )
+                to = f"set limit of running jobs of each group of queue {queue} to {at_once or 'none'}"
+                self._set_queue(SET_MAX_RUNNING, queue, to, by, now, value=at_once)
                 session.change(COUNT_RUNNING, {"queue": queue})
             if rate is not ...:
-                most_in = f"{jobs} in {seconds:g} s" if jobs else "any rate"
-                self._set_queue(SET_RATE, queue, f"{to} {most_in}", by, now, jobs=jobs, seconds=seconds)
+                to = f"set rate of each group of queue {queue} to {f'{jobs} in {seconds:g} s' if jobs else 'none'}"
+                self._set_queue(SET_RATE, queue, to, by, now, jobs=jobs, seconds=seconds)
             if at_once is not ... or rate is not ...:
                 self._let_groups_take_turns(session, queue)
                 session.change(WAKE_GROUPS, {"queue": queue})

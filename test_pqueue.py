@@ -3658,8 +3658,8 @@ class QueueContract:
             [each[:2] for each in found[3:]],
             [
                 ("resumed queue default", "ann"),
-                ("limited queue default to any number", pqueue_values.operator_name(None)),
-                ("limited queue default to 7", "bob"),
+                ("set limit of pending jobs of queue default to none", pqueue_values.operator_name(None)),
+                ("set limit of pending jobs of queue default to 7", "bob"),
                 ("paused queue default", "ann"),
             ],
         )
