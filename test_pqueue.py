@@ -3757,6 +3757,34 @@ class QueueContract:
         self.assertEqual(self.queue.resubmit_where(state="failed", task="t", fingerprint=error), len(members))
         self.assertEqual({job.id for job in self.queue.list_jobs(state="pending")}, set(members))
 
+    def test_error_that_begins_with_a_traceback_is_grouped_by_its_exception(self):
+        head, frame = "Traceback (most recent call last):\n", '  File "tasks.py", line 7, in mail\n    ^^^^\n'
+        of_group = (
+            "  + Exception Group " + head + "  |   File x\n  | ExceptionGroup: two (2 sub-exceptions)\n  +-+---- 1\n"
+        )
+        groups = [
+            (
+                "ValueError: no …",
+                f"{head}{frame}ValueError: no 7\n",
+                f"{head}  File x\nValueError: no 8\n  ^ here\nand more",
+            ),
+            ("smtplib.Gone", f"{head}{frame}KeyError: 1\n\nDuring handling, another one:\n\n{head}{frame}smtplib.Gone"),
+            ("ExceptionGroup: two (… sub-exceptions)", of_group),
+            ("Traceback (most recent call last):", head, head + frame),  # the exception is missing
+        ]
+        for _, *errors in groups:
+            for error in errors:
+                self.queue.enqueue("t")
+                self.queue.fail(self.queue.dequeue("w"), error, retry=False)
+                shown = self.queue.list_jobs(limit=1)[0].error
+                self.assertTrue(shown.endswith(error), shown)
+        self.assertEqual(
+            {each["error"]: each["jobs"] for each in self.queue.failures()}, {g[0]: len(g) - 1 for g in groups}
+        )
+        frames = head + frame * 1000 + "ValueError: far below"
+        self.queue.mark_failed(self.queue.enqueue("t"), frames)
+        self.assertEqual(self.queue.failures()[0]["error"], "ValueError: far below")
+
     def test_search_finds_jobs_in_any_of_several_states(self):
         ids = self.queue.enqueue_many("t", range(4))
         self.queue.cancel(ids[0])
