@@ -71,7 +71,6 @@ from pqueue_tools.report import (
     findings,
     first_line,
     follow_clock,
-    for_machines,
     for_people,
     history,
     is_time,
@@ -234,9 +233,7 @@ def show(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRes
     after = [parent.id for parent in queue.dependencies(job.id, excerpt=0)] or None
     facts = {**job_object(job), "after": after, "why": why(queue, job.id)}
     if wants_rows(options) and (options.output or options.columns):
-        return CommandResult(
-            [{**facts, "history": [{key: for_machines(key, v) for key, v in each.items()} for each in events]}]
-        )
+        return CommandResult([{**facts, "history": events}])
     del facts["lease_token"], facts["has_dependents"]
     facts["waits_for"] = facts["waits_for"] or None
     now = now_shown()

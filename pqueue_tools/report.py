@@ -32,6 +32,8 @@ MAX_NAMED = 5  # jobs that a waiting job waits for
 NEARLY_ALL = 0.9  # of the attempts of a task: it does not work at all
 SEVERITIES = ("info", "warning", "critical")
 NO_FINDINGS = "no problem found"
+RATES = ("enqueued", "completed", "failed", "retried")
+DOCUMENTS = ("payload", "result", "meta")  # of a job
 CLOCK_SECONDS = 5.0  # a larger difference between this host's clock and the server's is reported
 MANY_KEPT = 100_000  # a queue that keeps more finished jobs for ever is reported
 FULL_SECONDS = 7 * 86400.0  # the same as a warning, if at its growth the disk is full within this time
@@ -764,8 +766,13 @@ def is_time(column: str) -> bool:
 
 
 def for_machines(column: str, value: Any) -> Any:
+    """Return a value with its times in ISO 8601; documents of users stay as they are."""
+    if column in DOCUMENTS:
+        return value
     if isinstance(value, dict):
         return {key: for_machines(key, each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [for_machines("", each) for each in value]
     return iso(value) if is_time(column) and value is not None else value
 
 

@@ -250,6 +250,17 @@ def test_operator_sees_when_a_job_failed_and_that_a_new_database_has_no_queues(f
     assert row.split("\t")[5] > time.strftime("%Y-%m-%dT%H:%M", time.gmtime(time.time() - 60))
 
 
+def test_program_gets_the_payloads_as_they_are_and_times_in_iso_8601(front, queue, run):
+    payload = {"sent_at": "noon", "at": 5, "rows": [{"read_at": None}]}
+    queue.enqueue("t", payload)
+    queue.complete(queue.dequeue("w"), payload)
+    for command in (["show", "1"], ["list-jobs"]):
+        row = json.loads(run(*command, "-o", "json")[1])
+        assert (row["payload"], row["result"], row["created_at"][-1]) == (payload, payload, "Z")
+    seen = json.loads(run("monitor", "--once", "-o", "json")[1])
+    assert [each["last_seen_at"][-1] for each in seen["consumers"]] == ["Z"]
+
+
 def test_operator_sees_which_task_fails_however_its_jobs_were_deleted(front, queue, run):
     for number in range(4):
         queue.enqueue("well", queue="a")
