@@ -78,6 +78,7 @@ from pqueue_tools.report import (
     last_error,
     metrics,
     now_shown,
+    oldest_pending,
     printable,
     problems,
     recent,
@@ -309,7 +310,7 @@ def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     now = now_shown()
     last = recent(queue, now)
     numbers = ", ".join(f"{getattr(last, name):,} {name}" for name in EVENTS if getattr(last, name))
-    total = {"queue": "all", **found["states"], "oldest_pending_at": found["oldest_pending_at"]}
+    total = {"queue": "all", **found["states"], "oldest_pending_at": oldest_pending(found)}
     rows += [{**dict.fromkeys(rows[0]), **total}] if len(rows) > 1 else []
     return CommandResult(
         text=f"{table(rows, width()) or 'no queues'}\n\nsince {clock(last.at)}: {numbers or 'nothing happened'}"
@@ -976,7 +977,7 @@ def doctor(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
     found = findings(queue, stats=stats, facts=facts, processes=supervisor.known_processes())
     del facts["problems"]
     facts |= {"consumers_alive": sum(1 for each in queue.consumers() if each["state"] == "running")}
-    facts |= {"oldest_pending_at": stats["oldest_pending_at"]}
+    facts |= {"oldest_pending_at": oldest_pending(stats)}
     kept = queue.retention()
     facts |= {"finished_jobs": sum(stats["states"][state] for state in pqueue.FINISHED)}
     facts |= {"added_in_last_hour": sum(each["added"] for each in kept)}

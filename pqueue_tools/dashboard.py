@@ -60,6 +60,7 @@ Form = dict[str, list[str]]
 Query = dict[str, list[str]]  # of an address
 JobPage = tuple[list[Job], "int | None"]  # a page of jobs, and the id before which to continue
 Percentiles = tuple[float, float]  # p50 and p95, seconds
+Tile = tuple[str, "str | float", str]  # label; value, or the time whose age it is; the state that selects the colour
 
 
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:/?#@\[\]\\,]+))(?::[0-9]{1,5})?")
@@ -364,13 +365,14 @@ def _overview(queue: PersistentQInterface) -> dict[str, Any]:
     report.follow_clock(queue)
     now = report.now_shown()
     stats, facts = queue.stats(), queue.check(thorough=False)
-    oldest, recent = stats["oldest_pending_at"], report.recent(queue, now)
+    minutes = report.recent_minutes(queue, now)
+    recent = total(minutes)
     return {
         "states": stats["states"],
         "queues": stats["queues"],
         "path": facts["path"],
-        "per_minute": {name: round(60 * report.per_second(recent, getattr(recent, name), now)) for name in COUNTED},
-        "oldest_seconds": None if oldest is None else max(0.0, now - oldest),
+        "per_minute": report.per_minute(minutes),
+        "oldest_pending_at": report.oldest_pending(stats),
         "alive": sum(1 for each in queue.consumers() if each["state"] == "running"),
         "wal_bytes": facts.get("wal_bytes"),
         "findings": report.findings(queue, now, stats=stats, facts=facts),
@@ -528,10 +530,10 @@ def _file_text(payload: Any) -> str | None:
     return text + "\n(cut)" if len(content) > FILE_BYTES_SHOWN else text
 
 
-def tiles(seen: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return the overview as (label, value, state); the state selects the colour."""
-    oldest = "none" if seen["oldest_seconds"] is None else report.span(seen["oldest_seconds"])
-    found = [(state, f"{seen['states'][state]:,}", state) for state in STATES_SHOWN]
+def tiles(seen: dict[str, Any]) -> list[Tile]:
+    """Return the figures of the overview."""
+    oldest = "none" if seen["oldest_pending_at"] is None else float(seen["oldest_pending_at"])
+    found: list[Tile] = [(state, f"{seen['states'][state]:,}", state) for state in STATES_SHOWN]
     found += [(f"{name} / min", f"{seen['per_minute'][name]:,}", "") for name in ("enqueued", "completed")]
     found += [("oldest pending", oldest, "")]
     found += [("consumers alive", str(seen["alive"]), "")]
@@ -539,9 +541,9 @@ def tiles(seen: dict[str, Any]) -> list[tuple[str, str, str]]:
     return found
 
 
-def task_tiles(found: Outcomes) -> list[tuple[str, str, str]]:
+def task_tiles(found: Outcomes) -> list[Tile]:
     """Return what happened to the jobs of a task, as `tiles` does the overview."""
-    tiles = [("enqueued", f"{found.enqueued:,}", "")]
+    tiles: list[Tile] = [("enqueued", f"{found.enqueued:,}", "")]
     tiles += [(name, f"{getattr(found, name):,}", name) for name in ("completed", "failed")]
     tiles += [("failed attempts", f"{found.failed + found.retried:,} ({found.failed_share:.1%})", "")]
     return tiles + [(f"{name} p50 / p95", times(percentiles(getattr(found, name))), "") for name in ("wait", "run")]

@@ -10,7 +10,7 @@ import pqueue
 from pqueue_tools import dashboard, dashboard_summary, report, tables
 from pqueue_tools.dashboard import FILTERS, Query, one, prefix
 from pqueue_tools.dashboard_page import SCRIPT, STYLE
-from pqueue_tools.dashboard_summary import charts, findings, text, tiles, trend
+from pqueue_tools.dashboard_summary import charts, findings, text, tiles, time, trend
 from pqueue_tools.tables import OVERVIEW_ROWS, PAGES, Button, Column, Page, Table
 
 ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">
@@ -213,7 +213,9 @@ def _cell(column: Column, row: Any) -> str:  # noqa: PLR0911 - one for each kind
         links = [f'<a href="{prefix()}/job/{each}">{each}</a>' for each in jobs[: tables.JOBS_OF_CONSUMER_SHOWN]]
         return " ".join(links) + " …" * (len(links) < len(jobs))
     if column.kind in ("time", "since", "until", "clock", "moment"):
-        return f'<time datetime="{report.iso(value)}" data-kind="{column.kind}">{report.utc(value)}</time>'
+        return time(value, column.kind, report.utc(value))
+    if column.kind == "left":
+        return time(value[0], "left", report.span(tables.left(*value)), progress=f"{value[1]:g}")
     if column.kind == "trend":
         return trend(value)
     if column.kind == "state":

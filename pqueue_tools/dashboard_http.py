@@ -13,6 +13,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import secrets
 import socket
 import sys
@@ -57,6 +58,7 @@ PROBES = ("/livez", "/readyz")
 HTML, JSON, TEXT = "text/html; charset=utf-8", "application/json", "text/plain; charset=utf-8"
 STATIC = {**dashboard_html.FILES, "/livez": (TEXT, "alive\n")}
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
+TIMES = re.compile(rb"(?<=>)[^<]*(?=</time>)")
 
 
 Answer = tuple[HTTPStatus, str, bytes]  # status, type and body
@@ -401,7 +403,8 @@ class Handler(BaseHTTPRequestHandler):
         body = _encoded(content) if isinstance(content, str) else content
         headers = {"Content-Type": kind, **HEADERS, "X-Age": f"{age:.1f}", "X-Now": f"{report.now_shown():.3f}"}
         if kind == HTML and status == HTTPStatus.OK:
-            headers["ETag"] = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+            # Ages are left out: the page's script computes them.
+            headers["ETag"] = f'W/"{hashlib.sha256(TIMES.sub(b"", body)).hexdigest()[:32]}"'
             if self.headers.get("If-None-Match") == headers["ETag"]:
                 status, body = HTTPStatus.NOT_MODIFIED, b""
         # The size of a compressed page could tell another site, which chooses what it searches for, something about it.

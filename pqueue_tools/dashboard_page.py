@@ -102,6 +102,7 @@ function ages() {
     each.title = clock(at);
     say(each, kind === 'clock' ? clock(at) : kind === 'minute' ? clock(at).slice(-8, -3)
       : kind === 'day' ? clock(at, true).slice(5, -3) : kind === 'since' ? span(age)
+      : kind === 'left' ? span(age * (1 / each.dataset.progress - 1))
       : kind === 'until' ? span(-age) : (kind === 'moment' ? clock(at) + ', ' : '')
       + (age < 0 ? 'in ' + span(-age) : span(age) + ' ago'));
   }

@@ -298,6 +298,8 @@ def _cell(column: Column, row: Any) -> Any:  # noqa: PLR0911 - one for each kind
         return f"{_clock(value)}, {report.ago(value, report.now_shown())}"
     if column.kind in ("since", "until"):
         return report.span(abs(report.now_shown() - value))
+    if column.kind == "left":
+        return report.span(tables.left(*value))
     if column.kind == "trend":
         return [completed + failed for completed, failed in value]
     if column.kind == "long":

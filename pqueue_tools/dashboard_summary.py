@@ -11,7 +11,9 @@ from typing import Any, Protocol
 from pqueue_tools import dashboard, report
 
 FINDINGS_SHOWN = 6  # the others unfold
-QUOTED = re.compile("(&#x27;|&quot;)(.*?)\\1")  # a name, which may be written from right to left
+NAME = re.compile(r"""(['"])(.*?)\1|\S{61,}""")  # quoted, or too long to be a word
+NAME_CHARS = 60  # of a name in a finding; its tooltip is the whole
+ENDS_WITH_TIME = re.compile(r"(in )?[\d.]+ [smhd]( ago)?$")
 
 STYLE: str = (
     """
@@ -96,21 +98,45 @@ def findings(found: list[report.Finding], address: Callable[[str], str]) -> str:
 
 
 def _linked(each: report.Finding, address: Callable[[str], str]) -> str:
-    said = QUOTED.sub(r"\1<bdi>\2</bdi>\1", text(each.text))
+    said = _with_names(each.text)
+    if each.at is not None and (found := ENDS_WITH_TIME.search(said)):
+        said = said[: found.start()] + time(each.at, "time" if found[1] or found[2] else "since", found[0])
     return f'<a href="{text(address(each.part))}">{said}</a>' if each.part else said
 
 
 def _remedy(each: report.Finding) -> str:
-    return f'<span class="soft">: {text(each.remedy)}</span>' if each.remedy else ""
+    return f'<span class="soft">: {_with_names(each.remedy)}</span>' if each.remedy else ""
 
 
-def tiles(shown: list[tuple[str, str, str]], address: Callable[[str], str]) -> str:
+def _with_names(sentence: str) -> str:
+    """Return a sentence in which long names are cut, and each name may be written from right to left."""
+    parts, end = [], 0
+    for found in NAME.finditer(sentence):
+        quote, name = found[1] or "", found[2] if found[1] else found[0]
+        whole = f' title="{text(name)}"' if len(name) > NAME_CHARS else ""
+        parts += [text(sentence[end : found.start()]), text(quote)]
+        parts += [f"<bdi{whole}>{text(report.cut(name, NAME_CHARS))}</bdi>", text(quote)]
+        end = found.end()
+    return "".join(parts) + text(sentence[end:])
+
+
+def time(at: float, kind: str, shown: str, **data: Any) -> str:
+    """Return a time for the page's script, which shows it by its kind (see `Column`); `shown` is for other readers."""
+    more = "".join(f' data-{name}="{value}"' for name, value in data.items())
+    return f'<time datetime="{report.iso(at)}" data-kind="{kind}"{more}>{shown}</time>'
+
+
+def tiles(shown: list[dashboard.Tile], address: Callable[[str], str]) -> str:
     """Return figures, as `dashboard.tiles` does; the number of jobs in a state leads to `address` of the state."""
     return f"""<div class="tiles">{"".join(_tile(*each, address) for each in shown)}</div>"""
 
 
-def _tile(label: str, value: str, state: str, address: Callable[[str], str]) -> str:
-    inside = f'<span>{text(label)}</span><b class="{state}">{text(value)}</b>'
+def _tile(label: str, value: str | float, state: str, address: Callable[[str], str]) -> str:
+    if isinstance(value, float):
+        value = time(value, "since", report.span(max(0.0, report.now_shown() - value)))
+    else:
+        value = text(value)
+    inside = f'<span>{text(label)}</span><b class="{state}">{value}</b>'
     return f'<a class="tile" href="{address(state)}">{inside}</a>' if state else f'<div class="tile">{inside}</div>'
 
 
@@ -121,7 +147,7 @@ def facts(shown: dict[str, str]) -> str:
 
 def _clock(at: float, *, has_day: bool) -> str:
     kind, shown = ("day", report.utc(at)[5:16]) if has_day else ("minute", report.utc(at)[11:16])
-    return f'<time datetime="{report.iso(at)}" data-kind="{kind}">{shown}</time>'
+    return time(at, kind, shown)
 
 
 # Charts: the text of the axes in HTML, around an SVG that stretches ###################################################

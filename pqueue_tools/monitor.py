@@ -25,17 +25,16 @@ from pqueue_tools.report import (
     first_line,
     follow_clock,
     now_shown,
-    per_second,
+    per_minute,
     printable,
     problems,
-    recent,
+    recent_minutes,
     verdict,
 )
 
 FAILURES_SHOWN = 5
 FAILURES_SEARCHED = 100  # newest failed jobs, of which the last to fail are shown
 EXCERPT_CHARS = 500
-RATES = ("enqueued", "completed", "failed", "retried")
 KEYS = re.compile(rb"\x1b[\[O][0-9;]*[A-Za-z~]|.", re.DOTALL)
 SCROLL = {b"\x1b[A": -1, b"\x1bOA": -1, b"k": -1, b"\x1b[B": 1, b"\x1bOB": 1, b"j": 1}  # in lines
 TURN = {b"\x1b[5~": -1, b"\x1b[6~": 1, b" ": 1}  # in screens
@@ -58,9 +57,7 @@ def snapshot(reading: Reading) -> dict[str, Any]:
             follow_clock(queue)
             seen["at"] = now = now_shown()
             found = findings(queue, now, processes=seen["processes"])
-            last = recent(queue, now)
-            rates = {name: per_second(last, getattr(last, name), now) for name in RATES}
-            seen |= {"findings": found, "per_second": rates}
+            seen |= {"findings": found, "per_minute": per_minute(recent_minutes(queue, now))}
             seen |= {"stats": queue.stats(), "consumers": queue.consumers(), "failed": _failures(queue)}
     except (QueueError, ValueError) as error:
         seen["database"] = str(error)
@@ -84,10 +81,10 @@ def screen(seen: dict[str, Any], width: int, *, order: str = "name", in_colour: 
 
     lines = _verdict(seen, width, in_colour)
     if "database" not in seen:
-        rates = ", ".join(f"{rate:,.1f} {name}" for name, rate in seen["per_second"].items())
+        rates = ", ".join(f"{rate:,} {name}" for name, rate in seen["per_minute"].items())
         alive = [consumer_row(each) for each in seen["consumers"] if each["state"] == "running" or each["job_ids"]]
         queues = [{"queue": name, **each} for name, each in seen["stats"]["queues"].items()]
-        lines += [fitted(f"per second: {rates}", width)]
+        lines += [fitted(f"per minute: {rates}", width)]
         lines += section("last failures", seen["failed"]) if seen["failed"] else []
         lines += section("queues", sorted(queues, key=ORDERS[order]))
         lines += section("consumers", sorted(alive, key=ORDERS[order]))

@@ -48,6 +48,7 @@ class Finding(NamedTuple):
     text: str  # what was found: one sentence, without a period
     remedy: str = ""  # what to do: a command to run, or the rest of a sentence
     part: str = ""  # the part of the dashboard that shows it: queues, consumers …
+    at: float | None = None  # the time with which the text ends, as a duration or relative to now; Unix seconds
 
     def __str__(self) -> str:
         return f"{self.text}: {self.remedy}" if self.remedy else self.text
@@ -156,16 +157,17 @@ def _no_consumers(
 ) -> Iterator[Finding]:
     """Report that no consumer is alive, if that is not as it should be."""
     dead = [each for each in consumers if each["state"] == "dead"]
-    pending = sum(each["pending"] for each in stats["queues"].values() if not each["paused"])
+    waits = any(each["pending"] and not each["paused"] for each in stats["queues"].values())
     start = f"run {command_line('consumer')}"
     if alive:
         return
-    if pending:
-        yield Finding("critical", f"{count(pending, 'job')} pending and no consumer is alive", start, "consumers")
+    if waits:
+        pending = count(stats["states"]["pending"], "job")
+        yield Finding("critical", f"{pending} pending and no consumer is alive", start, "consumers")
     elif dead:
-        last = ago(max(each["last_seen_at"] for each in dead), now)
-        died = f"no consumer is alive: {len(dead)} died, the last was seen {last}"
-        yield Finding("warning", died, start, "consumers")
+        last = max(each["last_seen_at"] for each in dead)
+        died = f"no consumer is alive: {len(dead)} died, the last was seen {ago(last, now)}"
+        yield Finding("warning", died, start, "consumers", last)
     elif stats["states"]["scheduled"]:
         scheduled = f"{count(stats['states']['scheduled'], 'job')} scheduled and no consumer is alive"
         yield Finding("info", scheduled, start, "consumers")
@@ -248,9 +250,10 @@ def _silent_consumers(alive: list[dict[str, Any]], now: float) -> Iterator[Findi
         if each["last_seen_at"] > each["started_at"] and now - each["last_seen_at"] > SILENT_SECONDS
     ]
     if silent:
-        last = ago(max(each["last_seen_at"] for each in silent), now)
-        text = f"{count(len(silent), 'consumer')} sent no heartbeat for a while, the last {last} ({_names(silent)})"
-        yield Finding("warning", text, "read the log: the process may be stopped or wait for the database", "consumers")
+        last, number = max(each["last_seen_at"] for each in silent), count(len(silent), "consumer")
+        text = f"{number} sent no heartbeat for a while ({_names(silent)}), the last {ago(last, now)}"
+        remedy = "read the log: the process may be stopped or wait for the database"
+        yield Finding("warning", text, remedy, "consumers", last)
 
 
 def _failing_tasks(queue: PersistentQInterface, stats: dict[str, Any], now: float) -> Iterator[Finding]:
@@ -295,7 +298,8 @@ def _queue_findings(queue: PersistentQInterface, stats: dict[str, Any], now: flo
     """Report a move, paused queues, and long waits in the others. A pause is information: somebody decided on it."""
     move, expected = _move(queue), queue.expectations()
     if move:
-        yield Finding("warning", *move.split(": ", 1))
+        text, _, remedy = move.partition(": ")
+        yield Finding("warning", text, remedy)
     for name, each in stats["queues"].items():
         oldest = each["oldest_pending_at"]
         if each["max_pending"] is not None and each["pending"] >= each["max_pending"]:
@@ -312,7 +316,7 @@ def _queue_findings(queue: PersistentQInterface, stats: dict[str, Any], now: flo
         ):
             text = f"queue {name!r}: the oldest pending job has waited for {span(now - oldest)}"
             jobs = f"{command_line('admin')} list-jobs --status pending --queue {shlex.quote(name)}"
-            yield Finding("warning", text, f"run {jobs}, and ask with why JOB; perhaps add consumers", "queues")
+            yield Finding("warning", text, f"run {jobs}, and ask with why JOB; perhaps add consumers", "queues", oldest)
 
 
 def _schedule_findings(queue: PersistentQInterface, now: float) -> Iterator[Finding]:
@@ -329,8 +333,9 @@ def _schedule_findings(queue: PersistentQInterface, now: float) -> Iterator[Find
                 "info", f"schedule {each.name!r} is paused", f"run {command.format('resume-schedule')}", "schedules"
             )
         elif now - each.next_at > STALL_SECONDS and not queue.move_status():
-            text = f"schedule {each.name!r} is {span(now - each.next_at)} late"
-            yield Finding("warning", text, "start a consumer; schedules are due when one takes jobs", "schedules")
+            text = f"schedule {each.name!r} has been due for {span(now - each.next_at)}"
+            again = "start a consumer; schedules are due when one takes jobs"
+            yield Finding("warning", text, again, "schedules", each.next_at)
 
 
 def _retention_findings(
@@ -355,7 +360,7 @@ def _retention_findings(
             yield Finding("warning" if is_soon else "info", text, keep, "queues")
         elif alive and at is not None and now - at > LATE_PRUNE_SECONDS:
             text = f"queue {name!r}: {state} jobs were to be deleted {ago(at, now)}"
-            yield Finding("warning", text, f"run {command_line('consumer')}, which deletes them", "queues")
+            yield Finding("warning", text, f"run {command_line('consumer')}, which deletes them", "queues", at)
 
 
 def _seconds_until_full(stats: dict[str, Any], facts: dict[str, Any], jobs_per_hour: int) -> float:
@@ -384,7 +389,8 @@ def _clock_findings(queue: PersistentQInterface, now: float) -> Iterator[Finding
         yield Finding("warning", text, "synchronize it; the queue uses the server's")
     newest = queue.list_jobs(limit=1, excerpt=0)
     if newest and newest[0].created_at > now + 60:
-        yield Finding("warning", f"the newest job was enqueued {ago(newest[0].created_at, now)}", "some clock is wrong")
+        at = newest[0].created_at
+        yield Finding("warning", f"the newest job was enqueued {ago(at, now)}", "some clock is wrong", at=at)
 
 
 def _resume(queue: str) -> str:
@@ -405,8 +411,22 @@ def _move(queue: PersistentQInterface) -> str | None:
 
 def recent(queue: PersistentQInterface, now: float) -> Outcomes:
     """Return what happened since the beginning of the last full minute, 60 to 120 seconds ago."""
-    since = minute(now - 60)
-    return total(queue.outcomes(since), float(since))
+    return total(recent_minutes(queue, now), float(minute(now - 60)))
+
+
+def recent_minutes(queue: PersistentQInterface, now: float) -> list[Outcomes]:
+    """Return what happened in the last full minute and in the current one, to the jobs of each queue and task."""
+    return queue.outcomes(minute(now - 60), step_seconds=60)
+
+
+def per_minute(found: list[Outcomes]) -> dict[str, int]:
+    """Return the counts of the last full minute, or of the current one if they are larger already. Unlike an average up
+    to now, they change only when something happens."""
+    minutes: dict[float, list[Outcomes]] = {}
+    for each in found:
+        minutes.setdefault(each.at, []).append(each)
+    sums = [total(those) for those in minutes.values()]
+    return {name: max((getattr(each, name) for each in sums), default=0) for name in RATES}
 
 
 def failing_first(each: Outcomes) -> Any:
@@ -433,9 +453,10 @@ def _rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 4)
 
 
-def per_second(found: Outcomes, number: int, now: float) -> float:
-    """Return the average rate of what `recent` has found this number of."""
-    return number / max(1.0, now - found.at)
+def oldest_pending(stats: dict[str, Any]) -> float | None:
+    """Return when the oldest pending job was due, in Unix seconds, of the queues that are not paused; None: none is."""
+    due = (each["oldest_pending_at"] for each in stats["queues"].values() if not each["paused"])
+    return min((at for at in due if at is not None), default=None)
 
 
 def why(

@@ -43,8 +43,9 @@ class Button:
 @dataclass(frozen=True)
 class Column:
     """What a cell returns depends on the kind: text, number, time, since, until, clock or moment (Unix seconds, shown
-    as an age, a span, a time of day, or both), state (which has a colour), job (an id, or a list of ids), long (text
-    that unfolds), progress (0 to 1), or trend (numbers of completed and failed attempts)."""
+    as an age, a span, a time of day, or both), left (a start and a progress, shown as an estimate), state (which has a
+    colour), job (an id, or a list of ids), long (text that unfolds), progress (0 to 1), or trend (numbers of completed
+    and failed attempts)."""
 
     heading: str
     cell: Callable[[Any], Any]
@@ -80,11 +81,13 @@ def _job_id(job: Job) -> str:
     return str(job.id)
 
 
-def _ends_at(job: Job) -> float | None:
-    """Return when a job would end if its progress went on as it did so far."""
-    if not job.progress or job.started_at is None:
-        return None
-    return job.started_at + (report.now_shown() - job.started_at) / job.progress
+def _start_and_progress(job: Job) -> tuple[float, float] | None:
+    return (job.started_at, job.progress) if job.progress and job.started_at is not None else None
+
+
+def left(started_at: float, progress: float) -> float:
+    """Return how many seconds a job would still run if its progress went on as it did so far."""
+    return max(0.0, (report.now_shown() - started_at) * (1 / progress - 1))
 
 
 PROCESSING = Table(
@@ -97,7 +100,7 @@ PROCESSING = Table(
         Column("elapsed", lambda job: job.started_at, "since"),
         Column("lease left", lambda job: job.lease_expires_at, "until", on_phone=False),
         Column("attempt", _attempts, on_phone=False),
-        Column("left, estimated", _ends_at, "until", on_phone=False),
+        Column("left, estimated", _start_and_progress, "left", on_phone=False),
         Column("progress", lambda job: job.progress, "progress", width="cut"),
     ),
     "nothing is running",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import difflib
 import getpass
 import gzip
 import http.client
@@ -15,7 +16,7 @@ import sqlite3
 import threading
 import time
 from contextlib import closing, suppress
-from html import unescape
+from html import escape, unescape
 from pathlib import Path
 from unittest import mock
 from urllib.parse import urlencode
@@ -377,8 +378,8 @@ def test_running_job_shows_when_it_will_end_if_it_goes_on_like_this(queue):
     (left,) = [each.cell for each in tables.PROCESSING.columns if each.heading == "left, estimated"]
     for progress in (None, 0.0):
         assert left(job._replace(progress=progress)) is None
-    at = left(job._replace(progress=0.25, started_at=report.now_shown() - 10))
-    assert at - report.now_shown() == pytest.approx(30, abs=1)
+    begun = left(job._replace(progress=0.25, started_at=report.now_shown() - 10))
+    assert tables.left(*begun) == pytest.approx(30, abs=1)
 
 
 def test_page_of_queues_shows_every_limit_and_the_groups_that_it_stops(queue, site):
@@ -781,6 +782,69 @@ def test_page_that_has_not_changed_is_not_sent_again_and_a_large_one_is_compress
         assert len(body) < 10_000
         assert b"</html>" in gzip.decompress(body)
     assert "Content-Encoding" not in site.ask("/", Accept_Encoding="gzip", Origin="null")[2]
+
+
+def difference(before, after):
+    parts = [re.split("(?=<)", dashboard_http.TIMES.sub(b"", text.encode()).decode()) for text in (before, after)]
+    return difflib.unified_diff(*parts, n=0, lineterm="")
+
+
+def test_page_is_not_sent_again_because_time_has_passed(queue, site, monkeypatch):
+    at = (time.time() // 60 + 1) * 60 + 5
+    monkeypatch.setattr(report, "now_shown", lambda: at)
+    populate(queue, jobs=400)  # with jobs that run, and have run for a while
+    queue.enqueue("mail", queue="late", now=at - 1200.3)
+    queue.schedule("late", "t", every_seconds=60, now=at - 7200)
+    with queue.transaction() as db:
+        db.execute("UPDATE consumers SET last_seen_at = last_seen_at - 100")
+        db.execute("UPDATE jobs SET lease_expires_at = lease_expires_at + 900 WHERE state = 'processing'")
+    pages = [f"/{name}" for name in tables.PAGES if name != "task"] + ["/task?task=send_mail", "/?last=24+h"]
+    first = {path: site.ask(path)[1:] for path in pages}
+    tags = {path: headers["ETag"] for path, (_, headers) in first.items()}
+    for later in (1, 20, 53):
+        now = at + later
+        monkeypatch.setattr(report, "now_shown", lambda now=now: now)
+        for path, tag in tags.items():
+            status, text, _ = site.ask(path, If_None_Match=tag)
+            assert status == 304, "\n".join(difference(first[path][0], text))
+    queue.enqueue("mail")
+    assert site.ask("/", If_None_Match=tags["/"])[0] == 200
+
+
+def test_times_in_findings_and_tiles_are_for_the_script_and_for_readers(queue, site):
+    queue.enqueue("mail", now=time.time() - 1200)
+    text = site.ask("/")[1]
+    (finding,) = re.findall(r"the oldest pending job has waited for (<time .*?</time>)", text)
+    (tile,) = re.findall(r"oldest pending</span><b class=\"\">(<time .*?</time>)", text)
+    assert finding == tile
+    assert re.fullmatch(r'<time datetime="[0-9TZ:.-]+" data-kind="since">20 m</time>', tile)
+    queue.pause("default")  # it waits because an operator wants it to
+    assert 'oldest pending</span><b class="">none</b>' in site.ask("/")[1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_long_names_are_cut_in_findings_and_their_tooltip_is_the_whole(queue, site):
+    name = "n'" * 127
+    queue.enqueue("t", queue=name, now=time.time() - 1200)
+    queue.enqueue("t", queue="q" * 255, now=time.time() - 1200)
+    queue.dequeue("c" * 255)
+    queue.close()
+    for text in (site.ask("/")[1], "".join(each.proto.body for each in streamlit().get("html"))):
+        found = re.findall(r'<p class="finding">(.*?)</p>', text)
+        assert len(found) > 2
+        assert max(len(word) for each in found for word in re.split(r"[\s']", unescaped(each))) <= 61
+        for whole in (name, "q" * 255):
+            assert any(f'title="{escape(whole)}"' in each for each in found)
+
+
+def test_number_of_pending_jobs_is_the_same_in_the_finding_and_in_the_tile(queue, site):
+    queue.enqueue_many("t", range(3))
+    queue.enqueue("t", queue="off")
+    queue.pause("off")
+    text = site.ask("/")[1]
+    assert "4 jobs pending and no consumer is alive" in text
+    assert '<span>pending</span><b class="pending">4</b>' in text
+    assert "queue <" not in text
 
 
 def test_browser_is_refused_with_a_page_that_leads_back(queue, site):
@@ -1413,7 +1477,7 @@ def test_both_front_ends_show_the_same_tables(queue, site, monkeypatch, name):
         assert frame["data"]
         kinds = [each.kind for each in table.columns]
         for kind, value in zip(kinds * len(frame["data"]), sum(frame["data"], []), strict=True):
-            if kind not in ("time", "since", "until", "progress", "trend"):  # as of now, or a drawing
+            if kind not in ("time", "since", "until", "left", "progress", "trend"):  # as of now, or a drawing
                 value = (
                     value.removeprefix("?job=") if kind == "job" else value.strip("[']") if kind == "state" else value
                 )
