@@ -504,6 +504,11 @@ def given(query: Query) -> Query:
     return {name: values for name, values in found.items() if values}
 
 
+def kept(query: Query) -> Query:
+    """Return what an action leaves in the address of its page: the filters, where the list continues, and the range."""
+    return {**given(query), **{name: [one(query, name)] for name in ("before_id", "last") if one(query, name)}}
+
+
 def newest_query(query: Query) -> Query:
     """Return the filters that find the failed jobs of the task of an address."""
     return {"state": ["failed"], "task": [one(query, "task")]}

@@ -34,7 +34,7 @@ def page(
     which: Page, figures: dict[str, Any], jobs: dashboard.JobPage | None, query: Query, message: str, token: str
 ) -> str:
     """Return a page of PAGES; `jobs` are those that its search found."""
-    back = f"/{which.name}" + (f"?{urlencode(dashboard.given(query), doseq=True)}" if dashboard.given(query) else "")
+    back = f"/{which.name}?{urlencode(dashboard.kept(query), doseq=True)}".removesuffix("?")
     body = "".join(_part(each, which, figures, jobs, query, token, back) for each in tables.parts_of(which, figures))
     title = tables.task_title(query) if which.name == "task" else which.title
     return _frame(title, body, message, figures["overview"], which.name if which.under is None else which.under)
@@ -52,7 +52,7 @@ def _part(
     elif part == "task":
         shown = _task(which, figures, query)
     elif part == "search":
-        shown = _search(which, figures, jobs, query, token)
+        shown = _search(which, figures, jobs, query, token, back)
     elif part is tables.GROUPS and isinstance(figures["processes"], str):
         shown = f'<h2>{tables.GROUPS.title}</h2><p class="soft">{text(figures["processes"])}</p>'
     else:
@@ -271,13 +271,13 @@ def _inputs(form: dashboard.Form) -> str:
 # The search ###########################################################################################################
 
 
-def _search(which: Page, figures: dict[str, Any], jobs: dashboard.JobPage, query: Query, token: str) -> str:
+def _search(which: Page, figures: dict[str, Any], jobs: dashboard.JobPage, query: Query, token: str, back: str) -> str:
     found, before = jobs
     asked = tables.query_of(which, query)
     filters = dashboard.given(asked)
     table = _table(tables.JOBS, found, token, "", ticks=True, empty=tables.none_found(query, before))
     if token and found:
-        table = _bulk_form(table, which, asked, tables.matching(query, jobs) if filters else "", token)
+        table = _bulk_form(table, asked, tables.matching(query, jobs) if filters else "", token, back)
     given = dashboard.given(query)
     links = [f'<a href="{_address(which.name, given)}">newest jobs</a>'] if query.get("before_id") else []
     if before is not None:
@@ -315,16 +315,15 @@ _WHEN = """ <label>in <input name="when" value="10m" size="6"></label>
 <label>at <input name="rate" placeholder="any rate, or 10/1s" size="14" aria-label="rate"></label>"""
 
 
-def _bulk_form(table: str, which: Page, query: Query, matching: str, token: str) -> str:
+def _bulk_form(table: str, query: Query, matching: str, token: str, back: str) -> str:
     choice = f'<option value="matching">{matching}</option>' if matching else ""
     buttons = " ".join(
         f'<button name="action" value="{each}">{tables.label(each)}</button>' + (_WHEN if each == "retry" else "")
         for each in tables.bulk_actions(query)
     )
-    given = dashboard.given(query)
-    back = f"/{which.name}?{urlencode(given, doseq=True)}"
+    fields = _inputs({"token": [token], "back": [back], **dashboard.given(query)})
     return f"""<form method="post" action="{prefix()}/act/jobs" class="block">
-{_inputs({"token": [token], "back": [back], **given})}<div class="bulk"><select name="scope" aria-label="which jobs">
+{fields}<div class="bulk"><select name="scope" aria-label="which jobs">
 <option value="ticked">the ticked jobs</option>{choice}</select> {buttons}</div>{table}</form>"""
 
 

@@ -389,7 +389,7 @@ class Handler(BaseHTTPRequestHandler):
     def _redirect(self, back: str, sentence: str) -> None:
         """Redirect to a page of the dashboard that shows the message."""
         url = urlsplit(back if dashboard_html.is_back(back) else "/")
-        query = {**dashboard.given(parse_qs(url.query)), "said": self.server.keep_message(sentence)}
+        query = {**dashboard.kept(parse_qs(url.query)), "said": self.server.keep_message(sentence)}
         self.send_response(HTTPStatus.SEE_OTHER)
         self.send_header("Location", f"{dashboard.prefix()}{quote(url.path)}?{urlencode(query, doseq=True)}")
         self.send_header("Content-Length", "0")

@@ -847,6 +847,16 @@ def test_number_of_pending_jobs_is_the_same_in_the_finding_and_in_the_tile(queue
     assert "queue <" not in text
 
 
+def test_action_returns_to_the_same_range_and_page(queue, site):
+    failed(queue, task="mail")
+    queue.enqueue_many("many", range(60))
+    for path in ("/task?task=mail&last=24+h", "/?last=72+h", "/jobs?task=many&before_id=31"):
+        page = site.ask(path)[1]
+        (back,) = set(re.findall(r'name="back" value="([^"]*)"', page))
+        location = site.act("pause", queue="default", back=unescape(back))[2]["Location"]
+        assert location.partition("&said=")[0] == path
+
+
 def test_browser_is_refused_with_a_page_that_leads_back(queue, site):
     for path in ("/nosuch", "/job/99", "/jobs?state=nosuch"):
         status, text, headers = site.ask(path, Accept="text/html")
