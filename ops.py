@@ -24,7 +24,7 @@ import socket
 import sys
 from importlib.util import find_spec
 
-from pqueue_tools.dashboard import prefix
+from pqueue_tools.dashboard import expect_url, prefix
 from pqueue_tools.dashboard_http import address, listen_error, serve
 from pqueue_tools.process import OneLineParser, print_error, whole_number
 from pqueue_values import program_name
@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         path = prefix()
+        expect_url()
     except ValueError as error:
         print_error("ops", error)
         return 2

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -84,6 +85,16 @@ def prefix() -> str:
     if not PREFIX.fullmatch(given):
         raise ValueError(f"expected a path such as /queue in PQUEUE_OPS_PREFIX, got {given!r}")
     return given
+
+
+def expect_url() -> None:
+    """Raise ValueError if PQUEUE_URL is invalid, without opening the queue."""
+    if not pqueue.is_postgres():
+        pqueue.sqlite_path()
+    elif find_spec("psycopg"):
+        from pqueue_connections import parse_url
+
+        parse_url(os.environ["PQUEUE_URL"])
 
 
 def without_prefix(path: str) -> str:

@@ -857,6 +857,21 @@ def test_action_returns_to_the_same_range_and_page(queue, site):
         assert location.partition("&said=")[0] == path
 
 
+@pytest.mark.parametrize("arguments", [["--port", "0"], ["--check", "--port", "0"], ["--streamlit", "--port", "0"]])
+@pytest.mark.parametrize(
+    "url",
+    [":memory:", "mysql://h/d", "sqlite:///a?b=c", "postgresql+psycopg2://h/d", "host=h password=hunter2", "~/q.db"],
+)
+def test_dashboard_whose_url_is_invalid_does_not_start(folder, monkeypatch, capsys, url, arguments):
+    monkeypatch.setenv("PQUEUE_URL", url)
+    monkeypatch.setattr(ops, "serve", mock.Mock())
+    monkeypatch.setattr(os, "execv", mock.Mock())
+    assert ops.main(arguments) == 2
+    assert re.fullmatch(r"ops\.py: expected .*, got .*\n", capsys.readouterr().err)
+    assert not ops.serve.called
+    assert not os.execv.called
+
+
 def test_browser_is_refused_with_a_page_that_leads_back(queue, site):
     for path in ("/nosuch", "/job/99", "/jobs?state=nosuch"):
         status, text, headers = site.ask(path, Accept="text/html")
