@@ -79,6 +79,7 @@ from pqueue_tools.report import (
     metrics,
     now_shown,
     oldest_pending,
+    outcome_rows,
     printable,
     problems,
     recent,
@@ -86,7 +87,6 @@ from pqueue_tools.report import (
     schedule_row,
     size,
     span,
-    task_rows,
     verdict,
     why,
 )
@@ -291,18 +291,23 @@ def _log_lines(directory: Path, job_id: int) -> Iterator[dict[str, Any]]:
 @command(
     INSPECT,
     "stats",
-    Parameter("--by", "queue: jobs by state; task: what happened to the jobs of each", OneOf(*BY), BY[0], "|".join(BY)),
-    Parameter("--since", "with --by task, since then: 15m, 7d, or an ISO 8601 time", moment, metavar="TIME"),
+    Parameter(
+        "--by",
+        "queue: jobs by state, with --since: what happened; task: what happened",
+        OneOf(*BY),
+        BY[0],
+        "|".join(BY),
+    ),
+    Parameter("--since", "what happened since then: 15m, 7d, or an ISO 8601 time", moment, metavar="TIME"),
     examples="""
     stats -o json
-    stats --by task --since 1h""",
+    stats --by task
+    stats --by queue --since 1h""",
 )
 def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
-    """Count jobs by queue and state, or by task what happened to them."""
-    if options.by == "task":
-        return CommandResult(task_rows(queue, _time(options.since)))
-    if options.since is not None:
-        raise UsageError("stats: expected --by task with --since")
+    """Count jobs by queue and state, or by queue or task what happened to them."""
+    if options.by == "task" or options.since is not None:
+        return CommandResult(outcome_rows(queue, _time(options.since), options.by))
     found = queue.stats()
     rows = [{"queue": name, **each} for name, each in found["queues"].items()]
     if wants_rows(options):

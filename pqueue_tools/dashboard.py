@@ -236,14 +236,15 @@ class FigureCache:
         """Return the current figures, or the previous ones if computing takes longer than wait_seconds (None:
         PAGE_WAIT_SECONDS, or FIRST_WAIT_SECONDS if there are no previous ones):
 
-        overview: states, queues and path of the queue, per_minute, oldest_seconds, alive, wal_bytes, findings, and wait
-        and run, each (p50, p95) in seconds or None; minutes: at (the start), the numbers COUNTED, wait and run of each
-        minute of the last hour, including the current one; days, if asked for: the same for each of DAYS, and tasks:
-        what happened to the jobs of each task within 24 hours, as row, and trend: (completed, failed) attempts of each
-        period, and found: the counts of 72 hours by task; hour: minutes, and found: the counts of the last hour;
-        handlers: those of failures; processing: the running jobs; failures: groups of failed jobs; consumers: those
-        alive or with jobs, and those that ended within the last hour; processes: those of supervisord, or a sentence
-        that says why there are none; settings: of each queue, see `_settings`.
+        overview: states, queues and path of the queue, per_minute, oldest_pending_at, alive, wal_bytes, findings, and
+        wait and run, each (p50, p95) in seconds or None; minutes: at (the start), the numbers COUNTED, wait and run of
+        each minute of the last hour, including the current one; days, if asked for: the same for each of DAYS, and
+        tasks: what happened to the jobs of each task within 24 hours, as row, and trend: (completed, failed) attempts
+        of each period, and found: the counts of 72 hours by task; hour: minutes, found: the counts of the last hour,
+        and queues: what happened to the jobs of each queue within it, as row, trend and per_minute; handlers: those of
+        failures; processing: the running jobs; failures: groups of failed jobs; consumers: those alive or with jobs,
+        and those that ended within the last hour; processes: those of supervisord, or a sentence that says why there
+        are none; settings: of each queue, see `_settings`.
         """
         queue = self.queue()
         with self._lock:
@@ -395,7 +396,7 @@ def _overview(queue: PersistentQInterface) -> dict[str, Any]:
 def _hour(queue: PersistentQInterface) -> dict[str, list[Any]]:
     starts = _starts(60)
     found = queue.outcomes(starts[0], step_seconds=60)
-    return {"minutes": _series(found, starts), "found": found}
+    return {"minutes": _series(found, starts), "found": found, "queues": _rows(found, starts, by_task=False)}
 
 
 def _starts(step: int) -> list[float]:
@@ -432,20 +433,24 @@ class _Days:
         found += queue.outcomes(max(since, self._until), step_seconds=step)
         return {
             **{name: _series(found, _starts(each)) for name, each in DAYS.items()},
-            "tasks": _tasks(found, _starts(step)),
+            "tasks": _rows(found, _starts(step), by_task=True),
             "found": found,
         }
 
 
-def _tasks(found: Iterable[Outcomes], starts: list[float]) -> list[dict[str, Any]]:
-    tasks: dict[tuple[str, str], list[Outcomes]] = {}
+def _rows(found: Iterable[Outcomes], starts: list[float], *, by_task: bool) -> list[dict[str, Any]]:
+    """Return what happened to the jobs of each queue, or of each task in it, since the first of these periods."""
+    groups: dict[tuple[str, str], list[Outcomes]] = {}
     for each in found:
         if each.at >= starts[0]:
-            tasks.setdefault((each.queue, each.task), []).append(each)
+            groups.setdefault((each.queue, each.task if by_task else ""), []).append(each)
     rows = []
-    for (queue, task), those in tasks.items():
+    for (queue, task), those in groups.items():
         trend = [(each["completed"], each["failed"] + each["retried"]) for each in _series(those, starts)]
-        rows.append({"row": total(those, starts[0], queue, task), "trend": trend})
+        row = {"row": total(those, starts[0], queue, task), "trend": trend}
+        rows.append(
+            row if by_task else {**row, "per_minute": report.per_minute([e for e in those if e.at >= starts[-2]])}
+        )
     return sorted(rows, key=lambda each: report.failing_first(each["row"]))
 
 

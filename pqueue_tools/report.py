@@ -434,18 +434,24 @@ def failing_first(each: Outcomes) -> Any:
     return -each.failed_share, each.queue, each.task
 
 
-def task_rows(queue: PersistentQInterface, since: float | None) -> list[dict[str, Any]]:
-    """Return what happened to the jobs of each task since a time (None: ever), those that failed most often first."""
-    found = sorted(queue.outcomes(since), key=failing_first)
+def outcome_rows(queue: PersistentQInterface, since: float | None, by: str) -> list[dict[str, Any]]:
+    """Return what happened to the jobs of each queue or task since a time (None: ever), those that failed most often
+    first."""
+    groups: dict[tuple[str, str], list[Outcomes]] = {}
+    for each in queue.outcomes(since):
+        groups.setdefault((each.queue, each.task if by == "task" else ""), []).append(each)
+    minutes = None if since is None else max(1.0, (now_shown() - minute(since)) / 60)
     return [
         {
             "queue": each.queue,
-            **{name: getattr(each, name) for name in ("task", "enqueued", "completed", "failed", "retried")},
+            **({"task": each.task} if by == "task" else {}),
+            **{name: getattr(each, name) for name in RATES},
             "failed_share": round(each.failed_share, 4),
             "p50_seconds": _rounded(each.run.quantile(0.5)),
             "p95_seconds": _rounded(each.run.quantile(0.95)),
+            **({} if minutes is None else {"completed_per_minute": round(each.completed / minutes, 1)}),
         }
-        for each in found
+        for each in sorted((total(those, 0.0, *key) for key, those in groups.items()), key=failing_first)
     ]
 
 

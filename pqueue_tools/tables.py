@@ -18,6 +18,7 @@ from pqueue_values import command_line
 JOBS_OF_CONSUMER_SHOWN = 3
 JOBS_ASKED_FOR = 20  # of the selected jobs that the question before an action lists
 TASKS_SHOWN = 200
+QUEUES_SHOWN = 50  # of those with a trend
 OVERVIEW_ROWS = 6  # of each table on the overview
 EXAMPLES = 30  # queues and tasks that a filter suggests
 
@@ -333,6 +334,31 @@ TASKS = Table(
 )
 
 
+def _rate(name: str) -> Column:
+    return Column(f"{name} / min", lambda each: each["per_minute"][name], "number", on_phone=name == "completed")
+
+
+THROUGHPUT = Table(
+    "throughput",
+    "Throughput within an hour",
+    (
+        Column("queue", lambda each: each["row"].queue, link=lambda each: ("jobs", {"queue": each["row"].queue})),
+        _outcome("enqueued"),
+        _outcome("completed"),
+        Column("failed attempts", lambda each: f"{each['row'].failed_share:.1%}", "number"),
+        _rate("enqueued"),
+        _rate("completed"),
+        _times("wait"),
+        Column("trend", itemgetter("trend"), "trend", on_phone=False),
+    ),
+    "no job was enqueued or has ended within an hour",
+    "queue",
+    QUEUES_SHOWN,
+    lambda figures: figures["hour"]["queues"],
+    name=lambda each: each["row"].queue,
+)
+
+
 NEWEST = Table(
     "newest",
     "Newest failed jobs",
@@ -593,7 +619,7 @@ PAGES = {
         Page("failed", "Failed", (FAILED, "search")),
         Page("tasks", "Tasks", (TASKS,)),
         Page("task", "Task", ("task", FAILED, NEWEST, SCHEDULES, QUEUES), under="tasks"),
-        Page("queues", "Queues", (QUEUES, SETTINGS)),
+        Page("queues", "Queues", (QUEUES, THROUGHPUT, SETTINGS)),
         Page("schedules", "Schedules", (SCHEDULES,)),
         Page("consumers", "Consumers", (CONSUMERS, PROCESSING, GROUPS)),
         Page("activity", "Activity", (ACTIVITY,)),

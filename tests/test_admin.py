@@ -276,7 +276,10 @@ def test_operator_sees_which_task_fails_however_its_jobs_were_deleted(front, que
     assert (rows[0]["p50_seconds"], rows[1]["p95_seconds"] < 60) == (None, True)
     assert run("stats", "--by", "task", "--since", "2100-01-01")[1] == ""
     assert "expected one of queue, task" in run("stats", "--by", "day")[2]
-    assert run("stats", "--since", "1h")[::2] == (2, "admin.py: stats: expected --by task with --since\n")
+    header, *rows = (line.split("\t") for line in run("stats", "--by", "queue", "--since", "4m")[1].splitlines())
+    assert (header[0], header[-1]) == ("queue", "completed_per_minute")
+    assert [row[:5] for row in rows] == [["default", "4", "0", "1", "3"], ["a", "4", "4", "0", "0"]]
+    assert 0.7 < float(rows[1][-1]) <= 1
 
 
 def test_operator_reads_what_was_logged_about_a_job(front, folder, run):

@@ -857,6 +857,19 @@ def test_action_returns_to_the_same_range_and_page(queue, site):
         assert location.partition("&said=")[0] == path
 
 
+def test_page_of_queues_shows_the_throughput_of_each_within_an_hour(queue, site):
+    now = time.time() // 60 * 60 - 30  # in the last full minute
+    for ago, to in ((0, "mail"), (1, "mail"), (600, "mail"), (0, "slow"), (7200, "old")):
+        queue.enqueue("t", queue=to, max_attempts=1, now=now - ago)
+    for done in (queue.complete, queue.complete, queue.fail):
+        done(queue.dequeue("w", queues=["mail"], now=now), "no", now=now + 1)
+    text = site.ask("/queues")[1]
+    table = text[text.index("<h2>Throughput") :].partition("</table>")[0].split("<tr ")[1:]
+    rows = [[unescaped(each) for each in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in table]
+    assert [row[:6] for row in rows] == [["mail", "3", "2", "33.3%", "2", "2"], ["slow", "1", "0", "0.0%", "1", "0"]]
+    assert 'aria-label="2 completed, 1 failed attempts"' in text
+
+
 @pytest.mark.parametrize("arguments", [["--port", "0"], ["--check", "--port", "0"], ["--streamlit", "--port", "0"]])
 @pytest.mark.parametrize(
     "url",
