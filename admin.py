@@ -271,21 +271,13 @@ def logs(_: None, options: argparse.Namespace) -> CommandResult:
     """Print what the consumers logged about a job, from the files that Supervisor writes, oldest first."""
     if not options.directory.is_dir():
         raise Problem(f"no folder {options.directory}: expected the logs that Supervisor writes, or --directory DIR")
-    rows = sorted(_log_lines(options.directory, options.job_id), key=lambda row: row["line"])
+    try:
+        rows = supervisor.log_lines(options.directory, options.job_id)
+    except OSError as error:
+        raise Problem(f"cannot read {error.filename}: {error.strerror}") from None
     if not rows:
         raise Problem(f"no line about job {options.job_id} in {options.directory}")
     return CommandResult(rows, "\n".join(row["line"] for row in rows))
-
-
-def _log_lines(directory: Path, job_id: int) -> Iterator[dict[str, Any]]:
-    about = re.compile(rb'\bjob=%d(?= |$)|"job": %d\b' % (job_id, job_id))  # in text and in JSON
-    for path in sorted(directory.glob("*.log*")):  # also those that were rotated
-        try:
-            with path.open("rb") as file:
-                lines = [line.rstrip(b"\n") for line in file if about.search(line)]
-        except OSError as error:
-            raise Problem(f"cannot read {path}: {error.strerror}") from None
-        yield from ({"file": path.name, "line": line.decode(errors="replace")} for line in lines)
 
 
 @command(

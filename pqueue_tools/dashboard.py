@@ -45,6 +45,8 @@ CONSUMERS_SHOWN = 100
 NEWEST_SHOWN = 10  # failed jobs of a task
 OPERATIONS_SHOWN = 100
 FILE_BYTES_SHOWN = 65_536  # of a job's file
+LOG_BYTES_READ = 1_000_000  # of the end of each log
+LOG_LINES_SHOWN = 200
 STATES_SHOWN = ("pending", "scheduled", "waiting", "processing", "completed", "failed")
 OTHER_HOST = "refused: this is not a host name of the dashboard; PQUEUE_OPS_HOSTS can list more"
 OTHER_SITE = "refused: the request comes from another site"
@@ -349,8 +351,8 @@ class FigureCache:
 
     def job(self, job_id: int) -> dict[str, Any]:
         """Return job and history, masked; is_masked, whether the payload has hidden values; why; after: the ids of the
-        jobs that it runs after; parents: their id, state, task, result and error; and file: its text, an error message,
-        or None for a job without a file."""
+        jobs that it runs after; parents: their id, state, task, result and error; file: its text, an error message, or
+        None for a job without a file; and log: the latest lines about it in the logs, or None."""
         queue, stats = self.queue(), None
         with suppress(QueueError):
             stats = self.figures()["overview"]
@@ -365,7 +367,7 @@ class FigureCache:
         fields = ("id", "state", "task", "result", "error")
         parents = [{name: getattr(masked_job(each), name) for name in fields} for each in reversed(before)]
         found = {"job": job, "history": history, "why": why, "after": after, "is_masked": is_masked}
-        return {**found, "parents": parents, "file": _file_text(job.payload)}
+        return {**found, "parents": parents, "file": _file_text(job.payload), "log": _log_text(job_id)}
 
 
 def _stale_at(began: float) -> float:
@@ -538,6 +540,13 @@ def filters_of(query: Query) -> dict[str, Any]:
             at = moment(filters.pop(name))
             filters[option] = report.now_shown() - at if isinstance(at, Ago) else at
     return filters
+
+
+def _log_text(job_id: int) -> str | None:
+    with suppress(OSError):
+        lines = [each["line"] for each in supervisor.log_lines(supervisor.LOGS, job_id, LOG_BYTES_READ)]
+        return "\n".join(lines[-LOG_LINES_SHOWN:]) or None
+    return None
 
 
 def _file_text(payload: Any) -> str | None:

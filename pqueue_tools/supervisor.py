@@ -310,3 +310,17 @@ def _create(path: Path, text: str) -> bool:
     finally:
         new.unlink(missing_ok=True)
     return True
+
+
+def log_lines(folder: Path, job_id: int, most_bytes: int | None = None) -> list[dict[str, str]]:
+    """Return what the consumers logged about a job, from the files that Supervisor writes, oldest first: "file" and
+    "line". most_bytes: read only the end of each file. Raises OSError."""
+    about = re.compile(rb'\bjob=%d(?= |$)|"job": %d\b' % (job_id, job_id))  # in text and in JSON
+    rows = []
+    for path in sorted(folder.glob("*.log*")):  # also those that were rotated
+        with path.open("rb") as file:
+            if most_bytes is not None:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - most_bytes))
+            lines = [line.rstrip(b"\n").decode(errors="replace") for line in file if about.search(line)]
+        rows += [{"file": path.name, "line": line} for line in lines]
+    return sorted(rows, key=lambda row: row["line"])

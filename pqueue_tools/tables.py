@@ -515,6 +515,7 @@ def texts(found: dict[str, Any]) -> list[tuple[str, str, bool]]:
         "Result": None if job.result is None else _pretty(job.result),
         "Error": job.error,
         "File": found["file"],
+        "Log": found["log"],
     }
     most = dashboard.TEXT_CHARS_SHOWN
     return [(title, text[:most], len(text) > most) for title, text in held.items() if text is not None]

@@ -870,6 +870,27 @@ def test_page_of_queues_shows_the_throughput_of_each_within_an_hour(queue, site)
     assert 'aria-label="2 completed, 1 failed attempts"' in text
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_job_page_shows_what_was_logged_about_the_job(queue, site, folder, monkeypatch):
+    monkeypatch.setattr(dashboard, "LOG_BYTES_READ", 1000)
+    job_id = queue.enqueue("t")
+    for page in (site.ask("/job/1")[1], streamlit_texts(job_id)):
+        assert "<h2>Log" not in page
+    logs = folder / "var/log"
+    logs.mkdir()
+    line = f"2026-11-26T00:00:00.000Z completed consumer=<w> job={job_id}"
+    (logs / "a.log").write_text(f"{line} lost\n" + "x" * 900 + f"\n{line}\n{line}1\n")
+    (logs / "a.log.1").mkdir()  # cannot be read
+    assert "<h2>Log" not in site.ask("/job/1")[1]
+    (logs / "a.log.1").rmdir()
+    assert f'<h2>Log</h2><pre tabindex="0">{escape(line)}</pre>' in site.ask("/job/1")[1]
+    assert line in streamlit_texts(job_id)
+
+
+def streamlit_texts(job_id):
+    return [each.value for each in streamlit(job=str(job_id)).code]
+
+
 @pytest.mark.parametrize("arguments", [["--port", "0"], ["--check", "--port", "0"], ["--streamlit", "--port", "0"]])
 @pytest.mark.parametrize(
     "url",
