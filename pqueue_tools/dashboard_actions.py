@@ -98,6 +98,13 @@ def _clone(queue: PersistentQInterface, form: Form, by: str | None) -> str:
     return f"enqueued job {new}, a copy of job {job.id}"
 
 
+def _enqueue(queue: PersistentQInterface, form: Form, by: str | None) -> str:
+    given, to = one(form, "payload"), one(form, "queue")
+    new = queue.enqueue(one(form, "task"), json_value(given) if given.strip() else None, queue=to or "default")
+    queue.record(f"enqueued job {new}", by=by)
+    return f"enqueued job {new}"
+
+
 def _filters(form: Form) -> dict[str, Any]:
     """Return the filters of an action on all jobs that match, or {} if the form lists jobs. Raises ValueError."""
     if one(form, "scope") != "matching":
@@ -179,6 +186,7 @@ ACTIONS: dict[str, Act] = {
     "retry": _jobs_action(_retry, "scheduled", parents_first=True),
     "edit": _jobs_action(_edit, "changed"),
     "clone": _clone,
+    "enqueue": _enqueue,
     "mark_failed": _jobs_action(_verb("mark_failed"), "marked as failed"),
     "cancel": _jobs_action(_verb("cancel"), "cancelled"),
     "delete": _jobs_action(_delete, "deleted"),

@@ -284,7 +284,17 @@ def _search(which: Page, figures: dict[str, Any], jobs: dashboard.JobPage, query
         links.append(f'<a href="{_address(which.name, {**given, "before_id": before})}">{tables.older_jobs(jobs)}</a>')
     title = "Jobs" if which.name == "jobs" else "Failed jobs"
     pages = f"<p>{' · '.join(links)}</p>" if links else ""
-    return f"<h2>{title}</h2>{_filter_form(which, figures, query)}{table}{pages}"
+    enqueue = (
+        _ENQUEUE.format(prefix=prefix(), hidden=_hidden({}, token, back)) if token and which.name == "jobs" else ""
+    )
+    return f"<h2>{title}</h2>{_filter_form(which, figures, query)}{enqueue}{table}{pages}"
+
+
+_ENQUEUE = """<details><summary>enqueue …</summary><form method="post" action="{prefix}/act/enqueue">{hidden}
+<input name="task" list="of-task" aria-label="task to run" placeholder="task" required>
+<input name="queue" list="of-queue" aria-label="queue of the job" placeholder="queue: default">
+<textarea name="payload" rows="4" cols="60" aria-label="payload" placeholder="payload, JSON" spellcheck="false">
+</textarea><button>enqueue</button></form></details>"""
 
 
 def _filter_form(which: Page, figures: dict[str, Any], query: Query) -> str:

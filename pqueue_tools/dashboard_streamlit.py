@@ -369,10 +369,20 @@ def _search(which: Page) -> None:
     else:
         st.caption(_escaped(tables.none_found(query, page[1])))
     _pages(query, page)
+    if which.name == "jobs" and not dashboard.read_only():
+        _enqueue()
     if page[0]:
         _bulk(ids, dashboard.given(asked), tables.matching(asked, page))
     if len(ids) == 1:
         _job(ids[0])
+
+
+def _enqueue() -> None:
+    with st.popover("enqueue"):
+        fields = {name: st.text_input(name, key=f"enqueue-{name}") for name in ("task", "queue")}
+        fields["payload"] = st.text_area("payload", placeholder="JSON", key="enqueue-payload")
+        if st.button("yes, enqueue"):
+            _act("enqueue", **fields)
 
 
 def _newest(query: dashboard.Query) -> None:

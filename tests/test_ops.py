@@ -891,6 +891,34 @@ def streamlit_texts(job_id):
     return [each.value for each in streamlit(job=str(job_id)).code]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_operator_enqueues_a_job(queue, site, monkeypatch):
+    assert "/act/enqueue" in site.ask("/jobs?state=pending")[1]
+    status, _, headers = site.act("enqueue", task="mail", queue="", payload=' {"to": "ada"} ', back="/jobs?task=mail")
+    assert (status, headers["Location"].partition("&said=")[0]) == (303, "/jobs?task=mail")
+    assert "enqueued job 1" in site.ask(headers["Location"])[1]
+    assert site.act("enqueue", task="mail", queue="slow", payload="")[0] == 303
+    page = streamlit(page="jobs")
+    page.text_input(key="enqueue-task").set_value("report")
+    page.text_area(key="enqueue-payload").set_value("[1]")
+    next(each for each in page.button if each.label == "yes, enqueue").click()
+    page.run(timeout=PATIENCE_SECONDS)
+    found = [(job.task, job.queue, job.payload) for job in queue.list_jobs()]
+    assert found == [("report", "default", [1]), ("mail", "slow", None), ("mail", "default", {"to": "ada"})]
+    assert queue.operations(limit=1)[0]["event"] == "enqueued job 3"
+    for form, message in (
+        ({"task": ""}, "expected a task name of 1 to 255 printable characters, got ''"),
+        ({"task": "t", "payload": "{"}, "expected JSON, got '{'"),
+        ({"task": "t", "payload": "1e400"}, "expected a payload that JSON can hold"),
+        ({"task": "t", "queue": "q" * 256}, "expected a queue name"),
+    ):
+        status, text, _ = site.act("enqueue", **form)
+        assert (status, text.count("\n"), message in text) == (409, 1, True), text
+    monkeypatch.setenv("PQUEUE_OPS_READONLY", "1")
+    assert "/act/enqueue" not in site.ask("/jobs")[1]
+    assert site.act("enqueue", task="t")[0] == 409
+
+
 @pytest.mark.parametrize("arguments", [["--port", "0"], ["--check", "--port", "0"], ["--streamlit", "--port", "0"]])
 @pytest.mark.parametrize(
     "url",
