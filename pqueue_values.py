@@ -459,18 +459,18 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-TRACEBACKS = ("Traceback (most recent call last):", "  + Exception Group Traceback (most recent call last):")
+TRACEBACK = re.compile(r"(.{0,2000}?)(?:  \+ Exception Group )?Traceback \(most recent call last\):\r?\n")
 EXCEPTION = re.compile(  # the line after the frames of the last traceback
-    rf"(?s:.*)^(?:{'|'.join(map(re.escape, TRACEBACKS))})\n(?: (?! \| \S).*\n)*(?:  \| )?(\S.*)", re.MULTILINE
+    r"(?s:.*)Traceback \(most recent call last\):\r?\n(?: (?! \| \S).*\n)*(?:  \| )?(\S.*)"
 )
 
 
 def error_text(error: str) -> str:
-    """Return the text to store. One that begins with a traceback gets the line of its exception as its first line, by
-    which failures are grouped and shown."""
+    """Return the text to store. If a traceback begins in its first line, by which failures are grouped and shown, put
+    one with the exception before it."""
     text = str(error)
-    if text.startswith(TRACEBACKS) and (found := EXCEPTION.match(text)):
-        text = f"{found[1]}\n{text}"
+    if (first := TRACEBACK.match(text)) and (found := EXCEPTION.match(text)):
+        text = f"{first[1]}{found[1]}\n{text}"
     text = text[:MAX_ERROR_CHARS].replace("\0", "\\x00")  # PostgreSQL cannot store it
     return text.encode("utf-8", "backslashreplace").decode()
 

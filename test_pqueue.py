@@ -3759,6 +3759,7 @@ class QueueContract:
 
     def test_error_that_begins_with_a_traceback_is_grouped_by_its_exception(self):
         head, frame = "Traceback (most recent call last):\n", '  File "tasks.py", line 7, in mail\n    ^^^^\n'
+        quoted = f"RuntimeError: {head}{frame}ValueError: row 7"  # of a task that raises what a process has printed
         of_group = (
             "  + Exception Group " + head + "  |   File x\n  | ExceptionGroup: two (2 sub-exceptions)\n  +-+---- 1\n"
         )
@@ -3770,6 +3771,7 @@ class QueueContract:
             ),
             ("smtplib.Gone", f"{head}{frame}KeyError: 1\n\nDuring handling, another one:\n\n{head}{frame}smtplib.Gone"),
             ("ExceptionGroup: two (… sub-exceptions)", of_group),
+            ("RuntimeError: ValueError: row …", quoted, f"{quoted}\n\n{head}{frame}{quoted}"),
             ("Traceback (most recent call last):", head, head + frame),  # the exception is missing
         ]
         for _, *errors in groups:
