@@ -1081,7 +1081,13 @@ def run(entry: Command, options: argparse.Namespace) -> int:
 
 
 def _finish(result: CommandResult, options: argparse.Namespace) -> int:
-    write(result, options)
+    try:
+        write(result, options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise Problem(f"cannot write to stdout: {error.strerror}; the command has been carried out") from None
     return result.code
 
 

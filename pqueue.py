@@ -269,6 +269,9 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("cannot pickle or copy a queue: open it in the other process, with open_queue")
+
     # Producing
 
     def enqueue(

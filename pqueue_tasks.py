@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from functools import cached_property
+from functools import WRAPPER_ASSIGNMENTS, cached_property
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
@@ -144,6 +144,14 @@ class Task(Caller[P, R]):
     expire_seconds: float | None = None  # after it is due, a job is cancelled unless it has started
     schedule: Params | None = field(default=None, compare=False)  # when consumers that know it enqueue it
     on_failed: str | None = None  # the task that gets a job for each failed one
+
+    def __post_init__(self) -> None:
+        found = {name: getattr(self.function, name, None) for name in WRAPPER_ASSIGNMENTS}  # for inspect and help
+        vars(self).update({name: each for name, each in found.items() if each is not None}, __wrapped__=self.function)
+
+    def __reduce__(self) -> str:
+        """Let it be pickled by its name in its module, as a function is."""
+        return getattr(self, "__qualname__", self.name)
 
     @overload
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...

@@ -1860,6 +1860,11 @@ class QueueContract:
         q.cancel(first)
         self.assertTrue(q.enqueue("t", key="k").is_new)
 
+    def test_queue_is_neither_pickled_nor_copied(self):
+        for copied in (pickle.dumps, copy.copy, copy.deepcopy):
+            with self.assertRaisesRegex(TypeError, "open it in the other process, with open_queue"):
+                copied(self.queue)
+
     def test_id_of_a_job_is_an_int(self):
         job_id = self.queue.enqueue("t")
         self.assertEqual((str(job_id), repr(job_id), f"{job_id:03}", json.dumps([job_id])), ("1", "1", "001", "[1]"))
@@ -6699,6 +6704,26 @@ class Tasks(unittest.TestCase):
 
         self.assertIs(pqueue.TASKS["mail"], mail)
         self.assertEqual((mail.max_attempts, mail("letter")), (3, "letter"))
+
+    def test_task_looks_like_its_function_and_is_pickled_by_name(self):
+        module = type(sys)("shop")
+        source = """
+from pqueue import task
+@task
+def resize(path: str, width: int = 200) -> str:
+    '''Resize a picture.'''
+    return f"{path}@{width}"
+"""
+        self.addCleanup(pqueue.TASKS.pop, "resize")
+        with mock.patch.dict(sys.modules, shop=module):
+            exec(source, vars(module))  # noqa: S102
+            resize = module.resize
+            self.assertEqual((resize.__name__, resize.__doc__), ("resize", "Resize a picture."))
+            self.assertEqual(list(inspect.signature(resize).parameters), ["path", "width"])
+            for same in (pickle.loads(pickle.dumps(resize)), copy.deepcopy(resize)):  # noqa: S301
+                self.assertIs(same, resize)
+            bound = pickle.loads(pickle.dumps(resize.using(priority=5)))  # noqa: S301
+            self.assertEqual(bound._options, {"priority": 5})
 
     def test_options_of_a_task_are_checked_when_it_is_decorated(self):
         for options in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -98,7 +99,7 @@ def _chosen(rows: Iterable[dict[str, Any]], columns: tuple[str, ...]) -> Iterabl
 
 def _write_json(rows: Iterable[dict[str, Any]]) -> None:
     for row in rows:
-        print(json_text({key: for_machines(key, value) for key, value in row.items()}))
+        print(_encodable(json_text({key: for_machines(key, value) for key, value in row.items()})))
 
 
 def _write_tsv(rows: Iterable[dict[str, Any]]) -> None:
@@ -111,8 +112,17 @@ def _write_tsv(rows: Iterable[dict[str, Any]]) -> None:
 def _field(key: str, value: Any) -> str:
     shown = for_machines(key, value)
     if isinstance(shown, (dict, list, bool)):
-        return json_text(shown)
+        return _encodable(json_text(shown))
     return "" if shown is None else printable(str(shown))
+
+
+def _encodable(text: str) -> str:
+    """Return JSON in ASCII if the encoding of stdout cannot represent it."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return "".join(mark if mark.isascii() else json.dumps(mark)[1:-1] for mark in text)
+    return text
 
 
 def width() -> int:

@@ -1092,6 +1092,26 @@ def test_closed_pipe_is_no_error(queue):
     assert (done.stderr, done.stdout.count("\n")) == ("", 1)
 
 
+def test_operator_whose_output_has_no_room_is_told_that_the_command_was_carried_out(queue):
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, ROOT / "admin.py", "enqueue", "t"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    expected = "admin.py: cannot write to stdout: No space left on device; the command has been carried out\n"
+    assert (ended.returncode, ended.stderr, queue.count_jobs()) == (1, expected, 1)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("form", ["json", "tsv"])
+def test_program_gets_valid_json_whatever_the_encoding_of_the_output(queue, encoding, form):
+    payload = {"text": "\xe9 \u0142 \U0001f680 \u202e"}
+    queue.enqueue("t", payload)
+    command = [sys.executable, ROOT / "admin.py", "list-jobs", "-o", form, "--columns", "payload"]
+    ended = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, check=True)
+    line = ended.stdout.decode(encoding).splitlines()[-1]
+    assert json.loads(line) == ({"payload": payload} if form == "json" else payload)
+
+
 def test_monitor_reports_a_missing_database_and_recovers(folder, run):
     code, out, _ = run("monitor", "--once")
     assert code == 0
