@@ -517,87 +517,113 @@ class Member:
     delivery: pqueue.Job | None = None
 
 
-class GroupMachine(RuleBasedStateMachine):
+@dataclass
+class Shares:
     """The groups of a queue: whose job is next, with weights and limits."""
 
-    @initialize(rate=st.sampled_from([None, (1, 30), (3, 50)]), weight=st.sampled_from([0.5, 1, 3]))
-    def begin(self, rate, weight):
-        self.folder = tempfile.TemporaryDirectory()
-        self.queue = pqueue.PersistentQSQLite(f"{self.folder.name}/q.db", durability="normal")
-        self.now = 1_000.0
-        self.rate, self.running, self.weights = rate, None, {"b": weight}
-        self.queue.weigh("default", "b", weight)
-        self.queue.limit("default", rate=rate)
-        self.jobs: dict[int, Member] = {}
-        self.turn, self.turns = 0.0, dict.fromkeys(["", "a", "b"], 0.0)
-        self.starts: dict[str, list[float]] = {group: [] for group in self.turns}
+    rate: tuple[int, int] | None
+    weight: float  # of group "b"
+    running: int | None = None
+    jobs: dict[int, Member] = field(default_factory=dict)
+    turn: float = 0.0
+    turns: dict[str, float] = field(default_factory=lambda: dict.fromkeys(["", "a", "b"], 0.0))
+    starts: dict[str, list[float]] = field(default_factory=lambda: {group: [] for group in ["", "a", "b"]})
 
-    def teardown(self):
-        self.queue.close()
-        self.folder.cleanup()
+    def take(self, job, now):
+        member = self.jobs[job.id]
+        member.attempts, member.delivery = member.attempts + 1, job
+        self.turn = max(self.turn, self.turns[member.group])
+        self.turns[member.group] = self.after(self.turn, member.group)
+        self.starts[member.group].append(now)
 
-    @rule(group=st.sampled_from(["", "a", "b"]), priority=st.integers(0, 1), number=st.integers(1, 4))
-    def enqueue(self, group, priority, number):
-        options = {"group": group or None, "priority": priority, "max_attempts": 99, "now": self.now}
-        for job_id in self.queue.enqueue_many("t", [None] * number, **options):
-            self.jobs[job_id] = Member(group, priority, self.now)
+    def after(self, turn, group):
+        return turn + 1 / (self.weight if group == "b" else 1)
 
-    @rule(seconds=st.sampled_from([1, 29, 50]))
-    def time_goes_by(self, seconds):
-        self.now += seconds
-
-    @rule(running=st.sampled_from([None, 1, 2, 3]))
-    def limit(self, running):
-        self.queue.limit("default", running=running)
-        self.running = running
-
-    @rule(limit=st.sampled_from([1, 1, 2, 5]))
-    def dequeue(self, limit):
-        found = self.queue.dequeue_many("w", limit, lease_seconds=LEASE, now=self.now)
-        for member in self.jobs.values():
-            if member.delivery and member.delivery.lease_expires_at <= self.now:
-                member.delivery = None
-        assert [job.id for job in found] == self.next(limit)
-        for job in found:
-            member = self.jobs[job.id]
-            member.attempts, member.delivery = member.attempts + 1, job
-            self.turn = max(self.turn, self.turns[member.group])
-            self.turns[member.group] = self.turn + 1 / self.weights.get(member.group, 1)
-            self.starts[member.group].append(self.now)
-
-    def next(self, limit):
+    def next(self, limit, now):
         waiting = {group: [] for group in self.turns}
         for job_id, each in sorted(self.jobs.items(), key=lambda job: (-job[1].priority, job[1].run_at, job[0])):
-            if each.delivery is None and each.run_at <= self.now:
+            if each.delivery is None and each.run_at <= now:
                 waiting[each.group].append(job_id)
-        room = {group: min(self.room(group), len(ids)) for group, ids in waiting.items()}
+        room = {group: min(self.room(group, now), len(ids)) for group, ids in waiting.items()}
         turn, turns, found = self.turn, dict(self.turns), []
         while len(found) < limit and any(room.values()):
             group = min((each for each in turns if room[each]), key=lambda each: (turns[each], each))
             found.append(waiting[group].pop(0))
             room[group] -= 1
             turn = max(turn, turns[group])
-            turns[group] = turn + 1 / self.weights.get(group, 1)
+            turns[group] = self.after(turn, group)
         alone = [number for number, job_id in enumerate(found) if self.jobs[job_id].attempts]
         return found[: max(1, alone[0])] if alone else found
 
-    def room(self, group):
+    def room(self, group, now):
         running = sum(each.group == group and each.delivery is not None for each in self.jobs.values())
         by_running = len(self.jobs) if self.running is None else max(0, self.running - running)
         if self.rate is None:
             return by_running
-        return min(by_running, self.rate[0] - sum(self.now - at < self.rate[1] for at in self.starts[group]))
+        return min(by_running, self.rate[0] - sum(now - at < self.rate[1] for at in self.starts[group]))
 
-    @precondition(lambda self: any(each.delivery for each in self.jobs.values()))
+
+class GroupMachine(RuleBasedStateMachine):
+    """Two queues with groups of the same names."""
+
+    @initialize(rates=st.permutations([None, (1, 30), (3, 50)]), weights=st.permutations([0.5, 1, 3]))
+    def begin(self, rates, weights):
+        self.folder = tempfile.TemporaryDirectory()
+        self.queue = pqueue.PersistentQSQLite(f"{self.folder.name}/q.db", durability="normal")
+        self.now = 1_000.0
+        self.shares = {name: Shares(rate, weight) for name, rate, weight in zip("xy", rates, weights, strict=False)}
+        for name, each in self.shares.items():
+            self.queue.weigh(name, "b", each.weight)
+            self.queue.limit(name, rate=each.rate)
+
+    def teardown(self):
+        self.queue.close()
+        self.folder.cleanup()
+
+    @rule(
+        queue=st.sampled_from("xy"),
+        group=st.sampled_from(["", "a", "b"]),
+        task=st.sampled_from("ttu"),
+        priority=st.integers(0, 1),
+        number=st.integers(1, 4),
+    )
+    def enqueue(self, queue, group, task, priority, number):
+        options = {"queue": queue, "group": group or None, "priority": priority, "max_attempts": 99, "now": self.now}
+        for job_id in self.queue.enqueue_many(task, [None] * number, **options):
+            self.shares[queue].jobs[job_id] = Member(group, priority, self.now)
+
+    @rule(seconds=st.sampled_from([1, 29, 50]))
+    def time_goes_by(self, seconds):
+        self.now += seconds
+
+    @rule(queue=st.sampled_from("xy"), running=st.sampled_from([None, 1, 2, 3]))
+    def limit(self, queue, running):
+        self.queue.limit(queue, running=running)
+        self.shares[queue].running = running
+
+    @precondition(lambda self: all(each.rate or each.running for each in self.shares.values()))
+    @rule()
+    def prune(self):
+        """Groups without jobs are forgotten, which changes no turn."""
+        self.queue.prune(0, now=self.now)
+
+    @rule(queue=st.sampled_from("xy"), limit=st.sampled_from([1, 1, 2, 5]))
+    def dequeue(self, queue, limit):
+        found = self.queue.dequeue_many("w", limit, queues=[queue], lease_seconds=LEASE, now=self.now)
+        for each in self.shares.values():
+            for member in each.jobs.values():
+                if member.delivery and member.delivery.lease_expires_at <= self.now:
+                    member.delivery = None
+        shares = self.shares[queue]
+        assert [job.id for job in found] == shares.next(limit, self.now)
+        for job in found:
+            shares.take(job, self.now)
+
+    @precondition(lambda self: self.held())
     @rule(data=st.data(), verb=st.sampled_from(["complete", "complete", "fused", "release", "fail", "cancel"]))
     def settle(self, data, verb):
-        held = sorted(
-            each for each in self.jobs if (taken := self.jobs[each].delivery) and taken.lease_expires_at > self.now
-        )
-        if not held:
-            return
-        job_id = data.draw(st.sampled_from(held))
-        member = self.jobs[job_id]
+        job_id, shares = data.draw(st.sampled_from(self.held()))
+        member = shares.jobs[job_id]
         job, member.delivery = member.delivery, None
         if verb == "release":
             self.queue.release(job, now=self.now)
@@ -610,7 +636,15 @@ class GroupMachine(RuleBasedStateMachine):
                 self.queue.complete_and_dequeue([(job, None)], "w", 0, now=self.now)
             else:
                 getattr(self.queue, verb)(job if verb == "complete" else job_id, now=self.now)
-            del self.jobs[job_id]
+            del shares.jobs[job_id]
+
+    def held(self):
+        return [
+            (job_id, shares)
+            for shares in self.shares.values()
+            for job_id, each in shares.jobs.items()
+            if each.delivery and each.delivery.lease_expires_at > self.now
+        ]
 
 
 GroupMachine.TestCase.settings = QueueMachine.TestCase.settings = settings(
