@@ -558,6 +558,15 @@ class QueueContract:
         with self.queue.transaction() as db:
             self.assertEqual(self.execute(db, "SELECT count(*) FROM dependencies").fetchall()[0][0], 0)
 
+    def test_job_is_pruned_when_those_after_it_have_finished_whatever_others_wait_for(self):
+        q = self.queue
+        ids = [q.enqueue("t", now=NOW) for _ in range(2)]
+        children = [q.enqueue("t", after=[each], now=NOW) for each in ids]
+        for job_id in (*children[:1], *ids[:1]):
+            q.cancel(job_id, now=NOW)
+        self.assertEqual(q.prune(0, now=NOW + 9), 2)
+        self.assertEqual({job.id for job in q.list_jobs()}, {ids[1], children[1]})
+
     def test_job_deleted_by_force_is_cancelled_for_those_that_wait_for_it(self):
         q = self.queue
         parent = q.enqueue("t", now=NOW)
@@ -1039,6 +1048,70 @@ class QueueContract:
         self.assertEqual(q.limits("default", now=NOW + 64), expected)
         self.assertEqual(len(q.dequeue_many("w", 9, now=NOW + 65)), 2)
 
+    def test_waiting_consumer_sleeps_until_it_may_take_a_job(self):
+        q = self.queue
+
+        def next_event(queue, tasks=None):
+            params = {"consumer": "w", "queues": json.dumps([queue]), "tasks": tasks, "limit": 1}
+            at = q._read(pqueue_schema.NEXT_EVENT, params)[0][0]
+            return at if at is None else at - NOW
+
+        q.schedule("paused", "t", every_seconds=1, now=NOW)
+        q.pause_schedule("paused")
+        for name, seconds in (("a", 90), ("b", 60)):
+            q.limit(name, rate=(2, seconds))
+        for name, group, at in (("a", None, 1), ("a", None, 2), ("b", None, 5)):
+            q.enqueue("t", queue=name, group=group, now=NOW)
+            self.assertEqual(q.dequeue("w", queues=[name], lease_seconds=9999, now=NOW + at).group, group)
+        q.enqueue("t", queue="b", now=NOW)
+        self.assertEqual(next_event("b"), -NOW)  # now
+        self.assertIsNotNone(q.dequeue("w", queues=["b"], lease_seconds=9999, now=NOW + 7))
+        for group in ("g", "g", "g"):
+            q.enqueue_many("t", range(2), queue="b", group=group, now=NOW)
+        for at in (8, 9, 68, 69):
+            self.assertEqual(q.dequeue("w", queues=["b"], lease_seconds=9999, now=NOW + at).group, "g")
+        self.assertIsNone(q.dequeue("w", queues=["b"], now=NOW + 69))
+        for name in "ab":
+            q.enqueue("t", queue=name, now=NOW)
+        self.assertEqual((next_event("a"), next_event("b")), (91, 65))
+        self.assertEqual(next_event("b", "\nother\n"), 9999 + 1)  # the first lease
+        for at in (10, 11):
+            self.assertIsNone(q.dequeue("w", queues=["a"], lease_seconds=9999, now=NOW + at))
+
+    def test_waiting_consumer_is_not_woken_by_groups_that_are_not_for_it(self):
+        q = self.queue
+
+        def next_event(queue, tasks=None):
+            params = {"consumer": "w", "queues": json.dumps([queue]), "tasks": tasks, "limit": 1}
+            return q._read(pqueue_schema.NEXT_EVENT, params)[0][0]
+
+        q.limit("a", running=2)
+        for name, task in (("a", "t"), ("b", "t"), ("b", "u"), ("paused", "t")):
+            q.enqueue(task, queue=name, group="g", now=NOW)
+        q.pause("paused")
+        for _ in range(2):
+            taken = q.dequeue("w", queues=["b"], tasks=["t"], lease_seconds=99, now=NOW)
+            if taken:
+                q.complete(taken, now=NOW)
+        self.assertEqual(next_event("paused"), None)
+        self.assertEqual(next_event("b"), 0)
+        self.assertEqual(next_event("b", "\nt\n"), None)
+        q.enqueue("t", queue="a", now=NOW)
+        self.assertEqual(len(q.dequeue_many("w", 9, queues=["a"], lease_seconds=99, now=NOW)), 2)
+        q.limit("c", running=1)
+        q.enqueue("t", queue="c", now=NOW)
+        self.assertEqual(next_event("c"), 0)
+        self.assertEqual(next_event("a"), NOW + 99)
+
+    def test_assigned_job_of_an_unknown_task_or_a_paused_queue_is_not_delivered_from_a_queue_with_limits(self):
+        q = self.queue
+        for name in ("limited", "paused"):
+            q.limit(name, running=5)
+            q.enqueue("t", queue=name, assigned_to="w", group="a", now=NOW)
+        q.pause("paused")
+        self.assertEqual(q.dequeue_many("w", 9, tasks=["u"], now=NOW), [])
+        self.assertEqual([job.queue for job in q.dequeue_many("w", 9, tasks=["t"], now=NOW)], ["limited"])
+
     def test_assigned_job_counts_towards_the_limits_of_its_group(self):
         q = self.queue
         q.limit("default", running=1)
@@ -1145,6 +1218,61 @@ class QueueContract:
         q.limit("default", running=1)
         self.assertTrue(takes_turns())
 
+    def test_verb_on_a_queue_or_a_schedule_leaves_others_alone(self):
+        q = self.queue
+        for name, seconds in (("a", 10), ("b", 999)):
+            q.limit(name, 9, running=9, rate=(2, 50))
+            q.weigh(name, "g", 2)
+            q.schedule(name, "t", every_seconds=seconds, queue=name, overlap=name == "b", now=NOW)
+            q.enqueue_many("t", range(4), queue=name, group="g", now=NOW)
+            q.enqueue_many("t", range(4), queue=name, now=NOW)
+            q.dequeue_many("w", 2, queues=[name], lease_seconds=99, now=NOW)
+        tables = {"schedules": "name", "queues": "name", "queue_groups": "queue", "group_weights": "queue"}
+        tables |= {"group_starts": "queue"}
+
+        def others():
+            return {
+                table: sorted(map(repr, q._read(f"SELECT * FROM {table} WHERE {column} = 'b'")))
+                for table, column in tables.items()
+            }
+
+        before = others()
+        verbs = {
+            "pause": lambda: q.pause("a"),
+            "resume": lambda: q.resume("a"),
+            "keep": lambda: q.keep("a", completed=1, failed=2, cancelled=3),
+            "expect": lambda: q.expect("a", max_wait_seconds=1),
+            "weigh": lambda: q.weigh("a", "g", 3),
+            "fire a schedule": lambda: q.dequeue("w", queues=["a"], lease_seconds=99, now=NOW + 11),
+            "fire a schedule again": lambda: q.dequeue("w", queues=["a"], lease_seconds=99, now=NOW + 22),
+            "begin deliveries": lambda: q.dequeue_many("w", 4, queues=["a"], lease_seconds=99, now=NOW + 51),
+            "limit running": lambda: q.limit("a", running=1),
+            "limit the rate": lambda: q.limit("a", rate=None),
+            "limit": lambda: q.limit("a", None),
+            "end limits": lambda: q.limit("a", running=None),
+            "prune": lambda: (
+                q.delete_jobs([job.id for job in q.list_jobs(queue="a")], force=True),
+                q.prune(0, now=NOW),
+            ),
+            "pause a schedule": lambda: q.pause_schedule("a"),
+            "resume a schedule": lambda: q.resume_schedule("a", now=NOW),
+            "delete a schedule": lambda: q.unschedule("a"),
+        }
+        for verb, call in verbs.items():
+            with self.subTest(verb):
+                call()
+                self.assertEqual(others(), before)
+
+    def test_prune_leaves_a_queue_with_jobs_of_groups_its_turns(self):
+        q = self.queue
+        for name in "ab":
+            q.enqueue("t", queue=name, group="g", now=NOW)
+        q.complete(q.dequeue("w", queues=["a"], now=NOW), now=NOW)
+        self.assertIsNone(q.dequeue("w", queues=["a"], now=NOW))
+        q.prune(0, now=NOW + 9)
+        self.assertEqual(q._read("SELECT name, grouped FROM queues ORDER BY name"), [("a", 0), ("b", 1)])
+        self.assertEqual(q.dequeue("w", now=NOW + 9).queue, "b")
+
     def test_copy_of_a_queue_keeps_its_groups_and_limits(self):
         q = self.queue
         q.limit("default", running=2, rate=(3, 50))
@@ -1156,6 +1284,7 @@ class QueueContract:
             q.copy_to(copy)
             self.assertEqual(copy.check()["problems"], [])
             self.assertEqual(copy.limits("default", "a"), {**q.limits("default", "a")})
+            self.assertEqual(copy.count_groups(now=NOW), q.count_groups(now=NOW))
             found = [job.group for job in copy.dequeue_many("w", 50, now=NOW + 1)]
             self.assertEqual(sorted(map(str, found)), sorted(map(str, self.groups(5))))
 
@@ -1332,6 +1461,12 @@ class QueueContract:
         with self.assertRaises(LeaseLost):
             self.queue.release(job._replace(lease_token="old"), delay_seconds=5, now=NOW)
         self.assertEqual(len(self.queue.history(job.id)), 1)
+        other = self.taken()
+        self.queue.fail(other, "no", retry_in_seconds=0, now=NOW)
+        self.queue.release(self.queue.dequeue("worker", now=NOW), delay_seconds=1, now=NOW)
+        self.assertEqual([event["event"] for event in self.queue.history(other.id)], ["failed", "snoozed"])
+        self.queue.release(job, delay_seconds=1, now=NOW + 900)
+        self.assertEqual([event["at"] for event in self.queue.history(job.id)], [NOW + 900])
         for broken in ("5", None, math.nan):
             with self.subTest(broken), self.assertRaisesRegex(ValueError, "expected delay_seconds"):
                 self.queue.release(job, delay_seconds=broken)
@@ -1984,6 +2119,10 @@ class QueueContract:
         with self.assertRaisesRegex(InvalidTransition, "^cannot change job 1: another job has its key 'k'$"):
             q.change(here, queue="b", now=NOW)
         q.change(here, queue="default", priority=1, now=NOW)  # where it is
+        for options in ({"key": "other"}, {"task": "u", "key": "k"}):
+            q.enqueue(**{"task": "t", **options}, queue="apart", now=NOW)
+        q.change(here, queue="apart", now=NOW)
+        q.change(here, queue="default", now=NOW)
         q.cancel(there, now=NOW)
         q.enqueue("t", key="k", key_seconds=60, queue="b", now=NOW)
         with self.assertRaisesRegex(InvalidTransition, "another job has its key 'k'"):
@@ -2100,7 +2239,8 @@ class QueueContract:
             options = {"queue": "ab"[number % 2], "priority": number % 3, "assigned_to": "w" if number == 7 else None}
             q.enqueue("tu"[number % 4 // 2], number, delay_seconds=5 * (number % 5 == 0), now=NOW, **options)
         q.enqueue("t", delay_seconds=500, priority=9, now=NOW)
-        q.enqueue("t", queue="paused", priority=9, now=NOW)
+        for delay in (0, 1):
+            q.enqueue("t", queue="paused", priority=9, delay_seconds=delay, now=NOW)
         q.pause("paused")
         self.assertEqual(len(q.peek(99, now=NOW)), 8)  # three are due later, one is for a consumer
         for options in ({}, {"queues": ["a"]}, {"tasks": ["u"]}, {"queues": ["b"], "tasks": ["t"]}):
@@ -3189,6 +3329,12 @@ class QueueContract:
             self.assertEqual(self.ids(), {*kept, last}, seconds)
         self.assertEqual(self.queue.history(dead), [])
 
+    def test_schedule_that_has_not_fired_keeps_no_job(self):
+        self.queue.schedule("tick", "t", every_seconds=1e6, now=NOW)
+        for _ in range(2):
+            self.finished("cancelled", at=0)
+        self.assertEqual(self.queue.prune(0, now=NOW + 9), 1)
+
     def test_new_queue_keeps_completed_jobs_a_week_and_others_a_month(self):
         self.queue.enqueue("t", now=NOW)
         kept = {each["state"]: each["keep_seconds"] for each in self.queue.retention(now=NOW)}
@@ -3250,8 +3396,14 @@ class QueueContract:
         for at in (0, 5000, 5100):
             self.finished("completed", at=at)
         self.finished("cancelled", at=5200)
+        keyed = self.queue.enqueue("t", key="k", key_seconds=1e6, now=NOW - 9)  # is needed
+        self.queue.keep("default", failed="1h")
+        self.queue.mark_failed(keyed, now=NOW - 9)
+        self.queue.keep("other", completed="2h")
+        for at in (-5, 1):
+            self.finished("completed", at=at, queue="other")
         self.queue.enqueue("t", now=NOW)
-        found = {each["state"]: each for each in self.queue.retention(now=NOW + 5400)}
+        found = {each["state"]: each for each in self.queue.retention(now=NOW + 5400) if each["queue"] == "default"}
         self.assertEqual(
             found["completed"],
             {
@@ -3625,6 +3777,9 @@ class QueueContract:
         queue.fail(taken["again"], "no", retry_in_seconds=1000, now=120)
         idle = {("idle", "t"): 2, ("idle", "u"): 1}
         self.assertEqual(queue.stalled(120), {**idle, ("begun", "t"): 1})
+        for job_id in queue.enqueue_many("t", range(100), queue="events", now=50):
+            queue.cancel(job_id, now=50)
+        self.assertEqual(queue.stalled(120), {**idle, ("begun", "t"): 1, ("again", "t"): 1})
         ended = dict.fromkeys([("begun", "t"), ("done", "t"), ("failed", "t"), ("again", "t")], 1)
         self.assertEqual(queue.stalled(121), {**idle, **ended})
 
@@ -3954,6 +4109,8 @@ class QueueContract:
         hours = {(start + at, "default", "t"): {"enqueued": n, "completed": n} for at, n in ((0, 3), (3600, 1))}
         self.assertEqual(self.counted(step_seconds=60), hours)
         self.assertEqual(self.counted(start, step_seconds=3600), hours)
+        queue.prune(0, now=start + 90 * 86400 + 3600)
+        self.assertEqual(list(self.counted(start, step_seconds=3600)), [(start + 3600, "default", "t")])
         for _ in range(2):
             queue.prune(0, now=start + 91 * 86400)
         self.assertEqual(self.counted(start), {})
@@ -4877,6 +5034,14 @@ os._exit(0)
                     pass
         self.assertEqual(q.count_jobs(), 0)
 
+    def test_connection_with_a_temporary_table_of_its_own_is_joined(self):
+        with closing(sqlite3.connect(self.path)) as connection:
+            connection.execute("CREATE TEMP TABLE mine (id)")
+            with self.queue.join(connection):
+                self.queue.enqueue("t")
+            connection.commit()
+        self.assertEqual(self.queue.count_jobs(), 1)
+
     def test_joined_connection_keeps_its_factories(self):
         with closing(sqlite3.connect(self.path, isolation_level=None)) as connection:
             connection.row_factory, connection.text_factory = sqlite3.Row, bytes
@@ -5071,17 +5236,20 @@ class SQLiteGuarantees(SQLiteCase):
 
     def test_guarantee_8_row_that_contradicts_its_state_is_refused(self):
         queue = self.open()
-        states = ("pending", "scheduled", "processing", "completed", "failed", "cancelled")
+        states = ("waiting", "pending", "scheduled", "processing", "completed", "failed", "cancelled")
         with self.sqlite() as db:
             columns = "queue, task, payload, priority, run_at, max_attempts, created_at"
             for state in states:
                 values = {"attempts": 0, "lease_token": None, "lease_expires_at": None, "finished_at": None}
+                values["waits_for"] = int(state == "waiting")
                 if state == "processing":
                     values |= {"attempts": 1, "lease_token": "x", "lease_expires_at": 1.0}
-                elif state not in ("pending", "scheduled"):
+                elif state not in ("pending", "scheduled", "waiting"):
                     values["finished_at"] = 1.0
                 wrong = [
-                    {"attempts": 3 if state in ("pending", "scheduled") else 4},
+                    {"waits_for": 0}
+                    if state == "waiting"
+                    else {"attempts": 3 if state in ("pending", "scheduled") else 4},
                     {"finished_at": None if values["finished_at"] else 1.0},
                     {"lease_token": None, "lease_expires_at": None}
                     if values["lease_token"]
