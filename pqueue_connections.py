@@ -189,12 +189,13 @@ def _conninfo(scheme: str, rest: str) -> dict[str, Any]:
 # The server or libpq says these while a server starts, stops, is full or away. (libpq gives no SQLSTATE.)
 PASSING = re.compile(
     r"starting up|shutting down|recovery|too many|slots are reserved|refused\b(?! by)|timeout expired|timed out|closed"
-    r"|reset|EOF|unreachable|resolve|terminat|session is( not)? read-only|in hot standby|No such file or directory$"
+    r"|reset|EOF|unreachable|resolve|terminat|session is( not)? read-only|in hot standby"
+    r"|failed: No such file or directory$"
 )
 LASTING = re.compile(
     r"SSL|certificate|GSS|password|authentication|pg_hba|invalid|bad value|unrecognized|unsupported|not supported"
     r"|permission denied for|not permitted|not currently accepting|definition of service|channel binding"
-    r'|(database|role|user) ".*" does not exist|service file'
+    r'|(database|role|user) ".*" does not exist|service file|could not access file'
 )
 
 
@@ -210,7 +211,8 @@ def connection_error(name: str, error: psycopg.Error) -> QueueError:
     """Return the QueueBusy or, if another attempt cannot help, the QueueError for a failure to connect."""
     said = answers(error)
     text = "; ".join(dict.fromkeys(said)) or type(error).__name__
-    if all(LASTING.search(each) and not PASSING.search(each) for each in said):
+    without_names = [re.sub('"[^"]*"', '""', each) for each in said]  # a database may be called "closed"
+    if all(LASTING.search(each) and not PASSING.search(each) for each in without_names):
         if "no password" in text or (error.pgconn and error.pgconn.needs_password and "password" in text):
             return QueueError(
                 f"cannot open {name}: the server expects a password, and none was found: set PGPASSWORD, or add a "

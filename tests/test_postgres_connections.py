@@ -409,6 +409,24 @@ def test_database_that_accepts_no_connections_is_an_error(server, database):
     assert "not currently accepting connections" in str(error)
 
 
+@pytest.mark.parametrize("name", ["closed", "too many", "recovery", "reset", "EOF"])
+def test_name_of_a_role_or_database_is_not_taken_for_an_answer(roles, database, name):
+    """Without such a database or role, and with a role that may not connect."""
+    url = sqlalchemy.make_url(database)
+    urls = [url.set(database=name), url.set(username=name)]
+    roles.names.append(f'"{name}"')
+    roles.admin.execute(f'CREATE ROLE "{name}" NOLOGIN')
+    for each in (*urls, url.set(username=name)):
+        error = opening(each.render_as_string(hide_password=False))
+        assert not isinstance(error, QueueBusy), error
+
+
+def test_library_that_the_server_cannot_load_is_an_error(roles):
+    error = opening(roles.add("library", "ALTER ROLE {role} SET session_preload_libraries = nosuch"))
+    assert not isinstance(error, QueueBusy)
+    assert 'could not access file "nosuch"' in str(error)
+
+
 def test_role_that_may_not_log_in_is_an_error(roles):
     url = roles.add("nologin", "ALTER ROLE {role} NOLOGIN")
     error = opening(url)
