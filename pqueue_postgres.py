@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Iterator
 from functools import lru_cache
 
 import pqueue_dependencies
@@ -41,9 +42,15 @@ SCHEMA = "{schema}"
 CHANNEL = "{channel}"  # of NOTIFY
 LOCK_CLASS = "{lock_class}"  # of the advisory locks that running consumers hold
 DEFAULT_SCHEMA = "pqueue"
+TABLES = (*pqueue_schema.TABLES, "version", "pending_counts", "pending_changes", "group_events")
 GRACE_SECONDS = 3.0  # how long a lock must be missing, in at least two checks, before its consumer is dead
 
 # The schema: the migrations that all backends share, then the counts of pending jobs
+
+VERSION = """
+CREATE TABLE IF NOT EXISTS version (
+    number INTEGER PRIMARY KEY
+)"""
 
 
 def definitions(migration: list[str]) -> list[str]:
@@ -718,6 +725,12 @@ SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN 
     ELSE 'off' END, true), {_seen(width)}, taken.* FROM (SELECT) one LEFT JOIN taken ON true"""
 
 
+# Complete jobs. A join with the arrays would be planned, while the table is empty, as one that reads all jobs.
+_OF_THIS = "(CAST(:{} AS text[]))[array_position(CAST(:ids AS bigint[]), id)]"
+_COMPLETE_THESE = f"""UPDATE jobs SET {COMPLETED}, result = {_OF_THIS.format("results")}
+    WHERE id = ANY (CAST(:ids AS bigint[])) AND lease_token = {_OF_THIS.format("tokens")}"""
+
+
 @lru_cache
 def complete_and_claim(width: int) -> str:
     """Complete jobs that no others depend on, and lease others as `claim_alone` does if that was all of them, and none
@@ -725,10 +738,8 @@ def complete_and_claim(width: int) -> str:
     others are as there."""
     return f"""{_with_tasks(width)},
 done AS (
-    UPDATE jobs SET {COMPLETED}, result = done.result
-    FROM unnest(CAST(:ids AS bigint[]), CAST(:tokens AS text[]), CAST(:results AS text[])) AS done (id, token, result)
-    WHERE jobs.id = done.id AND lease_token = done.token AND has_dependents = 0
-    RETURNING jobs.id, queue, task, "group" AS of_group, run_at, started_at, finished_at),
+    {_COMPLETE_THESE} AND has_dependents = 0
+    RETURNING id, queue, task, "group" AS of_group, run_at, started_at, finished_at),
 counted AS ({_COUNT_COMPLETED}),
 taken AS ({_claim(width, f"(SELECT count(*) FROM done WHERE of_group = '') = :number AND {NONE_OVERDUE}")})
 SELECT CASE WHEN (SELECT count(*) FROM done) < :number THEN ARRAY(SELECT id FROM done) END,
@@ -739,10 +750,8 @@ FROM (SELECT) one LEFT JOIN taken ON true"""
 # Complete jobs; return their ids, and whether others may depend on them.
 COMPLETE_ALL = f"""
 WITH done AS (
-    UPDATE jobs SET {COMPLETED}, result = done.result
-    FROM unnest(CAST(:ids AS bigint[]), CAST(:tokens AS text[]), CAST(:results AS text[])) AS done (id, token, result)
-    WHERE jobs.id = done.id AND lease_token = done.token
-    RETURNING jobs.id, has_dependents, queue, task, run_at, started_at, finished_at),
+    {_COMPLETE_THESE}
+    RETURNING id, has_dependents, queue, task, run_at, started_at, finished_at),
 counted AS ({_COUNT_COMPLETED})
 SELECT id, has_dependents FROM done"""
 
@@ -897,15 +906,9 @@ SELECT {SCHEMA}.count_pending(queue) FROM (
 
 THIS_SCHEMA = f"(SELECT nspname FROM pg_namespace WHERE oid = '{SCHEMA}'::regnamespace)"
 LONG_TRANSACTION_SECONDS = 60
-LONG_WAIT_SECONDS = 5
+LONG_WAIT_SECONDS = 2  # less than busy_seconds, after which they give up
 MANY_DEAD_ROWS = 100_000
 WITH_ID = ("jobs", "queue_groups", "consumers", "history", "dependencies")  # tables whose ids come from a sequence
-DEFINITIONS = [*(sql for each in pqueue_schema.MIGRATIONS for sql in each), *COUNTING, *GROUPING]
-INDEXES = [f"{table}_pkey" for table in (*pqueue_schema.TABLES, "version", "pending_counts")]
-INDEXES += ["consumers_token_key", "dependencies_parent_id_job_id_key", "queue_groups_queue_name_task_key"]
-INDEXES += [name for sql in DEFINITIONS for name in re.findall(r" INDEX (\w+) ON ", sql)]
-TRIGGERS = [name for sql in (*GROUPING, *START_COUNTING) for name in re.findall(r"CREATE TRIGGER (\w+)", sql)]
-FUNCTIONS = [name for sql in DEFINITIONS for name in re.findall(r"CREATE FUNCTION {schema}\.(\w+)", sql)]
 QUERY = "left(regexp_replace(query, '\\s+', ' ', 'g'), 60)"
 
 # Return sequences that would give ids that are taken, as after a switch-over of logical replication.
@@ -916,29 +919,27 @@ FROM ({" UNION ALL ".join(f"SELECT '{table}' AS name, max(id) AS highest FROM {t
 JOIN pg_sequences ON schemaname = {THIS_SCHEMA} AND sequencename = name || '_id_seq'
 WHERE coalesce(last_value, 0) < highest AND has_sequence_privilege('{SCHEMA}.' || sequencename, 'SELECT')"""
 
-# Return indexes that are missing or invalid.
+# Return indexes that are invalid, as after a REINDEX CONCURRENTLY that failed.
 BAD_INDEXES = f"""
-SELECT CASE WHEN indexrelid IS NULL THEN format('index %s is missing: create it as docs/postgres.sql shows', name)
-    ELSE format('index %s is invalid: run REINDEX INDEX {SCHEMA}.%s', name, name) END
-FROM unnest(ARRAY{INDEXES}) AS name LEFT JOIN pg_index ON indexrelid = to_regclass('{SCHEMA}.' || name)
-WHERE indexrelid IS NULL OR NOT (indisvalid AND indisready AND indislive)"""
+SELECT format('index %s is invalid: run REINDEX INDEX {SCHEMA}.%s', relname, relname)
+FROM pg_index JOIN pg_class c ON c.oid = indexrelid
+WHERE relnamespace = '{SCHEMA}'::regnamespace AND NOT (indisvalid AND indisready AND indislive)"""
 
-# Return triggers that are missing or disabled; those that count pending jobs are needed only if a queue has a limit.
+# Return our triggers that are disabled; those that count pending jobs are needed only if a queue has a limit.
 BAD_TRIGGERS = f"""
-SELECT CASE WHEN tgenabled IS NULL
-    THEN format('trigger %s of table jobs is missing: create it as docs/postgres.sql shows', name)
-    ELSE format('trigger %s is disabled: run ALTER TABLE {SCHEMA}.jobs ENABLE ALWAYS TRIGGER %s', name, name) END
-FROM unnest(ARRAY{TRIGGERS}) AS name LEFT JOIN pg_trigger ON tgname = name AND tgrelid = '{SCHEMA}.jobs'::regclass
-WHERE coalesce(tgenabled, 'D') NOT IN ('A', 'O')
-    AND (name LIKE 'group%' OR EXISTS (SELECT 1 FROM queues WHERE max_pending IS NOT NULL))"""
+SELECT format('trigger %s is disabled: run ALTER TABLE {SCHEMA}.jobs ENABLE ALWAYS TRIGGER %s', tgname, tgname)
+FROM pg_trigger WHERE tgrelid = '{SCHEMA}.jobs'::regclass AND tgenabled NOT IN ('A', 'O')
+    AND (tgname LIKE 'group%'
+    OR tgname LIKE 'pending%' AND EXISTS (SELECT 1 FROM queues WHERE max_pending IS NOT NULL))"""
 
-# Return functions that are missing, or that change the tables of another schema, as after this one was renamed.
-BAD_FUNCTIONS = f"""
-SELECT CASE WHEN prosrc IS NULL THEN format('function %s is missing: create it as docs/postgres.sql shows', name)
-    ELSE format('function %s uses another schema than {SCHEMA}: a schema with a queue cannot be renamed', name) END
-FROM unnest(ARRAY{FUNCTIONS}) AS name
-LEFT JOIN pg_proc ON proname = name AND pronamespace = '{SCHEMA}'::regnamespace
-WHERE coalesce(position('{SCHEMA}.' IN prosrc), 0) = 0"""
+# Return what hides rows, or lets statements do something else.
+HIDDEN_ROWS = f"""
+SELECT format('row-level security is on for table %s: it hides rows from all roles but the owner, without an error; '
+    'run ALTER TABLE %s DISABLE ROW LEVEL SECURITY', oid::regclass, oid::regclass)
+FROM pg_class WHERE relnamespace = '{SCHEMA}'::regnamespace AND relrowsecurity
+UNION ALL SELECT format('table {SCHEMA}.%s has a rule, which replaces statements: run DROP RULE %s ON {SCHEMA}.%s',
+    tablename, rulename, tablename)
+FROM pg_rules WHERE schemaname = {THIS_SCHEMA} AND tablename = ANY ('{{{", ".join(TABLES)}}}')"""
 
 # Return the tables that the server empties after a crash.
 NOT_LOGGED = f"""
@@ -999,22 +1000,117 @@ SELECT format('the NOTIFY queue of the server is %s %% full: end the oldest tran
 WHERE pg_notification_queue_usage() > 0.5"""
 
 HEALTH = (
-    SEQUENCES_BEHIND,
-    BAD_INDEXES,
-    BAD_TRIGGERS,
-    BAD_FUNCTIONS,
-    NOT_LOGGED,
-    COLLATION_CHANGED,
-    NO_AUTOVACUUM,
-    OLD_TRANSACTIONS,
+    # First what needs no lock of a table: it names who holds one.
     LONG_WAITS,
-    DEAD_ROWS,
+    OLD_TRANSACTIONS,
     FEW_CONNECTIONS,
     NOTIFY_QUEUE_FULL,
+    COLLATION_CHANGED,
+    NO_AUTOVACUUM,
+    NOT_LOGGED,
+    HIDDEN_ROWS,
+    DEAD_ROWS,
+    BAD_INDEXES,
+    BAD_TRIGGERS,
+    SEQUENCES_BEHIND,
 )
 
+# The schema
+
+# Return each part of the schema: its kind, its table, its name and its definition.
+CATALOG = f"""
+WITH tables AS (SELECT oid, relname::text AS name FROM pg_class
+    WHERE relnamespace = '{SCHEMA}'::regnamespace AND relkind = 'r' AND relname = ANY ('{{{", ".join(TABLES)}}}'))
+SELECT 'column', name, attname::text, concat_ws(' ', format_type(atttypid, atttypmod),
+    CASE WHEN attcollation <> typcollation THEN 'COLLATE ' || attcollation::regcollation END,
+    CASE WHEN attnotnull THEN 'NOT NULL' END, CASE attidentity WHEN 'd' THEN 'IDENTITY' WHEN 'a' THEN 'ALWAYS' END,
+    'DEFAULT ' || pg_get_expr(adbin, adrelid))
+FROM tables t JOIN pg_attribute ON attrelid = t.oid JOIN pg_type y ON y.oid = atttypid
+    LEFT JOIN pg_attrdef ON adrelid = t.oid AND adnum = attnum WHERE attnum > 0 AND NOT attisdropped
+UNION ALL SELECT 'constraint', name, conname::text, pg_get_constraintdef(c.oid)
+FROM tables t JOIN pg_constraint c ON conrelid = t.oid WHERE contype IN ('c', 'p', 'u')
+UNION ALL SELECT 'index', name, relname::text, pg_get_indexdef(indexrelid)
+FROM tables t JOIN pg_index ON indrelid = t.oid JOIN pg_class c ON c.oid = indexrelid
+UNION ALL SELECT 'trigger', name, tgname::text, pg_get_triggerdef(g.oid)
+FROM tables t JOIN pg_trigger g ON tgrelid = t.oid
+UNION ALL SELECT 'function', '', proname::text,
+    concat_ws(' ', CASE WHEN prosecdef THEN 'SECURITY DEFINER' END,
+    replace(array_to_string(proconfig, ' '), '"', ''), prosrc)
+FROM pg_proc WHERE pronamespace = '{SCHEMA}'::regnamespace"""
+_COMMENT = re.compile("--.*")
+_TABLE = re.compile(r"CREATE TABLE (?:IF NOT EXISTS )?(?:\S+\.)?(\w+) \((.*?)\n\)", re.DOTALL)
+_COLUMN = re.compile(r'^ +"?(\w+)"? +(TEXT|INTEGER|BIGINT|DOUBLE PRECISION)\b(.*)', re.MULTILINE)
+_CONSTRAINT = re.compile(r"CHECK \((?:[^()]|\([^()]*\))*\)|^ +((?:PRIMARY KEY|UNIQUE) \([^)]*\))", re.MULTILINE)
+_PART = re.compile(r"CREATE (?:UNIQUE )?(INDEX|TRIGGER) (\w+)\b.*? ON (?:\S+\.)?(\w+) ", re.DOTALL)
+_FUNCTION = re.compile(r"CREATE FUNCTION \S+\.(\w+).*? (SECURITY DEFINER )?SET (\w+) = (.*) AS \$\$(.*)\$\$", re.DOTALL)
+
+
+def _parts(sql: str) -> Iterator[tuple[str, str, str, str]]:
+    """Return what a statement of the schema makes: like CATALOG."""
+    if found := _FUNCTION.search(sql):
+        name, definer, setting, value, source = found.groups(default="")
+        yield "function", "", name, f"{definer}{setting}={value.strip(chr(39))} {source}"
+    sql = _COMMENT.sub("", sql)
+    if found := _PART.search(sql):
+        yield found[1].lower(), found[3], found[2], sql
+    for table, body in _TABLE.findall(sql):
+        for name, kind, rest in _COLUMN.findall(body):
+            key = re.search("PRIMARY KEY|UNIQUE", rest)
+            default = re.search("DEFAULT (?!AS)[^,]+", rest)
+            not_null = " NOT NULL" * ("NOT NULL" in rest or "PRIMARY KEY" in rest)
+            identity = " IDENTITY" * ("IDENTITY" in rest)
+            yield "column", table, name, f"{kind}{not_null}{identity} {default[0] if default else ''}".strip()
+            if key:
+                yield "constraint", table, "", f"{key[0]} ({name})"
+        for each in _CONSTRAINT.finditer(body):
+            yield "constraint", table, "", " ".join(each[0].split())
+
+
+def _words(definition: str) -> list[str]:
+    """Return the words of a definition, to which PostgreSQL adds parentheses, casts, quotes and schemas."""
+    text = re.sub(r'::"?[a-z]+( precision)?"?(\[\])?|USING "?btree"?|WITH \([^)]*\)', "", definition)
+    text = re.sub(r'(?<!\w)"?[A-Za-z_][\w-]*"?\.', "", text)
+    text = re.sub(r"<> ALL \(ARRAY|\bNOT IN\b", " not_in ", text)
+    return re.findall(r"'[^']*'|\w+|[<>!]=?", re.sub(r"= ANY \(ARRAY|\bIN\b", " in ", text).replace("<>", "!").lower())
+
+
+def drift(catalog: list[tuple[str, str, str, str]], schema: str, *, has_limits: bool) -> list[str]:
+    """Return a sentence for each part of the schema that is missing or was changed."""
+    statements = [
+        VERSION,
+        *(sql for each in pqueue_schema.MIGRATIONS for sql in definitions(each)),
+        *COUNTING,
+        *GROUPING,
+    ]
+    statements += START_COUNTING if has_limits else []
+    quoted = names_in(schema)[SCHEMA]
+    there = {(kind, table, name): text for kind, table, name, text in catalog}
+    constraints = [(table, _words(text)) for kind, table, _, text in catalog if kind == "constraint"]
+    tables = {table for _, table, _ in there}
+    found = [
+        f"table {table} is missing: create it as docs/postgres.sql shows" for table in TABLES if table not in tables
+    ]
+    for kind, table, name, text in (part for sql in statements for part in _parts(sql.replace(SCHEMA, quoted))):
+        what = f"{kind} {name} of table {table}" if table else f"{kind} {name}"
+        got = there.pop((kind, table, name), None)
+        if kind == "constraint":
+            if table in tables and (table, _words(text)) not in constraints:
+                found.append(f"table {table} lacks the constraint {text[:80]}: add it as docs/postgres.sql shows")
+        elif got is None:
+            if not table or table in tables:
+                found.append(f"{what} is missing: create it as docs/postgres.sql shows")
+        elif got != text and (kind == "function" or _words(got) != _words(text)):
+            expected = f": expected {text}, got {got}" if kind == "column" else ""
+            found.append(f"{what} was changed{expected}: replace it by what docs/postgres.sql shows")
+    return found + [
+        f"column {name} of table {table} needs a value, so that no row can be inserted: run ALTER TABLE "
+        f"{quoted}.{table} ALTER COLUMN {name} DROP NOT NULL"
+        for (kind, table, name), text in there.items()
+        if kind == "column" and "NOT NULL" in text and not re.search("DEFAULT|IDENTITY|ALWAYS", text)
+    ]
+
+
 NAMED = re.compile(r"(?<!:):([a-z_]\w*)")
-TABLES = (*pqueue_schema.TABLES, "version", "pending_counts", "pending_changes", "group_events")
 # A name of a table where a statement says which table it uses. The application's search_path must not decide that.
 USED_TABLE = re.compile(rf"\b(FROM|JOIN|INTO|UPDATE|TABLE|EXISTS|ON) ({'|'.join(TABLES)})\b(?!\.)")
 

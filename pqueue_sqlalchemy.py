@@ -68,6 +68,7 @@ from pqueue_postgres import (
     ADD_TO_TOTAL,
     ALONE,
     AMONG,
+    CATALOG,
     COMPLETE_ALL,
     COPYING,
     COUNTING,
@@ -99,11 +100,13 @@ from pqueue_postgres import (
     STOP_COUNTING,
     TABLES,
     UPTIME,
+    VERSION,
     WRITERS,
     Reach,
     claim_alone,
     complete_and_claim,
     definitions,
+    drift,
     translated,
 )
 from pqueue_results import Polling
@@ -134,7 +137,7 @@ SELECT current_setting('transaction_read_only'), current_setting('synchronous_co
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # a pooler's session may have another default
 BEGIN_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 SLOW_COMMIT_SECONDS = 0.002  # much longer than a round trip
-LASTING_STATES = ("54", "55")  # classes of SQLSTATE: a limit of the server, a state of a table
+LASTING_STATES = ("534", "54", "55")  # how SQLSTATE begins: limits of the settings or the server, a state of a table
 # A prepared statement is invalid: its table was altered, or the application deallocated it.
 PLAN_LOST = (psycopg.errors.FeatureNotSupported, psycopg.errors.InvalidSqlStatementName)
 
@@ -611,7 +614,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             session.run(f"SELECT pg_advisory_xact_lock({LOCK_CLASS})")
             if session.run(f"SELECT to_regnamespace('{SCHEMA}')::text")[0][0] is None:
                 session.change(f"CREATE SCHEMA {SCHEMA}")  # even IF NOT EXISTS needs a right on the database
-            session.change("CREATE TABLE IF NOT EXISTS version (number INTEGER PRIMARY KEY)")
+            session.change(VERSION)
             done = session.run("SELECT number FROM version")
             for migration in islice(pqueue_schema.MIGRATIONS, done[0][0] if done else 0, None):
                 for statement in definitions(migration):
@@ -650,7 +653,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         if isinstance(original, PLAN_LOST):
             return PlanLost(f"cannot use {self.name}: its tables were altered; try again ({text})")
         passes = isinstance(error, (exc.OperationalError, exc.InterfaceError, psycopg.OperationalError))
-        if state[:2] == "57" or (passes and state[:2] not in LASTING_STATES):
+        if state[:2] == "57" or (passes and not state.startswith(LASTING_STATES)):
             return QueueBusy(f"cannot reach {self.name}: {text}")
         return QueueError(f"cannot use {self.name}: {text}")
 
@@ -1063,12 +1066,21 @@ class OnPostgres(PersistentQSQLAlchemy):
         facts["problems"] = [
             f"expected {name} {value}, got {facts[name]}" for name, value in expected.items() if facts[name] != value
         ]
-        facts["problems"] += [row[0] for sql in HEALTH for row in self._read(sql)]
-        for name, counted, found in self._read(MISCOUNTED) if thorough else ():
-            facts["problems"].append(
-                f"expected {found} pending jobs of queue {name!r}, counted {counted}: set its limit again"
-            )
+        try:
+            for problems in self._look_for_problems(facts["user_version"], thorough=thorough):
+                facts["problems"] += problems
+        except QueueBusy as error:  # a table is locked
+            facts["problems"].append(str(error))
         return facts
+
+    def _look_for_problems(self, version: int, *, thorough: bool) -> Iterator[Iterable[str]]:
+        for sql in HEALTH:
+            yield [row[0] for row in self._read(sql)]
+        if version == len(pqueue_schema.MIGRATIONS):
+            has_limits = bool(self._read(pqueue_schema.LIMITED))
+            yield drift(self._read(CATALOG), self.schema, has_limits=has_limits)
+        for name, counted, found in self._read(MISCOUNTED) if thorough else ():
+            yield [f"expected {found} pending jobs of queue {name!r}, counted {counted}: set its limit again"]
 
     def close(self) -> None:
         self._waits.close()

@@ -1228,7 +1228,7 @@ WHERE state || '' = 'failed' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.depen
     AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) LIMIT 1 OFFSET 0)) RETURNING id;
 
 -- RECOUNT_PARENTS
--- Count anew for how many others the dependents of these jobs wait.
+-- Count again how many jobs each dependent of these jobs waits for.
 -- differs because JSON is read in another way
 -- $1 ids
 UPDATE pqueue.jobs SET waits_for =
@@ -1661,12 +1661,11 @@ SELECT id FROM added;
 
 -- COMPLETE_ALL
 -- Complete jobs; return their ids, and whether others may depend on them.
--- $1 now, $2 ids, $3 tokens, $4 results
+-- $1 now, $2 results, $3 ids, $4 tokens
 WITH done AS (
-    UPDATE pqueue.jobs SET state = 'completed', finished_at = $1, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = done.result
-    FROM unnest(CAST($2 AS bigint[]), CAST($3 AS text[]), CAST($4 AS text[])) AS done (id, token, result)
-    WHERE jobs.id = done.id AND lease_token = done.token
-    RETURNING jobs.id, has_dependents, queue, task, run_at, started_at, finished_at),
+    UPDATE pqueue.jobs SET state = 'completed', finished_at = $1, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = (CAST($2 AS text[]))[array_position(CAST($3 AS bigint[]), id)]
+    WHERE id = ANY (CAST($3 AS bigint[])) AND lease_token = (CAST($4 AS text[]))[array_position(CAST($3 AS bigint[]), id)]
+    RETURNING id, has_dependents, queue, task, run_at, started_at, finished_at),
 counted AS (
 INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
 SELECT 60, CAST(floor(least(greatest($1, 0), 1000000000000000.0) / 60) * 60 AS bigint), queue, task, 'completed', 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]),
@@ -1720,7 +1719,7 @@ SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN 
 
 -- COMPLETE_AND_CLAIM
 -- What complete_and_claim returns for one task.
--- $1 queues, $2 tasks, $3 now, $4 ids, $5 tokens, $6 results, $7 known_attempts, $8 consumer, $9 token, $10
+-- $1 queues, $2 tasks, $3 now, $4 results, $5 ids, $6 tokens, $7 known_attempts, $8 consumer, $9 token, $10
 -- lease_expires_at, $11 number, $12 limit
 WITH heads AS MATERIALIZED (
     SELECT t.queue, t.task, head.* FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
@@ -1729,10 +1728,9 @@ WITH heads AS MATERIALIZED (
     ORDER BY priority DESC, run_at, id LIMIT 2),
 first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tasks FROM heads),
 done AS (
-    UPDATE pqueue.jobs SET state = 'completed', finished_at = $3, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = done.result
-    FROM unnest(CAST($4 AS bigint[]), CAST($5 AS text[]), CAST($6 AS text[])) AS done (id, token, result)
-    WHERE jobs.id = done.id AND lease_token = done.token AND has_dependents = 0
-    RETURNING jobs.id, queue, task, "group" AS of_group, run_at, started_at, finished_at),
+    UPDATE pqueue.jobs SET state = 'completed', finished_at = $3, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = (CAST($4 AS text[]))[array_position(CAST($5 AS bigint[]), id)]
+    WHERE id = ANY (CAST($5 AS bigint[])) AND lease_token = (CAST($6 AS text[]))[array_position(CAST($5 AS bigint[]), id)] AND has_dependents = 0
+    RETURNING id, queue, task, "group" AS of_group, run_at, started_at, finished_at),
 counted AS (
 INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
 SELECT 60, CAST(floor(least(greatest($3, 0), 1000000000000000.0) / 60) * 60 AS bigint), queue, task, 'completed', 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]),
@@ -1776,7 +1774,7 @@ FROM (SELECT) one LEFT JOIN taken ON true;
 
 -- COMPLETE_AND_CLAIM_SHARES
 -- What complete_and_claim returns for shares of several tasks.
--- $1 share, $2 queues, $3 tasks, $4 consumer, $5 now, $6 ids, $7 tokens, $8 results, $9 known_attempts, $10 token, $11
+-- $1 share, $2 queues, $3 tasks, $4 consumer, $5 now, $6 results, $7 ids, $8 tokens, $9 known_attempts, $10 token, $11
 -- lease_expires_at, $12 number, $13 limit
 WITH heads AS MATERIALIZED (
     SELECT first.* FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
@@ -1787,10 +1785,9 @@ WITH heads AS MATERIALIZED (
         (SELECT ctid, priority, run_at, id, attempts, max_attempts, row_number() OVER () AS rank FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4 AND (CAST($3 AS text) IS NULL OR task = ANY (string_to_array(CAST($3 AS text), chr(10))))
     AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id LIMIT $1)),
 done AS (
-    UPDATE pqueue.jobs SET state = 'completed', finished_at = $5, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = done.result
-    FROM unnest(CAST($6 AS bigint[]), CAST($7 AS text[]), CAST($8 AS text[])) AS done (id, token, result)
-    WHERE jobs.id = done.id AND lease_token = done.token AND has_dependents = 0
-    RETURNING jobs.id, queue, task, "group" AS of_group, run_at, started_at, finished_at),
+    UPDATE pqueue.jobs SET state = 'completed', finished_at = $5, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = (CAST($6 AS text[]))[array_position(CAST($7 AS bigint[]), id)]
+    WHERE id = ANY (CAST($7 AS bigint[])) AND lease_token = (CAST($8 AS text[]))[array_position(CAST($7 AS bigint[]), id)] AND has_dependents = 0
+    RETURNING id, queue, task, "group" AS of_group, run_at, started_at, finished_at),
 counted AS (
 INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
 SELECT 60, CAST(floor(least(greatest($5, 0), 1000000000000000.0) / 60) * 60 AS bigint), queue, task, 'completed', 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]),
@@ -1994,28 +1991,26 @@ JOIN pg_sequences ON schemaname = (SELECT nspname FROM pg_namespace WHERE oid = 
 WHERE coalesce(last_value, 0) < highest AND has_sequence_privilege('pqueue.' || sequencename, 'SELECT');
 
 -- BAD_INDEXES
--- Return indexes that are missing or invalid.
-SELECT CASE WHEN indexrelid IS NULL THEN format('index %s is missing: create it as docs/postgres.sql shows', name)
-    ELSE format('index %s is invalid: run REINDEX INDEX pqueue.%s', name, name) END
-FROM unnest(ARRAY['jobs_pkey', 'queues_pkey', 'queue_tasks_pkey', 'queue_groups_pkey', 'group_weights_pkey', 'group_starts_pkey', 'consumers_pkey', 'history_pkey', 'schedules_pkey', 'dependencies_pkey', 'handlers_pkey', 'outcomes_pkey', 'version_pkey', 'pending_counts_pkey', 'consumers_token_key', 'dependencies_parent_id_job_id_key', 'queue_groups_queue_name_task_key', 'outcomes_shards', 'schedules_due', 'jobs_claim', 'jobs_assigned', 'jobs_waiting', 'jobs_scheduled', 'jobs_expiring', 'jobs_processing', 'jobs_counted', 'queues_grouped', 'queue_groups_ready', 'queue_groups_delayed', 'jobs_finished', 'jobs_failed', 'jobs_key', 'history_job', 'history_operations', 'dependencies_job', 'consumers_running', 'pending_changes_queue', 'group_events_queue']) AS name LEFT JOIN pg_index ON indexrelid = to_regclass('pqueue.' || name)
-WHERE indexrelid IS NULL OR NOT (indisvalid AND indisready AND indislive);
+-- Return indexes that are invalid, as after a REINDEX CONCURRENTLY that failed.
+SELECT format('index %s is invalid: run REINDEX INDEX pqueue.%s', relname, relname)
+FROM pg_index JOIN pg_class c ON c.oid = indexrelid
+WHERE relnamespace = 'pqueue'::regnamespace AND NOT (indisvalid AND indisready AND indislive);
 
 -- BAD_TRIGGERS
--- Return triggers that are missing or disabled; those that count pending jobs are needed only if a queue has a limit.
-SELECT CASE WHEN tgenabled IS NULL
-    THEN format('trigger %s of table jobs is missing: create it as docs/postgres.sql shows', name)
-    ELSE format('trigger %s is disabled: run ALTER TABLE pqueue.jobs ENABLE ALWAYS TRIGGER %s', name, name) END
-FROM unnest(ARRAY['group_insert', 'group_pending', 'group_ended', 'group_delete', 'pending_insert', 'pending_update', 'pending_delete', 'pending_truncate']) AS name LEFT JOIN pg_trigger ON tgname = name AND tgrelid = 'pqueue.jobs'::regclass
-WHERE coalesce(tgenabled, 'D') NOT IN ('A', 'O')
-    AND (name LIKE 'group%' OR EXISTS (SELECT 1 FROM pqueue.queues WHERE max_pending IS NOT NULL));
+-- Return our triggers that are disabled; those that count pending jobs are needed only if a queue has a limit.
+SELECT format('trigger %s is disabled: run ALTER TABLE pqueue.jobs ENABLE ALWAYS TRIGGER %s', tgname, tgname)
+FROM pg_trigger WHERE tgrelid = 'pqueue.jobs'::regclass AND tgenabled NOT IN ('A', 'O')
+    AND (tgname LIKE 'group%'
+    OR tgname LIKE 'pending%' AND EXISTS (SELECT 1 FROM pqueue.queues WHERE max_pending IS NOT NULL));
 
--- BAD_FUNCTIONS
--- Return functions that are missing, or that change the tables of another schema, as after this one was renamed.
-SELECT CASE WHEN prosrc IS NULL THEN format('function %s is missing: create it as docs/postgres.sql shows', name)
-    ELSE format('function %s uses another schema than pqueue: a schema with a queue cannot be renamed', name) END
-FROM unnest(ARRAY['count_pending', 'note_pending', 'stop_counting', 'note_group']) AS name
-LEFT JOIN pg_proc ON proname = name AND pronamespace = 'pqueue'::regnamespace
-WHERE coalesce(position('pqueue.' IN prosrc), 0) = 0;
+-- HIDDEN_ROWS
+-- Return what hides rows, or lets statements do something else.
+SELECT format('row-level security is on for table %s: it hides rows from all roles but the owner, without an error; '
+    'run ALTER TABLE %s DISABLE ROW LEVEL SECURITY', oid::regclass, oid::regclass)
+FROM pg_class WHERE relnamespace = 'pqueue'::regnamespace AND relrowsecurity
+UNION ALL SELECT format('table pqueue.%s has a rule, which replaces statements: run DROP RULE %s ON pqueue.%s',
+    tablename, rulename, tablename)
+FROM pg_rules WHERE schemaname = (SELECT nspname FROM pg_namespace WHERE oid = 'pqueue'::regnamespace) AND tablename = ANY ('{jobs, queues, queue_tasks, queue_groups, group_weights, group_starts, consumers, history, schedules, dependencies, handlers, outcomes, version, pending_counts, pending_changes, group_events}');
 
 -- NOT_LOGGED
 -- Return the tables that the server empties after a crash.
@@ -2053,7 +2048,7 @@ FROM pg_prepared_xacts WHERE prepared < clock_timestamp() - make_interval(secs =
 SELECT format('pid %s waits for a lock of pid %s since %s s: %s', pid, array_to_string(pg_blocking_pids(pid), ', '),
     floor(EXTRACT(EPOCH FROM clock_timestamp() - query_start)), left(regexp_replace(query, '\s+', ' ', 'g'), 60))
 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()
-    AND application_name = 'pqueue' AND query_start < clock_timestamp() - make_interval(secs => 5);
+    AND application_name = 'pqueue' AND query_start < clock_timestamp() - make_interval(secs => 2);
 
 -- DEAD_ROWS
 -- Return tables with many dead rows.
@@ -2074,3 +2069,24 @@ WHERE used > 0.9 * most;
 SELECT format('the NOTIFY queue of the server is %s %% full: end the oldest transaction of a session that listens',
     round(pg_notification_queue_usage()::numeric * 100))
 WHERE pg_notification_queue_usage() > 0.5;
+
+-- CATALOG
+-- Return each part of the schema: its kind, its table, its name and its definition.
+WITH tables AS (SELECT oid, relname::text AS name FROM pg_class
+    WHERE relnamespace = 'pqueue'::regnamespace AND relkind = 'r' AND relname = ANY ('{jobs, queues, queue_tasks, queue_groups, group_weights, group_starts, consumers, history, schedules, dependencies, handlers, outcomes, version, pending_counts, pending_changes, group_events}'))
+SELECT 'column', name, attname::text, concat_ws(' ', format_type(atttypid, atttypmod),
+    CASE WHEN attcollation <> typcollation THEN 'COLLATE ' || attcollation::regcollation END,
+    CASE WHEN attnotnull THEN 'NOT NULL' END, CASE attidentity WHEN 'd' THEN 'IDENTITY' WHEN 'a' THEN 'ALWAYS' END,
+    'DEFAULT ' || pg_get_expr(adbin, adrelid))
+FROM tables t JOIN pg_attribute ON attrelid = t.oid JOIN pg_type y ON y.oid = atttypid
+    LEFT JOIN pg_attrdef ON adrelid = t.oid AND adnum = attnum WHERE attnum > 0 AND NOT attisdropped
+UNION ALL SELECT 'constraint', name, conname::text, pg_get_constraintdef(c.oid)
+FROM tables t JOIN pg_constraint c ON conrelid = t.oid WHERE contype IN ('c', 'p', 'u')
+UNION ALL SELECT 'index', name, relname::text, pg_get_indexdef(indexrelid)
+FROM tables t JOIN pg_index ON indrelid = t.oid JOIN pg_class c ON c.oid = indexrelid
+UNION ALL SELECT 'trigger', name, tgname::text, pg_get_triggerdef(g.oid)
+FROM tables t JOIN pg_trigger g ON tgrelid = t.oid
+UNION ALL SELECT 'function', '', proname::text,
+    concat_ws(' ', CASE WHEN prosecdef THEN 'SECURITY DEFINER' END,
+    replace(array_to_string(proconfig, ' '), '"', ''), prosrc)
+FROM pg_proc WHERE pronamespace = 'pqueue'::regnamespace;

@@ -232,6 +232,28 @@ HOSTILE = {
     "timezone": "Asia/Kathmandu",
     "temp_buffers": "100",
     "work_mem": "64",
+    "maintenance_work_mem": "1024",
+    "max_stack_depth": "100",
+    "quote_all_identifiers": "on",
+    "standard_conforming_strings": "off",
+    "transform_null_equals": "on",
+    "datestyle": "SQL, DMY",
+    "intervalstyle": "sql_standard",
+    "bytea_output": "escape",
+    "extra_float_digits": "-15",
+    "join_collapse_limit": "1",
+    "from_collapse_limit": "1",
+    "geqo_threshold": "2",
+    "random_page_cost": "1000000",
+    "cpu_operator_cost": "1000000",
+    "cursor_tuple_fraction": "0",
+    "jit_above_cost": "0",
+    "parallel_setup_cost": "0",
+    "min_parallel_table_scan_size": "0",
+    "track_activities": "off",
+    "default_tablespace": "nosuch",
+    "temp_tablespaces": "nosuch",
+    "application_name": "mine",
 }
 
 
@@ -288,6 +310,16 @@ def test_time_limit_of_the_role_holds_for_the_statements_of_the_application(serv
     with closing(PersistentQSQLAlchemy(database)) as queue:
         with pytest.raises(sqlalchemy.exc.OperationalError, match="statement timeout"), queue.transaction() as db:
             db.exec_driver_sql("SELECT pg_sleep(30)")
+        queue.enqueue("t")
+
+
+def test_limit_of_temporary_files_is_an_error_that_says_so(server, database):
+    PersistentQSQLAlchemy(database).close()
+    set_defaults(server, database, {"work_mem": "64", "temp_file_limit": "0"})
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        with pytest.raises(QueueError, match="cannot use .*: temporary file size exceeds") as refused:
+            queue.enqueue_many("t", ["x" * 1000] * 1000)
+        assert not isinstance(refused.value, QueueBusy)
         queue.enqueue("t")
 
 

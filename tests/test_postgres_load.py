@@ -25,6 +25,7 @@ import pqueue_retention
 import pqueue_schema
 from bench.delaying_proxy import DelayingProxy
 from pqueue import PersistentQSQLite, QueueError
+from pqueue_sqlalchemy import PersistentQSQLAlchemy
 from test_pqueue import wait_until
 
 DOCS = ROOT / "docs/postgres.md"
@@ -272,11 +273,75 @@ def test_check_of_a_sound_queue_finds_nothing(queue):
     assert queue.check()["problems"] == []
 
 
+JOBS = "ALTER TABLE pqueue.jobs"
+# What a DBA may do to the schema, of each kind of its parts, and what `check` says
+DRIFT = [
+    (
+        f"{JOBS} ALTER key TYPE varchar(99)",
+        r"column key of table jobs was changed: expected TEXT, got character varying\(99\): replace it by what docs",
+    ),
+    (f"{JOBS} ALTER priority TYPE bigint", "column priority .*: expected INTEGER NOT NULL, got bigint NOT NULL"),
+    (f'{JOBS} ALTER key TYPE text COLLATE "C"', "column key .*: expected TEXT, got text COLLATE"),
+    (f"{JOBS} ALTER attempts DROP DEFAULT", "column attempts .*: expected INTEGER NOT NULL DEFAULT 0, got integer NOT"),
+    (f"{JOBS} ALTER attempts SET DEFAULT 1", "column attempts .* got integer NOT NULL DEFAULT 1"),
+    (f"{JOBS} ALTER payload DROP NOT NULL", "column payload .*: expected TEXT NOT NULL, got text:"),
+    (f"{JOBS} ALTER id DROP IDENTITY", "column id .*: expected BIGINT NOT NULL IDENTITY, got bigint NOT NULL:"),
+    (f"{JOBS} ALTER id SET GENERATED ALWAYS", "column id .*, got bigint NOT NULL ALWAYS:"),
+    (f"{JOBS} DROP COLUMN progress", "column progress of table jobs is missing: create it as docs/postgres.sql shows"),
+    (
+        f"{JOBS} ADD more int NOT NULL DEFAULT 1; {JOBS} ALTER more DROP DEFAULT",
+        "column more of table jobs needs a value, so that no row can be inserted: run ALTER TABLE pqueue.jobs ALTER",
+    ),
+    (f"{JOBS} DROP CONSTRAINT jobs_check", r"table jobs lacks the constraint CHECK \(CASE state WHEN 'pending' THEN"),
+    (
+        "ALTER TABLE pqueue.consumers DROP CONSTRAINT consumers_state_check",
+        "table consumers lacks the constraint CHECK",
+    ),
+    (
+        "ALTER TABLE pqueue.dependencies DROP CONSTRAINT dependencies_parent_id_job_id_key",
+        "table dependencies lacks .*UNIQ",
+    ),
+    (
+        "ALTER TABLE pqueue.consumers DROP CONSTRAINT consumers_token_key, ADD UNIQUE (token) DEFERRABLE",
+        r"table consumers lacks the constraint UNIQUE \(token\): add it",
+    ),
+    ("DROP TABLE pqueue.handlers", "table handlers is missing: create it as docs/postgres.sql shows"),
+    (
+        "DROP INDEX pqueue.history_job; CREATE INDEX history_job ON pqueue.history (id)",
+        "index history_job of table history was changed: replace it by what docs/postgres.sql shows",
+    ),
+    (
+        "DROP INDEX pqueue.jobs_waiting; CREATE INDEX jobs_waiting ON pqueue.jobs (queue, run_at)",
+        "index jobs_waiting of table jobs was changed",
+    ),
+    (
+        "DROP TRIGGER group_delete ON pqueue.jobs; CREATE TRIGGER group_delete BEFORE DELETE ON pqueue.jobs "
+        "FOR EACH ROW EXECUTE FUNCTION pqueue.note_group()",
+        "trigger group_delete of table jobs was changed",
+    ),
+    ("DROP TRIGGER pending_insert ON pqueue.jobs", "trigger pending_insert of table jobs is missing"),
+    ("ALTER FUNCTION pqueue.note_group SECURITY INVOKER", "function note_group was changed: replace it by what docs"),
+    (
+        "CREATE OR REPLACE FUNCTION pqueue.stop_counting() RETURNS void LANGUAGE plpgsql SET lock_timeout = '100ms' AS "
+        "'BEGIN END'",
+        "function stop_counting was changed",
+    ),
+    (
+        f"{JOBS} ENABLE ROW LEVEL SECURITY",
+        "row-level security is on for table pqueue.jobs: it hides rows .*; run ALTER TABLE pqueue.jobs DISABLE ROW",
+    ),
+    (
+        "CREATE RULE keep AS ON DELETE TO pqueue.history DO INSTEAD NOTHING",
+        "table pqueue.history has a rule, which replaces statements: run DROP RULE keep ON pqueue.history",
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
         ("SELECT setval('pqueue.jobs_id_seq', 1, false)", "the ids of jobs continue at 1, but 3 is taken: run SELECT"),
-        ("DROP INDEX pqueue.jobs_processing", "index jobs_processing is missing"),
+        ("DROP INDEX pqueue.jobs_processing", "index jobs_processing of table jobs is missing: create it as docs"),
         (
             "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'pqueue.jobs_claim'::regclass",
             "index jobs_claim is invalid: run REINDEX INDEX pqueue.jobs_claim",
@@ -293,7 +358,11 @@ def test_check_of_a_sound_queue_finds_nothing(queue):
             "trigger pending_update is disabled: run ALTER TABLE pqueue.jobs ENABLE ALWAYS TRIGGER pending_update",
         ),
         ("DROP FUNCTION pqueue.stop_counting", "function stop_counting is missing: create it as"),
-        ("ALTER TABLE pqueue.outcomes DROP CONSTRAINT outcomes_pkey", "index outcomes_pkey is missing: create it as"),
+        (
+            "ALTER TABLE pqueue.outcomes DROP CONSTRAINT outcomes_pkey",
+            r"table outcomes lacks the constraint PRIMARY KEY \(period, at, .*: add it as docs/postgres.sql shows",
+        ),
+        *DRIFT,
     ],
 )
 def test_check_finds_what_makes_the_tables_unsound(queue, database, damage, problem):  # noqa: F811
@@ -306,18 +375,50 @@ def test_check_finds_what_makes_the_tables_unsound(queue, database, damage, prob
     assert re.match(problem, problems[0]), problems
 
 
-def test_check_finds_each_index_trigger_and_function_that_is_missing(queue, database):  # noqa: F811
+def parts_of(queue):
+    return queue._read(pqueue_postgres.CATALOG)
+
+
+@pytest.mark.parametrize("kind", ["column", "constraint", "index", "trigger", "function"])
+def test_check_finds_each_part_of_the_schema_that_is_missing(queue, kind):
+    """Except the indexes of constraints."""
     queue.limit("default", 10)
-    whose = "'pqueue'::regnamespace"
+    parts = parts_of(queue)
+    constraints = {name for part, _, name, _ in parts if part == "constraint"}
+    of_kind = [each for each in parts if each[0] == kind and (kind == "constraint" or each[2] not in constraints)]
+    assert len(of_kind) >= {"column": 124, "constraint": 21, "index": 21, "trigger": 8, "function": 4}[kind]
+    for part in of_kind:
+        others = [each for each in parts if each != part]
+        (problem,) = pqueue_postgres.drift(others, "pqueue", has_limits=True)
+        assert " is missing: " in problem or " lacks the constraint " in problem
+
+
+def test_check_knows_each_sequence(queue, database):  # noqa: F811
+    with psycopg.connect(database) as admin:
+        sequences = "SELECT relname FROM pg_class WHERE relkind = 'S' AND relnamespace = 'pqueue'::regnamespace"
+        found = [row[0] for row in admin.execute(sequences)]
+        assert sorted(found) == sorted(f"{table}_id_seq" for table in pqueue_postgres.WITH_ID)
+
+
+def test_check_accepts_what_a_dba_may_add(queue, database):  # noqa: F811
+    """Columns with a default, indexes, triggers, storage parameters, statistics and another owner."""
     with psycopg.connect(database, autocommit=True) as admin:
-        for expected, sql in (
-            (pqueue_postgres.INDEXES, f"SELECT relname FROM pg_class WHERE relkind = 'i' AND relnamespace = {whose}"),
-            (pqueue_postgres.TRIGGERS, "SELECT tgname FROM pg_trigger WHERE tgrelid = 'pqueue.jobs'::regclass"),
-            (pqueue_postgres.FUNCTIONS, f"SELECT proname FROM pg_proc WHERE pronamespace = {whose}"),
-            (pqueue_postgres.WITH_ID, f"SELECT substr(relname, 1, length(relname) - 7) FROM pg_class "
-             f"WHERE relkind = 'S' AND relnamespace = {whose}"),
-        ):  # fmt: skip
-            assert sorted(row[0] for row in admin.execute(sql)) == sorted(expected)
+        for sql in (
+            f"{JOBS} ADD note text, ADD tenant int NOT NULL DEFAULT 1, ADD more bigint GENERATED ALWAYS AS IDENTITY",
+            "CREATE INDEX mine ON pqueue.jobs (created_at)",
+            "CREATE FUNCTION public.look() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
+            "CREATE TRIGGER look AFTER INSERT ON pqueue.jobs FOR EACH ROW EXECUTE FUNCTION public.look()",
+            f"{JOBS} SET (fillfactor = 70)",
+            "ALTER INDEX pqueue.jobs_claim SET (fillfactor = 70)",
+            f"{JOBS} ALTER payload SET STORAGE EXTERNAL, ALTER task SET STATISTICS 1000",
+            "CREATE TABLE pqueue.other (id int)",
+            "CREATE VIEW pqueue.waiting AS SELECT * FROM pqueue.jobs",
+            f"ALTER DATABASE {psycopg.conninfo.conninfo_to_dict(database)['dbname']} SET quote_all_identifiers = on",
+        ):
+            admin.execute(sql)
+    with closing(pqueue.open_queue(database)) as other:
+        assert other.check()["problems"] == []
+        other.complete(other.dequeue("w")) if other.enqueue("t") else None
 
 
 @pytest.mark.parametrize("table", pqueue_postgres.WITH_ID)
@@ -346,8 +447,8 @@ def test_operator_lists_groups_anew_that_changed_without_triggers(queue, databas
         queue.complete(job)
         queue.enqueue("t", group="new")
         assert (job.id, queue.dequeue("w")) == (first, None)
-        for trigger in pqueue_postgres.TRIGGERS:
-            if trigger.startswith("group"):
+        for kind, _, trigger, _ in parts_of(queue):
+            if kind == "trigger" and trigger.startswith("group"):
                 admin.execute(f"ALTER TABLE pqueue.jobs ENABLE ALWAYS TRIGGER {trigger}")
         admin.execute(repair)
     assert {queue.dequeue(f"w{number}").group for number in range(2)} == {"old", "new"}
@@ -359,7 +460,9 @@ def test_schema_that_was_renamed_is_reported(queue, database):  # noqa: F811
         admin.execute("ALTER SCHEMA pqueue RENAME TO other")
     with closing(pqueue.open_queue(f"{database}{'&' if '?' in database else '?'}schema=other")) as renamed:
         problems = renamed.check()["problems"]
-        assert [each.partition(": ")[2] for each in problems] == ["a schema with a queue cannot be renamed"] * 4
+        functions = ("count_pending", "note_pending", "stop_counting", "note_group")
+        remedy = "replace it by what docs/postgres.sql shows"
+        assert problems == [f"function {name} was changed: {remedy}" for name in functions]
 
 
 def test_publication_of_all_tables_stops_no_verb(queue, database):  # noqa: F811
@@ -456,14 +559,17 @@ def test_check_expects_synced_commits_only_where_the_queue_promises_them(
 
 
 def test_check_names_who_holds_a_lock_that_others_wait_for(queue, database, monkeypatch):  # noqa: F811
-    waits = pqueue_postgres.LONG_WAITS.replace("secs => 5", "secs => 0")
-    monkeypatch.setattr("pqueue_sqlalchemy.HEALTH", (waits,))
-    with psycopg.connect(database) as other, closing(pqueue.open_queue(database)) as producer:
+    health = [sql.replace("secs => 2", "secs => 0") for sql in pqueue_postgres.HEALTH]
+    monkeypatch.setattr("pqueue_sqlalchemy.HEALTH", health)
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    with psycopg.connect(database) as other, closing(PersistentQSQLAlchemy(database, busy_seconds=60)) as producer:
         other.execute("LOCK TABLE pqueue.jobs")
         enqueue = threading.Thread(target=producer.enqueue, args=("t",))
         enqueue.start()
-        holder = f"waits for a lock of pid {other.info.backend_pid} since"
-        wait_until(lambda: any(holder in each for each in queue.check(thorough=False)["problems"]))
+        wait_until(lambda: other.execute(waiting).fetchone() == (1,))
+        problems = queue.check(thorough=False)["problems"]  # which itself finds the table locked
+        assert f"waits for a lock of pid {other.info.backend_pid} since" in problems[0]
+        assert problems[-1].endswith("(canceling statement due to lock timeout)")
         other.rollback()
         enqueue.join()
 

@@ -17,8 +17,8 @@ from pqueue_sqlalchemy import PostgresSession
 
 ROWS = 8_000  # in each table that grows; a verb may look at a small part of them
 MOST = 400
-# They read all groups, with `prune`; the catalog; and all jobs, if planned for an empty table, until the next ANALYZE
-EXEMPT = (pqueue_groups.FORGET_GROUPS, *pqueue_postgres.HEALTH, pqueue_postgres.COMPLETE_ALL)
+# They read all groups, with `prune`; and the catalog
+EXEMPT = (pqueue_groups.FORGET_GROUPS, *pqueue_postgres.HEALTH, pqueue_postgres.CATALOG)
 MANY = f"""
 INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, attempts, max_attempts, key, key_until,
     key_expires_at, assigned_to, created_at, started_at, finished_at, error, "group", waits_for, has_dependents)
@@ -66,7 +66,8 @@ def work(queue):
         queue.fail(jobs[1], "ValueError: no")
         queue.release(jobs[2], delay_seconds=60)
         queue.fail(jobs[3], "ValueError: no", retry=False)
-        queue.complete_and_dequeue([(job, None) for job in jobs[4:]], "w", 0)
+        more, _ = queue.complete_and_dequeue([(job, None) for job in jobs[4:]], "w", 4, queues=["q0"])
+        queue.complete_and_dequeue([(job, None) for job in more], "w", 0)
         if job := queue.dequeue("w", queues=["grouped"]):
             queue.complete(job)
     lost = queue.dequeue("w", queues=["q0"], lease_seconds=1)
@@ -156,6 +157,8 @@ def test_verb_about_one_job_or_queue_reads_only_that(database, monkeypatch, plan
         operate(queue, "after")
         monkeypatch.undo()
         assert len(recorded) > 100
+        for in_one_statement in (pqueue_postgres.claim_alone, pqueue_postgres.complete_and_claim):
+            assert any(in_one_statement(width) in recorded for width in (0, *pqueue_postgres.WIDTHS))
         read = {}
         for sql, params in recorded.items():
             with suppress(psycopg.errors.IntegrityError):  # done before
