@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -194,11 +195,10 @@ def dispatch(
     entry = find(commands, name)
     if entry is None:
         raise UsageError(_unknown(program, commands, name))
-    try:
-        import typer
-    except ImportError:
-        return _with_argparse(program, entry, run, rest)
-    return _with_typer(typer, program, entry, run, rest)
+    typer = None
+    with suppress(ImportError):  # not `except`: what the command raises would have this error as its context
+        typer = import_module("typer")
+    return _with_typer(typer, program, entry, run, rest) if typer else _with_argparse(program, entry, run, rest)
 
 
 def find(commands: Mapping[str, Command], name: str) -> Command | None:

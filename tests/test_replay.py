@@ -271,6 +271,14 @@ def test_replay_starts_the_debugger_where_the_task_raised(queue, replay):
     assert "(Pdb) -7" in done.stdout
 
 
+def test_replay_without_typer_shows_only_the_error_of_the_task(queue, place, url):
+    job_id = failed(queue, "charge", {"order": -7, "card": "c"})
+    place.write("blocked/typer.py", "raise ImportError")
+    environment = {"PQUEUE_URL": url, "TMPDIR": str(place.folder), "PYTHONPATH": str(place.folder / "blocked")}
+    done = place.run("admin.py", "replay", job_id, "--import", "tasks", **environment)
+    assert (done.returncode, done.stderr.count("Traceback"), "ImportError" in done.stderr) == (1, 1, False)
+
+
 def test_replay_refuses_what_it_cannot_run(queue, replay, place):
     job_id = failed(queue, "charge", {"order": 1, "card": "c"})
     waiting = queue.enqueue("charge")
