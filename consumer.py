@@ -99,8 +99,19 @@ def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
         bar.draw(*counts)
         print(file=sys.stderr)
     if not keeper.is_refused:
+        if options.drain:
+            _report_unknown_tasks(queue, options)
         log("stopped", consumer=options.name, completed=counts[0], failed=counts[1])
     return code
+
+
+def _report_unknown_tasks(queue: PersistentQInterface, options: argparse.Namespace) -> None:
+    """Log which pending jobs a drain has left because it does not know their tasks."""
+    with suppress(QueueError):
+        known = {task for each in queue.consumers() if each["name"] == options.name for task in each["tasks"] or ()}
+        served = {task for name, task in queue.pending_tasks() if options.queues is None or name in options.queues}
+        if unknown := ",".join(sorted(served - known)):
+            log("left pending", "warning", consumer=options.name, tasks=unknown, reason="no task of this name imported")
 
 
 def _pending(queue: PersistentQInterface, queues: list[str] | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from contextlib import closing
@@ -96,6 +97,17 @@ def test_consumer_knows_the_built_in_task_only_without_import(tasks):
         tasks.run("consumer.py", "--drain")
         assert queue.get(jobs["prepend_timestamp"].id).attempts == 1
         assert queue.count_jobs(state="pending", task="bare") == 1
+
+
+def test_drain_names_the_tasks_that_it_does_not_know(tasks):
+    with closing(tasks.queue()) as queue:
+        queue.enqueue_many("bear", [1, 2])
+        queue.enqueue("bare")
+    done = tasks.run("consumer.py", "--drain", "--import", "my_tasks")
+    assert done.returncode == 0
+    said = re.findall(r"left pending consumer=\S+ (.*)\n", done.stdout)
+    assert said == ['tasks=bear reason="no task of this name imported" level=warning']
+    assert "left pending" not in tasks.run("consumer.py", "--drain", "--queue", "other").stdout
 
 
 def test_task_without_parentheses_runs(tasks):
