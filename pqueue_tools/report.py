@@ -483,7 +483,7 @@ def why(
 
 def _expiry(job: Job, now: float) -> str:
     at = job.expires_at
-    return "" if at is None else f"; it is cancelled unless it starts before {clock(at)}, {ago(at, now)}"
+    return "" if at is None else f"; it is cancelled unless it starts within {span(at - now)}"
 
 
 def _why_not_started(queue: PersistentQInterface, job: Job, now: float, stats: dict[str, Any] | None) -> str:
@@ -517,7 +517,7 @@ def _why_processing(queue: PersistentQInterface, job: Job, now: float) -> str:
         return f"its lease, held by {job.consumer}, ran out {ago(expires, now)}; any live consumer takes it back"
     return (
         f"it has been running on {job.consumer} for {span(now - (job.started_at or now))}; "
-        f"its lease expires at {clock(expires)} and is extended while it runs"
+        f"its lease expires {ago(expires, now)} and is extended while it runs"
     )
 
 
@@ -530,7 +530,7 @@ def _why_waiting(queue: PersistentQInterface, job: Job) -> str:
 
 def _why_scheduled(job: Job, now: float) -> str:
     attempt = f", for attempt {job.attempts + 1} of {job.max_attempts}, after {first_line(job.error)}"
-    return f"it is due {ago(job.run_at, now)}, at {clock(job.run_at)}{attempt if job.attempts else ''}"
+    return f"it is due {ago(job.run_at, now)}{attempt if job.attempts else ''}"
 
 
 def _why_pending(queue: PersistentQInterface, job: Job, stats: dict[str, Any], now: float) -> str:
@@ -563,7 +563,7 @@ def _why_limited(queue: PersistentQInterface, job: Job, now: float) -> str | Non
         return f"{group} has {found['running']} of {count(found['max_running'], 'job')} running"
     if found["next_at"] is not None and found["next_at"] > now:
         jobs, seconds = found["rate"]
-        next_one = f"its rate allows the next one {ago(found['next_at'], now)}, at {clock(found['next_at'])}"
+        next_one = f"its rate allows the next one {ago(found['next_at'], now)}"
         return f"{group} has begun {count(jobs, 'job')} within {span(seconds)}: {next_one}"
     return None
 

@@ -695,13 +695,15 @@ def test_operator_takes_no_running_job_over_unasked(queue, run, monkeypatch):
         ("failed", "after 1 of 1 attempt: ValueError: <b>no</b>; resubmit it"),
         ("cancelled", "it was cancelled"),
         ("processing", "it has been running on anna for"),
-        ("scheduled", "it is due in 1 h, at "),
+        ("scheduled", "it is due in 1 h"),
         ("pending", "it is waiting: 1 job pending in queue slow, 1 of 1 consumer busy"),
     ],
 )
 def test_operator_sees_why_a_job_does_not_run(queue, state, sentence):
     ids = populate(queue)
-    assert sentence in report.why(queue, ids[state])
+    found = report.why(queue, ids[state])
+    assert sentence in found
+    assert not re.search(r"\d\d:\d\d", found)  # by the clock of a server whose time zone is not the reader's
 
 
 def test_operator_enqueues_after_other_jobs_and_sees_for_which_a_job_waits(front, queue, run):
@@ -901,7 +903,7 @@ def test_operator_sees_when_a_job_expires_and_that_it_did(queue, run):
     job_id = int(out)
     due, now = queue.get(job_id).run_at, time.time()
     assert queue.get(job_id).expires_at == due + 3600
-    assert re.search(r"; it is cancelled unless it starts before [^,]+, in 1 h$", report.why(queue, job_id, now))
+    assert re.search(r"; it is cancelled unless it starts within 1 h$", report.why(queue, job_id, now))
     expired = "it expired 2 m ago: the next consumer that takes jobs cancels it"
     assert report.why(queue, job_id, due + 3720) == expired
     assert run("change", str(job_id), "--expire", "2h")[0] == 0
