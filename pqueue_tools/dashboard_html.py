@@ -101,8 +101,7 @@ def _frame(
     links = "".join(
         f'<a href="{prefix()}/{each.name}"{current.get(each.name, "")}>{each.title}</a>' for each in tables.MENU
     )
-    verdict = f'<a class="health {found[0].severity if found else "completed"}" href="{prefix()}/">'
-    verdict += f"{report.count(len(found), 'problem') if found else report.NO_FINDINGS}</a>"
+    verdict = dashboard_summary.verdict(seen["findings"], f"{prefix()}/") if seen else ""
     mode = '<span class="health info">read-only</span>' if dashboard.read_only() else ""
     heading, site = f"({len(found)}) {title}" if found else title, text(dashboard.site_name())
     icon = "icon.svg" if seen and not found else "icon-problem.svg"
@@ -111,7 +110,7 @@ def _frame(
 <link rel="icon" id="icon" href="{prefix()}/{icon}"></head><body class="pqueue">
 <a class="skip" href="#main">skip to the content</a>
 <header><h1><a href="{prefix()}/">{site}</a></h1>
-<div id="health">{verdict if seen else ""}{mode}</div>
+<div id="health" role="status">{verdict}{mode}</div>
 <span class="path" id="path">{text(seen["path"]) if seen else ""}</span>
 <span id="live"><span id="age">times in UTC</span>
 <button type="button" id="pause" hidden>pause</button></span></header>
@@ -231,6 +230,8 @@ def _cell(column: Column, row: Any) -> str:  # noqa: PLR0911 - one for each kind
             else text(first)
         )
     shown = str(value) if column.kind == "html" else text(f"{value:,}" if isinstance(value, int) else value)
+    if column.width == "fold" and ", " in shown:
+        shown = shown.replace(" ", "&nbsp;").replace(",&nbsp;", ", ")
     return f'<a href="{_address(*column.link(row))}">{shown}</a>' if column.link else shown
 
 
@@ -282,12 +283,11 @@ def _search(which: Page, figures: dict[str, Any], jobs: dashboard.JobPage, query
     links = [f'<a href="{_address(which.name, given)}">newest jobs</a>'] if query.get("before_id") else []
     if before is not None:
         links.append(f'<a href="{_address(which.name, {**given, "before_id": before})}">{tables.older_jobs(jobs)}</a>')
-    title = "Jobs" if which.name == "jobs" else "Failed jobs"
     pages = f"<p>{' · '.join(links)}</p>" if links else ""
     enqueue = (
         _ENQUEUE.format(prefix=prefix(), hidden=_hidden({}, token, back)) if token and which.name == "jobs" else ""
     )
-    return f"<h2>{title}</h2>{_filter_form(which, figures, query)}{enqueue}{table}{pages}"
+    return f"<h2>{tables.search_title(which)}</h2>{_filter_form(which, figures, query)}{enqueue}{table}{pages}"
 
 
 _ENQUEUE = """<details><summary>enqueue …</summary><form method="post" action="{prefix}/act/enqueue">{hidden}

@@ -20,6 +20,7 @@ h2 { font-size: 14px; font-weight: 600; margin: 0 0 8px }
 main:focus { outline: none } .stale main { opacity: 0.45 }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px;
   margin: 10px 0; overflow-x: auto; position: relative }
+section > :last-child { margin-bottom: 0 }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th { text-align: left; font-weight: 500; color: var(--soft); font-size: 12.5px }
 th, td { padding: 5px 16px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap }
@@ -27,12 +28,15 @@ th:last-child, td:last-child { padding-right: 0 }
 tr:last-child td { border-bottom: 0 }
 td.cut, th.cut { width: 99%; min-width: 140px; max-width: 0; overflow: hidden; text-overflow: ellipsis }
 td.wrap { width: 99%; white-space: normal; overflow-wrap: anywhere }
-td.name { max-width: 16vw; overflow: hidden; text-overflow: ellipsis } td.name a { outline-offset: -2px }
+td.name { max-width: 16vw; overflow: hidden; text-overflow: ellipsis }
+td.name a { display: inline-block; max-width: 100%; overflow: hidden; text-overflow: ellipsis; vertical-align: top;
+  outline-offset: -2px }
 td.fold { white-space: normal; overflow-wrap: anywhere; min-width: 90px }
 td.number, th.number { text-align: right } #queues th, #settings th { white-space: normal; vertical-align: bottom }
 .soft { color: var(--soft) }
 .only, .skip:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
-.state { font-weight: 500 }
+.state { font-weight: 500 } .state::before { content: ""; display: inline-block; width: 8px; height: 8px;
+  margin-right: 6px; border-radius: 50%; background: currentColor }
 #said:empty { display: none }
 #said { position: fixed; bottom: 12px; left: 50%; transform: translateX(-50%); max-width: 92vw; margin: 0; z-index: 2;
   padding: 9px 16px; border-radius: 8px; background: var(--ink); color: var(--page) }
@@ -65,8 +69,14 @@ progress { width: 90px; height: 10px; accent-color: var(--processing) }
   table:has(td.wrap) thead { position: absolute; clip-path: inset(50%) }
   tr:has(td.wrap) { display: flex; flex-wrap: wrap; border-bottom: 1px solid var(--line) }
   tr:has(td.wrap) td { border: 0; text-align: left }
-  td:has(details) { white-space: normal } details { margin: 0 }
+  td:has(details) { white-space: normal } details { margin: 0 } td form input { width: 76px }
+  td .state::before { display: none }
   td.wrap { flex: 1 0 100%; order: -1; padding-right: 0 }
+  tr:has(td.wrap) td.name { flex: 1 1 0; min-width: 60px; max-width: 50vw }
+  #failed td.number:first-child a::after { content: "\\d7" }
+  #activity td.number:not(:empty)::before { content: "jobs: " }
+  tr:has(td.wrap) a[href*="/job/"]::before { content: "#" }
+  form:not(:has(tbody :checked, [value=matching])) .bulk { display: none }
   td a, summary { display: inline-block; min-height: 24px; min-width: 24px } progress { width: 70px }
   input:not([type=checkbox]), select, button { min-height: 32px }
   input[type=checkbox] { width: 24px; height: 24px }
@@ -78,7 +88,7 @@ progress { width: 90px; height: 10px; accent-color: var(--processing) }
 SCRIPT = """'use strict';
 const $ = id => document.getElementById(id);
 const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
-let tag = '', ahead = 0, answered = Date.now(), updated = answered, stopped = false;
+let tag = '', ahead = 0, answered = Date.now(), updated = answered, stopped = false, away = '';
 
 function span(s) {
   if (s < 59.5) return (s >= 9.95 ? s.toFixed(0) : Math.max(0, s).toFixed(1)) + ' s';
@@ -110,8 +120,9 @@ function ages() {
     say(each, clock(new Date(each.dataset.at * 1000)).slice(0, -3) + ': ' + each.dataset.text);
   }
   const age = (Date.now() - updated) / 1000, why = stopped ? 'paused' : held();
-  say($('age'), (why ? why + ', ' : '') + 'updated ' + span(age) + ' ago, times in ' + zone);
-  document.body.classList.toggle('stale', Date.now() - answered > STALE && !why);
+  const since = 'updated ' + span(age) + ' ago, times in ' + zone;
+  say($('age'), $('trouble') && away || [why, away, since].filter(Boolean).join(', '));
+  document.body.classList.toggle('stale', Date.now() - answered > STALE && !why && !$('trouble'));
 }
 
 function held() {
@@ -157,8 +168,10 @@ async function refresh() {
     ahead = answer.headers.get('X-Now') * 1000 - Date.now();
     if (answer.status === 503) {
       $('icon').href = $('icon').href.replace('icon.svg', 'icon-problem.svg');
-      return say($('age'), 'the queue is not available');
+      away = 'the queue is not available';
+      return ages();
     }
+    away = '';
     if (answer.status !== 304) {
       const text = await answer.text();
       if (!held()) { tag = answer.headers.get('ETag') || ''; show(text); }

@@ -23,8 +23,10 @@ STYLE = f"""<style>{dashboard_summary.STYLE}
 .stApp {{ --card: transparent }} .block-container {{ padding: 1.2rem 1rem 3rem; max-width: 1312px }}
 .stAppHeader {{ background: none; pointer-events: none }} .stAppHeader button {{ pointer-events: auto }}
 .pqueue {{ font-size: 14px; line-height: 1.45; --card: transparent }} .pqueue p {{ margin: 0 }}
+.pqueue a {{ color: var(--processing) }} .pqueue .finding {{ margin: 3px 0; font-size: 14px }}
 .pqueue .two {{ margin: 0 0 1rem }}
-.pqueue .title {{ display: flex; gap: 4px 16px; align-items: baseline; flex-wrap: wrap; margin-bottom: 10px }}
+.pqueue .title {{ display: flex; gap: 4px 16px; align-items: baseline; flex-wrap: wrap }}
+.pqueue .title .health {{ margin: 0 }} .pqueue .title + .finding {{ margin-top: 10px }}
 .pqueue .title b {{ font-size: 18px }} .pqueue .path {{ color: var(--soft); font-size: 12.5px }}
 h5 {{ padding: 0 0 0.3rem !important }}
 @media (max-width: 640px) {{ .st-key-filters [data-testid=stColumn] {{ min-width: 42% !important; flex: 1 1 42% }} }}
@@ -33,6 +35,7 @@ KEPT = ("page", "last")  # widgets whose value the address keeps, apart from the
 STATE_COLOURS = {
     **dict(zip(dashboard.STATES_SHOWN, ("orange", "violet", "violet", "blue", "green", "red"), strict=True)),
     "running": "green",
+    "active": "green",
     "dead": "red",
     "paused": "orange",
 }
@@ -66,7 +69,7 @@ def page() -> None:
         if isinstance(part, tables.Table):
             _section(part.key, partial(_table_of, which, part), part.title)
         elif part == "search":
-            _section(part, partial(_search, which), "Jobs")
+            _section(part, partial(_search, which), tables.search_title(which))
         elif part != "findings":
             _section(part, {"tiles": _tiles, "charts": _charts, "task": _charts_of_task}[part])
 
@@ -162,12 +165,16 @@ def _health() -> None:
     path = f'<span class="path">{dashboard_summary.text(seen["path"])}</span>'
     mode = '<span class="health info">read-only</span>' if dashboard.read_only() else ""
     zone = f'<span class="path">times in {dashboard_summary.text(_zone())}</span>'
+    title = f"<b>{dashboard_summary.text(dashboard.site_name())}</b>"
+    title += dashboard_summary.verdict(seen["findings"], "?") + mode + path + zone
     found = dashboard_summary.findings(seen["findings"], lambda part: f"?page={tables.page_of(part)}")
-    st.html(
-        _html(
-            f'<div class="title"><b>{dashboard_summary.text(dashboard.site_name())}</b>{mode}{path}{zone}</div>{found}'
-        )
-    )
+    st.html(_html(f'<div class="title">{title}</div>{found if _is_overview() else ""}'))
+
+
+def _is_overview() -> bool:
+    """Return whether this is the page that lists the findings."""
+    named = tables.PAGES.get(st.query_params.get("page", ""), tables.PAGES[""])
+    return "job" not in st.query_params and st.session_state.get("page", named.title) in (None, tables.PAGES[""].title)
 
 
 def _zone() -> str:
@@ -257,7 +264,7 @@ def _table(table: Table, rows: list[Any], most: int | None) -> None:
     if named:
         with st.container(horizontal=True):
             key = f"row of {table.title}"
-            name = st.selectbox(key, sorted(named), label_visibility="collapsed", key=key, width=480) or ""
+            name = st.selectbox(key, list(named), label_visibility="collapsed", key=key, width=480) or ""
             for each in [] if dashboard.read_only() else table.buttons(named[name]):
                 _button(each)
             _show_jobs(table, named[name])
@@ -413,7 +420,8 @@ def _query(which: Page) -> dashboard.Query:
     query: dashboard.Query = {}
     suggested = tables.suggestions(cache().figures())
     names = dashboard.FILTERS[which.name == "failed" :]
-    places = cycle(st.container(key="filters").columns(6))
+    rows = st.container(key="filters")
+    places = [place for _ in range(2) for place in rows.columns(6)]  # each row by itself, in the order of the keyboard
     for name, place in zip(names, places, strict=False):
         key = f"filter-{name}"
         if name == "state":

@@ -34,18 +34,19 @@ STYLE: str = (
 .pqueue .health { display: inline-block; margin: 0 6px 6px 0; padding: 2px 10px; border: 1px solid currentColor;
   border-radius: 12px; font-size: 13px; line-height: 1.45 }
 .pqueue a.health { text-decoration: none }
-.pqueue .finding { margin: 3px 0; overflow-wrap: anywhere }
-.pqueue .finding b { display: inline-block; min-width: 76px }
+.pqueue .finding { margin: 3px 0; padding-left: 80px; overflow-wrap: anywhere }
+.pqueue .finding b { float: left; margin-left: -80px }
 .pqueue .tiles { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: 8px }
 .pqueue a.tile { text-decoration: none } .pqueue a.tile:hover { border-color: var(--processing) }
 .pqueue .tile { border: 1px solid var(--line); border-radius: 8px; padding: 7px 12px; background: var(--card) }
-.pqueue .tile b { display: block; font-size: 20px; font-weight: 600; line-height: 1.35; white-space: nowrap;
+.pqueue .tile b { display: block; font-size: 20px; font-weight: 600; line-height: 1.35; overflow-wrap: anywhere;
   font-variant-numeric: tabular-nums }
-.pqueue .tile span { color: var(--soft); font-size: 12.5px; white-space: nowrap }
+.pqueue .zero b { color: var(--soft) }
+.pqueue .tile span { color: var(--soft); font-size: 12.5px }
 .pqueue dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 4px 16px; margin: 8px 0 0;
   padding: 0 }
 .pqueue dt { color: var(--soft); margin: 0 } .pqueue dd { margin: 0; padding: 0; overflow-wrap: anywhere }
-.pqueue .completed, .pqueue .running { color: var(--completed) }
+.pqueue .completed, .pqueue .running, .pqueue .active { color: var(--completed) }
 .pqueue .failed, .pqueue .dead, .pqueue .critical { color: var(--failed) }
 .pqueue .warning, .pqueue .paused { color: var(--pending) } .pqueue .info { color: var(--soft) }
 .pqueue .processing { color: var(--processing) } .pqueue .pending { color: var(--pending) }
@@ -58,13 +59,17 @@ STYLE: str = (
 .pqueue figure svg.plot { width: 100%; height: 120px; display: block }
 .pqueue svg.trend { width: 140px; height: 20px; display: block }
 .pqueue .plot .grid { stroke: var(--line) } .pqueue .plot * { vector-effect: non-scaling-stroke }
-.pqueue .axis { display: flex; justify-content: space-between; color: var(--soft); font-size: 11.5px; line-height: 1;
-  font-variant-numeric: tabular-nums }
+.pqueue .axis { display: grid; grid-template-columns: repeat(4, 1fr); position: relative; color: var(--soft);
+  font-size: 11.5px; line-height: 1; font-variant-numeric: tabular-nums }
+.pqueue .axis span { border-left: 1px solid var(--line); padding-left: 4px; white-space: nowrap }
+.pqueue .axis span:last-child { position: absolute; right: 0; border: 0 }
 .pqueue figure svg.up { grid-column: 1; width: 52px; height: 120px; overflow: visible; font-size: 11.5px;
   text-anchor: end; fill: var(--soft) } .pqueue .up svg { overflow: visible }
 @media (max-width: 900px) { .pqueue .tiles { grid-template-columns: repeat(4, minmax(0, 1fr)) }
   .pqueue .two { grid-template-columns: minmax(0, 1fr) } }
 @media (max-width: 600px) { .pqueue .tiles { grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 6px }
+  .pqueue .axis span:last-child { display: none } .pqueue .finding { padding: 0 }
+  .pqueue .finding b { float: none; margin: 0 4px 0 0 }
   .pqueue .tile { padding: 5px 7px } .pqueue .tile b { font-size: 13.5px } .pqueue .tile span { font-size: 11.5px } }
 """
 )
@@ -95,6 +100,13 @@ def findings(found: list[report.Finding], address: Callable[[str], str]) -> str:
     rest = f"<details><summary>and {report.count(len(lines) - FINDINGS_SHOWN, 'more finding')}</summary>"
     rest += f"{''.join(lines[FINDINGS_SHOWN:])}</details>"
     return "".join(lines[:FINDINGS_SHOWN]) + (rest if lines[FINDINGS_SHOWN:] else "")
+
+
+def verdict(found: list[report.Finding], address: str) -> str:
+    """Return the number of problems, as a link to the overview, which lists them."""
+    worst = report.problems(found)
+    shown = report.count(len(worst), "problem") if worst else report.NO_FINDINGS
+    return f'<a class="health {worst[0].severity if worst else "completed"}" href="{address}">{shown}</a>'
 
 
 def _linked(each: report.Finding, address: Callable[[str], str]) -> str:
@@ -137,7 +149,8 @@ def _tile(label: str, value: str | float, state: str, address: Callable[[str], s
     else:
         value = text(value)
     inside = f'<span>{text(label)}</span><b class="{state}">{value}</b>'
-    return f'<a class="tile" href="{address(state)}">{inside}</a>' if state else f'<div class="tile">{inside}</div>'
+    kind = "tile zero" if value == "0" else "tile"
+    return f'<a class="{kind}" href="{address(state)}">{inside}</a>' if state else f'<div class="{kind}">{inside}</div>'
 
 
 def facts(shown: dict[str, str]) -> str:
@@ -198,7 +211,9 @@ def _failed(minute: dict[str, Any]) -> int:
 def _jobs_keys(minutes: Minutes) -> str:
     """Return the caption of the chart of jobs, with their sums."""
     total = {name: f"{name} {sum(each[name] for each in minutes):,}" for name in ("completed", "enqueued")}
-    total["failed"] = f"failed attempts {sum(map(_failed, minutes)):,}"
+    failed = sum(map(_failed, minutes))
+    share = f" ({failed / (failed + sum(each['completed'] for each in minutes)):.1%})" if failed else ""
+    total["failed"] = f"failed attempts {failed:,}{share}"
     return f"""<div class="keys"><b>Jobs per {_length(minutes)}</b>
 <span><i class="completed"></i>{total["completed"]}</span>
 <span><i class="failed"></i>{total["failed"]}</span>
@@ -210,8 +225,8 @@ def _jobs_chart(minutes: Minutes, clock: Clock) -> str:
 
     The last bar is partial.
     """
-    top = _ceiling(max(2, *(max(each["enqueued"], each["completed"]) for each in minutes)))
     failed = max(map(_failed, minutes))
+    top = _ceiling(max(2, failed / 8, *(max(each["enqueued"], each["completed"]) for each in minutes)))
     low = _ceiling(max(2, failed, top / 8)) if failed else 0.0  # so that the labels do not overlap
     step, zero = WIDTH / len(minutes), HEIGHT * top / (top + low)
     marks = []
@@ -293,4 +308,4 @@ def _ceiling(value: float) -> float:
 
 
 def _seconds(value: float) -> str:
-    return f"{value:g} s" if value >= 1 else f"{value * 1000:g} ms"
+    return f"{value:,.0f} s" if value >= 1 else f"{value * 1000:g} ms"

@@ -116,7 +116,7 @@ JOBS = Table(
         Column("state", lambda job: job.state, "state"),
         Column("queue", lambda job: job.queue, on_phone=False),
         Column("task", lambda job: job.task),
-        Column("attempt", _attempts, on_phone=False),
+        Column("attempts", _attempts, on_phone=False),
         Column("consumer", lambda job: job.consumer, on_phone=False),
         Column("ended", lambda job: job.finished_at, "time", on_phone=False),
         Column("enqueued", lambda job: job.created_at, "time", on_phone=False),
@@ -569,7 +569,7 @@ SCHEDULES = Table(
     (
         Column("schedule", itemgetter("name")),
         Column("is", lambda each: "paused" if each["paused"] else "active", "state"),
-        Column("due", itemgetter("due"), width="fold"),
+        Column("due", itemgetter("due"), width="fold", on_phone=False),
         Column("task", itemgetter("task"), on_phone=False),
         Column("queue", itemgetter("queue"), on_phone=False),
         Column("group", itemgetter("group"), on_phone=False),
@@ -646,6 +646,10 @@ def page_of(part: str) -> str:
     return part if part in PAGES else PAGE_OF.get(part, "")
 
 
+def search_title(page: Page) -> str:
+    return "Failed jobs" if page.name == "failed" else "Jobs"
+
+
 def query_of(page: Page, query: dashboard.Query) -> dashboard.Query:
     """Return the query of a page's search: the page of failures finds failed jobs."""
     return {"state": ["failed"], **query} if page.name == "failed" else query
@@ -657,7 +661,7 @@ HINTS = {  # what to write into a filter
 }
 
 
-RARE_FILTERS = ("group", "consumer", "key", "until")  # which a phone leaves out
+RARE_FILTERS = ("group", "consumer", "key", "until", "fingerprint")  # which a phone leaves out
 
 
 def suggestions(figures: dict[str, Any]) -> dict[str, list[str]]:

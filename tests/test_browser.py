@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+import time
 import urllib.request
 from importlib.resources import files
 
@@ -255,6 +256,12 @@ new MutationObserver(() => {
   for (const each of document.querySelectorAll('[data-testid=stToast]')) toasts.push(each.innerText);
 }).observe(document, {childList: true, subtree: true});
 """
+TOUCHING = """
+[...document.querySelectorAll('td')].filter(cell => {
+  const end = cell.getBoundingClientRect().right - parseFloat(getComputedStyle(cell).paddingRight);
+  return cell.offsetParent && [...cell.children].some(each => each.getBoundingClientRect().right > end + 1);
+}).map(cell => cell.outerHTML)
+"""
 both = pytest.mark.parametrize("front", [StandardLibrary, Streamlit])
 
 
@@ -295,7 +302,9 @@ def test_operator_sees_jobs_move_and_resubmits_failed_ones(system, page, front):
 def test_operator_on_call_is_at_the_newest_traceback_in_two_clicks_and_repairs_the_job_in_three(system, page, front):
     queue = system.queue()
     ids = queue.enqueue_many("charge", [{"amount": "seven"}, {"amount": "eight"}])
-    wait_until(lambda: queue.stats()["states"]["failed"] == 2)
+    earlier = queue.enqueue("a task that failed earlier", run_at=9e9, now=time.time() - 3600)
+    queue.mark_failed(earlier, now=time.time() - 3600)
+    wait_until(lambda: queue.stats()["states"]["failed"] == 3)
     clicks = []
     page.expose_function("clicked", lambda: clicks.append(1))
     page.add_init_script("addEventListener('click', event => event.detail && clicked(), true)")
@@ -405,11 +414,11 @@ def test_operator_with_a_phone_sees_every_control_whole(system, page):
     site = StandardLibrary(system, page)
     site.go("Jobs")
     expect(page.locator("#search tbody tr")).to_have_count(2)
-    for title in ("Jobs", "Failed", "Schedules", "Consumers", "Activity", "Queues"):
+    for title in ("Overview", "Jobs", "Failed", "Schedules", "Consumers", "Activity", "Queues"):
         site.go(title)
         for summary in page.locator("summary").all():
             summary.click()
-        for cut in ("html", "section", "td:has(form)", "td:has(progress)"):
+        for cut in ("html", "section", "td:has(form)", "td:has(progress)", ".tile"):
             found = (
                 f"[...document.querySelectorAll('{cut}')].filter(each => each.scrollWidth > each.clientWidth).length"
             )
@@ -435,6 +444,7 @@ def test_long_names_leave_the_other_columns_and_the_buttons_in_sight(place, page
         for part in page.locator("main section").all():
             wide = part.evaluate("part => part.scrollWidth - part.clientWidth")
             assert wide <= 0, (title, part.get_attribute("id"), wide)
+        assert page.evaluate(TOUCHING) == [], title
 
 
 def test_page_keeps_typed_text_while_it_refreshes(system, page):
@@ -471,6 +481,36 @@ def test_page_is_dimmed_when_nobody_answers_and_not_while_figures_take_long(plac
     page.clock.run_for(12_000)
     expect(page.locator("body")).to_have_class(re.compile("stale"))
     page.unroute_all(behavior="ignoreErrors")
+
+
+def test_page_says_that_the_queue_is_gone_until_it_is_back(place, page):
+    page.clock.install()
+    site = StandardLibrary(place, page)
+    expect(page.locator("#age")).to_have_text("the queue is not available")
+    page.clock.run_for(1000)  # the age is written again
+    expect(page.locator("#age")).to_have_text("the queue is not available")
+    queue = place.queue()
+    page.clock.run_for(5000)
+    expect(site.count("pending")).to_have_text("0")
+    queue.close()
+    (place.folder / "var/queue.db").rename(place.folder / "var/away.db")
+    page.clock.run_for(2000)
+    expect(page.locator("#age")).to_have_text(re.compile("the queue is not available, updated .* ago"))
+    page.clock.run_for(12_000)
+    expect(page.locator("body")).to_have_class(re.compile("stale"))
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_each_label_of_a_chart_is_at_its_minute(place, page, width):
+    place.queue().enqueue("t")
+    page.set_viewport_size({"width": width, "height": 800})
+    page.goto(place.dashboard())
+    for chart in page.locator("figure").all():
+        plot = chart.locator(".plot").bounding_box()
+        for quarter, label in enumerate(chart.locator(".axis span").all()[:4]):
+            box = label.bounding_box()
+            assert abs(box["x"] - plot["x"] - plot["width"] * quarter / 4) < 1
+            assert label.evaluate("each => each.scrollWidth <= each.clientWidth")
 
 
 @both

@@ -17,6 +17,7 @@ import threading
 import time
 from contextlib import closing, suppress
 from html import escape, unescape
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 from urllib.parse import urlencode
@@ -387,8 +388,8 @@ def test_page_of_queues_shows_every_limit_and_the_groups_that_it_stops(queue, si
     queue.limit("mail", 1000, running=1, rate=(10, 60))
     queue.dequeue("w", queues=["mail"])
     row = re.search('<tr data-key="mail">.*?</tr>', site.ask("/queues")[1], re.DOTALL)[0]
-    assert '<td class="fold less">1,000 pending, 1 running, 10 in 60 s</td>' in row
-    assert '<td class="fold less">1 pending, 1 at a limit</td>' in row
+    assert '<td class="fold less">1,000&nbsp;pending, 1&nbsp;running, 10&nbsp;in&nbsp;60&nbsp;s</td>' in row
+    assert '<td class="fold less">1&nbsp;pending, 1&nbsp;at&nbsp;a&nbsp;limit</td>' in row
 
 
 def test_overview_shows_the_worst_findings_and_unfolds_the_others(queue, site):
@@ -712,9 +713,15 @@ def test_finding_about_a_schedule_leads_to_the_schedules(queue, site):
 
 @pytest.mark.parametrize(
     ("pair", "shown"),
-    [((0.7, 128.6), "700 ms / 129 s"), ((2.0, 99.94), "2.0 / 99.9 s"), ((99.96, 4321.0), "100 / 4,321 s")],
+    [
+        ((0.7, 128.6), "700 ms / 129 s"),
+        ((2.0, 99.94), "2.0 / 99.9 s"),
+        ((99.96, 599.0), "100 / 599 s"),
+        ((1724.0, 4321.0), "29 / 72 m"),
+        ((600.0, 90_000.0), "10 m / 25 h"),
+    ],
 )
-def test_long_times_have_no_decimals_so_that_they_fit_their_tile(pair, shown):
+def test_long_times_are_short_so_that_they_fit_their_tile(pair, shown):
     assert dashboard.times(pair) == shown
 
 
@@ -1657,6 +1664,22 @@ def test_chart_of_times_draws_a_wait_of_zero(wait):
         assert (
             len(heights) == (0 if shown is not minutes else 4 * 60) + 59
         )  # no jobs are enqueued in a part of a minute
+
+
+@pytest.mark.parametrize(("completed", "failed"), [(0, 0), (1, 0), (0, 1), (0, 150), (150, 1), (10_000, 9)])
+def test_labels_of_the_chart_of_jobs_do_not_overlap(completed, failed):
+    minute = {"enqueued": 0, "completed": completed, "failed": failed, "retried": 0, "wait": None, "run": None}
+    chart = dashboard_summary.charts([{**minute, "at": n * 60.0} for n in range(60)]).split("</figure>")[0]
+    places = [int(y) for y in re.findall(r'<svg y="(\d+)%">', chart)]
+    assert all(below - above >= 10 for above, below in pairwise(places)), places  # of 120 pixels; a label has 11.5
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("query", "found"), [({}, True), ({"page": "queues"}, False), ({"job": "1"}, False)])
+def test_streamlit_page_lists_the_findings_on_the_overview_only(queue, query, found):
+    queue.enqueue("t")
+    shown = "".join(each.proto.body for each in streamlit(**query).get("html"))
+    assert ("and no consumer is alive" in shown, '">1 problem</a>' in shown) == (found, True)
 
 
 @pytest.mark.filterwarnings("ignore")
