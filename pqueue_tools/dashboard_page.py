@@ -49,12 +49,13 @@ form.filter { display: flex; margin-bottom: 10px } form.block { display: block }
 .chips { flex: 1 0 100%; display: flex; gap: 4px 14px; flex-wrap: wrap } .chip { white-space: nowrap }
 input, select, button, textarea { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line);
   border-radius: 6px; padding: 3px 8px; max-width: 100%; min-height: 28px }
-textarea { font: 12.5px/1.4 ui-monospace, monospace; flex: 1 0 100%; color: var(--ink) }
+textarea { font: 12.5px/1.4 ui-monospace, monospace; flex: 1 0 100%; min-width: 0; color: var(--ink) }
 ::placeholder { color: var(--soft); opacity: 1 }
 input[type=checkbox] { min-height: 0; width: 16px; height: 16px; margin: 2px 0; vertical-align: middle }
 button { cursor: pointer } button:hover { border-color: var(--processing) }
 :focus-visible { outline: 2px solid var(--processing); outline-offset: 1px }
-details { display: inline-block; vertical-align: top; margin-right: 8px }
+details { display: inline-block; vertical-align: top; margin-right: 8px; max-width: 100% }
+section > details:has(form) { margin-bottom: 8px } details form { max-width: 100% }
 summary { cursor: pointer; color: var(--processing) }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--page); border: 1px solid var(--line);
   border-radius: 6px; padding: 10px; margin: 4px 0; max-height: 420px; overflow-y: auto; font-size: 12.5px }
