@@ -29,6 +29,8 @@ STYLE = f"""<style>{dashboard_summary.STYLE}
 .pqueue .title .health {{ margin: 0 }} .pqueue .title + .finding {{ margin-top: 10px }}
 .pqueue .title b {{ font-size: 18px }} .pqueue .path {{ color: var(--soft); font-size: 12.5px }}
 h5 {{ padding: 0 0 0.3rem !important }}
+[data-testid=stCaptionContainer], [data-testid=stCaptionContainer] p {{ opacity: 1 !important;
+  color: light-dark(#5b6678, #98a4b5) !important }}
 @media (max-width: 640px) {{ .st-key-filters [data-testid=stColumn] {{ min-width: 42% !important; flex: 1 1 42% }} }}
 </style>"""
 KEPT = ("page", "last")  # widgets whose value the address keeps, apart from the filters

@@ -548,6 +548,24 @@ def test_axe_finds_nothing_on_any_page(place, browser):
     assert found == []
 
 
+def test_axe_finds_nothing_in_streamlit(place, browser):
+    queue = place.queue()
+    failed = queue.enqueue("t", {"to": "ada"})
+    queue.mark_failed(failed, "ValueError: no\n  traceback")
+    page = browser.new_page(viewport={"width": 1280, "height": 844}, bypass_csp=True)
+    page.set_default_timeout(PATIENCE)
+    site = Streamlit(place, page)
+    for query, shown in (("page=consumers", "nothing is running"), (f"job={failed}", "Payload")):
+        page.goto(f"{site.url}/?{query}")
+        expect(page.get_by_text(shown, exact=True)).to_be_visible()
+        page.evaluate(AXE)
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            violations = page.evaluate("axe.run()")["violations"]
+            assert [(each["id"], each["nodes"][0]["html"]) for each in violations] == [], (query, scheme)
+    page.close()
+
+
 def test_page_works_without_its_script(system, browser):
     queue = system.queue()
     failed = queue.enqueue("mail")
