@@ -567,6 +567,36 @@ class QueueContract:
         self.assertEqual(q.prune(0, now=NOW + 9), 2)
         self.assertEqual({job.id for job in q.list_jobs()}, {ids[1], children[1]})
 
+    def test_job_that_is_restored_takes_no_key_whose_time_is_not_over(self):
+        q = self.queue
+        parent = q.enqueue("t", now=NOW)
+        child = q.enqueue("u", after=[parent], key="k", now=NOW)
+        q.cancel(parent, now=NOW)
+        holder = q.enqueue("u", key="k", key_seconds=60, now=NOW)
+        q.resubmit(parent, now=NOW + 59)
+        self.assertEqual(self.states(child), ["failed"])
+        self.assertEqual(q.enqueue("u", key="k", now=NOW + 59), holder)
+
+    def test_job_that_fails_with_others_names_its_own_parent(self):
+        q = self.queue
+        unfinished, root = q.enqueue("t", now=NOW), q.enqueue("t", now=NOW)
+        first, second = (q.enqueue("t", after=[root], now=NOW) for _ in range(2))
+        children = q.enqueue("t", after=[first], now=NOW), q.enqueue("t", after=[unfinished, second], now=NOW)
+        q.cancel(root, now=NOW)
+        self.assertEqual([q.get(child).error for child in children], [f"job {first} failed", f"job {second} failed"])
+
+    def test_job_that_waits_no_longer_is_left_alone_when_its_parent_ends(self):
+        q = self.queue
+        for verb, ended in ((q.complete, "pending"), (q.cancel, "failed")):
+            with self.subTest(ended):
+                parent = q.enqueue("t", now=NOW)
+                begun, waiting = (q.enqueue("t", after=[parent], now=NOW) for _ in range(2))
+                q.run_now(begun, now=NOW)
+                job, _ = q.dequeue_many("w", 2, now=NOW)
+                verb(job if ended == "pending" else job.id, now=NOW)
+                self.assertEqual(self.states(begun, waiting), ["processing", ended])
+                q.delete_jobs(force=True)
+
     def test_job_deleted_by_force_is_cancelled_for_those_that_wait_for_it(self):
         q = self.queue
         parent = q.enqueue("t", now=NOW)
@@ -960,6 +990,14 @@ class QueueContract:
         self.assertIsNone(q.dequeue("w", queues=["run", "rate"], now=NOW))
         self.assertEqual(counts(), {"rate": (3, 0, 3), "run": (3, 3, 0)})
         self.assertEqual(counts(NOW + 10), {"rate": (3, 0, 0), "run": (3, 3, 0)})
+        for task, group in (("u", "g"), ("t", "g"), ("t", "h")):
+            q.enqueue(task, queue="one", group=group, now=NOW)
+        q.limit("one", running=1)
+        q.complete(q.dequeue("w", queues=["one"], now=NOW), now=NOW)
+        self.assertEqual({q.dequeue("w", queues=["one"], now=NOW).group for _ in range(2)}, {"g", "h"})
+        self.assertEqual(counts()["one"], (0, 2, 0))
+        q.enqueue("t", queue="one", group="h", now=NOW)
+        self.assertEqual(counts()["one"], (1, 2, 0))
         q.complete(run[0], now=NOW)
         self.assertEqual(counts()["run"], (3, 2, 0))
         q.limit("run", running=None)
@@ -1099,6 +1137,8 @@ class QueueContract:
         q.enqueue("t", queue="a", now=NOW)
         self.assertEqual(len(q.dequeue_many("w", 9, queues=["a"], lease_seconds=99, now=NOW)), 2)
         q.limit("c", running=1)
+        q.enqueue("t", queue="c", group="g", now=NOW)
+        self.assertIsNotNone(q.dequeue("w", queues=["c"], lease_seconds=99, now=NOW))
         q.enqueue("t", queue="c", now=NOW)
         self.assertEqual(next_event("c"), 0)
         self.assertEqual(next_event("a"), NOW + 99)
@@ -1176,6 +1216,17 @@ class QueueContract:
         self.assertLess(q._read("SELECT count(*) FROM queue_groups")[0][0], 9)
         q.enqueue("t", group="g0", now=NOW)
         self.assertEqual(sorted(map(str, self.groups(4))), ["None", "busy", "busy", "g0"])
+
+    def test_prune_keeps_a_group_that_is_ahead_of_its_queue(self):
+        q = self.queue
+        q.enqueue_many("t", range(9), queue="a", group="g", now=NOW)
+        self.assertEqual(len(q.dequeue_many("w", 9, now=NOW)), 9)
+        q.enqueue("t", queue="b", group="ahead", now=NOW)
+        self.assertEqual(self.groups(2, queues=["b"]), ["ahead", None])
+        q.prune(0, now=NOW)
+        for group in ("ahead", "new"):
+            q.enqueue("t", queue="b", group=group, now=NOW)
+        self.assertEqual(self.groups(2, queues=["b"]), ["new", "ahead"])
 
     def test_queue_whose_groups_have_no_jobs_any_more_is_claimed_from_without_turns(self):
         q = self.queue
@@ -4596,6 +4647,9 @@ class QueueContract:
         self.queue.schedule("tick", "t", every_seconds=10, on_missed="all", now=NOW)
         self.queue.pause_schedule("tick")
         self.assertEqual(self.fired(10, 20, 35), [None] * 3)
+        self.queue.schedule("other", "t", every_seconds=1, now=NOW + 34)
+        self.assertEqual(self.fired(35, 35), [35, None])
+        self.queue.unschedule("other")
         self.queue.resume_schedule("tick", now=NOW + 35)
         self.assertEqual(self.fired(44, 45), [None, 45])
         self.queue.resume_schedule("tick", now=NOW + 46)  # which was not paused
@@ -4720,6 +4774,13 @@ class QueueContract:
             return [(each.cron, each.every_seconds, each.on_missed, each.origin) for each in self.queue.schedules()]
 
         self.assertEqual(declared(), [])
+        with mock.patch.dict(pqueue.TASKS, clear=True):
+            pqueue.task("annual", cron="@yearly")(lambda: None)
+            self.queue.declare_schedules(pqueue.TASKS.values(), now=NOW)
+        declared(cron="@daily")
+        self.assertEqual([origin for *_, origin in declared()], ["task", "removed"])
+        for name in ("annual", "nightly"):
+            self.queue.unschedule(name)
         self.assertEqual(declared(cron="@daily"), [("@daily", None, "once", "task")])
         self.assertEqual(declared(every_seconds=timedelta(hours=1)), [(None, 3600.0, "once", "task")])
         self.assertEqual(declared(every_seconds=60, on_missed="all"), [(None, 60.0, "all", "task")])
