@@ -421,6 +421,27 @@ def test_name_of_a_role_or_database_is_not_taken_for_an_answer(roles, database, 
         assert not isinstance(error, QueueBusy), error
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "the database system is starting up",
+        "the database system is shutting down",
+        "the database system is in recovery mode",
+        "the database system is not yet accepting connections\nDETAIL:  Consistent recovery state not reached.",
+        "the database system is not accepting connections\nDETAIL:  Hot standby mode is disabled.",
+        "sorry, too many clients already",
+        "remaining connection slots are reserved for roles with the SUPERUSER attribute",
+        'too many connections for database "shop"',
+        'could not fork new process for connection: Cannot allocate memory for "invalid"',
+    ],
+)
+def test_server_that_will_accept_connections_later_is_busy(answer):
+    text = f'connection to server on socket "/run/password/.s.PGSQL.5432" failed: FATAL:  {answer}'
+    error = pqueue_connections.connection_error("h/d", psycopg.OperationalError(text))
+    assert isinstance(error, QueueBusy)
+    assert str(error) == f"cannot reach h/d: {text.splitlines()[0]}"
+
+
 def test_library_that_the_server_cannot_load_is_an_error(roles):
     error = opening(roles.add("library", "ALTER ROLE {role} SET session_preload_libraries = nosuch"))
     assert not isinstance(error, QueueBusy)
