@@ -4167,6 +4167,14 @@ class QueueContract:
         self.assertEqual(self.counted(start), {})
         self.assertEqual(self.counted(), {(0.0, "default", "t"): {"enqueued": 4, "completed": 4}})
 
+    def test_new_jobs_are_counted_in_their_minute_only(self):
+        start = NOW - NOW % 3600
+        for at in (0, 60, 120):
+            self.queue.enqueue("t", now=start + at)
+        for since, until, number in ((start + 60, start + 120, 1), (start, start + 120, 2), (start + 60, None, 2)):
+            self.assertEqual(pqueue_outcomes.total(self.queue.outcomes(since, until)).enqueued, number)
+        self.assertEqual(pqueue_outcomes.total(self.queue.outcomes(None, start + 120)).enqueued, 2)
+
     def test_total_is_that_of_its_minutes_however_late_they_are_counted(self):
         queue, start = self.queue, NOW - NOW % 3600
 
