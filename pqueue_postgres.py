@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterator
 from functools import lru_cache
 
 import pqueue_dependencies
@@ -1017,10 +1016,11 @@ HEALTH = (
 
 # The schema
 
-# Return each part of the schema: its kind, its table, its name and its definition.
-CATALOG = f"""
+
+def _catalog(namespace: str) -> str:
+    return f"""
 WITH tables AS (SELECT oid, relname::text AS name FROM pg_class
-    WHERE relnamespace = '{SCHEMA}'::regnamespace AND relkind = 'r' AND relname = ANY ('{{{", ".join(TABLES)}}}'))
+    WHERE relnamespace = {namespace} AND relkind = 'r' AND relname = ANY ('{{{", ".join(TABLES)}}}'))
 SELECT 'column', name, attname::text, concat_ws(' ', format_type(atttypid, atttypmod),
     CASE WHEN attcollation <> typcollation THEN 'COLLATE ' || attcollation::regcollation END,
     CASE WHEN attnotnull THEN 'NOT NULL' END, CASE attidentity WHEN 'd' THEN 'IDENTITY' WHEN 'a' THEN 'ALWAYS' END,
@@ -1029,82 +1029,65 @@ FROM tables t JOIN pg_attribute ON attrelid = t.oid JOIN pg_type y ON y.oid = at
     LEFT JOIN pg_attrdef ON adrelid = t.oid AND adnum = attnum WHERE attnum > 0 AND NOT attisdropped
 UNION ALL SELECT 'constraint', name, conname::text, pg_get_constraintdef(c.oid)
 FROM tables t JOIN pg_constraint c ON conrelid = t.oid WHERE contype IN ('c', 'p', 'u')
-UNION ALL SELECT 'index', name, relname::text, pg_get_indexdef(indexrelid)
+UNION ALL SELECT 'index', name, relname::text, regexp_replace(pg_get_indexdef(indexrelid), ' WITH \\([^)]*\\)', '')
 FROM tables t JOIN pg_index ON indrelid = t.oid JOIN pg_class c ON c.oid = indexrelid
+WHERE NOT EXISTS (SELECT 1 FROM pg_constraint WHERE conindid = indexrelid)
 UNION ALL SELECT 'trigger', name, tgname::text, pg_get_triggerdef(g.oid)
 FROM tables t JOIN pg_trigger g ON tgrelid = t.oid
 UNION ALL SELECT 'function', '', proname::text,
-    concat_ws(' ', CASE WHEN prosecdef THEN 'SECURITY DEFINER' END,
-    replace(array_to_string(proconfig, ' '), '"', ''), prosrc)
-FROM pg_proc WHERE pronamespace = '{SCHEMA}'::regnamespace"""
-_COMMENT = re.compile("--.*")
-_TABLE = re.compile(r"CREATE TABLE (?:IF NOT EXISTS )?(?:\S+\.)?(\w+) \((.*?)\n\)", re.DOTALL)
-_COLUMN = re.compile(r'^ +"?(\w+)"? +(TEXT|INTEGER|BIGINT|DOUBLE PRECISION)\b(.*)', re.MULTILINE)
-_CONSTRAINT = re.compile(r"CHECK \((?:[^()]|\([^()]*\))*\)|^ +((?:PRIMARY KEY|UNIQUE) \([^)]*\))", re.MULTILINE)
-_PART = re.compile(r"CREATE (?:UNIQUE )?(INDEX|TRIGGER) (\w+)\b.*? ON (?:\S+\.)?(\w+) ", re.DOTALL)
-_FUNCTION = re.compile(r"CREATE FUNCTION \S+\.(\w+).*? (SECURITY DEFINER )?SET (\w+) = (.*) AS \$\$(.*)\$\$", re.DOTALL)
+    concat_ws(' ', CASE WHEN prosecdef THEN 'SECURITY DEFINER' END, array_to_string(proconfig, ' '), prosrc)
+FROM pg_proc WHERE pronamespace = {namespace}"""
 
 
-def _parts(sql: str) -> Iterator[tuple[str, str, str, str]]:
-    """Return what a statement of the schema makes: like CATALOG."""
-    if found := _FUNCTION.search(sql):
-        name, definer, setting, value, source = found.groups(default="")
-        yield "function", "", name, f"{definer}{setting}={value.strip(chr(39))} {source}"
-    sql = _COMMENT.sub("", sql)
-    if found := _PART.search(sql):
-        yield found[1].lower(), found[3], found[2], sql
-    for table, body in _TABLE.findall(sql):
-        for name, kind, rest in _COLUMN.findall(body):
-            key = re.search("PRIMARY KEY|UNIQUE", rest)
-            default = re.search("DEFAULT (?!AS)[^,]+", rest)
-            not_null = " NOT NULL" * ("NOT NULL" in rest or "PRIMARY KEY" in rest)
-            identity = " IDENTITY" * ("IDENTITY" in rest)
-            yield "column", table, name, f"{kind}{not_null}{identity} {default[0] if default else ''}".strip()
-            if key:
-                yield "constraint", table, "", f"{key[0]} ({name})"
-        for each in _CONSTRAINT.finditer(body):
-            yield "constraint", table, "", " ".join(each[0].split())
+# Return each part of the schema: its kind, its table, its name and its definition.
+CATALOG = _catalog(f"'{SCHEMA}'::regnamespace")
+
+# Return the same of the temporary tables and functions of this session.
+TEMPORARY_CATALOG = _catalog("pg_my_temp_schema()")
+
+TEMPORARY = "pg_temp"
+LIMIT_TRIGGERS = [name for sql in START_COUNTING for name in re.findall(r"CREATE TRIGGER (\w+)", sql)]
+MODEL = [VERSION, *(sql for each in pqueue_schema.MIGRATIONS for sql in definitions(each)), *COUNTING, *GROUPING]
+MODEL += START_COUNTING
+
+Part = tuple[str, str, str, str]
 
 
-def _words(definition: str) -> list[str]:
-    """Return the words of a definition, to which PostgreSQL adds parentheses, casts, quotes and schemas."""
-    text = re.sub(r'::"?[a-z]+( precision)?"?(\[\])?|USING "?btree"?|WITH \([^)]*\)', "", definition)
-    text = re.sub(r'(?<!\w)"?[A-Za-z_][\w-]*"?\.', "", text)
-    text = re.sub(r"<> ALL \(ARRAY|\bNOT IN\b", " not_in ", text)
-    return re.findall(r"'[^']*'|\w+|[<>!]=?", re.sub(r"= ANY \(ARRAY|\bIN\b", " in ", text).replace("<>", "!").lower())
+def temporary(sql: str) -> str:
+    """Return a statement of the schema, for temporary tables and functions."""
+    return USED_TABLE.sub(rf"\1 {SCHEMA}.\2", sql).replace(SCHEMA, TEMPORARY)
 
 
-def drift(catalog: list[tuple[str, str, str, str]], schema: str, *, has_limits: bool) -> list[str]:
-    """Return a sentence for each part of the schema that is missing or was changed."""
-    statements = [
-        VERSION,
-        *(sql for each in pqueue_schema.MIGRATIONS for sql in definitions(each)),
-        *COUNTING,
-        *GROUPING,
-    ]
-    statements += START_COUNTING if has_limits else []
-    quoted = names_in(schema)[SCHEMA]
-    there = {(kind, table, name): text for kind, table, name, text in catalog}
-    constraints = [(table, _words(text)) for kind, table, _, text in catalog if kind == "constraint"]
+def drift(model: list[Part], found: list[Part], schema: str, *, has_limits: bool) -> list[str]:
+    """Return a sentence for each part of the schema that is missing or was changed, given all parts of a new one."""
+    names = re.compile(rf"\b(?:{TEMPORARY}(?:_\d+)?|{re.escape(schema)})\b\.?")
+
+    def without_schema(text: str) -> str:
+        return " ".join(names.sub("", text.replace('"', "")).split())
+
+    there = {(kind, table, name): without_schema(text) for kind, table, name, text in found}
+    constraints = {(table, text) for (kind, table, _), text in there.items() if kind == "constraint"}
     tables = {table for _, table, _ in there}
-    found = [
+    problems = [
         f"table {table} is missing: create it as docs/postgres.sql shows" for table in TABLES if table not in tables
     ]
-    for kind, table, name, text in (part for sql in statements for part in _parts(sql.replace(SCHEMA, quoted))):
+    for kind, table, name, definition in model:
+        text = without_schema(definition)
         what = f"{kind} {name} of table {table}" if table else f"{kind} {name}"
         got = there.pop((kind, table, name), None)
+        if (table and table not in tables) or (name in LIMIT_TRIGGERS and not has_limits):
+            continue
         if kind == "constraint":
-            if table in tables and (table, _words(text)) not in constraints:
-                found.append(f"table {table} lacks the constraint {text[:80]}: add it as docs/postgres.sql shows")
+            if (table, text) not in constraints:
+                problems.append(f"table {table} lacks the constraint {text[:80]}: add it as docs/postgres.sql shows")
         elif got is None:
-            if not table or table in tables:
-                found.append(f"{what} is missing: create it as docs/postgres.sql shows")
-        elif got != text and (kind == "function" or _words(got) != _words(text)):
+            problems.append(f"{what} is missing: create it as docs/postgres.sql shows")
+        elif got != text:
             expected = f": expected {text}, got {got}" if kind == "column" else ""
-            found.append(f"{what} was changed{expected}: replace it by what docs/postgres.sql shows")
-    return found + [
+            problems.append(f"{what} was changed{expected}: replace it by what docs/postgres.sql shows")
+    return problems + [
         f"column {name} of table {table} needs a value, so that no row can be inserted: run ALTER TABLE "
-        f"{quoted}.{table} ALTER COLUMN {name} DROP NOT NULL"
+        f"{names_in(schema)[SCHEMA]}.{table} ALTER COLUMN {name} DROP NOT NULL"
         for (kind, table, name), text in there.items()
         if kind == "column" and "NOT NULL" in text and not re.search("DEFAULT|IDENTITY|ALWAYS", text)
     ]

@@ -87,6 +87,7 @@ from pqueue_postgres import (
     MERGE_CHANGES,
     MERGE_EVENTS,
     MISCOUNTED,
+    MODEL,
     NEXT_OF_GROUPS,
     NOT_LOGGED,
     PG_NOTIFY,
@@ -99,14 +100,17 @@ from pqueue_postgres import (
     START_COUNTING,
     STOP_COUNTING,
     TABLES,
+    TEMPORARY_CATALOG,
     UPTIME,
     VERSION,
     WRITERS,
+    Part,
     Reach,
     claim_alone,
     complete_and_claim,
     definitions,
     drift,
+    temporary,
     translated,
 )
 from pqueue_results import Polling
@@ -151,6 +155,10 @@ class NoRoom(QueueFull):
 
 class KeyTaken(QueueBusy):
     """A concurrent transaction has used the key for an unfinished job."""
+
+
+class Undone(Exception):
+    """Roll back what was done only to see its effect."""
 
 
 class Deadlock(QueueBusy):
@@ -523,6 +531,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         self._reach = Reach()
         self._takes_turns = False  # at the last claim, some group might have had a job; that takes several statements
         self._closed = False
+        self._parts: list[Part] = []  # of a new schema
         self.pooled = False  # connected through a pooler, which does not keep our settings between transactions
         self._is_open = False
         try:
@@ -1078,9 +1087,21 @@ class OnPostgres(PersistentQSQLAlchemy):
             yield [row[0] for row in self._read(sql)]
         if version == len(pqueue_schema.MIGRATIONS):
             has_limits = bool(self._read(pqueue_schema.LIMITED))
-            yield drift(self._read(CATALOG), self.schema, has_limits=has_limits)
+            if model := self._model():
+                yield drift(model, self._read(CATALOG), self.schema, has_limits=has_limits)
         for name, counted, found in self._read(MISCOUNTED) if thorough else ():
             yield [f"expected {found} pending jobs of queue {name!r}, counted {counted}: set its limit again"]
+
+    def _model(self) -> list[Part]:
+        """Return the parts of a new schema, which the server describes; none if this role may not make temporary
+        tables there."""
+        if not self._parts:
+            with suppress(Undone, QueueError), self._transaction(durable=False) as session:
+                for statement in MODEL:
+                    session.change(temporary(statement))
+                self._parts = session.run(TEMPORARY_CATALOG)
+                raise Undone
+        return self._parts
 
     def close(self) -> None:
         self._waits.close()
