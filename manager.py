@@ -16,8 +16,11 @@ if __name__ == "__main__":
     termination.reset_sigint()
 
 import argparse
+import socket
 import sys
+from contextlib import suppress
 
+from pqueue import QueueError, open_queue
 from pqueue_tools.process import OneLineParser, module_name, print_error, whole_number
 from pqueue_tools.record import MAX_CONCURRENCY
 from pqueue_tools.supervisor import (
@@ -60,7 +63,7 @@ def _act(options: argparse.Namespace) -> None:
         remove_group(options.remove)
         print(f"removed {options.remove}")
     elif options.start:
-        start(options.start)
+        start(options.start, has_registered)
         print(f"started {options.start}")
     elif options.stop:
         stop(options.stop)
@@ -72,6 +75,14 @@ def _act(options: argparse.Namespace) -> None:
             print(
                 f"{each['group']:12} {each['name']:16} {each['state']:10} {each['pid'] or '':>8} {uptime:>10} {added}"
             )
+
+
+def has_registered(pid: int) -> bool:
+    """Return whether a consumer that runs as this process on this machine takes jobs from the queue, if it is found."""
+    with suppress(QueueError, ValueError), open_queue(create=False) as queue:
+        here = [each for each in queue.consumers() if each["host"] == socket.gethostname()]
+        return any((each["pid"], each["state"]) == (pid, "running") for each in here)
+    return False
 
 
 def _parser() -> argparse.ArgumentParser:

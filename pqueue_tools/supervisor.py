@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 import xmlrpc.client
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ stdout_logfile_backups = 3
 
 class ManagerError(Exception):
     """The request failed; the message says why and what to do."""
+
+
+def _never(_: object) -> bool:
+    return False
 
 
 class _Connection(http.client.HTTPConnection):
@@ -165,7 +170,7 @@ def add_group(
             )
         call("reloadConfig")
         call("addProcessGroup", group)
-        _expect_started(group, size)
+        _expect_started(lambda each: each["group"] == group, size, f"cannot add {group}, so removed it again")
     except BaseException:
         if group:
             with suppress(ManagerError):
@@ -175,27 +180,31 @@ def add_group(
     return group
 
 
-def _expect_started(group: str, size: int) -> None:
-    """Wait until all consumers of a new group say in their logs that they take jobs. Raises ManagerError.
+def _expect_started(
+    wanted: Callable[[dict[str, Any]], bool], size: int, failure: str, has_registered: Callable[[int], bool] = _never
+) -> None:
+    """Wait until the consumers among supervisord's processes, so many, take jobs: they say so in their logs, or have
+    registered under their pid. Raises ManagerError, with this text before the reason.
 
     RUNNING only says that a process has existed for startsecs, in which a busy machine may not get to the tasks.
     """
     deadline, pids, started = time.monotonic() + START_SECONDS, dict[str, int](), set[str]()
     logs: dict[str, StartLog] = {}
     while True:
-        found = [each for each in processes() if each["group"] == group]
+        found = [each for each in processes() if wanted(each)]
         for name, state, pid in ((each["name"], each["state"], each["pid"]) for each in found):
             was_restarted = pid != pids.setdefault(name, pid) if pid else False
             if was_restarted or state in ("BACKOFF", "EXITED", "FATAL", "UNKNOWN"):
-                raise ManagerError(f"cannot add {group}, so removed it again: {name} ended: {_last_log_line(name)}")
+                raise ManagerError(f"{failure}: {name} ended: {_last_log_line(name)}")
             if name not in started and logs.setdefault(name, StartLog(name)).says_that_it_started(pid):
+                started.add(name)
+            if name not in started and pid and has_registered(pid):
                 started.add(name)
         if len(started) == size and all(each["state"] == "RUNNING" for each in found):
             return
         if time.monotonic() > deadline:
-            name = min({each["name"] for each in found} - started, default=group)
-            late = f"{name} has not started after {START_SECONDS:g} s: {_last_log_line(name)}"
-            raise ManagerError(f"cannot add {group}, so removed it again: {late}")
+            name = min({each["name"] for each in found} - started, default=failure)
+            raise ManagerError(f"{failure}: {name} has not started after {START_SECONDS:g} s: {_last_log_line(name)}")
         time.sleep(0.1)
 
 
@@ -204,7 +213,7 @@ class StartLog:
 
     def __init__(self, name: str) -> None:
         self._path = LOGS / f"{name}.log"
-        self._line = re.compile(rf" started consumer={re.escape(name)} pid=(\d+) ".encode())
+        self._line = re.compile(rb" started consumer=\S+ pid=(\d+) ")
         self._read, self._started = 0, set[int]()
 
     def says_that_it_started(self, pid: int) -> bool:
@@ -247,9 +256,23 @@ def _delete_configuration(group: str) -> None:
     sync(INCLUDED)
 
 
-def start(name: str) -> None:
-    """Start a process, given by its name without the group. Raises ManagerError."""
-    call("startProcess", _full_name(name))
+def start(name: str, has_registered: Callable[[int], bool] = _never) -> None:
+    """Start a process, given by its name without the group, and wait until it runs and, if it is a consumer, takes
+    jobs. has_registered: whether a consumer with this pid has registered. Raises ManagerError.
+    """
+    full = _full_name(name)
+    commands = {f"{each['group']}:{each['name']}": str(each.get("command", "")) for each in call("getAllConfigInfo")}
+    is_consumer = re.search(r"consumer\.py|pqueue[-_.](tools\.)?consumer", commands.get(full, ""))
+    call("startProcess", full, not is_consumer)
+    # guard: a consumer that ends before it takes jobs is not reported as started
+    if is_consumer:
+        hint = f"; supervisord tries again until {command_line('manager')} --stop {name}"
+        try:
+            _expect_started(
+                lambda each: f"{each['group']}:{each['name']}" == full, 1, f"cannot start {name}", has_registered
+            )
+        except ManagerError as error:
+            raise ManagerError(f"{error}{hint}") from None
 
 
 def stop(name: str) -> None:

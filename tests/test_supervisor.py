@@ -328,6 +328,26 @@ def test_added_group_is_there_again_after_a_restart_of_supervisor(system):
     assert manage(system, "--start", "consumer2_00").stdout == "started consumer2_00\n"
 
 
+def test_manager_starts_a_consumer_or_says_why_it_has_ended(system):
+    path = system.folder / "supervisord.conf"
+    path.write_text(path.read_text().replace("python3 consumer.py", "python3 consumer.py --log-level warning --name w"))
+    started(system, "supervisord", "-n", "-c", "supervisord.conf")
+    queue = queue_of(system)
+    wait_until(lambda: len(running(system)) == 5)
+    assert manage(system, "--stop", "consumer_00").returncode == 0
+    done = manage(system, "--start", "consumer_00")
+    assert (done.returncode, done.stdout) == (0, "started consumer_00\n"), done.stderr
+    pid = running(system)["consumer:consumer_00"]
+    assert pid in [each["pid"] for each in queue.consumers() if each["state"] == "running"]
+
+    assert manage(system, "--stop", "consumer_00").returncode == 0
+    system.write("consumer.py", "import sys, time\ntime.sleep(4)\nsys.exit('no such table')\n")  # when it is RUNNING
+    done = manage(system, "--start", "consumer_00")
+    assert (done.returncode, done.stdout) == (1, "")
+    reason = "cannot start consumer_00: consumer_00 ended: no such table; supervisord tries again until"
+    assert done.stderr.startswith(f"manager.py: {reason} "), done.stderr
+
+
 def test_manager_reports_problems_in_one_line(system):
     done = manage(system, "--list")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
