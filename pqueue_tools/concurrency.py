@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import coroutine
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -37,8 +37,32 @@ from pqueue_tools.record import Slot
 from pqueue_tools.worker import Consumer, Description, Interrupt, encoded_result
 
 LOOK_SECONDS = 0.1  # how often an idle consumer looks for what tasks have left behind
+BUSY_SECONDS = 60.0  # after which a consumer that is never idle takes no jobs for a while, to look for that as well
+BUSY_SHARE = 0.1  # of the time since the last look: the longest such pause
+START_SECONDS = 10.0  # how long a new thread may take to begin
 CLOSE_SECONDS = 1.0  # how long asyncio tasks that were left behind may take to end
 LOST_ITS_WORKER = re.compile("WorkerDied: |consumer ")  # the error of such a job
+
+
+class Begun(threading.Event):
+    """For what `Thread.start` waits, but not for ever: a new thread that finds no memory ends before it sets this."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return super().wait(START_SECONDS if timeout is None else timeout)
+
+
+class Thread(threading.Thread):
+    """A daemon thread whose start raises RuntimeError if it does not begin."""
+
+    def __init__(self, name: str, target: Callable[..., object], *arguments: Any) -> None:
+        super().__init__(name=name, target=target, args=arguments, daemon=True)
+        self._started = Begun()
+
+    def start(self) -> None:
+        super().start()
+        # guard: a thread that has no memory to begin does not stop its consumer
+        if not self._started.is_set():
+            raise RuntimeError(f"the thread {self.name} has not begun after {START_SECONDS:g} s")
 
 
 class ActiveRun:
@@ -88,7 +112,8 @@ class ConcurrentConsumer(Consumer):
         self._set_running_loop: Callable[[Any], object] = bool
         self._loop_settings: list[Setting] = []  # of its thread
         self._failure: BaseException | None = None  # of the event loop or another thread
-        self._looked_at, self._has_run = 0.0, False  # since then
+        self._looked_at, self._has_run = time.monotonic(), False  # since then
+        self._pause_at = self._looked_at + BUSY_SECONDS
 
     def stop(self) -> None:
         super().stop()
@@ -114,16 +139,35 @@ class ConcurrentConsumer(Consumer):
             if not self.is_embedded:
                 self._break_off_all(f"an unusable thread or event loop ({type(self._failure).__name__})")
             raise self._failure
+        if not self._runs:
+            self._look_for_leftovers()
         if self._runs or (self._waiting and not self._stops):
             return False
         return bool(self._stops) or self._ends_early or (self.drain and not self._may_find and not self._may_fall_due())
 
     def _limit(self) -> int:
         """Return how many jobs may be claimed: as many as can begin at once."""
-        if self._stops or self._ends_early or self._waiting or any(run.is_alone for run in self._runs.values()):
+        # guard: a consumer that is never idle finds what tasks leave behind
+        if self._stops or self._ends_early or self._waiting or self._pauses():
+            return 0
+        if any(run.is_alone for run in self._runs.values()):
             return 0
         left = len(self._free) if self.max_jobs is None else self.max_jobs - self.taken
         return min(len(self._free), left, self.queue.max_batch)
+
+    def _pauses(self) -> bool:
+        """Return whether to wait until no job runs, to look for what they have left behind.
+
+        If this takes long, jobs are taken again, and the next pause is longer: so they cost a tenth of the throughput
+        at most, and end as soon as one is longer than the jobs that run.
+        """
+        now, busy = time.monotonic(), self._pause_at - self._looked_at
+        if not self.state or not self._runs or now < self._pause_at:
+            return False
+        if now > self._pause_at + BUSY_SHARE * busy:
+            self._pause_at = now + busy
+            return False
+        return True
 
     def _complete_and_start(self, limit: int) -> None:
         done, self._done = self._done[: self.queue.max_batch], self._done[self.queue.max_batch :]
@@ -164,24 +208,39 @@ class ConcurrentConsumer(Consumer):
             if task and task.is_async:
                 self._open_loop().call_soon_threadsafe(self._start_async, run, context=contextvars.Context())
             else:
-                threading.Thread(target=self._run_in_thread, args=[run], name=f"pqueue-{job.id}", daemon=True).start()
-        except RuntimeError as error:  # the system has no more threads
-            run.error = error
-            self._events.put(run)
+                Thread(f"pqueue-{job.id}", self._run_in_thread, run).start()
+        except RuntimeError as error:  # the system has no more threads, or no more memory for one
+            self._fail_to_start(run, error)
         if self._fields[fields.ASLEEP]:
             self._fields[fields.ASLEEP] = 0
             self.wake_keeper()
 
+    def _fail_to_start(self, run: ActiveRun, error: RuntimeError) -> None:
+        """Return a job for which there is no thread, and replace the process; in an application, fail its attempt."""
+        with run.lock:
+            if run.thread:  # it has begun after all
+                return
+            run.is_over = True
+        if self.is_embedded:
+            run.error = error
+            self._events.put(run)
+            return
+        self._must_end = True
+        self._report_left([str(error)])
+        self._release(run.job)
+        self._free_slot(run)
+
     def _wait(self, limit: int) -> None:
         """Wait until a run has ended or, if one may be taken, there may be a job; settle the runs that have ended."""
-        if not self._runs:
-            self._look_for_leftovers()
         if limit and not self._is_waiting:
             self._is_waiting = True
             self._asked.put(True)
         self._fields[fields.IDLE] = int(not self._runs)
+        seconds = BUSY_SHARE * (time.monotonic() - self._looked_at) if self._pauses() else None
+        event: Any = False
         try:
-            event = self._events.get()
+            with suppress(Empty):
+                event = self._events.get(timeout=seconds)
         finally:
             self._fields[fields.IDLE] = 0
         self._handle(event)
@@ -221,6 +280,7 @@ class ConcurrentConsumer(Consumer):
         if not self.state or not self._has_run or time.monotonic() - self._looked_at < LOOK_SECONDS:
             return
         self._looked_at, self._has_run = time.monotonic(), False
+        self._pause_at = self._looked_at + BUSY_SECONDS
         if left := self.state.left_behind("", float("inf")):
             self._report_left(left)
 
@@ -234,7 +294,7 @@ class ConcurrentConsumer(Consumer):
 
     @contextmanager
     def _helper_threads(self) -> Iterator[None]:
-        waiter = threading.Thread(target=self._wait_for_jobs, name="pqueue-waiter", daemon=True)
+        waiter = Thread("pqueue-waiter", self._wait_for_jobs)
         waiter.start()
         try:
             yield
@@ -256,7 +316,10 @@ class ConcurrentConsumer(Consumer):
     # Ordinary functions
 
     def _run_in_thread(self, run: ActiveRun) -> None:
-        run.thread = run.slot.fields[fields.THREAD] = threading.get_ident()
+        with run.lock:
+            if run.is_over:  # it has begun too late
+                return
+            run.thread = run.slot.fields[fields.THREAD] = threading.get_ident()
         try:
             try:
                 self._begin(run)
@@ -306,7 +369,7 @@ class ConcurrentConsumer(Consumer):
 
             loop = asyncio.new_event_loop()
             watch_tasks(loop, self._enter, self._leave)
-            self._loop_thread = threading.Thread(target=self._run_loop, args=[loop], name="pqueue-loop", daemon=True)
+            self._loop_thread = Thread("pqueue-loop", self._run_loop, loop)
             try:
                 self._loop_thread.start()
             except RuntimeError:  # the system has no more threads
@@ -374,8 +437,10 @@ class ConcurrentConsumer(Consumer):
 
     def _restore_loop_thread(self, job: Job) -> None:
         """Undo what a task has changed in the thread of the event loop, for the tasks that continue in it."""
+        if not self.state:
+            return
         # guard: async tasks find the thread of the event loop as the first one did
-        if self.state and (left := list(self.state.undo(self._loop_settings))):
+        if left := list(self.state.undo(self._loop_settings)):
             self._report_left(left, job=job.id, task=job.task)
 
     def _remember_loop_thread(self) -> None:

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import wait_until
@@ -681,6 +682,60 @@ def test_leftovers_are_found_when_the_consumer_is_idle(tasks):
     assert queue.get(last).result != worker
 
 
+def test_leftovers_are_found_even_if_the_consumer_is_never_idle(place, monkeypatch):
+    monkeypatch.setattr("pqueue_tools.concurrency.BUSY_SECONDS", 0.5)
+    monkeypatch.setattr("pqueue_tools.concurrency.BUSY_SHARE", 10)
+    queue, begun, looked = place.queue(), [], []
+
+    def overlap(job):
+        """Run until another one has begun, but in a pause none does."""
+        begun.append(job.id)
+        number, until = len(begun), time.monotonic() + 1
+        while len(begun) < number + 1 and time.monotonic() < until:
+            time.sleep(0.001)
+
+    def left_behind(*_):
+        looked.append(len(begun))
+        return []
+
+    with registered("overlap", overlap):
+        runner = Consumer(queue, "embedded", concurrency=2, drain=True)
+        runner.state = SimpleNamespace(left_behind=left_behind, has_lost_descriptors=bool, must_end=False)
+        queue.enqueue_many("overlap", range(1000))
+        runner.run()
+    assert queue.count_jobs(state="completed") == 1000
+    assert looked[0] < 1000
+
+
+LITTLE_MEMORY = """
+import resource, time
+from pathlib import Path
+from pqueue import task
+
+def limit(to): resource.setrlimit(resource.RLIMIT_AS, (to, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+@task(max_attempts=1)
+def limit_memory(job):
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit(pages * resource.getpagesize() + job.payload)
+    time.sleep(0.5)
+"""
+
+
+@pytest.mark.parametrize("left", [0, 9_000_000])
+def test_task_that_leaves_no_memory_for_threads_harms_no_other_job(tasks, left):
+    tasks.write("more.py", LITTLE_MEMORY)
+    queue = tasks.queue()
+    child = consumer(tasks, "--import", "more", concurrency=3)
+    completed(queue, queue.enqueue("io"), queue.enqueue("fetch"))
+    bad = queue.enqueue("limit_memory", left)
+    wait_until(lambda: queue.get(bad).state != "pending")
+    good = queue.enqueue_many("io", [0] * 5)
+    wait_until(lambda: queue.get(bad).state in pqueue.FINISHED, seconds=60)
+    completed(queue, *good, *queue.enqueue_many("fetch", [0] * 5))
+    assert child.poll() is None
+
+
 # The end of the consumer
 
 
@@ -885,5 +940,27 @@ def test_async_job_for_whose_loop_the_system_has_no_thread_runs_at_its_next_atte
         runner = Consumer(queue, "embedded", concurrency=2, drain=True, wait=60)
         job_id = queue.enqueue("later", 1)
         runner.run()
+    job = queue.get(job_id)
+    assert (job.state, job.attempts, len(refused)) == ("completed", 2, 1)
+
+
+def test_job_whose_thread_has_no_memory_to_begin_runs_at_its_next_attempt(place, monkeypatch):
+    queue, begin, refused = place.queue(), threading.Thread._bootstrap, []
+
+    def end_once(thread):
+        """End before `Thread.start` is told that the thread has begun, as CPython does after a MemoryError."""
+        if re.fullmatch(r"pqueue-\d+", thread.name) and not refused:
+            refused.append(thread)
+        else:
+            begin(thread)
+
+    monkeypatch.setattr("pqueue_tools.concurrency.START_SECONDS", 0.2)
+    monkeypatch.setattr(threading.Thread, "_bootstrap", end_once)
+    monkeypatch.setattr(pqueue.Task, "retry_in_seconds", lambda *_: 0.0)
+    with registered("now", lambda job: job.payload):
+        runner = Consumer(queue, "embedded", concurrency=2, drain=True, wait=60)
+        job_id = queue.enqueue("now", 1)
+        runner.run()
+    threading._limbo.clear()  # where it would stay
     job = queue.get(job_id)
     assert (job.state, job.attempts, len(refused)) == ("completed", 2, 1)

@@ -123,6 +123,8 @@ MUTANTS = [
     Mutant("a task that runs too long is ended", "test_misbehaviour.py: true_reason and run_on-sleep"),
     Mutant("jobs of a later claim are not taken back", "test_misbehaviour.py: later_claim", " if claim in (None, key[1])", ""),
     Mutant("no process of a task is left", "test_misbehaviour.py: killed_with_its_consumer"),
+    Mutant("a consumer that is never idle finds what tasks leave behind", "test_concurrency.py: never_idle", " or self._pauses()", ""),
+    Mutant("a thread that has no memory to begin does not stop its consumer", "test_concurrency.py: no_memory_to_begin"),
     Mutant("a consumer that ends before it takes jobs is not reported as started", "test_supervisor.py: starts_a_consumer"),
     Mutant("the worker of a stopped keeper ends before its leases", "test_misbehaviour.py: stopped_keeper and patient"),
     Mutant(
