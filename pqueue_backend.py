@@ -215,6 +215,9 @@ class Backend(ABC):
     def uses_database(self, thread: int) -> bool:
         """Return whether this thread is inside a transaction or a statement, where it must not be interrupted."""
 
+    def renew_connection(self) -> None:  # noqa: B027 - PostgreSQL restores it at the end of each transaction
+        """Use a new connection in this thread if user code, which may have changed settings, had the present one."""
+
     @abstractmethod
     def transaction(self) -> AbstractContextManager[Any]:
         """Open a transaction that all calls on this queue in this thread join; yield its connection.

@@ -244,6 +244,7 @@ class SQLiteSession(Session):
         self.wanted = "FULL"
         self.in_batch = False
         self.runs_user_code = False  # inside `transaction`
+        self.was_lent = False  # to user code
         self.in_use = threading.RLock()  # held during calls into SQLite, so that no thread forks then
         self._locks: FileLocks | None = None
 
@@ -914,9 +915,18 @@ class PersistentQSQLite(PersistentQInterface):
         with _opening_lock:
             return any(each.busy for each in self._sessions if each.thread == thread)
 
+    def renew_connection(self) -> None:
+        session: SQLiteSession | None = getattr(self._local, "session", None)
+        # guard: what a task has set on its connection is gone with it
+        if isinstance(session, SQLiteSession) and session.was_lent and not session.busy:
+            del self._local.session
+            self._session()
+            session.close()
+
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         session = self._transaction()
+        session.was_lent = True
         with session.user_transaction():
             session.runs_user_code = True
             try:

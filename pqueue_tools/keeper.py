@@ -59,7 +59,7 @@ kill -9 "$2"
 LOOK_SECONDS = 10.0  # at most: so long may a sleep of the script outlive a keeper that is killed
 # Signals that a task may send to its parent, whatever for; they would end this process
 OF_USERS = [signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF]
-RESTART_SECONDS = 1.0  # before the next worker, if one died without running a job
+RESTART_SECONDS = 1.0  # before the next worker, if one died without running a job, and the next watchdog
 
 
 class KeptLeases(Leases):
@@ -96,6 +96,7 @@ class Keeper:
         self.leases = KeptLeases(queue, self.record, self.name, options.lease_seconds, quiet=options.quiet)
         self._fields = self.record.fields
         self._pid = self._watchdog = 0  # of the worker, and of what watches this process meanwhile; 0: none
+        self._watched_at = 0.0  # monotonic seconds: when that was started
         self._status: int | None = None  # with which it ended
         self._interrupted: dict[int, Interruption] = {}  # by slot
         self._closing_at = 0.0  # monotonic seconds
@@ -197,17 +198,22 @@ class Keeper:
         self.leases.pid = self._pid
         with suppress(OSError):
             os.setpgid(self._pid, 0)  # whichever of both is first
-        self._watchdog = self._start_watchdog(parent)
+        self._start_watchdog()
 
-    def _start_watchdog(self, keeper: int) -> int:
+    def _start_watchdog(self) -> None:
         """Start a process that kills the worker before its leases end, if this one is stopped and cannot extend them.
 
         It belongs to the group of the worker, so what stops or kills the group of this process spares it.
         """
+        keeper, self._watched_at = os.getpid(), time.monotonic()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGCHLD})
         try:
-            if pid := os.fork():
-                return pid
+            try:
+                self._watchdog = os.fork()
+            except OSError:  # the system has no more processes
+                return
+            if self._watchdog:
+                return
             try:
                 processes.end_with_parent(keeper)
                 os.setpgid(0, self._pid)
@@ -230,13 +236,16 @@ class Keeper:
                     processes.stop_tracing(*ended)
                 elif ended[0] == self._pid:
                     self._status = ended[1]
+                elif ended[0] == self._watchdog:
+                    self._watchdog = 0
         return self._status is not None
 
     def _wait(self) -> None:
         """Wait until something may have to be done."""
+        self._fields[fields.ASLEEP] = 1  # first: a job that begins after the next line wakes this process
         is_idle = self._fields[fields.IDLE] or not self._fields[fields.READY]
         self._fields[fields.ASLEEP] = int(is_idle)
-        seconds = TICK_SECONDS if not self._fields[fields.IDLE] and self._fields[fields.READY] else IDLE_SECONDS
+        seconds = IDLE_SECONDS if is_idle else TICK_SECONDS
         if self._draw:
             seconds = min(seconds, 4 * TICK_SECONDS)
         until, is_awake = time.monotonic() + seconds, False
@@ -263,14 +272,26 @@ class Keeper:
         if self._draw:
             self._draw(*self.leases.counts())
         self._end_late_worker()
+        # guard: a watchdog that a task has killed is started again
+        if not self._watchdog and time.monotonic() - self._watched_at > RESTART_SECONDS:
+            self._start_watchdog()
+        slots = self.leases.running()
+        runs = [run for _, run in slots]
+        # guard: a task that has lost its lease is ended, whoever writes
+        self._with_database(lambda: self.leases.check(runs))
+        for slot, run in slots:
+            self._enforce(slot, run)
+        # What follows may wait for others that write
+        if any(slot.fields[fields.RUNNING] == run.number and self.leases.has_lost(run) for slot, run in slots):
+            return
         self._report_blocked_loop()
-        runs = self.leases.running()
+        self._with_database(lambda: self.leases.extend(runs))
+        self._with_database(self.leases.beat)
+        self._with_database(self.leases.prune)
+
+    def _with_database(self, call: Callable[[], object]) -> None:
         try:
-            for slot, run in runs:
-                self._enforce(slot, run)
-            self.leases.check([run for _, run in runs])
-            self.leases.beat()
-            self.leases.prune()
+            call()
         except (QueueError, MemoryError) as error:
             log("left to its lease", consumer=self.name, reason=str(error) or "out of memory")
 
@@ -311,7 +332,7 @@ class Keeper:
         if found is None or found.number != run.number or self._killed:
             return
         if now - found.at > GRACE_SECONDS[found.reason]:
-            self._kill(dump=found.reason != fields.EXECUTED)
+            self._kill(dump=found.reason not in (fields.EXECUTED, fields.LOST))
         elif slot.fields[fields.INTERRUPTED] != run.number or now - found.sent_at > REPEAT_SECONDS:
             found.sent_at = now
             slot.fields[fields.INTERRUPT] = run.number  # again
@@ -362,19 +383,20 @@ class Keeper:
 
     def _end_processes(self) -> None:
         """Kill what the worker has started and left running."""
-        asleep = processes.children(self._watchdog)
+        asleep = processes.children(self._watchdog) if self._watchdog else []
         with suppress(OSError):
             os.killpg(self._pid, signal.SIGKILL)
-        # guard: no process of a task is left
-        if os.getpid() != 1:  # which adopts those of other programs, too
-            for pid in set(processes.children(os.getpid())) - self._others - {self._pid}:
+        for pid in set(processes.children(os.getpid())) - self._others - {self._pid}:
+            # guard: no process of a task is left
+            if os.getpid() != 1 or processes.is_of_task(pid):  # the first process adopts those of other programs, too
                 processes.kill(*processes.descendants(pid), pid)
         with suppress(ChildProcessError):  # it has ended
-            if not os.waitpid(self._watchdog, os.WNOHANG)[0]:
+            if self._watchdog and not os.waitpid(self._watchdog, os.WNOHANG)[0]:
                 os.kill(self._watchdog, signal.SIGKILL)
                 os.waitpid(self._watchdog, 0)
             for pid in asleep:  # which have become children of this process
                 os.waitpid(pid, 0)
+        self._watchdog = 0
         self._has_ended()
         for output in self._outputs:
             output.flush()

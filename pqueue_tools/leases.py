@@ -44,11 +44,26 @@ class Leases:
         self._prune_at = time.monotonic() + PRUNE_AGAIN_SECONDS
 
     def check(self, runs: Sequence[Run]) -> None:
-        """Do what is due for the runs that have lasted for a tick. Raises QueueError; then call it again."""
+        """Notice which of the runs that have lasted for a tick have lost their lease. Raises QueueError.
+
+        This only reads, so no process that writes or was stopped as it wrote delays it.
+        """
+        now = time.monotonic()
+        if not runs or now - self._checked <= CHECK_SECONDS:
+            return
+        self._checked = now
+        leases = self.queue.held_leases(self.name, (run.job_id for run in runs))
+        held = {(job_id, claim_number(token)) for job_id, token in leases}
+        still = {run.key for slot in self.record.slots if slot.fields[fields.RUNNING] and (run := slot.run())}
+        gone = still.intersection(run.key for run in runs) - held
+        self._lost = {key for key in gone if key in self._lost or not self._is_settled(key[0])}
+
+    def extend(self, runs: Sequence[Run]) -> None:
+        """Extend the leases of the runs that have lasted for a tick, in time. Raises QueueError; then call it again."""
         if len(self.record.slots) > 1:
-            self._check_all(runs)
-        elif runs:
-            self._check_one(runs[0])
+            self._extend_all(runs)
+        elif runs and not self.has_lost(runs[0]):
+            self._extend_one(runs[0])
 
     def has_lost(self, run: Run) -> bool:
         return run.key in self._lost
@@ -58,43 +73,27 @@ class Leases:
         before = time.monotonic() - TICK_SECONDS
         return [(slot, run) for slot in self.record.slots if (run := slot.run()) and run.started <= before]
 
-    def _check_all(self, runs: Sequence[Run]) -> None:
-        """Extend the leases of all held jobs in one commit, and notice which of these runs have lost theirs."""
-        if not runs:
-            self._lost.clear()
-            return
-        now = time.monotonic()
-        if now - self._extended > self.lease_seconds / 3 and self._may_extend():
-            self._extended = now
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._extended > self.lease_seconds / 3 and self._may_extend()
+
+    def _extend_all(self, runs: Sequence[Run]) -> None:
+        """Extend the leases of all held jobs in one commit."""
+        if runs and self._is_due():
+            self._extended = time.monotonic()
             try:
                 self.queue.extend_all(self.name, self.lease_seconds)
             except QueueError as error:
                 self._extended -= self.lease_seconds / 6  # retry soon
                 log("waiting", consumer=self.name, reason=error)
-        if now - self._checked > CHECK_SECONDS:
-            self._checked = now
-            leases = self.queue.held_leases(self.name, (run.job_id for run in runs))
-            held = {(job_id, claim_number(token)) for job_id, token in leases}
-            still = {run.key for slot in self.record.slots if slot.fields[fields.RUNNING] and (run := slot.run())}
-            gone = still.intersection(run.key for run in runs) - held
-            self._lost = {key for key in gone if key in self._lost or not self._is_settled(key[0])}
 
-    def _check_one(self, run: Run) -> None:
+    def _extend_one(self, run: Run) -> None:
         if run.number != self._number:
-            self._number, self._extended, self._checked = run.number, run.started, run.started
+            self._number, self._extended = run.number, run.started
             self.job, self._results = None, None
-            self._lost.clear()
-        if self.has_lost(run):
-            return
         if self.job is None:
             self._take_back(run)
-        now = time.monotonic()
-        if self.job and now - self._extended > self.lease_seconds / 3:
+        if self.job and self._is_due():
             self._extend(self.job)
-        elif self.job and now - self._checked > CHECK_SECONDS:
-            self._checked = now
-            if not self.queue.holds(self.job):
-                self._lose(self.job)
 
     def _take_back(self, run: Run) -> None:
         """Complete the jobs that finished before a slow one, and release those that wait behind it."""
@@ -102,8 +101,6 @@ class Leases:
             self._results = self.record.withdraw(run)
         if self._results is not None:
             self.job = self.return_held(self._results, [run.key], claim=run.claim).get(run.key)
-            if self.job is None and not self._is_settled(run.job_id):
-                self._lost.add(run.key)
 
     def return_held(
         self, results: dict[tuple[int, int], Any], running: Collection[tuple[int, int]], claim: int | None = None
@@ -132,13 +129,11 @@ class Leases:
             log("released", consumer=self.name, job=job.id)
 
     def _extend(self, job: Job) -> None:
-        if not self._may_extend():
-            return
-        self._extended = self._checked = time.monotonic()
+        self._extended = time.monotonic()
         try:
             self.queue.extend(job, self.lease_seconds)
         except LeaseLost:
-            self._lose(job)
+            self._checked = 0.0  # look at once whether its task has settled it
         except QueueError as error:
             self._extended -= self.lease_seconds / 6  # retry soon
             log("waiting", consumer=self.name, job=job.id, reason=error)
@@ -146,13 +141,6 @@ class Leases:
     def _may_extend(self) -> bool:
         """Return whether the process that runs the jobs is not stopped."""
         return True
-
-    def _lose(self, job: Job) -> None:
-        self.job = None
-        if self._is_settled(job.id):
-            self._number = -1
-        else:
-            self._lost.add((job.id, claim_number(str(job.lease_token))))
 
     def _is_settled(self, job_id: int) -> bool:
         """Return whether the task itself settled its job, so that the lease was not taken away."""
@@ -219,8 +207,10 @@ def in_thread(leases: Leases) -> Iterator[None]:
     def keep() -> None:
         while not stopped.wait(CHECK_SECONDS if leases.record.fields[fields.IDLE] else TICK_SECONDS):
             try:
+                runs = [run for _, run in leases.running()]
+                leases.check(runs)
+                leases.extend(runs)
                 leases.beat()
-                leases.check([run for _, run in leases.running()])
                 leases.prune()
             except (QueueError, MemoryError) as error:
                 log("left to its lease", consumer=leases.name, reason=str(error) or "out of memory")

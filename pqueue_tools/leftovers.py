@@ -39,6 +39,7 @@ TRUSTED_RUNS = 20  # of a task that left nothing; then it is looked at in full o
 LONG_SECONDS = 0.005
 FULL_SECONDS = 0.1
 MAX_DESCRIPTORS = 100  # that tasks may leave open, such as connections
+MAX_LOCKED_KB = 8192  # the limit of most accounts
 SIGNALS = sorted(map(int, signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}))
 COMMON_SIGNALS = [
     int(getattr(signal, f"SIG{name}"))
@@ -97,11 +98,14 @@ def _settings(folder: int | None) -> Iterator[Setting]:
         yield kept(f"functions of {module.__name__}", vars(module), _is_function)
     for module in (os, sys, signal):
         yield kept(f"constants of {module.__name__}", vars(module), lambda value: isinstance(value, (int, str)))
+    # before what needs descriptors and memory
+    yield Setting("resource limits", lambda: list(map(resource.getrlimit, LIMITS)), _set_limits, is_fatal=True)
     yield Setting("the root directory or a namespace", lambda: (os.stat("/")[1:3], _namespaces()), is_fatal=True)
     ids = [getattr(os, f"get{name}") for name in ("uid", "euid", "gid", "egid", "groups")]
     yield Setting("the account", lambda: [get() for get in ids], is_fatal=True)
     yield Setting("the working directory", _working_directory, lambda _: os.fchdir(folder or 0))
     yield Setting("the umask", _umask, os.umask)
+    yield Setting("locked memory", _locks_all_memory, lambda _: processes.unlock_memory())
     yield Setting("environment variables", _environment, _set_environment)
     yield Setting("the locale", lambda: locale.setlocale(locale.LC_ALL), lambda to: locale.setlocale(locale.LC_ALL, to))
     yield Setting("flags of the standard descriptors", _flags, _set_flags)
@@ -109,7 +113,6 @@ def _settings(folder: int | None) -> Iterator[Setting]:
     yield from _signal_settings()
     yield from _interpreter_settings()
     yield from _library_settings()
-    yield Setting("resource limits", lambda: list(map(resource.getrlimit, LIMITS)), _set_limits, is_fatal=True)
     priority = os.PRIO_PROCESS, 0
     yield Setting("the priority", lambda: os.getpriority(*priority), lambda to: os.setpriority(*priority, to))
     if hasattr(os, "sched_getaffinity"):
@@ -180,11 +183,12 @@ def _library_settings() -> Iterator[Setting]:
 class ProcessState:
     """The state of the process that tasks must not change, as it was before the first one.
 
-    arm: sets up what cannot be compared, after each look. ours: how the names of threads begin that may run.
+    arm: sets up what cannot be compared, after each look. renew: replaces the connection to the database if a task had
+    it. ours: how the names of threads begin that may run.
     """
 
-    def __init__(self, arm: Callable[[], object], ours: tuple[str, ...]) -> None:
-        self._arm, self._ours = arm, ours
+    def __init__(self, arm: Callable[[], object], renew: Callable[[], object], ours: tuple[str, ...]) -> None:
+        self._arm, self.renew, self._ours = arm, renew, ours
         self.must_end = False  # this process cannot be restored
         self.is_broken = False  # and must not use the database any more
         self._clean = Counter[str]()  # runs of each task that left nothing
@@ -238,6 +242,8 @@ class ProcessState:
         self._arm()
         yield from self._reset_handlers()
         yield from self._reset_descriptors()
+        if not self.is_broken:
+            self._renew()
         yield from self._reset_streams()
         yield from self.undo(self._settings)
         yield from self._new_threads()
@@ -291,6 +297,16 @@ class ProcessState:
         if (new := len(_descriptors()) - len(self._descriptors)) > MAX_DESCRIPTORS:
             self.must_end = True
             yield f"{new} open descriptors"
+
+    def _renew(self) -> None:
+        before = {number: _identity(number) for number in _descriptors()}
+        self.renew()
+        after = {number: _identity(number) for number in _descriptors()}
+        for number in {*before, *after}:
+            if (new := after.get(number)) != before.get(number):
+                self._descriptors.pop(number, None)
+                if new and not _is_socket(number):
+                    self._descriptors[number] = new
 
     def _reset_streams(self) -> Iterator[str]:
         for number, (name, before) in enumerate(zip(("stdin", "stdout", "stderr"), self._streams, strict=True)):
@@ -428,6 +444,11 @@ def _proc(name: str) -> bytes:
 def _set_oom_score(before: bytes) -> None:
     with closing_file(os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)) as file:
         os.write(file, before)
+
+
+def _locks_all_memory() -> bool:
+    """Return whether more memory is locked than libraries lock to keep a secret: perhaps all, also what is to come."""
+    return any(int(line.split()[1]) > MAX_LOCKED_KB for line in _proc("status").splitlines() if b"VmLck" in line)
 
 
 def _status() -> list[bytes | int]:

@@ -19,6 +19,7 @@ PR_SET_TIMERSLACK, PR_GET_TIMERSLACK = 29, 30
 PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
 PTRACE_DETACH = 17
 FORKED = 0x40  # PF_FORKNOEXEC: the process has not become another program
+MARK = "PQUEUE_KEEPER"  # variable in the environment of the processes that tasks start: the pid of the keeper
 
 
 def end_with_parent(parent: int) -> None:
@@ -60,6 +61,11 @@ def share_memory() -> None:
     with suppress(AttributeError):
         _libc().malloc_trim(0)  # of glibc
     gc.freeze()
+
+
+def unlock_memory() -> None:
+    """Undo mlockall, which also locks what is mapped later: that would take long, or fail at a limit."""
+    _libc().munlockall()
 
 
 def _prctl(option: int, value: Any = 0) -> int:
@@ -122,6 +128,15 @@ def has_become_another(pid: int) -> bool:
     """Return whether a forked process has replaced itself by another program."""
     fields = _stat(pid)
     return len(fields) > 6 and not int(fields[6]) & FORKED
+
+
+def is_of_task(pid: int) -> bool:
+    """Return whether a child of this process was started by a worker of it: the program says so, or it is a fork."""
+    with suppress(OSError):
+        own, other = (Path(f"/proc/{each}/cmdline").read_bytes() for each in ("self", pid))
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return own == other or f"{MARK}={os.getpid()}".encode() in variables
+    return False
 
 
 def name(pid: int) -> str:

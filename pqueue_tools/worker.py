@@ -550,6 +550,8 @@ def run_process(
     code = 1
     try:
         atexit._clear()  # the keeper's
+        if os.getppid() == 1:
+            os.environ[processes.MARK] = "1"
         os.setpgid(0, 0)  # Ctrl-C reaches the keeper only, and neither tasks nor their subprocesses
         _set_signals(dump)
         code = _run(queue, shared, record, options, pipe, dump)
@@ -595,7 +597,9 @@ def _run(
     from pqueue_tools.leftovers import ProcessState  # not available on Windows, which has no forks either
 
     consumer.state = ProcessState(
-        lambda: _arm(dump), ours=("pqueue-", "asyncio_") if options.concurrency > 1 else ("pqueue-",)
+        lambda: _arm(dump),
+        queue.renew_connection,
+        ours=("pqueue-", "asyncio_") if options.concurrency > 1 else ("pqueue-",),
     )
     _arm(dump)
     # A task that closes the queue, as at the end of `with current_queue()`, must not close the consumer's

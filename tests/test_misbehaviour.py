@@ -6,11 +6,12 @@ import os
 import random
 import re
 import signal
+import sqlite3
 import subprocess
 import tempfile
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 
 import pytest
@@ -197,6 +198,7 @@ LEAVE = {  # what the next job must not find
     "tasks": lambda: sys.modules["pqueue"].TASKS.clear(),
     "end of the parent": lambda: C.prctl(1, 0, 0, 0, 0),
     "dumps": lambda: C.prctl(4, 0, 0, 0, 0),
+    "locked memory": lambda: C.mlockall(1),
     "privileges": lambda: C.prctl(38, 1, 0, 0, 0),
     "handler in C": leave_handler_in_c,
     "faults of others": lambda: faulthandler.register(signal.SIGRTMIN + 1),
@@ -250,7 +252,7 @@ def state():
         "functions": [time.monotonic() > 1, os.fstat(1)[1]],
         "inherited": subprocess.run(["env"], capture_output=True, text=True).stdout,
         "namespaces": [os.readlink(f"/proc/self/ns/{name}") for name in ("mnt", "net", "uts")],
-        "prctl": [C.prctl(3, 0, 0, 0, 0), *status("NoNewPrivs", "SigIgn", "Cap")],
+        "prctl": [C.prctl(3, 0, 0, 0, 0), *status("NoNewPrivs", "SigIgn", "Cap", "VmLck")],
         "collections": len(gc.callbacks), "trace of threads": repr(threading._trace_hook),
         "traceback limit": getattr(sys, "tracebacklimit", None),
         "start method": multiprocessing.get_start_method(allow_none=True) == "spawn",
@@ -558,6 +560,44 @@ def test_task_that_makes_the_database_unusable_costs_its_process_only(tasks, way
     assert {(queue.get(each).state, queue.get(each).attempts) for each in ids} == {("completed", 1)}
 
 
+SETTINGS = """
+from pqueue import current_queue, task
+
+WAYS = {
+    "read only": lambda db: db.execute("PRAGMA query_only = 1"),
+    "locked for others": lambda db: db.execute("PRAGMA locking_mode = EXCLUSIVE"),
+    "other jobs": lambda db: db.execute("CREATE TEMP TABLE jobs AS SELECT * FROM main.jobs WHERE 0"),
+    "implicit transactions": lambda db: setattr(db, "isolation_level", "DEFERRED"),
+    "other functions": lambda db: db.create_function("json_valid", 1, lambda _: 0),
+    "no access": lambda db: db.set_authorizer(lambda *_: 1),
+}
+
+@task(max_attempts=1)
+async def spoil(job):
+    with current_queue().transaction() as db: kept = db
+    WAYS[job.payload](kept)
+
+@task
+async def enqueue(job): return int(current_queue().enqueue("good"))
+"""
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_settings_that_a_task_leaves_on_its_connection_harm_no_other_job(tasks, concurrency):
+    tasks.write("more.py", SETTINGS)
+    queue = tasks.queue()
+    ways = re.findall(r'^    "(.*)": lambda db', SETTINGS, re.MULTILINE)
+    child = consumer(tasks, "--import", "more", "--concurrency", concurrency)
+    for way in ways:
+        bad = queue.enqueue("spoil", way)
+        wait_until(lambda bad=bad: queue.get(bad).state in pqueue.FINISHED)
+        next_one = queue.enqueue("enqueue")
+        job = wait_until(lambda job=next_one: queue.get(job).state in pqueue.FINISHED and queue.get(job))
+        assert (way, job.state, job.attempts, queue.get(job.result).task) == (way, "completed", 1, "good")
+    assert child.poll() is None
+    assert "left behind" not in child.out.read_text()
+
+
 SHARED = """
 from pqueue import current_job, task
 seen = []
@@ -694,6 +734,131 @@ def test_worker_of_a_stopped_keeper_dies_before_anybody_takes_the_job(tasks, tas
     wait_until(lambda: queue.get(later).state == "completed")
     queue.complete(job)
     assert child.poll() is None
+
+
+def group_of(child):
+    """Return the pids of a consumer: keeper, worker, watchdog, and what that has started."""
+    return [child.pid, *processes.descendants(child.pid)]
+
+
+OVERRUN = """
+import asyncio, ctypes
+from pathlib import Path
+from pqueue import task
+
+def note(name): Path(name).write_text(str(__import__("os").getpid()))
+
+@task(max_attempts=3)
+def overrun(job):
+    note("began")
+    try:
+        while True: __import__("time").sleep(0.01)
+    except BaseException: note("interrupted")
+
+@task(max_attempts=3)
+def overrun_with_gil(job):
+    note("began")
+    try:
+        while True: ctypes.PyDLL(None).sleep(600)
+    finally: note("interrupted")
+
+@task(max_attempts=3)
+async def overrun_in_loop(job):
+    note("began")
+    try: await asyncio.sleep(600)
+    finally: note("interrupted")
+
+@task(max_attempts=3)
+async def block_the_loop(job):
+    note("began")
+    try: __import__("time").sleep(600)
+    finally: note("interrupted")
+"""
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("task", ["overrun", "overrun_with_gil", "overrun_in_loop", "block_the_loop"])
+@pytest.mark.parametrize("stopped", ["worker", "all"])
+def test_task_that_has_lost_its_lease_ends_although_the_database_is_locked(tasks, stopped, task, concurrency):
+    """Else it would go on beside the next run of its job for as long as others write, or were stopped as they wrote."""
+    tasks.write("more.py", OVERRUN)
+    queue = tasks.queue()
+    job_id = queue.enqueue(task)
+    child = consumer(tasks, "--import", "more", "--lease-seconds", 3, "--name", "w", "--concurrency", concurrency)
+    worker = int(wait_until(lambda: read(tasks, "began")))
+    pids = group_of(child) if stopped == "all" else [worker]
+    with locked_while_stopped(tasks, queue, pids, lambda: queue.dequeue("heir")) as job:
+        assert (job.id, job.attempts) == (job_id, 2)
+        for pid in pids:
+            with suppress(ProcessLookupError):  # its keeper may have killed it
+                os.kill(pid, signal.SIGCONT)
+        wait_until(lambda: read(tasks, "interrupted") or not processes.is_running(worker))
+    later = queue.enqueue("pid")
+    wait_until(lambda: queue.get(later).state == "completed")
+    queue.complete(job)
+    assert child.poll() is None
+
+
+@contextmanager
+def locked_while_stopped(place, queue, pids, take):
+    """Stop these processes, wait for the job that `take` then returns, and lock the database during the block."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    job = wait_until(take, seconds=30)
+    with closing(sqlite3.connect(place.folder / "var/queue.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield job
+        other.execute("ROLLBACK")
+
+
+def test_watchdog_that_a_task_has_killed_is_started_again(tasks):
+    tasks.write("more.py", "import os, signal\nfrom pqueue import task\n"
+                "@task\ndef end_group(job): os.killpg(0, signal.SIGTERM)\n")  # fmt: skip
+    queue = tasks.queue()
+    child = consumer(tasks, "--import", "more")
+    before = wait_until(lambda: len(found := processes.children(child.pid)) == 2 and found)
+    ended = queue.enqueue("end_group")
+    wait_until(lambda: queue.get(ended).state == "completed")
+    wait_until(lambda: set(before) - set(processes.children(child.pid)))
+    after = wait_until(lambda: len(found := processes.children(child.pid)) == 2 and found)
+    assert len(set(before) & set(after)) == 1  # the worker
+    child.terminate()
+    assert child.wait(60) == 0
+    assert not any(map(processes.is_running, after))
+
+
+def test_consumer_has_the_same_processes_and_descriptors_after_many_signals(tasks):
+    """PQUEUE_SOAK=10 for more."""
+    chosen, queue = random.Random(SOAK), tasks.queue()
+    child = consumer(tasks, "--lease-seconds", 3)
+
+    def settled():
+        job_id = queue.enqueue("good")
+        wait_until(lambda: queue.get(job_id).state == "completed", seconds=30)
+        pids = wait_until(lambda: len(found := processes.children(child.pid)) == 2 and [child.pid, *found])
+        return sorted(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids), len(os.listdir(tasks.folder / "var"))
+
+    settled()
+    os.kill(processes.children(child.pid)[0], signal.SIGKILL)  # whose jobs the keeper settles, so it opens the database
+    before = settled()
+    for _ in range(20 * SOAK):
+        queue.enqueue_many("good", range(50))
+        settled()  # else the worker may import its tasks: then its end is that of the consumer
+        number = chosen.choice([signal.SIGSTOP, signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
+        pid = chosen.choice(processes.children(child.pid) or [0])
+        if pid:
+            os.kill(pid, number)
+        time.sleep(chosen.uniform(0, 0.1))  # a moment to try, and not a wait for something
+        if pid and number == signal.SIGSTOP:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: not queue.count_jobs(state="processing") + queue.count_jobs(state="pending"), seconds=60)
+    assert settled() == before
+    child.terminate()
+    assert child.wait(60) == 0
+    assert [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_in(pid, tasks.folder)] == []
+    ran = read(tasks, "good").split()
+    assert len(set(ran)) == queue.count_jobs(state="completed") == queue.count_jobs()
 
 
 def test_keeper_needs_no_temporary_folder(monkeypatch):
@@ -1071,5 +1236,41 @@ def test_consumer_that_is_the_first_process_of_a_container_reaps_orphans(tasks):
     wait_until(lambda: all(queue.get(each).state == "completed" for each in ids))
     (keeper,) = processes.children(outer.pid)
     wait_until(lambda: len(processes.children(keeper)) == 2)  # the worker and its watchdog
+    os.kill(keeper, signal.SIGTERM)
+    assert outer.wait(60) == 0
+
+
+DAEMONS = """
+import os, signal, subprocess
+from pathlib import Path
+from pqueue import task
+
+@task(max_attempts=1)
+def daemons(job):
+    subprocess.run(["sh", "-c", "setsid sleep 600 & echo $! > program"], check=True)
+    if (child := os.fork()) == 0:
+        if (grandchild := os.fork()) == 0:
+            os.setsid()
+            signal.pause()
+        Path("fork").write_text(str(grandchild))
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+# As a program that began in the container by itself, and outlives what started it
+STRANGER = '(until test -e fork; do sleep 0.05; done; setsid sleep 600 & echo $! > stranger) & exec "$@"'
+
+
+def test_consumer_that_is_the_first_process_of_a_container_ends_the_daemons_of_its_tasks_only(tasks):
+    tasks.write("more.py", DAEMONS)
+    queue = tasks.queue()
+    unshare = ["unshare", "--map-root-user", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    command = ["sh", "-c", STRANGER, "sh", *tasks.command("consumer.py", "--import", "more")]
+    outer = tasks.start_command([*unshare, *command])
+    (keeper,) = wait_until(lambda: processes.children(outer.pid))
+    bad = queue.enqueue("daemons")
+    wait_until(lambda: queue.get(bad).state == "failed" and read(tasks, "stranger"))
+    assert "SIGKILL" in queue.get(bad).error
+    wait_until(lambda: sorted(map(processes.name, processes.children(keeper))) == ["python", "sh", "sleep"])
     os.kill(keeper, signal.SIGTERM)
     assert outer.wait(60) == 0
