@@ -807,8 +807,10 @@ LOCK_QUEUES = f"SELECT name {GROUPED_HERE} ORDER BY name FOR NO KEY UPDATE"
 # Merge the events of these queues into their groups.
 MERGE_EVENTS = """
 WITH events AS (DELETE FROM group_events WHERE queue = ANY (CAST(:locked AS text[])) RETURNING queue, name, task)
-INSERT INTO queue_groups (queue, name, task)
-SELECT DISTINCT e.queue, e.name, coalesce(e.task, g.task) FROM events e LEFT JOIN LATERAL (SELECT task FROM queue_groups
+INSERT INTO queue_groups (queue, name, task, turn)
+SELECT DISTINCT e.queue, e.name, coalesce(e.task, g.task),
+    coalesce((SELECT max(turn) FROM queue_groups WHERE queue = e.queue AND name = e.name), 0.0)
+FROM events e LEFT JOIN LATERAL (SELECT task FROM queue_groups
     WHERE e.task IS NULL AND queue = e.queue AND name = e.name AND next_at IS NULL OFFSET 0) g ON true
 WHERE coalesce(e.task, g.task) IS NOT NULL
 ON CONFLICT (queue, name, task) DO UPDATE SET next_at = 0

@@ -196,7 +196,8 @@ COUNTERS = {
 # Triggers that maintain queue_groups. They exist only while a queue has groups.
 HAS_GROUP = "{row}.\"group\" <> ''"
 _WAKE_TASK = """
-INSERT INTO queue_groups (queue, name, task) VALUES (NEW.queue, NEW."group", NEW.task)
+INSERT INTO queue_groups (queue, name, task, turn) VALUES (NEW.queue, NEW."group", NEW.task, coalesce(
+    (SELECT max(turn) FROM queue_groups WHERE queue = NEW.queue AND name = NEW."group"), 0.0))
 ON CONFLICT (queue, name, task) DO UPDATE SET next_at = 0 WHERE next_at IS NULL OR next_at < 0;
 UPDATE queues SET grouped = 1 WHERE name = NEW.queue AND grouped = 0"""
 _WAKE_GROUP = """

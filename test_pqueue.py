@@ -870,6 +870,14 @@ class QueueContract:
         q.enqueue_many("t", range(2), group="b", now=NOW)
         self.assertEqual([job.group for job in q.dequeue_many("w", 6, now=NOW)], ["b", "a", "b", "a", "a", "a"])
 
+    def test_guarantee_6_group_with_a_job_of_another_task_waits_for_its_turn(self):
+        q = self.queue
+        for group in "ab":
+            q.enqueue_many("t", range(9), group=group, now=NOW)
+        self.assertEqual(self.groups(3), ["a", "b", "a"])
+        q.enqueue("u", group="a", now=NOW - 9)
+        self.assertEqual(self.groups(4), ["b", "a", "b", "a"])
+
     def test_guarantee_6_jobs_without_a_group_are_one(self):
         q = self.queue
         q.enqueue_many("t", range(9), now=NOW - 9)

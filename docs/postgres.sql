@@ -1836,8 +1836,10 @@ SELECT name FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($1 
 -- Merge the events of these queues into their groups.
 -- $1 locked
 WITH events AS (DELETE FROM pqueue.group_events WHERE queue = ANY (CAST($1 AS text[])) RETURNING queue, name, task)
-INSERT INTO pqueue.queue_groups (queue, name, task)
-SELECT DISTINCT e.queue, e.name, coalesce(e.task, g.task) FROM events e LEFT JOIN LATERAL (SELECT task FROM pqueue.queue_groups
+INSERT INTO pqueue.queue_groups (queue, name, task, turn)
+SELECT DISTINCT e.queue, e.name, coalesce(e.task, g.task),
+    coalesce((SELECT max(turn) FROM pqueue.queue_groups WHERE queue = e.queue AND name = e.name), 0.0)
+FROM events e LEFT JOIN LATERAL (SELECT task FROM pqueue.queue_groups
     WHERE e.task IS NULL AND queue = e.queue AND name = e.name AND next_at IS NULL OFFSET 0) g ON true
 WHERE coalesce(e.task, g.task) IS NOT NULL
 ON CONFLICT (queue, name, task) DO UPDATE SET next_at = 0

@@ -585,9 +585,9 @@ class GroupMachine(RuleBasedStateMachine):
         group=st.sampled_from(["", "a", "b"]),
         priority=st.integers(0, 1),
         number=st.integers(1, 4),
+        task=st.sampled_from("tu"),
     )
-    def enqueue(self, queue, group, priority, number):
-        task = "u" if group == "b" else "t"  # a group gets a turn of its own for each new task
+    def enqueue(self, queue, group, priority, number, task):
         options = {"queue": queue, "group": group or None, "priority": priority, "max_attempts": 99, "now": self.now}
         for job_id in self.queue.enqueue_many(task, [None] * number, **options):
             self.shares[queue].jobs[job_id] = Member(group, priority, self.now)
