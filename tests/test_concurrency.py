@@ -960,7 +960,10 @@ def test_job_whose_thread_has_no_memory_to_begin_runs_at_its_next_attempt(place,
     with registered("now", lambda job: job.payload):
         runner = Consumer(queue, "embedded", concurrency=2, drain=True, wait=60)
         job_id = queue.enqueue("now", 1)
-        runner.run()
+        thread = threading.Thread(target=runner.run, daemon=True)
+        thread.start()
+        thread.join(20)
+        assert not thread.is_alive()
     threading._limbo.clear()  # where it would stay
     job = queue.get(job_id)
     assert (job.state, job.attempts, len(refused)) == ("completed", 2, 1)

@@ -356,9 +356,10 @@ MUTANTS = [
 
 def mutate(mutant: Mutant, folder: Path) -> None:
     (folder / "tests").mkdir()
-    for each in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
+    for each in (*ROOT.glob("*.py"), *(ROOT / name for name in ("pyproject.toml", "supervisord.conf", "Procfile"))):
         shutil.copy2(each, folder)  # and its time, by which Python finds the compiled code
-    shutil.copytree(ROOT / "pqueue_tools", folder / "pqueue_tools")
+    for name in ("pqueue_tools", ".streamlit"):
+        shutil.copytree(ROOT / name, folder / name)
     for name in TESTS:
         shutil.copy2(ROOT / "tests" / name, folder / "tests")
     (folder / "__pycache__").symlink_to(ROOT / "__pycache__")
