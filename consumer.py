@@ -108,7 +108,8 @@ def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
 def _report_unknown_tasks(queue: PersistentQInterface, options: argparse.Namespace) -> None:
     """Log which pending jobs a drain has left because it does not know their tasks."""
     with suppress(QueueError, ValueError):  # the rows of consumers may be damaged
-        known = {task for each in queue.consumers() if each["name"] == options.name for task in each["tasks"] or ()}
+        last = next((each for each in queue.consumers() if each["name"] == options.name), None)
+        known = set(last["tasks"] or ()) if last else set()
         served = {task for name, task in queue.pending_tasks() if options.queues is None or name in options.queues}
         if unknown := ",".join(sorted(served - known)):
             log("left pending", "warning", consumer=options.name, tasks=unknown, reason="no task of this name imported")

@@ -215,8 +215,10 @@ class Backend(ABC):
     def uses_database(self, thread: int) -> bool:
         """Return whether this thread is inside a transaction or a statement, where it must not be interrupted."""
 
-    def renew_connection(self) -> None:  # noqa: B027 - PostgreSQL restores it at the end of each transaction
-        """Use a new connection in this thread if user code, which may have changed settings, had the present one."""
+    has_lent_connection = False  # to user code in this thread; on PostgreSQL, the end of a transaction undoes settings
+
+    def renew_connection(self) -> None:  # noqa: B027 - only where connections are lent
+        """Replace this thread's connection if user code, which may have changed its settings, had it."""
 
     @abstractmethod
     def transaction(self) -> AbstractContextManager[Any]:

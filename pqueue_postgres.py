@@ -1019,10 +1019,12 @@ HEALTH = (
 # The schema
 
 
-def _catalog(namespace: str) -> str:
-    return f"""
-WITH tables AS (SELECT oid, relname::text AS name FROM pg_class
-    WHERE relnamespace = {namespace} AND relkind = 'r' AND relname = ANY ('{{{", ".join(TABLES)}}}'))
+# Return each part of the schema, or of the temporary tables and functions of this session: its kind, its table, its
+# name and its definition.
+CATALOG = f"""
+WITH place AS (SELECT CASE WHEN :temporary THEN pg_my_temp_schema() ELSE '{SCHEMA}'::regnamespace END AS id),
+tables AS (SELECT oid, relname::text AS name FROM pg_class
+    WHERE relnamespace = (SELECT id FROM place) AND relkind = 'r' AND relname = ANY ('{{{", ".join(TABLES)}}}'))
 SELECT 'column', name, attname::text, concat_ws(' ', format_type(atttypid, atttypmod),
     CASE WHEN attcollation <> typcollation THEN 'COLLATE ' || attcollation::regcollation END,
     CASE WHEN attnotnull THEN 'NOT NULL' END, CASE attidentity WHEN 'd' THEN 'IDENTITY' WHEN 'a' THEN 'ALWAYS' END,
@@ -1038,14 +1040,7 @@ UNION ALL SELECT 'trigger', name, tgname::text, pg_get_triggerdef(g.oid)
 FROM tables t JOIN pg_trigger g ON tgrelid = t.oid
 UNION ALL SELECT 'function', '', proname::text,
     concat_ws(' ', CASE WHEN prosecdef THEN 'SECURITY DEFINER' END, array_to_string(proconfig, ' '), prosrc)
-FROM pg_proc WHERE pronamespace = {namespace}"""
-
-
-# Return each part of the schema: its kind, its table, its name and its definition.
-CATALOG = _catalog(f"'{SCHEMA}'::regnamespace")
-
-# Return the same of the temporary tables and functions of this session.
-TEMPORARY_CATALOG = _catalog("pg_my_temp_schema()")
+FROM pg_proc WHERE pronamespace = (SELECT id FROM place)"""
 
 TEMPORARY = "pg_temp"
 LIMIT_TRIGGERS = [name for sql in START_COUNTING for name in re.findall(r"CREATE TRIGGER (\w+)", sql)]

@@ -100,7 +100,6 @@ from pqueue_postgres import (
     START_COUNTING,
     STOP_COUNTING,
     TABLES,
-    TEMPORARY_CATALOG,
     UPTIME,
     VERSION,
     WRITERS,
@@ -1088,7 +1087,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         if version == len(pqueue_schema.MIGRATIONS):
             has_limits = bool(self._read(pqueue_schema.LIMITED))
             if model := self._model():
-                yield drift(model, self._read(CATALOG), self.schema, has_limits=has_limits)
+                yield drift(model, self._read(CATALOG, {"temporary": False}), self.schema, has_limits=has_limits)
         for name, counted, found in self._read(MISCOUNTED) if thorough else ():
             yield [f"expected {found} pending jobs of queue {name!r}, counted {counted}: set its limit again"]
 
@@ -1099,7 +1098,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             with suppress(Undone, QueueError), self._transaction(durable=False) as session:
                 for statement in MODEL:
                     session.change(temporary(statement))
-                self._parts = session.run(TEMPORARY_CATALOG)
+                self._parts = session.run(CATALOG, {"temporary": True})
                 raise Undone
         return self._parts
 

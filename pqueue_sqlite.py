@@ -916,10 +916,15 @@ class PersistentQSQLite(PersistentQInterface):
         with _opening_lock:
             return any(each.busy for each in self._sessions if each.thread == thread)
 
+    @property
+    def has_lent_connection(self) -> bool:  # type: ignore[override]
+        session = getattr(self._local, "session", None)
+        return isinstance(session, SQLiteSession) and session.was_lent and not session.busy
+
     def renew_connection(self) -> None:
-        session: SQLiteSession | None = getattr(self._local, "session", None)
         # guard: what a task has set on its connection is gone with it
-        if isinstance(session, SQLiteSession) and session.was_lent and not session.busy:
+        if self.has_lent_connection:
+            session = self._session()
             del self._local.session
             self._session()
             session.close()

@@ -60,9 +60,9 @@ PUT_MANY = 100
 LEFT_OUT = "BENCH_WITHOUT"  # tells the measuring processes and their consumers which optimization to disable
 # Columns with many queues: how many, and how many workers
 QUEUES = {
-    f"{queues} queue{'s'[: queues - 1]}, {workers} worker{'s'[: workers - 1]}": (queues, workers)
-    for workers in (1, WORKERS)
-    for queues in (1, 30, 200)
+    f"{some_queues}, {some_workers}": (queues, workers)
+    for workers, some_workers in ((1, "1 worker"), (WORKERS, f"{WORKERS} workers"))
+    for queues, some_queues in ((1, "1 queue"), (30, "30 queues"), (200, "200 queues"))
 }
 ON_SERVER = ("prune over 0.5 ms", "connections")  # columns that need --url
 SCHEDULES = FULL_GROUPS = 1000  # in the column "depth"

@@ -2073,9 +2073,12 @@ SELECT format('the NOTIFY queue of the server is %s %% full: end the oldest tran
 WHERE pg_notification_queue_usage() > 0.5;
 
 -- CATALOG
--- Return each part of the schema: its kind, its table, its name and its definition.
-WITH tables AS (SELECT oid, relname::text AS name FROM pg_class
-    WHERE relnamespace = 'pqueue'::regnamespace AND relkind = 'r' AND relname = ANY ('{jobs, queues, queue_tasks, queue_groups, group_weights, group_starts, consumers, history, schedules, dependencies, handlers, outcomes, version, pending_counts, pending_changes, group_events}'))
+-- Return each part of the schema, or of the temporary tables and functions of this session: its kind, its table, its
+-- name and its definition.
+-- $1 temporary
+WITH place AS (SELECT CASE WHEN $1 THEN pg_my_temp_schema() ELSE 'pqueue'::regnamespace END AS id),
+tables AS (SELECT oid, relname::text AS name FROM pg_class
+    WHERE relnamespace = (SELECT id FROM place) AND relkind = 'r' AND relname = ANY ('{jobs, queues, queue_tasks, queue_groups, group_weights, group_starts, consumers, history, schedules, dependencies, handlers, outcomes, version, pending_counts, pending_changes, group_events}'))
 SELECT 'column', name, attname::text, concat_ws(' ', format_type(atttypid, atttypmod),
     CASE WHEN attcollation <> typcollation THEN 'COLLATE ' || attcollation::regcollation END,
     CASE WHEN attnotnull THEN 'NOT NULL' END, CASE attidentity WHEN 'd' THEN 'IDENTITY' WHEN 'a' THEN 'ALWAYS' END,
@@ -2091,25 +2094,4 @@ UNION ALL SELECT 'trigger', name, tgname::text, pg_get_triggerdef(g.oid)
 FROM tables t JOIN pg_trigger g ON tgrelid = t.oid
 UNION ALL SELECT 'function', '', proname::text,
     concat_ws(' ', CASE WHEN prosecdef THEN 'SECURITY DEFINER' END, array_to_string(proconfig, ' '), prosrc)
-FROM pg_proc WHERE pronamespace = 'pqueue'::regnamespace;
-
--- TEMPORARY_CATALOG
--- Return the same of the temporary tables and functions of this session.
-WITH tables AS (SELECT oid, relname::text AS name FROM pg_class
-    WHERE relnamespace = pg_my_temp_schema() AND relkind = 'r' AND relname = ANY ('{jobs, queues, queue_tasks, queue_groups, group_weights, group_starts, consumers, history, schedules, dependencies, handlers, outcomes, version, pending_counts, pending_changes, group_events}'))
-SELECT 'column', name, attname::text, concat_ws(' ', format_type(atttypid, atttypmod),
-    CASE WHEN attcollation <> typcollation THEN 'COLLATE ' || attcollation::regcollation END,
-    CASE WHEN attnotnull THEN 'NOT NULL' END, CASE attidentity WHEN 'd' THEN 'IDENTITY' WHEN 'a' THEN 'ALWAYS' END,
-    'DEFAULT ' || pg_get_expr(adbin, adrelid))
-FROM tables t JOIN pg_attribute ON attrelid = t.oid JOIN pg_type y ON y.oid = atttypid
-    LEFT JOIN pg_attrdef ON adrelid = t.oid AND adnum = attnum WHERE attnum > 0 AND NOT attisdropped
-UNION ALL SELECT 'constraint', name, conname::text, pg_get_constraintdef(c.oid)
-FROM tables t JOIN pg_constraint c ON conrelid = t.oid WHERE contype IN ('c', 'p', 'u')
-UNION ALL SELECT 'index', name, relname::text, regexp_replace(pg_get_indexdef(indexrelid), ' WITH \([^)]*\)', '')
-FROM tables t JOIN pg_index ON indrelid = t.oid JOIN pg_class c ON c.oid = indexrelid
-WHERE NOT EXISTS (SELECT 1 FROM pg_constraint WHERE conindid = indexrelid)
-UNION ALL SELECT 'trigger', name, tgname::text, pg_get_triggerdef(g.oid)
-FROM tables t JOIN pg_trigger g ON tgrelid = t.oid
-UNION ALL SELECT 'function', '', proname::text,
-    concat_ws(' ', CASE WHEN prosecdef THEN 'SECURITY DEFINER' END, array_to_string(proconfig, ' '), prosrc)
-FROM pg_proc WHERE pronamespace = pg_my_temp_schema();
+FROM pg_proc WHERE pronamespace = (SELECT id FROM place);

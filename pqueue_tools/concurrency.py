@@ -439,7 +439,8 @@ class ConcurrentConsumer(Consumer):
         """Undo what a task has changed in the thread of the event loop, for the tasks that continue in it."""
         if not self.state:
             return
-        self.state.renew()
+        with suppress(QueueError):  # the next use says so
+            self.queue.renew_connection()
         # guard: async tasks find the thread of the event loop as the first one did
         if left := list(self.state.undo(self._loop_settings)):
             self._report_left(left, job=job.id, task=job.task)

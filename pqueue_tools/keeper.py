@@ -277,7 +277,7 @@ class Keeper:
             self._start_watchdog()
         slots = self.leases.running()
         runs = [run for _, run in slots]
-        # guard: a task that has lost its lease is ended, whoever writes
+        # guard: a task that has lost its lease is ended while others write
         self._with_database(lambda: self.leases.check(runs))
         for slot, run in slots:
             self._enforce(slot, run)

@@ -183,12 +183,11 @@ def _library_settings() -> Iterator[Setting]:
 class ProcessState:
     """The state of the process that tasks must not change, as it was before the first one.
 
-    arm: sets up what cannot be compared, after each look. renew: replaces the connection to the database if a task had
-    it. ours: how the names of threads begin that may run.
+    arm: sets up what cannot be compared, after each look. ours: how the names of threads begin that may run.
     """
 
-    def __init__(self, arm: Callable[[], object], renew: Callable[[], object], ours: tuple[str, ...]) -> None:
-        self._arm, self.renew, self._ours = arm, renew, ours
+    def __init__(self, arm: Callable[[], object], queue: pqueue.PersistentQInterface, ours: tuple[str, ...]) -> None:
+        self._arm, self._queue, self._ours = arm, queue, ours
         self.must_end = False  # this process cannot be restored
         self.is_broken = False  # and must not use the database any more
         self._clean = Counter[str]()  # runs of each task that left nothing
@@ -242,8 +241,8 @@ class ProcessState:
         self._arm()
         yield from self._reset_handlers()
         yield from self._reset_descriptors()
-        if not self.is_broken:
-            self._renew()
+        if self._queue.has_lent_connection and not self.is_broken:
+            self._renew_connection()
         yield from self._reset_streams()
         yield from self.undo(self._settings)
         yield from self._new_threads()
@@ -298,9 +297,9 @@ class ProcessState:
             self.must_end = True
             yield f"{new} open descriptors"
 
-    def _renew(self) -> None:
+    def _renew_connection(self) -> None:
         before = {number: _identity(number) for number in _descriptors()}
-        self.renew()
+        self._queue.renew_connection()
         after = {number: _identity(number) for number in _descriptors()}
         for number in {*before, *after}:
             if (new := after.get(number)) != before.get(number):

@@ -597,9 +597,7 @@ def _run(
     from pqueue_tools.leftovers import ProcessState  # not available on Windows, which has no forks either
 
     consumer.state = ProcessState(
-        lambda: _arm(dump),
-        queue.renew_connection,
-        ours=("pqueue-", "asyncio_") if options.concurrency > 1 else ("pqueue-",),
+        lambda: _arm(dump), queue, ours=("pqueue-", "asyncio_") if options.concurrency > 1 else ("pqueue-",)
     )
     _arm(dump)
     # A task that closes the queue, as at the end of `with current_queue()`, must not close the consumer's

@@ -948,7 +948,7 @@ def test_job_whose_thread_has_no_memory_to_begin_runs_at_its_next_attempt(place,
     queue, begin, refused = place.queue(), threading.Thread._bootstrap, []
 
     def end_once(thread):
-        """End before `Thread.start` is told that the thread has begun, as CPython does after a MemoryError."""
+        """End before the event for which `Thread.start` waits is set, as CPython does after a MemoryError."""
         if re.fullmatch(r"pqueue-\d+", thread.name) and not refused:
             refused.append(thread)
         else:

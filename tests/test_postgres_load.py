@@ -379,7 +379,7 @@ def test_check_finds_what_makes_the_tables_unsound(queue, database, damage, prob
 
 
 def parts_of(queue):
-    return queue._read(pqueue_postgres.CATALOG)
+    return queue._read(pqueue_postgres.CATALOG, {"temporary": False})
 
 
 @pytest.mark.parametrize("kind", ["column", "constraint", "index", "trigger", "function"])
