@@ -99,7 +99,7 @@ def restore(these: str, among: str = AMONG, state: str = STATE) -> str:
 UPDATE jobs SET state = 'waiting', finished_at = NULL, error = NULL
 WHERE {state} = 'failed' AND id {among.format(f"{_CHILDREN} {these}")} AND waits_for > 0
     AND NOT EXISTS (SELECT 1 FROM dependencies d
-        WHERE d.job_id = jobs.id AND d.after_failed = 'fail' AND {_PARENT} {UNSUCCESSFUL} {FOR_EACH})
+        WHERE d.job_id = jobs.id AND {_PARENT} {UNSUCCESSFUL} {FOR_EACH})
     AND {KEY_IS_FREE} RETURNING id"""
 
 

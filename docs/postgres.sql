@@ -1222,7 +1222,7 @@ SELECT parent_id FROM pqueue.dependencies WHERE job_id = ANY (ARRAY(SELECT job_i
 UPDATE pqueue.jobs SET state = 'waiting', finished_at = NULL, error = NULL
 WHERE state || '' = 'failed' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))))) AND waits_for > 0
     AND NOT EXISTS (SELECT 1 FROM pqueue.dependencies d
-        WHERE d.job_id = jobs.id AND d.after_failed = 'fail' AND (SELECT state FROM pqueue.jobs p WHERE p.id = d.parent_id) IN ('failed', 'cancelled') LIMIT 1 OFFSET 0)
+        WHERE d.job_id = jobs.id AND (SELECT state FROM pqueue.jobs p WHERE p.id = d.parent_id) IN ('failed', 'cancelled') LIMIT 1 OFFSET 0)
     AND (key_until IS NULL OR NOT EXISTS (SELECT 1 FROM pqueue.jobs o WHERE o.queue = jobs.queue
         AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
     AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) LIMIT 1 OFFSET 0)) RETURNING id;
