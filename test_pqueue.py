@@ -1277,6 +1277,15 @@ class QueueContract:
         q.limit("default", running=1)
         self.assertTrue(takes_turns())
 
+    def test_limit_of_groups_holds_after_their_jobs_are_deleted(self):
+        q = self.queue
+        for name, limit in (("running", {"running": 1}), ("rate", {"rate": (1, 100)})):
+            with self.subTest(name):
+                q.limit(name, **limit)
+                q.prune_kept(now=NOW)
+                q.enqueue_many("t", range(2), queue=name, now=NOW)
+                self.assertEqual(len(q.dequeue_many("w", 9, queues=[name], now=NOW)), 1)
+
     def test_verb_on_a_queue_or_a_schedule_leaves_others_alone(self):
         q = self.queue
         for name, seconds in (("a", 10), ("b", 999)):
@@ -3459,7 +3468,7 @@ class QueueContract:
         self.queue.keep("default", failed="1h")
         self.queue.mark_failed(keyed, now=NOW - 9)
         self.queue.keep("other", completed="2h")
-        for at in (-5, 1):
+        for at in (-5, 1, 5000):
             self.finished("completed", at=at, queue="other")
         self.queue.enqueue("t", now=NOW)
         found = {each["state"]: each for each in self.queue.retention(now=NOW + 5400) if each["queue"] == "default"}
@@ -4803,6 +4812,19 @@ class QueueContract:
         self.queue.schedule("own", "nightly", cron="@hourly", now=NOW)
         self.assertEqual([origin for *_, origin in declared()], ["removed", "schedule"])
         self.assertEqual([origin for *_, origin in declared(cron="@daily")], ["task", "schedule"])
+
+    def test_schedule_that_another_program_has_just_defined_is_not_marked_as_removed(self):
+        def declare(**options):
+            with mock.patch.dict(pqueue.TASKS, clear=True):
+                pqueue.task("nightly", **options)(lambda: None)
+                self.queue.declare_schedules(pqueue.TASKS.values(), now=NOW)
+
+        declare(cron="@daily")
+        seen = self.queue.schedules()
+        self.reopen().schedule("nightly", "nightly", cron="@hourly", now=NOW)
+        with mock.patch.object(self.queue, "schedules", return_value=seen):
+            declare()
+        self.assertEqual(self.queue.schedules()[0].origin, "schedule")
 
     def test_schedule_enqueues_its_jobs_in_a_group(self):
         with mock.patch.dict(pqueue.TASKS, clear=True):
