@@ -8,8 +8,8 @@ inverted, None returned, a statement removed, and a term of a condition in SQL r
 
 The tests are the contract suite on SQLite, the model test and those named after a module; for PostgreSQL's modules its
 contract suite. They run once to record which test runs which lines, in child processes, too. A change is then tried
-with the tests that run its statement, first with those that are fast and noticed others; that of a constant, with
-those that use it.
+with the tests that run its statement, first with those that are fast and noticed others; that of a constant, or of a
+function that is called at import, with those that use it.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ ON_POSTGRES = ["tests/test_postgres.py", "-kPostgresContract"]
 OF_POSTGRES = {"pqueue_listener.py", "pqueue_postgres.py", "pqueue_sqlalchemy.py"}
 EXTRA_SECONDS = 30  # in addition to twice the time its tests took before, after which a mutant counts as noticed
 
-# Loaded by every Python that the tests start, and by pytest as a plugin: writes each test, its duration, and its lines.
+# Loaded by every Python that the tests start, and by pytest as a plugin: writes each test, its duration, and its lines,
+# and of lines that run while a module is imported, for which of its lines.
 RECORDER = """
 'PYTEST_DONT_REWRITE'
 import os, sys, threading
 from os import write  # which a test may replace
 output = os.open(os.environ["MUTANTS_RECORD"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-names, seen = {}, set()
+names, seen, importing = {}, set(), []
 
 def trace(frame, event, _):
     path = frame.f_code.co_filename
@@ -57,14 +58,25 @@ def trace(frame, event, _):
         names[path] = name if name.startswith("pqueue") else None
     if names[path] is None:
         return None
+    if frame.f_code.co_name == "<module>":
+        if event == "call":
+            importing.append((names[path], frame))
+        elif event == "return":
+            importing[:] = [each for each in importing if each[1] is not frame]
+        return trace
     line = f"{names[path]}:{frame.f_lineno}\\n"
-    if line not in seen and frame.f_code.co_name != "<module>":
+    for name, module in importing[-1:]:
+        line = f"import {name}:{module.f_lineno} {line}"
+    if line not in seen:
         seen.add(line)
         write(output, line.encode())
     return trace
 
 def pytest_runtest_logstart(nodeid):
     seen.clear()
+    for name in [name for name in sys.modules if name.startswith("pqueue")]:
+        for value in list(vars(sys.modules[name]).values()):
+            getattr(value, "cache_clear", int)()  # so that each test runs what is cached
     write(output, f"test {nodeid}\\n".encode())
 
 def pytest_runtest_logreport(report):
@@ -190,11 +202,16 @@ class Place(NamedTuple):
 def places(module: str, parent: ast.AST, *, in_function: bool = False) -> Iterator[Place]:
     for node in ast.iter_child_nodes(parent):
         is_function = isinstance(node, ast.FunctionDef)
+        items: list[Place] = []
+        if isinstance(parent, ast.Module) and isinstance(value := getattr(node, "value", None), ast.Dict):
+            items = [*of_items(module, value)]
+            yield from items
         yield from places(module, node, in_function=in_function or is_function)
         if isinstance(node, ast.stmt):
             whole = set(lines_of(node))
             inside = {line for each in ast.walk(node) if isinstance(each, ast.stmt) and each is not node
                       for line in lines_of(each)}  # fmt: skip
+            inside = inside.union(*(each.lines for each in items))
             own = whole - inside or whole
             found = [each for each in ast.walk(node) if getattr(each, "lineno", 0) not in inside]
             names = mentioned(found)
@@ -204,6 +221,15 @@ def places(module: str, parent: ast.AST, *, in_function: bool = False) -> Iterat
                 defines = {node.name}
             runs = set() if not in_function and not is_function else whole if is_function else own
             yield Place(module, own, runs, names, set() if in_function else defines)
+
+
+def of_items(module: str, value: ast.Dict) -> Iterator[Place]:
+    """Yield each item of a dictionary that replaces what its keys name."""
+    for key, item in zip(value.keys, value.values, strict=True):
+        if isinstance(key, ast.Name | ast.Attribute):
+            lines = set(range(key.lineno, (item.end_lineno or key.lineno) + 1))
+            names = mentioned([*ast.walk(key), *ast.walk(item)])
+            yield Place(module, lines, set(), names, {key.id if isinstance(key, ast.Name) else key.attr})
 
 
 def mentioned(nodes: Iterable[ast.AST]) -> set[str]:
@@ -223,6 +249,7 @@ class Record:
         self.seconds: dict[str, float] = defaultdict(float)
         self.noticed: Counter[str | None] = Counter()
         self._tests: dict[str, set[str]] = defaultdict(set)  # by module:line
+        self._importers: dict[str, set[str]] = defaultdict(set)  # the lines that run this one at import
         self._places = [place for module, tree in trees.items() for place in places(module, tree)]
         self._named_by = {
             node.name: mentioned([*ast.walk(node)])
@@ -238,19 +265,27 @@ class Record:
             elif kind == "took":
                 seconds, _, name = rest.partition(" ")
                 self.seconds[name] += float(seconds)
-            else:
+            elif kind == "import":
+                importer, _, line = rest.partition(" ")
+                self._importers[line].add(importer)
+            elif test:
                 self._tests[kind].add(test)
 
     def tests(self, change: Change) -> list[str]:
         """Return the tests that may notice the change: first those that are fast and noticed others."""
-        here = [each for each in self._places if each.module == change.module and change.line in each.lines]
+        here = self._at(f"{change.module}:{change.line}")
         found: set[str] = set()
         seen: set[str] = set()
+        imported: set[str] = set()
         while here:
             place = here.pop()
             if not place.runs and not place.defines:  # a call when the module is imported
                 found |= self.seconds.keys()
-            found |= {test for line in place.runs for test in self._tests[f"{place.module}:{line}"]}
+            lines = [f"{place.module}:{line}" for line in place.runs]
+            found = found.union(*(self._tests[line] for line in lines))
+            importers = set[str]().union(*(self._importers[line] for line in lines)) - imported
+            imported |= importers
+            here += [each for line in importers for each in self._at(line)]
             if new := place.defines - seen:
                 seen |= new
                 found |= {
@@ -258,6 +293,10 @@ class Record:
                 }
                 here += [each for each in self._places if each.names & new and each is not place]
         return sorted(found, key=lambda test: self.seconds[test] / (1 + self.noticed[test]))
+
+    def _at(self, line: str) -> list[Place]:
+        module, _, number = line.partition(":")
+        return [each for each in self._places if each.module == module and int(number) in each.lines]
 
     def _names(self, test: str) -> set[str]:
         return self._named_by.get(test.partition("[")[0].rpartition("::")[2], set())
@@ -302,7 +341,7 @@ def failure(arguments: list[str], folder: Path, seconds: float, **variables: str
             if child.wait(seconds) == 0:
                 return None
             output.seek(0)
-            return "".join(re.findall(r"^(?:FAILED|ERROR) (\S+)", output.read(), re.MULTILINE)[:1])
+            return "".join(re.findall(r"^(?:FAILED|ERROR|SUBFAILED\[.*\]) (\S+)", output.read(), re.MULTILINE)[:1])
         except subprocess.TimeoutExpired:
             return ""
         finally:
