@@ -500,7 +500,6 @@ class OnPostgres(PersistentQSQLAlchemy):
     busy_seconds: how long to wait for a lock or a connection.
     """
 
-    max_batch = 128  # an enqueue does not wait for the rows that a claim locks
     _AMONG = AMONG
     _LIKE = 'COLLATE "C" ILIKE'
     _BYTES = "octet_length(convert_to({}, 'UTF8'))"
