@@ -39,6 +39,7 @@ EVENTS_SHOWN = 200  # latest events of a job
 REFRESH_SECONDS = 2
 PERIODS = 60  # of each chart: minutes of an hour, or longer ones of DAYS
 DAYS = {"24 h": 24 * 60, "72 h": 72 * 60}  # seconds of a period of the charts; each divides the next
+RANGES = ("1 h", *DAYS)
 COUNTED = ("enqueued", "completed", "failed", "retried")
 FAILED_GROUPS_SHOWN = 20
 CONSUMERS_SHOWN = 100
@@ -522,9 +523,16 @@ def given(query: Query) -> Query:
     return {name: values for name, values in found.items() if values}
 
 
-def kept(query: Query) -> Query:
+def kept(query: Query) -> dict[str, Any]:
     """Return what an action leaves in the address of its page: the filters, where the list continues, and the range."""
-    return {**given(query), **{name: [one(query, name)] for name in ("before_id", "last") if one(query, name)}}
+    before = {"before_id": one(query, "before_id")} if one(query, "before_id") else {}
+    return {**given(query), **before, **of_viewer(query)}
+
+
+def of_viewer(query: Query) -> dict[str, str]:
+    """Return what every link keeps of an address: the range that the reader chose."""
+    last = one(query, "last")
+    return {"last": last} if last in RANGES else {}
 
 
 def newest_query(query: Query) -> Query:

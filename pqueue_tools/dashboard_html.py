@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 from urllib.parse import urlencode
 
@@ -12,6 +15,7 @@ from pqueue_tools.dashboard import FILTERS, Query, one, prefix
 from pqueue_tools.dashboard_page import SCRIPT, STYLE
 from pqueue_tools.dashboard_summary import charts, findings, text, tiles, time, trend
 from pqueue_tools.tables import OVERVIEW_ROWS, PAGES, Button, Column, Page, Table
+from pqueue_values import NO_PARAMS
 
 ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">
 <rect width="16" height="16" rx="4" fill="#1669b2"/>
@@ -24,27 +28,40 @@ FILES = {
     "/icon-problem.svg": ("image/svg+xml", ICON.replace("#1669b2", "#b93a00")),
 }
 
+_kept: ContextVar[dict[str, str]] = ContextVar("kept", default={})  # see `dashboard.of_viewer`  # noqa: B039
 CONTROLS = {number: f"&#{number};" for number in (*range(1, 32), 127)}  # as references: a parser changes CR
 
 
 # Pages ################################################################################################################
 
 
+@contextmanager
+def _keeping(query: Query) -> Iterator[None]:
+    """Let each link keep what the viewer of a page with this query chose."""
+    token = _kept.set(dashboard.of_viewer(query))
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
 def page(
     which: Page, figures: dict[str, Any], jobs: dashboard.JobPage | None, query: Query, message: str, token: str
 ) -> str:
     """Return a page of PAGES; `jobs` are those that its search found."""
-    back = f"/{which.name}?{urlencode(dashboard.kept(query), doseq=True)}".removesuffix("?")
-    body = "".join(_part(each, which, figures, jobs, query, token, back) for each in tables.parts_of(which, figures))
+    back = _with_query(f"/{which.name}", dashboard.kept(query))
     title = tables.task_title(query) if which.name == "task" else which.title
-    return _frame(title, body, message, figures["overview"], which.name if which.under is None else which.under)
+    menu = which.name if which.under is None else which.under
+    with _keeping(query):
+        parts = [_part(each, which, figures, jobs, query, token, back) for each in tables.parts_of(which, figures)]
+        return _frame(title, "".join(parts), message, figures["overview"], menu)
 
 
 def _part(
     part: Table | str, which: Page, figures: dict[str, Any], jobs: Any, query: Query, token: str, back: str
 ) -> str:
     if part == "findings":
-        shown = findings(figures["overview"]["findings"], lambda name: f"{prefix()}/{tables.page_of(name)}")
+        shown = findings(figures["overview"]["findings"], lambda name: _address(tables.page_of(name)))
     elif part == "tiles":
         shown = tiles(dashboard.tiles(figures["overview"]), lambda state: _address("jobs", {"state": state}))
     elif part == "charts":
@@ -70,10 +87,11 @@ def _charts(which: Page, figures: dict[str, Any], query: Query) -> str:
 def _ranges(which: Page, query: Query) -> str:
     last = one(query, "last")
     current = {last if last in dashboard.DAYS else "1 h": ' aria-current="true"'}
+    given = dashboard.given(query)
     links = " ".join(
-        f'<a class="range" href="{_address(which.name, {**dashboard.given(query), "last": name})}"'
+        f'<a class="range" href="{html.escape(_url(which.name, {**given, "last": name}))}"'
         f"{current.get(name, '')}>{name}</a>"
-        for name in ("1 h", *dashboard.DAYS)
+        for name in dashboard.RANGES
     )
     return f'<p class="ranges">last {links}</p>'
 
@@ -99,9 +117,9 @@ def _frame(
     found = report.problems(seen["findings"]) if seen else []
     current = {name: ' aria-current="page"'}
     links = "".join(
-        f'<a href="{prefix()}/{each.name}"{current.get(each.name, "")}>{each.title}</a>' for each in tables.MENU
+        f'<a href="{_address(each.name)}"{current.get(each.name, "")}>{each.title}</a>' for each in tables.MENU
     )
-    verdict = dashboard_summary.verdict(seen["findings"], f"{prefix()}/") if seen else ""
+    verdict = dashboard_summary.verdict(seen["findings"], _address("")) if seen else ""
     mode = '<span class="health info">read-only</span>' if dashboard.read_only() else ""
     heading, site = f"({len(found)}) {title}" if found else title, text(dashboard.site_name())
     icon = "icon.svg" if seen and not found else "icon-problem.svg"
@@ -109,7 +127,7 @@ def _frame(
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="stylesheet" href="{prefix()}/style.css">
 <link rel="icon" id="icon" href="{prefix()}/{icon}"></head><body class="pqueue">
 <a class="skip" href="#main">skip to the content</a>
-<header><h1><a href="{prefix()}/">{site}</a></h1>
+<header><h1><a href="{_address("")}">{site}</a></h1>
 <div id="health" role="status">{verdict}{mode}</div>
 <span class="path" id="path">{text(seen["path"]) if seen else ""}</span>
 <span id="live"><span id="age">times in UTC</span>
@@ -124,9 +142,10 @@ def said(message: str, kind: str = "done") -> str:
     return f'<p id="said" class="{kind}" role="status">{text(message)}</p>'
 
 
-def without_queue(sentence: str) -> str:
+def without_queue(sentence: str, query: Query) -> str:
     """Return the page that is shown while the queue is not available."""
-    return _frame("no queue", f'<section id="trouble">{dashboard_summary.without_queue(sentence)}</section>')
+    with _keeping(query):
+        return _frame("no queue", f'<section id="trouble">{dashboard_summary.without_queue(sentence)}</section>')
 
 
 def refusal(sentence: str) -> str:
@@ -191,7 +210,7 @@ def _titled(table: Table, rows: list[Any], token: str, back: str, most: int | No
     if len(rows) > len(shown):
         more = tables.more(table, len(rows) - len(shown))
         hidden = (
-            f'<p><a href="{prefix()}/{tables.page_of(table.key)}">{text(more)}</a></p>'
+            f'<p><a href="{_address(tables.page_of(table.key))}">{text(more)}</a></p>'
             if most
             else (f'<p class="soft">{text(more)}</p>')
         )
@@ -209,7 +228,7 @@ def _cell(column: Column, row: Any) -> str:  # noqa: PLR0911 - one for each kind
         return ""
     if column.kind == "job":
         jobs = value if isinstance(value, list) else [value]
-        links = [f'<a href="{prefix()}/job/{each}">{each}</a>' for each in jobs[: tables.JOBS_OF_CONSUMER_SHOWN]]
+        links = [f'<a href="{_address(f"job/{each}")}">{each}</a>' for each in jobs[: tables.JOBS_OF_CONSUMER_SHOWN]]
         return " ".join(links) + " …" * (len(links) < len(jobs))
     if column.kind in ("time", "since", "until", "clock", "moment"):
         return time(value, column.kind, report.utc(value))
@@ -235,8 +254,17 @@ def _cell(column: Column, row: Any) -> str:  # noqa: PLR0911 - one for each kind
     return f'<a href="{_address(*column.link(row))}">{shown}</a>' if column.link else shown
 
 
-def _address(page: str, filters: dict[str, Any]) -> str:
-    return html.escape(f"{prefix()}/{page}?{urlencode(filters, doseq=True)}")
+def _address(page: str, filters: Mapping[str, Any] = NO_PARAMS) -> str:
+    """Return the address of a page, as an attribute."""
+    return html.escape(_url(page, {**filters, **_kept.get()}))
+
+
+def _url(page: str, query: Mapping[str, Any]) -> str:
+    return prefix() + _with_query(f"/{page}", query)
+
+
+def _with_query(path: str, query: Mapping[str, Any]) -> str:
+    return f"{path}?{urlencode(query, doseq=True)}" if query else path
 
 
 def _buttons(buttons: list[Button], token: str, back: str) -> str:
@@ -317,8 +345,9 @@ def _filter_form(which: Page, figures: dict[str, Any], query: Query) -> str:
         if name != "state"
     )
     chips = "" if which.name == "failed" else f'<div class="chips">{states}</div>'
-    return f"""<form class="filter" action="{prefix()}/{which.name}">{chips}{fields}{lists}<button>filter</button>
-<a href="{prefix()}/{which.name}">clear</a></form>"""
+    chosen = _inputs({name: [value] for name, value in _kept.get().items()})
+    return f"""<form class="filter" action="{prefix()}/{which.name}">{chips}{fields}{lists}{chosen}
+<button>filter</button> <a href="{_address(which.name)}">clear</a></form>"""
 
 
 _WHEN = """ <label>in <input name="when" value="10m" size="6"></label>
@@ -340,10 +369,14 @@ def _bulk_form(table: str, query: Query, matching: str, token: str, back: str) -
 # The page of one job ##################################################################################################
 
 
-def job(found: dict[str, Any], message: str, token: str, seen: dict[str, Any]) -> str:
+def job(found: dict[str, Any], query: Query, message: str, token: str, seen: dict[str, Any]) -> str:
+    with _keeping(query):
+        return _job(found, _with_query(f"/job/{found['job'].id}", dashboard.of_viewer(query)), message, token, seen)
+
+
+def _job(found: dict[str, Any], back: str, message: str, token: str, seen: dict[str, Any]) -> str:
     one: pqueue.Job = found["job"]
     facts = dashboard_summary.facts({each.heading: _cell(each, found) for each in tables.FACTS})
-    back = f"/job/{one.id}"
     buttons = _buttons(tables.job_buttons(found), token, back)
     timeline = _titled(tables.HISTORY, tables.HISTORY.rows(found), token, back, None)
     texts = {title.lower(): _text(one, title, value, is_cut) for title, value, is_cut in tables.texts(found)}

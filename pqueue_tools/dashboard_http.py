@@ -267,7 +267,7 @@ class Handler(BaseHTTPRequestHandler):
         except JobNotFound:
             raise
         except QueueError as error:
-            self._send(HTTPStatus.SERVICE_UNAVAILABLE, *self._trouble(url.path, str(error)))
+            self._send(HTTPStatus.SERVICE_UNAVAILABLE, *self._trouble(url.path, query, str(error)))
 
     def _expect_no_other_site(self, path: str) -> None:
         """Allow links from other sites to a page, but no other cross-site requests."""
@@ -317,7 +317,7 @@ class Handler(BaseHTTPRequestHandler):
         if number.isascii() and number.isdigit() and len(number) < 19:
             if parent == "/job":
                 seen, found = figures["overview"], cache.job(int(number))
-                return _encoded(dashboard_html.job(found, self._message(query), self._token(), seen))
+                return _encoded(dashboard_html.job(found, query, self._message(query), self._token(), seen))
             if parent == "/api/jobs":
                 found = cache.job(int(number))
                 return _json({**found, "job": {**found["job"]._asdict(), "lease_token": None}})
@@ -326,14 +326,14 @@ class Handler(BaseHTTPRequestHandler):
     def _message(self, query: dashboard.Query) -> str:
         return self.server.pop_message(dashboard.one(query, "said"))
 
-    def _trouble(self, path: str, sentence: str) -> tuple[str, bytes]:
+    def _trouble(self, path: str, query: dashboard.Query, sentence: str) -> tuple[str, bytes]:
         if path in PROBES:
             return TEXT, b"not ready\n"
         if path in ("/metrics", "/healthz"):
             return TEXT, _encoded(sentence + "\n")
         if path.startswith("/api/"):
             return JSON, _json({"error": sentence})
-        return HTML, _encoded(dashboard_html.without_queue(sentence))
+        return HTML, _encoded(dashboard_html.without_queue(sentence, query))
 
     # Acting
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import partial
 from itertools import cycle
@@ -17,7 +17,7 @@ import pqueue
 from pqueue_tools import dashboard, dashboard_actions, dashboard_summary, report, tables
 from pqueue_tools.process import whole_number
 from pqueue_tools.tables import OVERVIEW_ROWS, Button, Column, Page, Table
-from pqueue_values import operator_name
+from pqueue_values import NO_PARAMS, operator_name
 
 STYLE = f"""<style>{dashboard_summary.STYLE}
 .stApp {{ --card: transparent }} .block-container {{ padding: 1.2rem 1rem 3rem; max-width: 1312px }}
@@ -63,7 +63,7 @@ def page() -> None:
         st.session_state["is away"] = True
         return
     if job_id := st.query_params.get("job", ""):
-        st.link_button("to the overview", "?")
+        st.link_button("to the overview", _url("", {}))
         _section("job", partial(_job, whole_number(0)(job_id)))
         return
     which = _chosen_page()
@@ -168,8 +168,8 @@ def _health() -> None:
     mode = '<span class="health info">read-only</span>' if dashboard.read_only() else ""
     zone = f'<span class="path">times in {dashboard_summary.text(_zone())}</span>'
     title = f"<b>{dashboard_summary.text(dashboard.site_name())}</b>"
-    title += dashboard_summary.verdict(seen["findings"], "?") + mode + path + zone
-    found = dashboard_summary.findings(seen["findings"], lambda part: f"?page={tables.page_of(part)}")
+    title += dashboard_summary.verdict(seen["findings"], _link("")) + mode + path + zone
+    found = dashboard_summary.findings(seen["findings"], lambda part: _link(tables.page_of(part)))
     st.html(_html(f'<div class="title">{title}</div>{found if _is_overview() else ""}'))
 
 
@@ -190,7 +190,7 @@ def _clock(at: float) -> str:
 
 def _tiles() -> None:
     shown = dashboard.tiles(cache().figures()["overview"])
-    st.html(_html(dashboard_summary.tiles(shown, lambda state: f"?page=jobs&state={state}")))
+    st.html(_html(dashboard_summary.tiles(shown, lambda state: _link("jobs", {"state": state}))))
 
 
 def _charts() -> None:
@@ -199,10 +199,9 @@ def _charts() -> None:
 
 def _last() -> str:
     """Draw the ranges of the charts, and return the chosen one, which the address keeps."""
-    ranges = ["1 h", *dashboard.DAYS]
+    ranges = dashboard.RANGES
     if "last" not in st.session_state:
-        given = st.query_params.get("last", "")
-        st.session_state["last"] = given if given in ranges else ranges[0]
+        st.session_state["last"] = _of_viewer().get("last", ranges[0])
     last = st.segmented_control("last", ranges, key="last", label_visibility="collapsed") or ranges[0]
     if st.query_params.get("last", ranges[0]) != last:
         st.query_params["last"] = last
@@ -222,7 +221,7 @@ def _address() -> dashboard.Query:
 
 def _charts_of_task() -> None:
     query = _address()
-    st.link_button("all tasks", "?page=tasks")
+    st.link_button("all tasks", _url("tasks", {}))
     st.markdown(f"#### {_escaped(tables.task_title(query))}")
     figures = cache().of_task(cache().figures(days=_last() in dashboard.DAYS), query)
     shown = dashboard.task_tiles(figures["total"])
@@ -231,9 +230,17 @@ def _charts_of_task() -> None:
     st.caption(_escaped(tables.handled_by(figures)))
 
 
-def _link(page: str, filters: dict[str, str]) -> str:
+def _of_viewer() -> dict[str, str]:
+    return dashboard.of_viewer(_address())
+
+
+def _url(page: str, filters: Mapping[str, str]) -> str:
+    return f"?{urlencode({'page': page, **filters, **_of_viewer()})}"
+
+
+def _link(page: str, filters: Mapping[str, str] = NO_PARAMS) -> str:
     """Return the address of a page, as an attribute in HTML."""
-    return dashboard_summary.text(f"?{urlencode({'page': page, **filters})}")
+    return dashboard_summary.text(_url(page, filters))
 
 
 def _table_of(which: Page, table: Table) -> None:
@@ -277,7 +284,7 @@ def _show_jobs(table: Table, row: Any) -> None:
     if links := [each.link(row) for each in table.columns if each.link]:
         page, filters = links[0]
         if st.button(f"show {'task' if page == 'task' else 'jobs'}", key=f"show {table.key}"):
-            st.query_params.from_dict({"page": page, **filters})
+            st.query_params.from_dict({"page": page, **filters, **_of_viewer()})
             for key in [each for each in st.session_state if each in KEPT or str(each).startswith("filter-")]:
                 del st.session_state[key]  # they are in the address
             st.rerun()
@@ -291,7 +298,7 @@ def _table_cell(column: Column, row: Any) -> Any:
     """Return a cell as a table takes it, in which a job is a link and a state is a list."""
     value = _cell(column, row)
     if column.kind == "job" and isinstance(value, int):
-        return f"?job={value}"
+        return f"?{urlencode({'job': value, **_of_viewer()})}"
     return [value] if column.kind == "state" else value
 
 
@@ -435,7 +442,7 @@ def _query(which: Page) -> dashboard.Query:
             query[name] = [place.text_input(name, placeholder=tables.HINTS.get(name, ""), key=key) or ""]
     given = dashboard.given(query)
     if dashboard.given({name: st.query_params.get_all(name) for name in names}) != given:
-        st.query_params.from_dict({"page": which.name, **given})
+        st.query_params.from_dict({"page": which.name, **given, **_of_viewer()})
     before = st.session_state.get("before", "") if st.session_state.get("before-of") == given else ""
     return {**given, "before_id": [str(before)]} if before else given
 

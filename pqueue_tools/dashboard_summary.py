@@ -90,7 +90,8 @@ def without_queue(sentence: str) -> str:
 
 
 def findings(found: list[report.Finding], address: Callable[[str], str]) -> str:
-    """Return each finding with its remedy and a link to the page that shows it; `address` returns that of a part."""
+    """Return each finding with its remedy and a link to the page that shows it; `address` returns that of a part, as an
+    attribute."""
     if not found:
         return f'<p class="finding"><b class="completed">{report.NO_FINDINGS}</b></p>'
     lines = [
@@ -113,7 +114,7 @@ def _linked(each: report.Finding, address: Callable[[str], str]) -> str:
     said = _with_names(each.text)
     if each.at is not None and (found := ENDS_WITH_TIME.search(said)):
         said = said[: found.start()] + time(each.at, "time" if found[1] or found[2] else "since", found[0])
-    return f'<a href="{text(address(each.part))}">{said}</a>' if each.part else said
+    return f'<a href="{address(each.part)}">{said}</a>' if each.part else said
 
 
 def _remedy(each: report.Finding) -> str:

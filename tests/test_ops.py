@@ -303,10 +303,11 @@ def test_page_of_a_task_shows_its_counts_failures_and_schedule_within_the_range(
         assert re.findall(r'<tr data-key="([^"]*)"', text) == [
             *("mail: mail no …", "2", "1", "nightly", "default", "out")
         ]
-        assert 'href="/jobs?task=mail&amp;state=failed"' in text
+        chosen = "&amp;last=24+h" if last else ""
+        assert f'href="/jobs?task=mail&amp;state=failed{chosen}"' in text
         assert 'href="/task?task=mail&amp;last=72+h"' in text
         assert "each failed job is handled by the task tell" in text
-        assert '<a href="/tasks" aria-current="page">' in text
+        assert f'<a href="/tasks{chosen.replace("&amp;", "?")}" aria-current="page">' in text
     text = site.ask("/task?task=unheard+of")[1]
     assert "no job has failed" in text
     assert "Schedules" not in text[text.index("<main") :]
@@ -862,6 +863,32 @@ def test_action_returns_to_the_same_range_and_page(queue, site):
         (back,) = set(re.findall(r'name="back" value="([^"]*)"', page))
         location = site.act("pause", queue="default", back=unescape(back))[2]["Location"]
         assert location.partition("&said=")[0] == path
+
+
+def test_each_link_keeps_the_range_that_the_reader_chose(queue, site, monkeypatch):
+    job_id = failed(queue, task="mail")
+    queue.enqueue_many("many", range(60), now=time.time() - 1200)
+    queue.dequeue("w")
+    monkeypatch.setattr(tables, "OVERVIEW_ROWS", 0)
+    to_see, seen = ["/?last=72+h", "/jobs?last=72+h&text=m&before_id=50", f"/job/{job_id}?last=72+h"], set()
+    while to_see:
+        seen.add(path := to_see.pop())
+        text = site.ask(path)[1]
+        links = {unescape(each) for each in re.findall(r'<a[^>]* href="([^"]*)"', text)} - {"#main"}
+        ranges = {unescape(each) for each in re.findall(r'<a class="range" href="([^"]*)"', text)}
+        lost = {each for each in links - ranges if "last=72+h" not in each and not each.startswith("/api/")}
+        assert lost == set(), path
+        assert text.count('<input type="hidden" name="last" value="72 h">') == text.count('<form class="filter"'), path
+        one_of_a_kind = {re.sub(r"[?].*|\d+", "", each): each for each in sorted(links - ranges)}
+        known = {re.sub(r"[?].*|\d+", "", each) for each in seen}
+        to_see += [each for kind, each in one_of_a_kind.items() if kind not in known and not kind.startswith("/api/")]
+    assert {path.split("?")[0] for path in seen} >= {f"/{name}" for name in tables.PAGES}
+    assert "last=" not in site.ask("/jobs?last=72%26x=y")[1]
+    queue.close()
+    for path in queue.path.parent.glob("queue.db*"):
+        if path.is_file():
+            path.unlink()
+    assert '<a href="/jobs?last=24+h"' in site.ask("/?last=24+h")[1]
 
 
 def test_page_of_queues_shows_the_throughput_of_each_within_an_hour(queue, site):
