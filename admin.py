@@ -212,12 +212,8 @@ def failedjobs(queue: PersistentQInterface, options: argparse.Namespace) -> Comm
         options.status = "failed"
         return _listed(queue, options, FAILED_COLUMNS)
     groups = queue.failures()[: options.limit]
-    return CommandResult(
-        [
-            {**{key: each[key] for key in ("jobs", "task", "last_id")}, "error": _last_error(queue, each)}
-            for each in groups
-        ]
-    )
+    keys = ("jobs", "task", "first_at", "last_at", "by_hour", "last_id")
+    return CommandResult([{**{key: each[key] for key in keys}, "error": _last_error(queue, each)} for each in groups])
 
 
 def _last_error(queue: PersistentQInterface, group: dict[str, Any]) -> str:

@@ -643,8 +643,10 @@ GROUP BY at - at % 3600, {EVENT} ORDER BY 2, 3, 4, 5, 6, 7
 {SUM}""",
     # differs because ADD_UP has deleted them
     pqueue_outcomes.DELETE_MINUTES: "SELECT FROM (SELECT) none WHERE CAST(:before AS bigint) IS NULL",
-    # differs because a text is searched in another way
-    pqueue_schema.FAILURES: pqueue_schema.failures("split_part(error, chr(10), 1)"),
+    # differs because a text is searched, a number rounded, and texts joined in another way
+    pqueue_schema.FAILURES: pqueue_schema.failures(
+        "split_part(error, chr(10), 1)", "CAST(floor((finished_at - :first) / 3600) AS integer)", "string_agg"
+    ),
     # differs because they must not change before they are promoted or failed, and all lock them in one order
     pqueue_dependencies.DEPENDENTS: f"{pqueue_dependencies.dependents(*BY_IDS)} ORDER BY id FOR UPDATE",
     # differs because a join could be planned as one of all jobs

@@ -44,6 +44,7 @@ from pqueue_values import (
 
 INDEX_SCAN_JOBS = 100_000  # rows of a state to sort through its index; if it has more, walking by id is faster
 OPERATION_ROWS = 10_000  # of the history that `operations` reads
+TREND_HOURS = 24  # of a group of failures
 WALK_IDS = 1000  # ids scanned between checks of the deadline
 TEXT_SCAN_JOBS = 8  # jobs that a text search reads at once: each may have 2 MiB
 LONG_COLUMNS = ("payload", "result", "error")
@@ -150,15 +151,21 @@ class Reading(Backend):
         """Return the failed jobs grouped by task and `fingerprint` of the error, the last to fail first.
 
         Each group is a dict: "task"; "error", the fingerprint; "jobs", their number; "last_hour", those that failed
-        within an hour; "last_id", the highest id; "first_at" and "last_at", when they failed, in Unix seconds.
+        within an hour; "by_hour", those of each of the last 24 hours, of which the last one has just begun; "last_id",
+        the highest id; "first_at" and "last_at", when they failed, in Unix seconds.
         """
         groups: dict[tuple[str, str], dict[str, Any]] = {}
-        for task, line, jobs, last_hour, last_id, first_at, last_at in self._read(
-            FAILURES, {"since": self._time(now) - 3600}
+        at = self._time(now)
+        first = at // 3600 * 3600 - 3600 * (TREND_HOURS - 1)
+        for task, line, jobs, last_hour, last_id, first_at, last_at, hours in self._read(
+            FAILURES, {"since": at - 3600, "first": first}
         ):
             error = fingerprint(line)
             empty = {"task": task, "error": error, "jobs": 0, "last_hour": 0, "last_id": last_id}
-            group = groups.setdefault((task, error), {**empty, "first_at": first_at, "last_at": last_at})
+            empty |= {"by_hour": [0] * TREND_HOURS, "first_at": first_at, "last_at": last_at}
+            group = groups.setdefault((task, error), empty)
+            for hour, number in re.findall(r"(\d+):(\d+)", hours or ""):
+                group["by_hour"][min(int(hour), TREND_HOURS - 1)] += int(number)
             group["jobs"] += jobs
             group["last_hour"] += last_hour
             group["last_id"] = max(group["last_id"], last_id)

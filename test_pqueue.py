@@ -3952,7 +3952,22 @@ class QueueContract:
             self.queue.mark_failed(self.queue.enqueue("t", now=now - 9000), f"order {age} is gone", now=now - age)
         (group,) = self.queue.failures()
         shown = {"task": "t", "error": "order … is gone", "jobs": 4, "last_hour": 2, "last_id": 4}
+        self.assertEqual(sum(group.pop("by_hour")), 4)
         self.assertEqual(group, {**shown, "first_at": now - 7200, "last_at": now - 60})
+
+    def test_operator_sees_in_which_of_the_last_hours_a_group_failed(self):
+        now = 1_800_000_000.0 // 3600 * 3600
+        failed = [(0.0, "row 1"), (59.0, "row 2"), (-0.001, "row 3"), (-3600.0, "row <4>"), (-86399.0, "row 5")]
+        for at, error in [*failed, (-23 * 3600.0, "row 6"), (-23 * 3600.0 - 0.001, "row 7"), (7000.0, "row 8")]:
+            self.queue.mark_failed(self.queue.enqueue("t", now=now - 9e4), error, now=now + at)
+        self.queue.mark_failed(self.queue.enqueue("old", now=now - 9e6), "no", now=now - 9e5)
+        found = {(each["task"], each["error"]): each["by_hour"] for each in self.queue.failures(now=now + 60)}
+        zeros = [0] * 24
+        self.assertEqual(
+            found, {("t", "row …"): [1, *zeros[:21], 1, 3], ("t", "row <…>"): [*zeros[:22], 1, 0], ("old", "no"): zeros}
+        )
+        (moved, *_) = (each["by_hour"] for each in self.queue.failures(now=now + 3600))
+        self.assertEqual(moved, [*zeros[:21], 1, 2, 1])
 
     def test_errors_that_differ_in_variable_parts_only_are_one_group(self):
         groups = [

@@ -199,7 +199,8 @@ def trend(counts: list[tuple[int, int]]) -> str:
         for line in _line([each[place] for each in counts], top, WIDTH / len(counts), name)
         if any(each[place] for each in counts)
     ]
-    said = f"{sum(each[0] for each in counts):,} completed, {sum(each[1] for each in counts):,} failed attempts"
+    completed, failed = (sum(each[place] for each in counts) for place in (0, 1))
+    said = f"{completed:,} completed, " * bool(completed) + f"{failed:,} failed"
     return f"""<svg class="plot trend" viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" preserveAspectRatio="none" role="img"
 aria-label="{said}">{"".join(lines)}</svg>"""
 

@@ -24,6 +24,8 @@ OPTIONS = (
 )
 LAST_COLUMN_CELLS = 30  # of the last column, which holds the message; other columns are dropped for it
 DROPPED = (
+    "first_at",
+    "by_hour",
     "host",
     "started_at",
     "max_running",

@@ -816,12 +816,22 @@ def for_people(column: str, value: Any, now: float) -> str:
         return "yes" if value else "no"
     if is_time(column):
         return ago(value, now)
-    for ending, shown in (("_seconds", _short_span), ("_bytes", size), ("_share", "{:.1%}".format)):
+    endings = ("_seconds", _short_span), ("_bytes", size), ("_share", "{:.1%}".format), ("by_hour", bars)
+    for ending, shown in endings:
         if column.endswith(ending):
             return shown(value)
     if isinstance(value, (dict, list)):
         return json_text(value)
     return f"{value:,}" if isinstance(value, int) and not column.endswith("id") else str(value)
+
+
+BARS = ".▁▂▃▄▅▆▇█"
+
+
+def bars(numbers: list[int]) -> str:
+    """Return a chart of one line, in which a number of 0 is a dot."""
+    most = max(1, *numbers)
+    return "".join(BARS[-(-number * (len(BARS) - 1) // most)] for number in numbers)
 
 
 def _short_span(seconds: float) -> str:

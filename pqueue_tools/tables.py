@@ -150,6 +150,7 @@ FAILED = Table(
             link=lambda group: ("failed", _of_group(group)),
         ),
         Column("last hour", itemgetter("last_hour"), "number", on_phone=False),
+        Column("24 hours", lambda group: [(0, number) for number in group["by_hour"]], "trend", on_phone=False),
         Column("first", itemgetter("first_at"), "time", on_phone=False),
         Column("last", itemgetter("last_at"), "time"),
         Column("newest", itemgetter("last_id"), "job"),

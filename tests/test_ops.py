@@ -280,7 +280,7 @@ def test_page_of_tasks_says_how_often_each_fails_and_leads_to_its_jobs(queue, si
     assert [unescaped(each) for each in re.findall(r"<td[^>]*>(.*?)</td>", row)][:7] == [
         *("mail", "out", "4", "3", "0", "1", "25.0%")
     ]
-    assert 'aria-label="3 completed, 1 failed attempts"' in row
+    assert 'aria-label="3 completed, 1 failed"' in row
     assert 'href="/task?task=mail&amp;last=24+h"' in row
     assert 'href="/jobs?queue=out&amp;task=mail"' in row
     assert 'href="/failed?queue=out&amp;task=mail"' in row
@@ -901,7 +901,7 @@ def test_page_of_queues_shows_the_throughput_of_each_within_an_hour(queue, site)
     table = text[text.index("<h2>Throughput") :].partition("</table>")[0].split("<tr ")[1:]
     rows = [[unescaped(each) for each in re.findall(r"<td[^>]*>(.*?)</td>", row)] for row in table]
     assert [row[:6] for row in rows] == [["mail", "3", "2", "33.3%", "2", "2"], ["slow", "1", "0", "0.0%", "1", "0"]]
-    assert 'aria-label="2 completed, 1 failed attempts"' in text
+    assert 'aria-label="2 completed, 1 failed"' in text
 
 
 @pytest.mark.filterwarnings("ignore")
