@@ -64,6 +64,7 @@ from pqueue_tools.process import (
 )
 from pqueue_tools.report import (
     ago,
+    changed_text,
     clock,
     consumer_row,
     count,
@@ -82,6 +83,7 @@ from pqueue_tools.report import (
     outcome_rows,
     printable,
     problems,
+    range_start,
     recent,
     schedule_object,
     schedule_row,
@@ -295,7 +297,8 @@ def logs(_: None, options: argparse.Namespace) -> CommandResult:
 def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Count jobs by queue and state, or by queue or task what happened to them."""
     if options.by == "task" or options.since is not None:
-        return CommandResult(outcome_rows(queue, _time(options.since), options.by))
+        since = range_start(options.since, now_shown()) if isinstance(options.since, Ago) else options.since
+        return CommandResult(outcome_rows(queue, since, options.by))
     found = queue.stats()
     rows = [{"queue": name, **each} for name, each in found["queues"].items()]
     if wants_rows(options):
@@ -391,7 +394,7 @@ def _act(
         return CommandResult(text="nothing done", code=1)
     changed = queue.act_where(act, **filters, shown=masked_job, parents_first=parents_first)
     refused = changed.refused
-    text = f"{done} {count(changed, 'job')}" + (f", {refused:,} not: their state does not allow it" if refused else "")
+    text = changed_text(done, changed, refused)
     return CommandResult([{"done": done, "jobs": changed, "refused": refused}], text, int(changed == 0 and refused > 0))
 
 

@@ -404,8 +404,8 @@ def _hour(queue: PersistentQInterface) -> dict[str, list[Any]]:
 
 def _starts(step: int) -> list[float]:
     """Return when the last periods of this length began, including the current one."""
-    last = int(report.now_shown()) // step * step
-    return [float(last - step * ago) for ago in range(PERIODS - 1, -1, -1)]
+    first = report.range_start(step * PERIODS, report.now_shown())
+    return [float(first + step * number) for number in range(PERIODS)]
 
 
 def _series(found: Iterable[Outcomes], starts: list[float]) -> list[dict[str, Any]]:

@@ -33,16 +33,14 @@ def _jobs_action(act: JobVerb, done: str, *, parents_first: bool = False) -> Act
         else:
             ids = _ids(form)
             errors = queue.act_on(ids, verb, parents_first=parents_first)
-            if errors and len(ids) == 1:
+            if len(errors) == len(ids):
                 raise errors[0]
             changed, refused = len(ids) - len(errors), len(errors)
         if changed and act is _delete:  # and with the jobs their history
             queue.record(f"deleted {report.count(changed, 'job')}", by=by)
         if not changed:
-            raise ValueError(f"no job was {done}: {report.count(refused, 'job')} found, and no state allows it")
-        return f"{done} {report.count(changed, 'job')}" + (
-            f"; {refused:,} not changed because of their state" if refused else ""
-        )
+            raise ValueError(report.changed_text(done, 0, refused) if refused else "no job matches the filter")
+        return report.changed_text(done, changed, refused)
 
     return perform
 

@@ -280,7 +280,8 @@ def _expected_share(expected: dict[str, Expectation], of: Outcomes) -> float:
 
 def _failing_task(each: Outcomes, severity: str, seconds: float) -> Finding:
     failed = each.failed + each.retried
-    what = f"{failed:,} of {count(failed + each.completed, 'attempt')} failed in the last {span(seconds)}"
+    within = "day" if seconds == DAY_SECONDS else span(seconds)
+    what = f"{failed:,} of {count(failed + each.completed, 'attempt')} failed in the last {within}"
     # Attempts that are repeated are not failed jobs.
     command, part = ("failedjobs", "failed") if each.failed else ("list-jobs --status scheduled", "tasks")
     run = f"run {command_line('admin')} {command} --task {shlex.quote(each.task)}"
@@ -353,9 +354,7 @@ def _retention_findings(
             # Not if they are less than those of a day: something else deletes them.
             is_soon = left < FULL_SECONDS and jobs > 24 * more
             full = f", and so fast the disk is full in {span(left)}" if is_soon else ""
-            text = (
-                f"queue {name!r} keeps its {jobs:,} {state} jobs for ever; {more:,} were added in the last hour{full}"
-            )
+            text = f"queue {name!r} keeps its {jobs:,} {state} jobs for ever; {more:,} added in the last hour{full}"
             keep = f"run {command_line('admin')} keep {shlex.quote(name)} --{state} 7d"
             yield Finding("warning" if is_soon else "info", text, keep, "queues")
         elif alive and at is not None and now - at > LATE_PRUNE_SECONDS:
@@ -432,6 +431,14 @@ def per_minute(found: list[Outcomes]) -> dict[str, int]:
 def failing_first(each: Outcomes) -> Any:
     """Sort tasks by their share of failed attempts."""
     return -each.failed_share, each.queue, each.task
+
+
+def range_start(seconds: float, now: float) -> int:
+    """Return when a range of time up to now begins. It consists of 60 periods of whole minutes, the current one
+    included; a range of less than an hour, of fewer minutes.
+    """
+    step = int(max(60, seconds // 3600 * 60))
+    return minute(now) // step * step - step * (max(2, math.ceil(seconds / step)) - 1)
 
 
 def outcome_rows(queue: PersistentQInterface, since: float | None, by: str) -> list[dict[str, Any]]:
@@ -786,6 +793,12 @@ def schedule_object(each: Schedule) -> dict[str, Any]:
 
 def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def changed_text(done: str, changed: int, refused: int) -> str:
+    """Return what an action did: resubmitted 3 jobs; 1 not changed because of its state."""
+    whose = "its" if refused == 1 else "their"
+    return f"{done} {count(changed, 'job')}" + f"; {refused:,} not changed because of {whose} state" * bool(refused)
 
 
 def is_time(column: str) -> bool:

@@ -279,7 +279,7 @@ def test_operator_sees_which_task_fails_however_its_jobs_were_deleted(front, que
     header, *rows = (line.split("\t") for line in run("stats", "--by", "queue", "--since", "4m")[1].splitlines())
     assert (header[0], header[-1]) == ("queue", "completed_per_minute")
     assert [row[:5] for row in rows] == [["default", "4", "0", "1", "3"], ["a", "4", "4", "0", "0"]]
-    assert 0.7 < float(rows[1][-1]) <= 1
+    assert 1 <= float(rows[1][-1]) <= 1.4
 
 
 def test_operator_reads_what_was_logged_about_a_job(front, folder, run):
@@ -495,7 +495,7 @@ def test_operator_whose_filter_matches_nothing_is_told(front, queue, run):
     assert run("cancel", "--task", "wrok")[:2] == (0, "no job matches\n")
     assert run("resubmit", "--task", "work", "--yes")[:2] == (
         1,
-        "resubmitted 0 jobs, 1 not: their state does not allow it\n",
+        "resubmitted 0 jobs; 1 not changed because of its state\n",
     )
 
 
@@ -937,7 +937,7 @@ def test_doctor_finds_jobs_that_are_kept_for_ever_or_too_long(queue, run, monkey
     assert run("doctor")[0] == 0
     queue.keep("mail", cancelled=None)
     (found,) = report.findings(queue)
-    text = "queue 'mail' keeps its 3 cancelled jobs for ever; 1 were added in the last hour"
+    text = "queue 'mail' keeps its 3 cancelled jobs for ever; 1 added in the last hour"
     assert (found.severity, str(found)) == ("info", f"{text}: run python3 admin.py keep mail --cancelled 7d")
     queue.keep("mail", cancelled=60)
     (found,) = report.findings(queue)
@@ -964,11 +964,11 @@ def test_doctor_says_when_jobs_that_are_kept_for_ever_fill_the_disk(queue, monke
         (each,) = report.findings(queue, facts={**facts, "disk_free_bytes": free, "problems": []})
         return each.severity, each.text.partition("; ")[2]
 
-    assert found(1000 * job_bytes) == ("info", "1 were added in the last hour")
-    assert found(100 * job_bytes) == ("warning", "1 were added in the last hour, and so fast the disk is full in 4 d")
+    assert found(1000 * job_bytes) == ("info", "1 added in the last hour")
+    assert found(100 * job_bytes) == ("warning", "1 added in the last hour, and so fast the disk is full in 4 d")
     for _ in range(9):  # these are more than a day's: something deletes them
         queue.cancel(queue.enqueue("t"))
-    assert found(100 * job_bytes) == ("info", "10 were added in the last hour")
+    assert found(100 * job_bytes) == ("info", "10 added in the last hour")
 
 
 def test_doctor_says_how_to_shrink_a_file_that_is_mostly_free(queue, run, monkeypatch):
@@ -1182,7 +1182,7 @@ def test_operator_runs_a_scheduled_job_now_and_changes_a_waiting_one(front, queu
     assert run("run-now", first)[:2] == (0, f"made pending job {first}\n")
     assert run("run-now", "--task", "work", "--yes")[:2] == (
         0,
-        "made pending 1 job, 1 not: their state does not allow it\n",
+        "made pending 1 job; 1 not changed because of its state\n",
     )
     code, out, _ = run("change", first, "--payload", '{"n": 2}', "--priority", 7, "--to-queue", "slow", "--delay", "1h")
     assert (code, out) == (0, f"changed job {first}\n")

@@ -106,7 +106,7 @@ def test_task_that_runs_rarely_and_failed_each_time_is_reported(queue):
     for _ in range(2):
         assert found(now) == []
         queue.fail(queue.dequeue("w", now=now), "no", retry_in_seconds=0, now=now)
-    expected = [("warning", "task 'nightly' in queue 'default': 2 of 2 attempts failed in the last 1 d")]
+    expected = [("warning", "task 'nightly' in queue 'default': 2 of 2 attempts failed in the last day")]
     assert (found(now), found(now + 80_000), found(now + 90_000)) == (expected, expected, [])
     queue.resubmit(job_id, now=now)
     assert found(now) == []
@@ -328,3 +328,24 @@ def test_figures_agree_after_resubmits_prunes_and_restarts(queue, capsys, monkey
         for name in ("enqueued", "completed", "failed", "retried"):
             assert sum(row[name] for row in rows) == whole[name]
         queue.heartbeat("w", now=time.time() + 300)  # adds the minute to the total
+
+
+@pytest.mark.parametrize("after", [0, 20, 59, 1800, 4319])  # seconds after the beginning of all periods
+def test_command_line_counts_in_the_ranges_of_the_dashboard(queue, capsys, monkeypatch, after):
+    now = 4320 * 410_000 + after + 0.5
+    for module in (report, admin):
+        monkeypatch.setattr(module, "now_shown", lambda: now)
+    steps = {"1h": 60, "24h": 1440, "72h": 4320}
+    for step in steps.values():
+        for ago in range(58 * step, 62 * step, step // 12):
+            queue.enqueue("t", now=now - ago)
+    found = {
+        "1h": dashboard._hour(queue)["minutes"],
+        **{k.replace(" ", ""): v for k, v in dashboard._Days()(queue).items()},
+    }
+    for since in steps:
+        assert admin.main(["stats", "--since", since, "-o", "json"]) == 0
+        (row,) = map(json.loads, capsys.readouterr().out.splitlines())
+        assert row["enqueued"] == sum(each["enqueued"] for each in found[since]), since
+    assert report.range_start(60, now) == now // 60 * 60 - 60
+    assert report.range_start(5400, now) == now // 60 * 60 - 89 * 60
