@@ -44,7 +44,8 @@ from pqueue_tools.process import (
 )
 from pqueue_tools.record import MAX_CONCURRENCY
 from pqueue_tools.worker import Consumer as Consumer  # noqa: PLC0414 - for applications
-from pqueue_values import program_name
+from pqueue_tools.worker import expect_modules
+from pqueue_values import program_name, valid_name
 
 # The program ##########################################################################################################
 
@@ -71,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("expected --drain with --wait")
     try:
         expect_posix()
+        _expect_valid(options)
         queue = open_soon() if options.drain else open_waiting(consumer=options.name)
     except (QueueError, ValueError) as error:
         return report("consumer", error)
@@ -80,6 +82,14 @@ def main(arguments: list[str] | None = None) -> int:
         code = _consume(queue, options)
         on_termination(signal.SIG_DFL)  # a thread of a task may keep the process alive
     return code
+
+
+def _expect_valid(options: argparse.Namespace) -> None:
+    """Raise ValueError for what a consumer would refuse, before a new queue is created."""
+    valid_name("consumer", options.name)
+    for name in options.queues or ():
+        valid_name("queue", name)
+    expect_modules(options.modules)
 
 
 def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
@@ -100,9 +110,19 @@ def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
         print(file=sys.stderr)
     if not keeper.is_refused:
         if options.drain:
+            _report_unknown_queues(queue, options)
             _report_unknown_tasks(queue, options)
         log("stopped", consumer=options.name, completed=counts[0], failed=counts[1])
     return code
+
+
+def _report_unknown_queues(queue: PersistentQInterface, options: argparse.Namespace) -> None:
+    """Log which queues a drain was told to serve in which there never was a job: their names may be misspelt."""
+    with suppress(QueueError):
+        known = queue.stats()["queues"]
+        if unknown := ",".join(name for name in options.queues or () if name not in known):
+            reason = f"no job was ever in this queue; there are: {', '.join(known) or 'none'}"
+            log("nothing to drain", "warning", consumer=options.name, queues=unknown, reason=reason)
 
 
 def _report_unknown_tasks(queue: PersistentQInterface, options: argparse.Namespace) -> None:

@@ -1069,7 +1069,7 @@ def open_queue(
     Raises ValueError for an invalid url, such as ":memory:"; SchemaMismatch for a file that is not a queue of this
     version; QueueError if it cannot be opened.
     """
-    given = {"PQUEUE_URL": url, "PQUEUE_DURABILITY": durability, "PQUEUE_GROUP": group}
+    given = {"URL": url, "DURABILITY": durability, "GROUP": group}
     durability = durability or os.environ.get("PQUEUE_DURABILITY") or "full"
     try:
         if is_postgres(url):
@@ -1079,8 +1079,10 @@ def open_queue(
         group = group or os.environ.get("PQUEUE_GROUP") or None
         return PersistentQSQLite(sqlite_path(url), create=create, durability=durability, group=group)
     except ValueError as error:
-        if variables := [name for name, value in given.items() if value is None and os.environ.get(name)]:
-            raise ValueError(f"{error}; check {', '.join(variables)}") from None
+        about = re.match("expected a (durability|group) of", str(error))
+        name = about[1].upper() if about else "URL"
+        if given[name] is None and os.environ.get(f"PQUEUE_{name}"):
+            raise ValueError(f"{error}; check PQUEUE_{name}") from None
         raise
 
 

@@ -18,6 +18,8 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from contextvars import copy_context
 from datetime import timedelta
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pqueue
@@ -683,6 +685,15 @@ def known_tasks(modules: list[str]) -> list[str]:
         return sorted(entry.parameters.name for entry in pqueue.TASKS.values())
     except TypeError as error:
         raise ValueError(str(error)) from None
+
+
+def expect_modules(modules: list[str]) -> None:
+    """Raise ValueError for a module that `import_modules` would not find; import none of them."""
+    for module in modules:
+        name = module.partition(".")[0]  # to look into a package, Python imports it
+        if name not in sys.modules and not (PathFinder.find_spec(name, [os.getcwd()]) or find_spec(name)):
+            missing = ModuleNotFoundError(f"No module named {name!r}", name=name)
+            raise ValueError(f"cannot import {module!r}: {_import_error(missing)}")
 
 
 def import_modules(modules: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import re
 import signal
@@ -350,6 +351,8 @@ def test_wrong_arguments_get_one_line(place, program, arguments, code, message):
     done = place.run(program, *arguments)
     assert done.returncode == code
     assert re.fullmatch(f"{program}: .*{re.escape(message)}.*\n", done.stderr)
+    # To know what a module lacks, it must be imported.
+    assert (place.folder / "var").exists() == ("lacking" in arguments)
 
 
 @pytest.mark.parametrize(
@@ -363,11 +366,23 @@ def test_wrong_arguments_get_one_line(place, program, arguments, code, message):
         ("ops.py", "PQUEUE_OPS_HOSTS", "http://h"),
     ],
 )
-def test_program_names_the_variable_whose_value_it_refuses(place, program, variable, value):
-    done = place.run(program, **{variable: value})
+def test_program_names_the_variable_whose_value_it_refuses_and_no_other(place, program, variable, value):
+    valid = {"PQUEUE_URL": "other.db", "PQUEUE_DURABILITY": "normal", "PQUEUE_GROUP": grp.getgrgid(os.getgid()).gr_name}
+    done = place.run(program, **{**valid, variable: value})
     assert done.returncode == 2
     assert re.fullmatch(rf"{program}: .*expected .*\n", done.stderr)
-    assert variable in done.stderr
+    assert re.findall("PQUEUE_[A-Z_]+", done.stderr) == [variable]
+
+
+def test_drain_of_a_queue_that_never_had_a_job_says_so(place):
+    place.queue().enqueue("prepend_timestamp", {}, queue="mail")
+    place.queue().pause("mail")
+    done = place.run("consumer.py", "--drain", "--queue", "malis", "--queue", "mail", "--name", "anna")
+    warning = 'nothing to drain consumer=anna queues=malis reason="no job was ever in this queue; there are: mail"'
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{warning} level=warning\n" in done.stdout
+    done = place.run("consumer.py", "--drain", "--queue", "mail", "--name", "anna")
+    assert "nothing to drain" not in done.stdout
 
 
 def test_programs_refuse_a_file_that_is_no_queue_in_one_line(place):
