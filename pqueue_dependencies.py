@@ -13,116 +13,92 @@ from collections.abc import Iterable
 from pqueue_backend import Session
 from pqueue_handlers import Handling
 from pqueue_outcomes import count_job
-from pqueue_schema import FOR_EACH, HOLDS_KEY, KEY_IS_FREE, STATES_OF, UNFINISHED
+from pqueue_schema import CHILDREN, FOR_EACH, HOLDS_KEY, KEY_IS_FREE, STATE, STATES_OF, THESE, UNFINISHED
 from pqueue_search import Reading, excerpt_columns
 from pqueue_values import Job, JobNotFound, short, to_excerpt, to_json, valid_id, valid_int, valid_list
 
-# Statements. :ids is a JSON array of jobs, whose elements `these` selects; it differs on PostgreSQL. So does how jobs
-# are chosen `among` others, and by their `state`: there, not by its index, which would find all jobs of that state.
+# Statements. :ids is a JSON array of jobs. How jobs are chosen `among` others differs on PostgreSQL.
 
-AMONG, STATE = "IN ({})", "state"
-THESE = "IN (SELECT value FROM json_each(:ids))"
 UNSUCCESSFUL = "IN ('failed', 'cancelled')"
 _PARENT = "(SELECT state FROM jobs p WHERE p.id = d.parent_id)"
-_CHILDREN = "SELECT job_id FROM dependencies WHERE parent_id"
 
+# Make the completion of these jobs look for dependents.
+MARK_PARENTS = f"UPDATE jobs SET has_dependents = 1 WHERE has_dependents = 0 AND id {THESE}"
 
-def mark_parents(these: str) -> str:
-    """Make the completion of these jobs look for dependents."""
-    return f"UPDATE jobs SET has_dependents = 1 WHERE has_dependents = 0 AND id {these}"
+# Make new jobs wait for :waits_for others.
+MAKE_WAIT = f"UPDATE jobs SET state = 'waiting', waits_for = :waits_for WHERE finished_at IS NULL AND id {THESE}"
 
-
-def make_wait(these: str) -> str:
-    """Make new jobs wait for :waits_for others."""
-    return f"UPDATE jobs SET state = 'waiting', waits_for = :waits_for WHERE finished_at IS NULL AND id {these}"
-
-
-def dependents(these: str, among: str = AMONG, state: str = STATE) -> str:
-    """Return the jobs that wait for one of these; on PostgreSQL, lock them."""
-    return f"""
-SELECT id FROM jobs WHERE {state} = 'waiting' AND id {among.format(f"{_CHILDREN} {these}")}"""
+# Return the jobs that wait for one of these; on PostgreSQL, lock them.
+DEPENDENTS = f"SELECT id FROM jobs WHERE {STATE} = 'waiting' AND id {CHILDREN}"
 
 
 # guard: a job fails with the job that it waits for
 # guard: a job that asked for it runs after a failed one
-def fail_dependents(these: str, among: str = AMONG, state: str = STATE) -> str:
-    """Make the jobs failed that wait for one of these, which failed; return their ids."""
-    failed = f"SELECT id FROM jobs p WHERE state {UNSUCCESSFUL} AND id {these}"
+def fail_dependents(among: str = "IN ({})") -> str:
+    failed = f"SELECT id FROM jobs p WHERE state {UNSUCCESSFUL} AND id {THESE}"
     which = f"d.after_failed = 'fail' AND d.parent_id {among.format(failed)}"
     return f"""
 UPDATE jobs SET state = 'failed', finished_at = :now, error =
     (SELECT 'job ' || id || CASE p.state WHEN 'failed' THEN ' failed' ELSE ' was cancelled' END FROM jobs p
      WHERE id = (SELECT min(parent_id) FROM dependencies d WHERE job_id = jobs.id AND {which}))
-WHERE {state} = 'waiting' AND id {among.format(f"SELECT job_id FROM dependencies d WHERE {which}")} RETURNING id"""
+WHERE {STATE} = 'waiting' AND id {among.format(f"SELECT job_id FROM dependencies d WHERE {which}")} RETURNING id"""
 
 
+# Make the jobs failed that wait for one of these, which failed; return their ids.
+FAIL_DEPENDENTS = fail_dependents()
+
+# Promote the jobs that wait for no others than these, which finished; return the new states.
 # guard: a job waits for all its parents
 # guard: a job that waited is scheduled if it is not due
-def count_down(these: str) -> str:
-    """Promote the jobs that wait for no others than these, which finished; return the new states."""
-    return f"""
+COUNT_DOWN = f"""
 UPDATE jobs SET waits_for = waits_for - finished.number, state = CASE WHEN waits_for > finished.number THEN 'waiting'
     WHEN run_at > :now THEN 'scheduled' ELSE 'pending' END
-FROM (SELECT job_id, count(*) AS number FROM dependencies WHERE parent_id {these} GROUP BY job_id) finished
+FROM (SELECT job_id, count(*) AS number FROM dependencies WHERE parent_id {THESE} GROUP BY job_id) finished
 WHERE jobs.id = finished.job_id AND state = 'waiting' RETURNING state"""
 
-
-def record_failures(these: str) -> str:
-    """Record that these jobs failed with a parent."""
-    return f"""
+# Record that these jobs failed with a parent.
+RECORD_FAILURES = f"""
 INSERT INTO history (job_id, at, event, actor, attempt, error)
-SELECT id, :now, 'failed', 'dependency', attempts, error FROM jobs WHERE id {these} ORDER BY id"""
+SELECT id, :now, 'failed', 'dependency', attempts, error FROM jobs WHERE id {THESE} ORDER BY id"""
+
+# Return the dependents of these jobs, and all parents of those.
+FAMILY = f"""
+SELECT job_id FROM dependencies WHERE parent_id {THESE} UNION
+SELECT parent_id FROM dependencies WHERE job_id {CHILDREN}"""
 
 
-def family(these: str, among: str = AMONG, state: str = STATE) -> str:  # noqa: ARG001
-    """Return the dependents of these jobs, and all parents of those."""
-    return f"""
-SELECT job_id FROM dependencies WHERE parent_id {these} UNION
-SELECT parent_id FROM dependencies WHERE job_id {among.format(f"{_CHILDREN} {these}")}"""
-
-
-def free_keys(these: str, among: str = AMONG, state: str = STATE) -> str:
-    """Take the keys whose time is over from the jobs that hold those of the dependents of these jobs."""
+def free_keys(among: str = "IN ({})") -> str:
     holder = f"SELECT id FROM jobs o WHERE (o.queue, o.task, o.key) = (c.queue, c.task, c.key) AND {HOLDS_KEY}"
-    which = f"c.waits_for > 0 AND {state} = 'failed' AND c.id {among.format(f'{_CHILDREN} {these}')}"
-    holders = f"SELECT ({holder} AND key_expires_at <= :now) FROM jobs c WHERE {which}"
-    return f"""
-UPDATE jobs SET key_expires_at = NULL WHERE id {among.format(holders)}"""
+    holders = f"""SELECT ({holder} AND key_expires_at <= :now) FROM jobs c
+    WHERE c.waits_for > 0 AND {STATE} = 'failed' AND c.id {CHILDREN}"""
+    return f"UPDATE jobs SET key_expires_at = NULL WHERE id {among.format(holders)}"
 
 
+# Take the keys whose time is over from the jobs that hold those of the dependents of these jobs.
+FREE_KEYS = free_keys()
+
+# Let the jobs wait again that failed with these, which were resubmitted; return their ids.
 # guard: a job that failed with its parent is restored with it
 # guard: a job is restored when no parent of it is failed
 # guard: restoring a job respects its key
-def restore(these: str, among: str = AMONG, state: str = STATE) -> str:
-    """Let the jobs wait again that failed with these, which were resubmitted; return their ids."""
-    return f"""
+RESTORE = f"""
 UPDATE jobs SET state = 'waiting', finished_at = NULL, error = NULL
-WHERE {state} = 'failed' AND id {among.format(f"{_CHILDREN} {these}")} AND waits_for > 0
+WHERE {STATE} = 'failed' AND id {CHILDREN} AND waits_for > 0
     AND NOT EXISTS (SELECT 1 FROM dependencies d
         WHERE d.job_id = jobs.id AND {_PARENT} {UNSUCCESSFUL} {FOR_EACH})
     AND {KEY_IS_FREE} RETURNING id"""
 
-
+# Count again how many jobs each dependent of these jobs waits for.
 # guard: a job that waits for others also waits for a resubmitted parent
-def recount_parents(these: str, among: str = AMONG, state: str = STATE) -> str:
-    """Count again how many jobs each dependent of these jobs waits for."""
-    return f"""
+RECOUNT_PARENTS = f"""
 UPDATE jobs SET waits_for =
     (SELECT count(*) FROM dependencies d WHERE d.job_id = jobs.id AND {_PARENT} IN {UNFINISHED})
-WHERE {state} = 'waiting' AND id {among.format(f"{_CHILDREN} {these}")}"""
+WHERE {STATE} = 'waiting' AND id {CHILDREN}"""
 
-
-def needed(these: str) -> str:
-    """Return these jobs that unfinished others run after, each with one of those."""
-    return f"""
-SELECT d.parent_id, min(d.job_id) FROM dependencies d WHERE d.parent_id {these} AND NOT d.job_id {these}
+# Return these jobs that unfinished others run after, each with one of those.
+NEEDED = f"""
+SELECT d.parent_id, min(d.job_id) FROM dependencies d WHERE d.parent_id {THESE} AND NOT d.job_id {THESE}
     AND (SELECT state FROM jobs c WHERE c.id = d.job_id) IN {UNFINISHED} GROUP BY d.parent_id ORDER BY d.parent_id"""
-
-
-MARK_PARENTS, MAKE_WAIT, DEPENDENTS = mark_parents(THESE), make_wait(THESE), dependents(THESE)
-FAIL_DEPENDENTS, COUNT_DOWN, RECORD_FAILURES = fail_dependents(THESE), count_down(THESE), record_failures(THESE)
-FREE_KEYS = free_keys(THESE)
-FAMILY, RESTORE, RECOUNT_PARENTS, NEEDED = family(THESE), restore(THESE), recount_parents(THESE), needed(THESE)
 
 # Let each of the jobs :ids run after each of :parents.
 ADD_DEPENDENCIES = """

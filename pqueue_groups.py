@@ -45,6 +45,7 @@ from pqueue_schema import (
     PENDING_OF_TASK,
     PROMOTE,
     SET_MAX_PENDING,
+    THESE,
 )
 from pqueue_values import (
     MAX_GROUP_CHARS,
@@ -211,10 +212,10 @@ ROOM_OF_GROUP = rooms("(SELECT :queue AS queue, :name AS name) g")
 # Return these jobs as they will be after LEASE_THESE, which takes half as long as RETURNING. :ids is a JSON array.
 AS_LEASED = f"""
 SELECT {", ".join(f"{LEASE[name]} AS {name}" if name in LEASE else COLUMN_OF[name] for name in COLUMN_OF)} FROM jobs
-WHERE id IN (SELECT value FROM json_each(:ids))"""
+WHERE id {THESE}"""
 
 # Lease these jobs to the consumer. :ids is a JSON array; :counted is 1 in queues with limits, else NULL.
-LEASE_THESE = f"UPDATE jobs SET {LEASED}, counted = :counted WHERE id IN (SELECT value FROM json_each(:ids))"
+LEASE_THESE = f"UPDATE jobs SET {LEASED}, counted = :counted WHERE id {THESE}"
 
 # Do both for a single job.
 LEASE_ONE = f"UPDATE jobs SET {LEASED}, counted = :counted WHERE id = :id RETURNING {COLUMNS}"
@@ -228,7 +229,7 @@ UPDATE queues SET turn = coalesce(:turn, turn), unnamed_turn = coalesce(:unnamed
 WHERE name = :queue"""
 
 # Return these jobs. :ids is a JSON array.
-THESE_JOBS = f"SELECT {COLUMNS} FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
+THESE_JOBS = f"SELECT {COLUMNS} FROM jobs WHERE id {THESE}"
 
 # Let claims pass over a task of a group, until a job of it becomes pending.
 REST_TASK = "UPDATE queue_groups SET next_at = -1 WHERE queue = :queue AND name = :name AND task = :task"

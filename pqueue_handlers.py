@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pqueue_backend import Backend, Session
-from pqueue_schema import ADD_TASK, FOR_EACH
+from pqueue_schema import ADD_TASK, FOR_EACH, THESE
 from pqueue_tasks import Task
 from pqueue_values import encode_json, to_json, valid_name
 
@@ -26,19 +26,15 @@ DELETE_HANDLER = "DELETE FROM handlers WHERE name = :name"
 HANDLERS = "SELECT name, task FROM handlers ORDER BY name"
 
 
+# Return those of these jobs that failed and have a handler; that of the task takes precedence.
 # guard: the job of a handler has no handler
 # guard: a cancelled job has no handler
-def unhandled(these: str) -> str:
-    """Return those of these jobs that failed and have a handler; that of the task takes precedence."""
-    return f"""
+UNHANDLED = f"""
 SELECT id, queue, jobs.task, error, attempts, consumer, coalesce(t.task, q.task) AS handler FROM jobs
 LEFT JOIN handlers t ON t.name = 'task:' || jobs.task LEFT JOIN handlers q ON q.name = 'queue:' || queue
-WHERE id {these} AND state = 'failed' AND coalesce(t.task, q.task) IS NOT NULL
+WHERE id {THESE} AND state = 'failed' AND coalesce(t.task, q.task) IS NOT NULL
     AND NOT EXISTS (SELECT 1 FROM dependencies WHERE job_id = jobs.id AND after_failed = 'handle' {FOR_EACH})
 ORDER BY id"""
-
-
-UNHANDLED = unhandled("IN (SELECT value FROM json_each(:ids))")
 
 # Insert the job of a handler, whatever the limit of the queue: `scheduled`, so that the next dequeue promotes it.
 ADD_HANDLER_JOB = """

@@ -19,6 +19,7 @@ import pqueue_schema
 from pqueue_outcomes import ALL_SUMS, BOUNDS, EVENT, KEY, MAX_TIME, NEW, SUM, UNTIMED
 from pqueue_outcomes import COLUMNS as COLUMNS_OF_COUNTS
 from pqueue_schema import (
+    CHILDREN,
     COLUMN_OF,
     COLUMNS,
     COMPLETED,
@@ -32,11 +33,13 @@ from pqueue_schema import (
     LEASE,
     NEW_JOB,
     ORDER,
+    STATE,
+    THESE,
     UNLESS_HELD,
 )
 from pqueue_values import DEFAULT_MAX_ATTEMPTS
 
-# `translated` replaces these three in the text of a statement.
+# `translated` replaces these three in the text of a statement, and THESE and CHILDREN of pqueue_schema.
 SCHEMA = "{schema}"
 CHANNEL = "{channel}"  # of NOTIFY
 LOCK_CLASS = "{lock_class}"  # of the advisory locks that running consumers hold
@@ -239,10 +242,7 @@ END $$""",
 LOCK = "FOR UPDATE SKIP LOCKED"  # skip rows that other transactions have locked
 PG_NOTIFY = f"pg_notify('{CHANNEL}', '')"  # in a RETURNING clause
 PG_NOTIFY_JOBS = f"CAST(pg_notify('{CHANNEL}', :ids) AS text)"
-THESE = "ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST(:ids AS json)) AS bigint)))"
-AMONG = "= ANY (ARRAY({}))"
-STATE = "state || ''"  # for an expression, no index of the state is used
-BY_IDS = (f"= {THESE}", AMONG, STATE)
+AMONG = "= ANY (ARRAY({}))"  # which is never planned as a join with all rows
 FINISHED_PARENTS = "CAST((SELECT numbers FROM finished) ->> CAST(id AS text) AS integer)"
 KNOWN = "(CAST(:tasks AS text) IS NULL OR {task} = ANY (string_to_array(CAST(:tasks AS text), chr(10))))"
 _AMONG_SERVED = "(CAST(:queues AS json) IS NULL OR {} IN (SELECT json_array_elements_text(CAST(:queues AS json))))"
@@ -450,8 +450,8 @@ SELECT id FROM added"""
 
 def _of_dependencies(these: str) -> str:
     return f"""
-id = ANY (ARRAY(SELECT id FROM dependencies WHERE job_id = {these}
-    UNION ALL SELECT id FROM dependencies WHERE parent_id = {these}))"""
+id = ANY (ARRAY(SELECT id FROM dependencies WHERE job_id {these}
+    UNION ALL SELECT id FROM dependencies WHERE parent_id {these}))"""
 
 
 def _taken(rows: str) -> str:
@@ -559,15 +559,13 @@ ORDER BY {ORDER} LIMIT :limit""",
     # differs because a text is searched in another way, and others may have claimed the jobs since
     pqueue_groups.AS_LEASED: f"""
 SELECT {", ".join(AS_LEASED.get(name, column) for name, column in COLUMN_OF.items())} FROM jobs
-WHERE id = {THESE} AND state = 'pending' {LOCK}""",
+WHERE id {THESE} AND state = 'pending' {LOCK}""",
     # differs because a text is searched in another way
-    pqueue_groups.LEASE_THESE: f"UPDATE jobs SET {LEASED}, counted = :counted WHERE id = {THESE}",
+    pqueue_groups.LEASE_THESE: f"UPDATE jobs SET {LEASED}, counted = :counted WHERE id {THESE}",
     # differs because a text is searched in another way, and others may have claimed the job since
     pqueue_groups.LEASE_ONE: f"""
 UPDATE jobs SET {LEASED}, counted = :counted
 WHERE id = (SELECT id FROM jobs WHERE id = :id AND state = 'pending' {LOCK}) RETURNING {COLUMNS}""",
-    # differs because JSON is read in another way
-    pqueue_groups.THESE_JOBS: f"SELECT {COLUMNS} FROM jobs WHERE id = {THESE}",
     # differs because others may promote at the same time
     pqueue_schema.PROMOTE: f"""
 UPDATE jobs SET state = 'pending' WHERE id = ANY (ARRAY(
@@ -587,19 +585,8 @@ WHERE id = ANY (ARRAY(SELECT id FROM jobs WHERE {HELD_BY_CONSUMER} {LOCK}))""",
     # differs because a consumer that lost its connection may have reconnected
     pqueue_schema.UNREGISTER: f"""
 {pqueue_schema.UNREGISTER} AND (:state = 'stopped' OR slot NOT IN ({LOCKED_SLOTS}) AND {NOT_SEEN})""",
-    # differs because JSON is read in another way
-    pqueue_schema.LEASES: f"""
-SELECT id, lease_token FROM jobs WHERE substr(lease_token, 1, 16) = :token AND id = {THESE}""",
-    # differs because JSON is read in another way
-    pqueue_schema.DELETE_HISTORY: f"DELETE FROM history WHERE job_id = {THESE}",
-    # differs because JSON is read in another way, and an OR could be planned as a scan of all dependencies
+    # differs because an OR could be planned as a scan of all dependencies
     pqueue_schema.DELETE_DEPENDENCIES: f"DELETE FROM dependencies WHERE {_of_dependencies(THESE)}",
-    # differs because JSON is read in another way
-    pqueue_schema.DELETE_JOBS: f"DELETE FROM jobs WHERE id = {THESE}",
-    # differs because JSON is read in another way
-    pqueue_schema.RUNNING_JOBS: f"SELECT id FROM jobs WHERE {STATE} = 'processing' AND id = {THESE}",
-    # differs because JSON is read in another way
-    pqueue_schema.STATES_OF: f"SELECT id, state FROM jobs WHERE id = {THESE}",
     # differs because a subquery for each queue is LATERAL, and others may prune at the same time
     pqueue_schema.PRUNABLE: f"""
 SELECT jobs.id FROM queues q CROSS JOIN LATERAL
@@ -648,12 +635,12 @@ GROUP BY at - at % 3600, {EVENT} ORDER BY 2, 3, 4, 5, 6, 7
         "split_part(error, chr(10), 1)", "CAST(floor((finished_at - :first) / 3600) AS integer)", "string_agg"
     ),
     # differs because they must not change before they are promoted or failed, and all lock them in one order
-    pqueue_dependencies.DEPENDENTS: f"{pqueue_dependencies.dependents(*BY_IDS)} ORDER BY id FOR UPDATE",
+    pqueue_dependencies.DEPENDENTS: f"{pqueue_dependencies.DEPENDENTS} ORDER BY id FOR UPDATE",
     # differs because a join could be planned as one of all jobs
     pqueue_dependencies.COUNT_DOWN: f"""
 WITH finished AS MATERIALIZED (
     SELECT array_agg(job_id) AS ids, jsonb_object_agg(job_id, number) AS numbers FROM (
-        SELECT job_id, count(*) AS number FROM dependencies WHERE parent_id = {THESE} GROUP BY job_id) each)
+        SELECT job_id, count(*) AS number FROM dependencies WHERE parent_id {THESE} GROUP BY job_id) each)
 UPDATE jobs SET waits_for = waits_for - {FINISHED_PARENTS}, state = CASE
     WHEN waits_for > {FINISHED_PARENTS} THEN 'waiting' WHEN run_at > :now THEN 'scheduled' ELSE 'pending' END
 WHERE {STATE} = 'waiting' AND id {AMONG.format("SELECT unnest(ids) FROM finished")} RETURNING state""",
@@ -662,28 +649,10 @@ WHERE {STATE} = 'waiting' AND id {AMONG.format("SELECT unnest(ids) FROM finished
 INSERT INTO dependencies (job_id, parent_id, after_failed)
 SELECT CAST(c.value AS bigint), CAST(p.value AS bigint), :after_failed
 FROM json_array_elements_text(CAST(:ids AS json)) c CROSS JOIN json_array_elements_text(CAST(:parents AS json)) p""",
-}
-# differ because JSON is read in another way
-POSTGRES |= {
-    statement(pqueue_dependencies.THESE): statement(f"= {THESE}")
-    for statement in (
-        pqueue_dependencies.mark_parents,
-        pqueue_dependencies.make_wait,
-        pqueue_dependencies.record_failures,
-        pqueue_dependencies.needed,
-        pqueue_handlers.unhandled,
-    )
-}
-
-POSTGRES |= {
-    statement(pqueue_dependencies.THESE): statement(*BY_IDS)
-    for statement in (
-        pqueue_dependencies.fail_dependents,
-        pqueue_dependencies.family,
-        pqueue_dependencies.free_keys,
-        pqueue_dependencies.restore,
-        pqueue_dependencies.recount_parents,
-    )
+    # differs because a subquery could be planned as a join with all jobs
+    pqueue_dependencies.FAIL_DEPENDENTS: pqueue_dependencies.fail_dependents(AMONG),
+    # differs because a subquery could be planned as a join with all jobs
+    pqueue_dependencies.FREE_KEYS: pqueue_dependencies.free_keys(AMONG),
 }
 
 # Operations in one statement, and so in one round trip
@@ -837,7 +806,7 @@ PRUNE = f"""
 WITH old AS MATERIALIZED (
     SELECT id FROM jobs WHERE id = ANY (CAST(:ids AS bigint[])) AND {pqueue_schema.NO_DEPENDENTS}),
 events AS (DELETE FROM history WHERE job_id = ANY (ARRAY(SELECT id FROM old))),
-edges AS (DELETE FROM dependencies WHERE {_of_dependencies("ANY (ARRAY(SELECT id FROM old))")}),
+edges AS (DELETE FROM dependencies WHERE {_of_dependencies("= ANY (ARRAY(SELECT id FROM old))")}),
 deleted AS (DELETE FROM jobs WHERE id = ANY (ARRAY(SELECT id FROM old)) RETURNING 1)
 SELECT count(*) FROM deleted"""
 
@@ -1092,6 +1061,8 @@ def drift(model: list[Part], found: list[Part], schema: str, *, has_limits: bool
     ]
 
 
+POSTGRES_THESE = "= ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST(:ids AS json)) AS bigint)))"
+POSTGRES_CHILDREN = AMONG.format(f"SELECT job_id FROM dependencies WHERE parent_id {POSTGRES_THESE}")
 NAMED = re.compile(r"(?<!:):([a-z_]\w*)")
 # A name of a table where a statement says which table it uses. The application's search_path must not decide that.
 USED_TABLE = re.compile(rf"\b(FROM|JOIN|INTO|UPDATE|TABLE|EXISTS|ON) ({'|'.join(TABLES)})\b(?!\.)")
@@ -1110,7 +1081,8 @@ def translated(sql: str, schema: str = DEFAULT_SCHEMA) -> tuple[bytes, list[str]
 
     The text names the schema of each table.
     """
-    sql = USED_TABLE.sub(rf"\1 {SCHEMA}.\2", POSTGRES.get(sql, sql))
+    sql = POSTGRES.get(sql, sql).replace(CHILDREN, POSTGRES_CHILDREN).replace(THESE, POSTGRES_THESE)
+    sql = USED_TABLE.sub(rf"\1 {SCHEMA}.\2", sql)
     for placeholder, name in names_in(schema).items():
         sql = sql.replace(placeholder, name)
     names = list(dict.fromkeys(NAMED.findall(sql)))

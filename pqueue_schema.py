@@ -297,6 +297,10 @@ NEW_JOB = """queue, task, payload, state, priority, run_at, expires_at, max_atte
 KEY_IS_FREE = f"""(key_until IS NULL OR NOT EXISTS (SELECT 1 FROM jobs o WHERE o.queue = jobs.queue
         AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id AND {HOLDS_KEY} {FOR_EACH}))"""
 UNLESS_HELD = "ON CONFLICT DO NOTHING"
+# The jobs :ids, a JSON array, and those that run after them. On PostgreSQL, these two are replaced: see `translated`.
+THESE = "IN (SELECT value FROM json_each(:ids))"
+CHILDREN = f"IN (SELECT job_id FROM dependencies WHERE parent_id {THESE})"
+STATE = "state || ''"  # of jobs that are found by id: for an expression, no index of the state is used
 
 # Statements, with :named parameters. Those that differ on PostgreSQL are in pqueue_postgres.POSTGRES.
 
@@ -635,9 +639,7 @@ AND id > (SELECT coalesce(max(+id), 0) FROM history WHERE job_id = :id AND event
 HELD_BY = f"SELECT {COLUMNS} FROM jobs WHERE {HELD_BY_CONSUMER}"
 
 # Return the leases of these jobs that a consumer holds. :ids is a JSON array.
-LEASES = """
-SELECT id, lease_token FROM jobs
-WHERE substr(lease_token, 1, 16) = :token AND id IN (SELECT value FROM json_each(:ids))"""
+LEASES = f"SELECT id, lease_token FROM jobs WHERE substr(lease_token, 1, 16) = :token AND id {THESE}"
 
 # Return whether a delivery still holds its lease.
 HOLDS = f"SELECT 1 FROM jobs WHERE {HELD}"
@@ -726,21 +728,19 @@ FROM queues q"""
 RETENTION = " UNION ALL ".join(_RETENTION.format(state=state, unneeded=UNNEEDED) for state in FINISHED)
 
 # Delete the history of these jobs. :ids is a JSON array.
-DELETE_HISTORY = "DELETE FROM history WHERE job_id IN (SELECT value FROM json_each(:ids))"
+DELETE_HISTORY = f"DELETE FROM history WHERE job_id {THESE}"
 
 # Delete the dependencies of these jobs and on them. :ids is a JSON array.
-DELETE_DEPENDENCIES = """
-DELETE FROM dependencies WHERE job_id IN (SELECT value FROM json_each(:ids))
-    OR parent_id IN (SELECT value FROM json_each(:ids))"""
+DELETE_DEPENDENCIES = f"DELETE FROM dependencies WHERE job_id {THESE} OR parent_id {THESE}"
 
 # Delete these jobs. :ids is a JSON array.
-DELETE_JOBS = "DELETE FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
+DELETE_JOBS = f"DELETE FROM jobs WHERE id {THESE}"
 
 # Return which of these jobs are processing. :ids is a JSON array.
-RUNNING_JOBS = "SELECT id FROM jobs WHERE state = 'processing' AND id IN (SELECT value FROM json_each(:ids))"
+RUNNING_JOBS = f"SELECT id FROM jobs WHERE {STATE} = 'processing' AND id {THESE}"
 
 # Return the states of these jobs. :ids is a JSON array.
-STATES_OF = "SELECT id, state FROM jobs WHERE id IN (SELECT value FROM json_each(:ids))"
+STATES_OF = f"SELECT id, state FROM jobs WHERE id {THESE}"
 
 # The conditions by which an index finds the jobs of a state.
 INDEXED = {state: [f"state = '{state}'"] for state in ("waiting", "scheduled", "processing")}

@@ -815,7 +815,6 @@ SELECT id, queue, task, payload, state, priority, run_at, expires_at, attempts, 
 
 -- LEASES
 -- Return the leases of these jobs that a consumer holds. :ids is a JSON array.
--- differs because JSON is read in another way
 -- $1 token, $2 ids
 SELECT id, lease_token FROM pqueue.jobs WHERE substr(lease_token, 1, 16) = $1 AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint)));
 
@@ -948,13 +947,12 @@ FROM pqueue.queues q;
 
 -- DELETE_HISTORY
 -- Delete the history of these jobs. :ids is a JSON array.
--- differs because JSON is read in another way
 -- $1 ids
 DELETE FROM pqueue.history WHERE job_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)));
 
 -- DELETE_DEPENDENCIES
 -- Delete the dependencies of these jobs and on them. :ids is a JSON array.
--- differs because JSON is read in another way, and an OR could be planned as a scan of all dependencies
+-- differs because an OR could be planned as a scan of all dependencies
 -- $1 ids
 DELETE FROM pqueue.dependencies WHERE 
 id = ANY (ARRAY(SELECT id FROM pqueue.dependencies WHERE job_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)))
@@ -962,19 +960,16 @@ id = ANY (ARRAY(SELECT id FROM pqueue.dependencies WHERE job_id = ANY (ARRAY(SEL
 
 -- DELETE_JOBS
 -- Delete these jobs. :ids is a JSON array.
--- differs because JSON is read in another way
 -- $1 ids
 DELETE FROM pqueue.jobs WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)));
 
 -- RUNNING_JOBS
 -- Return which of these jobs are processing. :ids is a JSON array.
--- differs because JSON is read in another way
 -- $1 ids
 SELECT id FROM pqueue.jobs WHERE state || '' = 'processing' AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)));
 
 -- STATES_OF
 -- Return the states of these jobs. :ids is a JSON array.
--- differs because JSON is read in another way
 -- $1 ids
 SELECT id, state FROM pqueue.jobs WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)));
 
@@ -1162,13 +1157,11 @@ DELETE FROM pqueue.schedules WHERE name = $1;
 
 -- MARK_PARENTS
 -- Make the completion of these jobs look for dependents.
--- differs because JSON is read in another way
 -- $1 ids
 UPDATE pqueue.jobs SET has_dependents = 1 WHERE has_dependents = 0 AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)));
 
 -- MAKE_WAIT
 -- Make new jobs wait for :waits_for others.
--- differs because JSON is read in another way
 -- $1 waits_for, $2 ids
 UPDATE pqueue.jobs SET state = 'waiting', waits_for = $1 WHERE finished_at IS NULL AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint)));
 
@@ -1180,7 +1173,7 @@ SELECT id FROM pqueue.jobs WHERE state || '' = 'waiting' AND id = ANY (ARRAY(SEL
 
 -- FAIL_DEPENDENTS
 -- Make the jobs failed that wait for one of these, which failed; return their ids.
--- differs because JSON is read in another way
+-- differs because a subquery could be planned as a join with all jobs
 -- $1 now, $2 ids
 UPDATE pqueue.jobs SET state = 'failed', finished_at = $1, error =
     (SELECT 'job ' || id || CASE p.state WHEN 'failed' THEN ' failed' ELSE ' was cancelled' END FROM pqueue.jobs p
@@ -1200,28 +1193,26 @@ WHERE state || '' = 'waiting' AND id = ANY (ARRAY(SELECT unnest(ids) FROM finish
 
 -- RECORD_FAILURES
 -- Record that these jobs failed with a parent.
--- differs because JSON is read in another way
 -- $1 now, $2 ids
 INSERT INTO pqueue.history (job_id, at, event, actor, attempt, error)
 SELECT id, $1, 'failed', 'dependency', attempts, error FROM pqueue.jobs WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint))) ORDER BY id;
 
--- FREE_KEYS
--- Take the keys whose time is over from the jobs that hold those of the dependents of these jobs.
--- differs because JSON is read in another way
--- $1 now, $2 ids
-UPDATE pqueue.jobs SET key_expires_at = NULL WHERE id = ANY (ARRAY(SELECT (SELECT id FROM pqueue.jobs o WHERE (o.queue, o.task, o.key) = (c.queue, c.task, c.key) AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
-    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) AND key_expires_at <= $1) FROM pqueue.jobs c WHERE c.waits_for > 0 AND state || '' = 'failed' AND c.id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint)))))));
-
 -- FAMILY
 -- Return the dependents of these jobs, and all parents of those.
--- differs because JSON is read in another way
 -- $1 ids
 SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))) UNION
 SELECT parent_id FROM pqueue.dependencies WHERE job_id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)))));
 
+-- FREE_KEYS
+-- Take the keys whose time is over from the jobs that hold those of the dependents of these jobs.
+-- differs because a subquery could be planned as a join with all jobs
+-- $1 now, $2 ids
+UPDATE pqueue.jobs SET key_expires_at = NULL WHERE id = ANY (ARRAY(SELECT (SELECT id FROM pqueue.jobs o WHERE (o.queue, o.task, o.key) = (c.queue, c.task, c.key) AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
+    AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) AND key_expires_at <= $1) FROM pqueue.jobs c
+    WHERE c.waits_for > 0 AND state || '' = 'failed' AND c.id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($2 AS json)) AS bigint)))))));
+
 -- RESTORE
 -- Let the jobs wait again that failed with these, which were resubmitted; return their ids.
--- differs because JSON is read in another way
 -- $1 ids
 UPDATE pqueue.jobs SET state = 'waiting', finished_at = NULL, error = NULL
 WHERE state || '' = 'failed' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.dependencies WHERE parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))))) AND waits_for > 0
@@ -1233,7 +1224,6 @@ WHERE state || '' = 'failed' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.depen
 
 -- RECOUNT_PARENTS
 -- Count again how many jobs each dependent of these jobs waits for.
--- differs because JSON is read in another way
 -- $1 ids
 UPDATE pqueue.jobs SET waits_for =
     (SELECT count(*) FROM pqueue.dependencies d WHERE d.job_id = jobs.id AND (SELECT state FROM pqueue.jobs p WHERE p.id = d.parent_id) IN ('waiting', 'scheduled', 'pending', 'processing'))
@@ -1241,7 +1231,6 @@ WHERE state || '' = 'waiting' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.depe
 
 -- NEEDED
 -- Return these jobs that unfinished others run after, each with one of those.
--- differs because JSON is read in another way
 -- $1 ids
 SELECT d.parent_id, min(d.job_id) FROM pqueue.dependencies d WHERE d.parent_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint))) AND NOT d.job_id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)))
     AND (SELECT state FROM pqueue.jobs c WHERE c.id = d.job_id) IN ('waiting', 'scheduled', 'pending', 'processing') GROUP BY d.parent_id ORDER BY d.parent_id;
@@ -1270,7 +1259,6 @@ SELECT name, task FROM pqueue.handlers ORDER BY name;
 
 -- UNHANDLED
 -- Return those of these jobs that failed and have a handler; that of the task takes precedence.
--- differs because JSON is read in another way
 -- $1 ids
 SELECT id, queue, jobs.task, error, attempts, consumer, coalesce(t.task, q.task) AS handler FROM pqueue.jobs
 LEFT JOIN pqueue.handlers t ON t.name = 'task:' || jobs.task LEFT JOIN pqueue.handlers q ON q.name = 'queue:' || queue
@@ -1576,7 +1564,6 @@ WHERE name = $3;
 
 -- THESE_JOBS
 -- Return these jobs. :ids is a JSON array.
--- differs because JSON is read in another way
 -- $1 ids
 SELECT id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents FROM pqueue.jobs WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($1 AS json)) AS bigint)));
 

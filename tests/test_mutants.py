@@ -208,7 +208,7 @@ MUTANTS = [
     Mutant("a job that failed with its parent is restored with it", "contract: restores_the_jobs", " AND waits_for > 0", " AND waits_for < 0"),
     Mutant("a job is restored when no parent of it is failed", "contract: restores_the_jobs", " AND {_PARENT} {UNSUCCESSFUL}", " AND d.id < 0"),
     Mutant("restoring a job respects its key", "contract: does_not_take_a_key", "    AND {KEY_IS_FREE} RETURNING id", "    RETURNING id"),
-    Mutant("a job that waits for others also waits for a resubmitted parent", "contract: waits_again", "{state} = 'waiting' AND id", "{state} = 'none' AND id"),
+    Mutant("a job that waits for others also waits for a resubmitted parent", "contract: waits_again", "{STATE} = 'waiting' AND id", "{STATE} = 'none' AND id"),
     Mutant("a job that another one needs is kept", "contract: neither_pruned_nor_deleted", "(SELECT state FROM jobs c WHERE c.id = d.job_id) IN {UNFINISHED}", "FALSE"),
     Mutant("a job that another one needs is not deleted", "contract: neither_pruned_nor_deleted"),
     Mutant("a job carried to the target waits for its parents there", "contract: wait_for_their_parents_in_the_target"),

@@ -41,18 +41,6 @@ def comments(module: ModuleType) -> dict[str, str]:
     return {name: " ".join(each) for name, each in lines.items() if each}
 
 
-def why() -> dict[str, str]:
-    """Return why each statement differs."""
-    return {**dict.fromkeys(WRITTEN, "differs because JSON is read in another way"), **comments(pqueue_postgres)}
-
-
-# Those that a function of the same name writes, for both
-WRITTEN = {
-    name: str(getattr(module, name.lower()).__doc__)
-    for module in (pqueue_dependencies, pqueue_handlers)
-    for name in statements(module)
-    if hasattr(module, name.lower())
-}
 MODULES = (
     pqueue_schema,
     pqueue_move,
@@ -63,7 +51,8 @@ MODULES = (
     pqueue_groups,
 )
 SHARED = {name: sql for module in MODULES for name, sql in statements(module).items()}
-ABOUT = {**{name: about for module in MODULES for name, about in comments(module).items()}, **WRITTEN}
+ABOUT = {name: about for module in MODULES for name, about in comments(module).items()}
+WHY = comments(pqueue_postgres)  # a statement differs
 RETURNS = re.compile(r"; returns (the new id|their ids)$")  # in the comment of a statement: on PostgreSQL alone
 OWN = {name: sql for name, sql in statements(pqueue_postgres).items() if sql not in POSTGRES.values()}
 DIFFERING = [name for name in SHARED if SHARED[name] in POSTGRES]
@@ -77,12 +66,11 @@ def page() -> str:
     parts += [sent(sql) for sql in (*pqueue_postgres.COUNTING, *pqueue_postgres.GROUPING)]
     parts.append("-- While a queue has a limit\n")
     parts += [sent(sql) for sql in (*pqueue_postgres.START_COUNTING, *pqueue_postgres.RECOUNT)]
-    reasons = why()
     parts.append("-- Statements that all backends share\n")
     for name, sql in SHARED.items():
-        parts.append(shown(name, [ABOUT.get(name, ""), reasons[name] if sql in POSTGRES else ""], sql))
+        parts.append(shown(name, [ABOUT.get(name, ""), WHY[name] if sql in POSTGRES else ""], sql))
     parts.append("-- Statements that only PostgreSQL has\n")
-    parts += [shown(name, [reasons.get(name, "")], sql) for name, sql in OWN.items()]
+    parts += [shown(name, [WHY.get(name, "")], sql) for name, sql in OWN.items()]
     return "\n".join(parts)
 
 
@@ -138,12 +126,11 @@ def test_table_holds_shared_statements_that_differ():
 def test_statement_for_postgresql_has_the_parameters_and_columns_of_the_shared_one(name):
     ours, shared = POSTGRES[SHARED[name]], SHARED[name]
     assert set(NAMED.findall(ours)) == set(NAMED.findall(shared))
-    assert columns(ours) == (["id"] if RETURNS.search(why()[name]) else columns(shared))
+    assert columns(ours) == (["id"] if RETURNS.search(WHY[name]) else columns(shared))
 
 
 def test_statement_for_postgresql_says_why_it_differs():
-    reasons = why()
-    assert [name for name in DIFFERING if not reasons[name].startswith("differs because ")] == []
+    assert [name for name in DIFFERING if not WHY[name].startswith("differs because ")] == []
 
 
 @pytest.mark.parametrize("module", [pqueue_schema, pqueue_postgres], ids=lambda module: module.__name__)
