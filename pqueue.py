@@ -62,6 +62,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
+import pqueue_schema
 from pqueue_backend import Registration, Session
 from pqueue_dependencies import parents_of
 from pqueue_groups import claim_filter, name_list, valid_group
@@ -71,44 +72,7 @@ from pqueue_outcomes import ROLL_UP_JOBS, Outcomes, count, count_attempts
 from pqueue_results import Waiting, Waits
 from pqueue_retention import EXPIRE_BATCH, Retaining
 from pqueue_schedules import Schedule, Scheduling
-from pqueue_schema import (
-    CLAIM,
-    COMPLETE,
-    COMPLETE_PARENT,
-    ENQUEUE,
-    ENQUEUE_MANY,
-    EXPIRED,
-    EXTEND,
-    EXTEND_ALL,
-    FAIL,
-    FINISHED,
-    FREE_KEY,
-    HEARTBEAT,
-    HELD_BY,
-    HOLDS,
-    LEASES,
-    LOST_BY,
-    MARK_DEAD,
-    NEXT_DUE,
-    NEXT_EVENT,
-    ORPHANED,
-    OVERDUE,
-    PROMOTE,
-    RECORD,
-    REDELIVER,
-    REGISTER,
-    RELEASE,
-    REPLACE,
-    RETRY,
-    ROOM,
-    RUNNING,
-    SNOOZED_AGAIN,
-    STATES,
-    UNFINISHED,
-    UNREGISTER,
-    UPDATE,
-    WITH_KEY,
-)
+from pqueue_schema import FINISHED, STATES, UNFINISHED
 from pqueue_search import Filters
 from pqueue_tasks import (
     TASKS,
@@ -332,8 +296,8 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
             row |= _key_options(key, key_until, key_seconds, on_conflict, row["now"])
         row["payload"] = encode_json("payload", payload)
         if (after, after_failed) == NO_PARENTS:
-            return self._store(ENQUEUE, row)[0]
-        return self._store_after(ENQUEUE, [row], after, after_failed)[0]
+            return self._store(pqueue_schema.ENQUEUE, row)[0]
+        return self._store_after(pqueue_schema.ENQUEUE, [row], after, after_failed)[0]
 
     def _store(self, sql: str, row: Params) -> list[JobId[Any]]:
         """Insert jobs; return their ids, or that of the job that has the key. This is a single statement, its own
@@ -349,11 +313,13 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
             if not ids and (found := self._holder(session, row)):
                 # guard: the id of a job that was there is not new
                 return JobId.of_queue(self, found, is_new=False)
-            if not ids and (self._add_queue(session, row) or (row["key"] and session.change(FREE_KEY, row))):
+            if not ids and (
+                self._add_queue(session, row) or (row["key"] and session.change(pqueue_schema.FREE_KEY, row))
+            ):
                 ids = session.insert(sql, row)
             if ids:
                 return JobId.of_queue(self, ids)
-            room, max_pending = session.run(ROOM, row)[0]
+            room, max_pending = session.run(pqueue_schema.ROOM, row)[0]
             if room is not None and room < row["number"]:
                 raise queue_full("enqueue", row["queue"], max_pending, row["number"])
             raise NotStored
@@ -373,11 +339,11 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
 
     def _holder(self, session: Session, row: Params) -> list[int]:
         """Return the id of the job that holds the key, if any; replace that job if requested and not taken."""
-        found = session.run(WITH_KEY, row) if row["key"] else []
+        found = session.run(pqueue_schema.WITH_KEY, row) if row["key"] else []
         if found and row["replaces"]:
             session.wakes = True
-            if not session.change(REPLACE, {**row, "id": found[0][0]}):
-                found = session.run(WITH_KEY, row)  # on PostgreSQL, it may have been taken in between
+            if not session.change(pqueue_schema.REPLACE, {**row, "id": found[0][0]}):
+                found = session.run(pqueue_schema.WITH_KEY, row)  # on PostgreSQL, it may have been taken in between
         return [job_id for (job_id,) in found]
 
     def enqueue_many(
@@ -416,13 +382,13 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
             if (key_until, key_seconds, on_conflict) != NO_KEY[1:]:
                 raise ValueError("expected keys together with key_until, key_seconds or on_conflict")
             row |= {"payloads": encode_payloads(found), "number": len(found)}
-            return self._store_after(ENQUEUE_MANY, [row] if found else [], after, after_failed)
+            return self._store_after(pqueue_schema.ENQUEUE_MANY, [row] if found else [], after, after_failed)
         if isinstance(keys, str) or not isinstance(keys, Sequence) or len(keys) != len(found):
             raise ValueError(f"expected a list of {len(found)} keys, one per payload, got {short(keys)}")
         rows = [{**row, **_key_options(key, key_until, key_seconds, on_conflict, row["now"])} for key in keys]
         for each, payload in zip(rows, found, strict=True):
             each["payload"] = encode_json("payload", payload)
-        return self._store_after(ENQUEUE, rows, after, after_failed)
+        return self._store_after(pqueue_schema.ENQUEUE, rows, after, after_failed)
 
     # Working
 
@@ -588,8 +554,8 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
             return False
         params = {"id": job.id, "token": job.lease_token, "now": now, "error": UNREADABLE}
         with session:
-            session.change(RECORD, {**params, "event": "failed", "actor": job.consumer})
-            session.change(FAIL, params)
+            session.change(pqueue_schema.RECORD, {**params, "event": "failed", "actor": job.consumer})
+            session.change(pqueue_schema.FAIL, params)
             count(session, job.queue, job.task, "failed", now)
             # guard: a job that cannot be read is followed up
             self._job_ended(session, job.id, now)
@@ -597,7 +563,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
 
     def _claim(self, session: Session, params: Params, prefetches: bool) -> list[Any]:  # noqa: ARG002
         """Lease up to :limit jobs, and return their rows."""
-        return session.run(CLAIM, params)
+        return session.run(pqueue_schema.CLAIM, params)
 
     def _complete_all(self, session: Session, completions: list[tuple[Job, str | None]], now: float) -> list[Job]:
         """Complete these jobs, and return those whose lease was lost."""
@@ -605,9 +571,9 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         others: list[Job] = []
         for job, result in completions:
             params = {"id": job.id, "token": job.lease_token, "result": result, "now": now}
-            if session.change(COMPLETE, params):
+            if session.change(pqueue_schema.COMPLETE, params):
                 continue
-            if session.change(COMPLETE_PARENT, params):
+            if session.change(pqueue_schema.COMPLETE_PARENT, params):
                 others.append(job)
             else:
                 # guard: complete_and_dequeue reports a lost lease
@@ -626,7 +592,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
             at = self._time(now)
             params = {"id": job.id, "token": job.lease_token, "result": encoded, "now": at}
             # guard: complete needs a held lease
-            if not session.change(COMPLETE, params) and self._complete_all(session, [(job, encoded)], at):
+            if not session.change(pqueue_schema.COMPLETE, params) and self._complete_all(session, [(job, encoded)], at):
                 _refuse(session, "complete", job)
             if job.id % ROLL_UP_JOBS == 0:
                 self._count_new(session)
@@ -652,7 +618,9 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         again = retry and job.attempts < (job.max_attempts or 0)  # None: it was never delivered
         params: Params = {"now": now, "run_at": now + duration("retry_in_seconds", delay), "error": error_text(error)}
         # guard: fail is synced
-        self._with_lease("fail", RETRY if again else FAIL, job, params, event="failed", durable=True)
+        self._with_lease(
+            "fail", pqueue_schema.RETRY if again else pqueue_schema.FAIL, job, params, event="failed", durable=True
+        )
         return "scheduled" if again else "failed"
 
     def release(self, job: Job, *, delay_seconds: float | timedelta = 0, now: float | None = None) -> None:
@@ -671,12 +639,12 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         params = {"id": job.id, "token": job.lease_token, "now": now, "error": None, "run_at": run_at}
         has_begun = run_at is not None or bool(job.lease_token and self._has_begun(session, job))
         if run_at is not None:
-            if not session.change(SNOOZED_AGAIN, {**params, "actor": job.consumer}):
-                session.change(RECORD, {**params, "event": "snoozed", "actor": job.consumer})
+            if not session.change(pqueue_schema.SNOOZED_AGAIN, {**params, "actor": job.consumer}):
+                session.change(pqueue_schema.RECORD, {**params, "event": "snoozed", "actor": job.consumer})
         elif has_begun:
-            session.change(RECORD, {**params, "event": "released", "actor": job.consumer})
+            session.change(pqueue_schema.RECORD, {**params, "event": "released", "actor": job.consumer})
         session.wakes = True
-        if not session.change(RELEASE, params):
+        if not session.change(pqueue_schema.RELEASE, params):
             return False
         # guard: a released attempt is counted
         if has_begun:
@@ -686,7 +654,10 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
     def extend(self, job: Job, lease_seconds: float | timedelta = LEASE_SECONDS, *, now: float | None = None) -> None:
         """Renew the lease; it expires this many seconds from now. Raises LeaseLost."""
         self._with_lease(
-            "extend", EXTEND, job, {"lease_expires_at": self._time(now) + above_0("lease_seconds", lease_seconds)}
+            "extend",
+            pqueue_schema.EXTEND,
+            job,
+            {"lease_expires_at": self._time(now) + above_0("lease_seconds", lease_seconds)},
         )
 
     def extend_all(
@@ -699,7 +670,11 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         expires_at = self._time(now) + above_0("lease_seconds", lease_seconds)
         me = self._registry.get(valid_name("consumer", consumer))
         with self._transaction(durable=False) as session:
-            return session.change(EXTEND_ALL, {"token": me.token, "lease_expires_at": expires_at}) if me else 0
+            return (
+                session.change(pqueue_schema.EXTEND_ALL, {"token": me.token, "lease_expires_at": expires_at})
+                if me
+                else 0
+            )
 
     def update(self, job: Job, *, progress: float | None = None, result: Any = None) -> None:
         """Store the progress (0 to 1) or a partial result of a `processing` job; None: leave it unchanged.
@@ -709,7 +684,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         fraction = None if progress is None else valid_number("progress", 0, progress, 1)
         params = {"progress": fraction, "result": encode_result(result)}
         # guard: a result that a task stores is synced
-        self._with_lease("update", UPDATE, job, params, durable=result is not None)
+        self._with_lease("update", pqueue_schema.UPDATE, job, params, durable=result is not None)
 
     def _with_lease(
         self, verb: str, sql: str, job: Job, params: Params, event: str | None = None, durable: bool = False
@@ -718,16 +693,16 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         params |= {"id": job.id, "token": job.lease_token}
         with self._transaction(durable=durable) as session:
             if event and job.lease_token:
-                session.change(RECORD, {**params, "event": event, "actor": job.consumer})
+                session.change(pqueue_schema.RECORD, {**params, "event": event, "actor": job.consumer})
                 session.wakes = True
             # guard: fail, release, extend, update need a held lease
             if not session.change(sql, params):
                 _refuse(session, verb, job)
             # guard: a failed attempt is counted
             if event:
-                count_attempts(session, [job], "failed" if sql is FAIL else "retried", params["now"])
+                count_attempts(session, [job], "failed" if sql is pqueue_schema.FAIL else "retried", params["now"])
             # guard: a failed attempt that was the last is followed up
-            if sql is FAIL:
+            if sql is pqueue_schema.FAIL:
                 self._job_ended(session, job.id, params["now"])
 
     # Consumers
@@ -770,7 +745,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         params = {**claim_filter(consumer, queues, tasks), "limit": 1}
 
         def due_in() -> float:
-            at = self._read(NEXT_EVENT, params)[0][0]
+            at = self._read(pqueue_schema.NEXT_EVENT, params)[0][0]
             left = math.inf if at is None else cast(float, at) - self._time(now)
             # guard: a schedule that cannot be fired here keeps no consumer awake
             return max(left, POLL_SECONDS) if self._is_unfit else left
@@ -785,7 +760,8 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         The options are those of `dequeue`.
         """
         return cast(
-            "float | None", self._read(NEXT_DUE, claim_filter(valid_name("consumer", consumer), queues, tasks))[0][0]
+            "float | None",
+            self._read(pqueue_schema.NEXT_DUE, claim_filter(valid_name("consumer", consumer), queues, tasks))[0][0],
         )
 
     def heartbeat(self, consumer: str, *, completed: int = 0, failed: int = 0, now: float | None = None) -> None:
@@ -793,7 +769,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         counts = {"completed": valid_int("completed", 0, completed), "failed": valid_int("failed", 0, failed)}
         me, now = self._registered(consumer, None, None, now), self._time(now)
         with self._transaction(durable=False) as session:
-            session.change(HEARTBEAT, {"token": me.token, **counts, "now": now})
+            session.change(pqueue_schema.HEARTBEAT, {"token": me.token, **counts, "now": now})
             self._roll_up(now)
 
     def _register(
@@ -827,10 +803,10 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         params |= {"slot": me.slot and me.slot.number, "now": self._time(None)}
         params |= {"queues": name_list("queue", queues), "tasks": name_list("task", tasks)}
         with self._transaction(durable=False) as session:
-            if session.change(MARK_DEAD, params):
+            if session.change(pqueue_schema.MARK_DEAD, params):
                 # guard: a consumer that takes a dead consumer's slot reclaims its jobs first
                 self._reclaim(session, [], self._time(now))  # before this consumer writes to the same slot
-            session.change(REGISTER, params)
+            session.change(pqueue_schema.REGISTER, params)
 
     def share(self, consumer: str) -> Registration:
         """Take the lock of a consumer whose jobs children of this process will run, one child after another.
@@ -867,16 +843,16 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
     def held_jobs(self, consumer: str) -> list[Job]:
         """Return the jobs that this consumer of this object holds."""
         me = self._registry.get(consumer)
-        return [to_job(row) for row in self._read(HELD_BY, {"token": me.token})] if me else []
+        return [to_job(row) for row in self._read(pqueue_schema.HELD_BY, {"token": me.token})] if me else []
 
     def held_leases(self, consumer: str, job_ids: Iterable[int]) -> list[tuple[int, str]]:
         """Return the ids and lease tokens of those of these jobs that this consumer of this object holds."""
         me = self._registry.get(consumer)
-        return self._read(LEASES, {"token": me.token, "ids": json.dumps(list(job_ids))}) if me else []
+        return self._read(pqueue_schema.LEASES, {"token": me.token, "ids": json.dumps(list(job_ids))}) if me else []
 
     def holds(self, job: Job) -> bool:
         """Return whether this delivery still holds the job's lease; unlike `extend`, this writes nothing."""
-        return bool(self._read(HOLDS, {"id": job.id, "token": job.lease_token}))
+        return bool(self._read(pqueue_schema.HOLDS, {"id": job.id, "token": job.lease_token}))
 
     def _registered(
         self, name: str, queues: Sequence[str] | None, tasks: Sequence[str] | None, now: float | None
@@ -887,31 +863,31 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         """Promote scheduled jobs that are due, and end deliveries that expired or whose consumer died. Return whether
         the groups of some queue take turns."""
         params = {"now": now, "limit": RECLAIM_BATCH}
-        due, expired, grouped = session.run(OVERDUE, params)[0]
+        due, expired, grouped = session.run(pqueue_schema.OVERDUE, params)[0]
         # guard: jobs that are due are promoted
         if due:
-            session.change(PROMOTE, params)
+            session.change(pqueue_schema.PROMOTE, params)
             session.wakes = True
             self._fire_schedules(session, now)
         # guard: expired leases are reclaimed
         if expired:
-            for row in session.run(EXPIRED, params):
+            for row in session.run(pqueue_schema.EXPIRED, params):
                 self._end_lost_delivery(session, to_job(row), "expired", now)
         # guard: jobs of dead consumers are reclaimed at once
         if dead is not None:
             for token in dead:
-                session.change(UNREGISTER, {"token": token, "state": "dead"})
-            for row in session.run(ORPHANED, params):
+                session.change(pqueue_schema.UNREGISTER, {"token": token, "state": "dead"})
+            for row in session.run(pqueue_schema.ORPHANED, params):
                 self._end_lost_delivery(session, to_job(row), "died", now)
         # guard: jobs that have expired are cancelled
         if due or expired or dead:  # last: a delivery that was lost may have left one
             cancelled = self._cancel_expired(session, now)
             # guard: the job of a handler is delivered at once
             if cancelled or expired or dead:
-                session.change(PROMOTE, params)
+                session.change(pqueue_schema.PROMOTE, params)
         # guard: a job of a group that has fallen due is delivered at once
         if due or expired or dead is not None:  # it may let the groups of its queue take turns again
-            grouped = session.run(OVERDUE, params)[0][2]
+            grouped = session.run(pqueue_schema.OVERDUE, params)[0][2]
         return bool(grouped)
 
     def _end_lost_delivery(self, session: Session, job: Job, event: str, now: float) -> None:
@@ -922,15 +898,15 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         what = "died" if event == "died" else "let its lease run out"
         params: Params = {"id": job.id, "token": job.lease_token, "now": now}
         params["error"] = f"consumer {job.consumer} {what} in attempt {job.attempts} of {job.max_attempts}"
-        session.change(RECORD, {**params, "event": event, "actor": job.consumer})
-        is_last = not session.change(REDELIVER, params)
+        session.change(pqueue_schema.RECORD, {**params, "event": event, "actor": job.consumer})
+        is_last = not session.change(pqueue_schema.REDELIVER, params)
         # guard: a lost delivery is counted
         for each in (event, "failed" if is_last else "retried"):
             count(session, job.queue, job.task, each, now)
         if is_last:
-            consumers = [row[0] for row in session.run(LOST_BY, params)][-job.attempts :]
+            consumers = [row[0] for row in session.run(pqueue_schema.LOST_BY, params)][-job.attempts :]
             params["error"] = _last_loss_error(job, consumers, params["error"])
-            session.change(FAIL, params)
+            session.change(pqueue_schema.FAIL, params)
             # guard: a job that was lost for good is followed up
             self._job_ended(session, job.id, now)
         session.wakes = True
@@ -941,7 +917,11 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
             return None
         self._dead_checked_at = time.monotonic()
         own_tokens = {me.token for me in self._registry.values()}
-        return [token for token, slot in self._read(RUNNING) if token not in own_tokens and not self._is_alive(slot)]
+        return [
+            token
+            for token, slot in self._read(pqueue_schema.RUNNING)
+            if token not in own_tokens and not self._is_alive(slot)
+        ]
 
     def leave(self, consumer: str, *, now: float | None = None) -> None:
         """Unregister a consumer of this object: release the jobs that it holds, and its lock.
@@ -957,7 +937,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
             with self._transaction(durable=False) as session:
                 for me in own:
                     self._release_held(session, me, now)
-                    session.change(UNREGISTER, {"token": me.token, "state": "stopped"})
+                    session.change(pqueue_schema.UNREGISTER, {"token": me.token, "state": "stopped"})
         with self._registering:
             self._registry = {name: me for name, me in self._registry.items() if me not in leaving}
         for me in leaving:
@@ -965,7 +945,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
                 me.slot.close()
 
     def _release_held(self, session: Session, me: Registration, now: float | None) -> None:
-        for row in session.run(HELD_BY, {"token": me.token}):
+        for row in session.run(pqueue_schema.HELD_BY, {"token": me.token}):
             # guard: a consumer that closes returns its jobs
             self._release(session, to_job(row), self._time(now))
 

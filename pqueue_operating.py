@@ -14,31 +14,12 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+import pqueue_schema
 from pqueue_backend import Session
 from pqueue_dependencies import NEEDED, Depending
 from pqueue_groups import Grouping, valid_group, valid_rate
 from pqueue_outcomes import Counting, count_job
-from pqueue_schema import (
-    ASSIGN,
-    CANCEL,
-    CHANGE,
-    DELETE_DEPENDENCIES,
-    DELETE_HISTORY,
-    DELETE_JOBS,
-    FINISHED,
-    FREE_KEY,
-    FREE_KEY_FOR,
-    LEASE_AGAIN,
-    MARK_FAILED,
-    RECORD,
-    RESUBMIT,
-    ROOM,
-    RUN_NOW,
-    RUNNING_JOBS,
-    SET_PAUSED,
-    STATES_OF,
-    UNTAKEN,
-)
+from pqueue_schema import FINISHED, UNTAKEN
 from pqueue_tasks import actor
 from pqueue_values import (
     InvalidTransition,
@@ -60,7 +41,7 @@ from pqueue_values import (
     valid_name,
 )
 
-COUNTED = {MARK_FAILED: "failed", CANCEL: "cancelled"}  # verbs that end a job
+COUNTED = {pqueue_schema.MARK_FAILED: "failed", pqueue_schema.CANCEL: "cancelled"}  # verbs that end a job
 CHANGED = {"run_at": "time", "expires_at": "expiry", "expire_seconds": "expiry"}  # in the history
 BATCH = 500  # jobs changed in one transaction
 REPLAY_SECONDS = 86_400.0  # the lease of a replay, which is never renewed
@@ -118,7 +99,9 @@ class Operating(Grouping, Depending, Counting):
         """
         now = self._time(now)
         due = due_time(delay_seconds, run_at, now)
-        self._operator_verb("resubmit", "resubmitted", RESUBMIT, job_id, by, now, allowed=FINISHED, run_at=due)
+        self._operator_verb(
+            "resubmit", "resubmitted", pqueue_schema.RESUBMIT, job_id, by, now, allowed=FINISHED, run_at=due
+        )
 
     def mark_failed(
         self, job_id: int, error: str = "marked as failed", *, by: str | None = None, now: float | None = None
@@ -127,14 +110,16 @@ class Operating(Grouping, Depending, Counting):
 
         Raises JobNotFound, or InvalidTransition if the job is finished.
         """
-        self._operator_verb("mark as failed", "marked failed", MARK_FAILED, job_id, by, now, error=error_text(error))
+        self._operator_verb(
+            "mark as failed", "marked failed", pqueue_schema.MARK_FAILED, job_id, by, now, error=error_text(error)
+        )
 
     def cancel(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
         """Make an unfinished job `cancelled`; a consumer running it loses its lease.
 
         Raises JobNotFound, or InvalidTransition if the job is finished.
         """
-        self._operator_verb("cancel", "cancelled", CANCEL, job_id, by, now)
+        self._operator_verb("cancel", "cancelled", pqueue_schema.CANCEL, job_id, by, now)
 
     def assign(self, job_id: int, consumer: str | None, *, by: str | None = None, now: float | None = None) -> None:
         """Reserve an unfinished job for this consumer, whichever queues it serves (None: for any consumer).
@@ -144,7 +129,7 @@ class Operating(Grouping, Depending, Counting):
         """
         assigned_to = None if consumer is None else valid_name("consumer", consumer)
         self._operator_verb(
-            "assign", f"assigned to {consumer or 'any'}", ASSIGN, job_id, by, now, assigned_to=assigned_to
+            "assign", f"assigned to {consumer or 'any'}", pqueue_schema.ASSIGN, job_id, by, now, assigned_to=assigned_to
         )
 
     def _operator_verb(
@@ -163,26 +148,26 @@ class Operating(Grouping, Depending, Counting):
             # guard: a job that is completed no longer was counted
             if allowed == FINISHED:
                 self._count_new(session)
-            session.change(RECORD, {**params, "event": event, "actor": actor(by)})
+            session.change(pqueue_schema.RECORD, {**params, "event": event, "actor": actor(by)})
             # guard: a job that an operator ends is counted
             if sql in COUNTED:
                 count_job(session, job_id, COUNTED[sql], params["now"])
             done = session.change(sql, params)
             # guard: resubmit takes a key whose time is over
-            if not done and allowed and session.change(FREE_KEY_FOR, params):
+            if not done and allowed and session.change(pqueue_schema.FREE_KEY_FOR, params):
                 done = session.change(sql, params)
             # guard: a refused operator verb raises
             if not done:
                 raise refusal(session, verb, job_id, allowed)
             session.wakes = True
-            if sql is RESUBMIT:
+            if sql is pqueue_schema.RESUBMIT:
                 self._restore(session, job_id, params["now"])
             # guard: a job that an operator ended is followed up
-            if sql in (MARK_FAILED, CANCEL):
+            if sql in (pqueue_schema.MARK_FAILED, pqueue_schema.CANCEL):
                 self._job_ended(session, job_id, params["now"])
 
     def _expect_room(self, session: Session, verb: str, queue: str) -> None:
-        room, max_pending = session.run(ROOM, {"queue": queue})[0]
+        room, max_pending = session.run(pqueue_schema.ROOM, {"queue": queue})[0]
         if room is not None and room <= 0:
             raise queue_full(verb, queue, max_pending)
 
@@ -201,11 +186,11 @@ class Operating(Grouping, Depending, Counting):
 
     def pause(self, queue: str, *, by: str | None = None, now: float | None = None) -> None:
         """Stop delivering jobs of this queue until `resume`. Running jobs continue."""
-        self._set_queue(SET_PAUSED, queue, f"paused queue {queue}", by, now, value=1)
+        self._set_queue(pqueue_schema.SET_PAUSED, queue, f"paused queue {queue}", by, now, value=1)
 
     def resume(self, queue: str, *, by: str | None = None, now: float | None = None) -> None:
         """Deliver jobs of this queue again."""
-        self._set_queue(SET_PAUSED, queue, f"resumed queue {queue}", by, now, value=0)
+        self._set_queue(pqueue_schema.SET_PAUSED, queue, f"resumed queue {queue}", by, now, value=0)
 
     def delete_jobs(
         self, job_ids: Iterable[int] | None = None, *, force: bool = False, now: float | None = None
@@ -221,7 +206,7 @@ class Operating(Grouping, Depending, Counting):
         with self.exclusive(ids), self._transaction() as session:
             # guard: a job that is deleted was counted
             self._count_new(session)
-            running = count_running(session) if ids is None else len(session.run(RUNNING_JOBS, params))
+            running = count_running(session) if ids is None else len(session.run(pqueue_schema.RUNNING_JOBS, params))
             # guard: running jobs are not deleted
             if running and not force:
                 raise InvalidTransition(f"cannot delete jobs: {running} of them are processing")
@@ -236,9 +221,9 @@ class Operating(Grouping, Depending, Counting):
                 session.change("DELETE FROM history WHERE job_id <> 0")  # 0: the mark of a move
                 deleted = session.change("DELETE FROM jobs")
             else:
-                session.change(DELETE_HISTORY, params)
-                session.change(DELETE_DEPENDENCIES, params)
-                deleted = session.change(DELETE_JOBS, params)
+                session.change(pqueue_schema.DELETE_HISTORY, params)
+                session.change(pqueue_schema.DELETE_DEPENDENCIES, params)
+                deleted = session.change(pqueue_schema.DELETE_JOBS, params)
             self._count_new(session)  # from the last id left
             return deleted
 
@@ -287,7 +272,9 @@ class Operating(Grouping, Depending, Counting):
             raise ValueError(f"expected a change of {', '.join(values)} or delay_seconds, got none")
         with self.exclusive([job_id]), self._transaction() as session:
             self._prepare_change(session, job_id, values, now)
-            self._operator_verb("change", f"changed {changed}", CHANGE, job_id, by, now, allowed=UNTAKEN, **values)
+            self._operator_verb(
+                "change", f"changed {changed}", pqueue_schema.CHANGE, job_id, by, now, allowed=UNTAKEN, **values
+            )
 
     def _prepare_change(self, session: Session, job_id: int, values: Params, now: float) -> None:
         """Refuse a change that leaves no attempt or that another queue has no room for; prepare that queue for the job,
@@ -303,7 +290,7 @@ class Operating(Grouping, Depending, Counting):
                 self._add_queue(session, {"queue": queue, "task": task, "group": ""})
                 # guard: a full queue refuses a job of another queue
                 self._expect_room(session, f"move job {job_id}", queue)
-                session.change(FREE_KEY, {"queue": queue, "task": task, "key": key, "now": now})
+                session.change(pqueue_schema.FREE_KEY, {"queue": queue, "task": task, "key": key, "now": now})
             # guard: a job that gets a group is delivered
             if old_group if group is None else group:
                 self._let_groups_take_turns(session, queue)
@@ -313,7 +300,7 @@ class Operating(Grouping, Depending, Counting):
 
         Raises JobNotFound, or InvalidTransition if it is in another state.
         """
-        self._operator_verb("advance", "run now", RUN_NOW, job_id, by, now)
+        self._operator_verb("advance", "run now", pqueue_schema.RUN_NOW, job_id, by, now)
 
     def lease_again(self, job_id: int, consumer: str, *, max_attempts: int, now: float | None = None) -> Job:
         """Make a finished job `processing` again, as in its last attempt, and return it.
@@ -329,7 +316,9 @@ class Operating(Grouping, Depending, Counting):
             "consumer": valid_name("consumer", consumer),
             "max_attempts": valid_int("max_attempts", 1, max_attempts),
         }
-        self._operator_verb("replay", "replayed", LEASE_AGAIN, job_id, None, now, allowed=FINISHED, **values)
+        self._operator_verb(
+            "replay", "replayed", pqueue_schema.LEASE_AGAIN, job_id, None, now, allowed=FINISHED, **values
+        )
         return self.get(job_id)
 
     # All jobs that match
@@ -430,7 +419,7 @@ class Operating(Grouping, Depending, Counting):
         errors: list[InvalidTransition | JobNotFound] = []
         ids = sorted({valid_id(job_id) for job_id in valid_list("job ids", job_ids)})
         with self.exclusive(ids):
-            states = dict(self._read(STATES_OF, {"ids": to_json(ids)}))
+            states = dict(self._read(pqueue_schema.STATES_OF, {"ids": to_json(ids)}))
             # guard: a verb for all that match acts in the order of dependencies
             for job_id in ids if parents_first else reversed(ids):
                 try:
@@ -447,7 +436,7 @@ def refusal(session: Session, verb: str, job_id: int, allowed: Sequence[str] = (
     for state, key, queue in session.run("SELECT state, key, queue FROM jobs WHERE id = :id", {"id": job_id}):
         if state not in allowed:
             return InvalidTransition(f"cannot {verb} job {job_id}: it is {state}")
-        for room, max_pending in session.run(ROOM, {"queue": queue}) if state in FINISHED else ():
+        for room, max_pending in session.run(pqueue_schema.ROOM, {"queue": queue}) if state in FINISHED else ():
             if room is not None and room <= 0:
                 return queue_full(f"{verb} job {job_id}", queue, max_pending)
         return InvalidTransition(f"cannot {verb} job {job_id}: another job has its key {key!r}")

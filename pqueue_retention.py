@@ -9,26 +9,12 @@ from datetime import datetime, timedelta, timezone
 from types import EllipsisType
 from typing import Any
 
+import pqueue_schema
 from pqueue_backend import Session
 from pqueue_dependencies import Depending
 from pqueue_groups import FORGET_GROUPS, Grouping
 from pqueue_outcomes import Counting, count_job
-from pqueue_schema import (
-    ADD_QUEUE,
-    DELETE_CONSUMERS,
-    DELETE_DEPENDENCIES,
-    DELETE_HISTORY,
-    DELETE_JOBS,
-    EXPIRE,
-    EXPIRING,
-    FINISHED,
-    MARK_PRUNED,
-    OUTDATED,
-    PRUNABLE,
-    RECORD,
-    RETENTION,
-    SET_KEEP,
-)
+from pqueue_schema import FINISHED
 from pqueue_values import (
     EXPIRED,
     Params,
@@ -56,12 +42,12 @@ class Retaining(Grouping, Depending, Counting):
 
     def _cancel_expired(self, session: Session, now: float) -> int:
         """Cancel jobs that have expired; return how many."""
-        expired = session.run(EXPIRING, {"now": now, "limit": EXPIRE_BATCH})
+        expired = session.run(pqueue_schema.EXPIRING, {"now": now, "limit": EXPIRE_BATCH})
         for job_id, at, error in expired:
             params = {"id": job_id, "now": now, "event": "cancelled", "actor": "expires_at"}
             params["error"] = _expiry_error(at, error)
-            if session.change(EXPIRE, params):  # it may have failed with one that it waits for
-                session.change(RECORD, params)
+            if session.change(pqueue_schema.EXPIRE, params):  # it may have failed with one that it waits for
+                session.change(pqueue_schema.RECORD, params)
                 count_job(session, job_id, "cancelled", now)
                 # guard: a job that has expired is followed up
                 self._job_ended(session, job_id, now)
@@ -94,9 +80,9 @@ class Retaining(Grouping, Depending, Counting):
         if not times:
             raise ValueError(f"expected how long to keep {', '.join(given)} jobs, got none of these")
         with self._transaction() as session:
-            session.change(ADD_QUEUE, {"queue": valid_name("queue", queue)})
+            session.change(pqueue_schema.ADD_QUEUE, {"queue": valid_name("queue", queue)})
             for state, seconds in times.items():
-                session.change(SET_KEEP[state], {"queue": queue, "seconds": seconds})
+                session.change(pqueue_schema.SET_KEEP[state], {"queue": queue, "seconds": seconds})
             kept = [f"{state} {'for ever' if each is None else f'{each:g} s'}" for state, each in times.items()]
             self.record(f"set retention of queue {queue}: {', '.join(kept)}", by=by, now=now)
 
@@ -109,7 +95,7 @@ class Retaining(Grouping, Depending, Counting):
         """
         columns = "queue, state, keep_seconds, added, expiring, deleted_at"
         params = {"now": self._time(now), "seconds": above_0("within_seconds", within_seconds)}
-        return self._dicts(columns, RETENTION, params)
+        return self._dicts(columns, pqueue_schema.RETENTION, params)
 
     def prune(
         self,
@@ -131,7 +117,7 @@ class Retaining(Grouping, Depending, Counting):
         before = now - at_least_0("older_than_seconds", older_than_seconds)
         chosen = [valid_state(FINISHED, state) for state in valid_list("states", states)]
         with self._transaction(durable=False) as session:
-            session.change(DELETE_CONSUMERS, {"before": before})
+            session.change(pqueue_schema.DELETE_CONSUMERS, {"before": before})
             session.change(FORGET_GROUPS, {"limit": PRUNE_BATCH})
             self._roll_up(now)
         self._end_turns()
@@ -156,7 +142,7 @@ class Retaining(Grouping, Depending, Counting):
         now = self._time(now)
         until, has_more = time.monotonic() + KEEP_WORK_SECONDS, False
         params: Params = {"now": now, "since": now - KEEP_SECONDS, "before": None, "limit": KEEP_BATCH}
-        for (queue,) in self._read(OUTDATED, params):
+        for (queue,) in self._read(pqueue_schema.OUTDATED, params):
             is_full = self._prune_queue({**params, "queue": queue}, is_first=True)
             while is_full and time.monotonic() < until:
                 is_full = self._prune_queue({**params, "queue": queue})
@@ -170,9 +156,9 @@ class Retaining(Grouping, Depending, Counting):
         with self._transaction(durable=False, in_batch=True) as session:
             self._begin_pruning(session)
             # guard: one consumer at a time prunes a queue
-            if is_first and not session.change(MARK_PRUNED, params):
+            if is_first and not session.change(pqueue_schema.MARK_PRUNED, params):
                 return False
-            session.change(DELETE_CONSUMERS, {"before": params["now"] - CONSUMERS_KEPT_SECONDS})
+            session.change(pqueue_schema.DELETE_CONSUMERS, {"before": params["now"] - CONSUMERS_KEPT_SECONDS})
             if is_first:
                 session.change(FORGET_GROUPS, params)
             batches = [self._prune(session, {**params, "state": state}) for state in FINISHED]
@@ -183,10 +169,10 @@ class Retaining(Grouping, Depending, Counting):
 
     def _prune(self, session: Session, params: Params) -> int:
         self._count_new(session)
-        these = {"ids": json.dumps([row[0] for row in session.run(PRUNABLE, params)])}
-        session.change(DELETE_HISTORY, these)
-        session.change(DELETE_DEPENDENCIES, these)
-        return session.change(DELETE_JOBS, these)
+        these = {"ids": json.dumps([row[0] for row in session.run(pqueue_schema.PRUNABLE, params)])}
+        session.change(pqueue_schema.DELETE_HISTORY, these)
+        session.change(pqueue_schema.DELETE_DEPENDENCIES, these)
+        return session.change(pqueue_schema.DELETE_JOBS, these)
 
 
 def _expiry_error(at: float, error: str | None) -> str:
