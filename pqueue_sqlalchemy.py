@@ -38,6 +38,7 @@ from sqlalchemy.pool import NullPool, StaticPool
 import pqueue
 import pqueue_backend
 import pqueue_listener
+import pqueue_postgres
 import pqueue_schema
 import pqueue_values
 from pqueue import Job, NotStored, PersistentQInterface, PersistentQSQLite, QueueBusy, QueueError, QueueFull
@@ -65,51 +66,20 @@ from pqueue_listener import (
     is_notify_queue_full,
 )
 from pqueue_postgres import (
-    ADD_TO_TOTAL,
-    ALONE,
     AMONG,
     CATALOG,
-    COMPLETE_ALL,
-    COPYING,
-    COUNTING,
-    FIRST_JOBS,
     GRACE_SECONDS,
-    GROUPING,
-    HEALTH,
-    IS_COUNTED,
     IS_FULL,
-    LOCK_AS_WRITER,
     LOCK_CLASS,
-    LOCK_HOLDER,
-    LOCK_QUEUES,
     LOCKED_SLOTS,
-    MARK_RUNNING,
-    MERGE_CHANGES,
-    MERGE_EVENTS,
-    MISCOUNTED,
-    MODEL,
-    NEXT_OF_GROUPS,
     NOT_LOGGED,
     PG_NOTIFY,
     PG_NOTIFY_JOBS,
-    PRUNE,
-    RECOUNT,
-    ROOM_OF_GROUPS,
     SCHEMA,
-    SHARES,
-    START_COUNTING,
-    STOP_COUNTING,
     TABLES,
-    UPTIME,
-    VERSION,
-    WRITERS,
     Part,
     Reach,
-    claim_alone,
-    complete_and_claim,
-    definitions,
     drift,
-    temporary,
     translated,
 )
 from pqueue_results import Polling
@@ -204,7 +174,7 @@ class PostgresSession(Session):
             self.wakes = self.wakes or bool(rows)
         else:
             with suppress(NoRoom):  # concurrent producers filled the queue
-                rows = self._insert_and_notify(ALONE[sql], params)
+                rows = self._insert_and_notify(pqueue_postgres.ALONE[sql], params)
         return sorted(row[0] for row in rows)
 
     def _insert_and_notify(self, sql: str, params: Params) -> list[Any]:
@@ -621,12 +591,12 @@ class OnPostgres(PersistentQSQLAlchemy):
             session.run(f"SELECT pg_advisory_xact_lock({LOCK_CLASS})")
             if session.run(f"SELECT to_regnamespace('{SCHEMA}')::text")[0][0] is None:
                 session.change(f"CREATE SCHEMA {SCHEMA}")  # even IF NOT EXISTS needs a right on the database
-            session.change(VERSION)
+            session.change(pqueue_postgres.VERSION)
             done = session.run("SELECT number FROM version")
             for migration in islice(pqueue_schema.MIGRATIONS, done[0][0] if done else 0, None):
-                for statement in definitions(migration):
+                for statement in pqueue_postgres.definitions(migration):
                     session.change(statement)
-            for statement in () if done else (*COUNTING, *GROUPING):
+            for statement in () if done else (*pqueue_postgres.COUNTING, *pqueue_postgres.GROUPING):
                 session.change(statement)
             session.change("DELETE FROM version")
             session.change("INSERT INTO version VALUES (:number)", {"number": len(pqueue_schema.MIGRATIONS)})
@@ -744,7 +714,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         for _ in range(ENQUEUE_TRIES):
             with suppress(NotStored):
                 ids = super()._store(sql, row)
-                if not (self.in_transaction and row["key"]) or self._read(LOCK_HOLDER, {"id": ids[0]}):
+                if not (self.in_transaction and row["key"]) or self._read(pqueue_postgres.LOCK_HOLDER, {"id": ids[0]}):
                     return ids
         raise NotStored
 
@@ -773,17 +743,17 @@ class OnPostgres(PersistentQSQLAlchemy):
         with self._transaction() as session:
             self._lock_out_writers(session)
             super().limit(*arguments, **options)
-        if not self.in_transaction and self._read(IS_COUNTED) and not self._read(pqueue_schema.LIMITED):
+        if not self.in_transaction and self._read(pqueue_postgres.IS_COUNTED) and not self._read(pqueue_schema.LIMITED):
             with suppress(QueueError):  # where an event trigger forbids it, say; the triggers do no harm
-                session.alone(STOP_COUNTING, {})
+                session.alone(pqueue_postgres.STOP_COUNTING, {})
 
     def _count_pending(self, session: Session, queues: Iterable[str]) -> None:  # noqa: ARG002 - counts all queues
         """Recount all queues while writers are locked out; create the triggers if a queue has a limit."""
-        for statement in RECOUNT:
+        for statement in pqueue_postgres.RECOUNT:
             session.change(statement)
-        if session.run(pqueue_schema.LIMITED) and not session.run(IS_COUNTED):
+        if session.run(pqueue_schema.LIMITED) and not session.run(pqueue_postgres.IS_COUNTED):
             try:
-                for statement in START_COUNTING:
+                for statement in pqueue_postgres.START_COUNTING:
                     session.change(statement)
             except QueueBusy:
                 raise
@@ -794,8 +764,8 @@ class OnPostgres(PersistentQSQLAlchemy):
         """See the base class. Waits for claims that began before."""
         super().pause(queue, by=by, now=now)
         until = time.monotonic() + self._busy_seconds * (not self.in_transaction)
-        under_way = set(self._read(WRITERS))
-        while (under_way := under_way.intersection(self._read(WRITERS))) and time.monotonic() < until:
+        under_way = set(self._read(pqueue_postgres.WRITERS))
+        while (under_way := under_way.intersection(self._read(pqueue_postgres.WRITERS))) and time.monotonic() < until:
             time.sleep(0.01)
 
     def _complete_and_claim(
@@ -814,14 +784,14 @@ class OnPostgres(PersistentQSQLAlchemy):
         if looks and not self.in_transaction:
             self._open_listener()  # restarts its thread if it died
             with self._transaction(durable=False) as session:
-                session.run(MERGE_CHANGES)
+                session.run(pqueue_postgres.MERGE_CHANGES)
         if limit == 0 or looks or self._takes_turns or self.in_transaction or len(tokens) < len(completions):
             return self._step_by_step(completions, me, limit, wanted, lease_seconds, now)
         now = self._time(now)
         claim = pqueue.claim_params(me, limit, wanted, lease_seconds, now)
         reach = self._reach
         width = reach.width()
-        sql = complete_and_claim(width) if completions else claim_alone(width)
+        sql = pqueue_postgres.complete_and_claim(width) if completions else pqueue_postgres.claim_alone(width)
         claim["share"] = reach.share(limit)
         done = {"number": len(tokens), "ids": list(tokens), "tokens": list(tokens.values())}
         session = self._transaction()
@@ -836,7 +806,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             session._wake_waiters()
         if left:
             return self._step_by_step(left, me, limit, wanted, lease_seconds, now)
-        again = self._complete_and_claim if width == SHARES else self._step_by_step
+        again = self._complete_and_claim if width == pqueue_postgres.SHARES else self._step_by_step
         with suppress(QueueBusy) if completions else nullcontext():  # an error must not hide what was completed
             jobs = jobs or again([], me, limit, wanted, lease_seconds, now)[0]
         return jobs, []
@@ -853,44 +823,44 @@ class OnPostgres(PersistentQSQLAlchemy):
         if len(tokens) < len(completions):
             return super()._complete_all(session, completions, now)
         params = {"ids": list(tokens), "tokens": list(tokens.values()), "results": [each for _, each in completions]}
-        done = dict(session.run(COMPLETE_ALL, {**params, "now": now})) if completions else {}
+        done = dict(session.run(pqueue_postgres.COMPLETE_ALL, {**params, "now": now})) if completions else {}
         parents = [job_id for job_id, has_dependents in done.items() if has_dependents]
         self._follow_up(session, parents, now, completed=True)
         return [job for job, _ in completions if job.id not in done]
 
     def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> bool:
-        session.change(LOCK_AS_WRITER)
+        session.change(pqueue_postgres.LOCK_AS_WRITER)
         return super()._reclaim(session, dead, now)
 
     def _begin_turns(self, session: Session, params: Params) -> bool:
-        found = session.run(LOCK_QUEUES, params)
+        found = session.run(pqueue_postgres.LOCK_QUEUES, params)
         if found:
             params["locked"] = [row[0] for row in found]
-            session.change(MERGE_EVENTS, params)
+            session.change(pqueue_postgres.MERGE_EVENTS, params)
         self._takes_turns = bool(found) and super()._begin_turns(session, params)
         return self._takes_turns
 
     def _first_jobs(self, session: Session, params: Params) -> list[Any]:
-        return session.run(FIRST_JOBS, params)
+        return session.run(pqueue_postgres.FIRST_JOBS, params)
 
     def _next_of_groups(self, session: Session, groups: list[Group], share: int) -> list[Any]:
         places = [(group.queue, group.name, task) for group in groups for task in group.tasks]
         at = {name: [place[n] for place in places] for n, name in enumerate(("at_queues", "at_names", "at_tasks"))}
-        return session.run(NEXT_OF_GROUPS, {**at, "share": share}) if places else []
+        return session.run(pqueue_postgres.NEXT_OF_GROUPS, {**at, "share": share}) if places else []
 
     def _rooms(self, session: Session, params: Params, groups: list[Group]) -> list[Any]:
         at = {"at_queues": [group.queue for group in groups], "at_names": [group.name for group in groups]}
-        return session.run(ROOM_OF_GROUPS, {**params, **at})
+        return session.run(pqueue_postgres.ROOM_OF_GROUPS, {**params, **at})
 
     def _begin_pruning(self, session: Session) -> None:
-        session.change(LOCK_AS_WRITER)
+        session.change(pqueue_postgres.LOCK_AS_WRITER)
 
     def _prune(self, session: Session, params: Params) -> int:
         locked = [row[0] for row in session.run(pqueue_schema.PRUNABLE, params)]
-        return cast(int, session.run(PRUNE, {"ids": locked})[0][0]) if locked else 0
+        return cast(int, session.run(pqueue_postgres.PRUNE, {"ids": locked})[0][0]) if locked else 0
 
     def _release_held(self, session: Session, me: pqueue_backend.Registration, now: float | None) -> None:
-        session.change(LOCK_AS_WRITER)
+        session.change(pqueue_postgres.LOCK_AS_WRITER)
         super()._release_held(session, me, now)
 
     def _open_listener(self) -> ListenConnection:
@@ -947,7 +917,7 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     def _read_liveness(self) -> None:
         """Read which consumers hold their locks (None: unknown), and since when others are missing."""
-        started = float(self._read(UPTIME, {})[0][0])
+        started = float(self._read(pqueue_postgres.UPTIME, {})[0][0])
         living = {int(row[0]) for row in self._read(LOCKED_SLOTS)}
         recently = started < pqueue_listener.RESTART_SECONDS or (self._listener and self._listener.was_lost_recently())
         self._missing = {} if recently else {slot: at for slot, at in self._missing.items() if slot not in living}
@@ -958,7 +928,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         for me in list(self._registry.values()):
             params = {"token": me.token, "now": self._time(None)}
             with self._transaction(durable=False) as session:
-                session.change(MARK_RUNNING, params)
+                session.change(pqueue_postgres.MARK_RUNNING, params)
 
     def _sleep(self, me: pqueue_backend.Registration, seconds: float, due_in: Callable[[], float]) -> bool:  # noqa: ARG002
         def due_at_first() -> float:  # still due after a dequeue: another transaction has locked the job
@@ -1035,7 +1005,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         return [row[0] for row in self._read(sql, {"schema": self.schema}) if row[0] not in TABLES]
 
     def _lock_out_writers(self, session: Session) -> None:
-        session.run(setting({COPYING: "on"}, for_good=False))
+        session.run(setting({pqueue_postgres.COPYING: "on"}, for_good=False))
         session.change("LOCK TABLE jobs IN EXCLUSIVE MODE")  # excludes every writer; one lock cannot deadlock
 
     def _begin_snapshot(self, session: Session) -> None:
@@ -1049,7 +1019,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         """Do nothing: the statement that completes a job counts it."""
 
     def _add_to_total(self, session: Session, before: Params) -> None:
-        session.change(ADD_TO_TOTAL, before)
+        session.change(pqueue_postgres.ADD_TO_TOTAL, before)
 
     def _reset_ids(self, session: Session) -> None:
         for table in ("jobs", "history", "dependencies"):
@@ -1081,13 +1051,13 @@ class OnPostgres(PersistentQSQLAlchemy):
         return facts
 
     def _look_for_problems(self, version: int, *, thorough: bool) -> Iterator[Iterable[str]]:
-        for sql in HEALTH:
+        for sql in pqueue_postgres.HEALTH:
             yield [row[0] for row in self._read(sql)]
         if version == len(pqueue_schema.MIGRATIONS):
             has_limits = bool(self._read(pqueue_schema.LIMITED))
             if model := self._model():
                 yield drift(model, self._read(CATALOG, {"temporary": False}), self.schema, has_limits=has_limits)
-        for name, counted, found in self._read(MISCOUNTED) if thorough else ():
+        for name, counted, found in self._read(pqueue_postgres.MISCOUNTED) if thorough else ():
             yield [f"expected {found} pending jobs of queue {name!r}, counted {counted}: set its limit again"]
 
     def _model(self) -> list[Part]:
@@ -1095,8 +1065,8 @@ class OnPostgres(PersistentQSQLAlchemy):
         tables there."""
         if not self._parts:
             with suppress(Undone, QueueError), self._transaction(durable=False) as session:
-                for statement in MODEL:
-                    session.change(temporary(statement))
+                for statement in pqueue_postgres.MODEL:
+                    session.change(pqueue_postgres.temporary(statement))
                 self._parts = session.run(CATALOG, {"temporary": True})
                 raise Undone
         return self._parts

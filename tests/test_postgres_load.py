@@ -542,7 +542,7 @@ def test_check_finds_a_changed_collation(queue, database):  # noqa: F811
 
 def test_check_names_the_transaction_that_keeps_dead_rows(queue, database, monkeypatch):  # noqa: F811
     old = pqueue_postgres.OLD_TRANSACTIONS.replace("secs => 60", "secs => 0")
-    monkeypatch.setattr("pqueue_sqlalchemy.HEALTH", (old,))
+    monkeypatch.setattr("pqueue_postgres.HEALTH", (old,))
     with psycopg.connect(database) as reader:
         reader.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         reader.execute("SELECT 'a report'")
@@ -576,7 +576,7 @@ def test_check_expects_synced_commits_only_where_the_queue_promises_them(
 
 def test_check_names_who_holds_a_lock_that_others_wait_for(queue, database, monkeypatch):  # noqa: F811
     health = [sql.replace("secs => 2", "secs => 0") for sql in pqueue_postgres.HEALTH]
-    monkeypatch.setattr("pqueue_sqlalchemy.HEALTH", health)
+    monkeypatch.setattr("pqueue_postgres.HEALTH", health)
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
     with psycopg.connect(database) as other, closing(PersistentQSQLAlchemy(database, busy_seconds=60)) as producer:
         other.execute("LOCK TABLE pqueue.jobs")
@@ -601,7 +601,7 @@ def test_check_names_who_holds_a_lock_that_others_wait_for(queue, database, monk
 def test_check_finds_what_runs_short(queue, monkeypatch, statement, condition, problem):
     sql = getattr(pqueue_postgres, statement)
     assert condition in sql
-    monkeypatch.setattr("pqueue_sqlalchemy.HEALTH", (sql.replace(condition, "true"),))
+    monkeypatch.setattr("pqueue_postgres.HEALTH", (sql.replace(condition, "true"),))
     assert any(re.match(problem, each) for each in queue.check()["problems"])
 
 
