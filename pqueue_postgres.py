@@ -761,15 +761,6 @@ class Reach:
                 self._times = max(1, self._times // 2)
 
 
-# What claim_alone returns for one task.
-CLAIM_ALONE = claim_alone(1)
-
-# What complete_and_claim returns for one task.
-COMPLETE_AND_CLAIM = complete_and_claim(1)
-
-# What complete_and_claim returns for shares of several tasks.
-COMPLETE_AND_CLAIM_SHARES = complete_and_claim(SHARES)
-
 # Statements that only PostgreSQL has
 
 # Lock the queues whose groups take turns, as their turns and their running jobs must not change.

@@ -1668,155 +1668,6 @@ ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET num
     wait_seconds = outcomes.wait_seconds + excluded.wait_seconds)
 SELECT id, has_dependents FROM done;
 
--- CLAIM_ALONE
--- What claim_alone returns for one task.
--- $1 queues, $2 tasks, $3 known_attempts, $4 consumer, $5 token, $6 lease_expires_at, $7 now, $8 limit
-WITH heads AS MATERIALIZED (
-    SELECT t.queue, t.task, head.* FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
-        (SELECT ctid, priority, run_at, id, attempts, max_attempts FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) head
-    WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10))))
-    ORDER BY priority DESC, run_at, id LIMIT 2),
-first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tasks FROM heads),
-taken AS (
-UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4,
-    lease_token = $5, lease_expires_at = $6, started_at = $7
-WHERE NOT EXISTS (SELECT FROM (
-SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $7 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $7 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $7 AS due,
-    (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $7 AS expired,
-    EXISTS (SELECT 1 FROM pqueue.queues WHERE grouped = 1) AS grouped) overdue WHERE due OR expired OR
-    grouped AND EXISTS (SELECT 1 FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) OR name IN
-    (SELECT queue FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4))) AND (EXISTS (SELECT 1 FROM pqueue.group_events) OR EXISTS (SELECT 1 FROM pqueue.queue_groups WHERE next_at = 0)
-    OR (SELECT next_at FROM pqueue.queue_groups WHERE next_at > 0 ORDER BY next_at LIMIT 1) <= $7
-    OR EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4)
-    OR EXISTS (SELECT 1 FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name
-        WHERE q.grouped = 1 AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0)))) AND state = 'pending' AND ctid = ANY (ARRAY(
-    SELECT ctid FROM (
-        SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
-        FROM (
-            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS alone
-            FROM (
-        SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[1] FROM first) AND task = (SELECT tasks[1] FROM first) AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4 AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10))))
-    AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 1)
-        ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
-            ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
-            ORDER BY best.priority DESC, best.run_at, best.id LIMIT $8 FOR UPDATE OF jobs SKIP LOCKED) locked
-    ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
-RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents)
-SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN current_setting('synchronous_commit')
-    ELSE 'off' END, true), (SELECT count(*) FROM heads), 0, taken.* FROM (SELECT) one LEFT JOIN taken ON true;
-
--- COMPLETE_AND_CLAIM
--- What complete_and_claim returns for one task.
--- $1 queues, $2 tasks, $3 now, $4 results, $5 ids, $6 tokens, $7 known_attempts, $8 consumer, $9 token, $10
--- lease_expires_at, $11 number, $12 limit
-WITH heads AS MATERIALIZED (
-    SELECT t.queue, t.task, head.* FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
-        (SELECT ctid, priority, run_at, id, attempts, max_attempts FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) head
-    WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10))))
-    ORDER BY priority DESC, run_at, id LIMIT 2),
-first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tasks FROM heads),
-done AS (
-    UPDATE pqueue.jobs SET state = 'completed', finished_at = $3, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = (CAST($4 AS text[]))[array_position(CAST($5 AS bigint[]), id)]
-    WHERE id = ANY (CAST($5 AS bigint[])) AND lease_token = (CAST($6 AS text[]))[array_position(CAST($5 AS bigint[]), id)] AND has_dependents = 0
-    RETURNING id, queue, task, "group" AS of_group, run_at, started_at, finished_at),
-counted AS (
-INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
-SELECT 60, CAST(floor(least(greatest($3, 0), 1000000000000000.0) / 60) * 60 AS bigint), queue, task, 'completed', 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]),
-    count(*), sum(greatest(0, finished_at - started_at)), sum(greatest(0, started_at - run_at))
-FROM done GROUP BY queue, task, 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001])
-
-ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
-    run_seconds = outcomes.run_seconds + excluded.run_seconds,
-    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds),
-taken AS (
-UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($7 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $8,
-    lease_token = $9, lease_expires_at = $10, started_at = $3
-WHERE (SELECT count(*) FROM done WHERE of_group = '') = $11 AND NOT EXISTS (SELECT FROM (
-SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $3 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $3 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $3 AS due,
-    (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $3 AS expired,
-    EXISTS (SELECT 1 FROM pqueue.queues WHERE grouped = 1) AS grouped) overdue WHERE due OR expired OR
-    grouped AND EXISTS (SELECT 1 FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) OR name IN
-    (SELECT queue FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $8))) AND (EXISTS (SELECT 1 FROM pqueue.group_events) OR EXISTS (SELECT 1 FROM pqueue.queue_groups WHERE next_at = 0)
-    OR (SELECT next_at FROM pqueue.queue_groups WHERE next_at > 0 ORDER BY next_at LIMIT 1) <= $3
-    OR EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $8)
-    OR EXISTS (SELECT 1 FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name
-        WHERE q.grouped = 1 AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0)))) AND state = 'pending' AND ctid = ANY (ARRAY(
-    SELECT ctid FROM (
-        SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
-        FROM (
-            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($7 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS alone
-            FROM (
-        SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[1] FROM first) AND task = (SELECT tasks[1] FROM first) AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $8 AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10))))
-    AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id) UNION ALL
-            (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 1)
-        ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
-            ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
-            ORDER BY best.priority DESC, best.run_at, best.id LIMIT $12 FOR UPDATE OF jobs SKIP LOCKED) locked
-    ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
-RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents)
-SELECT CASE WHEN (SELECT count(*) FROM done) < $11 THEN ARRAY(SELECT id FROM done) END,
-    (SELECT count(*) FROM heads), 0, taken.*
-FROM (SELECT) one LEFT JOIN taken ON true;
-
--- COMPLETE_AND_CLAIM_SHARES
--- What complete_and_claim returns for shares of several tasks.
--- $1 share, $2 queues, $3 tasks, $4 consumer, $5 now, $6 results, $7 ids, $8 tokens, $9 known_attempts, $10 token, $11
--- lease_expires_at, $12 number, $13 limit
-WITH heads AS MATERIALIZED (
-    SELECT first.* FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
-        (SELECT ctid, priority, run_at, id, attempts, max_attempts, row_number() OVER () AS rank FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL
-         ORDER BY priority DESC, run_at, id LIMIT $1) first
-    WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($2 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS json)))) AND (CAST($3 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($3 AS text), chr(10))))
-    UNION ALL
-        (SELECT ctid, priority, run_at, id, attempts, max_attempts, row_number() OVER () AS rank FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4 AND (CAST($3 AS text) IS NULL OR task = ANY (string_to_array(CAST($3 AS text), chr(10))))
-    AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id LIMIT $1)),
-done AS (
-    UPDATE pqueue.jobs SET state = 'completed', finished_at = $5, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = (CAST($6 AS text[]))[array_position(CAST($7 AS bigint[]), id)]
-    WHERE id = ANY (CAST($7 AS bigint[])) AND lease_token = (CAST($8 AS text[]))[array_position(CAST($7 AS bigint[]), id)] AND has_dependents = 0
-    RETURNING id, queue, task, "group" AS of_group, run_at, started_at, finished_at),
-counted AS (
-INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
-SELECT 60, CAST(floor(least(greatest($5, 0), 1000000000000000.0) / 60) * 60 AS bigint), queue, task, 'completed', 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]),
-    count(*), sum(greatest(0, finished_at - started_at)), sum(greatest(0, started_at - run_at))
-FROM done GROUP BY queue, task, 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001])
-
-ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
-    run_seconds = outcomes.run_seconds + excluded.run_seconds,
-    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds),
-taken AS (
-UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($9 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4,
-    lease_token = $10, lease_expires_at = $11, started_at = $5
-WHERE (SELECT count(*) FROM done WHERE of_group = '') = $12 AND NOT EXISTS (SELECT FROM (
-SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $5 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $5 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $5 AS due,
-    (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $5 AS expired,
-    EXISTS (SELECT 1 FROM pqueue.queues WHERE grouped = 1) AS grouped) overdue WHERE due OR expired OR
-    grouped AND EXISTS (SELECT 1 FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($2 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS json)))) OR name IN
-    (SELECT queue FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4))) AND (EXISTS (SELECT 1 FROM pqueue.group_events) OR EXISTS (SELECT 1 FROM pqueue.queue_groups WHERE next_at = 0)
-    OR (SELECT next_at FROM pqueue.queue_groups WHERE next_at > 0 ORDER BY next_at LIMIT 1) <= $5
-    OR EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4)
-    OR EXISTS (SELECT 1 FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name
-        WHERE q.grouped = 1 AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0)))) AND state = 'pending' AND ctid = ANY (ARRAY(
-    SELECT ctid FROM (
-        SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
-        FROM (
-            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($9 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS alone
-            FROM (
-        SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (
-            SELECT *, count(CASE WHEN rank = $1 THEN 1 END) OVER (ORDER BY priority DESC, run_at, id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM heads
-        ) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
-            ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
-            ORDER BY best.priority DESC, best.run_at, best.id LIMIT $13 FOR UPDATE OF jobs SKIP LOCKED) locked
-    ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
-RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents)
-SELECT CASE WHEN (SELECT count(*) FROM done) < $12 THEN ARRAY(SELECT id FROM done) END,
-    (SELECT count(*) FROM heads WHERE rank = 1), (SELECT count(*) FROM heads), taken.*
-FROM (SELECT) one LEFT JOIN taken ON true;
-
 -- LOCK_QUEUES
 -- Lock the queues whose groups take turns, as their turns and their running jobs must not change.
 -- $1 queues, $2 consumer
@@ -2086,3 +1937,158 @@ FROM tables t JOIN pg_trigger g ON tgrelid = t.oid
 UNION ALL SELECT 'function', '', proname::text,
     concat_ws(' ', CASE WHEN prosecdef THEN 'SECURITY DEFINER' END, array_to_string(proconfig, ' '), prosrc)
 FROM pg_proc WHERE pronamespace = (SELECT id FROM place);
+
+-- claim_alone(1)
+-- Lease jobs, unless there are any to promote or reclaim. Synced only for a last attempt, which must not be repeated.
+-- The second column is the number of tasks, counted per queue, that have jobs, for a `width` at most one more; the
+-- third is the number of jobs that were looked at, of shares.
+-- $1 queues, $2 tasks, $3 known_attempts, $4 consumer, $5 token, $6 lease_expires_at, $7 now, $8 limit
+WITH heads AS MATERIALIZED (
+    SELECT t.queue, t.task, head.* FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
+        (SELECT ctid, priority, run_at, id, attempts, max_attempts FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) head
+    WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10))))
+    ORDER BY priority DESC, run_at, id LIMIT 2),
+first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tasks FROM heads),
+taken AS (
+UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4,
+    lease_token = $5, lease_expires_at = $6, started_at = $7
+WHERE NOT EXISTS (SELECT FROM (
+SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $7 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $7 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $7 AS due,
+    (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $7 AS expired,
+    EXISTS (SELECT 1 FROM pqueue.queues WHERE grouped = 1) AS grouped) overdue WHERE due OR expired OR
+    grouped AND EXISTS (SELECT 1 FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) OR name IN
+    (SELECT queue FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4))) AND (EXISTS (SELECT 1 FROM pqueue.group_events) OR EXISTS (SELECT 1 FROM pqueue.queue_groups WHERE next_at = 0)
+    OR (SELECT next_at FROM pqueue.queue_groups WHERE next_at > 0 ORDER BY next_at LIMIT 1) <= $7
+    OR EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4)
+    OR EXISTS (SELECT 1 FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name
+        WHERE q.grouped = 1 AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0)))) AND state = 'pending' AND ctid = ANY (ARRAY(
+    SELECT ctid FROM (
+        SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
+        FROM (
+            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS alone
+            FROM (
+        SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[1] FROM first) AND task = (SELECT tasks[1] FROM first) AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4 AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10))))
+    AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 1)
+        ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
+            ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
+            ORDER BY best.priority DESC, best.run_at, best.id LIMIT $8 FOR UPDATE OF jobs SKIP LOCKED) locked
+    ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
+RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents)
+SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN current_setting('synchronous_commit')
+    ELSE 'off' END, true), (SELECT count(*) FROM heads), 0, taken.* FROM (SELECT) one LEFT JOIN taken ON true;
+
+-- complete_and_claim(1)
+-- Complete jobs that no others depend on, and lease others as `claim_alone` does if that was all of them, and none was
+-- of a group, which may have another job now. The first column lists the completed ids, or is NULL for all; the others
+-- are as there.
+-- $1 queues, $2 tasks, $3 now, $4 results, $5 ids, $6 tokens, $7 known_attempts, $8 consumer, $9 token, $10
+-- lease_expires_at, $11 number, $12 limit
+WITH heads AS MATERIALIZED (
+    SELECT t.queue, t.task, head.* FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
+        (SELECT ctid, priority, run_at, id, attempts, max_attempts FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT 1) head
+    WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10))))
+    ORDER BY priority DESC, run_at, id LIMIT 2),
+first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tasks FROM heads),
+done AS (
+    UPDATE pqueue.jobs SET state = 'completed', finished_at = $3, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = (CAST($4 AS text[]))[array_position(CAST($5 AS bigint[]), id)]
+    WHERE id = ANY (CAST($5 AS bigint[])) AND lease_token = (CAST($6 AS text[]))[array_position(CAST($5 AS bigint[]), id)] AND has_dependents = 0
+    RETURNING id, queue, task, "group" AS of_group, run_at, started_at, finished_at),
+counted AS (
+INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
+SELECT 60, CAST(floor(least(greatest($3, 0), 1000000000000000.0) / 60) * 60 AS bigint), queue, task, 'completed', 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]),
+    count(*), sum(greatest(0, finished_at - started_at)), sum(greatest(0, started_at - run_at))
+FROM done GROUP BY queue, task, 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001])
+
+ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
+    run_seconds = outcomes.run_seconds + excluded.run_seconds,
+    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds),
+taken AS (
+UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($7 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $8,
+    lease_token = $9, lease_expires_at = $10, started_at = $3
+WHERE (SELECT count(*) FROM done WHERE of_group = '') = $11 AND NOT EXISTS (SELECT FROM (
+SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $3 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $3 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $3 AS due,
+    (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $3 AS expired,
+    EXISTS (SELECT 1 FROM pqueue.queues WHERE grouped = 1) AS grouped) overdue WHERE due OR expired OR
+    grouped AND EXISTS (SELECT 1 FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) OR name IN
+    (SELECT queue FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $8))) AND (EXISTS (SELECT 1 FROM pqueue.group_events) OR EXISTS (SELECT 1 FROM pqueue.queue_groups WHERE next_at = 0)
+    OR (SELECT next_at FROM pqueue.queue_groups WHERE next_at > 0 ORDER BY next_at LIMIT 1) <= $3
+    OR EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $8)
+    OR EXISTS (SELECT 1 FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name
+        WHERE q.grouped = 1 AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0)))) AND state = 'pending' AND ctid = ANY (ARRAY(
+    SELECT ctid FROM (
+        SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
+        FROM (
+            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($7 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS alone
+            FROM (
+        SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[1] FROM first) AND task = (SELECT tasks[1] FROM first) AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $8 AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10))))
+    AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id) UNION ALL
+            (SELECT ctid, priority, run_at, id, attempts, max_attempts, 'last' FROM heads OFFSET 1)
+        ) merged ORDER BY priority DESC, run_at, id) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
+            ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
+            ORDER BY best.priority DESC, best.run_at, best.id LIMIT $12 FOR UPDATE OF jobs SKIP LOCKED) locked
+    ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
+RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents)
+SELECT CASE WHEN (SELECT count(*) FROM done) < $11 THEN ARRAY(SELECT id FROM done) END,
+    (SELECT count(*) FROM heads), 0, taken.*
+FROM (SELECT) one LEFT JOIN taken ON true;
+
+-- complete_and_claim(0)
+-- Complete jobs that no others depend on, and lease others as `claim_alone` does if that was all of them, and none was
+-- of a group, which may have another job now. The first column lists the completed ids, or is NULL for all; the others
+-- are as there.
+-- $1 share, $2 queues, $3 tasks, $4 consumer, $5 now, $6 results, $7 ids, $8 tokens, $9 known_attempts, $10 token, $11
+-- lease_expires_at, $12 number, $13 limit
+WITH heads AS MATERIALIZED (
+    SELECT first.* FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
+        (SELECT ctid, priority, run_at, id, attempts, max_attempts, row_number() OVER () AS rank FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL
+         ORDER BY priority DESC, run_at, id LIMIT $1) first
+    WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($2 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS json)))) AND (CAST($3 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($3 AS text), chr(10))))
+    UNION ALL
+        (SELECT ctid, priority, run_at, id, attempts, max_attempts, row_number() OVER () AS rank FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4 AND (CAST($3 AS text) IS NULL OR task = ANY (string_to_array(CAST($3 AS text), chr(10))))
+    AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id LIMIT $1)),
+done AS (
+    UPDATE pqueue.jobs SET state = 'completed', finished_at = $5, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = (CAST($6 AS text[]))[array_position(CAST($7 AS bigint[]), id)]
+    WHERE id = ANY (CAST($7 AS bigint[])) AND lease_token = (CAST($8 AS text[]))[array_position(CAST($7 AS bigint[]), id)] AND has_dependents = 0
+    RETURNING id, queue, task, "group" AS of_group, run_at, started_at, finished_at),
+counted AS (
+INSERT INTO pqueue.outcomes (period, at, queue, task, event, run, wait, number, run_seconds, wait_seconds)
+SELECT 60, CAST(floor(least(greatest($5, 0), 1000000000000000.0) / 60) * 60 AS bigint), queue, task, 'completed', 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]),
+    count(*), sum(greatest(0, finished_at - started_at)), sum(greatest(0, started_at - run_at))
+FROM done GROUP BY queue, task, 14 - width_bucket(-(finished_at - started_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001]), 14 - width_bucket(-(started_at - run_at), ARRAY[-3000.0, -1000.0, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, -0.3, -0.1, -0.03, -0.01, -0.003, -0.001])
+
+ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET number = outcomes.number + excluded.number,
+    run_seconds = outcomes.run_seconds + excluded.run_seconds,
+    wait_seconds = outcomes.wait_seconds + excluded.wait_seconds),
+taken AS (
+UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($9 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4,
+    lease_token = $10, lease_expires_at = $11, started_at = $5
+WHERE (SELECT count(*) FROM done WHERE of_group = '') = $12 AND NOT EXISTS (SELECT FROM (
+SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $5 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $5 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $5 AS due,
+    (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $5 AS expired,
+    EXISTS (SELECT 1 FROM pqueue.queues WHERE grouped = 1) AS grouped) overdue WHERE due OR expired OR
+    grouped AND EXISTS (SELECT 1 FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($2 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS json)))) OR name IN
+    (SELECT queue FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4))) AND (EXISTS (SELECT 1 FROM pqueue.group_events) OR EXISTS (SELECT 1 FROM pqueue.queue_groups WHERE next_at = 0)
+    OR (SELECT next_at FROM pqueue.queue_groups WHERE next_at > 0 ORDER BY next_at LIMIT 1) <= $5
+    OR EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4)
+    OR EXISTS (SELECT 1 FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name
+        WHERE q.grouped = 1 AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0)))) AND state = 'pending' AND ctid = ANY (ARRAY(
+    SELECT ctid FROM (
+        SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
+        FROM (
+            SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($9 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS alone
+            FROM (
+        SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (
+            SELECT *, count(CASE WHEN rank = $1 THEN 1 END) OVER (ORDER BY priority DESC, run_at, id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM heads
+        ) jobs WHERE beyond = 0 ORDER BY priority DESC, run_at, id
+            ) best JOIN pqueue.jobs ON jobs.ctid = best.ctid WHERE jobs.state = 'pending'
+            ORDER BY best.priority DESC, best.run_at, best.id LIMIT $13 FOR UPDATE OF jobs SKIP LOCKED) locked
+    ) ranked WHERE after = 0 AND (rank = 1 OR NOT alone)))
+RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents)
+SELECT CASE WHEN (SELECT count(*) FROM done) < $12 THEN ARRAY(SELECT id FROM done) END,
+    (SELECT count(*) FROM heads WHERE rank = 1), (SELECT count(*) FROM heads), taken.*
+FROM (SELECT) one LEFT JOIN taken ON true;

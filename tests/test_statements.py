@@ -55,6 +55,14 @@ ABOUT = {name: about for module in MODULES for name, about in comments(module).i
 WHY = comments(pqueue_postgres)  # a statement differs
 RETURNS = re.compile(r"; returns (the new id|their ids)$")  # in the comment of a statement: on PostgreSQL alone
 OWN = {name: sql for name, sql in statements(pqueue_postgres).items() if sql not in POSTGRES.values()}
+BUILT = {  # from the width of a claim
+    f"{build.__name__}({width})": (" ".join((build.__doc__ or "").split()), build(width))
+    for build, width in (
+        (pqueue_postgres.claim_alone, 1),
+        (pqueue_postgres.complete_and_claim, 1),
+        (pqueue_postgres.complete_and_claim, pqueue_postgres.SHARES),
+    )
+}
 DIFFERING = [name for name in SHARED if SHARED[name] in POSTGRES]
 
 
@@ -71,6 +79,7 @@ def page() -> str:
         parts.append(shown(name, [ABOUT.get(name, ""), WHY[name] if sql in POSTGRES else ""], sql))
     parts.append("-- Statements that only PostgreSQL has\n")
     parts += [shown(name, [WHY.get(name, "")], sql) for name, sql in OWN.items()]
+    parts += [shown(name, [about], sql) for name, (about, sql) in BUILT.items()]
     return "\n".join(parts)
 
 
