@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from typing import Any, Protocol, TypeVar
+from weakref import WeakSet
 
 from pqueue_schema import ADD_QUEUE, RECORD_OPERATION
 from pqueue_tasks import actor
@@ -27,6 +29,7 @@ class Session(ABC):
     depth = 0  # nesting depth of transactions
     misnested = False  # a block ended before one inside it: it must roll back, too
     thread = 0  # that uses it
+    busy = False  # a statement that is its own transaction is under way; on SQLite, also if another transaction is
 
     @abstractmethod
     def run(self, sql: str, params: Params = NO_PARAMS) -> list[Any]:
@@ -129,6 +132,35 @@ class Session(ABC):
                     )
 
 
+class Joined(Session):
+    """A session within a transaction of the application, which commits it or rolls it back."""
+
+    depth = 1
+    busy = True
+
+    def user_transaction(self) -> Any:
+        raise QueueError("cannot open a transaction in a joined one: use its connection")
+
+    def _begin(self) -> None:
+        """Do nothing: the application has begun it."""
+
+    def _commit(self) -> None:
+        """Do nothing: the application commits."""
+
+    def _cleanup(self) -> None:
+        """Do nothing: the application rolls back."""
+
+    def leave(self) -> None:
+        """Do what follows the block, also after an error: the application may still commit."""
+
+    def end(self) -> None:
+        """Leave the transaction to the application. Raises LeaseLost if a lease was lost, so that it rolls back."""
+        if self.lost is not None:
+            raise self.lost
+        if self.depth != 1:
+            raise QueueError("cannot leave a joined transaction inside another block: neither await nor yield in one")
+
+
 class Registration:
     """A consumer of this process: its random token, its lock, and the numbers of its claims."""
 
@@ -169,6 +201,8 @@ class Backend(ABC):
     """The part of a queue that depends on its database."""
 
     name: str  # of the database, without the password
+    _sessions: WeakSet[Any]  # of all threads
+    _local: threading.local  # its `session` is this thread's
     max_batch = 128  # jobs per claim of a consumer; on SQLite an enqueue may wait for such a claim, a few ms
     _AMONG = "IN ({})"  # the comparison with what a query returns
     _LIKE = "LIKE"  # the comparison that ignores the case of ASCII letters
@@ -206,14 +240,22 @@ class Backend(ABC):
     def _open_watch(self) -> Watch:
         """Return the means by which a thread learns that jobs have finished."""
 
-    @property
     @abstractmethod
+    def _session(self) -> Session:
+        """Return this thread's session."""
+
+    @property
     def in_transaction(self) -> bool:
         """Whether this thread is inside a transaction, where a signal handler must not raise."""
+        session: Session | None = getattr(self._local, "session", None)
+        return session is not None and (session.busy or session.depth > 0)
 
-    @abstractmethod
     def uses_database(self, thread: int) -> bool:
         """Return whether this thread is inside a transaction or a statement, where it must not be interrupted."""
+        try:
+            return any(each.busy or each.depth > 0 for each in self._sessions if each.thread == thread)
+        except RuntimeError:  # another thread has begun to use the queue: ask again
+            return True
 
     has_lent_connection = False  # to user code in this thread; on PostgreSQL, the end of a transaction undoes settings
 
@@ -228,8 +270,8 @@ class Backend(ABC):
         back and raises LeaseLost, even if the block caught that error. Nested, it is a savepoint of the outer one.
         """
 
-    @abstractmethod
-    def join(self: SomeBackend, connection: Any) -> AbstractContextManager[SomeBackend]:
+    @contextmanager
+    def join(self: SomeBackend, connection: Any) -> Iterator[SomeBackend]:
         """Let all calls on this queue in this thread, within the block, take part in a transaction of the application.
 
         connection: the application's: an `sqlite3.Connection` to the queue's file, a `psycopg.Connection` to its
@@ -242,6 +284,20 @@ class Backend(ABC):
         or read-only, or commits each statement by itself. If the queue's durability is "full", its commit is synced; on
         SQLite, QueueError is raised if the connection's `synchronous` is below FULL.
         """
+        if self.in_transaction:
+            raise QueueError("cannot join a connection inside a transaction of this queue")
+        own, joined = self._session(), self._joined(connection)
+        self._local.session = joined
+        try:
+            yield self
+        finally:
+            self._local.session = own
+            joined.leave()
+        joined.end()
+
+    @abstractmethod
+    def _joined(self, connection: Any) -> Joined:
+        """Return a session within the transaction of a connection, which begins unless it has begun."""
 
     @abstractmethod
     def backup(self, path: str | os.PathLike[str]) -> None:

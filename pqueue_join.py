@@ -9,8 +9,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
-from pqueue_backend import Session
+from pqueue_backend import Joined
 from pqueue_files import identity
+from pqueue_locks import ConsumerLocks
 from pqueue_schema import TABLES
 from pqueue_values import NO_PARAMS, Params, QueueError, ids_up_to, short
 
@@ -29,42 +30,18 @@ def driver_connection(connection: Any) -> Any:
         raise QueueError(f"cannot join {short(connection)}: {error}") from error
 
 
-class Joined(Session):
-    """A session within a transaction of the application, which commits it or rolls it back."""
-
-    depth = 1
-    busy = True
-
-    def user_transaction(self) -> Any:
-        raise QueueError("cannot open a transaction in a joined one: use its connection")
-
-    def _begin(self) -> None:
-        """Do nothing: the application has begun it."""
-
-    def _commit(self) -> None:
-        """Do nothing: the application commits."""
-
-    def _cleanup(self) -> None:
-        """Do nothing: the application rolls back."""
-
-    def end(self) -> None:
-        """Leave the transaction to the application. Raises LeaseLost if a lease was lost, so that it rolls back."""
-        if self.lost is not None:
-            raise self.lost
-        if self.depth != 1:
-            raise QueueError("cannot leave a joined transaction inside another block: neither await nor yield in one")
-
-
 class JoinedSQLite(Joined):
     """A session within a transaction of an `sqlite3.Connection`."""
 
-    def __init__(self, connection: Any, error: Callable[[sqlite3.Error], QueueError]) -> None:
+    def __init__(
+        self, connection: Any, error: Callable[[sqlite3.Error], QueueError], consumer_locks: ConsumerLocks | None
+    ) -> None:
         if not isinstance(connection, sqlite3.Connection):
             raise ValueError(
                 "expected an sqlite3.Connection, or a Session or Connection of SQLAlchemy on SQLite, "
                 f"got {short(connection)}"
             )
-        self.connection, self._error, self.finished = connection, error, []
+        self.connection, self._error, self._consumer_locks, self.finished = connection, error, consumer_locks, []
 
     def begin(self, path: Path, database: tuple[int, int] | None, durability: str) -> None:
         """Expect a connection to this database that can write, and begin its transaction unless it has begun."""
@@ -89,6 +66,10 @@ class JoinedSQLite(Joined):
                 raise QueueError("cannot join: the connection commits each statement by itself: execute BEGIN first")
             self.run("BEGIN IMMEDIATE")
         self.change("UPDATE queues SET paused = paused WHERE false")  # fails if the connection is read-only
+
+    def leave(self) -> None:
+        if self._consumer_locks and self.wakes:
+            self._consumer_locks.expect_joined()
 
     def _execute(self, sql: str, params: Params, read: Callable[[sqlite3.Cursor], Any]) -> Any:
         try:

@@ -26,7 +26,7 @@ from datetime import timedelta
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import psycopg
 import sqlalchemy
@@ -42,7 +42,7 @@ import pqueue_postgres
 import pqueue_schema
 import pqueue_values
 from pqueue import Job, NotStored, PersistentQInterface, PersistentQSQLite, QueueBusy, QueueError, QueueFull
-from pqueue_backend import Session
+from pqueue_backend import Joined, Session
 from pqueue_connections import (
     KEEPALIVES,
     RESTORE,
@@ -55,7 +55,7 @@ from pqueue_connections import (
     setting,
 )
 from pqueue_groups import Group
-from pqueue_join import Joined, driver_connection
+from pqueue_join import driver_connection
 from pqueue_listener import (
     NOTIFY,
     WAITING,
@@ -115,9 +115,6 @@ LASTING_STATES = ("534", "54", "55")  # how SQLSTATE begins: limits of the setti
 PLAN_LOST = (psycopg.errors.FeatureNotSupported, psycopg.errors.InvalidSqlStatementName)
 
 
-SomePostgres = TypeVar("SomePostgres", bound="OnPostgres")
-
-
 class NoRoom(QueueFull):
     """The queue is at its limit."""
 
@@ -148,14 +145,9 @@ class PostgresSession(Session):
         self._queue = queue
         self._link: Link | None = None  # from the first statement of a transaction to its end
         self._begin_with = BEGIN
-        self.is_working = False  # a statement outside a transaction is under way
         self.durable = True
         self.for_application = False  # the transaction is the application's
         self.is_snapshot = False  # it sees nothing that others commit
-
-    @property
-    def busy(self) -> bool:
-        return self.depth > 0
 
     @property
     def connection(self) -> sqlalchemy.Connection:
@@ -215,11 +207,11 @@ class PostgresSession(Session):
         with self._queue._db_errors():
             if self._link is not None:
                 return self._execute_next(self._link, text, values, read)
-            run = self._execute_first if self.busy else self._execute_alone
+            run = self._execute_first if self.depth else self._execute_alone
             return run(text, values, read)
 
     def _execute_alone(self, text: bytes, values: list[Any], read: Callable[[Any], Any]) -> Any:
-        self.is_working = True
+        self.busy = True
         try:
             link = self._queue._pool.take()
             try:
@@ -230,7 +222,7 @@ class PostgresSession(Session):
             finally:
                 self._queue._pool.give_back(link)
         finally:
-            self.is_working = False
+            self.busy = False
 
     def _execute_first(self, text: bytes, values: list[Any], read: Callable[[Any], Any]) -> Any:
         """Begin a transaction with this statement, in one round trip."""
@@ -686,13 +678,13 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     def _transaction(self, *, durable: bool = True, in_batch: bool = False) -> PostgresSession:  # noqa: ARG002
         session = self._session()
-        if not session.busy:
+        if not session.depth:
             session.durable, session.for_application = durable, False
         return session
 
     def _read(self, sql: str, params: Params = pqueue_values.NO_PARAMS) -> list[Any]:
         session = self._session()
-        if session.busy or not self.pooled:
+        if session.depth or not self.pooled:
             return session.run(sql, params)
         with session:  # its transaction has our settings
             return session.run(sql, params)
@@ -938,17 +930,6 @@ class OnPostgres(PersistentQSQLAlchemy):
 
         return self._open_listener().wait(seconds, due_at_first)
 
-    @property
-    def in_transaction(self) -> bool:
-        session: PostgresSession | None = getattr(self._local, "session", None)
-        return session is not None and (session.busy or session.is_working)
-
-    def uses_database(self, thread: int) -> bool:
-        try:
-            return any(each.busy or each.is_working for each in self._sessions if each.thread == thread)
-        except RuntimeError:  # another thread has begun to use the queue: ask again
-            return True
-
     @contextmanager
     def transaction(self) -> Iterator[sqlalchemy.Connection]:
         session = self._transaction()
@@ -959,20 +940,11 @@ class OnPostgres(PersistentQSQLAlchemy):
                 session.as_application()
             yield session.connection
 
-    @contextmanager
-    def join(self: SomePostgres, connection: Any) -> Iterator[SomePostgres]:
-        if self.in_transaction:
-            raise QueueError("cannot join a connection inside a transaction of this queue")
-        own = self._session()
+    def _joined(self, connection: Any) -> JoinedPostgres:
         with self._db_errors():
             joined = JoinedPostgres(self, driver_connection(connection))
             joined.begin(self.durability)
-        self._local.session = joined
-        try:
-            yield self
-            joined.end()
-        finally:
-            self._local.session = own
+        return joined
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Write a consistent copy as a queue on SQLite: `open_queue(path)` opens it."""

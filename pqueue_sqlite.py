@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from pqueue import BUSY_SECONDS, POLL_SECONDS, PersistentQInterface
 from pqueue_backend import Registration, Session, Watch
@@ -219,9 +219,6 @@ CREATE TRIGGER IF NOT EXISTS groups_{name} AFTER {event} ON jobs WHEN {when} BEG
 }
 
 TRIGGERS = f"SELECT name, tbl_name FROM sqlite_master WHERE type = 'trigger' AND tbl_name IN {TABLES} ORDER BY name"
-
-
-SomeQueue = TypeVar("SomeQueue", bound="PersistentQSQLite")
 
 
 class SQLiteSession(Session):
@@ -908,15 +905,6 @@ class PersistentQSQLite(PersistentQInterface):
             return ResultWatch(locks) if (locks := self._result_locks) else Polling()
 
     @property
-    def in_transaction(self) -> bool:
-        session: SQLiteSession | None = getattr(self._local, "session", None)
-        return session is not None and session.busy
-
-    def uses_database(self, thread: int) -> bool:
-        with _opening_lock:
-            return any(each.busy for each in self._sessions if each.thread == thread)
-
-    @property
     def has_lent_connection(self) -> bool:  # type: ignore[override]
         session = getattr(self._local, "session", None)
         return isinstance(session, SQLiteSession) and session.was_lent and not session.busy
@@ -940,22 +928,11 @@ class PersistentQSQLite(PersistentQInterface):
             finally:
                 session.connection.row_factory, session.connection.text_factory = None, str  # as the queue expects
 
-    @contextmanager
-    def join(self: SomeQueue, connection: Any) -> Iterator[SomeQueue]:
-        if self.in_transaction:
-            raise QueueError("cannot join a connection inside a transaction of this queue")
-        own = self._session()
-        own.files.expect_in_place()
-        joined = JoinedSQLite(driver_connection(connection), self._error)
+    def _joined(self, connection: Any) -> JoinedSQLite:
+        self._session().files.expect_in_place()
+        joined = JoinedSQLite(driver_connection(connection), self._error, self._consumer_locks)
         joined.begin(self.path, self._database, self.durability)
-        self._local.session = joined
-        try:
-            yield self
-        finally:
-            self._local.session = own
-            if self._consumer_locks and joined.wakes:
-                self._consumer_locks.expect_joined()
-        joined.end()
+        return joined
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         target = file_path(path)
