@@ -127,44 +127,12 @@ if TYPE_CHECKING:
     from pqueue_sqlalchemy import PersistentQSQLAlchemy as PersistentQSQLAlchemy  # noqa: PLC0414 - not part of *
     from pqueue_sqlite import PersistentQSQLite
 
-__all__ = [  # noqa: RUF022 - by use: opening a queue and working with it, errors, tasks, values, URLs
-    "open_queue",
-    "task",
-    "Job",
-    "JobId",
-    "PersistentQInterface",
-    "PersistentQSQLite",
-    "QueueError",
-    "LeaseLost",
-    "JobNotFound",
-    "JobFailed",
-    "InvalidTransition",
-    "QueueBusy",
-    "QueueFull",
-    "SchemaMismatch",
-    "DatabaseReplaced",
-    "DoNotRetry",
-    "Retry",
-    "Snooze",
-    "Task",
-    "TASKS",
-    "run_task",
-    "around",
-    "metadata",
-    "current_queue",
-    "current_job",
-    "backoff_seconds",
-    "STATES",
-    "UNFINISHED",
-    "FINISHED",
-    "Filters",
-    "Excerpt",
-    "Schedule",
-    "Outcomes",
-    "MAX_PAYLOAD_BYTES",
-    "is_postgres",
-    "sqlite_path",
-]
+__all__ = ["Job", "JobId", "PersistentQInterface", "PersistentQSQLite", "is_postgres", "open_queue", "sqlite_path"]
+__all__ += ["DatabaseReplaced", "InvalidTransition", "JobFailed", "JobNotFound", "LeaseLost"]
+__all__ += ["QueueBusy", "QueueError", "QueueFull", "SchemaMismatch"]
+__all__ += ["TASKS", "DoNotRetry", "Retry", "Snooze", "Task", "around", "metadata", "run_task", "task"]
+__all__ += ["backoff_seconds", "current_job", "current_queue"]
+__all__ += ["FINISHED", "MAX_PAYLOAD_BYTES", "STATES", "UNFINISHED", "Excerpt", "Filters", "Outcomes", "Schedule"]
 
 __version__ = "0.1.0"
 

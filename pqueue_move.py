@@ -43,11 +43,9 @@ RESUME_ALL = "UPDATE queues SET paused = 0 WHERE paused = 2"
 COPY_JOB = f"""
 INSERT INTO jobs ({COLUMNS.removeprefix("id, ")}) VALUES (:{", :".join(Job._fields[1:])})
 {UNLESS_HELD} RETURNING id"""
-HISTORY_COLUMNS = ("at", "event", "actor", "attempt", "error", "started_at")
-HISTORY_OF = f"SELECT {', '.join(HISTORY_COLUMNS)} FROM history WHERE job_id = :id ORDER BY +id"
-COPY_HISTORY = """
-INSERT INTO history (job_id, at, event, actor, attempt, error, started_at)
-VALUES (:id, :at, :event, :actor, :attempt, :error, :started_at)"""
+HISTORY = "at, event, actor, attempt, error, started_at"
+HISTORY_OF = f"SELECT {HISTORY} FROM history WHERE job_id = :id ORDER BY +id"
+COPY_HISTORY = f"INSERT INTO history (job_id, {HISTORY}) VALUES (:id, :{HISTORY.replace(', ', ', :')})"
 
 # The tables and columns to copy; the first column is the key. Consumers are not copied: they are local processes.
 COPIED = {
@@ -464,7 +462,7 @@ def _copy_job(source: Session, copy: Session, target: Moving, job: Params, now: 
         found = copy.run(COPY_JOB, keyless)
     for (job_id,) in found:
         for row in source.run(HISTORY_OF, {"id": job["id"]}):
-            copy.change(COPY_HISTORY, {"id": job_id, **dict(zip(HISTORY_COLUMNS, row, strict=True))})
+            copy.change(COPY_HISTORY, {"id": job_id, **dict(zip(_names(HISTORY), row, strict=True))})
         return cast(int, job_id)
     return None
 

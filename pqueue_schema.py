@@ -809,16 +809,5 @@ FAILURES = failures(
     "group_concat",
 )
 
-GROUP_TABLES = ("queue_groups", "group_weights", "group_starts")
-TABLES = (
-    "jobs",
-    "queues",
-    "queue_tasks",
-    *GROUP_TABLES,
-    "consumers",
-    "history",
-    "schedules",
-    "dependencies",
-    "handlers",
-    "outcomes",
-)
+TABLES: tuple[str, ...] = ("jobs", "queues", "queue_tasks", "queue_groups", "group_weights", "group_starts")
+TABLES += ("consumers", "history", "schedules", "dependencies", "handlers", "outcomes")

@@ -1075,8 +1075,7 @@ SELECT at, event, actor, attempt, error, started_at FROM pqueue.history WHERE jo
 
 -- COPY_HISTORY
 -- $1 id, $2 at, $3 event, $4 actor, $5 attempt, $6 error, $7 started_at
-INSERT INTO pqueue.history (job_id, at, event, actor, attempt, error, started_at)
-VALUES ($1, $2, $3, $4, $5, $6, $7);
+INSERT INTO pqueue.history (job_id, at, event, actor, attempt, error, started_at) VALUES ($1, $2, $3, $4, $5, $6, $7);
 
 -- PARTIAL
 -- A row in the history of a target that `copy_finished_to` has begun to fill, and whose jobs may be replaced.
