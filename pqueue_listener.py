@@ -68,10 +68,6 @@ class ListenConnection:
         self.gets_notify = True  # False: connected through a pooler, which keeps neither NOTIFY nor locks
         self._thread = threading.Thread()
 
-    @property
-    def _connection(self) -> psycopg.Connection[Any] | None:
-        return None if self._link is None else self._link.driver
-
     def start(self) -> None:
         self.gets_notify = not self._queue.pooled and self._receives_notify()
         if self.gets_notify:

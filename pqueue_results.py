@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent import futures
 from contextlib import closing, suppress
 from datetime import timedelta
@@ -184,9 +184,8 @@ class Waiting(Reading):
             )
         return self._waits.add(job_id, self._open_watch, self._finished)
 
-    def _finished(self, job_ids: Iterable[int]) -> dict[int, Job | JobNotFound]:
+    def _finished(self, job_ids: list[int]) -> dict[int, Job | JobNotFound]:
         """Return those of these jobs that have finished, or the error for those that do not exist."""
-        job_ids = list(job_ids)
         states = dict(self._read(STATES_OF, {"ids": to_json(job_ids)}))
         found: dict[int, Job | JobNotFound] = {}
         for job_id in job_ids:

@@ -49,9 +49,11 @@ Exceptions = type[BaseException] | tuple[type[BaseException], ...]
 class Caller(Generic[P, R]):
     """Enqueues calls of a task: a `Task`, or what its `using` and `on` return."""
 
-    _task: Task[P, R]
     _queue: PersistentQInterface | None = None
     _options: Params = NO_PARAMS
+
+    def __init__(self, task: Task[P, R], queue: PersistentQInterface | None, options: Params) -> None:
+        self._task, self._queue, self._options = task, queue, options
 
     @overload  # the result of an async function is that of its coroutine
     def enqueue(self: Caller[Q, Coroutine[Any, Any, T]], *args: Q.args, **kwargs: Q.kwargs) -> JobId[T]: ...
@@ -108,11 +110,11 @@ class Caller(Generic[P, R]):
     ) -> Caller[P, R]:
         """Return an object whose `enqueue` passes these options, which are those of the queue's `enqueue`."""
         given = {name: value for name, value in locals().items() if name != "self" and value is not None}
-        return _BoundCaller(self._task, self._queue, {**self._options, **given})
+        return Caller(self._task, self._queue, {**self._options, **given})
 
     def on(self, queue: PersistentQInterface) -> Caller[P, R]:
         """Return an object whose `enqueue` stores in this queue."""
-        return _BoundCaller(self._task, queue, self._options)
+        return Caller(self._task, queue, self._options)
 
 
 def _arguments(call: Call) -> tuple[Sequence[Any], dict[str, Any]]:
@@ -121,11 +123,6 @@ def _arguments(call: Call) -> tuple[Sequence[Any], dict[str, Any]]:
     if isinstance(call, (tuple, list)):
         return call, {}
     raise TypeError(f"expected a tuple or a dict with the arguments of each job, got {short(call)}")
-
-
-class _BoundCaller(Caller[P, R]):
-    def __init__(self, task: Task[P, R], queue: PersistentQInterface | None, options: Params) -> None:
-        self._task, self._queue, self._options = task, queue, options
 
 
 @dataclass(frozen=True)

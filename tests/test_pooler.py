@@ -175,7 +175,7 @@ def test_consumer_that_dies_before_the_server_is_seen_from_behind_it(queue, dire
     job = direct.dequeue("anna")
     direct._listener._stopped = True  # as the kernel does for a process that was killed
     direct._listener._thread.join()
-    direct._listener._connection.close()
+    direct._listener._link.driver.close()
     assert wait_until(lambda: queue.dequeue("berta")).id == job.id
 
 

@@ -978,7 +978,7 @@ def consumers(database, monkeypatch):
 
 
 def listener_pid(queue):
-    return queue._listener._connection.info.backend_pid
+    return queue._listener._link.driver.info.backend_pid
 
 
 def end_session(queue, pid):
@@ -997,10 +997,10 @@ def test_consumer_whose_session_was_ended_keeps_its_job(consumers):
     before = listener_pid(queue)
     with mock.patch.object(queue, "_connect_raw", side_effect=QueueError("not yet")):
         end_session(other, before)
-        wait_until(lambda: queue._listener._connection is None)
+        wait_until(lambda: queue._listener._link is None)
         assert [look(other) for _ in range(5)] == [None] * 5
         assert {each["state"] for each in other.consumers()} == {"running"}
-    wait_until(lambda: queue._listener._connection and listener_pid(queue) != before)
+    wait_until(lambda: queue._listener._link and listener_pid(queue) != before)
     queue.complete(job)
 
 
@@ -1010,7 +1010,7 @@ def test_consumer_whose_sessions_are_ended_again_and_again_keeps_its_job(consume
     until = time.monotonic() + 2 * pqueue_sqlalchemy.GRACE_SECONDS
     while time.monotonic() < until:
         for (pid,) in other._read("SELECT pid FROM pg_stat_activity WHERE datname = current_database()"):
-            mine = listener_pid(other) if other._listener._connection else pid
+            mine = listener_pid(other) if other._listener._link else pid
             if pid != mine:
                 end_session(other, pid)
         time.sleep(0.1)
@@ -1026,7 +1026,7 @@ def test_consumer_whose_session_is_ended_connects_again_at_once(consumers, monke
     queue._listener._made_at = -math.inf
     before = listener_pid(queue)
     end_session(other, before)
-    wait_until(lambda: queue._listener._connection and listener_pid(queue) != before)
+    wait_until(lambda: queue._listener._link and listener_pid(queue) != before)
 
 
 def test_consumer_whose_lock_stays_away_is_dead_after_the_grace(consumers):
@@ -1034,7 +1034,7 @@ def test_consumer_whose_lock_stays_away_is_dead_after_the_grace(consumers):
     job = queue.dequeue("anna")
     queue._listener._stopped = True  # as the kernel does for a process that was killed
     queue._listener._thread.join()
-    queue._listener._connection.close()
+    queue._listener._link.driver.close()
     assert look(other) is None
     (slot,) = other._missing
     other._missing[slot] -= pqueue_sqlalchemy.GRACE_SECONDS
@@ -1062,7 +1062,7 @@ def test_listener_that_fails_for_whatever_reason_is_there_again(consumers, error
     queue, other = consumers
     queue.dequeue("anna")
     with mock.patch.object(pqueue_listener.ListenConnection, "_receive", side_effect=error):
-        wait_until(lambda: queue._listener._connection is None or not queue._listener._thread.is_alive())
+        wait_until(lambda: queue._listener._link is None or not queue._listener._thread.is_alive())
     queue._dead_checked_at = -math.inf
     queue.dequeue("anna")
     queue._listener._thread.join(0.1)

@@ -201,9 +201,9 @@ def test_consumer_is_woken_where_the_connection_that_listens_cannot_be_lent(admi
             other.enqueue("t")
             assert queue.wait(10, consumer="w")
             queue.complete(queue.dequeue("w"))
-        before = queue._listener._connection.info.backend_pid
+        before = queue._listener._link.driver.info.backend_pid
         admin.execute("SELECT pg_terminate_backend(%s)", (before,))
-        wait_until(lambda: queue._listener._connection and queue._listener._connection.info.backend_pid != before)
+        wait_until(lambda: queue._listener._link and queue._listener._link.driver.info.backend_pid != before)
         queue.leave("w")
 
 

@@ -294,11 +294,11 @@ def test_time_limit_of_the_role_does_not_take_its_job_from_a_consumer(server, da
     with closing(PersistentQSQLAlchemy(database)) as queue:
         queue.enqueue_many("t", range(300))
         job = queue.dequeue("w", lease_seconds=60)
-        pid = queue._listener._connection.info.backend_pid
+        pid = queue._listener._link.driver.info.backend_pid
         time.sleep(1.2)  # longer than each limit
         queue.extend(job, 60)
         queue.heartbeat("w")
-        assert queue._listener._connection.info.backend_pid == pid
+        assert queue._listener._link.driver.info.backend_pid == pid
         queue.complete(job)
         assert len(queue.dequeue_many("w", 128)) == 128
         queue.prune(0)
