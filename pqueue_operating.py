@@ -99,9 +99,7 @@ class Operating(Grouping, Depending, Counting):
         """
         now = self._time(now)
         due = due_time(delay_seconds, run_at, now)
-        self._operator_verb(
-            "resubmit", "resubmitted", pqueue_schema.RESUBMIT, job_id, by, now, allowed=FINISHED, run_at=due
-        )
+        self._operator_verb("resubmit", "resubmitted", pqueue_schema.RESUBMIT, job_id, by, now, FINISHED, run_at=due)
 
     def mark_failed(
         self, job_id: int, error: str = "marked as failed", *, by: str | None = None, now: float | None = None
@@ -273,7 +271,7 @@ class Operating(Grouping, Depending, Counting):
         with self.exclusive([job_id]), self._transaction() as session:
             self._prepare_change(session, job_id, values, now)
             self._operator_verb(
-                "change", f"changed {changed}", pqueue_schema.CHANGE, job_id, by, now, allowed=UNTAKEN, **values
+                "change", f"changed {changed}", pqueue_schema.CHANGE, job_id, by, now, UNTAKEN, **values
             )
 
     def _prepare_change(self, session: Session, job_id: int, values: Params, now: float) -> None:

@@ -684,10 +684,7 @@ class OnPostgres(PersistentQSQLAlchemy):
 
     def _read(self, sql: str, params: Params = pqueue_values.NO_PARAMS) -> list[Any]:
         session = self._session()
-        if session.depth or not self.pooled:
-            return session.run(sql, params)
-        with session:  # its transaction has our settings
-            return session.run(sql, params)
+        return session.run(sql, params) if session.depth else session.alone(sql, params)
 
     def _time(self, now: float | None) -> float:
         if now is not None:

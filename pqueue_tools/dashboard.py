@@ -249,15 +249,8 @@ class FigureCache:
         and those that ended within the last hour; processes: those of supervisord, or a sentence that says why there
         are none; settings: of each queue, see `_settings`.
         """
-        queue = self.queue()
-        with self._lock:
-            now = time.monotonic()
-            wanted = [part for part in self._parts if days or part != "days"]  # which takes long
-            for part in wanted:
-                if part not in self._running and now >= self._stale_at.get(part, 0.0):
-                    self._running[part] = self._worker.submit(self._compute, part, queue, self._running)
-            running = [self._running[part] for part in wanted if part in self._running]
-            has_all = self._computed.keys() >= set(wanted)
+        wanted = [part for part in self._parts if days or part != "days"]  # which takes long
+        running, has_all = self._begin(wanted)
         if wait_seconds is None:
             wait_seconds = PAGE_WAIT_SECONDS if has_all else FIRST_WAIT_SECONDS
         wait(running, wait_seconds)
@@ -279,6 +272,17 @@ class FigureCache:
             "overview": {**overview, "findings": found},
             "age": age,
         }
+
+    def _begin(self, wanted: list[str]) -> tuple[list[Future[None]], bool]:
+        """Begin to compute the parts that are out of date; return what is under way, and whether all were computed."""
+        queue = self.queue()
+        with self._lock:
+            now = time.monotonic()
+            for part in wanted:
+                if part not in self._running and now >= self._stale_at.get(part, 0.0):
+                    self._running[part] = self._worker.submit(self._compute, part, queue, self._running)
+            running = [self._running[part] for part in wanted if part in self._running]
+            return running, self._computed.keys() >= set(wanted)
 
     def of_task(self, figures: dict[str, Any], query: Query) -> dict[str, Any]:
         """Return the figures as far as they concern the task of the query, within its `last`, one of DAYS or else an

@@ -64,6 +64,17 @@ class Consumer:
     record: shared with the keeper, which extends the leases; None: in an application.
     """
 
+    state: ProcessState | None = None  # of the process, which tasks must not change
+    task_log: TaskLog | None = None
+    taken = 0
+    _job: Job | None = None  # the last one run
+    _claim: tuple[str | None, int] = None, 0  # a lease token, and the number of its claim
+    _can_wake = False  # waiting for jobs: a signal handler may raise
+    _cancel: Callable[[Exception], object] | None = None  # cancels the async task that runs
+    _interrupted: Exception | None = None  # why the last interrupt came
+    _must_end = False  # this process must be replaced
+    _run_seconds = BATCH_SECONDS  # estimate for one job; the initial value allows one job at a time
+
     def __new__(cls, *_: Any, concurrency: int = 1, **__: Any) -> Consumer:
         if cls is Consumer and concurrency != 1:
             from pqueue_tools.concurrency import ConcurrentConsumer
@@ -101,22 +112,12 @@ class Consumer:
         self.is_embedded = record is None
         self.record = record or Record(concurrency)
         self._leases = leases.Leases(queue, self.record, name, lease_seconds, quiet=quiet)
-        self.state: ProcessState | None = None  # of the process, which tasks must not change
-        self.task_log: TaskLog | None = None
         self.wake_keeper: Callable[[], object] = bool
-        self.taken = 0
         self._fields = self.record.fields
         self._slot = self.record.slots[0]
         self._waiting: deque[Job] = deque()
         self._finished: list[tuple[Job, Any]] = []
-        self._job: Job | None = None  # the last one run
-        self._claim: tuple[str | None, int] = None, 0  # a lease token, and the number of its claim
         self._known_limits: dict[str, tuple[float, float, pqueue.Task[..., Any] | None]] = {}  # by task
-        self._can_wake = False  # waiting for jobs: a signal handler may raise
-        self._cancel: Callable[[Exception], object] | None = None  # cancels the async task that runs
-        self._interrupted: Exception | None = None  # why the last interrupt came
-        self._must_end = False  # this process must be replaced
-        self._run_seconds = BATCH_SECONDS  # estimate for one job; the initial value allows one job at a time
         self._pid = os.getpid()
 
     @property
@@ -582,15 +583,8 @@ def _run(
         return 0
     if shared.children == 1:
         file_task.remove_copies()
-        served = ",".join(options.queues or ["all"])
-        log(
-            "started",
-            consumer=options.name,
-            pid=os.getppid(),
-            database=queue.name,
-            queues=served,
-            tasks=",".join(tasks),
-        )
+        facts = {"database": queue.name, "queues": ",".join(options.queues or ["all"]), "tasks": ",".join(tasks)}
+        log("started", consumer=options.name, pid=os.getppid(), **facts)
     names = ("queues", "lease_seconds", "drain", "wait", "max_jobs", "max_rss", "quiet", "concurrency")
     consumer = Consumer(queue, options.name, record=record, **{name: getattr(options, name) for name in names})
     consumer.task_log = task_log
@@ -598,9 +592,8 @@ def _run(
     consumer.wake_keeper = lambda: wake(pipe)
     from pqueue_tools.leftovers import ProcessState  # not available on Windows, which has no forks either
 
-    consumer.state = ProcessState(
-        lambda: _arm(dump), queue, ours=("pqueue-", "asyncio_") if options.concurrency > 1 else ("pqueue-",)
-    )
+    threads = ("pqueue-", "asyncio_") if options.concurrency > 1 else ("pqueue-",)
+    consumer.state = ProcessState(lambda: _arm(dump), queue, ours=threads)
     _arm(dump)
     # A task that closes the queue, as at the end of `with current_queue()`, must not close the consumer's
     close, queue.close = queue.close, bool  # type: ignore[method-assign, assignment]
