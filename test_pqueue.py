@@ -1356,6 +1356,20 @@ class QueueContract:
             found = [job.group for job in copy.dequeue_many("w", 50, now=NOW + 1)]
             self.assertEqual(sorted(map(str, found)), sorted(map(str, self.groups(5))))
 
+    def test_copy_of_a_queue_continues_with_the_turns_weights_and_rates_of_its_groups(self):
+        q = self.queue
+        q.limit("default", rate=(3, 50))
+        q.weigh("default", "heavy", 3)
+        for group in ("a", "heavy", "b", None):
+            q.enqueue_many("t", range(9), group=group, now=NOW)
+        self.groups(5)
+        with tempfile.TemporaryDirectory() as folder, pqueue.PersistentQSQLite(f"{folder}/copy.db") as copy:
+            q.copy_to(copy)
+            for at, number in ((1, 7), (60, 12)):
+                found, copied = ([each.dequeue("w", now=NOW + at) for _ in range(number + 1)] for each in (q, copy))
+                self.assertEqual([job and job.id for job in copied], [job and job.id for job in found])
+                self.assertEqual(found.index(None), number)
+
     def test_guarantee_5_names_are_those_since_the_last_resubmission(self):
         job_id = self.queue.enqueue("t", max_attempts=2, now=NOW)
         self.queue.dequeue("bert", now=NOW)
