@@ -257,6 +257,10 @@ class Backend(ABC):
         except RuntimeError:  # another thread has begun to use the queue: ask again
             return True
 
+    def is_locked_by(self, pid: int) -> bool:  # noqa: ARG002
+        """Return whether a process of this host keeps all others from writing; False where none can."""
+        return False
+
     has_lent_connection = False  # to user code in this thread; on PostgreSQL, the end of a transaction undoes settings
 
     def renew_connection(self) -> None:  # noqa: B027 - only where connections are lent

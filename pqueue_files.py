@@ -111,11 +111,11 @@ class FileLocks:
         except FileNotFoundError:  # no process has the database open
             return False
 
-    def hold_write_lock(self) -> bool:
-        """Return whether this process still holds SQLite's write lock."""
+    def writer(self) -> int:
+        """Return the pid of the process that holds SQLite's write lock; 0: none."""
         asked = _flock(fcntl.F_RDLCK, self.WRITING)
         kind, _, _, _, pid = struct.unpack(FLOCK, fcntl.fcntl(self._files[1], fcntl.F_OFD_GETLK, asked))
-        return bool(kind == fcntl.F_WRLCK and pid == os.getpid())
+        return int(pid) if kind == fcntl.F_WRLCK else 0
 
     def _set(self, kind: int) -> None:
         for file, where in zip(self._files, (self.IN_USE, self.INDEX_IN_USE), strict=True):

@@ -343,9 +343,13 @@ class SQLiteSession(Session):
         if self._result_locks:
             self._result_locks.wake_for(self.finished)
 
+    def is_locked_by(self, pid: int) -> bool:
+        """Return whether a process holds SQLite's write lock; False where the system does not tell."""
+        return self._locks is not None and self._locks.writer() == pid
+
     def _expect_lock(self) -> None:
         """Raise QueueError if the write lock was lost, so that another process may have written."""
-        if self._locks and (self.runs_user_code or not self._has_lock) and not self._locks.hold_write_lock():
+        if self._locks and (self.runs_user_code or not self._has_lock) and not self.is_locked_by(os.getpid()):
             raise QueueError(
                 f"cannot commit to {self._path}: its lock was lost, as code in this process closed one of its "
                 "files during the transaction; use backup() to copy it"
@@ -903,6 +907,9 @@ class PersistentQSQLite(PersistentQInterface):
     def _open_watch(self) -> Watch:
         with self._folder_errors():
             return ResultWatch(locks) if (locks := self._result_locks) else Polling()
+
+    def is_locked_by(self, pid: int) -> bool:
+        return self._session().is_locked_by(pid)
 
     @property
     def has_lent_connection(self) -> bool:  # type: ignore[override]

@@ -5589,7 +5589,7 @@ for _ in range(20):
         if child == 0:
             with suppress(Exception), queue.transaction():
                 queue.enqueue("t")
-                is_locked = queue._session()._locks.hold_write_lock()
+                is_locked = queue.is_locked_by(os.getpid())
                 os._exit(not is_locked or files(of_consumer=True) != [] or files(of_consumer=False) != before)
             os._exit(1)
         self.assertEqual(os.waitpid(child, 0)[1], 0)

@@ -1,7 +1,8 @@
 """Running several jobs at the same time: async tasks in an event loop, ordinary functions in threads.
 
 The thread that calls `run` claims and settles jobs and runs none, so it works while a task blocks the event loop. Other
-threads: one for the event loop, one that waits for new jobs, and one for each ordinary function, which ends with it.
+threads: one for the event loop, one that waits for new jobs, one that shows the keeper that threads get the GIL, and
+one for each ordinary function, which ends with it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from pqueue_tools.process import log
 from pqueue_tools.record import Slot
 from pqueue_tools.worker import Consumer, Description, Interrupt, encoded_result
 
+PULSE_SECONDS = 0.25  # how often a worker shows that its threads get the GIL
 LOOK_SECONDS = 0.1  # how often an idle consumer looks for what tasks have left behind
 BUSY_SECONDS = 60.0  # after which a consumer that is never idle takes no jobs for a while, to look for that as well
 BUSY_SHARE = 0.1  # of the time since the last look: the longest such pause
@@ -296,6 +298,8 @@ class ConcurrentConsumer(Consumer):
     def _helper_threads(self) -> Iterator[None]:
         waiter = Thread("pqueue-waiter", self._wait_for_jobs)
         waiter.start()
+        if not self.is_embedded:
+            Thread("pqueue-pulse", self._show_pulse, time.sleep).start()
         try:
             yield
         finally:
@@ -303,6 +307,11 @@ class ConcurrentConsumer(Consumer):
             self._close_loop()
             if self.is_embedded:
                 waiter.join()
+
+    def _show_pulse(self, sleep: Callable[[float], object]) -> None:
+        while True:
+            self._fields[fields.PULSE] += 1
+            sleep(PULSE_SECONDS)
 
     def _wait_for_jobs(self) -> None:
         """Wait for jobs whenever asked, while other threads run some."""

@@ -43,6 +43,7 @@ GRACE_SECONDS = {  # from the interrupt of a task to the end of its process, by 
 REPEAT_SECONDS = 1.0  # how often a task that continues after an interrupt is interrupted again
 DUMP_SECONDS = 0.5  # the longest wait for the traceback of a task that hangs
 CLOSE_SECONDS = 5.0  # how long a worker may take to exit
+STUCK_LOOKS = 60  # of TICK_SECONDS, at a worker that is stuck; then it is killed
 BLOCKED_SECONDS = 1.0  # after which a task that blocks the event loop is reported, then after 2, 4, 8 times as long
 NEIGHBOUR = "WorkerDied: another job ended the process; not run again because max_attempts is 1"
 # A shell takes a tenth of the memory of a forked interpreter. Arguments: the keeper, the worker, seconds between looks,
@@ -102,6 +103,8 @@ class Keeper:
         self._closing_at = 0.0  # monotonic seconds
         self._blocked = 0, BLOCKED_SECONDS  # when the last step of an async task began; when to report it
         self._killed = False  # by this process
+        self._pulse = self._stuck_looks = 0  # of the worker; how often in succession it was found stuck
+        self._stuck_as = ""  # why it was killed, if for that
         self._pipe = self._wakeup = self._dump = -1
         self._outputs: list[TaskOutput] = []
         self._others = set(processes.children(os.getpid()))
@@ -179,6 +182,8 @@ class Keeper:
             slot.clear()
         self._interrupted.clear()
         self._closing_at, self._killed, self._status = 0.0, False, None
+        self._fields[fields.PULSE] = self._pulse = self._stuck_looks = 0
+        self._stuck_as = ""
         self._empty_dump()
         self.shared.children += 1
         for stream in (sys.stdout, sys.stderr):
@@ -282,7 +287,9 @@ class Keeper:
         for slot, run in slots:
             self._enforce(slot, run)
         # What follows may wait for others that write
-        if any(slot.fields[fields.RUNNING] == run.number and self.leases.has_lost(run) for slot, run in slots):
+        if self._is_stuck() or any(
+            slot.fields[fields.RUNNING] == run.number and self.leases.has_lost(run) for slot, run in slots
+        ):
             return
         self._report_blocked_loop()
         self._with_database(lambda: self.leases.extend(runs))
@@ -294,6 +301,27 @@ class Keeper:
             call()
         except (QueueError, MemoryError) as error:
             log("left to its lease", consumer=self.name, reason=str(error) or "out of memory")
+
+    def _is_stuck(self) -> bool:
+        """Return whether the worker holds the write lock of the database and seems not to go on, as it is stopped, or
+        a thread holds the GIL; kill it after a while. One that waits for a disk will go on."""
+        pulse = self._fields[fields.PULSE]
+        reason = "was stopped" if is_stopped(self._pid) else "held the GIL" if 0 < pulse == self._pulse else ""
+        self._pulse = pulse
+        if not reason or not self._holds_write_lock() or processes.waits_for_disk(self._pid):
+            self._stuck_looks = 0
+            return False
+        self._stuck_looks += 1
+        # guard: a worker that is stuck does not keep others from writing
+        if self._stuck_looks > STUCK_LOOKS and not self._killed:
+            self._stuck_as = f"{reason} while it kept all others from writing, and was killed"
+            self._kill(dump=bool(pulse))
+        return True
+
+    def _holds_write_lock(self) -> bool:
+        with suppress(QueueError):
+            return self.queue.is_locked_by(self._pid)
+        return False
 
     def _report_blocked_loop(self) -> None:
         """Say where an async task has not given up the event loop for long."""
@@ -485,6 +513,8 @@ class Keeper:
             error = limit_error(reason, run)
             return f"{type(error).__name__}: {error}, and was killed, as it did not end when it was interrupted"
         others = f", while {blamed} jobs ran in it" if blamed > 1 else ""
+        if self._stuck_as:
+            return f"WorkerDied: the task's process {self._stuck_as}{others}"
         if any(each.reason == fields.EXECUTED for each in self._interrupted.values()):
             return f"WorkerDied: the task replaced its process by another program{others}"
         return f"WorkerDied: the task's process {processes.end_text(self._status or 0)}{others}"

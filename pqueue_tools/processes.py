@@ -124,6 +124,13 @@ def is_running(pid: int) -> bool:
     return _stat(pid)[:1] not in ([], [b"Z"], [b"X"])
 
 
+def waits_for_disk(pid: int) -> bool:
+    """Return whether a thread of a process waits where no signal reaches it, as for a disk."""
+    with suppress(OSError):
+        return any(_stat(f"{pid}/task/{thread}")[:1] == [b"D"] for thread in os.listdir(f"/proc/{pid}/task"))
+    return False
+
+
 def has_become_another(pid: int) -> bool:
     """Return whether a forked process has replaced itself by another program."""
     fields = _stat(pid)
@@ -145,8 +152,8 @@ def name(pid: int) -> str:
     return "?"
 
 
-def _stat(pid: int) -> list[bytes]:
-    """Return the fields of /proc/PID/stat from the state on."""
+def _stat(pid: int | str) -> list[bytes]:
+    """Return the fields of /proc/PID/stat, or PID/task/TID, from the state on."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     return []

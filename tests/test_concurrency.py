@@ -6,8 +6,10 @@ import os
 import random
 import re
 import signal
+import sys
 import threading
 import time
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +19,10 @@ from test_misbehaviour import SOAK, registered
 
 import pqueue
 from consumer import Consumer
+from pqueue_files import is_stopped
 from pqueue_tools import processes
+from pqueue_tools import record as fields
+from pqueue_tools.keeper import STUCK_LOOKS, Keeper
 
 TASKS = r'''
 import asyncio, contextvars, ctypes, json, logging, os, signal, subprocess, sys, threading, time
@@ -625,6 +630,95 @@ def test_worker_that_is_killed_while_many_jobs_run_costs_each_an_attempt_but_no_
             "WorkerDied: the task's process was killed by signal 9 (SIGKILL), while 3 jobs ran in it"
         )
     assert sorted(map(int, read(tasks, "good").split())) == done
+
+
+LOCK = """
+import os, signal, time
+from pathlib import Path
+from pqueue import current_queue, task
+
+@task(backoff=0)
+def write(job):
+    with current_queue().transaction():
+        Path("locked").touch()
+        while job.attempts == 1: pass
+
+@task(max_attempts=1)
+def hold(job):
+    while not Path("locked").exists(): time.sleep(0.01)
+    sum(range(10**13))
+
+@task(max_attempts=1)
+async def hold_in_loop(job): hold.function(job)
+
+@task(max_attempts=1)
+def stop(job):
+    with current_queue().transaction():
+        os.kill(os.getpid(), signal.SIGSTOP)
+        while True: pass  # another thread may get the signal
+"""
+
+
+@pytest.mark.parametrize("task", ["hold", "hold_in_loop"])
+def test_task_that_holds_the_gil_while_another_one_holds_the_write_lock_is_ended(tasks, task):
+    """Otherwise nobody could write for as long as it runs: writers give up after 5 s."""
+    tasks.write("more.py", LOCK)
+    queue = tasks.queue()
+    bad, child = queue.enqueue(task), consumer(tasks, "--import", "more")
+    wait_until(lambda: queue.get(bad).state == "processing")  # a job with one attempt is claimed alone
+    other = queue.enqueue("write")
+    wait_until(lambda: (tasks.folder / "locked").exists())
+    good = queue.enqueue("pid")  # raises no QueueBusy
+    assert outcome(queue, bad) == (
+        "failed",
+        1,
+        "WorkerDied: the task's process held the GIL while it kept all others from writing, and was killed, "
+        "while 2 jobs ran in it",
+    )
+    assert "in hold" in queue.get(bad).error
+    completed(queue, other, good)
+    assert child.poll() is None
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_worker_that_is_stopped_while_it_holds_the_write_lock_is_ended(tasks, concurrency):
+    tasks.write("more.py", LOCK)
+    queue = tasks.queue()
+    bad, child = queue.enqueue("stop"), consumer(tasks, "--import", "more", concurrency=concurrency)
+    stopped = wait_until(lambda: is_stopped(pid := worker_of(child)) and pid)
+    good = queue.enqueue("pid")  # raises no QueueBusy
+    error = "WorkerDied: the task's process was stopped while it kept all others from writing, and was killed"
+    assert outcome(queue, bad) == ("failed", 1, error)
+    completed(queue, good)
+    assert not processes.is_running(stopped)
+
+
+WAIT_FOR_DISK = """
+import os
+os.posix_spawn("/bin/true", ["true"], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 0, "fifo", os.O_RDONLY, 0)])
+while True: pass
+"""
+
+
+def test_worker_that_waits_for_a_disk_is_spared_until_it_goes_on(tasks, monkeypatch):
+    """It waits for a child that opens a FIFO, in the state in which it would wait for a disk."""
+    os.mkfifo(tasks.folder / "fifo")
+    child = tasks.start_command([sys.executable, "-c", WAIT_FOR_DISK])
+    options = Namespace(concurrency=2, name="w", lease_seconds=60, quiet=True)
+    keeper = Keeper(tasks.queue(), options)
+    keeper.queue, keeper._pid = SimpleNamespace(is_locked_by=child.pid.__eq__), child.pid
+    keeper.record.fields[fields.PULSE] = 1
+    wait_until(lambda: processes.waits_for_disk(child.pid))
+    assert not any(keeper._is_stuck() for _ in range(STUCK_LOOKS + 2))
+    (tasks.folder / "fifo").write_text("")
+    wait_until(lambda: not processes.waits_for_disk(child.pid))
+    killed = []
+    monkeypatch.setattr(keeper, "_kill", lambda **how: killed.append(how))
+    keeper.record.fields[fields.PULSE] = 2
+    assert [keeper._is_stuck() for _ in range(STUCK_LOOKS + 1)] == [False] + [True] * STUCK_LOOKS
+    assert killed == []
+    assert keeper._is_stuck()
+    assert killed
 
 
 def test_jobs_of_a_killed_keeper_run_again_in_another_consumer(tasks):
