@@ -1765,6 +1765,19 @@ class QueueContract:
                 with mock.patch.object(queue, name, at_this_moment):
                     self.assertEqual(job_id.result(timeout_seconds=20), 7)
 
+    def test_waiter_that_comes_while_another_waits_is_woken_for_its_own_job(self):
+        self.without_timers()
+        self.queue.enqueue_many("t", range(2), now=NOW)
+        first, second = self.queue.dequeue_many("w", 2, now=NOW)
+        earlier, waits = self.waiting(first.id), self.queue._waits
+        with ThreadPoolExecutor(1) as pool:
+            later = pool.submit(self.queue.result, second.id, timeout_seconds=10)
+            wait_until(lambda: second.id in waits._waiting)
+            self.queue.complete(second, 2, now=NOW)
+            self.assertEqual(later.result(), 2)
+        self.queue.complete(first, 1, now=NOW)
+        self.assertEqual(wait_until(lambda: earlier), [1])
+
     def test_waiter_for_one_of_a_batch_is_woken(self):
         self.without_timers()
         other = self.reopen()
