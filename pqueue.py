@@ -233,27 +233,25 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         task: a `Task`, or the name of one, which this program need not have registered.
         payload: a JSON-serializable value of at most `MAX_PAYLOAD_BYTES`, nested at most 100 deep, with string keys.
         queue: created by its first job.
-        group: the groups of a queue get equal shares, unless `weigh` gives them others; see also `limit`. None: no
-            group.
+        group: its group in the queue, or None. Groups get equal shares unless `weigh` sets others; see also `limit`.
         priority: jobs with a higher priority run first.
-        delay_seconds, run_at: the earliest time to run the job: relative to now (also a timedelta), or absolute (Unix
-            seconds, or a datetime with a time zone).
+        delay_seconds, run_at: when the job is due: relative to now (also a timedelta), or absolute (Unix seconds, or a
+            datetime with a time zone).
         max_attempts: the number of deliveries before the job is `failed`; None: that of the task, as known to the
             consumer that takes the job first.
-        expires_at, expire_seconds: cancel the job unless it starts before this time: absolute, as `run_at`, or relative
-            to when the job is due; None: the `expire_seconds` of the `Task`, if one is given. Further attempts must
-            also start before it.
+        expires_at, expire_seconds: cancel the job unless each attempt starts before this time: absolute, as `run_at`,
+            or relative to when the job is due; None: the `expire_seconds` of the `Task`, if one is given.
         key: if another job of the queue and task holds this key, store nothing and return that job's id, whose
             `is_new` is False.
         key_until: when the job frees its key: "finished", the default, or "started": when it is first delivered.
         key_seconds: free the key this long after the enqueue instead, whether or not the job is finished.
-        on_conflict: "replace" gives the job that holds the key this payload, priority and time, if no consumer has
-            taken it; with "keep" it stays as it is.
+        on_conflict: "replace" gives the job that holds the key this payload, priority and time, unless a consumer has
+            taken it; "keep" leaves it as it is.
         assigned_to: the only consumer that may run the job; None: any.
-        after: the ids of jobs after which this one runs: it is `waiting` until all have finished. Inside the task,
-            `job.results` has their results.
-        after_failed: what happens if one of them is failed or cancelled: "fail" makes this job `failed`, too, until
-            that one is resubmitted; "run" runs it anyway.
+        after: the ids of jobs that must finish first: until then, the job is `waiting`. In the task, `job.results` has
+            their results.
+        after_failed: if one of them is failed or cancelled, "fail" makes this job `failed`, too, until that one is
+            resubmitted; "run" runs it anyway.
 
         Raises QueueFull when the queue holds `max_pending` pending jobs: see `limit`; JobNotFound for a job of `after`.
         """

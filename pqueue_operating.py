@@ -164,11 +164,6 @@ class Operating(Grouping, Depending, Counting):
             if sql in (pqueue_schema.MARK_FAILED, pqueue_schema.CANCEL):
                 self._job_ended(session, job_id, params["now"])
 
-    def _expect_room(self, session: Session, verb: str, queue: str) -> None:
-        room, max_pending = session.run(pqueue_schema.ROOM, {"queue": queue})[0]
-        if room is not None and room <= 0:
-            raise queue_full(verb, queue, max_pending)
-
     @contextmanager
     def exclusive(self, job_ids: Sequence[int] | None = None) -> Iterator[None]:
         """Open a transaction that locks these jobs (None: all jobs, and enqueueing).
@@ -287,7 +282,9 @@ class Operating(Grouping, Depending, Counting):
                 self._count_new(session)
                 self._add_queue(session, {"queue": queue, "task": task, "group": ""})
                 # guard: a full queue refuses a job of another queue
-                self._expect_room(session, f"move job {job_id}", queue)
+                for room, max_pending in session.run(pqueue_schema.ROOM, {"queue": queue}):
+                    if room is not None and room <= 0:
+                        raise queue_full(f"move job {job_id}", queue, max_pending)
                 session.change(pqueue_schema.FREE_KEY, {"queue": queue, "task": task, "key": key, "now": now})
             # guard: a job that gets a group is delivered
             if old_group if group is None else group:

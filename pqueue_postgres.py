@@ -522,10 +522,7 @@ UPDATE queue_groups SET next_at = 0
 WHERE id = ANY (ARRAY(SELECT id FROM queue_groups WHERE next_at > 0 AND next_at <= :now {LOCK}))""",
     # differs because a claim must neither wait nor be waited for
     pqueue_groups.FORGET_GROUPS: f"""
-DELETE FROM queue_groups WHERE id = ANY (ARRAY(
-    SELECT id FROM queue_groups g WHERE next_at < 0 AND turn <= (SELECT turn FROM queues WHERE name = g.queue)
-    AND NOT EXISTS (SELECT 1 FROM jobs WHERE queue = g.queue AND task = g.task AND "group" = g.name
-        AND state = 'pending' AND assigned_to IS NULL {FOR_EACH}) LIMIT :limit {LOCK}))""",
+DELETE FROM queue_groups WHERE id {AMONG.format(f"SELECT id {pqueue_groups.FORGOTTEN} {LOCK}")}""",
     # differs because a subquery for each task is LATERAL
     pqueue_groups.READY: f"""
 SELECT q.name, t.task, g.name, g.turn,
@@ -568,8 +565,7 @@ UPDATE jobs SET {LEASED}, counted = :counted
 WHERE id = (SELECT id FROM jobs WHERE id = :id AND state = 'pending' {LOCK}) RETURNING {COLUMNS}""",
     # differs because others may promote at the same time
     pqueue_schema.PROMOTE: f"""
-UPDATE jobs SET state = 'pending' WHERE id = ANY (ARRAY(
-    SELECT id FROM jobs WHERE state = 'scheduled' AND run_at <= :now ORDER BY run_at LIMIT :limit {LOCK}))""",
+UPDATE jobs SET state = 'pending' WHERE id {AMONG.format(f"SELECT id {pqueue_schema.DUE} {LOCK}")}""",
     # differs because a job that another transaction has locked must not delay the others: it is extended next time
     pqueue_schema.EXTEND_ALL: f"""
 UPDATE jobs SET lease_expires_at = :lease_expires_at

@@ -480,11 +480,11 @@ SELECT {COLUMNS} FROM jobs WHERE id IN (
         SELECT id FROM jobs WHERE {TO_COME} AND run_at <= :now ORDER BY {ORDER} LIMIT :limit) due)
 ORDER BY {ORDER} LIMIT :limit"""
 
-# Make scheduled jobs that are due pending.
 # guard: a job is not promoted before it is due
-PROMOTE = """
-UPDATE jobs SET state = 'pending' WHERE id IN
-    (SELECT id FROM jobs WHERE state = 'scheduled' AND run_at <= :now ORDER BY run_at LIMIT :limit)"""
+DUE = "FROM jobs WHERE state = 'scheduled' AND run_at <= :now ORDER BY run_at LIMIT :limit"
+
+# Make scheduled jobs that are due pending.
+PROMOTE = f"UPDATE jobs SET state = 'pending' WHERE id IN (SELECT id {DUE})"
 
 # Return jobs that were not started in time.
 EXPIRING = f"""

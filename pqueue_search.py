@@ -117,24 +117,21 @@ class Reading(Backend):
         "oldest_pending_at": the minimum over all queues, or None.
         """
         counts = self._read(COUNTS)
-        limits = {"max_pending": None, "max_running": None, "rate": None}
-        empty = {**dict.fromkeys(STATES, 0), "paused": False, **limits, "oldest_pending_at": None}
+        unknown = dict.fromkeys(("max_pending", "max_running", "rate", "oldest_pending_at"))
+        empty: dict[str, Any] = {**dict.fromkeys(STATES, 0), "paused": False, **unknown}
+        queues: dict[str, dict[str, Any]] = {}  # read last, so that no queue of `counts` is missing
         columns = "name, paused, max_pending, max_running, rate_jobs, rate_seconds"
-        queues = {  # read last, so that no queue of `counts` is missing
-            name: empty
-            | {"paused": bool(paused), "max_pending": most, "max_running": running}
-            | {"rate": None if jobs is None else (jobs, seconds)}
-            for name, paused, most, running, jobs, seconds in self._read(f"SELECT {columns} FROM queues ORDER BY name")
-        }
-        waiting = []
+        for name, paused, most, running, jobs, seconds in self._read(f"SELECT {columns} FROM queues ORDER BY name"):
+            rate = None if jobs is None else (jobs, seconds)
+            queues[name] = {**empty, "paused": bool(paused), "max_pending": most, "max_running": running, "rate": rate}
         for name, state, jobs, oldest in counts:
             queue = queues.setdefault(name, dict(empty))  # unless another program changed jobs.queue
             queue[state] += jobs
-            if state == "pending":
-                waiting.append(oldest)
+            if state == "pending":  # in two rows: those that are assigned, and the others
                 known = queue["oldest_pending_at"]
                 queue["oldest_pending_at"] = oldest if known is None else min(oldest, known)
         states = {state: sum(queue[state] for queue in queues.values()) for state in STATES}
+        waiting = [each["oldest_pending_at"] for each in queues.values() if each["oldest_pending_at"] is not None]
         return {"states": states, "queues": queues, "oldest_pending_at": min(waiting, default=None)}
 
     def pending_tasks(self) -> dict[tuple[str, str], int]:

@@ -610,8 +610,7 @@ ORDER BY priority DESC, run_at, id LIMIT $1;
 -- Make scheduled jobs that are due pending.
 -- differs because others may promote at the same time
 -- $1 now, $2 limit
-UPDATE pqueue.jobs SET state = 'pending' WHERE id = ANY (ARRAY(
-    SELECT id FROM pqueue.jobs WHERE state = 'scheduled' AND run_at <= $1 ORDER BY run_at LIMIT $2 FOR UPDATE SKIP LOCKED));
+UPDATE pqueue.jobs SET state = 'pending' WHERE id = ANY (ARRAY(SELECT id FROM pqueue.jobs WHERE state = 'scheduled' AND run_at <= $1 ORDER BY run_at LIMIT $2 FOR UPDATE SKIP LOCKED));
 
 -- EXPIRING
 -- Return jobs that were not started in time.
@@ -1590,8 +1589,8 @@ DELETE FROM pqueue.group_starts WHERE queue = $1 AND name = $2 AND n <= $3;
 -- Delete groups that have no pending job, and would continue at the turn of their queue in any case.
 -- differs because a claim must neither wait nor be waited for
 -- $1 limit
-DELETE FROM pqueue.queue_groups WHERE id = ANY (ARRAY(
-    SELECT id FROM pqueue.queue_groups g WHERE next_at < 0 AND turn <= (SELECT turn FROM pqueue.queues WHERE name = g.queue)
+DELETE FROM pqueue.queue_groups WHERE id = ANY (ARRAY(SELECT id 
+    FROM pqueue.queue_groups g WHERE next_at < 0 AND turn <= (SELECT turn FROM pqueue.queues WHERE name = g.queue)
     AND NOT EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = g.queue AND task = g.task AND "group" = g.name
         AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0) LIMIT $1 FOR UPDATE SKIP LOCKED));
 
