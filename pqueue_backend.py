@@ -203,6 +203,7 @@ class Backend(ABC):
     name: str  # of the database, without the password
     _sessions: WeakSet[Any]  # of all threads
     _local: threading.local  # its `session` is this thread's
+    worker_connections = 1  # that a process needs to take jobs
     max_batch = 128  # jobs per claim of a consumer; on SQLite an enqueue may wait for such a claim, a few ms
     _AMONG = "IN ({})"  # the comparison with what a query returns
     _LIKE = "LIKE"  # the comparison that ignores the case of ASCII letters
@@ -327,6 +328,9 @@ class Backend(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release the jobs that this object's consumers hold, and close the database."""
+
+    def reserve_connections(self, number: int) -> None:  # noqa: B027 - SQLite has no server
+        """Have so many connections to the server that no thread uses, or none. Raises QueueBusy."""
 
     def now(self) -> float:
         """Return the time by the queue's clock, Unix seconds: the server's on PostgreSQL, else that of this host."""

@@ -21,7 +21,7 @@ from sqlalchemy import exc
 
 from pqueue_postgres import DEFAULT_SCHEMA
 from pqueue_sqlite import ClosedInFork
-from pqueue_values import QueueBusy, QueueError
+from pqueue_values import NoConnection, QueueBusy, QueueError
 
 MAX_CONNECTIONS = 20  # of one queue object; see `max_connections` in a URL
 IDLE_SECONDS = 30.0  # an idle connection is closed after that, except the one that listens
@@ -221,7 +221,8 @@ def connection_error(name: str, error: psycopg.Error) -> QueueError:
         if "password authentication failed" in text:
             return QueueError(f"cannot open {name}: user or password refused: {text}")
         return QueueError(f"cannot open {name}: {text}")
-    return QueueBusy(f"cannot reach {name}: {text}")
+    is_full = all(re.search("too many (clients|connections)|slots are reserved", each) for each in without_names)
+    return (NoConnection if is_full else QueueBusy)(f"cannot reach {name}: {text}")
 
 
 # Connections ##########################################################################################################
@@ -415,8 +416,10 @@ class Pool:
         now = time.monotonic()
         if now >= until:
             refusal = self._refusal[1] if now < self._refusal[0] + self._seconds else None
-            raise refusal or QueueBusy(
-                f"cannot use {self._name}: {self._open} connections of this process are in use, of at most "
+            raise QueueBusy(
+                str(refusal)
+                if refusal
+                else f"cannot use {self._name}: {self._open} connections of this process are in use, of at most "
                 f"{self._most}: end transactions sooner, or set max_connections in the URL"
             )
         self._changed.wait((patience if now < patience else min(until, now + 0.1)) - now)
@@ -462,6 +465,51 @@ class Pool:
                 self.listening = None
                 self._lender.on_loss()
             self._changed.notify()
+
+    def reserve(self, number: int) -> None:
+        """Have so many connections that no thread uses, or none. Raises QueueBusy at once if the server has no more.
+
+        Programs that each kept one and waited for another would wait for each other.
+        """
+        taken: list[Link] = []
+        try:
+            while len(taken) < number:
+                taken.append(self._take_free() or self._add())
+        except BaseException:
+            for link in taken:
+                self.discard(link)
+            raise
+        self.close_idle(0)
+        for link in taken:
+            self.give_back(link)
+
+    def take_over(self) -> Link | None:
+        """Return a free connection, if there is one, which is no longer the pool's; close the others."""
+        link = self._take_free()
+        if link is not None and link.connection is not None:  # SQLAlchemy has it, too
+            self.discard(link)
+            link = None
+        if link is not None:
+            with self._changed:
+                self._links.discard(link)
+                self._open -= 1
+        self.close_idle(0)
+        return link
+
+    def _take_free(self) -> Link | None:
+        while True:
+            with self._changed:
+                link = self._free.pop() if self._free else None
+            if link is None or link.is_usable():
+                return link
+            self.discard(link)
+
+    def _add(self) -> Link:
+        link = self._connect()
+        with self._changed:
+            self._links.add(link)
+            self._open += 1
+        return link
 
     def close_idle(self, seconds: float) -> None:
         """Close the connections that no thread has used for this long."""

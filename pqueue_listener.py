@@ -73,7 +73,6 @@ class ListenConnection:
         if self.gets_notify:
             self._serve()
             self.keep_listening()
-            self._queue._pool.close_idle(0)  # an idle consumer needs no other
             return
         if self._link is not None:
             self._link.close()
@@ -93,11 +92,8 @@ class ListenConnection:
         self._link = self._connect()
         before = self._wakeups
         try:
-            with self._queue._transaction(durable=False) as session:
-                session.change(NOTIFY)
-        except QueueError as error:
-            if not is_notify_queue_full(error):
-                raise
+            self._link.driver.execute(self._queue._sql(NOTIFY))
+        except psycopg.errors.ProgramLimitExceeded:  # the NOTIFY queue is full
             return True
         self._link.driver.execute("SELECT 1")  # the server sends pending notifications before its answer
         return self._wakeups != before
@@ -175,8 +171,10 @@ class ListenConnection:
             os.close(file)
 
     def _connect(self) -> ListenLink:
+        """Listen on a free connection, or on a new one. An idle consumer needs no other."""
         with ExitStack() as undo:
-            driver = self._queue._connect_raw()
+            free = self._queue._pool.take_over()
+            driver = free.driver if free else self._queue._connect_raw()
             undo.callback(driver.close)
             link = ListenLink(driver, self._queue._settings, pooled=self._queue.pooled)
             driver.execute(setting(timeout_settings(LISTENER_TIMEOUT_MS, LISTENER_KEEPALIVES), for_good=True))

@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import secrets
+import select
 import sqlite3
 import tempfile
 import threading
@@ -462,6 +463,7 @@ class OnPostgres(PersistentQSQLAlchemy):
     busy_seconds: how long to wait for a lock or a connection.
     """
 
+    worker_connections = 1 if hasattr(select, "epoll") else 2  # else the one that listens serves nothing else
     _AMONG = AMONG
     _LIKE = 'COLLATE "C" ILIKE'
     _BYTES = "octet_length(convert_to({}, 'UTF8'))"
@@ -1039,6 +1041,9 @@ class OnPostgres(PersistentQSQLAlchemy):
                 self._parts = session.run(CATALOG, {"temporary": True})
                 raise Undone
         return self._parts
+
+    def reserve_connections(self, number: int) -> None:
+        self._pool.reserve(number)
 
     def close(self) -> None:
         self._waits.close()

@@ -79,6 +79,10 @@ class QueueBusy(QueueError):
     """Another writer held the lock for longer than `busy_seconds`. Try again."""
 
 
+class NoConnection(QueueBusy):
+    """The server has no connection left, and this process has none."""
+
+
 class QueueFull(QueueError):
     """The queue has `max_pending` pending jobs, or the disk is full. Try again later."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import re
 import select
 import shutil
@@ -28,9 +29,10 @@ from pqueue_files import is_stopped
 from pqueue_tools import processes, worker
 from pqueue_tools import record as fields
 from pqueue_tools.leases import DUMP_SIGNAL, INTERRUPT_SIGNAL, TICK_SECONDS, Leases, limit_error
-from pqueue_tools.process import is_orphaned, log, on_termination, print_error, retry_while_busy
+from pqueue_tools.process import is_orphaned, log, on_termination, print_error, retry_soon, retry_while_busy
 from pqueue_tools.record import Record, Run, Slot
 from pqueue_tools.task_output import TaskOutput, high_copy, outputs, redirect
+from pqueue_values import NoConnection
 
 IDLE_SECONDS = 1.0  # how often an idle keeper looks around
 GRACE_SECONDS = {  # from the interrupt of a task to the end of its process, by reason
@@ -100,7 +102,7 @@ class Keeper:
         self._watched_at = 0.0  # monotonic seconds: when that was started
         self._status: int | None = None  # with which it ended
         self._interrupted: dict[int, Interruption] = {}  # by slot
-        self._closing_at = 0.0  # monotonic seconds
+        self._closing_at = self._keep_at = 0.0  # monotonic seconds
         self._blocked = 0, BLOCKED_SECONDS  # when the last step of an async task began; when to report it
         self._killed = False  # by this process
         self._pulse = self._stuck_looks = 0  # of the worker; how often in succession it was found stuck
@@ -155,6 +157,8 @@ class Keeper:
 
     def _run_workers(self) -> int:
         while True:
+            if not self._reserve():
+                return fields.STOPPED
             began, runs = time.monotonic(), self._count_runs()
             self._start()
             while not self._has_ended():
@@ -171,11 +175,29 @@ class Keeper:
         """Return how many tasks workers have begun to run."""
         return sum(slot.fields[fields.RUN] for slot in self.record.slots)
 
+    def _reserve(self) -> bool:
+        """Wait until the server has a connection for this process and one for the worker. Return False if stopped."""
+
+        def reserve() -> bool:
+            self.queue.reserve_connections(1 + self.queue.worker_connections)
+            return True
+
+        def pause(seconds: float) -> bool:
+            until = time.monotonic() + seconds * random.uniform(0.5, 1)  # noqa: S311 - others wait for the same
+            while not self._fields[fields.STOP] and (left := until - time.monotonic()) > 0:
+                self._wait(left)
+                self._stop_if_orphaned()
+            return self._fields[fields.STOP] > 0
+
+        if self.options.drain:
+            return retry_soon(reserve)
+        return bool(retry_while_busy(reserve, pause, consumer=self.name))
+
     # The worker
 
     def _start(self) -> None:
         """Fork a worker."""
-        for field in (fields.STORED, fields.READY, fields.IDLE, fields.OUTCOME, fields.WITHDRAW):
+        for field in (fields.STORED, fields.READY, fields.IDLE, fields.OUTCOME, fields.WITHDRAW, fields.RENEW):
             self._fields[field] = 0
         self._fields[fields.LOOP] = self._fields[fields.STEPPING] = 0
         for slot in self.record.slots:
@@ -184,6 +206,7 @@ class Keeper:
         self._closing_at, self._killed, self._status = 0.0, False, None
         self._fields[fields.PULSE] = self._pulse = self._stuck_looks = 0
         self._stuck_as = ""
+        self._keep_at = 0.0  # at once: when the worker is ready, it needs a connection
         self._empty_dump()
         self.shared.children += 1
         for stream in (sys.stdout, sys.stderr):
@@ -245,12 +268,12 @@ class Keeper:
                     self._watchdog = 0
         return self._status is not None
 
-    def _wait(self) -> None:
-        """Wait until something may have to be done."""
+    def _wait(self, most: float = math.inf) -> None:
+        """Wait until something may have to be done, for at most so many seconds."""
         self._fields[fields.ASLEEP] = 1  # first: a job that begins after the next line wakes this process
         is_idle = self._fields[fields.IDLE] or not self._fields[fields.READY]
         self._fields[fields.ASLEEP] = int(is_idle)
-        seconds = IDLE_SECONDS if is_idle else TICK_SECONDS
+        seconds = min(most, IDLE_SECONDS if is_idle else TICK_SECONDS)
         if self._draw:
             seconds = min(seconds, 4 * TICK_SECONDS)
         until, is_awake = time.monotonic() + seconds, False
@@ -271,9 +294,24 @@ class Keeper:
 
     # Watching
 
-    def _look(self) -> None:
+    def _stop_if_orphaned(self) -> None:
         if is_orphaned() and not self._fields[fields.STOP]:
             self._stop()
+
+    def _keep_connection(self) -> None:
+        """Keep one connection, for the leases. If the server has none left, let the worker end after its jobs."""
+        if not self._fields[fields.READY] or time.monotonic() < self._keep_at:
+            return
+        self._keep_at = time.monotonic() + IDLE_SECONDS
+        with suppress(QueueError):  # the server is away: both wait for it
+            try:
+                self.queue.reserve_connections(1)
+                self._fields[fields.RENEW] = 0
+            except NoConnection:
+                self._fields[fields.RENEW] = 1
+
+    def _look(self) -> None:
+        self._stop_if_orphaned()
         if self._draw:
             self._draw(*self.leases.counts())
         self._end_late_worker()
@@ -286,6 +324,7 @@ class Keeper:
         self._with_database(lambda: self.leases.check(runs))
         for slot, run in slots:
             self._enforce(slot, run)
+        self._keep_connection()
         # What follows may wait for others that write
         if self._is_stuck() or any(
             slot.fields[fields.RUNNING] == run.number and self.leases.has_lost(run) for slot, run in slots

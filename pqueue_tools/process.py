@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import random
 import re
 import signal
 import sys
@@ -25,7 +26,7 @@ from pqueue_tasks import current_job
 from pqueue_tools import termination
 from pqueue_tools.masking import masked_text
 from pqueue_tools.report import iso, printable
-from pqueue_values import MAX_ID, MAX_SECONDS, program_name, short
+from pqueue_values import MAX_ID, MAX_SECONDS, NoConnection, program_name, short
 
 RETRY_PAUSE_SECONDS = (0.1, 5.0)  # first and longest pause while the database is locked or full
 
@@ -213,13 +214,18 @@ def retry_while_busy(call: Callable[[], T], pause: Callable[[float], bool], **fi
     """Call until it succeeds, while the database is locked or full or the disk is full. Between attempts, call `pause`
     with a number of seconds; if it returns True, give up and return None."""
     seconds, longest = RETRY_PAUSE_SECONDS
+    logged: object = None
     while True:
         try:
             return call()
         except (QueueBusy, QueueFull, OSError) as error:
             if isinstance(error, OSError) and error.errno != errno.ENOSPC:
                 raise
-            log("waiting", **fields, reason=error)
+            # A server that is full says so in several ways
+            reason = NoConnection if isinstance(error, NoConnection) else str(error)
+            if reason != logged:
+                logged = reason
+                log("waiting", **fields, reason=error)
         if pause(seconds):
             return None
         seconds = min(longest, seconds * 2)
@@ -239,14 +245,19 @@ def open_waiting(**fields: Any) -> PersistentQInterface | None:
 
 def open_soon(*, create: bool = True) -> PersistentQInterface:
     """Open the queue, for a command that someone waits for: if its server is away, try for some seconds."""
+    return retry_soon(lambda: pqueue.open_queue(create=create))
+
+
+def retry_soon(call: Callable[[], T]) -> T:
+    """Call until it succeeds, for some seconds. Then raise QueueBusy."""
     until = time.monotonic() + OPEN_SECONDS
     while True:
         try:
-            return pqueue.open_queue(create=create)
+            return call()
         except QueueBusy:
             if time.monotonic() > until:
                 raise
-        time.sleep(RETRY_PAUSE_SECONDS[0])
+        time.sleep(RETRY_PAUSE_SECONDS[0] * random.uniform(0.5, 1.5))  # noqa: S311 - others may wait for the same
 
 
 # Arguments ############################################################################################################

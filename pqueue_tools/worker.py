@@ -29,9 +29,9 @@ from pqueue_tools import file_task, leases, processes, termination
 from pqueue_tools import record as fields
 from pqueue_tools.masking import masked_text
 from pqueue_tools.outcome import Outcome, Unstorable, error_text, outcome_of, trace_of
-from pqueue_tools.process import T, TaskLog, log, log_completed, on_termination, report, retry_while_busy
+from pqueue_tools.process import T, TaskLog, log, log_completed, on_termination, report, retry_soon, retry_while_busy
 from pqueue_tools.record import MAX_CONCURRENCY, Record, Slot
-from pqueue_values import Encoded, above_0, duration, encode_json, valid_int
+from pqueue_values import Encoded, NoConnection, above_0, duration, encode_json, valid_int
 
 if TYPE_CHECKING:
     from pqueue_tools.leftovers import ProcessState
@@ -172,7 +172,8 @@ class Consumer:
     def _ends_early(self) -> bool:
         if self.max_rss is not None and not self._must_end and processes.resident_mb("self") > self.max_rss:
             self._must_end = True
-        return self._must_end or (self.max_jobs is not None and self.taken >= self.max_jobs)
+        ends = self._must_end or bool(self._fields[fields.RENEW])
+        return ends or (self.max_jobs is not None and self.taken >= self.max_jobs)
 
     # Taking
 
@@ -206,7 +207,13 @@ class Consumer:
 
     def _complete_and_dequeue(self, finished: list[tuple[Job, Any]], limit: int) -> list[Job] | None:
         def call() -> list[Job]:
-            jobs, lost = self.queue.complete_and_dequeue(finished, self.name, limit, **self.options)
+            try:
+                jobs, lost = self.queue.complete_and_dequeue(finished, self.name, limit, **self.options)
+            except NoConnection:
+                if finished or self.is_embedded:
+                    raise
+                self._must_end = True  # the keeper, which has one, then waits for both
+                return []
             self._log_completed([job for job, _ in finished], lost)
             return jobs
 
@@ -574,14 +581,22 @@ def _run(
     task_log = TaskLog(options.name, options.log_level)
     tasks = known_tasks(options.modules)
     record.fields[fields.READY] = 1
+    wake(pipe)
+    try:
+        retry_soon(lambda: queue.reserve_connections(queue.worker_connections))  # the keeper closes as many
+    except QueueBusy:
+        record.fields[fields.OUTCOME] = fields.REPLACE
+        return 0
     retry_while_busy(
         lambda: queue.adopt(shared, queues=options.queues, tasks=tasks),
         lambda s: _pause(s, record),
         consumer=options.name,
     )
     if record.fields[fields.STOP]:
+        record.fields[fields.OUTCOME] = fields.STOPPED
         return 0
-    if shared.children == 1:
+    if not record.fields[fields.STARTED_ONCE]:
+        record.fields[fields.STARTED_ONCE] = 1
         file_task.remove_copies()
         facts = {"database": queue.name, "queues": ",".join(options.queues or ["all"]), "tasks": ",".join(tasks)}
         log("started", consumer=options.name, pid=os.getppid(), **facts)

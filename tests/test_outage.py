@@ -102,6 +102,7 @@ def test_standby_takes_over_and_every_acknowledged_job_is_there(place, primary, 
 
 def test_server_that_is_slow_to_pass_on_a_notify_is_not_taken_for_a_pooler(primary):
     queue, pids, stops = pqueue.open_queue(primary.start().url), [], []
+    queue._pool.close_idle(0)  # so that the consumer connects anew
     connect = queue._connect_raw
 
     def stopped():

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import threading
 import time
@@ -27,6 +28,7 @@ import pqueue_listener
 from pqueue import InvalidTransition, QueueBusy, QueueError
 from pqueue_connections import parse_url
 from pqueue_sqlalchemy import PersistentQSQLAlchemy
+from pqueue_tools import processes
 from test_pqueue import wait_until
 
 
@@ -159,14 +161,108 @@ def test_consumer_at_the_limit_keeps_the_lease_of_its_job(place, database, roles
     assert not any(" lost " in child.out.read_text() for child in place.children)
 
 
+def connected(url):
+    """Return a connection, or None: the server may not have ended the session of one that was just closed."""
+    with suppress(psycopg.OperationalError):
+        return psycopg.connect(url)
+
+
 def test_consumer_that_finds_no_connection_is_refused_before_it_takes_a_job(roles, queue):
-    url = limited(roles, 2)
+    url = limited(roles, 1)
     queue.enqueue("t")
-    with psycopg.connect(url), ExitStack() as undo:
-        other = undo.enter_context(closing(pqueue.open_queue(url)))
+    with closing(pqueue.open_queue(url)) as other, ExitStack() as undo:
+        other._pool.close_idle(0)
+        undo.enter_context(wait_until(lambda: connected(url)))
         with pytest.raises(QueueBusy, match="too many connections for role"):
             other.dequeue("w")
         assert queue.list_jobs()[0].state == "pending"
+
+
+def started(queue):
+    return {each["name"] for each in queue.consumers() if each["state"] == "running"}
+
+
+def expect_as_many_as_fit(place, queue, url, number, fit, reason, restart=None):
+    """Start consumers at the same moment, of which only some fit, and end connections, workers and consumers."""
+    place.write("quick.py", "from pqueue import Job, task\n@task()\ndef quick(job: Job):\n    pass\n")
+    environment = {"PQUEUE_URL": url, "PYTHONPATH": str(place.folder)}
+    names = [f"w{each}" for each in range(number)]
+    programs = {
+        name: place.start("consumer.py", "--import", "quick", "--name", name, "--quiet", **environment)
+        for name in names
+    }
+
+    def complete(jobs):
+        before = queue.count_jobs(state="completed")
+        queue.enqueue_many("quick", [{}] * jobs)
+        wait_until(lambda: queue.count_jobs(state="completed") == before + jobs, 60)
+
+    wait_until(lambda: len(started(queue)) == fit, 120)
+    waiting = set(names) - started(queue)
+    wait_until(lambda: all(reason in programs[name].out.read_text() for name in waiting), 60)
+    complete(20)
+    for name in waiting:  # in vain for the first connection, or the second
+        assert 1 <= programs[name].out.read_text().count("\n") <= 2
+    for pid in [pid for name in started(queue) for pid in processes.children(programs[name].pid)]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)  # the worker and the watchdog
+    wait_until(lambda: "worker died" in "".join(each.out.read_text() for each in programs.values()), 60)
+    wait_until(lambda: len(started(queue)) == fit, 60)
+    complete(20)
+    if restart is not None:
+        restart()
+        wait_until(lambda: len(started(queue)) == fit, 120)
+        complete(20)
+        wait_until(lambda: len(started(queue)) == fit, 60)
+    for _ in range(2):
+        gone = min(started(queue))
+        programs[gone].terminate()
+        assert programs.pop(gone).wait(60) == 0
+        wait_until(lambda gone=gone: len(started(queue) - {gone}) == fit, 120)
+        complete(20)
+    for each in programs.values():
+        assert each.poll() is None
+        each.terminate()
+    assert [each.wait(60) for each in programs.values()] == [0] * len(programs)
+
+
+@pytest.mark.parametrize(("limit", "fit"), [(2, 1), (5, 2)])
+def test_consumers_that_start_at_the_limit_of_a_role_do_not_block_each_other(place, roles, queue, limit, fit):
+    """Each needs two connections. If each kept one and waited for another, none would run."""
+    expect_as_many_as_fit(place, queue, limited(roles, limit), fit + 3, fit, "too many connections for role")
+
+
+def test_consumers_that_start_at_the_limit_of_the_server_do_not_block_each_other(place, primary):
+    settings = {"max_connections": 7, "superuser_reserved_connections": 2}
+    primary.start(**settings)
+
+    def restart():
+        primary.stop_at_once()
+        primary.start(**settings)
+
+    with closing(pqueue.open_queue(primary.url)) as queue:
+        primary.ask("CREATE ROLE worker LOGIN")
+        for grant in ("ALL ON SCHEMA pqueue", "ALL ON ALL TABLES IN SCHEMA pqueue"):
+            primary.ask(f"GRANT {grant} TO worker")
+        url = primary.url.replace("postgres@", "worker@")
+        expect_as_many_as_fit(place, queue, url, 5, 2, "connection", restart)
+
+
+@pytest.mark.parametrize("uses_transactions", [False, True])
+def test_consumers_in_programs_at_the_limit_need_one_connection_each(roles, queue, uses_transactions):
+    url = limited(roles, 2)
+    queue.enqueue_many("t", range(2))
+    with closing(pqueue.open_queue(url)) as first, closing(pqueue.open_queue(url)) as second:
+        for each in (first, second):
+            if uses_transactions:
+                with each.transaction():
+                    each.stats()
+
+            def take(each=each):
+                with suppress(QueueBusy):  # the server has not yet ended the session of a closed connection
+                    return each.dequeue("w")
+
+            assert wait_until(take) if uses_transactions else each.dequeue("w")
 
 
 def test_thread_at_the_limit_waits_for_the_connection_of_another(roles, queue):
