@@ -187,10 +187,13 @@ class Scheduling(Backend):
             rows = session.run(SCHEDULE_NAMED, {"name": valid_name("schedule", name)})
             if not rows:
                 raise QueueError(f"cannot find schedule {name!r}: expected one of schedules()")
-            found, next_at = _schedule(rows[0]), None
-            # guard: a time while a schedule was paused gets no job
-            if found.paused and not paused and found.next_at <= self._time(now):
-                next_at = timing(found.cron, found.zone, found.every_seconds).next(self._time(now))
+            found, now, next_at = _schedule(rows[0]), self._time(now), None
+            if not paused:
+                first = timing(found.cron, found.zone, found.every_seconds).next(now)
+                next_at = min(found.next_at, first)  # it is later if a clock was set back
+                # guard: a time while a schedule was paused gets no job
+                if found.paused and found.next_at <= now:
+                    next_at = first
             session.change(SET_SCHEDULE_PAUSED, {"name": name, "paused": paused, "next_at": next_at})
             self.record(event, by=by, now=now)
             session.wakes = True

@@ -4722,6 +4722,18 @@ class QueueContract:
         self.queue.resume_schedule("tick", now=NOW + 46)  # which was not paused
         self.assertEqual(self.fired(55), [55])
 
+    def test_schedule_that_waits_because_a_clock_was_set_back_is_resumed(self):
+        self.queue.schedule("tick", "t", every_seconds=10, now=NOW + 7200)
+        self.queue.schedule("noon", "t", cron="0 12 * * *", now=NOW + 86400 * 3)
+        self.assertEqual(self.fired(10), [None])
+        for name in ("tick", "noon"):
+            self.queue.resume_schedule(name, now=NOW + 10)
+        noon, tick = self.queue.schedules()
+        self.assertLess(noon.next_at - NOW, 86400 + 10)
+        self.assertEqual((noon.next_at % 86400, tick.next_at), (43200, NOW + 20))
+        self.queue.resume_schedule("tick", now=NOW + 15)
+        self.assertEqual(self.fired(20), [20])
+
     def test_schedule_that_is_deleted_leaves_its_jobs(self):
         self.queue.schedule("tick", "t", every_seconds=10, now=NOW)
         job = self.queue.dequeue("worker", now=NOW + 10)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pqueue
 from pqueue import Job, PersistentQInterface, Schedule
+from pqueue_cron import timing
 from pqueue_outcomes import BOUNDS, Expectation, Outcomes, Times, minute, total
 from pqueue_search import fingerprint
 from pqueue_tools.masking import masked, masked_error, masked_job
@@ -337,6 +338,17 @@ def _schedule_findings(queue: PersistentQInterface, now: float) -> Iterator[Find
             text = f"schedule {each.name!r} has been due for {span(now - each.next_at)}"
             again = "start a consumer; schedules are due when one takes jobs"
             yield Finding("warning", text, again, "schedules", each.next_at)
+        elif each.next_at > _next_time(each, now) + STALL_SECONDS:
+            text = f"schedule {each.name!r} waits for {span(each.next_at - now)}, as a clock was set back"
+            yield Finding("warning", text, f"run {command.format('resume-schedule')}", "schedules")
+
+
+def _next_time(schedule: Schedule, now: float) -> float:
+    """Return the next time of a schedule; if this host does not know its time zone, infinity."""
+    try:
+        return timing(schedule.cron, schedule.zone, schedule.every_seconds).next(now)
+    except ValueError:
+        return math.inf
 
 
 def _retention_findings(

@@ -917,6 +917,21 @@ def test_operator_sees_when_a_job_expires_and_that_it_did(queue, run):
     assert queue.schedules()[0].expire_seconds == 300
 
 
+def test_doctor_finds_a_schedule_that_waits_because_a_clock_was_set_back(queue, run):
+    now = time.time()
+    for name, times in (("tick", {"every_seconds": 30}), ("daily", {"cron": "@daily"}), ("gone", {"cron": "@daily"})):
+        queue.schedule(name, "t", **times, now=now + 300_000)
+    queue.schedule("later", "t", every_seconds=86400)
+    queue.pause_schedule("gone")
+    status, output, _ = run("doctor")
+    assert "schedule 'daily' waits for" in output
+    assert "schedule 'tick' waits for 3 d, as a clock was set back" in output
+    assert (status, "'later'" in output, "'gone' waits" in output) == (1, False, False)
+    for name in ("tick", "daily"):
+        assert run("resume-schedule", name)[0] == 0
+    assert "waits for" not in run("doctor")[1]
+
+
 def test_operator_uses_groups_of_schedules_and_lists_their_jobs(queue, run):
     assert run("schedule", "tick", "t", "--every", "1h", "--group", "customer-7")[0] == 0
     assert json.loads(run("schedules", "-o", "json")[1])["group"] == "customer-7"
