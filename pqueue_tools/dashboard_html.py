@@ -234,8 +234,8 @@ def _cell(column: Column, row: Any) -> str:  # noqa: PLR0911 - one for each kind
         return time(value, column.kind, report.utc(value))
     if column.kind == "left":
         return time(value[0], "left", report.span(tables.left(*value)), progress=f"{value[1]:g}")
-    if column.kind == "trend":
-        return trend(value)
+    if column.kind in ("trend", "failures"):
+        return trend(value if column.kind == "trend" else [(0, number) for number in value])
     if column.kind == "state":
         return f'<span class="state {text(value)}">{text(value)}</span>'
     if column.kind == "progress":

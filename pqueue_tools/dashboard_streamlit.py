@@ -67,7 +67,7 @@ def page() -> None:
         _section("job", partial(_job, whole_number(0)(job_id)))
         return
     which = _chosen_page()
-    for part in which.parts:
+    for part in tables.parts_of(which, _figures_of(which)):
         if isinstance(part, tables.Table):
             _section(part.key, partial(_table_of, which, part), part.title)
         elif part == "search":
@@ -243,11 +243,14 @@ def _link(page: str, filters: Mapping[str, str] = NO_PARAMS) -> str:
     return dashboard_summary.text(_url(page, filters))
 
 
-def _table_of(which: Page, table: Table) -> None:
+def _figures_of(which: Page) -> dict[str, Any]:
     query = _address()
     figures = cache().figures(days=tables.needs_days(which, query))
-    if which.name == "task":
-        figures = cache().of_task(figures, query)
+    return cache().of_task(figures, query) if which.name == "task" else figures
+
+
+def _table_of(which: Page, table: Table) -> None:
+    query, figures = _address(), _figures_of(which)
     if table is tables.NEWEST:
         _newest(query)
         return
@@ -291,7 +294,11 @@ def _show_jobs(table: Table, row: Any) -> None:
 
 
 def _cells(table: Table, rows: list[Any]) -> list[dict[str, Any]]:
-    return [{each.heading: _table_cell(each, row) for each in table.columns} for row in rows]
+    cells = [{each.heading: _table_cell(each, row) for each in table.columns} for row in rows]
+    for name in [each.heading for each in table.columns if each.kind == "number"]:
+        if len({type(row[name]) for row in cells}) > 1:  # Arrow, which stores the table, takes one type in a column
+            cells = [{**row, name: f"{row[name]:,}" if isinstance(row[name], int) else row[name]} for row in cells]
+    return cells
 
 
 def _table_cell(column: Column, row: Any) -> Any:
@@ -339,6 +346,8 @@ def _config(table: Table, cells: list[dict[str, Any]]) -> dict[str, Any]:
             config[each.heading] = st.column_config.ProgressColumn(min_value=0, max_value=1)
         elif each.kind == "trend":
             config[each.heading] = st.column_config.LineChartColumn(y_min=0)
+        elif each.kind == "failures":
+            config[each.heading] = st.column_config.BarChartColumn(y_min=0, color=dashboard.CHART_COLOURS["failed"])
         elif each.kind == "state":
             shown = sorted({value for row in values for value in row})
             colours = [STATE_COLOURS.get(value, "gray") for value in shown]
@@ -354,6 +363,8 @@ def _config(table: Table, cells: list[dict[str, Any]]) -> dict[str, Any]:
             )
         elif each.width in ("cut", "wrap"):
             config[each.heading] = st.column_config.TextColumn(width="large")
+        elif each.width == "fold":
+            config[each.heading] = st.column_config.TextColumn(width="medium")
     return config
 
 
@@ -513,5 +524,5 @@ def _job(job_id: int) -> None:
     _table(tables.HISTORY, tables.HISTORY.rows(found), None)
     for event in tables.HISTORY.rows(found):
         if event["error"] and "\n" in event["error"]:
-            with st.expander(f"error of attempt {event['attempt']}"):
+            with st.expander(f"error of attempt {event['attempt']}" if event["attempt"] else "error"):
                 st.code("\n".join(map(report.printable, event["error"].split("\n"))), language=None, wrap_lines=True)

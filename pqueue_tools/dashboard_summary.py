@@ -148,7 +148,7 @@ def _tile(label: str, value: str | float, state: str, address: Callable[[str], s
     if isinstance(value, float):
         value = time(value, "since", report.span(max(0.0, report.now_shown() - value)))
     else:
-        value = text(value)
+        value = re.sub("(?<=[0-9]) (?=[a-z])", "&nbsp;", text(value))  # between a number and its unit
     inside = f'<span>{text(label)}</span><b class="{state}">{value}</b>'
     kind = "tile zero" if value == "0" else "tile"
     return f'<a class="{kind}" href="{address(state)}">{inside}</a>' if state else f'<div class="{kind}">{inside}</div>'

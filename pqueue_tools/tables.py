@@ -45,8 +45,8 @@ class Button:
 class Column:
     """What a cell returns depends on the kind: text, number, time, since, until, clock or moment (Unix seconds, shown
     as an age, a span, a time of day, or both), left (a start and a progress, shown as an estimate), state (which has a
-    colour), job (an id, or a list of ids), long (text that unfolds), progress (0 to 1), or trend (numbers of completed
-    and failed attempts)."""
+    colour), job (an id, or a list of ids), long (text that unfolds), progress (0 to 1), or a drawing: trend (numbers
+    of completed and failed attempts) or failures (numbers of them)."""
 
     heading: str
     cell: Callable[[Any], Any]
@@ -105,6 +105,7 @@ PROCESSING = Table(
         Column("progress", lambda job: job.progress, "progress", width="cut"),
     ),
     "nothing is running",
+    "job",
     rows=itemgetter("processing"),
     name=_job_id,
 )
@@ -150,7 +151,7 @@ FAILED = Table(
             link=lambda group: ("failed", _of_group(group)),
         ),
         Column("last hour", itemgetter("last_hour"), "number", on_phone=False),
-        Column("24 hours", lambda group: [(0, number) for number in group["by_hour"]], "trend", on_phone=False),
+        Column("24 hours", itemgetter("by_hour"), "failures", on_phone=False),
         Column("first", itemgetter("first_at"), "time", on_phone=False),
         Column("last", itemgetter("last_at"), "time"),
         Column("newest", itemgetter("last_id"), "job"),
@@ -273,6 +274,7 @@ QUEUES = Table(
         Column("growth per hour", lambda queue: f"{queue['grows_by']:+,}", "number", on_phone=False),
     ),
     "no queue yet",
+    "queue",
     rows=_queues,
     buttons=_queue_buttons,
 )

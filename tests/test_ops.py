@@ -1600,7 +1600,15 @@ def test_both_front_ends_show_the_same_tables(queue, site, monkeypatch, name):
         assert frame["data"]
         kinds = [each.kind for each in table.columns]
         for kind, value in zip(kinds * len(frame["data"]), sum(frame["data"], []), strict=True):
-            if kind not in ("time", "since", "until", "left", "progress", "trend"):  # as of now, or a drawing
+            if kind not in (
+                "time",
+                "since",
+                "until",
+                "left",
+                "progress",
+                "trend",
+                "failures",
+            ):  # as of now, or a drawing
                 value = (
                     value.removeprefix("?job=") if kind == "job" else value.strip("[']") if kind == "state" else value
                 )
@@ -1733,3 +1741,30 @@ def test_streamlit_page_resubmits_the_group_that_was_chosen_whatever_fails_meanw
     assert page.selectbox(key="row of Failures").value == "c: ValueError: no"
     page.button(key="yes, resubmit all matching failed c ValueError: no").click().run(timeout=PATIENCE_SECONDS)
     assert [job.task for job in queue.list_jobs(state="pending")] == ["c"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_streamlit_page_keeps_the_range_that_the_reader_chose(queue):
+    failed(queue, task="mail")
+    queue.enqueue("t", now=time.time() - 1200)
+    for query in ({}, {"page": "jobs"}, {"page": "task", "task": "mail"}, {"job": "1"}):
+        page = streamlit(last="72 h", **query)
+        assert not page.exception
+        html = "".join(each.proto.body for each in page.get("html"))
+        links = {unescape(each) for each in re.findall(r'<a[^>]* href="([^"]*)"', html)}
+        links |= {each.proto.url for each in page.get("link_button")}
+        assert links
+        assert {each for each in links if "last=72+h" not in each} == set()
+    page = streamlit(page="failed", last="72 h")
+    page.button(key="show failed").click().run(timeout=PATIENCE_SECONDS)
+    assert "".join(page.query_params["last"]) == "72 h"
+    assert "".join(page.query_params["fingerprint"]) == "ValueError: no"
+
+
+def test_each_column_of_a_table_in_streamlit_has_one_type(queue):
+    failed(queue, task="mail")
+    queue.pause("default")
+    for table in (tables.ACTIVITY, tables.FAILED):
+        rows = queue.operations() if table is tables.ACTIVITY else dashboard._failures(queue)
+        cells = dashboard_streamlit._cells(table, rows)
+        assert {name: len({type(row[name]) for row in cells}) for name in cells[0]} == dict.fromkeys(cells[0], 1)
