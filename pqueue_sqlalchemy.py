@@ -81,6 +81,7 @@ from pqueue_postgres import (
     Part,
     Reach,
     drift,
+    names_in,
     translated,
 )
 from pqueue_results import Polling
@@ -110,6 +111,8 @@ SELECT current_setting('transaction_read_only'), current_setting('synchronous_co
     current_setting('transaction_isolation')"""
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # a pooler's session may have another default
 BEGIN_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+# A commit fails if the server's NOTIFY queue has no room.
+IF_ROOM = "WHERE pg_notification_queue_usage() < 0.9"
 SLOW_COMMIT_SECONDS = 0.002  # much longer than a round trip
 LASTING_STATES = ("534", "54", "55")  # how SQLSTATE begins: limits of the settings or the server, a state of a table
 # A prepared statement is invalid: its table was altered, or the application deallocated it.
@@ -319,7 +322,7 @@ class PostgresSession(Session):
         """Wake those who wait for results, if any: they look once a second anyway."""
         if self._queue.is_awaited:
             with suppress(QueueError):
-                self.run(f"SELECT {PG_NOTIFY_JOBS}", {"ids": ",".join(map(str, self.finished))})
+                self.run(f"SELECT {PG_NOTIFY_JOBS} {IF_ROOM}", {"ids": ",".join(map(str, self.finished))})
 
     def _cleanup(self) -> None:
         if self._link is None:
@@ -388,7 +391,7 @@ class JoinedPostgres(Joined, PostgresSession):
         """Let the commit of the application send NOTIFY."""
         super().end()
         if self.wakes:
-            self.change(NOTIFY)
+            self.run(f"SELECT {PG_NOTIFY} {IF_ROOM}")
         if self.finished:
             self._wake_waiters()
 
@@ -534,7 +537,8 @@ class OnPostgres(PersistentQSQLAlchemy):
             with ExitStack() as undo:
                 undo.callback(connection.close)
                 with self._db_errors(), connection.cursor() as cursor:
-                    self._expect_known(cursor.execute(self._sql("SELECT number FROM version")).fetchall()[0][0])
+                    found = cursor.execute(self._sql("SELECT number FROM version")).fetchall()
+                    self._expect_known(self._number(found))
                 undo.pop_all()
         return connection
 
@@ -578,7 +582,16 @@ class OnPostgres(PersistentQSQLAlchemy):
         found = self._read(f"SELECT to_regclass('{SCHEMA}.version')::text")
         if found[0][0] is None:
             return None
-        return cast(int, self._read("SELECT number FROM version")[0][0])
+        return self._number(self._read("SELECT number FROM version"))
+
+    def _number(self, rows: list[Any]) -> int:
+        """Return the number of the schema in the row of its table."""
+        if not rows:
+            raise QueueError(
+                f"cannot use {self.name}: expected a row in table {self.schema}.version, got none: row-level security "
+                "may hide it"
+            )
+        return cast(int, rows[0][0])
 
     def _migrate(self) -> None:
         with self._transaction() as session:
@@ -646,12 +659,12 @@ class OnPostgres(PersistentQSQLAlchemy):
         missing = []
         with suppress(QueueError):
             for right in rights[kind].split(", "):
-                sql = f"SELECT has_{kind}_privilege(%s, %s), current_user::text"
+                sql = f"SELECT has_{kind}_privilege(%s, %s), quote_ident(current_user)"
                 has, role = self._ask(sql, f'"{self.schema}".{name}' if kind == "table" else name, right)
                 missing += [] if has else [right]
             if not missing:  # such as a trigger, for which grants do not suffice
                 return f": role {role} does not own {kind} {shown}"
-            hint = f": grant it, or run CREATE SCHEMA {self.schema} AUTHORIZATION {role}"
+            hint = f": grant it, or run CREATE SCHEMA {names_in(self.schema)[SCHEMA]} AUTHORIZATION {role}"
             return f": role {role} lacks {', '.join(missing)} on {kind} {shown}{hint if kind == 'database' else ''}"
         return ""
 

@@ -427,15 +427,15 @@ class Roles:
     def add(self, name, *grants, schema="pqueue"):
         role = f"{name}_{self.suffix}"
         self.names.append(role)
-        self.admin.execute(f"CREATE ROLE {role} LOGIN")
+        self.admin.execute(f'CREATE ROLE "{role}" LOGIN')
         for grant in grants:
             self.admin.execute(grant.format(role=role, schema=schema))
         return self.database.set(username=role).render_as_string(hide_password=False)
 
     def close(self):
         for role in self.names:
-            self.admin.execute(f"DROP OWNED BY {role} CASCADE")
-            self.admin.execute(f"DROP ROLE {role}")
+            self.admin.execute(f'DROP OWNED BY "{role}" CASCADE')
+            self.admin.execute(f'DROP ROLE "{role}"')
         self.admin.close()
 
 
@@ -606,6 +606,18 @@ def test_policy_of_the_database_holds_in_every_verb(admin, roles):
         with pytest.raises(QueueError, match="row-level security"):
             queue.enqueue("t", queue="theirs")
         assert [job.id for job in queue.dequeue_many("w", 9)] == [ours]
+    admin.execute("ALTER TABLE pqueue.version ENABLE ROW LEVEL SECURITY")
+    with pytest.raises(QueueError, match=r"expected a row in table pqueue.version, got none: row-level security may"):
+        pqueue.open_queue(worker)
+
+
+def test_statement_that_an_error_advises_names_what_must_be_quoted(admin, database, roles):
+    worker = roles.add("Worker's")
+    with pytest.raises(QueueError, match="or run (CREATE SCHEMA .*)") as refused:
+        pqueue.open_queue(with_query(worker, schema="team-A"))
+    admin.execute(str(refused.value).partition("or run ")[2])
+    with closing(pqueue.open_queue(with_query(worker, schema="team-A"))) as queue:
+        assert queue.enqueue("t")
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import random
 import re
 import subprocess
 import threading
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
+from unittest import mock
 
 import postgres_server
 import psycopg
@@ -17,7 +19,7 @@ import pytest
 import sqlalchemy
 from conftest import ROOT
 from postgres_server import BINARIES
-from test_postgres import database, driver_of, server  # noqa: F401 - fixtures
+from test_postgres import database, driver_of, explain, server  # noqa: F401 - fixtures
 
 import pqueue
 import pqueue_postgres
@@ -266,6 +268,52 @@ def test_bench_measures_the_network_and_counts_connections(database, place):  # 
     found = {row["column"]: row["figures"] for row in results}
     assert found["prune over 0.5 ms"]["jobs/s"][0] > 0
     assert found["connections"] == {"idle consumer": [2], "consumer at work": [2], "producer": [1], "dashboard": [1]}
+
+
+FAILED = """
+WITH RECURSIVE failed (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM failed WHERE n < {jobs})
+INSERT INTO {jobs_table} (queue, task, payload, state, priority, run_at, max_attempts, created_at, finished_at, error)
+SELECT 'default', 't', 'null', 'failed', 0, 1, 1, 1, n, 'ValueError: ' || {letters} FROM failed"""
+
+
+@pytest.mark.parametrize("backend", ["PostgreSQL", "SQLite"])
+def test_view_of_failures_reads_a_bounded_number_of_groups(queue, tmp_path, backend):
+    """The database groups the failed jobs, and returns the groups that were last to fail."""
+    jobs = pqueue_schema.MAX_GROUPS + 500
+    char, name = ("chr", "pqueue.jobs") if backend == "PostgreSQL" else ("char", "jobs")
+    letters = " || ".join(f"{char}(97 + n / {26**power} % 26)" for power in range(3))
+    sql = FAILED.format(jobs=jobs, jobs_table=name, letters=letters)
+    with ExitStack() as undo:
+        if backend == "SQLite":
+            queue = undo.enter_context(closing(PersistentQSQLite(tmp_path / "queue.db")))
+        with queue.transaction() as db:
+            db.execute(sqlalchemy.text(sql) if backend == "PostgreSQL" else sql)
+        read, found = queue._read, []
+        with mock.patch.object(queue, "_read", lambda *asked: found.append(read(*asked)) or found[-1]):
+            groups = queue.failures()
+        assert max(map(len, found)) == len(groups) == pqueue_schema.MAX_GROUPS
+        assert [group["last_at"] for group in groups] == list(range(jobs, 500, -1))
+
+
+def heap_fetches(plan):
+    return plan.get("Heap Fetches", 0) * plan["Actual Loops"] + sum(map(heap_fetches, plan.get("Plans", ())))
+
+
+def test_stats_after_a_bulk_load_soon_read_nothing_but_the_index(tmp_path):
+    """The server vacuums although the new rows are few, compared with the others: an index alone does not say which
+    rows are visible."""
+    own = postgres_server.Server(tmp_path / "server").create().start(autovacuum_naptime=1)
+    try:
+        with closing(pqueue.open_queue(own.url)) as queue, psycopg.connect(own.url, autocommit=True) as admin:
+            queue.enqueue_many("t", range(40_000))
+            admin.execute("VACUUM (ANALYZE) pqueue.jobs")
+            queue.enqueue_many("t", range(4_000))
+            counted = "SELECT autovacuum_count FROM pg_stat_user_tables WHERE relid = 'pqueue.jobs'::regclass"
+            wait_until(lambda: admin.execute(counted).fetchone()[0], 60)
+            _, plan = explain(queue, pqueue_schema.COUNTS, {}, "ANALYZE,")
+            assert heap_fetches(plan) < 100  # the last page, which is still being filled
+    finally:
+        own.kill()
 
 
 def test_check_of_a_sound_queue_finds_nothing(queue):
@@ -632,12 +680,17 @@ def test_verbs_do_not_need_room_in_the_notify_queue(small_notify_queue, commit_s
         queue.resubmit(jobs[2].id)
         with queue.transaction():
             queue.enqueue("t")
+        job = queue.dequeue("w")
+        queue._listener._awaited_until = math.inf  # somebody may wait for its result
+        with psycopg.connect(url) as app, queue.join(app):  # whose commit would fail
+            queue.enqueue("t")
+            queue.complete(job)
         assert any("the NOTIFY queue of the server is" in each for each in queue.check()["problems"])
     assert "cannot wake consumers, which look once a second" in caplog.text
     caplog.clear()
     queue.enqueue("t")
     queue.enqueue("t")
-    assert queue.count_jobs() == 7
+    assert queue.count_jobs() == 8
     wait_until(lambda: queue.check()["problems"] == [])
 
 
