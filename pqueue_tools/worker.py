@@ -217,7 +217,10 @@ class Consumer:
             self._log_completed([job for job, _ in finished], lost)
             return jobs
 
-        jobs = self._retry_while_busy(finished, call) if finished or limit else []
+        # guard: what has finished is completed, although its worker cannot do it
+        if not finished and not limit:
+            return []
+        jobs = self._retry_while_busy(finished, call)
         self.record.clear_results()
         return jobs
 
@@ -628,12 +631,14 @@ def wake(pipe: int) -> None:
 
 
 def _exit(code: int) -> NoReturn:
-    with suppress(BaseException):
-        atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):
-            stream.flush()
-    os._exit(code)
+    try:
+        with suppress(BaseException):
+            atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+    finally:  # also if a task has replaced what this uses: the frames below are the keeper's
+        os._exit(code)
 
 
 def _set_signals(dump: int) -> None:

@@ -707,6 +707,24 @@ def test_jobs_that_finished_before_their_worker_died_do_not_run_again(tasks):
     }
 
 
+def test_result_of_a_finished_job_outlives_a_worker_that_cannot_complete_it(place, monkeypatch):
+    """Otherwise the keeper would return the job, which would run again for ever, as no attempt counts."""
+    queue, record = place.queue(), Record()
+    job_id, complete, calls = queue.enqueue("quick"), queue.complete_and_dequeue, []
+
+    def fail_once(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("replaced by a task")
+        return complete(*arguments, **options)
+
+    monkeypatch.setattr(queue, "complete_and_dequeue", fail_once)
+    with registered("quick", lambda: 7), pytest.raises(RuntimeError):
+        Consumer(queue, "w", record=record).run()
+    assert queue.get(job_id).state == "processing"
+    assert [(key[0], result) for key, result in record.results().items()] == [(job_id, 7)]
+
+
 def test_worker_dies_with_its_keeper_before_anybody_takes_the_job(tasks):
     queue = tasks.queue()
     job_id = queue.enqueue("hog")
