@@ -26,8 +26,11 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
+from operator import itemgetter
+from types import ModuleType
 from typing import Any
 
 import pqueue
@@ -47,6 +50,9 @@ COMMON_SIGNALS = [
 ]
 TIMERS = [getattr(signal, name) for name in ("ITIMER_REAL", "ITIMER_VIRTUAL", "ITIMER_PROF")]
 LIMITS = sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")})
+
+
+HEAP_TYPE, IMMUTABLE_TYPE = 1 << 9, 1 << 8  # flags of classes
 
 
 class Setting:
@@ -87,15 +93,81 @@ def kept(name: str, mapping: dict[Any, Any], wanted: Callable[[Any], bool] = boo
     return Setting(name, lambda: before.items() <= mapping.items(), lambda _: mapping.update(before))
 
 
-def _is_function(value: Any) -> bool:
-    return callable(value) or value is os.environ
+class Code:
+    """The functions, classes and modules that a module, a class or an object refers to by its names.
+
+    hides: returns whether a new name would hide something.
+    """
+
+    is_fatal = True
+
+    def __init__(self, owner: Any, hides: Callable[[str], bool]) -> None:
+        names = [name for name, value in vars(owner).items() if _is_code(value)]
+        self.name = f"functions of {getattr(owner, '__name__', 'the queue')}"
+        self._owner, self._hides = owner, hides
+        self._names = [*names, *names[:1]]  # at least two, so that a tuple is read
+        self._read = itemgetter(*self._names)
+        self._before, self._number = self._read(vars(owner)), len(vars(owner))
+
+    def has_changed(self) -> bool:
+        try:
+            values = vars(self._owner)
+            return bool(self._read(values) != self._before or (len(values) > self._number and self._new()))
+        except Exception:  # deleted, or not comparable
+            return True
+
+    def undo(self) -> bool:
+        """Restore it; return whether that succeeded."""
+        try:
+            for name, value in zip(self._names, self._before, strict=True):
+                if vars(self._owner).get(name) is not value:
+                    setattr(self._owner, name, value)
+            for name in self._new():
+                delattr(self._owner, name)
+        except Exception:
+            return False
+        return not self.has_changed()
+
+    def _new(self) -> list[str]:
+        known = set(self._names)
+        return [
+            name
+            for name, value in vars(self._owner).items()
+            if name not in known and _is_code(value) and self._hides(name)
+        ]
+
+
+def _is_code(value: Any) -> bool:
+    return (
+        callable(value) or isinstance(value, (ModuleType, classmethod, staticmethod, property)) or value is os.environ
+    )
+
+
+def _used_code(queue: pqueue.PersistentQInterface) -> Iterator[Code]:
+    """Yield the code of pqueue, and of what it uses directly of the standard library."""
+    ours = [module for name, module in sys.modules.items() if name.startswith("pqueue")]
+    used = {each for module in ours for each in vars(module).values() if isinstance(each, ModuleType)}
+    modules = [each for each in {*ours, *used, os.path} if _is_known(each.__name__)]
+    for module in modules:
+        yield Code(module, partial(hasattr, builtins))
+    for each in {each for module in modules for each in vars(module).values() if _is_changeable(each)}:
+        if _is_known(each.__module__) and any(map(_is_code, vars(each).values())):
+            yield Code(each, partial(hasattr, super(each, each)))
+    yield Code(queue, partial(hasattr, type(queue)))
+
+
+def _is_known(module: str) -> bool:
+    """Return whether a module is of pqueue or of the standard library. Others may change themselves while they run."""
+    return module.startswith("pqueue") or module.partition(".")[0] in sys.stdlib_module_names
+
+
+def _is_changeable(value: Any) -> bool:
+    """Return whether this is a class whose attributes can be set."""
+    return isinstance(value, type) and bool(value.__flags__ & HEAP_TYPE) and not value.__flags__ & IMMUTABLE_TYPE
 
 
 def _settings(folder: int | None) -> Iterator[Setting]:
     """Yield what is compared. folder: a descriptor of the working directory."""
-    for module in (os, time, sys, signal, threading, warnings, logging):
-        # first: the code below calls them
-        yield kept(f"functions of {module.__name__}", vars(module), _is_function)
     for module in (os, sys, signal):
         yield kept(f"constants of {module.__name__}", vars(module), lambda value: isinstance(value, (int, str)))
     # before what needs descriptors and memory
@@ -203,6 +275,7 @@ class ProcessState:
         self._handlers = [_signal.getsignal(number) for number in SIGNALS]
         self._common_handlers = [_signal.getsignal(number) for number in COMMON_SIGNALS]
         self._raw_threads = _raw_threads()
+        self._code = list(_used_code(queue))
         self._settings = list(_settings(self._folder))
         self._descriptors = {number: _identity(number) for number in _descriptors() if not _is_socket(number)}
 
@@ -238,6 +311,7 @@ class ProcessState:
 
     def _look(self) -> Iterator[str]:
         yield from self._stop_timers()  # first: a handler of the task may raise
+        yield from self.undo(self._code)  # before it is called
         self._arm()
         yield from self._reset_handlers()
         yield from self._reset_descriptors()
@@ -250,7 +324,7 @@ class ProcessState:
             self.must_end = True
             yield f"the process {pid} ({processes.name(pid)})"
 
-    def undo(self, settings: list[Setting]) -> Iterator[str]:
+    def undo(self, settings: Sequence[Setting | Code]) -> Iterator[str]:
         """Restore these settings one by one, and yield the names of those that had changed."""
         for setting in settings:
             if setting.has_changed():

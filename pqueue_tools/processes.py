@@ -15,6 +15,9 @@ from typing import Any
 
 PR_SET_PDEATHSIG, PR_GET_PDEATHSIG = 1, 2
 PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4
+PR_GET_KEEPCAPS, PR_SET_KEEPCAPS = 7, 8
+PR_SET_NAME, PR_GET_NAME = 15, 16
+PR_GET_SECUREBITS, PR_SET_SECUREBITS = 27, 28
 PR_SET_TIMERSLACK, PR_GET_TIMERSLACK = 29, 30
 PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
 PTRACE_DETACH = 17
@@ -34,18 +37,19 @@ def adopt_orphans(wanted: bool) -> None:
     _prctl(PR_SET_CHILD_SUBREAPER, int(wanted))
 
 
-def attributes() -> tuple[int, ...]:
-    """Return the signal that comes when the parent ends, whether memory may be dumped, whether orphans are adopted, and
-    the slack of timers."""
-    at_end, adopts = ctypes.c_int(), ctypes.c_int()
-    _prctl(PR_GET_PDEATHSIG, ctypes.byref(at_end))
-    _prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(adopts))
-    return at_end.value, _prctl(PR_GET_DUMPABLE), adopts.value, _prctl(PR_GET_TIMERSLACK)
+def attributes() -> tuple[int | bytes, ...]:
+    """Return the signal that comes when the parent ends, whether orphans are adopted, the name, whether memory may be
+    dumped, the slack of timers, and what keeps capabilities."""
+    at_end, adopts, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(16)
+    for option, found in ((PR_GET_PDEATHSIG, at_end), (PR_GET_CHILD_SUBREAPER, adopts), (PR_GET_NAME, name)):
+        _prctl(option, ctypes.byref(found))
+    others = map(_prctl, (PR_GET_DUMPABLE, PR_GET_TIMERSLACK, PR_GET_KEEPCAPS, PR_GET_SECUREBITS))
+    return at_end.value, adopts.value, name.value, *others
 
 
-def set_attributes(values: tuple[int, ...]) -> None:
-    options = PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_TIMERSLACK
-    for option, value in zip(options, values, strict=True):
+def set_attributes(values: tuple[int | bytes, ...]) -> None:
+    options = PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NAME, PR_SET_DUMPABLE, PR_SET_TIMERSLACK
+    for option, value in zip((*options, PR_SET_KEEPCAPS, PR_SET_SECUREBITS), values, strict=True):
         _prctl(option, value)
 
 

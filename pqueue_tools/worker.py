@@ -608,13 +608,13 @@ def _run(
     consumer.task_log = task_log
     signal.signal(leases.INTERRUPT_SIGNAL, consumer.interrupt)
     consumer.wake_keeper = lambda: wake(pipe)
+    # A task that closes the queue, as at the end of `with current_queue()`, must not close the consumer's
+    close, queue.close = queue.close, bool  # type: ignore[method-assign, assignment]
     from pqueue_tools.leftovers import ProcessState  # not available on Windows, which has no forks either
 
     threads = ("pqueue-", "asyncio_") if options.concurrency > 1 else ("pqueue-",)
     consumer.state = ProcessState(lambda: _arm(dump), queue, ours=threads)
     _arm(dump)
-    # A task that closes the queue, as at the end of `with current_queue()`, must not close the consumer's
-    close, queue.close = queue.close, bool  # type: ignore[method-assign, assignment]
     record.fields[fields.OUTCOME] = consumer.run()
     close()
     return 0

@@ -26,7 +26,8 @@ from pqueue_tools.record import Record
 SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
 
 TASKS = r'''
-import _thread, asyncio, builtins, codecs, ctypes, decimal, faulthandler, fcntl, gc, io, locale, logging, logging.config
+import _thread, asyncio, builtins, codecs, contextlib, ctypes, decimal, faulthandler, fcntl, gc, io, json, locale
+import logging, logging.config
 import multiprocessing, os, random, re, resource, signal, socket, sqlite3, subprocess, sys, tempfile, threading, time
 import tracemalloc, warnings
 from pathlib import Path
@@ -217,6 +218,18 @@ LEAVE = {  # what the next job must not find
     "no import hooks": lambda: (sys.meta_path.clear(), sys.path_hooks.clear()),
     "traced memory": tracemalloc.start,
     "constants": lambda: (setattr(os, "O_CLOEXEC", 0), setattr(sys, "platform", "none")),
+    "json": lambda: setattr(json, "dumps", nothing),
+    "connecting": lambda: setattr(sqlite3, "connect", nothing),
+    "methods": lambda: [setattr(threading.Thread, name, raise_alarm) for name in ("start", "run")],
+    "paths": lambda: setattr(os.path, "exists", nothing),
+    "blocks": lambda: setattr(contextlib.suppress, "__exit__", raise_alarm),
+    "contexts": lambda: setattr(sys.modules["pqueue_tools.worker"], "copy_context", raise_alarm),
+    "running": lambda: setattr(sys.modules["pqueue"], "run_task", raise_alarm),
+    "completing": lambda: setattr(type(current_queue()), "complete_and_dequeue", raise_alarm),
+    "completing by one": lambda: setattr(current_queue(), "complete_and_dequeue", raise_alarm),
+    "lost modules": lambda: setattr(sys.modules["pqueue_tools.worker"], "pqueue", None),
+    "name": lambda: C.prctl(15, b"renamed", 0, 0, 0),
+    "kept capabilities": lambda: C.prctl(8, 1, 0, 0, 0),
     "hard limit": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
     "namespace of processes": lambda: C.unshare(0x20000000),
     "root": lambda: (os.mkdir("jail"), os.chroot("jail")),
@@ -249,10 +262,12 @@ def state():
         "asyncio": [type(asyncio.events._event_loop_policy).__name__ == "Policy", asyncio._get_running_loop() is None],
         "modules": [name in sys.modules for name in ("json", "time")],
         "codecs": codecs.lookup_error("strict").__name__,
-        "functions": [time.monotonic() > 1, os.fstat(1)[1]],
+        "functions": [time.monotonic() > 1, os.fstat(1)[1], json.dumps([1]), os.path.exists("/")],
+        "names": [each.__name__ for each in (sqlite3.connect, threading.Thread.start, threading.Thread.run)],
         "inherited": subprocess.run(["env"], capture_output=True, text=True).stdout,
         "namespaces": [os.readlink(f"/proc/self/ns/{name}") for name in ("mnt", "net", "uts")],
-        "prctl": [C.prctl(3, 0, 0, 0, 0), *status("NoNewPrivs", "SigIgn", "Cap", "VmLck")],
+        "prctl": [C.prctl(number, 0, 0, 0, 0) for number in (3, 7)],
+        "status": status("Name", "NoNewPrivs", "SigIgn", "Cap", "VmLck"),
         "collections": len(gc.callbacks), "trace of threads": repr(threading._trace_hook),
         "traceback limit": getattr(sys, "tracebacklimit", None),
         "start method": multiprocessing.get_start_method(allow_none=True) == "spawn",
