@@ -29,13 +29,10 @@ from pqueue_schema import (
     HOLDS_KEY,
     IN_TURN,
     IS_LISTED,
-    KEY_IS_FREE,
     LEASE,
-    NEW_JOB,
     ORDER,
     STATE,
     THESE,
-    UNLESS_HELD,
 )
 from pqueue_values import DEFAULT_MAX_ATTEMPTS
 
@@ -374,8 +371,7 @@ def _claim(width: int, condition: str = "") -> str:
     dead consumer had begun. A row that was changed since the statement began has another ctid, and is not leased.
     """
     return f"""
-UPDATE jobs SET state = 'processing', attempts = attempts + 1, max_attempts = {MOST_ATTEMPTS}, consumer = :consumer,
-    lease_token = :token, lease_expires_at = :lease_expires_at, started_at = :now
+UPDATE jobs SET {LEASED}
 WHERE {condition} state = 'pending' AND ctid = ANY (ARRAY(
     SELECT ctid FROM (
         SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER ({PREVIOUS}) AS after
@@ -418,15 +414,13 @@ counted AS ({_COUNT_COMPLETED})
 SELECT FROM done"""
 
 
+def _if_limited(has_room: str) -> str:
+    return f"CASE WHEN max_pending IS NULL THEN true {has_room} END"
+
+
 def _enqueue(has_room: str) -> str:
     return f"""
-WITH added AS (
-INSERT INTO jobs ({NEW_JOB})
-SELECT name, :task, :payload, :state, :priority, :run_at, :expires_at, :max_attempts, :key, :key_until,
-    :key_expires_at, :assigned_to, :meta, :group, :now
-FROM queues
-WHERE name = :queue AND {IS_LISTED} AND {IN_TURN} AND CASE WHEN max_pending IS NULL THEN true {has_room} END
-{UNLESS_HELD}
+WITH added AS ({pqueue_schema.enqueue(_if_limited(has_room))}
 RETURNING id),
 counted AS ({_count_enqueued()})
 SELECT id FROM added"""
@@ -436,7 +430,7 @@ def _enqueue_many(has_room: str) -> str:
     return f"""
 WITH open AS MATERIALIZED (
     SELECT name FROM queues
-    WHERE name = :queue AND {IS_LISTED} AND {IN_TURN} AND CASE WHEN max_pending IS NULL THEN true {has_room} END),
+    WHERE name = :queue AND {IS_LISTED} AND {IN_TURN} AND {_if_limited(has_room)}),
 added AS (
 INSERT INTO jobs (queue, task, payload, state, priority, run_at, expires_at, max_attempts, assigned_to, meta,
     "group", created_at)
@@ -474,12 +468,7 @@ POSTGRES = {
 SELECT CASE WHEN max_pending IS NOT NULL THEN max_pending - {PENDING_LOCKED} END AS room, max_pending
 FROM queues WHERE name = :queue""",
     # differs because the count is in separate tables
-    pqueue_schema.RESUBMIT: f"""
-UPDATE jobs SET {pqueue_schema.RESUBMITTED}
-WHERE id = :id AND state IN {pqueue_schema.FINISHED}
-    AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue
-                    AND NOT CASE WHEN max_pending IS NULL THEN true ELSE max_pending > {PENDING_LOCKED} END)
-    AND {KEY_IS_FREE}""",
+    pqueue_schema.RESUBMIT: pqueue_schema.resubmit(_if_limited(f"ELSE max_pending > {PENDING_LOCKED}")),
     # differs because of concurrent claims: rows are locked before their attempts are read
     pqueue_schema.CLAIM: f"{_with_tasks(WIDTH)}{_claim(WIDTH)}",
     # differs because min() may be planned as a scan of all jobs of a state

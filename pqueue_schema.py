@@ -291,8 +291,6 @@ ORDER = "priority DESC, run_at, id"
 FOR_EACH = "LIMIT 1 OFFSET 0"
 KEY_IS_OVER = "(key_expires_at IS NULL OR key_expires_at <= :now)"
 MOVES = "('moving', 'moved')"
-NEW_JOB = """queue, task, payload, state, priority, run_at, expires_at, max_attempts, key, key_until, key_expires_at,
-    assigned_to, meta, "group", created_at"""
 # guard: resubmit respects the key
 KEY_IS_FREE = f"""(key_until IS NULL OR NOT EXISTS (SELECT 1 FROM jobs o WHERE o.queue = jobs.queue
         AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id AND {HOLDS_KEY} {FOR_EACH}))"""
@@ -304,15 +302,21 @@ STATE = "state || ''"  # of jobs that are found by id: for an expression, no ind
 
 # Statements, with :named parameters. Those that differ on PostgreSQL are in pqueue_postgres.POSTGRES.
 
-# Insert a job, unless its queue is unknown or full, its task is new in the queue, or another job holds its key.
+
 # guard: one job holds a key
-ENQUEUE = f"""
-INSERT INTO jobs ({NEW_JOB})
+def enqueue(has_room: str) -> str:
+    return f"""
+INSERT INTO jobs (queue, task, payload, state, priority, run_at, expires_at, max_attempts, key, key_until,
+    key_expires_at, assigned_to, meta, "group", created_at)
 SELECT name, :task, :payload, :state, :priority, :run_at, :expires_at, :max_attempts, :key, :key_until,
     :key_expires_at, :assigned_to, :meta, :group, :now
 FROM queues
-WHERE name = :queue AND {IS_LISTED} AND {HAS_ROOM} AND {IN_TURN}
+WHERE name = :queue AND {IS_LISTED} AND {IN_TURN} AND {has_room}
 {UNLESS_HELD}"""
+
+
+# Insert a job, unless its queue is unknown or full, its task is new in the queue, or another job holds its key.
+ENQUEUE = enqueue(HAS_ROOM)
 
 # Insert a job per payload, unless the queue is unknown or has no room for all, or the task is new in the queue.
 # :payloads is a JSON array of [payload], which preserves the text of each.
@@ -547,20 +551,23 @@ EXTEND_ALL = f"UPDATE jobs SET lease_expires_at = :lease_expires_at WHERE {HELD_
 UPDATE = f"""
 UPDATE jobs SET progress = coalesce(:progress, progress), result = coalesce(:result, result) WHERE {HELD}"""
 
+
 # guard: a resubmitted job has all its attempts
 # guard: a resubmitted job waits for its time
-RESUBMITTED = """
-    state = CASE WHEN CAST(:run_at AS double precision) > :now THEN 'scheduled' ELSE 'pending' END, run_at = :run_at,
-    expires_at = NULL, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL, error = NULL,
-    waits_for = 0"""
-
-# Make a finished job pending again, or scheduled, unless its queue is full or another job holds its key.
 # guard: resubmit takes finished jobs
 # guard: a full queue refuses a resubmit
-RESUBMIT = f"""
-UPDATE jobs SET {RESUBMITTED} WHERE id = :id AND state IN {FINISHED}
-    AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND NOT {HAS_ROOM})
+def resubmit(has_room: str) -> str:
+    return f"""
+UPDATE jobs SET state = CASE WHEN CAST(:run_at AS double precision) > :now THEN 'scheduled' ELSE 'pending' END,
+    run_at = :run_at, expires_at = NULL, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL,
+    error = NULL, waits_for = 0
+WHERE id = :id AND state IN {FINISHED}
+    AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND NOT {has_room})
     AND {KEY_IS_FREE}"""
+
+
+# Make a finished job pending again, or scheduled, unless its queue is full or another job holds its key.
+RESUBMIT = resubmit(HAS_ROOM)
 
 # Lease a finished job again, as in its last attempt, with its partial result, but without its key.
 LEASE_AGAIN = f"""

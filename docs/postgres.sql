@@ -405,8 +405,8 @@ FROM pqueue.queues WHERE max_pending IS NOT NULL;
 -- $1 task, $2 payload, $3 state, $4 priority, $5 run_at, $6 expires_at, $7 max_attempts, $8 key, $9 key_until, $10
 -- key_expires_at, $11 assigned_to, $12 meta, $13 group, $14 now, $15 queue
 WITH added AS (
-INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, expires_at, max_attempts, key, key_until, key_expires_at,
-    assigned_to, meta, "group", created_at)
+INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, expires_at, max_attempts, key, key_until,
+    key_expires_at, assigned_to, meta, "group", created_at)
 SELECT name, $1, $2, $3, $4, $5, $6, $7, $8, $9,
     $10, $11, $12, $13, $14
 FROM pqueue.queues
@@ -510,8 +510,7 @@ WITH heads AS MATERIALIZED (
     WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10))))
     ORDER BY priority DESC, run_at, id LIMIT 17),
 first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tasks FROM heads)
-UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4,
-    lease_token = $5, lease_expires_at = $6, started_at = $7
+UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4, lease_token = $5, lease_expires_at = $6, started_at = $7
 WHERE  state = 'pending' AND ctid = ANY (ARRAY(
     SELECT ctid FROM (
         SELECT ctid, alone, row_number() OVER () AS rank, count(CASE WHEN alone THEN 1 END) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS after
@@ -717,13 +716,11 @@ UPDATE pqueue.jobs SET progress = coalesce($1, progress), result = coalesce($2, 
 -- Make a finished job pending again, or scheduled, unless its queue is full or another job holds its key.
 -- differs because the count is in separate tables
 -- $1 run_at, $2 now, $3 id
-UPDATE pqueue.jobs SET 
-    state = CASE WHEN CAST($1 AS double precision) > $2 THEN 'scheduled' ELSE 'pending' END, run_at = $1,
-    expires_at = NULL, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL, error = NULL,
-    waits_for = 0
+UPDATE pqueue.jobs SET state = CASE WHEN CAST($1 AS double precision) > $2 THEN 'scheduled' ELSE 'pending' END,
+    run_at = $1, expires_at = NULL, attempts = 0, started_at = NULL, finished_at = NULL, progress = NULL,
+    error = NULL, waits_for = 0
 WHERE id = $3 AND state IN ('completed', 'failed', 'cancelled')
-    AND NOT EXISTS (SELECT 1 FROM pqueue.queues WHERE name = jobs.queue
-                    AND NOT CASE WHEN max_pending IS NULL THEN true ELSE max_pending > pqueue.count_pending(name) END)
+    AND NOT EXISTS (SELECT 1 FROM pqueue.queues WHERE name = jobs.queue AND NOT CASE WHEN max_pending IS NULL THEN true ELSE max_pending > pqueue.count_pending(name) END)
     AND (key_until IS NULL OR NOT EXISTS (SELECT 1 FROM pqueue.jobs o WHERE o.queue = jobs.queue
         AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
     AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) LIMIT 1 OFFSET 0));
@@ -1606,8 +1603,8 @@ SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND classid = 27234830 AN
 -- $1 task, $2 payload, $3 state, $4 priority, $5 run_at, $6 expires_at, $7 max_attempts, $8 key, $9 key_until, $10
 -- key_expires_at, $11 assigned_to, $12 meta, $13 group, $14 now, $15 queue
 WITH added AS (
-INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, expires_at, max_attempts, key, key_until, key_expires_at,
-    assigned_to, meta, "group", created_at)
+INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, expires_at, max_attempts, key, key_until,
+    key_expires_at, assigned_to, meta, "group", created_at)
 SELECT name, $1, $2, $3, $4, $5, $6, $7, $8, $9,
     $10, $11, $12, $13, $14
 FROM pqueue.queues
@@ -1948,8 +1945,7 @@ WITH heads AS MATERIALIZED (
     ORDER BY priority DESC, run_at, id LIMIT 2),
 first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tasks FROM heads),
 taken AS (
-UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4,
-    lease_token = $5, lease_expires_at = $6, started_at = $7
+UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4, lease_token = $5, lease_expires_at = $6, started_at = $7
 WHERE NOT EXISTS (SELECT FROM (
 SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $7 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $7 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $7 AS due,
     (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $7 AS expired,
@@ -2004,8 +2000,7 @@ ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET num
     run_seconds = outcomes.run_seconds + excluded.run_seconds,
     wait_seconds = outcomes.wait_seconds + excluded.wait_seconds),
 taken AS (
-UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($7 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $8,
-    lease_token = $9, lease_expires_at = $10, started_at = $3
+UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($7 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $8, lease_token = $9, lease_expires_at = $10, started_at = $3
 WHERE (SELECT count(*) FROM done WHERE of_group = '') = $11 AND NOT EXISTS (SELECT FROM (
 SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $3 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $3 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $3 AS due,
     (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $3 AS expired,
@@ -2063,8 +2058,7 @@ ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET num
     run_seconds = outcomes.run_seconds + excluded.run_seconds,
     wait_seconds = outcomes.wait_seconds + excluded.wait_seconds),
 taken AS (
-UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($9 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4,
-    lease_token = $10, lease_expires_at = $11, started_at = $5
+UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($9 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4, lease_token = $10, lease_expires_at = $11, started_at = $5
 WHERE (SELECT count(*) FROM done WHERE of_group = '') = $12 AND NOT EXISTS (SELECT FROM (
 SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $5 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $5 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $5 AS due,
     (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $5 AS expired,

@@ -278,7 +278,7 @@ MUTANTS = [
     Mutant("a process has one default queue", "contract: one_default_queue", "_opened.setdefault(\"default\", mine) is not mine", "_opened.update(default=mine)"),
     Mutant("a key holds within its queue", HISTORY, "queue = :queue AND ", ""),
     Mutant("a full queue refuses a job", "contract: queue_at_its_limit", "max_pending IS NULL", "1"),
-    Mutant("a full queue refuses a resubmit", "contract: after_every_verb", "    AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND NOT {HAS_ROOM})\n", ""),
+    Mutant("a full queue refuses a resubmit", "contract: after_every_verb", "    AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND NOT {has_room})\n", ""),
     Mutant("a claimed job stops counting towards the limit", "contract: after_every_verb", '("UPDATE", "OF state, assigned_to, queue", "OLD", "-"),', ""),
     Mutant("a job that is pending again counts towards the limit", "contract: after_every_verb", '("UPDATE", "OF state, assigned_to, queue", "NEW", "+"),', ""),
     Mutant("a deleted job stops counting towards the limit", "contract: after_every_verb", '("DELETE", "", "OLD", "-"),', ""),
