@@ -46,6 +46,7 @@ from pqueue_tools.commands import (
     duration_between,
     json_value,
     moment,
+    not_empty,
     or_word,
     rate,
     test_file,
@@ -54,6 +55,7 @@ from pqueue_tools.completion import complete, script
 from pqueue_tools.masking import masked_job
 from pqueue_tools.output import OPTIONS, CommandResult, agreed, show_progress, table, wants_rows, width, write
 from pqueue_tools.process import (
+    MAX_NUMBER,
     expect_posix,
     id_list,
     module_name,
@@ -74,6 +76,7 @@ from pqueue_tools.report import (
     follow_clock,
     for_people,
     history,
+    interval,
     is_time,
     job_object,
     last_error,
@@ -88,7 +91,6 @@ from pqueue_tools.report import (
     schedule_object,
     schedule_row,
     size,
-    span,
     verdict,
     why,
 )
@@ -129,12 +131,12 @@ EXPIRE = Parameter(
     "--expire", "cancel it unless it starts within this time after it is due: 15m", duration, metavar="DURATION"
 )
 MATCHING = (
-    Parameter("--queue", "jobs of this queue", metavar="QUEUE"),
-    Parameter("--group", "jobs of this group", metavar="GROUP"),
-    Parameter("--task", "jobs of this task", metavar="TASK"),
-    Parameter("--key", "jobs enqueued with this key", metavar="KEY"),
-    Parameter("--consumer", "jobs that this consumer took last", metavar="CONSUMER"),
-    Parameter("--text", "jobs whose task, payload, result, error or key contains this text", metavar="TEXT"),
+    Parameter("--queue", "jobs of this queue", not_empty, metavar="QUEUE"),
+    Parameter("--group", "jobs of this group", not_empty, metavar="GROUP"),
+    Parameter("--task", "jobs of this task", not_empty, metavar="TASK"),
+    Parameter("--key", "jobs enqueued with this key", not_empty, metavar="KEY"),
+    Parameter("--consumer", "jobs that this consumer took last", not_empty, metavar="CONSUMER"),
+    Parameter("--text", "jobs whose task, payload, result, error or key contains this text", not_empty, metavar="TEXT"),
     Parameter(
         "--payload", "jobs with this value in the payload: customer=7, address.city=Berlin", metavar="PATH=VALUE"
     ),
@@ -150,7 +152,7 @@ STATUS = Parameter(
 )
 FILTER_OPTIONS = (STATUS, *MATCHING)
 PAGE_OPTIONS = (
-    Parameter("--limit", "maximum number of rows", whole_number(1), "50", "N"),
+    Parameter("--limit", "maximum number of rows", whole_number(1, MAX_NUMBER), "50", "N"),
     Parameter("--before-id", "only jobs older than this one: the next page", whole_number(0), metavar="JOB_ID"),
 )
 FILTER_NAMES = {"status": "state", "since": "created_from", "until": "created_before"}
@@ -166,6 +168,16 @@ def _time(value: Any) -> Any:
     return now_shown() - value if isinstance(value, Ago) else value
 
 
+OPTION_OF = {  # an argument of the queue, in its messages
+    "either cron": "--cron",
+    "every_seconds": "--every",
+    "expire_seconds": "--expire",
+    "key_seconds": "--key-for",
+    "key_until": "--key-until",
+    "max_failed_share": "--max-failed",
+    "max_wait_seconds": "--max-wait",
+    "on_conflict": "--replace",
+}
 JOB_COLUMNS = ("id", "state", "queue", "task", "attempts", "consumer", "created_at", "detail")
 BY = ("queue", "task")
 FAILED_COLUMNS = ("id", "queue", "task", "attempts", "consumer", "finished_at", "detail")
@@ -320,9 +332,9 @@ def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     Parameter("payload", "JSON for the task", json_value, metavar="JSON", optional=True),
     Parameter("--queue", "queue of the job", default="default", metavar="QUEUE"),
     Parameter("--group", "its group: the groups of a queue take turns", metavar="GROUP"),
-    Parameter("--priority", "higher runs first", whole_number(-(2**31)), "0", "N"),
+    Parameter("--priority", "higher runs first", whole_number(-MAX_NUMBER - 1, MAX_NUMBER), "0", "N"),
     Parameter("--delay", "do not run before this delay: 90s, 15m, 12h, 7d", duration, "0s", "DURATION"),
-    Parameter("--max-attempts", "maximum number of attempts", whole_number(1), metavar="N"),
+    Parameter("--max-attempts", "maximum number of attempts", whole_number(1, MAX_NUMBER), metavar="N"),
     EXPIRE,
     Parameter("--key", "do nothing if another job of the queue and task holds this key", metavar="KEY"),
     Parameter("--key-until", "hold the key until the job has finished (default) or started", metavar="STATE"),
@@ -380,7 +392,8 @@ def _act(
         act_at(job_id, now)  # one time for all, by which they are one operation
 
     if bool(filters) == bool(options.job_ids):
-        raise UsageError(f"{verb}: expected job ids or a filter such as --status failed")
+        given = "both" if filters else "neither"
+        raise UsageError(f"{verb}: expected job ids or a filter such as --status failed, got {given}")
     if not filters:
         job_ids = list(dict.fromkeys(options.job_ids))
         with queue.exclusive(job_ids):
@@ -485,12 +498,12 @@ def run_now(queue: PersistentQInterface, options: argparse.Namespace) -> Command
     "change",
     JOB_ID,
     Parameter("--payload", "new payload, JSON", lambda text: [json_value(text)], metavar="JSON"),
-    Parameter("--priority", "new priority", whole_number(-(2**31)), metavar="N"),
+    Parameter("--priority", "new priority", whole_number(-MAX_NUMBER - 1, MAX_NUMBER), metavar="N"),
     Parameter("--delay", "new delay, from now: 90s, 15m, 12h, 7d", duration, metavar="DURATION"),
     Parameter("--to-queue", "the queue to move it to", metavar="QUEUE"),
     Parameter("--group", "new group", metavar="GROUP"),
     Parameter("--no-group", "remove it from its group", flag=True),
-    Parameter("--max-attempts", "new maximum number of attempts", whole_number(1), metavar="N"),
+    Parameter("--max-attempts", "new maximum number of attempts", whole_number(1, MAX_NUMBER), metavar="N"),
     EXPIRE,
     examples="""
     change 17 --priority 5 --delay 10m
@@ -532,7 +545,8 @@ def change(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
 def assign_job(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Allow only one consumer to run a job. If another is running it, that one loses its lease."""
     if bool(options.consumer) == options.any:
-        raise UsageError("assign-job: expected a CONSUMER_ID, or --any")
+        given = "both" if options.any else "neither"
+        raise UsageError(f"assign-job: expected a CONSUMER_ID, or --any, got {given}")
     job = queue.get(options.job_id)
     running = f"take job {job.id} from {job.consumer}, which runs it, and assign it"
     if job.state == "processing" and not agreed(options, running):
@@ -590,7 +604,7 @@ def _weight(text: str) -> float:
         raise ValueError(f"expected a number such as 2 or 0.5, got {short(text)}") from None
 
 
-_limit = or_word("none", 0, whole_number(1))
+_limit = or_word("none", 0, whole_number(1, MAX_NUMBER))
 _rate = or_word("none", (), rate)
 _duration_or_forever = or_word("forever", [None], lambda text: [duration(text)])  # a list, as the value may be None
 
@@ -619,7 +633,7 @@ def limit(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     texts: dict[str, Callable[[Any], str]] = {
         "max_pending": lambda most: count(most, "pending job"),
         "running": lambda most: f"{count(most, 'running job')} of each group",
-        "rate": lambda rate: f"{count(rate[0], 'job')} of each group in {for_people('rate_seconds', rate[1], 0)}",
+        "rate": lambda rate: f"{count(rate[0], 'job')} of each group in {interval(rate[1])}",
     }
     limits = [text(given[name]) for name, text in texts.items() if given.get(name)]
     done = f"limited to {', '.join(limits)}" if limits else "has no limit"
@@ -660,7 +674,9 @@ def keep(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRes
     if not given:
         raise UsageError("keep: expected --completed, --failed or --cancelled, such as --completed 7d")
     times = {state: value for state, (value,) in given.items()}
-    shown = [f"{state} jobs {'for ever' if value is None else f'for {span(value)}'}" for state, value in times.items()]
+    shown = [
+        f"{state} jobs {'for ever' if value is None else f'for {interval(value)}'}" for state, value in times.items()
+    ]
     return _set_queue(queue, options, lambda name: queue.keep(name, **times), f"keeps {', '.join(shown)}")
 
 
@@ -719,7 +735,7 @@ def expect(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
         raise UsageError("expect: expected QUEUE with --max-wait and --max-failed, or --default; or no arguments")
     values = {} if options.default else {**known.get(options.queue, Expectation())._asdict(), **given}
     wait, share = Expectation(**values)
-    done = f"is reported when a job has waited for {span(wait)}, or {share:.0%} of attempts have failed"
+    done = f"is reported when a job has waited for {interval(wait)}, or {share * 100:g}% of attempts have failed"
     return _set_queue(queue, options, lambda name: queue.expect(name, **values), done)
 
 
@@ -769,7 +785,7 @@ def schedules(queue: PersistentQInterface, options: argparse.Namespace) -> Comma
     Parameter("--overlap", "also while the previous job is unfinished", flag=True),
     Parameter("--queue", "queue of the jobs", default="default", metavar="QUEUE"),
     Parameter("--group", "group of the jobs", metavar="GROUP"),
-    Parameter("--priority", "higher runs first", whole_number(-(2**31)), "0", "N"),
+    Parameter("--priority", "higher runs first", whole_number(-MAX_NUMBER - 1, MAX_NUMBER), "0", "N"),
     examples="""
     schedule nightly clean_up --cron '30 2 * * *' --zone Europe/Berlin
     schedule pulse check '{"host": "db"}' --every 5m""",
@@ -995,7 +1011,7 @@ def metrics_command(queue: PersistentQInterface, options: argparse.Namespace) ->
 @command(
     SYSTEM,
     "torture",
-    Parameter("--seconds", "duration of the test", whole_number(1), "30", "N"),
+    Parameter("--seconds", "duration of the test", whole_number(1, MAX_NUMBER), "30", "N"),
     Parameter("--durability", "full or normal", OneOf("full", "normal"), "full", "MODE"),
     opens=False,
 )
@@ -1111,7 +1127,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return dispatch(program_name("admin"), (__doc__ or "").splitlines()[0], VERSION, COMMANDS, run, arguments)
     except (UsageError, ValueError) as error:
-        print_error("admin", error)
+        print_error("admin", re.sub("|".join(OPTION_OF), lambda name: OPTION_OF[name[0]], str(error)))
         return 2
     except (Problem, QueueError) as error:
         print_error("admin", error)

@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pqueue_tools.process import OneLineParser, whole_number
+from pqueue_tools.process import MAX_NUMBER, OneLineParser, whole_number
 from pqueue_values import seconds_in as duration
 from pqueue_values import short
 
@@ -125,6 +125,13 @@ def moment(text: str) -> float:
         ) from None
 
 
+def not_empty(text: str) -> str:
+    """Return the text of a filter. An empty one, as of a shell variable that is not set, would match all jobs."""
+    if not text:
+        raise ValueError(f"expected a text, got {text!r}")
+    return text
+
+
 def json_value(text: str) -> Any:
     try:
         return json.loads(text)
@@ -137,7 +144,7 @@ def rate(text: str) -> tuple[int, float]:
     jobs, slash, seconds = text.partition("/")
     if not slash:
         raise ValueError(f"expected JOBS/DURATION, such as 10/1s, got {short(text)}")
-    return whole_number(1)(jobs), duration(seconds)
+    return whole_number(1, MAX_NUMBER)(jobs), duration(seconds)
 
 
 def or_word(word: str, value: Any, parse: Callable[[str], Any]) -> Callable[[str], Any]:

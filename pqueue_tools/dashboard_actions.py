@@ -139,9 +139,8 @@ def _later(form: Form, number: int) -> str:
     if not given:
         return start
     jobs, seconds = rate(given)
-    return (
-        f"{start}, {report.count(jobs, 'job')} in {report.span(seconds)}, within {report.span(number / jobs * seconds)}"
-    )
+    ends = f"within {report.span(number / jobs * seconds)}"
+    return f"{start}, {report.count(jobs, 'job')} in {report.interval(seconds)}, {ends}"
 
 
 def _assign(queue: PersistentQInterface, form: Form, by: str | None) -> str:

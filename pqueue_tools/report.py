@@ -9,7 +9,7 @@ import re
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -583,7 +583,7 @@ def _why_limited(queue: PersistentQInterface, job: Job, now: float) -> str | Non
     if found["next_at"] is not None and found["next_at"] > now:
         jobs, seconds = found["rate"]
         next_one = f"its rate allows the next one {ago(found['next_at'], now)}"
-        return f"{group} has begun {count(jobs, 'job')} within {span(seconds)}: {next_one}"
+        return f"{group} has begun {count(jobs, 'job')} within {interval(seconds)}: {next_one}"
     return None
 
 
@@ -716,6 +716,12 @@ def span(seconds: float) -> str:
     return f"{seconds / UNITS['d']:.0f} d"
 
 
+def interval(seconds: float) -> str:
+    """Return a duration that somebody has set, exactly, in its largest unit: 90 s, 36 h, 7 d."""
+    unit = next((unit for unit in ("d", "h", "m") if seconds >= UNITS[unit] and seconds % UNITS[unit] == 0), "s")
+    return f"{seconds / UNITS[unit]:.15g} {unit}"
+
+
 def size(number: int) -> str:
     """Return a number of bytes in its largest fitting unit: 4.1 kB, 12 MB."""
     value, units = float(number), iter(("kB", "MB", "GB", "TB"))
@@ -793,7 +799,7 @@ def consumer_row(each: dict[str, Any]) -> dict[str, Any]:
 
 def schedule_row(each: Schedule) -> dict[str, Any]:
     """Return a schedule as a row of a table."""
-    due = f"every {span(each.every_seconds)}" if each.every_seconds else f"{each.cron} {each.zone}"
+    due = f"every {interval(each.every_seconds)}" if each.every_seconds else f"{each.cron} {each.zone}"
     keys = ("task", "queue", "group", "next_at", "last_at", "last_job_id", "skipped", "paused")
     return {"name": each.name, "due": due, **{key: getattr(each, key) for key in keys}}
 
@@ -841,8 +847,7 @@ def for_people(column: str, value: Any, now: float) -> str:
         return "yes" if value else "no"
     if is_time(column):
         return ago(value, now)
-    endings = ("_seconds", _short_span), ("_bytes", size), ("_share", "{:.1%}".format), ("by_hour", bars)
-    for ending, shown in endings:
+    for ending, shown in SHOWN.items():
         if column.endswith(ending):
             return shown(value)
     if isinstance(value, (dict, list)):
@@ -861,6 +866,15 @@ def bars(numbers: list[int]) -> str:
 
 def _short_span(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if 0 < seconds < 1 else span(seconds)
+
+
+SHOWN: dict[str, Callable[[Any], str]] = {  # the ending of the name of a column, and how its values are shown
+    **dict.fromkeys(("keep_seconds", "max_wait_seconds", "every_seconds", "expire_seconds"), interval),
+    "_seconds": _short_span,
+    "_bytes": size,
+    "_share": "{:.1%}".format,
+    "by_hour": bars,
+}
 
 
 def printable(text: str) -> str:

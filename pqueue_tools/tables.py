@@ -221,19 +221,19 @@ def _queues(figures: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _kept(queue: dict[str, Any]) -> str:
     """Return how long a queue keeps completed, failed and cancelled jobs."""
-    return " / ".join("for ever" if each is None else report.span(each) for each in queue["keeps"])
+    return " / ".join("for ever" if each is None else report.interval(each) for each in queue["keeps"])
 
 
 def _expected(queue: dict[str, Any]) -> str:
     wait, share = queue["expects"]
-    return f"{report.span(wait)} / {share:.0%}"
+    return f"{report.interval(wait)} / {share * 100:g}%"
 
 
 def _limits(queue: dict[str, Any]) -> str:
     """Return what a queue accepts and runs at most: 100 pending, 5 running, 10 in 1 s."""
     found = [f"{queue[name]:,} {name[4:]}" for name in ("max_pending", "max_running") if queue[name] is not None]
     if queue["rate"]:
-        found.append(f"{queue['rate'][0]:,} in {queue['rate'][1]:g} s")
+        found.append(f"{queue['rate'][0]:,} in {report.interval(queue['rate'][1])}")
     return ", ".join(found)
 
 

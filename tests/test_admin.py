@@ -24,7 +24,7 @@ import pqueue
 import pqueue_operating
 import pqueue_sqlite
 import pqueue_values
-from pqueue_tools import report, supervisor
+from pqueue_tools import report, supervisor, tables
 from pqueue_tools.commands import OneOf
 
 
@@ -414,22 +414,32 @@ def test_operator_whose_number_is_impossible_is_told_in_one_line(queue, run, mon
         (["expect", "slow"], 2, "expected QUEUE with --max-wait and --max-failed, or --default"),
         (["expect", "--max-wait", "5m"], 2, "expected QUEUE with --max-wait and --max-failed, or --default"),
         (["expect", "slow", "--default", "--max-wait", "5m"], 2, "expected QUEUE with --max-wait"),
-        (["expect", "slow", "--max-wait", "0s"], 2, "expected max_wait_seconds above 0"),
+        (["expect", "slow", "--max-wait", "0s"], 2, "expected --max-wait above 0"),
         (["expect", "slow", "--max-failed", "half"], 2, "expected a share such as 0.2 or 20%"),
-        (["expect", "slow", "--max-failed", "120%"], 2, "expected max_failed_share between 0 and 1"),
-        (["expect", "slow", "--max-failed", "nan"], 2, "expected max_failed_share"),
+        (["expect", "slow", "--max-failed", "120%"], 2, "expected --max-failed between 0 and 1"),
+        (["expect", "slow", "--max-failed", "nan"], 2, "expected --max-failed"),
         (["expect", "nosuch", "--default"], 1, "no queue 'nosuch'; there are: default, slow"),
         (["prune", "--older-than", "7y"], 2, "expected a duration"),
-        (["resubmit"], 2, "expected job ids or a filter"),
+        (["resubmit"], 2, "expected job ids or a filter such as --status failed, got neither"),
+        (["resubmit", "--text", "", "--yes"], 2, "--text: expected a text, got ''"),
+        (["enqueue", "t", "--priority", "3" * 10], 2, "whole number from -2147483648 to 2147483647, got '3333333333'"),
+        (
+            ["enqueue", "t", "--max-attempts", "1" * 20],
+            2,
+            "whole number from 1 to 2147483647, got '11111111111111111111'",
+        ),
+        (["show", "1" * 20], 2, "whole number from 0 to 9223372036854775807, got '11111111111111111111'"),
+        (["schedule", "a", "b"], 2, "expected --cron or --every, got neither"),
+        (["enqueue", "t", "--key-for", "1s"], 2, "expected a key together with --key-until, --key-for or --replace"),
         (["resubmit", "2", "--rate", "10"], 2, "--rate: expected JOBS/DURATION, such as 10/1s, got '10'"),
         (["resubmit", "--status", "failed", "--rate", "1/2s"], 2, "expected --yes to resubmit at 1/2s 1 job without"),
         (["jobs", "--status", "failed,nosuch"], 2, "expected one of"),
         (["jobs", "--payload", "customer"], 2, "expected a path in the payload and a value, such as customer=7"),
-        (["resubmit", "2", "--status", "failed"], 2, "expected job ids or a filter"),
+        (["resubmit", "2", "--status", "failed"], 2, "expected job ids or a filter such as --status failed, got both"),
         (["resubmit", "--status", "failed"], 2, "expected --yes to resubmit 1 job without a terminal"),
         (["delete-db-jobs"], 2, "expected --yes to delete all"),
         (["delete-db-jobs", "--yes"], 1, "1 of them are processing"),
-        (["assign-job", "5"], 2, "expected a CONSUMER_ID, or --any"),
+        (["assign-job", "5"], 2, "expected a CONSUMER_ID, or --any, got neither"),
         (["pause", "nosuch"], 1, "no queue 'nosuch'; there are: default, slow"),
         (["limit", "slow", "few"], 2, "expected a whole number of at least 1, or none, got 'few'"),
         (["backup", "/nosuch/copy.db"], 1, "cannot back up to /nosuch/copy.db"),
@@ -1223,3 +1233,21 @@ def test_operator_enqueues_with_a_key_for_a_while(front, queue, run):
     assert run("enqueue", "work", "2", "--key", "l", "--replace")[1] == second
     assert (queue.get(int(second)).payload, queue.get(int(second)).key_until) == (2, "started")
     assert run("enqueue", "work", "--key-for", "1h")[0] == 2
+
+
+def test_durations_that_were_set_are_shown_as_they_were_given(queue, run):
+    queue.enqueue("t")
+    for arguments, shown in (
+        (["keep", "default", "--completed", "36h"], "keeps completed jobs for 36 h"),
+        (["expect", "default", "--max-wait", "90s", "--max-failed", "12.5%"], "waited for 90 s, or 12.5% of attempts"),
+        (["limit", "default", "--rate", "10/90s"], "limited to 10 jobs of each group in 90 s"),
+        (["limit", "default", "--rate", "10/1s"], "limited to 10 jobs of each group in 1 s"),
+        (["keep", "default", "--failed", "2w"], "keeps failed jobs for 14 d"),
+    ):
+        assert shown in run(*arguments)[1]
+    assert [report.interval(each) for each in (0.001, 0.1, 59, 60, 100, 3600, 5400, 86400, 1e12)] == [
+        *("0.001 s", "0.1 s", "59 s", "1 m", "100 s", "1 h", "90 m", "1 d", "1000000000000 s")
+    ]
+    assert [tables._kept({"keeps": [129600, None]}), tables._expected({"expects": (90, 0.125)})] == [
+        *("36 h / for ever", "90 s / 12.5%")
+    ]

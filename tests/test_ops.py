@@ -389,7 +389,7 @@ def test_page_of_queues_shows_every_limit_and_the_groups_that_it_stops(queue, si
     queue.limit("mail", 1000, running=1, rate=(10, 60))
     queue.dequeue("w", queues=["mail"])
     row = re.search('<tr data-key="mail">.*?</tr>', site.ask("/queues")[1], re.DOTALL)[0]
-    assert '<td class="fold less">1,000&nbsp;pending, 1&nbsp;running, 10&nbsp;in&nbsp;60&nbsp;s</td>' in row
+    assert '<td class="fold less">1,000&nbsp;pending, 1&nbsp;running, 10&nbsp;in&nbsp;1&nbsp;m</td>' in row
     assert '<td class="fold less">1&nbsp;pending, 1&nbsp;at&nbsp;a&nbsp;limit</td>' in row
 
 
@@ -1033,7 +1033,7 @@ def test_jobs_are_retried_at_a_rate(queue, site):
     page = streamlit(page="jobs", task="work")
     page.text_input(key="bulk-rate").input("1/1s").run(timeout=PATIENCE_SECONDS)
     page.button(key="bulk-retry").click().run(timeout=PATIENCE_SECONDS)
-    assert page.warning[0].value.startswith("retry 5 jobs in 10m, 1 job in 1.0 s, within 5.0 s?")
+    assert page.warning[0].value.startswith("retry 5 jobs in 10m, 1 job in 1 s, within 5.0 s?")
 
 
 # What it refuses
