@@ -372,7 +372,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
 
         consumer: a name for the caller. Its first use registers a consumer: see `leave`.
         queues: the queues to take jobs from; None: all.
-        tasks: the names of the tasks whose jobs to take; None: all. Others cost this consumer nothing, however many.
+        tasks: the names of the tasks whose jobs to take; None: all. Other jobs cost this consumer nothing.
         lease_seconds: when the lease expires, unless `extend` renews it.
         prefetch: see `complete_and_dequeue`.
 
@@ -812,7 +812,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         return [to_job(row) for row in self._read(pqueue_schema.HELD_BY, {"token": me.token})] if me else []
 
     def held_leases(self, consumer: str, job_ids: Iterable[int]) -> list[tuple[int, str]]:
-        """Return the ids and lease tokens of those of these jobs that this consumer of this object holds."""
+        """Return the ids and lease tokens of those of the given jobs that this consumer of this object holds."""
         me = self._registry.get(consumer)
         return self._read(pqueue_schema.LEASES, {"token": me.token, "ids": json.dumps(list(job_ids))}) if me else []
 
@@ -878,7 +878,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         session.wakes = True
 
     def _find_dead(self) -> list[str] | None:
-        """Return the tokens of dead consumers, or None if the last check was a moment ago."""
+        """Return the tokens of dead consumers, or None if the last check was less than a second ago."""
         if time.monotonic() - self._dead_checked_at < DEAD_CHECK_SECONDS:
             return None
         self._dead_checked_at = time.monotonic()

@@ -402,8 +402,7 @@ class Grouping(Backend):
         max_pending: refuse to enqueue or resubmit while the queue has this many pending jobs. Those that are scheduled,
             or assigned to a consumer, do not count.
         running: deliver no job of a group while this many of it are `processing`. Jobs without a group count as one.
-        rate: (jobs, seconds), the latter also a timedelta: deliver at most so many jobs of a group in any time of this
-            length.
+        rate: (jobs, seconds or timedelta): deliver at most this many jobs of a group in any period of this length.
         """
         most = max_pending if max_pending in (None, ...) else valid_int("max_pending", 1, max_pending)
         at_once = running if running in (None, ...) else valid_int("running", 1, running)
@@ -487,8 +486,7 @@ class Grouping(Backend):
     # A claim
 
     def _claim_in_turn(self, session: Session, params: Params, prefetches: bool) -> list[Row] | None:
-        """Lease up to :limit jobs to the consumer, and return their rows; None if it can have none from a queue with
-        groups."""
+        """Lease up to :limit jobs, and return their rows; None if no queue with groups has one for the consumer."""
         if not self._begin_turns(session, params):
             return None if params.get("has_others", True) else []
         found = self._pick_one(session, params) if params["limit"] == 1 and not params["has_assigned"] else None

@@ -26,7 +26,7 @@ DELETE_HANDLER = "DELETE FROM handlers WHERE name = :name"
 HANDLERS = "SELECT name, task FROM handlers ORDER BY name"
 
 
-# Return those of these jobs that failed and have a handler; that of the task takes precedence.
+# Return which of these jobs failed and have a handler; a task's handler takes precedence over its queue's.
 # guard: the job of a handler has no handler
 # guard: a cancelled job has no handler
 UNHANDLED = f"""

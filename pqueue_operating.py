@@ -66,7 +66,7 @@ class Matching(TypedDict, total=False):
 
 
 class Changed(int):
-    """The number of jobs changed; `refused` is that of jobs that matched, but whose state does not allow the change."""
+    """The number of jobs changed; `refused` counts those that matched, but whose state did not allow it."""
 
     refused: int = 0
 
@@ -329,8 +329,8 @@ class Operating(Grouping, Depending, Counting):
     ) -> Changed:
         """Do what `resubmit` does with all jobs that match; return how many were changed.
 
-        rate: (jobs, seconds), the latter also a timedelta: make this many jobs due in each period of this length, the
-            oldest first; None: all are due after `delay_seconds`.
+        rate: (jobs, seconds or timedelta): make this many jobs due in each period of this length, the oldest first;
+            None: all are due after `delay_seconds`.
 
         The filters are those of `list_jobs`, of which one at least is needed. The jobs are changed in short
         transactions, so as not to block other writers: an error such as QueueFull does not undo earlier ones.

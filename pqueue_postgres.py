@@ -690,7 +690,7 @@ _COMPLETE_THESE = f"""UPDATE jobs SET {COMPLETED}, result = {_OF_THIS.format("re
 def complete_and_claim(width: int) -> str:
     """Complete jobs that no others depend on, and lease others as `claim_alone` does if that was all of them, and none
     was of a group, which may have another job now. The first column lists the completed ids, or is NULL for all; the
-    others are as there."""
+    others are those of `claim_alone`."""
     return f"""{_with_tasks(width)},
 done AS (
     {_COMPLETE_THESE} AND has_dependents = 0

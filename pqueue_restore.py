@@ -35,7 +35,7 @@ COPY_BYTES = 1 << 20
 def restore(backup: str | os.PathLike[str], url: str | os.PathLike[str] | None = None) -> Path | None:
     """Replace the queue's file by a copy of this backup; return the path of the old file, if there was one.
 
-    `url` is that of `open_queue`. If interrupted, this leaves either the old file or the new one, complete. Raises
+    url: as for `open_queue`. If interrupted, this leaves either the old file or the new one, complete. Raises
     QueueError and changes nothing if a program has the file open or the backup is damaged or not a queue.
     """
     if is_postgres(url):

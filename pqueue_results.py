@@ -185,7 +185,7 @@ class Waiting(Reading):
         return self._waits.add(job_id, self._open_watch, self._finished)
 
     def _finished(self, job_ids: list[int]) -> dict[int, Job | JobNotFound]:
-        """Return those of these jobs that have finished, or the error for those that do not exist."""
+        """Return which of these jobs have finished, and an error for each that does not exist."""
         states = dict(self._read(STATES_OF, {"ids": to_json(job_ids)}))
         found: dict[int, Job | JobNotFound] = {}
         for job_id in job_ids:

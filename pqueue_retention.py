@@ -136,8 +136,8 @@ class Retaining(Grouping, Depending, Counting):
     def prune_kept(self, *, now: float | None = None) -> bool:
         """Delete some of the finished jobs that their queues keep no longer; return whether there may be more.
 
-        Consumers call this now and then. Of each queue, one consumer deletes, once a second at most, in transactions of
-        a few hundred jobs.
+        Consumers call this regularly. In each queue, one of them deletes jobs, at most once a second, in transactions
+        of a few hundred jobs.
         """
         now = self._time(now)
         until, has_more = time.monotonic() + KEEP_WORK_SECONDS, False

@@ -90,11 +90,10 @@ class Reading(Backend):
         return self._dicts(columns, last, {"id": valid_id(job_id), "limit": valid_int("limit", 1, limit)})[::-1]
 
     def operations(self, *, limit: int = 100) -> list[dict[str, Any]]:
-        """Return the latest actions of operators, newest first. What one call changed is one action, also if it changed
-        many jobs.
+        """Return the latest actions of operators, newest first. A call that changed many jobs is one action.
 
         Each is a dict: "at", Unix seconds; "actor", the operator; "event", what was done; "jobs", how many were
-        changed; "job_id", the first of them, or 0 for none. Of very many jobs, the latest are counted.
+        changed; "job_id", the first of them, or 0 for none. If there are very many, only the latest are counted.
         """
         params = {"limit": valid_int("limit", 1, limit), "rows": OPERATION_ROWS}
         return self._dicts("at, actor, event, jobs, job_id", OPERATIONS, params)

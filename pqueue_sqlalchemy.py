@@ -726,7 +726,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         """Do it in a separate transaction: until that of the application ends, other producers would wait."""
         application = self._session()
         if application.for_application and not application.is_snapshot:
-            with suppress(QueueBusy):  # no other connection is to be had
+            with suppress(QueueBusy):  # no other connection is available
                 with PostgresSession(self) as other:
                     super()._add_queue(other, row)
                 return 1
@@ -748,7 +748,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             self._lock_out_writers(session)
             super().limit(*arguments, **options)
         if not self.in_transaction and self._read(pqueue_postgres.IS_COUNTED) and not self._read(pqueue_schema.LIMITED):
-            with suppress(QueueError):  # where an event trigger forbids it, say; the triggers do no harm
+            with suppress(QueueError):  # an event trigger may forbid it; the triggers do no harm
                 session.alone(pqueue_postgres.STOP_COUNTING, {})
 
     def _count_pending(self, session: Session, queues: Iterable[str]) -> None:  # noqa: ARG002 - counts all queues

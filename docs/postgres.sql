@@ -1253,7 +1253,7 @@ DELETE FROM pqueue.handlers WHERE name = $1;
 SELECT name, task FROM pqueue.handlers ORDER BY name;
 
 -- UNHANDLED
--- Return those of these jobs that failed and have a handler; that of the task takes precedence.
+-- Return which of these jobs failed and have a handler; a task's handler takes precedence over its queue's.
 -- $1 ids
 SELECT id, queue, jobs.task, error, attempts, consumer, coalesce(t.task, q.task) AS handler FROM pqueue.jobs
 LEFT JOIN pqueue.handlers t ON t.name = 'task:' || jobs.task LEFT JOIN pqueue.handlers q ON q.name = 'queue:' || queue
@@ -1977,7 +1977,7 @@ SELECT set_config('synchronous_commit', CASE WHEN attempts >= max_attempts THEN 
 -- complete_and_claim(1)
 -- Complete jobs that no others depend on, and lease others as `claim_alone` does if that was all of them, and none was
 -- of a group, which may have another job now. The first column lists the completed ids, or is NULL for all; the others
--- are as there.
+-- are those of `claim_alone`.
 -- $1 queues, $2 tasks, $3 now, $4 results, $5 ids, $6 tokens, $7 known_attempts, $8 consumer, $9 token, $10
 -- lease_expires_at, $11 number, $12 limit
 WITH heads AS MATERIALIZED (
@@ -2033,7 +2033,7 @@ FROM (SELECT) one LEFT JOIN taken ON true;
 -- complete_and_claim(0)
 -- Complete jobs that no others depend on, and lease others as `claim_alone` does if that was all of them, and none was
 -- of a group, which may have another job now. The first column lists the completed ids, or is NULL for all; the others
--- are as there.
+-- are those of `claim_alone`.
 -- $1 share, $2 queues, $3 tasks, $4 consumer, $5 now, $6 results, $7 ids, $8 tokens, $9 known_attempts, $10 token, $11
 -- lease_expires_at, $12 number, $13 limit
 WITH heads AS MATERIALIZED (
