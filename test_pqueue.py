@@ -5500,6 +5500,49 @@ class Processes(SQLiteCase):
         self.assertEqual(queue.stats()["states"]["completed"], 2)
         self.assertEqual(len(queue.list_jobs(task="by child")), 1)
 
+    def test_child_forked_while_another_thread_is_idle_gets_the_queue(self):
+        queue = self.open()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(queue.enqueue, "t").result()
+            (session,) = queue._sessions
+            self.assertTrue(session.in_use.acquire(blocking=False))  # so a fork does not wait for it
+            session.in_use.release()
+            child = os.fork()
+            if child == 0:
+                with suppress(QueueError):
+                    os._exit(0 if queue.enqueue("by child") == 2 else 1)
+                os._exit(2)
+            self.assertEqual(os.waitpid(child, 0)[1], 0)
+
+    def test_child_forked_while_another_thread_is_in_a_transaction_leaves_it_whole(self):
+        queue = self.open()
+        begun, forked = threading.Event(), threading.Event()
+
+        def act():
+            with queue.transaction():
+                queue.enqueue("t")
+                begun.set()
+                forked.wait(20)
+
+        with ThreadPoolExecutor(1) as pool, mock.patch.object(pqueue_sqlite, "BUSY_SECONDS", 0.01):
+            done = pool.submit(act)
+            self.assertTrue(begun.wait(20))
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    queue.enqueue("never")
+                except QueueError as error:
+                    code = 0 if "forked inside a transaction" in str(error) else 2
+                os._exit(code)
+            try:
+                self.assertEqual(os.waitpid(child, 0)[1], 0)
+            finally:
+                forked.set()
+            done.result()
+        self.assertEqual([job.task for job in queue.list_jobs()], ["t"])
+        self.assertEqual(queue.check()["problems"], [])
+
     def test_child_forked_inside_a_transaction_gets_no_queue(self):
         queue = self.open()
         with queue.transaction():
@@ -6592,6 +6635,13 @@ class Replaced(SQLiteCase):
                 self.assertIsInstance(errors[0], QueueError)
                 with self.assertRaises(pqueue.DatabaseReplaced):  # it cannot release the job
                     queue.close()
+
+    def test_connection_of_the_application_is_not_joined_after_the_log_was_deleted(self):
+        queue = self.started()
+        with self.sqlite() as db:
+            self.sibling("-wal").unlink()
+            with self.assertRaises(pqueue.DatabaseReplaced), queue.join(db):
+                pass
 
     def test_last_queue_that_closes_leaves_no_log(self):
         first, second = self.started(), self.open()

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -868,6 +869,29 @@ def test_lock_of_an_application_is_not_taken_for_that_of_a_consumer(database):
         assert queue._read(pqueue_postgres.LOCKED_SLOTS) == []
         queue.dequeue("w")
         assert len(queue._read(pqueue_postgres.LOCKED_SLOTS)) == 1
+
+
+def test_child_of_a_shared_consumer_holds_its_lock(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        shared = queue.share("w")
+        shared.children += 1
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            with suppress(Exception):
+                queue.adopt(shared)
+                os.write(writer, b".")
+                time.sleep(60)
+            os._exit(1)
+        os.close(writer)
+        try:
+            assert os.read(reader, 1)
+            assert (shared.slot.number,) in queue._read(pqueue_postgres.LOCKED_SLOTS)
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            os.close(reader)
+        wait_until(lambda: (shared.slot.number,) not in queue._read(pqueue_postgres.LOCKED_SLOTS))
 
 
 def test_consumer_that_reconnects_revives_no_other_and_none_that_has_left(database):
