@@ -463,7 +463,9 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-TRACEBACK = re.compile(r"(.{0,2000}?)(?:  \+ Exception Group )?Traceback \(most recent call last\):\r?\n")
+TRACEBACK = re.compile(  # in the first line; that of another process begins with a blank line and quotes
+    r'(?:\s*\n)?(?:"""\r?\n)?(.{0,2000}?)(?:  \+ Exception Group )?Traceback \(most recent call last\):\r?\n'
+)
 EXCEPTION = re.compile(  # the line after the frames of the last traceback
     r"(?s:.*)Traceback \(most recent call last\):\r?\n(?: (?! \| \S).*\n)*(?:  \| )?(\S.*)"
 )
