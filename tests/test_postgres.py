@@ -1271,21 +1271,48 @@ def test_consumer_claims_a_last_attempt_alone(database):
             assert len(queue.dequeue_many("w", 100)) == 1
 
 
+def note_commits(queue):
+    """Write down how each change of a job is committed."""
+    with queue.transaction() as db:
+        db.exec_driver_sql("CREATE TABLE commits (mode text)")
+        db.exec_driver_sql(
+            "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+            "INSERT INTO public.commits VALUES (current_setting('synchronous_commit')); RETURN NULL; END $$"
+        )
+        db.exec_driver_sql(
+            "CREATE CONSTRAINT TRIGGER note AFTER UPDATE ON pqueue.jobs DEFERRABLE INITIALLY DEFERRED "
+            "FOR EACH ROW EXECUTE FUNCTION note()"
+        )
+
+
+def test_change_of_a_job_waits_for_the_disk(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        note_commits(queue)
+        verbs = {
+            "change": lambda job_id: queue.change(job_id, payload=1),
+            "assign": lambda job_id: queue.assign(job_id, "w"),
+            "mark_failed": queue.mark_failed,
+            "resubmit": queue.resubmit,
+            "complete": lambda _: queue.complete(job),
+            "resubmit again": queue.resubmit,
+            "fail": lambda _: queue.fail(job, "no", retry=False),
+            "resubmit a failed one": queue.resubmit,
+            "cancel": queue.cancel,
+        }
+        job_id = queue.enqueue("t", max_attempts=9)
+        for name, verb in verbs.items():
+            job = queue.dequeue("w") if name in ("complete", "fail") else None
+            queue._session().change("DELETE FROM public.commits")
+            verb(job_id)
+            assert queue._read("SELECT DISTINCT mode FROM public.commits") == [("on",)], name
+
+
 @pytest.mark.parametrize("looked", [math.inf, -math.inf], ids=["in one statement", "step by step"])
 @pytest.mark.parametrize(("most", "mode"), [(1, "on"), (2, "off")])
 def test_claim_waits_for_the_disk_before_a_last_attempt(database, looked, most, mode):
     with closing(PersistentQSQLAlchemy(database)) as queue:
         assert queue.dequeue("w") is None
-        with queue.transaction() as db:  # which writes down how a claim is committed
-            db.exec_driver_sql("CREATE TABLE commits (mode text)")
-            db.exec_driver_sql(
-                "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
-                "INSERT INTO public.commits VALUES (current_setting('synchronous_commit')); RETURN NULL; END $$"
-            )
-            db.exec_driver_sql(
-                "CREATE CONSTRAINT TRIGGER note AFTER UPDATE ON pqueue.jobs DEFERRABLE INITIALLY DEFERRED "
-                "FOR EACH ROW EXECUTE FUNCTION note()"
-            )
+        note_commits(queue)
         queue.enqueue("t", max_attempts=most)
         queue._dead_checked_at = looked
         assert queue.dequeue("w")
