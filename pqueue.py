@@ -143,6 +143,7 @@ LEASE_SECONDS = 60.0
 MAX_CONSUMERS = 256  # of one queue object; each has two descriptors
 BUSY_SECONDS = 5.0  # how long a write waits for other writers before it raises QueueBusy
 DEAD_CHECK_SECONDS = 1.0  # how often a dequeue looks for dead consumers
+ORPHAN_CHECK_SECONDS = 60.0  # how often it looks for what consumers that had died before have left
 RECLAIM_BATCH = 1000  # jobs promoted or reclaimed per dequeue, to keep it short
 WAIT_SECONDS = 1.0  # the longest sleep of `wait`; bounds the cost of a missed wake-up or a dead consumer
 POLL_SECONDS = 0.1  # the polling interval where wake-ups are not available
@@ -193,7 +194,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         self._registry: dict[str, Registration] = {}  # replaced, never modified: other threads iterate over it
         self._registering = threading.Lock()
         self._waits = Waits()
-        self._dead_checked_at = -math.inf
+        self._dead_checked_at = self._orphans_checked_at = -math.inf
 
     def __enter__(self: Self) -> Self:
         return self
@@ -843,8 +844,11 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         if dead is not None:
             for token in dead:
                 session.change(pqueue_schema.UNREGISTER, {"token": token, "state": "dead"})
-            for row in session.run(pqueue_schema.ORPHANED, params):
+            orphaned = session.run(pqueue_schema.ORPHANED, params)
+            for row in orphaned:
                 self._end_lost_delivery(session, to_job(row), "died", now)
+            if len(orphaned) == RECLAIM_BATCH:  # there may be more
+                self._orphans_checked_at = -math.inf
         # guard: jobs that have expired are cancelled
         if due or expired or dead:  # last: a delivery that was lost may have left one
             cancelled = self._cancel_expired(session, now)
@@ -878,16 +882,25 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         session.wakes = True
 
     def _find_dead(self) -> list[str] | None:
-        """Return the tokens of dead consumers, or None if the last check was less than a second ago."""
-        if time.monotonic() - self._dead_checked_at < DEAD_CHECK_SECONDS:
+        """Return the tokens of dead consumers, or None if the last check was less than a second ago.
+
+        Mostly return None if there are none: the jobs of a consumer are taken back when it is found dead, so hardly
+        any are left, and to look for those reads all jobs that are processing.
+        """
+        now = time.monotonic()
+        if now - self._dead_checked_at < DEAD_CHECK_SECONDS:
             return None
-        self._dead_checked_at = time.monotonic()
+        self._dead_checked_at = now
         own_tokens = {me.token for me in self._registry.values()}
-        return [
+        dead = [
             token
             for token, slot in self._read(pqueue_schema.RUNNING)
             if token not in own_tokens and not self._is_alive(slot)
         ]
+        if not dead and now - self._orphans_checked_at < ORPHAN_CHECK_SECONDS:
+            return None
+        self._orphans_checked_at = now
+        return dead
 
     def leave(self, consumer: str, *, now: float | None = None) -> None:
         """Unregister a consumer of this object: release the jobs that it holds, and its lock.

@@ -295,6 +295,43 @@ def test_view_of_failures_reads_a_bounded_number_of_groups(queue, tmp_path, back
         assert [group["last_at"] for group in groups] == list(range(jobs, 500, -1))
 
 
+@pytest.fixture(params=["PostgreSQL", "SQLite"])
+def two_queues(request, tmp_path):
+    """Two objects of one queue."""
+    url = tmp_path / "queue.db" if request.param == "SQLite" else request.getfixturevalue("database")
+    with closing(pqueue.open_queue(url)) as queue, closing(pqueue.open_queue(url)) as other:
+        yield queue, other
+
+
+def test_consumer_seldom_reads_all_jobs_that_are_processing(two_queues, monkeypatch):
+    queue, _ = two_queues
+    monkeypatch.setattr(pqueue, "DEAD_CHECK_SECONDS", 0)
+    session, asked = type(queue._session()), []
+    run = session.run
+    monkeypatch.setattr(session, "run", lambda self, sql, *more: asked.append(sql) or run(self, sql, *more))
+    for _ in range(20):
+        assert queue.dequeue("w") is None
+    assert asked.count(pqueue_schema.ORPHANED) == 1
+
+
+def test_consumer_takes_back_all_jobs_of_a_dead_one_however_many(two_queues, monkeypatch):
+    queue, other = two_queues
+    monkeypatch.setattr(pqueue, "DEAD_CHECK_SECONDS", 0)
+    assert queue.dequeue("w") is None  # looks, and finds none
+    monkeypatch.setattr(pqueue, "RECLAIM_BATCH", 2)
+    other.enqueue_many("t", range(5), max_attempts=3)
+    for _ in range(5):
+        assert other.dequeue("gone")
+    (gone,) = other._registry.values()
+    monkeypatch.setattr(queue, "_is_alive", lambda slot: slot not in (gone.slot.number, -1))
+    with other.transaction() as db:  # on PostgreSQL, its lock is looked for, and when it was last seen
+        if not isinstance(other, PersistentQSQLite):
+            db.exec_driver_sql("UPDATE pqueue.consumers SET last_seen_at = 1, slot = -1 WHERE name = 'gone'")
+    for _ in range(3):
+        queue.dequeue("w")
+    assert queue.list_jobs(consumer="gone", state="processing") == []
+
+
 def heap_fetches(plan):
     return plan.get("Heap Fetches", 0) * plan["Actual Loops"] + sum(map(heap_fetches, plan.get("Plans", ())))
 
