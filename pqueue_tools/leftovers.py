@@ -231,7 +231,9 @@ def _interpreter_settings() -> Iterator[Setting]:
     yield Setting("sys.argv", lambda: list(sys.argv), lambda argv: setattr(sys, "argv", argv))
     yield Setting("sys.tracebacklimit", lambda: getattr(sys, "tracebacklimit", None), _set_traceback_limit)
     yield Setting("the flags of dlopen", sys.getdlopenflags, sys.setdlopenflags)
-    yield kept("sys.modules", sys.modules, lambda _: True)
+    modules, loaded = sys.modules, dict(sys.modules)
+    yield Setting("sys.modules", lambda: loaded.items() <= sys.modules.items(), lambda _: _set_modules(modules, loaded))
+    yield Setting("an interpreter", _count_interpreters)
     yield Setting("builtins", lambda: dict(vars(builtins)), _set_builtins)
     yield Setting("error handlers of codecs", lambda: list(map(codecs.lookup_error, CODEC_ERRORS)), _set_codec_errors)
     yield kept("the registered tasks", pqueue.TASKS)
@@ -567,6 +569,18 @@ def _set_builtins(before: dict[str, Any]) -> None:
     names.update(before)
     for name in set(names) - set(before):
         del names[name]
+
+
+def _set_modules(modules: dict[str, Any], loaded: dict[str, Any]) -> None:
+    modules.update(loaded)
+    sys.modules = modules
+
+
+def _count_interpreters() -> int:
+    for name in ("_interpreters", "_xxsubinterpreters"):
+        if module := sys.modules.get(name):
+            return len(module.list_all())
+    return 1
 
 
 def _set_filters(before: list[Any]) -> None:

@@ -106,6 +106,7 @@ def overflow():
     deeper()
 
 C = ctypes.CDLL(None)
+INTERPRETERS = "_interpreters" if sys.version_info >= (3, 13) else "_xxsubinterpreters"
 LIBRARY = logging.getLogger("a.library")
 
 def leave_policy():
@@ -230,6 +231,8 @@ LEAVE = {  # what the next job must not find
     "lost modules": lambda: setattr(sys.modules["pqueue_tools.worker"], "pqueue", None),
     "name": lambda: C.prctl(15, b"renamed", 0, 0, 0),
     "kept capabilities": lambda: C.prctl(8, 1, 0, 0, 0),
+    "other modules": lambda: setattr(sys, "modules", {}),
+    "interpreter": lambda: globals().setdefault("kept", []).append(__import__(INTERPRETERS).create()),
     "hard limit": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
     "namespace of processes": lambda: C.unshare(0x20000000),
     "root": lambda: (os.mkdir("jail"), os.chroot("jail")),
