@@ -653,7 +653,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         """Return, as the end of a sentence, which right is missing."""
         kind, _, name = text.removeprefix("permission denied for ").partition(" ")
         rights = {"table": "SELECT, INSERT, UPDATE, DELETE", "schema": "USAGE, CREATE", "database": "CREATE"}
-        if kind not in rights or not text.startswith("permission denied"):
+        if kind not in rights:
             return ""
         shown = name if kind != "table" else f"{self.schema}.{name}"
         missing = []
