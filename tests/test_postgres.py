@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import random
@@ -656,12 +657,17 @@ queue.close()"""
         queue = self.open()
         queue.enqueue("t")
         self.assertIsNotNone(queue.dequeue("parent"))
+        ours = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pqueue' AND pid = ANY (:pids) ORDER BY 1"
+        pids = [link.driver.info.backend_pid for link in queue._pool._links]
         pid = os.fork()
         if pid == 0:
             with suppress(BaseException):
-                os._exit(0 if queue.enqueue("by child") and queue.dequeue("child").task == "by child" else 1)
+                is_right = queue.enqueue("by child") and queue.dequeue("child").task == "by child"
+                gc.collect()
+                os._exit(0 if is_right else 1)
             os._exit(2)
         self.assertEqual(os.waitpid(pid, 0)[1], 0)
+        self.assertEqual([row[0] for row in queue._read(ours, {"pids": pids})], sorted(pids))
         self.assertEqual(queue.stats()["states"]["processing"], 2)
         queue.enqueue("after")
 
