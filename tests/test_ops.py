@@ -1768,3 +1768,4 @@ def test_each_column_of_a_table_in_streamlit_has_one_type(queue):
         rows = queue.operations() if table is tables.ACTIVITY else dashboard._failures(queue)
         cells = dashboard_streamlit._cells(table, rows)
         assert {name: len({type(row[name]) for row in cells}) for name in cells[0]} == dict.fromkeys(cells[0], 1)
+    assert sorted(cells[0]["24 hours"]) == [0] * 23 + [1]
