@@ -3527,6 +3527,14 @@ class QueueContract:
             self.queue.keep("default")
         self.assertEqual(self.queue.stats()["queues"], {})
 
+    def test_operator_sees_completions_counted_that_came_just_before_a_large_batch(self):
+        self.queue.enqueue_many("t", range(45), now=NOW)
+        jobs = self.queue.dequeue_many("w", 45, now=NOW)
+        for job in jobs[:5]:
+            self.queue.complete(job, now=NOW + 1)
+        self.queue.complete_and_dequeue([(job, None) for job in jobs[5:]], "w", 0, now=NOW + 2)
+        self.assertEqual([each.completed for each in self.queue.outcomes()], [45])
+
     def test_operator_sees_each_finished_job_counted_once(self):
         for name in "ab":
             self.queue.enqueue("t", queue=name, now=100)
@@ -4356,6 +4364,21 @@ class QueueContract:
                 self.before_each_read(leave)
                 for each in self.queue.consumers():
                     self.assertFalse(each["state"] != "running" and each["job_ids"], each)
+
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
+    def test_child_that_closes_the_queue_leaves_its_parent_its_consumer_and_job(self):
+        self.queue.enqueue("t", now=NOW)
+        job = self.queue.dequeue("w", now=NOW)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            with suppress(Exception):
+                self.queue.close()
+                code = 0
+            os._exit(code)
+        self.assertEqual(os.waitpid(child, 0)[1], 0)
+        self.assertEqual([each["state"] for each in self.queue.consumers()], ["running"])
+        self.queue.complete(job, now=NOW)
 
     @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
     def test_shared_consumer_keeps_the_jobs_of_its_children_until_it_is_closed(self):
