@@ -163,7 +163,8 @@ def _is_known(module: str) -> bool:
 
 def _is_changeable(value: Any) -> bool:
     """Return whether this is a class whose attributes can be set."""
-    return isinstance(value, type) and bool(value.__flags__ & HEAP_TYPE) and not value.__flags__ & IMMUTABLE_TYPE
+    is_class = issubclass(type(value), type)  # isinstance is true for an alias such as Callable[[], int] in Python 3.10
+    return is_class and bool(value.__flags__ & HEAP_TYPE) and not value.__flags__ & IMMUTABLE_TYPE
 
 
 def _settings(folder: int | None) -> Iterator[Setting]:
@@ -224,6 +225,9 @@ def _interpreter_settings() -> Iterator[Setting]:
         yield Setting("the digits of integers", sys.get_int_max_str_digits, sys.set_int_max_str_digits)
     if monitoring := getattr(sys, "monitoring", None):
         yield Setting("a tool of sys.monitoring", lambda: [monitoring.get_tool(number) for number in range(6)])
+    if is_active := getattr(sys, "is_stack_trampoline_active", None):
+        stop: Any = vars(sys)["deactivate_stack_trampoline"]
+        yield Setting("the trampoline of perf", is_active, lambda _: stop())
     yield Setting("sys.path", lambda: list(sys.path), lambda path: sys.path.__setitem__(slice(None), path))
     hooks = list(sys.meta_path), list(sys.path_hooks)
     yield Setting("import hooks", lambda: _finds_modules(hooks), lambda _: _set_import_hooks(hooks))

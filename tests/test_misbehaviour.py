@@ -19,7 +19,7 @@ from conftest import ROOT, parent, wait_until
 
 import pqueue
 from consumer import Consumer
-from pqueue_tools import keeper, processes
+from pqueue_tools import keeper, leftovers, processes
 from pqueue_tools.leases import Leases, claim_number
 from pqueue_tools.record import Record
 
@@ -469,6 +469,16 @@ def test_next_job_finds_the_process_as_the_first_one_did(tasks, part):
         ]
         assert (name, len(reports)) == (name, name not in UNREPORTED), done
     assert queue.get(slow).error.startswith("TimeoutError: timed out after 2 s\n"), done
+
+
+def test_worker_takes_an_alias_that_claims_to_be_a_class_for_none():
+    """As `Callable[[], int]` does in Python 3.10."""
+
+    class Alias:
+        __class__ = property(lambda self: type)
+
+    assert isinstance(Alias(), type)
+    assert not leftovers._is_changeable(Alias())
 
 
 def test_leftovers_of_a_task_that_fails_are_found_as_well(tasks):
