@@ -13,7 +13,7 @@ import pqueue
 from pqueue_tools import dashboard, dashboard_summary, report, tables
 from pqueue_tools.dashboard import FILTERS, Query, one, prefix
 from pqueue_tools.dashboard_page import SCRIPT, STYLE
-from pqueue_tools.dashboard_summary import charts, findings, text, tiles, time, trend
+from pqueue_tools.dashboard_summary import bars, charts, findings, text, tiles, time, trend
 from pqueue_tools.tables import OVERVIEW_ROWS, PAGES, Button, Column, Page, Table
 from pqueue_values import NO_PARAMS
 
@@ -235,7 +235,7 @@ def _cell(column: Column, row: Any) -> str:  # noqa: PLR0911 - one for each kind
     if column.kind == "left":
         return time(value[0], "left", report.span(tables.left(*value)), progress=f"{value[1]:g}")
     if column.kind in ("trend", "failures"):
-        return trend(value if column.kind == "trend" else [(0, number) for number in value])
+        return trend(value) if column.kind == "trend" else bars(value)
     if column.kind == "state":
         return f'<span class="state {text(value)}">{text(value)}</span>'
     if column.kind == "progress":

@@ -205,6 +205,16 @@ def trend(counts: list[tuple[int, int]]) -> str:
 aria-label="{said}">{"".join(lines)}</svg>"""
 
 
+def bars(numbers: list[int]) -> str:
+    """Return a bar for the failures of each period."""
+    top, step = max(1, *numbers), WIDTH / len(numbers)
+    heights = enumerate(HEIGHT - number / top * HEIGHT for number in numbers)
+    path = "".join(f"M{(place + 0.5) * step:.1f} {HEIGHT:.0f}V{y:.0f}" for place, y in heights if y < HEIGHT)
+    return f"""<svg class="plot trend" viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" preserveAspectRatio="none" role="img"
+aria-label="{sum(numbers):,} failed"><path class="grid" d="M0 {HEIGHT:.0f}H{WIDTH:.0f}"/>
+<path d="{path}" stroke-width="4" stroke="{dashboard.CHART_COLOURS["failed"]}"/></svg>"""
+
+
 def _failed(minute: dict[str, Any]) -> int:
     """Return the number of failed attempts, also of those that are repeated."""
     return int(minute["failed"] + minute["retried"])

@@ -1769,3 +1769,12 @@ def test_each_column_of_a_table_in_streamlit_has_one_type(queue):
         cells = dashboard_streamlit._cells(table, rows)
         assert {name: len({type(row[name]) for row in cells}) for name in cells[0]} == dict.fromkeys(cells[0], 1)
     assert sorted(cells[0]["24 hours"]) == [0] * 23 + [1]
+
+
+def test_failures_of_each_hour_are_drawn(queue, site):
+    now = time.time() // 3600 * 3600
+    for ago, number in ((0, 1), (2, 4)):
+        for _ in range(number):
+            queue.mark_failed(queue.enqueue("t", now=now - 9e4), "no", now=now - 3600 * ago)
+    (drawn,) = re.findall('aria-label="5 failed">.*?<path d="(.*?)" stroke-width', site.ask("/failed")[1], re.DOTALL)
+    assert drawn in ("M537.5 100V0M587.5 100V75", "M512.5 100V0M562.5 100V75")  # if an hour has just ended
