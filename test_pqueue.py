@@ -862,6 +862,22 @@ class QueueContract:
         jobs = [self.queue.dequeue("w", now=NOW, **options) for _ in range(number)]
         return [job and job.group for job in jobs]
 
+    def test_guarantee_6_jobs_of_many_tasks_come_in_order(self):
+        q, taken = self.queue, []
+        for number in range(120):
+            q.enqueue(f"t{number % 20}", priority=number * 7 % 30, now=NOW)
+        q.enqueue_many("t0", range(20), priority=20, now=NOW)
+        expected = [job.id for job in q.peek(140, now=NOW)]
+        jobs = q.dequeue_many("w", 5, now=NOW)
+        while jobs:
+            taken += [job.id for job in jobs]
+            if len(taken) < 60:
+                q.complete_and_dequeue([(job, None) for job in jobs], "w", 0, now=NOW)
+                jobs = q.dequeue_many("w", 5, now=NOW)
+            else:
+                jobs, _ = q.complete_and_dequeue([(job, None) for job in jobs], "w", 5, now=NOW)
+        self.assertEqual(taken, expected)
+
     def test_guarantee_6_groups_take_turns_from_the_first_claim(self):
         q = self.queue
         q.enqueue_many("t", range(300), group="a", now=NOW - 9)
