@@ -936,6 +936,18 @@ def test_consumer_that_has_just_begun_is_not_taken_for_dead(database, monkeypatc
             new.complete(job)
 
 
+@pytest.mark.parametrize(
+    ("uptime", "was_lost", "is_known"), [(5, False, False), (1e6, True, False), (1e6, False, True)]
+)
+def test_consumer_is_not_taken_for_dead_soon_after_an_outage(database, monkeypatch, uptime, was_lost, is_known):
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        queue.dequeue("w")
+        monkeypatch.setattr(pqueue_postgres, "UPTIME", f"SELECT {uptime}")
+        monkeypatch.setattr(queue._listener, "was_lost_recently", lambda: was_lost)
+        queue._read_liveness()
+        assert (queue._living is not None) == is_known
+
+
 def test_consumer_that_reconnects_within_the_grace_period_keeps_its_job(database):
     with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
         queue.enqueue("t")
