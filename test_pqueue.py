@@ -3311,7 +3311,7 @@ class QueueContract:
         with mock.patch("pqueue_retention.EXPIRE_BATCH", 3):
             q.enqueue_many("t", range(10), expire_seconds=5, now=NOW)
             last = q.enqueue("t", now=NOW)
-            self.assertEqual([job.id for job in q.dequeue_many("w", 4, now=NOW + 6)], [last])
+            self.assertEqual([job.id for job in q.dequeue_many("w", 4, now=NOW + 5)], [last])
             self.assertEqual(q.count_jobs(state="cancelled"), 10)
             q.enqueue_many("t", range(10), expire_seconds=5, now=NOW)
             job_id = q.enqueue("t", now=NOW)
