@@ -3,7 +3,8 @@
 python tests/run.py quick | contract | all [PYTHON …]
 
 quick: format, lint, types, the contract suite on SQLite and the model test. contract: the contract suite on every
-backend. all: each file of tests in a process of its own, and the contract suite under each PYTHON, bare.
+backend. all: each file of tests in a process of its own, and the contract suite and the programs under each PYTHON,
+bare.
 """
 
 from __future__ import annotations
@@ -29,6 +30,27 @@ import sys, runpy
 sys.path.insert(0, ".")
 sys.argv = ["test_pqueue.py"]
 runpy.run_path("test_pqueue.py", run_name="__main__")
+"""
+# Do the whole work of an example with the programs, and with a task that is one of the user's.
+PROGRAMS = """
+import pathlib, subprocess, sys, tempfile
+from unittest import TestCase
+
+def run(program, *arguments):
+    command = [sys.executable, "-S", "-W", "error", str(root / program), *arguments]
+    return subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+root = pathlib.Path.cwd()
+with tempfile.TemporaryDirectory() as folder:
+    tasks = "from pqueue import task\\n\\n@task(timeout_seconds=9)\\ndef double(n: int) -> int:\\n    return 2 * n"
+    pathlib.Path(folder, "tasks.py").write_text(tasks)
+    run("producer.py", "--count", "3", "--interval", "0")
+    run("consumer.py", "--drain")
+    run("admin.py", "enqueue", "double", '{"n": 21}')
+    run("consumer.py", "--import", "tasks", "--drain", "--concurrency", "2")
+    TestCase().assertIn('"result": 42', run("admin.py", "show", "4", "--json"))
+    TestCase().assertIn("no problem found", run("admin.py", "doctor"))
+print("OK")
 """
 
 Command = list[object]
@@ -59,7 +81,8 @@ def everything(*pythons: str) -> dict[str, Command]:
     bare: dict[str, Command] = {
         f"contract suite, bare, under {python}": [python, "-I", "-S", "-W", "error", "-c", BARE] for python in pythons
     }
-    return {name: pytest(name) for name in names} | bare
+    programs: dict[str, Command] = {f"programs, bare, under {python}": [python, "-c", PROGRAMS] for python in pythons}
+    return {name: pytest(name) for name in names} | bare | programs
 
 
 def pytest(*arguments: str) -> Command:
