@@ -1470,6 +1470,12 @@ def test_count_of_a_queue_with_a_limit_is_right_after_each_verb(database):
         assert queue.check()["problems"] == []
 
 
+def test_operator_who_sets_a_limit_leaves_it_in_force_on_the_connection(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        queue.limit("default", 5)
+        assert queue._read(f"SELECT current_setting('{pqueue_postgres.COPYING}', true)")[0][0] != "on"
+
+
 def test_operator_cannot_resubmit_into_a_full_queue(database):
     with closing(PersistentQSQLAlchemy(database)) as queue:
         old = queue.enqueue("t")
