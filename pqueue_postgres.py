@@ -321,11 +321,13 @@ def _heads(number: int) -> str:
 _SHARES = f"""
 WITH heads AS MATERIALIZED (
     SELECT first.* FROM queues q JOIN queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
-        (SELECT {ROW}, row_number() OVER () AS rank FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")}
+        (SELECT {ROW}, row_number() OVER (ORDER BY {ORDER}) AS rank
+         FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")}
          ORDER BY {ORDER} LIMIT :share) first
     WHERE q.grouped = 0 AND q.paused = 0 AND {SERVED} AND {KNOWN.format(task="t.task")}
     UNION ALL
-        (SELECT {ROW}, row_number() OVER () AS rank FROM jobs WHERE {OF_CONSUMER} ORDER BY {ORDER} LIMIT :share))"""
+        (SELECT {ROW}, row_number() OVER (ORDER BY {ORDER}) AS rank FROM jobs
+         WHERE {OF_CONSUMER} ORDER BY {ORDER} LIMIT :share))"""
 _OF_SHARES = f"""
         SELECT {ROW} FROM (
             SELECT *, count(CASE WHEN rank = :share THEN 1 END) OVER (ORDER BY {ORDER} {PREVIOUS}) AS beyond FROM heads
@@ -359,7 +361,7 @@ def _in_order(width: int) -> str:
         for which in (*tasks, OF_CONSUMER)
     )
     return f"""
-        SELECT {ROW} FROM (SELECT *, count(last) OVER ({PREVIOUS}) AS beyond FROM ({union} UNION ALL
+        SELECT {ROW} FROM (SELECT *, count(last) OVER (ORDER BY {ORDER} {PREVIOUS}) AS beyond FROM ({union} UNION ALL
             (SELECT {ROW}, 'last' FROM heads OFFSET {width})
         ) merged ORDER BY {ORDER}) jobs WHERE beyond = 0 ORDER BY {ORDER}"""
 

@@ -517,7 +517,7 @@ WHERE  state = 'pending' AND ctid = ANY (ARRAY(
         FROM (
             SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS alone
             FROM (
-        SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
+        SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ORDER BY priority DESC, run_at, id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[1] FROM first) AND task = (SELECT tasks[1] FROM first) AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[2] FROM first) AND task = (SELECT tasks[2] FROM first) AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[3] FROM first) AND task = (SELECT tasks[3] FROM first) AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
@@ -1692,7 +1692,7 @@ WITH heads AS MATERIALIZED (
     ORDER BY priority DESC, run_at, id LIMIT 17),
 first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tasks FROM heads)
 SELECT -priority, run_at, id FROM (
-        SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
+        SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ORDER BY priority DESC, run_at, id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[1] FROM first) AND task = (SELECT tasks[1] FROM first) AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[2] FROM first) AND task = (SELECT tasks[2] FROM first) AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[3] FROM first) AND task = (SELECT tasks[3] FROM first) AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
@@ -1961,7 +1961,7 @@ SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at
         FROM (
             SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS alone
             FROM (
-        SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
+        SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ORDER BY priority DESC, run_at, id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[1] FROM first) AND task = (SELECT tasks[1] FROM first) AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4 AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10))))
     AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id) UNION ALL
@@ -2016,7 +2016,7 @@ SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at
         FROM (
             SELECT jobs.ctid, jobs.attempts > 0 OR jobs.attempts + 1 >= coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($7 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS alone
             FROM (
-        SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
+        SELECT ctid, priority, run_at, id, attempts, max_attempts FROM (SELECT *, count(last) OVER (ORDER BY priority DESC, run_at, id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS beyond FROM (
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE queue = (SELECT queues[1] FROM first) AND task = (SELECT tasks[1] FROM first) AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id) UNION ALL
             (SELECT ctid, priority, run_at, id, attempts, max_attempts, NULL AS last FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $8 AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10))))
     AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id) UNION ALL
@@ -2038,11 +2038,13 @@ FROM (SELECT) one LEFT JOIN taken ON true;
 -- lease_expires_at, $12 number, $13 limit
 WITH heads AS MATERIALIZED (
     SELECT first.* FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
-        (SELECT ctid, priority, run_at, id, attempts, max_attempts, row_number() OVER () AS rank FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL
+        (SELECT ctid, priority, run_at, id, attempts, max_attempts, row_number() OVER (ORDER BY priority DESC, run_at, id) AS rank
+         FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL
          ORDER BY priority DESC, run_at, id LIMIT $1) first
     WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($2 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS json)))) AND (CAST($3 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($3 AS text), chr(10))))
     UNION ALL
-        (SELECT ctid, priority, run_at, id, attempts, max_attempts, row_number() OVER () AS rank FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4 AND (CAST($3 AS text) IS NULL OR task = ANY (string_to_array(CAST($3 AS text), chr(10))))
+        (SELECT ctid, priority, run_at, id, attempts, max_attempts, row_number() OVER (ORDER BY priority DESC, run_at, id) AS rank FROM pqueue.jobs
+         WHERE state = 'pending' AND assigned_to = $4 AND (CAST($3 AS text) IS NULL OR task = ANY (string_to_array(CAST($3 AS text), chr(10))))
     AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id LIMIT $1)),
 done AS (
     UPDATE pqueue.jobs SET state = 'completed', finished_at = $5, progress = 1.0, error = NULL, lease_token = NULL, lease_expires_at = NULL, result = (CAST($6 AS text[]))[array_position(CAST($7 AS bigint[]), id)]
