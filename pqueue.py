@@ -84,6 +84,7 @@ from pqueue_tasks import (
     known_attempts,
     metadata,
     new_meta,
+    place,
     run_task,
     task,
 )
@@ -212,9 +213,9 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         task: str | Task[..., Any],
         payload: Any = None,
         *,
-        queue: str = "default",
+        queue: str | None = None,
         group: str | None = None,
-        priority: int = 0,
+        priority: int | None = None,
         delay_seconds: float | timedelta = 0,
         run_at: float | datetime | None = None,
         max_attempts: int | None = None,
@@ -233,9 +234,9 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
 
         task: a `Task`, or the name of one, which this program need not have registered.
         payload: a JSON-serializable value of at most `MAX_PAYLOAD_BYTES`, nested at most 100 deep, with string keys.
-        queue: created by its first job.
+        queue: created by its first job; None: that of the `Task`, if one is given, else "default".
         group: its group in the queue, or None. Groups get equal shares unless `weigh` sets others; see also `limit`.
-        priority: jobs with a higher priority run first.
+        priority: jobs with a higher priority run first; None: that of the `Task`, else 0.
         delay_seconds, run_at: when the job is due: relative to now (also a timedelta), or absolute (Unix seconds, or a
             datetime with a time zone).
         max_attempts: the number of deliveries before the job is `failed`; None: that of the task, as known to the
@@ -318,9 +319,9 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         task: str | Task[..., Any],
         payloads: Iterable[Any],
         *,
-        queue: str = "default",
+        queue: str | None = None,
         group: str | None = None,
-        priority: int = 0,
+        priority: int | None = None,
         delay_seconds: float | timedelta = 0,
         run_at: float | datetime | None = None,
         max_attempts: int | None = None,
@@ -952,9 +953,9 @@ def _refuse(session: Session, verb: str, job: Job) -> NoReturn:
 
 def _new_job(
     task: str | Task[..., Any],
-    queue: str,
+    queue: str | None,
     group: str | None,
-    priority: int,
+    priority: int | None,
     delay_seconds: float | timedelta,
     run_at: float | datetime | None,
     max_attempts: int | None,
@@ -962,12 +963,13 @@ def _new_job(
     now: float,
 ) -> Params:
     due = due_time(delay_seconds, run_at, now)
+    queue, priority = place(task, queue, priority)
     return {
         "task": valid_name("task", task.name if isinstance(task, Task) else task),
-        "queue": valid_name("queue", queue),
+        "queue": queue,
         "group": "" if group is None else valid_group(group),
         "state": "scheduled" if due > now else "pending",
-        "priority": valid_int("priority", -(2**31), priority),
+        "priority": priority,
         "run_at": due,
         "expires_at": due + task.expire_seconds if isinstance(task, Task) and task.expire_seconds else None,
         "max_attempts": None if max_attempts is None else valid_int("max_attempts", 1, max_attempts),

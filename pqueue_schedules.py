@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from pqueue_backend import Backend, Session
 from pqueue_cron import due_times, timing, valid_times
 from pqueue_schema import COLUMN_OF, MOVES, ROOM
-from pqueue_tasks import Task, without_metadata
-from pqueue_values import JobId, Params, QueueError, QueueFull, above_0, encode_json, read_json, valid_int, valid_name
+from pqueue_tasks import Task, place, without_metadata
+from pqueue_values import JobId, Params, QueueError, QueueFull, above_0, encode_json, read_json, valid_name
 
 MAX_FIRED = 100  # schedules, and times of one of them, per dequeue
 
@@ -112,9 +112,9 @@ class Scheduling(Backend):
         every_seconds: float | timedelta | None = None,
         on_missed: str = "once",
         overlap: bool = False,
-        queue: str = "default",
+        queue: str | None = None,
         group: str | None = None,
-        priority: int = 0,
+        priority: int | None = None,
         expire_seconds: float | timedelta | None = None,
         by: str | None = None,
         now: float | None = None,
@@ -145,7 +145,7 @@ class Scheduling(Backend):
         known = {task.name: task for task in tasks}
         for task in known.values():
             if task.schedule:
-                values = _definition(task.name, task, _no_arguments(task), "default", 0, task.schedule, "task")
+                values = _definition(task.name, task, _no_arguments(task), None, None, task.schedule, "task")
                 self._save_schedule(values, None, now)
         for found in self.schedules():
             # guard: a schedule that its task does not declare any more is marked
@@ -237,15 +237,22 @@ class Scheduling(Backend):
 
 
 def _definition(
-    name: str, task: str | Task[..., Any], payload: Any, queue: str, priority: int, times: Params, origin: str
+    name: str,
+    task: str | Task[..., Any],
+    payload: Any,
+    queue: str | None,
+    priority: int | None,
+    times: Params,
+    origin: str,
 ) -> Params:
     """Return the columns of a schedule. Raises ValueError."""
+    queue, priority = place(task, queue, priority)
     return {
         "name": valid_name("schedule", name, MAX_SCHEDULE_NAME),
         "task": valid_name("task", task.name if isinstance(task, Task) else task),
         "payload": encode_json("payload", payload),
-        "queue": valid_name("queue", queue),
-        "priority": valid_int("priority", -(2**31), priority),
+        "queue": queue,
+        "priority": priority,
         **times,
         "expire_seconds": task.expire_seconds if isinstance(task, Task) else None,
         "origin": origin,

@@ -139,6 +139,8 @@ class Task(Caller[P, R]):
     max_backoff_seconds: float = MAX_BACKOFF_SECONDS
     is_async: bool = False  # a call returns a coroutine
     expire_seconds: float | None = None  # after it is due, a job is cancelled unless it has started
+    queue: str = "default"
+    priority: int = 0
     schedule: Params | None = field(default=None, compare=False)  # when consumers that know it enqueue it
     on_failed: str | None = None  # the task that gets a job for each failed one
 
@@ -225,6 +227,8 @@ def task(name: Callable[P, R], /) -> Task[P, R]: ...
 def task(
     name: str | None = None,
     *,
+    queue: str = "default",
+    priority: int = 0,
     max_attempts: int = DEFAULT_MAX_ATTEMPTS,
     timeout_seconds: float | timedelta | None = None,
     memory_mb: float | None = None,
@@ -243,6 +247,8 @@ def task(
 def task(
     name: str | Callable[..., Any] | None = None,
     *,
+    queue: str = "default",
+    priority: int = 0,
     max_attempts: int = DEFAULT_MAX_ATTEMPTS,
     timeout_seconds: float | timedelta | None = None,
     memory_mb: float | None = None,
@@ -261,6 +267,7 @@ def task(
     """Register a function as a task, and replace it with the `Task`: `@task`, or `@task(…)` with options.
 
     name: the name of the task; None: that of the function.
+    queue, priority: of its jobs that are enqueued without these, through the task or by its schedule.
     max_attempts: how often a job may be delivered, unless it was enqueued with another number.
     timeout_seconds: the time limit of an attempt in a consumer, also a timedelta; None: no limit.
     memory_mb: how many MB of memory an attempt may add to its process, with its subprocesses; None: no limit.
@@ -279,6 +286,8 @@ def task(
     function has the name.
     """
     options: dict[str, Any] = {
+        "queue": valid_name("queue", queue),
+        "priority": valid_int("priority", -(2**31), priority),
         "max_attempts": valid_int("max_attempts", 1, max_attempts),
         "timeout_seconds": None if timeout_seconds is None else above_0("timeout_seconds", timeout_seconds),
         "memory_mb": None if memory_mb is None else above_0("memory_mb", memory_mb),
@@ -313,6 +322,15 @@ def _register(name: str | None, function: Callable[..., Any], options: dict[str,
         raise ValueError(f"cannot register task {entry.name!r}: two functions have the name: {names}")
     TASKS[entry.name] = entry
     return entry
+
+
+def place(task: str | Task[..., Any], queue: str | None, priority: int | None) -> tuple[str, int]:
+    """Return the queue and the priority of a job; None: those of the `Task`, if one is given. Raises ValueError."""
+    own = task if isinstance(task, Task) else Task  # the class has the defaults
+    return (
+        own.queue if queue is None else valid_name("queue", queue),
+        own.priority if priority is None else valid_int("priority", -(2**31), priority),
+    )
 
 
 def _qualified_name(function: Callable[..., Any]) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 import functools
 import gc
 import getpass
@@ -3386,6 +3387,36 @@ class QueueContract:
         ):
             with self.subTest(options=options), self.assertRaisesRegex(ValueError, message):
                 self.queue.enqueue("t", **options)
+
+    def test_task_says_in_which_queue_and_with_which_priority_its_jobs_run(self):
+        q = self.queue
+        with mock.patch.dict(pqueue.TASKS, clear=True):
+            mail = pqueue.task("mail", queue="mails", priority=7, every_seconds=60)(lambda: None)
+            urgent = mail.using(queue="urgent", priority=0)
+            ids = [
+                mail.on(q).enqueue(),
+                q.enqueue(mail, {}),
+                *mail.on(q).enqueue_many([()]),
+                urgent.on(q).enqueue(),
+                q.enqueue(mail, {}, queue="default", priority=-1),
+                q.enqueue("mail", {}),
+            ]
+            found = [(job.queue, job.priority) for job in map(q.get, ids)]
+            self.assertEqual(found, [("mails", 7)] * 3 + [("urgent", 0), ("default", -1), ("default", 0)])
+            q.delete_jobs()
+            q.declare_schedules([mail], now=NOW)
+            q.schedule("tick", mail, every_seconds=60, now=NOW)
+            q.schedule("tock", mail, every_seconds=60, queue="other", priority=0, now=NOW)
+            jobs = [q.dequeue("w", now=NOW + 60) for _ in range(3)]
+            places = sorted((job.queue, job.priority) for job in jobs)
+            self.assertEqual(places, [("mails", 7), ("mails", 7), ("other", 0)])
+            # A changed decorator changes the schedule
+            mail = dataclasses.replace(mail, queue="default")
+            q.declare_schedules([mail], now=NOW)
+            self.assertEqual(next(each.queue for each in q.schedules() if each.name == "mail"), "default")
+            for options in ({"queue": ""}, {"queue": 5}, {"priority": 1.5}, {"priority": 2**40}):
+                with self.assertRaises(ValueError):
+                    pqueue.task("wrong", **options)
 
     def test_task_and_schedule_say_when_their_jobs_expire(self):
         q = self.queue
