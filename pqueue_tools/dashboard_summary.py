@@ -86,7 +86,7 @@ def trouble(sentence: str) -> str:
 
 def without_queue(sentence: str) -> str:
     """Return why the queue is not available."""
-    return f"{trouble(sentence)}<p>The page returns when the queue does.</p>"
+    return f"{trouble(sentence)}<p>The page appears as soon as the queue can be read.</p>"
 
 
 def findings(found: list[report.Finding], address: Callable[[str], str]) -> str:

@@ -19,15 +19,15 @@ STORED = 0  # bytes of results
 READY, IDLE, OUTCOME = 1, 2, 3  # has imported its modules; waits for jobs; how it ended
 COMPLETED, FAILED = 4, 5  # numbers of jobs and attempts, of all workers
 LOOP = 6  # the thread of the event loop for async tasks, if several jobs may run at the same time
-STARTED_ONCE = 16  # a worker of this consumer has registered
 STEPPING, STEPPED_AT = 7, 8  # 1 + the slot whose async task the loop runs now, since when (monotonic ns); 0: none
 PULSE = 9  # changes while threads get the GIL, if several jobs may run at the same time; 0: not yet
+STARTED_ONCE = 10  # a worker of this consumer has registered
 # Fields of the whole record that the keeper writes
-STOP = 10  # 1: finish the current jobs; 2: interrupt them
-WITHDRAW, WITHDRAWN = 11, 12  # number of the run whose waiting jobs the keeper wants, or has taken
-ASLEEP = 13  # the keeper waits until it is woken
-FORWARDING = 14  # the keeper has read output of tasks, and not written it yet
-RENEW = 15  # the worker ends after its current jobs: the keeper has no connection, and then waits for both
+STOP = 11  # 1: finish the current jobs; 2: interrupt them
+WITHDRAW, WITHDRAWN = 12, 13  # number of the run whose waiting jobs the keeper wants, or has taken
+ASLEEP = 14  # the keeper waits until it is woken
+FORWARDING = 15  # the keeper has read output of tasks, and not written it yet
+RENEW = 16  # the worker ends after its current jobs: the keeper has no connection, and then waits for both
 FIELDS = 17
 # Fields of a slot that the worker writes
 RUNNING = 0  # number of the run whose task may be interrupted; 0: none
