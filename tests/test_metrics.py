@@ -8,9 +8,10 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
@@ -261,11 +262,20 @@ def prometheus(queue, folder):
             try:
                 pattern = re.compile(r'Listening on"? address=(\S+)|msg="?Listening on"?.*address=(\S+)')
                 found = wait_until(lambda: pattern.search((folder / "log").read_text()))
-                yield f"http://{found[1] or found[2]}"
+                address = f"http://{found[1] or found[2]}"
+                wait_until(lambda: is_ready(address))
+                yield address
             finally:
                 program.terminate()
                 program.wait()
                 server.shutdown()
+
+
+def is_ready(address):
+    """Return whether Prometheus, which listens before that, answers queries."""
+    with suppress(HTTPError), urlopen(f"{address}/-/ready") as answer:
+        return answer.status == 200
+    return False
 
 
 def test_grafana_shows_each_expression_over_a_scraped_run(queue, tmp_path):

@@ -510,7 +510,7 @@ def test_name_of_a_role_or_database_is_not_taken_for_an_answer(roles, database, 
     """Without such a database or role, and with a role that may not connect."""
     url = sqlalchemy.make_url(database)
     urls = [url.set(database=name), url.set(username=name)]
-    roles.names.append(f'"{name}"')
+    roles.names.append(name)
     roles.admin.execute(f'CREATE ROLE "{name}" NOLOGIN')
     for each in (*urls, url.set(username=name)):
         error = opening(each.render_as_string(hide_password=False))
