@@ -55,7 +55,6 @@ from pqueue_tools.completion import complete, script
 from pqueue_tools.masking import masked_job
 from pqueue_tools.output import OPTIONS, CommandResult, agreed, show_progress, table, wants_rows, width, write
 from pqueue_tools.process import (
-    MAX_NUMBER,
     expect_posix,
     id_list,
     module_name,
@@ -95,7 +94,7 @@ from pqueue_tools.report import (
     why,
 )
 from pqueue_tools.torture import Torture
-from pqueue_values import program_name, short
+from pqueue_values import MAX_NUMBER, program_name, short
 from pqueue_values import seconds_in as duration
 
 FILES_PER_TRANSACTION = 5000  # job files deleted in one
@@ -130,6 +129,7 @@ SCHEDULE = Parameter("schedule", "name of the schedule", metavar="SCHEDULE")
 EXPIRE = Parameter(
     "--expire", "cancel it unless it starts within this time after it is due: 15m", duration, metavar="DURATION"
 )
+_priority = whole_number(-MAX_NUMBER - 1, MAX_NUMBER)
 MATCHING = (
     Parameter("--queue", "jobs of this queue", not_empty, metavar="QUEUE"),
     Parameter("--group", "jobs of this group", not_empty, metavar="GROUP"),
@@ -178,6 +178,7 @@ OPTION_OF = {  # an argument of the queue, in its messages
     "max_wait_seconds": "--max-wait",
     "on_conflict": "--replace",
 }
+ARGUMENT = re.compile(rf"(?<![\w'])({'|'.join(OPTION_OF)})(?![\w'])")  # not in a value that was given
 JOB_COLUMNS = ("id", "state", "queue", "task", "attempts", "consumer", "created_at", "detail")
 BY = ("queue", "task")
 FAILED_COLUMNS = ("id", "queue", "task", "attempts", "consumer", "finished_at", "detail")
@@ -332,7 +333,7 @@ def stats(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     Parameter("payload", "JSON for the task", json_value, metavar="JSON", optional=True),
     Parameter("--queue", "queue of the job", default="default", metavar="QUEUE"),
     Parameter("--group", "its group: the groups of a queue take turns", metavar="GROUP"),
-    Parameter("--priority", "higher runs first", whole_number(-MAX_NUMBER - 1, MAX_NUMBER), "0", "N"),
+    Parameter("--priority", "higher runs first", _priority, "0", "N"),
     Parameter("--delay", "do not run before this delay: 90s, 15m, 12h, 7d", duration, "0s", "DURATION"),
     Parameter("--max-attempts", "maximum number of attempts", whole_number(1, MAX_NUMBER), metavar="N"),
     EXPIRE,
@@ -498,7 +499,7 @@ def run_now(queue: PersistentQInterface, options: argparse.Namespace) -> Command
     "change",
     JOB_ID,
     Parameter("--payload", "new payload, JSON", lambda text: [json_value(text)], metavar="JSON"),
-    Parameter("--priority", "new priority", whole_number(-MAX_NUMBER - 1, MAX_NUMBER), metavar="N"),
+    Parameter("--priority", "new priority", _priority, metavar="N"),
     Parameter("--delay", "new delay, from now: 90s, 15m, 12h, 7d", duration, metavar="DURATION"),
     Parameter("--to-queue", "the queue to move it to", metavar="QUEUE"),
     Parameter("--group", "new group", metavar="GROUP"),
@@ -785,7 +786,7 @@ def schedules(queue: PersistentQInterface, options: argparse.Namespace) -> Comma
     Parameter("--overlap", "also while the previous job is unfinished", flag=True),
     Parameter("--queue", "queue of the jobs", default="default", metavar="QUEUE"),
     Parameter("--group", "group of the jobs", metavar="GROUP"),
-    Parameter("--priority", "higher runs first", whole_number(-MAX_NUMBER - 1, MAX_NUMBER), "0", "N"),
+    Parameter("--priority", "higher runs first", _priority, "0", "N"),
     examples="""
     schedule nightly clean_up --cron '30 2 * * *' --zone Europe/Berlin
     schedule pulse check '{"host": "db"}' --every 5m""",
@@ -1127,7 +1128,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return dispatch(program_name("admin"), (__doc__ or "").splitlines()[0], VERSION, COMMANDS, run, arguments)
     except (UsageError, ValueError) as error:
-        print_error("admin", re.sub("|".join(OPTION_OF), lambda name: OPTION_OF[name[0]], str(error)))
+        print_error("admin", ARGUMENT.sub(lambda name: OPTION_OF[name[0]], str(error)))
         return 2
     except (Problem, QueueError) as error:
         print_error("admin", error)

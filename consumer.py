@@ -117,7 +117,7 @@ def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
 
 
 def _report_unknown_queues(queue: PersistentQInterface, options: argparse.Namespace) -> None:
-    """Log which queues a drain was told to serve in which there never was a job: their names may be misspelt."""
+    """Log those of the given queues that never had a job: their names may be misspelt."""
     with suppress(QueueError):
         known = queue.stats()["queues"]
         if unknown := ",".join(name for name in options.queues or () if name not in known):

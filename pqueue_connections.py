@@ -416,10 +416,10 @@ class Pool:
         now = time.monotonic()
         if now >= until:
             refusal = self._refusal[1] if now < self._refusal[0] + self._seconds else None
+            if refusal:  # as QueueBusy: this process has other connections
+                raise QueueBusy(str(refusal))
             raise QueueBusy(
-                str(refusal)
-                if refusal
-                else f"cannot use {self._name}: {self._open} connections of this process are in use, of at most "
+                f"cannot use {self._name}: {self._open} connections of this process are in use, of at most "
                 f"{self._most}: end transactions sooner, or set max_connections in the URL"
             )
         self._changed.wait((patience if now < patience else min(until, now + 0.1)) - now)

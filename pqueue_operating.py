@@ -39,6 +39,7 @@ from pqueue_values import (
     valid_int,
     valid_list,
     valid_name,
+    valid_priority,
 )
 
 COUNTED = {pqueue_schema.MARK_FAILED: "failed", pqueue_schema.CANCEL: "cancelled"}  # verbs that end a job
@@ -252,7 +253,7 @@ class Operating(Grouping, Depending, Counting):
         is_timed = delay_seconds is not None or run_at is not None
         values: Params = {
             "payload": None if payload is ... else encode_json("payload", payload),
-            "priority": None if priority is None else valid_int("priority", -(2**31), priority),
+            "priority": None if priority is None else valid_priority(priority),
             "run_at": due_time(0 if delay_seconds is None else delay_seconds, run_at, now) if is_timed else None,
             "queue": None if queue is None else valid_name("queue", queue),
             "group": None if group is ... else "" if group is None else valid_group(group),

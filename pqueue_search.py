@@ -25,6 +25,7 @@ from pqueue_schema import (
 )
 from pqueue_values import (
     MAX_ID,
+    MAX_NUMBER,
     MAX_TEXT_CHARS,
     PAYLOAD,
     Job,
@@ -78,7 +79,7 @@ class Reading(Backend):
             raise JobNotFound(f"no job {job_id}")
         return to_job(rows[0])
 
-    def history(self, job_id: int, *, limit: int = 2**31 - 1) -> list[dict[str, Any]]:
+    def history(self, job_id: int, *, limit: int = MAX_NUMBER) -> list[dict[str, Any]]:
         """Return up to `limit` of the job's latest events, oldest first; an empty list for an unknown job.
 
         Each is a dict: "event", how an attempt ended (failed, expired, died or released) or what an operator did; "at",

@@ -33,6 +33,7 @@ from pqueue_values import (
     short,
     valid_int,
     valid_name,
+    valid_priority,
 )
 
 P = ParamSpec("P")
@@ -287,7 +288,7 @@ def task(
     """
     options: dict[str, Any] = {
         "queue": valid_name("queue", queue),
-        "priority": valid_int("priority", -(2**31), priority),
+        "priority": valid_priority(priority),
         "max_attempts": valid_int("max_attempts", 1, max_attempts),
         "timeout_seconds": None if timeout_seconds is None else above_0("timeout_seconds", timeout_seconds),
         "memory_mb": None if memory_mb is None else above_0("memory_mb", memory_mb),
@@ -329,7 +330,7 @@ def place(task: str | Task[..., Any], queue: str | None, priority: int | None) -
     own = task if isinstance(task, Task) else Task  # the class has the defaults
     return (
         own.queue if queue is None else valid_name("queue", queue),
-        own.priority if priority is None else valid_int("priority", -(2**31), priority),
+        own.priority if priority is None else valid_priority(priority),
     )
 
 

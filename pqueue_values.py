@@ -25,6 +25,7 @@ MAX_ID = 2**63 - 1
 MAX_SECONDS = 1e12  # of a time or a duration: their sums are finite, and exact to a millisecond
 DEFAULT_MAX_ATTEMPTS = 3
 MAX_PAYLOAD_BYTES = 1_048_576
+MAX_NUMBER = 2**31 - 1  # of priorities, attempts and the like
 MAX_JSON_DEPTH = 100  # Python's parser fails near 1000, less the depth of the call stack
 MAX_ERROR_CHARS = 10_000
 MAX_GROUP_CHARS = 128
@@ -367,10 +368,14 @@ def valid_list(what: str, values: Iterable[T]) -> list[T]:
     raise ValueError(f"expected a list of {what}, got {short(values)}")
 
 
-def valid_int(what: str, least: int, value: int, most: int = 2**31 - 1) -> int:
+def valid_int(what: str, least: int, value: int, most: int = MAX_NUMBER) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
         return value
     raise ValueError(f"expected {what} to be a whole number from {least} to {most}, got {short(value)}")
+
+
+def valid_priority(value: int) -> int:
+    return valid_int("priority", -MAX_NUMBER - 1, value)
 
 
 def valid_number(what: str, least: float, value: float, most: float) -> float:

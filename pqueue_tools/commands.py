@@ -18,9 +18,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pqueue_tools.process import MAX_NUMBER, OneLineParser, whole_number
+from pqueue_tools.process import OneLineParser, whole_number
+from pqueue_values import MAX_NUMBER, short
 from pqueue_values import seconds_in as duration
-from pqueue_values import short
 
 
 class UsageError(Exception):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -28,11 +28,14 @@ FILES = {
     "/icon-problem.svg": ("image/svg+xml", ICON.replace("#1669b2", "#b93a00")),
 }
 
-_kept: ContextVar[dict[str, str]] = ContextVar("kept", default={})  # see `dashboard.of_viewer`  # noqa: B039
+_kept: ContextVar[dict[str, str]] = ContextVar("kept", default=NO_PARAMS)  # see `dashboard.of_viewer`
 CONTROLS = {number: f"&#{number};" for number in (*range(1, 32), 127)}  # as references: a parser changes CR
 
 
 # Pages ################################################################################################################
+
+
+DRAWINGS: dict[str, Callable[[Any], str]] = {"trend": trend, "failures": bars}
 
 
 @contextmanager
@@ -234,8 +237,8 @@ def _cell(column: Column, row: Any) -> str:  # noqa: PLR0911 - one for each kind
         return time(value, column.kind, report.utc(value))
     if column.kind == "left":
         return time(value[0], "left", report.span(tables.left(*value)), progress=f"{value[1]:g}")
-    if column.kind in ("trend", "failures"):
-        return trend(value) if column.kind == "trend" else bars(value)
+    if column.kind in DRAWINGS:
+        return DRAWINGS[column.kind](value)
     if column.kind == "state":
         return f'<span class="state {text(value)}">{text(value)}</span>'
     if column.kind == "progress":

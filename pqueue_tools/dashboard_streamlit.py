@@ -323,8 +323,10 @@ def _cell(column: Column, row: Any) -> Any:  # noqa: PLR0911 - one for each kind
         return report.span(abs(report.now_shown() - value))
     if column.kind == "left":
         return report.span(tables.left(*value))
-    if column.kind in ("trend", "failures"):
-        return value if column.kind == "failures" else [completed + failed for completed, failed in value]
+    if column.kind == "trend":
+        return [completed + failed for completed, failed in value]
+    if column.kind == "failures":
+        return value
     if column.kind == "long":
         return report.printable(report.first_line(value))
     if isinstance(value, list):

@@ -342,8 +342,8 @@ class Keeper:
             log("left to its lease", consumer=self.name, reason=str(error) or "out of memory")
 
     def _is_stuck(self) -> bool:
-        """Return whether the worker holds the write lock of the database and seems not to go on, as it is stopped, or
-        a thread holds the GIL; kill it after a while. One that waits for a disk will go on."""
+        """Return whether the worker holds the write lock of the database and is stopped, or one of its threads holds
+        the GIL; kill it after a while, unless it waits for a disk."""
         pulse = self._fields[fields.PULSE]
         reason = "was stopped" if is_stopped(self._pid) else "held the GIL" if 0 < pulse == self._pulse else ""
         self._pulse = pulse

@@ -105,8 +105,8 @@ class Code:
         names = [name for name, value in vars(owner).items() if _is_code(value)]
         self.name = f"functions of {getattr(owner, '__name__', 'the queue')}"
         self._owner, self._hides = owner, hides
-        self._names = [*names, *names[:1]]  # at least two, so that a tuple is read
-        self._read = itemgetter(*self._names)
+        self._names = [*names, *names[:1]]  # at least two, or none, so that a tuple is read
+        self._read: Callable[[Any], Any] = itemgetter(*self._names) if names else lambda _: ()
         self._before, self._number = self._read(vars(owner)), len(vars(owner))
 
     def has_changed(self) -> bool:

@@ -26,9 +26,8 @@ from pqueue_tasks import current_job
 from pqueue_tools import termination
 from pqueue_tools.masking import masked_text
 from pqueue_tools.report import iso, printable
-from pqueue_values import MAX_ID, MAX_SECONDS, NoConnection, program_name, short
+from pqueue_values import MAX_ID, MAX_NUMBER, MAX_SECONDS, NoConnection, program_name, short
 
-MAX_NUMBER = 2**31 - 1  # of priorities, attempts and the like
 RETRY_PAUSE_SECONDS = (0.1, 5.0)  # first and longest pause while the database is locked or full
 
 OPEN_SECONDS = 5.0  # how long a command waits for a server to answer
@@ -282,7 +281,7 @@ def whole_number(least: int, most: int = MAX_ID) -> Callable[[str], int]:
         if re.fullmatch(r"-?0{0,100}[0-9]{1,19}", text) and least <= int(text) <= most:
             return int(text)
         is_large = re.fullmatch("[0-9]+", text) and (len(text.lstrip("0")) > 19 or int(text) > most)
-        bounds = f"from {least} to {most}" if is_large or most < MAX_NUMBER else f"of at least {least}"
+        bounds = f"from {least} to {most}" if is_large or least < 0 or most < MAX_NUMBER else f"of at least {least}"
         raise BadArgument(f"expected a whole number {bounds}, got {text[:40]!r}")
 
     return parse

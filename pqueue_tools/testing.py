@@ -19,6 +19,7 @@ from unittest import mock
 from pqueue import TASKS, Job, LeaseLost, PersistentQInterface, Task, open_queue, run_task
 from pqueue_tasks import as_current, default_queue
 from pqueue_tools.outcome import Unstorable, error_text, outcome_of
+from pqueue_values import MAX_NUMBER
 
 _numbers = itertools.count(1)
 
@@ -39,7 +40,7 @@ def temporary_queue() -> Iterator[PersistentQInterface]:
 def enqueued(queue: PersistentQInterface, task: str | Task[..., Any] | None = None) -> list[Job]:
     """Return the jobs of a task, or of all tasks, in the order in which they were enqueued, whatever their state."""
     name = task.name if isinstance(task, Task) else task
-    return queue.list_jobs(task=name, limit=2**31 - 1)[::-1]
+    return queue.list_jobs(task=name, limit=MAX_NUMBER)[::-1]
 
 
 def drain(queue: PersistentQInterface, *, now: float | None = None) -> list[Job]:

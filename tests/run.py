@@ -3,8 +3,7 @@
 python tests/run.py quick | contract | all [PYTHON …]
 
 quick: format, lint, types, the contract suite on SQLite and the model test. contract: the contract suite on every
-backend. all: each file of tests in a process of its own, and the contract suite and the programs under each PYTHON,
-bare.
+backend. all: each file of tests in its own process, and the contract suite and the programs under each PYTHON, bare.
 """
 
 from __future__ import annotations

@@ -481,6 +481,20 @@ def test_worker_takes_an_alias_that_claims_to_be_a_class_for_none():
     assert not leftovers._is_changeable(Alias())
 
 
+def test_worker_finds_a_method_that_hides_that_of_an_object_without_functions():
+    class Owner:
+        def act(self):
+            """Do nothing."""
+
+    owner = Owner()
+    code = leftovers.Code(owner, lambda name: hasattr(Owner, name))
+    assert not code.has_changed()
+    owner.other, owner.act = print, print
+    assert code.has_changed()
+    assert code.undo()
+    assert vars(owner) == {"other": print}
+
+
 def test_leftovers_of_a_task_that_fails_are_found_as_well(tasks):
     tasks.write("more.py", "import os, sys\nfrom pqueue import task\n@task(max_attempts=1)\ndef both(job):\n"
                 " os.umask(0); os.closerange(3, 100); raise ValueError('the reason')\n")  # fmt: skip

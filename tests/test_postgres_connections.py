@@ -201,7 +201,7 @@ def expect_as_many_as_fit(place, queue, url, number, fit, reason, restart=None):
     waiting = set(names) - started(queue)
     wait_until(lambda: all(reason in programs[name].out.read_text() for name in waiting), 60)
     complete(20)
-    for name in waiting:  # in vain for the first connection, or the second
+    for name in waiting:  # for the first connection, or the second
         assert 1 <= programs[name].out.read_text().count("\n") <= 2
     for pid in [pid for name in started(queue) for pid in processes.children(programs[name].pid)]:
         with suppress(ProcessLookupError):

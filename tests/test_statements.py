@@ -162,6 +162,12 @@ def test_columns_of_a_statement_are_read_from_its_text(sql, names):
     assert columns(sql) == names
 
 
+@pytest.mark.parametrize("name", SHARED)
+def test_statement_for_postgresql_reads_json_as_postgresql_does(name):
+    """A list of ids that a shared statement did not take from THESE would not be translated."""
+    assert "json_each(" not in translated(SHARED[name])[0].decode()
+
+
 def test_page_of_postgresqls_statements_is_up_to_date():
     assert PAGE.read_text() == page(), "docs/postgres.sql is out of date: run make sql, and look at what changed"
 
