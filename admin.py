@@ -178,7 +178,7 @@ OPTION_OF = {  # an argument of the queue, in its messages
     "max_wait_seconds": "--max-wait",
     "on_conflict": "--replace",
 }
-ARGUMENT = re.compile(rf"(?<![\w'])({'|'.join(OPTION_OF)})(?![\w'])")  # not in a value that was given
+ARGUMENT = re.compile(rf"""'[^']*'|"[^"]*"|{"|".join(OPTION_OF)}""")  # a quoted value stays as it was given
 JOB_COLUMNS = ("id", "state", "queue", "task", "attempts", "consumer", "created_at", "detail")
 BY = ("queue", "task")
 FAILED_COLUMNS = ("id", "queue", "task", "attempts", "consumer", "finished_at", "detail")
@@ -1128,7 +1128,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return dispatch(program_name("admin"), (__doc__ or "").splitlines()[0], VERSION, COMMANDS, run, arguments)
     except (UsageError, ValueError) as error:
-        print_error("admin", ARGUMENT.sub(lambda name: OPTION_OF[name[0]], str(error)))
+        print_error("admin", ARGUMENT.sub(lambda found: OPTION_OF.get(found[0], found[0]), str(error)))
         return 2
     except (Problem, QueueError) as error:
         print_error("admin", error)

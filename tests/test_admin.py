@@ -430,7 +430,7 @@ def test_operator_whose_number_is_impossible_is_told_in_one_line(queue, run, mon
         ),
         (["show", "1" * 20], 2, "whole number from 0 to 9223372036854775807, got '11111111111111111111'"),
         (["schedule", "a", "b"], 2, "expected --cron or --every, got neither"),
-        (["schedule", "a", "b", "--cron", "every_seconds"], 2, "got 'every_seconds'"),
+        (["schedule", "a", "b", "--cron", "or every_seconds"], 2, "got 'or every_seconds'"),
         (["enqueue", "t", "--priority", "x"], 2, "a whole number from -2147483648 to 2147483647, got 'x'"),
         (["enqueue", "t", "--key-for", "1s"], 2, "expected a key together with --key-until, --key-for or --replace"),
         (["resubmit", "2", "--rate", "10"], 2, "--rate: expected JOBS/DURATION, such as 10/1s, got '10'"),
