@@ -59,7 +59,7 @@ STYLE: str = (
 .pqueue figure svg.plot { width: 100%; height: 120px; display: block }
 .pqueue svg.trend { width: 140px; height: 20px; display: block }
 .pqueue .plot .grid { stroke: var(--line) } .pqueue .plot * { vector-effect: non-scaling-stroke }
-.pqueue .axis { display: grid; grid-template-columns: repeat(4, 1fr); position: relative; color: var(--soft);
+.pqueue .axis { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); position: relative; color: var(--soft);
   font-size: 11.5px; line-height: 1; font-variant-numeric: tabular-nums }
 .pqueue .axis span { border-left: 1px solid var(--line); padding-left: 4px; white-space: nowrap }
 .pqueue .axis span:last-child { position: absolute; right: 0; border: 0 }
@@ -68,7 +68,8 @@ STYLE: str = (
 @media (max-width: 900px) { .pqueue .tiles { grid-template-columns: repeat(4, minmax(0, 1fr)) }
   .pqueue .two { grid-template-columns: minmax(0, 1fr) } }
 @media (max-width: 600px) { .pqueue .tiles { grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 6px }
-  .pqueue .axis span:last-child { display: none } .pqueue .finding { padding: 0 }
+  .pqueue .axis span:last-child { display: none } .pqueue .axis.days span:nth-child(even) { visibility: hidden }
+  .pqueue .finding { padding: 0 }
   .pqueue .finding b { float: none; margin: 0 4px 0 0 }
   .pqueue .tile { padding: 5px 7px } .pqueue .tile b { font-size: 13.5px } .pqueue .tile span { font-size: 11.5px } }
 """
@@ -295,7 +296,7 @@ def _frame(
 <svg class="up" aria-hidden="true">{labels}</svg>
 <svg class="plot" viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" preserveAspectRatio="none" role="img" aria-label="{summary}">
 {grid}{"".join(marks)}{shapes}</svg>
-<div class="axis">{"".join(f"<span>{each}</span>" for each in [*quarters, "now"])}</div></figure>"""
+<div class="axis{" days" * has_day}">{"".join(f"<span>{each}</span>" for each in [*quarters, "now"])}</div></figure>"""
 
 
 def _line(values: list[float | None], top: float, step: float, name: str, dashes: str = "") -> list[str]:
