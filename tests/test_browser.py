@@ -89,6 +89,7 @@ class StandardLibrary:
     def go(self, title):
         self.page.get_by_label("pages").get_by_role("link", name=title, exact=True).click()
         expect(self.page.locator("nav [aria-current]")).to_have_text(title)
+        expect(self.page.get_by_role("button", name="pause")).to_be_visible()  # the page's script ran
 
     def said(self, sentence):
         expect(self.page.locator("#said")).to_have_text(sentence)
