@@ -89,7 +89,10 @@ class StandardLibrary:
     def go(self, title):
         self.page.get_by_label("pages").get_by_role("link", name=title, exact=True).click()
         expect(self.page.locator("nav [aria-current]")).to_have_text(title)
-        expect(self.page.get_by_role("button", name="pause")).to_be_visible()  # the page's script ran
+        self.await_script()
+
+    def await_script(self):
+        expect(self.page.get_by_role("button", name="pause")).to_be_visible()
 
     def said(self, sentence):
         expect(self.page.locator("#said")).to_have_text(sentence)
@@ -155,6 +158,13 @@ class StandardLibrary:
 
     def offers_actions(self):
         return self.page.locator("form[method=post]").count() > 0
+
+
+class WithoutScript(StandardLibrary):
+    """The same in a browser that runs no scripts."""
+
+    def await_script(self):
+        pass
 
 
 class Streamlit(StandardLibrary):
@@ -592,7 +602,7 @@ def test_page_works_without_its_script(system, browser):
     system.write("repaired", "")
     page = browser.new_page(java_script_enabled=False)
     page.set_default_timeout(PATIENCE)
-    site = StandardLibrary(system, page)
+    site = WithoutScript(system, page)
     site.filter("failed")
     site.open(failed)
     site.act_on_job("resubmit")
