@@ -236,12 +236,12 @@ def real_path(path: str | os.PathLike[str]) -> Path:
         raise QueueError(f"cannot open {path}: {error}") from error
 
 
+OWN = stat.S_IRUSR | stat.S_IWUSR
 SHARED = stat.S_ISGID | stat.S_IWGRP  # mode of a folder shared by a group: files created in it belong to the group
 
 
 def create_file(path: Path, group: int | None = None) -> None:
-    # guard: files are private
-    with closing_file(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)) as file:
+    with closing_file(open_own(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)) as file:
         if group is not None:
             os.fchown(file, -1, group)
             os.fchmod(file, 0o660)
@@ -277,8 +277,19 @@ def closing_file(file: int) -> Iterator[int]:
         os.close(file)
 
 
+def open_own(path: str | os.PathLike[str], flags: int, folder: int | None = None) -> int:
+    """Open a file in a way that may create it, for this account only, and usable by it whatever the umask."""
+    # guard: files are private
+    file = os.open(path, flags, 0o600, dir_fd=folder)
+    found = os.fstat(file)
+    # guard: files are usable
+    if found.st_mode & OWN != OWN and found.st_uid == os.geteuid():
+        os.fchmod(file, stat.S_IMODE(found.st_mode) | OWN)
+    return file
+
+
 def open_private(path: Path) -> int:
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    file = open_own(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW)
     share_as_folder(file, path.parent)
     return file
 
@@ -355,7 +366,9 @@ def make_folder(folder: Path, group: int | None = None) -> None:
     It is accessible to this account only, unless a group is given or its parent is shared by a group.
     """
     for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
-        missing.mkdir(mode=0o700, exist_ok=True)
+        with suppress(FileExistsError):
+            missing.mkdir(mode=0o700)
+            missing.chmod(missing.stat().st_mode | stat.S_IRWXU)  # whatever the umask
         if group is not None:
             os.chown(missing, -1, group)
         if group is not None or missing.parent.stat().st_mode & SHARED == SHARED:

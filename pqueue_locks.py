@@ -434,6 +434,7 @@ def _map_file(file: int, size: int) -> mmap.mmap:
 def _open_pipe(path: Path) -> int:
     with suppress(FileExistsError):
         os.mkfifo(path, 0o600)
+        os.chmod(path, 0o600)  # whatever the umask
     pipe = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
     share_as_folder(pipe, path.parent)
     if not stat.S_ISFIFO(os.fstat(pipe).st_mode):

@@ -965,6 +965,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             if target.exists():
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             folder = tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.")
+            os.chmod(folder.name, 0o700)  # whatever the umask
             with folder as name, closing(PersistentQSQLite(Path(name) / "copy.db")) as copy:
                 self.copy_to(copy)
                 copy.backup(target)

@@ -110,7 +110,7 @@ class Producer:
         """Create the file and lock it. A producer that starts meanwhile may lock it before, and delete it."""
         while True:
             with suppress(FileExistsError):
-                file = os.fdopen(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8")
+                file = os.fdopen(pqueue_files.open_own(new, os.O_RDWR | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8")
                 if pqueue_files.try_lock(file.fileno()) and os.fstat(file.fileno()).st_nlink:
                     return file
                 file.close()

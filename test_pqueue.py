@@ -6069,17 +6069,19 @@ def drain(path, name):
 
 
 class Files(SQLiteCase):
-    def test_everything_created_is_private_whatever_the_umask(self):
+    def test_everything_created_is_private_and_usable_whatever_the_umask(self):
         before = os.umask(0)
         self.addCleanup(os.umask, before)
-        self.path = self.folder / "new" / "queue.db"
-        queue = self.open()
-        queue.enqueue("t")
-        queue.dequeue("w")
-        for path in self.path.parent.rglob("*"):
-            with self.subTest(path=path.name):
-                self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o700 if path.is_dir() else 0o600)
-        self.assertEqual(stat.S_IMODE(self.path.parent.stat().st_mode), 0o700)
+        for umask in (0, 0o077, 0o277, 0o777):
+            os.umask(umask)
+            self.path = self.folder / f"new-{umask:o}" / "inner" / "queue.db"
+            queue = self.open()
+            queue.enqueue("t")
+            queue.dequeue("w")
+            queue.backup(self.path.with_name("backup.db"))
+            for path in [self.path.parents[1], *self.path.parents[1].rglob("*")]:
+                with self.subTest(path=path.name, umask=f"{umask:04o}"):
+                    self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o700 if path.is_dir() else 0o600)
 
     def test_queue_is_named_by_path_url_or_environment(self):
         urls = {str(self.path): None, f"sqlite:///{self.path}": None, None: str(self.path)}

@@ -134,7 +134,7 @@ def _create_copy(copy: str, folder: int) -> BinaryIO:
     """Create and lock the copy. Before it is locked, another consumer may remove it as stale: then try again."""
     while True:
         file = os.fdopen(
-            os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600, dir_fd=folder), "wb"
+            pqueue_files.open_own(copy, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, folder), "wb"
         )
         if pqueue_files.try_lock(file.fileno()) and os.fstat(file.fileno()).st_nlink:
             pqueue_files.share_as_folder(file.fileno(), folder)

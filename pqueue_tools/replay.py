@@ -37,6 +37,7 @@ from pqueue import (
     QueueFull,
     Snooze,
 )
+from pqueue_files import open_own
 from pqueue_tasks import default_queue
 from pqueue_tools import file_task, termination, worker
 from pqueue_tools.masking import masked_job, masked_text
@@ -144,6 +145,7 @@ def rehearsal(queue: PersistentQInterface) -> Iterator[PersistentQInterface]:
     Modules that are imported in the block, and their tasks, get it from `open_queue` with the URL of the other.
     """
     with suppress(RolledBack), tempfile.TemporaryDirectory(prefix="pqueue-replay-") as folder:
+        os.chmod(folder, 0o700)  # whatever the umask
         if isinstance(queue, pqueue.PersistentQSQLite):
             copy = Path(folder) / "queue.db"
             try:
@@ -419,7 +421,7 @@ def save_test(queue: PersistentQInterface, job: Job, modules: list[str], path: P
         error=failure,
     )
     try:
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        with open(open_own(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
         raise QueueError(f"cannot save {path}: {error.strerror}") from None

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pqueue_files import make_folder, sync, sync_file
+from pqueue_files import make_folder, open_own, sync, sync_file
 from pqueue_tools.process import blocked_signals
 from pqueue_tools.report import printable
 from pqueue_values import command_line
@@ -321,7 +321,7 @@ def _create(path: Path, text: str) -> bool:
     """Create a file atomically. Return False if it exists already."""
     new = path.with_name(f"{secrets.token_hex(8)}.new")
     try:
-        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        with os.fdopen(open_own(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             # Else a power cut might leave a partial file, with which supervisord does not start.

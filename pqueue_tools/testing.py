@@ -28,6 +28,7 @@ _numbers = itertools.count(1)
 def temporary_queue() -> Iterator[PersistentQInterface]:
     """Open a queue in a temporary folder. Within the block it is the default queue, and what PQUEUE_URL names."""
     with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o700)  # whatever the umask
         url = f"{folder}/queue.db"
         with (
             mock.patch.dict(os.environ, PQUEUE_URL=url),

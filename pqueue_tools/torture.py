@@ -112,6 +112,7 @@ class Torture:
 
     def __init__(self, parent: Path | None, durability: str, server: str | None = None) -> None:
         self.durability = durability
+        os.umask(0o077)  # another one might leave the test no rights
         self.folder = Path(tempfile.mkdtemp(prefix="torture-", dir=parent))
         self.url = str(self.folder / "queue.db") if server is None else _in_schema_of_its_own(server)
         self.kills = self.stops = 0

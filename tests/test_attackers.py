@@ -51,21 +51,23 @@ def queue(folder):
 # Other accounts
 
 
-def open_to_others(folder, *but):
-    """Return what under this folder another account could read, write or enter."""
+def wrongly_open(folder, *but):
+    """Return what under this folder another account could read, write or enter, or its own could not use."""
 
-    def is_open(path):
+    def is_wrong(path):
         with suppress(FileNotFoundError):  # programs at work make files and take them away
             mode = path.lstat().st_mode
-            return not stat.S_ISLNK(mode) and stat.S_IMODE(mode) & 0o077
+            own = 0o700 if stat.S_ISDIR(mode) else 0o600
+            return not stat.S_ISLNK(mode) and (stat.S_IMODE(mode) & 0o077 or mode & own != own)
 
     found = [Path(at) / name for at, folders, files in os.walk(folder) for name in (*folders, *files)]
-    return [path for path in found if path not in but and is_open(path)]
+    return [path for path in found if path not in but and is_wrong(path)]
 
 
-def test_every_program_creates_files_for_its_account_only(place):
+@pytest.mark.parametrize("umask", ["0", "0277"])
+def test_every_program_creates_files_for_its_account_only(place, umask):
     def carelessly(program, *arguments, **options):
-        command = ["sh", "-c", 'umask 0; exec "$@"', "sh", *place.command(program, *arguments)]
+        command = ["sh", "-c", f'umask {umask}; exec "$@"', "sh", *place.command(program, *arguments)]
         return subprocess.Popen(
             command,
             cwd=place.folder,
@@ -86,7 +88,7 @@ def test_every_program_creates_files_for_its_account_only(place):
         queue = place.queue()
         wait_until(lambda: queue.stats()["states"]["completed"] == 2)
         assert {"queue.db", "queue.db-wal", "queue.db-shm"} <= {path.name for path in (place.folder / "var").iterdir()}
-        assert open_to_others(place.folder) == []
+        assert wrongly_open(place.folder) == []
     finally:
         working.send_signal(signal.SIGTERM)
         working.communicate()
@@ -96,11 +98,11 @@ def test_every_program_creates_files_for_its_account_only(place):
     torture = carelessly("admin.py", "torture", "--seconds", "3")
     seen = []
     while torture.poll() is None:
-        seen += [path for path in open_to_others(place.folder) if path.parent == place.folder / "var"]
+        seen += [path for path in wrongly_open(place.folder) if path.parent == place.folder / "var"]
     torture.communicate()
     assert seen == []
     assert {"copies.db", "moved.db"} <= {path.name for path in place.folder.rglob("*.db")}
-    assert open_to_others(place.folder) == []
+    assert wrongly_open(place.folder) == []
 
 
 def test_supervisor_and_manager_create_files_for_their_account_only(system):  # noqa: F811
@@ -114,7 +116,7 @@ def test_supervisor_and_manager_create_files_for_their_account_only(system):  # 
     wait_until(lambda: (system.folder / "var/files").exists() and len(running(system)) == 6)
     made = {path.name for path in system.folder.rglob("*")} - {path.name for path in given}
     assert {"supervisor.sock", "supervisord.pid", "supervisord.log", "consumer_00.log", "consumer2.conf"} <= made
-    assert open_to_others(system.folder, *given, *here, system.folder / "out-0") == []
+    assert wrongly_open(system.folder, *given, *here, system.folder / "out-0") == []
 
 
 def in_another_account(attempt, user=65534, groups=()):

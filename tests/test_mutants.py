@@ -344,7 +344,8 @@ MUTANTS = [
     Mutant("a file from before 0.1 is refused", "contract: created_before"),
     Mutant("a payload is JSON", "contract: not_json", "CHECK (json_valid(payload)), ", ""),
     Mutant("a value has the type of its column", "contract: not_json", "{sqlite} STRICT", ""),
-    Mutant("files are private", "contract: private_whatever", "0o600", "0o644"),
+    Mutant("files are private", "contract: private_and_usable", "0o600", "0o644"),
+    Mutant("files are usable", "contract: private_and_usable"),
     # looking
     Mutant("a search covers text beyond ASCII", "contract: as_it_is_read", '            f"OR {self._BYTES.format(column)} <> length({column})"\n', ""),
     Mutant("a search covers JSON escapes", "contract: another_program_has_formatted", " OR {column} LIKE :escaped ESCAPE '!' ", " "),
