@@ -858,8 +858,14 @@ THIS_SCHEMA = f"(SELECT nspname FROM pg_namespace WHERE oid = '{SCHEMA}'::regnam
 LONG_TRANSACTION_SECONDS = 60
 LONG_WAIT_SECONDS = 2  # less than busy_seconds, after which they give up
 MANY_DEAD_ROWS = 100_000
+# How many transactions old a snapshot of a standby may be, also if tables have many dead rows
+OLD_SNAPSHOT, OLD_WITH_DEAD_ROWS = 1_000_000, 10_000
 WITH_ID = ("jobs", "queue_groups", "consumers", "history", "dependencies")  # tables whose ids come from a sequence
 QUERY = "left(regexp_replace(query, '\\s+', ' ', 'g'), 60)"
+
+# Tables with many dead rows
+MANY_DEAD = f"""FROM pg_stat_user_tables
+WHERE schemaname = {THIS_SCHEMA} AND n_dead_tup > {MANY_DEAD_ROWS} + 2 * n_live_tup"""
 
 # Return sequences that would give ids that are taken, as after a switch-over of logical replication.
 SEQUENCES_BEHIND = f"""
@@ -918,9 +924,41 @@ SELECT format('a transaction has been open for %s s and keeps dead rows, which s
 FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND backend_type <> 'autovacuum worker'
     AND (backend_xid IS NOT NULL OR backend_xmin IS NOT NULL AND datname = current_database())
     AND xact_start < clock_timestamp() - make_interval(secs => {LONG_TRANSACTION_SECONDS})
-UNION ALL SELECT format('transaction %s was prepared %s s ago and keeps dead rows: commit it or roll it back', gid,
-    floor(EXTRACT(EPOCH FROM clock_timestamp() - prepared)))
+UNION ALL SELECT format('transaction %s of %s was prepared %s s ago and keeps dead rows, which slows claims: run '
+    'ROLLBACK PREPARED %L or COMMIT PREPARED %L in database %s', gid, owner,
+    floor(EXTRACT(EPOCH FROM clock_timestamp() - prepared)), gid, gid, database)
 FROM pg_prepared_xacts WHERE prepared < clock_timestamp() - make_interval(secs => {LONG_TRANSACTION_SECONDS})"""
+
+# Return replication slots that nobody uses. (to_jsonb: inactive_since exists since PostgreSQL 17.)
+UNUSED_SLOTS = f"""
+SELECT format('replication slot %s is not in use%s and keeps %s of log%s: start what uses it, or run SELECT '
+    'pg_drop_replication_slot(%L)', slot_name,
+    ' since ' || floor(EXTRACT(EPOCH FROM clock_timestamp() - since)) || ' s', coalesce(pg_size_pretty(log), 'nothing'),
+    CASE WHEN xmin IS NOT NULL THEN ' and dead rows, which slows claims'
+    WHEN catalog_xmin IS NOT NULL THEN ' and dead rows of the system catalogs' END, slot_name)
+FROM (
+    SELECT *, CAST(to_jsonb(s) ->> 'inactive_since' AS timestamptz) AS since, pg_wal_lsn_diff(CASE
+        WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END, restart_lsn) AS log
+    FROM pg_replication_slots s
+) slots
+WHERE NOT active AND wal_status <> 'lost'
+    AND coalesce(since < clock_timestamp() - make_interval(secs => {LONG_TRANSACTION_SECONDS}), true)"""
+
+# Return standbys and replication slots in use that keep dead rows. Their age is known in transactions only.
+OLD_SNAPSHOTS = f"""
+SELECT format('%s (pid %s) has kept dead rows%s for %s transactions, which slows %s', name, pid, of_what, age, remedy)
+FROM (
+    SELECT 'standby ' || application_name AS name, pid, '' AS of_what, age(backend_xmin) AS age,
+        'claims: end the oldest transaction there, or set hot_standby_feedback = off there' AS remedy
+    FROM pg_stat_replication
+    UNION ALL SELECT 'the standby of replication slot ' || slot_name, active_pid, '', age(xmin),
+        'claims: end the oldest transaction there, or set hot_standby_feedback = off there'
+    FROM pg_replication_slots WHERE active
+    UNION ALL SELECT 'the subscriber of replication slot ' || slot_name, active_pid, ' of the system catalogs',
+        age(catalog_xmin), 'all statements: look why it does not keep up'
+    FROM pg_replication_slots WHERE active
+) held
+WHERE age > CASE WHEN EXISTS (SELECT 1 {MANY_DEAD}) THEN {OLD_WITH_DEAD_ROWS} ELSE {OLD_SNAPSHOT} END"""
 
 # Return statements of ours that wait for a lock, and for whose.
 LONG_WAITS = f"""
@@ -933,7 +971,7 @@ FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_datab
 DEAD_ROWS = f"""
 SELECT format('table %s has %s dead rows and %s live ones: vacuum cannot keep up; look for old transactions', relname,
     n_dead_tup, n_live_tup)
-FROM pg_stat_user_tables WHERE schemaname = {THIS_SCHEMA} AND n_dead_tup > {MANY_DEAD_ROWS} + 2 * n_live_tup"""
+{MANY_DEAD}"""
 
 # Return whether hardly any connection is left.
 FEW_CONNECTIONS = """
@@ -953,6 +991,8 @@ HEALTH = (
     # First what needs no lock of a table: it names who holds one.
     LONG_WAITS,
     OLD_TRANSACTIONS,
+    UNUSED_SLOTS,
+    OLD_SNAPSHOTS,
     FEW_CONNECTIONS,
     NOTIFY_QUEUE_FULL,
     COLLATION_CHANGED,

@@ -1878,9 +1878,42 @@ SELECT format('a transaction has been open for %s s and keeps dead rows, which s
 FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND backend_type <> 'autovacuum worker'
     AND (backend_xid IS NOT NULL OR backend_xmin IS NOT NULL AND datname = current_database())
     AND xact_start < clock_timestamp() - make_interval(secs => 60)
-UNION ALL SELECT format('transaction %s was prepared %s s ago and keeps dead rows: commit it or roll it back', gid,
-    floor(EXTRACT(EPOCH FROM clock_timestamp() - prepared)))
+UNION ALL SELECT format('transaction %s of %s was prepared %s s ago and keeps dead rows, which slows claims: run '
+    'ROLLBACK PREPARED %L or COMMIT PREPARED %L in database %s', gid, owner,
+    floor(EXTRACT(EPOCH FROM clock_timestamp() - prepared)), gid, gid, database)
 FROM pg_prepared_xacts WHERE prepared < clock_timestamp() - make_interval(secs => 60);
+
+-- UNUSED_SLOTS
+-- Return replication slots that nobody uses. (to_jsonb: inactive_since exists since PostgreSQL 17.)
+SELECT format('replication slot %s is not in use%s and keeps %s of log%s: start what uses it, or run SELECT '
+    'pg_drop_replication_slot(%L)', slot_name,
+    ' since ' || floor(EXTRACT(EPOCH FROM clock_timestamp() - since)) || ' s', coalesce(pg_size_pretty(log), 'nothing'),
+    CASE WHEN xmin IS NOT NULL THEN ' and dead rows, which slows claims'
+    WHEN catalog_xmin IS NOT NULL THEN ' and dead rows of the system catalogs' END, slot_name)
+FROM (
+    SELECT *, CAST(to_jsonb(s) ->> 'inactive_since' AS timestamptz) AS since, pg_wal_lsn_diff(CASE
+        WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END, restart_lsn) AS log
+    FROM pg_replication_slots s
+) slots
+WHERE NOT active AND wal_status <> 'lost'
+    AND coalesce(since < clock_timestamp() - make_interval(secs => 60), true);
+
+-- OLD_SNAPSHOTS
+-- Return standbys and replication slots in use that keep dead rows. Their age is known in transactions only.
+SELECT format('%s (pid %s) has kept dead rows%s for %s transactions, which slows %s', name, pid, of_what, age, remedy)
+FROM (
+    SELECT 'standby ' || application_name AS name, pid, '' AS of_what, age(backend_xmin) AS age,
+        'claims: end the oldest transaction there, or set hot_standby_feedback = off there' AS remedy
+    FROM pg_stat_replication
+    UNION ALL SELECT 'the standby of replication slot ' || slot_name, active_pid, '', age(xmin),
+        'claims: end the oldest transaction there, or set hot_standby_feedback = off there'
+    FROM pg_replication_slots WHERE active
+    UNION ALL SELECT 'the subscriber of replication slot ' || slot_name, active_pid, ' of the system catalogs',
+        age(catalog_xmin), 'all statements: look why it does not keep up'
+    FROM pg_replication_slots WHERE active
+) held
+WHERE age > CASE WHEN EXISTS (SELECT 1 FROM pg_stat_user_tables
+WHERE schemaname = (SELECT nspname FROM pg_namespace WHERE oid = 'pqueue'::regnamespace) AND n_dead_tup > 100000 + 2 * n_live_tup) THEN 10000 ELSE 1000000 END;
 
 -- LONG_WAITS
 -- Return statements of ours that wait for a lock, and for whose.
@@ -1893,7 +1926,8 @@ FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_datab
 -- Return tables with many dead rows.
 SELECT format('table %s has %s dead rows and %s live ones: vacuum cannot keep up; look for old transactions', relname,
     n_dead_tup, n_live_tup)
-FROM pg_stat_user_tables WHERE schemaname = (SELECT nspname FROM pg_namespace WHERE oid = 'pqueue'::regnamespace) AND n_dead_tup > 100000 + 2 * n_live_tup;
+FROM pg_stat_user_tables
+WHERE schemaname = (SELECT nspname FROM pg_namespace WHERE oid = 'pqueue'::regnamespace) AND n_dead_tup > 100000 + 2 * n_live_tup;
 
 -- FEW_CONNECTIONS
 -- Return whether hardly any connection is left.

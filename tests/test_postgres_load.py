@@ -641,6 +641,69 @@ def test_check_names_the_transaction_that_keeps_dead_rows(queue, database, monke
         assert queue.check()["problems"] == []
 
 
+def test_check_names_what_else_keeps_dead_rows(tmp_path, monkeypatch):
+    """Slots without their user, transactions that were prepared, and standbys that report their snapshots."""
+    health = (pqueue_postgres.OLD_TRANSACTIONS, pqueue_postgres.UNUSED_SLOTS, pqueue_postgres.OLD_SNAPSHOTS)
+    at_once = [sql.replace("secs => 60", "secs => 0").replace("ELSE 1000000 END", "ELSE 0 END") for sql in health]
+    own = postgres_server.Server(tmp_path / "primary").create()
+    standby = postgres_server.Server(tmp_path / "standby")
+    own.start(wal_level="logical", max_prepared_transactions=2)
+    try:
+        with closing(pqueue.open_queue(own.url)) as queue:
+
+            def problems(monkeypatch=monkeypatch):
+                monkeypatch.setattr("pqueue_postgres.HEALTH", at_once)
+                found = queue.check(thorough=False)["problems"]
+                monkeypatch.setattr("pqueue_postgres.HEALTH", health)
+                return found
+
+            def is_found(pattern):
+                return next((each for each in problems() if re.fullmatch(pattern, each)), None)
+
+            own.ask("SELECT pg_create_physical_replication_slot('unused', true)")
+            keeps = r"not in use( since \d+ s)? and keeps \d+ (bytes|kB|MB) of log"
+            remedy = r": start what uses it, or run SELECT pg_drop_replication_slot\('{}'\)"
+            assert is_found(f"replication slot unused is {keeps}{remedy.format('unused')}"), problems()
+            own.ask("SELECT pg_drop_replication_slot('unused')")
+            own.ask("SELECT pg_create_logical_replication_slot('changes', 'pgoutput')")
+            catalogs = " and dead rows of the system catalogs"
+            assert is_found(f"replication slot changes is {keeps}{catalogs}{remedy.format('changes')}"), problems()
+            own.ask("SELECT pg_drop_replication_slot('changes')")
+            assert problems() == []
+
+            with psycopg.connect(own.url) as stranger:
+                stranger.execute("SELECT pg_current_xact_id()")
+                stranger.execute("PREPARE TRANSACTION 'a b'")
+            prepared = (
+                r"transaction a b of postgres was prepared \d+ s ago and keeps dead rows, which slows claims: run "
+            )
+            assert is_found(f"{prepared}ROLLBACK PREPARED 'a b' or COMMIT PREPARED 'a b' in database postgres")
+            own.ask("ROLLBACK PREPARED 'a b'")
+            assert problems() == []
+
+            standby.copy(own)
+            own.ask("SELECT pg_create_physical_replication_slot('kept', true)")
+            kept = (
+                r"\(pid \d+\) has kept dead rows for \d+ transactions, which slows claims: end the oldest transaction "
+            )
+            reports = {"hot_standby_feedback": "on", "wal_receiver_status_interval": 1, "max_prepared_transactions": 2}
+            for options, name in (({}, "standby standby"), ({"primary_slot_name": "kept"}, ".* replication slot kept")):
+                standby.start(**reports, **options)
+                with psycopg.connect(standby.url) as reader:
+                    reader.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+                    reader.execute("SELECT 'a report'")
+                    queue.enqueue("t")
+                    assert wait_until(lambda name=name: is_found(f"{name} {kept}there, or set hot_standby_.*"), 30)
+                    with closing(pqueue.open_queue(standby.url, create=False)) as copy:
+                        assert copy.check()["problems"] == []
+                standby.stop_at_once()
+            at_last = f"replication slot kept is {keeps} and dead rows, which slows claims{remedy.format('kept')}"
+            assert wait_until(lambda: is_found(at_last), 30)
+    finally:
+        standby.kill()
+        own.kill()
+
+
 @pytest.mark.parametrize(
     ("durability", "setting", "problems"),
     [("full", "off", ["expected synchronous_commit on, got off"]), ("full", "local", []), ("normal", "off", [])],
