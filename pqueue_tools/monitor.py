@@ -18,9 +18,10 @@ import pqueue
 from pqueue import PersistentQInterface, QueueError
 from pqueue_tools import supervisor
 from pqueue_tools.masking import masked_job
-from pqueue_tools.output import colours, fitted, painted, table
+from pqueue_tools.output import cells, colours, fitted, painted, table, wrapped
 from pqueue_tools.report import (
     consumer_row,
+    count,
     findings,
     first_line,
     follow_clock,
@@ -43,7 +44,7 @@ ORDERS: dict[str, Callable[[dict[str, Any]], Any]] = {  # of the queues and cons
     "pending": lambda row: -row.get("pending", len(row.get("jobs", ""))),
     "failed": lambda row: -row["failed"],
 }
-HELP = "q quit   ↑ ↓ scroll   s sort by {order}"
+HELP = ("q quit", "↑ ↓ scroll", "s sort by {order}")
 
 Reading = Callable[[PersistentQInterface], Any]  # a context manager that reports a damaged database as a QueueError
 
@@ -84,26 +85,32 @@ def screen(seen: dict[str, Any], width: int, *, order: str = "name", in_colour: 
         rates = ", ".join(f"{rate:,} {name}" for name, rate in seen["per_minute"].items())
         alive = [consumer_row(each) for each in seen["consumers"] if each["state"] == "running" or each["job_ids"]]
         queues = [{"queue": name, **each} for name, each in seen["stats"]["queues"].items()]
-        lines += [fitted(f"per minute: {rates}", width)]
+        lines += wrapped(f"per minute: {rates}", width)
         lines += section("last failures", seen["failed"]) if seen["failed"] else []
         lines += section("queues", sorted(queues, key=ORDERS[order]))
         lines += section("consumers", sorted(alive, key=ORDERS[order]))
     if isinstance(seen["processes"], str):
-        return [*lines, "", fitted(printable(seen["processes"]), width)]
+        return [*lines, "", *wrapped(printable(seen["processes"]), width)]
     return lines + section("processes", [{k: v for k, v in p.items() if k != "group"} for p in seen["processes"]])
 
 
 def _verdict(seen: dict[str, Any], width: int, in_colour: bool) -> list[str]:
     """Return what an operator must know first: the time, and what is wrong."""
-    at = f"pqueue monitor   {datetime.fromtimestamp(seen['at']):%Y-%m-%d %H:%M:%S}"
-    if "database" in seen:
-        return [fitted(at, width), fitted(f"critical: {printable(seen['database'])}", width)]
-    number = len(problems(seen["findings"]))
-    lines = [fitted(f"{number or 'no'} problem{'' if number == 1 else 's'}   {at}", width)]
-    for line in verdict(seen["findings"]) if seen["findings"] else ():
-        severity, _, rest = fitted(printable(line), width).partition(":")
-        lines.append(f"{painted(severity, severity) if in_colour else severity}:{rest}")
+    at = f"{datetime.fromtimestamp(seen['at']):%Y-%m-%d %H:%M:%S}"
+    found = [f"critical: {seen['database']}"] if "database" in seen else verdict(seen["findings"])
+    number = len(problems(seen.get("findings", [])))
+    head = "no database" if "database" in seen else count(number, "problem") if number else "no problems"
+    lines = [fitting([head, at, "pqueue monitor"], width)]
+    for line in found if "database" in seen or seen["findings"] else ():
+        severity, *rest = re.split("(?=:)", "\n".join(wrapped(printable(line), width)), maxsplit=1)
+        lines += "".join([painted(severity, severity) if in_colour else severity, *rest]).split("\n")
     return lines
+
+
+def fitting(parts: list[str], width: int) -> str:
+    """Return as many of the parts on one line as fit, and at least the first."""
+    lines = ["   ".join(parts[:number]) for number in range(len(parts), 0, -1)]
+    return next((line for line in lines if cells(line) <= width), fitted(parts[0], width))
 
 
 def run(reading: Reading, interval: float) -> None:
@@ -116,7 +123,7 @@ def run(reading: Reading, interval: float) -> None:
             lines = screen(seen, size.columns, order=order, in_colour=colours())
             most = max(1, size.lines - 1)
             top = max(0, min(top, len(lines) - most))
-            _draw(lines[top : top + most], fitted(_help(order, top, most, len(lines)), size.columns), most)
+            _draw(lines[top : top + most], fitting(_help(order, top, most, len(lines)), size.columns), most)
             for key in KEYS.findall(wait(until - time.monotonic())):
                 if key in (b"q", b"Q"):
                     return
@@ -128,9 +135,9 @@ def run(reading: Reading, interval: float) -> None:
                 seen, until = snapshot(reading), time.monotonic() + interval
 
 
-def _help(order: str, top: int, most: int, total: int) -> str:
-    hidden = "" if total <= most else f"   lines {top + 1} to {min(total, top + most)} of {total}"
-    return HELP.format(order=order) + hidden
+def _help(order: str, top: int, most: int, total: int) -> list[str]:
+    hidden = [] if total <= most else [f"lines {top + 1} to {min(total, top + most)} of {total}"]
+    return [HELP[0], *hidden, *HELP[1:-1], HELP[-1].format(order=order)]
 
 
 def _draw(lines: list[str], status: str, most: int) -> None:

@@ -11,6 +11,7 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from pqueue_tools.commands import OneOf, Parameter, UsageError
@@ -40,9 +41,15 @@ DROPPED = (
     "created_at",
     "retried",
     "enqueued",
+    "scheduled",
+    "completed",
+    "last_seen_at",
+    "processing",
     "queue",
 )
+NAME_CELLS = 12  # of the first column, if it is text
 LEAST_CELLS = 3  # of a column that is cut because dropping others was not enough
+JOINED = re.compile("[\u1160-\u11ff\ud7b0-\ud7ff]")  # vowels and finals of Hangul, shown within the first consonant
 COLOURS = {
     "completed": 32,
     "processing": 36,
@@ -171,21 +178,34 @@ def cells(text: str) -> int:
 
 
 def _cells_of(mark: str) -> int:
-    if unicodedata.category(mark) in ("Mn", "Me"):
+    if unicodedata.category(mark) in ("Mn", "Me") or JOINED.match(mark):
         return 0
     return 2 if unicodedata.east_asian_width(mark) in ("W", "F") else 1
 
 
 def fitted(text: str, most: int) -> str:
     """Return the text, cut with … if it takes more cells than `most`."""
-    if cells(text) <= most:
-        return text
-    used = 1
-    for at, mark in enumerate(text):
-        used += _cells_of(mark)
-        if used > most:
-            return text[:at] + "…"
-    return text
+    return text if cells(text) <= most else text[: _fitting(text, most - 1)] + "…"
+
+
+def _fitting(text: str, most: int) -> int:
+    """Return how many characters of the text fit into so many cells."""
+    used = accumulate(map(_cells_of, text))
+    return next((at for at, number in enumerate(used) if number > most), len(text))
+
+
+def wrapped(text: str, most: int) -> list[str]:
+    """Return the text in lines of at most this many cells, broken at spaces and, where a word is longer, within it."""
+    lines: list[str] = []
+    line, indent = "", "  "
+    for word in text.split(" "):
+        if line.strip() and cells(f"{line} {word}") > most:
+            lines, line = [*lines, line], indent
+        line += word if not line.strip() else f" {word}"
+        while cells(line) > most > cells(indent) + 1:
+            at = _fitting(line, most)
+            lines, line = [*lines, line[:at]], indent + line[at:]
+    return [*lines, line]
 
 
 # Tables ###############################################################################################################
@@ -204,8 +224,9 @@ def table(rows: Sequence[dict[str, Any]], width: int, *, colours: bool = False, 
         ]
         for name in rows[0]
     }
-    widths = _widths({name: max(map(cells, column)) for name, column in columns.items()}, width)
-    numbers = {name for name in widths if not is_time(name) and all(_is_number(row[name]) for row in rows)}
+    whole = {name for name in columns if is_time(name) or all(_is_number(row[name]) for row in rows)}
+    widths = _widths({name: max(map(cells, column)) for name, column in columns.items()}, whole, width)
+    numbers = {name for name in widths if name in whole and not is_time(name)}
     lines = []
     for number in range(len(rows) + 1):
         parts = [
@@ -215,17 +236,20 @@ def table(rows: Sequence[dict[str, Any]], width: int, *, colours: bool = False, 
     return "\n".join(lines)
 
 
-def _widths(wanted: dict[str, int], width: int) -> dict[str, int]:
-    """Return the width of each column that is shown. The first and the last column are never dropped."""
+def _widths(wanted: dict[str, int], whole: set[str], width: int) -> dict[str, int]:
+    """Return the width of each column that is shown. The first and the last column are never dropped; `whole` are those
+    of numbers and times, which are cut only if nothing else is left."""
     widths = dict(wanted)
     first, last = next(iter(widths)), next(reversed(widths))
-    for name in (name for name in DROPPED if name in wanted and name not in (first, last)):
-        kept = min(widths[last], LAST_COLUMN_CELLS)
-        if sum(widths.values()) - widths[last] + kept + 2 * (len(widths) - 1) <= width:
+    kept = {first: NAME_CELLS, last: LAST_COLUMN_CELLS}
+    for name in (name for name in DROPPED if name in wanted and name not in kept):
+        least = sum(min(cells, kept.get(each, cells)) for each, cells in widths.items())
+        if least + 2 * (len(widths) - 1) <= width:
             break
         del widths[name]
     while (excess := sum(widths.values()) + 2 * (len(widths) - 1) - width) > 0:
-        longest = last if widths[last] > LAST_COLUMN_CELLS else max(widths, key=lambda name: widths[name])
+        texts = [name for name in widths if name not in whole and widths[name] > LEAST_CELLS] or list(widths)
+        longest = last if widths[last] > LAST_COLUMN_CELLS else max(texts, key=lambda name: widths[name])
         if widths[longest] <= LEAST_CELLS:
             break
         widths[longest] -= min(excess, max(1, widths[longest] - LAST_COLUMN_CELLS))

@@ -84,7 +84,18 @@ def test_narrow_terminal_drops_columns_and_keeps_the_message():
 
 @pytest.mark.parametrize(
     ("text", "width"),
-    [("abc", 3), ("日本", 4), ("é", 1), ("e\u0301", 1), ("😀", 2), ("한", 2), ("ｗ", 2), ("ก็", 1), ("…", 1)],
+    [
+        ("abc", 3),
+        ("日本", 4),
+        ("é", 1),
+        ("e\u0301", 1),
+        ("😀", 2),
+        ("한", 2),
+        ("\u1112\u1161\u11ab", 2),
+        ("ｗ", 2),
+        ("ก็", 1),
+        ("…", 1),
+    ],
 )
 def test_wide_characters_take_two_cells_and_combining_ones_none(text, width):
     assert output.cells(text) == width
@@ -146,6 +157,46 @@ def test_monitor_begins_with_the_verdict_and_fits_80_columns(queue):
     pending = monitor.screen(seen, 80, order="pending")
     names = [line.split()[0] for line in pending if line.startswith(("queue-", "default"))]
     assert names[0] == "default"
+
+
+@pytest.mark.parametrize("width", [40, 50, 80, 200])
+def test_monitor_cuts_no_sentence_number_or_heading(queue, width):
+    """On narrow terminals and with wide characters, what does not fit is wrapped or left out."""
+    names = ["送信メール処理タスク", "משימה_דחופה", "🎉party", "cafe\u0301", "\u1112\u1161\u11ab" * 9, "send_mail"]
+    for number, name in enumerate(names):
+        queue.enqueue_many(name, range(1001 + number), queue=name, now=time.time() - 7200)
+        queue.mark_failed(queue.enqueue(name, queue=name), f"ValueError: {name} 接続が拒否されました " * 3)
+        queue.dequeue(f"consumer_{name}", queues=[name])
+    queue.pause(names[0])
+    seen = monitor.snapshot(admin._reporting_damage)
+    lines = monitor.screen(seen, width)
+    assert max(map(output.cells, lines)) <= width
+    title = next(number for number, line in enumerate(lines) if line.startswith("last failures"))
+    top = " ".join(line.strip() for line in lines[: title - 1])
+    assert "…" not in top
+    assert lines[0].startswith(f"5 problems   {time.strftime('%Y-')}")
+    for finding in seen["findings"]:
+        assert str(finding).replace(" ", "") in top.replace(" ", "")
+    queues = lines[next(number for number, line in enumerate(lines) if line.startswith("queues ─")) + 1 :][:7]
+    assert "…" not in queues[0]
+    assert {"queue", "pending", "failed", "oldest"} < {*queues[0].split()}
+    assert all(re.search(r" 1,00\d .* 2 h ago$", line) for line in queues[1:]), queues
+    assert len({output.cells(line[: line.index(" 1,00")]) for line in queues[1:]}) == 1
+
+
+def test_keys_of_the_monitor_are_named_whole_or_not_at_all(queue):
+    for width in range(6, 90):
+        shown = monitor.fitting(monitor._help("name", 0, 11, 42), width)
+        assert output.cells(shown) <= width
+        assert shown.split("   ") == monitor._help("name", 0, 11, 42)[: len(shown.split("   "))]
+    assert "lines 1 to 11 of 42" in monitor.fitting(monitor._help("name", 0, 11, 42), 40)
+
+
+@given(st.text(st.characters(exclude_categories=("Cs", "Cc", "Cf"))), st.integers(10, 60))
+def test_wrapped_text_is_whole_and_fits(text, width):
+    lines = output.wrapped(text, width)
+    assert max(map(output.cells, lines)) <= width
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
 
 
 def test_monitor_shows_the_jobs_that_failed_last(queue):
