@@ -429,7 +429,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         Return the leased jobs, and those of `finished` that were not completed because their lease was lost. Inside
         `transaction()`, raise LeaseLost for these instead.
         """
-        completions = [(job, encode_result(result)) for job, result in finished]
+        completions = [(job, encode_result(result)) for job, result in valid_list("finished jobs", finished)]
         me = self._registered(consumer, queues, tasks, now)
         me.prefetches = prefetch and self._publish_begun(me)
         valid_int("limit", 0, limit)
@@ -810,12 +810,12 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
 
     def held_jobs(self, consumer: str) -> list[Job]:
         """Return the jobs that this consumer of this object holds."""
-        me = self._registry.get(consumer)
+        me = self._registry.get(valid_name("consumer", consumer))
         return [to_job(row) for row in self._read(pqueue_schema.HELD_BY, {"token": me.token})] if me else []
 
     def held_leases(self, consumer: str, job_ids: Iterable[int]) -> list[tuple[int, str]]:
         """Return the ids and lease tokens of those of the given jobs that this consumer of this object holds."""
-        me = self._registry.get(consumer)
+        me = self._registry.get(valid_name("consumer", consumer))
         return self._read(pqueue_schema.LEASES, {"token": me.token, "ids": json.dumps(list(job_ids))}) if me else []
 
     def holds(self, job: Job) -> bool:

@@ -156,8 +156,8 @@ CREATE TABLE consumers (
     started_at   {float} NOT NULL,    -- Unix seconds
     last_seen_at {float} NOT NULL,    -- last heartbeat, Unix seconds
     state        TEXT NOT NULL,  -- running, stopped or dead
-    completed    INTEGER NOT NULL DEFAULT 0,  -- number of jobs, as of the last heartbeat
-    failed       INTEGER NOT NULL DEFAULT 0,  -- number of attempts, as of the last heartbeat
+    completed    {bigint} NOT NULL DEFAULT 0,  -- number of jobs, as of the last heartbeat
+    failed       {bigint} NOT NULL DEFAULT 0,  -- number of attempts, as of the last heartbeat
     {sqlite} CHECK (queues IS NULL OR json_valid(queues)), CHECK (tasks IS NULL OR json_valid(tasks)),
     CHECK (state IN ('running', 'stopped', 'dead'))
 )

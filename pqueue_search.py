@@ -413,7 +413,7 @@ def fingerprint(error: str | None) -> str:
 def excerpt_columns(most: int | None) -> str:
     if most is None:
         return COLUMNS
-    part = f"substr({{0}}, 1, {most + 1})" if most else "NULL"  # one more shows whether it was cut
+    part = f"substr({{0}}, 1, {min(most + 1, MAX_NUMBER)})" if most else "NULL"  # one more shows whether it was cut
     return ", ".join(part.format(name) if name in LONG_COLUMNS else name for name in COLUMN_OF.values())
 
 

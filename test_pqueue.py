@@ -3879,6 +3879,19 @@ class QueueContract:
         with self.assertRaises(ValueError):
             self.queue.list_jobs(excerpt=-1)
 
+    def test_largest_numbers_are_accepted(self):
+        most = 2**31 - 1
+        job = self.queue.enqueue("t", "whole", priority=most, max_attempts=most)
+        self.queue.limit("default", most, running=most)
+        self.assertEqual(self.queue.list_jobs(limit=most, excerpt=most)[0].payload, "whole")
+        self.assertEqual(self.queue.dependencies(self.queue.enqueue("t", after=[job]), excerpt=most)[0].id, job)
+        self.assertEqual(len(self.queue.history(job, limit=most)), 0)
+        for _ in range(2):  # a consumer that has run for long
+            self.queue.heartbeat("w", completed=most, failed=most)
+        (found,) = self.queue.consumers()
+        self.assertEqual((found["completed"], found["failed"]), (2 * most, 2 * most))
+        self.assertEqual(len(self.queue.dequeue_many("w", most)), 1)
+
     def test_filter_that_is_no_text_or_too_long_is_refused(self):
         self.assertEqual(self.find("x" * 1000), [])
         for filters, message in (

@@ -115,8 +115,8 @@ CREATE TABLE pqueue.consumers (
     started_at   DOUBLE PRECISION NOT NULL,    -- Unix seconds
     last_seen_at DOUBLE PRECISION NOT NULL,    -- last heartbeat, Unix seconds
     state        TEXT NOT NULL,  -- running, stopped or dead
-    completed    INTEGER NOT NULL DEFAULT 0,  -- number of jobs, as of the last heartbeat
-    failed       INTEGER NOT NULL DEFAULT 0,  -- number of attempts, as of the last heartbeat
+    completed    BIGINT NOT NULL DEFAULT 0,  -- number of jobs, as of the last heartbeat
+    failed       BIGINT NOT NULL DEFAULT 0,  -- number of attempts, as of the last heartbeat
     -- CHECK (queues IS NULL OR json_valid(queues)), CHECK (tasks IS NULL OR json_valid(tasks)),
     CHECK (state IN ('running', 'stopped', 'dead'))
 )
