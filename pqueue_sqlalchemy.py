@@ -179,7 +179,8 @@ class PostgresSession(Session):
         Commits with a NOTIFY wait for each other, while the disk syncs, too. If that takes long, the NOTIFY is sent
         afterwards, for which the time of another round trip is small.
         """
-        began, with_commit = time.monotonic(), self._queue.commit_seconds < SLOW_COMMIT_SECONDS
+        began, is_quick = time.monotonic(), self._queue.commit_seconds < SLOW_COMMIT_SECONDS
+        with_commit = is_quick and not self._queue.cannot_wake
         try:
             rows = self.alone(f"{sql}, {PG_NOTIFY}" if with_commit else sql, params)
         except QueueError as error:
@@ -312,9 +313,12 @@ class PostgresSession(Session):
         """Wake consumers, if possible: they look once a second anyway."""
         try:
             self.change(NOTIFY)
+            self._queue.cannot_wake = False
         except QueueError as error:
             name, reason = self._queue.name, error.__cause__ or error
-            log.warning("%s: cannot wake consumers, which look once a second: %s", name, reason)
+            level = logging.DEBUG if self._queue.cannot_wake else logging.WARNING
+            log.log(level, "%s: cannot wake consumers, which look once a second: %s", name, reason)
+            self._queue.cannot_wake = True
             with suppress(QueueError):  # removes what no listener needs, which NOTIFY does only while it has room
                 self.run("SELECT pg_notification_queue_usage()")
 
@@ -493,6 +497,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         self._clock = (-CLOCK_SECONDS, 0.0)  # when it was read (monotonic), and its offset, in seconds
         self._reset_connections()
         self.commit_seconds = 0.0  # a moving average
+        self.cannot_wake = False  # the last attempt failed, and was reported
         self._reach = Reach()
         self._takes_turns = False  # at the last claim, some group might have had a job; that takes several statements
         self._closed = False

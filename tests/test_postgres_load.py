@@ -10,7 +10,7 @@ import re
 import subprocess
 import threading
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from unittest import mock
 
 import postgres_server
@@ -761,16 +761,23 @@ def small_notify_queue(tmp_path):
     small.stop_at_once()
 
 
-@pytest.mark.parametrize("commit_seconds", [0.0, 1.0])
-def test_verbs_do_not_need_room_in_the_notify_queue(small_notify_queue, commit_seconds, caplog):
-    queue, url = small_notify_queue
-    queue.commit_seconds = commit_seconds
+@contextmanager
+def full_notify_queue(url):
+    """Another session listens in a long transaction, and keeps what a third one sends."""
     with psycopg.connect(url, autocommit=True) as lazy, psycopg.connect(url, autocommit=True) as other:
         for sql in ("LISTEN x", "BEGIN", "SELECT 1"):
             lazy.execute(sql)
         with pytest.raises(psycopg.Error, match="too many notifications"):
             while True:
                 other.execute("SELECT pg_notify('x', repeat('-', 7900))")
+        yield
+
+
+@pytest.mark.parametrize("commit_seconds", [0.0, 1.0])
+def test_verbs_do_not_need_room_in_the_notify_queue(small_notify_queue, commit_seconds):
+    queue, url = small_notify_queue
+    queue.commit_seconds = commit_seconds
+    with full_notify_queue(url):
         ids = [queue.enqueue("t"), *queue.enqueue_many("t", range(3))]
         jobs = [queue.dequeue("w") for _ in range(3)]
         assert [job.id for job in jobs] == ids[:3]
@@ -786,12 +793,27 @@ def test_verbs_do_not_need_room_in_the_notify_queue(small_notify_queue, commit_s
             queue.enqueue("t")
             queue.complete(job)
         assert any("the NOTIFY queue of the server is" in each for each in queue.check()["problems"])
-    assert "cannot wake consumers, which look once a second" in caplog.text
-    caplog.clear()
     queue.enqueue("t")
     queue.enqueue("t")
     assert queue.count_jobs() == 8
     wait_until(lambda: queue.check()["problems"] == [])
+
+
+@pytest.mark.parametrize("commit_seconds", [0.0, 1.0])
+def test_program_says_once_that_it_cannot_wake_consumers(small_notify_queue, commit_seconds, caplog):
+    """Until it could again."""
+    queue, url = small_notify_queue
+    queue.commit_seconds = commit_seconds
+    for _ in range(2):
+        with full_notify_queue(url):
+            for _ in range(3):
+                queue.enqueue("t")
+                with queue.transaction():
+                    queue.enqueue("t")
+        queue.enqueue("t")
+        queue.enqueue("t")
+        assert [record.message.count("cannot wake consumers, which look") for record in caplog.records] == [1]
+        caplog.clear()
 
 
 def test_check_of_a_copy_finds_nothing(queue, tmp_path):
