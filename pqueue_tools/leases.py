@@ -39,12 +39,13 @@ class Leases:
         self._number = 0  # of the run
         self._results: dict[tuple[int, int], Any] | None = None  # of the jobs taken back
         self._extended = self._checked = 0.0  # monotonic seconds
+        self._errors: dict[str, str] = {}  # the last error of what does not work, which was logged
         self._beat_at = time.monotonic() + HEARTBEAT_SECONDS
         self._reported = (0, 0)  # completed and failed jobs, at the last heartbeat
         self._prune_at = time.monotonic() + PRUNE_AGAIN_SECONDS
 
     def check(self, runs: Sequence[Run]) -> None:
-        """Notice which of the runs that have lasted for a tick have lost their lease. Raises QueueError.
+        """Notice which of the runs that have lasted for a tick have lost their lease.
 
         This only reads, so no process that writes or was stopped as it wrote delays it.
         """
@@ -52,14 +53,27 @@ class Leases:
         if not runs or now - self._checked <= CHECK_SECONDS:
             return
         self._checked = now
-        leases = self.queue.held_leases(self.name, (run.job_id for run in runs))
-        held = {(job_id, claim_number(token)) for job_id, token in leases}
-        still = {run.key for slot in self.record.slots if slot.fields[fields.RUNNING] and (run := slot.run())}
-        gone = still.intersection(run.key for run in runs) - held
-        self._lost = {key for key in gone if key in self._lost or not self._is_settled(key[0])}
+        with self.saying_once("left to its lease", "check"):
+            leases = self.queue.held_leases(self.name, (run.job_id for run in runs))
+            held = {(job_id, claim_number(token)) for job_id, token in leases}
+            still = {run.key for slot in self.record.slots if slot.fields[fields.RUNNING] and (run := slot.run())}
+            gone = still.intersection(run.key for run in runs) - held
+            self._lost = {key for key in gone if key in self._lost or not self._is_settled(key[0])}
+
+    @contextmanager
+    def saying_once(self, event: str, what: str, **more: Any) -> Iterator[None]:
+        """Log the error of the block, if it is another one than before or `what` has worked meanwhile."""
+        try:
+            yield
+            self._errors.pop(what, None)
+        except (QueueError, MemoryError) as error:
+            reason = str(error) or "out of memory"
+            if self._errors.get(what) != reason:
+                log(event, consumer=self.name, **more, reason=reason)
+            self._errors[what] = reason
 
     def extend(self, runs: Sequence[Run]) -> None:
-        """Extend the leases of the runs that have lasted for a tick, in time. Raises QueueError; then call it again."""
+        """Extend the leases of the runs that have lasted for a tick, in time."""
         if len(self.record.slots) > 1:
             self._extend_all(runs)
         elif runs and not self.has_lost(runs[0]):
@@ -79,19 +93,19 @@ class Leases:
     def _extend_all(self, runs: Sequence[Run]) -> None:
         """Extend the leases of all held jobs in one commit."""
         if runs and self._is_due():
-            self._extended = time.monotonic()
-            try:
+            now = time.monotonic()
+            self._extended = now - self.lease_seconds / 6  # if it fails, retry soon
+            with self.saying_once("waiting", "extend"):
                 self.queue.extend_all(self.name, self.lease_seconds)
-            except QueueError as error:
-                self._extended -= self.lease_seconds / 6  # retry soon
-                log("waiting", consumer=self.name, reason=error)
+                self._extended = now
 
     def _extend_one(self, run: Run) -> None:
         if run.number != self._number:
             self._number, self._extended = run.number, run.started
             self.job, self._results = None, None
         if self.job is None:
-            self._take_back(run)
+            with self.saying_once("left to its lease", "take back", job=run.job_id):
+                self._take_back(run)
         if self.job and self._is_due():
             self._extend(self.job)
 
@@ -129,14 +143,14 @@ class Leases:
             log("released", consumer=self.name, job=job.id)
 
     def _extend(self, job: Job) -> None:
-        self._extended = time.monotonic()
-        try:
-            self.queue.extend(job, self.lease_seconds)
-        except LeaseLost:
-            self._checked = 0.0  # look at once whether its task has settled it
-        except QueueError as error:
-            self._extended -= self.lease_seconds / 6  # retry soon
-            log("waiting", consumer=self.name, job=job.id, reason=error)
+        now = time.monotonic()
+        self._extended = now - self.lease_seconds / 6  # if it fails, retry soon
+        with self.saying_once("waiting", "extend", job=job.id):
+            try:
+                self.queue.extend(job, self.lease_seconds)
+            except LeaseLost:
+                self._checked = 0.0  # look at once whether its task has settled it
+            self._extended = now
 
     def _may_extend(self) -> bool:
         """Return whether the process that runs the jobs is not stopped."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
+from collections import Counter
+from contextlib import closing
 from datetime import datetime
 from unittest import mock
 
@@ -128,3 +131,25 @@ def test_server_that_is_slow_to_pass_on_a_notify_is_not_taken_for_a_pooler(prima
     assert stops == pids
     assert queue._listener.gets_notify
     queue.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "speakers"),
+    [((), 1), (("--concurrency", 2), 2)],  # the keeper, and the worker that has room for another job
+)
+def test_consumer_that_keeps_a_lease_says_once_that_the_server_is_away(place, primary, options, speakers):
+    place.write("tasks.py", "import time\nfrom pqueue import task\n@task()\ndef long(job): time.sleep(600)\n")
+    with closing(pqueue.open_queue(primary.start().url)) as queue:
+        job_id = queue.enqueue("long")
+        child = place.start("consumer.py", "--import", "tasks", "--lease-seconds", 1, *options, PQUEUE_URL=primary.url)
+        for outage in (1, 2):
+            lease = wait_until(lambda: queue.get(job_id).lease_expires_at)
+            wait_until(lambda lease=lease: (queue.get(job_id).lease_expires_at or 0) > lease)
+            primary.stop_at_once()
+            with socket.create_server((primary.address, primary.port)) as in_its_place:
+                in_its_place.settimeout(30)
+                for _ in range(12):
+                    in_its_place.accept()[0].close()
+            said = Counter(line.partition(" ")[2] for line in child.out.read_text().splitlines())
+            assert max(number for line, number in said.items() if "reason=" in line) <= outage * speakers, said
+            primary.start()
