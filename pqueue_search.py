@@ -288,8 +288,9 @@ class Reading(Backend):
                 ids = [row[0] for row in rows[start : start + TEXT_SCAN_JOBS]]
                 named = {f"id{n}": ids[min(n, len(ids) - 1)] for n in range(TEXT_SCAN_JOBS)}
                 found = {row[0]: row for row in self._read(load, {**params, **named}) if _matches(row, params, shown)}
-                yield from ((job_id, found.get(job_id)) for job_id in ids)
-            if before is not None:
+                last = ids[-1] if before is None or start + TEXT_SCAN_JOBS < len(rows) else before
+                yield from ((last if job_id == ids[-1] else job_id, found.get(job_id)) for job_id in ids)
+            if before is not None and not rows:
                 yield before, None
 
     def _find(self, columns: str, where: str, params: Params, ends_at: float) -> tuple[list[Any], int | None]:

@@ -3630,6 +3630,12 @@ class QueueContract:
             jobs, before = self.queue.search_jobs(pqueue.Filters(task="a"), limit=3, seconds=3600)
             self.assertEqual(([job.id for job in jobs], before), (ids[:6:-1], ids[7]))
 
+    def test_search_for_a_text_continues_after_what_it_read_not_after_what_it_found(self):
+        ids = self.queue.enqueue_many("a", ["needle" if number == 9 else "hay" for number in range(10)])
+        with mock.patch("pqueue_search.WALK_IDS", 4):
+            jobs, before = self.queue.search_jobs(pqueue.Filters(text="needle"), seconds=0)
+        self.assertEqual(([job.id for job in jobs], before), (ids[9:], ids[6]))
+
     def test_ids_may_exceed_32_bits(self):
         old, big = self.queue.enqueue("t"), 2**40
         with self.queue.transaction() as db:
