@@ -75,7 +75,6 @@ from pqueue_tools.report import (
     follow_clock,
     for_people,
     history,
-    interval,
     is_time,
     job_object,
     last_error,
@@ -94,7 +93,7 @@ from pqueue_tools.report import (
     why,
 )
 from pqueue_tools.torture import Torture
-from pqueue_values import MAX_NUMBER, program_name, short
+from pqueue_values import MAX_NUMBER, interval, program_name, short
 from pqueue_values import seconds_in as duration
 
 FILES_PER_TRANSACTION = 5000  # job files deleted in one

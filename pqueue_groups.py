@@ -52,6 +52,7 @@ from pqueue_values import (
     Job,
     Params,
     above_0,
+    interval,
     short,
     to_job,
     to_json,
@@ -419,7 +420,7 @@ class Grouping(Backend):
                 self._set_queue(SET_MAX_RUNNING, queue, to, by, now, value=at_once)
                 session.change(COUNT_RUNNING, {"queue": queue})
             if rate is not ...:
-                to = f"set rate of each group of queue {queue} to {f'{jobs} in {seconds:g} s' if jobs else 'none'}"
+                to = f"set rate of each group of queue {queue} to {f'{jobs} in {interval(seconds)}' if seconds else 'none'}"
                 self._set_queue(SET_RATE, queue, to, by, now, jobs=jobs, seconds=seconds)
             if at_once is not ... or rate is not ...:
                 self._let_groups_take_turns(session, queue)

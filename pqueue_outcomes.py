@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from pqueue_backend import Backend, Session
 from pqueue_schema import LAST_COMPLETION, LAST_COUNTED
-from pqueue_values import Job, Params, above_0, finite, time_of, valid_number
+from pqueue_values import Job, Params, above_0, finite, interval, time_of, valid_number
 
 BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0)  # seconds, inclusive
 UNTIMED = -1  # the bucket of an event without a time
@@ -278,8 +278,9 @@ class Counting(Backend):
         # guard: an expected share is one
         share = None if max_failed_share is None else valid_number("max_failed_share", 0, max_failed_share, 1)
         values = {"max_wait_seconds": wait, "max_failed_share": share}
-        shown = [f"{name} {'default' if value is None else f'{value:g}'}" for name, value in values.items()]
-        self._set_queue(EXPECT, queue, f"set thresholds of queue {queue}: {', '.join(shown)}", by, now, **values)
+        shown = f"wait {'default' if wait is None else interval(wait)}"
+        shown += f", failed attempts {'default' if share is None else f'{share * 100:g}%'}"
+        self._set_queue(EXPECT, queue, f"set thresholds of queue {queue}: {shown}", by, now, **values)
 
     def expectations(self) -> dict[str, Expectation]:
         """Return what is expected of each queue."""

@@ -21,6 +21,7 @@ from pqueue_values import (
     above_0,
     at_least_0,
     error_text,
+    interval,
     long_duration,
     valid_list,
     valid_name,
@@ -83,7 +84,7 @@ class Retaining(Grouping, Depending, Counting):
             session.change(pqueue_schema.ADD_QUEUE, {"queue": valid_name("queue", queue)})
             for state, seconds in times.items():
                 session.change(pqueue_schema.SET_KEEP[state], {"queue": queue, "seconds": seconds})
-            kept = [f"{state} {'for ever' if each is None else f'{each:g} s'}" for state, each in times.items()]
+            kept = [f"{state} {'for ever' if each is None else interval(each)}" for state, each in times.items()]
             self.record(f"set retention of queue {queue}: {', '.join(kept)}", by=by, now=now)
 
     def retention(self, *, within_seconds: float = 3600.0, now: float | None = None) -> list[dict[str, Any]]:

@@ -403,6 +403,12 @@ def seconds_in(text: str) -> float:
     raise ValueError(f"expected a duration such as 90s, 15m, 12h, 7d or 2w, got {short(text)}")
 
 
+def interval(seconds: float) -> str:
+    """Return a duration that somebody has set, exactly, in its largest unit: 90 s, 36 h, 7 d."""
+    unit = next((unit for unit in ("d", "h", "m") if seconds >= UNITS[unit] and seconds % UNITS[unit] == 0), "s")
+    return f"{seconds / UNITS[unit]:.15g} {unit}"
+
+
 def long_duration(what: str, value: str | float | timedelta) -> float:
     """Return a number of seconds; also of a text such as "7d"."""
     return seconds_in(value) if isinstance(value, str) else at_least_0(what, value)

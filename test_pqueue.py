@@ -4015,11 +4015,8 @@ class QueueContract:
         for _ in range(2):
             q.schedule("tick", "t", every_seconds=60, **who)
         found = [(each["event"], each["actor"], each["at"]) for each in q.operations(limit=5)]
-        expected = [
-            "saved schedule tick",
-            "set thresholds of queue default: max_wait_seconds default, max_failed_share 0.5",
-        ]
-        expected.append("set retention of queue default: completed 3600 s, failed for ever")
+        expected = ["saved schedule tick", "set thresholds of queue default: wait default, failed attempts 50%"]
+        expected.append("set retention of queue default: completed 1 h, failed for ever")
         expected += [f"set failure handler of queue default: {each}" for each in ("none", "notify")]
         self.assertEqual(found, [(event, "ann", now + 80) for event in expected])
         q.pause("q" * 255, by="b" * 255)

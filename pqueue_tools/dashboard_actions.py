@@ -15,6 +15,7 @@ from pqueue_tools.commands import Ago, json_value, moment, rate
 from pqueue_tools.dashboard import FILTERS, FigureCache, Form, one
 from pqueue_tools.masking import masked, masked_job
 from pqueue_tools.process import whole_number
+from pqueue_values import interval
 
 FORM_FIELDS = ("scope", "id", "back", "confirmed", "when", "rate")  # of an action on many jobs, apart from the filters
 Act = Callable[[PersistentQInterface, Form, str | None], str]
@@ -140,7 +141,7 @@ def _later(form: Form, number: int) -> str:
         return start
     jobs, seconds = rate(given)
     ends = f"within {report.span(number / jobs * seconds)}"
-    return f"{start}, {report.count(jobs, 'job')} in {report.interval(seconds)}, {ends}"
+    return f"{start}, {report.count(jobs, 'job')} in {interval(seconds)}, {ends}"
 
 
 def _assign(queue: PersistentQInterface, form: Form, by: str | None) -> str:

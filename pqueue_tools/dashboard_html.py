@@ -186,7 +186,7 @@ def _table(table: Table, rows: list[Any], token: str, back: str, *, ticks: bool 
     """Return a table. If actions are allowed, add a checkbox to each job and the buttons of each row."""
     if not rows:
         return f'<p class="soft">{text(empty or table.empty)}</p>'
-    columns = list(table.columns)
+    columns = tables.columns_of(table, rows)
     if token and ticks:
         columns.insert(0, Column(_TICK_ALL, lambda job: _TICK.format(job.id), "html"))
     if token and any(table.buttons(row) for row in rows):
@@ -387,7 +387,7 @@ def _job(found: dict[str, Any], back: str, message: str, token: str, seen: dict[
     parents = _titled(tables.PARENTS, found["parents"], token, back, None) if found["parents"] else ""
     parts |= {"parents": parents, "timeline": timeline, **texts}
     body = "".join(f'<section id="{key}">{part}</section>' for key, part in parts.items() if part)
-    return _frame(f"job {one.id}", body, message, seen)
+    return _frame(f"job {one.id}", body, message, seen, "jobs")
 
 
 def _text(one: pqueue.Job, title: str, value: str, is_cut: bool) -> str:

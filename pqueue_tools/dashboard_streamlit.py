@@ -27,7 +27,8 @@ STYLE = f"""<style>{dashboard_summary.STYLE}
 .pqueue .two {{ margin: 0 0 1rem }}
 .pqueue .title {{ display: flex; gap: 4px 16px; align-items: baseline; flex-wrap: wrap }}
 .pqueue .title .health {{ margin: 0 }} .pqueue .title + .finding {{ margin-top: 10px }}
-.pqueue .title b {{ font-size: 18px }} .pqueue .path {{ color: var(--soft); font-size: 12.5px }}
+.pqueue .title b {{ font-size: 18px }} .pqueue .menu {{ display: flex; gap: 4px 20px; flex-wrap: wrap }}
+.pqueue .path {{ color: var(--soft); font-size: 12.5px }}
 h5 {{ padding: 0 0 0.3rem !important }}
 [data-testid=stCaptionContainer], [data-testid=stCaptionContainer] p {{ opacity: 1 !important;
   color: light-dark(#5b6678, #98a4b5) !important }}
@@ -63,7 +64,7 @@ def page() -> None:
         st.session_state["is away"] = True
         return
     if job_id := st.query_params.get("job", ""):
-        st.link_button("to the overview", _url("", {}))
+        st.html(_html(f'<p class="menu">{" ".join(map(_menu_link, tables.MENU))}</p>'))
         _section("job", partial(_job, whole_number(0)(job_id)))
         return
     which = _chosen_page()
@@ -120,7 +121,7 @@ def _section(key: str, part: Callable[[], None], title: str = "") -> None:
             if key:
                 st.caption("this part reloads automatically")
             else:
-                st.html(_html(dashboard_summary.without_queue(str(error))))
+                st.html(_html(f"{_title('')}{dashboard_summary.without_queue(str(error))}"))
         except ValueError as error:  # from a filter or an address
             _trouble(str(error))
 
@@ -167,10 +168,17 @@ def _health() -> None:
     path = f'<span class="path">{dashboard_summary.text(seen["path"])}</span>'
     mode = '<span class="health info">read-only</span>' if dashboard.read_only() else ""
     zone = f'<span class="path">times in {dashboard_summary.text(_zone())}</span>'
-    title = f"<b>{dashboard_summary.text(dashboard.site_name())}</b>"
-    title += dashboard_summary.verdict(seen["findings"], _link("")) + mode + path + zone
+    title = _title(dashboard_summary.verdict(seen["findings"], _link("")) + mode + path + zone)
     found = dashboard_summary.findings(seen["findings"], lambda part: _link(tables.page_of(part)))
-    st.html(_html(f'<div class="title">{title}</div>{found if _is_overview() else ""}'))
+    st.html(_html(title + (found if _is_overview() else "")))
+
+
+def _title(more: str) -> str:
+    return f'<div class="title"><b>{dashboard_summary.text(dashboard.site_name())}</b>{more}</div>'
+
+
+def _menu_link(page: Page) -> str:
+    return f'<a href="{_link(page.name)}">{page.title}</a>'
 
 
 def _is_overview() -> bool:
@@ -294,8 +302,9 @@ def _show_jobs(table: Table, row: Any) -> None:
 
 
 def _cells(table: Table, rows: list[Any]) -> list[dict[str, Any]]:
-    cells = [{each.heading: _table_cell(each, row) for each in table.columns} for row in rows]
-    for name in [each.heading for each in table.columns if each.kind == "number"]:
+    columns = tables.columns_of(table, rows)
+    cells = [{each.heading: _table_cell(each, row) for each in columns} for row in rows]
+    for name in [each.heading for each in columns if each.kind == "number"]:
         if len({type(row[name]) for row in cells}) > 1:  # Arrow, which stores the table, takes one type in a column
             cells = [{**row, name: f"{row[name]:,}" if isinstance(row[name], int) else row[name]} for row in cells]
     return cells
@@ -342,7 +351,7 @@ def _fact(column: Column, found: Any) -> str:
 
 def _config(table: Table, cells: list[dict[str, Any]]) -> dict[str, Any]:
     config: dict[str, Any] = {}
-    for each in table.columns:
+    for each in [each for each in table.columns if each.heading in cells[0]]:
         values = [row[each.heading] for row in cells]
         if each.kind == "progress":
             config[each.heading] = st.column_config.ProgressColumn(min_value=0, max_value=1)
@@ -397,11 +406,12 @@ def _search(which: Page) -> None:
         ids = _choose(tables.JOBS, page[0], "multi-row", key)
     else:
         st.caption(_escaped(tables.none_found(query, page[1])))
-    _pages(query, page)
-    if which.name == "jobs" and not dashboard.read_only():
-        _enqueue()
-    if page[0]:
-        _bulk(ids, dashboard.given(asked), tables.matching(asked, page))
+    with st.container(horizontal=True, vertical_alignment="center"):
+        _pages(query, page)
+        if which.name == "jobs" and not dashboard.read_only():
+            _enqueue()
+        if page[0]:
+            _bulk(ids, dashboard.given(asked), tables.matching(asked, page))
     if len(ids) == 1:
         _job(ids[0])
 
@@ -442,9 +452,13 @@ def _query(which: Page) -> dashboard.Query:
     query: dashboard.Query = {}
     suggested = tables.suggestions(cache().figures())
     names = dashboard.FILTERS[which.name == "failed" :]
+    common = [name for name in names if name not in tables.RARE_FILTERS]
     rows = st.container(key="filters")
-    places = [place for _ in range(2) for place in rows.columns(6)]  # each row by itself, in the order of the keyboard
-    for name, place in zip(names, places, strict=False):
+    places = dict(zip(common, rows.columns(len(common)), strict=True))
+    rare = [name for name in names if name not in common]
+    is_used = any(st.session_state[f"filter-{name}"] for name in rare)
+    places |= dict(zip(rare, rows.expander("more filters", expanded=is_used).columns(len(rare)), strict=True))
+    for name, place in places.items():
         key = f"filter-{name}"
         if name == "state":
             query[name] = place.multiselect(name, pqueue.STATES, placeholder="any state", key=key)
@@ -473,13 +487,12 @@ def _shown(query: dashboard.Query) -> tuple[str, dashboard.JobPage]:
 
 
 def _pages(query: dashboard.Query, page: dashboard.JobPage) -> None:
-    with st.container(key="pages"):
-        if "before_id" in query and st.button("newest jobs"):
-            st.session_state["before"] = ""
-            st.rerun(scope="fragment")
-        if page[1] is not None and st.button(tables.older_jobs(page)):
-            st.session_state["before"], st.session_state["before-of"] = page[1], dashboard.given(query)
-            st.rerun(scope="fragment")
+    if "before_id" in query and st.button("newest jobs"):
+        st.session_state["before"] = ""
+        st.rerun(scope="fragment")
+    if page[1] is not None and st.button(tables.older_jobs(page)):
+        st.session_state["before"], st.session_state["before-of"] = page[1], dashboard.given(query)
+        st.rerun(scope="fragment")
 
 
 def _bulk(ids: list[int], filters: dashboard.Query, matching: str) -> None:

@@ -151,7 +151,7 @@ def _tile(label: str, value: str | float, state: str, address: Callable[[str], s
     else:
         value = re.sub("(?<=[0-9]) (?=[a-z])", "&nbsp;", text(value))  # between a number and its unit
     inside = f'<span>{text(label)}</span><b class="{state}">{value}</b>'
-    kind = "tile zero" if value == "0" else "tile"
+    kind = "tile zero" if value in ("0", "none") else "tile"
     return f'<a class="{kind}" href="{address(state)}">{inside}</a>' if state else f'<div class="{kind}">{inside}</div>'
 
 

@@ -20,7 +20,7 @@ from pqueue_cron import timing
 from pqueue_outcomes import BOUNDS, Expectation, Outcomes, Times, minute, total
 from pqueue_search import fingerprint
 from pqueue_tools.masking import masked, masked_error, masked_job
-from pqueue_values import EXPIRED, UNITS, command_line
+from pqueue_values import EXPIRED, UNITS, command_line, interval
 
 FAILED_SECONDS = 900.0  # within which the failed attempts of a task are compared with what is expected of its queue
 FEW_FAILED = 10  # failed attempts of a task within FAILED_SECONDS that are not reported, whatever their share
@@ -714,12 +714,6 @@ def span(seconds: float) -> str:
         if (number := seconds / UNITS[unit]) < most - 0.5:  # not rounded first: it may be infinite in a damaged row
             return f"{number:.0f} {unit}"
     return f"{seconds / UNITS['d']:.0f} d"
-
-
-def interval(seconds: float) -> str:
-    """Return a duration that somebody has set, exactly, in its largest unit: 90 s, 36 h, 7 d."""
-    unit = next((unit for unit in ("d", "h", "m") if seconds >= UNITS[unit] and seconds % UNITS[unit] == 0), "s")
-    return f"{seconds / UNITS[unit]:.15g} {unit}"
 
 
 def size(number: int) -> str:

@@ -13,7 +13,7 @@ import pqueue_schema
 from pqueue import Job
 from pqueue_outcomes import Expectation
 from pqueue_tools import dashboard, report, supervisor
-from pqueue_values import command_line
+from pqueue_values import command_line, interval
 
 JOBS_OF_CONSUMER_SHOWN = 3
 JOBS_ASKED_FOR = 20  # of the selected jobs that the question before an action lists
@@ -54,6 +54,7 @@ class Column:
     width: str = ""  # "cut": use the remaining width and cut the text; "wrap": use it and wrap; "fold": wrap at commas
     on_phone: bool = True
     link: Callable[[Any], tuple[str, dict[str, str]]] | None = None  # page and filters that the cell leads to
+    optional: bool = False  # left out if all of its cells are empty
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,18 @@ class Table:
     name: Callable[[Any], str] = itemgetter("name")  # identifies a row
 
 
+def columns_of(table: Table, rows: list[Any]) -> list[Column]:
+    """Return the columns that are shown of these rows."""
+    return [each for each in table.columns if not each.optional or any(each.cell(row) for row in rows)]
+
+
 def more(table: Table, number: int) -> str:
     """Return the text for rows that are not shown: and 4 more groups."""
     return f"and {report.count(number, f'more {table.noun}' if table.noun else 'more row')}"
 
 
 def _attempts(job: Job) -> str:
-    return f"{job.attempts} of {job.max_attempts}" if job.max_attempts is not None else str(job.attempts)
+    return f"{job.attempts} of {job.max_attempts}" if job.attempts and job.max_attempts else str(job.attempts)
 
 
 def _job_id(job: Job) -> str:
@@ -221,19 +227,19 @@ def _queues(figures: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _kept(queue: dict[str, Any]) -> str:
     """Return how long a queue keeps completed, failed and cancelled jobs."""
-    return " / ".join("for ever" if each is None else report.interval(each) for each in queue["keeps"])
+    return " / ".join("for ever" if each is None else interval(each) for each in queue["keeps"])
 
 
 def _expected(queue: dict[str, Any]) -> str:
     wait, share = queue["expects"]
-    return f"{report.interval(wait)} / {share * 100:g}%"
+    return f"{interval(wait)} / {share * 100:g}%"
 
 
 def _limits(queue: dict[str, Any]) -> str:
     """Return what a queue accepts and runs at most: 100 pending, 5 running, 10 in 1 s."""
     found = [f"{queue[name]:,} {name[4:]}" for name in ("max_pending", "max_running") if queue[name] is not None]
     if queue["rate"]:
-        found.append(f"{queue['rate'][0]:,} in {report.interval(queue['rate'][1])}")
+        found.append(f"{queue['rate'][0]:,} in {interval(queue['rate'][1])}")
     return ", ".join(found)
 
 
@@ -243,6 +249,10 @@ def _group_counts(queue: dict[str, Any]) -> str:
     limited = counts["at_max_running"] + counts["at_rate"]
     shown = [f"{counts['pending']:,} pending"] * bool(counts["pending"]) + [f"{limited:,} at a limit"] * bool(limited)
     return ", ".join(shown)
+
+
+def _growth(queue: dict[str, Any]) -> str:
+    return f"{queue['grows_by']:+,}" if queue["grows_by"] else "0"
 
 
 def _queue_buttons(queue: dict[str, Any]) -> list[Button]:
@@ -269,9 +279,9 @@ QUEUES = Table(
         Column("is", lambda queue: "paused" if queue["paused"] else "active", "state"),
         *map(_jobs_in, dashboard.STATES_SHOWN),
         Column("oldest", itemgetter("oldest_pending_at"), "since", on_phone=False),
-        Column("limits", _limits, width="fold", on_phone=False),
-        Column("groups", _group_counts, width="fold", on_phone=False),
-        Column("growth per hour", lambda queue: f"{queue['grows_by']:+,}", "number", on_phone=False),
+        Column("limits", _limits, width="fold", on_phone=False, optional=True),
+        Column("groups", _group_counts, width="fold", on_phone=False, optional=True),
+        Column("growth per hour", _growth, "number", on_phone=False),
     ),
     "no queue yet",
     "queue",
@@ -575,7 +585,7 @@ SCHEDULES = Table(
         Column("due", itemgetter("due"), width="fold", on_phone=False),
         Column("task", itemgetter("task"), on_phone=False),
         Column("queue", itemgetter("queue"), on_phone=False),
-        Column("group", itemgetter("group"), on_phone=False),
+        Column("group", itemgetter("group"), on_phone=False, optional=True),
         Column("next", itemgetter("next_at"), "time"),
         Column("last", itemgetter("last_at"), "time", on_phone=False),
         Column("last job", itemgetter("last_job_id"), "job", on_phone=False),
@@ -664,7 +674,13 @@ HINTS = {  # what to write into a filter
 }
 
 
-RARE_FILTERS = ("group", "consumer", "key", "until", "fingerprint")  # which a phone leaves out
+RARE_FILTERS = (
+    "group",
+    "consumer",
+    "key",
+    "until",
+    "fingerprint",
+)  # which a phone, or Streamlit, does not show at first
 
 
 def suggestions(figures: dict[str, Any]) -> dict[str, list[str]]:
