@@ -420,7 +420,8 @@ class Grouping(Backend):
                 self._set_queue(SET_MAX_RUNNING, queue, to, by, now, value=at_once)
                 session.change(COUNT_RUNNING, {"queue": queue})
             if rate is not ...:
-                to = f"set rate of each group of queue {queue} to {f'{jobs} in {interval(seconds)}' if seconds else 'none'}"
+                to = f"{jobs} in {interval(seconds)}" if seconds else "none"
+                to = f"set rate of each group of queue {queue} to {to}"
                 self._set_queue(SET_RATE, queue, to, by, now, jobs=jobs, seconds=seconds)
             if at_once is not ... or rate is not ...:
                 self._let_groups_take_turns(session, queue)
