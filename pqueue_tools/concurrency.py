@@ -14,7 +14,6 @@ import os
 import re
 import threading
 import time
-import traceback
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -35,7 +34,7 @@ from pqueue_tools.leases import claim_number
 from pqueue_tools.outcome import name_of, trace_of
 from pqueue_tools.process import log
 from pqueue_tools.record import Slot
-from pqueue_tools.worker import Consumer, Description, Interrupt, encoded_result
+from pqueue_tools.worker import Consumer, Failure, Interrupt, encoded_result, failure_of
 
 PULSE_SECONDS = 0.25  # how often a worker shows that its threads get the GIL
 LOOK_SECONDS = 0.1  # how often an idle consumer looks for what tasks have left behind
@@ -77,8 +76,7 @@ class ActiveRun:
         self.lock = threading.RLock()  # held while the thread is interrupted, or leaves the task
         self.reason: Exception | None = None  # why it was interrupted
         self.encoded: str | None = None
-        self.error: BaseException | None = None
-        self.description: Description | None = None  # text and outcome of the error
+        self.failure: Failure | None = None
         self.has_completed = False
         self.is_over = False  # handed over to be settled
 
@@ -86,6 +84,12 @@ class ActiveRun:
     def may_be_interrupted(self) -> bool:
         number = self.slot.fields[fields.RUNNING]
         return bool(number) and self.slot.fields[fields.INTERRUPT] == number
+
+    def fail(self, error: BaseException) -> None:
+        """Note how the run has failed."""
+        if self.reason and name_of(error) in ("Interrupt", "CancelledError"):
+            error = Interrupt(self.reason).with_traceback(trace_of(error))
+        self.failure = failure_of(error, self.job)
 
     def leave(self) -> None:
         """Let nothing interrupt the run any more."""
@@ -224,7 +228,7 @@ class ConcurrentConsumer(Consumer):
                 return
             run.is_over = True
         if self.is_embedded:
-            run.error = error
+            run.fail(error)
             self._events.put(run)
             return
         self._must_end = True
@@ -257,11 +261,10 @@ class ConcurrentConsumer(Consumer):
             self._settle_run(event)
 
     def _settle_run(self, run: ActiveRun) -> None:
-        if run.error is None:
+        if run.failure is None:
             self._done.append(run)
             return
-        traceback.clear_frames(trace_of(run.error))
-        self._settle(run.job, run.error, run.description)
+        self._settle(run.job, run.failure)
         self._free_slot(run)
 
     def _free_slot(self, run: ActiveRun) -> None:
@@ -333,15 +336,15 @@ class ConcurrentConsumer(Consumer):
             try:
                 self._begin(run)
                 run.encoded = encoded_result(pqueue.run_task(self.queue, run.job))
+                self._end_child()
             except BaseException as error:
-                run.description = self._describe(error, run.job)
-                raise
+                self._end_child()
+                run.fail(error)
             finally:
                 run.leave()
-                self._end_child()
         except BaseException as error:
             run.leave()  # again: an interrupt may have come before
-            run.error = error
+            run.fail(error)
         self._hand_over(run)
 
     def _begin(self, run: ActiveRun) -> None:
@@ -357,16 +360,14 @@ class ConcurrentConsumer(Consumer):
         self._events.put(run)
 
     def _publish(self, run: ActiveRun) -> None:
-        if run.error and run.reason and name_of(run.error) in ("Interrupt", "CancelledError"):
-            run.error = Interrupt(run.reason).with_traceback(run.error.__traceback__)
         with self._adding:
             # here: another thread would wait for it
             if self.queue.in_transaction:
                 try:
-                    self._break_off_in_transaction(run.job, run.claim, run.error)
+                    self._break_off_in_transaction(run.job, run.claim, run.failure)
                 except QueueError as error:
                     self._failure = error
-            elif run.error is None:
+            elif run.failure is None:
                 run.has_completed = True
                 self.record.add_result(run.job.id, run.claim, run.encoded)
 
@@ -426,7 +427,7 @@ class ConcurrentConsumer(Consumer):
             run.task.add_done_callback(partial(self._expect_handed_over, run))
         except BaseException as error:
             run.leave()
-            run.error = error
+            run.fail(error)
             self._hand_over(run)
 
     async def _run_async(self, run: ActiveRun) -> None:
@@ -434,13 +435,13 @@ class ConcurrentConsumer(Consumer):
             try:
                 result = call_task(self.queue, run.job)
                 run.encoded = encoded_result(await result if inspect.isawaitable(result) else result)
+                del result  # here: to free it may run code of the task
             except BaseException as error:
-                run.description = self._describe(error, run.job)
-                raise
+                run.fail(error)
             finally:
                 run.leave()
         except BaseException as error:
-            run.error = error
+            run.fail(error)
         self._restore_loop_thread(run.job)
         self._hand_over(run)
 
@@ -468,7 +469,7 @@ class ConcurrentConsumer(Consumer):
         try:
             task.result()
         except BaseException as error:
-            run.error = error
+            run.fail(error)
         self._hand_over(run)
 
     def _enter(self) -> None:

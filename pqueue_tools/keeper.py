@@ -46,6 +46,7 @@ REPEAT_SECONDS = 1.0  # how often a task that continues after an interrupt is in
 DUMP_SECONDS = 0.5  # the longest wait for the traceback of a task that hangs
 CLOSE_SECONDS = 5.0  # how long a worker may take to exit
 STUCK_LOOKS = 60  # of TICK_SECONDS, at a worker that is stuck; then it is killed
+SILENT_SECONDS = 2 * pqueue.BUSY_SECONDS  # least time that a worker may do nothing between tasks: it waits for others
 BLOCKED_SECONDS = 1.0  # after which a task that blocks the event loop is reported, then after 2, 4, 8 times as long
 NEIGHBOUR = "WorkerDied: another job ended the process; not run again because max_attempts is 1"
 # A shell takes a tenth of the memory of a forked interpreter. Arguments: the keeper, the worker, seconds between looks,
@@ -61,7 +62,11 @@ kill -9 "$2"
 """
 LOOK_SECONDS = 10.0  # at most: so long may a sleep of the script outlive a keeper that is killed
 # Signals that a task may send to its parent, whatever for; they would end this process
-OF_USERS = [signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF]
+OF_USERS = [
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO, signal.SIGXCPU),
+    *(getattr(signal, name) for name in ("SIGPWR", "SIGSTKFLT") if hasattr(signal, name)),
+    *(range(signal.SIGRTMIN, signal.SIGRTMAX + 1) if hasattr(signal, "SIGRTMIN") else ()),
+]
 RESTART_SECONDS = 1.0  # before the next worker, if one died without running a job, and the next watchdog
 
 
@@ -107,6 +112,9 @@ class Keeper:
         self._killed = False  # by this process
         self._pulse = self._stuck_looks = 0  # of the worker; how often in succession it was found stuck
         self._stuck_as = ""  # why it was killed, if for that
+        self._doing: list[int] = []  # what changes while it works
+        self._runs_before = 0  # of earlier workers
+        self._silent_looks = 0  # how often in succession the worker was found to do nothing
         self._pipe = self._wakeup = self._dump = -1
         self._outputs: list[TaskOutput] = []
         self._others = set(processes.children(os.getpid()))
@@ -159,7 +167,7 @@ class Keeper:
         while True:
             if not self._reserve():
                 return fields.STOPPED
-            began, runs = time.monotonic(), self._count_runs()
+            began, self._runs_before = time.monotonic(), self._count_runs()
             self._start()
             while not self._has_ended():
                 self._look()
@@ -168,7 +176,7 @@ class Keeper:
             outcome = self._settle()
             if outcome in (fields.REFUSED, fields.DRAINED) or self._fields[fields.STOP]:
                 return outcome
-            if runs == self._count_runs() and time.monotonic() - began < RESTART_SECONDS and outcome == 0:
+            if self._runs_before == self._count_runs() and time.monotonic() - began < RESTART_SECONDS and outcome == 0:
                 time.sleep(RESTART_SECONDS)
 
     def _count_runs(self) -> int:
@@ -204,7 +212,7 @@ class Keeper:
             slot.clear()
         self._interrupted.clear()
         self._closing_at, self._killed, self._status = 0.0, False, None
-        self._fields[fields.PULSE] = self._pulse = self._stuck_looks = 0
+        self._fields[fields.PULSE] = self._pulse = self._stuck_looks = self._silent_looks = 0
         self._stuck_as = ""
         self._keep_at = 0.0  # at once: when the worker is ready, it needs a connection
         self._empty_dump()
@@ -315,6 +323,7 @@ class Keeper:
         if self._draw:
             self._draw(*self.leases.counts())
         self._end_late_worker()
+        self._end_silent_worker()
         # guard: a watchdog that a task has killed is started again
         if not self._watchdog and time.monotonic() - self._watched_at > RESTART_SECONDS:
             self._start_watchdog()
@@ -372,12 +381,14 @@ class Keeper:
             return
         self._blocked = since, 2 * self._blocked[1]
         slot = self.record.slots[stepping - 1]
+        reason = f"the event loop was blocked for {seconds:.0f} s in {self._place(slot)}"
+        log("blocked", consumer=self.name, job=slot.fields[fields.JOB], reason=reason)
+
+    def _place(self, slot: Slot) -> str:
+        """Return the file and the line where the thread of a slot is."""
         self._write_traceback()
-        places = [
-            re.sub(r'.*"(.*)", line (\d+) in .*', r"\1:\2", line) for line in self._traceback(slot) if "File" in line
-        ]
-        place, job = (places or ["a place unknown"])[0], slot.fields[fields.JOB]
-        log("blocked", consumer=self.name, job=job, reason=f"the event loop was blocked for {seconds:.0f} s in {place}")
+        lines = (line for line in self._traceback(slot) if "File" in line)
+        return re.sub(r'.*"(.*)", line (\d+) in .*', r"\1:\2", next(lines, "a place unknown"))
 
     def _end_late_worker(self) -> None:
         """Kill a worker that is asked to stop while it imports, or that does not exit."""
@@ -386,6 +397,24 @@ class Keeper:
             self._closing_at = time.monotonic()
         late = is_closing and (time.monotonic() - self._closing_at > CLOSE_SECONDS or self._fields[fields.STOP] > 1)
         if late or (self._fields[fields.STOP] and not self._fields[fields.READY]):
+            self._kill()
+
+    def _end_silent_worker(self) -> None:
+        """Kill a worker that neither runs a task nor waits nor works: it executes code that a task has left behind."""
+        names = fields.STORED, fields.RETRIES, fields.COMPLETED, fields.FAILED
+        doing = [self._count_runs(), *(self._fields[each] for each in names)]
+        rests = self._fields[fields.IDLE] or self._fields[fields.OUTCOME] or doing[0] == self._runs_before
+        rests = rests or any(slot.fields[fields.RUNNING] for slot in self.record.slots)
+        if rests or doing != self._doing or is_stopped(self._pid) or processes.waits_for_disk(self._pid):
+            self._doing, self._silent_looks = doing, 0
+            return
+        self._silent_looks += 1
+        stops = self._fields[fields.STOP] > 1
+        least = SILENT_SECONDS if stops else max(SILENT_SECONDS, self.options.lease_seconds / 2)
+        # guard: code that a task has left behind does not stop its consumer
+        if self._silent_looks * TICK_SECONDS > least and not self._killed:
+            place = self._place(self.record.slots[0])
+            self._stuck_as = f"did not end what a task left behind, in {place}, within {least:g} s, and was killed"
             self._kill()
 
     def _enforce(self, slot: Slot, run: Run) -> None:
@@ -477,8 +506,8 @@ class Keeper:
             print_error("consumer", f"the worker {processes.end_text(self._status or 0)} while it imported the tasks")
             return fields.REFUSED
         if outcome in (0, fields.BROKEN, fields.BROKEN_BY_ONE):
-            if not left and outcome == 0:
-                log("worker died", consumer=self.name, reason=processes.end_text(self._status or 0))
+            if outcome == 0 and (not left or self._stuck_as):
+                log("worker died", consumer=self.name, reason=self._stuck_as or processes.end_text(self._status or 0))
             until = time.monotonic() + self.options.lease_seconds
             with suppress(QueueError):
                 retry_while_busy(lambda: self._settle_held(left), lambda s: _pause(s, until), consumer=self.name)

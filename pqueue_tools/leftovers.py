@@ -21,6 +21,7 @@ import resource
 import signal
 import sqlite3
 import stat
+import struct
 import sys
 import threading
 import time
@@ -75,14 +76,14 @@ class Setting:
     def has_changed(self) -> bool:
         try:
             return bool(self.read() != self.before)
-        except Exception:  # what a task has put there
+        except BaseException:  # what a task has put there
             return True
 
     def undo(self) -> bool:
         """Restore it; return whether that succeeded."""
         if self._restore is None:
             return False
-        with suppress(Exception):
+        with suppress(BaseException):
             self._restore(self.before)
         return not self.has_changed()
 
@@ -113,7 +114,7 @@ class Code:
         try:
             values = vars(self._owner)
             return bool(self._read(values) != self._before or (len(values) > self._number and self._new()))
-        except Exception:  # deleted, or not comparable
+        except BaseException:  # deleted, or not comparable
             return True
 
     def undo(self) -> bool:
@@ -124,7 +125,7 @@ class Code:
                     setattr(self._owner, name, value)
             for name in self._new():
                 delattr(self._owner, name)
-        except Exception:
+        except BaseException:
             return False
         return not self.has_changed()
 
@@ -180,6 +181,7 @@ def _settings(folder: int | None) -> Iterator[Setting]:
     yield Setting("the umask", _umask, os.umask)
     yield Setting("locked memory", _locks_all_memory, lambda _: processes.unlock_memory())
     yield Setting("environment variables", _environment, _set_environment)
+    yield kept("the encoding of environment variables", vars(os.environ), callable)
     yield Setting("the locale", lambda: locale.setlocale(locale.LC_ALL), lambda to: locale.setlocale(locale.LC_ALL, to))
     yield Setting("flags of the standard descriptors", _flags, _set_flags)
     yield from thread_settings()
@@ -192,6 +194,8 @@ def _settings(folder: int | None) -> Iterator[Setting]:
         yield Setting("the processors", lambda: os.sched_getaffinity(0), lambda to: os.sched_setaffinity(0, to))
         yield Setting("the scheduling policy", lambda: os.sched_getscheduler(0))
     yield Setting("the process group", lambda: (os.getpgrp(), os.getsid(0)))
+    yield Setting("the control group", lambda: _proc("cgroup"))
+    yield Setting("the personality", processes.personality, processes.set_personality)
     yield Setting("the weight for the OOM killer", lambda: _proc("oom_score_adj"), _set_oom_score)
     yield Setting("attributes of prctl", processes.attributes, processes.set_attributes)
 
@@ -204,6 +208,7 @@ def thread_settings() -> Iterator[Setting]:
     yield Setting(
         "hooks of asynchronous generators", sys.get_asyncgen_hooks, lambda hooks: sys.set_asyncgen_hooks(*hooks)
     )
+    yield Setting("floating-point arithmetic", _arithmetic, lambda _: processes.reset_arithmetic())
     track = sys.get_coroutine_origin_tracking_depth, sys.set_coroutine_origin_tracking_depth
     yield Setting("the tracking of coroutines", *track)
 
@@ -293,7 +298,7 @@ class ProcessState:
         self._full_at = time.monotonic()
         try:
             left = list(self._look())
-        except Exception as error:  # what a task has put in place of functions that this uses
+        except BaseException as error:  # what a task has put in place of functions that this uses
             self.must_end = self.is_broken = True
             left = [f"a state that cannot be read ({type(error).__name__})"]
         self._clean[task] = -(10**9) if left else self._clean[task] + 1
@@ -421,7 +426,7 @@ class ProcessState:
 
 
 OF_THREADS = 3 << 31  # signals 32 and 33, which the C library handles when a first thread starts
-NAMESPACES = ("mnt", "net", "user", "ipc", "uts", "cgroup", "pid_for_children")
+NAMESPACES = ("mnt", "net", "user", "ipc", "uts", "cgroup", "pid_for_children", "time_for_children")
 TRACES = ("_trace_hook", "_profile_hook")
 CODEC_ERRORS = [
     "strict",
@@ -494,6 +499,13 @@ def _set_environment(before: tuple[dict[Any, Any], list[bytes], tuple[str, str]]
     time.tzset()
 
 
+def _arithmetic() -> bytes:
+    """Return results that depend on how the processor rounds, and on whether it takes tiny numbers for 0; as bytes,
+    because it may also compare them so."""
+    one, tiny, least = 1.0, 1e-20, sys.float_info.min
+    return struct.pack("=5d", one + tiny, -one - tiny, one - tiny, least / 2, least / 2 * one)
+
+
 def _flags() -> list[int | None]:
     found: list[int | None] = [None, None, None]
     for number in range(3):
@@ -509,9 +521,11 @@ def _set_flags(before: list[int | None]) -> None:
 
 
 def _namespaces() -> list[str]:
-    with suppress(OSError):
-        return [os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES]
-    return []
+    found = list[str]()
+    for name in NAMESPACES:
+        with suppress(OSError):  # an older kernel does not have all
+            found.append(os.readlink(f"/proc/self/ns/{name}"))
+    return found
 
 
 def _proc(name: str) -> bytes:
@@ -535,7 +549,7 @@ def _status() -> list[bytes | int]:
     for line in _proc("status").splitlines():
         if line.startswith((b"SigIgn", b"SigCgt")):
             found.append(int(line.split()[1], 16) & ~OF_THREADS)
-        elif line.startswith((b"Cap", b"NoNewPrivs", b"Seccomp")):
+        elif line.startswith((b"Cap", b"NoNewPrivs", b"Seccomp", b"Specul", b"THP")):
             found.append(line)
     return found
 
@@ -674,7 +688,7 @@ def _is_usable(stream: Any) -> bool:
 
 def _leave_buffer(other: Any, before: Any) -> None:
     """Keep a stream that a task has put around the buffer of another one from closing it at the end of its life."""
-    with suppress(Exception):  # they may be anything
+    with suppress(BaseException):  # they may be anything
         if other is not before and other.buffer is before.buffer:
             other.detach()
 

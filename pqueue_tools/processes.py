@@ -72,6 +72,20 @@ def unlock_memory() -> None:
     _libc().munlockall()
 
 
+def personality() -> int:
+    """Return the flags of the execution domain, such as whether addresses are random."""
+    return int(_libc().personality(0xFFFFFFFF)) if sys.platform == "linux" else 0
+
+
+def set_personality(flags: int) -> None:
+    _libc().personality(flags)
+
+
+def reset_arithmetic() -> None:
+    """Let the processor round as usual, and trap nothing. Some libraries change this when they are loaded."""
+    _libc().fesetenv(ctypes.c_void_p(-1))  # FE_DFL_ENV
+
+
 def _prctl(option: int, value: Any = 0) -> int:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):

@@ -22,13 +22,14 @@ LOOP = 6  # the thread of the event loop for async tasks, if several jobs may ru
 STEPPING, STEPPED_AT = 7, 8  # 1 + the slot whose async task the loop runs now, since when (monotonic ns); 0: none
 PULSE = 9  # changes while threads get the GIL, if several jobs may run at the same time; 0: not yet
 STARTED_ONCE = 10  # a worker of this consumer has registered
+RETRIES = 17  # changes while the worker waits for the database
 # Fields of the whole record that the keeper writes
 STOP = 11  # 1: finish the current jobs; 2: interrupt them
 WITHDRAW, WITHDRAWN = 12, 13  # number of the run whose waiting jobs the keeper wants, or has taken
 ASLEEP = 14  # the keeper waits until it is woken
 FORWARDING = 15  # the keeper has read output of tasks, and not written it yet
 RENEW = 16  # the worker ends after its current jobs: the keeper has no connection, and then waits for both
-FIELDS = 17
+FIELDS = 18
 # Fields of a slot that the worker writes
 RUNNING = 0  # number of the run whose task may be interrupted; 0: none
 RUN, JOB, CLAIM, STARTED, TIMEOUT, MEMORY, BASE, BACKOFF = range(1, 9)  # of a run; JOB is 0 between runs
@@ -123,10 +124,10 @@ class Record:
             return self._add(job_id, claim, self._NONE, b"")
         return self._add(job_id, claim, self._JSON, result.encode())
 
-    def add_error(self, job_id: int, claim: int, error: str) -> None:
-        """Store the error of the current job for the keeper to settle."""
+    def add_error(self, job_id: int, claim: int, error: str) -> bool:
+        """Store the error of the current job for the keeper to settle. Return False if it does not fit."""
         data = error[:MAX_ERROR_CHARS].encode(errors="backslashreplace")
-        self._add(job_id, claim, self._ERROR, data) or self._add(job_id, claim, self._ERROR, data[:1000])
+        return self._add(job_id, claim, self._ERROR, data) or self._add(job_id, claim, self._ERROR, data[:1000])
 
     def _add(self, job_id: int, claim: int, kind: int, data: bytes) -> bool:
         at, size = self.fields[STORED], self._RESULT.size

@@ -20,7 +20,7 @@ from contextvars import copy_context
 from datetime import timedelta
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import pqueue
 from pqueue import Job, LeaseLost, PersistentQInterface, QueueBusy, QueueError
@@ -36,8 +36,6 @@ from pqueue_values import Encoded, NoConnection, above_0, duration, encode_json,
 if TYPE_CHECKING:
     from pqueue_tools.leftovers import ProcessState
 
-Description = tuple[str, Outcome]  # the text of an error, and how to settle the job
-
 NONE = (0.0, 0.0, None)  # limits of an unknown task
 MAX_LEFT = 20  # leftovers that the log names
 BATCH_SECONDS = 0.03  # target run time of a batch of jobs; a slower job is taken alone
@@ -49,6 +47,25 @@ class Interrupt(BaseException):
 
 class Stopped(Exception):
     """The consumer received a second signal to stop."""
+
+
+class Failure(NamedTuple):
+    """How a run ended without a result: the text of its error, how to settle its job, and why it was interrupted."""
+
+    text: str
+    outcome: Outcome
+    reason: Exception | None = None
+
+
+def failure_of(error: BaseException, job: Job) -> Failure:
+    """Describe an error, and free what its frames hold. Both run code of the task, so it may be interrupted here."""
+    if type(error) is Interrupt:
+        reason = error.args[0].with_traceback(error.__traceback__)
+        found = Failure(error_text(reason), outcome_of(reason, job, is_limit=True), reason.with_traceback(None))
+    else:
+        found = Failure(error_text(error), outcome_of(error, job))
+    traceback.clear_frames(trace_of(error))  # which may use all memory
+    return found
 
 
 class Consumer:
@@ -229,6 +246,7 @@ class Consumer:
         until = time.monotonic() + self.lease_seconds if held or self._stops else None
 
         def pause(seconds: float) -> bool:
+            self._fields[fields.RETRIES] += 1
             self._expect_to_hold_no_lock()
             if (until and time.monotonic() > until) or (self._stops and not held) or self._stops > 1:
                 for job, _ in held:
@@ -275,8 +293,7 @@ class Consumer:
     def _run_one(self, job: Job) -> None:
         limits, claim = self._limits(job), self._claim_number(job)
         started = time.monotonic()
-        error: BaseException | None = None
-        description: Description | None = None
+        failure: Failure | None = None
         encoded: Encoded | None = None
         try:
             try:
@@ -290,40 +307,45 @@ class Consumer:
                 run_coroutine = self._run_coroutine
                 result = copy_context().run(pqueue.run_task, self.queue, job, run_coroutine=run_coroutine)
                 encoded = encoded_result(result)
+                result = None  # here: to free it may run code of the task
+                self._end_child()
             except BaseException as caught:
-                description = self._describe(caught, job)
-                raise
+                self._end_child()
+                failure = failure_of(caught, job)
             finally:
                 self._slot.fields[fields.RUNNING] = 0
-                self._end_child()
         except BaseException as caught:
             self._slot.fields[fields.RUNNING] = 0  # again: an interrupt may have come before it was set
-            traceback.clear_frames(trace_of(caught))  # free the task's objects, which may use all memory
-            error = caught
+            failure = failure_of(caught, job)
         took = time.monotonic() - started
-        self._expect_usable_process(job, claim, took, error, encoded)
-        if error is None:
+        # guard: nothing is written in a transaction that a task has left open
+        if self.queue.in_transaction:
+            self._break_off_in_transaction(job, claim, failure)
+        is_stored = self._store(job, claim, failure, encoded)
+        self._expect_usable_process(job, took)
+        if failure is None:
             self._run_seconds = max(took, 0.8 * self._run_seconds + 0.2 * took)
             self._finished.append((job, encoded))
-            if not self.record.add_result(job.id, claim, encoded):
+            if not is_stored:
                 self._complete_and_dequeue(self._take_finished(), 0)
         else:
-            self._settle(job, error, description)
+            self._settle(job, failure)
         if self.task_log:
             self.task_log.job = None
         self._slot.end()
 
-    def _expect_usable_process(
-        self, job: Job, claim: int, took: float, error: BaseException | None, encoded: Encoded | None
-    ) -> None:
+    def _store(self, job: Job, claim: int, failure: Failure | None, encoded: Encoded | None) -> bool:
+        """Store how a run ended, for the keeper to settle if this process dies; return False if there is no room."""
+        if failure is None:
+            return self.record.add_result(job.id, claim, encoded)
+        return self.record.add_error(job.id, claim, failure.text)
+
+    def _expect_usable_process(self, job: Job, took: float) -> None:
         """Report what the task has left behind; end the process if the database cannot be used in it any more."""
-        # guard: nothing is written in a transaction that a task has left open
-        if self.queue.in_transaction:
-            self._break_off_in_transaction(job, claim, error)
         if self.state and (left := self.state.left_behind(job.task, took)):
             self._report_left(left, job=job.id, task=job.task)
             if self.state.is_broken:
-                self._break_off(job, claim, error, encoded)
+                self._break_off()
 
     def _expect_no_task_to_blame(self, error: QueueError) -> None:
         """End the process if a task has left behind what may have made the database unusable in it."""
@@ -388,20 +410,12 @@ class Consumer:
             self._claim = job.lease_token, leases.claim_number(str(job.lease_token))
         return self._claim[1]
 
-    @staticmethod
-    def _describe(error: BaseException, job: Job) -> Description | None:
-        """Return the text and the outcome of an error of the task, whose code this runs: call it while that may be
-        interrupted. None: it is not the task's."""
-        if type(error) is Interrupt:
-            return None
-        return error_text(error), outcome_of(error, job)
-
-    def _settle(self, job: Job, error: BaseException, description: Description | None) -> None:
-        """Settle a job whose task ended with this exception."""
-        if type(error) is Interrupt:
-            self._end_interrupted(job, error.args[0].with_traceback(error.__traceback__))
+    def _settle(self, job: Job, failure: Failure) -> None:
+        """Settle a job whose run has failed."""
+        if failure.reason:
+            self._end_interrupted(job, failure)
         else:
-            self._apply(job, *(description or (error_text(error), outcome_of(error, job))))
+            self._apply(job, failure.text, failure.outcome)
 
     def _report_left(self, left: list[str], **by: Any) -> None:
         """Say what a task has left behind in the process."""
@@ -410,23 +424,19 @@ class Consumer:
         more = [f"{len(left) - MAX_LEFT} more"] if len(left) > MAX_LEFT else []
         log("left behind", consumer=self.name, **by, what=", ".join(left[:MAX_LEFT] + more), then=then)
 
-    def _break_off_in_transaction(self, job: Job, claim: int, error: BaseException | None) -> NoReturn:
+    def _break_off_in_transaction(self, job: Job, claim: int, failure: Failure | None) -> NoReturn:
         """End the process, and with it a transaction that a job has left open; in an application, raise QueueError."""
-        error = error.args[0].with_traceback(error.__traceback__) if type(error) is Interrupt else error
-        error = error or QueueError("the task left a transaction() open, which was rolled back")
+        failure = failure or failure_of(QueueError("the task left a transaction() open, which was rolled back"), job)
         if self.is_embedded:
-            raise QueueError(f"cannot continue after job {job.id}, which left a transaction() open") from error
+            raise QueueError(f"cannot continue after job {job.id}, which left a transaction() open: {failure.text}")
         self._must_end = True
+        self._store(job, claim, failure, None)
         self._report_left(["an open transaction"], job=job.id, task=job.task)
-        self._break_off(job, claim, error, None)
+        self._break_off()
 
-    def _break_off(self, job: Job, claim: int, error: BaseException | None, encoded: str | None) -> NoReturn:
+    def _break_off(self) -> NoReturn:
         """End the process without using the database: a descriptor of it may be that of another file by now, or what
         is written never committed."""
-        if error is None:
-            self.record.add_result(job.id, claim, encoded)
-        else:
-            self.record.add_error(job.id, claim, error_text(error))
         self._fields[fields.OUTCOME] = fields.BROKEN_BY_ONE
         os._exit(1)
 
@@ -442,16 +452,16 @@ class Consumer:
             sys.stdout.flush()
         os._exit(code if isinstance(code, int) else int(code is not None))
 
-    def _end_interrupted(self, job: Job, reason: Exception) -> None:
+    def _end_interrupted(self, job: Job, failure: Failure) -> None:
         if self._stops > 1 and job.max_attempts == 1:
             stopped = Stopped("stopped while it ran; not run again because max_attempts is 1")
             self._apply(job, error_text(stopped), Outcome("fail", retry=False, delay_seconds=0.0))
         elif self._stops > 1:
             self._release(job)
-        elif isinstance(reason, LeaseLost):
-            self._log_lost(job, reason)
+        elif isinstance(failure.reason, LeaseLost):
+            self._log_lost(job, failure.reason)
         else:
-            self._apply(job, error_text(reason), outcome_of(reason, job, is_limit=True))
+            self._apply(job, failure.text, failure.outcome)
 
     def _apply(self, job: Job, text: str, outcome: Outcome) -> None:
         """Settle a job, unless its task has done so itself."""

@@ -134,7 +134,25 @@ def leave_zombies():
         os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
 
 def signal_parent():
-    for name in ("USR1", "USR2", "ALRM", "VTALRM", "PROF"): os.kill(os.getppid(), getattr(signal, f"SIG{name}"))
+    names = "USR1 USR2 ALRM VTALRM PROF IO PWR XCPU XFSZ STKFLT PIPE WINCH URG CONT".split()
+    numbers = [getattr(signal, f"SIG{name}") for name in names if hasattr(signal, f"SIG{name}")]
+    for number in [*numbers, *range(signal.SIGRTMIN, signal.SIGRTMAX + 1)]: os.kill(os.getppid(), number)
+
+def leave_rounding(*modes):
+    """Let the processor round up, and take tiny numbers for 0, as libraries built with -ffast-math do."""
+    C.fesetround(0x800)
+    if os.uname().machine == "x86_64":
+        found = ctypes.create_string_buffer(64)
+        C.fegetenv(found)
+        control = int.from_bytes(found.raw[28:32], "little") | 0x8040
+        found[28:32] = control.to_bytes(4, "little")
+        C.fesetenv(found)
+
+class Exiting:
+    def __getattribute__(self, name): sys.exit("of an object that was left behind")
+    def __eq__(self, other): sys.exit("of an object that was left behind")
+    __ne__, __hash__ = __eq__, object.__hash__
+    def __call__(self, *_): pass
 
 LEAVE = {  # what the next job must not find
     "nothing": nothing,
@@ -237,6 +255,14 @@ LEAVE = {  # what the next job must not find
     "namespace of processes": lambda: C.unshare(0x20000000),
     "root": lambda: (os.mkdir("jail"), os.chroot("jail")),
     "account": lambda: os.seteuid(65534),
+    "rounding": leave_rounding,
+    "personality": lambda: C.personality(0x0040000),
+    "huge pages": lambda: C.prctl(41, 1, 0, 0, 0),
+    "clocks of children": lambda: C.unshare(0x80),
+    "exiting stream": lambda: setattr(sys, "stdin", Exiting()),
+    "exiting handler": lambda: signal.signal(signal.SIGUSR1, Exiting()),
+    "exiting path": lambda: sys.path.insert(0, Exiting()),
+    "environment that fails": lambda: setattr(os.environ, "encodekey", nothing),
 }
 
 def status(*names):
@@ -268,9 +294,9 @@ def state():
         "functions": [time.monotonic() > 1, os.fstat(1)[1], json.dumps([1]), os.path.exists("/")],
         "names": [each.__name__ for each in (sqlite3.connect, threading.Thread.start, threading.Thread.run)],
         "inherited": subprocess.run(["env"], capture_output=True, text=True).stdout,
-        "namespaces": [os.readlink(f"/proc/self/ns/{name}") for name in ("mnt", "net", "uts")],
+        "namespaces": [os.readlink(f"/proc/self/ns/{name}") for name in sorted(os.listdir("/proc/self/ns"))],
         "prctl": [C.prctl(number, 0, 0, 0, 0) for number in (3, 7)],
-        "status": status("Name", "NoNewPrivs", "SigIgn", "Cap", "VmLck"),
+        "status": status("Name", "NoNewPrivs", "THP", "SigIgn", "Cap", "VmLck"),
         "collections": len(gc.callbacks), "trace of threads": repr(threading._trace_hook),
         "traceback limit": getattr(sys, "tracebacklimit", None),
         "start method": multiprocessing.get_start_method(allow_none=True) == "spawn",
@@ -279,7 +305,8 @@ def state():
         "hooks of imports": [len(sys.meta_path), len(sys.path_hooks)], "traced": tracemalloc.is_tracing(),
         "tracer": status("TracerPid"), "constants": [os.O_CLOEXEC, sys.platform],
         "priority": [os.nice(0), len(os.sched_getaffinity(0))],
-        "faults": faulthandler.is_enabled(),
+        "faults": faulthandler.is_enabled(), "personality": C.personality(0xffffffff),
+        "arithmetic": [repr(sys.float_info.min / 2), 1 + sys.float_info.min * 1e9 == 1],
         "children": Path(f"/proc/self/task/{os.getpid()}/children").read_text(),
     }
 
@@ -447,7 +474,7 @@ def read(place, name):
 
 UNREPORTED = ("nothing", "decimals", "c alarm", "handlers of faults", "faults of others", "orphan", "zombies", "traced",
               "signals to the parent")  # fmt: skip
-AS_ROOT = ("namespace", "namespace of processes", "root", "account")
+AS_ROOT = ("namespace", "namespace of processes", "root", "account", "clocks of children")
 
 
 @pytest.mark.parametrize("part", range(6))
@@ -718,6 +745,116 @@ def test_job_fails_with_the_true_reason_and_the_next_one_runs(tasks, kind, name,
     assert not re.search(r"\b(consumer|keeper|worker|pqueue_tasks)\.py", job.error), job.error
     assert queue.get(after).state == "completed"
     assert len(queue.consumers()) == 1
+
+
+FREED = """
+import contextvars, gc, signal, time
+from pqueue import task
+
+class Slow:
+    def __del__(self): time.sleep(600)
+
+class Endless:
+    def __del__(self):
+        while True: pass
+
+class SlowDict(dict, Slow): pass
+
+class SlowToCompare:
+    def __call__(self, *_): pass
+    def __eq__(self, other): time.sleep(600)
+    __ne__, __hash__ = __eq__, object.__hash__
+
+def local(kind):
+    held = kind()
+    raise ValueError("the reason")
+
+def argument(kind): raise ValueError("the reason", kind())
+
+def cause(kind):
+    try: argument(kind)
+    except ValueError as error: raise ValueError("the reason") from error
+
+def variable(kind):
+    contextvars.ContextVar("v").set(kind())
+    raise ValueError("the reason")
+
+def result(kind): return SlowDict() if kind is Slow else None
+
+@task(max_attempts=1, timeout_seconds=0.5)
+def free(job): return globals()[job.payload[0]](globals()[job.payload[1]])
+
+@task(max_attempts=1, timeout_seconds=0.5)
+async def free_in_loop(job): return free.function(job)
+
+@task(max_attempts=1)
+def leave_slow_handler(job):
+    signal.signal(signal.SIGUSR1, SlowToCompare())
+    with open("began", "w") as file: file.write("now")
+"""
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "task", "kinds", "ways"),
+    [
+        (1, "free", "Slow Endless", "local argument cause variable result"),
+        (1, "free_in_loop", "Slow Endless", "local argument result"),
+        (3, "free", "Endless", "local argument cause variable result"),
+        (3, "free_in_loop", "Endless", "local"),
+    ],
+)
+def test_limit_of_a_task_includes_the_code_that_frees_its_objects(tasks, concurrency, task, kinds, ways):
+    tasks.write("more.py", FREED)
+    queue = tasks.queue()
+    bad = [queue.enqueue(task, [way, kind]) for way in ways.split() for kind in kinds.split()]
+    good = queue.enqueue_many("good", range(5))
+    assert drain(tasks, "--import", "more", "--concurrency", concurrency).returncode == 1
+    for job in map(queue.get, bad):
+        assert job.state == ("completed" if job.payload[0] == "result" else "failed"), (job.payload, job)
+        assert not job.error or re.match("ValueError: .*the reason|TimeoutError: ", job.error), (job.payload, job.error)
+    assert [(queue.get(each).state, queue.get(each).attempts) for each in good] == [("completed", 1)] * 5
+
+
+IMPATIENT = """
+import sys, consumer
+from pqueue_tools import keeper
+keeper.SILENT_SECONDS = 0.5
+sys.exit(consumer.main(sys.argv[1:]))
+"""
+
+
+def impatient(tasks, *arguments):
+    """Start a consumer that kills a worker soon that does nothing."""
+    modules = ["--import", "my_tasks", "--import", "more", "--lease-seconds", "1"]
+    tasks.write("impatient.py", IMPATIENT)
+    return tasks.start("-m", "impatient", *modules, *arguments, PYTHONPATH=str(ROOT))
+
+
+def test_worker_that_executes_what_a_task_left_behind_is_replaced(tasks):
+    tasks.write("more.py", FREED)
+    queue = tasks.queue()
+    first, bad, after = queue.enqueue("good"), queue.enqueue("leave_slow_handler"), queue.enqueue("good")
+    child = impatient(tasks)
+    wait_until(lambda: queue.get(after).state == "completed")
+    states = [(job.state, job.attempts, job.error) for job in map(queue.get, [first, bad, after])]
+    assert states == [("completed", 1, None)] * 3
+    out = child.out.read_text()
+    assert re.search('worker died .*reason="did not end what a task left behind, in .*more.py:16, within 0.5 s', out), (
+        out
+    )
+    assert sorted(read(tasks, "good").split()) == [str(first), str(after)]
+
+
+def test_second_signal_ends_a_worker_that_executes_what_a_task_left_behind(tasks):
+    tasks.write("more.py", FREED)
+    queue = tasks.queue()
+    bad = queue.enqueue("leave_slow_handler")
+    child = impatient(tasks, "--lease-seconds", 60)
+    wait_until(lambda: read(tasks, "began"))
+    child.send_signal(signal.SIGTERM)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(20) == 0
+    assert (queue.get(bad).state, queue.get(bad).attempts) == ("completed", 1)
 
 
 def test_worker_that_is_killed_between_jobs_costs_no_attempt(tasks):

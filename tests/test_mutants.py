@@ -127,6 +127,7 @@ MUTANTS = [
     Mutant("a task that has lost its lease is ended while others write", "test_misbehaviour.py: database_is_locked and all-overrun-1"),
     Mutant("what has finished is completed, although its worker cannot do it", "test_misbehaviour.py: outlives_a_worker"),
     Mutant("a worker that is stuck does not keep others from writing", "test_concurrency.py: stopped_while_it_holds and 1"),
+    Mutant("code that a task has left behind does not stop its consumer", "test_misbehaviour.py: left_behind_is"),
     Mutant("a watchdog that a task has killed is started again", "test_misbehaviour.py: watchdog_that_a_task"),
     Mutant("a consumer that is never idle finds what tasks leave behind", "test_concurrency.py: never_idle", " or self._pauses()", ""),
     Mutant("a thread that has no memory to begin does not stop its consumer", "test_concurrency.py: no_memory_to_begin"),
