@@ -98,10 +98,11 @@ ENQUEUE_TRIES = 100  # while other transactions use and free the key
 UNSAFE = """
 SELECT name || ' is off' FROM (VALUES ('fsync'), ('full_page_writes')) needed (name)
 WHERE current_setting(name) = 'off'"""
-# Return what no two databases have in common.
+# Return what no two databases have in common, as numbers: texts would depend on the settings.
 SAME_DATABASE = f"""
-SELECT (SELECT oid FROM pg_database WHERE datname = current_database())::text, pg_postmaster_start_time()::text,
-    to_regclass('{SCHEMA}.jobs')::oid::text"""
+SELECT (SELECT oid FROM pg_database WHERE datname = current_database())::bigint,
+    CAST(EXTRACT(EPOCH FROM pg_postmaster_start_time()) * 1000000 AS bigint),
+    to_regclass('{SCHEMA}.jobs')::oid::bigint"""
 # Return the size of the queue's tables in bytes, and whether this role owns them.
 SIZE = f"""
 SELECT sum(pg_total_relation_size(oid))::bigint, bool_and(pg_has_role(relowner, 'USAGE')) FROM pg_class

@@ -110,6 +110,31 @@ def test_connection_of_psycopg_takes_part_in_its_transaction_only(queue, databas
     assert queue.count_jobs() == 3
 
 
+SETTINGS = {
+    "TimeZone": "Asia/Kathmandu",
+    "DateStyle": "German, DMY",
+    "IntervalStyle": "iso_8601",
+    "extra_float_digits": "-15",
+    "bytea_output": "escape",
+    "standard_conforming_strings": "off",
+    "client_encoding": "LATIN1",
+    "quote_all_identifiers": "on",
+    "array_nulls": "off",
+    "search_path": "",
+}
+
+
+@pytest.mark.parametrize("queue", ["postgres"], indirect=True)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_connection_is_joined_whatever_its_settings(queue, name):
+    with psycopg.connect(**queue._conninfo) as connection:
+        connection.execute("SELECT set_config(%s, %s, false)", (name, SETTINGS[name]))
+        with queue.join(connection):
+            job_id = queue.enqueue("日本", 0.1, key="ß")
+    job = queue.get(job_id)
+    assert (job.task, job.payload, job.key) == ("日本", 0.1, "ß")
+
+
 @pytest.mark.parametrize("queue", ["postgres"], indirect=True)
 def test_connection_to_another_database_is_not_joined(queue, server):
     with closing(psycopg.connect(server)) as connection:
