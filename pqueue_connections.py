@@ -158,8 +158,11 @@ def parse_url(url: str) -> ParsedURL:
         else:
             kept.append(part)
     schema, most = own["schema"], own["max_connections"]
-    if not re.fullmatch("(?!pg_)[A-Za-z_][A-Za-z0-9_-]{0,62}", schema):
-        raise ValueError(f"expected a schema of at most 63 letters, digits, _ and -, not pg_…, got {schema[:80]!r}")
+    if not re.fullmatch("(?!pg_|information_schema$)[A-Za-z_][A-Za-z0-9_-]{0,62}", schema):
+        raise ValueError(
+            "expected a schema of at most 63 letters, digits, _ and -, not pg_… or information_schema, got "
+            f"{schema[:80]!r}"
+        )
     if not re.fullmatch("[0-9]{1,5}", most) or int(most) < 2:
         raise ValueError(f"expected max_connections of at least 2, got {most[:40]!r}")
     return ParsedURL(_conninfo(scheme, rest + "?" * bool(kept) + "&".join(kept)), schema, int(most))

@@ -407,7 +407,7 @@ class OtherSchemaContract(QueueContract, PostgresCase):
         return db.execute(sqlalchemy.text(sql), params)
 
 
-@pytest.mark.parametrize("name", ["", "pg_mine", "a.b", 'a"b', "x" * 64, "a b", "1a", "ä"])
+@pytest.mark.parametrize("name", ["", "pg_mine", "information_schema", "a.b", 'a"b', "x" * 64, "a b", "1a", "ä"])
 def test_schema_name_that_cannot_be_is_refused(database, name):
     with pytest.raises(ValueError, match="expected a schema of at most 63"):
         pqueue.open_queue(with_query(database, schema=name) if name else database + "&schema=")
