@@ -617,9 +617,13 @@ GROUP BY at - at % 3600, {EVENT} ORDER BY 2, 3, 4, 5, 6, 7
 {SUM}""",
     # differs because ADD_UP has deleted them
     pqueue_outcomes.DELETE_MINUTES: "SELECT FROM (SELECT) none WHERE CAST(:before AS bigint) IS NULL",
-    # differs because a text is searched, a number rounded, and texts joined in another way
+    # differs because a text is searched, a number rounded, texts joined and the last row found in another way
     pqueue_schema.FAILURES: pqueue_schema.failures(
-        "split_part(error, chr(10), 1)", "CAST(floor((finished_at - :first) / 3600) AS integer)", "string_agg"
+        "split_part(error, chr(10), 1)",
+        "CAST(floor((finished_at - :first) / 3600) AS integer)",
+        "string_agg",
+        "ARRAY[finished_at, id]",
+        "CAST((max(place))[2] AS bigint)",
     ),
     # differs because they must not change before they are promoted or failed, and all lock them in one order
     pqueue_dependencies.DEPENDENTS: f"{pqueue_dependencies.DEPENDENTS} ORDER BY id FOR UPDATE",

@@ -790,23 +790,24 @@ AND queue NOT IN (SELECT coalesce((SELECT queue FROM jobs WHERE jobs.id = job_id
     WHERE history.id > (SELECT max(id) FROM history) - 100 AND at >= :before)"""
 
 
-def failures(first_line: str, hours: str, joined: str) -> str:
+def failures(first_line: str, hours: str, joined: str, place: str, last_id: str) -> str:
     """Count failed jobs by task and first line of the error, its digits replaced by 0: `failures` folds the rest. The
-    last column has the hours since :first, each with its number of jobs: 3:17,4:1. The LIMIT, larger than any table,
-    keeps SQLite before 3.41 from flattening the subquery, and so from reading the rows instead of the index."""
+    last column has the hours since :first, each with its number of jobs: 3:17,4:1. `place` is larger the later a job
+    failed; `last_id` is the id in the largest. The LIMIT, larger than any table, keeps SQLite before 3.41 from
+    flattening the subquery, and so from reading the rows instead of the index."""
     for digit in "123456789":
         first_line = f"replace({first_line}, '{digit}', '0')"
     shown = "CASE WHEN hour >= 0 THEN CAST(hour AS text) || ':' || CAST(number AS text) END"
     return f"""
-SELECT task, line, CAST(sum(number) AS bigint), CAST(sum(recent) AS bigint), max(last_id), min(first_at), max(last_at),
-    {joined}({shown}, ',') FROM (
+SELECT task, line, CAST(sum(number) AS bigint), CAST(sum(recent) AS bigint), {last_id} AS last_id,
+    min(first_at), max(last_at), {joined}({shown}, ',') FROM (
     SELECT task, {first_line} AS line, CASE WHEN finished_at >= :first THEN {hours} ELSE -1 END AS hour,
-        count(*) AS number, sum(CASE WHEN finished_at >= :since THEN 1 ELSE 0 END) AS recent, max(id) AS last_id,
+        count(*) AS number, sum(CASE WHEN finished_at >= :since THEN 1 ELSE 0 END) AS recent, max({place}) AS place,
         min(finished_at) AS first_at, max(finished_at) AS last_at FROM (
         SELECT task, coalesce(substr(error, 1, {FAILURE_CHARS}), '') AS error, id, finished_at FROM jobs
         WHERE state = 'failed' LIMIT {MAX_ID}) failed
     GROUP BY task, line, hour) counted
-GROUP BY task, line ORDER BY max(last_at) DESC, max(last_id) DESC LIMIT {MAX_GROUPS}"""
+GROUP BY task, line ORDER BY max(place) DESC LIMIT {MAX_GROUPS}"""
 
 
 # Return the groups of failed jobs that were last to fail.
@@ -814,6 +815,8 @@ FAILURES = failures(
     "substr(error, 1, instr(error || char(10), char(10)) - 1)",
     "CAST((finished_at - :first) / 3600 AS INTEGER)",
     "group_concat",
+    "printf('%020.6f %020d', finished_at, id)",
+    "CAST(substr(max(place), 22) AS INTEGER)",
 )
 
 TABLES: tuple[str, ...] = ("jobs", "queues", "queue_tasks", "queue_groups", "group_weights", "group_starts")

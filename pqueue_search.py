@@ -149,7 +149,7 @@ class Reading(Backend):
 
         Each group is a dict: "task"; "error", the fingerprint; "jobs", their number; "last_hour", those that failed
         within an hour; "by_hour", those of each of the last 24 hours, of which the last one has just begun; "last_id",
-        the highest id; "first_at" and "last_at", when they failed, in Unix seconds.
+        the job that failed last; "first_at" and "last_at", when they failed, in Unix seconds.
         """
         groups: dict[tuple[str, str], dict[str, Any]] = {}
         at = self._time(now)
@@ -165,7 +165,6 @@ class Reading(Backend):
                 group["by_hour"][min(int(hour), TREND_HOURS - 1)] += int(number)
             group["jobs"] += jobs
             group["last_hour"] += last_hour
-            group["last_id"] = max(group["last_id"], last_id)
             group["first_at"] = min(group["first_at"], first_at)
         return list(groups.values())
 

@@ -4049,9 +4049,34 @@ class QueueContract:
         for age in (7200, 60, 600, 7000):
             self.queue.mark_failed(self.queue.enqueue("t", now=now - 9000), f"order {age} is gone", now=now - age)
         (group,) = self.queue.failures()
-        shown = {"task": "t", "error": "order … is gone", "jobs": 4, "last_hour": 2, "last_id": 4}
+        shown = {"task": "t", "error": "order … is gone", "jobs": 4, "last_hour": 2, "last_id": 2}
         self.assertEqual(sum(group.pop("by_hour")), 4)
         self.assertEqual(group, {**shown, "first_at": now - 7200, "last_at": now - 60})
+
+    def test_last_job_of_a_group_is_the_one_that_failed_last(self):
+        """Whatever its id: an older job may fail last after it was resubmitted, and errors are folded twice."""
+        now, chance = self.queue.now(), random.Random(1)
+        ids = self.queue.enqueue_many("t", range(30), now=now - 9000)
+        at = {}
+        for turn in range(60):
+            job_id = chance.choice(ids)
+            if job_id in at:
+                self.queue.resubmit(job_id, now=now - 8000 + turn)
+            at[job_id] = now - 7200 + chance.choice((turn * 100, 5000, 0.25 * turn))
+            self.queue.mark_failed(
+                job_id, f"order <{chance.randrange(40)}> {'in' * (turn % 2)} 0x{turn:x}", now=at[job_id]
+            )
+        failed = {job.id: job for job in self.queue.list_jobs(state="failed")}
+        groups = {}
+        for job_id, job in failed.items():
+            groups.setdefault(pqueue_search.fingerprint(job.error), []).append((job.finished_at, job_id))
+        found = self.queue.failures()
+        self.assertEqual(
+            {g["error"]: (g["last_at"], g["last_id"]) for g in found}, {k: max(v) for k, v in groups.items()}
+        )
+        self.assertEqual(
+            [g["last_id"] for g in found], [job_id for _, job_id in sorted(map(max, groups.values()))[::-1]]
+        )
 
     def test_operator_sees_in_which_of_the_last_hours_a_group_failed(self):
         now = 1_800_000_000.0 // 3600 * 3600

@@ -1002,17 +1002,17 @@ AND queue NOT IN (SELECT coalesce((SELECT queue FROM pqueue.jobs WHERE jobs.id =
 
 -- FAILURES
 -- Return the groups of failed jobs that were last to fail.
--- differs because a text is searched, a number rounded, and texts joined in another way
+-- differs because a text is searched, a number rounded, texts joined and the last row found in another way
 -- $1 first, $2 since
-SELECT task, line, CAST(sum(number) AS bigint), CAST(sum(recent) AS bigint), max(last_id), min(first_at), max(last_at),
-    string_agg(CASE WHEN hour >= 0 THEN CAST(hour AS text) || ':' || CAST(number AS text) END, ',') FROM (
+SELECT task, line, CAST(sum(number) AS bigint), CAST(sum(recent) AS bigint), CAST((max(place))[2] AS bigint) AS last_id,
+    min(first_at), max(last_at), string_agg(CASE WHEN hour >= 0 THEN CAST(hour AS text) || ':' || CAST(number AS text) END, ',') FROM (
     SELECT task, replace(replace(replace(replace(replace(replace(replace(replace(replace(split_part(error, chr(10), 1), '1', '0'), '2', '0'), '3', '0'), '4', '0'), '5', '0'), '6', '0'), '7', '0'), '8', '0'), '9', '0') AS line, CASE WHEN finished_at >= $1 THEN CAST(floor((finished_at - $1) / 3600) AS integer) ELSE -1 END AS hour,
-        count(*) AS number, sum(CASE WHEN finished_at >= $2 THEN 1 ELSE 0 END) AS recent, max(id) AS last_id,
+        count(*) AS number, sum(CASE WHEN finished_at >= $2 THEN 1 ELSE 0 END) AS recent, max(ARRAY[finished_at, id]) AS place,
         min(finished_at) AS first_at, max(finished_at) AS last_at FROM (
         SELECT task, coalesce(substr(error, 1, 200), '') AS error, id, finished_at FROM pqueue.jobs
         WHERE state = 'failed' LIMIT 9223372036854775807) failed
     GROUP BY task, line, hour) counted
-GROUP BY task, line ORDER BY max(last_at) DESC, max(last_id) DESC LIMIT 10000;
+GROUP BY task, line ORDER BY max(place) DESC LIMIT 10000;
 
 -- COUNT_ALL_RUNNING
 -- Count the jobs that are processing in all queues.

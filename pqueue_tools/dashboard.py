@@ -286,7 +286,7 @@ class FigureCache:
 
     def of_task(self, figures: dict[str, Any], query: Query) -> dict[str, Any]:
         """Return the figures as far as they concern the task of the query, within its `last`, one of DAYS or else an
-        hour; also total: what happened to its jobs, and newest: the last ones that failed. Raises ValueError."""
+        hour; also total: what happened to its jobs, and newest: its failed jobs, newest first. Raises ValueError."""
         task, last = one(query, "task"), one(query, "last")
         if not task:
             raise ValueError("expected a task, as in /task?task=send_mail, got none")

@@ -160,7 +160,7 @@ FAILED = Table(
         Column("24 hours", itemgetter("by_hour"), "failures", on_phone=False),
         Column("first", itemgetter("first_at"), "time", on_phone=False),
         Column("last", itemgetter("last_at"), "time"),
-        Column("newest", itemgetter("last_id"), "job"),
+        Column("last job", itemgetter("last_id"), "job"),
     ),
     "no job has failed",
     "group",
