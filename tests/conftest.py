@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -17,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import pqueue  # noqa: E402
 import pqueue_values  # noqa: E402
-from test_pqueue import nothing_left, wait_until  # noqa: E402, F401 - the contract suite is self-contained, so it lives there
+from test_pqueue import PATIENCE_SECONDS, nothing_left, wait_until  # noqa: E402, F401 - the contract suite is self-contained, so it lives there
 
 
 @pytest.fixture(autouse=True)
@@ -33,11 +37,28 @@ def looks_at_itself_only(monkeypatch):
     monkeypatch.setattr(os, "listdir", lambda path=".": [str(os.getpid())] if path == "/proc" else names(path))
 
 
+def own_ports() -> tuple[socket.socket, Iterator[int]]:
+    """Return ports that no other test process takes while this one keeps the socket, and the kernel for no client."""
+    for first in random.SystemRandom().sample(range(20_000, 32_000, 100), 120):
+        mark = socket.socket(socket.AF_UNIX)
+        try:
+            mark.bind(f"\0pqueue-tests-{first}")
+            return mark, cycle(range(first, first + 100))
+        except OSError:
+            mark.close()
+    raise AssertionError("too many test processes at the same time")
+
+
+MARK, PORTS = own_ports()
+
+
 def free_port() -> int:
     """Return a free port, for a server that needs one in advance."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+    for port in PORTS:
+        with socket.socket() as taken, suppress(OSError):
+            taken.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("unreachable")
 
 
 for each in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
@@ -99,7 +120,7 @@ class Place:
             env=self.environment(**variables),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_SECONDS,
         )
 
     def dashboard(self, **variables: str) -> str:

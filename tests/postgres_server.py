@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psycopg
-from conftest import free_port, wait_until
+from conftest import PATIENCE_SECONDS, free_port, wait_until
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # that no XDG_RUNTIME_DIR is set
@@ -62,7 +62,7 @@ class Server:
         command = ["postgres", "-D", self.data, "-h", self.address, "-p", self.port, "-k", self.folder, *options]
         with (self.folder / "log").open("a") as log:
             self.process = subprocess.Popen(self._command(*command), stdout=log, stderr=log, start_new_session=True)
-        wait_until(self._answers, 30)
+        wait_until(self._answers)
         return self
 
     def stop_at_once(self) -> None:
@@ -77,7 +77,7 @@ class Server:
         if self.process is not None:
             with suppress(ProcessLookupError):
                 how(self.process)
-            self.process.wait(30)
+            self.process.wait(PATIENCE_SECONDS)
             self.process = None
 
     def ask(self, sql: str):

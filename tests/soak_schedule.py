@@ -25,7 +25,7 @@ from pathlib import Path
 import pqueue
 
 ROOT = Path(__file__).resolve().parent.parent
-CONSUMERS, KILL_EVERY_SECONDS, WAIT_SECONDS = 3, (0.5, 4.0), 60
+CONSUMERS, KILL_EVERY_SECONDS, WAIT_SECONDS = 3, (0.5, 4.0), 180
 TASKS = """
 import random
 import time
@@ -75,6 +75,7 @@ def run(folder: Path, seconds: float) -> tuple[list[str], dict[str, float]]:
         try:
             wait_while(lambda: not queue.count_jobs())
             kills = kill_for(queue, seconds)
+            wait_while(lambda: queue.schedules()[0].next_at <= time.time())
             queue.pause_schedule("tick")
             last = queue.schedules()[0].next_at - 1
             wait_while(lambda: queue.count_jobs(state="completed") < queue.count_jobs())

@@ -11,7 +11,7 @@ from importlib.resources import files
 from urllib.parse import urlencode
 
 import pytest
-from conftest import ROOT, free_port, wait_until
+from conftest import PATIENCE_SECONDS, ROOT, free_port, wait_until
 from playwright.sync_api import expect, sync_playwright
 from populate import populate
 
@@ -39,7 +39,7 @@ def patient(job):
     while not Path("go").exists():
         time.sleep(0.01)
 """.replace("@task\n", "@task()\n")
-PATIENCE = 60_000  # milliseconds, after which something is wrong
+PATIENCE = 1000 * PATIENCE_SECONDS  # milliseconds
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)><b>bold</b> [a](javascript:alert(3)) :red[x] $x^2$ 😀"
 CONTROL = "\x1b[31m\u202e\x00"
 

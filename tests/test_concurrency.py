@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import wait_until
+from conftest import PATIENCE_SECONDS, wait_until
 from test_misbehaviour import SOAK, registered
 
 import pqueue
@@ -102,7 +102,8 @@ async def hold_gil(job):
     while True: ctypes.PyDLL(None).sleep(600)  # a signal ends it
 
 @task(max_attempts=1)
-async def brief_block(job): time.sleep(2.5)
+async def brief_block(job):
+    while not os.access("go-on", os.F_OK): time.sleep(0.01)
 
 @task(max_attempts=1, timeout_seconds=0.3)
 async def return_late(job):
@@ -322,12 +323,12 @@ def worker_of(child):
 
 
 def outcome(queue, job_id):
-    job = wait_until(lambda: queue.get(job_id).state in pqueue.FINISHED and queue.get(job_id), seconds=30)
+    job = wait_until(lambda: queue.get(job_id).state in pqueue.FINISHED and queue.get(job_id))
     return job.state, job.attempts, (job.error or "").split("\n")[0]
 
 
 def completed(queue, *ids):
-    wait_until(lambda: all(queue.get(each).state == "completed" for each in ids), seconds=30)
+    wait_until(lambda: all(queue.get(each).state == "completed" for each in ids))
 
 
 # Running at the same time
@@ -545,18 +546,23 @@ def test_stopped_worker_loses_the_leases_of_all_its_jobs(tasks):
     child = consumer(tasks, "--lease-seconds", 1)
     began(tasks, 3)
     os.kill(worker_of(child), signal.SIGSTOP)
-    wait_until(lambda: len(queue.dequeue_many("heir", 1) or []) and queue.get(ids[0]).consumer == "heir", seconds=20)
+    wait_until(lambda: len(queue.dequeue_many("heir", 1) or []) and queue.get(ids[0]).consumer == "heir")
 
 
 def test_task_that_blocks_the_event_loop_is_reported(tasks):
     queue = tasks.queue()
     job_id = queue.enqueue("brief_block")
-    done = drain(tasks)
-    line = 1 + TASKS[: TASKS.index("time.sleep(2.5)")].count("\n")
+    child = consumer(tasks, "--drain")
+    wait_until(lambda: child.out.read_text().count("blocked consumer=") >= 2)
+    (tasks.folder / "go-on").touch()
+    assert child.wait(PATIENCE_SECONDS) == 0
+    line = 1 + TASKS[: TASKS.index("os.access")].count("\n")
     found = re.findall(
-        r'blocked consumer=\S+ job=(\d+) reason="the event loop was blocked for (\d) s in (\S+)"', done.stdout
+        r'blocked consumer=\S+ job=(\d+) reason="the event loop was blocked for (\d+) s in (\S+)"',
+        said := child.out.read_text(),
     )
-    assert found == [(str(job_id), seconds, f"{tasks.folder}/my_tasks.py:{line}") for seconds in "12"], done.stdout
+    assert {(job, place) for job, _, place in found} == {(str(job_id), f"{tasks.folder}/my_tasks.py:{line}")}, said
+    assert all(int(seconds) >= 2**number for number, (_, seconds, _) in enumerate(found)), said
 
 
 def test_task_with_a_memory_limit_runs_alone(tasks):
@@ -607,7 +613,9 @@ def test_task_that_ends_its_process_is_found_if_possible(tasks, task, error, oth
 
 def test_last_attempt_of_a_job_that_lost_its_process_is_made_alone(tasks):
     tasks.write("more.py", "from my_tasks import *\n@task(backoff=0, max_attempts=2)\n"
-                "def leave_twice(job): note('began', job.attempts); time.sleep(2); os._exit(3)\n"
+                "def leave_twice(job):\n    note('began', job.attempts)\n"
+                "    while job.attempts == 1 and Path('began').read_bytes().count(b'x') < 3: time.sleep(0.01)\n"
+                "    os._exit(3)\n"
                 "@task(backoff=0)\ndef other(job): note('began', 'x'); time.sleep(8)\n")  # fmt: skip
     queue = tasks.queue()
     bad, *good = queue.enqueue("leave_twice", max_attempts=2), *queue.enqueue_many("other", range(3), max_attempts=2)
@@ -825,7 +833,7 @@ def test_task_that_leaves_no_memory_for_threads_harms_no_other_job(tasks, left):
     bad = queue.enqueue("limit_memory", left)
     wait_until(lambda: queue.get(bad).state != "pending")
     good = queue.enqueue_many("io", [0] * 5)
-    wait_until(lambda: queue.get(bad).state in pqueue.FINISHED, seconds=60)
+    wait_until(lambda: queue.get(bad).state in pqueue.FINISHED)
     completed(queue, *good, *queue.enqueue_many("fetch", [0] * 5))
     assert child.poll() is None
 
@@ -846,9 +854,9 @@ def test_task_that_spoils_its_thread_or_the_event_loop_harms_no_other_job(tasks,
     child = consumer(tasks, "--lease-seconds", 5)
     completed(queue, first := queue.enqueue("look_at_thread"))
     before = queue.enqueue_many("fetch", [1] * 2)  # which run meanwhile
-    wait_until(lambda: queue.count_jobs(state="processing") == 2)
+    wait_until(lambda: not queue.count_jobs(state="pending"))
     bad = queue.enqueue(task, max_attempts=1)
-    wait_until(lambda: queue.get(bad).state in pqueue.FINISHED, seconds=30)
+    wait_until(lambda: queue.get(bad).state in pqueue.FINISHED)
     completed(queue, *before, *queue.enqueue_many("fetch", [0] * 5), *queue.enqueue_many("io", [0] * 5))
     completed(queue, last := queue.enqueue("look_at_thread"))
     costly = ("close_selector", "close_loops_files", "forbid_writing", "forbid_writing_for_long", "close_connections")
@@ -856,7 +864,7 @@ def test_task_that_spoils_its_thread_or_the_event_loop_harms_no_other_job(tasks,
     assert is_new or queue.get(last).result == queue.get(first).result
     assert child.poll() is None
     child.send_signal(signal.SIGTERM)
-    assert child.wait(30) == 0, child.out.read_text()
+    assert child.wait(PATIENCE_SECONDS) == 0, child.out.read_text()
 
 
 def test_drain_ends_when_jobs_and_those_that_they_enqueue_are_done(tasks):
@@ -917,7 +925,7 @@ def test_idle_consumer_stops_at_once(tasks):
     child = consumer(tasks)
     completed(queue, queue.enqueue("pid"), queue.enqueue("apid"))
     child.send_signal(signal.SIGTERM)
-    assert child.wait(10) == 0
+    assert child.wait(PATIENCE_SECONDS) == 0
     assert "Traceback" not in child.out.read_text()
 
 
@@ -1003,14 +1011,14 @@ def test_consumer_in_a_thread_runs_jobs_at_the_same_time(place):
     async def later(job):
         return job.payload
 
-    with registered("together", lambda job: barrier.wait(10)), registered("later", later):
+    with registered("together", lambda job: barrier.wait(PATIENCE_SECONDS)), registered("later", later):
         runner = Consumer(queue, "embedded", concurrency=5, lease_seconds=0.6)
         thread = threading.Thread(target=runner.run)
         thread.start()
         ids = queue.enqueue_many("together", range(5)) + queue.enqueue_many("later", range(20))
         completed(queue, *ids)
         runner.stop()
-        thread.join(10)
+        thread.join(PATIENCE_SECONDS)
         assert not thread.is_alive()
     assert (runner.completed, runner.failed) == (25, 0)
     assert [each.name for each in threading.enumerate() if each.name.startswith("pqueue-")] == []
@@ -1048,7 +1056,7 @@ def test_job_whose_thread_has_no_memory_to_begin_runs_at_its_next_attempt(place,
         else:
             begin(thread)
 
-    monkeypatch.setattr("pqueue_tools.concurrency.START_SECONDS", 0.2)
+    monkeypatch.setattr("pqueue_tools.concurrency.START_SECONDS", 2.0)
     monkeypatch.setattr(threading.Thread, "_bootstrap", end_once)
     monkeypatch.setattr(pqueue.Task, "retry_in_seconds", lambda *_: 0.0)
     with registered("now", lambda job: job.payload):
@@ -1056,7 +1064,7 @@ def test_job_whose_thread_has_no_memory_to_begin_runs_at_its_next_attempt(place,
         job_id = queue.enqueue("now", 1)
         thread = threading.Thread(target=runner.run, daemon=True)
         thread.start()
-        thread.join(20)
+        thread.join(PATIENCE_SECONDS)
         assert not thread.is_alive()
     threading._limbo.clear()  # where it would stay
     job = queue.get(job_id)

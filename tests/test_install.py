@@ -149,7 +149,7 @@ def test_project_uses_the_queue_with_its_own_modules(project):
     address = wait_until(lambda: re.search(r"dashboard at (\S+)\n", child.out.read_text()))[1]
     assert b"sum_up" in urllib.request.urlopen(f"{address}/jobs", timeout=30).read()
     child.send_signal(signal.SIGINT)
-    assert child.wait(30) == 0, child.out.read_text()
+    assert child.wait(60) == 0, child.out.read_text()
     assert "Traceback" not in child.out.read_text()
 
 

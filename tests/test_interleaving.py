@@ -19,6 +19,7 @@ from unittest import mock
 
 import psycopg
 import pytest
+from conftest import PATIENCE_SECONDS
 from test_postgres import database, server
 
 import pqueue
@@ -106,7 +107,7 @@ class Stop:
         self.seen += 1
         if self.seen == self.at:
             self.is_there.set()
-            self.go_on.wait(30)
+            self.go_on.wait(PATIENCE_SECONDS)
 
 
 class Stage:
@@ -196,7 +197,7 @@ class Stage:
             job, stop = self.set(state), Stop(at)
             first = self.call("first", verbs["first"], job, stop)
             first.add_done_callback(lambda _, stop=stop: stop.is_there.set())
-            stop.is_there.wait(30)
+            stop.is_there.wait(PATIENCE_SECONDS)
             if first.done():
                 return
             second = self.call("second", verbs["second"], job)

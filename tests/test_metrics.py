@@ -11,7 +11,6 @@ from collections import Counter
 from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.error import HTTPError
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
@@ -273,7 +272,7 @@ def prometheus(queue, folder):
 
 def is_ready(address):
     """Return whether Prometheus, which listens before that, answers queries."""
-    with suppress(HTTPError), urlopen(f"{address}/-/ready") as answer:
+    with suppress(OSError), urlopen(f"{address}/-/ready") as answer:
         return answer.status == 200
     return False
 

@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 
 import pytest
-from conftest import ROOT, parent, wait_until
+from conftest import PATIENCE_SECONDS, ROOT, parent, wait_until
 
 import pqueue
 from consumer import Consumer
@@ -910,7 +910,7 @@ def test_worker_dies_with_its_keeper_before_anybody_takes_the_job(tasks):
     child = consumer(tasks)
     worker = int(wait_until(lambda: read(tasks, "began")))
     child.kill()
-    job = wait_until(lambda: queue.dequeue("heir"), seconds=30)
+    job = wait_until(lambda: queue.dequeue("heir"))
     assert (job.id, job.attempts) == (job_id, 2)
     assert not processes.is_running(worker)
 
@@ -924,7 +924,7 @@ def test_worker_of_a_stopped_keeper_dies_before_anybody_takes_the_job(tasks, tas
     child.send_signal(signal.SIGSTOP)
     wait_until(lambda: not processes.is_running(worker))
     assert queue.get(job_id).consumer == "w"  # nobody else has taken it yet
-    job = wait_until(lambda: queue.dequeue("heir"), seconds=30)
+    job = wait_until(lambda: queue.dequeue("heir"))
     assert (job.id, job.attempts) == (job_id, 2)
     child.send_signal(signal.SIGCONT)
     later = queue.enqueue("pid")
@@ -1002,7 +1002,7 @@ def locked_while_stopped(place, queue, pids, take):
     """Stop these processes, wait for the job that `take` then returns, and lock the database during the block."""
     with closing(sqlite3.connect(place.folder / "var/queue.db", isolation_level=None, timeout=1)) as other:
         wait_until(lambda: is_stopped_outside_a_transaction(pids, other))
-        job = wait_until(take, seconds=30)
+        job = wait_until(take)
         other.execute("BEGIN IMMEDIATE")
         yield job
         other.execute("ROLLBACK")
@@ -1045,7 +1045,7 @@ def test_consumer_has_the_same_processes_and_descriptors_after_many_signals(task
 
     def settled():
         job_id = queue.enqueue("good")
-        wait_until(lambda: queue.get(job_id).state == "completed", seconds=30)
+        wait_until(lambda: queue.get(job_id).state == "completed")
         pids = wait_until(lambda: len(found := processes.children(child.pid)) == 2 and [child.pid, *found])
         return sorted(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids), len(os.listdir(tasks.folder / "var"))
 
@@ -1063,11 +1063,11 @@ def test_consumer_has_the_same_processes_and_descriptors_after_many_signals(task
         if pid and number == signal.SIGSTOP:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
-    wait_until(lambda: not queue.count_jobs(state="processing") + queue.count_jobs(state="pending"), seconds=60)
-    assert settled() == before
+    wait_until(lambda: not queue.count_jobs(state="processing") + queue.count_jobs(state="pending"))
+    wait_until(lambda: settled() == before)
     child.terminate()
     assert child.wait(60) == 0
-    assert [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_in(pid, tasks.folder)] == []
+    wait_until(lambda: not any(is_in(pid, tasks.folder) for pid in map(int, filter(str.isdigit, os.listdir("/proc")))))
     ran = read(tasks, "good").split()
     assert len(set(ran)) == queue.count_jobs(state="completed") == queue.count_jobs()
 
@@ -1160,10 +1160,10 @@ def test_keeper_takes_back_no_job_of_a_later_claim(place):
 
 def test_job_that_holds_the_gil_for_ten_lease_periods_is_delivered_once(tasks):
     queue = tasks.queue()
-    job_id = queue.enqueue("hold_gil", 6)
+    job_id = queue.enqueue("hold_gil", 15)
     quick = queue.enqueue_many("good", range(20))
     for number in range(2):
-        consumer(tasks, "--lease-seconds", 0.6, "--name", f"w{number}")
+        consumer(tasks, "--lease-seconds", 1.5, "--name", f"w{number}")
     wait_until(lambda: all(queue.get(each).state == "completed" for each in quick))
     job = wait_until(lambda: queue.get(job_id).state != "processing" and queue.get(job_id))
     assert (job.state, job.attempts, queue.history(job_id)) == ("completed", 1, [])
@@ -1179,7 +1179,7 @@ def test_operator_ends_a_task_at_once_even_if_it_holds_the_gil(tasks, verb, task
     wait_until(lambda: queue.get(job_id).state == "processing")
     getattr(queue, verb)(job_id, *(["somebody"] if verb == "assign" else []))
     later = queue.enqueue("pid")
-    after = wait_until(lambda: queue.get(later).state == "completed" and queue.get(later), seconds=20)
+    after = wait_until(lambda: queue.get(later).state == "completed" and queue.get(later))
     assert f"lost consumer=w job={job_id}" in child.out.read_text()
     assert (after.result == worker) == (task == "patient")
     state = {"cancel": "cancelled", "mark_failed": "failed", "assign": "pending"}[verb]
@@ -1204,7 +1204,7 @@ def test_processes_of_a_task_are_killed_with_it(tasks):
     queue = tasks.queue()
     queue.enqueue("spawn_and_hang", max_attempts=1)
     drain(tasks)
-    assert [pid for pid in map(int, read(tasks, "spawned").split()) if processes.is_running(pid)] == []
+    wait_until(lambda: not any(map(processes.is_running, map(int, read(tasks, "spawned").split()))))
 
 
 def test_processes_of_a_task_are_killed_with_its_consumer(tasks):
@@ -1215,7 +1215,7 @@ def test_processes_of_a_task_are_killed_with_its_consumer(tasks):
     child.send_signal(signal.SIGTERM)
     child.send_signal(signal.SIGINT)
     assert child.wait(60) == 0
-    assert [pid for pid in map(int, read(tasks, "spawned").split()) if processes.is_running(pid)] == []
+    wait_until(lambda: not any(map(processes.is_running, map(int, read(tasks, "spawned").split()))))
     assert queue.get(job_id).state == "failed"  # as its max_attempts is 1
 
 
@@ -1291,7 +1291,7 @@ def test_good_jobs_complete_once_among_bad_ones(tasks, seed):
     for child in children:
         child.send_signal(signal.SIGTERM)
     assert [child.wait(60) for child in children] == [0] * 3
-    assert [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_in(pid, tasks.folder)] == []
+    wait_until(lambda: not any(is_in(pid, tasks.folder) for pid in map(int, filter(str.isdigit, os.listdir("/proc")))))
 
 
 def is_in(pid, folder):
@@ -1372,7 +1372,7 @@ def test_consumer_in_a_thread_works_without_signals_and_stops_when_asked(place):
         go_on.touch()
         wait_until(lambda: queue.stats()["states"]["completed"] == 102)
         runner.stop()
-        thread.join(10)
+        thread.join(PATIENCE_SECONDS)
         assert not thread.is_alive()
     assert (runner.completed, runner.failed) == (102, 0)
     assert [signal.getsignal(number) for number in range(1, 65) if number not in (32, 33)] == before

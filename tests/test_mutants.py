@@ -402,7 +402,7 @@ def _offset(text: str, line: int | None, column: int | None) -> int:
     return sum(map(len, before)) + len(whole.encode()[:column].decode())
 
 
-def judge(killer: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def judge(killer: str, folder: Path, *, is_whole: bool = False) -> subprocess.CompletedProcess[str]:
     """Run what should notice, on the folder's pqueue.py."""
     file, _, names = killer.partition(": ")
     if file == HISTORY:
@@ -412,15 +412,22 @@ def judge(killer: str, folder: Path) -> subprocess.CompletedProcess[str]:
     else:
         arguments = ["-m", "pytest", "-qx", f"tests/{file}", "-k", names]
     variables = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # the code of a mutant stays its own
+    if not is_whole:
+        variables["PQUEUE_TEST_PATIENCE"] = "30"  # as it often waits in vain
     return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=variables, capture_output=True, text=True, timeout=900
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=None if is_whole else 900,
     )
 
 
 def kill(mutant: Mutant) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
         mutate(mutant, Path(folder))
-        return judge(mutant.killer, Path(folder))
+        return judge(mutant.killer, Path(folder), is_whole=not mutant.guard)
 
 
 def killers() -> list[str]:

@@ -97,7 +97,7 @@ def held_by(queue, host: str) -> list[pqueue.Job]:
 
 def waits(queue, held: list[pqueue.Job], since: float, *, for_the_lease: bool) -> list[float]:
     """Return how long these jobs waited for another consumer, once all are completed."""
-    wait_until(lambda: all(queue.get(job.id).state == "completed" for job in held), 120)
+    wait_until(lambda: all(queue.get(job.id).state == "completed" for job in held))
     jobs = [queue.get(job.id) for job in held]
     if for_the_lease:
         both = [(now, then) for now, then in zip(jobs, held, strict=True) if now.attempts > then.attempts]
@@ -126,7 +126,7 @@ def test_jobs_of_a_lost_host_are_done_once_by_others(place, network, server, cap
     start_consumers("one", 1, 2)
     start_consumers("two", 1, 2)
     start("maker", "maker", sys.executable, "-c", PRODUCER)
-    wait_until(lambda: queue._read(pqueue_postgres.UPTIME)[0][0] > pqueue_listener.RESTART_SECONDS, 60)
+    wait_until(lambda: queue._read(pqueue_postgres.UPTIME)[0][0] > pqueue_listener.RESTART_SECONDS)
 
     held, killed_at = wait_until(lambda: held_by(queue, "two")), time.time()
     network.kill("two")
@@ -140,11 +140,11 @@ def test_jobs_of_a_lost_host_are_done_once_by_others(place, network, server, cap
     wait_until(lambda: time.time() > cut_at + 1.5 * LEASE_SECONDS)
     restored_at = time.time()
     network.link("one", "up")
-    wait_until(lambda: any(job.started_at > restored_at for job in held_by(queue, "one")), 120)
+    wait_until(lambda: any(job.started_at > restored_at for job in held_by(queue, "one")))
     back_after = time.time() - restored_at
 
     children["maker"].kill()
-    wait_until(lambda: not any(queue.stats()["states"][state] for state in pqueue.UNFINISHED), 60)
+    wait_until(lambda: not any(queue.stats()["states"][state] for state in pqueue.UNFINISHED))
     states = queue.stats()["states"]
     produced = {int(line) for line in children["maker"].out.read_text().split()}
     jobs = {job.id for job in queue.list_jobs(limit=10_000)}

@@ -23,7 +23,7 @@ from unittest import mock
 from urllib.parse import urlencode
 
 import pytest
-from conftest import ROOT, wait_until
+from conftest import PATIENCE_SECONDS, ROOT, wait_until
 from populate import populate
 
 import ops
@@ -32,7 +32,6 @@ import pqueue_outcomes
 import pqueue_search
 from pqueue_tools import dashboard, dashboard_http, dashboard_streamlit, dashboard_summary, report, supervisor, tables
 
-PATIENCE_SECONDS = 90  # after which something is wrong
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)>" & \x00\x1b[31m\u202e😀' + "x" * 5000
 
 
@@ -222,7 +221,7 @@ def test_page_does_not_wait_for_figures_that_take_long(queue, site, monkeypatch)
     stats = pqueue.PersistentQInterface.stats
 
     def slowly(self):
-        go_on.wait(30)
+        go_on.wait(PATIENCE_SECONDS)
         return stats(self)
 
     monkeypatch.setattr(pqueue.PersistentQInterface, "stats", slowly)

@@ -16,7 +16,7 @@ from postgres_server import Server
 
 import pqueue
 import pqueue_listener
-from test_pqueue import wait_until
+from test_pqueue import PATIENCE_SECONDS, wait_until
 
 
 class Load:
@@ -47,8 +47,8 @@ class Load:
         """Stop producing, see all done, and check that what was acknowledged was done, once per file."""
         for child in self.producers:
             child.terminate()
-            assert child.wait(30) == 0, child.out.read_text()
-        wait_until(lambda: not any(self.queue.stats()["states"][state] for state in pqueue.UNFINISHED), 90)
+            assert child.wait(PATIENCE_SECONDS) == 0, child.out.read_text()
+        wait_until(lambda: not any(self.queue.stats()["states"][state] for state in pqueue.UNFINISHED))
         assert [child.poll() for child in self.consumers] == [None] * len(self.consumers)
         jobs = {job.id: job for job in self.queue.list_jobs(limit=100_000)}
         assert {job.state for job in jobs.values()} == {"completed"}
@@ -75,12 +75,12 @@ def standby(tmp_path):
 
 def test_programs_wait_out_a_restart_of_the_server_and_lose_nothing(place, primary):
     load = Load(place, primary.start().url)
-    wait_until(lambda: load.completed() > 50, 60)
+    wait_until(lambda: load.completed() > 50)
     primary.stop_at_once()
-    wait_until(load.has_waited, 30)
+    wait_until(load.has_waited)
     primary.start()
     before = wait_until(load.completed)
-    wait_until(lambda: load.completed() > before + 50, 60)
+    wait_until(lambda: load.completed() > before + 50)
     load.finish()
 
 
@@ -90,12 +90,12 @@ def test_standby_takes_over_and_every_acknowledged_job_is_there(place, primary, 
     wait_until(lambda: primary.ask("SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'"))
     hosts = f"{primary.address}:{primary.port},{standby.address}:{standby.port}"
     load = Load(place, f"postgresql://postgres@{hosts}/postgres?target_session_attrs=read-write")
-    wait_until(lambda: load.completed() > 50, 60)
+    wait_until(lambda: load.completed() > 50)
     primary.kill()
-    wait_until(load.has_waited, 30)
+    wait_until(load.has_waited)
     assert standby.ask("SELECT pg_promote()")
     before = wait_until(load.completed)
-    wait_until(lambda: load.completed() > before + 50, 60)
+    wait_until(lambda: load.completed() > before + 50)
     load.finish()
     times = [at for at, _ in load.acknowledged()]
     gap = max(later - earlier for earlier, later in zip(times, times[1:], strict=False))

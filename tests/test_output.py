@@ -16,7 +16,7 @@ import time
 import unicodedata
 
 import pytest
-from conftest import ROOT, wait_until
+from conftest import PATIENCE_SECONDS, ROOT, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -252,7 +252,7 @@ class Terminal:
         self.child.kill()
         self.child.wait()
         os.close(self.follower)
-        self.reader.join(5)
+        self.reader.join(PATIENCE_SECONDS)
         os.close(self.leader)
 
 
@@ -280,7 +280,7 @@ def test_monitor_scrolls_sorts_and_ends_with_q(terminal):
     queues = [line.split()[0] for line in terminal.last() if line.startswith("q") and line[1].isdigit()]
     assert queues[0] == "q29"
     terminal.press(b"q")
-    assert terminal.child.wait(20) == 0
+    assert terminal.child.wait(PATIENCE_SECONDS) == 0
     wait_until(lambda: terminal.screens()[-1].endswith("\x1b[?1049l"))
     assert termios.tcgetattr(terminal.follower) == terminal.before
 

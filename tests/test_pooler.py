@@ -62,7 +62,7 @@ server_idle_timeout = 1
             command[1:1] = ["-u", ACCOUNT]
         with (self.folder / "log").open("a") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        wait_until(self._answers, 30)
+        wait_until(self._answers)
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGKILL)
@@ -181,12 +181,12 @@ def test_consumer_that_dies_before_the_server_is_seen_from_behind_it(queue, dire
 
 def test_programs_wait_out_its_restart_and_lose_nothing(place, pooler):
     load = Load(place, pooler.url)
-    wait_until(lambda: load.completed() > 50, 60)
+    wait_until(lambda: load.completed() > 50)
     pooler.stop()
-    wait_until(load.has_waited, 30)
+    wait_until(load.has_waited)
     pooler.start()
     before = wait_until(load.completed)
-    wait_until(lambda: load.completed() > before + 50, 60)
+    wait_until(lambda: load.completed() > before + 50)
     load.finish()
     outputs = [child.out.read_text() for child in load.consumers]
     assert {text.count("passes on no NOTIFY") for text in outputs} <= {1, 2}  # once in each process of a consumer

@@ -35,7 +35,7 @@ import pqueue_sqlalchemy
 import pqueue_values
 from pqueue import InvalidTransition, PersistentQSQLite, QueueBusy, QueueError, SchemaMismatch
 from pqueue_sqlalchemy import PersistentQSQLAlchemy
-from test_pqueue import QueueContract, wait_until
+from test_pqueue import PATIENCE_SECONDS, QueueContract, wait_until
 
 
 @pytest.fixture(scope="session")
@@ -143,7 +143,7 @@ queue.close()"""
         )
         for number, (queue, code) in enumerate([(q, c) for c in (produce, consume) for q in (native, through)] * 2)
     ]
-    outputs = [child.communicate(timeout=60)[0] for child in children]
+    outputs = [child.communicate(timeout=PATIENCE_SECONDS)[0] for child in children]
     assert [child.returncode for child in children] == [0] * len(children)
     taken = [[int(line) for line in out.splitlines()] for out in outputs]
     assert sorted(sum(taken, [])) == list(range(1, 401))
@@ -433,7 +433,7 @@ class PostgresFiles(PostgresCase):
             try:
                 with queue.transaction():
                     queue.enqueue("t", key=keys[0])
-                    both.wait(10)
+                    both.wait(PATIENCE_SECONDS)
                     queue.enqueue("t", key=keys[1])
             except QueueBusy:
                 ends.append(keys)
@@ -626,7 +626,7 @@ class PostgresProcesses(PostgresCase):
             self.assertEqual(child.stdout.readline(), f"{job_id}\n")
             self.assertIsNone(queue.dequeue("berta"))
             child.kill()
-            job = wait_until(lambda: queue.dequeue("berta"), 20)
+            job = wait_until(lambda: queue.dequeue("berta"))
         self.assertEqual((job.id, job.attempts), (job_id, 2))
         self.assertEqual(queue.history(job_id)[0]["event"], "died")
 
@@ -700,7 +700,7 @@ class TestPrograms:
         children = [place.start(*program, **variables) for program in programs]
         queue = pqueue.open_queue(database)
         jobs = int(os.environ.get("PQUEUE_TEST_JOBS", "3000")) // 6
-        wait_until(lambda: queue.stats()["states"]["completed"] > 10, 60)
+        wait_until(lambda: queue.stats()["states"]["completed"] > 10)
         while sum(queue.stats()["states"].values()) < jobs:
             done = queue.stats()["states"]["completed"]
             victim = chance.randrange(len(children))
@@ -712,7 +712,7 @@ class TestPrograms:
         for child, (program, *_) in zip(children, programs, strict=True):
             if program == "producer.py":
                 child.kill()
-        wait_until(lambda: not any(queue.stats()["states"][state] for state in pqueue.UNFINISHED), 120)
+        wait_until(lambda: not any(queue.stats()["states"][state] for state in pqueue.UNFINISHED))
         states = queue.stats()["states"]
         assert states["completed"] == sum(states.values()), [job.error for job in queue.list_jobs(state="failed")]
         queue.close()

@@ -29,7 +29,7 @@ from pqueue import InvalidTransition, QueueBusy, QueueError
 from pqueue_connections import parse_url
 from pqueue_sqlalchemy import PersistentQSQLAlchemy
 from pqueue_tools import processes
-from test_pqueue import wait_until
+from test_pqueue import PATIENCE_SECONDS, wait_until
 
 
 @pytest.fixture
@@ -76,12 +76,12 @@ def test_thread_that_is_idle_holds_no_connection(admin, queue):
     def put(number):
         queue.enqueue("t", number)
         done.append(number)
-        free.wait(30)
+        free.wait(PATIENCE_SECONDS)
 
     threads = [threading.Thread(target=put, args=(number,)) for number in range(57)]
     for thread in threads:
         thread.start()
-    wait_until(lambda: len(done) == 57, 60)
+    wait_until(lambda: len(done) == 57)
     assert connections(admin) <= pqueue_connections.MAX_CONNECTIONS
     free.set()
     for thread in threads:
@@ -98,13 +98,13 @@ def test_thread_waits_for_a_connection_and_then_raises_queue_busy(database):
 
         def hold():
             with queue.transaction():
-                inside.wait(10)
-                over.wait(30)
+                inside.wait(PATIENCE_SECONDS)
+                over.wait(PATIENCE_SECONDS)
 
         holders = [threading.Thread(target=hold) for _ in range(2)]
         for each in holders:
             each.start()
-        inside.wait(10)
+        inside.wait(PATIENCE_SECONDS)
         with pytest.raises(QueueBusy, match="2 connections of this process are in use, of at most 2") as refused:
             queue.enqueue("t")
         assert "max_connections" in str(refused.value)
@@ -154,7 +154,7 @@ def test_consumer_at_the_limit_keeps_the_lease_of_its_job(place, database, roles
     queue.enqueue("slow", {})
     for number in range(2):
         place.start("consumer.py", "--import", "slow", "--name", f"w{number}", "--lease-seconds", "2", **environment)
-    wait_until(lambda: queue.list_jobs(state="completed"), 40)
+    wait_until(lambda: queue.list_jobs(state="completed"))
     (job,) = queue.list_jobs()
     assert job.attempts == 1
     assert [event["event"] for event in queue.history(job.id)] == []
@@ -195,31 +195,31 @@ def expect_as_many_as_fit(place, queue, url, number, fit, reason, restart=None):
     def complete(jobs):
         before = queue.count_jobs(state="completed")
         queue.enqueue_many("quick", [{}] * jobs)
-        wait_until(lambda: queue.count_jobs(state="completed") == before + jobs, 60)
+        wait_until(lambda: queue.count_jobs(state="completed") == before + jobs)
 
-    wait_until(lambda: len(started(queue)) == fit, 120)
+    wait_until(lambda: len(started(queue)) == fit)
     waiting = set(names) - started(queue)
-    wait_until(lambda: all(reason in programs[name].out.read_text() for name in waiting), 60)
+    wait_until(lambda: all(reason in programs[name].out.read_text() for name in waiting))
     complete(20)
     for name in waiting:  # for the first connection, or the second
         assert 1 <= programs[name].out.read_text().count("\n") <= 2
     for pid in [pid for name in started(queue) for pid in processes.children(programs[name].pid)]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)  # the worker and the watchdog
-    wait_until(lambda: "worker died" in "".join(each.out.read_text() for each in programs.values()), 60)
-    wait_until(lambda: len(started(queue)) == fit, 60)
+    wait_until(lambda: "worker died" in "".join(each.out.read_text() for each in programs.values()))
+    wait_until(lambda: len(started(queue)) == fit)
     complete(20)
     if restart is not None:
         restart()
-        wait_until(lambda: len(started(queue)) == fit, 120)
+        wait_until(lambda: len(started(queue)) == fit)
         complete(20)
-        wait_until(lambda: len(started(queue)) == fit, 60)
+        wait_until(lambda: len(started(queue)) == fit)
     for _ in range(2):
         gone = min(started(queue))
         programs[gone].terminate()
         assert programs.pop(gone).wait(60) == 0
         # At the limit, it may not have been able to say that it has ended: then others find out
-        wait_until(lambda gone=gone: gone not in (found := started(queue)) and len(found) == fit, 120)
+        wait_until(lambda gone=gone: gone not in (found := started(queue)) and len(found) == fit)
         complete(20)
     for each in programs.values():
         assert each.poll() is None
@@ -633,20 +633,20 @@ def test_programs_that_begin_before_the_server_wait_for_it(place, primary):
     url = {"PQUEUE_URL": primary.url}
     producer = place.start("producer.py", "--interval", "0.05", "--count", "5", **url)
     consumer = place.start("consumer.py", **url)
-    wait_until(lambda: all(" waiting " in child.out.read_text() for child in (producer, consumer)), 30)
+    wait_until(lambda: all(" waiting " in child.out.read_text() for child in (producer, consumer)))
     primary.start()
     assert producer.wait(60) == 0
     with closing(pqueue.open_queue(primary.url)) as queue:
-        wait_until(lambda: queue.stats()["states"]["completed"] == 5, 60)
+        wait_until(lambda: queue.stats()["states"]["completed"] == 5)
     assert consumer.poll() is None
 
 
 @pytest.mark.parametrize("program", [("producer.py",), ("consumer.py",)])
 def test_program_that_waits_for_the_server_is_stopped_by_a_signal(place, program):
     child = place.start(*program, PQUEUE_URL=f"postgresql://postgres@127.0.0.1:{free_port()}/postgres")
-    wait_until(lambda: " waiting " in child.out.read_text(), 30)
+    wait_until(lambda: " waiting " in child.out.read_text())
     child.terminate()
-    assert child.wait(30) == 0
+    assert child.wait(PATIENCE_SECONDS) == 0
 
 
 @pytest.mark.parametrize("command", [("consumer.py", "--drain"), ("admin.py", "stats"), ("admin.py", "doctor")])

@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, wait_until
+from conftest import PATIENCE_SECONDS, ROOT, wait_until
 
 TASKS = """
 import multiprocessing, os, sys, threading, time
@@ -108,7 +108,9 @@ queue.close()
 def script(place, code, python=sys.executable):
     """Run a program of its own on the queue of the place."""
     path = place.write("script.py", f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}")
-    return subprocess.run([python, str(path)], cwd=place.folder, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [python, str(path)], cwd=place.folder, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
 
 
 # Signals
@@ -205,7 +207,7 @@ def test_child_of_a_task_does_not_hide_that_its_consumer_died(tasks):
     wait_until(lambda: started(tasks))
     child.kill()
     try:
-        job = wait_until(lambda: queue.dequeue("heir"), seconds=30)
+        job = wait_until(lambda: queue.dequeue("heir"))
         assert (job.id, job.attempts) == (job_id, 2)
     finally:
         os.kill(int(wait_until(lambda: read(tasks, "child"))), signal.SIGKILL)
@@ -427,7 +429,7 @@ def test_two_processes_under_one_name_are_reported(place):
     pids = sorted(child.pid for child in children)
     assert f"2 processes run under the name same (pids {pids[0]}, {pids[1]}): stop all but one" in done.stdout
     children[0].send_signal(signal.SIGTERM)
-    assert children[0].wait(20) == 0
+    assert children[0].wait(60) == 0
     assert place.run("admin.py", "doctor").returncode == 0
 
 
@@ -469,7 +471,7 @@ def test_life_does_not_hang_on_the_name_of_the_host(place):
     job_id = queue.enqueue("slow")
     wait_until(lambda: started(place))
     child.kill()
-    job = wait_until(lambda: queue.dequeue("heir"), seconds=30)
+    job = wait_until(lambda: queue.dequeue("heir"))
     assert (job.id, job.error) == (job_id, "consumer w died in attempt 1 of 3")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -12,7 +13,7 @@ from postgres_server import Server
 import pqueue
 from test_pqueue import wait_until
 
-PASSWORD = "hunter2"
+PASSWORD = f"hunter{os.getpid()}"  # the titles of all processes are looked at
 PROGRAMS = [
     ["producer.py", "--count", 1],
     ["consumer.py", "--drain"],
@@ -102,7 +103,7 @@ def test_no_process_bears_the_password_in_its_title_while_the_system_works(place
         place.start("ops.py", "--port", 0, **variables),
     ]
     queue = pqueue.open_queue(variables["PQUEUE_URL"])
-    wait_until(lambda: queue.stats()["states"]["completed"] > 5, 30)
+    wait_until(lambda: queue.stats()["states"]["completed"] > 5)
     titles = [title(process) for process in Path("/proc").glob("[0-9]*")]
     assert any("consumer.py" in each for each in titles)
     assert not [each for each in titles if PASSWORD in each]

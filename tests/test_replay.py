@@ -212,7 +212,7 @@ def test_replay_that_is_killed_has_blocked_nobody_and_changed_nothing(queue, pla
 
 
 def test_replay_interrupts_a_task_at_its_time_limit(queue, replay):
-    done = replay(failed(queue, "slow", {"seconds": 60}), "--import", "tasks", "--timeout", "0.5s")
+    done = replay(failed(queue, "slow", {"seconds": 60}), "--import", "tasks", "--timeout", "2s")
     assert done.returncode == 1
     assert "was interrupted; --timeout allows more time" in done.stdout
     assert "time.sleep(seconds)" in done.stderr

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import soak
-from conftest import ROOT, wait_until
+from conftest import PATIENCE_SECONDS, ROOT, wait_until
 from test_histories import memory
 
 import consumer
@@ -72,8 +72,8 @@ def test_programs_report_a_full_disk_wait_and_continue(place, small_disk):
         assert "bytes left" in place.run("admin.py", "doctor").stdout
     wait_until(lambda: queue.stats()["states"]["completed"] > done + 10)
     producer.send_signal(signal.SIGTERM)
-    assert producer.wait(20) == 0, producer.out.read_text()
-    wait_until(lambda: not any(queue.stats()["states"][state] for state in pqueue.UNFINISHED), seconds=60)
+    assert producer.wait(PATIENCE_SECONDS) == 0, producer.out.read_text()
+    wait_until(lambda: not any(queue.stats()["states"][state] for state in pqueue.UNFINISHED))
     for child in consumers:
         child.send_signal(signal.SIGTERM)
         assert child.wait(60) == 0, child.out.read_text()
@@ -487,7 +487,7 @@ def test_sixty_four_consumers_on_few_processors_all_work_and_end(place):
     place.write("my_tasks.py", "import time\nfrom pqueue import task\n@task()\ndef nap(job): time.sleep(0.02)\n")
     queue = place.queue()
     children = [place.start("consumer.py", "--import", "my_tasks", "--name", f"w{number}") for number in range(64)]
-    wait_until(lambda: sum(each["state"] == "running" for each in queue.consumers()) == 64, seconds=180)
+    wait_until(lambda: sum(each["state"] == "running" for each in queue.consumers()) == 64)
     queue.enqueue_many("nap", range(64 * 30))
 
     def all_have_worked():
@@ -502,7 +502,7 @@ def test_sixty_four_consumers_on_few_processors_all_work_and_end(place):
     assert {(job.state, job.attempts) for job in queue.list_jobs(limit=100_000)} == {("completed", 1)}
     for child in children:
         child.send_signal(signal.SIGTERM)
-    assert [child.wait(60) for child in children] == [0] * 64
+    assert [child.wait(PATIENCE_SECONDS) for child in children] == [0] * 64
 
 
 # Time

@@ -53,8 +53,9 @@ def test_each_time_of_a_schedule_gets_one_job_although_processes_are_killed(plac
                 running.append(fork.Process(target=program, args=(url,)))
                 running[-1].start()
             kills = 0
-            while queue.count_jobs() < TICKS:
+            while (jobs := queue.count_jobs()) < TICKS:
                 time.sleep(KILL_EVERY_SECONDS)
+                wait_until(lambda n=jobs: queue.count_jobs() > n)  # starting them may take a slow machine all its time
                 victim = random.randrange(len(running))
                 running[victim].kill()
                 running[victim].join()

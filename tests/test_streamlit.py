@@ -10,7 +10,7 @@ import urllib.request
 from contextlib import suppress
 
 import pytest
-from conftest import ROOT, free_port, wait_until
+from conftest import PATIENCE_SECONDS, ROOT, free_port, wait_until
 from streamlit.proto.BackMsg_pb2 import BackMsg
 from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
@@ -18,7 +18,6 @@ from websockets.sync.client import connect
 
 WORD = "payload-7c1f"
 PYTHON = os.environ.get("PQUEUE_STREAMLIT_PYTHON", sys.executable)  # to try another version of Streamlit
-PATIENCE_SECONDS = 60
 
 
 class Streamlit:

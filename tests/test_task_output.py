@@ -10,7 +10,7 @@ import subprocess
 import threading
 
 import pytest
-from conftest import wait_until
+from conftest import PATIENCE_SECONDS, wait_until
 from test_supervisor import started, system  # noqa: F401
 
 import pqueue
@@ -66,7 +66,7 @@ def run(tasks, form, concurrency=1):
     queue.enqueue_many("write", range(JOBS))
     command = ("--import", "my_tasks", "--drain", "--log-format", form, "--concurrency", concurrency)
     child = tasks.start("consumer.py", *command)
-    assert child.wait(60) == 1
+    assert child.wait(PATIENCE_SECONDS) == 1
     text = child.out.read_bytes()
     assert text.endswith(b"\n")
     return queue, text.decode(errors="replace").split("\n")[:-1]
@@ -117,7 +117,7 @@ def test_consumer_whose_log_nobody_reads_enforces_limits_and_ends(tasks):
         os.close(writer)
         while os.read(reader, 1 << 16):
             pass
-        assert child.wait(60) == 1
+        assert child.wait(PATIENCE_SECONDS) == 1
     os.close(reader)
     assert queue.get(job_id).error.startswith("TimeoutError: timed out after 0.5 s")
 
@@ -144,7 +144,7 @@ def test_log_under_supervisor_has_one_event_a_line(system):  # noqa: F811
     supervisor = started(system, "supervisord", "-n", "-c", "supervisord.conf")
     wait_until(lambda: {state for state, _ in expected_events(queue)} <= {"completed", "failed"})
     supervisor.send_signal(signal.SIGTERM)
-    assert supervisor.wait(60) == 0
+    assert supervisor.wait(PATIENCE_SECONDS) == 0
     logs = [path.read_text(errors="replace") for path in (system.folder / "var/log").glob("consumer*.log*")]
     assert expected_events(queue) <= settled("".join(logs).split("\n"))
 
@@ -152,10 +152,21 @@ def test_log_under_supervisor_has_one_event_a_line(system):  # noqa: F811
 @pytest.mark.parametrize("form", ["text", "json"])
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_what_a_task_writes_comes_before_its_end_in_the_log(tasks, form, concurrency):
+    tasks.write("patient.py", "from pqueue_tools import task_output\ntask_output.ORDER_SECONDS = 1.0\n")
     ids = tasks.queue().enqueue_many("announce", range(100))
-    command = ("--import", "my_tasks", "--drain", "--log-format", form, "--concurrency", concurrency)
+    command = (
+        "--import",
+        "patient",
+        "--import",
+        "my_tasks",
+        "--drain",
+        "--log-format",
+        form,
+        "--concurrency",
+        concurrency,
+    )
     child = tasks.start("consumer.py", *command)
-    assert child.wait(60) == 1
+    assert child.wait(PATIENCE_SECONDS) == 1
     lines = child.out.read_text().splitlines()
     for job_id in ids:
         ends = re.compile(rf'(completed|failed) consumer=\S+ job={job_id} |"job": {job_id}, .*"(completed|failed)"|'
@@ -180,7 +191,7 @@ def test_event_waits_until_the_keeper_has_written_what_came_before(monkeypatch):
     waiting.join(0.3)
     assert waiting.is_alive()
     record.fields[FORWARDING] = 0
-    waiting.join(10)
+    waiting.join(PATIENCE_SECONDS)
     assert not waiting.is_alive()
     os.close(source)
     os.close(end)
