@@ -1126,8 +1126,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         return dispatch(program_name("admin"), (__doc__ or "").splitlines()[0], VERSION, COMMANDS, run, arguments)
-    except (UsageError, ValueError) as error:
-        print_error("admin", ARGUMENT.sub(lambda found: OPTION_OF.get(found[0], found[0]), str(error)))
+    except (UsageError, ValueError) as error:  # a UsageError names options already
+        names = {} if isinstance(error, UsageError) else OPTION_OF
+        print_error("admin", ARGUMENT.sub(lambda found: names.get(found[0], found[0]), str(error)))
         return 2
     except (Problem, QueueError) as error:
         print_error("admin", error)

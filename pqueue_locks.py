@@ -142,6 +142,12 @@ class FairLock:
                 self._pipes.append(_open_pipe(path.with_name(f"{path.name}{kind and '-'}{kind}.wakeup")))
                 undo.callback(os.close, self._pipes[-1])
             undo.pop_all()
+        self._open = [self._file, *self._pipes]  # to close
+
+    def __del__(self) -> None:
+        # guard: a queue that is not closed leaves no files open
+        for file in getattr(self, "_open", ()):
+            os.close(file)
 
     def try_acquire(self, kind: int | None = None) -> bool:
         """Acquire the lock unless it is held, or reserved for another kind; return whether it was acquired."""
@@ -228,8 +234,8 @@ class FairLock:
     def close(self) -> None:
         self._shared.release()
         self._map.close()
-        for file in (self._file, *self._pipes):
-            os.close(file)
+        while self._open:
+            os.close(self._open.pop())
 
 
 class ConsumerLocks:

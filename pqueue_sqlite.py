@@ -723,6 +723,8 @@ class PersistentQSQLite(PersistentQInterface):
         text = "".join(mark if mark.isprintable() else "?" for mark in str(error))  # it may quote names from the file
         if "locked" in text or "busy" in text:
             held = f"another writer held it for {self._busy_seconds:g} s"
+            if any(each is not self and each.path == self.path and each.in_transaction for each in list(_queues)):
+                held += "; it is a transaction of another queue object in this thread: use that one, and TASK.on(queue)"
             return QueueBusy(f"cannot use {self.path}: {'; '.join([held, *self._writer_lock.problems()])}")
         cannot_grow = getattr(error, "sqlite_errorname", "") == "SQLITE_IOERR_SHMSIZE"  # the index of the log
         if cannot_grow or "disk is full" in text:

@@ -506,8 +506,8 @@ def file_path(path: str | os.PathLike[str]) -> Path:
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):
         raise ValueError(f"expected a path as str or Path, got {short(path)}")
-    if not text.strip():
-        raise ValueError(f"expected a path, got {text!r}")
+    if not text.strip() or "\0" in text:
+        raise ValueError(f"expected a path, got {short(text)}")
     if text == ":memory:":
         raise ValueError(
             "expected a path, got ':memory:': a queue is a file; for a test, use one in a temporary folder"
@@ -516,7 +516,10 @@ def file_path(path: str | os.PathLike[str]) -> Path:
         raise ValueError("expected a path without ~, got ~…: write it out, or use os.path.expanduser")
     if text.lower().startswith(("file:", "sqlite:")):
         raise ValueError(f"expected a path or sqlite:///PATH, got {text.partition(':')[0]}:…")
-    return Path(text).absolute()
+    try:
+        return Path(text).absolute()
+    except FileNotFoundError:
+        raise QueueError(f"cannot find {text}: the current folder was deleted; name an absolute path") from None
 
 
 def no_queue(name: object) -> QueueError:

@@ -6159,6 +6159,7 @@ class Files(SQLiteCase):
         wrong += [
             "",
             " ",
+            "a\0b",
             "sqlite:queue.db",
             "sqlite://",
             "sqlite:///",
@@ -6169,7 +6170,7 @@ class Files(SQLiteCase):
         for url in [*wrong, *map(Path, wrong[:7]), b"queue.db", 7, True]:
             with self.subTest(url=url), self.assertRaisesRegex(ValueError, "^expected .*, got [^\n]*$"):
                 open_queue(url)
-        for path in (*wrong[:9], b"queue.db", None):
+        for path in (*wrong[:10], b"queue.db", None):
             with self.subTest(path=path), self.assertRaisesRegex(ValueError, "^expected a path"):
                 pqueue.PersistentQSQLite(path)
         self.assertEqual(list(self.folder.iterdir()), [])
@@ -6184,6 +6185,18 @@ class Files(SQLiteCase):
         with self.assertRaisesRegex(QueueError, f"no queue at {self.path}: check the path or PQUEUE_URL"):
             open_queue(str(self.path), create=False)
         self.assertEqual(list(self.folder.iterdir()), [])
+
+    def test_relative_path_in_a_deleted_folder_is_an_error(self):
+        self.addCleanup(os.chdir, os.getcwd())
+        gone = self.folder / "gone"
+        gone.mkdir()
+        os.chdir(gone)
+        gone.rmdir()
+        for url in ("queue.db", None):
+            with mock.patch.dict(os.environ, {"PQUEUE_URL": ""}):
+                with self.assertRaisesRegex(QueueError, "current folder was deleted; name an absolute path"):
+                    open_queue(url)
+        self.open().enqueue("t")
 
     def test_look_at_an_empty_file_builds_nothing_in_it(self):
         self.path.touch()
@@ -6930,6 +6943,34 @@ class Misuse(SQLiteCase):
         other = self.open()
         self.assertTrue(other._writer_lock.acquire())
         other._writer_lock.release()
+
+    def test_writer_that_waits_for_its_own_thread_is_told_so(self):
+        queue, other = self.open(), self.open(busy_seconds=0.05)
+        advice = "transaction of another queue object in this thread: use that one, and TASK.on"
+        with queue.transaction(), self.assertRaisesRegex(QueueBusy, advice):
+            other.enqueue("t")
+        with self.sqlite() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            with queue.join(connection), self.assertRaisesRegex(QueueBusy, advice):
+                other.enqueue("t")
+            with self.assertRaisesRegex(QueueBusy, "^(?!.*in this thread)"):  # it may be any writer
+                other.enqueue("t")
+
+    def test_queue_that_is_not_closed_leaves_no_lock_files_open(self):
+        def lock_files():
+            found = []
+            for number in os.listdir("/proc/self/fd"):
+                with suppress(FileNotFoundError):  # of listdir
+                    found.append(os.readlink(f"/proc/self/fd/{number}"))
+            return sorted(each for each in found if each.endswith((".wakeup", "writer", "consumers", "others")))
+
+        queue = self.open()
+        queue.enqueue("t")
+        before = lock_files()
+        for _ in range(5):
+            open_queue(self.path).enqueue("t")
+        gc.collect()
+        self.assertEqual(lock_files(), before)
 
     def test_queue_closed_inside_its_transaction_raises_and_releases_its_locks(self):
         queue = self.open()

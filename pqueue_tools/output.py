@@ -48,6 +48,7 @@ DROPPED = (
     "queue",
 )
 NAME_CELLS = 12  # of the first column, if it is text
+READABLE_CELLS = 5  # of any column
 LEAST_CELLS = 3  # of a column that is cut because dropping others was not enough
 JOINED = re.compile("[\u1160-\u11ff\ud7b0-\ud7ff]")  # vowels and finals of Hangul, shown within the first consonant
 COLOURS = {
@@ -213,7 +214,7 @@ def wrapped(text: str, most: int) -> list[str]:
 
 def table(rows: Sequence[dict[str, Any]], width: int, *, colours: bool = False, now: float | None = None) -> str:
     """Return an aligned table of at most this width, or "" without rows. What does not fit is left out: first columns,
-    in the order of DROPPED, then the ends of the longest cells."""
+    in the order of DROPPED and those before the last, then the ends of the longest cells."""
     if not rows:
         return ""
     now = now_shown() if now is None else now
@@ -237,7 +238,7 @@ def table(rows: Sequence[dict[str, Any]], width: int, *, colours: bool = False, 
 
 
 def _widths(wanted: dict[str, int], whole: set[str], width: int) -> dict[str, int]:
-    """Return the width of each column that is shown. The first and the last column are never dropped; `whole` are those
+    """Return the width of each column that is shown. The first and the last column are always shown; `whole` are those
     of numbers and times, which are cut only if nothing else is left."""
     widths = dict(wanted)
     first, last = next(iter(widths)), next(reversed(widths))
@@ -247,6 +248,9 @@ def _widths(wanted: dict[str, int], whole: set[str], width: int) -> dict[str, in
         if least + 2 * (len(widths) - 1) <= width:
             break
         del widths[name]
+    # Many columns that are cut to a few characters say nothing.
+    while len(widths) > 2 and sum(min(each, READABLE_CELLS) for each in widths.values()) + 2 * len(widths) - 2 > width:
+        del widths[[*widths][-2]]
     while (excess := sum(widths.values()) + 2 * (len(widths) - 1) - width) > 0:
         texts = [name for name in widths if name not in whole and widths[name] > LEAST_CELLS] or list(widths)
         longest = last if widths[last] > LAST_COLUMN_CELLS else max(texts, key=lambda name: widths[name])

@@ -69,6 +69,14 @@ def test_table_is_never_wider_than_the_terminal(data, width):
     assert max(map(output.cells, shown)) <= width
 
 
+def test_table_of_many_columns_fits_and_keeps_the_first_and_the_last():
+    row = {"id": 7, **{f"column_{number}": "x" * 20 for number in range(30)}, "history": "y" * 20}
+    for width in (30, 40, 80, 120):
+        head, line = output.table([row], width).split("\n")
+        assert max(cells(head), cells(line)) <= width
+        assert head.startswith("id") and len(head.split()[-1]) >= output.READABLE_CELLS
+
+
 def test_narrow_terminal_drops_columns_and_keeps_the_message():
     row = {"id": 7, "state": "failed", "queue": "newsletter", "task": "send", "attempts": 1, "consumer": "consumer_00"}
     rows = [{**row, "created_at": 0.0, "detail": LONG}]
@@ -122,7 +130,9 @@ def test_program_gets_a_header_and_the_columns_it_asks_for(queue, lines):
 def test_operator_who_asks_for_an_unknown_column_is_told_the_known_ones(queue, capsys):
     queue.enqueue("work")
     assert admin.main(["list-jobs", "--columns", "id,nosuch"]) == 2
-    assert "--columns: expected names among id, queue, " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--columns: expected names among id, queue, " in said
+    assert " key, key_until, key_expires_at, " in said
     assert admin.main(["list-jobs", "-o", "xml"]) == 2
     assert "expected one of table, wide, tsv, json, got 'xml'" in capsys.readouterr().err
 
