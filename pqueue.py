@@ -247,8 +247,8 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
             `is_new` is False.
         key_until: when the job frees its key: "finished", the default, or "started": when it is first delivered.
         key_seconds: free the key this long after the enqueue instead, whether or not the job is finished.
-        on_conflict: "replace" gives the job that holds the key this payload, priority and time, unless a consumer has
-            taken it; "keep" leaves it as it is.
+        on_conflict: "replace" gives the job that holds the key this payload, priority, time and expiry, unless a
+            consumer has taken it; "keep" leaves it as it is.
         assigned_to: the only consumer that may run the job; None: any.
         after: the ids of jobs that must finish first: until then, the job is `waiting`. In the task, `job.results` has
             their results.
