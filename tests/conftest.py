@@ -37,19 +37,20 @@ def looks_at_itself_only(monkeypatch):
     monkeypatch.setattr(os, "listdir", lambda path=".": [str(os.getpid())] if path == "/proc" else names(path))
 
 
-def own_ports() -> tuple[socket.socket, Iterator[int]]:
-    """Return ports that no other test process takes while this one keeps the socket, and the kernel for no client."""
+def own_ports() -> Iterator[int]:
+    """Return ports that no other test process takes until this one ends, and the kernel for no client."""
     for first in random.SystemRandom().sample(range(20_000, 32_000, 100), 120):
         mark = socket.socket(socket.AF_UNIX)
         try:
             mark.bind(f"\0pqueue-tests-{first}")
-            return mark, cycle(range(first, first + 100))
+            mark.detach()  # and stay open
+            return cycle(range(first, first + 100))
         except OSError:
             mark.close()
     raise AssertionError("too many test processes at the same time")
 
 
-MARK, PORTS = own_ports()
+PORTS = own_ports()
 
 
 def free_port() -> int:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, wait_until
+from conftest import PATIENCE_SECONDS, ROOT, wait_until
 
 import admin
 import pqueue
@@ -775,7 +775,7 @@ def test_hints_of_a_checkout_name_its_programs_from_any_folder(queue, tmp_path):
             env={"PQUEUE_URL": queue.name, **os.environ},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_SECONDS,
         )
         assert done.stdout.endswith(f"no consumer is alive: run python3 {shown}\n"), done.stderr
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
-from conftest import ROOT, wait_until
+from conftest import PATIENCE_SECONDS, ROOT, wait_until
 from test_admin import on_terminal
 from test_ops import Site
 from test_supervisor import BIN, manage, running, system  # noqa: F401 - a fixture
@@ -79,7 +79,7 @@ def test_every_program_creates_files_for_its_account_only(place, umask):
 
     def run(program, *arguments):
         child = carelessly(program, *arguments)
-        said, _ = child.communicate(timeout=60)
+        said, _ = child.communicate(timeout=PATIENCE_SECONDS)
         assert child.returncode == 0, said
 
     run("producer.py", "--count", "2", "--interval", "0")

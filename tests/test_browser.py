@@ -261,7 +261,7 @@ def link_to(job_id):
 
 def answers(url):
     try:
-        with urllib.request.urlopen(url, timeout=60) as answer:  # noqa: S310
+        with urllib.request.urlopen(url, timeout=PATIENCE_SECONDS) as answer:  # noqa: S310
             return answer.status == 200
     except OSError:
         return False

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE_SECONDS, ROOT
 
 import admin
 import pqueue
@@ -119,5 +119,7 @@ complete -p pqueue
 """
     )
     environment = {**os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}"}
-    done = subprocess.run([BASH, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [BASH, "-c", script], env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert done.stdout.splitlines() == [*replies, "complete -o default -F _pqueue pqueue"], done.stderr

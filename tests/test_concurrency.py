@@ -902,7 +902,7 @@ def test_first_signal_lets_the_jobs_finish_that_run(tasks):
     later = queue.enqueue("pid")
     time.sleep(0.3)  # it must not take it
     (tasks.folder / "go-on").touch()
-    assert child.wait(60) == 0
+    assert child.wait(PATIENCE_SECONDS) == 0
     completed(queue, *ids)
     assert (queue.get(later).state, queue.get(later).attempts) == ("pending", 0)
 
@@ -915,7 +915,7 @@ def test_second_signal_ends_the_tasks_and_returns_their_jobs(tasks):
     began(tasks, 6)
     child.send_signal(signal.SIGTERM)
     child.send_signal(signal.SIGINT)
-    assert child.wait(60) == 0
+    assert child.wait(PATIENCE_SECONDS) == 0
     assert {(queue.get(each).state, queue.get(each).attempts) for each in ids} == {("pending", 0)}
     assert outcome(queue, once)[2] == "Stopped: stopped while it ran; not run again because max_attempts is 1"
 
@@ -998,7 +998,7 @@ def test_good_jobs_complete_among_bad_ones_that_run_at_the_same_time(tasks):
     assert [child.poll() for child in children] == [None] * 2
     for child in children:
         child.send_signal(signal.SIGTERM)
-    assert [child.wait(60) for child in children] == [0] * 2
+    assert [child.wait(PATIENCE_SECONDS) for child in children] == [0] * 2
 
 
 # In an application

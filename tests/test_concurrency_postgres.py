@@ -7,7 +7,7 @@ from __future__ import annotations
 import signal
 
 import pytest
-from conftest import wait_until
+from conftest import PATIENCE_SECONDS, wait_until
 from test_concurrency import TASKS, began, completed, consumer, outcome, tasks
 from test_postgres import database, server
 
@@ -39,4 +39,4 @@ def test_consumer_on_postgresql_runs_jobs_at_the_same_time(tasks, database):
         completed(queue, *running[1:])
         assert {queue.get(each).attempts for each in running} == {1}
         child.send_signal(signal.SIGTERM)
-        assert child.wait(60) == 0
+        assert child.wait(PATIENCE_SECONDS) == 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from conftest import parent, wait_until
+from conftest import PATIENCE_SECONDS, parent, wait_until
 
 import consumer
 import pqueue
@@ -169,7 +169,7 @@ def test_first_term_finishes_the_job_and_the_second_gives_it_back(tasks):
     child = tasks.start("consumer.py", "--import", "my_tasks")
     wait_until(lambda: (tasks.folder / "slow-started").exists())
     child.send_signal(signal.SIGTERM)
-    assert child.wait(60) == 0
+    assert child.wait(PATIENCE_SECONDS) == 0
     assert queue.get(job_id).state == "completed"
 
     (tasks.folder / "slow-started").unlink()
@@ -178,7 +178,7 @@ def test_first_term_finishes_the_job_and_the_second_gives_it_back(tasks):
     wait_until(lambda: (tasks.folder / "slow-started").exists())
     child.send_signal(signal.SIGINT)
     child.send_signal(signal.SIGTERM)  # two of one kind at once would be one
-    assert child.wait(60) == 0
+    assert child.wait(PATIENCE_SECONDS) == 0
     job = queue.get(job_id)
     assert (job.state, job.attempts) == ("pending", 0)
 
@@ -187,7 +187,7 @@ def test_idle_consumer_ends_at_once_on_a_signal(tasks):
     child = tasks.start("consumer.py", "--name", "idle")
     wait_until(lambda: "started" in child.out.read_text())
     child.send_signal(signal.SIGTERM)
-    assert child.wait(60) == 0
+    assert child.wait(PATIENCE_SECONDS) == 0
     assert "stopped consumer=idle completed=0 failed=0" in child.out.read_text()
 
 
@@ -294,7 +294,7 @@ def test_consumer_waits_for_a_locked_database_and_says_so(tasks):
         child = tasks.start("consumer.py", "--import", "my_tasks", "--drain")
         wait_until(lambda: "waiting" in child.out.read_text())
         db.execute("ROLLBACK")
-    assert child.wait(60) == 0
+    assert child.wait(PATIENCE_SECONDS) == 0
     assert queue.get(job_id).state == "completed"
 
 
@@ -319,7 +319,12 @@ def test_consumer_continues_when_its_log_is_not_read(tasks):
     os.close(reader)
     command = tasks.command("consumer.py", "--import", "my_tasks", "--drain")
     done = subprocess.run(
-        command, cwd=tasks.folder, env=tasks.environment(), stdout=writer, stderr=subprocess.PIPE, timeout=60
+        command,
+        cwd=tasks.folder,
+        env=tasks.environment(),
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=PATIENCE_SECONDS,
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b"")
@@ -564,7 +569,7 @@ def test_producer_ends_between_jobs_on_a_signal(place):
     child = place.start("producer.py", "--interval", 600)
     wait_until(lambda: "enqueued" in child.out.read_text())
     child.send_signal(signal.SIGTERM)
-    assert child.wait(60) == 0
+    assert child.wait(PATIENCE_SECONDS) == 0
 
 
 @pytest.mark.parametrize("hold", ["lock", "limit"])
@@ -578,7 +583,7 @@ def test_producer_waits_for_room_and_leaves_nothing_half_done(place, hold):
         child = place.start("producer.py", "--count", 1)
         wait_until(lambda: "waiting" in child.out.read_text())
         child.send_signal(signal.SIGTERM)
-        assert child.wait(60) == 0
+        assert child.wait(PATIENCE_SECONDS) == 0
     assert names(place, "*") == []
     queue.limit("default", None)
     assert place.run("producer.py", "--count", 1).returncode == 0

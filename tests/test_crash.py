@@ -12,7 +12,7 @@ import time
 from contextlib import closing
 
 import pytest
-from conftest import wait_until
+from conftest import PATIENCE_SECONDS, wait_until
 
 PRODUCERS, CONSUMERS = 5, 8
 KILL_EVERY_SECONDS = 0.1
@@ -54,7 +54,7 @@ class Fleet:
             _, child = self.running.pop(name)
             wait_until(child.out.read_text)  # it has its signal handlers: TERM to a starting Python is just its end
             child.send_signal(signal.SIGTERM)
-            assert child.wait(60) == 0, child.out.read_text()
+            assert child.wait(PATIENCE_SECONDS) == 0, child.out.read_text()
 
 
 @pytest.mark.parametrize("durability", ["full", "normal"])
@@ -168,7 +168,7 @@ def test_job_that_may_run_once_never_runs_twice_and_fails_only_if_it_began(place
     killed = 0
     while queue.count_jobs(state="pending"):
         child = place.start("consumer.py", "--import", "tasks", "--drain", PQUEUE_DURABILITY=durability)
-        killed += child.wait(60) == -signal.SIGKILL
+        killed += child.wait(PATIENCE_SECONDS) == -signal.SIGKILL
     assert killed == 3
     queue.dequeue_many("last", 0)
     ran = began(place)
@@ -188,7 +188,7 @@ def test_consumers_killed_at_any_moment_fail_no_job_that_had_not_begun(place):
         wait_until(lambda b=before: (place.folder / "ran").exists() and (place.folder / "ran").stat().st_size > b + 200)
         child.kill()
         child.wait()
-    assert place.start("consumer.py", "--import", "tasks", "--drain").wait(120) == 0
+    assert place.start("consumer.py", "--import", "tasks", "--drain").wait(PATIENCE_SECONDS) == 0
     ran = began(place)
     assert len(ran) == len(set(ran))
     failed = {job.id for job in queue.list_jobs(state="failed", limit=5000)}
@@ -204,7 +204,7 @@ def test_second_signal_does_not_release_a_job_with_one_attempt(place):
     wait_until((place.folder / "ran").exists)
     for number in (signal.SIGTERM, signal.SIGINT):  # two of one kind at once would be one
         child.send_signal(number)
-    assert child.wait(60) == 0
+    assert child.wait(PATIENCE_SECONDS) == 0
     assert queue.get(1).state == "failed"
     assert "not run again because max_attempts is 1" in queue.get(1).error
 
@@ -217,9 +217,9 @@ def test_consumer_and_producer_end_when_the_database_is_replaced(place):
     wait_until(lambda: queue.count_jobs(state="completed"))
     (place.folder / "backup.db").replace(place.folder / "var/queue.db")
     for child in children:
-        assert child.wait(60) == 1
+        assert child.wait(PATIENCE_SECONDS) == 1
         assert "was replaced or moved, or its log deleted" in child.out.read_text()
         assert "\nTraceback" not in child.out.read_text()
     late = place.start("consumer.py", "--drain")
-    assert late.wait(60) == 1
+    assert late.wait(PATIENCE_SECONDS) == 1
     assert "it took the place of another database" in late.out.read_text()

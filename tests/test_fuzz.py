@@ -24,7 +24,7 @@ from pathlib import Path
 from urllib.parse import quote, urlencode
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE_SECONDS, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_ops import Site
@@ -500,7 +500,7 @@ def test_operators_who_add_a_group_at_once_get_one_each(folder, monkeypatch):
 
     def call(method, *_, **__):
         if method == "getAllProcessInfo":
-            both.wait(60)  # so that neither sees the other's
+            both.wait(PATIENCE_SECONDS)  # so that neither sees the other's
         return []
 
     monkeypatch.setattr(supervisor, "call", call)

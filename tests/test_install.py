@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Place, free_port, wait_until
+from conftest import PATIENCE_SECONDS, ROOT, Place, free_port, wait_until
 
 BIN = Path(sys.executable).parent
 COMMANDS = ("pqueue", "pqueue-consumer", "pqueue-manager", "pqueue-ops", "pqueue-producer")
@@ -129,7 +129,12 @@ echo "${COMPREPLY[@]}"
 """
     environment = project.environment(PATH=f"{project.commands}:{os.environ['PATH']}")
     done = subprocess.run(
-        ["bash", "-ec", script], cwd=project.folder, env=environment, capture_output=True, text=True, timeout=60
+        ["bash", "-ec", script],
+        cwd=project.folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
     )
     assert (done.stdout, done.stderr) == ("default\n", "")
 
@@ -147,9 +152,9 @@ def test_project_uses_the_queue_with_its_own_modules(project):
     assert jobs["sum_up"].result == 7
     child = project.start("pqueue-ops", "--port", 0)
     address = wait_until(lambda: re.search(r"dashboard at (\S+)\n", child.out.read_text()))[1]
-    assert b"sum_up" in urllib.request.urlopen(f"{address}/jobs", timeout=30).read()
+    assert b"sum_up" in urllib.request.urlopen(f"{address}/jobs", timeout=PATIENCE_SECONDS).read()
     child.send_signal(signal.SIGINT)
-    assert child.wait(60) == 0, child.out.read_text()
+    assert child.wait(PATIENCE_SECONDS) == 0, child.out.read_text()
     assert "Traceback" not in child.out.read_text()
 
 
@@ -185,11 +190,11 @@ def test_project_runs_under_supervisor_from_the_configuration_that_the_manager_w
     jobs = [queue.enqueue("sum_up", [5, 6], queue=name) for name in ("default", "more")]
     wait_until(lambda: [queue.get(job).result for job in jobs] == [11, 11])
     wait_until(lambda: "dashboard at" in (project.folder / "var/log/ops.log").read_text())
-    assert b"consumer2_00" in urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=30).read()
+    assert b"consumer2_00" in urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=PATIENCE_SECONDS).read()
     done = project.run("pqueue-manager", "--remove", "consumer2")
     assert (done.returncode, done.stdout) == (0, "removed consumer2\n"), done.stderr
     child.send_signal(signal.SIGINT)
-    assert child.wait(60) == 0
+    assert child.wait(PATIENCE_SECONDS) == 0
 
 
 def test_type_checker_reports_a_users_mistakes_against_the_installed_wheel(project):

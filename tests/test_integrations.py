@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import sentry_sdk
-from conftest import ROOT
+from conftest import PATIENCE_SECONDS, ROOT
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -155,5 +155,5 @@ def test_django_view_enqueues_in_its_transaction(place):
     assert "\nfrom shop.tasks import send_receipt\n" in view
     place.write("view.py", DJANGO + view.replace("from shop.tasks import send_receipt\n", "") + ORDERS)
     child = place.start_command([sys.executable, "view.py", str(path)], PYTHONPATH=str(ROOT), PQUEUE_URL=str(path))
-    assert child.wait(60) == 0, child.out.read_text()
+    assert child.wait(PATIENCE_SECONDS) == 0, child.out.read_text()
     assert sqlite3.connect(path).execute("SELECT count(*) FROM shop_order").fetchone() == (1,)

@@ -853,7 +853,7 @@ def test_second_signal_ends_a_worker_that_executes_what_a_task_left_behind(tasks
     wait_until(lambda: read(tasks, "began"))
     child.send_signal(signal.SIGTERM)
     child.send_signal(signal.SIGTERM)
-    assert child.wait(20) == 0
+    assert child.wait(PATIENCE_SECONDS) == 0
     assert (queue.get(bad).state, queue.get(bad).attempts) == ("completed", 1)
 
 
@@ -1034,7 +1034,7 @@ def test_watchdog_that_a_task_has_killed_is_started_again(tasks):
     after = wait_until(lambda: len(found := processes.children(child.pid)) == 2 and found)
     assert len(set(before) & set(after)) == 1  # the worker
     child.terminate()
-    assert child.wait(60) == 0
+    assert child.wait(PATIENCE_SECONDS) == 0
     assert not any(map(processes.is_running, after))
 
 
@@ -1066,7 +1066,7 @@ def test_consumer_has_the_same_processes_and_descriptors_after_many_signals(task
     wait_until(lambda: not queue.count_jobs(state="processing") + queue.count_jobs(state="pending"))
     wait_until(lambda: settled() == before)
     child.terminate()
-    assert child.wait(60) == 0
+    assert child.wait(PATIENCE_SECONDS) == 0
     wait_until(lambda: not any(is_in(pid, tasks.folder) for pid in map(int, filter(str.isdigit, os.listdir("/proc")))))
     ran = read(tasks, "good").split()
     assert len(set(ran)) == queue.count_jobs(state="completed") == queue.count_jobs()
@@ -1100,7 +1100,7 @@ def test_watchdog_spares_a_worker_whose_keeper_works(tasks):
     tasks.write("go-on", "")
     wait_until(lambda: queue.get(job_id).state == "completed")
     child.terminate()
-    assert child.wait(60) == 0
+    assert child.wait(PATIENCE_SECONDS) == 0
     assert not processes.is_running(watchdog)
 
 
@@ -1193,7 +1193,7 @@ def test_second_signal_ends_a_task_that_holds_the_gil_and_returns_its_job(tasks)
     wait_until(lambda: read(tasks, "began"))
     child.send_signal(signal.SIGTERM)
     child.send_signal(signal.SIGINT)
-    assert child.wait(60) == 0
+    assert child.wait(PATIENCE_SECONDS) == 0
     assert (queue.get(job_id).state, queue.get(job_id).attempts) == ("pending", 0)
 
 
@@ -1214,7 +1214,7 @@ def test_processes_of_a_task_are_killed_with_its_consumer(tasks):
     wait_until(lambda: read(tasks, "spawned"))
     child.send_signal(signal.SIGTERM)
     child.send_signal(signal.SIGINT)
-    assert child.wait(60) == 0
+    assert child.wait(PATIENCE_SECONDS) == 0
     wait_until(lambda: not any(map(processes.is_running, map(int, read(tasks, "spawned").split()))))
     assert queue.get(job_id).state == "failed"  # as its max_attempts is 1
 
@@ -1240,7 +1240,7 @@ def test_ctrl_c_reaches_neither_the_task_nor_its_processes(tasks):
     os.killpg(child.pid, signal.SIGINT)
     time.sleep(0.2)
     (tasks.folder / "go-on").touch()
-    assert child.wait(60) == 0
+    assert child.wait(PATIENCE_SECONDS) == 0
     assert (queue.get(job_id).state, queue.get(job_id).result) == ("completed", 0)
 
 
@@ -1290,7 +1290,7 @@ def test_good_jobs_complete_once_among_bad_ones(tasks, seed):
         assert len(os.listdir(f"/proc/{pid}/fd")) < 200
     for child in children:
         child.send_signal(signal.SIGTERM)
-    assert [child.wait(60) for child in children] == [0] * 3
+    assert [child.wait(PATIENCE_SECONDS) for child in children] == [0] * 3
     wait_until(lambda: not any(is_in(pid, tasks.folder) for pid in map(int, filter(str.isdigit, os.listdir("/proc")))))
 
 
@@ -1344,7 +1344,7 @@ def test_consumer_that_is_told_to_end_at_any_moment_loses_no_job_and_no_attempt(
         if chosen.random() < 0.5:
             queue.enqueue("good")  # wakes it up
         child.send_signal(chosen.choice([signal.SIGTERM, signal.SIGHUP]))  # INT: tests/test_termination.py
-        code = child.wait(60)
+        code = child.wait(PATIENCE_SECONDS)
         said = child.out.read_text()
         assert code == 0 or (code in (-signal.SIGTERM, -signal.SIGHUP) and said == ""), (code, said)
         assert "Traceback" not in said, said
@@ -1448,7 +1448,7 @@ def test_consumer_that_is_the_first_process_of_a_container_reaps_orphans(tasks):
     (keeper,) = processes.children(outer.pid)
     wait_until(lambda: len(processes.children(keeper)) == 2)  # the worker and its watchdog
     os.kill(keeper, signal.SIGTERM)
-    assert outer.wait(60) == 0
+    assert outer.wait(PATIENCE_SECONDS) == 0
 
 
 DAEMONS = """
@@ -1484,4 +1484,4 @@ def test_consumer_that_is_the_first_process_of_a_container_ends_the_daemons_of_i
     assert "SIGKILL" in queue.get(bad).error
     wait_until(lambda: sorted(map(processes.name, processes.children(keeper))) == ["python", "sh", "sleep"])
     os.kill(keeper, signal.SIGTERM)
-    assert outer.wait(60) == 0
+    assert outer.wait(PATIENCE_SECONDS) == 0

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, wait_until
+from conftest import PATIENCE_SECONDS, ROOT, wait_until
 
 import pqueue_files
 
@@ -78,7 +78,7 @@ def on_windows(place, code):
         env=place.environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_SECONDS,
     )
 
 
@@ -170,12 +170,16 @@ def test_dashboard_without_streamlit_says_what_to_install_and_serves_the_page(pl
 @pytest.mark.parametrize("program", ["admin", "consumer", "manager", "ops", "producer"])
 def test_program_says_in_one_line_that_python_is_too_old(program):
     code = f"import runpy, sys; sys.version_info = (3, 9, 18); runpy.run_path({program + '.py'!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     version = sys.version.split()[0]
     assert (done.returncode, done.stderr) == (1, f"pqueue: expected Python 3.10 or newer, got {version}\n")
 
 
 def test_library_says_that_python_is_too_old():
     code = "import sys; sys.version_info = (3, 9, 18); import pqueue"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert done.stderr.splitlines()[-1].startswith("ImportError: pqueue: expected Python 3.10 or newer, got ")

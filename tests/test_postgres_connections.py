@@ -217,14 +217,14 @@ def expect_as_many_as_fit(place, queue, url, number, fit, reason, restart=None):
     for _ in range(2):
         gone = min(started(queue))
         programs[gone].terminate()
-        assert programs.pop(gone).wait(60) == 0
+        assert programs.pop(gone).wait(PATIENCE_SECONDS) == 0
         # At the limit, it may not have been able to say that it has ended: then others find out
         wait_until(lambda gone=gone: gone not in (found := started(queue)) and len(found) == fit)
         complete(20)
     for each in programs.values():
         assert each.poll() is None
         each.terminate()
-    assert [each.wait(60) for each in programs.values()] == [0] * len(programs)
+    assert [each.wait(PATIENCE_SECONDS) for each in programs.values()] == [0] * len(programs)
 
 
 @pytest.mark.parametrize(("limit", "fit"), [(2, 1), (5, 2)])
@@ -635,7 +635,7 @@ def test_programs_that_begin_before_the_server_wait_for_it(place, primary):
     consumer = place.start("consumer.py", **url)
     wait_until(lambda: all(" waiting " in child.out.read_text() for child in (producer, consumer)))
     primary.start()
-    assert producer.wait(60) == 0
+    assert producer.wait(PATIENCE_SECONDS) == 0
     with closing(pqueue.open_queue(primary.url)) as queue:
         wait_until(lambda: queue.stats()["states"]["completed"] == 5)
     assert consumer.poll() is None

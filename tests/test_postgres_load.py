@@ -695,12 +695,12 @@ def test_check_names_what_else_keeps_dead_rows(tmp_path, monkeypatch):
                     reader.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
                     reader.execute("SELECT 'a report'")
                     queue.enqueue("t")
-                    assert wait_until(lambda name=name: is_found(f"{name} {kept}there, or set hot_standby_.*"), 30)
+                    assert wait_until(lambda name=name: is_found(f"{name} {kept}there, or set hot_standby_.*"))
                     with closing(pqueue.open_queue(standby.url, create=False)) as copy:
                         assert copy.check()["problems"] == []
                 standby.stop_at_once()
             at_last = f"replication slot kept is {keeps} and dead rows, which slows claims{remedy.format('kept')}"
-            assert wait_until(lambda: is_found(at_last), 30)
+            assert wait_until(lambda: is_found(at_last))
     finally:
         standby.kill()
         own.kill()

@@ -123,7 +123,7 @@ def test_hung_up_consumer_finishes_its_job_and_ends(tasks):
     wait_until(lambda: started(tasks))
     child.send_signal(signal.SIGHUP)
     (tasks.folder / "go-on").touch()
-    assert child.wait(60) == 0
+    assert child.wait(PATIENCE_SECONDS) == 0
     assert queue.get(job_id).state == "completed"
     assert "stopped consumer=" in child.out.read_text()
 
@@ -157,7 +157,7 @@ def test_hung_up_producer_ends_between_jobs(place):
     child = place.start("producer.py", "--interval", 600)
     wait_until(lambda: "enqueued" in child.out.read_text())
     child.send_signal(signal.SIGHUP)
-    assert child.wait(60) == 0
+    assert child.wait(PATIENCE_SECONDS) == 0
 
 
 def test_programs_under_nohup_outlive_the_terminal(place):
@@ -259,7 +259,7 @@ def test_second_signal_ends_a_consumer_that_is_closing_its_queue(tasks):
     wait_until(lambda: (tasks.folder / "closed").exists())
     child.send_signal(signal.SIGTERM)
     (tasks.folder / "go-on").touch()
-    assert child.wait(60) in (0, -signal.SIGTERM)
+    assert child.wait(PATIENCE_SECONDS) in (0, -signal.SIGTERM)
 
 
 def test_thread_that_a_task_left_keeps_the_process_but_not_against_a_second_signal(tasks):
@@ -271,7 +271,7 @@ def test_thread_that_a_task_left_keeps_the_process_but_not_against_a_second_sign
     wait_until(lambda: "stopped consumer=" in child.out.read_text())
     wait_until(lambda: {each["state"] for each in queue.consumers()} == {"stopped"})
     child.send_signal(signal.SIGTERM)
-    assert child.wait(60) in (0, -signal.SIGTERM)
+    assert child.wait(PATIENCE_SECONDS) in (0, -signal.SIGTERM)
 
 
 @pytest.mark.parametrize("parent", ["ends", "closes"])
@@ -429,7 +429,7 @@ def test_two_processes_under_one_name_are_reported(place):
     pids = sorted(child.pid for child in children)
     assert f"2 processes run under the name same (pids {pids[0]}, {pids[1]}): stop all but one" in done.stdout
     children[0].send_signal(signal.SIGTERM)
-    assert children[0].wait(60) == 0
+    assert children[0].wait(PATIENCE_SECONDS) == 0
     assert place.run("admin.py", "doctor").returncode == 0
 
 

@@ -13,7 +13,7 @@ from html import unescape
 from urllib.parse import urlencode
 
 import pytest
-from conftest import ROOT, free_port, wait_until
+from conftest import PATIENCE_SECONDS, ROOT, free_port, wait_until
 
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") or "nginx"
 CONFIGURATION = """
@@ -56,7 +56,7 @@ class Proxy:
         """Return the status, the text and the headers of the answer."""
         trusting = ssl.create_default_context()
         trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
-        connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=60, context=trusting)
+        connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=PATIENCE_SECONDS, context=trusting)
         try:
             body = None if form is None else urlencode(form)
             given = {"Host": self.host, "Origin": f"https://{self.host}", **headers}

@@ -25,7 +25,7 @@ from unittest.mock import Mock, patch
 from urllib.error import HTTPError
 
 import pytest
-from conftest import ROOT, Place, wait_until
+from conftest import PATIENCE_SECONDS, ROOT, Place, wait_until
 
 import admin
 import pqueue
@@ -141,7 +141,11 @@ def test_crontab_in_the_docs_works(project):
     variables = dict(line.split("=") for line in lines if "* * *" not in line)
     for command in commands:
         done = subprocess.run(
-            ["sh", "-ec", command], env=project.environment(**variables), capture_output=True, text=True, timeout=60
+            ["sh", "-ec", command],
+            env=project.environment(**variables),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
         )
         assert (done.returncode, done.stderr) == (0, "")
     assert "no consumer is alive" in done.stdout
@@ -160,7 +164,7 @@ def test_supervisor_program_in_the_docs_runs(project):
     wait_until(lambda: queue.get(job_id).state == "completed")
     wait_until(lambda: {each["name"] for each in queue.consumers()} == {f"consumer_0{number}" for number in range(3)})
     child.terminate()
-    assert child.wait(60) == 0
+    assert child.wait(PATIENCE_SECONDS) == 0
     assert {each["state"] for each in queue.consumers()} == {"stopped"}
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, wait_until
+from conftest import PATIENCE_SECONDS, ROOT, wait_until
 from test_postgres import database, server  # noqa: F401 - fixtures
 
 import pqueue
@@ -110,7 +110,13 @@ def replay(place, url):
         command = place.command("admin.py", "replay", *arguments)
         environment = place.environment(PQUEUE_URL=url, TMPDIR=str(place.folder))
         return subprocess.run(
-            command, cwd=place.folder, env=environment, capture_output=True, text=True, timeout=60, **options
+            command,
+            cwd=place.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+            **options,
         )
 
     return replay
@@ -236,7 +242,9 @@ def test_saved_test_fails_as_the_job_did_until_its_task_is_fixed(queue, replay, 
     def test():
         environment = place.environment(PYTHONPATH=str(ROOT))
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path.name]
-        return subprocess.run(command, cwd=place.folder, env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            command, cwd=place.folder, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+        )
 
     tasks = re.sub(r"  execute\(db, .*", "  pass", TASKS)  # the temporary queue has no table of orders
     place.write("tasks.py", tasks)

@@ -76,7 +76,7 @@ def test_programs_report_a_full_disk_wait_and_continue(place, small_disk):
     wait_until(lambda: not any(queue.stats()["states"][state] for state in pqueue.UNFINISHED))
     for child in consumers:
         child.send_signal(signal.SIGTERM)
-        assert child.wait(60) == 0, child.out.read_text()
+        assert child.wait(PATIENCE_SECONDS) == 0, child.out.read_text()
     enqueued = re.findall(r"enqueued job=(\d+) file=(\S+)", producer.out.read_text())
     assert {int(job_id): "completed" for job_id, _ in enqueued} == {
         job.id: job.state for job in queue.list_jobs(limit=10_000)
@@ -116,7 +116,7 @@ print(queue.enqueue("after"), queue.check()["quick_check"])
         assert [child.stdout.readline() for _ in range(2)] == [full_queue] * 2
         assert "other.db" in child.stdout.readline()
         assert child.stdout.readline() == "processing False\n"
-    assert child.communicate("\n", timeout=60)[0] == "2 ok\n"
+    assert child.communicate("\n", timeout=PATIENCE_SECONDS)[0] == "2 ok\n"
 
 
 @needs_root
@@ -251,7 +251,7 @@ def test_consumer_without_descriptors_says_so_and_costs_no_job_more_than_an_atte
     for limit in limits:
         assert place.run("producer.py", "--count", 1, "--interval", 0).returncode == 0
         child = place.start_command(["prlimit", f"--nofile={limit}", *place.command("consumer.py", "--drain")])
-        assert child.wait(60) in (0, 1)
+        assert child.wait(PATIENCE_SECONDS) in (0, 1)
         assert "\nTraceback" not in child.out.read_text()
     states = place.queue().stats()["states"]
     assert states["completed"]

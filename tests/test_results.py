@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 
-from conftest import ROOT, wait_until
+from conftest import PATIENCE_SECONDS, ROOT, wait_until
 
 # Without its timer, so that only a wake-up ends the wait.
 WAITER = """
@@ -48,7 +48,7 @@ def test_consumer_wakes_up_the_processes_that_wait_for_its_jobs(place):
     try:
         wait_until(lambda: is_waiting(queue, len(ids)))
         place.start("consumer.py", "--import", "work")
-        answers = [waiter.communicate(timeout=60)[0] for waiter in waiters]
+        answers = [waiter.communicate(timeout=PATIENCE_SECONDS)[0] for waiter in waiters]
     finally:
         for waiter in waiters:
             waiter.kill()

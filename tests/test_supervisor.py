@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Place, free_port, wait_until
+from conftest import PATIENCE_SECONDS, ROOT, Place, free_port, wait_until
 
 from pqueue_tools import supervisor, termination
 
@@ -34,7 +34,7 @@ def system(tmp_path, monkeypatch):
     yield place
     for child in place.children:  # let it stop what it has started
         child.terminate()
-        child.wait(60)
+        child.wait(PATIENCE_SECONDS)
     place.close()
 
 
@@ -116,7 +116,7 @@ def test_supervisor_runs_it_all_and_leaves_nothing_behind(system):
 
     pids = running(system)
     supervisor.send_signal(signal.SIGINT)
-    assert supervisor.wait(60) == 0
+    assert supervisor.wait(PATIENCE_SECONDS) == 0
     wait_until(lambda: all(is_gone(pid) for pid in pids.values()))
     assert (system.folder / "var/log/consumer_01.log").read_text().count("started consumer=consumer_01") == 2
     modes = {path.name: path.stat().st_mode & 0o777 for path in (system.folder / "var").glob("queue.db*")}
@@ -307,7 +307,7 @@ def test_manager_writes_a_configuration_for_tasks_of_the_users_own(system):
     wait_until(lambda: queue.get(job).result == 7)
     wait_until(lambda: set(running(mine)) == {"ops", *(f"consumer:{name}" for name in NAMES)})
     child.terminate()
-    assert child.wait(60) == 0
+    assert child.wait(PATIENCE_SECONDS) == 0
     mine.close()
 
 
@@ -321,7 +321,7 @@ def test_added_group_is_there_again_after_a_restart_of_supervisor(system):
     assert manage(system, "--count", "2", "--size", "1").returncode == 0
     wait_until(lambda: len(running(system)) == 7)
     supervisor.send_signal(signal.SIGINT)
-    assert supervisor.wait(60) == 0
+    assert supervisor.wait(PATIENCE_SECONDS) == 0
     started(system, "supervisord", "-n", "-c", "supervisord.conf")
     wait_until(lambda: {"consumer2:consumer2_00", "consumer3:consumer3_00"} <= set(running(system)))
     assert "consumer2_00" in manage(system, "--list").stdout
@@ -389,7 +389,7 @@ def test_honcho_runs_the_same_programs(system):
     queue = queue_of(system)
     wait_until(lambda: honcho.out.read_text().count("started consumer=") == 2 and completed_files(queue))
     honcho.send_signal(signal.SIGINT)
-    honcho.wait(60)
+    honcho.wait(PATIENCE_SECONDS)
     out = honcho.out.read_text()
     assert "producer.1" in out
     assert out.count("stopped consumer=") == 2

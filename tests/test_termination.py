@@ -10,7 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import ROOT, wait_until
+from conftest import PATIENCE_SECONDS, ROOT, wait_until
 
 MOMENTS = 12 * int(os.environ.get("PQUEUE_SOAK", "1"))
 
@@ -84,7 +84,7 @@ def terminated(place, command, number, seconds):
     child = launched(place, *command)
     time.sleep(seconds)  # a moment to try, and not a wait for something
     child.send_signal(number)
-    out, error = child.communicate(timeout=60)
+    out, error = child.communicate(timeout=PATIENCE_SECONDS)
     (place.folder / "copy.db").unlink(missing_ok=True)
     return child.returncode, (out + error).decode()
 
@@ -93,7 +93,7 @@ def length(place, command):
     if command[0] == "ops.py":
         return ENDLESS_SECONDS
     began = time.monotonic()
-    launched(place, *command).communicate(timeout=60)
+    launched(place, *command).communicate(timeout=PATIENCE_SECONDS)
     (place.folder / "copy.db").unlink(missing_ok=True)
     return time.monotonic() - began
 
@@ -115,7 +115,7 @@ def test_interrupted_torture_leaves_neither_process_nor_folder(begun):
     child = launched(begun, "admin.py", "torture", "--seconds", "600")
     wait_until(lambda: list((begun.folder / "var").glob("torture-*/*.acknowledged")))
     os.killpg(child.pid, signal.SIGINT)
-    out, error = child.communicate(timeout=60)
+    out, error = child.communicate(timeout=PATIENCE_SECONDS)
     assert (child.returncode, error) == (130, b""), out
     assert list((begun.folder / "var").glob("torture-*")) == []
     wait_until(lambda: not is_group(child.pid))
@@ -150,6 +150,6 @@ def test_interrupted_move_resumes_the_queues(begun, number):
     wait_until(lambda: queue.stats()["queues"]["default"]["paused"])
     assert child.poll() is None
     child.send_signal(number)
-    child.communicate(timeout=60)
+    child.communicate(timeout=PATIENCE_SECONDS)
     assert child.returncode == 128 + number
     assert not queue.stats()["queues"]["default"]["paused"]
