@@ -380,13 +380,15 @@ def _act(
     queue: PersistentQInterface,
     options: argparse.Namespace,
     verb: str,
+    asked: str,
     done: str,
     act_at: Callable[[int, float], None],
     *,
     parents_first: bool = False,
 ) -> CommandResult:
-    """Act on the given jobs, all or none; or after confirmation, in batches, on all that match the filter."""
-    filters, now = _filters(options), queue.now()
+    """Act on the given jobs, all or none; or after confirmation, in batches, on all that match the filter. The texts
+    are such as "mark {} as failed", to ask, and "marked {} as failed"."""
+    filters, now, short_done = _filters(options), queue.now(), done.replace("{} ", "").replace(" {}", "")
 
     def act(job_id: int) -> None:
         act_at(job_id, now)  # one time for all, by which they are one operation
@@ -399,16 +401,17 @@ def _act(
         with queue.exclusive(job_ids):
             if errors := queue.act_on(job_ids, act, parents_first=parents_first):
                 raise errors[0]
-        return CommandResult([{"job": job_id, "done": done} for job_id in job_ids], f"{done} {_ids(job_ids)}")
+        return CommandResult([{"job": job_id, "done": short_done} for job_id in job_ids], done.format(_ids(job_ids)))
     number = queue.count_jobs(**filters, shown=masked_job)
     if not number:
-        return CommandResult([{"done": done, "jobs": 0, "refused": 0}], "no job matches")
-    if not agreed(options, f"{verb} {count(number, 'job')}"):
+        return CommandResult([{"done": short_done, "jobs": 0, "refused": 0}], "no job matches")
+    if not agreed(options, asked.format(count(number, "job"))):
         return CommandResult(text="nothing done", code=1)
     changed = queue.act_where(act, **filters, shown=masked_job, parents_first=parents_first)
     refused = changed.refused
     text = changed_text(done, changed, refused)
-    return CommandResult([{"done": done, "jobs": changed, "refused": refused}], text, int(changed == 0 and refused > 0))
+    rows = [{"done": short_done, "jobs": changed, "refused": refused}]
+    return CommandResult(rows, text, int(changed == 0 and refused > 0))
 
 
 def _ids(job_ids: list[int]) -> str:
@@ -432,12 +435,13 @@ def _ids(job_ids: list[int]) -> str:
 def resubmit(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Run finished jobs again, with a full number of attempts: now, or at a rate."""
     times = spread(queue.now() + options.delay, options.rate)
-    verb = f"resubmit{'' if options.rate is None else f' at {options.rate[0]}/{options.rate[1]:g}s'}"
+    rate = "" if options.rate is None else f" at {options.rate[0]}/{options.rate[1]:g}s"
     return _act(
         queue,
         options,
-        verb,
-        "resubmitted",
+        "resubmit",
+        f"resubmit {{}}{rate}",
+        "resubmitted {}",
         lambda job_id, now: queue.resubmit(job_id, run_at=next(times), now=now),
         parents_first=True,
     )
@@ -458,7 +462,8 @@ def mark_failed(queue: PersistentQInterface, options: argparse.Namespace) -> Com
         queue,
         options,
         "mark-failed",
-        "marked as failed",
+        "mark {} as failed",
+        "marked {} as failed",
         lambda job_id, now: queue.mark_failed(job_id, options.error, now=now),
     )
 
@@ -475,7 +480,9 @@ def mark_failed(queue: PersistentQInterface, options: argparse.Namespace) -> Com
 )
 def cancel(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Cancel unfinished jobs; a running job loses its lease."""
-    return _act(queue, options, "cancel", "cancelled", lambda job_id, now: queue.cancel(job_id, now=now))
+    return _act(
+        queue, options, "cancel", "cancel {}", "cancelled {}", lambda job_id, now: queue.cancel(job_id, now=now)
+    )
 
 
 @command(
@@ -490,7 +497,9 @@ def cancel(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
 )
 def run_now(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Make scheduled and waiting jobs pending, whenever they are due and whatever they wait for."""
-    return _act(queue, options, "run-now", "made pending", lambda job_id, now: queue.run_now(job_id, now=now))
+    return _act(
+        queue, options, "run-now", "run {} now", "made {} pending", lambda job_id, now: queue.run_now(job_id, now=now)
+    )
 
 
 @command(
@@ -609,6 +618,9 @@ _rate = or_word("none", (), rate)
 _duration_or_forever = or_word("forever", [None], lambda text: [duration(text)])  # a list, as the value may be None
 
 
+LIMITS = {"max_pending": "pending jobs", "running": "running jobs", "rate": "the rate"}
+
+
 @command(
     QUEUES,
     "limit",
@@ -636,8 +648,11 @@ def limit(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
         "rate": lambda rate: f"{count(rate[0], 'job')} of each group in {interval(rate[1])}",
     }
     limits = [text(given[name]) for name, text in texts.items() if given.get(name)]
-    done = f"limited to {', '.join(limits)}" if limits else "has no limit"
-    return _set_queue(queue, options, lambda name: queue.limit(name, **given), done)
+    removed = [text for name, text in LIMITS.items() if name in given and not given[name]]
+    done = [f"limited to {', '.join(limits)}"] * bool(limits) + [f"has no limit of {' or '.join(removed)}"] * bool(
+        removed
+    )
+    return _set_queue(queue, options, lambda name: queue.limit(name, **given), " and ".join(done))
 
 
 @command(

@@ -122,6 +122,9 @@ def _ids(form: Form) -> list[int]:
     return sorted({whole_number(0)(each) for each in form["id"]})
 
 
+QUESTIONS = {"mark_failed": "mark {} as failed", "run_now": "run {} now"}
+
+
 def question(cache: FigureCache, name: str, form: Form) -> str:
     """Return what an action on many jobs would do, with their number: cancel 12 jobs. Raises QueueError, ValueError."""
     filters = _filters(form)
@@ -130,7 +133,8 @@ def question(cache: FigureCache, name: str, form: Form) -> str:
     number = cache.queue().count_jobs(**filters, shown=masked_job) if filters else len(_ids(form))
     if not number:
         raise ValueError("no job matches the filter")
-    return f"{name.replace('_', ' ')} {report.count(number, 'job')}{_later(form, number) if name == 'retry' else ''}"
+    what = QUESTIONS.get(name, f"{name} {{}}").format(report.count(number, "job"))
+    return what + (_later(form, number) if name == "retry" else "")
 
 
 def _later(form: Form, number: int) -> str:
@@ -145,9 +149,9 @@ def _later(form: Form, number: int) -> str:
 
 
 def _assign(queue: PersistentQInterface, form: Form, by: str | None) -> str:
-    name = one(form, "consumer")
-    queue.assign(whole_number(0)(one(form, "id")), name or None, by=by)
-    return f"assigned to {name or 'any consumer'}"
+    name, job_id = one(form, "consumer"), whole_number(0)(one(form, "id"))
+    queue.assign(job_id, name or None, by=by)
+    return f"job {job_id} assigned to {name or 'any consumer'}"
 
 
 def _named(verb: str, kind: str, done: str) -> Act:
@@ -164,7 +168,9 @@ def _limit(queue: PersistentQInterface, form: Form, by: str | None) -> str:
     name, given = one(form, "queue"), one(form, "max_pending")
     most = whole_number(0)(given) if given else None
     queue.limit(name, most, by=by)
-    return f"queue {name} " + ("has no limit" if most is None else f"limited to {report.count(most, 'pending job')}")
+    return f"queue {name} " + (
+        "has no limit of pending jobs" if most is None else f"limited to {report.count(most, 'pending job')}"
+    )
 
 
 def _add_group(queue: PersistentQInterface, _: Form, by: str | None) -> str:
@@ -180,15 +186,15 @@ def _remove_group(queue: PersistentQInterface, form: Form, by: str | None) -> st
 
 
 ACTIONS: dict[str, Act] = {
-    "resubmit": _jobs_action(_verb("resubmit"), "resubmitted", parents_first=True),
-    "retry": _jobs_action(_retry, "scheduled", parents_first=True),
-    "edit": _jobs_action(_edit, "changed"),
+    "resubmit": _jobs_action(_verb("resubmit"), "resubmitted {}", parents_first=True),
+    "retry": _jobs_action(_retry, "scheduled {}", parents_first=True),
+    "edit": _jobs_action(_edit, "changed {}"),
     "clone": _clone,
     "enqueue": _enqueue,
-    "mark_failed": _jobs_action(_verb("mark_failed"), "marked as failed"),
-    "cancel": _jobs_action(_verb("cancel"), "cancelled"),
-    "delete": _jobs_action(_delete, "deleted"),
-    "run_now": _jobs_action(_verb("run_now"), "made pending"),
+    "mark_failed": _jobs_action(_verb("mark_failed"), "marked {} as failed"),
+    "cancel": _jobs_action(_verb("cancel"), "cancelled {}"),
+    "delete": _jobs_action(_delete, "deleted {}"),
+    "run_now": _jobs_action(_verb("run_now"), "made {} pending"),
     "assign": _assign,
     "pause": _named("pause", "queue", "paused"),
     "resume": _named("resume", "queue", "resumed"),

@@ -808,9 +808,10 @@ def count(number: int, noun: str) -> str:
 
 
 def changed_text(done: str, changed: int, refused: int) -> str:
-    """Return what an action did: resubmitted 3 jobs; 1 not changed because of its state."""
+    """Return what an action such as "resubmitted {}" did: resubmitted 3 jobs; 1 not changed because of its state."""
     whose = "its" if refused == 1 else "their"
-    return f"{done} {count(changed, 'job')}" + f"; {refused:,} not changed because of {whose} state" * bool(refused)
+    said = done.format(count(changed, "job"))
+    return said + f"; {refused:,} not changed because of {whose} state" * bool(refused)
 
 
 def is_time(column: str) -> bool:

@@ -434,7 +434,7 @@ def test_operator_whose_number_is_impossible_is_told_in_one_line(queue, run, mon
         (["enqueue", "t", "--priority", "x"], 2, "a whole number from -2147483648 to 2147483647, got 'x'"),
         (["enqueue", "t", "--key-for", "1s"], 2, "expected a key together with --key-until, --key-for or --replace"),
         (["resubmit", "2", "--rate", "10"], 2, "--rate: expected JOBS/DURATION, such as 10/1s, got '10'"),
-        (["resubmit", "--status", "failed", "--rate", "1/2s"], 2, "expected --yes to resubmit at 1/2s 1 job without"),
+        (["resubmit", "--status", "failed", "--rate", "1/2s"], 2, "expected --yes to resubmit 1 job at 1/2s without"),
         (["jobs", "--status", "failed,nosuch"], 2, "expected one of"),
         (["jobs", "--payload", "customer"], 2, "expected a path in the payload and a value, such as customer=7"),
         (["resubmit", "2", "--status", "failed"], 2, "expected job ids or a filter such as --status failed, got both"),
@@ -1206,10 +1206,10 @@ def test_torture_finds_a_queue_without_its_token_guard(tmp_path):
 
 def test_operator_runs_a_scheduled_job_now_and_changes_a_waiting_one(front, queue, run):
     first, second = queue.enqueue("work", {"n": 1}, delay_seconds=500), queue.enqueue("work", delay_seconds=500)
-    assert run("run-now", first)[:2] == (0, f"made pending job {first}\n")
+    assert run("run-now", first)[:2] == (0, f"made job {first} pending\n")
     assert run("run-now", "--task", "work", "--yes")[:2] == (
         0,
-        "made pending 1 job; 1 not changed because of its state\n",
+        "made 1 job pending; 1 not changed because of its state\n",
     )
     code, out, _ = run("change", first, "--payload", '{"n": 2}', "--priority", 7, "--to-queue", "slow", "--delay", "1h")
     assert (code, out) == (0, f"changed job {first}\n")
@@ -1253,3 +1253,24 @@ def test_durations_that_were_set_are_shown_as_they_were_given(queue, run):
     assert [tables._kept({"keeps": [129600, None]}), tables._expected({"expects": (90, 0.125)})] == [
         *("36 h / for ever", "90 s / 12.5%")
     ]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_command_says_what_it_will_do_and_what_it_did_in_plain_words(queue, run, monkeypatch, number):
+    asked = []
+    monkeypatch.setattr(admin, "agreed", lambda _, what: asked.append(what) or True)
+    jobs = ("1 job", "2 jobs")[number - 1]
+    queue.enqueue_many("t", range(number), delay_seconds=900)
+    for arguments, what, done in [
+        (["run-now", "--task", "t"], f"run {jobs} now", f"made {jobs} pending"),
+        (["mark-failed", "--task", "t"], f"mark {jobs} as failed", f"marked {jobs} as failed"),
+        (["resubmit", "--task", "t", "--rate", "1/60s"], f"resubmit {jobs} at 1/60s", f"resubmitted {jobs}"),
+        (["cancel", "--task", "t"], f"cancel {jobs}", f"cancelled {jobs}"),
+    ]:
+        assert run(*arguments)[:2] == (0, f"{done}\n")
+        assert asked.pop() == what
+    ids = [job.id for job in queue.list_jobs()][::-1]
+    named = f"job {ids[0]}" if number == 1 else f"jobs {ids[0]}, {ids[1]}"
+    assert run("resubmit", *ids, "--delay", "1h")[1] == f"resubmitted {named}\n"
+    assert run("run-now", *ids)[1] == f"made {named} pending\n"
+    assert json.loads(run("mark-failed", ids[0], "--json")[1]) == {"job": ids[0], "done": "marked as failed"}

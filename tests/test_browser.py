@@ -365,7 +365,7 @@ def test_operator_sets_jobs_aside_and_pauses_a_queue(system, page, front):
     site.filter("pending")
     site.open(last)
     site.act_on_job("mark failed")
-    site.said("marked as failed 1 job")
+    site.said("marked 1 job as failed")
     assert queue.get(last).state == "failed"
 
     site.close()

@@ -30,7 +30,16 @@ import ops
 import pqueue
 import pqueue_outcomes
 import pqueue_search
-from pqueue_tools import dashboard, dashboard_http, dashboard_streamlit, dashboard_summary, report, supervisor, tables
+from pqueue_tools import (
+    dashboard,
+    dashboard_actions,
+    dashboard_http,
+    dashboard_streamlit,
+    dashboard_summary,
+    report,
+    supervisor,
+    tables,
+)
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)>" & \x00\x1b[31m\u202e😀' + "x" * 5000
 
@@ -1637,6 +1646,30 @@ def test_page_of_a_job_leads_to_every_page(queue, site):
         assert f">{each.title}</a>" in text
         assert f'<a href="?page={each.name}">{each.title}</a>' in shown
     assert '<a href="/jobs" aria-current="page">' in text
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("number", [1, 3])
+def test_dashboard_says_what_it_will_do_and_what_it_did_in_plain_words(queue, site, number):
+    jobs = "1 job" if number == 1 else "3 jobs"
+    ids = queue.enqueue_many("t", range(number), delay_seconds=900)
+    for action, what, done in [
+        ("run_now", f"run {jobs} now", f"made {jobs} pending"),
+        ("mark_failed", f"mark {jobs} as failed", f"marked {jobs} as failed"),
+        ("resubmit", f"resubmit {jobs}", f"resubmitted {jobs}"),
+        ("retry", f"retry {jobs} in 10m", f"scheduled {jobs}"),
+        ("cancel", f"cancel {jobs}", f"cancelled {jobs}"),
+        ("delete", f"delete {jobs}", f"deleted {jobs}"),
+    ]:
+        form = {"scope": ["matching"], "task": ["t"], "when": ["10m"]}
+        assert dashboard_actions.question(site.server.cache, action, form) == what
+        assert dashboard_actions.act(site.server.cache, action, form) == (True, done)
+    assert queue.count_jobs() == 0 < len(ids)
+    job_id = queue.enqueue("t")
+    assert (
+        dashboard_actions.act(site.server.cache, "assign", {"id": [str(job_id)]})[1]
+        == f"job {job_id} assigned to any consumer"
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
