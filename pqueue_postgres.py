@@ -19,6 +19,8 @@ import pqueue_schema
 from pqueue_outcomes import ALL_SUMS, BOUNDS, EVENT, KEY, MAX_TIME, NEW, SUM, UNTIMED
 from pqueue_outcomes import COLUMNS as COLUMNS_OF_COUNTS
 from pqueue_schema import (
+    AMONG_QUEUES,
+    ASSIGNED,
     CHILDREN,
     COLUMN_OF,
     COLUMNS,
@@ -29,14 +31,19 @@ from pqueue_schema import (
     HOLDS_KEY,
     IN_TURN,
     IS_LISTED,
+    KNOWN,
     LEASE,
+    LEASED,
+    MOST_ATTEMPTS,
     ORDER,
+    SERVED,
     STATE,
     THESE,
+    TO_COME,
 )
 from pqueue_values import DEFAULT_MAX_ATTEMPTS
 
-# `translated` replaces these three in the text of a statement, and THESE and CHILDREN of pqueue_schema.
+# `translated` replaces these three in the text of a statement, and the parts of shared statements in REPLACED.
 SCHEMA = "{schema}"
 CHANNEL = "{channel}"  # of NOTIFY
 LOCK_CLASS = "{lock_class}"  # of the advisory locks that running consumers hold
@@ -241,11 +248,6 @@ PG_NOTIFY = f"pg_notify('{CHANNEL}', '')"  # in a RETURNING clause
 PG_NOTIFY_JOBS = f"CAST(pg_notify('{CHANNEL}', :ids) AS text)"
 AMONG = "= ANY (ARRAY({}))"  # which is never planned as a join with all rows
 FINISHED_PARENTS = "CAST((SELECT numbers FROM finished) ->> CAST(id AS text) AS integer)"
-KNOWN = "(CAST(:tasks AS text) IS NULL OR {task} = ANY (string_to_array(CAST(:tasks AS text), chr(10))))"
-_AMONG_SERVED = "(CAST(:queues AS json) IS NULL OR {} IN (SELECT json_array_elements_text(CAST(:queues AS json))))"
-SERVED = _AMONG_SERVED.format("q.name")
-OF_QUEUES = f"""{_AMONG_SERVED.format("queue")}
-    AND {KNOWN.format(task="task")} AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)"""
 # The first row of an index. The plan is made once, perhaps with few jobs, and must never read all jobs of a state.
 FIRST_DUE = "(SELECT run_at FROM jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1)"
 FIRST_EXPIRY = "(SELECT lease_expires_at FROM jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1)"
@@ -274,10 +276,10 @@ PENDING_UNLOCKED = f"(SELECT {COUNTED} FROM pending_counts c WHERE c.queue = nam
 
 # Jobs that a consumer may claim: those of a task in a queue, and those that are assigned to it
 OF_TASK = """queue = {} AND task = {} AND "group" = '' AND state = 'pending' AND assigned_to IS NULL"""
-OF_CONSUMER = f"""state = 'pending' AND assigned_to = :consumer AND {KNOWN.format(task="task")}
-    AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0 OR {HAS_LIMITS})"""
+OF_CONSUMER = f"state = 'pending' AND {ASSIGNED}"
+SERVED_TASKS = f"q.paused = 0 AND {AMONG_QUEUES.format(queue='q.name')} AND {KNOWN.format(task='t.task')}"
 # Queues whose groups take turns, from which the consumer may take jobs
-GROUPED_HERE = f"""FROM queues q WHERE grouped = 1 AND paused = 0 AND ({SERVED} OR name IN
+GROUPED_HERE = f"""FROM queues q WHERE grouped = 1 AND paused = 0 AND ({AMONG_QUEUES.format(queue="q.name")} OR name IN
     (SELECT queue FROM jobs WHERE state = 'pending' AND assigned_to = :consumer))"""
 # Whether some group may have a job to claim
 MAY_HAVE_JOB = f"""EXISTS (SELECT 1 FROM group_events) OR EXISTS (SELECT 1 FROM queue_groups WHERE next_at = 0)
@@ -285,27 +287,20 @@ MAY_HAVE_JOB = f"""EXISTS (SELECT 1 FROM group_events) OR EXISTS (SELECT 1 FROM 
     OR EXISTS (SELECT 1 FROM jobs WHERE state = 'pending' AND assigned_to = :consumer)
     OR EXISTS (SELECT 1 FROM queues q JOIN queue_tasks t ON t.queue = q.name
         WHERE q.grouped = 1 AND EXISTS (SELECT 1 FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")} {FOR_EACH}))"""
-# Scheduled jobs that a consumer may take
-TO_COME = f"state = 'scheduled' AND {OF_QUEUES} AND (assigned_to IS NULL OR assigned_to = :consumer)"
 # A claim reads the first :share jobs of each task, or merges those of a number of tasks lazily, each for about 20 us.
 SHARES = 0
 WIDTHS = (1, 8, 32, 64)
 MOST_TIMES, SUFFICED, LAZY_CLAIMS = 4, 64, 32  # see Reach
 WIDTH = 16  # where it is not adapted to the number of tasks that have jobs
 ROW = "ctid, priority, run_at, id, attempts, max_attempts"
-AFTER_TASK = "split_part(CAST(:known_attempts AS text), chr(10) || jobs.task || chr(9), 2)"
-OF_KNOWN_TASK = f"CAST(nullif(split_part({AFTER_TASK}, chr(10), 1), '') AS integer)"
-MOST_ATTEMPTS = f"coalesce(jobs.max_attempts, {OF_KNOWN_TASK}, {DEFAULT_MAX_ATTEMPTS})"
 IS_ALONE = f"jobs.attempts > 0 OR jobs.attempts + 1 >= {MOST_ATTEMPTS}"
 PREVIOUS = "ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING"
 
 
-GROUP_PLACES = f"q.grouped = 1 AND q.paused = 0 AND {SERVED} AND {KNOWN.format(task='t.task')}"
-EVENTS_HERE = f"""queue IN (SELECT name FROM queues q WHERE q.paused = 0 AND {SERVED})
+GROUP_PLACES = f"q.grouped = 1 AND {SERVED_TASKS}"
+EVENTS_HERE = f"""queue IN (SELECT name FROM queues q WHERE q.paused = 0 AND {AMONG_QUEUES.format(queue="q.name")})
     AND (task IS NULL OR {KNOWN.format(task="task")})"""
-LEASED_AS = {**LEASE, "max_attempts": MOST_ATTEMPTS}
-LEASED = ", ".join(f"{name} = {value}" for name, value in LEASED_AS.items())
-AS_LEASED = {name: f"{value} AS {name}" for name, value in LEASED_AS.items()}
+AS_LEASED = {name: f"{value} AS {name}" for name, value in LEASE.items()}
 AS_LEASED |= {name: f"CAST({LEASE[name]} AS double precision) AS {name}" for name in ("lease_expires_at", "started_at")}
 
 
@@ -314,7 +309,7 @@ def _heads(number: int) -> str:
     return f"""
     SELECT t.queue, t.task, head.* FROM queues q JOIN queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
         (SELECT {ROW} FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")} ORDER BY {ORDER} LIMIT 1) head
-    WHERE q.grouped = 0 AND q.paused = 0 AND {SERVED} AND {KNOWN.format(task="t.task")}
+    WHERE q.grouped = 0 AND {SERVED_TASKS}
     ORDER BY {ORDER} LIMIT {number}"""
 
 
@@ -324,7 +319,7 @@ WITH heads AS MATERIALIZED (
         (SELECT {ROW}, row_number() OVER (ORDER BY {ORDER}) AS rank
          FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")}
          ORDER BY {ORDER} LIMIT :share) first
-    WHERE q.grouped = 0 AND q.paused = 0 AND {SERVED} AND {KNOWN.format(task="t.task")}
+    WHERE q.grouped = 0 AND {SERVED_TASKS}
     UNION ALL
         (SELECT {ROW}, row_number() OVER (ORDER BY {ORDER}) AS rank FROM jobs
          WHERE {OF_CONSUMER} ORDER BY {ORDER} LIMIT :share))"""
@@ -483,7 +478,7 @@ SELECT min(at) FROM (
         OR EXISTS (SELECT 1 FROM queues q JOIN queue_tasks t ON t.queue = q.name JOIN queue_groups g
             ON g.queue = t.queue AND g.task = t.task WHERE {GROUP_PLACES} AND g.next_at = 0)
         OR EXISTS (SELECT 1 FROM group_events WHERE {EVENTS_HERE})
-    UNION ALL (SELECT next_at FROM queue_groups WHERE next_at > 0 AND {OF_QUEUES} ORDER BY next_at LIMIT 1)
+    UNION ALL (SELECT next_at FROM queue_groups WHERE next_at > 0 AND {SERVED} ORDER BY next_at LIMIT 1)
     UNION ALL SELECT {pqueue_schema.RATE_AT} FROM queues q JOIN queue_tasks t ON t.queue = q.name
     WHERE {GROUP_PLACES} AND EXISTS (SELECT 1 FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")} LIMIT :limit) AND
         (q.max_running IS NULL OR q.max_running > (SELECT count(*) FROM jobs
@@ -491,19 +486,14 @@ SELECT min(at) FROM (
     UNION ALL SELECT {FIRST_DUE}
     UNION ALL SELECT {FIRST_SCHEDULE}
     UNION ALL SELECT {FIRST_EXPIRY}) events""",
-    # differs because of the JSON functions
-    pqueue_schema.NEXT_DUE: f"""
-SELECT min(at) FROM (
-    SELECT * FROM (SELECT run_at AS at FROM jobs WHERE {TO_COME} ORDER BY run_at LIMIT 1) first
-    UNION ALL SELECT min(next_at) FROM schedules WHERE paused = 0 AND {OF_QUEUES}) events""",
     # differs because others may fire at the same time; a claim does not wait for them
     pqueue_schedules.DUE_SCHEDULES: f"{pqueue_schedules.DUE_SCHEDULES} {LOCK}",
-    # differs because a subquery for each task is LATERAL, and because of the JSON functions
+    # differs because a subquery for each task is LATERAL
     pqueue_schema.PEEK: f"""
 SELECT {COLUMNS} FROM jobs WHERE id = ANY (ARRAY(
     SELECT head.id FROM queues q JOIN queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
         (SELECT id FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")} ORDER BY {ORDER} LIMIT :limit) head
-    WHERE q.grouped = 0 AND q.paused = 0 AND {SERVED} AND {KNOWN.format(task="t.task")}
+    WHERE q.grouped = 0 AND {SERVED_TASKS}
     UNION ALL (SELECT id FROM jobs WHERE {OF_CONSUMER} ORDER BY {ORDER} LIMIT :limit)
     UNION ALL (SELECT id FROM jobs WHERE {TO_COME} AND run_at <= :now ORDER BY {ORDER} LIMIT :limit)))
 ORDER BY {ORDER} LIMIT :limit""",
@@ -539,18 +529,11 @@ SELECT q.name, q.unnamed_turn, '', -priority, run_at, j.id, t.task, NULL, q.turn
 FROM queues q JOIN queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
     (SELECT id, priority, run_at FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")} ORDER BY {ORDER} LIMIT 1) j
 WHERE {GROUP_PLACES}""",
-    # differs because a text is searched in another way
-    pqueue_groups.ASSIGNED_IN_GROUPS: f"""
-SELECT -priority, run_at, id, queue, "group" FROM jobs WHERE state = 'pending' AND assigned_to = :consumer
-    AND {KNOWN.format(task="task")} AND queue IN (SELECT name FROM queues WHERE paused = 0 AND ({HAS_LIMITS}))
-ORDER BY {ORDER} LIMIT :limit""",
-    # differs because a text is searched in another way, and others may have claimed the jobs since
+    # differs because parameters have no types, and others may have claimed the jobs since
     pqueue_groups.AS_LEASED: f"""
 SELECT {", ".join(AS_LEASED.get(name, column) for name, column in COLUMN_OF.items())} FROM jobs
 WHERE id {THESE} AND state = 'pending' {LOCK}""",
-    # differs because a text is searched in another way
-    pqueue_groups.LEASE_THESE: f"UPDATE jobs SET {LEASED}, counted = :counted WHERE id {THESE}",
-    # differs because a text is searched in another way, and others may have claimed the job since
+    # differs because others may have claimed the job since
     pqueue_groups.LEASE_ONE: f"""
 UPDATE jobs SET {LEASED}, counted = :counted
 WHERE id = (SELECT id FROM jobs WHERE id = :id AND state = 'pending' {LOCK}) RETURNING {COLUMNS}""",
@@ -1083,8 +1066,16 @@ def drift(model: list[Part], found: list[Part], schema: str, *, has_limits: bool
     ]
 
 
-POSTGRES_THESE = "= ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST(:ids AS json)) AS bigint)))"
-POSTGRES_CHILDREN = AMONG.format(f"SELECT job_id FROM dependencies WHERE parent_id {POSTGRES_THESE}")
+_OF_TASK = "split_part(split_part(CAST(:known_attempts AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1)"
+REPLACED = {
+    CHILDREN: AMONG.format(f"SELECT job_id FROM dependencies WHERE parent_id {THESE}"),
+    THESE: "= ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST(:ids AS json)) AS bigint)))",
+    MOST_ATTEMPTS: f"coalesce(jobs.max_attempts, CAST(nullif({_OF_TASK}, '') AS integer), {DEFAULT_MAX_ATTEMPTS})",
+}
+_AMONG_QUEUES = "(CAST(:queues AS json) IS NULL OR {queue} IN (SELECT json_array_elements_text(CAST(:queues AS json))))"
+_KNOWN = "(CAST(:tasks AS text) IS NULL OR {task} = ANY (string_to_array(CAST(:tasks AS text), chr(10))))"
+REPLACED |= {AMONG_QUEUES.format(queue=name): _AMONG_QUEUES.format(queue=name) for name in ("queue", "q.name")}
+REPLACED |= {KNOWN.format(task=name): _KNOWN.format(task=name) for name in ("task", "t.task")}
 NAMED = re.compile(r"(?<!:):([a-z_]\w*)")
 # A name of a table where a statement says which table it uses. The application's search_path must not decide that.
 USED_TABLE = re.compile(rf"\b(FROM|JOIN|INTO|UPDATE|TABLE|EXISTS|ON) ({'|'.join(TABLES)})\b(?!\.)")
@@ -1103,7 +1094,9 @@ def translated(sql: str, schema: str = DEFAULT_SCHEMA) -> tuple[bytes, list[str]
 
     The text names the schema of each table.
     """
-    sql = POSTGRES.get(sql, sql).replace(CHILDREN, POSTGRES_CHILDREN).replace(THESE, POSTGRES_THESE)
+    sql = POSTGRES.get(sql, sql)
+    for shared, ours in REPLACED.items():
+        sql = sql.replace(shared, ours)
     sql = USED_TABLE.sub(rf"\1 {SCHEMA}.\2", sql)
     for placeholder, name in names_in(schema).items():
         sql = sql.replace(placeholder, name)

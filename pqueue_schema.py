@@ -261,6 +261,21 @@ CREATE TABLE outcomes (  -- see pqueue_outcomes
 
 # Parts of statements
 
+# These are in other words on PostgreSQL, where `translated` replaces them.
+# Of the jobs :ids, a JSON array.
+THESE = "IN (SELECT value FROM json_each(:ids))"
+# Of the jobs that run after these.
+CHILDREN = f"IN (SELECT job_id FROM dependencies WHERE parent_id {THESE})"
+# Of the queues :queues, a JSON array; NULL: all.
+AMONG_QUEUES = "(:queues IS NULL OR {queue} IN (SELECT value FROM json_each(:queues)))"
+# Of the tasks :tasks, names each between newlines; NULL: all.
+KNOWN = "(:tasks IS NULL OR instr(:tasks, char(10) || {task} || char(10)))"
+# The maximum of a job's attempts. :known_attempts has those of tasks, unless they are the default: see pqueue_tasks.
+# guard: the task of the consumer limits the attempts
+MOST_ATTEMPTS = f"""coalesce(max_attempts, CASE WHEN :known_attempts IS NOT NULL THEN
+    CAST(substr(:known_attempts, nullif(instr(:known_attempts, char(10) || task || char(9)), 0) + length(task) + 2)
+         AS INTEGER) END, {DEFAULT_MAX_ATTEMPTS})"""
+
 # The column of a field of Job
 COLUMN_OF = {name: '"group"' if name == "group" else name for name in Job._fields}
 COLUMNS = ", ".join(COLUMN_OF.values())
@@ -281,8 +296,6 @@ HAS_ROOM = "(max_pending IS NULL OR max_pending > pending)"
 # guard: a queue with a group has its groups take turns
 IN_TURN = "(:group = '' OR grouped = 1)"
 IS_LISTED = "EXISTS (SELECT 1 FROM queue_tasks WHERE queue = :queue AND task = :task)"
-# :tasks are the names of tasks, each between newlines; NULL: all.
-KNOWN = "(:tasks IS NULL OR instr(:tasks, char(10) || {task} || char(10)))"
 # guard: order: priority first
 # guard: order: then the due time
 # guard: order: then the id
@@ -295,9 +308,6 @@ MOVES = "('moving', 'moved')"
 KEY_IS_FREE = f"""(key_until IS NULL OR NOT EXISTS (SELECT 1 FROM jobs o WHERE o.queue = jobs.queue
         AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id AND {HOLDS_KEY} {FOR_EACH}))"""
 UNLESS_HELD = "ON CONFLICT DO NOTHING"
-# The jobs :ids, a JSON array, and those that run after them. On PostgreSQL, these two are replaced: see `translated`.
-THESE = "IN (SELECT value FROM json_each(:ids))"
-CHILDREN = f"IN (SELECT job_id FROM dependencies WHERE parent_id {THESE})"
 STATE = "state || ''"  # of jobs that are found by id: for an expression, no index of the state is used
 
 # Statements, with :named parameters. Those that differ on PostgreSQL are in pqueue_postgres.POSTGRES.
@@ -371,14 +381,14 @@ WHERE true ON CONFLICT DO NOTHING"""
 # List the task among those of the queue.
 ADD_TASK = "INSERT INTO queue_tasks (queue, task) VALUES (:queue, :task) ON CONFLICT DO NOTHING"
 
-# Where a consumer may take jobs from: the tasks that it knows in the queues that it serves. :queues is a JSON array;
-# NULL: all. A job of another task or queue is never read: however many there are, a claim costs the same. CROSS JOIN
-# makes SQLite keep q and t in the outer loops. Queues whose groups take turns: see pqueue_groups.
+# Where a consumer may take jobs from: the tasks that it knows in the queues that it serves. A job of another task or
+# queue is never read: however many there are, a claim costs the same. CROSS JOIN makes SQLite keep q and t in the outer
+# loops. Queues whose groups take turns: see pqueue_groups.
 # guard: a paused queue delivers nothing
 # guard: a consumer gets jobs of its queues only
 # guard: a consumer gets jobs of its tasks only
 PLACES = f"""FROM queues q CROSS JOIN queue_tasks t CROSS JOIN jobs
-WHERE q.grouped = 0 AND q.paused = 0 AND (:queues IS NULL OR q.name IN (SELECT value FROM json_each(:queues)))
+WHERE q.grouped = 0 AND q.paused = 0 AND {AMONG_QUEUES.format(queue="q.name")}
     AND t.queue = q.name AND {KNOWN.format(task="t.task")}"""
 # guard: a job assigned to a consumer is not for others
 PENDING_OF_TASK = """queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL"""
@@ -386,7 +396,7 @@ PENDING_OF_TASK = """queue = t.queue AND task = t.task AND "group" = '' AND stat
 # guard: an assigned job counts towards the limits of its group
 HAS_LIMITS = "max_running IS NOT NULL OR rate_jobs IS NOT NULL"
 # Of jobs and schedules.
-SERVED = f"""(:queues IS NULL OR queue IN (SELECT value FROM json_each(:queues)))
+SERVED = f"""{AMONG_QUEUES.format(queue="queue")}
     AND {KNOWN.format(task="task")} AND queue NOT IN (SELECT name FROM queues WHERE paused <> 0)"""
 # guard: a consumer gets only its own assigned jobs
 # guard: a paused queue delivers no assigned job
@@ -402,12 +412,6 @@ SELECT jobs.id, priority, run_at {PLACES} AND jobs.id =
 UNION ALL
 SELECT * FROM (SELECT id, priority, run_at FROM jobs
                WHERE state = 'pending' AND {ASSIGNED} ORDER BY {ORDER} LIMIT :limit) assigned"""
-
-# The maximum of a job's attempts. :known_attempts has those of tasks, unless they are the default: see pqueue_tasks.
-# guard: the task of the consumer limits the attempts
-MOST_ATTEMPTS = f"""coalesce(max_attempts, CASE WHEN :known_attempts IS NOT NULL THEN
-    CAST(substr(:known_attempts, nullif(instr(:known_attempts, char(10) || task || char(9)), 0) + length(task) + 2)
-         AS INTEGER) END, {DEFAULT_MAX_ATTEMPTS})"""
 
 # guard: an attempt counts when it is claimed
 LEASE = {
@@ -437,7 +441,7 @@ SELECT (SELECT min(run_at) FROM jobs WHERE state = 'scheduled') <= :now
 
 # Where a consumer may take jobs from groups.
 GROUP_PLACES = f"""q.grouped = 1 AND q.paused = 0
-    AND (:queues IS NULL OR q.name IN (SELECT value FROM json_each(:queues)))
+    AND {AMONG_QUEUES.format(queue="q.name")}
     AND t.queue = q.name AND {KNOWN.format(task="t.task")}"""
 RATE_AT = """
     coalesce((SELECT at FROM group_starts s WHERE s.queue = q.name AND s.name = '' AND n = q.rate_jobs * -1 + 1 +

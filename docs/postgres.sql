@@ -582,7 +582,6 @@ SELECT min(at) FROM (
 
 -- NEXT_DUE
 -- Return when the first scheduled job that the consumer may take is due, or the first schedule of one; NULL: none.
--- differs because of the JSON functions
 -- $1 queues, $2 tasks, $3 consumer
 SELECT min(at) FROM (
     SELECT * FROM (SELECT run_at AS at FROM pqueue.jobs WHERE state = 'scheduled' AND (CAST($1 AS json) IS NULL OR queue IN (SELECT json_array_elements_text(CAST($1 AS json))))
@@ -593,7 +592,7 @@ SELECT min(at) FROM (
 -- PEEK
 -- Return the jobs that would be delivered next, in order: those of each task in each queue, those assigned to the
 -- consumer, and those that are due.
--- differs because a subquery for each task is LATERAL, and because of the JSON functions
+-- differs because a subquery for each task is LATERAL
 -- $1 limit, $2 queues, $3 tasks, $4 consumer, $5 now
 SELECT id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents FROM pqueue.jobs WHERE id = ANY (ARRAY(
     SELECT head.id FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
@@ -1507,7 +1506,6 @@ SELECT -priority, run_at, id, queue, "group", task FROM pqueue.jobs WHERE queue 
 
 -- ASSIGNED_IN_GROUPS
 -- Return the first jobs that are assigned to the consumer, in queues with limits, in order.
--- differs because a text is searched in another way
 -- $1 consumer, $2 tasks, $3 limit
 SELECT -priority, run_at, id, queue, "group" FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $1
     AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10)))) AND queue IN (SELECT name FROM pqueue.queues WHERE paused = 0 AND (max_running IS NOT NULL OR rate_jobs IS NOT NULL))
@@ -1528,20 +1526,19 @@ FROM (SELECT g.queue, g.name, max_running, rate_jobs, rate_seconds, max_running 
 
 -- AS_LEASED
 -- Return these jobs as they will be after LEASE_THESE, which takes half as long as RETURNING. :ids is a JSON array.
--- differs because a text is searched in another way, and others may have claimed the jobs since
+-- differs because parameters have no types, and others may have claimed the jobs since
 -- $1 known_attempts, $2 consumer, $3 token, $4 lease_expires_at, $5 now, $6 ids
 SELECT id, queue, task, payload, 'processing' AS state, priority, run_at, expires_at, attempts + 1 AS attempts, coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($1 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3) AS max_attempts, key, key_until, key_expires_at, assigned_to, $2 AS consumer, $3 AS lease_token, CAST($4 AS double precision) AS lease_expires_at, created_at, CAST($5 AS double precision) AS started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents FROM pqueue.jobs
 WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($6 AS json)) AS bigint))) AND state = 'pending' FOR UPDATE SKIP LOCKED;
 
 -- LEASE_THESE
 -- Lease these jobs to the consumer. :ids is a JSON array; :counted is 1 in queues with limits, else NULL.
--- differs because a text is searched in another way
 -- $1 known_attempts, $2 consumer, $3 token, $4 lease_expires_at, $5 now, $6 counted, $7 ids
 UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($1 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $2, lease_token = $3, lease_expires_at = $4, started_at = $5, counted = $6 WHERE id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($7 AS json)) AS bigint)));
 
 -- LEASE_ONE
 -- Do both for a single job.
--- differs because a text is searched in another way, and others may have claimed the job since
+-- differs because others may have claimed the job since
 -- $1 known_attempts, $2 consumer, $3 token, $4 lease_expires_at, $5 now, $6 counted, $7 id
 UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($1 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $2, lease_token = $3, lease_expires_at = $4, started_at = $5, counted = $6
 WHERE id = (SELECT id FROM pqueue.jobs WHERE id = $7 AND state = 'pending' FOR UPDATE SKIP LOCKED) RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempts, max_attempts, key, key_until, key_expires_at, assigned_to, consumer, lease_token, lease_expires_at, created_at, started_at, finished_at, progress, result, error, meta, "group", waits_for, has_dependents;
