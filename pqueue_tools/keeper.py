@@ -70,16 +70,6 @@ OF_USERS = [
 RESTART_SECONDS = 1.0  # before the next worker, if one died without running a job, and the next watchdog
 
 
-class KeptLeases(Leases):
-    """The leases of the worker's jobs."""
-
-    pid = 0  # of the worker
-
-    def _may_extend(self) -> bool:
-        # guard: a stopped worker loses its lease
-        return not is_stopped(self.pid)
-
-
 @dataclass
 class Interruption:
     """An interrupted run of a slot. Times are monotonic seconds."""
@@ -101,7 +91,7 @@ class Keeper:
     ) -> None:
         self.queue, self.options, self.name, self._draw = queue, options, options.name, draw
         self.record = Record(options.concurrency)
-        self.leases = KeptLeases(queue, self.record, self.name, options.lease_seconds, quiet=options.quiet)
+        self.leases = Leases(queue, self.record, self.name, options.lease_seconds, quiet=options.quiet)
         self._fields = self.record.fields
         self._pid = self._watchdog = 0  # of the worker, and of what watches this process meanwhile; 0: none
         self._watched_at = 0.0  # monotonic seconds: when that was started

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from pqueue import Job, LeaseLost, PersistentQInterface, QueueError
+from pqueue_files import is_stopped
 from pqueue_tasks import task_name
 from pqueue_tools import record as fields
 from pqueue_tools.process import log, log_completed
@@ -33,6 +35,7 @@ class Leases:
     ) -> None:
         self.queue, self.record, self.name, self.lease_seconds = queue, record, name, lease_seconds
         self.quiet = quiet
+        self.pid = os.getpid()  # of the process that runs the jobs
         self.job: Job | None = None  # that runs, if it has run for a tick and is the only one
         self.completed = self.failed = 0  # jobs, and attempts, that this object ended
         self._lost: set[tuple[int, int]] = set()  # the runs whose lease was lost, by their keys
@@ -74,8 +77,8 @@ class Leases:
 
     def extend(self, runs: Sequence[Run]) -> None:
         """Extend the leases of the runs that have lasted for a tick, in time."""
-        if len(self.record.slots) > 1:
-            self._extend_all(runs)
+        if runs and len(self.record.slots) > 1:
+            self._extend_if_due(lambda: self.queue.extend_all(self.name, self.lease_seconds))  # in one commit
         elif runs and not self.has_lost(runs[0]):
             self._extend_one(runs[0])
 
@@ -87,18 +90,6 @@ class Leases:
         before = time.monotonic() - TICK_SECONDS
         return [(slot, run) for slot in self.record.slots if (run := slot.run()) and run.started <= before]
 
-    def _is_due(self) -> bool:
-        return time.monotonic() - self._extended > self.lease_seconds / 3 and self._may_extend()
-
-    def _extend_all(self, runs: Sequence[Run]) -> None:
-        """Extend the leases of all held jobs in one commit."""
-        if runs and self._is_due():
-            now = time.monotonic()
-            self._extended = now - self.lease_seconds / 6  # if it fails, retry soon
-            with self.saying_once("waiting", "extend"):
-                self.queue.extend_all(self.name, self.lease_seconds)
-                self._extended = now
-
     def _extend_one(self, run: Run) -> None:
         if run.number != self._number:
             self._number, self._extended = run.number, run.started
@@ -106,8 +97,21 @@ class Leases:
         if self.job is None:
             with self.saying_once("left to its lease", "take back", job=run.job_id):
                 self._take_back(run)
-        if self.job and self._is_due():
-            self._extend(self.job)
+        if job := self.job:
+            self._extend_if_due(lambda: self.queue.extend(job, self.lease_seconds), job=job.id)
+
+    def _extend_if_due(self, extend: Callable[[], object], **about: Any) -> None:
+        now = time.monotonic()
+        # guard: a stopped worker loses its lease
+        if now - self._extended <= self.lease_seconds / 3 or is_stopped(self.pid):
+            return
+        self._extended = now - self.lease_seconds / 6  # if it fails, retry soon
+        with self.saying_once("waiting", "extend", **about):
+            try:
+                extend()
+            except LeaseLost:
+                self._checked = 0.0  # look at once whether its task has settled it
+            self._extended = now
 
     def _take_back(self, run: Run) -> None:
         """Complete the jobs that finished before a slow one, and release those that wait behind it."""
@@ -141,20 +145,6 @@ class Leases:
         with suppress(LeaseLost):
             self.queue.release(job)
             log("released", consumer=self.name, job=job.id)
-
-    def _extend(self, job: Job) -> None:
-        now = time.monotonic()
-        self._extended = now - self.lease_seconds / 6  # if it fails, retry soon
-        with self.saying_once("waiting", "extend", job=job.id):
-            try:
-                self.queue.extend(job, self.lease_seconds)
-            except LeaseLost:
-                self._checked = 0.0  # look at once whether its task has settled it
-            self._extended = now
-
-    def _may_extend(self) -> bool:
-        """Return whether the process that runs the jobs is not stopped."""
-        return True
 
     def _is_settled(self, job_id: int) -> bool:
         """Return whether the task itself settled its job, so that the lease was not taken away."""

@@ -119,7 +119,7 @@ MUTANTS = [
     Mutant("a consumer that closes returns its jobs", "contract: closes_returns"),
     Mutant("a child leaves its consumer registered", "contract: shared_consumer", " if not me.is_adopted", ""),
     Mutant("a child has the lock of a shared consumer", "contract: shared_consumer", "not me.is_shared", "True"),
-    Mutant("a stopped worker loses its lease", "test_consumer.py: stopped_past", "not is_stopped(self.pid)", "True"),
+    Mutant("a stopped worker loses its lease", "test_consumer.py: stopped_past", "is_stopped(self.pid)", "False"),
     Mutant("a task that runs too long is ended", "test_misbehaviour.py: true_reason and run_on-sleep"),
     Mutant("jobs of a later claim are not taken back", "test_misbehaviour.py: later_claim", " if claim in (None, key[1])", ""),
     Mutant("no process of a task is left", "test_misbehaviour.py: killed_with_its_consumer"),
