@@ -321,9 +321,10 @@ class Counting(Backend):
             session.change(sql, before)
 
 
-def count(session: Session, queue: str, task: str, event: str, now: float) -> None:
-    """Count an event without a time; event is one of EVENTS."""
-    session.change(COUNT, counted(minute(now), queue, task, event))
+def count(session: Session, queue: str, task: str, event: str, now: float, number: int = 1) -> None:
+    """Count an event, or a number of them, without a time; event is one of EVENTS."""
+    params = {"at": minute(now), "queue": queue, "task": task, "event": event, "number": number}
+    session.change(COUNT, {**params, "run": UNTIMED, "wait": UNTIMED, "run_seconds": 0.0, "wait_seconds": 0.0})
 
 
 def count_job(session: Session, job_id: int, event: str, now: float) -> None:
@@ -349,9 +350,10 @@ def _ended(jobs: Sequence[Job], event: str, now: float) -> Iterator[Params]:
         start, number = starts.pop() or now, len(jobs)
         longest, wait = _bucket(start - min(due)), _bucket(start - max(due))
         if longest == wait:
-            run_seconds, wait_seconds = number * max(0.0, now - start), max(0.0, number * start - sum(due))
-            at, run = minute(now), _bucket(now - start)
-            yield counted(at, queues.pop(), tasks.pop(), event, number, run, wait, run_seconds, wait_seconds)
+            times = {"run": _bucket(now - start), "run_seconds": number * max(0.0, now - start)}
+            times |= {"wait": wait, "wait_seconds": max(0.0, number * start - sum(due))}
+            of = {"at": minute(now), "queue": queues.pop(), "task": tasks.pop(), "event": event, "number": number}
+            yield {**of, **times}
             return
     if len(jobs) > 1:
         groups: dict[tuple[Any, ...], list[Job]] = {}
@@ -364,31 +366,6 @@ def _ended(jobs: Sequence[Job], event: str, now: float) -> Iterator[Params]:
 
 def _bucket(seconds: float) -> int:
     return bisect_left(BOUNDS, seconds)
-
-
-def counted(
-    at: int,
-    queue: str,
-    task: str,
-    event: str,
-    number: int = 1,
-    run: int = UNTIMED,
-    wait: int = UNTIMED,
-    run_seconds: float = 0.0,
-    wait_seconds: float = 0.0,
-) -> Params:
-    """Return the parameters of COUNT."""
-    return {
-        "at": at,
-        "queue": queue,
-        "task": task,
-        "event": event,
-        "run": run,
-        "wait": wait,
-        "number": number,
-        "run_seconds": run_seconds,
-        "wait_seconds": wait_seconds,
-    }
 
 
 def _outcomes(rows: Iterable[Sequence[Any]], at: float | None) -> Iterator[Outcomes]:

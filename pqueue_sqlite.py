@@ -52,19 +52,7 @@ from pqueue_join import JoinedSQLite, driver_connection
 from pqueue_locks import ConsumerLock, ConsumerLocks, ResultLocks, ResultWatch, WriterLock, boot_id
 from pqueue_move import COPIED_ROWS, arrival
 from pqueue_operating import count_running
-from pqueue_outcomes import (
-    COUNT,
-    KEY,
-    NEW,
-    NEW_COMPLETIONS,
-    NEW_JOBS,
-    ROLL_UP_JOBS,
-    SUM,
-    UNTIMED,
-    count_attempts,
-    counted,
-    minute,
-)
+from pqueue_outcomes import KEY, NEW, NEW_COMPLETIONS, NEW_JOBS, ROLL_UP_JOBS, SUM, UNTIMED, count, count_attempts
 from pqueue_results import Polling
 from pqueue_schema import (
     APPLICATION_ID,
@@ -828,7 +816,7 @@ class PersistentQSQLite(PersistentQInterface):
         with self._transaction() as session:  # count a batch while its size is known
             self._count_new(session)
             ids = super()._store(sql, row)
-            session.change(COUNT, counted(minute(row["now"]), row["queue"], row["task"], "enqueued", len(ids)))
+            count(session, row["queue"], row["task"], "enqueued", row["now"], len(ids))
             session.change(SET_COUNTED, {"id": ids[-1], "at": None})
             return ids
 
