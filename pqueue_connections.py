@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
 import psycopg
@@ -22,6 +22,9 @@ from sqlalchemy import exc
 from pqueue_postgres import DEFAULT_SCHEMA
 from pqueue_sqlite import ClosedInFork
 from pqueue_values import NoConnection, QueueBusy, QueueError
+
+if TYPE_CHECKING:
+    from pqueue_listener import ListenConnection
 
 MAX_CONNECTIONS = 20  # of one queue object; see `max_connections` in a URL
 IDLE_SECONDS = 30.0  # an idle connection is closed after that, except the one that listens
@@ -312,16 +315,6 @@ class ListenLink(Link):
         return False
 
 
-class Lender(Protocol):
-    """The listener whose connection a pool lends. The pool calls these methods with its lock held."""
-
-    def on_loan(self, link: Link) -> None: ...
-
-    def on_return(self, link: Link) -> None: ...
-
-    def on_loss(self) -> None: ...
-
-
 class Pool:
     """The connections of a queue object. A thread takes one for each outermost transaction.
 
@@ -341,9 +334,9 @@ class Pool:
 
     listening: Link | None = None
     _is_lent = False
-    _lender: Lender
+    _lender: ListenConnection
 
-    def lend(self, link: Link, lender: Lender) -> None:
+    def lend(self, link: Link, lender: ListenConnection) -> None:
         """Let threads use the connection that listens."""
         with self._changed:
             self.listening, self._is_lent, self._lender = link, False, lender

@@ -130,7 +130,7 @@ class ListenConnection:
             if self._lends:
                 self._queue._pool.give_back(link)
 
-    # Called by the pool
+    # Called by the pool, which holds its lock
 
     def on_loan(self, link: Link) -> None:
         self._poll.unregister(link.driver.fileno())
@@ -307,21 +307,15 @@ class ResultWatch:
 
 
 class ConsumerLock:
-    """The advisory lock that shows that a consumer is alive."""
+    """The advisory lock that shows that a consumer is alive.
 
-    def __init__(self, listener: ListenConnection, number: int) -> None:
+    listener: holds it; None: a child will, as the parent has no thread to hold one through outages.
+    """
+
+    def __init__(self, listener: ListenConnection | None, number: int) -> None:
         self.number = number
         self._listener = listener
 
     def close(self) -> None:
-        self._listener.release(self.number)
-
-
-class ReservedNumber:
-    """The number of an advisory lock that a child will hold: the parent has no thread to hold one through outages."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def close(self) -> None:
-        """Do nothing: this process does not hold the lock."""
+        if self._listener:
+            self._listener.release(self.number)

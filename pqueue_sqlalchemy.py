@@ -57,15 +57,7 @@ from pqueue_connections import (
 )
 from pqueue_groups import Group
 from pqueue_join import driver_connection
-from pqueue_listener import (
-    NOTIFY,
-    WAITING,
-    ConsumerLock,
-    ListenConnection,
-    ReservedNumber,
-    ResultWatch,
-    is_notify_queue_full,
-)
+from pqueue_listener import NOTIFY, WAITING, ConsumerLock, ListenConnection, ResultWatch, is_notify_queue_full
 from pqueue_postgres import (
     AMONG,
     CATALOG,
@@ -895,10 +887,10 @@ class OnPostgres(PersistentQSQLAlchemy):
         listener.acquire(number)
         return ConsumerLock(listener, number)
 
-    def _share_slot(self) -> ReservedNumber:
-        return ReservedNumber(secrets.randbelow(2**31 - 1))
+    def _share_slot(self) -> ConsumerLock:
+        return ConsumerLock(None, secrets.randbelow(2**31 - 1))
 
-    def _adopt_slot(self, slot: ReservedNumber) -> ConsumerLock | None:
+    def _adopt_slot(self, slot: ConsumerLock) -> ConsumerLock | None:
         return self._take_slot(slot.number)
 
     def _open_watch(self) -> pqueue_backend.Watch:
