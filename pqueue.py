@@ -915,19 +915,17 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         # guard: a child leaves its consumer registered
         if own := [me for me in leaving if not me.is_adopted]:
             with self._transaction(durable=False) as session:
+                self._lock_as_writer(session)
                 for me in own:
-                    self._release_held(session, me, now)
+                    for row in session.run(pqueue_schema.HELD_BY, {"token": me.token}):
+                        # guard: a consumer that closes returns its jobs
+                        self._release(session, to_job(row), self._time(now))
                     session.change(pqueue_schema.UNREGISTER, {"token": me.token, "state": "stopped"})
         with self._registering:
             self._registry = {name: me for name, me in self._registry.items() if me not in leaving}
         for me in leaving:
             if me.slot:
                 me.slot.close()
-
-    def _release_held(self, session: Session, me: Registration, now: float | None) -> None:
-        for row in session.run(pqueue_schema.HELD_BY, {"token": me.token}):
-            # guard: a consumer that closes returns its jobs
-            self._release(session, to_job(row), self._time(now))
 
 
 def claim_params(me: Registration, limit: int, wanted: Params, lease_seconds: float | timedelta, now: float) -> Params:
@@ -945,10 +943,11 @@ def _last_loss_error(job: Job, consumers: list[str], error: str) -> str:
 
 
 def _refuse(session: Session, verb: str, job: Job) -> NoReturn:
-    """Raise the error for a job whose token is not the current one. A lost lease dooms the transaction."""
+    """Raise the error for a job whose token is not the current one. A lost lease rolls back the whole transaction."""
     if job.lease_token is None:
         raise refusal(session, verb, job.id)
-    raise session.doom(LeaseLost(f"cannot {verb} job {job.id}: the lease of {job.consumer} on it was lost"))
+    session.lost = LeaseLost(f"cannot {verb} job {job.id}: the lease of {job.consumer} on it was lost")
+    raise session.lost
 
 
 def _new_job(

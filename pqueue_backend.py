@@ -25,7 +25,7 @@ class Session(ABC):
 
     wakes = False  # a job became pending or scheduled: wake consumers after the commit
     finished: list[int]  # jobs that finished: wake those who wait for their results after the commit
-    lost: LeaseLost | None = None  # a lease was lost: the outermost transaction must roll back
+    lost: LeaseLost | None = None  # a lease was lost: the outermost transaction rolls back and raises this
     depth = 0  # nesting depth of transactions
     misnested = False  # a block ended before one inside it: it must roll back, too
     thread = 0  # that uses it
@@ -92,11 +92,6 @@ class Session(ABC):
                 # guard: a failed savepoint is rolled back
                 self.change("ROLLBACK TO nested")
             self.change("RELEASE nested")
-
-    def doom(self, error: LeaseLost) -> LeaseLost:
-        """Make the outermost transaction roll back and raise this error, even if the caller catches it; return it."""
-        self.lost = error
-        return error
 
     def _end(self, error: BaseException | None) -> None:
         try:
@@ -359,7 +354,10 @@ class Backend(ABC):
     def _count_pending(self, session: Session, queues: Iterable[str]) -> None:
         """Count the pending jobs of these queues, and keep the counts while any queue has a limit."""
 
-    # SQLite, which has a single writer and continues after the highest id, needs nothing for these three.
+    # SQLite, which has a single writer and continues after the highest id, needs nothing for these four.
+
+    def _lock_as_writer(self, session: Session) -> None:  # noqa: B027
+        """Acquire what a writer of jobs needs, before this transaction reads jobs to change."""
 
     def _lock_out_writers(self, session: Session) -> None:  # noqa: B027
         """Block all other writers until this transaction ends."""

@@ -155,7 +155,7 @@ class Retaining(Grouping, Depending, Counting):
     def _prune_queue(self, params: Params, *, is_first: bool = False) -> bool:
         """Delete a batch of each state, the first one unless another consumer has; return whether one was full."""
         with self._transaction(durable=False, in_batch=True) as session:
-            self._begin_pruning(session)
+            self._lock_as_writer(session)
             # guard: one consumer at a time prunes a queue
             if is_first and not session.change(pqueue_schema.MARK_PRUNED, params):
                 return False
@@ -164,9 +164,6 @@ class Retaining(Grouping, Depending, Counting):
                 session.change(FORGET_GROUPS, params)
             batches = [self._prune(session, {**params, "state": state}) for state in FINISHED]
         return max(batches) == KEEP_BATCH
-
-    def _begin_pruning(self, session: Session) -> None:
-        """Lock what must be locked before the queue; SQLite needs nothing."""
 
     def _prune(self, session: Session, params: Params) -> int:
         self._count_new(session)

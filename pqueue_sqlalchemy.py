@@ -831,7 +831,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         return [job for job, _ in completions if job.id not in done]
 
     def _reclaim(self, session: Session, dead: list[str] | None, now: float) -> bool:
-        session.change(pqueue_postgres.LOCK_AS_WRITER)
+        self._lock_as_writer(session)
         return super()._reclaim(session, dead, now)
 
     def _begin_turns(self, session: Session, params: Params) -> bool:
@@ -854,16 +854,12 @@ class OnPostgres(PersistentQSQLAlchemy):
         at = {"at_queues": [group.queue for group in groups], "at_names": [group.name for group in groups]}
         return session.run(pqueue_postgres.ROOM_OF_GROUPS, {**params, **at})
 
-    def _begin_pruning(self, session: Session) -> None:
+    def _lock_as_writer(self, session: Session) -> None:
         session.change(pqueue_postgres.LOCK_AS_WRITER)
 
     def _prune(self, session: Session, params: Params) -> int:
         locked = [row[0] for row in session.run(pqueue_schema.PRUNABLE, params)]
         return cast(int, session.run(pqueue_postgres.PRUNE, {"ids": locked})[0][0]) if locked else 0
-
-    def _release_held(self, session: Session, me: pqueue_backend.Registration, now: float | None) -> None:
-        session.change(pqueue_postgres.LOCK_AS_WRITER)
-        super()._release_held(session, me, now)
 
     def _open_listener(self) -> ListenConnection:
         with self._listener_lock:
