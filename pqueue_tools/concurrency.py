@@ -31,10 +31,10 @@ from pqueue import Job, PersistentQInterface, QueueError
 from pqueue_tasks import call_task
 from pqueue_tools import record as fields
 from pqueue_tools.leases import claim_number
-from pqueue_tools.outcome import name_of, trace_of
+from pqueue_tools.outcome import encoded_result, name_of, trace_of
 from pqueue_tools.process import log
 from pqueue_tools.record import Slot
-from pqueue_tools.worker import Consumer, Failure, Interrupt, encoded_result, failure_of
+from pqueue_tools.worker import Consumer, Failure, Interrupt, failure_of
 
 PULSE_SECONDS = 0.25  # how often a worker shows that its threads get the GIL
 LOOK_SECONDS = 0.1  # how often an idle consumer looks for what tasks have left behind

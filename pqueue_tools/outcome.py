@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pqueue
-from pqueue import DoNotRetry, Job, PersistentQInterface, Retry, Snooze
-from pqueue_values import MAX_ERROR_CHARS, duration
+from pqueue import DoNotRetry, Job, LeaseLost, PersistentQInterface, Retry, Snooze
+from pqueue_values import MAX_ERROR_CHARS, Encoded, duration, encode_json
 
 MAX_SUMMARY_CHARS = 1000  # of the first line
 MAX_FRAMES = 2000  # of a traceback, the innermost ones: a million would take 20 s and 400 MB
@@ -22,7 +22,7 @@ OURS = (  # modules whose frames tell a user nothing
 )
 
 
-class Unstorable(Exception):
+class Unstorable(ValueError):
     """The task has returned what cannot be stored as its result. It did its work, so it must not run again."""
 
 
@@ -60,6 +60,29 @@ def outcome_of(error: BaseException, job: Job, *, is_limit: bool = False) -> Out
     # guard: a result that cannot be stored is final
     is_final = is_final or issubclass(kind, (DoNotRetry, Unstorable))
     return Outcome("fail", retry=not is_final, delay_seconds=delay)
+
+
+def encoded_result(result: Any) -> Encoded | None:
+    """Return the result as JSON at this moment: another task may change the object. Raises Unstorable."""
+    try:
+        return None if result is None else Encoded(encode_json("result", result))
+    except ValueError as error:
+        raise Unstorable(f"{error}; the task had ended, and is not run again") from None
+
+
+def settle(
+    queue: PersistentQInterface, job: Job, error: BaseException | None, result: Any, *, now: float | None = None
+) -> BaseException | None:
+    """Do what a consumer does after a task, unless the task has settled its job; return the error, if any."""
+    with suppress(LeaseLost):
+        if error is None:
+            try:
+                queue.complete(job, encoded_result(result), now=now)
+            except Unstorable as unstorable:
+                error = unstorable
+        if error is not None:
+            outcome_of(error, job).settle(queue, job, error_text(error), now=now)
+    return error
 
 
 def error_text(error: BaseException) -> str:

@@ -24,24 +24,15 @@ from contextvars import copy_context
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pqueue
-from pqueue import (
-    FINISHED,
-    TASKS,
-    InvalidTransition,
-    Job,
-    LeaseLost,
-    PersistentQInterface,
-    QueueError,
-    QueueFull,
-    Snooze,
-)
+from pqueue import FINISHED, TASKS, InvalidTransition, Job, PersistentQInterface, QueueError, QueueFull, Snooze
 from pqueue_files import open_own
 from pqueue_tasks import default_queue
 from pqueue_tools import file_task, termination, worker
 from pqueue_tools.masking import masked_job, masked_text
-from pqueue_tools.outcome import Unstorable, error_text, outcome_of, summary
+from pqueue_tools.outcome import error_text, settle, summary
 from pqueue_tools.output import CommandResult
 from pqueue_tools.process import print_error, utc_now
 from pqueue_tools.report import ago, first_line, json_text, printable, span
@@ -122,7 +113,7 @@ def replay(mine: PersistentQInterface, job: Job, timeout_seconds: float, *, is_a
         error, result = _run(mine, job)
     seconds, after = time.monotonic() - began, job
     if not isinstance(error, TimeLimit):  # which may have broken off a statement of the queue
-        error = _settle(mine, job, error, result)
+        error = settle(mine, job, error, result)
         after = mine.get(job.id)
     return Replayed(job, after, error, seconds, _stored(mine, record.ids), record.called, record.executed)
 
@@ -166,19 +157,6 @@ def rehearsal(queue: PersistentQInterface) -> Iterator[PersistentQInterface]:
 
 
 @contextmanager
-def _replaced(target: Any, **values: Any) -> Iterator[None]:
-    """Within the block, let attributes have other values."""
-    before = {name: getattr(target, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(target, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(target, name, value)
-
-
-@contextmanager
 def _in_place_of(queue: PersistentQInterface, mine: PersistentQInterface) -> Iterator[None]:
     open_queue = pqueue.open_queue
 
@@ -190,8 +168,8 @@ def _in_place_of(queue: PersistentQInterface, mine: PersistentQInterface) -> Ite
             is_same = url is None or (not pqueue.is_postgres(url) and pqueue.sqlite_path(url).resolve() == queue.path)
         return mine if is_same else open_queue(url, **options)
 
-    closes = _replaced(mine, close=lambda: None)  # a task closes what it opens
-    with _replaced(pqueue, open_queue=open_mine), closes, default_queue(mine):
+    closes = mock.patch.object(mine, "close")  # a task closes what it opens
+    with mock.patch.object(pqueue, "open_queue", open_mine), closes, default_queue(mine):
         yield
 
 
@@ -206,21 +184,6 @@ def _run(mine: PersistentQInterface, job: Job) -> tuple[BaseException | None, An
         if isinstance(error, SystemExit) and error.code in [128 + number for number in termination.SIGNALS]:
             raise
         return error, None
-
-
-def _settle(mine: PersistentQInterface, job: Job, error: BaseException | None, result: Any) -> BaseException | None:
-    """Do what a consumer does after a task, unless the task has settled its job; return the error, if any."""
-    if error is None:
-        try:
-            worker.encoded_result(result)
-        except Unstorable as unstorable:
-            error = unstorable
-    with suppress(LeaseLost):
-        if error is None:
-            mine.complete(job, result)
-            return None
-        outcome_of(error, job).settle(mine, job, error_text(error))
-    return error
 
 
 def _stored(queue: PersistentQInterface, job_ids: list[int]) -> list[Job]:
@@ -263,7 +226,7 @@ def _recorded(mine: PersistentQInterface, *, is_alone: bool) -> Iterator[Record]
             yield connection
 
     methods: dict[str, Any] = {name: recording(name, getattr(mine, name)) for name in VERBS}
-    with _replaced(mine, transaction=recorded_transaction, **methods):
+    with mock.patch.multiple(mine, transaction=recorded_transaction, **methods):
         yield record
 
 

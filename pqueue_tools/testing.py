@@ -11,14 +11,14 @@ import os
 import tempfile
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import copy_context
 from typing import Any
 from unittest import mock
 
-from pqueue import TASKS, Job, LeaseLost, PersistentQInterface, Task, open_queue, run_task
+from pqueue import TASKS, Job, PersistentQInterface, Snooze, Task, open_queue, run_task
 from pqueue_tasks import as_current, default_queue
-from pqueue_tools.outcome import Unstorable, error_text, outcome_of
+from pqueue_tools.outcome import settle
 from pqueue_values import MAX_NUMBER
 
 _numbers = itertools.count(1)
@@ -98,7 +98,7 @@ def running(queue: PersistentQInterface, job: Job | None = None) -> Iterator[Non
         yield
 
 
-def _run_due(queue: PersistentQInterface, now: float | None) -> Iterator[tuple[Job, Exception | None]]:
+def _run_due(queue: PersistentQInterface, now: float | None) -> Iterator[tuple[Job, BaseException | None]]:
     """Run jobs; yield each as it is afterwards, and its error."""
     name = f"test-{next(_numbers)}"  # one for each, as jobs of inline calls run inside each other
     try:
@@ -109,21 +109,14 @@ def _run_due(queue: PersistentQInterface, now: float | None) -> Iterator[tuple[J
         queue.leave(name)
 
 
-def _run(queue: PersistentQInterface, job: Job, now: float | None) -> Exception | None:
+def _run(queue: PersistentQInterface, job: Job, now: float | None) -> BaseException | None:
+    result, error = None, None
     try:
         result = copy_context().run(run_task, queue, job, run_coroutine=_run_coroutine)
-    except Exception as error:
-        outcome = outcome_of(error, job)
-        with suppress(LeaseLost):  # the task has settled its job
-            outcome.settle(queue, job, error_text(error), now=now)
-        return None if outcome.verb == "release" else error
-    try:
-        with suppress(LeaseLost):
-            queue.complete(job, result, now=now)
-    except ValueError as error:
-        queue.fail(job, error_text(Unstorable(str(error))), retry=False, now=now)
-        return error
-    return None
+    except Exception as caught:
+        error = caught
+    raised = settle(queue, job, error, result, now=now)
+    return None if isinstance(raised, Snooze) else raised
 
 
 def _run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:

@@ -28,10 +28,10 @@ from pqueue_backend import Registration
 from pqueue_tools import file_task, leases, processes, termination
 from pqueue_tools import record as fields
 from pqueue_tools.masking import masked_text
-from pqueue_tools.outcome import Outcome, Unstorable, error_text, outcome_of, trace_of
+from pqueue_tools.outcome import Outcome, encoded_result, error_text, outcome_of, trace_of
 from pqueue_tools.process import T, TaskLog, log, log_completed, on_termination, report, retry_soon, retry_while_busy
 from pqueue_tools.record import MAX_CONCURRENCY, Record, Slot
-from pqueue_values import Encoded, NoConnection, above_0, duration, encode_json, valid_int
+from pqueue_values import Encoded, NoConnection, above_0, duration, valid_int
 
 if TYPE_CHECKING:
     from pqueue_tools.leftovers import ProcessState
@@ -541,14 +541,6 @@ class Consumer:
         if reason == fields.STOP_REQUESTED or run is None:
             return Stopped()
         return leases.limit_error(reason, run)
-
-
-def encoded_result(result: Any) -> Encoded | None:
-    """Return the result as JSON at this moment: another task may change the object. Raises Unstorable."""
-    try:
-        return None if result is None else Encoded(encode_json("result", result))
-    except ValueError as error:
-        raise Unstorable(f"{error}; the task had ended, and is not run again") from None
 
 
 def _other_transactions() -> bool:
