@@ -36,10 +36,8 @@ from pqueue_schema import (
     LEASED,
     MOST_ATTEMPTS,
     ORDER,
-    SERVED,
     STATE,
     THESE,
-    TO_COME,
 )
 from pqueue_values import DEFAULT_MAX_ATTEMPTS
 
@@ -248,15 +246,6 @@ PG_NOTIFY = f"pg_notify('{CHANNEL}', '')"  # in a RETURNING clause
 PG_NOTIFY_JOBS = f"CAST(pg_notify('{CHANNEL}', :ids) AS text)"
 AMONG = "= ANY (ARRAY({}))"  # which is never planned as a join with all rows
 FINISHED_PARENTS = "CAST((SELECT numbers FROM finished) ->> CAST(id AS text) AS integer)"
-# The first row of an index. The plan is made once, perhaps with few jobs, and must never read all jobs of a state.
-FIRST_DUE = "(SELECT run_at FROM jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1)"
-FIRST_EXPIRY = "(SELECT lease_expires_at FROM jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1)"
-FIRST_EXPIRING = f"(SELECT expires_at FROM jobs WHERE {pqueue_schema.EXPIRES} ORDER BY expires_at LIMIT 1)"
-FIRST_SCHEDULE = "(SELECT min(next_at) FROM schedules WHERE paused = 0)"
-OVERDUE = f"""
-SELECT {FIRST_DUE} <= :now OR {FIRST_SCHEDULE} <= :now OR {FIRST_EXPIRING} <= :now AS due,
-    {FIRST_EXPIRY} <= :now AS expired,
-    EXISTS (SELECT 1 FROM queues WHERE grouped = 1) AS grouped"""
 # pg_locks lists all databases of the server, perhaps including a copy of this one with consumers of its own.
 IN_THIS_DATABASE = "database = (SELECT oid FROM pg_database WHERE datname = current_database())"
 # Return the slots of living consumers: the numbers of the locks that they hold.
@@ -468,35 +457,20 @@ FROM queues WHERE name = :queue""",
     pqueue_schema.RESUBMIT: pqueue_schema.resubmit(_if_limited(f"ELSE max_pending > {PENDING_LOCKED}")),
     # differs because of concurrent claims: rows are locked before their attempts are read
     pqueue_schema.CLAIM: f"{_with_tasks(WIDTH)}{_claim(WIDTH)}",
-    # differs because min() may be planned as a scan of all jobs of a state
-    pqueue_schema.OVERDUE: OVERDUE,
-    # differs because a subquery for each task is LATERAL, and min() as in OVERDUE
-    pqueue_schema.NEXT_EVENT: f"""
-SELECT min(at) FROM (
-    SELECT 0.0 AS at WHERE EXISTS ({_heads(1)})
+    # differs because a subquery for each task is LATERAL, and the next claim lists groups that have new jobs
+    pqueue_schema.NEXT_EVENT: pqueue_schema.next_event(f"""EXISTS ({_heads(1)})
         OR EXISTS (SELECT 1 FROM jobs WHERE {OF_CONSUMER} LIMIT :limit)
-        OR EXISTS (SELECT 1 FROM queues q JOIN queue_tasks t ON t.queue = q.name JOIN queue_groups g
-            ON g.queue = t.queue AND g.task = t.task WHERE {GROUP_PLACES} AND g.next_at = 0)
-        OR EXISTS (SELECT 1 FROM group_events WHERE {EVENTS_HERE})
-    UNION ALL (SELECT next_at FROM queue_groups WHERE next_at > 0 AND {SERVED} ORDER BY next_at LIMIT 1)
-    UNION ALL SELECT {pqueue_schema.RATE_AT} FROM queues q JOIN queue_tasks t ON t.queue = q.name
-    WHERE {GROUP_PLACES} AND EXISTS (SELECT 1 FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")} LIMIT :limit) AND
-        (q.max_running IS NULL OR q.max_running > (SELECT count(*) FROM jobs
-         WHERE queue = q.name AND "group" = '' AND state = 'processing' AND counted = 1))
-    UNION ALL SELECT {FIRST_DUE}
-    UNION ALL SELECT {FIRST_SCHEDULE}
-    UNION ALL SELECT {FIRST_EXPIRY}) events""",
+        OR EXISTS (SELECT 1 FROM group_events WHERE {EVENTS_HERE})"""),
     # differs because others may fire at the same time; a claim does not wait for them
     pqueue_schedules.DUE_SCHEDULES: f"{pqueue_schedules.DUE_SCHEDULES} {LOCK}",
     # differs because a subquery for each task is LATERAL
-    pqueue_schema.PEEK: f"""
-SELECT {COLUMNS} FROM jobs WHERE id = ANY (ARRAY(
+    pqueue_schema.PEEK: pqueue_schema.peek(
+        f"""
     SELECT head.id FROM queues q JOIN queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
         (SELECT id FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")} ORDER BY {ORDER} LIMIT :limit) head
-    WHERE q.grouped = 0 AND {SERVED_TASKS}
-    UNION ALL (SELECT id FROM jobs WHERE {OF_CONSUMER} ORDER BY {ORDER} LIMIT :limit)
-    UNION ALL (SELECT id FROM jobs WHERE {TO_COME} AND run_at <= :now ORDER BY {ORDER} LIMIT :limit)))
-ORDER BY {ORDER} LIMIT :limit""",
+    WHERE q.grouped = 0 AND {SERVED_TASKS}""",
+        AMONG,
+    ),
     # differs because a claim from another queue may do it at the same time
     pqueue_groups.WAKE_DELAYED: f"""
 UPDATE queue_groups SET next_at = 0
@@ -649,7 +623,7 @@ ENQUEUE_MANY_ALONE = _enqueue_many(HAVE_ROOM)
 # Statements that are their own transaction
 ALONE = {pqueue_schema.ENQUEUE: ENQUEUE_ALONE, pqueue_schema.ENQUEUE_MANY: ENQUEUE_MANY_ALONE}
 
-NONE_OVERDUE = f"""NOT EXISTS (SELECT FROM ({OVERDUE}) overdue WHERE due OR expired OR
+NONE_OVERDUE = f"""NOT EXISTS (SELECT FROM ({pqueue_schema.OVERDUE}) overdue WHERE due OR expired OR
     grouped AND EXISTS (SELECT 1 {GROUPED_HERE}) AND ({MAY_HAVE_JOB})) AND"""
 
 

@@ -430,42 +430,50 @@ CLAIM = f"""
 UPDATE jobs SET {LEASED} WHERE id = (SELECT id FROM ({_CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit)
 RETURNING {COLUMNS}"""
 
+# The first row of an index. (For min(), PostgreSQL may read all jobs of a state: it plans once, perhaps with few jobs.)
+FIRST_DUE = "(SELECT run_at FROM jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1)"
+FIRST_SCHEDULE = "(SELECT next_at FROM schedules WHERE paused = 0 ORDER BY next_at LIMIT 1)"
+FIRST_EXPIRING = f"(SELECT expires_at FROM jobs WHERE {EXPIRES} ORDER BY expires_at LIMIT 1)"
+FIRST_EXPIRY = "(SELECT lease_expires_at FROM jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1)"
+
 # Return whether a scheduled job or a schedule is due or a job has expired, whether a lease has expired, and
 # whether groups take turns.
 OVERDUE = f"""
-SELECT (SELECT min(run_at) FROM jobs WHERE state = 'scheduled') <= :now
-           OR (SELECT min(next_at) FROM schedules WHERE paused = 0) <= :now
-           OR (SELECT min(expires_at) FROM jobs WHERE {EXPIRES}) <= :now AS due,
-       (SELECT min(lease_expires_at) FROM jobs WHERE state = 'processing') <= :now AS expired,
-       EXISTS (SELECT 1 FROM queues WHERE grouped = 1) AS grouped"""
+SELECT {FIRST_DUE} <= :now OR {FIRST_SCHEDULE} <= :now OR {FIRST_EXPIRING} <= :now AS due,
+    {FIRST_EXPIRY} <= :now AS expired,
+    EXISTS (SELECT 1 FROM queues WHERE grouped = 1) AS grouped"""
 
 # Where a consumer may take jobs from groups.
 GROUP_PLACES = f"""q.grouped = 1 AND q.paused = 0
     AND {AMONG_QUEUES.format(queue="q.name")}
     AND t.queue = q.name AND {KNOWN.format(task="t.task")}"""
-RATE_AT = """
-    coalesce((SELECT at FROM group_starts s WHERE s.queue = q.name AND s.name = '' AND n = q.rate_jobs * -1 + 1 +
-        (SELECT max(n) FROM group_starts WHERE queue = q.name AND name = '')) + q.rate_seconds, 0.0)"""
 # When the consumer may take a job without a group; the other groups are ready at queue_groups.next_at.
 # guard: a waiting consumer sleeps while the jobs without a group are at their limit
 _UNNAMED_AT = f"""
-SELECT {RATE_AT} AS at FROM queues q CROSS JOIN queue_tasks t
-WHERE {GROUP_PLACES} AND EXISTS (SELECT 1 FROM jobs WHERE {PENDING_OF_TASK})
+SELECT coalesce((SELECT at FROM group_starts s WHERE s.queue = q.name AND s.name = '' AND n = q.rate_jobs * -1 + 1 +
+    (SELECT max(n) FROM group_starts WHERE queue = q.name AND name = '')) + q.rate_seconds, 0.0) AS at
+FROM queues q CROSS JOIN queue_tasks t
+WHERE {GROUP_PLACES} AND EXISTS (SELECT 1 FROM jobs WHERE {PENDING_OF_TASK} {FOR_EACH})
     AND (q.max_running IS NULL OR q.max_running > (
         SELECT count(*) FROM jobs WHERE queue = q.name AND "group" = '' AND state = 'processing' AND counted = 1))"""
 
-# Return when the next job may be available to the consumer; 0: now.
-NEXT_EVENT = f"""
+
+def next_event(has_candidate: str) -> str:
+    return f"""
 SELECT min(at) FROM (
-    SELECT 0.0 AS at WHERE EXISTS ({_CANDIDATES})
+    SELECT 0.0 AS at WHERE {has_candidate}
     UNION ALL SELECT 0.0 WHERE EXISTS (SELECT 1 FROM queues q CROSS JOIN queue_tasks t CROSS JOIN queue_groups g
         WHERE {GROUP_PLACES} AND g.queue = t.queue AND g.task = t.task AND g.next_at = 0)
     UNION ALL SELECT * FROM (
         SELECT next_at FROM queue_groups WHERE next_at > 0 AND {SERVED} ORDER BY next_at LIMIT 1) delayed
     UNION ALL {_UNNAMED_AT}
-    UNION ALL SELECT min(run_at) FROM jobs WHERE state = 'scheduled'
-    UNION ALL SELECT min(next_at) FROM schedules WHERE paused = 0
-    UNION ALL SELECT min(lease_expires_at) FROM jobs WHERE state = 'processing') events"""
+    UNION ALL SELECT {FIRST_DUE}
+    UNION ALL SELECT {FIRST_SCHEDULE}
+    UNION ALL SELECT {FIRST_EXPIRY}) events"""
+
+
+# Return when the next job may be available to the consumer; 0: now.
+NEXT_EVENT = next_event(f"EXISTS ({_CANDIDATES})")
 
 # Scheduled jobs that the consumer may take.
 TO_COME = f"state = 'scheduled' AND {SERVED} AND (assigned_to IS NULL OR assigned_to = :consumer)"
@@ -476,17 +484,21 @@ SELECT min(at) FROM (
     SELECT * FROM (SELECT run_at AS at FROM jobs WHERE {TO_COME} ORDER BY run_at LIMIT 1) first
     UNION ALL SELECT min(next_at) FROM schedules WHERE paused = 0 AND {SERVED}) events"""
 
-# Return the jobs that would be delivered next, in order: those of each task in each queue, those assigned to the
-# consumer, and those that are due.
-PEEK = f"""
-SELECT {COLUMNS} FROM jobs WHERE id IN (
-    SELECT jobs.id {PLACES}
-        AND jobs.id IN (SELECT id FROM jobs WHERE {PENDING_OF_TASK} ORDER BY {ORDER} LIMIT :limit)
+
+def peek(of_tasks: str, among: str = "IN ({})") -> str:
+    ids = f"""{of_tasks}
     UNION ALL SELECT id FROM (
         SELECT id FROM jobs WHERE state = 'pending' AND {ASSIGNED} ORDER BY {ORDER} LIMIT :limit) assigned
     UNION ALL SELECT id FROM (
-        SELECT id FROM jobs WHERE {TO_COME} AND run_at <= :now ORDER BY {ORDER} LIMIT :limit) due)
-ORDER BY {ORDER} LIMIT :limit"""
+        SELECT id FROM jobs WHERE {TO_COME} AND run_at <= :now ORDER BY {ORDER} LIMIT :limit) due"""
+    return f"SELECT {COLUMNS} FROM jobs WHERE id {among.format(ids)} ORDER BY {ORDER} LIMIT :limit"
+
+
+# Return the jobs that would be delivered next, in order: those of each task in each queue, those assigned to the
+# consumer, and those that are due.
+PEEK = peek(f"""
+    SELECT jobs.id {PLACES}
+        AND jobs.id IN (SELECT id FROM jobs WHERE {PENDING_OF_TASK} ORDER BY {ORDER} LIMIT :limit)""")
 
 # guard: a job is not promoted before it is due
 DUE = "FROM jobs WHERE state = 'scheduled' AND run_at <= :now ORDER BY run_at LIMIT :limit"

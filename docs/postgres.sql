@@ -546,15 +546,14 @@ RETURNING id, queue, task, payload, state, priority, run_at, expires_at, attempt
 -- OVERDUE
 -- Return whether a scheduled job or a schedule is due or a job has expired, whether a lease has expired, and whether
 -- groups take turns.
--- differs because min() may be planned as a scan of all jobs of a state
 -- $1 now
-SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $1 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $1 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $1 AS due,
+SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $1 OR (SELECT next_at FROM pqueue.schedules WHERE paused = 0 ORDER BY next_at LIMIT 1) <= $1 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $1 AS due,
     (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $1 AS expired,
     EXISTS (SELECT 1 FROM pqueue.queues WHERE grouped = 1) AS grouped;
 
 -- NEXT_EVENT
 -- Return when the next job may be available to the consumer; 0: now.
--- differs because a subquery for each task is LATERAL, and min() as in OVERDUE
+-- differs because a subquery for each task is LATERAL, and the next claim lists groups that have new jobs
 -- $1 queues, $2 tasks, $3 consumer, $4 limit
 SELECT min(at) FROM (
     SELECT 0.0 AS at WHERE EXISTS (
@@ -564,20 +563,26 @@ SELECT min(at) FROM (
     ORDER BY priority DESC, run_at, id LIMIT 1)
         OR EXISTS (SELECT 1 FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $3 AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10))))
     AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) LIMIT $4)
-        OR EXISTS (SELECT 1 FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name JOIN pqueue.queue_groups g
-            ON g.queue = t.queue AND g.task = t.task WHERE q.grouped = 1 AND q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10)))) AND g.next_at = 0)
         OR EXISTS (SELECT 1 FROM pqueue.group_events WHERE queue IN (SELECT name FROM pqueue.queues q WHERE q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))))
     AND (task IS NULL OR (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10))))))
-    UNION ALL (SELECT next_at FROM pqueue.queue_groups WHERE next_at > 0 AND (CAST($1 AS json) IS NULL OR queue IN (SELECT json_array_elements_text(CAST($1 AS json))))
-    AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10)))) AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0) ORDER BY next_at LIMIT 1)
-    UNION ALL SELECT 
-    coalesce((SELECT at FROM pqueue.group_starts s WHERE s.queue = q.name AND s.name = '' AND n = q.rate_jobs * -1 + 1 +
-        (SELECT max(n) FROM pqueue.group_starts WHERE queue = q.name AND name = '')) + q.rate_seconds, 0.0) FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name
-    WHERE q.grouped = 1 AND q.paused = 0 AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10)))) AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL LIMIT $4) AND
-        (q.max_running IS NULL OR q.max_running > (SELECT count(*) FROM pqueue.jobs
-         WHERE queue = q.name AND "group" = '' AND state = 'processing' AND counted = 1))
+    UNION ALL SELECT 0.0 WHERE EXISTS (SELECT 1 FROM pqueue.queues q CROSS JOIN pqueue.queue_tasks t CROSS JOIN pqueue.queue_groups g
+        WHERE q.grouped = 1 AND q.paused = 0
+    AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json))))
+    AND t.queue = q.name AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10)))) AND g.queue = t.queue AND g.task = t.task AND g.next_at = 0)
+    UNION ALL SELECT * FROM (
+        SELECT next_at FROM pqueue.queue_groups WHERE next_at > 0 AND (CAST($1 AS json) IS NULL OR queue IN (SELECT json_array_elements_text(CAST($1 AS json))))
+    AND (CAST($2 AS text) IS NULL OR task = ANY (string_to_array(CAST($2 AS text), chr(10)))) AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0) ORDER BY next_at LIMIT 1) delayed
+    UNION ALL 
+SELECT coalesce((SELECT at FROM pqueue.group_starts s WHERE s.queue = q.name AND s.name = '' AND n = q.rate_jobs * -1 + 1 +
+    (SELECT max(n) FROM pqueue.group_starts WHERE queue = q.name AND name = '')) + q.rate_seconds, 0.0) AS at
+FROM pqueue.queues q CROSS JOIN pqueue.queue_tasks t
+WHERE q.grouped = 1 AND q.paused = 0
+    AND (CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json))))
+    AND t.queue = q.name AND (CAST($2 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($2 AS text), chr(10)))) AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0)
+    AND (q.max_running IS NULL OR q.max_running > (
+        SELECT count(*) FROM pqueue.jobs WHERE queue = q.name AND "group" = '' AND state = 'processing' AND counted = 1))
     UNION ALL SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1)
-    UNION ALL SELECT (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0)
+    UNION ALL SELECT (SELECT next_at FROM pqueue.schedules WHERE paused = 0 ORDER BY next_at LIMIT 1)
     UNION ALL SELECT (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1)) events;
 
 -- NEXT_DUE
@@ -598,11 +603,12 @@ SELECT id, queue, task, payload, state, priority, run_at, expires_at, attempts, 
     SELECT head.id FROM pqueue.queues q JOIN pqueue.queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
         (SELECT id FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL ORDER BY priority DESC, run_at, id LIMIT $1) head
     WHERE q.grouped = 0 AND q.paused = 0 AND (CAST($2 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS json)))) AND (CAST($3 AS text) IS NULL OR t.task = ANY (string_to_array(CAST($3 AS text), chr(10))))
-    UNION ALL (SELECT id FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4 AND (CAST($3 AS text) IS NULL OR task = ANY (string_to_array(CAST($3 AS text), chr(10))))
-    AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id LIMIT $1)
-    UNION ALL (SELECT id FROM pqueue.jobs WHERE state = 'scheduled' AND (CAST($2 AS json) IS NULL OR queue IN (SELECT json_array_elements_text(CAST($2 AS json))))
-    AND (CAST($3 AS text) IS NULL OR task = ANY (string_to_array(CAST($3 AS text), chr(10)))) AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0) AND (assigned_to IS NULL OR assigned_to = $4) AND run_at <= $5 ORDER BY priority DESC, run_at, id LIMIT $1)))
-ORDER BY priority DESC, run_at, id LIMIT $1;
+    UNION ALL SELECT id FROM (
+        SELECT id FROM pqueue.jobs WHERE state = 'pending' AND assigned_to = $4 AND (CAST($3 AS text) IS NULL OR task = ANY (string_to_array(CAST($3 AS text), chr(10))))
+    AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0 OR max_running IS NOT NULL OR rate_jobs IS NOT NULL) ORDER BY priority DESC, run_at, id LIMIT $1) assigned
+    UNION ALL SELECT id FROM (
+        SELECT id FROM pqueue.jobs WHERE state = 'scheduled' AND (CAST($2 AS json) IS NULL OR queue IN (SELECT json_array_elements_text(CAST($2 AS json))))
+    AND (CAST($3 AS text) IS NULL OR task = ANY (string_to_array(CAST($3 AS text), chr(10)))) AND queue NOT IN (SELECT name FROM pqueue.queues WHERE paused <> 0) AND (assigned_to IS NULL OR assigned_to = $4) AND run_at <= $5 ORDER BY priority DESC, run_at, id LIMIT $1) due)) ORDER BY priority DESC, run_at, id LIMIT $1;
 
 -- PROMOTE
 -- Make scheduled jobs that are due pending.
@@ -1978,7 +1984,7 @@ first AS MATERIALIZED (SELECT array_agg(queue) AS queues, array_agg(task) AS tas
 taken AS (
 UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($3 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4, lease_token = $5, lease_expires_at = $6, started_at = $7
 WHERE NOT EXISTS (SELECT FROM (
-SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $7 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $7 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $7 AS due,
+SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $7 OR (SELECT next_at FROM pqueue.schedules WHERE paused = 0 ORDER BY next_at LIMIT 1) <= $7 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $7 AS due,
     (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $7 AS expired,
     EXISTS (SELECT 1 FROM pqueue.queues WHERE grouped = 1) AS grouped) overdue WHERE due OR expired OR
     grouped AND EXISTS (SELECT 1 FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) OR name IN
@@ -2033,7 +2039,7 @@ ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET num
 taken AS (
 UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($7 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $8, lease_token = $9, lease_expires_at = $10, started_at = $3
 WHERE (SELECT count(*) FROM done WHERE of_group = '') = $11 AND NOT EXISTS (SELECT FROM (
-SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $3 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $3 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $3 AS due,
+SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $3 OR (SELECT next_at FROM pqueue.schedules WHERE paused = 0 ORDER BY next_at LIMIT 1) <= $3 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $3 AS due,
     (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $3 AS expired,
     EXISTS (SELECT 1 FROM pqueue.queues WHERE grouped = 1) AS grouped) overdue WHERE due OR expired OR
     grouped AND EXISTS (SELECT 1 FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($1 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($1 AS json)))) OR name IN
@@ -2093,7 +2099,7 @@ ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET num
 taken AS (
 UPDATE pqueue.jobs SET state = 'processing', attempts = attempts + 1, max_attempts = coalesce(jobs.max_attempts, CAST(nullif(split_part(split_part(CAST($9 AS text), chr(10) || jobs.task || chr(9), 2), chr(10), 1), '') AS integer), 3), consumer = $4, lease_token = $10, lease_expires_at = $11, started_at = $5
 WHERE (SELECT count(*) FROM done WHERE of_group = '') = $12 AND NOT EXISTS (SELECT FROM (
-SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $5 OR (SELECT min(next_at) FROM pqueue.schedules WHERE paused = 0) <= $5 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $5 AS due,
+SELECT (SELECT run_at FROM pqueue.jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1) <= $5 OR (SELECT next_at FROM pqueue.schedules WHERE paused = 0 ORDER BY next_at LIMIT 1) <= $5 OR (SELECT expires_at FROM pqueue.jobs WHERE expires_at IS NOT NULL AND state IN ('waiting', 'scheduled', 'pending') ORDER BY expires_at LIMIT 1) <= $5 AS due,
     (SELECT lease_expires_at FROM pqueue.jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1) <= $5 AS expired,
     EXISTS (SELECT 1 FROM pqueue.queues WHERE grouped = 1) AS grouped) overdue WHERE due OR expired OR
     grouped AND EXISTS (SELECT 1 FROM pqueue.queues q WHERE grouped = 1 AND paused = 0 AND ((CAST($2 AS json) IS NULL OR q.name IN (SELECT json_array_elements_text(CAST($2 AS json)))) OR name IN
