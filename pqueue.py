@@ -637,12 +637,10 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         """
         expires_at = self._time(now) + above_0("lease_seconds", lease_seconds)
         me = self._registry.get(valid_name("consumer", consumer))
+        if me is None:
+            return 0
         with self._transaction(durable=False) as session:
-            return (
-                session.change(pqueue_schema.EXTEND_ALL, {"token": me.token, "lease_expires_at": expires_at})
-                if me
-                else 0
-            )
+            return session.change(pqueue_schema.EXTEND_ALL, {"token": me.token, "lease_expires_at": expires_at})
 
     def update(self, job: Job, *, progress: float | None = None, result: Any = None) -> None:
         """Store the progress (0 to 1) or a partial result of a `processing` job; None: leave it unchanged.

@@ -76,10 +76,6 @@ def _of_class(kind: type, args: tuple[Any, ...]) -> Codec | None:
     return _text(kind, str, kind) if issubclass(kind, PurePath) else None
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
 def _scalar(expected: str, *kinds: type, but: type | tuple[()] = ()) -> Codec:
     def check(value: Any) -> Any:
         if isinstance(value, kinds) and not isinstance(value, but):
@@ -203,7 +199,7 @@ def _one_of(members: list[Codec]) -> Codec:
     return Codec(expected, encode, lambda value: first(lambda each: each.decode(value), value)[1])
 
 
-ANYTHING = Codec("anything", _same, _same)
+ANYTHING = Codec("anything", lambda value: value, lambda value: value)
 LISTS: dict[Any, Any] = {list: list, tuple: tuple, set: set, frozenset: frozenset, Sequence: list}
 GENERIC = (*LISTS, dict, Mapping)
 

@@ -162,7 +162,7 @@ class Operating(Grouping, Depending, Counting):
             if sql is pqueue_schema.RESUBMIT:
                 self._restore(session, job_id, params["now"])
             # guard: a job that an operator ended is followed up
-            if sql in (pqueue_schema.MARK_FAILED, pqueue_schema.CANCEL):
+            if sql in COUNTED:
                 self._job_ended(session, job_id, params["now"])
 
     @contextmanager

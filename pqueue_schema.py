@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pqueue_values import DEFAULT_MAX_ATTEMPTS, MAX_ID, Job
+from pqueue_values import DEFAULT_MAX_ATTEMPTS, MAX_ID, Job, SchemaMismatch
 
 MAX_GROUPS = 10_000  # groups of failed jobs
 FAILURE_CHARS = 200  # indexed characters of an error, by which failed jobs are grouped
@@ -257,6 +257,16 @@ CREATE TABLE outcomes (  -- see pqueue_outcomes
         "CREATE INDEX consumers_running ON consumers (id) WHERE state = 'running'",
     ]
 ]
+
+
+def expect_known(name: object, version: int) -> None:
+    """Raise SchemaMismatch if the queue of this name has the schema of a newer pqueue."""
+    # guard: a newer schema is refused
+    if version > len(MIGRATIONS):
+        raise SchemaMismatch(
+            f"cannot use {name}: expected schema {len(MIGRATIONS)} or older, got {version}: "
+            "use the pqueue that wrote it, or a newer one"
+        )
 
 
 # Parts of statements

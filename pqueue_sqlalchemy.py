@@ -536,7 +536,7 @@ class OnPostgres(PersistentQSQLAlchemy):
                 undo.callback(connection.close)
                 with self._db_errors(), connection.cursor() as cursor:
                     found = cursor.execute(self._sql("SELECT number FROM version")).fetchall()
-                    self._expect_known(self._number(found))
+                    pqueue_schema.expect_known(self.name, self._number(found))
                 undo.pop_all()
         return connection
 
@@ -562,19 +562,12 @@ class OnPostgres(PersistentQSQLAlchemy):
         version = self._version()
         if version is None and not create:
             raise pqueue_values.no_queue(self.name)
-        self._expect_known(version or 0)
+        pqueue_schema.expect_known(self.name, version or 0)
         if version != len(pqueue_schema.MIGRATIONS):
             self._migrate()
         unsafe = [row[0] for sql in (UNSAFE, NOT_LOGGED) for row in self._read(sql) if self.durability == "full"]
         if unsafe:
             log.warning("%s: a crash of the server may lose jobs: %s", self.name, ", ".join(unsafe))
-
-    def _expect_known(self, version: int) -> None:
-        if version > len(pqueue_schema.MIGRATIONS):
-            raise pqueue.SchemaMismatch(
-                f"cannot use {self.name}: expected schema {len(pqueue_schema.MIGRATIONS)} or older, got {version}: "
-                "use the pqueue that wrote it, or a newer one"
-            )
 
     def _version(self) -> int | None:
         found = self._read(f"SELECT to_regclass('{SCHEMA}.version')::text")

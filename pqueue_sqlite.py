@@ -70,6 +70,7 @@ from pqueue_schema import (
     PLACES,
     SQLITE_TYPES,
     TABLES,
+    expect_known,
 )
 from pqueue_values import (
     NO_PARAMS,
@@ -1192,12 +1193,7 @@ def schema_version(connection: sqlite3.Connection, path: Path) -> int:
     if owner != APPLICATION_ID and (owner or version or tables):
         instead = "choose another path, or let the queue create the file before the other program"
         raise SchemaMismatch(f"cannot use {path}: expected a queue, got another program's database; {instead}")
-    # guard: a newer schema is refused
-    if version > len(MIGRATIONS):
-        raise SchemaMismatch(
-            f"cannot use {path}: expected schema {len(MIGRATIONS)} or older, got {version}: "
-            "use the pqueue that wrote it, or a newer one"
-        )
+    expect_known(path, version)
     ours = connection.execute(OUR_TABLES).fetchall()
     # guard: a file without our tables is refused
     if version and len(ours) < len(TABLES):

@@ -145,7 +145,8 @@ class Keeper:
             undo.callback(os.close, self._dump)
             undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False))
             for number in (signal.SIGCHLD, signal.SIGTSTP, *OF_USERS):
-                handler = self._suspend if number == signal.SIGTSTP else _ignore
+                # SIGCHLD is ignored: that it came wakes up the keeper
+                handler = self._suspend if number == signal.SIGTSTP else worker.ignore
                 undo.callback(signal.signal, number, signal.signal(number, handler))
             on_termination(self._stop)
             processes.adopt_orphans(True)
@@ -640,10 +641,6 @@ def _unnamed_file() -> int:
 def can_watch() -> bool:
     """Return whether there is what the watchdog needs."""
     return os.access("/bin/sh", os.X_OK) and shutil.which("sleep") is not None and os.path.exists("/proc/self/status")
-
-
-def _ignore(*_: object) -> None:
-    """Handle SIGCHLD: that it came wakes up the keeper."""
 
 
 def _pause(seconds: float, until: float) -> bool:

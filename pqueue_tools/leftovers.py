@@ -202,7 +202,8 @@ def _settings(folder: int | None) -> Iterator[Setting]:
 
 def thread_settings() -> Iterator[Setting]:
     """Yield the settings of the calling thread, which must also compare and restore them."""
-    yield Setting("the signal mask", lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()), _set_mask)
+    mask = partial(signal.pthread_sigmask, signal.SIG_BLOCK, ()), partial(signal.pthread_sigmask, signal.SIG_SETMASK)
+    yield Setting("the signal mask", *mask)
     yield Setting("a trace function", sys.gettrace, sys.settrace)
     yield Setting("a profile function", sys.getprofile, sys.setprofile)
     yield Setting(
@@ -475,10 +476,6 @@ def _working_directory() -> str | None:
 def _umask() -> int:
     os.umask(before := os.umask(0o077))
     return before
-
-
-def _set_mask(mask: set[signal.Signals]) -> None:
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _environment() -> tuple[dict[Any, Any], list[bytes], tuple[str, str]]:

@@ -646,11 +646,11 @@ def _exit(code: int) -> NoReturn:
 def _set_signals(dump: int) -> None:
     """Leave TERM, INT and HUP to the keeper, also if they reach this process; restore them in children of tasks."""
     signal.set_wakeup_fd(-1)
-    on_termination(_ignore)
+    on_termination(ignore)
     for number in signal.valid_signals() - set(termination.SIGNALS):
         if signal.getsignal(number) not in (signal.SIG_DFL, signal.SIG_IGN, None):  # the keeper's
             signal.signal(number, signal.SIG_DFL)
-    signal.signal(leases.INTERRUPT_SIGNAL, _ignore)
+    signal.signal(leases.INTERRUPT_SIGNAL, ignore)
     _arm(dump)
     _reset_signals_in_children()
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -665,7 +665,7 @@ def _arm(dump: int) -> None:
         faulthandler.register(leases.DUMP_SIGNAL, dump)
 
 
-def _ignore(*_: object) -> None:
+def ignore(*_: object) -> None:
     """Handle a signal by doing nothing. Unlike SIG_IGN, programs that a task starts do not inherit this."""
 
 
