@@ -837,7 +837,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
             self._fire_schedules(session, now)
         # guard: expired leases are reclaimed
         if expired:
-            for row in session.run(pqueue_schema.EXPIRED, params):
+            for row in session.run(pqueue_schema.LEASE_EXPIRED, params):
                 self._end_lost_delivery(session, to_job(row), "expired", now)
         # guard: jobs of dead consumers are reclaimed at once
         if dead is not None:

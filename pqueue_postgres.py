@@ -521,7 +521,7 @@ WHERE id = ANY (ARRAY(SELECT id FROM jobs WHERE {HELD_BY_CONSUMER} {LOCK}))""",
     # differs because the rows must stay as they are until they are cancelled
     pqueue_schema.EXPIRING: f"{pqueue_schema.EXPIRING} {LOCK}",
     # differs because the rows must stay as they are until they are reclaimed
-    pqueue_schema.EXPIRED: f"{pqueue_schema.EXPIRED} {LOCK}",
+    pqueue_schema.LEASE_EXPIRED: f"{pqueue_schema.LEASE_EXPIRED} {LOCK}",
     # differs because the rows must stay as they are until they are reclaimed
     pqueue_schema.ORPHANED: f"{pqueue_schema.ORPHANED} {LOCK}",
     # differs because the job must not change before the transition that follows

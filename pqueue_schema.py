@@ -444,13 +444,13 @@ RETURNING {COLUMNS}"""
 FIRST_DUE = "(SELECT run_at FROM jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1)"
 FIRST_SCHEDULE = "(SELECT next_at FROM schedules WHERE paused = 0 ORDER BY next_at LIMIT 1)"
 FIRST_EXPIRING = f"(SELECT expires_at FROM jobs WHERE {EXPIRES} ORDER BY expires_at LIMIT 1)"
-FIRST_EXPIRY = "(SELECT lease_expires_at FROM jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1)"
+FIRST_LEASE_END = "(SELECT lease_expires_at FROM jobs WHERE state = 'processing' ORDER BY lease_expires_at LIMIT 1)"
 
 # Return whether a scheduled job or a schedule is due or a job has expired, whether a lease has expired, and
 # whether groups take turns.
 OVERDUE = f"""
 SELECT {FIRST_DUE} <= :now OR {FIRST_SCHEDULE} <= :now OR {FIRST_EXPIRING} <= :now AS due,
-    {FIRST_EXPIRY} <= :now AS expired,
+    {FIRST_LEASE_END} <= :now AS expired,
     EXISTS (SELECT 1 FROM queues WHERE grouped = 1) AS grouped"""
 
 # Where a consumer may take jobs from groups.
@@ -479,7 +479,7 @@ SELECT min(at) FROM (
     UNION ALL {_UNNAMED_AT}
     UNION ALL SELECT {FIRST_DUE}
     UNION ALL SELECT {FIRST_SCHEDULE}
-    UNION ALL SELECT {FIRST_EXPIRY}) events"""
+    UNION ALL SELECT {FIRST_LEASE_END}) events"""
 
 
 # Return when the next job may be available to the consumer; 0: now.
@@ -527,7 +527,7 @@ EXPIRE = (
 
 # Return jobs whose lease has expired.
 # guard: a lease is not reclaimed before it expires
-EXPIRED = f"""
+LEASE_EXPIRED = f"""
 SELECT {COLUMNS} FROM jobs WHERE state = 'processing' AND lease_expires_at <= :now
 ORDER BY lease_expires_at LIMIT :limit"""
 

@@ -627,7 +627,7 @@ SELECT id, expires_at, error FROM pqueue.jobs WHERE expires_at IS NOT NULL AND s
 -- $1 now, $2 error, $3 id
 UPDATE pqueue.jobs SET state = 'cancelled', finished_at = $1, error = $2 WHERE id = $3 AND state IN ('waiting', 'scheduled', 'pending');
 
--- EXPIRED
+-- LEASE_EXPIRED
 -- Return jobs whose lease has expired.
 -- differs because the rows must stay as they are until they are reclaimed
 -- $1 now, $2 limit
