@@ -470,32 +470,28 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         now: float | None,
     ) -> tuple[list[Job], list[Job]]:
         dead, nested = self._find_dead(), self.in_transaction
-
-        def exchange(durable: bool) -> tuple[list[Job], list[Job]]:
-            with self._transaction(durable=durable, in_batch=True) as session:
-                at = self._time(now)
-                lost = self._complete_all(session, completions, at)
-                if lost and nested:
-                    _refuse(session, "complete", lost[0])
-                session.finished += [job.id for job, _ in completions]
-                grouped = self._reclaim(session, dead, at)
-                params = claim_params(me, limit, wanted, lease_seconds, at)
-                in_turn = self._claim_in_turn(session, params, me.prefetches) if limit and grouped else None
-                rows = self._claim(session, params, me.prefetches) if limit and in_turn is None else in_turn or []
-                jobs = self._claimed_jobs(session, rows, params, in_order=in_turn is not None)
-                # guard: a job that has expired is not delivered
-                if any(job.expires_at is not None and job.expires_at <= at for job in jobs):
-                    raise ExpiredClaimed
-                # guard: a claim of the last attempt is synced
-                if not durable and any(job.attempts == job.max_attempts for job in jobs):
-                    raise UnsyncedLastAttempt
-            return jobs, lost
-
         # guard: complete_and_dequeue is synced
         durable = bool(completions) or nested
         while True:
             try:
-                return exchange(durable)
+                with self._transaction(durable=durable, in_batch=True) as session:
+                    at = self._time(now)
+                    lost = self._complete_all(session, completions, at)
+                    if lost and nested:
+                        _refuse(session, "complete", lost[0])
+                    session.finished += [job.id for job, _ in completions]
+                    grouped = self._reclaim(session, dead, at)
+                    params = claim_params(me, limit, wanted, lease_seconds, at)
+                    in_turn = self._claim_in_turn(session, params, me.prefetches) if limit and grouped else None
+                    rows = self._claim(session, params, me.prefetches) if limit and in_turn is None else in_turn or []
+                    jobs = self._claimed_jobs(session, rows, params, in_order=in_turn is not None)
+                    # guard: a job that has expired is not delivered
+                    if any(job.expires_at is not None and job.expires_at <= at for job in jobs):
+                        raise ExpiredClaimed
+                    # guard: a claim of the last attempt is synced
+                    if not durable and any(job.attempts == job.max_attempts for job in jobs):
+                        raise UnsyncedLastAttempt
+                return jobs, lost
             except UnsyncedLastAttempt:  # a power cut must not add an attempt: claim again, and sync
                 durable = True
             except ExpiredClaimed:
