@@ -180,7 +180,7 @@ class Watch(Protocol):
     """How a backend learns that a job has finished."""
 
     def wait(self, job_ids: list[int], find: Callable[[], bool]) -> None:
-        """Return at once if `find` finds a job that has finished, else when one may have, or after a while.
+        """Return at once if `find` finds a job that has finished, else when one may have finished, or after a while.
 
         Must not miss one that finishes after `find` was called.
         """
@@ -325,7 +325,7 @@ class Backend(ABC):
         """Release the jobs that this object's consumers hold, and close the database."""
 
     def reserve_connections(self, number: int) -> None:  # noqa: B027 - SQLite has no server
-        """Have so many connections to the server that no thread uses, or none. Raises QueueBusy."""
+        """Keep this many idle connections to the server or, if it has no more, none. Raises QueueBusy."""
 
     def now(self) -> float:
         """Return the time by the queue's clock, Unix seconds: the server's on PostgreSQL, else that of this host."""

@@ -463,9 +463,9 @@ class Pool:
             self._changed.notify()
 
     def reserve(self, number: int) -> None:
-        """Have so many connections that no thread uses, or none. Raises QueueBusy at once if the server has no more.
+        """Keep this many idle connections or, if the server has no more, none. Raises QueueBusy at once.
 
-        Programs that each kept one and waited for another would wait for each other.
+        Programs that each kept one and waited for a second one would wait for each other.
         """
         taken: list[Link] = []
         try:

@@ -9,8 +9,8 @@ itself, which holds the write lock (on PostgreSQL, a lock of the queue's row), s
 
 `queue_groups` lists where jobs may be claimed. Triggers on `jobs` mark a group when a job of it becomes pending or
 ends; a claim that finds it without jobs, or at a limit, clears the mark. Thus a claim costs the same however many are
-waiting. Queues without groups and limits use none of this; when a consumer deletes old jobs, it finds those whose
-groups have no jobs any more, and a trigger those that have some again.
+waiting. Queues without groups and limits use none of this. Consumers that delete old jobs end it for a queue whose
+groups have no jobs any more; a trigger begins it again.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ class Room:
     rate_jobs: int | None = None
     last = 0  # number of the last delivery
     last_at = -math.inf
-    next_at: float | None = None  # when the rate allows the next job; None: there are as many running as may be
+    next_at: float | None = None  # when the rate allows the next job; None: as many jobs run as are allowed
 
     def __init__(self, row: Row = None, limit: int = 0) -> None:
         if row is None:
@@ -295,8 +295,8 @@ class Group:
         self.is_cut = False  # there may be more jobs
 
     def fill(self, rows: list[Row], share: int) -> None:
-        """Take over its first `share` jobs of each task. What comes after the last one that was read of some task may
-        belong behind the next."""
+        """Take over its first `share` jobs of each task, as far as no job that was not read may come before them: up to
+        the last one of each task that may have more."""
         last: tuple[Any, ...] = (math.inf,)
         for task in self.tasks:
             found = [row for row in rows if row[5] == task]

@@ -189,7 +189,7 @@ class FairLock:
             shared[self.WAITING_SINCE + next_kind] = 0.0
             # guard: releasing the lock wakes up a waiter
             wake_up(self._pipes[next_kind])
-        elif len(self._pipes) == 1:  # others may wait whose time the last holder has cleared
+        elif len(self._pipes) == 1:  # others may wait, too: their time was cleared
             # guard: a released line wakes up the next
             wake_up(self._pipes[0])
 

@@ -149,7 +149,7 @@ class Moving(Operating):
         return copied
 
     def is_partial_copy(self) -> bool:
-        """Return whether this queue has no other jobs than those that `copy_finished_to` has copied."""
+        """Return whether `copy_finished_to` has copied all jobs of this queue from another one."""
         return bool(self._read(PARTIAL)) and not self._read(IS_USED)
 
     # Moving: `begin_move` until nothing runs, then `move_to`, and `finish_move` when all programs use the target

@@ -402,7 +402,7 @@ WHERE q.grouped = 0 AND q.paused = 0 AND {AMONG_QUEUES.format(queue="q.name")}
     AND t.queue = q.name AND {KNOWN.format(task="t.task")}"""
 # guard: a job assigned to a consumer is not for others
 PENDING_OF_TASK = """queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL"""
-# Whether the groups of a queue have limits: then claims take assigned jobs, too, as in pqueue_groups.
+# Whether the groups of a queue have limits. Then its assigned jobs are claimed as in pqueue_groups, too.
 # guard: an assigned job counts towards the limits of its group
 HAS_LIMITS = "max_running IS NOT NULL OR rate_jobs IS NOT NULL"
 # Of jobs and schedules.

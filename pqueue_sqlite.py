@@ -1150,10 +1150,8 @@ class PersistentQSQLite(PersistentQInterface):
 
 
 def _merge(session: Session, assigned: list[Any], heads: list[Any], share: int) -> tuple[list[Any], bool]:
-    """Merge the first `share` jobs of each task, given the first of each; return whether some were left out.
-
-    What comes after the last job that was read of some task may belong behind its next one.
-    """
+    """Merge the first `share` jobs of each task, given the first of each; return whether some were left out: those that
+    a job which was not read may precede."""
     found, last = list(assigned), (math.inf,)
     for *head, queue, task in heads:
         if tuple(head) > last:

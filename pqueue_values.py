@@ -160,8 +160,8 @@ class Job(_Job):
     the current or last consumer of the job; `assigned_to` the only one that may run it; `error` that of the last failed
     attempt. `max_attempts` is None, that of the task, until the first delivery of a job that was enqueued without it.
     A job that does not start before `expires_at` is cancelled. `key_until` and `key_expires_at` say how long the job
-    holds its key: see `enqueue`. The lease is None unless the state is "processing", `started_at` until the first
-    attempt, and `finished_at` until the job is completed, failed or cancelled. `meta` is a dict of what functions
+    holds its key: see `enqueue`. The lease is None unless the state is "processing"; `started_at` is None until the
+    first attempt, and `finished_at` until the job is completed, failed or cancelled. `meta` is a dict of what functions
     marked `@metadata` returned when it was enqueued; None: nothing. `group` is its group within the queue; None: none.
     `waits_for` is the number of unfinished jobs for which it waits; `has_dependents` is 1 if jobs were enqueued that
     run after it, else 0.

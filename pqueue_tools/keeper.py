@@ -268,7 +268,7 @@ class Keeper:
         return self._status is not None
 
     def _wait(self, most: float = math.inf) -> None:
-        """Wait until something may have to be done, for at most so many seconds."""
+        """Wait until something may have to be done, for at most this many seconds."""
         self._fields[fields.ASLEEP] = 1  # first: a job that begins after the next line wakes this process
         is_idle = self._fields[fields.IDLE] or not self._fields[fields.READY]
         self._fields[fields.ASLEEP] = int(is_idle)

@@ -183,7 +183,7 @@ def add_group(
 def _expect_started(
     wanted: Callable[[dict[str, Any]], bool], size: int, failure: str, has_registered: Callable[[int], bool] = _never
 ) -> None:
-    """Wait until the consumers among supervisord's processes, so many, take jobs: they say so in their logs, or have
+    """Wait until this many consumers among supervisord's processes take jobs: they say so in their logs, or have
     registered under their pid. Raises ManagerError, with this text before the reason.
 
     RUNNING only says that a process has existed for startsecs, in which a busy machine may not get to the tasks.

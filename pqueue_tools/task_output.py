@@ -20,7 +20,7 @@ from io import TextIOWrapper
 from pqueue_tools.process import log_line, utc_now, write_log_to
 from pqueue_tools.record import FORWARDING, Record
 
-MAX_BYTES = select.PIPE_BUF  # of a write: a pipe that is ready takes so many without waiting, and does not mix them
+MAX_BYTES = select.PIPE_BUF  # of a write: a ready pipe takes this many at once, and does not mix them with others
 READ_BYTES = 1 << 16
 ORDER_SECONDS = 0.1  # how long an event waits for the output of tasks before it
 LAST_MS = 1000  # how long the last lines of a worker may wait for the reader of the log

@@ -75,7 +75,7 @@ class Consumer:
     task: timeout_seconds and memory_mb have no effect, and a cancelled job runs to its end. A second thread extends the
     leases. `consumer.py` runs it in a separate process, where none of this holds.
 
-    drain: return when no job is pending, and with `wait`, none is scheduled for the next so many seconds.
+    drain: return when no job is pending and, with `wait`, none falls due within that many seconds.
     tasks: the names of the tasks to run; None: all that are registered now.
     concurrency: how many jobs may run at the same time: async tasks in an event loop, others in threads.
     record: shared with the keeper, which extends the leases; None: in an application.
