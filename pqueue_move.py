@@ -13,9 +13,8 @@ from typing import Any, cast
 from pqueue_backend import Session
 from pqueue_groups import COUNT_ALL_RUNNING, LIST_GROUPS
 from pqueue_operating import Operating, count_running
-from pqueue_outcomes import COLUMNS as COUNT_COLUMNS
-from pqueue_outcomes import HOUR
-from pqueue_schedules import COLUMNS as SCHEDULE_COLUMNS
+from pqueue_outcomes import COUNT_COLUMNS, HOUR
+from pqueue_schedules import SCHEDULE_COLUMNS
 from pqueue_schema import (
     ADD_QUEUE,
     ADD_TASK,

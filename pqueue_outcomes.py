@@ -38,7 +38,7 @@ EVENTS = ("enqueued", "completed", "failed", "retried", "released", "died", "exp
 
 KEY = "period, at, queue, task, event, run, wait, shard"
 SUMS = "number, run_seconds, wait_seconds"
-COLUMNS = f"{KEY}, {SUMS}"
+COUNT_COLUMNS = f"{KEY}, {SUMS}"
 NEW = f"{KEY.removesuffix(', shard')}, {SUMS}"  # by whatever connection
 SUM = f"""
 ON CONFLICT ({KEY}) DO UPDATE SET number = outcomes.number + excluded.number,
@@ -125,18 +125,18 @@ HAS_RECENT = f"SELECT EXISTS (SELECT 1 {RECENT})"
 
 # Add these minutes to the total.
 ADD_TO_TOTAL = f"""
-INSERT INTO outcomes ({COLUMNS}) SELECT 0, 0, {EVENT}, 0, {ALL_SUMS} {RECENT} GROUP BY {EVENT}
+INSERT INTO outcomes ({COUNT_COLUMNS}) SELECT 0, 0, {EVENT}, 0, {ALL_SUMS} {RECENT} GROUP BY {EVENT}
 {SUM}"""
 
 # Mark them as added.
 MERGE = f"""
-INSERT INTO outcomes ({COLUMNS}) SELECT 60, at, {EVENT}, 0, {SUMS} {RECENT}
+INSERT INTO outcomes ({COUNT_COLUMNS}) SELECT 60, at, {EVENT}, 0, {SUMS} {RECENT}
 {SUM}"""
 DELETE_RECENT = f"DELETE {RECENT}"
 
 # Add minutes before :before up to hours.
 ADD_UP = f"""
-INSERT INTO outcomes ({COLUMNS})
+INSERT INTO outcomes ({COUNT_COLUMNS})
 SELECT 3600, at - at % 3600, {EVENT}, 0, {ALL_SUMS} FROM outcomes
 WHERE period = 60 AND at < :before AND shard = 0 GROUP BY at - at % 3600, {EVENT}
 {SUM}"""

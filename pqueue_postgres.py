@@ -16,8 +16,7 @@ import pqueue_move
 import pqueue_outcomes
 import pqueue_schedules
 import pqueue_schema
-from pqueue_outcomes import ALL_SUMS, BOUNDS, EVENT, KEY, MAX_TIME, NEW, SUM, UNTIMED
-from pqueue_outcomes import COLUMNS as COLUMNS_OF_COUNTS
+from pqueue_outcomes import ALL_SUMS, BOUNDS, COUNT_COLUMNS, EVENT, KEY, MAX_TIME, NEW, SUM, UNTIMED
 from pqueue_schema import (
     AMONG_QUEUES,
     ASSIGNED,
@@ -568,7 +567,7 @@ SELECT id FROM added""",
     ),
     # differs because others may add them up at the same time: this also deletes them
     pqueue_outcomes.ADD_UP: f"""{_taken("FROM outcomes WHERE period = 60 AND at < :before AND shard = 0")}
-INSERT INTO outcomes ({COLUMNS_OF_COUNTS})
+INSERT INTO outcomes ({COUNT_COLUMNS})
 SELECT 3600, at - at % 3600, {EVENT}, 0, {ALL_SUMS} FROM old
 GROUP BY at - at % 3600, {EVENT} ORDER BY 2, 3, 4, 5, 6, 7
 {SUM}""",
@@ -759,10 +758,10 @@ MARK_RUNNING = "UPDATE consumers SET state = 'running', last_seen_at = :now WHER
 # Add minutes to the total, and merge the rows that several connections wrote for them.
 ADD_TO_TOTAL = f"""{_taken(pqueue_outcomes.RECENT)},
 merged AS (
-    INSERT INTO outcomes ({COLUMNS_OF_COUNTS})
+    INSERT INTO outcomes ({COUNT_COLUMNS})
     SELECT 60, at, {EVENT}, 0, {ALL_SUMS} FROM old GROUP BY at, {EVENT} ORDER BY 2, 3, 4, 5, 6, 7
     {SUM})
-INSERT INTO outcomes ({COLUMNS_OF_COUNTS})
+INSERT INTO outcomes ({COUNT_COLUMNS})
 SELECT 0, 0, {EVENT}, 0, {ALL_SUMS} FROM old GROUP BY {EVENT} ORDER BY 3, 4, 5, 6, 7
 {SUM}"""
 

@@ -50,7 +50,7 @@ class Schedule(NamedTuple):
     skipped: int
 
 
-COLUMNS = ", ".join(COLUMN_OF.get(name, name) for name in Schedule._fields)
+SCHEDULE_COLUMNS = ", ".join(COLUMN_OF.get(name, name) for name in Schedule._fields)
 DEFINED = Schedule._fields[:13]  # what `schedule` sets
 TIMED = slice(6, 9)  # that part of it which says when it is due
 _CHANGES = ", ".join(f"{COLUMN_OF.get(name, name)} = :{name}" for name in DEFINED[1:])
@@ -62,15 +62,15 @@ VALUES ({", ".join(f":{name}" for name in DEFINED)}, :next_at)
 ON CONFLICT (name) DO UPDATE SET {_CHANGES}, next_at = CASE WHEN :is_retimed THEN :next_at ELSE schedules.next_at END"""
 
 # Return the schedules.
-SCHEDULES = f"SELECT {COLUMNS} FROM schedules ORDER BY name"
+SCHEDULES = f"SELECT {SCHEDULE_COLUMNS} FROM schedules ORDER BY name"
 
 # Return a schedule.
-SCHEDULE_NAMED = f"SELECT {COLUMNS} FROM schedules WHERE name = :name"
+SCHEDULE_NAMED = f"SELECT {SCHEDULE_COLUMNS} FROM schedules WHERE name = :name"
 
 # Return the schedules that are due. While the queue is moved, none is: they are due in the target.
 # guard: a queue that is moved fires no schedule
 DUE_SCHEDULES = f"""
-SELECT {COLUMNS} FROM schedules WHERE paused = 0 AND next_at <= :now
+SELECT {SCHEDULE_COLUMNS} FROM schedules WHERE paused = 0 AND next_at <= :now
     AND NOT EXISTS (SELECT 1 FROM history WHERE job_id = 0 AND event IN {MOVES})
 ORDER BY next_at, name LIMIT :limit"""
 
