@@ -35,6 +35,7 @@ from pqueue_schema import (
     LEASED,
     MOST_ATTEMPTS,
     ORDER,
+    PENDING_OF_TASK,
     STATE,
     THESE,
 )
@@ -262,8 +263,7 @@ PENDING_UNLOCKED = f"(SELECT {COUNTED} FROM pending_counts c WHERE c.queue = nam
 
 # A claim
 
-# Jobs that a consumer may claim: those of a task in a queue, and those that are assigned to it
-OF_TASK = """queue = {} AND task = {} AND "group" = '' AND state = 'pending' AND assigned_to IS NULL"""
+# Jobs that are assigned to a consumer, which may claim them
 OF_CONSUMER = f"state = 'pending' AND {ASSIGNED}"
 SERVED_TASKS = f"q.paused = 0 AND {AMONG_QUEUES.format(queue='q.name')} AND {KNOWN.format(task='t.task')}"
 # Queues whose groups take turns, from which the consumer may take jobs
@@ -274,7 +274,7 @@ MAY_HAVE_JOB = f"""EXISTS (SELECT 1 FROM group_events) OR EXISTS (SELECT 1 FROM 
     OR (SELECT next_at FROM queue_groups WHERE next_at > 0 ORDER BY next_at LIMIT 1) <= :now
     OR EXISTS (SELECT 1 FROM jobs WHERE state = 'pending' AND assigned_to = :consumer)
     OR EXISTS (SELECT 1 FROM queues q JOIN queue_tasks t ON t.queue = q.name
-        WHERE q.grouped = 1 AND EXISTS (SELECT 1 FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")} {FOR_EACH}))"""
+        WHERE q.grouped = 1 AND EXISTS (SELECT 1 FROM jobs WHERE {PENDING_OF_TASK} {FOR_EACH}))"""
 # A claim reads the first :share jobs of each task, or merges those of a number of tasks lazily, each for about 20 us.
 SHARES = 0
 WIDTHS = (1, 8, 32, 64)
@@ -296,7 +296,7 @@ def _heads(number: int) -> str:
     """Return the first jobs in order of which each is the first of a task in a queue."""
     return f"""
     SELECT t.queue, t.task, head.* FROM queues q JOIN queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
-        (SELECT {ROW} FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")} ORDER BY {ORDER} LIMIT 1) head
+        (SELECT {ROW} FROM jobs WHERE {PENDING_OF_TASK} ORDER BY {ORDER} LIMIT 1) head
     WHERE q.grouped = 0 AND {SERVED_TASKS}
     ORDER BY {ORDER} LIMIT {number}"""
 
@@ -305,7 +305,7 @@ _SHARES = f"""
 WITH heads AS MATERIALIZED (
     SELECT first.* FROM queues q JOIN queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
         (SELECT {ROW}, row_number() OVER (ORDER BY {ORDER}) AS rank
-         FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")}
+         FROM jobs WHERE {PENDING_OF_TASK}
          ORDER BY {ORDER} LIMIT :share) first
     WHERE q.grouped = 0 AND {SERVED_TASKS}
     UNION ALL
@@ -334,10 +334,9 @@ def _in_order(width: int) -> str:
     """
     if width == SHARES:
         return _OF_SHARES
-    tasks = [
-        OF_TASK.format(f"(SELECT queues[{number}] FROM first)", f"(SELECT tasks[{number}] FROM first)")
-        for number in range(1, width + 1)
-    ]
+    of_task = PENDING_OF_TASK.replace("t.queue", "(SELECT queues[{0}] FROM first)")
+    of_task = of_task.replace("t.task", "(SELECT tasks[{0}] FROM first)")
+    tasks = [of_task.format(number) for number in range(1, width + 1)]
     union = " UNION ALL".join(
         f"""
             (SELECT {ROW}, NULL AS last FROM jobs WHERE {which} ORDER BY {ORDER})"""
@@ -466,7 +465,7 @@ FROM queues WHERE name = :queue""",
     pqueue_schema.PEEK: pqueue_schema.peek(
         f"""
     SELECT head.id FROM queues q JOIN queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
-        (SELECT id FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")} ORDER BY {ORDER} LIMIT :limit) head
+        (SELECT id FROM jobs WHERE {PENDING_OF_TASK} ORDER BY {ORDER} LIMIT :limit) head
     WHERE q.grouped = 0 AND {SERVED_TASKS}""",
         AMONG,
     ),
@@ -482,7 +481,7 @@ DELETE FROM queue_groups WHERE id {AMONG.format(f"SELECT id {pqueue_groups.FORGO
 SELECT q.name, t.task, g.name, g.turn,
     (SELECT weight FROM group_weights w WHERE w.queue = g.queue AND w.name = g.name),
     q.turn, q.unnamed_turn, {HAS_LIMITS},
-    EXISTS (SELECT 1 FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")} {FOR_EACH})
+    EXISTS (SELECT 1 FROM jobs WHERE {PENDING_OF_TASK} {FOR_EACH})
 FROM queues q JOIN queue_tasks t ON t.queue = q.name LEFT JOIN LATERAL
     (SELECT * FROM queue_groups WHERE queue = t.queue AND task = t.task AND next_at = 0
      ORDER BY turn, name LIMIT :width) g ON true
@@ -500,7 +499,7 @@ WHERE {GROUP_PLACES}
 UNION ALL
 SELECT q.name, q.unnamed_turn, '', -priority, run_at, j.id, t.task, NULL, q.turn, {HAS_LIMITS}, true
 FROM queues q JOIN queue_tasks t ON t.queue = q.name CROSS JOIN LATERAL
-    (SELECT id, priority, run_at FROM jobs WHERE {OF_TASK.format("t.queue", "t.task")} ORDER BY {ORDER} LIMIT 1) j
+    (SELECT id, priority, run_at FROM jobs WHERE {PENDING_OF_TASK} ORDER BY {ORDER} LIMIT 1) j
 WHERE {GROUP_PLACES}""",
     # differs because parameters have no types, and others may have claimed the jobs since
     pqueue_groups.AS_LEASED: f"""
