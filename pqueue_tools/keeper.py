@@ -26,6 +26,8 @@ import pqueue
 import pqueue_tasks
 from pqueue import Job, LeaseLost, PersistentQInterface, QueueError
 from pqueue_files import is_stopped
+from pqueue_tools import concurrency as concurrency  # noqa: PLC0414 - now: when a later worker needs them, an upgrade
+from pqueue_tools import leftovers as leftovers  # noqa: PLC0414 - may have replaced their files by others
 from pqueue_tools import processes, worker
 from pqueue_tools import record as fields
 from pqueue_tools.leases import DUMP_SIGNAL, INTERRUPT_SIGNAL, TICK_SECONDS, Leases, limit_error
@@ -165,7 +167,9 @@ class Keeper:
                 self._wait()
             self._end_processes()
             outcome = self._settle()
-            if outcome in (fields.REFUSED, fields.DRAINED) or self._fields[fields.STOP]:
+            # guard: a drain takes the jobs that were taken back when its worker found no more
+            is_drained = outcome == fields.DRAINED and not self.leases.has_released_late
+            if is_drained or outcome == fields.REFUSED or self._fields[fields.STOP]:
                 return outcome
             if self._runs_before == self._count_runs() and time.monotonic() - began < RESTART_SECONDS and outcome == 0:
                 time.sleep(RESTART_SECONDS)
@@ -207,6 +211,7 @@ class Keeper:
         self._stuck_as = ""
         self._keep_at = 0.0  # at once: when the worker is ready, it needs a connection
         self._empty_dump()
+        self.leases.has_released_late = False
         self.shared.children += 1
         for stream in (sys.stdout, sys.stderr):
             with suppress(AttributeError, OSError, ValueError):  # there is none, or it was closed
@@ -491,6 +496,9 @@ class Keeper:
     def _settle(self) -> int:
         """Settle what a worker held when it died; return how it ended."""
         outcome, left = self._fields[fields.OUTCOME], [slot for slot in self.record.slots if slot.run()]
+        until = time.monotonic() + self.options.lease_seconds
+        with suppress(QueueError):
+            retry_while_busy(self.leases.settle_taken, lambda s: _pause(s, until), consumer=self.name)
         if outcome == fields.REFUSED or (not self._fields[fields.READY] and self._fields[fields.STOP]):
             return outcome
         if not self._fields[fields.READY]:
@@ -499,7 +507,6 @@ class Keeper:
         if outcome in (0, fields.BROKEN, fields.BROKEN_BY_ONE):
             if outcome == 0 and (not left or self._stuck_as):
                 log("worker died", consumer=self.name, reason=self._stuck_as or processes.end_text(self._status or 0))
-            until = time.monotonic() + self.options.lease_seconds
             with suppress(QueueError):
                 retry_while_busy(lambda: self._settle_held(left), lambda s: _pause(s, until), consumer=self.name)
         return outcome

@@ -39,8 +39,11 @@ class Leases:
         self.job: Job | None = None  # that runs, if it has run for a tick and is the only one
         self.completed = self.failed = 0  # jobs, and attempts, that this object ended
         self._lost: set[tuple[int, int]] = set()  # the runs whose lease was lost, by their keys
+        self.has_released_late = False  # jobs that were taken back, when the worker may have looked for others
         self._number = 0  # of the run
-        self._results: dict[tuple[int, int], Any] | None = None  # of the jobs taken back
+        self._taken: tuple[Run, dict[tuple[int, int], Any]] | None = (
+            None  # a run, and the results of what ran before it
+        )
         self._extended = self._checked = 0.0  # monotonic seconds
         self._errors: dict[str, str] = {}  # the last error of what does not work, which was logged
         self._beat_at = time.monotonic() + HEARTBEAT_SECONDS
@@ -77,9 +80,12 @@ class Leases:
 
     def extend(self, runs: Sequence[Run]) -> None:
         """Extend the leases of the runs that have lasted for a tick, in time."""
-        if runs and len(self.record.slots) > 1:
-            self._extend_if_due(lambda: self.queue.extend_all(self.name, self.lease_seconds))  # in one commit
-        elif runs and not self.has_lost(runs[0]):
+        if len(self.record.slots) > 1:
+            if runs:
+                self._extend_if_due(lambda: self.queue.extend_all(self.name, self.lease_seconds))  # in one commit
+            return
+        self._settle_if_taken()
+        if runs and not self.has_lost(runs[0]):
             self._extend_one(runs[0])
 
     def has_lost(self, run: Run) -> bool:
@@ -93,10 +99,10 @@ class Leases:
     def _extend_one(self, run: Run) -> None:
         if run.number != self._number:
             self._number, self._extended = run.number, run.started
-            self.job, self._results = None, None
-        if self.job is None:
-            with self.saying_once("left to its lease", "take back", job=run.job_id):
-                self._take_back(run)
+            self.job = None
+        if self.job is None and not self._taken and (results := self.record.withdraw(run)) is not None:
+            self._taken = run, results
+            self._settle_if_taken()
         if job := self.job:
             self._extend_if_due(lambda: self.queue.extend(job, self.lease_seconds), job=job.id)
 
@@ -113,12 +119,19 @@ class Leases:
                 self._checked = 0.0  # look at once whether its task has settled it
             self._extended = now
 
-    def _take_back(self, run: Run) -> None:
-        """Complete the jobs that finished before a slow one, and release those that wait behind it."""
-        if self._results is None:
-            self._results = self.record.withdraw(run)
-        if self._results is not None:
-            self.job = self.return_held(self._results, [run.key], claim=run.claim).get(run.key)
+    def _settle_if_taken(self) -> None:
+        with self.saying_once("waiting", "take back"):
+            self.settle_taken()
+
+    def settle_taken(self) -> None:
+        """Complete the jobs that finished before a slow one, and release those that waited behind it, if they were
+        taken from the worker, which has forgotten them. Raises QueueError; then call it again."""
+        # guard: jobs that were taken from a worker are settled, although the slow one has ended
+        if self._taken:
+            run, results = self._taken
+            self.job = self.return_held(results, [run.key], claim=run.claim).get(run.key)
+            self._taken = None
+            self.has_released_late = self.has_released_late or self.record.slots[0].run() != run
 
     def return_held(
         self, results: dict[tuple[int, int], Any], running: Collection[tuple[int, int]], claim: int | None = None

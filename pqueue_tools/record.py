@@ -69,17 +69,19 @@ class Run(NamedTuple):
 class Slot:
     """A place for one run of a task: as many run at the same time as there are slots."""
 
-    _BEGIN = struct.Struct("=qqqddddd")  # RUN to BACKOFF
+    _DETAILS = struct.Struct("=qddddd")  # CLAIM to BACKOFF
 
     def __init__(self, number: int, shared: mmap.mmap, at: int) -> None:
-        self.number, self._map, self._at = number, shared, at + 8 * RUN
+        self.number, self._map, self._at = number, shared, at + 8 * CLAIM
         self.fields = memoryview(shared)[at : at + 8 * SLOT_FIELDS].cast("q")
 
     def begin(self, job_id: int, claim: int, timeout: float, memory_mb: float, base_mb: float, backoff: float) -> float:
         """Publish that a task starts to run, and return when, in monotonic seconds. A limit of 0 is none."""
-        number, started = self.fields[RUN] + 1, time.monotonic()
-        self._BEGIN.pack_into(self._map, self._at, number, job_id, claim, started, timeout, memory_mb, base_mb, backoff)
-        self.fields[RUNNING] = number
+        number, started, own = self.fields[RUN] + 1, time.monotonic(), self.fields
+        self._DETAILS.pack_into(self._map, self._at, claim, started, timeout, memory_mb, base_mb, backoff)
+        own[RUN] = number
+        own[JOB] = job_id  # only now: the keeper may read at any moment, and this process be suspended at any
+        own[RUNNING] = number
         return started
 
     def end(self) -> None:
@@ -88,10 +90,14 @@ class Slot:
 
     def run(self) -> Run | None:
         """Return the current run."""
-        if not self.fields[JOB]:
+        job_id, number = self.fields[JOB], self.fields[RUN]
+        if not job_id:
             return None
-        number, job_id, claim, started, timeout, memory, *others = self._BEGIN.unpack_from(self._map, self._at)
-        return Run(number, job_id, claim, started, timeout or None, memory or None, *others) if job_id else None
+        claim, started, timeout, memory, *others = self._DETAILS.unpack_from(self._map, self._at)
+        # guard: what is read of a run is of one run
+        if (self.fields[JOB], self.fields[RUN]) != (job_id, number):
+            return None
+        return Run(number, job_id, claim, started, timeout or None, memory or None, *others)
 
     def clear(self) -> None:
         """Forget the run of a worker that has ended."""
@@ -173,8 +179,7 @@ class Record:
         """
         self.fields[WITHDRAW] = run.number
         time.sleep(SETTLE_SECONDS)
-        current = self.slots[0].run()
-        if current is None or current.number != run.number:
+        if self.slots[0].run() != run:
             self.fields[WITHDRAW] = 0
             return None
         results = self.results()

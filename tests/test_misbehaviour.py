@@ -1158,6 +1158,82 @@ def test_keeper_takes_back_no_job_of_a_later_claim(place):
     assert queue.holds(later)
 
 
+def test_keeper_reads_a_run_as_a_whole():
+    """At any moment of its beginning the worker may be suspended; then the keeper finds the run, or none."""
+    record = Record()
+    slot = record.slots[0]
+    if (worker := os.fork()) == 0:
+        for number in range(1, 100_001):
+            slot.begin(number, number, number, 0.0, number, number)
+            slot.end()
+        os._exit(0)
+    while os.waitpid(worker, os.WNOHANG)[0] == 0:
+        for run in filter(None, (slot.run() for _ in range(100))):
+            assert (run.number,) * 5 == (run.job_id, run.claim, run.timeout_seconds, run.base_mb, run.retry_in_seconds)
+
+
+def test_keeper_takes_nothing_back_for_a_run_that_it_has_misread():
+    record = Record()
+    record.slots[0].begin(3, 5, 0.0, 0.0, 0.0, 0.0)
+    run = record.slots[0].run()
+    assert record.withdraw(run._replace(claim=0)) is None
+    assert not record.fields[12]  # WITHDRAW
+    assert record.withdraw(run) == {}
+
+
+def test_jobs_taken_from_a_worker_are_settled_although_the_slow_one_has_ended(place, monkeypatch):
+    queue, record = place.queue(), Record()
+    queue.enqueue_many("good", range(3))
+    done, slow, waiting = queue.dequeue_many("w", 3)
+    leases, claim, complete = Leases(queue, record, "w", 60), claim_number(slow.lease_token), queue.complete_and_dequeue
+    record.add_result(done.id, claim, "7")
+    record.slots[0].begin(slow.id, claim, 0.0, 0.0, 0.0, 0.0)
+
+    def fail(*arguments, **options):
+        monkeypatch.setattr(queue, "complete_and_dequeue", complete)
+        raise pqueue.QueueBusy("locked")
+
+    monkeypatch.setattr(queue, "complete_and_dequeue", fail)
+    leases.extend([record.slots[0].run()])
+    assert record.was_withdrawn()  # now the worker forgets the others
+    record.clear_results()
+    record.slots[0].end()
+    leases.extend([])
+    assert [queue.get(job.id).state for job in (done, slow, waiting)] == ["completed", "processing", "pending"]
+    assert queue.get(done.id).result == 7
+    assert leases.has_released_late
+
+
+LATE = """
+import sys, time, consumer
+from pqueue_tools import leases, record
+give_back = leases.Leases.return_held
+
+def give_back_late(self, *arguments, **options):
+    until = time.monotonic() + 10
+    while not self.record.fields[record.OUTCOME] and time.monotonic() < until: time.sleep(0.01)
+    return give_back(self, *arguments, **options)
+
+leases.Leases.return_held = give_back_late
+sys.exit(consumer.main(sys.argv[1:]))
+"""
+
+
+def test_drain_runs_the_jobs_that_its_keeper_returns_after_its_worker_has_ended(tasks):
+    tasks.write("late.py", LATE)
+    tasks.write("more.py", "import time\nfrom pqueue import task\n@task\ndef slow(job): time.sleep(0.3)\n")
+    queue = tasks.queue()
+    queue.enqueue_many("good", range(500))
+    queue.enqueue("slow")
+    queue.enqueue_many("good", range(500))
+    modules = ["--import", "my_tasks", "--import", "more"]
+    done = tasks.run("-m", "late", "--drain", *modules, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "released" in done.stdout
+    assert queue.count_jobs(state="completed") == 1001
+    assert len(read(tasks, "good").split()) == 1000
+
+
 def test_job_that_holds_the_gil_for_ten_lease_periods_is_delivered_once(tasks):
     queue = tasks.queue()
     job_id = queue.enqueue("hold_gil", 15)
