@@ -111,16 +111,21 @@ SELECT DISTINCT queue, "group", task FROM jobs WHERE state = 'pending' AND assig
 ON CONFLICT DO NOTHING"""
 
 
+OF_GROUP = """queue = g.queue AND task = g.task AND "group" = g.name AND state = 'pending' AND assigned_to IS NULL"""
+HAS_PENDING = f"EXISTS (SELECT 1 FROM jobs WHERE {OF_GROUP} {FOR_EACH})"  # a group stays listed until the next claim
+
+
 def numbers_of_groups(new: str = "") -> str:
     return f"""
 SELECT q.name,
-    (SELECT count(DISTINCT name) FROM (SELECT name FROM queue_groups g
-        WHERE g.queue = q.name AND (next_at >= 0 OR next_at IS NULL){new}) listed) AS pending,
+    (SELECT count(DISTINCT g.name) FROM (SELECT queue, name, task FROM queue_groups{new}) g
+        WHERE g.queue = q.name AND {HAS_PENDING}) AS pending,
     EXISTS (SELECT 1 FROM queue_tasks t
         WHERE t.queue = q.name AND EXISTS (SELECT 1 FROM jobs WHERE {PENDING_OF_TASK} {FOR_EACH})) AS has_unnamed,
     (SELECT count(*) FROM (SELECT 1 FROM jobs WHERE queue = q.name AND state = 'processing' AND counted = 1
         GROUP BY "group" HAVING count(*) >= q.max_running) full_ones) AS at_max_running,
-    (SELECT count(DISTINCT g.name) FROM queue_groups g WHERE g.queue = q.name AND next_at > :now) AS at_rate
+    (SELECT count(DISTINCT g.name) FROM queue_groups g
+        WHERE g.queue = q.name AND next_at > :now AND {HAS_PENDING}) AS at_rate
 FROM queues q WHERE grouped = 1 ORDER BY 1"""
 
 
@@ -129,8 +134,6 @@ FROM queues q WHERE grouped = 1 ORDER BY 1"""
 COUNT_GROUPS = numbers_of_groups()
 
 # A claim
-
-OF_GROUP = """queue = g.queue AND task = g.task AND "group" = g.name AND state = 'pending' AND assigned_to IS NULL"""
 
 # Return whether some groups wait for a time that has come, whether jobs are assigned to the consumer, whether some
 # queue has no groups, and whether some group may have a job to claim.

@@ -558,7 +558,7 @@ counted AS ({_count_enqueued()})
 SELECT id FROM added""",
     # differs because the next claim lists groups that have new jobs
     pqueue_groups.COUNT_GROUPS: pqueue_groups.numbers_of_groups(
-        " UNION SELECT name FROM group_events e WHERE e.queue = q.name AND task IS NOT NULL"
+        " UNION SELECT queue, name, task FROM group_events WHERE task IS NOT NULL"
     ),
     # differs because the next claim lists groups that have new jobs
     pqueue_groups.WITHOUT_TURNS: pqueue_groups.without_turns(

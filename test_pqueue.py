@@ -4055,6 +4055,64 @@ class QueueContract:
         self.assertEqual(sum(group.pop("by_hour")), 4)
         self.assertEqual(group, {**shown, "first_at": now - 7200, "last_at": now - 60})
 
+    def test_figures_agree_with_the_jobs_whatever_happens_to_them(self):
+        q, chance, now = self.queue, random.Random(5), NOW
+        q.limit("b", 10**6, running=2)
+        for turn in range(150):
+            now += chance.choice((0, 1, 300))
+            options = {"group": chance.choice("xyz") if chance.random() < 0.7 else None, "now": now}
+            options |= {"queue": chance.choice("ab"), "delay_seconds": chance.choice((0, 0, 600))}
+            options |= {"expire_seconds": chance.choice((None, 400)), "assigned_to": chance.choice((None, None, "v"))}
+            jobs = q.list_jobs(limit=10_000, excerpt=0)
+            some = chance.choice(jobs).id if jobs else 0
+            verb = chance.choice(("cancel", "mark_failed", "resubmit", "run_now", "assign", "change", "delete_jobs"))
+            if not jobs or chance.random() < 0.4:
+                q.enqueue(chance.choice("tu"), **options)
+            elif chance.random() < 0.4:
+                for job in q.dequeue_many(chance.choice("vw"), chance.randrange(1, 4), lease_seconds=900, now=now):
+                    end = chance.choice((q.complete, q.cancel, q.release, q.fail, None))
+                    error = ["no"] if end == q.fail else []
+                    end and end(job.id if end == q.cancel else job, *error, now=now)
+            else:
+                with suppress(pqueue.QueueError):
+                    if verb == "delete_jobs":
+                        q.delete_jobs([some])
+                    elif verb == "assign":
+                        q.assign(some, chance.choice((None, "v")))
+                    elif verb == "change":
+                        q.change(some, queue=chance.choice("ab"), group=chance.choice(("x", None)), now=now)
+                    else:
+                        getattr(q, verb)(some, now=now)
+            if turn % 25 == 24:
+                q.prune(chance.choice((0, 3600)), now=now)
+                q.delete_jobs([job.id for job in q.list_jobs(state="pending", group="x")])
+            self.compare_figures(now)
+
+    def compare_figures(self, now):
+        """Compare what the pages, the metrics and doctor count with the jobs, each read by itself."""
+        q = self.queue
+        jobs = q.list_jobs(limit=10_000, excerpt=0)
+        states = Counter((job.queue, job.state) for job in jobs)
+        stats = q.stats()
+        for name, each in stats["queues"].items():
+            self.assertEqual({s: each[s] for s in pqueue.STATES}, {s: states[name, s] for s in pqueue.STATES})
+            due = [job.run_at for job in jobs if (job.queue, job.state) == (name, "pending")]
+            self.assertEqual(each["oldest_pending_at"], min(due, default=None))
+        self.assertEqual(stats["states"], {s: sum(job.state == s for job in jobs) for s in pqueue.STATES})
+        free = [job for job in jobs if job.state == "pending" and job.assigned_to is None]
+        self.assertEqual(q.pending_tasks(), dict(Counter((job.queue, job.task) for job in free)))
+        for name, found in q.count_groups(now=now).items():
+            self.assertEqual(found["pending"], len({job.group for job in free if job.queue == name}), name)
+            running = Counter(job.group for job in jobs if (job.queue, job.state) == (name, "processing"))
+            full = sum(number >= 2 for number in running.values()) if name == "b" else 0
+            self.assertEqual(found["at_max_running"], full)
+        self.assertEqual(sum(each["jobs"] for each in q.failures()), stats["states"]["failed"])
+        finished = Counter((job.queue, job.state) for job in jobs if job.state in pqueue.FINISHED)
+        kept = {
+            (each["queue"], each["state"]): each["added"] for each in q.retention(within_seconds=10**9, now=now + 1)
+        }
+        self.assertEqual({key: number for key, number in kept.items() if number}, dict(finished))
+
     def test_last_job_of_a_group_is_the_one_that_failed_last(self):
         """Whatever its id: an older job may fail last after it was resubmitted, and errors are folded twice."""
         now, chance = self.queue.now(), random.Random(1)

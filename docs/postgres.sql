@@ -1444,13 +1444,14 @@ UPDATE pqueue.queue_groups SET next_at = 0 WHERE queue = $1;
 -- differs because the next claim lists groups that have new jobs
 -- $1 now
 SELECT q.name,
-    (SELECT count(DISTINCT name) FROM (SELECT name FROM pqueue.queue_groups g
-        WHERE g.queue = q.name AND (next_at >= 0 OR next_at IS NULL) UNION SELECT name FROM pqueue.group_events e WHERE e.queue = q.name AND task IS NOT NULL) listed) AS pending,
+    (SELECT count(DISTINCT g.name) FROM (SELECT queue, name, task FROM pqueue.queue_groups UNION SELECT queue, name, task FROM pqueue.group_events WHERE task IS NOT NULL) g
+        WHERE g.queue = q.name AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = g.queue AND task = g.task AND "group" = g.name AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0)) AS pending,
     EXISTS (SELECT 1 FROM pqueue.queue_tasks t
         WHERE t.queue = q.name AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0)) AS has_unnamed,
     (SELECT count(*) FROM (SELECT 1 FROM pqueue.jobs WHERE queue = q.name AND state = 'processing' AND counted = 1
         GROUP BY "group" HAVING count(*) >= q.max_running) full_ones) AS at_max_running,
-    (SELECT count(DISTINCT g.name) FROM pqueue.queue_groups g WHERE g.queue = q.name AND next_at > $1) AS at_rate
+    (SELECT count(DISTINCT g.name) FROM pqueue.queue_groups g
+        WHERE g.queue = q.name AND next_at > $1 AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = g.queue AND task = g.task AND "group" = g.name AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0)) AS at_rate
 FROM pqueue.queues q WHERE grouped = 1 ORDER BY 1;
 
 -- OUTLOOK
