@@ -305,7 +305,7 @@ def group_number(group: str) -> int:
         import grp
 
         return grp.getgrnam(group).gr_gid
-    except (ImportError, KeyError):
+    except (ImportError, KeyError, TypeError, ValueError):
         raise ValueError(f"expected a group of this system, got {short(group)}") from None
 
 

@@ -473,8 +473,8 @@ class OnPostgres(PersistentQSQLAlchemy):
     ) -> None:
         PersistentQInterface.__init__(self)
         if durability not in ("full", "normal"):
-            raise ValueError(f"expected a durability of full or normal, got {durability!r}")
-        self.durability, self._busy_seconds = durability, busy_seconds
+            raise ValueError(f"expected a durability of full or normal, got {pqueue_values.short(durability)}")
+        self.durability, self._busy_seconds = durability, pqueue_values.valid_wait("busy_seconds", busy_seconds)
         self._milliseconds = int(busy_seconds * 1000)
         parsed = parse_url(url)
         self._conninfo, self.schema, self.name = parsed.conninfo, parsed.schema, parsed.name

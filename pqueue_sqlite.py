@@ -87,7 +87,9 @@ from pqueue_values import (
     file_path,
     ids_up_to,
     no_queue,
+    short,
     to_json,
+    valid_wait,
 )
 
 PAGE_BYTES = 2048  # of a new file: a commit writes a few pages, whole
@@ -469,10 +471,10 @@ class PersistentQSQLite(PersistentQInterface):
     ) -> None:
         super().__init__()
         if durability not in ("full", "normal"):
-            raise ValueError(f"expected a durability of full or normal, got {durability!r}")
+            raise ValueError(f"expected a durability of full or normal, got {short(durability)}")
         self.path = real_path(path)  # links to it use the same locks
         self.name = str(self.path)
-        self.durability, self._busy_seconds = durability, busy_seconds
+        self.durability, self._busy_seconds = durability, valid_wait("busy_seconds", busy_seconds)
         self._sessions: weakref.WeakSet[SQLiteSession] = weakref.WeakSet()
         self._local = threading.local()
         self._writer_lock = WriterLock(None)

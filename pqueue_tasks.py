@@ -32,6 +32,7 @@ from pqueue_values import (
     operator_name,
     short,
     valid_int,
+    valid_list,
     valid_name,
     valid_priority,
 )
@@ -87,7 +88,7 @@ class Caller(Generic[P, R]):
         if "key" in self._options:
             raise ValueError("expected keys, one for each job, got a single key for enqueue_many")
         task = self._task
-        payloads = [task.parameters.payload(*_arguments(each)) for each in calls]
+        payloads = [task.parameters.payload(*_arguments(each)) for each in valid_list("calls", calls)]
         return (self._queue or queue_in_use()).enqueue_many(task, payloads, keys=keys, **self._options)
 
     def using(
@@ -115,6 +116,8 @@ class Caller(Generic[P, R]):
 
     def on(self, queue: PersistentQInterface) -> Caller[P, R]:
         """Return an object whose `enqueue` stores in this queue."""
+        if not hasattr(queue, "dequeue"):
+            raise ValueError(f"expected a queue from open_queue, got {short(queue)}; a name is for using(queue=…)")
         return Caller(self._task, queue, self._options)
 
 
@@ -477,6 +480,10 @@ def metadata(function: Metadata) -> Metadata:
     failure handlers have no `meta`. Another function of the same module and qualified name replaces it, as when the
     module is reloaded.
     """
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        raise ValueError(f"expected a function that takes no arguments, got {short(function)}") from None
     _METADATA[_qualified_name(function)] = function
     return function
 
@@ -502,7 +509,9 @@ def new_meta() -> str | None:
         return None
     found = dict((job and job.meta) or {})
     for function in _METADATA.values():
-        found.update(function())
+        if not isinstance(value := function(), dict):
+            raise ValueError(f"expected a dict from {function.__qualname__}, marked @metadata, got {short(value)}")
+        found.update(value)
     return encode_json("meta", found) if found else None
 
 

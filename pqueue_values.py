@@ -384,6 +384,11 @@ def valid_number(what: str, least: float, value: float, most: float) -> float:
     raise ValueError(f"expected {what} between {least:g} and {most:g}, got {short(value)}")
 
 
+def valid_wait(what: str, value: float) -> float:
+    """Return a number of seconds that a database can wait: it has 31 bits for the milliseconds."""
+    return valid_number(what, 0, value, MAX_NUMBER // 1000)
+
+
 def finite(what: str, value: float) -> float:
     # guard: a sum of times does not overflow
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_SECONDS:
@@ -517,7 +522,10 @@ def file_path(path: str | os.PathLike[str]) -> Path:
     if text.lower().startswith(("file:", "sqlite:")):
         raise ValueError(f"expected a path or sqlite:///PATH, got {text.partition(':')[0]}:…")
     try:
+        os.fsencode(text)
         return Path(text).absolute()
+    except UnicodeEncodeError:
+        raise ValueError(f"expected a path, got {short(text)}") from None
     except FileNotFoundError:
         raise QueueError(f"cannot find {text}: the current folder was deleted; name an absolute path") from None
 

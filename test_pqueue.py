@@ -2506,7 +2506,26 @@ class QueueContract:
         self.with_metadata(lambda: 1 / 0)
         with self.assertRaises(ZeroDivisionError):
             self.queue.enqueue("t")
+        for value in (None, [("a", 1)], "a"):
+            self.with_metadata(lambda value=value: value)
+            with self.assertRaisesRegex(ValueError, "expected a dict from .*lambda.*, marked @metadata, got"):
+                self.queue.enqueue("t")
+        for wrong in (5, lambda job: {}):
+            with self.assertRaisesRegex(ValueError, "expected a function that takes no arguments, got"):
+                pqueue.metadata(wrong)
         self.assertEqual(self.queue.count_jobs(), 0)
+
+    def test_caller_that_gives_a_name_or_a_number_for_an_object_is_told_what_to_give(self):
+        @pqueue.task(name="mail")
+        def mail(to: str = "ada") -> None: ...
+
+        self.addCleanup(pqueue.TASKS.pop, "mail")
+        for wrong in ("mail", None, mail):
+            with self.assertRaisesRegex(ValueError, "expected a queue from open_queue, got .*using.queue=…"):
+                mail.on(wrong)
+        for wrong in (5, None, "ada"):
+            with self.assertRaisesRegex(ValueError, "expected a list of calls, got"):
+                mail.on(self.queue).enqueue_many(wrong)
 
     def test_durations_may_be_timedeltas(self):
         minute = timedelta(minutes=1)
@@ -6242,6 +6261,21 @@ class Files(SQLiteCase):
     def test_look_at_a_queue_that_is_not_there_creates_nothing(self):
         with self.assertRaisesRegex(QueueError, f"no queue at {self.path}: check the path or PQUEUE_URL"):
             open_queue(str(self.path), create=False)
+        self.assertEqual(list(self.folder.iterdir()), [])
+
+    def test_wrong_option_of_an_opening_creates_nothing(self):
+        for busy in (-1, math.nan, math.inf, "5", None, True, 1e12):
+            with self.assertRaisesRegex(ValueError, "expected busy_seconds between 0 and"):
+                self.open(busy_seconds=busy)
+        for options, expected in (
+            ({"group": 5}, "a group"),
+            ({"group": "a\0b"}, "a group"),
+            ({"durability": 10**5000}, "a durability of full"),
+        ):
+            with self.assertRaisesRegex(ValueError, f"expected {expected}"):
+                self.open(**options)
+        with self.assertRaisesRegex(ValueError, "expected a path, got"):
+            open_queue(f"{self.folder}/\ud800")
         self.assertEqual(list(self.folder.iterdir()), [])
 
     def test_relative_path_in_a_deleted_folder_is_an_error(self):

@@ -25,13 +25,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import pqueue
 from pqueue import Job, LeaseLost, PersistentQInterface, QueueBusy, QueueError
 from pqueue_backend import Registration
+from pqueue_groups import claim_filter
 from pqueue_tools import file_task, leases, processes, termination
 from pqueue_tools import record as fields
 from pqueue_tools.masking import masked_text
 from pqueue_tools.outcome import Outcome, encoded_result, error_text, outcome_of, trace_of
 from pqueue_tools.process import T, TaskLog, log, log_completed, on_termination, report, retry_soon, retry_while_busy
 from pqueue_tools.record import MAX_CONCURRENCY, Record, Slot
-from pqueue_values import Encoded, NoConnection, above_0, duration, valid_int
+from pqueue_values import Encoded, NoConnection, above_0, duration, valid_int, valid_name
 
 if TYPE_CHECKING:
     from pqueue_tools.leftovers import ProcessState
@@ -122,6 +123,7 @@ class Consumer:
         lease_seconds = above_0("lease_seconds", lease_seconds)
         self.queue, self.name, self.quiet = queue, name, quiet
         self.wanted: dict[str, Any] = {"queues": queues, "tasks": sorted(pqueue.TASKS) if tasks is None else tasks}
+        claim_filter(valid_name("consumer", name), **self.wanted)
         self.options: dict[str, Any] = {**self.wanted, "lease_seconds": lease_seconds, "prefetch": True}
         self.lease_seconds, self.drain, self.max_jobs, self.max_rss = lease_seconds, drain, max_jobs, max_rss
         seconds = float("inf") if wait == float("inf") else duration("wait", 0.0 if wait is None else wait)

@@ -1478,12 +1478,19 @@ def test_consumer_in_a_thread_never_ends_the_application(place, error):
         *({"wait": value} for value in ("x", float("nan"), True)),
         *({"lease_seconds": value} for value in ("x", 0, -1, float("inf"), None)),
         *({name: value} for name in ("max_jobs", "max_rss", "concurrency") for value in ("x", 0, -1, 1.5, True)),
+        *({name: value} for name in ("queues", "tasks") for value in ("mail", 5, [5], [""])),
     ],
 )
 def test_consumer_refuses_an_option_when_it_is_created(place, options):
     (name,) = options
-    with pytest.raises(ValueError, match=f"expected (a )?{name}"):
+    with pytest.raises(ValueError, match=f"expected (a |a list of )?{name[:-1]}"):
         Consumer(place.queue(), "embedded", **options)
+
+
+def test_consumer_needs_a_name_when_it_is_created(place):
+    for name in ("", 5, None, "a\nb"):
+        with pytest.raises(ValueError, match="expected a consumer name"):
+            Consumer(place.queue(), name)
 
 
 def test_consumer_accepts_durations(place):
