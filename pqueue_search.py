@@ -21,6 +21,7 @@ from pqueue_schema import (
     PENDING_TASKS,
     STALLED,
     STATES,
+    THESE,
     UNFINISHED_IDS,
 )
 from pqueue_values import (
@@ -36,6 +37,7 @@ from pqueue_values import (
     short,
     to_excerpt,
     to_job,
+    to_json,
     valid_filter,
     valid_id,
     valid_int,
@@ -49,7 +51,6 @@ TREND_HOURS = 24  # of a group of failures
 WALK_IDS = 1000  # ids scanned between checks of the deadline
 TEXT_SCAN_JOBS = 8  # jobs that a text search reads at once: each may have 2 MiB
 LONG_COLUMNS = ("payload", "result", "error")
-TEXT_SCAN_IDS = ", ".join(f":id{n}" for n in range(TEXT_SCAN_JOBS))
 
 
 class Filters(NamedTuple):
@@ -276,7 +277,7 @@ class Reading(Backend):
         self, shown: Callable[[Job], Job] | None, where: str, params: Params, ends_at: float
     ) -> Iterator[tuple[int, Any]]:
         """Yield the ids of jobs that may contain the text, newest first, each with its row if it does, else None."""
-        load = f"SELECT {COLUMNS} FROM jobs WHERE id IN ({TEXT_SCAN_IDS}) AND {where}"
+        load = f"SELECT {COLUMNS} FROM jobs WHERE id {THESE} AND {where}"
         # guard: a job that left its state is not found
         load += f" AND {_in_states(params)}"
         before: int | None = params["before_id"]
@@ -285,8 +286,8 @@ class Reading(Backend):
             rows, before = self._find("id", where, span, ends_at)
             for start in range(0, len(rows), TEXT_SCAN_JOBS):
                 ids = [row[0] for row in rows[start : start + TEXT_SCAN_JOBS]]
-                named = {f"id{n}": ids[min(n, len(ids) - 1)] for n in range(TEXT_SCAN_JOBS)}
-                found = {row[0]: row for row in self._read(load, {**params, **named}) if _matches(row, params, shown)}
+                read = self._read(load, {**params, "ids": to_json(ids)})
+                found = {row[0]: row for row in read if _matches(row, params, shown)}
                 last = ids[-1] if before is None or start + TEXT_SCAN_JOBS < len(rows) else before
                 yield from ((last if job_id == ids[-1] else job_id, found.get(job_id)) for job_id in ids)
             if before is not None and not rows:
