@@ -42,7 +42,7 @@ from pqueue_values import (
     valid_priority,
 )
 
-COUNTED = {pqueue_schema.MARK_FAILED: "failed", pqueue_schema.CANCEL: "cancelled"}  # verbs that end a job
+ENDED_AS = {pqueue_schema.MARK_FAILED: "failed", pqueue_schema.CANCEL: "cancelled"}  # by verbs that end a job
 CHANGED = {"run_at": "time", "expires_at": "expiry", "expire_seconds": "expiry"}  # in the history
 BATCH = 500  # jobs changed in one transaction
 REPLAY_SECONDS = 86_400.0  # the lease of a replay, which is never renewed
@@ -149,8 +149,8 @@ class Operating(Grouping, Depending, Counting):
                 self._count_new(session)
             session.change(pqueue_schema.RECORD, {**params, "event": event, "actor": actor(by)})
             # guard: a job that an operator ends is counted
-            if sql in COUNTED:
-                count_job(session, job_id, COUNTED[sql], params["now"])
+            if sql in ENDED_AS:
+                count_job(session, job_id, ENDED_AS[sql], params["now"])
             done = session.change(sql, params)
             # guard: resubmit takes a key whose time is over
             if not done and allowed and session.change(pqueue_schema.FREE_KEY_FOR, params):
@@ -162,7 +162,7 @@ class Operating(Grouping, Depending, Counting):
             if sql is pqueue_schema.RESUBMIT:
                 self._restore(session, job_id, params["now"])
             # guard: a job that an operator ended is followed up
-            if sql in COUNTED:
+            if sql in ENDED_AS:
                 self._job_ended(session, job_id, params["now"])
 
     @contextmanager

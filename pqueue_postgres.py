@@ -257,8 +257,8 @@ NOT_SEEN = f"abs(EXTRACT(EPOCH FROM clock_timestamp()) - last_seen_at) >= {GRACE
 # The number of pending jobs of a queue with a limit. The first locks it until the transaction ends. The third does
 # not, which suffices where the trigger enforces the limit.
 PENDING_LOCKED = f"{SCHEMA}.count_pending(name)"
-COUNTED = "pending + (SELECT coalesce(sum(delta), 0) FROM pending_changes d WHERE d.queue = c.queue)"
-PENDING_UNLOCKED = f"(SELECT {COUNTED} FROM pending_counts c WHERE c.queue = name)"
+PENDING_NOW = "pending + (SELECT coalesce(sum(delta), 0) FROM pending_changes d WHERE d.queue = c.queue)"
+PENDING_UNLOCKED = f"(SELECT {PENDING_NOW} FROM pending_counts c WHERE c.queue = name)"
 
 
 # A claim
@@ -786,7 +786,7 @@ FROM queues WHERE max_pending IS NOT NULL""",
 # Return the queues whose count is wrong.
 MISCOUNTED = f"""
 SELECT * FROM (
-    SELECT queue, {COUNTED} AS counted,
+    SELECT queue, {PENDING_NOW} AS counted,
         (SELECT count(*) FROM jobs WHERE jobs.queue = c.queue AND {IS_PENDING}) AS found
     FROM pending_counts c) both_ways
 WHERE counted <> found"""

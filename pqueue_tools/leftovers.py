@@ -185,7 +185,8 @@ def _settings(folder: int | None) -> Iterator[Setting]:
     yield Setting("the locale", lambda: locale.setlocale(locale.LC_ALL), lambda to: locale.setlocale(locale.LC_ALL, to))
     yield Setting("flags of the standard descriptors", _flags, _set_flags)
     yield from thread_settings()
-    yield from _signal_settings()
+    yield Setting("signal handlers in C, capabilities or filters of system calls", _status)
+    yield Setting("timers of the system", lambda: _proc("timers"))
     yield from _interpreter_settings()
     yield from _library_settings()
     priority = os.PRIO_PROCESS, 0
@@ -212,11 +213,6 @@ def thread_settings() -> Iterator[Setting]:
     yield Setting("floating-point arithmetic", _arithmetic, lambda _: processes.reset_arithmetic())
     track = sys.get_coroutine_origin_tracking_depth, sys.set_coroutine_origin_tracking_depth
     yield Setting("the tracking of coroutines", *track)
-
-
-def _signal_settings() -> Iterator[Setting]:
-    yield Setting("signal handlers in C, capabilities or filters of system calls", _status)
-    yield Setting("timers of the system", lambda: _proc("timers"))
 
 
 def _interpreter_settings() -> Iterator[Setting]:

@@ -83,7 +83,7 @@ MUTANTS = [
     Mutant("a failed attempt is counted", "contract: outcome_is_counted_in", "if event:", "if not event:"),
     Mutant("a released attempt is counted", "contract: end_of_an_attempt"),
     Mutant("a lost delivery is counted", "contract: end_of_an_attempt", '(event, "failed" if is_last else "retried")', "(event,)"),
-    Mutant("a job that an operator ends is counted", "contract: end_of_an_attempt", "sql in COUNTED", "False"),
+    Mutant("a job that an operator ends is counted", "contract: end_of_an_attempt", "sql in ENDED_AS", "False"),
     Mutant("a job that is deleted was counted", "contract: prune_delete_and_rollback"),
     Mutant("a job that fails with a parent is counted", "contract: end_of_an_attempt"),
     Mutant("an expected share is one", "contract: expected_of_a_queue", 'valid_number("max_failed_share", 0, max_failed_share, 1)', "max_failed_share"),

@@ -1366,7 +1366,7 @@ def test_queue_that_is_closed_in_a_transaction_undoes_it_and_returns_its_jobs(da
 
 def counted(queue):
     """Return how many jobs are pending in each queue that has a limit, as they were counted."""
-    found = queue._read(f"SELECT queue, {pqueue_postgres.COUNTED} FROM pending_counts c")
+    found = queue._read(f"SELECT queue, {pqueue_postgres.PENDING_NOW} FROM pending_counts c")
     return {name: int(number) for name, number in found}
 
 
