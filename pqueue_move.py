@@ -319,8 +319,7 @@ def _copy_groups(source: Session, copy: Session) -> None:
     """Copy the turns, weights and last deliveries of all groups."""
     for table, columns in COPIED_GROUPS.items():
         copy.change(f"DELETE FROM {table}")
-        rows = source.run(f"SELECT {columns} FROM {table}")
-        copy.change_many(_insert(table, columns), [dict(zip(_names(columns), row, strict=True)) for row in rows])
+        _insert(copy, table, columns, source.run(f"SELECT {columns} FROM {table}"))
     copy.change(LIST_GROUPS)
     copy.change(COUNT_ALL_RUNNING)
 
@@ -328,7 +327,7 @@ def _copy_groups(source: Session, copy: Session) -> None:
 def _write(copy: Session, table: str, rows: list[Any]) -> None:
     """Insert rows, read them back, and compare them."""
     columns = COPIED[table]
-    copy.change_many(_insert(table, columns), [dict(zip(_names(columns), row, strict=True)) for row in rows])
+    _insert(copy, table, columns, rows)
     if table == "outcomes":
         (period, first, *_), (_, last, *_) = rows[0], rows[-1]
         which = f"SELECT {columns} FROM outcomes WHERE period = {period} AND at BETWEEN {first} AND {last}"
@@ -344,8 +343,10 @@ def _names(columns: str) -> list[str]:
     return columns.replace('"', "").split(", ")
 
 
-def _insert(table: str, columns: str) -> str:
-    return f"INSERT INTO {table} ({columns}) VALUES (:{', :'.join(_names(columns))})"
+def _insert(copy: Session, table: str, columns: str, rows: list[Any]) -> None:
+    names = _names(columns)
+    sql = f"INSERT INTO {table} ({columns}) VALUES (:{', :'.join(names)})"
+    copy.change_many(sql, [dict(zip(names, row, strict=True)) for row in rows])
 
 
 def _select(table: str, column: str, ids: Iterable[int]) -> str:
