@@ -571,7 +571,8 @@ def run_process(
             os.environ[processes.MARK] = "1"
         os.setpgid(0, 0)  # Ctrl-C reaches the keeper only, and neither tasks nor their subprocesses
         _set_signals(dump)
-        code = _run(queue, shared, record, options, pipe, dump)
+        _run(queue, shared, record, options, pipe, dump)
+        code = 0
     except (QueueError, ValueError, OSError) as error:
         code = report("consumer", error)
         record.fields[fields.OUTCOME] = fields.REFUSED
@@ -583,30 +584,12 @@ def run_process(
 
 def _run(
     queue: PersistentQInterface, shared: Registration, record: Record, options: Namespace, pipe: int, dump: int
-) -> int:
+) -> None:
     file_task.files_directory = options.directory
     task_log = TaskLog(options.name, options.log_level)
-    tasks = known_tasks(options.modules)
-    record.fields[fields.READY] = 1
-    wake(pipe)
-    try:
-        retry_soon(lambda: queue.reserve_connections(queue.worker_connections))  # the keeper closes as many
-    except QueueBusy:
-        record.fields[fields.OUTCOME] = fields.REPLACE
-        return 0
-    retry_while_busy(
-        lambda: queue.adopt(shared, queues=options.queues, tasks=tasks),
-        lambda s: _pause(s, record),
-        consumer=options.name,
-    )
-    if record.fields[fields.STOP]:
-        record.fields[fields.OUTCOME] = fields.STOPPED
-        return 0
-    if not record.fields[fields.STARTED_ONCE]:
-        record.fields[fields.STARTED_ONCE] = 1
-        file_task.remove_copies()
-        facts = {"database": queue.name, "queues": ",".join(options.queues or ["all"]), "tasks": ",".join(tasks)}
-        log("started", consumer=options.name, pid=os.getppid(), **facts)
+    if outcome := _register(queue, shared, record, options, pipe):
+        record.fields[fields.OUTCOME] = outcome
+        return
     names = ("queues", "lease_seconds", "drain", "wait", "max_jobs", "max_rss", "quiet", "concurrency")
     consumer = Consumer(queue, options.name, record=record, **{name: getattr(options, name) for name in names})
     consumer.task_log = task_log
@@ -621,6 +604,29 @@ def _run(
     _arm(dump)
     record.fields[fields.OUTCOME] = consumer.run()
     close()
+
+
+def _register(queue: PersistentQInterface, shared: Registration, record: Record, options: Namespace, pipe: int) -> int:
+    """Import the tasks, and register the consumer, which knows them; return the outcome if it must not run, else 0."""
+    tasks = known_tasks(options.modules)
+    record.fields[fields.READY] = 1
+    wake(pipe)
+    try:
+        retry_soon(lambda: queue.reserve_connections(queue.worker_connections))  # the keeper closes as many
+    except QueueBusy:
+        return fields.REPLACE
+    retry_while_busy(
+        lambda: queue.adopt(shared, queues=options.queues, tasks=tasks),
+        lambda s: _pause(s, record),
+        consumer=options.name,
+    )
+    if record.fields[fields.STOP]:
+        return fields.STOPPED
+    if not record.fields[fields.STARTED_ONCE]:
+        record.fields[fields.STARTED_ONCE] = 1
+        file_task.remove_copies()
+        facts = {"database": queue.name, "queues": ",".join(options.queues or ["all"]), "tasks": ",".join(tasks)}
+        log("started", consumer=options.name, pid=os.getppid(), **facts)
     return 0
 
 
