@@ -72,6 +72,11 @@ def unlock_memory() -> None:
     _libc().munlockall()
 
 
+def flush_c_streams() -> None:
+    """Write what C code has printed, which is lost at `os._exit`."""
+    _libc().fflush(None)
+
+
 def personality() -> int:
     """Return the flags of the execution domain, such as whether addresses are random."""
     return int(_libc().personality(0xFFFFFFFF)) if sys.platform == "linux" else 0

@@ -645,8 +645,9 @@ def _exit(code: int) -> NoReturn:
         with suppress(BaseException):
             atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
-            with suppress(Exception):
+            with suppress(BaseException):
                 stream.flush()
+        processes.flush_c_streams()
     finally:  # also if a task has replaced what this uses: the frames below are the keeper's
         os._exit(code)
 
@@ -724,7 +725,9 @@ def import_modules(modules: list[str]) -> None:
     for module in modules:
         try:
             importlib.import_module(module)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                raise  # Ctrl-C, in a program that shows it so
             raise ValueError(f"cannot import {module!r}: {_import_error(error)}") from error
 
 

@@ -18,7 +18,7 @@ from pqueue_tools import task_output
 from pqueue_tools.record import FORWARDING, Record
 
 TASKS = r"""
-import os, subprocess, sys
+import ctypes, os, subprocess, sys
 from pqueue import task
 
 PARTS = [b"no end", b"\0", b"\xc3", b"\r\x1b[2J", b'{"event": "completed"', b"\xff" * 9000, b"a line\n", b"\n\n"]
@@ -40,6 +40,9 @@ def announce(job):
     for stream, name in (sys.stdout, "out"), (sys.stderr, "err"):
         stream.write("\n".join(["x" * 3000] * 15 + [f"{name} {job.id}\n"]))
     if job.payload % 10 == 9: raise ValueError
+
+@task
+def print_in_c(job): ctypes.CDLL(None).printf(b"of C code\n")
 
 @task(max_attempts=1)
 def ask(job): return [os.isatty(1), os.isatty(2)]
@@ -175,6 +178,12 @@ def test_what_a_task_writes_comes_before_its_end_in_the_log(tasks, form, concurr
         for stream in ("out", "err"):
             (written,) = [number for number, line in enumerate(lines) if re.search(rf"{stream} {job_id}\b", line)]
             assert written < end, "\n".join(lines)
+
+
+def test_what_c_code_has_printed_is_written_when_the_worker_ends(tasks):
+    tasks.queue().enqueue("print_in_c")
+    done = tasks.run("consumer.py", "--import", "my_tasks", "--drain")
+    assert (done.returncode, done.stdout.count("of C code\n")) == (0, 1), done
 
 
 def test_event_waits_until_the_keeper_has_written_what_came_before(monkeypatch):
