@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pqueue
 from pqueue_tools import dashboard, dashboard_summary, report, tables
@@ -151,10 +151,19 @@ def without_queue(sentence: str, query: Query) -> str:
         return _frame("no queue", f'<section id="trouble">{dashboard_summary.without_queue(sentence)}</section>')
 
 
-def refusal(sentence: str) -> str:
-    """Return the page that says why a request was refused."""
-    body = f'<section><p>{text(sentence)}</p><p><a href="{prefix()}/">to the overview</a></p></section>'
-    return _frame("refused", body).replace(said(""), said(sentence, "refused"))
+def refusal(sentence: str, back: str) -> str:
+    """Return the page that says why a request was refused; `back` is the page that it came from, or the address."""
+    page = f'<a href="{prefix()}{html.escape(back)}">back</a> · ' if is_back(back) else ""
+    with _keeping(_query_of(back)):
+        body = f'<section><p>{text(sentence)}</p><p>{page}<a href="{_address("")}">to the overview</a></p></section>'
+        return _frame("refused", body).replace(said(""), said(sentence, "refused"))
+
+
+def _query_of(address: str) -> Query:
+    try:
+        return parse_qs(urlsplit(address).query)
+    except ValueError:
+        return {}
 
 
 def question(what: str, action: str, form: dashboard.Form, token: str) -> str:
@@ -164,13 +173,14 @@ def question(what: str, action: str, form: dashboard.Form, token: str) -> str:
     ids = form.get("id", [])
     which = f"jobs {', '.join(ids[: tables.JOBS_ASKED_FOR])}" + " …" * (len(ids) > tables.JOBS_ASKED_FOR)
     back = one(form, "back")
-    return _frame(
-        what,
-        f"""<section id="question"><h2>{text(what)}?</h2>
+    with _keeping(_query_of(back)):
+        return _frame(
+            what,
+            f"""<section id="question"><h2>{text(what)}?</h2>
 <p>{text(tables.filters_as_text(form) if is_all else which)}. Jobs whose state does not allow it are left unchanged.</p>
 <form method="post" action="{prefix()}/act/jobs">{fields}<button autofocus>yes, {text(what)}</button>
 <a class="no" href="{prefix()}{html.escape(back if is_back(back) else "/")}">no</a></form></section>""",
-    )
+        )
 
 
 def is_back(path: str) -> bool:

@@ -195,6 +195,7 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(self._post)
 
     def _answer(self, respond: Any) -> None:
+        self._back = "?" + self.path.partition("?")[2]  # nowhere to go back to, but with a query
         try:
             self._check()
             respond()
@@ -208,7 +209,7 @@ class Handler(BaseHTTPRequestHandler):
     def _refuse(self, status: HTTPStatus, sentence: str) -> None:
         """Answer a browser with a page, and a program with a line."""
         if "text/html" in self.headers.get("Accept", ""):
-            self._send(status, HTML, dashboard_html.refusal(sentence))
+            self._send(status, HTML, dashboard_html.refusal(sentence, self._back))
         else:
             self._send(status, TEXT, f"{sentence}\n")
 
@@ -343,6 +344,7 @@ class Handler(BaseHTTPRequestHandler):
         form = parse_qs(self._body(), keep_blank_values=True, max_num_fields=2000)
         if not hmac.compare_digest((form.pop("token", None) or [""])[0].encode(), self.server.token.encode()):
             raise Refused(HTTPStatus.FORBIDDEN, "refused: the dashboard was restarted; reload the page")
+        self._back = dashboard.one(form, "back")
         name = dashboard.without_prefix(urlsplit(self.path).path).removeprefix("/act/")
         is_bulk = name == "jobs"
         name = (form.pop("action", None) or [name])[0] if is_bulk else name

@@ -979,6 +979,28 @@ def test_browser_is_refused_with_a_page_that_leads_back(queue, site):
         assert '<a href="/">to the overview</a>' in text
 
 
+def test_page_that_refuses_or_asks_keeps_the_range_and_the_filters(queue, site):
+    queue.enqueue("t")
+    back = "/jobs?state=pending&task=t&last=72+h"
+    headers = {"Accept": "text/html"}
+    form = {"token": site.server.token, "back": back}
+    refused = site.ask("/act/jobs", {**form, "action": "cancel"}, **headers)
+    failing = site.ask("/act/resubmit", {**form, "id": "1"}, **headers)
+    missing = site.ask("/job/99?last=72+h", **headers)
+    wrong = site.ask("/jobs?state=nosuch&last=72+h", **headers)
+    asked = site.ask("/act/jobs", {**form, "action": "cancel", "scope": "matching", "task": "t"}, **headers)
+    assert [each[0] for each in (refused, failing, missing, wrong, asked)] == [409, 409, 404, 400, 200]
+    for _, text, _ in (refused, failing, missing, wrong, asked):
+        links = [unescape(each) for each in re.findall(r'<a[^>]* href="(/[^"]*)"', text)]
+        assert len(links) > len(tables.MENU)
+        assert [each for each in links if "last=72+h" not in each] == []
+    for _, text, _ in (refused, failing, asked):
+        assert f'href="{escape(back)}"' in text
+    foreign = site.ask("/act/jobs", {**form, "back": "//evil.example/?last=1", "action": "cancel"}, **headers)[1]
+    assert "evil" not in foreign
+    assert site.ask("/nosuch?last=%5B", **headers)[0] == 404
+
+
 # Who did it
 
 
