@@ -50,8 +50,8 @@ def drain(queue: PersistentQInterface, *, now: float | None = None) -> list[Job]
     now: the time for the queue, Unix seconds: `time.time() + 3600` also runs what is scheduled for the next hour.
 
     An exception of a task fails its job as in a consumer, and is not raised here: look at `error`. A job that is
-    scheduled again at or before `now` runs again. Time and memory limits do not apply. Jobs of tasks that this process
-    has not imported are left.
+    scheduled again at or before `now` runs again, and the failure handlers of tasks run, too. Time and memory limits do
+    not apply. Jobs of tasks that this process has not imported are left, and schedules of tasks are not saved.
     """
     return [job for job, _ in _run_due(queue, now)]
 
@@ -60,14 +60,13 @@ def drain(queue: PersistentQInterface, *, now: float | None = None) -> list[Job]
 def inline(queue: PersistentQInterface) -> Iterator[None]:
     """Within the block, run each job that is due as soon as it has been enqueued or, in a transaction, committed.
 
-    An exception of a task fails its job, and is then raised by the call that enqueued it.
+    An exception of a task fails its job, and is raised, when all have run, by the call that enqueued it.
     """
 
     def run() -> None:
         if not queue.in_transaction:
-            for _, error in _run_due(queue, None):
-                if error is not None:
-                    raise error
+            for error in [error for _, error in _run_due(queue, None) if error is not None]:  # after all have run
+                raise error
 
     def then_run(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
@@ -101,6 +100,7 @@ def running(queue: PersistentQInterface, job: Job | None = None) -> Iterator[Non
 def _run_due(queue: PersistentQInterface, now: float | None) -> Iterator[tuple[Job, BaseException | None]]:
     """Run jobs; yield each as it is afterwards, and its error."""
     name = f"test-{next(_numbers)}"  # one for each, as jobs of inline calls run inside each other
+    queue.declare_handlers(TASKS.values())  # as a consumer does when it starts
     try:
         while job := queue.dequeue(name, tasks=sorted(TASKS), now=now):
             error = _run(queue, job, now)

@@ -117,6 +117,26 @@ def test_drain_settles_a_failed_job_as_a_consumer_does(queue):
     assert "expected a result that JSON can hold" in stored.error
 
 
+def test_failure_handler_of_a_task_runs_as_with_a_consumer(queue):
+    seen = []
+
+    @task
+    def notify(failed: dict):
+        seen.append(failed["error"].split("\n")[0])
+
+    @task(on_failed=notify, max_attempts=1)
+    def charge(order: int):
+        raise ValueError(f"order {order}")
+
+    charge.enqueue(1)
+    assert [job.task for job in testing.drain(queue)] == ["charge", "notify"]
+    with testing.inline(queue):
+        with pytest.raises(ValueError, match="order 2"):
+            charge.enqueue_many([(2,), (3,)])
+    assert seen == ["ValueError: order 1", "ValueError: order 2", "ValueError: order 3"]
+    assert queue.stats()["states"]["pending"] == 0
+
+
 def test_task_may_settle_its_own_job(queue):
     @task
     def completes(job: Job):
