@@ -9,8 +9,8 @@ import select
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
@@ -65,6 +65,9 @@ SYNCED = (
     "'off', 'on'), {})"
 )
 NOT_SYNCED = "pg_catalog.set_config('synchronous_commit', 'off', {})"
+# Let no function or operator of the application come before those of our statements, and let them again.
+BUILT_INS_FIRST = f"SELECT pg_catalog.set_config('search_path', '{NEEDED['search_path']}', true)"
+PATH_OF_APPLICATION = "SELECT pg_catalog.set_config('search_path', {}, true)"
 UNLOCK_ALL = "SELECT pg_catalog.pg_advisory_unlock_all()"  # a rollback does not do that
 # Undo what the application's statements may have left in the session. In the transaction, so that a rollback, which
 # undoes their settings, needs nothing. Deferred triggers run first: they may rely on the settings.
@@ -243,6 +246,7 @@ class Link:
         self.cursor.format = Format.BINARY
         self.used_at = time.monotonic()
         self.for_application = ""  # the statement that gives the application the settings of its role
+        self.search_path = ""  # of the role; the application may change it
         self.has_lost_plans = False
         self.connection: sqlalchemy.Connection | None = None  # of SQLAlchemy, when the application has used it
         self._poll = select.poll()
@@ -253,7 +257,9 @@ class Link:
 
     def note_role(self, settings: Settings) -> None:
         """Read the settings of the role, for the statements of the application."""
-        self.for_application = settings.for_application(self.driver.execute(settings.of_the_role).fetchone() or ())
+        with self.driver.cursor(row_factory=psycopg.rows.tuple_row) as cursor:
+            values = cursor.execute(settings.of_the_role).fetchone() or ("",)
+        self.for_application, self.search_path = settings.for_application(values), values[0]
 
     def send(self, *commands: str) -> None:
         """Execute commands in one round trip."""
@@ -271,6 +277,18 @@ class Link:
         """Make the driver encode texts as UTF-8 again, if the application has changed that in its transaction."""
         if self.driver.pgconn.parameter_status(b"client_encoding") != b"UTF8":
             self.driver.execute("SET client_encoding = 'UTF8'")
+
+    @contextmanager
+    def built_ins_first(self) -> Iterator[None]:
+        """Use no function or operator that the application's search_path puts before those of PostgreSQL."""
+        reported = self.driver.pgconn.parameter_status(b"search_path")  # since PostgreSQL 18
+        path = self.search_path if reported is None else reported.decode()
+        is_shadowed = "pg_catalog" in path and not path.startswith("pg_catalog")
+        if is_shadowed:
+            self.driver.execute(BUILT_INS_FIRST)
+        yield
+        if is_shadowed:
+            self.driver.execute(PATH_OF_APPLICATION.format(psycopg.sql.quote(path)))
 
     def receive(self) -> None:
         """Read what the server has sent. The driver calls its handlers of notifications."""

@@ -194,9 +194,10 @@ class PostgresSession(Session):
 
     def change_many(self, sql: str, rows: list[Params]) -> None:
         with self._queue._db_errors():
-            cursor = (self._link or self._begin_now()).cursor
+            link = self._link or self._begin_now()
             text, names = translated(sql, self._queue.schema)
-            cursor.executemany(text, [[row[name] for name in names] for row in rows])
+            with link.built_ins_first() if self.for_application else nullcontext():
+                link.cursor.executemany(text, [[row[name] for name in names] for row in rows])
 
     def _execute(self, sql: str, params: Params, read: Callable[[Any], Any]) -> Any:
         """Execute a statement and return what `read` reads from the cursor."""
@@ -239,7 +240,8 @@ class PostgresSession(Session):
         if self.for_application:
             link.expect_utf8()
         try:
-            return read(link.cursor.execute(text, values))
+            with link.built_ins_first() if self.for_application else nullcontext():
+                return read(link.cursor.execute(text, values))
         except PLAN_LOST:
             link.has_lost_plans = True  # which cannot be fixed within the transaction
             raise
@@ -374,6 +376,7 @@ class JoinedPostgres(Joined, PostgresSession):
             raise QueueError("cannot join: the connection commits each statement by itself: open a transaction first")
         if link.status not in (TransactionStatus.IDLE, TransactionStatus.INTRANS):
             raise QueueError("cannot join: the transaction of the connection has failed, or a statement is under way")
+        link.note_role(self._queue._settings)
         (ours,), (theirs,) = self._queue._read(SAME_DATABASE), self.run(SAME_DATABASE)
         if ours != theirs:
             raise QueueError(f"cannot join: expected a connection to {self._queue.name}, got one to another database")

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from unittest import mock
 
 import psycopg
@@ -94,6 +94,47 @@ def test_functions_of_the_application_are_not_called_by_the_queue(server, databa
         other.complete(other.dequeue("w"))
         other.list_jobs(text="x")
     assert admin.execute("SELECT count(*) FROM public.calls").fetchone() == (0,)
+
+
+OVERRIDES = """
+CREATE SCHEMA override;
+CREATE FUNCTION override.now() RETURNS timestamptz LANGUAGE sql AS 'SELECT timestamptz ''2000-01-01''';
+CREATE FUNCTION override.hashtextextended(text, bigint) RETURNS bigint LANGUAGE plpgsql AS 'BEGIN RAISE ''mine''; END';
+CREATE FUNCTION override.pg_notify(text, text) RETURNS void LANGUAGE plpgsql AS 'BEGIN RAISE ''mine''; END';
+CREATE FUNCTION override.never(text, text) RETURNS bool LANGUAGE sql AS 'SELECT false';
+CREATE OPERATOR override.= (LEFTARG = text, RIGHTARG = text, FUNCTION = override.never)"""
+
+
+@pytest.mark.parametrize("where", ["transaction", "join"])
+@pytest.mark.parametrize("sets_it", [True, False], ids=["by SET", "of the database"])
+def test_verbs_in_a_transaction_call_no_function_of_the_application(database, admin, where, sets_it):
+    """Even if its search_path puts them before those of PostgreSQL, as for tests with a now() of their own."""
+    admin.execute(OVERRIDES)
+    path = "override, public, pg_catalog"
+    if not sets_it:
+        admin.execute(f"ALTER DATABASE {sqlalchemy.make_url(database).database} SET search_path = {path}")
+    with closing(pqueue.open_queue(database)) as queue:
+        ids = queue.enqueue_many("t", range(3), queue="mails")
+        jobs = queue.dequeue_many("w", 2, queues=["mails"])
+        with ExitStack() as undo:
+            if where == "join":
+                connection = undo.enter_context(psycopg.connect(**queue._conninfo))
+                execute = connection.execute
+            else:
+                execute = undo.enter_context(queue.transaction()).exec_driver_sql
+            if sets_it:
+                execute(f"SET LOCAL search_path = {path}")
+            with queue.join(connection) if where == "join" else nullcontext():
+                ids.append(queue.enqueue("t", key="k", queue="mails"))
+                ids += queue.enqueue_many("t", [1], keys=["l"], queue="mails")
+                assert queue.enqueue("t", key="k", queue="mails") == ids[3]
+                queue.complete(jobs[0])
+                queue.fail(jobs[1], "x")
+                queue.cancel(ids[2])
+            assert execute("SELECT CAST(extract(year FROM now()) AS int)").fetchone() == (2000,)
+            assert execute("SHOW search_path").fetchone() == (path,)
+        states = [queue.get(job_id).state for job_id in ids]
+        assert states == ["completed", "scheduled", "cancelled", "pending", "pending"]
 
 
 # What the application leaves in the session
