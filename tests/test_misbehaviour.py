@@ -818,7 +818,7 @@ def test_limit_of_a_task_includes_the_code_that_frees_its_objects(tasks, concurr
 IMPATIENT = """
 import sys, consumer
 from pqueue_tools import keeper
-keeper.SILENT_SECONDS = 0.5
+keeper.SILENT_SECONDS = 2.0
 sys.exit(consumer.main(sys.argv[1:]))
 """
 
@@ -839,9 +839,7 @@ def test_worker_that_executes_what_a_task_left_behind_is_replaced(tasks):
     states = [(job.state, job.attempts, job.error) for job in map(queue.get, [first, bad, after])]
     assert states == [("completed", 1, None)] * 3
     out = child.out.read_text()
-    assert re.search('worker died .*reason="did not end what a task left behind, in .*more.py:16, within 0.5 s', out), (
-        out
-    )
+    assert re.search('worker died .*reason="did not end what a task left behind, in .*more.py:16, within 2 s', out), out
     assert sorted(read(tasks, "good").split()) == [str(first), str(after)]
 
 
@@ -852,7 +850,7 @@ def test_second_signal_ends_a_worker_that_executes_what_a_task_left_behind(tasks
     child = impatient(tasks, "--lease-seconds", 60)
     wait_until(lambda: read(tasks, "began"))
     child.send_signal(signal.SIGTERM)
-    child.send_signal(signal.SIGTERM)
+    child.send_signal(signal.SIGINT)  # two of one kind at once would be one
     assert child.wait(PATIENCE_SECONDS) == 0
     assert (queue.get(bad).state, queue.get(bad).attempts) == ("completed", 1)
 
@@ -1224,7 +1222,7 @@ sys.exit(consumer.main(sys.argv[1:]))
 
 def test_drain_runs_the_jobs_that_its_keeper_returns_after_its_worker_has_ended(tasks):
     tasks.write("late.py", LATE)
-    tasks.write("more.py", "import time\nfrom pqueue import task\n@task\ndef slow(job): time.sleep(0.3)\n")
+    tasks.write("more.py", "import time\nfrom pqueue import task\n@task\ndef slow(job): time.sleep(2)\n")
     queue = tasks.queue()
     queue.enqueue_many("good", range(500))
     queue.enqueue("slow")

@@ -147,7 +147,7 @@ def test_consumer_that_keeps_a_lease_says_once_that_the_server_is_away(place, pr
             wait_until(lambda lease=lease: (queue.get(job_id).lease_expires_at or 0) > lease)
             primary.stop_at_once()
             with socket.create_server((primary.address, primary.port)) as in_its_place:
-                in_its_place.settimeout(30)
+                in_its_place.settimeout(PATIENCE_SECONDS)
                 for _ in range(12):
                     in_its_place.accept()[0].close()
             said = Counter(line.partition(" ")[2] for line in child.out.read_text().splitlines())
