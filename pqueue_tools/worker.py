@@ -29,7 +29,7 @@ from pqueue_groups import claim_filter
 from pqueue_tools import file_task, leases, processes, termination
 from pqueue_tools import record as fields
 from pqueue_tools.masking import masked_text
-from pqueue_tools.outcome import Outcome, encoded_result, error_text, outcome_of, trace_of
+from pqueue_tools.outcome import Outcome, encoded_result, error_text, outcome_of, summary, trace_of
 from pqueue_tools.process import T, TaskLog, log, log_completed, on_termination, report, retry_soon, retry_while_busy
 from pqueue_tools.record import MAX_CONCURRENCY, Record, Slot
 from pqueue_values import Encoded, NoConnection, above_0, duration, valid_int, valid_name
@@ -738,8 +738,8 @@ def _import_error(error: BaseException) -> str:
     frames = [each for each in traceback.extract_tb(error.__traceback__) if _is_users(each.filename)]
     place = f" ({os.path.relpath(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
     missing = f": expected it in {os.getcwd()}, on PYTHONPATH, or installed for {sys.executable}"
-    name = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
-    return f"{name}{error}{place}{missing if isinstance(error, ModuleNotFoundError) else ''}"
+    text = str(error) if isinstance(error, ImportError) else summary(error).removesuffix(": ")
+    return f"{text}{place}{missing if isinstance(error, ModuleNotFoundError) else ''}"
 
 
 def _is_users(path: str) -> bool:
