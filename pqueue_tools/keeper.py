@@ -101,7 +101,8 @@ class Keeper:
         self._interrupted: dict[int, Interruption] = {}  # by slot
         self._closing_at = self._keep_at = 0.0  # monotonic seconds
         self._blocked = 0, BLOCKED_SECONDS  # when the last step of an async task began; when to report it
-        self._killed = False  # by this process
+        self._killed = self._is_damaged = False  # the worker by this process; the record by a task
+        self._stops = 0  # requests to stop
         self._pulse = self._stuck_looks = 0  # of the worker; how often in succession it was found stuck
         self._stuck_as = ""  # why it was killed, if for that
         self._doing: list[int] = []  # what changes while it works
@@ -163,16 +164,56 @@ class Keeper:
             began, self._runs_before = time.monotonic(), self._count_runs()
             self._start()
             while not self._has_ended():
-                self._look()
+                # guard: a task that writes into the shared memory does not end the keeper
+                with self._distrusting():
+                    self._look()
                 self._wait()
             self._end_processes()
-            outcome = self._settle()
+            outcome = 0
+            with self._distrusting():
+                outcome = self._settle()
+            if self._is_damaged:
+                outcome = 0
+                self._settle_all()
             # guard: a drain takes the jobs that were taken back when its worker found no more
             is_drained = outcome == fields.DRAINED and not self.leases.has_released_late
             if is_drained or outcome == fields.REFUSED or self._fields[fields.STOP]:
                 return outcome
             if self._runs_before == self._count_runs() and time.monotonic() - began < RESTART_SECONDS and outcome == 0:
                 time.sleep(RESTART_SECONDS)
+
+    @contextmanager
+    def _distrusting(self) -> Iterator[None]:
+        """Kill the worker if the block finds in the record what neither process writes."""
+        try:
+            yield
+            outcome, stops = self._fields[fields.OUTCOME], self._stops
+            if outcome in range(fields.BROKEN_BY_ONE + 1) and self._fields[fields.STOP] in (stops, stops + 1):
+                return
+        except (ArithmeticError, LookupError, ValueError):
+            pass
+        self._is_damaged = True
+        if self._status is None:
+            self._kill()
+
+    def _settle_all(self) -> None:
+        """Let an attempt of each held job fail, as a task has overwritten the record, and begin a new record."""
+        reason = "overwrote the memory that it shares with its keeper"
+        log("worker died", consumer=self.name, reason=reason)
+        self.leases.forget()
+        self.record.renew(self._stops)
+        until = time.monotonic() + self.options.lease_seconds
+        with suppress(QueueError):
+            error = f"WorkerDied: this task, or another one in its process, {reason}"
+            retry_while_busy(lambda: self._fail_held(error), lambda s: _pause(s, until), consumer=self.name)
+
+    def _fail_held(self, error: str) -> None:
+        for job in self.queue.held_jobs(self.name):
+            with suppress(LeaseLost):
+                state = self.queue.fail(job, error)
+                self.leases.failed += 1
+                by, attempt = self.name, job.attempts
+                log("failed", consumer=by, job=job.id, task=job.task, attempt=attempt, now=state, error=error)
 
     def _count_runs(self) -> int:
         """Return how many tasks workers have begun to run."""
@@ -206,7 +247,8 @@ class Keeper:
         for slot in self.record.slots:
             slot.clear()
         self._interrupted.clear()
-        self._closing_at, self._killed, self._status = 0.0, False, None
+        self._closing_at, self._status = 0.0, None
+        self._killed = self._is_damaged = False
         self._fields[fields.PULSE] = self._pulse = self._stuck_looks = self._silent_looks = 0
         self._stuck_as = ""
         self._keep_at = 0.0  # at once: when the worker is ready, it needs a connection
@@ -618,7 +660,8 @@ class Keeper:
 
     def _stop(self, *_: Any) -> None:
         """Handle a termination signal: the first lets the current jobs finish, the second interrupts them."""
-        self._fields[fields.STOP] += 1
+        self._stops += 1
+        self._fields[fields.STOP] = self._stops
         if self._pid and self._fields[fields.READY]:
             self._signal(INTERRUPT_SIGNAL)  # it may be waiting
 

@@ -200,6 +200,11 @@ class Leases:
             if self.queue.prune_kept():
                 self._prune_at = time.monotonic() + PRUNE_AGAIN_SECONDS
 
+    def forget(self) -> None:
+        """Forget what the record said, but for the last counts that were reported: a task has overwritten it."""
+        self._number, self._taken, self._lost = 0, None, set()
+        self.completed, self.failed = self._reported
+
     def counts(self) -> tuple[int, int]:
         """Return the numbers of completed jobs and failed attempts."""
         done = self.record.fields

@@ -119,6 +119,11 @@ class Record:
         self.fields = memoryview(self._map)[: 8 * FIELDS].cast("q")
         self.slots = [Slot(number, self._map, 8 * (FIELDS + SLOT_FIELDS * number)) for number in range(slots)]
 
+    def renew(self, stops: int) -> None:
+        """Begin again, after a task has overwritten it while no worker runs."""
+        self._map[:] = bytes(len(self._map))
+        self.fields[STARTED_ONCE], self.fields[STOP] = 1, stops
+
     # Results that are not committed yet
 
     def add_result(self, job_id: int, claim: int, result: str | None) -> bool:

@@ -843,6 +843,37 @@ def test_worker_that_executes_what_a_task_left_behind_is_replaced(tasks):
     assert sorted(read(tasks, "good").split()) == [str(first), str(after)]
 
 
+DAMAGE = """
+import os, sys
+from pqueue import task
+
+@task(max_attempts=1, timeout_seconds=5)
+def overwrite(job):
+    frame = sys._getframe()
+    while not hasattr(frame.f_locals.get("self"), "record"): frame = frame.f_back
+    memory = frame.f_locals["self"].record._map
+    memory[:] = {"ones": b"\\xff", "small": b"\\1"}.get(job.payload, b"?") * len(memory)
+    if job.payload == "random": memory[:] = os.urandom(len(memory))
+    while True: pass
+"""
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_task_that_overwrites_the_shared_memory_costs_its_worker_only(tasks, concurrency):
+    tasks.write("more.py", DAMAGE)
+    queue = tasks.queue()
+    child = consumer(tasks, "--import", "more", "--concurrency", concurrency)
+    for what in ("ones", "small", "random"):
+        bad = queue.enqueue("overwrite", what)
+        wait_until(lambda bad=bad: queue.get(bad).state in pqueue.FINISHED)
+        assert re.match("WorkerDied: .*overwrote the memory|TimeoutError", queue.get(bad).error), queue.get(bad).error
+        good = queue.enqueue("good")
+        wait_until(lambda good=good: queue.get(good).state == "completed")
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(20) == 0
+    assert "Traceback" not in child.out.read_text()
+
+
 def test_second_signal_ends_a_worker_that_executes_what_a_task_left_behind(tasks):
     tasks.write("more.py", FREED)
     queue = tasks.queue()

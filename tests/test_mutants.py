@@ -135,6 +135,12 @@ MUTANTS = [
         " and not self.leases.has_released_late",
         "",
     ),
+    Mutant(
+        "a task that writes into the shared memory does not end the keeper",
+        "test_misbehaviour.py: overwrites_the_shared and 1",
+        "self._distrusting()",
+        "suppress()",
+    ),
     Mutant("code that a task has left behind does not stop its consumer", "test_misbehaviour.py: left_behind_is"),
     Mutant("a watchdog that a task has killed is started again", "test_misbehaviour.py: watchdog_that_a_task"),
     Mutant("a consumer that is never idle finds what tasks leave behind", "test_concurrency.py: never_idle", " or self._pauses()", ""),
