@@ -51,8 +51,7 @@ def restore(backup: str | os.PathLike[str], url: str | os.PathLike[str] | None =
             raise QueueError(f"cannot restore {source}: expected a file, got none")
         if target.exists() and source.samefile(target):
             raise QueueError(f"cannot restore {source}: it is the queue's file itself, not a backup of it")
-        make_folder(target.parent)
-        with part_of(target, group_of(target)) as part:
+        with _folder_of(target), part_of(target, group_of(target)) as part:
             _copy_pages(source, part)
             if (replaced := status(target)) and replaced.st_uid != os.geteuid():
                 with suppress(PermissionError):  # only root may
@@ -65,6 +64,20 @@ def restore(backup: str | os.PathLike[str], url: str | os.PathLike[str] | None =
     except OSError as error:
         raise QueueError(f"cannot restore {source} to {target}: {error.strerror}") from error
     return kept
+
+
+@contextmanager
+def _folder_of(target: Path) -> Iterator[None]:
+    """Create the folder of a file, and delete it again on an error."""
+    missing = [each for each in target.parents if not each.exists()]
+    make_folder(target.parent)
+    try:
+        yield
+    except BaseException:
+        for each in missing:
+            with suppress(OSError):  # somebody uses it
+                each.rmdir()
+        raise
 
 
 def _copy_pages(source: Path, part: Path) -> None:

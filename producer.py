@@ -18,6 +18,7 @@ import os
 import random
 import secrets
 import sys
+import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -148,6 +149,14 @@ class Producer:
         return job_id
 
 
+def expect_creatable(folder: Path) -> None:
+    """Raise OSError if a folder that is missing cannot be created, before a new queue is; create none."""
+    parent = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
+    if parent != folder:
+        with tempfile.TemporaryDirectory(dir=parent):
+            pass
+
+
 def _random_lines() -> str:
     return "".join(" ".join(random.choices(WORDS, k=8)) + "\n" for _ in range(random.randint(3, 20)))
 
@@ -157,6 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         expect_posix()
+        expect_creatable(options.directory)
         opened = open_waiting()
         if opened is None:  # stopped before the server answered
             return 0

@@ -142,9 +142,10 @@ def write_configuration(
         command = _in_configuration(_command(name) + options).replace("\\", r"\\").replace('"', r"\"")
         text = text.replace(f"python3 {name}.py", command)
     text = text.replace(PYTHON_NOTE, "")
-    for folder in (LOGS, INCLUDED):
+    is_new = not os.path.lexists(CONFIGURATION)
+    for folder in (LOGS, INCLUDED) if is_new else ():
         make_folder(folder)
-    if not _create(CONFIGURATION, text):
+    if not (is_new and _create(CONFIGURATION, text)):
         raise ManagerError(f"cannot write {CONFIGURATION}: it already exists; remove it first")
 
 
