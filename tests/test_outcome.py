@@ -208,7 +208,7 @@ def test_drain_that_waits_runs_retries_and_what_falls_due(tasks):
     tasks.write(
         "more.py",
         "from pqueue import task\n"
-        "@task(backoff=0.3)\n"
+        "@task(backoff=1)\n"
         "def third_time(job):\n"
         "    if job.attempts < 3: raise OSError('not yet')\n",
     )

@@ -322,10 +322,10 @@ class HostileSettingsContract(QueueContract, PostgresCase):
 @pytest.mark.parametrize(
     "limits",
     [
-        {"statement_timeout": "200"},  # connecting must take less
+        {"statement_timeout": "1000"},  # connecting must take less
         {"lock_timeout": "1"},
         {"idle_session_timeout": "1000"},
-        {"transaction_timeout": "200"},
+        {"transaction_timeout": "1000"},
         {"idle_in_transaction_session_timeout": "1"},
     ],
 )
