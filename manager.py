@@ -23,6 +23,7 @@ from contextlib import suppress
 from pqueue import QueueError, open_queue
 from pqueue_tools.process import OneLineParser, module_name, print_error, whole_number
 from pqueue_tools.record import MAX_CONCURRENCY
+from pqueue_tools.report import count
 from pqueue_tools.supervisor import (
     CONFIGURATION,
     GROUP_SIZE,
@@ -56,7 +57,7 @@ def _act(options: argparse.Namespace) -> None:
     elif options.count:
         for _ in range(options.count):
             group = add_group(options.size, options.queues, options.modules, options.concurrency)
-            print(f"added {group}: {options.size} consumers", flush=True)
+            print(f"added {group}: {count(options.size, 'consumer')}", flush=True)
     elif options.remove:
         if options.remove in added_groups():
             print(f"stopping {options.remove}: its consumers finish their jobs first", file=sys.stderr)

@@ -270,8 +270,8 @@ class Moving(Operating):
                 raise QueueError("cannot finish: this queue was not moved yet; run move without --finish first")
             if running := count_running(source):
                 raise InvalidTransition(
-                    f"cannot finish: {running} jobs run in the old queue, which was resumed; pause its queues, and try "
-                    "again when they have ended"
+                    f"cannot finish: jobs run in the old queue ({running}), which was resumed; pause its queues, and "
+                    "try again when they have ended"
                 )
             with target._transaction() as copy:
                 target._lock_out_writers(copy)

@@ -123,7 +123,9 @@ def _exclusive_access(path: Path) -> Iterator[int | None]:
             # guard: a database that is open is not replaced
             is_free = is_free and try_lock_bytes(file) and os.path.samestat(os.fstat(file), path.stat())
         if not is_free:
-            raise QueueError(f"cannot replace {path}: {_users(path) or 'a program'} has it open; stop it")
+            users = _users(path) or "a program"
+            advice = "have it open; stop them" if ", " in users else "has it open; stop it"
+            raise QueueError(f"cannot replace {path}: {users} {advice}")
         yield file
 
 

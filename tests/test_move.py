@@ -256,7 +256,9 @@ def test_old_queue_that_was_resumed_and_runs_jobs_is_not_finished(path, new):
     with closing(moved(path, new)) as queue, closing(pqueue.open_queue(new)) as target:
         queue.resume("default")
         job = queue.dequeue("w")
-        with pytest.raises(pqueue.InvalidTransition, match="1 jobs run in the old queue, which was resumed; pause"):
+        with pytest.raises(
+            pqueue.InvalidTransition, match=r"jobs run in the old queue \(1\), which was resumed; pause"
+        ):
             queue.finish_move(target)
         queue.release(job)
         queue.finish_move(target)

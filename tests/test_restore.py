@@ -116,6 +116,16 @@ def test_operator_restores_a_backup_and_the_replaced_database_is_kept(path, back
     assert [each for each in path.parent.iterdir() if each.name.endswith((".part", ".placeholder"))] == []
 
 
+def test_operator_is_told_of_all_programs_that_have_the_database_open(path, backup):
+    children = [program(IDLE, path), program(IDLE, path)]
+    try:
+        with pytest.raises(QueueError, match=r"\(pid \d+\), python\S* -c \(pid \d+\) have it open; stop them"):
+            pqueue_restore.restore(backup, path)
+    finally:
+        for child in children:
+            kill(child)
+
+
 @pytest.mark.parametrize("code", [IDLE, WRITER, READER])
 def test_operator_cannot_restore_while_a_program_has_the_database_open(path, backup, code):
     child = program(code, path)

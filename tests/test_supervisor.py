@@ -164,7 +164,7 @@ def test_other_account_can_read_nothing_whatever_the_umask(cloned, daemon):
         queue = queue_of(system)
         everything_runs(system, queue)
         wait_until(lambda: completed_files(queue))
-        assert manage(system, "--count", "1", "--size", "1").returncode == 0
+        assert manage(system, "--count", "1", "--size", "1").stdout == "added consumer2: 1 consumer\n"
         for folder in ("var", "var/log"):
             assert list(open_to_others(system.folder / folder)) == []
         assert "Permission" not in "".join(path.read_text() for path in (system.folder / "var/log").glob("*.log"))
