@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pty
@@ -24,7 +25,7 @@ import pqueue
 import pqueue_operating
 import pqueue_sqlite
 import pqueue_values
-from pqueue_tools import report, supervisor, tables
+from pqueue_tools import output, report, supervisor, tables
 from pqueue_tools.commands import OneOf
 
 
@@ -1253,6 +1254,18 @@ def test_durations_that_were_set_are_shown_as_they_were_given(queue, run):
     assert [tables._kept({"keeps": [129600, None]}), tables._expected({"expects": (90, 0.125)})] == [
         *("36 h / for ever", "90 s / 12.5%")
     ]
+
+
+@pytest.mark.parametrize("program", ["admin", "consumer", "manager", "ops", "producer"])
+def test_help_of_each_program_and_command_fits_80_columns(front, monkeypatch, capsys, program):
+    monkeypatch.setenv("COLUMNS", "80")
+    commands = list(admin.COMMANDS) if program == "admin" else []
+    for arguments in [["--help"], *([name, "--help"] for name in commands)]:
+        with suppress(SystemExit):
+            importlib.import_module(program).main(arguments)
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) > 3
+        assert [line for line in lines if output.cells(line) > 80] == []
 
 
 @pytest.mark.parametrize("number", [1, 2])
