@@ -203,7 +203,7 @@ PASSING = re.compile(
 )
 LASTING = re.compile(
     r"SSL|certificate|GSS|password|authentication|pg_hba|invalid|bad value|unrecognized|unsupported|not supported"
-    r"|permission denied for|not permitted|not currently accepting|definition of service|channel binding"
+    r"|[Pp]ermission denied|could not parse|not permitted|not currently accepting|definition of service|channel binding"
     r'|(database|role|user) ".*" does not exist|service file|could not access file'
 )
 

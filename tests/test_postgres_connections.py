@@ -544,6 +544,20 @@ def test_server_that_will_accept_connections_later_is_busy(answer):
     assert str(error) == f"cannot reach h/d: {text.splitlines()[0]}"
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        'connection to server on socket "/run/closed/.s.PGSQL.5432" failed: Permission denied',
+        'connection to server at "10.0.0.1", port 5432 failed: FATAL:  permission denied to start WAL sender',
+        'could not parse network address "10.0.0.256": Name or service not known',
+    ],
+)
+def test_answer_that_no_other_attempt_changes_is_an_error(answer):
+    error = pqueue_connections.connection_error("h/d", psycopg.OperationalError(f"{answer}\nDETAIL:  more"))
+    assert not isinstance(error, QueueBusy)
+    assert str(error) == f"cannot open h/d: {answer}"
+
+
 def test_library_that_the_server_cannot_load_is_an_error(roles):
     error = opening(roles.add("library", "ALTER ROLE {role} SET session_preload_libraries = nosuch"))
     assert not isinstance(error, QueueBusy)
