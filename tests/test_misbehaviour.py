@@ -870,7 +870,7 @@ def test_task_that_overwrites_the_shared_memory_costs_its_worker_only(tasks, con
         good = queue.enqueue("good")
         wait_until(lambda good=good: queue.get(good).state == "completed")
     child.send_signal(signal.SIGTERM)
-    assert child.wait(20) == 0
+    assert child.wait(PATIENCE_SECONDS) == 0
     assert "Traceback" not in child.out.read_text()
 
 
