@@ -44,6 +44,7 @@ from pqueue_schema import (
     PEEK,
     PENDING_OF_TASK,
     PROMOTE,
+    RETURNED,
     SET_MAX_PENDING,
     THESE,
 )
@@ -222,7 +223,7 @@ WHERE id {THESE}"""
 LEASE_THESE = f"UPDATE jobs SET {LEASED}, counted = :counted WHERE id {THESE}"
 
 # Do both for a single job.
-LEASE_ONE = f"UPDATE jobs SET {LEASED}, counted = :counted WHERE id = :id RETURNING {COLUMNS}"
+LEASE_ONE = f"UPDATE jobs SET {LEASED}, counted = :counted WHERE id = :id RETURNING {RETURNED}"
 
 # Advance a group.
 SET_TURN = "UPDATE queue_groups SET turn = :turn WHERE queue = :queue AND name = :name"

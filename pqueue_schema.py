@@ -289,6 +289,10 @@ MOST_ATTEMPTS = f"""coalesce(max_attempts, CASE WHEN :known_attempts IS NOT NULL
 # The column of a field of Job
 COLUMN_OF = {name: '"group"' if name == "group" else name for name in Job._fields}
 COLUMNS = ", ".join(COLUMN_OF.values())
+FLOATS = ("run_at", "expires_at", "lease_expires_at", "created_at", "started_at", "finished_at", "progress")
+# In a RETURNING clause, SQLite returns a whole number of a REAL column as an integer.
+# guard: times and progress are floats
+RETURNED = ", ".join(f"{column} + 0.0 AS {name}" if name in FLOATS else column for name, column in COLUMN_OF.items())
 # The id of the last job that SQLite has counted, and the time of the last completion; see pqueue_outcomes
 _OF_COUNTED = "FROM outcomes WHERE period = 0 AND at = 0 AND queue = '' AND task = '' AND event = 'counted'"
 LAST_COUNTED = f"coalesce((SELECT number {_OF_COUNTED}), 0)"
@@ -438,7 +442,7 @@ LEASED = ", ".join(f"{column} = {value}" for column, value in LEASE.items())
 # Lease the first job to the consumer; on PostgreSQL, the first :limit jobs.
 CLAIM = f"""
 UPDATE jobs SET {LEASED} WHERE id = (SELECT id FROM ({_CANDIDATES}) candidates ORDER BY {ORDER} LIMIT :limit)
-RETURNING {COLUMNS}"""
+RETURNING {RETURNED}"""
 
 # The first row of an index. (For min(), PostgreSQL may read all jobs of a state: it plans once, perhaps with few jobs.)
 FIRST_DUE = "(SELECT run_at FROM jobs WHERE state = 'scheduled' ORDER BY run_at LIMIT 1)"

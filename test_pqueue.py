@@ -3919,6 +3919,23 @@ class QueueContract:
         self.assertEqual((found["completed"], found["failed"]), (2 * most, 2 * most))
         self.assertEqual(len(self.queue.dequeue_many("w", most)), 1)
 
+    def test_times_and_progress_of_a_job_are_floats_although_they_are_whole(self):
+        for group in (None, "a"):
+            self.queue.enqueue("t", group=group, run_at=50, expires_at=500, now=10)
+            first = self.queue.dequeue("w", now=100)
+            self.queue.update(first, progress=1)
+            self.queue.release(first, now=100)
+            again = self.queue.dequeue("w", now=100)
+            self.queue.fail(again, "no", retry_in_seconds=20, now=100)
+            (batch,) = self.queue.dequeue_many("w", 2, now=200)
+            self.queue.complete(batch, now=300)
+            for job in (first, again, batch, self.queue.get(batch.id)):
+                times = (job.run_at, job.expires_at, job.lease_expires_at, job.created_at, job.started_at)
+                for number in (*times, job.finished_at, job.progress):
+                    with self.subTest(group=group, number=number):
+                        self.assertIn(type(number), (float, type(None)))
+            self.assertEqual(again.progress, 1)
+
     def test_filter_that_is_no_text_or_too_long_is_refused(self):
         self.assertEqual(self.find("x" * 1000), [])
         for filters, message in (

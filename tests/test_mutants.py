@@ -175,6 +175,7 @@ MUTANTS = [
     Mutant("a result that cannot be stored is final", "test_outcome.py: cannot_be_stored", "(DoNotRetry, Unstorable)", "DoNotRetry"),
     Mutant("order: priority first", HISTORY, "priority DESC, ", ""),
     Mutant("order: then the due time", HISTORY, "run_at, ", ""),
+    Mutant("times and progress are floats", "contract: although_they_are_whole", " + 0.0", ""),
     Mutant("order: then the id", "contract: by_priority_then_due", "id", "-id"),
     # groups
     Mutant("the groups of a queue take turns", "contract: groups_take_turns", "self.turn + 1 / group.weight", "self.turn"),
