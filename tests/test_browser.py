@@ -221,14 +221,14 @@ class Streamlit(StandardLibrary):
     def edit_and_resubmit(self, payload):
         self.page.get_by_role("button", name="edit and resubmit", exact=True).click()
         self.page.locator("textarea").fill(payload)
-        self.page.get_by_role("button", name="yes, edit and resubmit", exact=True).click()
+        self.page.get_by_role("button", name="set", exact=True).click()
 
     def texts(self):
         return self.page.locator("[data-testid=stCode]")
 
     def act_on_job(self, verb):
         self.page.get_by_role("button", name=verb, exact=True).click()
-        self.page.get_by_role("button", name=f"yes, {verb}", exact=True).click()
+        self.page.get_by_role("button", name=re.compile(f"^(yes, {verb}|set)$")).click()
 
     def go(self, title):
         self.page.locator(".st-key-page").get_by_role("radio", name=title, exact=True).click()
