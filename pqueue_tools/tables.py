@@ -485,8 +485,8 @@ def job_buttons(found: dict[str, Any]) -> list[Button]:
         return [Button("resubmit", "resubmit", one), *change, retry, clone, Button("delete", "delete", one)]
     change = _edit(found, "edit payload") if job.state != "processing" else []
     assign = Button("assign", "assign", one, "", "consumer", "any consumer", job.assigned_to or "")
-    ends = [Button("mark_failed", "mark failed", one, "mark it as failed"), Button("cancel", "cancel", one)]
-    run_now = [Button("run_now", "run now", one, "run it now")] if job.state in ("scheduled", "waiting") else []
+    ends = [Button("mark_failed", "mark failed", one), Button("cancel", "cancel", one)]
+    run_now = [Button("run_now", "run now", one)] if job.state in ("scheduled", "waiting") else []
     retries = [retry] if job.state in ("scheduled", "pending") else []
     return [*run_now, *change, *retries, *ends, assign, clone]
 
