@@ -132,9 +132,9 @@ class StandardLibrary:
     def close(self):
         self.page.goto(self.url)
 
-    def act_on_job(self, verb, confirmed=""):
+    def act_on_job(self, verb):
         self.page.get_by_text(f"{verb} …", exact=True).click()
-        self.page.get_by_role("button", name=f"yes, {confirmed or verb}").click()
+        self.page.get_by_role("button", name=f"yes, {verb}").click()
 
     def act_on_all_that_match(self, verb):
         self.page.get_by_label("which jobs").select_option("matching")
@@ -221,14 +221,14 @@ class Streamlit(StandardLibrary):
     def edit_and_resubmit(self, payload):
         self.page.get_by_role("button", name="edit and resubmit", exact=True).click()
         self.page.locator("textarea").fill(payload)
-        self.page.get_by_role("button", name="set", exact=True).click()
+        self.page.get_by_role("button", name="yes, edit and resubmit", exact=True).click()
 
     def texts(self):
         return self.page.locator("[data-testid=stCode]")
 
-    def act_on_job(self, verb, confirmed=""):
+    def act_on_job(self, verb):
         self.page.get_by_role("button", name=verb, exact=True).click()
-        self.page.get_by_role("button", name=re.compile(f"^(yes, {confirmed or verb}|set)$")).click()
+        self.page.get_by_role("button", name=f"yes, {verb}", exact=True).click()
 
     def go(self, title):
         self.page.locator(".st-key-page").get_by_role("radio", name=title, exact=True).click()
@@ -364,7 +364,7 @@ def test_operator_sets_jobs_aside_and_pauses_a_queue(system, page, front):
 
     site.filter("pending")
     site.open(last)
-    site.act_on_job("mark failed", "mark it as failed")
+    site.act_on_job("mark failed")
     site.said("marked 1 job as failed")
     assert queue.get(last).state == "failed"
 
