@@ -7,6 +7,7 @@ one for each ordinary function, which ends with it.
 
 from __future__ import annotations
 
+import _thread
 import contextvars
 import ctypes
 import inspect
@@ -42,6 +43,7 @@ BUSY_SECONDS = 60.0  # after which a consumer that is never idle takes no jobs f
 BUSY_SHARE = 0.1  # of the time since the last look: the longest such pause
 START_SECONDS = 10.0  # how long a new thread may take to begin
 CLOSE_SECONDS = 1.0  # how long asyncio tasks that were left behind may take to end
+GREENLETS = ("gevent", "eventlet")  # packages that can replace threads by others that only take turns
 LOST_ITS_WORKER = re.compile("WorkerDied: |consumer ")  # the error of such a job
 
 
@@ -103,6 +105,10 @@ class ConcurrentConsumer(Consumer):
     """Runs as many jobs at the same time as its record has slots."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
+        package = _thread.start_new_thread.__module__.partition(".")[0]
+        # guard: jobs run at the same time in threads of the operating system
+        if package in GREENLETS:
+            raise ValueError(f"expected concurrency 1, or threads that {package} has not replaced by greenlets")
         super().__init__(*arguments, **options)
         self.options["prefetch"] = False  # every job that is claimed begins at once
         self._free = list(self.record.slots)

@@ -974,6 +974,24 @@ BAD = {  # how the error of each begins
 }
 
 
+@pytest.mark.parametrize("package", ["gevent", "eventlet"])
+def test_concurrency_is_refused_when_greenlets_have_replaced_threads(tasks, package):
+    patch = (
+        "import _thread\n"
+        "def start(*arguments, real=_thread.start_new_thread): return real(*arguments)\n"
+        f"start.__module__ = '{package}.green.thread'\n"
+        "_thread.start_new_thread = start\n"
+    )
+    tasks.write("my_tasks.py", patch + TASKS)
+    tasks.queue()
+    done = drain(tasks)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"consumer.py: expected concurrency 1, or threads that {package} has not replaced by greenlets\n",
+    )
+    assert drain(tasks, concurrency=1).returncode == 0
+
+
 def test_good_jobs_complete_among_bad_ones_that_run_at_the_same_time(tasks):
     """PQUEUE_SOAK=10 for more. A bad job may also be ended by another one before it does its own harm."""
     chosen = random.Random(SOAK)

@@ -144,6 +144,7 @@ MUTANTS = [
     Mutant("code that a task has left behind does not stop its consumer", "test_misbehaviour.py: left_behind_is"),
     Mutant("a watchdog that a task has killed is started again", "test_misbehaviour.py: watchdog_that_a_task"),
     Mutant("a consumer that is never idle finds what tasks leave behind", "test_concurrency.py: never_idle", " or self._pauses()", ""),
+    Mutant("jobs run at the same time in threads of the operating system", "test_concurrency.py: greenlets_have", "package in GREENLETS", "False"),
     Mutant("a thread that has no memory to begin does not stop its consumer", "test_concurrency.py: no_memory_to_begin"),
     Mutant("a consumer that ends before it takes jobs is not reported as started", "test_supervisor.py: starts_a_consumer"),
     Mutant("the worker of a stopped keeper ends before its leases", "test_misbehaviour.py: stopped_keeper and patient"),
