@@ -44,7 +44,7 @@ from pqueue_tools.process import (
 )
 from pqueue_tools.record import MAX_CONCURRENCY
 from pqueue_tools.worker import Consumer as Consumer  # noqa: PLC0414 - for applications
-from pqueue_tools.worker import expect_imports, expect_modules
+from pqueue_tools.worker import expect_modules
 from pqueue_values import program_name, valid_name
 
 # The program ##########################################################################################################
@@ -90,8 +90,6 @@ def _expect_valid(options: argparse.Namespace) -> None:
     for name in options.queues or ():
         valid_name("queue", name)
     expect_modules(options.modules)
-    if options.modules and not pqueue.is_postgres() and not pqueue.sqlite_path().exists():
-        expect_imports(options.modules)
 
 
 def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:

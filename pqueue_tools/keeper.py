@@ -187,8 +187,8 @@ class Keeper:
         """Kill the worker if the block finds in the record what neither process writes."""
         try:
             yield
-            outcome, stops = self._fields[fields.OUTCOME], self._stops
-            if outcome in range(fields.BROKEN_BY_ONE + 1) and self._fields[fields.STOP] in (stops, stops + 1):
+            least, stops, outcome = self._stops, self._fields[fields.STOP], self._fields[fields.OUTCOME]
+            if outcome in range(fields.BROKEN_BY_ONE + 1) and least <= stops <= self._stops:  # signals may come here
                 return
         except (ArithmeticError, LookupError, ValueError):
             pass

@@ -720,24 +720,6 @@ def expect_modules(modules: list[str]) -> None:
             raise ValueError(f"cannot import {module!r}: {_import_error(missing)}")
 
 
-def expect_imports(modules: list[str]) -> None:
-    """Raise ValueError for a module that fails to be imported; a child process imports them."""
-    ours, its = os.pipe()
-    if not (pid := os.fork()):
-        try:
-            import_modules(modules)
-        except ValueError as error:
-            os.write(its, str(error).encode(errors="replace")[:4096])
-        finally:
-            os._exit(0)
-    os.close(its)
-    with os.fdopen(ours, "rb") as pipe:
-        text = pipe.read().decode(errors="replace")
-    os.waitpid(pid, 0)
-    if text:
-        raise ValueError(text)
-
-
 def import_modules(modules: list[str]) -> None:
     sys.path.insert(0, os.getcwd())
     for module in modules:
