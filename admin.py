@@ -649,9 +649,8 @@ def limit(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
     }
     limits = [text(given[name]) for name, text in texts.items() if given.get(name)]
     removed = [text for name, text in LIMITS.items() if name in given and not given[name]]
-    done = [f"limited to {', '.join(limits)}"] * bool(limits) + [f"has no limit of {' or '.join(removed)}"] * bool(
-        removed
-    )
+    done = [f"limited to {', '.join(limits)}"] if limits else []
+    done += [f"has no limit on {' or '.join(removed)}"] if removed else []
     return _set_queue(queue, options, lambda name: queue.limit(name, **given), " and ".join(done))
 
 

@@ -169,7 +169,7 @@ def _limit(queue: PersistentQInterface, form: Form, by: str | None) -> str:
     most = whole_number(0)(given) if given else None
     queue.limit(name, most, by=by)
     return f"queue {name} " + (
-        "has no limit of pending jobs" if most is None else f"limited to {report.count(most, 'pending job')}"
+        "has no limit on pending jobs" if most is None else f"limited to {report.count(most, 'pending job')}"
     )
 
 

@@ -15,7 +15,7 @@ from pqueue_files import is_stopped
 from pqueue_tasks import task_name
 from pqueue_tools import record as fields
 from pqueue_tools.process import log, log_completed
-from pqueue_tools.record import Record, Run, Slot
+from pqueue_tools.record import Record, Results, Run, Slot
 
 TICK_SECONDS = 0.05  # how often the running jobs are checked
 CHECK_SECONDS = 0.25  # how often the database is asked whether they still belong to this consumer
@@ -41,9 +41,7 @@ class Leases:
         self._lost: set[tuple[int, int]] = set()  # the runs whose lease was lost, by their keys
         self.has_released_late = False  # jobs that were taken back, when the worker may have looked for others
         self._number = 0  # of the run
-        self._taken: tuple[Run, dict[tuple[int, int], Any]] | None = (
-            None  # a run, and the results of what ran before it
-        )
+        self._taken: tuple[Run, Results] | None = None  # a run, and the results of what ran before it
         self._extended = self._checked = 0.0  # monotonic seconds
         self._errors: dict[str, str] = {}  # the last error of what does not work, which was logged
         self._beat_at = time.monotonic() + HEARTBEAT_SECONDS
@@ -134,7 +132,7 @@ class Leases:
             self.has_released_late = self.has_released_late or self.record.slots[0].run() != run
 
     def return_held(
-        self, results: dict[tuple[int, int], Any], running: Collection[tuple[int, int]], claim: int | None = None
+        self, results: Results, running: Collection[tuple[int, int]], claim: int | None = None
     ) -> dict[tuple[int, int], Job]:
         """Complete the held jobs that have results, and release the others but the running ones; return those.
 

@@ -47,6 +47,8 @@ MAX_CONCURRENCY = 1000  # slots
 RESULTS_BYTES = 1 << 18
 SETTLE_SECONDS = 0.001  # after which a write of one process is certainly visible to the other
 
+Results = dict[tuple[int, int], Any]  # of tasks, by job id and claim
+
 
 class Run(NamedTuple):
     """A run of a task. Limits are None if there are none; times are monotonic seconds."""
@@ -154,7 +156,7 @@ class Record:
     def clear_results(self) -> None:
         self.fields[STORED] = 0
 
-    def results(self) -> dict[tuple[int, int], Any]:
+    def results(self) -> Results:
         """Return the results by job id and claim."""
         found = {key: (kind, data) for key, kind, data in self._stored() if kind != self._ERROR}
         return {key: read_json(data.decode(errors="replace")) if kind else None for key, (kind, data) in found.items()}
@@ -176,7 +178,7 @@ class Record:
 
     # Taking back the jobs that wait behind a slow one, if there is one slot
 
-    def withdraw(self, run: Run) -> dict[tuple[int, int], Any] | None:
+    def withdraw(self, run: Run) -> Results | None:
         """Take over the jobs that the worker holds besides this run; return those with results, or None if it is over.
 
         The worker reads WITHDRAW after it has written RUN, and this reads RUN after it has written WITHDRAW, and has

@@ -674,13 +674,8 @@ HINTS = {  # what to write into a filter
 }
 
 
-RARE_FILTERS = (
-    "group",
-    "consumer",
-    "key",
-    "until",
-    "fingerprint",
-)  # which a phone, or Streamlit, does not show at first
+# Filters that a phone, or Streamlit, does not show at first
+RARE_FILTERS = ("group", "consumer", "key", "until", "fingerprint")
 
 
 def suggestions(figures: dict[str, Any]) -> dict[str, list[str]]:

@@ -149,7 +149,7 @@ def test_operator_reads_which_limit_a_job_waits_for(tmp_path):
     [
         (["limit", "default", "--running", "2"], "limited to 2 running jobs of each group"),
         (["limit", "default", "9", "--rate", "10/1m"], "limited to 9 pending jobs, 10 jobs of each group in 1 m"),
-        (["limit", "default", "--running", "none", "--rate", "none"], "has no limit of running jobs or the rate"),
+        (["limit", "default", "--running", "none", "--rate", "none"], "has no limit on running jobs or the rate"),
         (["weigh", "default", "a", "2.5"], "gives group a the weight 2.5"),
         (["enqueue", "t", "--group", "a"], "2"),
         (["change", "1", "--group", "b"], "changed"),
