@@ -526,7 +526,8 @@ def kill(*_: Any) -> None:
 def operation(request, template, place, monkeypatch):
     """Return an operation and what makes a fresh folder for it, by number."""
     if "newer schema" in request.param:
-        monkeypatch.setattr(pqueue_sqlite, "MIGRATIONS", [*pqueue_schema.MIGRATIONS, NEXT_MIGRATION])
+        for module in (pqueue_sqlite, pqueue_schema):
+            monkeypatch.setattr(module, "MIGRATIONS", [*module.MIGRATIONS, NEXT_MIGRATION])
 
     def folder(number: object) -> Path:
         path = place / request.node.name / str(number) / "queue.db"
