@@ -7066,6 +7066,18 @@ class Misuse(SQLiteCase):
             with self.assertRaisesRegex(QueueBusy, "^(?!.*in this thread)"):  # it may be any writer
                 other.enqueue("t")
 
+    def test_opening_that_fails_closes_its_files_before_its_error_is_handled(self):
+        self.open().close()
+        with self.sqlite() as connection:
+            connection.execute("PRAGMA user_version = 99")
+        before = held()
+        try:
+            self.open()
+        except SchemaMismatch:  # which refers to what was opened
+            self.assertEqual(held(), before)
+        else:
+            self.fail("expected SchemaMismatch")
+
     def test_queue_that_is_not_closed_leaves_no_lock_files_open(self):
         def lock_files():
             found = []

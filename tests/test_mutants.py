@@ -330,7 +330,7 @@ MUTANTS = [
     Mutant("an interrupted call is rolled back", "test_commit_points.py: fails and lost"),
     Mutant("a failed call releases the lock", "contract: while_the_lock_was_held"),
     Mutant("a queue that is not closed leaves no files open", "contract: not_closed_leaves", "os.close(file)", "pass"),
-    Mutant("a failed opening closes its files", "test_commit_points.py: fails and opening"),
+    Mutant("a failed opening closes its files", "contract: opening_that_fails_closes"),
     Mutant("a failed savepoint is rolled back", "contract: nested_transaction"),
     Mutant("transactions end in the order in which they nest", "contract: wrong_order"),
     Mutant("a signal handler cannot use the queue it interrupted", "contract: signal_handler"),

@@ -274,22 +274,27 @@ def test_thread_that_a_task_left_keeps_the_process_but_not_against_a_second_sign
     assert child.wait(PATIENCE_SECONDS) in (0, -signal.SIGTERM)
 
 
+@pytest.mark.parametrize("first", ["child", "parent"])
 @pytest.mark.parametrize("parent", ["ends", "closes"])
-def test_child_continues_safely_without_the_parent_that_opened_the_queue(place, parent):
+def test_child_continues_safely_without_the_parent_that_opened_the_queue(place, parent, first):
     """Another program then finds no lock of the parent's, and would take the log of a child that has none for old."""
     code = f"""
 import os, pqueue, subprocess, time
 queue = pqueue.open_queue()
 queue.enqueue("parent")
 come, go = os.pipe()
+back, forth = os.pipe()
 if child := os.fork():
     os.close(come)
+    os.read(back, 1) if {first!r} == "child" else None
     queue.close()
     os.write(go, b"!")
     os._exit(0 if {parent!r} == "ends" else os.waitpid(child, 0)[1])
 os.close(go)
+os.read(come, 1) if {first!r} == "parent" else None
 queue.enqueue("child")
-os.read(come, 1)
+os.write(forth, b"!")
+os.read(come, 1) if {first!r} == "child" else None
 os.read(come, 1) if {parent!r} == "ends" else None
 subprocess.run([sys.executable, "-c", {OPEN_AND_CLOSE!r}], check=True)
 queue.enqueue("child, later")
