@@ -240,8 +240,12 @@ class Consumer:
         if not finished and not limit:
             return []
         jobs = self._retry_while_busy(finished, call)
-        self.record.clear_results()
+        self._clear_results()
         return jobs
+
+    def _clear_results(self) -> None:
+        """Remove the results that are committed from the record."""
+        self.record.clear_results()
 
     def _retry_while_busy(self, held: list[tuple[Job, Any]], call: Callable[[], T]) -> T | None:
         """Repeat a call while the database is locked or full. Give up if stopped, or when the leases have expired."""

@@ -1042,6 +1042,22 @@ def test_consumer_in_a_thread_runs_jobs_at_the_same_time(place):
     assert [each.name for each in threading.enumerate() if each.name.startswith("pqueue-")] == []
 
 
+def test_result_or_error_that_a_thread_stores_is_not_removed_by_another(place, monkeypatch):
+    queue, clear, guarded = place.queue(), fields.Record.clear_results, []
+
+    def clear_results(record):
+        guarded.append(runner._adding.locked())
+        clear(record)
+
+    monkeypatch.setattr(fields.Record, "clear_results", clear_results)
+    with registered("quick", lambda job: None):
+        runner = Consumer(queue, "embedded", concurrency=2, drain=True)
+        queue.enqueue_many("quick", range(4))
+        runner.run()
+    assert runner.completed == 4
+    assert set(guarded) == {True}
+
+
 def test_async_job_for_whose_loop_the_system_has_no_thread_runs_at_its_next_attempt(place, monkeypatch):
     queue, start, refused = place.queue(), threading.Thread.start, []
 
