@@ -118,7 +118,6 @@ class ConcurrentConsumer(Consumer):
         self._asked = SimpleQueue[bool]()  # True: wait for jobs; False: end
         self._is_waiting = False  # for jobs
         self._may_find = True  # a claim may find jobs
-        self._adding = threading.Lock()  # of results to the record
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread: threading.Thread | None = None
         self._set_running_loop: Callable[[Any], object] = bool

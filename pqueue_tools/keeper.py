@@ -26,8 +26,8 @@ import pqueue
 import pqueue_tasks
 from pqueue import Job, LeaseLost, PersistentQInterface, QueueError
 from pqueue_files import is_stopped
-from pqueue_tools import concurrency as concurrency  # noqa: PLC0414 - now: when a later worker needs them, an upgrade
-from pqueue_tools import leftovers as leftovers  # noqa: PLC0414 - may have replaced their files by others
+from pqueue_tools import concurrency as concurrency  # noqa: PLC0414 - for workers: an upgrade may replace its file
+from pqueue_tools import leftovers as leftovers  # noqa: PLC0414 - likewise
 from pqueue_tools import processes, worker
 from pqueue_tools import record as fields
 from pqueue_tools.leases import DUMP_SIGNAL, INTERRUPT_SIGNAL, TICK_SECONDS, Leases, limit_error
@@ -210,10 +210,12 @@ class Keeper:
     def _fail_held(self, error: str) -> None:
         for job in self.queue.held_jobs(self.name):
             with suppress(LeaseLost):
-                state = self.queue.fail(job, error)
-                self.leases.failed += 1
-                by, attempt = self.name, job.attempts
-                log("failed", consumer=by, job=job.id, task=job.task, attempt=attempt, now=state, error=error)
+                self._fail(job, error)
+
+    def _fail(self, job: Job, error: str, trace: str = "", **options: Any) -> None:
+        state = self.queue.fail(job, f"{error}\n{trace}".rstrip(), **options)
+        self.leases.failed += 1
+        log("failed", consumer=self.name, job=job.id, task=job.task, attempt=job.attempts, now=state, error=error)
 
     def _count_runs(self) -> int:
         """Return how many tasks workers have begun to run."""
@@ -609,9 +611,7 @@ class Keeper:
             trace = trace or "\n".join(self._traceback(self.record.slots[number]))
         delay, retry = run.retry_in_seconds or pqueue.backoff_seconds(job.attempts), reason != fields.STOP_REQUESTED
         # guard: a job that kills its worker loses an attempt
-        state = self.queue.fail(job, f"{error}\n{trace}".rstrip(), retry=is_blamed and retry, retry_in_seconds=delay)
-        self.leases.failed += 1
-        log("failed", consumer=self.name, job=job.id, task=job.task, attempt=job.attempts, now=state, error=error)
+        self._fail(job, error, trace, retry=is_blamed and retry, retry_in_seconds=delay)
 
     def _error(self, run: Run, reason: int, blamed: int) -> str:
         """Return why the job ended with its worker, in one line. blamed: how many jobs may have ended it."""

@@ -10,6 +10,7 @@ import os
 import signal
 import sqlite3
 import sys
+import threading
 import time
 import traceback
 from argparse import Namespace
@@ -134,6 +135,7 @@ class Consumer:
         self.wake_keeper: Callable[[], object] = bool
         self._fields = self.record.fields
         self._slot = self.record.slots[0]
+        self._adding = threading.Lock()  # of results and errors to the record, by several threads
         self._waiting: deque[Job] = deque()
         self._finished: list[tuple[Job, Any]] = []
         self._known_limits: dict[str, tuple[float, float, pqueue.Task[..., Any] | None]] = {}  # by task
@@ -367,12 +369,13 @@ class Consumer:
             return
         self._must_end = True
         self._report_left(left, error=error)
-        results = self.record.results()
-        for slot in self.record.slots:
-            if (run := slot.run()) and run.key not in results:
-                self.record.add_error(*run.key, f"WorkerDied: the task's process could not use the database: {error}")
-        self._fields[fields.OUTCOME] = fields.BROKEN_BY_ONE
-        os._exit(1)
+        with self._adding:
+            results = self.record.results()
+            for slot in self.record.slots:
+                if (run := slot.run()) and run.key not in results:
+                    why = f"WorkerDied: the task's process could not use the database: {error}"
+                    self.record.add_error(*run.key, why)
+            self._break_off()
 
     def _run_coroutine(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run an async task in a separate event loop. An interrupt cancels it; a second one ends the loop."""

@@ -430,7 +430,7 @@ def judge(killer: str, folder: Path, *, is_whole: bool = False) -> subprocess.Co
         arguments = ["-m", "pytest", "-qx", f"tests/{file}", "-k", names]
     variables = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # the code of a mutant stays its own
     if not is_whole:
-        variables["PQUEUE_TEST_PATIENCE"] = "30"  # as it often waits in vain
+        variables["PQUEUE_TEST_PATIENCE"] = "30"  # what a mutant has broken may never happen
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
