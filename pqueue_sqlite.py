@@ -511,6 +511,8 @@ class PersistentQSQLite(PersistentQInterface):
             if found:
                 self._expect_database_file(found)
             self._expect_regular_files()
+            if found and not os.path.exists(f"{self.path}.d"):
+                self._expect_own_file()
             if not create and not (found and found.st_size):
                 raise no_queue(self.path)
             self.is_read_only = bool(found and is_on_read_only(self.path))
@@ -553,6 +555,16 @@ class PersistentQSQLite(PersistentQInterface):
             raise QueueError(
                 f"cannot use {self.path}: its log and locks are next to it, but it is mounted alone: mount its folder"
             )
+
+    def _expect_own_file(self) -> None:
+        """Refuse another program's file before a folder is created for it. What is in its log is not seen."""
+        try:
+            with closing(sqlite3.connect(f"{self.path.as_uri()}?mode=ro&immutable=1", uri=True)) as connection:
+                if not _is_dump(connection):
+                    _expect_ours(connection, self.path)
+        except sqlite3.Error as error:
+            if "not a database" in str(error):
+                raise self._error(error) from error
 
     def _expect_regular_files(self) -> None:
         for path in (Path(f"{self.path}{suffix}") for suffix in ("-wal", "-shm", "-journal")):
@@ -1174,18 +1186,22 @@ def _schema(*triggers: dict[str, str]) -> set[tuple[str, str, str]]:
         return set(model.execute(SCHEMA))
 
 
-def _adopt_dump(connection: sqlite3.Connection) -> None:
-    """Set the application id and the schema version of a queue restored from the output of .dump, which omits them."""
+def _is_dump(connection: sqlite3.Connection) -> bool:
+    """Return whether this is a queue restored from the output of .dump, which omits its application id and version."""
     marks = connection.execute("SELECT * FROM pragma_application_id, pragma_user_version").fetchone()
-    if marks == (0, 0) and _schema() <= set(connection.execute(SCHEMA)):
+    return bool(marks == (0, 0) and _schema() <= set(connection.execute(SCHEMA)))
+
+
+def _adopt_dump(connection: sqlite3.Connection) -> None:
+    if _is_dump(connection):
         connection.execute("BEGIN IMMEDIATE")
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         connection.execute("COMMIT")
 
 
-def schema_version(connection: sqlite3.Connection, path: Path) -> int:
-    """Return the schema version of a queue, 0 for an empty database. Raises SchemaMismatch for any other."""
+def _expect_ours(connection: sqlite3.Connection, path: Path) -> int:
+    """Return the version of a database that is a queue or empty."""
     owner, version, tables = connection.execute(
         "SELECT *, (SELECT count(*) FROM sqlite_master) FROM pragma_application_id, pragma_user_version"
     ).fetchone()
@@ -1193,6 +1209,12 @@ def schema_version(connection: sqlite3.Connection, path: Path) -> int:
     if owner != APPLICATION_ID and (owner or version or tables):
         instead = "choose another path, or let the queue create the file before the other program"
         raise SchemaMismatch(f"cannot use {path}: expected a queue, got another program's database; {instead}")
+    return cast(int, version)
+
+
+def schema_version(connection: sqlite3.Connection, path: Path) -> int:
+    """Return the schema version of a queue, 0 for an empty database. Raises SchemaMismatch for any other."""
+    version = _expect_ours(connection, path)
     expect_known(path, version)
     ours = connection.execute(OUR_TABLES).fetchall()
     # guard: a file without our tables is refused
@@ -1204,7 +1226,7 @@ def schema_version(connection: sqlite3.Connection, path: Path) -> int:
             f"cannot use {path}: it was created by a version before 0.1: finish its jobs with that version, "
             "then move the file away"
         )
-    return cast(int, version)
+    return version
 
 
 def _copy_database(

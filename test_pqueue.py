@@ -6341,6 +6341,9 @@ class Files(SQLiteCase):
         torn.write_bytes(b"garbage " + self.path.read_bytes()[8:])
         os.mkfifo(self.folder / "fifo")
         (self.folder / "loop").symlink_to("loop")
+        theirs = self.folder / "theirs.db"
+        with closing(sqlite3.connect(theirs)) as db:
+            db.execute("CREATE TABLE theirs (x)")
         before = set(self.folder.iterdir())
         for path, message in (
             (self.folder, "got a folder"),
@@ -6350,11 +6353,12 @@ class Files(SQLiteCase):
             (file / "below", "Not a directory|File exists"),
             (file, "expected an SQLite database, got another file"),
             (torn, "expected an SQLite database, got another file"),
+            (theirs, "got another program's database"),
         ):
             with self.subTest(path=path.name[:9]), self.assertRaisesRegex(QueueError, message) as caught:
                 open_queue(str(path))
             self.assertNotIn("\n", str(caught.exception))
-        self.assertLessEqual(set(self.folder.iterdir()) - before, {self.folder / "file.d", self.folder / "torn.d"})
+        self.assertEqual(set(self.folder.iterdir()), before)
 
     def test_unknown_durability_is_refused(self):
         with self.assertRaisesRegex(ValueError, "full or normal, got 'fast'"):
