@@ -353,9 +353,11 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
             return self._store_after(pqueue_schema.ENQUEUE_MANY, [row] if found else [], after, after_failed)
         if isinstance(keys, str) or not isinstance(keys, Sequence) or len(keys) != len(found):
             raise ValueError(f"expected a list of {len(found)} keys, one per payload, got {short(keys)}")
-        rows = [{**row, **_key_options(key, key_until, key_seconds, on_conflict, row["now"])} for key in keys]
-        for each, payload in zip(rows, found, strict=True):
-            each["payload"] = encode_json("payload", payload)
+        row |= _key_options("of each", key_until, key_seconds, on_conflict, row["now"])
+        rows = [
+            {**row, "key": valid_name("key", key), "payload": encode_json("payload", payload)}
+            for key, payload in zip(keys, found, strict=True)
+        ]
         return self._store_after(pqueue_schema.ENQUEUE, rows, after, after_failed)
 
     # Working
@@ -708,7 +710,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
 
         def due_in() -> float:
             at = self._read(pqueue_schema.NEXT_EVENT, params)[0][0]
-            left = math.inf if at is None else cast(float, at) - self._time(now)
+            left = (math.inf if at is None else cast(float, at)) - self._time(now)
             # guard: a schedule that cannot be fired here keeps no consumer awake
             return max(left, POLL_SECONDS) if self._is_unfit else left
 
@@ -790,6 +792,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         now: float | None = None,
     ) -> None:
         """Register, in a child forked for this, the consumer that its parent shares."""
+        now = self._time(now)
         me = shared.adopted(self._adopt_slot(shared.slot))
         self._announce(me, os.getppid(), queues, tasks, now)
         self._registry = {**self._registry, me.name: me}
@@ -809,8 +812,8 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
 
     def held_leases(self, consumer: str, job_ids: Iterable[int]) -> list[tuple[int, str]]:
         """Return the ids and lease tokens of those of the given jobs that this consumer of this object holds."""
-        me = self._registry.get(valid_name("consumer", consumer))
-        return self._read(pqueue_schema.LEASES, {"token": me.token, "ids": json.dumps(list(job_ids))}) if me else []
+        me, ids = self._registry.get(valid_name("consumer", consumer)), valid_list("job ids", job_ids)
+        return self._read(pqueue_schema.LEASES, {"token": me.token, "ids": json.dumps(ids)}) if me else []
 
     def holds(self, job: Job) -> bool:
         """Return whether this delivery still holds the job's lease; unlike `extend`, this writes nothing."""
@@ -902,8 +905,9 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
 
         The next dequeue registers it again. Does nothing if this object has no consumer of this name.
         """
+        at = None if now is None else self._time(now)
         if me := self._registry.get(valid_name("consumer", consumer)):
-            self._unregister([me], now)
+            self._unregister([me], at)
 
     def _unregister(self, leaving: Sequence[Registration], now: float | None = None) -> None:
         # guard: a child leaves its consumer registered

@@ -66,6 +66,7 @@ class Handling(Backend):
 
     def declare_handlers(self, tasks: Iterable[Task[..., Any]], *, now: float | None = None) -> None:
         """Save the handlers that `@task` gives to these tasks; delete those that their tasks gave before."""
+        now = self._time(now)
         known, saved = {f"task:{each.name}": each.on_failed for each in tasks}, self.handlers()
         for name, handler in known.items():
             if saved.get(name) != handler:

@@ -27,7 +27,7 @@ from pqueue_schema import (
     STATES_OF,
     UNLESS_HELD,
 )
-from pqueue_values import MAX_ID, InvalidTransition, Job, Params, QueueError, command_line, operator_name
+from pqueue_values import MAX_ID, InvalidTransition, Job, Params, QueueError, command_line, operator_name, valid_list
 
 # A move is marked in history by a row with job_id 0 and JSON in `error`. In the source: 'moving' while it waits for
 # running jobs, then 'moved', with {"token", "to"}; `attempt` is the number of calls of `finish_move`. In the target:
@@ -216,7 +216,7 @@ class Moving(Operating):
 
     def expect_other_tables(self, names: Sequence[str]) -> None:
         """Raise QueueError unless these are exactly the `other_tables`."""
-        others = self.other_tables()
+        others, names = self.other_tables(), valid_list("tables", names)
         if left := sorted(set(others) - set(names)):
             raise QueueError(
                 f"cannot move: {', '.join(left)} would stay behind; copy what you need, and give "

@@ -196,7 +196,7 @@ class Operating(Grouping, Depending, Counting):
         of the newest one deleted.
         """
         ids = None if job_ids is None else [valid_id(job_id) for job_id in valid_list("job ids", job_ids)]
-        params = {"ids": json.dumps(ids)}
+        params, now = {"ids": json.dumps(ids)}, self._time(now)
         with self.exclusive(ids), self._transaction() as session:
             # guard: a job that is deleted was counted
             self._count_new(session)
@@ -336,7 +336,7 @@ class Operating(Grouping, Depending, Counting):
         The filters are those of `list_jobs`, of which one at least is needed. The jobs are changed in short
         transactions, so as not to block other writers: an error such as QueueFull does not undo earlier ones.
         """
-        now = self._time(now)
+        now, by = self._time(now), actor(by)
         times = spread(now + duration("delay_seconds", delay_seconds), rate)
 
         def again(job_id: int) -> None:
@@ -346,8 +346,8 @@ class Operating(Grouping, Depending, Counting):
 
     def run_now_where(self, *, by: str | None = None, now: float | None = None, **filters: Unpack[Matching]) -> Changed:
         """Do what `run_now` does with all jobs that match, as `resubmit_where` does."""
-        at = self._time(now)  # one time for all, by which they are one operation
-        return self.act_where(lambda job_id: self.run_now(job_id, by=by, now=at), **filters)
+        at, who = self._time(now), actor(by)  # one time for all, by which they are one operation
+        return self.act_where(lambda job_id: self.run_now(job_id, by=who, now=at), **filters)
 
     def mark_failed_where(
         self,
@@ -358,13 +358,13 @@ class Operating(Grouping, Depending, Counting):
         **filters: Unpack[Matching],
     ) -> Changed:
         """Do what `mark_failed` does with all jobs that match, as `resubmit_where` does."""
-        at = self._time(now)
-        return self.act_where(lambda job_id: self.mark_failed(job_id, error, by=by, now=at), **filters)
+        at, who, text = self._time(now), actor(by), error_text(error)
+        return self.act_where(lambda job_id: self.mark_failed(job_id, text, by=who, now=at), **filters)
 
     def cancel_where(self, *, by: str | None = None, now: float | None = None, **filters: Unpack[Matching]) -> Changed:
         """Do what `cancel` does with all jobs that match, as `resubmit_where` does."""
-        at = self._time(now)
-        return self.act_where(lambda job_id: self.cancel(job_id, by=by, now=at), **filters)
+        at, who = self._time(now), actor(by)
+        return self.act_where(lambda job_id: self.cancel(job_id, by=who, now=at), **filters)
 
     def delete_where(self, **filters: Unpack[Matching]) -> Changed:
         """Delete all jobs that match, and their history, as `resubmit_where` does; those `processing` are refused."""

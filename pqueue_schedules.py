@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from pqueue_backend import Backend, Session
 from pqueue_cron import due_times, timing, valid_times
 from pqueue_schema import COLUMN_OF, MOVES, ROOM
-from pqueue_tasks import Task, place, without_metadata
+from pqueue_tasks import Task, actor, place, without_metadata
 from pqueue_values import JobId, Params, QueueError, QueueFull, above_0, encode_json, read_json, valid_name
 
 MAX_FIRED = 100  # schedules, and times of one of them, per dequeue
@@ -142,7 +142,7 @@ class Scheduling(Backend):
 
         Raises ValueError for a task that cannot be called without arguments.
         """
-        known = {task.name: task for task in tasks}
+        known, now = {task.name: task for task in tasks}, self._time(now)
         for task in known.values():
             if task.schedule:
                 values = _definition(task.name, task, _no_arguments(task), None, None, task.schedule, "task")
@@ -168,6 +168,7 @@ class Scheduling(Backend):
 
     def unschedule(self, name: str, *, by: str | None = None, now: float | None = None) -> bool:
         """Delete a schedule; return whether there was one. Jobs that it has enqueued stay."""
+        now, by = self._time(now), actor(by)
         with self._transaction() as session:
             deleted = session.change(DELETE_SCHEDULE, {"name": valid_name("schedule", name)}) > 0
             if deleted:
@@ -183,11 +184,12 @@ class Scheduling(Backend):
         self._set_schedule_paused(name, 0, f"resumed schedule {name}", by, now)
 
     def _set_schedule_paused(self, name: str, paused: int, event: str, by: str | None, now: float | None) -> None:
+        now, by = self._time(now), actor(by)
         with self._transaction() as session:
             rows = session.run(SCHEDULE_NAMED, {"name": valid_name("schedule", name)})
             if not rows:
                 raise QueueError(f"cannot find schedule {name!r}: expected one of schedules()")
-            found, now, next_at = _schedule(rows[0]), self._time(now), None
+            found, next_at = _schedule(rows[0]), None
             if not paused:
                 first = timing(found.cron, found.zone, found.every_seconds).next(now)
                 next_at = min(found.next_at, first)  # it is later if a clock was set back

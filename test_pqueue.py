@@ -3105,6 +3105,42 @@ class QueueContract:
                             faults.append((name, each.name, str(number)[:30], repr(error)))
         self.assertFalse(faults, "\n".join(map(str, faults)))
 
+    def test_argument_of_another_kind_is_refused_by_every_method_though_nothing_matches(self):
+        known: dict[str, object] = {"job_id": 9, "error": "no", "limit": 1, "payloads": [], "weight": 1, "thread": 1}
+        known |= {"task": "t", "consumer": "w", "queue": "q", "name": "s", "group": "g", "event": "e", "names": []}
+        known |= {"finished": [], "tasks": [], "filters": pqueue.Filters(task="t"), "target": self.queue, "to": "x"}
+        known |= {"job": self.taken(), "jobs": [], "shared": self.queue.share("adopted"), "now": self.queue.now()}
+        known |= {"job_ids": [], "older_than_seconds": 1, "since": 1.0, "max_attempts": 1, "timeout_seconds": 1}
+        more = {"change": {"priority": 1}, "keep": {"completed": 1}, "limit": {"max_pending": 1}}
+        more |= {"schedule": {"cron": "@daily"}, "enqueue": {"key": "k"}, "enqueue_many": {"keys": []}}
+        internal = r"_|.*move|is_locked_by|search_jobs|reserve_connections|uses_database"
+        self.queue.delete_jobs(force=True)
+        tried, faults = set(), []
+        for name, method in inspect.getmembers(type(self.queue), inspect.isfunction):
+            parameters = [] if re.match(internal, name) else list(inspect.signature(method).parameters.values())[1:]
+            needed = [each.name for each in parameters if each.default is each.empty and each.kind != each.VAR_KEYWORD]
+            given = {each: known.get(each) for each in needed} | more.get(name, {})
+            if name.endswith("_where"):
+                given["task"] = "t"
+            for each in parameters:
+                if each.name == "every_seconds" or not re.match(
+                    r"(str|float|int|Sequence\[|Iterable\[int)(?! \| os)", str(each.annotation)
+                ):
+                    continue
+                tried.add(each.name)
+                try:
+                    finish(method(self.queue, **{**given, each.name: object()}))
+                except ValueError as error:
+                    if re.search("^expected [^\n]*got <object object", str(error)):
+                        continue
+                    faults.append((name, each.name, repr(error)))
+                except Exception as error:
+                    faults.append((name, each.name, repr(error)))
+                else:
+                    faults.append((name, each.name, "accepted"))
+        self.assertFalse(faults, "\n".join(map(str, faults)))
+        self.assertLess({"by", "now", "error", "queue", "queues", "job_ids", "delay_seconds"}, tried)
+
     def test_long_error_is_cut_and_a_broken_one_is_made_storable(self):
         job = self.taken()
         self.queue.fail(job, "\ud800\0" + "x" * 20_000, retry=False)
