@@ -560,7 +560,7 @@ def assign_job(queue: PersistentQInterface, options: argparse.Namespace) -> Comm
     running = f"take job {job.id} from {job.consumer}, which runs it, and assign it"
     if job.state == "processing" and not agreed(options, running):
         return CommandResult(text="nothing done", code=1)
-    if options.consumer and options.consumer not in {each["name"] for each in queue.consumers()}:
+    if options.consumer and options.consumer not in {each["name"] for each in queue.consumers(job_ids=False)}:
         print_error("admin", f"note: no consumer named {options.consumer!r} has connected yet")
     with queue.exclusive([job.id]):
         now = queue.get(job.id)
@@ -1002,7 +1002,8 @@ def doctor(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
     facts, stats = queue.check(), queue.stats()
     found = findings(queue, stats=stats, facts=facts, processes=supervisor.known_processes())
     del facts["problems"]
-    facts |= {"consumers_alive": sum(1 for each in queue.consumers() if each["state"] == "running")}
+    running = [each for each in queue.consumers(job_ids=False) if each["state"] == "running"]
+    facts |= {"consumers_alive": len(running)}
     facts |= {"oldest_pending_at": oldest_pending(stats)}
     kept = queue.retention()
     facts |= {"finished_jobs": sum(stats["states"][state] for state in pqueue.FINISHED)}
@@ -1085,12 +1086,13 @@ def _known_values(metavar: str) -> Iterable[str]:
         if metavar == "SCHEDULE":
             return [each.name for each in queue.schedules()]
         if metavar in ("CONSUMER", "CONSUMER_ID"):
-            return {each["name"] for each in queue.consumers()}
+            return {each["name"] for each in queue.consumers(job_ids=False)}
         if metavar in ("TASK", "JOB_ID"):
             jobs = queue.list_jobs(limit=JOBS_COMPLETED, excerpt=0)
             if metavar == "JOB_ID":
                 return [str(job.id) for job in jobs]
-            return {job.task for job in jobs} | {task for each in queue.consumers() for task in each["tasks"] or ()}
+            consumers = queue.consumers(job_ids=False)
+            return {job.task for job in jobs} | {task for each in consumers for task in each["tasks"] or ()}
     return ()
 
 

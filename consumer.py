@@ -128,7 +128,7 @@ def _report_unknown_queues(queue: PersistentQInterface, options: argparse.Namesp
 def _report_unknown_tasks(queue: PersistentQInterface, options: argparse.Namespace) -> None:
     """Log which pending jobs a drain has left because it does not know their tasks."""
     with suppress(QueueError, ValueError):  # the rows of consumers may be damaged
-        last = next((each for each in queue.consumers() if each["name"] == options.name), None)
+        last = next((each for each in queue.consumers(job_ids=False) if each["name"] == options.name), None)
         known = set(last["tasks"] or ()) if last else set()
         served = {task for name, task in queue.pending_tasks() if options.queues is None or name in options.queues}
         if unknown := ",".join(sorted(served - known)):

@@ -81,7 +81,7 @@ def _act(options: argparse.Namespace) -> None:
 def has_registered(pid: int) -> bool:
     """Return whether a consumer that runs as this process on this machine takes jobs from the queue, if it is found."""
     with suppress(QueueError, ValueError), open_queue(create=False) as queue:
-        here = [each for each in queue.consumers() if each["host"] == socket.gethostname()]
+        here = [each for each in queue.consumers(job_ids=False) if each["host"] == socket.gethostname()]
         return any((each["pid"], each["state"]) == (pid, "running") for each in here)
     return False
 

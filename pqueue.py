@@ -671,12 +671,13 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
 
     # Consumers
 
-    def consumers(self) -> list[dict[str, Any]]:
+    def consumers(self, *, job_ids: bool = True) -> list[dict[str, Any]]:
         """Return the consumers, most recently started first, including ended ones until `prune` deletes them.
 
         Each is a dict: "name", "token", "host", "pid"; "queues" and "tasks" that it serves and knows, lists (None:
         all); "started_at" and "last_seen_at", Unix seconds; "state": running, stopped or dead; "completed" jobs and
-        "failed" attempts, as of its last heartbeat; "job_ids", a list of the jobs it holds.
+        "failed" attempts, as of its last heartbeat; "job_ids", a list of the jobs it holds, unless job_ids is False:
+        to find these, all `processing` jobs are read.
         """
         columns = "name, token, host, pid, slot, queues, tasks, started_at, last_seen_at, state, completed, failed"
         found = self._dicts(columns, f"SELECT {columns} FROM consumers ORDER BY id DESC", {})
@@ -687,6 +688,8 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
             if each["state"] == "running" and each["token"] not in own_tokens and not self._is_alive(each["slot"]):
                 each["state"] = "dead"
             del each["slot"]
+        if not job_ids:
+            return found
         held: dict[str, list[int]] = {}  # read last: a dead consumer still holds its jobs
         for job_id, token in self._read("SELECT id, lease_token FROM jobs WHERE state = 'processing'"):
             held.setdefault(token[:16], []).append(job_id)

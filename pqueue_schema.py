@@ -805,6 +805,9 @@ UNFINISHED_IDS = " UNION ALL ".join(
 PENDING_TASKS = """
 SELECT queue, task, count(*) FROM jobs WHERE state = 'pending' AND assigned_to IS NULL GROUP BY queue, task"""
 
+# Count the leases that ran out before :before.
+EXPIRED_LEASES = "SELECT count(*) FROM jobs WHERE state = 'processing' AND lease_expires_at < :before"
+
 # Return what PENDING_TASKS does, of the queues where a job was due before :before and none was started or ended since.
 # Of the events, the last 100 suffice: an attempt that failed and is repeated is among them, if only such end.
 STALLED = f"""

@@ -14,6 +14,7 @@ from pqueue_schema import (
     COLUMN_OF,
     COLUMNS,
     COUNTS,
+    EXPIRED_LEASES,
     FAILURE_CHARS,
     FAILURES,
     INDEXED,
@@ -144,6 +145,10 @@ class Reading(Backend):
         started or finished, since this time, in Unix seconds."""
         rows = self._read(STALLED, {"before": finite("since", since)})
         return {(queue, name): jobs for queue, name, jobs in rows}
+
+    def count_expired(self, before: float) -> int:
+        """Return how many `processing` jobs have a lease that ran out before this time, in Unix seconds."""
+        return cast(int, self._read(EXPIRED_LEASES, {"before": finite("before", before)})[0][0])
 
     def failures(self, *, now: float | None = None) -> list[dict[str, Any]]:
         """Return the failed jobs grouped by task and `fingerprint` of the error, the last to fail first.

@@ -4027,6 +4027,15 @@ class QueueContract:
         ended = dict.fromkeys([("begun", "t"), ("done", "t"), ("failed", "t"), ("again", "t")], 1)
         self.assertEqual(queue.stalled(121), {**idle, **ended})
 
+    def test_leases_that_ran_out_are_counted(self):
+        self.queue.enqueue_many("t", range(3))
+        for seconds in (10, 20, 30):
+            self.queue.dequeue("w", lease_seconds=seconds, now=NOW)
+        counts = [self.queue.count_expired(NOW + seconds) for seconds in (10, 11, 21, 31)]
+        self.assertEqual(counts, [0, 1, 2, 3])
+        consumers = [each.keys() for each in self.queue.consumers(job_ids=False)]
+        self.assertEqual(consumers, [each.keys() - {"job_ids"} for each in self.queue.consumers()])
+
     def test_operator_sees_failures_grouped_by_task_and_error(self):
         for task, error in [("a", "ValueError: x\n  line 1"), ("a", "ValueError: x\n  line 2"), ("b", "ValueError: x")]:
             self.queue.enqueue(task)

@@ -990,6 +990,11 @@ SELECT id FROM pqueue.jobs WHERE state = 'waiting' UNION ALL SELECT id FROM pque
 -- Count the pending jobs that are not assigned by queue and task.
 SELECT queue, task, count(*) FROM pqueue.jobs WHERE state = 'pending' AND assigned_to IS NULL GROUP BY queue, task;
 
+-- EXPIRED_LEASES
+-- Count the leases that ran out before :before.
+-- $1 before
+SELECT count(*) FROM pqueue.jobs WHERE state = 'processing' AND lease_expires_at < $1;
+
 -- STALLED
 -- Return what PENDING_TASKS does, of the queues where a job was due before :before and none was started or ended since.
 -- Of the events, the last 100 suffice: an attempt that failed and is repeated is among them, if only such end.

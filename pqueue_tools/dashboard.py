@@ -392,7 +392,7 @@ def _overview(queue: PersistentQInterface) -> dict[str, Any]:
         "path": facts["path"],
         "per_minute": report.per_minute(minutes),
         "oldest_pending_at": report.oldest_pending(stats),
-        "alive": sum(1 for each in queue.consumers() if each["state"] == "running"),
+        "alive": sum(1 for each in queue.consumers(job_ids=False) if each["state"] == "running"),
         "wal_bytes": facts.get("wal_bytes"),
         "findings": report.findings(queue, now, stats=stats, facts=facts),
         "wait": percentiles(recent.wait),

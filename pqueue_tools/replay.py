@@ -43,8 +43,19 @@ NEW = (
     *("max_attempts", "key", "assigned_to", "meta"),
 )
 READS = {  # methods of a queue whose calls by the task the report does not list
-    *("aresult", "check", "consumers", "count_groups", "count_jobs", "dependencies", "expectations", "failures", "get"),
-    *("handlers", "has_moved_to", "held_jobs", "held_leases", "history", "holds", "is_partial_copy", "limits"),
+    *("aresult", "check", "consumers", "count_expired", "count_groups", "count_jobs", "dependencies", "expectations"),
+    *(
+        "failures",
+        "get",
+        "handlers",
+        "has_moved_to",
+        "held_jobs",
+        "held_leases",
+        "history",
+        "holds",
+        "is_partial_copy",
+        "limits",
+    ),
     *("list_jobs", "move_status", "next_due", "now", "operations", "other_tables", "outcomes", "peek", "pending_tasks"),
     *("result", "retention", "schedules", "search_jobs", "stalled", "stats", "unfinished_payloads", "uses_database"),
     *("wait",),

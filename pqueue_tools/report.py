@@ -82,12 +82,12 @@ def findings(
     now = queue.now() if now is None else now
     stats = queue.stats() if stats is None else stats
     facts = queue.check(thorough=False) if facts is None else facts
-    consumers = queue.consumers()
+    consumers = queue.consumers(job_ids=False)
     alive = [each for each in consumers if each["state"] == "running"]
     found = [
         *(Finding("critical", sentence) for sentence in facts["problems"]),
         *program_findings(processes),
-        *_lost_jobs(consumers),
+        *_lost_jobs(queue, consumers),
         *_no_consumers(stats, consumers, alive, now),
         *_unserved_queues(stats, alive),
         *_unknown_tasks(queue, stats, alive),
@@ -135,9 +135,11 @@ def _ended_programs(processes: list[dict[str, Any]]) -> Iterator[Finding]:
             yield Finding("warning", text, "read its log", "consumers")
 
 
-def _lost_jobs(consumers: list[dict[str, Any]]) -> Iterator[Finding]:
-    """Report the consumers that ended with jobs, all in one finding."""
-    ended = [each for each in consumers if each["state"] != "running" and each["job_ids"]]
+def _lost_jobs(queue: PersistentQInterface, consumers: list[dict[str, Any]]) -> Iterator[Finding]:
+    """Report the consumers that ended with jobs, all in one finding. Those that stopped returned their jobs."""
+    some_died = any(each["state"] == "dead" for each in consumers)
+    holders = [each for each in queue.consumers() if each["job_ids"]] if some_died else []
+    ended = [each for each in holders if each["state"] != "running"]
     held = count(sum(len(each["job_ids"]) for each in ended), "job")
     again = "a live consumer takes them back"
     if len(ended) == 1:
@@ -205,11 +207,13 @@ def _stalled_queues(
 ) -> Iterator[Finding]:
     """Report queues that make no progress although jobs are due that an idle consumer should run."""
     before = now - STALL_SECONDS
-    idle = [each for each in alive if not each["job_ids"]]
     waiting = [name for name, each in stats["queues"].items() if not each["paused"] and _is_due(each, before)]
     jobs: dict[str, int] = {}
     names: dict[str, str] = {}
-    for (name, task), number in queue.stalled(before).items() if idle and waiting else ():
+    stalled = queue.stalled(before) if alive and waiting else {}
+    busy = {each["token"] for each in queue.consumers() if each["job_ids"]} if stalled else set()
+    idle = [each for each in alive if each["token"] not in busy]
+    for (name, task), number in stalled.items():
         free = [each["name"] for each in idle if _serves(each, name) and _knows(each, task)]
         if free and name in waiting:
             jobs[name], names[name] = jobs.get(name, 0) + number, free[0]
@@ -290,8 +294,7 @@ def _failing_task(each: Outcomes, severity: str, seconds: float) -> Finding:
 
 
 def _expired_leases(queue: PersistentQInterface, now: float) -> Iterator[Finding]:
-    jobs = queue.list_jobs(state="processing", limit=10_000, excerpt=0)
-    if expired := sum(1 for job in jobs if (job.lease_expires_at or now) < now - LATE_SECONDS):
+    if expired := queue.count_expired(now - LATE_SECONDS):
         text = f"{count(expired, 'lease')} ran out and no consumer took the jobs back"
         yield Finding("critical", text, f"run {command_line('consumer')}", "processing")
 
@@ -530,7 +533,7 @@ def _why_finished(job: Job, now: float) -> str:
 def _why_processing(queue: PersistentQInterface, job: Job, now: float) -> str:
     expires = job.lease_expires_at or now
     token = (job.lease_token or "").split(".")[0]
-    if not any(each["token"] == token and each["state"] == "running" for each in queue.consumers()):
+    if not any(each["token"] == token and each["state"] == "running" for each in queue.consumers(job_ids=False)):
         return f"its consumer {job.consumer} is not alive; any live consumer takes it back at once"
     if expires < now:
         return f"its lease, held by {job.consumer}, ran out {ago(expires, now)}; any live consumer takes it back"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import pty
@@ -691,9 +692,9 @@ def test_operator_takes_no_running_job_over_unasked(queue, run, monkeypatch):
     job_id = queue.enqueue("t")
     look = type(queue).consumers
 
-    def taken_meanwhile(self):
+    def taken_meanwhile(self, **options):
         queue.dequeue("anna")
-        return look(self)
+        return look(self, **options)
 
     monkeypatch.setattr(type(queue), "consumers", taken_meanwhile)
     code, _, err = run("assign-job", job_id, "anna")
@@ -870,9 +871,27 @@ def test_doctor_finds_that_all_consumers_have_died(queue):
     assert report.findings(queue) == []
 
 
+def test_doctor_takes_as_many_steps_among_many_processing_jobs(queue):
+    """To find those of one consumer, all are read."""
+    queue.dequeue("w")
+    steps = []
+    for number in (1, 4_000):
+        queue.enqueue_many("t", range(number))
+        while queue.dequeue_many("w", 128):
+            pass
+        stats, facts = queue.stats(), queue.check(thorough=False)
+        counted = itertools.count()
+        with queue.transaction() as db:
+            db.set_progress_handler(lambda counted=counted: next(counted) and 0, 10)
+            assert report.findings(queue, stats=stats, facts=facts) == []
+            db.set_progress_handler(None, 0)
+        steps.append(next(counted))
+    assert steps[1] < 1.2 * steps[0] + 10
+
+
 def test_doctor_combines_consumers_that_ended_with_jobs(queue, monkeypatch):
     each = {"state": "dead", "job_ids": [1, 2], "last_seen_at": time.time(), "queues": None}
-    monkeypatch.setattr(queue, "consumers", lambda: [{**each, "name": name} for name in "abcde"])
+    monkeypatch.setattr(queue, "consumers", lambda **_: [{**each, "name": name} for name in "abcde"])
     texts = [each.text for each in report.findings(queue)]
     assert "5 consumers ended and hold 10 jobs (a, b, c …)" in texts
     assert len(texts) == 2

@@ -20,6 +20,7 @@ del (
     test_doctor_finds_a_dead_consumer_that_holds_jobs,  # noqa: F821 - known half a second later
     test_doctor_finds_a_log_that_a_reader_keeps_from_shrinking,  # noqa: F821
     test_doctor_reports_each_problem,  # noqa: F821
+    test_doctor_takes_as_many_steps_among_many_processing_jobs,  # noqa: F821 - see test_postgres_plans.py
     test_doctor_says_how_to_shrink_a_file_that_is_mostly_free,  # noqa: F821
     test_doctor_says_when_jobs_that_are_kept_for_ever_fill_the_disk,  # noqa: F821
     test_torture_finds_a_queue_without_its_token_guard,  # noqa: F821

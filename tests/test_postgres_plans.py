@@ -12,8 +12,10 @@ from test_postgres import database, explain, server  # noqa: F401 - fixtures
 import pqueue
 import pqueue_groups
 import pqueue_postgres
+import pqueue_schema
 from pqueue import InvalidTransition
 from pqueue_sqlalchemy import PostgresSession
+from pqueue_tools import report
 
 ROWS = 8_000  # in each table that grows; a verb may look at a small part of them
 MOST = 400
@@ -81,6 +83,13 @@ def work(queue):
     queue.prune(1e6)
 
 
+PROCESSING = f"""
+INSERT INTO pqueue.jobs (queue, task, payload, state, priority, run_at, attempts, max_attempts, created_at, started_at,
+    consumer, lease_token, lease_expires_at)
+SELECT 'q0', 't0', 'null', 'processing', 0, 0, 1, 5, 0, 0, 'other', 'other00000000000.' || n, 4e9
+FROM generate_series(1, {ROWS}) n"""
+
+
 def operate(queue, name):
     """Do what an operator does with one job, queue or group."""
     parents = [queue.enqueue("t0", queue="q1", key=f"{name} {number}") for number in range(2)]
@@ -120,6 +129,28 @@ def operate(queue, name):
     queue.move_status()
     queue.check(thorough=False)
     queue.leave("w")
+
+
+def test_doctor_reads_no_processing_jobs_while_nothing_is_wrong(database, monkeypatch):  # noqa: F811
+    """To find those of one consumer, all are read."""
+    recorded, execute = {}, PostgresSession._execute
+
+    def record(session, sql, params, read):
+        recorded.setdefault(sql, dict(params))
+        return execute(session, sql, params, read)
+
+    with closing(pqueue.open_queue(database)) as queue, psycopg.connect(database, autocommit=True) as admin:
+        queue.enqueue("t0", queue="q0")
+        assert queue.dequeue("w")
+        admin.execute(PROCESSING)
+        known = {"stats": queue.stats(), "facts": queue.check(thorough=False)}
+        monkeypatch.setattr(PostgresSession, "_execute", record)
+        assert report.findings(queue, **known) == []
+        queue.consumers(job_ids=False)
+        monkeypatch.undo()
+        assert pqueue_schema.EXPIRED_LEASES in recorded
+        del recorded[pqueue_schema.RETENTION]
+        assert {sql for sql, params in recorded.items() if explain(queue, sql, params, "ANALYZE,")[0] > MOST} == set()
 
 
 @pytest.mark.parametrize(
