@@ -204,7 +204,7 @@ PASSING = re.compile(
 LASTING = re.compile(
     r"SSL|certificate|GSS|password|authentication|pg_hba|invalid|bad value|unrecognized|unsupported|not supported"
     r"|[Pp]ermission denied|could not parse|not permitted|not currently accepting|definition of service|channel binding"
-    r'|(database|role|user) ".*" does not exist|service file|could not access file'
+    r'|(database|role|user) ".*" does not exist|service file|could not access file|no such (database|user)|config error'
 )
 
 
@@ -230,7 +230,10 @@ def connection_error(name: str, error: psycopg.Error) -> QueueError:
         if "password authentication failed" in text:
             return QueueError(f"cannot open {name}: user or password refused: {text}")
         return QueueError(f"cannot open {name}: {text}")
-    is_full = all(re.search("too many (clients|connections)|slots are reserved", each) for each in without_names)
+    is_full = all(
+        re.search("too many (clients|connections)|slots are reserved|no more connections", each)
+        for each in without_names
+    )
     return (NoConnection if is_full else QueueBusy)(f"cannot reach {name}: {text}")
 
 

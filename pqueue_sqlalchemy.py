@@ -107,7 +107,8 @@ BEGIN_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 # A commit fails if the server's NOTIFY queue has no room.
 IF_ROOM = "WHERE pg_notification_queue_usage() < 0.9"
 SLOW_COMMIT_SECONDS = 0.002  # much longer than a round trip
-LASTING_STATES = ("534", "54", "55")  # how SQLSTATE begins: limits of the settings or the server, a state of a table
+# How SQLSTATE begins: limits of the settings or the server, a state of a table, an error of the disk
+LASTING_STATES = ("534", "54", "55", "58")
 # A prepared statement is invalid: its table was altered, or the application deallocated it.
 PLAN_LOST = (psycopg.errors.FeatureNotSupported, psycopg.errors.InvalidSqlStatementName)
 
@@ -193,7 +194,7 @@ class PostgresSession(Session):
             return self.run(sql, params)
 
     def change_many(self, sql: str, rows: list[Params]) -> None:
-        with self._queue._db_errors():
+        with self._queue._db_errors(self):
             link = self._link or self._begin_now()
             text, names = translated(sql, self._queue.schema)
             with link.built_ins_first() if self.for_application else nullcontext():
@@ -203,7 +204,7 @@ class PostgresSession(Session):
         """Execute a statement and return what `read` reads from the cursor."""
         text, names = translated(sql, self._queue.schema)
         values = [params[name] for name in names]
-        with self._queue._db_errors():
+        with self._queue._db_errors(self):
             if self._link is not None:
                 return self._execute_next(self._link, text, values, read)
             run = self._execute_first if self.depth else self._execute_alone
@@ -533,6 +534,10 @@ class OnPostgres(PersistentQSQLAlchemy):
             connection.info.backend_pid,
         )
         connection.prepare_threshold = None if self.pooled else 3
+        if self.pooled:  # not in a pipeline, which would hide the answer of a pooler that forbids it
+            with self._db_errors():
+                connection.execute("BEGIN")
+                connection.execute("ROLLBACK")
         self._settings = Settings(self.durability, self._milliseconds, connection.info.server_version)
         if self._is_open:  # another program may have migrated the tables while the connection was lost
             with ExitStack() as undo:
@@ -603,13 +608,13 @@ class OnPostgres(PersistentQSQLAlchemy):
             session.change("INSERT INTO version VALUES (:number)", {"number": len(pqueue_schema.MIGRATIONS)})
 
     @contextmanager
-    def _db_errors(self) -> Iterator[None]:
+    def _db_errors(self, session: PostgresSession | None = None) -> Iterator[None]:
         try:
             yield
         except (exc.SQLAlchemyError, psycopg.Error) as error:
-            raise self._error(error) from error
+            raise self._error(error, session) from error
 
-    def _error(self, error: Exception) -> QueueError:  # noqa: PLR0911
+    def _error(self, error: Exception, session: PostgresSession | None) -> QueueError:  # noqa: PLR0911
         original: Any = getattr(error, "orig", None) or error
         state = getattr(original, "sqlstate", None) or ""
         lines = str(original).strip().split("\n")
@@ -627,12 +632,18 @@ class OnPostgres(PersistentQSQLAlchemy):
         if state == "25006":
             return QueueError(f"cannot write to {self.name}: {self._why_read_only()}")
         if state == "42501":
-            return QueueError(f"cannot {'use' if self._is_open else 'open'} {self.name}: {text}{self._lacks(text)}")
-        if isinstance(original, PLAN_LOST):
-            return PlanLost(f"cannot use {self.name}: its tables were altered; try again ({text})")
+            return QueueError(
+                f"cannot {'use' if self._is_open else 'open'} {self.name}: {text}{self._lacks(text, session)}"
+            )
+        if "pooling mode" in text:  # of PgBouncer
+            return QueueError(f"cannot use {self.name}: expected pool_mode = transaction or session, got: {text}")
+        if state == "26000" or original.diag.source_function == "RevalidateCachedQuery":
+            why = "its tables were altered" if state == "0A000" else "the application removed prepared statements"
+            return PlanLost(f"cannot use {self.name}: {why}; try again ({text})")
         passes = isinstance(error, (exc.OperationalError, exc.InterfaceError, psycopg.OperationalError))
         if state[:2] == "57" or (passes and not state.startswith(LASTING_STATES)):
-            return QueueBusy(f"cannot reach {self.name}: {text}")
+            verb = "reach" if state[:2] in ("", "08", "57") else "use"
+            return QueueBusy(f"cannot {verb} {self.name}: {text}")
         return QueueError(f"cannot use {self.name}: {text}")
 
     def _why_read_only(self) -> str:
@@ -643,7 +654,7 @@ class OnPostgres(PersistentQSQLAlchemy):
                 return "default_transaction_read_only is on, for the role, the database or the server"
         return "its transactions are read-only"
 
-    def _lacks(self, text: str) -> str:
+    def _lacks(self, text: str, session: PostgresSession | None) -> str:
         """Return, as the end of a sentence, which right is missing."""
         kind, _, name = text.removeprefix("permission denied for ").partition(" ")
         rights = {"table": "SELECT, INSERT, UPDATE, DELETE", "schema": "USAGE, CREATE", "database": "CREATE"}
@@ -656,6 +667,8 @@ class OnPostgres(PersistentQSQLAlchemy):
                 sql = f"SELECT has_{kind}_privilege(%s, %s), quote_ident(current_user)"
                 has, role = self._ask(sql, f'"{self.schema}".{name}' if kind == "table" else name, right)
                 missing += [] if has else [right]
+            if session and session.for_application and (not missing or isinstance(session, Joined)):  # after SET ROLE
+                return f": the role of this transaction lacks a right on {kind} {shown}"
             if not missing:  # such as a trigger, for which grants do not suffice
                 return f": role {role} does not own {kind} {shown}"
             hint = f": grant it, or run CREATE SCHEMA {names_in(self.schema)[SCHEMA]} AUTHORIZATION {role}"

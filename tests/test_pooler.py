@@ -21,12 +21,16 @@ from test_postgres import database, execute_on_tables, server
 
 import pqueue
 import pqueue_listener
-from pqueue import LeaseLost, QueueBusy
+from pqueue import LeaseLost, QueueBusy, QueueError
 from pqueue_sqlalchemy import PersistentQSQLAlchemy
 from test_pqueue import QueueContract, wait_until
 
 PGBOUNCER = shutil.which("pgbouncer") or "/usr/sbin/pgbouncer"
-SERVERS = {"transaction": 3, "session": 50}  # fewer than there are connections, so that these must take turns
+SERVERS = {
+    "transaction": 3,
+    "session": 50,
+    "statement": 3,
+}  # fewer than there are connections, so that these must take turns
 
 
 class Pooler:
@@ -142,6 +146,14 @@ def test_settings_apply_to_each_transaction_and_to_no_other_client(pooler, queue
                 assert stranger.execute("SHOW search_path").fetchone() == ('"$user", public',)
                 assert stranger.execute("SELECT count(*) FROM pg_prepared_statements").fetchone() == (0,)
                 assert stranger.execute("SELECT count(*) FROM pg_listening_channels()").fetchone() == (0,)
+
+
+@pytest.mark.parametrize("pooler", ["statement"], indirect=True)
+def test_pooler_that_forbids_transactions_is_an_error_that_names_its_mode(pooler):
+    with pytest.raises(
+        QueueError, match="expected pool_mode = transaction or session, got: .* in statement pooling mode"
+    ):
+        pqueue.open_queue(pooler.url)
 
 
 def test_consumers_log_once_that_they_poll(queue, direct, caplog):

@@ -550,12 +550,49 @@ def test_server_that_will_accept_connections_later_is_busy(answer):
         'connection to server on socket "/run/closed/.s.PGSQL.5432" failed: Permission denied',
         'connection to server at "10.0.0.1", port 5432 failed: FATAL:  permission denied to start WAL sender',
         'could not parse network address "10.0.0.256": Name or service not known',
+        'connection to server at "10.0.0.1", port 6432 failed: FATAL:  no such database: shop',  # PgBouncer
+        'connection to server at "10.0.0.1", port 6432 failed: FATAL:  bouncer config error',
     ],
 )
 def test_answer_that_no_other_attempt_changes_is_an_error(answer):
     error = pqueue_connections.connection_error("h/d", psycopg.OperationalError(f"{answer}\nDETAIL:  more"))
     assert not isinstance(error, QueueBusy)
     assert str(error) == f"cannot open h/d: {answer}"
+
+
+@pytest.mark.parametrize(
+    ("state", "kind", "said"),
+    [
+        ("58030", QueueError, "cannot use"),  # an input or output error of its disk
+        ("58P01", QueueError, "cannot use"),  # a file of the table is gone
+        ("XX001", QueueError, "cannot use"),  # it is damaged
+        ("0A000", QueueError, "cannot use"),
+        ("53200", QueueBusy, "cannot use"),  # out of memory
+        ("57P03", QueueBusy, "cannot reach"),
+    ],
+)
+def test_failure_of_a_statement_is_busy_only_if_it_passes(admin, queue, state, kind, said):
+    admin.execute(
+        "CREATE FUNCTION public.fail() RETURNS trigger LANGUAGE plpgsql AS "
+        f"$$ BEGIN RAISE 'it fails' USING ERRCODE = '{state}'; END $$"
+    )
+    admin.execute("CREATE TRIGGER fail BEFORE INSERT ON pqueue.jobs FOR EACH ROW EXECUTE FUNCTION public.fail()")
+    with pytest.raises(QueueError, match=f"^{said} .*: it fails$") as raised:
+        queue.enqueue("t")
+    assert isinstance(raised.value, QueueBusy) == (kind is QueueBusy)
+
+
+def test_statement_whose_plan_the_application_removed_says_so(queue):
+    for _ in range(8):
+        queue.enqueue("t")
+    with pytest.raises(QueueBusy, match="removed prepared statements; try again"), queue.transaction() as db:
+        for _ in range(8):
+            queue.enqueue("t")
+        db.exec_driver_sql("DO $$ BEGIN EXECUTE 'DEALLOCATE ALL'; END $$")
+        queue.enqueue("t")
+    with queue.transaction():
+        queue.enqueue("t")
+    assert queue.count_jobs() == 9
 
 
 def test_library_that_the_server_cannot_load_is_an_error(roles):

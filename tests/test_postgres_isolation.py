@@ -652,6 +652,24 @@ def test_policy_of_the_database_holds_in_every_verb(admin, roles):
         pqueue.open_queue(worker)
 
 
+@pytest.mark.parametrize("right", ["", "USAGE ON SCHEMA pqueue", "SELECT ON ALL TABLES IN SCHEMA pqueue"])
+def test_error_does_not_blame_the_role_of_the_queue_for_that_of_a_transaction(admin, queue, database, roles, right):
+    roles.add("other", *([f"GRANT {right} TO {{role}}"] if right else []))
+    (other,) = roles.names
+    with suppress(QueueError), queue.transaction() as db:
+        db.exec_driver_sql(f'SET ROLE "{other}"')
+        with pytest.raises(QueueError, match="the role of this transaction lacks a right on (schema|table) pqueue"):
+            queue.enqueue("t")
+    with psycopg.connect(database) as connection:
+        connection.execute(f'SET ROLE "{other}"')
+        with (
+            pytest.raises(QueueError, match="the role of this transaction lacks a right on (schema|table) pqueue"),
+            queue.join(connection),
+        ):
+            queue.enqueue("t")
+    assert queue.enqueue("t")
+
+
 def test_statement_that_an_error_advises_names_what_must_be_quoted(admin, database, roles):
     worker = roles.add("Worker's")
     with pytest.raises(QueueError, match="or run (CREATE SCHEMA .*)") as refused:
