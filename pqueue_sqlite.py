@@ -736,6 +736,11 @@ class PersistentQSQLite(PersistentQInterface):
             return SchemaMismatch(f"cannot use {self.path}: expected an SQLite database, got another file")
         if "readonly" in text or "unable to open" in text:
             return QueueError(f"cannot write to {self.path}: no permission, no free descriptor, or it is gone ({text})")
+        if "malformed" in text:
+            return QueueError(
+                f"cannot use {self.path}: it is damaged ({text}): stop all programs and run {command_line()} restore "
+                "with a backup"
+            )
         return QueueError(f"cannot use {self.path}: {text}")
 
     # Implementation of Backend
@@ -1070,9 +1075,13 @@ class PersistentQSQLite(PersistentQInterface):
         if self.is_read_only:
             found.append("its file system is read-only: no job can be enqueued, run or changed")
         if facts["wal_bytes"] > 2 * WAL_BYTES:
-            found.append(f"the write-ahead log has grown to {facts['wal_bytes']} bytes: some program holds a read open")
+            found.append(
+                f"the write-ahead log has grown to {facts['wal_bytes'] // 10**6} MB: some program holds a read open"
+            )
         if facts["disk_free_bytes"] < LEAST_FREE_BYTES:
-            found.append(f"the disk has only {facts['disk_free_bytes']} bytes left")
+            found.append(
+                f"the disk has only {facts['disk_free_bytes'] // 10**6} MB left: free some, before writes fail"
+            )
         return found
 
     def _schema_problems(self) -> list[str]:

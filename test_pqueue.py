@@ -6422,6 +6422,7 @@ class Files(SQLiteCase):
             "database is locked": "QueueBusy: cannot use .*: another writer held it for 5 s",
             "database table is busy": "QueueBusy: cannot use .*: another writer held it for 5 s",
             "database or disk is full": "QueueFull: cannot write to .*: its disk is full",
+            "disk image is malformed": "QueueError: cannot use .*: it is damaged .*: stop all .* restore",
             "file is not a database": "SchemaMismatch: cannot use .*: expected an SQLite database, got another file",
             "attempt to write a readonly database": "QueueError: cannot write to .*: no permission, no free descriptor",
             "unable to open database file": "QueueError: cannot write to .*: no permission, no free descriptor",
@@ -6560,10 +6561,10 @@ class Files(SQLiteCase):
             "the file system fuse.odd is not known to be local: .*use a local disk": mock.patch(
                 "pqueue_sqlite.file_system", return_value="fuse.odd"
             ),
-            "the write-ahead log has grown to [0-9]+ bytes: some program holds a read open": mock.patch(
+            "the write-ahead log has grown to [0-9]+ MB: some program holds a read open": mock.patch(
                 "pqueue_sqlite.WAL_BYTES", 1
             ),
-            "the disk has only [0-9]+ bytes left": mock.patch("pqueue_sqlite.LEAST_FREE_BYTES", 2**70),
+            "the disk has only [0-9]+ MB left: free some": mock.patch("pqueue_sqlite.LEAST_FREE_BYTES", 2**70),
         }
         for sentence, cause in cases.items():
             with self.subTest(sentence), cause:

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pqueue
-from pqueue import DoNotRetry, Job, PersistentQInterface, QueueError
+from pqueue import DoNotRetry, Job, PersistentQInterface, QueueBusy, QueueError
 from pqueue_outcomes import Expectation, Outcomes, Times, total
 from pqueue_tools import file_task, report, supervisor
 from pqueue_tools.commands import Ago, moment
@@ -206,7 +206,9 @@ class FigureCache:
             try:
                 return pqueue.open_queue(create=False)
             except (QueueError, ValueError) as error:
-                self._reason, self._retry_at = str(error), time.monotonic() + FRESH_SECONDS
+                is_locked = isinstance(error, QueueBusy) and not pqueue.is_postgres()
+                hint = ": wait, or end the program that has locked it, which lsof shows" if is_locked else ""
+                self._reason, self._retry_at = f"{error}{hint}", time.monotonic() + FRESH_SECONDS
         raise QueueError(self._reason)
 
     def forget(self) -> None:
@@ -286,7 +288,7 @@ class FigureCache:
 
     def of_task(self, figures: dict[str, Any], query: Query) -> dict[str, Any]:
         """Return the figures as far as they concern the task of the query, within its `last`, one of DAYS or else an
-        hour; also total: what happened to its jobs, and newest: its failed jobs, newest first. Raises ValueError."""
+        hour; also total: what happened to its jobs, and newest: its jobs that failed last. Raises ValueError."""
         task, last = one(query, "task"), one(query, "last")
         if not task:
             raise ValueError("expected a task, as in /task?task=send_mail, got none")
@@ -299,17 +301,26 @@ class FigureCache:
             each["queue"] for each in figures["schedules"] if each["task"] == task
         }
         queues = {name: each for name, each in figures["overview"]["queues"].items() if name in known}
+        failures = [each for each in figures["failures"] if each["task"] == task]
         return {
             **figures,
             "minutes": series,
             "days": {last: series},
             "total": total((each for each in found if each.at >= starts[0]), starts[0], task=task),
-            "failures": [each for each in figures["failures"] if each["task"] == task],
-            "newest": self.jobs(newest_query(query))[0][:NEWEST_SHOWN],
+            "failures": failures,
+            "newest": self._failed_last(query, [each["last_id"] for each in failures[:JOBS_PER_PAGE]]),
             "schedules": [each for each in figures["schedules"] if each["task"] == task],
             "handler": figures["handlers"].get(f"task:{task}"),
             "overview": {**figures["overview"], "queues": queues},
         }
+
+    def _failed_last(self, query: Query, ids: list[int]) -> list[Job]:
+        """Return the failed jobs of a task that failed last, of these and of those that were enqueued last."""
+        jobs = {job.id: job for job in self.jobs(newest_query(query))[0]}
+        if others := [each for each in ids if each not in jobs]:
+            found = self.queue().list_jobs(ids=others, limit=len(others), excerpt=EXCERPT_CHARS, shown=masked_job)
+            jobs |= {job.id: job for job in found if job.state == "failed"}
+        return sorted(jobs.values(), key=lambda job: job.finished_at or 0.0, reverse=True)[:NEWEST_SHOWN]
 
     def _compute(self, part: str, queue: PersistentQInterface, running: dict[str, Future[None]]) -> None:
         began = time.monotonic()

@@ -134,7 +134,7 @@ def _frame(
 <div id="health" role="status">{verdict}{mode}</div>
 <span class="path" id="path">{text(seen["path"]) if seen else ""}</span>
 <span id="live"><span id="age">times in UTC</span>
-<button type="button" id="pause" hidden>pause</button></span></header>
+<button type="button" id="pause" hidden>pause</button></span><div id="away" role="alert"></div></header>
 <nav aria-label="pages">{links}</nav>
 <main id="main" tabindex="-1">{body}</main>{said(message)}
 <dialog id="ask" aria-label="confirmation"></dialog><script src="{prefix()}/script.js"></script></body></html>"""

@@ -17,7 +17,8 @@ nav a { padding: 5px 10px; border-radius: 6px; text-decoration: none }
 nav a[aria-current] { background: var(--card); outline: 1px solid var(--line); color: var(--ink); font-weight: 600 }
 h1 { font-size: 18px; margin: 0 } h1 a { color: inherit; text-decoration: none }
 h2 { font-size: 14px; font-weight: 600; margin: 0 0 8px }
-main:focus { outline: none } .stale main { opacity: 0.45 }
+main:focus { outline: none } .stale main, .stale #health { opacity: 0.45 }
+#away { flex: 1 0 100% } #away p, #trouble p { margin: 4px 0; overflow-wrap: anywhere }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px;
   margin: 10px 0; overflow-x: auto; position: relative }
 section > :last-child { margin-bottom: 0 }
@@ -89,7 +90,7 @@ progress { width: 90px; height: 10px; accent-color: var(--processing) }
 SCRIPT = """'use strict';
 const $ = id => document.getElementById(id);
 const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
-let tag = '', ahead = 0, answered = Date.now(), updated = answered, stopped = false, away = '';
+let tag = '', ahead = 0, answered = Date.now(), updated = answered, stopped = false;
 
 function span(s) {
   if (s < 59.5) return (s >= 9.95 ? s.toFixed(0) : Math.max(0, s).toFixed(1)) + ' s';
@@ -122,8 +123,9 @@ function ages() {
   }
   const age = (Date.now() - updated) / 1000, why = stopped ? 'paused' : held();
   const since = 'updated ' + span(age) + ' ago, times in ' + zone;
-  say($('age'), $('trouble') && away || [why, away, since].filter(Boolean).join(', '));
-  document.body.classList.toggle('stale', Date.now() - answered > STALE && !why && !$('trouble'));
+  say($('age'), $('trouble') ? '' : [why, since].filter(Boolean).join(', '));
+  const isOld = $('away').firstChild || Date.now() - answered > STALE;
+  document.body.classList.toggle('stale', isOld && !why && !$('trouble'));
 }
 
 function held() {
@@ -169,10 +171,12 @@ async function refresh() {
     ahead = answer.headers.get('X-Now') * 1000 - Date.now();
     if (answer.status === 503) {
       $('icon').href = $('icon').href.replace('icon.svg', 'icon-problem.svg');
-      away = 'the queue is not available';
-      return ages();
+      const next = new DOMParser().parseFromString(await answer.text(), 'text/html').getElementById('trouble');
+      const shown = $('trouble') || $('away');
+      if (next && shown.textContent !== next.textContent) shown.replaceChildren(...next.childNodes);
+      return;
     }
-    away = '';
+    $('away').replaceChildren();
     if (answer.status !== 304) {
       const text = await answer.text();
       if (!held()) { tag = answer.headers.get('ETag') || ''; show(text); }

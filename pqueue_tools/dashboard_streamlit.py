@@ -260,7 +260,7 @@ def _figures_of(which: Page) -> dict[str, Any]:
 def _table_of(which: Page, table: Table) -> None:
     query, figures = _address(), _figures_of(which)
     if table is tables.NEWEST:
-        _newest(query)
+        _newest(query, figures["newest"])
         return
     if table is tables.GROUPS and isinstance(figures["processes"], str):
         st.caption(_escaped(figures["processes"]))
@@ -400,7 +400,7 @@ def _buttons(buttons: list[Button]) -> None:
 def _search(which: Page) -> None:
     query = _query(which)
     asked = tables.query_of(which, query)
-    key, page = _shown(asked)
+    key, page = _shown(asked, lambda: cache().jobs(asked))
     ids: list[int] = []
     if page[0]:
         ids = _choose(tables.JOBS, page[0], "multi-row", key)
@@ -424,10 +424,10 @@ def _enqueue() -> None:
             _act("enqueue", **fields)
 
 
-def _newest(query: dashboard.Query) -> None:
-    """Draw the newest failed jobs of a task, and the one that the reader chooses."""
-    key, page = _shown(dashboard.newest_query(query))
-    if jobs := page[0][: dashboard.NEWEST_SHOWN]:
+def _newest(query: dashboard.Query, found: list[pqueue.Job]) -> None:
+    """Draw the jobs of a task that failed last, and the one that the reader chooses."""
+    key, (jobs, _) = _shown(dashboard.newest_query(query), lambda: (found, None))
+    if jobs:
         for job_id in _choose(tables.NEWEST, jobs, "single-row", key):
             _job(job_id)
     else:
@@ -474,7 +474,7 @@ def _query(which: Page) -> dashboard.Query:
     return {**given, "before_id": [str(before)]} if before else given
 
 
-def _shown(query: dashboard.Query) -> tuple[str, dashboard.JobPage]:
+def _shown(query: dashboard.Query, find: Callable[[], dashboard.JobPage]) -> tuple[str, dashboard.JobPage]:
     """Return the table's key and its jobs, unchanged while rows are selected: a selection stores row numbers."""
     state = st.session_state
     table = f"jobs-{state.get('tables', 0)}"
@@ -482,7 +482,7 @@ def _shown(query: dashboard.Query) -> tuple[str, dashboard.JobPage]:
         state["query"], state["tables"] = query, state.get("tables", 0) + 1
         table = f"jobs-{state['tables']}"
     if table not in state or not state[table]["selection"]["rows"]:
-        state["shown"] = cache().jobs(query)
+        state["shown"] = find()
     return table, state["shown"]
 
 

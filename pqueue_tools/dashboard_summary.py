@@ -87,14 +87,12 @@ def trouble(sentence: str) -> str:
 
 def without_queue(sentence: str) -> str:
     """Return why the queue is not available."""
-    return f"{trouble(sentence)}<p>The page appears as soon as the queue can be read.</p>"
+    return f"{trouble(sentence)}<p>The page tries again every {dashboard.REFRESH_SECONDS} seconds.</p>"
 
 
 def findings(found: list[report.Finding], address: Callable[[str], str]) -> str:
     """Return each finding with its remedy and a link to the page that shows it; `address` returns that of a part, as an
     attribute."""
-    if not found:
-        return f'<p class="finding"><b class="completed">{report.NO_FINDINGS}</b></p>'
     lines = [
         f'<p class="finding"><b class="{each.severity}">{each.severity}</b> {_linked(each, address)}{_remedy(each)}</p>'
         for each in found

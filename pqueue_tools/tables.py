@@ -374,7 +374,7 @@ THROUGHPUT = Table(
 
 NEWEST = Table(
     "newest",
-    "Newest failed jobs",
+    "Failed last",
     tuple(each for each in JOBS.columns if each.heading not in ("state", "task", "enqueued")),
     "no job has failed",
     rows=itemgetter("newest"),
@@ -644,8 +644,10 @@ PAGE_OF = {"processing": "consumers"}  # of the part that a finding names, unles
 
 
 def parts_of(page: Page, figures: dict[str, Any]) -> list[Table | str]:
-    """Return the parts of a page; most tasks have no schedule."""
-    return [each for each in page.parts if page.under is None or each is not SCHEDULES or SCHEDULES.rows(figures)]
+    """Return the parts of a page; most tasks have no schedule, and there may be no findings."""
+    left_out: list[Table | str] = [] if figures["overview"]["findings"] else ["findings"]
+    left_out += [SCHEDULES] * (page.under is not None and not SCHEDULES.rows(figures))
+    return [each for each in page.parts if each not in left_out]
 
 
 def needs_days(page: Page | None, query: dashboard.Query) -> bool:

@@ -503,18 +503,23 @@ def test_page_is_dimmed_when_nobody_answers_and_not_while_figures_take_long(plac
 def test_page_says_that_the_queue_is_gone_until_it_is_back(place, page):
     page.clock.install()
     site = StandardLibrary(place, page)
-    expect(page.locator("#age")).to_have_text("the queue is not available")
+    expect(page.locator("#trouble")).to_contain_text("no queue at")
     page.clock.run_for(1000)  # the age is written again
-    expect(page.locator("#age")).to_have_text("the queue is not available")
+    expect(page.locator("#age")).to_have_text("")
     queue = place.queue()
     page.clock.run_for(5000)
     expect(site.count("pending")).to_have_text("0")
     queue.close()
     (place.folder / "var/queue.db").rename(place.folder / "var/away.db")
     page.clock.run_for(2000)
-    expect(page.locator("#age")).to_have_text(re.compile("the queue is not available, updated .* ago"))
+    expect(page.locator("#away")).to_contain_text("check the path or PQUEUE_URL")
+    expect(page.locator("#age")).to_have_text(re.compile("^updated .* ago"))
     page.clock.run_for(12_000)
     expect(page.locator("body")).to_have_class(re.compile("stale"))
+    (place.folder / "var/away.db").rename(place.folder / "var/queue.db")
+    page.clock.run_for(5000)
+    expect(page.locator("#away")).to_have_text("")
+    expect(page.locator("body")).not_to_have_class(re.compile("stale"))
 
 
 END_OF_TEXT = """each => {

@@ -309,7 +309,7 @@ def test_page_of_a_task_shows_its_counts_failures_and_schedule_within_the_range(
         assert f'<span>completed</span><b class="completed">{completed}</b>' in text
         assert f'<span>failed attempts</span><b class="">{failures}</b>' in text
         assert re.findall(r'<tr data-key="([^"]*)"', text) == [
-            *("mail: mail no …", "2", "1", "nightly", "default", "out")
+            *("mail: mail no …", "1", "2", "nightly", "default", "out")
         ]
         chosen = "&amp;last=24+h" if last else ""
         assert f'href="/jobs?task=mail&amp;state=failed{chosen}"' in text
@@ -1474,7 +1474,7 @@ def test_locked_database_is_reported_and_read_when_it_is_free(queue, site, monke
         db.execute("PRAGMA locking_mode = EXCLUSIVE")
         db.execute("BEGIN EXCLUSIVE")
         status, text, _ = site.ask("/")
-        assert (status, "another writer held it" in text) == (503, True)
+        assert (status, "another writer held it" in text, "end the program" in text) == (503, True, True)
         assert "another writer held it" in json.loads(site.ask("/api/stats")[1])["error"]
         db.execute("ROLLBACK")
     db.close()
@@ -1660,6 +1660,16 @@ def test_page_leaves_out_columns_that_are_empty(queue, site):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_page_of_a_task_begins_with_the_job_that_failed_last_however_long_ago_it_was_enqueued(queue, site):
+    now = time.time()
+    old, *others = queue.enqueue_many("t", range(dashboard.JOBS_PER_PAGE + 2), now=now - 3600)
+    for job_id in (*others, old):
+        queue.mark_failed(job_id, "E", now=now - 60 if job_id in others else now)
+    shown = site.ask("/task?task=t")[1].partition('id="newest"')[2]
+    assert re.findall("/job/([0-9]+)", shown)[0] == str(old)
+    assert f"job={old}" in str(streamlit(page="task", task="t").dataframe[1].value)
+
+
 def test_page_of_a_job_leads_to_every_page(queue, site):
     queue.enqueue("t")
     text, page = site.ask("/job/1")[1], streamlit(job="1")
