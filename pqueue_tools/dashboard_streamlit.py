@@ -34,6 +34,7 @@ h5 {{ padding: 0 0 0.3rem !important }}
   color: light-dark(#5b6678, #98a4b5) !important }}
 @media (max-width: 640px) {{ .st-key-filters [data-testid=stColumn] {{ min-width: 42% !important; flex: 1 1 42% }} }}
 </style>"""
+DIMMED = "<style>[class*=st-key-part-]:not(.st-key-part-) { opacity: 0.45 }</style>"
 KEPT = ("page", "last")  # widgets whose value the address keeps, apart from the filters
 STATE_COLOURS = {
     **dict(zip(dashboard.STATES_SHOWN, ("orange", "violet", "violet", "blue", "green", "red"), strict=True)),
@@ -59,7 +60,7 @@ def page() -> None:
         st.toast(_escaped(message))
     _section("", _health)
     try:
-        cache().figures()
+        _figures()
     except pqueue.QueueError:
         st.session_state["is away"] = True
         return
@@ -75,6 +76,18 @@ def page() -> None:
             _section(part, partial(_search, which), tables.search_title(which))
         elif part != "findings":
             _section(part, {"tiles": _tiles, "charts": _charts, "task": _charts_of_task}[part])
+
+
+def _figures(*, days: bool = False) -> dict[str, Any]:
+    """Return the figures or, while the queue is not available, the previous ones, which `_section` dims."""
+    known: dict[str, Any] = st.session_state.get("figures", {})
+    try:
+        known = {**known, **cache().figures(days=days)}
+    except pqueue.QueueError:
+        if not known or (days and "days" not in known):
+            raise
+    st.session_state["figures"] = known
+    return known
 
 
 def _chosen_page() -> Page:
@@ -122,11 +135,12 @@ def _section(key: str, part: Callable[[], None], title: str = "") -> None:
                 st.caption("this part reloads automatically")
             else:
                 st.html(_html(f"{_title('')}{dashboard_summary.without_queue(str(error))}"))
+                st.html(DIMMED)
         except ValueError as error:  # from a filter or an address
             _trouble(str(error))
 
     draw.__qualname__ = key
-    with st.container(border=True):
+    with st.container(border=True, key=f"part-{key}"):
         if title:
             st.markdown(f"##### {title}")
         st.fragment(draw, run_every=dashboard.REFRESH_SECONDS)()
@@ -197,12 +211,12 @@ def _clock(at: float) -> str:
 
 
 def _tiles() -> None:
-    shown = dashboard.tiles(cache().figures()["overview"])
+    shown = dashboard.tiles(_figures()["overview"])
     st.html(_html(dashboard_summary.tiles(shown, lambda state: _link("jobs", {"state": state}))))
 
 
 def _charts() -> None:
-    _draw_charts(cache().figures(days=_last() in dashboard.DAYS))
+    _draw_charts(_figures(days=_last() in dashboard.DAYS))
 
 
 def _last() -> str:
@@ -231,7 +245,7 @@ def _charts_of_task() -> None:
     query = _address()
     st.link_button("all tasks", _url("tasks", {}))
     st.markdown(f"#### {_escaped(tables.task_title(query))}")
-    figures = cache().of_task(cache().figures(days=_last() in dashboard.DAYS), query)
+    figures = cache().of_task(_figures(days=_last() in dashboard.DAYS), query)
     shown = dashboard.task_tiles(figures["total"])
     st.html(_html(dashboard_summary.tiles(shown, lambda state: _link("jobs", tables.task_jobs(query, state)))))
     _draw_charts(figures)
@@ -253,7 +267,7 @@ def _link(page: str, filters: Mapping[str, str] = NO_PARAMS) -> str:
 
 def _figures_of(which: Page) -> dict[str, Any]:
     query = _address()
-    figures = cache().figures(days=tables.needs_days(which, query))
+    figures = _figures(days=tables.needs_days(which, query))
     return cache().of_task(figures, query) if which.name == "task" else figures
 
 
@@ -450,7 +464,7 @@ def _query(which: Page) -> dashboard.Query:
             states = [each for each in found if each in pqueue.STATES]
             st.session_state[key] = states if name == "state" else "".join(found[:1]) or None
     query: dashboard.Query = {}
-    suggested = tables.suggestions(cache().figures())
+    suggested = tables.suggestions(_figures())
     names = dashboard.FILTERS[which.name == "failed" :]
     common = [name for name in names if name not in tables.RARE_FILTERS]
     rows = st.container(key="filters")

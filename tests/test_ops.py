@@ -1738,6 +1738,20 @@ def test_streamlit_page_reports_a_missing_database(folder):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_streamlit_page_keeps_and_dims_what_it_showed_while_the_queue_is_away(queue):
+    queue.enqueue("t", queue="first")
+    page = streamlit()
+    queue.path.rename(away := queue.path.with_name("away.db"))
+    page.run(timeout=PATIENCE_SECONDS)
+    shown = "".join(each.proto.body for each in page.get("html"))
+    assert ("no queue at" in shown, dashboard_streamlit.DIMMED in shown) == (True, True)
+    assert "first" in _frames(page)
+    away.rename(queue.path)
+    page.run(timeout=PATIENCE_SECONDS)
+    assert dashboard_streamlit.DIMMED not in "".join(each.proto.body for each in page.get("html"))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_streamlit_page_follows_a_queue_that_is_replaced(queue):
     queue.enqueue("t", queue="first")
     assert "first" in _frames(streamlit())
