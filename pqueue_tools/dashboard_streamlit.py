@@ -316,12 +316,17 @@ def _show_jobs(table: Table, row: Any) -> None:
 
 
 def _cells(table: Table, rows: list[Any]) -> list[dict[str, Any]]:
-    columns = tables.columns_of(table, rows)
+    columns = [each for each in tables.columns_of(table, rows) if each.on_phone or not _is_phone()]
     cells = [{each.heading: _table_cell(each, row) for each in columns} for row in rows]
     for name in [each.heading for each in columns if each.kind == "number"]:
         if len({type(row[name]) for row in cells}) > 1:  # Arrow, which stores the table, takes one type in a column
             cells = [{**row, name: f"{row[name]:,}" if isinstance(row[name], int) else row[name]} for row in cells]
     return cells
+
+
+def _is_phone() -> bool:
+    """Return whether the reader's browser says that it is that of a phone: Streamlit does not tell the width."""
+    return "Mobi" in st.context.headers.get("User-Agent", "")
 
 
 def _table_cell(column: Column, row: Any) -> Any:

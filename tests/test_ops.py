@@ -1738,6 +1738,15 @@ def test_streamlit_page_reports_a_missing_database(folder):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_streamlit_page_shows_a_phone_the_same_columns_as_the_other_page(queue, monkeypatch):
+    populate(queue, jobs=400)
+    monkeypatch.setattr(dashboard_streamlit, "_is_phone", lambda: True)
+    shown = [list(each.value.columns) for each in streamlit().dataframe]
+    expected = [tables.FAILED, tables.QUEUES, tables.PROCESSING, tables.CONSUMERS]
+    assert shown == [[each.heading for each in table.columns if each.on_phone] for table in expected]
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_streamlit_page_keeps_and_dims_what_it_showed_while_the_queue_is_away(queue):
     queue.enqueue("t", queue="first")
     page = streamlit()
