@@ -644,6 +644,15 @@ class QueueContract:
             copy.complete(copy.dequeue("w", now=NOW), now=NOW)
             self.assertEqual(copy.get(child).state, "pending")
 
+    def test_jobs_of_groups_enqueued_during_a_move_take_turns_in_the_target(self):
+        q, target = self.queue, self.target()
+        q.begin_move(target.name)
+        q.move_to(target, without=q.other_tables())
+        for group in "aab":
+            q.enqueue("t", group=group)
+        q.finish_move(target)
+        self.assertEqual([job.group for job in target.dequeue_many("w", 9)], ["a", "b", "a"])
+
     def test_jobs_enqueued_during_a_move_wait_for_their_parents_in_the_target(self):
         q = self.queue
         moved = q.enqueue_many("t", range(2), now=NOW)
@@ -4791,6 +4800,21 @@ class QueueContract:
             with q.transaction():
                 q.enqueue("t", now=NOW)
 
+        def parent():
+            parent = taken()
+            q.enqueue("t", after=[parent.id], now=NOW)
+            return parent
+
+        def unreadable():
+            q.on_failed("default", "notify")
+            job_id = q.enqueue("t", assigned_to="other", now=NOW)
+            with q.transaction() as db:
+                self.execute(db, "UPDATE jobs SET payload = :text WHERE id = :id", text="9" * 5000, id=job_id)
+
+        def paused_schedule():
+            q.schedule("daily", "t", every_seconds=86400)
+            q.pause_schedule("daily")
+
         cases = {  # what is done before it waits, and what wakes it
             "enqueue": (lambda: None, lambda _: q.enqueue("t", now=NOW)),
             "enqueue with a key": (lambda: None, lambda _: q.enqueue("t", key="k", now=NOW)),
@@ -4809,6 +4833,14 @@ class QueueContract:
             "resubmit": (finished, lambda job: q.resubmit(job.id, now=NOW)),
             "assign": (lambda: q.enqueue("t", assigned_to="x", now=NOW), lambda job_id: q.assign(job_id, "w")),
             "leave": (taken, lambda _: q.leave("other")),
+            "replace": (
+                lambda: q.enqueue("t", key="r", run_at=NOW + 9, now=NOW),
+                lambda _: q.enqueue("t", key="r", on_conflict="replace", now=NOW),
+            ),
+            "complete the parent": (parent, lambda job: q.complete(job, now=NOW)),
+            "handler of a job that cannot be read": (unreadable, lambda _: q.dequeue("other", now=NOW)),
+            "schedule": (lambda: None, lambda _: q.schedule("daily", "t", every_seconds=86400)),
+            "resume_schedule": (paused_schedule, lambda _: q.resume_schedule("daily")),
             "cancel_move": (lambda: (q.enqueue("t", now=NOW), q.begin_move("elsewhere")), lambda _: q.cancel_move()),
             "move_to": (lambda: source.enqueue("t"), lambda _: source.move_to(q)),
             "finish_move": (lambda: source.enqueue("late"), lambda _: source.finish_move(q)),
