@@ -28,7 +28,6 @@ class Misfit(Exception):
     """A value is not what its annotation says. `path` is where, from the field inwards: such as ".points", "[2]"."""
 
     def __init__(self, expected: str, got: str) -> None:
-        super().__init__(expected, got)
         self.expected, self.got, self.path = expected, got, ""
 
     def __str__(self) -> str:

@@ -296,7 +296,6 @@ class Group:
         self.jobs: deque[Row] = deque()  # the first ones, in order
         self.left: dict[str, int] = {}  # how many jobs of each task are left; not those of which there may be more
         self.taken = 0
-        self.is_cut = False  # there may be more jobs
 
     def fill(self, rows: list[Row], share: int) -> None:
         """Take over its first `share` jobs of each task, as far as no job that was not read may come before them: up to
@@ -309,7 +308,7 @@ class Group:
             else:
                 # guard: a claim takes no job of a group before one that it has not read
                 last = min(last, tuple(found[-1][:3]))
-        self.is_cut = len(last) > 1
+        self.is_cut = len(last) > 1  # there may be more jobs
         self.jobs = deque(row for row in sorted(rows) if tuple(row[:3]) <= last)
 
 

@@ -69,7 +69,7 @@ class Matching(TypedDict, total=False):
 class Changed(int):
     """The number of jobs changed; `refused` counts those that matched, but whose state did not allow it."""
 
-    refused: int = 0
+    refused: int
 
 
 def spread(start: float, rate: tuple[int, float | timedelta] | None) -> Iterator[float]:

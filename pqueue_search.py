@@ -280,7 +280,7 @@ class Reading(Backend):
 
     def _with_text(
         self, shown: Callable[[Job], Job] | None, where: str, params: Params, ends_at: float
-    ) -> Iterator[tuple[int, Any]]:
+    ) -> Iterator[tuple[int | None, Any]]:
         """Yield the ids of jobs that may contain the text, newest first, each with its row if it does, else None."""
         load = f"SELECT {COLUMNS} FROM jobs WHERE id {THESE} AND {where}"
         # guard: a job that left its state is not found
@@ -295,7 +295,7 @@ class Reading(Backend):
                 found = {row[0]: row for row in read if _matches(row, params, shown)}
                 last = ids[-1] if before is None or start + TEXT_SCAN_JOBS < len(rows) else before
                 yield from ((last if job_id == ids[-1] else job_id, found.get(job_id)) for job_id in ids)
-            if before is not None and not rows:
+            if not rows:
                 yield before, None
 
     def _find(self, columns: str, where: str, params: Params, ends_at: float) -> tuple[list[Any], int | None]:

@@ -644,6 +644,14 @@ class QueueContract:
             copy.complete(copy.dequeue("w", now=NOW), now=NOW)
             self.assertEqual(copy.get(child).state, "pending")
 
+    def test_job_enqueued_during_a_move_takes_a_key_whose_time_is_over(self):
+        q, target = self.queue, self.target()
+        q.begin_move(target.name)
+        q.move_to(target, without=q.other_tables())
+        target.enqueue("t", key="k", key_seconds=60, now=NOW)
+        q.enqueue("t", key="k", now=NOW)
+        self.assertEqual(q.finish_move(target, now=NOW + 60)["carried"], 1)
+
     def test_jobs_of_groups_enqueued_during_a_move_take_turns_in_the_target(self):
         q, target = self.queue, self.target()
         q.begin_move(target.name)
@@ -940,7 +948,9 @@ class QueueContract:
         q.enqueue_many("t", [1, 4], queue="plain", now=NOW - 5)
         q.enqueue("t", 0, queue="fair", group="a", priority=1, now=NOW)
         q.enqueue("t", 3, queue="fair", group="b", now=NOW - 6)
-        self.assertEqual([job.payload for job in q.peek(9, now=NOW)], [0, 3, 1, 4])
+        q.enqueue("t", -1, queue="urgent", group="c", priority=2, now=NOW)
+        self.assertEqual([job.payload for job in q.peek(9, now=NOW)], [-1, 0, 3, 1, 4])
+        self.assertEqual(q.dequeue("w", now=NOW).payload, -1)
         self.assertEqual([job.payload for job in q.dequeue_many("w", 9, now=NOW)], [0, 3, 1, 4])
         self.assertIsNone(q.dequeue("w", now=NOW))
 
@@ -1027,6 +1037,9 @@ class QueueContract:
         self.assertIsNone(q.dequeue("w", queues=["run", "rate"], now=NOW))
         self.assertEqual(counts(), {"rate": (3, 0, 3), "run": (3, 3, 0)})
         self.assertEqual(counts(NOW + 10), {"rate": (3, 0, 0), "run": (3, 3, 0)})
+        for job in q.list_jobs(queue="rate", group="a", state="pending"):
+            q.cancel(job.id, now=NOW)
+        self.assertEqual(counts()["rate"], (2, 0, 2))
         for task, group in (("u", "g"), ("t", "g"), ("t", "h")):
             q.enqueue(task, queue="one", group=group, now=NOW)
         q.limit("one", running=1)
@@ -2181,6 +2194,7 @@ class QueueContract:
         q.cancel(first, now=NOW)
         second = q.enqueue("t", key="k", key_seconds=60, now=NOW)
         q.complete(q.dequeue("w", now=NOW), now=NOW)
+        q.limit("default", 1)
         with self.assertRaisesRegex(InvalidTransition, "another job has its key 'k'"):
             q.resubmit(first, now=NOW + 59)
         q.resubmit(second, now=NOW + 59)  # has its key
@@ -2251,6 +2265,7 @@ class QueueContract:
         q.enqueue("t", key="k", key_seconds=60, queue="b", now=NOW)
         with self.assertRaisesRegex(InvalidTransition, "another job has its key 'k'"):
             q.change(here, queue="b", now=NOW + 59)
+        q.limit("b", 2)
         q.change(here, queue="b", now=NOW + 60)
         self.assertEqual(q.enqueue("t", key="k", queue="b", now=NOW + 60), here)
         self.assertTrue(q.enqueue("t", key="k", now=NOW + 60).is_new)
@@ -2886,6 +2901,8 @@ class QueueContract:
         self.assertEqual(queue.copy_finished_to(target), 2)
         with self.assertRaisesRegex(QueueError, "cannot move: the target is this queue itself"):
             queue.copy_finished_to(queue)
+        with self.assertRaisesRegex(QueueError, "cannot move: the target is this queue itself"):
+            queue.begin_move(queue.name)
         queue.delete_jobs()
         self.assertEqual(queue.copy_to(target)["jobs"], 0)
         self.assertEqual((target.count_jobs(), target.history(1)), (0, []))
@@ -4118,15 +4135,17 @@ class QueueContract:
                 q.record(**wrong)
 
     def test_copy_replaces_the_operations_of_its_target(self):
-        target = self.target()
-        for by in ("ann", "bob"):
-            target.pause("old", by=by)
         job_id = self.queue.enqueue("t")
         self.queue.cancel(job_id, by="eve")
         self.queue.pause("default", by="eve")
-        self.queue.copy_finished_to(target)
-        self.queue.copy_to(target)
-        self.assertEqual(target.operations(), self.queue.operations())
+        for in_steps in (False, True):
+            target = self.target()
+            for by in ("ann", "bob"):
+                target.pause("old", by=by)
+            if in_steps:
+                self.queue.copy_finished_to(target)
+            self.queue.copy_to(target)
+            self.assertEqual(target.operations(), self.queue.operations())
 
     def test_history_says_when_each_attempt_began(self):
         job_id = self.queue.enqueue("t", now=NOW)

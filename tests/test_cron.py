@@ -21,7 +21,7 @@ def times(expression, zone, start, number):
     at = datetime.fromisoformat(start).replace(tzinfo=ZoneInfo(zone)).timestamp()
     for _ in range(number):
         at = cron.next(at)
-        found.append(datetime.fromtimestamp(at, ZoneInfo(zone)).strftime("%d %H:%M %z"))
+        found.append(datetime.fromtimestamp(at, ZoneInfo(zone)).strftime("%d %H:%M:%S %z").replace(":00 ", " "))
     return found
 
 
@@ -57,6 +57,7 @@ def test_expression_matches_the_times_that_another_implementation_finds():
     [
         # Clocks go from 02:00 to 03:00 on 29 March, and from 03:00 to 02:00 on 25 October.
         ("30 2 * * *", "Europe/Berlin", "2026-03-28", ["28 02:30 +0100", "29 03:00 +0200", "30 02:30 +0200"]),
+        ("14 2 * * *", "Europe/Berlin", "2026-03-29", ["29 03:00 +0200", "30 02:14 +0200"]),
         ("*/15 2 * * *", "Europe/Berlin", "2026-03-29", ["29 03:00 +0200", "30 02:00 +0200", "30 02:15 +0200"]),
         ("0,30 2,3 * * *", "Europe/Berlin", "2026-03-29", ["29 03:00 +0200", "29 03:30 +0200", "30 02:00 +0200"]),
         ("30 * * * *", "Europe/Berlin", "2026-03-29", ["29 00:30 +0100", "29 01:30 +0100", "29 03:30 +0200"]),
