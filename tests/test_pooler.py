@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import unittest
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from unittest import mock
 
 import psycopg
@@ -17,13 +17,13 @@ import pytest
 from conftest import free_port
 from postgres_server import ACCOUNT
 from test_outage import Load
-from test_postgres import database, execute_on_tables, server
+from test_postgres import PostgresContractCase, database, execute_on_tables, server, shared_database
 
 import pqueue
 import pqueue_listener
 from pqueue import LeaseLost, QueueBusy, QueueError
 from pqueue_sqlalchemy import PersistentQSQLAlchemy
-from test_pqueue import QueueContract, wait_until
+from test_pqueue import wait_until
 
 PGBOUNCER = shutil.which("pgbouncer") or "/usr/sbin/pgbouncer"
 SERVERS = {
@@ -81,14 +81,25 @@ server_idle_timeout = 1
         return True
 
 
-@pytest.fixture
-def pooler(request, tmp_path, database):
-    tmp_path.chmod(0o755)
-    folder = tmp_path / "pooler"
-    folder.mkdir(mode=0o755)
-    pooler = Pooler(folder, database, getattr(request, "param", "transaction"))
+@contextmanager
+def new_pooler(folder, database, mode="transaction"):
+    folder.chmod(0o755)
+    (folder / "pooler").mkdir(mode=0o755)
+    pooler = Pooler(folder / "pooler", database, mode)
     yield pooler
     pooler.stop()
+
+
+@pytest.fixture
+def pooler(request, tmp_path, database):
+    with new_pooler(tmp_path, database, getattr(request, "param", "transaction")) as pooler:
+        yield pooler
+
+
+@pytest.fixture(scope="class")
+def shared_pooler(tmp_path_factory, shared_database):
+    with new_pooler(tmp_path_factory.mktemp("pooler"), shared_database) as pooler:
+        yield pooler
 
 
 @pytest.fixture
@@ -107,12 +118,12 @@ def direct(database, queue):
         queue.close()
 
 
-class PgBouncerContract(QueueContract, unittest.TestCase):
+class PgBouncerContract(PostgresContractCase, unittest.TestCase):
     polls = True
 
     @pytest.fixture(autouse=True)
-    def _pooler(self, pooler):
-        self.url = pooler.url
+    def _pooler(self, shared_pooler, database):
+        self.url = shared_pooler.url
 
     def open(self, **options):
         queue = PersistentQSQLAlchemy(self.url, **options)

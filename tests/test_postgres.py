@@ -18,6 +18,7 @@ import uuid
 import zlib
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
+from typing import ClassVar
 from unittest import mock
 
 import psycopg
@@ -55,6 +56,20 @@ def server(tmp_path_factory):
 @pytest.fixture
 def database(server):
     """The URL of a database of its own."""
+    with new_database(server) as url:
+        yield url
+
+
+@pytest.fixture(scope="class")
+def shared_database(server, request):
+    """The URL of a database for the tests of a class, with the settings that the class names."""
+    with new_database(server) as url:
+        set_defaults(server, url, request.cls.settings)
+        yield url
+
+
+@contextmanager
+def new_database(server):
     name = f"test_{uuid.uuid4().hex[:12]}"
     url = sqlalchemy.make_url(server).set(drivername="postgresql+psycopg")
     engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
@@ -83,7 +98,22 @@ def execute_on_tables(db, sql, params):
     return db.execute(sqlalchemy.text(sql), params)
 
 
-class PostgresContract(QueueContract, PostgresCase):
+class PostgresContractCase(QueueContract):
+    """One database for all tests, each of which begins without a schema: to create one takes longer than a test."""
+
+    settings: ClassVar[dict[str, str]] = {}
+
+    @pytest.fixture
+    def database(self, shared_database):
+        with psycopg.connect(shared_database, autocommit=True, options="-clock_timeout=0 -cclient_encoding=UTF8") as db:
+            sql = "SELECT quote_ident(nspname) FROM pg_namespace WHERE nspname !~ '^(pg_|information_schema$)'"
+            for (schema,) in db.execute(sql).fetchall():
+                db.execute(f"DROP SCHEMA {schema} CASCADE")
+            db.execute("CREATE SCHEMA public")
+        return shared_database
+
+
+class PostgresContract(PostgresContractCase, PostgresCase):
     def execute(self, db, sql, **params):
         return execute_on_tables(db, sql, params)
 
@@ -1200,12 +1230,10 @@ def set_defaults(server, database, values):
             admin.execute(f"ALTER DATABASE {name} SET {setting} = {psycopg.sql.Literal(value).as_string(admin)}")
 
 
-class StrangeDefaultsContract(QueueContract, PostgresCase):
+class StrangeDefaultsContract(PostgresContractCase, PostgresCase):
     """On a database whose sessions begin with settings that would change what statements do."""
 
-    @pytest.fixture(autouse=True)
-    def _defaults(self, server, database):
-        set_defaults(server, database, DEFAULTS)
+    settings = DEFAULTS
 
     def execute(self, db, sql, **params):
         return execute_on_tables(db, sql, params)

@@ -14,13 +14,21 @@ import psycopg
 import pytest
 import sqlalchemy
 from conftest import ROOT
-from test_postgres import PostgresCase, database, execute_on_tables, server, set_defaults
+from test_postgres import (
+    PostgresCase,
+    PostgresContractCase,
+    database,
+    execute_on_tables,
+    server,
+    set_defaults,
+    shared_database,
+)
 
 import pqueue
 from pqueue import QueueBusy, QueueError
 from pqueue_connections import parse_url
 from pqueue_sqlalchemy import PersistentQSQLAlchemy
-from test_pqueue import QueueContract, wait_until
+from test_pqueue import wait_until
 
 
 def with_query(url, **parameters):
@@ -298,12 +306,16 @@ HOSTILE = {
 }
 
 
-class HostileSettingsContract(QueueContract, PostgresCase):
+WITHOUT_TIMEOUTS = {name: value for name, value in HOSTILE.items() if "timeout" not in name}  # those of the database
+
+
+class HostileSettingsContract(PostgresContractCase, PostgresCase):
     """For a role and a database whose settings would change what statements do, or cut them off."""
 
+    settings = WITHOUT_TIMEOUTS
+
     @pytest.fixture(autouse=True)
-    def _settings(self, database, roles):
-        set_defaults(self.url, database, {name: value for name, value in HOSTILE.items() if "timeout" not in name})
+    def _role(self, roles):
         self.url = roles.add("hostile", "ALTER ROLE {role} SUPERUSER")
         role = sqlalchemy.make_url(self.url).username
         for name, value in HOSTILE.items():
@@ -432,7 +444,7 @@ def test_queues_in_two_schemas_of_a_database_know_nothing_of_each_other(database
         assert billing._listener._wakeups == wakeups  # its channel is another
 
 
-class OtherSchemaContract(QueueContract, PostgresCase):
+class OtherSchemaContract(PostgresContractCase, PostgresCase):
     """With another queue in the same database."""
 
     @pytest.fixture(autouse=True)
