@@ -832,7 +832,8 @@ SELECT format('the ids of %s continue at %s, but %s is taken: run SELECT setval(
     name, coalesce(last_value, 0) + 1, highest, sequencename, highest)
 FROM ({" UNION ALL ".join(f"SELECT '{table}' AS name, max(id) AS highest FROM {table}" for table in WITH_ID)}) each
 JOIN pg_sequences ON schemaname = {THIS_SCHEMA} AND sequencename = name || '_id_seq'
-WHERE coalesce(last_value, 0) < highest AND has_sequence_privilege('{SCHEMA}.' || sequencename, 'SELECT')"""
+WHERE coalesce(last_value, 0) < highest
+    AND has_sequence_privilege(format('%I.%I', schemaname, sequencename), 'SELECT')"""
 
 # Return indexes that are invalid, as after a REINDEX CONCURRENTLY that failed.
 BAD_INDEXES = f"""

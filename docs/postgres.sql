@@ -1836,7 +1836,8 @@ SELECT format('the ids of %s continue at %s, but %s is taken: run SELECT setval(
     name, coalesce(last_value, 0) + 1, highest, sequencename, highest)
 FROM (SELECT 'jobs' AS name, max(id) AS highest FROM pqueue.jobs UNION ALL SELECT 'queue_groups' AS name, max(id) AS highest FROM pqueue.queue_groups UNION ALL SELECT 'consumers' AS name, max(id) AS highest FROM pqueue.consumers UNION ALL SELECT 'history' AS name, max(id) AS highest FROM pqueue.history UNION ALL SELECT 'dependencies' AS name, max(id) AS highest FROM pqueue.dependencies) each
 JOIN pg_sequences ON schemaname = (SELECT nspname FROM pg_namespace WHERE oid = 'pqueue'::regnamespace) AND sequencename = name || '_id_seq'
-WHERE coalesce(last_value, 0) < highest AND has_sequence_privilege('pqueue.' || sequencename, 'SELECT');
+WHERE coalesce(last_value, 0) < highest
+    AND has_sequence_privilege(format('%I.%I', schemaname, sequencename), 'SELECT');
 
 -- BAD_INDEXES
 -- Return indexes that are invalid, as after a REINDEX CONCURRENTLY that failed.
