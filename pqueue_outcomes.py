@@ -20,6 +20,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from pqueue_backend import Backend, Session
@@ -338,22 +339,19 @@ def count_attempts(session: Session, jobs: Sequence[Job], event: str, now: float
         session.change(COUNT, params)
 
 
-QUEUE, TASK, RUN_AT, STARTED_AT = map(Job._fields.index, ("queue", "task", "run_at", "started_at"))
+QUEUE, TASK, RUN_AT, STARTED_AT = map(itemgetter, map(Job._fields.index, ("queue", "task", "run_at", "started_at")))
 
 
 def _ended(jobs: Sequence[Job], event: str, now: float) -> Iterator[Params]:
     """Yield the counts of attempts that ended now. The jobs of a batch are mostly alike: see that with few steps."""
-    rows: Sequence[tuple[Any, ...]] = jobs
-    queues, tasks = {job[QUEUE] for job in rows}, {job[TASK] for job in rows}
-    starts, due = {job[STARTED_AT] for job in rows}, [job[RUN_AT] for job in rows]
+    queues, tasks, starts = (set(map(column, jobs)) for column in (QUEUE, TASK, STARTED_AT))
     if len(queues) == len(tasks) == len(starts) == 1:
-        start, number = starts.pop() or now, len(jobs)
-        longest, wait = _bucket(start - min(due)), _bucket(start - max(due))
-        if longest == wait:
-            times = {"run": _bucket(now - start), "run_seconds": number * max(0.0, now - start)}
-            times |= {"wait": wait, "wait_seconds": max(0.0, number * start - sum(due))}
+        start, due, number = starts.pop() or now, sorted(map(RUN_AT, jobs)), len(jobs)
+        wait, run = _bucket(start - due[0]), now - start
+        if wait == _bucket(start - due[-1]):
             of = {"at": minute(now), "queue": queues.pop(), "task": tasks.pop(), "event": event, "number": number}
-            yield {**of, **times}
+            times = {"run": _bucket(run), "run_seconds": number * max(0.0, run), "wait": wait}
+            yield {**of, **times, "wait_seconds": max(0.0, number * start - sum(due))}
             return
     if len(jobs) > 1:
         groups: dict[tuple[Any, ...], list[Job]] = {}
