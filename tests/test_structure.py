@@ -157,8 +157,8 @@ def docstrings(tree):
 
 @pytest.mark.parametrize("name", sorted(PRODUCT))
 def test_message_names_a_program_as_it_is_called_in_a_checkout_or_an_installed_copy(name):
-    tree = PRODUCT[name]
-    texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docstrings(tree)]
+    left_out = docstrings(PRODUCT[name])
+    texts = [node for node in ast.walk(PRODUCT[name]) if isinstance(node, ast.Constant) and id(node) not in left_out]
     fixed = re.compile(rf"\b({'|'.join(PROGRAMS)})\.py\b|\bpqueue-({'|'.join(PROGRAMS)})\b")
     # The docstrings of program_name and command_line, which decide; a message of completion, only given in a checkout.
     allowed = {"pqueue_values": 2, "admin": 1}.get(name, 0)
