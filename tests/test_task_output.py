@@ -170,14 +170,15 @@ def test_what_a_task_writes_comes_before_its_end_in_the_log(tasks, form, concurr
     )
     child = tasks.start("consumer.py", *command)
     assert child.wait(PATIENCE_SECONDS) == 1
-    lines = child.out.read_text().splitlines()
+    text = child.out.read_text()
     for job_id in ids:
+        lines = [line for line in text.splitlines() if str(job_id) in line]
         ends = re.compile(rf'(completed|failed) consumer=\S+ job={job_id} |"job": {job_id}, .*"(completed|failed)"|'
                           rf'"(completed|failed)".*"job": {job_id}[,}}]')  # fmt: skip
         (end,) = [number for number, line in enumerate(lines) if ends.search(line)]
         for stream in ("out", "err"):
             (written,) = [number for number, line in enumerate(lines) if re.search(rf"{stream} {job_id}\b", line)]
-            assert written < end, "\n".join(lines)
+            assert written < end, text
 
 
 def test_what_c_code_has_printed_is_written_when_the_worker_ends(tasks):
