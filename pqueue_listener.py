@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pqueue")
 
 WAITING = "waiting"  # the NOTIFY of a process that waits for a result
+LISTENING = "listening"  # the NOTIFY of a process that begins to listen, and so does not know who waits
 AWAITED_SECONDS = 4.0  # how long those that finish jobs then send NOTIFY, too
 FIRST_LOOK_SECONDS = 0.005  # after which a waiter looks again, then four times as late each time
 RETRY_SECONDS = 0.5  # between the listener's attempts to connect
@@ -64,12 +65,14 @@ class ListenConnection:
         self._lost_at = self._made_at = -math.inf  # monotonic seconds
         self._is_new = False  # the connection is new: the consumers must be marked as running
         self.watch: ResultWatch | None = None
-        self._awaited_until = math.inf  # monotonic seconds: whether anybody waits for a result
-        self.gets_notify = True  # False: connected through a pooler, which keeps neither NOTIFY nor locks
+        self._awaited_until = -math.inf  # monotonic seconds: whether anybody waits for a result
+        self.gets_notify = False  # through a pooler, which keeps neither NOTIFY nor locks
         self._thread = threading.Thread()
 
     def start(self) -> None:
-        self.gets_notify = not self._queue.pooled and self._receives_notify()
+        if not self._queue.pooled:
+            self._link = self._connect()
+            self._link.driver.execute("SELECT 1")  # the server sends pending notifications before its answer
         if self.gets_notify:
             self._serve()
             self.keep_listening()
@@ -87,16 +90,6 @@ class ListenConnection:
         if self.gets_notify and not self._stopped and not self._thread.is_alive():
             self._thread = threading.Thread(target=self._listen, name="pqueue-listener", daemon=True)
             self._thread.start()
-
-    def _receives_notify(self) -> bool:
-        self._link = self._connect()
-        before = self._wakeups
-        try:
-            self._link.driver.execute(self._queue._sql(NOTIFY))
-        except psycopg.errors.ProgramLimitExceeded:  # the NOTIFY queue is full
-            return True
-        self._link.driver.execute("SELECT 1")  # the server sends pending notifications before its answer
-        return self._wakeups != before
 
     def acquire(self, number: int) -> None:
         """Acquire a lock, now and after each reconnection."""
@@ -182,8 +175,11 @@ class ListenConnection:
                 link.cursor.execute(self._queue._sql(LOCK_SLOT), [number])
             driver.add_notify_handler(self._receive_notify)
             driver.execute(self._queue._sql(LISTEN))
+            try:
+                driver.execute(self._queue._sql(f"{NOTIFY}, '{LISTENING}'"))
+            except psycopg.errors.ProgramLimitExceeded:  # the NOTIFY queue is full
+                self.gets_notify = True
             undo.pop_all()
-        self._awaited_until = time.monotonic() + AWAITED_SECONDS  # it may have been announced before
         return link
 
     def _serve(self) -> None:
@@ -253,6 +249,10 @@ class ListenConnection:
     def _receive_notify(self, notify: psycopg.Notify) -> None:
         if notify.payload == WAITING:
             self._awaited_until = time.monotonic() + AWAITED_SECONDS
+        elif notify.payload == LISTENING:
+            self.gets_notify = True
+            if self.watch:
+                self.watch.announce_again()
         elif not notify.payload:
             self._wake_waiters()
         elif self.watch:
@@ -282,11 +282,13 @@ class ResultWatch:
         self._woken = threading.Event()
         self._job_ids: set[str] = set()
         self._seconds = FIRST_LOOK_SECONDS
+        self._is_unknown = False  # to a process that has begun to listen
         listener.watch = self
 
     def wait(self, job_ids: list[int], find: Callable[[], bool]) -> None:
         self._job_ids = set(map(str, job_ids))
-        if not self._listener.is_announced:
+        if self._is_unknown or not self._listener.is_announced:
+            self._is_unknown = False
             self._queue.announce_wait()
         if find() or self._woken.wait(self._seconds):
             self._woken.clear()
@@ -297,6 +299,10 @@ class ResultWatch:
     def wake_for(self, finished: str) -> None:
         if not self._job_ids.isdisjoint(finished.split(",")):
             self._woken.set()
+
+    def announce_again(self) -> None:
+        self._is_unknown = True
+        self._woken.set()
 
     def interrupt(self) -> None:
         self._woken.set()

@@ -742,12 +742,13 @@ class OnPostgres(PersistentQSQLAlchemy):
     def _operator_verb(self, *arguments: Any, **values: Any) -> None:
         """See the base class. On a conflict with a concurrent enqueue, the second call sees which job has the key.
 
-        Operators who resubmit two parents of a job at once may wait for each other: one of them tries again.
+        Operators who resubmit two parents of a job at once may wait for each other: one of them tries again, twice if
+        it was faster than the other one.
         """
-        try:
-            super()._operator_verb(*arguments, **values)
-        except (KeyTaken, Deadlock):
-            super()._operator_verb(*arguments, **values)
+        for _ in range(2):
+            with suppress(KeyTaken, Deadlock):
+                return super()._operator_verb(*arguments, **values)
+        return super()._operator_verb(*arguments, **values)
 
     def limit(self, *arguments: Any, **options: Any) -> None:
         """See the base class. Locks out writers, to count the pending jobs, or those that are processing."""

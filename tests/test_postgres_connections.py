@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -25,9 +26,10 @@ from test_postgres_isolation import Roles, roles, with_query
 import pqueue
 import pqueue_connections
 import pqueue_listener
+import pqueue_postgres
 from pqueue import InvalidTransition, QueueBusy, QueueError
 from pqueue_connections import parse_url
-from pqueue_sqlalchemy import PersistentQSQLAlchemy
+from pqueue_sqlalchemy import PersistentQSQLAlchemy, PostgresSession
 from pqueue_tools import processes
 from test_pqueue import PATIENCE_SECONDS, wait_until
 
@@ -293,6 +295,40 @@ def test_connection_that_listens_is_lent_and_still_hears(queue, database):
                 assert queue.wait(10, consumer="w")
             assert time.monotonic() - began < 9
             queue.complete(job)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_waiter_for_a_result_is_woken_by_a_consumer_that_began_to_listen_later(
+    admin, queue, database, monkeypatch, cut
+):
+    for module in (pqueue, pqueue_listener):
+        monkeypatch.setattr(module, "WAIT_SECONDS", 1000.0, raising=False)
+        monkeypatch.setattr(module, "FIRST_LOOK_SECONDS", 1000.0, raising=False)
+    monkeypatch.setattr(pqueue_listener, "AWAITED_SECONDS", 1000.0)
+    job_id, found = queue.enqueue("t"), []
+    waiter = threading.Thread(target=lambda: found.append(queue.result(job_id, timeout_seconds=PATIENCE_SECONDS)))
+    waiter.start()
+    wait_until(lambda: queue._listener and queue._listener.is_awaited)
+    with closing(pqueue.open_queue(database)) as other:
+        job = other.dequeue("w")
+        wait_until(lambda: other.is_awaited)
+        if cut:
+            other._listener._awaited_until = -math.inf
+            pid = other._listener._link.driver.info.backend_pid
+            admin.execute("SELECT pg_terminate_backend(%s)", (pid,))
+            wait_until(lambda: other._listener.is_awaited)
+        other.complete(job, 7)
+        waiter.join()
+        assert found == [7]
+
+
+def test_consumer_starts_without_telling_waiters_what_nobody_waits_for(queue, monkeypatch):
+    sent, run = [], PostgresSession.run
+    monkeypatch.setattr(PostgresSession, "run", lambda self, sql, *params: sent.append(sql) or run(self, sql, *params))
+    queue.enqueue_many("t", range(3))
+    queue.complete_and_dequeue([(job, None) for job in queue.dequeue_many("w", 3)], "w", 0)
+    assert queue.count_jobs(state="completed") == 3
+    assert not any(pqueue_postgres.PG_NOTIFY_JOBS in sql for sql in sent)
 
 
 def test_consumer_is_woken_where_the_connection_that_listens_cannot_be_lent(admin, database, monkeypatch):
