@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import struct
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -375,6 +376,14 @@ def make_folder(folder: Path, group: int | None = None) -> None:
             missing.chmod(0o2770)
         # guard: the folder of a new queue is synced
         sync(missing.parent)
+
+
+@contextmanager
+def temporary_folder(prefix: str | None = None, parent: Path | None = None) -> Iterator[Path]:
+    """Create a folder, for this account only, and delete it with its files at the end."""
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as name:
+        os.chmod(name, stat.S_IRWXU)  # whatever the umask
+        yield Path(name)
 
 
 def file_size(path: Path) -> int:

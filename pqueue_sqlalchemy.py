@@ -17,7 +17,6 @@ import os
 import secrets
 import select
 import sqlite3
-import tempfile
 import threading
 import time
 import weakref
@@ -26,7 +25,6 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from itertools import islice
 from operator import attrgetter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import psycopg
@@ -55,6 +53,7 @@ from pqueue_connections import (
     parse_url,
     setting,
 )
+from pqueue_files import temporary_folder
 from pqueue_groups import Group
 from pqueue_join import driver_connection
 from pqueue_listener import NOTIFY, WAITING, ConsumerLock, ListenConnection, ResultWatch, is_notify_queue_full
@@ -968,9 +967,10 @@ class OnPostgres(PersistentQSQLAlchemy):
         try:
             if target.exists():
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-            folder = tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.")
-            os.chmod(folder.name, 0o700)  # whatever the umask
-            with folder as name, closing(PersistentQSQLite(Path(name) / "copy.db")) as copy:
+            with (
+                temporary_folder(f"{target.name}.", target.parent) as folder,
+                closing(PersistentQSQLite(folder / "copy.db")) as copy,
+            ):
                 self.copy_to(copy)
                 copy.backup(target)
         except OSError as error:

@@ -15,7 +15,6 @@ import pprint
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from unittest import mock
 
 import pqueue
 from pqueue import FINISHED, TASKS, InvalidTransition, Job, PersistentQInterface, QueueError, QueueFull, Snooze
-from pqueue_files import open_own
+from pqueue_files import open_own, temporary_folder
 from pqueue_tasks import default_queue
 from pqueue_tools import file_task, termination, worker
 from pqueue_tools.masking import masked_job, masked_text
@@ -98,7 +97,7 @@ class Replayed:
 
 
 @dataclass
-class Record:
+class Effects:
     """What the task does with its queue."""
 
     ids: list[int] = field(default_factory=list)
@@ -146,10 +145,9 @@ def rehearsal(queue: PersistentQInterface) -> Iterator[PersistentQInterface]:
 
     Modules that are imported in the block, and their tasks, get it from `open_queue` with the URL of the other.
     """
-    with suppress(RolledBack), tempfile.TemporaryDirectory(prefix="pqueue-replay-") as folder:
-        os.chmod(folder, 0o700)  # whatever the umask
+    with suppress(RolledBack), temporary_folder("pqueue-replay-") as folder:
         if isinstance(queue, pqueue.PersistentQSQLite):
-            copy = Path(folder) / "queue.db"
+            copy = folder / "queue.db"
             try:
                 queue.backup(copy)
             except QueueFull:
@@ -207,9 +205,9 @@ def _stored(queue: PersistentQInterface, job_ids: list[int]) -> list[Job]:
 
 
 @contextmanager
-def _recorded(mine: PersistentQInterface, *, is_alone: bool) -> Iterator[Record]:
+def _recorded(mine: PersistentQInterface, *, is_alone: bool) -> Iterator[Effects]:
     """Record what the task does."""
-    record, thread, transaction = Record(), threading.get_ident(), mine.transaction
+    record, thread, transaction = Effects(), threading.get_ident(), mine.transaction
 
     def expect_thread(name: str) -> None:
         if is_alone and threading.get_ident() != thread:
@@ -241,7 +239,7 @@ def _recorded(mine: PersistentQInterface, *, is_alone: bool) -> Iterator[Record]
         yield record
 
 
-def _note_call(record: Record, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any) -> None:
+def _note_call(record: Effects, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any) -> None:
     if name in ("enqueue", "enqueue_many"):
         ids = [found] if name == "enqueue" else found
         record.ids += [int(each) for each in ids if getattr(each, "is_new", True)]
@@ -252,7 +250,7 @@ def _note_call(record: Record, name: str, args: tuple[Any, ...], kwargs: dict[st
 
 
 @contextmanager
-def _recorded_statements(connection: Any, record: Record) -> Iterator[None]:
+def _recorded_statements(connection: Any, record: Effects) -> Iterator[None]:
     if connection in record.connections:  # a transaction inside another
         yield
         return

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-import tempfile
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 from pqueue import TASKS, Job, PersistentQInterface, Snooze, Task, open_queue, run_task
+from pqueue_files import temporary_folder
 from pqueue_tasks import as_current, default_queue
 from pqueue_tools.outcome import settle
 from pqueue_values import MAX_NUMBER
@@ -27,8 +27,7 @@ _numbers = itertools.count(1)
 @contextmanager
 def temporary_queue() -> Iterator[PersistentQInterface]:
     """Open a queue in a temporary folder. Within the block it is the default queue, and what PQUEUE_URL names."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o700)  # whatever the umask
+    with temporary_folder() as folder:
         url = f"{folder}/queue.db"
         with (
             mock.patch.dict(os.environ, PQUEUE_URL=url),
