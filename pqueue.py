@@ -261,7 +261,10 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         if expires_at is not None or expire_seconds is not None:
             row["expires_at"] = _expiry(expires_at, expire_seconds, row["run_at"])
         if (key, key_until, key_seconds, on_conflict) != NO_KEY:
-            row |= _key_options(key, key_until, key_seconds, on_conflict, row["now"])
+            if key is None:
+                raise ValueError("expected a key together with key_until, key_seconds or on_conflict")
+            row |= _key_options(key_until, key_seconds, on_conflict, row["now"])
+            row["key"] = valid_name("key", key)
         row["payload"] = encode_json("payload", payload)
         if (after, after_failed) == NO_PARENTS:
             return self._store(pqueue_schema.ENQUEUE, row)[0]
@@ -353,7 +356,7 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
             return self._store_after(pqueue_schema.ENQUEUE_MANY, [row] if found else [], after, after_failed)
         if isinstance(keys, str) or not isinstance(keys, Sequence) or len(keys) != len(found):
             raise ValueError(f"expected a list of {len(found)} keys, one per payload, got {short(keys)}")
-        row |= _key_options("of each", key_until, key_seconds, on_conflict, row["now"])
+        row |= _key_options(key_until, key_seconds, on_conflict, row["now"])
         rows = [
             {**row, "key": valid_name("key", key), "payload": encode_json("payload", payload)}
             for key, payload in zip(keys, found, strict=True)
@@ -994,11 +997,7 @@ NO_PARENTS = ((), "fail")  # the defaults of after and after_failed
 NO_KEY = (None, None, None, "keep")  # the defaults of key, key_until, key_seconds and on_conflict
 
 
-def _key_options(
-    key: str | None, until: str | None, seconds: float | timedelta | None, on_conflict: str, now: float
-) -> Params:
-    if key is None:
-        raise ValueError("expected a key together with key_until, key_seconds or on_conflict")
+def _key_options(until: str | None, seconds: float | timedelta | None, on_conflict: str, now: float) -> Params:
     if until is not None and seconds is not None:
         raise ValueError("expected key_until or key_seconds, got both")
     if until not in (None, "finished", "started"):
@@ -1006,7 +1005,6 @@ def _key_options(
     if on_conflict not in ("keep", "replace"):
         raise ValueError(f"expected on_conflict to be 'keep' or 'replace', got {short(on_conflict)}")
     return {
-        "key": valid_name("key", key),
         "key_until": until or "finished" if seconds is None else None,
         "key_expires_at": None if seconds is None else now + above_0("key_seconds", seconds),
         "replaces": on_conflict == "replace",

@@ -490,11 +490,11 @@ EXCEPTION = re.compile(  # the line after the frames of the last traceback
 def error_text(error: str) -> str:
     """Return the text to store. If a traceback begins in its first line, by which failures are grouped and shown, put
     one with the exception before it. Raises ValueError for anything but a text."""
-    if not isinstance(text := error, str):
+    if not isinstance(error, str):
         raise ValueError(f"expected error to be a text, got {short(error)}")
-    if (first := TRACEBACK.match(text)) and (found := EXCEPTION.match(text)):
-        text = f"{first[1]}{found[1]}\n{text}"
-    text = text[:MAX_ERROR_CHARS].replace("\0", "\\x00")  # PostgreSQL cannot store it
+    if (first := TRACEBACK.match(error)) and (found := EXCEPTION.match(error)):
+        error = f"{first[1]}{found[1]}\n{error}"
+    text = error[:MAX_ERROR_CHARS].replace("\0", "\\x00")  # PostgreSQL cannot store it
     return text.encode("utf-8", "backslashreplace").decode()
 
 

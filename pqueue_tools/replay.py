@@ -41,24 +41,12 @@ NEW = (
     *("task", "queue", "group", "payload", "state", "priority", "run_at", "expires_at"),
     *("max_attempts", "key", "assigned_to", "meta"),
 )
-READS = {  # methods of a queue whose calls by the task the report does not list
-    *("aresult", "check", "consumers", "count_expired", "count_groups", "count_jobs", "dependencies", "expectations"),
-    *(
-        "failures",
-        "get",
-        "handlers",
-        "has_moved_to",
-        "held_jobs",
-        "held_leases",
-        "history",
-        "holds",
-        "is_partial_copy",
-        "limits",
-    ),
-    *("list_jobs", "move_status", "next_due", "now", "operations", "other_tables", "outcomes", "peek", "pending_tasks"),
-    *("result", "retention", "schedules", "search_jobs", "stalled", "stats", "unfinished_payloads", "uses_database"),
-    *("wait",),
-    *("close", "exclusive", "expect_other_tables", "join", "transaction"),  # they change nothing themselves
+READS = {  # methods of a queue that change nothing themselves: the report does not list their calls
+    *("aresult", "check", "close", "consumers", "count_expired", "count_groups", "count_jobs", "dependencies"),
+    *("exclusive", "expect_other_tables", "expectations", "failures", "get", "handlers", "has_moved_to", "held_jobs"),
+    *("held_leases", "history", "holds", "is_partial_copy", "join", "limits", "list_jobs", "move_status", "next_due"),
+    *("now", "operations", "other_tables", "outcomes", "peek", "pending_tasks", "result", "retention", "schedules"),
+    *("search_jobs", "stalled", "stats", "transaction", "unfinished_payloads", "uses_database", "wait"),
 }
 VERBS = [
     name
