@@ -55,13 +55,14 @@ from pqueue_tools.completion import complete, script
 from pqueue_tools.masking import masked_job
 from pqueue_tools.output import OPTIONS, CommandResult, agreed, show_progress, table, wants_rows, width, write
 from pqueue_tools.process import (
+    discard_output,
     expect_posix,
     id_list,
     module_name,
     open_soon,
-    prepare_streams,
     print_error,
     whole_number,
+    writes_to_stdout,
 )
 from pqueue_tools.report import (
     ago,
@@ -1115,10 +1116,10 @@ def _finish(result: CommandResult, options: argparse.Namespace) -> int:
     try:
         write(result, options)
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise
     except OSError as error:
-        raise Problem(f"cannot write to stdout: {error.strerror}; the command has been carried out") from None
+        discard_output()
+        if not isinstance(error, BrokenPipeError):
+            raise Problem(f"cannot write to stdout: {error.strerror}; the command has been carried out") from None
     return result.code
 
 
@@ -1133,9 +1134,9 @@ def _reporting_damage(queue: PersistentQInterface) -> Iterator[None]:
         raise
 
 
+@writes_to_stdout("admin")
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    prepare_streams()
     if arguments[:2] == ["complete", "--"]:  # of the script that `completion` prints
         for each in complete(COMMANDS, arguments[2:], _known_values):
             print(each)
@@ -1147,12 +1148,6 @@ def main(arguments: list[str] | None = None) -> int:
         print_error("admin", ARGUMENT.sub(lambda found: names.get(found[0], found[0]), str(error)))
         return 2
     except (Problem, QueueError) as error:
-        print_error("admin", error)
-        return 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
         print_error("admin", error)
         return 1
 

@@ -36,11 +36,11 @@ from pqueue_tools.process import (
     on_termination,
     open_soon,
     open_waiting,
-    prepare_streams,
     report,
     seconds,
     set_log,
     whole_number,
+    writes_to_stdout,
 )
 from pqueue_tools.record import MAX_CONCURRENCY
 from pqueue_tools.worker import Consumer as Consumer  # noqa: PLC0414 - for applications
@@ -64,8 +64,8 @@ class ProgressBar:
         print(text, end="", file=sys.stderr, flush=True)
 
 
+@writes_to_stdout("consumer")
 def main(arguments: list[str] | None = None) -> int:
-    prepare_streams()
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.wait is not None and not options.drain:

@@ -21,7 +21,7 @@ import sys
 from contextlib import suppress
 
 from pqueue import QueueError, open_queue
-from pqueue_tools.process import OneLineParser, module_name, print_error, whole_number
+from pqueue_tools.process import OneLineParser, module_name, print_error, whole_number, writes_to_stdout
 from pqueue_tools.record import MAX_CONCURRENCY
 from pqueue_tools.report import count
 from pqueue_tools.supervisor import (
@@ -39,6 +39,7 @@ from pqueue_tools.supervisor import (
 from pqueue_values import program_name
 
 
+@writes_to_stdout("manager")
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:

@@ -26,10 +26,11 @@ from importlib.util import find_spec
 
 from pqueue_tools.dashboard import expect_url, prefix
 from pqueue_tools.dashboard_http import address, listen_error, serve
-from pqueue_tools.process import OneLineParser, print_error, whole_number
+from pqueue_tools.process import OneLineParser, print_error, whole_number, writes_to_stdout
 from pqueue_values import program_name
 
 
+@writes_to_stdout("ops")
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:

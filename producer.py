@@ -37,12 +37,12 @@ from pqueue_tools.process import (
     log,
     on_termination,
     open_waiting,
-    prepare_streams,
     print_error,
     report,
     retry_while_busy,
     seconds,
     whole_number,
+    writes_to_stdout,
 )
 from pqueue_values import program_name
 
@@ -161,8 +161,8 @@ def _random_lines() -> str:
     return "".join(" ".join(random.choices(WORDS, k=8)) + "\n" for _ in range(random.randint(3, 20)))
 
 
+@writes_to_stdout("producer")
 def main(arguments: list[str] | None = None) -> int:
-    prepare_streams()
     options = _parser().parse_args(arguments)
     try:
         expect_posix()

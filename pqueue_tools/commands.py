@@ -278,15 +278,18 @@ def _add_argument(parser: argparse.ArgumentParser, each: Parameter) -> None:
 def _with_typer(typer: Any, program: str, entry: Command, run: Run, arguments: list[str]) -> int:
     app = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
     examples = _examples(program, entry)
-    app.command(entry.name, help=entry.help, epilog=f"\b\n{examples}" if examples else None)(_typed(typer, entry, run))
+    app.command(entry.name, help=entry.help, epilog=f"\b\n{examples}" if examples else None)(_typed(typer, entry))
     program = f"{program} {entry.name}"
     try:
-        return int(typer.main.get_command(app).main(arguments, prog_name=program, standalone_mode=False) or 0)
+        given = typer.main.get_command(app).main(arguments, prog_name=program, standalone_mode=False)
+    except SystemExit:  # Typer's answer if the reader of its help has gone
+        raise BrokenPipeError from None
     except typer.TyperException as error:
         raise UsageError(f"{error.format_message().rstrip('.?')}; see {program} --help") from None
+    return run(entry, given) if isinstance(given, argparse.Namespace) else int(given or 0)
 
 
-def _typed(typer: Any, entry: Command, run: Run) -> Callable[..., int]:
+def _typed(typer: Any, entry: Command) -> Callable[..., argparse.Namespace]:
     """Return a function with the signature that makes Typer ask for the command's parameters, as plain text."""
     signature = []
     for each in entry.parameters:
@@ -301,8 +304,8 @@ def _typed(typer: Any, entry: Command, run: Run) -> Callable[..., int]:
             kind = kind | None
         signature.append(inspect.Parameter(each.key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
 
-    def ask(**raw: Any) -> int:
-        return run(entry, entry.options(raw))
+    def ask(**raw: Any) -> argparse.Namespace:
+        return entry.options(raw)
 
     ask.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
     ask.__annotations__ = {each.name: each.annotation for each in signature}

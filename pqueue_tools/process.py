@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, wraps
 from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar, cast
@@ -35,6 +35,7 @@ OPEN_SECONDS = 5.0  # how long a command waits for a server to answer
 PARENT = os.getppid()
 
 T = TypeVar("T")
+Main = TypeVar("Main", bound=Callable[..., int])
 
 
 def is_orphaned() -> bool:
@@ -152,6 +153,40 @@ def prepare_streams() -> None:
         cast(TextIOWrapper, stream).reconfigure(errors="backslashreplace")
 
 
+def writes_to_stdout(program: str) -> Callable[[Main], Main]:
+    """Decorate the main function of a program: an OSError, as of an output that cannot be written, is reported in one
+    line and ends it with 1; that its reader has gone is no error."""
+
+    def decorate(main: Main) -> Main:
+        @wraps(main)
+        def run(arguments: list[str] | None = None) -> int:
+            prepare_streams()
+            try:
+                try:
+                    return main(arguments)
+                finally:
+                    sys.stdout.flush()
+            except BrokenPipeError:
+                discard_output()
+                return 0
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EIO) and not error.filename:
+                    discard_output()
+                    print_error(program, f"cannot write to stdout: {error.strerror}")
+                else:
+                    print_error(program, error)
+                return 1
+
+        return cast(Main, run)
+
+    return decorate
+
+
+def discard_output() -> None:
+    """Discard what is and what will be written to stdout."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def log_line(at: str, event: str, fields: dict[str, Any], level: str = "info") -> str:
     if _log["format"] == "json":
         values = {key: each if isinstance(each, int) else _field(each) for key, each in fields.items()}
@@ -265,6 +300,9 @@ def retry_soon(call: Callable[[], T]) -> T:
 
 class OneLineParser(argparse.ArgumentParser):
     """A parser that reports an error in one line and exits with 2."""
+
+    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+        print(message, end="", file=file or sys.stderr)  # argparse would ignore an error
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog.split()[0]}: {printable(message)}; see {self.prog} --help\n")

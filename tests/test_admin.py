@@ -1141,6 +1141,30 @@ def test_closed_pipe_is_no_error(queue):
     assert (done.stderr, done.stdout.count("\n")) == ("", 1)
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(f"{program}.py --help" for program in ("admin", "consumer", "producer", "manager", "ops")),
+        *("admin.py --version", "admin.py jobs --help", "admin.py stats", "admin.py show 1", "ops.py --check --port 0"),
+        "admin.py metrics",
+    ],
+)
+def test_program_says_in_one_line_that_its_output_has_no_room_and_nothing_if_nobody_reads_it(
+    queue, command, unbuffered
+):
+    queue.enqueue("t")
+    program, *arguments = shlex.split(command)
+    variables = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full, open(writer, "w") as pipe:
+        for stdout, code, said in ((full, 1, "cannot write to stdout: No space left on device"), (pipe, 0, "")):
+            run = [sys.executable, ROOT / program, *arguments]
+            done = subprocess.run(run, stdout=stdout, stderr=subprocess.PIPE, env=variables, text=True)
+            assert (done.returncode, done.stderr.partition(";")[0].strip()) == (code, f"{program}: {said}" * bool(said))
+
+
 def test_operator_whose_output_has_no_room_is_told_that_the_command_was_carried_out(queue):
     with open("/dev/full", "w") as full:
         ended = subprocess.run(
