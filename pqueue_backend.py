@@ -260,7 +260,10 @@ class Backend(ABC):
     has_lent_connection = False  # to user code in this thread; on PostgreSQL, the end of a transaction undoes settings
 
     def renew_connection(self) -> None:  # noqa: B027 - only where connections are lent
-        """Replace this thread's connection if user code, which may have changed its settings, had it."""
+        """Replace this thread's connection, whose settings user code may have changed."""
+
+    connection_settings: Any = None  # those of this thread's connection that can be read, to compare them
+    hides_rows = False  # that connection, as user code has changed it
 
     @abstractmethod
     def transaction(self) -> AbstractContextManager[Any]:

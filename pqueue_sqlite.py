@@ -334,6 +334,17 @@ class SQLiteSession(Session):
         if self._result_locks:
             self._result_locks.wake_for(self.finished)
 
+    def hides_rows(self) -> bool:
+        """Return whether user code has changed the connection so that rows are hidden, or look different."""
+        own = self.connection
+        changed = (own.row_factory, own.text_factory, own.isolation_level) != (None, str, None)
+        return changed or bool(self.run("SELECT name FROM temp.sqlite_master"))
+
+    def settings(self) -> list[Any]:
+        """Return what user code may have changed in the connection, as far as it can be read."""
+        is_synced = self.run("PRAGMA synchronous") == [(1 if self._synchronous == "NORMAL" else 2,)]
+        return [self.hides_rows(), is_synced, self.run("PRAGMA query_only"), self.run("PRAGMA locking_mode")]
+
     def is_locked_by(self, pid: int) -> bool:
         """Return whether a process holds SQLite's write lock; False where the system does not tell."""
         return self._locks is not None and self._locks.writer() == pid
@@ -927,12 +938,18 @@ class PersistentQSQLite(PersistentQInterface):
         return isinstance(session, SQLiteSession) and session.was_lent and not session.busy
 
     def renew_connection(self) -> None:
-        # guard: what a task has set on its connection is gone with it
-        if self.has_lent_connection:
-            session = self._session()
-            del self._local.session
-            self._session()
-            session.close()
+        session = self._session()
+        del self._local.session
+        self._session()
+        session.close()
+
+    @property
+    def hides_rows(self) -> bool:  # type: ignore[override]
+        return self._session().hides_rows()
+
+    @property
+    def connection_settings(self) -> list[Any]:
+        return self._session().settings()
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:

@@ -11,7 +11,6 @@ import _thread
 import contextvars
 import ctypes
 import inspect
-import os
 import re
 import threading
 import time
@@ -20,7 +19,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from types import coroutine
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import asyncio  # otherwise imported with the first async task: it takes 30 ms
@@ -122,6 +121,7 @@ class ConcurrentConsumer(Consumer):
         self._loop_thread: threading.Thread | None = None
         self._set_running_loop: Callable[[Any], object] = bool
         self._loop_settings: list[Setting] = []  # of its thread
+        self._files_of_loop = set[int]()
         self._failure: BaseException | None = None  # of the event loop or another thread
         self._looked_at, self._has_run = time.monotonic(), False  # since then
         self._pause_at = self._looked_at + BUSY_SECONDS
@@ -143,12 +143,11 @@ class ConcurrentConsumer(Consumer):
                     self._wait(limit)
 
     def _has_ended(self) -> bool:
-        # guard: the database is not written through another file's descriptor
-        if self.state and self.state.has_lost_descriptors():
-            self._break_off_all("closed descriptors")
         if self._failure:
             if not self.is_embedded:
-                self._break_off_all(f"an unusable thread or event loop ({type(self._failure).__name__})")
+                self._must_end = True
+                self._report_left([f"an unusable thread or event loop ({type(self._failure).__name__})"])
+                self._break_off(fields.BROKEN)
             raise self._failure
         if not self._runs:
             self._look_for_leftovers()
@@ -294,14 +293,8 @@ class ConcurrentConsumer(Consumer):
             return
         self._looked_at, self._has_run = time.monotonic(), False
         self._pause_at = self._looked_at + BUSY_SECONDS
-        if left := self.state.left_behind("", float("inf")):
-            self._report_left(left)
-
-    def _break_off_all(self, what: str) -> NoReturn:
-        """End the process without using the database. The keeper settles the jobs."""
-        log("left behind", consumer=self.name, what=what, then="the worker is replaced")
-        self._fields[fields.OUTCOME] = fields.BROKEN
-        os._exit(1)
+        if self._has_leftovers():
+            self._may_find = True  # a changed connection may have hidden jobs
 
     # Waiting for jobs
 
@@ -385,7 +378,9 @@ class ConcurrentConsumer(Consumer):
         if self._loop is None:
             import asyncio
 
+            before = self._open_descriptors()
             loop = asyncio.new_event_loop()
+            self._files_of_loop = self._open_descriptors() - before
             watch_tasks(loop, self._enter, self._leave)
             self._loop_thread = Thread("pqueue-loop", self._run_loop, loop)
             try:
@@ -457,8 +452,9 @@ class ConcurrentConsumer(Consumer):
         """Undo what a task has changed in the thread of the event loop, for the tasks that continue in it."""
         if not self.state:
             return
-        with suppress(QueueError):  # the next use says so
-            self.queue.renew_connection()
+        if self.queue.has_lent_connection:
+            with suppress(QueueError):  # the next use says so
+                self.queue.renew_connection()
         # guard: async tasks find the thread of the event loop as the first one did
         if left := list(self.state.undo(self._loop_settings)):
             self._report_left(left, job=job.id, task=job.task)
@@ -467,7 +463,15 @@ class ConcurrentConsumer(Consumer):
         if self.state:
             from pqueue_tools.leftovers import thread_settings  # not available on Windows
 
-            self._loop_settings = list(thread_settings())
+            self._loop_settings = list(thread_settings(self._files_of_loop))
+
+    def _open_descriptors(self) -> set[int]:
+        """Return the open descriptors if their flags are to be restored."""
+        if not self.state:
+            return set()
+        from pqueue_tools.leftovers import open_descriptors  # likewise
+
+        return set(open_descriptors())
 
     def _expect_handed_over(self, run: ActiveRun, task: asyncio.Task[None]) -> None:
         """Hand over a run whose asyncio task ended before `_run_async` could, as it was cancelled before it began."""

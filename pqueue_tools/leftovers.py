@@ -27,7 +27,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from operator import itemgetter
@@ -35,7 +35,8 @@ from types import ModuleType
 from typing import Any
 
 import pqueue
-from pqueue_files import closing_file
+from pqueue import QueueError
+from pqueue_files import closing_file, status
 from pqueue_tools import processes
 from pqueue_tools.task_output import high_copy
 
@@ -183,7 +184,6 @@ def _settings(folder: int | None) -> Iterator[Setting]:
     yield Setting("environment variables", _environment, _set_environment)
     yield kept("the encoding of environment variables", vars(os.environ), callable)
     yield Setting("the locale", lambda: locale.setlocale(locale.LC_ALL), lambda to: locale.setlocale(locale.LC_ALL, to))
-    yield Setting("flags of the standard descriptors", _flags, _set_flags)
     yield from thread_settings()
     yield Setting("signal handlers in C, capabilities or filters of system calls", _status)
     yield Setting("timers of the system", lambda: _proc("timers"))
@@ -201,8 +201,10 @@ def _settings(folder: int | None) -> Iterator[Setting]:
     yield Setting("attributes of prctl", processes.attributes, processes.set_attributes)
 
 
-def thread_settings() -> Iterator[Setting]:
-    """Yield the settings of the calling thread, which must also compare and restore them."""
+def thread_settings(files: Collection[int] = ()) -> Iterator[Setting]:
+    """Yield the settings of the calling thread, which must also compare and restore them. files: its descriptors."""
+    files = [each for each in files if _identity(each)]
+    yield Setting("flags of descriptors", lambda: [(each, *_flags(each)) for each in files], _set_all_flags)
     mask = partial(signal.pthread_sigmask, signal.SIG_BLOCK, ()), partial(signal.pthread_sigmask, signal.SIG_SETMASK)
     yield Setting("the signal mask", *mask)
     yield Setting("a trace function", sys.gettrace, sys.settrace)
@@ -285,7 +287,10 @@ class ProcessState:
         self._raw_threads = _raw_threads()
         self._code = list(_used_code(queue))
         self._settings = list(_settings(self._folder))
-        self._descriptors = {number: _identity(number) for number in _descriptors() if not _is_socket(number)}
+        self._descriptors = {number: _identity(number) for number in open_descriptors() if not _is_socket(number)}
+        self._note_database()
+        settings, renew = lambda: queue.connection_settings, lambda _: self.renew_connection()
+        self._connection = Setting("a changed connection", settings, renew, is_fatal=True)
 
     def left_behind(self, task: str, seconds: float) -> list[str]:
         """Undo what a task has changed, and return what that was. seconds: how long the task ran."""
@@ -305,9 +310,24 @@ class ProcessState:
             self._trusted.discard(task)
         return left
 
-    def has_lost_descriptors(self) -> bool:
-        """Return whether a task has closed a descriptor of this process, or put another file in its place."""
-        return any(_identity(number) != before for number, before in self._descriptors.items() if number > 2)
+    def _note_database(self) -> None:
+        """Note the descriptors that SQLite writes to, and their flags, which few other files have."""
+        files = [found[1:3] for suffix in ("", "-wal") if (found := status(f"{self._queue.name}{suffix}"))]
+        self._database = {
+            number: found[2:] for number, found in self._descriptors.items() if found and found[:2] in files
+        }
+
+    def would_damage_database(self) -> bool:
+        """Return whether what is written would not reach its place: a task has closed a descriptor of the database, put
+        another file there, or set O_APPEND; or temporary tables hide those of the queue, for example."""
+        try:
+            return any(_flags(number) != flags for number, flags in self._database.items()) or self._queue.hides_rows
+        except (OSError, QueueError):
+            return True
+
+    def mend_database(self) -> list[str]:
+        """Undo that, and return what it was."""
+        return [*self._reset_descriptors(), *self.undo([self._connection])]
 
     def _seems_clean(self) -> bool:
         return (
@@ -323,8 +343,10 @@ class ProcessState:
         self._arm()
         yield from self._reset_handlers()
         yield from self._reset_descriptors()
+        # guard: what a task has set on its connection is gone with it
         if self._queue.has_lent_connection and not self.is_broken:
-            self._renew_connection()
+            self.renew_connection()
+        yield from self.undo([self._connection])
         yield from self._reset_streams()
         yield from self.undo(self._settings)
         yield from self._new_threads()
@@ -367,27 +389,33 @@ class ProcessState:
                 yield f"the handler of {signal.Signals(number).name if number in set(signal.Signals) else number}"
 
     def _reset_descriptors(self) -> Iterator[str]:
-        for number, identity in self._descriptors.items():
-            if _identity(number) == identity:
+        """Undo what a task has changed in the descriptors of this process, and yield what that was."""
+        for number, before in self._descriptors.items():
+            if before is None or (now := _identity(number)) == before:
                 continue
-            if number < 3 and (copy := self._copies[number]) is not None:
+            is_open = now is not None and now[:2] == before[:2]
+            if is_open:
+                _set_flags(number, *before[2:])
+            elif number < 3 and (copy := self._copies[number]) is not None:
                 os.dup2(copy, number)
-            if _identity(number) != identity:
+            if _identity(number) != before:
                 self.must_end = self.is_broken = True
-            yield f"the closed descriptor {number}"
-        if (new := len(_descriptors()) - len(self._descriptors)) > MAX_DESCRIPTORS:
+            yield f"{'flags of the' if is_open else 'the closed'} descriptor {number}"
+        if (new := len(open_descriptors()) - len(self._descriptors)) > MAX_DESCRIPTORS:
             self.must_end = True
             yield f"{new} open descriptors"
 
-    def _renew_connection(self) -> None:
-        before = {number: _identity(number) for number in _descriptors()}
+    def renew_connection(self) -> None:
+        """Replace the connection of this thread."""
+        before = {number: _identity(number) for number in open_descriptors()}
         self._queue.renew_connection()
-        after = {number: _identity(number) for number in _descriptors()}
+        after = {number: _identity(number) for number in open_descriptors()}
         for number in {*before, *after}:
             if (new := after.get(number)) != before.get(number):
                 self._descriptors.pop(number, None)
                 if new and not _is_socket(number):
                     self._descriptors[number] = new
+        self._note_database()
 
     def _reset_streams(self) -> Iterator[str]:
         for number, (name, before) in enumerate(zip(("stdin", "stdout", "stderr"), self._streams, strict=True)):
@@ -443,17 +471,32 @@ def _open_folder() -> int | None:
     return None
 
 
-def _descriptors() -> list[int]:
+def open_descriptors() -> list[int]:
     """Return the open descriptors; on a system without /proc, those that are in use most."""
     with suppress(OSError):
         return [int(name) for name in os.listdir("/proc/self/fd")]  # and one that is closed by now
     return [number for number in range(64) if _identity(number) is not None]
 
 
-def _identity(number: int) -> tuple[int, int] | None:
+def _identity(number: int) -> tuple[int, ...] | None:
+    """Return to which file a descriptor refers, and its flags."""
     with suppress(OSError):
-        return os.fstat(number)[1:3]
+        return (*os.fstat(number)[1:3], *_flags(number))
     return None
+
+
+def _flags(number: int) -> tuple[int, int]:
+    return fcntl.fcntl(number, fcntl.F_GETFL), fcntl.fcntl(number, fcntl.F_GETFD)
+
+
+def _set_all_flags(before: list[tuple[int, int, int]]) -> None:
+    for each in before:
+        _set_flags(*each)
+
+
+def _set_flags(number: int, status: int, own: int) -> None:
+    fcntl.fcntl(number, fcntl.F_SETFL, status)
+    fcntl.fcntl(number, fcntl.F_SETFD, own)
 
 
 def _is_socket(number: int) -> bool:
@@ -497,20 +540,6 @@ def _arithmetic() -> bytes:
     because it may also compare them so."""
     one, tiny, least = 1.0, 1e-20, sys.float_info.min
     return struct.pack("=5d", one + tiny, -one - tiny, one - tiny, least / 2, least / 2 * one)
-
-
-def _flags() -> list[int | None]:
-    found: list[int | None] = [None, None, None]
-    for number in range(3):
-        with suppress(OSError):
-            found[number] = fcntl.fcntl(number, fcntl.F_GETFL)
-    return found
-
-
-def _set_flags(before: list[int | None]) -> None:
-    for number, flags in enumerate(before):
-        if flags is not None:
-            fcntl.fcntl(number, fcntl.F_SETFL, flags)
 
 
 def _namespaces() -> list[str]:

@@ -167,6 +167,8 @@ class Consumer:
     def _run(self) -> int:
         try:
             self._work()
+            if self.drain and self._has_leftovers():  # which may have hidden jobs
+                self._must_end = True
         except QueueError as error:
             # guard: a task that makes the database unusable costs its process only
             self._expect_no_task_to_blame(error)
@@ -251,6 +253,7 @@ class Consumer:
 
     def _retry_while_busy(self, held: list[tuple[Job, Any]], call: Callable[[], T]) -> T | None:
         """Repeat a call while the database is locked or full. Give up if stopped, or when the leases have expired."""
+        self._expect_sound_connection()
         until = time.monotonic() + self.lease_seconds if held or self._stops else None
 
         def pause(seconds: float) -> bool:
@@ -263,17 +266,38 @@ class Consumer:
             time.sleep(seconds)
             return False
 
-        return retry_while_busy(call, pause, consumer=self.name)
+        try:
+            return retry_while_busy(call, pause, consumer=self.name)
+        except LeaseLost:
+            raise
+        except Exception as error:
+            # guard: what a task has changed in a connection costs its worker only
+            if not self.state or not self.taken:
+                raise
+            self.state.renew_connection()
+            result = retry_while_busy(call, pause, consumer=self.name)
+            self._must_end = True
+            self._report_left(["a changed connection"], error=error)
+            return result
+
+    def _expect_sound_connection(self) -> None:
+        """Undo what tasks have changed in the connection or its descriptors; if that is impossible, end the process."""
+        # guard: the database is not written through another file's descriptor
+        if self.state and self.state.would_damage_database():
+            self._report_left(self.state.mend_database())
+            if self.state.is_broken:
+                self._break_off(fields.BROKEN)
 
     def _expect_to_hold_no_lock(self) -> None:
         """End a process in which a task has left a transaction of its own connection open, which may lock all out."""
         is_running = any(slot.fields[fields.RUNNING] for slot in self.record.slots)
-        if self.is_embedded or is_running or not _other_transactions():
+        if self.is_embedded or is_running:
             return
-        self._must_end = True
-        self._report_left(["an open transaction of another connection"])
-        self._fields[fields.OUTCOME] = fields.BROKEN
-        os._exit(1)
+        self._has_leftovers()
+        if _other_transactions():
+            self._must_end = True
+            self._report_left(["an open transaction of another connection"])
+            self._break_off(fields.BROKEN)
 
     def _sleep(self) -> None:
         with suppress(InterruptedError, QueueBusy):  # the next dequeue reports QueueBusy
@@ -330,7 +354,7 @@ class Consumer:
         if self.queue.in_transaction:
             self._break_off_in_transaction(job, claim, failure)
         is_stored = self._store(job, claim, failure, encoded)
-        self._expect_usable_process(job, took)
+        self._has_leftovers(job, took)
         if failure is None:
             self._run_seconds = max(took, 0.8 * self._run_seconds + 0.2 * took)
             self._finished.append((job, encoded))
@@ -348,23 +372,23 @@ class Consumer:
             return self.record.add_result(job.id, claim, encoded)
         return self.record.add_error(job.id, claim, failure.text)
 
-    def _expect_usable_process(self, job: Job, took: float) -> None:
-        """Report what the task has left behind; end the process if the database cannot be used in it any more."""
-        if self.state and (left := self.state.left_behind(job.task, took)):
-            self._report_left(left, job=job.id, task=job.task)
-            if self.state.is_broken:
-                self._break_off()
+    def _has_leftovers(self, job: Job | None = None, took: float = float("inf")) -> bool:
+        """Undo and report what tasks have left behind; end the process if the database cannot be used in it any more.
+
+        job: the only one that may have; it took so many seconds.
+        """
+        if not self.state or not (left := self.state.left_behind(job.task if job else "", took)):
+            return False
+        self._report_left(left, **({"job": job.id, "task": job.task} if job else {}))
+        if self.state.is_broken:
+            self._break_off()
+        return True
 
     def _expect_no_task_to_blame(self, error: QueueError) -> None:
         """End the process if a task has left behind what may have made the database unusable in it."""
         if self.is_embedded or not self.taken or not self.state:
             return
-        if self.state.has_lost_descriptors():
-            left = ["closed descriptors"]
-        elif "closed database" in str(error):
-            left = ["a closed connection of the queue"]
-        else:
-            left = self.state.left_behind("", float("inf"))
+        left = self.state.left_behind("", float("inf"))
         if not left:  # the cause is the database: if its file was replaced, a new worker would open the other one
             return
         self._must_end = True
@@ -443,10 +467,10 @@ class Consumer:
         self._report_left(["an open transaction"], job=job.id, task=job.task)
         self._break_off()
 
-    def _break_off(self) -> NoReturn:
+    def _break_off(self, outcome: int = fields.BROKEN_BY_ONE) -> NoReturn:
         """End the process without using the database: a descriptor of it may be that of another file by now, or what
         is written never committed."""
-        self._fields[fields.OUTCOME] = fields.BROKEN_BY_ONE
+        self._fields[fields.OUTCOME] = outcome
         os._exit(1)
 
     def _end_child(self) -> None:

@@ -764,7 +764,7 @@ def test_task_that_closes_the_files_of_the_consumer_costs_the_process_and_damage
     running = queue.enqueue_many("patient_thread", range(2))
     began(tasks, 2)
     queue.enqueue("close_all", max_attempts=1)
-    wait_until(lambda: 'what="closed descriptors"' in child.out.read_text())
+    wait_until(lambda: 'what="the closed descriptor ' in child.out.read_text())
     (tasks.folder / "go-on").touch()
     later = queue.enqueue("pid")
     completed(queue, later, *running)
@@ -804,7 +804,7 @@ def test_leftovers_are_found_even_if_the_consumer_is_never_idle(place, monkeypat
 
     with registered("overlap", overlap):
         runner = Consumer(queue, "embedded", concurrency=2, drain=True)
-        runner.state = SimpleNamespace(left_behind=left_behind, has_lost_descriptors=bool, must_end=False)
+        runner.state = SimpleNamespace(left_behind=left_behind, would_damage_database=bool, must_end=False)
         queue.enqueue_many("overlap", range(1000))
         runner.run()
     assert queue.count_jobs(state="completed") == 1000

@@ -597,36 +597,77 @@ def test_transaction_that_a_task_leaves_open_costs_its_job_only(tasks, task, err
 
 
 UNUSABLE = """
-import gc, resource, sqlite3
+import fcntl, gc, os, resource, sqlite3
 from pqueue import task
 
 def lower(limit, to): resource.setrlimit(limit, (to, resource.getrlimit(limit)[1]))
 
-def close_connections():
+def change_flags(flags):
+    for number in map(int, os.listdir("/proc/self/fd")):
+        try: fcntl.fcntl(number, fcntl.F_SETFL, flags ^ fcntl.fcntl(number, fcntl.F_GETFL))
+        except OSError: pass
+
+def reopen():
+    other = os.open("other", os.O_RDWR | os.O_CREAT)
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if ".db" in os.path.realpath(f"/proc/self/fd/{number}"): os.dup2(other, number)
+
+def connections(change):
     for each in gc.get_objects():
-        if isinstance(each, sqlite3.Connection): each.close()
+        if isinstance(each, sqlite3.Connection): change(each)
 
 WAYS = {
     "no writing": lambda: lower(resource.RLIMIT_FSIZE, 0),
     "little writing": lambda: lower(resource.RLIMIT_FSIZE, 20000),
     "no more files": lambda: lower(resource.RLIMIT_NOFILE, 0),
-    "closed connections": close_connections,
+    "closed connections": lambda: connections(lambda db: db.close()),
+    "appending": lambda: change_flags(os.O_APPEND),
+    "other waits": lambda: change_flags(os.O_NONBLOCK),
+    "other files": reopen,
+    "no access": lambda: connections(lambda db: db.set_authorizer(lambda *_: 1)),
+    "no updates": lambda: connections(lambda db: db.set_authorizer(lambda action, *_: int(action in (18, 23)))),
+    "progress": lambda: connections(lambda db: db.set_progress_handler(lambda: 1, 1)),
+    "rows": lambda: connections(lambda db: setattr(db, "row_factory", sqlite3.Row)),
+    "no rows": lambda: connections(lambda db: setattr(db, "row_factory", lambda *_: None)),
+    "texts": lambda: connections(lambda db: setattr(db, "text_factory", bytes)),
+    "transactions": lambda: connections(lambda db: setattr(db, "isolation_level", "IMMEDIATE")),
+    "limits": lambda: connections(lambda db: hasattr(db, "setlimit") and db.setlimit(1, 10)),
+    "functions": lambda: connections(lambda db: db.create_function("json_valid", 1, lambda _: 0)),
+    "read only": lambda: connections(lambda db: db.execute("PRAGMA query_only = 1")),
+    "other tables": lambda: connections(lambda db: db.execute("CREATE TEMP TABLE jobs AS SELECT * FROM main.jobs")),
 }
 
-@task(max_attempts=1)
-def spoil(job):
-    if job.payload: WAYS[job.payload]()
+def add_tasks(name, spoil):  # one for each way, as a task that left something is not trusted any more
+    @task(name, max_attempts=1)
+    def in_thread(job): return job.payload and spoil() and None
+
+    @task(f"async {name}", max_attempts=1)
+    async def in_loop(job): return job.payload and spoil() and None
+
+for name in WAYS: add_tasks(name, WAYS[name])
 """
 
 
-@pytest.mark.parametrize("way", ["no writing", "little writing", "no more files", "closed connections"])
-def test_task_that_makes_the_database_unusable_costs_its_process_only(tasks, way):
+AT_ONCE = (
+    *("no writing", "little writing", "no more files", "closed connections", "other files", "read only"),
+    "other tables",
+)
+
+
+@pytest.mark.parametrize(("kind", "concurrency"), [("", 1), ("async ", 3)])
+def test_task_that_makes_the_database_unusable_costs_its_process_only(tasks, kind, concurrency):
     tasks.write("more.py", UNUSABLE)
     queue = tasks.queue()
-    ids = queue.enqueue_many("spoil", [*[None] * 100, way, *[None] * 10])  # trusted by then
-    done = drain(tasks, "--import", "more")
+    ways = re.findall(r'^    "(.*)": ', UNUSABLE, re.MULTILINE)
+    if concurrency > 1:  # leave out what may harm a job that still runs
+        ways = [way for way in ways if way not in AT_ONCE]
+    trusted = [*[False] * 25, True]
+    ids = [each for way in ways for each in queue.enqueue_many(f"{kind}{way}", trusted)]
+    done = drain(tasks, "--import", "more", "--concurrency", concurrency)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {(queue.get(each).state, queue.get(each).attempts) for each in ids} == {("completed", 1)}
+    assert done.stdout.count(" completed consumer=") == len(ids)  # none twice
+    assert queue.check()["problems"] == []
 
 
 SETTINGS = """
