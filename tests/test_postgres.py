@@ -1619,15 +1619,17 @@ def test_consumer_does_not_wait_for_a_transaction_that_has_enqueued(database):
 
 def test_changes_are_added_up_by_a_consumer(database):
     with closing(PersistentQSQLAlchemy(database)) as queue:
-        queue.enqueue_many("t", range(100))
-        queue.limit("default", 1000)
+        for name in ("default", "other"):
+            queue.enqueue_many("t", range(100), queue=name)
+            queue.limit(name, 1000)
+        queue._dead_checked_at = math.inf
+        queue.dequeue("w", queues=["other"])
         for _ in range(pqueue_postgres.MANY_CHANGES):
-            queue._dead_checked_at = math.inf
-            queue.dequeue("w")
-        assert queue._read("SELECT count(*) FROM pending_changes")[0][0] == pqueue_postgres.MANY_CHANGES
+            queue.dequeue("w", queues=["default"])
+        assert queue._read("SELECT count(*) FROM pending_changes")[0][0] == 1 + pqueue_postgres.MANY_CHANGES
         queue._dead_checked_at = -math.inf
-        queue.dequeue("w")
-        assert queue._read("SELECT count(*) FROM pending_changes")[0][0] == 1
+        queue.dequeue("w", queues=["default"])
+        assert queue._read("SELECT count(*) FROM pending_changes")[0][0] == 2
         assert counted(queue) == found(queue)
 
 
