@@ -301,7 +301,7 @@ def retry_soon(call: Callable[[], T]) -> T:
 class OneLineParser(argparse.ArgumentParser):
     """A parser that reports an error in one line and exits with 2."""
 
-    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+    def _print_message(self, message: str, file: Any = None) -> None:
         print(message, end="", file=file or sys.stderr)  # argparse would ignore an error
 
     def error(self, message: str) -> NoReturn:
