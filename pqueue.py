@@ -60,7 +60,7 @@ from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast
 
 import pqueue_schema
 from pqueue_backend import Registration, Session
@@ -222,12 +222,12 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         expires_at: float | datetime | None = None,
         expire_seconds: float | timedelta | None = None,
         key: str | None = None,
-        key_until: str | None = None,
+        key_until: Literal["finished", "started"] | None = None,
         key_seconds: float | timedelta | None = None,
-        on_conflict: str = "keep",
+        on_conflict: Literal["keep", "replace"] = "keep",
         assigned_to: str | None = None,
         after: Iterable[int] = (),
-        after_failed: str = "fail",
+        after_failed: Literal["fail", "run"] = "fail",
         now: float | None = None,
     ) -> JobId[Any]:
         """Store a job and return its id.
@@ -331,12 +331,12 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         expires_at: float | datetime | None = None,
         expire_seconds: float | timedelta | None = None,
         keys: Sequence[str] | None = None,
-        key_until: str | None = None,
+        key_until: Literal["finished", "started"] | None = None,
         key_seconds: float | timedelta | None = None,
-        on_conflict: str = "keep",
+        on_conflict: Literal["keep", "replace"] = "keep",
         assigned_to: str | None = None,
         after: Iterable[int] = (),
-        after_failed: str = "fail",
+        after_failed: Literal["fail", "run"] = "fail",
         now: float | None = None,
     ) -> list[JobId[Any]]:
         """Store one job per payload, all or none, and return their ids in order; the options are those of `enqueue`.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pqueue_backend import Backend, Session
 from pqueue_cron import due_times, timing, valid_times
@@ -110,7 +110,7 @@ class Scheduling(Backend):
         cron: str | None = None,
         zone: str = "UTC",
         every_seconds: float | timedelta | None = None,
-        on_missed: str = "once",
+        on_missed: Literal["once", "skip", "all"] = "once",
         overlap: bool = False,
         queue: str | None = None,
         group: str | None = None,

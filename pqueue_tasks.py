@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import WRAPPER_ASSIGNMENTS, cached_property
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
 if TYPE_CHECKING:
     from pqueue import PersistentQInterface
@@ -101,14 +101,14 @@ class Caller(Generic[P, R]):
         run_at: float | datetime | None = None,
         max_attempts: int | None = None,
         key: str | None = None,
-        key_until: str | None = None,
+        key_until: Literal["finished", "started"] | None = None,
         key_seconds: float | timedelta | None = None,
         expires_at: float | datetime | None = None,
         expire_seconds: float | timedelta | None = None,
-        on_conflict: str | None = None,
+        on_conflict: Literal["keep", "replace"] | None = None,
         assigned_to: str | None = None,
         after: Iterable[int] | None = None,
-        after_failed: str | None = None,
+        after_failed: Literal["fail", "run"] | None = None,
     ) -> Caller[P, R]:
         """Return an object whose `enqueue` passes these options, which are those of the queue's `enqueue`."""
         given = {name: value for name, value in locals().items() if name != "self" and value is not None}
@@ -242,7 +242,7 @@ def task(
     cron: str | None = None,
     zone: str = "UTC",
     every_seconds: float | timedelta | None = None,
-    on_missed: str = "once",
+    on_missed: Literal["once", "skip", "all"] = "once",
     overlap: bool = False,
     group: str | None = None,
     expire_seconds: float | timedelta | None = None,
@@ -262,7 +262,7 @@ def task(
     cron: str | None = None,
     zone: str = "UTC",
     every_seconds: float | timedelta | None = None,
-    on_missed: str = "once",
+    on_missed: Literal["once", "skip", "all"] = "once",
     overlap: bool = False,
     group: str | None = None,
     expire_seconds: float | timedelta | None = None,

@@ -168,6 +168,20 @@ follow.enqueue(5)  # wrong
 fetch.using(priority=1).on(queue).enqueue(5, {})  # wrong
 old.enqueue("x")  # wrong, which mypy does not see: it cannot choose an overload for a function of a Job and of Any
 resize.on("queue.db")  # wrong
+resize.using(on_conflict="replace", key_until="started", after_failed="run").enqueue("a.png")
+resize.using(on_conflict="keeps")  # wrong
+queue.enqueue(resize, key="a", key_until="begun")  # wrong
+queue.enqueue_many(resize, [], after_failed="ignore")  # wrong
+queue.schedule("s", resize, cron="@daily", on_missed="all")
+queue.schedule("s", resize, cron="@daily", on_missed="none")  # wrong
+
+
+@task(cron="@daily", on_missed="skip")
+def nightly() -> None: ...
+
+
+@task(cron="@daily", on_missed="never")  # wrong
+def weekly() -> None: ...
 """
 
 
