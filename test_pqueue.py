@@ -1313,6 +1313,12 @@ class QueueContract:
                 self.assertEqual((found.id, found.group), (others[back], "a"))
                 self.assertIsNone(q.dequeue("v", now=NOW))
                 self.assertFalse(takes_turns())
+        for limit in ({"running": 9}, {"rate": (9, 60)}):
+            with self.subTest(**limit):
+                for value, turns in (limit, True), (dict.fromkeys(limit), False):
+                    q.limit("default", **value)
+                    self.assertIsNone(q.dequeue("v", now=NOW))
+                    self.assertEqual(takes_turns(), turns)
         q.enqueue("t", group="a", run_at=NOW + 20, now=NOW)
         self.assertFalse(takes_turns())
         self.assertEqual(q.dequeue("v", now=NOW + 20).group, "a")
