@@ -99,7 +99,7 @@ COMPARISONS: dict[type[ast.cmpop], str] = {
     ast.NotIn: "in",
 }
 TERM_BEGINS = re.compile(r"\b(?:WHERE|AND|THEN)\s+")
-TERM_ENDS = re.compile(r"\s(?:AND|OR|ORDER|GROUP|LIMIT|RETURNING|UNION|WHEN|ELSE|END|ON|DO|FROM)\b")
+TERM_ENDS = re.compile(r"\s(?:AND|OR|ORDER|GROUP|LIMIT|RETURNING|UNION|WHEN|ELSE|END|ON|DO|(?<!DISTINCT\s)FROM)\b")
 CONDITION = re.compile(r"[=<>]|\b(?:IS|IN|EXISTS)\b|^\{")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 
 import pytest
-from random_mutants import Change, Record
+from random_mutants import Change, Record, terms
 
 SOURCES = {
     "pqueue_a.py": """
@@ -64,3 +64,8 @@ def test_mutant_is_tried_with_the_tests_that_run_what_it_changes_or_use_it(line,
     record = Record(trees, [], RECORD.splitlines())
     module, _, number = line.partition(":")
     assert {test.rpartition("::")[2] for test in record.tests(Change(module, int(number), 0, 0, ""))} == expected
+
+
+def test_term_that_contains_from_is_replaced_as_a_whole():
+    text = "SELECT 1 FROM a WHERE b IS DISTINCT FROM c AND d = (SELECT 2 FROM e) ORDER BY 1"
+    assert [text[slice(*each)] for each in terms(text)] == ["b IS DISTINCT FROM c", "d = (SELECT 2 FROM e)"]

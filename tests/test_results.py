@@ -9,6 +9,8 @@ import threading
 
 from conftest import PATIENCE_SECONDS, ROOT, wait_until
 
+from pqueue_results import FIRST_POLL_SECONDS, Polling
+
 # Without its timer, so that only a wake-up ends the wait.
 WAITER = """
 import sys, pqueue, pqueue_locks
@@ -85,3 +87,12 @@ def test_child_forked_while_a_thread_waits_waits_on_its_own(place):
     waiter.join()
     assert outcomes == ["first"]
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+def test_waiter_that_polls_sleeps_again_after_an_interruption():
+    polling = Polling()
+    polling.wait([], lambda: False)
+    assert polling._seconds > FIRST_POLL_SECONDS
+    polling.interrupt()
+    polling.wait([], lambda: False)
+    assert (polling._event.is_set(), polling._seconds) == (False, FIRST_POLL_SECONDS)
