@@ -46,8 +46,8 @@ from pqueue_tools.commands import (
     duration_between,
     json_value,
     moment,
-    not_empty,
     or_word,
+    path,
     rate,
     test_file,
 )
@@ -59,6 +59,7 @@ from pqueue_tools.process import (
     expect_posix,
     id_list,
     module_name,
+    not_blank,
     open_soon,
     print_error,
     whole_number,
@@ -131,12 +132,12 @@ EXPIRE = Parameter(
 )
 _priority = whole_number(-MAX_NUMBER - 1, MAX_NUMBER)
 MATCHING = (
-    Parameter("--queue", "jobs of this queue", not_empty, metavar="QUEUE"),
-    Parameter("--group", "jobs of this group", not_empty, metavar="GROUP"),
-    Parameter("--task", "jobs of this task", not_empty, metavar="TASK"),
-    Parameter("--key", "jobs enqueued with this key", not_empty, metavar="KEY"),
-    Parameter("--consumer", "jobs that this consumer took last", not_empty, metavar="CONSUMER"),
-    Parameter("--text", "jobs whose task, payload, result, error or key contains this text", not_empty, metavar="TEXT"),
+    Parameter("--queue", "jobs of this queue", not_blank, metavar="QUEUE"),
+    Parameter("--group", "jobs of this group", not_blank, metavar="GROUP"),
+    Parameter("--task", "jobs of this task", not_blank, metavar="TASK"),
+    Parameter("--key", "jobs enqueued with this key", not_blank, metavar="KEY"),
+    Parameter("--consumer", "jobs that this consumer took last", not_blank, metavar="CONSUMER"),
+    Parameter("--text", "jobs whose task, payload, result, error or key contains this text", not_blank, metavar="TEXT"),
     Parameter(
         "--payload", "jobs with this value in the payload: customer=7, address.city=Berlin", metavar="PATH=VALUE"
     ),
@@ -274,7 +275,7 @@ def why_command(queue: PersistentQInterface, options: argparse.Namespace) -> Com
     INSPECT,
     "logs",
     JOB_ID,
-    Parameter("--directory", "folder of the logs", Path, str(supervisor.LOGS), "DIR"),
+    Parameter("--directory", "folder of the logs", path, str(supervisor.LOGS), "DIR"),
     opens=False,
     examples="logs 17",
 )
@@ -453,7 +454,7 @@ def resubmit(queue: PersistentQInterface, options: argparse.Namespace) -> Comman
     "mark-failed",
     JOB_IDS,
     *FILTER_OPTIONS,
-    Parameter("--error", "error to record", default="marked as failed", metavar="TEXT"),
+    Parameter("--error", "error to record", not_blank, "marked as failed", "TEXT"),
     YES,
     examples="mark-failed 17 --error 'not needed'",
 )
@@ -875,21 +876,21 @@ def prune(queue: PersistentQInterface, options: argparse.Namespace) -> CommandRe
 
 
 @command(
-    DATA, "backup", Parameter("file", "new file for the copy", Path, metavar="FILE"), examples="backup var/backup.db"
+    DATA, "backup", Parameter("file", "new file for the copy", path, metavar="FILE"), examples="backup var/backup.db"
 )
 def backup(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
     """Write a consistent, verified copy of the database while other programs use it."""
     queue.backup(options.file)
-    return CommandResult([{"file": str(options.file)}], f"backed up to {options.file}, and verified")
+    return CommandResult([{"file": str(options.file)}], printable(f"backed up to {options.file}, and verified"))
 
 
-@command(DATA, "restore", Parameter("file", "the backup", Path, metavar="FILE"), YES, opens=False)
+@command(DATA, "restore", Parameter("file", "the backup", path, metavar="FILE"), YES, opens=False)
 def restore(_: None, options: argparse.Namespace) -> CommandResult:
     """Replace the database by a backup; the old one is kept under another name. Stop all programs first."""
     if not agreed(options, f"replace the queue by {options.file}"):
         return CommandResult(text="nothing done", code=1)
     kept = pqueue_restore.restore(options.file)
-    text = f"restored {options.file}, verified" + (f"; the replaced database is {kept}" if kept else "")
+    text = printable(f"restored {options.file}, verified") + (f"; the replaced database is {kept}" if kept else "")
     return CommandResult([{"file": str(options.file), "replaced": kept and str(kept)}], text)
 
 
@@ -932,7 +933,7 @@ def delete_db_jobs(queue: PersistentQInterface, options: argparse.Namespace) -> 
 @command(
     DATA,
     "delete-job-files",
-    Parameter("--directory", "folder of the job files", Path, metavar="DIR"),
+    Parameter("--directory", "folder of the job files", path, metavar="DIR"),
     Parameter("--force", "include files of unfinished jobs", flag=True),
     Parameter("--dry-run", "only list what would be deleted", flag=True),
     YES,

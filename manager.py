@@ -21,7 +21,7 @@ import sys
 from contextlib import suppress
 
 from pqueue import QueueError, open_queue
-from pqueue_tools.process import OneLineParser, module_name, print_error, whole_number, writes_to_stdout
+from pqueue_tools.process import OneLineParser, module_name, not_blank, print_error, whole_number, writes_to_stdout
 from pqueue_tools.record import MAX_CONCURRENCY
 from pqueue_tools.report import count
 from pqueue_tools.supervisor import (
@@ -97,9 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     actions.add_argument("--count", type=whole_number(1, 1000), metavar="N", help="add N groups of consumers")
     actions.add_argument("--list", action="store_true", help="list the processes of supervisord")
     actions.add_argument("--init", action="store_true", help="write supervisord.conf and create var/ in this folder")
-    actions.add_argument("--remove", metavar="GROUP", help="stop and delete an added group")
-    actions.add_argument("--start", metavar="CONSUMER", help="start one process, such as consumer_00")
-    actions.add_argument("--stop", metavar="CONSUMER", help="stop one process")
+    actions.add_argument("--remove", type=not_blank, metavar="GROUP", help="stop and delete an added group")
+    actions.add_argument("--start", type=not_blank, metavar="CONSUMER", help="start one process, such as consumer_00")
+    actions.add_argument("--stop", type=not_blank, metavar="CONSUMER", help="stop one process")
     add = parser.add_argument
     add(
         "--size",
@@ -108,7 +108,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="consumers in a group (default: %(default)s)",
     )
-    add("--queue", dest="queues", action="append", metavar="QUEUE", help="serve this queue; repeatable (default: all)")
+    text = "serve this queue; repeatable (default: all)"
+    add("--queue", dest="queues", action="append", type=not_blank, metavar="QUEUE", help=text)
     text = "how many jobs each consumer runs at the same time (default: %(default)s)"
     add("--concurrency", type=whole_number(1, MAX_CONCURRENCY), default=1, metavar="N", help=text)
     text = "a module with tasks; repeatable"

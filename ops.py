@@ -26,7 +26,7 @@ from importlib.util import find_spec
 
 from pqueue_tools.dashboard import expect_url, prefix
 from pqueue_tools.dashboard_http import address, listen_error, serve
-from pqueue_tools.process import OneLineParser, print_error, whole_number, writes_to_stdout
+from pqueue_tools.process import OneLineParser, not_blank, print_error, whole_number, writes_to_stdout
 from pqueue_values import program_name
 
 
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         whole_number(0, 65535)(port)
     except ValueError as error:
         parser.error(f"PQUEUE_OPS_PORT: {error}")
-    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--host", type=not_blank, default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=whole_number(0, 65535), default=port, help="(default: PQUEUE_OPS_PORT, or 8501)")
     add("--streamlit", action="store_true", help="use Streamlit, if it is installed")
     add("--check", action="store_true", help="print the address and exit; fail if the port is in use")

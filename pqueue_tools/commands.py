@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pqueue_tools.process import OneLineParser, whole_number
+from pqueue_tools.process import OneLineParser, not_blank, whole_number
 from pqueue_values import MAX_NUMBER, short
 from pqueue_values import seconds_in as duration
 
@@ -125,11 +125,8 @@ def moment(text: str) -> float:
         ) from None
 
 
-def not_empty(text: str) -> str:
-    """Return the text of a filter. An empty one, as of a shell variable that is not set, would match all jobs."""
-    if not text:
-        raise ValueError(f"expected a text, got {text!r}")
-    return text
+def path(text: str) -> Path:
+    return Path(not_blank(text))
 
 
 def json_value(text: str) -> Any:

@@ -15,13 +15,14 @@ from itertools import accumulate
 from typing import Any
 
 from pqueue_tools.commands import OneOf, Parameter, UsageError
+from pqueue_tools.process import not_blank
 from pqueue_tools.report import for_machines, for_people, is_time, json_text, now_shown, printable
 
 FORMATS = ("table", "wide", "tsv", "json")
 OPTIONS = (
     Parameter("--output", "table, wide (a table that is not cut), tsv or json", OneOf(*FORMATS), None, "FORMAT", "-o"),
     Parameter("--json", "short for -o json: one JSON object per line", flag=True),
-    Parameter("--columns", "names of the columns, separated by commas", metavar="NAMES"),
+    Parameter("--columns", "names of the columns, separated by commas", not_blank, metavar="NAMES"),
 )
 LAST_COLUMN_CELLS = 30  # of the last column, which holds the message; other columns are dropped for it
 DROPPED = (

@@ -342,7 +342,15 @@ def seconds(least: float) -> Callable[[str], float]:
     return parse
 
 
+def not_blank(text: str) -> str:
+    """Return the text. Raises BadArgument for a blank one, as of a shell variable that is not set."""
+    if text.strip():
+        return text
+    raise BadArgument(f"expected a text that is not blank, got {text!r}")
+
+
 def folder(text: str) -> Path:
+    not_blank(text)
     if os.path.isdir(text) or not os.path.exists(text):  # unlike the methods of Path, these accept any string
         return Path(text)
     raise BadArgument(f"expected a folder, got {short(text)}")

@@ -423,7 +423,11 @@ def test_operator_whose_number_is_impossible_is_told_in_one_line(queue, run, mon
         (["expect", "nosuch", "--default"], 1, "no queue 'nosuch'; there are: default, slow"),
         (["prune", "--older-than", "7y"], 2, "expected a duration"),
         (["resubmit"], 2, "expected job ids or a filter such as --status failed, got neither"),
-        (["resubmit", "--text", "", "--yes"], 2, "--text: expected a text, got ''"),
+        (["backup", ""], 2, "file: expected a text that is not blank, got ''"),
+        (["restore", " ", "--yes"], 2, "file: expected a text that is not blank, got ' '"),
+        (["jobs", "--columns", ""], 2, "--columns: expected a text that is not blank"),
+        (["mark-failed", "1", "--error", ""], 2, "--error: expected a text that is not blank"),
+        (["resubmit", "--text", "", "--yes"], 2, "--text: expected a text that is not blank, got ''"),
         (["enqueue", "t", "--priority", "3" * 10], 2, "whole number from -2147483648 to 2147483647, got '3333333333'"),
         (
             ["enqueue", "t", "--max-attempts", "1" * 20],
