@@ -466,6 +466,7 @@ class OnPostgres(PersistentQSQLAlchemy):
     busy_seconds: how long to wait for a lock or a connection.
     """
 
+    max_batch = 256  # a claim from many queues takes long, however few jobs it takes
     worker_connections = 1 if hasattr(select, "epoll") else 2  # else the one that listens serves nothing else
     _AMONG = AMONG
     _LIKE = 'COLLATE "C" ILIKE'

@@ -60,7 +60,7 @@ def fill(queue, queues, jobs, seed=0):
 
 
 @pytest.mark.parametrize("queues", [1, 7, 40, 200])
-@pytest.mark.parametrize("limit", [1, 16, 128])
+@pytest.mark.parametrize("limit", [1, 16, 256])
 def test_consumer_of_many_queues_gets_all_jobs_in_order(queue, queues, limit):
     fill(queue, queues, 400, seed=queues)
     expected, got = in_order(queue.list_jobs(limit=1000)), []
@@ -108,7 +108,7 @@ def test_consumer_of_many_queues_gets_full_batches(queue, run_at):
 
 
 @pytest.mark.parametrize("queues", [1, 30, 200])
-@pytest.mark.parametrize("limit", [1, 16, 128])
+@pytest.mark.parametrize("limit", [1, 16, 256])
 def test_claim_locks_hardly_more_rows_than_it_takes(queue, queues, limit):
     for number in range(queues):
         queue.enqueue_many("t", range(3000 // queues), queue=f"q{number}")
