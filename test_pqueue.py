@@ -148,6 +148,41 @@ def finish(done):
             pass
 
 
+def random_work(q):
+    """Let everything happen to jobs of two queues; yield the time after each step."""
+    chance, now = random.Random(5), NOW
+    q.limit("b", 10**6, running=2)
+    for turn in range(150):
+        now += chance.choice((0, 1, 300))
+        options = {"group": chance.choice("xyz") if chance.random() < 0.7 else None, "now": now}
+        options |= {"queue": chance.choice("ab"), "delay_seconds": chance.choice((0, 0, 600))}
+        options |= {"expire_seconds": chance.choice((None, 400)), "assigned_to": chance.choice((None, None, "v"))}
+        jobs = q.list_jobs(limit=10_000, excerpt=0)
+        some = chance.choice(jobs).id if jobs else 0
+        verb = chance.choice(("cancel", "mark_failed", "resubmit", "run_now", "assign", "change", "delete_jobs"))
+        if not jobs or chance.random() < 0.4:
+            q.enqueue(chance.choice("tu"), **options)
+        elif chance.random() < 0.4:
+            for job in q.dequeue_many(chance.choice("vw"), chance.randrange(1, 4), lease_seconds=900, now=now):
+                end = chance.choice((q.complete, q.cancel, q.release, q.fail, None))
+                error = ["no"] if end == q.fail else []
+                end and end(job.id if end == q.cancel else job, *error, now=now)
+        else:
+            with suppress(pqueue.QueueError):
+                if verb == "delete_jobs":
+                    q.delete_jobs([some])
+                elif verb == "assign":
+                    q.assign(some, chance.choice((None, "v")))
+                elif verb == "change":
+                    q.change(some, queue=chance.choice("ab"), group=chance.choice(("x", None)), now=now)
+                else:
+                    getattr(q, verb)(some, now=now)
+        if turn % 25 == 24:
+            q.prune(chance.choice((0, 3600)), now=now)
+            q.delete_jobs([job.id for job in q.list_jobs(state="pending", group="x")])
+        yield now
+
+
 class QueueContract:
     """What any backend must do. The other base class says how to `open` a queue; two calls see the same jobs."""
 
@@ -4179,36 +4214,7 @@ class QueueContract:
         self.assertEqual(group, {**shown, "first_at": now - 7200, "last_at": now - 60})
 
     def test_figures_agree_with_the_jobs_whatever_happens_to_them(self):
-        q, chance, now = self.queue, random.Random(5), NOW
-        q.limit("b", 10**6, running=2)
-        for turn in range(150):
-            now += chance.choice((0, 1, 300))
-            options = {"group": chance.choice("xyz") if chance.random() < 0.7 else None, "now": now}
-            options |= {"queue": chance.choice("ab"), "delay_seconds": chance.choice((0, 0, 600))}
-            options |= {"expire_seconds": chance.choice((None, 400)), "assigned_to": chance.choice((None, None, "v"))}
-            jobs = q.list_jobs(limit=10_000, excerpt=0)
-            some = chance.choice(jobs).id if jobs else 0
-            verb = chance.choice(("cancel", "mark_failed", "resubmit", "run_now", "assign", "change", "delete_jobs"))
-            if not jobs or chance.random() < 0.4:
-                q.enqueue(chance.choice("tu"), **options)
-            elif chance.random() < 0.4:
-                for job in q.dequeue_many(chance.choice("vw"), chance.randrange(1, 4), lease_seconds=900, now=now):
-                    end = chance.choice((q.complete, q.cancel, q.release, q.fail, None))
-                    error = ["no"] if end == q.fail else []
-                    end and end(job.id if end == q.cancel else job, *error, now=now)
-            else:
-                with suppress(pqueue.QueueError):
-                    if verb == "delete_jobs":
-                        q.delete_jobs([some])
-                    elif verb == "assign":
-                        q.assign(some, chance.choice((None, "v")))
-                    elif verb == "change":
-                        q.change(some, queue=chance.choice("ab"), group=chance.choice(("x", None)), now=now)
-                    else:
-                        getattr(q, verb)(some, now=now)
-            if turn % 25 == 24:
-                q.prune(chance.choice((0, 3600)), now=now)
-                q.delete_jobs([job.id for job in q.list_jobs(state="pending", group="x")])
+        for now in random_work(self.queue):
             self.compare_figures(now)
 
     def compare_figures(self, now):

@@ -20,7 +20,7 @@ import admin
 import pqueue
 from pqueue_outcomes import EVENTS, total
 from pqueue_tools import dashboard, report
-from test_pqueue import wait_until
+from test_pqueue import random_work, wait_until
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -77,6 +77,39 @@ def test_metrics_count_the_groups_that_are_at_a_limit(queue):
         "groups_at_rate": 0,
     }.items():
         assert re.findall(rf"^pqueue_{name}\{{.*", text, re.MULTILINE) == [f'pqueue_{name}{{queue="q"}} {value}']
+
+
+def test_metrics_and_findings_count_the_jobs_that_there_are_whatever_happened_to_them(queue, monkeypatch):
+    """As test_figures_agree_with_the_jobs_whatever_happens_to_them; with consumers, without, and with few."""
+    kinds = Counter()
+    for now in random_work(queue):
+        jobs = queue.list_jobs(limit=10_000, excerpt=0)
+        samples = dict(re.findall(r"^pqueue_(\w+\{.*\}) (\S+)$", report.metrics(queue, [], now), re.MULTILINE))
+        pending = [job for job in jobs if job.state == "pending"]
+        expired = [job for job in jobs if job.state == "processing" and job.lease_expires_at < now]
+        for name in queue.stats()["queues"]:
+            due = min((job.run_at for job in pending if job.queue == name), default=now)
+            assert float(samples[f'oldest_pending_age_seconds{{queue="{name}"}}']) == pytest.approx(now - due)
+            for state in pqueue.STATES:
+                number = sum((job.queue, job.state) == (name, state) for job in jobs)
+                assert samples[f'jobs{{queue="{name}",state="{state}"}}'] == str(number)
+        known = queue.consumers()
+        for fleet in (known, [], [{**each, "queues": ["a"], "tasks": ["t"]} for each in known]):
+            with monkeypatch.context() as patch:
+                patch.setattr(queue, "consumers", lambda fleet=fleet, **_: fleet)
+                findings = report.findings(queue, now)
+            for each in findings:
+                in_a = [job for job in pending if job.queue == "a" and job.assigned_to is None]
+                for kind, expected in {
+                    r"^(\d+) jobs? pending and no consumer is alive": len(pending),
+                    r"^queue 'b': (\d+) jobs? pending and no live": sum(job.queue == "b" for job in pending),
+                    r"^task 'u': (\d+) jobs? pending and no running": sum(job.task == "u" for job in in_a),
+                    r"^(\d+) leases? ran out": len(expired),
+                }.items():
+                    if found := re.search(kind, each.text):
+                        assert int(found[1]) == expected, each.text
+                        kinds[kind] += 1
+    assert len(kinds) == 4, kinds
 
 
 def test_task_whose_attempts_fail_is_reported_as_is_expected_of_its_queue(queue):
