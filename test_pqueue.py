@@ -5048,6 +5048,12 @@ class QueueContract:
         self.queue.resume_schedule("tick", now=NOW + 46)  # which was not paused
         self.assertEqual(self.fired(55), [55])
 
+    def test_paused_schedule_keeps_no_consumer_awake(self):
+        q = self.queue
+        q.schedule("tick", "t", every_seconds=60, now=NOW)
+        q.pause_schedule("tick", now=NOW)
+        self.assertFalse(any(q.wait(0, consumer="w", now=NOW + 999) for _ in range(2)))
+
     def test_schedule_that_waits_because_a_clock_was_set_back_is_resumed(self):
         self.queue.schedule("tick", "t", every_seconds=10, now=NOW + 7200)
         self.queue.schedule("noon", "t", cron="0 12 * * *", now=NOW + 86400 * 3)
