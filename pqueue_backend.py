@@ -28,6 +28,7 @@ class Session(ABC):
     lost: LeaseLost | None = None  # a lease was lost: the outermost transaction rolls back and raises this
     depth = 0  # nesting depth of transactions
     misnested = False  # a block ended before one inside it: it must roll back, too
+    blocks = 0  # of user code: those of `user_transaction` that have not ended
     thread = 0  # that uses it
     busy = False  # a statement that is its own transaction is under way; on SQLite, also if another transaction is
 
@@ -115,22 +116,26 @@ class Session(ABC):
     def user_transaction(self) -> Iterator[None]:
         """Open a transaction for user code; roll back and raise if blocks end in the wrong order."""
         with self:
-            depth = self.depth
+            self.blocks += 1
+            depth, number = self.depth, self.blocks
             try:
                 yield
             finally:
-                self.misnested = self.misnested or self.depth != depth
+                self.misnested = self.misnested or self.blocks != number
+                self.blocks -= 1
                 # guard: transactions end in the order in which they nest
                 if self.misnested:
                     raise QueueError(
                         "cannot end a transaction before those begun inside it: neither await nor yield in one"
                     )
+                # guard: a call that was interrupted does not keep the transaction of its caller open
+                self.depth = depth
 
 
 class Joined(Session):
     """A session within a transaction of the application, which commits it or rolls it back."""
 
-    depth = 1
+    depth = blocks = 1
     busy = True
 
     def user_transaction(self) -> Any:

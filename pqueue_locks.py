@@ -78,7 +78,8 @@ class WriterLock:
     def release(self) -> None:
         if not self._closed:
             self._lock.release(self._kind)
-        self._thread.release()
+        if self._thread.locked():  # an exception from a signal handler may have interrupted a first call
+            self._thread.release()
         if self._closing:
             self.close()
 

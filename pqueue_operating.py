@@ -171,7 +171,8 @@ class Operating(Grouping, Depending, Counting):
 
         What is read in the block stays true until its end. Keep it short: it blocks other writers.
         """
-        with self._transaction() as session:
+        session = self._transaction()
+        with session.user_transaction():
             if job_ids is None:
                 self._lock_out_writers(session)
             else:

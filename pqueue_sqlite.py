@@ -14,8 +14,10 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
+from inspect import currentframe
 from itertools import chain, zip_longest
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 from pqueue import BUSY_SECONDS, POLL_SECONDS, PersistentQInterface
@@ -233,6 +235,7 @@ class SQLiteSession(Session):
         self.wanted = "FULL"
         self.in_batch = False
         self.runs_user_code = False  # inside `transaction`
+        self._owner: FrameType | None = None  # of the function whose block the transaction is
         self.was_lent = False  # to user code
         self.in_use = threading.RLock()  # held during calls into SQLite, so that no thread forks then
         self._locks: FileLocks | None = None
@@ -267,12 +270,13 @@ class SQLiteSession(Session):
             raise self._error(error) from error
 
     def read(self, sql: str, params: Params) -> list[Any]:
-        self.in_use.acquire()
-        try:
-            self._expect_open()
-            return self.run(sql, params)
-        finally:
-            self._release()
+        with self.in_use:
+            try:
+                self._expect_open()
+                return self.run(sql, params)
+            finally:
+                if self._closed:
+                    self._disconnect()
 
     @property
     def has_ended(self) -> bool:
@@ -304,6 +308,7 @@ class SQLiteSession(Session):
         if self.busy:
             raise QueueError("cannot use the queue in a signal handler that interrupted it: set a flag there")
         self.in_use.acquire()
+        self._owner = cast(Any, currentframe()).f_back.f_back  # no variable: a frame that refers to itself stays
         self.busy, self.runs_user_code = True, False
         try:
             self._expect_open()
@@ -365,12 +370,24 @@ class SQLiteSession(Session):
             if not self.has_ended:  # a signal handler interrupted it; an open transaction would block all writers
                 # guard: an interrupted call is rolled back
                 self._roll_back()
-            self.busy = False
-            self._release()
             if self._has_lock:
-                self._has_lock = False
                 # guard: a failed call releases the lock
                 self._writer_lock.release()
+                self._has_lock = False
+            if self._closed:
+                self._disconnect()
+            self.busy, self._owner = False, None
+            self.in_use.release()
+
+    def recover(self) -> None:
+        """Roll back if the function whose transaction this is has ended: an exception from a signal handler can keep
+        the end of a `with` block from being executed."""
+        frame = currentframe()
+        while frame and frame is not self._owner:
+            frame = frame.f_back
+        if frame is None:
+            self.depth = 0
+            self._cleanup()
 
     def _roll_back(self) -> None:
         with suppress(sqlite3.Error):
@@ -380,12 +397,8 @@ class SQLiteSession(Session):
         """Close the connection, if need be after the current call of its thread: during one SQLite would crash."""
         self._closed = True
         if self.in_use.acquire(blocking=False):
-            self._release()
-
-    def _release(self) -> None:
-        if self._closed:
             self._disconnect()
-        self.in_use.release()
+            self.in_use.release()
 
     def _disconnect(self) -> None:
         """Close the connection. If its files were replaced, do not write its log back."""
@@ -776,6 +789,9 @@ class PersistentQSQLite(PersistentQInterface):
                 session.thread = threading.get_ident()
                 self._local.session = session
                 self._sessions.add(session)
+        # guard: a transaction that was interrupted and not ended is rolled back
+        if session.busy and not session.blocks:
+            session.recover()
         return session
 
     def _expect_same_file(self) -> None:
@@ -936,6 +952,10 @@ class PersistentQSQLite(PersistentQInterface):
     def has_lent_connection(self) -> bool:  # type: ignore[override]
         session = getattr(self._local, "session", None)
         return isinstance(session, SQLiteSession) and session.was_lent and not session.busy
+
+    @property
+    def in_transaction(self) -> bool:
+        return super().in_transaction and self._session().busy
 
     def renew_connection(self) -> None:
         session = self._session()

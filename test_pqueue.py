@@ -5945,7 +5945,8 @@ for _ in range(20):
         with session.in_use:  # as by a thread that is inside a call
             session.in_use.acquire()
             queue.close()
-            session._release()
+            session._disconnect()
+            session.in_use.release()
         with self.assertRaisesRegex(QueueError, "is closed"):
             queue.enqueue("t")
 
@@ -7280,6 +7281,74 @@ class Misuse(SQLiteCase):
         self.assertEqual([job.task for job in queue.list_jobs()], ["t"])
         self.assertEqual(refused, [True])
         self.others_wait_for_nothing()
+
+    def points(self, call):
+        """Call this again and again; raise KeyboardInterrupt when the first, second … function of pqueue begins."""
+        for point in itertools.count(1):
+            begun = itertools.count(1)
+
+            def trace(frame, *_, begun=begun, point=point):
+                name, is_generator = Path(frame.f_code.co_filename).name, frame.f_code.co_flags & inspect.CO_GENERATOR
+                if not is_generator and name.startswith(("pqueue", "contextlib")) and next(begun) == point:
+                    raise KeyboardInterrupt
+
+            before = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                call()
+                return
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.settrace(before)
+            yield point
+
+    def test_queue_works_after_an_interrupt_at_the_beginning_of_any_function(self):
+        queue, other = self.open(), self.open()
+        queue.enqueue_many("t", range(500))
+
+        def in_transaction():
+            with queue.transaction():
+                queue.enqueue_many("t", [1, 2])
+
+        def in_exclusive():
+            with queue.exclusive():
+                queue.stats()
+
+        calls = {
+            "enqueue": lambda: queue.enqueue("t"),
+            "enqueue_many": lambda: queue.enqueue_many("t", [1, 2]),
+            "transaction": in_transaction,
+            "exclusive": in_exclusive,
+            "cancel": lambda: queue.cancel(queue.enqueue("t")),
+            "work": lambda: queue.complete(queue.dequeue("w")),
+            "read": lambda: queue.get(1),
+        }
+        for name, call in calls.items():
+            call()
+            for point in self.points(call):
+                with self.subTest(call=name, point=point):
+                    self.assertFalse(queue.in_transaction)
+                    self.assertEqual(other.get(queue.enqueue("t")).state, "pending")
+                    self.others_wait_for_nothing()
+            self.assertGreater(point, 10)
+
+    def test_interrupted_call_does_not_keep_the_transaction_of_its_caller_open(self):
+        queue, exit_block = self.open(), pqueue_sqlite.SQLiteSession.__exit__
+
+        def interrupted(session, *error):
+            if session.depth == 2:
+                raise KeyboardInterrupt
+            exit_block(session, *error)
+
+        with (
+            mock.patch.object(pqueue_sqlite.SQLiteSession, "__exit__", interrupted),
+            self.assertRaises(KeyboardInterrupt),
+            queue.transaction(),
+        ):
+            queue.enqueue_many("t", [1, 2])
+        self.others_wait_for_nothing()
+        self.assertEqual(queue.count_jobs(), 0)
 
     def test_consumer_whose_locks_were_deleted_stops_before_others_reclaim_its_jobs(self):
         queue = self.open()

@@ -335,6 +335,8 @@ MUTANTS = [
     Mutant("a failed savepoint is rolled back", "contract: nested_transaction"),
     Mutant("transactions end in the order in which they nest", "contract: wrong_order"),
     Mutant("a signal handler cannot use the queue it interrupted", "contract: signal_handler"),
+    Mutant("a call that was interrupted does not keep the transaction of its caller open", "contract: transaction_of_its_caller"),
+    Mutant("a transaction that was interrupted and not ended is rolled back", "contract: beginning_of_any_function"),
     Mutant("a consumer whose locks were deleted stops", "contract: locks_were_deleted", "not all(me.slot.is_linked()", "not any(True or me.slot.is_linked()"),
     # whose file it is
     Mutant("a child closes inherited connections", "test_processes.py: safely", "self.connection.close()", "_inherited_open.setdefault(Path(), []).append(self.connection)"),
