@@ -6641,7 +6641,9 @@ class Files(SQLiteCase):
             "the write-ahead log has grown to [0-9]+ MB: some program holds a read open": mock.patch(
                 "pqueue_sqlite.WAL_BYTES", 1
             ),
-            "the disk has only [0-9]+ MB left: free some": mock.patch("pqueue_sqlite.LEAST_FREE_BYTES", 2**70),
+            "the disk has only [0-9]+ MB left: free some, before writes fail": mock.patch(
+                "pqueue_sqlite.LEAST_FREE_BYTES", 2**70
+            ),
         }
         for sentence, cause in cases.items():
             with self.subTest(sentence), cause:

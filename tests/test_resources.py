@@ -69,7 +69,7 @@ def test_programs_report_a_full_disk_wait_and_continue(place, small_disk):
         wait_until(lambda: "waiting reason=" in producer.out.read_text())
         done = queue.stats()["states"]["completed"]
         assert place.run("admin.py", "stats").returncode == 0
-        assert "bytes left" in place.run("admin.py", "doctor").stdout
+        assert "MB left" in place.run("admin.py", "doctor").stdout
     wait_until(lambda: queue.stats()["states"]["completed"] > done + 10)
     producer.send_signal(signal.SIGTERM)
     assert producer.wait(PATIENCE_SECONDS) == 0, producer.out.read_text()
