@@ -16,7 +16,7 @@ from typing import Any
 
 from pqueue_tools.commands import OneOf, Parameter, UsageError
 from pqueue_tools.process import not_blank
-from pqueue_tools.report import for_machines, for_people, is_time, json_text, now_shown, printable
+from pqueue_tools.report import cut, for_machines, for_people, is_time, json_text, now_shown, printable
 
 FORMATS = ("table", "wide", "tsv", "json")
 OPTIONS = (
@@ -28,6 +28,9 @@ LAST_COLUMN_CELLS = 30  # of the last column, which holds the message; other col
 DROPPED = (
     "first_at",
     "by_hour",
+    "last_job_id",
+    "skipped",
+    "group",
     "host",
     "started_at",
     "max_running",
@@ -104,7 +107,7 @@ def _columns(options: argparse.Namespace) -> tuple[str, ...]:
 def _chosen(rows: Iterable[dict[str, Any]], columns: tuple[str, ...]) -> Iterable[dict[str, Any]]:
     for row in rows:
         if unknown := [name for name in columns if name not in row]:
-            raise UsageError(f"--columns: expected names among {', '.join(row)}, got {', '.join(unknown)}")
+            raise UsageError(f"--columns: expected names among {', '.join(row)}, got {cut(', '.join(unknown), 80)}")
         yield {name: row[name] for name in columns or row}
 
 
@@ -243,8 +246,9 @@ def _widths(wanted: dict[str, int], whole: set[str], width: int) -> dict[str, in
     of numbers and times, which are cut only if nothing else is left."""
     widths = dict(wanted)
     first, last = next(iter(widths)), next(reversed(widths))
-    kept = {first: NAME_CELLS, last: LAST_COLUMN_CELLS}
-    for name in (name for name in DROPPED if name in wanted and name not in kept):
+    kept = {name: LAST_COLUMN_CELLS for name in widths if name not in whole} | {first: NAME_CELLS}
+    kept[last] = LAST_COLUMN_CELLS
+    for name in (name for name in DROPPED if name in wanted and name not in (first, last)):
         least = sum(min(cells, kept.get(each, cells)) for each, cells in widths.items())
         if least + 2 * (len(widths) - 1) <= width:
             break
@@ -254,7 +258,9 @@ def _widths(wanted: dict[str, int], whole: set[str], width: int) -> dict[str, in
         del widths[[*widths][-2]]
     while (excess := sum(widths.values()) + 2 * (len(widths) - 1) - width) > 0:
         texts = [name for name in widths if name not in whole and widths[name] > LEAST_CELLS] or list(widths)
-        longest = last if widths[last] > LAST_COLUMN_CELLS else max(texts, key=lambda name: widths[name])
+        long = [name for name in texts if widths[name] > LAST_COLUMN_CELLS]
+        others = [name for name in long if name != last] or long or texts  # the message is cut last
+        longest = max(others, key=lambda name: widths[name])
         if widths[longest] <= LEAST_CELLS:
             break
         widths[longest] -= min(excess, max(1, widths[longest] - LAST_COLUMN_CELLS))

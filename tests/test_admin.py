@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 from conftest import PATIENCE_SECONDS, ROOT, wait_until
@@ -26,7 +25,7 @@ import pqueue
 import pqueue_operating
 import pqueue_sqlite
 import pqueue_values
-from pqueue_tools import output, report, supervisor, tables
+from pqueue_tools import commands, output, report, supervisor, tables
 from pqueue_tools.commands import OneOf
 
 
@@ -356,7 +355,7 @@ def test_operator_whose_number_is_impossible_is_told_in_one_line(queue, run, mon
     known = {"job_id": "6", "job_ids": "6", "queue": "slow", "schedule": "nightly", "task": "work", "group": "a"}
     parameters = admin.COMMANDS[name].parameters
     for each in parameters:
-        if each.flag or each.parse in (str, Path) or isinstance(each.parse, OneOf):
+        if each.flag or each.parse in (str, commands.path) or isinstance(each.parse, OneOf) or each in output.OPTIONS:
             continue
         for number in NUMBERS:
             option = [f"{each.name}={number}"] * each.is_option

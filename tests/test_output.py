@@ -88,6 +88,10 @@ def test_narrow_terminal_drops_columns_and_keeps_the_message():
     assert "queue" in output.table(rows, 80, now=100.0)
     assert "consumer" not in output.table(rows, 80, now=100.0)
     assert LONG in output.table(rows, sys.maxsize, now=100.0)
+    for name in ("t" * 74, "値" * 40):  # a long name makes no other column disappear
+        shown = output.table([{**rows[0], "task": name}], 120, now=100.0)
+        assert {"state", "queue", "task"} < set(shown.split()[:8])
+        assert LONG[: output.LAST_COLUMN_CELLS - 1] in shown
 
 
 @pytest.mark.parametrize(
