@@ -324,7 +324,7 @@ class Fields:
             raise Misfit(self._listed(), short(values))
         # guard: a payload has all required fields and no others
         if not self.required <= values.keys() or not values.keys() <= self.codecs.keys():
-            raise Misfit(self._listed(), ", ".join(map(short, values)) or "none")
+            raise Misfit(self._listed(), f"{{{', '.join(f'{short(name)}: …' for name in values)}}}")
         return values
 
     def _listed(self) -> str:

@@ -318,8 +318,10 @@ def _register(name: str | None, function: Callable[..., Any], options: dict[str,
     if not callable(function) or inspect.isclass(function):
         raise ValueError(f"expected a function as a task, got {short(function)}")
     signature(function)
-    own_name = name or valid_name("task", str(getattr(function, "__name__", "")))
-    entry: Task[..., Any] = Task(own_name, function, is_async=is_async(function), **options)
+    own_name = name or str(getattr(function, "__name__", ""))
+    if name is None and not own_name.isidentifier():  # all lambdas of a module would have the same
+        raise ValueError(f"expected a name, as in task('NAME'), for {short(function)}, which has none")
+    entry: Task[..., Any] = Task(valid_name("task", own_name), function, is_async=is_async(function), **options)
     other = TASKS.get(entry.name)
     if other is not None and _qualified_name(other.function) != _qualified_name(function):
         names = f"{'.'.join(_qualified_name(other.function))} and {'.'.join(_qualified_name(function))}"

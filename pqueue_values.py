@@ -248,7 +248,7 @@ def encode_json(what: str, value: Any) -> str:
         text = to_json(value)
         size = len(text) if text.isascii() else len(text.encode())
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"expected a {what} that JSON can hold, got a {type(value).__name__}: {error}") from None
+        raise ValueError(f"expected a {what} that JSON can hold, got {type(value).__name__}: {error}") from None
     if size > MAX_PAYLOAD_BYTES:
         raise ValueError(f"expected a {what} of at most {MAX_PAYLOAD_BYTES} bytes of JSON, got {size}")
     if _is_too_deep(text, value):

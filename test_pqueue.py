@@ -7494,6 +7494,15 @@ class Tasks(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "expected max_attempts"):
             pqueue.task("other", max_attempts=0)(take)
 
+    def test_function_without_a_name_of_its_own_needs_one(self):
+        for function in (lambda: 1, functools.partial(take)):
+            with self.assertRaisesRegex(ValueError, r"expected a name, as in task\('NAME'\), for "):
+                pqueue.task(function)
+            with self.assertRaisesRegex(ValueError, "expected a name"):
+                pqueue.task(max_attempts=1)(function)
+        self.assertEqual(pqueue.TASKS, {})
+        self.assertEqual(pqueue.task("one")(lambda: 1)(), 1)
+
     def test_hooks_surround_each_job_whatever_becomes_of_it(self):
         events, queue = [], mock.Mock()
 

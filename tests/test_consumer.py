@@ -105,7 +105,7 @@ def test_consumer_does_right_by_all_jobs_whatever_their_handlers_do(tasks):
         "leave": "SystemExit: leaving",
         "boom": "ValueError: no x",
         "hopeless": "DoNotRetry: never",
-        "unstorable": "expected a result that JSON can hold, got a set: Object of type set is not JSON serializable; "
+        "unstorable": "expected a result that JSON can hold, got set: Object of type set is not JSON serializable; "
         "the task had ended, and is not run again",
         "hang": "TimeoutError: timed out after 0.2 s",
     }

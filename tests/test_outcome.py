@@ -143,7 +143,7 @@ def test_limit_that_a_task_exceeds_is_no_error_of_the_task(tasks):
 def test_result_that_cannot_be_stored_fails_the_job_at_once(tasks):
     jobs, _ = run(tasks, unstorable=None)
     assert (jobs["unstorable"].state, jobs["unstorable"].attempts) == ("failed", 1)
-    assert jobs["unstorable"].error.startswith("expected a result that JSON can hold, got a dict")
+    assert jobs["unstorable"].error.startswith("expected a result that JSON can hold, got dict")
     assert (tasks.folder / "ran").read_text() == "x"
 
 
