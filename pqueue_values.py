@@ -389,16 +389,17 @@ def valid_wait(what: str, value: float) -> float:
     return valid_number(what, 0, value, MAX_NUMBER // 1000)
 
 
-def finite(what: str, value: float) -> float:
+def finite(what: str, value: float, other: str = "") -> float:
     # guard: a sum of times does not overflow
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_SECONDS:
         return float(value)
-    raise ValueError(f"expected {what} to be a finite number of seconds, at most {MAX_SECONDS:g}, got {short(value)}")
+    most = f"{MAX_SECONDS:g}{other}"
+    raise ValueError(f"expected {what} to be a finite number of seconds, at most {most}, got {short(value)}")
 
 
 def duration(what: str, value: float | timedelta) -> float:
     """Return a number of seconds."""
-    return finite(what, value.total_seconds() if isinstance(value, timedelta) else value)
+    return finite(what, value.total_seconds() if isinstance(value, timedelta) else value, ", or a timedelta")
 
 
 def seconds_in(text: str) -> float:
@@ -433,7 +434,7 @@ def _delay(what: str, value: float | timedelta) -> float:
 def time_of(what: str, value: float | datetime) -> float:
     """Return a time as Unix seconds."""
     if not isinstance(value, datetime):
-        return finite(what, value)
+        return finite(what, value, ", or a datetime with a time zone")
     # guard: a time has a zone
     if value.utcoffset() is None:
         raise ValueError(f"expected {what} with a time zone, such as datetime.now(timezone.utc), got {short(value)}")
