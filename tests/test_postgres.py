@@ -1104,10 +1104,9 @@ def test_consumer_whose_session_is_ended_connects_again_at_once(consumers, monke
 def test_consumer_whose_lock_stays_away_is_dead_after_the_grace(consumers):
     queue, other = consumers
     job = queue.dequeue("anna")
-    queue._listener._stopped = True  # as the kernel does for a process that was killed
-    queue._listener._thread.join()
-    queue._listener._link.driver.close()
-    assert look(other) is None
+    queue._listener.stop_listening()  # so that it does not connect again
+    end_session(other, listener_pid(queue))
+    wait_until(lambda: look(other) is None and other._missing)
     (slot,) = other._missing
     other._missing[slot] -= pqueue_sqlalchemy.GRACE_SECONDS
     assert look(other) is None  # its row says that it was there a moment ago
