@@ -4809,6 +4809,18 @@ class QueueContract:
 
     # Waiting
 
+    def test_queue_closes_at_once_after_a_wait_for_a_result(self):
+        with mock.patch("pqueue_results.LINGER_SECONDS", 1000.0):
+            queue = self.reopen()
+            done = queue._wait_for(queue.enqueue("t"))
+            self.queue.complete(self.queue.dequeue("w"))
+            done.result(PATIENCE_SECONDS)
+            wait_until(lambda: queue._waits._changed._waiters)  # its thread, for another call
+            closing = threading.Thread(target=queue.close, daemon=True)
+            closing.start()
+            closing.join(PATIENCE_SECONDS)
+            self.assertFalse(closing.is_alive())
+
     def test_waiting_consumer_wakes_for_a_job(self):
         producer = self.reopen()
         thread = threading.Timer(0.1, producer.enqueue, ["t"])
