@@ -955,7 +955,8 @@ class PersistentQSQLite(PersistentQInterface):
 
     @property
     def in_transaction(self) -> bool:
-        return super().in_transaction and self._session().busy
+        session = getattr(self._local, "session", None)
+        return session is not None and session.busy and self._session().busy
 
     def renew_connection(self) -> None:
         session = self._session()
