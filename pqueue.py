@@ -449,6 +449,11 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         self._note_begun(job)
         self._expect_lease(job, now)  # again: a consumer that reclaims it from now on sees that it had begun
 
+    def has_begun(self, job: Job) -> bool:
+        """Return False if a job that is leased with `prefetch` certainly has not begun."""
+        with self._transaction(durable=False) as session:
+            return self._has_begun(session, job)
+
     def _expect_lease(self, job: Job, now: float | None) -> None:
         # guard: a job whose lease has expired does not begin
         if job.lease_expires_at is None or self._time(now) >= job.lease_expires_at:

@@ -197,7 +197,7 @@ class Keeper:
             self._kill()
 
     def _settle_all(self) -> None:
-        """Let an attempt of each held job fail, as a task has overwritten the record, and begin a new record."""
+        """Fail an attempt of each held job that has begun, as a task has overwritten the record; begin a new one."""
         reason = "overwrote the memory that it shares with its keeper"
         log("worker died", consumer=self.name, reason=reason)
         self.leases.forget()
@@ -210,7 +210,11 @@ class Keeper:
     def _fail_held(self, error: str) -> None:
         for job in self.queue.held_jobs(self.name):
             with suppress(LeaseLost):
-                self._fail(job, error)
+                # guard: a job that had not begun loses no attempt by what another one has overwritten
+                if not self.queue.has_begun(job):
+                    self.queue.release(job)
+                else:
+                    self._fail(job, error)
 
     def _fail(self, job: Job, error: str, trace: str = "", **options: Any) -> None:
         state = self.queue.fail(job, f"{error}\n{trace}".rstrip(), **options)

@@ -915,6 +915,17 @@ def test_task_that_overwrites_the_shared_memory_costs_its_worker_only(tasks, con
     assert "Traceback" not in child.out.read_text()
 
 
+def test_jobs_that_had_not_begun_when_a_task_overwrote_the_shared_memory_run_once(tasks):
+    tasks.write("more.py", DAMAGE)
+    queue = tasks.queue()
+    queue.enqueue_many("good", range(300))  # so that batches become large
+    queue.enqueue("overwrite", "ones")
+    later = queue.enqueue_many("good", range(20), max_attempts=1)
+    assert drain(tasks, "--import", "more").returncode == 1
+    assert {(queue.get(each).state, queue.get(each).attempts) for each in later} == {("completed", 1)}
+    assert read(tasks, "good").split()[-20:] == list(map(str, later))
+
+
 def test_second_signal_ends_a_worker_that_executes_what_a_task_left_behind(tasks):
     tasks.write("more.py", FREED)
     queue = tasks.queue()
