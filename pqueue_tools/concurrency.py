@@ -338,6 +338,7 @@ class ConcurrentConsumer(Consumer):
                 self._begin(run)
                 run.encoded = encoded_result(pqueue.run_task(self.queue, run.job))
                 self._end_child()
+                self._collect_garbage()
             except BaseException as error:
                 self._end_child()
                 run.fail(error)
@@ -439,6 +440,7 @@ class ConcurrentConsumer(Consumer):
                 result = call_task(self.queue, run.job)
                 run.encoded = encoded_result(await result if inspect.isawaitable(result) else result)
                 del result  # here: to free it may run code of the task
+                self._collect_garbage()
             except BaseException as error:
                 run.fail(error)
             finally:

@@ -139,7 +139,7 @@ class Consumer:
         self._waiting: deque[Job] = deque()
         self._finished: list[tuple[Job, Any]] = []
         self._known_limits: dict[str, tuple[float, float, pqueue.Task[..., Any] | None]] = {}  # by task
-        self._pid = os.getpid()
+        self._pid, self._collects = os.getpid(), gc.isenabled()
 
     @property
     def completed(self) -> int:
@@ -341,9 +341,11 @@ class Consumer:
                 encoded = encoded_result(result)
                 result = None  # here: to free it may run code of the task
                 self._end_child()
+                self._collect_garbage()
             except BaseException as caught:
                 self._end_child()
                 failure = failure_of(caught, job)
+                self._collect_garbage()
             finally:
                 self._slot.fields[fields.RUNNING] = 0
         except BaseException as caught:
@@ -365,6 +367,13 @@ class Consumer:
         if self.task_log:
             self.task_log.job = None
         self._slot.end()
+
+    def _collect_garbage(self) -> None:
+        """Free what a task has left that disabled the collection of garbage: within its limits, as this may run its
+        code."""
+        # guard: garbage of a task that disabled its collection is freed within the limits of the task
+        if self._collects and not gc.isenabled():
+            gc.collect()
 
     def _store(self, job: Job, claim: int, failure: Failure | None, encoded: Encoded | None) -> bool:
         """Store how a run ended, for the keeper to settle if this process dies; return False if there is no room."""
