@@ -934,6 +934,24 @@ def test_jobs_that_had_not_begun_when_a_task_overwrote_the_shared_memory_run_onc
     assert read(tasks, "good").split()[-20:] == list(map(str, later))
 
 
+WATCH = """
+import fcntl, os
+from pqueue import task
+
+@task
+def watch(job): fcntl.fcntl(os.open(".", os.O_RDONLY), fcntl.F_NOTIFY, fcntl.DN_CREATE | fcntl.DN_MULTISHOT)
+"""
+
+
+def test_descriptor_that_asks_for_signals_ends_no_later_job(tasks):
+    tasks.write("more.py", WATCH)
+    queue = tasks.queue()
+    ids = [queue.enqueue("watch"), *queue.enqueue_many("good", range(3))]  # which create a file
+    done = drain(tasks, "--import", "more")
+    assert (done.returncode, "worker died" in done.stdout) == (0, False), done
+    assert {(queue.get(each).state, queue.get(each).attempts) for each in ids} == {("completed", 1)}
+
+
 def test_second_signal_ends_a_worker_that_executes_what_a_task_left_behind(tasks):
     tasks.write("more.py", FREED)
     queue = tasks.queue()
