@@ -699,9 +699,9 @@ def _set_signals(dump: int) -> None:
     for number in signal.valid_signals() - set(termination.SIGNALS):
         if signal.getsignal(number) not in (signal.SIG_DFL, signal.SIG_IGN, None):  # the keeper's
             signal.signal(number, signal.SIG_DFL)
-    for number in (leases.INTERRUPT_SIGNAL, getattr(signal, "SIGIO", leases.INTERRUPT_SIGNAL)):
-        # guard: a descriptor that a task has left behind ends no other job by SIGIO
-        signal.signal(number, ignore)
+    signal.signal(leases.INTERRUPT_SIGNAL, ignore)
+    # guard: a descriptor that a task has left behind ends no other job by SIGIO
+    signal.signal(signal.SIGIO, ignore)
     _arm(dump)
     _reset_signals_in_children()
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
