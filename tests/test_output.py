@@ -17,7 +17,7 @@ import unicodedata
 
 import pytest
 from conftest import PATIENCE_SECONDS, ROOT, wait_until
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import admin
@@ -26,6 +26,8 @@ from pqueue_tools import monitor, output
 
 LONG = "requests.exceptions.ConnectionError: " + "HTTPSConnectionPool(host='api.example.com', port=443)" * 4
 NAMES = [*output.DROPPED, "id", "state", "task", "error", "last_seen_at", "uptime_seconds"]
+
+UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a machine that is busy
 
 
 @pytest.fixture
@@ -59,6 +61,7 @@ VALUE = st.one_of(st.none(), st.integers(-(10**12), 10**12), st.text(max_size=60
 VALUES = {"by_hour": st.lists(st.integers(0, 10**9), min_size=24, max_size=24)}
 
 
+@UNTIMED
 @given(st.data(), st.integers(30, 200))
 def test_table_is_never_wider_than_the_terminal(data, width):
     names = data.draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=7, unique=True))
@@ -206,6 +209,7 @@ def test_keys_of_the_monitor_are_named_whole_or_not_at_all(queue):
     assert "lines 1 to 11 of 42" in monitor.fitting(monitor._help("name", 0, 11, 42), 40)
 
 
+@UNTIMED
 @given(st.text(st.characters(exclude_categories=("Cs", "Cc", "Cf"))), st.integers(10, 60))
 def test_wrapped_text_is_whole_and_fits(text, width):
     lines = output.wrapped(text, width)
