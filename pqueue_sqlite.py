@@ -9,12 +9,12 @@ import shlex
 import shutil
 import sqlite3
 import stat
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from inspect import currentframe
 from itertools import chain, zip_longest
 from pathlib import Path
 from types import FrameType
@@ -308,7 +308,7 @@ class SQLiteSession(Session):
         if self.busy:
             raise QueueError("cannot use the queue in a signal handler that interrupted it: set a flag there")
         self.in_use.acquire()
-        self._owner = cast(Any, currentframe()).f_back.f_back  # no variable: a frame that refers to itself stays
+        self._owner = sys._getframe(2)
         self.busy, self.runs_user_code = True, False
         try:
             self._expect_open()
@@ -382,7 +382,7 @@ class SQLiteSession(Session):
     def recover(self) -> None:
         """Roll back if the function whose transaction this is has ended: an exception from a signal handler can keep
         the end of a `with` block from being executed."""
-        frame = currentframe()
+        frame: FrameType | None = sys._getframe()
         while frame and frame is not self._owner:
             frame = frame.f_back
         if frame is None:

@@ -41,23 +41,13 @@ NEW = (
     *("task", "queue", "group", "payload", "state", "priority", "run_at", "expires_at"),
     *("max_attempts", "key", "assigned_to", "meta"),
 )
-READS = {  # methods of a queue that change nothing themselves: the report does not list their calls
-    *("aresult", "check", "close", "consumers", "count_expired", "count_groups", "count_jobs", "dependencies"),
-    *(
-        "exclusive",
-        "expect_other_tables",
-        "expectations",
-        "failures",
-        "get",
-        "handlers",
-        "has_begun",
-        "has_moved_to",
-        "held_jobs",
-    ),
-    *("held_leases", "history", "holds", "is_partial_copy", "join", "limits", "list_jobs", "move_status", "next_due"),
-    *("now", "operations", "other_tables", "outcomes", "peek", "pending_tasks", "result", "retention", "schedules"),
-    *("search_jobs", "stalled", "stats", "transaction", "unfinished_payloads", "uses_database", "wait"),
-}
+# The methods of a queue that change nothing themselves: the report does not list their calls.
+READS = """
+    aresult check close consumers count_expired count_groups count_jobs dependencies exclusive expect_other_tables
+    expectations failures get handlers has_begun has_moved_to held_jobs held_leases history holds is_partial_copy
+    join limits list_jobs move_status next_due now operations other_tables outcomes peek pending_tasks result
+    retention schedules search_jobs stalled stats transaction unfinished_payloads uses_database wait
+""".split()  # noqa: SIM905
 VERBS = [
     name
     for name in dir(PersistentQInterface)

@@ -38,6 +38,8 @@ PRIVATE_USES = {
         "_let_groups_take_turns",
         "_attach",
     },
+    # The frames of a thread.
+    "pqueue_sqlite": {"_getframe"},
     # A queue is one thing with its session and its listener, and a fork resets all.
     "pqueue_sqlalchemy": {
         *("_db_errors", "_busy_seconds", "_after_fork", "_pool", "_settings", "_sql", "_wrap", "_wake_waiters", "_read")
