@@ -267,8 +267,8 @@ class Backend(ABC):
     def renew_connection(self) -> None:  # noqa: B027 - only where connections are lent
         """Replace this thread's connection, whose settings user code may have changed."""
 
-    connection_settings: Any = None  # those of this thread's connection that can be read, to compare them
-    hides_rows = False  # that connection, as user code has changed it
+    connection_settings: Any = None  # of this thread's connection, as far as they can be read, to compare them
+    hides_rows = False  # whether user code has changed that connection so that it hides or changes rows
 
     @abstractmethod
     def transaction(self) -> AbstractContextManager[Any]:
