@@ -582,6 +582,8 @@ class PersistentQSQLite(PersistentQInterface):
 
     def _expect_own_file(self) -> None:
         """Refuse another program's file before a folder is created for it. What is in its log is not seen."""
+        if file_size(Path(f"{self.path}-journal")):  # a power cut left it: SQLite first undoes what was half written
+            return
         try:
             with closing(sqlite3.connect(f"{self.path.as_uri()}?mode=ro&immutable=1", uri=True)) as connection:
                 if not _is_dump(connection):
@@ -961,7 +963,12 @@ class PersistentQSQLite(PersistentQInterface):
     def renew_connection(self) -> None:
         session = self._session()
         del self._local.session
-        self._session()
+        try:
+            self._session()
+        except QueueError:
+            # guard: a connection that cannot be renewed is kept
+            self._local.session = session
+            raise
         session.close()
 
     @property

@@ -35,7 +35,7 @@ from types import ModuleType
 from typing import Any
 
 import pqueue
-from pqueue import QueueError
+from pqueue import DatabaseReplaced, QueueError
 from pqueue_files import closing_file, status
 from pqueue_tools import processes
 from pqueue_tools.task_output import high_copy
@@ -345,7 +345,8 @@ class ProcessState:
         yield from self._reset_descriptors()
         # guard: what a task has set on its connection is gone with it
         if self._queue.has_lent_connection and not self.is_broken:
-            self.renew_connection()
+            with suppress(DatabaseReplaced):  # no task is to blame, and the next use says so
+                self.renew_connection()
         yield from self.undo([self._connection])
         yield from self._reset_streams()
         yield from self.undo(self._settings)

@@ -115,6 +115,22 @@ def test_consumer_does_right_by_all_jobs_whatever_their_handlers_do(tasks):
     assert "raise ValueError" in jobs["boom"].error
 
 
+@pytest.mark.parametrize("concurrency", [1, 2])
+@pytest.mark.parametrize("name", ["quick", "chain"])
+def test_consumer_whose_log_is_deleted_ends_and_does_not_blame_a_task(tasks, name, concurrency):
+    queue = tasks.queue()
+    child = tasks.start("consumer.py", "--import", "my_tasks", "--concurrency", concurrency)
+    first = queue.enqueue(name)
+    wait_until(lambda: queue.get(first).state == "completed")
+    queue.enqueue(name, delay_seconds=0.5)
+    for suffix in ("-wal", "-shm"):
+        Path(f"{queue.path}{suffix}").unlink()
+    assert child.wait(PATIENCE_SECONDS) == 1
+    said = child.out.read_text()
+    assert "replaced" in said
+    assert "left behind" not in said and "worker died" not in said, said
+
+
 def test_jobs_of_a_new_task_wait_for_the_first_consumer_that_knows_it(tasks):
     """Producers are deployed first: old consumers leave the jobs as they are."""
     tasks.write("new_tasks.py", "from pqueue import task\n@task()\ndef new(job): return job.payload\n")

@@ -13,6 +13,7 @@ import threading
 import time
 from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 from conftest import PATIENCE_SECONDS, ROOT, parent, wait_until
@@ -21,7 +22,7 @@ import pqueue
 from consumer import Consumer
 from pqueue_tools import keeper, leftovers, processes
 from pqueue_tools.leases import Leases, claim_number
-from pqueue_tools.record import Record
+from pqueue_tools.record import Record, Slot
 
 SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
 
@@ -621,6 +622,7 @@ WAYS = {
     "little writing": lambda: lower(resource.RLIMIT_FSIZE, 20000),
     "no more files": lambda: lower(resource.RLIMIT_NOFILE, 0),
     "closed connections": lambda: connections(lambda db: db.close()),
+    "other root": lambda: os.geteuid() or os.chroot("/dev"),
     "appending": lambda: change_flags(os.O_APPEND),
     "other waits": lambda: change_flags(os.O_NONBLOCK),
     "other files": reopen,
@@ -649,16 +651,16 @@ for name in WAYS: add_tasks(name, WAYS[name])
 
 
 AT_ONCE = (
-    *("no writing", "little writing", "no more files", "closed connections", "other files", "read only"),
-    "other tables",
+    *("no writing", "little writing", "no more files", "closed connections", "other root", "other files"),
+    *("read only", "other tables"),
 )
 
 
-@pytest.mark.parametrize(("kind", "concurrency"), [("", 1), ("async ", 3)])
-def test_task_that_makes_the_database_unusable_costs_its_process_only(tasks, kind, concurrency):
+@pytest.mark.parametrize(("kind", "concurrency", "alone"), [("", 1, ""), ("async ", 3, ""), ("", 1, "other root")])
+def test_task_that_makes_the_database_unusable_costs_its_process_only(tasks, kind, concurrency, alone):
     tasks.write("more.py", UNUSABLE)
     queue = tasks.queue()
-    ways = re.findall(r'^    "(.*)": ', UNUSABLE, re.MULTILINE)
+    ways = [alone] if alone else re.findall(r'^    "(.*)": ', UNUSABLE, re.MULTILINE)
     if concurrency > 1:  # leave out what may harm a job that still runs
         ways = [way for way in ways if way not in AT_ONCE]
     trusted = [*[False] * 25, True]
@@ -1286,6 +1288,21 @@ def test_keeper_reads_a_run_as_a_whole():
     while os.waitpid(worker, os.WNOHANG)[0] == 0:
         for run in filter(None, (slot.run() for _ in range(100))):
             assert (run.number,) * 5 == (run.job_id, run.claim, run.timeout_seconds, run.base_mb, run.retry_in_seconds)
+
+
+def test_keeper_reads_a_run_as_a_whole_although_another_one_begins_meanwhile(monkeypatch):
+    slot, details = Record().slots[0], Slot._DETAILS
+    slot.begin(1, 1, 0.0, 0.0, 0.0, 0.0)
+
+    def unpack_later(*place):
+        slot.end()
+        slot.begin(2, 2, 0.0, 0.0, 0.0, 0.0)
+        return details.unpack_from(*place)
+
+    monkeypatch.setattr(Slot, "_DETAILS", mock.Mock(pack_into=details.pack_into, unpack_from=unpack_later))
+    assert slot.run() is None
+    monkeypatch.undo()
+    assert slot.run().job_id == 2
 
 
 def test_keeper_takes_nothing_back_for_a_run_that_it_has_misread():

@@ -160,6 +160,7 @@ MUTANTS = [
     Mutant("a job that had not begun loses no attempt by what another one has overwritten", "test_misbehaviour.py: had_not_begun_when"),
     Mutant("garbage of a task that disabled its collection is freed within the limits of the task", "test_misbehaviour.py: frees_its_objects and cycle and 1"),
     Mutant("a descriptor that a task has left behind ends no other job by SIGIO", "test_misbehaviour.py: asks_for_signals"),
+    Mutant("a connection that cannot be renewed is kept", "test_consumer.py: log_is_deleted"),
     Mutant("what a task has changed in a connection costs its worker only", "test_misbehaviour.py: unusable and async", "not self.taken", "self.taken"),
     Mutant("async tasks find the thread of the event loop as the first one did", "test_concurrency.py: spoils and (trace_loop or block_signals)"),
     Mutant("no transaction is open across an await", "test_concurrency.py: awaits_inside and a_tasks"),
