@@ -580,7 +580,8 @@ def kill_supervisord_early(attack: Attack) -> None:
     """Kill it at the moment when it has started its programs, before these have looked who started them."""
     with attack.in_peace():
         for each in attack.system.programs():
-            os.kill(each.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # a worker ends with its keeper
+                os.kill(each.pid, signal.SIGKILL)
         attack.until(lambda: any(each.name == "producer" for each in attack.system.programs()), 10)
         _kill_supervisord(attack)
 
@@ -594,7 +595,8 @@ def _kill_supervisord(attack: Attack) -> None:
     attack.until(lambda: not before & set(attack.system.programs()), 30)
     for each in before & set(attack.system.programs()):
         attack.problem(f"{each.name.partition('_')[0]} outlived the kill of its supervisord by 30 s")
-        os.kill(each.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(each.pid, signal.SIGKILL)
 
 
 # What an operator does to the files ###################################################################################
