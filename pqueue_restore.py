@@ -26,7 +26,8 @@ from pqueue_files import (
     try_lock,
     try_lock_bytes,
 )
-from pqueue_sqlite import open_paths, schema_version
+from pqueue_identity import schema_version
+from pqueue_sqlite import open_paths
 from pqueue_values import QueueError, SchemaMismatch, command_line, file_path
 
 COPY_BYTES = 1 << 20

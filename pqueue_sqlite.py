@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -50,6 +50,7 @@ from pqueue_files import (
     status,
     sync,
 )
+from pqueue_identity import SCHEMA, adopt_dump, expect_ours, is_dump, schema_of, schema_version
 from pqueue_join import JoinedSQLite, driver_connection
 from pqueue_locks import ConsumerLock, ConsumerLocks, ResultLocks, ResultWatch, WriterLock, boot_id
 from pqueue_move import COPIED_ROWS, arrival
@@ -72,7 +73,6 @@ from pqueue_schema import (
     PLACES,
     SQLITE_TYPES,
     TABLES,
-    expect_known,
 )
 from pqueue_values import (
     NO_PARAMS,
@@ -102,9 +102,7 @@ LEAST_FREE_BYTES = 268_435_456  # `check` warns below this much free disk space
 
 SYNCHRONOUS = ("off", "normal", "full", "extra")
 MINIMUM_SQLITE = (3, 37)  # STRICT tables
-OUR_TABLES = f"SELECT sql LIKE '%STRICT' FROM sqlite_master WHERE type = 'table' AND name IN {TABLES}"
 GROUPED = "SELECT 1 FROM queues WHERE grouped = 1 LIMIT 1"
-SCHEMA = "SELECT type, name, sql FROM sqlite_master"
 MISCOUNTED = """
 SELECT name FROM queues q WHERE max_pending IS NOT NULL AND pending <>
     (SELECT count(*) FROM jobs WHERE queue = q.name AND state = 'pending' AND assigned_to IS NULL)"""
@@ -586,8 +584,8 @@ class PersistentQSQLite(PersistentQInterface):
             return
         try:
             with closing(sqlite3.connect(f"{self.path.as_uri()}?mode=ro&immutable=1", uri=True)) as connection:
-                if not _is_dump(connection):
-                    _expect_ours(connection, self.path)
+                if not is_dump(connection):
+                    expect_ours(connection, self.path)
         except sqlite3.Error as error:
             if "not a database" in str(error):
                 raise self._error(error) from error
@@ -710,7 +708,7 @@ class PersistentQSQLite(PersistentQInterface):
             return
         has_lock = self._writer_lock.acquire()
         try:
-            _adopt_dump(connection)
+            adopt_dump(connection)
             version = schema_version(connection, self.path)
             if version == 0:
                 connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")  # like the next, has an effect on an empty file
@@ -1068,7 +1066,7 @@ class PersistentQSQLite(PersistentQInterface):
     def other_tables(self) -> list[str]:
         """Return the names of the application's tables and views, and of its indexes and triggers on the queue's."""
         shadows = {row[1] for row in self._read("PRAGMA table_list") if row[2] == "shadow"}  # of a virtual table
-        ours = {name for _, name, _ in _schema(COUNTERS, GROUPERS)}
+        ours = {name for _, name, _ in schema_of(COUNTERS, GROUPERS)}
         sql = f"""
             SELECT name FROM sqlite_master WHERE (type IN ('table', 'view') OR tbl_name IN {TABLES})
             AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\' ORDER BY name"""
@@ -1132,7 +1130,7 @@ class PersistentQSQLite(PersistentQInterface):
     def _schema_problems(self) -> list[str]:
         with self._sqlite_errors():
             triggers = [COUNTERS] * bool(self._read(LIMITED)) + [GROUPERS] * bool(self._read(GROUPED))
-            missing = _schema(*triggers) - set(self._read(SCHEMA))
+            missing = schema_of(*triggers) - set(self._read(SCHEMA))
         changed = [f"{kind} {name!r} is not as this version makes it" for kind, name, _ in sorted(missing)]
         changed += [
             f"queue {name!r} counts its pending jobs wrong: set its limit again" for (name,) in self._read(MISCOUNTED)
@@ -1230,57 +1228,6 @@ def _merge(session: Session, assigned: list[Any], heads: list[Any], share: int) 
             last = min(last, rows[-1])
         found += rows
     return sorted(row for row in found if row <= last), len(last) > 1
-
-
-def _schema(*triggers: dict[str, str]) -> set[tuple[str, str, str]]:
-    """Return the schema of a queue with these triggers as SQLite reports it: types, names and statements."""
-    with closing(sqlite3.connect(":memory:")) as model:
-        for statement in chain(*MIGRATIONS, *(each.values() for each in triggers)):
-            model.execute(statement.format_map(SQLITE_TYPES))
-        return set(model.execute(SCHEMA))
-
-
-def _is_dump(connection: sqlite3.Connection) -> bool:
-    """Return whether this is a queue restored from the output of .dump, which omits its application id and version."""
-    marks = connection.execute("SELECT * FROM pragma_application_id, pragma_user_version").fetchone()
-    return bool(marks == (0, 0) and _schema() <= set(connection.execute(SCHEMA)))
-
-
-def _adopt_dump(connection: sqlite3.Connection) -> None:
-    if _is_dump(connection):
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-        connection.execute("COMMIT")
-
-
-def _expect_ours(connection: sqlite3.Connection, path: Path) -> int:
-    """Return the version of a database that is a queue or empty."""
-    owner, version, tables = connection.execute(
-        "SELECT *, (SELECT count(*) FROM sqlite_master) FROM pragma_application_id, pragma_user_version"
-    ).fetchone()
-    # guard: another program's file is refused
-    if owner != APPLICATION_ID and (owner or version or tables):
-        instead = "choose another path, or let the queue create the file before the other program"
-        raise SchemaMismatch(f"cannot use {path}: expected a queue, got another program's database; {instead}")
-    return cast(int, version)
-
-
-def schema_version(connection: sqlite3.Connection, path: Path) -> int:
-    """Return the schema version of a queue, 0 for an empty database. Raises SchemaMismatch for any other."""
-    version = _expect_ours(connection, path)
-    expect_known(path, version)
-    ours = connection.execute(OUR_TABLES).fetchall()
-    # guard: a file without our tables is refused
-    if version and len(ours) < len(TABLES):
-        raise SchemaMismatch(f"cannot use {path}: expected the tables of a queue, got {len(ours)} of them")
-    # guard: a file from before 0.1 is refused
-    if version and (0,) in ours:
-        raise SchemaMismatch(
-            f"cannot use {path}: it was created by a version before 0.1: finish its jobs with that version, "
-            "then move the file away"
-        )
-    return version
 
 
 def _copy_database(

@@ -20,6 +20,7 @@ import pytest
 from test_histories import memory
 
 import pqueue
+import pqueue_identity
 import pqueue_schema
 import pqueue_sqlite
 from pqueue import LeaseLost, PersistentQSQLite, QueueBusy, QueueError, QueueFull
@@ -526,7 +527,7 @@ def kill(*_: Any) -> None:
 def operation(request, template, place, monkeypatch):
     """Return an operation and what makes a fresh folder for it, by number."""
     if "newer schema" in request.param:
-        for module in (pqueue_sqlite, pqueue_schema):
+        for module in (pqueue_identity, pqueue_sqlite, pqueue_schema):
             monkeypatch.setattr(module, "MIGRATIONS", [*module.MIGRATIONS, NEXT_MIGRATION])
 
     def folder(number: object) -> Path:
