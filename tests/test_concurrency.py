@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 from argparse import Namespace
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -423,19 +425,24 @@ def test_threads_have_transactions_of_their_own(tasks):
 
 def test_idle_threads_hold_no_connection(tasks):
     queue = tasks.queue()
-    child = consumer(tasks, concurrency=30)
-    completed(queue, queue.enqueue("use_transaction_in_a_thread"))
-    worker = worker_of(child)
-    files = Path(f"/proc/{worker}/fd")
-    before = len(list(files.iterdir()))
-    for _ in range(3):
-        completed(queue, *queue.enqueue_many("use_transaction_in_a_thread", range(30)))
-    wait_until(
-        lambda: sum(each.is_symlink() and str(each.readlink()).endswith("-wal") for each in files.iterdir()) <= 3
-    )
+    worker = worker_of(consumer(tasks, concurrency=30))
+
+    def descriptors() -> Counter[str]:
+        found = Counter()
+        for each in Path(f"/proc/{worker}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                found[Path(os.readlink(each)).name] += 1
+        return found
+
+    def run(count: int) -> Counter[str]:
+        completed(queue, *queue.enqueue_many("use_transaction_in_a_thread", range(count)))
+        wait_until(lambda: len(os.listdir(f"/proc/{worker}/task")) < 6)
+        return descriptors()
+
+    before, *_, after = [run(1), run(30), run(30), run(30)]
+    assert after["queue.db-wal"] <= 3
     # SQLite keeps a descriptor of each connection that was open at the same time, to use it again.
-    wait_until(lambda: len(list(files.iterdir())) <= before + 30)
-    wait_until(lambda: len(os.listdir(f"/proc/{worker}/task")) < 6)
+    assert after["queue.db"] <= before["queue.db"] + 30
 
 
 # Limits and operators
