@@ -1302,6 +1302,17 @@ class QueueContract:
         q.enqueue("t", group="g0", now=NOW)
         self.assertEqual(sorted(map(str, self.groups(4))), ["None", "busy", "busy", "g0"])
 
+    def test_prune_forgets_a_group_whatever_has_its_name_in_another_queue(self):
+        q = self.queue
+        for group in ("g", "last", "last"):
+            q.enqueue("t", queue="idle", group=group, now=NOW)
+        for _ in range(3):
+            q.complete(q.dequeue("w", now=NOW), now=NOW)
+        self.assertIsNone(q.dequeue("w", now=NOW))
+        q.enqueue("t", queue="busy", group="g", now=NOW)
+        q.prune(0, now=NOW + 9)
+        self.assertNotIn(("idle", "g"), [tuple(row) for row in q._read("SELECT queue, name FROM queue_groups")])
+
     def test_prune_keeps_a_group_that_is_ahead_of_its_queue(self):
         q = self.queue
         q.enqueue_many("t", range(9), queue="a", group="g", now=NOW)
@@ -4694,6 +4705,24 @@ class QueueContract:
         self.assertEqual((mine["state"], mine["completed"]), ("stopped", 3))
         self.assertEqual((other.get(ids[1]).state, other.get(ids[1]).attempts), ("pending", 0))
         self.assertEqual(other.held_jobs("w"), [])
+
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
+    def test_jobs_of_a_shared_consumer_are_back_once_its_processes_have_ended(self):
+        job_id = self.queue.enqueue("t")
+        parent = os.fork()
+        if parent == 0:
+            code = 1
+            with suppress(Exception):
+                shared = self.queue.share("w")
+                shared.children += 1
+                child = os.fork()
+                if child == 0:
+                    self.queue.adopt(shared)
+                    os._exit(self.queue.dequeue("w", lease_seconds=3600).id - job_id)
+                code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            os._exit(code)
+        self.assertEqual(os.waitpid(parent, 0)[1], 0)
+        self.assertEqual(wait_until(lambda: self.queue.dequeue("other")).id, job_id)
 
     def test_unfinished_payloads_are_those_of_one_moment(self):
         other = self.reopen()
