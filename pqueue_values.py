@@ -515,6 +515,8 @@ def file_path(path: str | os.PathLike[str]) -> Path:
         raise ValueError(f"expected a path as str or Path, got {short(path)}")
     if not text.strip() or "\0" in text:
         raise ValueError(f"expected a path, got {short(text)}")
+    if text.endswith(("/", "/.")):
+        raise ValueError(f"expected a path of a file, got {short(text)}, which is that of a folder")
     if text == ":memory:":
         raise ValueError(
             "expected a path, got ':memory:': a queue is a file; for a test, use one in a temporary folder"

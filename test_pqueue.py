@@ -6427,6 +6427,9 @@ class Files(SQLiteCase):
             "sqlite:///:memory:",
             "sqlite:///~/q.db",
             "sqlite:///q.db?x=1",
+            "folder/",
+            "folder/.",
+            "sqlite:///folder/",
         ]
         for url in [*wrong, *map(Path, wrong[:7]), b"queue.db", 7, True]:
             with self.subTest(url=url), self.assertRaisesRegex(ValueError, "^expected .*, got [^\n]*$"):
