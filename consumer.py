@@ -118,9 +118,11 @@ def _consume(queue: PersistentQInterface, options: argparse.Namespace) -> int:
 
 def _report_unknown_queues(queue: PersistentQInterface, options: argparse.Namespace) -> None:
     """Log those of the given queues that never had a job: their names may be misspelt."""
+    if not options.queues:
+        return
     with suppress(QueueError):
         known = queue.stats()["queues"]
-        if unknown := ",".join(name for name in options.queues or () if name not in known):
+        if unknown := ",".join(name for name in options.queues if name not in known):
             reason = f"no job was ever in this queue; there are: {', '.join(known) or 'none'}"
             log("nothing to drain", "warning", consumer=options.name, queues=unknown, reason=reason)
 

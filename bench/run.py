@@ -203,26 +203,34 @@ def measure_program(ours: Ours, jobs: int = int(40_000 * SCALE)) -> dict[str, fl
 
 def measure_share(ours: Ours, jobs: int = int(100_000 * SCALE)) -> dict[str, float]:
     fill(ours.queue, jobs)
-    ours.queue.pause("default")
-    with consumers(ours, WORKERS):
-        ours.queue.resume("default")
-        wait_until(lambda: bool(ours.queue.outcomes()) and ours.queue.get(jobs).state == "completed")
-        wait_until(lambda: ours.queue.stats()["states"]["completed"] == jobs)
-    done = ours.queue.list_jobs(limit=jobs)
+    done = run_all(ours, WORKERS, ["default"])
     shares = Counter(job.consumer for job in done).values()
     fewest = min(shares) if len(shares) == WORKERS else 0
     return {"jobs/s": jobs / took(done), "fewest/most": fewest / max(shares)}
 
 
 def measure_queues(ours: Ours, queues: int, workers: int, jobs: int = int(60_000 * SCALE)) -> dict[str, float]:
-    """Drain jobs whose turns alternate between the queues."""
-    for number in range(queues):
-        ours.queue.enqueue("noop", queue=f"q{number}")
-        fill(ours.queue, max(1, jobs // queues), queue=f"'q{number}'", run_at="i")
-    with consumers(ours, workers, "--drain") as children:
-        for child in children:
-            child.wait()
-    return {"jobs/s": ours.queue.count_jobs() / took(ours.queue.list_jobs(limit=2 * jobs + queues))}
+    """Run jobs whose turns alternate between the queues."""
+    names = [f"q{number}" for number in range(queues)]
+    for name in names:
+        ours.queue.enqueue("noop", queue=name)
+        fill(ours.queue, max(1, jobs // queues), queue=f"'{name}'", run_at="i")
+    done = run_all(ours, workers, names)
+    return {"jobs/s": len(done) / took(done)}
+
+
+def run_all(ours: Ours, workers: int, queues: list[str]) -> list[pqueue.Job]:
+    """Let consumers that have started run all jobs, and return these."""
+    jobs, (last,) = ours.queue.count_jobs(), ours.queue.list_jobs(limit=1)
+    for name in queues:
+        ours.queue.pause(name)
+    with consumers(ours, workers):
+        with ours.queue.transaction():
+            for name in queues:
+                ours.queue.resume(name)
+        wait_until(lambda: bool(ours.queue.outcomes()) and ours.queue.get(last.id).state == "completed")
+        wait_until(lambda: ours.queue.stats()["states"]["completed"] == jobs)
+    return ours.queue.list_jobs(limit=jobs)
 
 
 def measure_put_under_load(ours: Ours) -> dict[str, float]:
