@@ -508,7 +508,7 @@ def run_now(queue: PersistentQInterface, options: argparse.Namespace) -> Command
     JOBS,
     "change",
     JOB_ID,
-    Parameter("--payload", "new payload, JSON", lambda text: [json_value(text)], metavar="JSON"),
+    Parameter("--payload", "new payload, JSON; what show hides as … stays as it is", metavar="JSON"),
     Parameter("--priority", "new priority", _priority, metavar="N"),
     Parameter("--delay", "new delay, from now: 90s, 15m, 12h, 7d", duration, metavar="DURATION"),
     Parameter("--to-queue", "the queue to move it to", metavar="QUEUE"),
@@ -516,12 +516,14 @@ def run_now(queue: PersistentQInterface, options: argparse.Namespace) -> Command
     Parameter("--no-group", "remove it from its group", flag=True),
     Parameter("--max-attempts", "new maximum number of attempts", whole_number(1, MAX_NUMBER), metavar="N"),
     EXPIRE,
+    Parameter("--resubmit", "change a finished job, and run it again", flag=True),
     examples="""
     change 17 --priority 5 --delay 10m
-    change 17 --to-queue slow""",
+    change 17 --to-queue slow
+    change 17 --payload '{"amount": 7}' --resubmit""",
 )
 def change(queue: PersistentQInterface, options: argparse.Namespace) -> CommandResult:
-    """Change a job that no consumer has taken."""
+    """Change a job that no consumer has taken, or a finished one that is to run again."""
     given = {
         "priority": options.priority,
         "delay_seconds": options.delay,
@@ -530,16 +532,22 @@ def change(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
         "expire_seconds": options.expire,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    if options.payload is not None:  # a list, as the payload may be null
-        given["payload"] = options.payload[0]
     if options.group is not None or options.no_group:
         given["group"] = options.group
-    if not given:
+    if not given and options.payload is None:
         raise UsageError("change: expected an option such as --priority 5")
     if options.group is not None and options.no_group:
         raise UsageError("change: expected --group or --no-group, got both")
-    queue.change(options.job_id, **given)
-    return CommandResult([{"job": options.job_id, "done": "changed"}], f"changed job {options.job_id}")
+    with queue.exclusive([options.job_id]):
+        job = queue.get(options.job_id)
+        if options.payload is not None:
+            given["payload"] = json_value(options.payload, job.payload)
+        if job.state in pqueue.FINISHED:
+            if not options.resubmit:
+                raise Problem(f"cannot change job {job.id}: it is {job.state}; with --resubmit, it runs again")
+            queue.resubmit(job.id)
+        queue.change(job.id, **given)
+    return CommandResult([{"job": job.id, "done": "changed"}], f"changed job {job.id}")
 
 
 @command(

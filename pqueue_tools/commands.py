@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from pqueue_tools.masking import restored
 from pqueue_tools.process import OneLineParser, not_blank, whole_number
 from pqueue_values import MAX_NUMBER, short
 from pqueue_values import seconds_in as duration
@@ -129,11 +130,17 @@ def path(text: str) -> Path:
     return Path(not_blank(text))
 
 
-def json_value(text: str) -> Any:
+def json_value(text: str, stored: Any = None) -> Any:
+    """Parse a payload; values that it hides are those of the stored one, which it replaces."""
+    expected = f"expected JSON, got {text[:60]!r}"
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected JSON, got {text[:60]!r}: {error}") from None
+        raise ValueError(f"{expected}: {error}") from None
+    try:
+        return restored(value, stored)
+    except RecursionError as error:
+        raise ValueError(f"{expected}: {error}") from None
 
 
 def rate(text: str) -> tuple[int, float]:

@@ -366,23 +366,21 @@ class FigureCache:
         return found
 
     def job(self, job_id: int) -> dict[str, Any]:
-        """Return job and history, masked; is_masked, whether the payload has hidden values; why; after: the ids of the
-        jobs that it runs after; parents: their id, state, task, result and error; file: its text, an error message, or
-        None for a job without a file; and log: the latest lines about it in the logs, or None."""
+        """Return job and history, masked; why; after: the ids of the jobs that it runs after; parents: their id, state,
+        task, result and error; file: its text, an error message, or None for a job without a file; and log: the latest
+        lines about it in the logs, or None."""
         queue, stats = self.queue(), None
         with suppress(QueueError):
             stats = self.figures()["overview"]
         with self._reading:
             why = report.why(queue, job_id, stats=stats)
-            whole = queue.get(job_id)
-            job = masked_job(whole)
+            job = masked_job(queue.get(job_id))
         history = report.history(queue, job_id, limit=EVENTS_SHOWN)
-        is_masked = job.payload is not whole.payload
         after = [each.id for each in queue.dependencies(job_id, excerpt=0)]
         before = queue.list_jobs(ids=after[:PARENTS_SHOWN], limit=PARENTS_SHOWN, excerpt=EXCERPT_CHARS) if after else []
         fields = ("id", "state", "task", "result", "error")
         parents = [{name: getattr(masked_job(each), name) for name in fields} for each in reversed(before)]
-        found = {"job": job, "history": history, "why": why, "after": after, "is_masked": is_masked}
+        found = {"job": job, "history": history, "why": why, "after": after}
         return {**found, "parents": parents, "file": _file_text(job.payload), "log": _log_text(job_id)}
 
 

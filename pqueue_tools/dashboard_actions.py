@@ -13,7 +13,7 @@ from pqueue_schema import FINISHED
 from pqueue_tools import dashboard, report, supervisor
 from pqueue_tools.commands import Ago, json_value, moment, rate
 from pqueue_tools.dashboard import FILTERS, FigureCache, Form, one
-from pqueue_tools.masking import masked, masked_job
+from pqueue_tools.masking import masked_job
 from pqueue_tools.process import whole_number
 from pqueue_values import interval
 
@@ -78,11 +78,9 @@ def _when(text: str, now: float) -> float:
 
 def _edit(queue: PersistentQInterface, job_id: int, *, form: Form, by: str | None, now: float, **_: Any) -> None:
     """Change the payload of a job; one that has finished is resubmitted."""
-    payload = json_value(one(form, "payload"))
     with queue.exclusive([job_id]):
         job = queue.get(job_id)
-        if masked(job.payload) is not job.payload:
-            raise ValueError("the payload contains hidden values, which this would overwrite")
+        payload = json_value(one(form, "payload"), job.payload)
         if job.state in FINISHED:
             queue.resubmit(job_id, by=by, now=now)
         queue.change(job_id, payload=payload, by=by, now=now)

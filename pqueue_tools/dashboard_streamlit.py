@@ -405,6 +405,8 @@ def _button(button: Button) -> None:
         if name := button.asks_for:
             ask = st.text_area if button.is_long else st.text_input
             fields[name] = ask(name, button.value, placeholder=button.hint, key=f"{name} of {key}")
+            if button.is_long and button.hint:
+                st.caption(button.hint)
         if st.button(button.confirmation, key=f"yes, {key}"):
             _act(button.action, **fields)
 

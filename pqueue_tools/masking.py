@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pqueue import Excerpt, Job
-from pqueue_values import read_json
+from pqueue_values import read_json, short
 
 HIDDEN = "…"
 # Anywhere in a name, or as its last word: "auth", "smtp_auth" and "smtpAuth", but not "author" or "auth_method".
@@ -66,6 +66,34 @@ def masked_text(text: str) -> str:
         rest = [IN_URL.sub(rf"\1:{HIDDEN}@", part) for part in rest]
         text = "://".join([head, *rest[:-1], IN_CUT_URL.sub(rf"\1:{HIDDEN}", rest[-1])])
     return ASSIGNED.sub(rf"\1{HIDDEN}", text) if "=" in text else text
+
+
+def restored(edited: Any, stored: Any = None) -> Any:
+    """Return a payload that was edited as `masked` shows it, with the hidden values that it had.
+
+    Raises ValueError if it contains a hidden value in another place, where the value is not known.
+    """
+    if isinstance(edited, dict):
+        names: dict[str, str] = {masked_text(name): name for name in stored} if isinstance(stored, dict) else {}
+        fields: dict[str, Any] = {}
+        for shown, each in edited.items():
+            name = names.get(shown, shown)
+            if each != HIDDEN or not is_secret(name):
+                fields[name] = restored(each, stored[name] if shown in names else None)
+            elif shown in names:
+                fields[name] = stored[name]
+            else:
+                raise ValueError(f"expected the value of {short(name)}, got {HIDDEN}, which stands for a hidden one")
+        return fields
+    if isinstance(edited, list):
+        items = stored if isinstance(stored, list) and len(stored) == len(edited) else [None] * len(edited)
+        return [restored(each, item) for each, item in zip(edited, items, strict=True)]
+    if isinstance(edited, str) and HIDDEN in edited:
+        if isinstance(stored, str) and edited == masked_text(stored):
+            return stored
+        if HIDDEN in masked_text(edited.replace(HIDDEN, "x")):
+            raise ValueError(f"expected a text without {HIDDEN}, which stands for a hidden one, got {short(edited)}")
+    return edited
 
 
 def masked_job(job: Job) -> Job:

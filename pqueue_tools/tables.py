@@ -13,6 +13,7 @@ import pqueue_schema
 from pqueue import Job
 from pqueue_outcomes import Expectation
 from pqueue_tools import dashboard, report, supervisor
+from pqueue_tools.masking import HIDDEN
 from pqueue_values import command_line, interval
 
 JOBS_OF_CONSUMER_SHOWN = 3
@@ -492,12 +493,13 @@ def job_buttons(found: dict[str, Any]) -> list[Button]:
 
 
 def _edit(found: dict[str, Any], name: str) -> list[Button]:
-    """Return a button that changes the payload, unless that is too long or has hidden values."""
+    """Return a button that changes the payload, unless that is too long. Hidden values stay as they are."""
     pretty = _pretty(found["job"].payload)
     text = "".join(mark if mark.isprintable() or mark == "\n" else json.dumps(mark)[1:-1] for mark in pretty)
-    if found["is_masked"] or len(text) > dashboard.TEXT_CHARS_SHOWN:
+    if len(text) > dashboard.TEXT_CHARS_SHOWN:
         return []
-    return [Button("edit", name, {"id": found["job"].id}, "", "payload", "JSON", text, is_long=True)]
+    hint = "… is a hidden value, which stays as it is" if HIDDEN in text else ""
+    return [Button("edit", name, {"id": found["job"].id}, "", "payload", hint, text, is_long=True)]
 
 
 BULK_ACTIONS = {  # the states in which each is possible

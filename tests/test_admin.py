@@ -1270,7 +1270,23 @@ def test_operator_runs_a_scheduled_job_now_and_changes_a_waiting_one(front, queu
     assert run("change", second, "--max-attempts", 0)[0] == 2
     queue.cancel(second)
     code, _, err = run("change", second, "--priority", 1)
-    assert (code, f"cannot change job {second}: it is cancelled" in err) == (1, True)
+    assert (code, f"cannot change job {second}: it is cancelled; with --resubmit, it runs again" in err) == (1, True)
+
+
+def test_operator_changes_the_payload_that_is_shown_and_runs_a_failed_job_again(front, queue, run):
+    stored = {"amount": "EUR 7", "password": "hunter2", "at": "https://ada:hunter2@shop/"}
+    job_id = queue.enqueue("charge", stored)
+    queue.mark_failed(job_id)
+    shown = json.loads(run("list-jobs", "--json", "--columns", "payload")[1])["payload"]
+    assert shown == {"amount": "EUR 7", "password": "…", "at": "https://ada:…@shop/"}
+    for wrong in ({"token": "…"}, {"password": ["…"], "user": {"password": "…"}}, {"at": "https://eva:…@shop/"}):
+        code, _, err = run("change", job_id, "--resubmit", "--payload", json.dumps(wrong))
+        assert (code, "…, which stands for a hidden one" in err) == (2, True), err
+        assert run("enqueue", "charge", json.dumps(wrong))[0] == 2
+    assert queue.get(job_id).state == "failed"
+    changed = {**shown, "amount": "7 …", "password": "…"}
+    assert run("change", job_id, "--resubmit", "--payload", json.dumps(changed))[0] == 0
+    assert (queue.get(job_id).state, queue.get(job_id).payload) == ("pending", {**stored, "amount": "7 …"})
 
 
 def test_operator_enqueues_with_a_key_for_a_while(front, queue, run):

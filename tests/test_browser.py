@@ -318,7 +318,7 @@ def test_operator_sees_jobs_move_and_resubmits_failed_ones(system, page, front):
 @both
 def test_operator_on_call_is_at_the_newest_traceback_in_two_clicks_and_repairs_the_job_in_three(system, page, front):
     queue = system.queue()
-    ids = queue.enqueue_many("charge", [{"amount": "seven"}, {"amount": "eight"}])
+    ids = queue.enqueue_many("charge", [{"amount": each, "token": "hidden"} for each in ("seven", "eight")])
     earlier = queue.enqueue("a task that failed earlier", run_at=9e9, now=time.time() - 3600)
     queue.mark_failed(earlier, now=time.time() - 3600)
     wait_until(lambda: queue.stats()["states"]["failed"] == 3)
@@ -329,11 +329,12 @@ def test_operator_on_call_is_at_the_newest_traceback_in_two_clicks_and_repairs_t
     site.open_newest_failure()
     expect(site.texts().filter(has_text="in charge").first).to_be_visible()
     assert len(clicks) <= 2
-    site.edit_and_resubmit('{"amount": 8}')
+    site.edit_and_resubmit('{"amount": 8, "token": "…"}')
     site.said("changed 1 job")
     assert 3 <= len(clicks) <= 5
     wait_until(lambda: queue.get(ids[-1]).state == "completed")
     assert (queue.get(ids[-1]).result, queue.get(ids[0]).state) == (800, "failed")
+    assert queue.get(ids[-1]).payload == {"amount": 8, "token": "hidden"}
 
 
 @both
