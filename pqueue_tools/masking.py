@@ -77,7 +77,7 @@ def restored(edited: Any, stored: Any = None) -> Any:
         names: dict[str, str] = {masked_text(name): name for name in stored} if isinstance(stored, dict) else {}
         fields: dict[str, Any] = {}
         for shown, each in edited.items():
-            name = names.get(shown, shown)
+            name = str(names.get(shown, shown))
             if each != HIDDEN or not is_secret(name):
                 fields[name] = restored(each, stored[name] if shown in names else None)
             elif shown in names:
