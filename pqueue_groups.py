@@ -249,10 +249,8 @@ ADD_START = "INSERT INTO group_starts (queue, name, n, at) VALUES (:queue, :name
 # Delete the deliveries of a group that do not matter any more.
 DELETE_STARTS = "DELETE FROM group_starts WHERE queue = :queue AND name = :name AND n <= :n"
 
-FORGOTTEN = f"""
-    FROM queue_groups g WHERE next_at < 0 AND turn <= (SELECT turn FROM queues WHERE name = g.queue)
-    AND NOT EXISTS (SELECT 1 FROM jobs WHERE queue = g.queue AND task = g.task AND "group" = g.name
-        AND state = 'pending' AND assigned_to IS NULL {FOR_EACH}) LIMIT :limit"""
+FORGOTTEN = """
+    FROM queue_groups g WHERE next_at < 0 AND turn <= (SELECT turn FROM queues WHERE name = g.queue) LIMIT :limit"""
 
 # Delete groups that have no pending job, and would continue at the turn of their queue in any case.
 FORGET_GROUPS = f"DELETE FROM queue_groups WHERE id IN (SELECT id {FORGOTTEN})"

@@ -467,6 +467,15 @@ class QueueContract:
         q.complete(q.dequeue("w", now=NOW), now=NOW)
         self.assertEqual(self.states(child), ["pending"])
 
+    def test_resubmitted_parent_leaves_a_job_that_ran_after_its_failure(self):
+        q = self.queue
+        parent = q.enqueue("t", now=NOW)
+        child = q.enqueue("u", after=[parent], after_failed="run", now=NOW)
+        q.cancel(parent, now=NOW)
+        q.complete(q.dequeue("w", now=NOW), now=NOW)
+        q.resubmit(parent, now=NOW)
+        self.assertEqual((q.get(child).state, q.get(child).waits_for), ("completed", 0))
+
     def test_restored_job_does_not_take_a_key_that_another_job_holds(self):
         q = self.queue
         parent = q.enqueue("t", now=NOW)
@@ -616,6 +625,17 @@ class QueueContract:
         self.assertEqual(self.states(child), ["failed"])
         self.assertEqual(q.enqueue("u", key="k", now=NOW + 59), holder)
 
+    def test_job_that_is_restored_takes_its_own_key_whose_time_is_over(self):
+        q = self.queue
+        q.enqueue("u", key="a", key_seconds=60, now=NOW)
+        parent = q.enqueue("t", now=NOW)
+        child = q.enqueue("u", after=[parent], key="k", now=NOW)
+        q.cancel(parent, now=NOW)
+        holder = q.enqueue("u", key="k", key_seconds=60, now=NOW)
+        q.resubmit(parent, now=NOW + 60)
+        self.assertEqual(self.states(child), ["waiting"])
+        self.assertEqual([q.get(each).key_expires_at for each in (child, holder)], [None, None])
+
     def test_job_that_fails_with_others_names_its_own_parent(self):
         q = self.queue
         unfinished, root = q.enqueue("t", now=NOW), q.enqueue("t", now=NOW)
@@ -708,11 +728,13 @@ class QueueContract:
             late = q.enqueue("late", now=NOW)
             q.enqueue("ready", after=moved[:1], now=NOW)
             q.enqueue("waits", after=[*moved, late], now=NOW)
+            q.cancel(q.enqueue("gone", after=[late], now=NOW), now=NOW)
             q.finish_move(target, now=NOW)
             jobs = {job.task: job for job in target.list_jobs()}
             target.dequeue("x", tasks=["none"], now=NOW)
             self.assertEqual(target.get(jobs["ready"].id).state, "pending")
             self.assertEqual((jobs["waits"].state, jobs["waits"].waits_for), ("waiting", 2))
+            self.assertEqual(jobs["gone"].state, "cancelled")
             parents = [moved[0], moved[1], jobs["late"].id]
             self.assertEqual([job.id for job in target.dependencies(jobs["waits"].id)], parents)
 
@@ -1309,9 +1331,12 @@ class QueueContract:
         for _ in range(3):
             q.complete(q.dequeue("w", now=NOW), now=NOW)
         self.assertIsNone(q.dequeue("w", now=NOW))
-        q.enqueue("t", queue="busy", group="g", now=NOW)
+        for group in ("first", "g"):
+            q.enqueue("t", queue="busy", group=group, now=NOW)
+        q.complete(q.dequeue("w", now=NOW), now=NOW)
         q.prune(0, now=NOW + 9)
         self.assertNotIn(("idle", "g"), [tuple(row) for row in q._read("SELECT queue, name FROM queue_groups")])
+        self.assertEqual(q.dequeue("w", now=NOW).group, "g")
 
     def test_prune_keeps_a_group_that_is_ahead_of_its_queue(self):
         q = self.queue
@@ -3500,6 +3525,12 @@ class QueueContract:
         q.dequeue("w", now=NOW + 20)
         self.assertEqual((q.get(waits).state, len(q.history(waits))), ("cancelled", 1))
 
+    def test_job_that_expires_together_with_its_parent_fails(self):
+        first = self.queue.enqueue("t", expire_seconds=5, now=NOW)
+        child = self.queue.enqueue("u", after=[first], expire_seconds=5, now=NOW)
+        self.assertIsNone(self.queue.dequeue("w", now=NOW + 5))
+        self.assertEqual(self.states(first, child), ["cancelled", "failed"])
+
     def test_job_that_replaces_another_has_its_own_expiry(self):
         job_id = self.queue.enqueue("t", key="k", expire_seconds=5, now=NOW)
         self.queue.enqueue("t", key="k", expire_seconds=50, on_conflict="replace", now=NOW + 3)
@@ -4091,7 +4122,7 @@ class QueueContract:
 
     def test_queue_in_which_nothing_begins_or_ends_though_jobs_are_due_is_stalled(self):
         queue = self.queue
-        for number, name in enumerate(("idle", "idle", "begun", "done", "failed", "again", "late", "mine")):
+        for number, name in enumerate(("idle", "idle", "begun", "done", "failed", "again", "late", "mine", "gone")):
             assigned_to = "w" if name == "mine" else None
             delay = 1000 if name == "late" else 0
             queue.enqueue("t", queue=name, delay_seconds=delay, assigned_to=assigned_to, now=10 + number)
@@ -4100,17 +4131,18 @@ class QueueContract:
         queue.enqueue("u", queue="idle", now=95)
         self.assertEqual(queue.stalled(10), {})
         taken = {name: queue.dequeue("w", queues=[name], now=99) for name in ("begun", "done", "failed", "again")}
-        self.assertEqual(queue.stalled(99), {("idle", "t"): 2, ("idle", "u"): 1})
+        self.assertEqual(queue.stalled(99), {("idle", "t"): 2, ("idle", "u"): 1, ("gone", "t"): 1})
         queue.complete(taken["done"], now=120)
         queue.fail(taken["failed"], "no", retry=False, now=120)
         queue.fail(taken["again"], "no", retry_in_seconds=1000, now=120)
+        queue.cancel(queue.enqueue("t", queue="gone", now=20), now=120)
         idle = {("idle", "t"): 2, ("idle", "u"): 1}
         self.assertEqual(queue.stalled(120), {**idle, ("begun", "t"): 1})
+        ended = dict.fromkeys([("begun", "t"), ("done", "t"), ("failed", "t"), ("again", "t"), ("gone", "t")], 1)
+        self.assertEqual(queue.stalled(121), {**idle, **ended})
         for job_id in queue.enqueue_many("t", range(100), queue="events", now=50):
             queue.cancel(job_id, now=50)
-        self.assertEqual(queue.stalled(120), {**idle, ("begun", "t"): 1, ("again", "t"): 1})
-        ended = dict.fromkeys([("begun", "t"), ("done", "t"), ("failed", "t"), ("again", "t")], 1)
-        self.assertEqual(queue.stalled(121), {**idle, **ended})
+        self.assertEqual(queue.stalled(120), {**idle, ("begun", "t"): 1, ("again", "t"): 1, ("gone", "t"): 1})
 
     def test_leases_that_ran_out_are_counted(self):
         self.queue.enqueue_many("t", range(3))

@@ -1596,9 +1596,7 @@ DELETE FROM pqueue.group_starts WHERE queue = $1 AND name = $2 AND n <= $3;
 -- differs because a claim must neither wait nor be waited for
 -- $1 limit
 DELETE FROM pqueue.queue_groups WHERE id = ANY (ARRAY(SELECT id 
-    FROM pqueue.queue_groups g WHERE next_at < 0 AND turn <= (SELECT turn FROM pqueue.queues WHERE name = g.queue)
-    AND NOT EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = g.queue AND task = g.task AND "group" = g.name
-        AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0) LIMIT $1 FOR UPDATE SKIP LOCKED));
+    FROM pqueue.queue_groups g WHERE next_at < 0 AND turn <= (SELECT turn FROM pqueue.queues WHERE name = g.queue) LIMIT $1 FOR UPDATE SKIP LOCKED));
 
 -- Statements that only PostgreSQL has
 
