@@ -310,7 +310,7 @@ class PostgresSession(Session):
             self.change(NOTIFY)
             self._queue.cannot_wake = False
         except QueueError as error:
-            name, reason = self._queue.name, error.__cause__ or error
+            name, reason = self._queue.name, str(error).partition(": ")[2]
             level = logging.DEBUG if self._queue.cannot_wake else logging.WARNING
             log.log(level, "%s: cannot wake consumers, which look once a second: %s", name, reason)
             self._queue.cannot_wake = True
@@ -524,7 +524,10 @@ class OnPostgres(PersistentQSQLAlchemy):
         try:
             connection = psycopg.connect(autocommit=True, **{**arguments, **self._conninfo, "client_encoding": "UTF8"})
         except psycopg.Error as error:
-            raise connection_error(self.name, error) from error
+            failure = connection_error(self.name, error)
+            # A running program waits until a password or a right is corrected
+            busy = self._is_open and not isinstance(failure, QueueBusy)
+            raise (QueueBusy(str(failure)) if busy else failure) from error
         encoding = connection.info.parameter_status("server_encoding")
         if encoding != "UTF8":
             connection.close()
@@ -642,7 +645,7 @@ class OnPostgres(PersistentQSQLAlchemy):
             return PlanLost(f"cannot use {self.name}: {why}; try again ({text})")
         passes = isinstance(error, (exc.OperationalError, exc.InterfaceError, psycopg.OperationalError))
         if state[:2] == "57" or (passes and not state.startswith(LASTING_STATES)):
-            verb = "reach" if state[:2] in ("", "08", "57") else "use"
+            verb = "reach" if state[:2] in ("", "08", "57") and state != "57014" else "use"  # that one was cancelled
             return QueueBusy(f"cannot {verb} {self.name}: {text}")
         return QueueError(f"cannot use {self.name}: {text}")
 

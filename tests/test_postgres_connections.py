@@ -606,6 +606,7 @@ def test_answer_that_no_other_attempt_changes_is_an_error(answer):
         ("53100", QueueFull, "cannot write to .*: its disk is full"),
         ("53200", QueueBusy, "cannot use .*: it fails"),  # out of memory
         ("57P03", QueueBusy, "cannot reach .*: it fails"),
+        ("57014", QueueBusy, "cannot use .*: it fails"),  # pg_cancel_backend
     ],
 )
 def test_failure_of_a_statement_is_busy_only_if_it_passes(admin, queue, state, kind, said):
@@ -668,6 +669,43 @@ def test_wrong_and_missing_passwords_are_different_errors(strict):
     assert "none was found: set PGPASSWORD" in str(missing)
     for text, error in (("wrong", wrong), ("missing", missing)):
         assert text and f"port {strict.port}" in str(error) or "PGPASSWORD" in str(error)
+
+
+REFUSE = {  # how an operator keeps a role from connecting, how it is allowed again, and what is said meanwhile
+    "password": ("ALTER ROLE ann PASSWORD 'new'", "ALTER ROLE ann PASSWORD 'right'", "user or password refused"),
+    "login": ("ALTER ROLE ann NOLOGIN", "ALTER ROLE ann LOGIN", "not permitted to log in"),
+    "right": (
+        "REVOKE CONNECT ON DATABASE postgres FROM PUBLIC",
+        "GRANT CONNECT ON DATABASE postgres TO PUBLIC",
+        "permission denied for database",
+    ),
+    "limit": ("ALTER ROLE ann CONNECTION LIMIT 0", "ALTER ROLE ann CONNECTION LIMIT -1", "too many connections"),
+}
+
+
+@pytest.mark.parametrize("refused", REFUSE)
+def test_running_programs_wait_until_their_role_may_connect_again(place, strict, refused):
+    refuse, allow, message = REFUSE[refused]
+    for statement in ("CREATE ROLE ann LOGIN PASSWORD 'right'", "CREATE SCHEMA pqueue AUTHORIZATION ann"):
+        strict.ask(statement)
+    url = f"postgresql://ann:right@127.0.0.1:{strict.port}/postgres"
+    place.write("tasks.py", "from pqueue import task\n@task()\ndef noop(): pass\n")
+    children = [
+        place.start("consumer.py", "--import", "tasks", *options, PQUEUE_URL=url)
+        for options in ((), ("--concurrency", 2))
+    ]
+    wait_until(lambda: all(" started " in child.out.read_text() for child in children))
+    with closing(pqueue.open_queue(url)) as queue:
+        wait_until(lambda: len(queue.consumers()) == 2)
+        strict.ask(refuse)
+        strict.ask("SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'ann'")
+        wait_until(lambda: all(message in child.out.read_text() for child in children))
+        with pytest.raises(QueueBusy, match=message):
+            queue.enqueue("noop")
+        strict.ask(allow)
+        job_ids = [queue.enqueue("noop") for _ in range(4)]
+        wait_until(lambda: all(queue.get(job_id).state == "completed" for job_id in job_ids))
+    assert [child.poll() for child in children] == [None, None]
 
 
 def test_each_host_is_reported_with_its_answer_and_port(strict):

@@ -27,7 +27,7 @@ import pqueue_retention
 import pqueue_schema
 from bench.delaying_proxy import DelayingProxy
 from pqueue import PersistentQSQLite, QueueError
-from pqueue_sqlalchemy import PersistentQSQLAlchemy
+from pqueue_sqlalchemy import PersistentQSQLAlchemy, PostgresSession
 from test_pqueue import PATIENCE_SECONDS, wait_until
 
 DOCS = ROOT / "docs/postgres.md"
@@ -832,6 +832,21 @@ def test_program_says_once_that_it_cannot_wake_consumers(small_notify_queue, com
         queue.enqueue("t")
         assert [record.message.count("cannot wake consumers, which look") for record in caplog.records] == [1]
         caplog.clear()
+
+
+def test_warning_that_consumers_cannot_be_woken_is_one_line(queue, monkeypatch, caplog):
+    change = PostgresSession.change
+
+    def lost(self, sql, *params):
+        error = psycopg.OperationalError("server closed the connection\n\tThis probably means that it terminated")
+        with mock.patch.object(queue._pool, "take", side_effect=error):
+            return change(self, sql, *params)
+
+    queue.commit_seconds = 1.0  # so that NOTIFY is sent after the commit
+    monkeypatch.setattr(PostgresSession, "change", lost)
+    queue.enqueue("t")
+    (record,) = caplog.records
+    assert record.message.endswith("once a second: server closed the connection")
 
 
 def test_check_of_a_copy_finds_nothing(queue, tmp_path):
