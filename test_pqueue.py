@@ -1021,6 +1021,26 @@ class QueueContract:
         batch = [job.group for job in q.dequeue_many("w", 40, now=NOW)]
         self.assertEqual((batch.count("heavy"), batch.count("light")), (30, 10))
 
+    def test_group_has_a_weight_turn_and_rate_of_its_own_in_each_queue(self):
+        q = self.queue
+        q.weigh("heavy", "a", 3)
+        for queue in ("heavy", "even"):
+            for group in ("a", "b"):
+                q.enqueue_many("t", range(20), queue=queue, group=group, now=NOW)
+        for queue, shares in (("heavy", "aaab"), ("even", "aabb")):
+            self.assertEqual(sorted(self.groups(4, queues=[queue])), sorted(shares))
+            found = [job.group for job in q.dequeue_many("w", 8, queues=[queue], now=NOW)]
+            self.assertEqual(sorted(found), sorted(2 * shares))
+        q.enqueue_many("t", range(2), queue="new", group="0", now=NOW)
+        self.assertEqual(self.groups(1, queues=["new"]), ["0"])
+        q.enqueue("t", queue="new", group="a", now=NOW)
+        self.assertEqual(self.groups(1, queues=["new"]), ["a"])
+        for queue, group in (("one", "g"), ("two", "g"), ("two", "h")):
+            q.limit(queue, rate=(2, 60), now=NOW)
+            q.enqueue_many("t", range(3), queue=queue, group=group, now=NOW)
+            self.assertEqual(self.groups(1, queues=[queue]), [group])
+            self.assertEqual(len(q.dequeue_many("w", 9, queues=[queue], now=NOW)), 1)
+
     def test_group_that_was_idle_does_not_catch_up(self):
         q = self.queue
         q.enqueue_many("t", range(50), group="a", now=NOW)
