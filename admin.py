@@ -27,13 +27,12 @@ from typing import Any
 
 import pqueue
 import pqueue_cron
-import pqueue_restore
 from pqueue import JobNotFound, PersistentQInterface, QueueError
 from pqueue_files import closing_file
 from pqueue_operating import spread
 from pqueue_outcomes import EVENTS, Expectation
 from pqueue_tools import monitor as live
-from pqueue_tools import moving, supervisor
+from pqueue_tools import moving, restoring, supervisor
 from pqueue_tools.commands import (
     Ago,
     Command,
@@ -897,7 +896,7 @@ def restore(_: None, options: argparse.Namespace) -> CommandResult:
     """Replace the database by a backup; the old one is kept under another name. Stop all programs first."""
     if not agreed(options, f"replace the queue by {options.file}"):
         return CommandResult(text="nothing done", code=1)
-    kept = pqueue_restore.restore(options.file)
+    kept = restoring.restore(options.file)
     text = printable(f"restored {options.file}, verified") + (f"; the replaced database is {kept}" if kept else "")
     return CommandResult([{"file": str(options.file), "replaced": kept and str(kept)}], text)
 

@@ -26,8 +26,7 @@ from test_supervisor import BIN, manage, running, system  # noqa: F401 - a fixtu
 import admin
 import consumer
 import pqueue
-import pqueue_restore
-from pqueue_tools import file_task, masking, report
+from pqueue_tools import file_task, masking, report, restoring
 
 SECRET = "hunter2"  # never shown
 ESCAPES = "\x1b[31m\x1b]0;owned\x07\x9b2J\r\x08\u202e"
@@ -205,11 +204,11 @@ def test_restored_or_moved_queue_stays_with_its_owner_and_group():
         assert in_another_account(lambda: work(path), 1001, [group.gr_gid]) is None
         with closing(pqueue.PersistentQSQLite(path)) as queue:
             queue.backup(backup)
-        pqueue_restore.restore(backup, path)
+        restoring.restore(backup, path)
         assert (path.stat().st_uid, path.stat().st_gid) == (1001, group.gr_gid)
         (path.parent / "queue.db.d").rename(path.parent / "old")  # a restore makes this folder, too
         backup.chmod(0o644)
-        restored = in_another_account(lambda: pqueue_restore.restore(backup, path), 1002, [group.gr_gid])
+        restored = in_another_account(lambda: restoring.restore(backup, path), 1002, [group.gr_gid])
         assert restored is None
         assert in_another_account(lambda: work(path), 1003, [group.gr_gid]) is None
         with closing(pqueue.PersistentQSQLite(path)) as queue:
@@ -226,7 +225,7 @@ def test_private_queue_stays_private_when_it_is_restored_in_a_shared_folder(tmp_
     path, backup = tmp_path / "queue.db", tmp_path / "backup.db"
     with closing(pqueue.PersistentQSQLite(path)) as queue:
         queue.backup(backup)
-    pqueue_restore.restore(backup, path)
+    restoring.restore(backup, path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 

@@ -537,7 +537,7 @@ RESTORE = """
 import os, struct, sys
 sys.path.insert(0, sys.argv[1])
 import pqueue
-import pqueue_restore
+from pqueue_tools import restoring
 log = os.open(os.environ["RECORD_TO"], os.O_WRONLY | os.O_APPEND)
 
 def mark(text):
@@ -554,9 +554,9 @@ if sys.argv[3] != "closed":
         os._exit(0)
     os.wait()
 if sys.argv[3] == "stuck":
-    pqueue_restore._apply_logs = lambda _: None
+    restoring._apply_logs = lambda _: None
 mark(b"begun")
-pqueue_restore.restore(sys.argv[2] + ".copy", sys.argv[2])
+restoring.restore(sys.argv[2] + ".copy", sys.argv[2])
 mark(b"done")
 """
 

@@ -15,9 +15,9 @@ import pytest
 from conftest import ROOT, wait_until
 
 import pqueue
-import pqueue_restore
 from pqueue import QueueError, SchemaMismatch
 from pqueue_sqlite import PAGE_BYTES
+from pqueue_tools import restoring
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ time.sleep(600)
 def test_old_database_is_kept_in_one_file_if_its_log_is_sound(path, backup):
     kill(program(WRITER, path))
     assert Path(f"{path}-wal").exists()
-    kept = pqueue_restore.restore(backup, path)
+    kept = restoring.restore(backup, path)
     assert list(kept.parent.glob(f"{kept.name}*")) == [kept]
     assert len(payloads(kept)) == len(OLD) + 50
 
@@ -99,19 +99,19 @@ def test_restored_file_and_what_it_replaces_are_synced_before_their_names(path, 
         fsync(file)
 
     monkeypatch.setattr(os, "fsync", recording)
-    kept = pqueue_restore.restore(backup, path)
+    kept = restoring.restore(backup, path)
     # the last three: the name of the old file, that no log is left, the name of the new file
     assert synced == ["queue.db.part", f"{kept.name}.part", "var", "var", "var"]
 
 
 def test_operator_restores_a_backup_and_the_replaced_database_is_kept(path, backup):
-    kept = pqueue_restore.restore(backup, path)
+    kept = restoring.restore(backup, path)
     assert payloads(path) == NEW
     assert re.fullmatch(r"queue\.db\.replaced-\d{8}T\d{6}Z-1", kept.name)
     assert payloads(kept) == OLD
     assert payloads(backup) == NEW
     assert {each.stat().st_mode & 0o777 for each in (path, kept)} == {0o600}
-    pqueue_restore.restore(kept, path)
+    restoring.restore(kept, path)
     assert payloads(path) == OLD
     assert [each for each in path.parent.iterdir() if each.name.endswith((".part", ".placeholder"))] == []
 
@@ -120,7 +120,7 @@ def test_operator_is_told_of_all_programs_that_have_the_database_open(path, back
     children = [program(IDLE, path), program(IDLE, path)]
     try:
         with pytest.raises(QueueError, match=r"\(pid \d+\), python\S* -c \(pid \d+\) have it open; stop them"):
-            pqueue_restore.restore(backup, path)
+            restoring.restore(backup, path)
     finally:
         for child in children:
             kill(child)
@@ -132,11 +132,11 @@ def test_operator_cannot_restore_while_a_program_has_the_database_open(path, bac
     try:
         before = contents(path.parent)
         with pytest.raises(QueueError, match=rf"cannot replace .*: python\S* -c \(pid {child.pid}\) has it open; stop"):
-            pqueue_restore.restore(backup, path)
+            restoring.restore(backup, path)
         assert contents(path.parent) == before
     finally:
         kill(child)
-    pqueue_restore.restore(backup, path)
+    restoring.restore(backup, path)
     assert payloads(path) == NEW
 
 
@@ -157,15 +157,15 @@ def test_operator_cannot_restore_while_a_consumer_waits(place, path, backup):
 def test_process_cannot_restore_a_file_that_it_has_open(path, backup):
     with closing(pqueue.open_queue(path)) as queue:
         with pytest.raises(QueueError, match="this process has it open"):
-            pqueue_restore.restore(backup, path)
+            restoring.restore(backup, path)
         assert queue.count_jobs() == 5
-    pqueue_restore.restore(backup, path)
+    restoring.restore(backup, path)
 
 
 def test_log_of_a_killed_program_is_not_applied_to_the_restored_file(path, backup):
     kill(program(WRITER, path))
     assert path.with_name("queue.db-wal").stat().st_size > 0
-    kept = pqueue_restore.restore(backup, path)
+    kept = restoring.restore(backup, path)
     assert payloads(path) == NEW
     assert payloads(kept) == [*OLD, *["late"] * 50]
 
@@ -178,14 +178,14 @@ def test_log_without_its_database_is_not_applied_to_the_restored_file(path, back
         path.with_name(f"queue.db{each}").unlink()
     for each in suffix.split():
         path.with_name(f"queue.db{each}").write_bytes(log)
-    pqueue_restore.restore(backup, path)
+    restoring.restore(backup, path)
     assert payloads(path) == NEW
 
 
 def test_database_whose_log_cannot_be_applied_is_replaced_and_kept_with_it(path, backup, monkeypatch):
     kill(program(WRITER, path))
-    monkeypatch.setattr(pqueue_restore, "_apply_logs", lambda _: None)
-    kept = pqueue_restore.restore(backup, path)
+    monkeypatch.setattr(restoring, "_apply_logs", lambda _: None)
+    kept = restoring.restore(backup, path)
     assert kept.with_name(f"{kept.name}-wal").exists()
     assert payloads(path) == NEW
     assert payloads(kept) == [*OLD, *["late"] * 50]
@@ -194,17 +194,17 @@ def test_database_whose_log_cannot_be_applied_is_replaced_and_kept_with_it(path,
 def test_damaged_database_is_replaced_and_kept(path, backup):
     path.write_bytes(b"garbage" * 1000)
     path.with_name("queue.db-wal").write_bytes(b"more garbage" * 1000)
-    kept = pqueue_restore.restore(backup, path)
+    kept = restoring.restore(backup, path)
     assert payloads(path) == NEW
     assert kept.read_bytes() == b"garbage" * 1000
 
 
 def test_restore_makes_a_database_where_there_is_none(tmp_path, backup):
     for target in (tmp_path / "other.db", tmp_path / "new/folder/queue.db"):
-        assert pqueue_restore.restore(backup, target) is None
+        assert restoring.restore(backup, target) is None
         assert payloads(target) == NEW
     (tmp_path / "empty.db").touch()
-    assert pqueue_restore.restore(backup, tmp_path / "empty.db") is None
+    assert restoring.restore(backup, tmp_path / "empty.db") is None
     assert payloads(tmp_path / "empty.db") == NEW
 
 
@@ -215,11 +215,11 @@ def test_backup_is_read_with_its_own_log_and_from_a_folder_that_is_read_only(pat
         kept = {each: each.read_bytes() for each in (copy, copy.with_name("copy.db-wal"))}
     for each, data in kept.items():
         each.write_bytes(data)
-    pqueue_restore.restore(copy, path)
+    restoring.restore(copy, path)
     assert payloads(path) == ["logged"]
     backup.parent.chmod(0o500)
     try:
-        assert pqueue_restore.restore(backup, tmp_path / "elsewhere.db") is None
+        assert restoring.restore(backup, tmp_path / "elsewhere.db") is None
     finally:
         backup.parent.chmod(0o700)
     assert payloads(tmp_path / "elsewhere.db") == NEW
@@ -262,7 +262,7 @@ def test_operator_cannot_restore_a_file_that_is_no_sound_queue(path, backup, spo
     spoil(backup)
     before = contents(path.parent)
     with pytest.raises(error, match=message) as caught:
-        pqueue_restore.restore(backup, path)
+        restoring.restore(backup, path)
     assert "\n" not in str(caught.value)
     assert contents(path.parent) == before
     assert payloads(path) == OLD
@@ -270,9 +270,9 @@ def test_operator_cannot_restore_a_file_that_is_no_sound_queue(path, backup, spo
 
 def test_operator_cannot_restore_a_database_to_itself_or_to_a_server(path, backup):
     with pytest.raises(QueueError, match="it is the queue's file itself"):
-        pqueue_restore.restore(path, path)
+        restoring.restore(path, path)
     with pytest.raises(QueueError, match=r"cannot restore into PostgreSQL: set PQUEUE_URL .* move --to") as caught:
-        pqueue_restore.restore(backup, "postgresql://ann:hunter2@host/db")
+        restoring.restore(backup, "postgresql://ann:hunter2@host/db")
     assert "hunter2" not in str(caught.value)
 
 
@@ -299,8 +299,8 @@ def test_restore_that_fails_changes_nothing(path, backup, monkeypatch):
 
     for name in ("_copy_file", "sync"):
         with monkeypatch.context() as patch, pytest.raises(QueueError, match=r"cannot restore .*: No space left"):
-            patch.setattr(pqueue_restore, name, full)
-            pqueue_restore.restore(backup, path)
+            patch.setattr(restoring, name, full)
+            restoring.restore(backup, path)
         assert payloads(path) == before
         assert {each.name for each in path.parent.iterdir()} == {"queue.db", "queue.db.d", "backup.db"}
 
@@ -319,7 +319,7 @@ def killed_at_line(number, backup, path):
             return trace
 
         sys.settrace(trace)
-        pqueue_restore.restore(backup, path)
+        restoring.restore(backup, path)
         os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
@@ -332,7 +332,7 @@ def test_restore_that_is_killed_anywhere_leaves_the_old_database_or_the_new_one(
         kill(program(WRITER, path))
     if before == "damaged":  # so that its log cannot be applied
         old["damaged"] = old["killed"]
-        monkeypatch.setattr(pqueue_restore, "_apply_logs", lambda _: None)
+        monkeypatch.setattr(restoring, "_apply_logs", lambda _: None)
     if before == "absent":
         path.unlink()
     start = contents(path.parent)
@@ -353,7 +353,7 @@ def test_restore_that_is_killed_anywhere_leaves_the_old_database_or_the_new_one(
         assert found in (old.get(before), NEW, "no queue", "not a database")
         assert found == NEW or was_killed
         seen.add(str(found))
-        pqueue_restore.restore(backup, path)
+        restoring.restore(backup, path)
         assert payloads(path) == NEW
         if not was_killed:
             break
