@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
 import os
 import re
 import select
@@ -127,27 +126,13 @@ class ParsedURL(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The host and the database, without the password; the schema, unless it is the default."""
-        known = {**_service(self.conninfo), **self.conninfo}
-        host = known.get("host") or known.get("hostaddr") or os.environ.get("PGHOST") or "localhost"
+        """The host, or the service, and the database, without the password; the schema, unless it is the default."""
+        given = self.conninfo
+        service = given.get("service") or os.environ.get("PGSERVICE")
+        host = given.get("host") or given.get("hostaddr") or os.environ.get("PGHOST")
+        host = host or (f"service {service}" if service else "localhost")
         schema = "" if self.schema == DEFAULT_SCHEMA else f"?schema={self.schema}"
-        return f"{host}/{known.get('dbname') or os.environ.get('PGDATABASE', '')}{schema}"
-
-
-def _service(conninfo: dict[str, Any]) -> dict[str, str]:
-    """Return the parameters of the connection's service, if any, from the user's or the system's file."""
-    name = conninfo.get("service") or os.environ.get("PGSERVICE")
-    folder = os.environ.get("PGSYSCONFDIR", "/etc/postgresql-common")
-    files = [os.environ.get("PGSERVICEFILE") or os.path.expanduser("~/.pg_service.conf"), f"{folder}/pg_service.conf"]
-    if not name:
-        return {}
-    for file in files:
-        services = configparser.ConfigParser(interpolation=None, delimiters="=", strict=False)
-        with suppress(OSError, configparser.Error, UnicodeDecodeError):
-            services.read(file)
-        if name in services:
-            return dict(services[name])
-    return {"host": f"service {name}"}
+        return f"{host}/{given.get('dbname') or os.environ.get('PGDATABASE', '')}{schema}"
 
 
 def parse_url(url: str) -> ParsedURL:

@@ -727,10 +727,10 @@ def test_queue_of_a_service_is_named_by_it(tmp_path, database, monkeypatch):
     file.write_text("[shop]\n" + "".join(f"{name}={value}\n" for name, value in place.items()))
     monkeypatch.setenv("PGSERVICEFILE", str(file))
     with closing(pqueue.open_queue("postgresql://?service=shop")) as queue:
-        assert queue.name == f"{place['host']}/{place['dbname']}"
+        assert queue.name == "service shop/"
     monkeypatch.setenv("PGSERVICE", "shop")
     with closing(pqueue.open_queue("postgresql://")) as queue:
-        assert queue.name == f"{place['host']}/{place['dbname']}"
+        assert queue.name == "service shop/"
 
 
 # At the start
