@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from itertools import count
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -20,6 +21,7 @@ from pqueue_dependencies import NEEDED, Depending
 from pqueue_groups import Grouping, valid_group, valid_rate
 from pqueue_outcomes import Counting, count_job
 from pqueue_schema import FINISHED, UNTAKEN
+from pqueue_search import Filters
 from pqueue_tasks import actor
 from pqueue_values import (
     InvalidTransition,
@@ -46,24 +48,6 @@ ENDED_AS = {pqueue_schema.MARK_FAILED: "failed", pqueue_schema.CANCEL: "cancelle
 CHANGED = {"run_at": "time", "expires_at": "expiry", "expire_seconds": "expiry"}  # in the history
 BATCH = 500  # jobs changed in one transaction
 REPLAY_SECONDS = 86_400.0  # the lease of a replay, which is never renewed
-
-
-class Matching(TypedDict, total=False):
-    """The filters of a verb that acts on all matching jobs: see `list_jobs`."""
-
-    state: str | Sequence[str]
-    queue: str
-    group: str
-    task: str
-    key: str
-    consumer: str
-    text: str
-    payload: str
-    fingerprint: str
-    created_from: float
-    created_before: float
-    ids: Sequence[int]
-    shown: Callable[[Job], Job]
 
 
 class Changed(int):
@@ -327,7 +311,7 @@ class Operating(Grouping, Depending, Counting):
         rate: tuple[int, float | timedelta] | None = None,
         by: str | None = None,
         now: float | None = None,
-        **filters: Unpack[Matching],
+        **filters: Unpack[Filters],
     ) -> Changed:
         """Do what `resubmit` does with all jobs that match; return how many were changed.
 
@@ -345,7 +329,7 @@ class Operating(Grouping, Depending, Counting):
 
         return self.act_where(again, parents_first=True, **filters)
 
-    def run_now_where(self, *, by: str | None = None, now: float | None = None, **filters: Unpack[Matching]) -> Changed:
+    def run_now_where(self, *, by: str | None = None, now: float | None = None, **filters: Unpack[Filters]) -> Changed:
         """Do what `run_now` does with all jobs that match, as `resubmit_where` does."""
         at, who = self._time(now), actor(by)  # one time for all, by which they are one operation
         return self.act_where(lambda job_id: self.run_now(job_id, by=who, now=at), **filters)
@@ -356,18 +340,18 @@ class Operating(Grouping, Depending, Counting):
         *,
         by: str | None = None,
         now: float | None = None,
-        **filters: Unpack[Matching],
+        **filters: Unpack[Filters],
     ) -> Changed:
         """Do what `mark_failed` does with all jobs that match, as `resubmit_where` does."""
         at, who, text = self._time(now), actor(by), error_text(error)
         return self.act_where(lambda job_id: self.mark_failed(job_id, text, by=who, now=at), **filters)
 
-    def cancel_where(self, *, by: str | None = None, now: float | None = None, **filters: Unpack[Matching]) -> Changed:
+    def cancel_where(self, *, by: str | None = None, now: float | None = None, **filters: Unpack[Filters]) -> Changed:
         """Do what `cancel` does with all jobs that match, as `resubmit_where` does."""
         at, who = self._time(now), actor(by)
         return self.act_where(lambda job_id: self.cancel(job_id, by=who, now=at), **filters)
 
-    def delete_where(self, **filters: Unpack[Matching]) -> Changed:
+    def delete_where(self, **filters: Unpack[Filters]) -> Changed:
         """Delete all jobs that match, and their history, as `resubmit_where` does; those `processing` are refused."""
         return self.act_where(lambda job_id: self.delete_jobs([job_id]), **filters)
 
@@ -377,7 +361,7 @@ class Operating(Grouping, Depending, Counting):
         return sum(self.cancel_where(queue=queue, state=state, by=by, now=now) for state in UNTAKEN)
 
     def act_where(
-        self, act: Callable[[int], Any], *, parents_first: bool = False, **filters: Unpack[Matching]
+        self, act: Callable[[int], Any], *, parents_first: bool = False, **filters: Unpack[Filters]
     ) -> Changed:
         """Call act with the id of each job that matches, as `resubmit_where` does; a job that it refuses by raising
         InvalidTransition or JobNotFound is counted as refused.
@@ -385,21 +369,20 @@ class Operating(Grouping, Depending, Counting):
         parents_first: whether jobs precede those that run after them, as they must to be resubmitted. To be ended or
             deleted, they must follow.
         """
-        if unknown := set(filters) - Matching.__annotations__.keys():
-            raise TypeError(f"expected the filters {', '.join(Matching.__annotations__)}, got {', '.join(unknown)}")
         # guard: a verb for all jobs that match needs a filter
         if all(value is None for name, value in filters.items() if name != "shown"):
             raise ValueError("expected a filter, such as state or queue, got none")
         found: list[int] = []
-        while jobs := self.list_jobs(**filters, before_id=found[-1] if found else None, limit=BATCH, excerpt=0):
+        search: Params = {"limit": BATCH, "seconds": math.inf, "excerpt": 0}
+        while jobs := self.search_jobs(filters, before_id=found[-1] if found else None, **search)[0]:
             found += [job.id for job in jobs]
         if parents_first:  # parents have lower ids
             found.reverse()
         changed = refused = 0
         for start in range(0, len(found), BATCH):
-            again: Any = {**filters, "ids": found[start : start + BATCH]}
-            with self.exclusive(again["ids"]):
-                jobs = self.list_jobs(**again, limit=BATCH, excerpt=0)  # a job may no longer match
+            ids = found[start : start + BATCH]
+            with self.exclusive(ids):
+                jobs, _ = self.search_jobs({**filters, "ids": ids}, **search)  # a job may no longer match
                 errors = self.act_on([job.id for job in jobs], act, parents_first=parents_first)
             changed, refused = changed + len(jobs) - len(errors), refused + len(errors)
         result = Changed(changed)

@@ -7,7 +7,10 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 from pqueue_backend import Backend
 from pqueue_schema import (
@@ -54,21 +57,22 @@ TEXT_SCAN_JOBS = 8  # jobs that a text search reads at once: each may have 2 MiB
 LONG_COLUMNS = ("payload", "result", "error")
 
 
-class Filters(NamedTuple):
-    """Filters of a search; None matches any job."""
+class Filters(TypedDict, total=False):
+    """The filters of `list_jobs`. None is like one that is not given."""
 
-    state: str | Sequence[str] | None = None  # one of STATES, or several
-    queue: str | None = None
-    group: str | None = None
-    task: str | None = None
-    key: str | None = None
-    consumer: str | None = None  # the current or last one
-    text: str | None = None  # see `list_jobs`
-    payload: str | None = None  # a path in the payload and its value: "customer=7"; see `list_jobs`
-    fingerprint: str | None = None  # of the error
-    created_from: float | None = None  # Unix seconds
-    created_before: float | None = None  # Unix seconds
-    ids: Sequence[int] | None = None  # only these jobs
+    state: str | Sequence[str] | None
+    queue: str | None
+    group: str | None
+    task: str | None
+    key: str | None
+    consumer: str | None
+    text: str | None
+    payload: str | None
+    fingerprint: str | None
+    created_from: float | None
+    created_before: float | None
+    ids: Sequence[int] | None
+    shown: Callable[[Job], Job] | None
 
 
 class Reading(Backend):
@@ -212,12 +216,9 @@ class Reading(Backend):
 
         Raises ValueError for a filter of the wrong type or length.
         """
-        filters = Filters(
-            state, queue, group, task, key, consumer, text, payload, fingerprint, created_from, created_before, ids
-        )
-        return self.search_jobs(
-            filters, before_id=before_id, limit=limit, seconds=math.inf, excerpt=excerpt, shown=shown
-        )[0]
+        values = locals()
+        filters = cast(Filters, {name: values[name] for name in Filters.__annotations__})
+        return self.search_jobs(filters, before_id=before_id, limit=limit, seconds=math.inf, excerpt=excerpt)[0]
 
     def search_jobs(
         self,
@@ -227,7 +228,6 @@ class Reading(Backend):
         limit: int = 100,
         seconds: float = 0.1,
         excerpt: int | None = None,
-        shown: Callable[[Job], Job] | None = None,
     ) -> tuple[list[Job], int | None]:
         """Return the jobs that `list_jobs` would, as far as they are found in about `seconds`.
 
@@ -242,45 +242,24 @@ class Reading(Backend):
             rows, before = self._find(excerpt_columns(most), where, params, ends_at)
             return [to_excerpt(row, most) for row in rows], before
         jobs: list[Job] = []
-        for job_id, row in self._with_text(shown, where, params, ends_at):
+        for job_id, row in self._with_text(where, params, ends_at):
             if row is not None:
                 jobs.append(to_excerpt(row, most))
             if len(jobs) == limit or time.monotonic() >= ends_at:
                 return jobs, job_id
         return jobs, None
 
-    def count_jobs(
-        self,
-        *,
-        state: str | Sequence[str] | None = None,
-        queue: str | None = None,
-        group: str | None = None,
-        task: str | None = None,
-        key: str | None = None,
-        consumer: str | None = None,
-        text: str | None = None,
-        payload: str | None = None,
-        fingerprint: str | None = None,
-        created_from: float | None = None,
-        created_before: float | None = None,
-        ids: Sequence[int] | None = None,
-        shown: Callable[[Job], Job] | None = None,
-    ) -> int:
-        """Return the number of jobs that match; the options are those of `list_jobs`."""
-        filters = Filters(
-            state, queue, group, task, key, consumer, text, payload, fingerprint, created_from, created_before, ids
-        )
+    def count_jobs(self, **filters: Unpack[Filters]) -> int:
+        """Return the number of jobs that match; the filters are those of `list_jobs`."""
         where, params = self._matching(filters)
         if _must_read_jobs(params):
             params |= {"before_id": MAX_ID, "limit": WALK_IDS}
-            return sum(1 for _, row in self._with_text(shown, where, params, math.inf) if row is not None)
+            return sum(1 for _, row in self._with_text(where, params, math.inf) if row is not None)
         conditions = index_conditions(params) or ["1 = 1"]
         counts = " + ".join(f"(SELECT count(*) FROM jobs WHERE {condition} AND {where})" for condition in conditions)
         return cast(int, self._read(f"SELECT {counts}", params)[0][0])
 
-    def _with_text(
-        self, shown: Callable[[Job], Job] | None, where: str, params: Params, ends_at: float
-    ) -> Iterator[tuple[int | None, Any]]:
+    def _with_text(self, where: str, params: Params, ends_at: float) -> Iterator[tuple[int | None, Any]]:
         """Yield the ids of jobs that may contain the text, newest first, each with its row if it does, else None."""
         load = f"SELECT {COLUMNS} FROM jobs WHERE id {THESE} AND {where}"
         # guard: a job that left its state is not found
@@ -292,7 +271,7 @@ class Reading(Backend):
             for start in range(0, len(rows), TEXT_SCAN_JOBS):
                 ids = [row[0] for row in rows[start : start + TEXT_SCAN_JOBS]]
                 read = self._read(load, {**params, "ids": to_json(ids)})
-                found = {row[0]: row for row in read if _matches(row, params, shown)}
+                found = {row[0]: row for row in read if _matches(row, params)}
                 last = ids[-1] if before is None or start + TEXT_SCAN_JOBS < len(rows) else before
                 yield from ((last if job_id == ids[-1] else job_id, found.get(job_id)) for job_id in ids)
             if not rows:
@@ -336,38 +315,43 @@ class Reading(Backend):
         return sorted(rows, key=lambda row: -row[0])
 
     def _matching(self, filters: Filters) -> tuple[str, Params]:
-        """Return the condition of all filters but the state, and the parameters of all filters."""
-        equal = {name: getattr(filters, name) for name in ("queue", "group", "task", "key", "consumer")}
-        params: Params = {name: valid_filter(name, value, 255) for name, value in equal.items() if value is not None}
-        where = ["1 = 1", *(f"{COLUMN_OF[name]} = :{name}" for name in params)]
-        if filters.state is not None:
-            given = [filters.state] if isinstance(filters.state, str) else valid_list("states", filters.state)
-            if not given:
+        """Return the condition of all filters but the state, and the parameters of all filters. Raises TypeError for an
+        unknown one."""
+        if unknown := filters.keys() - Filters.__annotations__.keys():
+            raise TypeError(f"expected the filters {', '.join(Filters.__annotations__)}, got {', '.join(unknown)}")
+        given: Params = {name: value for name, value in filters.items() if value is not None}
+        equal = [name for name in ("queue", "group", "task", "key", "consumer") if name in given]
+        params: Params = {name: valid_filter(name, given[name], 255) for name in equal}
+        where = ["1 = 1", *(f"{COLUMN_OF[name]} = :{name}" for name in equal)]
+        if (state := given.get("state")) is not None:
+            states = [state] if isinstance(state, str) else valid_list("states", state)
+            if not states:
                 raise ValueError("expected one state at least, got none")
-            params["state"] = ",".join(sorted({valid_state(STATES, each) for each in given}))
-        if filters.fingerprint is not None:
-            params["fingerprint"] = valid_filter("fingerprint", filters.fingerprint, FAILURE_CHARS)
+            params["state"] = ",".join(sorted({valid_state(STATES, each) for each in states}))
+        if "fingerprint" in given:
+            params["fingerprint"] = valid_filter("fingerprint", given["fingerprint"], FAILURE_CHARS)
             escaped = re.sub("([!%_])", r"!\1", params["fingerprint"])
             params["like"] = re.sub("[… ]+", "%", f"…{escaped}…")
             where.append(f"coalesce(substr(error, 1, {FAILURE_CHARS}), '') LIKE :like ESCAPE '!'")
-        if filters.text is not None:
-            params["text"] = _folded(valid_filter("text", filters.text, MAX_TEXT_CHARS))
+        if "text" in given:
+            params["text"] = _folded(valid_filter("text", given["text"], MAX_TEXT_CHARS))
             if run := max(ASCII_RUN.findall(params["text"]), key=len, default=""):
                 params |= {"run": f"%{run.replace('_', '!_')}%", "escaped": "%\\u%"}
                 where.append(f"({' OR '.join(map(self._may_contain, ('task', 'payload', 'result', 'error', 'key')))})")
-        if filters.payload is not None:
-            params["path"], params["value"] = path_and_value(filters.payload)
+        if "payload" in given:
+            params["path"], params["value"] = path_and_value(given["payload"])
             keys = [each for each in params["path"].split(".") if not each.isdecimal()]
             runs = [run for each in [*keys, params["value"]] for run in ASCII_RUN.findall(_folded(each))]
             params |= {"inside": f"%{'%'.join(runs).replace('_', '!_')}%", "escaped": "%\\u%"}
             where.append(f"({self._may_contain('payload', 'inside')})")
         for name, sign in (("created_from", ">="), ("created_before", "<")):
-            if (value := getattr(filters, name)) is not None:
-                params[name] = finite(name, value)
+            if name in given:
+                params[name] = finite(name, given[name])
                 where.append(f"created_at {sign} :{name}")
-        if filters.ids is not None:
-            ids = valid_list("job ids", filters.ids)
+        if "ids" in given:
+            ids = valid_list("job ids", given["ids"])
             where.append(f"id IN ({', '.join(str(valid_id(job_id)) for job_id in ids) or 'NULL'})")
+        params["shown"] = given.get("shown")
         return " AND ".join(where), params
 
     def _may_contain(self, column: str, parts: str = "run") -> str:
@@ -439,7 +423,7 @@ def _folded(text: str) -> str:
 _show_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
-def _matches(row: Sequence[Any], filters: Params, shown: Callable[[Job], Job] | None) -> bool:
+def _matches(row: Sequence[Any], filters: Params) -> bool:
     """Return whether the job has the error and the value in its payload, and contains the text."""
     if "path" in filters and not _has(read_json(row[PAYLOAD]), filters["path"], filters["value"]):
         return False  # early: most jobs do not have it
@@ -450,7 +434,7 @@ def _matches(row: Sequence[Any], filters: Params, shown: Callable[[Job], Job] | 
     if filters.keys().isdisjoint(("text", "path")):
         return True
     # guard: a search matches only the displayed text
-    job = job if shown is None else shown(job)
+    job = filters["shown"](job) if filters["shown"] else job
     # guard: a search by a path compares the value there
     if "path" in filters and not _has(job.payload, filters["path"], filters["value"]):
         return False

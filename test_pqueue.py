@@ -3898,7 +3898,7 @@ class QueueContract:
                 found, before = [], pqueue_values.MAX_ID
                 while before is not None:
                     jobs, before = self.queue.search_jobs(
-                        pqueue.Filters(text=text), seconds=0, before_id=before, limit=2, **options
+                        pqueue.Filters(text=text, **options), seconds=0, before_id=before, limit=2
                     )
                     found += [job.id for job in jobs]
                 self.assertEqual(found, ids)
@@ -4135,10 +4135,12 @@ class QueueContract:
 
     def test_misspelled_option_names_the_method(self):
         queue = self.queue
-        for method in (queue.list_jobs, queue.count_jobs, queue.enqueue, queue.dequeue, queue.dequeue_many):
+        for method in (queue.list_jobs, queue.enqueue, queue.dequeue, queue.dequeue_many):
             message = rf"\.{method.__name__}\(\) got an unexpected keyword argument 'status'"
             with self.subTest(method=method.__name__), self.assertRaisesRegex(TypeError, message):
                 method(status="failed")
+        with self.assertRaisesRegex(TypeError, "expected the filters state, queue, .*, got status"):
+            queue.count_jobs(status="failed")
 
     def test_queue_in_which_nothing_begins_or_ends_though_jobs_are_due_is_stalled(self):
         queue = self.queue
@@ -7556,7 +7558,7 @@ class Interface(unittest.TestCase):
                 if not name.startswith("_"):
                     with self.subTest(method=name):
                         options = inspect.signature(method).parameters.values()  # listed by the TypedDict: filters
-                        kinds = {each.kind for each in options if each.annotation != "Unpack[Matching]"}
+                        kinds = {each.kind for each in options if each.annotation != "Unpack[Filters]"}
                         self.assertFalse(kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL})
                         self.assertTrue(inspect.getdoc(method))
 

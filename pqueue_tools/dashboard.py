@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import pqueue
@@ -351,12 +351,11 @@ class FigureCache:
             began = time.monotonic()
             if found is None or began >= stale_at:
                 found = queue.search_jobs(
-                    pqueue.Filters(**given),
+                    cast(pqueue.Filters, {**given, "shown": masked_job}),
                     before_id=before_id,
                     limit=JOBS_PER_PAGE,
                     seconds=SEARCH_SECONDS,
                     excerpt=EXCERPT_CHARS,
-                    shown=masked_job,
                 )
                 stale_at = _stale_at(began)
         with self._lock:

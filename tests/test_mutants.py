@@ -374,7 +374,7 @@ MUTANTS = [
     # looking
     Mutant("a search covers text beyond ASCII", "contract: as_it_is_read", '            f"OR {self._BYTES.format(column)} <> length({column})"\n', ""),
     Mutant("a search covers JSON escapes", "contract: another_program_has_formatted", " OR {column} LIKE :escaped ESCAPE '!' ", " "),
-    Mutant("a search matches only the displayed text", "contract: text_that_is_not_shown", "job if shown is None else shown(job)", "job"),
+    Mutant("a search matches only the displayed text", "contract: text_that_is_not_shown", 'filters["shown"](job) if filters["shown"] else job', "job"),
     Mutant("a search by a path compares the value there", "contract: value_at_a_path", ' and not _has(job.payload, filters["path"], filters["value"])', " and False"),
     Mutant("a search by error finds one group", "contract: variable_parts_only", '"fingerprint" in filters and ', "False and "),
     Mutant("a job that left its state is not found", "contract: changes_during_a_search"),
