@@ -203,7 +203,6 @@ class Backend(ABC):
     name: str  # of the database, without the password
     _sessions: WeakSet[Any]  # of all threads
     _local: threading.local  # its `session` is this thread's
-    worker_connections = 1  # that a process needs to take jobs
     max_batch = 128  # jobs per claim of a consumer; on SQLite an enqueue may wait for such a claim, a few ms
     _AMONG = "IN ({})"  # the comparison with what a query returns
     _LIKE = "LIKE"  # the comparison that ignores the case of ASCII letters

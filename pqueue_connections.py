@@ -280,9 +280,8 @@ class Link:
 
     def receive(self) -> None:
         """Read what the server has sent. The driver calls its handlers of notifications."""
-        with self.driver.lock:  # without epoll, other threads may use it now
-            self.driver.pgconn.consume_input()
-            self.dispatch()
+        self.driver.pgconn.consume_input()
+        self.dispatch()
 
     def dispatch(self) -> None:
         """Call the handlers of the notifications that were received along with an answer."""

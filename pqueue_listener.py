@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import os
-import select
+import selectors
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import psycopg
 
@@ -47,7 +47,7 @@ def is_notify_queue_full(error: QueueError) -> bool:
 class ListenConnection:
     """A process's connection that listens for NOTIFY, and holds the locks of the consumers of this process.
 
-    Where epoll is available, the pool lends it for other statements. Its thread does not look at it meanwhile.
+    The pool lends it for other statements. Its thread does not look at it meanwhile.
     """
 
     def __init__(self, queue: OnPostgres) -> None:
@@ -58,10 +58,9 @@ class ListenConnection:
         self._numbers: set[int] = set()  # of the locks to hold
         self._link: ListenLink | None = None
         self._stopped = False
-        self._poll: Any = getattr(select, "epoll", select.poll)()
-        self._lends = hasattr(select, "epoll")  # others can change what poll() looks at only when it is called
+        self._selector = selectors.DefaultSelector()
         self._interrupt_reader, self._interrupt_writer = os.pipe()  # wakes the thread
-        self._poll.register(self._interrupt_reader, select.POLLIN)
+        self._selector.register(self._interrupt_reader, selectors.EVENT_READ)
         self._lost_at = self._made_at = -math.inf  # monotonic seconds
         self._is_new = False  # the connection is new: the consumers must be marked as running
         self.watch: ResultWatch | None = None
@@ -115,22 +114,20 @@ class ListenConnection:
     @contextmanager
     def _taken(self, link: Link) -> Iterator[None]:
         """Use the connection alone."""
-        if self._lends:
-            self._queue._pool.take(only=link)
+        self._queue._pool.take(only=link)
         try:
             yield
         finally:
-            if self._lends:
-                self._queue._pool.give_back(link)
+            self._queue._pool.give_back(link)
 
     # Called by the pool, which holds its lock
 
     def on_loan(self, link: Link) -> None:
-        self._poll.unregister(link.driver.fileno())
+        self._selector.unregister(link.driver.fileno())
 
     def on_return(self, link: Link) -> None:
         link.dispatch()
-        self._poll.register(link.driver.fileno(), select.POLLIN)
+        self._selector.register(link.driver.fileno(), selectors.EVENT_READ)
 
     def on_loss(self) -> None:
         self._interrupt()
@@ -158,8 +155,7 @@ class ListenConnection:
         self._queue._pool.recall()
         if self._link is not None:
             self._link.close()
-        if self._lends:
-            self._poll.close()
+        self._selector.close()
         for file in (self._interrupt_reader, self._interrupt_writer):
             os.close(file)
 
@@ -185,9 +181,8 @@ class ListenConnection:
     def _serve(self) -> None:
         """Listen on the new connection, and lend it."""
         link = cast(ListenLink, self._link)
-        self._poll.register(link.driver.fileno(), select.POLLIN)
-        if self._lends:
-            self._queue._pool.lend(link, self)
+        self._selector.register(link.driver.fileno(), selectors.EVENT_READ)
+        self._queue._pool.lend(link, self)
 
     def was_lost_recently(self) -> bool:
         """Return whether the connection was lost a moment ago; other consumers may not have reconnected yet."""
@@ -219,7 +214,7 @@ class ListenConnection:
             time.sleep(RETRY_SECONDS)
             return
         with suppress(Exception):
-            self._poll.unregister(lost.driver.fileno())
+            self._selector.unregister(lost.driver.fileno())
         with suppress(Exception):
             lost.close()
         if self._lost_at - self._made_at < RETRY_SECONDS:
@@ -230,17 +225,15 @@ class ListenConnection:
             with suppress(QueueError):  # tries again in a second
                 self._queue._mark_running()
                 self._is_new = False
-        for file, _ in self._poll.poll(1.0 if self._lends else 1000):  # seconds, milliseconds
-            if file == self._interrupt_reader:
-                os.read(file, 100)
+        for key, _ in self._selector.select(1.0):
+            if key.fd == self._interrupt_reader:
+                os.read(key.fd, 100)
         pool = self._queue._pool
         if self._stopped:
             return
-        if self._lends and pool.listening is not link:
+        if pool.listening is not link:
             raise QueueBusy("the connection was lost")
-        if not self._lends:
-            link.receive()
-        elif pool.take_if_free(link):
+        if pool.take_if_free(link):
             try:
                 link.receive()
             finally:

@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import secrets
-import select
 import sqlite3
 import threading
 import time
@@ -467,7 +466,6 @@ class OnPostgres(PersistentQSQLAlchemy):
     """
 
     max_batch = 256  # a claim from many queues takes long, however few jobs it takes
-    worker_connections = 1 if hasattr(select, "epoll") else 2  # else the one that listens serves nothing else
     _AMONG = AMONG
     _LIKE = 'COLLATE "C" ILIKE'
     _BYTES = "octet_length(convert_to({}, 'UTF8'))"

@@ -229,7 +229,7 @@ class Keeper:
         """Wait until the server has a connection for this process and one for the worker. Return False if stopped."""
 
         def reserve() -> bool:
-            self.queue.reserve_connections(1 + self.queue.worker_connections)
+            self.queue.reserve_connections(2)
             return True
 
         def pause(seconds: float) -> bool:

@@ -652,7 +652,7 @@ def _register(queue: PersistentQInterface, shared: Registration, record: Record,
     record.fields[fields.READY] = 1
     wake(pipe)
     try:
-        retry_soon(lambda: queue.reserve_connections(queue.worker_connections))  # the keeper closes as many
+        retry_soon(lambda: queue.reserve_connections(1))  # the keeper closes as many
     except QueueBusy:
         return fields.REPLACE
     retry_while_busy(

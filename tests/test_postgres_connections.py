@@ -331,20 +331,6 @@ def test_consumer_starts_without_telling_waiters_what_nobody_waits_for(queue, mo
     assert not any(pqueue_postgres.PG_NOTIFY_JOBS in sql for sql in sent)
 
 
-def test_consumer_is_woken_where_the_connection_that_listens_cannot_be_lent(admin, database, monkeypatch):
-    monkeypatch.delattr(pqueue_listener.select, "epoll")  # as on macOS
-    with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
-        assert queue.dequeue("w") is None
-        for _ in range(10):
-            other.enqueue("t")
-            assert queue.wait(10, consumer="w")
-            queue.complete(queue.dequeue("w"))
-        before = queue._listener._link.driver.info.backend_pid
-        admin.execute("SELECT pg_terminate_backend(%s)", (before,))
-        wait_until(lambda: queue._listener._link and queue._listener._link.driver.info.backend_pid != before)
-        queue.leave("w")
-
-
 # The first job of a queue
 
 
