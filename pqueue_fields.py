@@ -132,12 +132,10 @@ def _enum(kind: type[Enum]) -> Codec:
         raise Misfit(kind.__name__, short(member))
 
     def decode(value: Any) -> Any:
-        if type(value) not in (str, int):
-            raise Misfit(kind.__name__, short(value))
-        member = _built(kind, kind, value) if by_value else kind.__members__.get(value)
-        if member is None:
-            raise Misfit(kind.__name__, short(value))
-        return member
+        if type(value) in (str, int):
+            with suppress(KeyError, ValueError, TypeError):
+                return kind(value) if by_value else kind[value]
+        raise Misfit(kind.__name__, short(value))
 
     return Codec(kind.__name__, encode, decode)
 

@@ -379,7 +379,7 @@ def current_queue() -> PersistentQInterface:
     return current[0]
 
 
-_opened: dict[str, PersistentQInterface] = {}
+opened: dict[str, PersistentQInterface] = {}  # "default": see `queue_in_use`
 
 
 def queue_in_use() -> PersistentQInterface:
@@ -387,28 +387,15 @@ def queue_in_use() -> PersistentQInterface:
     `open_queue()` opened when it was first needed."""
     if current := _current.get():
         return current[0]
-    if "default" not in _opened:
+    if "default" not in opened:
         from pqueue import open_queue
 
         mine = open_queue()
         # Without a lock, which a fork could leave locked: the first of several threads wins.
         # guard: a process has one default queue
-        if _opened.setdefault("default", mine) is not mine:
+        if opened.setdefault("default", mine) is not mine:
             mine.close()
-    return _opened["default"]
-
-
-@contextmanager
-def default_queue(queue: PersistentQInterface) -> Iterator[None]:
-    """Within the block, let this be the default queue of this process."""
-    before = _opened.get("default")
-    _opened["default"] = queue
-    try:
-        yield
-    finally:
-        del _opened["default"]
-        if before is not None:
-            _opened["default"] = before
+    return opened["default"]
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from unittest import mock
 import pqueue
 from pqueue import FINISHED, TASKS, InvalidTransition, Job, PersistentQInterface, QueueError, QueueFull, Snooze
 from pqueue_files import open_own, temporary_folder
-from pqueue_tasks import default_queue
+from pqueue_tasks import opened
 from pqueue_tools import file_task, termination, worker
 from pqueue_tools.masking import masked_job, masked_text
 from pqueue_tools.outcome import error_text, settle, summary
@@ -166,7 +166,7 @@ def _in_place_of(queue: PersistentQInterface, mine: PersistentQInterface) -> Ite
         return mine if is_same else open_queue(url, **options)
 
     closes = mock.patch.object(mine, "close")  # a task closes what it opens
-    with mock.patch.object(pqueue, "open_queue", open_mine), closes, default_queue(mine):
+    with mock.patch.object(pqueue, "open_queue", open_mine), closes, mock.patch.dict(opened, default=mine):
         yield
 
 

@@ -17,7 +17,7 @@ from unittest import mock
 
 from pqueue import TASKS, Job, PersistentQInterface, Snooze, Task, open_queue, run_task
 from pqueue_files import temporary_folder
-from pqueue_tasks import as_current, default_queue
+from pqueue_tasks import as_current, opened
 from pqueue_tools.outcome import settle
 from pqueue_values import MAX_NUMBER
 
@@ -32,7 +32,7 @@ def temporary_queue() -> Iterator[PersistentQInterface]:
         with (
             mock.patch.dict(os.environ, PQUEUE_URL=url),
             open_queue(url, durability="normal") as queue,
-            default_queue(queue),
+            mock.patch.dict(opened, default=queue),
         ):
             yield queue
 

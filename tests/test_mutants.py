@@ -297,7 +297,7 @@ MUTANTS = [
     Mutant("a call fits the signature", "contract: stored_as_a_job", "self._signature.bind(*args, **kwargs)", "pass"),
     Mutant("a payload has all required fields and no others", "test_fields.py: where_the_value_is"),
     Mutant("a value of a union is restored as the type that it has", "test_fields.py: another_type_is_refused"),
-    Mutant("a process has one default queue", "contract: one_default_queue", "_opened.setdefault(\"default\", mine) is not mine", "_opened.update(default=mine)"),
+    Mutant("a process has one default queue", "contract: one_default_queue", "opened.setdefault(\"default\", mine) is not mine", "opened.update(default=mine)"),
     Mutant("a key holds within its queue", HISTORY, "queue = :queue AND ", ""),
     Mutant("a full queue refuses a job", "contract: queue_at_its_limit", "max_pending IS NULL", "1"),
     Mutant("a full queue refuses a resubmit", "contract: after_every_verb", "    AND NOT EXISTS (SELECT 1 FROM queues WHERE name = jobs.queue AND NOT {has_room})\n", ""),

@@ -11,7 +11,6 @@ import pytest
 from conftest import ROOT
 
 import pqueue
-import pqueue_tasks
 from pqueue import DoNotRetry, Job, QueueError, Retry, Snooze, current_job, current_queue, open_queue, task
 from pqueue_tools import testing
 
@@ -26,14 +25,6 @@ def no_tasks():
 def queue():
     with testing.temporary_queue() as queue:
         yield queue
-
-
-def test_default_queue_is_the_previous_one_again_after_a_block(tmp_path):
-    with open_queue(tmp_path / "a.db") as first, open_queue(tmp_path / "b.db") as second:
-        with pqueue_tasks.default_queue(first):
-            with pqueue_tasks.default_queue(second):
-                assert pqueue_tasks.queue_in_use() is second
-            assert pqueue_tasks.queue_in_use() is first
 
 
 def test_temporary_queue_is_the_default_queue_within_its_block(monkeypatch, tmp_path):
