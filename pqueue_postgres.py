@@ -157,22 +157,6 @@ BEGIN
     END IF;
     RETURN NULL;
 END $$""",
-    # Drop the triggers if no queue has a limit. This waits for readers and blocks new ones: give up soon. A remaining
-    # trigger costs little, and the next removal of a limit tries again. The transaction must hold no lock on jobs: one
-    # that reads jobs before it writes, as a claim does, would wait for it, and the two would be deadlocked.
-    f"""
-CREATE FUNCTION {SCHEMA}.stop_counting() RETURNS VOID LANGUAGE plpgsql VOLATILE SET lock_timeout = '100ms' AS $$
-BEGIN
-    LOCK TABLE {SCHEMA}.jobs IN ACCESS EXCLUSIVE MODE;
-    IF NOT EXISTS (SELECT 1 FROM {SCHEMA}.queues WHERE max_pending IS NOT NULL) THEN
-        DROP TRIGGER IF EXISTS pending_insert ON {SCHEMA}.jobs;
-        DROP TRIGGER IF EXISTS pending_update ON {SCHEMA}.jobs;
-        DROP TRIGGER IF EXISTS pending_delete ON {SCHEMA}.jobs;
-        DROP TRIGGER IF EXISTS pending_truncate ON {SCHEMA}.jobs;
-    END IF;
-EXCEPTION WHEN lock_not_available OR insufficient_privilege THEN
-    NULL;
-END $$""",
 ]
 START_COUNTING = [
     statement
@@ -797,9 +781,6 @@ IS_COUNTED = f"SELECT 1 FROM pg_trigger WHERE tgrelid = '{SCHEMA}.jobs'::regclas
 # Acquire the writers' lock before reading jobs to change: with only the readers' lock, this transaction could deadlock
 # with a change of a limit.
 LOCK_AS_WRITER = "LOCK TABLE jobs IN ROW EXCLUSIVE MODE"
-
-# Drop the triggers if no queue has a limit. The CAST gives the result a type that the driver can decode.
-STOP_COUNTING = f"SELECT CAST({SCHEMA}.stop_counting() AS text)"
 
 # Merge the pending_changes of the queue that has most. One queue at a time, so that no transaction waits for a lock
 # while it holds another.

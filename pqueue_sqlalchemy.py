@@ -757,8 +757,17 @@ class OnPostgres(PersistentQSQLAlchemy):
             self._lock_out_writers(session)
             super().limit(*arguments, **options)
         if not self.in_transaction and self._read(pqueue_postgres.IS_COUNTED) and not self._read(pqueue_schema.LIMITED):
-            with suppress(QueueError):  # an event trigger may forbid it; the triggers do no harm
-                session.alone(pqueue_postgres.STOP_COUNTING, {})
+            self._stop_counting()
+
+    def _stop_counting(self) -> None:
+        """Drop the triggers if no queue has a limit. This waits for readers and blocks new ones: give up soon. What is
+        left costs little, and the next removal of a limit tries again. The transaction must hold no lock on jobs: one
+        that reads jobs before it writes, as a claim does, would wait for it, and the two would be deadlocked."""
+        with suppress(QueueError), self._transaction() as session:  # only the owner may; an event trigger may forbid it
+            session.run(setting({"lock_timeout": 100}, for_good=False))
+            session.change("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE")
+            for name in pqueue_postgres.LIMIT_TRIGGERS if not session.run(pqueue_schema.LIMITED) else ():
+                session.change(f"DROP TRIGGER {name} ON jobs")
 
     def _count_pending(self, session: Session, queues: Iterable[str]) -> None:  # noqa: ARG002 - counts all queues
         """Recount all queues while writers are locked out; create the triggers if a queue has a limit."""

@@ -312,19 +312,6 @@ BEGIN
     RETURN NULL;
 END $$;
 
-CREATE FUNCTION pqueue.stop_counting() RETURNS VOID LANGUAGE plpgsql VOLATILE SET lock_timeout = '100ms' AS $$
-BEGIN
-    LOCK TABLE pqueue.jobs IN ACCESS EXCLUSIVE MODE;
-    IF NOT EXISTS (SELECT 1 FROM pqueue.queues WHERE max_pending IS NOT NULL) THEN
-        DROP TRIGGER IF EXISTS pending_insert ON pqueue.jobs;
-        DROP TRIGGER IF EXISTS pending_update ON pqueue.jobs;
-        DROP TRIGGER IF EXISTS pending_delete ON pqueue.jobs;
-        DROP TRIGGER IF EXISTS pending_truncate ON pqueue.jobs;
-    END IF;
-EXCEPTION WHEN lock_not_available OR insufficient_privilege THEN
-    NULL;
-END $$;
-
 CREATE TABLE pqueue.group_events (
     queue TEXT NOT NULL,
     name TEXT NOT NULL,
@@ -1813,10 +1800,6 @@ SELECT 1 FROM pg_trigger WHERE tgrelid = 'pqueue.jobs'::regclass AND tgname = 'p
 -- Acquire the writers' lock before reading jobs to change: with only the readers' lock, this transaction could deadlock
 -- with a change of a limit.
 LOCK TABLE pqueue.jobs IN ROW EXCLUSIVE MODE;
-
--- STOP_COUNTING
--- Drop the triggers if no queue has a limit. The CAST gives the result a type that the driver can decode.
-SELECT CAST(pqueue.stop_counting() AS text);
 
 -- MERGE_CHANGES
 -- Merge the pending_changes of the queue that has most. One queue at a time, so that no transaction waits for a lock

@@ -412,9 +412,8 @@ DRIFT = [
     ("DROP TRIGGER pending_insert ON pqueue.jobs", "trigger pending_insert of table jobs is missing"),
     ("ALTER FUNCTION pqueue.note_group SECURITY INVOKER", "function note_group was changed: replace it by what docs"),
     (
-        "CREATE OR REPLACE FUNCTION pqueue.stop_counting() RETURNS void LANGUAGE plpgsql SET lock_timeout = '100ms' AS "
-        "'BEGIN END'",
-        "function stop_counting was changed",
+        "CREATE OR REPLACE FUNCTION pqueue.count_pending(which text) RETURNS bigint LANGUAGE sql AS 'SELECT 0'",
+        "function count_pending was changed",
     ),
     (
         f"{JOBS} ENABLE ROW LEVEL SECURITY",
@@ -437,7 +436,7 @@ CREATE RULE keep AS ON DELETE TO public.jobs DO INSTEAD NOTHING;
 CREATE TRIGGER group_own BEFORE UPDATE ON public.jobs FOR EACH ROW
 EXECUTE FUNCTION suppress_redundant_updates_trigger();
 ALTER TABLE public.jobs DISABLE TRIGGER group_own;
-CREATE FUNCTION public.stop_counting() RETURNS void LANGUAGE sql AS '';
+CREATE FUNCTION public.count_pending(which text) RETURNS bigint LANGUAGE sql AS 'SELECT 0';
 """
 
 
@@ -461,7 +460,7 @@ CREATE FUNCTION public.stop_counting() RETURNS void LANGUAGE sql AS '';
             "ALTER TABLE pqueue.jobs DISABLE TRIGGER pending_update",
             "trigger pending_update is disabled: run ALTER TABLE pqueue.jobs ENABLE ALWAYS TRIGGER pending_update",
         ),
-        ("DROP FUNCTION pqueue.stop_counting", "function stop_counting is missing: create it as"),
+        ("DROP FUNCTION pqueue.count_pending", "function count_pending is missing: create it as"),
         (
             "ALTER TABLE pqueue.outcomes DROP CONSTRAINT outcomes_pkey",
             r"table outcomes lacks the constraint PRIMARY KEY \(period, at, .*: add it as docs/postgres.sql shows",
@@ -578,7 +577,7 @@ def test_schema_that_was_renamed_is_reported(queue, database):  # noqa: F811
         admin.execute("ALTER SCHEMA pqueue RENAME TO other")
     with closing(pqueue.open_queue(f"{database}{'&' if '?' in database else '?'}schema=other")) as renamed:
         problems = renamed.check()["problems"]
-        functions = ("count_pending", "note_pending", "stop_counting", "note_group")
+        functions = ("count_pending", "note_pending", "note_group")
         remedy = "replace it by what docs/postgres.sql shows"
         assert sorted(problems) == sorted(f"function {name} was changed: {remedy}" for name in functions)
 
