@@ -318,9 +318,10 @@ ORDER = "priority DESC, run_at, id"
 FOR_EACH = "LIMIT 1 OFFSET 0"
 KEY_IS_OVER = "(key_expires_at IS NULL OR key_expires_at <= :now)"
 MOVES = "('moving', 'moved')"
+# Of a finished job, which itself holds no key until it is finished or started
 # guard: resubmit respects the key
 KEY_IS_FREE = f"""(key_until IS NULL OR NOT EXISTS (SELECT 1 FROM jobs o WHERE o.queue = jobs.queue
-        AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id AND {HOLDS_KEY} {FOR_EACH}))"""
+        AND o.task = jobs.task AND o.key = jobs.key AND {HOLDS_KEY} {FOR_EACH}))"""
 UNLESS_HELD = "ON CONFLICT DO NOTHING"
 STATE = "state || ''"  # of jobs that are found by id: for an expression, no index of the state is used
 

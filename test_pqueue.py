@@ -600,11 +600,20 @@ class QueueContract:
         job = q.dequeue("w", now=NOW)
         q.enqueue("t", run_at=NOW + 10**6, now=NOW)
         self.assertEqual(q.prune(0, now=NOW + 50), 0)
+        with self.assertRaisesRegex(InvalidTransition, f"^cannot delete job {parent}: job {child} runs after it$"):
+            q.delete_jobs([parent])
         q.complete(job, now=NOW + 50)
         self.assertEqual(q.prune(0, now=NOW + 100), 2)
         self.assertEqual(q.dependencies(child), [])
         with self.queue.transaction() as db:
             self.assertEqual(self.execute(db, "SELECT count(*) FROM dependencies").fetchall()[0][0], 0)
+
+    def test_job_is_deleted_when_those_after_it_have_finished(self):
+        parent = self.queue.enqueue("t")
+        child = self.queue.enqueue("t", after=[parent])
+        self.queue.cancel(child)
+        self.queue.delete_jobs([parent])
+        self.assertEqual([job.id for job in self.queue.list_jobs()], [child])
 
     def test_job_is_pruned_when_those_after_it_have_finished_whatever_others_wait_for(self):
         q = self.queue
@@ -5772,6 +5781,13 @@ class SQLiteGuarantees(SQLiteCase):
                 db.execute(f"CREATE TABLE {name} (x)")
         with self.assertRaisesRegex(SchemaMismatch, "expected the tables of a queue, got 1 of them"):
             self.open()
+
+    def test_trigger_of_the_application_may_have_the_name_of_a_table(self):
+        self.open().close()
+        with self.sqlite() as db:
+            db.execute("CREATE TABLE business (n)")
+            db.execute("CREATE TRIGGER history AFTER INSERT ON business BEGIN SELECT 1; END")
+        self.assertEqual(self.open().enqueue("t"), 1)
 
     def test_guarantee_7_newer_schema_is_refused(self):
         self.open().close()

@@ -714,7 +714,7 @@ UPDATE pqueue.jobs SET state = CASE WHEN CAST($1 AS double precision) > $2 THEN 
 WHERE id = $3 AND state IN ('completed', 'failed', 'cancelled')
     AND NOT EXISTS (SELECT 1 FROM pqueue.queues WHERE name = jobs.queue AND NOT CASE WHEN max_pending IS NULL THEN true ELSE max_pending > pqueue.count_pending(name) END)
     AND (key_until IS NULL OR NOT EXISTS (SELECT 1 FROM pqueue.jobs o WHERE o.queue = jobs.queue
-        AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
+        AND o.task = jobs.task AND o.key = jobs.key AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
     AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) LIMIT 1 OFFSET 0));
 
 -- LEASE_AGAIN
@@ -1211,7 +1211,7 @@ WHERE state || '' = 'failed' AND id = ANY (ARRAY(SELECT job_id FROM pqueue.depen
     AND NOT EXISTS (SELECT 1 FROM pqueue.dependencies d
         WHERE d.job_id = jobs.id AND (SELECT state FROM pqueue.jobs p WHERE p.id = d.parent_id) IN ('failed', 'cancelled') LIMIT 1 OFFSET 0)
     AND (key_until IS NULL OR NOT EXISTS (SELECT 1 FROM pqueue.jobs o WHERE o.queue = jobs.queue
-        AND o.task = jobs.task AND o.key = jobs.key AND o.id <> jobs.id AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
+        AND o.task = jobs.task AND o.key = jobs.key AND key IS NOT NULL AND (key_expires_at IS NOT NULL OR state IN ('waiting', 'scheduled', 'pending', 'processing')
     AND (key_until = 'finished' OR key_until = 'started' AND started_at IS NULL)) LIMIT 1 OFFSET 0)) RETURNING id;
 
 -- RECOUNT_PARENTS
