@@ -635,18 +635,26 @@ class PersistentQInterface(Waiting, Moving, Scheduling, Retaining):
         )
 
     def extend_all(
-        self, consumer: str, lease_seconds: float | timedelta = LEASE_SECONDS, *, now: float | None = None
+        self,
+        consumer: str,
+        lease_seconds: float | timedelta = LEASE_SECONDS,
+        *,
+        job_ids: Iterable[int] | None = None,
+        now: float | None = None,
     ) -> int:
         """Renew the leases of all jobs that this consumer of this object holds, in one commit; return how many.
 
         They expire this many seconds from now. On PostgreSQL, jobs that other transactions are changing are left out.
+        job_ids: only those of these; to find all, all `processing` jobs are read.
         """
         expires_at = self._time(now) + above_0("lease_seconds", lease_seconds)
+        ids = None if job_ids is None else json.dumps(valid_list("job ids", job_ids))
+        sql = pqueue_schema.EXTEND_ALL if ids is None else pqueue_schema.EXTEND_THESE
         me = self._registry.get(valid_name("consumer", consumer))
         if me is None:
             return 0
         with self._transaction(durable=False) as session:
-            return session.change(pqueue_schema.EXTEND_ALL, {"token": me.token, "lease_expires_at": expires_at})
+            return session.change(sql, {"token": me.token, "lease_expires_at": expires_at, "ids": ids})
 
     def update(self, job: Job, *, progress: float | None = None, result: Any = None) -> None:
         """Store the progress (0 to 1) or a partial result of a `processing` job; None: leave it unchanged.

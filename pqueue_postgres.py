@@ -38,6 +38,7 @@ from pqueue_schema import (
     PENDING_OF_TASK,
     STATE,
     THESE,
+    THESE_HELD,
 )
 from pqueue_values import DEFAULT_MAX_ATTEMPTS
 
@@ -416,6 +417,12 @@ id = ANY (ARRAY(SELECT id FROM dependencies WHERE job_id {these}
     UNION ALL SELECT id FROM dependencies WHERE parent_id {these}))"""
 
 
+def _extend(condition: str) -> str:
+    return f"""
+UPDATE jobs SET lease_expires_at = :lease_expires_at
+WHERE id = ANY (ARRAY(SELECT id FROM jobs WHERE {condition} {LOCK}))"""
+
+
 def _taken(rows: str) -> str:
     """Delete counts and return them. They are locked in order, as others may do the same."""
     return f"""
@@ -497,9 +504,9 @@ WHERE id = (SELECT id FROM jobs WHERE id = :id AND state = 'pending' {LOCK}) RET
     pqueue_schema.PROMOTE: f"""
 UPDATE jobs SET state = 'pending' WHERE id {AMONG.format(f"SELECT id {pqueue_schema.DUE} {LOCK}")}""",
     # differs because a job that another transaction has locked must not delay the others: it is extended next time
-    pqueue_schema.EXTEND_ALL: f"""
-UPDATE jobs SET lease_expires_at = :lease_expires_at
-WHERE id = ANY (ARRAY(SELECT id FROM jobs WHERE {HELD_BY_CONSUMER} {LOCK}))""",
+    pqueue_schema.EXTEND_ALL: _extend(HELD_BY_CONSUMER),
+    # differs because a job that another transaction has locked must not delay the others: it is extended next time
+    pqueue_schema.EXTEND_THESE: _extend(THESE_HELD),
     # differs because the rows must stay as they are until they are cancelled
     pqueue_schema.EXPIRING: f"{pqueue_schema.EXPIRING} {LOCK}",
     # differs because the rows must stay as they are until they are reclaimed

@@ -303,6 +303,7 @@ COMPLETED = f"state = 'completed', finished_at = :now, progress = 1.0, error = N
 # guard: a verb under a lease needs the current token
 HELD = "id = :id AND lease_token = :token"
 HELD_BY_CONSUMER = "state = 'processing' AND substr(lease_token, 1, 16) = :token"
+THESE_HELD = f"substr(lease_token, 1, 16) = :token AND id {THESE}"  # without the state: its index leads to all jobs
 PENDING_IN_QUEUE = "queue = :queue AND state = 'pending' AND assigned_to IS NULL"
 # guard: a full queue refuses a job
 HAS_ROOM = "(max_pending IS NULL OR max_pending > pending)"
@@ -578,6 +579,9 @@ EXTEND = f"UPDATE jobs SET lease_expires_at = :lease_expires_at WHERE {HELD}"
 # guard: extend_all renews the leases of one consumer
 EXTEND_ALL = f"UPDATE jobs SET lease_expires_at = :lease_expires_at WHERE {HELD_BY_CONSUMER}"
 
+# Renew the leases of these jobs that a consumer holds. :ids is a JSON array.
+EXTEND_THESE = f"UPDATE jobs SET lease_expires_at = :lease_expires_at WHERE {THESE_HELD}"
+
 # Store progress or a partial result; NULL leaves a value unchanged.
 UPDATE = f"""
 UPDATE jobs SET progress = coalesce(:progress, progress), result = coalesce(:result, result) WHERE {HELD}"""
@@ -677,7 +681,7 @@ AND id > (SELECT coalesce(max(+id), 0) FROM history WHERE job_id = :id AND event
 HELD_BY = f"SELECT {COLUMNS} FROM jobs WHERE {HELD_BY_CONSUMER}"
 
 # Return the leases of these jobs that a consumer holds. :ids is a JSON array.
-LEASES = f"SELECT id, lease_token FROM jobs WHERE substr(lease_token, 1, 16) = :token AND id {THESE}"
+LEASES = f"SELECT id, lease_token FROM jobs WHERE {THESE_HELD}"
 
 # Return whether a delivery still holds its lease.
 HOLDS = f"SELECT 1 FROM jobs WHERE {HELD}"

@@ -2087,6 +2087,10 @@ class QueueContract:
         self.assertEqual(sorted(self.queue.held_leases("worker", every)), [(job.id, job.lease_token) for job in mine])
         self.assertEqual(self.queue.held_leases("worker", [mine[0].id]), [(mine[0].id, mine[0].lease_token)])
         self.assertEqual((self.queue.extend_all("nobody"), self.queue.held_leases("nobody", every)), (0, []))
+        self.assertEqual(self.queue.extend_all("worker", 100, job_ids=[mine[0].id, other.id, 99], now=NOW + 60), 1)
+        leases = {job.id: job.lease_expires_at for job in self.queue.list_jobs(state="processing")}
+        self.assertEqual(leases, {mine[0].id: NOW + 160, mine[1].id: NOW + 150, other.id: NOW + 60})
+        self.assertEqual(self.queue.extend_all("worker", job_ids=[]), 0)
         with self.assertRaisesRegex(ValueError, "lease_seconds"):
             self.queue.extend_all("worker", 0)
 

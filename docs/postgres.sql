@@ -699,6 +699,13 @@ UPDATE pqueue.jobs SET lease_expires_at = $1 WHERE id = $2 AND lease_token = $3;
 UPDATE pqueue.jobs SET lease_expires_at = $1
 WHERE id = ANY (ARRAY(SELECT id FROM pqueue.jobs WHERE state = 'processing' AND substr(lease_token, 1, 16) = $2 FOR UPDATE SKIP LOCKED));
 
+-- EXTEND_THESE
+-- Renew the leases of these jobs that a consumer holds. :ids is a JSON array.
+-- differs because a job that another transaction has locked must not delay the others: it is extended next time
+-- $1 lease_expires_at, $2 token, $3 ids
+UPDATE pqueue.jobs SET lease_expires_at = $1
+WHERE id = ANY (ARRAY(SELECT id FROM pqueue.jobs WHERE substr(lease_token, 1, 16) = $2 AND id = ANY (ARRAY(SELECT CAST(json_array_elements_text(CAST($3 AS json)) AS bigint))) FOR UPDATE SKIP LOCKED));
+
 -- UPDATE
 -- Store progress or a partial result; NULL leaves a value unchanged.
 -- $1 progress, $2 result, $3 id, $4 token

@@ -192,6 +192,7 @@ class ConcurrentConsumer(Consumer):
         for job in jobs:
             if self._must_run_alone(job):
                 self._waiting.append(job)
+                self._fields[fields.WAITING] = len(self._waiting)
             else:
                 self._start(job)
 
@@ -209,6 +210,7 @@ class ConcurrentConsumer(Consumer):
                 self._start(job, is_alone=True)
             else:
                 log("lost", consumer=self.name, job=job.id, reason=f"the lease of {self.name} was lost")
+            self._fields[fields.WAITING] = len(self._waiting)
 
     def _start(self, job: Job, *, is_alone: bool = False) -> None:
         run = ActiveRun(job, self._free.pop(), claim_number(str(job.lease_token)), is_alone=is_alone)

@@ -247,7 +247,15 @@ class Keeper:
 
     def _start(self) -> None:
         """Fork a worker."""
-        for field in (fields.STORED, fields.READY, fields.IDLE, fields.OUTCOME, fields.WITHDRAW, fields.RENEW):
+        for field in (
+            fields.STORED,
+            fields.READY,
+            fields.IDLE,
+            fields.OUTCOME,
+            fields.WITHDRAW,
+            fields.RENEW,
+            fields.WAITING,
+        ):
             self._fields[field] = 0
         self._fields[fields.LOOP] = self._fields[fields.STEPPING] = 0
         for slot in self.record.slots:

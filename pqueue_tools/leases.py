@@ -80,7 +80,9 @@ class Leases:
         """Extend the leases of the runs that have lasted for a tick, in time."""
         if len(self.record.slots) > 1:
             if runs:
-                self._extend_if_due(lambda: self.queue.extend_all(self.name, self.lease_seconds))  # in one commit
+                # guard: a job that waits until it can run alone keeps its lease
+                ids = None if self.record.fields[fields.WAITING] else [run.job_id for run in runs]
+                self._extend_if_due(lambda: self.queue.extend_all(self.name, self.lease_seconds, job_ids=ids))
             return
         self._settle_if_taken()
         if runs and not self.has_lost(runs[0]):

@@ -23,13 +23,14 @@ STEPPING, STEPPED_AT = 7, 8  # 1 + the slot whose async task the loop runs now, 
 PULSE = 9  # changes while threads get the GIL, if several jobs may run at the same time; 0: not yet
 STARTED_ONCE = 10  # a worker of this consumer has registered
 RETRIES = 17  # changes while the worker waits for the database
+WAITING = 18  # jobs that are held and have no slot
 # Fields of the whole record that the keeper writes
 STOP = 11  # 1: finish the current jobs; 2: interrupt them
 WITHDRAW, WITHDRAWN = 12, 13  # number of the run whose waiting jobs the keeper wants, or has taken
 ASLEEP = 14  # the keeper waits until it is woken
 FORWARDING = 15  # the keeper has read output of tasks, and not written it yet
 RENEW = 16  # the worker ends after its current jobs: the keeper has no connection, and then waits for both
-FIELDS = 18
+FIELDS = 19
 # Fields of a slot that the worker writes
 RUNNING = 0  # number of the run whose task may be interrupted; 0: none
 RUN, JOB, CLAIM, STARTED, TIMEOUT, MEMORY, BASE, BACKOFF = range(1, 9)  # of a run; JOB is 0 between runs

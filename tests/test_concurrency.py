@@ -634,6 +634,19 @@ def test_last_attempt_of_a_job_that_lost_its_process_is_made_alone(tasks):
     assert {queue.get(each).attempts for each in good} == {2}
 
 
+def test_job_that_waits_until_it_can_run_alone_keeps_its_lease(tasks):
+    tasks.write("more.py", "from my_tasks import *\n@task(memory_mb=9999)\ndef alone(job): note('alone', 'x')\n")
+    queue = tasks.queue()
+    running = queue.enqueue("patient")
+    child = consumer(tasks, "--import", "more", "--lease-seconds", 1)
+    began(tasks, 1)
+    waiting = queue.enqueue("alone")
+    for job_id in (waiting, running):
+        lease = wait_until(lambda job_id=job_id: queue.get(job_id).lease_expires_at)
+        wait_until(lambda job_id=job_id, lease=lease: queue.get(job_id).lease_expires_at > lease + 1)
+    assert (queue.get(waiting).attempts, (tasks.folder / "alone").exists(), child.poll()) == (1, False, None)
+
+
 def test_worker_that_is_killed_while_many_jobs_run_costs_each_an_attempt_but_no_finished_one(tasks):
     queue = tasks.queue()
     done, running = queue.enqueue_many("good", range(20)), queue.enqueue_many("patient", range(3))

@@ -69,6 +69,7 @@ MUTANTS = [
     Mutant("a batch completes under its token only", "contract: reclaimed_job_of_its_batch", " AND lease_token = :token", ""),
     Mutant("complete_and_dequeue reports a lost lease in a batch", "contract: reclaimed_job_of_its_batch"),
     Mutant("fail, release, extend, update need a held lease", HISTORY, "not session.change(sql, params)", "session.change(sql, params) < 0"),
+    Mutant("a job that waits until it can run alone keeps its lease", "test_concurrency.py: waits_until_it_can_run_alone", "None if self.record.fields[fields.WAITING] else [run.job_id for run in runs]", "[run.job_id for run in runs]"),
     Mutant("extend_all renews the leases of one consumer", "contract: extend_all", "{HELD_BY_CONSUMER}", "state = 'processing'"),
     Mutant("each claim has its own number", HISTORY, "{next(me.claims)}", "0"),
     Mutant("a lost lease dooms its transaction", "contract: lost_lease_undoes_the_transaction", " and self.lost is None", ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from contextlib import closing, suppress
 
@@ -129,6 +130,18 @@ def operate(queue, name):
     queue.move_status()
     queue.check(thorough=False)
     queue.leave("w")
+
+
+def test_leases_of_given_jobs_are_extended_without_reading_those_of_others(database):  # noqa: F811
+    with closing(pqueue.open_queue(database)) as queue, psycopg.connect(database, autocommit=True) as admin:
+        job_ids = queue.enqueue_many("t0", range(5), queue="q0")
+        assert len(queue.dequeue_many("w", 5)) == 5
+        admin.execute(PROCESSING)
+        (me,) = queue._registry.values()
+        params = {"token": me.token, "lease_expires_at": 4e9, "ids": json.dumps(job_ids)}
+        assert explain(queue, pqueue_schema.EXTEND_THESE, params, "ANALYZE,")[0] <= MOST
+        assert explain(queue, pqueue_schema.EXTEND_ALL, params, "ANALYZE,")[0] > ROWS
+        assert queue.extend_all("w", 60, job_ids=job_ids) == queue.extend_all("w", 60) == 5
 
 
 def test_doctor_reads_no_processing_jobs_while_nothing_is_wrong(database, monkeypatch):  # noqa: F811
