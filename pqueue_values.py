@@ -410,9 +410,9 @@ def seconds_in(text: str) -> float:
 
 
 def interval(seconds: float) -> str:
-    """Return a duration that somebody has set, exactly, in its largest unit: 90 s, 36 h, 7 d."""
+    """Return a duration that somebody has set, exactly, in its largest unit: 90 s, 15 min, 36 h."""
     unit = next((unit for unit in ("d", "h", "m") if seconds >= UNITS[unit] and seconds % UNITS[unit] == 0), "s")
-    return f"{seconds / UNITS[unit]:.15g} {unit}"
+    return f"{seconds / UNITS[unit]:.15g} {'min' if unit == 'm' else unit}"
 
 
 def long_duration(what: str, value: str | float | timedelta) -> float:

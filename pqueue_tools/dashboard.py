@@ -608,7 +608,7 @@ def times(pair: Percentiles | None) -> str:
 
 
 def _seconds(value: float) -> tuple[str, str]:
-    for unit, size in (("h", 3600), ("m", 60)):
+    for unit, size in (("h", 3600), ("min", 60)):
         if value >= 10 * size:
             return f"{value / size:,.0f}", unit
     return (f"{value * 1000:,.0f}", "ms") if value < 1 else (f"{value:,.{int(value < 99.95)}f}", "s")

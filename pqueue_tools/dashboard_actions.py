@@ -136,7 +136,7 @@ def question(cache: FigureCache, name: str, form: Form) -> str:
 
 
 def _later(form: Form, number: int) -> str:
-    """Return when a number of jobs would run: in 10m, at 10/1s: for 10 m."""
+    """Return when a number of jobs would run: in 10m, at 10/1s: within 10 min."""
     when, given = one(form, "when"), one(form, "rate")
     start = f" in {when}" if isinstance(moment(when), Ago) else f" at {when}"
     if not given:

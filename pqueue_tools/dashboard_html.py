@@ -290,10 +290,11 @@ def _button(button: Button, token: str, back: str) -> str:
     asked = f"<button>{text(button.confirmation)}</button>"
     if button.is_long:
         asked = f"""<textarea name="{button.asks_for}" rows="12" cols="60" aria-label="payload" spellcheck="false">
-{html.escape(button.value)}</textarea><button>save</button> <span class="soft">{text(button.hint)}</span>"""
+{html.escape(button.value)}</textarea><button>{text(button.confirm)}</button>
+<span class="soft">{text(button.hint)}</span>"""
     elif button.asks_for:
         asked = f"""<input name="{button.asks_for}" size="12" aria-label="{button.asks_for}" placeholder="{button.hint}"
-value="{text(button.value)}"><button>set</button>"""
+value="{text(button.value)}"><button>{text(button.confirm or "set")}</button>"""
     return f"<details><summary>{text(button.label)} …</summary>{form}{asked}</form></details>"
 
 

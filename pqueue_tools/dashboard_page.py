@@ -56,7 +56,8 @@ input[type=checkbox] { min-height: 0; width: 16px; height: 16px; margin: 2px 0; 
 button { cursor: pointer } button:hover { border-color: var(--processing) }
 :focus-visible { outline: 2px solid var(--processing); outline-offset: 1px }
 details { display: inline-block; vertical-align: top; margin-right: 8px; max-width: 100% }
-section > details:has(form) { margin-bottom: 8px } details form { max-width: 100% }
+section > details:has(form) { margin-bottom: 8px } section > details[open]:has(textarea) { display: block }
+details form { max-width: 100% }
 summary { cursor: pointer; color: var(--processing) }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--page); border: 1px solid var(--line);
   border-radius: 6px; padding: 10px; margin: 4px 0; max-height: 420px; overflow-y: auto; font-size: 12.5px }
@@ -94,7 +95,7 @@ let tag = '', ahead = 0, answered = Date.now(), updated = answered, stopped = fa
 
 function span(s) {
   if (s < 59.5) return (s >= 9.95 ? s.toFixed(0) : Math.max(0, s).toFixed(1)) + ' s';
-  for (const [unit, size, most] of [['m', 60, 60], ['h', 3600, 24]]) {
+  for (const [unit, size, most] of [['min', 60, 60], ['h', 3600, 24]]) {
     if (s / size < most - 0.5) return (s / size).toFixed(0) + ' ' + unit;
   }
   return (s / 86400).toFixed(0) + ' d';
@@ -181,9 +182,13 @@ async function refresh() {
       const text = await answer.text();
       if (!held()) { tag = answer.headers.get('ETag') || ''; show(text); }
     }
-    answered = Date.now();
-    updated = answered - answer.headers.get('X-Age') * 1000;
+    date(answer);
   } catch (error) { /* the age shows it */ }
+}
+
+function date(answer) {
+  answered = Date.now();
+  updated = answered - answer.headers.get('X-Age') * 1000;
 }
 
 async function send(form, button) {
@@ -200,6 +205,7 @@ async function send(form, button) {
   for (const each of document.querySelectorAll('tbody input:checked')) each.checked = false;
   if (new URL(answer.url).pathname !== location.pathname) return location.assign(answer.url);
   tag = '';
+  date(answer);
   show(text);
 }
 

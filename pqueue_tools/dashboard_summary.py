@@ -13,7 +13,7 @@ from pqueue_tools import dashboard, report
 FINDINGS_SHOWN = 6  # the others unfold
 NAME = re.compile(r"""(['"])(.*?)\1|\S{61,}""")  # quoted, or too long to be a word
 NAME_CHARS = 60  # of a name in a finding; its tooltip is the whole
-ENDS_WITH_TIME = re.compile(r"(in )?[\d.]+ [smhd]( ago)?$")
+ENDS_WITH_TIME = re.compile(r"(in )?[\d.]+ (?:s|min|h|d)( ago)?$")
 
 STYLE: str = (
     """

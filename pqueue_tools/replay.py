@@ -34,7 +34,7 @@ from pqueue_tools.masking import masked_job, masked_text
 from pqueue_tools.outcome import error_text, settle, summary
 from pqueue_tools.output import CommandResult
 from pqueue_tools.process import print_error, utc_now
-from pqueue_tools.report import ago, first_line, json_text, printable, span
+from pqueue_tools.report import ago, first_line, json_text, printable, short_span
 
 CONSUMER = "replay"
 NEW = (
@@ -326,7 +326,7 @@ def _text(row: dict[str, Any], now: float) -> str:
     if row["ended"] == "interrupted":
         ended = f"job {row['job']} was interrupted; --timeout allows more time"
     ended += f": {row['error']}" if row["error"] else f", with result {json_text(row['result'])}"
-    lines = [f"{ended}  ({span(row['seconds'])})"]
+    lines = [f"{ended}  ({short_span(row['seconds'])})"]
     for job in row["enqueued"]:
         due = f", due {ago(job['run_at'], now)}" if job["state"] == "scheduled" else ""
         lines.append(f"enqueued: {job['task']} {json_text(job['payload'])} in queue {job['queue']}{due}")

@@ -710,11 +710,11 @@ class _Samples:
 
 
 def span(seconds: float) -> str:
-    """Return a duration in its largest fitting unit: 12 s, 3 m, 5 h, 2 d."""
+    """Return a duration in its largest fitting unit: 12 s, 3 min, 5 h, 2 d."""
     if seconds < 59.5:
         return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
-    for unit, most in (("m", 60), ("h", 24)):
-        if (number := seconds / UNITS[unit]) < most - 0.5:  # not rounded first: it may be infinite in a damaged row
+    for unit, size, most in (("min", UNITS["m"], 60), ("h", UNITS["h"], 24)):
+        if (number := seconds / size) < most - 0.5:  # not rounded first: it may be infinite in a damaged row
             return f"{number:.0f} {unit}"
     return f"{seconds / UNITS['d']:.0f} d"
 
@@ -729,7 +729,7 @@ def size(number: int) -> str:
 
 
 def ago(at: float, now: float) -> str:
-    """Return a time relative to now: 3 m ago, in 5 m."""
+    """Return a time relative to now: 3 min ago, in 5 min."""
     return f"in {span(at - now)}" if at > now else f"{span(now - at)} ago"
 
 
@@ -862,13 +862,13 @@ def bars(numbers: list[int]) -> str:
     return "".join(BARS[-(-number * (len(BARS) - 1) // most)] for number in numbers)
 
 
-def _short_span(seconds: float) -> str:
+def short_span(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if 0 < seconds < 1 else span(seconds)
 
 
 SHOWN: dict[str, Callable[[Any], str]] = {  # the ending of the name of a column, and how its values are shown
     **dict.fromkeys(("keep_seconds", "max_wait_seconds", "every_seconds", "expire_seconds"), interval),
-    "_seconds": _short_span,
+    "_seconds": short_span,
     "_bytes": size,
     "_share": "{:.1%}".format,
     "by_hour": bars,

@@ -277,7 +277,7 @@ QUEUES = Table(
     "Queues",
     (
         Column("queue", itemgetter("name"), link=lambda queue: ("jobs", {"queue": queue["name"]})),
-        Column("is", lambda queue: "paused" if queue["paused"] else "active", "state"),
+        Column("state", lambda queue: "paused" if queue["paused"] else "active", "state"),
         *map(_jobs_in, dashboard.STATES_SHOWN),
         Column("oldest", itemgetter("oldest_pending_at"), "since", on_phone=False),
         Column("limits", _limits, width="fold", on_phone=False, optional=True),
@@ -294,8 +294,8 @@ SETTINGS = Table(
     "Settings of queues",
     (
         Column("queue", itemgetter("name")),
-        Column("warns from wait / failed", _expected),
-        Column("on failure", lambda queue: queue["handler"] or "nothing", on_phone=False),
+        Column("warns at wait / failed attempts", _expected),
+        Column("failure handler", lambda queue: queue["handler"] or "none", on_phone=False),
         Column("keeps completed / failed / cancelled", _kept),
         Column("deletes next", itemgetter("deleted_at"), "time", on_phone=False),
     ),
@@ -456,7 +456,7 @@ def timeline(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _duration(event: dict[str, Any]) -> str:
     began, ended = event["started_at"], event["at"]
-    return "" if began is None or ended is None else report.span(max(0.0, ended - began))
+    return "" if began is None or ended is None else report.short_span(max(0.0, ended - began))
 
 
 HISTORY = Table(
@@ -479,13 +479,13 @@ HISTORY = Table(
 
 def job_buttons(found: dict[str, Any]) -> list[Button]:
     job, one = found["job"], {"id": found["job"].id}
-    retry = Button("retry", "retry at", one, "", "when", "30m or 2026-12-24T08:00", "10m")
+    retry = Button("retry", "retry later", one, "retry", "when", "30m or 2026-12-24T08:00", "10m")
     clone = Button("clone", "clone", one, "enqueue a copy")
     if job.state in pqueue.FINISHED:
         change = _edit(found, "edit and resubmit")
         return [Button("resubmit", "resubmit", one), *change, retry, clone, Button("delete", "delete", one)]
     change = _edit(found, "edit payload") if job.state != "processing" else []
-    assign = Button("assign", "assign", one, "", "consumer", "any consumer", job.assigned_to or "")
+    assign = Button("assign", "assign", one, "assign", "consumer", "any consumer", job.assigned_to or "")
     ends = [Button("mark_failed", "mark failed", one), Button("cancel", "cancel", one)]
     run_now = [Button("run_now", "run now", one)] if job.state in ("scheduled", "waiting") else []
     retries = [retry] if job.state in ("scheduled", "pending") else []
@@ -499,7 +499,9 @@ def _edit(found: dict[str, Any], name: str) -> list[Button]:
     if len(text) > dashboard.TEXT_CHARS_SHOWN:
         return []
     hint = "… is a hidden value, which stays as it is" if HIDDEN in text else ""
-    return [Button("edit", name, {"id": found["job"].id}, "", "payload", hint, text, is_long=True)]
+    return [
+        Button("edit", name, {"id": found["job"].id}, name.replace("edit", "save"), "payload", hint, text, is_long=True)
+    ]
 
 
 BULK_ACTIONS = {  # the states in which each is possible
@@ -583,7 +585,7 @@ SCHEDULES = Table(
     "Schedules",
     (
         Column("schedule", itemgetter("name")),
-        Column("is", lambda each: "paused" if each["paused"] else "active", "state"),
+        Column("state", lambda each: "paused" if each["paused"] else "active", "state"),
         Column("due", itemgetter("due"), width="fold", on_phone=False),
         Column("task", itemgetter("task"), on_phone=False),
         Column("queue", itemgetter("queue"), on_phone=False),

@@ -845,7 +845,7 @@ def test_doctor_finds_a_queue_that_makes_no_progress_though_a_consumer_is_idle(q
     queue.enqueue_many("t", range(2), queue="mail", now=now - 120)
     queue.enqueue("u", now=now - 120)
     found = [str(each) for each in report.findings(queue) if "makes no progress" in str(each)]
-    text = "queue 'mail' makes no progress: 2 jobs due, none begun or ended for 1 m"
+    text = "queue 'mail' makes no progress: 2 jobs due, none begun or ended for 1 min"
     assert found == [f"{text}: read the log of w, which is idle, and restart it"]
     for change in (lambda: queue.pause("mail"), lambda: queue.resume("mail") or queue.dequeue("w", tasks=["t"])):
         change()
@@ -939,14 +939,14 @@ def test_operator_sees_when_a_job_expires_and_that_it_did(queue, run):
     due, now = queue.get(job_id).run_at, time.time()
     assert queue.get(job_id).expires_at == due + 3600
     assert re.search(r"; it is cancelled unless it starts within 1 h$", report.why(queue, job_id, now))
-    expired = "it expired 2 m ago: the next consumer that takes jobs cancels it"
+    expired = "it expired 2 min ago: the next consumer that takes jobs cancels it"
     assert report.why(queue, job_id, due + 3720) == expired
     assert run("change", str(job_id), "--expire", "2h")[0] == 0
     assert queue.get(job_id).expires_at == due + 7200
     queue.dequeue("w", now=due + 7200)
     found = report.why(queue, job_id, due + 7260)
     assert re.match(
-        r"it was cancelled \S+ \w ago: expired: it was to start before 20\S+; resubmit it to run it$", found
+        r"it was cancelled \S+ \w+ ago: expired: it was to start before 20\S+; resubmit it to run it$", found
     )
     assert run("schedule", "tick", "t", "--every", "1h", "--expire", "5m")[0] == 0
     assert queue.schedules()[0].expire_seconds == 300
@@ -1311,7 +1311,7 @@ def test_durations_that_were_set_are_shown_as_they_were_given(queue, run):
     ):
         assert shown in run(*arguments)[1]
     assert [report.interval(each) for each in (0.001, 0.1, 59, 60, 100, 3600, 5400, 86400, 1e12)] == [
-        *("0.001 s", "0.1 s", "59 s", "1 m", "100 s", "1 h", "90 m", "1 d", "1000000000000 s")
+        *("0.001 s", "0.1 s", "59 s", "1 min", "100 s", "1 h", "90 min", "1 d", "1000000000000 s")
     ]
     assert [tables._kept({"keeps": [129600, None]}), tables._expected({"expects": (90, 0.125)})] == [
         *("36 h / for ever", "90 s / 12.5%")

@@ -221,7 +221,7 @@ class Streamlit(StandardLibrary):
     def edit_and_resubmit(self, payload):
         self.page.get_by_role("button", name="edit and resubmit", exact=True).click()
         self.page.locator("textarea").fill(payload)
-        self.page.get_by_role("button", name="yes, edit and resubmit", exact=True).click()
+        self.page.get_by_role("button", name="yes, save and resubmit", exact=True).click()
 
     def texts(self):
         return self.page.locator("[data-testid=stCode]")
@@ -349,6 +349,18 @@ def test_page_of_a_task_leads_to_its_newest_traceback(system, page, front):
     expect(site.count("failed")).to_have_text("2")
     site.open_newest_of_task(2)
     expect(site.texts().filter(has_text="in charge").first).to_be_visible()
+
+
+def test_age_after_an_action_is_that_of_the_figures_it_shows(system, page):
+    system.queue().enqueue("mail", delay_seconds=3600)
+    page.clock.install()
+    site = StandardLibrary(system, page)
+    page.locator("#queues").get_by_text("pause …").click()
+    page.clock.pause_at(time.time() + 600)
+    expect(page.locator("#age")).to_contain_text("paused while you confirm, updated 10 min ago")
+    page.get_by_role("button", name="yes, pause").click()
+    site.said("queue default paused")
+    expect(page.locator("#age")).to_have_text(re.compile(r"^updated \d\.\d s ago"))
 
 
 @both

@@ -139,7 +139,7 @@ def test_operator_reads_which_limit_a_job_waits_for(tmp_path):
         ids = queue.enqueue_many("t", range(3), queue="api")
         queue.dequeue_many("w", 9, queues=["api"], now=now)
         sentence = why(queue, ids[2], now)
-        assert sentence.startswith("queue api has begun 2 jobs within 1 m: its rate allows the next one in 1 m")
+        assert sentence.startswith("queue api has begun 2 jobs within 1 min: its rate allows the next one in 1 min")
         assert queue.stats()["queues"]["api"]["rate"] == (2, 60.0)
         assert queue.stats()["queues"]["default"]["max_running"] == 2
 
@@ -148,7 +148,7 @@ def test_operator_reads_which_limit_a_job_waits_for(tmp_path):
     ("arguments", "printed"),
     [
         (["limit", "default", "--running", "2"], "limited to 2 running jobs of each group"),
-        (["limit", "default", "9", "--rate", "10/1m"], "limited to 9 pending jobs, 10 jobs of each group in 1 m"),
+        (["limit", "default", "9", "--rate", "10/1m"], "limited to 9 pending jobs, 10 jobs of each group in 1 min"),
         (["limit", "default", "--running", "none", "--rate", "none"], "has no limit on running jobs or the rate"),
         (["weigh", "default", "a", "2.5"], "gives group a the weight 2.5"),
         (["enqueue", "t", "--group", "a"], "2"),

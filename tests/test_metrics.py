@@ -173,7 +173,7 @@ def test_consumer_that_stopped_sending_heartbeats_is_reported(queue):
         if at:
             queue.heartbeat(name, now=at + 10)
     sentences = [each.text for each in report.findings(queue, now + 130) if "heartbeat" in each.text]
-    assert sentences == ["2 consumers sent no heartbeat for a while (b, a), the last 2 m ago"]
+    assert sentences == ["2 consumers sent no heartbeat for a while (b, a), the last 2 min ago"]
     assert "heartbeat" not in str(report.findings(queue, now + 60))
 
 

@@ -397,7 +397,7 @@ def test_page_of_queues_shows_every_limit_and_the_groups_that_it_stops(queue, si
     queue.limit("mail", 1000, running=1, rate=(10, 60))
     queue.dequeue("w", queues=["mail"])
     row = re.search('<tr data-key="mail">.*?</tr>', site.ask("/queues")[1], re.DOTALL)[0]
-    assert '<td class="fold less">1,000&nbsp;pending, 1&nbsp;running, 10&nbsp;in&nbsp;1&nbsp;m</td>' in row
+    assert '<td class="fold less">1,000&nbsp;pending, 1&nbsp;running, 10&nbsp;in&nbsp;1&nbsp;min</td>' in row
     assert '<td class="fold less">1&nbsp;pending, 1&nbsp;at&nbsp;a&nbsp;limit</td>' in row
 
 
@@ -434,6 +434,15 @@ def test_job_page_names_the_group_and_leads_to_the_jobs_it_runs_after(queue, sit
         *("2", "failed", "part", "ValueError: no"),
     ]
     assert json.loads(site.ask(f"/api/jobs/{job_id}")[1])["after"] == parents
+
+
+def test_job_page_tells_a_short_attempt_from_a_long_one(queue, site):
+    now = time.time()
+    for number, seconds in enumerate((0.25, 2.0, 3000.0)):
+        queue.enqueue("work", max_attempts=1, now=now - 7200 + number)
+        queue.complete(queue.dequeue("c", now=now - 7000, lease_seconds=5000), now=now - 7000 + seconds)
+    for job_id, took in ((1, "250 ms"), (2, "2.0 s"), (3, "50 min")):
+        assert f'<td class="number">{took}</td>' in site.ask(f"/job/{job_id}")[1]
 
 
 def test_job_page_tells_its_story(queue, site, folder, monkeypatch):
@@ -653,7 +662,7 @@ def test_read_only_dashboard_offers_and_does_nothing(queue, site, monkeypatch):
 def test_operator_changes_one_job_in_every_way(queue, site):
     job_id = failed(queue, payload={"to": "ada"}, group="g")
     text = site.ask(f"/job/{job_id}")[1]
-    for label in ("resubmit", "edit and resubmit", "retry at", "clone", "delete"):
+    for label in ("resubmit", "edit and resubmit", "retry later", "clone", "delete"):
         assert f"<summary>{label} …</summary>" in text
     site.act("edit", id=job_id, payload='{"to": "grace"}')
     assert (queue.get(job_id).state, queue.get(job_id).payload) == ("pending", {"to": "grace"})
@@ -734,8 +743,8 @@ def test_finding_about_a_schedule_leads_to_the_schedules(queue, site):
         ((0.7, 128.6), "700 ms / 129 s"),
         ((2.0, 99.94), "2.0 / 99.9 s"),
         ((99.96, 599.0), "100 / 599 s"),
-        ((1724.0, 4321.0), "29 / 72 m"),
-        ((600.0, 90_000.0), "10 m / 25 h"),
+        ((1724.0, 4321.0), "29 / 72 min"),
+        ((600.0, 90_000.0), "10 min / 25 h"),
     ],
 )
 def test_long_times_are_short_so_that_they_fit_their_tile(pair, shown):
@@ -841,7 +850,7 @@ def test_times_in_findings_and_tiles_are_for_the_script_and_for_readers(queue, s
     (finding,) = re.findall(r"the oldest pending job has waited for (<time .*?</time>)", text)
     (tile,) = re.findall(r"oldest pending</span><b class=\"\">(<time .*?</time>)", text)
     assert finding == tile
-    assert re.fullmatch(r'<time datetime="[0-9TZ:.-]+" data-kind="since">20 m</time>', tile)
+    assert re.fullmatch(r'<time datetime="[0-9TZ:.-]+" data-kind="since">20 min</time>', tile)
     queue.pause("default")  # it waits because an operator wants it to
     assert 'oldest pending</span><b class="">none</b>' in site.ask("/")[1]
 
@@ -1058,7 +1067,7 @@ def test_jobs_are_retried_at_a_rate(queue, site):
     ids.append(queue.enqueue("work", delay_seconds=3600))
     form = {"action": "retry", "scope": "matching", "task": "work", "when": "10m", "rate": "2/1m"}
     now = time.time()
-    confirmed(site, "retry 5 jobs in 10m, 2 jobs in 1 m, within 2 m", "task work", **form)
+    confirmed(site, "retry 5 jobs in 10m, 2 jobs in 1 min, within 2 min", "task work", **form)
     due = [round((queue.get(job_id).run_at - now - 600) / 30) for job_id in ids]
     assert (due, queue.stats()["states"]["scheduled"]) == ([0, 1, 2, 3, 4], 5)
     assert [(each["event"], each["jobs"], each["job_id"]) for each in queue.operations(limit=1)] == [

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 import admin
 import pqueue
-from pqueue_tools import monitor, output
+from pqueue_tools import monitor, output, report
 
 LONG = "requests.exceptions.ConnectionError: " + "HTTPSConnectionPool(host='api.example.com', port=443)" * 4
 NAMES = [*output.DROPPED, "id", "state", "task", "error", "last_seen_at", "uptime_seconds"]
@@ -95,6 +95,16 @@ def test_narrow_terminal_drops_columns_and_keeps_the_message():
         shown = output.table([{**rows[0], "task": name}], 120, now=100.0)
         assert {"state", "queue", "task"} < set(shown.split()[:8])
         assert LONG[: output.LAST_COLUMN_CELLS - 1] in shown
+
+
+def test_narrow_table_of_tasks_shows_the_attempts_that_its_share_of_failures_counts(queue):
+    for _ in range(2):
+        queue.enqueue("send_newsletter", queue="newsletter")
+        queue.fail(queue.dequeue("c"), "ConnectionError")
+    rows = report.outcome_rows(queue, None, "task")
+    head, line = output.table(rows, 80).split("\n")
+    assert {"failed", "retried", "failed_share", "p95"} < set(head.split())
+    assert line.split()[3:6] == ["0", "2", "100.0%"]
 
 
 @pytest.mark.parametrize(
