@@ -189,7 +189,7 @@ class Times(NamedTuple):
 class Outcomes(NamedTuple):
     """What happened to the jobs of a task in a queue, in a period that begins at `at`, in Unix seconds.
 
-    enqueued: new jobs. completed: jobs. failed: jobs that failed for good, of which no attempt was left or an operator
+    enqueued: new jobs. completed: jobs. failed: jobs that became failed, as no attempt was left or an operator
     decided so. retried: attempts that failed and are repeated. released: attempts that do not count, as those of a
     consumer that stopped, and snoozes. died, expired: attempts whose consumer died or whose lease ran out, which are
     also in failed or retried. cancelled: jobs.

@@ -222,7 +222,10 @@ class Handler(BaseHTTPRequestHandler):
         if not self._has_password(self.server.password):
             if "Authorization" in self.headers:
                 time.sleep(WRONG_PASSWORD_SECONDS)
-            raise Refused(HTTPStatus.UNAUTHORIZED, "expected the password, with any user name")
+            raise Refused(
+                HTTPStatus.UNAUTHORIZED,
+                "expected the password; the user name may be any, and is recorded with your actions",
+            )
 
     def _is_probe(self) -> bool:
         """Return whether this is a probe of liveness or readiness, which needs no password and shows no details."""

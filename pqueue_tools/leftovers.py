@@ -325,7 +325,7 @@ class ProcessState:
         except (OSError, QueueError):
             return True
 
-    def mend_database(self) -> list[str]:
+    def repair_database(self) -> list[str]:
         """Undo that, and return what it was."""
         return [*self._reset_descriptors(), *self.undo([self._connection])]
 

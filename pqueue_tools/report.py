@@ -598,7 +598,7 @@ def _busy(alive: list[dict[str, Any]]) -> str:
 COUNTERS = {  # an event of pqueue_outcomes, and the help of its counter
     "enqueued": "Jobs enqueued",
     "completed": "Jobs completed",
-    "failed": "Jobs that failed for good, because no attempt was left or an operator decided so",
+    "failed": "Jobs that became failed, because no attempt was left or an operator decided so",
     "retried": "Attempts that failed and are repeated",
     "released": "Attempts that did not count, as those of a consumer that stopped",
     "died": "Attempts whose consumer died; they are also counted as retried or failed",

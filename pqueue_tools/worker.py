@@ -284,7 +284,7 @@ class Consumer:
         """Undo what tasks have changed in the connection or its descriptors; if that is impossible, end the process."""
         # guard: the database is not written through another file's descriptor
         if self.state and self.state.would_damage_database():
-            self._report_left(self.state.mend_database())
+            self._report_left(self.state.repair_database())
             if self.state.is_broken:
                 self._break_off(fields.BROKEN)
 
