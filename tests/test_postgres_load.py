@@ -10,6 +10,7 @@ import re
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from unittest import mock
 
@@ -488,7 +489,7 @@ def test_check_finds_each_part_of_the_schema_that_is_missing(queue, kind):
     queue.limit("default", 10)
     parts = parts_of(queue)
     of_kind = [each for each in parts if each[0] == kind]
-    assert len(of_kind) >= {"column": 124, "constraint": 21, "index": 21, "trigger": 8, "function": 4}[kind]
+    assert len(of_kind) >= {"column": 124, "constraint": 21, "index": 21, "trigger": 8, "function": 3}[kind]
     for part in of_kind:
         others = [each for each in parts if each != part]
         (problem,) = pqueue_postgres.drift(queue._model(), others, "pqueue", has_limits=True)
@@ -525,10 +526,12 @@ def test_check_accepts_what_a_dba_may_add(queue, database):  # noqa: F811
             "CREATE INDEX mine ON pqueue.jobs (created_at)",
             "CREATE FUNCTION public.look() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
             "CREATE TRIGGER look AFTER INSERT ON pqueue.jobs FOR EACH ROW EXECUTE FUNCTION public.look()",
+            f"{JOBS} DISABLE TRIGGER look",
             f"{JOBS} SET (fillfactor = 70)",
             "ALTER INDEX pqueue.jobs_claim SET (fillfactor = 70)",
             f"{JOBS} ALTER payload SET STORAGE EXTERNAL, ALTER task SET STATISTICS 1000",
             "CREATE TABLE pqueue.other (id int)",
+            "CREATE RULE keep AS ON DELETE TO pqueue.other DO INSTEAD NOTHING",
             "CREATE VIEW pqueue.waiting AS SELECT * FROM pqueue.jobs",
             f"ALTER DATABASE {psycopg.conninfo.conninfo_to_dict(database)['dbname']} SET quote_all_identifiers = on",
         ):
@@ -630,7 +633,7 @@ def test_restored_dump_is_a_working_queue(queue, database, tmp_path):  # noqa: F
             admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-def test_check_finds_a_changed_collation(queue, database):  # noqa: F811
+def test_check_finds_a_changed_collation(queue, database, monkeypatch):  # noqa: F811
     with psycopg.connect(database, autocommit=True) as admin:
         admin.execute("UPDATE pg_database SET datcollversion = '0.9' WHERE datname = current_database()")
         actual = "SELECT pg_database_collation_actual_version(oid) FROM pg_database WHERE datname = current_database()"
@@ -639,6 +642,10 @@ def test_check_finds_a_changed_collation(queue, database):  # noqa: F811
     assert [" but the indexes were built with 0.9: run REINDEX" in each for each in problems] == [True] * (
         changed is not None
     )
+    elsewhere = pqueue_postgres.COLLATION_CHANGED.replace("current_database()", "'another'")
+    elsewhere = re.sub("datcollversion <> .*", "true", elsewhere)
+    monkeypatch.setattr("pqueue_postgres.HEALTH", (elsewhere,))
+    assert queue.check()["problems"] == []
 
 
 def test_check_names_the_transaction_that_keeps_dead_rows(queue, database, monkeypatch):  # noqa: F811
@@ -650,6 +657,12 @@ def test_check_names_the_transaction_that_keeps_dead_rows(queue, database, monke
         (problem,) = queue.check()["problems"]
         assert f"pid {reader.info.backend_pid} " in problem
         assert "SELECT 'a report'" in problem
+        monkeypatch.setattr(
+            "pqueue_postgres.HEALTH",
+            (old.replace("<> 'autovacuum worker'", "NOT IN ('autovacuum worker', 'client backend')"),),
+        )
+        assert queue.check()["problems"] == []
+        monkeypatch.setattr("pqueue_postgres.HEALTH", (old,))
     elsewhere = psycopg.conninfo.make_conninfo(database, dbname="postgres")
     with psycopg.connect(elsewhere) as reader:  # which keeps no row of this database
         reader.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
@@ -680,6 +693,9 @@ def test_check_names_what_else_keeps_dead_rows(tmp_path, monkeypatch):
             keeps = r"not in use( since \d+ s)? and keeps \d+ (bytes|kB|MB) of log"
             remedy = r": start what uses it, or run SELECT pg_drop_replication_slot\('{}'\)"
             assert is_found(f"replication slot unused is {keeps}{remedy.format('unused')}"), problems()
+            for kept in (health, [sql.replace("'lost'", "'reserved'") for sql in at_once]):
+                monkeypatch.setattr("pqueue_postgres.HEALTH", kept)
+                assert queue.check(thorough=False)["problems"] == []
             own.ask("SELECT pg_drop_replication_slot('unused')")
             own.ask("SELECT pg_create_logical_replication_slot('changes', 'pgoutput')")
             catalogs = " and dead rows of the system catalogs"
@@ -694,6 +710,7 @@ def test_check_names_what_else_keeps_dead_rows(tmp_path, monkeypatch):
                 r"transaction a b of postgres was prepared \d+ s ago and keeps dead rows, which slows claims: run "
             )
             assert is_found(f"{prepared}ROLLBACK PREPARED 'a b' or COMMIT PREPARED 'a b' in database postgres")
+            assert queue.check(thorough=False)["problems"] == []  # it is not old
             own.ask("ROLLBACK PREPARED 'a b'")
             wait_until(lambda: problems() == [])
 
@@ -755,6 +772,30 @@ def test_check_names_who_holds_a_lock_that_others_wait_for(queue, database, monk
 
 
 @pytest.mark.parametrize(
+    ("name", "is_here", "seconds", "found"),
+    [("pqueue", True, 0, 1), ("pqueue", True, 3600, 0), ("psql", True, 0, 0), ("pqueue", False, 0, 0)],
+)
+def test_check_reports_long_waits_of_this_queue_only(queue, database, monkeypatch, name, is_here, seconds, found):  # noqa: F811
+    sql = pqueue_postgres.LONG_WAITS.replace("secs => 2", f"secs => {seconds}")
+    monkeypatch.setattr("pqueue_postgres.HEALTH", (sql,))
+    url = database if is_here else psycopg.conninfo.make_conninfo(database, dbname="postgres")
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND pid = %s"
+    lock = f"SELECT pg_advisory_lock({random.getrandbits(60)})"
+    with (
+        psycopg.connect(url, autocommit=True, application_name="pqueue") as holder,
+        psycopg.connect(url, autocommit=True, application_name=name) as waiter,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        holder.execute(lock)
+        try:
+            pool.submit(waiter.execute, lock)
+            wait_until(lambda: holder.execute(waiting, [waiter.info.backend_pid]).fetchone() == (1,))
+            assert len(queue.check(thorough=False)["problems"]) == found
+        finally:
+            holder.execute("SELECT pg_advisory_unlock_all()")
+
+
+@pytest.mark.parametrize(
     ("statement", "condition", "problem"),
     [
         ("DEAD_ROWS", "n_dead_tup > 100000 + 2 * n_live_tup", "table jobs has [0-9]+ dead rows and [0-9]+ live"),
@@ -762,11 +803,24 @@ def test_check_names_who_holds_a_lock_that_others_wait_for(queue, database, monk
         ("NOTIFY_QUEUE_FULL", "pg_notification_queue_usage() > 0.5", "the NOTIFY queue of the server is 0 % full"),
     ],
 )
-def test_check_finds_what_runs_short(queue, monkeypatch, statement, condition, problem):
+def test_check_finds_what_runs_short(queue, database, monkeypatch, statement, condition, problem):  # noqa: F811
     sql = getattr(pqueue_postgres, statement)
     assert condition in sql
     monkeypatch.setattr("pqueue_postgres.HEALTH", (sql.replace(condition, "true"),))
-    assert any(re.match(problem, each) for each in queue.check()["problems"])
+    with psycopg.connect(database, autocommit=True) as admin:
+        admin.execute("CREATE TABLE public.strangers (id int); INSERT INTO public.strangers VALUES (1)")
+        wait_until(
+            lambda: admin.execute("SELECT n_live_tup FROM pg_stat_user_tables WHERE relname = 'strangers'").fetchone()
+        )
+    problems = queue.check()["problems"]
+    assert any(re.match(problem, each) for each in problems)
+    assert not [each for each in problems if "strangers" in each]
+
+
+def test_check_counts_connections_of_clients_only(queue, monkeypatch):
+    sql = pqueue_postgres.FEW_CONNECTIONS.replace("'client backend'", "'none'").replace("0.9 * most", "0")
+    monkeypatch.setattr("pqueue_postgres.HEALTH", (sql,))
+    assert queue.check()["problems"] == []
 
 
 @pytest.fixture
