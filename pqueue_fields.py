@@ -105,17 +105,14 @@ def _built(kind: type, build: Convert, value: Any) -> Any:
         raise Misfit(kind.__name__, short(value)) from None
 
 
-def _datetime(text: str) -> datetime:
-    return datetime.fromisoformat(f"{text[:-1]}+00:00" if text.endswith("Z") else text)  # Python 3.10 knows no Z
-
-
 SCALARS = {
     NoneType: _scalar("None", NoneType),
     bool: _scalar("bool", bool),
     int: _scalar("int", int, but=bool),
     float: _scalar("float", float, int, but=bool),
     str: _scalar("str", str),
-    datetime: _text(datetime, datetime.isoformat, _datetime),
+    # Python 3.10 knows no Z.
+    datetime: _text(datetime, datetime.isoformat, lambda text: datetime.fromisoformat(re.sub("Z$", "+00:00", text))),
     date: _text(date, date.isoformat, date.fromisoformat, but=datetime),
     Decimal: _text(Decimal, str, Decimal),
     UUID: _text(UUID, str, UUID),

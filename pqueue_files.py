@@ -446,11 +446,7 @@ def _mounts() -> list[tuple[str, bytes]]:
         mounts = [line.split(b" ") for line in Path("/proc/self/mounts").read_bytes().splitlines()]
     except OSError:
         return []
-    return [(_unescape(mount[1]), mount[2]) for mount in mounts]
-
-
-def _unescape(mount_point: bytes) -> str:
-    return os.fsdecode(mount_point.decode("unicode_escape").encode("latin-1"))
+    return [(os.fsdecode(mount[1].decode("unicode_escape").encode("latin-1")), mount[2]) for mount in mounts]
 
 
 LOGS = ("-wal", "-journal")  # SQLite applies them to any database of that name

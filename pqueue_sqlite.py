@@ -569,6 +569,9 @@ class PersistentQSQLite(PersistentQInterface):
         if not stat.S_ISREG(found.st_mode):
             kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
             raise QueueError(f"cannot open {self.path}: expected a database file, got {kind}")
+        # guard: a file of one byte is refused
+        if found.st_size == 1:  # which SQLite takes for an empty one
+            raise self._error(sqlite3.DatabaseError("file is not a database"))
         # guard: a file with two hard links is refused
         if found.st_nlink > 1:  # the log and the locks are found by name
             raise QueueError(f"cannot use {self.path}: expected a file of one name, got {found.st_nlink} hard links")

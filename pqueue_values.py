@@ -346,10 +346,11 @@ def to_excerpt(row: Sequence[Any], most: int | None) -> Job:
 
 
 def valid_name(what: str, value: str, most: int = 255) -> str:
-    if isinstance(value, str) and 0 < len(value) <= most and value.isprintable():
+    # guard: a name is not blank
+    if isinstance(value, str) and 0 < len(value) <= most and value.isprintable() and not value.isspace():
         return value
-    article = "an" if what == "operator" else "a"
-    raise ValueError(f"expected {article} {what} name of 1 to {most} printable characters, got {short(value)}")
+    name = f"{'an' if what == 'operator' else 'a'} {what} name"
+    raise ValueError(f"expected {name} of 1 to {most} printable characters, not only spaces, got {short(value)}")
 
 
 def due_time(delay_seconds: float | timedelta, run_at: float | datetime | None, now: float) -> float:
@@ -442,7 +443,6 @@ def time_of(what: str, value: float | datetime) -> float:
 
 
 def above_0(what: str, value: float | timedelta) -> float:
-    """Return a number of seconds."""
     if (number := duration(what, value)) > 0:
         return number
     raise ValueError(f"expected {what} above 0, got {short(value)}")

@@ -4140,9 +4140,31 @@ class QueueContract:
                 with self.assertRaisesRegex(ValueError, re.escape(message)):
                     look(**filters)
 
+    def test_blank_name_is_refused_wherever_the_interface_takes_one(self):
+        names = {"consumer", "queue", "queues", "task", "tasks", "group", "key", "keys", "assigned_to", "name", "by"}
+        others = {"list_jobs", "count_jobs"}  # which may look for any text
+        others |= {"adopt", "declare_handlers", "declare_schedules", "move_to"}  # which take objects
+        valid = {"job_id": self.queue.enqueue("t"), "job_ids": [1], "payloads": [1], "finished": []}
+        valid |= {"max_pending": 5, "max_attempts": 1, "weight": 2, "max_wait_seconds": 9, "timeout_seconds": 9}
+        valid |= {"completed": 9, "every_seconds": 9, "priority": 1, "keys": None}
+        tested = set()
+        for method, function in inspect.getmembers(self.queue, inspect.ismethod):
+            parameters = inspect.signature(function).parameters
+            for name in names & set(parameters) if method[0] != "_" and method not in others else ():
+                tested.add(name)
+                needed = {each for each, of in parameters.items() if of.default is of.empty and "**" not in str(of)}
+                given = {each: valid.get(each, "x") for each in needed | (set(valid) & set(parameters))}
+                for blank in (" ", "   ", "\t", "\n", "\u00a0", "\u2028", "\x00"):
+                    refused = self.assertRaisesRegex(ValueError, "printable characters, not only spaces, got")
+                    with self.subTest(method=method, name=name, blank=blank), refused:
+                        function(**{**given, name: [blank] if name.endswith("s") else blank})
+        self.assertEqual(tested, names)
+
     def test_handler_that_is_no_name_of_a_task_is_refused(self):
         for task in ("\ud800", "", 5):
-            with self.assertRaisesRegex(ValueError, "expected a task name of 1 to 255 printable characters, got"):
+            with self.assertRaisesRegex(
+                ValueError, "expected a task name of 1 to 255 printable characters, not only spaces, got"
+            ):
                 self.queue.on_failed("default", task)
         self.assertEqual((self.queue.handlers(), self.queue.operations()), ({}, []))
 
@@ -6556,6 +6578,15 @@ class Files(SQLiteCase):
         with self.assertRaisesRegex(QueueError, "no queue at"):
             open_queue(str(self.path), create=False)
         self.assertEqual([path.stat().st_size for path in self.folder.iterdir()], [0])
+
+    def test_file_that_is_no_database_is_refused_and_left_alone_whatever_its_length(self):
+        for content in (b"\n", b"x", b"\0", b"xy", b"SQLite format 3\0", bytes(512), bytes(4096), b"diary" * 2000):
+            self.path.write_bytes(content)
+            for create in (True, False):
+                with self.subTest(content[:20], length=len(content), create=create):
+                    with self.assertRaisesRegex(SchemaMismatch, "expected an SQLite database, got another file"):
+                        pqueue.PersistentQSQLite(self.path, create=create)
+            self.assertEqual([each.read_bytes() for each in self.folder.iterdir()], [content])
 
     def test_queue_of_a_group_is_open_to_its_accounts_and_no_others(self):
         import grp

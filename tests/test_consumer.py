@@ -357,7 +357,12 @@ def test_consumer_continues_when_its_log_is_not_read(tasks):
         ("consumer.py", ["--max-jobs", "0"], 2, "argument --max-jobs: expected a whole number of at least 1, got '0'"),
         ("consumer.py", ["--lease-seconds", "soon"], 2, "expected a number of seconds from 0.001 to 1e+12, got 'soon'"),
         ("consumer.py", ["--directory", "notes"], 2, "argument --directory: expected a folder, got 'notes'"),
-        ("consumer.py", ["--name", ""], 2, "expected a consumer name of 1 to 255 printable characters, got ''"),
+        (
+            "consumer.py",
+            ["--name", ""],
+            2,
+            "expected a consumer name of 1 to 255 printable characters, not only spaces, got ''",
+        ),
         ("consumer.py", ["--queue", "a\nb"], 2, "expected a queue name of 1 to 255 printable characters"),
         ("consumer.py", ["--no-such"], 2, "unrecognized arguments: --no-such; see consumer.py --help"),
         ("producer.py", ["--interval", "-1"], 2, "expected a number of seconds from 0 to 1e+12, got '-1'"),

@@ -309,6 +309,7 @@ MUTANTS = [
     Mutant("a partial copy that is used is left alone", "contract: partial_copy_in_which"),
     Mutant("a job that changed is copied again", "contract: partial_copy_brings", "there.get(row[0]) == tuple(row)", "row[0] in there"),
     Mutant("a key is a string", "contract: keys_are_no_strings"),
+    Mutant("a name is not blank", "contract: blank_name", " and not value.isspace()", ""),
     Mutant("a full queue refuses a batch", "contract: queue_at_its_limit", "max_pending IS NULL", "1"),
     # the disk
     Mutant("a claim of the last attempt is synced", "contract: claimed_in_a_synced"),
@@ -362,6 +363,7 @@ MUTANTS = [
     Mutant("a network drive is refused", "contract: network_drive"),
     Mutant("a network drive is recognized by its last mount", "contract: last_mount", "in _mounts() if", "in _mounts()[::-1] if"),
     Mutant("a file with two hard links is refused", "contract: two_names"),
+    Mutant("a file of one byte is refused", "contract: no_database_is_refused"),
     Mutant("a file that is mounted without its folder is refused", "contract: mounted_without"),
     Mutant("a file that was written in part is not mapped", "contract: full_within_a_lock_file", " and os.write(file, bytes(size)) < size", ""),
     Mutant("a full disk is not the end of a program that waits for room", "contract: full_within_a_lock_file", "QueueFull if", "QueueError if"),

@@ -966,7 +966,7 @@ def test_operator_enqueues_a_job(queue, site, monkeypatch):
     assert found == [("report", "default", [1]), ("mail", "slow", None), ("mail", "default", {"to": "ada"})]
     assert queue.operations(limit=1)[0]["event"] == "enqueued job 3"
     for form, message in (
-        ({"task": ""}, "expected a task name of 1 to 255 printable characters, got ''"),
+        ({"task": ""}, "expected a task name of 1 to 255 printable characters, not only spaces, got ''"),
         ({"task": "t", "payload": "{"}, "expected JSON, got '{'"),
         ({"task": "t", "payload": "1e400"}, "expected a payload that JSON can hold"),
         ({"task": "t", "queue": "q" * 256}, "expected a queue name"),
