@@ -84,20 +84,21 @@ def findings(
     facts = queue.check(thorough=False) if facts is None else facts
     consumers = queue.consumers(job_ids=False)
     alive = [each for each in consumers if each["state"] == "running"]
+    blocked: set[str] = set()  # queues of which a finding says why their jobs wait: how long they do is not another one
     found = [
         *(Finding("critical", sentence) for sentence in facts["problems"]),
         *program_findings(processes),
         *_lost_jobs(queue, consumers),
-        *_no_consumers(stats, consumers, alive, now),
-        *_unserved_queues(stats, alive),
-        *_unknown_tasks(queue, stats, alive),
-        *_stalled_queues(queue, stats, alive, now),
+        *_no_consumers(stats, consumers, alive, blocked, now),
+        *_unserved_queues(stats, alive, blocked, now),
+        *_unknown_tasks(queue, stats, alive, blocked),
+        *_stalled_queues(queue, stats, alive, blocked, now),
         *_duplicate_names(alive),
         *_silent_consumers(alive, now),
         *_failing_tasks(queue, stats, now),
-        *_expired_leases(queue, now),
-        *_queue_findings(queue, stats, now),
-        *_schedule_findings(queue, now),
+        *(() if blocked and not alive else _expired_leases(queue, now)),
+        *_queue_findings(queue, stats, blocked, now),
+        *_schedule_findings(queue, now, can_run=bool(alive or not blocked)),
         *_retention_findings(queue, stats, facts, alive, now),
         *_file_findings(facts),
         *_clock_findings(queue, now),
@@ -156,17 +157,17 @@ def _names(consumers: list[dict[str, Any]]) -> str:
 
 
 def _no_consumers(
-    stats: dict[str, Any], consumers: list[dict[str, Any]], alive: list[dict[str, Any]], now: float
+    stats: dict[str, Any], consumers: list[dict[str, Any]], alive: list[dict[str, Any]], blocked: set[str], now: float
 ) -> Iterator[Finding]:
     """Report that no consumer is alive, if that is not as it should be."""
     dead = [each for each in consumers if each["state"] == "dead"]
-    waits = any(each["pending"] and not each["paused"] for each in stats["queues"].values())
     start = f"run {command_line('consumer')}"
     if alive:
         return
-    if waits:
-        pending = count(stats["states"]["pending"], "job")
-        yield Finding("critical", f"{pending} pending and no consumer is alive", start, "consumers")
+    blocked.update(name for name, each in stats["queues"].items() if each["pending"] and not each["paused"])
+    if blocked:
+        text = f"{count(stats['states']['pending'], 'job')} pending and no consumer is alive"
+        yield _with_age(Finding("critical", text, start, "consumers"), oldest_pending(stats), now)
     elif dead:
         last = max(each["last_seen_at"] for each in dead)
         died = f"no consumer is alive: {len(dead)} died, the last was seen {ago(last, now)}"
@@ -176,16 +177,26 @@ def _no_consumers(
         yield Finding("info", scheduled, start, "consumers")
 
 
-def _unserved_queues(stats: dict[str, Any], alive: list[dict[str, Any]]) -> Iterator[Finding]:
+def _unserved_queues(
+    stats: dict[str, Any], alive: list[dict[str, Any]], blocked: set[str], now: float
+) -> Iterator[Finding]:
     for name, each in stats["queues"].items():
         if alive and each["pending"] and not each["paused"] and not any(_serves(one, name) for one in alive):
+            blocked.add(name)
             start = f"run {command_line('consumer')} --queue {shlex.quote(name)}"
             text = f"queue {name!r}: {count(each['pending'], 'job')} pending and no live consumer serves it"
-            yield Finding("critical", text, start, "queues")
+            yield _with_age(Finding("critical", text, start, "queues"), each["oldest_pending_at"], now)
+
+
+def _with_age(found: Finding, oldest: float | None, now: float) -> Finding:
+    """Add how long the oldest job has waited, if that is long."""
+    if oldest is None or now - oldest < STALL_SECONDS:
+        return found
+    return found._replace(text=f"{found.text}; the oldest has waited for {span(now - oldest)}", at=oldest)
 
 
 def _unknown_tasks(
-    queue: PersistentQInterface, stats: dict[str, Any], alive: list[dict[str, Any]]
+    queue: PersistentQInterface, stats: dict[str, Any], alive: list[dict[str, Any]], blocked: set[str]
 ) -> Iterator[Finding]:
     """Report pending jobs of tasks that no running consumer of their queue knows."""
     unknown: dict[str, int] = {}
@@ -197,13 +208,14 @@ def _unknown_tasks(
             and not any(_knows(one, task) for one in serving)
         ):
             unknown[task] = unknown.get(task, 0) + jobs
+            blocked.add(name)
     for task, jobs in unknown.items():
         text = f"task {task!r}: {count(jobs, 'job')} pending and no running consumer knows this task"
         yield Finding("critical", text, f"run {command_line('consumer')} --import MODULE", "queues")
 
 
 def _stalled_queues(
-    queue: PersistentQInterface, stats: dict[str, Any], alive: list[dict[str, Any]], now: float
+    queue: PersistentQInterface, stats: dict[str, Any], alive: list[dict[str, Any]], blocked: set[str], now: float
 ) -> Iterator[Finding]:
     """Report queues that make no progress although jobs are due that an idle consumer should run."""
     before = now - STALL_SECONDS
@@ -217,10 +229,12 @@ def _stalled_queues(
         free = [each["name"] for each in idle if _serves(each, name) and _knows(each, task)]
         if free and name in waiting:
             jobs[name], names[name] = jobs.get(name, 0) + number, free[0]
+    blocked.update(jobs)
     for name, number in jobs.items():
         due = f"{count(number, 'job')} due, none begun or ended for {span(STALL_SECONDS)}"
         text = f"queue {name!r} makes no progress: {due}"
-        yield Finding("critical", text, f"read the log of {names[name]}, which is idle, and restart it", "queues")
+        found = Finding("critical", text, f"read the log of {names[name]}, which is idle, and restart it", "queues")
+        yield _with_age(found, stats["queues"][name]["oldest_pending_at"], now)
 
 
 def _is_due(queue: dict[str, Any], before: float) -> bool:
@@ -299,8 +313,10 @@ def _expired_leases(queue: PersistentQInterface, now: float) -> Iterator[Finding
         yield Finding("critical", text, f"run {command_line('consumer')}", "processing")
 
 
-def _queue_findings(queue: PersistentQInterface, stats: dict[str, Any], now: float) -> Iterator[Finding]:
-    """Report a move, paused queues, and long waits in the others. A pause is information: somebody decided on it."""
+def _queue_findings(
+    queue: PersistentQInterface, stats: dict[str, Any], blocked: set[str], now: float
+) -> Iterator[Finding]:
+    """Report a move, paused queues, and long waits in others. A pause is information: somebody decided on it."""
     move, expected = _move(queue), queue.expectations()
     if move:
         text, _, remedy = move.partition(": ")
@@ -317,15 +333,15 @@ def _queue_findings(queue: PersistentQInterface, stats: dict[str, Any], now: flo
         elif (
             oldest is not None
             and now - oldest > expected.get(name, Expectation()).max_wait_seconds
-            and not each["paused"]
+            and not (each["paused"] or name in blocked)
         ):
             text = f"queue {name!r}: the oldest pending job has waited for {span(now - oldest)}"
             jobs = f"{command_line('admin')} list-jobs --status pending --queue {shlex.quote(name)}"
             yield Finding("warning", text, f"run {jobs}, and ask with why JOB; perhaps add consumers", "queues", oldest)
 
 
-def _schedule_findings(queue: PersistentQInterface, now: float) -> Iterator[Finding]:
-    """Report schedules that are late, that their tasks no longer declare, or that are paused."""
+def _schedule_findings(queue: PersistentQInterface, now: float, *, can_run: bool) -> Iterator[Finding]:
+    """Report schedules that are late although they can run, that their tasks no longer declare, or that are paused."""
     for each in queue.schedules():
         command = f"{command_line('admin')} {{}} {shlex.quote(each.name)}"
         if each.origin == "removed":
@@ -337,7 +353,7 @@ def _schedule_findings(queue: PersistentQInterface, now: float) -> Iterator[Find
             yield Finding(
                 "info", f"schedule {each.name!r} is paused", f"run {command.format('resume-schedule')}", "schedules"
             )
-        elif now - each.next_at > STALL_SECONDS and not queue.move_status():
+        elif now - each.next_at > STALL_SECONDS and can_run and not queue.move_status():
             text = f"schedule {each.name!r} has been due for {span(now - each.next_at)}"
             again = "start a consumer; schedules are due when one takes jobs"
             yield Finding("warning", text, again, "schedules", each.next_at)

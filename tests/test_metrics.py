@@ -178,9 +178,10 @@ def test_consumer_that_stopped_sending_heartbeats_is_reported(queue):
 
 
 def test_job_that_waits_is_reported_as_is_expected_of_its_queue(queue):
-    queue.dequeue("w")
+    queue.enqueue("t")
+    queue.dequeue("w")  # it is busy
     queue.enqueue("t", now=(now := time.time()))
-    waits = "has waited for"
+    waits = "the oldest pending job has waited for"
     assert waits not in str(report.findings(queue, now + 590))
     assert waits in str(report.findings(queue, now + 610))
     queue.expect("default", max_wait_seconds=3600)

@@ -376,10 +376,10 @@ def test_title_and_icon_name_the_system_and_show_whether_it_has_a_problem(queue,
 
     assert seen() == ("Overview · pqueue", "icon.svg")
     queue.enqueue("t", now=time.time() - 3600)
-    assert seen() == ("(2) Overview · pqueue", "icon-problem.svg")
+    assert seen() == ("(1) Overview · pqueue", "icon-problem.svg")
     assert site.ask("/icon-problem.svg")[2]["Content-Type"] == "image/svg+xml"
     monkeypatch.setenv("PQUEUE_OPS_NAME", "shop <staging>")
-    assert seen()[0] == "(2) Overview · shop &lt;staging&gt;"
+    assert seen()[0] == "(1) Overview · shop &lt;staging&gt;"
     assert "<b>shop &lt;staging&gt;</b>" in "".join(each.proto.body for each in streamlit().get("html"))
 
 
@@ -847,7 +847,7 @@ def test_page_is_not_sent_again_because_time_has_passed(queue, site, monkeypatch
 def test_times_in_findings_and_tiles_are_for_the_script_and_for_readers(queue, site):
     queue.enqueue("mail", now=time.time() - 1200)
     text = site.ask("/")[1]
-    (finding,) = re.findall(r"the oldest pending job has waited for (<time .*?</time>)", text)
+    (finding,) = re.findall(r"the oldest has waited for (<time .*?</time>)", text)
     (tile,) = re.findall(r"oldest pending</span><b class=\"\">(<time .*?</time>)", text)
     assert finding == tile
     assert re.fullmatch(r'<time datetime="[0-9TZ:.-]+" data-kind="since">20 min</time>', tile)
@@ -858,9 +858,10 @@ def test_times_in_findings_and_tiles_are_for_the_script_and_for_readers(queue, s
 @pytest.mark.filterwarnings("ignore")
 def test_long_names_are_cut_in_findings_and_their_tooltip_is_the_whole(queue, site):
     name = "n'" * 127
-    queue.enqueue("t", queue=name, now=time.time() - 1200)
-    queue.enqueue("t", queue="q" * 255, now=time.time() - 1200)
-    queue.dequeue("c" * 255)
+    for each in (name, "q" * 255):
+        queue.enqueue("t", queue=each)
+        queue.limit(each, 1)
+        queue.pause(each)
     queue.close()
     for text in (site.ask("/")[1], "".join(each.proto.body for each in streamlit().get("html"))):
         found = re.findall(r'<p class="finding">(.*?)</p>', text)

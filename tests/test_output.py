@@ -178,8 +178,8 @@ def test_monitor_begins_with_the_verdict_and_fits_80_columns(queue):
     seen = monitor.snapshot(admin._reporting_damage)
     lines = monitor.screen(seen, 80)
     assert max(map(cells, lines)) <= 80
-    assert lines[0].startswith("2 problems   ")
-    assert lines[1].startswith("critical: 1 job pending and no consumer is alive")
+    assert lines[0].startswith("1 problem   ")
+    assert lines[1].startswith("critical: 1 job pending and no consumer is alive; the oldest has waited for 2 h")
     assert next(n for n, line in enumerate(lines) if "last failures" in line) < 24 - monitor.FAILURES_SHOWN
     pending = monitor.screen(seen, 80, order="pending")
     names = [line.split()[0] for line in pending if line.startswith(("queue-", "default"))]
