@@ -64,7 +64,7 @@ STYLE: str = (
 .pqueue .axis span { border-left: 1px solid var(--line); padding-left: 4px; white-space: nowrap }
 .pqueue .axis span:last-child { position: absolute; right: 0; border: 0 }
 .pqueue figure svg.up { grid-column: 1; width: 52px; height: 120px; overflow: visible; font-size: 11.5px;
-  text-anchor: end; fill: var(--soft) } .pqueue .up svg { overflow: visible }
+  text-anchor: end; fill: var(--soft) } .pqueue .up svg { overflow: visible } .pqueue .up .failed { fill: currentColor }
 @media (max-width: 900px) { .pqueue .tiles { grid-template-columns: repeat(4, minmax(0, 1fr)) }
   .pqueue .two { grid-template-columns: minmax(0, 1fr) } }
 @media (max-width: 600px) { .pqueue .tiles { grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 6px }
@@ -166,6 +166,7 @@ def _clock(at: float, *, has_day: bool) -> str:
 # Charts: the text of the axes in HTML, around an SVG that stretches ###################################################
 
 WIDTH, HEIGHT = 600.0, 100.0
+LEAST = 2.5  # height of a bar: 3 pixels
 Minutes = list[dict[str, Any]]
 
 
@@ -234,26 +235,30 @@ def _jobs_keys(minutes: Minutes) -> str:
 def _jobs_chart(minutes: Minutes, clock: Clock) -> str:
     """Draw bars of completed jobs, below the axis those of failed attempts, and a line of enqueued jobs.
 
-    The last bar is partial.
+    Failed attempts have a quarter of the height at least, with their own scale, so that a few of them are seen beside
+    thousands of jobs. The last bar is partial.
     """
-    failed = max(map(_failed, minutes))
-    top = _ceiling(max(2, failed / 8, *(max(each["enqueued"], each["completed"]) for each in minutes)))
-    low = _ceiling(max(2, failed, top / 8)) if failed else 0.0  # so that the labels do not overlap
-    step, zero = WIDTH / len(minutes), HEIGHT * top / (top + low)
+    most = max(map(_failed, minutes))
+    top = _ceiling(max(2, most / 2, *(max(each["enqueued"], each["completed"]) for each in minutes)))
+    low = _ceiling(max(2, most)) if most else 0.0
+    step, zero = WIDTH / len(minutes), HEIGHT * min(top / (top + low), 0.75 if most else 1)
     marks = []
     for number, each in enumerate(minutes):
         going_on = ' opacity="0.5"' if number == len(minutes) - 1 else ""
-        for name in ("completed", "failed"):
-            number_of = each[name] if name == "completed" else _failed(each)
-            if tall := number_of / (top + low) * HEIGHT:
-                y = zero - tall if name == "completed" else zero
+        for name, number_of in (("completed", each["completed"]), ("failed", _failed(each))):
+            if number_of:
+                tall = max(LEAST, number_of / top * zero if name == "completed" else number_of / low * (HEIGHT - zero))
                 marks.append(
-                    f'<rect x="{number * step + 1:.1f}" y="{y:.1f}" width="{step - 2:.1f}" height="{tall:.1f}" '
-                    f'fill="{dashboard.CHART_COLOURS[name]}"{going_on}/>'
+                    f'<rect x="{number * step + 1:.1f}" y="{zero - tall if name == "completed" else zero:.1f}" '
+                    f'width="{step - 2:.1f}" height="{tall:.1f}" fill="{dashboard.CHART_COLOURS[name]}"{going_on}/>'
                 )
-    marks += _line([each["enqueued"] + low for each in minutes[:-1]], top + low, step, "enqueued")
+    marks += _line([each["enqueued"] / top * zero + HEIGHT - zero for each in minutes[:-1]], HEIGHT, step, "enqueued")
     tips = [", ".join(f"{each[name]:,} {name}" for name in dashboard.COUNTED) for each in minutes]
-    scale = [(f"{top:,.0f}", 0.0), ("0", zero), *([(f"{low:,.0f}", HEIGHT)] if low else [])]
+    scale = [
+        (f"{top:,.0f}", 0.0),
+        ("0", zero),
+        *([(f'<tspan class="failed">{low:,.0f}</tspan>', HEIGHT)] if low else []),
+    ]
     return _frame(_jobs_keys(minutes), scale, marks, tips, minutes, clock)
 
 

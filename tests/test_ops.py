@@ -1852,6 +1852,17 @@ def test_chart_of_times_draws_a_wait_of_zero(wait):
         )  # no jobs are enqueued in a part of a minute
 
 
+@pytest.mark.parametrize("enqueued", [1, 6000, 1_000_000])
+def test_each_failed_attempt_is_seen_in_the_chart_beside_many_enqueued_jobs(enqueued):
+    minute = {"completed": 0, "retried": 0, "wait": None, "run": None}
+    minutes = [{**minute, "at": n * 60.0, "enqueued": enqueued, "failed": (0, 1, 400)[n % 3]} for n in range(60)]
+    bars = [float(each) for each in re.findall(r'height="([\d.]+)" fill="#', dashboard_summary.charts(minutes))]
+    assert len(bars) == 40
+    assert min(bars) >= 2.5  # of 100, which are 120 pixels
+    assert max(bars) >= 20
+    assert max(bars) <= 100
+
+
 @pytest.mark.parametrize(("completed", "failed"), [(0, 0), (1, 0), (0, 1), (0, 150), (150, 1), (10_000, 9)])
 def test_labels_of_the_chart_of_jobs_do_not_overlap(completed, failed):
     minute = {"enqueued": 0, "completed": completed, "failed": failed, "retried": 0, "wait": None, "run": None}
