@@ -72,7 +72,8 @@ progress { width: 90px; height: 10px; accent-color: var(--processing) }
   table:has(td.wrap) thead { position: absolute; clip-path: inset(50%) }
   tr:has(td.wrap) { display: flex; flex-wrap: wrap; border-bottom: 1px solid var(--line) }
   tr:has(td.wrap) td { border: 0; text-align: left }
-  td:has(details) { white-space: normal } details { margin: 0 } td form input { width: 76px }
+  td:has(details[open]) { white-space: normal } details { margin: 0 } td form input { width: 76px }
+  #queues td.name { width: 99%; max-width: 0; min-width: 60px }
   td .state::before { display: none }
   td.wrap { flex: 1 0 100%; order: -1; padding-right: 0 }
   tr:has(td.wrap) td.name { flex: 1 1 0; min-width: 60px; max-width: 50vw }

@@ -477,6 +477,21 @@ def test_long_names_leave_the_other_columns_and_the_buttons_in_sight(place, page
         assert page.evaluate(TOUCHING) == [], title
 
 
+def test_buttons_of_a_queue_are_side_by_side_on_a_phone(place, page):
+    queue = place.queue()
+    for name in ("a", "newsletter", "n" * 255):
+        queue.enqueue_many("t", range(1100), queue=name)
+        queue.pause(name)
+    page.set_viewport_size({"width": 390, "height": 844})
+    StandardLibrary(place, page)
+    rows = page.locator("#queues tbody tr")
+    expect(rows).to_have_count(3)
+    for row in rows.all():
+        first, second = (each.bounding_box() for each in row.locator("summary").all())
+        assert first["y"] == second["y"]
+    assert page.evaluate("document.querySelector('#queues').scrollWidth") <= 370
+
+
 def test_page_keeps_typed_text_while_it_refreshes(system, page):
     queue = system.queue()
     system.write("repaired", "")
