@@ -348,7 +348,8 @@ def _cell(column: Column, row: Any) -> Any:  # noqa: PLR0911 - one for each kind
     if column.kind == "moment":
         return f"{_clock(value)}, {report.ago(value, report.now_shown())}"
     if column.kind in ("since", "until"):
-        return report.span(abs(report.now_shown() - value))
+        age = report.now_shown() - value
+        return report.span(max(0.0, age if column.kind == "since" else -age))
     if column.kind == "left":
         return report.span(tables.left(*value))
     if column.kind == "trend":

@@ -1768,6 +1768,15 @@ def test_streamlit_page_shows_a_phone_the_same_columns_as_the_other_page(queue, 
     assert shown == [[each.heading for each in table.columns if each.on_phone] for table in expected]
 
 
+def test_lease_that_ran_out_has_no_time_left_in_streamlit(queue):
+    now = time.time()
+    queue.enqueue("t")
+    job = queue.dequeue("anna", lease_seconds=10, now=now - 300)
+    left = next(each for each in tables.PROCESSING.columns if each.kind == "until")
+    assert dashboard_streamlit._cell(left, job) == "0.0 s"
+    assert dashboard_streamlit._cell(left, job._replace(lease_expires_at=now + 29.9)) == "30 s"
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_streamlit_page_keeps_and_dims_what_it_showed_while_the_queue_is_away(queue):
     queue.enqueue("t", queue="first")
