@@ -1068,9 +1068,8 @@ def monitor(_: None, options: argparse.Namespace) -> CommandResult:
     if options.once or wants_rows(options):
         seen = live.snapshot(_reporting_damage)
         lines = live.screen(seen, width())
-        return CommandResult(
-            [{**seen, "findings": [each._asdict() for each in seen.get("findings", [])]}], "\n".join(lines)
-        )
+        row = {**seen, "findings": [each._asdict() for each in seen["findings"]]}
+        return CommandResult([row], "\n".join(lines), int("stats" not in seen))
     live.run(_reporting_damage, options.interval)
     return CommandResult(text="")
 

@@ -72,6 +72,10 @@ class JobFailed(QueueError):
     __reduce__ = _reduced
 
 
+class QueueNotFound(QueueError):
+    """There is no queue at this path or URL."""
+
+
 class InvalidTransition(QueueError):
     """The state of the job does not allow this change."""
 
@@ -535,7 +539,7 @@ def file_path(path: str | os.PathLike[str]) -> Path:
 
 
 def no_queue(name: object) -> QueueError:
-    return QueueError(f"no queue at {name}: check the path or PQUEUE_URL; a producer or a consumer creates a new queue")
+    return QueueNotFound(f"no queue at {name}: start a producer or a consumer, or check the path or PQUEUE_URL")
 
 
 def program_name(program: str) -> str:

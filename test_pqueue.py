@@ -6542,7 +6542,9 @@ class Files(SQLiteCase):
         self.assertEqual(set(self.folder.iterdir()), before)
 
     def test_look_at_a_queue_that_is_not_there_creates_nothing(self):
-        with self.assertRaisesRegex(QueueError, f"no queue at {self.path}: check the path or PQUEUE_URL"):
+        with self.assertRaisesRegex(
+            QueueError, f"no queue at {self.path}: start a producer or a consumer, or check the path or PQUEUE_URL"
+        ):
             open_queue(str(self.path), create=False)
         self.assertEqual(list(self.folder.iterdir()), [])
 

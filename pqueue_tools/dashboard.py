@@ -23,6 +23,7 @@ from pqueue_tools import file_task, report, supervisor
 from pqueue_tools.commands import Ago, moment
 from pqueue_tools.masking import masked_job
 from pqueue_tools.process import whole_number
+from pqueue_values import QueueNotFound
 
 JOBS_PER_PAGE = 50
 FRESH_SECONDS = 1.0  # minimum age of figures before they are computed again
@@ -167,7 +168,7 @@ class FigureCache:
     def __init__(self) -> None:
         self._queue: PersistentQInterface | None = None
         self._identity: Any = None
-        self._reason: str | None = None  # why the queue could not be opened
+        self._reason: QueueError | None = None  # why the queue could not be opened
         self._retry_at = 0.0  # when to try again
         self._lock = threading.RLock()
         self._reading = threading.Lock()  # one reader at a time: payloads use much memory
@@ -208,8 +209,10 @@ class FigureCache:
             except (QueueError, ValueError) as error:
                 is_locked = isinstance(error, QueueBusy) and not pqueue.is_postgres()
                 hint = ": wait, or end the program that has locked it, which lsof shows" if is_locked else ""
-                self._reason, self._retry_at = f"{error}{hint}", time.monotonic() + FRESH_SECONDS
-        raise QueueError(self._reason)
+                is_new = isinstance(error, QueueNotFound) and self._identity is None  # or it was there before
+                kind = QueueNotFound if is_new else QueueError
+                self._reason, self._retry_at = kind(f"{error}{hint}"), time.monotonic() + FRESH_SECONDS
+        raise self._reason
 
     def forget(self) -> None:
         """Close the queue and drop its figures."""

@@ -15,7 +15,7 @@ from pqueue_tools.dashboard import FILTERS, Query, one, prefix
 from pqueue_tools.dashboard_page import SCRIPT, STYLE
 from pqueue_tools.dashboard_summary import bars, charts, findings, text, tiles, time, trend
 from pqueue_tools.tables import OVERVIEW_ROWS, PAGES, Button, Column, Page, Table
-from pqueue_values import NO_PARAMS
+from pqueue_values import NO_PARAMS, QueueNotFound
 
 ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">
 <rect width="16" height="16" rx="4" fill="#1669b2"/>
@@ -145,10 +145,11 @@ def said(message: str, kind: str = "done") -> str:
     return f'<p id="said" class="{kind}" role="status">{text(message)}</p>'
 
 
-def without_queue(sentence: str, query: Query) -> str:
+def without_queue(error: Exception, query: Query) -> str:
     """Return the page that is shown while the queue is not available."""
+    title = "no queue yet" if isinstance(error, QueueNotFound) else "queue not available"
     with _keeping(query):
-        return _frame("no queue", f'<section id="trouble">{dashboard_summary.without_queue(sentence)}</section>')
+        return _frame(title, f'<section id="trouble">{dashboard_summary.without_queue(error)}</section>')
 
 
 def refusal(sentence: str, back: str) -> str:

@@ -271,7 +271,7 @@ class Handler(BaseHTTPRequestHandler):
         except JobNotFound:
             raise
         except QueueError as error:
-            self._send(HTTPStatus.SERVICE_UNAVAILABLE, *self._trouble(url.path, query, str(error)))
+            self._send(HTTPStatus.SERVICE_UNAVAILABLE, *self._trouble(url.path, query, error))
 
     def _expect_no_other_site(self, path: str) -> None:
         """Allow links from other sites to a page, but no other cross-site requests."""
@@ -330,14 +330,14 @@ class Handler(BaseHTTPRequestHandler):
     def _message(self, query: dashboard.Query) -> str:
         return self.server.pop_message(dashboard.one(query, "said"))
 
-    def _trouble(self, path: str, query: dashboard.Query, sentence: str) -> tuple[str, bytes]:
+    def _trouble(self, path: str, query: dashboard.Query, error: QueueError) -> tuple[str, bytes]:
         if path in PROBES:
             return TEXT, b"not ready\n"
         if path in ("/metrics", "/healthz"):
-            return TEXT, _encoded(sentence + "\n")
+            return TEXT, _encoded(f"{error}\n")
         if path.startswith("/api/"):
-            return JSON, _json({"error": sentence})
-        return HTML, _encoded(dashboard_html.without_queue(sentence, query))
+            return JSON, _json({"error": str(error)})
+        return HTML, _encoded(dashboard_html.without_queue(error, query))
 
     # Acting
 

@@ -134,7 +134,7 @@ def _section(key: str, part: Callable[[], None], title: str = "") -> None:
             if key:
                 st.caption("this part reloads automatically")
             else:
-                st.html(_html(f"{_title('')}{dashboard_summary.without_queue(str(error))}"))
+                st.html(_html(f"{_title('')}{dashboard_summary.without_queue(error)}"))
                 st.html(DIMMED)
         except ValueError as error:  # from a filter or an address
             _trouble(str(error))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from pqueue_tools import dashboard, report
+from pqueue_values import QueueNotFound
 
 FINDINGS_SHOWN = 6  # the others unfold
 NAME = re.compile(r"""(['"])(.*?)\1|\S{61,}""")  # quoted, or too long to be a word
@@ -85,9 +86,12 @@ def trouble(sentence: str) -> str:
     return f'<p class="health critical">{text(sentence)}</p>'
 
 
-def without_queue(sentence: str) -> str:
-    """Return why the queue is not available."""
-    return f"{trouble(sentence)}<p>The page tries again every {dashboard.REFRESH_SECONDS} seconds.</p>"
+def without_queue(error: Exception) -> str:
+    """Return why the queue is not available, and what to do; that there is none yet is no error."""
+    what, _, remedy = str(error).partition(": ")
+    severity = "warning" if isinstance(error, QueueNotFound) else "critical"
+    return f"""<p class="health {severity}">{text(what)}</p>{f"<p>{text(remedy)}</p>" if remedy else ""}
+<p class="soft">The page tries again every {dashboard.REFRESH_SECONDS} seconds.</p>"""
 
 
 def findings(found: list[report.Finding], address: Callable[[str], str]) -> str:

@@ -20,6 +20,7 @@ from pqueue_tools import supervisor
 from pqueue_tools.masking import masked_job
 from pqueue_tools.output import cells, colours, fitted, painted, table, wrapped
 from pqueue_tools.report import (
+    Finding,
     consumer_row,
     count,
     findings,
@@ -32,6 +33,7 @@ from pqueue_tools.report import (
     recent_minutes,
     verdict,
 )
+from pqueue_values import QueueNotFound
 
 FAILURES_SHOWN = 5
 FAILURES_SEARCHED = 100  # newest failed jobs, of which the last to fail are shown
@@ -50,7 +52,7 @@ Reading = Callable[[PersistentQInterface], Any]  # a context manager that report
 
 
 def snapshot(reading: Reading) -> dict[str, Any]:
-    """Return the contents of the screen. If the database cannot be read, "database" is the error."""
+    """Return the contents of the screen. If the queue cannot be read, that is the only finding, without "stats"."""
     now = now_shown()
     seen: dict[str, Any] = {"at": now, "processes": supervisor.known_processes()}
     try:
@@ -61,7 +63,8 @@ def snapshot(reading: Reading) -> dict[str, Any]:
             seen |= {"findings": found, "per_minute": per_minute(recent_minutes(queue, now))}
             seen |= {"stats": queue.stats(), "consumers": queue.consumers(), "failed": _failures(queue)}
     except (QueueError, ValueError) as error:
-        seen["database"] = str(error)
+        what, _, remedy = str(error).partition(": ")
+        seen["findings"] = [Finding("warning" if isinstance(error, QueueNotFound) else "critical", what, remedy)]
     return seen
 
 
@@ -81,7 +84,7 @@ def screen(seen: dict[str, Any], width: int, *, order: str = "name", in_colour: 
         return ["", f"{title + ' ':─<{min(width, 100)}}", *shown.split("\n")]
 
     lines = _verdict(seen, width, in_colour)
-    if "database" not in seen:
+    if "stats" in seen:
         rates = ", ".join(f"{rate:,} {name}" for name, rate in seen["per_minute"].items())
         alive = [consumer_row(each) for each in seen["consumers"] if each["state"] == "running" or each["job_ids"]]
         queues = [{"queue": name, **each} for name, each in seen["stats"]["queues"].items()]
@@ -97,11 +100,10 @@ def screen(seen: dict[str, Any], width: int, *, order: str = "name", in_colour: 
 def _verdict(seen: dict[str, Any], width: int, in_colour: bool) -> list[str]:
     """Return what an operator must know first: the time, and what is wrong."""
     at = f"{datetime.fromtimestamp(seen['at']):%Y-%m-%d %H:%M:%S}"
-    found = [f"critical: {seen['database']}"] if "database" in seen else verdict(seen["findings"])
-    number = len(problems(seen.get("findings", [])))
-    head = "no database" if "database" in seen else count(number, "problem") if number else "no problems"
-    lines = [fitting([head, at, "pqueue monitor"], width)]
-    for line in found if "database" in seen or seen["findings"] else ():
+    number = len(problems(seen["findings"]))
+    head = count(number, "problem") if number else "no problems"
+    lines = [fitting([head if "stats" in seen else "no queue", at, "pqueue monitor"], width)]
+    for line in verdict(seen["findings"]) if seen["findings"] else ():
         severity, *rest = re.split("(?=:)", "\n".join(wrapped(printable(line), width)), maxsplit=1)
         lines += "".join([painted(severity, severity) if in_colour else severity, *rest]).split("\n")
     return lines

@@ -189,7 +189,9 @@ class PostgresFiles(PostgresCase):
         self.assertIsInstance(queue, PersistentQSQLAlchemy)
 
     def test_looking_creates_nothing(self):
-        with self.assertRaisesRegex(QueueError, "no queue at .*: check the path or PQUEUE_URL"):
+        with self.assertRaisesRegex(
+            QueueError, "no queue at .*: start a producer or a consumer, or check the path or PQUEUE_URL"
+        ):
             pqueue.open_queue(self.url, create=False)
 
     def test_copy_is_a_queue_on_sqlite(self):
