@@ -23,7 +23,7 @@ from contextlib import suppress
 from pqueue import QueueError, open_queue
 from pqueue_tools.process import OneLineParser, module_name, not_blank, print_error, whole_number, writes_to_stdout
 from pqueue_tools.record import MAX_CONCURRENCY
-from pqueue_tools.report import count
+from pqueue_tools.report import count, span
 from pqueue_tools.supervisor import (
     CONFIGURATION,
     GROUP_SIZE,
@@ -73,7 +73,7 @@ def _act(options: argparse.Namespace) -> None:
     else:
         for each in processes():
             added = "added" if each["group"] in added_groups() else ""
-            uptime = f"{each['uptime_seconds']} s" if each["pid"] else ""
+            uptime = span(each["uptime_seconds"]) if each["pid"] else ""
             print(
                 f"{each['group']:12} {each['name']:16} {each['state']:10} {each['pid'] or '':>8} {uptime:>10} {added}"
             )

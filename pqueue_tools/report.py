@@ -9,7 +9,7 @@ import re
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -36,6 +36,7 @@ NO_FINDINGS = "no problem found"
 RATES = ("enqueued", "completed", "failed", "retried")
 DOCUMENTS = ("payload", "result", "meta")  # of a job
 CLOCK_SECONDS = 5.0  # a larger difference between this host's clock and the server's is reported
+BUILT_IN = ("prepend_timestamp",)  # tasks that a consumer knows without --import
 MANY_KEPT = 100_000  # a queue that keeps more finished jobs for ever is reported
 FULL_SECONDS = 7 * 86400.0  # the same as a warning, if at its growth the disk is full within this time
 MANY_FREE_BYTES = 100_000_000  # a file of which more than this, and more than half, is free is reported
@@ -89,8 +90,8 @@ def findings(
         *(Finding("critical", sentence) for sentence in facts["problems"]),
         *program_findings(processes),
         *_lost_jobs(queue, consumers),
-        *_no_consumers(stats, consumers, alive, blocked, now),
-        *_unserved_queues(stats, alive, blocked, now),
+        *_no_consumers(queue, stats, consumers, alive, blocked, now),
+        *_unserved_queues(queue, stats, alive, blocked, now),
         *_unknown_tasks(queue, stats, alive, blocked),
         *_stalled_queues(queue, stats, alive, blocked, now),
         *_duplicate_names(alive),
@@ -156,16 +157,27 @@ def _names(consumers: list[dict[str, Any]]) -> str:
     return ", ".join(each["name"] for each in consumers[:3]) + " …" * (len(consumers) > 3)
 
 
+def _start(tasks: Iterable[str], options: str = "") -> str:
+    """Return the command that starts a consumer of these tasks."""
+    return f"run {command_line('consumer')}{options}" + " --import MODULE" * any(each not in BUILT_IN for each in tasks)
+
+
 def _no_consumers(
-    stats: dict[str, Any], consumers: list[dict[str, Any]], alive: list[dict[str, Any]], blocked: set[str], now: float
+    queue: PersistentQInterface,
+    stats: dict[str, Any],
+    consumers: list[dict[str, Any]],
+    alive: list[dict[str, Any]],
+    blocked: set[str],
+    now: float,
 ) -> Iterator[Finding]:
     """Report that no consumer is alive, if that is not as it should be."""
     dead = [each for each in consumers if each["state"] == "dead"]
-    start = f"run {command_line('consumer')}"
     if alive:
         return
+    start = _start([task for each in consumers for task in each["tasks"] or ()])
     blocked.update(name for name, each in stats["queues"].items() if each["pending"] and not each["paused"])
     if blocked:
+        start = _start([task for _, task in queue.pending_tasks()])
         text = f"{count(stats['states']['pending'], 'job')} pending and no consumer is alive"
         yield _with_age(Finding("critical", text, start, "consumers"), oldest_pending(stats), now)
     elif dead:
@@ -178,12 +190,13 @@ def _no_consumers(
 
 
 def _unserved_queues(
-    stats: dict[str, Any], alive: list[dict[str, Any]], blocked: set[str], now: float
+    queue: PersistentQInterface, stats: dict[str, Any], alive: list[dict[str, Any]], blocked: set[str], now: float
 ) -> Iterator[Finding]:
     for name, each in stats["queues"].items():
         if alive and each["pending"] and not each["paused"] and not any(_serves(one, name) for one in alive):
             blocked.add(name)
-            start = f"run {command_line('consumer')} --queue {shlex.quote(name)}"
+            tasks = [task for served, task in queue.pending_tasks() if served == name]
+            start = _start(tasks, f" --queue {shlex.quote(name)}")
             text = f"queue {name!r}: {count(each['pending'], 'job')} pending and no live consumer serves it"
             yield _with_age(Finding("critical", text, start, "queues"), each["oldest_pending_at"], now)
 
@@ -211,7 +224,7 @@ def _unknown_tasks(
             blocked.add(name)
     for task, jobs in unknown.items():
         text = f"task {task!r}: {count(jobs, 'job')} pending and no running consumer knows this task"
-        yield Finding("critical", text, f"run {command_line('consumer')} --import MODULE", "queues")
+        yield Finding("critical", text, _start([task]), "queues")
 
 
 def _stalled_queues(
@@ -581,14 +594,13 @@ def _why_pending(queue: PersistentQInterface, job: Job, stats: dict[str, Any], n
             why = f"does not know its task {job.task}" if alive else "is not alive"
             return f"it is assigned to {job.assigned_to}, which {why}: assign it elsewhere, or to any"
     elif not alive:
-        return f"no consumer is alive: run {command_line('consumer')}"
+        return f"no consumer is alive: {_start([job.task])}"
     else:
         alive = [each for each in alive if _serves(each, job.queue)]
         if not alive:
             return f"no live consumer serves its queue {job.queue}"
     if not any(_knows(each, job.task) for each in alive):
-        start = f"run {command_line('consumer')} --import MODULE"
-        return f"no running consumer knows this task, {job.task}: {start}"
+        return f"no running consumer knows this task, {job.task}: {_start([job.task])}"
     waiting = f"it is waiting: {count(stats['pending'], 'job')} pending in queue {job.queue}, {_busy(alive)}"
     return _why_limited(queue, job, now) or waiting
 

@@ -747,9 +747,18 @@ def test_operator_enqueues_after_other_jobs_and_sees_for_which_a_job_waits(front
     assert run("enqueue", "album", "--after", "1,x")[0] == run("enqueue", "a", "--after-failed", "skip")[0] == 2
 
 
+def test_operator_is_told_to_import_tasks_except_the_built_in_one(queue):
+    start = "no consumer is alive: run python3 consumer.py"
+    job_id = queue.enqueue("prepend_timestamp", {"file": "job_1.txt"})
+    assert report.why(queue, job_id) == start
+    assert [str(each) for each in report.findings(queue)] == [f"1 job pending and {start}"]
+    queue.enqueue("mail")
+    assert [str(each) for each in report.findings(queue)] == [f"2 jobs pending and {start} --import MODULE"]
+
+
 def test_operator_sees_what_delays_a_pending_job(queue):
     job_id = queue.enqueue("mail", queue="post")
-    assert report.why(queue, job_id) == "no consumer is alive: run python3 consumer.py"
+    assert report.why(queue, job_id) == "no consumer is alive: run python3 consumer.py --import MODULE"
     queue.dequeue("anna", queues=["default"], tasks=["known"])
     assert report.why(queue, job_id) == "no live consumer serves its queue post"
     queue.assign(job_id, "berta")
@@ -765,7 +774,7 @@ def test_hints_of_an_installed_copy_name_its_commands(queue, tmp_path, monkeypat
         (tmp_path / f"{program}.py").touch()
     monkeypatch.setattr(pqueue_values, "__file__", str(tmp_path / "pqueue_values.py"))
     job_id = queue.enqueue("mail")
-    assert report.why(queue, job_id) == "no consumer is alive: run pqueue-consumer"
+    assert report.why(queue, job_id) == "no consumer is alive: run pqueue-consumer --import MODULE"
     queue.pause("default")
     assert report.why(queue, job_id) == "its queue default is paused: pqueue resume default"
 
@@ -782,7 +791,7 @@ def test_hints_of_a_checkout_name_its_programs_from_any_folder(queue, tmp_path):
             text=True,
             timeout=PATIENCE_SECONDS,
         )
-        assert done.stdout.endswith(f"no consumer is alive: run python3 {shown}\n"), done.stderr
+        assert done.stdout.endswith(f"no consumer is alive: run python3 {shown} --import MODULE\n"), done.stderr
 
 
 def test_suggested_command_quotes_names_for_the_shell(queue):
@@ -808,8 +817,8 @@ def test_doctor_reports_each_problem(queue, run, monkeypatch, folder):
 
     now = time.time()
     queue.enqueue("t", now=now - 3600)
-    alone = "critical: 1 job pending and no consumer is alive; the oldest has waited for 1 h: run python3 consumer.py"
-    assert found() == alone  # which is why the job waits
+    alone = "critical: 1 job pending and no consumer is alive; the oldest has waited for 1 h: "
+    assert found() == alone + "run python3 consumer.py --import MODULE"  # which is why the job waits
     job = queue.dequeue("anna", lease_seconds=1, now=now - 60)
     assert "1 lease ran out and no consumer took the jobs back" in found()
     queue.complete(job)
@@ -881,7 +890,8 @@ def test_doctor_finds_a_queue_that_no_consumer_serves(queue):
     queue.dequeue("w", queues=["images"])
     (found,) = report.findings(queue)
     assert str(found) == (
-        "queue 'mail': 2 jobs pending and no live consumer serves it: run python3 consumer.py --queue mail"
+        "queue 'mail': 2 jobs pending and no live consumer serves it: "
+        "run python3 consumer.py --queue mail --import MODULE"
     )
     assert found.severity == "critical"
     queue.dequeue("any")
@@ -916,7 +926,7 @@ def test_doctor_takes_as_many_steps_among_many_processing_jobs(queue):
 
 
 def test_doctor_combines_consumers_that_ended_with_jobs(queue, monkeypatch):
-    each = {"state": "dead", "job_ids": [1, 2], "last_seen_at": time.time(), "queues": None}
+    each = {"state": "dead", "job_ids": [1, 2], "last_seen_at": time.time(), "queues": None, "tasks": None}
     monkeypatch.setattr(queue, "consumers", lambda **_: [{**each, "name": name} for name in "abcde"])
     texts = [each.text for each in report.findings(queue)]
     assert "5 consumers ended and hold 10 jobs (a, b, c …)" in texts

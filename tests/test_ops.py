@@ -1520,7 +1520,10 @@ def test_health_and_metrics_are_for_machines(queue, site):
 
     queue.enqueue("t")
     status, text, _ = site.ask("/healthz")
-    assert (status, text) == (503, "critical: 1 job pending and no consumer is alive: run python3 consumer.py\n")
+    assert (status, text) == (
+        503,
+        "critical: 1 job pending and no consumer is alive: run python3 consumer.py --import MODULE\n",
+    )
     names = {family.name for family in text_string_to_metric_families(site.ask("/metrics")[1])}
     assert {"pqueue_jobs", "pqueue_consumers", "pqueue_findings"} <= names
 
