@@ -861,7 +861,7 @@ FROM pg_database WHERE datname = current_database() AND datcollversion <> pg_dat
 NO_AUTOVACUUM = f"""
 SELECT format('autovacuum is off for table %s: run ALTER TABLE %s RESET (autovacuum_enabled)', oid::regclass,
     oid::regclass)
-FROM pg_class WHERE relnamespace = '{SCHEMA}'::regnamespace AND relkind = 'r'
+FROM pg_class WHERE relnamespace = '{SCHEMA}'::regnamespace
     AND reloptions::text ~* 'autovacuum_enabled=(off|false|no|0)'
 UNION ALL SELECT 'autovacuum is off: set autovacuum = on' WHERE current_setting('autovacuum') = 'off'"""
 
@@ -961,7 +961,7 @@ HEALTH = (
 CATALOG = f"""
 WITH place AS (SELECT CASE WHEN :temporary THEN pg_my_temp_schema() ELSE '{SCHEMA}'::regnamespace END AS id),
 tables AS (SELECT oid, relname::text AS name FROM pg_class
-    WHERE relnamespace = (SELECT id FROM place) AND relkind = 'r' AND relname = ANY ('{{{", ".join(TABLES)}}}'))
+    WHERE relnamespace = (SELECT id FROM place) AND relname = ANY ('{{{", ".join(TABLES)}}}'))
 SELECT 'column', name, attname::text, concat_ws(' ', format_type(atttypid, atttypmod),
     CASE WHEN attcollation <> typcollation THEN 'COLLATE ' || attcollation::regcollation END,
     CASE WHEN attnotnull THEN 'NOT NULL' END, CASE attidentity WHEN 'd' THEN 'IDENTITY' WHEN 'a' THEN 'ALWAYS' END,

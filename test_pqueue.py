@@ -741,7 +741,7 @@ class QueueContract:
             q.finish_move(target, now=NOW)
             jobs = {job.task: job for job in target.list_jobs()}
             target.dequeue("x", tasks=["none"], now=NOW)
-            self.assertEqual(target.get(jobs["ready"].id).state, "pending")
+            self.assertEqual((target.get(jobs["ready"].id).state, jobs["ready"].waits_for), ("pending", 0))
             self.assertEqual((jobs["waits"].state, jobs["waits"].waits_for), ("waiting", 2))
             self.assertEqual(jobs["gone"].state, "cancelled")
             parents = [moved[0], moved[1], jobs["late"].id]
@@ -4667,12 +4667,13 @@ class QueueContract:
     def test_counts_are_copied_and_go_on_in_the_copy(self):
         queue = self.queue
         queue.complete(self.taken(), now=NOW)
-        queue.enqueue("t", now=NOW + 60)
+        for later in (60, 3600):  # in pages of an hour
+            queue.enqueue("t", now=NOW + later)
         target = self.target()
         queue.copy_to(target)
         self.assertEqual(target.outcomes(step_seconds=60), queue.outcomes(step_seconds=60))
         target.enqueue("t", now=NOW + 60)
-        self.assertEqual(target.outcomes()[0].enqueued, 3)
+        self.assertEqual(target.outcomes()[0].enqueued, 4)
 
     def test_operator_says_what_is_expected_of_a_queue(self):
         queue = self.queue

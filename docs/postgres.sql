@@ -1865,7 +1865,7 @@ FROM pg_database WHERE datname = current_database() AND datcollversion <> pg_dat
 -- Return the tables without autovacuum.
 SELECT format('autovacuum is off for table %s: run ALTER TABLE %s RESET (autovacuum_enabled)', oid::regclass,
     oid::regclass)
-FROM pg_class WHERE relnamespace = 'pqueue'::regnamespace AND relkind = 'r'
+FROM pg_class WHERE relnamespace = 'pqueue'::regnamespace
     AND reloptions::text ~* 'autovacuum_enabled=(off|false|no|0)'
 UNION ALL SELECT 'autovacuum is off: set autovacuum = on' WHERE current_setting('autovacuum') = 'off';
 
@@ -1947,7 +1947,7 @@ WHERE pg_notification_queue_usage() > 0.5;
 -- $1 temporary
 WITH place AS (SELECT CASE WHEN $1 THEN pg_my_temp_schema() ELSE 'pqueue'::regnamespace END AS id),
 tables AS (SELECT oid, relname::text AS name FROM pg_class
-    WHERE relnamespace = (SELECT id FROM place) AND relkind = 'r' AND relname = ANY ('{jobs, queues, queue_tasks, queue_groups, group_weights, group_starts, consumers, history, schedules, dependencies, handlers, outcomes, version, pending_counts, pending_changes, group_events}'))
+    WHERE relnamespace = (SELECT id FROM place) AND relname = ANY ('{jobs, queues, queue_tasks, queue_groups, group_weights, group_starts, consumers, history, schedules, dependencies, handlers, outcomes, version, pending_counts, pending_changes, group_events}'))
 SELECT 'column', name, attname::text, concat_ws(' ', format_type(atttypid, atttypmod),
     CASE WHEN attcollation <> typcollation THEN 'COLLATE ' || attcollation::regcollation END,
     CASE WHEN attnotnull THEN 'NOT NULL' END, CASE attidentity WHEN 'd' THEN 'IDENTITY' WHEN 'a' THEN 'ALWAYS' END,

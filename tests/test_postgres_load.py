@@ -541,6 +541,13 @@ def test_check_accepts_what_a_dba_may_add(queue, database):  # noqa: F811
         other.complete(other.dequeue("w")) if other.enqueue("t") else None
 
 
+def test_check_accepts_a_disabled_trigger_that_no_limit_needs(queue, database):  # noqa: F811
+    queue.limit("default", 10)
+    with psycopg.connect(database, autocommit=True) as admin:
+        admin.execute(f"UPDATE pqueue.queues SET max_pending = NULL; {JOBS} DISABLE TRIGGER pending_update")
+    assert queue.check(thorough=False)["problems"] == []
+
+
 @pytest.mark.parametrize("table", pqueue_postgres.WITH_ID)
 def test_operator_is_told_how_to_set_the_sequence_of_each_table(queue, database, table):  # noqa: F811
     """After a switch-over to a subscriber, which has the rows but not the sequences."""
