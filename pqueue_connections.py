@@ -236,6 +236,7 @@ class Link:
         self.for_application = ""  # the statement that gives the application the settings of its role
         self.search_path = ""  # of the role; the application may change it
         self.has_lost_plans = False
+        self.is_stale = False  # another one is to take its place
         self.connection: sqlalchemy.Connection | None = None  # of SQLAlchemy, when the application has used it
         self._poll = select.poll()
         self._poll.register(driver.fileno(), select.POLLIN)
@@ -259,7 +260,7 @@ class Link:
 
     def is_usable(self) -> bool:
         """Return whether the connection is idle and the server has sent nothing, such as a shutdown notice."""
-        return self.status == TransactionStatus.IDLE and not self._poll.poll(0)
+        return self.status == TransactionStatus.IDLE and not self.is_stale and not self._poll.poll(0)
 
     def expect_utf8(self) -> None:
         """Make the driver encode texts as UTF-8 again, if the application has changed that in its transaction."""
@@ -316,7 +317,7 @@ class ListenLink(Link):
         with suppress(psycopg.Error):
             if self._poll.poll(0):
                 self.receive()
-            return self.status == TransactionStatus.IDLE
+            return self.status == TransactionStatus.IDLE and not self.is_stale
         return False
 
 
@@ -511,6 +512,11 @@ class Pool:
             self._links.add(link)
             self._open += 1
         return link
+
+    def renew(self) -> None:
+        """Replace each connection the next time that it is taken."""
+        for link in list(self._links):
+            link.is_stale = True
 
     def close_idle(self, seconds: float) -> None:
         """Close the connections that no thread has used for this long."""

@@ -179,6 +179,7 @@ class PostgresSession(Session):
             if not is_notify_queue_full(error):
                 raise
             rows, with_commit = self.alone(sql, params), False
+        self._queue.has_enqueued = True
         self._queue.commit_seconds += (time.monotonic() - began - self._queue.commit_seconds) / 8
         if rows and not with_commit:
             self._wake()
@@ -493,6 +494,7 @@ class OnPostgres(PersistentQSQLAlchemy):
         self._reset_connections()
         self.commit_seconds = 0.0  # a moving average
         self.cannot_wake = False  # the last attempt failed, and was reported
+        self.has_enqueued = False
         self._reach = Reach()
         self._takes_turns = False  # at the last claim, some group might have had a job; that takes several statements
         self._closed = False
@@ -631,7 +633,13 @@ class OnPostgres(PersistentQSQLAlchemy):
         if state == "53100":
             return QueueFull(f"cannot write to {self.name}: its disk is full")
         if state == "25006":
-            return QueueError(f"cannot write to {self.name}: {self._why_read_only()}")
+            # What a running program could do before, it waits for. A setting of its role concerns new connections.
+            could_write = bool(self._registry) or self.has_enqueued
+            failure = (QueueBusy if could_write else QueueError)(
+                f"cannot write to {self.name}: {self._why_read_only()}"
+            )
+            self._pool.renew()
+            return failure
         if state == "42501":
             return QueueError(
                 f"cannot {'use' if self._is_open else 'open'} {self.name}: {text}{self._lacks(text, session)}"

@@ -694,6 +694,48 @@ def test_running_programs_wait_until_their_role_may_connect_again(place, strict,
     assert [child.poll() for child in children] == [None, None]
 
 
+READ_ONLY = {  # how an operator or a cloud lets nobody write, and undoes it
+    "server": ("ALTER SYSTEM SET {} = on", "ALTER SYSTEM RESET {}"),
+    "role": ("ALTER ROLE ann SET {} = on", "ALTER ROLE ann RESET {}"),
+}
+
+
+@pytest.mark.parametrize("of", READ_ONLY)
+def test_running_programs_wait_until_they_may_write_again(place, strict, of):
+    forbid, allow = (sql.format("default_transaction_read_only") for sql in READ_ONLY[of])
+    for statement in ("CREATE ROLE ann LOGIN PASSWORD 'right'", "CREATE SCHEMA pqueue AUTHORIZATION ann"):
+        strict.ask(statement)
+    url = f"postgresql://ann:right@127.0.0.1:{strict.port}/postgres"
+    place.write("tasks.py", "from pqueue import task\n@task()\ndef noop(): pass\n")
+    options = [(), ("--concurrency", 2)]
+    children = [place.start("consumer.py", "--import", "tasks", *each, PQUEUE_URL=url) for each in options]
+    wait_until(lambda: all(" started " in child.out.read_text() for child in children))
+    with closing(pqueue.open_queue(url)) as queue:
+        wait_until(lambda: len(queue.consumers()) == 2)
+        queue.enqueue("noop")
+        wait_until(lambda: queue.count_jobs(state="completed") == 1)
+        for statement in (forbid, "SELECT pg_reload_conf()"):
+            strict.ask(statement)
+        strict.ask("SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'ann'")
+        message = "default_transaction_read_only is on"
+        wait_until(lambda: all(message in child.out.read_text() for child in children))
+        with pytest.raises(QueueBusy, match=message):
+            queue.enqueue("noop")
+        with psycopg.connect(f"{strict.near_url}&options=-cdefault_transaction_read_only%3Doff", autocommit=True) as db:
+            db.execute(allow)
+            db.execute("SELECT pg_reload_conf()")
+        wait_until(lambda: enqueued(queue))
+        wait_until(lambda: queue.count_jobs(state="completed") == 2)
+    assert [child.poll() for child in children] == [None, None]
+
+
+def enqueued(queue):
+    """Return the id of a new job, or None if there may be none yet."""
+    with suppress(QueueBusy):
+        return queue.enqueue("noop")
+    return None
+
+
 def test_each_host_is_reported_with_its_answer_and_port(strict):
     strict.ask("CREATE ROLE ann LOGIN PASSWORD 'right'")
     strict.ask("ALTER SYSTEM SET default_transaction_read_only = on")
