@@ -284,7 +284,7 @@ QUEUES = Table(
         Column("groups", _group_counts, width="fold", on_phone=False, optional=True),
         Column("growth per hour", _growth, "number", on_phone=False),
     ),
-    "no queue yet",
+    f"no queue yet: run {command_line('producer')}",
     "queue",
     rows=_queues,
     buttons=_queue_buttons,

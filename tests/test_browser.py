@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from importlib.resources import files
+from itertools import product
 from urllib.parse import urlencode
 
 import pytest
@@ -611,20 +612,26 @@ def test_axe_finds_nothing_on_any_page(place, browser):
 
 
 def test_axe_finds_nothing_in_streamlit(place, browser):
-    queue = place.queue()
-    failed = queue.enqueue("t", {"to": "ada"})
-    queue.mark_failed(failed, "ValueError: no\n  traceback")
     page = browser.new_page(viewport={"width": 1280, "height": 844}, bypass_csp=True)
     page.set_default_timeout(PATIENCE)
     site = Streamlit(place, page)
-    for query, shown in (("page=consumers", "nothing is running"), (f"job={failed}", "Payload")):
+
+    def expect_nothing(query, shown):
         page.goto(f"{site.url}/?{query}")
-        expect(page.get_by_text(shown, exact=True)).to_be_visible()
+        expect(page.get_by_text(shown)).to_be_visible()
         page.evaluate(AXE)
-        for scheme in ("light", "dark"):
+        for width, scheme in product((1280, 390), ("light", "dark")):
+            page.set_viewport_size({"width": width, "height": 844})
             page.emulate_media(color_scheme=scheme)
             violations = page.evaluate("axe.run()")["violations"]
-            assert [(each["id"], each["nodes"][0]["html"]) for each in violations] == [], (query, scheme)
+            assert [(each["id"], each["nodes"][0]["html"]) for each in violations] == [], (query, width, scheme)
+
+    expect_nothing("", "no queue at")
+    queue = place.queue()
+    failed = queue.enqueue("t", {"to": "ada"})
+    queue.mark_failed(failed, "ValueError: no\n  traceback")
+    expect_nothing("page=consumers", re.compile("^nothing is running$"))
+    expect_nothing(f"job={failed}", re.compile("^Payload$"))
     page.close()
 
 
