@@ -224,7 +224,14 @@ function count() {
 document.addEventListener('submit', event => {
   if (event.target.method !== 'post') return;
   event.preventDefault();
-  send(event.target, event.submitter).catch(() => say($('said'), 'the dashboard does not answer'));
+  const button = event.submitter, sent = send(event.target, button), shown = $('said').textContent;
+  button.disabled = true;
+  const slow = setTimeout(() => { $('said').className = 'done'; say($('said'), 'in progress …'); }, 500);
+  sent.catch(() => say($('said'), 'the dashboard does not answer')).finally(() => {
+    clearTimeout(slow);
+    button.disabled = false;
+    if ($('said').textContent === 'in progress …') say($('said'), shown);
+  });
 });
 document.addEventListener('click', event => {
   if (event.target.id === 'pause') say(event.target, (stopped = !stopped) ? 'resume' : 'pause');

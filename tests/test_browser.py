@@ -364,6 +364,22 @@ def test_age_after_an_action_is_that_of_the_figures_it_shows(system, page):
     expect(page.locator("#age")).to_have_text(re.compile(r"^updated \d\.\d s ago"))
 
 
+def test_action_that_takes_long_says_so_and_cannot_be_started_twice(system, page):
+    queue = system.queue()
+    queue.enqueue("mail", delay_seconds=3600)
+    held = []
+    page.route("**/act/*", lambda route: held.append(route))  # noqa: PLW0108 - Playwright marks its handler
+    site = StandardLibrary(system, page)
+    page.locator("#queues").get_by_text("pause …").click()
+    button = page.get_by_role("button", name="yes, pause")
+    button.click()
+    site.said("in progress …")
+    expect(button).to_be_disabled()
+    held[0].continue_()
+    site.said("queue default paused")
+    assert len(held) == 1
+
+
 @both
 def test_operator_sets_jobs_aside_and_pauses_a_queue(system, page, front):
     queue = system.queue()
