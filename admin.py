@@ -537,6 +537,7 @@ def change(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
         raise UsageError("change: expected an option such as --priority 5")
     if options.group is not None and options.no_group:
         raise UsageError("change: expected --group or --no-group, got both")
+    now = queue.now()  # one time for both, by which they are one operation
     with queue.exclusive([options.job_id]):
         job = queue.get(options.job_id)
         if options.payload is not None:
@@ -544,8 +545,8 @@ def change(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
         if job.state in pqueue.FINISHED:
             if not options.resubmit:
                 raise Problem(f"cannot change job {job.id}: it is {job.state}; with --resubmit, it runs again")
-            queue.resubmit(job.id)
-        queue.change(job.id, **given)
+            queue.resubmit(job.id, now=now)
+        queue.change(job.id, now=now, **given)
     return CommandResult([{"job": job.id, "done": "changed"}], f"changed job {job.id}")
 
 

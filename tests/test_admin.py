@@ -1321,6 +1321,7 @@ def test_operator_changes_the_payload_that_is_shown_and_runs_a_failed_job_again(
     changed = {**shown, "amount": "7 …", "password": "…"}
     assert run("change", job_id, "--resubmit", "--payload", json.dumps(changed))[0] == 0
     assert (queue.get(job_id).state, queue.get(job_id).payload) == ("pending", {**stored, "amount": "7 …"})
+    assert queue.operations()[0]["event"] == "changed payload, resubmitted"
 
 
 def test_operator_enqueues_with_a_key_for_a_while(front, queue, run):
