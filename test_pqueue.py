@@ -609,11 +609,12 @@ class QueueContract:
             self.assertEqual(self.execute(db, "SELECT count(*) FROM dependencies").fetchall()[0][0], 0)
 
     def test_job_is_deleted_when_those_after_it_have_finished(self):
-        parent = self.queue.enqueue("t")
-        child = self.queue.enqueue("t", after=[parent])
-        self.queue.cancel(child)
-        self.queue.delete_jobs([parent])
-        self.assertEqual([job.id for job in self.queue.list_jobs()], [child])
+        parents = self.queue.enqueue_many("t", range(2))
+        children = [self.queue.enqueue("t", after=[each]) for each in parents]
+        self.queue.cancel(children[0])
+        self.queue.delete_jobs([parents[0]])
+        self.assertEqual({job.id for job in self.queue.list_jobs()}, {parents[1], *children})
+        self.assertEqual([job.id for job in self.queue.dependencies(children[1])], [parents[1]])
 
     def test_job_is_pruned_when_those_after_it_have_finished_whatever_others_wait_for(self):
         q = self.queue
@@ -623,6 +624,7 @@ class QueueContract:
             q.cancel(job_id, now=NOW)
         self.assertEqual(q.prune(0, now=NOW + 9), 2)
         self.assertEqual({job.id for job in q.list_jobs()}, {ids[1], children[1]})
+        self.assertEqual([job.id for job in q.dependencies(children[1])], [ids[1]])
 
     def test_job_that_is_restored_takes_no_key_whose_time_is_not_over(self):
         q = self.queue
@@ -1287,6 +1289,13 @@ class QueueContract:
         q.pause("paused")
         self.assertEqual(q.dequeue_many("w", 9, tasks=["u"], now=NOW), [])
         self.assertEqual([job.queue for job in q.dequeue_many("w", 9, tasks=["t"], now=NOW)], ["limited"])
+
+    def test_assigned_job_of_a_group_is_not_taken_with_the_others_of_its_group(self):
+        mine = self.queue.enqueue("t", group="a", assigned_to="x", priority=1, now=NOW)
+        for group in "ab":
+            self.queue.enqueue_many("t", range(2), group=group, now=NOW)
+        self.assertEqual([job.group for job in self.queue.dequeue_many("w", 9, now=NOW)], ["a", "b", "a", "b"])
+        self.assertEqual(self.queue.dequeue("x", now=NOW).id, mine)
 
     def test_assigned_job_counts_towards_the_limits_of_its_group(self):
         q = self.queue

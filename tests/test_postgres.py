@@ -1665,10 +1665,13 @@ def test_operator_sees_a_wrong_count_and_how_to_correct_it(database):
 def test_copy_of_a_queue_with_a_limit_is_counted(place, database):
     queue, target = place.queue(), PersistentQSQLAlchemy(database)
     queue.enqueue_many("t", range(10))
+    queue.cancel(queue.enqueue("t"))
+    queue.enqueue("t", queue="other")
     queue.limit("default", 12)
+    queue.limit("other", 2)
     target.limit("old", 3)
     queue.copy_to(target)
-    assert counted(target) == found(target) == {"default": 10}
+    assert counted(target) == found(target) == {"default": 10, "other": 1}
     target.enqueue_many("t", range(2))
     with pytest.raises(pqueue.QueueFull):
         target.enqueue("t")

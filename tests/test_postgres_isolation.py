@@ -435,6 +435,9 @@ def test_queues_in_two_schemas_of_a_database_know_nothing_of_each_other(database
         with pytest.raises(pqueue.QueueFull):
             mail.enqueue("letter")
         billing.enqueue_many("invoice", range(5))
+        billing.limit("default", 5)
+        with pytest.raises(pqueue.QueueFull):
+            billing.enqueue("invoice")
         assert billing.check()["problems"] == mail.check()["problems"] == []
         assert mail.name.endswith("?schema=Mail-App")
         assert billing._listener is not None
