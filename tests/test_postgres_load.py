@@ -108,11 +108,8 @@ def test_consumer_of_many_queues_gets_full_batches(queue, run_at):
     assert claims < 1.5 * 4000 / 64
 
 
-@pytest.mark.parametrize("queues", [1, 30, 200])
-@pytest.mark.parametrize("limit", [1, 16, 256])
-def test_claim_locks_hardly_more_rows_than_it_takes(queue, queues, limit):
-    for number in range(queues):
-        queue.enqueue_many("t", range(3000 // queues), queue=f"q{number}")
+def explain_claims(queue, option, limit, share):
+    """Yield the plan of a claim with each width, which is undone."""
     params = {
         "consumer": "w",
         "limit": limit,
@@ -122,16 +119,54 @@ def test_claim_locks_hardly_more_rows_than_it_takes(queue, queues, limit):
         "now": 2e9,
         "lease_expires_at": 3e9,
         "known_attempts": None,
-        "share": 1 + limit // queues + 1,
+        "share": share,
     }
     for width in (pqueue_postgres.SHARES, *pqueue_postgres.WIDTHS):
         sql, names = pqueue_postgres.translated(pqueue_postgres.claim_alone(width))
         with driver_of(queue) as driver:
             driver.execute("BEGIN")
             values = [params[name] for name in names]
-            rows = psycopg.RawCursor(driver).execute(b"EXPLAIN (ANALYZE, WAL) " + sql, values).fetchall()
+            command = f"EXPLAIN (ANALYZE, {option}) ".encode()
+            rows = psycopg.RawCursor(driver).execute(command + sql, values).fetchall()
             driver.execute("ROLLBACK")
-        plan = "\n".join(row[0] for row in rows)
+        yield width, "\n".join(row[0] for row in rows)
+
+
+def test_claim_reads_few_pages_unless_a_long_transaction_keeps_dead_rows(queue, database):  # noqa: F811
+    """Whether or not the server vacuums: a claim marks the entries of dead rows in the index, and later ones skip them.
+    docs/postgres.md has the figures."""
+
+    def work(jobs):
+        for number in range(jobs):
+            producers[number % 2].enqueue("t")
+            queue.complete(queue.dequeue("w"))
+        queue.dequeue("w")
+        return max(
+            sum(map(int, re.findall(r"(?:hit|read)=(\d+)", plan.split("\n")[1])))
+            for _, plan in explain_claims(queue, "BUFFERS", 8, 9)
+        )
+
+    with closing(pqueue.open_queue(database)) as other, psycopg.connect(database, autocommit=True) as admin:
+        producers = queue, other
+        for table in pqueue_postgres.TABLES:
+            admin.execute(f"ALTER TABLE pqueue.{table} SET (autovacuum_enabled = off)")
+        for _ in range(4):
+            assert work(100) < 60
+            queue.prune(0)
+        admin.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        admin.execute("SELECT count(*) FROM pqueue.jobs")
+        assert 100 < work(100) < 60 + 2 * 100
+        assert 200 < work(100) < 60 + 2 * 200
+        admin.execute("ROLLBACK")
+        assert work(1) < 60
+
+
+@pytest.mark.parametrize("queues", [1, 30, 200])
+@pytest.mark.parametrize("limit", [1, 16, 256])
+def test_claim_locks_hardly_more_rows_than_it_takes(queue, queues, limit):
+    for number in range(queues):
+        queue.enqueue_many("t", range(3000 // queues), queue=f"q{number}")
+    for width, plan in explain_claims(queue, "WAL", limit, 1 + limit // queues + 1):
         taken = int(re.search(r"Update on jobs[^\n]*actual[^\n]* rows=(\d+)", plan)[1])
         records = int(re.search(r"LockRows.*?\n.*?WAL: records=(\d+)", plan, re.DOTALL)[1])
         assert taken >= min(limit, width), plan
