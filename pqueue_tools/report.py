@@ -350,7 +350,7 @@ def _queue_findings(
         ):
             text = f"queue {name!r}: the oldest pending job has waited for {span(now - oldest)}"
             jobs = f"{command_line('admin')} list-jobs --status pending --queue {shlex.quote(name)}"
-            yield Finding("warning", text, f"run {jobs}, and ask with why JOB; perhaps add consumers", "queues", oldest)
+            yield Finding("warning", text, f"run {jobs}, then why JOB; add consumers if all are busy", "queues", oldest)
 
 
 def _schedule_findings(queue: PersistentQInterface, now: float, *, can_run: bool) -> Iterator[Finding]:
