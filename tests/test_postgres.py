@@ -1662,6 +1662,23 @@ def test_operator_sees_a_wrong_count_and_how_to_correct_it(database):
         assert queue.check()["problems"] == []
 
 
+def test_enqueue_in_a_transaction_stores_a_job_whose_key_has_just_become_free(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
+        queue.enqueue("t", key="another")
+        first = queue.enqueue("t", key="k")
+        read = queue._read
+
+        def cancel_first(sql, *params):
+            if sql == pqueue_postgres.LOCK_HOLDER:
+                with suppress(InvalidTransition):
+                    other.cancel(first)
+            return read(sql, *params)
+
+        with mock.patch.object(queue, "_read", cancel_first), queue.transaction():
+            assert queue.enqueue("t", key="k").is_new
+        assert queue.get(first).state == "cancelled"
+
+
 def test_copy_of_a_queue_with_a_limit_is_counted(place, database):
     queue, target = place.queue(), PersistentQSQLAlchemy(database)
     queue.enqueue_many("t", range(10))
