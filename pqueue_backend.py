@@ -347,13 +347,12 @@ class Backend(ABC):
             params = {"event": valid_filter("event", event, 1000), "actor": actor(by), "now": self._time(now)}
             session.change(RECORD_OPERATION, params)
 
-    def _set_queue(
-        self, sql: str, queue: str, event: str, by: str | None, now: float | None, **values: float | None
-    ) -> None:
+    def _set_queue(self, queue: str, event: str, by: str | None, now: float | None, **columns: float | None) -> None:
         """Change the settings of a queue, which is created if it does not exist, and record it."""
+        changes = ", ".join(f"{name} = :{name}" for name in columns)
         with self._transaction() as session:
             session.change(ADD_QUEUE, {"queue": valid_name("queue", queue)})
-            session.change(sql, {"queue": queue, **values})
+            session.change(f"UPDATE queues SET {changes} WHERE name = :queue", {"queue": queue, **columns})
             self.record(event, by=by, now=now)
             session.wakes = True
 

@@ -45,7 +45,6 @@ from pqueue_schema import (
     PENDING_OF_TASK,
     PROMOTE,
     RETURNED,
-    SET_MAX_PENDING,
     THESE,
 )
 from pqueue_values import (
@@ -85,10 +84,6 @@ WITHOUT_TURNS = without_turns()
 
 # Let the groups of a queue no longer take turns.
 SET_UNGROUPED = "UPDATE queues SET grouped = 0 WHERE name = :queue"
-
-# Limit each group of a queue; NULL: no limit.
-SET_MAX_RUNNING = "UPDATE queues SET max_running = :value WHERE name = :queue"
-SET_RATE = "UPDATE queues SET rate_jobs = :jobs, rate_seconds = :seconds WHERE name = :queue"
 
 # Count the jobs of a queue that are processing when it gets a limit.
 # guard: a job that runs when its queue gets a limit counts
@@ -414,16 +409,16 @@ class Grouping(Backend):
         with self._transaction() as session:
             if most is not ...:
                 to = f"set limit of pending jobs of queue {queue} to {most or 'none'}"
-                self._set_queue(SET_MAX_PENDING, queue, to, by, now, value=most)
+                self._set_queue(queue, to, by, now, max_pending=most)
                 self._count_pending(session, [queue])
             if at_once is not ...:
                 to = f"set limit of running jobs of each group of queue {queue} to {at_once or 'none'}"
-                self._set_queue(SET_MAX_RUNNING, queue, to, by, now, value=at_once)
+                self._set_queue(queue, to, by, now, max_running=at_once)
                 session.change(COUNT_RUNNING, {"queue": queue})
             if rate is not ...:
                 to = f"{jobs} in {interval(seconds)}" if seconds else "none"
                 to = f"set rate of each group of queue {queue} to {to}"
-                self._set_queue(SET_RATE, queue, to, by, now, jobs=jobs, seconds=seconds)
+                self._set_queue(queue, to, by, now, rate_jobs=jobs, rate_seconds=seconds)
             if at_once is not ... or rate is not ...:
                 self._let_groups_take_turns(session, queue)
                 session.change(WAKE_GROUPS, {"queue": queue})
@@ -433,7 +428,8 @@ class Grouping(Backend):
         weight = float(valid_number("weight", 1 / MAX_WEIGHT, weight, MAX_WEIGHT))
         params = {"queue": queue, "name": valid_group(group), "weight": weight}
         with self._transaction() as session:
-            self._set_queue(SET_GROUPED, queue, f"gave group {group} of queue {queue} the weight {weight:g}", by, now)
+            event = f"gave group {group} of queue {queue} the weight {weight:g}"
+            self._set_queue(queue, event, by, now, grouped=1)
             self._start_groups(session)
             session.change(SET_WEIGHT, params)
 

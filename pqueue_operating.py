@@ -165,11 +165,11 @@ class Operating(Grouping, Depending, Counting):
 
     def pause(self, queue: str, *, by: str | None = None, now: float | None = None) -> None:
         """Stop delivering jobs of this queue until `resume`. Running jobs continue."""
-        self._set_queue(pqueue_schema.SET_PAUSED, queue, f"paused queue {queue}", by, now, value=1)
+        self._set_queue(queue, f"paused queue {queue}", by, now, paused=1)
 
     def resume(self, queue: str, *, by: str | None = None, now: float | None = None) -> None:
         """Deliver jobs of this queue again."""
-        self._set_queue(pqueue_schema.SET_PAUSED, queue, f"resumed queue {queue}", by, now, value=0)
+        self._set_queue(queue, f"resumed queue {queue}", by, now, paused=0)
 
     def delete_jobs(
         self, job_ids: Iterable[int] | None = None, *, force: bool = False, now: float | None = None

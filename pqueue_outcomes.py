@@ -113,10 +113,6 @@ TOTAL = whole(uncounted("at < :until"))
 # Return what is expected of the queues.
 EXPECTATIONS = "SELECT name, max_wait_seconds, max_failed_share FROM queues ORDER BY name"
 
-# Set what is expected of a queue.
-EXPECT = """
-UPDATE queues SET max_wait_seconds = :max_wait_seconds, max_failed_share = :max_failed_share WHERE name = :queue"""
-
 # Return the first period that is counted by itself.
 FIRST_PERIOD = "SELECT min(at) FROM outcomes WHERE period = :period"
 
@@ -278,10 +274,10 @@ class Counting(Backend):
         wait = None if max_wait_seconds is None else above_0("max_wait_seconds", max_wait_seconds)
         # guard: an expected share is one
         share = None if max_failed_share is None else valid_number("max_failed_share", 0, max_failed_share, 1)
-        values = {"max_wait_seconds": wait, "max_failed_share": share}
         shown = f"wait {'default' if wait is None else interval(wait)}"
         shown += f", failed attempts {'default' if share is None else f'{share * 100:g}%'}"
-        self._set_queue(EXPECT, queue, f"set thresholds of queue {queue}: {shown}", by, now, **values)
+        event = f"set thresholds of queue {queue}: {shown}"
+        self._set_queue(queue, event, by, now, max_wait_seconds=wait, max_failed_share=share)
 
     def expectations(self) -> dict[str, Expectation]:
         """Return what is expected of each queue."""

@@ -24,7 +24,6 @@ from pqueue_values import (
     interval,
     long_duration,
     valid_list,
-    valid_name,
     valid_state,
 )
 
@@ -80,12 +79,9 @@ class Retaining(Grouping, Depending, Counting):
         }
         if not times:
             raise ValueError(f"expected how long to keep {', '.join(given)} jobs, got none of these")
-        with self._transaction() as session:
-            session.change(pqueue_schema.ADD_QUEUE, {"queue": valid_name("queue", queue)})
-            for state, seconds in times.items():
-                session.change(pqueue_schema.SET_KEEP[state], {"queue": queue, "seconds": seconds})
-            kept = [f"{state} {'for ever' if each is None else interval(each)}" for state, each in times.items()]
-            self.record(f"set retention of queue {queue}: {', '.join(kept)}", by=by, now=now)
+        kept = [f"{state} {'for ever' if each is None else interval(each)}" for state, each in times.items()]
+        columns = {f"keep_{state}_seconds": seconds for state, seconds in times.items()}
+        self._set_queue(queue, f"set retention of queue {queue}: {', '.join(kept)}", by, now, **columns)
 
     def retention(self, *, within_seconds: float = 3600.0, now: float | None = None) -> list[dict[str, Any]]:
         """Return what each queue keeps, and how it grows: three dicts for each, one for each finished state.

@@ -709,12 +709,6 @@ WHERE token = :token"""
 # Delete consumers that ended long ago.
 DELETE_CONSUMERS = "DELETE FROM consumers WHERE state <> 'running' AND last_seen_at < :before"
 
-# Pause (1) or resume (0) a queue.
-SET_PAUSED = "UPDATE queues SET paused = :value WHERE name = :queue"
-
-# Limit the pending jobs of a queue; NULL: no limit.
-SET_MAX_PENDING = "UPDATE queues SET max_pending = :value WHERE name = :queue"
-
 # Jobs that no unfinished others run after.
 # guard: a job that another one needs is kept
 NO_DEPENDENTS = f"""(has_dependents = 0 OR NOT EXISTS (SELECT 1 FROM dependencies d WHERE d.parent_id = jobs.id
@@ -753,9 +747,6 @@ ORDER BY pruned_at, name"""
 
 # Record that jobs of the queue are deleted now, unless some were since :since.
 MARK_PRUNED = "UPDATE queues SET pruned_at = :now WHERE name = :queue AND pruned_at NOT BETWEEN :since AND :now"
-
-# Keep finished jobs of a state for this long; NULL: for ever.
-SET_KEEP = {state: f"UPDATE queues SET keep_{state}_seconds = :seconds WHERE name = :queue" for state in FINISHED}
 
 _RETENTION = """
 SELECT name AS queue, '{state}' AS state, keep_{state}_seconds AS keep_seconds,

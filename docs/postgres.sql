@@ -853,16 +853,6 @@ WHERE token = $4;
 -- $1 before
 DELETE FROM pqueue.consumers WHERE state <> 'running' AND last_seen_at < $1;
 
--- SET_PAUSED
--- Pause (1) or resume (0) a queue.
--- $1 value, $2 queue
-UPDATE pqueue.queues SET paused = $1 WHERE name = $2;
-
--- SET_MAX_PENDING
--- Limit the pending jobs of a queue; NULL: no limit.
--- $1 value, $2 queue
-UPDATE pqueue.queues SET max_pending = $1 WHERE name = $2;
-
 -- PRUNABLE
 -- Return jobs that finished long ago and that nothing needs: before :before, or if that is NULL, before what their
 -- queue keeps. :queue is NULL for all queues.
@@ -1335,11 +1325,6 @@ GROUP BY queue, task, event, run, wait HAVING sum(number) <> 0 ORDER BY 2, 3;
 -- Return what is expected of the queues.
 SELECT name, max_wait_seconds, max_failed_share FROM pqueue.queues ORDER BY name;
 
--- EXPECT
--- Set what is expected of a queue.
--- $1 max_wait_seconds, $2 max_failed_share, $3 queue
-UPDATE pqueue.queues SET max_wait_seconds = $1, max_failed_share = $2 WHERE name = $3;
-
 -- FIRST_PERIOD
 -- Return the first period that is counted by itself.
 -- $1 period
@@ -1411,15 +1396,6 @@ SELECT name FROM pqueue.queues q WHERE grouped = 1 AND max_running IS NULL AND r
 -- Let the groups of a queue no longer take turns.
 -- $1 queue
 UPDATE pqueue.queues SET grouped = 0 WHERE name = $1;
-
--- SET_MAX_RUNNING
--- Limit each group of a queue; NULL: no limit.
--- $1 value, $2 queue
-UPDATE pqueue.queues SET max_running = $1 WHERE name = $2;
-
--- SET_RATE
--- $1 jobs, $2 seconds, $3 queue
-UPDATE pqueue.queues SET rate_jobs = $1, rate_seconds = $2 WHERE name = $3;
 
 -- COUNT_RUNNING
 -- Count the jobs of a queue that are processing when it gets a limit.
