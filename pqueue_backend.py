@@ -345,7 +345,7 @@ class Backend(ABC):
         """Record an operator's action that concerns no job; see `operations`. The verbs do it themselves."""
         with self._transaction() as session:
             params = {"event": valid_filter("event", event, 1000), "actor": actor(by), "now": self._time(now)}
-            session.change(RECORD_OPERATION, params)
+            session.change(RECORD_OPERATION, {**params, "error": None})
 
     def _set_queue(self, queue: str, event: str, by: str | None, now: float | None, **columns: float | None) -> None:
         """Change the settings of a queue, which is created if it does not exist, and record it."""

@@ -24,6 +24,7 @@ from pqueue_schema import (
     FREE_KEY,
     LIMITED,
     MOVES,
+    RECORD_OPERATION,
     STATES_OF,
     UNLESS_HELD,
 )
@@ -34,8 +35,6 @@ from pqueue_values import MAX_ID, InvalidTransition, Job, Params, QueueError, co
 # 'moved here', with {"token", "last_id"}: the last job of the source copied as of the call number `attempt`.
 MARK = f"SELECT id, at, event, attempt, error FROM history WHERE job_id = 0 AND event IN {MOVES} ORDER BY +id DESC"
 MARKS_HERE = "SELECT id, attempt, error FROM history WHERE job_id = 0 AND event = 'moved here' ORDER BY +id DESC"
-ADD_MARK = """
-INSERT INTO history (job_id, at, event, actor, attempt, error) VALUES (0, :now, :event, :actor, :attempt, :error)"""
 UNMARK = f"DELETE FROM history WHERE job_id = 0 AND event IN {MOVES}"
 PAUSE_ALL = "UPDATE queues SET paused = 2 WHERE paused = 0"
 RESUME_ALL = "UPDATE queues SET paused = 0 WHERE paused = 2"
@@ -232,12 +231,12 @@ class Moving(Operating):
         self._set_mark(session, "moved", mark, by, now)
         last_id = session.run("SELECT coalesce(max(id), 0) FROM jobs")[0][0]
         error = json.dumps({"token": mark["token"], "last_id": last_id})
-        return {"event": "moved here", "attempt": 0, "error": error, "actor": operator_name(by), "now": self._time(now)}
+        return {"event": "moved here", "error": error, "actor": operator_name(by), "now": self._time(now)}
 
     def _set_mark(self, session: Session, event: str, mark: Params, by: str | None, now: float | None) -> None:
         session.change(UNMARK)
-        params = {"event": event, "attempt": 0, "actor": operator_name(by), "now": self._time(now)}
-        session.change(ADD_MARK, {**params, "error": json.dumps(mark)})
+        params = {"event": event, "actor": operator_name(by), "now": self._time(now)}
+        session.change(RECORD_OPERATION, {**params, "error": json.dumps(mark)})
 
     def has_moved_to(self, target: Moving) -> bool:
         """Return whether this queue was moved to the target."""
@@ -401,7 +400,7 @@ def _mark(session: Session) -> tuple[str | None, Params]:
 
 def arrival(mark: Params) -> list[tuple[str, Params]]:
     """Return the statements that turn a copy into an independent queue with a mark of its source."""
-    return [(UNMARK, {}), (ADD_MARK, mark), (RESUME_ALL, {})]
+    return [(UNMARK, {}), (RECORD_OPERATION, mark), (RESUME_ALL, {})]
 
 
 def _copy_new_jobs(

@@ -44,7 +44,6 @@ from pqueue_values import (
     valid_priority,
 )
 
-ENDED_AS = {pqueue_schema.MARK_FAILED: "failed", pqueue_schema.CANCEL: "cancelled"}  # by verbs that end a job
 CHANGED = {"run_at": "time", "expires_at": "expiry", "expire_seconds": "expiry"}  # in the history
 BATCH = 500  # jobs changed in one transaction
 REPLAY_SECONDS = 86_400.0  # the lease of a replay, which is never renewed
@@ -93,16 +92,15 @@ class Operating(Grouping, Depending, Counting):
 
         Raises JobNotFound, or InvalidTransition if the job is finished.
         """
-        self._operator_verb(
-            "mark as failed", "marked failed", pqueue_schema.MARK_FAILED, job_id, by, now, error=error_text(error)
-        )
+        ended = {"state": "failed", "error": error_text(error)}
+        self._operator_verb("mark as failed", "marked failed", pqueue_schema.END, job_id, by, now, **ended)
 
     def cancel(self, job_id: int, *, by: str | None = None, now: float | None = None) -> None:
         """Make an unfinished job `cancelled`; a consumer running it loses its lease.
 
         Raises JobNotFound, or InvalidTransition if the job is finished.
         """
-        self._operator_verb("cancel", "cancelled", pqueue_schema.CANCEL, job_id, by, now)
+        self._operator_verb("cancel", "cancelled", pqueue_schema.END, job_id, by, now, state="cancelled")
 
     def assign(self, job_id: int, consumer: str | None, *, by: str | None = None, now: float | None = None) -> None:
         """Reserve an unfinished job for this consumer, whichever queues it serves (None: for any consumer).
@@ -133,8 +131,8 @@ class Operating(Grouping, Depending, Counting):
                 self._count_new(session)
             session.change(pqueue_schema.RECORD, {**params, "event": event, "actor": actor(by)})
             # guard: a job that an operator ends is counted
-            if sql in ENDED_AS:
-                count_job(session, job_id, ENDED_AS[sql], params["now"])
+            if sql is pqueue_schema.END:
+                count_job(session, job_id, params["state"], params["now"])
             done = session.change(sql, params)
             # guard: resubmit takes a key whose time is over
             if not done and allowed and session.change(pqueue_schema.FREE_KEY_FOR, params):
@@ -146,7 +144,7 @@ class Operating(Grouping, Depending, Counting):
             if sql is pqueue_schema.RESUBMIT:
                 self._restore(session, job_id, params["now"])
             # guard: a job that an operator ended is followed up
-            if sql in ENDED_AS:
+            if sql is pqueue_schema.END:
                 self._job_ended(session, job_id, params["now"])
 
     @contextmanager

@@ -632,16 +632,10 @@ WHERE id = :id AND state IN {UNTAKEN} AND (({HOLDS_KEY}) IS NOT TRUE OR NOT EXIS
 RUN_NOW = """
 UPDATE jobs SET state = 'pending', run_at = :now, waits_for = 0 WHERE id = :id AND state IN ('scheduled', 'waiting')"""
 
-# Make an unfinished job failed.
-# guard: mark_failed takes unfinished jobs
-MARK_FAILED = f"""
-UPDATE jobs SET state = 'failed', finished_at = :now, error = :error, waits_for = 0, {NO_LEASE}
-WHERE id = :id AND state IN {UNFINISHED}"""
-
-# Cancel an unfinished job.
-# guard: cancel takes unfinished jobs
-CANCEL = f"""
-UPDATE jobs SET state = 'cancelled', finished_at = :now, waits_for = 0, {NO_LEASE}
+# Make an unfinished job failed or cancelled.
+# guard: mark_failed and cancel take unfinished jobs
+END = f"""
+UPDATE jobs SET state = :state, finished_at = :now, error = coalesce(:error, error), waits_for = 0, {NO_LEASE}
 WHERE id = :id AND state IN {UNFINISHED}"""
 
 # Assign an unfinished job to a consumer; NULL: to any.
@@ -659,9 +653,9 @@ INSERT INTO history (job_id, at, event, actor, attempt, error, started_at)
 SELECT id, :now, :event, :actor, attempts, :error, CASE state WHEN 'processing' THEN started_at END
 FROM jobs WHERE id = :id"""
 
-# Record an operator's action that concerns no job.
+# Record an operator's action that concerns no job; a move has more to say, see pqueue_move.
 RECORD_OPERATION = """
-INSERT INTO history (job_id, at, event, actor, attempt) VALUES (0, :now, :event, :actor, 0)"""
+INSERT INTO history (job_id, at, event, actor, attempt, error) VALUES (0, :now, :event, :actor, 0, :error)"""
 
 # Return the latest operations: the rows with one time, actor and event. A retry at a time resubmits finished jobs and
 # changes the others.

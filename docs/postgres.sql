@@ -755,17 +755,11 @@ WHERE id = $10 AND state IN ('waiting', 'scheduled', 'pending') AND ((key IS NOT
 -- $1 now, $2 id
 UPDATE pqueue.jobs SET state = 'pending', run_at = $1, waits_for = 0 WHERE id = $2 AND state IN ('scheduled', 'waiting');
 
--- MARK_FAILED
--- Make an unfinished job failed.
--- $1 now, $2 error, $3 id
-UPDATE pqueue.jobs SET state = 'failed', finished_at = $1, error = $2, waits_for = 0, lease_token = NULL, lease_expires_at = NULL
-WHERE id = $3 AND state IN ('waiting', 'scheduled', 'pending', 'processing');
-
--- CANCEL
--- Cancel an unfinished job.
--- $1 now, $2 id
-UPDATE pqueue.jobs SET state = 'cancelled', finished_at = $1, waits_for = 0, lease_token = NULL, lease_expires_at = NULL
-WHERE id = $2 AND state IN ('waiting', 'scheduled', 'pending', 'processing');
+-- END
+-- Make an unfinished job failed or cancelled.
+-- $1 state, $2 now, $3 error, $4 id
+UPDATE pqueue.jobs SET state = $1, finished_at = $2, error = coalesce($3, error), waits_for = 0, lease_token = NULL, lease_expires_at = NULL
+WHERE id = $4 AND state IN ('waiting', 'scheduled', 'pending', 'processing');
 
 -- ASSIGN
 -- Assign an unfinished job to a consumer; NULL: to any.
@@ -783,9 +777,9 @@ SELECT id, $1, $2, $3, attempts, $4, CASE state WHEN 'processing' THEN started_a
 FROM pqueue.jobs WHERE id = $5 FOR UPDATE;
 
 -- RECORD_OPERATION
--- Record an operator's action that concerns no job.
--- $1 now, $2 event, $3 actor
-INSERT INTO pqueue.history (job_id, at, event, actor, attempt) VALUES (0, $1, $2, $3, 0);
+-- Record an operator's action that concerns no job; a move has more to say, see pqueue_move.
+-- $1 now, $2 event, $3 actor, $4 error
+INSERT INTO pqueue.history (job_id, at, event, actor, attempt, error) VALUES (0, $1, $2, $3, 0, $4);
 
 -- OPERATIONS
 -- Return the latest operations: the rows with one time, actor and event. A retry at a time resubmits finished jobs and
@@ -1026,10 +1020,6 @@ SELECT id, at, event, attempt, error FROM pqueue.history WHERE job_id = 0 AND ev
 
 -- MARKS_HERE
 SELECT id, attempt, error FROM pqueue.history WHERE job_id = 0 AND event = 'moved here' ORDER BY +id DESC;
-
--- ADD_MARK
--- $1 now, $2 event, $3 actor, $4 attempt, $5 error
-INSERT INTO pqueue.history (job_id, at, event, actor, attempt, error) VALUES (0, $1, $2, $3, $4, $5);
 
 -- UNMARK
 DELETE FROM pqueue.history WHERE job_id = 0 AND event IN ('moving', 'moved');
