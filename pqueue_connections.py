@@ -362,15 +362,6 @@ class Pool:
 
         for_application: one that does not listen. only: this one. Raises QueueBusy.
         """
-        with self._changed:
-            link = self._find(for_application, only)
-        if link is not None and link.is_usable():
-            return link
-        if link is not None:
-            self.discard(link)
-        return self._take_later(for_application, only)
-
-    def _take_later(self, for_application: bool, only: Link | None) -> Link:
         until = time.monotonic() + self._seconds
         patience = time.monotonic() + PATIENCE_SECONDS
         while True:

@@ -336,10 +336,6 @@ def opening_error(path: Path, error: OSError) -> QueueError:
     return kind(f"cannot open {path}: {error_reason(error, path)}")
 
 
-def is_on_read_only(path: Path) -> bool:
-    return hasattr(os, "statvfs") and bool(os.statvfs(path).f_flag & os.ST_RDONLY)
-
-
 def sync(path: Path) -> None:
     """Sync a file, or the names in a folder: a power cut may undo unsynced ones."""
     if fcntl is None:
@@ -405,17 +401,6 @@ def try_lock(file: int) -> bool:
 
 def unlock(file: int) -> None:
     fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def try_lock_bytes(file: int) -> bool:
-    """Lock the bytes of a database of which SQLite locks some while a connection is open."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, *reversed(FileLocks.IN_USE))
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise
-        return False
-    return True
 
 
 def is_stopped(pid: object) -> bool:

@@ -38,7 +38,6 @@ from pqueue_files import (
     has_locks,
     identity,
     is_mounted,
-    is_on_read_only,
     make_folder,
     move_into_place,
     open_private,
@@ -537,7 +536,7 @@ class PersistentQSQLite(PersistentQInterface):
                 self._expect_own_file()
             if not create and not (found and found.st_size):
                 raise no_queue(self.path)
-            self.is_read_only = bool(found and is_on_read_only(self.path))
+            self.is_read_only = bool(found and hasattr(os, "statvfs") and os.statvfs(self.path).f_flag & os.ST_RDONLY)
             if self.is_read_only:
                 self._expect_readable_log()
                 return

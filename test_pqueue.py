@@ -6822,13 +6822,13 @@ class Files(SQLiteCase):
 
     def test_check_of_a_queue_that_cannot_be_written_says_so(self):
         self.open().close()
-        with mock.patch("pqueue_sqlite.is_on_read_only", return_value=True):
+        with mock.patch("os.statvfs", return_value=mock.Mock(f_flag=os.ST_RDONLY)):
             queue = self.open()
-            self.assertEqual(
-                queue.check()["problems"], ["its file system is read-only: no job can be enqueued, run or changed"]
-            )
-            with self.assertRaisesRegex(QueueError, "cannot write to .*: its file system is read-only"):
-                queue.enqueue("t")
+        self.assertEqual(
+            queue.check()["problems"], ["its file system is read-only: no job can be enqueued, run or changed"]
+        )
+        with self.assertRaisesRegex(QueueError, "cannot write to .*: its file system is read-only"):
+            queue.enqueue("t")
 
     def test_names_of_created_files_are_synced(self):
         synced, fsync = [], os.fsync

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import time
@@ -14,6 +15,7 @@ from pqueue import is_postgres, sqlite_path
 from pqueue_files import (
     IN_RESTORE,
     LOGS,
+    FileLocks,
     group_of,
     has_locks,
     make_folder,
@@ -24,7 +26,6 @@ from pqueue_files import (
     status,
     sync,
     try_lock,
-    try_lock_bytes,
 )
 from pqueue_identity import schema_version
 from pqueue_sqlite import open_paths
@@ -128,6 +129,19 @@ def _exclusive_access(path: Path) -> Iterator[int | None]:
             advice = "have it open; stop them" if ", " in users else "has it open; stop it"
             raise QueueError(f"cannot replace {path}: {users} {advice}")
         yield file
+
+
+def try_lock_bytes(file: int) -> bool:
+    """Lock the bytes of a database of which SQLite locks some while a connection is open."""
+    import fcntl
+
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, *reversed(FileLocks.IN_USE))
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        return False
+    return True
 
 
 def _users(path: Path) -> str:
