@@ -456,7 +456,7 @@ class Pool:
             self._open -= 1
             if link is self.listening:
                 self.listening = None
-                self._lender.on_loss()
+                self._lender.interrupt()
             self._changed.notify()
 
     def reserve(self, number: int) -> None:

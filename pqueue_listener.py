@@ -8,8 +8,8 @@ import os
 import selectors
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, cast
 
 import psycopg
@@ -108,17 +108,12 @@ class ListenConnection:
         link = self._link
         if link is None:
             return
-        with suppress(psycopg.Error, QueueError), self._taken(link):
-            link.cursor.execute(self._queue._sql(sql), [number])
-
-    @contextmanager
-    def _taken(self, link: Link) -> Iterator[None]:
-        """Use the connection alone."""
-        self._queue._pool.take(only=link)
-        try:
-            yield
-        finally:
-            self._queue._pool.give_back(link)
+        with suppress(psycopg.Error, QueueError):
+            self._queue._pool.take(only=link)
+            try:
+                link.cursor.execute(self._queue._sql(sql), [number])
+            finally:
+                self._queue._pool.give_back(link)
 
     # Called by the pool, which holds its lock
 
@@ -129,8 +124,10 @@ class ListenConnection:
         link.dispatch()
         self._selector.register(link.driver.fileno(), selectors.EVENT_READ)
 
-    def on_loss(self) -> None:
-        self._interrupt()
+    def interrupt(self) -> None:
+        """Wake the thread."""
+        with suppress(OSError):
+            os.write(self._interrupt_writer, b"!")
 
     def wait(self, seconds: float, due_in: Callable[[], float]) -> bool:
         with self._changed:
@@ -139,14 +136,10 @@ class ListenConnection:
         with self._changed:
             return self._changed.wait_for(lambda: self._wakeups != before, max(0.0, until))
 
-    def _interrupt(self) -> None:
-        with suppress(OSError):
-            os.write(self._interrupt_writer, b"!")
-
     def stop_listening(self) -> None:
         """Stop the listener, which would otherwise reconnect and mark the consumers as running."""
         self._stopped = True
-        self._interrupt()
+        self.interrupt()
         if self._thread.is_alive():
             self._thread.join(2 * self._queue._busy_seconds + 2)  # it may be connecting
 
