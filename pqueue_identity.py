@@ -12,7 +12,7 @@ from pqueue_schema import APPLICATION_ID, MIGRATIONS, SQLITE_TYPES, TABLES, expe
 from pqueue_values import SchemaMismatch
 
 OUR_TABLES = f"SELECT sql LIKE '%STRICT' FROM sqlite_master WHERE type = 'table' AND name IN {TABLES}"
-SCHEMA = "SELECT type, name, sql FROM sqlite_master"
+DEFINITIONS = "SELECT type, name, sql FROM sqlite_master"
 
 
 def schema_of(*triggers: dict[str, str]) -> set[tuple[str, str, str]]:
@@ -20,13 +20,13 @@ def schema_of(*triggers: dict[str, str]) -> set[tuple[str, str, str]]:
     with closing(sqlite3.connect(":memory:")) as model:
         for statement in chain(*MIGRATIONS, *(each.values() for each in triggers)):
             model.execute(statement.format_map(SQLITE_TYPES))
-        return set(model.execute(SCHEMA))
+        return set(model.execute(DEFINITIONS))
 
 
 def is_dump(connection: sqlite3.Connection) -> bool:
     """Return whether this is a queue restored from the output of .dump, which omits its application id and version."""
     marks = connection.execute("SELECT * FROM pragma_application_id, pragma_user_version").fetchone()
-    return bool(marks == (0, 0) and schema_of() <= set(connection.execute(SCHEMA)))
+    return bool(marks == (0, 0) and schema_of() <= set(connection.execute(DEFINITIONS)))
 
 
 def adopt_dump(connection: sqlite3.Connection) -> None:

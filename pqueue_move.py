@@ -171,7 +171,8 @@ class Moving(Operating):
         dead = self._find_dead()
         with self._transaction() as session:
             self._lock_out_writers(session)
-            event, known = _mark(session)
+            marks: list[tuple[str, Params]] = [(row[2], json.loads(row[4])) for row in session.run(MARK)]
+            event, known = marks[0] if marks else ("", {})
             if event == "moved" and known["to"] != to:
                 raise QueueError(
                     f"cannot move: this queue was moved to {known['to']}; finish that with {command_line()} move "
@@ -391,11 +392,6 @@ def _pages_of_counts(source: Session) -> Iterator[list[Any]]:
 
 def _in_pages(ids: list[int]) -> Iterator[list[int]]:
     return (ids[start : start + PAGE] for start in range(0, len(ids), PAGE))
-
-
-def _mark(session: Session) -> tuple[str | None, Params]:
-    rows = session.run(MARK)
-    return (rows[0][2], json.loads(rows[0][4])) if rows else (None, {})
 
 
 def arrival(mark: Params) -> list[tuple[str, Params]]:

@@ -49,7 +49,7 @@ from pqueue_files import (
     status,
     sync,
 )
-from pqueue_identity import SCHEMA, adopt_dump, expect_ours, is_dump, schema_of, schema_version
+from pqueue_identity import DEFINITIONS, adopt_dump, expect_ours, is_dump, schema_of, schema_version
 from pqueue_join import JoinedSQLite, driver_connection
 from pqueue_locks import ConsumerLock, ConsumerLocks, ResultLocks, ResultWatch, WriterLock, boot_id
 from pqueue_move import COPIED_ROWS, arrival
@@ -1132,7 +1132,7 @@ class PersistentQSQLite(PersistentQInterface):
     def _schema_problems(self) -> list[str]:
         with self._sqlite_errors():
             triggers = [COUNTERS] * bool(self._read(LIMITED)) + [GROUPERS] * bool(self._read(GROUPED))
-            missing = schema_of(*triggers) - set(self._read(SCHEMA))
+            missing = schema_of(*triggers) - set(self._read(DEFINITIONS))
         changed = [f"{kind} {name!r} is not as this version makes it" for kind, name, _ in sorted(missing)]
         changed += [
             f"queue {name!r} counts its pending jobs wrong: set its limit again" for (name,) in self._read(MISCOUNTED)
