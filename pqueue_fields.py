@@ -139,22 +139,18 @@ def _enum(kind: type[Enum]) -> Codec:
 
 def _literal(values: tuple[Any, ...]) -> Codec:
     expected = " | ".join(map(repr, values))
-    members = [(each, codec(type(each))) for each in values]
+    encoded = [(each, codec(type(each)).encode(each)) for each in values]
 
-    def encode(value: Any) -> Any:
-        for each, member in members:
-            if value == each and type(value) is type(each):
-                return member.encode(value)
-        raise Misfit(expected, short(value))
+    def converter(pairs: list[tuple[Any, Any]]) -> Convert:
+        def convert(value: Any) -> Any:
+            for before, after in pairs:
+                if value == before and type(value) is type(before):
+                    return after
+            raise Misfit(expected, short(value))
 
-    def decode(value: Any) -> Any:
-        for each, member in members:
-            with suppress(Misfit):
-                if (found := member.decode(value)) == each and type(found) is type(each):
-                    return found
-        raise Misfit(expected, short(value))
+        return convert
 
-    return Codec(expected, encode, decode)
+    return Codec(expected, converter(encoded), converter([(after, before) for before, after in encoded]))
 
 
 def _union(args: tuple[Any, ...]) -> Codec:
