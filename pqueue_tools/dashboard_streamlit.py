@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from itertools import cycle
@@ -316,12 +317,24 @@ def _show_jobs(table: Table, row: Any) -> None:
 
 
 def _cells(table: Table, rows: list[Any]) -> list[dict[str, Any]]:
-    columns = [each for each in tables.columns_of(table, rows) if each.on_phone or not _is_phone()]
+    columns = [each for each in _drawn(tables.columns_of(table, rows)) if each.on_phone or not _is_phone()]
     cells = [{each.heading: _table_cell(each, row) for each in columns} for row in rows]
     for name in [each.heading for each in columns if each.kind == "number"]:
         if len({type(row[name]) for row in cells}) > 1:  # Arrow, which stores the table, takes one type in a column
             cells = [{**row, name: f"{row[name]:,}" if isinstance(row[name], int) else row[name]} for row in cells]
     return cells
+
+
+def _drawn(columns: Iterable[Column]) -> Iterator[Column]:
+    """Yield the columns, and next to each trend one of its failures: a line chart of a table has one line."""
+    for each in columns:
+        yield each
+        if each.kind == "trend":
+            yield replace(each, heading=f"{each.heading} of failures", kind="failures", cell=_failed_of(each))
+
+
+def _failed_of(trend: Column) -> Callable[[Any], list[int]]:
+    return lambda row: [failed for _, failed in trend.cell(row)]
 
 
 def _is_phone() -> bool:
@@ -353,7 +366,7 @@ def _cell(column: Column, row: Any) -> Any:  # noqa: PLR0911 - one for each kind
     if column.kind == "left":
         return report.span(tables.left(*value))
     if column.kind == "trend":
-        return [completed + failed for completed, failed in value]
+        return [completed for completed, _ in value]
     if column.kind == "failures":
         return value
     if column.kind == "long":
@@ -371,7 +384,7 @@ def _fact(column: Column, found: Any) -> str:
 
 def _config(table: Table, cells: list[dict[str, Any]]) -> dict[str, Any]:
     config: dict[str, Any] = {}
-    for each in [each for each in table.columns if each.heading in cells[0]]:
+    for each in [each for each in _drawn(table.columns) if each.heading in cells[0]]:
         values = [row[each.heading] for row in cells]
         if each.kind == "progress":
             config[each.heading] = st.column_config.ProgressColumn(min_value=0, max_value=1)
