@@ -18,6 +18,7 @@ nav a[aria-current] { background: var(--card); outline: 1px solid var(--line); c
 h1 { font-size: 18px; margin: 0 } h1 a { color: inherit; text-decoration: none }
 h2 { font-size: 14px; font-weight: 600; margin: 0 0 8px }
 main:focus { outline: none } .stale main, .stale #health { opacity: 0.45 }
+header:has(#away p) #health { display: none }
 #away { flex: 1 0 100% } #away p, #trouble p { margin: 4px 0; overflow-wrap: anywhere }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px;
   margin: 10px 0; overflow-x: auto; position: relative }

@@ -558,12 +558,14 @@ def test_page_says_that_the_queue_is_gone_until_it_is_back(place, page):
     (place.folder / "var/queue.db").rename(place.folder / "var/away.db")
     page.clock.run_for(2000)
     expect(page.locator("#away")).to_contain_text("check the path or PQUEUE_URL")
+    expect(page.locator("#health")).to_be_hidden()  # it said that there was no problem
     expect(page.locator("#age")).to_have_text(re.compile("^updated .* ago"))
     page.clock.run_for(12_000)
     expect(page.locator("body")).to_have_class(re.compile("stale"))
     (place.folder / "var/away.db").rename(place.folder / "var/queue.db")
     page.clock.run_for(5000)
     expect(page.locator("#away")).to_have_text("")
+    expect(page.locator("#health")).to_be_visible()
     expect(page.locator("body")).not_to_have_class(re.compile("stale"))
 
 
