@@ -905,6 +905,10 @@ def test_lock_of_an_application_is_not_taken_for_that_of_a_consumer(database):
     with PersistentQSQLAlchemy(database) as queue, psycopg.connect(database) as application:
         application.execute("SELECT pg_advisory_lock(1, 5), pg_advisory_lock(%s)", [of_64_bits])
         assert queue._read(pqueue_postgres.LOCKED_SLOTS) == []
+        elsewhere = psycopg.conninfo.make_conninfo(database, dbname="postgres")
+        with psycopg.connect(elsewhere) as copy:  # with a queue of its own
+            copy.execute(f"SELECT pg_advisory_lock({names[pqueue_postgres.LOCK_CLASS]}, 5)")
+            assert queue._read(pqueue_postgres.LOCKED_SLOTS) == []
         queue.dequeue("w")
         assert len(queue._read(pqueue_postgres.LOCKED_SLOTS)) == 1
 
