@@ -951,6 +951,21 @@ class QueueContract:
         jobs = [self.queue.dequeue("w", now=NOW, **options) for _ in range(number)]
         return [job and job.group for job in jobs]
 
+    def test_claim_among_many_tasks_takes_only_what_the_consumer_may_have(self):
+        q = self.queue
+        ids = {q.enqueue(f"t{number % 12}", now=NOW) for number in range(24)}
+        ids -= {job.id for job in q.dequeue_many("w", 2, now=NOW)}
+        for queue in ("paused", "other"):
+            q.enqueue("t0", queue=queue, priority=9, now=NOW)
+        q.pause("paused")
+        q.enqueue("t1", assigned_to="x", priority=9, now=NOW)
+        q.enqueue("t2", delay_seconds=60, priority=9, now=NOW)
+        ids.add(q.enqueue("t3", assigned_to="w", priority=8, now=NOW))
+        taken = set()
+        while jobs := q.dequeue_many("w", 99, queues=["default", "paused"], now=NOW):
+            taken |= {job.id for job in jobs}
+        self.assertEqual(taken, ids)
+
     def test_guarantee_6_jobs_of_many_tasks_come_in_order(self):
         q, taken = self.queue, []
         for number in range(120):
