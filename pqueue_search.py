@@ -216,8 +216,21 @@ class Reading(Backend):
 
         Raises ValueError for a filter of the wrong type or length.
         """
-        values = locals()
-        filters = cast(Filters, {name: values[name] for name in Filters.__annotations__})
+        filters = Filters(
+            state=state,
+            queue=queue,
+            group=group,
+            task=task,
+            key=key,
+            consumer=consumer,
+            text=text,
+            payload=payload,
+            fingerprint=fingerprint,
+            created_from=created_from,
+            created_before=created_before,
+            ids=ids,
+            shown=shown,
+        )
         return self.search_jobs(filters, before_id=before_id, limit=limit, seconds=math.inf, excerpt=excerpt)[0]
 
     def search_jobs(
