@@ -520,7 +520,7 @@ def file_path(path: str | os.PathLike[str]) -> Path:
     if not text.strip() or "\0" in text:
         raise ValueError(f"expected a path, got {short(text)}")
     if text.endswith(("/", "/.")):
-        raise ValueError(f"expected a path of a file, got {short(text)}, which is that of a folder")
+        raise ValueError("expected a path of a file, got one that ends as that of a folder")  # it may be a mistyped URL
     if text == ":memory:":
         raise ValueError(
             "expected a path, got ':memory:': a queue is a file; for a test, use one in a temporary folder"
