@@ -668,16 +668,16 @@ def test_resubmit_of_failed_jobs_skips_those_completed_meanwhile(queue, run, mon
     ids = [queue.enqueue("t") for _ in range(3)]
     for job_id in ids:
         queue.mark_failed(job_id)
-    page, other = type(queue).list_jobs, pqueue.open_queue()
+    search, other = type(queue).search_jobs, pqueue.open_queue()
 
-    def found_then_run(self, **filters):
-        found = page(self, **filters)
+    def found_then_run(self, filters, **options):
+        found = search(self, filters, **options)
         if self is not queue and self is not other and not self.in_transaction and other.get(ids[1]).state == "failed":
             other.resubmit(ids[1])
             other.complete(other.dequeue("w"))
         return found
 
-    monkeypatch.setattr(type(queue), "list_jobs", found_then_run)
+    monkeypatch.setattr(type(queue), "search_jobs", found_then_run)
     assert run("resubmit", "--status", "failed", "--yes")[1] == "resubmitted 2 jobs\n"
     assert [queue.get(job_id).state for job_id in ids] == ["pending", "completed", "pending"]
     other.close()
