@@ -157,7 +157,7 @@ MUTANTS = [
     Mutant("a job that kills its worker loses an attempt", "test_misbehaviour.py: true_reason and end-kill"),
     Mutant("a job that another one took down loses no attempt", "test_concurrency.py: only_its_own_job_an_attempt and hang_in_c"),
     Mutant("the last attempt of a job that may have ended its process is made alone", "test_concurrency.py: last_attempt", "bool(is_last)", "False"),
-    Mutant("the database is not written through another file's descriptor", "test_concurrency.py: closes_the_files"),
+    Mutant("the database is not written through another file's descriptor", "test_misbehaviour.py: process_only and tables"),
     Mutant("a job that had not begun loses no attempt by what another one has overwritten", "test_misbehaviour.py: had_not_begun_when"),
     Mutant("garbage of a task that disabled its collection is freed within the limits of the task", "test_misbehaviour.py: frees_its_objects and cycle and 1"),
     Mutant("a descriptor that a task has left behind ends no other job by SIGIO", "test_misbehaviour.py: asks_for_signals"),
