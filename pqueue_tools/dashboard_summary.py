@@ -239,8 +239,8 @@ def _jobs_keys(minutes: Minutes) -> str:
 def _jobs_chart(minutes: Minutes, clock: Clock) -> str:
     """Draw bars of completed jobs, below the axis those of failed attempts, and a line of enqueued jobs.
 
-    Failed attempts have a quarter of the height at least, with their own scale, so that a few of them are seen beside
-    thousands of jobs. The last bar is partial.
+    Failed attempts have a quarter of the height at least, with their own scale, so that a few of them are visible
+    among thousands of jobs. The last bar is partial.
     """
     most = max(map(_failed, minutes))
     top = _ceiling(max(2, most / 2, *(max(each["enqueued"], each["completed"]) for each in minutes)))

@@ -247,17 +247,8 @@ class Keeper:
 
     def _start(self) -> None:
         """Fork a worker."""
-        for field in (
-            fields.STORED,
-            fields.READY,
-            fields.IDLE,
-            fields.OUTCOME,
-            fields.WITHDRAW,
-            fields.RENEW,
-            fields.WAITING,
-        ):
+        for field in fields.OF_WORKER:
             self._fields[field] = 0
-        self._fields[fields.LOOP] = self._fields[fields.STEPPING] = 0
         for slot in self.record.slots:
             slot.clear()
         self._interrupted.clear()

@@ -87,7 +87,13 @@ def restored(edited: Any, stored: Any = None) -> Any:
         return fields
     if isinstance(edited, list):
         items = stored if isinstance(stored, list) and len(stored) == len(edited) else [None] * len(edited)
-        return [restored(each, item) for each, item in zip(edited, items, strict=True)]
+        shown = [masked(item) for item in items]
+        # Of several items with hidden values, one that was changed may have been moved, too
+        is_one = sum(each is not item for each, item in zip(shown, items, strict=True)) < 2
+        known = [
+            item if is_one or each == seen else None for each, item, seen in zip(edited, items, shown, strict=True)
+        ]
+        return [restored(each, item) for each, item in zip(edited, known, strict=True)]
     if isinstance(edited, str) and HIDDEN in edited:
         if isinstance(stored, str) and edited == masked_text(stored):
             return stored

@@ -40,6 +40,7 @@ from pqueue_tools import (
     supervisor,
     tables,
 )
+from pqueue_tools.masking import restored
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)>" & \x00\x1b[31m\u202e😀' + "x" * 5000
 
@@ -710,6 +711,26 @@ def test_operator_edits_a_payload_and_its_hidden_values_stay_as_they_are(queue, 
     assert (queue.get(job_id).state, queue.get(job_id).payload) == ("pending", {**stored, "amount": "7"})
     status, text, _ = site.act("enqueue", task="charge", payload=json.dumps(shown))
     assert (status, "expected the value of 'token', got …" in text) == (409, True), text
+
+
+@pytest.mark.parametrize(
+    ("edited", "expected"),
+    [
+        ([{"to": "ann", "token": "…"}, {"to": "bob", "token": "…"}, 8], ["one", "two"]),
+        ([{"to": "ann", "token": "…"}, {"to": "bob", "token": "new"}, 7], ["one", "new"]),
+        ([{"to": "bob", "token": "…"}, {"to": "ann", "token": "…"}, 7], None),
+        ([{"to": "eve", "token": "…"}, {"to": "bob", "token": "…"}, 7], None),
+        ([{"to": "bob", "token": "…"}, 7], None),
+    ],
+)
+def test_hidden_value_never_moves_to_another_item_of_a_list(edited, expected):
+    stored = [{"to": "ann", "token": "one"}, {"to": "bob", "token": "two"}, 7]
+    if expected:
+        assert [each["token"] for each in restored(edited, stored)[:2]] == expected
+    else:
+        with pytest.raises(ValueError, match="expected the value of 'token', got …"):
+            restored(edited, stored)
+    assert restored([{"to": "eve", "token": "…"}, 8], [stored[0], 7]) == [{"to": "eve", "token": "one"}, 8]
 
 
 def test_link_of_a_group_shows_the_jobs_that_its_action_changes(queue, site):
