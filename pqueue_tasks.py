@@ -34,6 +34,7 @@ from pqueue_values import (
     valid_int,
     valid_list,
     valid_name,
+    valid_number,
     valid_priority,
 )
 
@@ -294,7 +295,7 @@ def task(
         "priority": valid_priority(priority),
         "max_attempts": valid_int("max_attempts", 1, max_attempts),
         "timeout_seconds": None if timeout_seconds is None else above_0("timeout_seconds", timeout_seconds),
-        "memory_mb": None if memory_mb is None else above_0("memory_mb", memory_mb),
+        "memory_mb": None if memory_mb is None else valid_number("memory_mb", 1, memory_mb, 1e6),
         "retry_on": _exceptions(retry_on),
         "backoff": None if backoff is None else _delays(backoff),
         "max_backoff_seconds": above_0("max_backoff_seconds", max_backoff_seconds),

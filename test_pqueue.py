@@ -7774,6 +7774,7 @@ def resize(path: str, width: int = 200) -> str:
             {"timeout_seconds": math.inf},
             {"memory_mb": -1},
             {"memory_mb": True},
+            {"memory_mb": timedelta(seconds=5)},
             {"retry_on": "ValueError"},
             {"retry_on": [ValueError]},
             {"retry_on": (ValueError, 5)},
