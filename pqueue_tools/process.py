@@ -133,8 +133,9 @@ def print_line(text: str) -> None:
         if _log_files and error.errno == errno.EBADF:  # closed by a task
             _log_files.clear()
             print_line(text)
-        elif error.errno != errno.ENOSPC:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), (_log_files[0] if _log_files else sys.stdout).fileno())
+        elif error.errno not in (errno.ENOSPC, errno.EFBIG):  # a full disk, or the limit for files
+            with suppress(OSError):  # a task has used up the descriptors
+                os.dup2(os.open(os.devnull, os.O_WRONLY), (_log_files[0] if _log_files else sys.stdout).fileno())
     except ValueError:
         """A task has closed sys.stdout."""
 

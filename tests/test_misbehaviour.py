@@ -681,6 +681,31 @@ def test_task_that_makes_the_database_unusable_costs_its_process_only(tasks, kin
     assert queue.check()["problems"] == []
 
 
+UNWRITABLE = """
+import resource
+from pqueue import task
+
+def lower(limit): resource.setrlimit(limit, (0, 0))
+
+@task(max_attempts=1)
+def spoil(limits: list[str]): print("the output", *map(lower, [getattr(resource, f"RLIMIT_{each}") for each in limits]))
+"""
+
+
+@pytest.mark.parametrize("pipe", ["", " | true"])
+def test_task_that_makes_the_log_unwritable_ends_no_consumer(tasks, pipe):
+    tasks.write("more.py", UNWRITABLE)
+    queue = tasks.queue()
+    bad = [queue.enqueue("spoil", {"limits": limits}) for limits in (["FSIZE"], ["NOFILE"], ["NOFILE", "FSIZE"])]
+    ids = [*bad, *queue.enqueue_many("good", range(3))]
+    command = tasks.command("consumer.py", "--import", "my_tasks", "--import", "more", "--drain")
+    child = tasks.start_command(["sh", "-c", f'"$@"{pipe}', "sh", *map(str, command)])
+    assert child.wait(PATIENCE_SECONDS) == 0, child.out.read_text()
+    assert {(queue.get(each).state, queue.get(each).attempts) for each in ids} == {("completed", 1)}
+    lines = child.out.read_text().splitlines()
+    assert pipe or ("stopped" in lines[-1] and sum("task=good" in line for line in lines) == 3), lines
+
+
 SETTINGS = """
 from pqueue import current_queue, task
 
