@@ -1365,7 +1365,7 @@ ON CONFLICT (period, at, queue, task, event, run, wait, shard) DO UPDATE SET num
 -- Delete these minutes.
 -- differs because ADD_UP has deleted them
 -- $1 before
-SELECT FROM (SELECT) none WHERE CAST($1 AS bigint) IS NULL;
+SELECT FROM (SELECT CAST($1 AS bigint)) none LIMIT 0;
 
 -- DELETE_HOURS
 -- Delete hours before :before.
@@ -1409,7 +1409,7 @@ UPDATE pqueue.queue_groups SET next_at = 0 WHERE queue = $1;
 -- differs because the next claim lists groups that have new jobs
 -- $1 now
 SELECT q.name,
-    (SELECT count(DISTINCT g.name) FROM (SELECT queue, name, task FROM pqueue.queue_groups UNION SELECT queue, name, task FROM pqueue.group_events WHERE task IS NOT NULL) g
+    (SELECT count(DISTINCT g.name) FROM (SELECT queue, name, task FROM pqueue.queue_groups UNION SELECT queue, name, task FROM pqueue.group_events) g
         WHERE g.queue = q.name AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = g.queue AND task = g.task AND "group" = g.name AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0)) AS pending,
     EXISTS (SELECT 1 FROM pqueue.queue_tasks t
         WHERE t.queue = q.name AND EXISTS (SELECT 1 FROM pqueue.jobs WHERE queue = t.queue AND task = t.task AND "group" = '' AND state = 'pending' AND assigned_to IS NULL LIMIT 1 OFFSET 0)) AS has_unnamed,

@@ -959,6 +959,21 @@ def test_operator_who_pauses_waits_for_writers_of_jobs_only(database):
         assert len(queue._read(pqueue_postgres.WRITERS)) == 1
 
 
+def test_operator_who_pauses_waits_for_no_writer_of_a_copy_of_the_database(database, server):
+    url = sqlalchemy.make_url(database)
+    PersistentQSQLAlchemy(database).close()
+    copy = f"{url.database}_copy"
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {copy} TEMPLATE {url.database}")  # where the tables have the same oids
+    with ExitStack() as undo:
+        undo.callback(drop, server, copy)
+        queue = undo.enter_context(closing(PersistentQSQLAlchemy(database)))
+        there = url.set(database=copy).render_as_string(hide_password=False)
+        writer = undo.enter_context(psycopg.connect(there))
+        writer.execute("LOCK TABLE pqueue.jobs IN ROW EXCLUSIVE MODE")
+        assert queue._read(pqueue_postgres.WRITERS) == []
+
+
 def test_consumer_that_has_just_begun_is_not_taken_for_dead(database, monkeypatch):
     monkeypatch.setattr(pqueue_listener, "RESTART_SECONDS", 0.0)
     with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
@@ -1302,6 +1317,74 @@ def test_application_with_an_old_snapshot_leaves_no_job_of_a_group_behind(databa
             job_id = queue.enqueue("t", group="a")
         application.commit()
         assert queue.dequeue("w").id == job_id
+
+
+def hasty(database):
+    """Return a queue that soon gives up waiting for a lock."""
+    return PersistentQSQLAlchemy(database, busy_seconds=1)
+
+
+def test_producer_of_a_group_waits_for_no_transaction_that_has_enqueued(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue, closing(hasty(database)) as other:
+        queue.enqueue("t", group="a")
+        with queue.transaction():
+            queue.enqueue("t", group="a")
+            assert other.enqueue("t", group="a")
+
+
+def test_consumer_of_groups_waits_for_no_claim_from_another_queue(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue, closing(hasty(database)) as other:
+        queue.enqueue("t", queue="a", group="g")
+        job_id = queue.enqueue("t", queue="b", group="g")
+        queue.heartbeat("v")
+        with queue.transaction():
+            assert queue.dequeue("v", queues=["a"])
+            assert other.dequeue("w", queues=["b"]).id == job_id
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_consumer_of_groups_takes_no_job_that_another_has_just_taken(database, monkeypatch, limit):
+    with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
+        job_id = queue.enqueue("t", priority=1)
+        queue.enqueue("t", queue="grouped", group="g")
+        first_jobs, taken = queue._first_jobs, []
+
+        def read_and_let_another_claim(*arguments):
+            found = first_jobs(*arguments)
+            taken.append(other.dequeue("v", queues=["default"]))
+            return found
+
+        monkeypatch.setattr(queue, "_first_jobs", read_and_let_another_claim)
+        jobs = queue.dequeue_many("w", limit)
+        assert taken[0].id == job_id
+        assert job_id not in [job.id for job in jobs]
+
+
+# Pruning
+
+
+def test_consumer_passes_over_a_queue_that_another_prunes(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue, closing(hasty(database)) as other:
+        queue.keep("default", cancelled=0)
+        queue.cancel(queue.enqueue("t"))
+        queue.enqueue("t")
+        later = queue.now() + 10
+        with queue.transaction() as db:
+            db.exec_driver_sql("SELECT 1 FROM pqueue.queues FOR UPDATE")
+            other.prune_kept(now=later)
+        assert queue.count_jobs(state="cancelled") == 1
+        other.prune_kept(now=later)
+        assert queue.count_jobs(state="cancelled") == 0
+
+
+def test_job_that_another_was_enqueued_after_while_a_prune_chose_it_is_kept(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        parent = queue.enqueue("t")
+        queue.complete(queue.dequeue("w"))
+        child = queue.enqueue("t", after=[parent])
+        assert queue._read(pqueue_postgres.PRUNE, {"ids": [parent]}) == [(0,)]
+        queue.cancel(child)
+        assert queue._read(pqueue_postgres.PRUNE, {"ids": [parent]}) == [(1,)]
 
 
 # Jobs that had not begun

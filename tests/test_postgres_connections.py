@@ -341,6 +341,9 @@ def test_first_job_of_a_queue_in_an_open_transaction_blocks_no_other(queue, data
                 getattr(queue, first)("t", [1], queue=name)
                 assert other.enqueue("t", queue=name)
                 assert other.enqueue_many("t", [2], queue=name)
+            with queue.transaction():
+                getattr(queue, first)("t", [3], queue=name, group="a")
+                assert other.enqueue("t", queue=name, group="a")
         with suppress(ZeroDivisionError), queue.transaction():
             queue.enqueue("t", queue="undone")
             raise ZeroDivisionError

@@ -185,9 +185,12 @@ def test_compact_empties_the_table_and_is_for_its_owner(queue, database):  # noq
     with closing(pqueue.open_queue(url.render_as_string(hide_password=False), create=False)) as worker:
         with pytest.raises(QueueError, match="expected the owner of the tables"):
             worker.compact()
-    queue.compact()
+    sizes = []
+    queue.compact(progress=sizes.append)
     with psycopg.connect(database, autocommit=True) as admin:
         assert admin.execute("SELECT pg_relation_size('pqueue.jobs')").fetchone() == (0,)
+        tables = [f"pg_total_relation_size('pqueue.{name}')" for name in pqueue_postgres.TABLES]
+        assert admin.execute(f"SELECT {' + '.join(tables)}").fetchone() == (sizes[-1],)
         admin.execute(f"DROP OWNED BY {role}")
         admin.execute(f"DROP ROLE {role}")
 
