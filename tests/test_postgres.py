@@ -1332,14 +1332,18 @@ def test_producer_of_a_group_waits_for_no_transaction_that_has_enqueued(database
             assert other.enqueue("t", group="a")
 
 
-def test_consumer_of_groups_waits_for_no_claim_from_another_queue(database):
+def test_consumer_of_groups_locks_only_the_queues_that_it_may_take_from(database):
     with closing(PersistentQSQLAlchemy(database)) as queue, closing(hasty(database)) as other:
-        queue.enqueue("t", queue="a", group="g")
-        job_id = queue.enqueue("t", queue="b", group="g")
+        mine, _, _ = (queue.enqueue("t", queue=name, group="g") for name in ("mine", "paused", "theirs"))
+        queue.enqueue("t", queue="without groups")
+        queue.cancel(queue.enqueue("t", queue="theirs", assigned_to="v"))
+        queue.pause("paused")
         queue.heartbeat("v")
         with queue.transaction():
-            assert queue.dequeue("v", queues=["a"])
-            assert other.dequeue("w", queues=["b"]).id == job_id
+            assert queue.dequeue("v", queues=["mine", "paused", "without groups"]).id == mine
+            assert other.dequeue("w", queues=["theirs"])
+            for name in ("paused", "without groups"):
+                other.resume(name)
 
 
 @pytest.mark.parametrize("limit", [1, 2])
