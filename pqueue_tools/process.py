@@ -302,6 +302,10 @@ def retry_soon(call: Callable[[], T]) -> T:
 class OneLineParser(argparse.ArgumentParser):
     """A parser that reports an error in one line and exits with 2."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"-\.?[0-9]")  # as in Python 3.14: -5m is a value, not an option
+
     def _print_message(self, message: str, file: Any = None) -> None:
         print(message, end="", file=file or sys.stderr)  # argparse would ignore an error
 

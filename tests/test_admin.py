@@ -453,6 +453,13 @@ def test_operator_whose_number_is_impossible_is_told_in_one_line(queue, run, mon
         (["delete-job-files"], 2, "expected --directory DIR"),
         (["delete-job-files", "--directory", "/nosuch"], 1, "cannot read /nosuch"),
         (["monitor", "--interval", "0s"], 2, "expected a duration from 0.1s to 1d, got '0s'"),
+        (
+            ["resubmit", "2", "--delay", "-5m"],
+            2,
+            "--delay: expected a duration such as 90s, 15m, 12h, 7d or 2w, got '-5m'",
+        ),
+        (["keep", "slow", "--failed", "-.5d"], 2, "--failed: expected a duration such as 90s, 15m, 12h, 7d or 2w"),
+        (["limit", "slow", "--rate", "-1/1s"], 2, "--rate: expected a whole number of at least 1, or none, got '-1'"),
         (["monitor", "--interval", "2d"], 2, "expected a duration from 0.1s to 1d"),
         (["monitor", "--interval", f"{10**30}w"], 2, "expected a duration to be a finite number of seconds"),
     ],
