@@ -1346,6 +1346,22 @@ def test_consumer_of_groups_locks_only_the_queues_that_it_may_take_from(database
                 other.resume(name)
 
 
+def test_consumer_of_groups_passes_over_those_that_another_lets_go_on(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue, closing(hasty(database)) as other:
+        for name in ("mine", "theirs"):
+            queue.limit(name, rate=(1, 10))
+            queue.enqueue_many("t", range(3), queue=name, group="g", now=1.0)
+            assert [len(queue.dequeue_many("v", 9, queues=[name], now=9.0)) for _ in range(2)] == [1, 0]
+        for group in "hi":
+            queue.enqueue("t", queue="theirs", group=group, now=1.0)
+        assert queue.dequeue("v", queues=["theirs"], now=9.0).group == "h"
+        with queue.transaction():
+            assert queue.dequeue("v", queues=["mine"], now=20.0)
+            assert other.dequeue("w", queues=["theirs"], now=20.0).group == "i"
+            assert other.dequeue("w", queues=["theirs"], now=20.0) is None
+        assert other.dequeue("w", queues=["theirs"], now=20.0).group == "g"
+
+
 @pytest.mark.parametrize("limit", [1, 2])
 def test_consumer_of_groups_takes_no_job_that_another_has_just_taken(database, monkeypatch, limit):
     with closing(PersistentQSQLAlchemy(database)) as queue, closing(PersistentQSQLAlchemy(database)) as other:
