@@ -62,15 +62,20 @@ def page() -> None:
     _section("", _health)
     try:
         _figures()
-    except pqueue.QueueError:
-        st.session_state["is away"] = True
+        if job_id := st.query_params.get("job", ""):
+            st.html(_html(f'<p class="menu">{" ".join(map(_menu_link, tables.MENU))}</p>'))
+            _section("job", lambda: _job(whole_number(0)(job_id)))
+            return
+        which = _chosen_page()
+        parts = tables.parts_of(which, _figures_of(which))
+    except pqueue.QueueError as error:
+        st.session_state["is away"] = True  # `_health` reloads the page
+        st.caption(_escaped(str(error)) if "figures" in st.session_state else "")
         return
-    if job_id := st.query_params.get("job", ""):
-        st.html(_html(f'<p class="menu">{" ".join(map(_menu_link, tables.MENU))}</p>'))
-        _section("job", partial(_job, whole_number(0)(job_id)))
+    except ValueError as error:  # from the address
+        _trouble(str(error))
         return
-    which = _chosen_page()
-    for part in tables.parts_of(which, _figures_of(which)):
+    for part in parts:
         if isinstance(part, tables.Table):
             _section(part.key, partial(_table_of, which, part), part.title)
         elif part == "search":
@@ -131,14 +136,14 @@ def _section(key: str, part: Callable[[], None], title: str = "") -> None:
     def draw() -> None:
         try:
             part()
+        except (pqueue.JobNotFound, ValueError) as error:  # from a filter or an address
+            _trouble(str(error))
         except pqueue.QueueError as error:
             if key:
                 st.caption("this part reloads automatically")
             else:
                 st.html(_html(f"{_title('')}{dashboard_summary.without_queue(error)}"))
                 st.html(DIMMED)
-        except ValueError as error:  # from a filter or an address
-            _trouble(str(error))
 
     draw.__qualname__ = key
     with st.container(border=True, key=f"part-{key}"):

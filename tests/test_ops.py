@@ -1786,6 +1786,42 @@ def test_streamlit_page_reports_a_missing_database(folder):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("query", "sentence"),
+    [
+        ({"job": "abc"}, "expected a whole number"),
+        ({"job": "1" * 30}, "expected a whole number"),
+        ({"job": "99"}, "no job 99"),
+        ({"page": "task"}, "expected a task"),
+        ({"page": "jobs", "since": "soon"}, "expected a duration"),
+        ({"page": "failed", "payload": "7"}, "expected a path"),
+    ],
+)
+def test_streamlit_page_says_what_is_wrong_with_its_address(queue, query, sentence):
+    queue.enqueue("t")
+    page = streamlit(**query)
+    assert not page.exception
+    assert f'<p class="health critical">{sentence}' in "".join(each.proto.body for each in page.get("html"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("query", [{"page": "tasks"}, {"page": "task", "task": "t", "last": "24 h"}])
+def test_streamlit_page_waits_for_figures_that_take_long(queue, monkeypatch, query):
+    queue.enqueue("t")
+    compute, may_compute = dashboard._Days.__call__, threading.Event()
+    monkeypatch.setattr(dashboard._Days, "__call__", lambda *given: may_compute.wait() and compute(*given))
+    monkeypatch.setattr(dashboard, "FIRST_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(dashboard, "PAGE_WAIT_SECONDS", 0.1)
+    try:
+        page = streamlit(**query)
+        assert (list(page.exception), [each.value for each in page.caption]) == ([], ["counting the jobs …"])
+    finally:
+        may_compute.set()
+    wait_until(lambda: [each.value for each in page.run(timeout=PATIENCE_SECONDS).caption] != ["counting the jobs …"])
+    assert not page.exception
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_streamlit_page_shows_a_phone_the_same_columns_as_the_other_page(queue, monkeypatch):
     populate(queue, jobs=400)
     monkeypatch.setattr(dashboard_streamlit, "_is_phone", lambda: True)
