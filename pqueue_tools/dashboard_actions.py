@@ -14,7 +14,7 @@ from pqueue_tools import dashboard, report, supervisor
 from pqueue_tools.commands import Ago, json_value, moment, rate
 from pqueue_tools.dashboard import FILTERS, FigureCache, Form, one
 from pqueue_tools.masking import masked_job
-from pqueue_tools.process import whole_number
+from pqueue_tools.process import sentence_of, whole_number
 from pqueue_values import interval
 
 FORM_FIELDS = ("scope", "id", "back", "confirmed", "when", "rate")  # of an action on many jobs, apart from the filters
@@ -210,7 +210,7 @@ def act(cache: FigureCache, name: str, form: Form, by: str | None = None) -> tup
         return False, "refused: this dashboard is read-only"
     try:
         done = ACTIONS[name](cache.queue(), form, by)
-    except (QueueError, supervisor.ManagerError, ValueError) as error:
-        return False, str(error)
+    except (QueueError, supervisor.ManagerError, ValueError, OSError) as error:
+        return False, sentence_of(error)
     cache.expire()
     return True, done

@@ -306,7 +306,7 @@ def _hidden(fields: dict[str, Any], token: str, back: str) -> str:
 def _inputs(form: dashboard.Form) -> str:
     """Return hidden fields that return the values unchanged, control characters included."""
     return "".join(
-        f'<input type="hidden" name="{name}" value="{html.escape(value).translate(CONTROLS)}">'
+        f'<input type="hidden" name="{html.escape(name)}" value="{html.escape(value).translate(CONTROLS)}">'
         for name, values in form.items()
         for value in values
     )

@@ -59,10 +59,13 @@ def expect_posix() -> None:
         )
 
 
+def sentence_of(error: object) -> str:
+    is_about_file = isinstance(error, OSError) and error.filename
+    return f"cannot use {error.filename}: {error.strerror}" if is_about_file else str(error)
+
+
 def print_error(program: str, error: object) -> None:
-    if isinstance(error, OSError) and error.filename:
-        error = f"cannot use {error.filename}: {error.strerror}"
-    print(f"{program_name(program)}: {printable(str(error))}", file=sys.stderr)
+    print(f"{program_name(program)}: {printable(sentence_of(error))}", file=sys.stderr)
 
 
 def report(program: str, error: Exception) -> int:

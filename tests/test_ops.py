@@ -500,6 +500,12 @@ def test_hostile_text_is_shown_as_text(queue, site):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in pages[0]
 
 
+def test_hostile_names_of_fields_are_shown_as_text(queue, site):
+    queue.enqueue("t")
+    status, text, _ = site.act("jobs", action="cancel", id=1, **{'"><b>': "x"})
+    assert (status, "<b>" in text, 'name="&quot;&gt;&lt;b&gt;"' in text) == (200, False, True)
+
+
 # What it does
 
 
@@ -647,6 +653,17 @@ def test_operator_mistake_is_reported(queue, site, action, form, message):
     assert status in (404, 409)
     assert message in text
     assert queue.list_jobs() == before
+
+
+@pytest.mark.parametrize(
+    ("action", "file"), [("add_group", "var/supervisor.d"), ("remove_group", "var/supervisor.d/consumer2.conf")]
+)
+def test_action_that_cannot_write_a_file_is_reported(queue, site, monkeypatch, action, file):
+    monkeypatch.setattr(supervisor, "call", lambda *_, **__: [])
+    path = Path(file)
+    path.mkdir(parents=True) if action == "remove_group" else path.touch()  # not what it expects
+    status, text, _ = site.act(action, group="consumer2")
+    assert (status, text.startswith(f"cannot use {file}")) == (409, True), text
 
 
 def test_read_only_dashboard_offers_and_does_nothing(queue, site, monkeypatch):
