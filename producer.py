@@ -100,10 +100,11 @@ class Producer:
             # guard: a job file's final name is synced
             pqueue_files.sync(self.directory)
         except BaseException:
-            with suppress(OSError):
-                file.close()  # flushes again
+            # First, as closing the file unlocks it
             (self.directory / name).unlink(missing_ok=True)
             new.unlink()
+            with suppress(OSError):
+                file.close()  # flushes again
             raise
         return file
 

@@ -31,7 +31,7 @@ from urllib.parse import parse_qs, quote, urlencode, urlsplit
 from pqueue import JobNotFound, QueueError
 from pqueue_tools import dashboard, dashboard_actions, dashboard_html, report, tables, termination
 from pqueue_tools.masking import is_cut
-from pqueue_tools.process import print_error
+from pqueue_tools.process import print_error, utc_now
 from pqueue_values import operator_name
 
 MAX_BODY_BYTES = 100_000
@@ -469,17 +469,11 @@ def serve(host: str, port: int) -> int:
         print_error("ops", f"expected a password in PQUEUE_OPS_PASSWORD to serve on {host}")
         return 2
     try:
-        dashboard.allowed_hosts()
-        dashboard.prefix()
-    except ValueError as error:
-        print_error("ops", error)
-        return 2
-    try:
         server = Server(host, port, password)
     except (OSError, TypeError, ValueError) as error:
         print_error("ops", listen_error(error, host, port))
         return 1
-    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} dashboard at {address(host, server.server_port)}", flush=True)
+    print(f"{utc_now()} dashboard at {address(host, server.server_port)}", flush=True)
     with suppress(QueueError, ValueError):
         server.cache.figures(0)  # start computing before the first request
     try:

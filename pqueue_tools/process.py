@@ -60,8 +60,9 @@ def expect_posix() -> None:
 
 
 def sentence_of(error: object) -> str:
-    is_about_file = isinstance(error, OSError) and error.filename
-    return f"cannot use {error.filename}: {error.strerror}" if is_about_file else str(error)
+    if isinstance(error, OSError) and error.filename:
+        return f"cannot use {error.filename}: {error.strerror}"
+    return str(error)
 
 
 def print_error(program: str, error: object) -> None:

@@ -728,7 +728,7 @@ class _Samples:
 
     @staticmethod
     def _escaped(label: str) -> str:
-        return printable(label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n"))
+        return printable(label).replace("\\", r"\\").replace('"', r"\"")
 
     def __str__(self) -> str:
         return "\n".join(line for lines in self.lines.values() for line in lines) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import re
@@ -657,6 +658,27 @@ def test_producer_writes_its_file_again_if_one_that_starts_has_deleted_it(place)
         job = queue.get(maker.produce())
     assert len(calls) == 3
     assert [each.name for each in (place.folder / "var/files").iterdir()] == [job.payload["file"]]
+
+
+def test_producer_that_starts_enqueues_no_file_that_another_one_gives_up(place):
+    queue = place.queue()
+    maker, starting = (producer.Producer(queue, place.folder / "var/files") for _ in range(2))
+    unlink, sync = Path.unlink, pqueue_files.sync
+
+    def fail_when_linked(folder):
+        sync(folder)
+        if names(place, "*"):
+            raise OSError(errno.EIO, "broken")
+
+    def unlink_after_a_start(path, **options):
+        with mock.patch.object(Path, "unlink", unlink):
+            starting.recover()
+        unlink(path, **options)
+
+    broken = mock.patch.object(pqueue_files, "sync", fail_when_linked)
+    with broken, mock.patch.object(Path, "unlink", unlink_after_a_start), pytest.raises(OSError, match="broken"):
+        maker.produce()
+    assert (queue.count_jobs(), names(place, "*"), names(place, ".*")) == (0, [], [])
 
 
 def test_consumer_deletes_jobs_that_their_queue_keeps_no_longer(tasks):
