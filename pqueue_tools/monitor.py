@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from typing import Any
 
@@ -145,42 +145,42 @@ def _help(order: str, top: int, most: int, total: int) -> list[str]:
 def _draw(lines: list[str], status: str, most: int) -> None:
     blank = [""] * (most - len(lines))
     text = "".join(f"\x1b[2K{line}\n" for line in [*lines, *blank])  # erased first: a full line leaves the cursor in it
-    sys.stdout.write(f"\x1b[H{text}\x1b[2K\x1b[7m{status}\x1b[0m")
-    sys.stdout.flush()
+    _write(f"\x1b[H{text}\x1b[2K\x1b[7m{status}\x1b[0m")
 
 
 @contextmanager
 def _terminal() -> Iterator[Callable[[float], bytes]]:
     """Switch to the alternate screen, and to input without echo or lines; switch back at the end. Yield a function that
     waits up to this many seconds for keys or a change of size, and returns the keys."""
-    resized, notify = os.pipe()
-    keyboard = sys.stdin.fileno() if sys.stdin.isatty() else None
-    restore = _without_lines(keyboard) if keyboard is not None else None
-    if hasattr(signal, "SIGWINCH"):
-        os.set_blocking(notify, False)
-        signal.signal(signal.SIGWINCH, lambda *_: _notify(notify))
-    sys.stdout.write("\x1b[?1049h\x1b[?25l\x1b[?7l")  # alternate screen, no cursor, no wrapping
-
-    def wait(seconds: float) -> bytes:
-        inputs = [resized] + ([] if keyboard is None else [keyboard])
-        ready, _, _ = select.select(inputs, [], [], max(0.0, seconds))
-        if resized in ready:
-            os.read(resized, 100)
-        if keyboard not in ready:
-            return b""
-        return os.read(sys.stdin.fileno(), 100) or b"q"  # the terminal was closed
-
-    try:
-        yield wait
-    finally:
+    with ExitStack() as undo:  # each before its step: a signal may end the program between the two
+        resized, notify = os.pipe()
+        undo.callback(os.close, resized)
+        undo.callback(os.close, notify)
+        keyboard = sys.stdin.fileno() if sys.stdin.isatty() else None
+        if keyboard is not None:
+            _deliver_keys_at_once(keyboard, undo)
         if hasattr(signal, "SIGWINCH"):
-            signal.signal(signal.SIGWINCH, signal.SIG_DFL)
-        sys.stdout.write("\x1b[?7h\x1b[?25h\x1b[?1049l")
-        sys.stdout.flush()
-        if restore:
-            restore()
-        os.close(resized)
-        os.close(notify)
+            os.set_blocking(notify, False)
+            undo.callback(signal.signal, signal.SIGWINCH, signal.SIG_DFL)
+            signal.signal(signal.SIGWINCH, lambda *_: _notify(notify))
+        undo.callback(_write, "\x1b[?7h\x1b[?25h\x1b[?1049l")
+        _write("\x1b[?1049h\x1b[?25l\x1b[?7l")  # alternate screen, no cursor, no wrapping
+
+        def wait(seconds: float) -> bytes:
+            inputs = [resized] + ([] if keyboard is None else [keyboard])
+            ready, _, _ = select.select(inputs, [], [], max(0.0, seconds))
+            if resized in ready:
+                os.read(resized, 100)
+            if keyboard not in ready:
+                return b""
+            return os.read(sys.stdin.fileno(), 100) or b"q"  # the terminal was closed
+
+        yield wait
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _notify(pipe: int) -> None:
@@ -188,13 +188,11 @@ def _notify(pipe: int) -> None:
         os.write(pipe, b".")
 
 
-def _without_lines(keyboard: int) -> Callable[[], None] | None:
-    """Deliver each key at once and do not show it; return a function that undoes this, or None where it is unknown."""
-    try:
+def _deliver_keys_at_once(keyboard: int, undo: ExitStack) -> None:
+    """Deliver each key at once, and do not show it, where that is possible."""
+    with suppress(ImportError):
         import termios
         import tty
-    except ImportError:
-        return None
-    before = termios.tcgetattr(keyboard)
-    tty.setcbreak(keyboard)
-    return lambda: termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+
+        undo.callback(termios.tcsetattr, keyboard, termios.TCSADRAIN, termios.tcgetattr(keyboard))
+        tty.setcbreak(keyboard)

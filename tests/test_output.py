@@ -7,12 +7,14 @@ import json
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
 import termios
 import threading
 import time
+import tty
 import unicodedata
 
 import pytest
@@ -311,6 +313,26 @@ def test_monitor_scrolls_sorts_and_ends_with_q(terminal):
     assert terminal.child.wait(PATIENCE_SECONDS) == 0
     wait_until(lambda: terminal.screens()[-1].endswith("\x1b[?1049l"))
     assert termios.tcgetattr(terminal.follower) == terminal.before
+
+
+@pytest.mark.parametrize("step", [f"{tty.__name__}.setcbreak", "signal.signal"])
+def test_monitor_that_is_ended_as_it_prepares_its_terminal_restores_it(queue, monkeypatch, step):
+    leader, follower = pty.openpty()
+    before, handler = termios.tcgetattr(follower), signal.getsignal(signal.SIGWINCH)
+    module, name = step.split(".")
+    do = getattr(sys.modules[module], name)
+
+    def do_and_end(*given):
+        do(*given)
+        monkeypatch.setattr(step, do)
+        raise SystemExit
+
+    with os.fdopen(follower, "r") as keyboard, os.fdopen(leader, "rb"):
+        monkeypatch.setattr(sys, "stdin", keyboard)
+        monkeypatch.setattr(step, do_and_end)
+        with pytest.raises(SystemExit):
+            monitor.run(admin._reporting_damage, 60)
+        assert (termios.tcgetattr(keyboard), signal.getsignal(signal.SIGWINCH)) == (before, handler)
 
 
 def test_monitor_draws_again_when_its_size_changes(terminal):
