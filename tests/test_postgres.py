@@ -493,6 +493,11 @@ class PostgresFiles(PostgresCase):
         with self.assertRaisesRegex(QueueError, "default_transaction_read_only is on, for the role"):
             other.enqueue("t")
         self.assertEqual(other.check()["problems"], [])
+        with queue.transaction() as db:
+            db.execute(sqlalchemy.text(f"ALTER DATABASE {name} RESET default_transaction_read_only"))
+        with self.assertRaises(QueueError):  # on a connection that was opened before
+            other.enqueue("t")
+        self.assertTrue(other.enqueue("t"))
 
     def test_missing_driver_is_one_line(self):
         with (
@@ -1150,7 +1155,7 @@ def test_consumer_that_reconnected_gets_a_new_grace_period(consumers):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("error", [ValueError("filedescriptor out of range"), MemoryError(), SystemExit()])
-def test_listener_that_fails_for_whatever_reason_is_there_again(consumers, error):
+def test_listener_that_fails_for_whatever_reason_is_there_again(consumers, caplog, error):
     queue, other = consumers
     queue.dequeue("anna")
     with mock.patch.object(pqueue_listener.ListenConnection, "_receive", side_effect=error):
@@ -1164,6 +1169,7 @@ def test_listener_that_fails_for_whatever_reason_is_there_again(consumers, error
     job = other.enqueue("t", queue="woken")
     assert wait_until(lambda: queue.wait(1, consumer="anna"))
     assert job
+    assert ("the listener failed" in caplog.text) == isinstance(error, Exception)
 
 
 def test_consumer_that_begins_while_the_line_connects_has_its_lock(consumers):
@@ -1754,6 +1760,16 @@ def test_triggers_are_there_only_while_a_queue_has_a_limit(database):
             queue.limit("b", None)  # does not wait for a reader that does not end
         queue.limit("b", None)
         assert queue._read(triggers)[0][0] == 0
+
+
+def test_operator_who_limits_queues_in_a_transaction_stops_no_reader(database):
+    with closing(PersistentQSQLAlchemy(database)) as queue, closing(hasty(database)) as reader:
+        queue.limit("a", 5)
+        with queue.transaction():
+            queue.limit("b", 5)
+            queue.limit("a", None)
+            queue.limit("b", None)
+            assert reader.count_jobs() == 0
 
 
 def test_operator_sees_a_wrong_count_and_how_to_correct_it(database):

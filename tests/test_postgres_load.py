@@ -173,6 +173,16 @@ def test_claim_locks_hardly_more_rows_than_it_takes(queue, queues, limit):
         assert records <= 2 * taken, plan
 
 
+def test_claim_that_takes_all_there_is_reads_no_more_of_each_task_the_next_time(queue):
+    queue.enqueue_many("t", range(100))
+    queue.delete_jobs()
+    for number in range(20):
+        queue.enqueue(f"t{number}")
+    assert [len(queue.dequeue_many("w", limit)) for limit in (1, 1, 1, 99)] == [1, 1, 1, 17]
+    assert queue._reach.width() == pqueue_postgres.SHARES
+    assert queue._reach.share(1) == 2
+
+
 def test_compact_empties_the_table_and_is_for_its_owner(queue, database):  # noqa: F811
     queue.enqueue_many("t", ["x" * 1000] * 1000)
     queue.delete_jobs()
