@@ -30,6 +30,7 @@ from pqueue_files import (
     closing_file,
     create_file,
     deleted_but_open,
+    error_reason,
     file_number,
     file_size,
     file_system,
@@ -761,7 +762,10 @@ class PersistentQSQLite(PersistentQInterface):
         if "not a database" in text:
             return SchemaMismatch(f"cannot use {self.path}: expected an SQLite database, got another file")
         if "readonly" in text or "unable to open" in text:
-            return QueueError(f"cannot write to {self.path}: no permission, no free descriptor, or it is gone ({text})")
+            reason, folder = "no permission, no free descriptor, or it is gone", self.path.parent
+            if not os.access(folder, os.W_OK):  # for the log
+                reason = error_reason(PermissionError(errno.EACCES, os.strerror(errno.EACCES)), folder)
+            return QueueError(f"cannot write to {self.path}: {reason} ({text})")
         if "malformed" in text:
             return QueueError(
                 f"cannot use {self.path}: it is damaged ({text}): stop all programs and run {command_line()} restore "

@@ -6688,6 +6688,10 @@ class Files(SQLiteCase):
             with self.subTest(message):
                 error = queue._error(sqlite3.OperationalError(message))
                 self.assertRegex(f"{type(error).__name__}: {error}", f"^{expected}")
+        with mock.patch("os.access", return_value=False):  # as in a folder that cannot be written
+            error = queue._error(sqlite3.OperationalError("attempt to write a readonly database"))
+            said = "cannot write to .*: Permission denied: (.*) has mode 0...; change it with chmod, or choose"
+            self.assertRegex(str(error), f"^{said}")
 
     def test_error_of_a_permission_says_whose_the_file_is(self):
         import pwd
