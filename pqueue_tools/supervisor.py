@@ -31,6 +31,7 @@ PYTHON_NOTE = "; python3 is looked up on PATH: activate a virtual environment fi
 CALL_SECONDS = 120.0  # longer than stopwaitsecs: stopping a group waits for its running jobs
 STATUS_SECONDS = 5.0
 START_SECONDS = 120.0  # until the consumers of a new group must have imported their tasks
+STOPS = 5  # of a group that is removed
 
 PROGRAM = """\
 ; To remove this group: {manager} --remove {group}
@@ -247,9 +248,14 @@ def remove_group(group: str) -> None:
 
 
 def _stop_group(group: str) -> None:
-    if group in {each["group"] for each in processes()}:
-        call("stopProcessGroup", group)
-        call("removeProcessGroup", group)
+    for left in reversed(range(STOPS)):
+        if group in {each["group"] for each in processes()}:
+            call("stopProcessGroup", group)
+            try:
+                call("removeProcessGroup", group)
+            except ManagerError:  # one of its processes had ended, and was started again
+                if not left:
+                    raise
 
 
 def _delete_configuration(group: str) -> None:

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -258,6 +258,26 @@ def test_manager_removes_a_new_group_whose_consumers_do_not_run(system):
     assert running(system) == before
     assert "consumer2" not in control(system, "status")
     assert list((system.folder / "var/supervisor.d").iterdir()) == []
+
+
+@pytest.mark.parametrize(("restarts", "is_removed"), [(0, True), (2, True), (99, False)])
+def test_manager_removes_a_group_although_one_of_its_processes_is_started_again(monkeypatch, restarts, is_removed):
+    refused = [supervisor.ManagerError("supervisord refused removeProcessGroup: STILL_RUNNING: consumer2")] * restarts
+    info = {"group": "consumer2", "name": "consumer2_00", "statename": "STARTING", "pid": 7, "now": 1, "start": 1}
+    there, stops = [info], []
+
+    def call(method, *_, **__):
+        stops.extend(["stop"] * (method == "stopProcessGroup"))
+        if method == "removeProcessGroup":
+            if refused:
+                raise refused.pop()
+            there.clear()
+        return list(there)
+
+    monkeypatch.setattr(supervisor, "call", call)
+    with nullcontext() if is_removed else pytest.raises(supervisor.ManagerError, match="STILL_RUNNING"):
+        supervisor._stop_group("consumer2")
+    assert (there, len(stops)) == (([], restarts + 1) if is_removed else ([info], 5))
 
 
 def test_manager_that_is_ended_as_it_adds_a_group_leaves_no_file(tmp_path, monkeypatch):
