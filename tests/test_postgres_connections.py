@@ -297,6 +297,14 @@ def test_connection_that_listens_is_lent_and_still_hears(queue, database):
             queue.complete(job)
 
 
+def test_connection_that_listens_is_lent_to_one_at_a_time(queue):
+    queue.heartbeat("w")
+    pool, link = queue._pool, queue._listener._link
+    assert pool.take(only=link) is link
+    assert not pool.take_if_free(link)
+    pool.give_back(link)
+
+
 @pytest.mark.parametrize("cut", [False, True])
 def test_waiter_for_a_result_is_woken_by_a_consumer_that_began_to_listen_later(
     admin, queue, database, monkeypatch, cut
@@ -620,6 +628,16 @@ def test_statement_whose_plan_the_application_removed_says_so(queue):
     with queue.transaction():
         queue.enqueue("t")
     assert queue.count_jobs() == 9
+
+
+def test_verb_prepares_its_statements_anew_after_the_application_removed_them(queue):
+    job_ids = queue.enqueue_many("t", range(9))
+    for job_id in job_ids[:8]:
+        queue.cancel(job_id)
+    with queue.transaction() as db:
+        db.exec_driver_sql("DO $$ BEGIN EXECUTE 'DEALLOCATE ALL'; END $$")
+    queue.cancel(job_ids[8])
+    assert queue.count_jobs(state="cancelled") == 9
 
 
 def test_library_that_the_server_cannot_load_is_an_error(roles):

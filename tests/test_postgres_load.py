@@ -11,7 +11,8 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from operator import methodcaller
 from unittest import mock
 
 import postgres_server
@@ -966,16 +967,20 @@ def test_check_of_a_copy_finds_nothing(queue, tmp_path):
     assert queue.enqueue("t") == 4
 
 
-def test_idle_consumer_is_woken_though_notify_is_sent_after_the_commit(queue, database):  # noqa: F811
-    queue.commit_seconds = 1.0
+@pytest.mark.parametrize("within", [nullcontext, methodcaller("transaction")])
+def test_idle_consumer_is_woken_though_notify_is_sent_after_the_commit(queue, database, within):  # noqa: F811
     assert queue.dequeue("w") is None
+    listener = queue._open_listener()
+    woken = threading.Thread(target=listener.wait, args=(1e6, lambda: 1e6), daemon=True)
+    woken.start()
     with closing(pqueue.open_queue(database)) as producer:
-        producer.commit_seconds = 1.0
-        woken = threading.Thread(target=lambda: queue._open_listener().wait(30, lambda: 30))
-        woken.start()
-        producer.enqueue("t")
-        woken.join(PATIENCE_SECONDS)
-        assert not woken.is_alive()
+
+        def enqueue():
+            producer.commit_seconds = 1.0
+            with within(producer):
+                return producer.enqueue("t")
+
+        wait_until(lambda: enqueue() and not woken.is_alive())
 
 
 @pytest.mark.parametrize(("seconds", "direction"), [(3600, "ahead of"), (-3600, "behind")])
