@@ -128,7 +128,7 @@ class Consumer:
         self.options: dict[str, Any] = {**self.wanted, "lease_seconds": lease_seconds, "prefetch": True}
         self.lease_seconds, self.drain, self.max_jobs, self.max_rss = lease_seconds, drain, max_jobs, max_rss
         seconds = float("inf") if wait == float("inf") else duration("wait", 0.0 if wait is None else wait)
-        self.wait_until = time.time() + seconds  # for what falls due, when draining
+        self._wait_ends = time.monotonic() + seconds  # when draining, for what falls due before
         self.is_embedded = record is None
         self.record = record or Record(concurrency)
         self._leases = leases.Leases(queue, self.record, name, lease_seconds, quiet=quiet)
@@ -216,10 +216,9 @@ class Consumer:
 
     def _may_fall_due(self) -> bool:
         """Return whether a drain must wait for a scheduled job."""
-        if self.wait_until <= time.time():
-            return False
-        due = self.queue.next_due(self.name, **self.wanted)
-        return due is not None and due <= self.wait_until
+        left = self._wait_ends - time.monotonic()
+        due = self.queue.next_due(self.name, **self.wanted) if left > 0 else None
+        return due is not None and due <= self.queue.now() + left
 
     def _limit(self) -> int:
         if self._stops or self._ends_early:

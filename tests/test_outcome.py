@@ -13,6 +13,7 @@ import pytest
 import pqueue
 from pqueue import DoNotRetry, Retry, Snooze
 from pqueue_tools import outcome
+from pqueue_tools.worker import Consumer
 from pqueue_values import MAX_ERROR_CHARS
 
 TASKS = """
@@ -227,6 +228,17 @@ def test_drain_that_waits_runs_retries_and_what_falls_due(tasks):
         assert tasks.run(*options, "--wait").returncode == 0
     done = tasks.run("consumer.py", "--wait")
     assert (done.returncode, done.stderr) == (2, "consumer.py: expected --drain with --wait; see consumer.py --help\n")
+
+
+@pytest.mark.parametrize("ahead", [-3600, 3600])
+def test_drain_waits_by_the_clock_of_the_queue(tasks, monkeypatch, ahead):
+    with closing(tasks.queue()) as queue:
+        monkeypatch.setattr(queue, "_time", lambda now: time.time() + ahead if now is None else now)
+        consumer = Consumer(queue, "anna", tasks=["later"], drain=True, wait=60)
+        job_id = queue.enqueue("later", delay_seconds=90)
+        assert not consumer._may_fall_due()
+        queue.change(job_id, delay_seconds=30)
+        assert consumer._may_fall_due()
 
 
 # The log
