@@ -577,7 +577,7 @@ def _file_text(payload: Any) -> str | None:
         return None
     try:
         content = file_task.read_job_file(payload, FILE_BYTES_SHOWN + 1)
-    except (DoNotRetry, OSError) as error:
+    except (DoNotRetry, QueueError, OSError) as error:  # a QueueError on Windows
         return f"(cannot read it: {getattr(error, 'strerror', None) or error})"
     text = content[:FILE_BYTES_SHOWN].decode(errors="replace")
     return text + "\n(cut)" if len(content) > FILE_BYTES_SHOWN else text

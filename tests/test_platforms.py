@@ -107,6 +107,7 @@ def test_program_shows_its_help_on_windows(place, name):
         ("manager.py", "--list"),
         ("bench", "--quick"),
         ("admin.py", "torture"),
+        ("admin.py", "replay", "1"),
         ("admin.py", "delete-job-files", "--directory", "."),
     ],
     ids=" ".join,
@@ -127,6 +128,13 @@ def test_operator_can_use_the_command_line_on_windows(place, command):
     place.queue().close()
     done = on_windows(place, program("admin.py", *command))
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_operator_sees_the_page_of_a_job_with_a_file_on_windows(place):
+    place.queue().enqueue("prepend_timestamp", {"file": "job_1.txt"})
+    code = "from pqueue_tools.dashboard import *\ncache = FigureCache()\nprint(cache.job(1)['file'])\ncache.close()"
+    done = on_windows(place, code)
+    assert (done.returncode, done.stdout.startswith("(cannot read it: cannot run on win32")) == (0, True), done.stderr
 
 
 def test_file_is_synced_to_the_medium_where_the_system_can(monkeypatch, tmp_path):
