@@ -387,12 +387,12 @@ def _act(
     *,
     parents_first: bool = False,
 ) -> CommandResult:
-    """Act on the given jobs, all or none; or after confirmation, in batches, on all that match the filter. The texts
-    are such as "mark {} as failed", to ask, and "marked {} as failed"."""
+    """Act on the given jobs, all or none, or, after confirmation, on all that match the filter, in batches. Examples
+    of `asked` and `done` are "mark {} as failed" and "marked {} as failed"."""
     filters, now, short_done = _filters(options), queue.now(), done.replace("{} ", "").replace(" {}", "")
 
     def act(job_id: int) -> None:
-        act_at(job_id, now)  # one time for all, by which they are one operation
+        act_at(job_id, now)  # the same time for all makes them one operation
 
     if bool(filters) == bool(options.job_ids):
         given = "both" if filters else "neither"
@@ -537,7 +537,7 @@ def change(queue: PersistentQInterface, options: argparse.Namespace) -> CommandR
         raise UsageError("change: expected an option such as --priority 5")
     if options.group is not None and options.no_group:
         raise UsageError("change: expected --group or --no-group, got both")
-    now = queue.now()  # one time for both, by which they are one operation
+    now = queue.now()  # the same time for both makes them one operation
     with queue.exclusive([options.job_id]):
         job = queue.get(options.job_id)
         if options.payload is not None:

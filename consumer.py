@@ -43,7 +43,6 @@ from pqueue_tools.process import (
     writes_to_stdout,
 )
 from pqueue_tools.record import MAX_CONCURRENCY
-from pqueue_tools.worker import Consumer as Consumer  # noqa: PLC0414 - for applications
 from pqueue_tools.worker import expect_modules
 from pqueue_values import program_name, valid_name
 

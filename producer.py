@@ -109,7 +109,7 @@ class Producer:
         return file
 
     def _create(self, new: Path) -> IO[str]:
-        """Create the file and lock it. A producer that starts meanwhile may lock it before, and delete it."""
+        """Create the file and lock it; create it again if a producer that starts has locked and deleted it first."""
         while True:
             with suppress(FileExistsError):
                 file = os.fdopen(pqueue_files.open_own(new, os.O_RDWR | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8")
@@ -151,7 +151,7 @@ class Producer:
 
 
 def expect_creatable(folder: Path) -> None:
-    """Raise OSError if a folder that is missing cannot be created, before a new queue is; create none."""
+    """Raise OSError if the folder is missing and cannot be created; create nothing."""
     parent = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
     if parent != folder:
         with tempfile.TemporaryDirectory(dir=parent):

@@ -47,7 +47,7 @@ LOST_ITS_WORKER = re.compile("WorkerDied: |consumer ")  # the error of such a jo
 
 
 class Begun(threading.Event):
-    """For what `Thread.start` waits, but not for ever: a new thread that finds no memory ends before it sets this."""
+    """What `Thread.start` waits for, here for START_SECONDS at most: a thread that finds no memory never sets it."""
 
     def wait(self, timeout: float | None = None) -> bool:
         return super().wait(START_SECONDS if timeout is None else timeout)
@@ -168,8 +168,8 @@ class ConcurrentConsumer(Consumer):
     def _pauses(self) -> bool:
         """Return whether to wait until no job runs, to look for what they have left behind.
 
-        If this takes long, jobs are taken again, and the next pause is longer: so they cost a tenth of the throughput
-        at most, and end as soon as one is longer than the jobs that run.
+        If the jobs run for longer than the pause, others are taken again, and the next pause comes later and may be
+        longer. So the pauses cost at most a tenth of the throughput, and one of them is long enough.
         """
         now, busy = time.monotonic(), self._pause_at - self._looked_at
         if not self.state or not self._runs or now < self._pause_at:
@@ -197,7 +197,7 @@ class ConcurrentConsumer(Consumer):
                 self._start(job)
 
     def _must_run_alone(self, job: Job) -> bool:
-        """Return whether a job's effect on the process is measured, or may be fatal for others or blamed on it."""
+        """Return whether no other job may run meanwhile: its memory is limited, or it may end the process."""
         task = pqueue.TASKS.get(job.task)
         is_last = job.attempts == job.max_attempts and LOST_ITS_WORKER.match(job.error or "")
         # guard: the last attempt of a job that may have ended its process is made alone
@@ -530,7 +530,7 @@ def _raise_in(thread: int, kind: type[BaseException]) -> None:
 
 
 def _catch_interrupt(thread: int) -> None:
-    """Let no Interrupt that was raised in this thread come after this. To take it back instead would make Python 3.11
+    """Wait for an Interrupt that was raised in this thread, and catch it. To cancel it instead would make Python 3.11
     loop for ever in a thread that has a trace or profile function."""
     with suppress(Interrupt):
         _raise_in(thread, Interrupt)

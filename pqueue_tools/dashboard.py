@@ -519,8 +519,8 @@ def percentiles(times: Times) -> Percentiles | None:
 
 
 def expect_query(query: Query, names: tuple[str, ...]) -> None:
-    """Raise ValueError unless a program's query consists of these names, each with one value that is not empty: with an
-    ignored filter, the answer would contain other jobs than the program takes it for."""
+    """Raise ValueError unless a program's query consists of these names, each with one value that is not empty. If a
+    filter were ignored, the answer would contain jobs that the program does not expect."""
     for name, values in query.items():
         if name not in names:
             raise ValueError(f"expected {', '.join(names) or 'no parameter'}, got {report.cut(name, 40)!r}")

@@ -26,7 +26,7 @@ def _jobs_action(act: JobVerb, done: str, *, parents_first: bool = False) -> Act
     """Act on the jobs of the form's `id` fields or, with `scope` = matching, on all that match its filters."""
 
     def perform(queue: PersistentQInterface, form: Form, by: str | None) -> str:
-        now = queue.now()  # one time for all, by which they are one operation
+        now = queue.now()  # the same time for all makes them one operation
         verb = partial(act, queue, form=form, by=by, now=now, times=_times(form, now))
         if filters := _filters(form):
             done_to = queue.act_where(verb, **filters, shown=masked_job, parents_first=parents_first)

@@ -36,7 +36,7 @@ from pqueue_tools.record import Record, Run, Slot
 from pqueue_tools.task_output import TaskOutput, high_copy, outputs, redirect
 from pqueue_values import NoConnection
 
-IDLE_SECONDS = 1.0  # how often an idle keeper looks around
+IDLE_SECONDS = 1.0  # how often an idle keeper looks at the worker
 GRACE_SECONDS = {  # from the interrupt of a task to the end of its process, by reason
     fields.TIMED_OUT: 5.0,
     fields.OUT_OF_MEMORY: 1.0,
@@ -62,8 +62,8 @@ while [ $seen -lt "$4" ]; do
 done
 kill -9 "$2"
 """
-LOOK_SECONDS = 10.0  # at most: so long may a sleep of the script outlive a keeper that is killed
-# Signals that a task may send to its parent, whatever for; they would end this process
+LOOK_SECONDS = 10.0  # the longest pause between looks: `sleep` may outlive a keeper that is killed by as much
+# Signals that a task may send to its parent; by default they would end this process
 OF_USERS = [
     *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO, signal.SIGXCPU),
     *(getattr(signal, name) for name in ("SIGPWR", "SIGSTKFLT") if hasattr(signal, name)),
@@ -197,7 +197,7 @@ class Keeper:
             self._kill()
 
     def _settle_all(self) -> None:
-        """Fail an attempt of each held job that has begun, as a task has overwritten the record; begin a new one."""
+        """Fail the attempt of each held job that has begun, and renew the record, which a task has overwritten."""
         reason = "overwrote the memory that it shares with its keeper"
         log("worker died", consumer=self.name, reason=reason)
         self.leases.forget()
@@ -415,7 +415,7 @@ class Keeper:
         return False
 
     def _report_blocked_loop(self) -> None:
-        """Say where an async task has not given up the event loop for long."""
+        """Log where an async task has blocked the event loop for long."""
         stepping, since = self._fields[fields.STEPPING], self._fields[fields.STEPPED_AT]
         seconds = (time.monotonic_ns() - since) / 1e9 if stepping else 0.0
         if since != self._blocked[0]:
@@ -577,7 +577,7 @@ class Keeper:
             left.pop()
 
     def _blamed(self, runs: dict[int, Run]) -> list[int]:
-        """Return the slots of the runs that may have ended the worker, which are one if possible."""
+        """Return the slots of the runs that may have ended the worker: only one, if it can be known."""
         asked = [number for number, run in runs.items() if self._reason(number, run) not in (0, fields.EXECUTED)]
         if self._killed and asked:
             return asked

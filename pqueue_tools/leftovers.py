@@ -1,7 +1,7 @@
-"""What tasks leave behind in their process: found after each, and undone where that is possible.
+"""What tasks leave behind in their process: found after each task, and undone where that is possible.
 
-docs/tasks.md lists it. Everything is looked at after a task that took long or has rarely run, and at least ten times a
-second; after the others, only what costs little: signal handlers, threads and sys.stdout.
+docs/tasks.md lists it. Everything is compared after a task that took long or has rarely run, and at least ten times a
+second. After other tasks, only what costs little is compared: signal handlers, threads and sys.stdout.
 """
 
 from __future__ import annotations

@@ -145,8 +145,8 @@ def print_line(text: str) -> None:
 
 
 def prepare_streams() -> None:
-    """Open those of stdin, stdout and stderr that are closed, lest a file gets their numbers; escape characters that
-    the encoding of stdout or stderr cannot represent."""
+    """Open those of stdin, stdout and stderr that are closed, so that no file gets their descriptors; escape characters
+    that the encoding of stdout or stderr cannot represent."""
     with suppress(OSError):
         while (number := os.open(os.devnull, os.O_RDWR)) < 3:
             os.set_inheritable(number, True)
@@ -159,8 +159,8 @@ def prepare_streams() -> None:
 
 
 def writes_to_stdout(program: str) -> Callable[[Main], Main]:
-    """Decorate the main function of a program: an OSError, as of an output that cannot be written, is reported in one
-    line and ends it with 1; that its reader has gone is no error."""
+    """Decorate the main function of a program: report an OSError, such as a failed write to stdout, in one line, and
+    return 1. A closed pipe is not an error."""
 
     def decorate(main: Main) -> Main:
         @wraps(main)
@@ -284,12 +284,12 @@ def open_waiting(**fields: Any) -> PersistentQInterface | None:
 
 
 def open_soon(*, create: bool = True) -> PersistentQInterface:
-    """Open the queue, for a command that someone waits for: if its server is away, try for some seconds."""
+    """Open the queue for a command. If its server is away, try for OPEN_SECONDS, as someone waits for the answer."""
     return retry_soon(lambda: pqueue.open_queue(create=create))
 
 
 def retry_soon(call: Callable[[], T]) -> T:
-    """Call until it succeeds, for some seconds. Then raise QueueBusy."""
+    """Call until it succeeds, for OPEN_SECONDS. Then raise QueueBusy."""
     until = time.monotonic() + OPEN_SECONDS
     while True:
         try:
@@ -297,7 +297,7 @@ def retry_soon(call: Callable[[], T]) -> T:
         except QueueBusy:
             if time.monotonic() > until:
                 raise
-        time.sleep(RETRY_PAUSE_SECONDS[0] * random.uniform(0.5, 1.5))  # noqa: S311 - others may wait for the same
+        time.sleep(RETRY_PAUSE_SECONDS[0] * random.uniform(0.5, 1.5))  # noqa: S311 - others may also wait
 
 
 # Arguments ############################################################################################################
@@ -352,7 +352,7 @@ def seconds(least: float) -> Callable[[str], float]:
 
 
 def not_blank(text: str) -> str:
-    """Return the text. Raises BadArgument for a blank one, as of a shell variable that is not set."""
+    """Return the text. Raises BadArgument for a blank text, such as that of an unset shell variable."""
     if text.strip():
         return text
     raise BadArgument(f"expected a text that is not blank, got {text!r}")

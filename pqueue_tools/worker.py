@@ -368,8 +368,7 @@ class Consumer:
         self._slot.end()
 
     def _collect_garbage(self) -> None:
-        """Free what a task has left that disabled the collection of garbage: within its limits, as this may run its
-        code."""
+        """Collect garbage if the task has disabled that. This may run code of the task, to which its limits apply."""
         # guard: garbage of a task that disabled its collection is freed within the limits of the task
         if self._collects and not gc.isenabled():
             gc.collect()

@@ -24,9 +24,9 @@ from test_ops import Site
 from test_supervisor import BIN, manage, running, system  # noqa: F401 - a fixture
 
 import admin
-import consumer
 import pqueue
 from pqueue_tools import file_task, masking, report, restoring
+from pqueue_tools.worker import Consumer
 
 SECRET = "hunter2"  # never shown
 ESCAPES = "\x1b[31m\x1b]0;owned\x07\x9b2J\r\x08\u202e"
@@ -257,7 +257,7 @@ def test_database_that_every_account_may_read_is_a_finding(tmp_path):
 def stamp(queue, payload, **options):
     """Run one prepend_timestamp in a consumer's way and return the job."""
     job_id = queue.enqueue(file_task.prepend_timestamp, payload, **options)
-    runner = consumer.Consumer(queue, "w", drain=True, quiet=True)
+    runner = Consumer(queue, "w", drain=True, quiet=True)
     before = signal.signal(signal.SIGALRM, runner.interrupt)
     try:
         runner.run()

@@ -20,11 +20,11 @@ from conftest import PATIENCE_SECONDS, wait_until
 from test_misbehaviour import SOAK, registered
 
 import pqueue
-from consumer import Consumer
 from pqueue_files import is_stopped
 from pqueue_tools import processes
 from pqueue_tools import record as fields
 from pqueue_tools.keeper import STUCK_LOOKS, Keeper
+from pqueue_tools.worker import Consumer
 
 TASKS = r'''
 import asyncio, contextvars, ctypes, json, logging, os, signal, subprocess, sys, threading, time

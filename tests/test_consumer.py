@@ -7,6 +7,7 @@ import grp
 import os
 import re
 import signal
+import socket
 import sqlite3
 import subprocess
 from collections import Counter
@@ -17,7 +18,6 @@ from unittest import mock
 import pytest
 from conftest import PATIENCE_SECONDS, parent, wait_until
 
-import consumer
 import pqueue
 import pqueue_files
 import producer
@@ -209,7 +209,7 @@ def test_idle_consumer_ends_at_once_on_a_signal(tasks):
 
 
 def test_signal_that_comes_as_an_idle_consumer_wakes_ends_it_as_at_any_other_moment(place, monkeypatch):
-    worker = consumer.Consumer(place.queue(), "w")
+    worker = worker_module.Consumer(place.queue(), "w")
 
     class Late(suppress):
         """A block at whose end the signal comes."""
@@ -275,9 +275,7 @@ def test_long_job_keeps_its_lease_and_a_cancelled_one_is_interrupted(tasks):
     first = queue.get(job_id).lease_expires_at
     wait_until(lambda: queue.get(job_id).lease_expires_at > first + 1)
     queue.cancel(job_id)
-    wait_until(
-        lambda: f"lost consumer={consumer.socket.gethostname()}-{child.pid} job={job_id}" in child.out.read_text()
-    )
+    wait_until(lambda: f"lost consumer={socket.gethostname()}-{child.pid} job={job_id}" in child.out.read_text())
     queue.enqueue("quick")
     wait_until(lambda: queue.stats()["states"]["completed"] == 1)
 

@@ -19,10 +19,10 @@ import pytest
 from conftest import PATIENCE_SECONDS, ROOT, parent, wait_until
 
 import pqueue
-from consumer import Consumer
 from pqueue_tools import keeper, leftovers, processes
 from pqueue_tools.leases import Leases, claim_number
 from pqueue_tools.record import Record, Slot
+from pqueue_tools.worker import Consumer
 
 SOAK = int(os.environ.get("PQUEUE_SOAK", "1"))
 

@@ -14,8 +14,8 @@ import pytest
 from test_readme import programs as blocks
 
 import pqueue
-from consumer import Consumer
 from pqueue_tools import testing, webhook
+from pqueue_tools.worker import Consumer
 
 BERLIN = ZoneInfo("Europe/Berlin")
 TASKS = ("add", "total", "report")  # of programs.py, which these programs use

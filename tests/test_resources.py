@@ -22,10 +22,10 @@ import soak
 from conftest import PATIENCE_SECONDS, ROOT, wait_until
 from test_histories import memory
 
-import consumer
 import pqueue
 import pqueue_sqlite
 from pqueue_tools import processes, report
+from pqueue_tools.worker import Consumer
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk; CI is root")
 
@@ -323,7 +323,7 @@ def memory_of(pid):
     return sum(int(text.partition("\nPss:")[2].split()[0]) for text in found) / 1024
 
 
-EMBEDDED = "import consumer, pqueue, my_tasks; consumer.Consumer(pqueue.open_queue(), 'e').run()"
+EMBEDDED = "import pqueue, my_tasks, pqueue_tools.worker; pqueue_tools.worker.Consumer(pqueue.open_queue(), 'e').run()"
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="the system does not show shared memory")
@@ -368,7 +368,7 @@ def test_watch_outlives_a_moment_without_memory(place, monkeypatch):
     monkeypatch.setattr(queue, "extend", extend)
     pqueue.task("slow")(lambda job: wait_until(lambda: len(calls) > 2))
     queue.enqueue("slow")
-    consumer.Consumer(queue, "w", lease_seconds=0.2, max_jobs=1).run()
+    Consumer(queue, "w", lease_seconds=0.2, max_jobs=1).run()
     assert queue.stats()["states"]["completed"] == 1
 
 
