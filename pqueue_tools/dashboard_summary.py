@@ -298,7 +298,7 @@ def _frame(
     )
     has_day = minutes[1]["at"] - minutes[0]["at"] > 60
     quarters = [clock(minutes[len(minutes) * quarter // 4]["at"], has_day=has_day) for quarter in range(4)]
-    summary = text(re.sub("<[^>]*>", " ", keys))
+    summary = " ".join(re.sub("<[^>]*>", " ", keys).split())
     return f"""<figure><figcaption>{keys}</figcaption>
 <svg class="up" aria-hidden="true">{labels}</svg>
 <svg class="plot" viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" preserveAspectRatio="none" role="img" aria-label="{summary}">

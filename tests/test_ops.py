@@ -337,6 +337,13 @@ def test_charts_show_the_last_hour_day_or_three_days(queue, site, monkeypatch):
         assert f'aria-current="true">{last or "1 h"}</a>' in text
 
 
+def test_charts_are_described_in_words(queue, site):
+    queue.enqueue("t")
+    jobs, times = re.findall('role="img"\\s+aria-label="([^"]*)"', site.ask("/")[1])
+    assert jobs == "Jobs per minute completed 0 failed attempts 0 enqueued 1"
+    assert times == "Wait and run time wait run solid p50, dashed p95"
+
+
 def test_figures_of_days_are_computed_only_for_a_page_that_shows_them(queue, site):
     asked = []
     site.server.cache._parts["days"] = lambda queue: asked.append(1) or dashboard._Days()(queue)
