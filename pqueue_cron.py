@@ -51,7 +51,7 @@ class Cron:
     """
 
     def __init__(self, expression: str, zone: str = "UTC") -> None:
-        self.expression, self.zone = expression, _zone(zone)
+        self.expression, self.zone = expression, time_zone(zone)
         text = expression.lower() if isinstance(expression, str) else ""
         fields = NICKNAMES.get(text, text).split()
         if len(fields) != len(FIELDS):
@@ -190,7 +190,7 @@ def _offset(at: datetime) -> timedelta:
     return at.utcoffset() or timedelta(0)
 
 
-def _zone(name: str) -> tzinfo:
+def time_zone(name: str) -> tzinfo:
     if name == "UTC":  # also where no time zones are installed
         return timezone.utc
     from zoneinfo import ZoneInfo

@@ -5318,7 +5318,7 @@ class QueueContract:
         q = self.queue
         q.schedule("strange", "t", cron="* * * * *", zone="Europe/Berlin", now=NOW)
         q.schedule("tick", "t", every_seconds=10, now=NOW)
-        with mock.patch("pqueue_cron._zone", side_effect=ValueError):
+        with mock.patch("pqueue_cron.time_zone", side_effect=ValueError):
             pqueue_cron.timing.cache_clear()
             self.assertEqual(q.dequeue("w", now=NOW + 100).run_at, NOW + 100)
             self.assertIsNone(q.dequeue("w", now=NOW + 100))

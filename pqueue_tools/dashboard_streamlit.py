@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timezone, tzinfo
 from functools import partial
 from itertools import cycle
 from typing import Any
 from urllib.parse import urlencode
-from zoneinfo import ZoneInfo
 
 import streamlit as st
 
 import pqueue
+from pqueue_cron import time_zone
 from pqueue_tools import dashboard, dashboard_actions, dashboard_summary, report, tables
 from pqueue_tools.process import whole_number
 from pqueue_tools.tables import OVERVIEW_ROWS, Button, Column, Page, Table
@@ -207,13 +208,15 @@ def _is_overview() -> bool:
     return "job" not in st.query_params and st.session_state.get("page", named.title) in (None, tables.PAGES[""].title)
 
 
-def _zone() -> str:
-    """Return the name of the reader's time zone."""
-    return st.context.timezone or "UTC"
+def _zone() -> tzinfo:
+    """Return the reader's time zone, or UTC if this machine does not know it."""
+    with suppress(ValueError):
+        return time_zone(st.context.timezone or "UTC")
+    return timezone.utc
 
 
 def _clock(at: float) -> str:
-    return f"{datetime.fromtimestamp(at, ZoneInfo(_zone())):%Y-%m-%d %H:%M:%S}"
+    return f"{datetime.fromtimestamp(at, _zone()):%Y-%m-%d %H:%M:%S}"
 
 
 def _tiles() -> None:

@@ -1847,6 +1847,16 @@ def test_streamlit_page_waits_for_figures_that_take_long(queue, monkeypatch, que
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "shown"), [("Asia/Tokyo", "Asia/Tokyo"), ("Mars/Olympus", "UTC"), ("../zone", "UTC")])
+def test_streamlit_page_shows_times_in_the_zone_of_the_reader_if_it_is_known(queue, monkeypatch, name, shown):
+    failed(queue)
+    monkeypatch.setattr(type(dashboard_streamlit.st.context), "timezone", name)
+    page = streamlit(job="1")
+    assert not page.exception
+    assert f"times in {shown}</span>" in "".join(each.proto.body for each in page.get("html"))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_streamlit_page_shows_a_phone_the_same_columns_as_the_other_page(queue, monkeypatch):
     populate(queue, jobs=400)
     monkeypatch.setattr(dashboard_streamlit, "_is_phone", lambda: True)
