@@ -515,7 +515,7 @@ class ConcurrentConsumer(Consumer):
 
     def _interrupt(self, run: ActiveRun) -> None:
         if run.thread:
-            _raise_in(run.thread, Interrupt)
+            _raise_interrupt(run.thread)
         elif run.task and self._loop:
             with suppress(RuntimeError):  # it has failed
                 self._loop.call_soon_threadsafe(run.task.cancel, str(run.reason))
@@ -524,16 +524,16 @@ class ConcurrentConsumer(Consumer):
 _running: contextvars.ContextVar[ActiveRun | None] = contextvars.ContextVar("pqueue_running", default=None)
 
 
-def _raise_in(thread: int, kind: type[BaseException]) -> None:
-    """Raise an exception in another thread, when it executes Python code again."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind))
+def _raise_interrupt(thread: int) -> None:
+    """Raise an Interrupt in a thread when it executes Python code again."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Interrupt))
 
 
 def _catch_interrupt(thread: int) -> None:
     """Wait for an Interrupt that was raised in this thread, and catch it. To cancel it instead would make Python 3.11
     loop for ever in a thread that has a trace or profile function."""
     with suppress(Interrupt):
-        _raise_in(thread, Interrupt)
+        _raise_interrupt(thread)
         while True:
             pass
 
