@@ -20,6 +20,7 @@ import os
 import pickle
 import random
 import re
+import select
 import shutil
 import signal
 import sqlite3
@@ -1210,6 +1211,16 @@ class QueueContract:
         q.limit("fair", running=None, rate=(1, 10))
         self.assertEqual([q.dequeue("w", now=NOW + at).payload for at in (0, 1, 9, 1, 10)], ["a3", 4, 5, 6, 7])
 
+    def test_claim_takes_all_that_a_group_of_great_weight_may_run(self):
+        q = self.queue
+        q.limit("default", running=4)
+        q.weigh("default", "a", 100)
+        for group in "abcdefgh":
+            q.enqueue_many("t", range(9), group=group, now=NOW)
+        for job in q.dequeue_many("w", 8, now=NOW):
+            q.complete(job, now=NOW)
+        self.assertEqual([job.group for job in q.dequeue_many("w", 8, now=NOW)].count("a"), 4)
+
     def test_group_never_has_more_deliveries_than_its_rate(self):
         q = self.queue
         q.limit("default", rate=(3, 1.0))
@@ -1224,6 +1235,13 @@ class QueueContract:
         for times in begun.values():
             self.assertGreaterEqual(len(times), 17)
             self.assertTrue(all(later - at >= 1.0 for at, later in zip(times, times[3:], strict=False)), times)
+
+    def test_deliveries_of_a_group_with_a_rate_are_in_order_although_a_clock_was_set_back(self):
+        q = self.queue
+        q.limit("default", rate=(2, 60))
+        q.enqueue_many("t", range(9), group="a", now=NOW)
+        taken = [q.dequeue("w", lease_seconds=999, now=NOW + at) for at in (0, -50, 30, 60, 61)]
+        self.assertEqual([job and job.started_at - NOW for job in taken], [0, 0, None, 60, 61])
 
     def test_waiting_consumer_knows_when_the_rate_allows_the_next_job(self):
         q = self.queue
@@ -1939,8 +1957,8 @@ class QueueContract:
 
     def test_waiter_that_comes_while_another_waits_is_woken_for_its_own_job(self):
         self.without_timers()
-        self.queue.enqueue_many("t", range(2), now=NOW)
-        first, second = self.queue.dequeue_many("w", 2, now=NOW)
+        self.queue.enqueue_many("t", range(3), now=NOW)
+        _, first, second = self.queue.dequeue_many("w", 3, now=NOW)
         earlier, waits = self.waiting(first.id), self.queue._waits
         with ThreadPoolExecutor(1) as pool:
             later = pool.submit(self.queue.result, second.id, timeout_seconds=PATIENCE_SECONDS)
@@ -3215,6 +3233,7 @@ class QueueContract:
             (lambda: q.enqueue("t", delay_seconds=True), "expected delay_seconds to be a finite number"),
             (lambda: q.enqueue("t", now=float("nan")), "expected now to be a finite number"),
             (lambda: q.enqueue("t", priority=10**5000), "expected priority to be a whole number"),
+            (lambda: q.enqueue("t", priority=-(2**31) - 1), "expected priority to be a whole number from -2147483648"),
             (lambda: q.list_jobs(limit=0), "expected limit to be a whole number from 1"),
             (lambda: q.list_jobs(before_id=2**70), "expected before_id to be a whole number"),
             (lambda: q.cancel(job.id, by="\ud800"), "expected an operator name"),
@@ -4123,6 +4142,7 @@ class QueueContract:
         self.assertEqual(self.queue.list_jobs(limit=most, excerpt=most)[0].payload, "whole")
         self.assertEqual(self.queue.dependencies(self.queue.enqueue("t", after=[job]), excerpt=most)[0].id, job)
         self.assertEqual(len(self.queue.history(job, limit=most)), 0)
+        self.queue.heartbeat("w")
         for _ in range(2):  # a consumer that has run for long
             self.queue.heartbeat("w", completed=most, failed=most)
         (found,) = self.queue.consumers()
@@ -4534,7 +4554,9 @@ class QueueContract:
         self.assertEqual(found.run.counts, (1, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1))
         self.assertEqual(found.wait.counts, (1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1))
         self.assertEqual((found.run.quantile(0.5), found.wait.quantile(1)), (0.003, 3000))
-        self.assertIsNone(pqueue.Outcomes(0, "", "").run.quantile(0.5))
+        nothing = pqueue.Outcomes(0, "", "")
+        self.assertIsNone(nothing.run.quantile(0.5))
+        self.assertEqual(nothing.plus(nothing), nothing)
 
     def test_batch_of_unlike_jobs_is_counted_by_task_and_time(self):
         queue = self.queue
@@ -5183,6 +5205,14 @@ class QueueContract:
         self.assertIsNone(self.queue.dequeue("worker", tasks=["t"], now=NOW + 10))
         self.assertEqual((self.queue.count_jobs(), self.queue.schedules()[0].skipped), (1, 1))
 
+    def test_schedule_skips_no_time_because_the_disk_is_full(self):
+        self.queue.schedule("tick", "t", every_seconds=10, queue="one", now=NOW)
+        self.queue.limit("one", 1)
+        with mock.patch.object(self.queue, "enqueue", side_effect=QueueFull("no space")), self.assertRaises(QueueFull):
+            self.queue.dequeue("worker", now=NOW + 10)
+        self.assertEqual(self.queue.schedules()[0].skipped, 0)
+        self.assertEqual(self.queue.dequeue("worker", now=NOW + 10).run_at, NOW + 10)
+
     def test_schedule_that_is_saved_again_keeps_its_next_time_unless_the_times_change(self):
         self.queue.schedule("tick", "t", every_seconds=10, now=NOW)
         self.queue.schedule("tick", "t", every_seconds=10, now=NOW + 5)
@@ -5627,6 +5657,17 @@ os._exit(0)
         self.assertEqual([job.state for job in queue.list_jobs()], ["pending", "processing", "failed", "failed"])
         self.assertEqual([job.attempts for job in queue.list_jobs()], [0, 1, 1, 1])
 
+    def test_job_that_began_in_an_earlier_claim_has_not_begun_in_this_one(self):
+        self.queue.enqueue_many("t", range(2), now=NOW)
+        for begun in (0, 1):
+            jobs = self.queue.dequeue_many("w", 2, prefetch=True, lease_seconds=60, now=NOW)
+            self.queue.begin(jobs[begun], now=NOW)
+            if begun == 0:
+                for job in jobs:
+                    self.queue.release(job, now=NOW)
+        self.reopen().dequeue_many("other", 0, now=NOW + 60)
+        self.assertEqual([self.queue.get(job.id).attempts for job in jobs], [0, 1])
+
     def test_job_counts_as_begun_after_a_reboot(self):
         code = """
 import os, pqueue
@@ -5867,6 +5908,7 @@ class SQLiteGuarantees(SQLiteCase):
         with self.assertRaisesRegex(SchemaMismatch, "got another program's database; choose another path"):
             self.open()
         self.assertEqual(self.path.read_bytes(), before)
+        self.assertEqual(list(self.folder.iterdir()), [self.path])
 
     def test_guarantee_8_lease_columns_are_set_exactly_while_processing(self):
         queue = self.open()
@@ -6104,6 +6146,37 @@ for _ in range(20):
         other = [line for line in output if not line.endswith(("is closed", "on it was lost", "Bad file descriptor"))]
         self.assertEqual(other, [])
 
+    def test_queue_closes_a_connection_although_an_error_keeps_it(self):
+        def write(queue):
+            with queue._transaction() as session:
+                session.run("SELECT fail()")
+
+        ways = {"after a call": lambda queue: queue._read("SELECT fail()"), "write": write}
+        ways["read"] = ways["after a call"]
+        for way, use in ways.items():
+            with self.subTest(way), ThreadPoolExecutor(1) as thread:
+                queue, reached, closed = self.open(), threading.Event(), threading.Event()
+
+                def fail(reached=reached, closed=closed):
+                    reached.set()
+                    closed.wait(PATIENCE_SECONDS)
+                    raise ValueError
+
+                def call(queue=queue, use=use, fail=fail):
+                    queue._session().connection.create_function("fail", 0, fail)
+                    use(queue)
+
+                if way == "after a call":
+                    closed.set()
+                calling = thread.submit(call)
+                reached.wait(PATIENCE_SECONDS)
+                if way == "after a call":
+                    calling.exception()
+                queue.close()
+                closed.set()
+                self.assertIsNotNone(calling.exception())
+                self.assertFalse(Path(f"{self.path}-wal").exists())
+
     def test_session_that_two_threads_close_is_closed_once(self):
         queue = self.open()
         queue.enqueue("t")
@@ -6283,6 +6356,8 @@ time.sleep(600)
                 child.kill()
                 child.wait()
                 self.assertEqual(queue.check()["problems"], [])
+                with closing(pqueue_locks.WriterLock(Path(f"{self.path}.d"))) as other:  # the check has released them
+                    self.assertTrue(all(lock.try_acquire() for lock in (other._lock, *other._lines)))
 
     def test_writer_blocked_by_a_stopped_transaction_gets_its_process_id(self):
         queue = self.open(busy_seconds=0.05)
@@ -6373,6 +6448,16 @@ queue._writer_lock.acquire(in_batch=sys.argv[3] == "1")
         queues = [self.open() for _ in range(3)]
         self.let_through([lambda queue=queue: queue.enqueue("t") for queue in queues])
         self.assertEqual(queues[0].stats()["states"]["pending"], 3)
+
+    @unittest.skipUnless(hasattr(select, "epoll"), "needs epoll")
+    def test_writer_in_line_waits_so_that_a_wake_up_is_for_one_writer_only(self):
+        queue, holder = self.open(), self.open()
+        line = queue._writer_lock._lines[0]
+        self.assertTrue(holder._writer_lock._lines[0].try_acquire())
+        pqueue_locks.wake_up(line._pipes[0])
+        with mock.patch("select.poll") as poll:  # which wakes up all
+            self.assertFalse(line.acquire(time.monotonic() + 0.01))
+        poll.assert_not_called()
 
     def test_enqueue_goes_before_a_consumer_that_came_first_when_another_consumer_leaves(self):
         producer, consumer, taken = self.open(), self.open(), []
@@ -6482,6 +6567,9 @@ queue._writer_lock.acquire(in_batch=sys.argv[3] == "1")
             other.enqueue("t")
             queue.complete(queue.dequeue("w"))
         queue.wait(0.01, consumer="w")
+        self.assertFalse(queue.wait(0.01, consumer="w"))
+        other.enqueue("t")  # nobody waits for it
+        queue.complete(queue.dequeue("w"))
         self.assertFalse(queue.wait(0.01, consumer="w"))
 
 
@@ -6665,6 +6753,11 @@ class Files(SQLiteCase):
     def test_unknown_durability_is_refused(self):
         with self.assertRaisesRegex(ValueError, "full or normal, got 'fast'"):
             self.open(durability="fast")
+        with (
+            mock.patch.dict(os.environ, {"PQUEUE_DURABILITY": "normal"}),
+            self.assertRaisesRegex(ValueError, "'fast'$"),
+        ):
+            open_queue(self.path, durability="fast")
 
     def test_older_sqlite_is_refused(self):
         with (
@@ -6799,6 +6892,7 @@ class Files(SQLiteCase):
         self.assertEqual(queue.check()["problems"], [])
         self.assertEqual(queue.list_jobs()[0].payload, 0)
         self.assertGreater(len(queue.list_jobs(limit=1000)), 10)
+        self.assertEqual(queue.compact(), 0)
 
     def test_compact_is_refused_for_a_file_that_was_not_created_for_it(self):
         path = self.folder / "restored.db"
@@ -6849,6 +6943,13 @@ class Files(SQLiteCase):
         )
         with self.assertRaisesRegex(QueueError, "cannot write to .*: its file system is read-only"):
             queue.enqueue("t")
+
+    def test_queue_on_a_read_only_file_system_is_refused_if_its_log_has_no_index(self):
+        self.open().close()
+        Path(f"{self.path}-wal").write_bytes(b"log")
+        with mock.patch("os.statvfs", return_value=mock.Mock(f_flag=os.ST_RDONLY)):
+            with self.assertRaisesRegex(QueueError, "its log has no queue.db-shm; copy queue.db and queue.db-wal to a"):
+                self.open()
 
     def test_names_of_created_files_are_synced(self):
         synced, fsync = [], os.fsync
@@ -7306,6 +7407,24 @@ for order in sys.stdin:
         backup.replace(self.path)
         with self.assertRaisesRegex(SchemaMismatch, "took the place of another database"):
             self.open()
+
+    def test_damaged_copy_is_not_opened_with_a_log_that_lacks_its_first_page(self):
+        queue = self.started()
+        queue._session().run("PRAGMA wal_checkpoint(TRUNCATE)")
+        queue.heartbeat("w")
+        copied = self.folder / "copy.db"
+        copied.write_bytes(b"damaged" + self.path.read_bytes()[7:])
+        copied.replace(self.path)
+        with self.assertRaisesRegex(SchemaMismatch, "took the place of another database"):
+            self.open()
+        with self.assertRaises(pqueue.DatabaseReplaced):
+            queue.close()
+
+    def test_database_is_opened_with_its_own_log_although_the_number_of_the_log_was_another_ones(self):
+        self.started()
+        with (self.path.parent / "queue.db.d" / "files").open("r+b") as record:
+            record.write(b"0")
+        self.assertEqual(self.open().count_jobs(), 200)
 
     def test_queue_opens_while_another_process_deletes_the_log(self):
         self.open().close()
@@ -7830,6 +7949,9 @@ def resize(path: str, width: int = 200) -> str:
     def test_retry_and_snooze_take_seconds_or_a_timedelta(self):
         self.assertEqual(pqueue.Retry(timedelta(minutes=1)).in_seconds, 60.0)
         self.assertEqual((pqueue.Retry().in_seconds, pqueue.Retry(-3).in_seconds), (None, 0.0))
+        self.assertEqual(
+            [str(pqueue.Retry(5)), str(pqueue.Retry(5, "busy")), str(pqueue.Retry())], ["in 5 s", "busy", ""]
+        )
         self.assertEqual((pqueue.Snooze(5).seconds, str(pqueue.Snooze(5))), (5.0, "for 5 s"))
         for broken in ("5", None, math.nan, True):
             with self.subTest(broken), self.assertRaisesRegex(ValueError, "expected seconds"):
