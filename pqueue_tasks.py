@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -180,11 +180,10 @@ class Task(Caller[P, R]):
         return self.parameters.runner()
 
     def retry_in_seconds(self, attempts: int) -> float:
-        """Return the delay after this many attempts."""
-        if self.backoff is not None:
-            with suppress(Exception):  # a function of the user: then as without
-                return max(0.0, min(self.max_backoff_seconds, duration("backoff", self.backoff(attempts))))
-        return backoff_seconds(attempts, cap_seconds=self.max_backoff_seconds)
+        """Return the delay after this many attempts. Raises what a function given as `backoff` raises."""
+        if self.backoff is None:
+            return backoff_seconds(attempts, cap_seconds=self.max_backoff_seconds)
+        return max(0.0, min(self.max_backoff_seconds, duration("backoff", self.backoff(attempts))))
 
 
 TASKS: dict[str, Task[..., Any]] = {}

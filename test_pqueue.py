@@ -7942,8 +7942,6 @@ def resize(path: str, width: int = 200) -> str:
         self.assertEqual(delays(backoff=[1, 2, 30]), [1.0, 2.0, 30.0, 30.0])
         self.assertEqual(delays(backoff=[1, 2, 30], max_backoff_seconds=9), [1.0, 2.0, 9.0, 9.0])
         self.assertEqual(delays(backoff=lambda attempts: attempts - 2), [0.0, 0.0, 1.0, 2.0])
-        for broken in (lambda attempts: attempts / 0, lambda attempts: "x", lambda attempts: math.nan):
-            self.assertTrue(all(2.5 <= delay <= 40 for delay in delays(backoff=broken)))
         self.assertTrue(all(2 <= delay <= 4 for delay in delays(max_backoff_seconds=4)))
 
     def test_retry_and_snooze_take_seconds_or_a_timedelta(self):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 from contextlib import suppress
@@ -11,6 +12,8 @@ from typing import Any
 import pqueue
 from pqueue import DoNotRetry, Job, LeaseLost, PersistentQInterface, Retry, Snooze
 from pqueue_values import MAX_ERROR_CHARS, Encoded, duration, encode_json
+
+log = logging.getLogger("pqueue")
 
 MAX_SUMMARY_CHARS = 1000  # of the first line
 MAX_FRAMES = 2000  # of a traceback, the innermost ones: a million would take 20 s and 400 MB
@@ -48,7 +51,7 @@ def outcome_of(error: BaseException, job: Job, *, is_limit: bool = False) -> Out
     is_limit: the consumer interrupted the task, so that `retry_on` does not apply.
     """
     entry, kind = pqueue.TASKS.get(job.task), type(error)  # isinstance may run code of the error
-    delay = entry.retry_in_seconds(job.attempts) if entry else pqueue.backoff_seconds(job.attempts)
+    delay = delay_after(entry, job.attempts) if entry else pqueue.backoff_seconds(job.attempts)
     if issubclass(kind, (Snooze, Retry)):
         is_snooze = issubclass(kind, Snooze)
         with suppress(Exception):  # it is of a subclass that does not set it, or sets something else
@@ -60,6 +63,15 @@ def outcome_of(error: BaseException, job: Job, *, is_limit: bool = False) -> Out
     # guard: a result that cannot be stored is final
     is_final = is_final or issubclass(kind, (DoNotRetry, Unstorable))
     return Outcome("fail", retry=not is_final, delay_seconds=delay)
+
+
+def delay_after(task: pqueue.Task[..., Any], attempts: int) -> float:
+    """Return the delay after this many attempts; if the user's function for it fails, log that, and use the default."""
+    try:
+        return task.retry_in_seconds(attempts)
+    except Exception as error:
+        log.warning("backoff of task %s raised %s; the default delay is used", task.name, summary(error))
+        return pqueue.backoff_seconds(attempts, cap_seconds=task.max_backoff_seconds)
 
 
 def encoded_result(result: Any) -> Encoded | None:

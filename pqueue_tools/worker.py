@@ -30,7 +30,7 @@ from pqueue_groups import claim_filter
 from pqueue_tools import file_task, leases, processes, termination
 from pqueue_tools import record as fields
 from pqueue_tools.masking import masked_text
-from pqueue_tools.outcome import Outcome, encoded_result, error_text, outcome_of, summary, trace_of
+from pqueue_tools.outcome import Outcome, delay_after, encoded_result, error_text, outcome_of, summary, trace_of
 from pqueue_tools.process import T, TaskLog, log, log_completed, on_termination, report, retry_soon, retry_while_busy
 from pqueue_tools.record import MAX_CONCURRENCY, Record, Slot
 from pqueue_values import Encoded, NoConnection, above_0, duration, valid_int, valid_name
@@ -443,7 +443,7 @@ class Consumer:
             self._known_limits[job.task] = limits
         timeout, memory, own = limits
         used = processes.resident_mb("self") if memory else 0.0
-        return timeout, memory, used, own.retry_in_seconds(job.attempts) if own else 0.0
+        return timeout, memory, used, delay_after(own, job.attempts) if own else 0.0
 
     def _claim_number(self, job: Job) -> int:
         if job.lease_token != self._claim[0]:

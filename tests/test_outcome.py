@@ -193,6 +193,34 @@ def test_error_has_its_cause_and_no_frames_of_pqueue(tasks):
     assert "pqueue_tasks.py" not in error
 
 
+BACKOFF = """
+from pqueue import task
+
+@task(backoff=lambda attempts: attempts / 0)
+def broken(job): raise ConnectionError("down")
+
+@task(backoff=lambda attempts: "soon", max_backoff_seconds=4)
+async def wrong(job): raise ConnectionError("down")
+"""
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_backoff_of_a_user_that_fails_is_logged_and_the_default_delay_applies(tasks, concurrency):
+    tasks.write("more.py", BACKOFF)
+    with closing(tasks.queue()) as queue:
+        ids = [queue.enqueue("broken"), queue.enqueue("wrong")]
+        done = tasks.run("consumer.py", "--import", "more", "--drain", "--name", "w", "--concurrency", concurrency)
+        jobs = list(map(queue.get, ids))
+    assert (done.returncode, {(job.state, job.error.splitlines()[0]) for job in jobs}) == (
+        0,
+        {("scheduled", "ConnectionError: down")},
+    )
+    assert all(job.run_at - job.created_at >= 2 for job in jobs)
+    expected = "ValueError: expected backoff to be a finite number of seconds"
+    assert re.search('log .*"backoff of task broken raised ZeroDivisionError: .*level=warning', done.stdout)
+    assert re.search(f'log .*"backoff of task wrong raised {expected}, .*level=warning', done.stdout)
+
+
 # Draining
 
 
