@@ -162,6 +162,14 @@ def test_claim_reads_few_pages_unless_a_long_transaction_keeps_dead_rows(queue, 
         assert work(1) < 60
 
 
+def test_consumer_looks_at_fewer_jobs_of_each_task_when_that_has_sufficed_for_a_while():
+    reach, shares = pqueue_postgres.Reach(), []
+    for taken in (0, 1, 1, *[8] * 2 * pqueue_postgres.SUFFICED):
+        shares.append(reach.share(8))
+        reach.adapt(pqueue_postgres.SHARES, 8, tasks=8, looked_at=8, taken=taken)
+    assert shares == [shares[0], 3, 5, *[9] * pqueue_postgres.SUFFICED, *[5] * pqueue_postgres.SUFFICED]
+
+
 @pytest.mark.parametrize("queues", [1, 30, 200])
 @pytest.mark.parametrize("limit", [1, 16, 256])
 def test_claim_locks_hardly_more_rows_than_it_takes(queue, queues, limit):
@@ -197,11 +205,12 @@ def test_compact_empties_the_table_and_is_for_its_owner(queue, database):  # noq
         with pytest.raises(QueueError, match="expected the owner of the tables"):
             worker.compact()
     sizes = []
-    queue.compact(progress=sizes.append)
+    assert queue.compact(progress=sizes.append) % 8192 == 0  # pages
     with psycopg.connect(database, autocommit=True) as admin:
         assert admin.execute("SELECT pg_relation_size('pqueue.jobs')").fetchone() == (0,)
         tables = [f"pg_total_relation_size('pqueue.{name}')" for name in pqueue_postgres.TABLES]
         assert admin.execute(f"SELECT {' + '.join(tables)}").fetchone() == (sizes[-1],)
+        assert queue.compact() == 0
         admin.execute(f"DROP OWNED BY {role}")
         admin.execute(f"DROP ROLE {role}")
 
