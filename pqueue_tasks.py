@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import WRAPPER_ASSIGNMENTS, cached_property
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
 if TYPE_CHECKING:
     from pqueue import PersistentQInterface
@@ -451,8 +451,12 @@ def around(hook: Hook) -> Hook:
     yields, what the task raises; if it does not raise that again, the job is completed without a result. Another
     function of the same module and qualified name replaces it, as when the module is reloaded.
     """
-    if not inspect.isgeneratorfunction(cast(Any, hook)):
-        raise ValueError(f"expected a generator function that yields once, got {short(hook)}")
+    try:
+        is_hook = inspect.isgeneratorfunction(hook) and bool(inspect.signature(hook).bind(None))
+    except TypeError:
+        is_hook = False
+    if not is_hook:
+        raise ValueError(f"expected a generator function that takes a job and yields once, got {short(hook)}")
     _HOOKS[_qualified_name(hook)] = contextmanager(hook)
     return hook
 

@@ -7855,8 +7855,16 @@ class Tasks(unittest.TestCase):
                 for number, text, middle in ((1, "ValueError('task')", ["task"]), (0, "ValueError('hook')", [])):
                     self.assertEqual(run(task, {"n": number}), (text, [first, *middle, text, "end"]))
         self.assertEqual(run("divide", {"m": 1})[1], ["begin divide", "end"])  # the payload does not fit
-        with self.assertRaisesRegex(ValueError, "^expected a generator function"):
-            pqueue.around(take)
+
+        def without_a_job():
+            yield
+
+        def with_more_than_a_job(job, result):
+            yield job, result
+
+        for wrong in (take, without_a_job, with_more_than_a_job):
+            with self.subTest(wrong), self.assertRaisesRegex(ValueError, "^expected a generator function that takes a"):
+                pqueue.around(wrong)
 
     def test_task_is_registered_without_parentheses_and_again_when_its_module_is_reloaded(self):
         for _ in range(2):
