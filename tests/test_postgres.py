@@ -16,6 +16,7 @@ import time
 import unittest
 import uuid
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
@@ -962,6 +963,13 @@ def test_operator_who_pauses_waits_for_writers_of_jobs_only(database):
         assert queue._read(pqueue_postgres.WRITERS) == []
         other.execute("LOCK TABLE pqueue.jobs IN ROW EXCLUSIVE MODE")
         assert len(queue._read(pqueue_postgres.WRITERS)) == 1
+
+
+def test_operator_who_pauses_gives_up_waiting_for_a_writer_that_does_not_end(database):
+    with ThreadPoolExecutor(1) as threads, closing(hasty(database)) as queue, psycopg.connect(database) as other:
+        other.execute("LOCK TABLE pqueue.jobs IN ROW EXCLUSIVE MODE")
+        threads.submit(queue.pause, "default").result(PATIENCE_SECONDS)
+        assert queue.stats()["queues"]["default"]["paused"]
 
 
 def test_operator_who_pauses_waits_for_no_writer_of_a_copy_of_the_database(database, server):
