@@ -1487,6 +1487,13 @@ def test_claim_waits_for_the_disk_before_a_last_attempt(database, looked, most, 
         assert queue._read("SELECT mode FROM public.commits") == [(mode,)]
 
 
+def test_consumer_looks_once_more_for_a_job_that_is_due_and_then_regularly(database, monkeypatch):
+    monkeypatch.setattr(pqueue_listener.ListenConnection, "wait", lambda _, seconds, due_in: due_in())
+    with closing(PersistentQSQLAlchemy(database)) as queue:
+        waits = [queue._sleep(None, 9, lambda left=left: left) for left in (0.5, 0.0, 0.0, 0.5)]
+        assert waits == [0.5, 0.0, pqueue.POLL_SECONDS, 0.5]
+
+
 def test_consumers_that_close_return_their_jobs_though_the_connection_was_lost(database):
     queue, other = PersistentQSQLAlchemy(database), PersistentQSQLAlchemy(database)
     queue.enqueue_many("t", range(3), max_attempts=2)
