@@ -24,7 +24,7 @@ import socket
 import sys
 from importlib.util import find_spec
 
-from pqueue_tools.dashboard import allowed_hosts, expect_url, prefix
+from pqueue_tools.dashboard import allowed_hosts, expect_url, prefix, user_header
 from pqueue_tools.dashboard_http import address, listen_error, serve
 from pqueue_tools.process import OneLineParser, not_blank, print_error, whole_number, writes_to_stdout
 from pqueue_values import program_name
@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         path = prefix()
         allowed_hosts()
+        user_header()
         expect_url()
     except ValueError as error:
         print_error("ops", error)

@@ -91,6 +91,14 @@ def prefix() -> str:
     return given
 
 
+def user_header() -> str | None:
+    """Return PQUEUE_OPS_USER_HEADER, the header in which a proxy names the user: X-Remote-User. Raises ValueError."""
+    given = os.environ.get("PQUEUE_OPS_USER_HEADER")
+    if given and not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", given, re.ASCII):
+        raise ValueError(f"expected a header such as X-Remote-User in PQUEUE_OPS_USER_HEADER, got {given!r}")
+    return given
+
+
 def expect_url() -> None:
     """Raise ValueError if PQUEUE_URL is invalid, without opening the queue."""
     if not pqueue.is_postgres():

@@ -246,7 +246,7 @@ class Handler(BaseHTTPRequestHandler):
     def _operator(self) -> str:
         """Return who acts: the name that the proxy passes on, or that was given with the password, or this process's
         user."""
-        header = os.environ.get("PQUEUE_OPS_USER_HEADER")
+        header = dashboard.user_header()
         name = self.headers.get(header, "") if header else self._login()[0].decode("utf-8", "replace")
         return f"{operator_name(name.strip() or None)} (dashboard)"
 

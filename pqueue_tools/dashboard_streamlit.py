@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -162,7 +161,7 @@ def _html(body: str) -> str:
 
 
 def _act(name: str, **fields: Any) -> None:
-    header = os.environ.get("PQUEUE_OPS_USER_HEADER")
+    header = dashboard.user_header()
     user = st.context.headers.get(header) if header else None
     by = f"{operator_name(user or None)} (dashboard)"
     done, sentence = dashboard_actions.act(cache(), name, _form(fields), by)

@@ -1036,6 +1036,7 @@ PREFIXES = ("queue", "/a b", "//evil.example", '/"><script>', "http://evil.examp
         *(("PQUEUE_URL", url) for url in URLS),
         *(("PQUEUE_OPS_PREFIX", prefix) for prefix in PREFIXES),
         ("PQUEUE_OPS_HOSTS", "http://h"),
+        *(("PQUEUE_OPS_USER_HEADER", header) for header in ("X-Remote-User:", "Remote User", " ", "Bénutzer")),
     ],
 )
 def test_dashboard_whose_settings_are_invalid_does_not_start(folder, monkeypatch, capsys, variable, value, arguments):
