@@ -3042,6 +3042,15 @@ class QueueContract:
         self.assertEqual([job.queue for job in target.dequeue_many("w", 9)].count("pending"), 2)
         self.assertEqual(queue.finish_move(target)["carried"], 0)
 
+    def test_queue_that_was_moved_delivers_nothing_although_it_was_resumed_during_the_move(self):
+        queue, target = self.queue, self.target()
+        queue.enqueue("t")
+        queue.begin_move(target.name)
+        queue.resume("default")
+        queue.move_to(target)
+        self.assertIsNone(queue.dequeue("w"))
+        self.assertEqual(target.dequeue("w").task, "t")
+
     def test_partial_copy_leaves_keys_that_are_held_for_a_time_to_the_move(self):
         queue, target = self.queue, self.target()
         queue.cancel(queue.enqueue("t", key="k", key_seconds=1000))
@@ -3809,6 +3818,17 @@ class QueueContract:
         )
         self.assertEqual([found["cancelled"][name] for name in ("added", "expiring", "deleted_at")], [1, 0, None])
         self.assertEqual(found["failed"]["deleted_at"], None)
+
+    def test_jobs_that_a_consumer_deletes_as_they_are_kept_no_longer_were_counted(self):
+        self.queue.keep("default", completed=60)
+        for _ in range(3):
+            self.queue.enqueue("t", now=NOW)
+        for _ in range(3):
+            self.queue.complete(self.queue.dequeue("w", now=NOW), now=NOW)
+        self.queue.prune_kept(now=NOW + 61)
+        self.assertEqual(self.queue.count_jobs(), 1)  # the newest
+        (found,) = self.queue.outcomes()
+        self.assertEqual((found.enqueued, found.completed), (3, 3))
 
     def test_time_to_keep_jobs_that_is_none_is_refused(self):
         for value, message in (
@@ -6234,6 +6254,14 @@ for _ in range(20):
             os._exit(1)
         self.assertEqual(os.waitpid(child, 0)[1], 0)
 
+    def test_forked_child_opens_no_file_of_a_queue_that_was_closed(self):
+        queue = self.open()
+        queue.close()
+        child = os.fork()
+        if child == 0:
+            os._exit("queue.db" in "\n".join(held()))
+        self.assertEqual(os.waitpid(child, 0)[1], 0)
+
     def test_spawned_and_forked_consumers_share_all_jobs(self):
         queue = self.open(durability="normal")
         ids = queue.enqueue_many("t", range(300))
@@ -6812,6 +6840,7 @@ class Files(SQLiteCase):
             self.assertEqual(queue.dequeue("other", now=NOW + 60).attempts, 2)
             self.assertFalse(queue.wait(0.05, consumer="w", now=NOW))
             self.assertTrue(queue.wait(1, consumer="w", now=NOW + 999))
+            self.assertEqual([job.attempts for job in queue.dequeue_many("w", 9, prefetch=True, now=NOW + 999)], [3])
         self.assertEqual([call.args for call in sleep.mock_calls], [(0.05,), (0.0,)])
 
     def test_system_that_shows_nothing_of_itself_is_borne(self):
@@ -7070,6 +7099,23 @@ class Files(SQLiteCase):
             self.assertTrue(queue.has_moved_to(moved))
             self.assertEqual(moved.dequeue("w").id, job_id)
         self.assertEqual([path.name for path in target.parent.glob("*.part")], [])
+
+    def test_queue_is_not_moved_to_a_file_in_which_a_row_of_the_application_is_missing(self):
+        class Losing(sqlite3.Connection):
+            def backup(self, copy, **options):
+                super().backup(copy, **options)
+                copy.execute("DELETE FROM theirs")
+
+        queue, target = self.open(), self.folder / "new.db"
+        with queue.transaction() as db:
+            db.execute("CREATE TABLE theirs AS SELECT 1")
+        queue.begin_move(str(target))
+        with (
+            mock.patch.object(queue, "_connect", lambda: sqlite3.connect(self.path, factory=Losing)),
+            self.assertRaisesRegex(QueueError, 'cannot copy: what was read back by SELECT . FROM "theirs" is not what'),
+        ):
+            queue.move_to_file(target)
+        self.assertFalse(target.exists())
 
     def test_index_holds_only_the_rows_it_is_for(self):
         self.open().enqueue("t")
@@ -7565,6 +7611,18 @@ class Misuse(SQLiteCase):
             db.text_factory = bytes
             self.assertEqual(db.execute("SELECT 'x'").fetchall(), [{"first": b"x"}])
         self.assertEqual(queue.get(queue.enqueue("t")).task, "t")
+
+    def test_queue_sees_that_user_code_has_changed_a_setting_of_its_connection(self):
+        for durability in ("full", "normal"):
+            queue = self.open(durability=durability)
+            queue.enqueue("t")
+            before = queue.connection_settings
+            for change in ("PRAGMA synchronous = OFF", "PRAGMA query_only = 1", "CREATE TEMP TABLE jobs (x)"):
+                with self.subTest(change, durability=durability):
+                    queue._session().connection.execute(change)
+                    self.assertNotEqual(queue.connection_settings, before)
+                    queue.renew_connection()
+                    self.assertEqual(queue.connection_settings, before)
 
     def test_signal_handler_cannot_use_the_queue_it_interrupted(self):
         queue, refused = self.open(), []

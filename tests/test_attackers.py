@@ -219,6 +219,15 @@ def test_restored_or_moved_queue_stays_with_its_owner_and_group():
             assert in_another_account(lambda: work(moved), user) is not None
 
 
+def test_queue_of_a_group_stays_with_it_when_it_is_moved_to_a_folder_that_is_not_shared(tmp_path):
+    group = grp.getgrgid(60)
+    path, moved = tmp_path / "var/queue.db", tmp_path / "moved.db"
+    with closing(pqueue.PersistentQSQLite(path, group=group.gr_name)) as queue:
+        queue.begin_move(str(moved))
+        assert queue.move_to_file(moved)
+    assert (moved.stat().st_gid, stat.S_IMODE(moved.stat().st_mode)) == (group.gr_gid, 0o660)
+
+
 def test_private_queue_stays_private_when_it_is_restored_in_a_shared_folder(tmp_path):
     os.chown(tmp_path, -1, 60)
     tmp_path.chmod(0o2770)

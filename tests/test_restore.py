@@ -95,13 +95,20 @@ def test_restored_file_and_what_it_replaces_are_synced_before_their_names(path, 
     synced, fsync = [], os.fsync
 
     def recording(file):
-        synced.append(re.sub(r"\.\w{8}\.part$", ".part", Path(os.readlink(f"/proc/self/fd/{file}")).name))
+        synced.append(re.sub(r"\.\w{8}\.(part|placeholder)$", r".\1", Path(os.readlink(f"/proc/self/fd/{file}")).name))
         fsync(file)
 
     monkeypatch.setattr(os, "fsync", recording)
     kept = restoring.restore(backup, path)
     # the last three: the name of the old file, that no log is left, the name of the new file
     assert synced == ["queue.db.part", f"{kept.name}.part", "var", "var", "var"]
+    kill(program(WRITER, path))
+    monkeypatch.setattr(restoring, "_apply_logs", lambda _: None)  # it cannot be applied
+    synced.clear()
+    kept = restoring.restore(backup, path)
+    copies = [f"{kept.name}-wal.part", f"{kept.name}.part"]
+    # that no program opens the old file before its log is deleted, too
+    assert synced == ["queue.db.part", *copies, "var", "queue.db.placeholder", "var", "var", "var"]
 
 
 def test_operator_restores_a_backup_and_the_replaced_database_is_kept(path, backup):
