@@ -1957,8 +1957,8 @@ class QueueContract:
 
     def test_waiter_that_comes_while_another_waits_is_woken_for_its_own_job(self):
         self.without_timers()
-        self.queue.enqueue_many("t", range(3), now=NOW)
-        _, first, second = self.queue.dequeue_many("w", 3, now=NOW)
+        self.queue.enqueue_many("t", range(2), now=NOW)
+        first, second = self.queue.dequeue_many("w", 2, now=NOW)
         earlier, waits = self.waiting(first.id), self.queue._waits
         with ThreadPoolExecutor(1) as pool:
             later = pool.submit(self.queue.result, second.id, timeout_seconds=PATIENCE_SECONDS)
@@ -6573,6 +6573,15 @@ queue._writer_lock.acquire(in_batch=sys.argv[3] == "1")
             self.assertTrue(wait_until(lambda: queue._writer_lock._lock._shared[pqueue_locks.FairLock.WAITING_SINCE]))
         waiting.join()
         self.assertEqual(queue.stats()["states"]["pending"], 1)
+
+    def test_process_that_waits_for_results_is_woken_by_any_of_their_jobs(self):
+        queue, other = self.open(), self.open()
+        locks, ids = queue._result_locks, other.enqueue_many("t", range(3))
+        jobs, slot = other.dequeue_many("w", 3), locks.acquire()
+        self.addCleanup(slot.close)
+        for job, waits_for in ((jobs[1], ids[1:]), (jobs[2], ids[2:])):
+            locks.publish(slot, waits_for)
+            self.assertTrue(locks.wait(slot, 1, lambda job=job: other.complete(job) or math.inf))
 
     def test_pipe_of_a_dead_waiter_gets_no_wake_up(self):
         queue = self.open()
