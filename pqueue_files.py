@@ -201,13 +201,11 @@ class DatabaseFiles:
                 # Any later change will give the folder another st_mtime.
                 self._changed_ns, self._folder_identity = folder.st_mtime_ns, folder[1:3]
 
-    def _identities(self) -> list[tuple[int, int] | None]:
-        found: list[tuple[int, int] | None] = []
+    def _identities(self) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
         for name in self._names:
-            try:
+            with suppress(OSError):
                 found.append(identity(name))
-            except OSError:
-                found.append(None)
         return found
 
 

@@ -431,7 +431,6 @@ class SQLiteSession(Session):
         else:
             # guard: a child closes inherited connections
             self.connection.close()
-        self._has_lock = self.busy = False
         self._locks = None
         self.connection = cast(sqlite3.Connection, ClosedInFork())
 
@@ -508,15 +507,12 @@ class PersistentQSQLite(PersistentQInterface):
         self._open_file(create, None if group is None else group_number(group))
         try:
             self._open_folder()
-            records_log = has_locks() and not self.is_read_only
-            if records_log:
+            if has_locks() and not self.is_read_only:
                 # guard: another database's log is refused
                 self._expect_matching_log()
             with _opening_lock, self._sqlite_errors(), closing(self._connect()) as connection:
                 self._prepare(connection)
                 self._database = identity(self.path)
-                if records_log:
-                    self._record_log(connection)
         except BaseException:
             # guard: a failed opening closes its files
             self.close()
